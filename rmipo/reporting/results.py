@@ -1,0 +1,149 @@
+"""Reading what runs and evaluations left behind, and the paper's own numbers.
+
+    outputs/<model>/<method>/run.json, metrics.jsonl      a training run
+    outputs/<model>/<method>/eval/<bench>.json            an evaluation of it
+    rmipo/reporting/paper/*.csv                           the paper's tables, copied digit for digit
+"""
+
+import csv
+import json
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+PAPER_MODELS = {
+    "mistral-7b-base": "Mistral-7B-Base",
+    "mistral-7b-instruct": "Mistral-7B-Instruct",
+    "llama3-8b-base": "Llama3-8B-Base",
+    "llama3-8b-instruct": "Llama3-8B-Instruct",
+}
+METHODS = {
+    "initial": "Initial",
+    "dpo": "DPO",
+    "slic": "SLiC",
+    "ipo": "IPO",
+    "kto": "KTO",
+    "cpo": "CPO",
+    "simpo": "SimPO",
+    "alpha-dpo": "α-DPO",
+    "beta-dpo": "β-DPO",
+    "epsilon-dpo": "ε-DPO",
+    "simper": "SimPER",
+    "rmipo": "RMiPO",
+}
+BENCH_OF_METRIC = {
+    "alpacaeval2_lc": "alpacaeval",
+    "alpacaeval2_wr": "alpacaeval",
+    "mt_bench": "mtbench",
+    "ifeval": "leaderboard",
+    "bbh": "leaderboard",
+    "math": "leaderboard",
+    "gpqa": "leaderboard",
+    "musr": "leaderboard",
+    "mmlu_pro": "leaderboard",
+    "hh_helpful": "hh",
+    "hh_harmless": "hh",
+    "hh_average": "hh",
+}
+
+
+class ReportError(ValueError):
+    """A result file or run folder that can't be used; the message says which and what to do."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """One finished evaluation. `metrics` in percent, MT-Bench in points of 10."""
+
+    path: Path
+    bench: str
+    metrics: dict[str, float]
+    versions: dict[str, str]
+    settings: dict
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run's folder; `record` is its run.json."""
+
+    folder: Path
+    record: dict
+
+    def log(self) -> list[dict]:
+        """The lines of metrics.jsonl, in the order of training."""
+        path = self.folder / "metrics.jsonl"
+        if not path.is_file():
+            raise ReportError(f"{path} doesn't exist: the run logged nothing, or its folder was copied without it")
+        rows = []
+        for number, line in enumerate(path.read_text().splitlines(), start=1):
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError as error:
+                raise ReportError(f"{path} line {number} isn't JSON ({error}); delete that line") from error
+        return rows
+
+
+def read_json(path: Path) -> dict:
+    try:
+        content = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ReportError(f"{path} isn't JSON ({error}); delete it and run the command that makes it again") from error
+    if not isinstance(content, dict):
+        raise ReportError(f"{path} holds a {type(content).__name__}, expected an object; make it again")
+    return content
+
+
+def load_result(outputs: Path, model: str, method: str, bench: str) -> Result | None:
+    """The finished result file of one evaluation, or None if there is none yet (absent or `finished` is false)."""
+    path = outputs / model / method / "eval" / f"{bench}.json"
+    if not path.is_file():
+        return None
+    content = read_json(path)
+    if not content.get("finished"):
+        return None
+    missing = [key for key in ("bench", "metrics", "versions", "settings") if key not in content]
+    if missing:
+        raise ReportError(f"{path} lacks {missing}; delete it and run `{eval_command(model, method, bench)}` again")
+    if content["bench"] != bench:
+        raise ReportError(f"{path} holds results of {content['bench']!r}, its name says {bench!r}; rename or remove it")
+    return Result(path, bench, content["metrics"], content["versions"], content["settings"])
+
+
+def eval_command(model: str, method: str, bench: str) -> str:
+    return f"make eval MODEL={model} METHOD={method} BENCH={bench}"
+
+
+def train_command(model: str, method: str) -> str:
+    return f"make train MODEL={model} METHOD={method}"
+
+
+def load_run(outputs: Path, model: str, method: str) -> Run | None:
+    """The run folder of one training, or None if it isn't there."""
+    path = outputs / model / method / "run.json"
+    return Run(path.parent, read_json(path)) if path.is_file() else None
+
+
+def find_runs(outputs: Path, model: str) -> list[Run]:
+    """Every run folder below outputs/<model>, sweeps included, sorted by path."""
+    return [Run(path.parent, read_json(path)) for path in sorted((outputs / model).rglob("run.json"))]
+
+
+def version_conflicts(results: Iterable[Result]) -> list[str]:
+    """One line for each package (per bench) that differs between result files, naming a file for each version."""
+    seen: dict[tuple[str, str], dict[str, list[Path]]] = defaultdict(lambda: defaultdict(list))
+    for result in results:
+        for package, version in result.versions.items():
+            seen[result.bench, package][str(version)].append(result.path)
+    lines = []
+    for (bench, package), files in sorted(seen.items()):
+        if len(files) > 1:
+            found = "; ".join(f"{version} in {paths[0]} ({len(paths)} files)" for version, paths in files.items())
+            lines.append(f"{bench}: {package} {found}")
+    return lines
+
+
+def paper_rows(name: str) -> list[dict[str, str]]:
+    """The rows of one of the paper's tables, e.g. paper_rows("table1")."""
+    with (Path(__file__).parent / "paper" / f"{name}.csv").open(newline="") as file:
+        return list(csv.DictReader(file))

@@ -1,0 +1,313 @@
+"""What the paper's tables hold: which run and which metric stands behind each cell, and the paper's number for it."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from .results import (
+    BENCH_OF_METRIC,
+    METHODS,
+    PAPER_MODELS,
+    ReportError,
+    Result,
+    eval_command,
+    load_result,
+    load_run,
+    paper_rows,
+    train_command,
+    version_conflicts,
+)
+
+METRIC_LABELS = {
+    "alpacaeval2_lc": "LC (%)",
+    "alpacaeval2_wr": "WR (%)",
+    "mt_bench": "MT-Bench",
+    "ifeval": "IFEval",
+    "bbh": "BBH",
+    "math": "MATH",
+    "gpqa": "GPQA",
+    "musr": "MUSR",
+    "mmlu_pro": "MMLU-PRO",
+    "avg_score": "Avg. Score",
+    "avg_rank": "Avg. Rank",
+}
+LEADERBOARD = ("ifeval", "bbh", "math", "gpqa", "musr", "mmlu_pro")
+ABLATION_MODEL = "llama3-8b-instruct"  # of Table 3
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One number of a table: the run and metric it is read from, and what the paper prints (None: not in the paper)."""
+
+    model: str
+    method: str
+    metric: str
+    paper: float | None
+    digits: int = 1
+
+
+@dataclass(frozen=True)
+class Table:
+    number: int
+    title: str
+    row_headers: tuple[str, ...]
+    columns: tuple[tuple[str, str], ...]  # (group, name); the group is "" where the paper has none
+    rows: tuple[tuple[str, ...], ...]  # labels, one tuple per row
+    cells: tuple[tuple[Cell, ...], ...]
+    ranked: bool = False  # Table 2: average score and rank within each model are appended
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A filled cell. `ours` is None where `commands` (in this order) have yet to be run."""
+
+    paper: float | None
+    ours: float | None
+    digits: int
+    commands: tuple[str, ...] = ()
+
+    @property
+    def difference(self) -> float | None:
+        return None if self.ours is None or self.paper is None else self.ours - self.paper
+
+
+@dataclass(frozen=True)
+class FilledTable:
+    table: Table
+    columns: tuple[tuple[str, str], ...]
+    entries: list[list[Entry]]
+    notes: list[str] = field(default_factory=list)
+
+
+def model_label(model: str) -> str:
+    return PAPER_MODELS.get(model, model)
+
+
+def number(text: str | None) -> float | None:
+    return None if text is None else float(text)
+
+
+def table1(models: Iterable[str]) -> Table:
+    paper = {(row["setting"], row["method"]): row for row in paper_rows("table1")}
+    metrics = ("alpacaeval2_lc", "alpacaeval2_wr", "mt_bench")
+    return Table(
+        1,
+        "AlpacaEval 2 and MT-Bench",
+        ("Method",),
+        tuple((model_label(model), METRIC_LABELS[metric]) for model in models for metric in metrics),
+        tuple((label,) for label in METHODS.values()),
+        tuple(
+            tuple(
+                Cell(model, method, metric, number(paper.get((model, method), {}).get(metric)))
+                for model in models
+                for metric in metrics
+            )
+            for method in METHODS
+        ),
+        notes=("The paper's baselines are other papers' published numbers, not re-runs: see docs/REPRODUCE.md.",),
+    )
+
+
+def table2(models: Iterable[str]) -> Table:
+    paper = {(row["setting"], row["method"]): row for row in paper_rows("table2")}
+    keys = [(model, method) for model in models for method in dict.fromkeys(row["method"] for row in paper.values())]
+    return Table(
+        2,
+        "Open LLM Leaderboard v2 (normalised scores)",
+        ("Model", "Method"),
+        tuple(("", METRIC_LABELS[metric]) for metric in LEADERBOARD),
+        tuple((model_label(model), METHODS[method]) for model, method in keys),
+        tuple(
+            tuple(Cell(*key, metric, number(paper.get(key, {}).get(metric)), digits=2) for metric in LEADERBOARD)
+            for key in keys
+        ),
+        ranked=True,
+    )
+
+
+def table3(models: Iterable[str]) -> Table:
+    paper = paper_rows("table3")
+    methods = [*(f"table3-row{row}" for row in range(1, len(paper))), "rmipo"]  # the last row is the whole method
+    rows = [(model, method, row) for model in models for method, row in zip(methods, paper, strict=True)]
+    return Table(
+        3,
+        "Ablation of tuning gamma (GM), the mutual-information signal (MI) and exponential decay (ED)",
+        ("Model", "GM", "MI", "ED"),
+        tuple(("", METRIC_LABELS[metric]) for metric in LEADERBOARD),
+        tuple((model_label(m), *("✓" if row[key] == "1" else "" for key in ("gm", "mi", "ed"))) for m, _, row in rows),
+        tuple(
+            tuple(
+                Cell(model, method, metric, float(row[metric]) if model == ABLATION_MODEL else None, digits=2)
+                for metric in LEADERBOARD
+            )
+            for model, method, row in rows
+        ),
+        notes=("The paper doesn't define rows 1, 2, 4 and 5; the reading used here is in docs/FIDELITY.md.",),
+    )
+
+
+def table5(models: Iterable[str]) -> Table:
+    paper = {(row["setting"], row["method"]): row for row in paper_rows("table5")}
+    methods = list(dict.fromkeys(row["method"] for row in paper.values()))
+    metrics = ("alpacaeval2_lc", "alpacaeval2_wr")
+    return Table(
+        5,
+        "AlpacaEval 2 without length normalisation",
+        ("Method",),
+        tuple((model_label(model), METRIC_LABELS[metric]) for model in models for metric in metrics),
+        tuple((METHODS[method],) for method in methods),
+        tuple(
+            tuple(
+                Cell(model, f"table5-{method}", metric, number(paper.get((model, method), {}).get(metric)))
+                for model in models
+                for metric in metrics
+            )
+            for method in methods
+        ),
+    )
+
+
+def lc_by_variant(number_: int, title: str, variants: dict[str, tuple[str, str]], models: Iterable[str]) -> Table:
+    """Tables 7 and 8: LC win rate; `variants` maps the CSV's column to (label, method)."""
+    paper = {row["setting"]: row for row in paper_rows(f"table{number_}")}
+    return Table(
+        number_,
+        title,
+        ("Model",),
+        tuple(("", label) for label, _ in variants.values()),
+        tuple((model_label(model),) for model in models),
+        tuple(
+            tuple(
+                Cell(model, method, "alpacaeval2_lc", number(paper.get(model, {}).get(column)))
+                for column, (_, method) in variants.items()
+            )
+            for model in models
+        ),
+    )
+
+
+def table7(models: Iterable[str]) -> Table:
+    variants = {
+        "exponential": ("Exponential", "rmipo"),
+        "linear": ("Linear", "table7-linear"),
+        "cosine": ("Cosine", "table7-cosine"),
+        "none": ("w/o", "table7-none"),
+    }
+    return lc_by_variant(7, "AlpacaEval 2 LC (%) by schedule of gamma", variants, models)
+
+
+def table8(models: Iterable[str]) -> Table:
+    variants = {
+        "[0,2]": ("[0, 2]", "table8-0-2"),
+        "[0.3,1.6]": ("[0.3, 1.6]", "rmipo"),
+        "[0.5,1.4]": ("[0.5, 1.4]", "table8-0.5-1.4"),
+        "[1.0,1.2]": ("[1.0, 1.2]", "table8-1.0-1.2"),
+    }
+    return lc_by_variant(8, "AlpacaEval 2 LC (%) by bounds of gamma", variants, models)
+
+
+INSTRUCT = ("mistral-7b-instruct", "llama3-8b-instruct")
+TABLES: dict[int, tuple[Callable[[Iterable[str]], Table], tuple[str, ...]]] = {
+    1: (table1, tuple(PAPER_MODELS)),
+    2: (table2, INSTRUCT),
+    3: (table3, (ABLATION_MODEL,)),
+    5: (table5, INSTRUCT),
+    7: (table7, INSTRUCT),
+    8: (table8, INSTRUCT),
+}
+
+
+def build_table(number_: int, models: Iterable[str] = ()) -> Table:
+    """One of the paper's tables, for the paper's models or for `models`. Raises ReportError for another number."""
+    if number_ not in TABLES:
+        raise ReportError(f"there is no table {number_} to rebuild; the ones there are: {sorted(TABLES)}")
+    build, paper_models = TABLES[number_]
+    return build(tuple(models) or paper_models)
+
+
+def competition_ranks(values: list[float]) -> list[int]:
+    """Rank 1 is the largest; ties share the best rank and the next one is skipped ("1224")."""
+    return [1 + sum(other > value for other in values) for value in values]
+
+
+def average_ranks(rows: list[list[float]]) -> list[float]:
+    """Mean over columns of each row's competition rank within its column."""
+    ranks = [competition_ranks(list(column)) for column in zip(*rows, strict=True)]
+    return [sum(row) / len(row) for row in zip(*ranks, strict=True)]
+
+
+def fill(table: Table, outputs: Path, allow_mixed_versions: bool = False) -> FilledTable:
+    """Read the result files behind every cell.
+
+    Raises ReportError where result files of one benchmark were made by different package versions, unless
+    `allow_mixed_versions`, which makes it a note below the table.
+    """
+    results: dict[tuple[str, str, str], Result | None] = {}
+    for cell in (cell for row in table.cells for cell in row):
+        key = (cell.model, cell.method, BENCH_OF_METRIC[cell.metric])
+        if key not in results:
+            results[key] = load_result(outputs, *key)
+    found = [result for result in results.values() if result]
+    notes = list(table.notes)
+    conflicts = version_conflicts(found)
+    if conflicts and not allow_mixed_versions:
+        raise ReportError(
+            f"table {table.number}: result files of mixed versions aren't comparable:\n  "
+            + "\n  ".join(conflicts)
+            + "\nEvaluate the older ones again, or say --allow_mixed_versions to print them with this note."
+        )
+    notes += [f"MIXED VERSIONS: {line}" for line in conflicts]
+    notes += [
+        f"PART OF THE BENCHMARK: {result.path} was made with limit={result.settings['limit']}."
+        for result in found
+        if result.settings.get("limit") is not None
+    ]
+
+    def entry(cell: Cell) -> Entry:
+        bench = BENCH_OF_METRIC[cell.metric]
+        result = results[cell.model, cell.method, bench]
+        if result is None:
+            return Entry(cell.paper, None, cell.digits, missing_commands(outputs, cell.model, cell.method, bench))
+        if cell.metric not in result.metrics:
+            raise ReportError(f"{result.path} has no metric {cell.metric!r}; it has {sorted(result.metrics)}")
+        return Entry(cell.paper, result.metrics[cell.metric], cell.digits)
+
+    entries = [[entry(cell) for cell in row] for row in table.cells]
+    columns = table.columns
+    if table.ranked:
+        columns += tuple(("", METRIC_LABELS[name]) for name in ("avg_score", "avg_rank"))
+        notes += append_averages(table, entries)
+    return FilledTable(table, columns, entries, notes)
+
+
+def missing_commands(outputs: Path, model: str, method: str, bench: str) -> tuple[str, ...]:
+    """What to run for a result that isn't there: the training first where the run's folder is missing too."""
+    train = method != "initial" and load_run(outputs, model, method) is None
+    return ((train_command(model, method),) if train else ()) + (eval_command(model, method, bench),)
+
+
+def append_averages(table: Table, entries: list[list[Entry]]) -> list[str]:
+    """Append Table 2's average score and average rank to each row; returns notes on ranks among fewer methods."""
+    notes = []
+    printed = {(row["setting"], row["method"]): row for row in paper_rows("table2")}
+    models = list(dict.fromkeys(row[0].model for row in table.cells))
+    for model in models:
+        block = [i for i, row in enumerate(table.cells) if row[0].model == model]
+        complete = [i for i in block if all(entry.ours is not None for entry in entries[i])]
+        scores = [[entry.ours for entry in entries[i]] for i in complete]
+        ranks = dict(zip(complete, average_ranks(scores), strict=True))
+        if complete and len(complete) < len(block):
+            notes.append(f"{model_label(model)}: ranks among {len(complete)} of {len(block)} methods, no difference.")
+        for i in block:
+            paper = printed.get((model, table.cells[i][0].method), {})
+            paper_score, paper_rank = number(paper.get("avg_score")), number(paper.get("avg_rank"))
+            if i not in ranks:
+                commands = tuple(dict.fromkeys(c for entry in entries[i] for c in entry.commands))
+                entries[i] += [Entry(paper_score, None, 2, commands), Entry(paper_rank, None, 2, commands)]
+                continue
+            score = sum(entry.ours for entry in entries[i]) / len(entries[i])
+            if len(complete) < len(block):
+                paper_rank = None
+            entries[i] += [Entry(paper_score, score, 2), Entry(paper_rank, ranks[i], 2)]
+    return notes

@@ -1,0 +1,46 @@
+"""Print one of the paper's tables from result files: the paper's number, ours, and the difference.
+
+    make table N=2
+    make table N=1 MODEL=tiny
+    python scripts/table.py --number 2 --outputs outputs
+
+Writes Markdown, CSV and LaTeX to <outputs>/reports/, and prints the Markdown.
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from rmipo.reporting.render import FORMATS
+from rmipo.reporting.results import ReportError
+from rmipo.reporting.tables import TABLES, build_table, fill
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--number", type=int, default=os.environ.get("N"), help=f"one of {sorted(TABLES)}")
+    parser.add_argument("--model", default=os.environ.get("MODEL"), help="another model than the paper's")
+    parser.add_argument("--outputs", type=Path, default=Path("outputs"), help="where the runs are")
+    parser.add_argument("--allow_mixed_versions", action="store_true", help="print results of mixed package versions")
+    args = parser.parse_args()
+
+    try:
+        if args.number is None:
+            raise ReportError(f"which table? Say N=..., one of {sorted(TABLES)}")
+        table = build_table(args.number, [args.model] if args.model else [])
+        filled = fill(table, args.outputs, args.allow_mixed_versions)
+    except ReportError as error:
+        sys.exit(str(error))
+
+    folder = args.outputs / "reports"
+    folder.mkdir(parents=True, exist_ok=True)
+    name = f"table{args.number}" + (f"-{args.model}" if args.model else "")
+    for extension, render in FORMATS.items():
+        (folder / f"{name}.{extension}").write_text(render(filled))
+    print(FORMATS["md"](filled))
+    print(f"Written to {folder}/{name}.{{{','.join(FORMATS)}}}")
+
+
+if __name__ == "__main__":
+    main()
