@@ -1,0 +1,80 @@
+"""Which pairs make each optimizer step, and how a rank cuts its share into micro-batches.
+
+A global batch is the same set of pairs whatever the number of ranks and the micro-batch size: results don't move when
+the hardware does. Every rank runs the same number of micro-batches (ZeRO-3 gathers parameters in every forward); a rank
+that has none left repeats a pair with no weight.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch.utils.data import Dataset, Sampler
+
+
+class MicroBatch(NamedTuple):
+    indices: tuple[int, ...]  # rows of the dataset
+    real: int  # how many of them count: all, or 0 for a repeated pair without weight
+    step_pairs: int  # pairs in the whole optimizer step, over all ranks
+
+
+class StepSampler(Sampler):
+    """Yields one optimizer step at a time: the list of this rank's micro-batches.
+
+    Args:
+        num_pairs: rows in the dataset; the last step takes what is left.
+        global_batch_size: pairs per optimizer step over all ranks.
+        micro_batch_size: pairs per forward on one rank.
+        seed: of the order; None keeps the dataset's. The order depends on seed and epoch alone.
+    """
+
+    def __init__(
+        self, num_pairs: int, *, global_batch_size: int, micro_batch_size: int, rank: int, world_size: int, seed: int | None
+    ):
+        self.num_pairs = num_pairs
+        self.global_batch_size = global_batch_size
+        self.micro_batch_size = micro_batch_size
+        self.rank = rank
+        self.world_size = world_size
+        self.seed = seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return math.ceil(self.num_pairs / self.global_batch_size)
+
+    def __iter__(self) -> Iterator[list[MicroBatch]]:
+        if self.seed is None:
+            order = list(range(self.num_pairs))
+        else:
+            generator = torch.Generator().manual_seed(self.seed + self.epoch)
+            order = torch.randperm(self.num_pairs, generator=generator).tolist()
+        for start in range(0, self.num_pairs, self.global_batch_size):
+            yield self.micro_batches(order[start : start + self.global_batch_size])
+
+    def micro_batches(self, step: list[int]) -> list[MicroBatch]:
+        """This rank's micro-batches of the pairs in `step`."""
+        share = step[self.rank :: self.world_size]
+        largest_share = math.ceil(len(step) / self.world_size)
+        batches = []
+        for start in range(0, largest_share, self.micro_batch_size):
+            indices = tuple(share[start : start + self.micro_batch_size])
+            batches.append(MicroBatch(indices or (step[0],), len(indices), len(step)))
+        return batches
+
+
+class MicroBatchRows(Dataset):
+    """A tokenised dataset indexed by micro-batch: gives `(rows, micro_batch)` with rows as dicts."""
+
+    def __init__(self, dataset):
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, micro_batch: MicroBatch) -> tuple[list[dict], MicroBatch]:
+        columns = self.dataset[list(micro_batch.indices)]
+        return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)], micro_batch

@@ -1,0 +1,190 @@
+"""What a run leaves beside its model: `run.json`, `metrics.jsonl`, PNG curves, sample generations."""
+
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import time
+from pathlib import Path
+
+import matplotlib
+import torch
+from transformers import TrainerCallback
+from trl.models.utils import unwrap_model_for_generation
+
+from . import attention
+
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402  (the backend has to be chosen first: there may be no screen)
+
+
+RUN_FILE = "run.json"
+METRICS_FILE = "metrics.jsonl"
+PACKAGES = ("torch", "transformers", "trl", "datasets", "accelerate", "deepspeed", "wandb")
+
+
+def environment() -> dict:
+    """Versions, commit and hardware: what a number has to be quoted with."""
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "python": platform.python_version(),
+        "commit": _commit(),
+        "hardware": gpus or [f"{os.cpu_count()} CPU cores ({platform.machine()})"],
+    }
+
+
+def _commit() -> str | None:
+    def git(*arguments):
+        return subprocess.run(
+            ["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("+modified" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (subprocess.CalledProcessError, FileNotFoundError):
+        return None  # installed without its repository
+
+
+class RunRecord:
+    """`run.json` of one output folder: written when training starts, completed when it ends.
+
+    Args:
+        output_dir: folder of the run.
+        recipe: resolved recipe (secrets removed).
+        facts: anything else to record: dataset fingerprint, data report, parameters, ...
+    """
+
+    def __init__(self, output_dir: str | Path, recipe: dict, **facts):
+        self.path = Path(output_dir) / RUN_FILE
+        self.content = {"finished": False, "recipe": recipe, **environment(), **facts}
+        self.started = time.time()
+
+    def write(self) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = self.path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(self.content, indent=2, default=str) + "\n")
+        temporary.replace(self.path)
+
+    def finish(self, **results) -> None:
+        self.content |= {"finished": True, "seconds": round(time.time() - self.started, 1), "results": results}
+        self.write()
+
+
+class MetricsFile(TrainerCallback):
+    """Appends every logged line to `metrics.jsonl`, with its step."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if state.is_world_process_zero and logs:
+            with open(Path(args.output_dir) / METRICS_FILE, "a") as file:
+                file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+
+
+def read_metrics(run_dir: str | Path) -> list[dict]:
+    with open(Path(run_dir) / METRICS_FILE) as file:
+        return [json.loads(line) for line in file]
+
+
+class SampleGenerations(TrainerCallback):
+    """At each evaluation: answers to a few held-out prompts, appended to `generations.jsonl`.
+
+    Args:
+        tokenizer: decodes, and gives end and padding tokens.
+        prompts: lists of prompt token ids.
+        trainer: the `PreferenceTrainer`, for the wrapped model.
+        max_new_tokens: per answer.
+    """
+
+    def __init__(self, tokenizer, prompts: list[list[int]], trainer, max_new_tokens: int):
+        self.tokenizer = tokenizer
+        self.prompts = prompts
+        self.trainer = trainer
+        self.max_new_tokens = max_new_tokens
+
+    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+        texts = self.generate(args.seed)
+        if not state.is_world_process_zero:
+            return
+        with open(Path(args.output_dir) / "generations.jsonl", "a") as file:
+            for number, text in enumerate(texts):
+                prompt = self.tokenizer.decode(self.prompts[number])
+                file.write(json.dumps({"step": state.global_step, "prompt": prompt, "answer": text}) + "\n")
+
+    @torch.no_grad()
+    def generate(self, seed: int) -> list[str]:
+        """Greedy answers; every rank takes part, since ZeRO-3 gathers the parameters."""
+        trainer, answers = self.trainer, []
+        with unwrap_model_for_generation(trainer.model_wrapped, trainer.accelerator) as model:
+            attention.attach(model, "plain")
+            for prompt in self.prompts:
+                ids = torch.tensor([prompt], device=trainer.args.device)
+                output = model.generate(
+                    input_ids=ids,
+                    attention_mask=torch.ones_like(ids),
+                    do_sample=False,
+                    max_new_tokens=self.max_new_tokens,
+                    pad_token_id=self.tokenizer.pad_token_id,
+                    synced_gpus=trainer.args.world_size > 1,
+                )
+                answers.append(self.tokenizer.decode(output[0, len(prompt) :]))
+            attention.attach(model, trainer.attention_kind)
+        return answers
+
+
+def plot_curves(run_dir: str | Path) -> Path:
+    """Margin, win rate and gamma over training steps, as `curves.png` in the run's folder."""
+    lines = read_metrics(run_dir)
+    panels = [
+        ("reward margin", "rewards/margins"),
+        ("win rate", "rewards/accuracies"),
+        ("gamma", "rmipo/gamma_mean"),
+    ]
+    panels = [(title, key) for title, key in panels if any(key in line for line in lines)]
+    figure, axes = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 3.2), squeeze=False)
+    for axis, (title, key) in zip(axes[0], panels, strict=True):
+        for name, style in ((key, "-"), (f"eval_{key}", "o--")):
+            points = [(line["step"], line[name]) for line in lines if name in line]
+            if points:
+                label = "held out" if name.startswith("eval_") else "training"
+                axis.plot(*zip(*points, strict=True), style, label=label, markersize=4)
+        deviation = [
+            (line["step"], line[key], line["rmipo/gamma_std"]) for line in lines if key == "rmipo/gamma_mean" and key in line
+        ]
+        if deviation:
+            steps, mean, std = (torch.tensor(column) for column in zip(*deviation, strict=True))
+            axis.fill_between(steps, mean - std, mean + std, alpha=0.15, label="± 1 std over pairs")
+        axis.set(title=title, xlabel="optimizer step")
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8)
+    figure.tight_layout()
+    path = Path(run_dir) / "curves.png"
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+    return path
+
+
+def plot_gamma_histogram(gamma: torch.Tensor, bounds: tuple[float, float], path: Path) -> Path:
+    """Histogram of the margin over pairs, the atoms at the two bounds drawn apart.
+
+    Args:
+        gamma: `(pairs,)`.
+        bounds: `(gamma_min, gamma_max)`.
+    """
+    low, high = bounds
+    at_low, at_high = (gamma <= low + 1e-2), (gamma >= high - 1e-6)
+    inner = gamma[~at_low & ~at_high]
+    figure, axis = plt.subplots(figsize=(5, 3.2))
+    weights = torch.full_like(inner, 1 / len(gamma))
+    axis.hist(inner.numpy(), bins=30, range=(low, high), weights=weights.numpy(), label="between the bounds")
+    width = (high - low) / 30
+    for position, share, side in ((low - width, at_low, "lower"), (high + width, at_high, "upper")):
+        fraction = share.double().mean().item()
+        axis.bar(position, fraction, width=width, label=f"at the {side} bound: {fraction:.0%}")
+    axis.set(xlabel="gamma", ylabel="share of pairs", title=f"margin of {len(gamma)} held-out pairs")
+    axis.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+    return path

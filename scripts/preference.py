@@ -1,0 +1,122 @@
+"""Train a model on preference pairs with any method of the paper's Table 4.
+
+    python scripts/preference.py --config recipes/tiny/rmipo.yaml [--overlay recipes/methods/dpo.yaml] [--learning_rate 2e-4]
+
+`make train MODEL=...` prints and runs the full command, with `accelerate launch` in front where there are GPUs.
+"""
+
+import sys
+from pathlib import Path
+
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from rmipo.config import load_recipe, parse_command_line  # noqa: E402
+
+
+def main() -> None:
+    ###################
+    # Recipe
+    ###################
+    recipe = load_recipe(*parse_command_line(__doc__))
+    args, data_config, model_config = recipe.parse()
+
+    # Heavy imports come after the recipe has been checked, so that its errors come at once.
+    from accelerate import PartialState
+    from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+    from trl import get_peft_config, get_quantization_config
+
+    from rmipo import data, tracking
+    from rmipo.objectives import build_objective
+    from rmipo.trainer import PreferenceTrainer
+
+    state = PartialState()
+    say = state.print
+    for notice in recipe.notices:
+        say(notice)
+    set_seed(args.seed)
+    objective = build_objective(args.objective)
+
+    ###################
+    # Data
+    ###################
+    tokenizer = AutoTokenizer.from_pretrained(model_config.model_name_or_path, revision=model_config.model_revision)
+    if data_config.chat_template is not None:
+        tokenizer.chat_template = data_config.chat_template
+    chat = data.ChatFormat.probe(tokenizer, header_in_response=objective.header_in_response)
+    prior_context = chat.prior_context(objective.prior_context) if "prior" in objective.needs else None
+
+    datasets, reports = {}, {}
+    with state.main_process_first():
+        for split in ("train", "test"):
+            pairs = data.load_pairs(data_config, split)
+            datasets[split], reports[split] = data.tokenize_pairs(
+                pairs,
+                chat,
+                max_length=args.max_length,
+                max_prompt_length=args.max_prompt_length,
+                max_dropped_fraction=data_config.max_dropped_fraction,
+                max_truncated_fraction=data_config.max_truncated_fraction,
+                num_proc=data_config.dataset_num_proc,
+            )
+            for line in reports[split].lines():
+                say(f"{split}: {line}")
+
+    ###################
+    # Model
+    ###################
+    quantization = get_quantization_config(model_config)
+    model = AutoModelForCausalLM.from_pretrained(
+        model_config.model_name_or_path,
+        revision=model_config.model_revision,
+        dtype=model_config.dtype,
+        use_cache=False,
+        quantization_config=quantization,
+    )
+
+    ###################
+    # Train
+    ###################
+    trainer = PreferenceTrainer(
+        model,
+        args,
+        objective,
+        train_dataset=datasets["train"],
+        eval_dataset=datasets["test"],
+        processing_class=tokenizer,
+        prior_context=prior_context,
+        peft_config=get_peft_config(model_config),
+        callbacks=[tracking.MetricsFile()],
+    )
+    prompts = datasets["test"]["prompt_ids"][: args.generation_samples]
+    trainer.add_callback(tracking.SampleGenerations(tokenizer, prompts, trainer, args.generation_max_new_tokens))
+    run = tracking.RunRecord(
+        args.output_dir,
+        recipe.resolved(),
+        objective=vars(objective) | {"name": objective.name},
+        fingerprints={split: data.fingerprint(dataset) for split, dataset in datasets.items()},
+        data={split: report.as_dict() for split, report in reports.items()},
+        world_size=args.world_size,
+    )
+    if trainer.is_world_process_zero():
+        run.write()
+    say(f"{objective} on {model_config.model_name_or_path}: {len(datasets['train'])} pairs")
+    trainer.train()
+
+    ###################
+    # Evaluate and save
+    ###################
+    metrics = trainer.evaluate()
+    trainer.save_model()
+    if trainer.is_world_process_zero():
+        say(f"curves: {tracking.plot_curves(args.output_dir)}")
+        if "gamma" in trainer.eval_columns and objective.name == "rmipo":
+            bounds = (objective.gamma_min, objective.gamma_max)
+            path = Path(args.output_dir) / "gamma.png"
+            say(f"gamma: {tracking.plot_gamma_histogram(trainer.eval_columns['gamma'], bounds, path)}")
+        run.finish(**metrics, parity=trainer.parity)
+        say(f"model: {args.output_dir}")
+
+
+if __name__ == "__main__":
+    main()
