@@ -519,8 +519,8 @@ class BetaDPO(Objective):
         keys = -(((gathered - mean) / std) ** 2) / 2 + gumbel
         kept = torch.zeros_like(gathered, dtype=torch.bool)
         kept[keys.topk(max(1, round(len(keys) * (1 - self.rho)))).indices] = True
-        mine = slice(ranks.rank * len(gap), (ranks.rank + 1) * len(gap))
-        return {**state, "batch_kept": kept[mine], "batch_center": gathered[kept].mean()}
+        owners = ranks.gather(torch.full_like(gap, ranks.rank)).cpu()  # ranks may have different numbers of pairs
+        return {**state, "batch_kept": kept[owners == ranks.rank], "batch_center": gathered[kept].mean()}
 
     def __call__(self, scores: PairScores, state: State | None = None) -> ObjectiveOutput:
         gap = _difference(logratios := scores.logratios(per_token=False))

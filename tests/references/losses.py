@@ -31,50 +31,55 @@ def log_ratio(y: Response, per_token: bool = False) -> float:
     return reduce(p - q for p, q in zip(y.cond, y.ref, strict=True))
 
 
-def dpo(w: Response, l: Response, beta: float) -> float:  # noqa: E741
-    return nls(beta * (log_ratio(w) - log_ratio(l)))
+def dpo(chosen: Response, rejected: Response, beta: float) -> float:
+    return nls(beta * (log_ratio(chosen) - log_ratio(rejected)))
 
 
-def slic(w: Response, l: Response, delta: float, sft_weight: float) -> float:  # noqa: E741
-    return max(0.0, delta - sum(w.cond) + sum(l.cond)) - sft_weight * sum(w.cond)
+def slic(chosen: Response, rejected: Response, delta: float, sft_weight: float) -> float:
+    return max(0.0, delta - sum(chosen.cond) + sum(rejected.cond)) - sft_weight * sum(chosen.cond)
 
 
-def ipo(w: Response, l: Response, tau: float) -> float:  # noqa: E741
-    return (log_ratio(w, True) - log_ratio(l, True) - 1 / (2 * tau)) ** 2
+def ipo(chosen: Response, rejected: Response, tau: float) -> float:
+    return (log_ratio(chosen, True) - log_ratio(rejected, True) - 1 / (2 * tau)) ** 2
 
 
 def cpo(pairs: list[tuple[Response, Response]], beta: float, sft_weight: float) -> float:
     """Of a whole micro-batch: its NLL is a mean over all chosen tokens."""
-    preference = mean(nls(beta * (sum(w.cond) - sum(l.cond))) for w, l in pairs)
-    return preference - sft_weight * mean(token for w, _ in pairs for token in w.cond)
+    preference = mean(nls(beta * (sum(chosen.cond) - sum(rejected.cond))) for chosen, rejected in pairs)
+    return preference - sft_weight * mean(token for chosen, _ in pairs for token in chosen.cond)
 
 
-def kto(pairs: list[tuple[Response, Response]], kl_log_ratios: list[float], beta: float, w_w: float, w_l: float) -> float:
-    """Of a whole micro-batch, over its 2B examples."""
-    sigmoid = lambda z: 1 / (1 + math.exp(-z))  # noqa: E731
+def kto(pairs: list[tuple[Response, Response]], kl_log_ratios: list[float], beta: float, weights) -> float:
+    """Of a whole micro-batch, over its 2B examples; `weights` are those of (chosen, rejected)."""
+
+    def sigmoid(z: float) -> float:
+        return 1 / (1 + math.exp(-z))
+
     z = beta * max(0.0, mean(kl_log_ratios))
-    chosen = [w_w * (1 - sigmoid(beta * log_ratio(w) - z)) for w, _ in pairs]
-    rejected = [w_l * (1 - sigmoid(z - beta * log_ratio(l))) for _, l in pairs]
-    return mean(chosen + rejected)
+    desirable = [weights[0] * (1 - sigmoid(beta * log_ratio(chosen) - z)) for chosen, _ in pairs]
+    undesirable = [weights[1] * (1 - sigmoid(z - beta * log_ratio(rejected))) for _, rejected in pairs]
+    return mean(desirable + undesirable)
 
 
-def simpo(w: Response, l: Response, beta: float, gamma: float) -> float:  # noqa: E741
-    return nls(beta * (mean(w.cond) - mean(l.cond)) - gamma)
+def simpo(chosen: Response, rejected: Response, beta: float, gamma: float) -> float:
+    return nls(beta * (mean(chosen.cond) - mean(rejected.cond)) - gamma)
 
 
-def simper(w: Response, l: Response) -> float:  # noqa: E741
-    return math.exp(mean(l.cond)) - math.exp(mean(w.cond))
+def simper(chosen: Response, rejected: Response) -> float:
+    return math.exp(mean(rejected.cond)) - math.exp(mean(chosen.cond))
 
 
-def rmipo(w: Response, l: Response, beta: float, gamma_min: float, gamma_max: float) -> float:  # noqa: E741
+def rmipo(chosen: Response, rejected: Response, beta: float, gamma_min: float, gamma_max: float) -> float:
     def pmi(y: Response) -> float:
         return mean(p - q for p, q in zip(y.cond, y.uncond, strict=True))
 
-    gamma = gamma_min + (gamma_max - gamma_min) * math.exp(-max(0.0, pmi(w) - pmi(l)))
-    return nls(beta * (mean(w.cond) - mean(l.cond)) - gamma)
+    gamma = gamma_min + (gamma_max - gamma_min) * math.exp(-max(0.0, pmi(chosen) - pmi(rejected)))
+    return nls(beta * (mean(chosen.cond) - mean(rejected.cond)) - gamma)
 
 
-def epsilon_step(logits: list[list[float]], ref_logits: list[list[float]], tokens: list[int], epsilon: float) -> float:
+def perturbed_logp(
+    logits: list[list[float]], ref_logits: list[list[float]], tokens: list[int], epsilon: float
+) -> float:
     """Summed log-prob of `tokens` under softmax((1 + epsilon) * logits - epsilon * ref_logits)."""
     total = 0.0
     for z, z_ref, token in zip(logits, ref_logits, tokens, strict=True):
