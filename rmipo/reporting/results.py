@@ -70,6 +70,15 @@ class Run:
     folder: Path
     record: dict
 
+    @property
+    def objective(self) -> dict:
+        """Name and hyperparameters of a preference run; {} for the SFT stage."""
+        return self.record.get("objective", {})
+
+    @property
+    def finished(self) -> bool:
+        return bool(self.record.get("finished"))
+
     def log(self) -> list[dict]:
         """The lines of metrics.jsonl, in the order of training."""
         path = self.folder / "metrics.jsonl"
@@ -94,9 +103,9 @@ def read_json(path: Path) -> dict:
     return content
 
 
-def load_result(outputs: Path, model: str, method: str, bench: str) -> Result | None:
-    """The finished result file of one evaluation, or None if there is none yet (absent or `finished` is false)."""
-    path = outputs / model / method / "eval" / f"{bench}.json"
+def load_result(folder: Path, bench: str) -> Result | None:
+    """The finished result of one benchmark in a run's folder, or None (file absent, or its `finished` is false)."""
+    path = folder / "eval" / f"{bench}.json"
     if not path.is_file():
         return None
     content = read_json(path)
@@ -104,7 +113,7 @@ def load_result(outputs: Path, model: str, method: str, bench: str) -> Result | 
         return None
     missing = [key for key in ("bench", "metrics", "versions", "settings") if key not in content]
     if missing:
-        raise ReportError(f"{path} lacks {missing}; delete it and run `{eval_command(model, method, bench)}` again")
+        raise ReportError(f"{path} lacks {missing}; delete it and evaluate again (make eval ... BENCH={bench})")
     if content["bench"] != bench:
         raise ReportError(f"{path} holds results of {content['bench']!r}, its name says {bench!r}; rename or remove it")
     return Result(path, bench, content["metrics"], content["versions"], content["settings"])

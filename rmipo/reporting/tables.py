@@ -9,7 +9,6 @@ from .results import (
     METHODS,
     PAPER_MODELS,
     ReportError,
-    Result,
     eval_command,
     load_result,
     load_run,
@@ -243,12 +242,9 @@ def fill(table: Table, outputs: Path, allow_mixed_versions: bool = False) -> Fil
     Raises ReportError where result files of one benchmark were made by different package versions, unless
     `allow_mixed_versions`, which makes it a note below the table.
     """
-    results: dict[tuple[str, str, str], Result | None] = {}
-    for cell in (cell for row in table.cells for cell in row):
-        key = (cell.model, cell.method, BENCH_OF_METRIC[cell.metric])
-        if key not in results:
-            results[key] = load_result(outputs, *key)
-    found = [result for result in results.values() if result]
+    keys = {(cell.model, cell.method, BENCH_OF_METRIC[cell.metric]) for row in table.cells for cell in row}
+    results = {(model, method, bench): load_result(outputs / model / method, bench) for model, method, bench in keys}
+    found = [result for _, result in sorted(results.items()) if result]
     notes = list(table.notes)
     conflicts = version_conflicts(found)
     if conflicts and not allow_mixed_versions:
@@ -283,7 +279,8 @@ def fill(table: Table, outputs: Path, allow_mixed_versions: bool = False) -> Fil
 
 def missing_commands(outputs: Path, model: str, method: str, bench: str) -> tuple[str, ...]:
     """What to run for a result that isn't there: the training first where the run's folder is missing too."""
-    train = method != "initial" and load_run(outputs, model, method) is None
+    run = load_run(outputs, model, method)
+    train = method != "initial" and not (run and run.finished)
     return ((train_command(model, method),) if train else ()) + (eval_command(model, method, bench),)
 
 

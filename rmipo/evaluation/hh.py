@@ -1,0 +1,88 @@
+"""Anthropic-HH win rate by log-probability: the share of test pairs in which the model prefers the chosen response.
+
+The main number, for every method alike, is the share with A(w) > A(l), A the log-probability per token. The paper says
+neither that nor otherwise (Figure 5), so the share by summed log-probability S and by the method's own reward stand
+beside it. A tie counts as a loss.
+"""
+
+import importlib.metadata
+from pathlib import Path
+
+import torch
+
+from rmipo.config import DataConfig
+from rmipo.data import load_pairs
+
+from .pair_scores import known_objective, native_rewards, needs_reference, read_run, score_model
+
+SUBSETS = ("helpful", "harmless")
+DEFAULTS = {
+    "helpful": None,  # each a block of data keys as in a recipe; its test split is scored
+    "harmless": None,
+    "max_length": 2048,
+    "max_prompt_length": 1800,
+    "batch_pairs": 8,
+    "dtype": "auto",
+}
+
+
+def win_rates(scores: dict[str, torch.Tensor], rewards: tuple[torch.Tensor, torch.Tensor] | None) -> dict[str, float]:
+    """Percent of pairs won: "" by A, "_sum" by S, and "_native" by `rewards` (chosen, rejected) where given."""
+    chosen, rejected = scores["chosen_logps"], scores["rejected_logps"]
+    sides = {
+        "": (chosen / scores["chosen_lengths"], rejected / scores["rejected_lengths"]),
+        "_sum": (chosen, rejected),
+    }
+    if rewards is not None:
+        sides["_native"] = rewards
+    return {name: 100 * (w > l).double().mean().item() for name, (w, l) in sides.items()}
+
+
+def run(model_dir: str | Path, output_dir: str | Path, settings: dict) -> dict:
+    """Score the HH test pairs of `settings["helpful"]` and `settings["harmless"]` with the model in `model_dir`.
+
+    One of the two may be left out; then there is no average. Per-pair scores go to `output_dir`/hh_<subset>.pt.
+    Returns {"metrics", "versions", "settings"}. Raises ValueError for wrong settings, before a model is loaded.
+    """
+    unknown = sorted(settings.keys() - DEFAULTS.keys())
+    if unknown:
+        raise ValueError(f"hh: unknown settings {unknown}; it has {sorted(DEFAULTS)}")
+    settings = DEFAULTS | settings
+    subsets = [name for name in SUBSETS if settings[name]]
+    if not subsets:
+        raise ValueError(
+            "hh: no data; say where the pairs are, e.g. helpful: {dataset_name: Anthropic/hh-rlhf, ...} in eval.yaml"
+        )
+    pairs = {name: load_pairs(DataConfig(**settings[name]), "test") for name in subsets}
+
+    run_record = read_run(model_dir)
+    objective = known_objective(run_record)
+    options = {key: settings[key] for key in ("max_length", "max_prompt_length", "batch_pairs", "dtype")}
+    output_dir = Path(output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    metrics: dict[str, float] = {}
+    for name in subsets:
+        scores, rows = score_model(model_dir, pairs[name], description=f"HH {name}", **options)
+        if objective is not None and needs_reference(objective):
+            recipe = run_record["recipe"]
+            reference, _ = score_model(
+                recipe["model_name_or_path"],
+                pairs[name],
+                revision=recipe.get("model_revision", "main"),
+                description=f"HH {name}, reference",
+                **options,
+            )
+            scores |= {f"ref_{side}_logps": reference[f"{side}_logps"] for side in ("chosen", "rejected")}
+        rewards = None if objective is None else native_rewards(objective, scores)
+        metrics |= {f"hh_{name}{suffix}": value for suffix, value in win_rates(scores, rewards).items()}
+        metrics[f"hh_{name}_pairs"] = len(rows)
+        torch.save({**scores, "row": torch.tensor(rows)}, output_dir / f"hh_{name}.pt")
+    if len(subsets) == len(SUBSETS):
+        for suffix in [key.removeprefix("hh_helpful") for key in metrics if key.startswith("hh_helpful")]:
+            if suffix != "_pairs":
+                metrics[f"hh_average{suffix}"] = sum(metrics[f"hh_{name}{suffix}"] for name in SUBSETS) / len(SUBSETS)
+    return {
+        "metrics": metrics,
+        "versions": {name: importlib.metadata.version(name) for name in ("transformers", "torch")},
+        "settings": settings,
+    }

@@ -1,0 +1,102 @@
+"""Score preference pairs with a saved model: what the HH win rate and the per-pair figures are computed from."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from rmipo.data import ChatFormat, tokenize_pairs
+from rmipo.objectives import OBJECTIVES, PairScores, build_objective
+from rmipo.scoring import score_pairs
+
+
+def score_model(
+    model_dir: str | Path,
+    pairs: Dataset,
+    *,
+    prior_context: str | None = None,
+    header_in_response: bool = False,
+    max_length: int = 2048,
+    max_prompt_length: int = 1800,
+    batch_pairs: int = 8,
+    dtype: str = "auto",
+    revision: str = "main",
+    description: str = "scoring",
+) -> tuple[dict[str, torch.Tensor], list[int]]:
+    """Score every usable pair of `pairs` (columns prompt, chosen, rejected, row) without gradients.
+
+    Args:
+        model_dir: a folder or hub id with the model and its tokenizer.
+        prior_context: "header", "bos" or "none" to score log pi(y) too (see `ChatFormat.prior_context`), else None.
+        header_in_response: whether the assistant header is scored as part of the response (the released code).
+        batch_pairs: pairs per packed row.
+
+    Returns:
+        Float32 tensors `(pairs,)` named like the fields of `PairScores`, and the source row of each pair.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(model_dir, revision=revision)
+    chat = ChatFormat.probe(tokenizer, header_in_response=header_in_response)
+    tokenized, report = tokenize_pairs(
+        pairs,
+        chat,
+        max_length=max_length,
+        max_prompt_length=max_prompt_length,
+        max_dropped_fraction=1.0,  # an evaluation counts what it can't use instead of refusing
+        max_truncated_fraction=1.0,
+    )
+    for line in report.lines():
+        tqdm.write(f"{description}: {line}")
+    model = AutoModelForCausalLM.from_pretrained(model_dir, revision=revision, dtype=dtype)
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    context = None if prior_context is None else chat.prior_context(prior_context)
+    scores = score_pairs(model, batches(tokenized, batch_pairs, description), context)
+    return scores, list(tokenized["row"])
+
+
+def batches(tokenized: Dataset, size: int, description: str) -> Iterator[list[dict]]:
+    with tqdm(total=len(tokenized), desc=description, unit="pair") as progress:
+        for start in range(0, len(tokenized), size):
+            batch = tokenized.select(range(start, min(start + size, len(tokenized)))).to_list()
+            yield batch
+            progress.update(len(batch))
+
+
+def read_run(model_dir: str | Path) -> dict | None:
+    """run.json beside a model trained here; None for other models (before training, from elsewhere)."""
+    path = Path(model_dir) / "run.json"
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def native_rewards(objective_config: dict, scores: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The rewards of chosen and rejected responses in the objective's own definition, each `(pairs,)`.
+
+    What the losses of KTO and epsilon-DPO need beyond a reference doesn't change the order of their rewards; neutral
+    values stand in for it: mismatched pairs with KL 0, perturbed policies that agree with the policy.
+    """
+    objective = build_objective(objective_config)
+    inputs = dict(scores)
+    if "mismatched" in objective.needs:
+        zeros = torch.zeros_like(inputs["chosen_logps"])
+        names = ("mismatched_chosen_logps", "mismatched_rejected_logps")
+        inputs |= {name: zeros for name in (*names, *(f"ref_{name}" for name in names))}
+    if "reference_logits" in objective.needs:
+        logratios = inputs["chosen_logps"] - inputs["rejected_logps"]
+        inputs |= {"plus_logratios": logratios, "minus_logratios": logratios}
+    if "prior" in objective.needs and "prior_chosen_logps" not in inputs:  # the margin isn't part of a reward
+        inputs |= {f"prior_{side}_logps": inputs[f"{side}_logps"] for side in ("chosen", "rejected")}
+    output = objective(PairScores(**inputs))
+    return output.chosen_rewards, output.rejected_rewards
+
+
+def needs_reference(objective_config: dict) -> bool:
+    return bool({"reference", "reference_logits"} & build_objective(objective_config).needs)
+
+
+def known_objective(run: dict | None) -> dict | None:
+    """The objective a model was trained with, or None (no run.json, or a stage without one)."""
+    objective = (run or {}).get("objective")
+    return objective if objective and objective.get("name") in OBJECTIVES else None

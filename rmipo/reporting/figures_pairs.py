@@ -1,0 +1,180 @@
+"""Figures drawn from per-pair scores: 3 (two signals on HH), 6 (reward differences), 8 (the margin gamma).
+
+Functions of plain arrays; `pair_scores` says where the arrays come from.
+"""
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+
+from rmipo.margin import SCHEDULES, scheduled_margin
+
+from .figures import (
+    BLUE,
+    GREEN,
+    GREY,
+    ORANGE,
+    PURPLE,
+    RED,
+    density,
+    house_style,
+    jitter,
+    method_color,
+    method_label,
+    panel_letter,
+    panels,
+    wasserstein,
+)
+
+BEHIND_TEXT = {"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 0.5}
+AT_BOUND = 0.01  # gamma this close to gamma_min counts as at it: the exponential reaches it only in the limit
+PAPER_GAMMA_PEAKS = {"mistral-7b-instruct": 0.4, "llama3-8b-instruct": 1.4}  # App. D, Figure 8 right
+
+
+def window(samples: list[np.ndarray], share: float = 0.99) -> np.ndarray:
+    """401 points over the central `share` of all samples together, zero included."""
+    tail = (1 - share) / 2
+    low = min(np.quantile(sample, tail) for sample in samples)
+    high = max(np.quantile(sample, 1 - tail) for sample in samples)
+    margin = 0.05 * (high - low)
+    return np.linspace(min(low, 0) - margin, max(high, 0) + margin, 401)
+
+
+@house_style
+def figure3(signals: dict[str, dict[str, np.ndarray]], title: str) -> Figure:
+    """Density of the log-likelihood and PMI differences of a pair, one panel per HH subset.
+
+    Args:
+        signals: subset -> {"loglik": (pairs,), "pmi": (pairs,)}, in nats per token.
+    """
+    names = {
+        "loglik": (r"$\Delta\log\pi(y|x)/|y|$", BLUE),
+        "pmi": (r"$\Delta$pmi$/|y|$", RED),
+    }
+    figure, axes = panels(len(signals), height=2.5)
+    for axis, letter, (subset, values) in zip(axes, "abc", signals.items(), strict=False):
+        grid = window(list(values.values()))
+        for key, (label, color) in names.items():
+            sample = values[key]
+            curve = density(sample, grid)
+            summary = f"{100 * np.mean(sample > 0):.0f}% > 0, mean/std {sample.mean() / sample.std():+.2f}"
+            axis.plot(grid, curve, color=color, label=f"{label}: {summary}")
+            axis.fill_between(grid, curve, color=color, alpha=0.12, linewidth=0)
+        axis.axvline(0, color=GREY, linewidth=0.8, linestyle="--")
+        axis.set_ylim(0, None)
+        axis.margins(x=0)
+        axis.set_xlabel("Chosen minus rejected (nats per token)")
+        axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.22))
+        panel_letter(axis, letter, f"{subset.capitalize()}, {title} ({len(values['pmi'])} pairs)")
+    axes[0].set_ylabel("Density")
+    return figure
+
+
+@house_style
+def figure6(reference: np.ndarray, rewards: dict[str, np.ndarray], title: str, seed: int = 0) -> Figure:
+    """Density of reward differences of each method beside that of the judge's (REF).
+
+    All are divided by their own standard deviation, since no two have the same unit; zero stays zero. The legend
+    gives the 1-Wasserstein distance to REF in that unit.
+
+    Args:
+        reference: (pairs,) judge's score of chosen minus rejected, made continuous with bounded jitter.
+        rewards: method -> (pairs,) the method's reward of chosen minus rejected.
+    """
+    judged = jitter(reference, seed)
+    judged = judged / judged.std()
+    scaled = {method: values / values.std() for method, values in rewards.items()}
+    figure, (axis,) = panels(1, height=2.8)
+    grid = window([judged, *scaled.values()])
+    curve = density(judged, grid)
+    axis.fill_between(grid, curve, color=GREY, alpha=0.25, linewidth=0)
+    axis.plot(grid, curve, color=GREY, label="REF (judge's score)")
+    for method, values in scaled.items():
+        label = f"{method_label(method)}: distance to REF {wasserstein(values, judged):.2f}"
+        axis.plot(grid, density(values, grid), color=method_color(method), label=label)
+    axis.axvline(0, color=GREY, linewidth=0.8, linestyle="--")
+    axis.set_ylim(0, 1.3 * axis.get_ylim()[1])  # headroom for the legend
+    axis.margins(x=0)
+    axis.set_xlabel("Reward of chosen minus rejected (standard deviations)")
+    axis.set_ylabel("Density")
+    axis.set_title(f"{title}, {len(judged)} pairs", loc="left")
+    axis.legend(loc="upper right")
+    return figure
+
+
+@house_style
+def figure8(
+    gammas: dict[str, np.ndarray], gamma_min: float, gamma_max: float, title: str, paper_peak: float | None = None
+) -> Figure:
+    """Left: gamma over the PMI difference. Right: its empirical distribution, one row for each reading of the formula.
+
+    The curve is the density of the pairs strictly between the bounds (left scale); the pins are the shares of pairs
+    at the two bounds (right scale), which a density estimate would smear into peaks that aren't there.
+
+    Args:
+        gammas: reading -> (pairs,) margins.
+    """
+    figure, axes = panels(2, height=1.25, rows=len(gammas), width_ratios=(1, 1.35))
+    specs = axes[0].get_gridspec()
+    for axis in axes[0::2]:
+        axis.remove()
+    draw_schedules(figure.add_subplot(specs[:, 0]), gamma_min, gamma_max)
+    for axis, letter, (reading, values) in zip(axes[1::2], "bcd", gammas.items(), strict=False):
+        draw_gamma(axis, values, gamma_min, gamma_max, paper_peak)
+        panel_letter(axis, letter, f"{reading}: mean {values.mean():.2f}")
+    for axis in axes[1:-1:2]:
+        axis.tick_params(labelbottom=False)
+    axes[-1].set_xlabel(r"$\gamma$" + ("" if paper_peak is None else " (dotted: the paper's peak)"))
+    figure.suptitle(title, fontsize=9)
+    return figure
+
+
+def draw_schedules(axis, gamma_min: float, gamma_max: float) -> None:
+    signal = torch.linspace(-1, 4, 501)
+    colors = {"exponential": RED, "linear": BLUE, "cosine": GREEN, "constant": ORANGE}
+    for schedule in SCHEDULES:
+        main = schedule == "exponential"
+        axis.plot(
+            signal,
+            scheduled_margin(signal, gamma_min, gamma_max, schedule),
+            color=colors[schedule],
+            linewidth=2 if main else 1,
+            linestyle="-" if main else "--",
+            label=schedule,
+        )
+    axis.set_yticks(sorted({gamma_min, gamma_max, round((gamma_min + gamma_max) / 2, 4)}))
+    axis.set_xlabel(r"$\Delta$pmi")
+    axis.set_ylabel(r"$\gamma$")
+    axis.margins(x=0)
+    axis.legend(loc="upper right")
+    panel_letter(axis, "a", "Schedules (Table 7)")
+
+
+def draw_gamma(axis, values: np.ndarray, low: float, high: float, paper_peak: float | None) -> None:
+    at_low, at_high = values <= low + AT_BOUND, values >= high - 1e-6
+    inner = values[~at_low & ~at_high]
+    span = high - low
+    if len(inner) > 1:
+        grid = np.linspace(low, high, 401)
+        curve = density(inner, grid, low, high)
+        axis.plot(grid, curve, color=PURPLE)
+        axis.fill_between(grid, curve, color=PURPLE, alpha=0.15, linewidth=0)
+    axis.set_ylim(0, None)
+    pins = axis.twinx()
+    pins.grid(False)
+    pins.spines["right"].set_visible(True)
+    for x, share in ((low, at_low.mean()), (high, at_high.mean())):
+        if share == 0:
+            continue
+        pins.plot([x, x], [0, share], color="black", linewidth=2)
+        pins.plot(x, share, "o", color="black", markersize=4)
+        side = "left" if x == low else "right"
+        offset = 0.03 * span if x == low else -0.03 * span
+        pins.text(x + offset, share, f"{100 * share:.0f}%", ha=side, va="center", fontsize=7.5, bbox=BEHIND_TEXT)
+    pins.set_ylim(0, 1.08)
+    pins.set_ylabel("At a bound")
+    pins.set_yticks([0, 0.5, 1], ["0", "50%", "100%"])
+    if paper_peak is not None:
+        axis.axvline(paper_peak, color=GREY, linewidth=0.8, linestyle=":")
+    axis.set_xlim(low - 0.06 * span, high + 0.06 * span)
+    axis.set_ylabel("Density")

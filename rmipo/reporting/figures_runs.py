@@ -1,0 +1,189 @@
+"""Figures made from run folders and result files: 2 (sensitivity), 5 (HH win rates), 7 (cost and training curves)."""
+
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
+
+from .figures import GREY, house_style, method_color, method_label, panel_letter, panels, smooth
+from .results import (
+    BENCH_OF_METRIC,
+    PAPER_MODELS,
+    ReportError,
+    Run,
+    eval_command,
+    find_runs,
+    load_result,
+    load_run,
+    paper_rows,
+    train_command,
+)
+from .tables import METRIC_LABELS, model_label
+
+FIGURE5_METHODS = ("dpo", "simpo", "simper", "rmipo")
+FIGURE7_METHODS = ("dpo", "beta-dpo", "epsilon-dpo", "alpha-dpo", "simpo", "simper", "rmipo")
+
+
+@house_style
+def figure2(outputs: Path, model: str, metric: str = "mt_bench") -> Figure:
+    """`metric` over DPO's beta, SimPO's beta at gamma 1.0, and SimPO's gamma at beta 2.0; dashed: before training.
+
+    Every run folder below outputs/<model> counts, whatever it is called: hyperparameters are read from run.json.
+    `metric` is one of an evaluation (mt_bench, ...) or the last value of a logged one (eval_rewards/accuracies, ...).
+    """
+    runs = find_runs(outputs, model)
+    curves = {
+        ("dpo", "beta", "DPO, varying $\\beta$"): lambda objective: True,
+        ("simpo", "beta", "SimPO, varying $\\beta$ ($\\gamma=1.0$)"): lambda objective: objective["gamma"] == 1.0,
+        ("simpo", "gamma", "SimPO, varying $\\gamma$ ($\\beta=2.0$)"): lambda objective: objective["beta"] == 2.0,
+    }
+    figure, axes = panels(len(curves), sharey=True)
+    initial = load_result(outputs / model / "initial", BENCH_OF_METRIC.get(metric, ""))
+    for axis, letter, ((method, key, title), on_the_line) in zip(axes, "abc", curves.items(), strict=True):
+        points: dict[float, float] = {}
+        for run in runs:
+            objective = run.objective
+            if objective.get("name") == method and on_the_line(objective):
+                value = run_metric(run, metric)
+                if value is not None:
+                    points[objective[key]] = value
+        if len(points) < 2:
+            raise ReportError(
+                f"figure 2 needs at least two runs of {method} on {model} with different {key} and {metric}, found "
+                f"{len(points)}: run `make sweep MODEL={model} METHOD={method}`"
+                + (f", then `make eval ... BENCH={BENCH_OF_METRIC[metric]}`" if metric in BENCH_OF_METRIC else "")
+                + f" (looked for run.json below {outputs / model})"
+            )
+        xs = sorted(points)
+        positions = range(len(xs))  # the grids are not evenly spaced on any one scale
+        axis.plot(positions, [points[x] for x in xs], marker="o", color=method_color(method))
+        axis.set_xticks(list(positions), [f"{x:g}" for x in xs])
+        axis.margins(x=0.08)
+        if initial is not None:
+            axis.axhline(initial.metrics[metric], color=GREY, linestyle="--", linewidth=1)
+            axis.text(
+                0.02, initial.metrics[metric], "before training", transform=axis.get_yaxis_transform(),
+                va="bottom", color=GREY, fontsize=7,
+            )  # fmt: skip
+        axis.set_xlabel(f"$\\{key}$")
+        panel_letter(axis, letter, title)
+    axes[0].set_ylabel(METRIC_LABELS.get(metric, metric))
+    return figure
+
+
+def run_metric(run: Run, metric: str) -> float | None:
+    """A metric of a run: from its evaluation, or else the last one logged; None where there is none."""
+    if metric in BENCH_OF_METRIC:
+        result = load_result(run.folder, BENCH_OF_METRIC[metric])
+        return None if result is None else result.metrics[metric]
+    values = [row[metric] for row in run.log() if metric in row]
+    return values[-1] if values else None
+
+
+@house_style
+def figure5(outputs: Path, model: str) -> Figure:
+    """HH win rates (share of test pairs with A(w) > A(l)) by method; black lines: the paper's averages."""
+    results = {method: load_result(outputs / model / method, "hh") for method in FIGURE5_METHODS}
+    results = {method: result for method, result in results.items() if result is not None}
+    if not results:
+        raise ReportError(
+            f"figure 5 has no HH results of {model}: run `{train_command(model, 'rmipo')}`, then "
+            f"`{eval_command(model, 'rmipo', 'hh')}`, and the same for any of {', '.join(FIGURE5_METHODS[:-1])}"
+        )
+    paper = {row["method"]: float(row["average_win_rate"]) for row in paper_rows("figure5") if row["setting"] == model}
+    groups = {"hh_helpful": "Helpful", "hh_harmless": "Harmless", "hh_average": "Average"}
+    figure, (axis,) = panels(1, height=2.4)
+    width = 0.8 / len(results)
+    lowest = 100.0
+    for index, (method, result) in enumerate(results.items()):
+        shown = [(x, result.metrics[name]) for x, name in enumerate(groups) if name in result.metrics]
+        positions = [x + (index - (len(results) - 1) / 2) * width for x, _ in shown]
+        values = [value for _, value in shown]
+        axis.bar(positions, values, 0.92 * width, color=method_color(method), label=method_label(method))
+        tops = list(values)
+        if method in paper and "hh_average" in result.metrics:
+            x, tops[-1] = positions[-1], max(values[-1], paper[method])
+            axis.hlines(paper[method], x - 0.46 * width, x + 0.46 * width, color="black", linewidth=1.6, zorder=3)
+        for x, top, value in zip(positions, tops, values, strict=True):
+            axis.annotate(f"{value:.1f}", (x, top), (0, 2), textcoords="offset points", ha="center", fontsize=7)
+        lowest = min(lowest, *values)
+    if paper:
+        axis.plot([], [], color="black", linewidth=1.6, label="the paper's average")
+    axis.axhline(50, color=GREY, linewidth=0.8, linestyle="--")  # chance
+    axis.set_ylim(50 if lowest > 50 else 5 * np.floor(lowest / 5) - 5, None)
+    axis.margins(y=0.12)
+    axis.set_xticks(range(len(groups)), list(groups.values()))
+    axis.grid(axis="x", visible=False)
+    axis.set_ylabel("Win rate of chosen (%)")
+    axis.set_title(f"Anthropic-HH test pairs, {model_label(model)}", loc="left")
+    figure.legend(ncols=len(results) + 1, loc="outside lower center")
+    return figure
+
+
+@house_style
+def figure7(outputs: Path, model: str) -> Figure:
+    """Training hours and peak memory; margin and win rate over training, in units common to all methods."""
+    runs = {method: load_run(outputs, model, method) for method in FIGURE7_METHODS}
+    runs = {method: run for method, run in runs.items() if run is not None}
+    if not runs:
+        raise ReportError(f"figure 7 has no runs of {model} below {outputs}: run `{train_command(model, 'rmipo')}`")
+    figure, (cost, margin, accuracy) = panels(3, height=2.5, width_ratios=(1.15, 1, 1))
+    draw_costs(cost, {method: run.log() for method, run in runs.items()}, model)
+    curves = ((margin, "common/margin_avg_logp", 1.0), (accuracy, "common/acc_avg_logp", 100.0))
+    for method, run in runs.items():
+        for axis, key, scale in curves:
+            rows = [row for row in run.log() if key in row]
+            if len(rows) < 2:
+                raise ReportError(f"{run.folder}/metrics.jsonl has {len(rows)} lines with {key}; lower logging_steps")
+            values = scale * np.array([row[key] for row in rows])
+            window = max(1, len(values) // 20)
+            axis.plot(
+                [row["step"] for row in rows],
+                smooth(values, window),
+                color=method_color(method),
+                linewidth=1.8 if method == "rmipo" else 1.1,
+                label=method_label(method),
+            )
+    for axis in (margin, accuracy):
+        axis.set_xlabel("Step")
+        axis.margins(x=0.02)
+    margin.set_ylabel("$A(y_w|x)-A(y_l|x)$ (nats)")
+    accuracy.set_ylabel("Pairs with $A(y_w|x)>A(y_l|x)$")
+    accuracy.yaxis.set_major_formatter(PercentFormatter(decimals=0))
+    panel_letter(margin, "b", "Margin")
+    panel_letter(accuracy, "c", "Win rate")
+    handles, labels = margin.get_legend_handles_labels()
+    figure.legend(handles, labels, ncols=len(labels), loc="outside lower center")
+    return figure
+
+
+def draw_costs(axis, logs: dict[str, list[dict]], model: str) -> None:
+    """Bars of training hours with peak memory written on them; the paper's hours as open diamonds."""
+    paper = {row["method"]: float(row["hours"]) for row in paper_rows("efficiency")} if model in PAPER_MODELS else {}
+    hours, memory = {}, {}
+    for method, rows in logs.items():
+        runtimes = [row["train_runtime"] for row in rows if "train_runtime" in row]
+        peaks = [row["peak_memory_gib"] for row in rows if "peak_memory_gib" in row]
+        hours[method] = runtimes[-1] / 3600 if runtimes else float("nan")
+        memory[method] = max(peaks, default=float("nan"))
+    in_minutes = max(hours.values()) < 1
+    scale = 60 if in_minutes else 1
+    methods = list(hours)
+    values = [scale * hours[method] for method in methods]
+    axis.barh(range(len(methods)), values, 0.7, color=[method_color(method) for method in methods])
+    for row, method in enumerate(methods):
+        axis.annotate(
+            f"{memory[method]:.1f} GiB", (0, row), (3, 0), textcoords="offset points", color="white", fontsize=7, va="center"
+        )
+    label = "Training time (minutes)" if in_minutes else "Training time (hours)"
+    if paper and not in_minutes:
+        known = [(paper[method], row) for row, method in enumerate(methods) if method in paper]
+        axis.plot(*zip(*known, strict=True), "D", markersize=4, mfc="white", mec="black", mew=0.8)
+        label += r", $\diamond$: paper"
+    axis.set_yticks(range(len(methods)), [method_label(method) for method in methods])
+    axis.invert_yaxis()
+    axis.grid(axis="y", visible=False)
+    axis.set_xlim(left=0)
+    axis.set_xlabel(label)
+    panel_letter(axis, "a", "Time and peak memory")
