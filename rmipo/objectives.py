@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from rmipo.margin import SCHEDULES, delta_pmi, pmi, scheduled_margin
+from .margin import SCHEDULES, delta_pmi, pmi, scheduled_margin
 
 State = dict[str, Tensor]  # 0-dimensional float64 tensors on the CPU; transient keys start with "batch_"
 

@@ -1,0 +1,159 @@
+"""The same model and the same pairs give the same loss as TRL's own trainers.
+
+Our scores come from the plain logits of the token ids that the TRL trainer collated, so neither our data path nor our
+packing has a part in this.
+"""
+
+import pytest
+import torch
+from datasets import Dataset
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
+from trl.experimental.cpo import CPOConfig, CPOTrainer
+
+from rmipo.objectives import PairScores, build_objective
+
+WORDS = list("abcdefghijklmnop")
+PAIRS = [  # prompt, chosen, rejected; lengths differ on purpose
+    ("a b c", "d e f g", "h i"),
+    ("d e", "a", "b c d e f"),
+    ("f g h i j", "k l m", "n o"),
+    ("p", "o n m l k", "a b c d"),
+]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    vocabulary = {word: index for index, word in enumerate(["<pad>", "<unk>", "<s>", "</s>", *WORDS])}
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    special = {"pad_token": "<pad>", "unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+    return PreTrainedTokenizerFast(tokenizer_object=words, **special)
+
+
+def tiny_llama(seed: int) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=4 + len(WORDS),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        initializer_range=0.3,  # far from uniform, so that log-probs differ
+        pad_token_id=0,
+        bos_token_id=2,
+        eos_token_id=3,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+def arguments(tmp_path, **options) -> dict:
+    base = {"output_dir": str(tmp_path), "per_device_train_batch_size": len(PAIRS), "report_to": "none"}
+    return {**base, "use_cpu": True, "bf16": False, "max_length": 64, "gradient_checkpointing": False, **options}
+
+
+def paired_dataset() -> Dataset:
+    return Dataset.from_list([{"prompt": p, "chosen": f" {w}", "rejected": f" {r}"} for p, w, r in PAIRS])
+
+
+@torch.no_grad()
+def response_logps(model, input_ids, attention_mask, response_mask) -> tuple[torch.Tensor, torch.Tensor]:
+    """Summed log-probs and numbers of the response tokens, from the full logits in float64."""
+    logps = model(input_ids=input_ids, attention_mask=attention_mask).logits[:, :-1].double().log_softmax(-1)
+    picked = logps.gather(-1, input_ids[:, 1:, None]).squeeze(-1)
+    mask = response_mask[:, 1:].bool()
+    return (picked * mask).sum(-1), mask.sum(-1)
+
+
+def first_batch(trainer) -> dict:
+    return next(iter(trainer.get_train_dataloader()))
+
+
+def trl_loss(trainer, batch) -> float:
+    with torch.no_grad():
+        return trainer.compute_loss(trainer.model, batch).item()
+
+
+@pytest.mark.parametrize(
+    ("loss_type", "beta", "block"),
+    [
+        ("sigmoid", 0.3, {"name": "dpo", "beta": 0.3}),
+        ("ipo", 0.3, {"name": "ipo", "tau": 0.3}),
+    ],
+)
+def test_dpo_trainer(tmp_path, tokenizer, loss_type, beta, block):
+    policy, reference = tiny_llama(0), tiny_llama(1)
+    trainer = DPOTrainer(
+        model=policy,
+        ref_model=reference,
+        args=DPOConfig(**arguments(tmp_path, loss_type=[loss_type], beta=beta)),
+        train_dataset=paired_dataset(),
+        processing_class=tokenizer,
+    )
+    batch = first_batch(trainer)
+    inputs = batch["input_ids"], batch["attention_mask"], batch["completion_mask"]
+    logps, lengths = response_logps(policy, *inputs)
+    ref_logps, _ = response_logps(reference, *inputs)
+    scores = PairScores(*logps.chunk(2), *lengths.chunk(2), None, None, *ref_logps.chunk(2))
+    assert sorted(scores.chosen_lengths.tolist()) == [2, 4, 5, 6]  # the words and one end token
+    assert build_objective(block)(scores).losses.mean().item() == pytest.approx(trl_loss(trainer, batch), rel=1e-5)
+
+
+def test_kto_trainer(tmp_path, tokenizer):
+    policy, reference = tiny_llama(1), tiny_llama(0)  # this way round the KL estimate is positive
+    # TRL samples in order; both labels in one batch.
+    examples = [{"prompt": p, "completion": f" {w}", "label": True} for p, w, _ in PAIRS]
+    examples += [{"prompt": p, "completion": f" {r}", "label": False} for p, _, r in PAIRS]
+    options = {"beta": 0.3, "desirable_weight": 1.5, "per_device_train_batch_size": 2 * len(PAIRS)}
+    trainer = KTOTrainer(
+        model=policy,
+        ref_model=reference,
+        args=KTOConfig(**arguments(tmp_path, **options)),
+        train_dataset=Dataset.from_list(examples),
+        processing_class=tokenizer,
+    )
+    batch = first_batch(trainer)
+    assert list(batch["label"]) == [True] * len(PAIRS) + [False] * len(PAIRS)
+    columns = []
+    for prefix in ("", "KL_"):
+        inputs = [batch[prefix + key] for key in ("input_ids", "attention_mask", "completion_mask")]
+        for model in (policy, reference):
+            logps, lengths = response_logps(model, *inputs)
+            columns.append((logps.chunk(2), lengths.chunk(2)))
+    (logps, lengths), (ref, _), (mismatched, _), (ref_mismatched, _) = columns
+    scores = PairScores(*logps, *lengths, None, None, *ref, *mismatched, *ref_mismatched)
+    objective = build_objective({"name": "kto", "beta": 0.3, "desirable_weight": 1.5})
+    out = objective(scores)
+    assert out.diagnostics["z_ref"][0] > 0  # otherwise the KL term would go untested
+    assert out.losses.mean().item() == pytest.approx(trl_loss(trainer, batch), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "block"),
+    [
+        ({"loss_type": "sigmoid", "beta": 0.3, "cpo_alpha": 0.0}, {"name": "cpo", "beta": 0.3, "sft_weight": 0}),
+        ({"loss_type": "sigmoid", "beta": 0.3, "cpo_alpha": 0.7}, {"name": "cpo", "beta": 0.3, "sft_weight": 0.7}),
+        (
+            {"loss_type": "simpo", "beta": 2.5, "simpo_gamma": 1.25, "cpo_alpha": 0.0},
+            {"name": "simpo", "beta": 2.5, "gamma": 1.25},
+        ),
+    ],
+)
+def test_cpo_trainer(tmp_path, tokenizer, options, block):
+    policy = tiny_llama(0)
+    trainer = CPOTrainer(
+        model=policy,
+        args=CPOConfig(**arguments(tmp_path, **options)),
+        train_dataset=paired_dataset(),
+        processing_class=tokenizer,
+    )
+    batch = first_batch(trainer)
+    sides = []
+    for side in ("chosen", "rejected"):
+        labels = batch[f"{side}_labels"]
+        mask = labels != -100
+        sides.append(response_logps(policy, batch[f"{side}_input_ids"], batch[f"{side}_attention_mask"], mask))
+    (chosen, chosen_lengths), (rejected, rejected_lengths) = sides
+    scores = PairScores(chosen, rejected, chosen_lengths, rejected_lengths)
+    assert build_objective(block)(scores).losses.mean().item() == pytest.approx(trl_loss(trainer, batch), rel=1e-5)
