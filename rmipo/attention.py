@@ -33,28 +33,38 @@ def resolve_kind(kind: str, device: torch.device) -> str:
 def attach(model: PreTrainedModel, kind: str) -> None:
     """Switch `model` to the attention implementation that serves `kind` ("plain": ordinary unpacked rows).
 
-    Raises ValueError where the architecture has attention features that packed rows can't serve.
+    Raises ValueError where the architecture has features that packed rows can't serve, naming them.
     """
-    config = model.config.get_text_config()
     if kind != "plain":
-        features = {
-            "attn_logit_softcapping": "soft-capped attention scores",
-            "attention_chunk_size": "chunked attention",
-            "linear_num_value_heads": "linear attention layers",
-            "mamba_d_state": "state-space layers",
-        }
-        found = [text for key, text in features.items() if getattr(config, key, None) is not None]
-        if found or not model._supports_attention_backend:
+        found = _unserved_features(model)
+        if found:
             raise ValueError(
-                f"{type(model).__name__} can't run on packed preference rows: it has "
-                f"{' and '.join(found) or 'no pluggable attention'}. Use a decoder with plain softmax attention "
-                "(Llama, Mistral, Qwen2/3, Gemma 3, ...)."
+                f"{type(model).__name__} can't run on packed preference rows: it has {' and '.join(found)}. "
+                "Use a decoder with plain softmax attention (Llama, Mistral, Qwen2/3, Gemma 3, ...)."
             )
-        if kind != "segment" and len(_windows(config)) > 1:
+        if kind != "segment" and len(_windows(model.config.get_text_config())) > 1:
             raise ValueError(
                 f"attention: {kind} can't mix sliding and full layers as {type(model).__name__} does; use attention: segment"
             )
     model.set_attn_implementation("sdpa" if kind == "plain" else IMPLEMENTATIONS[kind])
+
+
+def _unserved_features(model: PreTrainedModel) -> list[str]:
+    """What would make scores of a packed row differ from those of its sequences; empty for a plain decoder."""
+    config = model.config.get_text_config()
+    layer_types = set(getattr(config, "layer_types", None) or [])
+    found = [f"{kind.replace('_', ' ')} layers" for kind in sorted(layer_types - {"full_attention", "sliding_attention"})]
+    if model._is_stateful and not found:
+        found.append("recurrent layers")
+    if getattr(config, "attn_logit_softcapping", None) is not None:
+        found.append("soft-capped attention scores")
+    if any(name.endswith(".sinks") for name, _ in model.named_parameters()):
+        found.append("attention sinks")
+    if config.is_encoder_decoder:
+        found.append("an encoder")
+    if not found and not model._supports_attention_backend:
+        found.append("no pluggable attention")
+    return found
 
 
 def forward_kwargs(kind: str, row: PackedRow, config: PreTrainedConfig) -> dict:
