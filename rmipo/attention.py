@@ -42,10 +42,6 @@ def attach(model: PreTrainedModel, kind: str) -> None:
                 f"{type(model).__name__} can't run on packed preference rows: it has {' and '.join(found)}. "
                 "Use a decoder with plain softmax attention (Llama, Mistral, Qwen2/3, Gemma 3, ...)."
             )
-        if kind != "segment" and len(_windows(model.config.get_text_config())) > 1:
-            raise ValueError(
-                f"attention: {kind} can't mix sliding and full layers as {type(model).__name__} does; use attention: segment"
-            )
     model.set_attn_implementation("sdpa" if kind == "plain" else IMPLEMENTATIONS[kind])
 
 
@@ -71,17 +67,19 @@ def forward_kwargs(kind: str, row: PackedRow, config: PreTrainedConfig) -> dict:
     """The keyword arguments of the model's forward that make it attend within `row`'s segments."""
     if kind == "segment":
         return {"segments": row["segments"]}
-    (window,) = _windows(config.get_text_config())
-    return {"attention_mask": _block_mask(row, window) if kind == "flex" else dense_mask(row, window)}
+    make_mask = _block_mask if kind == "flex" else dense_mask
+    masks = {layer_type: make_mask(row, window) for layer_type, window in _windows(config.get_text_config()).items()}
+    # Models that mix layer types take a mask for each; the others take the mask itself.
+    return {"attention_mask": masks if len(masks) > 1 else next(iter(masks.values()))}
 
 
-def _windows(config: PreTrainedConfig) -> set[int | None]:
-    """Sliding windows of the model's layers; None stands for full attention."""
+def _windows(config: PreTrainedConfig) -> dict[str, int | None]:
+    """Sliding window of each type of layer that the model has; None stands for full attention."""
     window = getattr(config, "sliding_window", None)
     if window is None or not getattr(config, "use_sliding_window", True):
-        return {None}
+        return {"full_attention": None}
     layer_types = getattr(config, "layer_types", None) or ["sliding_attention"]
-    return {window if kind == "sliding_attention" else None for kind in layer_types}
+    return {kind: window if kind == "sliding_attention" else None for kind in layer_types}
 
 
 def _position_tables(row: PackedRow) -> tuple[torch.Tensor, torch.Tensor]:

@@ -118,7 +118,11 @@ def test_architectures_that_packed_rows_cannot_serve_are_refused(name):
         attention.attach(model, "segment")
 
 
-def test_mixed_windows_need_the_segment_kernel():
-    model = make_twin(SERVED["gemma-3-1b"]())
-    with pytest.raises(ValueError, match="dense can't mix sliding and full layers .* use attention: segment"):
-        attention.attach(model, "dense")
+@pytest.mark.parametrize("name", ["gemma-3-1b", "gemma-3-4b", "phi-3"])
+def test_dense_masks_of_mixed_layers_equal_the_segment_kernel(name):
+    model = make_twin(SERVED[name]())
+    pairs = make_pairs(4, seed=3)
+    segment = scoring.score_pairs(model, [pairs], kind="segment")
+    dense = scoring.score_pairs(model, [pairs], kind="dense")
+    for field, values in segment.items():
+        torch.testing.assert_close(dense[field], values, atol=3e-4, rtol=0, msg=field)
