@@ -49,7 +49,9 @@ def _unserved_features(model: PreTrainedModel) -> list[str]:
     """What would make scores of a packed row differ from those of its sequences; empty for a plain decoder."""
     config = model.config.get_text_config()
     layer_types = set(getattr(config, "layer_types", None) or [])
-    found = [f"{kind.replace('_', ' ')} layers" for kind in sorted(layer_types - {"full_attention", "sliding_attention"})]
+    found = [
+        f"{kind.replace('_', ' ')} layers" for kind in sorted(layer_types - {"full_attention", "sliding_attention"})
+    ]
     if model._is_stateful and not found:
         found.append("recurrent layers")
     if getattr(config, "attn_logit_softcapping", None) is not None:
