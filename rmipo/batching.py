@@ -67,14 +67,33 @@ class StepSampler(Sampler):
 
 
 class MicroBatchRows(Dataset):
-    """A tokenised dataset indexed by micro-batch: gives `(rows, micro_batch)` with rows as dicts."""
+    """A tokenised dataset indexed by micro-batch: gives `(rows, micro_batch)` with rows as dicts.
 
-    def __init__(self, dataset):
+    Args:
+        dataset: from `data.tokenize_pairs`.
+        mismatched: also give each row the responses of the dataset's next row (KTO), as `mismatched_chosen_ids` and
+            `mismatched_rejected_ids`. The partner is fixed by the dataset, so its reference can be scored beforehand.
+    """
+
+    def __init__(self, dataset, mismatched: bool = False):
         self.dataset = dataset
+        self.mismatched = mismatched
+        self.columns: dict[str, torch.Tensor] = {}  # further per-row values, `(len(dataset),)` each
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __getitem__(self, micro_batch: MicroBatch) -> tuple[list[dict], MicroBatch]:
-        columns = self.dataset[list(micro_batch.indices)]
-        return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)], micro_batch
+        rows = self._rows(micro_batch.indices)
+        if self.mismatched:
+            partners = self._rows([(i + 1) % len(self) for i in micro_batch.indices])
+            for row, partner in zip(rows, partners, strict=True):
+                row |= {f"mismatched_{side}": partner[side] for side in ("chosen_ids", "rejected_ids")}
+        for name, values in self.columns.items():
+            for row, index in zip(rows, micro_batch.indices, strict=True):
+                row[name] = values[index].item()
+        return rows, micro_batch
+
+    def _rows(self, indices) -> list[dict]:
+        columns = self.dataset[list(indices)]
+        return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]

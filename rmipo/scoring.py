@@ -25,7 +25,11 @@ def token_logps(model: torch.nn.Module, row: PackedRow, kind: str, config) -> to
         model: the (wrapped) model, already switched by `attention.attach(model, kind)`. The LM head runs at response
             positions only. The call goes through the wrapper, as ZeRO-3 needs to gather parameters.
     """
-    logits = response_logits(model, row, kind, config)
+    return logits_to_logps(response_logits(model, row, kind, config), row)
+
+
+def logits_to_logps(logits: torch.Tensor, row: PackedRow) -> torch.Tensor:
+    """Log-probabilities of the row's response tokens, `(R,)` float32, from `(R, vocabulary)` logits."""
     return -F.cross_entropy(logits.float(), row["labels"], reduction="none")
 
 
@@ -120,3 +124,22 @@ def score_pairs(
 
 def to_device(row: PackedRow, device: torch.device) -> PackedRow:
     return {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in row.items()}
+
+
+@torch.no_grad()
+def perturbed_logratios(
+    logits: torch.Tensor, reference_logits: torch.Tensor, row: PackedRow, epsilon: float, chunk: int = 512
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """S(w) - S(l) under epsilon-DPO's two perturbed policies, `(pairs,)` each: (plus, minus).
+
+    plus is proportional to exp((1 + eps) z - eps z_ref), minus to exp((1 - eps) z + eps z_ref), for logits z. Only
+    `chunk` rows of the two `(R, vocabulary)` inputs are in float32 at a time.
+    """
+    parts: dict[float, list[torch.Tensor]] = {epsilon: [], -epsilon: []}
+    for start in range(0, len(logits), chunk):
+        policy, reference = (z[start : start + chunk].float() for z in (logits, reference_logits))
+        labels = row["labels"][start : start + chunk]
+        for sign, values in parts.items():
+            values.append(-F.cross_entropy(policy + sign * (policy - reference), labels, reduction="none"))
+    plus, minus = (split_pairs(sum_by_sequence(torch.cat(values), row)) for values in parts.values())
+    return plus[0] - plus[1], minus[0] - minus[1]

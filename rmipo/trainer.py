@@ -9,16 +9,20 @@ import psutil
 import torch
 from accelerate.utils import DistributedType, send_to_device
 from datasets import Dataset
+from peft import PeftModel
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 from transformers.trainer_utils import EvalLoopOutput
+from trl.models.utils import prepare_deepspeed
 
-from . import attention, scoring
+from . import attention, reference, scoring
 from .batching import MicroBatch, MicroBatchRows, StepSampler
 from .config import PreferenceConfig
+from .data import fingerprint
 from .metrics import columns_of, step_metrics
 from .objectives import PairScores
-from .packing import PackedRow, concatenate, pack_pairs, pack_priors
+from .packing import concatenate, pack_pairs, pack_priors
+from .ranks import Ranks
 
 
 OBJECTIVE_STATE = "objective_state.json"
@@ -26,25 +30,6 @@ OBJECTIVE_STATE = "objective_state.json"
 
 class NonFiniteLossError(RuntimeError):
     """The loss of some pair is NaN or infinite; the message names the file with the row numbers."""
-
-
-class Ranks:
-    """What objectives with batch statistics need to know of the other processes."""
-
-    def __init__(self, accelerator):
-        self.accelerator = accelerator
-        self.rank = accelerator.process_index
-        self.world_size = accelerator.num_processes
-
-    def gather(self, values: torch.Tensor) -> torch.Tensor:
-        """Concatenate `values` of all ranks along dim 0, in rank order; the ranks' lengths may differ."""
-        if self.world_size == 1:
-            return values
-        sizes = self.accelerator.gather(torch.tensor([len(values)], device=values.device)).tolist()
-        padded = values.new_zeros((max(sizes), *values.shape[1:]))
-        padded[: len(values)] = values
-        parts = self.accelerator.gather(padded).split(max(sizes))
-        return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
 
 
 class PreferenceTrainer(Trainer):
@@ -57,26 +42,27 @@ class PreferenceTrainer(Trainer):
         model: freshly loaded; its attention implementation is switched to `args.attention`.
         args: `PreferenceConfig`.
         objective: from `build_objective`.
-        train_dataset, eval_dataset: from `data.tokenize_pairs`; with `ref_chosen_logps` and `ref_rejected_logps` where
-            the objective needs a reference.
+        train_dataset, eval_dataset: from `data.tokenize_pairs`.
         processing_class: the tokenizer, saved with the model.
         prior_context: token ids in front of a response when log pi(y) is scored; see `ChatFormat.prior_context`.
+        reference_model: the frozen initial policy, for objectives that need its logits; with adapters none is needed.
 
     Raises:
-        ValueError: an architecture that packed rows can't serve.
+        ValueError: an architecture that packed rows can't serve; a micro-batch too small for the objective.
         ParityError: at start, if packed scores differ from unpacked ones.
         NonFiniteLossError: in training.
     """
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        model: PreTrainedModel | PeftModel,
         args: PreferenceConfig,
         objective,
         train_dataset: Dataset,
         eval_dataset: Dataset | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         prior_context: list[int] | None = None,
+        reference_model: PreTrainedModel | None = None,
         callbacks: list | None = None,
     ):
         self.objective = objective
@@ -84,6 +70,8 @@ class PreferenceTrainer(Trainer):
         self.prior_context = prior_context
         self.attention_kind = attention.resolve_kind(args.attention, args.device)
         attention.attach(model, self.attention_kind)
+        mismatched = "mismatched" in objective.needs
+        self.rows = {id(data): MicroBatchRows(data, mismatched) for data in (train_dataset, eval_dataset)}
         args.gradient_accumulation_steps = 1  # micro-batches are accumulated inside `training_step`
         args.logging_nan_inf_filter = False
         super().__init__(
@@ -95,6 +83,13 @@ class PreferenceTrainer(Trainer):
             processing_class=processing_class,
             callbacks=callbacks,
         )
+        if args.per_device_train_batch_size * args.world_size < objective.min_pairs:
+            raise ValueError(
+                f"objective {objective.name} needs at least {objective.min_pairs} pairs per micro-batch over all ranks, "
+                f"found per_device_train_batch_size {args.per_device_train_batch_size} on {args.world_size} rank(s): "
+                f"raise per_device_train_batch_size"
+            )
+        self.reference_model = self._prepare_reference_model(reference_model)
         self.ranks = Ranks(self.accelerator)
         self.parity: float | None = None
         self._start_window()
@@ -111,7 +106,7 @@ class PreferenceTrainer(Trainer):
             seed=seed,
         )
         return DataLoader(
-            MicroBatchRows(dataset),
+            self.rows[id(dataset)],
             batch_sampler=sampler,
             collate_fn=self.data_collator,
             num_workers=self.args.dataloader_num_workers,
@@ -119,12 +114,11 @@ class PreferenceTrainer(Trainer):
         )
 
     def get_train_dataloader(self) -> DataLoader:
-        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         return self._loader(
             self.train_dataset,
             pairs_per_item=self.args.global_batch_size,
             micro_batch_size=self.args.per_device_train_batch_size,
-            seed=seed,
+            seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
         )
 
     def get_eval_dataloader(self, eval_dataset: Dataset | None = None) -> DataLoader:
@@ -142,73 +136,81 @@ class PreferenceTrainer(Trainer):
     def collate(self, step: list[tuple[list[dict], MicroBatch]]) -> list[dict]:
         """Pack the micro-batches of one optimizer step."""
         batches = []
-        for pairs, micro_batch in step:
-            batch = {
-                "pairs": pack_pairs(pairs),
-                "rows": [pair["row"] for pair in pairs],
-                "real": micro_batch.real,
-                "step_pairs": micro_batch.step_pairs,
-            }
+        for rows, micro_batch in step:
+            batch = {"pairs": pack_pairs(rows), "rows": [row["row"] for row in rows], "micro_batch": micro_batch}
             if "prior" in self.objective.needs:
-                batch["prior"] = pack_priors(pairs, self.prior_context)
-            if "reference" in self.objective.needs:
-                for name in ("ref_chosen_logps", "ref_rejected_logps"):
-                    batch[name] = torch.tensor([pair[name] for pair in pairs], dtype=torch.float32)
+                batch["prior"] = pack_priors(rows, self.prior_context)
+            if "mismatched" in self.objective.needs:
+                batch["mismatched"] = pack_pairs(rows, "mismatched_chosen_ids", "mismatched_rejected_ids")
+            for name in (name for name in rows[0] if name.startswith("ref_")):
+                batch[name] = torch.tensor([row[name] for row in rows], dtype=torch.float32)
             batches.append(batch)
         return batches
 
     # ------------------------------------------------------------------ one step
 
     def training_step(self, model, inputs: list[dict], num_items_in_batch=None) -> torch.Tensor:
-        """Algorithm 1, lines 3 to 13, without the optimizer's update: gradients of the mean loss of the global batch."""
+        """Algorithm 1, lines 3 to 13, up to the optimizer's update: gradients of the global batch's mean loss."""
         batches = send_to_device(inputs, self.args.device)
-        priors = self._score_priors(model, batches)
+        hoisted = self._score_hoisted(model, batches)
         model.train()
         losses = []
-        for number, (batch, prior) in enumerate(zip(batches, priors, strict=True)):
+        for number, (batch, known) in enumerate(zip(batches, hoisted, strict=True)):
             last = number == len(batches) - 1
             self.accelerator.gradient_state._set_sync_gradients(last)
             with self._gradient_sync(model, last), self.compute_loss_context_manager():
-                pair_losses = self._pair_losses(model, batch, prior, training=True)
+                pair_losses = self._pair_losses(model, batch, known, training=True)
                 # Gradients are averaged over ranks, so this sums to the mean over the step's pairs.
-                loss = pair_losses.sum() * self.args.world_size / batch["step_pairs"]
+                loss = pair_losses.sum() * self.args.world_size / batch["micro_batch"].step_pairs
                 self.accelerator.backward(loss, **self._backward_kwargs)
             losses.append(pair_losses.detach())
         self._raise_if_not_finite(losses, batches)
         if self.objective_state:
-            self.objective_state = self.objective.end_step(self.objective_state, self._gathered(self._step_columns))
+            columns = self.ranks.gather_columns(self._step_columns)
+            self.objective_state = self.objective.end_step(self.objective_state, columns)
         self._step_columns = []
-        return torch.cat(losses).sum() * self.args.world_size / batches[0]["step_pairs"]
+        return torch.cat(losses).sum() * self.args.world_size / batches[0]["micro_batch"].step_pairs
 
-    def _pair_losses(self, model, batch: dict, prior: dict, training: bool) -> torch.Tensor:
+    def _pair_losses(self, model, batch: dict, known: dict[str, torch.Tensor], training: bool) -> torch.Tensor:
         """Score a micro-batch, apply the objective, keep what is logged; `(real pairs,)` losses."""
         row = batch["pairs"]
-        logps = scoring.token_logps(model, row, self.attention_kind, self.model.config)
-        chosen, rejected = scoring.split_pairs(scoring.sum_by_sequence(logps, row))
-        chosen_lengths, rejected_lengths = scoring.split_pairs(scoring.sequence_lengths(row))
-        reference = {name: value for name, value in batch.items() if name.startswith("ref_")}
-        scores = PairScores(chosen, rejected, chosen_lengths, rejected_lengths, **prior, **reference)
-        real = batch["real"]
-        if training and self.objective_state:
-            counted = PairScores(**{name: value[:real] for name, value in vars(scores).items() if value is not None})
-            self.objective_state = self.objective.observe(self.objective_state, counted, self.ranks)
+        scored = {**known, **{name: value for name, value in batch.items() if name.startswith("ref_")}}
+        if "reference_logits" in self.objective.needs:
+            logits = scoring.response_logits(model, row, self.attention_kind, self.model.config)
+            logps = scoring.logits_to_logps(logits, row)
+            plus, minus = scoring.perturbed_logratios(logits, self._reference_logits(row), row, self.objective.epsilon)
+            scored |= {"plus_logratios": plus, "minus_logratios": minus}
+        else:
+            logps = scoring.token_logps(model, row, self.attention_kind, self.model.config)
+        for name, values in (("logps", scoring.sum_by_sequence(logps, row)), ("lengths", scoring.sequence_lengths(row))):
+            scored[f"chosen_{name}"], scored[f"rejected_{name}"] = scoring.split_pairs(values)
+        # Of a repeated pair without weight nothing is real: its gradient is zero, yet this rank ran its forward.
+        scores = PairScores(**{name: value[: batch["micro_batch"].real] for name, value in scored.items()})
+        if training:
+            self.objective_state = self.objective.observe(self.objective_state, scores, self.ranks)
         output = self.objective(scores, self.objective_state or None)
-        self._step_columns.append({name: value[:real] for name, value in columns_of(scores, output).items()})
+        self._step_columns.append(columns_of(scores, output))
         self._window_columns.append(self._step_columns[-1])
         self._window_tokens += row["input_ids"].shape[1]
-        return output.losses[:real]
+        return output.losses
 
-    def _score_priors(self, model, batches: list[dict]) -> list[dict[str, torch.Tensor]]:
-        """log pi(y) of every response of the step, in one forward: the weights don't change within a step."""
-        if "prior" not in self.objective.needs:
-            return [{} for _ in batches]
-        row = concatenate([batch["prior"] for batch in batches])
+    def _score_hoisted(self, model, batches: list[dict]) -> list[dict[str, torch.Tensor]]:
+        """What needs no gradient, for all micro-batches in one forward: the weights don't change within a step.
+
+        log pi(y) of every response (Algorithm 1, line 5) or, for KTO, the responses under mismatched prompts.
+        """
+        known: list[dict[str, torch.Tensor]] = [{} for _ in batches]
         model.eval()
-        with torch.no_grad(), self.compute_loss_context_manager():
-            logps = scoring.token_logps(model, row, self.attention_kind, self.model.config)
-        sums = scoring.sum_by_sequence(logps, row).split([batch["prior"]["num_sequences"] for batch in batches])
-        names = ("prior_chosen_logps", "prior_rejected_logps")
-        return [dict(zip(names, scoring.split_pairs(part), strict=True)) for part in sums]
+        for kind in ("prior", "mismatched"):
+            if kind in batches[0]:
+                row = concatenate([batch[kind] for batch in batches])
+                with torch.no_grad(), self.compute_loss_context_manager():
+                    logps = scoring.token_logps(model, row, self.attention_kind, self.model.config)
+                sums = scoring.sum_by_sequence(logps, row).split([batch[kind]["num_sequences"] for batch in batches])
+                for batch_known, part in zip(known, sums, strict=True):
+                    chosen, rejected = scoring.split_pairs(part)
+                    batch_known |= {f"{kind}_chosen_logps": chosen, f"{kind}_rejected_logps": rejected}
+        return known
 
     def _gradient_sync(self, model, last: bool) -> contextlib.AbstractContextManager:
         if last or self.accelerator.distributed_type == DistributedType.DEEPSPEED:
@@ -222,42 +224,99 @@ class PreferenceTrainer(Trainer):
 
     def _raise_if_not_finite(self, losses: list[torch.Tensor], batches: list[dict]) -> None:
         # One synchronisation per optimizer step. All ranks stop together, so that none waits for another.
-        finite = torch.stack([loss.isfinite().all() for loss in losses]).all()
-        if self.accelerator.reduce(finite.float(), reduction="sum").item() == self.args.world_size:
+        bad = torch.stack([~loss.isfinite().all() for loss in losses]).any()
+        if not self.ranks.gather(bad.reshape(1)).any():
             return
-        bad = [
+        pairs = [
             {"row": row, "loss": str(value)}
             for batch, loss in zip(batches, losses, strict=True)
-            for row, value in zip(batch["rows"], loss.tolist(), strict=True)
-            if not torch.isfinite(torch.tensor(value))
+            for row, value, finite in zip(batch["rows"], loss.tolist(), loss.isfinite().tolist(), strict=False)
+            if not finite
         ]
         path = Path(self.args.output_dir) / f"non_finite_rank{self.args.process_index}.json"
         step = self.state.global_step + 1
-        path.write_text(json.dumps({"step": step, "pairs": bad, "rows": [b["rows"] for b in batches]}, indent=1))
+        path.write_text(json.dumps({"step": step, "pairs": pairs, "rows": [b["rows"] for b in batches]}, indent=1))
         raise NonFiniteLossError(
             f"the loss of step {step} is not finite; the rows of its pairs are in {path}. Look at those rows, lower "
             "learning_rate, or start from the last checkpoint."
         )
+
+    # ------------------------------------------------------------------ reference
+
+    def _prepare_reference_model(self, model: PreTrainedModel | None):
+        if model is None:
+            return None
+        attention.attach(model.requires_grad_(False).eval(), self.attention_kind)
+        if self.is_deepspeed_enabled:
+            return prepare_deepspeed(model, self.accelerator)
+        return self.accelerator.prepare_model(model, evaluation_mode=True)
+
+    def _adapters_off(self) -> contextlib.AbstractContextManager:
+        return self.model.disable_adapter() if isinstance(self.model, PeftModel) else contextlib.nullcontext()
+
+    def _reference_logits(self, row: dict) -> torch.Tensor:
+        model = self.model_wrapped if self.reference_model is None else self.reference_model
+        with torch.no_grad(), self._adapters_off():
+            return scoring.response_logits(model, row, self.attention_kind, self.model.config)
+
+    def _add_reference(self, dataset: Dataset, resuming: bool) -> None:
+        """Give the rows of `dataset` their reference sums, from the cache or scored now with the initial weights."""
+        rows = self.rows[id(dataset)]
+        names = reference.PAIR_COLUMNS + (reference.MISMATCHED_COLUMNS if rows.mismatched else ())
+        keys = reference.model_fingerprint(self.model), fingerprint(dataset)
+        cache = reference.ReferenceCache(self.args.reference_cache_dir, *keys, names)
+        columns = cache.load(len(rows))
+        if columns is None:
+            if resuming and not isinstance(self.model, PeftModel):
+                raise ValueError(
+                    f"resuming {self.objective.name} needs the reference log-probabilities of the initial policy, but "
+                    f"{cache.path} is gone: restore it, or start the run again from its beginning"
+                )
+            columns = self._score_reference(dataset, names)
+            if self.is_world_process_zero():
+                cache.save(columns)
+        rows.columns = columns
+
+    def _score_reference(self, dataset: Dataset, names: tuple[str, ...]) -> dict[str, torch.Tensor]:
+        scored = []
+        self.model_wrapped.eval()
+        for inputs in self.get_eval_dataloader(dataset):
+            (batch,) = send_to_device(inputs, self.args.device)
+            sums = []
+            for kind in ("pairs", "mismatched"):
+                if kind in batch:
+                    with torch.no_grad(), self.compute_loss_context_manager(), self._adapters_off():
+                        logps = scoring.token_logps(self.model_wrapped, batch[kind], self.attention_kind, self.model.config)
+                    sums += scoring.split_pairs(scoring.sum_by_sequence(logps, batch[kind]))
+            micro_batch = batch["micro_batch"]
+            index = torch.tensor(micro_batch.indices, device=self.args.device)
+            values = {"index": index, **dict(zip(names, sums, strict=True))}
+            scored.append({name: value[: micro_batch.real].double() for name, value in values.items()})
+        columns = self.ranks.gather_columns(scored)
+        order = columns.pop("index").argsort()
+        return {name: values[order].float() for name, values in columns.items()}
 
     # ------------------------------------------------------------------ evaluation
 
     def evaluation_loop(
         self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
     ) -> EvalLoopOutput:
-        """Score the evaluation pairs with the current weights; statistics of the objective stay as they are."""
+        """Score the evaluation pairs with the current weights; statistics of the objective stay as they are.
+
+        The per-pair columns stay in `self.eval_columns`, in the dataset's order.
+        """
         model = self.model_wrapped
         model.eval()
-        training_columns = self._step_columns, self._window_columns, self._window_tokens
+        training_window = self._step_columns, self._window_columns, self._window_tokens
         self._step_columns, self._window_columns = [], []
         for inputs in dataloader:
             batches = send_to_device(inputs, self.args.device)
-            priors = self._score_priors(model, batches)
-            for batch, prior in zip(batches, priors, strict=True):
+            for batch, known in zip(batches, self._score_hoisted(model, batches), strict=True):
                 with torch.no_grad(), self.compute_loss_context_manager():
-                    self._pair_losses(model, batch, prior, training=False)
+                    self._pair_losses(model, batch, known, training=False)
             self.callback_handler.on_prediction_step(self.args, self.state, self.control)
-        columns = self._gathered(self._step_columns)
-        self._step_columns, self._window_columns, self._window_tokens = training_columns
+        columns = self.ranks.gather_columns(self._step_columns)
+        self._step_columns, self._window_columns, self._window_tokens = training_window
         self.eval_columns = columns
         metrics = {"loss": columns["losses"].mean().item(), **step_metrics(columns, self.objective)}
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
@@ -267,11 +326,15 @@ class PreferenceTrainer(Trainer):
 
     def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
         prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
-        first_pair = self.collate([MicroBatchRows(self.train_dataset)[MicroBatch((0,), real=1, step_pairs=1)]])
+        first_pair = self.collate([self.rows[id(self.train_dataset)][MicroBatch((0,), real=1, step_pairs=1)]])
         row = send_to_device(first_pair[0]["pairs"], self.args.device)
         self.model_wrapped.eval()
         with self.compute_loss_context_manager():
             self.parity = scoring.check_parity(self.model_wrapped, self.model, row, self.attention_kind)
+        if "reference" in self.objective.needs:
+            for dataset in (self.train_dataset, self.eval_dataset):
+                if dataset is not None:
+                    self._add_reference(dataset, resuming=resume_from_checkpoint is not None)
         if resume_from_checkpoint is not None:
             saved = json.loads((Path(resume_from_checkpoint) / OBJECTIVE_STATE).read_text())
             self.objective_state = {name: torch.tensor(value, dtype=torch.float64) for name, value in saved.items()}
@@ -282,7 +345,7 @@ class PreferenceTrainer(Trainer):
         folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
         if self.args.should_save:
             folder.mkdir(parents=True, exist_ok=True)
-            state = {k: v.tolist() for k, v in self.objective_state.items() if not k.startswith("batch_")}
+            state = {name: value.tolist() for name, value in self.objective_state.items()}
             (folder / OBJECTIVE_STATE).write_text(json.dumps(state))
         super()._save_checkpoint(model, trial)
 
@@ -291,7 +354,7 @@ class PreferenceTrainer(Trainer):
         if "loss" in logs and self._window_columns:
             seconds = time.perf_counter() - self._window_start
             tokens = self.ranks.gather(torch.tensor([self._window_tokens], device=self.args.device)).sum().item()
-            logs |= step_metrics(self._gathered(self._window_columns), self.objective)
+            logs |= step_metrics(self.ranks.gather_columns(self._window_columns), self.objective)
             logs |= {"tokens_per_second": tokens / seconds, "peak_memory_gib": _peak_memory_gib(self.args.device)}
             self._start_window()
         super().log(logs, start_time)
@@ -302,17 +365,10 @@ class PreferenceTrainer(Trainer):
         self._window_tokens = 0
         self._window_start = time.perf_counter()
 
-    def _gathered(self, columns: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-        """Per-pair columns of all micro-batches and ranks: `{name: (pairs,)}` on the CPU."""
-        names = sorted(columns[0])
-        table = torch.cat([torch.stack([batch[name] for name in names], dim=1) for batch in columns])
-        return dict(zip(names, self.ranks.gather(table).cpu().unbind(1), strict=True))
-
     def floating_point_ops(self, inputs: list[dict]) -> int:
-        """Multiply-adds of matrix products: 6 per weight and token with gradients, 2 for the prior pass."""
-        weights = self.model.num_parameters(exclude_embeddings=True)
-        tokens = {name: sum(batch[name]["input_ids"].numel() for batch in inputs if name in batch) for name in ("pairs", "prior")}
-        return weights * (6 * tokens["pairs"] + 2 * tokens["prior"])
+        """Of the matrix products: 6 per weight and token with gradients, 2 without."""
+        tokens = {kind: sum(b[kind]["input_ids"].numel() for b in inputs if kind in b) for kind in ("pairs", "prior")}
+        return self.model.num_parameters(exclude_embeddings=True) * (6 * tokens["pairs"] + 2 * tokens["prior"])
 
 
 def _peak_memory_gib(device: torch.device) -> float:
