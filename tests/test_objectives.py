@@ -1,11 +1,14 @@
 """Objectives against hand-computed golden values, an independent reference, finite differences and their own rules."""
 
+import itertools
 import math
 import random
 from dataclasses import asdict, fields, replace
+from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from rmipo.objectives import OBJECTIVES, ObjectiveOutput, PairScores, build_objective
 from tests.references import losses as reference
@@ -627,3 +630,89 @@ def test_objectives_that_need_several_pairs_say_so():
         "epsilon-dpo": {"reference", "reference_logits"},
         "simper": set(),
     }
+
+
+# --------------------------------------------------------------------------------------------------------- recipes
+
+RECIPES = Path(__file__).parent.parent / "recipes"
+
+
+def read_recipe(path: str) -> dict:
+    return yaml.safe_load((RECIPES / path).read_text())
+
+
+@pytest.mark.parametrize("name", [name for name in OBJECTIVES if name != "rmipo"])
+def test_every_baseline_has_an_overlay_that_builds_in_every_setting(name):
+    overlay = read_recipe(f"methods/{name}.yaml")
+    assert overlay["objective"]["name"] == name
+    settings = {"mistral-7b-base", "mistral-7b-instruct", "llama3-8b-base", "llama3-8b-instruct", "tiny"}
+    assert overlay["per_setting"].keys() == settings
+    for setting, values in overlay["per_setting"].items():
+        build_objective(overlay["objective"] | values.get("objective", {}))
+        low, high = (1e-4, 3e-4) if setting == "tiny" else (3e-7, 1e-6)
+        assert low <= values["learning_rate"] <= high
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_every_method_has_a_sweep_whose_points_build(name):
+    sweep = read_recipe(f"sweeps/{name}.yaml")
+    command = " ".join(sweep["command"])
+    expected = "${env} python ${program} --config recipes/llama3-8b-instruct/rmipo.yaml"
+    assert command == expected + (f" --overlay recipes/methods/{name}.yaml" if name != "rmipo" else "") + " ${args}"
+    grid = {key: parameter["values"] for key, parameter in sweep["parameters"].items()}
+    assert grid.pop("learning_rate") == [3e-7, 5e-7, 8e-7, 1e-6]
+    keys = [key.removeprefix("objective.") for key in grid]
+    assert all(key.startswith("objective.") for key in grid)
+    for point in itertools.product(*grid.values()):
+        build_objective({"name": name, **dict(zip(keys, point, strict=True))})
+
+
+ABLATIONS = {
+    "table3-row1": "ablation_GM",
+    "table3-row2": "ablation_MI",
+    "table3-row3": "ablation_GM_MI",
+    "table3-row4": "ablation_GM_ED",
+    "table3-row5": "ablation_MI_ED",
+    "table3-row6": "ablation_GM_MI_ED",
+    "table7-exponential": "rmipo",
+    "table7-linear": "rmipo_linear",
+    "table7-cosine": "rmipo_cosine",
+    "table7-constant": "rmipo_none",
+    "table8-0-2": "rmipo_bounds_0_2",
+    "table8-0.3-1.6": "rmipo",
+    "table8-0.5-1.4": "rmipo_bounds_05_14",
+    "table8-1-1.2": "rmipo_bounds_10_12",
+    "fidelity-release": "rmipo_code",
+}
+
+
+@pytest.mark.parametrize("name", ABLATIONS)
+def test_ablations_are_the_variants_of_the_golden_values(name):
+    overlay = read_recipe(f"ablations/{name}.yaml")
+    assert build_objective(RMIPO | overlay["objective"]) == build_objective(GOLDEN[ABLATIONS[name]][0])
+
+
+def test_no_ablation_is_left_untested():
+    without_length_normalization = {f"table5-{name}" for name in ("rmipo", "dpo", "simpo", "alpha-dpo", "simper")}
+    files = {path.stem for path in (RECIPES / "ablations").glob("*.yaml")}
+    assert files == ABLATIONS.keys() | without_length_normalization | {"fidelity-sequence"}
+    for name in files - ABLATIONS.keys():
+        overlay = read_recipe(f"ablations/{name}.yaml")
+        for values in [{}, *overlay.get("per_setting", {}).values()]:
+            objective = build_objective(overlay["objective"] | values.get("objective", {}))
+            if name not in ("table5-dpo", "table5-simper", "fidelity-sequence"):
+                assert not objective.length_normalization
+
+
+def test_alpha_dpo_keeps_its_margin_without_length_normalization():
+    """Table 5 changes the reward only: the margin's level and its spread over pairs stay as they were."""
+    _, scores = batch(count=6)
+    for setting in ("mistral-7b-instruct", "llama3-8b-instruct"):
+        margins = []
+        for path in ("methods/alpha-dpo.yaml", "ablations/table5-alpha-dpo.yaml"):
+            overlay = read_recipe(path)
+            margins.append(
+                build_objective(overlay["objective"] | overlay["per_setting"][setting]["objective"])(scores).gamma
+            )
+        torch.testing.assert_close(margins[0].mean(), margins[1].mean())
+        torch.testing.assert_close(margins[0].std(), margins[1].std())
