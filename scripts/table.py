@@ -12,6 +12,8 @@ import os
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
 from rmipo.reporting.render import FORMATS
 from rmipo.reporting.results import ReportError
 from rmipo.reporting.tables import TABLES, build_table, fill

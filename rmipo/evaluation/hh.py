@@ -41,7 +41,8 @@ def win_rates(scores: dict[str, torch.Tensor], rewards: tuple[torch.Tensor, torc
 def run(model_dir: str | Path, output_dir: str | Path, settings: dict) -> dict:
     """Score the HH test pairs of `settings["helpful"]` and `settings["harmless"]` with the model in `model_dir`.
 
-    One of the two may be left out; then there is no average. Per-pair scores go to `output_dir`/hh_<subset>.pt.
+    One of the two may be left out; then there is no average. Per-pair scores, log pi(y) among them for Figure 3, go to
+    `output_dir`/hh_<subset>.pt.
     Returns {"metrics", "versions", "settings"}. Raises ValueError for wrong settings, before a model is loaded.
     """
     unknown = sorted(settings.keys() - DEFAULTS.keys())
@@ -62,7 +63,7 @@ def run(model_dir: str | Path, output_dir: str | Path, settings: dict) -> dict:
     output_dir.mkdir(parents=True, exist_ok=True)
     metrics: dict[str, float] = {}
     for name in subsets:
-        scores, rows = score_model(model_dir, pairs[name], description=f"HH {name}", **options)
+        scores, rows = score_model(model_dir, pairs[name], prior_context="header", description=f"HH {name}", **options)
         if objective is not None and needs_reference(objective):
             recipe = run_record["recipe"]
             reference, _ = score_model(

@@ -41,24 +41,35 @@ def figure2(outputs: Path, model: str, metric: str = "mt_bench") -> Figure:
     figure, axes = panels(len(curves), sharey=True)
     initial = load_result(outputs / model / "initial", BENCH_OF_METRIC.get(metric, ""))
     for axis, letter, ((method, key, title), on_the_line) in zip(axes, "abc", curves.items(), strict=True):
-        points: dict[float, float] = {}
+        lines: dict[float, dict[float, float]] = {}  # learning rate -> hyperparameter -> metric
         for run in runs:
             objective = run.objective
             if objective.get("name") == method and on_the_line(objective):
                 value = run_metric(run, metric)
                 if value is not None:
-                    points[objective[key]] = value
-        if len(points) < 2:
+                    lines.setdefault(run.record["recipe"]["learning_rate"], {})[objective[key]] = value
+        lines = {rate: points for rate, points in sorted(lines.items()) if len(points) > 1}
+        if not lines:
+            evaluate = f", then `make eval ... BENCH={BENCH_OF_METRIC[metric]}`" if metric in BENCH_OF_METRIC else ""
             raise ReportError(
-                f"figure 2 needs at least two runs of {method} on {model} with different {key} and {metric}, found "
-                f"{len(points)}: run `make sweep MODEL={model} METHOD={method}`"
-                + (f", then `make eval ... BENCH={BENCH_OF_METRIC[metric]}`" if metric in BENCH_OF_METRIC else "")
-                + f" (looked for run.json below {outputs / model})"
+                f"figure 2 needs two or more {method} runs of {model} that differ in {key} alone and have {metric}; there "
+                f"are none below {outputs / model}: run `make sweep MODEL={model} METHOD={method}`{evaluate}"
             )
-        xs = sorted(points)
-        positions = range(len(xs))  # the grids are not evenly spaced on any one scale
-        axis.plot(positions, [points[x] for x in xs], marker="o", color=method_color(method))
-        axis.set_xticks(list(positions), [f"{x:g}" for x in xs])
+        xs = sorted({x for points in lines.values() for x in points})  # evenly spaced: the grids fit no one scale
+        for (rate, points), marker in zip(lines.items(), "osD^v<>", strict=False):
+            at = [x for x in xs if x in points]
+            axis.plot(
+                [xs.index(x) for x in at],
+                [points[x] for x in at],
+                marker=marker,
+                markersize=4.5,
+                color=method_color(method),
+                alpha=1 if len(lines) == 1 else 0.4 + 0.6 * list(lines).index(rate) / (len(lines) - 1),
+                label=f"lr {rate:g}",
+            )
+        if len(lines) > 1:
+            axis.legend()
+        axis.set_xticks(range(len(xs)), [f"{x:g}" for x in xs])
         axis.margins(x=0.08)
         if initial is not None:
             axis.axhline(initial.metrics[metric], color=GREY, linestyle="--", linewidth=1)

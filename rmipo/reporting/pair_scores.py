@@ -1,0 +1,141 @@
+"""Per-pair arrays for Figures 3, 6 and 8: from the HH evaluation's files, or by scoring a run's own preference data."""
+
+import hashlib
+import json
+from dataclasses import fields
+from pathlib import Path
+
+import numpy as np
+import torch
+from datasets import Dataset
+
+from rmipo.config import DataConfig
+from rmipo.data import load_pairs
+from rmipo.evaluation.pair_scores import native_rewards, score_model
+from rmipo.margin import delta_pmi, pmi
+from rmipo.objectives import PairScores, build_objective
+from rmipo.sources import load_rows
+
+from .results import ReportError, Run, eval_command
+
+SCORE_COLUMNS = ("score_chosen", "score_rejected")
+SUBSET_SEED = 0
+
+
+def hh_signals(outputs: Path, model: str, method: str) -> dict[str, dict[str, np.ndarray]]:
+    """Figure 3: subset -> log-likelihood and PMI differences in nats per token, from eval/hh_<subset>.pt."""
+    signals = {}
+    for subset in ("helpful", "harmless"):
+        path = outputs / model / method / "eval" / f"hh_{subset}.pt"
+        if path.is_file():
+            scores = torch.load(path, weights_only=True)
+            signals[subset] = {"loglik": loglik_difference(scores).numpy(), "pmi": pmi_difference(scores).numpy()}
+    if not signals:
+        raise ReportError(
+            f"figure 3 has no HH scores of {model} {method} (looked for {outputs / model / method}/eval/hh_helpful.pt and "
+            f"hh_harmless.pt): run `{eval_command(model, method, 'hh')}`"
+        )
+    return signals
+
+
+def loglik_difference(scores: dict[str, torch.Tensor]) -> torch.Tensor:
+    """A(w) - A(l), (pairs,), nats per token."""
+    return scores["chosen_logps"] / scores["chosen_lengths"] - scores["rejected_logps"] / scores["rejected_lengths"]
+
+
+def pmi_difference(scores: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Delta_pmi per token (Eq. 7), (pairs,)."""
+    sides = [
+        pmi(scores[f"{side}_logps"], scores[f"prior_{side}_logps"], scores[f"{side}_lengths"])
+        for side in ("chosen", "rejected")
+    ]
+    return delta_pmi(*sides)
+
+
+def data_config(run: Run) -> DataConfig:
+    """The data part of the recipe that a run was trained with."""
+    recipe = run.record["recipe"]
+    return DataConfig(**{field.name: recipe[field.name] for field in fields(DataConfig) if field.name in recipe})
+
+
+def run_scores(
+    run: Run, split: str, max_pairs: int, prior_context: str | None, header_in_response: bool = False
+) -> tuple[dict[str, torch.Tensor], list[int]]:
+    """Scores of a run's own pairs under its final policy, and their source rows; kept in <run>/pair_scores/.
+
+    At most `max_pairs` pairs, drawn with a fixed seed. Scores are reused while model and data are the same.
+    """
+    pairs = subset(load_pairs(data_config(run), split), max_pairs)
+    recipe = run.record["recipe"]
+    options = {
+        "prior_context": prior_context,
+        "header_in_response": header_in_response,
+        **{name: recipe[name] for name in ("max_length", "max_prompt_length") if name in recipe},
+    }
+    weights = sorted(run.folder.glob("*.safetensors"))
+    if not weights:
+        raise ReportError(f"{run.folder} has no model (*.safetensors): the run didn't finish, or its weights were moved")
+    identity = {
+        "pairs": hashlib.sha256("\n".join(map(json.dumps, pairs)).encode()).hexdigest(),
+        "weights": [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in weights],
+        **options,
+    }
+    key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+    path = run.folder / "pair_scores" / f"{split}-{key}.pt"
+    if not path.is_file():
+        scores, rows = score_model(run.folder, pairs, description=f"{run.folder.name}, {split} pairs", **options)
+        path.parent.mkdir(exist_ok=True)
+        torch.save({**scores, "row": torch.tensor(rows)}, path)
+    scores = torch.load(path, weights_only=True)
+    rows = scores.pop("row").tolist()
+    return scores, rows
+
+
+def subset(pairs: Dataset, max_pairs: int) -> Dataset:
+    if len(pairs) <= max_pairs:
+        return pairs
+    return pairs.shuffle(seed=SUBSET_SEED).select(range(max_pairs))
+
+
+def judge_differences(run: Run, split: str, rows: list[int]) -> np.ndarray:
+    """Figure 6's REF: the judge's score of chosen minus rejected for the given source rows."""
+
+    def scores_only(dataset: Dataset, name: str) -> Dataset:
+        missing = [column for column in SCORE_COLUMNS if column not in dataset.column_names]
+        if missing:
+            raise ReportError(
+                f"figure 6 needs the judge's scores: {name} has no column {', '.join(missing)} (it has "
+                f"{', '.join(dataset.column_names)}); train on pairs that have them, e.g. HuggingFaceH4/"
+                "ultrafeedback_binarized"
+            )
+        return dataset.select_columns(list(SCORE_COLUMNS))
+
+    scored = load_rows(data_config(run), split, scores_only)
+    by_row = {row["row"]: row["score_chosen"] - row["score_rejected"] for row in scored}
+    return np.array([by_row[row] for row in rows], dtype=np.float64)
+
+
+def reward_differences(run: Run, split: str, max_pairs: int) -> tuple[np.ndarray, list[int]]:
+    """Figure 6: the run's own reward of chosen minus rejected, and the source rows."""
+    scores, rows = run_scores(run, split, max_pairs, prior_context=None)
+    chosen, rejected = native_rewards(run.objective, scores)
+    return (chosen - rejected).numpy(), rows
+
+
+def gamma_readings(run: Run, split: str, max_pairs: int) -> dict[str, np.ndarray]:
+    """Figure 8: margins of a run's pairs under its final policy, by three readings of the formula.
+
+    The bounds are the run's; everything else is what each reading says, since the paper doesn't (docs/FIDELITY.md).
+    """
+    bounds = {"name": "rmipo", "gamma_min": run.objective["gamma_min"], "gamma_max": run.objective["gamma_max"]}
+    matched, _ = run_scores(run, split, max_pairs, prior_context="header")
+    released, _ = run_scores(run, split, max_pairs, prior_context="none", header_in_response=True)
+    readings = {
+        "per token (default)": ({"pmi_normalization": "token"}, matched),
+        "summed, as printed": ({"pmi_normalization": "sequence"}, matched),
+        "released code": ({"fidelity": "release"}, released),
+    }
+    return {
+        name: build_objective(bounds | choice)(PairScores(**scores)).gamma.numpy()
+        for name, (choice, scores) in readings.items()
+    }

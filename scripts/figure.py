@@ -1,0 +1,89 @@
+"""Draw one of the paper's figures from run folders, result files and saved models.
+
+    make figure N=7 MODEL=llama3-8b-instruct
+    python scripts/figure.py --number 2 --model tiny --metric eval_common/acc_avg_logp
+
+2 sensitivity to beta and gamma      3 log-likelihood and PMI differences on HH     5 HH win rates
+6 density of reward differences      7 cost, margin, win rate                       8 gamma: schedule and density
+
+Writes PNG and PDF to <outputs>/reports/. Figures 6 and 8 score pairs with the trained models; scores are kept.
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from rmipo.reporting import figures, figures_pairs, figures_runs
+from rmipo.reporting.results import PAPER_MODELS, ReportError, load_run, train_command
+from rmipo.reporting.tables import model_label
+
+NUMBERS = (2, 3, 5, 6, 7, 8)
+FIGURE6_METHODS = ("simpo", "simper", "rmipo")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--number", type=int, default=os.environ.get("N"), help=f"one of {NUMBERS}")
+    parser.add_argument("--model", default=os.environ.get("MODEL"), help="folder below outputs")
+    parser.add_argument("--method", default=os.environ.get("METHOD"), help="figure 3: initial; figure 8: rmipo")
+    parser.add_argument("--metric", default=os.environ.get("METRIC", "mt_bench"), help="figure 2: evaluation or log key")
+    parser.add_argument("--max_pairs", type=int, default=4000, help="figures 6 and 8: pairs scored per model")
+    parser.add_argument("--outputs", type=Path, default=Path("outputs"), help="where the runs are")
+    args = parser.parse_args()
+
+    try:
+        if args.number not in NUMBERS:
+            raise ReportError(f"there is no figure {args.number} to draw; say N=..., one of {NUMBERS}")
+        if not args.model:
+            raise ReportError(f"of which model? Say MODEL=..., e.g. {', '.join(PAPER_MODELS)} or tiny")
+        figure = draw(args)
+    except ValueError as error:
+        sys.exit(str(error))
+    for file in figures.save(figure, args.outputs / "reports" / f"figure{args.number}-{args.model}.png"):
+        print(f"Written to {file}")
+
+
+def draw(args: argparse.Namespace) -> figures.Figure:
+    outputs, model, label = args.outputs, args.model, model_label(args.model)
+    if args.number == 2:
+        return figures_runs.figure2(outputs, model, args.metric)
+    if args.number == 5:
+        return figures_runs.figure5(outputs, model)
+    if args.number == 7:
+        return figures_runs.figure7(outputs, model)
+
+    from rmipo.reporting import pair_scores  # brings in torch and transformers
+
+    if args.number == 3:
+        method = args.method or "initial"
+        return figures_pairs.figure3(pair_scores.hh_signals(outputs, model, method), f"{label} {method}")
+    if args.number == 6:
+        runs = {method: finished_run(outputs, model, method) for method in FIGURE6_METHODS}
+        differences = {method: pair_scores.reward_differences(run, "test", args.max_pairs) for method, run in runs.items()}
+        rows = {method: rows for method, (_, rows) in differences.items()}
+        if len({tuple(r) for r in rows.values()}) > 1:
+            raise ReportError(f"figure 6: the {model} runs of {', '.join(rows)} used different pairs; train them on the same")
+        judged = pair_scores.judge_differences(runs["rmipo"], "test", rows["rmipo"])
+        return figures_pairs.figure6(judged, {method: values for method, (values, _) in differences.items()}, label)
+    run = finished_run(outputs, model, args.method or "rmipo")
+    if run.objective.get("name") != "rmipo":
+        raise ReportError(f"figure 8: {run.folder} was trained with {run.objective.get('name')!r}, which has no gamma bounds")
+    gammas = pair_scores.gamma_readings(run, "train", args.max_pairs)
+    bounds = run.objective["gamma_min"], run.objective["gamma_max"]
+    peak = figures_pairs.PAPER_GAMMA_PEAKS.get(model)
+    pairs = len(next(iter(gammas.values())))
+    return figures_pairs.figure8(gammas, *bounds, f"{label}: gamma of {pairs} training pairs, final policy", peak)
+
+
+def finished_run(outputs: Path, model: str, method: str):
+    run = load_run(outputs, model, method)
+    if run is None or not run.finished:
+        raise ReportError(f"{outputs / model / method} holds no finished run: run `{train_command(model, method)}`")
+    return run
+
+
+if __name__ == "__main__":
+    main()
