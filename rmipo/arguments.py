@@ -1,0 +1,56 @@
+"""The dataclasses that recipes fill: what a run can be told, with defaults."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import TrainingArguments
+from trl import ModelConfig, SFTConfig
+
+__all__ = ["ARGUMENTS", "RECIPE_ONLY", "DataConfig", "ModelConfig", "PreferenceConfig", "SFTConfig"]
+
+
+def _option(default: Any, help: str, **metadata: Any) -> Any:
+    return field(default=default, metadata={"help": help, **metadata})
+
+
+@dataclass
+class PreferenceConfig(TrainingArguments):
+    """`transformers.TrainingArguments` and what preference training adds."""
+
+    objective: dict = field(default_factory=dict, metadata={"help": "The block of `rmipo.objectives.build_objective`."})
+    global_batch_size: int = _option(128, "Pairs per optimizer step, over all processes. Accumulation follows from it.")
+    max_length: int = _option(2048, "Tokens of prompt and response; the response is cut to what fits.")
+    max_prompt_length: int = _option(1800, "Tokens kept from the prompt's end where prompt and response do not fit.")
+    attention: str = _option(
+        "auto",
+        "Kernel for packed pairs; auto: the fastest on the device.",
+        choices=["auto", "segment", "dense", "flex"],
+    )
+    max_tokens_per_micro_batch: int | None = _option(None, "Micro-batches of longer pairs are split.")
+    generation_samples: int = _option(4, "Held-out prompts that are answered and saved at each evaluation.")
+    generation_max_new_tokens: int = _option(128, "Tokens of each such answer.")
+    reference_cache_dir: str | None = _option(None, "Where the reference's log-probs are kept between runs.")
+
+
+@dataclass
+class DataConfig:
+    """Which data, and how much of it may be unusable. Either `dataset_name` or the mixture `datasets`."""
+
+    dataset_name: str | None = _option(None, "Hub id, local folder, or JSONL file (plain or gzip).")
+    dataset_config: str | None = None
+    dataset_train_split: str = "train"
+    dataset_test_split: str = "test"
+    dataset_revision: str | None = _option(None, "Commit, tag or branch of `dataset_name` on the hub.")
+    datasets: list[dict] = field(default_factory=list, metadata={"help": "Entries: see `rmipo.sources.load_rows`."})
+    test_split_size: int | float | None = _option(None, "Rows (or share, below 1) set aside if there is no test split.")
+    mixture_seed: int = _option(0, "Seed of that division, and of the draw from weighted datasets.")
+    dataset_num_proc: int | None = None
+    max_train_samples: int | None = _option(None, "Keep only the first rows of the training split.")
+    max_eval_samples: int | None = None
+    max_dropped_fraction: float = _option(0.02, "Share of unusable rows above which a run stops.")
+    max_truncated_fraction: float = _option(1.0, "Share of cut rows above which a run stops.")
+    chat_template: str | None = _option(None, "Template text, or path of a .jinja file; the tokenizer's own if null.")
+
+
+ARGUMENTS = {"sft": SFTConfig, "preference": PreferenceConfig}
+RECIPE_ONLY = {"global_batch_size": int, "prefer_local": str}  # used up here: no fields of SFTConfig
