@@ -609,7 +609,7 @@ def build_objective(block: Mapping[str, Any]) -> Objective:
     """
     block = dict(block)
     name = block.pop("name", None)
-    if name not in OBJECTIVES:
+    if not isinstance(name, str) or name not in OBJECTIVES:
         raise ValueError(f"objective.name is {name!r}: expected one of {', '.join(OBJECTIVES)}")
     cls = OBJECTIVES[name]
     defaults = {f.name: f.default for f in fields(cls)}

@@ -565,6 +565,7 @@ def test_epsilon_dpo_follows_the_perturbed_policies():
     ("block", "fragments"),
     [
         ({"beta": 2.0}, ["objective.name is None", "rmipo, dpo, slic"]),
+        ({"name": ["dpo"]}, ["objective.name is ['dpo']"]),
         ({"name": "simp0"}, ["objective.name is 'simp0'", "simpo"]),
         (
             {"name": "rmipo", "gama_min": 1, "schedule": "step", "beta": -1, "span": "2", "length_normalization": 1},
