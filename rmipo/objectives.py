@@ -137,11 +137,9 @@ class Objective:
     @classmethod
     def problems(cls, values: Mapping[str, Any]) -> list[str]:
         """One line for each of the hyperparameters `values` with a wrong type or outside its domain."""
-        return [
-            f"objective.{f.name} is {values[f.name]!r} ({type(values[f.name]).__name__}): expected {f.metadata['domain']}"
-            for f in fields(cls)
-            if not f.metadata["accepts"](values[f.name])
-        ]
+        wrong = [f for f in fields(cls) if not f.metadata["accepts"](values[f.name])]
+        found = [f"{values[f.name]!r} ({type(values[f.name]).__name__})" for f in wrong]
+        return [f"objective.{f.name} is {x}: expected {f.metadata['domain']}" for f, x in zip(wrong, found, strict=True)]
 
     def __call__(self, scores: PairScores, state: State | None = None) -> ObjectiveOutput:
         """Losses and rewards of a micro-batch. `state=None`: as on the very first micro-batch, in a world of one."""
