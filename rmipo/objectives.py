@@ -137,9 +137,12 @@ class Objective:
     @classmethod
     def problems(cls, values: Mapping[str, Any]) -> list[str]:
         """One line for each of the hyperparameters `values` with a wrong type or outside its domain."""
-        wrong = [f for f in fields(cls) if not f.metadata["accepts"](values[f.name])]
-        found = [f"{values[f.name]!r} ({type(values[f.name]).__name__})" for f in wrong]
-        return [f"objective.{f.name} is {x}: expected {f.metadata['domain']}" for f, x in zip(wrong, found, strict=True)]
+        triples = [(f.name, values[f.name], f.metadata) for f in fields(cls)]
+        return [
+            f"objective.{name} is {value!r} ({type(value).__name__}): expected {rule['domain']}"
+            for name, value, rule in triples
+            if not rule["accepts"](value)
+        ]
 
     def __call__(self, scores: PairScores, state: State | None = None) -> ObjectiveOutput:
         """Losses and rewards of a micro-batch. `state=None`: as on the very first micro-batch, in a world of one."""
