@@ -1,0 +1,255 @@
+"""AlpacaEval 2 through the alpaca-eval package: length-controlled and raw win rate against the reference outputs."""
+
+import hashlib
+import json
+import logging
+import os
+from collections import Counter
+from pathlib import Path
+
+from . import EvaluationError, check_cost, judge_endpoint, merge_settings, package_versions
+from .generation import Request, check_settings, generate
+
+HUB_DATA = "tatsu-lab/alpaca_eval"
+REFERENCE_FILE = "alpaca_eval_gpt4_baseline.json"
+GAMED_FILE = "df_gamed.csv"  # instruction difficulties and regularisation rows of the length-controlled model
+
+DEFAULTS = {
+    "generation": {},
+    "generate_only": False,  # stop before the judge, for GPU nodes without a network
+    "annotators_config": "weighted_alpaca_eval_gpt4_turbo",  # alpaca-eval's name for a judge, or a folder with its YAML
+    "reference": None,  # JSON of {"instruction", "output"}; None: the hub's GPT-4 outputs, and with them the benchmark
+    "length_controlled": True,
+    "concurrency": 5,  # requests at once, and verdicts stored together: a restart repeats at most this many
+    "max_retries": 6,  # of one request, with growing pauses, before the run stops
+    "timeout": 120,  # seconds for one request
+    "price": [10.0, 30.0],  # US dollars per million input and output tokens: gpt-4-1106-preview
+    "max_cost": 20.0,  # US dollars
+    "max_missing": 0,  # verdicts that may be unusable in a finished result
+}
+CHARACTERS_PER_TOKEN = 4
+
+
+def run(model_dir: str | Path, output_dir: str | Path, settings: dict) -> dict | None:
+    """Generate answers with the model in `model_dir`, have them judged, return {"metrics", "versions", "settings"}.
+
+    `output_dir`/alpacaeval keeps answers and verdicts; a run that was cut short goes on from them. Metrics in percent:
+    `alpacaeval2_lc`, `alpacaeval2_wr`; `alpacaeval2_length`, mean characters of an answer; `alpacaeval2_missing`,
+    verdicts that couldn't be used. With `generate_only`, nothing is judged and None returned.
+
+    Raises EvaluationError for wrong settings or a missing key before a model is loaded, for a cost above `max_cost`
+    before the first request, and for a judge that fails or gives unusable verdicts, with what there is kept.
+    """
+    settings = merge_settings("alpacaeval", DEFAULTS, settings)
+    settings["generation"] = check_settings(settings["generation"])
+    endpoint, shown_endpoint = (None, None) if settings["generate_only"] else judge_endpoint()
+    reference, reference_path = load_reference(settings["reference"])
+    if settings["length_controlled"]:
+        hub_file(GAMED_FILE)
+    folder = Path(output_dir) / "alpacaeval"
+    name = Path(model_dir).name
+
+    requests = [Request(str(i), [{"role": "user", "content": row["instruction"]}]) for i, row in enumerate(reference)]
+    answers = generate(model_dir, requests, folder / "answers.jsonl", settings["generation"])
+    outputs = [
+        {"instruction": row["instruction"], "output": answer, "generator": name}
+        for row, answer in zip(reference, answers, strict=True)
+    ]
+    (folder / "model_outputs.json").write_text(json.dumps(outputs, indent=2, ensure_ascii=False) + "\n")
+    if settings["generate_only"]:
+        return None
+
+    metrics = judge(outputs, reference, folder, endpoint, settings)
+    settings["judge"] = {"endpoint": shown_endpoint, "reference_sha256": sha256(reference_path.read_bytes())[:16]}
+    return {
+        "metrics": metrics,
+        "versions": package_versions("alpaca_eval", "scikit-learn", settings["generation"]["engine"], "torch"),
+        "settings": settings,
+    }
+
+
+def judge(outputs: list[dict], reference: list[dict], folder: Path, endpoint: str, settings: dict) -> dict[str, float]:
+    """Win rates of `outputs` against `reference` (rows of {"instruction", "output", "generator"}, same instructions).
+
+    Verdicts are kept in `folder`, a file for each judge and endpoint. Raises EvaluationError as `run` does.
+    """
+    check_same_prompts(outputs, reference)
+    folder.mkdir(parents=True, exist_ok=True)
+    import alpaca_eval
+    from alpaca_eval.annotators import PairwiseAnnotator
+    from alpaca_eval.constants import EVALUATORS_CONFIG_DIR
+
+    quiet(logging.getLogger())
+
+    class AtomicAnnotator(PairwiseAnnotator):
+        """Writes its verdicts beside the file and then renames: a kill while writing leaves the older file whole."""
+
+        def save(self, path=None):
+            target = Path(path or self.caching_path)
+            super().save(target.with_suffix(".partial"))
+            os.replace(target.with_suffix(".partial"), target)
+
+    config = EVALUATORS_CONFIG_DIR / settings["annotators_config"]  # an absolute path stays as it is
+    config = config / "configs.yaml" if config.is_dir() else config
+    if not config.is_file():
+        raise EvaluationError(
+            f"alpacaeval.annotators_config: {settings['annotators_config']!r} is neither one of alpaca-eval's judges "
+            "nor the absolute path of a folder with configs.yaml"
+        )
+    cache = folder / f"verdicts-{sha256(config.read_bytes() + endpoint.encode())[:8]}.json"
+    drop_unusable(cache)
+
+    def evaluate(rows: int, **options):
+        return alpaca_eval.evaluate(
+            model_outputs=outputs[:rows],
+            reference_outputs=reference[:rows],
+            annotators_config=str(config),
+            output_path=None,
+            precomputed_leaderboard=None,
+            is_cache_leaderboard=False,
+            is_return_instead_of_print=True,
+            annotation_kwargs={
+                "chunksize": settings["concurrency"],
+                "num_procs": settings["concurrency"],
+                "client_kwargs": {"max_retries": settings["max_retries"], "timeout": settings["timeout"]},
+            },
+            caching_path=cache,
+            Annotator=AtomicAnnotator,
+            **options,
+        )
+
+    estimate_cost(AtomicAnnotator(annotators_config=str(config), caching_path=cache), outputs, reference, settings)
+    raw = {"fn_metric": "get_winrate", "sort_by": "win_rate"}
+    length_controlled = {"metric_kwargs": {"save_weights_dir": None}}  # its default writes into site-packages
+    metric = length_controlled if settings["length_controlled"] else raw
+    try:
+        # A judge that gives no usable verdict at all is found out by its first few answers.
+        _, first = evaluate(settings["concurrency"], **raw)
+        if all(is_missing(row) for row in first):
+            drop_unusable(cache)
+            raise EvaluationError(
+                f"none of the judge's first {len(first)} answers could be read as a verdict. This judge's verdict is "
+                "read as its YAML says (for the weighted judge: log-probs of the first token, which the server has to "
+                f"return). The last answer: {str(first[-1].get('preference_raw_completion'))[:300]}"
+            )
+        leaderboard, annotations = evaluate(len(outputs), **metric)
+    except EvaluationError:
+        raise
+    except Exception as error:  # whatever a broken endpoint makes of alpaca-eval, the verdicts so far are on disk
+        raise EvaluationError(
+            f"the judge at {endpoint} failed: {type(error).__name__}: {error}. {stored(cache)} of {len(outputs)} "
+            f"verdicts are kept in {cache}; the same command asks for the others."
+        ) from error
+
+    missing = sum(is_missing(row) for row in annotations)
+    if missing > settings["max_missing"]:
+        raise EvaluationError(
+            f"{missing} of {len(outputs)} verdicts couldn't be used, max_missing is {settings['max_missing']}. "
+            f"The others are kept in {cache}; the same command asks again for the missing ones."
+        )
+    return metrics_of(leaderboard.iloc[0], outputs, missing)
+
+
+def metrics_of(row, outputs: list[dict], missing: int) -> dict[str, float]:
+    """The project's names for alpaca-eval's numbers, in percent; `row` is one row of its leaderboard."""
+    metrics = {
+        "alpacaeval2_wr": float(row["win_rate"]),
+        "alpacaeval2_wr_standard_error": float(row["standard_error"]),
+        "alpacaeval2_length": sum(len(output["output"]) for output in outputs) / len(outputs),
+        "alpacaeval2_missing": missing,
+    }
+    if "length_controlled_winrate" in row:
+        metrics["alpacaeval2_lc"] = float(row["length_controlled_winrate"])
+        metrics["alpacaeval2_lc_standard_error"] = float(row["lc_standard_error"])
+    return metrics
+
+
+def load_reference(path: str | None) -> tuple[list[dict], Path]:
+    """The reference outputs, which are the benchmark's prompts too, and their file. Raises EvaluationError."""
+    file = Path(path) if path else hub_file(REFERENCE_FILE)
+    if not file.is_file():
+        raise EvaluationError(f"alpacaeval.reference: {file} doesn't exist")
+    try:
+        rows = json.loads(file.read_text())
+        return [{"generator": "reference", **row, "output": row["output"]} for row in rows if row["instruction"]], file
+    except (json.JSONDecodeError, TypeError, KeyError) as error:
+        raise EvaluationError(
+            f'alpacaeval.reference: {file} should be a JSON list of {{"instruction", "output"}} ({error!r})'
+        ) from error
+
+
+def hub_file(name: str) -> Path:
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(HUB_DATA, name, repo_type="dataset"))
+    except Exception as error:  # offline, gated, renamed: the remedy is the same
+        raise EvaluationError(
+            f"{name} of the dataset {HUB_DATA} is neither cached nor downloadable ({type(error).__name__}). With a "
+            f"network: hf download {HUB_DATA} {name} --repo-type dataset. Without the length-controlled rate "
+            "(alpacaeval.length_controlled: false) and with alpacaeval.reference set, nothing is needed from there."
+        ) from error
+
+
+def check_same_prompts(outputs: list[dict], reference: list[dict]) -> None:
+    """Raises EvaluationError unless both have the same instructions, in the same order, each once.
+
+    The length-controlled model joins on row numbers, and alpaca-eval pairs repeated instructions crosswise.
+    """
+    ours, theirs = ([row["instruction"] for row in rows] for rows in (outputs, reference))
+    repeated = [text for text, count in Counter(theirs).items() if count > 1]
+    if repeated:
+        raise EvaluationError(f"{len(repeated)} instructions are repeated in the reference: {repeated[0][:100]!r}")
+    if ours != theirs:
+        differs = [i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b]
+        row = differs[0] if differs else min(len(ours), len(theirs))
+        raise EvaluationError(
+            f"these outputs are for other prompts than the benchmark's: {len(ours)} outputs, {len(theirs)} "
+            f"instructions, {len(set(ours) & set(theirs))} in common; the first difference is in row {row}"
+        )
+
+
+def estimate_cost(annotator, outputs: list[dict], reference: list[dict], settings: dict) -> None:
+    known = set()
+    if annotator.df_annotations is not None:
+        table = annotator.df_annotations
+        known = set(zip(table["instruction"], table["output_1"], table["output_2"], strict=True))
+    template = max(len(single.prompt_template) for single in annotator.annotators.values())
+    characters = [
+        template + len(theirs["instruction"]) + len(theirs["output"]) + len(ours["output"])
+        for ours, theirs in zip(outputs, reference, strict=True)
+        if (theirs["instruction"], theirs["output"], ours["output"]) not in known
+    ]
+    tokens_out = max(single.completions_kwargs.get("max_tokens", 1) for single in annotator.annotators.values())
+    check_cost(
+        "AlpacaEval", len(characters), sum(characters) / CHARACTERS_PER_TOKEN, len(characters) * tokens_out, settings
+    )
+
+
+def quiet(root: logging.Logger) -> None:
+    """Take back the level INFO that importing alpaca-eval sets, and its advice that comes with every request."""
+    root.setLevel(logging.WARNING)
+    advice = ("openai_configs.yaml wasn't found", "Saving_path is given")
+    root.addFilter(lambda record: not any(text in record.getMessage() for text in advice))
+
+
+def is_missing(annotation: dict) -> bool:
+    preference = annotation["preference"]
+    return preference is None or not 1 <= preference <= 2
+
+
+def drop_unusable(cache: Path) -> None:
+    """Remove unusable verdicts from the file: alpaca-eval stores them too, and would not ask again."""
+    if cache.is_file():
+        rows = json.loads(cache.read_text())
+        partial = cache.with_suffix(".partial")
+        partial.write_text(json.dumps([row for row in rows if not is_missing(row)], indent=2))
+        partial.replace(cache)
+
+
+def stored(cache: Path) -> int:
+    return len([row for row in json.loads(cache.read_text()) if not is_missing(row)]) if cache.is_file() else 0
+
+
+def sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()

