@@ -29,7 +29,9 @@ def main() -> None:
     parser.add_argument("--number", type=int, default=os.environ.get("N"), help=f"one of {NUMBERS}")
     parser.add_argument("--model", default=os.environ.get("MODEL"), help="folder below outputs")
     parser.add_argument("--method", default=os.environ.get("METHOD"), help="figure 3: initial; figure 8: rmipo")
-    parser.add_argument("--metric", default=os.environ.get("METRIC", "mt_bench"), help="figure 2: evaluation or log key")
+    parser.add_argument(
+        "--metric", default=os.environ.get("METRIC", "mt_bench"), help="figure 2: evaluation or log key"
+    )
     parser.add_argument("--max_pairs", type=int, default=4000, help="figures 6 and 8: pairs scored per model")
     parser.add_argument("--outputs", type=Path, default=Path("outputs"), help="where the runs are")
     args = parser.parse_args()
@@ -62,15 +64,21 @@ def draw(args: argparse.Namespace) -> figures.Figure:
         return figures_pairs.figure3(pair_scores.hh_signals(outputs, model, method), f"{label} {method}")
     if args.number == 6:
         runs = {method: finished_run(outputs, model, method) for method in FIGURE6_METHODS}
-        differences = {method: pair_scores.reward_differences(run, "test", args.max_pairs) for method, run in runs.items()}
+        differences = {
+            method: pair_scores.reward_differences(run, "test", args.max_pairs) for method, run in runs.items()
+        }
         rows = {method: rows for method, (_, rows) in differences.items()}
         if len({tuple(r) for r in rows.values()}) > 1:
-            raise ReportError(f"figure 6: the {model} runs of {', '.join(rows)} used different pairs; train them on the same")
+            raise ReportError(
+                f"figure 6: the {model} runs of {', '.join(rows)} used different pairs; train them on the same"
+            )
         judged = pair_scores.judge_differences(runs["rmipo"], "test", rows["rmipo"])
         return figures_pairs.figure6(judged, {method: values for method, (values, _) in differences.items()}, label)
     run = finished_run(outputs, model, args.method or "rmipo")
     if run.objective.get("name") != "rmipo":
-        raise ReportError(f"figure 8: {run.folder} was trained with {run.objective.get('name')!r}, which has no gamma bounds")
+        raise ReportError(
+            f"figure 8: {run.folder} was trained with {run.objective.get('name')!r}, which has no gamma bounds"
+        )
     gammas = pair_scores.gamma_readings(run, "train", args.max_pairs)
     bounds = run.objective["gamma_min"], run.objective["gamma_max"]
     peak = figures_pairs.PAPER_GAMMA_PEAKS.get(model)

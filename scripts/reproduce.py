@@ -50,7 +50,9 @@ def main() -> None:
             continue
         print(f"\n[{number}/{len(steps)}] {step.command}", flush=True)
         if subprocess.run(shlex.split(step.command)).returncode != 0:
-            sys.exit(f"Step {number} failed: {step.command}\nRepair it and run the same again; finished steps are skipped.")
+            sys.exit(
+                f"Step {number} failed: {step.command}\nRepair it and run the same again; finished steps are skipped."
+            )
     table = f"make table N={args.table}" + (f" MODEL={args.model}" if args.model else "")
     subprocess.run(shlex.split(table), check=True)
 

@@ -6,6 +6,7 @@ beside it. A tie counts as a loss.
 """
 
 import importlib.metadata
+from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -35,7 +36,7 @@ def win_rates(scores: dict[str, torch.Tensor], rewards: tuple[torch.Tensor, torc
     }
     if rewards is not None:
         sides["_native"] = rewards
-    return {name: 100 * (w > l).double().mean().item() for name, (w, l) in sides.items()}
+    return {name: 100 * (preferred > other).double().mean().item() for name, (preferred, other) in sides.items()}
 
 
 def run(model_dir: str | Path, output_dir: str | Path, settings: dict) -> dict:
@@ -54,6 +55,10 @@ def run(model_dir: str | Path, output_dir: str | Path, settings: dict) -> dict:
         raise ValueError(
             "hh: no data; say where the pairs are, e.g. helpful: {dataset_name: Anthropic/hh-rlhf, ...} in eval.yaml"
         )
+    known = [field.name for field in fields(DataConfig)]
+    for name in subsets:
+        if wrong := sorted(settings[name].keys() - set(known)):
+            raise ValueError(f"hh: {name}: unknown keys {wrong}; a data block has {known}")
     pairs = {name: load_pairs(DataConfig(**settings[name]), "test") for name in subsets}
 
     run_record = read_run(model_dir)

@@ -82,7 +82,7 @@ def native_rewards(objective_config: dict, scores: dict[str, torch.Tensor]) -> t
     if "mismatched" in objective.needs:
         zeros = torch.zeros_like(inputs["chosen_logps"])
         names = ("mismatched_chosen_logps", "mismatched_rejected_logps")
-        inputs |= {name: zeros for name in (*names, *(f"ref_{name}" for name in names))}
+        inputs |= dict.fromkeys((*names, *(f"ref_{name}" for name in names)), zeros)
     if "reference_logits" in objective.needs:
         logratios = inputs["chosen_logps"] - inputs["rejected_logps"]
         inputs |= {"plus_logratios": logratios, "minus_logratios": logratios}

@@ -53,11 +53,13 @@ def summary(steps: list[Step]) -> str:
     left = [step for step in steps if not step.done]
     trainings = [step for step in left if step.is_training]
     known = [step.hours for step in trainings if step.hours is not None]
-    text = f"{len(left)} of {len(steps)} steps left: {len(trainings)} trainings, {len(left) - len(trainings)} evaluations."
+    text = (
+        f"{len(left)} of {len(steps)} steps left: {len(trainings)} trainings, {len(left) - len(trainings)} evaluations."
+    )
     if known:
         text += (
-            f"\nGPU hours by the paper's Figure 7 ({PAPER_GPUS} A800, model not said): {PAPER_GPUS * sum(known):.0f} for "
-            f"{len(known)} of the trainings."
+            f"\nGPU hours by the paper's Figure 7 ({PAPER_GPUS} A800, model not said): {PAPER_GPUS * sum(known):.0f} "
+            f"for {len(known)} of the trainings."
         )
     if len(known) < len(trainings):
         text += f"\nThe paper prints no hours for the other {len(trainings) - len(known)}."

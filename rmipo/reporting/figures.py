@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from .results import METHODS
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
+import matplotlib.pyplot as plt
 
 PAGE_WIDTH = 6.75  # inches: two columns of the paper's style
 

@@ -52,8 +52,8 @@ def figure2(outputs: Path, model: str, metric: str = "mt_bench") -> Figure:
         if not lines:
             evaluate = f", then `make eval ... BENCH={BENCH_OF_METRIC[metric]}`" if metric in BENCH_OF_METRIC else ""
             raise ReportError(
-                f"figure 2 needs two or more {method} runs of {model} that differ in {key} alone and have {metric}; there "
-                f"are none below {outputs / model}: run `make sweep MODEL={model} METHOD={method}`{evaluate}"
+                f"figure 2 needs two or more {method} runs of {model} that differ in {key} alone and have {metric}; "
+                f"there are none below {outputs / model}: run `make sweep MODEL={model} METHOD={method}`{evaluate}"
             )
         xs = sorted({x for points in lines.values() for x in points})  # evenly spaced: the grids fit no one scale
         for (rate, points), marker in zip(lines.items(), "osD^v<>", strict=False):
@@ -185,7 +185,13 @@ def draw_costs(axis, logs: dict[str, list[dict]], model: str) -> None:
     axis.barh(range(len(methods)), values, 0.7, color=[method_color(method) for method in methods])
     for row, method in enumerate(methods):
         axis.annotate(
-            f"{memory[method]:.1f} GiB", (0, row), (3, 0), textcoords="offset points", color="white", fontsize=7, va="center"
+            f"{memory[method]:.1f} GiB",
+            (0, row),
+            (3, 0),
+            textcoords="offset points",
+            color="white",
+            fontsize=7,
+            va="center",
         )
     label = "Training time (minutes)" if in_minutes else "Training time (hours)"
     if paper and not in_minutes:

@@ -32,8 +32,8 @@ def hh_signals(outputs: Path, model: str, method: str) -> dict[str, dict[str, np
             signals[subset] = {"loglik": loglik_difference(scores).numpy(), "pmi": pmi_difference(scores).numpy()}
     if not signals:
         raise ReportError(
-            f"figure 3 has no HH scores of {model} {method} (looked for {outputs / model / method}/eval/hh_helpful.pt and "
-            f"hh_harmless.pt): run `{eval_command(model, method, 'hh')}`"
+            f"figure 3 has no HH scores of {model} {method} (looked for {outputs / model / method}/eval/hh_helpful.pt "
+            f"and hh_harmless.pt): run `{eval_command(model, method, 'hh')}`"
         )
     return signals
 
@@ -74,7 +74,9 @@ def run_scores(
     }
     weights = sorted(run.folder.glob("*.safetensors"))
     if not weights:
-        raise ReportError(f"{run.folder} has no model (*.safetensors): the run didn't finish, or its weights were moved")
+        raise ReportError(
+            f"{run.folder} has no model (*.safetensors): the run didn't finish, or its weights were moved"
+        )
     identity = {
         "pairs": hashlib.sha256("\n".join(map(json.dumps, pairs)).encode()).hexdigest(),
         "weights": [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in weights],

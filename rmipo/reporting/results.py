@@ -1,8 +1,8 @@
 """Reading what runs and evaluations left behind, and the paper's own numbers.
 
-    outputs/<model>/<method>/run.json, metrics.jsonl      a training run
-    outputs/<model>/<method>/eval/<bench>.json            an evaluation of it
-    rmipo/reporting/paper/*.csv                           the paper's tables, copied digit for digit
+outputs/<model>/<method>/run.json, metrics.jsonl      a training run
+outputs/<model>/<method>/eval/<bench>.json            an evaluation of it
+rmipo/reporting/paper/*.csv                           the paper's tables, copied digit for digit
 """
 
 import csv

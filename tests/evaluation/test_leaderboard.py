@@ -6,6 +6,7 @@ import pytest
 import yaml
 
 from rmipo.evaluation.leaderboard import BBH_CHOICES, MUSR_CHOICES, leaderboard_metrics, normalize, run
+from tests.evaluation.tiny_model import write_model
 
 
 def test_normalize_by_hand():
@@ -112,30 +113,6 @@ def write_tasks(folder) -> None:
     group("leaderboard_math_hard", ["leaderboard_math_algebra_hard"], "exact_match")
     members = ["bbh", "musr", "gpqa", "mmlu_pro", "math_hard", "ifeval"]
     group("leaderboard", [f"leaderboard_{name}" for name in members], "acc_norm")
-
-
-def write_model(folder) -> None:
-    """A random Llama of a few thousand weights with a word-level tokenizer and a chat template."""
-    import torch
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    words = ["<s>", "</s>", "<unk>", "<user>", "<assistant>", *(f"w{i}" for i in range(20))]
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
-    fast.pad_token = "</s>"
-    fast.chat_template = (
-        "{{ bos_token }}{% for m in messages %} <{{ m['role'] }}> {{ m['content'] }}{% endfor %}"
-        "{% if add_generation_prompt %} <assistant> {% endif %}"
-    )
-    fast.save_pretrained(folder)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(words), hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
-        max_position_embeddings=128, bos_token_id=0, eos_token_id=1, pad_token_id=1,
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(folder)
 
 
 def test_lm_eval_on_local_tasks(tmp_path):

@@ -1,0 +1,130 @@
+"""HH win rates against scoring every sequence on its own, without packing."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from rmipo.evaluation.hh import run, win_rates
+from rmipo.evaluation.pair_scores import native_rewards, needs_reference
+from rmipo.objectives import OBJECTIVES
+from tests.evaluation.tiny_model import write_model
+
+SCORES = {
+    "chosen_logps": torch.tensor([-4.0, -9.0, -2.0, -6.0]),
+    "rejected_logps": torch.tensor([-5.0, -4.0, -2.0, -3.0]),
+    "chosen_lengths": torch.tensor([4.0, 9.0, 2.0, 8.0]),  # per token: -1, -1, -1, -0.75
+    "rejected_lengths": torch.tensor([4.0, 2.0, 2.0, 2.0]),  # per token: -1.25, -2, -1, -1.5
+}
+
+
+def test_win_rates_by_hand():
+    # Per token 3 of 4 are won and one is tied; summed 1 of 4 is; by these rewards 2 of 4.
+    rewards = (torch.tensor([1.0, 1.0, 0.0, 0.0]), torch.tensor([0.0, 0.0, 1.0, 0.0]))
+    assert win_rates(SCORES, rewards) == {"": 75.0, "_sum": 25.0, "_native": 50.0}
+    assert win_rates(SCORES, None) == {"": 75.0, "_sum": 25.0}
+
+
+def test_native_rewards_of_every_objective_have_the_order_of_their_definition():
+    reference = {"ref_chosen_logps": torch.tensor([-5.0, -9.0, -1.0, -5.0])}
+    reference["ref_rejected_logps"] = torch.tensor([-5.0, -5.0, -2.5, -3.0])
+    per_token = torch.tensor([True, True, False, True])
+    summed = torch.tensor([True, False, False, False])
+    log_ratio = torch.tensor([True, False, False, False])  # 1 > 0, 0 > 1, -1 > 0.5, -1 > 0
+    expected = {
+        **dict.fromkeys(("rmipo", "simpo", "simper"), per_token),
+        "alpha-dpo": torch.tensor([True] * 4),  # its reward subtracts a share of the log-ratio, which breaks the tie
+        **dict.fromkeys(("slic", "cpo"), summed),
+        **dict.fromkeys(("dpo", "kto", "ipo", "beta-dpo", "epsilon-dpo"), log_ratio),
+    }
+    assert expected.keys() == OBJECTIVES.keys()
+    for name, order in expected.items():
+        scores = SCORES | (reference if needs_reference({"name": name}) else {})
+        chosen, rejected = native_rewards({"name": name}, scores)
+        assert torch.equal(chosen > rejected, order), name
+
+
+def write_pairs(folder, offset: int) -> list[dict]:
+    folder.mkdir()
+    pairs = []
+    for i in range(offset, offset + 12):
+        words = [f"w{(7 * i + 3 * k) % 20}" for k in range(12)]
+        response = {"chosen": " ".join(words[2 : 4 + i % 4]), "rejected": " ".join(words[6 : 9 + i % 3])}
+        pairs.append({"prompt": " ".join(words[:2]), **response})
+    (folder / "test.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    return pairs
+
+
+def naive_scores(model_dir, pairs: list[dict]) -> dict[str, torch.Tensor]:
+    """Sums and lengths, one unpacked sequence at a time; the ids are spelt out, not taken from the library."""
+    tokenizer, model = AutoTokenizer.from_pretrained(model_dir), AutoModelForCausalLM.from_pretrained(model_dir)
+    columns: dict[str, list[float]] = {}
+    for pair in pairs:
+        for side in ("chosen", "rejected"):
+            response = tokenizer.convert_tokens_to_ids([*pair[side].split(), "</s>"])
+            for name, context in (("", f"<s> <user> {pair['prompt']} <assistant>"), ("prior_", "<s> <assistant>")):
+                prompt = tokenizer.convert_tokens_to_ids(context.split())
+                with torch.no_grad():
+                    logits = model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
+                logps = logits.log_softmax(-1)[range(len(response)), response]
+                columns.setdefault(f"{name}{side}_logps", []).append(logps.double().sum().item())
+            columns.setdefault(f"{side}_lengths", []).append(len(response))
+    return {name: torch.tensor(values, dtype=torch.float64) for name, values in columns.items()}
+
+
+def share(won: torch.Tensor) -> float:
+    return 100 * won.double().mean().item()
+
+
+def test_run_against_unpacked_scoring(tmp_path):
+    model, reference = tmp_path / "dpo", tmp_path / "reference"
+    for seed, folder in enumerate((model, reference)):
+        folder.mkdir()
+        write_model(folder, seed)
+    record = {"objective": {"name": "dpo", "beta": 0.1}, "recipe": {"model_name_or_path": str(reference)}}
+    (model / "run.json").write_text(json.dumps(record))
+    subsets = {"helpful": write_pairs(tmp_path / "helpful", 0), "harmless": write_pairs(tmp_path / "harmless", 100)}
+    settings = {name: {"dataset_name": str(tmp_path / name)} for name in subsets}
+
+    result = run(model, tmp_path / "eval", settings | {"batch_pairs": 5, "dtype": "float32"})
+
+    metrics = result["metrics"]
+    for name, pairs in subsets.items():
+        naive, ref = naive_scores(model, pairs), naive_scores(reference, pairs)
+        saved = torch.load(tmp_path / "eval" / f"hh_{name}.pt")
+        assert saved["row"].tolist() == list(range(12))
+        for column, values in naive.items():
+            assert torch.allclose(saved[column].double(), values, atol=1e-4), column
+        averages = {side: naive[f"{side}_logps"] / naive[f"{side}_lengths"] for side in ("chosen", "rejected")}
+        ratios = {side: naive[f"{side}_logps"] - ref[f"{side}_logps"] for side in ("chosen", "rejected")}
+        assert metrics[f"hh_{name}"] == share(averages["chosen"] > averages["rejected"])
+        assert metrics[f"hh_{name}_sum"] == share(naive["chosen_logps"] > naive["rejected_logps"])
+        assert metrics[f"hh_{name}_native"] == share(ratios["chosen"] > ratios["rejected"])
+        assert metrics[f"hh_{name}_pairs"] == 12
+    rates = [metrics[f"hh_{name}{suffix}"] for name in subsets for suffix in ("", "_sum", "_native")]
+    assert len(set(rates)) > 2 and all(0 < rate < 100 for rate in rates)
+    assert metrics["hh_average"] == (metrics["hh_helpful"] + metrics["hh_harmless"]) / 2
+
+
+def test_one_subset_alone_has_no_average(tmp_path):
+    (tmp_path / "model").mkdir()
+    write_model(tmp_path / "model")
+    write_pairs(tmp_path / "harmless", 0)
+    settings = {"harmless": {"dataset_name": str(tmp_path / "harmless")}}
+    metrics = run(tmp_path / "model", tmp_path / "eval", settings)["metrics"]
+    assert set(metrics) == {"hh_harmless", "hh_harmless_sum", "hh_harmless_pairs"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({}, "no data"),
+        ({"harmles": {}}, r"unknown settings \['harmles'\]"),
+        ({"harmless": {"dataset": "x"}}, r"harmless: unknown keys \['dataset'\].*dataset_name"),
+        ({"harmless": {"dataset_name": "no/such/place/"}}, "no such file or folder"),
+    ],
+)
+def test_wrong_settings_are_refused_before_a_model_is_loaded(tmp_path, settings, message):
+    with pytest.raises(ValueError, match=message):
+        run(tmp_path / "no-model", tmp_path, settings)
