@@ -1,0 +1,27 @@
+"""Tests run offline, on few threads, and leave the user's caches alone."""
+
+import os
+import tempfile
+from pathlib import Path
+
+# Before anything imports the libraries that read these.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="rmipo-tests-")
+os.environ["WANDB_MODE"] = "offline"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest
+import torch
+
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
+SHARED_DATA = Path(__file__).parent.parent.parent / "shared" / "data"
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Folder of real preference data beside the repository; tests that use it are skipped where it is absent."""
+    if not SHARED_DATA.is_dir():
+        pytest.skip("no real data beside the repository")
+    return SHARED_DATA
