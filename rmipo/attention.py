@@ -67,6 +67,7 @@ def _unserved_features(model: PreTrainedModel) -> list[str]:
 
 def forward_kwargs(kind: str, row: PackedRow, config: PreTrainedConfig) -> dict:
     """The keyword arguments of the model's forward that make it attend within `row`'s segments."""
+    assert config._attn_implementation == IMPLEMENTATIONS[kind], "attach(model, kind) comes first, or scores are wrong"
     if kind == "segment":
         return {"segments": row["segments"]}
     make_mask = _block_mask if kind == "flex" else dense_mask

@@ -40,6 +40,11 @@ class StepSampler(Sampler):
         self.seed = seed
         self.epoch = 0
 
+    @property
+    def batch_sampler(self) -> "StepSampler":
+        """Itself: `Trainer` calls `set_epoch` one level below a dataloader's batch sampler, where accelerate has it."""
+        return self
+
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
 

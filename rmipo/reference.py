@@ -18,6 +18,7 @@ MISMATCHED_COLUMNS = ("ref_mismatched_chosen_logps", "ref_mismatched_rejected_lo
 
 def model_fingerprint(model: PreTrainedModel) -> str:
     """What the initial weights are: the hub's commit, or name, size and both ends of each local weight file."""
+    assert model.config._name_or_path, "the reference cache needs a model that was loaded from somewhere"
     source = Path(model.config._name_or_path)
     digest = hashlib.sha256()
     if source.is_dir():

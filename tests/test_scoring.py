@@ -1,5 +1,7 @@
 """Packed, prefix-shared scoring against the padded reference: log-probabilities, loss and gradients."""
 
+import copy
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig
@@ -30,7 +32,7 @@ CONFIGS = {
 
 def make_model(name):
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(CONFIGS[name], attn_implementation="sdpa", dtype=torch.float32)
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(CONFIGS[name]), attn_implementation="sdpa", dtype=torch.float32)
     # Embeddings drawn wide, so that attention patterns are far from uniform and a wrong mask shows.
     for parameter in model.parameters():
         if parameter.ndim == 2:
