@@ -1,0 +1,157 @@
+"""Figures: the numbers behind the ink, and what is said where inputs are missing."""
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+import torch
+from matplotlib.image import imread
+
+from rmipo.reporting.figures import density, jitter, save, smooth, wasserstein
+from rmipo.reporting.figures_pairs import figure3, figure6, figure8
+from rmipo.reporting.figures_runs import figure2, figure5, figure7
+from rmipo.reporting.pair_scores import loglik_difference, pmi_difference
+from rmipo.reporting.results import ReportError
+from tests.reporting.files import write_result, write_run
+
+RANDOM = np.random.default_rng(0)
+
+
+@pytest.fixture(autouse=True)
+def close_figures():
+    yield
+    plt.close("all")
+
+
+def test_density_keeps_its_mass_within_the_bounds():
+    values = RANDOM.uniform(0.3, 1.6, 3000)
+    grid = np.linspace(0.3, 1.6, 1001)
+    curve = density(values, grid, 0.3, 1.6)
+    assert np.trapezoid(curve, grid) == pytest.approx(1.0, abs=1e-3)
+    assert curve[0] == pytest.approx(1 / 1.3, rel=0.15)  # a plain estimate would show half of it at the edge
+    assert density(values, np.array([0.2, 1.7]), 0.3, 1.6).tolist() == [0.0, 0.0]
+
+
+def test_density_of_one_kernel_by_hand():
+    curve = density(np.array([0.0, 0.0]), np.array([0.0, 1.0]), bandwidth=1.0)
+    assert curve == pytest.approx([0.398942, 0.241971], abs=1e-6)
+
+
+def test_jitter_is_bounded_by_half_a_step_and_keeps_the_order():
+    ranks = np.repeat([1.0, 2.0, 3.0], 500)
+    moved = jitter(ranks)
+    assert np.abs(moved - ranks).max() <= 0.5 and np.abs(moved - ranks).max() > 0.45
+    assert moved[:500].max() <= moved[500:1000].min()
+    halves = jitter(np.array([0.1 + 0.2, 0.3, 0.8]))  # 0.30000000000000004 is no step of its own
+    assert np.abs(halves - [0.3, 0.3, 0.8]).max() > 1e-3
+
+
+def test_smooth_and_wasserstein_by_hand():
+    assert smooth(np.array([1.0, 3.0, 5.0, 7.0]), 2).tolist() == [1.0, 2.0, 4.0, 6.0]
+    sample = RANDOM.normal(size=500)
+    assert wasserstein(sample, sample + 0.25) == pytest.approx(0.25)
+    assert wasserstein(np.zeros(10), np.array([0.0] * 5 + [1.0] * 5)) == pytest.approx(0.5, abs=1e-3)
+
+
+def test_signals_of_figure3_by_hand():
+    scores = {
+        "chosen_logps": torch.tensor([-1.2]),
+        "rejected_logps": torch.tensor([-1.6]),
+        "prior_chosen_logps": torch.tensor([-3.0]),
+        "prior_rejected_logps": torch.tensor([-2.4]),
+        "chosen_lengths": torch.tensor([3.0]),
+        "rejected_lengths": torch.tensor([2.0]),
+    }
+    assert loglik_difference(scores).item() == pytest.approx(0.4)  # -0.4 + 0.8
+    assert pmi_difference(scores).item() == pytest.approx(0.2)  # 0.6 - 0.4
+
+
+def test_figure2_reads_hyperparameters_from_every_run_below_the_model(tmp_path):
+    def add(name, objective, score, rate=3e-7):
+        log = [{"step": 1, "eval_acc": 0.0}, {"step": 2, "eval_acc": score}]
+        write_run(tmp_path / "tiny" / name, objective, log, rate)
+
+    for beta, score in ((0.01, 0.7), (0.1, 0.6)):
+        add(f"sweep/dpo-{beta}", {"name": "dpo", "beta": beta}, score)
+        add(f"sweep/dpo-{beta}-fast", {"name": "dpo", "beta": beta}, score + 0.1, rate=1e-6)
+    for beta, gamma, score in ((2.0, 1.0, 0.5), (8.0, 1.0, 0.55), (2.0, 1.6, 0.65), (8.0, 1.6, 0.99)):
+        add(f"sweep/simpo-{beta}-{gamma}", {"name": "simpo", "beta": beta, "gamma": gamma}, score)
+    lines = [[line.get_ydata().tolist() for line in axis.lines] for axis in figure2(tmp_path, "tiny", "eval_acc").axes]
+    assert lines[0] == [[0.7, 0.6], [pytest.approx(0.8), pytest.approx(0.7)]]  # one line for each learning rate
+    assert lines[1:] == [[[0.5, 0.55]], [[0.5, 0.65]]]  # beta 8 with gamma 1.6 is on neither line
+
+
+def test_figure2_by_an_evaluation_shows_the_start(tmp_path):
+    for i, objective in enumerate(
+        [{"name": "dpo", "beta": b} for b in (0.01, 0.1)]
+        + [{"name": "simpo", "beta": b, "gamma": g} for b, g in ((2.0, 1.0), (4.0, 1.0), (2.0, 0.3))]
+    ):
+        write_run(tmp_path / "tiny" / f"run{i}", objective, [])
+        write_result(tmp_path, "tiny", f"run{i}", "mtbench", {"mt_bench": 5.0 + i})
+    write_result(tmp_path, "tiny", "initial", "mtbench", {"mt_bench": 4.5})
+    axes = figure2(tmp_path, "tiny").axes
+    assert axes[0].lines[0].get_ydata().tolist() == [5.0, 6.0]
+    assert all(set(axis.lines[1].get_ydata()) == {4.5} for axis in axes)
+
+
+def test_figure5_bars(tmp_path):
+    for method, rate in (("rmipo", 64.0), ("dpo", 61.0)):
+        rates = {"hh_helpful": rate, "hh_harmless": rate + 2, "hh_average": rate + 1}
+        write_result(tmp_path, "llama3-8b-instruct", method, "hh", rates)
+    axis = figure5(tmp_path, "llama3-8b-instruct").axes[0]
+    heights = [patch.get_height() for patch in axis.patches]
+    assert heights == [61.0, 63.0, 62.0, 64.0, 66.0, 65.0]
+    paper = [segment[0][1] for collection in axis.collections for segment in collection.get_segments()]
+    assert paper == [61.8, 64.8]
+
+
+def test_figure7_curves_and_costs(tmp_path):
+    for method, scale in (("dpo", 1.0), ("rmipo", 2.0)):
+        log = [
+            {"step": s, "common/margin_avg_logp": scale * s, "common/acc_avg_logp": 0.5, "peak_memory_gib": scale + s}
+            for s in range(1, 11)
+        ]
+        write_run(tmp_path / "tiny" / method, {"name": method}, [*log, {"step": 10, "train_runtime": 60 * scale}])
+    cost, margin, accuracy = figure7(tmp_path, "tiny").axes[:3]
+    assert [patch.get_width() for patch in cost.patches] == [1.0, 2.0]  # minutes
+    assert [text.get_text() for text in cost.texts] == ["11.0 GiB", "12.0 GiB"]
+    assert margin.lines[1].get_ydata().tolist() == [2.0 * s for s in range(1, 11)]
+    assert set(accuracy.lines[0].get_ydata()) == {50.0}
+
+
+def test_figure8_shows_the_atoms_apart_from_the_density():
+    inner = RANDOM.uniform(0.8, 1.5, 600)
+    gammas = {"token": np.concatenate([inner, np.full(300, 1.6), np.full(100, 0.3)])}
+    axes = figure8(gammas, 0.3, 1.6, "tiny").axes
+    density_axis = next(axis for axis in axes if axis.get_ylabel() == "Density")
+    grid, curve = density_axis.lines[0].get_data()
+    assert np.trapezoid(curve, grid) == pytest.approx(1.0, abs=0.01)
+    assert curve[grid > 1.59].max() < 0.3 and curve[grid < 0.4].max() < 0.01
+    pins = next(axis for axis in axes if axis.get_ylabel() == "At a bound")
+    assert {text.get_text() for text in pins.texts} == {"30%", "10%"}
+
+
+def test_figures_are_saved_as_print_quality_files(tmp_path):
+    signals = {"helpful": {"loglik": RANDOM.normal(size=300), "pmi": RANDOM.normal(0.3, 1, 300)}}
+    rewards = {method: RANDOM.normal(size=200) for method in ("simpo", "rmipo")}
+    for name, figure in {
+        "figure3": figure3(signals, "tiny"),
+        "figure6": figure6(RANDOM.choice([1.0, 2.0], 200), rewards, "tiny"),
+        "figure8": figure8({"a": RANDOM.uniform(0.3, 1.6, 200), "b": np.full(200, 0.3)}, 0.3, 1.6, "tiny"),
+    }.items():
+        png, pdf = save(figure, tmp_path / f"{name}.png")
+        pixels = imread(png)
+        assert pixels.shape[1] == 2025 and pixels[..., :3].std() > 0.02  # 6.75 inches at 300 dpi, not blank
+        assert pdf.read_bytes().startswith(b"%PDF")
+
+
+@pytest.mark.parametrize(
+    ("draw", "command"),
+    [
+        (lambda outputs: figure2(outputs, "tiny"), "make sweep MODEL=tiny METHOD=dpo"),
+        (lambda outputs: figure5(outputs, "tiny"), "make eval MODEL=tiny METHOD=rmipo BENCH=hh"),
+        (lambda outputs: figure7(outputs, "tiny"), "make train MODEL=tiny METHOD=rmipo"),
+    ],
+)
+def test_missing_inputs_name_the_command(tmp_path, draw, command):
+    with pytest.raises(ReportError, match=command):
+        draw(tmp_path)

@@ -1,0 +1,159 @@
+"""Tables: the paper's own averages, differences by hand, missing cells, mixed versions, the three formats."""
+
+import csv
+import io
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from rmipo.reporting.render import FORMATS, csv_text, latex, markdown
+from rmipo.reporting.results import BENCH_OF_METRIC, METHODS, PAPER_MODELS, ReportError, paper_rows
+from rmipo.reporting.tables import LEADERBOARD, TABLES, average_ranks, build_table, competition_ranks, fill
+from tests.reporting.files import write_result, write_run
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_competition_ranks_by_hand():
+    assert competition_ranks([9.0, 7.0, 7.0, 5.0]) == [1, 2, 2, 4]
+    assert competition_ranks([1.0, 1.0, 1.0]) == [1, 1, 1]
+    assert average_ranks([[3.0, 1.0], [2.0, 2.0], [2.0, 3.0]]) == [2.0, 2.0, 1.5]
+
+
+@pytest.mark.parametrize("model", ["mistral-7b-instruct", "llama3-8b-instruct"])
+def test_the_papers_averages_follow_from_its_rows(model):
+    rows = [row for row in paper_rows("table2") if row["setting"] == model]
+    scores = [[float(row[metric]) for metric in LEADERBOARD] for row in rows]
+    assert len(rows) == 7
+    for row, values, rank in zip(rows, scores, average_ranks(scores), strict=True):
+        assert sum(values) / 6 == pytest.approx(float(row["avg_score"]), abs=0.005 + 1e-9), row["method"]
+        assert rank == pytest.approx(float(row["avg_rank"]), abs=0.005), row["method"]
+
+
+@pytest.mark.parametrize("number", sorted(TABLES))
+def test_a_table_filled_with_the_papers_numbers_differs_nowhere(number, tmp_path):
+    """Each cell reads its own file and metric: feeding back what the paper prints must give differences of 0."""
+    table = build_table(number)
+    by_file: dict[tuple[str, str, str], dict[str, float]] = {}
+    printed: dict[tuple[str, str, str], set[float]] = {}
+    for cell in (cell for row in table.cells for cell in row):
+        assert cell.paper is not None
+        by_file.setdefault((cell.model, cell.method, BENCH_OF_METRIC[cell.metric]), {})[cell.metric] = cell.paper
+        printed.setdefault((cell.model, cell.method, cell.metric), set()).add(cell.paper)
+    assert all(len(values) == 1 for values in printed.values())
+    for key, metrics in by_file.items():
+        write_result(tmp_path, *key, metrics)
+    filled = fill(table, tmp_path)
+    entries = [entry for row in filled.entries for entry in row]
+    assert len(entries) == {1: 144, 2: 112, 3: 36, 5: 20, 7: 8, 8: 8}[number]
+    assert all(abs(entry.difference) < 0.005 + 1e-9 for entry in entries)
+    assert "Missing cells" not in markdown(filled)
+
+
+def test_papers_table1_covers_every_method_and_model():
+    keys = {(row["method"], row["setting"]) for row in paper_rows("table1")}
+    assert keys == {(method, model) for method in METHODS for model in PAPER_MODELS}
+
+
+def test_difference_and_missing_cells(tmp_path):
+    metrics = {"alpacaeval2_lc": 36.64, "alpacaeval2_wr": 30.0}
+    write_result(tmp_path, "llama3-8b-instruct", "rmipo", "alpacaeval", metrics)
+    write_run(tmp_path / "llama3-8b-instruct" / "dpo", {"name": "dpo"}, [])
+    text = markdown(fill(build_table(1, ["llama3-8b-instruct"]), tmp_path))
+    assert "| RMiPO | 49.1 / 36.6 / -12.5 | 46.3 / 30.0 / -16.3 | 8.3 / [" in text  # 36.64 - 49.1 = -12.46
+    lines = text.splitlines()
+    # dpo is trained, so only its evaluation is missing; simpo has to be trained first.
+    assert any(line.endswith("] `make eval MODEL=llama3-8b-instruct METHOD=dpo BENCH=alpacaeval`") for line in lines)
+    train, evaluate = (f"`make {verb} MODEL=llama3-8b-instruct METHOD=simpo" for verb in ("train", "eval"))
+    assert any(f"{train}`, then {evaluate} BENCH=mtbench`" in line for line in lines)
+    assert "METHOD=initial BENCH=alpacaeval" in text and "make train MODEL=llama3-8b-instruct METHOD=initial" not in text
+
+
+def test_unfinished_results_and_runs_count_as_missing(tmp_path):
+    metrics = dict.fromkeys(LEADERBOARD, 10.0)
+    write_result(tmp_path, "llama3-8b-instruct", "rmipo", "leaderboard", metrics, finished=False)
+    write_run(tmp_path / "llama3-8b-instruct" / "rmipo", {"name": "rmipo"}, [], finished=False)
+    filled = fill(build_table(2, ["llama3-8b-instruct"]), tmp_path)
+    entry = filled.entries[-1][0]
+    assert entry.ours is None and entry.paper == 69.07 and len(entry.commands) == 2
+
+
+def test_ranks_among_fewer_methods_are_not_compared(tmp_path):
+    for method, score in (("rmipo", 30.0), ("dpo", 20.0)):
+        write_result(tmp_path, "llama3-8b-instruct", method, "leaderboard", dict.fromkeys(LEADERBOARD, score))
+    filled = fill(build_table(2, ["llama3-8b-instruct"]), tmp_path)
+    by_method = {labels[1]: row for labels, row in zip(filled.table.rows, filled.entries, strict=True)}
+    score, rank = by_method["RMiPO"][-2:]
+    assert score.ours == 30.0 and score.difference == pytest.approx(30.0 - 24.9)
+    assert rank.ours == 1.0 and rank.difference is None
+    assert by_method["DPO"][-1].ours == 2.0 and by_method["SimPO"][-1].ours is None
+    assert any("2 of 7 methods" in note for note in filled.notes)
+
+
+def test_mixed_versions_are_refused_or_flagged(tmp_path):
+    metrics = dict.fromkeys(LEADERBOARD, 10.0)
+    write_result(tmp_path, "llama3-8b-instruct", "rmipo", "leaderboard", metrics)
+    write_result(tmp_path, "llama3-8b-instruct", "dpo", "leaderboard", metrics, versions={"lm_eval": "0.4.9"})
+    table = build_table(2, ["llama3-8b-instruct"])
+    with pytest.raises(ReportError, match=r"0\.4\.9 in .*dpo/eval/leaderboard\.json.*0\.4\.13 in .*rmipo"):
+        fill(table, tmp_path)
+    filled = fill(table, tmp_path, allow_mixed_versions=True)
+    assert any("MIXED VERSIONS" in note and "0.4.9" in note for note in filled.notes)
+
+
+def test_part_of_a_benchmark_is_flagged(tmp_path):
+    write_result(tmp_path, "tiny", "rmipo", "leaderboard", dict.fromkeys(LEADERBOARD, 10.0), settings={"limit": 5})
+    assert any("limit=5" in note for note in fill(build_table(2, ["tiny"]), tmp_path).notes)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "isn't JSON"),
+        ("[]", "holds a list"),
+        ('{"finished": true, "bench": "leaderboard"}', r"lacks \['metrics', 'versions', 'settings'\]"),
+        ('{"finished": true, "bench": "hh", "metrics": {}, "versions": {}, "settings": {}}', "its name says"),
+        ('{"finished": true, "bench": "leaderboard", "metrics": {"ifeval": 1}, "versions": {}, "settings": {}}', "'bbh'"),
+    ],
+)
+def test_broken_result_files_are_named(tmp_path, content, message):
+    path = write_result(tmp_path, "tiny", "rmipo", "leaderboard", {})
+    path.write_text(content)
+    with pytest.raises(ReportError, match=message) as raised:
+        fill(build_table(2, ["tiny"]), tmp_path)
+    assert str(path) in str(raised.value)
+
+
+def test_csv_and_latex(tmp_path):
+    metrics = {"alpacaeval2_lc": 47.25, "alpacaeval2_wr": 40.0}
+    write_result(tmp_path, "llama3-8b-instruct", "alpha-dpo", "alpacaeval", metrics)
+    filled = fill(build_table(1, ["llama3-8b-instruct"]), tmp_path)
+    rows = list(csv.DictReader(io.StringIO(csv_text(filled))))
+    row = next(row for row in rows if row["Method"] == "α-DPO" and row["Column"] == "Llama3-8B-Instruct LC (%)")
+    assert (row["paper"], row["ours"], row["command"]) == ("46.6", "47.25", "")
+    assert float(row["difference"]) == pytest.approx(0.65)
+    text = latex(filled)
+    cells = [r"46.6 / 47.2 {\scriptsize($+0.6$)}", r"38.1 / 40.0 {\scriptsize($+1.9$)}", r"8.1 / \emph{n.a.}"]
+    assert " & ".join([r"$\alpha$-DPO", *cells]) + r" \\" in text
+    assert r"\multicolumn{3}{c}{Llama3-8B-Instruct}" in text and r"LC (\%)" in text
+    assert all(line.count("&") == 3 for line in text.splitlines() if line.endswith(r"\\") and "multicolumn" not in line)
+
+
+def run_script(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(ROOT / "scripts" / "table.py"), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env={"PATH": "", **environment})
+
+
+def test_script_writes_three_formats(tmp_path):
+    done = run_script("--outputs", str(tmp_path), N="7", MODEL="tiny")
+    assert done.returncode == 0, done.stderr
+    assert {path.name for path in (tmp_path / "reports").iterdir()} == {f"table7-tiny.{suffix}" for suffix in FORMATS}
+    assert "METHOD=table7-linear" in done.stdout
+
+
+@pytest.mark.parametrize("number", ["4", ""])
+def test_script_refuses_other_tables_in_one_line(tmp_path, number):
+    done = run_script("--outputs", str(tmp_path), **({"N": number} if number else {}))
+    assert done.returncode != 0 and "[1, 2, 3, 5, 7, 8]" in done.stderr and "Traceback" not in done.stderr
