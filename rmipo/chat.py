@@ -79,7 +79,7 @@ class ChatFormat:
                 break
 
         end_id, after_end = None, ""
-        tail = fulls[0].rpartition(ANSWER["content"])[2]
+        tail = fulls[0].rpartition(ANSWER["content"])[2]  # the whole text if the answer is not in it
         end_token = next((token for token in special_tokens(tokenizer) if tail.lstrip().startswith(token)), None)
         if end_token is None:
             problems.append(

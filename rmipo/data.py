@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow.compute as pc
 from datasets import Dataset, Features, List, Value
 
+from .arguments import DataConfig
 from .chat import ChatFormat, DataError, TokenPair
 from .forms import DIALOGUE_FORMS, PAIR_FORMS, SIDES, read_dialogue, read_pair, unusable_dialogue, unusable_pair
 from .sources import check_columns, load_rows
@@ -22,7 +23,7 @@ TOKEN_IDS = List(Value("int32"))
 SHOWN_ROWS = 5
 
 
-def load_pairs(data_config, split: str) -> Dataset:
+def load_pairs(data_config: DataConfig, split: str) -> Dataset:
     """Load preference pairs of a split ("train" or "test").
 
     Returns:
@@ -39,7 +40,7 @@ def load_pairs(data_config, split: str) -> Dataset:
     return load_rows(data_config, split, convert)
 
 
-def load_messages(data_config, split: str) -> Dataset:
+def load_messages(data_config: DataConfig, split: str) -> Dataset:
     """Load dialogues for SFT: column `messages`, which ends with an assistant message, and `row`.
 
     Rows that can't be trained on are dropped with a warning, up to `max_dropped_fraction`; then DataError.
@@ -64,6 +65,7 @@ def convert_rows(dataset: Dataset, source: str, read, columns: tuple[str, ...], 
 
     def read_batch(batch: dict) -> dict:
         out = {name: [] for name in (*columns, "problem")}
+        rows = batch.pop("row")
         for values in zip(*batch.values(), strict=True):
             try:
                 lists, problem = read(dict(zip(batch, values, strict=True))), None
@@ -71,18 +73,18 @@ def convert_rows(dataset: Dataset, source: str, read, columns: tuple[str, ...], 
                 lists, problem = [[] for _ in columns], str(error)
             for name, value in zip(out, [*lists, problem], strict=True):
                 out[name].append(value)
-        return out
+        return out | {"row": rows}
 
-    features = Features(dict.fromkeys(columns, MESSAGES) | {"problem": Value("string")})
+    features = Features(dict.fromkeys(columns, MESSAGES) | {"problem": Value("string"), "row": Value("int64")})
     converted = dataset.map(
         read_batch,
         batched=True,
-        remove_columns=dataset.column_names,
+        remove_columns=[name for name in dataset.column_names if name != "row"],
         features=features,
         num_proc=num_proc,
         desc=f"Reading {source}",
     )
-    problems = rows_by_reason(converted["problem"], range(len(converted)))
+    problems = rows_by_reason(converted["problem"], converted["row"])
     if problems:
         lines = [f"- {problem}: {name_rows(rows)}" for problem, rows in problems.items()]
         raise DataError("\n".join([f"{source}: rows that can't be read", *lines, forms]))

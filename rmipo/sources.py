@@ -8,6 +8,7 @@ from pathlib import Path
 from datasets import Dataset, concatenate_datasets, load_dataset
 from datasets.exceptions import DatasetGenerationError
 
+from .arguments import DataConfig
 from .chat import DataError
 
 logger = logging.getLogger(__name__)
@@ -20,15 +21,16 @@ ENTRY_KEYS = {"path", *SUBSET_KEYS, "split", "test_split", "columns", "fraction"
 Convert = Callable[[Dataset, str], Dataset]
 
 
-def load_rows(data_config, split: str, convert: Convert) -> Dataset:
+def load_rows(data_config: DataConfig, split: str, convert: Convert) -> Dataset:
     """Load a split, bring every source into the same columns, and mix.
 
     Args:
-        data_config: a `DataConfig`. A mixture's entries have TRL's keys (path, name, data_dir, data_files, split,
+        data_config: its mixture's entries have TRL's keys (path, name, data_dir, data_files, split,
             columns, fraction) and also `revision`, `test_split`, and the handbook's `weight`: the share of this source
             that is taken, drawn with `mixture_seed`.
         split: "train" or "test".
-        convert: called with the rows of one source (columns as published, plus `row`) and its name for messages.
+        convert: called with the rows of one source (columns as published, and `row`) and its name for messages; keeps
+            `row`.
 
     Returns:
         What `convert` returned for all sources, in their order, or shuffled where weights are given. `row` counts
@@ -41,15 +43,14 @@ def load_rows(data_config, split: str, convert: Convert) -> Dataset:
     sources, first_row = [], 0
     for entry in entries:
         name = entry["path"]
-        dataset = load_source(entry, source_split, data_config)
+        dataset = load_source(entry, source_split, first_row, data_config)
         if entry.get("columns"):
             check_columns(dataset, entry["columns"], name, "the mixture's `columns`")
-            dataset = dataset.select_columns(entry["columns"])
+            dataset = dataset.select_columns([*entry["columns"], "row"])
         if len(dataset) == 0:
             raise DataError(f"{name}: the {source_split} split has no rows.")
-        rows = list(range(first_row, first_row + len(dataset)))
-        first_row += len(dataset)
-        dataset = convert(dataset, name).add_column("row", rows)
+        first_row = dataset[-1]["row"] + 1
+        dataset = convert(dataset, name)
         if source_split == "train" and entry.get("weight") is not None:
             dataset = dataset.shuffle(seed=seed).select(range(int(len(dataset) * entry["weight"])))
         sources.append(dataset)
@@ -64,10 +65,10 @@ def load_rows(data_config, split: str, convert: Convert) -> Dataset:
     return mixed if limit is None else mixed.select(range(min(limit, len(mixed))))
 
 
-def mixture_entries(data_config) -> list[dict]:
+def mixture_entries(data_config: DataConfig) -> list[dict]:
     """The sources of a `DataConfig` as mixture entries; a single dataset is a mixture of one."""
     if data_config.datasets:
-        entries = [entry if isinstance(entry, dict) else vars(entry) for entry in data_config.datasets]
+        entries = data_config.datasets
     elif data_config.dataset_name:
         entries = [
             {
@@ -101,33 +102,43 @@ def take_fractions(sources: list[Dataset], fractions: list[float | None]) -> lis
     return [source.select(range(round(weight * total))) for source, weight in zip(sources, weights, strict=True)]
 
 
-def load_source(entry: dict, split: str, data_config) -> Dataset:
-    """Rows of one source with the columns they were published with."""
+def load_source(entry: dict, split: str, first_row: int, data_config: DataConfig) -> Dataset:
+    """Rows of one source with the columns they were published with, and `row`: their numbers from `first_row` on."""
     if split == "train":
         name = entry.get("split") or data_config.dataset_train_split
     else:
         name = entry.get("test_split") or data_config.dataset_test_split
     path = Path(entry["path"]).expanduser()
     if path.is_file():
-        return load_file(path, split)
+        if suffix(path) is None:
+            raise DataError(f"{path}: a data file ends in one of {', '.join(BUILDERS)}.")
+        dataset = number_rows(load_files([path], entry["path"]), first_row)
+        return dataset if data_config.test_split_size else hold_out(dataset, split, entry["path"])
     if path.is_dir():
-        return load_files(find_split(path / (entry.get("data_dir") or ""), name, split), entry["path"])
-    if path.is_absolute() or entry["path"].startswith((".", "~")) or entry["path"].count("/") > 1 or suffix(path):
-        raise DataError(f"{entry['path']}: no such file or folder (seen from {Path.cwd().name}/).")
-    return load_hub(entry, name)
+        dataset = load_files(find_split(path / (entry.get("data_dir") or ""), name, split), entry["path"])
+    elif path.is_absolute() or entry["path"].startswith((".", "~")) or entry["path"].count("/") > 1 or suffix(path):
+        raise DataError(f"{entry['path']}: no such file or folder. Paths are relative to the working directory.")
+    else:
+        dataset = load_hub(entry, name)
+    return number_rows(dataset, first_row)
 
 
-def load_file(path: Path, split: str) -> Dataset:
-    """One local file: its last rows are the test split."""
-    if suffix(path) is None:
-        raise DataError(f"{path}: a data file ends in one of {', '.join(BUILDERS)}.")
-    dataset = load_files([path], str(path))
+def number_rows(dataset: Dataset, first_row: int) -> Dataset:
+    dataset = dataset.remove_columns([name for name in dataset.column_names if name == "row"])
+    return dataset.add_column("row", list(range(first_row, first_row + len(dataset))))
+
+
+def hold_out(dataset: Dataset, split: str, source: str) -> Dataset:
+    """The part of a single file that is `split`: its last rows are the test split."""
     test_rows = round(len(dataset) * HELD_OUT)
     if test_rows == 0:
-        raise DataError(f"{path}: {len(dataset)} rows are too few for a test split; give a folder with two files.")
-    logger.warning("%s: one file, so its last %d of %d rows are the test split", path, test_rows, len(dataset))
-    bounds = {"train": (0, len(dataset) - test_rows), "test": (len(dataset) - test_rows, len(dataset))}[split]
-    return dataset.select(range(*bounds))
+        raise DataError(
+            f"{source}: {len(dataset)} rows are too few to set some aside as test split. Give a folder with a train "
+            "and a test file, or set `test_split_size`."
+        )
+    logger.warning("%s: one file, so its last %d of %d rows are the test split", source, test_rows, len(dataset))
+    train_rows = len(dataset) - test_rows
+    return dataset.select(range(train_rows) if split == "train" else range(train_rows, len(dataset)))
 
 
 def find_split(folder: Path, name: str, split: str) -> list[Path]:
@@ -176,7 +187,7 @@ def load_hub(entry: dict, split: str) -> Dataset:
             "instead of the id."
         ) from error
     except ValueError as error:  # an unknown split or configuration; the message lists those that exist
-        raise DataError(f"{path}: {error}") from error
+        raise DataError(f"{path}: {error} See the recipe's `dataset_*_split`, `dataset_config`.") from error
 
 
 def check_columns(dataset: Dataset, needed: list[str], source: str, wanted_by: str) -> None:
