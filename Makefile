@@ -1,0 +1,71 @@
+# Every action is a target; `make` lists them. All of them make the environment (.venv) first if it is not there.
+
+PYTHON ?= python3
+export PYTHON
+
+# What is given on make's command line reaches the programs as environment variables, word for word: neither make nor a
+# shell ever expands it, whatever it holds. (Without this, make would run MODEL='$(shell ...)' when exporting it.)
+GIVEN := $(foreach v,$(.VARIABLES),$(if $(filter command line,$(origin $(v))),$(v)))
+$(foreach v,$(GIVEN),$(eval override $(v) := $$(value $(v)))$(eval export $(v)))
+MAKEOVERRIDES :=
+
+RUN := .venv/bin/python
+.DEFAULT_GOAL := help
+.PHONY: help install train plan doctor bench test test-all lint eval table figure compare sweep samples reproduce
+
+help: ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' Makefile | while IFS='|' read -r name text; do printf '  make %-10s %s\n' "$$name" "$$text"; done
+
+train: .venv/.installed ## train a setting: MODEL=tiny [STAGE=sft|rmipo] [METHOD=dpo] [ARGS="--learning_rate 1e-6"] [DATA=folder] [GPUS=4] [DRY=1]
+	@$(RUN) scripts/launch.py
+
+plan: .venv/.installed ## memory, time and disk of a run before it is paid for: MODEL=... GPUS=8x80
+	@$(RUN) scripts/plan.py
+
+doctor: .venv/.installed ## check Python, CUDA, DeepSpeed, disk, hub and W&B logins, each with its fix
+	@$(RUN) scripts/doctor.py
+
+compare: .venv/.installed ## every method on one setting, tuned and compared: MODEL=tiny
+	@$(RUN) scripts/compare.py
+
+sweep: .venv/.installed ## the paper's hyperparameter search of a method, without an account: METHOD=simpo
+	@$(RUN) scripts/sweep.py
+
+eval: .venv/.installed ## evaluate a trained model: MODEL=... METHOD=...
+	@$(RUN) scripts/evaluate.py
+
+samples: .venv/.installed ## answers of trained models side by side: MODEL=...
+	@$(RUN) scripts/samples.py
+
+table: .venv/.installed ## one of the paper's tables from result files: N=1
+	@$(RUN) scripts/table.py
+
+figure: .venv/.installed ## one of the paper's figures: N=7 MODEL=...
+	@$(RUN) scripts/figure.py
+
+reproduce: .venv/.installed ## all runs behind one table, in order: TABLE=1 [DRY=1]
+	@$(RUN) scripts/reproduce.py
+
+bench: .venv/.installed ## speed and memory against other implementations
+	@$(RUN) benchmarks/bench.py
+
+test: .venv/.installed ## the tests that CI runs
+	@$(RUN) -m pytest -m "not slow" -n 2
+
+test-all: .venv/.installed ## all tests, the slow ones too
+	@$(RUN) -m pytest -n 2
+
+lint: .venv/.installed ## style and obvious mistakes
+	@$(RUN) -m ruff check . && $(RUN) -m ruff format --check .
+
+install: ## make the environment, or add to it: EXTRAS=gpu (bitsandbytes, kernels), EXTRAS=eval, EXTRAS=vllm
+	@rm -f .venv/.installed
+	@$(MAKE) .venv/.installed
+
+.venv/.installed: setup.py constraints.txt
+	@"$$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "Python 3.11 or newer is needed; $$PYTHON is not. Name another: make PYTHON=python3.12 ..." >&2; exit 1; }
+	@echo "Making the environment in .venv: several minutes, once"
+	@"$$PYTHON" -m venv .venv
+	@.venv/bin/python -m pip install --disable-pip-version-check --progress-bar on -c constraints.txt -e ".[dev$${EXTRAS:+,$$EXTRAS}]"
+	@touch $@

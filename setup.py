@@ -1,0 +1,44 @@
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+
+version = next(
+    line.split('"')[1] for line in Path("rmipo/__init__.py").read_text().splitlines() if line.startswith("__version__")
+)
+
+# constraints.txt pins the versions that were tested: pip install -c constraints.txt -e .[dev]
+setup(
+    name="rmipo",
+    version=version,
+    description="RMiPO: preference optimisation with a margin set by response-level mutual information",
+    license="Apache-2.0",
+    packages=find_packages(include=["rmipo", "rmipo.*"]),
+    package_data={"rmipo": ["**/*.csv", "**/*.json", "**/*.yaml", "**/*.jinja"]},
+    python_requires=">=3.11",
+    install_requires=[
+        "accelerate",
+        "datasets",
+        "deepspeed",
+        "matplotlib",
+        "peft",
+        "pyyaml",
+        "torch",
+        "tqdm",
+        "transformers",
+        "trl",
+        "wandb",
+    ],
+    extras_require={
+        "gpu": ["bitsandbytes", "kernels"],
+        "vllm": ["vllm"],
+        "eval": [
+            "alpaca-eval==0.6.6",
+            "lm-eval[hf,ifeval,math]==0.4.13",
+            "nvidia-mtbench-evaluator==26.3",
+            "scikit-learn>=1.9,<1.10",
+            "setuptools<81",
+        ],
+        "dev": ["pytest", "pytest-timeout", "pytest-xdist", "ruff", "tensorboard"],
+    },
+)
