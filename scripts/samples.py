@@ -1,0 +1,96 @@
+"""Several methods' answers to chosen prompts side by side, as in the paper's Table 6: Markdown and HTML.
+
+    make samples MODEL=mistral-7b-base METHODS="rmipo simper simpo"
+    python scripts/samples.py --model tiny --methods initial rmipo --prompt "What does Ada eat?" --prompt "..."
+
+Without --prompt, the prompts of the block `samples` in recipes/<model>/eval.yaml. Writes <outputs>/reports/.
+"""
+
+import argparse
+import html
+import os
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+from rmipo.evaluation import EvaluationError  # noqa: E402
+from rmipo.evaluation.generation import Request, digest, generate  # noqa: E402
+from rmipo.evaluation.target import load_settings, model_folder  # noqa: E402
+
+METHODS = ["rmipo", "simper", "simpo"]  # of Table 6
+STYLE = """body { font-family: sans-serif; margin: 2em; } table { border-collapse: collapse; width: 100%; }
+th, td { border: 1px solid #bbb; padding: .6em; vertical-align: top; text-align: left; }
+td { white-space: pre-wrap; overflow-wrap: anywhere; } th { background: #eee; } td.prompt { background: #f6f6f6; }"""
+
+
+def markdown(model: str, prompts: list[str], answers: dict[str, list[str]]) -> str:
+    """One section for each prompt; answers are quoted, so that their own Markdown doesn't break the page."""
+    lines = [f"# {model}: answers side by side", ""]
+    for number, prompt in enumerate(prompts):
+        lines += [f"## Prompt {number + 1}", "", *quote(prompt), ""]
+        for method, texts in answers.items():
+            lines += [f"**{method}**", "", *quote(texts[number]), ""]
+    return "\n".join(lines)
+
+
+def quote(text: str) -> list[str]:
+    fence = "```"
+    while fence in text:
+        fence += "`"
+    return [f"> {line}".rstrip() for line in [fence + "text", *(text or "(empty)").splitlines(), fence]]
+
+
+def page(model: str, prompts: list[str], answers: dict[str, list[str]]) -> str:
+    """A table with a column for each method."""
+    escape = html.escape
+    rows = []
+    for number, prompt in enumerate(prompts):
+        cells = "".join(f"<td>{escape(texts[number])}</td>" for texts in answers.values())
+        rows.append(f'<tr><td class="prompt">{escape(prompt)}</td>{cells}</tr>')
+    head = "".join(f"<th>{escape(method)}</th>" for method in answers)
+    title = f"{escape(model)}: answers side by side"
+    return (
+        f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>\n<style>{STYLE}</style>'
+        f"</head><body>\n<h1>{title}</h1>\n<table><thead><tr><th>Prompt</th>{head}</tr></thead>\n<tbody>\n"
+        + "\n".join(rows)
+        + "\n</tbody></table></body></html>\n"
+    )
+
+
+def main() -> None:
+    environment = os.environ.get
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=environment("MODEL") or "tiny", help="folder in recipes/")
+    parser.add_argument("--methods", nargs="+", default=environment("METHODS", "").split() or METHODS)
+    parser.add_argument("--prompt", action="append", help="may be given more than once")
+    parser.add_argument("--outputs", type=Path, default=Path("outputs"), help="where the runs are")
+    args = parser.parse_args()
+
+    recipe = ROOT / "recipes" / args.model / "rmipo.yaml"
+    try:
+        settings = load_settings(recipe.with_name("eval.yaml"), [])
+        prompts = args.prompt or settings.get("samples", {}).get("prompts")
+        if not prompts:
+            raise EvaluationError(f"no prompts: use --prompt, or samples.prompts in recipes/{args.model}/eval.yaml")
+        folders = {method: model_folder(recipe, args.outputs, method) for method in args.methods}
+        requests = [Request(str(i), [{"role": "user", "content": prompt}]) for i, prompt in enumerate(prompts)]
+        file = f"samples-{digest(prompts)[:8]}.jsonl"  # other prompts are other answers
+        answers = {
+            method: generate(folder, requests, folder / "eval" / file, settings.get("generation", {}))
+            for method, folder in folders.items()
+        }
+    except ValueError as error:
+        sys.exit(str(error))
+
+    reports = args.outputs / "reports"
+    reports.mkdir(parents=True, exist_ok=True)
+    for extension, render in (("md", markdown), ("html", page)):
+        path = reports / f"samples-{args.model}.{extension}"
+        path.write_text(render(args.model, prompts, answers))
+        print(path)
+
+
+if __name__ == "__main__":
+    main()
