@@ -5,7 +5,6 @@ neither that nor otherwise (Figure 5), so the share by summed log-probability S 
 beside it. A tie counts as a loss.
 """
 
-import importlib.metadata
 from dataclasses import fields
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import torch
 from rmipo.config import DataConfig
 from rmipo.data import load_pairs
 
+from . import EvaluationError, merge_settings, package_versions
 from .pair_scores import known_objective, native_rewards, needs_reference, read_run, score_model
 
 SUBSETS = ("helpful", "harmless")
@@ -44,21 +44,18 @@ def run(model_dir: str | Path, output_dir: str | Path, settings: dict) -> dict:
 
     One of the two may be left out; then there is no average. Per-pair scores, log pi(y) among them for Figure 3, go to
     `output_dir`/hh_<subset>.pt.
-    Returns {"metrics", "versions", "settings"}. Raises ValueError for wrong settings, before a model is loaded.
+    Returns {"metrics", "versions", "settings"}. Raises EvaluationError for wrong settings, before a model is loaded.
     """
-    unknown = sorted(settings.keys() - DEFAULTS.keys())
-    if unknown:
-        raise ValueError(f"hh: unknown settings {unknown}; it has {sorted(DEFAULTS)}")
-    settings = DEFAULTS | settings
+    settings = merge_settings("hh", DEFAULTS, settings)
     subsets = [name for name in SUBSETS if settings[name]]
     if not subsets:
-        raise ValueError(
+        raise EvaluationError(
             "hh: no data; say where the pairs are, e.g. helpful: {dataset_name: Anthropic/hh-rlhf, ...} in eval.yaml"
         )
     known = [field.name for field in fields(DataConfig)]
     for name in subsets:
         if wrong := sorted(settings[name].keys() - set(known)):
-            raise ValueError(f"hh: {name}: unknown keys {wrong}; a data block has {known}")
+            raise EvaluationError(f"hh: {name}: unknown keys {wrong}; a data block has {known}")
     pairs = {name: load_pairs(DataConfig(**settings[name]), "test") for name in subsets}
 
     run_record = read_run(model_dir)
@@ -89,6 +86,6 @@ def run(model_dir: str | Path, output_dir: str | Path, settings: dict) -> dict:
                 metrics[f"hh_average{suffix}"] = sum(metrics[f"hh_{name}{suffix}"] for name in SUBSETS) / len(SUBSETS)
     return {
         "metrics": metrics,
-        "versions": {name: importlib.metadata.version(name) for name in ("transformers", "torch")},
+        "versions": package_versions("transformers", "torch"),
         "settings": settings,
     }

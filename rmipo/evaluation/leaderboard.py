@@ -5,9 +5,10 @@ and a perfect run is 100, subtask by subtask where the number of answer choices 
 """
 
 import gc
-import importlib.metadata
 import json
 from pathlib import Path
+
+from . import merge_settings, package_versions
 
 BBH_CHOICES = {
     "boolean_expressions": 2, "causal_judgement": 2, "formal_fallacies": 2, "hyperbaton": 2, "navigate": 2,
@@ -78,12 +79,9 @@ def run(model_dir: str | Path, output_dir: str | Path, settings: dict) -> dict:
     """Evaluate the model in `model_dir` on the leaderboard's tasks; `settings` overrides DEFAULTS.
 
     lm-eval's own results go to `output_dir`/leaderboard_raw.json. Returns {"metrics", "versions", "settings"}.
-    Raises ValueError for an unknown setting, before anything is loaded.
+    Raises EvaluationError for an unknown setting, before anything is loaded.
     """
-    unknown = sorted(settings.keys() - DEFAULTS.keys())
-    if unknown:
-        raise ValueError(f"leaderboard: unknown settings {unknown}; it has {sorted(DEFAULTS)}")
-    settings = DEFAULTS | settings
+    settings = merge_settings("leaderboard", DEFAULTS, settings)
 
     import lm_eval
     from lm_eval.tasks import TaskManager
@@ -109,6 +107,6 @@ def run(model_dir: str | Path, output_dir: str | Path, settings: dict) -> dict:
     (output_dir / "leaderboard_raw.json").write_text(json.dumps(kept, indent=2, default=str) + "\n")
     return {
         "metrics": leaderboard_metrics(raw["results"]),
-        "versions": {name: importlib.metadata.version(name) for name in ("lm_eval", "transformers", "torch")},
+        "versions": package_versions("lm_eval", "transformers", "torch"),
         "settings": settings,
     }

@@ -120,7 +120,7 @@ def test_one_subset_alone_has_no_average(tmp_path):
     ("settings", "message"),
     [
         ({}, "no data"),
-        ({"harmles": {}}, r"unknown settings \['harmles'\]"),
+        ({"harmles": {}}, r"hh: unknown keys \['harmles'\]"),
         ({"harmless": {"dataset": "x"}}, r"harmless: unknown keys \['dataset'\].*dataset_name"),
         ({"harmless": {"dataset_name": "no/such/place/"}}, "no such file or folder"),
     ],

@@ -51,7 +51,7 @@ def test_all_missing_scores_are_named_at_once():
 
 
 def test_unknown_setting_is_refused_before_anything_loads(tmp_path):
-    with pytest.raises(ValueError, match=r"unknown settings \['batchsize'\].*batch_size"):
+    with pytest.raises(ValueError, match=r"leaderboard: unknown keys \['batchsize'\].*batch_size"):
         run("no/such/model", tmp_path, {"batchsize": 4})
 
 
