@@ -16,7 +16,6 @@ from transformers.integrations.sdpa_attention import repeat_kv
 
 from .packing import PackedRow
 
-
 # attention kind -> name of the transformers attention implementation that serves it
 IMPLEMENTATIONS = {"segment": "rmipo_segment", "flex": "flex_attention", "dense": "sdpa"}
 
@@ -163,7 +162,7 @@ def segment_attention(
     for _, group in itertools.groupby(segments, key=lambda segment: segment[0]):
         prefix = next(pieces)
         shared = prefix[0].shape[2]
-        for number, (_, branch) in enumerate(zip(group, pieces)):
+        for number, (_, branch) in enumerate(zip(group, pieces, strict=False)):
             # The prefix's own rows are needed once per group. Running them again with each later branch, and dropping
             # them, lets every call be plainly causal, which is faster than a mask for a branch that sees a prefix.
             q, k, v = (torch.cat(parts, dim=2) for parts in zip(prefix, branch, strict=True)) if shared else branch

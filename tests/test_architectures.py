@@ -10,7 +10,6 @@ from rmipo.packing import pack_pairs
 from tests.references.padded import padded_pairs, rmipo_loss
 from tests.test_scoring import SIZES, make_pairs
 
-
 CONTEXT = [1, 2]
 LLAMA3_ROPE = {
     "rope_type": "llama3",

@@ -1,0 +1,153 @@
+"""What can be checked before a GPU hour is spent: does the run fit, is there a disk for it, may the model be read."""
+
+import shutil
+from dataclasses import fields, replace
+from pathlib import Path
+
+import httpx2
+import torch
+from huggingface_hub import HfApi
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
+from trl import ModelConfig, get_peft_config
+
+from .config import PreferenceConfig, Recipe
+from .objectives import build_objective
+from .plan import GIB, Hardware, MemoryPlan, Run, Shape, Sharding, checkpoint_bytes, largest_micro_batch, plan_memory
+from .shapes import load_config
+
+WEIGHT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "auto": 2}
+
+
+class PreflightError(ValueError):
+    """The run can't work as it is: what was found, what was expected, what to change."""
+
+
+def run_of(recipe: Recipe) -> Run:
+    """What of a recipe decides memory and time."""
+    values = recipe.values
+    needs = build_objective(values["objective"]).needs if recipe.stage == "preference" else frozenset()
+    weight_bytes = WEIGHT_BYTES[values.get("dtype", ModelConfig.dtype)]
+    return Run(
+        stage=recipe.stage,
+        micro_batch=values.get("per_device_train_batch_size", PreferenceConfig.per_device_train_batch_size),
+        evaluation_batch=values.get("per_device_eval_batch_size", PreferenceConfig.per_device_eval_batch_size),
+        global_batch=recipe.batch(world_size=1)[0],
+        max_length=values.get("max_length", PreferenceConfig.max_length),
+        max_tokens=values.get("max_tokens_per_micro_batch"),
+        checkpointing=bool(values.get("activation_checkpointing", values.get("gradient_checkpointing", False))),
+        packing=values.get("packing", False),
+        weight_bytes=weight_bytes,
+        autocast=weight_bytes == 4 and bool(values.get("bf16", False)),
+        prior="prior" in needs,
+        reference_model="reference_logits" in needs and not values.get("use_peft", False),
+        adapters=values.get("use_peft", False),
+        quantized=values.get("load_in_4bit", False),
+        nested_quantization=values.get("use_bnb_nested_quant", False),
+    )
+
+
+def shape_of(recipe: Recipe) -> Shape:
+    """Sizes of the recipe's model, with its adapters. Raises PreflightError if its configuration can't be read."""
+    names = {f.name for f in fields(ModelConfig)}
+    model_config = ModelConfig(**{key: value for key, value in recipe.values.items() if key in names})
+    try:
+        config = load_config(model_config.model_name_or_path, model_config.model_revision)
+    except ValueError as error:
+        raise PreflightError(f"{recipe.path}: {error}") from error
+    return Shape.of(config, get_peft_config(model_config))
+
+
+def check_fit(recipe: Recipe, hardware: Hardware, sharding: Sharding) -> MemoryPlan:
+    """The memory plan of a run. Raises PreflightError if its longest micro-batch can't fit, naming what would help."""
+    shape, run = shape_of(recipe), run_of(recipe)
+    memory = plan_memory(shape, run, sharding, hardware)
+    if memory.fits:
+        return memory
+    largest = sorted(memory.parts.items(), key=lambda part: -part[1])[:3]
+    raise PreflightError(
+        f"{recipe.path}: needs {memory.needed / GIB:.0f} GiB per GPU with {sharding.kind} on {hardware.gpus} GPUs, "
+        f"found {hardware.gib:.0f} ({', '.join(f'{name} {size / GIB:.0f}' for name, size in largest)}). To fit, "
+        f"{_remedy(shape, run, sharding, hardware)}. "
+        "`make plan` shows the whole estimate."
+    )
+
+
+def _remedy(shape: Shape, run: Run, sharding: Sharding, hardware: Hardware) -> str:
+    """The smallest change of the recipe that makes the run fit, or what else could."""
+    for checkpointing, evaluation_batch in (
+        (run.checkpointing, run.evaluation_batch),
+        (run.checkpointing, 1),
+        (True, 1),
+    ):
+        candidate = replace(run, checkpointing=checkpointing, evaluation_batch=evaluation_batch)
+        size = largest_micro_batch(shape, candidate, sharding, hardware)
+        if size is not None:
+            candidate = replace(candidate, micro_batch=min(size, run.micro_batch))
+            keys = {
+                "micro_batch": "per_device_train_batch_size",
+                "evaluation_batch": "per_device_eval_batch_size",
+                "checkpointing": "activation_checkpointing",
+            }
+            changed = [
+                f"{key}: {str(getattr(candidate, name)).lower()}"
+                for name, key in keys.items()
+                if getattr(candidate, name) != getattr(run, name)
+            ]
+            return f"set {', '.join(changed)}"
+    return "use more GPUs, zero3-offload, a shorter max_length, or an overlay of recipes/adapters"
+
+
+def disk_needed(recipe: Recipe, shape: Shape, sharding: Sharding) -> int:
+    """Bytes that the run's folder grows to: checkpoints, one more while the newest is written, and the final model."""
+    values, run = recipe.values, run_of(recipe)
+    final = checkpoint_bytes(shape, run, sharding, only_model=True)
+    if values.get("save_strategy", "steps") == "no":
+        return final
+    one = checkpoint_bytes(shape, run, sharding, only_model=values.get("save_only_model", False))
+    return final + one * ((values.get("save_total_limit") or 1) + 1)
+
+
+def check_disk(folder: str | Path, needed: int) -> int:
+    """Free bytes where `folder` is, or will be. Raises PreflightError if `needed` bytes don't fit."""
+    existing = Path(folder).absolute()
+    while not existing.exists():
+        existing = existing.parent
+    free = shutil.disk_usage(existing).free
+    if free < needed:
+        raise PreflightError(
+            f"output_dir: {folder} needs {needed / GIB:.0f} GiB, {free / GIB:.0f} GiB are free. Free some, set "
+            "save_only_model: true or a lower save_total_limit, or name another output_dir"
+        )
+    return free
+
+
+def local_hardware() -> Hardware | None:
+    """The GPUs of this machine; None without any."""
+    count = torch.cuda.device_count()
+    if count == 0:
+        return None
+    smallest = min(torch.cuda.get_device_properties(i).total_memory for i in range(count))
+    return Hardware(1, count, smallest / GIB)
+
+
+def check_access(model: str, timeout: float = 5.0) -> str:
+    """Whether `model` can be read, in words: a local folder, or a hub repository that answers.
+
+    Raises PreflightError where it doesn't exist, is gated, or the hub can't be reached.
+    """
+    if Path(model).is_dir():
+        return f"local folder {model}"
+    try:
+        HfApi().auth_check(model)
+        info = HfApi().model_info(model, timeout=timeout)
+    except GatedRepoError as error:
+        raise PreflightError(
+            f"{model} is gated: accept its licence on its hub page, then `hf auth login` or set HF_TOKEN"
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise PreflightError(
+            f"{model} is neither a local folder nor a hub repository that this login sees: check model_name_or_path"
+        ) from error
+    except (OfflineModeIsEnabled, HfHubHTTPError, httpx2.TransportError) as error:
+        raise PreflightError(f"hub unreachable ({type(error).__name__}): {model} has to be in the cache") from error
+    return f"{model} readable (revision {info.sha[:8]})"
