@@ -11,6 +11,7 @@ Writes PNG and PDF to <outputs>/reports/. Figures 6 and 8 score pairs with the t
 
 import argparse
 import os
+import shlex
 import sys
 from pathlib import Path
 
@@ -34,7 +35,7 @@ def main() -> None:
     )
     parser.add_argument("--max_pairs", type=int, default=4000, help="figures 6 and 8: pairs scored per model")
     parser.add_argument("--outputs", type=Path, default=Path("outputs"), help="where the runs are")
-    args = parser.parse_args()
+    args = parser.parse_args(sys.argv[1:] or shlex.split(os.environ.get("ARGS", "")))
 
     try:
         if args.number not in NUMBERS:

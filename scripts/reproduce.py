@@ -1,11 +1,8 @@
 """Run everything behind one of the paper's tables: trainings, evaluations, the table. What is done is skipped.
 
-    make reproduce TABLE=1 DRY=1      # list the steps and their GPU hours
-    make reproduce TABLE=1
-    make reproduce TABLE=2 MODEL=tiny
-
-The Base settings start from the SFT checkpoints that their recipes name; to use your own,
-run make train MODEL=... STAGE=sft first.
+make reproduce TABLE=1 DRY=1      # list the steps and their GPU hours
+make reproduce TABLE=1
+make reproduce TABLE=2 MODEL=tiny
 """
 
 import argparse
@@ -20,6 +17,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from rmipo.reporting.chain import PAPER_GPUS, chain, summary
 from rmipo.reporting.results import ReportError
 from rmipo.reporting.tables import TABLES, build_table
+
+OWN_VARIABLES = ("TABLE", "MODEL", "METHOD", "STAGE", "DRY", "ARGS")  # each step says its own
 
 
 def main() -> None:
@@ -45,16 +44,17 @@ def main() -> None:
     if args.dry:
         return
 
+    environment = {name: value for name, value in os.environ.items() if name not in OWN_VARIABLES}
     for number, step in enumerate(steps, start=1):
         if step.done:
             continue
         print(f"\n[{number}/{len(steps)}] {step.command}", flush=True)
-        if subprocess.run(shlex.split(step.command)).returncode != 0:
+        if subprocess.run(shlex.split(step.command), env=environment).returncode != 0:
             sys.exit(
                 f"Step {number} failed: {step.command}\nRepair it and run the same again; finished steps are skipped."
             )
     table = f"make table N={args.table}" + (f" MODEL={args.model}" if args.model else "")
-    subprocess.run(shlex.split(table), check=True)
+    subprocess.run(shlex.split(table), env=environment, check=True)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ Writes Markdown, CSV and LaTeX to <outputs>/reports/, and prints the Markdown.
 
 import argparse
 import os
+import shlex
 import sys
 from pathlib import Path
 
@@ -25,7 +26,7 @@ def main() -> None:
     parser.add_argument("--model", default=os.environ.get("MODEL"), help="another model than the paper's")
     parser.add_argument("--outputs", type=Path, default=Path("outputs"), help="where the runs are")
     parser.add_argument("--allow_mixed_versions", action="store_true", help="print results of mixed package versions")
-    args = parser.parse_args()
+    args = parser.parse_args(sys.argv[1:] or shlex.split(os.environ.get("ARGS", "")))
 
     try:
         if args.number is None:

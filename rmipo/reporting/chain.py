@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from .results import BENCH_OF_METRIC, eval_command, load_result, load_run, paper_rows, train_command
+from .results import BENCH_OF_METRIC, eval_command, is_trained, load_result, paper_rows, sft_command, train_command
 from .tables import Table
 
 PAPER_GPUS = 4  # A800 80 GB
@@ -23,17 +23,17 @@ class Step:
 
 
 def chain(table: Table, outputs: Path) -> list[Step]:
-    """The steps of a table, those that are done marked so, each run's evaluations right after its training."""
+    """The steps of a table, those that are done marked so: SFT first, then each run with its evaluations."""
     paper_hours = {row["method"]: float(row["hours"]) for row in paper_rows("efficiency")}
     benches: dict[tuple[str, str], dict[str, None]] = {}  # (model, method) -> ordered set
     for cell in (cell for row in table.cells for cell in row):
         benches.setdefault((cell.model, cell.method), {})[BENCH_OF_METRIC[cell.metric]] = None
-    steps = []
+    models = dict.fromkeys(model for model, _ in benches)
+    steps = [Step(command, is_trained(outputs, model, "sft")) for model in models if (command := sft_command(model))]
     for (model, method), needed in benches.items():
         if method != "initial":
-            run = load_run(outputs, model, method)
             hours = paper_hours.get(base_method(method))
-            steps.append(Step(train_command(model, method), bool(run and run.finished), hours))
+            steps.append(Step(train_command(model, method), is_trained(outputs, model, method), hours))
         for bench in needed:
             done = load_result(outputs / model / method, bench) is not None
             steps.append(Step(eval_command(model, method, bench), done))

@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+RECIPES = Path(__file__).parents[2] / "recipes"
 PAPER_MODELS = {
     "mistral-7b-base": "Mistral-7B-Base",
     "mistral-7b-instruct": "Mistral-7B-Instruct",
@@ -46,6 +47,11 @@ BENCH_OF_METRIC = {
     "hh_harmless": "hh",
     "hh_average": "hh",
 }
+
+
+# Settings of an evaluation that make it another benchmark, and those that make it a trial of the real one.
+JUDGE_SETTINGS = ("annotators_config", "judge_model", "judge_reference_model", "reference")
+TRIAL_SETTINGS = ("limit", "first_n", "include_path", "reference")
 
 
 class ReportError(ValueError):
@@ -127,6 +133,16 @@ def train_command(model: str, method: str) -> str:
     return f"make train MODEL={model} METHOD={method}"
 
 
+def sft_command(model: str) -> str | None:
+    """The command of the SFT stage that a setting's preference training starts from; None for Instruct settings."""
+    return f"make train MODEL={model} STAGE=sft" if (RECIPES / model / "sft.yaml").is_file() else None
+
+
+def is_trained(outputs: Path, model: str, method: str) -> bool:
+    run = load_run(outputs, model, method)
+    return run is not None and run.finished
+
+
 def load_run(outputs: Path, model: str, method: str) -> Run | None:
     """The run folder of one training, or None if it isn't there."""
     path = outputs / model / method / "run.json"
@@ -139,16 +155,17 @@ def find_runs(outputs: Path, model: str) -> list[Run]:
 
 
 def version_conflicts(results: Iterable[Result]) -> list[str]:
-    """One line for each package (per bench) that differs between result files, naming a file for each version."""
+    """One line for each package or judge (per bench) that differs between result files, naming a file for each."""
     seen: dict[tuple[str, str], dict[str, list[Path]]] = defaultdict(lambda: defaultdict(list))
     for result in results:
-        for package, version in result.versions.items():
-            seen[result.bench, package][str(version)].append(result.path)
+        judged_by = {key: result.settings[key] for key in JUDGE_SETTINGS if key in result.settings}
+        for name, version in (result.versions | judged_by).items():
+            seen[result.bench, name][str(version)].append(result.path)
     lines = []
-    for (bench, package), files in sorted(seen.items()):
+    for (bench, name), files in sorted(seen.items()):
         if len(files) > 1:
             found = "; ".join(f"{version} in {paths[0]} ({len(paths)} files)" for version, paths in files.items())
-            lines.append(f"{bench}: {package} {found}")
+            lines.append(f"{bench}: {name} {found}")
     return lines
 
 

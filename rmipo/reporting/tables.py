@@ -8,11 +8,13 @@ from .results import (
     BENCH_OF_METRIC,
     METHODS,
     PAPER_MODELS,
+    TRIAL_SETTINGS,
     ReportError,
     eval_command,
+    is_trained,
     load_result,
-    load_run,
     paper_rows,
+    sft_command,
     train_command,
     version_conflicts,
 )
@@ -263,9 +265,10 @@ def fill(table: Table, outputs: Path, allow_mixed_versions: bool = False) -> Fil
         )
     notes += [f"MIXED VERSIONS: {line}" for line in conflicts]
     notes += [
-        f"PART OF THE BENCHMARK: {result.path} was made with limit={result.settings['limit']}."
+        f"TRIAL, not the benchmark itself: {result.path} was made with {key}={result.settings[key]}."
         for result in found
-        if result.settings.get("limit") is not None
+        for key in TRIAL_SETTINGS
+        if result.settings.get(key) is not None
     ]
 
     def entry(cell: Cell) -> Entry:
@@ -273,8 +276,9 @@ def fill(table: Table, outputs: Path, allow_mixed_versions: bool = False) -> Fil
         result = results[cell.model, cell.method, bench]
         if result is None:
             return Entry(cell.paper, None, cell.digits, missing_commands(outputs, cell.model, cell.method, bench))
-        if cell.metric not in result.metrics:
-            raise ReportError(f"{result.path} has no metric {cell.metric!r}; it has {sorted(result.metrics)}")
+        if cell.metric not in result.metrics:  # e.g. made without the length-controlled model
+            commands = (f"rm {result.path}", eval_command(cell.model, cell.method, bench))
+            return Entry(cell.paper, None, cell.digits, commands)
         return Entry(cell.paper, result.metrics[cell.metric], cell.digits)
 
     entries = [[entry(cell) for cell in row] for row in table.cells]
@@ -286,10 +290,12 @@ def fill(table: Table, outputs: Path, allow_mixed_versions: bool = False) -> Fil
 
 
 def missing_commands(outputs: Path, model: str, method: str, bench: str) -> tuple[str, ...]:
-    """What to run for a result that isn't there: the training first where the run's folder is missing too."""
-    run = load_run(outputs, model, method)
-    train = method != "initial" and not (run and run.finished)
-    return ((train_command(model, method),) if train else ()) + (eval_command(model, method, bench),)
+    """What to run for a result that isn't there: first the training, where that isn't finished either."""
+    if method == "initial":
+        train, trained = sft_command(model), is_trained(outputs, model, "sft")
+    else:
+        train, trained = train_command(model, method), is_trained(outputs, model, method)
+    return ((train,) if train and not trained else ()) + (eval_command(model, method, bench),)
 
 
 def append_averages(table: Table, entries: list[list[Entry]]) -> list[str]:

@@ -43,12 +43,16 @@ def test_every_ablation_has_an_overlay():
 def test_hours_of_table1_by_hand(tmp_path):
     steps = chain(build_table(1), tmp_path)
     trainings = [step for step in steps if step.is_training]
-    assert len(trainings) == 44 and len(steps) == 44 + 96
+    # Two Base settings start with SFT; 44 preference trainings; 12 rows x 4 settings x 2 benchmarks.
+    assert len(trainings) == 2 + 44 and len(steps) == 2 + 44 + 96
+    assert [step.command for step in steps[:2]] == [
+        f"make train MODEL={model}-base STAGE=sft" for model in ("mistral-7b", "llama3-8b")
+    ]
     # Four settings of RMiPO, SimPO, SimPER, DPO, beta-, epsilon- and alpha-DPO:
     # 4 x (6.75 + 6.17 + 6.92 + 8 + 8 + 8 + 10) h = 215.36 h, on 4 GPUs.
     assert sum(step.hours for step in trainings if step.hours) == pytest.approx(215.36)
     assert "861 for 28 of the trainings" in summary(steps)
-    assert "for the other 16" in summary(steps)
+    assert "for the other 18" in summary(steps)
     assert base_method("table5-alpha-dpo") == "alpha-dpo" and base_method("table3-row1") == "rmipo"
 
 
@@ -78,7 +82,7 @@ def test_dry_run_starts_nothing(tmp_path):
 
 def test_runs_what_is_left_in_order_then_the_table(tmp_path):
     write_make(tmp_path / "bin", tmp_path / "log")
-    for method in ("rmipo", "table7-linear"):
+    for method in ("sft", "rmipo", "table7-linear"):
         write_run(tmp_path / "outputs" / "tiny" / method, {"name": "rmipo"}, [])
     write_result(tmp_path / "outputs", "tiny", "rmipo", "alpacaeval", LC)
     done = reproduce(tmp_path / "outputs", tmp_path / "bin", TABLE="7", MODEL="tiny")
@@ -95,6 +99,7 @@ def test_runs_what_is_left_in_order_then_the_table(tmp_path):
 
 def test_stops_at_the_first_failure(tmp_path):
     write_make(tmp_path / "bin", tmp_path / "log", fails_on="table7-linear")
+    write_run(tmp_path / "outputs" / "tiny" / "sft", {}, [])
     done = reproduce(tmp_path / "outputs", tmp_path / "bin", TABLE="7", MODEL="tiny")
-    assert done.returncode == 1 and "Step 3 failed: make train MODEL=tiny METHOD=table7-linear" in done.stderr
+    assert done.returncode == 1 and "Step 4 failed: make train MODEL=tiny METHOD=table7-linear" in done.stderr
     assert len((tmp_path / "log").read_text().splitlines()) == 3

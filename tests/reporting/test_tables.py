@@ -68,7 +68,11 @@ def test_difference_and_missing_cells(tmp_path):
     assert any(line.endswith("] `make eval MODEL=llama3-8b-instruct METHOD=dpo BENCH=alpacaeval`") for line in lines)
     train, evaluate = (f"`make {verb} MODEL=llama3-8b-instruct METHOD=simpo" for verb in ("train", "eval"))
     assert any(f"{train}`, then {evaluate} BENCH=mtbench`" in line for line in lines)
-    assert "METHOD=initial BENCH=alpacaeval" in text and "make train MODEL=llama3-8b-instruct METHOD=initial" not in text
+    # Nothing has to be trained for the first row of an Instruct setting, SFT for that of a Base setting.
+    initial = "`make eval MODEL=llama3-8b-{} METHOD=initial BENCH=alpacaeval`"
+    assert any(line.endswith("] " + initial.format("instruct")) for line in lines)
+    base = markdown(fill(build_table(1, ["llama3-8b-base"]), tmp_path))
+    assert "] `make train MODEL=llama3-8b-base STAGE=sft`, then " + initial.format("base") in base
 
 
 def test_unfinished_results_and_runs_count_as_missing(tmp_path):
@@ -103,9 +107,23 @@ def test_mixed_versions_are_refused_or_flagged(tmp_path):
     assert any("MIXED VERSIONS" in note and "0.4.9" in note for note in filled.notes)
 
 
+def test_other_judges_count_as_other_versions(tmp_path):
+    for method, judge in (("rmipo", "gpt-4"), ("dpo", "gpt-3.5")):
+        write_result(tmp_path, "tiny", method, "mtbench", {"mt_bench": 5.0}, settings={"judge_model": judge})
+    with pytest.raises(ReportError, match=r"mtbench: judge_model gpt-3\.5 in .*dpo.*; gpt-4 in"):
+        fill(build_table(1, ["tiny"]), tmp_path)
+
+
+def test_a_metric_that_was_left_out_is_missing(tmp_path):
+    path = write_result(tmp_path, "tiny", "rmipo", "alpacaeval", {"alpacaeval2_wr": 40.0})
+    lc, wr, _ = fill(build_table(1, ["tiny"]), tmp_path).entries[-1]
+    assert wr.ours == 40.0 and lc.ours is None
+    assert lc.commands == (f"rm {path}", "make eval MODEL=tiny METHOD=rmipo BENCH=alpacaeval")
+
+
 def test_part_of_a_benchmark_is_flagged(tmp_path):
     write_result(tmp_path, "tiny", "rmipo", "leaderboard", dict.fromkeys(LEADERBOARD, 10.0), settings={"limit": 5})
-    assert any("limit=5" in note for note in fill(build_table(2, ["tiny"]), tmp_path).notes)
+    assert any("TRIAL" in note and "limit=5" in note for note in fill(build_table(2, ["tiny"]), tmp_path).notes)
 
 
 @pytest.mark.parametrize(
@@ -115,7 +133,6 @@ def test_part_of_a_benchmark_is_flagged(tmp_path):
         ("[]", "holds a list"),
         ('{"finished": true, "bench": "leaderboard"}', r"lacks \['metrics', 'versions', 'settings'\]"),
         ('{"finished": true, "bench": "hh", "metrics": {}, "versions": {}, "settings": {}}', "its name says"),
-        ('{"finished": true, "bench": "leaderboard", "metrics": {"ifeval": 1}, "versions": {}, "settings": {}}', "'bbh'"),
     ],
 )
 def test_broken_result_files_are_named(tmp_path, content, message):
