@@ -74,12 +74,15 @@ class Recipe:
         `world_size` defaults to the launcher's WORLD_SIZE. `chat_template` comes back as text.
 
         Raises:
-            ConfigError: an indivisible global batch, no GPU, or arguments that transformers refuses.
+            ConfigError: an indivisible global batch, no GPU, no such model folder, or what transformers refuses.
         """
         if world_size is None:
             world_size = int(os.environ.get("WORLD_SIZE", "1"))
         global_batch_size, accumulation = self.batch(world_size)
         self.require_device(torch.cuda.device_count())
+        model = self.values["model_name_or_path"]
+        if not Path(model).expanduser().is_dir() and (model.count("/") > 1 or model.startswith((".", "/", "~"))):
+            raise ConfigError(f"{self.path}: model_name_or_path is {model}: no such folder. Has its stage been run?")
         output_dir = Path(self.values["output_dir"])
         values = {"run_name": f"{output_dir.parent.name}-{output_dir.name}".lstrip("-"), **self.resolved()}
         values |= {"global_batch_size": global_batch_size, "gradient_accumulation_steps": accumulation}

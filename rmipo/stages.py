@@ -1,0 +1,146 @@
+"""The programs behind `make train`: which stages a setting has, their command lines, and whether they were run before.
+
+Paths are relative to the root of the repository, which is the working directory.
+"""
+
+import argparse
+import json
+import os
+import re
+import shlex
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from .config import ConfigError, Recipe, load_recipe, recorded_run
+
+SCRIPTS = {"world": "toy.py", "sft": "sft.py", "rmipo": "preference.py", "report": "toy_report.py"}
+NOT_SETTINGS = {"ablations", "adapters", "methods", "sweeps", "templates"}
+
+
+@dataclass
+class Step:
+    """One program to run, with the recipe that it trains, if it trains one."""
+
+    stage: str
+    arguments: list[str] = field(default_factory=list)
+    recipe: Recipe | None = None
+
+    def processes(self, gpus: int) -> int:
+        return 1 if self.recipe.values.get("use_cpu") else gpus
+
+    def command(self, gpus: int, sharding: str | None) -> list[str]:
+        """The command line: `accelerate launch` on `gpus` GPUs, or plain Python for what runs on the CPU."""
+        programs = Path(os.path.relpath(Path(sys.executable).parent))
+        script = [f"scripts/{SCRIPTS[self.stage]}", *self.arguments]
+        if self.recipe is None or self.recipe.values.get("use_cpu"):
+            return [str(programs / "python"), *script]
+        default = "ddp" if self.recipe.values.get("use_peft") else "zero3"
+        config = f"configs/accelerate/{sharding or default}.yaml"
+        launch = [str(programs / "accelerate"), "launch", "--config_file", config, "--num_processes", str(gpus)]
+        return [*launch, *script]
+
+    def check(self, gpus: int) -> None:
+        """Raises ConfigError if the recipe can't be trained on `gpus` GPUs."""
+        if self.recipe is not None:
+            self.recipe.require_device(gpus)
+            self.recipe.batch(self.processes(gpus))
+
+    def is_done(self) -> bool:
+        """Whether this very run has finished.
+
+        Raises:
+            ConfigError: its folder holds a run of another recipe; names what differs.
+        """
+        folder = self.recipe.values["output_dir"]
+        run = recorded_run(folder)
+        if run is None:
+            return False
+        there, here = run["recipe"], json.loads(json.dumps(self.recipe.resolved(), default=str))
+        differing = [
+            f"{key}: {there.get(key)} there, {here.get(key)} here"
+            for key in sorted(there.keys() | here.keys())
+            if there.get(key) != here.get(key)
+        ]
+        if differing:
+            remedy = f"Name another folder (ARGS='--output_dir ...') or remove {folder}"
+            raise ConfigError(
+                "\n  ".join([f"{folder} holds a run of another recipe. {remedy}. Different:", *differing])
+            )
+        return run["finished"]
+
+
+def choose(variable: str, value: str, options: list[str], title: str) -> str:
+    """`value` if it is one of `options`, else ConfigError with all of them."""
+    if value in options:
+        return value
+    found = f"{variable}={value!r} is not one of them" if value else f"{variable} is not set"
+    raise ConfigError("\n  ".join([f"{found}. {title}:", *options]))
+
+
+def named_files(*folders: str) -> dict[str, str]:
+    """name -> path of the YAML files in `folders`."""
+    return {path.stem: str(path) for folder in folders for path in sorted(Path(folder).glob("*.yaml"))}
+
+
+def choose_stages(env: Mapping[str, str]) -> tuple[str, list[str]]:
+    """(setting, its stages in order) as MODEL and STAGE ask for them."""
+    folders = sorted({path.parent.name for name in ("sft", "rmipo") for path in Path("recipes").glob(f"*/{name}.yaml")})
+    model = choose(
+        "MODEL", env.get("MODEL", ""), [name for name in folders if name not in NOT_SETTINGS], "The settings"
+    )
+    present = [stage for stage in ("world", "sft", "rmipo") if Path(f"recipes/{model}/{stage}.yaml").is_file()]
+    trained = [stage for stage in present if stage != "world"]
+    stage = choose("STAGE", env.get("STAGE") or "all", [*trained, "all"], f"The stages of {model}")
+    stages = present if stage == "all" else [name for name in present if name in ("world", stage)]
+    # The world's report asks the world's questions: it says nothing about a model trained on other pairs.
+    reported = "world" in present and "rmipo" in stages and not env.get("DATA")
+    return model, stages + ["report"] * reported
+
+
+def load_steps(model: str, stages: list[str], env: Mapping[str, str]) -> list[Step]:
+    """The programs of `stages`. METHOD and DATA belong to the preference stage, ARGS to the last recipe that is run."""
+    last = [stage for stage in stages if stage in ("sft", "rmipo")][-1]
+    steps = []
+    for stage in stages:
+        path = f"recipes/{model}/{stage}.yaml"
+        if stage == "world":
+            steps.append(Step(stage, ["--config", path]))
+        elif stage == "report":
+            steps.append(Step(stage, ["--run", steps[-1].recipe.values["output_dir"]]))
+        else:
+            overlays, overrides = _preference_choices(model, env) if stage == "rmipo" else ([], {})
+            more_overlays, arguments = _split_args(env.get("ARGS", "")) if stage == last else ([], [])
+            overlays += more_overlays
+            given = {argument.partition("=")[0] for argument in arguments}
+            arguments = [text for key in overrides if key not in given for text in (key, overrides[key])] + arguments
+            recipe = load_recipe(path, overlays, arguments)
+            overlay_arguments = [text for overlay in overlays for text in ("--overlay", overlay)]
+            steps.append(Step(stage, ["--config", path, *overlay_arguments, *arguments], recipe))
+    return steps
+
+
+def _preference_choices(model: str, env: Mapping[str, str]) -> tuple[list[str], dict[str, str]]:
+    """(overlays, overrides) that METHOD and DATA stand for. Their runs get folders of their own."""
+    methods = named_files("recipes/methods", "recipes/ablations")
+    name = choose("METHOD", env.get("METHOD") or "rmipo", ["rmipo", *methods], "The methods and ablations")
+    data, overrides = env.get("DATA", ""), {}
+    folder = f"outputs/{model}/{name}"
+    if data:
+        overrides["--dataset_name"] = data
+        folder += "-" + re.sub(r"[^A-Za-z0-9]+", "-", Path(data).name.split(".")[0]).strip("-")
+    if data or name != "rmipo":
+        overrides["--output_dir"] = folder
+    return ([] if name == "rmipo" else [methods[name]]), overrides
+
+
+def _split_args(text: str) -> tuple[list[str], list[str]]:
+    """(overlays, overrides) in ARGS."""
+    parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False, exit_on_error=False)
+    parser.add_argument("--overlay", action="append", default=[])
+    try:
+        known, overrides = parser.parse_known_args(shlex.split(text))
+    except (ValueError, argparse.ArgumentError) as error:
+        raise ConfigError(f"ARGS={text!r} can't be read: {error}") from error
+    return known.overlay, overrides
