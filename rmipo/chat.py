@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 from jinja2 import TemplateError
-from transformers import PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 Messages = list[dict[str, str]]
 TokenPair = tuple[list[int], list[int], list[int]]  # ids of prompt, chosen, rejected
@@ -119,6 +119,12 @@ class ChatFormat:
     def pair_ids(self, prompt: Messages, chosen: Messages, rejected: Messages) -> TokenPair:
         """Token ids of a prompt and of its two responses (one assistant message each), which end with the end token."""
         return self.encode([self.render_pair(prompt, chosen, rejected)])[0]
+
+    def set_end_of_turn(self, generation_config: GenerationConfig) -> None:
+        """Make generation stop at the token that ends a response, beside those where it already stops."""
+        known = generation_config.eos_token_id
+        known = [] if known is None else known if isinstance(known, list) else [known]
+        generation_config.eos_token_id = [*known, *({self.end_id} - set(known))]
 
     def prior_context(self, kind: str) -> list[int]:
         """Token ids in front of a response when log pi(y) is scored.

@@ -191,10 +191,9 @@ def load_hub(entry: dict, split: str) -> Dataset:
 
 
 def check_columns(dataset: Dataset, needed: list[str], source: str, wanted_by: str) -> None:
-    if missing := [column for column in needed if column not in dataset.column_names]:
-        raise DataError(
-            f"{source}: missing columns {', '.join(missing)}, found {', '.join(dataset.column_names)}. {wanted_by}"
-        )
+    found = [column for column in dataset.column_names if column != "row"]
+    if missing := [column for column in needed if column not in found]:
+        raise DataError(f"{source}: missing columns {', '.join(missing)}, found {', '.join(found)}. {wanted_by}")
 
 
 def suffix(path: Path) -> str | None:
