@@ -10,7 +10,7 @@ from pathlib import Path
 
 import matplotlib
 import torch
-from transformers import TrainerCallback
+from transformers import ProgressCallback, TrainerCallback
 from trl.models.utils import unwrap_model_for_generation
 
 from . import attention
@@ -80,6 +80,24 @@ class MetricsFile(TrainerCallback):
         if state.is_world_process_zero and logs:
             with open(Path(args.output_dir) / METRICS_FILE, "a") as file:
                 file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+
+
+class Progress(ProgressCallback):
+    """The progress bar with its ETA, and one short line per log instead of every number: those are in `metrics.jsonl`."""
+
+    SHOWN = ("loss", "rewards/margins", "rewards/accuracies", "rmipo/gamma_mean", "entropy", "mean_token_accuracy")
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if not state.is_world_process_zero or self.training_bar is None:
+            return
+        held_out = any(name.startswith("eval_") for name in logs)
+        logs = {name.removeprefix("eval_"): value for name, value in logs.items()}
+        shown = {name.split("/")[-1]: f"{logs[name]:.4g}" for name in self.SHOWN if name in logs}
+        if held_out:
+            values = ", ".join(f"{name} {value}" for name, value in shown.items())
+            self.training_bar.write(f"step {state.global_step}, held out: {values}")
+        elif shown:
+            self.training_bar.set_postfix(shown, refresh=False)
 
 
 def read_metrics(run_dir: str | Path) -> list[dict]:

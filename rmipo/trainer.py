@@ -9,6 +9,7 @@ import psutil
 import torch
 from accelerate.utils import DistributedType, send_to_device
 from datasets import Dataset
+from deepspeed.runtime.zero.utils import is_zero_param
 from peft import PeftModel
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
@@ -91,6 +92,7 @@ class PreferenceTrainer(Trainer):
             )
         self.reference_model = self._prepare_reference_model(reference_model)
         self.ranks = Ranks(self.accelerator)
+        self.matrix_weights = _matrix_weights(model)
         self.parity: float | None = None
         self._start_window()
 
@@ -368,7 +370,13 @@ class PreferenceTrainer(Trainer):
     def floating_point_ops(self, inputs: list[dict]) -> int:
         """Of the matrix products: 6 per weight and token with gradients, 2 without."""
         tokens = {kind: sum(b[kind]["input_ids"].numel() for b in inputs if kind in b) for kind in ("pairs", "prior")}
-        return self.model.num_parameters(exclude_embeddings=True) * (6 * tokens["pairs"] + 2 * tokens["prior"])
+        return self.matrix_weights * (6 * tokens["pairs"] + 2 * tokens["prior"])
+
+
+def _matrix_weights(model: torch.nn.Module) -> int:
+    """Weights outside the input embedding; ZeRO-3's shards count whole."""
+    embedding = model.get_input_embeddings().weight
+    return sum(p.ds_numel if is_zero_param(p) else p.numel() for p in model.parameters() if p is not embedding)
 
 
 def _peak_memory_gib(device: torch.device) -> float:

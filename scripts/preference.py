@@ -22,8 +22,10 @@ def main() -> None:
     args, data_config, model_config = recipe.parse()
 
     # Heavy imports come after the recipe has been checked, so that its errors come at once.
+    import deepspeed
     from accelerate import PartialState
-    from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+    from peft import get_peft_model
+    from transformers import AutoModelForCausalLM, AutoTokenizer, ProgressCallback, set_seed
     from trl import get_peft_config, get_quantization_config
 
     from rmipo import data, tracking
@@ -35,6 +37,8 @@ def main() -> None:
     for notice in recipe.notices:
         say(notice)
     set_seed(args.seed)
+    if args.deepspeed:
+        deepspeed.init_distributed()  # transformers leaves that out on CPUs, and models are sharded as they load
     objective = build_objective(args.objective)
 
     ###################
@@ -65,14 +69,21 @@ def main() -> None:
     ###################
     # Model
     ###################
-    quantization = get_quantization_config(model_config)
-    model = AutoModelForCausalLM.from_pretrained(
-        model_config.model_name_or_path,
-        revision=model_config.model_revision,
-        dtype=model_config.dtype,
-        use_cache=False,
-        quantization_config=quantization,
-    )
+    def load_model():
+        return AutoModelForCausalLM.from_pretrained(
+            model_config.model_name_or_path,
+            revision=model_config.model_revision,
+            dtype=model_config.dtype,
+            use_cache=False,
+            quantization_config=get_quantization_config(model_config),
+        )
+
+    model, reference_model = load_model(), None
+    chat.set_end_of_turn(model.generation_config)
+    if model_config.use_peft:
+        model = get_peft_model(model, get_peft_config(model_config))
+    elif "reference_logits" in objective.needs:
+        reference_model = load_model()
 
     ###################
     # Train
@@ -85,9 +96,11 @@ def main() -> None:
         eval_dataset=datasets["test"],
         processing_class=tokenizer,
         prior_context=prior_context,
-        peft_config=get_peft_config(model_config),
+        reference_model=reference_model,
         callbacks=[tracking.MetricsFile()],
     )
+    trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(tracking.Progress())
     prompts = datasets["test"]["prompt_ids"][: args.generation_samples]
     trainer.add_callback(tracking.SampleGenerations(tokenizer, prompts, trainer, args.generation_max_new_tokens))
     run = tracking.RunRecord(

@@ -21,8 +21,9 @@ def main() -> None:
     recipe = load_recipe(*parse_command_line(__doc__))
     args, data_config, model_config = recipe.parse()
 
+    import deepspeed
     from accelerate import PartialState
-    from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+    from transformers import AutoModelForCausalLM, AutoTokenizer, ProgressCallback, set_seed
     from trl import SFTTrainer, get_peft_config, get_quantization_config
 
     from rmipo import data, tracking
@@ -32,6 +33,8 @@ def main() -> None:
     for notice in recipe.notices:
         say(notice)
     set_seed(args.seed)
+    if args.deepspeed:
+        deepspeed.init_distributed()  # transformers leaves that out on CPUs, and models are sharded as they load
 
     ###################
     # Data
@@ -40,8 +43,7 @@ def main() -> None:
     if data_config.chat_template is not None:
         tokenizer.chat_template = data_config.chat_template
     chat = data.ChatFormat.probe(tokenizer)
-    # Generation after training stops where the template ends a turn.
-    tokenizer.eos_token_id = chat.end_id
+    tokenizer.eos_token_id = chat.end_id  # generation stops where the template ends a turn
     with state.main_process_first():
         datasets = {split: data.load_messages(data_config, split) for split in ("train", "test")}
 
@@ -55,7 +57,7 @@ def main() -> None:
         use_cache=False,
         quantization_config=get_quantization_config(model_config),
     )
-    model.generation_config.eos_token_id = chat.end_id
+    chat.set_end_of_turn(model.generation_config)
 
     ###################
     # Train, evaluate, save
@@ -69,6 +71,8 @@ def main() -> None:
         peft_config=get_peft_config(model_config),
         callbacks=[tracking.MetricsFile()],
     )
+    trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(tracking.Progress())
     run = tracking.RunRecord(args.output_dir, recipe.resolved(), world_size=args.world_size)
     if trainer.is_world_process_zero():
         run.write()
