@@ -164,7 +164,7 @@ def draw_gamma(axis, values: np.ndarray, low: float, high: float, paper_peak: fl
     pins.grid(False)
     pins.spines["right"].set_visible(True)
     for x, share in ((low, at_low.mean()), (high, at_high.mean())):
-        if share == 0:
+        if share < 0.005:  # would read 0%
             continue
         pins.plot([x, x], [0, share], color="black", linewidth=2)
         pins.plot(x, share, "o", color="black", markersize=4)

@@ -110,7 +110,7 @@ def judge_differences(run: Run, split: str, rows: list[int]) -> np.ndarray:
                 f"{', '.join(dataset.column_names)}); train on pairs that have them, e.g. HuggingFaceH4/"
                 "ultrafeedback_binarized"
             )
-        return dataset.select_columns(list(SCORE_COLUMNS))
+        return dataset.select_columns([*SCORE_COLUMNS, "row"])
 
     scored = load_rows(data_config(run), split, scores_only)
     by_row = {row["row"]: row["score_chosen"] - row["score_rejected"] for row in scored}

@@ -4,12 +4,11 @@ import json
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rmipo.evaluation.hh import run, win_rates
 from rmipo.evaluation.pair_scores import native_rewards, needs_reference
 from rmipo.objectives import OBJECTIVES
-from tests.evaluation.tiny_model import write_model
+from tests.evaluation.tiny_model import naive_scores, write_model
 
 SCORES = {
     "chosen_logps": torch.tensor([-4.0, -9.0, -2.0, -6.0]),
@@ -54,23 +53,6 @@ def write_pairs(folder, offset: int) -> list[dict]:
         pairs.append({"prompt": " ".join(words[:2]), **response})
     (folder / "test.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     return pairs
-
-
-def naive_scores(model_dir, pairs: list[dict]) -> dict[str, torch.Tensor]:
-    """Sums and lengths, one unpacked sequence at a time; the ids are spelt out, not taken from the library."""
-    tokenizer, model = AutoTokenizer.from_pretrained(model_dir), AutoModelForCausalLM.from_pretrained(model_dir)
-    columns: dict[str, list[float]] = {}
-    for pair in pairs:
-        for side in ("chosen", "rejected"):
-            response = tokenizer.convert_tokens_to_ids([*pair[side].split(), "</s>"])
-            for name, context in (("", f"<s> <user> {pair['prompt']} <assistant>"), ("prior_", "<s> <assistant>")):
-                prompt = tokenizer.convert_tokens_to_ids(context.split())
-                with torch.no_grad():
-                    logits = model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
-                logps = logits.log_softmax(-1)[range(len(response)), response]
-                columns.setdefault(f"{name}{side}_logps", []).append(logps.double().sum().item())
-            columns.setdefault(f"{side}_lengths", []).append(len(response))
-    return {name: torch.tensor(values, dtype=torch.float64) for name, values in columns.items()}
 
 
 def share(won: torch.Tensor) -> float:

@@ -2,7 +2,13 @@
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 
 def write_model(folder, seed: int = 0) -> None:
@@ -24,3 +30,30 @@ def write_model(folder, seed: int = 0) -> None:
         max_position_embeddings=128, bos_token_id=0, eos_token_id=1, pad_token_id=1,
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(folder)
+
+
+def naive_scores(model_dir, pairs: list[dict], release: bool = False) -> dict[str, torch.Tensor]:
+    """Sums and lengths, one unpacked sequence at a time; the ids are spelt out, not taken from the library.
+
+    `release`: as the authors' code, the header is part of the response and log pi(y) has no context but the header.
+    """
+    tokenizer, model = AutoTokenizer.from_pretrained(model_dir), AutoModelForCausalLM.from_pretrained(model_dir)
+    columns: dict[str, list[float]] = {}
+
+    def logp(context: list[str], response: list[str]) -> float:
+        prompt, scored = tokenizer.convert_tokens_to_ids(context), tokenizer.convert_tokens_to_ids(response)
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt + scored])).logits[0, len(prompt) - 1 : -1]
+        return logits.log_softmax(-1)[range(len(scored)), scored].double().sum().item()
+
+    for pair in pairs:
+        for side in ("chosen", "rejected"):
+            question, answer = ["<s>", "<user>", *pair["prompt"].split()], [*pair[side].split(), "</s>"]
+            if release:
+                values = logp(question, ["<assistant>", *answer]), logp(["<assistant>"], answer), 1 + len(answer)
+            else:
+                values = logp([*question, "<assistant>"], answer), logp(["<s>", "<assistant>"], answer), len(answer)
+            names = (f"{side}_logps", f"prior_{side}_logps", f"{side}_lengths")
+            for name, value in zip(names, values, strict=True):
+                columns.setdefault(name, []).append(value)
+    return {name: torch.tensor(values, dtype=torch.float64) for name, values in columns.items()}

@@ -1,0 +1,128 @@
+"""Per-pair arrays of Figures 3, 6 and 8 from a saved model, against unpacked scoring and the formulas by hand."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from rmipo.reporting.pair_scores import gamma_readings, hh_signals, judge_differences, reward_differences
+from rmipo.reporting.results import ReportError, load_run
+from tests.evaluation.tiny_model import naive_scores, write_model
+
+ROOT = Path(__file__).parents[2]
+OBJECTIVES = {
+    "rmipo": {"name": "rmipo", "beta": 2.0, "gamma_min": 0.3, "gamma_max": 1.6},
+    "simpo": {"name": "simpo", "beta": 4.0, "gamma": 1.0},
+    "simper": {"name": "simper"},
+}
+
+
+def write_pairs(folder: Path, judged: bool = True) -> list[dict]:
+    folder.mkdir()
+    draw = random.Random(0)
+
+    def words(count: int) -> str:
+        return " ".join(f"w{draw.randrange(20)}" for _ in range(count))
+
+    pairs = []
+    for _ in range(20):
+        pair = {"prompt": words(3), "chosen": words(draw.randint(2, 6)), "rejected": words(draw.randint(2, 6))}
+        pairs.append(
+            pair | ({"score_chosen": draw.randint(5, 9), "score_rejected": draw.randint(1, 4)} if judged else {})
+        )
+    for split in ("train", "test"):
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    return pairs
+
+
+@pytest.fixture(scope="module")
+def outputs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("outputs")
+    write_pairs(folder / "pairs")
+    for seed, (method, objective) in enumerate(OBJECTIVES.items()):
+        run = folder / "tiny" / method
+        run.mkdir(parents=True)
+        write_model(run, seed)
+        recipe = {"dataset_name": str(folder / "pairs"), "max_length": 64, "max_prompt_length": 32}
+        (run / "run.json").write_text(json.dumps({"finished": True, "objective": objective, "recipe": recipe}))
+    return folder
+
+
+def pairs_of(outputs: Path) -> list[dict]:
+    return [json.loads(line) for line in (outputs / "pairs" / "test.jsonl").read_text().splitlines()]
+
+
+def test_rewards_and_judge_scores_of_figure6(outputs):
+    run, pairs = load_run(outputs, "tiny", "simpo"), pairs_of(outputs)
+    values, rows = reward_differences(run, "test", max_pairs=100)
+    naive = naive_scores(run.folder, pairs)
+    averages = [naive[f"{side}_logps"] / naive[f"{side}_lengths"] for side in ("chosen", "rejected")]
+    assert rows == list(range(20))
+    assert torch.allclose(torch.from_numpy(values).double(), 4.0 * (averages[0] - averages[1]), atol=1e-4)
+    differences = judge_differences(run, "test", [3, 0])
+    assert differences.tolist() == [pairs[i]["score_chosen"] - pairs[i]["score_rejected"] for i in (3, 0)]
+
+
+def test_a_subset_is_the_same_for_every_method(outputs):
+    rows = [reward_differences(load_run(outputs, "tiny", method), "test", 7)[1] for method in OBJECTIVES]
+    assert rows[0] == rows[1] == rows[2] and len(set(rows[0])) == 7 and rows[0] != list(range(7))
+
+
+def test_gamma_of_figure8_by_three_formulas(outputs):
+    run = load_run(outputs, "tiny", "rmipo")
+    readings = gamma_readings(run, "train", max_pairs=100)
+    naive = naive_scores(run.folder, pairs_of(outputs))
+
+    def margin(pmi: dict[str, torch.Tensor]) -> torch.Tensor:
+        return 0.3 + 1.3 * torch.exp(-(pmi["chosen"] - pmi["rejected"]).clamp(min=0))
+
+    summed = {side: naive[f"{side}_logps"] - naive[f"prior_{side}_logps"] for side in ("chosen", "rejected")}
+    per_token = {side: value / naive[f"{side}_lengths"] for side, value in summed.items()}
+    assert np.allclose(readings["per token (default)"], margin(per_token), atol=1e-4)
+    assert np.allclose(readings["summed, as printed"], margin(summed), atol=1e-3)
+    assert np.abs(readings["released code"] - readings["per token (default)"]).max() > 1e-4
+    assert 0 < np.mean(readings["summed, as printed"] == np.float32(1.6)) < 1
+
+
+def test_scores_are_kept_and_scored_again_for_another_model(outputs):
+    run = load_run(outputs, "tiny", "simper")
+    first, _ = reward_differences(run, "test", 5)
+    kept = set((run.folder / "pair_scores").iterdir())
+    assert len(kept) >= 1
+    reward_differences(run, "test", 5)
+    assert set((run.folder / "pair_scores").iterdir()) == kept
+    write_model(run.folder, seed=9)
+    second, _ = reward_differences(run, "test", 5)
+    assert len(set((run.folder / "pair_scores").iterdir())) == len(kept) + 1
+    assert not np.allclose(first, second)
+
+
+def test_pairs_without_judge_scores_are_refused(outputs, tmp_path):
+    write_pairs(tmp_path / "pairs", judged=False)
+    run = load_run(outputs, "tiny", "rmipo")
+    run.record["recipe"]["dataset_name"] = str(tmp_path / "pairs")
+    with pytest.raises(ReportError, match=r"no column score_chosen, score_rejected \(it has prompt, chosen, rejected"):
+        judge_differences(run, "test", [0])
+
+
+def test_figure3_without_scores_names_the_command(tmp_path):
+    with pytest.raises(ReportError, match="make eval MODEL=tiny METHOD=initial BENCH=hh"):
+        hh_signals(tmp_path, "tiny", "initial")
+
+
+@pytest.mark.parametrize("number", ["6", "8"])
+def test_script_draws_from_models(outputs, number):
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "scripts" / "figure.py")],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"N": number, "MODEL": "tiny", "ARGS": f"--outputs {outputs}"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert (outputs / "reports" / f"figure{number}-tiny.png").stat().st_size > 20_000
