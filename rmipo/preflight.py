@@ -5,9 +5,16 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 import httpx2
+import psutil
 import torch
-from huggingface_hub import HfApi
-from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
+from huggingface_hub import HfApi, try_to_load_from_cache
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+)
 from trl import ModelConfig, get_peft_config
 
 from .config import PreferenceConfig, Recipe
@@ -15,6 +22,8 @@ from .objectives import build_objective
 from .plan import GIB, Hardware, MemoryPlan, Run, Shape, Sharding, checkpoint_bytes, largest_micro_batch, plan_memory
 from .shapes import load_config
 
+ROOT = Path(__file__).parent.parent
+CACHED_FILE = {"model": "config.json", "dataset": "README.md"}
 WEIGHT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "auto": 2}
 
 
@@ -121,33 +130,54 @@ def check_disk(folder: str | Path, needed: int) -> int:
     return free
 
 
-def local_hardware() -> Hardware | None:
-    """The GPUs of this machine; None without any."""
+def launch_configuration(recipe: Recipe, name: str | None = None) -> Path:
+    """The file of configs/accelerate/ that a recipe is launched with: adapters need nothing sharded."""
+    default = "ddp" if recipe.values.get("use_peft") else "zero3"
+    return ROOT / f"configs/accelerate/{name or default}.yaml"
+
+
+def check_launch(recipe: Recipe, gpus: int, nodes: int = 1, sharding: str | None = None) -> None:
+    """Before a launch on `gpus` GPUs of each of `nodes`; raises PreflightError where memory or disk are too small."""
+    here = local_hardware()
+    if here is None or recipe.values.get("use_cpu"):
+        return
+    spread = Sharding.load(launch_configuration(recipe, sharding))
+    check_fit(recipe, Hardware(nodes, gpus, here.gib), spread)
+    check_disk(recipe.values["output_dir"], disk_needed(recipe, shape_of(recipe), spread))
+
+
+def local_hardware(use_cpu: bool = False) -> Hardware | None:
+    """The GPUs of this machine, None without any; or, with `use_cpu`, the machine as one device with its memory."""
+    if use_cpu:
+        return Hardware(1, 1, psutil.virtual_memory().total / GIB)
     count = torch.cuda.device_count()
     if count == 0:
         return None
-    smallest = min(torch.cuda.get_device_properties(i).total_memory for i in range(count))
-    return Hardware(1, count, smallest / GIB)
+    return Hardware(1, count, min(torch.cuda.get_device_properties(i).total_memory for i in range(count)) / GIB)
 
 
-def check_access(model: str, timeout: float = 5.0) -> str:
-    """Whether `model` can be read, in words: a local folder, or a hub repository that answers.
+def check_access(name: str, kind: str) -> str:
+    """Whether a model or dataset (`kind`) can be read, in words: a local file or folder, or a hub repository.
 
     Raises PreflightError where it doesn't exist, is gated, or the hub can't be reached.
     """
-    if Path(model).is_dir():
-        return f"local folder {model}"
+    if Path(name).exists():
+        return f"{name} is here"
     try:
-        HfApi().auth_check(model)
-        info = HfApi().model_info(model, timeout=timeout)
+        HfApi().auth_check(name, repo_type=kind)
     except GatedRepoError as error:
         raise PreflightError(
-            f"{model} is gated: accept its licence on its hub page, then `hf auth login` or set HF_TOKEN"
+            f"{name} is gated. Fix: accept its licence on its hub page, then `hf auth login` or set HF_TOKEN"
         ) from error
-    except RepositoryNotFoundError as error:
+    except (RepositoryNotFoundError, HFValidationError) as error:
         raise PreflightError(
-            f"{model} is neither a local folder nor a hub repository that this login sees: check model_name_or_path"
+            f"{name} is neither a local path nor a {kind} on the hub that this login sees. Fix: check the recipe's name"
         ) from error
     except (OfflineModeIsEnabled, HfHubHTTPError, httpx2.TransportError) as error:
-        raise PreflightError(f"hub unreachable ({type(error).__name__}): {model} has to be in the cache") from error
-    return f"{model} readable (revision {info.sha[:8]})"
+        if isinstance(try_to_load_from_cache(name, CACHED_FILE[kind], repo_type=kind), str):
+            return f"{name} is in the cache"
+        raise PreflightError(
+            f"{name}: hub unreachable ({type(error).__name__}). Fix: download it where there is a network, or name a "
+            "local folder"
+        ) from error
+    return f"{name} can be read"

@@ -2,20 +2,23 @@
 
     make plan MODEL=llama3-8b-instruct GPUS=8x80 [NODES=4] [METHOD=dpo] [STAGE=sft] [ARGS="--max_length 1024"]
 
-GPUS is <GPUs per node>x<GiB of one>; without it, the GPUs of this machine. The exit code is 1 if the run can't fit.
+MODEL, METHOD, STAGE (sft or rmipo), ARGS, DATA, SHARDING: as for `make train`. Besides:
+  GPUS      <GPUs per node>x<GiB of one>; default: the GPUs of this machine
+  NODES     how many machines, default 1
+  EXAMPLES  pairs or dialogues in the training data     TFLOPS  bfloat16 peak of one GPU, default an A100's 312
+The exit code is 1 if the run can't fit.
 """
 
-import argparse
 import os
-import shlex
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from rmipo import plan, preflight
-from rmipo.config import load_recipe
+from rmipo.config import Recipe
 from rmipo.plan import GIB, Hardware, Sharding
+from rmipo.stages import choose_stages, load_steps
 
 ROOT = Path(__file__).parent.parent
 # Rows of UltraFeedback's train_prefs (the on-policy sets have about as many) and of UltraChat-200k's train_sft.
@@ -23,40 +26,30 @@ EXAMPLES = {"preference": 61_135, "sft": 207_865}
 A100_TFLOPS = 312.0  # bfloat16 without sparsity; A800 likewise
 
 
-def command_line() -> argparse.Namespace:
-    environment = os.environ.get
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=environment("MODEL", "tiny"), help="folder in recipes/")
-    parser.add_argument("--stage", default=environment("STAGE", "rmipo"), choices=["sft", "rmipo"])
-    parser.add_argument("--method", default=environment("METHOD", ""), help="overlay in recipes/methods/")
-    parser.add_argument(
-        "--overlay", action="append", default=[], help="further overlays, e.g. recipes/adapters/lora.yaml"
-    )
-    parser.add_argument("--gpus", default=environment("GPUS", ""), help="e.g. 8x80")
-    parser.add_argument("--nodes", type=int, default=int(environment("NODES") or 1))
-    parser.add_argument("--sharding", default=None, help="file in configs/accelerate/, e.g. zero3-offload")
-    parser.add_argument("--examples", type=int, default=None, help="pairs or dialogues in the training data")
-    parser.add_argument("--tflops", type=float, default=A100_TFLOPS, help="bfloat16 peak of one GPU")
-    args, overrides = parser.parse_known_args()
-    args.overrides = overrides or shlex.split(environment("ARGS", ""))
-    return args
+def number(env: dict[str, str], name: str, default: float) -> float:
+    text = env.get(name) or str(default)
+    if not text.replace(".", "", 1).isdecimal() or float(text) <= 0:
+        raise ValueError(f"{name}={text}: expected a number above 0")
+    return float(text)
 
 
-def sharding_of(name: str | None, run: plan.Run, hardware: Hardware) -> Sharding:
-    if name is None:  # as the launcher does: bitsandbytes' weights and single GPUs are not sharded
-        name = "ddp" if run.quantized or hardware.gpus == 1 else "zero3"
-    return Sharding.load(ROOT / f"configs/accelerate/{name}.yaml")
+def hardware_of(env: dict[str, str], recipe: Recipe) -> Hardware:
+    if env.get("GPUS"):
+        return Hardware.parse(env["GPUS"], int(number(env, "NODES", 1)))
+    hardware = preflight.local_hardware(use_cpu=recipe.values.get("use_cpu", False))
+    if hardware is None:
+        raise preflight.PreflightError("no GPU is visible here: name what to plan for, e.g. GPUS=4x80")
+    return hardware
 
 
 def main() -> int:
-    args = command_line()
-    overlays = [ROOT / f"recipes/methods/{args.method}.yaml"] if args.method not in ("", "rmipo") else []
-    recipe = load_recipe(ROOT / f"recipes/{args.model}/{args.stage}.yaml", [*overlays, *args.overlay], args.overrides)
-    hardware = Hardware.parse(args.gpus, args.nodes) if args.gpus else preflight.local_hardware()
-    if hardware is None:
-        raise preflight.PreflightError("no GPU is visible here: name what to plan for, e.g. GPUS=4x80")
+    env = {**os.environ, "STAGE": os.environ.get("STAGE") or "rmipo"}
+    os.chdir(ROOT)
+    model, stages = choose_stages(env)
+    recipe = next(step.recipe for step in load_steps(model, stages, env) if step.stage == env["STAGE"])
+    hardware = hardware_of(env, recipe)
+    sharding = Sharding.load(preflight.launch_configuration(recipe, env.get("SHARDING")))
     run, shape = preflight.run_of(recipe), preflight.shape_of(recipe)
-    sharding = sharding_of(args.sharding, run, hardware)
     memory = plan.plan_memory(shape, run, sharding, hardware)
     tokens = run.longest_row(run.micro_batch)
 
@@ -83,16 +76,17 @@ def main() -> int:
     size = plan.largest_micro_batch(shape, run, sharding, hardware)
     print(f"\nSuggested per_device_train_batch_size: {size or 'none fits'}")
     _, accumulation = recipe.batch(hardware.gpus)
-    examples, epochs = args.examples or EXAMPLES[run.stage], recipe.values.get("num_train_epochs", 1)
+    examples = int(number(env, "EXAMPLES", EXAMPLES[run.stage]))
+    tflops, epochs = number(env, "TFLOPS", A100_TFLOPS), recipe.values.get("num_train_epochs", 1)
     tokens_each = plan.typical_tokens(run)[0]
-    duration = plan.hours(shape, run, hardware, examples * epochs, args.tflops)
+    duration = plan.hours(shape, run, hardware, examples * epochs, tflops)
     steps = plan.steps(run, examples, epochs)
     print(f"Steps: {steps}, each {run.global_batch} rows = {hardware.gpus} GPUs x {run.micro_batch} x {accumulation}")
     print(f"Tokens: {examples * epochs * tokens_each / 1e6:.0f} M with gradients")
     print(f"Hours: {duration:.1f} for the training steps, {duration * hardware.gpus:.0f} GPU hours")
     print(
-        f"  assumed: {examples} examples of {tokens_each} tokens; {plan.MFU:.0%} of {args.tflops:g} TFLOP/s per GPU "
-        "(A100: 312, H100: 989; --tflops). An assumption, not a measurement"
+        f"  assumed: {examples} examples of {tokens_each} tokens; {plan.MFU:.0%} of {tflops:g} TFLOP/s per GPU "
+        "(A100: 312, H100: 989; TFLOPS=). An assumption, not a measurement"
     )
 
     needed = preflight.disk_needed(recipe, shape, sharding)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import runpy
-import sys
 from pathlib import Path
 
 import pytest
@@ -201,7 +200,6 @@ def test_hardware_is_read_strictly(text):
 
 
 def make_plan(monkeypatch, capsys, **variables):
-    monkeypatch.setattr(sys, "argv", ["scripts/plan.py"])
     for name, value in {"MODEL": "llama3-8b-instruct", **variables}.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(SystemExit) as end:
@@ -231,3 +229,6 @@ def test_plan_fails_when_the_run_cannot_fit(monkeypatch, capsys):
     code, text = make_plan(monkeypatch, capsys, GPUS="4x24", METHOD="dpo")
     assert code == 1 and "DOES NOT FIT" in text and "none fits" in text and "prior pass" not in text
     assert make_plan(monkeypatch, capsys, GPUS="eight")[0].startswith("error: GPUS=eight: expected")
+    assert (
+        make_plan(monkeypatch, capsys, GPUS="8x80", TFLOPS="fast")[0] == "error: TFLOPS=fast: expected a number above 0"
+    )
