@@ -86,8 +86,15 @@ def test_gamma_of_figure8_by_three_formulas(outputs):
     per_token = {side: value / naive[f"{side}_lengths"] for side, value in summed.items()}
     assert np.allclose(readings["per token (default)"], margin(per_token), atol=1e-4)
     assert np.allclose(readings["summed, as printed"], margin(summed), atol=1e-3)
-    assert np.abs(readings["released code"] - readings["per token (default)"]).max() > 1e-4
-    assert 0 < np.mean(readings["summed, as printed"] == np.float32(1.6)) < 1
+    release = naive_scores(run.folder, pairs_of(outputs), release=True)
+    released = {
+        side: release[f"{side}_logps"] / release[f"{side}_lengths"]
+        - release[f"prior_{side}_logps"] / (release[f"{side}_lengths"] - 1)
+        for side in ("chosen", "rejected")
+    }
+    assert np.allclose(readings["released code"], margin(released), atol=1e-4)
+    assert np.abs(readings["released code"] - readings["per token (default)"]).max() > 1e-3
+    assert 0 < np.mean(readings["summed, as printed"] > 1.6 - 1e-6) < 1
 
 
 def test_scores_are_kept_and_scored_again_for_another_model(outputs):
