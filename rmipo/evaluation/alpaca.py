@@ -99,40 +99,40 @@ def judge(outputs: list[dict], reference: list[dict], folder: Path, endpoint: st
     cache = folder / f"verdicts-{sha256(config.read_bytes() + endpoint.encode())[:8]}.json"
     drop_unusable(cache)
 
-    def evaluate(rows: int, **options):
-        return alpaca_eval.evaluate(
-            model_outputs=outputs[:rows],
-            reference_outputs=reference[:rows],
+    annotator = AtomicAnnotator(annotators_config=str(config), caching_path=cache)
+    estimate_cost(annotator, outputs, reference, settings)
+    size = settings["concurrency"]
+    requests = {
+        "chunksize": size,
+        "num_procs": size,
+        "client_kwargs": {"max_retries": settings["max_retries"], "timeout": settings["timeout"]},
+    }
+    if settings["length_controlled"]:
+        metric = {"metric_kwargs": {"save_weights_dir": None}}  # its default writes into site-packages
+    else:
+        metric = {"fn_metric": "get_winrate", "sort_by": "win_rate"}
+    try:
+        # A judge that gives no usable verdict at all is found out by its first few answers.
+        first = annotator.annotate_head2head(outputs_1=reference[:size], outputs_2=outputs[:size], **requests)
+        if all(is_missing(row) for row in first):
+            raise EvaluationError(
+                f"none of the judge's first {len(first)} answers could be read as a verdict. They are read as the "
+                "judge's YAML says: for the weighted judge from the log-probs of the first token, which the server "
+                f"has to return. The last answer: {str(first[-1].get('preference_raw_completion'))[:300]}"
+            )
+        leaderboard, annotations = alpaca_eval.evaluate(
+            model_outputs=outputs,
+            reference_outputs=reference,
             annotators_config=str(config),
             output_path=None,
             precomputed_leaderboard=None,
             is_cache_leaderboard=False,
             is_return_instead_of_print=True,
-            annotation_kwargs={
-                "chunksize": settings["concurrency"],
-                "num_procs": settings["concurrency"],
-                "client_kwargs": {"max_retries": settings["max_retries"], "timeout": settings["timeout"]},
-            },
+            annotation_kwargs=requests,
             caching_path=cache,
             Annotator=AtomicAnnotator,
-            **options,
+            **metric,
         )
-
-    estimate_cost(AtomicAnnotator(annotators_config=str(config), caching_path=cache), outputs, reference, settings)
-    raw = {"fn_metric": "get_winrate", "sort_by": "win_rate"}
-    length_controlled = {"metric_kwargs": {"save_weights_dir": None}}  # its default writes into site-packages
-    metric = length_controlled if settings["length_controlled"] else raw
-    try:
-        # A judge that gives no usable verdict at all is found out by its first few answers.
-        _, first = evaluate(settings["concurrency"], **raw)
-        if all(is_missing(row) for row in first):
-            drop_unusable(cache)
-            raise EvaluationError(
-                f"none of the judge's first {len(first)} answers could be read as a verdict. This judge's verdict is "
-                "read as its YAML says (for the weighted judge: log-probs of the first token, which the server has to "
-                f"return). The last answer: {str(first[-1].get('preference_raw_completion'))[:300]}"
-            )
-        leaderboard, annotations = evaluate(len(outputs), **metric)
     except EvaluationError:
         raise
     except Exception as error:  # whatever a broken endpoint makes of alpaca-eval, the verdicts so far are on disk

@@ -1,0 +1,338 @@
+"""AlpacaEval against hand-computed rates, the packaged leaderboard, and a real judge server on loopback that fails."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from rmipo.evaluation import EvaluationError, alpaca
+from tests.evaluation.judge_server import JudgeServer, probability_of_first
+from tests.evaluation.tiny_model import write_model
+
+alpaca_eval = pytest.importorskip("alpaca_eval", reason="needs the extra `eval`")
+from alpaca_eval.metrics import get_winrate  # noqa: E402
+
+SETTINGS = alpaca.DEFAULTS | {"length_controlled": False, "concurrency": 4, "max_retries": 1, "timeout": 10}
+ROWS = 20
+REFERENCE = [
+    {"instruction": f"tell me {i} things of apple", "output": f"apple {i}" + " me" * (i % 3), "generator": "reference"}
+    for i in range(ROWS)
+]
+OUTPUTS = [
+    {"instruction": row["instruction"], "output": "tell " * (i % 2) + f"things {i} " * (i % 4), "generator": "ours"}
+    for i, row in enumerate(REFERENCE)
+]
+
+
+def expected_win_rate(rows) -> float:
+    """Percent: the mean of the server's probability for our output, whatever the order it saw the two in."""
+    wins = [
+        probability_of_first(REFERENCE[i]["instruction"], OUTPUTS[i]["output"], REFERENCE[i]["output"]) for i in rows
+    ]
+    return 100 * sum(wins) / len(wins)
+
+
+def leaderboard() -> list[dict[str, str]]:
+    """The rows that the package ships, one for each model."""
+    folder = Path(alpaca_eval.__file__).parent / "leaderboards/data_AlpacaEval_2"
+    with (folder / "weighted_alpaca_eval_gpt4_turbo_leaderboard.csv").open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["discrete_win_rate"]]
+    assert len(rows) > 200
+    return rows
+
+
+@pytest.fixture
+def api_key(monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "none")
+
+
+def ask(server: JudgeServer, folder: Path, monkeypatch, **settings) -> dict:
+    monkeypatch.setenv("OPENAI_BASE_URL", server.url)
+    return alpaca.judge(OUTPUTS, REFERENCE, folder, server.url, SETTINGS | settings)
+
+
+def verdicts(folder: Path) -> list[dict]:
+    (file,) = folder.glob("verdicts-*.json")
+    return json.loads(file.read_text())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Numbers
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_raw_win_rate_by_hand():
+    # 2 wins, 1 loses, 0 and 1.5 are draws, 1.25 is a quarter of a win: (1 + 0 + .5 + .5 + .25) / 5; None isn't counted.
+    rates = get_winrate([{"preference": p} for p in (2, 1, 0, 1.5, 1.25, None)])
+    assert rates["win_rate"] == pytest.approx(45.0, abs=1e-9) and rates["n_total"] == 5
+
+
+def test_packaged_leaderboard_is_reproduced_from_its_counts():
+    """From published wins, losses and draws to the published discrete rate; raw rates need the annotations (below)."""
+    differing = []
+    for row in leaderboard():
+        counts = {2.0: "n_wins", 1.0: "n_wins_base", 1.5: "n_draws"}
+        preferences = [p for p, column in counts.items() for _ in range(int(float(row[column])))]
+        rate = get_winrate([{"preference": p} for p in preferences])["discrete_win_rate"]
+        if rate != pytest.approx(float(row["discrete_win_rate"]), abs=1e-6):
+            differing.append(row[""])
+    # One published row contradicts itself: 371 wins and 17 draws of 805 are 47.1%, and it says 40.2%.
+    assert differing == ["aligner-2b_gpt-4-turbo-2024-04-09"]
+
+
+def test_published_annotations_reproduce_the_leaderboard():
+    """The folder `results` of the alpaca_eval repository isn't in its package: name it in ALPACA_EVAL_RESULTS."""
+    if "ALPACA_EVAL_RESULTS" not in os.environ:
+        pytest.skip("ALPACA_EVAL_RESULTS doesn't name the folder `results` of the alpaca_eval repository")
+    published = {row[""]: float(row["win_rate"]) for row in leaderboard()}
+    files = Path(os.environ["ALPACA_EVAL_RESULTS"]).glob("*/weighted_alpaca_eval_gpt4_turbo/annotations.json")
+    found = {file.parent.parent.name: file for file in files if file.parent.parent.name in published}
+    assert found
+    for name, file in found.items():
+        assert get_winrate(json.loads(file.read_text()))["win_rate"] == pytest.approx(published[name], abs=1e-6), name
+
+
+def test_weighted_judge_gives_the_mean_probability(tmp_path, monkeypatch, api_key):
+    with JudgeServer() as server:
+        metrics = ask(server, tmp_path, monkeypatch)
+        assert metrics["alpacaeval2_wr"] == pytest.approx(expected_win_rate(range(ROWS)), abs=1e-6)
+        assert metrics["alpacaeval2_length"] == sum(len(row["output"]) for row in OUTPUTS) / ROWS
+        assert metrics["alpacaeval2_missing"] == 0 and "alpacaeval2_lc" not in metrics
+        assert len(server.requests) == len(set(server.requests)) == ROWS
+        # Once more: everything is known, nothing is asked.
+        assert ask(server, tmp_path, monkeypatch) == pytest.approx(metrics, abs=1e-8)  # JSON rounds verdicts to 1e-10
+        assert len(server.requests) == ROWS
+
+
+def test_another_endpoint_is_another_judge(tmp_path, monkeypatch, api_key):
+    with JudgeServer() as first, JudgeServer() as second:
+        ask(first, tmp_path, monkeypatch)
+        ask(second, tmp_path, monkeypatch)
+        assert len(first.requests) == len(second.requests) == ROWS
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# A judge that fails
+# ----------------------------------------------------------------------------------------------------------------------
+
+JUDGE = """
+import sys
+from pathlib import Path
+from tests.evaluation.test_alpaca import OUTPUTS, REFERENCE, SETTINGS, alpaca
+alpaca.judge(OUTPUTS, REFERENCE, Path(sys.argv[1]), sys.argv[2], SETTINGS)
+"""
+
+
+def test_killed_run_goes_on_where_it_was(tmp_path, monkeypatch, api_key):
+    with JudgeServer(delay=0.15) as server:
+        monkeypatch.setenv("OPENAI_BASE_URL", server.url)
+        process = subprocess.Popen([sys.executable, "-c", JUDGE, str(tmp_path), server.url], stderr=subprocess.DEVNULL)
+        deadline = time.time() + 60
+        while time.time() < deadline and len(server.answered) < 10:
+            time.sleep(0.02)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        time.sleep(0.5)  # requests under way are answered
+        kept = verdicts(tmp_path)
+        assert 4 <= len(kept) < ROWS
+        asked_before = len(server.requests)
+        metrics = ask(server, tmp_path, monkeypatch)
+        assert len(server.requests) - asked_before == ROWS - len(kept)  # only the others are asked for
+        # No more is asked for twice than was under way together.
+        assert len(server.requests) <= ROWS + SETTINGS["concurrency"]
+    assert metrics["alpacaeval2_wr"] == pytest.approx(expected_win_rate(range(ROWS)), abs=1e-6)
+    assert Counter(row["instruction"] for row in verdicts(tmp_path)) == Counter(row["instruction"] for row in REFERENCE)
+
+
+def test_rate_limit_is_waited_out(tmp_path, monkeypatch, api_key):
+    with JudgeServer(fault=lambda number: "429" if number in (2, 7, 8) else None) as server:
+        metrics = ask(server, tmp_path, monkeypatch)
+        assert len(server.requests) == ROWS + 3 and len(server.answered) == ROWS
+    assert metrics["alpacaeval2_wr"] == pytest.approx(expected_win_rate(range(ROWS)), abs=1e-6)
+
+
+@pytest.mark.parametrize("fault", ["malformed", "no_logprobs"])
+def test_unusable_verdicts_are_reported_and_asked_again(tmp_path, monkeypatch, api_key, fault):
+    broken = {3, 11, 12}
+    with JudgeServer(fault=lambda number: fault if number in broken else None) as server:
+        with pytest.raises(EvaluationError, match=r"3 of 20 verdicts couldn't be used, max_missing is 0.*asks again"):
+            ask(server, tmp_path, monkeypatch)
+        assert len(server.requests) == ROWS
+        metrics = ask(server, tmp_path, monkeypatch)
+        assert len(server.requests) == ROWS + 3
+    assert metrics["alpacaeval2_missing"] == 0
+    assert metrics["alpacaeval2_wr"] == pytest.approx(expected_win_rate(range(ROWS)), abs=1e-6)
+    assert Counter(row["instruction"] for row in verdicts(tmp_path)) == Counter(row["instruction"] for row in REFERENCE)
+
+
+def test_allowed_missing_verdicts_are_counted(tmp_path, monkeypatch, api_key):
+    with JudgeServer(fault=lambda number: "malformed" if number == 15 else None) as server:
+        metrics = ask(server, tmp_path, monkeypatch, max_missing=1, concurrency=1)
+    assert metrics["alpacaeval2_missing"] == 1
+    known = {row["instruction"] for row in verdicts(tmp_path) if row["preference"] > 0}
+    rows = [i for i, row in enumerate(REFERENCE) if row["instruction"] in known]
+    assert len(rows) == ROWS - 1
+    assert metrics["alpacaeval2_wr"] == pytest.approx(expected_win_rate(rows), abs=1e-6)
+
+
+@pytest.mark.parametrize("fault", ["malformed", "no_logprobs"])
+def test_judge_without_any_usable_verdict_is_found_out_early(tmp_path, monkeypatch, api_key, fault):
+    with JudgeServer(fault=lambda number: fault) as server:
+        with pytest.raises(EvaluationError, match="none of the judge's first 4 answers could be read as a verdict"):
+            ask(server, tmp_path, monkeypatch)
+        assert len(server.requests) == SETTINGS["concurrency"]
+    assert all(row["preference"] == -1 for row in verdicts(tmp_path))  # dropped at the next start
+
+
+@pytest.mark.parametrize("fault", ["drop", "html"])
+def test_server_that_dies_leaves_the_verdicts_so_far(tmp_path, monkeypatch, api_key, fault):
+    with JudgeServer(fault=lambda number: None if number < 10 else fault) as server:
+        with pytest.raises(
+            EvaluationError, match=r"judge at http.* failed: .* 8 of 20 verdicts are kept in .*same command"
+        ):
+            ask(server, tmp_path, monkeypatch)
+        kept = verdicts(tmp_path)
+        assert len(kept) == 8  # two whole rounds of 4
+        server.fault = lambda number: None
+        asked_before = len(server.requests)
+        metrics = ask(server, tmp_path, monkeypatch)
+        assert len(server.requests) - asked_before == ROWS - 8
+    assert metrics["alpacaeval2_wr"] == pytest.approx(expected_win_rate(range(ROWS)), abs=1e-6)
+    assert [row for row in verdicts(tmp_path) if row in kept] == kept
+
+
+def test_no_server_at_all(tmp_path, monkeypatch, api_key):
+    with JudgeServer() as server:
+        pass
+    with pytest.raises(EvaluationError, match=r"failed: APIConnectionError.* 0 of 20 verdicts"):
+        ask(server, tmp_path, monkeypatch)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Before the first request
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_cost_is_printed_and_bounded_before_the_first_request(tmp_path, monkeypatch, api_key, capsys):
+    with JudgeServer() as server:
+        with pytest.raises(EvaluationError, match=r"about \$\d+\.\d\d, more than max_cost 0\.001; nothing was asked"):
+            ask(server, tmp_path, monkeypatch, max_cost=0.001)
+        assert server.requests == []
+        printed = capsys.readouterr().out
+        template = (
+            Path(alpaca_eval.__file__).parent / "evaluators_configs/alpaca_eval_clf_gpt4_turbo/alpaca_eval_clf.txt"
+        )
+        texts = [text for row in (*REFERENCE, *OUTPUTS) for text in row["output"]] + [
+            r["instruction"] for r in REFERENCE
+        ]
+        tokens = (ROWS * len(template.read_text()) + len("".join(texts))) / 4
+        cost = (10 * tokens + 30 * ROWS) / 1e6  # a verdict is one token
+        assert f"20 verdicts to ask for, about {tokens / 1e3:.0f}k + 0k tokens, ${cost:.2f} at" in printed
+        ask(server, tmp_path, monkeypatch)
+        capsys.readouterr()
+        ask(server, tmp_path, monkeypatch, max_cost=0.0)  # what is known costs nothing
+        assert "0 verdicts to ask for" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("outputs", "message"),
+    [
+        (OUTPUTS[:-1], "19 outputs, 20 instructions, 19 in common; the first difference is in row 19"),
+        ([OUTPUTS[1], OUTPUTS[0], *OUTPUTS[2:]], "20 in common; the first difference is in row 0"),
+        ([{**row, "instruction": "other"} for row in OUTPUTS], "0 in common; the first difference is in row 0"),
+    ],
+)
+def test_outputs_for_other_prompts(outputs, message):
+    with pytest.raises(EvaluationError, match=message):
+        alpaca.check_same_prompts(outputs, REFERENCE)
+
+
+def test_repeated_instructions():
+    with pytest.raises(EvaluationError, match="1 instructions are repeated in the reference"):
+        alpaca.check_same_prompts([*OUTPUTS, OUTPUTS[0]], [*REFERENCE, REFERENCE[0]])
+
+
+@pytest.mark.parametrize(
+    ("environment", "settings", "message"),
+    [
+        ({}, {}, "needs OPENAI_API_KEY"),
+        ({"OPENAI_API_KEY": "none", "OPENAI_BASE_URL": "localhost:80"}, {}, "OPENAI_BASE_URL is not a URL"),
+        ({"OPENAI_API_KEY": "none"}, {"judge": "gpt-4"}, r"unknown keys \['judge'\]; it has \['annotators_config'"),
+        ({"OPENAI_API_KEY": "none"}, {"reference": "absent.json"}, "alpacaeval.reference: absent.json doesn't exist"),
+        ({"OPENAI_API_KEY": "none"}, {"reference": __file__}, "should be a JSON list"),
+        ({"OPENAI_API_KEY": "none"}, {"generation": {"top_p": 2}}, "top_p is 2"),
+    ],
+)
+def test_bad_input_is_found_before_a_model_is_loaded(tmp_path, monkeypatch, environment, settings, message):
+    for name in ("OPENAI_API_KEY", "OPENAI_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(EvaluationError, match=message):
+        alpaca.run(tmp_path / "no model", tmp_path, {"length_controlled": False, **settings})
+
+
+def test_unknown_judge(tmp_path, api_key):
+    with pytest.raises(EvaluationError, match="'gpt-5' is neither one of alpaca-eval's judges nor the absolute path"):
+        alpaca.judge(OUTPUTS, REFERENCE, tmp_path, "http://x/v1", SETTINGS | {"annotators_config": "gpt-5"})
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Whole
+# ----------------------------------------------------------------------------------------------------------------------
+
+RUN = """
+import json, sys
+from rmipo.evaluation import alpaca
+print("RESULT" + json.dumps(alpaca.run(sys.argv[1], sys.argv[2], json.loads(sys.argv[3]))))
+"""
+
+
+def test_run_with_length_control_on_made_up_regularisation(tmp_path):
+    """The length-controlled path from end to end. df_gamed.csv is made up here: its number says nothing."""
+    model = tmp_path / "model"
+    model.mkdir()
+    write_model(model)
+    reference = tmp_path / "reference.json"
+    rows = [{"instruction": f"w{i % 20} w{i // 3}", "output": "w1 " * (1 + i % 7)} for i in range(40)]
+    reference.write_text(json.dumps(rows))
+    snapshot = tmp_path / "hub/datasets--tatsu-lab--alpaca_eval/snapshots/0"
+    snapshot.mkdir(parents=True)
+    refs = snapshot.parent.parent / "refs"
+    refs.mkdir()
+    (refs / "main").write_text("0")
+    header = "model,index,preference,std_delta_len,instruction_difficulty,not_gamed_baseline"
+    gamed = [
+        f"{m},{i},{0.2 + 0.6 * (i % 3) / 2},{(-1) ** m * 1.5},{(i % 5) / 5 - 0.4},False"
+        for m in (0, 1)
+        for i in range(40)
+    ]
+    (snapshot / alpaca.GAMED_FILE).write_text("\n".join([header, *gamed]) + "\n")
+    generation = {"dtype": "float32", "engine": "transformers", "max_new_tokens": 8, "temperature": 1.0}
+    settings = json.dumps({"reference": str(reference), "generation": generation})
+    with JudgeServer() as server:
+        environment = {
+            **os.environ, "OPENAI_API_KEY": "none", "OPENAI_BASE_URL": server.url,
+            "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1",
+        }  # fmt: skip
+        command = [sys.executable, "-c", RUN, str(model), str(tmp_path / "eval"), settings]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.partition("RESULT")[2])
+    outputs = json.loads((tmp_path / "eval/alpacaeval/model_outputs.json").read_text())
+    wins = [
+        probability_of_first(row["instruction"], ours["output"], row["output"])
+        for row, ours in zip(rows, outputs, strict=True)
+    ]
+    metrics = result["metrics"]
+    assert metrics["alpacaeval2_wr"] == pytest.approx(100 * sum(wins) / 40, abs=1e-6)
+    assert 0 < metrics["alpacaeval2_lc"] < 100
+    assert result["versions"]["alpaca_eval"] == "0.6.6" and set(result["versions"]) >= {"scikit-learn", "transformers"}
+    assert "none" not in json.dumps(result["settings"]["judge"])
