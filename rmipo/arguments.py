@@ -29,7 +29,7 @@ class PreferenceConfig(TrainingArguments):
     max_tokens_per_micro_batch: int | None = _option(None, "Micro-batches of longer pairs are split.")
     generation_samples: int = _option(4, "Held-out prompts that are answered and saved at each evaluation.")
     generation_max_new_tokens: int = _option(128, "Tokens of each such answer.")
-    reference_cache_dir: str | None = _option(None, "Where the reference's log-probs are kept between runs.")
+    reference_cache_dir: str = _option("outputs/reference_cache", "Where the reference's log-probs are kept between runs.")
 
 
 @dataclass

@@ -96,6 +96,8 @@ def unusable_dialogue(messages: Messages) -> str | None:
         return "the dialogue does not end with an assistant message"
     if not messages[-1]["content"].strip():
         return "the response is empty"
+    if len(messages) == 1:  # a response alone teaches its prior, log pi(y)
+        return None
     return unusable_prompt(messages[:-1])
 
 

@@ -29,11 +29,12 @@ def make_trainer(output_dir, pairs, objective=RMIPO, model=None, eval_pairs=None
         "num_train_epochs": 1,
         "logging_steps": 1,
         "seed": 5,
+        "report_to": "none",
         **arguments,
     }
     args = PreferenceConfig(
-        output_dir=str(output_dir), objective=objective, use_cpu=True, bf16=False, report_to="none",
-        save_strategy="no", disable_tqdm=True, **arguments,
+        output_dir=str(output_dir), objective=objective, use_cpu=True, bf16=False, save_strategy="no", disable_tqdm=True,
+        **arguments,
     )  # fmt: skip
     return PreferenceTrainer(
         model or make_model("llama"),
