@@ -103,10 +103,12 @@ def run(model_dir: str | Path, output_dir: str | Path, settings: dict) -> dict:
 
     output_dir = Path(output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
-    kept = {key: raw[key] for key in ("results", "versions", "n-samples", "n-shot") if key in raw}
+    # A task that is written inside its group's file is called "group::task".
+    results = {name.rpartition("::")[2]: scores for name, scores in raw["results"].items()}
+    kept = {"results": results, **{key: raw[key] for key in ("versions", "n-samples", "n-shot")}}
     (output_dir / "leaderboard_raw.json").write_text(json.dumps(kept, indent=2, default=str) + "\n")
     return {
-        "metrics": leaderboard_metrics(raw["results"]),
+        "metrics": leaderboard_metrics(results),
         "versions": package_versions("lm_eval", "transformers", "torch"),
         "settings": settings,
     }

@@ -1,12 +1,15 @@
-"""The leaderboard's normalisation on hand values, and the whole path through lm-eval on local tasks."""
+"""The leaderboard's normalisation on hand values, and the whole path through lm-eval on the tiny setting's tasks."""
 
 import json
+from pathlib import Path
 
 import pytest
 import yaml
 
-from rmipo.evaluation.leaderboard import BBH_CHOICES, MUSR_CHOICES, leaderboard_metrics, normalize, run
+from rmipo.evaluation.leaderboard import BBH_CHOICES, leaderboard_metrics, normalize, run
 from tests.evaluation.tiny_model import write_model
+
+ROOT = Path(__file__).parents[2]
 
 
 def test_normalize_by_hand():
@@ -64,70 +67,29 @@ def test_choices_match_lm_evals_tasks():
     assert counted == BBH_CHOICES
 
 
-def write_tasks(folder) -> None:
-    """Every task of the leaderboard under its own name, on a few local questions."""
-    metrics = [{"metric": "acc"}, {"metric": "acc_norm"}]
-
-    def task(name: str, rows: list[dict], **config) -> None:
-        data = folder / f"{name}.jsonl"
-        data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        task = {"task": name, "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(data)}}}
-        (folder / f"{name}.yaml").write_text(yaml.safe_dump(task | {"test_split": "test"} | config))
-
-    def choice_task(name: str, choices: int) -> None:
-        # One question each, another one for every task, so that a random model gets some of them right.
-        first = len(list(folder.iterdir()))
-        rows = [{"question": f"w{first % 7}", "choices": [f"w{(first + c) % 20}" for c in range(choices)]}]
-        fields = {"doc_to_text": "{{question}}", "doc_to_choice": "{{choices}}", "doc_to_target": 0}
-        task(name, rows, output_type="multiple_choice", metric_list=metrics, **fields)
-
-    def group(name: str, members: list[str], metric: str) -> None:
-        aggregate = [{"metric": metric, "aggregation": "mean", "weight_by_size": True}]
-        content = {"group": name, "task": members, "aggregate_metric_list": aggregate}
-        (folder / f"{name}.yaml").write_text(yaml.safe_dump(content))
-
-    for name, n in BBH_CHOICES.items():
-        choice_task(f"leaderboard_bbh_{name}", n)
-    for name, n in MUSR_CHOICES.items():
-        choice_task(f"leaderboard_musr_{name}", n)
-    gpqa = [f"leaderboard_gpqa_{name}" for name in ("main", "diamond", "extended")]
-    for name in gpqa:
-        choice_task(name, 4)
-    choice_task("leaderboard_mmlu_pro", 10)
-    generation = {"output_type": "generate_until", "doc_to_text": "{{question}}", "doc_to_target": "{{answer}}"}
-    generation["generation_kwargs"] = {"max_gen_toks": 2, "until": ["\n"]}
-    questions = [{"question": "w1", "answer": "w2"}]
-    task("leaderboard_math_algebra_hard", questions, metric_list=[{"metric": "exact_match"}], **generation)
-    strict = [{"metric": f"{level}_level_strict_acc", "aggregation": "mean"} for level in ("prompt", "inst")]
-    task("leaderboard_ifeval", questions, metric_list=strict, **generation)
-    path = folder / "leaderboard_ifeval.yaml"
-    path.write_text(path.read_text() + "process_results: !function scoring.process_results\n")
-    (folder / "scoring.py").write_text(
-        "def process_results(doc, results):\n"
-        "    return {'prompt_level_strict_acc': 0.25, 'inst_level_strict_acc': 0.75}\n"
-    )
-    bbh, musr = ([f"leaderboard_{g}_{n}" for n in names] for g, names in (("bbh", BBH_CHOICES), ("musr", MUSR_CHOICES)))
-    group("leaderboard_bbh", bbh, "acc_norm")
-    group("leaderboard_musr", musr, "acc_norm")
-    group("leaderboard_gpqa", gpqa, "acc_norm")
-    group("leaderboard_math_hard", ["leaderboard_math_algebra_hard"], "exact_match")
-    members = ["bbh", "musr", "gpqa", "mmlu_pro", "math_hard", "ifeval"]
-    group("leaderboard", [f"leaderboard_{name}" for name in members], "acc_norm")
-
-
-def test_lm_eval_on_local_tasks(tmp_path):
+def test_lm_eval_on_the_tiny_settings_tasks(tmp_path, monkeypatch):
     pytest.importorskip("lm_eval")
-    for name in ("model", "tasks"):
-        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path)  # the tasks read outputs/tiny/world/
+    (tmp_path / "model").mkdir()
     write_model(tmp_path / "model")
-    write_tasks(tmp_path / "tasks")
-    settings = {"include_path": str(tmp_path / "tasks"), "batch_size": 8, "device": "cpu", "dtype": "float32"}
-    result = run(tmp_path / "model", tmp_path / "eval", settings)
+    pairs = tmp_path / "outputs" / "tiny" / "world" / "pairs"
+    pairs.mkdir(parents=True)
+    roles = {"prompt": "user", "chosen": "assistant", "rejected": "assistant"}
+    with (pairs / "test.jsonl").open("w") as file:
+        for i in range(12):
+            texts = {"prompt": f"w{i}", "chosen": f"w{i} w{i + 1}", "rejected": f"w{i + 2} w{(3 * i) % 20}"}
+            row = {side: [{"role": roles[side], "content": text}] for side, text in texts.items()}
+            file.write(json.dumps(row) + "\n")
+    settings = {"include_path": str(ROOT / "recipes" / "tiny" / "leaderboard"), "limit": 8, "batch_size": 8}
+    result = run(tmp_path / "model", tmp_path / "eval", settings | {"device": "cpu", "dtype": "float32"})
 
     raw = json.loads((tmp_path / "eval" / "leaderboard_raw.json").read_text())["results"]
     assert {f"leaderboard_bbh_{name}" for name in BBH_CHOICES} < raw.keys()
-    assert result["metrics"] == leaderboard_metrics(raw)
-    assert result["metrics"]["ifeval"] == 50.0
-    by_hand = [normalize(raw[f"leaderboard_bbh_{name}"]["acc_norm,none"], n) for name, n in BBH_CHOICES.items()]
-    assert any(by_hand) and result["metrics"]["bbh"] == pytest.approx(sum(by_hand) / 24)
+    assert all(scores["sample_len"] == 8 for name, scores in raw.items() if name.startswith("leaderboard_bbh_"))
+    right = raw["leaderboard_mmlu_pro"]["acc,none"]
+    assert 0 < right < 1 and 8 * right == int(8 * right)
+    assert result["metrics"]["mmlu_pro"] == pytest.approx(100 * max(0, right - 0.1) / 0.9)
+    right = raw["leaderboard_bbh_navigate"]["acc_norm,none"]  # the same questions in every task
+    assert result["metrics"]["bbh"] == pytest.approx(sum(normalize(right, n) for n in BBH_CHOICES.values()) / 24)
+    assert result["metrics"]["ifeval"] == 100 * raw["leaderboard_ifeval"]["inst_level_strict_acc,none"]
     assert result["versions"]["lm_eval"] and result["settings"]["apply_chat_template"] is True

@@ -56,6 +56,17 @@ def test_hours_of_table1_by_hand(tmp_path):
     assert base_method("table5-alpha-dpo") == "alpha-dpo" and base_method("table3-row1") == "rmipo"
 
 
+@pytest.mark.parametrize("number", [1, 2, 3, 5, 7, 8])
+def test_the_document_states_these_hours(number, tmp_path):
+    trainings = [step for step in chain(build_table(number), tmp_path) if step.is_training]
+    hours = round(4 * sum(step.hours for step in trainings if step.hours))
+    text = (ROOT / "docs" / "REPRODUCE.md").read_text()
+    row = next(line for line in text.splitlines() if f"`make reproduce TABLE={number}`" in line and line[0] == "|")
+    cells = [cell.strip() for cell in row.split("|")]
+    assert cells[3] == ("2 SFT + 44" if number == 1 else str(len(trainings)))
+    assert cells[4].split()[0] == str(hours)
+
+
 def reproduce(outputs: Path, tools: Path, **environment: str) -> subprocess.CompletedProcess:
     return subprocess.run(
         [sys.executable, str(ROOT / "scripts" / "reproduce.py"), "--outputs", str(outputs)],
