@@ -1,4 +1,4 @@
-"""MT-Bench against real judges on loopback: a scripted one that fails, and `transformers serve`. Some minutes: the evaluator imports much."""
+"""MT-Bench against judges on loopback: a scripted one that fails, and `transformers serve`. Takes minutes."""
 
 import json
 import os
