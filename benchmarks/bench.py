@@ -1,0 +1,136 @@
+"""Our training step against the authors' way, padded SimPO and TRL on the CPU: ratios of time and of memory.
+
+    python -m benchmarks.bench                       all cases, under ten minutes on two cores
+    python -m benchmarks.bench --cases main          the case that the targets are set for
+    python -m benchmarks.bench --data pairs.jsonl    lengths of your pairs (also from the environment variable DATA)
+
+One thread. Lengths are divided by 4: attention's share of the work grows with length / width, and a model of width 512
+at full length would spend on it six times the share that the 8B does. The case "full-lengths" doesn't divide them.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import io
+import itertools
+import logging
+import os
+import warnings
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+warnings.filterwarnings("ignore", category=FutureWarning)
+
+import datasets  # noqa: E402
+import torch  # noqa: E402
+import transformers  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+from benchmarks import lengths, measure, report, work  # noqa: E402
+from benchmarks.contenders import BUILDERS, Setup, build  # noqa: E402
+
+KEY = ("padded-rmipo", "padded-simpo", "rmipo", "simpo")
+BASES = ("padded-rmipo", "padded-simpo", "simpo")
+
+
+# A Llama in which, as in the 8B, the LM head has 7% of the weights.
+SETUP = Setup(hidden=512, layers=2, vocabulary=1024, checkpointing=True)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One table."""
+
+    name: str
+    micro_batch: int = 4
+    profile: str = "ultrafeedback"
+    scale: float = 0.25
+    contenders: tuple[str, ...] = KEY
+    setup: Setup = SETUP
+
+
+CASES = (
+    Case("main", contenders=tuple(BUILDERS)),
+    Case("micro-batch-1", micro_batch=1),
+    Case("micro-batch-2", micro_batch=2),
+    Case("micro-batch-8", micro_batch=8),
+    Case("no-checkpointing", setup=dataclasses.replace(SETUP, checkpointing=False)),
+    # The head has a quarter of the weights, as in models of 0.5B with a vocabulary of 150k.
+    Case("large-vocabulary", setup=dataclasses.replace(SETUP, vocabulary=4096)),
+    Case("alpacaeval", profile="alpacaeval"),
+    Case("full-lengths", scale=1.0, setup=dataclasses.replace(SETUP, layers=1, vocabulary=512)),
+)
+
+
+def draw(case: Case, rounds: int, data: str | None, tokenizer: str | None) -> list[list[dict]]:
+    """A batch of pairs per round, the same for all contenders."""
+    source = lengths.from_file(data, tokenizer, seed=0) if data else lengths.from_profile(case.profile, seed=0)
+    batches = []
+    for number in range(rounds):
+        sizes = itertools.islice(source, case.micro_batch)
+        scaled = [tuple(max(2, round(size * case.scale)) for size in pair) for pair in sizes]
+        batches.append(lengths.make_pairs(scaled, case.setup.vocabulary, seed=number))
+    return batches
+
+
+def run(case: Case, batches: list[list[dict]], progress: tqdm) -> dict:
+    warm_up = lengths.make_pairs([(8, 16, 16)], case.setup.vocabulary, seed=0)
+    longest = max(batches, key=lambda pairs: work.step_work("padded-simpo", pairs, case.setup).positions)
+    memory = {}
+    if case.name == "main":
+        for name in case.contenders:
+            memory[name] = {"memory": measure.peak_activations(name, case.setup, warm_up, longest)}
+    with contextlib.redirect_stderr(io.StringIO()):  # TRL's own progress bars
+        steps = {name: build(name, case.setup) for name in case.contenders}
+    for step, model in steps.values():
+        step(warm_up)
+        model.zero_grad()
+    rounds = measure.timed_rounds(steps, batches, progress)
+    result = dataclasses.asdict(case) | {"contenders": {}}
+    for name in case.contenders:
+        total = sum((work.step_work(name, pairs, case.setup) for pairs in batches), work.Work(0, 0, 0, 0))
+        entry = {"name": name, "work": dataclasses.asdict(total) | {"flops": total.flops}, "rounds": rounds[name]}
+        result["contenders"][name] = entry | memory.get(name, {})
+    report.add_ratios(result, BASES, clock="cpu")
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", nargs="+", choices=[case.name for case in CASES], default=[c.name for c in CASES])
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--data", default=os.environ.get("DATA") or None, help="JSONL of pairs; only lengths count")
+    parser.add_argument("--tokenizer", help="counts the tokens of --data; default: 4 characters a token")
+    stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
+    parser.add_argument("--output", type=Path, default=Path(f"outputs/bench/{stamp}.json"))
+    options = parser.parse_args()
+    if options.output.exists():
+        parser.error(f"--output {options.output} exists")
+
+    torch.set_num_threads(1)
+    logging.disable(logging.WARNING)
+    transformers.logging.set_verbosity_error()
+    datasets.disable_progress_bars()
+    cases = [case for case in CASES if case.name in options.cases]
+    batches = {case: draw(case, options.rounds, options.data, options.tokenizer) for case in cases}
+    result = {"environment": report.environment(), "rounds": options.rounds, "data": options.data, "cases": {}}
+    progress = tqdm(total=sum(len(case.contenders) for case in cases) * options.rounds, unit="step")
+    for case in cases:
+        result["cases"][case.name] = run(case, batches[case], progress)
+        source = options.data or case.profile
+        s = case.setup
+        progress.write(
+            f"\n{case.name}: {case.micro_batch} pairs, lengths of {source} x {case.scale}, width {s.hidden}, "
+            f"{s.layers} layers, vocabulary {s.vocabulary}, checkpointing {'on' if s.checkpointing else 'off'}; "
+            f"CPU seconds, ratios min median max of {options.rounds} rounds"
+        )
+        progress.write(report.table(result["cases"][case.name], clock="cpu"))
+        report.save(result, options.output)
+    progress.close()
+    print(f"\nsaved {options.output}")
+
+
+if __name__ == "__main__":
+    main()

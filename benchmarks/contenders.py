@@ -1,0 +1,177 @@
+"""The training steps that are compared. Each is built on its own copy of the same weights.
+
+A step takes tokenised pairs, does all that a trainer does from collating to gradients, and returns the loss.
+"""
+
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from datasets import Dataset
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainingArguments
+from trl import DPOConfig, DPOTrainer
+from trl.experimental.cpo import CPOConfig, CPOTrainer
+
+from benchmarks import references
+from rmipo.batching import MicroBatch
+from rmipo.config import PreferenceConfig
+from rmipo.objectives import build_objective
+from rmipo.trainer import PreferenceTrainer
+
+Step = Callable[[list[dict]], float]
+
+PRIOR_CONTEXT = [1, 4, 5, 6, 7]  # a BOS and a generation header
+RMIPO = {"beta": 2.0, "gamma_min": 0.3, "gamma_max": 1.6}
+SIMPO = {"beta": 2.0, "gamma": 1.0}
+DPO = {"beta": 0.01}
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A Llama with the proportions of the 8B: MLP 3.5 x width, a quarter as many key-value heads as heads."""
+
+    hidden: int = 512
+    layers: int = 2
+    head_dim: int = 64
+    vocabulary: int = 1024
+    checkpointing: bool = True
+    device: str = "cpu"
+    dtype: str = "float32"
+
+    @property
+    def heads(self) -> int:
+        return self.hidden // self.head_dim
+
+    @property
+    def kv_heads(self) -> int:
+        return max(1, self.heads // 4)
+
+    @property
+    def intermediate(self) -> int:
+        return 7 * self.hidden // 2
+
+    def model(self) -> LlamaForCausalLM:
+        config = LlamaConfig(
+            vocab_size=self.vocabulary,
+            hidden_size=self.hidden,
+            intermediate_size=self.intermediate,
+            num_hidden_layers=self.layers,
+            num_attention_heads=self.heads,
+            num_key_value_heads=self.kv_heads,
+            head_dim=self.head_dim,
+            max_position_embeddings=4096,
+        )
+        torch.manual_seed(0)
+        with torch.device(self.device):
+            model = LlamaForCausalLM._from_config(config, attn_implementation="sdpa", dtype=getattr(torch, self.dtype))
+        return model.train()
+
+
+def build(name: str, setup: Setup) -> tuple[Step, LlamaForCausalLM]:
+    """The step called `name` and the model it trains."""
+    model = setup.model()
+    step = BUILDERS[name](model, setup)
+    if setup.checkpointing:  # here and not by the trainers, so that it is the same for all
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return step, model
+
+
+def _arguments(cls: type[TrainingArguments], setup: Setup, **values) -> TrainingArguments:
+    return cls(
+        output_dir=tempfile.mkdtemp(prefix="bench-"),
+        use_cpu=setup.device == "cpu",
+        bf16=setup.dtype == "bfloat16",
+        gradient_checkpointing=False,
+        report_to="none",
+        save_strategy="no",
+        disable_tqdm=True,
+        **values,
+    )
+
+
+def _ours(objective: dict) -> Callable[[LlamaForCausalLM, Setup], Step]:
+    def build_step(model: LlamaForCausalLM, setup: Setup) -> Step:
+        args = _arguments(PreferenceConfig, setup, objective=objective)
+        dataset = Dataset.from_list([{"prompt_ids": [3], "chosen_ids": [4], "rejected_ids": [5], "row": 0}])
+        trainer = PreferenceTrainer(model, args, build_objective(objective), dataset, prior_context=PRIOR_CONTEXT)
+
+        def step(pairs: list[dict]) -> float:
+            count = len(pairs)
+            batch = trainer.collate([(pairs, MicroBatch(tuple(range(count)), count, count))])
+            return trainer.training_step(model, batch).item()
+
+        return step
+
+    return build_step
+
+
+def _padded(loss_function: Callable[..., torch.Tensor], **hyperparameters):
+    def build_step(model: LlamaForCausalLM, setup: Setup) -> Step:
+        def step(pairs: list[dict]) -> float:
+            loss = loss_function(model, pairs, **hyperparameters)
+            loss.backward()
+            return loss.item()
+
+        return step
+
+    return build_step
+
+
+def _tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
+    """TRL's trainers ask for one; the pairs that are timed are token ids already."""
+    words = {f"t{i}": i for i in range(vocabulary)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="t0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="t0", bos_token="t1", eos_token="t2")
+
+
+_TEXT_PAIR = Dataset.from_list([{"prompt": "t3 t4", "chosen": " t5 t6", "rejected": " t7"}])
+
+
+def _trl_dpo(model: LlamaForCausalLM, setup: Setup) -> Step:
+    # Cached reference, as in ours; else the step would have one more forward.
+    args = _arguments(DPOConfig, setup, precompute_ref_log_probs=True, max_length=None, **DPO)
+    trainer = DPOTrainer(model, args=args, train_dataset=_TEXT_PAIR, processing_class=_tokenizer(setup.vocabulary))
+    trainer.current_gradient_accumulation_steps = 1  # what `train()` would set
+
+    def step(pairs: list[dict]) -> float:
+        return trainer.training_step(model, trainer.data_collator(pairs)).item()
+
+    return step
+
+
+def _trl_simpo(model: LlamaForCausalLM, setup: Setup) -> Step:
+    args = _arguments(
+        CPOConfig, setup, loss_type="simpo", cpo_alpha=0.0, beta=SIMPO["beta"], simpo_gamma=SIMPO["gamma"]
+    )
+    trainer = CPOTrainer(model, args=args, train_dataset=_TEXT_PAIR, processing_class=_tokenizer(setup.vocabulary))
+    trainer.current_gradient_accumulation_steps = 1  # what `train()` would set
+
+    def step(pairs: list[dict]) -> float:
+        rows = []
+        for pair in pairs:
+            row, prompt = {}, pair["prompt_ids"]
+            for side in ("chosen", "rejected"):
+                response = pair[f"{side}_ids"]
+                row[f"{side}_input_ids"] = prompt + response
+                row[f"{side}_attention_mask"] = [1] * (len(prompt) + len(response))
+                row[f"{side}_labels"] = [-100] * len(prompt) + response
+            rows.append(row)
+        return trainer.training_step(model, trainer.data_collator(rows)).item()
+
+    return step
+
+
+BUILDERS = {
+    "padded-rmipo": _padded(references.rmipo_loss, prior_context=PRIOR_CONTEXT, **RMIPO),
+    "padded-simpo": _padded(references.simpo_loss, **SIMPO),
+    "trl-simpo": _trl_simpo,
+    "trl-dpo": _trl_dpo,
+    "rmipo": _ours({"name": "rmipo", **RMIPO}),
+    "simpo": _ours({"name": "simpo", **SIMPO}),
+    "dpo": _ours({"name": "dpo", **DPO}),
+}
+# The same loss in two or three ways: their values must agree.
+SAME_LOSS = [("padded-rmipo", "rmipo"), ("padded-simpo", "trl-simpo", "simpo"), ("trl-dpo", "dpo")]

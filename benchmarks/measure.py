@@ -1,0 +1,86 @@
+"""Time of steps in alternating order, and peak memory of one step in a process of its own."""
+
+import contextlib
+import gc
+import io
+import multiprocessing
+import re
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from tqdm import tqdm
+
+from benchmarks.contenders import SAME_LOSS, Setup, build
+
+LOSS_TOLERANCE = 1e-4  # relative, between ways to compute the same loss in float32
+
+
+def timed_rounds(
+    steps: dict[str, tuple], batches: list[list[dict]], progress: tqdm, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, list[dict]]:
+    """Time every contender on every batch; odd rounds run in reverse order.
+
+    Args:
+        steps: name -> (step, model) of `contenders.build`.
+        clock: of the wall time; a GPU's must wait for the device.
+
+    Returns:
+        name -> one `{"cpu": seconds, "wall": seconds, "loss": value}` per batch.
+
+    Raises:
+        RuntimeError: ways to compute the same loss disagree.
+    """
+    results: dict[str, list[dict]] = {name: [] for name in steps}
+    for number, pairs in enumerate(batches):
+        for name in list(steps)[:: -1 if number % 2 else 1]:
+            progress.set_description(name)
+            step, model = steps[name]
+            gc.collect()
+            wall, cpu = clock(), time.process_time()
+            loss = step(pairs)
+            wall, cpu = clock() - wall, time.process_time() - cpu
+            model.zero_grad()
+            results[name].append({"cpu": cpu, "wall": wall, "loss": loss})
+            progress.update()
+        _raise_if_losses_differ(results)
+    return results
+
+
+def _raise_if_losses_differ(results: dict[str, list[dict]]) -> None:
+    for names in SAME_LOSS:
+        losses = {name: results[name][-1]["loss"] for name in names if name in results}
+        values = losses.values()
+        if losses and max(values) - min(values) > LOSS_TOLERANCE * max(map(abs, values)):
+            raise RuntimeError(f"these should have the same loss: {losses}")
+
+
+def peak_activations(name: str, setup: Setup, warm_up: list[dict], pairs: list[dict]) -> int:
+    """Bytes that one step needs beyond weights and gradients, measured in a fresh process (Linux)."""
+    context = multiprocessing.get_context("fork")  # a child that need not import everything again
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_measure_peak, args=(sender, name, setup, warm_up, pairs))
+    process.start()
+    sender.close()
+    try:
+        return receiver.recv()
+    except EOFError:
+        raise RuntimeError(f"the process that measures the memory of {name} died") from None
+    finally:
+        process.join()
+
+
+def _measure_peak(sender, name: str, setup: Setup, warm_up: list[dict], pairs: list[dict]) -> None:
+    with contextlib.redirect_stderr(io.StringIO()):
+        step, _ = build(name, setup)
+    step(warm_up)  # allocates the gradients and what libraries keep
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")  # VmHWM := VmRSS
+    before = dict(_resident())["VmRSS"]
+    step(pairs)
+    sender.send(dict(_resident())["VmHWM"] - before)
+
+
+def _resident() -> Iterator[tuple[str, int]]:
+    for name, kilobytes in re.findall(r"(VmRSS|VmHWM):\s+(\d+) kB", Path("/proc/self/status").read_text()):
+        yield name, int(kilobytes) * 1024

@@ -1,0 +1,85 @@
+"""What was measured, where and with what; ratios; the printed table."""
+
+import importlib.metadata
+import json
+import platform
+import statistics
+import subprocess
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+
+PACKAGES = ("torch", "transformers", "trl", "accelerate")
+
+
+def environment() -> dict:
+    """Hardware, versions and commit of this run."""
+    cpu = platform.processor()
+    if Path("/proc/cpuinfo").is_file():
+        info = dict(line.split(":", 1) for line in Path("/proc/cpuinfo").read_text().splitlines() if ":" in line)
+        cpu = {key.strip(): value.strip() for key, value in info.items()}["model name"]
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": _git("rev-parse", "HEAD"),
+        "uncommitted_changes": bool(_git("status", "--porcelain", "--untracked-files=no", "--", "rmipo", "benchmarks")),
+        "cpu": cpu,
+        "cores": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "python": platform.python_version(),
+        "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
+    }
+
+
+def _git(*arguments: str) -> str:
+    root = Path(__file__).resolve().parents[1]
+    result = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=False)
+    return result.stdout.strip() or "unknown" if result.returncode == 0 else "unknown"
+
+
+def ratio(values: list[float], base: list[float]) -> dict[str, float]:
+    """Min, median and max over rounds of `values / base`."""
+    ratios = [a / b for a, b in zip(values, base, strict=True)]
+    return {"min": min(ratios), "median": statistics.median(ratios), "max": max(ratios)}
+
+
+def add_ratios(case: dict, bases: tuple[str, ...], clock: str) -> None:
+    """Write into each contender of `case` its time, its work and its memory relative to each of `bases`."""
+    contenders = case["contenders"]
+    for entry in contenders.values():
+        entry["ratios"] = {}
+        for base in (contenders[name] for name in bases if name in contenders):
+            times = ratio(*([round_[clock] for round_ in one["rounds"]] for one in (entry, base)))
+            entry["ratios"][base["name"]] = {
+                "time": times,
+                "positions": entry["work"]["positions"] / base["work"]["positions"],
+                "flops": entry["work"]["flops"] / base["work"]["flops"],
+                **({"memory": entry["memory"] / base["memory"]} if "memory" in entry else {}),
+            }
+
+
+def table(case: dict, clock: str) -> str:
+    """One case as text: measured ratios beside those of the work model."""
+    first = next(iter(case["contenders"].values()))
+    bases = list(first["ratios"])
+    header = ["step", "s", "positions", "GFLOP", "GFLOP/s", *(f"/ {base} (work)" for base in bases), "MiB", "MiB /"]
+    lines = [header]
+    for entry in case["contenders"].values():
+        seconds = [round_[clock] for round_ in entry["rounds"]]
+        total, flops = sum(seconds), entry["work"]["flops"]
+        cells = [entry["name"], f"{statistics.median(seconds):.3f}", str(entry["work"]["positions"])]
+        cells += [f"{flops / 1e9:.0f}", f"{flops / 1e9 / total:.0f}"]
+        for base in bases:
+            r = entry["ratios"][base]
+            cells.append("{min:.2f} {median:.2f} {max:.2f}".format(**r["time"]) + f" ({r['flops']:.2f})")
+        memory = entry["ratios"][bases[0]].get("memory") if bases else None
+        cells += [f"{entry['memory'] / 2**20:.0f}", f"{memory:.2f}"] if memory else ["", ""]
+        lines.append(cells)
+    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
+    text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+    return "\n".join(text)
+
+
+def save(result: dict, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=1) + "\n")

@@ -1,0 +1,79 @@
+"""The work a training step should take: positions that pass through the model, and floating-point operations.
+
+Units: a forward of one position costs 1, its backward 2, and gradient checkpointing runs the forward of the layers
+once more. A forward without gradients costs 1. Of attention, backward costs 2.5 (it computes the scores again).
+"""
+
+from dataclasses import dataclass, fields
+
+from benchmarks.contenders import PRIOR_CONTEXT, Setup
+
+
+@dataclass
+class Pass:
+    """One forward, with or without gradients."""
+
+    positions: int  # through the layers
+    scored: int  # through the LM head
+    attended: int  # (query, key) pairs
+    gradient: bool = True
+
+
+@dataclass
+class Work:
+    positions: int
+    linear: float  # FLOPs of the layers' matrix products
+    head: float
+    attention: float
+
+    @property
+    def flops(self) -> float:
+        return self.linear + self.head + self.attention
+
+    def __add__(self, other: "Work") -> "Work":
+        return Work(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+
+
+def step_work(name: str, pairs: list[dict], setup: Setup) -> Work:
+    """Work of one step of the contender `name` on these pairs."""
+    sizes = [tuple(len(pair[key]) for key in ("prompt_ids", "chosen_ids", "rejected_ids")) for pair in pairs]
+    responses = [length for _, *both in sizes for length in both]
+    context = len(PRIOR_CONTEXT) - 1
+    if name in ("rmipo", "simpo", "dpo"):
+        passes = [_packed([(prompt - 1, both) for prompt, *both in sizes])]
+        if name == "rmipo":
+            passes.append(_packed([(context, responses)], gradient=False))
+    else:
+        width = max(prompt + max(both) for prompt, *both in sizes)
+        passes = [_padded(len(responses), width)]
+        if name == "padded-rmipo":
+            passes.append(_padded(len(responses), len(PRIOR_CONTEXT) + max(responses), gradient=False))
+    head_units = 4 if name == "trl-dpo" else 3  # its fused head recomputes the logits
+    return sum((_work(part, setup, head_units) for part in passes), Work(0, 0, 0, 0))
+
+
+def _packed(groups: list[tuple[int, list[int]]], gradient: bool = True) -> Pass:
+    """Shared prefixes once; a branch attends to its prefix and itself, causally."""
+    scored = sum(sum(branches) for _, branches in groups)
+    attended = 0
+    for prefix, branches in groups:
+        attended += prefix * (prefix + 1) // 2 + sum(n * prefix + n * (n + 1) // 2 for n in branches)
+    return Pass(scored + sum(prefix for prefix, _ in groups), scored, attended, gradient)
+
+
+def _padded(rows: int, width: int, gradient: bool = True) -> Pass:
+    """A padding mask keeps SDPA from skipping the future: every position attends to the whole row."""
+    return Pass(rows * width, rows * width, rows * width * width, gradient)
+
+
+def _work(part: Pass, setup: Setup, head_units: int) -> Work:
+    width, kv = setup.heads * setup.head_dim, setup.kv_heads * setup.head_dim
+    layer = setup.hidden * (2 * width + 2 * kv + 3 * setup.intermediate)
+    recompute = 1 if setup.checkpointing else 0
+    units, attention_units, head = (3 + recompute, 3.5 + recompute, head_units) if part.gradient else (1, 1, 1)
+    return Work(
+        positions=part.positions,
+        linear=2.0 * layer * setup.layers * part.positions * units,
+        head=2.0 * setup.hidden * setup.vocabulary * part.scored * head,
+        attention=4.0 * width * setup.layers * part.attended * attention_units,
+    )

@@ -1,0 +1,100 @@
+"""The steps that the benchmark times compute what they claim to, and its work model counts right."""
+
+import gzip
+import itertools
+import json
+
+import pytest
+import torch
+
+from benchmarks import lengths, references, report, work
+from benchmarks.contenders import BUILDERS, PRIOR_CONTEXT, RMIPO, SAME_LOSS, SIMPO, Setup, build
+from benchmarks.measure import peak_activations
+from tests.references.padded import padded_pairs, rmipo_loss
+
+TINY = Setup(hidden=32, layers=2, head_dim=8, vocabulary=61)
+
+
+@pytest.fixture(scope="module")
+def pairs():
+    return lengths.make_pairs([(5, 9, 3), (1, 1, 12), (8, 4, 4)], TINY.vocabulary, seed=1)
+
+
+def test_reference_rmipo_equals_the_naive_one(pairs):
+    model = TINY.model()
+    loss = references.rmipo_loss(model, pairs, PRIOR_CONTEXT, **RMIPO)
+    assert loss.item() == pytest.approx(rmipo_loss(padded_pairs(model, pairs, PRIOR_CONTEXT)).item(), abs=1e-6)
+
+
+def test_reference_simpo_by_hand(pairs):
+    model = TINY.model()
+    scores = padded_pairs(model, pairs)
+    mean = {side: scores[f"{side}_logps"] / scores[f"{side}_lengths"] for side in ("chosen", "rejected")}
+    expected = -torch.nn.functional.logsigmoid(2.0 * (mean["chosen"] - mean["rejected"]) - 1.0).mean()
+    assert references.simpo_loss(model, pairs, **SIMPO).item() == pytest.approx(expected.item(), abs=1e-6)
+
+
+@pytest.mark.parametrize("checkpointing", [True, False])
+@pytest.mark.parametrize("names", SAME_LOSS)
+def test_all_ways_to_a_loss_give_the_same_loss_and_gradients(names, checkpointing, pairs):
+    built = {name: build(name, Setup(32, 2, 8, 61, checkpointing)) for name in names}
+    losses = [step(pairs) for step, _ in built.values()]
+    assert losses == pytest.approx([losses[0]] * len(losses), abs=1e-5)
+    first, *others = (model for _, model in built.values())
+    for other in others:
+        for (name, expected), actual in zip(first.named_parameters(), other.parameters(), strict=True):
+            torch.testing.assert_close(actual.grad, expected.grad, atol=1e-6, rtol=1e-3, msg=name)
+
+
+def test_every_contender_is_in_a_class_of_the_same_loss():
+    assert sorted(itertools.chain(*SAME_LOSS)) == sorted(BUILDERS)
+
+
+def test_work_of_one_pair_by_hand():
+    setup = Setup(hidden=8, layers=1, head_dim=4, vocabulary=10, checkpointing=True)
+    pair = {"prompt_ids": [3] * 5, "chosen_ids": [3] * 2, "rejected_ids": [3]}
+    layer = 8 * (2 * 8 + 2 * 4 + 3 * 28)  # heads 2, one of keys and values
+
+    simpo = work.step_work("simpo", [pair], setup)
+    assert simpo.positions == 4 + 2 + 1
+    assert simpo.linear == 2 * layer * 7 * 4
+    assert simpo.head == 2 * 8 * 10 * 3 * 3
+    attended = 10 + (2 * 4 + 3) + (4 + 1)
+    assert simpo.attention == 4 * 8 * attended * 4.5
+
+    rmipo = work.step_work("rmipo", [pair], setup)
+    assert rmipo.positions == 7 + 4 + 3
+    assert rmipo.linear == simpo.linear + 2 * layer * 7
+
+    padded = work.step_work("padded-rmipo", [pair], setup)
+    assert padded.positions == 2 * 7 + 2 * 7
+    assert padded.head == 2 * 8 * 10 * (14 * 3 + 14)
+
+
+def test_lengths_of_a_file(tmp_path):
+    path = tmp_path / "pairs.jsonl.gz"
+    message = [{"role": "user", "content": "x" * 40}]
+    with gzip.open(path, "wt") as file:
+        file.write(json.dumps({"prompt": message, "chosen": "y" * 9000, "rejected": [1, 2, 3]}) + "\n")
+    assert next(lengths.from_file(str(path), None, seed=0)) == (10, 2038, 3)
+    path.write_bytes(gzip.compress(b'{"prompt": "a", "chosen": "b"}\n'))
+    with pytest.raises(SystemExit, match="line 1: no rejected; found prompt, chosen"):
+        next(lengths.from_file(str(path), None, seed=0))
+
+
+def test_profiles_have_the_stated_means():
+    drawn = list(itertools.islice(lengths.from_profile("ultrafeedback", seed=0), 4000))
+    means = [sum(part) / len(drawn) for part in zip(*drawn, strict=True)]
+    assert means == pytest.approx([165, 315, 270], rel=0.06)
+    assert max(sum(pair[:2]) for pair in drawn) <= 2048
+
+
+def test_peak_memory_sees_a_larger_batch():
+    setup = Setup(hidden=64, layers=1, head_dim=16, vocabulary=2000, checkpointing=False)
+    small, large = (lengths.make_pairs([(4, n, n)], 2000, seed=0) for n in (8, 1500))
+    extra = peak_activations("padded-simpo", setup, small, large)
+    assert extra > 3000 * 2000 * 4 * 2  # logits and their log-softmax
+
+
+def test_ratio_is_taken_round_by_round():
+    assert report.ratio([1.0, 4.0, 3.0], [2.0, 4.0, 4.0]) == {"min": 0.5, "median": 0.75, "max": 1.0}
