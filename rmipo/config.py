@@ -123,7 +123,8 @@ def load_recipe(path: str | Path, overlays: Iterable[str | Path] = (), overrides
         notices.append(_take_local(values))
     stage = stage_of(values)
     type_problems, sound = check_types(values, stage, origin)
-    problems += type_problems + check_values(values, sound, stage)
+    complete = not problems  # otherwise keys would be called missing that a broken file has
+    problems += type_problems + (check_values(values, sound, stage) if complete else [])
     if problems:
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
         raise ConfigError("\n  ".join([f"{path}: {count}", *problems]))

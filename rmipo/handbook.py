@@ -44,42 +44,36 @@ def translate(values: dict[str, Any], is_recipe: bool = True) -> tuple[dict[str,
     """
     values, notices, problems = dict(values), [], []
 
-    def read_as(old: str, new: str, value: Any) -> None:
-        if new in values:
-            problems.append(f"{old}: {new} is set too; keep one of them")
-            return
-        notices.append(f"{old}: {_short(values[old])} read as {new}: {_short(value)}")
-        values[new] = value
+    def read_as(old: str, new_values: dict[str, Any]) -> None:
+        problems.extend(f"{old}: {new} is set too; keep one of them" for new in new_values if new in values)
+        shown = ", ".join(f"{new}: {_short(value)}" for new, value in new_values.items())
+        notices.append(f"{old}: {_short(values.pop(old))} read as {shown}")
+        values.update(new_values)
 
     for old, new in RENAMED.items():
         if old in values:
-            value = values[old]
-            read_as(old, new, "float32" if old == "torch_dtype" and value is None else value)
-            del values[old]
-    if values.get("use_flash_attention_2") is not None:
+            value = "float32" if (old, values[old]) == ("torch_dtype", None) else values[old]
+            read_as(old, {new: value})
+    if "use_flash_attention_2" in values:
         wanted = values["use_flash_attention_2"]
-        read_as("use_flash_attention_2", "attn_implementation", "flash_attention_2" if wanted else "sdpa")
-    values.pop("use_flash_attention_2", None)
+        read_as("use_flash_attention_2", {"attn_implementation": "flash_attention_2" if wanted else "sdpa"})
     for key in IGNORED.keys() & values.keys():
         notices.append(f"{key}: {_short(values.pop(key))} ignored: {IGNORED[key]}")
     for key, translated in (("dataset_mixer", _mixer), ("dataset_mixture", _mixture)):
         if key in values:
             try:
-                new_values = translated(values)
+                read_as(key, translated(values))
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 problems.append(f"{key}: not in the handbook's form: {error}")
-                new_values = {}
-            for new, value in new_values.items():
-                read_as(key, new, value)
-            del values[key]
-    if is_recipe and "objective" not in values and values.keys() & {"beta", "max_prompt_length"}:
+    if is_recipe and "objective" not in values and ("beta" in values or values.get("loss_type") in LOSSES):
         loss_type, beta = values.pop("loss_type", "sigmoid"), values.pop("beta", DEFAULT_BETA)
         if loss_type in LOSSES:
             name, hyperparameter = LOSSES[loss_type]
             values["objective"] = {"name": name, hyperparameter: beta}
             notices.append(f"loss_type: {loss_type}, beta: {beta} read as objective: {_short(values['objective'])}")
         else:
-            problems.append(f"loss_type: {loss_type!r} is not known here; write an objective block instead")
+            known = ", ".join(LOSSES)
+            problems.append(f"loss_type: {loss_type!r} has no translation ({known} have); write an objective block")
     if "objective" in values and "attn_implementation" in values:
         value = values.pop("attn_implementation")
         notices.append(f"attn_implementation: {value} ignored: packed pairs have their own kernels, see `attention`")

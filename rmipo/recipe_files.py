@@ -147,10 +147,12 @@ def _coerce_to(value: Any, option: Any) -> Any:
         return _checked(value, value in typing.get_args(option))
     if kind is bool:
         return value if isinstance(value, bool) else {"true": True, "false": False}[value.lower()]
+    if type(value) is int and kind in (int, float):
+        return value
     if kind is float:
         return _checked(_number(value), math.isfinite(_number(value)))
     if kind is int:
-        return value if type(value) is int else int(_checked(_number(value), _number(value).is_integer()))
+        return int(_checked(_number(value), _number(value).is_integer()))
     if kind is list:
         items = value if isinstance(value, list) else [_checked(value, isinstance(value, str))]
         return [coerce(item, item_type) for item in items for item_type in typing.get_args(option) or (Any,)]

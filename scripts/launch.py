@@ -54,7 +54,7 @@ def main() -> int:
             command = step.command(gpus, sharding)
             print(f"## {step.stage}\n{shlex.join(command)}", flush=True)
             if code := run(command):
-                print(f"{step.stage} ended with exit code {code}. The same command starts with this stage", file=sys.stderr)
+                print(f"{step.stage} ended with exit code {code}; the same command starts there", file=sys.stderr)
                 return code
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -85,7 +85,7 @@ def describe(step: Step, gpus: int) -> str:
         [
             *(f"# {notice}\n" for notice in step.recipe.notices),
             yaml.safe_dump(step.recipe.resolved(), sort_keys=False, width=120),
-            f"# accumulation: {size} = {per_device} per device x {processes} processes x {accumulation} micro-batches\n",
+            f"# accumulation: {size} = {per_device} per device x {processes} processes x {accumulation} steps\n",
         ]
     )
 
