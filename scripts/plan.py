@@ -48,16 +48,17 @@ def main() -> int:
     model, stages = choose_stages(env)
     recipe = next(step.recipe for step in load_steps(model, stages, env) if step.stage == env["STAGE"])
     hardware = hardware_of(env, recipe)
-    sharding = Sharding.load(preflight.launch_configuration(recipe, env.get("SHARDING")))
+    launch = preflight.launch_configuration(recipe, env.get("SHARDING"))
+    sharding = Sharding.load(launch)
     run, shape = preflight.run_of(recipe), preflight.shape_of(recipe)
     memory = plan.plan_memory(shape, run, sharding, hardware)
     tokens = run.longest_row(run.micro_batch)
 
     print(f"{recipe.path}: {recipe.values['model_name_or_path']}, {shape.parameters / 1e9:.2f} B parameters", end="")
     print(f", {shape.trained / 1e6:.1f} M of them trained" if run.adapters else "")
-    print(f"{hardware.nodes} node(s) x {hardware.gpus_per_node} GPUs x {hardware.gib:g} GiB, {sharding.kind}")
+    print(f"{hardware.nodes} node(s) x {hardware.gpus_per_node} GPUs x {hardware.gib:g} GiB, {launch.stem}")
 
-    print(f"\nMemory per GPU at the longest micro-batch ({run.micro_batch} pairs cut at max_length: {tokens} tokens)")
+    print(f"\nMemory per GPU at the longest micro-batch (size {run.micro_batch}, cut at max_length: {tokens} tokens)")
     for name, size in memory.parts.items():
         print(f"  {name:36} {size / GIB:8.1f} GiB")
     print(
