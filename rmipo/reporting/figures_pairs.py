@@ -5,6 +5,7 @@ Functions of plain arrays; `pair_scores` says where the arrays come from.
 
 import numpy as np
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from rmipo.margin import SCHEDULES, scheduled_margin
@@ -129,7 +130,7 @@ def figure8(
     return figure
 
 
-def draw_schedules(axis, gamma_min: float, gamma_max: float) -> None:
+def draw_schedules(axis: Axes, gamma_min: float, gamma_max: float) -> None:
     signal = torch.linspace(-1, 4, 501)
     colors = {"exponential": RED, "linear": BLUE, "cosine": GREEN, "constant": ORANGE}
     for schedule in SCHEDULES:
@@ -150,7 +151,7 @@ def draw_schedules(axis, gamma_min: float, gamma_max: float) -> None:
     panel_letter(axis, "a", "Schedules (Table 7)")
 
 
-def draw_gamma(axis, values: np.ndarray, low: float, high: float, paper_peak: float | None) -> None:
+def draw_gamma(axis: Axes, values: np.ndarray, low: float, high: float, paper_peak: float | None) -> None:
     at_low, at_high = values <= low + AT_BOUND, values >= high - 1e-6
     inner = values[~at_low & ~at_high]
     span = high - low

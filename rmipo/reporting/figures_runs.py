@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
@@ -17,6 +18,7 @@ from .results import (
     load_result,
     load_run,
     paper_rows,
+    require_same_versions,
     train_command,
 )
 from .tables import METRIC_LABELS, model_label
@@ -32,55 +34,61 @@ def figure2(outputs: Path, model: str, metric: str = "mt_bench") -> Figure:
     Every run folder below outputs/<model> counts, whatever it is called: hyperparameters are read from run.json.
     `metric` is one of an evaluation (mt_bench, ...) or the last value of a logged one (eval_rewards/accuracies, ...).
     """
-    runs = find_runs(outputs, model)
+    runs = on_the_same_data(find_runs(outputs, model))
     curves = {
         ("dpo", "beta", "DPO, varying $\\beta$"): lambda objective: True,
         ("simpo", "beta", "SimPO, varying $\\beta$ ($\\gamma=1.0$)"): lambda objective: objective["gamma"] == 1.0,
         ("simpo", "gamma", "SimPO, varying $\\gamma$ ($\\beta=2.0$)"): lambda objective: objective["beta"] == 2.0,
     }
     figure, axes = panels(len(curves), sharey=True)
-    initial = load_result(outputs / model / "initial", BENCH_OF_METRIC.get(metric, ""))
-    for axis, letter, ((method, key, title), on_the_line) in zip(axes, "abc", curves.items(), strict=True):
-        lines: dict[float, dict[float, float]] = {}  # learning rate -> hyperparameter -> metric
-        for run in runs:
-            objective = run.objective
-            if objective.get("name") == method and on_the_line(objective):
-                value = run_metric(run, metric)
-                if value is not None:
-                    lines.setdefault(run.record["recipe"]["learning_rate"], {})[objective[key]] = value
-        lines = {rate: points for rate, points in sorted(lines.items()) if len(points) > 1}
+    start = load_result(outputs / model / "initial", BENCH_OF_METRIC.get(metric, ""))
+    for axis, letter, ((method, key, title), belongs) in zip(axes, "abc", curves.items(), strict=True):
+        chosen = [run for run in runs if run.objective.get("name") == method and belongs(run.objective)]
+        lines = sensitivity(chosen, key, metric)
         if not lines:
             evaluate = f", then `make eval ... BENCH={BENCH_OF_METRIC[metric]}`" if metric in BENCH_OF_METRIC else ""
             raise ReportError(
                 f"figure 2 needs two or more {method} runs of {model} that differ in {key} alone and have {metric}; "
                 f"there are none below {outputs / model}: run `make sweep MODEL={model} METHOD={method}`{evaluate}"
             )
-        xs = sorted({x for points in lines.values() for x in points})  # evenly spaced: the grids fit no one scale
-        for (rate, points), marker in zip(lines.items(), "osD^v<>", strict=False):
-            at = [x for x in xs if x in points]
-            axis.plot(
-                [xs.index(x) for x in at],
-                [points[x] for x in at],
-                marker=marker,
-                markersize=4.5,
-                color=method_color(method),
-                alpha=1 if len(lines) == 1 else 0.4 + 0.6 * list(lines).index(rate) / (len(lines) - 1),
-                label=f"lr {rate:g}",
-            )
-        if len(lines) > 1:
-            axis.legend()
-        axis.set_xticks(range(len(xs)), [f"{x:g}" for x in xs])
-        axis.margins(x=0.08)
-        if initial is not None:
-            axis.axhline(initial.metrics[metric], color=GREY, linestyle="--", linewidth=1)
-            axis.text(
-                0.02, initial.metrics[metric], "before training", transform=axis.get_yaxis_transform(),
-                va="bottom", color=GREY, fontsize=7,
-            )  # fmt: skip
+        draw_sensitivity(axis, lines, method_color(method))
+        if start is not None:
+            axis.axhline(start.metrics[metric], color=GREY, linestyle="--", linewidth=1)
+            place = {"transform": axis.get_yaxis_transform(), "va": "bottom", "fontsize": 7}
+            axis.text(0.02, start.metrics[metric], "before training", color=GREY, **place)
         axis.set_xlabel(f"$\\{key}$")
         panel_letter(axis, letter, title)
     axes[0].set_ylabel(METRIC_LABELS.get(metric, metric))
     return figure
+
+
+def on_the_same_data(runs: list[Run]) -> list[Run]:
+    """The runs on the data that most of them were trained on: those on other pairs are no points of a curve."""
+    data = [str(run.record.get("fingerprints")) for run in runs]
+    return [run for run, seen in zip(runs, data, strict=True) if seen == max(data, key=data.count)]
+
+
+def sensitivity(runs: list[Run], key: str, metric: str) -> dict[float, dict[float, float]]:
+    """Learning rate -> value of the hyperparameter `key` -> metric, for rates with two or more values."""
+    lines: dict[float, dict[float, float]] = {}
+    for run in runs:
+        value = run_metric(run, metric)
+        if value is not None:
+            lines.setdefault(run.record["recipe"]["learning_rate"], {})[run.objective[key]] = value
+    return {rate: points for rate, points in sorted(lines.items()) if len(points) > 1}
+
+
+def draw_sensitivity(axis: Axes, lines: dict[float, dict[float, float]], color: str) -> None:
+    xs = sorted({x for points in lines.values() for x in points})  # evenly spaced: the grids fit no one scale
+    shades = np.linspace(0.4, 1, len(lines)) if len(lines) > 1 else [1]
+    for (rate, points), marker, shade in zip(lines.items(), "osD^v<>", shades, strict=False):
+        at = [x for x in xs if x in points]
+        positions, values = [xs.index(x) for x in at], [points[x] for x in at]
+        axis.plot(positions, values, marker=marker, markersize=4.5, color=color, alpha=shade, label=f"lr {rate:g}")
+    if len(lines) > 1:
+        axis.legend()
+    axis.set_xticks(range(len(xs)), [f"{x:g}" for x in xs])
+    axis.margins(x=0.08)
 
 
 def run_metric(run: Run, metric: str) -> float | None:
@@ -102,6 +110,7 @@ def figure5(outputs: Path, model: str) -> Figure:
             f"figure 5 has no HH results of {model}: run `{train_command(model, 'rmipo')}`, then "
             f"`{eval_command(model, 'rmipo', 'hh')}`, and the same for any of {', '.join(FIGURE5_METHODS[:-1])}"
         )
+    require_same_versions("figure 5", results.values())
     paper = {row["method"]: float(row["average_win_rate"]) for row in paper_rows("figure5") if row["setting"] == model}
     groups = {"hh_helpful": "Helpful", "hh_harmless": "Harmless", "hh_average": "Average"}
     figure, (axis,) = panels(1, height=2.4)
@@ -169,7 +178,7 @@ def figure7(outputs: Path, model: str) -> Figure:
     return figure
 
 
-def draw_costs(axis, logs: dict[str, list[dict]], model: str) -> None:
+def draw_costs(axis: Axes, logs: dict[str, list[dict]], model: str) -> None:
     """Bars of training hours with peak memory written on them; the paper's hours as open diamonds."""
     paper = {row["method"]: float(row["hours"]) for row in paper_rows("efficiency")} if model in PAPER_MODELS else {}
     hours, memory = {}, {}

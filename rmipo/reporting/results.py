@@ -169,6 +169,15 @@ def version_conflicts(results: Iterable[Result]) -> list[str]:
     return lines
 
 
+def require_same_versions(what: str, results: Iterable[Result]) -> None:
+    """Raises ReportError if `results` were made by different package versions or judges."""
+    if conflicts := version_conflicts(results):
+        raise ReportError(
+            f"{what}: result files of mixed versions aren't comparable:\n  " + "\n  ".join(conflicts) + "\nDelete the "
+            "older ones and evaluate those runs again."
+        )
+
+
 def paper_rows(name: str) -> list[dict[str, str]]:
     """The rows of one of the paper's tables, e.g. paper_rows("table1")."""
     with (Path(__file__).parent / "paper" / f"{name}.csv").open(newline="") as file:

@@ -14,6 +14,7 @@ from .results import (
     is_trained,
     load_result,
     paper_rows,
+    require_same_versions,
     sft_command,
     train_command,
     version_conflicts,
@@ -256,14 +257,9 @@ def fill(table: Table, outputs: Path, allow_mixed_versions: bool = False) -> Fil
     results = {(model, method, bench): load_result(outputs / model / method, bench) for model, method, bench in keys}
     found = [result for _, result in sorted(results.items()) if result]
     notes = list(table.notes)
-    conflicts = version_conflicts(found)
-    if conflicts and not allow_mixed_versions:
-        raise ReportError(
-            f"table {table.number}: result files of mixed versions aren't comparable:\n  "
-            + "\n  ".join(conflicts)
-            + "\nEvaluate the older ones again, or say --allow_mixed_versions to print them with this note."
-        )
-    notes += [f"MIXED VERSIONS: {line}" for line in conflicts]
+    if not allow_mixed_versions:
+        require_same_versions(f"table {table.number} (--allow_mixed_versions prints them with a note)", found)
+    notes += [f"MIXED VERSIONS: {line}" for line in version_conflicts(found)]
     notes += [
         f"TRIAL, not the benchmark itself: {result.path} was made with {key}={result.settings[key]}."
         for result in found

@@ -1,5 +1,7 @@
 """Figures: the numbers behind the ink, and what is said where inputs are missing."""
 
+import json
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
@@ -8,9 +10,9 @@ from matplotlib.image import imread
 
 from rmipo.reporting.figures import density, jitter, save, smooth, wasserstein
 from rmipo.reporting.figures_pairs import figure3, figure6, figure8
-from rmipo.reporting.figures_runs import figure2, figure5, figure7
+from rmipo.reporting.figures_runs import figure2, figure5, figure7, on_the_same_data, sensitivity
 from rmipo.reporting.pair_scores import loglik_difference, pmi_difference
-from rmipo.reporting.results import ReportError
+from rmipo.reporting.results import ReportError, find_runs
 from tests.reporting.files import write_result, write_run
 
 RANDOM = np.random.default_rng(0)
@@ -155,3 +157,25 @@ def test_figures_are_saved_as_print_quality_files(tmp_path):
 def test_missing_inputs_name_the_command(tmp_path, draw, command):
     with pytest.raises(ReportError, match=command):
         draw(tmp_path)
+
+
+def test_results_of_mixed_versions_make_no_figure(tmp_path):
+    for method, version in (("dpo", "5.22.0"), ("rmipo", "5.23.0")):
+        rates = {"hh_helpful": 60.0, "hh_harmless": 62.0, "hh_average": 61.0}
+        write_result(tmp_path, "tiny", method, "hh", rates, versions={"transformers": version})
+    with pytest.raises(ReportError, match=r"figure 5: .*mixed versions.*\n.*transformers 5\.22\.0 in .*dpo"):
+        figure5(tmp_path, "tiny")
+
+
+def test_runs_on_other_pairs_are_no_points_of_figure2(tmp_path):
+    def add(name, beta, data):
+        folder = tmp_path / "tiny" / name
+        write_run(folder, {"name": "dpo", "beta": beta}, [{"step": 1, "acc": beta}])
+        record = json.loads((folder / "run.json").read_text())
+        (folder / "run.json").write_text(json.dumps(record | {"fingerprints": {"train": data}}))
+
+    for beta in (0.01, 0.05, 0.1):
+        add(f"dpo-{beta}", beta, "a")
+    add("dpo-hh", 0.5, "b")
+    runs = on_the_same_data(find_runs(tmp_path, "tiny"))
+    assert sensitivity(runs, "beta", "acc") == {3e-7: {0.01: 0.01, 0.05: 0.05, 0.1: 0.1}}
