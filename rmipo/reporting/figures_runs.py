@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
@@ -193,15 +194,9 @@ def draw_costs(axis: Axes, logs: dict[str, list[dict]], model: str) -> None:
     values = [scale * hours[method] for method in methods]
     axis.barh(range(len(methods)), values, 0.7, color=[method_color(method) for method in methods])
     for row, method in enumerate(methods):
-        axis.annotate(
-            f"{memory[method]:.1f} GiB",
-            (0, row),
-            (3, 0),
-            textcoords="offset points",
-            color="white",
-            fontsize=7,
-            va="center",
-        )
+        ink = "black" if np.mean(to_rgb(method_color(method))) > 0.5 else "white"
+        place = {"xytext": (3, 0), "textcoords": "offset points", "va": "center", "fontsize": 7}
+        axis.annotate(f"{memory[method]:.1f} GiB", (0, row), color=ink, **place)
     label = "Training time (minutes)" if in_minutes else "Training time (hours)"
     if paper and not in_minutes:
         known = [(paper[method], row) for row, method in enumerate(methods) if method in paper]
