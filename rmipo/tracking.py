@@ -4,6 +4,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import secrets
 import subprocess
 import time
 from pathlib import Path
@@ -14,6 +15,7 @@ from transformers import ProgressCallback, TrainerCallback
 from trl.models.utils import unwrap_model_for_generation
 
 from . import attention
+from .config import recorded_run
 
 
 matplotlib.use("Agg")
@@ -22,6 +24,7 @@ import matplotlib.pyplot as plt  # noqa: E402  (the backend has to be chosen fir
 
 RUN_FILE = "run.json"
 METRICS_FILE = "metrics.jsonl"
+GENERATIONS_FILE = "generations.jsonl"
 PACKAGES = ("torch", "transformers", "trl", "datasets", "accelerate", "deepspeed", "wandb")
 
 
@@ -53,28 +56,56 @@ class RunRecord:
 
     Args:
         output_dir: folder of the run.
-        recipe: resolved recipe (secrets removed).
-        facts: anything else to record: dataset fingerprint, data report, parameters, ...
+        identity: from `checkpoints.run_identity`; its keys are at the top of the file.
+        facts: anything else to record: data report, objective, ...
     """
 
-    def __init__(self, output_dir: str | Path, recipe: dict, **facts):
+    def __init__(self, output_dir: str | Path, identity: dict, **facts):
         self.path = Path(output_dir) / RUN_FILE
-        self.content = {"finished": False, "recipe": recipe, **environment(), **facts}
+        before = recorded_run(output_dir) or {"starts": 0, "wandb_run_id": secrets.token_hex(4)}
+        self.content = {
+            "finished": False,
+            **identity,
+            **environment(),
+            **facts,
+            "starts": before["starts"] + 1,
+            "wandb_run_id": before["wandb_run_id"],
+        }
         self.started = time.time()
 
-    def write(self) -> None:
+    def start(self) -> None:
+        """Write the file; a W&B run that an earlier start of this run opened is continued."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(self.content, indent=2, default=str) + "\n")
-        temporary.replace(self.path)
+        write_atomically(self.path, json.dumps(self.content, indent=2, default=str) + "\n")
+        os.environ.setdefault("WANDB_RUN_ID", self.content["wandb_run_id"])
+        os.environ.setdefault("WANDB_RESUME", "allow")
 
     def finish(self, **results) -> None:
+        """Record the results, and the seconds since this start."""
         self.content |= {"finished": True, "seconds": round(time.time() - self.started, 1), "results": results}
-        self.write()
+        write_atomically(self.path, json.dumps(self.content, indent=2, default=str) + "\n")
+
+
+def write_atomically(path: Path, text: str) -> None:
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(text)
+    temporary.replace(path)
 
 
 class MetricsFile(TrainerCallback):
-    """Appends every logged line to `metrics.jsonl`, with its step."""
+    """Appends every logged line to `metrics.jsonl`, with its step. A resumed run goes on where its checkpoint was."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        path = Path(args.output_dir) / METRICS_FILE
+        if not state.is_world_process_zero or not path.exists():
+            return
+        kept = []
+        for line in path.read_text().splitlines(keepends=True):
+            # A line that a kill cut short has no newline. After the end of training all is logged anew.
+            if not line.endswith("\n") or "train_runtime" in line or json.loads(line)["step"] > state.global_step:
+                break
+            kept.append(line)
+        write_atomically(path, "".join(kept) if state.global_step else "")
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if state.is_world_process_zero and logs:
@@ -106,7 +137,7 @@ def read_metrics(run_dir: str | Path) -> list[dict]:
 
 
 class SampleGenerations(TrainerCallback):
-    """At each evaluation: answers to a few held-out prompts, appended to `generations.jsonl`.
+    """At each evaluation: answers to a few held-out prompts, in `generations.jsonl`.
 
     Args:
         tokenizer: decodes, and gives end and padding tokens.
@@ -125,10 +156,12 @@ class SampleGenerations(TrainerCallback):
         texts = self.generate(args.seed)
         if not state.is_world_process_zero:
             return
-        with open(Path(args.output_dir) / "generations.jsonl", "a") as file:
-            for number, text in enumerate(texts):
-                prompt = self.tokenizer.decode(self.prompts[number])
-                file.write(json.dumps({"step": state.global_step, "prompt": prompt, "answer": text}) + "\n")
+        path = Path(args.output_dir) / GENERATIONS_FILE
+        lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        lines = [line for line in lines if line["step"] < state.global_step]
+        for prompt, text in zip(self.prompts, texts, strict=True):
+            lines.append({"step": state.global_step, "prompt": self.tokenizer.decode(prompt), "answer": text})
+        write_atomically(path, "".join(json.dumps(line) + "\n" for line in lines))
 
     @torch.no_grad()
     def generate(self, seed: int) -> list[str]:

@@ -18,15 +18,13 @@ from trl.models.utils import prepare_deepspeed
 
 from . import attention, reference, scoring
 from .batching import MicroBatch, MicroBatchRows, StepSampler
+from .checkpoints import load_objective_state
 from .config import PreferenceConfig
 from .data import fingerprint
 from .metrics import columns_of, step_metrics
 from .objectives import PairScores
 from .packing import concatenate, pack_pairs, pack_priors
 from .ranks import Ranks
-
-
-OBJECTIVE_STATE = "objective_state.json"
 
 
 class NonFiniteLossError(RuntimeError):
@@ -338,18 +336,9 @@ class PreferenceTrainer(Trainer):
                 if dataset is not None:
                     self._add_reference(dataset, resuming=resume_from_checkpoint is not None)
         if resume_from_checkpoint is not None:
-            saved = json.loads((Path(resume_from_checkpoint) / OBJECTIVE_STATE).read_text())
-            self.objective_state = {name: torch.tensor(value, dtype=torch.float64) for name, value in saved.items()}
+            self.objective_state = load_objective_state(resume_from_checkpoint)
         self._start_window()
         return prepared
-
-    def _save_checkpoint(self, model, trial) -> None:
-        folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
-        if self.args.should_save:
-            folder.mkdir(parents=True, exist_ok=True)
-            state = {name: value.tolist() for name, value in self.objective_state.items()}
-            (folder / OBJECTIVE_STATE).write_text(json.dumps(state))
-        super()._save_checkpoint(model, trial)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the metrics of the pairs since the last log line to a training line."""

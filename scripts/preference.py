@@ -28,7 +28,7 @@ def main() -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, ProgressCallback, set_seed
     from trl import get_peft_config, get_quantization_config
 
-    from rmipo import data, tracking
+    from rmipo import checkpoints, data, tracking
     from rmipo.objectives import build_objective
     from rmipo.trainer import PreferenceTrainer
 
@@ -66,6 +66,18 @@ def main() -> None:
             for line in reports[split].lines():
                 say(f"{split}: {line}")
 
+    fingerprints = {split: data.fingerprint(dataset) for split, dataset in datasets.items()}
+    identity = checkpoints.run_identity(recipe.resolved(), fingerprints, args.world_size)
+    checkpoint = checkpoints.resume_point(args.output_dir, identity)
+    run = tracking.RunRecord(
+        args.output_dir,
+        identity,
+        objective=vars(objective) | {"name": objective.name},
+        data={split: report.as_dict() for split, report in reports.items()},
+    )
+    stop = checkpoints.StopOnSignal()
+    say(f"resuming from {checkpoint}" if checkpoint else f"starting in {args.output_dir}")
+
     ###################
     # Model
     ###################
@@ -97,31 +109,29 @@ def main() -> None:
         processing_class=tokenizer,
         prior_context=prior_context,
         reference_model=reference_model,
-        callbacks=[tracking.MetricsFile()],
+        callbacks=[tracking.MetricsFile(), stop],
     )
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(tracking.Progress())
     prompts = datasets["test"]["prompt_ids"][: args.generation_samples]
     trainer.add_callback(tracking.SampleGenerations(tokenizer, prompts, trainer, args.generation_max_new_tokens))
-    run = tracking.RunRecord(
-        args.output_dir,
-        recipe.resolved(),
-        objective=vars(objective) | {"name": objective.name},
-        fingerprints={split: data.fingerprint(dataset) for split, dataset in datasets.items()},
-        data={split: report.as_dict() for split, report in reports.items()},
-        world_size=args.world_size,
-    )
-    if trainer.is_world_process_zero():
-        run.write()
+    trainer.add_callback(checkpoints.Checkpoints(identity, lambda: trainer.objective_state))
+    if state.is_main_process:
+        run.start()
     say(f"{objective} on {model_config.model_name_or_path}: {len(datasets['train'])} pairs")
-    trainer.train()
+    with checkpoints.explained_full_disk(args.output_dir):
+        trainer.train(resume_from_checkpoint=checkpoint)
+    if stop.stopped:
+        say(f"stopped by a signal at step {trainer.state.global_step} and saved; the same command goes on from there")
+        sys.exit(checkpoints.EXIT_STOPPED)
 
     ###################
     # Evaluate and save
     ###################
     metrics = trainer.evaluate()
-    trainer.save_model()
-    if trainer.is_world_process_zero():
+    with checkpoints.explained_full_disk(args.output_dir):
+        trainer.save_model()
+    if state.is_main_process:
         say(f"curves: {tracking.plot_curves(args.output_dir)}")
         if "gamma" in trainer.eval_columns and objective.name == "rmipo":
             bounds = (objective.gamma_min, objective.gamma_max)

@@ -26,7 +26,7 @@ def main() -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, ProgressCallback, set_seed
     from trl import SFTTrainer, get_peft_config, get_quantization_config
 
-    from rmipo import data, tracking
+    from rmipo import checkpoints, data, tracking
 
     state = PartialState()
     say = state.print
@@ -46,6 +46,13 @@ def main() -> None:
     tokenizer.eos_token_id = chat.end_id  # generation stops where the template ends a turn
     with state.main_process_first():
         datasets = {split: data.load_messages(data_config, split) for split in ("train", "test")}
+
+    fingerprints = {split: data.fingerprint(dataset) for split, dataset in datasets.items()}
+    identity = checkpoints.run_identity(recipe.resolved(), fingerprints, args.world_size)
+    checkpoint = checkpoints.resume_point(args.output_dir, identity)
+    run = tracking.RunRecord(args.output_dir, identity)
+    stop = checkpoints.StopOnSignal()
+    say(f"resuming from {checkpoint}" if checkpoint else f"starting in {args.output_dir}")
 
     ###################
     # Model
@@ -69,18 +76,22 @@ def main() -> None:
         eval_dataset=datasets["test"].select_columns(["messages"]),
         processing_class=tokenizer,
         peft_config=get_peft_config(model_config),
-        callbacks=[tracking.MetricsFile()],
+        callbacks=[tracking.MetricsFile(), stop, checkpoints.Checkpoints(identity)],
     )
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(tracking.Progress())
-    run = tracking.RunRecord(args.output_dir, recipe.resolved(), world_size=args.world_size)
-    if trainer.is_world_process_zero():
-        run.write()
+    if state.is_main_process:
+        run.start()
     say(f"SFT of {model_config.model_name_or_path}: {len(datasets['train'])} dialogues")
-    trainer.train()
+    with checkpoints.explained_full_disk(args.output_dir):
+        trainer.train(resume_from_checkpoint=checkpoint)
+    if stop.stopped:
+        say(f"stopped by a signal at step {trainer.state.global_step} and saved; the same command goes on from there")
+        sys.exit(checkpoints.EXIT_STOPPED)
     metrics = trainer.evaluate()
-    trainer.save_model()
-    if trainer.is_world_process_zero():
+    with checkpoints.explained_full_disk(args.output_dir):
+        trainer.save_model()
+    if state.is_main_process:
         run.finish(**metrics)
         say(f"model: {args.output_dir}")
 

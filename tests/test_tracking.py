@@ -8,6 +8,7 @@ import torch
 import wandb
 from PIL import Image
 
+from rmipo.checkpoints import run_identity
 from rmipo.tracking import RunRecord, environment, plot_curves, plot_gamma_histogram, read_metrics
 from tests.test_scoring import make_pairs
 from tests.test_trainer import make_trainer
@@ -36,16 +37,22 @@ def test_wandb_offline_run_holds_what_was_logged(tmp_path, monkeypatch):
     assert config["objective"]["gamma_max"] == 1.6 and config["global_batch_size"] == 8
 
 
-def test_run_record_is_written_at_start_and_completed_at_the_end(tmp_path):
-    record = RunRecord(tmp_path, {"learning_rate": 1e-6}, fingerprints={"train": "abc"})
-    record.write()
+def test_run_record_is_written_at_start_and_completed_at_the_end(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_RUN_ID", "keep")  # and undone after the test
+    monkeypatch.setenv("WANDB_RESUME", "allow")
+    identity = run_identity({"learning_rate": 1e-6}, {"train": "abc"}, world_size=1)
+    record = RunRecord(tmp_path, identity, data={"rows": 3})
+    record.start()
     started = json.loads((tmp_path / "run.json").read_text())
     assert started["finished"] is False and started["recipe"] == {"learning_rate": 1e-6}
     assert started["versions"]["torch"] == torch.__version__
-    assert started["fingerprints"] == {"train": "abc"}
-    record.finish(eval_loss=0.5)
+    assert started["fingerprints"] == {"train": "abc"} and started["data"] == {"rows": 3}
+    again = RunRecord(tmp_path, identity)
+    again.start()
+    again.finish(eval_loss=0.5)
     finished = json.loads((tmp_path / "run.json").read_text())
     assert finished["finished"] is True and finished["results"] == {"eval_loss": 0.5} and finished["seconds"] >= 0
+    assert finished["starts"] == 2 and finished["wandb_run_id"] == started["wandb_run_id"]
 
 
 def test_commit_of_a_repository_is_recorded():
