@@ -9,6 +9,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import torch
+from datasets import Dataset
 
 from rmipo.config import DataConfig
 from rmipo.data import load_pairs
@@ -17,6 +18,7 @@ from . import EvaluationError, merge_settings, package_versions
 from .pair_scores import known_objective, native_rewards, needs_reference, read_run, score_model
 
 SUBSETS = ("helpful", "harmless")
+Rewards = tuple[torch.Tensor, torch.Tensor]  # of chosen and rejected, each (pairs,)
 DEFAULTS = {
     "helpful": None,  # each a block of data keys as in a recipe; its test split is scored
     "harmless": None,
@@ -27,7 +29,7 @@ DEFAULTS = {
 }
 
 
-def win_rates(scores: dict[str, torch.Tensor], rewards: tuple[torch.Tensor, torch.Tensor] | None) -> dict[str, float]:
+def win_rates(scores: dict[str, torch.Tensor], rewards: Rewards | None) -> dict[str, float]:
     """Percent of pairs won: "" by A, "_sum" by S, and "_native" by `rewards` (chosen, rejected) where given."""
     chosen, rejected = scores["chosen_logps"], scores["rejected_logps"]
     sides = {
@@ -58,28 +60,15 @@ def run(model_dir: str | Path, output_dir: str | Path, settings: dict) -> dict:
             raise EvaluationError(f"hh: {name}: unknown keys {wrong}; a data block has {known}")
     pairs = {name: load_pairs(DataConfig(**settings[name]), "test") for name in subsets}
 
-    run_record = read_run(model_dir)
-    objective = known_objective(run_record)
     options = {key: settings[key] for key in ("max_length", "max_prompt_length", "batch_pairs", "dtype")}
     output_dir = Path(output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     metrics: dict[str, float] = {}
     for name in subsets:
-        scores, rows = score_model(model_dir, pairs[name], prior_context="header", description=f"HH {name}", **options)
-        if objective is not None and needs_reference(objective):
-            recipe = run_record["recipe"]
-            reference, _ = score_model(
-                recipe["model_name_or_path"],
-                pairs[name],
-                revision=recipe.get("model_revision", "main"),
-                description=f"HH {name}, reference",
-                **options,
-            )
-            scores |= {f"ref_{side}_logps": reference[f"{side}_logps"] for side in ("chosen", "rejected")}
-        rewards = None if objective is None else native_rewards(objective, scores)
+        scores, rewards = score_subset(model_dir, pairs[name], f"HH {name}", options)
         metrics |= {f"hh_{name}{suffix}": value for suffix, value in win_rates(scores, rewards).items()}
-        metrics[f"hh_{name}_pairs"] = len(rows)
-        torch.save({**scores, "row": torch.tensor(rows)}, output_dir / f"hh_{name}.pt")
+        metrics[f"hh_{name}_pairs"] = len(scores["row"])
+        torch.save(scores, output_dir / f"hh_{name}.pt")
     if len(subsets) == len(SUBSETS):
         for suffix in [key.removeprefix("hh_helpful") for key in metrics if key.startswith("hh_helpful")]:
             if suffix != "_pairs":
@@ -89,3 +78,23 @@ def run(model_dir: str | Path, output_dir: str | Path, settings: dict) -> dict:
         "versions": package_versions("transformers", "torch"),
         "settings": settings,
     }
+
+
+def score_subset(model_dir: str | Path, pairs: Dataset, description: str, options: dict) -> tuple[dict, Rewards | None]:
+    """Per-pair scores (and `row`) of the model, and its own rewards if it was trained here with an objective."""
+    run_record = read_run(model_dir)
+    objective = known_objective(run_record)
+    scores, rows = score_model(model_dir, pairs, prior_context="header", description=description, **options)
+    if objective is not None and needs_reference(objective):
+        recipe = run_record["recipe"]
+        reference, _ = score_model(
+            recipe["model_name_or_path"],
+            pairs,
+            revision=recipe.get("model_revision", "main"),
+            tokenizer_dir=model_dir,  # has the template that both were scored with in training
+            description=f"{description}, reference",
+            **options,
+        )
+        scores |= {f"ref_{side}_logps": reference[f"{side}_logps"] for side in ("chosen", "rejected")}
+    rewards = None if objective is None else native_rewards(objective, scores)
+    return scores | {"row": torch.tensor(rows)}, rewards

@@ -25,6 +25,7 @@ def score_model(
     batch_pairs: int = 8,
     dtype: str = "auto",
     revision: str = "main",
+    tokenizer_dir: str | Path | None = None,
     description: str = "scoring",
 ) -> tuple[dict[str, torch.Tensor], list[int]]:
     """Score every usable pair of `pairs` (columns prompt, chosen, rejected, row) without gradients.
@@ -34,11 +35,15 @@ def score_model(
         prior_context: "header", "bos" or "none" to score log pi(y) too (see `ChatFormat.prior_context`), else None.
         header_in_response: whether the assistant header is scored as part of the response (the released code).
         batch_pairs: pairs per packed row.
+        tokenizer_dir: where the tokenizer and its chat template are, if not in `model_dir`.
 
     Returns:
         Float32 tensors `(pairs,)` named like the fields of `PairScores`, and the source row of each pair.
     """
-    tokenizer = AutoTokenizer.from_pretrained(model_dir, revision=revision)
+    if tokenizer_dir is None:
+        tokenizer = AutoTokenizer.from_pretrained(model_dir, revision=revision)
+    else:
+        tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
     chat = ChatFormat.probe(tokenizer, header_in_response=header_in_response)
     tokenized, report = tokenize_pairs(
         pairs,

@@ -64,6 +64,7 @@ def test_run_against_unpacked_scoring(tmp_path):
     for seed, folder in enumerate((model, reference)):
         folder.mkdir()
         write_model(folder, seed)
+    (reference / "chat_template.jinja").unlink()  # as where the recipe brings the template
     record = {"objective": {"name": "dpo", "beta": 0.1}, "recipe": {"model_name_or_path": str(reference)}}
     (model / "run.json").write_text(json.dumps(record))
     subsets = {"helpful": write_pairs(tmp_path / "helpful", 0), "harmless": write_pairs(tmp_path / "harmless", 100)}
