@@ -3,12 +3,14 @@
     make samples MODEL=mistral-7b-base METHODS="rmipo simper simpo"
     python scripts/samples.py --model tiny --methods initial rmipo --prompt "What does Ada eat?" --prompt "..."
 
-Without --prompt, the prompts of the block `samples` in recipes/<model>/eval.yaml. Writes <outputs>/reports/.
+Without --prompt, the block `samples` in recipes/<model>/eval.yaml says which: `prompts`, or the first `first_n` of a
+file `reference`, whose own answers are shown too. Writes <outputs>/reports/.
 """
 
 import argparse
 import html
 import os
+import shlex
 import sys
 from pathlib import Path
 
@@ -16,6 +18,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from rmipo.evaluation import EvaluationError  # noqa: E402
+from rmipo.evaluation.alpaca import load_reference  # noqa: E402
 from rmipo.evaluation.generation import Request, digest, generate  # noqa: E402
 from rmipo.evaluation.target import load_settings, model_folder  # noqa: E402
 
@@ -59,6 +62,18 @@ def page(model: str, prompts: list[str], answers: dict[str, list[str]]) -> str:
     )
 
 
+def choose_prompts(given: list[str] | None, settings: dict) -> tuple[list[str], dict[str, list[str]]]:
+    """The prompts, and answers to them that are known already, by who gave them. Raises EvaluationError without any."""
+    if given:
+        return given, {}
+    if settings.get("prompts"):
+        return settings["prompts"], {}
+    if settings.get("reference"):
+        rows = load_reference(settings["reference"])[0][: settings["first_n"]]
+        return [row["instruction"] for row in rows], {"reference": [row["output"] for row in rows]}
+    raise EvaluationError("no prompts: use --prompt, or the block `samples` in the model's eval.yaml")
+
+
 def main() -> None:
     environment = os.environ.get
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -66,18 +81,16 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=environment("METHODS", "").split() or METHODS)
     parser.add_argument("--prompt", action="append", help="may be given more than once")
     parser.add_argument("--outputs", type=Path, default=Path("outputs"), help="where the runs are")
-    args = parser.parse_args()
+    args = parser.parse_args(sys.argv[1:] or shlex.split(environment("ARGS", "")))
 
     recipe = ROOT / "recipes" / args.model / "rmipo.yaml"
     try:
         settings = load_settings(recipe.with_name("eval.yaml"), [])
-        prompts = args.prompt or settings.get("samples", {}).get("prompts")
-        if not prompts:
-            raise EvaluationError(f"no prompts: use --prompt, or samples.prompts in recipes/{args.model}/eval.yaml")
+        prompts, known = choose_prompts(args.prompt, settings.get("samples", {}))
         folders = {method: model_folder(recipe, args.outputs, method) for method in args.methods}
         requests = [Request(str(i), [{"role": "user", "content": prompt}]) for i, prompt in enumerate(prompts)]
         file = f"samples-{digest(prompts)[:8]}.jsonl"  # other prompts are other answers
-        answers = {
+        answers = known | {
             method: generate(folder, requests, folder / "eval" / file, settings.get("generation", {}))
             for method, folder in folders.items()
         }

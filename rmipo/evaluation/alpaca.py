@@ -18,7 +18,8 @@ DEFAULTS = {
     "generation": {},
     "generate_only": False,  # stop before the judge, for GPU nodes without a network
     "annotators_config": "weighted_alpaca_eval_gpt4_turbo",  # alpaca-eval's name for a judge, or a folder with its YAML
-    "reference": None,  # JSON of {"instruction", "output"}; None: the hub's GPT-4 outputs, and with them the benchmark
+    "reference": None,  # None: the hub's GPT-4 outputs, which are the benchmark. Else see load_reference: a trial run
+    "first_n": None,  # instructions; anything but null is a trial run
     "length_controlled": True,
     "concurrency": 5,  # requests at once, and verdicts stored together: a restart repeats at most this many
     "max_retries": 6,  # of one request, with growing pauses, before the run stops
@@ -44,6 +45,7 @@ def run(model_dir: str | Path, output_dir: str | Path, settings: dict) -> dict |
     settings["generation"] = check_settings(settings["generation"])
     endpoint, shown_endpoint = (None, None) if settings["generate_only"] else judge_endpoint()
     reference, reference_path = load_reference(settings["reference"])
+    reference = reference[: settings["first_n"]]
     if settings["length_controlled"]:
         hub_file(GAMED_FILE)
     folder = Path(output_dir) / "alpacaeval"
@@ -165,16 +167,31 @@ def metrics_of(row, outputs: list[dict], missing: int) -> dict[str, float]:
 
 
 def load_reference(path: str | None) -> tuple[list[dict], Path]:
-    """The reference outputs, which are the benchmark's prompts too, and their file. Raises EvaluationError."""
+    """The reference outputs, which are the benchmark's prompts too, and their file.
+
+    A JSON list of {"instruction", "output"}; or preference pairs as JSONL ({"prompt", "chosen"} as messages), whose
+    chosen responses are the reference, the first one where a prompt is repeated. Raises EvaluationError otherwise.
+    """
     file = Path(path) if path else hub_file(REFERENCE_FILE)
     if not file.is_file():
         raise EvaluationError(f"alpacaeval.reference: {file} doesn't exist")
     try:
-        rows = json.loads(file.read_text())
-        return [{"generator": "reference", **row, "output": row["output"]} for row in rows if row["instruction"]], file
-    except (json.JSONDecodeError, TypeError, KeyError) as error:
+        if file.suffix == ".jsonl":
+            chosen: dict[str, str] = {}
+            for line in file.read_text().splitlines():
+                pair = json.loads(line)
+                chosen.setdefault(pair["prompt"][-1]["content"], pair["chosen"][-1]["content"])
+            rows = [{"instruction": instruction, "output": output} for instruction, output in chosen.items()]
+        else:
+            rows = json.loads(file.read_text())
+        return [
+            {"instruction": row["instruction"], "output": row["output"], "generator": row.get("generator", "reference")}
+            for row in rows
+        ], file
+    except (ValueError, TypeError, KeyError, IndexError) as error:
         raise EvaluationError(
-            f'alpacaeval.reference: {file} should be a JSON list of {{"instruction", "output"}} ({error!r})'
+            f'alpacaeval.reference: {file} should be a JSON list of {{"instruction", "output"}}, or JSONL of '
+            f"preference pairs as messages ({error!r})"
         ) from error
 
 

@@ -42,6 +42,8 @@ def model_folder(recipe: Path, outputs: Path, method: str) -> Path:
     folder = outputs / recipe.parent.name / method
     if method == "initial":
         return link_initial(recipe, folder)
+    if (folder / "adapter_config.json").is_file():
+        raise EvaluationError(f"{folder} holds an adapter. Merge it first: python scripts/merge_adapter.py --help")
     if not (folder / "config.json").is_file():
         raise EvaluationError(
             f"{folder} holds no model. Train it first: make train MODEL={recipe.parent.name} METHOD={method}"

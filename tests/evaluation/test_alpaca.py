@@ -259,13 +259,31 @@ def test_repeated_instructions():
         alpaca.check_same_prompts([*OUTPUTS, OUTPUTS[0]], [*REFERENCE, REFERENCE[0]])
 
 
+def test_preference_pairs_as_reference(tmp_path):
+    file = tmp_path / "pairs.jsonl"
+    pairs = [("b", "1"), ("a", "2"), ("b", "3"), ("c", "4")]
+    file.write_text(
+        "".join(
+            json.dumps({"prompt": [{"role": "user", "content": q}], "chosen": [{"role": "assistant", "content": c}]})
+            + "\n"
+            for q, c in pairs
+        )
+    )
+    rows, _ = alpaca.load_reference(str(file))
+    assert [(row["instruction"], row["output"]) for row in rows] == [("b", "1"), ("a", "2"), ("c", "4")]
+
+
 @pytest.mark.parametrize(
     ("environment", "settings", "message"),
     [
         ({}, {}, "needs OPENAI_API_KEY"),
         ({"OPENAI_API_KEY": "none", "OPENAI_BASE_URL": "localhost:80"}, {}, "OPENAI_BASE_URL is not a URL"),
         ({"OPENAI_API_KEY": "none"}, {"judge": "gpt-4"}, r"unknown keys \['judge'\]; it has \['annotators_config'"),
-        ({"OPENAI_API_KEY": "none"}, {"reference": "absent.json"}, "alpacaeval.reference: absent.json doesn't exist"),
+        (
+            {"OPENAI_API_KEY": "none"},
+            {"reference": "absent.json"},
+            r"alpacaeval\.reference: absent\.json doesn't exist",
+        ),
         ({"OPENAI_API_KEY": "none"}, {"reference": __file__}, "should be a JSON list"),
         ({"OPENAI_API_KEY": "none"}, {"generation": {"top_p": 2}}, "top_p is 2"),
     ],

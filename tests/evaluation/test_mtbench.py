@@ -83,6 +83,7 @@ def test_unusable_lines_are_not_verdicts(tmp_path):
     assert mtbench.read_verdicts(tmp_path / "absent.jsonl") == {}
 
 
+@pytest.mark.slow
 def test_ratings_survive_a_rate_limit_and_a_malformed_verdict(tmp_path):
     with JudgeServer(fault=lambda number: {3: "429", 5: "malformed"}.get(number)) as server:
         metrics = ask(server.url, tmp_path)
@@ -101,6 +102,7 @@ def test_ratings_survive_a_rate_limit_and_a_malformed_verdict(tmp_path):
         assert len(asked(server)) == 6 + 2  # nothing more was asked
 
 
+@pytest.mark.slow
 def test_missing_verdicts_are_reported_and_asked_again(tmp_path):
     with JudgeServer(fault=lambda number: "malformed" if number else None) as server:
         with pytest.raises(
@@ -120,6 +122,7 @@ ask(sys.argv[1], Path(sys.argv[2]), first_n=10)
 """
 
 
+@pytest.mark.slow
 def test_killed_run_goes_on_where_it_was(tmp_path):
     with JudgeServer(delay=0.4) as server:
         command = [sys.executable, "-c", JUDGE, server.url, str(tmp_path)]
@@ -147,6 +150,7 @@ def test_killed_run_goes_on_where_it_was(tmp_path):
     assert [row for row in rows if row in kept] == kept
 
 
+@pytest.mark.slow
 def test_server_that_dies_leaves_the_verdicts_so_far(tmp_path):
     with JudgeServer(fault=lambda number: "drop" if number > 3 else None) as server:
         with pytest.raises(EvaluationError, match=r"judge at http.* ended with status 1.* 3 of 6 verdicts are kept"):
@@ -156,6 +160,7 @@ def test_server_that_dies_leaves_the_verdicts_so_far(tmp_path):
     assert len(verdicts(tmp_path)) == 6
 
 
+@pytest.mark.slow
 def test_other_answers_or_judges_do_not_meet_old_verdicts(tmp_path):
     with JudgeServer() as server:
         ask(server.url, tmp_path, first_n=1)
@@ -194,6 +199,7 @@ def test_both_turns_are_generated_with_the_category_s_temperature(tmp_path, monk
         assert second.ids[: len(first.ids)] == first.ids and second.ids.count(4) >= 2 and second.ids.count(0) == 1
 
 
+@pytest.mark.slow
 def test_transformers_serve_as_judge(tmp_path):
     """A random model gives no ratings: each is reported as missing, and none is averaged away."""
     pytest.importorskip("fastapi", reason="needs transformers[serving]")

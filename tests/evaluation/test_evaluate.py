@@ -1,0 +1,168 @@
+"""`make eval` and `make samples` from the command line, on a random model."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from rmipo.evaluation import EvaluationError, alpaca, leaderboard, mtbench
+from rmipo.evaluation import generation as generation_module
+from rmipo.evaluation.target import load_settings, model_folder
+from tests.evaluation.judge_server import JudgeServer
+from tests.evaluation.tiny_model import write_model
+
+ROOT = Path(__file__).parent.parent.parent
+TINY = ROOT / "recipes/tiny/rmipo.yaml"
+SETTINGS = sorted(ROOT.glob("recipes/*/eval.yaml"))
+
+
+@pytest.fixture
+def outputs(tmp_path) -> Path:
+    """A random model as tiny's rmipo run, and pairs to ask it about."""
+    folder = tmp_path / "outputs"
+    for method, seed in (("rmipo", 0), ("simpo", 1)):
+        (folder / "tiny" / method).mkdir(parents=True)
+        write_model(folder / "tiny" / method, seed)
+    texts = [{"prompt": f"w{i} w{i + 1}", "chosen": "w1 w2 w3", "rejected": "w4"} for i in range(9)]
+    roles = {"prompt": "user", "chosen": "assistant", "rejected": "assistant"}
+    pairs = [{side: [{"role": roles[side], "content": text}] for side, text in row.items()} for row in texts]
+    (folder / "pairs").mkdir()
+    (folder / "pairs/test.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    return folder
+
+
+def run(script: str, outputs: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    kept = {k: v for k, v in os.environ.items() if not k.startswith("OPENAI")}
+    command = [sys.executable, str(ROOT / "scripts" / script), "--model", "tiny", "--outputs", str(outputs), *arguments]
+    return subprocess.run(
+        command, env=kept | environment, cwd=ROOT, capture_output=True, text=True, timeout=280, check=False
+    )
+
+
+def test_every_setting_has_the_paper_s_decoding():
+    decoding = {path.parent.name: yaml.safe_load(path.read_text())["generation"] for path in SETTINGS}
+    found = {
+        name: (block["temperature"], block["max_new_tokens"]) for name, block in decoding.items() if name != "tiny"
+    }
+    assert found == {
+        "mistral-7b-base": (0.7, 2048),
+        "mistral-7b-instruct": (0.5, 2048),
+        "llama3-8b-base": (0.9, 4096),
+        "llama3-8b-instruct": (0.9, 4096),
+    }
+
+
+@pytest.mark.parametrize("path", SETTINGS, ids=lambda path: path.parent.name)
+def test_every_eval_yaml_has_known_keys_alone(path):
+    settings = load_settings(path, [])
+    generation_module.check_settings(settings["generation"])
+    for block, module in (("alpacaeval", alpaca), ("mtbench", mtbench), ("leaderboard", leaderboard)):
+        assert settings[block].keys() <= module.DEFAULTS.keys(), block
+
+
+def test_wrong_settings_and_folders(outputs):
+    with pytest.raises(EvaluationError, match=r"there are settings for MODEL=llama3-8b-base, .*tiny"):
+        load_settings(ROOT / "recipes/none/eval.yaml", [])
+    with pytest.raises(EvaluationError, match="--set max_cost: expected <block>"):
+        load_settings(TINY.with_name("eval.yaml"), ["max_cost"])
+    with pytest.raises(EvaluationError, match=r"unknown blocks \['mtbnch'\]"):
+        load_settings(TINY.with_name("eval.yaml"), ["mtbnch.first_n=3"])
+    with pytest.raises(EvaluationError, match="make train MODEL=tiny METHOD=dpo"):
+        model_folder(TINY, outputs, "dpo")
+    (outputs / "tiny/lora").mkdir()
+    (outputs / "tiny/lora/adapter_config.json").write_text("{}")
+    with pytest.raises(EvaluationError, match="Merge it first"):
+        model_folder(TINY, outputs, "lora")
+
+
+def test_initial_model_is_linked_with_the_recipe_s_template(outputs, tmp_path):
+    source = outputs / "tiny/simpo"
+    template = tmp_path / "template.jinja"
+    template.write_text((source / "chat_template.jinja").read_text().replace(" </s>", " w0 </s>"))
+    recipe = tmp_path / "recipes/small/rmipo.yaml"
+    recipe.parent.mkdir(parents=True)
+    values = yaml.safe_load(TINY.read_text()) | {"model_name_or_path": str(source), "chat_template": str(template)}
+    recipe.write_text(yaml.safe_dump(values))
+    for _ in range(2):  # once more: as before
+        folder = model_folder(recipe, outputs, "initial")
+        assert folder == outputs / "small/initial"
+        assert (folder / "model.safetensors").resolve() == source / "model.safetensors"
+        assert (folder / "chat_template.jinja").read_text() == template.read_text()
+        assert (source / "chat_template.jinja").read_text() != template.read_text()
+        assert not (folder / "run.json").exists()
+
+
+@pytest.mark.slow
+def test_eval_command_from_generation_to_result_files(outputs):
+    pytest.importorskip("alpaca_eval", reason="needs the extra `eval`")
+    pairs = f"{outputs}/pairs"
+    options = [
+        "--set", f"alpacaeval.reference={pairs}/test.jsonl", "--set", "alpacaeval.first_n=6",
+        "--set", "mtbench.first_n=1", "--set", "mtbench.max_new_tokens=4",
+        "--set", f"hh.helpful={{dataset_name: {pairs}}}", "--set", f"hh.harmless={{dataset_name: {pairs}}}",
+        "--set", "leaderboard.include_path=/absent",
+    ]  # fmt: skip
+    # Without a key the judged benchmarks stop, and the others go on.
+    done = run("evaluate.py", outputs, "--method", "rmipo", "--bench", "all", *options)
+    assert done.returncode == 1 and "not finished: alpacaeval, mtbench, leaderboard" in done.stderr, done.stderr
+    assert done.stderr.count("the judge needs OPENAI_API_KEY") == 2
+    folder = outputs / "tiny/rmipo/eval"
+    assert sorted(path.name for path in folder.glob("*.json")) == ["hh.json"]
+
+    with JudgeServer() as server:
+        judge = {"OPENAI_API_KEY": "sk-secret", "OPENAI_BASE_URL": server.url}
+        for bench in ("alpacaeval", "mtbench"):
+            done = run("evaluate.py", outputs, "--method", "rmipo", "--bench", bench, *options, **judge)
+            assert done.returncode == 0, done.stderr
+        asked = len(server.requests)
+        assert asked == 6 + 1 + 2  # six pairs, the evaluator's trial request, two turns
+        # The environment is as good as the command line (make); what is finished isn't done again.
+        again = run("evaluate.py", outputs, *options, BENCH="alpacaeval", METHOD="rmipo", **judge)
+        assert again.returncode == 0 and "finished before" in again.stdout and len(server.requests) == asked
+    for bench, metrics in (("alpacaeval", {"alpacaeval2_wr", "alpacaeval2_length"}), ("mtbench", {"mt_bench"})):
+        text = (folder / f"{bench}.json").read_text()
+        result = json.loads(text)
+        assert result.keys() == {"bench", "metrics", "versions", "settings", "model", "finished"}
+        assert result["bench"] == bench and result["finished"] and result["model"].endswith("tiny/rmipo")
+        assert metrics <= result["metrics"].keys() and {"transformers", "torch"} <= result["versions"].keys()
+        assert "sk-secret" not in text
+    assert not any("sk-secret" in path.read_text() for path in folder.rglob("*.json*"))
+
+
+def test_generate_only_needs_no_key(outputs):
+    options = ["--set", f"alpacaeval.reference={outputs}/pairs/test.jsonl", "--set", "alpacaeval.generate_only=true"]
+    done = run("evaluate.py", outputs, "--bench", "alpacaeval", *options)
+    assert done.returncode == 0 and "nothing was judged" in done.stdout, done.stderr
+    folder = outputs / "tiny/rmipo/eval"
+    assert len(json.loads((folder / "alpacaeval/model_outputs.json").read_text())) == 9
+    assert not (folder / "alpacaeval.json").exists()
+
+
+def test_samples_side_by_side(outputs):
+    prompts = ["--prompt", "w1 <b> & w2", "--prompt", "w3 ```"]
+    done = run("samples.py", outputs, "--methods", "rmipo", "simpo", *prompts)
+    assert done.returncode == 0, done.stderr
+    answers = {}
+    for method in ("rmipo", "simpo"):
+        (file,) = (outputs / f"tiny/{method}/eval").glob("samples-*.jsonl")
+        answers[method] = [json.loads(line)["output"] for line in file.read_text().splitlines()[1:]]
+    assert answers["rmipo"] != answers["simpo"] and all(answers["rmipo"])
+    page = (outputs / "reports/samples-tiny.html").read_text()
+    cells = re.findall(r"<td[^>]*>(.*?)</td>", page, re.DOTALL)
+    expected = [["w1 &lt;b&gt; &amp; w2", "w3 ```"], *answers.values()]
+    assert cells == [column[row].replace("<", "&lt;").replace(">", "&gt;") for row in (0, 1) for column in expected]
+    markdown = (outputs / "reports/samples-tiny.md").read_text()
+    assert (
+        markdown.index("w1 <b> & w2") < markdown.index("**rmipo**") < markdown.index(answers["rmipo"][0].split("\n")[0])
+    )
+    assert "> ````text\n> w3 ```\n> ````" in markdown  # a fence longer than the text's own
+
+
+def test_samples_need_trained_models(outputs):
+    done = run("samples.py", outputs, "--methods", "rmipo", "dpo", "--prompt", "w1")
+    assert done.returncode == 1 and "Train it first: make train MODEL=tiny METHOD=dpo" in done.stderr
