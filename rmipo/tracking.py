@@ -93,24 +93,37 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 class MetricsFile(TrainerCallback):
-    """Appends every logged line to `metrics.jsonl`, with its step. A resumed run goes on where its checkpoint was."""
+    """Appends every logged line to `metrics.jsonl`, with its step; one evaluation per step.
+
+    A resumed run goes on after its checkpoint's step, so that the file is that of an undisturbed run.
+    """
+
+    def __init__(self):
+        self.evaluated = -1  # the last step with an evaluation in the file
 
     def on_train_begin(self, args, state, control, **kwargs):
         path = Path(args.output_dir) / METRICS_FILE
         if not state.is_world_process_zero or not path.exists():
             return
         kept = []
-        for line in path.read_text().splitlines(keepends=True):
-            # A line that a kill cut short has no newline. After the end of training all is logged anew.
-            if not line.endswith("\n") or "train_runtime" in line or json.loads(line)["step"] > state.global_step:
+        for text in path.read_text().splitlines(keepends=True):
+            # A line that a kill cut short has no newline.
+            if state.global_step == 0 or not text.endswith("\n") or json.loads(text)["step"] > state.global_step:
                 break
-            kept.append(line)
-        write_atomically(path, "".join(kept) if state.global_step else "")
+            kept.append(text)
+            if "eval_loss" in text:
+                self.evaluated = json.loads(text)["step"]
+        write_atomically(path, "".join(kept))
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if state.is_world_process_zero and logs:
-            with open(Path(args.output_dir) / METRICS_FILE, "a") as file:
-                file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+        evaluation = "eval_loss" in logs
+        # The summary at the end of training covers only what came after the last start.
+        if not state.is_world_process_zero or "train_runtime" in logs or (evaluation and self.evaluated == state.global_step):
+            return
+        if evaluation:
+            self.evaluated = state.global_step
+        with open(Path(args.output_dir) / METRICS_FILE, "a") as file:
+            file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
 
 
 class Progress(ProgressCallback):
