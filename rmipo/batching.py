@@ -30,7 +30,14 @@ class StepSampler(Sampler):
     """
 
     def __init__(
-        self, num_pairs: int, *, global_batch_size: int, micro_batch_size: int, rank: int, world_size: int, seed: int | None
+        self,
+        num_pairs: int,
+        *,
+        global_batch_size: int,
+        micro_batch_size: int,
+        rank: int,
+        world_size: int,
+        seed: int | None,
     ):
         self.num_pairs = num_pairs
         self.global_batch_size = global_batch_size

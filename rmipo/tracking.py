@@ -17,10 +17,8 @@ from trl.models.utils import unwrap_model_for_generation
 from . import attention
 from .config import recorded_run
 
-
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402  (the backend has to be chosen first: there may be no screen)
-
+import matplotlib.pyplot as plt
 
 RUN_FILE = "run.json"
 METRICS_FILE = "metrics.jsonl"
@@ -118,7 +116,11 @@ class MetricsFile(TrainerCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):
         evaluation = "eval_loss" in logs
         # The summary at the end of training covers only what came after the last start.
-        if not state.is_world_process_zero or "train_runtime" in logs or (evaluation and self.evaluated == state.global_step):
+        if (
+            not state.is_world_process_zero
+            or "train_runtime" in logs
+            or (evaluation and self.evaluated == state.global_step)
+        ):
             return
         if evaluation:
             self.evaluated = state.global_step
@@ -214,7 +216,9 @@ def plot_curves(run_dir: str | Path) -> Path:
                 label = "held out" if name.startswith("eval_") else "training"
                 axis.plot(*zip(*points, strict=True), style, label=label, markersize=4)
         deviation = [
-            (line["step"], line[key], line["rmipo/gamma_std"]) for line in lines if key == "rmipo/gamma_mean" and key in line
+            (line["step"], line[key], line["rmipo/gamma_std"])
+            for line in lines
+            if key == "rmipo/gamma_mean" and key in line
         ]
         if deviation:
             steps, mean, std = (torch.tensor(column) for column in zip(*deviation, strict=True))

@@ -14,17 +14,16 @@ from peft import PeftModel
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 from transformers.trainer_utils import EvalLoopOutput
-from trl.models.utils import prepare_deepspeed
 
-from . import attention, reference, scoring
+from . import attention, scoring
 from .batching import MicroBatch, MicroBatchRows, StepSampler
 from .checkpoints import load_objective_state
 from .config import PreferenceConfig
-from .data import fingerprint
 from .metrics import columns_of, step_metrics
 from .objectives import PairScores
 from .packing import concatenate, pack_pairs, pack_priors
 from .ranks import Ranks
+from .reference import Reference
 
 
 class NonFiniteLossError(RuntimeError):
@@ -84,12 +83,12 @@ class PreferenceTrainer(Trainer):
         )
         if args.per_device_train_batch_size * args.world_size < objective.min_pairs:
             raise ValueError(
-                f"objective {objective.name} needs at least {objective.min_pairs} pairs per micro-batch over all ranks, "
-                f"found per_device_train_batch_size {args.per_device_train_batch_size} on {args.world_size} rank(s): "
-                f"raise per_device_train_batch_size"
+                f"objective {objective.name} needs at least {objective.min_pairs} pairs per micro-batch over all ranks,"
+                f" found per_device_train_batch_size {args.per_device_train_batch_size} on {args.world_size} rank(s): "
+                "raise per_device_train_batch_size"
             )
-        self.reference_model = self._prepare_reference_model(reference_model)
         self.ranks = Ranks(self.accelerator)
+        self.reference = Reference(self, reference_model)
         self.matrix_weights = _matrix_weights(model)
         self.parity: float | None = None
         self._start_window()
@@ -178,12 +177,13 @@ class PreferenceTrainer(Trainer):
         if "reference_logits" in self.objective.needs:
             logits = scoring.response_logits(model, row, self.attention_kind, self.model.config)
             logps = scoring.logits_to_logps(logits, row)
-            plus, minus = scoring.perturbed_logratios(logits, self._reference_logits(row), row, self.objective.epsilon)
+            plus, minus = scoring.perturbed_logratios(logits, self.reference.logits(row), row, self.objective.epsilon)
             scored |= {"plus_logratios": plus, "minus_logratios": minus}
         else:
             logps = scoring.token_logps(model, row, self.attention_kind, self.model.config)
-        for name, values in (("logps", scoring.sum_by_sequence(logps, row)), ("lengths", scoring.sequence_lengths(row))):
-            scored[f"chosen_{name}"], scored[f"rejected_{name}"] = scoring.split_pairs(values)
+        sums, lengths = scoring.sum_by_sequence(logps, row), scoring.sequence_lengths(row)
+        scored["chosen_logps"], scored["rejected_logps"] = scoring.split_pairs(sums)
+        scored["chosen_lengths"], scored["rejected_lengths"] = scoring.split_pairs(lengths)
         # Of a repeated pair without weight nothing is real: its gradient is zero, yet this rank ran its forward.
         scores = PairScores(**{name: value[: batch["micro_batch"].real] for name, value in scored.items()})
         if training:
@@ -241,61 +241,6 @@ class PreferenceTrainer(Trainer):
             "learning_rate, or start from the last checkpoint."
         )
 
-    # ------------------------------------------------------------------ reference
-
-    def _prepare_reference_model(self, model: PreTrainedModel | None):
-        if model is None:
-            return None
-        attention.attach(model.requires_grad_(False).eval(), self.attention_kind)
-        if self.is_deepspeed_enabled:
-            return prepare_deepspeed(model, self.accelerator)
-        return self.accelerator.prepare_model(model, evaluation_mode=True)
-
-    def _adapters_off(self) -> contextlib.AbstractContextManager:
-        return self.model.disable_adapter() if isinstance(self.model, PeftModel) else contextlib.nullcontext()
-
-    def _reference_logits(self, row: dict) -> torch.Tensor:
-        model = self.model_wrapped if self.reference_model is None else self.reference_model
-        with torch.no_grad(), self._adapters_off():
-            return scoring.response_logits(model, row, self.attention_kind, self.model.config)
-
-    def _add_reference(self, dataset: Dataset, resuming: bool) -> None:
-        """Give the rows of `dataset` their reference sums, from the cache or scored now with the initial weights."""
-        rows = self.rows[id(dataset)]
-        names = reference.PAIR_COLUMNS + (reference.MISMATCHED_COLUMNS if rows.mismatched else ())
-        keys = reference.model_fingerprint(self.model), fingerprint(dataset)
-        cache = reference.ReferenceCache(self.args.reference_cache_dir, *keys, names)
-        columns = cache.load(len(rows))
-        if columns is None:
-            if resuming and not isinstance(self.model, PeftModel):
-                raise ValueError(
-                    f"resuming {self.objective.name} needs the reference log-probabilities of the initial policy, but "
-                    f"{cache.path} is gone: restore it, or start the run again from its beginning"
-                )
-            columns = self._score_reference(dataset, names)
-            if self.is_world_process_zero():
-                cache.save(columns)
-        rows.columns = columns
-
-    def _score_reference(self, dataset: Dataset, names: tuple[str, ...]) -> dict[str, torch.Tensor]:
-        scored = []
-        self.model_wrapped.eval()
-        for inputs in self.get_eval_dataloader(dataset):
-            (batch,) = send_to_device(inputs, self.args.device)
-            sums = []
-            for kind in ("pairs", "mismatched"):
-                if kind in batch:
-                    with torch.no_grad(), self.compute_loss_context_manager(), self._adapters_off():
-                        logps = scoring.token_logps(self.model_wrapped, batch[kind], self.attention_kind, self.model.config)
-                    sums += scoring.split_pairs(scoring.sum_by_sequence(logps, batch[kind]))
-            micro_batch = batch["micro_batch"]
-            index = torch.tensor(micro_batch.indices, device=self.args.device)
-            values = {"index": index, **dict(zip(names, sums, strict=True))}
-            scored.append({name: value[: micro_batch.real].double() for name, value in values.items()})
-        columns = self.ranks.gather_columns(scored)
-        order = columns.pop("index").argsort()
-        return {name: values[order].float() for name, values in columns.items()}
-
     # ------------------------------------------------------------------ evaluation
 
     def evaluation_loop(
@@ -334,7 +279,7 @@ class PreferenceTrainer(Trainer):
         if "reference" in self.objective.needs:
             for dataset in (self.train_dataset, self.eval_dataset):
                 if dataset is not None:
-                    self._add_reference(dataset, resuming=resume_from_checkpoint is not None)
+                    self.reference.add_columns(dataset, resuming=resume_from_checkpoint is not None)
         if resume_from_checkpoint is not None:
             self.objective_state = load_objective_state(resume_from_checkpoint)
         self._start_window()

@@ -8,10 +8,9 @@
 import sys
 from pathlib import Path
 
-
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from rmipo.config import load_recipe, parse_command_line  # noqa: E402
+from rmipo.config import load_recipe, parse_command_line
 
 
 def main() -> None:

@@ -27,7 +27,9 @@ def counted(step):
     return sorted(i for rank in step for batch in rank for i in batch.indices[: batch.real])
 
 
-@pytest.mark.parametrize("world_size, micro_batch_size", [(1, 1), (1, 3), (1, 8), (2, 2), (3, 2), (4, 1), (4, 2), (16, 1)])
+@pytest.mark.parametrize(
+    "world_size, micro_batch_size", [(1, 1), (1, 3), (1, 8), (2, 2), (3, 2), (4, 1), (4, 2), (16, 1)]
+)
 def test_steps_hold_the_same_pairs_on_any_hardware(world_size, micro_batch_size):
     reference = [counted(step) for step in steps(1, 8)]
     actual = steps(world_size, micro_batch_size)

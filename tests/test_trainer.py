@@ -13,7 +13,6 @@ from rmipo.trainer import NonFiniteLossError, PreferenceTrainer
 from tests.references.padded import padded_pairs, rmipo_loss
 from tests.test_scoring import make_model, make_pairs
 
-
 CONTEXT = [1, 2]
 HARDWARE = ("tokens_per_second", "peak_memory_gib", "total_flos")  # these may follow the cut into micro-batches
 RMIPO = {"name": "rmipo", "beta": 2.0, "gamma_min": 0.3, "gamma_max": 1.6}

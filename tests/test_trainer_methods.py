@@ -17,7 +17,6 @@ from tests.references.padded import padded_pairs
 from tests.test_scoring import make_model, make_pairs
 from tests.test_trainer import make_trainer, rows_per_step
 
-
 BLOCKS = {
     "dpo": {"name": "dpo", "beta": 0.1},
     "ipo": {"name": "ipo", "tau": 0.5},

@@ -20,9 +20,26 @@ from rmipo.config import load_recipe
 from rmipo.tracking import read_metrics
 from tests.families import save
 
-
 REPOSITORY = Path(__file__).parent.parent
-WORDS = "alpha beta gamma delta margin reward token what why how is the of a right wrong answer".split()
+WORDS = [
+    "alpha",
+    "beta",
+    "gamma",
+    "delta",
+    "margin",
+    "reward",
+    "token",
+    "what",
+    "why",
+    "how",
+    "is",
+    "the",
+    "of",
+    "a",
+    "right",
+    "wrong",
+    "answer",
+]
 # recipe -> family of the twin, and the form of its data
 TWINS = {
     "llama3-8b-base/sft": ("llama3", "ultrachat"),
@@ -123,7 +140,10 @@ def test_recipe_trains_its_twin_in_one_process_and_under_zero3(tmp_path, recipe)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "sharded")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "sharded")
     prompt = tokenizer.apply_chat_template(
-        [{"role": "user", "content": "what is right"}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+        [{"role": "user", "content": "what is right"}],
+        add_generation_prompt=True,
+        return_tensors="pt",
+        return_dict=True,
     )
     generated = model.generate(**prompt, max_new_tokens=3, do_sample=False)
     assert prompt["input_ids"].shape[1] < generated.shape[1] <= prompt["input_ids"].shape[1] + 3
