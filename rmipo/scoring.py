@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from transformers import PreTrainedModel
 
 from . import attention
+from .logps import label_logps
 from .packing import PackedRow, pack_pairs, pack_priors
-
 
 # Largest mean |difference| of per-token log-probabilities between a packed row and its unpacked sequences.
 PARITY_TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 3e-2}
@@ -29,8 +29,11 @@ def token_logps(model: torch.nn.Module, row: PackedRow, kind: str, config) -> to
 
 
 def logits_to_logps(logits: torch.Tensor, row: PackedRow) -> torch.Tensor:
-    """Log-probabilities of the row's response tokens, `(R,)` float32, from `(R, vocabulary)` logits."""
-    return -F.cross_entropy(logits.float(), row["labels"], reduction="none")
+    """Log-probabilities of the row's response tokens, `(R,)` float32, from `(R, vocabulary)` logits.
+
+    Their backward overwrites the logits; see `logps.label_logps`.
+    """
+    return label_logps(logits, row["labels"])
 
 
 def response_logits(model: torch.nn.Module, row: PackedRow, kind: str, config) -> torch.Tensor:
@@ -41,7 +44,7 @@ def response_logits(model: torch.nn.Module, row: PackedRow, kind: str, config) -
         use_cache=False,
         logits_to_keep=row["keep"],
         **attention.forward_kwargs(kind, row, config),
-    ).logits[0]
+    ).logits.squeeze(0)
 
 
 def sum_by_sequence(values: torch.Tensor, row: PackedRow) -> torch.Tensor:
