@@ -1,0 +1,40 @@
+"""`make train ... SLURM=1 NODES=4`: the stages of a setting as Slurm jobs, each waiting for the one before."""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+from .config import ConfigError
+
+SCRIPT = "scripts/launch.slurm"
+
+
+def submit(
+    config: str, program: list[str], *, nodes: int, gpus: int, name: str, after: str | None = None
+) -> tuple[str, Path]:
+    """Queue one program; (job id, its log file).
+
+    Args:
+        config: file of configs/accelerate/, or "cpu".
+        program: script and arguments, e.g. `["scripts/preference.py", "--config", ...]`.
+        gpus: of each node; 0 for "cpu".
+        name: of the job in the queue.
+        after: id of the job that has to succeed first.
+
+    Raises:
+        ConfigError: no Slurm here, or it refuses the job; quotes Slurm's reason.
+    """
+    if shutil.which("sbatch") is None:
+        raise ConfigError("SLURM=1: there is no sbatch here. Run this on a login node of the cluster, or without SLURM=1")
+    logs = Path("outputs/slurm")  # Slurm doesn't make the log's folder and would lose the log
+    logs.mkdir(parents=True, exist_ok=True)
+    command = ["sbatch", "--parsable", f"--nodes={nodes}", f"--job-name={name}"]
+    command += [f"--gpus-per-node={gpus}"] if gpus else []
+    command += [f"--dependency=afterok:{after}", "--kill-on-invalid-dep=yes"] if after else []
+    environment = {"WANDB_PROJECT": "rmipo", **os.environ}
+    done = subprocess.run([*command, SCRIPT, config, *program], env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise ConfigError(f"SLURM=1: sbatch refused {name}: {done.stderr.strip()}")
+    job = done.stdout.strip().split(";")[0]
+    return job, logs / f"{job}.log"

@@ -1,0 +1,93 @@
+"""scripts/launch.slurm on a real Slurm of two nodes: trained over both, requeued in the middle, the same weights at the end.
+
+Needs Debian's slurm-wlm and munge (`apt-get install slurm-wlm munge`); skipped without. About a minute:
+    .venv/bin/python -m pytest -m slurm
+"""
+
+import os
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from rmipo.checkpoints import MARKER
+from rmipo.config import ConfigError
+from rmipo.slurm import submit
+from rmipo.tracking import read_metrics
+from tests.slurm_cluster import cluster, installed, slurm, wait_for
+from tests.test_twins import REPOSITORY, make_twin
+
+STEPS = 100
+
+
+def finished(job):
+    """The job's state once it has ended, else None. A requeued job is pending again."""
+    states = re.findall(r"JobState=(\w+)", slurm(dict(os.environ), "scontrol", "show", "job", job))
+    return states[0] if states and states[0] not in ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING") else None
+
+
+def train(overrides, output_dir, disturb=None):
+    """Train on both nodes; `disturb(job)` is called in the middle. Returns (how often it was started, its log)."""
+    program = ["scripts/preference.py", "--config", "recipes/tiny/rmipo.yaml", *overrides]
+    job, log = submit("cpu", [*program, "--output_dir", str(output_dir)], nodes=2, gpus=0, name="test")
+    try:
+        if disturb is not None:
+            checkpoint = wait_for(lambda: next(output_dir.glob(f"checkpoint-*/{MARKER}"), None), 90)
+            assert int(checkpoint.parent.name.split("-")[1]) < STEPS / 2
+            disturb(job)
+        state = wait_for(lambda: finished(job), 120)
+        text = log.read_text()
+        assert state == "COMPLETED", text[-6000:]
+        ranks = {path.relative_to(log.with_suffix("")).parts[1] for path in log.with_suffix("").rglob("stdout.log")}
+        assert ranks == {"node-0", "node-1"}
+        return len(re.findall(r"^start \d+ on n\[1-2\]", text, re.MULTILINE)), text
+    finally:
+        log.unlink(missing_ok=True)
+        shutil.rmtree(log.with_suffix(""), ignore_errors=True)
+
+
+@pytest.mark.slurm
+@pytest.mark.skipif(not installed(), reason="slurm-wlm and munge are not installed")
+def test_requeued_runs_end_with_the_weights_of_the_undisturbed_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(REPOSITORY)
+    overrides = make_twin(tmp_path, "tiny/rmipo", "llama3", "on_policy_ultrafeedback")
+    overrides = dict(zip(overrides[::2], overrides[1::2], strict=True))
+    overrides |= {
+        "--max_steps": str(STEPS), "--save_strategy": "steps", "--save_steps": "10", "--global_batch_size": "8",
+        "--per_device_train_batch_size": "2", "--lr_scheduler_type": "cosine",
+    }  # fmt: skip
+    overrides = [text for pair in overrides.items() for text in pair]
+    with cluster(tmp_path / "slurm") as environment:
+        for name in ("SLURM_CONF", "PATH"):
+            monkeypatch.setenv(name, environment[name])
+        starts, _ = train(overrides, tmp_path / "undisturbed")
+        assert starts == 1
+        # What an administrator or a preemption does; and what happens before the time limit.
+        starts, _ = train(overrides, tmp_path / "requeued", lambda job: slurm(environment, "scontrol", "requeue", job))
+        assert starts == 2
+        starts, log = train(
+            overrides, tmp_path / "asked", lambda job: slurm(environment, "scancel", "--batch", "--signal=USR1", job)
+        )
+        assert starts == 2 and "asked to stop: saving, then back into the queue" in log
+
+    wanted = load_file(tmp_path / "undisturbed" / "model.safetensors")
+    started = load_file(tmp_path / "model" / "model.safetensors")
+    assert max((wanted[name] - started[name]).abs().max() for name in wanted) > 1e-2
+    for run in ("requeued", "asked"):
+        weights = load_file(tmp_path / run / "model.safetensors")
+        assert weights.keys() == wanted.keys()
+        assert all(torch.equal(weights[name], wanted[name]) for name in wanted), run
+        losses = [line["loss"] for line in read_metrics(tmp_path / run) if "loss" in line]
+        assert losses == [line["loss"] for line in read_metrics(tmp_path / "undisturbed") if "loss" in line]
+        assert len(losses) == STEPS
+
+
+def test_without_slurm_the_way_out_is_named(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ConfigError, match="SLURM=1: there is no sbatch here"):
+        submit("cpu", ["scripts/preference.py"], nodes=2, gpus=0, name="test")
+    assert not list(Path(tmp_path).iterdir())
