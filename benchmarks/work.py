@@ -1,7 +1,7 @@
 """The work a training step should take: positions that pass through the model, and floating-point operations.
 
-Units: a forward of one position costs 1, its backward 2, and gradient checkpointing runs the forward of the layers
-once more. A forward without gradients costs 1. Of attention, backward costs 2.5 (it computes the scores again).
+Units: a forward costs 1, its backward 2 (of attention 2.5: it computes the scores again). Gradient checkpointing runs
+the forward of the layers once more, up to the last product that backward needs: all but the MLP's down projection.
 """
 
 from dataclasses import dataclass, fields
@@ -48,7 +48,9 @@ def step_work(name: str, pairs: list[dict], setup: Setup) -> Work:
         passes = [_padded(len(responses), width)]
         if name == "padded-rmipo":
             passes.append(_padded(len(responses), len(PRIOR_CONTEXT) + max(responses), gradient=False))
-    head_units = 4 if name == "trl-dpo" else 3  # its fused head recomputes the logits
+        if name == "trl-dpo":  # its fused head leaves the last position out
+            passes[0].scored -= len(responses)
+    head_units = 4 if name == "trl-dpo" else 3  # that head computes the logits again in backward
     return sum((_work(part, setup, head_units) for part in passes), Work(0, 0, 0, 0))
 
 
@@ -68,12 +70,15 @@ def _padded(rows: int, width: int, gradient: bool = True) -> Pass:
 
 def _work(part: Pass, setup: Setup, head_units: int) -> Work:
     width, kv = setup.heads * setup.head_dim, setup.kv_heads * setup.head_dim
-    layer = setup.hidden * (2 * width + 2 * kv + 3 * setup.intermediate)
-    recompute = 1 if setup.checkpointing else 0
-    units, attention_units, head = (3 + recompute, 3.5 + recompute, head_units) if part.gradient else (1, 1, 1)
+    down = setup.hidden * setup.intermediate
+    layer = setup.hidden * (2 * width + 2 * kv) + 3 * down
+    per_position, attention_units, head = layer, 1, 1
+    if part.gradient:
+        recomputed = setup.checkpointing
+        per_position, attention_units, head = 3 * layer + recomputed * (layer - down), 3.5 + recomputed, head_units
     return Work(
         positions=part.positions,
-        linear=2.0 * layer * setup.layers * part.positions * units,
+        linear=2.0 * setup.layers * part.positions * per_position,
         head=2.0 * setup.hidden * setup.vocabulary * part.scored * head,
         attention=4.0 * width * setup.layers * part.attended * attention_units,
     )

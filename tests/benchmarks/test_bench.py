@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import lengths, references, report, work
 from benchmarks.contenders import BUILDERS, PRIOR_CONTEXT, RMIPO, SAME_LOSS, SIMPO, Setup, build
@@ -57,7 +58,7 @@ def test_work_of_one_pair_by_hand():
 
     simpo = work.step_work("simpo", [pair], setup)
     assert simpo.positions == 4 + 2 + 1
-    assert simpo.linear == 2 * layer * 7 * 4
+    assert simpo.linear == 2 * 7 * (4 * layer - 8 * 28)
     assert simpo.head == 2 * 8 * 10 * 3 * 3
     attended = 10 + (2 * 4 + 3) + (4 + 1)
     assert simpo.attention == 4 * 8 * attended * 4.5
@@ -69,6 +70,18 @@ def test_work_of_one_pair_by_hand():
     padded = work.step_work("padded-rmipo", [pair], setup)
     assert padded.positions == 2 * 7 + 2 * 7
     assert padded.head == 2 * 8 * 10 * (14 * 3 + 14)
+
+
+@pytest.mark.parametrize("checkpointing", [True, False])
+@pytest.mark.parametrize("name", sorted(BUILDERS.keys() - {"trl-dpo"}))  # the counter misses its products with out=
+def test_work_equals_the_counted_matrix_products(name, checkpointing, pairs):
+    setup = Setup(32, 2, 8, 61, checkpointing)
+    step, _ = build(name, setup)
+    with FlopCounterMode(display=False) as counter:
+        step(pairs)
+    counted = sum(value for op, value in counter.get_flop_counts()["Global"].items() if "mm" in str(op))
+    expected = work.step_work(name, pairs, setup)
+    assert counted == expected.linear + expected.head
 
 
 def test_lengths_of_a_file(tmp_path):
