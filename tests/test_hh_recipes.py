@@ -18,7 +18,7 @@ from tests.families import make_tokenizer, save
 
 ROOT = Path(__file__).parent.parent
 SUBSETS = ("helpful", "harmless")
-WORDS = "how do I learn this well please tell me more about it of course here is one idea".split()
+WORDS = ("how", "do", "I", "learn", "this", "well", "please", "tell", "me", "more", "of", "course", "here")
 
 
 @pytest.fixture(autouse=True)
@@ -71,10 +71,11 @@ def test_rows_of_the_hub_become_dialogues(tmp_path, subset):
     folder = write_hub(tmp_path, subset)
     entry = {"path": str(folder), "data_dir": f"{subset}-base"}
     pairs = load_pairs(DataConfig(datasets=[entry]), "train")
-    first = json.loads(gzip.open(folder / f"{subset}-base/train.jsonl.gz", "rt").readlines()[2])  # three questions
+    published = gzip.decompress((folder / f"{subset}-base/train.jsonl.gz").read_bytes()).decode().splitlines()
+    third = json.loads(published[2])  # three questions
     assert [message["role"] for message in pairs[2]["prompt"]] == ["user", "assistant", "user", "assistant", "user"]
     assert [pairs[2][side][0]["content"] for side in ("chosen", "rejected")] == [
-        first[side].rpartition("\n\nAssistant: ")[2] for side in ("chosen", "rejected")
+        third[side].rpartition("\n\nAssistant: ")[2] for side in ("chosen", "rejected")
     ]
     assert len(pairs) == 40 and pairs["row"] == list(range(40))
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from rmipo.evaluation import EvaluationError, alpaca, leaderboard, mtbench
+from rmipo.evaluation import EvaluationError, alpaca, hh, leaderboard, mtbench
 from rmipo.evaluation import generation as generation_module
 from rmipo.evaluation.target import load_settings, model_folder
 from tests.evaluation.judge_server import JudgeServer
@@ -45,7 +45,8 @@ def run(script: str, outputs: Path, *arguments: str, **environment: str) -> subp
 
 
 def test_every_setting_has_the_paper_s_decoding():
-    decoding = {path.parent.name: yaml.safe_load(path.read_text())["generation"] for path in SETTINGS}
+    settings = {path.parent.name: yaml.safe_load(path.read_text()) for path in SETTINGS}
+    decoding = {name: blocks["generation"] for name, blocks in settings.items() if "generation" in blocks}  # not HH
     found = {
         name: (block["temperature"], block["max_new_tokens"]) for name, block in decoding.items() if name != "tiny"
     }
@@ -60,9 +61,11 @@ def test_every_setting_has_the_paper_s_decoding():
 @pytest.mark.parametrize("path", SETTINGS, ids=lambda path: path.parent.name)
 def test_every_eval_yaml_has_known_keys_alone(path):
     settings = load_settings(path, [])
-    generation_module.check_settings(settings["generation"])
-    for block, module in (("alpacaeval", alpaca), ("mtbench", mtbench), ("leaderboard", leaderboard)):
-        assert settings[block].keys() <= module.DEFAULTS.keys(), block
+    assert settings
+    if "generation" in settings:
+        generation_module.check_settings(settings["generation"])
+    for block, module in (("alpacaeval", alpaca), ("mtbench", mtbench), ("leaderboard", leaderboard), ("hh", hh)):
+        assert settings.get(block, {}).keys() <= module.DEFAULTS.keys(), block
 
 
 def test_wrong_settings_and_folders(outputs):
