@@ -55,6 +55,7 @@ def make_model(config: WorldConfig, tokenizer: PreTrainedTokenizerFast) -> Llama
         num_attention_heads=config.num_attention_heads,
         max_position_embeddings=config.max_position_embeddings,
         tie_word_embeddings=True,
+        initializer_range=config.hidden_size**-0.5,  # with the usual 0.02 so narrow a model learns to recall late
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,

@@ -1,0 +1,103 @@
+"""What preference training changed in the tiny setting: a table of the model before and after, on held-out prompts.
+
+    python scripts/toy_report.py --run outputs/tiny/rmipo
+
+The run's record (run.json) says which model it started from and on which pairs. On the world's own pairs the world's
+questions are asked; on other pairs there is no right answer to check, so lengths and repetition are shown.
+"""
+
+import argparse
+import json
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from rmipo.config import recorded_run
+
+LABELS = {
+    "right_probability": "probability of a right answer (exact)",
+    "right": "samples: right",
+    "boilerplate": "samples: boilerplate",
+    "wrong": "samples: wrong",
+    "garbled": "samples: garbled",
+    "mean_length": "samples: tokens",
+    "ended": "samples: ended by themselves",
+    "repetition": "samples: repeated 4-grams",
+    "preference_accuracy": "preference accuracy",
+    "preference_margin": "preference margin (nats/token)",
+}
+SHOWN = 4
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", required=True, type=Path, help="folder of the preference run")
+    parser.add_argument("--world", default="outputs/tiny/world", type=Path, help="default: %(default)s")
+    parser.add_argument("--output", type=Path, help="JSON file; default: report.json in the run's folder")
+    parser.add_argument("--samples", default=4, type=int, help="per question of the world; default: %(default)s")
+    parser.add_argument("--seed", default=0, type=int, help="of the samples; default: %(default)s")
+    options = parser.parse_args()
+    run = recorded_run(options.run)
+    if run is None or not run["finished"]:
+        sys.exit(f"error: {options.run} holds no finished run. Train it with make train MODEL=tiny.")
+
+    report = compare(options, run["recipe"])
+    print_table(report, run["recipe"]["objective"]["name"])
+    output = options.output or options.run / "report.json"
+    output.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n")
+    for what, path in {"curves": options.run / "curves.png", "model": options.run, "report": output}.items():
+        print(f"{what + ':':9}{path}")
+
+
+def compare(options: argparse.Namespace, recipe: dict) -> dict:
+    """Metrics and samples of the model before and after."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from rmipo import data
+    from rmipo.arguments import DataConfig
+    from rmipo.toy import judge
+    from rmipo.toy.files import read_world
+
+    on_the_world = Path(recipe["dataset_name"]) == options.world / "pairs"
+    world = read_world(options.world) if on_the_world else None
+    data_config = DataConfig(**{field.name: recipe[field.name] for field in fields(DataConfig) if field.name in recipe})
+    chat = data.ChatFormat.probe(AutoTokenizer.from_pretrained(options.run))
+    pairs, _ = data.tokenize_pairs(
+        data.load_pairs(data_config, "test"),
+        chat,
+        max_length=recipe["max_length"],
+        max_prompt_length=recipe["max_prompt_length"],
+        max_dropped_fraction=data_config.max_dropped_fraction,
+        max_truncated_fraction=data_config.max_truncated_fraction,
+    )
+    report = {"pairs": len(pairs)}
+    for name, path in {"before": recipe["model_name_or_path"], "after": options.run}.items():
+        model = AutoModelForCausalLM.from_pretrained(path)
+        if world is not None:
+            result = judge.evaluate(model, chat, world, samples_per_question=options.samples, seed=options.seed)
+        else:
+            result = judge.evaluate_text(model, chat, pairs, seed=options.seed)
+        report[name] = result | judge.preference_metrics(model, pairs)
+    return report
+
+
+def print_table(report: dict, method: str) -> None:
+    before, after = report["before"], report["after"]
+    print(f"\n{'':40}{'before':>10}{'after ' + method:>18}")
+    for key, label in LABELS.items():
+        if key in before:
+            print(f"{label:40}{before[key]:10.3f}{after[key]:18.3f}")
+    print(f"\n{len(before['samples'])} samples at temperature 1; {report['pairs']} test pairs. For example:")
+    step = max(1, len(before["samples"]) // SHOWN)
+    for old, new in list(zip(before["samples"], after["samples"], strict=True))[::step][:SHOWN]:
+        print(f"  {old['prompt'][-300:]}")
+        for name, entry in (("before", old), ("after", new)):
+            verdict = f"   [{entry['class']}]" if "class" in entry else ""
+            print(f"    {name + ':':8}{entry['response'][:300]}{verdict}")
+    print()
+
+
+if __name__ == "__main__":
+    main()
