@@ -137,20 +137,22 @@ def figure5(outputs: Path, model: str) -> Figure:
     axis.set_xticks(range(len(groups)), list(groups.values()))
     axis.grid(axis="x", visible=False)
     axis.set_ylabel("Win rate of chosen (%)")
-    axis.set_title(f"Anthropic-HH test pairs, {model_label(model)}", loc="left")
+    axis.set_title(f"{model_label(model)}, HH evaluation", loc="left")
     figure.legend(ncols=len(results) + 1, loc="outside lower center")
     return figure
 
 
 @house_style
 def figure7(outputs: Path, model: str) -> Figure:
-    """Training hours and peak memory; margin and win rate over training, in units common to all methods."""
+    """Hours and peak memory of finished runs; margin and win rate over training, in units common to all methods."""
     runs = {method: load_run(outputs, model, method) for method in FIGURE7_METHODS}
-    runs = {method: run for method, run in runs.items() if run is not None}
+    runs = {method: run for method, run in runs.items() if run is not None and run.finished}
     if not runs:
-        raise ReportError(f"figure 7 has no runs of {model} below {outputs}: run `{train_command(model, 'rmipo')}`")
+        raise ReportError(
+            f"figure 7 has no finished runs of {model} below {outputs}: run `{train_command(model, 'rmipo')}`"
+        )
     figure, (cost, margin, accuracy) = panels(3, height=2.5, width_ratios=(1.15, 1, 1))
-    draw_costs(cost, {method: run.log() for method, run in runs.items()}, model)
+    draw_costs(cost, runs, model)
     curves = ((margin, "common/margin_avg_logp", 1.0), (accuracy, "common/acc_avg_logp", 100.0))
     for method, run in runs.items():
         for axis, key, scale in curves:
@@ -179,30 +181,29 @@ def figure7(outputs: Path, model: str) -> Figure:
     return figure
 
 
-def draw_costs(axis: Axes, logs: dict[str, list[dict]], model: str) -> None:
-    """Bars of training hours with peak memory written on them; the paper's hours as open diamonds."""
+def draw_costs(axis: Axes, runs: dict[str, Run], model: str) -> None:
+    """Bars of a run's hours, start to saved model, with peak memory on them; the paper's hours as open diamonds."""
     paper = {row["method"]: float(row["hours"]) for row in paper_rows("efficiency")} if model in PAPER_MODELS else {}
-    hours, memory = {}, {}
-    for method, rows in logs.items():
-        runtimes = [row["train_runtime"] for row in rows if "train_runtime" in row]
-        peaks = [row["peak_memory_gib"] for row in rows if "peak_memory_gib" in row]
-        hours[method] = runtimes[-1] / 3600 if runtimes else float("nan")
-        memory[method] = max(peaks, default=float("nan"))
-    in_minutes = max(hours.values()) < 1
-    scale = 60 if in_minutes else 1
-    methods = list(hours)
-    values = [scale * hours[method] for method in methods]
+    methods = list(runs)
+    hours = [run.record["seconds"] / 3600 for run in runs.values()]
+    memory = {method: max(row.get("peak_memory_gib", 0.0) for row in run.log()) for method, run in runs.items()}
+    in_minutes = max(hours) < 1
+    values = [60 * value for value in hours] if in_minutes else hours
     axis.barh(range(len(methods)), values, 0.7, color=[method_color(method) for method in methods])
     for row, method in enumerate(methods):
         ink = "black" if np.mean(to_rgb(method_color(method))) > 0.5 else "white"
         place = {"xytext": (3, 0), "textcoords": "offset points", "va": "center", "fontsize": 7}
         axis.annotate(f"{memory[method]:.1f} GiB", (0, row), color=ink, **place)
-    label = "Training time (minutes)" if in_minutes else "Training time (hours)"
+    label = "Time of the run (minutes)" if in_minutes else "Time of the run (hours)"
     if paper and not in_minutes:
         known = [(paper[method], row) for row, method in enumerate(methods) if method in paper]
         axis.plot(*zip(*known, strict=True), "D", markersize=4, mfc="white", mec="black", mew=0.8)
         label += r", $\diamond$: paper"
-    axis.set_yticks(range(len(methods)), [method_label(method) for method in methods])
+    resumed = [method for method, run in runs.items() if run.record["starts"] > 1]
+    if resumed:
+        label += ", *: since its last start"
+    marks = ["*" if method in resumed else "" for method in methods]
+    axis.set_yticks(range(len(methods)), [method_label(m) + mark for m, mark in zip(methods, marks, strict=True)])
     axis.invert_yaxis()
     axis.grid(axis="y", visible=False)
     axis.set_xlim(left=0)

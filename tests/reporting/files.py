@@ -13,9 +13,9 @@ def write_result(outputs: Path, model: str, method: str, bench: str, metrics: di
 
 
 def write_run(
-    folder: Path, objective: dict, log: list[dict], learning_rate: float = 3e-7, finished: bool = True
+    folder: Path, objective: dict, log: list[dict], learning_rate: float = 3e-7, finished: bool = True, **facts
 ) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     record = {"finished": finished, "recipe": {"learning_rate": learning_rate}, "objective": objective}
-    (folder / "run.json").write_text(json.dumps(record))
+    (folder / "run.json").write_text(json.dumps(record | facts))
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in log))

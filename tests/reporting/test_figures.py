@@ -112,10 +112,13 @@ def test_figure7_curves_and_costs(tmp_path):
             {"step": s, "common/margin_avg_logp": scale * s, "common/acc_avg_logp": 0.5, "peak_memory_gib": scale + s}
             for s in range(1, 11)
         ]
-        write_run(tmp_path / "tiny" / method, {"name": method}, [*log, {"step": 10, "train_runtime": 60 * scale}])
+        facts = {"seconds": 60 * scale, "starts": int(scale)}
+        write_run(tmp_path / "tiny" / method, {"name": method}, log, **facts)
     cost, margin, accuracy = figure7(tmp_path, "tiny").axes[:3]
     assert [patch.get_width() for patch in cost.patches] == [1.0, 2.0]  # minutes
     assert [text.get_text() for text in cost.texts] == ["11.0 GiB", "12.0 GiB"]
+    assert [label.get_text() for label in cost.get_yticklabels()] == ["DPO", "RMiPO*"]
+    assert "*: since its last start" in cost.get_xlabel()
     assert margin.lines[1].get_ydata().tolist() == [2.0 * s for s in range(1, 11)]
     assert set(accuracy.lines[0].get_ydata()) == {50.0}
 
