@@ -16,9 +16,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
 from . import attention, scoring
-from .batching import MicroBatch, MicroBatchRows, StepSampler
+from .batching import MicroBatch, MicroBatchRows, StepSampler, packed_lengths
 from .checkpoints import load_objective_state
-from .config import PreferenceConfig
+from .config import ConfigError, PreferenceConfig
+from .errors import UserError
 from .metrics import columns_of, step_metrics
 from .objectives import PairScores
 from .packing import concatenate, pack_pairs, pack_priors
@@ -26,7 +27,7 @@ from .ranks import Ranks
 from .reference import Reference
 
 
-class NonFiniteLossError(RuntimeError):
+class NonFiniteLossError(UserError, RuntimeError):
     """The loss of some pair is NaN or infinite; the message names the file with the row numbers."""
 
 
@@ -82,10 +83,15 @@ class PreferenceTrainer(Trainer):
             callbacks=callbacks,
         )
         if args.per_device_train_batch_size * args.world_size < objective.min_pairs:
-            raise ValueError(
+            raise ConfigError(
                 f"objective {objective.name} needs at least {objective.min_pairs} pairs per micro-batch over all ranks,"
                 f" found per_device_train_batch_size {args.per_device_train_batch_size} on {args.world_size} rank(s): "
                 "raise per_device_train_batch_size"
+            )
+        if args.max_tokens_per_micro_batch is not None and objective.min_pairs > 1:
+            raise ValueError(
+                f"max_tokens_per_micro_batch: found {args.max_tokens_per_micro_batch} with objective {objective.name}, "
+                "whose loss depends on which pairs share a micro-batch; set per_device_train_batch_size instead"
             )
         self.ranks = Ranks(self.accelerator)
         self.reference = Reference(self, reference_model)
@@ -95,7 +101,15 @@ class PreferenceTrainer(Trainer):
 
     # ------------------------------------------------------------------ data
 
-    def _loader(self, dataset: Dataset, *, pairs_per_item: int, micro_batch_size: int, seed: int | None) -> DataLoader:
+    def _loader(
+        self,
+        dataset: Dataset,
+        *,
+        pairs_per_item: int,
+        micro_batch_size: int,
+        seed: int | None,
+        max_tokens: int | None = None,
+    ) -> DataLoader:
         sampler = StepSampler(
             len(dataset),
             global_batch_size=pairs_per_item,
@@ -103,6 +117,8 @@ class PreferenceTrainer(Trainer):
             rank=self.args.process_index,
             world_size=self.args.world_size,
             seed=seed,
+            max_tokens=max_tokens,
+            pair_tokens=() if max_tokens is None else packed_lengths(dataset),
         )
         return DataLoader(
             self.rows[id(dataset)],
@@ -118,6 +134,7 @@ class PreferenceTrainer(Trainer):
             pairs_per_item=self.args.global_batch_size,
             micro_batch_size=self.args.per_device_train_batch_size,
             seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
+            max_tokens=self.args.max_tokens_per_micro_batch,
         )
 
     def get_eval_dataloader(self, eval_dataset: Dataset | None = None) -> DataLoader:
