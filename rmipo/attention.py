@@ -14,10 +14,15 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import repeat_kv
 
+from .errors import UserError
 from .packing import PackedRow
 
 # attention kind -> name of the transformers attention implementation that serves it
 IMPLEMENTATIONS = {"segment": "rmipo_segment", "flex": "flex_attention", "dense": "sdpa"}
+
+
+class ArchitectureError(UserError, ValueError):
+    """Packed rows can't be scored exactly with a model of this kind."""
 
 
 def resolve_kind(kind: str, device: torch.device) -> str:
@@ -32,12 +37,12 @@ def resolve_kind(kind: str, device: torch.device) -> str:
 def attach(model: PreTrainedModel, kind: str) -> None:
     """Switch `model` to the attention implementation that serves `kind` ("plain": ordinary unpacked rows).
 
-    Raises ValueError where the architecture has features that packed rows can't serve, naming them.
+    Raises ArchitectureError where the architecture has features that packed rows can't serve, naming them.
     """
     if kind != "plain":
         found = _unserved_features(model)
         if found:
-            raise ValueError(
+            raise ArchitectureError(
                 f"{type(model).__name__} can't run on packed preference rows: it has {' and '.join(found)}. "
                 "Use a decoder with plain softmax attention (Llama, Mistral, Qwen2/3, Gemma 3, ...)."
             )

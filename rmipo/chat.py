@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 from jinja2 import TemplateError
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from .errors import UserError
+
 Messages = list[dict[str, str]]
 TokenPair = tuple[list[int], list[int], list[int]]  # ids of prompt, chosen, rejected
 
@@ -13,7 +15,7 @@ ANSWER = {"role": "assistant", "content": "It is four."}
 PROBES = ([QUESTION], [QUESTION, ANSWER, QUESTION])
 
 
-class DataError(ValueError):
+class DataError(UserError, ValueError):
     """Data or a chat template that can't be trained on; the message says what was found and what to change."""
 
 

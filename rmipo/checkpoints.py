@@ -13,17 +13,18 @@ from accelerate.utils import gather
 from transformers import TrainerCallback
 
 from .config import recorded_run
+from .errors import UserError
 
 MARKER = "complete.json"
 OBJECTIVE_STATE = "objective_state.json"
 EXIT_STOPPED = 75  # of a run that a signal stopped after it saved: start it again (EX_TEMPFAIL)
 
 
-class CheckpointError(ValueError):
+class CheckpointError(UserError, ValueError):
     """The output folder belongs to another run; the message names what differs."""
 
 
-class FullDiskError(RuntimeError):
+class FullDiskError(UserError, RuntimeError):
     """No room for a checkpoint; the message names the last good one."""
 
 

@@ -18,6 +18,7 @@ from huggingface_hub.errors import (
 from trl import ModelConfig, get_peft_config
 
 from .config import PreferenceConfig, Recipe
+from .errors import UserError
 from .objectives import build_objective
 from .plan import GIB, Hardware, MemoryPlan, Run, Shape, Sharding, checkpoint_bytes, largest_micro_batch, plan_memory
 from .shapes import load_config
@@ -27,7 +28,7 @@ CACHED_FILE = {"model": "config.json", "dataset": "README.md"}
 WEIGHT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "auto": 2}
 
 
-class PreflightError(ValueError):
+class PreflightError(UserError, ValueError):
     """The run can't work as it is: what was found, what was expected, what to change."""
 
 

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from trl.models.utils import prepare_deepspeed
 
 from . import attention, scoring
+from .checkpoints import CheckpointError
 from .data import fingerprint
 from .packing import PackedRow
 
@@ -112,7 +113,7 @@ class Reference:
         """Give the rows of `dataset` their reference sums: from the cache, or scored now with the initial weights.
 
         Raises:
-            ValueError: the weights are no longer the initial ones, and the cache is gone.
+            CheckpointError: the weights are no longer the initial ones, and the cache is gone.
         """
         trainer = self.trainer
         rows = trainer.rows[id(dataset)]
@@ -122,7 +123,7 @@ class Reference:
         columns = cache.load(len(rows))
         if columns is None:
             if resuming and not isinstance(trainer.model, PeftModel):
-                raise ValueError(
+                raise CheckpointError(
                     f"resuming {trainer.objective.name} needs the reference log-probabilities of the initial policy, "
                     f"but {cache.path} is gone: restore it, or start the run again from its beginning"
                 )

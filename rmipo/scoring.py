@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from transformers import PreTrainedModel
 
 from . import attention
+from .errors import UserError
 from .logps import label_logps
 from .packing import PackedRow, pack_pairs, pack_priors
 
@@ -14,7 +15,7 @@ from .packing import PackedRow, pack_pairs, pack_priors
 PARITY_TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 3e-2}
 
 
-class ParityError(RuntimeError):
+class ParityError(UserError, RuntimeError):
     """The packed forward disagrees with the plain one: training would optimise something else."""
 
 
