@@ -26,7 +26,9 @@ def submit(
         ConfigError: no Slurm here, or it refuses the job; quotes Slurm's reason.
     """
     if shutil.which("sbatch") is None:
-        raise ConfigError("SLURM=1: there is no sbatch here. Run this on a login node of the cluster, or without SLURM=1")
+        raise ConfigError(
+            "SLURM=1: there is no sbatch here. Run this on a login node of the cluster, or without SLURM=1"
+        )
     logs = Path("outputs/slurm")  # Slurm doesn't make the log's folder and would lose the log
     logs.mkdir(parents=True, exist_ok=True)
     command = ["sbatch", "--parsable", f"--nodes={nodes}", f"--job-name={name}"]

@@ -34,6 +34,7 @@ SlurmdLogFile={folder}/d-%n.log
 ReturnToService=2
 MpiDefault=none
 KillWait=10
+SchedulerParameters=sched_interval=1,batch_sched_delay=1,sched_min_interval=0
 NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=1 State=UNKNOWN
 NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=1 State=UNKNOWN
 PartitionName=main Nodes=n1,n2 Default=YES MaxTime=INFINITE State=UP OverSubscribe=YES
@@ -67,8 +68,8 @@ def cluster(folder: Path):
     daemons = []
     try:
         for command in commands:
-            log = open(folder / f"{command[0]}-{len(daemons)}.out", "w")
-            daemons.append(subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT))
+            with open(folder / f"{command[0]}-{len(daemons)}.out", "w") as log:
+                daemons.append(subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT))
             time.sleep(0.5)
         wait_for(lambda: slurm(environment, "sinfo", "-h", "-N", "-o", "%T").split() == ["idle", "idle"], 60)
         yield environment

@@ -1,4 +1,4 @@
-"""scripts/launch.slurm on a real Slurm of two nodes: trained over both, requeued in the middle, the same weights at the end.
+"""scripts/launch.slurm on a real Slurm of two nodes: a run over both, requeued midway, ends with the same weights.
 
 Needs Debian's slurm-wlm and munge (`apt-get install slurm-wlm munge`); skipped without. About a minute:
     .venv/bin/python -m pytest -m slurm
@@ -7,10 +7,12 @@ Needs Debian's slurm-wlm and munge (`apt-get install slurm-wlm munge`); skipped 
 import os
 import re
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate.commands.launch import launch_command, launch_command_parser
 from safetensors.torch import load_file
 
 from rmipo.checkpoints import MARKER
@@ -38,7 +40,7 @@ def train(overrides, output_dir, disturb=None):
             checkpoint = wait_for(lambda: next(output_dir.glob(f"checkpoint-*/{MARKER}"), None), 90)
             assert int(checkpoint.parent.name.split("-")[1]) < STEPS / 2
             disturb(job)
-        state = wait_for(lambda: finished(job), 120)
+        state = wait_for(lambda: finished(job), 240)
         text = log.read_text()
         assert state == "COMPLETED", text[-6000:]
         ranks = {path.relative_to(log.with_suffix("")).parts[1] for path in log.with_suffix("").rglob("stdout.log")}
@@ -50,6 +52,7 @@ def train(overrides, output_dir, disturb=None):
 
 
 @pytest.mark.slurm
+@pytest.mark.timeout(900)
 @pytest.mark.skipif(not installed(), reason="slurm-wlm and munge are not installed")
 def test_requeued_runs_end_with_the_weights_of_the_undisturbed_one(tmp_path, monkeypatch):
     monkeypatch.chdir(REPOSITORY)
@@ -83,6 +86,39 @@ def test_requeued_runs_end_with_the_weights_of_the_undisturbed_one(tmp_path, mon
         losses = [line["loss"] for line in read_metrics(tmp_path / run) if "loss" in line]
         assert losses == [line["loss"] for line in read_metrics(tmp_path / "undisturbed") if "loss" in line]
         assert len(losses) == STEPS
+
+
+@pytest.mark.parametrize("sharding", ["zero3", "zero2", "ddp", "fsdp2"])
+def test_accelerate_meets_at_the_head_node(tmp_path, monkeypatch, sharding):
+    """The node's part of the script, with a program in accelerate's place that records its arguments."""
+    monkeypatch.chdir(REPOSITORY)
+    stand_in = tmp_path / ".venv/bin/accelerate"
+    stand_in.parent.mkdir(parents=True)
+    stand_in.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    stand_in.chmod(0o755)
+    node = {
+        "HEAD_NODE": "first",
+        "SLURM_JOB_ID": "7",
+        "SLURM_NNODES": "4",
+        "SLURM_NODEID": "2",
+        "SLURM_GPUS_ON_NODE": "8",
+    }
+    config = f"configs/accelerate/{sharding}.yaml"
+    program = ["scripts/preference.py", "--config", "a b.yaml"]
+    done = subprocess.run(
+        ["bash", REPOSITORY / "scripts/launch.slurm", config, *program], cwd=tmp_path, env=os.environ | node,
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    command, *arguments = done.stdout.splitlines()
+    assert command == "launch"
+    started = []
+    monkeypatch.setattr("torch.distributed.run.run", started.append)
+    launch_command(launch_command_parser().parse_args(arguments))
+    (args,) = started
+    assert [args.training_script, *args.training_script_args] == program
+    assert (args.nnodes, args.nproc_per_node) == ("4", "8")
+    assert (args.rdzv_backend, args.rdzv_endpoint) == ("c10d", "first:20007")
+    assert args.log_dir == "outputs/slurm/7/start-0/node-2" and args.tee == "3"
 
 
 def test_without_slurm_the_way_out_is_named(monkeypatch, tmp_path):
