@@ -31,7 +31,7 @@ DEFAULTS = {
     "fewshot_as_multiturn": True,
     "batch_size": "auto",
     "dtype": "auto",
-    "device": None,
+    "device": None,  # null: cuda where there is a GPU, else cpu
     "limit": None,  # examples per task; anything but null is a trial run, and the tables say so
 }
 
@@ -84,6 +84,7 @@ def run(model_dir: str | Path, output_dir: str | Path, settings: dict) -> dict:
     settings = merge_settings("leaderboard", DEFAULTS, settings)
 
     import lm_eval
+    import torch
     from lm_eval.tasks import TaskManager
 
     include_path = settings["include_path"]
@@ -93,7 +94,7 @@ def run(model_dir: str | Path, output_dir: str | Path, settings: dict) -> dict:
         tasks=list(settings["tasks"]),
         task_manager=TaskManager(include_path=include_path, include_defaults=include_path is None),
         batch_size=settings["batch_size"],
-        device=settings["device"],
+        device=settings["device"] or ("cuda" if torch.cuda.is_available() else "cpu"),
         limit=settings["limit"],
         apply_chat_template=settings["apply_chat_template"],
         fewshot_as_multiturn=settings["fewshot_as_multiturn"],

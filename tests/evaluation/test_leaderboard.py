@@ -81,7 +81,7 @@ def test_lm_eval_on_the_tiny_settings_tasks(tmp_path, monkeypatch):
             row = {side: [{"role": roles[side], "content": text}] for side, text in texts.items()}
             file.write(json.dumps(row) + "\n")
     settings = {"include_path": str(ROOT / "recipes" / "tiny" / "leaderboard"), "limit": 8, "batch_size": 8}
-    result = run(tmp_path / "model", tmp_path / "eval", settings | {"device": "cpu", "dtype": "float32"})
+    result = run(tmp_path / "model", tmp_path / "eval", settings | {"dtype": "float32"})
 
     raw = json.loads((tmp_path / "eval" / "leaderboard_raw.json").read_text())["results"]
     assert {f"leaderboard_bbh_{name}" for name in BBH_CHOICES} < raw.keys()
