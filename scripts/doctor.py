@@ -6,85 +6,17 @@
 exit code is then 1.
 """
 
-import importlib.util
 import os
-import shutil
-import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from rmipo import machine
+from rmipo.machine import Check
+
 ROOT = Path(__file__).parent.parent
-
-
-class Check(NamedTuple):
-    """`passed`: None where the check says something that nothing depends on. `needed`: MODEL fails without it."""
-
-    name: str
-    passed: bool | None
-    found: str
-    fix: str = ""
-    needed: bool = True
-
-    def line(self) -> str:
-        failed = self.passed is False and self.needed
-        status = "FAIL" if failed else "ok" if self.passed else "note"
-        return f"{status:5} {self.name:12} {self.found}" + (
-            f". Fix: {self.fix}" if self.fix and not self.passed else ""
-        )
-
-
-def python_check() -> Check:
-    found = ".".join(map(str, sys.version_info[:3]))
-    return Check("Python", sys.version_info >= (3, 11), found, "make with PYTHON=python3.11 or newer")
-
-
-def package_checks() -> Iterator[Check]:
-    for name in ("torch", "transformers", "trl", "accelerate", "datasets", "peft", "deepspeed"):
-        try:
-            yield Check(name, True, version(name))
-        except PackageNotFoundError:
-            yield Check(name, False, "not installed", "make install")
-
-
-def gpu_checks(needed: bool) -> Iterator[Check]:
-    import torch
-
-    count = torch.cuda.device_count()
-    if count == 0:
-        build = f"torch is built for CUDA {torch.version.cuda}" if torch.version.cuda else "torch is built without CUDA"
-        fix = "a machine with an NVIDIA GPU, its driver, and torch built for it; MODEL=tiny trains on a CPU"
-        yield Check("GPU", False, f"none visible, {build}", fix, needed)
-        return
-    properties = [torch.cuda.get_device_properties(i) for i in range(count)]
-    yield Check("GPU", True, f"{count} x {properties[0].name}, {properties[0].total_memory / 2**30:.0f} GiB")
-    yield Check("CUDA", True, f"{torch.version.cuda}, driver {driver_version()}")
-    yield Check("bfloat16", torch.cuda.is_bf16_supported(), "GPU arithmetic", "use Ampere or newer", needed)
-    nccl = ".".join(map(str, torch.cuda.nccl.version()))
-    yield Check("NCCL", True, nccl) if count > 1 else Check("NCCL", None, f"{nccl}, unused on one GPU")
-    triton = importlib.util.find_spec("triton") is not None and shutil.which("cc") is not None
-    fix = "install a C compiler and triton (part of torch for Linux), or set attention: segment"
-    yield Check("flex", triton, "compiled attention for packed pairs", fix, needed)
-    flash = importlib.util.find_spec("flash_attn") is not None
-    yield Check("flash", flash or None, "flash-attn" if flash else "flash-attn absent: the SFT stage uses SDPA")
-
-
-def driver_version() -> str:
-    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"]
-    try:
-        return subprocess.run(query, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return "unknown (nvidia-smi doesn't answer)"
-
-
-def quantization_check(needed: bool) -> Check:
-    present = importlib.util.find_spec("bitsandbytes") is not None
-    found = "bitsandbytes" if present else "bitsandbytes absent"
-    return Check("4-bit", present or (False if needed else None), found, "make install EXTRAS=gpu" if needed else "")
 
 
 def disk_check(recipe) -> Check:
@@ -125,52 +57,22 @@ def access_checks(recipes: list) -> Iterator[Check]:
             yield Check(kind, False, str(error))
 
 
-def hub_login_check() -> Check:
-    from huggingface_hub import get_token, whoami
-
-    fix = "`hf auth login`, or set HF_TOKEN; only gated models need it"
-    if get_token() is None:
-        return Check("hub login", None, "none", fix)
-    return attempt("hub login", lambda: f"as {whoami()['name']}", fix, needed=False)
-
-
-def attempt(name: str, ask: Callable[[], str], fix: str, needed: bool) -> Check:
-    """A check whose answer comes over the network. Of an error only its kind is shown: messages may quote requests."""
-    try:
-        return Check(name, True, ask())
-    except Exception as error:  # any failure to get an answer is the same to the reader
-        return Check(name, False, f"unreachable or refused ({type(error).__name__})", fix, needed)
-
-
-def tracker_check(report_to: list[str] | str) -> Check:
-    if "wandb" not in report_to:
-        return Check("W&B login", None, "not needed: report_to is not wandb")
-    if os.environ.get("WANDB_MODE") in ("offline", "disabled"):
-        return Check("W&B login", None, f"not needed: WANDB_MODE is {os.environ['WANDB_MODE']}")
-    import wandb
-
-    fix = "`wandb login`, or WANDB_MODE=offline, or ARGS='--report_to none'"
-    if not wandb.login(prompt=False, verify=False):
-        return Check("W&B login", False, "no credentials", fix)
-    return attempt("W&B login", lambda: "accepted" if wandb.login(prompt=False) else "", fix, needed=True)
-
-
 def all_checks(env: dict[str, str]) -> Iterator[Check]:
-    yield python_check()
-    packages = list(package_checks())
+    yield machine.python_check()
+    packages = list(machine.package_checks())
     yield from packages
     if not all(check.passed for check in packages):
         return
     from rmipo.stages import choose_stages, load_steps
 
     recipes = [step.recipe for step in load_steps(*choose_stages(env), env) if step.recipe is not None]
-    yield from gpu_checks(any(not recipe.values.get("use_cpu") for recipe in recipes))
-    yield quantization_check(any(recipe.values.get("load_in_4bit") for recipe in recipes))
+    yield from machine.gpu_checks(any(not recipe.values.get("use_cpu") for recipe in recipes))
+    yield machine.quantization_check(any(recipe.values.get("load_in_4bit") for recipe in recipes))
     for recipe in recipes:
         yield disk_check(recipe)
-    yield hub_login_check()
+    yield machine.hub_login_check()
     yield from access_checks(recipes)
-    yield tracker_check([recipe.values.get("report_to", "none") for recipe in recipes])
+    yield machine.tracker_check([recipe.values.get("report_to", "none") for recipe in recipes])
 
 
 def main() -> int:
