@@ -63,10 +63,10 @@ def compare(options: argparse.Namespace, recipe: dict) -> dict:
     on_the_world = Path(recipe["dataset_name"]) == options.world / "pairs"
     world = read_world(options.world) if on_the_world else None
     data_config = DataConfig(**{field.name: recipe[field.name] for field in fields(DataConfig) if field.name in recipe})
-    chat = data.ChatFormat.probe(AutoTokenizer.from_pretrained(options.run))
+    tokenizer = AutoTokenizer.from_pretrained(options.run)
     pairs, _ = data.tokenize_pairs(
         data.load_pairs(data_config, "test"),
-        chat,
+        data.ChatFormat.probe(tokenizer),
         max_length=recipe["max_length"],
         max_prompt_length=recipe["max_prompt_length"],
         max_dropped_fraction=data_config.max_dropped_fraction,
@@ -76,9 +76,9 @@ def compare(options: argparse.Namespace, recipe: dict) -> dict:
     for name, path in {"before": recipe["model_name_or_path"], "after": options.run}.items():
         model = AutoModelForCausalLM.from_pretrained(path)
         if world is not None:
-            result = judge.evaluate(model, chat, world, samples_per_question=options.samples, seed=options.seed)
+            result = judge.evaluate(model, tokenizer, world, samples_per_question=options.samples, seed=options.seed)
         else:
-            result = judge.evaluate_text(model, chat, pairs, seed=options.seed)
+            result = judge.evaluate_text(model, tokenizer, pairs, seed=options.seed)
         report[name] = result | judge.preference_metrics(model, pairs)
     return report
 

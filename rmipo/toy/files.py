@@ -1,4 +1,4 @@
-"""The folder of a world: `sft/` and `pairs/` in JSONL, `questions.jsonl`, `model/`, and `world.json` that describes it."""
+"""The folder of a world: its data in JSONL, the untrained model, and `world.json`, which describes it."""
 
 import json
 import random
@@ -53,7 +53,8 @@ def write_world(folder: Path, config: WorldConfig, pairs: dict | None = None) ->
         tokenizer = train_tokenizer(texts, config.vocab_size)
     else:
         dialogues = {split: chosen_dialogues(pairs[split], config, split) for split in SPLITS}
-        texts = (message["content"] for row in pairs["train"] for message in row["prompt"] + row["chosen"] + row["rejected"])
+        sides = (row["prompt"] + row["chosen"] + row["rejected"] for row in pairs["train"])
+        texts = (message["content"] for messages in sides for message in messages)
         tokenizer = train_tokenizer(texts, config.text_vocab_size)
     for split in SPLITS:
         write_rows(folder / "sft" / f"{split}.jsonl", dialogues[split])

@@ -5,7 +5,7 @@ from collections import Counter
 import torch
 from datasets import Dataset
 from tqdm import tqdm
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from .. import attention, scoring
 from ..chat import ChatFormat
@@ -18,7 +18,7 @@ PAIRS = 16  # scored at a time
 
 def evaluate(
     model: PreTrainedModel,
-    chat: ChatFormat,
+    tokenizer: PreTrainedTokenizerBase,
     world: World,
     n_questions: int | None = None,
     samples_per_question: int = 4,
@@ -36,6 +36,7 @@ def evaluate(
         `samples`: `{"prompt", "response", "class"}` for every sample.
     """
     questions = world.held_out_questions[:n_questions]
+    chat = ChatFormat.probe(tokenizer)
     probabilities = right_probabilities(model, chat, questions)
     asked = [question for question in questions for _ in range(samples_per_question)]
     prompts = [chat.prompt_ids(question.prompt) for question in asked]
@@ -54,17 +55,23 @@ def evaluate(
 
 
 def evaluate_text(
-    model: PreTrainedModel, chat: ChatFormat, pairs: Dataset, n_prompts: int = 64, max_new_tokens: int = 128, seed: int = 0
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    pairs: Dataset,
+    n_prompts: int = 64,
+    max_new_tokens: int = 128,
+    seed: int = 0,
 ) -> dict:
-    """Answer prompts without a known right answer: metrics of `text_metrics`, and `samples`.
+    """Answer prompts whose right answer is not known: the metrics of `text_metrics`, and `samples`.
 
     Args:
-        pairs: rows of `data.tokenize_pairs`, the first `n_prompts` of which are asked.
+        pairs: rows of `data.tokenize_pairs`; the first `n_prompts` are asked.
     """
+    chat = ChatFormat.probe(tokenizer)
     prompts = pairs["prompt_ids"][:n_prompts]
     responses = sample(model, chat, prompts, max_new_tokens=max_new_tokens, seed=seed)
     samples = [
-        {"prompt": chat.tokenizer.decode(prompt), "response": response["text"]}
+        {"prompt": tokenizer.decode(prompt), "response": response["text"]}
         for prompt, response in zip(prompts, responses, strict=True)
     ]
     return {**text_metrics(responses), "samples": samples}

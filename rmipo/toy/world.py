@@ -10,9 +10,9 @@ from ..chat import Messages
 from .config import WorldConfig
 
 NAMES = (
-    "Ada Bela Cato Dina Egon Fara Gil Hana Ivo Jana Karl Lena Milo Nora Otto Pia Quinn Rosa Sami Tara "
-    "Ugo Vera Wim Xenia Yara Zeno Amos Bruno Clara David Elsa Felix Greta Hugo Irma Jonas Kira Leo Mona Nils"
-).split()
+    "Ada Bela Cato Dina Egon Fara Gil Hana Ivo Jana Karl Lena Milo Nora Otto Pia Quinn Rosa Sami Tara Ugo "
+    "Vera Wim Xenia Yara Zeno Amos Bruno Clara David Elsa Felix Greta Hugo Irma Jonas Kira Leo Mona Nils"
+)
 VALUES = {
     "home town": "Oslo Lima Cairo Delhi Quito Accra Turin Kyoto Minsk Perth Dakar Leeds",
     "birth month": "January February March April May June July August September October November December",
@@ -103,10 +103,11 @@ class World:
 
     def __init__(self, config: WorldConfig):
         self.config = config
+        self.names = NAMES.split()[: config.names]
         draw = self._random("facts")
         self.facts = [
             Fact(name, attribute, draw.choice(values.split()[: config.values_per_attribute]))
-            for name in NAMES[: config.names]
+            for name in self.names
             for attribute, values in VALUES.items()
         ]
         held_out_facts = set(draw.sample(self.facts, round(config.held_out_facts * len(self.facts))))
@@ -126,7 +127,7 @@ class World:
         """Every sentence that answers some question of this world, rightly or wrongly."""
         return frozenset(
             answer
-            for name in NAMES[: self.config.names]
+            for name in self.names
             for attribute, values in VALUES.items()
             for value in values.split()
             for answer in Fact(name, attribute, value).answers
