@@ -94,45 +94,57 @@ def choose_stages(env: Mapping[str, str]) -> tuple[str, list[str]]:
     trained = [stage for stage in present if stage != "world"]
     stage = choose("STAGE", env.get("STAGE") or "all", [*trained, "all"], f"The stages of {model}")
     stages = present if stage == "all" else [name for name in present if name in ("world", stage)]
-    # The world's report asks the world's questions: it says nothing about a model trained on other pairs.
-    reported = "world" in present and "rmipo" in stages and not env.get("DATA")
-    return model, stages + ["report"] * reported
+    return model, stages + ["report"] * ("world" in present and "rmipo" in stages)
 
 
 def load_steps(model: str, stages: list[str], env: Mapping[str, str]) -> list[Step]:
-    """The programs of `stages`. METHOD and DATA belong to the preference stage, ARGS to the last recipe that is run."""
+    """The programs of `stages`. METHOD belongs to the preference stage, ARGS to the last recipe that is run.
+
+    DATA replaces the pairs of the preference stage. A setting that is made from scratch (with a world.yaml) is then made
+    from those pairs altogether: tokenizer, SFT on the chosen responses, with the values of `with-data/<stage>.yaml`.
+    """
     last = [stage for stage in stages if stage in ("sft", "rmipo")][-1]
+    data, suffix = env.get("DATA", ""), ""
+    if data:
+        suffix = "-" + re.sub(r"[^A-Za-z0-9]+", "-", Path(data).name.split(".")[0]).strip("-")
+    world = f"outputs/{model}/world{suffix}" if Path(f"recipes/{model}/world.yaml").is_file() else None
     steps = []
     for stage in stages:
         path = f"recipes/{model}/{stage}.yaml"
         if stage == "world":
-            steps.append(Step(stage, ["--config", path]))
-        elif stage == "report":
-            steps.append(Step(stage, ["--run", steps[-1].recipe.values["output_dir"]]))
-        else:
-            overlays, overrides = _preference_choices(model, env) if stage == "rmipo" else ([], {})
-            more_overlays, arguments = _split_args(env.get("ARGS", "")) if stage == last else ([], [])
-            overlays += more_overlays
-            given = {argument.partition("=")[0] for argument in arguments}
-            arguments = [text for key in overrides if key not in given for text in (key, overrides[key])] + arguments
-            recipe = load_recipe(path, overlays, arguments)
-            overlay_arguments = [text for overlay in overlays for text in ("--overlay", overlay)]
-            steps.append(Step(stage, ["--config", path, *overlay_arguments, *arguments], recipe))
+            steps.append(Step(stage, ["--config", path, "--output", world, *(["--data", data] if data else [])]))
+            continue
+        if stage == "report":
+            steps.append(Step(stage, ["--run", steps[-1].recipe.values["output_dir"], "--world", world]))
+            continue
+        overlays, overrides = [], {}
+        if data and world:
+            overlays.append(f"recipes/{model}/with-data/{stage}.yaml")
+            start = f"{world}/model" if stage == "sft" else f"outputs/{model}/sft{suffix}"
+            overrides["--model_name_or_path"] = start
+        if data:
+            overrides["--dataset_name"] = f"{world}/sft" if world and stage == "sft" else data
+            overrides["--output_dir"] = f"outputs/{model}/{stage}{suffix}"
+        if stage == "rmipo":
+            name, overlay = _method(env)
+            overlays += overlay
+            if name != "rmipo":
+                overrides["--output_dir"] = f"outputs/{model}/{name}{suffix}"
+        more_overlays, arguments = _split_args(env.get("ARGS", "")) if stage == last else ([], [])
+        overlays += more_overlays
+        given = {argument.partition("=")[0] for argument in arguments}
+        arguments = [text for key in overrides if key not in given for text in (key, overrides[key])] + arguments
+        recipe = load_recipe(path, overlays, arguments)
+        overlay_arguments = [text for overlay in overlays for text in ("--overlay", overlay)]
+        steps.append(Step(stage, ["--config", path, *overlay_arguments, *arguments], recipe))
     return steps
 
 
-def _preference_choices(model: str, env: Mapping[str, str]) -> tuple[list[str], dict[str, str]]:
-    """(overlays, overrides) that METHOD and DATA stand for. Their runs get folders of their own."""
+def _method(env: Mapping[str, str]) -> tuple[str, list[str]]:
+    """(name, overlays) that METHOD stands for."""
     methods = named_files("recipes/methods", "recipes/ablations")
     name = choose("METHOD", env.get("METHOD") or "rmipo", ["rmipo", *methods], "The methods and ablations")
-    data, overrides = env.get("DATA", ""), {}
-    folder = f"outputs/{model}/{name}"
-    if data:
-        overrides["--dataset_name"] = data
-        folder += "-" + re.sub(r"[^A-Za-z0-9]+", "-", Path(data).name.split(".")[0]).strip("-")
-    if data or name != "rmipo":
-        overrides["--output_dir"] = folder
-    return ([] if name == "rmipo" else [methods[name]]), overrides
+    return name, [] if name == "rmipo" else [methods[name]]
 
 
 def _split_args(text: str) -> tuple[list[str], list[str]]:
