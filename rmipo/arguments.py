@@ -3,8 +3,9 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+import trl
 from transformers import TrainingArguments
-from trl import ModelConfig, SFTConfig
+from trl import SFTConfig
 
 __all__ = ["ARGUMENTS", "RECIPE_ONLY", "DataConfig", "ModelConfig", "PreferenceConfig", "SFTConfig"]
 
@@ -30,6 +31,9 @@ class PreferenceConfig(TrainingArguments):
     generation_samples: int = _option(4, "Held-out prompts that are answered and saved at each evaluation.")
     generation_max_new_tokens: int = _option(128, "Tokens of each such answer.")
     reference_cache_dir: str = _option("outputs/reference_cache", "Where the reference's log-probs are kept between runs.")
+    warn_chosen_logp_drop: float = _option(1.0, "Nats per token that chosen responses may lose before a warning.")
+    warn_repetition: float = _option(0.5, "Share of repeated n-grams in the sample generations before a warning.")
+    warn_grad_norm_ratio: float = _option(10.0, "Gradient norm over its running median before a warning.")
 
 
 @dataclass
@@ -50,6 +54,13 @@ class DataConfig:
     max_dropped_fraction: float = _option(0.02, "Share of unusable rows above which a run stops.")
     max_truncated_fraction: float = _option(1.0, "Share of cut rows above which a run stops.")
     chat_template: str | None = _option(None, "Template text, or path of a .jinja file; the tokenizer's own if null.")
+
+
+@dataclass
+class ModelConfig(trl.ModelConfig):
+    """`trl.ModelConfig` and what may be loaded."""
+
+    allow_pickled_weights: bool = _option(False, "Also load weights that are no safetensors: pickles can run code.")
 
 
 ARGUMENTS = {"sft": SFTConfig, "preference": PreferenceConfig}

@@ -6,14 +6,17 @@ import json
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from transformers import TrainingArguments
 
 from . import handbook
 from .arguments import ARGUMENTS, DataConfig, ModelConfig, PreferenceConfig
+from .errors import UserError
 from .recipe_checks import check_types, check_values, stage_of, template_text
 from .recipe_files import merge, parse_overrides, read_yaml
 
@@ -22,7 +25,7 @@ __all__ = ["ConfigError", "DataConfig", "PreferenceConfig", "Recipe", "load_reci
 COMMAND_LINE = "command line"
 
 
-class ConfigError(ValueError):
+class ConfigError(UserError, ValueError):
     """One message with everything that is wrong in a recipe, its overlays and overrides."""
 
 
@@ -68,6 +71,16 @@ class Recipe:
                 " this run without starting it; `use_cpu: true` would train it on the CPU, for weeks"
             )
 
+    def require_stage(self, stage: str) -> "Recipe":
+        """This recipe, if it is one of `stage`; else ConfigError."""
+        if self.stage != stage:
+            found = "no objective" if self.stage == "sft" else "keys of preference training"
+            raise ConfigError(
+                f"{self.path}: expected a recipe of stage {stage}, found one of stage {self.stage}: it has {found}. "
+                f"scripts/{self.stage}.py trains it"
+            )
+        return self
+
     def parse(self, world_size: int | None = None) -> tuple[TrainingArguments, DataConfig, ModelConfig]:
         """The dataclasses of a real run: `PreferenceConfig` or TRL's `SFTConfig`, then data and model.
 
@@ -86,7 +99,12 @@ class Recipe:
         output_dir = Path(self.values["output_dir"])
         values = {"run_name": f"{output_dir.parent.name}-{output_dir.name}".lstrip("-"), **self.resolved()}
         values |= {"global_batch_size": global_batch_size, "gradient_accumulation_steps": accumulation}
+        values["use_cache"] = True  # in the saved configuration, for generation; training forwards say False themselves
         values["chat_template"] = template_text(values.get("chat_template"))
+
+        if values.get("use_cpu"):
+            # Without GPUs TrainingArguments leaves this timeout out. Processes connect here, once; it finds them connected.
+            PartialState(cpu=True, timeout=timedelta(seconds=values.get("ddp_timeout", TrainingArguments.ddp_timeout)))
 
         def build(cls: type) -> Any:
             return cls(**{f.name: values[f.name] for f in fields(cls) if f.name in values})

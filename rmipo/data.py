@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 
 import numpy as np
@@ -12,9 +13,18 @@ from datasets import Dataset, Features, List, Value
 from .arguments import DataConfig
 from .chat import ChatFormat, DataError, TokenPair
 from .forms import DIALOGUE_FORMS, PAIR_FORMS, SIDES, read_dialogue, read_pair, unusable_dialogue, unusable_pair
-from .sources import check_columns, load_rows
+from .sources import MissingSplitError, check_columns, load_rows
 
-__all__ = ["ChatFormat", "DataError", "DataReport", "fingerprint", "load_messages", "load_pairs", "tokenize_pairs"]
+__all__ = [
+    "ChatFormat",
+    "DataError",
+    "DataReport",
+    "fingerprint",
+    "load_messages",
+    "load_pairs",
+    "load_splits",
+    "tokenize_pairs",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +68,23 @@ def load_messages(data_config: DataConfig, split: str) -> Dataset:
     if report.dropped:
         logger.warning("%s: %s", split, "\n".join(report.lines()))
     return dataset.select([i for i, reason in enumerate(reasons) if not reason])
+
+
+def load_splits(load: Callable[[DataConfig, str], Dataset], data_config: DataConfig, evaluating: bool) -> dict[str, Dataset]:
+    """`load` of "train", and of "test" where there is such a split.
+
+    Args:
+        load: `load_pairs` or `load_messages`.
+        evaluating: the recipe evaluates during training: then a missing test split is a DataError.
+    """
+    splits = {"train": load(data_config, "train")}
+    try:
+        splits["test"] = load(data_config, "test")
+    except MissingSplitError as error:
+        if evaluating:
+            raise DataError(f"{error} Or train without evaluation: eval_strategy: no.") from error
+        logger.warning("no evaluation, since there is no test split: %s", error)
+    return splits
 
 
 def convert_rows(dataset: Dataset, source: str, read, columns: tuple[str, ...], num_proc, forms: str) -> Dataset:

@@ -35,6 +35,7 @@ def step_metrics(columns: dict[str, torch.Tensor], objective) -> dict[str, float
         "rewards/accuracies": chosen > rejected,
         "logps/chosen": columns["chosen_logps"],
         "logps/rejected": columns["rejected_logps"],
+        "common/chosen_avg_logp": chosen_mean,
         "common/margin_avg_logp": chosen_mean - rejected_mean,
         "common/acc_avg_logp": chosen_mean > rejected_mean,
         "common/acc_sum_logp": columns["chosen_logps"] > columns["rejected_logps"],

@@ -29,8 +29,9 @@ ACCESS_TOKEN = re.compile(r"\b(hf_[A-Za-z0-9]{20,}|wandb_v1_\w+)")
 LOWEST = dict.fromkeys(("learning_rate", "num_train_epochs", "warmup_steps", "weight_decay", "max_grad_norm"), 0)
 LOWEST |= dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size", "global_batch_size"), 1)
 LOWEST |= {"max_length": 2, "max_prompt_length": 1, "generation_samples": 0, "generation_max_new_tokens": 1}
+LOWEST |= {"ddp_timeout": 1, "warn_chosen_logp_drop": 0, "warn_grad_norm_ratio": 1}
 LOWEST |= {"gradient_accumulation_steps": 1, "max_train_samples": 1, "max_eval_samples": 1}
-SHARES = ("max_dropped_fraction", "max_truncated_fraction")
+SHARES = ("max_dropped_fraction", "max_truncated_fraction", "warn_repetition")
 
 
 def stage_of(values: Mapping[str, Any]) -> str:

@@ -18,6 +18,11 @@ HELD_OUT = 0.05  # share of a single local file that becomes its test split
 SUBSET_KEYS = ("name", "data_dir", "data_files", "revision")
 ENTRY_KEYS = {"path", *SUBSET_KEYS, "split", "test_split", "columns", "fraction", "weight"}
 
+
+class MissingSplitError(DataError):
+    """The data has no such split; everything else about it may be right."""
+
+
 Convert = Callable[[Dataset, str], Dataset]
 
 
@@ -132,7 +137,7 @@ def hold_out(dataset: Dataset, split: str, source: str) -> Dataset:
     """The part of a single file that is `split`: its last rows are the test split."""
     test_rows = round(len(dataset) * HELD_OUT)
     if test_rows == 0:
-        raise DataError(
+        raise MissingSplitError(
             f"{source}: {len(dataset)} rows are too few to set some aside as test split. Give a folder with a train "
             "and a test file, or set `test_split_size`."
         )
@@ -157,7 +162,7 @@ def find_split(folder: Path, name: str, split: str) -> list[Path]:
         name = alike[0]
     if name not in found:
         listing = ", ".join(sorted(path.name for path in folder.glob("*"))[:20]) or "nothing"
-        raise DataError(
+        raise MissingSplitError(
             f"{folder}: no file of the {split} split {name!r}, such as {name}.jsonl, {name}.jsonl.gz or "
             f"data/{name}-00000-of-00001.parquet. Found: {listing}. Rename a file, or set "
             f"`dataset_{split}_split` (in a mixture `{'split' if split == 'train' else 'test_split'}`)."
@@ -187,7 +192,7 @@ def load_hub(entry: dict, split: str) -> Dataset:
             "instead of the id."
         ) from error
     except ValueError as error:  # an unknown split or configuration; the message lists those that exist
-        raise DataError(f"{path}: {error} See the recipe's `dataset_*_split`, `dataset_config`.") from error
+        raise MissingSplitError(f"{path}: {error} See the recipe's `dataset_*_split`, `dataset_config`.") from error
 
 
 def check_columns(dataset: Dataset, needed: list[str], source: str, wanted_by: str) -> None:

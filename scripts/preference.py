@@ -10,24 +10,27 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from rmipo import console
 from rmipo.config import load_recipe, parse_command_line
 
 
+@console.program()
 def main() -> None:
     ###################
     # Recipe
     ###################
-    recipe = load_recipe(*parse_command_line(__doc__))
+    recipe = load_recipe(*parse_command_line(__doc__)).require_stage("preference")
     args, data_config, model_config = recipe.parse()
 
     # Heavy imports come after the recipe has been checked, so that its errors come at once.
     import deepspeed
     from accelerate import PartialState
     from peft import get_peft_model
-    from transformers import AutoModelForCausalLM, AutoTokenizer, ProgressCallback, set_seed
-    from trl import get_peft_config, get_quantization_config
+    from transformers import ProgressCallback, set_seed
+    from trl import get_peft_config
 
-    from rmipo import checkpoints, data, tracking
+    from rmipo import checkpoints, data, export, tracking, watchdogs
+    from rmipo.loading import load_model, load_tokenizer
     from rmipo.objectives import build_objective
     from rmipo.trainer import PreferenceTrainer
 
@@ -43,16 +46,14 @@ def main() -> None:
     ###################
     # Data
     ###################
-    tokenizer = AutoTokenizer.from_pretrained(model_config.model_name_or_path, revision=model_config.model_revision)
-    if data_config.chat_template is not None:
-        tokenizer.chat_template = data_config.chat_template
+    tokenizer = load_tokenizer(model_config, data_config.chat_template)
     chat = data.ChatFormat.probe(tokenizer, header_in_response=objective.header_in_response)
     prior_context = chat.prior_context(objective.prior_context) if "prior" in objective.needs else None
 
     datasets, reports = {}, {}
     with state.main_process_first():
-        for split in ("train", "test"):
-            pairs = data.load_pairs(data_config, split)
+        loaded = data.load_splits(data.load_pairs, data_config, evaluating=args.eval_strategy != "no")
+        for split, pairs in loaded.items():
             datasets[split], reports[split] = data.tokenize_pairs(
                 pairs,
                 chat,
@@ -80,21 +81,12 @@ def main() -> None:
     ###################
     # Model
     ###################
-    def load_model():
-        return AutoModelForCausalLM.from_pretrained(
-            model_config.model_name_or_path,
-            revision=model_config.model_revision,
-            dtype=model_config.dtype,
-            use_cache=False,
-            quantization_config=get_quantization_config(model_config),
-        )
-
-    model, reference_model = load_model(), None
+    model, reference_model = load_model(model_config), None
     chat.set_end_of_turn(model.generation_config)
     if model_config.use_peft:
         model = get_peft_model(model, get_peft_config(model_config))
     elif "reference_logits" in objective.needs:
-        reference_model = load_model()
+        reference_model = load_model(model_config)
 
     ###################
     # Train
@@ -104,7 +96,7 @@ def main() -> None:
         args,
         objective,
         train_dataset=datasets["train"],
-        eval_dataset=datasets["test"],
+        eval_dataset=datasets.get("test"),
         processing_class=tokenizer,
         prior_context=prior_context,
         reference_model=reference_model,
@@ -112,13 +104,15 @@ def main() -> None:
     )
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(tracking.Progress())
-    prompts = datasets["test"]["prompt_ids"][: args.generation_samples]
-    trainer.add_callback(tracking.SampleGenerations(tokenizer, prompts, trainer, args.generation_max_new_tokens))
+    if "test" in datasets:
+        prompts = datasets["test"]["prompt_ids"][: args.generation_samples]
+        trainer.add_callback(tracking.SampleGenerations(tokenizer, prompts, trainer, args.generation_max_new_tokens))
+    watchdogs.watch(trainer, tokenizer)
     trainer.add_callback(checkpoints.Checkpoints(identity, lambda: trainer.objective_state))
     if state.is_main_process:
         run.start()
     say(f"{objective} on {model_config.model_name_or_path}: {len(datasets['train'])} pairs")
-    with checkpoints.explained_full_disk(args.output_dir):
+    with checkpoints.explained_full_disk(args.output_dir), watchdogs.explained_silence(args.ddp_timeout):
         trainer.train(resume_from_checkpoint=checkpoint)
     if stop.stopped:
         say(f"stopped by a signal at step {trainer.state.global_step} and saved; the same command goes on from there")
@@ -127,17 +121,20 @@ def main() -> None:
     ###################
     # Evaluate and save
     ###################
-    metrics = trainer.evaluate()
+    metrics = trainer.evaluate() if "test" in datasets else {}
     with checkpoints.explained_full_disk(args.output_dir):
-        trainer.save_model()
+        export.save(trainer)
     if state.is_main_process:
         say(f"curves: {tracking.plot_curves(args.output_dir)}")
-        if "gamma" in trainer.eval_columns and objective.name == "rmipo":
+        if "test" in datasets and "gamma" in trainer.eval_columns and objective.name == "rmipo":
             bounds = (objective.gamma_min, objective.gamma_max)
             path = Path(args.output_dir) / "gamma.png"
             say(f"gamma: {tracking.plot_gamma_histogram(trainer.eval_columns['gamma'], bounds, path)}")
         run.finish(**metrics, parity=trainer.parity)
+        export.write_model_card(args.output_dir)
         say(f"model: {args.output_dir}")
+        if args.push_to_hub:
+            say(f"uploaded: {export.push(trainer)}")
 
 
 if __name__ == "__main__":

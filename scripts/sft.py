@@ -10,22 +10,25 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from rmipo import console
 from rmipo.config import load_recipe, parse_command_line
 
 
+@console.program()
 def main() -> None:
     ###################
     # Recipe
     ###################
-    recipe = load_recipe(*parse_command_line(__doc__))
+    recipe = load_recipe(*parse_command_line(__doc__)).require_stage("sft")
     args, data_config, model_config = recipe.parse()
 
     import deepspeed
     from accelerate import PartialState
-    from transformers import AutoModelForCausalLM, AutoTokenizer, ProgressCallback, set_seed
-    from trl import SFTTrainer, get_peft_config, get_quantization_config
+    from transformers import ProgressCallback, set_seed
+    from trl import SFTTrainer, get_peft_config
 
-    from rmipo import checkpoints, data, tracking
+    from rmipo import checkpoints, data, export, tracking, watchdogs
+    from rmipo.loading import load_model, load_tokenizer
 
     state = PartialState()
     say = state.print
@@ -38,13 +41,11 @@ def main() -> None:
     ###################
     # Data
     ###################
-    tokenizer = AutoTokenizer.from_pretrained(model_config.model_name_or_path, revision=model_config.model_revision)
-    if data_config.chat_template is not None:
-        tokenizer.chat_template = data_config.chat_template
+    tokenizer = load_tokenizer(model_config, data_config.chat_template)
     chat = data.ChatFormat.probe(tokenizer)
     tokenizer.eos_token_id = chat.end_id  # generation stops where the template ends a turn
     with state.main_process_first():
-        datasets = {split: data.load_messages(data_config, split) for split in ("train", "test")}
+        datasets = data.load_splits(data.load_messages, data_config, evaluating=args.eval_strategy != "no")
 
     fingerprints = {split: data.fingerprint(dataset) for split, dataset in datasets.items()}
     identity = checkpoints.run_identity(recipe.resolved(), fingerprints, args.world_size)
@@ -56,43 +57,42 @@ def main() -> None:
     ###################
     # Model
     ###################
-    model = AutoModelForCausalLM.from_pretrained(
-        model_config.model_name_or_path,
-        revision=model_config.model_revision,
-        dtype=model_config.dtype,
-        use_cache=False,
-        quantization_config=get_quantization_config(model_config),
-    )
+    model = load_model(model_config, attn_implementation=model_config.attn_implementation)
     chat.set_end_of_turn(model.generation_config)
 
     ###################
     # Train, evaluate, save
     ###################
+    messages = {split: dataset.select_columns(["messages"]) for split, dataset in datasets.items()}
     trainer = SFTTrainer(
         model,
         args=args,
-        train_dataset=datasets["train"].select_columns(["messages"]),
-        eval_dataset=datasets["test"].select_columns(["messages"]),
+        train_dataset=messages["train"],
+        eval_dataset=messages.get("test"),
         processing_class=tokenizer,
         peft_config=get_peft_config(model_config),
         callbacks=[tracking.MetricsFile(), stop, checkpoints.Checkpoints(identity)],
     )
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(tracking.Progress())
+    trainer.add_callback(watchdogs.SilenceWatchdog())
     if state.is_main_process:
         run.start()
     say(f"SFT of {model_config.model_name_or_path}: {len(datasets['train'])} dialogues")
-    with checkpoints.explained_full_disk(args.output_dir):
+    with checkpoints.explained_full_disk(args.output_dir), watchdogs.explained_silence(args.ddp_timeout):
         trainer.train(resume_from_checkpoint=checkpoint)
     if stop.stopped:
         say(f"stopped by a signal at step {trainer.state.global_step} and saved; the same command goes on from there")
         sys.exit(checkpoints.EXIT_STOPPED)
-    metrics = trainer.evaluate()
+    metrics = trainer.evaluate() if "test" in datasets else {}
     with checkpoints.explained_full_disk(args.output_dir):
-        trainer.save_model()
+        export.save(trainer)
     if state.is_main_process:
         run.finish(**metrics)
+        export.write_model_card(args.output_dir)
         say(f"model: {args.output_dir}")
+        if args.push_to_hub:
+            say(f"uploaded: {export.push(trainer)}")
 
 
 if __name__ == "__main__":
