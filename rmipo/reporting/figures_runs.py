@@ -12,7 +12,9 @@ from .figures import GREY, house_style, method_color, method_label, panel_letter
 from .results import (
     BENCH_OF_METRIC,
     PAPER_MODELS,
+    RECIPES,
     ReportError,
+    Result,
     Run,
     eval_command,
     find_runs,
@@ -103,27 +105,34 @@ def run_metric(run: Run, metric: str) -> float | None:
 
 @house_style
 def figure5(outputs: Path, model: str) -> Figure:
-    """HH win rates (share of test pairs with A(w) > A(l)) by method; black lines: the paper's averages."""
-    results = {method: load_result(outputs / model / method, "hh") for method in FIGURE5_METHODS}
-    results = {method: result for method, result in results.items() if result is not None}
+    """HH win rates (share of test pairs with A(w) > A(l)) by method; black lines: the paper's averages.
+
+    As in the paper each subset is judged by the model trained on it, <model>-hh-helpful and <model>-hh-harmless, where
+    those were evaluated; otherwise both by <model> itself.
+    """
+    results = {method: hh_results(outputs, model, method) for method in FIGURE5_METHODS}
+    results = {method: found for method, found in results.items() if found}
     if not results:
+        trained = f"{model}-hh-helpful" if (RECIPES / f"{model}-hh-helpful").is_dir() else model
         raise ReportError(
-            f"figure 5 has no HH results of {model}: run `{train_command(model, 'rmipo')}`, then "
-            f"`{eval_command(model, 'rmipo', 'hh')}`, and the same for any of {', '.join(FIGURE5_METHODS[:-1])}"
+            f"figure 5 has no HH results of {model}: run `{train_command(trained, 'rmipo')}`, then "
+            f"`{eval_command(trained, 'rmipo', 'hh')}`, and the same for any of {', '.join(FIGURE5_METHODS[:-1])}"
+            + (f"; likewise for {model}-hh-harmless" if trained != model else "")
         )
-    require_same_versions("figure 5", results.values())
+    require_same_versions("figure 5", [result for found in results.values() for result in found.values()])
+    rates = {method: hh_rates(found) for method, found in results.items()}
     paper = {row["method"]: float(row["average_win_rate"]) for row in paper_rows("figure5") if row["setting"] == model}
     groups = {"hh_helpful": "Helpful", "hh_harmless": "Harmless", "hh_average": "Average"}
     figure, (axis,) = panels(1, height=2.4)
     width = 0.8 / len(results)
     lowest = 100.0
-    for index, (method, result) in enumerate(results.items()):
-        shown = [(x, result.metrics[name]) for x, name in enumerate(groups) if name in result.metrics]
-        positions = [x + (index - (len(results) - 1) / 2) * width for x, _ in shown]
+    for index, (method, shown_rates) in enumerate(rates.items()):
+        shown = [(x, shown_rates[name]) for x, name in enumerate(groups) if name in shown_rates]
+        positions = [x + (index - (len(rates) - 1) / 2) * width for x, _ in shown]
         values = [value for _, value in shown]
         axis.bar(positions, values, 0.92 * width, color=method_color(method), label=method_label(method))
         tops = list(values)
-        if method in paper and "hh_average" in result.metrics:
+        if method in paper and "hh_average" in shown_rates:
             x, tops[-1] = positions[-1], max(values[-1], paper[method])
             axis.hlines(paper[method], x - 0.46 * width, x + 0.46 * width, color="black", linewidth=1.6, zorder=3)
         for x, top, value in zip(positions, tops, values, strict=True):
@@ -140,6 +149,19 @@ def figure5(outputs: Path, model: str) -> Figure:
     axis.set_title(f"{model_label(model)}, HH evaluation", loc="left")
     figure.legend(ncols=len(results) + 1, loc="outside lower center")
     return figure
+
+
+def hh_results(outputs: Path, model: str, method: str) -> dict[str, Result]:
+    """Subset -> the result that its win rate is read from; see `figure5`."""
+    pair = {subset: load_result(outputs / f"{model}-hh-{subset}" / method, "hh") for subset in ("helpful", "harmless")}
+    if not any(pair.values()):
+        pair = dict.fromkeys(pair, load_result(outputs / model / method, "hh"))
+    return {subset: result for subset, result in pair.items() if result and f"hh_{subset}" in result.metrics}
+
+
+def hh_rates(results: dict[str, Result]) -> dict[str, float]:
+    rates = {f"hh_{subset}": result.metrics[f"hh_{subset}"] for subset, result in results.items()}
+    return rates | ({"hh_average": sum(rates.values()) / 2} if len(rates) == 2 else {})
 
 
 @house_style

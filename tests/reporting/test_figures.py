@@ -182,3 +182,14 @@ def test_runs_on_other_pairs_are_no_points_of_figure2(tmp_path):
     add("dpo-hh", 0.5, "b")
     runs = on_the_same_data(find_runs(tmp_path, "tiny"))
     assert sensitivity(runs, "beta", "acc") == {3e-7: {0.01: 0.01, 0.05: 0.05, 0.1: 0.1}}
+
+
+def test_figure5_takes_each_subset_from_the_model_trained_on_it(tmp_path):
+    for subset, own, other in (("helpful", 70.0, 10.0), ("harmless", 60.0, 20.0)):
+        rates = {"hh_helpful": other, "hh_harmless": other} | {f"hh_{subset}": own}
+        write_result(tmp_path, f"llama3-8b-instruct-hh-{subset}", "rmipo", "hh", rates)
+    write_result(tmp_path, "llama3-8b-instruct", "rmipo", "hh", {"hh_helpful": 1.0, "hh_harmless": 2.0})
+    heights = [patch.get_height() for patch in figure5(tmp_path, "llama3-8b-instruct").axes[0].patches]
+    assert heights == [70.0, 60.0, 65.0]
+    with pytest.raises(ReportError, match="make train MODEL=llama3-8b-instruct-hh-helpful METHOD=rmipo"):
+        figure5(tmp_path / "empty", "llama3-8b-instruct")
