@@ -2,23 +2,30 @@
 
 Three exact ways, chosen by `resolve_kind`:
     segment  one SDPA call per branch, registered with transformers as "rmipo_segment"; best on CPU
-    flex     compiled flex_attention with a BlockMask; CUDA
-    dense    SDPA with a boolean 4-D mask; the slow fallback that works everywhere
+    flex     compiled flex_attention with a BlockMask, and TRL's fused LM head; CUDA
+    dense    SDPA with a boolean 4-D mask; slow, and right everywhere
 """
 
 import itertools
+import weakref
 
 import torch
 import torch.nn.functional as F
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+from peft import PeftModel
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import repeat_kv
+from trl.trainer.utils import add_fused_lm_head
 
 from .errors import UserError
 from .packing import PackedRow
 
+# Positions per block of a BlockMask; flex rows are padded to a multiple of it.
+BLOCK = 128
 # attention kind -> name of the transformers attention implementation that serves it
-IMPLEMENTATIONS = {"segment": "rmipo_segment", "flex": "flex_attention", "dense": "sdpa"}
+IMPLEMENTATIONS = {"segment": "rmipo_segment", "flex": "rmipo_flex", "dense": "sdpa"}
+# Models that TRL's fused LM head was added to; their forward is the old one unless called with `fused_lm_head=True`.
+_with_fused_head: weakref.WeakSet[PreTrainedModel] = weakref.WeakSet()
 
 
 class ArchitectureError(UserError, ValueError):
@@ -34,7 +41,7 @@ def resolve_kind(kind: str, device: torch.device) -> str:
     return kind
 
 
-def attach(model: PreTrainedModel, kind: str) -> None:
+def attach(model: PreTrainedModel | PeftModel, kind: str) -> None:
     """Switch `model` to the attention implementation that serves `kind` ("plain": ordinary unpacked rows).
 
     Raises ArchitectureError where the architecture has features that packed rows can't serve, naming them.
@@ -47,6 +54,10 @@ def attach(model: PreTrainedModel, kind: str) -> None:
                 "Use a decoder with plain softmax attention (Llama, Mistral, Qwen2/3, Gemma 3, ...)."
             )
     model.set_attn_implementation("sdpa" if kind == "plain" else IMPLEMENTATIONS[kind])
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    if kind == "flex" and base not in _with_fused_head:
+        add_fused_lm_head(base)
+        _with_fused_head.add(base)
 
 
 def _unserved_features(model: PreTrainedModel) -> list[str]:
@@ -74,7 +85,7 @@ def forward_kwargs(kind: str, row: PackedRow, config: PreTrainedConfig) -> dict:
     assert config._attn_implementation == IMPLEMENTATIONS[kind], "attach(model, kind) comes first, or scores are wrong"
     if kind == "segment":
         return {"segments": row["segments"]}
-    make_mask = _block_mask if kind == "flex" else dense_mask
+    make_mask = block_mask if kind == "flex" else dense_mask
     masks = {layer_type: make_mask(row, window) for layer_type, window in _windows(config.get_text_config()).items()}
     # Models that mix layer types take a mask for each; the others take the mask itself.
     return {"attention_mask": masks if len(masks) > 1 else next(iter(masks.values()))}
@@ -89,28 +100,11 @@ def _windows(config: PreTrainedConfig) -> dict[str, int | None]:
     return {kind: window if kind == "sliding_attention" else None for kind in layer_types}
 
 
-def _position_tables(row: PackedRow) -> tuple[torch.Tensor, torch.Tensor]:
-    """Per position: its prefix's start, and its branch's start (-1 within a prefix). Both `(T,)`.
-
-    Prefixes with the same start belong to the same group.
-    """
-    length = row["input_ids"].shape[1]
-    group = torch.full((length,), -1, dtype=torch.long)
-    branch = torch.full((length,), -1, dtype=torch.long)
-    for prefix_start, prefix_length, start, n in row["segments"]:
-        group[prefix_start : prefix_start + prefix_length] = prefix_start
-        group[start : start + n] = prefix_start
-        branch[start : start + n] = start
-    device = row["input_ids"].device
-    return group.to(device), branch.to(device)
-
-
 def _mask_function(row: PackedRow, window: int | None):
-    group, branch = _position_tables(row)
-    position = row["position_ids"][0]
+    groups, branches, position = row["groups"], row["branches"], row["position_ids"][0]
 
     def allowed(batch, head, query, key):
-        same = (group[query] == group[key]) & ((branch[key] == -1) | (branch[query] == branch[key]))
+        same = (groups[query] == groups[key]) & ((branches[key] == -1) | (branches[query] == branches[key]))
         causal = query >= key
         if window is None:
             return same & causal
@@ -125,9 +119,54 @@ def dense_mask(row: PackedRow, window: int | None) -> torch.Tensor:
     return _mask_function(row, window)(0, 0, index[:, None], index[None, :])[None, None]
 
 
-def _block_mask(row: PackedRow, window: int | None) -> BlockMask:
+def block_mask(row: PackedRow, window: int | None) -> BlockMask:
+    """The same mask for flex_attention; T must be a multiple of BLOCK.
+
+    Which blocks are empty is read off the ranges of groups and branches in each block, on the row's device: torch's own
+    `create_block_mask` would lay out all T x T entries, and asking the device would stop the host.
+    """
     length = row["input_ids"].shape[1]
-    return create_block_mask(_mask_function(row, window), None, None, length, length, device=row["input_ids"].device)
+    groups, branches = (row[name].view(-1, BLOCK) for name in ("groups", "branches"))
+    index = torch.arange(len(groups), device=groups.device)
+    meet = (index[:, None] >= index) & _ranges_meet(groups)
+    meet &= (branches.amin(1) == -1) | _ranges_meet(branches)
+    counts = meet.sum(1, dtype=torch.int32)[None, None]
+    columns = meet.int().argsort(dim=1, descending=True, stable=True).int()[None, None]
+    return BlockMask.from_kv_blocks(
+        counts, columns, BLOCK_SIZE=BLOCK, mask_mod=_mask_function(row, window), seq_lengths=(length, length)
+    )
+
+
+def _ranges_meet(values: torch.Tensor) -> torch.Tensor:
+    """For `(blocks, BLOCK)` values: whether the ranges of two blocks overlap, `(blocks, blocks)`."""
+    low, high = values.amin(1), values.amax(1)
+    return (low[:, None] <= high) & (high[:, None] >= low)
+
+
+# Dynamic shapes: rows of any length share one compilation each of the forward with and without gradients.
+_compiled_flex_attention = torch.compile(flex_attention, dynamic=True)
+
+
+def packed_flex_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: BlockMask,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs,
+) -> tuple[torch.Tensor, None]:
+    """flex_attention as transformers calls an attention: shapes as in `segment_attention`. Compiled on CUDA."""
+    if dropout:
+        raise ValueError(f"attention: flex has no dropout, found {dropout}; set attention_dropout of the model to 0")
+    shared = query.shape[1] // key.shape[1]
+    grouped = shared & (shared - 1) == 0  # the kernel shares keys among a power of two of heads
+    if not grouped:
+        key, value = repeat_kv(key, shared), repeat_kv(value, shared)
+    attend = _compiled_flex_attention if query.device.type == "cuda" else flex_attention
+    out = attend(query, key, value, block_mask=attention_mask, scale=scaling, enable_gqa=grouped)
+    return out.transpose(1, 2).contiguous(), None
 
 
 def segment_attention(
@@ -187,3 +226,4 @@ def _causal(q, k, v, scaling, dropout, window):
 
 
 AttentionInterface.register("rmipo_segment", segment_attention)
+AttentionInterface.register("rmipo_flex", packed_flex_attention)

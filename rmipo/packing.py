@@ -5,7 +5,7 @@ prompt's last token, and the labels are already shifted, so a branch's first pos
 """
 
 import torch
-
+import torch.nn.functional as F
 
 PackedRow = dict[str, torch.Tensor | list | int]
 
@@ -24,9 +24,11 @@ def pack(groups: list[tuple[list[int], list[list[int]]]]) -> PackedRow:
             `keep`: `(R,)` positions that are scored; `labels`: `(R,)` their target tokens; `owner`: `(R,)` the
             response each one belongs to, in `0..S-1`.
             `segments`: `(prefix_start, prefix_length, start, length)` per non-empty response, in row order.
+            `groups`, `branches`: `(T,)` the same as tensors: where each position's prefix starts, and its branch (-1
+            within a prefix).
             `num_sequences`: S.
     """
-    input_ids, position_ids, keep, labels, owner, segments = [], [], [], [], [], []
+    input_ids, position_ids, keep, labels, owner, segments, group_of, branch_of = ([] for _ in range(8))
     sequence = 0
     for prefix, responses in groups:
         assert prefix, "a group needs at least one context token"
@@ -34,6 +36,7 @@ def pack(groups: list[tuple[list[int], list[list[int]]]]) -> PackedRow:
         prefix_start = len(input_ids)
         input_ids += prefix[:-1]
         position_ids += range(shared)
+        branch_of += [-1] * shared
         for response in responses:
             if response:
                 start, length = len(input_ids), len(response)
@@ -43,8 +46,10 @@ def pack(groups: list[tuple[list[int], list[list[int]]]]) -> PackedRow:
                 keep += range(start, start + length)
                 labels += response
                 owner += [sequence] * length
+                branch_of += [start] * length
                 segments.append((prefix_start, shared, start, length))
             sequence += 1
+        group_of += [prefix_start] * (len(input_ids) - prefix_start)
     shift_labels = torch.full((1, len(input_ids)), -100, dtype=torch.long)
     row = {
         "input_ids": torch.tensor([input_ids], dtype=torch.long),
@@ -53,6 +58,8 @@ def pack(groups: list[tuple[list[int], list[list[int]]]]) -> PackedRow:
         "keep": torch.tensor(keep, dtype=torch.long),
         "labels": torch.tensor(labels, dtype=torch.long),
         "owner": torch.tensor(owner, dtype=torch.long),
+        "groups": torch.tensor(group_of, dtype=torch.long),
+        "branches": torch.tensor(branch_of, dtype=torch.long),
         "segments": segments,
         "num_sequences": sequence,
     }
@@ -81,15 +88,27 @@ def pack_priors(pairs: list[dict], context: list[int]) -> PackedRow:
 def concatenate(rows: list[PackedRow]) -> PackedRow:
     """Join packed rows into one; sequences keep their order."""
     tokens = sequences = 0
-    parts: dict[str, list] = {name: [] for name in ("input_ids", "position_ids", "shift_labels", "keep", "labels", "owner")}
+    parts: dict[str, list[torch.Tensor]] = {name: [] for name, value in rows[0].items() if torch.is_tensor(value)}
     segments = []
     for row in rows:
-        for name in ("input_ids", "position_ids", "shift_labels", "labels"):
-            parts[name].append(row[name])
-        parts["keep"].append(row["keep"] + tokens)
-        parts["owner"].append(row["owner"] + sequences)
+        shifted = {
+            "keep": row["keep"] + tokens,
+            "owner": row["owner"] + sequences,
+            "groups": row["groups"] + tokens,
+            "branches": torch.where(row["branches"] < 0, -1, row["branches"] + tokens),
+        }
+        for name, values in parts.items():
+            values.append(shifted.get(name, row[name]))
         segments += [(prefix + tokens, shared, start + tokens, n) for prefix, shared, start, n in row["segments"]]
         tokens += row["input_ids"].shape[1]
         sequences += row["num_sequences"]
     joined = {name: torch.cat(values, dim=-1) for name, values in parts.items()}
     return {**joined, "segments": segments, "num_sequences": sequences}
+
+
+def pad(row: PackedRow, multiple: int) -> PackedRow:
+    """Lengthen a row to a multiple of `multiple` positions that score nothing and form a group of their own."""
+    length = row["input_ids"].shape[1]
+    fill = {"input_ids": 0, "position_ids": 0, "shift_labels": -100, "groups": length, "branches": -1}
+    extra = -length % multiple
+    return row | {name: F.pad(row[name], (0, extra), value=value) for name, value in fill.items()}

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from . import attention
 from .errors import UserError
 from .logps import label_logps
-from .packing import PackedRow, pack_pairs, pack_priors
+from .packing import PackedRow, pack_pairs, pack_priors, pad
 
 # Largest mean |difference| of per-token log-probabilities between a packed row and its unpacked sequences.
 PARITY_TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 3e-2}
@@ -24,9 +24,14 @@ def token_logps(model: torch.nn.Module, row: PackedRow, kind: str, config) -> to
 
     Args:
         model: the (wrapped) model, already switched by `attention.attach(model, kind)`. The LM head runs at response
-            positions only. The call goes through the wrapper, as ZeRO-3 needs to gather parameters.
+            positions only; with kind flex it is TRL's fused one, which never holds all logits. The call goes through
+            the wrapper, as ZeRO-3 needs to gather parameters.
     """
-    return logits_to_logps(response_logits(model, row, kind, config), row)
+    if kind != "flex":
+        return logits_to_logps(response_logits(model, row, kind, config), row)
+    labels = pad(row, attention.BLOCK)["shift_labels"]
+    scored = model(**_inputs(row, kind, config), shift_labels=labels, fused_lm_head=True)
+    return scored.log_probs.squeeze(0).index_select(0, row["keep"])
 
 
 def logits_to_logps(logits: torch.Tensor, row: PackedRow) -> torch.Tensor:
@@ -39,13 +44,14 @@ def logits_to_logps(logits: torch.Tensor, row: PackedRow) -> torch.Tensor:
 
 def response_logits(model: torch.nn.Module, row: PackedRow, kind: str, config) -> torch.Tensor:
     """Logits at the positions that predict response tokens, `(R, vocabulary)`."""
-    return model(
-        input_ids=row["input_ids"],
-        position_ids=row["position_ids"],
-        use_cache=False,
-        logits_to_keep=row["keep"],
-        **attention.forward_kwargs(kind, row, config),
-    ).logits.squeeze(0)
+    return model(**_inputs(row, kind, config), logits_to_keep=row["keep"]).logits.squeeze(0)
+
+
+def _inputs(row: PackedRow, kind: str, config) -> dict:
+    """Arguments of the model's forward that lay out `row`."""
+    row = pad(row, attention.BLOCK) if kind == "flex" else row
+    layout = {"input_ids": row["input_ids"], "position_ids": row["position_ids"], "use_cache": False}
+    return layout | attention.forward_kwargs(kind, row, config)
 
 
 def sum_by_sequence(values: torch.Tensor, row: PackedRow) -> torch.Tensor:
@@ -56,7 +62,8 @@ def sum_by_sequence(values: torch.Tensor, row: PackedRow) -> torch.Tensor:
 
 def sequence_lengths(row: PackedRow) -> torch.Tensor:
     """Number of scored tokens of each response, `(S,)` float32."""
-    return torch.bincount(row["owner"], minlength=row["num_sequences"]).float()
+    ones = torch.ones(len(row["owner"]), device=row["owner"].device)
+    return torch.zeros(row["num_sequences"], device=ones.device).index_add(0, row["owner"], ones)
 
 
 def split_pairs(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -8,9 +8,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig
 
 from rmipo import attention, scoring
 from rmipo.objectives import PairScores, build_objective
-from rmipo.packing import concatenate, pack, pack_pairs, pack_priors
+from rmipo.packing import concatenate, pack, pack_pairs, pack_priors, pad
 from tests.references.padded import padded_pairs, padded_token_logps, rmipo_loss
-
 
 VOCABULARY = 61
 SIZES = {
@@ -32,7 +31,9 @@ CONFIGS = {
 
 def make_model(name):
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(copy.deepcopy(CONFIGS[name]), attn_implementation="sdpa", dtype=torch.float32)
+    model = AutoModelForCausalLM.from_config(
+        copy.deepcopy(CONFIGS[name]), attn_implementation="sdpa", dtype=torch.float32
+    )
     # Embeddings drawn wide, so that attention patterns are far from uniform and a wrong mask shows.
     for parameter in model.parameters():
         if parameter.ndim == 2:
@@ -61,6 +62,7 @@ def test_layout_of_one_pair():
     assert row["keep"].tolist() == [2, 3, 4]
     assert row["owner"].tolist() == [0, 0, 1]
     assert row["segments"] == [(0, 2, 2, 2), (0, 2, 4, 1)]
+    assert row["groups"].tolist() == [0] * 5 and row["branches"].tolist() == [-1, -1, 2, 2, 4]
 
 
 def test_layout_of_priors_with_and_without_context():
@@ -79,7 +81,7 @@ def test_concatenated_rows_equal_rows_packed_together():
     joined = concatenate([pack_pairs(pairs[:2]), pack_pairs(pairs[2:3]), pack_pairs(pairs[3:])])
     together = pack_pairs(pairs)
     assert joined["segments"] == together["segments"] and joined["num_sequences"] == together["num_sequences"]
-    for name in ("input_ids", "position_ids", "shift_labels", "keep", "labels", "owner"):
+    for name in ("input_ids", "position_ids", "shift_labels", "keep", "labels", "owner", "groups", "branches"):
         assert torch.equal(joined[name], together[name]), name
 
 
@@ -109,15 +111,51 @@ def test_prompts_of_one_token(name):
         torch.testing.assert_close(actual[field], values.float(), atol=1e-4, rtol=0)
 
 
-def test_flex_block_mask_equals_the_dense_mask():
-    row = concatenate([pack_pairs(make_pairs(3)), pack([([1, 2], [[3], [], [4, 5]])])])
-    for window in (None, 4):
-        dense = attention.dense_mask(row, window)[0, 0]
-        allowed = attention._mask_function(row, window)
-        length = row["input_ids"].shape[1]
-        for query in range(length):
-            for key in range(length):
-                assert bool(allowed(0, 0, torch.tensor(query), torch.tensor(key))) == bool(dense[query, key])
+@pytest.mark.parametrize("window", [None, 40])
+def test_flex_block_mask_covers_the_dense_mask(window):
+    rows = [pack_pairs(make_pairs(12, seed=1, prompt_lengths=(1, 150))), pack([([1, 2], [[3], [], [4] * 300])])]
+    row = pad(concatenate(rows), attention.BLOCK)
+    dense = attention.dense_mask(row, window)[0, 0]
+    mask = attention.block_mask(row, window)
+    index = torch.arange(len(dense))
+    assert torch.equal(mask.mask_mod(0, 0, index[:, None], index[None, :]), dense)
+    blocks = mask.to_dense()[0, 0].bool()
+    per_block = dense.view(len(blocks), attention.BLOCK, len(blocks), attention.BLOCK).any(3).any(1)
+    assert not (per_block & ~blocks).any(), "no block that holds something may be skipped"
+    lower_triangle = len(blocks) * (len(blocks) + 1) // 2
+    assert len(blocks) >= 10 and blocks.sum() < 0.6 * lower_triangle, "empty blocks are skipped"
+
+
+def test_padded_row_has_the_same_scores_and_stays_out_of_them():
+    row = pack_pairs(make_pairs(2))
+    padded = pad(row, 64)
+    length = row["input_ids"].shape[1]
+    assert padded["input_ids"].shape == padded["shift_labels"].shape == (1, 64)
+    assert torch.equal(padded["shift_labels"][:, :length], row["shift_labels"])
+    assert (padded["shift_labels"][:, length:] == -100).all()
+    mask = attention.dense_mask(padded, None)[0, 0]
+    assert not mask[:length, length:].any() and not mask[length:, :length].any()
+    assert mask.diagonal().all(), "a position that sees nothing would be NaN"
+    assert pad(padded, 64)["input_ids"].shape == (1, 64)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_flex_scores_equal_the_padded_reference(name):
+    """Uncompiled and with the fused head's CPU path: what of the CUDA path a CPU can run. No backward there."""
+    model = make_model(name)
+    pairs = make_pairs(5, seed=2, prompt_lengths=(1, 60))
+    with torch.no_grad():
+        expected = padded_pairs(model, pairs, prior_context=[1, 2])
+    actual = scoring.score_pairs(model, [pairs[:4], pairs[4:]], prior_context=[1, 2], kind="flex")
+    for field, values in expected.items():
+        torch.testing.assert_close(actual[field], values.float(), atol=2e-4, rtol=0)
+    attention.attach(model, "flex")
+    row = pack_pairs(pairs)
+    with torch.no_grad():
+        logits = scoring.response_logits(model, row, "flex", model.config)
+        fused = scoring.token_logps(model, row, "flex", model.config)
+    torch.testing.assert_close(scoring.logits_to_logps(logits, row), fused, atol=2e-5, rtol=0)
+    assert scoring.check_parity(model, model, row, "flex") < 1e-5
 
 
 @pytest.mark.parametrize("name", CONFIGS)
