@@ -3,12 +3,13 @@
 import json
 from pathlib import Path
 
+import transformers
 import yaml
 from accelerate import init_empty_weights
 from huggingface_hub import HfApi
 from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM, PreTrainedConfig, Trainer
+from transformers import PreTrainedConfig, Trainer
 
 from .config import recorded_run
 from .errors import UserError
@@ -50,7 +51,8 @@ def verify_export(folder: str | Path, config: PreTrainedConfig, peft_config: Pef
     folder = Path(folder)
     found = saved_tensors(folder)
     with init_empty_weights():
-        model = AutoModelForCausalLM.from_config(config)
+        # Not by AutoModel: while ZeRO-3 is on, that divides what it makes over the ranks.
+        model = getattr(transformers, config.architectures[0])(config)
         tied = set(model.all_tied_weights_keys)
         state = model.state_dict()
         if peft_config is not None:
