@@ -1,6 +1,5 @@
 """Every recipe, overlay, sweep and launch configuration that is shipped loads, and holds the paper's values."""
 
-import itertools
 import json
 import re
 from pathlib import Path
@@ -11,6 +10,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from rmipo.config import load_recipe
 from rmipo.recipe_files import read_yaml
+from rmipo.search import load_sweep, make_point
 from rmipo.stages import NOT_SETTINGS, choose_stages
 
 ROOT = Path(__file__).parent.parent
@@ -117,15 +117,11 @@ def test_overlays_fit_every_setting(overlay):
 
 @pytest.mark.parametrize("sweep", SWEEPS)
 def test_every_point_of_a_sweep_is_a_valid_recipe(sweep):
-    content = read_yaml(RECIPES / "sweeps" / sweep)
-    command = content["command"]
-    path = command[command.index("--config") + 1]
-    overlays = [command[i + 1] for i, word in enumerate(command) if word == "--overlay"]
-    keys, choices = zip(*((key, entry["values"]) for key, entry in content["parameters"].items()), strict=True)
-    points = list(itertools.product(*choices))
-    for point in points[:: max(1, len(points) // 12)]:
-        overrides = [f"--{key}={value}" for key, value in zip(keys, point, strict=True)]
-        assert load_recipe(path, overlays, overrides).values["objective"]["name"] == sweep.removesuffix(".yaml")
+    method = sweep.removesuffix(".yaml")
+    points = load_sweep(method, "llama3-8b-instruct").points
+    for values in points[:: max(1, len(points) // 12)]:
+        point = make_point(values, {"MODEL": "llama3-8b-instruct", "METHOD": method})
+        assert point.recipe.values["objective"]["name"] == method
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("configs/accelerate/*.yaml")), ids=lambda path: path.stem)
