@@ -36,6 +36,7 @@ setup(
             "alpaca-eval==0.6.6",
             "lm-eval[hf,ifeval,math]==0.4.13",
             "nvidia-mtbench-evaluator==26.3",
+            "omegaconf==2.4.0.dev3",  # the only one that lm-eval's antlr4 allows
             "scikit-learn>=1.9,<1.10",
             "setuptools<81",
         ],

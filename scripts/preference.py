@@ -30,6 +30,7 @@ def main() -> None:
     from trl import get_peft_config
 
     from rmipo import checkpoints, data, export, tracking, watchdogs
+    from rmipo.chat import PROBES
     from rmipo.loading import load_model, load_tokenizer
     from rmipo.objectives import build_objective
     from rmipo.trainer import PreferenceTrainer
@@ -73,6 +74,7 @@ def main() -> None:
         args.output_dir,
         identity,
         objective=vars(objective) | {"name": objective.name},
+        prompt_probe=[chat.prompt_ids(messages) for messages in PROBES],
         data={split: report.as_dict() for split, report in reports.items()},
     )
     stop = checkpoints.StopOnSignal()

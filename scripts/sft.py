@@ -28,6 +28,7 @@ def main() -> None:
     from trl import SFTTrainer, get_peft_config
 
     from rmipo import checkpoints, data, export, tracking, watchdogs
+    from rmipo.chat import PROBES
     from rmipo.loading import load_model, load_tokenizer
 
     state = PartialState()
@@ -50,7 +51,8 @@ def main() -> None:
     fingerprints = {split: data.fingerprint(dataset) for split, dataset in datasets.items()}
     identity = checkpoints.run_identity(recipe.resolved(), fingerprints, args.world_size)
     checkpoint = checkpoints.resume_point(args.output_dir, identity)
-    run = tracking.RunRecord(args.output_dir, identity)
+    prompt_probe = [chat.prompt_ids(messages) for messages in PROBES]
+    run = tracking.RunRecord(args.output_dir, identity, prompt_probe=prompt_probe)
     stop = checkpoints.StopOnSignal()
     say(f"resuming from {checkpoint}" if checkpoint else f"starting in {args.output_dir}")
 
