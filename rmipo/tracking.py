@@ -247,9 +247,9 @@ def plot_gamma_histogram(gamma: torch.Tensor, bounds: tuple[float, float], path:
     weights = torch.full_like(inner, 1 / len(gamma))
     axis.hist(inner.numpy(), bins=30, range=(low, high), weights=weights.numpy(), label="between the bounds")
     width = (high - low) / 30
-    for position, share, side in ((low - width, at_low, "lower"), (high + width, at_high, "upper")):
+    for position, share, side, colour in ((low - width, at_low, "lower", "C2"), (high + width, at_high, "upper", "C1")):
         fraction = share.double().mean().item()
-        axis.bar(position, fraction, width=width, label=f"at the {side} bound: {fraction:.0%}")
+        axis.bar(position, fraction, width=width, color=colour, label=f"at the {side} bound: {fraction:.0%}")
     axis.set(xlabel="gamma", ylabel="share of pairs", title=f"margin of {len(gamma)} held-out pairs")
     axis.legend(fontsize=8)
     figure.tight_layout()
