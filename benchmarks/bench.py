@@ -1,8 +1,8 @@
 """Our training step against the authors' way, padded SimPO and TRL on the CPU: ratios of time and of memory.
 
-    python -m benchmarks.bench                       all cases, under ten minutes on two cores
-    python -m benchmarks.bench --cases main          the case that the targets are set for
-    python -m benchmarks.bench --data pairs.jsonl    lengths of your pairs (also from the environment variable DATA)
+    make bench                            all cases, under ten minutes on two cores
+    make bench ARGS="--cases main"        the case that the targets are set for
+    make bench DATA=pairs.jsonl           lengths of your pairs
 
 One thread. Lengths are divided by 4: attention's share of the work grows with length / width, and a model of width 512
 at full length would spend on it six times the share that the 8B does. The case "full-lengths" doesn't divide them.
@@ -12,9 +12,10 @@ import argparse
 import contextlib
 import dataclasses
 import io
-import itertools
 import logging
 import os
+import shlex
+import sys
 import warnings
 from dataclasses import dataclass
 from datetime import datetime
@@ -57,8 +58,8 @@ CASES = (
     Case("micro-batch-2", micro_batch=2),
     Case("micro-batch-8", micro_batch=8),
     Case("no-checkpointing", setup=dataclasses.replace(SETUP, checkpointing=False)),
-    # The head has a quarter of the weights, as in models of 0.5B with a vocabulary of 150k.
-    Case("large-vocabulary", setup=dataclasses.replace(SETUP, vocabulary=4096)),
+    # 32 logits per unit of width, as in the 8B: what logits cost in memory. (Here the head has half the weights.)
+    Case("large-vocabulary", setup=dataclasses.replace(SETUP, vocabulary=16384)),
     Case("alpacaeval", profile="alpacaeval"),
     Case("full-lengths", scale=1.0, setup=dataclasses.replace(SETUP, layers=1, vocabulary=512)),
 )
@@ -67,30 +68,25 @@ CASES = (
 def draw(case: Case, rounds: int, data: str | None, tokenizer: str | None) -> list[list[dict]]:
     """A batch of pairs per round, the same for all contenders."""
     source = lengths.from_file(data, tokenizer, seed=0) if data else lengths.from_profile(case.profile, seed=0)
-    batches = []
-    for number in range(rounds):
-        sizes = itertools.islice(source, case.micro_batch)
-        scaled = [tuple(max(2, round(size * case.scale)) for size in pair) for pair in sizes]
-        batches.append(lengths.make_pairs(scaled, case.setup.vocabulary, seed=number))
-    return batches
+    return lengths.batches(source, rounds, case.micro_batch, case.scale, case.setup.vocabulary)
 
 
 def run(case: Case, batches: list[list[dict]], progress: tqdm) -> dict:
     warm_up = lengths.make_pairs([(8, 16, 16)], case.setup.vocabulary, seed=0)
     longest = max(batches, key=lambda pairs: work.step_work("padded-simpo", pairs, case.setup).positions)
     memory = {}
-    if case.name == "main":
+    if case.name in ("main", "large-vocabulary"):
         for name in case.contenders:
             memory[name] = {"memory": measure.peak_activations(name, case.setup, warm_up, longest)}
     with contextlib.redirect_stderr(io.StringIO()):  # TRL's own progress bars
-        steps = {name: build(name, case.setup) for name in case.contenders}
-    for step, model in steps.values():
-        step(warm_up)
-        model.zero_grad()
-    rounds = measure.timed_rounds(steps, batches, progress)
+        contenders = {name: build(name, case.setup) for name in case.contenders}
+    for one in contenders.values():
+        one.step(warm_up)
+        one.model.zero_grad()
+    rounds = measure.timed_rounds(contenders, batches, progress, tolerance=measure.LOSS_TOLERANCE[case.setup.dtype])
     result = dataclasses.asdict(case) | {"contenders": {}}
     for name in case.contenders:
-        total = sum((work.step_work(name, pairs, case.setup) for pairs in batches), work.Work(0, 0, 0, 0))
+        total = work.total(name, batches, case.setup)
         entry = {"name": name, "work": dataclasses.asdict(total) | {"flops": total.flops}, "rounds": rounds[name]}
         result["contenders"][name] = entry | memory.get(name, {})
     report.add_ratios(result, BASES, clock="cpu")
@@ -105,7 +101,7 @@ def main() -> None:
     parser.add_argument("--tokenizer", help="counts the tokens of --data; default: 4 characters a token")
     stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
     parser.add_argument("--output", type=Path, default=Path(f"outputs/bench/{stamp}.json"))
-    options = parser.parse_args()
+    options = parser.parse_args(sys.argv[1:] or shlex.split(os.environ.get("ARGS", "")))
     if options.output.exists():
         parser.error(f"--output {options.output} exists")
 

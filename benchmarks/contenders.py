@@ -15,6 +15,7 @@ from trl import DPOConfig, DPOTrainer
 from trl.experimental.cpo import CPOConfig, CPOTrainer
 
 from benchmarks import references
+from rmipo import attention
 from rmipo.batching import MicroBatch
 from rmipo.config import PreferenceConfig
 from rmipo.objectives import build_objective
@@ -69,20 +70,29 @@ class Setup:
         return model.train()
 
 
-def build(name: str, setup: Setup) -> tuple[Step, LlamaForCausalLM]:
-    """The step called `name` and the model it trains."""
-    model = setup.model()
+@dataclass(frozen=True)
+class Contender:
+    """A step, the model it trains, and the attention (`rmipo.attention.attach`) that it needs the model to have."""
+
+    step: Step
+    model: LlamaForCausalLM
+    attention: str
+
+
+def build(name: str, setup: Setup, model: LlamaForCausalLM | None = None) -> Contender:
+    """The contender `name`, on `model` if several share one."""
+    model = setup.model() if model is None else model
     step = BUILDERS[name](model, setup)
     if setup.checkpointing:  # here and not by the trainers, so that it is the same for all
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    return step, model
+    return Contender(step, model, attention.resolve_kind("auto", model.device) if name in OURS else "plain")
 
 
 def _arguments(cls: type[TrainingArguments], setup: Setup, **values) -> TrainingArguments:
     return cls(
         output_dir=tempfile.mkdtemp(prefix="bench-"),
         use_cpu=setup.device == "cpu",
-        bf16=setup.dtype == "bfloat16",
+        bf16=False,  # bfloat16 is the weights' type, as under DeepSpeed, with no autocast
         gradient_checkpointing=False,
         report_to="none",
         save_strategy="no",
@@ -173,5 +183,6 @@ BUILDERS = {
     "simpo": _ours({"name": "simpo", **SIMPO}),
     "dpo": _ours({"name": "dpo", **DPO}),
 }
+OURS = ("rmipo", "simpo", "dpo")
 # The same loss in two or three ways: their values must agree.
 SAME_LOSS = [("padded-rmipo", "rmipo"), ("padded-simpo", "trl-simpo", "simpo"), ("trl-dpo", "dpo")]

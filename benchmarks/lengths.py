@@ -1,6 +1,7 @@
 """Pairs of random tokens with the lengths of real ones: built-in profiles, or a file of pairs."""
 
 import gzip
+import itertools
 import json
 import math
 import random
@@ -94,3 +95,12 @@ def make_pairs(lengths: list[tuple[int, int, int]], vocabulary: int, seed: int) 
         pair = dict(zip(("prompt_ids", "chosen_ids", "rejected_ids"), ids, strict=True))
         pairs.append({**pair, "row": row, "ref_chosen_logps": -5.0 * sizes[1], "ref_rejected_logps": -5.0 * sizes[2]})
     return pairs
+
+
+def batches(
+    source: Iterator[tuple[int, int, int]], count: int, size: int, scale: float, vocabulary: int
+) -> list[list[dict]]:
+    """`count` batches of `size` pairs with the next lengths of `source` times `scale`."""
+    drawn = (list(itertools.islice(source, size)) for _ in range(count))
+    scaled = ([tuple(max(2, round(length * scale)) for length in pair) for pair in batch] for batch in drawn)
+    return [make_pairs(batch, vocabulary, seed) for seed, batch in enumerate(scaled)]

@@ -11,18 +11,25 @@ from collections.abc import Callable
 from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
-from benchmarks.contenders import SAME_LOSS, Setup, build
+from benchmarks.contenders import SAME_LOSS, Contender, Setup, build
+from rmipo import attention
 
-LOSS_TOLERANCE = 1e-4  # relative, between ways to compute the same loss in float32
+# Relative, between ways to compute the same loss.
+LOSS_TOLERANCE = {"float32": 1e-4, "bfloat16": 3e-2}
 
 
 def timed_rounds(
-    steps: dict[str, tuple], batches: list[list[dict]], progress: tqdm, clock: Callable[[], float] = time.perf_counter
+    contenders: dict[str, Contender],
+    batches: list[list[dict]],
+    progress: tqdm,
+    *,
+    tolerance: float,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[dict]]:
     """Time every contender on every batch; odd rounds run in reverse order.
 
     Args:
-        steps: name -> (step, model) of `contenders.build`.
+        tolerance: relative difference at most between losses of the same objective.
         clock: of the wall time; a GPU's must wait for the device.
 
     Returns:
@@ -31,27 +38,28 @@ def timed_rounds(
     Raises:
         RuntimeError: ways to compute the same loss disagree.
     """
-    results: dict[str, list[dict]] = {name: [] for name in steps}
+    results: dict[str, list[dict]] = {name: [] for name in contenders}
     for number, pairs in enumerate(batches):
-        for name in list(steps)[:: -1 if number % 2 else 1]:
+        for name in list(contenders)[:: -1 if number % 2 else 1]:
             progress.set_description(name)
-            step, model = steps[name]
+            one = contenders[name]
+            attention.attach(one.model, one.attention)
             gc.collect()
             wall, cpu = clock(), time.process_time()
-            loss = step(pairs)
+            loss = one.step(pairs)
             wall, cpu = clock() - wall, time.process_time() - cpu
-            model.zero_grad()
+            one.model.zero_grad()
             results[name].append({"cpu": cpu, "wall": wall, "loss": loss})
             progress.update()
-        _raise_if_losses_differ(results)
+        _raise_if_losses_differ(results, tolerance)
     return results
 
 
-def _raise_if_losses_differ(results: dict[str, list[dict]]) -> None:
+def _raise_if_losses_differ(results: dict[str, list[dict]], tolerance: float) -> None:
     for names in SAME_LOSS:
         losses = {name: results[name][-1]["loss"] for name in names if name in results}
         values = losses.values()
-        if losses and max(values) - min(values) > LOSS_TOLERANCE * max(map(abs, values)):
+        if losses and max(values) - min(values) > tolerance * max(map(abs, values)):
             raise RuntimeError(f"these should have the same loss: {losses}")
 
 
@@ -75,7 +83,7 @@ def peak_activations(name: str, setup: Setup, warm_up: list[dict], pairs: list[d
 
 def _measure_peak(sender, name: str, setup: Setup, warm_up: list[dict], pairs: list[dict]) -> None:
     with contextlib.redirect_stderr(io.StringIO()):  # TRL's own progress bars
-        step, _ = build(name, setup)
+        step = build(name, setup).step
     step(warm_up)  # allocates the gradients
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         step(pairs)

@@ -54,6 +54,10 @@ def step_work(name: str, pairs: list[dict], setup: Setup) -> Work:
     return sum((_work(part, setup, head_units) for part in passes), Work(0, 0, 0, 0))
 
 
+def total(name: str, batches: list[list[dict]], setup: Setup) -> Work:
+    return sum((step_work(name, pairs, setup) for pairs in batches), Work(0, 0, 0, 0))
+
+
 def _packed(groups: list[tuple[int, list[int]]], gradient: bool = True) -> Pass:
     """Shared prefixes once; a branch attends to its prefix and itself, causally."""
     scored = sum(sum(branches) for _, branches in groups)

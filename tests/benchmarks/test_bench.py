@@ -39,9 +39,9 @@ def test_reference_simpo_by_hand(pairs):
 @pytest.mark.parametrize("names", SAME_LOSS)
 def test_all_ways_to_a_loss_give_the_same_loss_and_gradients(names, checkpointing, pairs):
     built = {name: build(name, Setup(32, 2, 8, 61, checkpointing)) for name in names}
-    losses = [step(pairs) for step, _ in built.values()]
+    losses = [one.step(pairs) for one in built.values()]
     assert losses == pytest.approx([losses[0]] * len(losses), abs=1e-5)
-    first, *others = (model for _, model in built.values())
+    first, *others = (one.model for one in built.values())
     for other in others:
         for (name, expected), actual in zip(first.named_parameters(), other.parameters(), strict=True):
             torch.testing.assert_close(actual.grad, expected.grad, atol=1e-6, rtol=1e-3, msg=name)
@@ -76,7 +76,7 @@ def test_work_of_one_pair_by_hand():
 @pytest.mark.parametrize("name", sorted(BUILDERS.keys() - {"trl-dpo"}))  # the counter misses its products with out=
 def test_work_equals_the_counted_matrix_products(name, checkpointing, pairs):
     setup = Setup(32, 2, 8, 61, checkpointing)
-    step, _ = build(name, setup)
+    step = build(name, setup).step
     with FlopCounterMode(display=False) as counter:
         step(pairs)
     counted = sum(value for op, value in counter.get_flop_counts()["Global"].items() if "mm" in str(op))
