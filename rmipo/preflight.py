@@ -22,8 +22,8 @@ from .errors import UserError
 from .objectives import build_objective
 from .plan import GIB, Hardware, MemoryPlan, Run, Shape, Sharding, checkpoint_bytes, largest_micro_batch, plan_memory
 from .shapes import load_config
+from .stages import launch_configuration
 
-ROOT = Path(__file__).parent.parent
 CACHED_FILE = {"model": "config.json", "dataset": "README.md"}
 WEIGHT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "auto": 2}
 
@@ -129,12 +129,6 @@ def check_disk(folder: str | Path, needed: int) -> int:
             "save_only_model: true or a lower save_total_limit, or name another output_dir"
         )
     return free
-
-
-def launch_configuration(recipe: Recipe, name: str | None = None) -> Path:
-    """The file of configs/accelerate/ that a recipe is launched with: adapters need nothing sharded."""
-    default = "ddp" if recipe.values.get("use_peft") else "zero3"
-    return ROOT / f"configs/accelerate/{name or default}.yaml"
 
 
 def check_launch(recipe: Recipe, gpus: int, nodes: int = 1, sharding: str | None = None) -> None:

@@ -10,10 +10,10 @@ from .config import ConfigError
 SCRIPT = "scripts/launch.slurm"
 
 
-def submit(
+def sbatch_command(
     config: str, program: list[str], *, nodes: int, gpus: int, name: str, after: str | None = None
-) -> tuple[str, Path]:
-    """Queue one program; (job id, its log file).
+) -> list[str]:
+    """The command line that queues one program.
 
     Args:
         config: file of configs/accelerate/, or "cpu".
@@ -21,6 +21,15 @@ def submit(
         gpus: of each node; 0 for "cpu".
         name: of the job in the queue.
         after: id of the job that has to succeed first.
+    """
+    command = ["sbatch", "--parsable", f"--nodes={nodes}", f"--job-name={name}"]
+    command += [f"--gpus-per-node={gpus}"] if gpus else []
+    command += [f"--dependency=afterok:{after}", "--kill-on-invalid-dep=yes"] if after else []
+    return [*command, SCRIPT, config, *program]
+
+
+def submit(config: str, program: list[str], *, name: str, **options) -> tuple[str, Path]:
+    """Queue one program; (job id, its log file). Arguments: those of `sbatch_command`.
 
     Raises:
         ConfigError: no Slurm here, or it refuses the job; quotes Slurm's reason.
@@ -31,11 +40,9 @@ def submit(
         )
     logs = Path("outputs/slurm")  # Slurm doesn't make the log's folder and would lose the log
     logs.mkdir(parents=True, exist_ok=True)
-    command = ["sbatch", "--parsable", f"--nodes={nodes}", f"--job-name={name}"]
-    command += [f"--gpus-per-node={gpus}"] if gpus else []
-    command += [f"--dependency=afterok:{after}", "--kill-on-invalid-dep=yes"] if after else []
+    command = sbatch_command(config, program, name=name, **options)
     environment = {"WANDB_PROJECT": "rmipo", **os.environ}
-    done = subprocess.run([*command, SCRIPT, config, *program], env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
         raise ConfigError(f"SLURM=1: sbatch refused {name}: {done.stderr.strip()}")
     job = done.stdout.strip().split(";")[0]

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from .config import ConfigError, Recipe, load_recipe, recorded_run
 
+ROOT = Path(__file__).parent.parent
 SCRIPTS = {"world": "toy.py", "sft": "sft.py", "rmipo": "preference.py", "report": "toy_report.py"}
 NOT_SETTINGS = {"ablations", "adapters", "methods", "sweeps", "templates"}
 
@@ -27,25 +28,38 @@ class Step:
     arguments: list[str] = field(default_factory=list)
     recipe: Recipe | None = None
 
-    def processes(self, gpus: int) -> int:
-        return 1 if self.recipe.values.get("use_cpu") else gpus
+    @property
+    def program(self) -> list[str]:
+        return [f"scripts/{SCRIPTS[self.stage]}", *self.arguments]
+
+    @property
+    def on_cpu(self) -> bool:
+        return self.recipe is None or bool(self.recipe.values.get("use_cpu"))
+
+    def processes(self, gpus: int, nodes: int = 1) -> int:
+        """Over `nodes` machines of `gpus` GPUs; on the CPU one each."""
+        return nodes if self.on_cpu else nodes * gpus
 
     def command(self, gpus: int, sharding: str | None) -> list[str]:
-        """The command line: `accelerate launch` on `gpus` GPUs, or plain Python for what runs on the CPU."""
+        """The command line here: `accelerate launch` on `gpus` GPUs, or plain Python for what runs on the CPU."""
         programs = Path(os.path.relpath(Path(sys.executable).parent))
-        script = [f"scripts/{SCRIPTS[self.stage]}", *self.arguments]
-        if self.recipe is None or self.recipe.values.get("use_cpu"):
-            return [str(programs / "python"), *script]
-        default = "ddp" if self.recipe.values.get("use_peft") else "zero3"
-        config = f"configs/accelerate/{sharding or default}.yaml"
+        if self.on_cpu:
+            return [str(programs / "python"), *self.program]
+        config = os.path.relpath(launch_configuration(self.recipe, sharding))
         launch = [str(programs / "accelerate"), "launch", "--config_file", config, "--num_processes", str(gpus)]
-        return [*launch, *script]
+        return [*launch, *self.program]
 
-    def check(self, gpus: int) -> None:
-        """Raises ConfigError if the recipe can't be trained on `gpus` GPUs."""
+    def job(self, gpus: int, nodes: int, sharding: str | None, model: str) -> dict:
+        """The same as a Slurm job: the arguments of `slurm.sbatch_command`."""
+        config = "cpu" if self.on_cpu else os.path.relpath(launch_configuration(self.recipe, sharding))
+        job = {"config": config, "program": self.program, "nodes": nodes, "gpus": 0 if self.on_cpu else gpus}
+        return {**job, "name": f"{model}-{self.stage}"}
+
+    def check(self, gpus: int, nodes: int = 1) -> None:
+        """Raises ConfigError if the recipe can't be trained on `nodes` machines of `gpus` GPUs."""
         if self.recipe is not None:
             self.recipe.require_device(gpus)
-            self.recipe.batch(self.processes(gpus))
+            self.recipe.batch(self.processes(gpus, nodes))
 
     def is_done(self) -> bool:
         """Whether this very run has finished.
@@ -69,6 +83,12 @@ class Step:
                 "\n  ".join([f"{folder} holds a run of another recipe. {remedy}. Different:", *differing])
             )
         return run["finished"]
+
+
+def launch_configuration(recipe: Recipe, name: str | None = None) -> Path:
+    """The file of configs/accelerate/ that a recipe is launched with: adapters need nothing sharded."""
+    default = "ddp" if recipe.values.get("use_peft") else "zero3"
+    return ROOT / f"configs/accelerate/{name or default}.yaml"
 
 
 def choose(variable: str, value: str, options: list[str], title: str) -> str:

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from rmipo import plan, preflight
 from rmipo.config import Recipe
 from rmipo.plan import GIB, Hardware, Sharding
-from rmipo.stages import choose_stages, load_steps
+from rmipo.stages import choose_stages, launch_configuration, load_steps
 
 ROOT = Path(__file__).parent.parent
 # Rows of UltraFeedback's train_prefs (the on-policy sets have about as many) and of UltraChat-200k's train_sft.
@@ -48,7 +48,7 @@ def main() -> int:
     model, stages = choose_stages(env)
     recipe = next(step.recipe for step in load_steps(model, stages, env) if step.stage == env["STAGE"])
     hardware = hardware_of(env, recipe)
-    launch = preflight.launch_configuration(recipe, env.get("SHARDING"))
+    launch = launch_configuration(recipe, env.get("SHARDING"))
     sharding = Sharding.load(launch)
     run, shape = preflight.run_of(recipe), preflight.shape_of(recipe)
     memory = plan.plan_memory(shape, run, sharding, hardware)
@@ -58,7 +58,7 @@ def main() -> int:
     print(f", {shape.trained / 1e6:.1f} M of them trained" if run.adapters else "")
     print(f"{hardware.nodes} node(s) x {hardware.gpus_per_node} GPUs x {hardware.gib:g} GiB, {launch.stem}")
 
-    print(f"\nMemory per GPU at the longest micro-batch (size {run.micro_batch}, cut at max_length: {tokens} tokens)")
+    print(f"\nMemory per GPU at the longest micro-batch that the recipe allows ({tokens} tokens)")
     for name, size in memory.parts.items():
         print(f"  {name:36} {size / GIB:8.1f} GiB")
     print(
@@ -75,7 +75,8 @@ def main() -> int:
     )
 
     size = plan.largest_micro_batch(shape, run, sharding, hardware)
-    print(f"\nSuggested per_device_train_batch_size: {size or 'none fits'}")
+    decided = " (max_tokens_per_micro_batch decides)" if run.max_tokens else ""
+    print(f"\nSuggested per_device_train_batch_size: {size or 'none fits'}{decided}")
     _, accumulation = recipe.batch(hardware.gpus)
     examples = int(number(env, "EXAMPLES", EXAMPLES[run.stage]))
     tflops, epochs = number(env, "TFLOPS", A100_TFLOPS), recipe.values.get("num_train_epochs", 1)

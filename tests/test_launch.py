@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -32,7 +33,7 @@ HOSTILE = [
 @pytest.fixture(autouse=True)
 def root(monkeypatch):
     monkeypatch.chdir(ROOT)
-    for name in ("MODEL", "STAGE", "METHOD", "ARGS", "DATA", "DRY", "GPUS", "SHARDING"):
+    for name in ("MODEL", "STAGE", "METHOD", "ARGS", "DATA", "DRY", "GPUS", "SHARDING", "SLURM", "NODES"):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -172,17 +173,22 @@ def test_gpus_that_do_not_divide_the_batch_or_are_absent_stop_before_anything_ru
 # The program
 
 
-@pytest.fixture
-def launch(monkeypatch, capsys):
-    """launch(MODEL=...) -> (exit code, standard output, standard error)."""
+@pytest.fixture(scope="module")
+def launch_module():
     spec = importlib.util.spec_from_file_location("launch", ROOT / "scripts/launch.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def launch(launch_module, monkeypatch, capsys):
+    """launch(MODEL=...) -> (exit code, standard output, standard error)."""
 
     def launch(**env):
         for name, value in env.items():
             monkeypatch.setenv(name, value)
-        code = module.main()
+        code = launch_module.main()
         return code, *capsys.readouterr()
 
     return launch
@@ -206,11 +212,66 @@ def test_dry_run_of_a_base_setting_says_which_sft_model_it_takes(launch):
     assert "# model_name_or_path: alignment-handbook/zephyr-7b-sft-full, because outputs/mistral-7b-base/sft" in output
 
 
+def test_dry_run_prints_the_slurm_submission_over_nodes(launch):
+    code, output, _ = launch(MODEL="llama3-70b-instruct", DRY="1", SLURM="1", NODES="4", GPUS="8")
+    lines = output.splitlines()
+    assert code == 0
+    assert "# accumulation: 128 = 1 per device x 32 processes x 4 steps" in lines
+    assert lines[-2] == (
+        "sbatch --parsable --nodes=4 --job-name=llama3-70b-instruct-rmipo --gpus-per-node=8 scripts/launch.slurm "
+        "configs/accelerate/zero3.yaml scripts/preference.py --config recipes/llama3-70b-instruct/rmipo.yaml"
+    )
+
+
+def test_cpu_stages_are_queued_without_gpus(launch):
+    code, output, _ = launch(MODEL="tiny", STAGE="rmipo", DRY="1", SLURM="1", NODES="2")
+    assert code == 0 and "# accumulation: 32 = 16 per device x 2 processes x 1 steps" in output
+    assert "--nodes=2 --job-name=tiny-rmipo scripts/launch.slurm cpu scripts/preference.py --config" in output
+
+
+def test_stages_are_queued_one_after_the_other(launch, tmp_path, monkeypatch):
+    """A stand-in for sbatch writes down what it was given and hands out job ids."""
+    sbatch = tmp_path / "sbatch"
+    sbatch.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/jobs\nwc -l < {tmp_path}/jobs\n')
+    sbatch.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    code, output, errors = launch(MODEL="llama3-8b-base", SLURM="1", GPUS="8")
+    assert code == 0, errors
+    first, second = (tmp_path / "jobs").read_text().splitlines()
+    assert first.endswith("configs/accelerate/zero3.yaml scripts/sft.py --config recipes/llama3-8b-base/sft.yaml")
+    assert "--job-name=llama3-8b-base-rmipo --gpus-per-node=8 --dependency=afterok:1 --kill-on-invalid-dep=yes" in second
+    assert "## rmipo: job 2, log outputs/slurm/2.log" in output
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_stop_that_saved_ends_with_code_75(launch_module, tmp_path, processes):
+    """`processes` > 1: the launcher in between turns the program's code into 1."""
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import os, pathlib, signal, sys, time\n"
+        "def stop(*_):\n"
+        f"    marker = pathlib.Path({str(tmp_path)!r}) / 'checkpoint-3' / 'complete.json'\n"
+        "    marker.parent.mkdir()\n"
+        "    marker.write_text('{}')\n"
+        f"    sys.exit(75 if {processes} == 1 else 1)\n"
+        "signal.signal(signal.SIGTERM, stop)\n"
+        "os.kill(os.getppid(), signal.SIGTERM)\n"
+        "time.sleep(60)\n"
+    )
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        assert launch_module.run([sys.executable, str(program)], str(tmp_path)) == 75
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 @pytest.mark.parametrize(
     ("env", "message"),
     [
         ({"MODEL": "llama3"}, "error: MODEL='llama3' is not one of them. The settings:"),
         ({"MODEL": "tiny", "GPUS": "many"}, "error: GPUS='many': expected the number of GPUs"),
+        ({"MODEL": "tiny", "NODES": "2"}, "error: NODES=2: several machines are reached through Slurm: add SLURM=1"),
+        ({"MODEL": "tiny", "NODES": "two", "SLURM": "1"}, "error: NODES='two': expected the number of machines"),
         ({"MODEL": "tiny", "SHARDING": "zero9"}, "error: SHARDING='zero9' is not one of them"),
         ({"MODEL": "tiny", "ARGS": "--seed x", "DRY": "1"}, "command line: seed is 'x': expected a whole number"),
     ],
