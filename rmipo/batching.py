@@ -14,6 +14,10 @@ from typing import NamedTuple
 import torch
 from torch.utils.data import Dataset, Sampler
 
+# Micro-batches in one forward without gradient: under ZeRO-3 the parameters are gathered that much less often than for
+# one at a time, while the logits of a whole step would not fit (32 long pairs of Llama-3: 34 GB).
+HOISTED_MICRO_BATCHES = 4
+
 
 class MicroBatch(NamedTuple):
     indices: tuple[int, ...]  # rows of the dataset

@@ -19,6 +19,9 @@ from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem
 from peft import PeftConfig, get_peft_model
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
+from .batching import HOISTED_MICRO_BATCHES
+from .logps import CHUNK
+
 GIB = 2**30
 
 # Assumptions, printed with every plan.
@@ -145,11 +148,17 @@ class Run:
         return 2 if self.autocast else self.weight_bytes
 
     def longest_row(self, size: int) -> int:
-        """Tokens of the longest batch of `size` that the recipe's limits allow; all may pass through the LM head."""
-        if self.stage == "sft":
-            return size * self.max_length
-        pair = 2 * self.max_length  # a short prompt and two responses cut at max_length
-        return size * pair if self.max_tokens is None else min(size * pair, max(self.max_tokens, pair))
+        """Tokens of the longest micro-batch that the recipe's limits allow; all may pass through the LM head."""
+        if self.max_tokens is not None:
+            return max(self.max_tokens, 2 * self.max_length)
+        return self._longest(size)
+
+    def longest_evaluation_row(self) -> int:
+        return self._longest(self.evaluation_batch)
+
+    def _longest(self, size: int) -> int:
+        # A pair is longest with a short prompt and two responses that are cut at max_length.
+        return size * self.max_length * (1 if self.stage == "sft" else 2)
 
 
 def layer_activations(shape: Shape, tokens: int, compute_bytes: int) -> int:
@@ -163,16 +172,24 @@ def layer_activations(shape: Shape, tokens: int, compute_bytes: int) -> int:
     return tokens * (compute_bytes * narrow + 4 * wide)
 
 
-def head_activations(shape: Shape, scored: int, compute_bytes: int) -> int:
-    """Peak bytes of LM head and cross-entropy: logits, and in float32 their copy and log-softmax (or its gradient)."""
-    return scored * (shape.vocabulary * (compute_bytes + 8) + compute_bytes * shape.hidden)
+def head_activations(shape: Shape, run: Run, scored: int) -> int:
+    """Peak bytes of LM head and cross-entropy.
+
+    Preference: the logits, overwritten by their gradient (`rmipo.logps`), and a chunk of them in float32. SFT: also, in
+    float32, their copy and log-softmax (or its gradient).
+    """
+    hidden = scored * shape.hidden * run.compute_bytes
+    logits = scored * shape.vocabulary
+    if run.stage == "sft":
+        return hidden + logits * (run.compute_bytes + 8)
+    return hidden + logits * run.compute_bytes + 8 * min(logits, CHUNK["cuda"])
 
 
 def gradient_pass(shape: Shape, run: Run) -> dict[str, int]:
     """Peak bytes of forward and backward over the longest row, in parts."""
     tokens = run.longest_row(run.micro_batch)
     layer = layer_activations(shape, tokens, run.compute_bytes)
-    head = head_activations(shape, tokens, run.compute_bytes)
+    head = head_activations(shape, run, tokens)
     if not run.checkpointing:
         return {"activations": shape.layers * layer, "head logits": head}
     # Only one of the two is alive on top of the layers' inputs: the head, or the layer that is computed again.
@@ -180,11 +197,10 @@ def gradient_pass(shape: Shape, run: Run) -> dict[str, int]:
     return {"activations": inputs + max(layer - head, 0), "head logits": head}
 
 
-def no_gradient_pass(shape: Shape, run: Run, size: int) -> int:
-    """Peak bytes of scoring a batch of `size` without gradient: the prior pass, and evaluation."""
-    tokens = run.longest_row(size)
+def no_gradient_pass(shape: Shape, run: Run, tokens: int) -> int:
+    """Peak bytes of scoring a row of `tokens` without gradient."""
     layer = tokens * run.compute_bytes * (2 * shape.hidden + 3 * shape.intermediate)
-    return max(layer, head_activations(shape, tokens, run.compute_bytes))
+    return max(layer, head_activations(shape, run, tokens))
 
 
 def model_states(shape: Shape, run: Run, sharding: Sharding, hardware: Hardware) -> dict[str, int]:
@@ -246,11 +262,13 @@ def plan_memory(shape: Shape, run: Run, sharding: Sharding, hardware: Hardware) 
     parts = model_states(shape, run, sharding, hardware)
     host = parts.pop("host")
     step = gradient_pass(shape, run)
-    prior = no_gradient_pass(shape, run, run.micro_batch) if run.prior else 0
-    evaluation = no_gradient_pass(shape, run, run.evaluation_batch)
+    accumulated = math.ceil(run.global_batch / (hardware.gpus * run.micro_batch))
+    prior_row = min(accumulated, HOISTED_MICRO_BATCHES) * run.longest_row(run.micro_batch)
+    prior = no_gradient_pass(shape, run, prior_row) if run.prior else 0
+    evaluation = no_gradient_pass(shape, run, run.longest_evaluation_row())
     beyond = max(prior, evaluation) - sum(step.values())
     capacity = int(hardware.gib * GIB)
-    parts |= step | {"evaluation beyond these": max(beyond, 0)}
+    parts |= step | {"prior or evaluation beyond these": max(beyond, 0)}
     parts["communication buffers (assumed)"] = int(BUCKETS_GIB * GIB) if hardware.gpus > 1 else 0
     parts["reserve (assumed)"] = int(RESERVED_FRACTION * capacity)
     return MemoryPlan({name: size for name, size in parts.items() if size}, prior, evaluation, host, capacity)

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
 from . import attention, scoring
-from .batching import MicroBatch, MicroBatchRows, StepSampler, packed_lengths
+from .batching import HOISTED_MICRO_BATCHES, MicroBatch, MicroBatchRows, StepSampler, packed_lengths
 from .checkpoints import load_objective_state
 from .config import ConfigError, PreferenceConfig
 from .errors import UserError
@@ -212,19 +212,21 @@ class PreferenceTrainer(Trainer):
         return output.losses
 
     def _score_hoisted(self, model, batches: list[dict]) -> list[dict[str, torch.Tensor]]:
-        """What needs no gradient, for all micro-batches in one forward: the weights don't change within a step.
+        """What needs no gradient, several micro-batches per forward: the weights don't change within a step.
 
         log pi(y) of every response (Algorithm 1, line 5) or, for KTO, the responses under mismatched prompts.
         """
         known: list[dict[str, torch.Tensor]] = [{} for _ in batches]
         model.eval()
         for kind in ("prior", "mismatched"):
-            if kind in batches[0]:
-                row = concatenate([batch[kind] for batch in batches])
+            for start in range(0, len(batches) if kind in batches[0] else 0, HOISTED_MICRO_BATCHES):
+                group = slice(start, start + HOISTED_MICRO_BATCHES)
+                rows = [batch[kind] for batch in batches[group]]
+                row = concatenate(rows)
                 with torch.no_grad(), self.compute_loss_context_manager():
                     logps = scoring.token_logps(model, row, self.attention_kind, self.model.config)
-                sums = scoring.sum_by_sequence(logps, row).split([batch[kind]["num_sequences"] for batch in batches])
-                for batch_known, part in zip(known, sums, strict=True):
+                sums = scoring.sum_by_sequence(logps, row).split([part["num_sequences"] for part in rows])
+                for batch_known, part in zip(known[group], sums, strict=True):
                     chosen, rejected = scoring.split_pairs(part)
                     batch_known |= {f"{kind}_chosen_logps": chosen, f"{kind}_rejected_logps": rejected}
         return known

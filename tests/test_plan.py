@@ -10,7 +10,9 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from rmipo import plan, preflight
+from rmipo.batching import HOISTED_MICRO_BATCHES
 from rmipo.config import load_recipe
+from rmipo.logps import label_logps
 from rmipo.plan import GIB, Hardware, Run, Shape, Sharding
 from rmipo.shapes import load_config
 
@@ -95,18 +97,30 @@ def test_activations_equal_what_autograd_keeps(dtype, checkpointing, tokens):
     assert measured == pytest.approx(expected, rel=0.03)
 
 
-def test_head_keeps_the_log_softmax_and_peaks_at_two_more_copies():
+def test_head_keeps_one_buffer_of_logits():
     shape, scored = Shape.of(SMALL), 50
     hidden = torch.zeros(scored, shape.hidden, dtype=torch.bfloat16, requires_grad=True)
     weight = torch.zeros(shape.vocabulary, shape.hidden, dtype=torch.bfloat16)
-    kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
-        logits = torch.nn.functional.linear(hidden, weight)
-        torch.nn.functional.cross_entropy(logits.float(), torch.zeros(scored, dtype=torch.long), reduction="none")
-    wide = {tensor.data_ptr(): tensor.dtype for tensor in kept if tensor.shape == (scored, shape.vocabulary)}
-    assert list(wide.values()) == [torch.float32]
-    # Backward: log-softmax and its gradient in float32, the logits' gradient in bfloat16.
-    assert plan.head_activations(shape, scored, 2) == scored * (shape.vocabulary * (4 + 4 + 2) + shape.hidden * 2)
+    kept = {}
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda tensor: kept.setdefault(tensor.data_ptr(), tensor), lambda tensor: tensor
+    ):
+        label_logps(torch.nn.functional.linear(hidden, weight), torch.zeros(scored, dtype=torch.long))
+    wide = [tensor.dtype for tensor in kept.values() if tensor.shape == (scored, shape.vocabulary)]
+    assert wide == [torch.bfloat16]
+    # The whole vocabulary fits into one chunk here, which is in float32 twice: the shifted logits, and the gradient.
+    logits = scored * shape.vocabulary
+    assert plan.head_activations(shape, make_run(), scored) == logits * (2 + 8) + scored * shape.hidden * 2
+    many = plan.head_activations(Shape.of(load_config(LLAMA3_8B)), make_run(), 8192)
+    assert many == 8192 * (128256 + 4096) * 2 + 2 * 2**28
+
+
+def test_prior_pass_holds_a_few_micro_batches():
+    shape, hardware = Shape.of(load_config(LLAMA3_8B)), Hardware(1, 4, 80)
+    memory = plan.plan_memory(shape, make_run(), ZERO3, hardware)
+    assert memory.prior == plan.no_gradient_pass(shape, make_run(), HOISTED_MICRO_BATCHES * 2 * 2 * 2048)
+    whole_step = plan.plan_memory(shape, make_run(global_batch=8), ZERO3, hardware)  # one micro-batch per GPU
+    assert whole_step.prior == plan.no_gradient_pass(shape, make_run(), 2 * 2 * 2048) < memory.prior
 
 
 def test_model_states_follow_deepspeeds_estimator():
@@ -122,7 +136,7 @@ def test_model_states_follow_deepspeeds_estimator():
 
 def test_longest_row_is_bounded_by_the_recipe():
     assert make_run().longest_row(2) == 2 * 2 * 2048
-    assert make_run(max_tokens=6000).longest_row(2) == 6000
+    assert make_run(max_tokens=6000).longest_row(2) == 6000  # in place of a number of pairs
     assert make_run(max_tokens=1000).longest_row(2) == 2 * 2048  # a pair can't be split
     assert make_run(stage="sft").longest_row(2) == 2 * 2048
 
@@ -161,7 +175,7 @@ def test_settings_fit_four_80_gib_gpus_and_not_four_of_24(setting):
 
 def test_the_refusal_names_the_keys_that_make_it_fit():
     path, hardware = ROOT / "recipes/llama3-8b-instruct/rmipo.yaml", Hardware(1, 4, 80)
-    big = ["--per_device_train_batch_size", "16", "--per_device_eval_batch_size", "32"]
+    big = ["--per_device_train_batch_size", "32", "--per_device_eval_batch_size", "64"]
     with pytest.raises(preflight.PreflightError) as error:
         preflight.check_fit(load_recipe(path, overrides=big), hardware, ZERO3)
     wanted = str(error.value).split("To fit, set ")[1].split(". ")[0]
