@@ -101,11 +101,15 @@ def _arguments(cls: type[TrainingArguments], setup: Setup, **values) -> Training
     )
 
 
+def our_trainer(model: LlamaForCausalLM, setup: Setup, objective: dict) -> PreferenceTrainer:
+    args = _arguments(PreferenceConfig, setup, objective=objective)
+    dataset = Dataset.from_list([{"prompt_ids": [3], "chosen_ids": [4], "rejected_ids": [5], "row": 0}])
+    return PreferenceTrainer(model, args, build_objective(objective), dataset, prior_context=PRIOR_CONTEXT)
+
+
 def _ours(objective: dict) -> Callable[[LlamaForCausalLM, Setup], Step]:
     def build_step(model: LlamaForCausalLM, setup: Setup) -> Step:
-        args = _arguments(PreferenceConfig, setup, objective=objective)
-        dataset = Dataset.from_list([{"prompt_ids": [3], "chosen_ids": [4], "rejected_ids": [5], "row": 0}])
-        trainer = PreferenceTrainer(model, args, build_objective(objective), dataset, prior_context=PRIOR_CONTEXT)
+        trainer = our_trainer(model, setup, objective)
 
         def step(pairs: list[dict]) -> float:
             count = len(pairs)

@@ -85,8 +85,13 @@ def _measure_peak(sender, name: str, setup: Setup, warm_up: list[dict], pairs: l
     with contextlib.redirect_stderr(io.StringIO()):  # TRL's own progress bars
         step = build(name, setup).step
     step(warm_up)  # allocates the gradients
+    sender.send(allocated_peak(lambda: step(pairs)))
+
+
+def allocated_peak(call: Callable[[], object]) -> int:
+    """Bytes that torch's CPU allocator hands out at once during `call`."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        step(pairs)
+        call()
     events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
     events.sort(key=lambda event: event.start_ns())
-    sender.send(max(itertools.accumulate(event.nbytes() for event in events)))
+    return max(itertools.accumulate(event.nbytes() for event in events))
