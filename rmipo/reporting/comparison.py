@@ -1,0 +1,218 @@
+"""The result of `make compare`: a table per label noise, what it says about RMiPO, CSV files, curves like Figure 7."""
+
+import csv
+from collections.abc import Iterable
+from pathlib import Path
+from statistics import mean, stdev
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
+
+from .figures import house_style, method_color, method_label, panel_letter, panels, save
+
+OURS = "rmipo"
+METRICS = {
+    "right_probability": "P(right)",
+    "right": "right",
+    "boilerplate": "boilerplate",
+    "wrong": "wrong",
+    "garbled": "garbled",
+    "preference_accuracy": "accuracy",
+    "preference_margin": "margin",
+}
+COSTS = {"seconds_per_step": "s/step", "peak_memory_mib": "MiB"}
+LABELS = {"initial": "SFT model", "sft-chosen": "SFT on chosen"}
+UNITS = """\
+P(right): exact total probability of the right answers, mean over the held-out questions. right, boilerplate, wrong,
+garbled: shares of samples at temperature 1. accuracy, margin: held-out pairs with A(chosen) > A(rejected), and the
+mean difference, A in nats per token. s/step: CPU seconds on one thread, a reference's scoring included; MiB: peak
+memory beyond the loaded program. Mean ± standard deviation over seeds; Δ is paired, seed by seed."""
+
+
+def label(method: str) -> str:
+    return LABELS.get(method, method_label(method))
+
+
+def summarize(lines: list[dict], metric: str) -> list[dict]:
+    """One row per noise and method: `<name>` and `<name>_std` of each metric and cost over the seeds.
+
+    `difference` and `difference_std` are of `metric` minus RMiPO's of the same seed, `wins` in how many seeds that is
+    positive. `diverged` counts the runs without a result.
+    """
+    groups: dict[tuple[float, str], dict[int, dict]] = {}
+    for line in lines:
+        groups.setdefault((line["noise"], line["method"]), {})[line["seed"]] = line
+    rows = []
+    for (noise, method), by_seed in groups.items():
+        finished = {seed: line for seed, line in by_seed.items() if "diverged" not in line["metrics"]}
+        row = {"noise": noise, "method": method, "learning_rate": next(iter(by_seed.values()))["learning_rate"]}
+        row |= {"seeds": len(by_seed), "diverged": len(by_seed) - len(finished)}
+        for name in METRICS:
+            row |= spread(name, [line["metrics"][name] for line in finished.values() if name in line["metrics"]])
+        for name in COSTS:
+            row |= spread(name, [line[name] for line in finished.values() if line[name] is not None])
+        ours = groups[noise, OURS]
+        pairs = [(line["metrics"].get(metric), ours[seed]["metrics"].get(metric)) for seed, line in finished.items()]
+        differences = [theirs - mine for theirs, mine in pairs if mine is not None]
+        row |= spread("difference", differences) | {"wins": sum(value > 0 for value in differences)}
+        rows.append(row)
+    return rows
+
+
+def spread(name: str, values: list[float]) -> dict:
+    """Mean, and standard deviation where there are two values or more; None without any."""
+    return {name: mean(values) if values else None, f"{name}_std": stdev(values) if len(values) > 1 else None}
+
+
+def report(rows: list[dict], rates: list[float], metric: str, environment: dict) -> str:
+    """Markdown: a table per noise, the methods before RMiPO, and what the numbers are."""
+    parts = []
+    for noise in dict.fromkeys(row["noise"] for row in rows):
+        here = sorted((row for row in rows if row["noise"] == noise), key=lambda row: -(row[metric] or 0))
+        parts += [f"Label noise {noise:.0%}", table(here, rates, metric), findings(here, metric)]
+    versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items())
+    about = f"Commit {environment['commit']}; {versions}; {', '.join(environment['hardware'])}."
+    tried = ", ".join(f"{rate:g}" for rate in rates)
+    chosen = (
+        f"Learning rate: the best of {tried} by {METRICS[metric]} on the other half of what is held out, at noise 0;"
+    )
+    return "\n\n".join([*parts, f"{chosen}\n* marks an end of that range. {UNITS}", about])
+
+
+def table(rows: list[dict], rates: list[float], metric: str) -> str:
+    shown = [name for name in METRICS if any(row[name] is not None for row in rows)]
+    head = ["method", "lr", *(METRICS[name] for name in shown), f"Δ {METRICS[metric]}", *COSTS.values()]
+    lines = [head, ["---", *["---:"] * (len(head) - 1)]]
+    for row in rows:
+        rate = row["learning_rate"]
+        edge = "*" * (rate in (min(rates), max(rates)))
+        difference = "" if row["method"] == OURS else number(row, "difference", signed=True)
+        cells = [
+            label(row["method"]),
+            "" if rate is None else f"{rate:g}{edge}",
+            *(number(row, name) for name in shown),
+        ]
+        lines.append([*cells, difference, number(row, "seconds_per_step"), number(row, "peak_memory_mib", digits=0)])
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def number(row: dict, name: str, digits: int = 3, signed: bool = False) -> str:
+    if row[name] is None:
+        return "diverged" if row["diverged"] else ""
+    text = f"{row[name]:{'+' if signed else ''}.{digits}f}"
+    return text if row[f"{name}_std"] is None else f"{text} ± {row[f'{name}_std']:.{digits}f}"
+
+
+def findings(rows: list[dict], metric: str) -> str:
+    """Which methods are ahead of RMiPO by `metric`, and in how many seeds. `rows`: those of one noise, best first."""
+    ours = next(row for row in rows if row["method"] == OURS)
+    if ours[metric] is None:
+        return "RMiPO diverged."
+    trained = [row for row in rows if row[metric] is not None and row["method"] != "initial"]
+    place = f"RMiPO is number {trained.index(ours) + 1} of {len(trained)} by {METRICS[metric]}"
+    ahead = [row for row in trained if row["difference"] > 0]
+    if not ahead:
+        return f"{place}: none is ahead of it."
+    names = [f"{label(row['method'])} ({row['wins']} of {row['seeds']} seeds)" for row in ahead]
+    return f"{place}. Ahead of it: {', '.join(names)}."
+
+
+def write(folder: Path, text: str, rows: list[dict], lines: list[dict]) -> list[Path]:
+    """table.md, table.csv (a row per noise and method), curves.csv (a row per run and step), compare.png and .pdf."""
+    (folder / "table.md").write_text(text + "\n")
+    write_csv(folder / "table.csv", rows)
+    run = ("noise", "method", "seed", "learning_rate")
+    points = [{**{key: line[key] for key in run}, **point} for line in lines for point in line["curve"]]
+    write_csv(folder / "curves.csv", points)
+    return [
+        folder / "table.md",
+        folder / "table.csv",
+        folder / "curves.csv",
+        *save(draw(rows, lines), folder / "compare"),
+    ]
+
+
+def write_csv(path: Path, rows: list[dict]) -> None:
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+@house_style
+def draw(rows: list[dict], lines: list[dict]) -> Figure:
+    """Cost, margin and win rate as in Figure 7 (at the lowest noise), and where answers are known, P(right)."""
+    noises = sorted({row["noise"] for row in rows})
+    here = [row for row in rows if row["noise"] == noises[0] and row["method"] != "initial"]
+    known = any(row["right_probability"] is not None for row in rows)
+    figure, axes = panels(2, height=2.9, rows=2)
+    draw_cost(axes[0], here)
+    curves = [line for line in lines if line["noise"] == noises[0] and line["curve"]]
+    draw_curves(axes[1], curves, "preference_margin")
+    draw_curves(axes[2], curves, "preference_accuracy")
+    axes[1].set_ylabel("$A(y_w|x)-A(y_l|x)$, held out (nats)")
+    axes[2].set_ylabel("Held-out pairs with $A(y_w|x)>A(y_l|x)$")
+    axes[2].yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    panel_letter(axes[1], "b", f"Margin, label noise {noises[0]:.0%}")
+    panel_letter(axes[2], "c", f"Win rate, label noise {noises[0]:.0%}")
+    if known:
+        draw_answers(axes[3], lines, noises)
+    else:
+        axes[3].set_axis_off()
+    handles, labels = axes[1].get_legend_handles_labels()
+    figure.legend(handles, labels, ncols=6, loc="outside lower center")
+    return figure
+
+
+def draw_cost(axis: Axes, rows: list[dict]) -> None:
+    rows = [row for row in rows if row["seconds_per_step"] is not None]
+    seconds = [row["seconds_per_step"] for row in rows]
+    axis.barh(range(len(rows)), seconds, 0.7, color=[method_color(row["method"]) for row in rows])
+    for place, row in enumerate(rows):
+        text = f"{row['peak_memory_mib']:.0f} MiB"
+        axis.annotate(text, (seconds[place], place), (3, 0), textcoords="offset points", va="center", fontsize=6.5)
+    axis.set_yticks(range(len(rows)), [label(row["method"]) for row in rows])
+    axis.invert_yaxis()
+    axis.margins(x=0.25)
+    axis.set_xlim(left=0)
+    axis.grid(axis="y", visible=False)
+    axis.set_xlabel("CPU seconds per step")
+    panel_letter(axis, "a", "Time and peak memory")
+
+
+def draw_curves(axis: Axes, lines: list[dict], name: str) -> None:
+    """Means over seeds of the held-out curve, a line per method."""
+    for method, group in by_method(lines):
+        steps = [point["step"] for point in group[0]["curve"]]
+        values = np.mean([[point[name] for point in line["curve"]] for line in group], axis=0)
+        width = 2.2 if method == OURS else 1.0
+        axis.plot(steps, values, color=method_color(method), linewidth=width, label=label(method))
+    axis.set_xlabel("Step")
+    axis.margins(x=0.02)
+
+
+def draw_answers(axis: Axes, lines: list[dict], noises: list[float]) -> None:
+    """P(right) of every seed: a dot each, means as bars, the noises one above the other."""
+    lines = [line for line in lines if "right_probability" in line["metrics"]]
+    groups = by_method(lines)
+    for place, (method, group) in enumerate(groups):
+        for number_, noise in enumerate(noises):
+            values = [line["metrics"]["right_probability"] for line in group if line["noise"] == noise]
+            height = place + 0.36 * (number_ - (len(noises) - 1) / 2)
+            filled = method_color(method) if number_ == 0 else "white"
+            axis.plot(values, [height] * len(values), "o", markersize=3.5, mec=method_color(method), mfc=filled)
+            if values:
+                axis.plot([mean(values)] * 2, [height - 0.16, height + 0.16], color=method_color(method), linewidth=1.4)
+    axis.set_yticks(range(len(groups)), [label(method) for method, _ in groups])
+    axis.invert_yaxis()
+    axis.set_xlabel(f"P(right); filled: noise {noises[0]:.0%}" + "".join(f", open: {x:.0%}" for x in noises[1:]))
+    panel_letter(axis, "d", "Exact probability of right answers")
+
+
+def by_method(lines: Iterable[dict]) -> list[tuple[str, list[dict]]]:
+    groups: dict[str, list[dict]] = {}
+    for line in lines:
+        groups.setdefault(line["method"], []).append(line)
+    return list(groups.items())

@@ -1,0 +1,146 @@
+"""Compare every method on one setting: from one SFT model, on the same pairs, each at a learning rate tuned alike.
+
+    make compare MODEL=tiny
+    make compare MODEL=tiny METHODS=dpo,simpo SEEDS=0,1,2 NOISE=0,0.15 WORKERS=2 ARGS="--num_train_epochs 1"
+    make compare MODEL=tiny DATA=my_pairs.jsonl.gz
+
+  METHODS  some of the eleven and sft-chosen (plain SFT on the chosen responses); rmipo is always among them
+  SEEDS    each draws its own pairs of the world, and their order
+  NOISE    shares of the training pairs whose labels are swapped; only 0 with DATA
+  WORKERS  trainings at a time, one thread each; default: one for each CPU core
+  DATA     pairs in place of the world's: then there are no right answers, only preference accuracy and margin
+  ARGS     overrides of every recipe
+
+Every method tries the learning rates of recipes/<model>/search.yaml on a draw of its own and is measured on one half of
+the held-out facts (with DATA: prompts); the table is about the other half. Finished runs are kept in
+outputs/<model>/compare/runs.jsonl, so that an interrupted comparison goes on where it was.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}  # before anything reads them
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from tqdm import tqdm
+
+from rmipo.config import ConfigError, recorded_run
+from rmipo.search import load_sweep
+from rmipo.stages import choose_stages
+
+ROOT = Path(__file__).parent.parent
+
+
+def main() -> int:
+    os.chdir(ROOT)
+    try:
+        return compare(dict(os.environ))
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command goes on from there", file=sys.stderr)
+        return 130
+
+
+def compare(env: dict[str, str]) -> int:
+    ###################
+    # What is compared
+    ###################
+    model, _ = choose_stages({**env, "STAGE": ""})
+    rates = load_sweep("rmipo", model).parameters["learning_rate"]
+    make_sft_model(model, env)
+
+    # Heavy imports come after what can be wrong without them.
+    from rmipo.comparison.log import Log, best_rates, execute_all, report_runs, search_runs
+    from rmipo.comparison.study import METHODS, Study
+    from rmipo.reporting import comparison as reporting
+    from rmipo.tracking import environment
+
+    methods, seeds, noises, workers = read_choices(env, METHODS)
+    study = Study(model, env.get("DATA", ""), env.get("ARGS", ""))
+    searches = search_runs(methods, rates)
+    for run in searches:
+        study.check(run)
+    name = f"compare-{Path(study.data).name.split('.')[0]}" if study.data else "compare"
+    folder = Path(f"outputs/{model}/{name}")
+    log, facts = Log(folder / "runs.jsonl", study), environment()
+
+    ###################
+    # Search, then train
+    ###################
+    total = len(searches) + (len(methods) + 1) * len(seeds) * len(noises)
+    print(
+        f"{len(methods)} methods x {len(rates)} learning rates, then {len(seeds)} seeds x noise {noises}: {total} runs"
+    )
+    bar = tqdm(total=total, unit="run", smoothing=0)
+
+    def finished(runs: list) -> list[dict]:
+        known, lines = {run for run in runs if log.find(run)}, []
+        for run, line in execute_all(log, runs, workers, facts):
+            bar.initial += run in known  # so that the ETA is that of a run, not of a line read
+            bar.update()
+            bar.set_postfix_str(str(run))
+            lines.append(line)
+        return lines
+
+    best = best_rates(finished(searches), study.selection_metric)
+    lines = finished(report_runs(methods, best, seeds, noises))
+    bar.close()
+
+    ###################
+    # Report
+    ###################
+    rows = reporting.summarize(lines, study.selection_metric)
+    text = reporting.report(rows, rates, study.selection_metric, facts)
+    print(text)
+    for path in reporting.write(folder, text, rows, lines):
+        print(path)
+    return 0
+
+
+def make_sft_model(model: str, env: dict[str, str]) -> None:
+    """The one model that all runs start from, unless it is there or ARGS names another."""
+    if "--model_name_or_path" in env.get("ARGS", "") or not Path(f"recipes/{model}/sft.yaml").is_file():
+        return
+    run = recorded_run(f"outputs/{model}/sft")
+    if run is None or not run["finished"]:
+        print("the SFT model comes first", flush=True)
+        own = {"STAGE": "sft", "METHOD": "", "DATA": "", "ARGS": "", "DRY": ""}
+        if subprocess.run([sys.executable, "scripts/launch.py"], env=env | own, check=False).returncode:
+            raise ConfigError(f"make train MODEL={model} STAGE=sft failed; its messages are above")
+
+
+def read_choices(env: dict[str, str], known: tuple[str, ...]) -> tuple[list[str], list[int], list[float], int]:
+    """METHODS, SEEDS, NOISE and WORKERS. Raises ConfigError with all that is wrong."""
+    methods = [name.strip() for name in (env.get("METHODS") or ",".join(known)).split(",")]
+    problems = [f"METHODS: {name!r} is not one of {', '.join(known)}" for name in methods if name not in known]
+    values = {"SEEDS": env.get("SEEDS") or "0,1,2", "NOISE": env.get("NOISE") or ("0" if env.get("DATA") else "0,0.15")}
+    values["WORKERS"] = env.get("WORKERS") or str(os.cpu_count())
+    types = {"SEEDS": int, "NOISE": float, "WORKERS": int}
+    read = {}
+    for name, text in values.items():
+        try:
+            read[name] = [types[name](part) for part in text.split(",")]
+        except ValueError:
+            problems.append(f"{name}={text!r}: expected numbers such as {'0,0.15' if name == 'NOISE' else '0,1,2'}")
+    shares = read.get("NOISE", [])
+    allowed = all(0 <= share < 0.5 for share in shares) and not (env.get("DATA") and any(shares))
+    if not allowed:
+        problems.append(f"NOISE={values['NOISE']!r}: expected shares below 0.5, with DATA only 0")
+    if "WORKERS" in read and (len(read["WORKERS"]) > 1 or read["WORKERS"][0] < 1):
+        problems.append(f"WORKERS={values['WORKERS']!r}: expected one number, 1 or more")
+    if problems:
+        raise ConfigError("\n  ".join(["what is to be compared is not clear:", *problems]))
+    return (
+        [name for name in known if name in methods or name == "rmipo"],
+        read["SEEDS"],
+        read["NOISE"],
+        read["WORKERS"][0],
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
