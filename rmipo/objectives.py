@@ -7,190 +7,37 @@ Notation: S is a summed log-prob, A = S / |y| its mean per token, r = S - S_ref 
 """
 
 import difflib
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn.functional import logsigmoid
 
 from .margin import SCHEDULES, delta_pmi, pmi, scheduled_margin
+from .objective_base import (
+    Alone,
+    Objective,
+    ObjectiveOutput,
+    PairScores,
+    State,
+    choice,
+    difference,
+    explain,
+    flag,
+    make_output,
+    number,
+    scaled,
+    sft_loss,
+    sigmoid_loss,
+)
 
-State = dict[str, Tensor]  # 0-dimensional float64 tensors on the CPU; transient keys start with "batch_"
+__all__ = ["OBJECTIVES", "Objective", "ObjectiveOutput", "PairScores", "build_objective"]
 
 EMA_DECAY = 0.9  # of the gap statistics of alpha-DPO and beta-DPO, in both released codes
 STD_FLOOR = 1e-6  # policy == reference makes every gap 0; z-scores must then be 0, not NaN
 BETA_FLOOR = 1e-3  # beta-DPO's released code
 SELECTION_SEED = 20240717  # beta-DPO's draws: equal on all ranks, different at every micro-step
-
-
-@dataclass(frozen=True)
-class PairScores:
-    """Scores of a micro-batch of pairs: 1-D tensors over pairs; `*_logps` are sums in nats, `*_lengths` token counts.
-
-    `prior_*` is log pi(y) over the same tokens; under RMiPO's fidelity "release" over all but the first of them.
-    `mismatched_*` are responses under another pair's prompt (KTO). `plus/minus_logratios` are S(w) - S(l) under
-    epsilon-DPO's perturbed policies. What an objective does not list in `needs` may be None.
-    """
-
-    chosen_logps: Tensor
-    rejected_logps: Tensor
-    chosen_lengths: Tensor
-    rejected_lengths: Tensor
-    prior_chosen_logps: Tensor | None = None
-    prior_rejected_logps: Tensor | None = None
-    ref_chosen_logps: Tensor | None = None
-    ref_rejected_logps: Tensor | None = None
-    mismatched_chosen_logps: Tensor | None = None
-    mismatched_rejected_logps: Tensor | None = None
-    ref_mismatched_chosen_logps: Tensor | None = None
-    ref_mismatched_rejected_logps: Tensor | None = None
-    plus_logratios: Tensor | None = None
-    minus_logratios: Tensor | None = None
-
-    def logps(self, per_token: bool) -> tuple[Tensor, Tensor]:
-        """(A(w), A(l)) if `per_token`, else (S(w), S(l))."""
-        return self._normalized(self.chosen_logps, self.rejected_logps, per_token)
-
-    def logratios(self, per_token: bool) -> tuple[Tensor, Tensor]:
-        """(r(w), r(l)) against the reference, per token or summed."""
-        chosen = self.chosen_logps - self.ref_chosen_logps
-        return self._normalized(chosen, self.rejected_logps - self.ref_rejected_logps, per_token)
-
-    def _normalized(self, chosen: Tensor, rejected: Tensor, per_token: bool) -> tuple[Tensor, Tensor]:
-        if not per_token:
-            return chosen, rejected
-        return chosen / self.chosen_lengths.clamp(min=1), rejected / self.rejected_lengths.clamp(min=1)
-
-
-@dataclass(frozen=True)
-class ObjectiveOutput:
-    """Per-pair results, each (pairs,); all but `losses` are detached.
-
-    Rewards are the method's own, margin excluded. `gamma` is the margin of margin methods, else None. The mean of
-    `losses` is the loss of the micro-batch.
-    """
-
-    losses: Tensor
-    chosen_rewards: Tensor
-    rejected_rewards: Tensor
-    gamma: Tensor | None
-    diagnostics: dict[str, Tensor]
-
-
-def _output(losses: Tensor, rewards: tuple[Tensor, Tensor], gamma: Any = None, **diagnostics: Any) -> ObjectiveOutput:
-    """Detach, and spread numbers over the pairs."""
-
-    def column(value: Any) -> Tensor:
-        return torch.as_tensor(value, dtype=losses.dtype, device=losses.device).detach().expand_as(losses)
-
-    chosen, rejected = rewards
-    gamma = None if gamma is None else column(gamma)
-    columns = {key: column(value) for key, value in diagnostics.items()}
-    return ObjectiveOutput(losses, chosen.detach(), rejected.detach(), gamma, columns)
-
-
-def _number(default: float, low: float = 0.0, high: float = math.inf, *, open_low: bool = True) -> Any:
-    """A float hyperparameter in (low, high), or [low, high) with `open_low=False`."""
-    domain = f"a number {'>' if open_low else '>='} {low:g}" + (f" and < {high:g}" if high < math.inf else "")
-
-    def accepts(value: Any) -> bool:
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            return False
-        return (low < value or (not open_low and value == low)) and value < high
-
-    return field(default=default, metadata={"domain": domain, "accepts": accepts, "convert": float})
-
-
-def _flag(default: bool) -> Any:
-    return field(
-        default=default, metadata={"domain": "true or false", "accepts": lambda value: isinstance(value, bool)}
-    )
-
-
-def _choice(*values: str) -> Any:
-    """One of `values`; the first is the default."""
-    return field(default=values[0], metadata={"domain": " | ".join(values), "accepts": lambda value: value in values})
-
-
-@dataclass(frozen=True)
-class Objective:
-    """What all objectives share; the defaults are those of a stateless objective without a second model."""
-
-    name: ClassVar[str]
-    needs: ClassVar[frozenset[str]] = frozenset()  # of "prior", "reference", "mismatched", "reference_logits"
-    min_pairs: ClassVar[int] = 1  # pairs that a global micro-batch must have
-    header_in_response: ClassVar[bool] = False  # whether the generation header is scored as part of the response
-    hints: ClassVar[dict[str, str]] = {}  # keys that other code bases use -> what to write here
-    logged: ClassVar[tuple[str, ...]] = ()  # columns whose means are logged
-
-    def __post_init__(self) -> None:
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        if problems := self.problems(values):
-            raise ValueError(_report(type(self), problems))
-        for f in fields(self):
-            if convert := f.metadata.get("convert"):
-                object.__setattr__(self, f.name, convert(values[f.name]))
-
-    @classmethod
-    def problems(cls, values: Mapping[str, Any]) -> list[str]:
-        """One line for each of the hyperparameters `values` with a wrong type or outside its domain."""
-        triples = [(f.name, values[f.name], f.metadata) for f in fields(cls)]
-        return [
-            f"objective.{name} is {value!r} ({type(value).__name__}): expected {rule['domain']}"
-            for name, value, rule in triples
-            if not rule["accepts"](value)
-        ]
-
-    def __call__(self, scores: PairScores, state: State | None = None) -> ObjectiveOutput:
-        """Losses and rewards of a micro-batch. `state=None`: as on the very first micro-batch, in a world of one."""
-        raise NotImplementedError
-
-    def init_state(self) -> State:
-        """The state before the first step; saved in checkpoints."""
-        return {}
-
-    def observe(self, state: State, scores: PairScores, ranks: Any) -> State:
-        """Take in a training micro-batch before its loss is computed; collective over `ranks`."""
-        return state
-
-    def end_step(self, state: State, columns: Mapping[str, Tensor]) -> State:
-        """After an optimizer step, given the gathered columns of all its pairs. Drops what `observe` left behind."""
-        return {key: value for key, value in state.items() if not key.startswith("batch_")}
-
-    def summarize(self, columns: Mapping[str, Tensor]) -> dict[str, float]:
-        """The method's diagnostics over the pairs of a whole optimizer step (or evaluation)."""
-        return {f"{self.name}/{key}": columns[key].double().mean().item() for key in self.logged}
-
-
-class _Alone:
-    """A world of one rank."""
-
-    rank, world_size = 0, 1
-
-    def gather(self, tensor: Tensor) -> Tensor:
-        return tensor
-
-
-def _sigmoid_loss(logits: Tensor) -> Tensor:
-    return -logsigmoid(logits)
-
-
-def _sft_loss(scores: PairScores, normalization: str) -> Tensor:
-    """-log pi(w), (pairs,): summed over each response, or such that the mean over pairs is the mean over all tokens."""
-    if normalization == "sequence":
-        return -scores.chosen_logps
-    return -scores.chosen_logps * len(scores.chosen_logps) / scores.chosen_lengths.sum().clamp(min=1)
-
-
-def _scaled(beta: float | Tensor, values: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    return beta * values[0], beta * values[1]
-
-
-def _difference(values: tuple[Tensor, Tensor]) -> Tensor:
-    return values[0] - values[1]
 
 
 @dataclass(frozen=True)
@@ -211,17 +58,17 @@ class RMiPO(Objective):
         "gamma_beta_ratio": "use gamma_min and gamma_max, which are not divided by beta",
     }
 
-    beta: float = _number(2.0)
-    gamma_min: float = _number(0.3, open_low=False)
-    gamma_max: float = _number(1.6)
-    schedule: str = _choice(*SCHEDULES)
-    span: float = _number(2.0)
-    pmi_normalization: str = _choice("token", "sequence")
-    prior_context: str = _choice("header", "bos", "none")  # what log pi(y) is conditioned on; read by data and scoring
-    length_normalization: bool = _flag(True)
-    fidelity: str = _choice("paper", "release")
-    signal: str = _choice("pmi", "loglik")
-    target: str = _choice("gamma", "beta")
+    beta: float = number(2.0)
+    gamma_min: float = number(0.3, open_low=False)
+    gamma_max: float = number(1.6)
+    schedule: str = choice(*SCHEDULES)
+    span: float = number(2.0)
+    pmi_normalization: str = choice("token", "sequence")
+    prior_context: str = choice("header", "bos", "none")  # what log pi(y) is conditioned on; read by data and scoring
+    length_normalization: bool = flag(True)
+    fidelity: str = choice("paper", "release")
+    signal: str = choice("pmi", "loglik")
+    target: str = choice("gamma", "beta")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -254,10 +101,10 @@ class RMiPO(Objective):
         return self.fidelity == "release"
 
     def __call__(self, scores: PairScores, state: State | None = None) -> ObjectiveOutput:
-        rewards = _scaled(self.beta, scores.logps(self.length_normalization))
-        reward_difference = _difference(rewards)
+        rewards = scaled(self.beta, scores.logps(self.length_normalization))
+        reward_difference = difference(rewards)
         diagnostics = self._pmi(scores) if self.needs else {}
-        signal = diagnostics["delta_pmi"] if self.needs else _difference(scores.logps(per_token=True))
+        signal = diagnostics["delta_pmi"] if self.needs else difference(scores.logps(per_token=True))
         modulated = scheduled_margin(signal.detach(), self.gamma_min, self.gamma_max, self.schedule, self.span)
         if self.target == "gamma":
             gamma = modulated
@@ -265,7 +112,7 @@ class RMiPO(Objective):
             gamma = torch.full_like(modulated, (self.gamma_min + self.gamma_max) / 2)
             reward_difference = reward_difference * modulated / gamma
         margin = gamma * self.beta if self.fidelity == "release" else gamma
-        return _output(_sigmoid_loss(reward_difference - margin), rewards, gamma, **diagnostics)  # Eq. 8
+        return make_output(sigmoid_loss(reward_difference - margin), rewards, gamma, **diagnostics)  # Eq. 8
 
     def _pmi(self, scores: PairScores) -> dict[str, Tensor]:
         def side(logps: Tensor, prior_logps: Tensor, lengths: Tensor) -> Tensor:
@@ -306,12 +153,12 @@ class DPO(Objective):
     name = "dpo"
     needs = frozenset({"reference"})
 
-    beta: float = _number(0.01)
-    length_normalization: bool = _flag(False)
+    beta: float = number(0.01)
+    length_normalization: bool = flag(False)
 
     def __call__(self, scores: PairScores, state: State | None = None) -> ObjectiveOutput:
-        rewards = _scaled(self.beta, scores.logratios(self.length_normalization))
-        return _output(_sigmoid_loss(_difference(rewards)), rewards)
+        rewards = scaled(self.beta, scores.logratios(self.length_normalization))
+        return make_output(sigmoid_loss(difference(rewards)), rewards)
 
 
 @dataclass(frozen=True)
@@ -322,15 +169,15 @@ class SLiC(Objective):
     hints: ClassVar[dict[str, str]] = {"beta": "use delta (Table 4 prints it as beta)", "lambda": "use sft_weight"}
     logged = ("nll",)
 
-    delta: float = _number(1.0)
-    sft_weight: float = _number(1.0, open_low=False)
-    length_normalization: bool = _flag(False)
-    sft_normalization: str = _choice("sequence", "token")
+    delta: float = number(1.0)
+    sft_weight: float = number(1.0, open_low=False)
+    length_normalization: bool = flag(False)
+    sft_normalization: str = choice("sequence", "token")
 
     def __call__(self, scores: PairScores, state: State | None = None) -> ObjectiveOutput:
         rewards = scores.logps(self.length_normalization)
-        nll = _sft_loss(scores, self.sft_normalization)
-        return _output((self.delta - _difference(rewards)).clamp(min=0) + self.sft_weight * nll, rewards, nll=nll)
+        nll = sft_loss(scores, self.sft_normalization)
+        return make_output((self.delta - difference(rewards)).clamp(min=0) + self.sft_weight * nll, rewards, nll=nll)
 
 
 @dataclass(frozen=True)
@@ -341,12 +188,12 @@ class IPO(Objective):
     needs = frozenset({"reference"})
     hints: ClassVar[dict[str, str]] = {"beta": "use tau (TRL calls it beta)"}
 
-    tau: float = _number(0.5)
-    length_normalization: bool = _flag(True)
+    tau: float = number(0.5)
+    length_normalization: bool = flag(True)
 
     def __call__(self, scores: PairScores, state: State | None = None) -> ObjectiveOutput:
         logratios = scores.logratios(self.length_normalization)
-        return _output((_difference(logratios) - 1 / (2 * self.tau)) ** 2, _scaled(self.tau, logratios))
+        return make_output((difference(logratios) - 1 / (2 * self.tau)) ** 2, scaled(self.tau, logratios))
 
 
 @dataclass(frozen=True)
@@ -357,14 +204,14 @@ class CPO(Objective):
     hints: ClassVar[dict[str, str]] = dict.fromkeys(("alpha", "cpo_alpha", "lambda"), "use sft_weight")
     logged = ("nll",)
 
-    beta: float = _number(0.01)
-    sft_weight: float = _number(1.0, open_low=False)
-    sft_normalization: str = _choice("token", "sequence")
+    beta: float = number(0.01)
+    sft_weight: float = number(1.0, open_low=False)
+    sft_normalization: str = choice("token", "sequence")
 
     def __call__(self, scores: PairScores, state: State | None = None) -> ObjectiveOutput:
-        rewards = _scaled(self.beta, scores.logps(per_token=False))
-        nll = _sft_loss(scores, self.sft_normalization)
-        return _output(_sigmoid_loss(_difference(rewards)) + self.sft_weight * nll, rewards, nll=nll)
+        rewards = scaled(self.beta, scores.logps(per_token=False))
+        nll = sft_loss(scores, self.sft_normalization)
+        return make_output(sigmoid_loss(difference(rewards)) + self.sft_weight * nll, rewards, nll=nll)
 
 
 @dataclass(frozen=True)
@@ -381,9 +228,9 @@ class KTO(Objective):
     hints: ClassVar[dict[str, str]] = {"lambda_w": "use desirable_weight", "lambda_l": "use undesirable_weight"}
     logged = ("z_ref",)
 
-    beta: float = _number(0.01)
-    desirable_weight: float = _number(1.0)
-    undesirable_weight: float = _number(1.0)
+    beta: float = number(0.01)
+    desirable_weight: float = number(1.0)
+    undesirable_weight: float = number(1.0)
 
     def observe(self, state: State, scores: PairScores, ranks: Any) -> State:
         chosen = scores.mismatched_chosen_logps - scores.ref_mismatched_chosen_logps
@@ -392,12 +239,12 @@ class KTO(Objective):
 
     def __call__(self, scores: PairScores, state: State | None = None) -> ObjectiveOutput:
         if not state:
-            state = self.observe({}, scores, _Alone())
+            state = self.observe({}, scores, Alone())
         z_ref = self.beta * state["batch_kl"]
-        chosen, rejected = rewards = _scaled(self.beta, scores.logratios(per_token=False))
+        chosen, rejected = rewards = scaled(self.beta, scores.logratios(per_token=False))
         desirable = self.desirable_weight * (1 - torch.sigmoid(chosen - z_ref))
         undesirable = self.undesirable_weight * (1 - torch.sigmoid(z_ref - rejected))
-        return _output((desirable + undesirable) / 2, rewards, z_ref=z_ref)
+        return make_output((desirable + undesirable) / 2, rewards, z_ref=z_ref)
 
 
 @dataclass(frozen=True)
@@ -407,13 +254,13 @@ class SimPO(Objective):
     name = "simpo"
     hints: ClassVar[dict[str, str]] = {"gamma_beta_ratio": "use gamma, which is beta * gamma_beta_ratio"}
 
-    beta: float = _number(2.0)
-    gamma: float = _number(1.0, open_low=False)
-    length_normalization: bool = _flag(True)
+    beta: float = number(2.0)
+    gamma: float = number(1.0, open_low=False)
+    length_normalization: bool = flag(True)
 
     def __call__(self, scores: PairScores, state: State | None = None) -> ObjectiveOutput:
-        rewards = _scaled(self.beta, scores.logps(self.length_normalization))
-        return _output(_sigmoid_loss(_difference(rewards) - self.gamma), rewards, self.gamma)
+        rewards = scaled(self.beta, scores.logps(self.length_normalization))
+        return make_output(sigmoid_loss(difference(rewards) - self.gamma), rewards, self.gamma)
 
 
 # The running mean and standard deviation of the log-ratio gap, over all ranks, that alpha-DPO and beta-DPO keep. Both
@@ -454,16 +301,16 @@ class AlphaDPO(Objective):
     hints: ClassVar[dict[str, str]] = {"gamma": "use gamma_beta_ratio, which is gamma / beta"}
     logged = ("gap_mean", "gap_std", "alpha_over_std")
 
-    beta: float = _number(2.5)
-    gamma_beta_ratio: float = _number(0.6, open_low=False)
-    alpha: float = _number(0.2, open_low=False)
-    fidelity: str = _choice("release", "paper")
-    length_normalization: bool = _flag(True)
+    beta: float = number(2.5)
+    gamma_beta_ratio: float = number(0.6, open_low=False)
+    alpha: float = number(0.2, open_low=False)
+    fidelity: str = choice("release", "paper")
+    length_normalization: bool = flag(True)
 
     def _gap(self, scores: PairScores) -> Tensor:
         if self.fidelity == "paper":
-            return self.beta * _difference(scores.logratios(per_token=False)).detach()
-        return _difference(scores.logratios(self.length_normalization)).detach()
+            return self.beta * difference(scores.logratios(per_token=False)).detach()
+        return difference(scores.logratios(self.length_normalization)).detach()
 
     def init_state(self) -> State:
         return _gap_state()
@@ -477,12 +324,12 @@ class AlphaDPO(Objective):
         adaptive = self.alpha * (gap - mean) / std
         gamma = self.beta * self.gamma_beta_ratio + (adaptive if self.fidelity == "paper" else self.beta * adaptive)
         logps = scores.logps(self.length_normalization)
-        losses = _sigmoid_loss(self.beta * _difference(logps) - gamma)
+        losses = sigmoid_loss(self.beta * difference(logps) - gamma)
         chosen_logratios, rejected_logratios = scores.logratios(self.length_normalization)
-        rewards = _scaled(
+        rewards = scaled(
             self.beta, (logps[0] - self.alpha * chosen_logratios, logps[1] - self.alpha * rejected_logratios)
         )
-        return _output(losses, rewards, gamma, gap_mean=mean, gap_std=std, alpha_over_std=self.alpha / std)
+        return make_output(losses, rewards, gamma, gap_mean=mean, gap_std=std, alpha_over_std=self.alpha / std)
 
 
 @dataclass(frozen=True)
@@ -500,16 +347,16 @@ class BetaDPO(Objective):
     hints: ClassVar[dict[str, str]] = {"a": "use alpha", "mode_weight": "use rho"}
     logged = ("gap_mean", "gap_std", "kept", "beta")
 
-    beta: float = _number(0.1)
-    alpha: float = _number(0.6, open_low=False)
-    rho: float = _number(0.2, high=1.0, open_low=False)
-    fidelity: str = _choice("release", "paper")
+    beta: float = number(0.1)
+    alpha: float = number(0.6, open_low=False)
+    rho: float = number(0.2, high=1.0, open_low=False)
+    fidelity: str = choice("release", "paper")
 
     def init_state(self) -> State:
         return _gap_state()
 
     def observe(self, state: State, scores: PairScores, ranks: Any) -> State:
-        gap = _difference(scores.logratios(per_token=False)).detach()
+        gap = difference(scores.logratios(per_token=False)).detach()
         gathered = ranks.gather(gap).double().cpu()
         state = _observe_gap(state, gathered)
         mean, std = _gap_statistics(state, gathered)
@@ -524,9 +371,9 @@ class BetaDPO(Objective):
         return {**state, "batch_kept": kept[owners == ranks.rank], "batch_center": gathered[kept].mean()}
 
     def __call__(self, scores: PairScores, state: State | None = None) -> ObjectiveOutput:
-        gap = _difference(logratios := scores.logratios(per_token=False))
+        gap = difference(logratios := scores.logratios(per_token=False))
         if state is None:
-            state = self.observe(self.init_state(), scores, _Alone())
+            state = self.observe(self.init_state(), scores, Alone())
         mean, std = _gap_statistics(state, gap)
         kept = state.get("batch_kept", torch.ones(len(gap))).to(gap)
         if self.fidelity == "paper":
@@ -535,9 +382,9 @@ class BetaDPO(Objective):
             excess = state.get("batch_center", gap.detach().mean()) - mean
         beta = (self.beta * (1 + self.alpha * excess)).clamp(min=BETA_FLOOR).to(gap)
         share = kept * len(kept) / kept.sum().clamp(min=1)  # so that the mean over pairs is the mean over kept pairs
-        rewards = _scaled(self.beta, logratios)
+        rewards = scaled(self.beta, logratios)
         diagnostics = {"gap_mean": mean, "gap_std": std, "kept": kept, "beta": beta}
-        return _output(share * _sigmoid_loss(beta * gap), rewards, **diagnostics)
+        return make_output(share * sigmoid_loss(beta * gap), rewards, **diagnostics)
 
 
 @dataclass(frozen=True)
@@ -553,9 +400,9 @@ class EpsilonDPO(Objective):
     needs = frozenset({"reference", "reference_logits"})
     hints: ClassVar[dict[str, str]] = {"eps": "use epsilon"}
 
-    beta: float = _number(0.01)
-    epsilon: float = _number(0.01, high=1.0)
-    fidelity: str = _choice("release", "paper")
+    beta: float = number(0.01)
+    epsilon: float = number(0.01, high=1.0)
+    fidelity: str = choice("release", "paper")
 
     def init_state(self) -> State:
         return {"beta": torch.tensor(self.beta, dtype=torch.float64)}
@@ -566,8 +413,8 @@ class EpsilonDPO(Objective):
         k = ((plus > base) & (base > minus)).to(base.dtype) - ((minus > base) & (base > plus)).to(base.dtype)
         upper = 1 + self.epsilon if self.fidelity == "paper" else 1 / (1 - self.epsilon)
         beta = running_beta * torch.where(k < 0, upper, 1 / (1 + self.epsilon * k))
-        rewards = _scaled(beta, scores.logratios(per_token=False))
-        return _output(_sigmoid_loss(_difference(rewards)), rewards, running_beta=running_beta, k=k)
+        rewards = scaled(beta, scores.logratios(per_token=False))
+        return make_output(sigmoid_loss(difference(rewards)), rewards, running_beta=running_beta, k=k)
 
     def end_step(self, state: State, columns: Mapping[str, Tensor]) -> State:
         return {"beta": state["beta"] / (1 + self.epsilon * columns["k"].double().mean().cpu())}
@@ -587,14 +434,14 @@ class SimPER(Objective):
 
     name = "simper"
 
-    constant_length: float = _number(0.0, open_low=False)
+    constant_length: float = number(0.0, open_low=False)
 
     def __call__(self, scores: PairScores, state: State | None = None) -> ObjectiveOutput:
         if self.constant_length:
-            rewards = _scaled(1 / self.constant_length, scores.logps(per_token=False))
+            rewards = scaled(1 / self.constant_length, scores.logps(per_token=False))
         else:
             rewards = scores.logps(per_token=True)
-        return _output(rewards[1].exp() - rewards[0].exp(), rewards)
+        return make_output(rewards[1].exp() - rewards[0].exp(), rewards)
 
 
 OBJECTIVES: dict[str, type[Objective]] = {
@@ -620,10 +467,5 @@ def build_objective(block: Mapping[str, Any]) -> Objective:
         hint = cls.hints.get(key) or (f"did you mean {near[0]}?" if near else "")
         problems.append(f"objective.{key} is not a key of {name}" + (f": {hint}" if hint else ""))
     if problems := sorted(problems) + cls.problems(defaults | block):
-        raise ValueError(_report(cls, problems))
+        raise ValueError(explain(cls, problems))
     return cls(**block)
-
-
-def _report(cls: type[Objective], problems: list[str]) -> str:
-    domains = ", ".join(f"{f.name} ({f.metadata['domain']})" for f in fields(cls))
-    return "\n  ".join([f"The recipe's objective block does not fit {cls.name}:", *problems, f"Its keys: {domains}"])
