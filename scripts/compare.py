@@ -26,9 +26,13 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from tqdm import tqdm
 
-from rmipo.config import ConfigError, recorded_run
+from rmipo.comparison.log import Log, best_rates, execute_all, report_runs, search_runs
+from rmipo.comparison.study import METHODS, Study
+from rmipo.config import ConfigError, Recipe, recorded_run
+from rmipo.reporting import comparison as reporting
 from rmipo.search import load_sweep
-from rmipo.stages import choose_stages
+from rmipo.stages import choose_stages, load_steps
+from rmipo.tracking import environment
 
 ROOT = Path(__file__).parent.parent
 
@@ -51,30 +55,23 @@ def compare(env: dict[str, str]) -> int:
     ###################
     model, _ = choose_stages({**env, "STAGE": ""})
     rates = load_sweep("rmipo", model).parameters["learning_rate"]
-    make_sft_model(model, env)
-
-    # Heavy imports come after what can be wrong without them.
-    from rmipo.comparison.log import Log, best_rates, execute_all, report_runs, search_runs
-    from rmipo.comparison.study import METHODS, Study
-    from rmipo.reporting import comparison as reporting
-    from rmipo.tracking import environment
-
-    methods, seeds, noises, workers = read_choices(env, METHODS)
+    methods, seeds, noises, workers = read_choices(env)
     study = Study(model, env.get("DATA", ""), env.get("ARGS", ""))
     searches = search_runs(methods, rates)
     for run in searches:
         study.check(run)
-    name = f"compare-{Path(study.data).name.split('.')[0]}" if study.data else "compare"
-    folder = Path(f"outputs/{model}/{name}")
+    (ours,) = load_steps(model, ["rmipo"], {**env, "METHOD": "rmipo"})
+    make_sft_model(model, ours.recipe, env)
+    ours.recipe.parse(world_size=1)
+    suffix = Path(ours.recipe.values["output_dir"]).name.removeprefix("rmipo")  # tells other people's pairs apart
+    folder = Path(f"outputs/{model}/compare{suffix}")
     log, facts = Log(folder / "runs.jsonl", study), environment()
 
     ###################
     # Search, then train
     ###################
     total = len(searches) + (len(methods) + 1) * len(seeds) * len(noises)
-    print(
-        f"{len(methods)} methods x {len(rates)} learning rates, then {len(seeds)} seeds x noise {noises}: {total} runs"
-    )
+    print(f"{total} runs: {len(methods)} methods x {len(rates)} learning rates; {len(seeds)} seeds x noise {noises}")
     bar = tqdm(total=total, unit="run", smoothing=0)
 
     def finished(runs: list) -> list[dict]:
@@ -94,29 +91,31 @@ def compare(env: dict[str, str]) -> int:
     # Report
     ###################
     rows = reporting.summarize(lines, study.selection_metric)
-    text = reporting.report(rows, rates, study.selection_metric, facts)
+    text = reporting.report(rows, lines, rates, study.selection_metric)
     print(text)
     for path in reporting.write(folder, text, rows, lines):
         print(path)
     return 0
 
 
-def make_sft_model(model: str, env: dict[str, str]) -> None:
-    """The one model that all runs start from, unless it is there or ARGS names another."""
-    if "--model_name_or_path" in env.get("ARGS", "") or not Path(f"recipes/{model}/sft.yaml").is_file():
+def make_sft_model(model: str, recipe: Recipe, env: dict[str, str]) -> None:
+    """Train the one model that all runs start from, if it is this setting's own and not there yet."""
+    start = recipe.values["model_name_or_path"]
+    if not Path(f"recipes/{model}/sft.yaml").is_file():
         return
-    run = recorded_run(f"outputs/{model}/sft")
-    if run is None or not run["finished"]:
+    (sft,) = load_steps(model, ["sft"], {"DATA": env.get("DATA", "")})
+    run = recorded_run(start)
+    if start == sft.recipe.values["output_dir"] and not (run and run["finished"]):
         print("the SFT model comes first", flush=True)
-        own = {"STAGE": "sft", "METHOD": "", "DATA": "", "ARGS": "", "DRY": ""}
+        own = {"STAGE": "sft", "METHOD": "", "ARGS": "", "DRY": ""}
         if subprocess.run([sys.executable, "scripts/launch.py"], env=env | own, check=False).returncode:
             raise ConfigError(f"make train MODEL={model} STAGE=sft failed; its messages are above")
 
 
-def read_choices(env: dict[str, str], known: tuple[str, ...]) -> tuple[list[str], list[int], list[float], int]:
+def read_choices(env: dict[str, str]) -> tuple[list[str], list[int], list[float], int]:
     """METHODS, SEEDS, NOISE and WORKERS. Raises ConfigError with all that is wrong."""
-    methods = [name.strip() for name in (env.get("METHODS") or ",".join(known)).split(",")]
-    problems = [f"METHODS: {name!r} is not one of {', '.join(known)}" for name in methods if name not in known]
+    methods = [name.strip() for name in (env.get("METHODS") or ",".join(METHODS)).split(",")]
+    problems = [f"METHODS: {name!r} is not one of {', '.join(METHODS)}" for name in methods if name not in METHODS]
     values = {"SEEDS": env.get("SEEDS") or "0,1,2", "NOISE": env.get("NOISE") or ("0" if env.get("DATA") else "0,0.15")}
     values["WORKERS"] = env.get("WORKERS") or str(os.cpu_count())
     types = {"SEEDS": int, "NOISE": float, "WORKERS": int}
@@ -135,7 +134,7 @@ def read_choices(env: dict[str, str], known: tuple[str, ...]) -> tuple[list[str]
     if problems:
         raise ConfigError("\n  ".join(["what is to be compared is not clear:", *problems]))
     return (
-        [name for name in known if name in methods or name == "rmipo"],
+        [name for name in METHODS if name in methods or name == "rmipo"],
         read["SEEDS"],
         read["NOISE"],
         read["WORKERS"][0],

@@ -71,14 +71,12 @@ class Study:
         return "preference_accuracy" if self.world is None else "right_probability"
 
     def check(self, run: Run) -> None:
-        """Raises ConfigError where this run can't be trained in this process."""
-        recipe = self.recipe(run)
-        if not recipe.values.get("use_cpu"):
+        """Raises ConfigError for a wrong recipe, and for one that is not trained on the CPU."""
+        if not self.recipe(run).values.get("use_cpu"):
             raise ConfigError(
                 f"MODEL={self.model}: make compare trains on the CPU, which tiny is meant for. "
                 f"Here, make sweep MODEL={self.model} METHOD=... searches, make train and make table compare"
             )
-        recipe.parse(world_size=1)
 
 
 def train_pairs(study: Study, recipe: Recipe, run: Run) -> Dataset:

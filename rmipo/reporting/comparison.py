@@ -66,19 +66,28 @@ def spread(name: str, values: list[float]) -> dict:
     return {name: mean(values) if values else None, f"{name}_std": stdev(values) if len(values) > 1 else None}
 
 
-def report(rows: list[dict], rates: list[float], metric: str, environment: dict) -> str:
+def report(rows: list[dict], lines: list[dict], rates: list[float], metric: str) -> str:
     """Markdown: a table per noise, the methods before RMiPO, and what the numbers are."""
     parts = []
     for noise in dict.fromkeys(row["noise"] for row in rows):
         here = sorted((row for row in rows if row["noise"] == noise), key=lambda row: -(row[metric] or 0))
         parts += [f"Label noise {noise:.0%}", table(here, rates, metric), findings(here, metric)]
-    versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items())
-    about = f"Commit {environment['commit']}; {versions}; {', '.join(environment['hardware'])}."
     tried = ", ".join(f"{rate:g}" for rate in rates)
     chosen = (
         f"Learning rate: the best of {tried} by {METRICS[metric]} on the other half of what is held out, at noise 0;"
     )
-    return "\n\n".join([*parts, f"{chosen}\n* marks an end of that range. {UNITS}", about])
+    return "\n\n".join([*parts, f"{chosen}\n* marks an end of that range. {UNITS}", made_with(lines)])
+
+
+def made_with(lines: list[dict]) -> str:
+    """Commit, versions and hardware of the runs; all that there are where they differ."""
+
+    def listing(values: Iterable[str]) -> str:
+        return " and ".join(sorted(set(values)))
+
+    commits = listing(str(line["commit"]) for line in lines)
+    versions = listing(", ".join(f"{name} {version}" for name, version in line["versions"].items()) for line in lines)
+    return f"Commit {commits}; {versions}; {listing(', '.join(line['hardware']) for line in lines)}."
 
 
 def table(rows: list[dict], rates: list[float], metric: str) -> str:
