@@ -81,12 +81,19 @@ def resume_point(output_dir: str | Path, identity: dict) -> str | None:
     """The last complete checkpoint of this very run in `output_dir`; None if there is none.
 
     Raises:
-        CheckpointError: the folder holds another run.
+        CheckpointError: the folder holds another run, or something else.
     """
     output_dir = Path(output_dir)
     run = recorded_run(output_dir)
     if run is not None:
         _refuse_other({key: run.get(key) for key in identity}, identity, output_dir)
+    elif foreign := [
+        path.name for path in output_dir.glob("*") if not path.match("checkpoint-*") and path.suffix != ".tmp"
+    ]:
+        raise CheckpointError(
+            f"output_dir: {output_dir} is not empty, and there is no run.json of a run in it. Found: "
+            f"{', '.join(sorted(foreign)[:5])}. Nothing is overwritten: name another --output_dir"
+        )
     complete = {}
     for folder in output_dir.glob("checkpoint-*"):
         if not (folder / MARKER).exists():

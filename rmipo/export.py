@@ -119,7 +119,7 @@ def write_model_card(folder: str | Path) -> Path:
 
 ## Results
 
-{'Held-out data after training, in nats where they are log-probabilities.' if rows else 'Nothing was held out.'}
+{"Held-out data after training, in nats where they are log-probabilities." if rows else "Nothing was held out."}
 
 | metric | value |
 |---|---|

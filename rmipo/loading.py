@@ -15,9 +15,7 @@ def load_tokenizer(model_config: ModelConfig, chat_template: str | None = None) 
     """The model's tokenizer, with `chat_template` in place of its own if one is given. Raises LoadingError."""
     name = model_config.model_name_or_path
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            name, revision=model_config.model_revision, trust_remote_code=False
-        )
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=model_config.model_revision, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise LoadingError(_explained(name, "tokenizer", error)) from error
     if chat_template is not None:

@@ -28,16 +28,21 @@ def sbatch_command(
     return [*command, SCRIPT, config, *program]
 
 
+def require_slurm() -> None:
+    """Raises ConfigError where jobs can't be queued."""
+    if shutil.which("sbatch") is None:
+        raise ConfigError(
+            "SLURM=1: there is no sbatch here. Run this on a login node of the cluster, or without SLURM=1"
+        )
+
+
 def submit(config: str, program: list[str], *, name: str, **options) -> tuple[str, Path]:
     """Queue one program; (job id, its log file). Arguments: those of `sbatch_command`.
 
     Raises:
         ConfigError: no Slurm here, or it refuses the job; quotes Slurm's reason.
     """
-    if shutil.which("sbatch") is None:
-        raise ConfigError(
-            "SLURM=1: there is no sbatch here. Run this on a login node of the cluster, or without SLURM=1"
-        )
+    require_slurm()
     logs = Path("outputs/slurm")  # Slurm doesn't make the log's folder and would lose the log
     logs.mkdir(parents=True, exist_ok=True)
     command = sbatch_command(config, program, name=name, **options)

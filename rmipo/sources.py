@@ -174,6 +174,8 @@ def load_files(paths: list[Path], source: str) -> Dataset:
     builder = BUILDERS[suffix(paths[0])]
     try:
         return load_dataset(builder, data_files=[str(path) for path in paths], split="train")
+    except StopIteration as error:
+        raise DataError(f"{source}: {', '.join(path.name for path in paths)} holds no rows.") from error
     except DatasetGenerationError as error:
         files = ", ".join(path.name for path in paths)
         raise DataError(f"{source}: {files} can't be read as {builder}: {error.__cause__}") from error

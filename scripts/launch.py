@@ -83,6 +83,7 @@ def is_on(env: dict[str, str], name: str) -> bool:
 
 def queue(steps: list[Step], gpus: int, nodes: int, sharding: str, model: str) -> int:
     """Submit the stages, each to start when the one before has succeeded; what needs no recipe runs here, before."""
+    slurm.require_slurm()
     job = None
     for step in steps:
         if step.recipe is None and job is None:

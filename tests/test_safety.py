@@ -1,0 +1,143 @@
+"""Nothing from outside is run, no secret gets out, nobody's files are overwritten."""
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from rmipo.checkpoints import CheckpointError, resume_point, run_identity
+from rmipo.config import ConfigError, ModelConfig, load_recipe
+from rmipo.loading import LoadingError, load_model, load_tokenizer
+from tests.families import make_model, make_tokenizer, save
+from tests.test_twins import REPOSITORY, make_twin
+
+SECRETS = {
+    "HF_TOKEN": "hf_" + "Zq7" * 11,
+    "HUGGING_FACE_HUB_TOKEN": "hf_" + "Xw5" * 11,
+    "WANDB_API_KEY": "0123456789abcdef" * 2 + "fedcba98",
+    "OPENAI_API_KEY": "sk-" + "Yv3" * 16,
+}
+
+
+class Hostile:
+    """Unpickled with full rights, it touches the file."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+# Code and pickles
+
+
+def test_code_of_a_model_folder_is_not_run(tmp_path):
+    folder = tmp_path / "model"
+    save("llama3", folder)
+    (folder / "modeling_custom.py").write_text(f"open({str(tmp_path / 'pwned')!r}, 'w')\nclass Custom: pass\n")
+    config = json.loads((folder / "config.json").read_text())
+    classes = {"AutoConfig": "modeling_custom.Custom", "AutoModelForCausalLM": "modeling_custom.Custom"}
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "custom", "auto_map": classes}))
+    with pytest.raises(LoadingError, match="trust_remote_code are not supported"):
+        load_model(ModelConfig(model_name_or_path=str(folder)))
+    tokenizer = json.loads((folder / "tokenizer_config.json").read_text())
+    tokenizer |= {"tokenizer_class": "Custom", "auto_map": {"AutoTokenizer": ["modeling_custom.Custom", None]}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(LoadingError, match="the tokenizer of .* can't be loaded"):
+        load_tokenizer(ModelConfig(model_name_or_path=str(folder)))
+    assert not (tmp_path / "pwned").exists()
+
+
+def pickled_model(folder: Path, extra: dict | None = None) -> str:
+    make_tokenizer("llama3").save_pretrained(folder)
+    model = make_model("llama3")
+    model.config.save_pretrained(folder)
+    torch.save(model.state_dict() | (extra or {}), folder / "pytorch_model.bin")
+    return str(folder)
+
+
+def test_pickled_weights_are_loaded_only_if_asked_for_by_name(tmp_path):
+    folder = pickled_model(tmp_path)
+    with pytest.raises(LoadingError, match="allow_pickled_weights: true also takes pickles"):
+        load_model(ModelConfig(model_name_or_path=folder))
+    loaded = load_model(ModelConfig(model_name_or_path=folder, dtype="float32", allow_pickled_weights=True))
+    for name, value in make_model("llama3").state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], value)
+
+
+def test_even_then_a_pickle_runs_nothing(tmp_path):
+    folder = pickled_model(tmp_path / "model", {"x": Hostile(tmp_path / "pwned")})
+    with pytest.raises((pickle.UnpicklingError, OSError, ValueError)):
+        load_model(ModelConfig(model_name_or_path=folder, allow_pickled_weights=True))
+    assert not (tmp_path / "pwned").exists()
+    torch.load(tmp_path / "model" / "pytorch_model.bin", weights_only=False)  # it would have
+    assert (tmp_path / "pwned").exists()
+
+
+@pytest.mark.parametrize("place", ["recipe", "overlay", "command line"])
+def test_yaml_tags_that_make_objects_are_refused(tmp_path, place):
+    hostile = (
+        f"run_name: !!python/object/apply:pathlib.Path.touch [!!python/object/apply:pathlib.Path ['{tmp_path}/pwned']]"
+    )
+    path = tmp_path / "hostile.yaml"
+    path.write_text(hostile + "\n")
+    recipe = REPOSITORY / "recipes/tiny/rmipo.yaml"
+    if place == "command line":  # stays the text that it is
+        loaded = load_recipe(recipe, overrides=[f"--run_name={hostile.removeprefix('run_name: ')}"])
+        assert loaded.values["run_name"].startswith("!!python/object")
+    else:
+        with pytest.raises(ConfigError, match="is not a valid recipe: could not determine a constructor"):
+            load_recipe(path) if place == "recipe" else load_recipe(recipe, [path])
+    assert not (tmp_path / "pwned").exists()
+
+
+def test_the_handbooks_trust_remote_code_is_not_followed():
+    recipe = load_recipe(REPOSITORY / "recipes/tiny/rmipo.yaml", overrides=["--trust_remote_code", "true"])
+    assert "trust_remote_code: true ignored: code from the hub is not run" in recipe.notices
+    assert "trust_remote_code" not in recipe.values
+
+
+# Secrets
+
+
+def test_no_secret_of_the_environment_gets_into_any_output(tmp_path):
+    overrides = make_twin(tmp_path, "tiny/rmipo", "llama3", "on_policy_ultrafeedback")
+    flags = dict(zip(overrides[::2], overrides[1::2], strict=True))
+    flags |= {"--report_to": "[wandb, tensorboard]", "--save_strategy": "steps", "--save_steps": "1"}
+    flags |= {"--output_dir": str(tmp_path / "out"), "--dataset_num_proc": "null"}
+    command = [sys.executable, "scripts/preference.py", "--config", "recipes/tiny/rmipo.yaml"]
+    environment = os.environ | SECRETS | {"WANDB_MODE": "offline", "WANDB_DIR": str(tmp_path)}
+    done = subprocess.run(
+        [*command, *(text for pair in flags.items() for text in pair)],
+        cwd=REPOSITORY, env=environment | {"TENSORBOARD_LOGGING_DIR": str(tmp_path / "tensorboard")},
+        capture_output=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr.decode()[-3000:]
+    files = [path for path in tmp_path.rglob("*") if path.is_file() and "data" not in path.parts]
+    written = {str(path): path.read_bytes() for path in files} | {"stdout": done.stdout, "stderr": done.stderr}
+    assert any(name.endswith(".wandb") for name in written) and any("tfevents" in name for name in written)
+    assert any(name.endswith("checkpoint-2/training_args.bin") for name in written)
+    for name, content in written.items():
+        for variable, secret in SECRETS.items():
+            assert secret.encode() not in content, f"{variable} is in {name}"
+
+
+# Files of others
+
+
+def test_a_folder_of_something_else_is_not_overwritten(tmp_path):
+    identity = run_identity({"learning_rate": 1e-6}, {"train": "a"}, 1)
+    assert resume_point(tmp_path / "new", identity) is None
+    (tmp_path / "run.tmp").touch()  # a start that was killed before it had written anything
+    assert resume_point(tmp_path, identity) is None
+    save("llama3", tmp_path)
+    with pytest.raises(
+        CheckpointError, match=r"is not empty, and there is no run.json .* Found: chat_template.jinja, config"
+    ):
+        resume_point(tmp_path, identity)
