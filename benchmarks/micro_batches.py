@@ -1,12 +1,14 @@
-"""One optimizer step of RMiPO, cut into micro-batches by pairs or by tokens: time, memory and rows of each cut.
+"""One optimizer step of RMiPO, cut into micro-batches by pairs or by tokens.
 
-    python benchmarks/micro_batches.py [--pairs 32] [--rounds 3]
+    python benchmarks/micro_batches.py [--pairs 16] [--rounds 3]
 
-Every cut has the same gradient. `max_tokens_per_micro_batch` is set to what the largest micro-batch by pairs holds, so
-that both need the same memory, and to what it holds on average.
+Every cut has the same gradient. Measured are time, memory and rows of each; `max_tokens_per_micro_batch` is set to what
+the largest micro-batch by pairs holds, so that both need the same memory, and to what it holds on average. Counted, for
+global batches of 128 pairs, is what ranks lose by waiting: under ZeRO-3 each forward takes as long as its longest row.
 """
 
 import argparse
+import itertools
 import logging
 import os
 import statistics
@@ -17,6 +19,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("KINETO_LOG_LEVEL", "5")
 warnings.filterwarnings("ignore", category=FutureWarning)
 
 import datasets  # noqa: E402
@@ -31,9 +34,36 @@ from rmipo.batching import StepSampler  # noqa: E402
 SCALE = 0.25
 
 
+def micro_batches(sizes: list[int], rank: int, ranks: int, pairs: int, max_tokens: int | None = None) -> list:
+    """This rank's micro-batches of one step over all pairs."""
+    sampler = StepSampler(
+        len(sizes), global_batch_size=len(sizes), micro_batch_size=pairs, rank=rank, world_size=ranks, seed=None,
+        max_tokens=max_tokens, pair_tokens=sizes,
+    )  # fmt: skip
+    return next(iter(sampler))
+
+
+def waiting(ranks: int, pairs: int, steps: int = 30) -> dict[str, tuple[float, float, float]]:
+    """By pairs and by tokens: forwards per step, longest row, and time relative to ranks that never wait (medians)."""
+    source = lengths.from_profile("ultrafeedback", seed=1)
+    drawn = [[p - 1 + c + r for p, c, r in itertools.islice(source, 128)] for _ in range(steps)]
+
+    def cost(sizes: list[int], max_tokens: int | None) -> tuple[int, int, float]:
+        cut = [micro_batches(sizes, rank, ranks, pairs, max_tokens) for rank in range(ranks)]
+        loads = [[sum(sizes[i] for i in batch.indices) for batch in own] for own in cut]
+        longest = [max(forward) for forward in zip(*loads, strict=True)]
+        return len(longest), max(longest), sum(longest) / (sum(sizes) / ranks)
+
+    by_pairs = [cost(sizes, None) for sizes in drawn]
+    limit = round(statistics.median(longest for _, longest, _ in by_pairs))
+    by_tokens = [cost(sizes, limit) for sizes in drawn]
+    cuts = {f"{pairs} pairs": by_pairs, f"{limit} tokens": by_tokens}
+    return {name: tuple(map(statistics.median, zip(*costs, strict=True))) for name, costs in cuts.items()}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pairs", type=int, default=32)
+    parser.add_argument("--pairs", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -46,19 +76,12 @@ def main() -> None:
     (pairs,) = lengths.batches(lengths.from_profile("ultrafeedback", seed=0), 1, options.pairs, SCALE, SETUP.vocabulary)
     sizes = [len(pair["prompt_ids"]) - 1 + len(pair["chosen_ids"]) + len(pair["rejected_ids"]) for pair in pairs]
 
-    def cut(micro_batch_size: int, max_tokens: int | None = None) -> list:
-        sampler = StepSampler(
-            len(pairs), global_batch_size=len(pairs), micro_batch_size=micro_batch_size, rank=0, world_size=1,
-            seed=None, max_tokens=max_tokens, pair_tokens=sizes,
-        )  # fmt: skip
-        return next(iter(sampler))
-
     cuts = {}
-    for count in (1, 2, 4, 8):
-        cuts[f"{count} pairs"] = by_pairs = cut(count)
+    for count in (1, 2, 4):
+        cuts[f"{count} pairs"] = by_pairs = micro_batches(sizes, 0, 1, count)
         loads = [sum(sizes[i] for i in batch.indices) for batch in by_pairs]
         for name, limit in (("largest", max(loads)), ("mean", round(statistics.mean(loads)))):
-            cuts[f"{limit} tokens ({name} of {count} pairs)"] = cut(1, limit)
+            cuts[f"{limit} tokens ({name} of {count} pairs)"] = micro_batches(sizes, 0, 1, 1, limit)
     times: dict[str, list[float]] = {name: [] for name in cuts}
     memory = {}
     progress = tqdm(total=len(cuts) * (options.rounds + 1), unit="step")
@@ -79,6 +102,11 @@ def main() -> None:
         largest = max(sum(sizes[i] for i in batch.indices) for batch in batches)
         seconds = statistics.median(times[name])
         print(f"{name:32} {len(batches):4} {largest:8} {memory[name] / 2**20:5.0f} {seconds:7.2f}")
+
+    print("\nranks  cut          forwards  longest row  time / no waiting")
+    for ranks, count in itertools.product((1, 4, 8), (1, 2, 4)):
+        for name, (forwards, longest, ratio) in waiting(ranks, count).items():
+            print(f"{ranks:5}  {name:12} {forwards:8.0f} {longest:12.0f} {ratio:18.2f}")
 
 
 if __name__ == "__main__":
