@@ -5,8 +5,9 @@ import gc
 import io
 import itertools
 import multiprocessing
+import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
@@ -90,8 +91,21 @@ def _measure_peak(sender, name: str, setup: Setup, warm_up: list[dict], pairs: l
 
 def allocated_peak(call: Callable[[], object]) -> int:
     """Bytes that torch's CPU allocator hands out at once during `call`."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    with _stderr_closed(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         call()
     events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
     events.sort(key=lambda event: event.start_ns())
     return max(itertools.accumulate(event.nbytes() for event in events))
+
+
+@contextlib.contextmanager
+def _stderr_closed() -> Iterator[None]:
+    """The profiler's native code announces itself there, whatever its log level."""
+    saved, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
+        os.close(nowhere)
