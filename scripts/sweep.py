@@ -63,9 +63,9 @@ def whole_grid(env: dict[str, str]) -> int:
     failed = []
     bar = tqdm(total=len(points), initial=len(points) - len(open_points), desc=f"{model} {method}", unit="point")
     for point in open_points:
-        point.folder.mkdir(parents=True, exist_ok=True)
-        bar.set_postfix_str(f"{search.arguments(point.values)}, see {point.folder}/log.txt")
-        with open(point.folder / "log.txt", "a") as log:
+        point.folder.parent.mkdir(parents=True, exist_ok=True)
+        bar.set_postfix_str(f"{search.arguments(point.values)}, see {point.folder}.log")
+        with open(f"{point.folder}.log", "a") as log:
             code = launch(point, stdout=log, stderr=subprocess.STDOUT)
         lines = search.record(path, points, sweep.metric)
         if code == EXIT_STOPPED:
@@ -74,7 +74,7 @@ def whole_grid(env: dict[str, str]) -> int:
             return code
         if code:
             failed.append(point)
-            bar.write(f"failed with exit code {code}: {search.arguments(point.values)}, see {point.folder}/log.txt")
+            bar.write(f"failed with exit code {code}: {search.arguments(point.values)}, see {point.folder}.log")
             if not lines:  # most likely no fault of this point
                 bar.close()
                 return code

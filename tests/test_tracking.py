@@ -16,6 +16,7 @@ from tests.wandb_file import read_config, read_history
 
 
 def test_wandb_offline_run_holds_what_was_logged(tmp_path, monkeypatch):
+    wandb.teardown()  # what an earlier test of this process read from its environment
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
     monkeypatch.setenv("WANDB_MODE", "offline")
     pairs = make_pairs(16, seed=2)
@@ -27,7 +28,9 @@ def test_wandb_offline_run_holds_what_was_logged(tmp_path, monkeypatch):
     lines = read_metrics(tmp_path / "run")
 
     for number, line in enumerate(line for line in lines if "loss" in line):
-        (logged,) = (entry for entry in history if entry.get("train/global_step") == number + 1 and "train/loss" in entry)
+        (logged,) = (
+            entry for entry in history if entry.get("train/global_step") == number + 1 and "train/loss" in entry
+        )
         for name in ("rewards/margins", "rewards/accuracies", "rmipo/gamma_mean", "common/margin_avg_logp"):
             assert logged[f"train/{name}"] == pytest.approx(line[name], rel=1e-6), name
     evaluations = [entry for entry in history if "eval/rewards/accuracies" in entry]
@@ -64,7 +67,13 @@ def test_commit_of_a_repository_is_recorded():
 
 def test_curves_and_histogram_are_pictures_with_ink(tmp_path):
     lines = [
-        {"step": step, "rewards/margins": 0.1 * step, "rewards/accuracies": 0.6, "rmipo/gamma_mean": 1.2, "rmipo/gamma_std": 0.2}
+        {
+            "step": step,
+            "rewards/margins": 0.1 * step,
+            "rewards/accuracies": 0.6,
+            "rmipo/gamma_mean": 1.2,
+            "rmipo/gamma_std": 0.2,
+        }
         for step in range(1, 6)
     ] + [{"step": 5, "eval_rewards/margins": 0.4, "eval_rewards/accuracies": 0.7, "eval_rmipo/gamma_mean": 1.1}]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
