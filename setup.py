@@ -2,7 +2,6 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
-
 version = next(
     line.split('"')[1] for line in Path("rmipo/__init__.py").read_text().splitlines() if line.startswith("__version__")
 )

@@ -239,7 +239,9 @@ def test_stages_are_queued_one_after_the_other(launch, tmp_path, monkeypatch):
     assert code == 0, errors
     first, second = (tmp_path / "jobs").read_text().splitlines()
     assert first.endswith("configs/accelerate/zero3.yaml scripts/sft.py --config recipes/llama3-8b-base/sft.yaml")
-    assert "--job-name=llama3-8b-base-rmipo --gpus-per-node=8 --dependency=afterok:1 --kill-on-invalid-dep=yes" in second
+    assert (
+        "--job-name=llama3-8b-base-rmipo --gpus-per-node=8 --dependency=afterok:1 --kill-on-invalid-dep=yes" in second
+    )
     assert "## rmipo: job 2, log outputs/slurm/2.log" in output
 
 

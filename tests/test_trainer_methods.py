@@ -107,9 +107,10 @@ def perturbed_sum(model, initial, pair, side, step):
 def test_trajectory_equals_a_naive_loop(tmp_path, pairs, saved_model, other_model, name):
     """Two epochs of two steps, a step being two micro-batches of four pairs."""
     objective = build_objective(BLOCKS[name])
+    second_model = copy.deepcopy(other_model) if "reference_logits" in objective.needs else None
     trainer = make_trainer(
         tmp_path, pairs, BLOCKS[name], per_device_train_batch_size=4, num_train_epochs=2, model=saved_model(),
-        reference_cache_dir=str(tmp_path / "cache"), reference_model=copy.deepcopy(other_model) if "reference_logits" in objective.needs else None,
+        reference_cache_dir=str(tmp_path / "cache"), reference_model=second_model,
     )  # fmt: skip
     cache_reference(trainer, other_model, pairs, objective)
     order = []
