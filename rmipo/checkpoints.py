@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import json
+import os
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -56,6 +57,15 @@ class Checkpoints(TrainerCallback):
 def load_objective_state(checkpoint: str | Path) -> dict[str, torch.Tensor]:
     saved = json.loads((Path(checkpoint) / OBJECTIVE_STATE).read_text())
     return {name: torch.tensor(value, dtype=torch.float64) for name, value in saved.items()}
+
+
+def refuse_pickled_code() -> None:
+    """Make every torch.load, DeepSpeed's too, take only tensors and plain values: no checkpoint can run code."""
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler  # seconds, and only runs need them
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+
+    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
+    torch.serialization.add_safe_globals([DynamicLossScaler, LossScaler, ZeroStageEnum])  # in ZeRO's optimizer states
 
 
 def run_identity(recipe: dict, fingerprints: dict[str, str], world_size: int) -> dict:

@@ -103,7 +103,7 @@ class Recipe:
         values["chat_template"] = template_text(values.get("chat_template"))
 
         if values.get("use_cpu"):
-            # Without GPUs TrainingArguments leaves this timeout out. Processes connect here, once; it finds them connected.
+            # Without GPUs TrainingArguments leaves this timeout out. Processes connect here; it finds them connected.
             PartialState(cpu=True, timeout=timedelta(seconds=values.get("ddp_timeout", TrainingArguments.ddp_timeout)))
 
         def build(cls: type) -> Any:

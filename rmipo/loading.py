@@ -1,4 +1,4 @@
-"""The tokenizer and the model of a recipe. Nothing from a hub or folder is run: no code, and no pickle unless asked for."""
+"""The tokenizer and the model of a recipe: no code from a hub or folder is run, no pickle read unless asked for."""
 
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from trl import get_quantization_config
@@ -43,8 +43,8 @@ def load_model(model_config: ModelConfig, **options) -> PreTrainedModel:
 def _explained(name: str, what: str, error: Exception) -> str:
     first = str(error).strip().partition("\n")[0]
     return (
-        f"model_name_or_path: the {what} of {name} can't be loaded ({first}). Check the name or folder. On the hub: check "
-        "the network (is HF_HUB_OFFLINE set?), and log in with `hf auth login` if the model is gated. Weights have to be "
-        "safetensors (allow_pickled_weights: true also takes pickles, which can run code); models that need "
+        f"model_name_or_path: the {what} of {name} can't be loaded ({first}). Check the name or folder. On the hub: "
+        "check the network (is HF_HUB_OFFLINE set?), and log in with `hf auth login` if the model is gated. Weights "
+        "have to be safetensors (allow_pickled_weights: true also takes pickles, which can run code); models that need "
         "trust_remote_code are not supported"
     )

@@ -1,7 +1,7 @@
 """Early warnings of a run that goes wrong: once per kind until it recovers, with what to look at.
 
-The limits are recipe values (`warn_*`, `ddp_timeout`). Nothing here changes or stops training: a loss that is not finite
-does, see `NonFiniteLossError`.
+The limits are recipe values (`warn_*`, `ddp_timeout`). Nothing here changes or stops training: a loss that is not
+finite does, see `NonFiniteLossError`.
 """
 
 import contextlib
@@ -30,12 +30,11 @@ ADVICE = {
     "chosen_logp_drop": "chosen responses have become {value:.2f} nats per token less likely since the start (limit "
     "{limit:g}, warn_chosen_logp_drop). Look at generations.jsonl: if the answers fall apart, lower learning_rate or "
     "objective.beta, or start from an earlier checkpoint",
-    "grad_norm_ratio": "the gradient norm is {value:.0f} times its median (limit {limit:g}, warn_grad_norm_ratio). Look at "
-    "the loss and the rows of this step; if it keeps jumping, lower learning_rate or max_grad_norm, or lengthen "
-    "warmup_steps",
-    "repetition": "{value:.0%} of the sample generations' 4-grams are repeats (limit {limit:.0%}, warn_repetition). Look "
-    "at generations.jsonl: if answers loop or don't end, lower learning_rate, and check that responses end with the "
-    "template's end token",
+    "grad_norm_ratio": "the gradient norm is {value:.0f} times its median (limit {limit:g}, warn_grad_norm_ratio). Look "
+    "at the loss of this step; if it keeps jumping, lower learning_rate or max_grad_norm, or lengthen warmup_steps",
+    "repetition": "{value:.0%} of the sample generations' 4-grams are repeats (limit {limit:.0%}, warn_repetition). "
+    "Look at generations.jsonl: if answers loop or don't end, lower learning_rate, and check that responses end with "
+    "the template's end token",
 }
 
 
@@ -124,7 +123,7 @@ class StepWatchdog(TrainerCallback):
 
 
 class SilenceWatchdog(TrainerCallback):
-    """When no step ends for a third of `ddp_timeout`: each process says where it waits, before the timeout ends the run."""
+    """When no step ends for a third of `ddp_timeout`, each process says where it waits; then the timeout ends the run."""
 
     def __init__(self):
         self.timer: threading.Timer | None = None
@@ -154,8 +153,8 @@ class SilenceWatchdog(TrainerCallback):
         print(
             f"warning, rank {args.process_index} of {args.world_size}: nothing has come after step {step} for "
             f"{limit:.0f} s. Ranks that wait in a collective (all_reduce, all_gather, barrier, ...) wait for one that "
-            f"doesn't: compare their stacks, and look for a rank that is gone (its log, nvidia-smi, dmesg). The run ends "
-            f"after ddp_timeout: {args.ddp_timeout} s. This rank is in:\n{''.join(stack[-4:])}",
+            f"doesn't: compare their stacks, and look for a rank that is gone (its log, nvidia-smi, dmesg). The run "
+            f"ends after ddp_timeout: {args.ddp_timeout} s. This rank is in:\n{''.join(stack[-4:])}",
             file=sys.stderr,
             flush=True,
         )
@@ -188,7 +187,7 @@ def explained_silence(timeout: float) -> Iterator[None]:
         if not any(sign in str(error) for sign in ("Timed out", "timed out", "Timeout", "Connection closed by peer")):
             raise
         raise SilentRankError(
-            f"another process did not answer: {str(error).strip().splitlines()[0]}. Look at the logs of the other ranks for "
-            f"the first error (memory of GPU or machine full, a node gone). If a step may take longer than {timeout:g} s, "
-            "raise ddp_timeout. The same command goes on from the last checkpoint."
+            f"another process did not answer: {str(error).strip().splitlines()[0]}. Look at the logs of the other ranks "
+            "for the first error (memory of GPU or machine full, a node gone). If a step may take longer than "
+            f"{timeout:g} s, raise ddp_timeout. The same command goes on from the last checkpoint."
         ) from error

@@ -77,6 +77,7 @@ def main() -> None:
         prompt_probe=[chat.prompt_ids(messages) for messages in PROBES],
         data={split: report.as_dict() for split, report in reports.items()},
     )
+    checkpoints.refuse_pickled_code()
     stop = checkpoints.StopOnSignal()
     say(f"resuming from {checkpoint}" if checkpoint else f"starting in {args.output_dir}")
 

@@ -53,6 +53,7 @@ def main() -> None:
     checkpoint = checkpoints.resume_point(args.output_dir, identity)
     prompt_probe = [chat.prompt_ids(messages) for messages in PROBES]
     run = tracking.RunRecord(args.output_dir, identity, prompt_probe=prompt_probe)
+    checkpoints.refuse_pickled_code()
     stop = checkpoints.StopOnSignal()
     say(f"resuming from {checkpoint}" if checkpoint else f"starting in {args.output_dir}")
 

@@ -129,7 +129,9 @@ def run_program(script: str, arguments: list[str], env: dict[str, str]) -> str:
     spec = importlib.util.spec_from_file_location(script, ROOT / f"scripts/{script}.py")
     module = importlib.util.module_from_spec(spec)
     output = io.StringIO()
-    cleared = dict.fromkeys(("MODEL", "STAGE", "METHOD", "ARGS", "DATA", "DRY", "GPUS", "SHARDING", "SLURM", "NODES"), "")
+    cleared = dict.fromkeys(
+        ("MODEL", "STAGE", "METHOD", "ARGS", "DATA", "DRY", "GPUS", "SHARDING", "SLURM", "NODES"), ""
+    )
     with (
         mock.patch.object(sys, "argv", [f"scripts/{script}.py", *arguments]),
         mock.patch.dict(os.environ, cleared | env),

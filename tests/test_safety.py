@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from deepspeed.runtime.fp16.loss_scaler import LossScaler
+from deepspeed.runtime.zero.config import ZeroStageEnum
 
-from rmipo.checkpoints import CheckpointError, resume_point, run_identity
+from rmipo.checkpoints import CheckpointError, refuse_pickled_code, resume_point, run_identity
 from rmipo.config import ConfigError, ModelConfig, load_recipe
 from rmipo.loading import LoadingError, load_model, load_tokenizer
 from tests.families import make_model, make_tokenizer, save
@@ -49,7 +51,7 @@ def test_code_of_a_model_folder_is_not_run(tmp_path):
     tokenizer = json.loads((folder / "tokenizer_config.json").read_text())
     tokenizer |= {"tokenizer_class": "Custom", "auto_map": {"AutoTokenizer": ["modeling_custom.Custom", None]}}
     (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer))
-    with pytest.raises(LoadingError, match="the tokenizer of .* can't be loaded"):
+    with pytest.raises(LoadingError, match=r"the tokenizer of .* can't be loaded"):
         load_tokenizer(ModelConfig(model_name_or_path=str(folder)))
     assert not (tmp_path / "pwned").exists()
 
@@ -78,6 +80,18 @@ def test_even_then_a_pickle_runs_nothing(tmp_path):
     assert not (tmp_path / "pwned").exists()
     torch.load(tmp_path / "model" / "pytorch_model.bin", weights_only=False)  # it would have
     assert (tmp_path / "pwned").exists()
+
+
+def test_a_checkpoint_runs_nothing_even_where_its_reader_would_let_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "0")  # and undone after the test
+    torch.save({"state": Hostile(tmp_path / "pwned")}, tmp_path / "optim_states.pt")
+    torch.save({"stage": ZeroStageEnum.weights, "scaler": LossScaler(2.0)}, tmp_path / "deepspeed.pt")
+    refuse_pickled_code()
+    with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
+        torch.load(tmp_path / "optim_states.pt", weights_only=False)  # as DeepSpeed reads its files
+    assert not (tmp_path / "pwned").exists()
+    saved = torch.load(tmp_path / "deepspeed.pt", weights_only=False)
+    assert saved["stage"] == ZeroStageEnum.weights and saved["scaler"].cur_scale == 2.0
 
 
 @pytest.mark.parametrize("place", ["recipe", "overlay", "command line"])
