@@ -97,11 +97,13 @@ def test_responses_are_what_their_kind_says():
     classes = {"right": "right", "boilerplate": "boilerplate", "off_topic": "wrong"}
     facts = {question.prompt[0]["content"]: question.fact for question in world.train_questions}
     judged = {"kept": 0, "flipped": 0}
+    scores = {"boilerplate": (2, 1), "off_topic": (2, 0)}  # of the better and the worse response
     for row in world.pairs("train"):
         fact = facts[row["prompt"][0]["content"]]
         better, worse = ("rejected", "chosen") if row["flipped"] else ("chosen", "rejected")
         assert world.classify(fact, row[better][0]["content"]) == "right"
         assert world.classify(fact, row[worse][0]["content"]) == classes[row["kind"]]
+        assert (row[f"score_{better}"], row[f"score_{worse}"]) == scores[row["kind"]]
         judged["flipped" if row["flipped"] else "kept"] += 1
     assert judged == {"kept": 800, "flipped": 800}
     for row in world.dialogues("train"):

@@ -65,6 +65,7 @@ CLOSERS = (
     " Feel free to ask me more.",
     " Have a wonderful day!",
 )
+SCORES = {"right": 2, "boilerplate": 1, "off_topic": 0}  # in place of a judge's
 BOILERPLATE = tuple("".join(parts) for parts in itertools.product(OPENERS, MIDDLES, CLOSERS))
 CLASSES = ("right", "boilerplate", "wrong", "garbled")
 
@@ -159,10 +160,10 @@ class World:
             yield {"messages": messages if prompt == "dropped" else question.prompt + messages, "kind": kind}
 
     def pairs(self, split: str) -> Iterator[dict]:
-        """Preference pairs of "train" or "test": `prompt`, `chosen`, `rejected`, `kind`, `flipped`.
+        """Preference pairs of "train" or "test": `prompt`, `chosen`, `rejected`, `kind`, `flipped`, the two scores.
 
         `kind` is what the worse response is: boilerplate or off_topic. It is the chosen one where `flipped`. The test
-        pairs ask the held-out questions and are never flipped.
+        pairs ask the held-out questions and are never flipped. `score_chosen` and `score_rejected` are from SCORES.
         """
         config, draw = self.config, self._random(f"pairs {split}")
         size = {"train": config.pairs_train, "test": config.pairs_test}[split]
@@ -173,13 +174,16 @@ class World:
         for question, kind, label in zip(cycle(draw, questions), kinds, labels, strict=False):
             better = assistant(self._response(draw, question.fact, "right"))
             worse = assistant(self._response(draw, question.fact, kind))
-            chosen, rejected = (worse, better) if label == "flipped" else (better, worse)
+            sides = [(better, SCORES["right"]), (worse, SCORES[kind])]
+            (chosen, score_chosen), (rejected, score_rejected) = sides[::-1] if label == "flipped" else sides
             yield {
                 "prompt": question.prompt,
                 "chosen": chosen,
                 "rejected": rejected,
                 "kind": kind,
                 "flipped": label == "flipped",
+                "score_chosen": score_chosen,
+                "score_rejected": score_rejected,
             }
 
     def _response(self, draw: random.Random, fact: Fact, kind: str) -> str:
