@@ -211,9 +211,8 @@ def without_weights(bench: Bench) -> Path:
     return folder
 
 
-def world(bench: Bench, changes: dict, remove: str | None = None) -> str:
+def world(bench: Bench, changes: dict) -> str:
     knobs = yaml.safe_load((ROOT / "recipes/tiny/world.yaml").read_text()) | changes
-    knobs.pop(remove, None)
     return run_program("toy", ["--config", bench.write("world.yaml", knobs)], {})
 
 
@@ -472,8 +471,7 @@ CASES = [
                 MODEL="llama3-8b-instruct", GPUS="8"),
     launch_case("`make plan EXAMPLES=all`", "EXAMPLES=all: expected a number above 0", area="plan", script="plan",
                 MODEL="llama3-8b-instruct", GPUS="8x80", EXAMPLES="all"),
-    BadInput("world", "knobs out of range, unknown and missing",
-             lambda b: world(b, {"label_noise": 2, "boiler": 1}, remove="seed"),
-             ("boiler is not a knob of the world", "seed is missing", "The knobs: ")),
+    BadInput("world", "no such file", lambda _: run_program("toy", ["--config", "none.yaml"], {}),
+             ("none.yaml: cannot be read: No such file",)),
     BadInput("world", "a share above 1", lambda b: world(b, {"label_noise": 2}), ("label_noise is 2", "expected 0 to 1")),
 ]  # fmt: skip

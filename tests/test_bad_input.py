@@ -15,7 +15,7 @@ from tests.bad_input import CASES, ROOT, Bench
 
 PAGE = ROOT / "docs" / "RELIABILITY.md"
 BEGIN, END = "<!-- bad inputs: begin -->\n", "<!-- bad inputs: end -->\n"
-SHOWN = 260  # characters of a message
+SHOWN, LINES = 260, 4  # of a message: characters, and lines before the lists of what there is
 ROWS: list[str] = []
 
 
@@ -42,9 +42,9 @@ def bench(pristine, tmp_path, monkeypatch, request):
 
 def row(case, message: str, folder: Path) -> str:
     shown = message.replace(str(folder), "FOLDER").replace(f"{ROOT}/", "")
-    shown = re.sub(r"\s*\n\s*", " / ", shown)
+    shown = re.sub(r"'?https?://[^ ']+'?", "the hub", " / ".join(map(str.strip, shown.split("\n")[:LINES])))
     shown = re.sub(r"\d+ GiB are free", "N GiB are free", shown)  # of the machine that writes the table
-    shown = shown if len(shown) <= SHOWN else f"{shown[:SHOWN]} ..."
+    shown = shown if len(shown) <= SHOWN else f"{shown[:SHOWN]}…"
     cells = (case.area, case.what, shown.replace("|", "\\|").replace("<", "&lt;"))
     return f"| {' | '.join(cells)} |\n"
 
