@@ -171,7 +171,8 @@ def draw_gamma(axis: Axes, values: np.ndarray, low: float, high: float, paper_pe
         pins.plot(x, share, "o", color="black", markersize=4)
         side = "left" if x == low else "right"
         offset = 0.03 * span if x == low else -0.03 * span
-        pins.text(x + offset, share, f"{100 * share:.0f}%", ha=side, va="center", fontsize=7.5, bbox=BEHIND_TEXT)
+        height = max(share, 0.08)  # clear of the axis
+        pins.text(x + offset, height, f"{100 * share:.0f}%", ha=side, va="center", fontsize=7.5, bbox=BEHIND_TEXT)
     pins.set_ylim(0, 1.08)
     pins.set_ylabel("At a bound")
     pins.set_yticks([0, 0.5, 1], ["0", "50%", "100%"])
