@@ -101,6 +101,8 @@ def make_twin(folder, recipe, family, form):
     }
     if recipe.endswith("/rmipo"):
         overrides |= {"generation_samples": 1, "generation_max_new_tokens": 2}
+    elif values.get("packing"):
+        overrides |= {"max_length": 64}  # so that the packed rows fill two global batches
     return [text for key, value in overrides.items() for text in (f"--{key}", str(value))]
 
 
