@@ -171,7 +171,7 @@ def draw_gamma(axis: Axes, values: np.ndarray, low: float, high: float, paper_pe
         pins.plot(x, share, "o", color="black", markersize=4)
         side = "left" if x == low else "right"
         offset = 0.03 * span if x == low else -0.03 * span
-        height = max(share, 0.08)  # clear of the axis
+        height = max(share, 0.2)  # clear of the axis and of the curve's tail
         pins.text(x + offset, height, f"{100 * share:.0f}%", ha=side, va="center", fontsize=7.5, bbox=BEHIND_TEXT)
     pins.set_ylim(0, 1.08)
     pins.set_ylabel("At a bound")
