@@ -75,13 +75,13 @@ def compare(env: dict[str, str]) -> int:
     bar = tqdm(total=total, unit="run", smoothing=0)
 
     def finished(runs: list) -> list[dict]:
-        known, lines = {run for run in runs if log.find(run)}, []
+        known, lines = {run for run in runs if log.find(run)}, {}
         for run, line in execute_all(log, runs, workers, facts):
             bar.initial += run in known  # so that the ETA is that of a run, not of a line read
             bar.update()
             bar.set_postfix_str(str(run))
-            lines.append(line)
-        return lines
+            lines[run] = line
+        return [lines[run] for run in runs]
 
     best = best_rates(finished(searches), study.selection_metric)
     lines = finished(report_runs(methods, best, seeds, noises))

@@ -196,8 +196,8 @@ def draw_curves(axis: Axes, lines: list[dict], name: str) -> None:
     for method, group in by_method(lines):
         steps = [point["step"] for point in group[0]["curve"]]
         values = np.mean([[point[name] for point in line["curve"]] for line in group], axis=0)
-        width = 2.2 if method == OURS else 1.0
-        axis.plot(steps, values, color=method_color(method), linewidth=width, label=label(method))
+        width, order = (2.2, 3) if method == OURS else (1.0, 2)
+        axis.plot(steps, values, color=method_color(method), linewidth=width, zorder=order, label=label(method))
     axis.set_xlabel("Step")
     axis.margins(x=0.02)
 
