@@ -30,7 +30,9 @@ class PreferenceConfig(TrainingArguments):
     max_tokens_per_micro_batch: int | None = _option(None, "Micro-batches of longer pairs are split.")
     generation_samples: int = _option(4, "Held-out prompts that are answered and saved at each evaluation.")
     generation_max_new_tokens: int = _option(128, "Tokens of each such answer.")
-    reference_cache_dir: str = _option("outputs/reference_cache", "Where the reference's log-probs are kept between runs.")
+    reference_cache_dir: str = _option(
+        "outputs/reference_cache", "Where the reference's log-probs are kept between runs."
+    )
     warn_chosen_logp_drop: float = _option(1.0, "Nats per token that chosen responses may lose before a warning.")
     warn_repetition: float = _option(0.5, "Share of repeated n-grams in the sample generations before a warning.")
     warn_grad_norm_ratio: float = _option(10.0, "Gradient norm over its running median before a warning.")

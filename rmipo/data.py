@@ -70,7 +70,9 @@ def load_messages(data_config: DataConfig, split: str) -> Dataset:
     return dataset.select([i for i, reason in enumerate(reasons) if not reason])
 
 
-def load_splits(load: Callable[[DataConfig, str], Dataset], data_config: DataConfig, evaluating: bool) -> dict[str, Dataset]:
+def load_splits(
+    load: Callable[[DataConfig, str], Dataset], data_config: DataConfig, evaluating: bool
+) -> dict[str, Dataset]:
     """`load` of "train", and of "test" where there is such a split.
 
     Args:
