@@ -16,16 +16,16 @@ def missing_numbers(filled: FilledTable) -> dict[tuple[str, ...], int]:
     """A number for each distinct list of commands that missing cells wait for, in reading order."""
     numbers: dict[tuple[str, ...], int] = {}
     for entry in (entry for row in filled.entries for entry in row):
-        if entry.ours is None:
+        if entry.commands:
             numbers.setdefault(entry.commands, len(numbers) + 1)
     return numbers
 
 
 def cell_text(entry: Entry, numbers: dict[tuple[str, ...], int]) -> str:
-    """`paper | ours | difference`; a missing cell points at the command that fills it, as `[3]`."""
+    """`paper | ours | difference`; a missing cell points at the command that fills it, as `[3]`, or is n/a."""
     paper = number_text(entry.paper, entry.digits)
     if entry.ours is None:
-        return f"{paper} / [{numbers[entry.commands]}]"
+        return f"{paper} / " + (f"[{numbers[entry.commands]}]" if entry.commands else "n/a")
     difference = "" if entry.difference is None else f" / {number_text(entry.difference, entry.digits, signed=True)}"
     return f"{paper} / {number_text(entry.ours, entry.digits)}{difference}"
 

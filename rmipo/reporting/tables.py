@@ -10,6 +10,7 @@ from .results import (
     PAPER_MODELS,
     TRIAL_SETTINGS,
     ReportError,
+    Result,
     eval_command,
     is_trained,
     load_result,
@@ -69,7 +70,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Entry:
-    """A filled cell. `ours` is None where `commands` (in this order) have yet to be run."""
+    """A filled cell. `ours` is None where `commands` (in this order) have yet to be run; () where nothing fills it."""
 
     paper: float | None
     ours: float | None
@@ -272,17 +273,26 @@ def fill(table: Table, outputs: Path, allow_mixed_versions: bool = False) -> Fil
         result = results[cell.model, cell.method, bench]
         if result is None:
             return Entry(cell.paper, None, cell.digits, missing_commands(outputs, cell.model, cell.method, bench))
-        if cell.metric not in result.metrics:  # e.g. made without the length-controlled model
-            commands = (f"rm {result.path}", eval_command(cell.model, cell.method, bench))
-            return Entry(cell.paper, None, cell.digits, commands)
+        if cell.metric not in result.metrics:  # LC, of an evaluation without the length-controlled model
+            return Entry(cell.paper, None, cell.digits, commands_for_length_control(result, cell.model, cell.method))
         return Entry(cell.paper, result.metrics[cell.metric], cell.digits)
 
     entries = [[entry(cell) for cell in row] for row in table.cells]
+    if any(entry.ours is None and not entry.commands for row in entries for entry in row):
+        notes.append("n/a: the length-controlled model knows AlpacaEval's own instructions alone, not a stand-in's.")
     columns = table.columns
     if table.ranked:
         columns += tuple(("", METRIC_LABELS[name]) for name in ("avg_score", "avg_rank"))
         notes += append_averages(table, entries)
     return FilledTable(table, columns, entries, notes)
+
+
+def commands_for_length_control(result: Result, model: str, method: str) -> tuple[str, ...]:
+    """What adds the length-controlled rate to a result without it; nothing does where other prompts were answered."""
+    if result.settings.get("reference") is not None:
+        return ()
+    evaluate = eval_command(model, method, result.bench)
+    return f"rm {result.path}", f"{evaluate} ARGS='--set alpacaeval.length_controlled=true'"
 
 
 def missing_commands(outputs: Path, model: str, method: str, bench: str) -> tuple[str, ...]:

@@ -114,11 +114,21 @@ def test_other_judges_count_as_other_versions(tmp_path):
         fill(build_table(1, ["tiny"]), tmp_path)
 
 
-def test_a_metric_that_was_left_out_is_missing(tmp_path):
+def test_a_length_controlled_rate_that_was_left_out_can_be_added(tmp_path):
     path = write_result(tmp_path, "tiny", "rmipo", "alpacaeval", {"alpacaeval2_wr": 40.0})
     lc, wr, _ = fill(build_table(1, ["tiny"]), tmp_path).entries[-1]
     assert wr.ours == 40.0 and lc.ours is None
-    assert lc.commands == (f"rm {path}", "make eval MODEL=tiny METHOD=rmipo BENCH=alpacaeval")
+    evaluate = "make eval MODEL=tiny METHOD=rmipo BENCH=alpacaeval ARGS='--set alpacaeval.length_controlled=true'"
+    assert lc.commands == (f"rm {path}", evaluate)
+
+
+def test_a_stand_in_has_no_length_controlled_rate(tmp_path):
+    settings = {"reference": "pairs/test.jsonl", "length_controlled": False}
+    write_result(tmp_path, "tiny", "rmipo", "alpacaeval", {"alpacaeval2_wr": 40.0}, settings=settings)
+    filled = fill(build_table(1, ["tiny"]), tmp_path)
+    assert filled.entries[-1][0].commands == () and filled.entries[-2][0].commands
+    text = markdown(filled)
+    assert "| RMiPO | – / n/a | – / 40.0 | – / [" in text and "n/a: the length-controlled model knows" in text
 
 
 def test_part_of_a_benchmark_is_flagged(tmp_path):
