@@ -31,6 +31,7 @@ from benchmarks.contenders import RMIPO, our_trainer  # noqa: E402
 from rmipo.batching import StepSampler  # noqa: E402
 
 SCALE = 0.25
+RECIPE_TOKENS = 8192  # max_tokens_per_micro_batch of the 7B and 8B recipes
 
 
 def micro_batches(sizes: list[int], rank: int, ranks: int, pairs: int, max_tokens: int | None = None) -> list:
@@ -56,7 +57,8 @@ def waiting(ranks: int, pairs: int, steps: int = 30) -> dict[str, tuple[float, f
     by_pairs = [cost(sizes, None) for sizes in drawn]
     limit = round(statistics.median(longest for _, longest, _ in by_pairs))
     by_tokens = [cost(sizes, limit) for sizes in drawn]
-    cuts = {f"{pairs} pairs": by_pairs, f"{limit} tokens": by_tokens}
+    by_recipe = [cost(sizes, RECIPE_TOKENS) for sizes in drawn]
+    cuts = {f"{pairs} pairs": by_pairs, f"{limit} tokens": by_tokens, f"{RECIPE_TOKENS} tokens": by_recipe}
     return {name: tuple(map(statistics.median, zip(*costs, strict=True))) for name, costs in cuts.items()}
 
 

@@ -34,7 +34,7 @@ def environment() -> dict:
 def _git(*arguments: str) -> str:
     root = Path(__file__).resolve().parents[1]
     result = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=False)
-    return result.stdout.strip() or "unknown" if result.returncode == 0 else "unknown"
+    return result.stdout.strip() if result.returncode == 0 else "unknown"
 
 
 def ratio(values: list[float], base: list[float]) -> dict[str, float]:
