@@ -17,6 +17,7 @@ from transformers import TrainingArguments
 from . import handbook
 from .arguments import ARGUMENTS, DataConfig, ModelConfig, PreferenceConfig
 from .errors import UserError
+from .objectives import build_objective
 from .recipe_checks import check_types, check_values, stage_of, template_text
 from .recipe_files import merge, parse_overrides, read_yaml
 
@@ -46,9 +47,17 @@ class Recipe:
         """(global batch size, accumulation steps) over `world_size` processes.
 
         Raises:
-            ConfigError: the global batch can't be divided so; lists what would work.
+            ConfigError: the global batch can't be divided so, or micro-batches are too small for the objective; lists
+                what would work.
         """
         per_device = self.values.get("per_device_train_batch_size", TrainingArguments.per_device_train_batch_size)
+        least = build_objective(self.values["objective"]).min_pairs if self.stage == "preference" else 1
+        if per_device * world_size < least:
+            raise ConfigError(
+                f"{self.path}: objective {self.values['objective']['name']} needs at least {least} pairs per micro-batch "
+                f"over all processes, found per_device_train_batch_size {per_device} on {world_size}: raise "
+                "per_device_train_batch_size"
+            )
         if "global_batch_size" not in self.values:  # a recipe of the handbook
             steps = self.values["gradient_accumulation_steps"]
             return per_device * steps * world_size, steps

@@ -1,6 +1,8 @@
-"""Per-pair columns of an optimizer step -> the numbers that are logged. Names are the same for every method."""
+"""The numbers that are logged: from the per-pair columns of an optimizer step, by the same names for every method."""
 
+import psutil
 import torch
+from deepspeed.runtime.zero.utils import is_zero_param
 
 from .objectives import ObjectiveOutput, PairScores
 
@@ -46,3 +48,16 @@ def step_metrics(columns: dict[str, torch.Tensor], objective) -> dict[str, float
         means["common/acc_logratio"] = chosen_ratio > rejected_ratio
     metrics = {name: value.double().mean().item() for name, value in means.items()}
     return metrics | objective.summarize(columns)
+
+
+def matrix_weights(model: torch.nn.Module) -> int:
+    """Weights outside the input embedding; ZeRO-3's shards count whole."""
+    embedding = model.get_input_embeddings().weight
+    return sum(p.ds_numel if is_zero_param(p) else p.numel() for p in model.parameters() if p is not embedding)
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Largest allocation on the GPU so far; on the CPU, the process's resident memory now."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return psutil.Process().memory_info().rss / 2**30

@@ -139,6 +139,11 @@ class Objective:
         """Losses and rewards of a micro-batch. `state=None`: as on the very first micro-batch, in a world of one."""
         raise NotImplementedError
 
+    @property
+    def micro_batch_matters(self) -> bool:
+        """Whether a pair's loss depends on which pairs share its micro-batch: then those are counted by pairs."""
+        return self.min_pairs > 1
+
     def init_state(self) -> State:
         """The state before the first step; saved in checkpoints."""
         return {}

@@ -174,6 +174,10 @@ class SLiC(Objective):
     length_normalization: bool = flag(False)
     sft_normalization: str = choice("sequence", "token")
 
+    @property
+    def micro_batch_matters(self) -> bool:
+        return self.sft_normalization == "token"
+
     def __call__(self, scores: PairScores, state: State | None = None) -> ObjectiveOutput:
         rewards = scores.logps(self.length_normalization)
         nll = sft_loss(scores, self.sft_normalization)
@@ -207,6 +211,10 @@ class CPO(Objective):
     beta: float = number(0.01)
     sft_weight: float = number(1.0, open_low=False)
     sft_normalization: str = choice("token", "sequence")
+
+    @property
+    def micro_batch_matters(self) -> bool:
+        return self.sft_normalization == "token"
 
     def __call__(self, scores: PairScores, state: State | None = None) -> ObjectiveOutput:
         rewards = scaled(self.beta, scores.logps(per_token=False))

@@ -150,13 +150,14 @@ class Run:
     def longest_row(self, size: int) -> int:
         """Tokens of the longest micro-batch that the recipe's limits allow; all may pass through the LM head."""
         if self.max_tokens is not None:
-            return max(self.max_tokens, 2 * self.max_length)
-        return self._longest(size)
+            return max(self.max_tokens, self.full_length(1))
+        return self.full_length(size)
 
     def longest_evaluation_row(self) -> int:
-        return self._longest(self.evaluation_batch)
+        return self.full_length(self.evaluation_batch)
 
-    def _longest(self, size: int) -> int:
+    def full_length(self, size: int) -> int:
+        """Tokens of `size` pairs (SFT: dialogues) as long as the recipe allows."""
         # A pair is longest with a short prompt and two responses that are cut at max_length.
         return size * self.max_length * (1 if self.stage == "sft" else 2)
 
@@ -262,8 +263,9 @@ def plan_memory(shape: Shape, run: Run, sharding: Sharding, hardware: Hardware) 
     parts = model_states(shape, run, sharding, hardware)
     host = parts.pop("host")
     step = gradient_pass(shape, run)
-    accumulated = math.ceil(run.global_batch / (hardware.gpus * run.micro_batch))
-    prior_row = min(accumulated, HOISTED_MICRO_BATCHES) * run.longest_row(run.micro_batch)
+    longest = run.longest_row(run.micro_batch)
+    accumulated = math.ceil(run.global_batch * run.full_length(1) / (hardware.gpus * longest))
+    prior_row = min(accumulated, HOISTED_MICRO_BATCHES) * longest
     prior = no_gradient_pass(shape, run, prior_row) if run.prior else 0
     evaluation = no_gradient_pass(shape, run, run.longest_evaluation_row())
     beyond = max(prior, evaluation) - sum(step.values())
@@ -275,11 +277,14 @@ def plan_memory(shape: Shape, run: Run, sharding: Sharding, hardware: Hardware) 
 
 
 def largest_micro_batch(shape: Shape, run: Run, sharding: Sharding, hardware: Hardware) -> int | None:
-    """The largest micro-batch that fits and divides each GPU's share of the global batch; None: not even one pair."""
+    """The largest micro-batch that fits, in pairs of full length; None: not even one.
+
+    Where micro-batches are counted by pairs, it divides each GPU's share of the global batch.
+    """
     share = run.global_batch // hardware.gpus
     for size in range(share, 0, -1):
-        candidate = dataclasses.replace(run, micro_batch=size)
-        if share % size == 0 and plan_memory(shape, candidate, sharding, hardware).fits:
+        candidate = dataclasses.replace(run, micro_batch=size, max_tokens=None)
+        if (run.max_tokens or share % size == 0) and plan_memory(shape, candidate, sharding, hardware).fits:
             return size
     return None
 

@@ -93,8 +93,12 @@ def _remedy(shape: Shape, run: Run, sharding: Sharding, hardware: Hardware) -> s
         size = largest_micro_batch(shape, candidate, sharding, hardware)
         if size is not None:
             candidate = replace(candidate, micro_batch=min(size, run.micro_batch))
+            if run.max_tokens is not None:
+                tokens = min(run.full_length(size), run.max_tokens)
+                candidate = replace(candidate, micro_batch=run.micro_batch, max_tokens=tokens)
             keys = {
                 "micro_batch": "per_device_train_batch_size",
+                "max_tokens": "max_tokens_per_micro_batch",
                 "evaluation_batch": "per_device_eval_batch_size",
                 "checkpointing": "activation_checkpointing",
             }

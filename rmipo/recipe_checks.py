@@ -29,7 +29,7 @@ ACCESS_TOKEN = re.compile(r"\b(hf_[A-Za-z0-9]{20,}|wandb_v1_\w+)")
 LOWEST = dict.fromkeys(("learning_rate", "num_train_epochs", "warmup_steps", "weight_decay", "max_grad_norm"), 0)
 LOWEST |= dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size", "global_batch_size"), 1)
 LOWEST |= {"max_length": 2, "max_prompt_length": 1, "generation_samples": 0, "generation_max_new_tokens": 1}
-LOWEST |= {"ddp_timeout": 1, "warn_chosen_logp_drop": 0, "warn_grad_norm_ratio": 1}
+LOWEST |= {"max_tokens_per_micro_batch": 1, "ddp_timeout": 1, "warn_chosen_logp_drop": 0, "warn_grad_norm_ratio": 1}
 LOWEST |= {"gradient_accumulation_steps": 1, "max_train_samples": 1, "max_eval_samples": 1}
 SHARES = ("max_dropped_fraction", "max_truncated_fraction", "warn_repetition")
 
@@ -96,9 +96,16 @@ def check_values(given: Mapping[str, Any], values: Mapping[str, Any], stage: str
         if prompt_length >= length:
             problems.append(f"max_prompt_length is {prompt_length}: expected less than max_length ({length})")
         try:
-            build_objective(values.get("objective", {}))
+            objective = build_objective(values.get("objective", {}))
         except ValueError as error:
             problems.append(str(error))
+        else:
+            if values.get("max_tokens_per_micro_batch") and objective.micro_batch_matters:
+                problems.append(
+                    f"max_tokens_per_micro_batch is {values['max_tokens_per_micro_batch']}: expected null, as a pair's "
+                    f"loss under this {objective.name} depends on the pairs in its micro-batch. Set "
+                    "per_device_train_batch_size"
+                )
     return problems
 
 

@@ -1,15 +1,11 @@
 """Preference training, one optimizer step at a time: batch -> scores -> objective -> metrics (paper, Algorithm 1)."""
 
 import contextlib
-import json
 import time
-from pathlib import Path
 
-import psutil
 import torch
 from accelerate.utils import DistributedType, send_to_device
 from datasets import Dataset
-from deepspeed.runtime.zero.utils import is_zero_param
 from peft import PeftModel
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
@@ -18,17 +14,13 @@ from transformers.trainer_utils import EvalLoopOutput
 from . import attention, scoring
 from .batching import HOISTED_MICRO_BATCHES, MicroBatch, MicroBatchRows, StepSampler, packed_lengths
 from .checkpoints import load_objective_state
-from .config import ConfigError, PreferenceConfig
-from .errors import UserError
-from .metrics import columns_of, step_metrics
+from .config import PreferenceConfig
+from .metrics import columns_of, matrix_weights, peak_memory_gib, step_metrics
 from .objectives import PairScores
 from .packing import concatenate, pack_pairs, pack_priors
 from .ranks import Ranks
 from .reference import Reference
-
-
-class NonFiniteLossError(UserError, RuntimeError):
-    """The loss of some pair is NaN or infinite; the message names the file with the row numbers."""
+from .watchdogs import raise_if_not_finite
 
 
 class PreferenceTrainer(Trainer):
@@ -47,7 +39,7 @@ class PreferenceTrainer(Trainer):
         reference_model: the frozen initial policy, for objectives that need its logits; with adapters none is needed.
 
     Raises:
-        ValueError: an architecture that packed rows can't serve; a micro-batch too small for the objective.
+        ValueError: an architecture that packed rows can't serve.
         ParityError: at start, if packed scores differ from unpacked ones.
         NonFiniteLossError: in training.
     """
@@ -82,20 +74,9 @@ class PreferenceTrainer(Trainer):
             processing_class=processing_class,
             callbacks=callbacks,
         )
-        if args.per_device_train_batch_size * args.world_size < objective.min_pairs:
-            raise ConfigError(
-                f"objective {objective.name} needs at least {objective.min_pairs} pairs per micro-batch over all ranks,"
-                f" found per_device_train_batch_size {args.per_device_train_batch_size} on {args.world_size} rank(s): "
-                "raise per_device_train_batch_size"
-            )
-        if args.max_tokens_per_micro_batch is not None and objective.min_pairs > 1:
-            raise ValueError(
-                f"max_tokens_per_micro_batch: found {args.max_tokens_per_micro_batch} with objective {objective.name}, "
-                "whose loss depends on which pairs share a micro-batch; set per_device_train_batch_size instead"
-            )
         self.ranks = Ranks(self.accelerator)
         self.reference = Reference(self, reference_model)
-        self.matrix_weights = _matrix_weights(model)
+        self.matrix_weights = matrix_weights(model)
         self.parity: float | None = None
         self._start_window()
 
@@ -180,7 +161,7 @@ class PreferenceTrainer(Trainer):
                 loss = pair_losses.sum() * self.args.world_size / batch["micro_batch"].step_pairs
                 self.accelerator.backward(loss, **self._backward_kwargs)
             losses.append(pair_losses.detach())
-        self._raise_if_not_finite(losses, batches)
+        raise_if_not_finite(losses, batches, self.ranks, self.args.output_dir, self.state.global_step + 1)
         if self.objective_state:
             columns = self.ranks.gather_columns(self._step_columns)
             self.objective_state = self.objective.end_step(self.objective_state, columns)
@@ -241,25 +222,6 @@ class PreferenceTrainer(Trainer):
         # The loss is already a share of the mean, so DeepSpeed must not divide by its own accumulation steps.
         return {"scale_wrt_gas": False} if self.accelerator.distributed_type == DistributedType.DEEPSPEED else {}
 
-    def _raise_if_not_finite(self, losses: list[torch.Tensor], batches: list[dict]) -> None:
-        # One synchronisation per optimizer step. All ranks stop together, so that none waits for another.
-        bad = torch.stack([~loss.isfinite().all() for loss in losses]).any()
-        if not self.ranks.gather(bad.reshape(1)).any():
-            return
-        pairs = [
-            {"row": row, "loss": str(value)}
-            for batch, loss in zip(batches, losses, strict=True)
-            for row, value, finite in zip(batch["rows"], loss.tolist(), loss.isfinite().tolist(), strict=False)
-            if not finite
-        ]
-        path = Path(self.args.output_dir) / f"non_finite_rank{self.args.process_index}.json"
-        step = self.state.global_step + 1
-        path.write_text(json.dumps({"step": step, "pairs": pairs, "rows": [b["rows"] for b in batches]}, indent=1))
-        raise NonFiniteLossError(
-            f"the loss of step {step} is not finite; the rows of its pairs are in {path}. Look at those rows, lower "
-            "learning_rate, or start from the last checkpoint."
-        )
-
     # ------------------------------------------------------------------ evaluation
 
     def evaluation_loop(
@@ -310,7 +272,7 @@ class PreferenceTrainer(Trainer):
             seconds = time.perf_counter() - self._window_start
             tokens = self.ranks.gather(torch.tensor([self._window_tokens], device=self.args.device)).sum().item()
             logs |= step_metrics(self.ranks.gather_columns(self._window_columns), self.objective)
-            logs |= {"tokens_per_second": tokens / seconds, "peak_memory_gib": _peak_memory_gib(self.args.device)}
+            logs |= {"tokens_per_second": tokens / seconds, "peak_memory_gib": peak_memory_gib(self.args.device)}
             self._start_window()
         super().log(logs, start_time)
 
@@ -324,16 +286,3 @@ class PreferenceTrainer(Trainer):
         """Of the matrix products: 6 per weight and token with gradients, 2 without."""
         tokens = {kind: sum(b[kind]["input_ids"].numel() for b in inputs if kind in b) for kind in ("pairs", "prior")}
         return self.matrix_weights * (6 * tokens["pairs"] + 2 * tokens["prior"])
-
-
-def _matrix_weights(model: torch.nn.Module) -> int:
-    """Weights outside the input embedding; ZeRO-3's shards count whole."""
-    embedding = model.get_input_embeddings().weight
-    return sum(p.ds_numel if is_zero_param(p) else p.numel() for p in model.parameters() if p is not embedding)
-
-
-def _peak_memory_gib(device: torch.device) -> float:
-    """Largest allocation on the GPU so far; on the CPU, the process's resident memory now."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    return psutil.Process().memory_info().rss / 2**30

@@ -1,7 +1,7 @@
 """Early warnings of a run that goes wrong: once per kind until it recovers, with what to look at.
 
-The limits are recipe values (`warn_*`, `ddp_timeout`). Nothing here changes or stops training: a loss that is not
-finite does, see `NonFiniteLossError`.
+The limits are recipe values (`warn_*`, `ddp_timeout`). Warnings change nothing; a loss that is not finite, and a rank
+that stays silent, end the run.
 """
 
 import contextlib
@@ -14,11 +14,13 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
 
 from .arguments import PreferenceConfig
 from .errors import UserError
+from .ranks import Ranks
 from .tracking import GENERATIONS_FILE, read_metrics
 
 HISTORY = 50  # log lines whose median a gradient norm is compared with
@@ -40,6 +42,10 @@ ADVICE = {
 
 class SilentRankError(UserError, RuntimeError):
     """Another process did not answer within `ddp_timeout`."""
+
+
+class NonFiniteLossError(UserError, RuntimeError):
+    """The loss of some pair is NaN or infinite; the message names the file with the row numbers."""
 
 
 class Alarm:
@@ -191,3 +197,32 @@ def explained_silence(timeout: float) -> Iterator[None]:
             "for the first error (memory of GPU or machine full, a node gone). If a step may take longer than "
             f"{timeout:g} s, raise ddp_timeout. The same command goes on from the last checkpoint."
         ) from error
+
+
+def raise_if_not_finite(
+    losses: list[torch.Tensor], batches: list[dict], ranks: Ranks, output_dir: str | Path, step: int
+) -> None:
+    """Stop all ranks together if a loss of this step is NaN or infinite: one synchronisation per optimizer step.
+
+    Args:
+        losses: `(real pairs,)` of each micro-batch of this rank.
+        batches: the micro-batches; `rows` are the dataset's row numbers.
+
+    Raises:
+        NonFiniteLossError: with those pairs written to a file in `output_dir`.
+    """
+    bad = torch.stack([~loss.isfinite().all() for loss in losses]).any()
+    if not ranks.gather(bad.reshape(1)).any():
+        return
+    pairs = [
+        {"row": row, "loss": str(value)}
+        for batch, loss in zip(batches, losses, strict=True)
+        for row, value, finite in zip(batch["rows"], loss.tolist(), loss.isfinite().tolist(), strict=False)
+        if not finite
+    ]
+    path = Path(output_dir) / f"non_finite_rank{ranks.rank}.json"
+    path.write_text(json.dumps({"step": step, "pairs": pairs, "rows": [b["rows"] for b in batches]}, indent=1))
+    raise NonFiniteLossError(
+        f"the loss of step {step} is not finite; the rows of its pairs are in {path}. Look at those rows, lower "
+        "learning_rate, or start from the last checkpoint."
+    )

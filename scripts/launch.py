@@ -126,12 +126,14 @@ def describe(step: Step, gpus: int, nodes: int) -> str:
         return ""
     processes = step.processes(gpus, nodes)
     size, accumulation = step.recipe.batch(processes)
-    per_device = size // (processes * accumulation)
+    batch = f"{size} = {size // (processes * accumulation)} per device x {processes} processes x {accumulation} steps"
+    if tokens := step.recipe.values.get("max_tokens_per_micro_batch"):
+        batch = f"{size} over {processes} processes, in rows of at most {tokens} tokens"
     return "".join(
         [
             *(f"# {notice}\n" for notice in step.recipe.notices),
             yaml.safe_dump(step.recipe.resolved(), sort_keys=False, width=120),
-            f"# accumulation: {size} = {per_device} per device x {processes} processes x {accumulation} steps\n",
+            f"# batch: {batch}\n",
         ]
     )
 

@@ -75,15 +75,18 @@ def main() -> int:
     )
 
     size = plan.largest_micro_batch(shape, run, sharding, hardware)
-    decided = " (max_tokens_per_micro_batch decides)" if run.max_tokens else ""
-    print(f"\nSuggested per_device_train_batch_size: {size or 'none fits'}{decided}")
+    key, value = "per_device_train_batch_size", size
+    if run.max_tokens:
+        key, value = "max_tokens_per_micro_batch", size and run.full_length(size)
+    print(f"\nSuggested {key}: {value or 'none fits'}")
     _, accumulation = recipe.batch(hardware.gpus)
+    cut = f"in rows of at most {run.max_tokens} tokens" if run.max_tokens else f"x {run.micro_batch} x {accumulation}"
     examples = int(number(env, "EXAMPLES", EXAMPLES[run.stage]))
     tflops, epochs = number(env, "TFLOPS", A100_TFLOPS), recipe.values.get("num_train_epochs", 1)
     tokens_each = plan.typical_tokens(run)[0]
     duration = plan.hours(shape, run, hardware, examples * epochs, tflops)
     steps = plan.steps(run, examples, epochs)
-    print(f"Steps: {steps}, each {run.global_batch} rows = {hardware.gpus} GPUs x {run.micro_batch} x {accumulation}")
+    print(f"Steps: {steps}, each {run.global_batch} rows = {hardware.gpus} GPUs {cut}")
     print(f"Tokens: {examples * epochs * tokens_each / 1e6:.0f} M with gradients")
     print(f"Hours: {duration:.1f} for the training steps, {duration * hardware.gpus:.0f} GPU hours")
     print(

@@ -287,6 +287,18 @@ CASES = [
     objective_case("--objective.beta=-1", "objective.beta is -1", "expected a number > 0"),
     objective_case("--objective.schedule=step", "'step'", "expected exponential | linear | cosine | constant"),
     objective_case("--objective=rmipo", "'rmipo'", "expected a block"),
+    BadInput(
+        "objective",
+        "micro-batches by tokens where a loss depends on them",
+        lambda b: b.train("--max_tokens_per_micro_batch=90", overlay="recipes/methods/kto.yaml"),
+        ("max_tokens_per_micro_batch is 90", "expected null", "Set per_device_train_batch_size"),
+    ),
+    BadInput(
+        "batch",
+        "one pair per micro-batch for a loss that needs two",
+        lambda b: b.train("--per_device_train_batch_size=1", overlay="recipes/methods/alpha-dpo.yaml"),
+        ("objective alpha-dpo needs at least 2 pairs", "found per_device_train_batch_size 1 on 1", "raise"),
+    ),
     objective_case("--beta=2", "beta belongs into the objective block (objective.beta)"),
     BadInput(
         "batch",

@@ -194,16 +194,21 @@ def launch(launch_module, monkeypatch, capsys):
     return launch
 
 
-def test_dry_run_prints_recipe_accumulation_and_command_and_starts_nothing(launch):
+def test_dry_run_prints_recipe_batch_and_command_and_starts_nothing(launch):
     code, output, _ = launch(MODEL="llama3-8b-instruct", DRY="1", GPUS="8", METHOD="simpo")
     lines = output.splitlines()
     assert code == 0
     assert "learning_rate: 1.0e-06" in lines and "  gamma: 1.375" in lines
-    assert "# accumulation: 128 = 2 per device x 8 processes x 8 steps" in lines
+    assert "# batch: 128 over 8 processes, in rows of at most 8192 tokens" in lines
     assert lines[-2].endswith(
         "--num_processes 8 scripts/preference.py --config recipes/llama3-8b-instruct/rmipo.yaml "
         "--overlay recipes/methods/simpo.yaml --output_dir outputs/llama3-8b-instruct/simpo"
     )
+
+
+def test_dry_run_counts_pairs_where_the_loss_depends_on_them(launch):
+    code, output, _ = launch(MODEL="llama3-8b-instruct", DRY="1", GPUS="8", METHOD="kto")
+    assert code == 0 and "# batch: 128 = 2 per device x 8 processes x 8 steps" in output.splitlines()
 
 
 def test_dry_run_of_a_base_setting_says_which_sft_model_it_takes(launch):
@@ -216,7 +221,7 @@ def test_dry_run_prints_the_slurm_submission_over_nodes(launch):
     code, output, _ = launch(MODEL="llama3-70b-instruct", DRY="1", SLURM="1", NODES="4", GPUS="8")
     lines = output.splitlines()
     assert code == 0
-    assert "# accumulation: 128 = 1 per device x 32 processes x 4 steps" in lines
+    assert "# batch: 128 over 32 processes, in rows of at most 4096 tokens" in lines
     assert lines[-2] == (
         "sbatch --parsable --nodes=4 --job-name=llama3-70b-instruct-rmipo --gpus-per-node=8 scripts/launch.slurm "
         "configs/accelerate/zero3.yaml scripts/preference.py --config recipes/llama3-70b-instruct/rmipo.yaml"
@@ -225,7 +230,7 @@ def test_dry_run_prints_the_slurm_submission_over_nodes(launch):
 
 def test_cpu_stages_are_queued_without_gpus(launch):
     code, output, _ = launch(MODEL="tiny", STAGE="rmipo", DRY="1", SLURM="1", NODES="2")
-    assert code == 0 and "# accumulation: 32 = 16 per device x 2 processes x 1 steps" in output
+    assert code == 0 and "# batch: 32 = 16 per device x 2 processes x 1 steps" in output
     assert "--nodes=2 --job-name=tiny-rmipo scripts/launch.slurm cpu scripts/preference.py --config" in output
 
 

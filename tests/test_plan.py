@@ -173,15 +173,22 @@ def test_settings_fit_four_80_gib_gpus_and_not_four_of_24(setting):
         preflight.check_fit(recipe, Hardware(1, 4, 24), ZERO3)
 
 
-def test_the_refusal_names_the_keys_that_make_it_fit():
+@pytest.mark.parametrize(
+    "cut",
+    [
+        ["--max_tokens_per_micro_batch", "131072"],
+        ["--per_device_train_batch_size", "32", "--max_tokens_per_micro_batch", "null"],
+    ],
+)
+def test_the_refusal_names_the_keys_that_make_it_fit(cut):
     path, hardware = ROOT / "recipes/llama3-8b-instruct/rmipo.yaml", Hardware(1, 4, 80)
-    big = ["--per_device_train_batch_size", "32", "--per_device_eval_batch_size", "64"]
+    big = [*cut, "--per_device_eval_batch_size", "64"]
     with pytest.raises(preflight.PreflightError) as error:
         preflight.check_fit(load_recipe(path, overrides=big), hardware, ZERO3)
     wanted = str(error.value).split("To fit, set ")[1].split(". ")[0]
     changes = [f"--{change.replace(': ', '=')}" for change in wanted.split(", ")]
-    assert [change.split("=")[0] for change in changes] == [big[0], big[2]]
-    assert preflight.check_fit(load_recipe(path, overrides=changes), hardware, ZERO3).fits
+    assert [change.split("=")[0] for change in changes] == [cut[0], big[-2]]
+    assert preflight.check_fit(load_recipe(path, overrides=[*cut[2:], *changes]), hardware, ZERO3).fits
 
 
 def test_a_known_models_shape_needs_no_network(monkeypatch):
@@ -234,7 +241,9 @@ def test_plan_prints_every_part(monkeypatch, capsys):
         "Disk",
     ):
         assert part in text
-    assert "of 80: fits" in text and "8 GPUs x 2 x 8" in text
+    assert "of 80: fits" in text and "8 GPUs in rows of at most 8192 tokens" in text
+    suggested = int(text.partition("Suggested max_tokens_per_micro_batch: ")[2].split()[0])
+    assert suggested >= 8192 and suggested % 4096 == 0
     # 61135 pairs, 128 at a time; 4.9e13 FLOPs each at 35% of 8 x 312 TFLOP/s.
     assert "Steps: 478" in text and "Hours: 0.9" in text and "An assumption, not a measurement" in text
 

@@ -110,7 +110,7 @@ def test_overlays_fit_every_setting(overlay):
     assert read_yaml(RECIPES / overlay).get("per_setting", {}).keys() <= settings
     for name in settings:
         recipe = load_recipe(RECIPES / name / "rmipo.yaml", [RECIPES / overlay])
-        recipe.batch(1)
+        recipe.batch(2)
         if overlay.startswith("methods/"):
             assert recipe.values["objective"]["name"] == Path(overlay).stem
 

@@ -8,9 +8,7 @@ import sys
 import pytest
 import torch
 
-from rmipo.objectives import build_objective
-from tests.test_scoring import make_pairs
-from tests.test_trainer import make_trainer
+from rmipo.objectives import PairScores, build_objective
 from tests.token_batches_worker import gradients
 
 
@@ -50,8 +48,30 @@ def test_two_processes(tmp_path, by_pairs):
     assert_equal(second, by_pairs)
 
 
-def test_refused_where_the_micro_batch_is_part_of_the_loss(tmp_path):
-    objective = {"name": "kto", "beta": 0.1}
-    assert build_objective(objective).min_pairs > 1
-    with pytest.raises(ValueError, match="found 90 with objective kto, whose loss depends on which pairs share"):
-        make_trainer(tmp_path, make_pairs(4), objective=objective, max_tokens_per_micro_batch=90)
+@pytest.mark.parametrize(
+    "objective, matters",
+    [
+        ({"name": "rmipo"}, False),
+        ({"name": "dpo"}, False),
+        ({"name": "kto"}, True),
+        ({"name": "alpha-dpo"}, True),
+        ({"name": "cpo"}, True),
+        ({"name": "cpo", "sft_normalization": "sequence"}, False),
+        ({"name": "slic"}, False),
+        ({"name": "slic", "sft_normalization": "token"}, True),
+    ],
+)
+def test_a_loss_says_whether_its_micro_batch_matters(objective, matters):
+    """By the loss itself: four pairs at once, or two and two."""
+    objective = build_objective(objective)
+    if objective.min_pairs == 1:
+        lengths = torch.tensor([2.0, 9.0, 30.0, 4.0])
+        logps = -lengths * torch.tensor([1.0, 0.5, 2.0, 1.5])
+        sums = {f"{prefix}{side}_logps": logps for prefix in ("", "ref_") for side in ("chosen", "rejected")}
+        sums |= {"prior_chosen_logps": 2 * logps, "prior_rejected_logps": 3 * logps}
+        columns = {**sums, "chosen_lengths": lengths, "rejected_lengths": lengths}
+        whole = objective(PairScores(**columns)).losses.mean()
+        halves = [PairScores(**{name: v[part] for name, v in columns.items()}) for part in (slice(2), slice(2, 4))]
+        cut = sum(objective(half).losses.mean() for half in halves) / 2
+        assert (abs(whole - cut) > 1e-3) == matters
+    assert objective.micro_batch_matters == matters

@@ -9,7 +9,8 @@ from datasets import Dataset
 from rmipo.config import PreferenceConfig
 from rmipo.objectives import build_objective
 from rmipo.tracking import MetricsFile, read_metrics
-from rmipo.trainer import NonFiniteLossError, PreferenceTrainer
+from rmipo.trainer import PreferenceTrainer
+from rmipo.watchdogs import NonFiniteLossError
 from tests.references.padded import padded_pairs, rmipo_loss
 from tests.test_scoring import make_model, make_pairs
 

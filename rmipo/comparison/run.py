@@ -19,7 +19,8 @@ from ..config import Recipe
 from ..data import tokenize_pairs
 from ..objectives import build_objective
 from ..toy import judge
-from ..trainer import NonFiniteLossError, PreferenceTrainer
+from ..trainer import PreferenceTrainer
+from ..watchdogs import NonFiniteLossError
 from .study import FLOOR, INITIAL, Run, Study, held_out, train_pairs
 
 CURVE_STEPS = 10  # optimizer steps between two points of a curve
