@@ -17,7 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from rmipo.reporting import figures, figures_pairs, figures_runs
+from rmipo.reporting import figures, figures_pairs, figures_runs, sensitivity
 from rmipo.reporting.results import PAPER_MODELS, ReportError, load_run, train_command
 from rmipo.reporting.tables import model_label
 
@@ -52,7 +52,7 @@ def main() -> None:
 def draw(args: argparse.Namespace) -> figures.Figure:
     outputs, model, label = args.outputs, args.model, model_label(args.model)
     if args.number == 2:
-        return figures_runs.figure2(outputs, model, args.metric)
+        return sensitivity.figure2(outputs, model, args.metric)
     if args.number == 5:
         return figures_runs.figure5(outputs, model)
     if args.number == 7:

@@ -15,9 +15,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from rmipo.reporting.filling import fill
 from rmipo.reporting.render import FORMATS
 from rmipo.reporting.results import ReportError
-from rmipo.reporting.tables import TABLES, build_table, fill
+from rmipo.reporting.tables import TABLES, build_table
 
 
 def main() -> None:
@@ -25,7 +26,9 @@ def main() -> None:
     parser.add_argument("--number", type=int, default=os.environ.get("N"), help=f"one of {sorted(TABLES)}")
     parser.add_argument("--model", default=os.environ.get("MODEL"), help="another model than the paper's")
     parser.add_argument("--outputs", type=Path, default=Path("outputs"), help="where the runs are")
-    parser.add_argument("--allow_mixed_versions", action="store_true", help="print results of mixed package versions")
+    parser.add_argument(
+        "--allow_mixed_versions", action="store_true", help="print results of mixed versions or settings"
+    )
     args = parser.parse_args(sys.argv[1:] or shlex.split(os.environ.get("ARGS", "")))
 
     try:

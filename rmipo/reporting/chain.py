@@ -35,7 +35,7 @@ def chain(table: Table, outputs: Path) -> list[Step]:
             hours = paper_hours.get(base_method(method))
             steps.append(Step(train_command(model, method), is_trained(outputs, model, method), hours))
         for bench in needed:
-            done = load_result(outputs / model / method, bench) is not None
+            done = load_result(outputs, model, method, bench) is not None
             steps.append(Step(eval_command(model, method, bench), done))
     return steps
 

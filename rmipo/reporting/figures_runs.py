@@ -1,4 +1,4 @@
-"""Figures made from run folders and result files: 2 (sensitivity), 5 (HH win rates), 7 (cost and training curves)."""
+"""Figures made from run folders and result files: 5 (HH win rates), 7 (cost and training curves)."""
 
 from pathlib import Path
 
@@ -9,98 +9,24 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from .figures import GREY, house_style, method_color, method_label, panel_letter, panels, smooth
+from .provenance import require_comparable
 from .results import (
-    BENCH_OF_METRIC,
     PAPER_MODELS,
     RECIPES,
     ReportError,
     Result,
     Run,
     eval_command,
-    find_runs,
     load_result,
     load_run,
     paper_rows,
-    require_same_versions,
     train_command,
 )
-from .tables import METRIC_LABELS, model_label
+from .tables import model_label
 
 FIGURE5_METHODS = ("dpo", "simpo", "simper", "rmipo")
+HH_SUBSETS = ("helpful", "harmless")
 FIGURE7_METHODS = ("dpo", "beta-dpo", "epsilon-dpo", "alpha-dpo", "simpo", "simper", "rmipo")
-
-
-@house_style
-def figure2(outputs: Path, model: str, metric: str = "mt_bench") -> Figure:
-    """`metric` over DPO's beta, SimPO's beta at gamma 1.0, and SimPO's gamma at beta 2.0; dashed: before training.
-
-    Every run folder below outputs/<model> counts, whatever it is called: hyperparameters are read from run.json.
-    `metric` is one of an evaluation (mt_bench, ...) or the last value of a logged one (eval_rewards/accuracies, ...).
-    """
-    runs = on_the_same_data(find_runs(outputs, model))
-    curves = {
-        ("dpo", "beta", "DPO, varying $\\beta$"): lambda objective: True,
-        ("simpo", "beta", "SimPO, varying $\\beta$ ($\\gamma=1.0$)"): lambda objective: objective["gamma"] == 1.0,
-        ("simpo", "gamma", "SimPO, varying $\\gamma$ ($\\beta=2.0$)"): lambda objective: objective["beta"] == 2.0,
-    }
-    figure, axes = panels(len(curves), sharey=True)
-    start = load_result(outputs / model / "initial", BENCH_OF_METRIC.get(metric, ""))
-    for axis, letter, ((method, key, title), belongs) in zip(axes, "abc", curves.items(), strict=True):
-        chosen = [run for run in runs if run.objective.get("name") == method and belongs(run.objective)]
-        lines = sensitivity(chosen, key, metric)
-        if not lines:
-            evaluate = f", then `make eval ... BENCH={BENCH_OF_METRIC[metric]}`" if metric in BENCH_OF_METRIC else ""
-            raise ReportError(
-                f"figure 2 needs two or more {method} runs of {model} that differ in {key} alone and have {metric}; "
-                f"there are none below {outputs / model}: run `make sweep MODEL={model} METHOD={method}`{evaluate}"
-            )
-        draw_sensitivity(axis, lines, method_color(method))
-        if start is not None:
-            axis.axhline(start.metrics[metric], color=GREY, linestyle="--", linewidth=1)
-            place = {"transform": axis.get_yaxis_transform(), "va": "bottom", "fontsize": 7}
-            axis.text(0.02, start.metrics[metric], "before training", color=GREY, **place)
-        axis.set_xlabel(f"$\\{key}$")
-        panel_letter(axis, letter, title)
-    axes[0].set_ylabel(METRIC_LABELS.get(metric, metric))
-    return figure
-
-
-def on_the_same_data(runs: list[Run]) -> list[Run]:
-    """The runs on the data that most of them were trained on: those on other pairs are no points of a curve."""
-    data = [str(run.record.get("fingerprints")) for run in runs]
-    return [run for run, seen in zip(runs, data, strict=True) if seen == max(data, key=data.count)]
-
-
-def sensitivity(runs: list[Run], key: str, metric: str) -> dict[float, dict[float, float]]:
-    """Learning rate -> value of the hyperparameter `key` -> metric, for rates with two or more values."""
-    lines: dict[float, dict[float, float]] = {}
-    for run in runs:
-        value = run_metric(run, metric)
-        if value is not None:
-            lines.setdefault(run.record["recipe"]["learning_rate"], {})[run.objective[key]] = value
-    return {rate: points for rate, points in sorted(lines.items()) if len(points) > 1}
-
-
-def draw_sensitivity(axis: Axes, lines: dict[float, dict[float, float]], color: str) -> None:
-    xs = sorted({x for points in lines.values() for x in points})  # evenly spaced: the grids fit no one scale
-    shades = np.linspace(0.4, 1, len(lines)) if len(lines) > 1 else [1]
-    for (rate, points), marker, shade in zip(lines.items(), "osD^v<>", shades, strict=False):
-        at = [x for x in xs if x in points]
-        positions, values = [xs.index(x) for x in at], [points[x] for x in at]
-        axis.plot(positions, values, marker=marker, markersize=4.5, color=color, alpha=shade, label=f"lr {rate:g}")
-    if len(lines) > 1:
-        axis.legend()
-    axis.set_xticks(range(len(xs)), [f"{x:g}" for x in xs])
-    axis.margins(x=0.08)
-
-
-def run_metric(run: Run, metric: str) -> float | None:
-    """A metric of a run: from its evaluation, or else the last one logged; None where there is none."""
-    if metric in BENCH_OF_METRIC:
-        result = load_result(run.folder, BENCH_OF_METRIC[metric])
-        return None if result is None else result.metrics[metric]
-    values = [row[metric] for row in run.log() if metric in row]
-    return values[-1] if values else None
 
 
 @house_style
@@ -108,10 +34,16 @@ def figure5(outputs: Path, model: str) -> Figure:
     """HH win rates (share of test pairs with A(w) > A(l)) by method; black lines: the paper's averages.
 
     As in the paper each subset is judged by the model trained on it, <model>-hh-helpful and <model>-hh-harmless, where
-    those were evaluated; otherwise both by <model> itself.
+    any of those was evaluated; otherwise both, of every method, by <model> itself, without the paper's numbers.
     """
-    results = {method: hh_results(outputs, model, method) for method in FIGURE5_METHODS}
-    results = {method: found for method, found in results.items() if found}
+    on_hh = {method: results_on_hh(outputs, model, method) for method in FIGURE5_METHODS}
+    by_itself = {method: load_result(outputs, model, method, "hh") for method in FIGURE5_METHODS}
+    trained_on_hh = any(on_hh.values())
+    if trained_on_hh:
+        results = {method: found for method, found in on_hh.items() if found}
+    else:
+        results = {method: dict.fromkeys(HH_SUBSETS, found) for method, found in by_itself.items() if found}
+    left_out = [method_label(method) for method, found in by_itself.items() if found and method not in results]
     if not results:
         trained = f"{model}-hh-helpful" if (RECIPES / f"{model}-hh-helpful").is_dir() else model
         raise ReportError(
@@ -119,9 +51,10 @@ def figure5(outputs: Path, model: str) -> Figure:
             f"`{eval_command(trained, 'rmipo', 'hh')}`, and the same for any of {', '.join(FIGURE5_METHODS[:-1])}"
             + (f"; likewise for {model}-hh-harmless" if trained != model else "")
         )
-    require_same_versions("figure 5", [result for found in results.values() for result in found.values()])
+    require_comparable("figure 5", [result for found in results.values() for result in found.values()])
     rates = {method: hh_rates(found) for method, found in results.items()}
-    paper = {row["method"]: float(row["average_win_rate"]) for row in paper_rows("figure5") if row["setting"] == model}
+    printed = paper_rows("figure5") if trained_on_hh else []
+    paper = {row["method"]: float(row["average_win_rate"]) for row in printed if row["setting"] == model}
     groups = {"hh_helpful": "Helpful", "hh_harmless": "Harmless", "hh_average": "Average"}
     figure, (axis,) = panels(1, height=2.4)
     width = 0.8 / len(results)
@@ -146,21 +79,24 @@ def figure5(outputs: Path, model: str) -> Figure:
     axis.set_xticks(range(len(groups)), list(groups.values()))
     axis.grid(axis="x", visible=False)
     axis.set_ylabel("Win rate of chosen (%)")
-    axis.set_title(f"{model_label(model)}, HH evaluation", loc="left")
+    trained = "trained on the HH subset (average: one model each)" if trained_on_hh else "not trained on HH"
+    axis.set_title(f"{model_label(model)}, {trained}", loc="left")
+    if left_out:
+        axis.set_xlabel(f"Not trained on HH, left out: {', '.join(left_out)}", fontsize=7)
     figure.legend(ncols=len(results) + 1, loc="outside lower center")
     return figure
 
 
-def hh_results(outputs: Path, model: str, method: str) -> dict[str, Result]:
-    """Subset -> the result that its win rate is read from; see `figure5`."""
-    pair = {subset: load_result(outputs / f"{model}-hh-{subset}" / method, "hh") for subset in ("helpful", "harmless")}
-    if not any(pair.values()):
-        pair = dict.fromkeys(pair, load_result(outputs / model / method, "hh"))
-    return {subset: result for subset, result in pair.items() if result and f"hh_{subset}" in result.metrics}
+def results_on_hh(outputs: Path, model: str, method: str) -> dict[str, Result]:
+    """Subset -> the HH result of the model trained on it, where there is one."""
+    found = {subset: load_result(outputs, f"{model}-hh-{subset}", method, "hh") for subset in HH_SUBSETS}
+    return {subset: result for subset, result in found.items() if result and f"hh_{subset}" in result.metrics}
 
 
 def hh_rates(results: dict[str, Result]) -> dict[str, float]:
-    rates = {f"hh_{subset}": result.metrics[f"hh_{subset}"] for subset, result in results.items()}
+    """hh_helpful, hh_harmless and, with both, hh_average, in percent; a subset that wasn't scored is left out."""
+    names = {f"hh_{subset}": result for subset, result in results.items()}
+    rates = {name: result.metrics[name] for name, result in names.items() if name in result.metrics}
     return rates | ({"hh_average": sum(rates.values()) / 2} if len(rates) == 2 else {})
 
 

@@ -3,9 +3,11 @@
 import csv
 import io
 
-from .tables import Entry, FilledTable
+from .filling import Entry, FilledTable
 
-LATEX = {"α": r"$\alpha$", "β": r"$\beta$", "ε": r"$\epsilon$", "✓": r"\checkmark", "%": r"\%", "_": r"\_", "&": r"\&"}
+LATEX = {"α": r"$\alpha$", "β": r"$\beta$", "ε": r"$\epsilon$", "✓": r"\checkmark", "–": "--"}
+LATEX |= {character: f"\\{character}" for character in "%_&#${}"}
+LATEX |= {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
 
 
 def number_text(value: float | None, digits: int, signed: bool = False) -> str:
@@ -51,14 +53,14 @@ def markdown(filled: FilledTable) -> str:
 
 
 def csv_text(filled: FilledTable) -> str:
-    """Long form, one line per cell, numbers unrounded."""
+    """Long form, one line per cell, numbers unrounded; `note` is what a cell's number can't be shown without."""
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
-    writer.writerow([*filled.table.row_headers, "Column", "paper", "ours", "difference", "command"])
+    writer.writerow([*filled.table.row_headers, "Column", "paper", "ours", "difference", "command", "note"])
     for labels, entries in zip(filled.table.rows, filled.entries, strict=True):
         for title, entry in zip(column_titles(filled), entries, strict=True):
             values = ["" if v is None else repr(v) for v in (entry.paper, entry.ours, entry.difference)]
-            writer.writerow([*labels, title, *values, " && ".join(entry.commands)])
+            writer.writerow([*labels, title, *values, " && ".join(entry.commands), " ".join(entry.notes)])
     return file.getvalue()
 
 
@@ -66,10 +68,10 @@ def latex_escape(text: str) -> str:
     return "".join(LATEX.get(character, character) for character in text)
 
 
-def latex_cell(entry: Entry) -> str:
-    paper = number_text(entry.paper, entry.digits).replace("–", "--")
+def latex_cell(entry: Entry, numbers: dict[tuple[str, ...], int]) -> str:
+    paper = latex_escape(number_text(entry.paper, entry.digits))
     if entry.ours is None:
-        return rf"{paper} / \emph{{n.a.}}"
+        return rf"{paper} / " + (f"[{numbers[entry.commands]}]" if entry.commands else r"\emph{n.a.}")
     ours = number_text(entry.ours, entry.digits)
     if entry.difference is None:
         return f"{paper} / {ours}"
@@ -77,8 +79,11 @@ def latex_cell(entry: Entry) -> str:
 
 
 def latex(filled: FilledTable) -> str:
-    """A booktabs table; cells are `paper / ours (difference)`, missing ones n.a."""
-    table = filled.table
+    """A booktabs table with its notes; cells are `paper / ours (difference)`.
+
+    A missing cell is a number in brackets, whose commands are in comments at the end.
+    """
+    table, numbers = filled.table, missing_numbers(filled)
     groups = [group for group, _ in filled.columns]
     lines = [
         r"% needs \usepackage{booktabs,amssymb}",
@@ -94,9 +99,13 @@ def latex(filled: FilledTable) -> str:
     names = [latex_escape(name) for name in (*table.row_headers, *(name for _, name in filled.columns))]
     lines += [" & ".join(names) + r" \\", r"\midrule"]
     for labels, entries in zip(table.rows, filled.entries, strict=True):
-        cells = [latex_escape(label) for label in labels] + [latex_cell(entry) for entry in entries]
+        cells = [latex_escape(label) for label in labels] + [latex_cell(entry, numbers) for entry in entries]
         lines.append(" & ".join(cells) + r" \\")
-    lines += [r"\bottomrule", r"\end{tabular}", r"\end{table*}"]
+    lines += [r"\bottomrule", r"\end{tabular}"]
+    if filled.notes:
+        lines += ["", r"\raggedright\footnotesize", *(latex_escape(note) + r"\par" for note in filled.notes)]
+    lines.append(r"\end{table*}")
+    lines += [f"% [{n}] " + ", then ".join(commands) for commands, n in numbers.items()]
     return "\n".join(lines) + "\n"
 
 

@@ -7,8 +7,6 @@ rmipo/reporting/paper/*.csv                           the paper's tables, copied
 
 import csv
 import json
-from collections import defaultdict
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,11 +47,6 @@ BENCH_OF_METRIC = {
 }
 
 
-# Settings of an evaluation that make it another benchmark, and those that make it a trial of the real one.
-JUDGE_SETTINGS = ("annotators_config", "judge_model", "judge_reference_model", "reference")
-TRIAL_SETTINGS = ("limit", "first_n", "include_path", "reference")
-
-
 class ReportError(ValueError):
     """A result file or run folder that can't be used; the message says which and what to do."""
 
@@ -63,6 +56,7 @@ class Result:
     """One finished evaluation. `metrics` in percent, MT-Bench in points of 10."""
 
     path: Path
+    model: str
     bench: str
     metrics: dict[str, float]
     versions: dict[str, str]
@@ -109,9 +103,9 @@ def read_json(path: Path) -> dict:
     return content
 
 
-def load_result(folder: Path, bench: str) -> Result | None:
-    """The finished result of one benchmark in a run's folder, or None (file absent, or its `finished` is false)."""
-    path = folder / "eval" / f"{bench}.json"
+def load_result(outputs: Path, model: str, method: str, bench: str) -> Result | None:
+    """The finished result of one benchmark of a run, or None (file absent, or its `finished` is false)."""
+    path = outputs / model / method / "eval" / f"{bench}.json"
     if not path.is_file():
         return None
     content = read_json(path)
@@ -119,10 +113,10 @@ def load_result(folder: Path, bench: str) -> Result | None:
         return None
     missing = [key for key in ("bench", "metrics", "versions", "settings") if key not in content]
     if missing:
-        raise ReportError(f"{path} lacks {missing}; delete it and evaluate again (make eval ... BENCH={bench})")
+        raise ReportError(f"{path} lacks {missing}; delete it and run `{eval_command(model, method, bench)}`")
     if content["bench"] != bench:
         raise ReportError(f"{path} holds results of {content['bench']!r}, its name says {bench!r}; rename or remove it")
-    return Result(path, bench, content["metrics"], content["versions"], content["settings"])
+    return Result(path, model, bench, content["metrics"], content["versions"], content["settings"])
 
 
 def eval_command(model: str, method: str, bench: str) -> str:
@@ -152,30 +146,6 @@ def load_run(outputs: Path, model: str, method: str) -> Run | None:
 def find_runs(outputs: Path, model: str) -> list[Run]:
     """Every run folder below outputs/<model>, sweeps included, sorted by path."""
     return [Run(path.parent, read_json(path)) for path in sorted((outputs / model).rglob("run.json"))]
-
-
-def version_conflicts(results: Iterable[Result]) -> list[str]:
-    """One line for each package or judge (per bench) that differs between result files, naming a file for each."""
-    seen: dict[tuple[str, str], dict[str, list[Path]]] = defaultdict(lambda: defaultdict(list))
-    for result in results:
-        judged_by = {key: result.settings[key] for key in JUDGE_SETTINGS if key in result.settings}
-        for name, version in (result.versions | judged_by).items():
-            seen[result.bench, name][str(version)].append(result.path)
-    lines = []
-    for (bench, name), files in sorted(seen.items()):
-        if len(files) > 1:
-            found = "; ".join(f"{version} in {paths[0]} ({len(paths)} files)" for version, paths in files.items())
-            lines.append(f"{bench}: {name} {found}")
-    return lines
-
-
-def require_same_versions(what: str, results: Iterable[Result]) -> None:
-    """Raises ReportError if `results` were made by different package versions or judges."""
-    if conflicts := version_conflicts(results):
-        raise ReportError(
-            f"{what}: result files of mixed versions aren't comparable:\n  " + "\n  ".join(conflicts) + "\nDelete the "
-            "older ones and evaluate those runs again."
-        )
 
 
 def paper_rows(name: str) -> list[dict[str, str]]:

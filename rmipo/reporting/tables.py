@@ -1,25 +1,9 @@
 """What the paper's tables hold: which run and which metric stands behind each cell, and the paper's number for it."""
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 
-from .results import (
-    BENCH_OF_METRIC,
-    METHODS,
-    PAPER_MODELS,
-    TRIAL_SETTINGS,
-    ReportError,
-    Result,
-    eval_command,
-    is_trained,
-    load_result,
-    paper_rows,
-    require_same_versions,
-    sft_command,
-    train_command,
-    version_conflicts,
-)
+from .results import METHODS, PAPER_MODELS, ReportError, paper_rows
 
 METRIC_LABELS = {
     "alpacaeval2_lc": "LC (%)",
@@ -66,28 +50,6 @@ class Table:
     cells: tuple[tuple[Cell, ...], ...]
     ranked: bool = False  # Table 2: average score and rank within each model are appended
     notes: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A filled cell. `ours` is None where `commands` (in this order) have yet to be run; () where nothing fills it."""
-
-    paper: float | None
-    ours: float | None
-    digits: int
-    commands: tuple[str, ...] = ()
-
-    @property
-    def difference(self) -> float | None:
-        return None if self.ours is None or self.paper is None else self.ours - self.paper
-
-
-@dataclass(frozen=True)
-class FilledTable:
-    table: Table
-    columns: tuple[tuple[str, str], ...]
-    entries: list[list[Entry]]
-    notes: list[str] = field(default_factory=list)
 
 
 def model_label(model: str) -> str:
@@ -235,96 +197,3 @@ def build_table(number_: int, models: Iterable[str] = ()) -> Table:
         raise ReportError(f"there is no table {number_} to rebuild; the ones there are: {sorted(TABLES)}")
     build, paper_models = TABLES[number_]
     return build(tuple(models) or paper_models)
-
-
-def competition_ranks(values: list[float]) -> list[int]:
-    """Rank 1 is the largest; ties share the best rank and the next one is skipped ("1224")."""
-    return [1 + sum(other > value for other in values) for value in values]
-
-
-def average_ranks(rows: list[list[float]]) -> list[float]:
-    """Mean over columns of each row's competition rank within its column."""
-    ranks = [competition_ranks(list(column)) for column in zip(*rows, strict=True)]
-    return [sum(row) / len(row) for row in zip(*ranks, strict=True)]
-
-
-def fill(table: Table, outputs: Path, allow_mixed_versions: bool = False) -> FilledTable:
-    """Read the result files behind every cell.
-
-    Raises ReportError where result files of one benchmark were made by different package versions, unless
-    `allow_mixed_versions`, which makes it a note below the table.
-    """
-    keys = {(cell.model, cell.method, BENCH_OF_METRIC[cell.metric]) for row in table.cells for cell in row}
-    results = {(model, method, bench): load_result(outputs / model / method, bench) for model, method, bench in keys}
-    found = [result for _, result in sorted(results.items()) if result]
-    notes = list(table.notes)
-    if not allow_mixed_versions:
-        require_same_versions(f"table {table.number} (--allow_mixed_versions prints them with a note)", found)
-    notes += [f"MIXED VERSIONS: {line}" for line in version_conflicts(found)]
-    notes += [
-        f"TRIAL, not the benchmark itself: {result.path} was made with {key}={result.settings[key]}."
-        for result in found
-        for key in TRIAL_SETTINGS
-        if result.settings.get(key) is not None
-    ]
-
-    def entry(cell: Cell) -> Entry:
-        bench = BENCH_OF_METRIC[cell.metric]
-        result = results[cell.model, cell.method, bench]
-        if result is None:
-            return Entry(cell.paper, None, cell.digits, missing_commands(outputs, cell.model, cell.method, bench))
-        if cell.metric not in result.metrics:  # LC, of an evaluation without the length-controlled model
-            return Entry(cell.paper, None, cell.digits, commands_for_length_control(result, cell.model, cell.method))
-        return Entry(cell.paper, result.metrics[cell.metric], cell.digits)
-
-    entries = [[entry(cell) for cell in row] for row in table.cells]
-    if any(entry.ours is None and not entry.commands for row in entries for entry in row):
-        notes.append("n/a: the length-controlled model knows AlpacaEval's own instructions alone, not a stand-in's.")
-    columns = table.columns
-    if table.ranked:
-        columns += tuple(("", METRIC_LABELS[name]) for name in ("avg_score", "avg_rank"))
-        notes += append_averages(table, entries)
-    return FilledTable(table, columns, entries, notes)
-
-
-def commands_for_length_control(result: Result, model: str, method: str) -> tuple[str, ...]:
-    """What adds the length-controlled rate to a result without it; nothing does where other prompts were answered."""
-    if result.settings.get("reference") is not None:
-        return ()
-    evaluate = eval_command(model, method, result.bench)
-    return f"rm {result.path}", f"{evaluate} ARGS='--set alpacaeval.length_controlled=true'"
-
-
-def missing_commands(outputs: Path, model: str, method: str, bench: str) -> tuple[str, ...]:
-    """What to run for a result that isn't there: first the training, where that isn't finished either."""
-    if method == "initial":
-        train, trained = sft_command(model), is_trained(outputs, model, "sft")
-    else:
-        train, trained = train_command(model, method), is_trained(outputs, model, method)
-    return ((train,) if train and not trained else ()) + (eval_command(model, method, bench),)
-
-
-def append_averages(table: Table, entries: list[list[Entry]]) -> list[str]:
-    """Append Table 2's average score and average rank to each row; returns notes on ranks among fewer methods."""
-    notes = []
-    printed = {(row["setting"], row["method"]): row for row in paper_rows("table2")}
-    models = list(dict.fromkeys(row[0].model for row in table.cells))
-    for model in models:
-        block = [i for i, row in enumerate(table.cells) if row[0].model == model]
-        complete = [i for i in block if all(entry.ours is not None for entry in entries[i])]
-        scores = [[entry.ours for entry in entries[i]] for i in complete]
-        ranks = dict(zip(complete, average_ranks(scores), strict=True))
-        if complete and len(complete) < len(block):
-            notes.append(f"{model_label(model)}: ranks among {len(complete)} of {len(block)} methods, no difference.")
-        for i in block:
-            paper = printed.get((model, table.cells[i][0].method), {})
-            paper_score, paper_rank = number(paper.get("avg_score")), number(paper.get("avg_rank"))
-            if i not in ranks:
-                commands = tuple(dict.fromkeys(c for entry in entries[i] for c in entry.commands))
-                entries[i] += [Entry(paper_score, None, 2, commands), Entry(paper_rank, None, 2, commands)]
-                continue
-            score = sum(entry.ours for entry in entries[i]) / len(entries[i])
-            if len(complete) < len(block):
-                paper_rank = None
-            entries[i] += [Entry(paper_score, score, 2), Entry(paper_rank, ranks[i], 2)]
-    return notes

@@ -12,10 +12,15 @@ def write_result(outputs: Path, model: str, method: str, bench: str, metrics: di
     return path
 
 
+RUN_FACTS = ("fingerprints", "seconds", "starts")
+
+
 def write_run(
-    folder: Path, objective: dict, log: list[dict], learning_rate: float = 3e-7, finished: bool = True, **facts
+    folder: Path, objective: dict, log: list[dict], learning_rate: float = 3e-7, finished: bool = True, **more
 ) -> None:
+    """`more`: RUN_FACTS beside the recipe, anything else in it."""
     folder.mkdir(parents=True, exist_ok=True)
-    record = {"finished": finished, "recipe": {"learning_rate": learning_rate}, "objective": objective}
+    facts = {key: more.pop(key) for key in RUN_FACTS if key in more}
+    record = {"finished": finished, "recipe": {"learning_rate": learning_rate, **more}, "objective": objective}
     (folder / "run.json").write_text(json.dumps(record | facts))
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in log))

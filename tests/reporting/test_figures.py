@@ -1,7 +1,5 @@
 """Figures: the numbers behind the ink, and what is said where inputs are missing."""
 
-import json
-
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
@@ -10,9 +8,10 @@ from matplotlib.image import imread
 
 from rmipo.reporting.figures import density, jitter, save, smooth, wasserstein
 from rmipo.reporting.figures_pairs import figure3, figure6, figure8
-from rmipo.reporting.figures_runs import figure2, figure5, figure7, on_the_same_data, sensitivity
+from rmipo.reporting.figures_runs import figure5, figure7
 from rmipo.reporting.pair_scores import loglik_difference, pmi_difference
-from rmipo.reporting.results import ReportError, find_runs
+from rmipo.reporting.results import ReportError
+from rmipo.reporting.sensitivity import figure2, lines_over, measured
 from tests.reporting.files import write_result, write_run
 
 RANDOM = np.random.default_rng(0)
@@ -82,28 +81,100 @@ def test_figure2_reads_hyperparameters_from_every_run_below_the_model(tmp_path):
     assert lines[1:] == [[[0.5, 0.55]], [[0.5, 0.65]]]  # beta 8 with gamma 1.6 is on neither line
 
 
+FIGURE2_RUNS = [{"name": "dpo", "beta": beta} for beta in (0.01, 0.1)]
+FIGURE2_RUNS += [
+    {"name": "simpo", "beta": beta, "gamma": gamma} for beta, gamma in ((2.0, 1.0), (4.0, 1.0), (2.0, 0.3))
+]
+
+
+def write_figure2(outputs, metrics=lambda i: {"mt_bench": 5.0 + i}, **changes):
+    for i, objective in enumerate(FIGURE2_RUNS):
+        write_run(outputs / "tiny" / f"sweep-{objective['name']}/run{i}", objective, [])
+        write_result(outputs, "tiny", f"sweep-{objective['name']}/run{i}", "mtbench", metrics(i), **changes)
+
+
 def test_figure2_by_an_evaluation_shows_the_start(tmp_path):
-    for i, objective in enumerate(
-        [{"name": "dpo", "beta": b} for b in (0.01, 0.1)]
-        + [{"name": "simpo", "beta": b, "gamma": g} for b, g in ((2.0, 1.0), (4.0, 1.0), (2.0, 0.3))]
-    ):
-        write_run(tmp_path / "tiny" / f"run{i}", objective, [])
-        write_result(tmp_path, "tiny", f"run{i}", "mtbench", {"mt_bench": 5.0 + i})
+    write_figure2(tmp_path)
     write_result(tmp_path, "tiny", "initial", "mtbench", {"mt_bench": 4.5})
     axes = figure2(tmp_path, "tiny").axes
     assert axes[0].lines[0].get_ydata().tolist() == [5.0, 6.0]
     assert all(set(axis.lines[1].get_ydata()) == {4.5} for axis in axes)
 
 
-def test_figure5_bars(tmp_path):
-    for method, rate in (("rmipo", 64.0), ("dpo", 61.0)):
-        rates = {"hh_helpful": rate, "hh_harmless": rate + 2, "hh_average": rate + 1}
-        write_result(tmp_path, "llama3-8b-instruct", method, "hh", rates)
+def test_figure2_shows_repetitions_as_mean_and_range(tmp_path):
+    write_figure2(tmp_path)
+    write_run(tmp_path / "tiny" / "again", FIGURE2_RUNS[0], [], seed=7)
+    write_result(tmp_path, "tiny", "again", "mtbench", {"mt_bench": 4.0})
+    figure = figure2(tmp_path, "tiny")
+    axis = figure.axes[0]
+    assert axis.lines[0].get_ydata().tolist() == [4.5, 6.0] and len(axis.lines) == 1
+    assert [segment[:, 1].tolist() for segment in axis.collections[0].get_segments()] == [[4.0, 5.0], [6.0, 6.0]]
+    assert figure.get_supxlabel() == "Bars: lowest and highest of several seeds"
+
+
+def test_figure2_has_a_line_for_each_other_setting(tmp_path):
+    write_figure2(tmp_path)
+    for beta, score in ((0.01, 1.0), (0.1, 2.0)):
+        write_run(tmp_path / "tiny" / f"short-{beta}", {"name": "dpo", "beta": beta}, [], max_steps=50)
+        write_result(tmp_path, "tiny", f"short-{beta}", "mtbench", {"mt_bench": score})
+    lines = lines_over("beta", measured(tmp_path, "tiny", "dpo", "mt_bench"))
+    assert lines == {"max_steps 50": {0.01: [1.0], 0.1: [2.0]}, "max_steps default": {0.01: [5.0], 0.1: [6.0]}}
+
+
+def test_figure2_leaves_out_unfinished_runs_and_results_without_the_metric(tmp_path):
+    write_figure2(
+        tmp_path, metrics=lambda i: {"alpacaeval2_wr": 1.0, "mt_bench": 5.0 + i} if i != 1 else {"other": 1.0}
+    )
+    write_run(tmp_path / "tiny" / "open", {"name": "dpo", "beta": 0.05}, [], finished=False)
+    write_result(tmp_path, "tiny", "open", "mtbench", {"mt_bench": 9.0})
+    with pytest.raises(ReportError) as raised:
+        figure2(tmp_path, "tiny")
+    assert str(raised.value) == (
+        "figure 2 needs two or more finished dpo runs of tiny that differ in beta alone and have mt_bench; below "
+        f"{tmp_path}/tiny are 3 of dpo, 2 of them finished: run `make sweep MODEL=tiny METHOD=dpo`, then "
+        "`make eval MODEL=tiny METHOD=sweep-dpo/<point> BENCH=mtbench` for each point"
+    )
+
+
+def test_figure2_refuses_results_of_another_judge(tmp_path):
+    write_figure2(tmp_path, settings={"judge": {"endpoint": "127.0.0.1:8123/v1"}})
+    write_result(
+        tmp_path, "tiny", "initial", "mtbench", {"mt_bench": 4.5}, settings={"judge": {"endpoint": "api.openai.com/v1"}}
+    )
+    with pytest.raises(
+        ReportError, match=r"figure 2: [^$]*judge\.endpoint 127\.0\.0\.1:8123/v1 in .*api\.openai\.com/v1"
+    ):
+        figure2(tmp_path, "tiny")
+
+
+def hh(helpful, harmless):
+    return {"hh_helpful": helpful, "hh_harmless": harmless, "hh_average": (helpful + harmless) / 2}
+
+
+def test_figure5_of_models_that_were_not_trained_on_hh(tmp_path):
+    write_result(tmp_path, "llama3-8b-instruct", "rmipo", "hh", hh(64.0, 66.0))
+    write_result(tmp_path, "llama3-8b-instruct", "dpo", "hh", hh(61.0, 63.0))
     axis = figure5(tmp_path, "llama3-8b-instruct").axes[0]
-    heights = [patch.get_height() for patch in axis.patches]
-    assert heights == [61.0, 63.0, 62.0, 64.0, 66.0, 65.0]
-    paper = [segment[0][1] for collection in axis.collections for segment in collection.get_segments()]
-    assert paper == [61.8, 64.8]
+    assert [patch.get_height() for patch in axis.patches] == [61.0, 63.0, 62.0, 64.0, 66.0, 65.0]
+    assert not axis.collections  # the paper's numbers are of models trained on HH
+    assert axis.get_title(loc="left") == "Llama3-8B-Instruct, not trained on HH"
+
+
+def test_figure5_takes_each_subset_from_the_model_trained_on_it_for_all_methods_or_none(tmp_path):
+    for subset, own, other in (("helpful", 70.0, 10.0), ("harmless", 60.0, 20.0)):
+        rates = {"hh_helpful": other, "hh_harmless": other} | {f"hh_{subset}": own}
+        write_result(tmp_path, f"llama3-8b-instruct-hh-{subset}", "rmipo", "hh", rates)
+        write_result(tmp_path, "llama3-8b-instruct", "dpo", "hh", hh(99.0, 98.0))  # no model trained on HH
+    axis = figure5(tmp_path, "llama3-8b-instruct").axes[0]
+    assert [patch.get_height() for patch in axis.patches] == [70.0, 60.0, 65.0]
+    assert [segment[0][1] for drawn in axis.collections for segment in drawn.get_segments()] == [64.8]
+    assert axis.get_title(loc="left") == "Llama3-8B-Instruct, trained on the HH subset (average: one model each)"
+    assert axis.get_xlabel() == "Not trained on HH, left out: DPO"
+
+
+def test_figure5_without_results_names_the_commands(tmp_path):
+    with pytest.raises(ReportError, match="make train MODEL=llama3-8b-instruct-hh-helpful METHOD=rmipo"):
+        figure5(tmp_path, "llama3-8b-instruct")
 
 
 def test_figure7_curves_and_costs(tmp_path):
@@ -152,7 +223,7 @@ def test_figures_are_saved_as_print_quality_files(tmp_path):
 @pytest.mark.parametrize(
     ("draw", "command"),
     [
-        (lambda outputs: figure2(outputs, "tiny"), "make sweep MODEL=tiny METHOD=dpo"),
+        (lambda outputs: figure2(outputs, "tiny"), "make eval MODEL=tiny METHOD=sweep-dpo/<point> BENCH=mtbench"),
         (lambda outputs: figure5(outputs, "tiny"), "make eval MODEL=tiny METHOD=rmipo BENCH=hh"),
         (lambda outputs: figure7(outputs, "tiny"), "make train MODEL=tiny METHOD=rmipo"),
     ],
@@ -171,25 +242,8 @@ def test_results_of_mixed_versions_make_no_figure(tmp_path):
 
 
 def test_runs_on_other_pairs_are_no_points_of_figure2(tmp_path):
-    def add(name, beta, data):
-        folder = tmp_path / "tiny" / name
-        write_run(folder, {"name": "dpo", "beta": beta}, [{"step": 1, "acc": beta}])
-        record = json.loads((folder / "run.json").read_text())
-        (folder / "run.json").write_text(json.dumps(record | {"fingerprints": {"train": data}}))
-
-    for beta in (0.01, 0.05, 0.1):
-        add(f"dpo-{beta}", beta, "a")
-    add("dpo-hh", 0.5, "b")
-    runs = on_the_same_data(find_runs(tmp_path, "tiny"))
-    assert sensitivity(runs, "beta", "acc") == {3e-7: {0.01: 0.01, 0.05: 0.05, 0.1: 0.1}}
-
-
-def test_figure5_takes_each_subset_from_the_model_trained_on_it(tmp_path):
-    for subset, own, other in (("helpful", 70.0, 10.0), ("harmless", 60.0, 20.0)):
-        rates = {"hh_helpful": other, "hh_harmless": other} | {f"hh_{subset}": own}
-        write_result(tmp_path, f"llama3-8b-instruct-hh-{subset}", "rmipo", "hh", rates)
-    write_result(tmp_path, "llama3-8b-instruct", "rmipo", "hh", {"hh_helpful": 1.0, "hh_harmless": 2.0})
-    heights = [patch.get_height() for patch in figure5(tmp_path, "llama3-8b-instruct").axes[0].patches]
-    assert heights == [70.0, 60.0, 65.0]
-    with pytest.raises(ReportError, match="make train MODEL=llama3-8b-instruct-hh-helpful METHOD=rmipo"):
-        figure5(tmp_path / "empty", "llama3-8b-instruct")
+    for beta, data in ((0.01, "a"), (0.05, "a"), (0.1, "a"), (0.5, "b")):
+        log = [{"step": 1, "acc": beta}]
+        write_run(tmp_path / "tiny" / f"dpo-{beta}", {"name": "dpo", "beta": beta}, log, fingerprints={"train": data})
+    lines = lines_over("beta", measured(tmp_path, "tiny", "dpo", "acc"))
+    assert lines == {"": {0.01: [0.01], 0.05: [0.05], 0.1: [0.1]}}

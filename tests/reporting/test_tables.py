@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from rmipo.reporting.filling import average_ranks, competition_ranks, fill
 from rmipo.reporting.render import FORMATS, csv_text, latex, markdown
 from rmipo.reporting.results import BENCH_OF_METRIC, METHODS, PAPER_MODELS, ReportError, paper_rows
-from rmipo.reporting.tables import LEADERBOARD, TABLES, average_ranks, build_table, competition_ranks, fill
+from rmipo.reporting.tables import LEADERBOARD, TABLES, build_table
 from tests.reporting.files import write_result, write_run
 
 ROOT = Path(__file__).parents[2]
@@ -96,24 +97,6 @@ def test_ranks_among_fewer_methods_are_not_compared(tmp_path):
     assert any("2 of 7 methods" in note for note in filled.notes)
 
 
-def test_mixed_versions_are_refused_or_flagged(tmp_path):
-    metrics = dict.fromkeys(LEADERBOARD, 10.0)
-    write_result(tmp_path, "llama3-8b-instruct", "rmipo", "leaderboard", metrics)
-    write_result(tmp_path, "llama3-8b-instruct", "dpo", "leaderboard", metrics, versions={"lm_eval": "0.4.9"})
-    table = build_table(2, ["llama3-8b-instruct"])
-    with pytest.raises(ReportError, match=r"0\.4\.9 in .*dpo/eval/leaderboard\.json.*0\.4\.13 in .*rmipo"):
-        fill(table, tmp_path)
-    filled = fill(table, tmp_path, allow_mixed_versions=True)
-    assert any("MIXED VERSIONS" in note and "0.4.9" in note for note in filled.notes)
-
-
-def test_other_judges_count_as_other_versions(tmp_path):
-    for method, judge in (("rmipo", "gpt-4"), ("dpo", "gpt-3.5")):
-        write_result(tmp_path, "tiny", method, "mtbench", {"mt_bench": 5.0}, settings={"judge_model": judge})
-    with pytest.raises(ReportError, match=r"mtbench: judge_model gpt-3\.5 in .*dpo.*; gpt-4 in"):
-        fill(build_table(1, ["tiny"]), tmp_path)
-
-
 def test_a_length_controlled_rate_that_was_left_out_can_be_added(tmp_path):
     path = write_result(tmp_path, "tiny", "rmipo", "alpacaeval", {"alpacaeval2_wr": 40.0})
     lc, wr, _ = fill(build_table(1, ["tiny"]), tmp_path).entries[-1]
@@ -129,11 +112,6 @@ def test_a_stand_in_has_no_length_controlled_rate(tmp_path):
     assert filled.entries[-1][0].commands == () and filled.entries[-2][0].commands
     text = markdown(filled)
     assert "| RMiPO | – / n/a | – / 40.0 | – / [" in text and "n/a: the length-controlled model knows" in text
-
-
-def test_part_of_a_benchmark_is_flagged(tmp_path):
-    write_result(tmp_path, "tiny", "rmipo", "leaderboard", dict.fromkeys(LEADERBOARD, 10.0), settings={"limit": 5})
-    assert any("TRIAL" in note and "limit=5" in note for note in fill(build_table(2, ["tiny"]), tmp_path).notes)
 
 
 @pytest.mark.parametrize(
@@ -159,13 +137,44 @@ def test_csv_and_latex(tmp_path):
     filled = fill(build_table(1, ["llama3-8b-instruct"]), tmp_path)
     rows = list(csv.DictReader(io.StringIO(csv_text(filled))))
     row = next(row for row in rows if row["Method"] == "α-DPO" and row["Column"] == "Llama3-8B-Instruct LC (%)")
-    assert (row["paper"], row["ours"], row["command"]) == ("46.6", "47.25", "")
+    assert (row["paper"], row["ours"], row["command"], row["note"]) == ("46.6", "47.25", "", "")
     assert float(row["difference"]) == pytest.approx(0.65)
     text = latex(filled)
-    cells = [r"46.6 / 47.2 {\scriptsize($+0.6$)}", r"38.1 / 40.0 {\scriptsize($+1.9$)}", r"8.1 / \emph{n.a.}"]
+    cells = [r"46.6 / 47.2 {\scriptsize($+0.6$)}", r"38.1 / 40.0 {\scriptsize($+1.9$)}", "8.1 / [15]"]
     assert " & ".join([r"$\alpha$-DPO", *cells]) + r" \\" in text
     assert r"\multicolumn{3}{c}{Llama3-8B-Instruct}" in text and r"LC (\%)" in text
     assert all(line.count("&") == 3 for line in text.splitlines() if line.endswith(r"\\") and "multicolumn" not in line)
+
+
+def test_notes_and_commands_are_in_all_three_formats(tmp_path):
+    judged = {"mt_bench": 6.0, "mt_bench_missing": 7}
+    path = write_result(tmp_path, "tiny", "rmipo", "mtbench", judged, settings={"first_n": 4})
+    filled = fill(build_table(1, ["tiny"]), tmp_path)
+    notes = [
+        f"TRIAL, not the benchmark itself: {path} was made with first_n=4.",
+        f"MISSING: {path}, 7 verdicts.",
+    ]
+    assert filled.notes[1:] == notes
+    assert all(f"- {note}\n" in markdown(filled) for note in notes)
+    rows = {(row["Method"], row["Column"]): row for row in csv.DictReader(io.StringIO(csv_text(filled)))}
+    assert rows["RMiPO", "tiny MT-Bench"]["note"] == " ".join(notes)
+    assert rows["DPO", "tiny MT-Bench"]["note"] == ""
+    text = latex(filled)
+    tabular, after = text.split(r"\end{tabular}")
+    assert r"first\_n=4.\par" in after and ", 7 verdicts.\\par" in after
+    # The first cell without a number points at the first comment.
+    assert "Initial & -- / [1] & -- / [1] & -- / [2]" in tabular
+    comments = after.split(r"\end{table*}")[1].splitlines()[1:]
+    assert comments[0] == (
+        "% [1] make train MODEL=tiny STAGE=sft, then make eval MODEL=tiny METHOD=initial BENCH=alpacaeval"
+    )
+    assert len(comments) == 12 + 11 and all(line.startswith("% [") for line in comments)
+
+
+def test_an_average_carries_the_notes_of_its_row(tmp_path):
+    write_result(tmp_path, "tiny", "rmipo", "leaderboard", dict.fromkeys(LEADERBOARD, 10.0), settings={"limit": 5})
+    row = fill(build_table(2, ["tiny"]), tmp_path).entries[-1]
+    assert [entry.notes for entry in row] == [row[0].notes] * 8 and "limit=5" in row[0].notes[0]
 
 
 def run_script(*arguments: str, **environment: str) -> subprocess.CompletedProcess:

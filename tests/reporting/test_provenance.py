@@ -1,0 +1,92 @@
+"""Results that were made in different ways don't share a table: each kind of mix, and what is no mix."""
+
+import pytest
+
+from rmipo.reporting.filling import fill
+from rmipo.reporting.provenance import conflicts, reservations
+from rmipo.reporting.results import ReportError, load_result
+from rmipo.reporting.tables import LEADERBOARD, build_table
+from tests.reporting.files import write_result
+
+SCORES = dict.fromkeys(LEADERBOARD, 10.0)
+BENCHES = {"mtbench": {"mt_bench": 5.0}, "leaderboard": SCORES, "alpacaeval": {"alpacaeval2_wr": 5.0}, "hh": {}}
+
+
+def compare(outputs, bench, first, second, models=("tiny", "tiny")) -> list[str]:
+    """Texts of the conflicts between two results; `first` and `second` are what their files differ in."""
+    for model, method, facts in ((models[0], "dpo", first), (models[1], "rmipo", second)):
+        write_result(outputs, model, method, bench, BENCHES[bench], **facts)
+    results = [load_result(outputs, models[0], "dpo", bench), load_result(outputs, models[1], "rmipo", bench)]
+    return [conflict.text.replace(f"{outputs}/", "") for conflict in conflicts(results)]
+
+
+def files(bench, first, second) -> str:
+    return f"{first} in tiny/dpo/eval/{bench}.json (1 files); {second} in tiny/rmipo/eval/{bench}.json (1 files)"
+
+
+def test_a_package_that_only_one_has_is_a_mix(tmp_path):
+    first, second = ({"versions": {"torch": "2.13.0", engine: "5.22.0"}} for engine in ("vllm", "transformers"))
+    assert compare(tmp_path, "mtbench", first, second) == [
+        f"mtbench: transformers {files('mtbench', 'absent', '5.22.0')}",
+        f"mtbench: vllm {files('mtbench', '5.22.0', 'absent')}",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("bench", "name", "first", "second"),
+    [
+        ("leaderboard", "lm_eval", {"versions": {"lm_eval": "0.4.9"}}, {}),
+        ("mtbench", "judge_model", {"judge_model": "gpt-3.5"}, {"judge_model": "gpt-4"}),
+        ("mtbench", "judge.endpoint", {"judge": {"endpoint": "api.openai.com/v1"}}, {"judge": {"endpoint": "::1"}}),
+        ("mtbench", "temperatures", {"temperatures": {"math": 0.0}}, {"temperatures": {"math": 0.7}}),
+        ("mtbench", "max_new_tokens", {"max_new_tokens": 1024}, {"max_new_tokens": 24}),
+        ("alpacaeval", "judge.reference_sha256", {"judge": {"reference_sha256": "0a"}}, {}),
+        ("alpacaeval", "annotators_config", {"annotators_config": "a"}, {"annotators_config": "b"}),
+        ("leaderboard", "apply_chat_template", {"apply_chat_template": True}, {"apply_chat_template": False}),
+        ("leaderboard", "fewshot_as_multiturn", {"fewshot_as_multiturn": True}, {"fewshot_as_multiturn": False}),
+        ("leaderboard", "limit", {"limit": 5}, {"limit": None}),
+        ("hh", "helpful", {"helpful": {"dataset_name": "a"}}, {"helpful": {"dataset_name": "b"}}),
+    ],
+)
+def test_what_makes_another_benchmark_of_it(tmp_path, bench, name, first, second):
+    first, second = ((facts if "versions" in facts else {"settings": facts}) for facts in (first, second))
+    texts = compare(tmp_path, bench, first, second)
+    assert len(texts) == 1 and texts[0].startswith(f"{bench}: {name} ")
+    assert "dpo/eval" in texts[0] and "rmipo/eval" in texts[0]
+
+
+def test_decoding_is_compared_within_a_model_alone(tmp_path):
+    first, second = ({"settings": {"generation": {"temperature": t, "batch_size": 8 * t}}} for t in (0.9, 0.1))
+    expected = f"alpacaeval of tiny: generation.temperature {files('alpacaeval', '0.9', '0.1')}"
+    assert compare(tmp_path, "alpacaeval", first, second) == [expected]
+    assert compare(tmp_path, "alpacaeval", first, second, models=("llama3-8b-base", "mistral-7b-base")) == []
+
+
+def test_what_is_no_mix(tmp_path):
+    one = {"helpful": {"dataset_name": "a"}, "harmless": None}
+    both = {"helpful": {"dataset_name": "a"}, "harmless": {"dataset_name": "b"}}
+    assert compare(tmp_path, "hh", {"settings": one}, {"settings": both}) == []
+    costs = [{"settings": {"price": [price, 1.0], "max_cost": price, "concurrency": 4}} for price in (1.0, 2.0)]
+    assert compare(tmp_path, "mtbench", *costs) == []
+
+
+def test_tables_refuse_mixes_or_flag_them(tmp_path):
+    write_result(tmp_path, "llama3-8b-instruct", "rmipo", "leaderboard", SCORES)
+    write_result(tmp_path, "llama3-8b-instruct", "dpo", "leaderboard", SCORES, versions={"lm_eval": "0.4.9"})
+    table = build_table(2, ["llama3-8b-instruct"])
+    order = r"table 2 [^$]*0\.4\.9 in .*dpo/eval/leaderboard\.json.*0\.4\.13 in .*rmipo"
+    with pytest.raises(ReportError, match=order) as error:
+        fill(table, tmp_path)
+    assert str(error.value).endswith("Delete those that are wrong and evaluate these runs again.")
+    filled = fill(table, tmp_path, allow_mixed_versions=True)
+    note = next(note for note in filled.notes if note.startswith("MIXED VERSIONS: leaderboard: lm_eval 0.4.9 in "))
+    assert [row[0].notes for row in filled.entries] == [(note,) if row[0].ours else () for row in filled.entries]
+
+
+def test_trials_and_missing_verdicts_are_said(tmp_path):
+    metrics = {"mt_bench": 5.0, "mt_bench_missing": 7, "other_missing": 0}
+    path = write_result(tmp_path, "tiny", "rmipo", "mtbench", metrics, settings={"first_n": 4, "limit": None})
+    assert reservations(load_result(tmp_path, "tiny", "rmipo", "mtbench")) == [
+        f"TRIAL, not the benchmark itself: {path} was made with first_n=4.",
+        f"MISSING: {path}, 7 verdicts.",
+    ]
