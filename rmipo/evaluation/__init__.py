@@ -25,22 +25,38 @@ def package_versions(*packages: str) -> dict[str, str]:
     return {package: importlib.metadata.version(package) for package in packages}
 
 
-def judge_endpoint() -> tuple[str, str]:
-    """(URL, the part of it that may be shown) of the judge, from OPENAI_BASE_URL; the key is read by the packages.
+def judge_endpoint() -> str:
+    """The judge's URL, from OPENAI_BASE_URL; the key is read by the packages.
 
-    Raises EvaluationError without OPENAI_API_KEY or with something that isn't a URL.
+    Raises EvaluationError without OPENAI_API_KEY, with something that isn't a URL, and with variables that would send
+    alpaca-eval elsewhere.
     """
     url = os.environ.get("OPENAI_BASE_URL", "https://api.openai.com/v1").rstrip("/")
-    parts = urlsplit(url)
     problems = []
     if not os.environ.get("OPENAI_API_KEY"):
         problems.append("the judge needs OPENAI_API_KEY in the environment (any text for a server that asks for none)")
-    if parts.scheme not in ("http", "https") or not parts.hostname:
+    try:
+        parts = urlsplit(url)
+        is_url = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:  # what `port` raises
+        is_url = False
+    if not is_url:
         problems.append("OPENAI_BASE_URL is not a URL such as http://127.0.0.1:8000/v1")
+    overriding = [name for name in ("OPENAI_API_BASE", "OPENAI_CLIENT_CONFIG_PATH") if os.environ.get(name)]
+    if overriding:
+        problems.append(
+            f"{' and '.join(overriding)} would send alpaca-eval to another judge than OPENAI_BASE_URL does: unset it, "
+            "and name the endpoint in OPENAI_BASE_URL"
+        )
     if problems:
         raise EvaluationError("; ".join(problems))
-    shown = parts.hostname + (f":{parts.port}" if parts.port else "") + parts.path
-    return url, shown
+    return url
+
+
+def shown(url: str) -> str:
+    """The part of an endpoint's URL that may be written down: without a user name and password."""
+    parts = urlsplit(url)
+    return parts.hostname + (f":{parts.port}" if parts.port else "") + parts.path
 
 
 def check_cost(what: str, calls: int, input_tokens: float, output_tokens: float, settings: dict) -> None:

@@ -7,7 +7,7 @@ import os
 from collections import Counter
 from pathlib import Path
 
-from . import EvaluationError, check_cost, judge_endpoint, merge_settings, package_versions
+from . import EvaluationError, check_cost, judge_endpoint, merge_settings, package_versions, shown
 from .generation import Request, check_settings, generate
 
 HUB_DATA = "tatsu-lab/alpaca_eval"
@@ -43,7 +43,7 @@ def run(model_dir: str | Path, output_dir: str | Path, settings: dict) -> dict |
     """
     settings = merge_settings("alpacaeval", DEFAULTS, settings)
     settings["generation"] = check_settings(settings["generation"])
-    endpoint, shown_endpoint = (None, None) if settings["generate_only"] else judge_endpoint()
+    endpoint = None if settings["generate_only"] else judge_endpoint()
     reference, reference_path = load_reference(settings["reference"])
     reference = reference[: settings["first_n"]]
     if settings["length_controlled"]:
@@ -62,7 +62,7 @@ def run(model_dir: str | Path, output_dir: str | Path, settings: dict) -> dict |
         return None
 
     metrics = judge(outputs, reference, folder, endpoint, settings)
-    settings["judge"] = {"endpoint": shown_endpoint, "reference_sha256": sha256(reference_path.read_bytes())[:16]}
+    settings["judge"] = {"endpoint": shown(endpoint), "reference_sha256": sha256(reference_path.read_bytes())[:16]}
     return {
         "metrics": metrics,
         "versions": package_versions("alpaca_eval", "scikit-learn", settings["generation"]["engine"], "torch"),
@@ -98,10 +98,12 @@ def judge(outputs: list[dict], reference: list[dict], folder: Path, endpoint: st
             f"alpacaeval.annotators_config: {settings['annotators_config']!r} is neither one of alpaca-eval's judges "
             "nor the absolute path of a folder with configs.yaml"
         )
-    cache = folder / f"verdicts-{sha256(config.read_bytes() + endpoint.encode())[:8]}.json"
+    annotator = AtomicAnnotator(annotators_config=str(config), caching_path=None)
+    cache = folder / f"verdicts-{sha256(judge_text(config, annotator) + endpoint.encode())[:8]}.json"
     drop_unusable(cache)
-
-    annotator = AtomicAnnotator(annotators_config=str(config), caching_path=cache)
+    annotator.caching_path = cache
+    annotator.load_()
+    completions = remember_completions(annotator)
     estimate_cost(annotator, outputs, reference, settings)
     size = settings["concurrency"]
     requests = {
@@ -120,7 +122,7 @@ def judge(outputs: list[dict], reference: list[dict], folder: Path, endpoint: st
             raise EvaluationError(
                 f"none of the judge's first {len(first)} answers could be read as a verdict. They are read as the "
                 "judge's YAML says: for the weighted judge from the log-probs of the first token, which the server "
-                f"has to return. The last answer: {str(first[-1].get('preference_raw_completion'))[:300]}"
+                f"has to return. The last answer: {describe(completions[-1])}"
             )
         leaderboard, annotations = alpaca_eval.evaluate(
             model_outputs=outputs,
@@ -139,7 +141,7 @@ def judge(outputs: list[dict], reference: list[dict], folder: Path, endpoint: st
         raise
     except Exception as error:  # whatever a broken endpoint makes of alpaca-eval, the verdicts so far are on disk
         raise EvaluationError(
-            f"the judge at {endpoint} failed: {type(error).__name__}: {error}. {stored(cache)} of {len(outputs)} "
+            f"the judge at {shown(endpoint)} failed: {type(error).__name__}: {error}. {stored(cache)} of {len(outputs)} "
             f"verdicts are kept in {cache}; the same command asks for the others."
         ) from error
 
@@ -150,6 +152,32 @@ def judge(outputs: list[dict], reference: list[dict], folder: Path, endpoint: st
             f"The others are kept in {cache}; the same command asks again for the missing ones."
         )
     return metrics_of(leaderboard.iloc[0], outputs, missing)
+
+
+def judge_text(config: Path, annotator) -> bytes:
+    """What a judge is: its YAML, and the texts of the prompt files that the YAML names."""
+    prompts = [single.prompt_template for single in annotator.annotators.values()]
+    return config.read_bytes() + json.dumps(prompts).encode()
+
+
+def remember_completions(annotator) -> list:
+    """A list of what the judge answers from now on, as received: alpaca-eval doesn't keep what it can't read."""
+    completions = []
+    for single in annotator.annotators.values():
+
+        def parse(completion, parser=single.fn_completion_parser):
+            completions.append(completion)
+            return parser(completion)
+
+        single.fn_completion_parser = parse
+    return completions
+
+
+def describe(completion: dict | str) -> str:
+    """A judge's answer for an error message: its text, and whether log-probs came with it."""
+    if isinstance(completion, str):  # of a judge that is read by its text
+        return f"{completion[:300]!r}"
+    return f"{completion['text'][:300]!r}, with{'' if completion.get('logprobs') else 'out'} log-probs"
 
 
 def metrics_of(row, outputs: list[dict], missing: int) -> dict[str, float]:
@@ -256,12 +284,19 @@ def is_missing(annotation: dict) -> bool:
 
 
 def drop_unusable(cache: Path) -> None:
-    """Remove unusable verdicts from the file: alpaca-eval stores them too, and would not ask again."""
-    if cache.is_file():
-        rows = json.loads(cache.read_text())
+    """Remove unusable verdicts from the file: alpaca-eval stores them too, and would not ask again.
+
+    Without any other the file goes: alpaca-eval can't read an empty list.
+    """
+    if not cache.is_file():
+        return
+    usable = [row for row in json.loads(cache.read_text()) if not is_missing(row)]
+    if usable:
         partial = cache.with_suffix(".partial")
-        partial.write_text(json.dumps([row for row in rows if not is_missing(row)], indent=2))
+        partial.write_text(json.dumps(usable, indent=2))
         partial.replace(cache)
+    else:
+        cache.unlink()
 
 
 def stored(cache: Path) -> int:

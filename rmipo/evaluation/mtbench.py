@@ -12,7 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from . import EvaluationError, check_cost, judge_endpoint, merge_settings, package_versions
+from . import EvaluationError, check_cost, judge_endpoint, merge_settings, package_versions, shown
 from .generation import Request, check_settings, generate
 
 DEFAULTS = {
@@ -52,7 +52,7 @@ def run(model_dir: str | Path, output_dir: str | Path, settings: dict) -> dict |
     settings = merge_settings("mtbench", DEFAULTS, settings)
     decoding = check_settings({**settings["generation"], "max_new_tokens": settings["max_new_tokens"]})
     settings["generation"] = decoding
-    endpoint, shown_endpoint = (None, None) if settings["generate_only"] else judge_endpoint()
+    endpoint = None if settings["generate_only"] else judge_endpoint()
     questions = load_questions()[: settings["first_n"]]
     folder = Path(output_dir) / "mtbench"
 
@@ -60,7 +60,7 @@ def run(model_dir: str | Path, output_dir: str | Path, settings: dict) -> dict |
     if settings["generate_only"]:
         return None
     metrics = judge(questions, answers, folder, Path(model_dir).name, endpoint, settings)
-    settings["judge_endpoint"] = shown_endpoint
+    settings["judge_endpoint"] = shown(endpoint)
     return {
         "metrics": metrics,
         "versions": package_versions("nvidia-mtbench-evaluator", decoding["engine"], "torch"),
@@ -120,7 +120,7 @@ def judge(
         kept = f"{len(ratings)} of {2 * len(questions)} verdicts are kept in {verdicts}"
         if code != 0:
             raise EvaluationError(
-                f"the judge at {endpoint} failed: mtbench-evaluator ended with status {code}, its messages are above. "
+                f"the judge at {shown(endpoint)} failed: mtbench-evaluator ended with status {code}, its messages are above. "
                 f"{kept}; the same command asks for the others."
             )
         if 2 * len(questions) - len(ratings) > settings["max_missing"]:

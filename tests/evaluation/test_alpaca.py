@@ -182,20 +182,44 @@ def test_allowed_missing_verdicts_are_counted(tmp_path, monkeypatch, api_key):
     assert metrics["alpacaeval2_wr"] == pytest.approx(expected_win_rate(rows), abs=1e-6)
 
 
-@pytest.mark.parametrize("fault", ["malformed", "no_logprobs"])
-def test_judge_without_any_usable_verdict_is_found_out_early(tmp_path, monkeypatch, api_key, fault):
+@pytest.mark.parametrize(
+    ("fault", "answer"),
+    [("malformed", r"'I would rather not say\.', with log-probs$"), ("no_logprobs", "'[mM]', without log-probs$")],
+)
+def test_judge_without_any_usable_verdict_is_found_out_early(tmp_path, monkeypatch, api_key, fault, answer):
     with JudgeServer(fault=lambda number: fault) as server:
-        with pytest.raises(EvaluationError, match="none of the judge's first 4 answers could be read as a verdict"):
-            ask(server, tmp_path, monkeypatch)
-        assert len(server.requests) == SETTINGS["concurrency"]
-    assert all(row["preference"] == -1 for row in verdicts(tmp_path))  # dropped at the next start
+        for asked in (1, 2):  # the second time from the file that the first one left
+            with pytest.raises(
+                EvaluationError, match=f"none of the judge's first 4 answers could be read .*last answer: {answer}"
+            ):
+                ask(server, tmp_path, monkeypatch)
+            assert len(server.requests) == asked * SETTINGS["concurrency"]
+            assert all(row["preference"] == -1 for row in verdicts(tmp_path))
+        server.fault = lambda number: None  # a healthy judge at the same place
+        metrics = ask(server, tmp_path, monkeypatch)
+        assert len(server.requests) == 2 * SETTINGS["concurrency"] + ROWS
+    assert metrics["alpacaeval2_wr"] == pytest.approx(expected_win_rate(range(ROWS)), abs=1e-6)
+    assert Counter(row["instruction"] for row in verdicts(tmp_path)) == Counter(row["instruction"] for row in REFERENCE)
+
+
+def test_another_prompt_file_is_another_judge(tmp_path, monkeypatch, api_key):
+    packaged = Path(alpaca_eval.__file__).parent / "evaluators_configs"
+    judge, prompt = tmp_path / "judges/mine/configs.yaml", tmp_path / "judges/mine/prompt.txt"
+    judge.parent.mkdir(parents=True)
+    text = (packaged / "weighted_alpaca_eval_gpt4_turbo/configs.yaml").read_text()
+    judge.write_text(text.replace("alpaca_eval_clf_gpt4_turbo/alpaca_eval_clf.txt", "mine/prompt.txt"))
+    with JudgeServer() as server:
+        for asked, ending in ((1, ""), (2, "\n"), (2, "\n")):
+            prompt.write_text((packaged / "alpaca_eval_clf_gpt4_turbo/alpaca_eval_clf.txt").read_text() + ending)
+            ask(server, tmp_path / "verdicts", monkeypatch, annotators_config=str(judge.parent))
+            assert len(server.requests) == asked * ROWS
 
 
 @pytest.mark.parametrize("fault", ["drop", "html"])
 def test_server_that_dies_leaves_the_verdicts_so_far(tmp_path, monkeypatch, api_key, fault):
     with JudgeServer(fault=lambda number: None if number < 10 else fault) as server:
         with pytest.raises(
-            EvaluationError, match=r"judge at http.* failed: .* 8 of 20 verdicts are kept in .*same command"
+            EvaluationError, match=r"judge at 127\.0\.0\.1:.* failed: .* 8 of 20 verdicts are kept in .*same command"
         ):
             ask(server, tmp_path, monkeypatch)
         kept = verdicts(tmp_path)
@@ -278,6 +302,12 @@ def test_preference_pairs_as_reference(tmp_path):
     [
         ({}, {}, "needs OPENAI_API_KEY"),
         ({"OPENAI_API_KEY": "none", "OPENAI_BASE_URL": "localhost:80"}, {}, "OPENAI_BASE_URL is not a URL"),
+        ({"OPENAI_API_KEY": "none", "OPENAI_BASE_URL": "http://h:abc/v1"}, {}, "OPENAI_BASE_URL is not a URL"),
+        (
+            {"OPENAI_API_KEY": "none", "OPENAI_API_BASE": "http://h/v1", "OPENAI_CLIENT_CONFIG_PATH": "clients.yaml"},
+            {},
+            "^OPENAI_API_BASE and OPENAI_CLIENT_CONFIG_PATH would send alpaca-eval .*: unset it, and name the endpoint",
+        ),
         ({"OPENAI_API_KEY": "none"}, {"judge": "gpt-4"}, r"unknown keys \['judge'\]; it has \['annotators_config'"),
         (
             {"OPENAI_API_KEY": "none"},
@@ -289,7 +319,7 @@ def test_preference_pairs_as_reference(tmp_path):
     ],
 )
 def test_bad_input_is_found_before_a_model_is_loaded(tmp_path, monkeypatch, environment, settings, message):
-    for name in ("OPENAI_API_KEY", "OPENAI_BASE_URL"):
+    for name in [name for name in os.environ if name.startswith("OPENAI")]:
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)

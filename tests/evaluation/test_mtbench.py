@@ -153,7 +153,9 @@ def test_killed_run_goes_on_where_it_was(tmp_path):
 @pytest.mark.slow
 def test_server_that_dies_leaves_the_verdicts_so_far(tmp_path):
     with JudgeServer(fault=lambda number: "drop" if number > 3 else None) as server:
-        with pytest.raises(EvaluationError, match=r"judge at http.* ended with status 1.* 3 of 6 verdicts are kept"):
+        with pytest.raises(
+            EvaluationError, match=r"judge at 127\.0\.0\.1:.* ended with status 1.* 3 of 6 verdicts are kept"
+        ):
             ask(server.url, tmp_path, concurrency=1, max_retries=1)
         server.fault = lambda number: None
         assert ask(server.url, tmp_path)["mt_bench_missing"] == 0
