@@ -18,10 +18,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from rmipo.reporting import figures, figures_pairs, figures_runs, sensitivity
+from rmipo.reporting.figures import method_label
 from rmipo.reporting.results import PAPER_MODELS, ReportError, load_run, train_command
 from rmipo.reporting.tables import model_label
 
 NUMBERS = (2, 3, 5, 6, 7, 8)
+ONE_METHOD = (3, 8)
 FIGURE6_METHODS = ("simpo", "simper", "rmipo")
 
 
@@ -42,10 +44,15 @@ def main() -> None:
             raise ReportError(f"there is no figure {args.number} to draw; say N=..., one of {NUMBERS}")
         if not args.model:
             raise ReportError(f"of which model? Say MODEL=..., e.g. {', '.join(PAPER_MODELS)} or tiny")
+        if args.method and args.number not in ONE_METHOD:
+            raise ReportError(
+                f"figure {args.number} compares methods; METHOD={args.method} is for figures {ONE_METHOD}: leave it out"
+            )
         figure = draw(args)
     except ValueError as error:
         sys.exit(str(error))
-    for file in figures.save(figure, args.outputs / "reports" / f"figure{args.number}-{args.model}.png"):
+    name = "-".join([f"figure{args.number}", args.model, *([args.method.replace("/", "-")] if args.method else [])])
+    for file in figures.save(figure, args.outputs / "reports" / f"{name}.png"):
         print(f"Written to {file}")
 
 
@@ -62,7 +69,7 @@ def draw(args: argparse.Namespace) -> figures.Figure:
 
     if args.number == 3:
         method = args.method or "initial"
-        return figures_pairs.figure3(pair_scores.hh_signals(outputs, model, method), f"{label} {method}")
+        return figures_pairs.figure3(pair_scores.hh_signals(outputs, model, method), f"{label} {method_label(method)}")
     if args.number == 6:
         runs = {method: finished_run(outputs, model, method) for method in FIGURE6_METHODS}
         differences = {
@@ -75,16 +82,20 @@ def draw(args: argparse.Namespace) -> figures.Figure:
             )
         judged = pair_scores.judge_differences(runs["rmipo"], "test", rows["rmipo"])
         return figures_pairs.figure6(judged, {method: values for method, (values, _) in differences.items()}, label)
-    run = finished_run(outputs, model, args.method or "rmipo")
-    if run.objective.get("name") != "rmipo":
-        raise ReportError(
-            f"figure 8: {run.folder} was trained with {run.objective.get('name')!r}, which has no gamma bounds"
-        )
+    method = args.method or "rmipo"
+    run = finished_run(outputs, model, method)
+    objective = pair_scores.rmipo_objective(run)
     gammas = pair_scores.gamma_readings(run, "train", args.max_pairs)
-    bounds = run.objective["gamma_min"], run.objective["gamma_max"]
-    peak = figures_pairs.PAPER_GAMMA_PEAKS.get(model)
     pairs = len(next(iter(gammas.values())))
-    return figures_pairs.figure8(gammas, *bounds, f"{label}: gamma of {pairs} training pairs, final policy", peak)
+    return figures_pairs.figure8(
+        gammas,
+        objective.gamma_min,
+        objective.gamma_max,
+        f"{label} {method_label(method)}: gamma of {pairs} training pairs, final policy",
+        objective.schedule,
+        objective.span,
+        figures_pairs.PAPER_GAMMA_PEAKS.get(model) if method == "rmipo" else None,
+    )
 
 
 def finished_run(outputs: Path, model: str, method: str):

@@ -105,7 +105,13 @@ def figure6(reference: np.ndarray, rewards: dict[str, np.ndarray], title: str, s
 
 @house_style
 def figure8(
-    gammas: dict[str, np.ndarray], gamma_min: float, gamma_max: float, title: str, paper_peak: float | None = None
+    gammas: dict[str, np.ndarray],
+    gamma_min: float,
+    gamma_max: float,
+    title: str,
+    schedule: str = "exponential",
+    span: float = 2.0,
+    paper_peak: float | None = None,
 ) -> Figure:
     """Left: gamma over the PMI difference. Right: its empirical distribution, one row for each reading of the formula.
 
@@ -114,12 +120,13 @@ def figure8(
 
     Args:
         gammas: reading -> (pairs,) margins.
+        schedule, span: those of `gammas`, drawn thick.
     """
     figure, axes = panels(2, height=1.25, rows=len(gammas), width_ratios=(1, 1.35))
     specs = axes[0].get_gridspec()
     for axis in axes[0::2]:
         axis.remove()
-    draw_schedules(figure.add_subplot(specs[:, 0]), gamma_min, gamma_max)
+    draw_schedules(figure.add_subplot(specs[:, 0]), gamma_min, gamma_max, schedule, span)
     for axis, letter, (reading, values) in zip(axes[1::2], "bcd", gammas.items(), strict=False):
         draw_gamma(axis, values, gamma_min, gamma_max, paper_peak)
         panel_letter(axis, letter, f"{reading}: mean {values.mean():.2f}")
@@ -130,17 +137,16 @@ def figure8(
     return figure
 
 
-def draw_schedules(axis: Axes, gamma_min: float, gamma_max: float) -> None:
+def draw_schedules(axis: Axes, gamma_min: float, gamma_max: float, own: str, span: float) -> None:
     signal = torch.linspace(-1, 4, 501)
     colors = {"exponential": RED, "linear": BLUE, "cosine": GREEN, "constant": ORANGE}
     for schedule in SCHEDULES:
-        main = schedule == "exponential"
         axis.plot(
             signal,
-            scheduled_margin(signal, gamma_min, gamma_max, schedule),
+            scheduled_margin(signal, gamma_min, gamma_max, schedule, span),
             color=colors[schedule],
-            linewidth=2 if main else 1,
-            linestyle="-" if main else "--",
+            linewidth=2 if schedule == own else 1,
+            linestyle="-" if schedule == own else "--",
             label=schedule,
         )
     axis.set_yticks(sorted({gamma_min, gamma_max, round((gamma_min + gamma_max) / 2, 4)}))

@@ -13,7 +13,7 @@ from rmipo.config import DataConfig
 from rmipo.data import load_pairs
 from rmipo.evaluation.pair_scores import native_rewards, score_model
 from rmipo.margin import delta_pmi, pmi
-from rmipo.objectives import PairScores, build_objective
+from rmipo.objectives import PairScores, RMiPO, build_objective
 from rmipo.sources import load_rows
 
 from .results import ReportError, Run, eval_command
@@ -127,17 +127,42 @@ def reward_differences(run: Run, split: str, max_pairs: int) -> tuple[np.ndarray
 def gamma_readings(run: Run, split: str, max_pairs: int) -> dict[str, np.ndarray]:
     """Figure 8: margins of a run's pairs under its final policy, by three readings of the formula.
 
-    The bounds are the run's; everything else is what each reading says, since the paper doesn't (docs/FIDELITY.md).
+    Bounds, schedule and what the prior of the first two is conditioned on are the run's; the rest is what each reading
+    says, since the paper doesn't (docs/FIDELITY.md). "as trained" marks the reading of the run itself.
+    Raises ReportError for a run whose gamma doesn't follow Delta_pmi.
     """
-    bounds = {"name": "rmipo", "gamma_min": run.objective["gamma_min"], "gamma_max": run.objective["gamma_max"]}
-    matched, _ = run_scores(run, split, max_pairs, prior_context="header")
+    objective = rmipo_objective(run)
+    context = "header" if objective.prior_context == "none" else objective.prior_context
+    matched, _ = run_scores(run, split, max_pairs, prior_context=context)
     released, _ = run_scores(run, split, max_pairs, prior_context="none", header_in_response=True)
+    paper = {"fidelity": "paper", "prior_context": context}
     readings = {
-        "per token (default)": ({"pmi_normalization": "token"}, matched),
-        "summed, as printed": ({"pmi_normalization": "sequence"}, matched),
-        "released code": ({"fidelity": "release"}, released),
+        "per token": (paper | {"pmi_normalization": "token"}, matched),
+        "summed, as printed": (paper | {"pmi_normalization": "sequence"}, matched),
+        "released code": ({"fidelity": "release", "pmi_normalization": "token", "prior_context": "none"}, released),
     }
-    return {
-        name: build_objective(bounds | choice)(PairScores(**scores)).gamma.numpy()
-        for name, (choice, scores) in readings.items()
-    }
+    gammas = {}
+    for name, (choice, scores) in readings.items():
+        reading = build_objective(run.objective | choice)
+        title = f"{name}, as trained" if reading == objective else name
+        gammas[title] = reading(PairScores(**scores)).gamma.numpy()
+    return gammas
+
+
+def rmipo_objective(run: Run) -> RMiPO:
+    """The objective of a run whose gamma Figure 8 can show; ReportError with the reason for any other."""
+    objective = build_objective(run.objective) if run.objective else None
+    if not isinstance(objective, RMiPO):
+        reason = f"its objective is {run.objective.get('name')!r}, which has no gamma bounds"
+    elif objective.target != "gamma":
+        reason = f"it modulates {objective.target} (objective.target), and its gamma is the same for every pair"
+    elif objective.signal != "pmi":
+        reason = f"its gamma follows A_w - A_l (objective.signal: {objective.signal}), not Delta_pmi"
+    elif objective.schedule == "constant" or objective.gamma_min == objective.gamma_max:
+        reason = "its gamma is constant"
+    else:
+        return objective
+    raise ReportError(
+        f"figure 8 shows gamma over Delta_pmi, and {run.folder} has nothing to show: {reason}. Name a run that has, e.g. "
+        "METHOD=rmipo"
+    )

@@ -1,21 +1,18 @@
 """Per-pair arrays of Figures 3, 6 and 8 from a saved model, against unpacked scoring and the formulas by hand."""
 
+import dataclasses
 import json
-import os
 import random
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from rmipo.reporting.pair_scores import gamma_readings, hh_signals, judge_differences, reward_differences
+from rmipo.reporting.pair_scores import gamma_readings, hh_signals, judge_differences, reward_differences, run_scores
 from rmipo.reporting.results import ReportError, load_run
 from tests.evaluation.tiny_model import naive_scores, write_model
 
-ROOT = Path(__file__).parents[2]
 OBJECTIVES = {
     "rmipo": {"name": "rmipo", "beta": 2.0, "gamma_min": 0.3, "gamma_max": 1.6},
     "simpo": {"name": "simpo", "beta": 4.0, "gamma": 1.0},
@@ -84,7 +81,7 @@ def test_gamma_of_figure8_by_three_formulas(outputs):
 
     summed = {side: naive[f"{side}_logps"] - naive[f"prior_{side}_logps"] for side in ("chosen", "rejected")}
     per_token = {side: value / naive[f"{side}_lengths"] for side, value in summed.items()}
-    assert np.allclose(readings["per token (default)"], margin(per_token), atol=1e-4)
+    assert np.allclose(readings["per token, as trained"], margin(per_token), atol=1e-4)
     assert np.allclose(readings["summed, as printed"], margin(summed), atol=1e-3)
     release = naive_scores(run.folder, pairs_of(outputs), release=True)
     released = {
@@ -93,8 +90,48 @@ def test_gamma_of_figure8_by_three_formulas(outputs):
         for side in ("chosen", "rejected")
     }
     assert np.allclose(readings["released code"], margin(released), atol=1e-4)
-    assert np.abs(readings["released code"] - readings["per token (default)"]).max() > 1e-3
+    assert np.abs(readings["released code"] - readings["per token, as trained"]).max() > 1e-3
     assert 0 < np.mean(readings["summed, as printed"] > 1.6 - 1e-6) < 1
+
+
+def with_objective(run, **changes):
+    return dataclasses.replace(run, record=run.record | {"objective": run.objective | changes})
+
+
+def test_figure8_is_of_the_runs_own_schedule_and_prior(outputs):
+    run = with_objective(load_run(outputs, "tiny", "rmipo"), schedule="linear", span=0.5, prior_context="bos")
+    readings = gamma_readings(run, "train", max_pairs=100)
+    assert list(readings) == ["per token, as trained", "summed, as printed", "released code"]
+    scores, _ = run_scores(run, "train", 100, prior_context="bos")
+    sides = [
+        (scores[f"{s}_logps"] - scores[f"prior_{s}_logps"]) / scores[f"{s}_lengths"] for s in ("chosen", "rejected")
+    ]
+    expected = 0.3 + 1.3 * (1 - ((sides[0] - sides[1]).clamp(min=0) / 0.5).clamp(max=1))
+    assert np.allclose(readings["per token, as trained"], expected, atol=1e-6)
+    release = gamma_readings(with_objective(load_run(outputs, "tiny", "rmipo"), fidelity="release"), "train", 100)
+    assert list(release) == ["per token", "summed, as printed", "released code, as trained"]
+
+
+@pytest.mark.parametrize(
+    ("objective", "reason"),
+    [
+        (OBJECTIVES["simpo"], "its objective is 'simpo', which has no gamma bounds"),
+        ({"target": "beta"}, "it modulates beta (objective.target), and its gamma is the same for every pair"),
+        ({"signal": "loglik"}, "its gamma follows A_w - A_l (objective.signal: loglik), not Delta_pmi"),
+        ({"schedule": "constant"}, "its gamma is constant"),
+        ({"gamma_min": 1.1, "gamma_max": 1.1}, "its gamma is constant"),
+    ],
+)
+def test_figure8_refuses_runs_whose_gamma_does_not_follow_delta_pmi(outputs, objective, reason):
+    run = load_run(outputs, "tiny", "rmipo")
+    changed = objective if "name" in objective else run.objective | objective
+    run = dataclasses.replace(run, record=run.record | {"objective": changed})
+    with pytest.raises(ReportError) as raised:
+        gamma_readings(run, "train", 100)
+    assert str(raised.value) == (
+        f"figure 8 shows gamma over Delta_pmi, and {run.folder} has nothing to show: {reason}. Name a run that has, e.g. "
+        "METHOD=rmipo"
+    )
 
 
 def test_scores_are_kept_and_scored_again_for_another_model(outputs):
@@ -121,15 +158,3 @@ def test_pairs_without_judge_scores_are_refused(outputs, tmp_path):
 def test_figure3_without_scores_names_the_command(tmp_path):
     with pytest.raises(ReportError, match="make eval MODEL=tiny METHOD=initial BENCH=hh"):
         hh_signals(tmp_path, "tiny", "initial")
-
-
-@pytest.mark.parametrize("number", ["6", "8"])
-def test_script_draws_from_models(outputs, number):
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "scripts" / "figure.py")],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"N": number, "MODEL": "tiny", "ARGS": f"--outputs {outputs}"},
-    )
-    assert done.returncode == 0, done.stderr
-    assert (outputs / "reports" / f"figure{number}-tiny.png").stat().st_size > 20_000

@@ -53,6 +53,44 @@ def test_a_table_filled_with_the_papers_numbers_differs_nowhere(number, tmp_path
     assert "Missing cells" not in markdown(filled)
 
 
+@pytest.mark.parametrize(
+    ("number", "model", "method", "metric", "printed"),
+    [  # read in the paper's text
+        (1, "mistral-7b-base", "initial", "alpacaeval2_lc", 8.4),
+        (1, "mistral-7b-instruct", "epsilon-dpo", "alpacaeval2_wr", 29.6),
+        (1, "llama3-8b-base", "rmipo", "mt_bench", 7.8),
+        (1, "llama3-8b-instruct", "cpo", "alpacaeval2_wr", 32.2),
+        (2, "mistral-7b-instruct", "simper", "musr", 9.47),
+        (2, "llama3-8b-instruct", "rmipo", "gpqa", 3.50),
+        (3, "llama3-8b-instruct", "table3-row2", "bbh", 26.94),
+        (3, "llama3-8b-instruct", "table3-row4", "mmlu_pro", 28.91),
+        (5, "mistral-7b-instruct", "table5-alpha-dpo", "alpacaeval2_wr", 38.4),
+        (5, "llama3-8b-instruct", "dpo", "alpacaeval2_lc", 40.2),
+        (5, "llama3-8b-instruct", "table5-simper", "alpacaeval2_lc", 41.7),
+        (7, "mistral-7b-instruct", "table7-cosine", "alpacaeval2_lc", 35.5),
+        (7, "llama3-8b-instruct", "table7-constant", "alpacaeval2_lc", 47.2),
+        (8, "mistral-7b-instruct", "table8-1-1.2", "alpacaeval2_lc", 36.9),
+        (8, "llama3-8b-instruct", "table8-0-2", "alpacaeval2_lc", 50.4),
+    ],
+)
+def test_the_papers_numbers_stand_at_their_runs(number, model, method, metric, printed):
+    cells = [cell for row in build_table(number).cells for cell in row]
+    assert [c.paper for c in cells if (c.model, c.method, c.metric) == (model, method, metric)] == [printed]
+
+
+def test_labels_stand_over_and_beside_their_cells():
+    """The label of a column or row, and the run and metric that is read there."""
+    table = build_table(5)
+    assert table.columns[3] == ("Llama3-8B-Instruct", "WR (%)") and table.rows[3] == ("SimPER",)
+    cell = table.cells[3][3]
+    assert (cell.model, cell.method, cell.metric) == ("llama3-8b-instruct", "table5-simper", "alpacaeval2_wr")
+    table = build_table(3)
+    assert table.rows[1] == ("Llama3-8B-Instruct", "", "✓", "") and table.columns[4] == ("", "MUSR")
+    assert (table.cells[1][4].method, table.cells[1][4].metric) == ("table3-row2", "musr")
+    table = build_table(8)
+    assert table.columns[2] == ("", "[0.5, 1.4]") and table.cells[0][2].method == "table8-0.5-1.4"
+
+
 def test_papers_table1_covers_every_method_and_model():
     keys = {(row["method"], row["setting"]) for row in paper_rows("table1")}
     assert keys == {(method, model) for method in METHODS for model in PAPER_MODELS}
