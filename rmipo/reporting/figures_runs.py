@@ -78,7 +78,7 @@ def figure5(outputs: Path, model: str) -> Figure:
     axis.margins(y=0.12)
     axis.set_xticks(range(len(groups)), list(groups.values()))
     axis.grid(axis="x", visible=False)
-    axis.set_ylabel("Win rate of chosen (%)")
+    axis.set_ylabel("Win rate of chosen (%; chance: 50)")
     trained = "trained on the HH subset (average: one model each)" if trained_on_hh else "not trained on HH"
     axis.set_title(f"{model_label(model)}, {trained}", loc="left")
     if left_out:

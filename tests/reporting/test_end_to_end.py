@@ -1,0 +1,139 @@
+"""Every figure and table by its script, from runs that were trained and evaluated by theirs: on a world of few facts."""
+
+import csv
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.image import imread
+
+from rmipo.reporting.figures_runs import figure5, figure7
+from rmipo.reporting.pair_scores import gamma_readings, hh_signals
+from rmipo.reporting.results import load_run
+from rmipo.reporting.sensitivity import figure2
+from rmipo.reporting.tables import LEADERBOARD, TABLES
+from rmipo.toy.config import load_world_config
+from rmipo.toy.files import write_world
+from tests.reporting.files import write_result
+
+ROOT = Path(__file__).parents[2]
+SMALL = {"names": 4, "values_per_attribute": 4, "sft_train": 60, "sft_test": 8, "pairs_train": 64, "pairs_test": 48}
+SMALL |= {"vocab_size": 400, "hidden_size": 16, "intermediate_size": 32}
+METRIC = "eval_common/acc_avg_logp"
+# run -> overlay and overrides; those of Figure 2 lie where `make sweep` puts its points
+RUNS = {
+    "rmipo": ("", []),
+    "simper": ("simper", []),
+    "dpo": ("dpo", ["--objective.beta=0.1"]),
+    "simpo": ("simpo", ["--objective.beta=2", "--objective.gamma=1"]),
+    "sweep-dpo/beta-1": ("dpo", ["--objective.beta=1"]),
+    "sweep-simpo/beta-8": ("simpo", ["--objective.beta=8", "--objective.gamma=1"]),
+    "sweep-simpo/gamma-1.6": ("simpo", ["--objective.beta=2", "--objective.gamma=1.6"]),
+}
+SHORT = ["--max_steps", "6", "--warmup_steps", "0", "--learning_rate", "2e-2"]
+SHORT += ["--save_strategy", "no", "--generation_samples", "1", "--generation_max_new_tokens", "2"]
+
+
+def train(run: str, overlay: str, overrides: list[str]) -> list[str]:
+    laid_over = ["--overlay", str(ROOT / f"recipes/methods/{overlay}.yaml")] if overlay else []
+    command = ["preference.py", "--config", str(ROOT / "recipes/tiny/rmipo.yaml"), *laid_over, *SHORT, *overrides]
+    return [*command, "--eval_steps", "3", "--output_dir", f"outputs/tiny/{run}"]
+
+
+@pytest.fixture(scope="module")
+def outputs(tmp_path_factory) -> Path:
+    """What trainings, evaluations, figures and tables leave in the folder `outputs`."""
+    folder = tmp_path_factory.mktemp("work")
+    config = dataclasses.replace(load_world_config(ROOT / "recipes/tiny/world.yaml"), **SMALL)
+    write_world(folder / "outputs/tiny/world", config)
+    (folder / "outputs/tiny/sft").symlink_to(folder / "outputs/tiny/world/model")  # untrained: nothing here needs more
+    steps = [train(run, *how) for run, how in RUNS.items()]
+    for method in ("initial", "dpo", "simpo", "simper", "rmipo"):
+        steps.append(["evaluate.py", "--model", "tiny", "--method", method, "--bench", "hh"])
+    for number in (2, 3, 5, 6, 7, 8):
+        metric = ["--metric", METRIC] if number == 2 else []
+        steps.append(["figure.py", "--number", str(number), "--model", "tiny", *metric])
+    for number in TABLES:
+        steps.append(["table.py", "--number", str(number), "--model", "tiny"])
+    metrics = dict.fromkeys(LEADERBOARD, 10.0) | {"ifeval": 70.0}
+    for method in ("alpha-dpo", "table3-row1"):  # of Tables 2 and 3, without running lm-eval
+        write_result(folder / "outputs", "tiny", method, "leaderboard", metrics)
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "tests/reporting/run_scripts.py")],
+        input=json.dumps(steps), text=True, capture_output=True, cwd=folder, env=os.environ, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return folder / "outputs"
+
+
+@pytest.mark.parametrize("number", [2, 3, 5, 6, 7, 8])
+def test_every_figure_is_drawn(outputs, number):
+    pixels = imread(outputs / f"reports/figure{number}-tiny.png")
+    assert pixels.shape[1] == 2025 and pixels[..., :3].std() > 0.02  # 6.75 inches at 300 dpi, not blank
+    assert (outputs / f"reports/figure{number}-tiny.pdf").read_bytes().startswith(b"%PDF")
+
+
+def logged(outputs: Path, run: str, key: str) -> list[float]:
+    rows = map(json.loads, (outputs / "tiny" / run / "metrics.jsonl").read_text().splitlines())
+    return [row[key] for row in rows if key in row]
+
+
+def test_figure2_shows_what_was_logged(outputs):
+    axes = figure2(outputs, "tiny", METRIC).axes
+    pairs = (("dpo", "sweep-dpo/beta-1"), ("simpo", "sweep-simpo/beta-8"), ("simpo", "sweep-simpo/gamma-1.6"))
+    for axis, runs in zip(axes, pairs, strict=True):
+        assert axis.lines[0].get_ydata().tolist() == [logged(outputs, run, METRIC)[-1] for run in runs]
+
+
+def test_figure3_shows_the_scores_of_the_evaluation(outputs):
+    signals = hh_signals(outputs, "tiny", "initial")
+    scores = torch.load(outputs / "tiny/initial/eval/hh_harmless.pt", weights_only=True)
+    sides = [scores[f"{side}_logps"] / scores[f"{side}_lengths"] for side in ("chosen", "rejected")]
+    assert np.allclose(signals["harmless"]["loglik"], sides[0] - sides[1]) and len(sides[0]) == SMALL["pairs_test"]
+
+
+def test_figure5_shows_the_evaluations_rates(outputs):
+    heights = [patch.get_height() for patch in figure5(outputs, "tiny").axes[0].patches]
+    rates = []
+    for method in ("dpo", "simpo", "simper", "rmipo"):
+        metrics = json.loads((outputs / f"tiny/{method}/eval/hh.json").read_text())["metrics"]
+        rates += [metrics["hh_helpful"], metrics["hh_harmless"], metrics["hh_average"]]
+    assert heights == pytest.approx(rates) and len(set(rates)) > 1
+
+
+def test_figure7_shows_what_was_logged(outputs):
+    cost, margin, accuracy = figure7(outputs, "tiny").axes[:3]
+    assert [label.get_text() for label in cost.get_yticklabels()] == ["DPO", "SimPO", "SimPER", "RMiPO"]
+    seconds = json.loads((outputs / "tiny/simper/run.json").read_text())["seconds"]
+    assert cost.patches[2].get_width() == pytest.approx(seconds / 60)
+    assert margin.lines[3].get_ydata().tolist() == logged(outputs, "rmipo", "common/margin_avg_logp")
+    expected = [100 * value for value in logged(outputs, "dpo", "common/acc_avg_logp")]
+    assert accuracy.lines[0].get_ydata().tolist() == expected and len(expected) == 6
+
+
+def test_figure8_shows_the_trained_models_gamma(outputs, monkeypatch):
+    """Of the test pairs, whose mean the training run itself logged at its end."""
+    monkeypatch.chdir(outputs.parent)  # where the recipe's paths lead
+    readings = gamma_readings(load_run(outputs, "tiny", "rmipo"), "test", 4000)
+    logged = json.loads((outputs / "tiny/rmipo/run.json").read_text())["results"]["eval_rmipo/gamma_mean"]
+    assert readings["per token, as trained"].mean() == pytest.approx(logged, abs=1e-5)
+
+
+@pytest.mark.parametrize("number", sorted(TABLES))
+def test_every_table_is_written(outputs, number):
+    path = outputs / f"reports/table{number}-tiny"
+    rows = list(csv.DictReader(path.with_suffix(".csv").open()))
+    assert rows and path.with_suffix(".tex").read_text().count(r"\end{table*}") == 1
+    if number in (2, 3):
+        ours = {row["Column"]: row["ours"] for row in rows if row["ours"]}
+        assert ours["IFEval"] == "70.0" and ours["MUSR"] == "10.0" and ours.get("Avg. Score", "20.0") == "20.0"
+        assert "70.0" in path.with_suffix(".md").read_text() and "/ 70.00 &" in path.with_suffix(".tex").read_text()
+    else:
+        missing = [row["command"] for row in rows if not row["ours"]]
+        assert len(missing) == len(rows) and all("make eval MODEL=tiny METHOD=" in command for command in missing)
