@@ -4,8 +4,8 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
 from matplotlib.ticker import PercentFormatter
 
 from .figures import GREY, house_style, method_color, method_label, panel_letter, panels, smooth
@@ -78,7 +78,7 @@ def figure5(outputs: Path, model: str) -> Figure:
     axis.margins(y=0.12)
     axis.set_xticks(range(len(groups)), list(groups.values()))
     axis.grid(axis="x", visible=False)
-    axis.set_ylabel("Win rate of chosen (%; chance: 50)")
+    axis.set_ylabel("Win rate (%; chance: 50)")
     trained = "trained on the HH subset (average: one model each)" if trained_on_hh else "not trained on HH"
     axis.set_title(f"{model_label(model)}, {trained}", loc="left")
     if left_out:
@@ -109,7 +109,7 @@ def figure7(outputs: Path, model: str) -> Figure:
         raise ReportError(
             f"figure 7 has no finished runs of {model} below {outputs}: run `{train_command(model, 'rmipo')}`"
         )
-    figure, (cost, margin, accuracy) = panels(3, height=2.5, width_ratios=(1.15, 1, 1))
+    figure, (cost, margin, accuracy) = panels(3, height=2.7, width_ratios=(1.15, 1, 1))
     draw_costs(cost, runs, model)
     curves = ((margin, "common/margin_avg_logp", 1.0), (accuracy, "common/acc_avg_logp", 100.0))
     for method, run in runs.items():
@@ -140,8 +140,13 @@ def figure7(outputs: Path, model: str) -> Figure:
 
 
 def draw_costs(axis: Axes, runs: dict[str, Run], model: str) -> None:
-    """Bars of a run's hours, start to saved model, with peak memory on them; the paper's hours as open diamonds."""
-    paper = {row["method"]: float(row["hours"]) for row in paper_rows("efficiency")} if model in PAPER_MODELS else {}
+    """Bars of a run's hours, start to saved model, with peak memory on them.
+
+    For the paper's models its hours are open diamonds, and its memory is in brackets.
+    """
+    printed = paper_rows("efficiency") if model in PAPER_MODELS else []
+    paper = {row["method"]: float(row["hours"]) for row in printed}
+    paper_memory = {row["method"]: f" ({row['peak_memory_percent']}%)" for row in printed if row["peak_memory_percent"]}
     methods = list(runs)
     hours = [run.record["seconds"] / 3600 for run in runs.values()]
     memory = {method: max(row.get("peak_memory_gib", 0.0) for row in run.log()) for method, run in runs.items()}
@@ -149,17 +154,19 @@ def draw_costs(axis: Axes, runs: dict[str, Run], model: str) -> None:
     values = [60 * value for value in hours] if in_minutes else hours
     axis.barh(range(len(methods)), values, 0.7, color=[method_color(method) for method in methods])
     for row, method in enumerate(methods):
-        ink = "black" if np.mean(to_rgb(method_color(method))) > 0.5 else "white"
+        text = f"{memory[method]:.1f} GiB{paper_memory.get(method, '')}"
         place = {"xytext": (3, 0), "textcoords": "offset points", "va": "center", "fontsize": 7}
-        axis.annotate(f"{memory[method]:.1f} GiB", (0, row), color=ink, **place)
-    label = "Time of the run (minutes)" if in_minutes else "Time of the run (hours)"
+        axis.annotate(text, (0, row), path_effects=[withStroke(linewidth=2, foreground="white")], **place)
+    label = "Minutes of the run" if in_minutes else "Hours of the run"
     if paper and not in_minutes:
         known = [(paper[method], row) for row, method in enumerate(methods) if method in paper]
         axis.plot(*zip(*known, strict=True), "D", markersize=4, mfc="white", mec="black", mew=0.8)
-        label += r", $\diamond$: paper"
+        label += r" ($\diamond$: paper)"
+    if paper_memory:
+        label += "\n(%): the paper's memory, of 80 GB"
     resumed = [method for method, run in runs.items() if run.record["starts"] > 1]
     if resumed:
-        label += ", *: since its last start"
+        label += "\n*: since its last start"
     marks = ["*" if method in resumed else "" for method in methods]
     axis.set_yticks(range(len(methods)), [method_label(m) + mark for m, mark in zip(methods, marks, strict=True)])
     axis.invert_yaxis()

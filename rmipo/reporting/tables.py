@@ -116,7 +116,7 @@ def table3(models: Iterable[str]) -> Table:
             )
             for model, method, row in rows
         ),
-        notes=("The paper doesn't define rows 1, 2, 4 and 5; the reading used here is in docs/FIDELITY.md.",),
+        notes=("The paper doesn't define rows 1, 2, 4 and 5; the readings are in recipes/ablations/table3-row*.yaml.",),
     )
 
 

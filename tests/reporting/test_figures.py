@@ -194,6 +194,17 @@ def test_figure7_curves_and_costs(tmp_path):
     assert set(accuracy.lines[0].get_ydata()) == {50.0}
 
 
+def test_figure7_has_the_papers_cost_beside_ours(tmp_path):
+    for method in ("dpo", "alpha-dpo", "rmipo"):
+        log = [{"step": s, "common/margin_avg_logp": s, "common/acc_avg_logp": 0.5} for s in (1, 2)]
+        log = [row | {"peak_memory_gib": 50.0} for row in log]
+        write_run(tmp_path / "llama3-8b-instruct" / method, {"name": method}, log, seconds=7200, starts=1)
+    cost = figure7(tmp_path, "llama3-8b-instruct").axes[0]
+    assert [text.get_text() for text in cost.texts] == ["50.0 GiB (82%)", "50.0 GiB", "50.0 GiB (62%)"]
+    assert cost.lines[0].get_xdata().tolist() == [8.0, 10.0, 6.75]
+    assert cost.get_xlabel().endswith("paper)\n(%): the paper's memory, of 80 GB")
+
+
 def test_figure8_shows_the_atoms_apart_from_the_density():
     inner = RANDOM.uniform(0.8, 1.5, 600)
     gammas = {"token": np.concatenate([inner, np.full(300, 1.6), np.full(100, 0.3)])}
