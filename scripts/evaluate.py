@@ -5,7 +5,8 @@
 
 BENCH is alpacaeval, mtbench, leaderboard, hh or all. METHOD=initial is the model before preference training. The judge
 of the first two is any OpenAI-compatible endpoint: OPENAI_BASE_URL and OPENAI_API_KEY. Results go to
-<outputs>/<model>/<method>/eval/<bench>.json; a finished one is kept, an unfinished one is continued.
+<outputs>/<model>/<method>/eval/<bench>.json; a finished one is kept, an unfinished one is continued, and one of other
+weights than those that are there now is refused.
 """
 
 import argparse
@@ -20,6 +21,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
+from rmipo.evaluation.generation import fingerprint  # noqa: E402
 from rmipo.evaluation.target import load_settings, model_folder  # noqa: E402
 
 BENCHES = {"alpacaeval": "alpaca", "mtbench": "mtbench", "leaderboard": "leaderboard", "hh": "hh"}
@@ -45,18 +47,28 @@ def main() -> None:
     try:
         settings = load_settings(recipe.with_name("eval.yaml"), args.set)
         folder = model_folder(recipe, args.outputs, args.method)
+        weights = fingerprint(folder)
     except ValueError as error:
         sys.exit(str(error))
     for bench in JUDGED:
-        settings.setdefault(bench, {})["generation"] = settings.get("generation", {})
+        block = settings.setdefault(bench, {})
+        block["generation"] = settings.get("generation", {}) | block.get("generation", {})
         if args.max_cost is not None:
-            settings[bench]["max_cost"] = args.max_cost
+            block["max_cost"] = args.max_cost
 
     failed = []
     for bench in benches:
         path = folder / "eval" / f"{bench}.json"
-        if path.is_file() and json.loads(path.read_text())["finished"]:
-            print(f"{bench}: finished before, see {path}; delete it to evaluate again")
+        if path.is_file():
+            if json.loads(path.read_text()).get("fingerprint") == weights:
+                print(f"{bench}: finished before, see {path}; delete it to evaluate again")
+            else:
+                print(
+                    f"{bench}: {path} is of other weights than those now in {folder}. Delete it, and the folder "
+                    f"{path.with_suffix('')} if there is one, to evaluate these",
+                    file=sys.stderr,
+                )
+                failed.append(bench)
             continue
         try:
             # Imported here: one benchmark's packages aren't needed for another.
@@ -71,7 +83,7 @@ def main() -> None:
         if result is None:
             print(f"{bench}: answers are generated, nothing was judged; see {path.parent}")
             continue
-        write(path, {"bench": bench, "model": str(folder), **result, "finished": True})
+        write(path, {"bench": bench, "model": str(folder), "fingerprint": weights, **result, "finished": True})
         print(f"{bench}: {path}")
         for name, value in result["metrics"].items():
             print(f"  {name:30s} {value:.2f}")

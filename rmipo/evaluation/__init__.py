@@ -5,8 +5,11 @@ Each benchmark is a module with `run(model_dir, output_dir, settings) -> {"metri
 """
 
 import importlib.metadata
+import importlib.util
 import os
 from urllib.parse import urlsplit
+
+CHARACTERS_PER_TOKEN = 4  # about, in English
 
 
 class EvaluationError(ValueError):
@@ -23,6 +26,12 @@ def merge_settings(block: str, defaults: dict, settings: dict) -> dict:
 
 def package_versions(*packages: str) -> dict[str, str]:
     return {package: importlib.metadata.version(package) for package in packages}
+
+
+def require_package(module: str) -> None:
+    """Raises EvaluationError if the extra `eval` isn't installed."""
+    if importlib.util.find_spec(module) is None:
+        raise EvaluationError(f"the package {module} isn't installed: make install EXTRAS=eval")
 
 
 def judge_endpoint() -> str:
@@ -59,19 +68,24 @@ def shown(url: str) -> str:
     return parts.hostname + (f":{parts.port}" if parts.port else "") + parts.path
 
 
-def check_cost(what: str, calls: int, input_tokens: float, output_tokens: float, settings: dict) -> None:
+def check_cost(
+    what: str, calls: int, input_characters: float, output_tokens: float, settings: dict, attempts: int = 1
+) -> None:
     """Print what `calls` requests to the judge will cost, before the first of them.
 
     Args:
         settings: `price`, US dollars per million input and output tokens; `max_cost`, dollars.
+        attempts: how often a verdict is asked for at most, if it can't be read.
 
-    Raises EvaluationError if that is more than `max_cost`.
+    Raises EvaluationError if the expected cost, of one attempt, is more than `max_cost`.
     """
     price_in, price_out = settings["price"]
+    input_tokens = input_characters / CHARACTERS_PER_TOKEN
     cost = (input_tokens * price_in + output_tokens * price_out) / 1e6
+    worst = f"; ${attempts * cost:.2f} if each has to be asked for {attempts} times" if attempts > 1 else ""
     print(
         f"{what}: {calls} verdicts to ask for, about {input_tokens / 1e3:.0f}k + {output_tokens / 1e3:.0f}k tokens,"
-        f" ${cost:.2f} at ${price_in} and ${price_out} per million (max_cost ${settings['max_cost']})",
+        f" ${cost:.2f} at ${price_in} and ${price_out} per million (max_cost ${settings['max_cost']}){worst}",
         flush=True,
     )
     if cost > settings["max_cost"]:

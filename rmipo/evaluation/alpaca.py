@@ -7,8 +7,8 @@ import os
 from collections import Counter
 from pathlib import Path
 
-from . import EvaluationError, check_cost, judge_endpoint, merge_settings, package_versions, shown
-from .generation import Request, check_settings, generate
+from . import EvaluationError, check_cost, judge_endpoint, merge_settings, package_versions, require_package, shown
+from .generation import Generator, Request, check_settings
 
 HUB_DATA = "tatsu-lab/alpaca_eval"
 REFERENCE_FILE = "alpaca_eval_gpt4_baseline.json"
@@ -28,7 +28,6 @@ DEFAULTS = {
     "max_cost": 20.0,  # US dollars
     "max_missing": 0,  # verdicts that may be unusable in a finished result
 }
-CHARACTERS_PER_TOKEN = 4
 
 
 def run(model_dir: str | Path, output_dir: str | Path, settings: dict) -> dict | None:
@@ -46,13 +45,17 @@ def run(model_dir: str | Path, output_dir: str | Path, settings: dict) -> dict |
     endpoint = None if settings["generate_only"] else judge_endpoint()
     reference, reference_path = load_reference(settings["reference"])
     reference = reference[: settings["first_n"]]
-    if settings["length_controlled"]:
-        hub_file(GAMED_FILE)
+    if not settings["generate_only"]:
+        require_package("alpaca_eval")
+        if settings["length_controlled"]:
+            hub_file(GAMED_FILE)
+            require_benchmark(reference)
     folder = Path(output_dir) / "alpacaeval"
     name = Path(model_dir).name
 
     requests = [Request(str(i), [{"role": "user", "content": row["instruction"]}]) for i, row in enumerate(reference)]
-    answers = generate(model_dir, requests, folder / "answers.jsonl", settings["generation"])
+    with Generator(model_dir, settings["generation"]) as generator:
+        answers = generator.answer(requests, folder / "answers.jsonl")
     outputs = [
         {"instruction": row["instruction"], "output": answer, "generator": name}
         for row, answer in zip(reference, answers, strict=True)
@@ -61,19 +64,22 @@ def run(model_dir: str | Path, output_dir: str | Path, settings: dict) -> dict |
     if settings["generate_only"]:
         return None
 
-    metrics = judge(outputs, reference, folder, endpoint, settings)
-    settings["judge"] = {"endpoint": shown(endpoint), "reference_sha256": sha256(reference_path.read_bytes())[:16]}
-    return {
-        "metrics": metrics,
-        "versions": package_versions("alpaca_eval", "scikit-learn", settings["generation"]["engine"], "torch"),
-        "settings": settings,
+    metrics, judge_sha256 = judge(outputs, reference, folder, endpoint, settings)
+    settings |= {
+        "generation": generator.settings,
+        "judge_endpoint": shown(endpoint),
+        "judge_sha256": judge_sha256,
+        "reference_sha256": sha256(reference_path.read_bytes())[:16],
     }
+    versions = generator.versions | package_versions("alpaca_eval", "scikit-learn")
+    return {"metrics": metrics, "versions": versions, "settings": settings}
 
 
-def judge(outputs: list[dict], reference: list[dict], folder: Path, endpoint: str, settings: dict) -> dict[str, float]:
+def judge(outputs: list[dict], reference: list[dict], folder: Path, endpoint: str, settings: dict) -> tuple[dict, str]:
     """Win rates of `outputs` against `reference` (rows of {"instruction", "output", "generator"}, same instructions).
 
-    Verdicts are kept in `folder`, a file for each judge and endpoint. Raises EvaluationError as `run` does.
+    Verdicts are kept in `folder`, a file for each judge and endpoint. Returns the metrics, and a hash of the judge's
+    YAML and prompts. Raises EvaluationError as `run` does.
     """
     check_same_prompts(outputs, reference)
     folder.mkdir(parents=True, exist_ok=True)
@@ -99,7 +105,8 @@ def judge(outputs: list[dict], reference: list[dict], folder: Path, endpoint: st
             "nor the absolute path of a folder with configs.yaml"
         )
     annotator = AtomicAnnotator(annotators_config=str(config), caching_path=None)
-    cache = folder / f"verdicts-{sha256(judge_text(config, annotator) + endpoint.encode())[:8]}.json"
+    text = judge_text(config, annotator)
+    cache = folder / f"verdicts-{sha256(text + endpoint.encode())[:8]}.json"
     drop_unusable(cache)
     annotator.caching_path = cache
     annotator.load_()
@@ -151,7 +158,7 @@ def judge(outputs: list[dict], reference: list[dict], folder: Path, endpoint: st
             f"{missing} of {len(outputs)} verdicts couldn't be used, max_missing is {settings['max_missing']}. "
             f"The others are kept in {cache}; the same command asks again for the missing ones."
         )
-    return metrics_of(leaderboard.iloc[0], outputs, missing)
+    return metrics_of(leaderboard.iloc[0], outputs, missing), sha256(text)[:16]
 
 
 def judge_text(config: Path, annotator) -> bytes:
@@ -236,6 +243,22 @@ def hub_file(name: str) -> Path:
         ) from error
 
 
+def require_benchmark(reference: list[dict]) -> None:
+    """Raises EvaluationError unless `reference` has the benchmark's instructions, all of them, in their order.
+
+    The length-controlled model has learned a difficulty for each of the 805 and joins on row numbers: for others it
+    would compute a number without meaning.
+    """
+    ours = [row["instruction"] for row in reference]
+    theirs = [row["instruction"] for row in load_reference(None)[0]]
+    if ours != theirs:
+        raise EvaluationError(
+            f"alpacaeval.length_controlled: true needs the benchmark's own {len(theirs)} instructions in their order; "
+            f"reference and first_n give {len(ours)}, {len(set(ours) & set(theirs))} of them in common. Set "
+            "length_controlled: false, or both to null"
+        )
+
+
 def check_same_prompts(outputs: list[dict], reference: list[dict]) -> None:
     """Raises EvaluationError unless both have the same instructions, in the same order, each once.
 
@@ -266,9 +289,7 @@ def estimate_cost(annotator, outputs: list[dict], reference: list[dict], setting
         if (theirs["instruction"], theirs["output"], ours["output"]) not in known
     ]
     tokens_out = max(single.completions_kwargs.get("max_tokens", 1) for single in annotator.annotators.values())
-    check_cost(
-        "AlpacaEval", len(characters), sum(characters) / CHARACTERS_PER_TOKEN, len(characters) * tokens_out, settings
-    )
+    check_cost("AlpacaEval", len(characters), sum(characters), len(characters) * tokens_out, settings)
 
 
 def quiet(root: logging.Logger) -> None:

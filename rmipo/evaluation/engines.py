@@ -3,11 +3,19 @@
 Both take token ids and a seed for each prompt, so that an answer doesn't depend on the prompts beside it.
 """
 
+import gc
+import importlib.util
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, GenerationConfig, LogitsProcessor, TopPLogitsWarper
+from transformers import GenerationConfig, LogitsProcessor, TopPLogitsWarper
+
+from rmipo.arguments import ModelConfig
+from rmipo.loading import load_model
+
+from . import EvaluationError
 
 
 @dataclass(frozen=True)
@@ -53,29 +61,49 @@ class SeededSampling(LogitsProcessor):
 
 
 class TransformersEngine:
-    package = "transformers"
+    """On the GPU where there is one; batches of `batch_size` prompts."""
 
     def __init__(self, model_dir: Path, settings: dict, stop_ids: list[int]):
-        self.model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=settings["dtype"]).eval()
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        model = load_model(ModelConfig(model_name_or_path=str(model_dir), dtype=settings["dtype"]))
+        self.model = model.to(self.device).eval()
         # generate() takes what a call leaves open from the checkpoint's generation_config (temperature, penalties).
         self.model.generation_config = GenerationConfig(
             do_sample=False, eos_token_id=stop_ids, pad_token_id=stop_ids[0]
         )
         self.context = self.model.config.max_position_embeddings
         self.top_p, self.max_new_tokens, self.stop_ids = settings["top_p"], settings["max_new_tokens"], stop_ids
+        self.batch_size = settings["batch_size"]
+
+    def answers(self, prompts: list[Prompt], wanted: list[int]) -> Iterator[tuple[int, Answer]]:
+        """(number of a prompt, its answer) for each number in `wanted`, in order.
+
+        Batches are cut from all prompts, whatever is wanted of them: the padding beside an answer, and with it the
+        last bits of its logits, are the same in a run that goes on from an interrupted one.
+        """
+        for start in range(0, len(prompts), self.batch_size):
+            numbers = range(start, min(start + self.batch_size, len(prompts)))
+            if not any(number in wanted for number in numbers):
+                continue
+            # How much room is left in the context would depend on the longest neighbour: those short of it go alone.
+            roomy = [n for n in numbers if len(prompts[n].ids) + self.max_new_tokens <= self.context]
+            answers = dict(zip(roomy, self.batch([prompts[n] for n in roomy]), strict=True)) if roomy else {}
+            for number in numbers:
+                if number in wanted:
+                    yield number, answers[number] if number in answers else self.batch([prompts[number]])[0]
 
     @torch.no_grad()
-    def __call__(self, prompts: list[Prompt]) -> list[Answer]:
+    def batch(self, prompts: list[Prompt]) -> list[Answer]:
         width = max(len(prompt.ids) for prompt in prompts)
         padding = [[self.stop_ids[0]] * (width - len(prompt.ids)) for prompt in prompts]
         sampling = SeededSampling(
             [prompt.temperature for prompt in prompts], self.top_p, [prompt.seed for prompt in prompts]
         )
+        ids = [pad + prompt.ids for pad, prompt in zip(padding, prompts, strict=True)]
+        mask = [[0] * len(pad) + [1] * len(prompt.ids) for pad, prompt in zip(padding, prompts, strict=True)]
         output = self.model.generate(
-            input_ids=torch.tensor([pad + prompt.ids for pad, prompt in zip(padding, prompts, strict=True)]),
-            attention_mask=torch.tensor(
-                [[0] * len(pad) + [1] * len(prompt.ids) for pad, prompt in zip(padding, prompts, strict=True)]
-            ),
+            input_ids=torch.tensor(ids, device=self.device),
+            attention_mask=torch.tensor(mask, device=self.device),
             max_new_tokens=min(self.max_new_tokens, self.context - width),
             logits_processor=[sampling],
         )
@@ -85,37 +113,70 @@ class TransformersEngine:
         end = next((i for i, token in enumerate(ids) if token in self.stop_ids), None)
         return Answer(ids, "length") if end is None else Answer(ids[:end], "stop")
 
+    def close(self) -> None:
+        """Give the memory back: other benchmarks load the model again."""
+        del self.model
+        gc.collect()
+        torch.cuda.empty_cache()
+
 
 class VllmEngine:
-    """Written from vLLM's documentation and never run: there was no machine for it."""
-
-    package = "vllm"
+    """Written from the source of vLLM 0.30.0 and never run: there was no machine for it."""
 
     def __init__(self, model_dir: Path, settings: dict, stop_ids: list[int]):
         from vllm import LLM
 
-        self.model = LLM(model=str(model_dir), dtype=settings["dtype"], seed=settings["seed"])
+        # generation_config: as above, nothing is taken from the checkpoint's.
+        self.model = LLM(
+            model=str(model_dir), dtype=settings["dtype"], seed=settings["seed"], generation_config="vllm",
+            trust_remote_code=False, load_format="safetensors",
+        )  # fmt: skip
         self.top_p, self.max_new_tokens, self.stop_ids = settings["top_p"], settings["max_new_tokens"], stop_ids
 
-    def __call__(self, prompts: list[Prompt]) -> list[Answer]:
-        from vllm import SamplingParams
+    def answers(self, prompts: list[Prompt], wanted: list[int]) -> Iterator[tuple[int, Answer]]:
+        """(number of a prompt, its answer) for each number in `wanted`, as they are finished.
 
-        parameters = [
-            SamplingParams(
+        All are handed over at once and yielded one by one: the engine is never drained for the sake of a batch.
+        """
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        engine = self.model.llm_engine
+        for number in wanted:
+            prompt = prompts[number]
+            parameters = SamplingParams(
                 temperature=prompt.temperature,
                 top_p=self.top_p,
-                max_tokens=self.max_new_tokens,
+                max_tokens=self.max_new_tokens,  # vLLM ends an answer where its context ends
                 seed=prompt.seed,
                 stop_token_ids=self.stop_ids,
+                detokenize=False,
+                output_kind=RequestOutputKind.FINAL_ONLY,
             )
-            for prompt in prompts
-        ]
-        inputs = [{"prompt_token_ids": prompt.ids} for prompt in prompts]
-        outputs = [output.outputs[0] for output in self.model.generate(inputs, parameters, use_tqdm=False)]
-        return [
-            Answer([token for token in output.token_ids if token not in self.stop_ids], output.finish_reason)
-            for output in outputs
-        ]
+            engine.add_request(str(number), {"type": "token", "prompt_token_ids": prompt.ids}, parameters)
+        while engine.has_unfinished_requests():
+            for output in engine.step():
+                ids = [token for token in output.outputs[0].token_ids if token not in self.stop_ids]
+                yield int(output.request_id), Answer(ids, output.outputs[0].finish_reason)
+
+    def close(self) -> None:
+        """Give the GPU back: vLLM takes nearly all of its memory, in a process of its own."""
+        self.model.llm_engine.engine_core.shutdown()
+        del self.model
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 ENGINES = {"transformers": TransformersEngine, "vllm": VllmEngine}
+
+
+def choose_engine(name: str) -> str:
+    """The engine that "auto" stands for on this machine, or `name` itself. Raises EvaluationError if it isn't here."""
+    if name == "auto":
+        name = "vllm" if torch.cuda.is_available() else "transformers"
+    if name == "vllm" and importlib.util.find_spec("vllm") is None:
+        raise EvaluationError(
+            "answers are generated by vLLM on a GPU, and vllm isn't installed: make install EXTRAS=eval,vllm, or "
+            "generation.engine: transformers in eval.yaml (--set generation.engine=transformers), which is slower"
+        )
+    return name

@@ -9,24 +9,24 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig
 
-from rmipo.chat import PROBES
+from rmipo.arguments import ModelConfig
 from rmipo.data import ChatFormat
+from rmipo.loading import load_tokenizer
 
-from . import EvaluationError, merge_settings
-from .engines import ENGINES, Prompt
+from . import EvaluationError, merge_settings, package_versions
+from .engines import ENGINES, Prompt, choose_engine
 
 DEFAULTS = {
     "temperature": 0.7,
     "top_p": 1.0,
     "max_new_tokens": 2048,
     "seed": 42,
-    "batch_size": 16,  # prompts answered and written together; a restart repeats at most this many
+    "batch_size": 16,  # prompts answered together by transformers; vLLM answers all at once
     "dtype": "bfloat16",
-    "engine": "auto",  # vllm where there is a GPU, else transformers
+    "engine": "auto",  # that of the answers there are; else vllm where there is a GPU, else transformers
 }
 SAMPLED_BYTES = 1 << 20
 
@@ -55,79 +55,123 @@ def check_settings(settings: dict) -> dict:
         problems.append(f"engine is {settings['engine']!r}, expected one of {['auto', *ENGINES]}")
     if problems:
         raise EvaluationError("eval.yaml, generation: " + "; ".join(problems))
-    if settings["engine"] == "auto":
-        settings["engine"] = "vllm" if torch.cuda.is_available() else "transformers"
     return settings
 
 
-def generate(model_dir: str | Path, requests: list[Request], path: str | Path, settings: dict) -> list[str]:
-    """Answer `requests` with the model in `model_dir`; answers that are in `path` already are not made again.
+class Generator:
+    """Answers of the model in `model_dir`; use it in a `with` statement, which gives the engine's memory back.
 
-    An answer depends on the model, its prompt and `settings["seed"]` alone. Batches are cut from the whole list, also
-    when some of it is done, so that the file of an interrupted and restarted run is that of an uninterrupted one.
+    The engine is loaded at the first prompt without an answer, and serves every file that is filled after that.
 
-    Returns the answers in the order of `requests`, stripped of surrounding space.
-    Raises EvaluationError, before the model is loaded, for wrong settings, prompts that don't fit the model, prompts
-    that training rendered otherwise, and a file made by another model or other settings.
+    Attributes:
+        settings: with the engine that answers, once there are answers.
+        versions: of the packages that made the answers, which may have been others than those installed now.
+
+    Raises EvaluationError for wrong settings and for a folder without weights.
     """
-    model_dir, path = Path(model_dir), Path(path)
-    settings = check_settings(settings)
-    tokenizer = AutoTokenizer.from_pretrained(model_dir)
-    chat = ChatFormat.probe(tokenizer)
-    check_trained_prompts(model_dir, chat)
-    prompts = [
-        Prompt(ids, settings["temperature"] if r.temperature is None else r.temperature, seed_of(settings["seed"], ids))
-        for r, ids in ((request, chat.prompt_ids(request.messages)) for request in requests)
-    ]
-    check_prompts(requests, prompts, chat, AutoConfig.from_pretrained(model_dir).max_position_embeddings)
 
-    decoding = {key: settings[key] for key in ("top_p", "max_new_tokens", "seed", "batch_size", "dtype", "engine")}
-    header = {"decoding": decoding, "model": fingerprint(model_dir), "prompts": digest([asdict(p) for p in prompts])}
-    answers = open_answers(path, header)
-    size = settings["batch_size"]
-    batches = [range(start, min(start + size, len(prompts))) for start in range(0, len(prompts), size)]
-    missing = [batch for batch in batches if any(requests[i].key not in answers for i in batch)]
-    if missing:
-        stop_ids = sorted({chat.end_id, tokenizer.eos_token_id} - {None})
-        engine = ENGINES[settings["engine"]](model_dir, settings, stop_ids)
+    def __init__(self, model_dir: str | Path, settings: dict):
+        self.model_dir = Path(model_dir)
+        self.settings = check_settings(settings)
+        self.fingerprint = fingerprint(self.model_dir)
+        self.versions: dict[str, str] | None = None
+        self.engine = None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        if self.engine is not None:
+            self.engine.close()
+            self.engine = None
+
+    def answer(self, requests: list[Request], path: str | Path) -> list[str]:
+        """Answer `requests`; answers that are in `path` already are not made again.
+
+        An answer depends on the model, its prompt and `settings["seed"]` alone. A file that transformers was
+        interrupted in ends as that of an uninterrupted run.
+
+        Returns the answers in the order of `requests`, stripped of surrounding space.
+        Raises EvaluationError, before the model is loaded, for prompts that don't fit the model, and for a file made by
+        another model, other settings or, if it has to be continued, other package versions.
+        """
+        path = Path(path)
+        tokenizer = load_tokenizer(ModelConfig(model_name_or_path=str(self.model_dir)))
+        chat = ChatFormat.probe(tokenizer)
+        prompts = [
+            Prompt(
+                ids,
+                self.settings["temperature"] if request.temperature is None else request.temperature,
+                seed_of(self.settings["seed"], ids),
+            )
+            for request, ids in ((request, chat.prompt_ids(request.messages)) for request in requests)
+        ]
+        config = AutoConfig.from_pretrained(self.model_dir, trust_remote_code=False)
+        check_prompts(requests, prompts, chat, config.max_position_embeddings)
+
+        answers = self.open(path, prompts)
+        wanted = [i for i, request in enumerate(requests) if request.key not in answers]
+        if not wanted:
+            return [answers[request.key]["output"] for request in requests]
+        if self.engine is None:
+            stop_ids = sorted({chat.end_id, tokenizer.eos_token_id} - {None})
+            self.engine = ENGINES[self.settings["engine"]](self.model_dir, self.settings, stop_ids)
         with path.open("a") as file, tqdm(total=len(prompts), initial=len(answers), unit="answer") as progress:
-            progress.set_description(f"answers of {model_dir.name}")
-            for batch in missing:
-                for i, answer in zip(batch, engine([prompts[i] for i in batch]), strict=True):
-                    if requests[i].key in answers:
-                        continue
-                    text = tokenizer.decode(answer.ids, skip_special_tokens=True).strip()
-                    row = {"key": requests[i].key, "output": text, "tokens": len(answer.ids), "finish": answer.finish}
-                    file.write(json.dumps(row) + "\n")
-                    answers[requests[i].key] = row
-                    progress.update()
+            progress.set_description(f"answers of {self.model_dir.name}")
+            for i, answer in self.engine.answers(prompts, wanted):
+                text = tokenizer.decode(answer.ids, skip_special_tokens=True).strip()
+                row = {"key": requests[i].key, "output": text, "tokens": len(answer.ids), "finish": answer.finish}
+                file.write(json.dumps(row) + "\n")
                 file.flush()
-    return [answers[request.key]["output"] for request in requests]
+                answers[requests[i].key] = row
+                progress.update()
+        return [answers[request.key]["output"] for request in requests]
+
+    def open(self, path: Path, prompts: list[Prompt]) -> dict[str, dict]:
+        """Answers in `path` by key; takes engine and versions from there, or writes those of this machine there."""
+        found, answers = read_answers(path)
+        versions = self.versions or (found or {}).get("versions")
+        if self.settings["engine"] == "auto" and found is not None:
+            self.settings["engine"] = found["decoding"]["engine"]
+        if found is None or len(answers) < len(prompts):
+            self.settings["engine"] = choose_engine(self.settings["engine"])
+            here = package_versions(*sorted({self.settings["engine"], "torch", "transformers"}))
+            if versions not in (None, here):
+                raise EvaluationError(
+                    f"{path} can't be {'begun' if found is None else 'continued'}: the answers there are were made "
+                    f"with {versions}, installed here is {here}. Install those versions (or go on where they are), or "
+                    f"delete the *.jsonl files in {path.parent}."
+                )
+            versions = here
+        keys = ("top_p", "max_new_tokens", "seed", "batch_size", "dtype", "engine")
+        header = {
+            "decoding": {key: self.settings[key] for key in keys},
+            "versions": versions,
+            "model": self.fingerprint,
+            "prompts": digest([asdict(prompt) for prompt in prompts]),
+        }
+        if found is None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(header) + "\n")
+        elif different := [key for key in header if key not in found or found[key] != header[key]]:
+            raise EvaluationError(
+                f"{path} holds answers made with another {', another '.join(different)}: its first line has "
+                f"{ {key: found.get(key) for key in different} }, this run { {key: header[key] for key in different} }."
+                " Move or delete that file, or take its settings back."
+            )
+        self.versions = versions
+        return answers
+
+
+def generate(model_dir: str | Path, requests: list[Request], path: str | Path, settings: dict) -> list[str]:
+    """The answers to one list of requests; see `Generator`."""
+    with Generator(model_dir, settings) as generator:
+        return generator.answer(requests, path)
 
 
 def seed_of(seed: int, ids: list[int]) -> int:
     """A seed for one prompt, from the run's seed and the prompt itself."""
     return int(digest([seed, ids])[:15], 16)
-
-
-def check_trained_prompts(model_dir: Path, chat: ChatFormat) -> None:
-    """Compare how this tokenizer renders the two dialogues that training recorded as `prompt_probe` in run.json.
-
-    Models from elsewhere have no run.json, and nothing to compare with.
-    """
-    record = model_dir / "run.json"
-    trained = json.loads(record.read_text()).get("prompt_probe") if record.is_file() else None
-    if trained is None:
-        return
-    for messages, ids in zip(PROBES, trained, strict=True):
-        now = chat.prompt_ids(messages)
-        # Training may have scored the assistant header as part of the response; generation always starts after it.
-        if now[: len(ids)] != ids or now[len(ids) :] not in ([], list(chat.header_ids)):
-            raise EvaluationError(
-                f"{model_dir} was trained with another chat template or tokenizer than the one now in that folder: "
-                f"{messages!r} was {ids} in training (run.json) and is {now} here. "
-                "Put the tokenizer files of the training back."
-            )
 
 
 def check_prompts(requests: list[Request], prompts: list[Prompt], chat: ChatFormat, context: int) -> None:
@@ -149,29 +193,19 @@ def check_prompts(requests: list[Request], prompts: list[Prompt], chat: ChatForm
         raise EvaluationError("; ".join(problems))
 
 
-def open_answers(path: Path, header: dict) -> dict[str, dict]:
-    """Answers in `path` by key; a new file is started with `header`, and a line that a kill cut short is removed.
-
-    Raises EvaluationError if the file's first line is another header.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+b") as file:
-        file.seek(0)
-        content = file.read()
-        end = content.rfind(b"\n") + 1
-        file.truncate(end)
-        if end == 0:
-            file.write(json.dumps(header).encode() + b"\n")
-            return {}
-    found, *answers = [json.loads(line) for line in content[:end].splitlines()]
-    different = [key for key in header if found.get(key) != header[key]]
-    if different:
-        raise EvaluationError(
-            f"{path} holds answers made with another {', another '.join(different)}: its first line has "
-            f"{ {key: found.get(key) for key in different} }, this run { {key: header[key] for key in different} }. "
-            "Move or delete that file, or take its settings back."
-        )
-    return {answer["key"]: answer for answer in answers}
+def read_answers(path: Path) -> tuple[dict | None, dict[str, dict]]:
+    """(first line or None, answers by key) of an answers file; a line that a kill cut short is removed from it."""
+    if not path.is_file():
+        return None, {}
+    content = path.read_bytes()
+    end = content.rfind(b"\n") + 1
+    if end < len(content):
+        with path.open("r+b") as file:
+            file.truncate(end)
+    if end == 0:
+        return None, {}
+    header, *answers = [json.loads(line) for line in content[:end].splitlines()]
+    return header, {answer["key"]: answer for answer in answers}
 
 
 def digest(content) -> str:

@@ -15,6 +15,7 @@ from rmipo.config import DataConfig
 from rmipo.data import load_pairs
 
 from . import EvaluationError, merge_settings, package_versions
+from .generation import fingerprint
 from .pair_scores import known_objective, native_rewards, needs_reference, read_run, score_model
 
 SUBSETS = ("helpful", "harmless")
@@ -45,7 +46,7 @@ def run(model_dir: str | Path, output_dir: str | Path, settings: dict) -> dict:
     """Score the HH test pairs of `settings["helpful"]` and `settings["harmless"]` with the model in `model_dir`.
 
     One of the two may be left out; then there is no average. Per-pair scores, log pi(y) among them for Figure 3, go to
-    `output_dir`/hh_<subset>.pt.
+    `output_dir`/hh_<subset>.pt, with the `fingerprint` of the weights.
     Returns {"metrics", "versions", "settings"}. Raises EvaluationError for wrong settings, before a model is loaded.
     """
     settings = merge_settings("hh", DEFAULTS, settings)
@@ -64,11 +65,12 @@ def run(model_dir: str | Path, output_dir: str | Path, settings: dict) -> dict:
     output_dir = Path(output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     metrics: dict[str, float] = {}
+    weights = fingerprint(Path(model_dir))
     for name in subsets:
         scores, rewards = score_subset(model_dir, pairs[name], f"HH {name}", options)
         metrics |= {f"hh_{name}{suffix}": value for suffix, value in win_rates(scores, rewards).items()}
         metrics[f"hh_{name}_pairs"] = len(scores["row"])
-        torch.save(scores, output_dir / f"hh_{name}.pt")
+        torch.save(scores | {"fingerprint": weights}, output_dir / f"hh_{name}.pt")
     if len(subsets) == len(SUBSETS):
         for suffix in [key.removeprefix("hh_helpful") for key in metrics if key.startswith("hh_helpful")]:
             if suffix != "_pairs":

@@ -8,7 +8,7 @@ import gc
 import json
 from pathlib import Path
 
-from . import merge_settings, package_versions
+from . import merge_settings, package_versions, require_package
 
 BBH_CHOICES = {
     "boolean_expressions": 2, "causal_judgement": 2, "formal_fallacies": 2, "hyperbaton": 2, "navigate": 2,
@@ -79,22 +79,29 @@ def run(model_dir: str | Path, output_dir: str | Path, settings: dict) -> dict:
     """Evaluate the model in `model_dir` on the leaderboard's tasks; `settings` overrides DEFAULTS.
 
     lm-eval's own results go to `output_dir`/leaderboard_raw.json. Returns {"metrics", "versions", "settings"}.
-    Raises EvaluationError for an unknown setting, before anything is loaded.
+    Raises EvaluationError for an unknown setting or a missing package, before anything is loaded.
     """
     settings = merge_settings("leaderboard", DEFAULTS, settings)
+    require_package("lm_eval")
 
     import lm_eval
     import torch
     from lm_eval.tasks import TaskManager
 
+    settings["device"] = settings["device"] or ("cuda" if torch.cuda.is_available() else "cpu")
     include_path = settings["include_path"]
     raw = lm_eval.simple_evaluate(
         model="hf",
-        model_args={"pretrained": str(model_dir), "dtype": settings["dtype"]},
+        model_args={
+            "pretrained": str(model_dir),
+            "dtype": settings["dtype"],
+            "trust_remote_code": False,
+            "use_safetensors": True,
+        },
         tasks=list(settings["tasks"]),
         task_manager=TaskManager(include_path=include_path, include_defaults=include_path is None),
         batch_size=settings["batch_size"],
-        device=settings["device"] or ("cuda" if torch.cuda.is_available() else "cpu"),
+        device=settings["device"],
         limit=settings["limit"],
         apply_chat_template=settings["apply_chat_template"],
         fewshot_as_multiturn=settings["fewshot_as_multiturn"],

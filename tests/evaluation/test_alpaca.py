@@ -1,6 +1,7 @@
 """AlpacaEval against hand-computed rates, the packaged leaderboard, and a real judge server on loopback that fails."""
 
 import csv
+import hashlib
 import json
 import os
 import signal
@@ -12,8 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from rmipo.evaluation import EvaluationError, alpaca
+from rmipo.evaluation import EvaluationError, alpaca, package_versions
 from tests.evaluation.judge_server import JudgeServer, probability_of_first
+from tests.evaluation.test_generation import other_versions
 from tests.evaluation.tiny_model import write_model
 
 alpaca_eval = pytest.importorskip("alpaca_eval", reason="needs the extra `eval`")
@@ -55,7 +57,7 @@ def api_key(monkeypatch):
 
 def ask(server: JudgeServer, folder: Path, monkeypatch, **settings) -> dict:
     monkeypatch.setenv("OPENAI_BASE_URL", server.url)
-    return alpaca.judge(OUTPUTS, REFERENCE, folder, server.url, SETTINGS | settings)
+    return alpaca.judge(OUTPUTS, REFERENCE, folder, server.url, SETTINGS | settings)[0]
 
 
 def verdicts(folder: Path) -> list[dict]:
@@ -336,10 +338,40 @@ def test_unknown_judge(tmp_path, api_key):
 # Whole
 # ----------------------------------------------------------------------------------------------------------------------
 
+
+def test_answers_of_a_gpu_node_are_judged_where_there_is_a_network(tmp_path, monkeypatch, api_key):
+    model, path = tmp_path / "model", tmp_path / "eval/alpacaeval/answers.jsonl"
+    model.mkdir()
+    write_model(model)
+    reference = tmp_path / "reference.json"
+    reference.write_text(json.dumps(REFERENCE))
+    generation = {"dtype": "float32", "max_new_tokens": 8}
+    settings = {"reference": str(reference), "length_controlled": False, "generation": generation}
+    assert alpaca.run(model, tmp_path / "eval", settings | {"generate_only": True}) is None
+    versions = other_versions(path, "vllm")  # as if that had been where vLLM is
+    answers = path.read_bytes()
+    with JudgeServer() as server:
+        monkeypatch.setenv("OPENAI_BASE_URL", server.url.replace("http://", "http://user:secret@"))
+        result = alpaca.run(model, tmp_path / "eval", settings)
+    assert path.read_bytes() == answers
+    assert result["versions"] == versions | package_versions("alpaca_eval", "scikit-learn")
+    recorded = result["settings"]
+    assert recorded["generation"] == alpaca.check_settings(generation | {"engine": "vllm"})
+    assert recorded["judge_endpoint"] == server.url.removeprefix("http://")
+    assert recorded["reference_sha256"] == hashlib.sha256(reference.read_bytes()).hexdigest()[:16]
+    assert len(recorded["judge_sha256"]) == 16 and "secret" not in json.dumps(result)
+
+
 RUN = """
 import json, sys
 from rmipo.evaluation import alpaca
 print("RESULT" + json.dumps(alpaca.run(sys.argv[1], sys.argv[2], json.loads(sys.argv[3]))))
+"""
+LENGTH_CONTROLLED = """
+import json, sys
+from alpaca_eval.metrics import get_length_controlled_winrate
+rates = get_length_controlled_winrate(json.load(sys.stdin), save_weights_dir=None)
+print("RESULT" + json.dumps({name: float(rates[name]) for name in ("length_controlled_winrate", "lc_standard_error")}))
 """
 
 
@@ -348,11 +380,11 @@ def test_run_with_length_control_on_made_up_regularisation(tmp_path):
     model = tmp_path / "model"
     model.mkdir()
     write_model(model)
-    reference = tmp_path / "reference.json"
+    # The hub's cache, with a made-up benchmark in it.
     rows = [{"instruction": f"w{i % 20} w{i // 3}", "output": "w1 " * (1 + i % 7)} for i in range(40)]
-    reference.write_text(json.dumps(rows))
     snapshot = tmp_path / "hub/datasets--tatsu-lab--alpaca_eval/snapshots/0"
     snapshot.mkdir(parents=True)
+    (snapshot / alpaca.REFERENCE_FILE).write_text(json.dumps(rows))
     refs = snapshot.parent.parent / "refs"
     refs.mkdir()
     (refs / "main").write_text("0")
@@ -364,14 +396,21 @@ def test_run_with_length_control_on_made_up_regularisation(tmp_path):
     ]
     (snapshot / alpaca.GAMED_FILE).write_text("\n".join([header, *gamed]) + "\n")
     generation = {"dtype": "float32", "engine": "transformers", "max_new_tokens": 8, "temperature": 1.0}
-    settings = json.dumps({"reference": str(reference), "generation": generation})
+
+    def start(**settings):
+        text = json.dumps({"generation": generation, **settings})
+        command = [sys.executable, "-c", RUN, str(model), str(tmp_path / "eval"), text]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+
     with JudgeServer() as server:
         environment = {
             **os.environ, "OPENAI_API_KEY": "none", "OPENAI_BASE_URL": server.url,
             "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1",
         }  # fmt: skip
-        command = [sys.executable, "-c", RUN, str(model), str(tmp_path / "eval"), settings]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+        done = start(first_n=39)  # rows that the length-controlled model wasn't made for
+        message = "needs the benchmark's own 40 instructions in their order; reference and first_n give 39, 39 of them"
+        assert done.returncode == 1 and message in done.stderr and server.requests == []
+        done = start()
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.partition("RESULT")[2])
     outputs = json.loads((tmp_path / "eval/alpacaeval/model_outputs.json").read_text())
@@ -381,6 +420,17 @@ def test_run_with_length_control_on_made_up_regularisation(tmp_path):
     ]
     metrics = result["metrics"]
     assert metrics["alpacaeval2_wr"] == pytest.approx(100 * sum(wins) / 40, abs=1e-6)
-    assert 0 < metrics["alpacaeval2_lc"] < 100
+    lines = (tmp_path / "eval/alpacaeval").glob("verdicts-*.json")
+    known = {row["instruction"]: row for row in json.loads(next(lines).read_text())}
+    generators = {"generator_1": "reference", "generator_2": "model"}  # the verdict file is for any two
+    in_order = json.dumps([known[row["instruction"]] | generators for row in rows])
+    done = subprocess.run(
+        [sys.executable, "-c", LENGTH_CONTROLLED], input=in_order, env=environment, capture_output=True, text=True,
+        timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    expected = json.loads(done.stdout.partition("RESULT")[2])
+    assert metrics["alpacaeval2_lc"] == pytest.approx(expected["length_controlled_winrate"], abs=1e-6)
+    assert metrics["alpacaeval2_lc_standard_error"] == pytest.approx(expected["lc_standard_error"], abs=1e-6)
+    assert abs(metrics["alpacaeval2_lc"] - metrics["alpacaeval2_wr"]) > 0.1  # it is another number
     assert result["versions"]["alpaca_eval"] == "0.6.6" and set(result["versions"]) >= {"scikit-learn", "transformers"}
-    assert "none" not in json.dumps(result["settings"]["judge"])

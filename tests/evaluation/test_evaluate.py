@@ -8,10 +8,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from transformers import AutoTokenizer
 
+from rmipo.chat import PROBES
+from rmipo.data import ChatFormat
 from rmipo.evaluation import EvaluationError, alpaca, hh, leaderboard, mtbench
 from rmipo.evaluation import generation as generation_module
+from rmipo.evaluation.generation import fingerprint
 from rmipo.evaluation.target import load_settings, model_folder
 from tests.evaluation.judge_server import JudgeServer
 from tests.evaluation.tiny_model import write_model
@@ -100,6 +105,85 @@ def test_initial_model_is_linked_with_the_recipe_s_template(outputs, tmp_path):
         assert not (folder / "run.json").exists()
 
 
+def record(folder: Path, finished: bool = True, header_in_response: bool = False) -> list:
+    """A run.json as training leaves it beside the model in `folder`; returns its probe."""
+    chat = ChatFormat.probe(AutoTokenizer.from_pretrained(folder), header_in_response=header_in_response)
+    probe = [chat.prompt_ids(messages) for messages in PROBES]
+    (folder / "run.json").write_text(json.dumps({"finished": finished, "prompt_probe": probe}))
+    return probe
+
+
+def change_template(folder: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = tokenizer.chat_template.replace("{{ m['content'] }}", "w0 {{ m['content'] }}")
+    tokenizer.save_pretrained(folder)
+
+
+def test_model_trained_with_another_template_is_refused(outputs):
+    folder = outputs / "tiny/rmipo"
+    probe = record(folder)
+    assert model_folder(TINY, outputs, "rmipo") == folder
+    # The released code's way: the assistant header is scored with the response, and isn't in the training prompt.
+    assert record(folder, header_in_response=True) != probe
+    assert model_folder(TINY, outputs, "rmipo") == folder
+    change_template(folder)
+    with pytest.raises(EvaluationError, match="rmipo was trained with another chat template or tokenizer"):
+        model_folder(TINY, outputs, "rmipo")
+    done = run("evaluate.py", outputs, "--bench", "hh")
+    assert done.returncode == 1 and done.stderr.startswith(f"{folder} was trained with another chat template"), (
+        done.stderr
+    )
+
+
+def test_unfinished_runs_are_not_evaluated(outputs):
+    folder = outputs / "tiny/rmipo"
+    record(folder, finished=False)
+    with pytest.raises(EvaluationError, match=r"hasn't finished\. Go on with it: make train MODEL=tiny METHOD=rmipo"):
+        model_folder(TINY, outputs, "rmipo")
+
+
+def test_initial_model_is_held_to_its_own_training(outputs, tmp_path):
+    source = outputs / "tiny/simpo"
+    recipe = tmp_path / "recipes/small/rmipo.yaml"
+    recipe.parent.mkdir(parents=True)
+    values = yaml.safe_load(TINY.read_text()) | {"model_name_or_path": str(source), "chat_template": None}
+    recipe.write_text(yaml.safe_dump(values))
+    record(source, finished=False)
+    with pytest.raises(EvaluationError, match=r"hasn't finished\. Go on with it: make train MODEL=small STAGE=sft"):
+        model_folder(recipe, outputs, "initial")
+    record(source)
+    model_folder(recipe, outputs, "initial")
+    (outputs / "small/initial/model-00001-of-00002.safetensors").symlink_to(source / "model.safetensors")
+    model_folder(recipe, outputs, "initial")  # without what another source has left
+    assert [path.name for path in (outputs / "small/initial").glob("*.safetensors")] == ["model.safetensors"]
+    template = tmp_path / "template.jinja"
+    template.write_text(
+        (source / "chat_template.jinja").read_text().replace("{{ m['content'] }}", "w0 {{ m['content'] }}")
+    )
+    recipe.write_text(yaml.safe_dump(values | {"chat_template": str(template)}))
+    with pytest.raises(EvaluationError, match="initial was trained with another chat template"):
+        model_folder(recipe, outputs, "initial")
+
+
+def test_result_of_other_weights_is_refused(outputs):
+    options = [f"--set=hh.{subset}={{dataset_name: {outputs}/pairs}}" for subset in ("helpful", "harmless")]
+    folder, path = outputs / "tiny/rmipo", outputs / "tiny/rmipo/eval/hh.json"
+    assert run("evaluate.py", outputs, "--bench", "hh", *options).returncode == 0
+    before = path.read_bytes()
+    weights = fingerprint(folder)
+    assert json.loads(before)["fingerprint"] == weights
+    scores = {name: torch.load(path.with_name(f"hh_{name}.pt"), weights_only=True) for name in ("helpful", "harmless")}
+    assert {name: values["fingerprint"] for name, values in scores.items()} == dict.fromkeys(scores, weights)
+    again = run("evaluate.py", outputs, "--bench", "hh", *options)
+    assert again.returncode == 0 and "finished before" in again.stdout
+    write_model(folder, seed=7)
+    done = run("evaluate.py", outputs, "--bench", "hh", *options)
+    assert (
+        done.returncode == 1 and f"hh: {path} is of other weights than those now in {folder}. Delete it" in done.stderr
+    )
+    assert path.read_bytes() == before
+
+
 @pytest.mark.slow
 def test_eval_command_from_generation_to_result_files(outputs):
     pytest.importorskip("alpaca_eval", reason="needs the extra `eval`")
@@ -130,7 +214,7 @@ def test_eval_command_from_generation_to_result_files(outputs):
     for bench, metrics in (("alpacaeval", {"alpacaeval2_wr", "alpacaeval2_length"}), ("mtbench", {"mt_bench"})):
         text = (folder / f"{bench}.json").read_text()
         result = json.loads(text)
-        assert result.keys() == {"bench", "metrics", "versions", "settings", "model", "finished"}
+        assert result.keys() == {"bench", "metrics", "versions", "settings", "model", "fingerprint", "finished"}
         assert result["bench"] == bench and result["finished"] and result["model"].endswith("tiny/rmipo")
         assert metrics <= result["metrics"].keys() and {"transformers", "torch"} <= result["versions"].keys()
         assert "sk-secret" not in text

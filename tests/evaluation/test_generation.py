@@ -1,8 +1,11 @@
 """Answers don't depend on neighbours or interruptions, and come from the distribution and the prompts they should."""
 
 import collections
+import importlib.metadata
+import importlib.util
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,11 +15,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rmipo.chat import PROBES
 from rmipo.data import ChatFormat
 from rmipo.evaluation import EvaluationError
 from rmipo.evaluation.engines import Prompt, SeededSampling, TransformersEngine
-from rmipo.evaluation.generation import Request, check_settings, generate
+from rmipo.evaluation.generation import Generator, Request, check_settings, generate
 from tests.evaluation.tiny_model import write_model
 
 SETTINGS = {"dtype": "float32", "engine": "transformers", "max_new_tokens": 12, "batch_size": 4, "temperature": 1.0}
@@ -55,7 +57,7 @@ def test_top_p_keeps_the_fewest_tokens_that_reach_it():
 def test_temperature_zero_is_greedy(model_dir):
     engine = TransformersEngine(model_dir, check_settings(SETTINGS), [1])
     prompt = [0, 3, 7, 9, 4]
-    answer = engine([Prompt(prompt, 0.0, seed=5)])[0].ids
+    answer = engine.batch([Prompt(prompt, 0.0, seed=5)])[0].ids
     model = AutoModelForCausalLM.from_pretrained(model_dir)
     ids = list(prompt)
     for _ in range(12):
@@ -73,6 +75,22 @@ def test_answers_do_not_depend_on_batch_or_order(model_dir, tmp_path):
     assert together == alone == reversed_[::-1]
     other_seed = generate(model_dir, asked, tmp_path / "d.jsonl", {**SETTINGS, "seed": 43})
     assert len(set(together)) > 5 and sum(a != b for a, b in zip(together, other_seed, strict=True)) > 5
+
+
+def test_little_room_in_the_context_is_not_taken_from_neighbours(model_dir, tmp_path):
+    # The context has 128 tokens: BOS, <user>, words, <assistant>, and what is left for the answer.
+    asked = [Request(f"q{words}", [{"role": "user", "content": "w1 " * words}]) for words in (5, 120, 118, 6, 100)]
+    settings = {**SETTINGS, "batch_size": 8, "max_new_tokens": 20}
+    generate(model_dir, asked, tmp_path / "together.jsonl", settings)
+    generate(model_dir, asked, tmp_path / "alone.jsonl", {**settings, "batch_size": 1})
+    together, alone = (
+        [json.loads(line) for line in (tmp_path / name).read_text().splitlines()[1:]]
+        for name in ("together.jsonl", "alone.jsonl")
+    )
+    assert together == alone
+    room = {"q5": 20, "q120": 5, "q118": 7, "q6": 20, "q100": 20}
+    cut = {row["key"]: row["tokens"] for row in together if row["finish"] == "length"}
+    assert cut == {key: room[key] for key in cut} and {"q120", "q118"} <= cut.keys() and len(cut) > 2
 
 
 def test_cut_files_are_continued_to_the_same_bytes(model_dir, tmp_path):
@@ -94,8 +112,8 @@ KILLED = """
 import sys, time
 from rmipo.evaluation import engines, generation
 from tests.evaluation.test_generation import SETTINGS, requests
-slow = engines.TransformersEngine.__call__
-engines.TransformersEngine.__call__ = lambda self, prompts: (time.sleep(0.2), slow(self, prompts))[1]
+slow = engines.TransformersEngine.batch
+engines.TransformersEngine.batch = lambda self, prompts: (time.sleep(0.2), slow(self, prompts))[1]
 generation.generate(sys.argv[1], requests(40), sys.argv[2], SETTINGS)
 """
 
@@ -123,6 +141,57 @@ def test_finished_file_needs_no_model(model_dir, tmp_path, monkeypatch):
     assert generate(model_dir, requests(5), tmp_path / "a.jsonl", SETTINGS) == answers
 
 
+def other_versions(path, engine: str) -> dict[str, str]:
+    """Make an answers file one that another machine wrote; returns the versions that it had."""
+    header, *answers = path.read_text().splitlines()
+    versions = {engine: "0.30.0", "torch": "2.13.0+cu130", "transformers": "5.10.4"}
+    header = json.loads(header)
+    header["versions"], header["decoding"]["engine"] = versions, engine
+    path.write_text("\n".join([json.dumps(header), *answers]) + "\n")
+    return versions
+
+
+def test_finished_answers_of_another_machine_are_taken_with_its_engine_and_versions(model_dir, tmp_path):
+    path = tmp_path / "a.jsonl"
+    answers = generate(model_dir, requests(5), path, SETTINGS)
+    versions = other_versions(path, "vllm")
+    for engine in ("auto", "vllm"):  # which need not be installed here
+        with Generator(model_dir, {**SETTINGS, "engine": engine}) as generator:
+            assert generator.answer(requests(5), path) == answers
+        assert generator.versions == versions and generator.settings["engine"] == "vllm"
+    with pytest.raises(EvaluationError, match=r"another decoding.*'engine': 'vllm'.*'engine': 'transformers'"):
+        generate(model_dir, requests(5), path, SETTINGS)
+
+
+def test_answers_are_not_continued_with_other_versions(model_dir, tmp_path):
+    path = tmp_path / "a.jsonl"
+    generate(model_dir, requests(5), path, SETTINGS)
+    versions = other_versions(path, "transformers")
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:4]))
+    before = path.read_bytes()
+    here = {name: importlib.metadata.version(name) for name in ("torch", "transformers")}
+    message = f"can't be continued: the answers there are were made with {versions}, installed here is {here}"
+    for engine in ("auto", "transformers"):
+        with pytest.raises(EvaluationError, match=re.escape(message)):
+            generate(model_dir, requests(5), path, {**SETTINGS, "engine": engine})
+    assert path.read_bytes() == before
+    # A second file of the same evaluation can't be begun either.
+    other_versions(path, "transformers")
+    path.write_text(path.read_text() + "".join(json.dumps({"key": f"q{i}", "output": ""}) + "\n" for i in (3, 4)))
+    with Generator(model_dir, SETTINGS) as generator:
+        generator.answer(requests(5), path)
+        with pytest.raises(EvaluationError, match=r"b\.jsonl can't be begun"):
+            generator.answer(requests(5), tmp_path / "b.jsonl")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vllm is installed")
+def test_gpu_without_vllm(model_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(EvaluationError, match=r"make install EXTRAS=eval,vllm, or generation\.engine: transformers"):
+        generate(model_dir, requests(1), tmp_path / "a.jsonl", {**SETTINGS, "engine": "auto"})
+    assert not (tmp_path / "a.jsonl").exists()
+
+
 @pytest.mark.parametrize(
     "change", [{"settings": {"seed": 1}}, {"settings": {"max_new_tokens": 5}}, {"count": 6}, {"weights": 1}]
 )
@@ -139,9 +208,9 @@ def test_other_answers_are_not_taken_for_these(model_dir, tmp_path, change):
 
 def test_prompts_reach_the_model_as_training_tokenised_them(model_dir, tmp_path, monkeypatch):
     seen = []
-    answer = TransformersEngine.__call__
+    answer = TransformersEngine.batch
     monkeypatch.setattr(
-        TransformersEngine, "__call__", lambda self, prompts: (seen.extend(prompts), answer(self, prompts))[1]
+        TransformersEngine, "batch", lambda self, prompts: (seen.extend(prompts), answer(self, prompts))[1]
     )
     asked = requests(5)
     generate(model_dir, asked, tmp_path / "a.jsonl", SETTINGS)
@@ -149,23 +218,6 @@ def test_prompts_reach_the_model_as_training_tokenised_them(model_dir, tmp_path,
     response = [{"role": "assistant", "content": "w1 w2"}]
     assert [prompt.ids for prompt in seen] == [chat.pair_ids(r.messages, response, response)[0] for r in asked]
     assert all(prompt.ids[0] == 0 and prompt.ids.count(0) == 1 for prompt in seen)  # id 0 is BOS
-
-
-def test_model_trained_with_another_template_is_refused(model_dir, tmp_path):
-    tokenizer = AutoTokenizer.from_pretrained(model_dir)
-    probe = [ChatFormat.probe(tokenizer).prompt_ids(messages) for messages in PROBES]
-    (model_dir / "run.json").write_text(json.dumps({"prompt_probe": probe}))
-    generate(model_dir, requests(2), tmp_path / "a.jsonl", SETTINGS)
-    # The released code's way: the assistant header is scored with the response, and isn't in the training prompt.
-    headless = [ChatFormat.probe(tokenizer, header_in_response=True).prompt_ids(messages) for messages in PROBES]
-    assert headless != probe
-    (model_dir / "run.json").write_text(json.dumps({"prompt_probe": headless}))
-    generate(model_dir, requests(2), tmp_path / "a.jsonl", SETTINGS)
-
-    tokenizer.chat_template = tokenizer.chat_template.replace("{{ m['content'] }}", "w0 {{ m['content'] }}")
-    tokenizer.save_pretrained(model_dir)
-    with pytest.raises(EvaluationError, match="trained with another chat template or tokenizer"):
-        generate(model_dir, requests(2), tmp_path / "b.jsonl", SETTINGS)
 
 
 def test_double_bos_is_refused(model_dir, tmp_path):

@@ -16,6 +16,7 @@ import pytest
 
 from rmipo.evaluation import EvaluationError, mtbench
 from rmipo.evaluation.engines import TransformersEngine
+from rmipo.evaluation.generation import Generator
 from tests.evaluation.judge_server import JudgeServer, rating
 from tests.evaluation.tiny_model import write_model
 
@@ -185,15 +186,19 @@ def test_both_turns_are_generated_with_the_category_s_temperature(tmp_path, monk
     model.mkdir()
     write_model(model)
     prompts = []
-    answer = TransformersEngine.__call__
+    answer, load = TransformersEngine.batch, TransformersEngine.__init__
     monkeypatch.setattr(
-        TransformersEngine, "__call__", lambda self, batch: (prompts.extend(batch), answer(self, batch))[1]
+        TransformersEngine, "batch", lambda self, batch: (prompts.extend(batch), answer(self, batch))[1]
     )
+    loaded = []
+    monkeypatch.setattr(TransformersEngine, "__init__", lambda self, *given: (loaded.append(1), load(self, *given))[1])
     questions = [q for q in QUESTIONS if q["question_id"] in (81, 111)]  # writing, math
     for question in questions:
         question["turns"] = [turn[:60] for turn in question["turns"]]
-    generation = mtbench.check_settings({"dtype": "float32", "engine": "transformers", "max_new_tokens": 6})
-    answers = mtbench.generate_turns(model, questions, tmp_path, SETTINGS | {"generation": generation})
+    generation = {"dtype": "float32", "engine": "transformers", "max_new_tokens": 6}
+    with Generator(model, generation) as generator:
+        answers = mtbench.generate_turns(generator, questions, tmp_path, SETTINGS["temperatures"])
+    assert loaded == [1]  # one engine for both turns
     assert [prompt.temperature for prompt in prompts] == [0.7, 0.0, 0.7, 0.0]
     assert [len(turns) for turns in answers] == [2, 2]
     # The second prompt goes on from the first one and the model's own answer: id 3 is <user>, id 4 <assistant>.
