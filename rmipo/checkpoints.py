@@ -4,13 +4,14 @@ import contextlib
 import errno
 import json
 import os
+import shutil
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import gather
+from accelerate.utils import broadcast_object_list, gather
 from transformers import TrainerCallback
 
 from .config import recorded_run
@@ -18,7 +19,27 @@ from .errors import UserError
 
 MARKER = "complete.json"
 OBJECTIVE_STATE = "objective_state.json"
+FULL_BYTES = 2**20  # less is a full disk: a failed write may have left some blocks free
 EXIT_STOPPED = 75  # of a run that a signal stopped after it saved: start it again (EX_TEMPFAIL)
+# Keys of a recipe that may change between the starts of a run: no weight, metric or checkpoint depends on them.
+WITHOUT_EFFECT = {
+    f"recipe.{key}"
+    for key in (
+        "ddp_timeout",
+        "warn_chosen_logp_drop",
+        "warn_repetition",
+        "warn_grad_norm_ratio",
+        "save_total_limit",
+        "dataset_num_proc",
+        "dataloader_num_workers",
+        "report_to",
+        "run_name",
+        "push_to_hub",
+        "hub_model_id",
+        "hub_private_repo",
+        "hub_revision",
+    )
+}
 
 
 class CheckpointError(UserError, ValueError):
@@ -32,6 +53,9 @@ class FullDiskError(UserError, RuntimeError):
 class Checkpoints(TrainerCallback):
     """Completes each checkpoint: the objective's state, and when all ranks have written, the marker.
 
+    Only then are older ones deleted, down to `save_total_limit` complete ones: the Trainer would delete the last complete
+    one before the new one has its marker.
+
     Args:
         identity: what a checkpoint must agree with to be resumed from; see `differences`.
         objective_state: returns the state to save; None where there is no objective (SFT).
@@ -40,6 +64,19 @@ class Checkpoints(TrainerCallback):
     def __init__(self, identity: dict, objective_state: Callable[[], dict[str, torch.Tensor]] | None = None):
         self.identity = identity
         self.objective_state = objective_state
+        self.limit: int | None = None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.limit, args.save_total_limit = args.save_total_limit, None
+        if state.is_world_process_zero:
+            for folder in sorted(Path(args.output_dir).glob("checkpoint-*")):
+                if not (folder / MARKER).exists():
+                    print(f"{folder} is incomplete: deleted")
+                    shutil.rmtree(folder)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if control.should_save:  # a line that covers steps on both sides of a checkpoint could not be made again
+            control.should_log = True
 
     def on_save(self, args, state, control, **kwargs):
         PartialState().wait_for_everyone()
@@ -52,6 +89,22 @@ class Checkpoints(TrainerCallback):
         temporary = folder / f"{MARKER}.tmp"
         temporary.write_text(json.dumps({"step": state.global_step, **self.identity}))
         temporary.replace(folder / MARKER)
+        if self.limit is not None:
+            rotate(Path(args.output_dir), self.limit, keep=state.best_model_checkpoint)
+
+
+def complete_checkpoints(output_dir: str | Path) -> list[Path]:
+    """The folders of complete checkpoints, earliest step first."""
+    folders = [marker.parent for marker in Path(output_dir).glob(f"checkpoint-*/{MARKER}")]
+    return sorted(folders, key=lambda folder: int(folder.name.split("-")[1]))
+
+
+def rotate(output_dir: Path, limit: int, keep: str | None = None) -> None:
+    """Delete complete checkpoints but the `limit` newest and `keep`; the marker goes first."""
+    for folder in complete_checkpoints(output_dir)[:-limit]:
+        if keep is None or folder != Path(keep):
+            (folder / MARKER).unlink()
+            shutil.rmtree(folder)
 
 
 def load_objective_state(checkpoint: str | Path) -> dict[str, torch.Tensor]:
@@ -76,10 +129,12 @@ def run_identity(recipe: dict, fingerprints: dict[str, str], world_size: int) ->
 
 
 def differences(found: dict, expected: dict, prefix: str = "") -> list[str]:
-    """`key: found, now expected` for every leaf in which two identities differ."""
+    """`key: found, now expected` for every leaf in which two identities differ and that could change a run's results."""
     lines = []
     for key in sorted(found.keys() | expected.keys()):
         there, here = found.get(key), expected.get(key)
+        if f"{prefix}{key}" in WITHOUT_EFFECT:
+            continue
         if isinstance(there, dict) and isinstance(here, dict):
             lines += differences(there, here, f"{prefix}{key}.")
         elif there != here:
@@ -90,10 +145,24 @@ def differences(found: dict, expected: dict, prefix: str = "") -> list[str]:
 def resume_point(output_dir: str | Path, identity: dict) -> str | None:
     """The last complete checkpoint of this very run in `output_dir`; None if there is none.
 
+    The main process looks and the others take its word: nodes may see a shared file system at different times.
+
     Raises:
-        CheckpointError: the folder holds another run, or something else.
+        CheckpointError: on all ranks; the folder holds another run, or something else.
     """
-    output_dir = Path(output_dir)
+    outcome: list[str | None] = [None, None]
+    if PartialState().is_main_process:
+        try:
+            outcome[0] = _resume_point(Path(output_dir), identity)
+        except CheckpointError as error:
+            outcome[1] = str(error)
+    checkpoint, problem = broadcast_object_list(outcome)
+    if problem is not None:
+        raise CheckpointError(problem)
+    return checkpoint
+
+
+def _resume_point(output_dir: Path, identity: dict) -> str | None:
     run = recorded_run(output_dir)
     if run is not None:
         _refuse_other({key: run.get(key) for key in identity}, identity, output_dir)
@@ -104,15 +173,11 @@ def resume_point(output_dir: str | Path, identity: dict) -> str | None:
             f"output_dir: {output_dir} is not empty, and there is no run.json of a run in it. Found: "
             f"{', '.join(sorted(foreign)[:5])}. Nothing is overwritten: name another --output_dir"
         )
-    complete = {}
-    for folder in output_dir.glob("checkpoint-*"):
-        if not (folder / MARKER).exists():
-            print(f"{folder} is incomplete: skipped")
-            continue
+    complete = complete_checkpoints(output_dir)
+    for folder in complete:
         marker = json.loads((folder / MARKER).read_text())
         _refuse_other({key: marker.get(key) for key in identity}, identity, folder)
-        complete[marker["step"]] = folder
-    return str(complete[max(complete)]) if complete else None
+    return str(complete[-1]) if complete else None
 
 
 def _refuse_other(found: dict, identity: dict, folder: Path) -> None:
@@ -147,12 +212,20 @@ def explained_full_disk(output_dir: str | Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-        if not full and "No space left on device" not in str(error):
+        if not _is_full_disk(error, Path(output_dir)):
             raise
-        steps = [int(path.parent.name.split("-")[1]) for path in Path(output_dir).glob(f"checkpoint-*/{MARKER}")]
-        last = f"checkpoint-{max(steps)} is the last good one" if steps else "there is no good one yet"
+        complete = complete_checkpoints(output_dir)
+        last = f"{complete[-1].name} is the last good one" if complete else "there is no good one yet"
         raise FullDiskError(
             f"the disk is full: a checkpoint in {output_dir} could not be saved; {last}. Free some space (make plan "
             "says how much a checkpoint takes) and run the same command again: it goes on from there."
         ) from error
+
+
+def _is_full_disk(error: Exception, output_dir: Path) -> bool:
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return True
+    if "No space left on device" in str(error):
+        return True
+    # torch.save says only that its writer failed, with the place in its file.
+    return "inline_container" in str(error) and shutil.disk_usage(output_dir).free < FULL_BYTES

@@ -7,6 +7,8 @@ import sys
 import warnings
 from collections.abc import Iterator
 
+import torch
+
 from .errors import UserError
 
 EXIT_USER_ERROR = 2
@@ -22,6 +24,8 @@ def program() -> Iterator[None]:
     logging.getLogger("accelerate.accelerator").setLevel(logging.ERROR)
     try:
         yield
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()  # left to the interpreter's end, its threads can abort the process
     except UserError as error:
         rank = os.environ.get("RANK", "0")
         print(f"error{'' if rank == '0' else f' on rank {rank}'}: {error}", file=sys.stderr)

@@ -294,6 +294,10 @@ def fingerprint(dataset: Dataset) -> str:
     return digest.hexdigest()[:16]
 
 
+def text_fingerprint(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
 def rows_by_reason(reasons, rows) -> dict[str, list[int]]:
     grouped: dict[str, list[int]] = {}
     for reason, row in zip(reasons, rows, strict=True):

@@ -27,13 +27,14 @@ PAIR_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
 MISMATCHED_COLUMNS = ("ref_mismatched_chosen_logps", "ref_mismatched_rejected_logps")
 
 
-def model_fingerprint(model: PreTrainedModel) -> str:
-    """What the initial weights are: the hub's commit, or name, size and both ends of each local weight file."""
-    assert model.config._name_or_path, "the reference cache needs a model that was loaded from somewhere"
-    source = Path(model.config._name_or_path)
+def model_fingerprint(name: str, commit: str | None) -> str:
+    """What the initial weights are: `commit` on the hub, or name, size and both ends of each file of a local folder."""
+    source = Path(name)
     digest = hashlib.sha256()
     if source.is_dir():
-        for path in sorted([*source.glob("*.safetensors"), source / "config.json"]):
+        for path in sorted(
+            path for pattern in ("*.safetensors", "*.bin", "config.json") for path in source.glob(pattern)
+        ):
             size = path.stat().st_size
             digest.update(f"{path.name} {size}".encode())
             with open(path, "rb") as file:
@@ -41,8 +42,15 @@ def model_fingerprint(model: PreTrainedModel) -> str:
                 file.seek(max(0, size - 2**20))
                 digest.update(file.read())
     else:
-        digest.update(f"{source} {model.config._commit_hash}".encode())
+        digest.update(f"{source} {commit}".encode())
     return digest.hexdigest()[:16]
+
+
+def loaded_fingerprint(model: PreTrainedModel) -> str:
+    """`model_fingerprint` of a model that was loaded from somewhere."""
+    name = model.config._name_or_path
+    assert name, "the reference cache needs a model that was loaded from somewhere"
+    return model_fingerprint(name, None if Path(name).is_dir() else model.config._commit_hash)
 
 
 class ReferenceCache:
@@ -118,7 +126,7 @@ class Reference:
         trainer = self.trainer
         rows = trainer.rows[id(dataset)]
         names = PAIR_COLUMNS + (MISMATCHED_COLUMNS if rows.mismatched else ())
-        keys = model_fingerprint(trainer.model), fingerprint(dataset)
+        keys = loaded_fingerprint(trainer.model), fingerprint(dataset)
         cache = ReferenceCache(trainer.args.reference_cache_dir, *keys, names)
         columns = cache.load(len(rows))
         if columns is None:

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import matplotlib
 import torch
-from transformers import ProgressCallback, TrainerCallback
+from transformers import ProgressCallback, Trainer, TrainerCallback
+from transformers.integrations import WandbCallback, rewrite_logs
 from trl.models.utils import unwrap_model_for_generation
 
 from . import attention
@@ -144,6 +145,37 @@ class Progress(ProgressCallback):
             self.training_bar.write(f"step {state.global_step}, held out: {values}")
         elif shown:
             self.training_bar.set_postfix(shown, refresh=False)
+
+
+class WandbBySteps(WandbCallback):
+    """W&B rows numbered by optimizer step: of a resumed run W&B drops those that it has, and is given those it lost.
+
+    Comes after `MetricsFile`, which knows what was logged up to the checkpoint.
+    """
+
+    SUMMARY = ("train_runtime", "train_samples_per_second", "train_steps_per_second", "train_loss", "total_flos")
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        super().on_train_begin(args, state, control, model=model, **kwargs)
+        if state.is_world_process_zero and state.global_step > 0:
+            for line in read_metrics(args.output_dir):
+                if line["step"] >= self._wandb.run.step:
+                    self._log(line.pop("step"), line)
+
+    def on_log(self, args, state, control, model=None, logs=None, **kwargs):
+        if state.is_world_process_zero:
+            self._wandb.run.summary.update({name: logs[name] for name in self.SUMMARY if name in logs})
+            self._log(state.global_step, {name: value for name, value in logs.items() if name not in self.SUMMARY})
+
+    def _log(self, step: int, values: dict) -> None:
+        self._wandb.log({**rewrite_logs(values), "train/global_step": step}, step=step)
+
+
+def use_own_callbacks(trainer: Trainer) -> None:
+    """Put this module's progress bar and W&B rows in place of those that the Trainer has added."""
+    for theirs, ours in ((ProgressCallback, Progress), (WandbCallback, WandbBySteps)):
+        if trainer.pop_callback(theirs) is not None:
+            trainer.add_callback(ours())
 
 
 def read_metrics(run_dir: str | Path) -> list[dict]:

@@ -64,7 +64,6 @@ class PreferenceTrainer(Trainer):
         mismatched = "mismatched" in objective.needs
         self.rows = {id(data): MicroBatchRows(data, mismatched) for data in (train_dataset, eval_dataset)}
         args.gradient_accumulation_steps = 1  # micro-batches are accumulated inside `training_step`
-        args.logging_nan_inf_filter = False
         super().__init__(
             model,
             args,

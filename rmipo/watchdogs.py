@@ -6,6 +6,7 @@ that stays silent, end the run.
 
 import contextlib
 import json
+import math
 import statistics
 import sys
 import threading
@@ -30,10 +31,11 @@ SILENCE = 1 / 3  # of ddp_timeout, after which a step that doesn't end is report
 
 ADVICE = {
     "chosen_logp_drop": "chosen responses have become {value:.2f} nats per token less likely since the start (limit "
-    "{limit:g}, warn_chosen_logp_drop). Look at generations.jsonl: if the answers fall apart, lower learning_rate or "
-    "objective.beta, or start from an earlier checkpoint",
+    "{limit:g}, warn_chosen_logp_drop). Look at generations.jsonl: if the answers fall apart, stop, and train "
+    "into another output_dir with a lower learning_rate or objective.beta",
     "grad_norm_ratio": "the gradient norm is {value:.0f} times its median (limit {limit:g}, warn_grad_norm_ratio). Look "
-    "at the loss of this step; if it keeps jumping, lower learning_rate or max_grad_norm, or lengthen warmup_steps",
+    "at the loss of this step; if it keeps jumping, another run with a lower learning_rate or max_grad_norm, or longer "
+    "warmup_steps, is due",
     "repetition": "{value:.0%} of the sample generations' 4-grams are repeats (limit {limit:.0%}, warn_repetition). "
     "Look at generations.jsonl: if answers loop or don't end, lower learning_rate, and check that responses end with "
     "the template's end token",
@@ -46,6 +48,10 @@ class SilentRankError(UserError, RuntimeError):
 
 class NonFiniteLossError(UserError, RuntimeError):
     """The loss of some pair is NaN or infinite; the message names the file with the row numbers."""
+
+
+class NonFiniteStepError(UserError, RuntimeError):
+    """A logged loss or gradient norm is NaN or infinite."""
 
 
 class Alarm:
@@ -128,6 +134,19 @@ class StepWatchdog(TrainerCallback):
         self.start = lines[0]["common/chosen_avg_logp"] if lines else None
 
 
+class FiniteWatchdog(TrainerCallback):
+    """Stops a run whose loss or gradient norm is NaN or infinite, before the step can be saved."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        found = {name: logs[name] for name in ("loss", "grad_norm") if not math.isfinite(logs.get(name, 0.0))}
+        if found:
+            raise NonFiniteStepError(
+                f"step {state.global_step}: {', '.join(f'{name} is {value}' for name, value in found.items())}. The last "
+                "checkpoint is from before. Lower learning_rate or max_grad_norm, or look for a broken row among those "
+                "since the last log line, and train into another output_dir"
+            )
+
+
 class SilenceWatchdog(TrainerCallback):
     """When no step ends for a third of `ddp_timeout`, each process says where it waits; then the timeout ends the run."""
 
@@ -171,6 +190,13 @@ def watch(trainer: Trainer, tokenizer: PreTrainedTokenizerBase) -> None:
     generations = GenerationWatchdog(trainer.args, tokenizer)
     trainer.callback_handler.callbacks.insert(0, StepWatchdog(trainer.args, generations))
     trainer.add_callback(generations)
+    watch_progress(trainer)
+
+
+def watch_progress(trainer: Trainer) -> None:
+    """Add the watchdogs that every stage has: numbers that are none, and silence."""
+    trainer.args.logging_nan_inf_filter = False  # it would log an average in place of a NaN
+    trainer.add_callback(FiniteWatchdog())
     trainer.add_callback(SilenceWatchdog())
 
 
@@ -223,6 +249,6 @@ def raise_if_not_finite(
     path = Path(output_dir) / f"non_finite_rank{ranks.rank}.json"
     path.write_text(json.dumps({"step": step, "pairs": pairs, "rows": [b["rows"] for b in batches]}, indent=1))
     raise NonFiniteLossError(
-        f"the loss of step {step} is not finite; the rows of its pairs are in {path}. Look at those rows, lower "
-        "learning_rate, or start from the last checkpoint."
+        f"the loss of step {step} is not finite; the rows of its pairs are in {path}. Look at those rows, or lower "
+        "learning_rate, and train into another output_dir"
     )

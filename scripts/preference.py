@@ -26,15 +26,16 @@ def main() -> None:
     import deepspeed
     from accelerate import PartialState
     from peft import get_peft_model
-    from transformers import ProgressCallback, set_seed
+    from transformers import set_seed
     from trl import get_peft_config
 
-    from rmipo import checkpoints, data, export, tracking, watchdogs
+    from rmipo import checkpoints, data, export, preflight, tracking, watchdogs
     from rmipo.chat import PROBES
-    from rmipo.loading import load_model, load_tokenizer
+    from rmipo.loading import initial_fingerprint, load_model, load_tokenizer
     from rmipo.objectives import build_objective
     from rmipo.trainer import PreferenceTrainer
 
+    preflight.check_run(recipe, args)
     state = PartialState()
     say = state.print
     for notice in recipe.notices:
@@ -68,6 +69,7 @@ def main() -> None:
                 say(f"{split}: {line}")
 
     fingerprints = {split: data.fingerprint(dataset) for split, dataset in datasets.items()}
+    fingerprints["model"] = initial_fingerprint(model_config)
     identity = checkpoints.run_identity(recipe.resolved(), fingerprints, args.world_size)
     checkpoint = checkpoints.resume_point(args.output_dir, identity)
     run = tracking.RunRecord(
@@ -105,8 +107,7 @@ def main() -> None:
         reference_model=reference_model,
         callbacks=[tracking.MetricsFile(), stop],
     )
-    trainer.remove_callback(ProgressCallback)
-    trainer.add_callback(tracking.Progress())
+    tracking.use_own_callbacks(trainer)
     if "test" in datasets:
         prompts = datasets["test"]["prompt_ids"][: args.generation_samples]
         trainer.add_callback(tracking.SampleGenerations(tokenizer, prompts, trainer, args.generation_max_new_tokens))

@@ -24,13 +24,14 @@ def main() -> None:
 
     import deepspeed
     from accelerate import PartialState
-    from transformers import ProgressCallback, set_seed
+    from transformers import set_seed
     from trl import SFTTrainer, get_peft_config
 
-    from rmipo import checkpoints, data, export, tracking, watchdogs
+    from rmipo import checkpoints, data, export, preflight, tracking, watchdogs
     from rmipo.chat import PROBES
-    from rmipo.loading import load_model, load_tokenizer
+    from rmipo.loading import initial_fingerprint, load_model, load_tokenizer
 
+    preflight.check_run(recipe, args)
     state = PartialState()
     say = state.print
     for notice in recipe.notices:
@@ -49,6 +50,8 @@ def main() -> None:
         datasets = data.load_splits(data.load_messages, data_config, evaluating=args.eval_strategy != "no")
 
     fingerprints = {split: data.fingerprint(dataset) for split, dataset in datasets.items()}
+    fingerprints["model"] = initial_fingerprint(model_config)
+    fingerprints["template"] = data.text_fingerprint(tokenizer.chat_template)  # rows are tokenised later, by TRL
     identity = checkpoints.run_identity(recipe.resolved(), fingerprints, args.world_size)
     checkpoint = checkpoints.resume_point(args.output_dir, identity)
     prompt_probe = [chat.prompt_ids(messages) for messages in PROBES]
@@ -76,9 +79,8 @@ def main() -> None:
         peft_config=get_peft_config(model_config),
         callbacks=[tracking.MetricsFile(), stop, checkpoints.Checkpoints(identity)],
     )
-    trainer.remove_callback(ProgressCallback)
-    trainer.add_callback(tracking.Progress())
-    trainer.add_callback(watchdogs.SilenceWatchdog())
+    tracking.use_own_callbacks(trainer)
+    watchdogs.watch_progress(trainer)
     if state.is_main_process:
         run.start()
     say(f"SFT of {model_config.model_name_or_path}: {len(datasets['train'])} dialogues")

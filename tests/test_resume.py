@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,11 +16,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from rmipo.checkpoints import EXIT_STOPPED, MARKER, CheckpointError, differences, resume_point, run_identity
+from rmipo import checkpoints
+from rmipo.checkpoints import EXIT_STOPPED, MARKER, CheckpointError, differences, resume_point, rotate, run_identity
 from rmipo.tracking import read_metrics
 from tests.test_twins import REPOSITORY, make_twin
+from tests.wandb_file import read_history, read_records
 
-NOT_COMPARED = ("tokens_per_second", "peak_memory_gib")
+NOT_COMPARED = ("tokens_per_second", "peak_memory_gib", "num_tokens", "eval_num_tokens")  # TRL counts from each start
 PROCESSES = {"one process": 1, "ZeRO-3 on two": 2}
 
 
@@ -36,12 +39,25 @@ def twin(tmp_path):
     return [text for pair in flags.items() for text in pair]
 
 
-def start(overrides, output_dir, processes, *more):
+@pytest.fixture
+def sft_twin(tmp_path):
+    """Overrides for 12 steps of SFT over 3 epochs, logged every 5."""
+    overrides = make_twin(tmp_path, "tiny/sft", "llama3", "ultrachat")
+    changes = {
+        "--max_steps": "-1", "--num_train_epochs": "3", "--global_batch_size": "8", "--per_device_train_batch_size": "4",
+        "--max_train_samples": "30", "--save_strategy": "steps", "--save_steps": "2", "--logging_steps": "5",
+    }  # fmt: skip
+    flags = dict(zip(overrides[::2], overrides[1::2], strict=True)) | changes
+    return [text for pair in flags.items() for text in pair]
+
+
+def start(overrides, output_dir, processes, *more, stage="rmipo"):
     launcher = [sys.executable]
     if processes > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
         more = (*more, "--deepspeed", "configs/deepspeed/zero3-cpu.json")
-    command = [*launcher, "scripts/preference.py", "--config", "recipes/tiny/rmipo.yaml", *overrides, *more]
+    script = {"sft": "sft", "rmipo": "preference"}[stage]
+    command = [*launcher, f"scripts/{script}.py", "--config", f"recipes/tiny/{stage}.yaml", *overrides, *more]
     environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         [*command, "--output_dir", str(output_dir)], cwd=REPOSITORY, env=environment, start_new_session=True,
@@ -49,33 +65,39 @@ def start(overrides, output_dir, processes, *more):
     )  # fmt: skip
 
 
-def finish(overrides, output_dir, processes, *more):
-    process = start(overrides, output_dir, processes, *more)
+def finish(overrides, output_dir, processes, *more, stage="rmipo"):
+    process = start(overrides, output_dir, processes, *more, stage=stage)
     output, _ = process.communicate()
     assert process.returncode == 0, output[-6000:]
     return output
 
 
-def kill_all(process):
-    """SIGKILL to the launcher and its workers, which torchrun starts in sessions of their own."""
+def send_all(process, number):
+    """A signal to the launcher and its workers, which torchrun starts in sessions of their own."""
     for victim in [*psutil.Process(process.pid).children(recursive=True), process]:
         with contextlib.suppress(psutil.NoSuchProcess):
-            victim.kill()
-    process.wait()
+            victim.send_signal(number)
 
 
 def kill_when(process, condition, timeout=120):
-    """SIGKILL to the run once `condition()` holds; False if the run ended before."""
+    """SIGKILL to the run while `condition()` holds; False if the run ended before.
+
+    The run is frozen first and the condition looked at again, so that the kill is where it should be.
+    """
     deadline = time.monotonic() + timeout
     while time.monotonic() < deadline:
         if process.poll() is not None:
             return False
         if condition():
-            kill_all(process)
-            return True
+            send_all(process, signal.SIGSTOP)
+            if condition():
+                send_all(process, signal.SIGKILL)
+                process.wait()
+                return True
+            send_all(process, signal.SIGCONT)
         time.sleep(0.002)
-    kill_all(process)
-    raise TimeoutError("the run never got to where it should be killed")
+    send_all(process, signal.SIGKILL)
+    raise TimeoutError(f"the run never got to where it should be killed: {process.communicate()[0][-3000:]}")
 
 
 def comparable_metrics(output_dir):
@@ -92,15 +114,31 @@ def assert_same_run(one, other):
     for name, value in weights.items():
         assert torch.equal(value, expected[name]), name
     assert comparable_metrics(one) == comparable_metrics(other)
-    assert (one / "generations.jsonl").read_text() == (other / "generations.jsonl").read_text()
-    last = max(int(path.name.split("-")[1]) for path in other.glob("checkpoint-*"))
-    states = [torch.load(run / f"checkpoint-{last}" / "scheduler.pt") for run in (one, other)]
-    assert states[0] == states[1]
-    if (other / f"checkpoint-{last}" / "optimizer.pt").exists():
-        ours, theirs = (torch.load(run / f"checkpoint-{last}" / "optimizer.pt")["state"] for run in (one, other))
-        for index, moments in theirs.items():
-            for name, value in moments.items():
-                assert torch.equal(ours[index][name], value), (index, name)
+    if (other / "generations.jsonl").exists():
+        assert (one / "generations.jsonl").read_text() == (other / "generations.jsonl").read_text()
+    last = checkpoints.complete_checkpoints(other)[-1].name
+    checkpoints.refuse_pickled_code()
+    files = [path for ending in ("pt", "bin") for path in (other / last).rglob(f"*.{ending}")]
+    names = [path.relative_to(other / last) for path in files if path.name != "training_args.bin"]
+    assert any("optim" in path.name for path in names) and Path("scheduler.pt") in names
+    for name in names:  # sharded: each rank's share of weights, masters and moments
+        ours, theirs = (torch.load(run / last / name, weights_only=True) for run in (one, other))
+        assert_same_values(ours, theirs, str(name))
+
+
+def assert_same_values(one, other, where):
+    if torch.is_tensor(other):
+        assert torch.equal(one, other), where
+    elif isinstance(other, dict):
+        assert one.keys() == other.keys(), where
+        for key in other.keys() - {"ds_version", "ds_config"}:
+            assert_same_values(one[key], other[key], f"{where} {key}")
+    elif isinstance(other, list | tuple):
+        assert len(one) == len(other), where
+        for number, pair in enumerate(zip(one, other, strict=True)):
+            assert_same_values(*pair, f"{where} {number}")
+    elif isinstance(other, str | int | float | bool):
+        assert one == other, where
 
 
 def last_step(output_dir):
@@ -114,40 +152,99 @@ def in_the_middle_of_a_save(output_dir):
     return any(not (folder / MARKER).exists() for folder in output_dir.glob("checkpoint-*"))
 
 
+def in_the_middle_of_an_evaluation(output_dir):
+    """Between an evaluation's metrics and its sample generations."""
+
+    def steps(name, sign):
+        path = output_dir / name
+        lines = path.read_text().splitlines() if path.exists() else []
+        return {json.loads(line)["step"] for line in lines if line.endswith("}") and sign in line}
+
+    return steps("metrics.jsonl", "eval_loss") > steps("generations.jsonl", "answer")
+
+
+def phase(output_dir):
+    if in_the_middle_of_a_save(output_dir):
+        return "in a save"
+    return "in an evaluation" if in_the_middle_of_an_evaluation(output_dir) else "elsewhere"
+
+
 @pytest.mark.parametrize("processes", PROCESSES.values(), ids=PROCESSES)
-def test_killed_mid_epoch_and_during_a_save(tmp_path, twin, processes):
+def test_killed_in_an_epoch_an_evaluation_and_a_save(tmp_path, twin, processes):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     finish(twin, whole, processes)
     assert [line["step"] for line in read_metrics(whole) if "loss" in line] == list(range(1, 16))
 
-    assert kill_when(start(twin, killed, processes), lambda: last_step(killed) >= 7)
+    assert kill_when(start(twin, killed, processes), lambda: last_step(killed) >= 3)
+    assert kill_when(start(twin, killed, processes), lambda: in_the_middle_of_an_evaluation(killed))
     assert kill_when(start(twin, killed, processes), lambda: last_step(killed) >= 8 and in_the_middle_of_a_save(killed))
-    if not in_the_middle_of_a_save(killed):  # the marker was written between the look and the kill
-        newest = max(killed.glob("checkpoint-*"), key=lambda folder: int(folder.name.split("-")[1]))
-        (newest / MARKER).unlink()
+    (torn,) = [folder for folder in killed.glob("checkpoint-*") if not (folder / MARKER).exists()]
     output = finish(twin, killed, processes)
     assert "resuming from" in output, output[:4000]
-    assert "incomplete: skipped" in output, output[:4000]
+    assert f"{torn} is incomplete: deleted" in output, output[:4000]
     assert_same_run(killed, whole)
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(0)
 @pytest.mark.parametrize("processes", PROCESSES.values(), ids=PROCESSES)
 def test_killed_at_twenty_random_points(tmp_path, twin, processes):
+    """From the first step to the final save: after a random step, up to a step's time later."""
     whole = tmp_path / "whole"
-    began = time.monotonic()
     finish(twin, whole, processes)
-    duration = time.monotonic() - began
     random_state = random.Random(processes)
-    for point in range(20):
-        killed = tmp_path / f"killed-{point}"
-        moment = random_state.uniform(0.3, 1.0) * duration
-        began = time.monotonic()
+    killed_in = []
+    while len(killed_in) < 20:
+        killed = tmp_path / f"killed-{len(killed_in)}"
+        step, wait = random_state.randint(0, 15), random_state.uniform(0, 0.25)
         process = start(twin, killed, processes)
-        kill_when(process, lambda: time.monotonic() - began > moment)  # noqa: B023
+        reached = []
+
+        def due():
+            if last_step(killed) >= step and (killed / "run.json").exists():  # noqa: B023
+                reached.append(time.monotonic())  # noqa: B023
+            return reached and time.monotonic() - reached[0] >= wait  # noqa: B023
+
+        if not kill_when(process, due, timeout=300):
+            shutil.rmtree(killed)  # it had ended by then
+            continue
+        killed_in.append(f"step {step} + {wait * 1000:.0f} ms, {phase(killed)}")
         finish(twin, killed, processes)
         assert_same_run(killed, whole)
-        print(f"killed after {moment:.1f} s of {duration:.1f} s: the same run", flush=True)
+        print(f"{len(killed_in)}: {killed_in[-1]}: the same run", flush=True)
+
+
+def test_sft_is_resumed_exactly_too(tmp_path, sft_twin):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    finish(sft_twin, whole, 1, stage="sft")
+    assert kill_when(start(sft_twin, killed, 1, stage="sft"), lambda: last_step(killed) >= 6)
+    output = finish(sft_twin, killed, 1, stage="sft")
+    assert "resuming from" in output
+    assert_same_run(killed, whole)
+    # A line with each checkpoint, besides every fifth step: none covers steps on both sides of a kill.
+    assert [line["step"] for line in read_metrics(whole) if "loss" in line] == [2, 4, 5, 6, 8, 10, 12]
+
+
+def test_a_wandb_run_is_continued_row_by_row(tmp_path, twin, monkeypatch):
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    killed, tracked = tmp_path / "killed", (*twin[: twin.index("--report_to")], *twin[twin.index("--report_to") + 2 :])
+    tracked += ("--report_to", "wandb")
+    assert kill_when(start(tracked, killed, 1), lambda: last_step(killed) >= 7)
+    finish(tracked, killed, 1)
+    first, second = sorted(tmp_path.glob("wandb/offline-run-*/*.wandb"), key=lambda path: path.stat().st_mtime)
+    ids = {r.run.run_id for file in (first, second) for r in read_records(file) if r.HasField("run")}
+    assert ids == {json.loads((killed / "run.json").read_text())["wandb_run_id"]}
+    rows = [{row["_step"]: row for row in read_history(file)} for file in (first, second)]
+    # The kill took W&B's own process too, with rows that it had not written: they are in the second file.
+    assert list(rows[1]) == list(range(1, 16)) and len(read_history(second)) == 15
+    for line in read_metrics(killed):
+        prefix = "" if "eval_loss" in line else "train/"
+        for name in ("loss", "rewards/margins", "rmipo/gamma_mean"):
+            key = f"{prefix}{name}" if prefix else f"eval/{name}"
+            value = line[name if prefix else f"eval_{name}"]
+            assert rows[1][line["step"]][key] == pytest.approx(value, rel=1e-6)
+    for step in rows[0].keys() & rows[1].keys():
+        assert rows[0][step]["train/loss"] == rows[1][step]["train/loss"]
 
 
 @pytest.mark.parametrize("method", ["alpha-dpo", "epsilon-dpo"])
@@ -200,12 +297,37 @@ def test_another_run_is_refused_by_what_differs(tmp_path, other, message, place)
         resume_point(tmp_path, IDENTITY)
 
 
-def test_the_last_complete_checkpoint_is_taken(tmp_path, capsys):
+def make_checkpoints(folder, complete, torn=()):
+    for step in (*complete, *torn):
+        (folder / f"checkpoint-{step}").mkdir()
+        (folder / f"checkpoint-{step}" / "weights").write_text("x")
+    for step in complete:
+        (folder / f"checkpoint-{step}" / MARKER).write_text(json.dumps({"step": step, **IDENTITY}))
+
+
+def test_the_last_complete_checkpoint_is_taken(tmp_path):
     assert resume_point(tmp_path, IDENTITY) is None
-    for step in (2, 10, 4):
-        (tmp_path / f"checkpoint-{step}").mkdir()
-        (tmp_path / f"checkpoint-{step}" / MARKER).write_text(json.dumps({"step": step, **IDENTITY}))
-    (tmp_path / "checkpoint-12").mkdir()
+    make_checkpoints(tmp_path, complete=(2, 10, 4), torn=(12,))
     assert Path(resume_point(tmp_path, IDENTITY)).name == "checkpoint-10"
-    assert "checkpoint-12 is incomplete: skipped" in capsys.readouterr().out
     assert differences(IDENTITY, IDENTITY) == []
+
+
+def test_old_checkpoints_go_only_when_the_new_one_is_complete(tmp_path):
+    """Torn ones don't count: with a limit of 1, the only complete one stays until another has its marker."""
+    make_checkpoints(tmp_path, complete=(6,), torn=(7, 8))
+    rotate(tmp_path, 1)
+    assert [path.name for path in checkpoints.complete_checkpoints(tmp_path)] == ["checkpoint-6"]
+    make_checkpoints(tmp_path, complete=(9, 10))
+    rotate(tmp_path, 1, keep=str(tmp_path / "checkpoint-9"))
+    assert [path.name for path in checkpoints.complete_checkpoints(tmp_path)] == ["checkpoint-9", "checkpoint-10"]
+    assert not (tmp_path / "checkpoint-6").exists() and (tmp_path / "checkpoint-7").exists()
+
+
+def test_what_changes_no_result_may_change_between_starts(tmp_path):
+    recipe = {"ddp_timeout": 1800, "save_total_limit": 2, "report_to": ["none"], "learning_rate": 1e-6}
+    before = run_identity(recipe, {"train": "a"}, 2)
+    after = run_identity(recipe | {"ddp_timeout": 60, "save_total_limit": 1, "report_to": ["wandb"]}, {"train": "a"}, 2)
+    (tmp_path / "run.json").write_text(json.dumps(before))
+    assert resume_point(tmp_path, after) is None
+    with pytest.raises(CheckpointError, match=r"recipe\.learning_rate: 1e-06, now 2e-06$"):
+        resume_point(tmp_path, run_identity(recipe | {"learning_rate": 2e-6}, {"train": "a"}, 2))

@@ -64,7 +64,7 @@ def cache_reference(trainer, initial, pairs, objective):
     """Put the sums of `initial` where the trainer looks for its reference."""
     everything = naive_scores(initial, initial, pairs, range(len(pairs)), objective)
     names = reference.PAIR_COLUMNS + (reference.MISMATCHED_COLUMNS if "mismatched" in objective.needs else ())
-    keys = reference.model_fingerprint(trainer.model), fingerprint(trainer.train_dataset)
+    keys = reference.loaded_fingerprint(trainer.model), fingerprint(trainer.train_dataset)
     cache = reference.ReferenceCache(trainer.args.reference_cache_dir, *keys, names)
     cache.save({name: getattr(everything, name) for name in names})
 
@@ -195,6 +195,6 @@ def test_fingerprint_follows_the_weights(tmp_path):
     keys = set()
     for folder in ("a", "b"):
         model.config._name_or_path = str(tmp_path / folder)
-        keys.add(reference.model_fingerprint(model))
+        keys.add(reference.loaded_fingerprint(model))
     assert len(keys) == 2
     assert Dataset.from_list(make_pairs(2)).column_names == ["prompt_ids", "chosen_ids", "rejected_ids", "row"]

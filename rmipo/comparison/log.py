@@ -13,7 +13,7 @@ from pathlib import Path
 from transformers import AutoModelForCausalLM
 
 from ..data import fingerprint, load_pairs
-from ..reference import model_fingerprint
+from ..reference import loaded_fingerprint
 from .run import CURVE_PAIRS, CURVE_STEPS, SAMPLES_PER_QUESTION, execute
 from .study import INITIAL, SEARCH_SEED, Run, Study
 
@@ -42,7 +42,7 @@ class Log:
         else:
             data = asdict(self.study.world.config)
         measured = {"samples": SAMPLES_PER_QUESTION, "curve": [CURVE_STEPS, CURVE_PAIRS]}
-        return {"model": model_fingerprint(model), "data": data, "measured": measured}
+        return {"model": loaded_fingerprint(model), "data": data, "measured": measured}
 
     def key(self, run: Run) -> str:
         recipe = {key: value for key, value in self.study.recipe(run).resolved().items() if key not in NOT_THE_RUN}
