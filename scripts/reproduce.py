@@ -1,8 +1,10 @@
 """Run everything behind one of the paper's tables: trainings, evaluations, the table. What is done is skipped.
 
-make reproduce TABLE=1 DRY=1      # list the steps and their GPU hours
+make reproduce TABLE=1 DRY=1      # list the steps, their GPU hours and dollars
 make reproduce TABLE=1
 make reproduce TABLE=2 MODEL=tiny
+
+What else is given to make (GPUS, SHARDING, MAX_COST) reaches every step.
 """
 
 import argparse
@@ -14,11 +16,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from rmipo.reporting.chain import PAPER_GPUS, chain, summary
-from rmipo.reporting.results import ReportError
+from rmipo.reporting.chain import chain, summary
+from rmipo.reporting.results import RECIPES, ReportError
 from rmipo.reporting.tables import TABLES, build_table
 
-OWN_VARIABLES = ("TABLE", "MODEL", "METHOD", "STAGE", "DRY", "ARGS")  # each step says its own
+OUTPUTS = Path("outputs")  # where trainings and evaluations write
+OWN_VARIABLES = ("TABLE", "MODEL", "METHOD", "STAGE", "BENCH", "DRY")  # each step says its own
+# Of one step alone: options of a training are none of an evaluation, other pairs make other runs than the table's, and a
+# job that is only submitted isn't there for the next step.
+REFUSED_VARIABLES = ("ARGS", "DATA", "SLURM")
 
 
 def main() -> None:
@@ -26,20 +32,26 @@ def main() -> None:
     parser.add_argument("--table", type=int, default=os.environ.get("TABLE"), help=f"one of {sorted(TABLES)}")
     parser.add_argument("--model", default=os.environ.get("MODEL"), help="another model than the paper's")
     parser.add_argument("--dry", action="store_true", default=os.environ.get("DRY", "0") not in ("", "0"))
-    parser.add_argument("--outputs", type=Path, default=Path("outputs"), help="where the runs are")
     args = parser.parse_args()
 
     try:
         if args.table is None:
             raise ReportError(f"which table? Say TABLE=..., one of {sorted(TABLES)}")
-        steps = chain(build_table(args.table, [args.model] if args.model else []), args.outputs)
-    except ReportError as error:
+        if refused := [name for name in REFUSED_VARIABLES if os.environ.get(name)]:
+            raise ReportError(
+                f"{', '.join(refused)}: not for the whole chain. Run the step that it is for by itself (DRY=1 lists them); "
+                "what is done is skipped here"
+            )
+        if args.model and not (RECIPES / args.model / "eval.yaml").is_file():
+            known = ", ".join(sorted(path.parent.name for path in RECIPES.glob("*/eval.yaml")))
+            raise ReportError(f"MODEL={args.model} has no recipes/{args.model}/eval.yaml; those that have: {known}")
+        steps = chain(build_table(args.table, [args.model] if args.model else []), OUTPUTS)
+    except ValueError as error:
         sys.exit(str(error))
 
     for number, step in enumerate(steps, start=1):
         mark = "done" if step.done else "    "
-        hours = "" if step.hours is None else f"   # {step.hours:g} h on {PAPER_GPUS} GPUs in the paper"
-        print(f"{number:3d} {mark} {step.command}{hours}")
+        print(f"{number:3d} {mark} {step.command}" + (f"   # {step.cost}" if step.cost else ""))
     print(summary(steps))
     if args.dry:
         return

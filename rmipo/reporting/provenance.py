@@ -10,11 +10,11 @@ from .results import ReportError, Result
 
 # Besides package versions. Dots lead into a block of the result's settings.
 SAME_IN_A_BENCH = {
-    "alpacaeval": ("annotators_config", "judge.endpoint", "judge.reference_sha256", "first_n"),
+    "alpacaeval": ("annotators_config", "judge_sha256", "judge_endpoint", "reference_sha256", "first_n"),
     "mtbench": (
         "judge_model",
         "judge_reference_model",
-        "judge.endpoint",
+        "judge_endpoint",
         "temperatures",
         "max_new_tokens",
         "first_n",

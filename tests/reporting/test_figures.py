@@ -137,12 +137,12 @@ def test_figure2_leaves_out_unfinished_runs_and_results_without_the_metric(tmp_p
 
 
 def test_figure2_refuses_results_of_another_judge(tmp_path):
-    write_figure2(tmp_path, settings={"judge": {"endpoint": "127.0.0.1:8123/v1"}})
+    write_figure2(tmp_path, settings={"judge_endpoint": "127.0.0.1:8123/v1"})
     write_result(
-        tmp_path, "tiny", "initial", "mtbench", {"mt_bench": 4.5}, settings={"judge": {"endpoint": "api.openai.com/v1"}}
+        tmp_path, "tiny", "initial", "mtbench", {"mt_bench": 4.5}, settings={"judge_endpoint": "api.openai.com/v1"}
     )
     with pytest.raises(
-        ReportError, match=r"figure 2: [^$]*judge\.endpoint 127\.0\.0\.1:8123/v1 in .*api\.openai\.com/v1"
+        ReportError, match=r"figure 2: [^$]*judge_endpoint 127\.0\.0\.1:8123/v1 in .*api\.openai\.com/v1"
     ):
         figure2(tmp_path, "tiny")
 

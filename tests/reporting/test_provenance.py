@@ -37,10 +37,10 @@ def test_a_package_that_only_one_has_is_a_mix(tmp_path):
     [
         ("leaderboard", "lm_eval", {"versions": {"lm_eval": "0.4.9"}}, {}),
         ("mtbench", "judge_model", {"judge_model": "gpt-3.5"}, {"judge_model": "gpt-4"}),
-        ("mtbench", "judge.endpoint", {"judge": {"endpoint": "api.openai.com/v1"}}, {"judge": {"endpoint": "::1"}}),
+        ("mtbench", "judge_endpoint", {"judge_endpoint": "api.openai.com/v1"}, {"judge_endpoint": "::1"}),
         ("mtbench", "temperatures", {"temperatures": {"math": 0.0}}, {"temperatures": {"math": 0.7}}),
         ("mtbench", "max_new_tokens", {"max_new_tokens": 1024}, {"max_new_tokens": 24}),
-        ("alpacaeval", "judge.reference_sha256", {"judge": {"reference_sha256": "0a"}}, {}),
+        ("alpacaeval", "reference_sha256", {"reference_sha256": "0a"}, {}),
         ("alpacaeval", "annotators_config", {"annotators_config": "a"}, {"annotators_config": "b"}),
         ("leaderboard", "apply_chat_template", {"apply_chat_template": True}, {"apply_chat_template": False}),
         ("leaderboard", "fewshot_as_multiturn", {"fewshot_as_multiturn": True}, {"fewshot_as_multiturn": False}),

@@ -7,12 +7,19 @@ from pathlib import Path
 
 import pytest
 
-from rmipo.reporting.chain import base_method, chain, summary
-from rmipo.reporting.tables import build_table
+from rmipo.reporting.chain import chain, summary
+from rmipo.reporting.costs import base_method, judge_dollars, paper_hours, planned_hours
+from rmipo.reporting.tables import TABLES, build_table
 from tests.reporting.files import write_result, write_run
 
 ROOT = Path(__file__).parents[2]
 LC = {"alpacaeval2_lc": 40.0, "alpacaeval2_wr": 41.0}
+
+
+@pytest.fixture(scope="module")
+def chains(tmp_path_factory) -> dict:
+    """The steps of every table before anything has run."""
+    return {number: chain(build_table(number), tmp_path_factory.mktemp("none")) for number in TABLES}
 
 
 def test_steps_of_table8_for_one_model(tmp_path):
@@ -40,8 +47,8 @@ def test_every_ablation_has_an_overlay():
     assert runs - {"rmipo"} <= files
 
 
-def test_hours_of_table1_by_hand(tmp_path):
-    steps = chain(build_table(1), tmp_path)
+def test_hours_of_table1_by_hand(chains):
+    steps = chains[1]
     trainings = [step for step in steps if step.is_training]
     # Two Base settings start with SFT; 44 preference trainings; 12 rows x 4 settings x 2 benchmarks.
     assert len(trainings) == 2 + 44 and len(steps) == 2 + 44 + 96
@@ -50,28 +57,60 @@ def test_hours_of_table1_by_hand(tmp_path):
     ]
     # Four settings of RMiPO, SimPO, SimPER, DPO, beta-, epsilon- and alpha-DPO:
     # 4 x (6.75 + 6.17 + 6.92 + 8 + 8 + 8 + 10) h = 215.36 h, on 4 GPUs.
-    assert sum(step.hours for step in trainings if step.hours) == pytest.approx(215.36)
-    assert "861 for 28 of the trainings" in summary(steps)
-    assert "for the other 18" in summary(steps)
+    assert sum(step.hours for step in trainings if not step.estimated) == pytest.approx(215.36)
+    assert all(step.hours > 1 for step in trainings)
+    assert "861 for 28 of the trainings." in summary(steps)
+    estimated = 4 * sum(step.hours for step in trainings if step.estimated)
+    assert f"where the paper prints none: {estimated:.0f} for 18 trainings. Assumed: 35% of 312 TFLOP/s" in summary(
+        steps
+    )
+    # 48 x 805 verdicts of 1500 tokens at $10 and 1 at $30; 48 x 160 of 1200 at $30 and 250 at $60, per million.
+    assert sum(step.dollars for step in steps if step.dollars) == pytest.approx(48 * (12.099 + 8.16), abs=0.01)
+    assert "Judges: about $972 for 96 evaluations." in summary(steps)
+    assert steps[0].cost == "6.33 h on 4 GPUs, estimated" and steps[2].cost == "about $12 for the judge"
     assert base_method("table5-alpha-dpo") == "alpha-dpo" and base_method("table3-row1") == "rmipo"
 
 
-@pytest.mark.parametrize("number", [1, 2, 3, 5, 7, 8])
-def test_the_document_states_these_hours(number, tmp_path):
-    trainings = [step for step in chain(build_table(number), tmp_path) if step.is_training]
-    hours = round(4 * sum(step.hours for step in trainings if step.hours))
+def test_the_estimate_by_hand():
+    # Mistral-7B, 207,865 dialogues of 1,100 tokens: 6 FLOPs per weight and token, and the causal attention of 32 layers,
+    # at 35% of four GPUs' 312 TFLOP/s.
+    weights = 7_241_732_096 - 32_000 * 4096  # the embedding multiplies nothing
+    flops = 6 * 1100 * weights + 6 * 32 * 4096 * 1100 * 1100
+    assert planned_hours("mistral-7b-base", "sft") == pytest.approx(207_865 * flops / (4 * 312e12 * 0.35) / 3600)
+    ours = f"{planned_hours('llama3-8b-instruct', 'rmipo'):.1f}"
+    assert f"for RMiPO it says {ours} h where the paper says 6.75" in (ROOT / "docs/REPRODUCE.md").read_text()
+    assert planned_hours("llama3-8b-base", "slic") < planned_hours("llama3-8b-base", "rmipo")  # no prior pass
+
+
+def test_the_papers_costs_are_of_the_papers_models(tmp_path):
+    assert paper_hours("tiny", "rmipo") is None and planned_hours("tiny", "rmipo") is None
+    assert judge_dollars("tiny", "mtbench") == 0.0 and judge_dollars("llama3-8b-base", "leaderboard") is None
+    steps = chain(build_table(7, ["tiny"]), tmp_path)
+    assert {step.cost for step in steps} == {""}
+    assert summary(steps).splitlines()[1:-1] == ["5 of the trainings run on the CPU."]
+
+
+@pytest.mark.parametrize("number", sorted(TABLES))
+def test_the_document_states_these_hours(number, chains):
+    trainings = [step for step in chains[number] if step.is_training]
+    hours = round(4 * sum(step.hours for step in trainings if not step.estimated))
+    estimated = round(4 * sum(step.hours for step in trainings if step.estimated))
+    dollars = round(sum(step.dollars for step in chains[number] if step.dollars))
     text = (ROOT / "docs" / "REPRODUCE.md").read_text()
     row = next(line for line in text.splitlines() if f"`make reproduce TABLE={number}`" in line and line[0] == "|")
     cells = [cell.strip() for cell in row.split("|")]
     assert cells[3] == ("2 SFT + 44" if number == 1 else str(len(trainings)))
-    assert cells[4].split()[0] == str(hours)
+    assert cells[4] == (f"{hours} for 28, {estimated} estimated for 18" if number == 1 else str(hours))
+    assert (f"about ${dollars}" in cells[5]) == (dollars > 0)
 
 
-def reproduce(outputs: Path, tools: Path, **environment: str) -> subprocess.CompletedProcess:
+def reproduce(folder: Path, tools: Path, **environment: str) -> subprocess.CompletedProcess:
+    """`folder` holds `outputs`."""
     return subprocess.run(
-        [sys.executable, str(ROOT / "scripts" / "reproduce.py"), "--outputs", str(outputs)],
+        [sys.executable, str(ROOT / "scripts" / "reproduce.py")],
         capture_output=True,
         text=True,
+        cwd=folder,
         env={"PATH": f"{tools}{os.pathsep}/usr/bin{os.pathsep}/bin", **environment},
     )
 
@@ -86,7 +125,7 @@ def write_make(tools: Path, log: Path, fails_on: str = "nothing") -> None:
 
 def test_dry_run_starts_nothing(tmp_path):
     write_make(tmp_path / "bin", tmp_path / "log")
-    done = reproduce(tmp_path / "outputs", tmp_path / "bin", TABLE="7", MODEL="tiny", DRY="1")
+    done = reproduce(tmp_path, tmp_path / "bin", TABLE="7", MODEL="tiny", DRY="1")
     assert done.returncode == 0 and "make train MODEL=tiny METHOD=table7-cosine" in done.stdout
     assert not (tmp_path / "log").exists()
 
@@ -96,7 +135,7 @@ def test_runs_what_is_left_in_order_then_the_table(tmp_path):
     for method in ("sft", "rmipo", "table7-linear"):
         write_run(tmp_path / "outputs" / "tiny" / method, {"name": "rmipo"}, [])
     write_result(tmp_path / "outputs", "tiny", "rmipo", "alpacaeval", LC)
-    done = reproduce(tmp_path / "outputs", tmp_path / "bin", TABLE="7", MODEL="tiny")
+    done = reproduce(tmp_path, tmp_path / "bin", TABLE="7", MODEL="tiny")
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "log").read_text().splitlines() == [
         "eval MODEL=tiny METHOD=table7-linear BENCH=alpacaeval",
@@ -111,6 +150,20 @@ def test_runs_what_is_left_in_order_then_the_table(tmp_path):
 def test_stops_at_the_first_failure(tmp_path):
     write_make(tmp_path / "bin", tmp_path / "log", fails_on="table7-linear")
     write_run(tmp_path / "outputs" / "tiny" / "sft", {}, [])
-    done = reproduce(tmp_path / "outputs", tmp_path / "bin", TABLE="7", MODEL="tiny")
+    done = reproduce(tmp_path, tmp_path / "bin", TABLE="7", MODEL="tiny")
     assert done.returncode == 1 and "Step 4 failed: make train MODEL=tiny METHOD=table7-linear" in done.stderr
     assert len((tmp_path / "log").read_text().splitlines()) == 3
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"ARGS": "--learning_rate 1e-6"}, "ARGS: not for the whole chain. Run the step that it is for by itself"),
+        ({"DATA": "pairs.jsonl", "SLURM": "1"}, "DATA, SLURM: not for the whole chain"),
+        ({"MODEL": "llama4"}, "MODEL=llama4 has no recipes/llama4/eval.yaml; those that have: llama3-8b-base,"),
+        ({"TABLE": "4"}, "there is no table 4 to rebuild"),
+    ],
+)
+def test_what_it_cannot_pass_on_is_refused(tmp_path, environment, message):
+    done = reproduce(tmp_path, tmp_path, **({"TABLE": "7", "DRY": "1"} | environment))
+    assert done.returncode == 1 and done.stderr.startswith(message) and done.stdout == ""

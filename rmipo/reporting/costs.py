@@ -1,0 +1,81 @@
+"""What the steps behind a table cost: GPU hours by the paper or by `make plan`'s estimate, dollars for judges."""
+
+from pathlib import Path
+
+from rmipo.recipe_files import read_yaml
+
+from .results import PAPER_MODELS, RECIPES, paper_rows
+
+PAPER_GPUS = 4  # A800 80 GB
+PAPER_TFLOPS = 312.0  # bfloat16 of one of them
+ULTRAFEEDBACK = ("HuggingFaceH4/ultrafeedback_binarized", "train_prefs")  # the on-policy sets have about as many pairs
+
+# Of one evaluation. Tokens of a verdict, in and out, with answers of some 2,000 characters: assumed.
+VERDICTS = {"alpacaeval": 805, "mtbench": 160}
+VERDICT_TOKENS = {"alpacaeval": (1500, 1), "mtbench": (1200, 250)}
+
+
+def base_method(method: str) -> str:
+    """The method whose cost an ablation has: Table 5's rows name it, all others are variants of RMiPO."""
+    prefix, _, name = method.partition("-")
+    if prefix == "table5":
+        return name
+    return "rmipo" if prefix.startswith("table") else method
+
+
+def paper_hours(model: str, method: str) -> float | None:
+    """Wall-clock hours of a training on PAPER_GPUS, by Figure 7, which doesn't say the model; None where it has none."""
+    hours = {row["method"]: float(row["hours"]) for row in paper_rows("efficiency")}
+    return hours.get(base_method(method)) if model in PAPER_MODELS else None
+
+
+def planned_hours(model: str, method: str) -> float | None:
+    """The same by the estimate of `make plan`; None for recipes that train on the CPU. `method`: "sft" for that stage.
+
+    Raises ValueError for a recipe that can't be read, or whose model's sizes can't.
+    """
+    path = RECIPES / model / ("sft.yaml" if method == "sft" else "rmipo.yaml")
+    if path.is_file() and read_yaml(path).get("use_cpu"):
+        return None
+    from rmipo import lengths, plan, preflight  # bring in torch and DeepSpeed
+    from rmipo.config import load_recipe
+
+    recipe = load_recipe(path, overlays(method))
+    run = preflight.run_of(recipe)
+    rows = lengths.training_examples(recipe) or lengths.ROWS[ULTRAFEEDBACK]
+    seen = lengths.examples_seen(recipe.values, run, rows)
+    return plan.hours(preflight.shape_of(recipe), run, plan.Hardware(1, PAPER_GPUS, 80), seen, PAPER_TFLOPS)
+
+
+def estimate_assumptions() -> str:
+    """What the estimate rests on, and how far it is from the paper where both have a number."""
+    from rmipo import plan
+
+    model, method = "llama3-8b-instruct", "rmipo"
+    return (
+        f"Assumed: {plan.MFU:.0%} of {PAPER_TFLOPS:g} TFLOP/s, pairs of {plan.TYPICAL_PROMPT} + 2 x "
+        f"{plan.TYPICAL_RESPONSE} tokens, dialogues of {plan.TYPICAL_DIALOGUE}, training steps alone. For {method} of {model} "
+        f"it says {planned_hours(model, method):.1f} h, the paper {paper_hours(model, method)}."
+    )
+
+
+def verdict_assumptions() -> str:
+    each = "; ".join(
+        f"{bench} {VERDICTS[bench]} verdicts of {tokens[0]} + {tokens[1]} tokens"
+        for bench, tokens in VERDICT_TOKENS.items()
+    )
+    return f"Assumed: {each}, at the price in eval.yaml. make eval prints its own estimate before the first call."
+
+
+def overlays(method: str) -> list[Path]:
+    files = [RECIPES / folder / f"{method}.yaml" for folder in ("methods", "ablations")]
+    return [file for file in files if file.is_file()]
+
+
+def judge_dollars(model: str, bench: str) -> float | None:
+    """What the judge of one evaluation costs at the price in the model's eval.yaml; None without a judge."""
+    settings = read_yaml(RECIPES / model / "eval.yaml").get(bench, {})
+    if bench not in VERDICTS or "price" not in settings:
+        return None
+    price = settings["price"]
+    return VERDICTS[bench] * sum(n * p for n, p in zip(VERDICT_TOKENS[bench], price, strict=True)) / 1e6
