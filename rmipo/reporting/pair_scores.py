@@ -11,6 +11,7 @@ from datasets import Dataset
 
 from rmipo.config import DataConfig
 from rmipo.data import load_pairs
+from rmipo.evaluation.generation import fingerprint
 from rmipo.evaluation.pair_scores import native_rewards, score_model
 from rmipo.margin import delta_pmi, pmi
 from rmipo.objectives import PairScores, RMiPO, build_objective
@@ -23,16 +24,24 @@ SUBSET_SEED = 0
 
 
 def hh_signals(outputs: Path, model: str, method: str) -> dict[str, dict[str, np.ndarray]]:
-    """Figure 3: subset -> log-likelihood and PMI differences in nats per token, from eval/hh_<subset>.pt."""
-    signals = {}
+    """Figure 3: subset -> log-likelihood and PMI differences in nats per token, from eval/hh_<subset>.pt.
+
+    Raises ReportError without any, and for scores of other weights than the folder holds now.
+    """
+    signals, folder = {}, outputs / model / method
     for subset in ("helpful", "harmless"):
-        path = outputs / model / method / "eval" / f"hh_{subset}.pt"
+        path = folder / "eval" / f"hh_{subset}.pt"
         if path.is_file():
             scores = torch.load(path, weights_only=True)
+            if any(folder.glob("*.safetensors")) and scores["fingerprint"] != fingerprint(folder):
+                raise ReportError(
+                    f"{path} is of other weights than those now in {folder}: delete it and {folder}/eval/hh.json, then run "
+                    f"`{eval_command(model, method, 'hh')}`"
+                )
             signals[subset] = {"loglik": loglik_difference(scores).numpy(), "pmi": pmi_difference(scores).numpy()}
     if not signals:
         raise ReportError(
-            f"figure 3 has no HH scores of {model} {method} (looked for {outputs / model / method}/eval/hh_helpful.pt "
+            f"figure 3 has no HH scores of {model} {method} (looked for {folder}/eval/hh_helpful.pt "
             f"and hh_harmless.pt): run `{eval_command(model, method, 'hh')}`"
         )
     return signals

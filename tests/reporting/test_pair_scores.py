@@ -158,3 +158,16 @@ def test_pairs_without_judge_scores_are_refused(outputs, tmp_path):
 def test_figure3_without_scores_names_the_command(tmp_path):
     with pytest.raises(ReportError, match="make eval MODEL=tiny METHOD=initial BENCH=hh"):
         hh_signals(tmp_path, "tiny", "initial")
+
+
+def test_figure3_refuses_scores_of_other_weights(tmp_path):
+    folder = tmp_path / "tiny" / "initial"
+    (folder / "eval").mkdir(parents=True)
+    write_model(folder, seed=0)
+    torch.save({"fingerprint": "of another model"}, folder / "eval/hh_helpful.pt")
+    with pytest.raises(ReportError) as raised:
+        hh_signals(tmp_path, "tiny", "initial")
+    assert str(raised.value) == (
+        f"{folder}/eval/hh_helpful.pt is of other weights than those now in {folder}: delete it and {folder}/eval/hh.json, "
+        "then run `make eval MODEL=tiny METHOD=initial BENCH=hh`"
+    )

@@ -202,6 +202,7 @@ def test_notes_and_commands_are_in_all_three_formats(tmp_path):
     assert r"first\_n=4.\par" in after and ", 7 verdicts.\\par" in after
     # The first cell without a number points at the first comment.
     assert "Initial & -- / [1] & -- / [1] & -- / [2]" in tabular
+    assert "[1], ...: not run yet; the commands are comments below this table.\\par" in after
     comments = after.split(r"\end{table*}")[1].splitlines()[1:]
     assert comments[0] == (
         "% [1] make train MODEL=tiny STAGE=sft, then make eval MODEL=tiny METHOD=initial BENCH=alpacaeval"
