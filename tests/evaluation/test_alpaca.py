@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -232,6 +233,49 @@ def test_server_that_dies_leaves_the_verdicts_so_far(tmp_path, monkeypatch, api_
         assert len(server.requests) - asked_before == ROWS - 8
     assert metrics["alpacaeval2_wr"] == pytest.approx(expected_win_rate(range(ROWS)), abs=1e-6)
     assert [row for row in verdicts(tmp_path) if row in kept] == kept
+
+
+MORTAL = """
+import sys
+from tests.evaluation.judge_server import JudgeServer
+deadly = int(sys.argv[2])
+def fault(number):
+    print("asked", flush=True)
+    return "die" if number == deadly else None
+JudgeServer(int(sys.argv[1]), fault=fault).serve_forever()
+"""
+
+
+def test_judge_process_that_dies_and_is_started_again(tmp_path, monkeypatch, api_key):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    url = f"http://127.0.0.1:{port}/v1"
+    monkeypatch.setenv("OPENAI_BASE_URL", url)
+    settings = SETTINGS | {"max_retries": 0}
+
+    def judge_process(deadly: int) -> subprocess.Popen:
+        process = subprocess.Popen([sys.executable, "-c", MORTAL, str(port), str(deadly)], stdout=subprocess.PIPE)
+        deadline = time.time() + 30
+        while time.time() < deadline:
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", port)) == 0:
+                    break
+            time.sleep(0.05)
+        return process
+
+    mortal = judge_process(deadly=9)
+    with pytest.raises(EvaluationError, match=r"failed: APIConnectionError.* 8 of 20 verdicts are kept"):
+        alpaca.judge(OUTPUTS, REFERENCE, tmp_path, url, settings)
+    assert mortal.wait(10) == 1
+    kept = verdicts(tmp_path)
+    again = judge_process(deadly=-1)
+    metrics, _ = alpaca.judge(OUTPUTS, REFERENCE, tmp_path, url, settings)
+    again.kill()
+    assert again.communicate()[0].count(b"asked") == ROWS - 8
+    assert metrics["alpacaeval2_wr"] == pytest.approx(expected_win_rate(range(ROWS)), abs=1e-6)
+    assert [row for row in verdicts(tmp_path) if row in kept] == kept and len(kept) == 8
+    assert Counter(row["instruction"] for row in verdicts(tmp_path)) == Counter(row["instruction"] for row in REFERENCE)
 
 
 def test_no_server_at_all(tmp_path, monkeypatch, api_key):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -34,13 +35,13 @@ def ask(url: str, folder: Path, **settings) -> dict:
     return mtbench.judge(QUESTIONS[:n], ANSWERS[:n], folder, "ours", url, settings)
 
 
-def verdict_file(folder: Path) -> Path:
-    (path,) = folder.rglob("*_single.jsonl")
+def verdict_file(folder: Path, first_n: int) -> Path:
+    (path,) = folder.rglob(f"first_{first_n}/judgements/*_single.jsonl")
     return path
 
 
-def verdicts(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in verdict_file(folder).read_text().splitlines()]
+def verdicts(folder: Path, first_n: int = 3) -> list[dict]:
+    return [json.loads(line) for line in verdict_file(folder, first_n).read_text().splitlines()]
 
 
 def asked(server: JudgeServer) -> list[str]:
@@ -84,7 +85,6 @@ def test_unusable_lines_are_not_verdicts(tmp_path):
     assert mtbench.read_verdicts(tmp_path / "absent.jsonl") == {}
 
 
-@pytest.mark.slow
 def test_ratings_survive_a_rate_limit_and_a_malformed_verdict(tmp_path):
     with JudgeServer(fault=lambda number: {3: "429", 5: "malformed"}.get(number)) as server:
         metrics = ask(server.url, tmp_path)
@@ -96,34 +96,42 @@ def test_ratings_survive_a_rate_limit_and_a_malformed_verdict(tmp_path):
         ratings = [rating(row["user_prompt"]) for row in rows]
         assert len(set(ratings)) > 1 and metrics["mt_bench"] == pytest.approx(sum(ratings) / 6, abs=1e-9)
         assert metrics["mt_bench_missing"] == 0
-        evaluator = json.loads((verdict_file(tmp_path).parent.parent / "result.json").read_text())
+        evaluator = json.loads((verdict_file(tmp_path, 3).parent.parent / "result.json").read_text())
         assert evaluator["total"] == pytest.approx(metrics["mt_bench"], abs=1e-9)  # the evaluator's own mean
         assert len(asked(server)) == 6 + 2
         assert ask(server.url, tmp_path) == metrics
         assert len(asked(server)) == 6 + 2  # nothing more was asked
 
 
-@pytest.mark.slow
 def test_missing_verdicts_are_reported_and_asked_again(tmp_path):
     with JudgeServer(fault=lambda number: "malformed" if number else None) as server:
         with pytest.raises(
-            EvaluationError, match=r"no usable rating for 4 answers, max_missing is 0\. 0 of 4 verdicts"
+            EvaluationError, match=r"no usable rating for 2 answers, max_missing is 0\. 0 of 2 verdicts"
         ):
-            ask(server.url, tmp_path, first_n=2)
+            ask(server.url, tmp_path, first_n=1)
         server.fault = lambda number: None
-        metrics = ask(server.url, tmp_path, first_n=2)
-    assert metrics["mt_bench_missing"] == 0 and len(verdicts(tmp_path)) == 4
+        metrics = ask(server.url, tmp_path, first_n=1)
+    assert metrics["mt_bench_missing"] == 0 and len(verdicts(tmp_path, 1)) == 2
+
+
+def test_judge_without_any_rating_is_found_out_by_two_questions(tmp_path):
+    with JudgeServer(fault=lambda number: "malformed" if number else None) as server:
+        with pytest.raises(
+            EvaluationError, match=r"rated none of the first 4 answers, asked 5 times .*: 'I would rather not say\.'$"
+        ):
+            ask(server.url, tmp_path)
+        assert len(asked(server)) == 4 * 5
+    assert verdicts(tmp_path) == []
 
 
 JUDGE = """
 import sys
 from pathlib import Path
 from tests.evaluation.test_mtbench import ask
-ask(sys.argv[1], Path(sys.argv[2]), first_n=10)
+ask(sys.argv[1], Path(sys.argv[2]), first_n=2)
 """
 
 
-@pytest.mark.slow
 def test_killed_run_goes_on_where_it_was(tmp_path):
     with JudgeServer(delay=0.4) as server:
         command = [sys.executable, "-c", JUDGE, server.url, str(tmp_path)]
@@ -131,36 +139,33 @@ def test_killed_run_goes_on_where_it_was(tmp_path):
             command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
         )
         deadline = time.time() + 60
-        while time.time() < deadline and len(asked(server)) < 8:
+        while time.time() < deadline and len(asked(server)) < 3:  # two are answered then, and two under way
             time.sleep(0.02)
         os.killpg(process.pid, signal.SIGKILL)  # with the evaluator and its children
         process.wait()
         time.sleep(0.5)
-        path = verdict_file(tmp_path)
-        kept = verdicts(tmp_path)
-        assert 4 <= len(kept) < 20
+        path = verdict_file(tmp_path, 2)
+        kept = verdicts(tmp_path, 2)
+        assert 1 <= len(kept) < 4
         path.write_text(path.read_text() + json.dumps(kept[0])[:50])  # as if it was killed while writing
         server.delay, before = 0.0, len(asked(server))
-        metrics = ask(server.url, tmp_path, first_n=10)
-        assert len(asked(server)) - before == 20 - len(kept)
-        assert len(asked(server)) <= 20 + SETTINGS["concurrency"]
-    rows = verdicts(tmp_path)
-    assert (
-        len({(row["question_id"], row["turn"]) for row in rows}) == len(rows) == 20 and metrics["mt_bench_missing"] == 0
-    )
-    assert [row for row in rows if row in kept] == kept
+        metrics = ask(server.url, tmp_path, first_n=2)
+        assert len(asked(server)) - before == 4 - len(kept)
+        assert len(asked(server)) <= 4 + SETTINGS["concurrency"]
+    rows = verdicts(tmp_path, 2)
+    assert len({(row["question_id"], row["turn"]) for row in rows}) == len(rows) == 4
+    assert metrics["mt_bench_missing"] == 0 and [row for row in rows if row in kept] == kept
 
 
-@pytest.mark.slow
 def test_server_that_dies_leaves_the_verdicts_so_far(tmp_path):
     with JudgeServer(fault=lambda number: "drop" if number > 3 else None) as server:
         with pytest.raises(
-            EvaluationError, match=r"judge at 127\.0\.0\.1:.* ended with status 1.* 3 of 6 verdicts are kept"
+            EvaluationError, match=r"judge at 127\.0\.0\.1:.* ended with status 1.* 3 of 4 verdicts are kept"
         ):
-            ask(server.url, tmp_path, concurrency=1, max_retries=1)
+            ask(server.url, tmp_path, first_n=2, concurrency=1, max_retries=1)
         server.fault = lambda number: None
-        assert ask(server.url, tmp_path)["mt_bench_missing"] == 0
-    assert len(verdicts(tmp_path)) == 6
+        assert ask(server.url, tmp_path, first_n=2)["mt_bench_missing"] == 0
+    assert len(verdicts(tmp_path, 2)) == 4
 
 
 @pytest.mark.slow
@@ -178,7 +183,10 @@ def test_cost_is_bounded_before_the_first_request(tmp_path, capsys):
         with pytest.raises(EvaluationError, match=r"more than max_cost 0\.01; nothing was asked"):
             ask(server.url, tmp_path, max_cost=0.01)
         assert server.requests == []
-    assert "MT-Bench: 6 verdicts to ask for" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "MT-Bench: 6 verdicts to ask for" in printed
+    cost, worst = (float(amount) for amount in re.findall(r"\$(\d+\.\d\d)(?: at|; | if)", printed)[:2])
+    assert worst == pytest.approx(5 * cost, abs=0.03) and "if each has to be asked for 5 times" in printed
 
 
 def test_both_turns_are_generated_with_the_category_s_temperature(tmp_path, monkeypatch):
