@@ -29,7 +29,7 @@ def load_config(name: str, revision: str | None = None) -> PreTrainedConfig:
         cls, sizes = KNOWN[name]
         return cls(**sizes)
     try:
-        return AutoConfig.from_pretrained(name, revision=revision)
+        return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"model_name_or_path: {name} has no readable config.json ({reason})") from error

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import json
 import runpy
 import sys
 from pathlib import Path
@@ -14,8 +15,9 @@ from transformers import AutoModelForCausalLM, Gemma2Config
 
 from rmipo import attention, preflight
 from rmipo.config import load_recipe
+from rmipo.evaluation.target import model_folder
 from rmipo.plan import GIB, Hardware, Sharding
-from tests.families import save
+from tests.families import make_tokenizer, save
 from tests.references.padded import padded_pairs, rmipo_loss
 from tests.test_scoring import SIZES, make_model, make_pairs
 from tests.test_trainer import CONTEXT, make_trainer, rows_per_step
@@ -120,6 +122,41 @@ def test_merged_logits_equal_the_adapters(tmp_path, monkeypatch, capsys):
     wanted = {name: value.shape for name, value in load_file(tmp_path / "model" / "model.safetensors").items()}
     assert shapes == wanted
     assert (tmp_path / "lora-merged" / "chat_template.jinja").is_file()
+    for name in ("run.json", "metrics.jsonl"):  # it is the same run, and is evaluated as that
+        assert (tmp_path / "lora-merged" / name).read_bytes() == (tmp_path / "lora" / name).read_bytes()
+    assert model_folder(ROOT / "recipes" / tmp_path.name / "rmipo.yaml", tmp_path.parent, "lora-merged").is_dir()
+
+
+def test_bfloat16_model_with_large_logits_is_merged(tmp_path):
+    save("llama3", tmp_path / "model", hidden_size=64, intermediate_size=128)
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.bfloat16)
+    with torch.no_grad():
+        base.lm_head.weight *= 20 / logits(base).abs().max()
+    base.save_pretrained(tmp_path / "model")
+    torch.manual_seed(0)
+    config = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
+    adapter = get_peft_model(base, config)
+    for name, parameter in adapter.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+    folder = tmp_path / "lora"
+    adapter.save_pretrained(folder)
+    make_tokenizer("llama3").save_pretrained(folder)
+    record = {"recipe": {"model_name_or_path": str(tmp_path / "model"), "dtype": "bfloat16"}}
+    (folder / "run.json").write_text(json.dumps(record))
+    (folder / "metrics.jsonl").touch()
+
+    assert merge(folder) == 0
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "lora-merged")
+    assert merged.dtype == torch.bfloat16 and 15 < logits(merged).abs().max() < 40
+    difference = (logits(merged).float().log_softmax(-1) - logits(adapter).float().log_softmax(-1)).abs().max()
+    assert 5e-2 < difference < 0.5  # of one and the same function, rounded in two ways
+    exact = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
+    adapter = PeftModel.from_pretrained(exact, folder).merge_and_unload()
+    saved = load_file(tmp_path / "lora-merged" / "model.safetensors")
+    for name, value in adapter.state_dict().items():
+        if name in saved:
+            assert torch.equal(saved[name], value.to(torch.bfloat16)), name
 
 
 def test_a_folder_without_an_adapter_is_refused(tmp_path, capsys):

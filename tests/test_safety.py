@@ -3,18 +3,25 @@
 import json
 import os
 import pickle
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from datasets import Dataset
 from deepspeed.runtime.fp16.loss_scaler import LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
 
 from rmipo.checkpoints import CheckpointError, refuse_pickled_code, resume_point, run_identity
 from rmipo.config import ConfigError, ModelConfig, load_recipe
+from rmipo.evaluation.engines import TransformersEngine
+from rmipo.evaluation.generation import Generator, Request, check_settings
+from rmipo.evaluation.pair_scores import score_model
+from rmipo.evaluation.target import check_trained_prompts
 from rmipo.loading import LoadingError, load_model, load_tokenizer
+from rmipo.shapes import load_config
 from tests.families import make_model, make_tokenizer, save
 from tests.test_twins import REPOSITORY, make_twin
 
@@ -39,20 +46,79 @@ class Hostile:
 # Code and pickles
 
 
-def test_code_of_a_model_folder_is_not_run(tmp_path):
+@pytest.fixture
+def model_with_code(tmp_path) -> Path:
+    """A model folder whose configuration, weights and tokenizer name classes of its own; loading them leaves a file."""
     folder = tmp_path / "model"
     save("llama3", folder)
     (folder / "modeling_custom.py").write_text(f"open({str(tmp_path / 'pwned')!r}, 'w')\nclass Custom: pass\n")
     config = json.loads((folder / "config.json").read_text())
     classes = {"AutoConfig": "modeling_custom.Custom", "AutoModelForCausalLM": "modeling_custom.Custom"}
     (folder / "config.json").write_text(json.dumps(config | {"model_type": "custom", "auto_map": classes}))
-    with pytest.raises(LoadingError, match="trust_remote_code are not supported"):
-        load_model(ModelConfig(model_name_or_path=str(folder)))
     tokenizer = json.loads((folder / "tokenizer_config.json").read_text())
     tokenizer |= {"tokenizer_class": "Custom", "auto_map": {"AutoTokenizer": ["modeling_custom.Custom", None]}}
     (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer))
+    return folder
+
+
+def test_code_of_a_model_folder_is_not_run(model_with_code, tmp_path):
+    with pytest.raises(LoadingError, match="trust_remote_code are not supported"):
+        load_model(ModelConfig(model_name_or_path=str(model_with_code)))
     with pytest.raises(LoadingError, match=r"the tokenizer of .* can't be loaded"):
-        load_tokenizer(ModelConfig(model_name_or_path=str(folder)))
+        load_tokenizer(ModelConfig(model_name_or_path=str(model_with_code)))
+    assert not (tmp_path / "pwned").exists()
+
+
+def plan_for(folder: Path) -> None:
+    load_config(str(folder))
+
+
+def answer_with(folder: Path) -> None:
+    with Generator(folder, {"engine": "transformers"}) as generator:
+        generator.answer([Request("q", [{"role": "user", "content": "a"}])], folder / "answers.jsonl")
+
+
+def answer_with_plain_tokenizer(folder: Path) -> None:
+    make_tokenizer("llama3").save_pretrained(folder)
+    answer_with(folder)
+
+
+def load_engine(folder: Path) -> None:
+    TransformersEngine(folder, check_settings({}), [1])
+
+
+def score_with(folder: Path) -> None:
+    pair = {side: [{"role": "user", "content": "a"}] for side in ("prompt", "chosen", "rejected")}
+    score_model(folder, Dataset.from_list([pair | {"row": 0}]))
+
+
+def check_template_of(folder: Path) -> None:
+    check_trained_prompts(folder, {"prompt_probe": []})
+
+
+def merge_adapter_of(folder: Path) -> None:
+    record = {"recipe": {"model_name_or_path": str(folder), "dtype": "float32"}}
+    (folder / "run.json").write_text(json.dumps(record))
+    (folder / "adapter_config.json").write_text("{}")
+    runpy.run_path(str(REPOSITORY / "scripts/merge_adapter.py"))["merge"](folder, folder / "merged")
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        plan_for,
+        answer_with,
+        answer_with_plain_tokenizer,
+        load_engine,
+        score_with,
+        check_template_of,
+        merge_adapter_of,
+    ],
+)
+def test_code_of_a_model_folder_is_not_run_by_evaluation_and_planning(model_with_code, tmp_path, monkeypatch, use):
+    monkeypatch.setattr("builtins.input", lambda *question: "y")  # transformers would ask, and somebody says yes
+    with pytest.raises(ValueError, match=r"can't be loaded|custom code|has no readable"):
+        use(model_with_code)
     assert not (tmp_path / "pwned").exists()
 
 

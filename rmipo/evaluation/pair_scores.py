@@ -7,9 +7,10 @@ from pathlib import Path
 import torch
 from datasets import Dataset
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from rmipo.arguments import ModelConfig
 from rmipo.data import ChatFormat, tokenize_pairs
+from rmipo.loading import load_model, load_tokenizer
 from rmipo.objectives import OBJECTIVES, PairScores, build_objective
 from rmipo.scoring import score_pairs
 
@@ -40,10 +41,8 @@ def score_model(
     Returns:
         Float32 tensors `(pairs,)` named like the fields of `PairScores`, and the source row of each pair.
     """
-    if tokenizer_dir is None:
-        tokenizer = AutoTokenizer.from_pretrained(model_dir, revision=revision)
-    else:
-        tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
+    source = ModelConfig(model_name_or_path=str(model_dir), model_revision=revision, dtype=dtype)
+    tokenizer = load_tokenizer(source if tokenizer_dir is None else ModelConfig(model_name_or_path=str(tokenizer_dir)))
     chat = ChatFormat.probe(tokenizer, header_in_response=header_in_response)
     tokenized, report = tokenize_pairs(
         pairs,
@@ -55,7 +54,7 @@ def score_model(
     )
     for line in report.lines():
         tqdm.write(f"{description}: {line}")
-    model = AutoModelForCausalLM.from_pretrained(model_dir, revision=revision, dtype=dtype)
+    model = load_model(source)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     context = None if prior_context is None else chat.prior_context(prior_context)
     scores = score_pairs(model, batches(tokenized, batch_pairs, description), context)
