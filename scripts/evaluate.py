@@ -21,8 +21,8 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from rmipo.evaluation.generation import fingerprint  # noqa: E402
 from rmipo.evaluation.target import load_settings, model_folder  # noqa: E402
+from rmipo.evaluation.weights import fingerprint  # noqa: E402
 
 BENCHES = {"alpacaeval": "alpaca", "mtbench": "mtbench", "leaderboard": "leaderboard", "hh": "hh"}
 JUDGED = ("alpacaeval", "mtbench")

@@ -18,6 +18,7 @@ from rmipo.loading import load_tokenizer
 
 from . import EvaluationError, merge_settings, package_versions
 from .engines import ENGINES, Prompt, choose_engine
+from .weights import fingerprint
 
 DEFAULTS = {
     "temperature": 0.7,
@@ -28,7 +29,6 @@ DEFAULTS = {
     "dtype": "bfloat16",
     "engine": "auto",  # that of the answers there are; else vllm where there is a GPU, else transformers
 }
-SAMPLED_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -210,19 +210,3 @@ def read_answers(path: Path) -> tuple[dict | None, dict[str, dict]]:
 
 def digest(content) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def fingerprint(model_dir: Path) -> str:
-    """Identifies the weights without reading 16 GB: sizes, and the first and last MiB of every weight file."""
-    files = sorted(model_dir.glob("*.safetensors"))
-    if not files:
-        raise EvaluationError(f"{model_dir} holds no *.safetensors: train the model first (make train)")
-    state = hashlib.sha256()
-    for file in files:
-        size = file.stat().st_size
-        state.update(f"{file.name} {size}\n".encode())
-        with file.open("rb") as content:
-            state.update(content.read(SAMPLED_BYTES))
-            content.seek(max(0, size - SAMPLED_BYTES))
-            state.update(content.read())
-    return state.hexdigest()[:16]

@@ -15,8 +15,8 @@ from rmipo.config import DataConfig
 from rmipo.data import load_pairs
 
 from . import EvaluationError, merge_settings, package_versions
-from .generation import fingerprint
 from .pair_scores import known_objective, native_rewards, needs_reference, read_run, score_model
+from .weights import fingerprint
 
 SUBSETS = ("helpful", "harmless")
 Rewards = tuple[torch.Tensor, torch.Tensor]  # of chosen and rejected, each (pairs,)

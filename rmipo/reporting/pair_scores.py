@@ -11,8 +11,8 @@ from datasets import Dataset
 
 from rmipo.config import DataConfig
 from rmipo.data import load_pairs
-from rmipo.evaluation.generation import fingerprint
 from rmipo.evaluation.pair_scores import native_rewards, score_model
+from rmipo.evaluation.weights import fingerprint
 from rmipo.margin import delta_pmi, pmi
 from rmipo.objectives import PairScores, RMiPO, build_objective
 from rmipo.sources import load_rows

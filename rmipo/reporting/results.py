@@ -10,6 +10,8 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from rmipo.evaluation.weights import fingerprint
+
 RECIPES = Path(__file__).parents[2] / "recipes"
 PAPER_MODELS = {
     "mistral-7b-base": "Mistral-7B-Base",
@@ -104,8 +106,12 @@ def read_json(path: Path) -> dict:
 
 
 def load_result(outputs: Path, model: str, method: str, bench: str) -> Result | None:
-    """The finished result of one benchmark of a run, or None (file absent, or its `finished` is false)."""
-    path = outputs / model / method / "eval" / f"{bench}.json"
+    """The finished result of one benchmark of a run, or None (file absent, or its `finished` is false).
+
+    Raises ReportError for a file that can't be read, or is of other weights than the run's folder holds now.
+    """
+    folder = outputs / model / method
+    path = folder / "eval" / f"{bench}.json"
     if not path.is_file():
         return None
     content = read_json(path)
@@ -116,6 +122,11 @@ def load_result(outputs: Path, model: str, method: str, bench: str) -> Result | 
         raise ReportError(f"{path} lacks {missing}; delete it and run `{eval_command(model, method, bench)}`")
     if content["bench"] != bench:
         raise ReportError(f"{path} holds results of {content['bench']!r}, its name says {bench!r}; rename or remove it")
+    if any(folder.glob("*.safetensors")) and content.get("fingerprint") != fingerprint(folder):
+        raise ReportError(
+            f"{path} is of other weights than those now in {folder}; delete it, and {path.with_suffix('')} if that is "
+            f"there, and run `{eval_command(model, method, bench)}`"
+        )
     return Result(path, model, bench, content["metrics"], content["versions"], content["settings"])
 
 

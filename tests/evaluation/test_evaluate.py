@@ -16,8 +16,8 @@ from rmipo.chat import PROBES
 from rmipo.data import ChatFormat
 from rmipo.evaluation import EvaluationError, alpaca, hh, leaderboard, mtbench
 from rmipo.evaluation import generation as generation_module
-from rmipo.evaluation.generation import fingerprint
 from rmipo.evaluation.target import load_settings, model_folder
+from rmipo.evaluation.weights import fingerprint
 from tests.evaluation.judge_server import JudgeServer
 from tests.evaluation.tiny_model import write_model
 

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from rmipo.evaluation.weights import fingerprint
 from rmipo.reporting.filling import average_ranks, competition_ranks, fill
 from rmipo.reporting.render import FORMATS, csv_text, latex, markdown
-from rmipo.reporting.results import BENCH_OF_METRIC, METHODS, PAPER_MODELS, ReportError, paper_rows
+from rmipo.reporting.results import BENCH_OF_METRIC, METHODS, PAPER_MODELS, ReportError, load_result, paper_rows
 from rmipo.reporting.tables import LEADERBOARD, TABLES, build_table
 from tests.reporting.files import write_result, write_run
 
@@ -167,6 +168,21 @@ def test_broken_result_files_are_named(tmp_path, content, message):
     with pytest.raises(ReportError, match=message) as raised:
         fill(build_table(2, ["tiny"]), tmp_path)
     assert str(path) in str(raised.value)
+
+
+def test_a_result_of_other_weights_is_refused(tmp_path):
+    path = write_result(tmp_path, "tiny", "initial", "leaderboard", dict.fromkeys(LEADERBOARD, 10.0), fingerprint="0a")
+    folder = tmp_path / "tiny" / "initial"
+    assert load_result(tmp_path, "tiny", "initial", "leaderboard").metrics["bbh"] == 10.0  # copied without the weights
+    (folder / "model.safetensors").write_bytes(b"weights")
+    with pytest.raises(ReportError) as raised:
+        load_result(tmp_path, "tiny", "initial", "leaderboard")
+    assert str(raised.value) == (
+        f"{path} is of other weights than those now in {folder}; delete it, and {folder}/eval/leaderboard if that is "
+        "there, and run `make eval MODEL=tiny METHOD=initial BENCH=leaderboard`"
+    )
+    path.write_text(path.read_text().replace("0a", fingerprint(folder)))
+    assert load_result(tmp_path, "tiny", "initial", "leaderboard") is not None
 
 
 def test_csv_and_latex(tmp_path):
