@@ -86,6 +86,8 @@ def check_values(given: Mapping[str, Any], values: Mapping[str, Any], stage: str
     problems += [f"{key} is {values[key]}: expected 0 to 1" for key in SHARES if not 0 <= values.get(key, 0) <= 1]
     if (values.get("load_in_4bit") or values.get("load_in_8bit")) and not values.get("use_peft"):
         problems.append("load_in_4bit and load_in_8bit need use_peft: true: quantized weights can't be trained")
+    if values.get("push_to_hub") and not values.get("hub_model_id"):
+        problems.append("push_to_hub needs hub_model_id, the repository to upload to, such as name/llama3-8b-rmipo")
     try:
         template_text(values.get("chat_template"))
     except ValueError as error:

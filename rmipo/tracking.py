@@ -75,13 +75,21 @@ class RunRecord:
     def start(self) -> None:
         """Write the file; a W&B run that an earlier start of this run opened is continued."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(self.path, json.dumps(self.content, indent=2, default=str) + "\n")
+        self._write()
         os.environ.setdefault("WANDB_RUN_ID", self.content["wandb_run_id"])
         os.environ.setdefault("WANDB_RESUME", "allow")
 
-    def finish(self, **results) -> None:
+    def results(self, **results) -> None:
         """Record the results, and the seconds since this start."""
-        self.content |= {"finished": True, "seconds": round(time.time() - self.started, 1), "results": results}
+        self.content |= {"seconds": round(time.time() - self.started, 1), "results": results}
+        self._write()
+
+    def finish(self) -> None:
+        """Say that nothing is left to do: a run that is killed before this goes on from its last checkpoint."""
+        self.content["finished"] = True
+        self._write()
+
+    def _write(self) -> None:
         write_atomically(self.path, json.dumps(self.content, indent=2, default=str) + "\n")
 
 

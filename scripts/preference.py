@@ -134,11 +134,12 @@ def main() -> None:
             bounds = (objective.gamma_min, objective.gamma_max)
             path = Path(args.output_dir) / "gamma.png"
             say(f"gamma: {tracking.plot_gamma_histogram(trainer.eval_columns['gamma'], bounds, path)}")
-        run.finish(**metrics, parity=trainer.parity)
+        run.results(**metrics, parity=trainer.parity)
         export.write_model_card(args.output_dir)
         say(f"model: {args.output_dir}")
         if args.push_to_hub:
             say(f"uploaded: {export.push(trainer)}")
+        run.finish()
 
 
 if __name__ == "__main__":

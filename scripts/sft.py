@@ -93,11 +93,12 @@ def main() -> None:
     with checkpoints.explained_full_disk(args.output_dir):
         export.save(trainer)
     if state.is_main_process:
-        run.finish(**metrics)
+        run.results(**metrics)
         export.write_model_card(args.output_dir)
         say(f"model: {args.output_dir}")
         if args.push_to_hub:
             say(f"uploaded: {export.push(trainer)}")
+        run.finish()
 
 
 if __name__ == "__main__":

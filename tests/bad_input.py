@@ -240,6 +240,7 @@ CASES = [
     recipe_case("--packing", "packing is a key of sft recipes", "this is one of stage preference"),
     recipe_case("--attn_implementation=sdpa", "can't be set", "use attention"),
     recipe_case("--auto_find_batch_size", "can't be set", "behind global_batch_size"),
+    recipe_case("--push_to_hub", "push_to_hub needs hub_model_id", "such as name/llama3-8b-rmipo"),
     recipe_case("--hub_token=x", "can't be set", "`hf auth login` or set HF_TOKEN"),
     recipe_case("--run_name=hf_" + "a1B2" * 8, "looks like an access token"),
     recipe_case("learning_rate=1", "is no override", "expected --key value or --key=value"),

@@ -12,6 +12,7 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import (
     AutoModelForCausalLM,
+    Gemma3TextConfig,
     GemmaConfig,
     LlamaConfig,
     MistralConfig,
@@ -110,6 +111,17 @@ FAMILIES = {
         "options": {"head_dim": 8},
     },
 }
+# The same tokenizer and template, another architecture.
+FAMILIES["gemma-3"] = FAMILIES["gemma"] | {
+    "config": Gemma3TextConfig,
+    "options": {
+        "head_dim": 8,
+        "query_pre_attn_scalar": 8,
+        "sliding_window": 16,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
+}
+FAMILIES["llama-3.2"] = FAMILIES["llama3"] | {"options": {"rope_theta": 500000.0, "tie_word_embeddings": True}}
 
 
 def make_tokenizer(family: str, chat_template: str | None = None) -> PreTrainedTokenizerFast:

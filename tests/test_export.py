@@ -10,10 +10,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 
 from rmipo import export
 from rmipo.arguments import DataConfig
+from rmipo.config import load_recipe
 from rmipo.data import ChatFormat, load_pairs, tokenize_pairs
 from tests.families import make_model, save
 from tests.references.padded import padded_pairs
-from tests.test_twins import make_twin, run
+from tests.test_twins import REPOSITORY, make_twin, run
 
 
 @pytest.fixture(scope="module")
@@ -125,6 +126,15 @@ def test_adapters_are_verified_too(tmp_path):
     tensors = export.saved_tensors(tmp_path / "out")
     assert tensors["base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"] == ((4, 32), "float32")
     assert yaml.safe_load((tmp_path / "out" / "README.md").read_text().split("---\n")[1])["library_name"] == "peft"
+
+
+def test_nothing_is_uploaded_before_it_is_verified(sharded):
+    """The Trainer's own uploads, of each checkpoint, are off; the repository is private unless the recipe says else."""
+    _, folder = sharded
+    flags = ["--model_name_or_path", str(folder / "model"), "--dataset_name", str(folder / "data"), "--push_to_hub"]
+    recipe = load_recipe(REPOSITORY / "recipes/tiny/rmipo.yaml", overrides=[*flags, "--hub_model_id", "a/b"])
+    args, *_ = recipe.parse()
+    assert (args.push_to_hub, args.hub_strategy, args.hub_private_repo) == (True, "end", True)
 
 
 def test_upload_leaves_checkpoints_out(sharded, monkeypatch):

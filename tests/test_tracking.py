@@ -52,7 +52,9 @@ def test_run_record_is_written_at_start_and_completed_at_the_end(tmp_path, monke
     assert started["fingerprints"] == {"train": "abc"} and started["data"] == {"rows": 3}
     again = RunRecord(tmp_path, identity)
     again.start()
-    again.finish(eval_loss=0.5)
+    again.results(eval_loss=0.5)
+    assert json.loads((tmp_path / "run.json").read_text())["finished"] is False  # card and upload come in between
+    again.finish()
     finished = json.loads((tmp_path / "run.json").read_text())
     assert finished["finished"] is True and finished["results"] == {"eval_loss": 0.5} and finished["seconds"] >= 0
     assert finished["starts"] == 2 and finished["wandb_run_id"] == started["wandb_run_id"]

@@ -149,3 +149,17 @@ def test_recipe_trains_its_twin_in_one_process_and_under_zero3(tmp_path, recipe)
     )
     generated = model.generate(**prompt, max_new_tokens=3, do_sample=False)
     assert prompt["input_ids"].shape[1] < generated.shape[1] <= prompt["input_ids"].shape[1] + 3
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gemma-3", "llama-3.2"])
+def test_another_model_trains_by_changing_its_name(tmp_path, family):
+    """The Llama-3 recipe with another `model_name_or_path`: trained, exported and loaded without another change."""
+    overrides = make_twin(tmp_path, "llama3-8b-instruct/rmipo", family, "on_policy_ultrafeedback")
+    lines = run("llama3-8b-instruct/rmipo", overrides, tmp_path / "out", zero3=False)
+    assert [line["step"] for line in lines] == [1, 2]
+    record = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert record["finished"] and record["results"]["parity"] < 1e-5
+    trained, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    initial = dict(AutoModelForCausalLM.from_pretrained(tmp_path / "model").named_parameters())
+    assert all(not torch.equal(value, initial[name]) for name, value in trained.named_parameters())

@@ -13,7 +13,7 @@ from rmipo.tracking import read_metrics
 from tests.families import make_tokenizer
 from tests.test_scoring import make_pairs
 from tests.test_trainer import make_trainer
-from tests.test_twins import REPOSITORY
+from tests.test_twins import REPOSITORY, make_twin
 
 
 def test_repeated_share_by_hand():
@@ -140,3 +140,32 @@ def test_a_silent_rank_is_reported_and_the_timeout_ends_the_run(tmp_path):
     assert "all_reduce" in errors.partition("This rank is in:")[2]
     assert "error: another process did not answer: " in errors and "6 s, raise ddp_timeout" in errors
     assert "Traceback" not in errors
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run(tmp_path):
+    state = State()
+    state.global_step = 7
+    watchdog = watchdogs.FiniteWatchdog()
+    watchdog.on_log(arguments(tmp_path), state, None, logs={"loss": 1.0, "grad_norm": 2.0})
+    with pytest.raises(
+        watchdogs.NonFiniteStepError, match=r"^step 7: grad_norm is nan\. The last checkpoint is from before"
+    ):
+        watchdog.on_log(arguments(tmp_path), state, None, logs={"loss": 1.0, "grad_norm": float("nan")})
+
+
+def test_sft_that_diverges_stops_before_it_is_saved(tmp_path):
+    overrides = make_twin(tmp_path, "tiny/sft", "llama3", "ultrachat")
+    flags = dict(zip(overrides[::2], overrides[1::2], strict=True))
+    flags |= {"--learning_rate": "1e30", "--save_strategy": "steps", "--save_steps": "1", "--max_steps": "4"}
+    command = [
+        sys.executable,
+        "scripts/sft.py",
+        "--config",
+        "recipes/tiny/sft.yaml",
+        "--output_dir",
+        str(tmp_path / "out"),
+    ]
+    command += [text for pair in flags.items() for text in pair]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 2 and "error: step 2: grad_norm is nan" in done.stderr, done.stderr[-3000:]
+    assert [path.parent.name for path in (tmp_path / "out").glob("checkpoint-*/complete.json")] == ["checkpoint-1"]
