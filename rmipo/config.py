@@ -39,6 +39,12 @@ class Recipe:
     values: dict[str, Any]
     notices: list[str]
 
+    @property
+    def name(self) -> str:
+        """Of the run, after its folder: `llama3-8b-instruct-dpo`."""
+        folder = Path(self.values["output_dir"])
+        return f"{folder.parent.name}-{folder.name}".lstrip("-")
+
     def resolved(self) -> dict[str, Any]:
         """What `run.json` records. There are no secrets in it: `load_recipe` refuses a recipe with one."""
         return copy.deepcopy(self.values)
@@ -105,11 +111,12 @@ class Recipe:
         model = self.values["model_name_or_path"]
         if not Path(model).expanduser().is_dir() and (model.count("/") > 1 or model.startswith((".", "/", "~"))):
             raise ConfigError(f"{self.path}: model_name_or_path is {model}: no such folder. Has its stage been run?")
-        output_dir = Path(self.values["output_dir"])
-        values = {"run_name": f"{output_dir.parent.name}-{output_dir.name}".lstrip("-"), **self.resolved()}
+        values = {"run_name": self.name, **self.resolved()}
         values |= {"global_batch_size": global_batch_size, "gradient_accumulation_steps": accumulation}
         values["use_cache"] = True  # in the saved configuration, for generation; training forwards say False themselves
         values["chat_template"] = template_text(values.get("chat_template"))
+        # Uploaded once, verified and with its card (`export.push`); the Trainer would upload each checkpoint as it is.
+        values |= {"hub_strategy": "end", "hub_private_repo": values.get("hub_private_repo", True)}
 
         if values.get("use_cpu"):
             # Without GPUs TrainingArguments leaves this timeout out. Processes connect here; it finds them connected.

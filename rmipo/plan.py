@@ -7,6 +7,7 @@ tests/test_plan.py). What is assumed rather than derived is a named constant her
 import dataclasses
 import json
 import math
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,9 @@ from pathlib import Path
 import torch
 import yaml
 from accelerate import init_empty_weights
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would choose it too, with a warning
 from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs
 from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs
 from peft import PeftConfig, get_peft_model
@@ -40,6 +44,7 @@ class Hardware:
     nodes: int
     gpus_per_node: int
     gib: float  # memory of one GPU
+    host_gib: float | None = None  # memory of one machine, where it is known
 
     @property
     def gpus(self) -> int:
@@ -71,7 +76,12 @@ class Sharding:
         if config["distributed_type"] != "DEEPSPEED":
             return cls({"FSDP": "fsdp2", "MULTI_GPU": "none"}[config["distributed_type"]])
         file = Path(path).parents[2] / config["deepspeed_config"]["deepspeed_config_file"]
-        zero = json.loads(file.read_text())["zero_optimization"]
+        return cls.of_deepspeed(json.loads(file.read_text()))
+
+    @classmethod
+    def of_deepspeed(cls, config: dict) -> "Sharding":
+        """What a DeepSpeed configuration says."""
+        zero = config["zero_optimization"]
         offloaded = [zero.get(f"offload_{what}", {}).get("device") == "cpu" for what in ("optimizer", "param")]
         return cls(f"zero{zero['stage']}", *offloaded)
 
@@ -249,6 +259,7 @@ class MemoryPlan:
     evaluation: int  # bytes of an evaluation batch, likewise in place of them
     host: int  # bytes per node of offloaded states
     capacity: int
+    host_capacity: int | None  # None: not known
 
     @property
     def needed(self) -> int:
@@ -256,7 +267,11 @@ class MemoryPlan:
 
     @property
     def fits(self) -> bool:
-        return self.needed <= self.capacity
+        return self.needed <= self.capacity and self.host_fits
+
+    @property
+    def host_fits(self) -> bool:
+        return self.host_capacity is None or self.host <= self.host_capacity
 
 
 def plan_memory(shape: Shape, run: Run, sharding: Sharding, hardware: Hardware) -> MemoryPlan:
@@ -273,7 +288,9 @@ def plan_memory(shape: Shape, run: Run, sharding: Sharding, hardware: Hardware) 
     parts |= step | {"prior or evaluation beyond these": max(beyond, 0)}
     parts["communication buffers (assumed)"] = int(BUCKETS_GIB * GIB) if hardware.gpus > 1 else 0
     parts["reserve (assumed)"] = int(RESERVED_FRACTION * capacity)
-    return MemoryPlan({name: size for name, size in parts.items() if size}, prior, evaluation, host, capacity)
+    parts = {name: size for name, size in parts.items() if size}
+    host_capacity = None if hardware.host_gib is None else int(hardware.host_gib * GIB)
+    return MemoryPlan(parts, prior, evaluation, host, capacity, host_capacity)
 
 
 def largest_micro_batch(shape: Shape, run: Run, sharding: Sharding, hardware: Hardware) -> int | None:
@@ -317,15 +334,9 @@ def hours(shape: Shape, run: Run, hardware: Hardware, examples: float, peak_tflo
     return examples * flops_per_example(shape, run) / (hardware.gpus * peak_tflops * 1e12 * MFU) / 3600
 
 
-def steps(run: Run, examples: int, epochs: float) -> int:
-    """Optimizer steps of a run."""
-    rows = math.ceil(examples * TYPICAL_DIALOGUE / run.max_length) if run.packing else examples
-    return math.ceil(math.ceil(rows / run.global_batch) * epochs)
-
-
 def checkpoint_bytes(shape: Shape, run: Run, sharding: Sharding, only_model: bool) -> int:
     """One checkpoint: weights as saved, and for resuming the float32 masters and Adam's moments of what is trained."""
-    weights = 4 * shape.trained if run.adapters else 2 * shape.parameters
+    weights = 4 * shape.trained if run.adapters else run.weight_bytes * shape.parameters
     if only_model:
         return weights
     sharded = sharding.kind != "none" or run.adapters

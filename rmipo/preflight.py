@@ -1,5 +1,6 @@
 """What can be checked before a GPU hour is spent: does the run fit, is there a disk for it, may the model be read."""
 
+import os
 import shutil
 from dataclasses import fields, replace
 from pathlib import Path
@@ -15,14 +16,15 @@ from huggingface_hub.errors import (
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
 )
+from transformers import TrainingArguments
 from trl import ModelConfig, get_peft_config
 
+from . import lengths
 from .config import PreferenceConfig, Recipe
 from .errors import UserError
 from .objectives import build_objective
 from .plan import GIB, Hardware, MemoryPlan, Run, Shape, Sharding, checkpoint_bytes, largest_micro_batch, plan_memory
 from .shapes import load_config
-from .stages import launch_configuration
 
 CACHED_FILE = {"model": "config.json", "dataset": "README.md"}
 WEIGHT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "auto": 2}
@@ -73,6 +75,12 @@ def check_fit(recipe: Recipe, hardware: Hardware, sharding: Sharding) -> MemoryP
     memory = plan_memory(shape, run, sharding, hardware)
     if memory.fits:
         return memory
+    if not memory.host_fits and memory.needed <= memory.capacity:
+        raise PreflightError(
+            f"{recipe.path}: offloading with {sharding.kind} on {hardware.gpus} GPUs needs {memory.host / GIB:.0f} GiB of "
+            f"each machine's memory, found {hardware.host_gib:.0f}. Use more machines, or GPUs that hold it all (zero3), "
+            "or an overlay of recipes/adapters. `make plan` shows the whole estimate."
+        )
     largest = sorted(memory.parts.items(), key=lambda part: -part[1])[:3]
     raise PreflightError(
         f"{recipe.path}: needs {memory.needed / GIB:.0f} GiB per GPU with {sharding.kind} on {hardware.gpus} GPUs, "
@@ -113,46 +121,60 @@ def _remedy(shape: Shape, run: Run, sharding: Sharding, hardware: Hardware) -> s
 
 def disk_needed(recipe: Recipe, shape: Shape, sharding: Sharding) -> int:
     """Bytes that the run's folder grows to: checkpoints, one more while the newest is written, and the final model."""
-    values, run = recipe.values, run_of(recipe)
+    run = run_of(recipe)
     final = checkpoint_bytes(shape, run, sharding, only_model=True)
-    if values.get("save_strategy", "steps") == "no":
-        return final
-    one = checkpoint_bytes(shape, run, sharding, only_model=values.get("save_only_model", False))
-    return final + one * ((values.get("save_total_limit") or 1) + 1)
+    one = checkpoint_bytes(shape, run, sharding, only_model=recipe.values.get("save_only_model", False))
+    return final + one * lengths.kept_checkpoints(recipe, run)
 
 
 def check_disk(folder: str | Path, needed: int) -> int:
-    """Free bytes where `folder` is, or will be. Raises PreflightError if `needed` bytes don't fit."""
+    """Free bytes where `folder` is, or will be. Raises PreflightError if it can't grow to `needed` bytes there."""
     existing = Path(folder).absolute()
     while not existing.exists():
         existing = existing.parent
     free = shutil.disk_usage(existing).free
-    if free < needed:
+    there = sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())  # of a run that goes on
+    if free + there < needed:
         raise PreflightError(
-            f"output_dir: {folder} needs {needed / GIB:.0f} GiB, {free / GIB:.0f} GiB are free. Free some, set "
-            "save_only_model: true or a lower save_total_limit, or name another output_dir"
+            f"output_dir: {folder} needs {needed / GIB:.0f} GiB, {there / GIB:.0f} of them are there and {free / GIB:.0f} "
+            "GiB are free. Free some, set save_only_model: true or a lower save_total_limit, or name another output_dir"
         )
     return free
 
 
-def check_launch(recipe: Recipe, gpus: int, nodes: int = 1, sharding: str | None = None) -> None:
-    """Before a launch on `gpus` GPUs of each of `nodes`; raises PreflightError where memory or disk are too small."""
+def check_launch(recipe: Recipe, hardware: Hardware, sharding: Sharding) -> None:
+    """Before a run starts; raises PreflightError where memory or disk are too small."""
+    check_fit(recipe, hardware, sharding)
+    check_disk(recipe.values["output_dir"], disk_needed(recipe, shape_of(recipe), sharding))
+
+
+def check_run(recipe: Recipe, args: TrainingArguments) -> None:
+    """The same in a training process, however it was launched. Where it trains on the CPU nothing is checked."""
     here = local_hardware()
-    if here is None or recipe.values.get("use_cpu"):
+    if here is None or args.use_cpu:
         return
-    spread = Sharding.load(launch_configuration(recipe, sharding))
-    check_fit(recipe, Hardware(nodes, gpus, here.gib), spread)
-    check_disk(recipe.values["output_dir"], disk_needed(recipe, shape_of(recipe), spread))
+    world_size, local = (int(os.environ.get(name, "1")) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+    check_launch(recipe, replace(here, nodes=world_size // local, gpus_per_node=local), sharding_of(args))
+
+
+def sharding_of(args: TrainingArguments) -> Sharding:
+    """How the launcher, or the recipe itself, has this process spread its model."""
+    if args.deepspeed_plugin is not None:
+        return Sharding.of_deepspeed(args.deepspeed_plugin.deepspeed_config)
+    fsdp = args.fsdp_plugin_args is not None or os.environ.get("ACCELERATE_USE_FSDP") == "true"
+    return Sharding("fsdp2" if fsdp else "none")
 
 
 def local_hardware(use_cpu: bool = False) -> Hardware | None:
     """The GPUs of this machine, None without any; or, with `use_cpu`, the machine as one device with its memory."""
+    memory = psutil.virtual_memory().total / GIB
     if use_cpu:
-        return Hardware(1, 1, psutil.virtual_memory().total / GIB)
+        return Hardware(1, 1, memory)
     count = torch.cuda.device_count()
     if count == 0:
         return None
-    return Hardware(1, count, min(torch.cuda.get_device_properties(i).total_memory for i in range(count)) / GIB)
+    smallest = min(torch.cuda.get_device_properties(i).total_memory for i in range(count))
+    return Hardware(1, count, smallest / GIB, memory)
 
 
 def check_access(name: str, kind: str) -> str:

@@ -1,6 +1,7 @@
 """`make train ... SLURM=1 NODES=4`: the stages of a setting as Slurm jobs, each waiting for the one before."""
 
 import os
+import shlex
 import shutil
 import subprocess
 from pathlib import Path
@@ -19,13 +20,26 @@ def sbatch_command(
         config: file of configs/accelerate/, or "cpu".
         program: script and arguments, e.g. `["scripts/preference.py", "--config", ...]`.
         gpus: of each node; 0 for "cpu".
-        name: of the job in the queue.
+        name: of the job in the queue; it waits for the user's earlier jobs of that name.
         after: id of the job that has to succeed first.
+
+    Options in the environment variable SBATCH_ARGS are added.
     """
     command = ["sbatch", "--parsable", f"--nodes={nodes}", f"--job-name={name}"]
     command += [f"--gpus-per-node={gpus}"] if gpus else []
-    command += [f"--dependency=afterok:{after}", "--kill-on-invalid-dep=yes"] if after else []
-    return [*command, SCRIPT, config, *program]
+    # Two jobs of one name write into one folder: the later one starts when the earlier one has ended.
+    command += [f"--dependency=afterok:{after},singleton" if after else "--dependency=singleton"]
+    command += ["--kill-on-invalid-dep=yes"] if after else []
+    return [*command, *own_options(), SCRIPT, config, *program]
+
+
+def own_options() -> list[str]:
+    """The user's options in SBATCH_ARGS, which come last and win. Raises ConfigError if they can't be read."""
+    text = os.environ.get("SBATCH_ARGS", "")
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        raise ConfigError(f"SBATCH_ARGS={text!r} can't be read: {error}") from error
 
 
 def require_slurm() -> None:

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from .checkpoints import differences
 from .config import ConfigError, Recipe, load_recipe, recorded_run
 
 ROOT = Path(__file__).parent.parent
@@ -49,11 +50,11 @@ class Step:
         launch = [str(programs / "accelerate"), "launch", "--config_file", config, "--num_processes", str(gpus)]
         return [*launch, *self.program]
 
-    def job(self, gpus: int, nodes: int, sharding: str | None, model: str) -> dict:
-        """The same as a Slurm job: the arguments of `slurm.sbatch_command`."""
+    def job(self, gpus: int, nodes: int, sharding: str | None) -> dict:
+        """The same as a Slurm job, named after the folder it writes: the arguments of `slurm.sbatch_command`."""
         config = "cpu" if self.on_cpu else os.path.relpath(launch_configuration(self.recipe, sharding))
         job = {"config": config, "program": self.program, "nodes": nodes, "gpus": 0 if self.on_cpu else gpus}
-        return {**job, "name": f"{model}-{self.stage}"}
+        return {**job, "name": self.recipe.name}
 
     def check(self, gpus: int, nodes: int = 1) -> None:
         """Raises ConfigError if the recipe can't be trained on `nodes` machines of `gpus` GPUs."""
@@ -71,12 +72,8 @@ class Step:
         run = recorded_run(folder)
         if run is None:
             return False
-        there, here = run["recipe"], json.loads(json.dumps(self.recipe.resolved(), default=str))
-        differing = [
-            f"{key}: {there.get(key)} there, {here.get(key)} here"
-            for key in sorted(there.keys() | here.keys())
-            if there.get(key) != here.get(key)
-        ]
+        here = json.loads(json.dumps(self.recipe.resolved(), default=str))
+        differing = differences({"recipe": run.get("recipe")}, {"recipe": here})
         if differing:
             remedy = f"Name another folder (ARGS='--output_dir ...') or remove {folder}"
             raise ConfigError(
@@ -97,6 +94,22 @@ def choose(variable: str, value: str, options: list[str], title: str) -> str:
         return value
     found = f"{variable}={value!r} is not one of them" if value else f"{variable} is not set"
     raise ConfigError("\n  ".join([f"{found}. {title}:", *options]))
+
+
+def node_count(env: Mapping[str, str]) -> int:
+    """NODES, default 1. Raises ConfigError for what is no number of machines."""
+    given = env.get("NODES") or "1"
+    if not given.isdecimal() or int(given) < 1:
+        raise ConfigError(f"NODES={given!r}: expected the number of machines, such as NODES=4")
+    return int(given)
+
+
+def choose_sharding(env: Mapping[str, str]) -> str:
+    """SHARDING, empty if it is not set. Raises ConfigError unless it is a file of configs/accelerate/."""
+    name = env.get("SHARDING", "")
+    if name:
+        choose("SHARDING", name, list(named_files("configs/accelerate")), "Files in configs/accelerate")
+    return name
 
 
 def named_files(*folders: str) -> dict[str, str]:
@@ -120,6 +133,7 @@ def choose_stages(env: Mapping[str, str]) -> tuple[str, list[str]]:
 def load_steps(model: str, stages: list[str], env: Mapping[str, str]) -> list[Step]:
     """The programs of `stages`. METHOD belongs to the preference stage, ARGS to the last recipe that is run.
 
+    A run's folder is outputs/<model>/<sft or method>, and tells other data and adapters apart.
     DATA replaces the pairs of the preference stage. A setting that is made from scratch (with a world.yaml) is then made
     from those pairs altogether: tokenizer, SFT on the chosen responses, with the values of `with-data/<stage>.yaml`.
     """
@@ -144,14 +158,16 @@ def load_steps(model: str, stages: list[str], env: Mapping[str, str]) -> list[St
             overrides["--model_name_or_path"] = start
         if data:
             overrides["--dataset_name"] = f"{world}/sft" if world and stage == "sft" else data
-            overrides["--output_dir"] = f"outputs/{model}/{stage}{suffix}"
+        name = stage
         if stage == "rmipo":
             name, overlay = _method(env)
             overlays += overlay
-            if name != "rmipo":
-                overrides["--output_dir"] = f"outputs/{model}/{name}{suffix}"
         more_overlays, arguments = _split_args(env.get("ARGS", "")) if stage == last else ([], [])
         overlays += more_overlays
+        adapters = [path.stem for path in map(Path, overlays) if path.parent.name == "adapters"]
+        folder = "-".join([f"{name}{suffix}", *adapters])
+        if folder != stage:
+            overrides["--output_dir"] = f"outputs/{model}/{folder}"
         given = {argument.partition("=")[0] for argument in arguments}
         arguments = [text for key in overrides if key not in given for text in (key, overrides[key])] + arguments
         recipe = load_recipe(path, overlays, arguments)

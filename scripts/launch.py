@@ -8,12 +8,15 @@ Everything is read from environment variables and nothing passes through a shell
   METHOD    file in recipes/methods/ or ablations/  DATA      pairs to train on in place of the recipe's
   ARGS      overrides of the last recipe that is run, such as --learning_rate 1e-6, and --overlay files
   GPUS      how many; default: all that are visible SHARDING  file in configs/accelerate/; default: zero3, ddp for LoRA
-  SLURM=1   queue the stages with sbatch instead    NODES     how many machines; GPUS are those of each
+  SLURM=1   queue the stages with sbatch instead    NODES     how many machines; GPUS are those of each: GPUS=8x80, with
+                                                              the GiB of one, as for `make plan`
   DRY=1     print the resolved recipes and the commands, start nothing
 A stage that a signal stops saves first and ends with exit code 75: the same command goes on from there.
 """
 
+import dataclasses
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -29,10 +32,11 @@ import yaml
 from rmipo import slurm
 from rmipo.checkpoints import EXIT_STOPPED, MARKER
 from rmipo.config import ConfigError
-from rmipo.stages import Step, choose, choose_stages, load_steps, named_files
+from rmipo.stages import Step, choose_sharding, choose_stages, launch_configuration, load_steps, node_count
 
 ROOT = Path(__file__).parent.parent
 DRY_GPUS = 4  # shown where no GPU is visible: the hardware of the paper
+SAVING_SECONDS = "540"  # between the SIGTERM and the SIGKILL that torch's launcher sends; its 30 save no large model
 
 
 def main() -> int:
@@ -41,26 +45,31 @@ def main() -> int:
     os.chdir(ROOT)
     try:
         model, stages = choose_stages(env)
-        nodes, gpus, sharding = node_count(env, queued), gpu_count(env, dry, queued), env.get("SHARDING", "")
-        if sharding:
-            choose("SHARDING", sharding, list(named_files("configs/accelerate")), "Files in configs/accelerate")
+        nodes, sharding = node_count(env), choose_sharding(env)
+        if nodes > 1 and not queued:
+            raise ConfigError(f"NODES={nodes}: several machines are reached through Slurm: add SLURM=1")
+        if queued:
+            slurm.own_options()  # read here too, so that a mistake in them is told before anything runs
         steps = load_steps(model, stages, env)
+        gpus = gpu_count(env, dry, queued, all(step.on_cpu for step in steps))
         if dry:
             for step in steps:
                 command = step.command(gpus, sharding)
                 if queued and step.recipe is not None:
-                    command = slurm.sbatch_command(**step.job(gpus, nodes, sharding, model))
+                    command = slurm.sbatch_command(**step.job(gpus, nodes, sharding))
                 print(f"## {step.stage}\n{describe(step, gpus, nodes)}{shlex.join(command)}\n")
             return 0
         for step in steps:
             step.check(gpus, nodes)
-            if step.recipe is not None and torch.cuda.is_available():
-                from rmipo import preflight  # needs DeepSpeed, which takes seconds to import
-
-                preflight.check_launch(step.recipe, gpus, nodes, sharding)
+            if not step.on_cpu and not step.is_done():
+                check_hardware(step, env, gpus, nodes, sharding)
         if queued:
-            return queue(steps, gpus, nodes, sharding, model)
+            return queue(steps, gpus, nodes, sharding)
+        program = Program()
         for number in range(len(steps)):
+            if program.stopped_at:
+                print(f"stopped before {steps[number].stage}; the same command starts there", file=sys.stderr)
+                return EXIT_STOPPED
             # Read again, now that the stage before has finished: a Base setting starts from its own SFT model.
             step = load_steps(model, stages, env)[number]
             if step.recipe is not None and step.is_done():
@@ -68,7 +77,7 @@ def main() -> int:
                 continue
             command = step.command(gpus, sharding)
             print(f"## {step.stage}\n{shlex.join(command)}", flush=True)
-            if code := run(command, step.recipe and step.recipe.values["output_dir"]):
+            if code := program.run(command, step.recipe and step.recipe.values["output_dir"]):
                 print(f"{step.stage} ended with exit code {code}; the same command starts there", file=sys.stderr)
                 return code
     except ValueError as error:
@@ -81,43 +90,57 @@ def is_on(env: dict[str, str], name: str) -> bool:
     return env.get(name, "0") not in ("", "0")
 
 
-def queue(steps: list[Step], gpus: int, nodes: int, sharding: str, model: str) -> int:
+def check_hardware(step: Step, env: dict[str, str], gpus: int, nodes: int, sharding: str) -> None:
+    """Raises PreflightError if memory or disk are too small; on Slurm's nodes as far as GPUS describes them."""
+    from rmipo import preflight  # needs DeepSpeed, which takes seconds to import
+    from rmipo.plan import Hardware, Sharding
+
+    if not is_on(env, "SLURM"):
+        hardware = dataclasses.replace(preflight.local_hardware(), gpus_per_node=gpus)
+    elif "x" in env["GPUS"]:
+        hardware = Hardware.parse(env["GPUS"], nodes)
+    else:
+        print(f"## {step.stage}: memory is not checked before the job starts: GPUS={gpus}x80 (GiB of one) would")
+        return
+    launch = launch_configuration(step.recipe, sharding)
+    preflight.check_launch(step.recipe, hardware, Sharding.load(launch))
+
+
+def queue(steps: list[Step], gpus: int, nodes: int, sharding: str) -> int:
     """Submit the stages, each to start when the one before has succeeded; what needs no recipe runs here, before."""
     slurm.require_slurm()
     job = None
     for step in steps:
         if step.recipe is None and job is None:
-            if code := run(step.command(gpus, sharding)):
+            if code := Program().run(step.command(gpus, sharding)):
                 return code
         elif step.recipe is None:
             print(f"## {step.stage}: after job {job}: {shlex.join(step.command(gpus, sharding))}")
         elif step.is_done():
             print(f"## {step.stage}: already trained, see {step.recipe.values['output_dir']}")
         else:
-            job, log = slurm.submit(**step.job(gpus, nodes, sharding, model), after=job)
+            job, log = slurm.submit(**step.job(gpus, nodes, sharding), after=job)
             print(f"## {step.stage}: job {job}, log {log}")
     return 0
 
 
-def node_count(env: dict[str, str], queued: bool) -> int:
-    given = env.get("NODES") or "1"
-    if not given.isdecimal() or int(given) < 1:
-        raise ConfigError(f"NODES={given!r}: expected the number of machines, such as NODES=4")
-    if int(given) > 1 and not queued:
-        raise ConfigError(f"NODES={given}: several machines are reached through Slurm: add SLURM=1")
-    return int(given)
-
-
-def gpu_count(env: dict[str, str], dry: bool, queued: bool) -> int:
-    """GPUs to train on, of each node; 0 where none is visible."""
+def gpu_count(env: dict[str, str], dry: bool, queued: bool, on_cpu: bool) -> int:
+    """GPUs to train on, of each node; 0 where none is visible. What the nodes of a cluster have can't be seen here."""
     visible, given = torch.cuda.device_count(), env.get("GPUS", "")
+    if not given and queued and not on_cpu:
+        raise ConfigError(
+            "SLURM=1: GPUS is not set. Name the GPUs of each node and the GiB of one, such as GPUS=8x80: those of this "
+            "machine are not those of the nodes"
+        )
     if not given:
         return visible or DRY_GPUS * dry
-    if not given.isdecimal() or int(given) < 1:
-        raise ConfigError(f"GPUS={given!r}: expected the number of GPUs, such as GPUS=4")
-    if visible and int(given) > visible and not (dry or queued):
+    match = re.fullmatch(r"(\d+)(x\d+(\.\d+)?)?", given, re.ASCII)
+    if match is None or int(match[1]) < 1:
+        raise ConfigError(f"GPUS={given!r}: expected the number of GPUs, such as GPUS=4, or with their GiB, GPUS=4x80")
+    count = int(match[1])
+    if visible and count > visible and not (dry or queued):
         raise ConfigError(f"GPUS={given}: {visible} are visible here")
-    return int(given) if visible or dry or queued else 0
+    return count if visible or dry or queued else 0
 
 
 def describe(step: Step, gpus: int, nodes: int) -> str:
@@ -138,21 +161,30 @@ def describe(step: Step, gpus: int, nodes: int) -> str:
     )
 
 
-def run(command: list[str], output_dir: str | None = None) -> int:
-    """Exit code of `command`. A SIGTERM, of a job queue say, is passed on to it; if it then saves, the code is 75."""
-    asked = []
+class Program:
+    """Runs one program after the other. A SIGTERM, of a job queue say, is passed on to the one that runs."""
 
-    def stop(number, frame):
-        asked.append(time.time())
-        process.terminate()
+    def __init__(self):
+        self.stopped_at: float | None = None
+        self.process: subprocess.Popen | None = None
+        signal.signal(signal.SIGTERM, self._stop)
 
-    process = subprocess.Popen(command, env={"WANDB_PROJECT": "rmipo", **os.environ})
-    signal.signal(signal.SIGTERM, stop)
-    code = process.wait()
-    if code and asked and output_dir:  # the launcher of several processes turns their code into 1
-        saved = [marker.stat().st_mtime for marker in Path(output_dir).glob(f"checkpoint-*/{MARKER}")]
-        code = EXIT_STOPPED if max(saved, default=0) >= asked[0] else code
-    return code if code >= 0 else 128 - code
+    def _stop(self, number, frame):
+        self.stopped_at = self.stopped_at or time.time()
+        if self.process is not None:
+            self.process.terminate()
+
+    def run(self, command: list[str], output_dir: str | None = None) -> int:
+        """Exit code of `command`; 75 if it saved in `output_dir` after a SIGTERM."""
+        defaults = {"WANDB_PROJECT": "rmipo", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": SAVING_SECONDS}
+        self.process = subprocess.Popen(command, env={**defaults, **os.environ})
+        if self.stopped_at:  # the signal came before there was a process to pass it on to
+            self.process.terminate()
+        code = self.process.wait()
+        if code and self.stopped_at and output_dir:  # the launcher of several processes turns their code into 1
+            saved = [marker.stat().st_mtime for marker in Path(output_dir).glob(f"checkpoint-*/{MARKER}")]
+            code = EXIT_STOPPED if max(saved, default=0) >= self.stopped_at else code
+        return code if code >= 0 else 128 - code
 
 
 if __name__ == "__main__":

@@ -5,24 +5,26 @@
 MODEL, METHOD, STAGE (sft or rmipo), ARGS, DATA, SHARDING: as for `make train`. Besides:
   GPUS      <GPUs per node>x<GiB of one>; default: the GPUs of this machine
   NODES     how many machines, default 1
-  EXAMPLES  pairs or dialogues in the training data     TFLOPS  bfloat16 peak of one GPU, default an A100's 312
+  EXAMPLES  pairs or dialogues in the training data, where they are neither here nor a recipe's
+  TFLOPS    bfloat16 peak of one GPU, default an A100's 312
 The exit code is 1 if the run can't fit.
 """
 
 import os
+import shlex
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from rmipo import plan, preflight
+from rmipo import lengths, plan, preflight
 from rmipo.config import Recipe
 from rmipo.plan import GIB, Hardware, Sharding
-from rmipo.stages import choose_stages, launch_configuration, load_steps
+from rmipo.stages import choose_sharding, choose_stages, launch_configuration, load_steps, node_count
 
 ROOT = Path(__file__).parent.parent
-# Rows of UltraFeedback's train_prefs (the on-policy sets have about as many) and of UltraChat-200k's train_sft.
-EXAMPLES = {"preference": 61_135, "sft": 207_865}
+# Where the number of examples is not known: UltraFeedback's (the on-policy sets have about as many), UltraChat's.
+ASSUMED_EXAMPLES = {"preference": 61_135, "sft": 207_865}
 A100_TFLOPS = 312.0  # bfloat16 without sparsity; A800 likewise
 
 
@@ -34,12 +36,42 @@ def number(env: dict[str, str], name: str, default: float) -> float:
 
 
 def hardware_of(env: dict[str, str], recipe: Recipe) -> Hardware:
+    nodes = node_count(env)
     if env.get("GPUS"):
-        return Hardware.parse(env["GPUS"], int(number(env, "NODES", 1)))
+        return Hardware.parse(env["GPUS"], nodes)
+    if nodes > 1:
+        raise preflight.PreflightError(f"NODES={nodes}: name the GPUs of each and the GiB of one too, e.g. GPUS=8x80")
     hardware = preflight.local_hardware(use_cpu=recipe.values.get("use_cpu", False))
     if hardware is None:
         raise preflight.PreflightError("no GPU is visible here: name what to plan for, e.g. GPUS=4x80")
     return hardware
+
+
+def examples_of(env: dict[str, str], recipe: Recipe) -> tuple[int, str]:
+    """(training examples, where the number is from)."""
+    if env.get("EXAMPLES"):
+        return int(number(env, "EXAMPLES", 1)), "as EXAMPLES says"
+    known = lengths.training_examples(recipe)
+    if known is not None:
+        return known, "in the training data"
+    assumed = ASSUMED_EXAMPLES[recipe.stage]
+    return min(assumed, recipe.values.get("max_train_samples") or assumed), "assumed; EXAMPLES= says otherwise"
+
+
+def require_earlier_stage(model: str, recipe: Recipe, env: dict[str, str]) -> None:
+    """Raises PreflightError if the recipe starts from, or trains on, what an earlier stage has not made yet."""
+    before, data = {}, env.get("DATA", "")
+    for step in load_steps(model, choose_stages({**env, "STAGE": ""})[1], env):
+        if step.stage == "world":
+            before[step.arguments[step.arguments.index("--output") + 1]] = shlex.join(step.command(0, None))
+        elif step.stage == "sft":
+            command = ["make", "train", f"MODEL={model}", "STAGE=sft", *([f"DATA={data}"] if data else [])]
+            before[step.recipe.values["output_dir"]] = shlex.join(command)
+    for key in ("model_name_or_path", "dataset_name"):
+        value = recipe.values.get(key) or ""
+        for folder, command in before.items():
+            if (value == folder or value.startswith(f"{folder}/")) and not Path(value).exists():
+                raise preflight.PreflightError(f"{key}: {value} is made by an earlier stage. Run it first: {command}")
 
 
 def main() -> int:
@@ -47,8 +79,9 @@ def main() -> int:
     os.chdir(ROOT)
     model, stages = choose_stages(env)
     recipe = next(step.recipe for step in load_steps(model, stages, env) if step.stage == env["STAGE"])
+    require_earlier_stage(model, recipe, env)
     hardware = hardware_of(env, recipe)
-    launch = launch_configuration(recipe, env.get("SHARDING"))
+    launch = launch_configuration(recipe, choose_sharding(env))
     sharding = Sharding.load(launch)
     run, shape = preflight.run_of(recipe), preflight.shape_of(recipe)
     memory = plan.plan_memory(shape, run, sharding, hardware)
@@ -63,12 +96,17 @@ def main() -> int:
         print(f"  {name:36} {size / GIB:8.1f} GiB")
     print(
         f"  {'total':36} {memory.needed / GIB:8.1f} GiB of {hardware.gib:g}:",
-        "fits" if memory.fits else "DOES NOT FIT",
+        "fits" if memory.needed <= memory.capacity else "DOES NOT FIT",
     )
     prior = f"; the prior pass {memory.prior / GIB:.1f} GiB" if run.prior else ""
     print(f"  in place of activations and head logits: evaluation {memory.evaluation / GIB:.1f} GiB{prior}")
     if memory.host:
-        print(f"  offloaded to each node's memory: {memory.host / GIB:.0f} GiB")
+        found = (
+            f" of {hardware.host_gib:.0f}: {'fits' if memory.host_fits else 'DOES NOT FIT'}"
+            if hardware.host_gib
+            else ""
+        )
+        print(f"  offloaded to each node's memory: {memory.host / GIB:.0f} GiB{found}")
     checkpointing = "with" if run.checkpointing else "without"
     print(
         f"  activations {checkpointing} gradient checkpointing; attention by flex or flash, which keeps no score matrix"
@@ -81,16 +119,16 @@ def main() -> int:
     print(f"\nSuggested {key}: {value or 'none fits'}")
     _, accumulation = recipe.batch(hardware.gpus)
     cut = f"in rows of at most {run.max_tokens} tokens" if run.max_tokens else f"x {run.micro_batch} x {accumulation}"
-    examples = int(number(env, "EXAMPLES", EXAMPLES[run.stage]))
-    tflops, epochs = number(env, "TFLOPS", A100_TFLOPS), recipe.values.get("num_train_epochs", 1)
+    tflops, (examples, source) = number(env, "TFLOPS", A100_TFLOPS), examples_of(env, recipe)
+    steps, seen = lengths.steps(recipe.values, run, examples), lengths.examples_seen(recipe.values, run, examples)
     tokens_each = plan.typical_tokens(run)[0]
-    duration = plan.hours(shape, run, hardware, examples * epochs, tflops)
-    steps = plan.steps(run, examples, epochs)
+    duration = plan.hours(shape, run, hardware, seen, tflops)
+    print(f"Examples: {examples}, {source}")
     print(f"Steps: {steps}, each {run.global_batch} rows = {hardware.gpus} GPUs {cut}")
-    print(f"Tokens: {examples * epochs * tokens_each / 1e6:.0f} M with gradients")
+    print(f"Tokens: {seen * tokens_each / 1e6:.0f} M with gradients")
     print(f"Hours: {duration:.1f} for the training steps, {duration * hardware.gpus:.0f} GPU hours")
     print(
-        f"  assumed: {examples} examples of {tokens_each} tokens; {plan.MFU:.0%} of {tflops:g} TFLOP/s per GPU "
+        f"  assumed: {tokens_each} tokens an example; {plan.MFU:.0%} of {tflops:g} TFLOP/s per GPU "
         "(A100: 312, H100: 989; TFLOPS=). An assumption, not a measurement"
     )
 

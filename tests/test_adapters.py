@@ -180,7 +180,6 @@ def test_four_bit_base_trains_an_adapter(tmp_path):
 @pytest.mark.parametrize(("adapter", "gib"), [("lora", 48), ("qlora", 24)])
 def test_adapters_fit_one_gpu(setting, adapter, gib):
     recipe = load_recipe(ROOT / f"recipes/{setting}/rmipo.yaml", [ROOT / f"recipes/adapters/{adapter}.yaml"])
-    assert recipe.values["output_dir"] == f"outputs/{setting}/rmipo-{adapter}"
     memory = preflight.check_fit(recipe, Hardware(1, 1, gib), Sharding("none"))
     assert memory.needed < gib * GIB
     run_of = preflight.run_of(recipe)

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -33,7 +34,19 @@ HOSTILE = [
 @pytest.fixture(autouse=True)
 def root(monkeypatch):
     monkeypatch.chdir(ROOT)
-    for name in ("MODEL", "STAGE", "METHOD", "ARGS", "DATA", "DRY", "GPUS", "SHARDING", "SLURM", "NODES"):
+    for name in (
+        "MODEL",
+        "STAGE",
+        "METHOD",
+        "ARGS",
+        "DATA",
+        "DRY",
+        "GPUS",
+        "SHARDING",
+        "SLURM",
+        "NODES",
+        "SBATCH_ARGS",
+    ):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -103,6 +116,21 @@ def test_output_dir_of_the_user_wins():
     assert [word for word in words if "output_dir" in word] == ["--output_dir=elsewhere"]
 
 
+@pytest.mark.parametrize(
+    ("env", "folder"),
+    [
+        ({"MODEL": "llama3-8b-instruct"}, "llama3-8b-instruct/rmipo-lora"),
+        ({"MODEL": "llama3-8b-instruct", "METHOD": "dpo"}, "llama3-8b-instruct/dpo-lora"),
+        ({"MODEL": "llama3-8b-instruct-hh-helpful"}, "llama3-8b-instruct-hh-helpful/rmipo-lora"),
+        ({"MODEL": "mistral-7b-instruct", "DATA": "my.jsonl"}, "mistral-7b-instruct/rmipo-my-lora"),
+    ],
+)
+def test_adapters_have_a_folder_of_their_own(env, folder):
+    """Else METHOD=dpo with an adapter would be the full run's folder."""
+    words = command({**env, "ARGS": "--overlay recipes/adapters/lora.yaml"})
+    assert words[words.index("--output_dir") + 1] == f"outputs/{folder}"
+
+
 def test_cpu_setting_and_adapters_need_no_deepspeed():
     words = command({"MODEL": "tiny", "ARGS": "--seed 1"})
     assert Path(words[0]).name == "python"
@@ -157,7 +185,7 @@ def test_finished_run_is_kept_and_another_recipe_refused(tmp_path):
     record.write_text(json.dumps({"finished": True, "recipe": recipe.resolved()}))
     assert step.is_done()
     record.write_text(json.dumps({"finished": True, "recipe": recipe.resolved() | {"seed": 7}}))
-    with pytest.raises(ConfigError, match=r"(?s)run of another recipe.*seed: 7 there, 42 here$"):
+    with pytest.raises(ConfigError, match=r"(?s)run of another recipe.*recipe.seed: 7, now 42$"):
         step.is_done()
 
 
@@ -179,6 +207,13 @@ def launch_module():
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(autouse=True)
+def own_signals():
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
 
 
 @pytest.fixture
@@ -218,12 +253,14 @@ def test_dry_run_of_a_base_setting_says_which_sft_model_it_takes(launch):
 
 
 def test_dry_run_prints_the_slurm_submission_over_nodes(launch):
-    code, output, _ = launch(MODEL="llama3-70b-instruct", DRY="1", SLURM="1", NODES="4", GPUS="8")
+    given = {"NODES": "4", "GPUS": "8x80", "SBATCH_ARGS": "--qos=long --comment='a b'"}
+    code, output, _ = launch(MODEL="llama3-70b-instruct", DRY="1", SLURM="1", **given)
     lines = output.splitlines()
     assert code == 0
     assert "# batch: 128 over 32 processes, in rows of at most 4096 tokens" in lines
     assert lines[-2] == (
-        "sbatch --parsable --nodes=4 --job-name=llama3-70b-instruct-rmipo --gpus-per-node=8 scripts/launch.slurm "
+        "sbatch --parsable --nodes=4 --job-name=llama3-70b-instruct-rmipo --gpus-per-node=8 --dependency=singleton "
+        "--qos=long '--comment=a b' scripts/launch.slurm "
         "configs/accelerate/zero3.yaml scripts/preference.py --config recipes/llama3-70b-instruct/rmipo.yaml"
     )
 
@@ -231,23 +268,38 @@ def test_dry_run_prints_the_slurm_submission_over_nodes(launch):
 def test_cpu_stages_are_queued_without_gpus(launch):
     code, output, _ = launch(MODEL="tiny", STAGE="rmipo", DRY="1", SLURM="1", NODES="2")
     assert code == 0 and "# batch: 32 = 16 per device x 2 processes x 1 steps" in output
-    assert "--nodes=2 --job-name=tiny-rmipo scripts/launch.slurm cpu scripts/preference.py --config" in output
+    assert "--nodes=2 --job-name=tiny-rmipo --dependency=singleton scripts/launch.slurm cpu scripts/pref" in output
 
 
-def test_stages_are_queued_one_after_the_other(launch, tmp_path, monkeypatch):
-    """A stand-in for sbatch writes down what it was given and hands out job ids."""
+@pytest.fixture
+def jobs(tmp_path, monkeypatch):
+    """Of a stand-in for sbatch, which writes down what it was given and hands out job ids."""
     sbatch = tmp_path / "sbatch"
     sbatch.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/jobs\nwc -l < {tmp_path}/jobs\n')
     sbatch.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    code, output, errors = launch(MODEL="llama3-8b-base", SLURM="1", GPUS="8")
+    return tmp_path / "jobs"
+
+
+def test_stages_are_queued_one_after_the_other(launch, jobs):
+    code, output, errors = launch(MODEL="llama3-8b-base", SLURM="1", GPUS="8", METHOD="dpo")
     assert code == 0, errors
-    first, second = (tmp_path / "jobs").read_text().splitlines()
+    first, second = jobs.read_text().splitlines()
+    assert "--job-name=llama3-8b-base-sft --gpus-per-node=8 --dependency=singleton scripts/launch.slurm" in first
     assert first.endswith("configs/accelerate/zero3.yaml scripts/sft.py --config recipes/llama3-8b-base/sft.yaml")
     assert (
-        "--job-name=llama3-8b-base-rmipo --gpus-per-node=8 --dependency=afterok:1 --kill-on-invalid-dep=yes" in second
+        "--job-name=llama3-8b-base-dpo --gpus-per-node=8 --dependency=afterok:1,singleton --kill-on-invalid-dep=yes"
+        in second
     )
+    assert "## rmipo: memory is not checked before the job starts: GPUS=8x80 (GiB of one) would\n" in output
     assert "## rmipo: job 2, log outputs/slurm/2.log" in output
+
+
+def test_a_job_that_cannot_fit_its_nodes_is_not_queued(launch, jobs):
+    asked = {"MODEL": "llama3-70b-instruct", "SLURM": "1", "NODES": "4"}
+    code, output, errors = launch(**asked, GPUS="8x24")
+    assert (code, output) == (2, "") and not jobs.exists()
+    assert re.search(r"needs \d+ GiB per GPU with zero3 on 32 GPUs, found 24 ", errors)
 
 
 @pytest.mark.parametrize("processes", [1, 2])
@@ -265,11 +317,36 @@ def test_a_stop_that_saved_ends_with_code_75(launch_module, tmp_path, processes)
         "os.kill(os.getppid(), signal.SIGTERM)\n"
         "time.sleep(60)\n"
     )
-    before = signal.getsignal(signal.SIGTERM)
-    try:
-        assert launch_module.run([sys.executable, str(program)], str(tmp_path)) == 75
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    assert launch_module.Program().run([sys.executable, str(program)], str(tmp_path)) == 75
+
+
+def test_a_stop_during_the_last_moments_of_a_stage_keeps_the_next_from_starting(launch, launch_module, monkeypatch):
+    """The first stage of tiny gets no time to end differently: its program is one that ends well after a SIGTERM."""
+    ending_well = (
+        "import os, signal, sys, time\n"
+        "signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))\n"
+        "os.kill(os.getppid(), signal.SIGTERM)\n"
+        "time.sleep(60)\n"
+    )
+    monkeypatch.setattr(stages.Step, "command", lambda *_: [sys.executable, "-c", ending_well])
+    code, output, errors = launch(MODEL="tiny")
+    assert code == 75
+    assert [line for line in output.splitlines() if line.startswith("## ")] == ["## world"]
+    assert errors == "stopped before sft; the same command starts there\n"
+
+
+def test_a_stop_before_the_program_runs_reaches_it(launch_module):
+    program = launch_module.Program()
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert program.run([sys.executable, "-c", "import time; time.sleep(60)"]) == 128 + signal.SIGTERM
+
+
+def test_time_to_save_is_the_same_with_and_without_slurm(launch_module):
+    script = (ROOT / "scripts/launch.slurm").read_text()
+    seconds = int(re.search(r"TORCH_ELASTIC_SHUTDOWN_TIMEOUT=(\d+)", script)[1])
+    assert seconds == int(launch_module.SAVING_SECONDS) < int(re.search(r"--signal=B:USR1@(\d+)", script)[1])
+    show = "import os, sys; sys.exit(int(os.environ['TORCH_ELASTIC_SHUTDOWN_TIMEOUT']) - 500)"
+    assert launch_module.Program().run([sys.executable, "-c", show]) == seconds - 500
 
 
 @pytest.mark.parametrize(
@@ -277,6 +354,12 @@ def test_a_stop_that_saved_ends_with_code_75(launch_module, tmp_path, processes)
     [
         ({"MODEL": "llama3"}, "error: MODEL='llama3' is not one of them. The settings:"),
         ({"MODEL": "tiny", "GPUS": "many"}, "error: GPUS='many': expected the number of GPUs"),
+        ({"MODEL": "tiny", "GPUS": "4x"}, "error: GPUS='4x': expected the number of GPUs"),
+        (
+            {"MODEL": "llama3-70b-instruct", "SLURM": "1", "NODES": "4"},
+            "error: SLURM=1: GPUS is not set. Name the GPUs of",
+        ),
+        ({"MODEL": "tiny", "SLURM": "1", "DRY": "1", "SBATCH_ARGS": "'"}, "error: SBATCH_ARGS=\"'\" can't be read: No"),
         ({"MODEL": "tiny", "NODES": "2"}, "error: NODES=2: several machines are reached through Slurm: add SLURM=1"),
         ({"MODEL": "tiny", "NODES": "two", "SLURM": "1"}, "error: NODES='two': expected the number of machines"),
         ({"MODEL": "tiny", "SHARDING": "zero9"}, "error: SHARDING='zero9' is not one of them"),

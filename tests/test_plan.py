@@ -1,20 +1,24 @@
 """Estimates of `make plan`: parameter counts, what autograd really keeps, published figures, refusals."""
 
 import dataclasses
+import os
 import runpy
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from peft import LoraConfig
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, TrainingArguments
 
-from rmipo import plan, preflight
+from rmipo import lengths, plan, preflight
 from rmipo.batching import HOISTED_MICRO_BATCHES
 from rmipo.config import load_recipe
 from rmipo.logps import label_logps
 from rmipo.plan import GIB, Hardware, Run, Shape, Sharding
 from rmipo.shapes import load_config
+from tests.test_twins import make_twin
 
 ROOT = Path(__file__).parent.parent
 ZERO3 = Sharding("zero3")
@@ -36,6 +40,11 @@ def make_run(**changes):
         adapters=False, quantized=False, nested_quantization=False,
     )  # fmt: skip
     return dataclasses.replace(run, **changes)
+
+
+@pytest.fixture
+def recipe_8b():
+    return load_recipe(ROOT / "recipes/llama3-8b-instruct/rmipo.yaml")
 
 
 # Counts that the model cards and checkpoints state.
@@ -205,9 +214,124 @@ def test_disk_is_checked_before_a_run(tmp_path):
         preflight.check_disk(tmp_path / "not" / "there", free * 2)
 
 
+def test_what_a_run_has_already_written_needs_no_room_again(tmp_path):
+    (tmp_path / "checkpoint-1").mkdir()
+    with open(tmp_path / "checkpoint-1" / "optimizer.pt", "wb") as file:
+        file.truncate(2**40)  # a hole: takes no room
+    free = preflight.check_disk(tmp_path, 0)
+    preflight.check_disk(tmp_path, 2**40 + free // 2)
+    with pytest.raises(preflight.PreflightError, match=r"needs \d+ GiB, 1024 of them are there and \d+ GiB are free"):
+        preflight.check_disk(tmp_path, 2**40 + 2 * free)
+
+
+@pytest.mark.parametrize(
+    ("changes", "checkpoints"),
+    [
+        ([], 3),  # save_total_limit 2, four saves
+        (["--save_total_limit=null"], 4),
+        (["--save_total_limit=null", "--save_steps=0.3"], 4),  # the last at the end
+        (["--save_total_limit=9"], 4),
+        (["--save_total_limit=null", "--save_steps=100"], 5),  # 478 steps
+        (["--save_total_limit=null", "--save_steps=100", "--max_steps=250"], 3),
+        (["--save_total_limit=null", "--save_steps=100", "--max_train_samples=12800"], 1),
+        (["--save_total_limit=null", "--save_strategy=epoch", "--num_train_epochs=3"], 3),
+        (["--save_total_limit=null", "--save_steps=100", "--dataset_name=some/pairs"], 2),  # of unknown length
+        (["--save_strategy=no"], 0),
+    ],
+)
+def test_disk_holds_as_many_checkpoints_as_are_kept(changes, checkpoints):
+    recipe = load_recipe(ROOT / "recipes/llama3-8b-base/rmipo.yaml", overrides=changes)
+    needed = preflight.disk_needed(recipe, Shape.of(load_config(LLAMA3_8B)), ZERO3)
+    # The model in bfloat16; a checkpoint also has the float32 weights and Adam's two moments.
+    assert needed == 8_030_261_248 * (2 + checkpoints * (2 + 12))
+
+
+def test_a_float32_model_takes_twice_the_disk():
+    recipe = load_recipe(
+        ROOT / "recipes/llama3-8b-base/rmipo.yaml", overrides=["--dtype=float32", "--save_strategy=no"]
+    )
+    assert preflight.disk_needed(recipe, Shape.of(load_config(LLAMA3_8B)), ZERO3) == 8_030_261_248 * 4
+
+
+@pytest.mark.parametrize(
+    ("setting", "changes", "examples"),
+    [
+        ("llama3-8b-base/sft", [], 207_865),
+        ("llama3-8b-base/rmipo", [], 61_135),
+        ("llama3-8b-base/rmipo", ["--max_train_samples=1000"], 1000),
+        ("llama3-8b-instruct-hh-helpful/rmipo", [], 43_835),
+        ("llama3-8b-instruct-hh-harmless/rmipo", [], 42_537),
+        ("llama3-8b-instruct/rmipo", [], None),
+    ],
+)
+def test_examples_of_the_recipes_datasets(setting, changes, examples):
+    assert lengths.training_examples(load_recipe(ROOT / f"recipes/{setting}.yaml", overrides=changes)) == examples
+
+
+def test_examples_that_are_here_are_counted(tmp_path):
+    make_twin(tmp_path, "llama3-8b-base/rmipo", "llama3", "ultrafeedback_binarized")
+    path, data = ROOT / "recipes/llama3-8b-base/rmipo.yaml", f"--dataset_name={tmp_path / 'data'}"
+    assert lengths.training_examples(load_recipe(path, overrides=[data])) == 40
+    assert lengths.training_examples(load_recipe(path, overrides=[data, "--max_train_samples=7"])) == 7
+
+
+def test_offloaded_states_have_to_fit_the_machine(recipe_8b):
+    offload, small = Sharding("zero3", True, True), Hardware(1, 4, 80, 128)
+    with pytest.raises(
+        preflight.PreflightError,
+        match=r"offloading with zero3 on 4 GPUs needs 202 GiB of each machine's memory, found 128\. Use more machines",
+    ):
+        preflight.check_fit(recipe_8b, small, offload)
+    assert preflight.check_fit(recipe_8b, dataclasses.replace(small, host_gib=256), offload).host > 200 * GIB
+    assert preflight.check_fit(recipe_8b, small, ZERO3).host == 0
+
+
 @pytest.mark.parametrize("name, kind", [("zero3", "zero3"), ("zero2", "zero2"), ("ddp", "none"), ("fsdp2", "fsdp2")])
 def test_launch_configurations_are_read(name, kind):
     assert Sharding.load(ROOT / f"configs/accelerate/{name}.yaml") == Sharding(kind)
+
+
+@pytest.mark.parametrize("name", ["zero3", "zero3-offload", "zero2", "ddp", "fsdp2"])
+def test_a_training_process_sees_how_it_was_launched(name):
+    """Through accelerate itself, on the CPU: `sharding_of` has only what that leaves in the environment."""
+    show = (
+        "import sys; from transformers import TrainingArguments; from rmipo.preflight import sharding_of\n"
+        "print('seen:', sharding_of(TrainingArguments('unused', use_cpu=True)))\n"
+    )
+    launch = [str(Path(sys.executable).parent / "accelerate"), "launch", "--num_processes", "1"]
+    launch += ["--config_file", f"configs/accelerate/{name}.yaml", "--no_python", sys.executable, "-c", show]
+    environment = os.environ | {"DS_ACCELERATOR": "cpu"}
+    done = subprocess.run(launch, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    assert f"seen: {Sharding.load(ROOT / f'configs/accelerate/{name}.yaml')}\n" in done.stdout, done.stderr[-3000:]
+
+
+def test_a_training_process_that_cannot_fit_is_refused(recipe_8b, monkeypatch, tmp_path):
+    args, on_cpu = TrainingArguments(str(tmp_path)), TrainingArguments(str(tmp_path), use_cpu=True)
+    monkeypatch.setattr(preflight, "local_hardware", lambda: Hardware(1, 2, 24, 500))  # there is no GPU to look at
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with pytest.raises(preflight.PreflightError, match=r"needs \d+ GiB per GPU with none on 2 GPUs, found 24 "):
+        preflight.check_run(recipe_8b, args)
+    preflight.check_run(recipe_8b, on_cpu)
+
+
+@pytest.mark.parametrize("recipe", ["tiny/sft", "tiny/rmipo"])
+def test_training_scripts_check_before_they_load_anything(recipe, monkeypatch, tmp_path, capsys):
+    def refuse(recipe, args):
+        assert (recipe.values["max_steps"], args.max_steps) == (2, 2)
+        raise preflight.PreflightError("too small")
+
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(preflight, "check_run", refuse)
+    form = {"tiny/sft": "ultrachat", "tiny/rmipo": "on_policy_ultrafeedback"}[recipe]
+    overrides = make_twin(tmp_path, recipe, "llama3", form)
+    script = ROOT / "scripts" / ("sft.py" if recipe == "tiny/sft" else "preference.py")
+    arguments = ["--config", f"recipes/{recipe}.yaml", *overrides, "--output_dir", str(tmp_path / "run")]
+    monkeypatch.setattr(sys, "argv", [str(script), *arguments])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(script), run_name="__main__")
+    assert end.value.code == 2 and capsys.readouterr().err.endswith("error: too small\n")
+    assert not (tmp_path / "run").exists()
 
 
 def test_offload_is_read_from_the_deepspeed_file():
@@ -221,6 +345,8 @@ def test_hardware_is_read_strictly(text):
 
 
 def make_plan(monkeypatch, capsys, **variables):
+    for name in ("STAGE", "METHOD", "ARGS", "DATA", "GPUS", "SHARDING", "NODES", "EXAMPLES", "TFLOPS"):
+        monkeypatch.delenv(name, raising=False)
     for name, value in {"MODEL": "llama3-8b-instruct", **variables}.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(SystemExit) as end:
@@ -254,4 +380,46 @@ def test_plan_fails_when_the_run_cannot_fit(monkeypatch, capsys):
     assert make_plan(monkeypatch, capsys, GPUS="eight")[0].startswith("error: GPUS=eight: expected")
     assert (
         make_plan(monkeypatch, capsys, GPUS="8x80", TFLOPS="fast")[0] == "error: TFLOPS=fast: expected a number above 0"
+    )
+
+
+def test_plan_follows_the_length_that_the_recipe_asks_for(monkeypatch, capsys):
+    base = {"MODEL": "llama3-8b-base", "GPUS": "8x80"}
+    _, text = make_plan(monkeypatch, capsys, **base, ARGS="--max_steps=100")
+    assert "Steps: 100," in text and "Tokens: 11 M" in text  # 100 x 128 pairs of 860 tokens
+    _, text = make_plan(monkeypatch, capsys, **base, ARGS="--max_train_samples=1280")
+    assert "Examples: 1280, in the training data" in text and "Steps: 10," in text
+    _, text = make_plan(monkeypatch, capsys, MODEL="llama3-8b-instruct-hh-helpful", GPUS="8x80")
+    assert "Examples: 43835, in the training data" in text and "Steps: 343," in text
+    _, text = make_plan(monkeypatch, capsys, GPUS="8x80")
+    assert "Examples: 61135, assumed; EXAMPLES= says otherwise" in text
+    _, text = make_plan(monkeypatch, capsys, GPUS="8x80", EXAMPLES="1000")
+    assert "Examples: 1000, as EXAMPLES says" in text and "Steps: 8," in text
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"GPUS": "8x80", "SHARDING": "zero9"}, "error: SHARDING='zero9' is not one of them. Files in configs/acc"),
+        ({"GPUS": "8x80", "NODES": "1.5"}, "error: NODES='1.5': expected the number of machines"),
+        ({"NODES": "2"}, "error: NODES=2: name the GPUs of each and the GiB of one too, e.g. GPUS=8x80"),
+    ],
+)
+def test_plan_refuses_what_it_cannot_plan_for(monkeypatch, capsys, variables, message):
+    assert make_plan(monkeypatch, capsys, **variables)[0].startswith(message)
+
+
+def test_plan_says_which_stage_comes_first_and_nothing_else():
+    """In a fresh process: warnings of libraries come with their import."""
+    environment = os.environ | {"MODEL": "tiny", "DATA": "never-trained.jsonl"}
+    for name in ("DS_ACCELERATOR", "STAGE", "METHOD", "ARGS", "GPUS", "NODES", "WANDB_MODE"):
+        environment.pop(name, None)
+    done = subprocess.run(
+        [sys.executable, "scripts/plan.py"], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (
+        1,
+        "",
+        "error: model_name_or_path: outputs/tiny/sft-never-trained is made by an earlier stage. Run it first: make train "
+        "MODEL=tiny STAGE=sft DATA=never-trained.jsonl\n",
     )

@@ -97,11 +97,12 @@ def test_accelerate_meets_at_the_head_node(tmp_path, monkeypatch, sharding):
     stand_in.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
     stand_in.chmod(0o755)
     node = {
-        "HEAD_NODE": "first",
+        "RMIPO_HEAD_NODE": "first",
         "SLURM_JOB_ID": "7",
         "SLURM_NNODES": "4",
         "SLURM_NODEID": "2",
-        "SLURM_GPUS_ON_NODE": "8",
+        "SLURM_GPUS_PER_NODE": "a100:8",
+        "SLURM_GPUS_ON_NODE": "16",  # of a node that is taken whole
     }
     config = f"configs/accelerate/{sharding}.yaml"
     program = ["scripts/preference.py", "--config", "a b.yaml"]
