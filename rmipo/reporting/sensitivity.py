@@ -88,7 +88,8 @@ def measured(outputs: Path, model: str, method: str, metric: str) -> list[Measur
             value = None if result is None else result.metrics.get(metric)
         else:
             result, value = None, next((row[metric] for row in reversed(run.log()) if metric in row), None)
-        if value is not None:
+        copied = any(run.record == other.run.record for other in found)  # a merged adapter has its run's record and log
+        if value is not None and not copied:
             found.append(Measured(run, value, result))
     data = Counter(str(point.run.record.get("fingerprints")) for point in found)
     return [p for p in found if str(p.run.record.get("fingerprints")) == data.most_common(1)[0][0]]

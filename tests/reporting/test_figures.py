@@ -1,5 +1,7 @@
 """Figures: the numbers behind the ink, and what is said where inputs are missing."""
 
+import shutil
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
@@ -110,6 +112,14 @@ def test_figure2_shows_repetitions_as_mean_and_range(tmp_path):
     assert axis.lines[0].get_ydata().tolist() == [4.5, 6.0] and len(axis.lines) == 1
     assert [segment[:, 1].tolist() for segment in axis.collections[0].get_segments()] == [[4.0, 5.0], [6.0, 6.0]]
     assert figure.get_supxlabel() == "Bars: lowest and highest of several seeds"
+
+
+def test_figure2_counts_a_merged_adapter_once(tmp_path):
+    for beta in (0.01, 0.1):
+        folder = tmp_path / "tiny" / f"dpo-lora-{beta}"
+        write_run(folder, {"name": "dpo", "beta": beta}, [{"step": 1, "acc": beta}], seconds=beta)
+    shutil.copytree(folder, tmp_path / "tiny" / "dpo-lora-0.1-merged")
+    assert lines_over("beta", measured(tmp_path, "tiny", "dpo", "acc")) == {"": {0.01: [0.01], 0.1: [0.1]}}
 
 
 def test_figure2_has_a_line_for_each_other_setting(tmp_path):
