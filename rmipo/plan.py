@@ -337,6 +337,8 @@ def hours(shape: Shape, run: Run, hardware: Hardware, examples: float, peak_tflo
 def checkpoint_bytes(shape: Shape, run: Run, sharding: Sharding, only_model: bool) -> int:
     """One checkpoint: weights as saved, and for resuming the float32 masters and Adam's moments of what is trained."""
     weights = 4 * shape.trained if run.adapters else run.weight_bytes * shape.parameters
+    if sharding.kind == "fsdp2" and not run.adapters:  # which saves its float32 masters as the model
+        weights = 4 * shape.parameters
     if only_model:
         return weights
     sharded = sharding.kind != "none" or run.adapters

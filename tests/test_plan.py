@@ -423,3 +423,13 @@ def test_plan_says_which_stage_comes_first_and_nothing_else():
         "error: model_name_or_path: outputs/tiny/sft-never-trained is made by an earlier stage. Run it first: make train "
         "MODEL=tiny STAGE=sft DATA=never-trained.jsonl\n",
     )
+
+
+def test_a_checkpoint_holds_weights_masters_and_moments():
+    shape, parameters = Shape.of(load_config(LLAMA3_8B)), 8_030_261_248
+    sizes = {
+        kind: [plan.checkpoint_bytes(shape, make_run(), Sharding(kind), only_model=only) for only in (True, False)]
+        for kind in ("zero3", "fsdp2")
+    }
+    # bfloat16 weights, then 12 bytes per parameter; FSDP2 writes float32 ones (tests/test_fsdp2.py trains with it).
+    assert sizes == {"zero3": [2 * parameters, 14 * parameters], "fsdp2": [4 * parameters, 16 * parameters]}
