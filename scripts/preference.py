@@ -29,7 +29,7 @@ def main() -> None:
     from transformers import set_seed
     from trl import get_peft_config
 
-    from rmipo import checkpoints, data, export, preflight, tracking, watchdogs
+    from rmipo import checkpoints, curves, data, export, preflight, tracking, watchdogs
     from rmipo.chat import PROBES
     from rmipo.loading import initial_fingerprint, load_model, load_tokenizer
     from rmipo.objectives import build_objective
@@ -129,11 +129,11 @@ def main() -> None:
     with checkpoints.explained_full_disk(args.output_dir):
         export.save(trainer)
     if state.is_main_process:
-        say(f"curves: {tracking.plot_curves(args.output_dir)}")
+        say(f"curves: {curves.plot_curves(args.output_dir)}")
         if "test" in datasets and "gamma" in trainer.eval_columns and objective.name == "rmipo":
             bounds = (objective.gamma_min, objective.gamma_max)
             path = Path(args.output_dir) / "gamma.png"
-            say(f"gamma: {tracking.plot_gamma_histogram(trainer.eval_columns['gamma'], bounds, path)}")
+            say(f"gamma: {curves.plot_gamma_histogram(trainer.eval_columns['gamma'], bounds, path)}")
         run.results(**metrics, parity=trainer.parity)
         export.write_model_card(args.output_dir)
         say(f"model: {args.output_dir}")

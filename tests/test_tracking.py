@@ -9,7 +9,8 @@ import wandb
 from PIL import Image
 
 from rmipo.checkpoints import run_identity
-from rmipo.tracking import RunRecord, environment, plot_curves, plot_gamma_histogram, read_metrics
+from rmipo.curves import plot_curves, plot_gamma_histogram
+from rmipo.tracking import RunRecord, environment, read_metrics
 from tests.test_scoring import make_pairs
 from tests.test_trainer import make_trainer
 from tests.wandb_file import read_config, read_history
