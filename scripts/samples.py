@@ -3,8 +3,8 @@
     make samples MODEL=mistral-7b-base METHODS="rmipo simper simpo"
     python scripts/samples.py --model tiny --methods initial rmipo --prompt "What does Ada eat?" --prompt "..."
 
-Without --prompt, the block `samples` in recipes/<model>/eval.yaml says which: `prompts`, or the first `first_n` of a
-file `reference`, whose own answers are shown too. Writes <outputs>/reports/.
+Without --prompt, the block `samples` in recipes/<model>/eval.yaml says which: `prompts`, or the first `first_n` (null:
+all) of a file `reference`, whose own answers are shown too. Writes <outputs>/reports/.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from rmipo.evaluation import EvaluationError  # noqa: E402
+from rmipo.evaluation import EvaluationError, merge_settings  # noqa: E402
 from rmipo.evaluation.alpaca import load_reference  # noqa: E402
 from rmipo.evaluation.generation import Request, digest, generate  # noqa: E402
 from rmipo.evaluation.target import load_settings, model_folder  # noqa: E402
@@ -66,9 +66,10 @@ def choose_prompts(given: list[str] | None, settings: dict) -> tuple[list[str], 
     """The prompts, and answers to them that are known already, by who gave them. Raises EvaluationError without any."""
     if given:
         return given, {}
-    if settings.get("prompts"):
+    settings = merge_settings("samples", {"prompts": None, "reference": None, "first_n": None}, settings)
+    if settings["prompts"]:
         return settings["prompts"], {}
-    if settings.get("reference"):
+    if settings["reference"]:
         rows = load_reference(settings["reference"])[0][: settings["first_n"]]
         return [row["instruction"] for row in rows], {"reference": [row["output"] for row in rows]}
     raise EvaluationError("no prompts: use --prompt, or the block `samples` in the model's eval.yaml")

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -248,6 +249,26 @@ def test_samples_side_by_side(outputs):
         markdown.index("w1 <b> & w2") < markdown.index("**rmipo**") < markdown.index(answers["rmipo"][0].split("\n")[0])
     )
     assert "> ````text\n> w3 ```\n> ````" in markdown  # a fence longer than the text's own
+
+
+@pytest.mark.parametrize(("first_n", "count"), [({}, 9), ({"first_n": 4}, 4)])
+def test_samples_of_a_reference_show_its_answers(outputs, first_n, count):
+    choose = runpy.run_path(str(ROOT / "scripts/samples.py"))["choose_prompts"]
+    prompts, known = choose(None, {"reference": f"{outputs}/pairs/test.jsonl", **first_n})
+    assert prompts == [f"w{i} w{i + 1}" for i in range(count)] and known == {"reference": ["w1 w2 w3"] * count}
+    with pytest.raises(EvaluationError, match=r"samples: unknown keys \['firstn'\]"):
+        choose(None, {"firstn": 3})
+
+
+def test_generation_settings_of_one_benchmark(outputs):
+    """`generation` of a benchmark's own block is laid over the common one."""
+    options = ["alpacaeval.generate_only=true", f"alpacaeval.reference={outputs}/pairs/test.jsonl"]
+    options += ["alpacaeval.generation={batch_size: 3}"]
+    done = run("evaluate.py", outputs, "--bench", "alpacaeval", *(text for o in options for text in ("--set", o)))
+    assert done.returncode == 0, done.stderr
+    header = (outputs / "tiny/rmipo/eval/alpacaeval/answers.jsonl").read_text().splitlines()[0]
+    decoding = json.loads(header)["decoding"]
+    assert (decoding["batch_size"], decoding["max_new_tokens"]) == (3, 48)  # the recipe's are 16 and 48
 
 
 def test_samples_need_trained_models(outputs):
