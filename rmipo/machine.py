@@ -49,7 +49,11 @@ def gpu_checks(needed: bool) -> Iterator[Check]:
     count = torch.cuda.device_count()
     if count == 0:
         build = f"torch is built for CUDA {torch.version.cuda}" if torch.version.cuda else "torch is built without CUDA"
-        fix = "a machine with an NVIDIA GPU, its driver, and torch built for it; MODEL=tiny trains on a CPU"
+        fix = (
+            "a machine with an NVIDIA GPU, its driver, and torch built for it. On a cluster's login node that is as it "
+            "should be: queue the run with make train ... SLURM=1 GPUS=8x80 (each node's GPUs and their GiB), and run make "
+            "doctor on a node (srun --gpus=1 make doctor ...). MODEL=tiny trains on a CPU"
+        )
         yield Check("GPU", False, f"none visible, {build}", fix, needed)
         return
     properties = [torch.cuda.get_device_properties(i) for i in range(count)]
@@ -96,8 +100,10 @@ def attempt(name: str, ask: Callable[[], str], fix: str, needed: bool) -> Check:
         return Check(name, False, f"unreachable or refused ({type(error).__name__})", fix, needed)
 
 
-def tracker_check(report_to: list[str] | str) -> Check:
-    if "wandb" not in report_to:
+def tracker_check(report_to: list[list[str] | str | None]) -> Check:
+    """`report_to`: that of each recipe, which is one tracker, several, or none."""
+    trackers = {name for given in report_to for name in ([given] if isinstance(given, str) else given or [])}
+    if not trackers & {"wandb", "all"}:
         return Check("W&B login", None, "not needed: report_to is not wandb")
     if os.environ.get("WANDB_MODE") in ("offline", "disabled"):
         return Check("W&B login", None, f"not needed: WANDB_MODE is {os.environ['WANDB_MODE']}")
@@ -107,3 +113,12 @@ def tracker_check(report_to: list[str] | str) -> Check:
     if not wandb.login(prompt=False, verify=False):
         return Check("W&B login", False, "no credentials", fix)
     return attempt("W&B login", lambda: "accepted" if wandb.login(prompt=False) else "", fix, needed=True)
+
+
+def judge_check() -> Check:
+    name = "OPENAI_API_KEY"
+    if os.environ.get(name):
+        return Check("judges", True, f"{name} is set")
+    return Check(
+        "judges", None, f"{name} is not set", "set it before make eval's AlpacaEval 2 and MT-Bench; training needs none"
+    )

@@ -176,6 +176,22 @@ def load_steps(model: str, stages: list[str], env: Mapping[str, str]) -> list[St
     return steps
 
 
+def maker(path: str, model: str, env: Mapping[str, str]) -> str | None:
+    """The command that makes a model or data at `path`, if an earlier stage of this setting does."""
+    given = {"DATA": env["DATA"]} if env.get("DATA") else {}
+    data = [f"{name}={value}" for name, value in given.items()]
+    for step in load_steps(model, choose_stages({"MODEL": model})[1], given):
+        if step.stage == "world":
+            folder, command = step.arguments[step.arguments.index("--output") + 1], step.command(0, None)
+        elif step.stage == "sft":
+            folder, command = step.recipe.values["output_dir"], ["make", "train", f"MODEL={model}", "STAGE=sft", *data]
+        else:
+            continue
+        if Path(path).is_relative_to(folder):
+            return shlex.join(command)
+    return None
+
+
 def _method(env: Mapping[str, str]) -> tuple[str, list[str]]:
     """(name, overlays) that METHOD stands for."""
     methods = named_files("recipes/methods", "recipes/ablations")

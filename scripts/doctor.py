@@ -19,12 +19,19 @@ from rmipo.machine import Check
 ROOT = Path(__file__).parent.parent
 
 
-def disk_check(recipe) -> Check:
+def disk_check(step) -> Check:
     from rmipo import preflight
+    from rmipo.config import ConfigError
     from rmipo.plan import GIB, Sharding
+    from rmipo.stages import launch_configuration
 
-    folder = recipe.values["output_dir"]
+    recipe, folder = step.recipe, step.recipe.values["output_dir"]
     name = f"disk {Path(folder).name}"
+    try:
+        if step.is_done():
+            return Check(name, None, f"{folder} is trained already")
+    except ConfigError as error:
+        return Check(name, False, str(error))
     free = preflight.check_disk(folder, 0) / GIB
     try:
         shape = preflight.shape_of(recipe)
@@ -32,7 +39,7 @@ def disk_check(recipe) -> Check:
         return Check(
             name, None, f"{free:.0f} GiB free; {recipe.values['model_name_or_path']} is not here to compare with"
         )
-    needed = preflight.disk_needed(recipe, shape, Sharding.load(preflight.launch_configuration(recipe)))
+    needed = preflight.disk_needed(recipe, shape, Sharding.load(launch_configuration(recipe)))
     try:
         preflight.check_disk(folder, needed)
     except preflight.PreflightError as error:
@@ -40,16 +47,16 @@ def disk_check(recipe) -> Check:
     return Check(name, True, f"{free:.0f} GiB free, {needed / GIB:.1f} needed in {folder}")
 
 
-def access_checks(recipes: list) -> Iterator[Check]:
-    """Models and data that no stage of the setting makes itself."""
+def access_checks(recipes: list, env: dict[str, str]) -> Iterator[Check]:
+    """Models and data; those that a stage of the setting makes are only named."""
     from rmipo import preflight
+    from rmipo.stages import maker
 
-    made = {str(recipe.values["output_dir"]) for recipe in recipes} | {"outputs/tiny/world"}
     wanted = {("model", recipe.values["model_name_or_path"]) for recipe in recipes}
     wanted |= {("dataset", recipe.values["dataset_name"]) for recipe in recipes if recipe.values.get("dataset_name")}
     for kind, name in sorted(wanted):
-        if any(name == folder or name.startswith(f"{folder}/") for folder in made):
-            yield Check(kind, None, f"{name} is made by an earlier stage")
+        if command := maker(name, env["MODEL"], env):
+            yield Check(kind, None, f"{name} is made by an earlier stage: {command}")
             continue
         try:
             yield Check(kind, True, preflight.check_access(name, kind))
@@ -65,14 +72,15 @@ def all_checks(env: dict[str, str]) -> Iterator[Check]:
         return
     from rmipo.stages import choose_stages, load_steps
 
-    recipes = [step.recipe for step in load_steps(*choose_stages(env), env) if step.recipe is not None]
+    steps = [step for step in load_steps(*choose_stages(env), env) if step.recipe is not None]
+    recipes = [step.recipe for step in steps]
     yield from machine.gpu_checks(any(not recipe.values.get("use_cpu") for recipe in recipes))
     yield machine.quantization_check(any(recipe.values.get("load_in_4bit") for recipe in recipes))
-    for recipe in recipes:
-        yield disk_check(recipe)
+    yield from map(disk_check, steps)
     yield machine.hub_login_check()
-    yield from access_checks(recipes)
-    yield machine.tracker_check([recipe.values.get("report_to", "none") for recipe in recipes])
+    yield from access_checks(recipes, env)
+    yield machine.tracker_check([recipe.values.get("report_to") for recipe in recipes])
+    yield machine.judge_check()
 
 
 def main() -> int:

@@ -11,7 +11,6 @@ The exit code is 1 if the run can't fit.
 """
 
 import os
-import shlex
 import sys
 from pathlib import Path
 
@@ -20,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from rmipo import lengths, plan, preflight
 from rmipo.config import Recipe
 from rmipo.plan import GIB, Hardware, Sharding
-from rmipo.stages import choose_sharding, choose_stages, launch_configuration, load_steps, node_count
+from rmipo.stages import choose_sharding, choose_stages, launch_configuration, load_steps, maker, node_count
 
 ROOT = Path(__file__).parent.parent
 # Where the number of examples is not known: UltraFeedback's (the on-policy sets have about as many), UltraChat's.
@@ -60,18 +59,11 @@ def examples_of(env: dict[str, str], recipe: Recipe) -> tuple[int, str]:
 
 def require_earlier_stage(model: str, recipe: Recipe, env: dict[str, str]) -> None:
     """Raises PreflightError if the recipe starts from, or trains on, what an earlier stage has not made yet."""
-    before, data = {}, env.get("DATA", "")
-    for step in load_steps(model, choose_stages({**env, "STAGE": ""})[1], env):
-        if step.stage == "world":
-            before[step.arguments[step.arguments.index("--output") + 1]] = shlex.join(step.command(0, None))
-        elif step.stage == "sft":
-            command = ["make", "train", f"MODEL={model}", "STAGE=sft", *([f"DATA={data}"] if data else [])]
-            before[step.recipe.values["output_dir"]] = shlex.join(command)
     for key in ("model_name_or_path", "dataset_name"):
         value = recipe.values.get(key) or ""
-        for folder, command in before.items():
-            if (value == folder or value.startswith(f"{folder}/")) and not Path(value).exists():
-                raise preflight.PreflightError(f"{key}: {value} is made by an earlier stage. Run it first: {command}")
+        command = maker(value, model, env)
+        if command and not Path(value).exists():
+            raise preflight.PreflightError(f"{key}: {value} is made by an earlier stage. Run it first: {command}")
 
 
 def main() -> int:

@@ -1,10 +1,13 @@
 """`make doctor`: says what is missing, fails only for what the setting needs, and shows no secret."""
 
 import importlib.metadata
+import json
 import runpy
 from pathlib import Path
 
 import pytest
+
+from rmipo.stages import load_steps
 
 ROOT = Path(__file__).parent.parent
 SECRETS = {"HF_TOKEN": "hf_" + "s3cr3t" * 6, "WANDB_API_KEY": "0123456789abcdef" * 2 + "01234567"}
@@ -14,7 +17,7 @@ SECRETS = {"HF_TOKEN": "hf_" + "s3cr3t" * 6, "WANDB_API_KEY": "0123456789abcdef"
 def doctor(monkeypatch, capsys):
     """Runs it without a network; gives (exit code, {check: line})."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    for name in (*SECRETS, "WANDB_MODE"):
+    for name in (*SECRETS, "WANDB_MODE", "OPENAI_API_KEY"):
         monkeypatch.delenv(name, raising=False)
 
     def run(**variables):
@@ -45,7 +48,40 @@ def test_an_8b_setting_fails_here_and_every_line_names_its_fix(doctor):
     assert {"GPU", "model", "dataset", "W&B login"} <= {line[6:].split("  ")[0].strip() for line in failed}
     for line in failed:
         assert "Fix: " in line or "Free some" in line, line
+    assert "queue the run with make train ... SLURM=1 GPUS=8x80" in lines["GPU"]
     assert "hub unreachable (OfflineModeIsEnabled)" in lines["model"]
+
+
+@pytest.mark.parametrize("trackers", ["wandb", "[wandb, tensorboard]", "all"])
+def test_wandb_is_looked_for_among_several_trackers(doctor, trackers):
+    _, lines = doctor(MODEL="tiny", STAGE="rmipo", ARGS=f"--report_to '{trackers}'", WANDB_MODE="offline")
+    assert lines["W&B login"] == "note  W&B login    not needed: WANDB_MODE is offline"
+
+
+def test_no_tracker_needs_no_login(doctor):
+    _, lines = doctor(MODEL="tiny", STAGE="rmipo", ARGS="--report_to tensorboard")
+    assert lines["W&B login"] == "note  W&B login    not needed: report_to is not wandb"
+
+
+def test_the_judges_key_is_looked_for_and_not_shown(doctor):
+    code, lines = doctor(MODEL="tiny")
+    assert code == 0 and lines["judges"].startswith("note  judges       OPENAI_API_KEY is not set. Fix: set it before")
+    _, lines = doctor(MODEL="tiny", OPENAI_API_KEY="sk-s3cr3t")
+    assert lines["judges"] == "ok    judges       OPENAI_API_KEY is set"
+
+
+def test_what_is_trained_already_needs_no_disk_and_another_run_is_named(doctor, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    env = {"MODEL": "tiny", "STAGE": "rmipo", "ARGS": f"--output_dir {tmp_path / 'run'}"}
+    (tmp_path / "run").mkdir()
+    record = tmp_path / "run" / "run.json"
+    recipe = load_steps("tiny", ["rmipo"], env)[0].recipe.resolved()
+    record.write_text(json.dumps({"finished": True, "recipe": recipe}))
+    code, lines = doctor(**env)
+    assert code == 0 and lines["disk run"].endswith("/run is trained already")
+    record.write_text(json.dumps({"finished": True, "recipe": recipe | {"seed": 7}}))
+    code, lines = doctor(**env)
+    assert code == 1 and "holds a run of another recipe" in lines["disk run"]
 
 
 def test_tokens_are_never_shown(doctor, monkeypatch):

@@ -409,6 +409,13 @@ def test_plan_refuses_what_it_cannot_plan_for(monkeypatch, capsys, variables, me
     assert make_plan(monkeypatch, capsys, **variables)[0].startswith(message)
 
 
+def test_args_of_the_sft_stage_are_no_mistake_in_the_other(monkeypatch, capsys):
+    _, text = make_plan(
+        monkeypatch, capsys, MODEL="llama3-8b-base", STAGE="sft", GPUS="8x80", ARGS="--packing=false --max_steps=5"
+    )
+    assert "Steps: 5," in text
+
+
 def test_plan_says_which_stage_comes_first_and_nothing_else():
     """In a fresh process: warnings of libraries come with their import."""
     environment = os.environ | {"MODEL": "tiny", "DATA": "never-trained.jsonl"}
