@@ -30,7 +30,7 @@ setup(
     ],
     extras_require={
         "gpu": ["bitsandbytes", "kernels"],
-        "vllm": ["vllm"],
+        "vllm": ["vllm==0.30.0"],  # the release for torch 2.13
         "eval": [
             "alpaca-eval==0.6.6",
             "lm-eval[hf,ifeval,math]==0.4.13",
