@@ -163,12 +163,6 @@ def in_the_middle_of_an_evaluation(output_dir):
     return steps("metrics.jsonl", "eval_loss") > steps("generations.jsonl", "answer")
 
 
-def phase(output_dir):
-    if in_the_middle_of_a_save(output_dir):
-        return "in a save"
-    return "in an evaluation" if in_the_middle_of_an_evaluation(output_dir) else "elsewhere"
-
-
 @pytest.mark.parametrize("processes", PROCESSES.values(), ids=PROCESSES)
 def test_killed_in_an_epoch_an_evaluation_and_a_save(tmp_path, twin, processes):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
@@ -189,29 +183,32 @@ def test_killed_in_an_epoch_an_evaluation_and_a_save(tmp_path, twin, processes):
 @pytest.mark.timeout(0)
 @pytest.mark.parametrize("processes", PROCESSES.values(), ids=PROCESSES)
 def test_killed_at_twenty_random_points(tmp_path, twin, processes):
-    """From the first step to the final save: after a random step, up to a step's time later."""
+    """After a random step: in the next save, in the next evaluation, or up to 250 ms later, wherever that is."""
     whole = tmp_path / "whole"
     finish(twin, whole, processes)
     random_state = random.Random(processes)
-    killed_in = []
-    while len(killed_in) < 20:
-        killed = tmp_path / f"killed-{len(killed_in)}"
+    points = []
+    while len(points) < 20:
+        killed = tmp_path / f"killed-{len(points)}"
         step, wait = random_state.randint(0, 15), random_state.uniform(0, 0.25)
-        process = start(twin, killed, processes)
+        where = random_state.choice([in_the_middle_of_a_save, in_the_middle_of_an_evaluation, None])
         reached = []
 
         def due():
             if last_step(killed) >= step and (killed / "run.json").exists():  # noqa: B023
                 reached.append(time.monotonic())  # noqa: B023
-            return reached and time.monotonic() - reached[0] >= wait  # noqa: B023
+            if not reached:  # noqa: B023
+                return False
+            return where(killed) if where else time.monotonic() - reached[0] >= wait  # noqa: B023
 
+        process = start(twin, killed, processes)
         if not kill_when(process, due, timeout=300):
             shutil.rmtree(killed)  # it had ended by then
             continue
-        killed_in.append(f"step {step} + {wait * 1000:.0f} ms, {phase(killed)}")
         finish(twin, killed, processes)
         assert_same_run(killed, whole)
-        print(f"{len(killed_in)}: {killed_in[-1]}: the same run", flush=True)
+        points.append(f"step {step}, {where.__name__ if where else f'{wait * 1000:.0f} ms later'}")
+        print(f"{len(points)}: {points[-1]}: the same run", flush=True)
 
 
 def test_sft_is_resumed_exactly_too(tmp_path, sft_twin):
