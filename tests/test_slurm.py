@@ -1,6 +1,6 @@
 """scripts/launch.slurm on a real Slurm of two nodes: a run over both, requeued midway, ends with the same weights.
 
-Needs Debian's slurm-wlm and munge (`apt-get install slurm-wlm munge`); skipped without. About a minute:
+Needs Debian's slurm-wlm and munge (`apt-get install slurm-wlm munge`); skipped without. About two minutes:
     .venv/bin/python -m pytest -m slurm
 """
 
@@ -25,16 +25,23 @@ from tests.test_twins import REPOSITORY, make_twin
 STEPS = 100
 
 
+def shown(job, key):
+    """What `scontrol show job` says after `key`=; None for a job that it doesn't know."""
+    values = re.findall(rf"\b{key}=(\S+)", slurm(dict(os.environ), "scontrol", "show", "job", job))
+    return values[0] if values else None
+
+
 def finished(job):
     """The job's state once it has ended, else None. A requeued job is pending again."""
-    states = re.findall(r"JobState=(\w+)", slurm(dict(os.environ), "scontrol", "show", "job", job))
-    return states[0] if states and states[0] not in ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING") else None
+    state = shown(job, "JobState")
+    return state if state not in (None, "PENDING", "RUNNING", "COMPLETING", "CONFIGURING") else None
 
 
-def train(overrides, output_dir, disturb=None):
+def train(overrides, output_dir, disturb=None, end="COMPLETED"):
     """Train on both nodes; `disturb(job)` is called in the middle. Returns (how often it was started, its log)."""
     program = ["scripts/preference.py", "--config", "recipes/tiny/rmipo.yaml", *overrides]
-    job, log = submit("cpu", [*program, "--output_dir", str(output_dir)], nodes=2, gpus=0, name="test")
+    arguments = {"config": "cpu", "program": [*program, "--output_dir", str(output_dir)], "nodes": 2, "gpus": 0}
+    job, log = submit(**arguments, name=output_dir.name)
     try:
         if disturb is not None:
             checkpoint = wait_for(lambda: next(output_dir.glob(f"checkpoint-*/{MARKER}"), None), 90)
@@ -42,13 +49,23 @@ def train(overrides, output_dir, disturb=None):
             disturb(job)
         state = wait_for(lambda: finished(job), 240)
         text = log.read_text()
-        assert state == "COMPLETED", text[-6000:]
+        assert state == end, text[-6000:]
         ranks = {path.relative_to(log.with_suffix("")).parts[1] for path in log.with_suffix("").rglob("stdout.log")}
         assert ranks == {"node-0", "node-1"}
         return len(re.findall(r"^start \d+ on n\[1-2\]", text, re.MULTILINE)), text
     finally:
         log.unlink(missing_ok=True)
         shutil.rmtree(log.with_suffix(""), ignore_errors=True)
+
+
+def end_for_good(job):
+    """Cancel the job, and before that see that it has its nodes whole, and that a second one of its name waits."""
+    environment = dict(os.environ)
+    assert (shown(job, "OverSubscribe"), shown(job, "NumCPUs"), shown(job, "MinMemoryNode")) == ("NO", "2", "0")
+    second, _ = submit("cpu", ["unused.py"], nodes=2, gpus=0, name=shown(job, "JobName"))
+    wait_for(lambda: shown(second, "Reason") == "Dependency", 20)
+    slurm(environment, "scancel", second)
+    slurm(environment, "scancel", job)
 
 
 @pytest.mark.slurm
@@ -75,11 +92,19 @@ def test_requeued_runs_end_with_the_weights_of_the_undisturbed_one(tmp_path, mon
             overrides, tmp_path / "asked", lambda job: slurm(environment, "scancel", "--batch", "--signal=USR1", job)
         )
         assert starts == 2 and "asked to stop: saving, then back into the queue" in log
+        # What a preemption with a grace time does: the processes alone are signalled.
+        starts, _ = train(
+            overrides, tmp_path / "preempted", lambda job: slurm(environment, "scancel", "--signal=TERM", f"{job}.0")
+        )
+        assert starts == 2
+        # A user's `scancel`, which sends the same signal, is not undone.
+        starts, _ = train(overrides, tmp_path / "cancelled", end_for_good, end="CANCELLED")
+        assert starts == 1
 
     wanted = load_file(tmp_path / "undisturbed" / "model.safetensors")
     started = load_file(tmp_path / "model" / "model.safetensors")
     assert max((wanted[name] - started[name]).abs().max() for name in wanted) > 1e-2
-    for run in ("requeued", "asked"):
+    for run in ("requeued", "asked", "preempted"):
         weights = load_file(tmp_path / run / "model.safetensors")
         assert weights.keys() == wanted.keys()
         assert all(torch.equal(weights[name], wanted[name]) for name in wanted), run

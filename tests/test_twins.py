@@ -106,13 +106,13 @@ def make_twin(folder, recipe, family, form):
     return [text for key, value in overrides.items() for text in (f"--{key}", str(value))]
 
 
-def run(recipe, overrides, output_dir, zero3):
+def run(recipe, overrides, output_dir, zero3, deepspeed="zero3-cpu"):
     script = "sft" if recipe.endswith("sft") else "preference"
     launcher = [sys.executable]
     extra = []
     if zero3:
         launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-        extra = ["--deepspeed", "configs/deepspeed/zero3-cpu.json"]
+        extra = ["--deepspeed", f"configs/deepspeed/{deepspeed}.json"]
     command = [*launcher, f"scripts/{script}.py", "--config", f"recipes/{recipe}.yaml", *overrides, *extra]
     environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
@@ -163,3 +163,17 @@ def test_another_model_trains_by_changing_its_name(tmp_path, family):
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     initial = dict(AutoModelForCausalLM.from_pretrained(tmp_path / "model").named_parameters())
     assert all(not torch.equal(value, initial[name]) for name, value in trained.named_parameters())
+
+
+@pytest.mark.parametrize("deepspeed", ["zero2", "zero3-offload"])
+def test_the_other_deepspeed_files_train_alike(tmp_path, deepspeed):
+    overrides = make_twin(tmp_path, "tiny/rmipo", "llama3", "on_policy_ultrafeedback")
+    alone = run("tiny/rmipo", overrides, tmp_path / "alone", zero3=False)
+    sharded = run("tiny/rmipo", overrides, tmp_path / "sharded", zero3=True, deepspeed=deepspeed)
+    assert [line["step"] for line in sharded] == [1, 2]
+    assert [line["loss"] for line in sharded] == pytest.approx([line["loss"] for line in alone], abs=2e-6)
+    assert [line["grad_norm"] for line in sharded] == pytest.approx([line["grad_norm"] for line in alone], rel=1e-4)
+    weights, sharded_weights = (load_file(tmp_path / name / "model.safetensors") for name in ("alone", "sharded"))
+    assert weights.keys() == sharded_weights.keys()
+    for name, value in weights.items():
+        torch.testing.assert_close(sharded_weights[name], value, atol=2e-4, rtol=0, msg=name)
