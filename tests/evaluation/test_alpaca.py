@@ -311,68 +311,6 @@ def test_cost_is_printed_and_bounded_before_the_first_request(tmp_path, monkeypa
         assert "0 verdicts to ask for" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    ("outputs", "message"),
-    [
-        (OUTPUTS[:-1], "19 outputs, 20 instructions, 19 in common; the first difference is in row 19"),
-        ([OUTPUTS[1], OUTPUTS[0], *OUTPUTS[2:]], "20 in common; the first difference is in row 0"),
-        ([{**row, "instruction": "other"} for row in OUTPUTS], "0 in common; the first difference is in row 0"),
-    ],
-)
-def test_outputs_for_other_prompts(outputs, message):
-    with pytest.raises(EvaluationError, match=message):
-        alpaca.check_same_prompts(outputs, REFERENCE)
-
-
-def test_repeated_instructions():
-    with pytest.raises(EvaluationError, match="1 instructions are repeated in the reference"):
-        alpaca.check_same_prompts([*OUTPUTS, OUTPUTS[0]], [*REFERENCE, REFERENCE[0]])
-
-
-def test_preference_pairs_as_reference(tmp_path):
-    file = tmp_path / "pairs.jsonl"
-    pairs = [("b", "1"), ("a", "2"), ("b", "3"), ("c", "4")]
-    file.write_text(
-        "".join(
-            json.dumps({"prompt": [{"role": "user", "content": q}], "chosen": [{"role": "assistant", "content": c}]})
-            + "\n"
-            for q, c in pairs
-        )
-    )
-    rows, _ = alpaca.load_reference(str(file))
-    assert [(row["instruction"], row["output"]) for row in rows] == [("b", "1"), ("a", "2"), ("c", "4")]
-
-
-@pytest.mark.parametrize(
-    ("environment", "settings", "message"),
-    [
-        ({}, {}, "needs OPENAI_API_KEY"),
-        ({"OPENAI_API_KEY": "none", "OPENAI_BASE_URL": "localhost:80"}, {}, "OPENAI_BASE_URL is not a URL"),
-        ({"OPENAI_API_KEY": "none", "OPENAI_BASE_URL": "http://h:abc/v1"}, {}, "OPENAI_BASE_URL is not a URL"),
-        (
-            {"OPENAI_API_KEY": "none", "OPENAI_API_BASE": "http://h/v1", "OPENAI_CLIENT_CONFIG_PATH": "clients.yaml"},
-            {},
-            "^OPENAI_API_BASE and OPENAI_CLIENT_CONFIG_PATH would send alpaca-eval .*: unset it, and name the endpoint",
-        ),
-        ({"OPENAI_API_KEY": "none"}, {"judge": "gpt-4"}, r"unknown keys \['judge'\]; it has \['annotators_config'"),
-        (
-            {"OPENAI_API_KEY": "none"},
-            {"reference": "absent.json"},
-            r"alpacaeval\.reference: absent\.json doesn't exist",
-        ),
-        ({"OPENAI_API_KEY": "none"}, {"reference": __file__}, "should be a JSON list"),
-        ({"OPENAI_API_KEY": "none"}, {"generation": {"top_p": 2}}, "top_p is 2"),
-    ],
-)
-def test_bad_input_is_found_before_a_model_is_loaded(tmp_path, monkeypatch, environment, settings, message):
-    for name in [name for name in os.environ if name.startswith("OPENAI")]:
-        monkeypatch.delenv(name, raising=False)
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    with pytest.raises(EvaluationError, match=message):
-        alpaca.run(tmp_path / "no model", tmp_path, {"length_controlled": False, **settings})
-
-
 def test_unknown_judge(tmp_path, api_key):
     with pytest.raises(EvaluationError, match="'gpt-5' is neither one of alpaca-eval's judges nor the absolute path"):
         alpaca.judge(OUTPUTS, REFERENCE, tmp_path, "http://x/v1", SETTINGS | {"annotators_config": "gpt-5"})

@@ -58,33 +58,6 @@ def test_questions_and_temperatures_are_those_of_mt_bench():
     assert {question["category"] for question in QUESTIONS} == mtbench.DEFAULTS["temperatures"].keys()
 
 
-def test_metrics_by_hand():
-    questions = [{"question_id": 1, "category": "math"}, {"question_id": 2, "category": "stem"}]
-    metrics = mtbench.metrics_of({(1, 1): 8.0, (1, 2): 5.0, (2, 1): 3.0}, questions)
-    assert metrics == {
-        "mt_bench": pytest.approx(16 / 3), "mt_bench_turn1": 5.5, "mt_bench_turn2": 5.0, "mt_bench_math": 6.5,
-        "mt_bench_stem": 3.0, "mt_bench_missing": 1,
-    }  # fmt: skip
-
-
-def test_unusable_lines_are_not_verdicts(tmp_path):
-    path = tmp_path / "judge_single.jsonl"
-    rows = [
-        {"question_id": 81, "turn": 1, "score": -1},  # no rating in the judge's answer
-        {"question_id": 81, "turn": 1, "score": 7},
-        {"question_id": 81, "turn": 1, "score": 2},  # asked once more by a run beside this one: counted once
-        {"question_id": 81, "turn": 2, "score": 11},  # out of MT-Bench's range
-        {"question_id": 82, "turn": 1, "score": 4.5},
-    ]
-    torn = json.dumps({"question_id": 82, "turn": 2, "score": 9})[:20]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows) + torn)
-    expected = {(81, 1): 7.0, (82, 1): 4.5}
-    assert mtbench.read_verdicts(path) == expected
-    assert [json.loads(line)["score"] for line in path.read_text().splitlines()] == [7, 4.5]
-    assert mtbench.read_verdicts(path) == expected
-    assert mtbench.read_verdicts(tmp_path / "absent.jsonl") == {}
-
-
 def test_ratings_survive_a_rate_limit_and_a_malformed_verdict(tmp_path):
     with JudgeServer(fault=lambda number: {3: "429", 5: "malformed"}.get(number)) as server:
         metrics = ask(server.url, tmp_path)
