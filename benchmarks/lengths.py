@@ -75,7 +75,7 @@ def _counter(tokenizer: str | None):
     if tokenizer:
         from transformers import AutoTokenizer
 
-        encode = AutoTokenizer.from_pretrained(tokenizer).encode
+        encode = AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False).encode
 
     def count(value) -> int:
         if value and isinstance(value, list) and isinstance(value[0], int):

@@ -53,17 +53,16 @@ def main() -> None:
 
 def compare(options: argparse.Namespace, recipe: dict) -> dict:
     """Metrics and samples of the model before and after."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     from rmipo import data
-    from rmipo.arguments import DataConfig
+    from rmipo.arguments import DataConfig, ModelConfig
+    from rmipo.loading import load_model, load_tokenizer
     from rmipo.toy import judge
     from rmipo.toy.files import read_world
 
     on_the_world = Path(recipe["dataset_name"]) == options.world / "pairs"
     world = read_world(options.world) if on_the_world else None
     data_config = DataConfig(**{field.name: recipe[field.name] for field in fields(DataConfig) if field.name in recipe})
-    tokenizer = AutoTokenizer.from_pretrained(options.run)
+    tokenizer = load_tokenizer(ModelConfig(model_name_or_path=str(options.run)))
     pairs, _ = data.tokenize_pairs(
         data.load_pairs(data_config, "test"),
         data.ChatFormat.probe(tokenizer),
@@ -74,7 +73,7 @@ def compare(options: argparse.Namespace, recipe: dict) -> dict:
     )
     report = {"pairs": len(pairs)}
     for name, path in {"before": recipe["model_name_or_path"], "after": options.run}.items():
-        model = AutoModelForCausalLM.from_pretrained(path)
+        model = load_model(ModelConfig(model_name_or_path=str(path), dtype="auto"))
         if world is not None:
             result = judge.evaluate(model, tokenizer, world, samples_per_question=options.samples, seed=options.seed)
         else:

@@ -10,10 +10,8 @@ from dataclasses import asdict
 from multiprocessing import get_context
 from pathlib import Path
 
-from transformers import AutoModelForCausalLM
-
 from ..data import fingerprint, load_pairs
-from ..reference import loaded_fingerprint
+from ..loading import initial_fingerprint
 from .run import CURVE_PAIRS, CURVE_STEPS, SAMPLES_PER_QUESTION, execute
 from .study import INITIAL, SEARCH_SEED, Run, Study
 
@@ -35,14 +33,13 @@ class Log:
     def common(self) -> dict:
         """What defines every run beside its own recipe: initial weights, data, measurement."""
         recipe = self.study.recipe(Run("report", "rmipo", None, 0, 0.0))
-        model = AutoModelForCausalLM.from_pretrained(recipe.values["model_name_or_path"])
+        _, data_config, model_config = recipe.parse(world_size=1)
         if self.study.world is None:
-            data_config = recipe.parse(world_size=1)[1]
             data = {split: fingerprint(load_pairs(data_config, split)) for split in ("train", "test")}
         else:
             data = asdict(self.study.world.config)
         measured = {"samples": SAMPLES_PER_QUESTION, "curve": [CURVE_STEPS, CURVE_PAIRS]}
-        return {"model": loaded_fingerprint(model), "data": data, "measured": measured}
+        return {"model": initial_fingerprint(model_config), "data": data, "measured": measured}
 
     def key(self, run: Run) -> str:
         recipe = {key: value for key, value in self.study.recipe(run).resolved().items() if key not in NOT_THE_RUN}

@@ -10,13 +10,14 @@ from typing import Any
 import psutil
 import torch
 from datasets import Dataset, disable_progress_bars
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback, set_seed
+from transformers import TrainerCallback, set_seed
 from trl import SFTConfig, SFTTrainer
 
 from .. import attention
 from ..chat import ChatFormat
 from ..config import Recipe
 from ..data import tokenize_pairs
+from ..loading import load_model, load_tokenizer
 from ..objectives import build_objective
 from ..toy import judge
 from ..trainer import PreferenceTrainer
@@ -58,8 +59,8 @@ def execute(study: Study, run: Run) -> dict[str, Any]:
         recipe = study.recipe(run, folder)
         args, data_config, model_config = recipe.parse(world_size=1)
         set_seed(args.seed)
-        tokenizer = AutoTokenizer.from_pretrained(model_config.model_name_or_path)
-        model = AutoModelForCausalLM.from_pretrained(model_config.model_name_or_path, use_cache=False)
+        tokenizer = load_tokenizer(model_config)
+        model = load_model(model_config, use_cache=False)
         objective = build_objective(args.objective)
         chat = ChatFormat.probe(tokenizer, header_in_response=objective.header_in_response)
         chat.set_end_of_turn(model.generation_config)
