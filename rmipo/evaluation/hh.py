@@ -12,6 +12,7 @@ import torch
 from datasets import Dataset
 
 from rmipo.config import DataConfig
+from rmipo.data import fingerprint as data_fingerprint
 from rmipo.data import load_pairs
 
 from . import EvaluationError, merge_settings, package_versions
@@ -78,7 +79,7 @@ def run(model_dir: str | Path, output_dir: str | Path, settings: dict) -> dict:
     return {
         "metrics": metrics,
         "versions": package_versions("transformers", "torch"),
-        "settings": settings,
+        "settings": settings | {"pairs_sha256": {name: data_fingerprint(pairs[name]) for name in subsets}},
     }
 
 

@@ -73,6 +73,8 @@ def test_run_against_unpacked_scoring(tmp_path):
     result = run(model, tmp_path / "eval", settings | {"batch_pairs": 5, "dtype": "float32"})
 
     metrics = result["metrics"]
+    assert result["settings"]["pairs_sha256"].keys() == subsets.keys()
+    assert len(set(result["settings"]["pairs_sha256"].values())) == 2  # other pairs, another hash
     for name, pairs in subsets.items():
         naive, ref = naive_scores(model, pairs), naive_scores(reference, pairs)
         saved = torch.load(tmp_path / "eval" / f"hh_{name}.pt")
