@@ -130,7 +130,7 @@ def run_program(script: str, arguments: list[str], env: dict[str, str]) -> str:
     module = importlib.util.module_from_spec(spec)
     output = io.StringIO()
     cleared = dict.fromkeys(
-        ("MODEL", "STAGE", "METHOD", "ARGS", "DATA", "DRY", "GPUS", "SHARDING", "SLURM", "NODES"), ""
+        ("MODEL", "STAGE", "METHOD", "ARGS", "DATA", "DRY", "GPUS", "SHARDING", "SLURM", "NODES", "SBATCH_ARGS"), ""
     )
     with (
         mock.patch.object(sys, "argv", [f"scripts/{script}.py", *arguments]),
@@ -480,6 +480,12 @@ CASES = [
     launch_case("`NODES=2` without Slurm", "add SLURM=1", MODEL="tiny", NODES="2"),
     launch_case("`SLURM=1` where there is no Slurm", "there is no sbatch here", "or without SLURM=1",
                 MODEL="tiny", STAGE="rmipo", SLURM="1", PATH=""),
+    launch_case("`SLURM=1` without the nodes' GPUS", "GPUS is not set", "such as GPUS=8x80", MODEL="llama3-70b-instruct",
+                SLURM="1", NODES="4"),
+    launch_case("`SBATCH_ARGS` with an open quote", "SBATCH_ARGS", "can't be read: No closing quotation", MODEL="tiny",
+                SLURM="1", SBATCH_ARGS="--qos='a"),
+    launch_case("`make plan NODES=1.5`", "NODES='1.5': expected the number of machines", area="plan", script="plan",
+                MODEL="llama3-8b-instruct", GPUS="8x80", NODES="1.5"),
     launch_case("`make plan GPUS=8`", "GPUS=8", "expected <GPUs per node>x<GiB of one>", area="plan", script="plan",
                 MODEL="llama3-8b-instruct", GPUS="8"),
     launch_case("`make plan EXAMPLES=all`", "EXAMPLES=all: expected a number above 0", area="plan", script="plan",
