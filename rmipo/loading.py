@@ -7,7 +7,7 @@ from trl import get_quantization_config
 
 from .arguments import ModelConfig
 from .errors import UserError
-from .reference import model_fingerprint
+from .weights import model_fingerprint
 
 
 class LoadingError(UserError, ValueError):
@@ -27,7 +27,7 @@ def load_tokenizer(model_config: ModelConfig, chat_template: str | None = None) 
 
 
 def initial_fingerprint(model_config: ModelConfig) -> str:
-    """What weights a recipe starts from, before they are loaded; see `reference.model_fingerprint`."""
+    """What weights a recipe starts from, before they are loaded; see `weights.model_fingerprint`."""
     name, commit = model_config.model_name_or_path, None
     if not Path(name).is_dir():
         config = AutoConfig.from_pretrained(name, revision=model_config.model_revision, trust_remote_code=False)

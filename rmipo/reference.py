@@ -22,28 +22,10 @@ from . import attention, scoring
 from .checkpoints import CheckpointError
 from .data import fingerprint
 from .packing import PackedRow
+from .weights import model_fingerprint
 
 PAIR_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
 MISMATCHED_COLUMNS = ("ref_mismatched_chosen_logps", "ref_mismatched_rejected_logps")
-
-
-def model_fingerprint(name: str, commit: str | None) -> str:
-    """What the initial weights are: `commit` on the hub, or name, size and both ends of each file of a local folder."""
-    source = Path(name)
-    digest = hashlib.sha256()
-    if source.is_dir():
-        for path in sorted(
-            path for pattern in ("*.safetensors", "*.bin", "config.json") for path in source.glob(pattern)
-        ):
-            size = path.stat().st_size
-            digest.update(f"{path.name} {size}".encode())
-            with open(path, "rb") as file:
-                digest.update(file.read(2**20))
-                file.seek(max(0, size - 2**20))
-                digest.update(file.read())
-    else:
-        digest.update(f"{source} {commit}".encode())
-    return digest.hexdigest()[:16]
 
 
 def loaded_fingerprint(model: PreTrainedModel) -> str:
