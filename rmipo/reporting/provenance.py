@@ -8,6 +8,8 @@ from pathlib import Path
 
 from .results import ReportError, Result
 
+HH_SETS = ("helpful", "harmless")
+HH_PAIRS = tuple(f"pairs_sha256.{name}" for name in HH_SETS)
 # Besides package versions. Dots lead into a block of the result's settings.
 SAME_IN_A_BENCH = {
     "alpacaeval": ("annotators_config", "judge_sha256", "judge_endpoint", "reference_sha256", "first_n"),
@@ -20,14 +22,14 @@ SAME_IN_A_BENCH = {
         "first_n",
     ),
     "leaderboard": ("tasks", "include_path", "apply_chat_template", "fewshot_as_multiturn", "dtype", "limit"),
-    "hh": ("helpful", "harmless", "max_length", "max_prompt_length", "dtype"),
+    "hh": (*HH_SETS, *HH_PAIRS, "max_length", "max_prompt_length", "dtype"),
 }
 # The paper samples each model in its own way, and all methods of a model alike.
 SAME_IN_A_MODEL = {
     "alpacaeval": tuple(f"generation.{key}" for key in ("temperature", "top_p", "max_new_tokens", "dtype")),
     "mtbench": ("generation.top_p", "generation.dtype"),  # its temperatures and length are the benchmark's
 }
-MAY_BE_LEFT_OUT = ("helpful", "harmless")  # an HH evaluation of one subset doesn't contradict one of both
+MAY_BE_LEFT_OUT = HH_SETS + HH_PAIRS  # an HH evaluation of one subset doesn't contradict one of both
 TRIAL_SETTINGS = ("limit", "first_n", "include_path", "reference")  # make another benchmark of it, or a part
 ABSENT = "absent"
 

@@ -46,6 +46,7 @@ def test_a_package_that_only_one_has_is_a_mix(tmp_path):
         ("leaderboard", "fewshot_as_multiturn", {"fewshot_as_multiturn": True}, {"fewshot_as_multiturn": False}),
         ("leaderboard", "limit", {"limit": 5}, {"limit": None}),
         ("hh", "helpful", {"helpful": {"dataset_name": "a"}}, {"helpful": {"dataset_name": "b"}}),
+        ("hh", "pairs_sha256.helpful", {"pairs_sha256": {"helpful": "0a"}}, {"pairs_sha256": {"helpful": "0b"}}),
     ],
 )
 def test_what_makes_another_benchmark_of_it(tmp_path, bench, name, first, second):
@@ -63,8 +64,9 @@ def test_decoding_is_compared_within_a_model_alone(tmp_path):
 
 
 def test_what_is_no_mix(tmp_path):
-    one = {"helpful": {"dataset_name": "a"}, "harmless": None}
+    one = {"helpful": {"dataset_name": "a"}, "harmless": None, "pairs_sha256": {"helpful": "0a"}}
     both = {"helpful": {"dataset_name": "a"}, "harmless": {"dataset_name": "b"}}
+    both |= {"pairs_sha256": {"helpful": "0a", "harmless": "0b"}}
     assert compare(tmp_path, "hh", {"settings": one}, {"settings": both}) == []
     costs = [{"settings": {"price": [price, 1.0], "max_cost": price, "concurrency": 4}} for price in (1.0, 2.0)]
     assert compare(tmp_path, "mtbench", *costs) == []
