@@ -1,7 +1,7 @@
 """scripts/launch.slurm on a real Slurm of two nodes: a run over both, requeued midway, ends with the same weights.
 
-Needs Debian's slurm-wlm and munge (`apt-get install slurm-wlm munge`); skipped without. About two minutes:
-    .venv/bin/python -m pytest -m slurm
+Needs Debian's slurm-wlm and munge (`apt-get install slurm-wlm munge`); skipped without. The requeue, a minute and a half:
+    .venv/bin/python -m pytest -m "slurm and not slow"
 """
 
 import os
@@ -68,49 +68,64 @@ def end_for_good(job):
     slurm(environment, "scancel", job)
 
 
-@pytest.mark.slurm
-@pytest.mark.timeout(900)
-@pytest.mark.skipif(not installed(), reason="slurm-wlm and munge are not installed")
-def test_requeued_runs_end_with_the_weights_of_the_undisturbed_one(tmp_path, monkeypatch):
+@pytest.fixture
+def overrides(tmp_path, monkeypatch):
+    """Of a run of 100 steps that saves every 10, while a cluster is there to submit it to."""
+    if not installed():
+        pytest.skip("slurm-wlm and munge are not installed")
     monkeypatch.chdir(REPOSITORY)
-    overrides = make_twin(tmp_path, "tiny/rmipo", "llama3", "on_policy_ultrafeedback")
-    overrides = dict(zip(overrides[::2], overrides[1::2], strict=True))
-    overrides |= {
+    flags = make_twin(tmp_path, "tiny/rmipo", "llama3", "on_policy_ultrafeedback")
+    flags = dict(zip(flags[::2], flags[1::2], strict=True)) | {
         "--max_steps": str(STEPS), "--save_strategy": "steps", "--save_steps": "10", "--global_batch_size": "8",
         "--per_device_train_batch_size": "2", "--lr_scheduler_type": "cosine",
     }  # fmt: skip
-    overrides = [text for pair in overrides.items() for text in pair]
     with cluster(tmp_path / "slurm") as environment:
         for name in ("SLURM_CONF", "PATH"):
             monkeypatch.setenv(name, environment[name])
-        starts, _ = train(overrides, tmp_path / "undisturbed")
-        assert starts == 1
-        # What an administrator or a preemption does; and what happens before the time limit.
-        starts, _ = train(overrides, tmp_path / "requeued", lambda job: slurm(environment, "scontrol", "requeue", job))
-        assert starts == 2
-        starts, log = train(
-            overrides, tmp_path / "asked", lambda job: slurm(environment, "scancel", "--batch", "--signal=USR1", job)
-        )
-        assert starts == 2 and "asked to stop: saving, then back into the queue" in log
-        # What a preemption with a grace time does: the processes alone are signalled.
-        starts, _ = train(
-            overrides, tmp_path / "preempted", lambda job: slurm(environment, "scancel", "--signal=TERM", f"{job}.0")
-        )
-        assert starts == 2
-        # A user's `scancel`, which sends the same signal, is not undone.
-        starts, _ = train(overrides, tmp_path / "cancelled", end_for_good, end="CANCELLED")
-        assert starts == 1
+        yield [text for pair in flags.items() for text in pair]
 
-    wanted = load_file(tmp_path / "undisturbed" / "model.safetensors")
-    started = load_file(tmp_path / "model" / "model.safetensors")
+
+def assert_same_weights(run, undisturbed):
+    wanted, weights = (load_file(folder / "model.safetensors") for folder in (undisturbed, run))
+    started = load_file(run.parent / "model" / "model.safetensors")
     assert max((wanted[name] - started[name]).abs().max() for name in wanted) > 1e-2
-    for run in ("requeued", "asked", "preempted"):
-        weights = load_file(tmp_path / run / "model.safetensors")
-        assert weights.keys() == wanted.keys()
-        assert all(torch.equal(weights[name], wanted[name]) for name in wanted), run
-        losses = [line["loss"] for line in read_metrics(tmp_path / run) if "loss" in line]
-        assert losses == [line["loss"] for line in read_metrics(tmp_path / "undisturbed") if "loss" in line]
-        assert len(losses) == STEPS
+    assert weights.keys() == wanted.keys()
+    assert all(torch.equal(weights[name], wanted[name]) for name in wanted)
+    losses = [line["loss"] for line in read_metrics(run) if "loss" in line]
+    assert losses == [line["loss"] for line in read_metrics(undisturbed) if "loss" in line]
+    assert len(losses) == STEPS
+
+
+@pytest.mark.slurm
+@pytest.mark.timeout(900)
+def test_a_requeued_run_ends_with_the_weights_of_the_undisturbed_one(tmp_path, overrides):
+    """What an administrator or a preemption does."""
+    starts, _ = train(overrides, tmp_path / "undisturbed")
+    assert starts == 1
+    requeue = ("scontrol", "requeue")
+    starts, _ = train(overrides, tmp_path / "requeued", lambda job: slurm(dict(os.environ), *requeue, job))
+    assert starts == 2
+    assert_same_weights(tmp_path / "requeued", tmp_path / "undisturbed")
+
+
+@pytest.mark.slow
+@pytest.mark.slurm
+@pytest.mark.timeout(1800)
+def test_stops_with_notice_requeue_too_and_scancel_ends_for_good(tmp_path, overrides):
+    train(overrides, tmp_path / "undisturbed")
+    # What happens before the time limit.
+    before_the_limit = ("scancel", "--batch", "--signal=USR1")
+    starts, log = train(overrides, tmp_path / "asked", lambda job: slurm(dict(os.environ), *before_the_limit, job))
+    assert starts == 2 and "asked to stop: saving, then back into the queue" in log
+    assert_same_weights(tmp_path / "asked", tmp_path / "undisturbed")
+    # What a preemption with a grace time does: the processes alone are signalled.
+    preempt = ("scancel", "--signal=TERM")
+    starts, _ = train(overrides, tmp_path / "preempted", lambda job: slurm(dict(os.environ), *preempt, f"{job}.0"))
+    assert starts == 2
+    assert_same_weights(tmp_path / "preempted", tmp_path / "undisturbed")
+    # A user's `scancel`, which sends the same signal, is not undone.
+    starts, _ = train(overrides, tmp_path / "cancelled", end_for_good, end="CANCELLED")
+    assert starts == 1
 
 
 @pytest.mark.parametrize("sharding", ["zero3", "zero2", "ddp", "fsdp2"])
