@@ -50,10 +50,10 @@ bench: .venv/.installed ## speed and memory against other implementations
 	@$(RUN) benchmarks/bench.py
 
 test: .venv/.installed ## the tests that CI runs
-	@$(RUN) -m pytest -m "not slow" -n 2
+	@$(RUN) -m pytest -m "not slow" -n 3
 
 test-all: .venv/.installed ## all tests, the slow ones too
-	@$(RUN) -m pytest -n 2
+	@$(RUN) -m pytest -n 3
 
 lint: .venv/.installed ## style and obvious mistakes
 	@$(RUN) -m ruff check . && $(RUN) -m ruff format --check .

@@ -114,11 +114,16 @@ def load_objective_state(checkpoint: str | Path) -> dict[str, torch.Tensor]:
 
 def refuse_pickled_code() -> None:
     """Make every torch.load, DeepSpeed's too, take only tensors and plain values: no checkpoint can run code."""
+    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
+    torch.serialization.add_safe_globals(classes_of_deepspeed())
+
+
+def classes_of_deepspeed() -> list[type]:
+    """What ZeRO's optimizer states hold besides tensors and plain values."""
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler  # seconds, and only runs need them
     from deepspeed.runtime.zero.config import ZeroStageEnum
 
-    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
-    torch.serialization.add_safe_globals([DynamicLossScaler, LossScaler, ZeroStageEnum])  # in ZeRO's optimizer states
+    return [DynamicLossScaler, LossScaler, ZeroStageEnum]
 
 
 def run_identity(recipe: dict, fingerprints: dict[str, str], world_size: int) -> dict:

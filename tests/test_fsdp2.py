@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from rmipo.tracking import read_metrics
-from tests.test_resume import assert_same_run, kill_when, last_step, twin  # noqa: F401 (twin is a fixture)
-from tests.test_twins import REPOSITORY, run
+from tests.test_resume import assert_same_run, kill_when, last_step, twin, whole  # noqa: F401 (the last two are fixtures)
+from tests.test_twins import REPOSITORY
 
 
 def start(overrides, output_dir):
@@ -33,21 +33,26 @@ def finish(overrides, output_dir):
     return output
 
 
-def test_fsdp2_trains_as_one_process_does_and_resumes_exactly(tmp_path, twin):  # noqa: F811
-    alone = run("tiny/rmipo", twin, tmp_path / "alone", zero3=False)
-    output = finish(twin, tmp_path / "sharded")
+def test_fsdp2_trains_as_one_process_does(tmp_path, twin, whole):  # noqa: F811
+    alone, sharded = whole(1), tmp_path / "sharded"
+    output = finish(twin, sharded)
     assert "2 processes share 21 parameters" in output, output[-3000:]
-    sharded = [line for line in read_metrics(tmp_path / "sharded") if "loss" in line]
-    assert [line["loss"] for line in sharded] == pytest.approx([line["loss"] for line in alone], abs=2e-5)
-    assert [line["grad_norm"] for line in sharded] == pytest.approx([line["grad_norm"] for line in alone], rel=1e-3)
-    weights, expected = (load_file(tmp_path / name / "model.safetensors") for name in ("sharded", "alone"))
+    lines, expected_lines = ([line for line in read_metrics(run) if "loss" in line] for run in (sharded, alone))
+    for name, tolerance in (("loss", {"abs": 2e-5}), ("grad_norm", {"rel": 1e-3})):
+        values = [line[name] for line in expected_lines]
+        assert [line[name] for line in lines] == pytest.approx(values, **tolerance)
+    weights, expected = (load_file(run / "model.safetensors") for run in (sharded, alone))
     assert weights.keys() == expected.keys()
     for name, value in expected.items():
         torch.testing.assert_close(weights[name], value, atol=1e-3, rtol=0, msg=name)
-    _, info = AutoModelForCausalLM.from_pretrained(tmp_path / "sharded", output_loading_info=True)
+    _, info = AutoModelForCausalLM.from_pretrained(sharded, output_loading_info=True)
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
 
-    killed = tmp_path / "killed"
+
+@pytest.mark.slow
+def test_fsdp2_resumes_exactly(tmp_path, twin):  # noqa: F811
+    whole, killed = tmp_path / "whole", tmp_path / "killed"  # noqa: F811
+    finish(twin, whole)
     assert kill_when(start(twin, killed), lambda: last_step(killed) >= 7)
     assert "resuming from" in finish(twin, killed)
-    assert_same_run(killed, tmp_path / "sharded")
+    assert_same_run(killed, whole)

@@ -1,6 +1,7 @@
 """Killed with SIGKILL anywhere and started again, a run ends where the undisturbed one does: bit for bit, on the CPU."""
 
 import contextlib
+import functools
 import json
 import os
 import random
@@ -26,10 +27,11 @@ NOT_COMPARED = ("tokens_per_second", "peak_memory_gib", "num_tokens", "eval_num_
 PROCESSES = {"one process": 1, "ZeRO-3 on two": 2}
 
 
-@pytest.fixture
-def twin(tmp_path):
+@pytest.fixture(scope="module")
+def twin(tmp_path_factory):
     """Overrides for a run of 15 steps over 3 epochs: 35 pairs, which the global batch of 8 doesn't divide."""
-    overrides = make_twin(tmp_path, "tiny/rmipo", "llama3", "on_policy_ultrafeedback")
+    folder = tmp_path_factory.mktemp("twin")
+    overrides = make_twin(folder, "tiny/rmipo", "llama3", "on_policy_ultrafeedback")
     changes = {
         "--max_steps": "-1", "--num_train_epochs": "3", "--global_batch_size": "8", "--per_device_train_batch_size": "2",
         "--max_train_samples": "35", "--eval_strategy": "steps", "--eval_steps": "4", "--save_strategy": "steps",
@@ -37,6 +39,19 @@ def twin(tmp_path):
     }  # fmt: skip
     flags = dict(zip(overrides[::2], overrides[1::2], strict=True)) | changes
     return [text for pair in flags.items() for text in pair]
+
+
+@pytest.fixture(scope="module")
+def whole(twin, tmp_path_factory):
+    """`whole(processes)`: the folder of the undisturbed run."""
+
+    @functools.cache
+    def undisturbed(processes):
+        folder = tmp_path_factory.mktemp("whole") / "run"
+        finish(twin, folder, processes)
+        return folder
+
+    return undisturbed
 
 
 @pytest.fixture
@@ -117,12 +132,12 @@ def assert_same_run(one, other):
     if (other / "generations.jsonl").exists():
         assert (one / "generations.jsonl").read_text() == (other / "generations.jsonl").read_text()
     last = checkpoints.complete_checkpoints(other)[-1].name
-    checkpoints.refuse_pickled_code()
     files = [path for ending in ("pt", "bin") for path in (other / last).rglob(f"*.{ending}")]
     names = [path.relative_to(other / last) for path in files if path.name != "training_args.bin"]
     assert any("optim" in path.name for path in names) and Path("scheduler.pt") in names
     for name in names:  # sharded: each rank's share of weights, masters and moments
-        ours, theirs = (torch.load(run / last / name, weights_only=True) for run in (one, other))
+        with torch.serialization.safe_globals(checkpoints.classes_of_deepspeed()):
+            ours, theirs = (torch.load(run / last / name, weights_only=True) for run in (one, other))
         assert_same_values(ours, theirs, str(name))
 
 
@@ -164,9 +179,8 @@ def in_the_middle_of_an_evaluation(output_dir):
 
 
 @pytest.mark.parametrize("processes", PROCESSES.values(), ids=PROCESSES)
-def test_killed_in_an_epoch_an_evaluation_and_a_save(tmp_path, twin, processes):
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    finish(twin, whole, processes)
+def test_killed_in_an_epoch_an_evaluation_and_a_save(tmp_path, twin, whole, processes):
+    whole, killed = whole(processes), tmp_path / "killed"
     assert [line["step"] for line in read_metrics(whole) if "loss" in line] == list(range(1, 16))
 
     assert kill_when(start(twin, killed, processes), lambda: last_step(killed) >= 3)
@@ -182,10 +196,9 @@ def test_killed_in_an_epoch_an_evaluation_and_a_save(tmp_path, twin, processes):
 @pytest.mark.slow
 @pytest.mark.timeout(0)
 @pytest.mark.parametrize("processes", PROCESSES.values(), ids=PROCESSES)
-def test_killed_at_twenty_random_points(tmp_path, twin, processes):
+def test_killed_at_twenty_random_points(tmp_path, twin, whole, processes):
     """After a random step: in the next save, in the next evaluation, or up to 250 ms later, wherever that is."""
-    whole = tmp_path / "whole"
-    finish(twin, whole, processes)
+    whole = whole(processes)
     random_state = random.Random(processes)
     points = []
     while len(points) < 20:
@@ -256,8 +269,7 @@ def test_running_statistics_survive(tmp_path, twin, method):
     assert saved[0] == saved[1] and len(json.loads(saved[0])) >= 1
 
 
-def test_sigterm_saves_and_exits_with_its_own_code(tmp_path, twin):
-    finish(twin, tmp_path / "whole", 1)
+def test_sigterm_saves_and_exits_with_its_own_code(tmp_path, twin, whole):
     stopped = tmp_path / "stopped"
     process = start(twin, stopped, 1)
     while last_step(stopped) < 3:
@@ -268,7 +280,7 @@ def test_sigterm_saves_and_exits_with_its_own_code(tmp_path, twin):
     assert process.returncode == EXIT_STOPPED, output[-3000:]
     assert "the same command goes on from there" in output
     finish(twin, stopped, 1)
-    weights, expected = (load_file(run / "model.safetensors") for run in (stopped, tmp_path / "whole"))
+    weights, expected = (load_file(run / "model.safetensors") for run in (stopped, whole(1)))
     assert all(torch.equal(weights[name], value) for name, value in expected.items())
 
 
