@@ -66,4 +66,8 @@ class ModelConfig(trl.ModelConfig):
 
 
 ARGUMENTS = {"sft": SFTConfig, "preference": PreferenceConfig}
-RECIPE_ONLY = {"global_batch_size": int, "prefer_local": str}  # used up here: no fields of SFTConfig
+RECIPE_ONLY = {
+    "global_batch_size": int,
+    "prefer_local": str,
+    "memory_check": bool,
+}  # used up here: no fields of SFTConfig

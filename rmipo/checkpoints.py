@@ -26,6 +26,7 @@ WITHOUT_EFFECT = {
     f"recipe.{key}"
     for key in (
         "ddp_timeout",
+        "memory_check",
         "warn_chosen_logp_drop",
         "warn_repetition",
         "warn_grad_norm_ratio",
@@ -70,13 +71,15 @@ class Checkpoints(TrainerCallback):
         self.limit, args.save_total_limit = args.save_total_limit, None
         if state.is_world_process_zero:
             for folder in sorted(Path(args.output_dir).glob("checkpoint-*")):
-                if not (folder / MARKER).exists():
+                if folder.is_dir() and not (folder / MARKER).exists():
                     print(f"{folder} is incomplete: deleted")
                     shutil.rmtree(folder)
 
     def on_step_end(self, args, state, control, **kwargs):
         if control.should_save:  # a line that covers steps on both sides of a checkpoint could not be made again
             control.should_log = True
+
+    on_epoch_end = on_step_end
 
     def on_save(self, args, state, control, **kwargs):
         PartialState().wait_for_everyone()
@@ -136,7 +139,8 @@ def run_identity(recipe: dict, fingerprints: dict[str, str], world_size: int) ->
 def differences(found: dict, expected: dict, prefix: str = "") -> list[str]:
     """`key: found, now expected` for every leaf in which two identities differ and that could change a run's results."""
     lines = []
-    for key in sorted(found.keys() | expected.keys()):
+    # A recipe's difference explains more than the data's fingerprint.
+    for key in sorted(found.keys() | expected.keys(), key=lambda key: (key == "fingerprints", key)):
         there, here = found.get(key), expected.get(key)
         if f"{prefix}{key}" in WITHOUT_EFFECT:
             continue
@@ -159,7 +163,7 @@ def resume_point(output_dir: str | Path, identity: dict) -> str | None:
     if PartialState().is_main_process:
         try:
             outcome[0] = _resume_point(Path(output_dir), identity)
-        except CheckpointError as error:
+        except ValueError as error:  # a file that can't be read too, or the other ranks would wait
             outcome[1] = str(error)
     checkpoint, problem = broadcast_object_list(outcome)
     if problem is not None:
@@ -172,13 +176,18 @@ def _resume_point(output_dir: Path, identity: dict) -> str | None:
     if run is not None:
         _refuse_other({key: run.get(key) for key in identity}, identity, output_dir)
     elif foreign := [
-        path.name for path in output_dir.glob("*") if not path.match("checkpoint-*") and path.suffix != ".tmp"
+        path.name for path in output_dir.glob("*") if path.suffix != ".tmp" and not (path / MARKER).exists()
     ]:
         raise CheckpointError(
             f"output_dir: {output_dir} is not empty, and there is no run.json of a run in it. Found: "
             f"{', '.join(sorted(foreign)[:5])}. Nothing is overwritten: name another --output_dir"
         )
     complete = complete_checkpoints(output_dir)
+    if complete and identity["recipe"].get("save_only_model"):
+        raise CheckpointError(
+            f"{complete[-1]} holds the model alone (save_only_model: true), from which a run can't go on. Remove "
+            f"{output_dir} or name another --output_dir to start again, or save_only_model: false for runs that can"
+        )
     for folder in complete:
         marker = json.loads((folder / MARKER).read_text())
         _refuse_other({key: marker.get(key) for key in identity}, identity, folder)

@@ -43,7 +43,9 @@ def steps(values: Mapping, run: Run, examples: int) -> int:
     if values.get("max_steps", -1) > 0:
         return values["max_steps"]
     rows = math.ceil(examples * TYPICAL_DIALOGUE / run.max_length) if run.packing else examples
-    return math.ceil(math.ceil(rows / run.global_batch) * values.get("num_train_epochs", 1))
+    return math.ceil(
+        math.ceil(rows / run.global_batch) * values.get("num_train_epochs", TrainingArguments.num_train_epochs)
+    )
 
 
 def examples_seen(values: Mapping, run: Run, examples: int) -> float:
@@ -51,7 +53,7 @@ def examples_seen(values: Mapping, run: Run, examples: int) -> float:
     if values.get("max_steps", -1) > 0:
         per_row = run.max_length / TYPICAL_DIALOGUE if run.packing else 1
         return values["max_steps"] * run.global_batch * per_row
-    return examples * values.get("num_train_epochs", 1)
+    return examples * values.get("num_train_epochs", TrainingArguments.num_train_epochs)
 
 
 def kept_checkpoints(recipe: Recipe, run: Run) -> int:
@@ -80,5 +82,7 @@ def _saves(recipe: Recipe, run: Run) -> int | None:
         return math.ceil(1 / every)
     if values.get("max_steps", -1) <= 0 and values.get("save_total_limit") is not None:
         return None  # not worth counting the data for
+    if values.get("max_steps", -1) > 0:
+        return math.ceil(values["max_steps"] / every)
     examples = training_examples(recipe)
     return examples and math.ceil(steps(values, run, examples) / every)

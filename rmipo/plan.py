@@ -21,7 +21,7 @@ if not torch.cuda.is_available():
 from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs
 from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs
 from peft import PeftConfig, get_peft_model
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig
 
 from .batching import HOISTED_MICRO_BATCHES
 from .logps import CHUNK
@@ -106,7 +106,8 @@ class Shape:
     @classmethod
     def of(cls, config: PreTrainedConfig, peft_config: PeftConfig | None = None) -> "Shape":
         with init_empty_weights():
-            model = AutoModelForCausalLM.from_config(config)
+            # Not by AutoModel: in a training process under ZeRO-3 that divides what it makes over the ranks.
+            model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
             head = {id(model.get_input_embeddings().weight), id(model.get_output_embeddings().weight)}
             linears = [m.weight for m in model.modules() if isinstance(m, torch.nn.Linear) and id(m.weight) not in head]
             parameters = sum(p.numel() for p in model.parameters())

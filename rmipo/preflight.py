@@ -86,7 +86,7 @@ def check_fit(recipe: Recipe, hardware: Hardware, sharding: Sharding) -> MemoryP
         f"{recipe.path}: needs {memory.needed / GIB:.0f} GiB per GPU with {sharding.kind} on {hardware.gpus} GPUs, "
         f"found {hardware.gib:.0f} ({', '.join(f'{name} {size / GIB:.0f}' for name, size in largest)}). To fit, "
         f"{_remedy(shape, run, sharding, hardware)}. "
-        "`make plan` shows the whole estimate."
+        "`make plan` shows the whole estimate, memory_check: false starts the run without it."
     )
 
 
@@ -137,14 +137,19 @@ def check_disk(folder: str | Path, needed: int) -> int:
     if free + there < needed:
         raise PreflightError(
             f"output_dir: {folder} needs {needed / GIB:.0f} GiB, {there / GIB:.0f} of them are there and {free / GIB:.0f} "
-            "GiB are free. Free some, set save_only_model: true or a lower save_total_limit, or name another output_dir"
+            "GiB are free. Free some, set a lower save_total_limit or save_only_model: true (such a run can't be resumed), "
+            "or name another output_dir"
         )
     return free
 
 
 def check_launch(recipe: Recipe, hardware: Hardware, sharding: Sharding) -> None:
-    """Before a run starts; raises PreflightError where memory or disk are too small."""
-    check_fit(recipe, hardware, sharding)
+    """Before a run starts; raises PreflightError where memory or disk are too small.
+
+    Memory is an estimate, for AdamW: `memory_check: false` leaves it out.
+    """
+    if recipe.values.get("memory_check", True) and "adamw_torch" in recipe.values.get("optim", "adamw_torch"):
+        check_fit(recipe, hardware, sharding)
     check_disk(recipe.values["output_dir"], disk_needed(recipe, shape_of(recipe), sharding))
 
 

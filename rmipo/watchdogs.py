@@ -138,7 +138,8 @@ class FiniteWatchdog(TrainerCallback):
     """Stops a run whose loss or gradient norm is NaN or infinite, before the step can be saved."""
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        found = {name: logs[name] for name in ("loss", "grad_norm") if not math.isfinite(logs.get(name, 0.0))}
+        names = ("loss",) if args.fp16 else ("loss", "grad_norm")  # float16's loss scaling skips steps that overflow
+        found = {name: logs[name] for name in names if not math.isfinite(logs.get(name, 0.0))}
         if found:
             raise NonFiniteStepError(
                 f"step {state.global_step}: {', '.join(f'{name} is {value}' for name, value in found.items())}. The last "

@@ -50,7 +50,7 @@ def merge(folder: Path, output: Path) -> float:
         ModelConfig(
             model_name_or_path=recipe["model_name_or_path"],
             model_revision=recipe.get("model_revision", "main"),
-            dtype=recipe["dtype"],
+            dtype=recipe.get("dtype", ModelConfig.dtype),
         )
     )
     dtype = base.dtype

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import re
 import runpy
 import subprocess
 import sys
@@ -295,14 +296,21 @@ def test_launch_configurations_are_read(name, kind):
 def test_a_training_process_sees_how_it_was_launched(name):
     """Through accelerate itself, on the CPU: `sharding_of` has only what that leaves in the environment."""
     show = (
-        "import sys; from transformers import TrainingArguments; from rmipo.preflight import sharding_of\n"
-        "print('seen:', sharding_of(TrainingArguments('unused', use_cpu=True)))\n"
+        "from transformers import TrainingArguments; from rmipo import preflight; from rmipo.config import load_recipe\n"
+        "args = TrainingArguments('unused', use_cpu=True)\n"
+        "print('seen:', preflight.sharding_of(args))\n"
+        "args.use_cpu = False\n"
+        "preflight.local_hardware = lambda: preflight.Hardware(1, 1, 4, 9000)\n"
+        "try: preflight.check_run(load_recipe('recipes/llama3-8b-instruct/rmipo.yaml'), args)\n"
+        "except ValueError as error: print('said:', error)\n"
     )
     launch = [str(Path(sys.executable).parent / "accelerate"), "launch", "--num_processes", "1"]
     launch += ["--config_file", f"configs/accelerate/{name}.yaml", "--no_python", sys.executable, "-c", show]
     environment = os.environ | {"DS_ACCELERATOR": "cpu"}
     done = subprocess.run(launch, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
     assert f"seen: {Sharding.load(ROOT / f'configs/accelerate/{name}.yaml')}\n" in done.stdout, done.stderr[-3000:]
+    # As in a training process: under ZeRO-3, models that are made there would be divided over the ranks.
+    assert re.search(r"^said: .*: needs \d+ GiB per GPU with \w+ on 1 GPUs, found 4 ", done.stdout, re.MULTILINE), done
 
 
 def test_a_training_process_that_cannot_fit_is_refused(recipe_8b, monkeypatch, tmp_path):
@@ -440,3 +448,13 @@ def test_a_checkpoint_holds_weights_masters_and_moments():
     }
     # bfloat16 weights, then 12 bytes per parameter; FSDP2 writes float32 ones (tests/test_fsdp2.py trains with it).
     assert sizes == {"zero3": [2 * parameters, 14 * parameters], "fsdp2": [4 * parameters, 16 * parameters]}
+
+
+@pytest.mark.parametrize("change", ["--memory_check=false", "--optim=adamw_8bit"])
+def test_the_estimate_refuses_nothing_where_it_is_switched_off_or_for_another_optimizer(change, monkeypatch):
+    monkeypatch.setattr(preflight, "check_disk", lambda *_: None)
+    small = (Hardware(1, 4, 8), ZERO3)
+    path = ROOT / "recipes/llama3-8b-instruct/rmipo.yaml"
+    with pytest.raises(preflight.PreflightError, match=r"found 8 .*memory_check: false starts the run without it"):
+        preflight.check_launch(load_recipe(path), *small)
+    preflight.check_launch(load_recipe(path, overrides=[change]), *small)

@@ -316,9 +316,28 @@ def make_checkpoints(folder, complete, torn=()):
 
 def test_the_last_complete_checkpoint_is_taken(tmp_path):
     assert resume_point(tmp_path, IDENTITY) is None
+    (tmp_path / "run.json").write_text(json.dumps(IDENTITY))
     make_checkpoints(tmp_path, complete=(2, 10, 4), torn=(12,))
     assert Path(resume_point(tmp_path, IDENTITY)).name == "checkpoint-10"
     assert differences(IDENTITY, IDENTITY) == []
+
+
+def test_checkpoints_of_something_else_are_nobodys_to_delete(tmp_path):
+    """Those of a plain Trainer, without our marker, in a folder without our run.json."""
+    make_checkpoints(tmp_path, complete=(), torn=(500,))
+    with pytest.raises(
+        CheckpointError, match=r"is not empty, and there is no run\.json of a run in it. Found: checkpoint-500"
+    ):
+        resume_point(tmp_path, IDENTITY)
+
+
+def test_a_checkpoint_of_the_model_alone_is_none_to_go_on_from(tmp_path):
+    identity = run_identity(IDENTITY["recipe"] | {"save_only_model": True}, IDENTITY["fingerprints"], 2)
+    (tmp_path / "run.json").write_text(json.dumps(identity))
+    assert resume_point(tmp_path, identity) is None
+    make_checkpoints(tmp_path, complete=(4,))
+    with pytest.raises(CheckpointError, match=r"checkpoint-4 holds the model alone \(save_only_model: true\)"):
+        resume_point(tmp_path, identity)
 
 
 def test_old_checkpoints_go_only_when_the_new_one_is_complete(tmp_path):

@@ -151,6 +151,11 @@ def test_a_gradient_that_is_not_finite_stops_the_run(tmp_path):
         watchdogs.NonFiniteStepError, match=r"^step 7: grad_norm is nan\. The last checkpoint is from before"
     ):
         watchdog.on_log(arguments(tmp_path), state, None, logs={"loss": 1.0, "grad_norm": float("nan")})
+    scaled = arguments(tmp_path)
+    scaled.fp16 = True  # whose scaler skips such a step
+    watchdog.on_log(scaled, state, None, logs={"loss": 1.0, "grad_norm": float("inf")})
+    with pytest.raises(watchdogs.NonFiniteStepError, match=r"^step 7: loss is inf"):
+        watchdog.on_log(scaled, state, None, logs={"loss": float("inf"), "grad_norm": 1.0})
 
 
 def test_sft_that_diverges_stops_before_it_is_saved(tmp_path):

@@ -10,6 +10,7 @@ from rmipo.config import load_recipe, recorded_run
 from rmipo.data import ChatFormat
 from rmipo.loading import load_tokenizer
 from rmipo.recipe_checks import template_text
+from rmipo.stages import named_files
 
 from . import EvaluationError
 
@@ -46,7 +47,10 @@ def model_folder(recipe: Path, outputs: Path, method: str) -> Path:
     folder = outputs / recipe.parent.name / method
     if method == "initial":
         return link_initial(recipe, folder)
-    train = f"make train MODEL={recipe.parent.name} METHOD={method}"
+    known = {"rmipo", *named_files(recipe.parents[1] / "methods", recipe.parents[1] / "ablations")}
+    train = (
+        f"make train MODEL={recipe.parent.name} METHOD={method}" if method in known else "the command that begins it"
+    )
     run = recorded_run(folder)
     if run is not None and not run["finished"]:
         raise EvaluationError(f"{folder} holds a run that hasn't finished. Go on with it: {train}")

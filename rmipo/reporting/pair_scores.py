@@ -12,7 +12,7 @@ from datasets import Dataset
 from rmipo.config import DataConfig
 from rmipo.data import load_pairs
 from rmipo.evaluation.pair_scores import native_rewards, score_model
-from rmipo.evaluation.weights import fingerprint
+from rmipo.evaluation.weights import fingerprint, has_weights
 from rmipo.margin import delta_pmi, pmi
 from rmipo.objectives import PairScores, RMiPO, build_objective
 from rmipo.sources import load_rows
@@ -33,7 +33,7 @@ def hh_signals(outputs: Path, model: str, method: str) -> dict[str, dict[str, np
         path = folder / "eval" / f"hh_{subset}.pt"
         if path.is_file():
             scores = torch.load(path, weights_only=True)
-            if any(folder.glob("*.safetensors")) and scores["fingerprint"] != fingerprint(folder):
+            if has_weights(folder) and scores.get("fingerprint") != fingerprint(folder):
                 raise ReportError(
                     f"{path} is of other weights than those now in {folder}: delete it and {folder}/eval/hh.json, then run "
                     f"`{eval_command(model, method, 'hh')}`"

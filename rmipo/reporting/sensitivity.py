@@ -9,13 +9,17 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from rmipo.checkpoints import WITHOUT_EFFECT
+
 from .figures import GREY, house_style, method_color, panel_letter, panels
 from .provenance import require_comparable
 from .results import BENCH_OF_METRIC, ReportError, Result, Run, eval_command, find_runs, load_result
 from .tables import METRIC_LABELS
 
 # Recipe keys that make no other point of it: runs that differ in these alone are repetitions.
-REPEATED = ("seed", "output_dir", "run_name", "report_to", "logging_steps", "save_steps", "hub_model_id")
+REPEATED = {"seed", "output_dir", "logging_steps", "save_steps"} | {
+    key.removeprefix("recipe.") for key in WITHOUT_EFFECT
+}
 Lines = dict[str, dict[float, list[float]]]  # label -> value of the hyperparameter -> metric of each run
 
 
