@@ -31,6 +31,7 @@ GIB = 2**30
 # Assumptions, printed with every plan.
 RESERVED_FRACTION = 0.06  # of the GPU: CUDA context, NCCL, fragmentation
 BUCKETS_GIB = 3.0  # DeepSpeed's or FSDP's communication buffers at their default sizes
+A100_TFLOPS = 312.0  # bfloat16 without sparsity; the A800 likewise
 MFU = 0.35  # model FLOPs per second over the GPU's peak, recomputation not counted as useful
 TYPICAL_PROMPT, TYPICAL_RESPONSE = 220, 320  # tokens, UltraFeedback-like; sets the expected hours, never the fit
 TYPICAL_DIALOGUE = 1_100  # tokens, UltraChat-like

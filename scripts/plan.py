@@ -23,8 +23,10 @@ from rmipo.stages import choose_sharding, choose_stages, launch_configuration, l
 
 ROOT = Path(__file__).parent.parent
 # Where the number of examples is not known: UltraFeedback's (the on-policy sets have about as many), UltraChat's.
-ASSUMED_EXAMPLES = {"preference": 61_135, "sft": 207_865}
-A100_TFLOPS = 312.0  # bfloat16 without sparsity; A800 likewise
+ASSUMED_EXAMPLES = {
+    "preference": lengths.ROWS["HuggingFaceH4/ultrafeedback_binarized", "train_prefs"],
+    "sft": lengths.ROWS["HuggingFaceH4/ultrachat_200k", "train_sft"],
+}
 
 
 def number(env: dict[str, str], name: str, default: float) -> float:
@@ -111,7 +113,7 @@ def main() -> int:
     print(f"\nSuggested {key}: {value or 'none fits'}")
     _, accumulation = recipe.batch(hardware.gpus)
     cut = f"in rows of at most {run.max_tokens} tokens" if run.max_tokens else f"x {run.micro_batch} x {accumulation}"
-    tflops, (examples, source) = number(env, "TFLOPS", A100_TFLOPS), examples_of(env, recipe)
+    tflops, (examples, source) = number(env, "TFLOPS", plan.A100_TFLOPS), examples_of(env, recipe)
     steps, seen = lengths.steps(recipe.values, run, examples), lengths.examples_seen(recipe.values, run, examples)
     tokens_each = plan.typical_tokens(run)[0]
     duration = plan.hours(shape, run, hardware, seen, tflops)

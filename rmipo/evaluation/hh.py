@@ -11,12 +11,12 @@ from pathlib import Path
 import torch
 from datasets import Dataset
 
-from rmipo.config import DataConfig
+from rmipo.config import DataConfig, recorded_run
 from rmipo.data import fingerprint as data_fingerprint
 from rmipo.data import load_pairs
 
 from . import EvaluationError, merge_settings, package_versions
-from .pair_scores import known_objective, native_rewards, needs_reference, read_run, score_model
+from .pair_scores import known_objective, native_rewards, needs_reference, score_model
 from .weights import fingerprint
 
 SUBSETS = ("helpful", "harmless")
@@ -85,7 +85,7 @@ def run(model_dir: str | Path, output_dir: str | Path, settings: dict) -> dict:
 
 def score_subset(model_dir: str | Path, pairs: Dataset, description: str, options: dict) -> tuple[dict, Rewards | None]:
     """Per-pair scores (and `row`) of the model, and its own rewards if it was trained here with an objective."""
-    run_record = read_run(model_dir)
+    run_record = recorded_run(model_dir)
     objective = known_objective(run_record)
     scores, rows = score_model(model_dir, pairs, prior_context="header", description=description, **options)
     if objective is not None and needs_reference(objective):

@@ -1,6 +1,5 @@
 """Score preference pairs with a saved model: what the HH win rate and the per-pair figures are computed from."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -67,12 +66,6 @@ def batches(tokenized: Dataset, size: int, description: str) -> Iterator[list[di
             batch = tokenized.select(range(start, min(start + size, len(tokenized)))).to_list()
             yield batch
             progress.update(len(batch))
-
-
-def read_run(model_dir: str | Path) -> dict | None:
-    """run.json beside a model trained here; None for other models (before training, from elsewhere)."""
-    path = Path(model_dir) / "run.json"
-    return json.loads(path.read_text()) if path.is_file() else None
 
 
 def native_rewards(objective_config: dict, scores: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -7,7 +7,6 @@ from rmipo.recipe_files import read_yaml
 from .results import PAPER_MODELS, RECIPES, paper_rows
 
 PAPER_GPUS = 4  # A800 80 GB
-PAPER_TFLOPS = 312.0  # bfloat16 of one of them
 ULTRAFEEDBACK = ("HuggingFaceH4/ultrafeedback_binarized", "train_prefs")  # the on-policy sets have about as many pairs
 
 # Of one evaluation. Tokens of a verdict, in and out, with answers of some 2,000 characters: assumed.
@@ -44,7 +43,7 @@ def planned_hours(model: str, method: str) -> float | None:
     run = preflight.run_of(recipe)
     rows = lengths.training_examples(recipe) or lengths.ROWS[ULTRAFEEDBACK]
     seen = lengths.examples_seen(recipe.values, run, rows)
-    return plan.hours(preflight.shape_of(recipe), run, plan.Hardware(1, PAPER_GPUS, 80), seen, PAPER_TFLOPS)
+    return plan.hours(preflight.shape_of(recipe), run, plan.Hardware(1, PAPER_GPUS, 80), seen, plan.A100_TFLOPS)
 
 
 def estimate_assumptions() -> str:
@@ -53,7 +52,7 @@ def estimate_assumptions() -> str:
 
     model, method = "llama3-8b-instruct", "rmipo"
     return (
-        f"Assumed: {plan.MFU:.0%} of {PAPER_TFLOPS:g} TFLOP/s, pairs of {plan.TYPICAL_PROMPT} + 2 x "
+        f"Assumed: {plan.MFU:.0%} of {plan.A100_TFLOPS:g} TFLOP/s, pairs of {plan.TYPICAL_PROMPT} + 2 x "
         f"{plan.TYPICAL_RESPONSE} tokens, dialogues of {plan.TYPICAL_DIALOGUE}, training steps alone. For {method} of {model} "
         f"it says {planned_hours(model, method):.1f} h, the paper {paper_hours(model, method)}."
     )
