@@ -23,7 +23,7 @@ def small_disk(folder, kib):
         subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
-@pytest.mark.parametrize("kib", [1000, 1500])
+@pytest.mark.parametrize("kib", [1000, pytest.param(1500, marks=pytest.mark.slow)])
 def test_a_full_disk_leaves_the_last_good_checkpoint_and_says_so(tmp_path, twin, whole, kib):  # noqa: F811
     out = tmp_path / "disk" / "out"
     with small_disk(tmp_path / "disk", kib):

@@ -292,7 +292,10 @@ def test_launch_configurations_are_read(name, kind):
     assert Sharding.load(ROOT / f"configs/accelerate/{name}.yaml") == Sharding(kind)
 
 
-@pytest.mark.parametrize("name", ["zero3", "zero3-offload", "zero2", "ddp", "fsdp2"])
+OTHERS = [pytest.param(name, marks=pytest.mark.slow) for name in ("zero3-offload", "zero2", "ddp")]
+
+
+@pytest.mark.parametrize("name", ["zero3", "fsdp2", *OTHERS])
 def test_a_training_process_sees_how_it_was_launched(name):
     """Through accelerate itself, on the CPU: `sharding_of` has only what that leaves in the environment."""
     show = (

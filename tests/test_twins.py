@@ -165,7 +165,7 @@ def test_another_model_trains_by_changing_its_name(tmp_path, family):
     assert all(not torch.equal(value, initial[name]) for name, value in trained.named_parameters())
 
 
-@pytest.mark.parametrize("deepspeed", ["zero2", "zero3-offload"])
+@pytest.mark.parametrize("deepspeed", ["zero2", pytest.param("zero3-offload", marks=pytest.mark.slow)])
 def test_the_other_deepspeed_files_train_alike(tmp_path, deepspeed):
     overrides = make_twin(tmp_path, "tiny/rmipo", "llama3", "on_policy_ultrafeedback")
     alone = run("tiny/rmipo", overrides, tmp_path / "alone", zero3=False)

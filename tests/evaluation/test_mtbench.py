@@ -76,6 +76,7 @@ def test_ratings_survive_a_rate_limit_and_a_malformed_verdict(tmp_path):
         assert len(asked(server)) == 6 + 2  # nothing more was asked
 
 
+@pytest.mark.slow
 def test_missing_verdicts_are_reported_and_asked_again(tmp_path):
     with JudgeServer(fault=lambda number: "malformed" if number else None) as server:
         with pytest.raises(
@@ -130,6 +131,7 @@ def test_killed_run_goes_on_where_it_was(tmp_path):
     assert metrics["mt_bench_missing"] == 0 and [row for row in rows if row in kept] == kept
 
 
+@pytest.mark.slow
 def test_server_that_dies_leaves_the_verdicts_so_far(tmp_path):
     with JudgeServer(fault=lambda number: "drop" if number > 3 else None) as server:
         with pytest.raises(
