@@ -92,7 +92,7 @@ class Checkpoints(TrainerCallback):
         temporary = folder / f"{MARKER}.tmp"
         temporary.write_text(json.dumps({"step": state.global_step, **self.identity}))
         temporary.replace(folder / MARKER)
-        if self.limit is not None:
+        if self.limit is not None and self.limit > 0:  # below 1 the Trainer keeps all, too
             rotate(Path(args.output_dir), self.limit, keep=state.best_model_checkpoint)
 
 
