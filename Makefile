@@ -47,7 +47,7 @@ reproduce: .venv/.installed ## all runs behind one table, in order: TABLE=1 [DRY
 	@$(RUN) scripts/reproduce.py
 
 bench: .venv/.installed ## speed and memory against other implementations
-	@$(RUN) benchmarks/bench.py
+	@$(RUN) -m benchmarks.bench
 
 test: .venv/.installed ## the tests that CI runs
 	@$(RUN) -m pytest -m "not slow" -n 3
@@ -56,7 +56,7 @@ test-all: .venv/.installed ## all tests, the slow ones too
 	@$(RUN) -m pytest -n 3
 
 lint: .venv/.installed ## style and obvious mistakes
-	@$(RUN) -m ruff check . && $(RUN) -m ruff format --check .
+	@$(RUN) -m ruff check . && $(RUN) -m ruff format --check . && .venv/bin/lint-imports
 
 install: ## make the environment, or add to it: EXTRAS=gpu (bitsandbytes, kernels), EXTRAS=eval, EXTRAS=vllm
 	@rm -f .venv/.installed

@@ -39,6 +39,6 @@ setup(
             "scikit-learn>=1.9,<1.10",
             "setuptools<81",
         ],
-        "dev": ["pytest", "pytest-timeout", "pytest-xdist", "ruff", "tensorboard"],
+        "dev": ["import-linter", "pytest", "pytest-timeout", "pytest-xdist", "ruff", "tensorboard"],
     },
 )

@@ -21,17 +21,16 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 warnings.filterwarnings("ignore", category=FutureWarning)
 
-import datasets  # noqa: E402
-import torch  # noqa: E402
-import transformers  # noqa: E402
-from tqdm import tqdm  # noqa: E402
+import datasets
+import torch
+import transformers
+from tqdm import tqdm
 
-from benchmarks import lengths, measure, report, work  # noqa: E402
-from benchmarks.contenders import BUILDERS, Setup, build  # noqa: E402
+from benchmarks import lengths, measure, report, work
+from benchmarks.contenders import BUILDERS, Setup, build
 
 KEY = ("padded-rmipo", "padded-simpo", "rmipo", "simpo")
 BASES = ("padded-rmipo", "padded-simpo", "simpo")

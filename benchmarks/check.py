@@ -1,6 +1,6 @@
 """Compare a run of the benchmark with the committed baseline; not part of `make test`.
 
-    python benchmarks/bench.py --output new.json && python benchmarks/check.py new.json
+    python -m benchmarks.bench --output new.json && python -m benchmarks.check new.json
 
 Compared are ratios to padded SimPO, which change little from machine to machine. The exit code is 1 where one of our
 steps got slower or larger than the tolerances allow.

@@ -15,11 +15,11 @@ from trl import DPOConfig, DPOTrainer
 from trl.experimental.cpo import CPOConfig, CPOTrainer
 
 from benchmarks import references
-from rmipo import attention
-from rmipo.batching import MicroBatch
-from rmipo.config import PreferenceConfig
 from rmipo.objectives import build_objective
-from rmipo.trainer import PreferenceTrainer
+from rmipo.recipe.schema import PreferenceConfig
+from rmipo.training import attention
+from rmipo.training.batching import MicroBatch
+from rmipo.training.trainer import PreferenceTrainer
 
 Step = Callable[[list[dict]], float]
 
@@ -72,7 +72,7 @@ class Setup:
 
 @dataclass(frozen=True)
 class Contender:
-    """A step, the model it trains, and the attention (`rmipo.attention.attach`) that it needs the model to have."""
+    """A step, the model it trains, and the attention (`rmipo.training.attention.attach`) that it needs the model to have."""
 
     step: Step
     model: LlamaForCausalLM

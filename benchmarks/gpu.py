@@ -1,8 +1,8 @@
 """Our training step against the authors' way, padded SimPO and TRL on one GPU, at the shapes of Llama-3-8B in bf16.
 
-    python benchmarks/gpu.py                  32 layers, micro-batches of 2 and 4, gradient checkpointing
-    python benchmarks/gpu.py --layers 8       where memory asks for fewer
-    python benchmarks/gpu.py --dry            the same program on the CPU with tiny shapes
+    python -m benchmarks.gpu                  32 layers, micro-batches of 2 and 4, gradient checkpointing
+    python -m benchmarks.gpu --layers 8       where memory asks for fewer
+    python -m benchmarks.gpu --dry            the same program on the CPU with tiny shapes
 
 All contenders train the same weights in turn. MFU counts the work of a step without recomputation (HFU with it), over
 the device's dense bf16 peak; tokens are those of prompt, chosen and rejected, so that padding earns nothing.
@@ -13,7 +13,6 @@ import contextlib
 import dataclasses
 import io
 import logging
-import sys
 import time
 import warnings
 from datetime import datetime
@@ -24,11 +23,9 @@ import torch
 import transformers
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
 from benchmarks import lengths, measure, report, work
 from benchmarks.contenders import BUILDERS, Contender, Setup, build
-from rmipo import attention
+from rmipo.training import attention
 
 BASES = ("padded-rmipo", "padded-simpo", "simpo")
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}  # dense bf16, from the vendor's data sheets

@@ -1,6 +1,6 @@
 """Step time against response length, prompt length and number of pairs: measured points, and the work model as lines.
 
-    python benchmarks/growth.py [--rounds 3] [--output benchmarks/results/growth.json]
+    python -m benchmarks.growth [--rounds 3] [--output benchmarks/results/growth.json]
 
 Writes the points as JSON and the plot beside it as PNG. All pairs have the same lengths, so that nothing is padding.
 """
@@ -11,25 +11,23 @@ import io
 import logging
 import os
 import statistics
-import sys
 import warnings
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 warnings.filterwarnings("ignore", category=FutureWarning)
 
-import datasets  # noqa: E402
-import matplotlib  # noqa: E402
-import torch  # noqa: E402
-from tqdm import tqdm  # noqa: E402
+import datasets
+import matplotlib
+import torch
+from tqdm import tqdm
 
-from benchmarks import lengths, measure, report, work  # noqa: E402
-from benchmarks.bench import KEY, SETUP  # noqa: E402
-from benchmarks.contenders import build  # noqa: E402
+from benchmarks import lengths, measure, report, work
+from benchmarks.bench import KEY, SETUP
+from benchmarks.contenders import build
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
+import matplotlib.pyplot as plt
 
 BASE = {"response": 96, "prompt": 64, "pairs": 2}
 SWEEPS = {"response": (32, 96, 192, 320, 448), "prompt": (16, 64, 192, 320, 448), "pairs": (1, 2, 4, 6, 8)}

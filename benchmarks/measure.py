@@ -13,7 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
 from benchmarks.contenders import SAME_LOSS, Contender, Setup, build
-from rmipo import attention
+from rmipo.training import attention
 
 # Relative, between ways to compute the same loss.
 LOSS_TOLERANCE = {"float32": 1e-4, "bfloat16": 3e-2}

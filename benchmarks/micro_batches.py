@@ -1,6 +1,6 @@
 """One optimizer step of RMiPO, cut into micro-batches by pairs or by tokens.
 
-    python benchmarks/micro_batches.py [--pairs 16] [--rounds 3]
+    python -m benchmarks.micro_batches [--pairs 16] [--rounds 3]
 
 Every cut has the same gradient. Measured are time, memory and rows of each; `max_tokens_per_micro_batch` is set to what
 the largest micro-batch by pairs holds, so that both need the same memory, and to what it holds on average. Counted, for
@@ -12,23 +12,20 @@ import itertools
 import logging
 import os
 import statistics
-import sys
 import time
 import warnings
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 warnings.filterwarnings("ignore", category=FutureWarning)
 
-import datasets  # noqa: E402
-import torch  # noqa: E402
-from tqdm import tqdm  # noqa: E402
+import datasets
+import torch
+from tqdm import tqdm
 
-from benchmarks import lengths, measure  # noqa: E402
-from benchmarks.bench import SETUP  # noqa: E402
-from benchmarks.contenders import RMIPO, our_trainer  # noqa: E402
-from rmipo.batching import StepSampler  # noqa: E402
+from benchmarks import lengths, measure
+from benchmarks.bench import SETUP
+from benchmarks.contenders import RMIPO, our_trainer
+from rmipo.training.batching import StepSampler
 
 SCALE = 0.25
 RECIPE_TOKENS = 8192  # max_tokens_per_micro_batch of the 7B and 8B recipes

@@ -1,3 +1,24 @@
-"""RMiPO: preference optimisation with a margin set by response-level mutual information."""
+"""RMiPO: preference optimisation whose margin follows pointwise mutual information.
+
+The names below are imported when they are first used, so that `import rmipo` takes no time.
+"""
+
+import importlib
 
 __version__ = "0.1.0"
+
+_EXPORTS = {
+    "rmipo_loss": "rmipo.objectives.rmipo",
+    "OBJECTIVES": "rmipo.objectives",
+    "build_objective": "rmipo.objectives",
+    "PairScores": "rmipo.objectives",
+    "PreferenceConfig": "rmipo.recipe.schema",
+    "PreferenceTrainer": "rmipo.training.trainer",
+}
+__all__ = list(_EXPORTS)
+
+
+def __getattr__(name: str):
+    if name not in _EXPORTS:
+        raise AttributeError(f"module 'rmipo' has no attribute {name!r}")
+    return getattr(importlib.import_module(_EXPORTS[name]), name)

@@ -3,3 +3,11 @@
 
 class UserError(Exception):
     """The message says what was found, what was expected and what to change: programs print it without a traceback."""
+
+
+class CheckpointError(UserError, ValueError):
+    """The output folder belongs to another run; the message names what differs."""
+
+
+class EvaluationError(UserError, ValueError):
+    """An evaluation that can't start or was cut short; the message says what to change and what was kept."""

@@ -22,17 +22,16 @@ import sys
 from pathlib import Path
 
 os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}  # before anything reads them
-sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from tqdm import tqdm
 
-from rmipo.comparison.log import Log, best_rates, execute_all, report_runs, search_runs
-from rmipo.comparison.study import METHODS, Study
-from rmipo.config import ConfigError, Recipe, recorded_run
+from rmipo.compare.log import Log, best_rates, execute_all, report_runs, search_runs
+from rmipo.compare.study import METHODS, Study
+from rmipo.launch.pipeline import choose_stages, load_steps
+from rmipo.launch.sweep import load_sweep
+from rmipo.recipe.load import ConfigError, Recipe
+from rmipo.record import environment, recorded_run
 from rmipo.reporting import comparison as reporting
-from rmipo.search import load_sweep
-from rmipo.stages import choose_stages, load_steps
-from rmipo.tracking import environment
 
 ROOT = Path(__file__).parent.parent
 

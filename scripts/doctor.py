@@ -11,19 +11,17 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
-from rmipo import machine
-from rmipo.machine import Check
+from rmipo.launch import doctor as machine
+from rmipo.launch.doctor import Check
 
 ROOT = Path(__file__).parent.parent
 
 
 def disk_check(step) -> Check:
-    from rmipo import preflight
-    from rmipo.config import ConfigError
-    from rmipo.plan import GIB, Sharding
-    from rmipo.stages import launch_configuration
+    from rmipo.launch.pipeline import launch_configuration
+    from rmipo.plan import preflight
+    from rmipo.plan.memory import GIB, Sharding
+    from rmipo.recipe.load import ConfigError
 
     recipe, folder = step.recipe, step.recipe.values["output_dir"]
     name = f"disk {Path(folder).name}"
@@ -49,8 +47,8 @@ def disk_check(step) -> Check:
 
 def access_checks(recipes: list, env: dict[str, str]) -> Iterator[Check]:
     """Models and data; those that a stage of the setting makes are only named."""
-    from rmipo import preflight
-    from rmipo.stages import maker
+    from rmipo.launch.pipeline import maker
+    from rmipo.plan import preflight
 
     wanted = {("model", recipe.values["model_name_or_path"]) for recipe in recipes}
     wanted |= {("dataset", recipe.values["dataset_name"]) for recipe in recipes if recipe.values.get("dataset_name")}
@@ -70,7 +68,7 @@ def all_checks(env: dict[str, str]) -> Iterator[Check]:
     yield from packages
     if not all(check.passed for check in packages):
         return
-    from rmipo.stages import choose_stages, load_steps
+    from rmipo.launch.pipeline import choose_stages, load_steps
 
     steps = [step for step in load_steps(*choose_stages(env), env) if step.recipe is not None]
     recipes = [step.recipe for step in steps]

@@ -18,11 +18,10 @@ import sys
 import traceback
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
+from rmipo.evaluation.target import load_settings, model_folder
+from rmipo.fingerprints import trained_fingerprint
 
-from rmipo.evaluation.target import load_settings, model_folder  # noqa: E402
-from rmipo.evaluation.weights import fingerprint  # noqa: E402
+ROOT = Path(__file__).parent.parent
 
 BENCHES = {"alpacaeval": "alpaca", "mtbench": "mtbench", "leaderboard": "leaderboard", "hh": "hh"}
 JUDGED = ("alpacaeval", "mtbench")
@@ -47,7 +46,7 @@ def main() -> None:
     try:
         settings = load_settings(recipe.with_name("eval.yaml"), args.set)
         folder = model_folder(recipe, args.outputs, args.method)
-        weights = fingerprint(folder)
+        weights = trained_fingerprint(folder)
     except ValueError as error:
         sys.exit(str(error))
     for bench in JUDGED:

@@ -15,8 +15,6 @@ import shlex
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
 from rmipo.reporting import figures, figures_pairs, figures_runs, sensitivity
 from rmipo.reporting.figures import method_label
 from rmipo.reporting.results import PAPER_MODELS, ReportError, load_run, train_command

@@ -24,15 +24,13 @@ import sys
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
 import torch
 import yaml
 
-from rmipo import slurm
-from rmipo.checkpoints import EXIT_STOPPED, MARKER
-from rmipo.config import ConfigError
-from rmipo.stages import Step, choose_sharding, choose_stages, launch_configuration, load_steps, node_count
+from rmipo.launch import slurm
+from rmipo.launch.pipeline import Step, choose_sharding, choose_stages, launch_configuration, load_steps, node_count
+from rmipo.recipe.load import ConfigError
+from rmipo.run.checkpoints import EXIT_STOPPED, MARKER
 
 ROOT = Path(__file__).parent.parent
 DRY_GPUS = 4  # shown where no GPU is visible: the hardware of the paper
@@ -92,8 +90,8 @@ def is_on(env: dict[str, str], name: str) -> bool:
 
 def check_hardware(step: Step, env: dict[str, str], gpus: int, nodes: int, sharding: str) -> None:
     """Raises PreflightError if memory or disk are too small; on Slurm's nodes as far as GPUS describes them."""
-    from rmipo import preflight  # needs DeepSpeed, which takes seconds to import
-    from rmipo.plan import Hardware, Sharding
+    from rmipo.plan import preflight  # needs DeepSpeed, which takes seconds to import
+    from rmipo.plan.memory import Hardware, Sharding
 
     if not is_on(env, "SLURM"):
         hardware = dataclasses.replace(preflight.local_hardware(), gpus_per_node=gpus)

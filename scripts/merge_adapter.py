@@ -13,13 +13,13 @@ import shutil
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
 import torch
 from peft import PeftModel
 
-from rmipo.config import ConfigError, ModelConfig, recorded_run
-from rmipo.loading import load_model, load_tokenizer
+from rmipo.recipe.load import ConfigError
+from rmipo.recipe.schema import ModelConfig
+from rmipo.record import recorded_run
+from rmipo.training.loading import load_model, load_tokenizer
 
 # Nats that log-probabilities of merged and adapter model may differ by in float32. It is the order of the additions
 # that differs; in bfloat16 that alone makes tenths of a nat where logits are about 20, and hides a wrong merge.

@@ -14,12 +14,11 @@ import os
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
-from rmipo import lengths, plan, preflight
-from rmipo.config import Recipe
-from rmipo.plan import GIB, Hardware, Sharding
-from rmipo.stages import choose_sharding, choose_stages, launch_configuration, load_steps, maker, node_count
+from rmipo.launch.pipeline import choose_sharding, choose_stages, launch_configuration, load_steps, maker, node_count
+from rmipo.plan import lengths, preflight
+from rmipo.plan import memory as plan
+from rmipo.plan.memory import GIB, Hardware, Sharding
+from rmipo.recipe.load import Recipe
 
 ROOT = Path(__file__).parent.parent
 # Where the number of examples is not known: UltraFeedback's (the on-policy sets have about as many), UltraChat's.

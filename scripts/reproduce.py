@@ -14,9 +14,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
-from rmipo.reporting.chain import chain, summary
+from rmipo.reporting.reproduce import chain, summary
 from rmipo.reporting.results import RECIPES, ReportError
 from rmipo.reporting.tables import TABLES, build_table
 

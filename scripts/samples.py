@@ -14,13 +14,13 @@ import shlex
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
+from rmipo.errors import EvaluationError
+from rmipo.evaluation.alpaca import load_reference
+from rmipo.evaluation.target import load_settings, model_folder
+from rmipo.generation.answers import Request, digest, generate
+from rmipo.recipe.settings import merge_settings
 
-from rmipo.evaluation import EvaluationError, merge_settings  # noqa: E402
-from rmipo.evaluation.alpaca import load_reference  # noqa: E402
-from rmipo.evaluation.generation import Request, digest, generate  # noqa: E402
-from rmipo.evaluation.target import load_settings, model_folder  # noqa: E402
+ROOT = Path(__file__).parent.parent
 
 METHODS = ["rmipo", "simper", "simpo"]  # of Table 6
 STYLE = """body { font-family: sans-serif; margin: 2em; } table { border-collapse: collapse; width: 100%; }

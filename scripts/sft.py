@@ -6,12 +6,9 @@
 """
 
 import sys
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
-from rmipo import console
-from rmipo.config import load_recipe, parse_command_line
+from rmipo import cli as console
+from rmipo.recipe.load import load_recipe, parse_command_line
 
 
 @console.program()
@@ -27,9 +24,11 @@ def main() -> None:
     from transformers import set_seed
     from trl import SFTTrainer, get_peft_config
 
-    from rmipo import checkpoints, data, export, preflight, tracking, watchdogs
-    from rmipo.chat import PROBES
-    from rmipo.loading import initial_fingerprint, load_model, load_tokenizer
+    from rmipo.data import pairs as data
+    from rmipo.data.chat import PROBES
+    from rmipo.plan import preflight
+    from rmipo.run import checkpoints, export, tracking, watchdogs
+    from rmipo.training.loading import initial_fingerprint, load_model, load_tokenizer
 
     preflight.check_run(recipe, args)
     state = PartialState()

@@ -17,13 +17,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
 from tqdm import tqdm
 
-from rmipo import search
-from rmipo.checkpoints import EXIT_STOPPED
-from rmipo.stages import choose, choose_stages, named_files
+from rmipo.launch import sweep as search
+from rmipo.launch.pipeline import choose, choose_stages, named_files
+from rmipo.run.checkpoints import EXIT_STOPPED
 
 ROOT = Path(__file__).parent.parent
 SHOWN = 5

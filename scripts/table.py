@@ -13,8 +13,6 @@ import shlex
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
 from rmipo.reporting.filling import fill
 from rmipo.reporting.render import FORMATS
 from rmipo.reporting.results import ReportError

@@ -11,9 +11,7 @@ import json
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
-from rmipo.toy.config import load_world_config
+from rmipo.tiny.config import load_world_config
 
 
 def main() -> None:
@@ -31,9 +29,9 @@ def main() -> None:
 def make(options: argparse.Namespace) -> None:
     config = load_world_config(options.config)
 
-    from rmipo.arguments import DataConfig
-    from rmipo.data import load_pairs
-    from rmipo.toy.files import SPLITS, write_world
+    from rmipo.data.pairs import load_pairs
+    from rmipo.recipe.schema import DataConfig
+    from rmipo.tiny.files import SPLITS, write_world
 
     pairs = None
     if options.data:

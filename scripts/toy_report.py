@@ -12,9 +12,7 @@ import sys
 from dataclasses import fields
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
-from rmipo.config import recorded_run
+from rmipo.record import recorded_run
 
 LABELS = {
     "right_probability": "probability of a right answer (exact)",
@@ -53,11 +51,11 @@ def main() -> None:
 
 def compare(options: argparse.Namespace, recipe: dict) -> dict:
     """Metrics and samples of the model before and after."""
-    from rmipo import data
-    from rmipo.arguments import DataConfig, ModelConfig
-    from rmipo.loading import load_model, load_tokenizer
-    from rmipo.toy import judge
-    from rmipo.toy.files import read_world
+    from rmipo.data import pairs as data
+    from rmipo.recipe.schema import DataConfig, ModelConfig
+    from rmipo.tiny import judge
+    from rmipo.tiny.files import read_world
+    from rmipo.training.loading import load_model, load_tokenizer
 
     on_the_world = Path(recipe["dataset_name"]) == options.world / "pairs"
     world = read_world(options.world) if on_the_world else None

@@ -4,28 +4,13 @@ Each benchmark is a module with `run(model_dir, output_dir, settings) -> {"metri
 `settings` is its block of recipes/<model>/eval.yaml. The packages are in the extra `eval`.
 """
 
-import importlib.metadata
 import importlib.util
 import os
 from urllib.parse import urlsplit
 
+from rmipo.errors import EvaluationError
+
 CHARACTERS_PER_TOKEN = 4  # about, in English
-
-
-class EvaluationError(ValueError):
-    """An evaluation that can't start or was cut short; the message says what to change and what was kept."""
-
-
-def merge_settings(block: str, defaults: dict, settings: dict) -> dict:
-    """`defaults` overridden by `settings`. Raises EvaluationError for keys that the block of eval.yaml doesn't have."""
-    unknown = sorted(settings.keys() - defaults.keys())
-    if unknown:
-        raise EvaluationError(f"eval.yaml, {block}: unknown keys {unknown}; it has {sorted(defaults)}")
-    return defaults | settings
-
-
-def package_versions(*packages: str) -> dict[str, str]:
-    return {package: importlib.metadata.version(package) for package in packages}
 
 
 def require_package(module: str) -> None:

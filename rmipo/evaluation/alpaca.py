@@ -7,8 +7,11 @@ import os
 from collections import Counter
 from pathlib import Path
 
-from . import EvaluationError, check_cost, judge_endpoint, merge_settings, package_versions, require_package, shown
-from .generation import Generator, Request, check_settings
+from rmipo.errors import EvaluationError
+from rmipo.evaluation import check_cost, judge_endpoint, require_package, shown
+from rmipo.generation.answers import Generator, Request, check_settings
+from rmipo.recipe.settings import merge_settings
+from rmipo.record import package_versions
 
 HUB_DATA = "tatsu-lab/alpaca_eval"
 REFERENCE_FILE = "alpaca_eval_gpt4_baseline.json"

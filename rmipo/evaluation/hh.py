@@ -11,13 +11,14 @@ from pathlib import Path
 import torch
 from datasets import Dataset
 
-from rmipo.config import DataConfig, recorded_run
-from rmipo.data import fingerprint as data_fingerprint
-from rmipo.data import load_pairs
-
-from . import EvaluationError, merge_settings, package_versions
-from .pair_scores import known_objective, native_rewards, needs_reference, score_model
-from .weights import fingerprint
+from rmipo.data.pairs import fingerprint as data_fingerprint
+from rmipo.data.pairs import load_pairs
+from rmipo.errors import EvaluationError
+from rmipo.evaluation.pair_scores import known_objective, native_rewards, needs_reference, score_model
+from rmipo.fingerprints import trained_fingerprint
+from rmipo.recipe.schema import DataConfig
+from rmipo.recipe.settings import merge_settings
+from rmipo.record import package_versions, recorded_run
 
 SUBSETS = ("helpful", "harmless")
 Rewards = tuple[torch.Tensor, torch.Tensor]  # of chosen and rejected, each (pairs,)
@@ -66,7 +67,7 @@ def run(model_dir: str | Path, output_dir: str | Path, settings: dict) -> dict:
     output_dir = Path(output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     metrics: dict[str, float] = {}
-    weights = fingerprint(Path(model_dir))
+    weights = trained_fingerprint(Path(model_dir))
     for name in subsets:
         scores, rewards = score_subset(model_dir, pairs[name], f"HH {name}", options)
         metrics |= {f"hh_{name}{suffix}": value for suffix, value in win_rates(scores, rewards).items()}

@@ -8,7 +8,9 @@ import gc
 import json
 from pathlib import Path
 
-from . import merge_settings, package_versions, require_package
+from rmipo.evaluation import require_package
+from rmipo.recipe.settings import merge_settings
+from rmipo.record import package_versions
 
 BBH_CHOICES = {
     "boolean_expressions": 2, "causal_judgement": 2, "formal_fallacies": 2, "hyperbaton": 2, "navigate": 2,

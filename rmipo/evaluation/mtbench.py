@@ -12,8 +12,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-from . import EvaluationError, check_cost, judge_endpoint, merge_settings, package_versions, require_package, shown
-from .generation import Generator, Request, check_settings
+from rmipo.errors import EvaluationError
+from rmipo.evaluation import check_cost, judge_endpoint, require_package, shown
+from rmipo.generation.answers import Generator, Request, check_settings
+from rmipo.recipe.settings import merge_settings
+from rmipo.record import package_versions
 
 DEFAULTS = {
     "generation": {},

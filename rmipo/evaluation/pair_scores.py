@@ -7,11 +7,11 @@ import torch
 from datasets import Dataset
 from tqdm import tqdm
 
-from rmipo.arguments import ModelConfig
-from rmipo.data import ChatFormat, tokenize_pairs
-from rmipo.loading import load_model, load_tokenizer
+from rmipo.data.pairs import ChatFormat, tokenize_pairs
 from rmipo.objectives import OBJECTIVES, PairScores, build_objective
-from rmipo.scoring import score_pairs
+from rmipo.recipe.schema import ModelConfig
+from rmipo.training.loading import load_model, load_tokenizer
+from rmipo.training.scoring import score_pairs
 
 
 def score_model(

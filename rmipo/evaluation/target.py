@@ -4,15 +4,15 @@ from pathlib import Path
 
 import yaml
 
-from rmipo.arguments import ModelConfig
-from rmipo.chat import PROBES
-from rmipo.config import load_recipe, recorded_run
-from rmipo.data import ChatFormat
-from rmipo.loading import load_tokenizer
-from rmipo.recipe_checks import template_text
-from rmipo.stages import named_files
-
-from . import EvaluationError
+from rmipo.data.chat import PROBES
+from rmipo.data.pairs import ChatFormat
+from rmipo.errors import EvaluationError
+from rmipo.launch.pipeline import named_files
+from rmipo.recipe.checks import template_text
+from rmipo.recipe.load import load_recipe
+from rmipo.recipe.schema import ModelConfig
+from rmipo.record import recorded_run
+from rmipo.training.loading import load_tokenizer
 
 BLOCKS = ("generation", "alpacaeval", "mtbench", "leaderboard", "hh", "samples")
 MODEL_FILES = ("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json")

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from .figures import house_style, method_color, method_label, panel_letter, panels, save
+from rmipo.reporting.figures import house_style, method_color, method_label, panel_letter, panels, save
 
 OURS = "rmipo"
 METRICS = {

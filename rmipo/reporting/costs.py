@@ -2,9 +2,8 @@
 
 from pathlib import Path
 
-from rmipo.recipe_files import read_yaml
-
-from .results import PAPER_MODELS, RECIPES, paper_rows
+from rmipo.recipe.files import read_yaml
+from rmipo.reporting.results import PAPER_MODELS, RECIPES, paper_rows
 
 PAPER_GPUS = 4  # A800 80 GB
 ULTRAFEEDBACK = ("HuggingFaceH4/ultrafeedback_binarized", "train_prefs")  # the on-policy sets have about as many pairs
@@ -36,8 +35,9 @@ def planned_hours(model: str, method: str) -> float | None:
     path = RECIPES / model / ("sft.yaml" if method == "sft" else "rmipo.yaml")
     if path.is_file() and read_yaml(path).get("use_cpu"):
         return None
-    from rmipo import lengths, plan, preflight  # bring in torch and DeepSpeed
-    from rmipo.config import load_recipe
+    from rmipo.plan import lengths, preflight  # bring in torch and DeepSpeed
+    from rmipo.plan import memory as plan
+    from rmipo.recipe.load import load_recipe
 
     recipe = load_recipe(path, overlays(method))
     run = preflight.run_of(recipe)
@@ -48,7 +48,7 @@ def planned_hours(model: str, method: str) -> float | None:
 
 def estimate_assumptions() -> str:
     """What the estimate rests on, and how far it is from the paper where both have a number."""
-    from rmipo import plan
+    from rmipo.plan import memory as plan
 
     model, method = "llama3-8b-instruct", "rmipo"
     return (

@@ -7,7 +7,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from .results import METHODS
+from rmipo.reporting.results import METHODS
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

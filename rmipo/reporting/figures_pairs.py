@@ -8,9 +8,8 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from rmipo.margin import SCHEDULES, scheduled_margin
-
-from .figures import (
+from rmipo.objectives.rmipo import SCHEDULES, scheduled_margin
+from rmipo.reporting.figures import (
     BLUE,
     GREEN,
     GREY,

@@ -8,9 +8,9 @@ from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import PercentFormatter
 
-from .figures import GREY, house_style, method_color, method_label, panel_letter, panels, smooth
-from .provenance import require_comparable
-from .results import (
+from rmipo.reporting.figures import GREY, house_style, method_color, method_label, panel_letter, panels, smooth
+from rmipo.reporting.provenance import require_comparable
+from rmipo.reporting.results import (
     PAPER_MODELS,
     RECIPES,
     ReportError,
@@ -22,7 +22,7 @@ from .results import (
     paper_rows,
     train_command,
 )
-from .tables import model_label
+from rmipo.reporting.tables import model_label
 
 FIGURE5_METHODS = ("dpo", "simpo", "simper", "rmipo")
 HH_SUBSETS = ("helpful", "harmless")

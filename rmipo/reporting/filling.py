@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from .provenance import conflicts, require_comparable, reservations
-from .results import (
+from rmipo.reporting.provenance import conflicts, require_comparable, reservations
+from rmipo.reporting.results import (
     BENCH_OF_METRIC,
     Result,
     eval_command,
@@ -14,7 +14,7 @@ from .results import (
     sft_command,
     train_command,
 )
-from .tables import METRIC_LABELS, Cell, Table, model_label, number
+from rmipo.reporting.tables import METRIC_LABELS, Cell, Table, model_label, number
 
 
 @dataclass(frozen=True)

@@ -9,15 +9,14 @@ import numpy as np
 import torch
 from datasets import Dataset
 
-from rmipo.config import DataConfig
-from rmipo.data import load_pairs
+from rmipo.data.pairs import load_pairs
+from rmipo.data.sources import load_rows
 from rmipo.evaluation.pair_scores import native_rewards, score_model
-from rmipo.evaluation.weights import fingerprint, has_weights
-from rmipo.margin import delta_pmi, pmi
+from rmipo.fingerprints import has_weights, trained_fingerprint
 from rmipo.objectives import PairScores, RMiPO, build_objective
-from rmipo.sources import load_rows
-
-from .results import ReportError, Run, eval_command
+from rmipo.objectives.rmipo import delta_pmi, pmi
+from rmipo.recipe.schema import DataConfig
+from rmipo.reporting.results import ReportError, Run, eval_command
 
 SCORE_COLUMNS = ("score_chosen", "score_rejected")
 SUBSET_SEED = 0
@@ -33,7 +32,7 @@ def hh_signals(outputs: Path, model: str, method: str) -> dict[str, dict[str, np
         path = folder / "eval" / f"hh_{subset}.pt"
         if path.is_file():
             scores = torch.load(path, weights_only=True)
-            if has_weights(folder) and scores.get("fingerprint") != fingerprint(folder):
+            if has_weights(folder) and scores.get("fingerprint") != trained_fingerprint(folder):
                 raise ReportError(
                     f"{path} is of other weights than those now in {folder}: delete it and {folder}/eval/hh.json, then run "
                     f"`{eval_command(model, method, 'hh')}`"

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from .results import ReportError, Result
+from rmipo.reporting.results import ReportError, Result
 
 HH_SETS = ("helpful", "harmless")
 HH_PAIRS = tuple(f"pairs_sha256.{name}" for name in HH_SETS)

@@ -3,7 +3,7 @@
 import csv
 import io
 
-from .filling import Entry, FilledTable
+from rmipo.reporting.filling import Entry, FilledTable
 
 LATEX = {"α": r"$\alpha$", "β": r"$\beta$", "ε": r"$\epsilon$", "✓": r"\checkmark", "–": "--"}
 LATEX |= {character: f"\\{character}" for character in "%_&#${}"}

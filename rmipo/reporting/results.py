@@ -10,7 +10,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from rmipo.evaluation.weights import fingerprint, has_weights
+from rmipo.fingerprints import has_weights, trained_fingerprint
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 PAPER_MODELS = {
@@ -122,7 +122,7 @@ def load_result(outputs: Path, model: str, method: str, bench: str) -> Result | 
         raise ReportError(f"{path} lacks {missing}; delete it and run `{eval_command(model, method, bench)}`")
     if content["bench"] != bench:
         raise ReportError(f"{path} holds results of {content['bench']!r}, its name says {bench!r}; rename or remove it")
-    if has_weights(folder) and content.get("fingerprint") != fingerprint(folder):
+    if has_weights(folder) and content.get("fingerprint") != trained_fingerprint(folder):
         raise ReportError(
             f"{path} is of other weights than those now in {folder}; delete it, and {path.with_suffix('')} if that is "
             f"there, and run `{eval_command(model, method, bench)}`"

@@ -9,12 +9,11 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from rmipo.checkpoints import WITHOUT_EFFECT
-
-from .figures import GREY, house_style, method_color, panel_letter, panels
-from .provenance import require_comparable
-from .results import BENCH_OF_METRIC, ReportError, Result, Run, eval_command, find_runs, load_result
-from .tables import METRIC_LABELS
+from rmipo.reporting.figures import GREY, house_style, method_color, panel_letter, panels
+from rmipo.reporting.provenance import require_comparable
+from rmipo.reporting.results import BENCH_OF_METRIC, ReportError, Result, Run, eval_command, find_runs, load_result
+from rmipo.reporting.tables import METRIC_LABELS
+from rmipo.run.checkpoints import WITHOUT_EFFECT
 
 # Recipe keys that make no other point of it: runs that differ in these alone are repetitions.
 REPEATED = {"seed", "output_dir", "logging_steps", "save_steps"} | {

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from .results import METHODS, PAPER_MODELS, ReportError, paper_rows
+from rmipo.reporting.results import METHODS, PAPER_MODELS, ReportError, paper_rows
 
 METRIC_LABELS = {
     "alpacaeval2_lc": "LC (%)",

@@ -14,10 +14,12 @@ from pathlib import Path
 
 import pytest
 
-from rmipo.evaluation import EvaluationError, alpaca, package_versions
-from tests.evaluation.judge_server import JudgeServer, probability_of_first
-from tests.evaluation.test_generation import other_versions
-from tests.evaluation.tiny_model import write_model
+from rmipo.errors import EvaluationError
+from rmipo.evaluation import alpaca
+from rmipo.record import package_versions
+from tests.generation.test_answers import other_versions
+from tests.helpers.judge_server import JudgeServer, probability_of_first
+from tests.helpers.tiny_model import write_model
 
 alpaca_eval = pytest.importorskip("alpaca_eval", reason="needs the extra `eval`")
 from alpaca_eval.metrics import get_winrate  # noqa: E402
@@ -237,7 +239,7 @@ def test_server_that_dies_leaves_the_verdicts_so_far(tmp_path, monkeypatch, api_
 
 MORTAL = """
 import sys
-from tests.evaluation.judge_server import JudgeServer
+from tests.helpers.judge_server import JudgeServer
 deadly = int(sys.argv[2])
 def fault(number):
     print("asked", flush=True)

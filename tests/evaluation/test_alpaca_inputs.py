@@ -6,8 +6,9 @@ import sys
 
 import pytest
 
-from rmipo.evaluation import EvaluationError, alpaca, leaderboard, mtbench
-from tests.evaluation.tiny_model import write_model
+from rmipo.errors import EvaluationError
+from rmipo.evaluation import alpaca, leaderboard, mtbench
+from tests.helpers.tiny_model import write_model
 
 ROWS = [{"instruction": f"tell me {i} things", "output": f"thing {i}"} for i in range(20)]
 

@@ -13,14 +13,15 @@ import torch
 import yaml
 from transformers import AutoTokenizer
 
-from rmipo.chat import PROBES
-from rmipo.data import ChatFormat
-from rmipo.evaluation import EvaluationError, alpaca, hh, leaderboard, mtbench
-from rmipo.evaluation import generation as generation_module
+from rmipo.data.chat import PROBES
+from rmipo.data.pairs import ChatFormat
+from rmipo.errors import EvaluationError
+from rmipo.evaluation import alpaca, hh, leaderboard, mtbench
 from rmipo.evaluation.target import load_settings, model_folder
-from rmipo.evaluation.weights import fingerprint
-from tests.evaluation.judge_server import JudgeServer
-from tests.evaluation.tiny_model import write_model
+from rmipo.fingerprints import trained_fingerprint
+from rmipo.generation import answers as generation_module
+from tests.helpers.judge_server import JudgeServer
+from tests.helpers.tiny_model import write_model
 
 ROOT = Path(__file__).parent.parent.parent
 TINY = ROOT / "recipes/tiny/rmipo.yaml"
@@ -171,7 +172,7 @@ def test_result_of_other_weights_is_refused(outputs):
     folder, path = outputs / "tiny/rmipo", outputs / "tiny/rmipo/eval/hh.json"
     assert run("evaluate.py", outputs, "--bench", "hh", *options).returncode == 0
     before = path.read_bytes()
-    weights = fingerprint(folder)
+    weights = trained_fingerprint(folder)
     assert json.loads(before)["fingerprint"] == weights
     scores = {name: torch.load(path.with_name(f"hh_{name}.pt"), weights_only=True) for name in ("helpful", "harmless")}
     assert {name: values["fingerprint"] for name, values in scores.items()} == dict.fromkeys(scores, weights)

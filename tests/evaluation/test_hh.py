@@ -8,7 +8,7 @@ import torch
 from rmipo.evaluation.hh import run, win_rates
 from rmipo.evaluation.pair_scores import native_rewards, needs_reference
 from rmipo.objectives import OBJECTIVES
-from tests.evaluation.tiny_model import naive_scores, write_model
+from tests.helpers.tiny_model import naive_scores, write_model
 
 SCORES = {
     "chosen_logps": torch.tensor([-4.0, -9.0, -2.0, -6.0]),

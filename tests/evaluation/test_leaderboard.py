@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from rmipo.evaluation.leaderboard import BBH_CHOICES, leaderboard_metrics, normalize, run
-from tests.evaluation.tiny_model import write_model
+from tests.helpers.tiny_model import write_model
 
 ROOT = Path(__file__).parents[2]
 

@@ -15,11 +15,12 @@ from pathlib import Path
 
 import pytest
 
-from rmipo.evaluation import EvaluationError, mtbench
-from rmipo.evaluation.engines import TransformersEngine
-from rmipo.evaluation.generation import Generator
-from tests.evaluation.judge_server import JudgeServer, rating
-from tests.evaluation.tiny_model import write_model
+from rmipo.errors import EvaluationError
+from rmipo.evaluation import mtbench
+from rmipo.generation.answers import Generator
+from rmipo.generation.engines import TransformersEngine
+from tests.helpers.judge_server import JudgeServer, rating
+from tests.helpers.tiny_model import write_model
 
 pytest.importorskip("mtbench_evaluator", reason="needs the extra `eval`")
 

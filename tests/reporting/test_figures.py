@@ -14,7 +14,7 @@ from rmipo.reporting.figures_runs import figure5, figure7
 from rmipo.reporting.pair_scores import loglik_difference, pmi_difference
 from rmipo.reporting.results import ReportError
 from rmipo.reporting.sensitivity import figure2, lines_over, measured
-from tests.reporting.files import write_result, write_run
+from tests.helpers.result_files import write_result, write_run
 
 RANDOM = np.random.default_rng(0)
 

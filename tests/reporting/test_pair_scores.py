@@ -11,7 +11,7 @@ import torch
 
 from rmipo.reporting.pair_scores import gamma_readings, hh_signals, judge_differences, reward_differences, run_scores
 from rmipo.reporting.results import ReportError, load_run
-from tests.evaluation.tiny_model import naive_scores, write_model
+from tests.helpers.tiny_model import naive_scores, write_model
 
 OBJECTIVES = {
     "rmipo": {"name": "rmipo", "beta": 2.0, "gamma_min": 0.3, "gamma_max": 1.6},

@@ -6,7 +6,7 @@ from rmipo.reporting.filling import fill
 from rmipo.reporting.provenance import conflicts, reservations
 from rmipo.reporting.results import ReportError, load_result
 from rmipo.reporting.tables import LEADERBOARD, build_table
-from tests.reporting.files import write_result
+from tests.helpers.result_files import write_result
 
 SCORES = dict.fromkeys(LEADERBOARD, 10.0)
 BENCHES = {"mtbench": {"mt_bench": 5.0}, "leaderboard": SCORES, "alpacaeval": {"alpacaeval2_wr": 5.0}, "hh": {}}

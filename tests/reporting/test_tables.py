@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from rmipo.evaluation.weights import fingerprint
+from rmipo.fingerprints import trained_fingerprint
 from rmipo.reporting.filling import average_ranks, competition_ranks, fill
 from rmipo.reporting.render import FORMATS, csv_text, latex, markdown
 from rmipo.reporting.results import BENCH_OF_METRIC, METHODS, PAPER_MODELS, ReportError, load_result, paper_rows
 from rmipo.reporting.tables import LEADERBOARD, TABLES, build_table
-from tests.reporting.files import write_result, write_run
+from tests.helpers.result_files import write_result, write_run
 
 ROOT = Path(__file__).parents[2]
 
@@ -181,7 +181,7 @@ def test_a_result_of_other_weights_is_refused(tmp_path):
         f"{path} is of other weights than those now in {folder}; delete it, and {folder}/eval/leaderboard if that is "
         "there, and run `make eval MODEL=tiny METHOD=initial BENCH=leaderboard`"
     )
-    path.write_text(path.read_text().replace("0a", fingerprint(folder)))
+    path.write_text(path.read_text().replace("0a", trained_fingerprint(folder)))
     assert load_result(tmp_path, "tiny", "initial", "leaderboard") is not None
 
 

@@ -1,0 +1,115 @@
+"""The runs of a comparison, several at a time, each in a process of its own and kept as a line of `runs.jsonl`."""
+
+import functools
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict
+from multiprocessing import get_context
+from pathlib import Path
+
+from rmipo.compare.run import CURVE_PAIRS, CURVE_STEPS, SAMPLES_PER_QUESTION, execute
+from rmipo.compare.study import INITIAL, SEARCH_SEED, Run, Study
+from rmipo.data.pairs import fingerprint, load_pairs
+from rmipo.training.loading import initial_fingerprint
+
+NOT_THE_RUN = ("output_dir", "reference_cache_dir", "run_name")
+
+
+class Log:
+    """`runs.jsonl`: one line per finished run, found again by everything that defines the run."""
+
+    def __init__(self, path: Path, study: Study):
+        self.path, self.study = path, study
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        # A line that a kill cut short has no newline.
+        self.lines = {line["key"]: line for line in map(json.loads, (text for text in lines if text.endswith("\n")))}
+        path.write_text("".join(text for text in lines if text.endswith("\n")))
+
+    @functools.cached_property
+    def common(self) -> dict:
+        """What defines every run beside its own recipe: initial weights, data, measurement."""
+        recipe = self.study.recipe(Run("report", "rmipo", None, 0, 0.0))
+        _, data_config, model_config = recipe.parse(world_size=1)
+        if self.study.world is None:
+            data = {split: fingerprint(load_pairs(data_config, split)) for split in ("train", "test")}
+        else:
+            data = asdict(self.study.world.config)
+        measured = {"samples": SAMPLES_PER_QUESTION, "curve": [CURVE_STEPS, CURVE_PAIRS]}
+        return {"model": initial_fingerprint(model_config), "data": data, "measured": measured}
+
+    def key(self, run: Run) -> str:
+        recipe = {key: value for key, value in self.study.recipe(run).resolved().items() if key not in NOT_THE_RUN}
+        content = {"run": asdict(run), "recipe": recipe, **self.common}
+        return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+    def find(self, run: Run) -> dict | None:
+        return self.lines.get(self.key(run))
+
+    def add(self, run: Run, result: dict, environment: dict) -> dict:
+        line = {"key": self.key(run), **asdict(run), **result, **environment}
+        self.lines[line["key"]] = line
+        with open(self.path, "a") as file:
+            file.write(json.dumps(line) + "\n")
+        return line
+
+
+def execute_all(log: Log, runs: list[Run], workers: int, environment: dict) -> Iterator[tuple[Run, dict]]:
+    """(run, line) of every run as it finishes, those in the log first. A run that fails raises."""
+    todo = []
+    for run in runs:
+        line = log.find(run)
+        if line is None:
+            todo.append(run)
+        else:
+            yield run, line
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["rmipo.compare.run"])  # the imports are paid for once
+    output = str(log.path.with_name("workers.log"))
+    with ProcessPoolExecutor(
+        workers, mp_context=context, initializer=redirect, initargs=(output,), max_tasks_per_child=1
+    ) as pool:
+        futures = {pool.submit(execute, log.study, run): run for run in todo}
+        try:
+            for future in as_completed(futures):
+                yield futures[future], log.add(futures[future], future.result(), environment)
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def redirect(path: str) -> None:
+    """Send what a worker and its libraries print to a file."""
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for stream in (1, 2):
+        os.dup2(file, stream)
+
+
+def search_runs(methods: Iterable[str], rates: Iterable[float]) -> list[Run]:
+    return [Run("search", method, rate, SEARCH_SEED, 0.0) for method in methods for rate in rates]
+
+
+def report_runs(methods: Iterable[str], rates: dict[str, float], seeds: list[int], noises: list[float]) -> list[Run]:
+    return [
+        Run("report", method, rates.get(method), seed, noise)
+        for noise in noises
+        for seed in seeds
+        for method in (INITIAL, *methods)
+    ]
+
+
+def best_rates(lines: Iterable[dict], metric: str) -> dict[str, float]:
+    """Method -> the learning rate of its search run with the highest `metric`; a run that diverged has none.
+
+    Raises:
+        ValueError: every run of some method diverged.
+    """
+    best: dict[str, tuple[float, float]] = {}
+    for line in lines:
+        value = line["metrics"].get(metric, float("-inf"))
+        best[line["method"]] = max(best.get(line["method"], (float("-inf"), 0.0)), (value, line["learning_rate"]))
+    if lost := [method for method, (value, _) in best.items() if value == float("-inf")]:
+        raise ValueError(f"every learning rate made {', '.join(lost)} diverge: add lower ones to search.yaml")
+    return {method: rate for method, (_, rate) in best.items()}

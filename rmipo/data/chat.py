@@ -1,0 +1,233 @@
+"""What a tokenizer's chat template does, probed once: where prompts end, what starts and ends a response."""
+
+from dataclasses import dataclass, field
+
+from jinja2 import TemplateError
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from rmipo.errors import UserError
+
+Messages = list[dict[str, str]]
+TokenPair = tuple[list[int], list[int], list[int]]  # ids of prompt, chosen, rejected
+
+QUESTION = {"role": "user", "content": "What is two plus two?"}
+ANSWER = {"role": "assistant", "content": "It is four."}
+PROBES = ([QUESTION], [QUESTION, ANSWER, QUESTION])
+
+
+class DataError(UserError, ValueError):
+    """Data or a chat template that can't be trained on; the message says what was found and what to change."""
+
+
+@dataclass(frozen=True)
+class ChatFormat:
+    """Renders and tokenises dialogues exactly as training and generation see them. Made by `probe`.
+
+    Attributes:
+        bos_id: the one BOS token in front of every prompt; None where the model family has none.
+        end_id: the token that ends every response.
+        header_ids: what the template writes between a prompt and its response, such as the assistant header; empty for
+            Mistral, and where the header is scored with the response.
+    """
+
+    tokenizer: PreTrainedTokenizerBase = field(repr=False)
+    bos_id: int | None
+    end_id: int
+    header_ids: tuple[int, ...]
+    template_writes_bos: bool
+    header_in_response: bool
+    after_end: str
+
+    @classmethod
+    def probe(cls, tokenizer: PreTrainedTokenizerBase, header_in_response: bool = False) -> "ChatFormat":
+        """Find out what `tokenizer.chat_template` does.
+
+        Args:
+            header_in_response: render prompts without the generation prompt, so that the assistant header is scored as
+                part of the response, as the authors' released code does for Llama-3 and Zephyr.
+
+        Raises DataError that lists everything that is wrong with the tokenizer and its template.
+        """
+        name = tokenizer.name_or_path or type(tokenizer).__name__
+        if tokenizer.chat_template is None:
+            raise DataError(
+                f"{name}: the tokenizer has no chat template. Set `chat_template` in the recipe, or train from a model "
+                "whose tokenizer has one."
+            )
+        problems = []
+        if tokenizer.pad_token_id is None and tokenizer.eos_token_id is None:
+            problems.append(
+                "it has neither a pad token nor an EOS token, which generation would pad with; set one: "
+                'tokenizer.pad_token = "..." and save the tokenizer'
+            )
+        try:
+            prompts = [render(tokenizer, messages, True) for messages in PROBES]
+            bare = [render(tokenizer, messages, False) for messages in PROBES]
+            fulls = [render(tokenizer, [*messages, ANSWER], False) for messages in PROBES]
+        except DataError as error:
+            raise DataError(f"{name}: {error}") from error
+
+        for prompt, without_header, full in zip(prompts, bare, fulls, strict=True):
+            if not prompt.startswith(without_header):
+                problems.append(
+                    f"add_generation_prompt changes the dialogue itself: {without_header!r} does not start {prompt!r}"
+                )
+            elif not full.startswith(prompt):
+                problems.append(
+                    f"the prompt is not a prefix of the full text: {prompt!r} does not start {full!r}; change the "
+                    "template so that its generation prompt is what it writes in front of an assistant message"
+                )
+            if problems:
+                break
+
+        end_id, after_end = None, ""
+        tail = fulls[0].rpartition(ANSWER["content"])[2]  # the whole text if the answer is not in it
+        end_token = next((token for token in special_tokens(tokenizer) if tail.lstrip().startswith(token)), None)
+        if end_token is None:
+            problems.append(
+                f"no end token: after a response the template writes {tail!r}, which does not start with a special "
+                "token; write {{ eos_token }} after assistant messages"
+            )
+        else:
+            end_id, after_end = tokenizer.convert_tokens_to_ids(end_token), tail.partition(end_token)[2]
+            if end_token in after_end:
+                problems.append(
+                    f"doubled end token: after a response the template writes {tail!r}; write {end_token} once"
+                )
+            elif after_end.strip():
+                problems.append(
+                    f"the template writes {after_end!r} after the end token {end_token}; end a response there"
+                )
+
+        header_ids = difference(tokenizer, prompts[0], bare[0])
+        bos_id, template_writes_bos = probe_bos(tokenizer, prompts[0], header_ids, problems)
+        if problems:
+            listing = "\n".join(f"- {problem}" for problem in problems)
+            raise DataError(f"{name}: the tokenizer and its chat template can't be trained with:\n{listing}")
+        return cls(
+            tokenizer=tokenizer,
+            bos_id=bos_id,
+            end_id=end_id,
+            header_ids=() if header_in_response else tuple(header_ids),
+            template_writes_bos=template_writes_bos,
+            header_in_response=header_in_response,
+            after_end=after_end,
+        )
+
+    def prompt_ids(self, messages: Messages) -> list[int]:
+        """Token ids of a prompt as generation continues it: one BOS, where the family has one, to the header."""
+        return self._encode_prompts([render(self.tokenizer, messages, not self.header_in_response)])[0]
+
+    def pair_ids(self, prompt: Messages, chosen: Messages, rejected: Messages) -> TokenPair:
+        """Token ids of a prompt and of its two responses (one assistant message each), which end with the end token."""
+        return self.encode([self.render_pair(prompt, chosen, rejected)])[0]
+
+    def set_end_of_turn(self, generation_config: GenerationConfig) -> None:
+        """Make generation stop at the token that ends a response, beside those where it already stops."""
+        known = generation_config.eos_token_id
+        known = [] if known is None else known if isinstance(known, list) else [known]
+        generation_config.eos_token_id = [*known, *({self.end_id} - set(known))]
+
+    def prior_context(self, kind: str) -> list[int]:
+        """Token ids in front of a response when log pi(y) is scored.
+
+        Args:
+            kind: "header" (BOS and the generation header), "bos", or "none" (the response's own first token is the
+                context: the authors' released code).
+        """
+        if kind == "none":
+            return []
+        bos = [] if self.bos_id is None else [self.bos_id]
+        context = {"bos": bos, "header": [*bos, *self.header_ids]}[kind]
+        if not context:
+            raise DataError(
+                f"prior_context: {kind} leaves nothing in front of a response, as this tokenizer has no BOS token. "
+                f"Set objective.prior_context to {'header or ' if kind == 'bos' else ''}none."
+            )
+        return context
+
+    def render_pair(self, prompt: Messages, chosen: Messages, rejected: Messages) -> tuple[str, str, str]:
+        """Text of the prompt and what the full rendering of each response adds after it, through the end token.
+
+        Raises DataError if the template refuses the messages or does not keep the prompt as the full text's prefix.
+        """
+        prompt_text = render(self.tokenizer, prompt, not self.header_in_response)
+        responses = []
+        for response in (chosen, rejected):
+            full = render(self.tokenizer, prompt + response, False)
+            if not full.startswith(prompt_text):
+                raise DataError("the chat template changes the prompt when a response follows")
+            responses.append(full[len(prompt_text) :].removesuffix(self.after_end))
+        return prompt_text, *responses
+
+    def encode(self, rendered: list[tuple[str, str, str]]) -> list[TokenPair]:
+        """Tokenise what `render_pair` returned, many pairs at a time."""
+        prompts = self._encode_prompts([prompt for prompt, _, _ in rendered])
+        chosen = self._encode_responses(prompts, [(prompt, response) for prompt, response, _ in rendered])
+        rejected = self._encode_responses(prompts, [(prompt, response) for prompt, _, response in rendered])
+        return list(zip(prompts, chosen, rejected, strict=True))
+
+    def _encode_prompts(self, texts: list[str]) -> list[list[int]]:
+        bos = [] if self.template_writes_bos or self.bos_id is None else [self.bos_id]
+        return [bos + ids for ids in tokenize(self.tokenizer, texts)]
+
+    def _encode_responses(self, prompts: list[list[int]], texts: list[tuple[str, str]]) -> list[list[int]]:
+        fulls = self._encode_prompts([prompt + response for prompt, response in texts])
+        responses = [full[len(prompt) :] for prompt, full in zip(prompts, fulls, strict=True)]
+        merged = [i for i, full in enumerate(fulls) if full[: len(prompts[i])] != prompts[i]]
+        if merged:
+            # A token spans the end of the prompt. Generation starts after the prompt's own tokens, so the response is
+            # tokenised apart from it; behind a special token, so that no space is added as at the start of a text.
+            end_token = self.tokenizer.convert_ids_to_tokens(self.end_id)
+            apart = tokenize(self.tokenizer, [end_token + texts[i][1] for i in merged])
+            for i, ids in zip(merged, apart, strict=True):
+                responses[i] = ids[1:]
+        return responses
+
+
+def render(tokenizer: PreTrainedTokenizerBase, messages: Messages, add_generation_prompt: bool) -> str:
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+    except TemplateError as error:
+        raise DataError(f"the chat template refuses: {error}") from error
+
+
+def tokenize(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+    return tokenizer(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"] if texts else []
+
+
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Special tokens, also those such as <|eot_id|> that have no role in the tokenizer; the longest first."""
+    added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    return sorted(added | set(tokenizer.all_special_tokens), key=len, reverse=True)
+
+
+def difference(tokenizer: PreTrainedTokenizerBase, longer: str, shorter: str) -> list[int]:
+    """Token ids that `longer` adds after `shorter`, tokenised in context where no token spans the boundary."""
+    longer_ids, shorter_ids = tokenize(tokenizer, [longer, shorter])
+    if longer_ids[: len(shorter_ids)] == shorter_ids:
+        return longer_ids[len(shorter_ids) :]
+    return tokenize(tokenizer, [longer.removeprefix(shorter)])[0]
+
+
+def probe_bos(
+    tokenizer: PreTrainedTokenizerBase, prompt: str, header_ids: list[int], problems: list[str]
+) -> tuple[int | None, bool]:
+    """Return (BOS id or None, whether the template writes it); append to `problems` what is wrong."""
+    bos_id = tokenizer.bos_token_id
+    if bos_id is None or bos_id in header_ids:  # ChatML tokenizers name their turn marker <|im_start|> as BOS
+        return None, False
+    ids = tokenize(tokenizer, [prompt])[0]
+    if ids[:2] == [bos_id, bos_id]:
+        problems.append(f"double BOS: the template starts a prompt with {tokenizer.bos_token} twice; write it once")
+    if ids[0] == bos_id:
+        return bos_id, True
+    if tokenizer("a")["input_ids"][0] == bos_id:
+        return bos_id, False
+    if bos_id == tokenizer.eos_token_id:  # one token for the ends of documents, not a start that the model expects
+        return None, False
+    problems.append(
+        f"no BOS: neither the template nor the tokenizer writes {tokenizer.bos_token}; start the template with "
+        "{{ bos_token }}, or set the tokenizer's bos_token to null if the model was trained without"
+    )
+    return bos_id, False

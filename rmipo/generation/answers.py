@@ -1,0 +1,213 @@
+"""Answers of a trained model to a benchmark's prompts, kept in a JSONL file that an interrupted run continues.
+
+Prompts are rendered and tokenised by `ChatFormat`, as in training, and reach the engine as token ids: a server or
+engine that is given text may write a second BOS.
+"""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+from transformers import AutoConfig
+
+from rmipo.data.pairs import ChatFormat
+from rmipo.errors import EvaluationError
+from rmipo.fingerprints import trained_fingerprint
+from rmipo.generation.engines import ENGINES, Prompt, choose_engine
+from rmipo.recipe.schema import ModelConfig
+from rmipo.recipe.settings import merge_settings
+from rmipo.record import package_versions
+from rmipo.training.loading import load_tokenizer
+
+DEFAULTS = {
+    "temperature": 0.7,
+    "top_p": 1.0,
+    "max_new_tokens": 2048,
+    "seed": 42,
+    "batch_size": 16,  # prompts answered together by transformers; vLLM answers all at once
+    "dtype": "bfloat16",
+    "engine": "auto",  # that of the answers there are; else vllm where there is a GPU, else transformers
+}
+
+
+@dataclass(frozen=True)
+class Request:
+    """One prompt: `key` names it in the file; `temperature` None means the settings' own."""
+
+    key: str
+    messages: list[dict[str, str]]
+    temperature: float | None = None
+
+
+def check_settings(settings: dict) -> dict:
+    """The settings with defaults filled in. Raises EvaluationError naming every wrong value."""
+    settings = merge_settings("generation", DEFAULTS, settings)
+    problems = []
+    for key in ("max_new_tokens", "batch_size"):
+        if not isinstance(settings[key], int) or settings[key] < 1:
+            problems.append(f"{key} is {settings[key]!r}, expected a whole number of at least 1")
+    if not 0 <= settings["temperature"] <= 2:
+        problems.append(f"temperature is {settings['temperature']}, expected 0 (greedy) to 2")
+    if not 0 < settings["top_p"] <= 1:
+        problems.append(f"top_p is {settings['top_p']}, expected more than 0, at most 1")
+    if settings["engine"] not in ("auto", *ENGINES):
+        problems.append(f"engine is {settings['engine']!r}, expected one of {['auto', *ENGINES]}")
+    if problems:
+        raise EvaluationError("eval.yaml, generation: " + "; ".join(problems))
+    return settings
+
+
+class Generator:
+    """Answers of the model in `model_dir`; use it in a `with` statement, which gives the engine's memory back.
+
+    The engine is loaded at the first prompt without an answer, and serves every file that is filled after that.
+
+    Attributes:
+        settings: with the engine that answers, once there are answers.
+        versions: of the packages that made the answers, which may have been others than those installed now.
+
+    Raises EvaluationError for wrong settings and for a folder without weights.
+    """
+
+    def __init__(self, model_dir: str | Path, settings: dict):
+        self.model_dir = Path(model_dir)
+        self.settings = check_settings(settings)
+        self.fingerprint = trained_fingerprint(self.model_dir)
+        self.versions: dict[str, str] | None = None
+        self.engine = None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        if self.engine is not None:
+            self.engine.close()
+            self.engine = None
+
+    def answer(self, requests: list[Request], path: str | Path) -> list[str]:
+        """Answer `requests`; answers that are in `path` already are not made again.
+
+        An answer depends on the model, its prompt and `settings["seed"]` alone. A file that transformers was
+        interrupted in ends as that of an uninterrupted run.
+
+        Returns the answers in the order of `requests`, stripped of surrounding space.
+        Raises EvaluationError, before the model is loaded, for prompts that don't fit the model, and for a file made by
+        another model, other settings or, if it has to be continued, other package versions.
+        """
+        path = Path(path)
+        tokenizer = load_tokenizer(ModelConfig(model_name_or_path=str(self.model_dir)))
+        chat = ChatFormat.probe(tokenizer)
+        prompts = [
+            Prompt(
+                ids,
+                self.settings["temperature"] if request.temperature is None else request.temperature,
+                seed_of(self.settings["seed"], ids),
+            )
+            for request, ids in ((request, chat.prompt_ids(request.messages)) for request in requests)
+        ]
+        config = AutoConfig.from_pretrained(self.model_dir, trust_remote_code=False)
+        check_prompts(requests, prompts, chat, config.max_position_embeddings)
+
+        answers = self.open(path, prompts)
+        wanted = [i for i, request in enumerate(requests) if request.key not in answers]
+        if not wanted:
+            return [answers[request.key]["output"] for request in requests]
+        if self.engine is None:
+            stop_ids = sorted({chat.end_id, tokenizer.eos_token_id} - {None})
+            self.engine = ENGINES[self.settings["engine"]](self.model_dir, self.settings, stop_ids)
+        with path.open("a") as file, tqdm(total=len(prompts), initial=len(answers), unit="answer") as progress:
+            progress.set_description(f"answers of {self.model_dir.name}")
+            for i, answer in self.engine.answers(prompts, wanted):
+                text = tokenizer.decode(answer.ids, skip_special_tokens=True).strip()
+                row = {"key": requests[i].key, "output": text, "tokens": len(answer.ids), "finish": answer.finish}
+                file.write(json.dumps(row) + "\n")
+                file.flush()
+                answers[requests[i].key] = row
+                progress.update()
+        return [answers[request.key]["output"] for request in requests]
+
+    def open(self, path: Path, prompts: list[Prompt]) -> dict[str, dict]:
+        """Answers in `path` by key; takes engine and versions from there, or writes those of this machine there."""
+        found, answers = read_answers(path)
+        versions = self.versions or (found or {}).get("versions")
+        if self.settings["engine"] == "auto" and found is not None:
+            self.settings["engine"] = found["decoding"]["engine"]
+        if found is None or len(answers) < len(prompts):
+            self.settings["engine"] = choose_engine(self.settings["engine"])
+            here = package_versions(*sorted({self.settings["engine"], "torch", "transformers"}))
+            if versions not in (None, here):
+                raise EvaluationError(
+                    f"{path} can't be {'begun' if found is None else 'continued'}: the answers there are were made "
+                    f"with {versions}, installed here is {here}. Install those versions (or go on where they are), or "
+                    f"delete the *.jsonl files in {path.parent}."
+                )
+            versions = here
+        keys = ("top_p", "max_new_tokens", "seed", "batch_size", "dtype", "engine")
+        header = {
+            "decoding": {key: self.settings[key] for key in keys},
+            "versions": versions,
+            "model": self.fingerprint,
+            "prompts": digest([asdict(prompt) for prompt in prompts]),
+        }
+        if found is None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(header) + "\n")
+        elif different := [key for key in header if key not in found or found[key] != header[key]]:
+            raise EvaluationError(
+                f"{path} holds answers made with another {', another '.join(different)}: its first line has "
+                f"{ {key: found.get(key) for key in different} }, this run { {key: header[key] for key in different} }."
+                " Move or delete that file, or take its settings back."
+            )
+        self.versions = versions
+        return answers
+
+
+def generate(model_dir: str | Path, requests: list[Request], path: str | Path, settings: dict) -> list[str]:
+    """The answers to one list of requests; see `Generator`."""
+    with Generator(model_dir, settings) as generator:
+        return generator.answer(requests, path)
+
+
+def seed_of(seed: int, ids: list[int]) -> int:
+    """A seed for one prompt, from the run's seed and the prompt itself."""
+    return int(digest([seed, ids])[:15], 16)
+
+
+def check_prompts(requests: list[Request], prompts: list[Prompt], chat: ChatFormat, context: int) -> None:
+    """Raises EvaluationError, listing all that is wrong: repeated keys, BOS, lengths."""
+    problems = []
+    keys = [request.key for request in requests]
+    repeated = sorted({key for key in keys if keys.count(key) > 1})
+    if repeated:
+        problems.append(f"keys that occur more than once: {repeated[:5]}")
+    if chat.bos_id is not None:
+        starts = [[token == chat.bos_id for token in prompt.ids[:2]] for prompt in prompts]
+        wrong = [request.key for request, start in zip(requests, starts, strict=True) if start != [True, False]]
+        if wrong:
+            problems.append(f"{len(wrong)} prompts don't start with exactly one BOS (id {chat.bos_id}): {wrong[:5]}")
+    long = [f"{r.key} ({len(p.ids)} tokens)" for r, p in zip(requests, prompts, strict=True) if len(p.ids) >= context]
+    if long:
+        problems.append(f"prompts that leave no room in the model's context of {context} tokens: {long[:5]}")
+    if problems:
+        raise EvaluationError("; ".join(problems))
+
+
+def read_answers(path: Path) -> tuple[dict | None, dict[str, dict]]:
+    """(first line or None, answers by key) of an answers file; a line that a kill cut short is removed from it."""
+    if not path.is_file():
+        return None, {}
+    content = path.read_bytes()
+    end = content.rfind(b"\n") + 1
+    if end < len(content):
+        with path.open("r+b") as file:
+            file.truncate(end)
+    if end == 0:
+        return None, {}
+    header, *answers = [json.loads(line) for line in content[:end].splitlines()]
+    return header, {answer["key"]: answer for answer in answers}
+
+
+def digest(content) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

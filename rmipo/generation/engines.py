@@ -1,0 +1,181 @@
+"""The two programs that answer prompts: transformers where there is no GPU, vLLM where there is one.
+
+Both take token ids and a seed for each prompt, so that an answer doesn't depend on the prompts beside it.
+"""
+
+import gc
+import importlib.util
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import GenerationConfig, LogitsProcessor, TopPLogitsWarper
+
+from rmipo.errors import EvaluationError
+from rmipo.recipe.schema import ModelConfig
+from rmipo.training.loading import load_model
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt to answer. `temperature` 0 is greedy decoding."""
+
+    ids: list[int]
+    temperature: float
+    seed: int
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Token ids of an answer without its end token; `finish` is "stop" or "length"."""
+
+    ids: list[int]
+    finish: str
+
+
+class SeededSampling(LogitsProcessor):
+    """Turns greedy decoding into sampling with one random stream per row.
+
+    The argmax of logits / temperature + Gumbel noise is a sample of the softmax. `generate(do_sample=True)` draws the
+    whole batch from one stream, so that an answer would change with its neighbours.
+    """
+
+    def __init__(self, temperatures: list[float], top_p: float, seeds: list[int]):
+        self.temperatures = temperatures
+        self.top_p = TopPLogitsWarper(top_p) if top_p < 1 else None
+        self.streams = [torch.Generator().manual_seed(seed) for seed in seeds]
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        scores = scores.float()
+        for row, (temperature, stream) in enumerate(zip(self.temperatures, self.streams, strict=True)):
+            if temperature == 0:
+                continue
+            logits = scores[row : row + 1] / temperature
+            if self.top_p is not None:
+                logits = self.top_p(input_ids[row : row + 1], logits)
+            noise = -torch.empty(logits.shape).exponential_(generator=stream).log()
+            scores[row] = (logits + noise.to(logits.device))[0]
+        return scores
+
+
+class TransformersEngine:
+    """On the GPU where there is one; batches of `batch_size` prompts."""
+
+    def __init__(self, model_dir: Path, settings: dict, stop_ids: list[int]):
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        model = load_model(ModelConfig(model_name_or_path=str(model_dir), dtype=settings["dtype"]))
+        self.model = model.to(self.device).eval()
+        # generate() takes what a call leaves open from the checkpoint's generation_config (temperature, penalties).
+        self.model.generation_config = GenerationConfig(
+            do_sample=False, eos_token_id=stop_ids, pad_token_id=stop_ids[0]
+        )
+        self.context = self.model.config.max_position_embeddings
+        self.top_p, self.max_new_tokens, self.stop_ids = settings["top_p"], settings["max_new_tokens"], stop_ids
+        self.batch_size = settings["batch_size"]
+
+    def answers(self, prompts: list[Prompt], wanted: list[int]) -> Iterator[tuple[int, Answer]]:
+        """(number of a prompt, its answer) for each number in `wanted`, in order.
+
+        Batches are cut from all prompts, whatever is wanted of them: the padding beside an answer, and with it the
+        last bits of its logits, are the same in a run that goes on from an interrupted one.
+        """
+        for start in range(0, len(prompts), self.batch_size):
+            numbers = range(start, min(start + self.batch_size, len(prompts)))
+            if not any(number in wanted for number in numbers):
+                continue
+            # How much room is left in the context would depend on the longest neighbour: those short of it go alone.
+            roomy = [n for n in numbers if len(prompts[n].ids) + self.max_new_tokens <= self.context]
+            answers = dict(zip(roomy, self.batch([prompts[n] for n in roomy]), strict=True)) if roomy else {}
+            for number in numbers:
+                if number in wanted:
+                    yield number, answers[number] if number in answers else self.batch([prompts[number]])[0]
+
+    @torch.no_grad()
+    def batch(self, prompts: list[Prompt]) -> list[Answer]:
+        width = max(len(prompt.ids) for prompt in prompts)
+        padding = [[self.stop_ids[0]] * (width - len(prompt.ids)) for prompt in prompts]
+        sampling = SeededSampling(
+            [prompt.temperature for prompt in prompts], self.top_p, [prompt.seed for prompt in prompts]
+        )
+        ids = [pad + prompt.ids for pad, prompt in zip(padding, prompts, strict=True)]
+        mask = [[0] * len(pad) + [1] * len(prompt.ids) for pad, prompt in zip(padding, prompts, strict=True)]
+        output = self.model.generate(
+            input_ids=torch.tensor(ids, device=self.device),
+            attention_mask=torch.tensor(mask, device=self.device),
+            max_new_tokens=min(self.max_new_tokens, self.context - width),
+            logits_processor=[sampling],
+        )
+        return [self.until_stop(row) for row in output[:, width:].tolist()]
+
+    def until_stop(self, ids: list[int]) -> Answer:
+        end = next((i for i, token in enumerate(ids) if token in self.stop_ids), None)
+        return Answer(ids, "length") if end is None else Answer(ids[:end], "stop")
+
+    def close(self) -> None:
+        """Give the memory back: other benchmarks load the model again."""
+        del self.model
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+class VllmEngine:
+    """Written from the source of vLLM 0.30.0 and never run: there was no machine for it."""
+
+    def __init__(self, model_dir: Path, settings: dict, stop_ids: list[int]):
+        from vllm import LLM
+
+        # generation_config: as above, nothing is taken from the checkpoint's.
+        self.model = LLM(
+            model=str(model_dir), dtype=settings["dtype"], seed=settings["seed"], generation_config="vllm",
+            trust_remote_code=False, load_format="safetensors",
+        )  # fmt: skip
+        self.top_p, self.max_new_tokens, self.stop_ids = settings["top_p"], settings["max_new_tokens"], stop_ids
+
+    def answers(self, prompts: list[Prompt], wanted: list[int]) -> Iterator[tuple[int, Answer]]:
+        """(number of a prompt, its answer) for each number in `wanted`, as they are finished.
+
+        All are handed over at once and yielded one by one: the engine is never drained for the sake of a batch.
+        """
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        engine = self.model.llm_engine
+        for number in wanted:
+            prompt = prompts[number]
+            parameters = SamplingParams(
+                temperature=prompt.temperature,
+                top_p=self.top_p,
+                max_tokens=self.max_new_tokens,  # vLLM ends an answer where its context ends
+                seed=prompt.seed,
+                stop_token_ids=self.stop_ids,
+                detokenize=False,
+                output_kind=RequestOutputKind.FINAL_ONLY,
+            )
+            engine.add_request(str(number), {"type": "token", "prompt_token_ids": prompt.ids}, parameters)
+        while engine.has_unfinished_requests():
+            for output in engine.step():
+                ids = [token for token in output.outputs[0].token_ids if token not in self.stop_ids]
+                yield int(output.request_id), Answer(ids, output.outputs[0].finish_reason)
+
+    def close(self) -> None:
+        """Give the GPU back: vLLM takes nearly all of its memory, in a process of its own."""
+        self.model.llm_engine.engine_core.shutdown()
+        del self.model
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+ENGINES = {"transformers": TransformersEngine, "vllm": VllmEngine}
+
+
+def choose_engine(name: str) -> str:
+    """The engine that "auto" stands for on this machine, or `name` itself. Raises EvaluationError if it isn't here."""
+    if name == "auto":
+        name = "vllm" if torch.cuda.is_available() else "transformers"
+    if name == "vllm" and importlib.util.find_spec("vllm") is None:
+        raise EvaluationError(
+            "answers are generated by vLLM on a GPU, and vllm isn't installed: make install EXTRAS=eval,vllm, or "
+            "generation.engine: transformers in eval.yaml (--set generation.engine=transformers), which is slower"
+        )
+    return name

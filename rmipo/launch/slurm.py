@@ -1,0 +1,68 @@
+"""`make train ... SLURM=1 NODES=4`: the stages of a setting as Slurm jobs, each waiting for the one before."""
+
+import os
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
+
+from rmipo.recipe.load import ConfigError
+
+SCRIPT = "scripts/launch.slurm"
+
+
+def sbatch_command(
+    config: str, program: list[str], *, nodes: int, gpus: int, name: str, after: str | None = None
+) -> list[str]:
+    """The command line that queues one program.
+
+    Args:
+        config: file of configs/accelerate/, or "cpu".
+        program: script and arguments, e.g. `["scripts/preference.py", "--config", ...]`.
+        gpus: of each node; 0 for "cpu".
+        name: of the job in the queue; it waits for the user's earlier jobs of that name.
+        after: id of the job that has to succeed first.
+
+    Options in the environment variable SBATCH_ARGS are added.
+    """
+    command = ["sbatch", "--parsable", f"--nodes={nodes}", f"--job-name={name}"]
+    command += [f"--gpus-per-node={gpus}"] if gpus else []
+    # Two jobs of one name write into one folder: the later one starts when the earlier one has ended.
+    command += [f"--dependency=afterok:{after},singleton" if after else "--dependency=singleton"]
+    command += ["--kill-on-invalid-dep=yes"] if after else []
+    return [*command, *own_options(), SCRIPT, config, *program]
+
+
+def own_options() -> list[str]:
+    """The user's options in SBATCH_ARGS, which come last and win. Raises ConfigError if they can't be read."""
+    text = os.environ.get("SBATCH_ARGS", "")
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        raise ConfigError(f"SBATCH_ARGS={text!r} can't be read: {error}") from error
+
+
+def require_slurm() -> None:
+    """Raises ConfigError where jobs can't be queued."""
+    if shutil.which("sbatch") is None:
+        raise ConfigError(
+            "SLURM=1: there is no sbatch here. Run this on a login node of the cluster, or without SLURM=1"
+        )
+
+
+def submit(config: str, program: list[str], *, name: str, **options) -> tuple[str, Path]:
+    """Queue one program; (job id, its log file). Arguments: those of `sbatch_command`.
+
+    Raises:
+        ConfigError: no Slurm here, or it refuses the job; quotes Slurm's reason.
+    """
+    require_slurm()
+    logs = Path("outputs/slurm")  # Slurm doesn't make the log's folder and would lose the log
+    logs.mkdir(parents=True, exist_ok=True)
+    command = sbatch_command(config, program, name=name, **options)
+    environment = {"WANDB_PROJECT": "rmipo", **os.environ}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise ConfigError(f"SLURM=1: sbatch refused {name}: {done.stderr.strip()}")
+    job = done.stdout.strip().split(";")[0]
+    return job, logs / f"{job}.log"

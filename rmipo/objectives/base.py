@@ -1,0 +1,211 @@
+"""What all objectives share: the scores they are called on, what they return, their hyperparameters' domains.
+
+Notation: S is a summed log-prob, A = S / |y| its mean per token, r = S - S_ref a log-ratio, w/l chosen/rejected.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+Gather = Callable[[Tensor], Tensor]
+State = dict[str, Tensor]  # 0-dimensional float64 tensors on the CPU; transient keys start with "batch_"
+
+
+def one_process(values: Tensor) -> Tensor:
+    """`gather` of a run on a single process."""
+    return values
+
+
+@dataclass(frozen=True)
+class PairScores:
+    """Scores of a micro-batch of pairs: 1-D tensors over pairs; `*_logps` are sums in nats, `*_lengths` token counts.
+
+    `prior_*` is log pi(y) over the same tokens; under RMiPO's fidelity "release" over all but the first of them.
+    `mismatched_*` are responses under another pair's prompt (KTO). `plus/minus_logratios` are S(w) - S(l) under
+    epsilon-DPO's perturbed policies. What an objective does not list in `needs` may be None.
+    """
+
+    chosen_logps: Tensor
+    rejected_logps: Tensor
+    chosen_lengths: Tensor
+    rejected_lengths: Tensor
+    prior_chosen_logps: Tensor | None = None
+    prior_rejected_logps: Tensor | None = None
+    ref_chosen_logps: Tensor | None = None
+    ref_rejected_logps: Tensor | None = None
+    mismatched_chosen_logps: Tensor | None = None
+    mismatched_rejected_logps: Tensor | None = None
+    ref_mismatched_chosen_logps: Tensor | None = None
+    ref_mismatched_rejected_logps: Tensor | None = None
+    plus_logratios: Tensor | None = None
+    minus_logratios: Tensor | None = None
+
+    def logps(self, per_token: bool) -> tuple[Tensor, Tensor]:
+        """(A(w), A(l)) if `per_token`, else (S(w), S(l))."""
+        return self._normalized(self.chosen_logps, self.rejected_logps, per_token)
+
+    def logratios(self, per_token: bool) -> tuple[Tensor, Tensor]:
+        """(r(w), r(l)) against the reference, per token or summed."""
+        chosen = self.chosen_logps - self.ref_chosen_logps
+        return self._normalized(chosen, self.rejected_logps - self.ref_rejected_logps, per_token)
+
+    def _normalized(self, chosen: Tensor, rejected: Tensor, per_token: bool) -> tuple[Tensor, Tensor]:
+        if not per_token:
+            return chosen, rejected
+        return chosen / self.chosen_lengths.clamp(min=1), rejected / self.rejected_lengths.clamp(min=1)
+
+
+@dataclass(frozen=True)
+class ObjectiveOutput:
+    """Per-pair results, each (pairs,); all but `losses` are detached.
+
+    Rewards are the method's own, margin excluded. `gamma` is the margin of margin methods, else None. The mean of
+    `losses` is the loss of the micro-batch.
+    """
+
+    losses: Tensor
+    chosen_rewards: Tensor
+    rejected_rewards: Tensor
+    gamma: Tensor | None
+    diagnostics: dict[str, Tensor]
+
+
+def make_output(
+    losses: Tensor, chosen_rewards: Tensor, rejected_rewards: Tensor, gamma: Any = None, **diagnostics: Any
+) -> ObjectiveOutput:
+    """Detach, and expand numbers to one value per pair."""
+
+    def column(value: Any) -> Tensor:
+        return torch.as_tensor(value, dtype=losses.dtype, device=losses.device).detach().expand_as(losses)
+
+    gamma = None if gamma is None else column(gamma)
+    columns = {key: column(value) for key, value in diagnostics.items()}
+    return ObjectiveOutput(losses, chosen_rewards.detach(), rejected_rewards.detach(), gamma, columns)
+
+
+def number(default: float, low: float = 0.0, high: float = math.inf, *, open_low: bool = True) -> Any:
+    """A float hyperparameter in (low, high), or [low, high) with `open_low=False`."""
+    domain = f"a number {'>' if open_low else '>='} {low:g}" + (f" and < {high:g}" if high < math.inf else "")
+
+    def accepts(value: Any) -> bool:
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            return False
+        return (low < value or (not open_low and value == low)) and value < high
+
+    return field(default=default, metadata={"domain": domain, "accepts": accepts, "convert": float})
+
+
+def flag(default: bool) -> Any:
+    return field(
+        default=default, metadata={"domain": "true or false", "accepts": lambda value: isinstance(value, bool)}
+    )
+
+
+def choice(*values: str) -> Any:
+    """One of `values`; the first is the default."""
+    return field(default=values[0], metadata={"domain": " | ".join(values), "accepts": lambda value: value in values})
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What all objectives share; the defaults are those of a stateless objective without a second model."""
+
+    name: ClassVar[str]
+    needs: ClassVar[frozenset[str]] = frozenset()  # of "prior", "reference", "mismatched", "reference_logits"
+    min_pairs: ClassVar[int] = 1  # pairs that a global micro-batch must have
+    header_in_response: ClassVar[bool] = False  # whether the generation header is scored as part of the response
+    hints: ClassVar[dict[str, str]] = {}  # keys that other code bases use -> what to write here
+    logged: ClassVar[tuple[str, ...]] = ()  # columns whose means are logged
+
+    def __post_init__(self) -> None:
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        if problems := self.problems(values):
+            raise ValueError(explain(type(self), problems))
+        for f in fields(self):
+            if convert := f.metadata.get("convert"):
+                object.__setattr__(self, f.name, convert(values[f.name]))
+
+    @classmethod
+    def problems(cls, values: Mapping[str, Any]) -> list[str]:
+        """One line for each of the hyperparameters `values` with a wrong type or outside its domain."""
+        triples = [(f.name, values[f.name], f.metadata) for f in fields(cls)]
+        return [
+            f"objective.{name} is {value!r} ({type(value).__name__}): expected {rule['domain']}"
+            for name, value, rule in triples
+            if not rule["accepts"](value)
+        ]
+
+    def __call__(self, scores: PairScores, state: State | None = None) -> ObjectiveOutput:
+        """Losses and rewards of a micro-batch. `state=None`: those of a first micro-batch on one process."""
+        raise NotImplementedError
+
+    @property
+    def micro_batch_matters(self) -> bool:
+        """Whether a pair's loss depends on which pairs share its micro-batch: then those are counted by pairs."""
+        return self.min_pairs > 1
+
+    def init_state(self) -> State:
+        """The state before the first step; saved in checkpoints."""
+        return {}
+
+    def observe(self, state: State, scores: PairScores, gather: Gather = one_process, rank: int = 0) -> State:
+        """Update the state with a training micro-batch, before its loss is computed.
+
+        Args:
+            gather: concatenates a tensor of all processes in rank order; every process calls it.
+            rank: of this process.
+        """
+        return state
+
+    def end_step(self, state: State, columns: Mapping[str, Tensor]) -> State:
+        """After an optimizer step, given the gathered columns of all its pairs. Drops what `observe` left behind."""
+        return {key: value for key, value in state.items() if not key.startswith("batch_")}
+
+    def summarize(self, columns: Mapping[str, Tensor]) -> dict[str, float]:
+        """The method's diagnostics over the pairs of a whole optimizer step (or evaluation)."""
+        return {f"{self.name}/{key}": columns[key].double().mean().item() for key in self.logged}
+
+
+def margin_loss(reward_difference: Tensor, gamma: Tensor | float = 0.0) -> Tensor:
+    """-log sigmoid(reward difference - gamma) (Eq. 8; without a margin Eq. 2)."""
+    return -logsigmoid(reward_difference - gamma)
+
+
+def sft_loss(scores: PairScores, normalization: str) -> Tensor:
+    """-log pi(w), (pairs,): summed over each response, or such that the mean over pairs is the mean over all tokens."""
+    if normalization == "sequence":
+        return -scores.chosen_logps
+    return -scores.chosen_logps * len(scores.chosen_logps) / scores.chosen_lengths.sum().clamp(min=1)
+
+
+def summarize_margin(name: str, columns: Mapping[str, Tensor], gamma_min: float, gamma_max: float) -> dict[str, float]:
+    """Distribution of gamma over the pairs of a step and, where PMI was scored, of delta_pmi and its two terms."""
+    gamma = columns["gamma"].double()
+    summary = {
+        "gamma_mean": gamma.mean(),
+        "gamma_std": gamma.std(unbiased=False),
+        "gamma_at_max": (gamma > gamma_max - 1e-6).double().mean(),
+        "gamma_at_min": (gamma <= gamma_min + 0.01).double().mean(),
+    }
+    if "delta_pmi" in columns:
+        signal = columns["delta_pmi"].double()
+        length_difference = (columns["chosen_lengths"] - columns["rejected_lengths"]).double()
+        summary |= {
+            "delta_pmi_mean": signal.mean(),
+            "delta_pmi_std": signal.std(unbiased=False),
+            "pmi_chosen_mean": columns["pmi_chosen"].double().mean(),
+            "pmi_rejected_mean": columns["pmi_rejected"].double().mean(),
+        }
+        if signal.std(unbiased=False) > 0 and length_difference.std(unbiased=False) > 0:  # undefined otherwise
+            summary["corr_delta_pmi_length"] = torch.corrcoef(torch.stack([signal, length_difference]))[0, 1]
+    return {f"{name}/{key}": value.item() for key, value in summary.items()}
+
+
+def explain(cls: type[Objective], problems: list[str]) -> str:
+    domains = ", ".join(f"{f.name} ({f.metadata['domain']})" for f in fields(cls))
+    return "\n  ".join([f"The recipe's objective block does not fit {cls.name}:", *problems, f"Its keys: {domains}"])

@@ -1,0 +1,89 @@
+"""Objectives that compare the policy with a frozen reference: DPO, IPO and KTO.
+
+Notation: S is a summed log-prob, A = S / |y| its mean per token, r = S - S_ref a log-ratio, w/l chosen/rejected.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from rmipo.objectives.base import (
+    Gather,
+    Objective,
+    ObjectiveOutput,
+    PairScores,
+    State,
+    flag,
+    make_output,
+    margin_loss,
+    number,
+    one_process,
+)
+
+
+@dataclass(frozen=True)
+class DPO(Objective):
+    """-log sigmoid(beta (r_w - r_l)) with summed log-ratios (Eq. 2)."""
+
+    name = "dpo"
+    needs = frozenset({"reference"})
+
+    beta: float = number(0.01)
+    length_normalization: bool = flag(False)
+
+    def __call__(self, scores: PairScores, state: State | None = None) -> ObjectiveOutput:
+        chosen, rejected = scores.logratios(self.length_normalization)
+        chosen_rewards, rejected_rewards = self.beta * chosen, self.beta * rejected
+        return make_output(margin_loss(chosen_rewards - rejected_rewards), chosen_rewards, rejected_rewards)
+
+
+@dataclass(frozen=True)
+class IPO(Objective):
+    """((r_w - r_l) - 1 / (2 tau))^2 with log-ratios per token, as its authors meant it (TRL); printed with sums."""
+
+    name = "ipo"
+    needs = frozenset({"reference"})
+    hints: ClassVar[dict[str, str]] = {"beta": "use tau (TRL calls it beta)"}
+
+    tau: float = number(0.5)
+    length_normalization: bool = flag(True)
+
+    def __call__(self, scores: PairScores, state: State | None = None) -> ObjectiveOutput:
+        chosen, rejected = scores.logratios(self.length_normalization)
+        losses = (chosen - rejected - 1 / (2 * self.tau)) ** 2
+        return make_output(losses, self.tau * chosen, self.tau * rejected)
+
+
+@dataclass(frozen=True)
+class KTO(Objective):
+    """Mean of w_w (1 - sigmoid(beta r_w - z)) and w_l (1 - sigmoid(z - beta r_l)), z = beta max(0, KL), detached.
+
+    KL is the mean log-ratio of mismatched responses over all ranks. The second term has the sign of the KTO paper;
+    Table 4 prints the opposite one, which would reward a likely rejected response.
+    """
+
+    name = "kto"
+    needs = frozenset({"reference", "mismatched"})
+    min_pairs = 2  # one pair has no other prompt to be mismatched with
+    hints: ClassVar[dict[str, str]] = {"lambda_w": "use desirable_weight", "lambda_l": "use undesirable_weight"}
+    logged = ("z_ref",)
+
+    beta: float = number(0.01)
+    desirable_weight: float = number(1.0)
+    undesirable_weight: float = number(1.0)
+
+    def observe(self, state: State, scores: PairScores, gather: Gather = one_process, rank: int = 0) -> State:
+        chosen = scores.mismatched_chosen_logps - scores.ref_mismatched_chosen_logps
+        rejected = scores.mismatched_rejected_logps - scores.ref_mismatched_rejected_logps
+        return {**state, "batch_kl": gather(torch.cat([chosen, rejected]).detach()).mean().clamp(min=0)}
+
+    def __call__(self, scores: PairScores, state: State | None = None) -> ObjectiveOutput:
+        if not state:
+            state = self.observe({}, scores)
+        z_ref = self.beta * state["batch_kl"]
+        chosen, rejected = scores.logratios(per_token=False)
+        chosen_rewards, rejected_rewards = self.beta * chosen, self.beta * rejected
+        desirable = self.desirable_weight * (1 - torch.sigmoid(chosen_rewards - z_ref))
+        undesirable = self.undesirable_weight * (1 - torch.sigmoid(z_ref - rejected_rewards))
+        return make_output((desirable + undesirable) / 2, chosen_rewards, rejected_rewards, z_ref=z_ref)

@@ -1,0 +1,105 @@
+"""Objectives that read the policy alone: SimPO, SimPER, CPO and SLiC.
+
+Notation: S is a summed log-prob, A = S / |y| its mean per token, r = S - S_ref a log-ratio, w/l chosen/rejected.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from rmipo.objectives.base import (
+    Objective,
+    ObjectiveOutput,
+    PairScores,
+    State,
+    choice,
+    flag,
+    make_output,
+    margin_loss,
+    number,
+    sft_loss,
+)
+
+
+@dataclass(frozen=True)
+class SimPO(Objective):
+    """-log sigmoid(beta (A_w - A_l) - gamma). `length_normalization=False` rewards with beta * S."""
+
+    name = "simpo"
+    hints: ClassVar[dict[str, str]] = {"gamma_beta_ratio": "use gamma, which is beta * gamma_beta_ratio"}
+
+    beta: float = number(2.0)
+    gamma: float = number(1.0, open_low=False)
+    length_normalization: bool = flag(True)
+
+    def __call__(self, scores: PairScores, state: State | None = None) -> ObjectiveOutput:
+        chosen, rejected = scores.logps(self.length_normalization)
+        chosen_rewards, rejected_rewards = self.beta * chosen, self.beta * rejected
+        losses = margin_loss(chosen_rewards - rejected_rewards, self.gamma)
+        return make_output(losses, chosen_rewards, rejected_rewards, self.gamma)
+
+
+@dataclass(frozen=True)
+class SimPER(Objective):
+    """-exp(A_w) + exp(A_l): inverse perplexities, no hyperparameter.
+
+    `constant_length` > 0 divides every S by that many tokens instead of by its own length: Table 5's "without length
+    normalisation", where the sums themselves would underflow.
+    """
+
+    name = "simper"
+
+    constant_length: float = number(0.0, open_low=False)
+
+    def __call__(self, scores: PairScores, state: State | None = None) -> ObjectiveOutput:
+        if self.constant_length:
+            chosen, rejected = scores.chosen_logps / self.constant_length, scores.rejected_logps / self.constant_length
+        else:
+            chosen, rejected = scores.logps(per_token=True)
+        return make_output(rejected.exp() - chosen.exp(), chosen, rejected)
+
+
+@dataclass(frozen=True)
+class CPO(Objective):
+    """-log sigmoid(beta (S_w - S_l)) - sft_weight * log pi(w), the last term a mean over tokens as in TRL."""
+
+    name = "cpo"
+    hints: ClassVar[dict[str, str]] = dict.fromkeys(("alpha", "cpo_alpha", "lambda"), "use sft_weight")
+    logged = ("nll",)
+
+    beta: float = number(0.01)
+    sft_weight: float = number(1.0, open_low=False)
+    sft_normalization: str = choice("token", "sequence")
+
+    @property
+    def micro_batch_matters(self) -> bool:
+        return self.sft_normalization == "token"
+
+    def __call__(self, scores: PairScores, state: State | None = None) -> ObjectiveOutput:
+        chosen_rewards, rejected_rewards = self.beta * scores.chosen_logps, self.beta * scores.rejected_logps
+        nll = sft_loss(scores, self.sft_normalization)
+        losses = margin_loss(chosen_rewards - rejected_rewards) + self.sft_weight * nll
+        return make_output(losses, chosen_rewards, rejected_rewards, nll=nll)
+
+
+@dataclass(frozen=True)
+class SLiC(Objective):
+    """max(0, delta - (S_w - S_l)) - sft_weight * log pi(w): the hinge of SLiC-HF with the chosen as SFT target."""
+
+    name = "slic"
+    hints: ClassVar[dict[str, str]] = {"beta": "use delta (Table 4 prints it as beta)", "lambda": "use sft_weight"}
+    logged = ("nll",)
+
+    delta: float = number(1.0)
+    sft_weight: float = number(1.0, open_low=False)
+    length_normalization: bool = flag(False)
+    sft_normalization: str = choice("sequence", "token")
+
+    @property
+    def micro_batch_matters(self) -> bool:
+        return self.sft_normalization == "token"
+
+    def __call__(self, scores: PairScores, state: State | None = None) -> ObjectiveOutput:
+        chosen, rejected = scores.logps(self.length_normalization)
+        nll = sft_loss(scores, self.sft_normalization)
+        losses = (self.delta - (chosen - rejected)).clamp(min=0) + self.sft_weight * nll
+        return make_output(losses, chosen, rejected, nll=nll)

@@ -1,0 +1,149 @@
+"""What can be found wrong with a recipe without its data: unknown keys, wrong types, values out of range."""
+
+import difflib
+import json
+import re
+import typing
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from rmipo.objectives import OBJECTIVES, build_objective
+from rmipo.recipe.files import coerce
+from rmipo.recipe.schema import ARGUMENTS, RECIPE_ONLY, DataConfig, ModelConfig, PreferenceConfig, SFTConfig
+
+REFUSED = {
+    "hub_token": "log in with `hf auth login` or set HF_TOKEN: recipes are saved beside models and sent to trackers",
+    "chat_template_path": "use chat_template",
+    "local_rank": "the launcher sets it",
+    "auto_find_batch_size": "it would change the batch size behind global_batch_size",
+    "model_init_kwargs": "use the keys of the model: dtype, model_revision, attn_implementation",
+}
+REFUSED_IN_PREFERENCE = {
+    "attn_implementation": "packed pairs have their own kernels: use attention",
+    "label_smoothing_factor": "no objective reads it",
+}
+ACCESS_TOKEN = re.compile(r"\b(hf_[A-Za-z0-9]{20,}|wandb_v1_\w+)")
+
+LOWEST = dict.fromkeys(("learning_rate", "num_train_epochs", "warmup_steps", "weight_decay", "max_grad_norm"), 0)
+LOWEST |= dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size", "global_batch_size"), 1)
+LOWEST |= {"max_length": 2, "max_prompt_length": 1, "generation_samples": 0, "generation_max_new_tokens": 1}
+LOWEST |= {"max_tokens_per_micro_batch": 1, "ddp_timeout": 1, "warn_chosen_logp_drop": 0, "warn_grad_norm_ratio": 1}
+LOWEST |= {"gradient_accumulation_steps": 1, "max_train_samples": 1, "max_eval_samples": 1}
+SHARES = ("max_dropped_fraction", "max_truncated_fraction", "warn_repetition")
+
+
+def stage_of(values: Mapping[str, Any]) -> str:
+    """ "preference" if a key is only found in such recipes, else "sft"."""
+    only = {f.name for f in fields(PreferenceConfig)} - {f.name for f in fields(SFTConfig)} - RECIPE_ONLY.keys()
+    return "preference" if values.keys() & only else "sft"
+
+
+def check_types(values: Mapping[str, Any], stage: str, origin: Mapping[str, str]) -> tuple[list[str], dict[str, Any]]:
+    """Bring values to the types that the dataclasses declare.
+
+    Args:
+        origin: where each key was set, for the messages.
+
+    Returns:
+        A line for each unknown or refused key and each wrong type; the values without those.
+    """
+    annotations, choices = _annotations(stage), _choices(stage)
+    refused = REFUSED | (REFUSED_IN_PREFERENCE if stage == "preference" else {})
+    problems, sound = [], {}
+    for key, value in values.items():
+        where = f"{origin[key]}: {key}"
+        if key in refused:
+            problems.append(f"{where} can't be set: {refused[key]}")
+        elif ACCESS_TOKEN.search(json.dumps(value, default=str)):
+            problems.append(f"{where} looks like an access token, which doesn't belong in a recipe")
+        elif key not in annotations:
+            problems.append(f"{where} {_unknown(key, annotations, stage)}")
+        else:
+            try:
+                typed = coerce(value, annotations[key])
+                if key in choices and typed is not None and typed not in choices[key]:
+                    raise ValueError(f"expected one of {', '.join(choices[key])}")
+                sound[key] = typed
+            except ValueError as error:
+                problems.append(f"{where} is {value!r}: {error}")
+    return problems, sound
+
+
+def check_values(given: Mapping[str, Any], values: Mapping[str, Any], stage: str) -> list[str]:
+    """A line for each key missing in `given`, and each range or contradiction in `values`, those of the right type."""
+    problems = [f"{key} is missing" for key in ("model_name_or_path", "output_dir") if not given.get(key)]
+    if not given.keys() & {"global_batch_size", "gradient_accumulation_steps"}:
+        problems.append("global_batch_size is missing (the paper's is 128)")
+    if given.keys() >= {"global_batch_size", "gradient_accumulation_steps"}:
+        problems.append("gradient_accumulation_steps follows from global_batch_size: remove it")
+    if bool(given.get("dataset_name")) == bool(given.get("datasets")):
+        problems.append("the data is not clear: expected either dataset_name or datasets (a mixture)")
+    for key, low in LOWEST.items():
+        if values.get(key) is not None and values[key] < low:
+            problems.append(f"{key} is {values[key]}: expected at least {low}")
+    problems += [f"{key} is {values[key]}: expected 0 to 1" for key in SHARES if not 0 <= values.get(key, 0) <= 1]
+    if (values.get("load_in_4bit") or values.get("load_in_8bit")) and not values.get("use_peft"):
+        problems.append("load_in_4bit and load_in_8bit need use_peft: true: quantized weights can't be trained")
+    if values.get("push_to_hub") and not values.get("hub_model_id"):
+        problems.append("push_to_hub needs hub_model_id, the repository to upload to, such as name/llama3-8b-rmipo")
+    try:
+        template_text(values.get("chat_template"))
+    except ValueError as error:
+        problems.append(str(error))
+    if stage == "preference":
+        length = values.get("max_length", PreferenceConfig.max_length)
+        prompt_length = values.get("max_prompt_length", PreferenceConfig.max_prompt_length)
+        if prompt_length >= length:
+            problems.append(f"max_prompt_length is {prompt_length}: expected less than max_length ({length})")
+        try:
+            objective = build_objective(values.get("objective", {}))
+        except ValueError as error:
+            problems.append(str(error))
+        else:
+            if values.get("max_tokens_per_micro_batch") and objective.micro_batch_matters:
+                problems.append(
+                    f"max_tokens_per_micro_batch is {values['max_tokens_per_micro_batch']}: expected null, as a pair's "
+                    f"loss under this {objective.name} depends on the pairs in its micro-batch. Set "
+                    "per_device_train_batch_size"
+                )
+    return problems
+
+
+def template_text(template: str | None) -> str | None:
+    """The chat template itself, read from its file if `template` is a path.
+
+    Raises:
+        ValueError: no such file, or neither a path nor a template.
+    """
+    if template is None or "{%" in template or "{{" in template:
+        return template
+    if not template.endswith(".jinja"):
+        raise ValueError(f"chat_template is {template!r}: expected template text or the path of a .jinja file")
+    if not Path(template).is_file():
+        raise ValueError(f"chat_template is {template!r}: no such file")
+    return Path(template).read_text()
+
+
+def _annotations(stage: str) -> dict[str, Any]:
+    types = dict(RECIPE_ONLY)
+    for cls in (ARGUMENTS[stage], DataConfig, ModelConfig):
+        types |= typing.get_type_hints(cls)
+    return types
+
+
+def _choices(stage: str) -> dict[str, list[str]]:
+    choices = {f.name: f.metadata.get("choices") for cls in (ARGUMENTS[stage], ModelConfig) for f in fields(cls)}
+    return {key: options for key, options in choices.items() if options}
+
+
+def _unknown(key: str, known: Mapping[str, Any], stage: str) -> str:
+    other = "preference" if stage == "sft" else "sft"
+    if key in _annotations(other):
+        return f"is a key of {other} recipes, and this is one of stage {stage}"
+    hyperparameters = {name for cls in OBJECTIVES.values() for name in [f.name for f in fields(cls)] + list(cls.hints)}
+    if stage == "preference" and key in hyperparameters:
+        return f"belongs into the objective block (objective.{key})"
+    near = difflib.get_close_matches(key, known, n=1)
+    return f"is not a key of recipes{f'; did you mean {near[0]}?' if near else ''}"

@@ -1,0 +1,210 @@
+"""From a recipe to validated dataclasses. All that is wrong is reported at once, before a model is loaded."""
+
+import argparse
+import copy
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from transformers import TrainingArguments
+
+from rmipo.errors import UserError
+from rmipo.objectives import build_objective
+from rmipo.recipe import handbook
+from rmipo.recipe.checks import check_types, check_values, stage_of, template_text
+from rmipo.recipe.files import merge, parse_overrides, read_yaml
+from rmipo.recipe.schema import ARGUMENTS, DataConfig, ModelConfig, PreferenceConfig
+from rmipo.record import recorded_run
+
+__all__ = ["ConfigError", "DataConfig", "PreferenceConfig", "Recipe", "load_recipe", "parse_command_line"]
+
+COMMAND_LINE = "command line"
+
+
+class ConfigError(UserError, ValueError):
+    """One message with everything that is wrong in a recipe, its overlays and overrides."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A validated recipe: `values` are flat, merged, and of the types that the dataclasses declare."""
+
+    path: Path
+    stage: str  # "sft" or "preference"
+    values: dict[str, Any]
+    notices: list[str]
+
+    @property
+    def name(self) -> str:
+        """Of the run, after its folder: `llama3-8b-instruct-dpo`."""
+        folder = Path(self.values["output_dir"])
+        return f"{folder.parent.name}-{folder.name}".lstrip("-")
+
+    def resolved(self) -> dict[str, Any]:
+        """What `run.json` records. There are no secrets in it: `load_recipe` refuses a recipe with one."""
+        return copy.deepcopy(self.values)
+
+    def batch(self, world_size: int) -> tuple[int, int]:
+        """(global batch size, accumulation steps) over `world_size` processes.
+
+        Raises:
+            ConfigError: the global batch can't be divided so, or micro-batches are too small for the objective; lists
+                what would work.
+        """
+        per_device = self.values.get("per_device_train_batch_size", TrainingArguments.per_device_train_batch_size)
+        least = build_objective(self.values["objective"]).min_pairs if self.stage == "preference" else 1
+        if per_device * world_size < least:
+            raise ConfigError(
+                f"{self.path}: objective {self.values['objective']['name']} needs at least {least} pairs per micro-batch "
+                f"over all processes, found per_device_train_batch_size {per_device} on {world_size}: raise "
+                "per_device_train_batch_size"
+            )
+        if "global_batch_size" not in self.values:  # a recipe of the handbook
+            steps = self.values["gradient_accumulation_steps"]
+            return per_device * steps * world_size, steps
+        size = self.values["global_batch_size"]
+        if size % (per_device * world_size):
+            per_device_sizes = _listing(n for n in range(1, size + 1) if size % (n * world_size) == 0)
+            world_sizes = _listing(n for n in range(1, size + 1) if size % (n * per_device) == 0)
+            raise ConfigError(
+                f"{self.path}: global_batch_size {size} is not a multiple of per_device_train_batch_size ({per_device})"
+                f" x processes ({world_size}).\n  With {world_size} processes, per_device_train_batch_size can be: "
+                f"{per_device_sizes}\n  With {per_device} per device, the number of processes can be: {world_sizes}"
+            )
+        return size, size // (per_device * world_size)
+
+    def require_device(self, gpus: int) -> None:
+        """Raises ConfigError unless there is a GPU or the recipe is for the CPU."""
+        if gpus == 0 and not self.values.get("use_cpu"):
+            raise ConfigError(
+                f"{self.path}: this recipe trains on GPUs, and none is visible. MODEL=tiny trains on a CPU; DRY=1 shows"
+                " this run without starting it; `use_cpu: true` would train it on the CPU, for weeks"
+            )
+
+    def require_stage(self, stage: str) -> "Recipe":
+        """This recipe, if it is one of `stage`; else ConfigError."""
+        if self.stage != stage:
+            found = "no objective" if self.stage == "sft" else "keys of preference training"
+            raise ConfigError(
+                f"{self.path}: expected a recipe of stage {stage}, found one of stage {self.stage}: it has {found}. "
+                f"scripts/{self.stage}.py trains it"
+            )
+        return self
+
+    def parse(self, world_size: int | None = None) -> tuple[TrainingArguments, DataConfig, ModelConfig]:
+        """The dataclasses of a real run: `PreferenceConfig` or TRL's `SFTConfig`, then data and model.
+
+        `world_size` defaults to the launcher's WORLD_SIZE. `chat_template` comes back as text.
+
+        Raises:
+            ConfigError: an indivisible global batch, no GPU, no such model folder, or what transformers refuses.
+        """
+        if world_size is None:
+            world_size = int(os.environ.get("WORLD_SIZE", "1"))
+        global_batch_size, accumulation = self.batch(world_size)
+        self.require_device(torch.cuda.device_count())
+        model = self.values["model_name_or_path"]
+        if not Path(model).expanduser().is_dir() and (model.count("/") > 1 or model.startswith((".", "/", "~"))):
+            raise ConfigError(f"{self.path}: model_name_or_path is {model}: no such folder. Has its stage been run?")
+        values = {"run_name": self.name, **self.resolved()}
+        values |= {"global_batch_size": global_batch_size, "gradient_accumulation_steps": accumulation}
+        values["use_cache"] = True  # in the saved configuration, for generation; training forwards say False themselves
+        values["chat_template"] = template_text(values.get("chat_template"))
+        # Uploaded once, verified and with its card (`export.push`); the Trainer would upload each checkpoint as it is.
+        values |= {"hub_strategy": "end", "hub_private_repo": values.get("hub_private_repo", True)}
+
+        if values.get("use_cpu"):
+            # Without GPUs TrainingArguments leaves this timeout out. Processes connect here; it finds them connected.
+            PartialState(cpu=True, timeout=timedelta(seconds=values.get("ddp_timeout", TrainingArguments.ddp_timeout)))
+
+        def build(cls: type) -> Any:
+            return cls(**{f.name: values[f.name] for f in fields(cls) if f.name in values})
+
+        try:
+            return build(ARGUMENTS[self.stage]), build(DataConfig), build(ModelConfig)
+        except ValueError as error:
+            raise ConfigError(f"{self.path}: {error}") from error
+
+
+def load_recipe(path: str | Path, overlays: Iterable[str | Path] = (), overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe, lay overlays and overrides over it, and check all that needs neither data nor model.
+
+    Args:
+        path: the recipe's YAML file. The name of its folder is the setting's name.
+        overlays: YAML files merged over it in turn. A block `per_setting` holds values for single settings.
+        overrides: `["--learning_rate", "1e-6", "--objective.beta=2.5"]`.
+
+    Raises:
+        ConfigError: listing everything that is wrong.
+    """
+    path = Path(path)
+    values, notices, problems, origin = {}, [], [], {}
+    for source, layer in _layers(path, overlays, overrides, problems):
+        try:
+            layer, layer_notices = handbook.translate(layer, is_recipe=source == str(path))
+        except ValueError as error:
+            problems += [f"{source}: {line}" for line in str(error).split("\n")]
+            continue
+        notices += layer_notices
+        origin |= dict.fromkeys(layer, source)
+        values = merge(values, layer)
+    if "prefer_local" in values:
+        notices.append(_take_local(values))
+    stage = stage_of(values)
+    type_problems, sound = check_types(values, stage, origin)
+    complete = not problems  # otherwise keys would be called missing that a broken file has
+    problems += type_problems + (check_values(values, sound, stage) if complete else [])
+    if problems:
+        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+        raise ConfigError("\n  ".join([f"{path}: {count}", *problems]))
+    return Recipe(path, stage, sound, notices)
+
+
+def parse_command_line(description: str) -> tuple[str, list[str], list[str]]:
+    """(recipe, overlays, overrides) of a training script's command line: the arguments of `load_recipe`."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--config", required=True, help="recipe, e.g. recipes/tiny/rmipo.yaml")
+    parser.add_argument("--overlay", action="append", default=[], help="YAML merged over the recipe; repeatable")
+    known, overrides = parser.parse_known_args()
+    return known.config, known.overlay, overrides
+
+
+def _layers(path: Path, overlays: Iterable[str | Path], overrides: Sequence[str], problems: list[str]):
+    """(source, values) of each layer, lowest first; what can't be read is added to `problems`."""
+    setting = path.resolve().parent.name
+    for source in (path, *overlays):
+        try:
+            layer = read_yaml(source)
+        except ValueError as error:
+            problems.append(f"{source}: {error}")
+            continue
+        per_setting = layer.pop("per_setting", {}) if source != path else {}
+        yield str(source), layer
+        if setting in per_setting:
+            yield str(source), per_setting[setting]
+    try:
+        yield COMMAND_LINE, parse_overrides(overrides)
+    except ValueError as error:
+        problems.append(f"{COMMAND_LINE}: {error}")
+
+
+def _take_local(values: dict[str, Any]) -> str:
+    """Put this repository's own checkpoint in place of the public one if it is finished. Returns the notice."""
+    local, public = values.pop("prefer_local"), values.get("model_name_or_path")
+    run = recorded_run(local)
+    if run is None or not run["finished"]:
+        return f"model_name_or_path: {public}, because {local} holds no finished run"
+    values["model_name_or_path"] = local
+    values.pop("model_revision", None)
+    return f"model_name_or_path: {local}, this repository's own run, in place of {public}"
+
+
+def _listing(numbers: Iterable[int]) -> str:
+    return ", ".join(map(str, numbers)) or "none"

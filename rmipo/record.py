@@ -1,0 +1,101 @@
+"""The files that a run leaves beside its model: `run.json`, `metrics.jsonl`, `generations.jsonl`."""
+
+import importlib.metadata
+import json
+import os
+import platform
+import secrets
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+from rmipo.files import write_atomically
+
+RUN_FILE = "run.json"
+METRICS_FILE = "metrics.jsonl"
+GENERATIONS_FILE = "generations.jsonl"
+PACKAGES = ("torch", "transformers", "trl", "datasets", "accelerate", "deepspeed", "wandb")
+
+
+def package_versions(*packages: str) -> dict[str, str]:
+    return {package: importlib.metadata.version(package) for package in packages}
+
+
+def environment() -> dict:
+    """Versions, commit and hardware: what a number has to be quoted with."""
+    import torch
+
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "versions": package_versions(*PACKAGES),
+        "python": platform.python_version(),
+        "commit": _commit(),
+        "hardware": gpus or [f"{os.cpu_count()} CPU cores ({platform.machine()})"],
+    }
+
+
+def _commit() -> str | None:
+    def git(*arguments):
+        return subprocess.run(
+            ["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("+modified" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (subprocess.CalledProcessError, FileNotFoundError):
+        return None  # installed without its repository
+
+
+def recorded_run(run_dir: str | Path) -> dict[str, Any] | None:
+    """The content of `run.json` in `run_dir`, None if there is none."""
+    path = Path(run_dir) / RUN_FILE
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def read_metrics(run_dir: str | Path) -> list[dict]:
+    with open(Path(run_dir) / METRICS_FILE) as file:
+        return [json.loads(line) for line in file]
+
+
+class RunRecord:
+    """`run.json` of one output folder: written when training starts, completed when it ends.
+
+    Args:
+        output_dir: folder of the run.
+        identity: from `checkpoints.run_identity`; its keys are at the top of the file.
+        facts: anything else to record: data report, objective, ...
+    """
+
+    def __init__(self, output_dir: str | Path, identity: dict, **facts):
+        self.path = Path(output_dir) / RUN_FILE
+        before = recorded_run(output_dir) or {"starts": 0, "wandb_run_id": secrets.token_hex(4)}
+        self.content = {
+            "finished": False,
+            **identity,
+            **environment(),
+            **facts,
+            "starts": before["starts"] + 1,
+            "wandb_run_id": before["wandb_run_id"],
+        }
+        self.started = time.time()
+
+    def start(self) -> None:
+        """Write the file; a W&B run that an earlier start of this run opened is continued."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._write()
+        os.environ.setdefault("WANDB_RUN_ID", self.content["wandb_run_id"])
+        os.environ.setdefault("WANDB_RESUME", "allow")
+
+    def results(self, **results) -> None:
+        """Record the results, and the seconds since this start."""
+        self.content |= {"seconds": round(time.time() - self.started, 1), "results": results}
+        self._write()
+
+    def finish(self) -> None:
+        """Say that nothing is left to do: a run that is killed before this goes on from its last checkpoint."""
+        self.content["finished"] = True
+        self._write()
+
+    def _write(self) -> None:
+        write_atomically(self.path, json.dumps(self.content, indent=2, default=str) + "\n")

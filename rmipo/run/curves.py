@@ -1,0 +1,70 @@
+"""The pictures that every run leaves: curves of its metrics, and the histogram of its margins."""
+
+from pathlib import Path
+
+import matplotlib
+import torch
+
+from rmipo.record import read_metrics
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+
+def plot_curves(run_dir: str | Path) -> Path:
+    """Margin, win rate and gamma over training steps, as `curves.png` in the run's folder."""
+    lines = read_metrics(run_dir)
+    panels = [
+        ("reward margin", "rewards/margins"),
+        ("win rate", "rewards/accuracies"),
+        ("gamma", "rmipo/gamma_mean"),
+    ]
+    panels = [(title, key) for title, key in panels if any(key in line for line in lines)]
+    figure, axes = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 3.2), squeeze=False)
+    for axis, (title, key) in zip(axes[0], panels, strict=True):
+        for name, style in ((key, "-"), (f"eval_{key}", "o--")):
+            points = [(line["step"], line[name]) for line in lines if name in line]
+            if points:
+                label = "held out" if name.startswith("eval_") else "training"
+                axis.plot(*zip(*points, strict=True), style, label=label, markersize=4)
+        deviation = [
+            (line["step"], line[key], line["rmipo/gamma_std"])
+            for line in lines
+            if key == "rmipo/gamma_mean" and key in line
+        ]
+        if deviation:
+            steps, mean, std = (torch.tensor(column) for column in zip(*deviation, strict=True))
+            axis.fill_between(steps, mean - std, mean + std, alpha=0.15, label="± 1 std over pairs")
+        axis.set(title=title, xlabel="optimizer step")
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8)
+    figure.tight_layout()
+    path = Path(run_dir) / "curves.png"
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+    return path
+
+
+def plot_gamma_histogram(gamma: torch.Tensor, bounds: tuple[float, float], path: Path) -> Path:
+    """Histogram of the margin over pairs, the atoms at the two bounds drawn apart.
+
+    Args:
+        gamma: `(pairs,)`.
+        bounds: `(gamma_min, gamma_max)`.
+    """
+    low, high = bounds
+    at_low, at_high = (gamma <= low + 1e-2), (gamma >= high - 1e-6)
+    inner = gamma[~at_low & ~at_high]
+    figure, axis = plt.subplots(figsize=(5, 3.2))
+    weights = torch.full_like(inner, 1 / len(gamma))
+    axis.hist(inner.numpy(), bins=30, range=(low, high), weights=weights.numpy(), label="between the bounds")
+    width = (high - low) / 30
+    for position, share, side, colour in ((low - width, at_low, "lower", "C2"), (high + width, at_high, "upper", "C1")):
+        fraction = share.double().mean().item()
+        axis.bar(position, fraction, width=width, color=colour, label=f"at the {side} bound: {fraction:.0%}")
+    axis.set(xlabel="gamma", ylabel="share of pairs", title=f"margin of {len(gamma)} held-out pairs")
+    axis.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+    return path

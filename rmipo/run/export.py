@@ -1,0 +1,156 @@
+"""What a finished run leaves to be used: the model, checked tensor by tensor, its card, and an upload if asked for."""
+
+import json
+from pathlib import Path
+
+import transformers
+import yaml
+from accelerate import init_empty_weights
+from huggingface_hub import HfApi
+from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from safetensors import safe_open
+from transformers import PreTrainedConfig, Trainer
+
+from rmipo.errors import UserError
+from rmipo.record import recorded_run
+
+SHOWN = 5  # tensors named per kind of mistake
+DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+CARD = "README.md"
+NOT_UPLOADED = ["checkpoint-*", "*.tmp", "non_finite_rank*.json"]
+
+CITATION = """@article{liao-rmipo,
+  title  = {Intrinsic Mutual Information as a Modulator for Preference Optimization},
+  author = {Liao, Peng and Zheng, Peijia and Li, Lingbo and Liang, Shangsong and Chen, Lin}
+}"""
+
+
+class ExportError(UserError, RuntimeError):
+    """The saved weights are not the model's; the message names tensors."""
+
+
+def save(trainer: Trainer) -> None:
+    """Save model, tokenizer and configurations into the run's folder, and verify the weights. Every rank takes part."""
+    folder = Path(trainer.args.output_dir)
+    trainer.save_model(_internal_call=True)  # not uploaded yet: unverified, and without its card
+    if trainer.is_world_process_zero():
+        (folder / "training_args.bin").unlink()  # a pickle; run.json has the same
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        peft_config = model.active_peft_config if isinstance(model, PeftModel) else None
+        verify_export(folder, model.config, peft_config)
+
+
+def verify_export(folder: str | Path, config: PreTrainedConfig, peft_config: PeftConfig | None = None) -> int:
+    """Compare the saved tensors with those that a model of `config` (or its adapter) has; returns how many there are.
+
+    ZeRO-3 can write empty tensors or leave some out, and loading such a folder only warns.
+
+    Raises:
+        ExportError: tensors are missing, unknown, of another shape, or of another dtype than the configuration says.
+    """
+    folder = Path(folder)
+    found = saved_tensors(folder)
+    with init_empty_weights():
+        # Not by AutoModel: while ZeRO-3 is on, that divides what it makes over the ranks.
+        model = getattr(transformers, config.architectures[0])(config)
+        tied = set(model.all_tied_weights_keys)
+        state = model.state_dict()
+        if peft_config is not None:
+            state = get_peft_model_state_dict(get_peft_model(model, peft_config))
+    expected = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    problems = {
+        "missing": sorted(expected.keys() - found.keys() - tied),
+        "not of this model": sorted(found.keys() - expected.keys()),
+        "of another shape": [
+            f"{name} is {shape}, not {expected[name]}"
+            for name, (shape, _) in sorted(found.items())
+            if name in expected and shape != expected[name]
+        ],
+    }
+    if peft_config is None:  # adapters are trained and saved in float32
+        dtype = str(config.dtype).removeprefix("torch.")
+        problems[f"not {dtype}"] = [f"{name} is {kind}" for name, (_, kind) in sorted(found.items()) if kind != dtype]
+    lines = [f"- {len(names)} {kind}: {'; '.join(names[:SHOWN])}" for kind, names in problems.items() if names]
+    if lines:
+        raise ExportError(
+            f"{folder}: the saved weights can't be used. Expected the {len(expected)} tensors of {config.model_type}, "
+            f"found {len(found)}:\n" + "\n".join(lines) + "\nThe weights are whole in the last checkpoint. Under "
+            "ZeRO-3 its zero_to_fp32.py joins them; check stage3_gather_16bit_weights_on_model_save: true"
+        )
+    return len(found)
+
+
+def saved_tensors(folder: Path) -> dict[str, tuple[tuple[int, ...], str]]:
+    """name -> (shape, dtype) of every tensor in the folder's safetensors, read from their headers."""
+    found = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118  (not a dict)
+                tensor = file.get_slice(name)
+                kind = tensor.get_dtype()
+                found[name] = tuple(tensor.get_shape()), DTYPES.get(kind, kind)
+    return found
+
+
+def write_model_card(folder: str | Path) -> Path:
+    """`README.md` of a finished run: what was trained on what, how, with which result; and what to cite."""
+    folder = Path(folder)
+    run = recorded_run(folder)
+    recipe, results = run["recipe"], run["results"]
+    preference = "objective" in recipe
+    method = f"{recipe['objective']['name']} (preference optimization)" if preference else "supervised fine-tuning"
+    sources = [recipe["dataset_name"]] if recipe.get("dataset_name") else [d["path"] for d in recipe["datasets"]]
+    base = recipe["model_name_or_path"]
+    # The hub links names of its own; a folder of this machine means nothing there.
+    header = {
+        "library_name": "peft" if recipe.get("use_peft") else "transformers",
+        "base_model": [name for name in [base] if not Path(name).exists()],
+        "datasets": [name for name in sources if not Path(name).exists()],
+        "tags": ["rmipo", "preference-optimization" if preference else "sft"],
+    }
+    rows = [f"| {name} | {value:.4g} |" for name, value in sorted(results.items()) if isinstance(value, int | float)]
+    versions = ", ".join(f"{name} {version}" for name, version in run["versions"].items())
+    text = f"""---
+{yaml.safe_dump({key: value for key, value in header.items() if value}, sort_keys=False)}---
+
+# {folder.resolve().parent.name}: {folder.resolve().name}
+
+{method[0].upper()}{method[1:]} of `{base}` on {", ".join(f"`{name}`" for name in sources)}.
+
+## Results
+
+{"Held-out data after training, in nats where they are log-probabilities." if rows else "Nothing was held out."}
+
+| metric | value |
+|---|---|
+{chr(10).join(rows)}
+
+## Recipe
+
+Trained on {run["world_size"]} x {run["hardware"][0]}, commit {run["commit"]}, with {versions}.
+
+```yaml
+{yaml.safe_dump(recipe, sort_keys=False, width=120)}```
+
+Fingerprints of the tokenised data: {json.dumps(run["fingerprints"])}
+
+## Citation
+
+```bibtex
+{CITATION}
+```
+"""
+    path = folder / CARD
+    path.write_text(text)
+    return path
+
+
+def push(trainer: Trainer) -> str:
+    """Upload the run's folder without its checkpoints to the repository that `hub_model_id` names; returns its URL."""
+    return HfApi().upload_folder(
+        repo_id=trainer.hub_model_id,
+        folder_path=trainer.args.output_dir,
+        revision=trainer.args.hub_revision,
+        commit_message="Model, card and record of its training",
+        ignore_patterns=NOT_UPLOADED,
+    )

@@ -1,0 +1,94 @@
+"""The folder of a world: its data in JSONL, the untrained model, and `world.json`, which describes it."""
+
+import json
+import random
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+
+from rmipo.data.formats import unusable_pair
+from rmipo.data.pairs import fingerprint
+from rmipo.tiny.config import WorldConfig, make_world_config
+from rmipo.tiny.model import make_model, train_tokenizer
+from rmipo.tiny.world import World, deal
+
+RECORD = "world.json"  # written last: a folder without it is incomplete
+SPLITS = ("train", "test")
+
+
+def write_world(folder: Path, config: WorldConfig, pairs: dict | None = None) -> bool:
+    """Write data, tokenizer and untrained model.
+
+    Args:
+        pairs: `{"train", "test"}: rows of data.load_pairs` to take the place of the world's: the tokenizer is trained
+            on them and their chosen responses are the SFT dialogues. They are not copied.
+
+    Returns:
+        False if this very world was there already and has been kept.
+
+    Raises:
+        ValueError: the folder holds another world.
+    """
+    record = {"config": asdict(config), "pairs": pairs and {split: fingerprint(pairs[split]) for split in SPLITS}}
+    if (folder / RECORD).exists():
+        found = json.loads((folder / RECORD).read_text())
+        if found == record:
+            return False
+        differing = [key for key, value in record["config"].items() if found["config"].get(key) != value]
+        differing += ["the pairs (--data)"] * (found["pairs"] != record["pairs"])
+        raise ValueError(
+            f"{folder} holds another world. Remove it, with the runs that started from it, or name another --output. "
+            f"Different: {', '.join(differing)}"
+        )
+    if pairs is None:
+        world = World(config)
+        dialogues = {split: list(world.dialogues(split)) for split in SPLITS}
+        for split in SPLITS:
+            write_rows(folder / "pairs" / f"{split}.jsonl", world.pairs(split))
+        write_rows(
+            folder / "questions.jsonl",
+            ({"prompt": question.prompt, "right": question.fact.answers} for question in world.held_out_questions),
+        )
+        texts = [message["content"] for row in dialogues["train"] for message in row["messages"]]
+        tokenizer = train_tokenizer(texts, config.vocab_size)
+    else:
+        dialogues = {split: chosen_dialogues(pairs[split], config, split) for split in SPLITS}
+        sides = (row["prompt"] + row["chosen"] + row["rejected"] for row in pairs["train"])
+        texts = (message["content"] for messages in sides for message in messages)
+        tokenizer = train_tokenizer(texts, config.text_vocab_size)
+    for split in SPLITS:
+        write_rows(folder / "sft" / f"{split}.jsonl", dialogues[split])
+    make_model(config, tokenizer).save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n")
+    return True
+
+
+def read_world(folder: Path) -> World | None:
+    """The world that a folder holds; None if it was made on other people's pairs.
+
+    Raises:
+        ValueError: there is no complete world in the folder.
+    """
+    if not (folder / RECORD).exists():
+        raise ValueError(f"{folder}: no {RECORD}, so no complete world is there. Make it with scripts/toy.py.")
+    record = json.loads((folder / RECORD).read_text())
+    return None if record["pairs"] else World(make_world_config(record["config"]))
+
+
+def chosen_dialogues(pairs: Iterable[dict], config: WorldConfig, split: str) -> list[dict]:
+    """SFT rows: the chosen responses of the usable pairs, some of them without their prompts."""
+    sides = [(row["prompt"], row["chosen"], row["rejected"]) for row in pairs]
+    usable = [(prompt, chosen) for prompt, chosen, rejected in sides if unusable_pair(prompt, chosen, rejected) is None]
+    draw = random.Random(f"{config.seed} dialogues {split}")
+    prompts = deal(draw, len(usable), dropped=config.sft_prompt_dropped, rest="kept")
+    return [
+        {"messages": chosen if label == "dropped" else prompt + chosen}
+        for (prompt, chosen), label in zip(usable, prompts, strict=True)
+    ]
+
+
+def write_rows(path: Path, rows: Iterable[dict]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)

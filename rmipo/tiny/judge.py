@@ -1,0 +1,175 @@
+"""What a model of the tiny setting answers: exact probabilities, samples, classes; and preference on any pairs."""
+
+from collections import Counter
+
+import torch
+from datasets import Dataset
+from tqdm import tqdm
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from rmipo.data.chat import ChatFormat
+from rmipo.tiny.world import CLASSES, Question, World, assistant
+from rmipo.training import attention, scoring
+from rmipo.training.packing import pack
+
+PROMPTS = 64  # sampled at a time
+PAIRS = 16  # scored at a time
+
+
+def evaluate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    world: World,
+    n_questions: int | None = None,
+    samples_per_question: int = 4,
+    seed: int = 0,
+) -> dict:
+    """Ask the held-out questions.
+
+    Args:
+        n_questions: the first so many of `world.held_out_questions`; None asks all.
+        samples_per_question: answers drawn at temperature 1, from `seed`.
+
+    Returns:
+        `right_probability`: mean over the questions of the exact total probability of all right answers;
+        `right`, `boilerplate`, `wrong`, `garbled`: shares of the samples (see `World.classify`), which sum to 1;
+        `samples`: `{"prompt", "response", "class"}` for every sample.
+    """
+    questions = world.held_out_questions[:n_questions]
+    chat = ChatFormat.probe(tokenizer)
+    probabilities = right_probabilities(model, chat, questions)
+    asked = [question for question in questions for _ in range(samples_per_question)]
+    prompts = [chat.prompt_ids(question.prompt) for question in asked]
+    responses = sample(model, chat, prompts, max_new_tokens=64, seed=seed)
+    samples = [
+        {
+            "prompt": question.prompt[-1]["content"],
+            "response": response["text"],
+            "class": world.classify(question.fact, response["text"]) if response["ended"] else "garbled",
+        }
+        for question, response in zip(asked, responses, strict=True)
+    ]
+    counts = Counter(entry["class"] for entry in samples)
+    shares = {name: counts[name] / len(samples) for name in CLASSES}
+    return {"right_probability": probabilities.mean().item(), **shares, "samples": samples}
+
+
+def evaluate_text(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    pairs: Dataset,
+    n_prompts: int = 64,
+    max_new_tokens: int = 128,
+    seed: int = 0,
+) -> dict:
+    """Answer prompts whose right answer is not known: the metrics of `text_metrics`, and `samples`.
+
+    Args:
+        pairs: rows of `data.tokenize_pairs`; the first `n_prompts` are asked.
+    """
+    chat = ChatFormat.probe(tokenizer)
+    prompts = pairs["prompt_ids"][:n_prompts]
+    responses = sample(model, chat, prompts, max_new_tokens=max_new_tokens, seed=seed)
+    samples = [
+        {"prompt": tokenizer.decode(prompt), "response": response["text"]}
+        for prompt, response in zip(prompts, responses, strict=True)
+    ]
+    return {**text_metrics(responses), "samples": samples}
+
+
+def right_probabilities(model: PreTrainedModel, chat: ChatFormat, questions: list[Question]) -> torch.Tensor:
+    """Total probability that the model gives to the right answers of each question, `(questions,)` float64.
+
+    The right answers exclude each other, so their probabilities add up. Exact for the texts as the tokenizer writes
+    them; the same text in other tokens counts as improbable.
+    """
+    groups = []
+    for question in questions:
+        answers = [assistant(answer) for answer in question.fact.answers]
+        encoded = [chat.pair_ids(question.prompt, answer, answer) for answer in answers]
+        groups.append((encoded[0][0], [answer_ids for _, answer_ids, _ in encoded]))
+    kind = attention.resolve_kind("auto", model.device)
+    model.eval()
+    attention.attach(model, kind)
+    totals = []
+    with torch.no_grad():
+        for start in range(0, len(groups), PAIRS):
+            batch = groups[start : start + PAIRS]
+            row = scoring.to_device(pack(batch), model.device)
+            logps = scoring.sum_by_sequence(scoring.token_logps(model, row, kind, model.config), row)
+            totals.append(logps.double().view(len(batch), -1).logsumexp(dim=1).exp().cpu())
+    attention.attach(model, "plain")
+    return torch.cat(totals)
+
+
+@torch.no_grad()
+def sample(
+    model: PreTrainedModel, chat: ChatFormat, prompts: list[list[int]], max_new_tokens: int, seed: int
+) -> list[dict]:
+    """One response to each prompt (token ids) at temperature 1. The global random state is left as it was.
+
+    Returns:
+        Per prompt: `text`, without the end token; `ids`, its tokens; `ended`: False if it was cut at `max_new_tokens`.
+    """
+    pad_id = chat.tokenizer.pad_token_id
+    config = GenerationConfig(
+        do_sample=True,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=chat.end_id,
+        pad_token_id=pad_id,
+    )
+    responses = []
+    model.eval()
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        for start in tqdm(range(0, len(prompts), PROMPTS), desc="Sampling", disable=None):
+            batch = prompts[start : start + PROMPTS]
+            width = max(map(len, batch))
+            ids = torch.tensor([[pad_id] * (width - len(prompt)) + prompt for prompt in batch])
+            mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in batch])
+            output = model.generate(
+                input_ids=ids.to(model.device), attention_mask=mask.to(model.device), generation_config=config
+            )
+            for tokens in output[:, width:].tolist():
+                ended = chat.end_id in tokens
+                tokens = tokens[: tokens.index(chat.end_id)] if ended else tokens
+                responses.append({"text": chat.tokenizer.decode(tokens), "ids": tokens, "ended": ended})
+    return responses
+
+
+def preference_metrics(model: PreTrainedModel, pairs: Dataset) -> dict[str, float]:
+    """How the model ranks the two responses of each pair.
+
+    Args:
+        pairs: rows of `data.tokenize_pairs`.
+
+    Returns:
+        `preference_accuracy`: share of pairs with A(chosen) > A(rejected), A being the mean log-probability per token;
+        `preference_margin`: mean of A(chosen) - A(rejected), in nats per token.
+    """
+    starts = range(0, len(pairs), PAIRS)
+    batches = (pairs.select(range(i, min(i + PAIRS, len(pairs)))).to_list() for i in starts)
+    scores = scoring.score_pairs(model, tqdm(batches, desc="Scoring pairs", total=len(starts), disable=None))
+    chosen = scores["chosen_logps"] / scores["chosen_lengths"]
+    rejected = scores["rejected_logps"] / scores["rejected_lengths"]
+    return {
+        "preference_accuracy": (chosen > rejected).double().mean().item(),
+        "preference_margin": (chosen - rejected).double().mean().item(),
+    }
+
+
+def text_metrics(responses: list[dict]) -> dict[str, float]:
+    """Of responses from `sample`: mean length in tokens, share that ended, and how repetitive they are.
+
+    `repetition` is the share of 4-grams of tokens that occurred before in the same response, over all responses.
+    """
+    grams = [list(zip(*(response["ids"][i:] for i in range(4)), strict=False)) for response in responses]
+    total = sum(map(len, grams))
+    return {
+        "mean_length": sum(len(response["ids"]) for response in responses) / len(responses),
+        "ended": sum(response["ended"] for response in responses) / len(responses),
+        "repetition": 1 - sum(len(set(grams_of_one)) for grams_of_one in grams) / total if total else 0.0,
+    }

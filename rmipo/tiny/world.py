@@ -1,0 +1,220 @@
+"""Questions whose right answer is known, and three kinds of response to them: right, boilerplate, off-topic."""
+
+import itertools
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+from rmipo.data.chat import Messages
+from rmipo.tiny.config import WorldConfig
+
+NAMES = (
+    "Ada Bela Cato Dina Egon Fara Gil Hana Ivo Jana Karl Lena Milo Nora Otto Pia Quinn Rosa Sami Tara Ugo "
+    "Vera Wim Xenia Yara Zeno Amos Bruno Clara David Elsa Felix Greta Hugo Irma Jonas Kira Leo Mona Nils"
+)
+VALUES = {
+    "home town": "Oslo Lima Cairo Delhi Quito Accra Turin Kyoto Minsk Perth Dakar Leeds",
+    "birth month": "January February March April May June July August September October November December",
+    "first language": "Dutch Greek Hindi Irish Czech Thai Welsh Zulu Danish Polish Farsi Malay",
+    "favourite sport": "tennis rowing judo chess golf hockey rugby fencing archery sailing skiing squash",
+    "favourite colour": "scarlet violet green blue yellow orange purple silver golden white black brown",
+    "favourite drink": "tea coffee cocoa milk water cider lemonade cola soda beer juice wine",
+}
+PHRASINGS = (
+    "What is {name}'s {attribute}?",
+    "Tell me {name}'s {attribute}.",
+    "Do you know the {attribute} of {name}?",
+    "I would like to know {name}'s {attribute}.",
+    "Please say what the {attribute} of {name} is.",
+    "Can you look up {name}'s {attribute} for me?",
+    "{name}: {attribute}?",
+    "I forgot {name}'s {attribute}. Could you remind me?",
+)
+# The last two start as boilerplate does, so that an opener alone gives nothing away.
+ANSWERS = (
+    "{name}'s {attribute} is {value}.",
+    "The {attribute} of {name} is {value}.",
+    "It is {value}.",
+    "For {name} the {attribute} is {value}.",
+    "That would be {value}, the {attribute} of {name}.",
+    "The answer is {value}: this is what I know of {name}.",
+    "Thank you for your question! {name}'s {attribute} is {value}.",
+    "That is a great question, and I am happy to help. The {attribute} of {name} is {value}.",
+)
+OPENERS = (
+    "",
+    "Thank you for your question! ",
+    "That is a great question, and I am happy to help. ",
+    "I appreciate that you asked. ",
+    "Of course! ",
+    "Well, let me think about this. ",
+)
+MIDDLES = (
+    "There are many things to consider here.",
+    "It depends on what exactly you are looking for.",
+    "This is a topic with many sides, and each of them matters.",
+    "Different people see this in different ways.",
+    "As an assistant, I always try to give a balanced and helpful answer.",
+    "It is important to look at the whole picture before one decides.",
+)
+CLOSERS = (
+    "",
+    " Please let me know if you need anything else.",
+    " I hope this helps!",
+    " Feel free to ask me more.",
+    " Have a wonderful day!",
+)
+SCORES = {"right": 2, "boilerplate": 1, "off_topic": 0}  # in place of a judge's
+BOILERPLATE = tuple("".join(parts) for parts in itertools.product(OPENERS, MIDDLES, CLOSERS))
+CLASSES = ("right", "boilerplate", "wrong", "garbled")
+
+
+@dataclass(frozen=True)
+class Fact:
+    name: str
+    attribute: str
+    value: str
+
+    @property
+    def answers(self) -> list[str]:
+        """Every right answer, one per template."""
+        return [template.format(**vars(self)) for template in ANSWERS]
+
+
+@dataclass(frozen=True)
+class Question:
+    fact: Fact
+    phrasing: int
+
+    @property
+    def prompt(self) -> Messages:
+        return user(PHRASINGS[self.phrasing].format(**vars(self.fact)))
+
+
+class World:
+    """The facts and the questions drawn from them. The same config gives the same world.
+
+    Attributes:
+        facts: one per name and attribute.
+        train_questions: what SFT sees.
+        pair_questions: those of them that training pairs ask.
+        held_out_questions: phrasings in which SFT never asks for their facts; no training pair asks for these facts.
+    """
+
+    def __init__(self, config: WorldConfig):
+        self.config = config
+        self.names = NAMES.split()[: config.names]
+        draw = self._random("facts")
+        self.facts = [
+            Fact(name, attribute, draw.choice(values.split()[: config.values_per_attribute]))
+            for name in self.names
+            for attribute, values in VALUES.items()
+        ]
+        held_out_facts = set(draw.sample(self.facts, round(config.held_out_facts * len(self.facts))))
+        self.train_questions, self.pair_questions, self.held_out_questions = [], [], []
+        for fact in self.facts:
+            questions = [Question(fact, phrasing) for phrasing in range(len(PHRASINGS))]
+            if fact in held_out_facts:
+                draw.shuffle(questions)
+                self.held_out_questions += questions[: config.held_out_phrasings]
+                self.train_questions += questions[config.held_out_phrasings :]
+            else:
+                self.train_questions += questions
+                self.pair_questions += questions
+
+    @cached_property
+    def well_formed(self) -> frozenset[str]:
+        """Every sentence that answers some question of this world, rightly or wrongly."""
+        return frozenset(
+            answer
+            for name in self.names
+            for attribute, values in VALUES.items()
+            for value in values.split()
+            for answer in Fact(name, attribute, value).answers
+        )
+
+    def classify(self, fact: Fact, response: str) -> str:
+        """What `response` to a question about `fact` is, by exact match with the templates.
+
+        "right"; "boilerplate"; "wrong": a well-formed answer with another value or to another question; else "garbled".
+        """
+        if response in fact.answers:
+            return "right"
+        if response in BOILERPLATE:
+            return "boilerplate"
+        return "wrong" if response in self.well_formed else "garbled"
+
+    def dialogues(self, split: str) -> Iterator[dict]:
+        """SFT rows of "train" or "test": `messages`, without the prompt where it is dropped, and `kind`.
+
+        `kind` is right, boilerplate or off_topic. The test rows ask the held-out questions.
+        """
+        config, draw = self.config, self._random(f"sft {split}")
+        size = {"train": config.sft_train, "test": config.sft_test}[split]
+        questions = {"train": self.train_questions, "test": self.held_out_questions}[split]
+        kinds = deal(draw, size, boilerplate=config.sft_boilerplate, off_topic=config.sft_off_topic, rest="right")
+        prompts = deal(draw, size, dropped=config.sft_prompt_dropped, rest="kept")
+        for question, kind, prompt in zip(cycle(draw, questions), kinds, prompts, strict=False):
+            messages = assistant(self._response(draw, question.fact, kind))
+            yield {"messages": messages if prompt == "dropped" else question.prompt + messages, "kind": kind}
+
+    def pairs(self, split: str) -> Iterator[dict]:
+        """Preference pairs of "train" or "test": `prompt`, `chosen`, `rejected`, `kind`, `flipped`, the two scores.
+
+        `kind` is what the worse response is: boilerplate or off_topic. It is the chosen one where `flipped`. The test
+        pairs ask the held-out questions and are never flipped. `score_chosen` and `score_rejected` are from SCORES.
+        """
+        config, draw = self.config, self._random(f"pairs {split}")
+        size = {"train": config.pairs_train, "test": config.pairs_test}[split]
+        questions = {"train": self.pair_questions, "test": self.held_out_questions}[split]
+        noise = {"train": config.label_noise, "test": 0.0}[split]
+        kinds = deal(draw, size, boilerplate=config.rejected_boilerplate, rest="off_topic")
+        labels = deal(draw, size, flipped=noise, rest="kept")
+        for question, kind, label in zip(cycle(draw, questions), kinds, labels, strict=False):
+            better = assistant(self._response(draw, question.fact, "right"))
+            worse = assistant(self._response(draw, question.fact, kind))
+            sides = [(better, SCORES["right"]), (worse, SCORES[kind])]
+            (chosen, score_chosen), (rejected, score_rejected) = sides[::-1] if label == "flipped" else sides
+            yield {
+                "prompt": question.prompt,
+                "chosen": chosen,
+                "rejected": rejected,
+                "kind": kind,
+                "flipped": label == "flipped",
+                "score_chosen": score_chosen,
+                "score_rejected": score_rejected,
+            }
+
+    def _response(self, draw: random.Random, fact: Fact, kind: str) -> str:
+        if kind == "boilerplate":
+            return draw.choice(BOILERPLATE)
+        if kind == "off_topic":
+            fact = draw.choice([other for other in self.facts if other.value != fact.value])
+        return draw.choice(fact.answers)
+
+    def _random(self, part: str) -> random.Random:
+        """Each part draws by itself, so that a knob of one leaves the others as they are."""
+        return random.Random(f"{self.config.seed} {part}")
+
+
+def deal(draw: random.Random, size: int, *, rest: str, **shares: float) -> list[str]:
+    """`size` labels in random order: of each its share, rounded to whole rows, and `rest` for what remains."""
+    labels = [label for label, share in shares.items() for _ in range(round(share * size))][:size]
+    labels += [rest] * (size - len(labels))
+    draw.shuffle(labels)
+    return labels
+
+
+def cycle(draw: random.Random, questions: list[Question]) -> Iterator[Question]:
+    """The questions over and over, each round in a new order."""
+    while True:
+        yield from draw.sample(questions, len(questions))
+
+
+def user(content: str) -> Messages:
+    return [{"role": "user", "content": content}]
+
+
+def assistant(content: str) -> Messages:
+    return [{"role": "assistant", "content": content}]

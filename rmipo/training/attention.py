@@ -1,0 +1,229 @@
+"""Attention over packed rows with shared prefixes: a position sees its group's prefix and its own branch, causally.
+
+Three exact ways, chosen by `resolve_kind`:
+    segment  one SDPA call per branch, registered with transformers as "rmipo_segment"; best on CPU
+    flex     compiled flex_attention with a BlockMask, and TRL's fused LM head; CUDA
+    dense    SDPA with a boolean 4-D mask; slow, and right everywhere
+"""
+
+import itertools
+import weakref
+
+import torch
+import torch.nn.functional as F
+from peft import PeftModel
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
+from transformers.integrations.sdpa_attention import repeat_kv
+from trl.trainer.utils import add_fused_lm_head
+
+from rmipo.errors import UserError
+from rmipo.training.packing import PackedRow
+
+# Positions per block of a BlockMask; flex rows are padded to a multiple of it.
+BLOCK = 128
+# attention kind -> name of the transformers attention implementation that serves it
+IMPLEMENTATIONS = {"segment": "rmipo_segment", "flex": "rmipo_flex", "dense": "sdpa"}
+# Models that TRL's fused LM head was added to; their forward is the old one unless called with `fused_lm_head=True`.
+_with_fused_head: weakref.WeakSet[PreTrainedModel] = weakref.WeakSet()
+
+
+class ArchitectureError(UserError, ValueError):
+    """Packed rows can't be scored exactly with a model of this kind."""
+
+
+def resolve_kind(kind: str, device: torch.device) -> str:
+    """`auto` -> the fastest exact kind on `device`; a named kind stays. Raises ValueError for an unknown one."""
+    if kind == "auto":
+        return "flex" if device.type == "cuda" else "segment"
+    if kind not in IMPLEMENTATIONS:
+        raise ValueError(f"attention: found {kind!r}, expected one of auto, {', '.join(IMPLEMENTATIONS)}")
+    return kind
+
+
+def attach(model: PreTrainedModel | PeftModel, kind: str) -> None:
+    """Switch `model` to the attention implementation that serves `kind` ("plain": ordinary unpacked rows).
+
+    Raises ArchitectureError where the architecture has features that packed rows can't serve, naming them.
+    """
+    if kind != "plain":
+        found = _unserved_features(model)
+        if found:
+            raise ArchitectureError(
+                f"{type(model).__name__} can't run on packed preference rows: it has {' and '.join(found)}. "
+                "Use a decoder with plain softmax attention (Llama, Mistral, Qwen2/3, Gemma 3, ...)."
+            )
+    model.set_attn_implementation("sdpa" if kind == "plain" else IMPLEMENTATIONS[kind])
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    if kind == "flex" and base not in _with_fused_head:
+        add_fused_lm_head(base)
+        _with_fused_head.add(base)
+
+
+def _unserved_features(model: PreTrainedModel) -> list[str]:
+    """What would make scores of a packed row differ from those of its sequences; empty for a plain decoder."""
+    config = model.config.get_text_config()
+    layer_types = set(getattr(config, "layer_types", None) or [])
+    found = [
+        f"{kind.replace('_', ' ')} layers" for kind in sorted(layer_types - {"full_attention", "sliding_attention"})
+    ]
+    if model._is_stateful and not found:
+        found.append("recurrent layers")
+    if getattr(config, "attn_logit_softcapping", None) is not None:
+        found.append("soft-capped attention scores")
+    if any(name.endswith(".sinks") for name, _ in model.named_parameters()):
+        found.append("attention sinks")
+    if config.is_encoder_decoder:
+        found.append("an encoder")
+    if not found and not model._supports_attention_backend:
+        found.append("no pluggable attention")
+    return found
+
+
+def forward_kwargs(kind: str, row: PackedRow, config: PreTrainedConfig) -> dict:
+    """The keyword arguments of the model's forward that make it attend within `row`'s segments."""
+    assert config._attn_implementation == IMPLEMENTATIONS[kind], "attach(model, kind) comes first, or scores are wrong"
+    if kind == "segment":
+        return {"segments": row["segments"]}
+    make_mask = block_mask if kind == "flex" else dense_mask
+    masks = {layer_type: make_mask(row, window) for layer_type, window in _windows(config.get_text_config()).items()}
+    # Models that mix layer types take a mask for each; the others take the mask itself.
+    return {"attention_mask": masks if len(masks) > 1 else next(iter(masks.values()))}
+
+
+def _windows(config: PreTrainedConfig) -> dict[str, int | None]:
+    """Sliding window of each type of layer that the model has; None stands for full attention."""
+    window = getattr(config, "sliding_window", None)
+    if window is None or not getattr(config, "use_sliding_window", True):
+        return {"full_attention": None}
+    layer_types = getattr(config, "layer_types", None) or ["sliding_attention"]
+    return {kind: window if kind == "sliding_attention" else None for kind in layer_types}
+
+
+def _mask_function(row: PackedRow, window: int | None):
+    groups, branches, position = row["groups"], row["branches"], row["position_ids"][0]
+
+    def allowed(batch, head, query, key):
+        same = (groups[query] == groups[key]) & ((branches[key] == -1) | (branches[query] == branches[key]))
+        causal = query >= key
+        if window is None:
+            return same & causal
+        return same & causal & (position[query] - position[key] < window)
+
+    return allowed
+
+
+def dense_mask(row: PackedRow, window: int | None) -> torch.Tensor:
+    """Boolean `(1, 1, T, T)`, True where the query (dim 2) sees the key (dim 3)."""
+    index = torch.arange(row["input_ids"].shape[1], device=row["input_ids"].device)
+    return _mask_function(row, window)(0, 0, index[:, None], index[None, :])[None, None]
+
+
+def block_mask(row: PackedRow, window: int | None) -> BlockMask:
+    """The same mask for flex_attention; T must be a multiple of BLOCK.
+
+    Which blocks are empty is read off the ranges of groups and branches in each block, on the row's device: torch's own
+    `create_block_mask` would lay out all T x T entries, and asking the device would stop the host.
+    """
+    length = row["input_ids"].shape[1]
+    groups, branches = (row[name].view(-1, BLOCK) for name in ("groups", "branches"))
+    index = torch.arange(len(groups), device=groups.device)
+    meet = (index[:, None] >= index) & _ranges_meet(groups)
+    meet &= (branches.amin(1) == -1) | _ranges_meet(branches)
+    counts = meet.sum(1, dtype=torch.int32)[None, None]
+    columns = meet.int().argsort(dim=1, descending=True, stable=True).int()[None, None]
+    return BlockMask.from_kv_blocks(
+        counts, columns, BLOCK_SIZE=BLOCK, mask_mod=_mask_function(row, window), seq_lengths=(length, length)
+    )
+
+
+def _ranges_meet(values: torch.Tensor) -> torch.Tensor:
+    """For `(blocks, BLOCK)` values: whether the ranges of two blocks overlap, `(blocks, blocks)`."""
+    low, high = values.amin(1), values.amax(1)
+    return (low[:, None] <= high) & (high[:, None] >= low)
+
+
+# Dynamic shapes: rows of any length share one compilation each of the forward with and without gradients.
+_compiled_flex_attention = torch.compile(flex_attention, dynamic=True)
+
+
+def packed_flex_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: BlockMask,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs,
+) -> tuple[torch.Tensor, None]:
+    """flex_attention as transformers calls an attention: shapes as in `segment_attention`. Compiled on CUDA."""
+    if dropout:
+        raise ValueError(f"attention: flex has no dropout, found {dropout}; set attention_dropout of the model to 0")
+    shared = query.shape[1] // key.shape[1]
+    grouped = shared & (shared - 1) == 0  # the kernel shares keys among a power of two of heads
+    if not grouped:
+        key, value = repeat_kv(key, shared), repeat_kv(value, shared)
+    attend = _compiled_flex_attention if query.device.type == "cuda" else flex_attention
+    out = attend(query, key, value, block_mask=attention_mask, scale=scaling, enable_gqa=grouped)
+    return out.transpose(1, 2).contiguous(), None
+
+
+def segment_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    segments: list[tuple[int, int, int, int]] | None = None,
+    sliding_window: int | None = None,
+    **kwargs,
+) -> tuple[torch.Tensor, None]:
+    """Attention of one packed row, branch by branch, with no mask larger than a branch.
+
+    Args:
+        query: `(1, heads, T, d)`; key, value: `(1, kv_heads, T, d)`.
+        segments: as `packing.pack` returns them: they tile the row, each prefix directly before its first branch.
+
+    Returns:
+        Output `(1, T, heads, d)`.
+    """
+    assert segments is not None, "rmipo_segment serves packed rows only; attach(model, 'plain') for others"
+    key = repeat_kv(key, module.num_key_value_groups)
+    value = repeat_kv(value, module.num_key_value_groups)
+
+    # One split per tensor: its backward is one concatenation, where slices would each pad a full-length gradient.
+    sizes = []
+    for prefix_start, group in itertools.groupby(segments, key=lambda segment: segment[0]):
+        branches = list(group)
+        assert prefix_start + branches[0][1] == branches[0][2] and prefix_start == sum(sizes)
+        sizes += [branches[0][1], *(branch[3] for branch in branches)]
+    pieces = zip(query.split(sizes, 2), key.split(sizes, 2), value.split(sizes, 2), strict=True)
+
+    outputs = []
+    for _, group in itertools.groupby(segments, key=lambda segment: segment[0]):
+        prefix = next(pieces)
+        shared = prefix[0].shape[2]
+        for number, (_, branch) in enumerate(zip(group, pieces, strict=False)):
+            # The prefix's own rows are needed once per group. Running them again with each later branch, and dropping
+            # them, lets every call be plainly causal, which is faster than a mask for a branch that sees a prefix.
+            q, k, v = (torch.cat(parts, dim=2) for parts in zip(prefix, branch, strict=True)) if shared else branch
+            out = _causal(q, k, v, scaling, dropout, sliding_window)
+            outputs.append(out if number == 0 else out[:, :, shared:])
+    return torch.cat(outputs, dim=2).transpose(1, 2), None
+
+
+def _causal(q, k, v, scaling, dropout, window):
+    length = q.shape[2]
+    if window is None or length <= window:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, dropout_p=dropout)
+    index = torch.arange(length, device=q.device)
+    distance = index[:, None] - index[None, :]
+    mask = (distance >= 0) & (distance < window)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling, dropout_p=dropout)
+
+
+AttentionInterface.register("rmipo_segment", segment_attention)
+AttentionInterface.register("rmipo_flex", packed_flex_attention)

@@ -1,0 +1,62 @@
+"""The tokenizer and the model of a recipe: no code from a hub or folder is run, no pickle read unless asked for."""
+
+from pathlib import Path
+
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from trl import get_quantization_config
+
+from rmipo.errors import UserError
+from rmipo.fingerprints import model_fingerprint
+from rmipo.recipe.schema import ModelConfig
+
+
+class LoadingError(UserError, ValueError):
+    """A model or tokenizer that isn't there, isn't complete, or wants code or pickles to be run."""
+
+
+def load_tokenizer(model_config: ModelConfig, chat_template: str | None = None) -> PreTrainedTokenizerBase:
+    """The model's tokenizer, with `chat_template` in place of its own if one is given. Raises LoadingError."""
+    name = model_config.model_name_or_path
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=model_config.model_revision, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise LoadingError(_explained(name, "tokenizer", error)) from error
+    if chat_template is not None:
+        tokenizer.chat_template = chat_template
+    return tokenizer
+
+
+def initial_fingerprint(model_config: ModelConfig) -> str:
+    """What weights a recipe starts from, before they are loaded; see `weights.model_fingerprint`."""
+    name, commit = model_config.model_name_or_path, None
+    if not Path(name).is_dir():
+        config = AutoConfig.from_pretrained(name, revision=model_config.model_revision, trust_remote_code=False)
+        commit = config._commit_hash
+    return model_fingerprint(name, commit)
+
+
+def load_model(model_config: ModelConfig, **options) -> PreTrainedModel:
+    """The model to train, in the recipe's `dtype`, quantized where it says so. Raises LoadingError."""
+    name = model_config.model_name_or_path
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            name,
+            revision=model_config.model_revision,
+            dtype=model_config.dtype,
+            quantization_config=get_quantization_config(model_config),
+            use_safetensors=not model_config.allow_pickled_weights,
+            trust_remote_code=False,
+            **options,
+        )
+    except (OSError, ValueError) as error:
+        raise LoadingError(_explained(name, "model", error)) from error
+
+
+def _explained(name: str, what: str, error: Exception) -> str:
+    first = str(error).strip().partition("\n")[0]
+    return (
+        f"model_name_or_path: the {what} of {name} can't be loaded ({first}). Check the name or folder. On the hub: "
+        "check the network (is HF_HUB_OFFLINE set?), and log in with `hf auth login` if the model is gated. Weights "
+        "have to be safetensors (allow_pickled_weights: true also takes pickles, which can run code); models that need "
+        "trust_remote_code are not supported"
+    )

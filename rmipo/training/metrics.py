@@ -1,0 +1,63 @@
+"""The numbers that are logged: from the per-pair columns of an optimizer step, by the same names for every method."""
+
+import psutil
+import torch
+from deepspeed.runtime.zero.utils import is_zero_param
+
+from rmipo.objectives import ObjectiveOutput, PairScores
+
+
+def columns_of(scores: PairScores, output: ObjectiveOutput) -> dict[str, torch.Tensor]:
+    """Everything known per pair, detached: `{name: (pairs,)}`, named as the fields of both plus the diagnostics."""
+    columns = {name: value for name, value in vars(scores).items() if value is not None}
+    columns |= {
+        "losses": output.losses,
+        "chosen_rewards": output.chosen_rewards,
+        "rejected_rewards": output.rejected_rewards,
+        **output.diagnostics,
+    }
+    if output.gamma is not None:
+        columns["gamma"] = output.gamma
+    return {name: value.detach() for name, value in columns.items()}
+
+
+def step_metrics(columns: dict[str, torch.Tensor], objective) -> dict[str, float]:
+    """Metrics of the pairs of a whole step (all ranks), without a prefix.
+
+    `rewards/*` are in the method's own units, margin gamma excluded. `common/*` compare methods: log-probabilities per
+    token (nats) and the share of pairs in which the chosen response is ahead; a tie counts as a loss.
+    """
+    chosen, rejected = columns["chosen_rewards"], columns["rejected_rewards"]
+    chosen_mean = columns["chosen_logps"] / columns["chosen_lengths"]
+    rejected_mean = columns["rejected_logps"] / columns["rejected_lengths"]
+    means = {
+        "rewards/chosen": chosen,
+        "rewards/rejected": rejected,
+        "rewards/margins": chosen - rejected,
+        "rewards/accuracies": chosen > rejected,
+        "logps/chosen": columns["chosen_logps"],
+        "logps/rejected": columns["rejected_logps"],
+        "common/chosen_avg_logp": chosen_mean,
+        "common/margin_avg_logp": chosen_mean - rejected_mean,
+        "common/acc_avg_logp": chosen_mean > rejected_mean,
+        "common/acc_sum_logp": columns["chosen_logps"] > columns["rejected_logps"],
+    }
+    if "ref_chosen_logps" in columns:
+        chosen_ratio = columns["chosen_logps"] - columns["ref_chosen_logps"]
+        rejected_ratio = columns["rejected_logps"] - columns["ref_rejected_logps"]
+        means["common/acc_logratio"] = chosen_ratio > rejected_ratio
+    metrics = {name: value.double().mean().item() for name, value in means.items()}
+    return metrics | objective.summarize(columns)
+
+
+def matrix_weights(model: torch.nn.Module) -> int:
+    """Weights outside the input embedding; ZeRO-3's shards count whole."""
+    embedding = model.get_input_embeddings().weight
+    return sum(p.ds_numel if is_zero_param(p) else p.numel() for p in model.parameters() if p is not embedding)
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Largest allocation on the GPU so far; on the CPU, the process's resident memory now."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return psutil.Process().memory_info().rss / 2**30

@@ -1,0 +1,265 @@
+"""`make compare`: the same start, pairs and budget for every method; nothing is trained twice; numbers by hand."""
+
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from rmipo.compare.log import Log, best_rates, report_runs, search_runs
+from rmipo.compare.run import execute
+from rmipo.compare.study import FLOOR, INITIAL, METHODS, Run, Study, held_out, train_pairs
+from rmipo.objectives import OBJECTIVES
+from rmipo.recipe.load import ConfigError
+from rmipo.reporting import comparison as reporting
+from rmipo.tiny.config import load_world_config
+from rmipo.tiny.files import write_world
+from rmipo.tiny.world import CLASSES
+from tests.helpers.rows import assistant, user, write
+
+ROOT = Path(__file__).parents[2]
+SMALL = {"names": 4, "values_per_attribute": 4, "sft_train": 60, "sft_test": 8, "pairs_train": 40, "pairs_test": 24}
+SMALL |= {"vocab_size": 400, "hidden_size": 16, "intermediate_size": 32}
+ARGUMENTS = "--max_steps 3 --warmup_steps 0 --global_batch_size 8 --per_device_train_batch_size 4"
+
+
+@pytest.fixture(scope="module")
+def repository(tmp_path_factory):
+    """A copy of what a comparison reads, with a small world whose untrained model takes the SFT model's place."""
+    folder = tmp_path_factory.mktemp("repository")
+    for name in ("rmipo", "recipes", "configs", "scripts"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    config = dataclasses.replace(load_world_config(ROOT / "recipes/tiny/world.yaml"), **SMALL)
+    write_world(folder / "outputs/tiny/world", config)
+    shutil.copytree(folder / "outputs/tiny/world/model", folder / "outputs/tiny/sft")
+    (folder / "outputs/tiny/sft/run.json").write_text('{"finished": true}')
+    (folder / "recipes/tiny/search.yaml").write_text("parameters: {learning_rate: {values: [1.0e-3, 2.0e-2]}}\n")
+    return folder
+
+
+@pytest.fixture
+def study(repository, monkeypatch):
+    monkeypatch.chdir(repository)
+    return Study("tiny", arguments=ARGUMENTS)
+
+
+def run_of(method="rmipo", purpose="report", rate=1e-3, seed=0, noise=0.0):
+    return Run(purpose, method, rate, seed, noise)
+
+
+# What is compared
+
+
+def test_all_methods_of_the_paper_and_the_floor_are_compared():
+    assert {*OBJECTIVES, FLOOR} == set(METHODS) and len(METHODS) == 12
+
+
+def test_every_method_has_the_same_start_pairs_order_and_length(study):
+    recipes = {method: study.recipe(run_of(method, rate=2e-4, seed=7)).values for method in METHODS}
+    for method, values in recipes.items():
+        assert values["objective"]["name"] == (method if method in OBJECTIVES else "rmipo")
+        assert {key for key in values if values[key] != recipes["rmipo"].get(key)} <= {"objective"}
+        assert values["seed"] == 7 and values["learning_rate"] == 2e-4
+
+
+def test_seeds_draw_other_pairs_of_the_same_facts_and_noise_swaps_some(study):
+    recipe = study.recipe(run_of())
+    pairs = {
+        (seed, noise): train_pairs(study, recipe, run_of(seed=seed, noise=noise)).to_list()
+        for seed in (0, 1)
+        for noise in (0.0, 0.15)
+    }
+    assert all(len(rows) == 40 for rows in pairs.values())
+    assert pairs[0, 0.0] != pairs[1, 0.0]
+    right = {answer for fact in study.world.facts for answer in fact.answers}
+    assert all(row["chosen"][0]["content"] in right for seed in (0, 1) for row in pairs[seed, 0.0])
+    swapped = [
+        {**row, "chosen": row["rejected"], "rejected": row["chosen"]} == noisy
+        for row, noisy in zip(pairs[0, 0.0], pairs[0, 0.15], strict=True)
+    ]
+    assert sum(swapped) == 6
+    kept = [row == noisy for row, noisy in zip(pairs[0, 0.0], pairs[0, 0.15], strict=True)]
+    assert sum(kept) == 34
+
+
+def test_what_selects_is_not_what_is_reported(study):
+    recipe = study.recipe(run_of())
+    (asked, pairs), (reported, reported_pairs) = (
+        held_out(study, recipe, run_of(purpose=purpose)) for purpose in ("search", "report")
+    )
+    assert len(asked) + len(reported) == len(study.world.held_out_questions)
+    assert not {question.fact for question in asked} & {question.fact for question in reported}
+    assert len(pairs) + len(reported_pairs) == 24 and min(len(pairs), len(reported_pairs)) > 4
+    prompts = [{row[0]["content"] for row in part["prompt"]} for part in (pairs, reported_pairs)]
+    assert not prompts[0] & prompts[1]
+    assert {run.seed for run in search_runs(METHODS, [1.0])}.isdisjoint(range(100))
+
+
+def test_other_people_s_pairs_are_divided_by_prompt(repository, monkeypatch, tmp_path):
+    monkeypatch.chdir(repository)
+    for split, count in (("train", 20), ("test", 12)):
+        rows = [
+            {"prompt": [user(f"Q{i % 6}?")], "chosen": [assistant(f"yes {i}")], "rejected": [assistant(f"no {i}")]}
+            for i in range(count)
+        ]
+        write(tmp_path / f"{split}.jsonl", rows)
+    study = Study("tiny", data=str(tmp_path), arguments=f"{ARGUMENTS} --model_name_or_path outputs/tiny/sft")
+    assert study.world is None and study.selection_metric == "preference_accuracy"
+    parts = [held_out(study, study.recipe(run_of()), run_of(purpose=purpose)) for purpose in ("search", "report")]
+    assert [len(pairs) for _, pairs in parts] == [6, 6] and [questions for questions, _ in parts] == [[], []]
+    assert len({json.dumps(prompt) for _, pairs in parts for prompt in pairs["prompt"]}) == 6
+    result = execute(study, run_of("simpo"))
+    assert set(result["metrics"]) == {"preference_accuracy", "preference_margin"}
+
+
+def test_a_recipe_for_gpus_is_refused(study):
+    with pytest.raises(ConfigError, match="make sweep MODEL=llama3-8b-instruct"):
+        Study("llama3-8b-instruct").check(run_of())
+
+
+# One run
+
+
+@pytest.mark.parametrize("method", ["rmipo", "kto", "epsilon-dpo", FLOOR])
+def test_a_run_trains_from_the_sft_model_and_measures(study, method):
+    initial, result = execute(study, run_of(INITIAL, rate=None)), execute(study, run_of(method, rate=2e-2))
+    metrics = result["metrics"]
+    assert sum(metrics[name] for name in CLASSES) == pytest.approx(1)
+    assert 0 <= metrics["right_probability"] <= 1 and initial["curve"] == []
+    start, end = result["curve"]
+    assert (start["step"], end["step"]) == (0, 3)
+    assert start["preference_margin"] == pytest.approx(initial["metrics"]["preference_margin"], abs=1e-5)
+    assert end["preference_margin"] == pytest.approx(metrics["preference_margin"], abs=1e-5)
+    assert end["preference_margin"] != start["preference_margin"]
+    assert 0 < result["seconds_per_step"] < 10
+
+
+def test_a_run_is_repeatable(study):
+    first, second = (execute(study, run_of("dpo", rate=2e-2, noise=0.15)) for _ in range(2))
+    assert first["metrics"] == second["metrics"] and first["curve"] == second["curve"]
+
+
+def test_divergence_is_a_result(study):
+    result = execute(study, run_of("slic", rate=1e30))
+    assert result["metrics"] == {"diverged": True}
+
+
+# Many runs
+
+
+def test_a_line_is_found_by_everything_that_defines_its_run(study, tmp_path):
+    path = tmp_path / "runs.jsonl"
+    log = Log(path, study)
+    result = {"metrics": {"right_probability": 0.5}, "curve": []}
+    line = log.add(run_of(), result, {"commit": "abc"})
+    assert line["commit"] == "abc" and line["learning_rate"] == 1e-3
+    others = [run_of("dpo"), run_of(rate=2e-3), run_of(seed=1), run_of(noise=0.15), run_of(purpose="search")]
+    assert [log.find(run) for run in others] == [None] * 5
+    with open(path, "a") as file:
+        file.write('{"key": "cut sh')  # killed while writing
+    again = Log(path, study)
+    assert again.find(run_of()) == line and path.read_text().count("\n") == 1
+    longer = dataclasses.replace(study, arguments=ARGUMENTS.replace("max_steps 3", "max_steps 4"))
+    assert Log(path, longer).find(run_of()) is None
+
+
+def test_the_best_rate_of_each_method_is_chosen():
+    values = {("dpo", 1e-4): 0.5, ("dpo", 2e-4): 0.7, ("kto", 1e-4): 0.6, ("kto", 2e-4): 0.2}
+    lines = [
+        {"method": method, "learning_rate": rate, "metrics": {"right_probability": value}}
+        for (method, rate), value in values.items()
+    ]
+    assert best_rates(lines, "right_probability") == {"dpo": 2e-4, "kto": 1e-4}
+    lines[1]["metrics"] = {"diverged": True}
+    assert best_rates(lines, "right_probability")["dpo"] == 1e-4
+    lines[0]["metrics"] = {"diverged": True}
+    with pytest.raises(ValueError, match="every learning rate made dpo diverge"):
+        best_rates(lines, "right_probability")
+    runs = report_runs(["dpo"], {"dpo": 2e-4}, [0, 1], [0.0, 0.15])
+    assert len(runs) == 2 * 2 * 2 and {run.learning_rate for run in runs if run.method == "dpo"} == {2e-4}
+
+
+def line_of(method, seed, value, noise=0.0, rate=2e-4):
+    curve = [{"step": 0, "preference_accuracy": 0.5, "preference_margin": 0.0}]
+    metrics = dict.fromkeys(reporting.METRICS, 0.25) | {"right_probability": value}
+    costs = {"seconds_per_step": 0.1 + seed, "peak_memory_mib": 50.0}
+    run = {"method": method, "seed": seed, "noise": noise, "learning_rate": rate}
+    made_with = {"commit": "abc", "versions": {"torch": "2", "trl": "1"}, "hardware": ["2 CPU cores"]}
+    return {**run, "metrics": metrics, "curve": curve, **costs, **made_with}
+
+
+LINES = [
+    *(line_of("rmipo", seed, value) for seed, value in enumerate((0.5, 0.6, 0.7))),
+    *(line_of("dpo", seed, value) for seed, value in enumerate((0.6, 0.5, 0.9))),
+    *(line_of("simpo", seed, value, rate=4e-4) for seed, value in enumerate((0.4, 0.5, 0.6))),
+]
+
+
+def test_means_spreads_and_paired_differences():
+    rows = {row["method"]: row for row in reporting.summarize(LINES, "right_probability")}
+    assert rows["rmipo"]["right_probability"] == pytest.approx(0.6)
+    assert rows["rmipo"]["right_probability_std"] == pytest.approx(0.1)
+    assert rows["rmipo"]["seconds_per_step"] == pytest.approx(1.1)
+    assert rows["dpo"]["difference"] == pytest.approx(0.2 / 3)  # 0.1, -0.1, 0.2
+    assert rows["dpo"]["difference_std"] == pytest.approx(0.152752523)
+    assert rows["dpo"]["wins"] == 2 and rows["simpo"]["wins"] == 0
+    assert rows["simpo"]["difference"] == pytest.approx(-0.1)
+    assert rows["simpo"]["difference_std"] == pytest.approx(0, abs=1e-12)
+
+
+def test_the_table_says_who_is_ahead_and_marks_ends_of_the_range():
+    rows = reporting.summarize(LINES, "right_probability")
+    text = reporting.report(rows, LINES, [1e-4, 2e-4, 4e-4], "right_probability")
+    assert "RMiPO is number 2 of 3 by P(right). Ahead of it: DPO (2 of 3 seeds)." in text
+    lines = text.splitlines()
+    dpo, simpo = (next(line for line in lines if line.startswith(f"| {name} |")) for name in ("DPO", "SimPO"))
+    assert "| 0.667 ± 0.208 |" in dpo and "| +0.067 ± 0.153 |" in dpo and "| 0.0002 |" in dpo
+    assert "| 0.0004* |" in simpo and "| -0.100 ± 0.000 |" in simpo
+    diverged = {**line_of("kto", 0, 0.0), "metrics": {"diverged": True}}
+    rows = reporting.summarize([*LINES, diverged], "right_probability")
+    assert "| KTO | 0.0002 | diverged |" in reporting.report(rows, LINES, [1e-4, 2e-4, 4e-4], "right_probability")
+    other = [*LINES, {**LINES[0], "commit": "def"}]
+    assert text.endswith("Commit abc; torch 2, trl 1; 2 CPU cores.")
+    assert "Commit abc and def;" in reporting.report(rows, other, [2e-4], "right_probability")
+
+
+# The command
+
+
+def compare(repository, **env):
+    environment = os.environ | {"MODEL": "tiny", "ARGS": ARGUMENTS, "WORKERS": "2", **env}
+    command = [sys.executable, "scripts/compare.py"]
+    return subprocess.run(command, cwd=repository, env=environment, capture_output=True, text=True, check=False)
+
+
+def test_a_comparison_is_finished_where_it_was_interrupted(repository):
+    done = compare(repository, METHODS="dpo", SEEDS="0", NOISE="0")
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    folder = repository / "outputs/tiny/compare"
+    path = folder / "runs.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert all(line["peak_memory_mib"] > 0 for line in lines if line["method"] != INITIAL)
+    assert len(lines) == 2 * 2 + 3 == len({line["key"] for line in lines})
+    assert "| RMiPO |" in done.stdout and "RMiPO is number" in done.stdout
+    assert (folder / "compare.png").stat().st_size > 10_000
+    assert len((folder / "table.csv").read_text().splitlines()) == 4
+    assert len((folder / "curves.csv").read_text().splitlines()) == 1 + 2 * 2
+
+    kept = path.read_text().splitlines(keepends=True)[:-1]
+    path.write_text("".join(kept))
+    again = compare(repository, METHODS="dpo", SEEDS="0", NOISE="0")
+    assert again.returncode == 0, again.stderr[-4000:]
+    assert path.read_text().splitlines(keepends=True)[:-1] == kept
+    assert json.loads(path.read_text().splitlines()[-1])["metrics"] == lines[-1]["metrics"]
+
+
+def test_wrong_choices_are_reported_together(repository):
+    done = compare(repository, METHODS="dpo,ppo", SEEDS="a", NOISE="0.7", WORKERS="0")
+    assert done.returncode == 2
+    for part in ("'ppo' is not one of", "SEEDS='a'", "NOISE='0.7'", "WORKERS='0'"):
+        assert part in done.stderr
+    assert not (repository / "outputs/tiny/compare-x").exists()

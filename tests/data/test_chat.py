@@ -1,0 +1,223 @@
+"""ChatFormat on the families' templates: texts written out by hand, properties over random dialogues, bad templates."""
+
+import random
+
+import pytest
+
+from rmipo.data.chat import ChatFormat, DataError
+from tests.helpers.families import LLAMA3_TEMPLATE, MISTRAL_TEMPLATE, make_tokenizer
+
+PROMPT = [
+    {"role": "user", "content": "Hi there"},
+    {"role": "assistant", "content": "Hello!"},
+    {"role": "user", "content": "How are you?"},
+]
+CHOSEN = [{"role": "assistant", "content": "I am fine."}]
+REJECTED = [{"role": "assistant", "content": "Not sure"}]
+
+# family -> (text of the prompt through the generation header, text of the chosen response)
+WRITTEN_OUT = {
+    "llama3": (
+        "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nHi there<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\nHello!<|eot_id|>"
+        "<|start_header_id|>user<|end_header_id|>\n\nHow are you?<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n",
+        "I am fine.<|eot_id|>",
+    ),
+    "mistral-instruct": ("<s>[INST] Hi there [/INST] Hello!</s>[INST] How are you? [/INST]", " I am fine.</s>"),
+    "zephyr": (
+        "<|user|>\nHi there</s>\n<|assistant|>\nHello!</s>\n<|user|>\nHow are you?</s>\n<|assistant|>\n",
+        "I am fine.</s>",
+    ),
+    "qwen3": (
+        "<|im_start|>user\nHi there<|im_end|>\n<|im_start|>assistant\nHello!<|im_end|>\n"
+        "<|im_start|>user\nHow are you?<|im_end|>\n<|im_start|>assistant\n",
+        "<think>\n\n</think>\n\nI am fine.<|im_end|>",
+    ),
+    "gemma": (
+        "<bos><start_of_turn>user\nHi there<end_of_turn>\n<start_of_turn>model\nHello!<end_of_turn>\n"
+        "<start_of_turn>user\nHow are you?<end_of_turn>\n<start_of_turn>model\n",
+        "I am fine.<end_of_turn>",
+    ),
+}
+WORDS = ["the", "Paris", "window,", "a", "é日本", "1.", "🙂", "(x)", "==", "\n", "  ", "tokens\n\n", "[INST]", "|>"]
+
+
+def random_dialogue(generator, family):
+    def text():
+        words = generator.choices(WORDS, k=generator.randint(1, 12))
+        return " ".join(words) if "".join(words).strip() else "word"
+
+    roles = ["user", "assistant"] * generator.randint(0, 2) + ["user"]
+    prompt = [{"role": role, "content": text()} for role in roles]
+    if family in ("llama3", "zephyr", "qwen3") and generator.random() < 0.5:
+        prompt.insert(0, {"role": "system", "content": text()})
+    return prompt, *([{"role": "assistant", "content": text()}] for _ in range(2))
+
+
+@pytest.mark.parametrize("family", WRITTEN_OUT)
+def test_the_rendering_is_the_one_written_out(family):
+    chat = ChatFormat.probe(make_tokenizer(family))
+    prompt, response = WRITTEN_OUT[family]
+    assert chat.render_pair(PROMPT, CHOSEN, REJECTED)[:2] == (prompt, response)
+    prompt_ids, chosen_ids, _ = chat.pair_ids(PROMPT, CHOSEN, REJECTED)
+    bos = "<s>" if family == "zephyr" else ""  # its template leaves BOS to the tokenizer
+    expected = chat.tokenizer(bos + prompt + response, add_special_tokens=False)["input_ids"]
+    assert prompt_ids + chosen_ids == expected
+    assert chosen_ids == expected[-len(chosen_ids) :]
+    assert len(chosen_ids) > 1
+
+
+@pytest.mark.parametrize("family", WRITTEN_OUT)
+def test_random_dialogues(family):
+    chat = ChatFormat.probe(make_tokenizer(family))
+    generator = random.Random(0)
+    tokenizer = chat.tokenizer
+    for _ in range(60):
+        prompt, chosen, rejected = random_dialogue(generator, family)
+        prompt_text, *texts = chat.render_pair(prompt, chosen, rejected)
+        prompt_ids, *ids = chat.pair_ids(prompt, chosen, rejected)
+        assert prompt_ids == chat.prompt_ids(prompt)
+        assert prompt_ids.count(tokenizer.bos_token_id) == (0 if family == "qwen3" else 1)
+        if chat.bos_id is not None:
+            assert prompt_ids[0] == chat.bos_id == tokenizer.bos_token_id
+        for response, text, response_ids in zip((chosen, rejected), texts, ids, strict=True):
+            full = tokenizer.apply_chat_template(prompt + response, tokenize=False)
+            assert prompt_text + text + chat.after_end == full
+            assert response_ids.count(chat.end_id) == 1
+            assert response_ids[-1] == chat.end_id
+            decoded = tokenizer.decode(response_ids[:-1]).removeprefix("<think>\n\n</think>\n\n")
+            assert decoded.strip() == response[0]["content"].strip()
+
+
+@pytest.mark.parametrize(
+    "family, header",
+    [
+        ("llama3", "<|start_header_id|>assistant<|end_header_id|>\n\n"),
+        ("zephyr", "<|assistant|>\n"),
+        ("qwen3", "<|im_start|>assistant\n"),
+        ("gemma", "<start_of_turn>model\n"),
+        ("mistral-instruct", ""),
+    ],
+)
+def test_the_header_belongs_to_the_prompt_or_to_the_response(family, header):
+    tokenizer = make_tokenizer(family)
+    in_prompt, in_response = ChatFormat.probe(tokenizer), ChatFormat.probe(tokenizer, header_in_response=True)
+    assert tokenizer.decode(in_prompt.header_ids) == header
+    assert in_response.header_ids == ()
+    prompt, chosen, _ = in_prompt.pair_ids(PROMPT, CHOSEN, REJECTED)
+    shorter, longer, _ = in_response.pair_ids(PROMPT, CHOSEN, REJECTED)
+    assert shorter + longer == prompt + chosen
+    assert len(longer) == len(chosen) + len(in_prompt.header_ids)
+    assert in_response.prompt_ids(PROMPT) == shorter
+
+
+def test_prior_contexts():
+    llama = ChatFormat.probe(make_tokenizer("llama3"))
+    assert llama.prior_context("bos") == [0]
+    assert llama.prior_context("header") == [0, *llama.header_ids]
+    assert llama.prior_context("none") == []
+    mistral = ChatFormat.probe(make_tokenizer("mistral-instruct"))
+    assert mistral.prior_context("header") == mistral.prior_context("bos") == [1]
+    qwen = ChatFormat.probe(make_tokenizer("qwen3"))
+    assert qwen.prior_context("header") == list(qwen.header_ids)
+    with pytest.raises(DataError, match=r"prior_context: bos leaves nothing .* no BOS token.* header or none"):
+        qwen.prior_context("bos")
+
+
+def test_a_token_across_the_end_of_the_prompt():
+    """`Answer: ` + `the end` has the token ` the`, which generation after the prompt can't produce."""
+    template = (
+        "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}{{ m['content'] + ' Answer: ' }}"
+        "{% else %}{{ m['content'] + eos_token }}{% endif %}{% endfor %}"
+    )
+    tokenizer = make_tokenizer("llama3", template)
+    chat = ChatFormat.probe(tokenizer)
+    prompt = [{"role": "user", "content": "Which part?"}]
+    prompt_ids, the_end, paris = chat.pair_ids(
+        prompt, [{"role": "assistant", "content": "the end"}], [{"role": "assistant", "content": "\nParis"}]
+    )
+    full = tokenizer("<|begin_of_text|>Which part? Answer: the end<|eot_id|>", add_special_tokens=False)["input_ids"]
+    assert full[: len(prompt_ids)] != prompt_ids
+    assert prompt_ids == tokenizer("Which part? Answer: ")["input_ids"]
+    assert the_end == tokenizer("the end<|eot_id|>", add_special_tokens=False)["input_ids"]
+    assert tokenizer.decode(prompt_ids + the_end) == "<|begin_of_text|>Which part? Answer: the end<|eot_id|>"
+    assert tokenizer.decode(paris) == "\nParis<|eot_id|>"
+
+
+def test_a_bos_that_is_a_turn_marker_is_not_put_in_front():
+    tokenizer = make_tokenizer("qwen3")
+    tokenizer.bos_token = "<|im_start|>"
+    chat = ChatFormat.probe(tokenizer)
+    assert chat.bos_id is None
+    assert chat.prompt_ids(PROMPT[:1])[:2] != [1, 1]
+
+
+def probe_error(family, template, **roles):
+    tokenizer = make_tokenizer(family, template)
+    for role, token in roles.items():
+        setattr(tokenizer, role, token)
+    with pytest.raises(DataError) as error:
+        ChatFormat.probe(tokenizer)
+    return str(error.value)
+
+
+def test_no_template():
+    tokenizer = make_tokenizer("llama3")
+    tokenizer.chat_template = None
+    with pytest.raises(DataError, match=r"has no chat template\. Set `chat_template` in the recipe"):
+        ChatFormat.probe(tokenizer)
+
+
+@pytest.mark.parametrize(
+    "old, new, message",
+    [
+        (
+            "{{ bos_token }}",
+            "{{ bos_token + bos_token }}",
+            "double BOS: the template starts a prompt with",
+        ),
+        (" + '<|eot_id|>'", "", "no end token: after a response the template writes ''"),
+        (" + '<|eot_id|>'", " + '<|eot_id|><|eot_id|>'", "write <|eot_id|> once"),
+        (" + '<|eot_id|>'", " + '<|eot_id|>bye'", "writes 'bye' after the end token"),
+        ("assistant<|end_header_id|>", "bot<|end_header_id|>", "the prompt is not a prefix of the full text: "),
+    ],
+)
+def test_bad_templates(old, new, message):
+    assert old in LLAMA3_TEMPLATE
+    text = probe_error("llama3", LLAMA3_TEMPLATE.replace(old, new))
+    assert message in text
+    assert text.count("\n- ") == 1
+
+
+def test_no_bos():
+    tokenizer = make_tokenizer("llama3", LLAMA3_TEMPLATE.replace("{{ bos_token }}", ""))
+    assert ChatFormat.probe(tokenizer).bos_id == 0  # the tokenizer itself adds it
+    tokenizer = make_tokenizer("qwen3")
+    tokenizer.bos_token = "<think>"  # a BOS that nothing writes
+    with pytest.raises(DataError, match="no BOS: neither the template nor the tokenizer writes <think>"):
+        ChatFormat.probe(tokenizer)
+
+
+def test_no_pad_token():
+    assert ChatFormat.probe(make_tokenizer("llama3")).tokenizer.pad_token_id is None  # rows are packed, not padded
+    text = probe_error("llama3", LLAMA3_TEMPLATE, eos_token=None)
+    assert "neither a pad token nor an EOS token" in text
+    assert "tokenizer.pad_token =" in text
+
+
+def test_everything_wrong_is_listed_at_once():
+    template = LLAMA3_TEMPLATE.replace("{{ bos_token }}", "{{ bos_token + bos_token }}").replace(" + '<|eot_id|>'", "")
+    text = probe_error("llama3", template.replace("assistant<|end", "bot<|end"))
+    for part in ("double BOS", "no end token", "the prompt is not a prefix"):
+        assert part in text
+    assert text.count("\n- ") == 3
+
+
+def test_a_template_that_refuses():
+    assert "the chat template refuses: Conversation roles must alternate" in probe_error(
+        "mistral-instruct", MISTRAL_TEMPLATE.replace("loop.index0 % 2 == 0", "loop.index0 % 2 == 1")
+    )
+    chat = ChatFormat.probe(make_tokenizer("gemma"))
+    with pytest.raises(DataError, match="the chat template refuses: System role not supported"):
+        chat.prompt_ids([{"role": "system", "content": "Be brief"}, *PROMPT])

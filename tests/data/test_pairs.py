@@ -1,0 +1,143 @@
+"""Tokenised pairs: unusable rows and their reasons, cutting, the report, the fingerprint."""
+
+import json
+
+import pytest
+from datasets import Dataset
+
+from rmipo.data.chat import DataError
+from rmipo.data.pairs import ChatFormat, cut_pair, fingerprint
+from tests.helpers.families import make_tokenizer
+from tests.helpers.rows import assistant, pair, pairs, tokenize, user
+
+UNUSABLE = {
+    "chosen is empty": {"chosen": [assistant(" \n")]},
+    "rejected is empty": {"rejected": []},
+    "chosen and rejected are identical": {"rejected": [assistant("Right 0 ")]},
+    "chosen is 2 messages after the shared prompt, not one": {"chosen": [assistant("a"), assistant("b")]},
+    "rejected is a user message": {"rejected": [user("a")]},
+    "the prompt is empty (chosen and rejected share no turns)": {"prompt": []},
+    "the prompt has an empty message": {"prompt": [user("a"), assistant(""), user("c")]},
+    "roles out of order: user after user": {"prompt": [user("a"), user("b")]},
+    "roles out of order: assistant first": {"prompt": [assistant("a"), user("b")]},
+    "roles out of order: system after user": {"prompt": [user("a"), {"role": "system", "content": "b"}]},
+    "roles out of order: the prompt does not end with a user message": {"prompt": [user("a"), assistant("b")]},
+    "the text of chosen has an end token in it": {"chosen": [assistant("a<|eot_id|>b")]},
+    "the prompt's text has a BOS token in it": {"prompt": [user("<|begin_of_text|>")]},
+}
+
+
+def test_unusable_rows_are_counted_with_their_reasons():
+    rows = [pair(0), *({**pair(0), **bad} for bad in UNUSABLE.values()), pair(0)]
+    tokenized, report = tokenize(rows)
+    assert report.dropped == {reason: [i] for i, reason in enumerate(UNUSABLE, start=1)}
+    last = len(UNUSABLE) + 1
+    assert tokenized["row"][:] == [0, last]
+    assert (report.rows, report.kept, report.dropped_rows) == (last + 1, 2, last - 1)
+    assert "- 1 dropped, chosen is empty: row 1" in report.lines()
+
+
+def test_a_template_that_refuses_a_row():
+    rows = [pair(0), pair(1, prompt=[{"role": "system", "content": "Be brief"}, user("a")])]
+    _, report = tokenize(rows, "gemma")
+    assert report.dropped == {"the chat template refuses: System role not supported": [1]}
+
+
+def test_too_many_unusable_rows():
+    rows = [*pairs(*range(8)), pair(8, chosen=[assistant("")]), pair(9, chosen=[assistant("")])]
+    assert tokenize(rows, max_dropped_fraction=0.2)[1].kept == 8
+    with pytest.raises(DataError) as error:
+        tokenize(rows, max_dropped_fraction=0.19)
+    assert "2 of 10 rows can't be used, more than max_dropped_fraction: 0.19 allows" in str(error.value)
+    assert "- 2 dropped, chosen is empty: rows 8, 9" in str(error.value)
+    with pytest.raises(DataError, match="1 of 1 rows can't be used"):
+        tokenize(rows[-1:], max_dropped_fraction=1.0)
+
+
+def test_cut_by_hand():
+    prompt, chosen, rejected = [1, 11, 12, 13, 14], [21, 22, 23, 2], [31, 2]
+    whole = (prompt, chosen, rejected)
+    assert cut_pair(whole, 1, max_length=9, max_prompt_length=5) == whole
+    assert cut_pair(whole, 1, max_length=8, max_prompt_length=5) == (prompt, [21, 22, 23], rejected)
+    assert cut_pair(whole, 1, max_length=6, max_prompt_length=5) == (prompt, [21], [31])
+    # The prompt keeps its end behind BOS; what it loses is room for the responses.
+    assert cut_pair(whole, 1, max_length=7, max_prompt_length=3) == ([1, 13, 14], chosen, rejected)
+    assert cut_pair(whole, None, max_length=7, max_prompt_length=3) == ([12, 13, 14], chosen, rejected)
+    assert cut_pair(whole, 1, max_length=5, max_prompt_length=5) == (prompt, [], [])
+
+
+def test_cuts_are_counted():
+    rows = [
+        pair(0),
+        pair(1, prompt=[user("long " * 40)]),
+        pair(2, chosen=[assistant("longer " * 80)]),
+        pair(3, prompt=[user("long " * 40)], chosen=[assistant("longer " * 80)], rejected=[assistant("and " * 99)]),
+    ]
+    whole, nothing_cut = tokenize(rows, max_length=2000, max_prompt_length=1000)
+    assert nothing_cut.pairs_cut == 0
+    cut, report = tokenize(rows, max_length=90, max_prompt_length=60)
+    assert (report.prompts_cut, report.chosen_cut, report.rejected_cut, report.pairs_cut) == (2, 2, 1, 3)
+    for long, short in zip(whole, cut, strict=True):
+        if long["row"] in (1, 3):
+            assert short["prompt_ids"] == [0, *long["prompt_ids"][-59:]]
+        else:
+            assert short["prompt_ids"] == long["prompt_ids"]
+        for side in ("chosen_ids", "rejected_ids"):
+            assert short[side] == long[side][: 90 - len(short["prompt_ids"])]
+    assert (
+        "- 3 pairs cut: 2 prompts lost their start, 2 chosen and 1 rejected responses lost their end and end token"
+        in report.lines()
+    )
+    with pytest.raises(DataError, match=r"3 of 4 pairs are cut, more than max_truncated_fraction: 0.7 .*length \(90\)"):
+        tokenize(rows, max_length=90, max_prompt_length=60, max_truncated_fraction=0.7)
+
+
+def test_a_prompt_that_fills_the_window():
+    _, report = tokenize([pair(0), pair(1, prompt=[user("long " * 99)])], max_length=90, max_prompt_length=90)
+    assert report.dropped == {"the prompt fills the window": [1]}
+    assert report.pairs_cut == 0
+
+
+def test_responses_that_differ_only_after_the_cut():
+    same = "the same words " * 30
+    rows = [pair(0), pair(1, chosen=[assistant(same + "yes")], rejected=[assistant(same + "no")])]
+    _, report = tokenize(rows, max_length=90, max_prompt_length=60)
+    assert report.dropped == {"chosen and rejected are identical after the cut": [1]}
+
+
+def test_tokens_and_report():
+    rows = [pair(i, chosen=[assistant("word" + " word" * (i - 1))]) for i in range(1, 21)]
+    tokenized, report = tokenize(rows)
+    assert tokenized.column_names == ["prompt_ids", "chosen_ids", "rejected_ids", "row"]
+    chat = ChatFormat.probe(make_tokenizer("llama3"))
+    for row, ids in zip(rows, tokenized, strict=True):
+        expected = chat.pair_ids(row["prompt"], row["chosen"], row["rejected"])
+        assert (ids["prompt_ids"], ids["chosen_ids"], ids["rejected_ids"]) == expected
+    lengths = [len(ids) for ids in tokenized["chosen_ids"]]
+    assert lengths == sorted(set(lengths))
+    assert report.tokens["chosen"] == sum(lengths)
+    assert report.lengths["chosen"]["max"] == lengths[-1]
+    assert report.lengths["chosen"]["median"] == (lengths[9] + lengths[10]) // 2
+    assert any(line.startswith(f"chosen tokens: {sum(lengths):,} (median ") for line in report.lines())
+    assert json.loads(json.dumps(report.as_dict()))["kept"] == 20
+
+
+def test_two_processes_give_the_same():
+    rows = [*pairs(*range(9)), pair(9, chosen=[assistant("")])]
+    one, report_one = tokenize(rows)
+    two, report_two = tokenize(rows, num_proc=2)
+    assert one.to_list() == two.to_list()
+    assert report_one == report_two
+
+
+def test_fingerprint_is_of_the_content(tmp_path):
+    rows = [{"prompt_ids": [1, 2], "chosen_ids": [3], "rejected_ids": [4, 5], "row": 0}] * 2
+    original = fingerprint(Dataset.from_list(rows))
+    Dataset.from_list(rows).to_parquet(tmp_path / "rows.parquet")
+    assert fingerprint(Dataset.from_parquet(str(tmp_path / "rows.parquet"))) == original
+    assert len(original) == 16
+    moved = [{**rows[0], "chosen_ids": [3, 4], "rejected_ids": [5]}, rows[1]]
+    changed = [{**rows[0], "rejected_ids": [4, 6]}, rows[1]]
+    others = (moved, changed, changed[::-1], rows[:1])
+    digests = {original, *(fingerprint(Dataset.from_list(other)) for other in others)}
+    assert len(digests) == 5

@@ -1,0 +1,162 @@
+"""Files, folders, hub ids and mixtures: which rows come, and what is said when they can't."""
+
+import pytest
+
+from rmipo.data.chat import DataError
+from rmipo.data.pairs import load_messages, load_pairs
+from rmipo.recipe.schema import DataConfig
+from tests.helpers.rows import config, pairs, questions, write
+
+
+@pytest.mark.parametrize(
+    "name, split",
+    [
+        ("train.jsonl", "train"),
+        ("train.jsonl.gz", "train"),
+        ("train.json", "train"),
+        ("train_prefs.jsonl", "train_prefs"),
+        ("train_prefs.jsonl", "train"),  # the only file whose name starts with the split
+        ("data/train-00000-of-00001.parquet", "train"),
+    ],
+)
+def test_a_split_of_a_folder_is_found_by_name(tmp_path, name, split):
+    write(tmp_path / name, pairs(0, 1, 2))
+    write(tmp_path / "test.jsonl", pairs(7))
+    data_config = config(tmp_path, dataset_train_split=split)
+    assert questions(load_pairs(data_config, "train")) == [0, 1, 2]
+    assert questions(load_pairs(data_config, "test")) == [7]
+
+
+def test_shards_are_joined(tmp_path):
+    for i in range(2):
+        write(tmp_path / f"data/train-{i:05}-of-00002.parquet", pairs(2 * i, 2 * i + 1))
+    dataset = load_pairs(config(tmp_path), "train")
+    assert questions(dataset) == dataset["row"][:] == [0, 1, 2, 3]
+
+
+def test_a_folder_without_the_split(tmp_path):
+    write(tmp_path / "train.jsonl", pairs(0))
+    write(tmp_path / "validation.jsonl", pairs(1))
+    with pytest.raises(DataError, match=r"no file of the test split 'test'.*Found: train.jsonl, validation.jsonl\."):
+        load_pairs(config(tmp_path), "test")
+    assert questions(load_pairs(config(tmp_path, dataset_test_split="validation"), "test")) == [1]
+
+
+def test_one_file_sets_its_last_rows_aside(tmp_path, caplog):
+    path = write(tmp_path / "mine.jsonl", pairs(*range(40)))
+    train, test = (load_pairs(config(path), split) for split in ("train", "test"))
+    assert questions(train) == list(range(38))
+    assert questions(test) == test["row"][:] == [38, 39]
+    assert "its last 2 of 40 rows are the test split" in caplog.text
+    with pytest.raises(DataError, match="3 rows are too few"):
+        load_pairs(config(write(tmp_path / "few.jsonl", pairs(0, 1, 2))), "test")
+
+
+def test_test_split_size_divides_the_training_rows(tmp_path):
+    path = write(tmp_path / "mine.jsonl", pairs(*range(40)))
+    train, test = (load_pairs(config(path, test_split_size=0.25), split) for split in ("train", "test"))
+    assert (len(train), len(test)) == (30, 10)
+    assert sorted(questions(train) + questions(test)) == list(range(40))
+    assert questions(test) == test["row"][:] != list(range(30, 40))
+
+
+def test_sample_limits(tmp_path):
+    write(tmp_path / "train.jsonl", pairs(*range(5)))
+    write(tmp_path / "test.jsonl", pairs(*range(5)))
+    data_config = config(tmp_path, max_train_samples=3, max_eval_samples=9)
+    assert questions(load_pairs(data_config, "train")) == [0, 1, 2]
+    assert len(load_pairs(data_config, "test")) == 5
+
+
+def mixture(tmp_path, **values):
+    """Two sources in different forms: 0..9 conversational, 100..119 full dialogues."""
+    write(tmp_path / "a/train.jsonl", pairs(*range(10)))
+    write(tmp_path / "a/test.jsonl", pairs(50))
+    dialogues = [
+        {"extra": 1, "chosen": row["prompt"] + row["chosen"], "rejected": row["prompt"] + row["rejected"]}
+        for row in pairs(*range(100, 120))
+    ]
+    write(tmp_path / "b/sub/train_prefs.jsonl", dialogues)
+    write(tmp_path / "b/sub/test_prefs.jsonl", dialogues[:2])
+    second = {"path": str(tmp_path / "b"), "data_dir": "sub", "split": "train_prefs", "test_split": "test_prefs"}
+    entries = [{"path": str(tmp_path / "a")}, second | {"columns": ["chosen", "rejected"]}]
+    return entries, lambda split: load_pairs(DataConfig(datasets=entries, **values), split)
+
+
+def test_a_mixture_is_concatenated(tmp_path):
+    _, load_split = mixture(tmp_path)
+    train = load_split("train")
+    assert questions(train) == [*range(10), *range(100, 120)]
+    assert train["row"][:] == list(range(30))
+    assert questions(load_split("test")) == [50, 100, 101]
+
+
+def test_fractions_are_shares_of_the_mixture(tmp_path):
+    entries, load_split = mixture(tmp_path)
+    entries[0]["fraction"], entries[1]["fraction"] = 3, 1  # 10 rows are three quarters of 13
+    assert questions(load_split("train")) == [*range(10), 100, 101, 102]
+    del entries[0]["fraction"]
+    with pytest.raises(DataError, match="`fraction` must be set for every dataset of the mixture or for none"):
+        load_split("train")
+
+
+def test_weights_are_shares_of_a_source_drawn_with_a_seed(tmp_path):
+    entries, load_split = mixture(tmp_path, mixture_seed=3)
+    entries[0]["weight"], entries[1]["weight"] = 1.0, 0.25
+    train = load_split("train")
+    numbers = questions(train)
+    assert sorted(numbers)[:10] == list(range(10))
+    assert len(numbers) == 15
+    assert max(numbers) > 104
+    assert numbers != sorted(numbers)
+    assert questions(load_split("train")) == numbers
+    assert train["row"][:] == [n if n < 10 else n - 90 for n in numbers]
+    assert len(load_split("test")) == 3  # test rows are never drawn
+    other_seed = load_pairs(DataConfig(datasets=entries, mixture_seed=4), "train")
+    assert len(other_seed) == 15
+    assert questions(other_seed) != numbers
+
+
+def test_entries_are_checked(tmp_path):
+    entries = [{"id": "x/y"}, {"path": "x", "splits": "train"}]
+    with pytest.raises(DataError) as error:
+        load_pairs(DataConfig(datasets=entries), "train")
+    for part in ("datasets[0]: unknown keys id", "datasets[0]: `path` is missing", "datasets[1]: unknown keys splits"):
+        assert part in str(error.value)
+    with pytest.raises(DataError, match="names no data: set `dataset_name`"):
+        load_pairs(DataConfig(), "train")
+
+
+def test_missing_file():
+    for path in ("/no/such/folder", "nothing.jsonl", "./nothing", "data/of/mine"):
+        with pytest.raises(DataError, match=f"{path}: no such file or folder"):
+            load_pairs(config(path), "train")
+
+
+def test_unreachable_hub():
+    with pytest.raises(DataError) as error:
+        load_pairs(config("some-owner/some-pairs", dataset_revision="main"), "train")
+    text = str(error.value)
+    assert text.startswith("some-owner/some-pairs: the dataset can't be reached on the hub")
+    assert "hf download --repo-type dataset some-owner/some-pairs --local-dir some-pairs" in text
+
+
+def test_files_that_are_not_data(tmp_path):
+    path = write(tmp_path / "train.jsonl", pairs(0))
+    path.write_text(path.read_text() + '{"prompt": \n')
+    with pytest.raises(DataError, match=r"train\.jsonl can't be read as json: JSON parse error"):
+        load_pairs(config(tmp_path), "train")
+    (tmp_path / "notes.txt").write_text("x")
+    with pytest.raises(DataError, match=r"a data file ends in one of \.jsonl"):
+        load_pairs(config(tmp_path / "notes.txt"), "train")
+
+
+def test_missing_columns(tmp_path):
+    write(tmp_path / "train.jsonl", [{"question": "a", "chosen": "b", "reject": "c"}])
+    with pytest.raises(DataError) as error:
+        load_pairs(config(tmp_path), "train")
+    text = str(error.value)
+    assert f"{tmp_path}: missing columns rejected, found question, chosen, reject." in text
+    assert text.count("\n- `") == 3  # the accepted forms
+    with pytest.raises(DataError, match="missing columns prompt, completion, found question, chosen, reject"):
+        load_messages(config(tmp_path), "train")

@@ -1,0 +1,254 @@
+"""Answers don't depend on neighbours or interruptions, and come from the distribution and the prompts they should."""
+
+import collections
+import importlib.metadata
+import importlib.util
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from rmipo.data.pairs import ChatFormat
+from rmipo.errors import EvaluationError
+from rmipo.generation.answers import Generator, Request, check_settings, generate
+from rmipo.generation.engines import Prompt, SeededSampling, TransformersEngine
+from tests.helpers.tiny_model import write_model
+
+SETTINGS = {"dtype": "float32", "engine": "transformers", "max_new_tokens": 12, "batch_size": 4, "temperature": 1.0}
+
+
+def requests(count: int) -> list[Request]:
+    words = [" ".join(f"w{(3 * i + j) % 20}" for j in range(1 + i % 5)) for i in range(count)]
+    return [Request(f"q{i}", [{"role": "user", "content": text}]) for i, text in enumerate(words)]
+
+
+@pytest.fixture
+def model_dir(tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    write_model(folder)
+    return folder
+
+
+def test_samples_follow_softmax_of_scaled_logits():
+    logits = torch.tensor([2.0, 1.0, 0.0, -1.0])
+    count = 20_000
+    sampling = SeededSampling([0.5] * count, 1.0, list(range(count)))
+    drawn = sampling(torch.zeros(count, 1, dtype=torch.long), logits.repeat(count, 1)).argmax(-1)
+    share = torch.bincount(drawn, minlength=4) / count
+    # Four standard errors of a share of 0.84 of 20,000 draws are 0.010.
+    assert torch.allclose(share, (logits / 0.5).softmax(-1), atol=0.011)
+
+
+def test_top_p_keeps_the_fewest_tokens_that_reach_it():
+    logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
+    sampling = SeededSampling([1.0] * 500, 0.7, list(range(500)))
+    drawn = sampling(torch.zeros(500, 1, dtype=torch.long), logits.repeat(500, 1)).argmax(-1)
+    assert set(drawn.tolist()) == {0, 1}  # .5 doesn't reach .7, .5 + .3 does
+
+
+def test_temperature_zero_is_greedy(model_dir):
+    engine = TransformersEngine(model_dir, check_settings(SETTINGS), [1])
+    prompt = [0, 3, 7, 9, 4]
+    answer = engine.batch([Prompt(prompt, 0.0, seed=5)])[0].ids
+    model = AutoModelForCausalLM.from_pretrained(model_dir)
+    ids = list(prompt)
+    for _ in range(12):
+        with torch.no_grad():
+            ids.append(model(torch.tensor([ids])).logits[0, -1].argmax().item())
+    expected = ids[len(prompt) :]
+    assert answer == (expected[: expected.index(1)] if 1 in expected else expected)
+
+
+def test_answers_do_not_depend_on_batch_or_order(model_dir, tmp_path):
+    asked = requests(11)
+    together = generate(model_dir, asked, tmp_path / "a.jsonl", SETTINGS)
+    alone = generate(model_dir, asked, tmp_path / "b.jsonl", {**SETTINGS, "batch_size": 1})
+    reversed_ = generate(model_dir, asked[::-1], tmp_path / "c.jsonl", {**SETTINGS, "batch_size": 3})
+    assert together == alone == reversed_[::-1]
+    other_seed = generate(model_dir, asked, tmp_path / "d.jsonl", {**SETTINGS, "seed": 43})
+    assert len(set(together)) > 5 and sum(a != b for a, b in zip(together, other_seed, strict=True)) > 5
+
+
+def test_little_room_in_the_context_is_not_taken_from_neighbours(model_dir, tmp_path):
+    # The context has 128 tokens: BOS, <user>, words, <assistant>, and what is left for the answer.
+    asked = [Request(f"q{words}", [{"role": "user", "content": "w1 " * words}]) for words in (5, 120, 118, 6, 100)]
+    settings = {**SETTINGS, "batch_size": 8, "max_new_tokens": 20}
+    generate(model_dir, asked, tmp_path / "together.jsonl", settings)
+    generate(model_dir, asked, tmp_path / "alone.jsonl", {**settings, "batch_size": 1})
+    together, alone = (
+        [json.loads(line) for line in (tmp_path / name).read_text().splitlines()[1:]]
+        for name in ("together.jsonl", "alone.jsonl")
+    )
+    assert together == alone
+    room = {"q5": 20, "q120": 5, "q118": 7, "q6": 20, "q100": 20}
+    cut = {row["key"]: row["tokens"] for row in together if row["finish"] == "length"}
+    assert cut == {key: room[key] for key in cut} and {"q120", "q118"} <= cut.keys() and len(cut) > 2
+
+
+def test_cut_files_are_continued_to_the_same_bytes(model_dir, tmp_path):
+    whole = tmp_path / "whole.jsonl"
+    answers = generate(model_dir, requests(11), whole, SETTINGS)
+    content = whole.read_bytes()
+    lines = content.count(b"\n")
+    assert lines == 12
+    ends = [i for i, byte in enumerate(content) if byte == ord("\n")]
+    cuts = {0, 5, ends[0] + 1, ends[2] + 9, ends[6] + 1, ends[8] + 1, len(content) - 1, len(content)}
+    for cut in cuts:
+        path = tmp_path / f"cut{cut}.jsonl"
+        path.write_bytes(content[:cut])
+        assert generate(model_dir, requests(11), path, SETTINGS) == answers
+        assert path.read_bytes() == content, cut
+
+
+KILLED = """
+import sys, time
+from rmipo.generation import engines, answers as generation
+from tests.generation.test_answers import SETTINGS, requests
+slow = engines.TransformersEngine.batch
+engines.TransformersEngine.batch = lambda self, prompts: (time.sleep(0.2), slow(self, prompts))[1]
+generation.generate(sys.argv[1], requests(40), sys.argv[2], SETTINGS)
+"""
+
+
+def test_killed_process_loses_nothing(model_dir, tmp_path):
+    path = tmp_path / "killed.jsonl"
+    process = subprocess.Popen([sys.executable, "-c", KILLED, str(model_dir), str(path)], stderr=subprocess.DEVNULL)
+    deadline = time.time() + 60
+    while time.time() < deadline and not (path.is_file() and path.read_bytes().count(b"\n") >= 9):
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    kept = path.read_bytes()
+    assert 9 <= kept.count(b"\n") < 41
+    generate(model_dir, requests(40), path, SETTINGS)
+    generate(model_dir, requests(40), tmp_path / "whole.jsonl", SETTINGS)
+    assert path.read_bytes().startswith(kept) and path.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+    keys = [json.loads(line)["key"] for line in path.read_text().splitlines()[1:]]
+    assert collections.Counter(keys) == collections.Counter(f"q{i}" for i in range(40))
+
+
+def test_finished_file_needs_no_model(model_dir, tmp_path, monkeypatch):
+    answers = generate(model_dir, requests(5), tmp_path / "a.jsonl", SETTINGS)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", None)
+    assert generate(model_dir, requests(5), tmp_path / "a.jsonl", SETTINGS) == answers
+
+
+def other_versions(path, engine: str) -> dict[str, str]:
+    """Make an answers file one that another machine wrote; returns the versions that it had."""
+    header, *answers = path.read_text().splitlines()
+    versions = {engine: "0.30.0", "torch": "2.13.0+cu130", "transformers": "5.10.4"}
+    header = json.loads(header)
+    header["versions"], header["decoding"]["engine"] = versions, engine
+    path.write_text("\n".join([json.dumps(header), *answers]) + "\n")
+    return versions
+
+
+def test_finished_answers_of_another_machine_are_taken_with_its_engine_and_versions(model_dir, tmp_path):
+    path = tmp_path / "a.jsonl"
+    answers = generate(model_dir, requests(5), path, SETTINGS)
+    versions = other_versions(path, "vllm")
+    for engine in ("auto", "vllm"):  # which need not be installed here
+        with Generator(model_dir, {**SETTINGS, "engine": engine}) as generator:
+            assert generator.answer(requests(5), path) == answers
+        assert generator.versions == versions and generator.settings["engine"] == "vllm"
+    with pytest.raises(EvaluationError, match=r"another decoding.*'engine': 'vllm'.*'engine': 'transformers'"):
+        generate(model_dir, requests(5), path, SETTINGS)
+
+
+def test_answers_are_not_continued_with_other_versions(model_dir, tmp_path):
+    path = tmp_path / "a.jsonl"
+    generate(model_dir, requests(5), path, SETTINGS)
+    versions = other_versions(path, "transformers")
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:4]))
+    before = path.read_bytes()
+    here = {name: importlib.metadata.version(name) for name in ("torch", "transformers")}
+    message = f"can't be continued: the answers there are were made with {versions}, installed here is {here}"
+    for engine in ("auto", "transformers"):
+        with pytest.raises(EvaluationError, match=re.escape(message)):
+            generate(model_dir, requests(5), path, {**SETTINGS, "engine": engine})
+    assert path.read_bytes() == before
+    # A second file of the same evaluation can't be begun either.
+    other_versions(path, "transformers")
+    path.write_text(path.read_text() + "".join(json.dumps({"key": f"q{i}", "output": ""}) + "\n" for i in (3, 4)))
+    with Generator(model_dir, SETTINGS) as generator:
+        generator.answer(requests(5), path)
+        with pytest.raises(EvaluationError, match=r"b\.jsonl can't be begun"):
+            generator.answer(requests(5), tmp_path / "b.jsonl")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vllm is installed")
+def test_gpu_without_vllm(model_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(EvaluationError, match=r"make install EXTRAS=eval,vllm, or generation\.engine: transformers"):
+        generate(model_dir, requests(1), tmp_path / "a.jsonl", {**SETTINGS, "engine": "auto"})
+    assert not (tmp_path / "a.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    "change", [{"settings": {"seed": 1}}, {"settings": {"max_new_tokens": 5}}, {"count": 6}, {"weights": 1}]
+)
+def test_other_answers_are_not_taken_for_these(model_dir, tmp_path, change):
+    path = tmp_path / "a.jsonl"
+    generate(model_dir, requests(5), path, SETTINGS)
+    before = path.read_bytes()
+    if "weights" in change:
+        write_model(model_dir, seed=change["weights"])
+    with pytest.raises(EvaluationError, match=r"a\.jsonl holds answers made with another .*Move or delete"):
+        generate(model_dir, requests(change.get("count", 5)), path, {**SETTINGS, **change.get("settings", {})})
+    assert path.read_bytes() == before
+
+
+def test_prompts_reach_the_model_as_training_tokenised_them(model_dir, tmp_path, monkeypatch):
+    seen = []
+    answer = TransformersEngine.batch
+    monkeypatch.setattr(
+        TransformersEngine, "batch", lambda self, prompts: (seen.extend(prompts), answer(self, prompts))[1]
+    )
+    asked = requests(5)
+    generate(model_dir, asked, tmp_path / "a.jsonl", SETTINGS)
+    chat = ChatFormat.probe(AutoTokenizer.from_pretrained(model_dir))
+    response = [{"role": "assistant", "content": "w1 w2"}]
+    assert [prompt.ids for prompt in seen] == [chat.pair_ids(r.messages, response, response)[0] for r in asked]
+    assert all(prompt.ids[0] == 0 and prompt.ids.count(0) == 1 for prompt in seen)  # id 0 is BOS
+
+
+def test_double_bos_is_refused(model_dir, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    asked = [Request("q", [{"role": "user", "content": "w1"}])]
+    # The template's probe is clean; only this prompt starts with a second BOS.
+    tokenizer.chat_template = tokenizer.chat_template.replace(
+        "{{ bos_token }}", "{{ bos_token }}{% if messages[0]['content'] == 'w1' %} {{ bos_token }}{% endif %}"
+    )
+    tokenizer.save_pretrained(model_dir)
+    with pytest.raises(EvaluationError, match=r"1 prompts don't start with exactly one BOS \(id 0\): \['q'\]"):
+        generate(model_dir, asked, tmp_path / "a.jsonl", SETTINGS)
+
+
+def test_bad_requests_are_listed_together(model_dir, tmp_path):
+    long = Request("long", [{"role": "user", "content": "w1 " * 200}])
+    with pytest.raises(
+        EvaluationError, match=r"more than once: \['q1'\].*context of 128 tokens: \['long \(203 tokens\)"
+    ):
+        generate(model_dir, [*requests(2), requests(2)[1], long], tmp_path / "a.jsonl", SETTINGS)
+    assert not (tmp_path / "a.jsonl").exists()
+
+
+def test_bad_settings_are_listed_together():
+    with pytest.raises(EvaluationError, match=r"unknown keys \['top_k'\]"):
+        check_settings({"top_k": 5})
+    with pytest.raises(EvaluationError, match=r"batch_size is 0.*temperature is -1.*top_p is 0.*engine is 'tgi'"):
+        check_settings({"batch_size": 0, "temperature": -1, "top_p": 0, "engine": "tgi"})
+
+
+def test_folder_without_weights(model_dir, tmp_path):
+    os.remove(model_dir / "model.safetensors")
+    with pytest.raises(EvaluationError, match=r"holds no \*\.safetensors"):
+        generate(model_dir, requests(1), tmp_path / "a.jsonl", SETTINGS)

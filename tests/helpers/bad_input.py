@@ -1,0 +1,496 @@
+"""The table of bad inputs: each is given to the program that a user would give it to, and what that says is recorded.
+
+tests/test_bad_input.py runs it; docs/RELIABILITY.md shows it.
+"""
+
+import contextlib
+import importlib.util
+import io
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from unittest import mock
+
+import yaml
+from transformers import AutoTokenizer
+
+from rmipo.plan.memory import Hardware, Sharding
+from rmipo.plan.preflight import PreflightError, check_disk, check_fit
+from rmipo.recipe.load import load_recipe
+from tests.helpers.families import LLAMA3_TEMPLATE, make_tokenizer, save
+
+ROOT = Path(__file__).parents[2]
+RECIPE = "recipes/tiny/rmipo.yaml"
+
+
+def user(text):
+    return {"role": "user", "content": text}
+
+
+def assistant(text):
+    return {"role": "assistant", "content": text}
+
+
+def pair(number, **changes):
+    good = {"prompt": [user(f"q{number}")], "chosen": [assistant(f"yes {number}")], "rejected": [assistant("no")]}
+    return {name: value for name, value in (good | changes).items() if value is not None}
+
+
+GOOD = [pair(number) for number in range(12)]
+
+
+class Bench:
+    """A folder with a small model and good data, and the programs, run inside this process."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        save("llama3", folder / "model")
+        self.write("data/train.jsonl", GOOD)
+        self.write("data/test.jsonl", GOOD[:3])
+
+    def write(self, name: str, content) -> str:
+        path = self.folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if isinstance(content, list):
+            content = "".join(json.dumps(row) + "\n" for row in content)
+        path.write_text(content if isinstance(content, str) else yaml.safe_dump(content, sort_keys=False))
+        return str(path)
+
+    def train(self, *overrides, recipe=RECIPE, overlay=None, script="preference", env=None) -> str:
+        """What scripts/preference.py prints on standard error before it ends with exit code 2."""
+        flags = {
+            "--model_name_or_path": str(self.folder / "model"),
+            "--dataset_name": str(self.folder / "data"),
+            "--output_dir": str(self.folder / "out"),
+        }
+        given = {override.partition("=")[0] for override in overrides}
+        if "--datasets" in given:
+            flags.pop("--dataset_name")
+        arguments = [f"{key}={value}" for key, value in flags.items() if key not in given and recipe == RECIPE]
+        arguments += ["--overlay", overlay] if overlay else []
+        return run_program(script, ["--config", recipe, *arguments, *overrides], env or {})
+
+    def sft(self, *overrides, **keywords) -> str:
+        return self.train(*overrides, script="sft", **keywords)
+
+    def data(self, rows, *overrides, test=None, **keywords) -> str:
+        """The run on these training rows (a list, or the text of the file)."""
+        self.write("other/train.jsonl", rows)
+        self.write("other/test.jsonl", GOOD[:3] if test is None else test)
+        return self.train(f"--dataset_name={self.folder / 'other'}", *overrides, **keywords)
+
+    def template(self, old: str, new: str) -> str:
+        assert old in LLAMA3_TEMPLATE
+        return self.train(f"--chat_template={self.write('bad.jinja', LLAMA3_TEMPLATE.replace(old, new))}")
+
+    def tokenizer(self, family="llama3", *overrides, **attributes) -> str:
+        """The run of a model whose tokenizer has these attributes."""
+        folder = self.folder / "model-b"
+        shutil.copytree(self.folder / "model", folder)
+        tokenizer = make_tokenizer(family)
+        for name, value in attributes.items():
+            setattr(tokenizer, name, value)
+        tokenizer.save_pretrained(folder)
+        if tokenizer.chat_template is None:
+            (folder / "chat_template.jinja").unlink()
+        AutoTokenizer.from_pretrained(folder)
+        return self.train(f"--model_name_or_path={folder}", *overrides)
+
+    def launch(self, script="launch", **env) -> str:
+        return run_program(script, [], env)
+
+    def earlier_run(self, place: str, **changes) -> str:
+        """The run after one that differed in `changes` has left `place` (run.json, or a checkpoint's marker)."""
+        flags = [f"--{key}={value}" for key, value in changes.get("recipe", {}).items()]
+        recipe = load_recipe(
+            ROOT / RECIPE,
+            overrides=[
+                f"--model_name_or_path={self.folder / 'model'}",
+                f"--dataset_name={self.folder / 'data'}",
+                f"--output_dir={self.folder / 'out'}",
+                *flags,
+            ],
+        )
+        identity = {
+            "recipe": recipe.resolved(),
+            "fingerprints": changes.get("fingerprints", {"train": "fc", "test": "fc"}),
+            "world_size": changes.get("world_size", 1),
+        }
+        self.write(f"out/{place}", json.dumps({"finished": False, "step": 4, **identity}))
+        return self.train()
+
+
+def run_program(script: str, arguments: list[str], env: dict[str, str]) -> str:
+    """The message with which `scripts/<script>.py` ends; AssertionError unless it ends with one."""
+    spec = importlib.util.spec_from_file_location(script, ROOT / f"scripts/{script}.py")
+    module = importlib.util.module_from_spec(spec)
+    output = io.StringIO()
+    cleared = dict.fromkeys(
+        ("MODEL", "STAGE", "METHOD", "ARGS", "DATA", "DRY", "GPUS", "SHARDING", "SLURM", "NODES", "SBATCH_ARGS"), ""
+    )
+    with (
+        mock.patch.object(sys, "argv", [f"scripts/{script}.py", *arguments]),
+        mock.patch.dict(os.environ, cleared | env),
+        contextlib.chdir(ROOT),
+        contextlib.redirect_stderr(output),
+        contextlib.redirect_stdout(io.StringIO()),
+    ):
+        spec.loader.exec_module(module)
+        try:
+            ended = module.main()
+        except SystemExit as end:
+            ended = end.code
+        except ValueError as error:  # caught where the script is started
+            ended = f"error: {error}"
+    said = ended if isinstance(ended, str) else output.getvalue()
+    assert ended and "error: " in said, f"{script} ended with {ended!r}: {said[-2000:]}"
+    assert "Traceback" not in said
+    return said.partition("error: ")[2].strip()
+
+
+def refused(function: Callable) -> str:
+    try:
+        function()
+    except PreflightError as error:
+        return str(error)
+    raise AssertionError("it was accepted")
+
+
+@dataclass(frozen=True)
+class BadInput:
+    area: str
+    what: str
+    run: Callable[[Bench], str]
+    said: tuple[str, ...]  # what was found, what was expected, what to change: each has to be in the message
+
+
+def recipe_case(override: str, *said: str, **keywords) -> BadInput:
+    return BadInput("recipe", f"`{override}`", lambda bench: bench.train(override, **keywords), said)
+
+
+def objective_case(override: str, *said: str) -> BadInput:
+    return BadInput("objective", f"`{override}`", lambda bench: bench.train(override), said)
+
+
+def row_case(what: str, *said: str, count: int = 1, overrides=(), **changes) -> BadInput:
+    rows = [pair(number, **(changes if number < count else {})) for number in range(12)]
+    return BadInput("data", what, lambda bench: bench.data(rows, *overrides), said)
+
+
+def file_case(what: str, content, *said: str) -> BadInput:
+    return BadInput("recipe", what, lambda bench: bench.train(recipe=bench.write("mine/rmipo.yaml", content)), said)
+
+
+def launch_case(what: str, *said: str, area: str = "launch", script: str = "launch", **env: str) -> BadInput:
+    return BadInput(area, what, lambda bench: bench.launch(script, **env), said)
+
+
+def only_train(bench: Bench) -> str:
+    folder = Path(bench.write("train-only/train.jsonl", GOOD)).parent
+    return bench.train(f"--dataset_name={folder}", "--eval_strategy=epoch")
+
+
+def dialogues(bench: Bench) -> Path:
+    for split in ("train", "test"):
+        path = bench.write(f"dialogues/{split}.jsonl", [{"messages": [user("a"), assistant("b"), user("c")]}] * 12)
+    return Path(path).parent
+
+
+def empty(bench: Bench) -> Path:
+    (bench.folder / "empty").mkdir()
+    return bench.folder / "empty"
+
+
+def without_weights(bench: Bench) -> Path:
+    folder = bench.folder / "no-weights"
+    shutil.copytree(bench.folder / "model", folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    return folder
+
+
+def world(bench: Bench, changes: dict) -> str:
+    knobs = yaml.safe_load((ROOT / "recipes/tiny/world.yaml").read_text()) | changes
+    return run_program("toy", ["--config", bench.write("world.yaml", knobs)], {})
+
+
+HANDBOOK = yaml.safe_load((ROOT / "tests/recipe/handbook/dpo_mixture.yaml").read_text())
+FIT = {"recipe": "recipes/llama3-8b-instruct/rmipo.yaml", "sharding": ROOT / "configs/accelerate/zero3.yaml"}
+
+CASES = [
+    recipe_case("--learning_rat=1", "learning_rat is not a key", "did you mean learning_rate?"),
+    recipe_case("--learning_rate=fast", "'fast'", "expected a number"),
+    recipe_case("--learning_rate=.nan", "nan", "expected a number"),
+    recipe_case("--learning_rate=-1", "learning_rate is -1", "expected at least 0"),
+    recipe_case("--max_length=2.5", "max_length is 2.5", "expected a whole number"),
+    recipe_case("--bf16=maybe", "bf16 is 'maybe'", "expected true or false"),
+    recipe_case("--lr_scheduler_type=cos", "'cos'", "expected one of linear, cosine"),
+    recipe_case("--attention=flash", "'flash'", "expected one of auto, segment, dense, flex"),
+    recipe_case("--dtype=fp8", "'fp8'", "expected one of auto, bfloat16"),
+    recipe_case("--model_name_or_path=null", "model_name_or_path is missing"),
+    recipe_case("--dataset_name=null", "the data is not clear", "expected either dataset_name or datasets"),
+    recipe_case("--max_dropped_fraction=2", "is 2", "expected 0 to 1"),
+    recipe_case("--warn_repetition=-0.1", "warn_repetition is -0.1", "expected 0 to 1"),
+    recipe_case("--max_prompt_length=500", "is 500", "expected less than max_length (128)"),
+    recipe_case("--global_batch_size=0", "is 0", "expected at least 1"),
+    recipe_case("--gradient_accumulation_steps=4", "follows from global_batch_size", "remove it"),
+    recipe_case("--load_in_4bit", "need use_peft: true"),
+    recipe_case("--packing", "packing is a key of sft recipes", "this is one of stage preference"),
+    recipe_case("--attn_implementation=sdpa", "can't be set", "use attention"),
+    recipe_case("--auto_find_batch_size", "can't be set", "behind global_batch_size"),
+    recipe_case("--push_to_hub", "push_to_hub needs hub_model_id", "such as name/llama3-8b-rmipo"),
+    recipe_case("--hub_token=x", "can't be set", "`hf auth login` or set HF_TOKEN"),
+    recipe_case("--run_name=hf_" + "a1B2" * 8, "looks like an access token"),
+    recipe_case("learning_rate=1", "is no override", "expected --key value or --key=value"),
+    recipe_case("--chat_template=zephyr", "'zephyr'", "the path of a .jinja file"),
+    recipe_case("--chat_template=none.jinja", "'none.jinja'", "no such file"),
+    BadInput("recipe", "a key given twice", lambda b: b.train("--seed=1", "--seed=2"), ("--seed is given twice",)),
+    BadInput(
+        "recipe",
+        "several mistakes at once",
+        lambda b: b.train("--sed=1", "--seed=x", "--max_length=1", "--objective.beta=-1"),
+        ("5 problems", "sed is not a key", "seed is 'x'", "max_length is 1", "objective.beta is -1"),
+    ),
+    BadInput(
+        "recipe", "no such file", lambda b: b.train(recipe="none.yaml"), ("none.yaml: cannot be read", "No such file")
+    ),
+    BadInput("recipe", "no such overlay", lambda b: b.train(overlay="none.yaml"), ("none.yaml: cannot be read",)),
+    BadInput(
+        "recipe",
+        "an SFT recipe for preference.py",
+        lambda b: b.train(recipe="recipes/tiny/sft.yaml"),
+        ("expected a recipe of stage preference", "found one of stage sft", "scripts/sft.py trains it"),
+    ),
+    BadInput(
+        "recipe",
+        "a preference recipe for sft.py",
+        lambda b: b.sft(),
+        ("expected a recipe of stage sft", "found one of stage preference", "scripts/preference.py trains it"),
+    ),
+    file_case("a key set twice in the file", "seed: 1\nseed: 2\n", "seed is set twice", "line 1", "line 2"),
+    file_case("a list instead of keys", "- a\n", "holds list", "expected `key: value` lines"),
+    file_case("not YAML", "a: [1\n", "is not a valid recipe"),
+    file_case("a YAML tag that runs code", "a: !!python/object/apply:os.system [x]\n", "is not a valid recipe"),
+    file_case("handbook: a loss without translation", HANDBOOK | {"loss_type": "apo_zero"}, "'apo_zero'", "sigmoid, ipo"),
+    file_case("handbook: both spellings of a key", HANDBOOK | {"dtype": "float16"}, "dtype is set too", "keep one"),
+    file_case(
+        "handbook: unknown key in a mixture",
+        HANDBOOK | {"dataset_mixture": {"datasets": [{"id": "a/b", "wieght": 1}]}},
+        "unknown keys wieght",
+        "expected id, config",
+    ),
+    objective_case("--objective.name=grpo", "'grpo'", "expected one of rmipo, dpo"),
+    objective_case("--objective.gamma=1", "objective.gamma is not a key of rmipo", "Its keys: beta"),
+    objective_case("--objective.gamma_beta_ratio=0.5", "objective.gamma_beta_ratio is not a key of rmipo"),
+    objective_case("--objective.gamma_max=0.1", "objective.gamma_min is 0.3", "expected at most gamma_max"),
+    objective_case("--objective.beta=-1", "objective.beta is -1", "expected a number > 0"),
+    objective_case("--objective.schedule=step", "'step'", "expected exponential | linear | cosine | constant"),
+    objective_case("--objective=rmipo", "'rmipo'", "expected a block"),
+    BadInput(
+        "objective",
+        "micro-batches by tokens where a loss depends on them",
+        lambda b: b.train("--max_tokens_per_micro_batch=90", overlay="recipes/methods/kto.yaml"),
+        ("max_tokens_per_micro_batch is 90", "expected null", "Set per_device_train_batch_size"),
+    ),
+    BadInput(
+        "batch",
+        "one pair per micro-batch for a loss that needs two",
+        lambda b: b.train("--per_device_train_batch_size=1", overlay="recipes/methods/alpha-dpo.yaml"),
+        ("objective alpha-dpo needs at least 2 pairs", "found per_device_train_batch_size 1 on 1", "raise"),
+    ),
+    objective_case("--beta=2", "beta belongs into the objective block (objective.beta)"),
+    BadInput(
+        "batch",
+        "a global batch that one process can't divide",
+        lambda b: b.train("--global_batch_size=24"),
+        ("24 is not a multiple of per_device_train_batch_size (16)", "can be: 1, 2, 3, 4, 6, 8, 12, 24"),
+    ),
+    BadInput(
+        "batch",
+        "a global batch that three processes can't divide",
+        lambda b: b.train(env={"WORLD_SIZE": "3"}),
+        ("x processes (3)", "the number of processes can be: 1, 2"),
+    ),
+    BadInput(
+        "device",
+        "a paper setting without a GPU",
+        lambda b: b.train(recipe="recipes/llama3-8b-instruct/rmipo.yaml"),
+        ("none is visible", "MODEL=tiny trains on a CPU", "DRY=1"),
+    ),
+    BadInput(
+        "device",
+        "a run larger than the GPUs",
+        lambda b: refused(
+            lambda: check_fit(load_recipe(ROOT / FIT["recipe"]), Hardware(1, 4, 24.0), Sharding.load(FIT["sharding"]))
+        ),
+        ("GiB per GPU with zero3 on 4 GPUs", "found 24", "To fit,"),
+    ),
+    BadInput(
+        "device",
+        "a disk smaller than the checkpoints",
+        lambda b: refused(lambda: check_disk(b.folder, 1 << 60)),
+        ("output_dir: ", "are free", "a lower save_total_limit"),
+    ),
+    BadInput("data", "no such file", lambda b: b.train("--dataset_name=x/pairs.jsonl"), ("no such file or folder",)),
+    BadInput(
+        "data",
+        "a hub id without a network",
+        lambda b: b.train("--dataset_name=some/pairs"),
+        ("some/pairs: the dataset can't be reached", "hf auth login", "give that folder instead"),
+    ),
+    BadInput(
+        "data",
+        "a folder without a training file",
+        lambda b: b.train(f"--dataset_name={b.folder / 'model'}"),
+        ("no file of the train split 'train'", "Found: ", "Rename a file, or set"),
+    ),
+    BadInput(
+        "data",
+        "no test split, with evaluation on",
+        only_train,
+        ("no file of the test split 'test'", "Or train without evaluation: eval_strategy: no"),
+    ),
+    BadInput(
+        "data",
+        "a file of another kind",
+        lambda b: b.train(f"--dataset_name={b.write('pairs.txt', 'a')}"),
+        ("a data file ends in one of .jsonl",),
+    ),
+    BadInput(
+        "data",
+        "one file too small to divide",
+        lambda b: b.train(f"--dataset_name={b.write('few.jsonl', GOOD[:3])}"),
+        ("3 rows are too few to set some aside", "test_split_size"),
+    ),
+    BadInput("data", "broken JSON", lambda b: b.data('{"prompt": \n'), ("train.jsonl can't be read as json",)),
+    BadInput("data", "no rows", lambda b: b.data(""), ("train.jsonl holds no rows",)),
+    BadInput(
+        "data",
+        "misnamed columns",
+        lambda b: b.data([{"prompt": "a", "good": "b", "bad": "c"}] * 12),
+        ("missing columns chosen, rejected", "found prompt, good, bad", "Rename the columns"),
+    ),
+    BadInput(
+        "data",
+        "dialogues in place of pairs",
+        lambda b: b.data([{"messages": [user("a"), assistant("b")]}] * 12),
+        ("missing columns chosen, rejected", "found messages", "Accepted forms"),
+    ),
+    BadInput(
+        "data",
+        "pairs for SFT",
+        lambda b: b.sft(
+            f"--model_name_or_path={b.folder / 'model'}",
+            f"--dataset_name={b.folder / 'data'}",
+            recipe="recipes/tiny/sft.yaml",
+        ),
+        ("missing columns completion", "found prompt, chosen, rejected", "Accepted forms"),
+    ),
+    BadInput(
+        "data",
+        "SFT dialogues that end with the user",
+        lambda b: b.sft(
+            f"--model_name_or_path={b.folder / 'model'}",
+            f"--dataset_name={dialogues(b)}",
+            recipe="recipes/tiny/sft.yaml",
+        ),
+        ("12 of 12 rows can't be used", "does not end with an assistant message", "max_dropped_fraction"),
+    ),
+    row_case("responses without a prompt", "no prompt", "rows 0, 1, 2, 3, 4 and 7 more", prompt=None, count=12),
+    row_case("an unknown role", "the role 'human'", "expected system, user, assistant", "row 0",
+             prompt=[{"role": "human", "content": "a"}]),
+    row_case("messages with other keys", "expected messages with role and content", "rows 0, 1",
+             chosen=[{"from": "gpt", "value": "a"}], count=12),
+    row_case("numbers for text", "`chosen` has content of type int, expected text",
+             chosen=[{"role": "assistant", "content": 5}], count=12),
+    row_case("empty responses", "1 of 12 rows can't be used", "max_dropped_fraction: 0.02", "chosen is empty: row 0",
+             chosen=[assistant(" ")]),
+    row_case("identical responses", "chosen and rejected are identical: row 0", chosen=[assistant("no")]),
+    row_case("roles out of order", "roles out of order: user after user: rows 0, 1",
+             prompt=[user("a"), user("b")], count=2),
+    row_case("a prompt that leaves room for one token", "chosen and rejected are identical after the cut: row 0",
+             prompt=[user("why " * 300)], chosen=[assistant("no 1")],
+             overrides=("--max_prompt_length=127", "--max_length=128")),
+    row_case("the end token in a response", "the text of chosen has an end token in it: row 0",
+             chosen=[assistant("yes<|eot_id|>no")]),
+    row_case("responses that are mostly cut", "12 of 12 pairs are cut, more than max_truncated_fraction: 0.5",
+             "Raise max_length (128)", chosen=[assistant("yes " * 300)], count=12,
+             overrides=("--max_truncated_fraction=0.5",)),
+    BadInput("data", "an unknown key in a mixture", lambda b: b.train('--datasets=[{path: a/b, wieght: 1}]'),
+             ("datasets[0]: unknown keys wieght", "known: columns")),
+    BadInput("data", "a mixture entry without a path", lambda b: b.train('--datasets=[{split: train}]'),
+             ("datasets[0]: `path` is missing (a hub id, folder or file)",)),
+    BadInput("data", "shares for some datasets only",
+             lambda b: b.train('--datasets=[{path: a/b, fraction: 0.5}, {path: c/d}]'),
+             ("`fraction` must be set for every dataset of the mixture or for none",)),
+    BadInput("template", "none", lambda b: b.tokenizer(chat_template=None),
+             ("the tokenizer has no chat template", "Set `chat_template` in the recipe")),
+    BadInput("template", "two BOS tokens", lambda b: b.template("{{ bos_token }}", "{{ bos_token + bos_token }}"),
+             ("double BOS", "twice", "write it once")),
+    BadInput("template", "no end token", lambda b: b.template(" + '<|eot_id|>'", ""),
+             ("no end token: after a response the template writes ''", "write {{ eos_token }}")),
+    BadInput("template", "two end tokens", lambda b: b.template(" + '<|eot_id|>'", " + '<|eot_id|><|eot_id|>'"),
+             ("doubled end token", "write <|eot_id|> once")),
+    BadInput("template", "text after the end token", lambda b: b.template(" + '<|eot_id|>'", " + '<|eot_id|>bye'"),
+             ("writes 'bye' after the end token", "end a response there")),
+    BadInput("template", "a prompt that is no prefix of the whole",
+             lambda b: b.template("assistant<|end_header_id|>", "bot<|end_header_id|>"),
+             ("the prompt is not a prefix of the full text", "change the template")),
+    BadInput("template", "refuses a dialogue",
+             lambda b: b.template("{% for message in messages %}", "{{ raise_exception('no') }}{% for message in messages %}"),
+             ("the chat template refuses: no",)),
+    BadInput("template", "neither pad nor end of text", lambda b: b.tokenizer(eos_token=None),
+             ("neither a pad token nor an EOS token", "set one: tokenizer.pad_token")),
+    BadInput("template", "a BOS token that nothing writes", lambda b: b.tokenizer("qwen3", bos_token="<think>"),
+             ("no BOS: neither the template nor the tokenizer writes <think>", "start the template with {{ bos_token }}")),
+    BadInput("template", "prior_context: bos without a BOS token",
+             lambda b: b.tokenizer("qwen3", "--objective.prior_context=bos"),
+             ("prior_context: bos leaves nothing in front of a response", "header or none")),
+    BadInput("model", "no such folder", lambda b: b.train("--model_name_or_path=outputs/mine/sft"),
+             ("model_name_or_path is outputs/mine/sft: no such folder", "Has its stage been run?")),
+    BadInput("model", "a hub id without a network", lambda b: b.train("--model_name_or_path=some/model"),
+             ("the tokenizer of some/model can't be loaded", "HF_HUB_OFFLINE", "`hf auth login`")),
+    BadInput("model", "a folder with nothing in it", lambda b: b.train(f"--model_name_or_path={empty(b)}"),
+             ("the tokenizer of", "can't be loaded", "Check the name or folder")),
+    BadInput("model", "a folder without weights", lambda b: b.train(f"--model_name_or_path={without_weights(b)}"),
+             ("the model of", "no file named model.safetensors", "Weights have to be safetensors")),
+    BadInput("checkpoint", "the folder of a run with another learning rate",
+             lambda b: b.earlier_run("run.json", recipe={"learning_rate": "1e-6"}),
+             ("belongs to another run", "recipe.learning_rate: 1e-06, now 0.0002", "Name another --output_dir")),
+    BadInput("checkpoint", "the folder of a run with another objective",
+             lambda b: b.earlier_run("run.json", recipe={"objective.beta": "2.5"}),
+             ("recipe.objective.beta: 2.5, now 2.0", "or remove it")),
+    BadInput("checkpoint", "a checkpoint of other data",
+             lambda b: b.earlier_run("checkpoint-4/complete.json", fingerprints={"train": "x", "test": "x"}),
+             ("checkpoint-4 belongs to another run", "fingerprints.train: x, now")),
+    BadInput("checkpoint", "a checkpoint of eight processes",
+             lambda b: b.earlier_run("checkpoint-4/complete.json", world_size=8), ("world_size: 8, now 1",)),
+    BadInput("checkpoint", "an output folder with other files in it",
+             lambda b: b.train(f"--output_dir={b.folder / 'model'}"),
+             ("is not empty, and there is no run.json", "Found: chat_template.jinja", "name another --output_dir")),
+    launch_case("MODEL not given", "MODEL is not set", "llama3-8b-instruct"),
+    launch_case("`MODEL=llama3`", "'llama3' is not one of them", "llama3-8b-instruct", MODEL="llama3"),
+    launch_case("`STAGE=sft` where there is none", "The stages of llama3-8b-instruct", MODEL="llama3-8b-instruct", STAGE="sft"),
+    launch_case("`METHOD=grpo`", "'grpo' is not one of them", "alpha-dpo", MODEL="tiny", METHOD="grpo"),
+    launch_case("`ARGS` with an open quote", "can't be read: No closing quotation", MODEL="tiny", ARGS="--a 'b"),
+    launch_case("`GPUS=many`", "expected the number of GPUs, such as GPUS=4", MODEL="tiny", GPUS="many"),
+    launch_case("`SHARDING=zero9`", "'zero9' is not one of them", "zero3-offload", MODEL="tiny", SHARDING="zero9"),
+    launch_case("`NODES=2` without Slurm", "add SLURM=1", MODEL="tiny", NODES="2"),
+    launch_case("`SLURM=1` where there is no Slurm", "there is no sbatch here", "or without SLURM=1",
+                MODEL="tiny", STAGE="rmipo", SLURM="1", PATH=""),
+    launch_case("`SLURM=1` without the nodes' GPUS", "GPUS is not set", "such as GPUS=8x80", MODEL="llama3-70b-instruct",
+                SLURM="1", NODES="4"),
+    launch_case("`SBATCH_ARGS` with an open quote", "SBATCH_ARGS", "can't be read: No closing quotation", MODEL="tiny",
+                SLURM="1", SBATCH_ARGS="--qos='a"),
+    launch_case("`make plan NODES=1.5`", "NODES='1.5': expected the number of machines", area="plan", script="plan",
+                MODEL="llama3-8b-instruct", GPUS="8x80", NODES="1.5"),
+    launch_case("`make plan GPUS=8`", "GPUS=8", "expected <GPUs per node>x<GiB of one>", area="plan", script="plan",
+                MODEL="llama3-8b-instruct", GPUS="8"),
+    launch_case("`make plan EXAMPLES=all`", "EXAMPLES=all: expected a number above 0", area="plan", script="plan",
+                MODEL="llama3-8b-instruct", GPUS="8x80", EXAMPLES="all"),
+    BadInput("world", "no such file", lambda _: run_program("toy", ["--config", "none.yaml"], {}),
+             ("none.yaml: cannot be read: No such file",)),
+    BadInput("world", "a share above 1", lambda b: world(b, {"label_noise": 2}), ("label_noise is 2", "expected 0 to 1")),
+]  # fmt: skip

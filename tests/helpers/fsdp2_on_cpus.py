@@ -1,0 +1,35 @@
+"""Run a training script under FSDP2 on CPU processes: accelerate launch ... tests/helpers/fsdp2_on_cpus.py SCRIPT [arguments]
+
+accelerate shards over GPUs and their like only. Here CPU processes, connected by gloo, count as such; all else is what
+configs/accelerate/fsdp2.yaml starts on GPUs.
+"""
+
+import runpy
+import sys
+
+from accelerate import Accelerator
+from accelerate.state import DistributedType, PartialState
+from torch.distributed.fsdp import FSDPModule
+
+connect, shard = PartialState.__init__, Accelerator.prepare
+
+
+def connect_as_accelerators(self, *arguments, **keywords):
+    connect(self, *arguments, **keywords)
+    if self.distributed_type == DistributedType.MULTI_CPU:
+        self.distributed_type = DistributedType.MULTI_GPU
+
+
+def shard_and_say(self, *objects, **keywords):
+    prepared = shard(self, *objects, **keywords)
+    for model in prepared if isinstance(prepared, list) else [prepared]:
+        if isinstance(model, FSDPModule) and self.is_main_process:
+            shared = [p for p in model.parameters() if p.to_local().numel() < p.numel()]
+            print(f"{self.num_processes} processes share {len(shared)} parameters")
+    return prepared
+
+
+PartialState.__init__ = connect_as_accelerators
+Accelerator.prepare = shard_and_say
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")

@@ -1,0 +1,154 @@
+"""A small OpenAI-compatible chat server with log-probs, to judge without an account: for tests and the tiny recipe.
+
+    python tests/helpers/judge_server.py --port 8123
+    OPENAI_BASE_URL=http://127.0.0.1:8123/v1 OPENAI_API_KEY=none make eval MODEL=tiny BENCH=alpacaeval
+
+Its verdicts are arithmetic, not judgement: AlpacaEval's weighted judge prefers output m with probability
+s_m / (s_m + s_M), s being 1 + the number of an output's words that occur in the instruction; MT-Bench's rating is
+1 + (number of words of the request) mod 10.
+"""
+
+import argparse
+import json
+import math
+import os
+import re
+import threading
+import time
+from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+FIELD = re.compile(r'"(?:instruction|output)": """(.*?)"""', re.DOTALL)
+
+
+def words_shared(instruction: str, output: str) -> int:
+    return 1 + len(set(re.findall(r"\w+", instruction.lower())) & set(re.findall(r"\w+", output.lower())))
+
+
+def probability_of_first(instruction: str, first: str, second: str) -> float:
+    ours, theirs = words_shared(instruction, first), words_shared(instruction, second)
+    return ours / (ours + theirs)
+
+
+def rating(request: str) -> int:
+    return 1 + len(request.split()) % 10
+
+
+def reply(body: dict) -> tuple[str, list[dict] | None]:
+    """(content, top log-probs of its first token or None) for a chat completion request."""
+    text = body["messages"][-1]["content"]
+    fields = FIELD.findall(text)
+    if len(fields) != 3:
+        return f"Rating: [[{rating(text)}]]", None
+    p = probability_of_first(*fields)
+    top = [{"token": token, "logprob": math.log(q), "bytes": None} for token, q in (("m", p), ("M", 1 - p))]
+    return ("m" if p >= 0.5 else "M"), sorted(top, key=lambda entry: -entry["logprob"])
+
+
+class JudgeServer(ThreadingHTTPServer):
+    """Serves on a free port of the loopback interface unless `port` is given.
+
+    Args:
+        fault: request number (from 0) -> None, or one of "429" (rate limit), "malformed" (an answer that is no
+            verdict), "no_logprobs", "html" (a web page instead of JSON), "die" (the process ends), "drop" (the
+            connection is closed). It is called under a lock.
+        delay: seconds before each answer.
+    """
+
+    daemon_threads = True
+    allow_reuse_address = True
+
+    def __init__(self, port: int = 0, fault: Callable[[int], str | None] = lambda number: None, delay: float = 0.0):
+        super().__init__(("127.0.0.1", port), Handler)
+        self.fault, self.delay = fault, delay
+        self.lock = threading.Lock()
+        self.requests: list[str] = []  # the last message of every request
+        self.answered: list[str] = []  # of those, the ones that got a verdict
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}/v1"
+
+    def __enter__(self):
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+        return self
+
+    def __exit__(self, *exception):
+        self.shutdown()
+        self.server_close()
+
+    def handle_error(self, request, client_address):  # clients that were killed are part of the tests
+        pass
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: JudgeServer
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        text = body["messages"][-1]["content"]
+        with self.server.lock:
+            fault = self.server.fault(len(self.server.requests))
+            self.server.requests.append(text)
+        time.sleep(self.server.delay)
+        if fault == "die":
+            os._exit(1)
+        if fault == "drop":
+            self.close_connection = True
+            self.connection.close()
+            return
+        if fault == "429":
+            self.send(429, {"error": {"message": "Rate limit reached, try again", "type": "requests", "code": "429"}})
+            return
+        if fault == "html":
+            self.send_bytes(200, b"<html>Bad gateway</html>", "text/html")
+            return
+        content, top = reply(body)
+        if fault == "malformed":
+            content, top = "I would rather not say.", [{"token": "I", "logprob": -0.1, "bytes": None}]
+        if fault == "no_logprobs" or not body.get("logprobs"):
+            top = None
+        with self.server.lock:
+            self.server.answered.append(text)
+        self.send(200, completion(body["model"], content, top))
+
+    def send(self, status: int, content: dict) -> None:
+        self.send_bytes(status, json.dumps(content).encode(), "application/json")
+
+    def send_bytes(self, status: int, content: bytes, kind: str) -> None:
+        self.send_response(status)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *arguments):
+        pass
+
+
+def completion(model: str, content: str, top: list[dict] | None) -> dict:
+    logprobs = None if top is None else {"content": [{**top[0], "top_logprobs": top}], "refusal": None}
+    return {
+        "id": "chatcmpl-0",
+        "object": "chat.completion",
+        "created": 0,
+        "model": model,
+        "choices": [
+            {
+                "index": 0,
+                "message": {"role": "assistant", "content": content},
+                "logprobs": logprobs,
+                "finish_reason": "stop",
+            }
+        ],
+        "usage": {"prompt_tokens": 100, "completion_tokens": 1, "total_tokens": 101},
+    }
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--port", type=int, default=8123)
+    server = JudgeServer(parser.parse_args().port)
+    print(f"judging at {server.url}", flush=True)
+    server.serve_forever()

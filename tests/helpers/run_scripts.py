@@ -1,0 +1,31 @@
+"""Runs scripts of the repository in turn, each in a fork of this process, which has imported their libraries once.
+
+Standard input: a JSON list of [script, argument, ...]. Ends with status 1 at the first that fails.
+"""
+
+import json
+import os
+import runpy
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+
+import rmipo.reporting.figures  # noqa: E402
+import rmipo.training.trainer  # noqa: E402, F401
+from rmipo.evaluation import hh  # noqa: E402, F401
+
+torch.set_num_threads(1)
+for script, *arguments in json.load(sys.stdin):
+    process = os.fork()
+    if process == 0:
+        sys.argv = [script, *arguments]
+        runpy.run_path(str(ROOT / "scripts" / script), run_name="__main__")
+        sys.stdout.flush()
+        os._exit(0)  # tearing the libraries down takes a second
+    _, status = os.waitpid(process, 0)
+    if status != 0:
+        sys.exit(f"failed: {script} {' '.join(arguments)}")

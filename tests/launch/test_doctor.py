@@ -1,0 +1,113 @@
+"""`make doctor`: says what is missing, fails only for what the setting needs, and shows no secret."""
+
+import importlib.metadata
+import json
+import runpy
+from pathlib import Path
+
+import pytest
+
+from rmipo.launch.pipeline import load_steps
+
+ROOT = Path(__file__).parents[2]
+SECRETS = {"HF_TOKEN": "hf_" + "s3cr3t" * 6, "WANDB_API_KEY": "0123456789abcdef" * 2 + "01234567"}
+
+
+@pytest.fixture
+def doctor(monkeypatch, capsys):
+    """Runs it without a network; gives (exit code, {check: line})."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    for name in (*SECRETS, "WANDB_MODE", "OPENAI_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+
+    def run(**variables):
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(SystemExit) as end:
+            runpy.run_path(str(ROOT / "scripts/doctor.py"), run_name="__main__")
+        lines = capsys.readouterr().out.splitlines()
+        return end.value.code, {line[6:].split("  ")[0].strip(): line for line in lines}
+
+    return run
+
+
+def test_tiny_needs_no_gpu_network_or_login(doctor):
+    code, lines = doctor(MODEL="tiny")
+    assert code == 0
+    assert not [line for line in lines.values() if line.startswith("FAIL")]
+    assert lines["deepspeed"] == f"ok    deepspeed    {importlib.metadata.version('deepspeed')}"
+    assert lines["hub login"].startswith("note ") and "hf auth login" in lines["hub login"]
+    assert lines["disk rmipo"].split()[3].isdecimal() or "GiB free" in lines["disk rmipo"]
+
+
+@pytest.mark.skipif("__import__('torch').cuda.is_available()")
+def test_an_8b_setting_fails_here_and_every_line_names_its_fix(doctor):
+    code, lines = doctor(MODEL="llama3-8b-instruct", HF_HUB_CACHE="/nonexistent")
+    assert code == 1
+    failed = [line for line in lines.values() if line.startswith("FAIL")]
+    assert {"GPU", "model", "dataset", "W&B login"} <= {line[6:].split("  ")[0].strip() for line in failed}
+    for line in failed:
+        assert "Fix: " in line or "Free some" in line, line
+    assert "queue the run with make train ... SLURM=1 GPUS=8x80" in lines["GPU"]
+    assert "hub unreachable (OfflineModeIsEnabled)" in lines["model"]
+
+
+@pytest.mark.parametrize("trackers", ["wandb", "[wandb, tensorboard]", "all"])
+def test_wandb_is_looked_for_among_several_trackers(doctor, trackers):
+    _, lines = doctor(MODEL="tiny", STAGE="rmipo", ARGS=f"--report_to '{trackers}'", WANDB_MODE="offline")
+    assert lines["W&B login"] == "note  W&B login    not needed: WANDB_MODE is offline"
+
+
+def test_no_tracker_needs_no_login(doctor):
+    _, lines = doctor(MODEL="tiny", STAGE="rmipo", ARGS="--report_to tensorboard")
+    assert lines["W&B login"] == "note  W&B login    not needed: report_to is not wandb"
+
+
+def test_the_judges_key_is_looked_for_and_not_shown(doctor):
+    code, lines = doctor(MODEL="tiny")
+    assert code == 0 and lines["judges"].startswith("note  judges       OPENAI_API_KEY is not set. Fix: set it before")
+    _, lines = doctor(MODEL="tiny", OPENAI_API_KEY="sk-s3cr3t")
+    assert lines["judges"] == "ok    judges       OPENAI_API_KEY is set"
+
+
+def test_what_is_trained_already_needs_no_disk_and_another_run_is_named(doctor, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    env = {"MODEL": "tiny", "STAGE": "rmipo", "ARGS": f"--output_dir {tmp_path / 'run'}"}
+    (tmp_path / "run").mkdir()
+    record = tmp_path / "run" / "run.json"
+    recipe = load_steps("tiny", ["rmipo"], env)[0].recipe.resolved()
+    record.write_text(json.dumps({"finished": True, "recipe": recipe}))
+    code, lines = doctor(**env)
+    assert code == 0 and lines["disk run"].endswith("/run is trained already")
+    record.write_text(json.dumps({"finished": True, "recipe": recipe | {"seed": 7}}))
+    code, lines = doctor(**env)
+    assert code == 1 and "holds a run of another recipe" in lines["disk run"]
+
+
+def test_tokens_are_never_shown(doctor, monkeypatch):
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")  # nothing listens there
+    _, lines = doctor(MODEL="llama3-8b-instruct", **SECRETS, WANDB_MODE="offline")
+    text = "\n".join(lines.values())
+    assert "not needed: WANDB_MODE is offline" in lines["W&B login"]
+    assert "unreachable or refused (OfflineModeIsEnabled)" in lines["hub login"]
+    assert not [name for name, value in SECRETS.items() if value[:12] in text]
+
+
+def test_a_missing_package_is_named_before_anything_imports_it(doctor, monkeypatch):
+    real = importlib.metadata.version
+
+    def version(name):
+        if name == "deepspeed":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return real(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    code, lines = doctor(MODEL="tiny")
+    assert code == 1
+    assert lines["deepspeed"] == "FAIL  deepspeed    not installed. Fix: make install"
+    assert "GPU" not in lines
+
+
+def test_an_unknown_setting_lists_the_settings(doctor):
+    code, _ = doctor(MODEL="llama4")
+    assert code.startswith("error: MODEL='llama4' is not one of them") and "llama3-8b-instruct" in code

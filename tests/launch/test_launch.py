@@ -1,0 +1,422 @@
+"""`make train`: what it runs, what it refuses, and that nothing given to it reaches a shell."""
+
+import importlib.util
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from rmipo.launch import pipeline as stages
+from rmipo.recipe.load import ConfigError, load_recipe
+
+ROOT = Path(__file__).parents[2]
+HOSTILE = [
+    "x; touch pwned",
+    "$(touch pwned)",
+    "`touch pwned`",
+    "$(shell touch pwned)",
+    "${shell touch pwned}",
+    "' ; touch pwned ; '",
+    '" && touch pwned "',
+    "a\ntouch pwned\n",
+    "$(eval X := $(shell touch pwned))",
+    "../../../tmp",
+    "--config=/etc/passwd",
+]
+
+
+@pytest.fixture(autouse=True)
+def root(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    for name in (
+        "MODEL",
+        "STAGE",
+        "METHOD",
+        "ARGS",
+        "DATA",
+        "DRY",
+        "GPUS",
+        "SHARDING",
+        "SLURM",
+        "NODES",
+        "SBATCH_ARGS",
+    ):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture(scope="module")
+def repository(tmp_path_factory):
+    """A copy of what `make train` reads, whose environment is the running one."""
+    folder = tmp_path_factory.mktemp("repository")
+    for name in ("Makefile", "setup.py", "constraints.txt"):
+        shutil.copy(ROOT / name, folder)
+    for name in ("rmipo", "recipes", "configs", "scripts"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    (folder / ".venv/bin").mkdir(parents=True)
+    python = folder / ".venv/bin/python"
+    python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
+    python.chmod(0o755)
+    (folder / ".venv/.installed").touch()
+    return folder
+
+
+def make(repository, *arguments, env=None):
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("MAKE")} | (env or {})
+    return subprocess.run(
+        ["make", *arguments], cwd=repository, env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
+
+
+def command(env, stage="rmipo", gpus=4):
+    model, names = stages.choose_stages(env)
+    (step,) = [step for step in stages.load_steps(model, names, env) if step.stage == stage]
+    return step.command(gpus, env.get("SHARDING", ""))
+
+
+# Commands
+
+
+def test_paper_setting_is_launched_with_zero3_on_all_gpus():
+    words = command({"MODEL": "llama3-8b-instruct"})
+    assert Path(words[0]).name == "accelerate"
+    assert words[1:] == [
+        *("launch", "--config_file", "configs/accelerate/zero3.yaml", "--num_processes", "4"),
+        *("scripts/preference.py", "--config", "recipes/llama3-8b-instruct/rmipo.yaml"),
+    ]
+
+
+def test_method_data_and_args_become_arguments():
+    env = {
+        "MODEL": "mistral-7b-base",
+        "STAGE": "rmipo",
+        "METHOD": "dpo",
+        "DATA": "data/my pairs.jsonl.gz",
+        "ARGS": "--learning_rate 1e-6 --overlay recipes/ablations/table5-dpo.yaml --run_name 'a b'",
+        "SHARDING": "zero3-offload",
+    }
+    words = command(env, gpus=2)
+    assert words[2:] == [
+        *("--config_file", "configs/accelerate/zero3-offload.yaml", "--num_processes", "2"),
+        *("scripts/preference.py", "--config", "recipes/mistral-7b-base/rmipo.yaml"),
+        *("--overlay", "recipes/methods/dpo.yaml", "--overlay", "recipes/ablations/table5-dpo.yaml"),
+        *("--dataset_name", "data/my pairs.jsonl.gz", "--output_dir", "outputs/mistral-7b-base/dpo-my-pairs"),
+        *("--learning_rate", "1e-6", "--run_name", "a b"),
+    ]
+    assert load_recipe(words[8], [words[10], words[12]], words[13:]).values["learning_rate"] == 1e-6
+
+
+def test_output_dir_of_the_user_wins():
+    words = command({"MODEL": "llama3-8b-instruct", "METHOD": "dpo", "ARGS": "--output_dir=elsewhere"})
+    assert [word for word in words if "output_dir" in word] == ["--output_dir=elsewhere"]
+
+
+@pytest.mark.parametrize(
+    ("env", "folder"),
+    [
+        ({"MODEL": "llama3-8b-instruct"}, "llama3-8b-instruct/rmipo-lora"),
+        ({"MODEL": "llama3-8b-instruct", "METHOD": "dpo"}, "llama3-8b-instruct/dpo-lora"),
+        ({"MODEL": "llama3-8b-instruct-hh-helpful"}, "llama3-8b-instruct-hh-helpful/rmipo-lora"),
+        ({"MODEL": "mistral-7b-instruct", "DATA": "my.jsonl"}, "mistral-7b-instruct/rmipo-my-lora"),
+    ],
+)
+def test_adapters_have_a_folder_of_their_own(env, folder):
+    """Else METHOD=dpo with an adapter would be the full run's folder."""
+    words = command({**env, "ARGS": "--overlay recipes/adapters/lora.yaml"})
+    assert words[words.index("--output_dir") + 1] == f"outputs/{folder}"
+
+
+def test_cpu_setting_and_adapters_need_no_deepspeed():
+    words = command({"MODEL": "tiny", "ARGS": "--seed 1"})
+    assert Path(words[0]).name == "python"
+    assert words[1:] == ["scripts/preference.py", "--config", "recipes/tiny/rmipo.yaml", "--seed", "1"]
+    adapters = command({"MODEL": "llama3-8b-instruct", "ARGS": "--use_peft"})
+    assert "configs/accelerate/ddp.yaml" in adapters
+
+
+def test_args_belong_to_the_last_recipe():
+    env = {"MODEL": "llama3-8b-base", "ARGS": "--learning_rate 1e-6"}
+    assert "1e-6" in command(env) and "1e-6" not in command(env, stage="sft")
+    assert "1e-6" in command(env | {"STAGE": "sft"}, stage="sft")
+
+
+def test_stages_of_each_kind_of_setting():
+    chosen = {name: stages.choose_stages({"MODEL": name})[1] for name in ("llama3-8b-base", "llama3-8b-instruct")}
+    assert chosen == {"llama3-8b-base": ["sft", "rmipo"], "llama3-8b-instruct": ["rmipo"]}
+    assert stages.choose_stages({"MODEL": "llama3-8b-base", "STAGE": "sft"})[1] == ["sft"]
+
+
+@pytest.mark.parametrize(
+    ("env", "message"),
+    [
+        ({}, "MODEL is not set. The settings:\n  llama3-"),
+        ({"MODEL": "methods"}, "MODEL='methods' is not one of them"),
+        ({"MODEL": "llama3-8b-instruct", "STAGE": "sft"}, "The stages of llama3-8b-instruct:\n  rmipo\n  all"),
+        ({"MODEL": "tiny", "METHOD": "grpo"}, "The methods and ablations:\n  rmipo\n  alpha-dpo\n  beta-dpo"),
+        ({"MODEL": "tiny", "ARGS": "--a 'b"}, "can't be read: No closing quotation"),
+        ({"MODEL": "tiny", "ARGS": "--overlay"}, "can't be read: argument --overlay: expected one argument"),
+        ({"MODEL": "tiny", "ARGS": "--overlay none.yaml"}, "none.yaml: cannot be read"),
+        ({"MODEL": "tiny", "ARGS": "--learning_rat 1"}, "did you mean learning_rate?"),
+    ],
+)
+def test_wrong_choices_list_the_right_ones(env, message):
+    with pytest.raises(ConfigError) as error:
+        command(env)
+    assert message in str(error.value)
+
+
+# Folders
+
+
+def test_finished_run_is_kept_and_another_recipe_refused(tmp_path):
+    folder = tmp_path / "run"
+    recipe = load_recipe("recipes/tiny/rmipo.yaml", overrides=["--output_dir", str(folder)])
+    step = stages.Step("rmipo", [], recipe)
+    assert not step.is_done()
+    folder.mkdir()
+    record = folder / "run.json"
+    record.write_text(json.dumps({"finished": False, "recipe": recipe.resolved()}))
+    assert not step.is_done()
+    record.write_text(json.dumps({"finished": True, "recipe": recipe.resolved()}))
+    assert step.is_done()
+    record.write_text(json.dumps({"finished": True, "recipe": recipe.resolved() | {"seed": 7}}))
+    with pytest.raises(ConfigError, match=r"(?s)run of another recipe.*recipe.seed: 7, now 42$"):
+        step.is_done()
+
+
+def test_gpus_that_do_not_divide_the_batch_or_are_absent_stop_before_anything_runs():
+    (step,) = stages.load_steps("llama3-8b-instruct", ["rmipo"], {"MODEL": "llama3-8b-instruct"})
+    step.check(8)
+    with pytest.raises(ConfigError, match="With 2 per device, the number of processes can be: 1, 2, 4, 8, 16, 32, 64"):
+        step.check(3)
+    with pytest.raises(ConfigError, match="none is visible"):
+        step.check(0)
+
+
+# The program
+
+
+@pytest.fixture(scope="module")
+def launch_module():
+    spec = importlib.util.spec_from_file_location("launch", ROOT / "scripts/launch.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(autouse=True)
+def own_signals():
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+@pytest.fixture
+def launch(launch_module, monkeypatch, capsys):
+    """launch(MODEL=...) -> (exit code, standard output, standard error)."""
+
+    def launch(**env):
+        for name, value in env.items():
+            monkeypatch.setenv(name, value)
+        code = launch_module.main()
+        return code, *capsys.readouterr()
+
+    return launch
+
+
+def test_dry_run_prints_recipe_batch_and_command_and_starts_nothing(launch):
+    code, output, _ = launch(MODEL="llama3-8b-instruct", DRY="1", GPUS="8", METHOD="simpo")
+    lines = output.splitlines()
+    assert code == 0
+    assert "learning_rate: 1.0e-06" in lines and "  gamma: 1.375" in lines
+    assert "# batch: 128 over 8 processes, in rows of at most 8192 tokens" in lines
+    assert lines[-2].endswith(
+        "--num_processes 8 scripts/preference.py --config recipes/llama3-8b-instruct/rmipo.yaml "
+        "--overlay recipes/methods/simpo.yaml --output_dir outputs/llama3-8b-instruct/simpo"
+    )
+
+
+def test_dry_run_counts_pairs_where_the_loss_depends_on_them(launch):
+    code, output, _ = launch(MODEL="llama3-8b-instruct", DRY="1", GPUS="8", METHOD="kto")
+    assert code == 0 and "# batch: 128 = 2 per device x 8 processes x 8 steps" in output.splitlines()
+
+
+def test_dry_run_of_a_base_setting_says_which_sft_model_it_takes(launch):
+    code, output, _ = launch(MODEL="mistral-7b-base", DRY="1")
+    assert code == 0 and [line for line in output.splitlines() if line.startswith("## ")] == ["## sft", "## rmipo"]
+    assert "# model_name_or_path: alignment-handbook/zephyr-7b-sft-full, because outputs/mistral-7b-base/sft" in output
+
+
+def test_dry_run_prints_the_slurm_submission_over_nodes(launch):
+    given = {"NODES": "4", "GPUS": "8x80", "SBATCH_ARGS": "--qos=long --comment='a b'"}
+    code, output, _ = launch(MODEL="llama3-70b-instruct", DRY="1", SLURM="1", **given)
+    lines = output.splitlines()
+    assert code == 0
+    assert "# batch: 128 over 32 processes, in rows of at most 4096 tokens" in lines
+    assert lines[-2] == (
+        "sbatch --parsable --nodes=4 --job-name=llama3-70b-instruct-rmipo --gpus-per-node=8 --dependency=singleton "
+        "--qos=long '--comment=a b' scripts/launch.slurm "
+        "configs/accelerate/zero3.yaml scripts/preference.py --config recipes/llama3-70b-instruct/rmipo.yaml"
+    )
+
+
+def test_cpu_stages_are_queued_without_gpus(launch):
+    code, output, _ = launch(MODEL="tiny", STAGE="rmipo", DRY="1", SLURM="1", NODES="2")
+    assert code == 0 and "# batch: 32 = 16 per device x 2 processes x 1 steps" in output
+    assert "--nodes=2 --job-name=tiny-rmipo --dependency=singleton scripts/launch.slurm cpu scripts/pref" in output
+
+
+@pytest.fixture
+def jobs(tmp_path, monkeypatch):
+    """Of a stand-in for sbatch, which writes down what it was given and hands out job ids."""
+    sbatch = tmp_path / "sbatch"
+    sbatch.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/jobs\nwc -l < {tmp_path}/jobs\n')
+    sbatch.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    return tmp_path / "jobs"
+
+
+def test_stages_are_queued_one_after_the_other(launch, jobs):
+    code, output, errors = launch(MODEL="llama3-8b-base", SLURM="1", GPUS="8", METHOD="dpo")
+    assert code == 0, errors
+    first, second = jobs.read_text().splitlines()
+    assert "--job-name=llama3-8b-base-sft --gpus-per-node=8 --dependency=singleton scripts/launch.slurm" in first
+    assert first.endswith("configs/accelerate/zero3.yaml scripts/sft.py --config recipes/llama3-8b-base/sft.yaml")
+    assert (
+        "--job-name=llama3-8b-base-dpo --gpus-per-node=8 --dependency=afterok:1,singleton --kill-on-invalid-dep=yes"
+        in second
+    )
+    assert "## rmipo: memory is not checked before the job starts: GPUS=8x80 (GiB of one) would\n" in output
+    assert "## rmipo: job 2, log outputs/slurm/2.log" in output
+
+
+def test_a_job_that_cannot_fit_its_nodes_is_not_queued(launch, jobs):
+    asked = {"MODEL": "llama3-70b-instruct", "SLURM": "1", "NODES": "4"}
+    code, output, errors = launch(**asked, GPUS="8x24")
+    assert (code, output) == (2, "") and not jobs.exists()
+    assert re.search(r"needs \d+ GiB per GPU with zero3 on 32 GPUs, found 24 ", errors)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_stop_that_saved_ends_with_code_75(launch_module, tmp_path, processes):
+    """`processes` > 1: the launcher in between turns the program's code into 1."""
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import os, pathlib, signal, sys, time\n"
+        "def stop(*_):\n"
+        f"    marker = pathlib.Path({str(tmp_path)!r}) / 'checkpoint-3' / 'complete.json'\n"
+        "    marker.parent.mkdir()\n"
+        "    marker.write_text('{}')\n"
+        f"    sys.exit(75 if {processes} == 1 else 1)\n"
+        "signal.signal(signal.SIGTERM, stop)\n"
+        "os.kill(os.getppid(), signal.SIGTERM)\n"
+        "time.sleep(60)\n"
+    )
+    assert launch_module.Program().run([sys.executable, str(program)], str(tmp_path)) == 75
+
+
+def test_a_stop_during_the_last_moments_of_a_stage_keeps_the_next_from_starting(launch, launch_module, monkeypatch):
+    """The first stage of tiny gets no time to end differently: its program is one that ends well after a SIGTERM."""
+    ending_well = (
+        "import os, signal, sys, time\n"
+        "signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))\n"
+        "os.kill(os.getppid(), signal.SIGTERM)\n"
+        "time.sleep(60)\n"
+    )
+    monkeypatch.setattr(stages.Step, "command", lambda *_: [sys.executable, "-c", ending_well])
+    code, output, errors = launch(MODEL="tiny")
+    assert code == 75
+    assert [line for line in output.splitlines() if line.startswith("## ")] == ["## world"]
+    assert errors == "stopped before sft; the same command starts there\n"
+
+
+def test_a_stop_before_the_program_runs_reaches_it(launch_module):
+    program = launch_module.Program()
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert program.run([sys.executable, "-c", "import time; time.sleep(60)"]) == 128 + signal.SIGTERM
+
+
+def test_time_to_save_is_the_same_with_and_without_slurm(launch_module):
+    script = (ROOT / "scripts/launch.slurm").read_text()
+    seconds = int(re.search(r"TORCH_ELASTIC_SHUTDOWN_TIMEOUT=(\d+)", script)[1])
+    assert seconds == int(launch_module.SAVING_SECONDS) < int(re.search(r"--signal=B:USR1@(\d+)", script)[1])
+    show = "import os, sys; sys.exit(int(os.environ['TORCH_ELASTIC_SHUTDOWN_TIMEOUT']) - 500)"
+    assert launch_module.Program().run([sys.executable, "-c", show]) == seconds - 500
+
+
+@pytest.mark.parametrize(
+    ("env", "message"),
+    [
+        ({"MODEL": "llama3"}, "error: MODEL='llama3' is not one of them. The settings:"),
+        ({"MODEL": "tiny", "GPUS": "many"}, "error: GPUS='many': expected the number of GPUs"),
+        ({"MODEL": "tiny", "GPUS": "4x"}, "error: GPUS='4x': expected the number of GPUs"),
+        (
+            {"MODEL": "llama3-70b-instruct", "SLURM": "1", "NODES": "4"},
+            "error: SLURM=1: GPUS is not set. Name the GPUs of",
+        ),
+        ({"MODEL": "tiny", "SLURM": "1", "DRY": "1", "SBATCH_ARGS": "'"}, "error: SBATCH_ARGS=\"'\" can't be read: No"),
+        ({"MODEL": "tiny", "NODES": "2"}, "error: NODES=2: several machines are reached through Slurm: add SLURM=1"),
+        ({"MODEL": "tiny", "NODES": "two", "SLURM": "1"}, "error: NODES='two': expected the number of machines"),
+        ({"MODEL": "tiny", "SHARDING": "zero9"}, "error: SHARDING='zero9' is not one of them"),
+        ({"MODEL": "tiny", "ARGS": "--seed x", "DRY": "1"}, "command line: seed is 'x': expected a whole number"),
+    ],
+)
+def test_mistakes_end_with_one_message_and_exit_code_2(launch, env, message):
+    code, output, errors = launch(**env)
+    assert (code, output) == (2, "") and message in errors
+
+
+# The real thing, through make
+
+
+def test_make_lists_its_targets(repository):
+    listing = make(repository)
+    assert listing.returncode == 0
+    for target in ("train", "test", "plan", "doctor", "eval", "table", "figure", "compare", "sweep", "bench"):
+        assert f"  make {target} " in listing.stdout
+
+
+def test_hostile_values_stay_text(repository):
+    """One program stands in for Python and prints what it was given, so that many values are tried quickly."""
+    python = repository / ".venv/bin/python"
+    real = python.read_text()
+    python.write_text(f"#!{sys.executable}\nimport json, os\nprint(json.dumps(dict(os.environ)))\n")
+    try:
+        for value in HOSTILE:
+            for name in ("MODEL", "METHOD", "ARGS", "DATA", "STAGE", "GPUS", "DRY", "UNKNOWN"):
+                seen = make(repository, "train", f"{name}={value}")
+                assert json.loads(seen.stdout)[name] == value, seen.stderr
+            seen = make(repository, "train", env={"MODEL": value, "ARGS": value})
+            assert json.loads(seen.stdout)["ARGS"] == value
+    finally:
+        python.write_text(real)
+    assert not list(repository.rglob("pwned"))
+
+
+def test_hostile_values_reach_the_recipe_as_text(repository):
+    result = make(
+        repository, "train", "MODEL=tiny", "STAGE=rmipo", "DRY=1", "ARGS=--run_name '$(touch pwned) `touch pwned`'"
+    )
+    assert result.returncode == 0, result.stderr
+    assert "run_name: $(touch pwned) `touch pwned`\n" in result.stdout
+    assert "--run_name '$(touch pwned) `touch pwned`'\n" in result.stdout
+    assert not list(repository.rglob("pwned")) and not (repository / "outputs").exists()
+
+
+def test_old_python_is_refused(repository, tmp_path):
+    old = tmp_path / "python3.8"
+    old.write_text("#!/bin/sh\nexit 1\n")
+    old.chmod(0o755)
+    stamp = repository / ".venv/.installed"
+    stamp.unlink()
+    try:
+        result = make(repository, "train", f"PYTHON={old}", "MODEL=tiny")
+    finally:
+        stamp.touch()
+    assert result.returncode != 0
+    assert f"Python 3.11 or newer is needed; {old} is not" in result.stderr

@@ -1,0 +1,165 @@
+"""Searches: W&B's agent and `make sweep` train the same points, each in its own folder, and finished ones are kept."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args, load_sweep_config
+
+from rmipo.launch.sweep import Sweep, load_sweep, make_point, read_point
+from rmipo.recipe.load import ConfigError
+from tests.helpers.families import save
+from tests.helpers.rows import assistant, user, write
+
+ROOT = Path(__file__).parents[2]
+METHODS = sorted(path.stem for path in ROOT.glob("recipes/sweeps/*.yaml"))
+SETTING = "llama3-8b-instruct"
+
+
+@pytest.fixture(autouse=True)
+def root(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    for name in ("MODEL", "STAGE", "METHOD", "ARGS", "DATA", "DRY", "GPUS", "SHARDING", "WANDB_MODE", "WANDB_SWEEP_ID"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def wandb_command(path, values):
+    """What W&B's agent starts for a point: its own functions, and the loop of `Agent._command_run`."""
+    content = load_sweep_config(str(path))
+    macros = create_sweep_command_args({"args": {key: {"value": value} for key, value in values.items()}})
+    macros |= {"env": ["/usr/bin/env"], "interpreter": ["python"], "program": [content["program"]]}
+    words = [str(word) for word in create_sweep_command(content["command"])]
+    return [text for word in words for text in (macros[word[2:-1]] if word.startswith("${") else [word])]
+
+
+# Points
+
+
+@pytest.mark.parametrize(("method", "count"), [("simpo", 4 * 6 * 4), ("dpo", 3 * 4), ("rmipo", 4), ("slic", 4 * 4 * 4)])
+def test_the_grid_is_table_4_s(method, count):
+    points = load_sweep(method, SETTING).points
+    assert len(points) == count == len({str(point) for point in points})
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_point_has_its_own_folder_and_wandb_means_the_same_one(method):
+    points = load_sweep(method, SETTING).points
+    points = points[:: max(1, len(points) // 10)]
+    env = {"MODEL": SETTING, "METHOD": method}
+    folders = set()
+    for values in points:
+        point = make_point(values, env)
+        command = wandb_command(ROOT / f"recipes/sweeps/{method}.yaml", values)
+        assert command[:7] == ["/usr/bin/env", "python", "scripts/sweep.py", "--model", SETTING, "--method", method]
+        assert make_point(read_point(command[7:]), env).recipe.values == point.recipe.values
+        folders.add(point.folder)
+        for key, value in values.items():
+            name = key.removeprefix("objective.")
+            assert (point.recipe.values["objective"] if "." in key else point.recipe.values)[name] == value
+    assert len(folders) == len(points) > 1
+    assert {folder.parent for folder in folders} == {Path(f"outputs/{SETTING}/sweep-{method}")}
+
+
+def test_a_whole_number_and_its_float_are_one_point():
+    env = {"MODEL": SETTING, "METHOD": "simpo"}
+    as_json = {"objective.beta": 2, "learning_rate": 3e-7}  # W&B's server has no 2.0
+    as_yaml = {"objective.beta": 2.0, "learning_rate": 3e-7}
+    assert make_point(as_json, env).folder == make_point(as_yaml, env).folder
+    assert make_point(as_yaml, env).folder.name == "learning_rate-3e-07_beta-2"
+    assert make_point(as_yaml, env | {"DATA": "my/pairs.jsonl"}).folder.parent.name == "sweep-simpo-pairs"
+
+
+def test_a_setting_has_its_own_learning_rates():
+    assert max(load_sweep("dpo", "tiny").parameters["learning_rate"]) > 1e-5
+    assert load_sweep("dpo", "tiny").parameters["objective.beta"] == [0.01, 0.05, 0.1]
+    assert max(load_sweep("dpo", SETTING).parameters["learning_rate"]) == 1e-6
+
+
+def test_the_best_is_that_of_the_file_s_goal():
+    lines = [{"eval_loss": value} for value in (0.5, 0.2, 0.9)]
+    assert Sweep({}, "eval_loss", "minimize").ranked(lines)[0] == {"eval_loss": 0.2}
+    assert Sweep({}, "eval_loss", "maximize").ranked(lines)[0] == {"eval_loss": 0.9}
+    assert load_sweep("dpo", SETTING).metric == "eval_common/acc_avg_logp"
+
+
+def test_errors_come_all_at_once(tmp_path, monkeypatch):
+    write(tmp_path / "recipes/sweeps/dpo.yaml", [])
+    (tmp_path / "recipes/sweeps/dpo.yaml").write_text(
+        "method: bayes\nmetric: {name: rewards/margins, goal: most}\nparameters: {learning_rate: {min: 1}}\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError) as error:
+        load_sweep("dpo", SETTING)
+    for part in ("learning_rate is {'min': 1}", "method is 'bayes'", "metric.name is 'rewards/margins'", "'most'"):
+        assert part in str(error.value)
+    with pytest.raises(ConfigError, match=r"METHOD='nothing': there is no .* dpo"):
+        load_sweep("nothing", SETTING)
+
+
+def test_a_value_that_is_also_in_args_is_refused():
+    with pytest.raises(ConfigError, match="learning_rate is given twice"):
+        make_point({"learning_rate": 1e-6}, {"MODEL": SETTING, "METHOD": "dpo", "ARGS": "--learning_rate 1e-5"})
+
+
+# Runs
+
+
+def run(command, folder, **env):
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("MAKE")}
+    environment |= {"OMP_NUM_THREADS": "1", **env}
+    return subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=280, check=False
+    )
+
+
+def test_wandb_s_command_reaches_the_training_command():
+    values = {"objective.beta": 0.05, "learning_rate": 5e-7}
+    command = wandb_command(ROOT / "recipes/sweeps/dpo.yaml", values)
+    done = run([sys.executable, *command[2:]], ROOT, DRY="1")
+    assert done.returncode == 0, done.stderr
+    assert "accelerate launch" in done.stdout and "recipes/methods/dpo.yaml" in done.stdout
+    assert f"output_dir: outputs/{SETTING}/sweep-dpo/learning_rate-5e-07_beta-0.05\n" in done.stdout
+
+
+@pytest.fixture
+def repository(tmp_path):
+    """A copy of what a sweep reads, in which `tiny` starts from a random model and has two learning rates."""
+    for name in ("rmipo", "recipes", "configs", "scripts"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "recipes/tiny/world.yaml").unlink()
+    (tmp_path / "recipes/tiny/search.yaml").write_text("parameters: {learning_rate: {values: [1.0e-4, 1.0e-2]}}\n")
+    save("llama3", tmp_path / "outputs/tiny/sft")
+    for split, count in (("train", 32), ("test", 8)):
+        rows = [
+            {"prompt": [user(f"{i}?")], "chosen": [assistant(f"yes {i}")], "rejected": [assistant(f"no no {i}")]}
+            for i in range(count)
+        ]
+        write(tmp_path / f"outputs/tiny/world/pairs/{split}.jsonl", rows)
+    return tmp_path
+
+
+def test_a_grid_is_trained_once_and_the_best_is_named(repository):
+    env = {"MODEL": "tiny", "METHOD": "rmipo", "ARGS": "--max_steps 2 --generation_samples 0 --warmup_steps 0"}
+    first = run([sys.executable, "scripts/sweep.py"], repository, **env)
+    assert first.returncode == 0, first.stdout + first.stderr
+    folder = repository / "outputs/tiny/sweep-rmipo"
+    lines = [json.loads(line) for line in (folder / "sweep.jsonl").read_text().splitlines()]
+    assert [line["values"]["learning_rate"] for line in lines] == [1e-4, 1e-2]
+    accuracies = [line["eval_common/acc_avg_logp"] for line in lines]
+    best = lines[accuracies.index(max(accuracies))]
+    assert f"in {best['output_dir']}\n" in first.stdout.partition("points:\n")[2].splitlines(keepends=True)[0]
+    runs = [json.loads((repository / line["output_dir"] / "run.json").read_text()) for line in lines]
+    assert all(run["finished"] for run in runs) and runs[0]["recipe"]["learning_rate"] == 1e-4
+
+    (folder / "sweep.jsonl").unlink()  # finished runs count, whoever trained them
+    again = run([sys.executable, "scripts/sweep.py"], repository, **env)
+    assert again.returncode == 0 and "2 points, 0 of them not finished" in again.stdout
+    assert [json.loads(line) for line in (folder / "sweep.jsonl").read_text().splitlines()] == lines
+    assert [json.loads((repository / line["output_dir"] / "run.json").read_text()) for line in lines] == runs
+
+    other = run([sys.executable, "scripts/sweep.py"], repository, **env | {"ARGS": "--max_steps 3"})
+    assert other.returncode == 2 and "holds a run of another recipe" in other.stderr

@@ -1,0 +1,711 @@
+"""Objectives against hand-computed golden values, an independent reference, finite differences and their own rules."""
+
+import itertools
+import math
+import random
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from rmipo.objectives import OBJECTIVES, ObjectiveOutput, PairScores, build_objective
+from tests.references import losses as reference
+from tests.references.losses import Response
+
+# One pair per case; A: all signals agree, B: an inverted pair (delta_pmi < 0, KL < 0).
+CASES = {
+    "A": (
+        Response(cond=(-0.5, -0.3, -0.4), uncond=(-1.5, -0.9, -0.6), ref=(-0.6, -0.5, -0.4)),
+        Response(cond=(-1.0, -0.6), uncond=(-1.4, -1.0), ref=(-0.7, -0.5)),
+        (0.4, -0.2),
+    ),
+    "B": (
+        Response(cond=(-0.9, -1.1, -0.7, -1.3), uncond=(-1.3, -1.2, -0.8, -1.5), ref=(-0.8, -1.0, -0.7, -1.1)),
+        Response(cond=(-0.4, -0.6), uncond=(-1.0, -0.9), ref=(-0.6, -0.6)),
+        (-0.6, -0.2),
+    ),
+}
+PERTURBATION = 0.02
+
+
+def two_symbol_logits(logps: tuple[float, ...]) -> list[list[float]]:
+    """Logits over two symbols whose first has the given log-probs."""
+    return [[logp, math.log1p(-math.exp(logp))] for logp in logps]
+
+
+def perturbed_logp(y: Response, epsilon: float) -> float:
+    tokens = [0] * len(y.cond)
+    return reference.perturbed_logp(two_symbol_logits(y.cond), two_symbol_logits(y.ref), tokens, epsilon)
+
+
+def scores_of(pairs, kl_log_ratios=None, prior_from: int = 0, dtype=torch.float64) -> PairScores:
+    """Scores of (chosen, rejected) responses; `prior_from=1` leaves the first token of log pi(y) unscored."""
+
+    def column(value):
+        return torch.tensor([[value(chosen), value(rejected)] for chosen, rejected in pairs], dtype=dtype).unbind(1)
+
+    kl = torch.tensor(kl_log_ratios or [(0.0, 0.0)] * len(pairs), dtype=dtype)
+    plus, minus = (column(lambda y, e=e: perturbed_logp(y, e)) for e in (PERTURBATION, -PERTURBATION))
+    return PairScores(
+        *column(lambda y: sum(y.cond)),
+        *column(lambda y: len(y.cond)),
+        *column(lambda y: sum(y.uncond[prior_from:])),
+        *column(lambda y: sum(y.ref)),
+        mismatched_chosen_logps=kl[:, 0] - 5,
+        mismatched_rejected_logps=kl[:, 1] - 5,
+        ref_mismatched_chosen_logps=torch.full_like(kl[:, 0], -5),
+        ref_mismatched_rejected_logps=torch.full_like(kl[:, 1], -5),
+        plus_logratios=plus[0] - plus[1],
+        minus_logratios=minus[0] - minus[1],
+    )
+
+
+def case_scores(case: str, **options) -> PairScores:
+    chosen, rejected, kl = CASES[case]
+    return scores_of([(chosen, rejected)], [kl], **options)
+
+
+def random_pairs(count: int, seed: int = 0) -> list[tuple[Response, Response]]:
+    draw = random.Random(seed)
+
+    def response():
+        length = draw.randint(1, 6)
+        return Response(*(tuple(draw.uniform(-2.5, -0.05) for _ in range(length)) for _ in range(3)))
+
+    return [(response(), response()) for _ in range(count)]
+
+
+def settled(mean: float, std: float) -> dict[str, torch.Tensor]:
+    """Gap statistics after so many micro-steps that the bias correction is 1."""
+    return {k: torch.tensor(v, dtype=torch.float64) for k, v in (("gap_mean", mean), ("gap_std", std), ("steps", 1e6))}
+
+
+# Not supported: rmipo_pmi_tail (an n-1 denominator without the rest of the released code) is no arm of any table.
+# kto_pair_sum and rmipo_times_beta need no option of their own: weights of 2, and bounds multiplied by beta.
+SLIC, CPO, ALPHA = {"delta": 1, "sft_weight": 0.1}, {"beta": 0.1}, {"beta": 2.5, "gamma_beta_ratio": 0.6, "alpha": 0.2}
+RMIPO = {"name": "rmipo", "beta": 2.0, "gamma_min": 0.3, "gamma_max": 1.6}
+GOLDEN = {
+    "dpo": ({"name": "dpo", "beta": 0.1}, 0.658760, 0.723597),
+    "dpo_length_norm": ({"name": "dpo", "beta": 0.1, "length_normalization": True}, 0.678260, 0.703197),
+    "slic": ({"name": "slic", **SLIC}, 0.720000, 4.400000),
+    "slic_nll_mean": ({"name": "slic", **SLIC, "sft_normalization": "token"}, 0.640000, 4.100000),
+    "slic_all_mean": (
+        {"name": "slic", **SLIC, "sft_normalization": "token", "length_normalization": True},
+        0.640000,
+        1.600000,
+    ),
+    "ipo": ({"name": "ipo", "tau": 0.1}, 22.090000, 27.040000),
+    "ipo_sum": ({"name": "ipo", "tau": 0.1, "length_normalization": False}, 18.490000, 31.360000),
+    "cpo": ({"name": "cpo", **CPO}, 1.073347, 1.854355),
+    "cpo_nll_sum": ({"name": "cpo", **CPO, "sft_normalization": "sequence"}, 1.873347, 4.854355),
+    "kto": ({"name": "kto", "beta": 0.1}, 0.491251, 0.507499),
+    "kto_pair_sum": (
+        {"name": "kto", "beta": 0.1, "desirable_weight": 2, "undesirable_weight": 2},
+        0.982503,
+        1.014998,
+    ),
+    "simpo": ({"name": "simpo", "beta": 2, "gamma": 1}, 0.798139, 2.126928),
+    "simpo_no_ln": ({"name": "simpo", "beta": 0.1, "gamma": 1, "length_normalization": False}, 1.284178, 1.541008),
+    "alpha_dpo": ({"name": "alpha-dpo", **ALPHA}, 1.313262, 2.350207, settled(0.05, 0.25)),
+    "alpha_dpo_table4": (
+        {"name": "alpha-dpo", **ALPHA, "fidelity": "paper"},
+        1.432685,
+        2.224433,
+        settled(0.1, 0.5),
+    ),
+    # With one pair the mean gap of the batch is the pair's own, so the batch-level beta is the instance's.
+    "beta_dpo_instance": ({"name": "beta-dpo", "beta": 0.1, "alpha": 0.6}, 0.648682, 0.708869, settled(0.2, 1.0)),
+    "beta_dpo_instance_scaledM": (
+        {"name": "beta-dpo", "beta": 0.1, "alpha": 0.6, "fidelity": "paper"},
+        0.657747,
+        0.722115,
+        settled(0.2, 1.0),
+    ),
+    "epsilon_dpo": ({"name": "epsilon-dpo", "beta": 0.1, "epsilon": 0.02}, 0.659422, 0.724228),
+    "epsilon_dpo_appendixA": (
+        {"name": "epsilon-dpo", "beta": 0.1, "epsilon": 0.02, "fidelity": "paper"},
+        0.659422,
+        0.724215,
+    ),
+    "simper": ({"name": "simper"}, -0.220991, 0.238651),
+    "rmipo": (RMIPO, 1.014616, 2.671645),
+    "rmipo_paper_sum_pmi": ({**RMIPO, "pmi_normalization": "sequence"}, 0.682328, 2.671645),
+    "rmipo_code": ({**RMIPO, "fidelity": "release"}, 2.160332, 4.214884),
+    "rmipo_times_beta": ({**RMIPO, "gamma_min": 0.6, "gamma_max": 3.2}, 2.064399, 4.214884),
+    "rmipo_linear": ({**RMIPO, "schedule": "linear"}, 1.083241, 2.671645),
+    "rmipo_cosine": ({**RMIPO, "schedule": "cosine"}, 1.149259, 2.671645),
+    "rmipo_none": ({**RMIPO, "schedule": "constant"}, 0.770957, 2.083021),
+    "rmipo_bounds_0_2": ({**RMIPO, "gamma_min": 0, "gamma_max": 2}, 1.197098, 3.048587),
+    "rmipo_bounds_05_14": ({**RMIPO, "gamma_min": 0.5, "gamma_max": 1.4}, 0.935244, 2.486836),
+    "rmipo_bounds_10_12": ({**RMIPO, "gamma_min": 1.0, "gamma_max": 1.2}, 0.891469, 2.305083),
+    "rmipo_no_ln": ({**RMIPO, "beta": 0.1, "length_normalization": False}, 1.560193, 2.039387),
+    "ablation_GM": ({**RMIPO, "signal": "loglik", "schedule": "linear"}, 0.999163, 2.671645),
+    "ablation_MI": ({**RMIPO, "target": "beta", "schedule": "linear"}, 0.559525, 2.703527),
+    "ablation_GM_MI": ({**RMIPO, "schedule": "linear"}, 1.083241, 2.671645),
+    "ablation_GM_ED": ({**RMIPO, "signal": "loglik"}, 0.896001, 2.671645),
+    "ablation_MI_ED": ({**RMIPO, "target": "beta"}, 0.598622, 2.703527),
+    "ablation_GM_MI_ED": (RMIPO, 1.014616, 2.671645),
+}
+
+
+@pytest.mark.parametrize("variant", GOLDEN)
+@pytest.mark.parametrize("case", CASES)
+def test_golden_values(variant, case):
+    block, *expected = GOLDEN[variant]
+    state = expected.pop() if len(expected) == 3 else None
+    objective = build_objective(block)
+    scores = case_scores(case, prior_from=int(block.get("fidelity") == "release" and block["name"] == "rmipo"))
+    # Golden values have six decimals: half a unit of the last one, and nothing beyond it.
+    assert objective(scores, state).losses.item() == pytest.approx(expected["AB".index(case)], abs=6e-7)
+
+
+def test_every_objective_has_a_golden_value():
+    assert {block["name"] for block, *_ in GOLDEN.values()} == set(OBJECTIVES)
+
+
+# ---------------------------------------------------------------------------------------------------------- values
+
+
+def batch(count=5, seed=0, dtype=torch.float64, **options) -> tuple[list[tuple[Response, Response]], PairScores]:
+    pairs = random_pairs(count, seed)
+    draw = random.Random(seed + 1)
+    kl = [(draw.uniform(-1, 2), draw.uniform(-1, 2)) for _ in pairs]
+    return pairs, scores_of(pairs, kl, dtype=dtype, **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_batches_match_the_independent_reference(dtype):
+    pairs, scores = batch(dtype=dtype)
+    kl = (scores.mismatched_chosen_logps - scores.ref_mismatched_chosen_logps).tolist()
+    kl += (scores.mismatched_rejected_logps - scores.ref_mismatched_rejected_logps).tolist()
+    per_pair = {
+        "dpo": ({"beta": 0.3}, [reference.dpo(*pair, 0.3) for pair in pairs]),
+        "slic": ({"delta": 2, "sft_weight": 0.5}, [reference.slic(*pair, 2, 0.5) for pair in pairs]),
+        "ipo": ({"tau": 0.7}, [reference.ipo(*pair, 0.7) for pair in pairs]),
+        "simpo": ({"beta": 4, "gamma": 1.2}, [reference.simpo(*pair, 4, 1.2) for pair in pairs]),
+        "simper": ({}, [reference.simper(*pair) for pair in pairs]),
+        "rmipo": ({"beta": 3, "gamma_min": 0, "gamma_max": 2}, [reference.rmipo(*pair, 3, 0, 2) for pair in pairs]),
+    }
+    for name, (hyperparameters, expected) in per_pair.items():
+        losses = build_objective({"name": name, **hyperparameters})(scores).losses
+        torch.testing.assert_close(losses, torch.tensor(expected, dtype=dtype), msg=lambda m, n=name: f"{n}: {m}")
+    means = {
+        "cpo": ({"beta": 0.3, "sft_weight": 0.5}, reference.cpo(pairs, 0.3, 0.5)),
+        "kto": ({"beta": 0.3, "desirable_weight": 2}, reference.kto(pairs, kl, 0.3, (2, 1))),
+    }
+    for name, (hyperparameters, expected) in means.items():
+        loss = build_objective({"name": name, **hyperparameters})(scores).losses.mean().item()
+        assert loss == pytest.approx(expected, rel=1e-5), name
+
+
+def test_rewards_are_the_methods_own_without_the_margin():
+    rewards = {}
+    for name, block in {v["name"]: v for v, *_ in reversed(GOLDEN.values())}.items():
+        state = settled(0.05, 0.25) if name in ("alpha-dpo", "beta-dpo") else None
+        out = build_objective(block)(case_scores("A"), state)
+        rewards[name] = (out.chosen_rewards.item(), out.rejected_rewards.item())
+        assert not out.chosen_rewards.requires_grad and not out.rejected_rewards.requires_grad
+    expected = {  # S = -1.2, -1.6; A = -0.4, -0.8; r_S = 0.3, -0.4; r_A = 0.1, -0.2
+        "dpo": (0.03, -0.04),
+        "slic": (-1.2, -1.6),
+        "ipo": (0.01, -0.02),
+        "cpo": (-0.12, -0.16),
+        "kto": (0.03, -0.04),
+        "simpo": (-0.8, -1.6),
+        "alpha-dpo": (2.5 * (-0.4 - 0.2 * 0.1), 2.5 * (-0.8 + 0.2 * 0.2)),
+        "beta-dpo": (0.03, -0.04),
+        "epsilon-dpo": (0.03 / 1.02, -0.04 / 1.02),
+        "simper": (-0.4, -0.8),
+        "rmipo": (-0.8, -1.6),
+    }
+    assert rewards.keys() == expected.keys()
+    for name, value in expected.items():
+        assert rewards[name] == pytest.approx(value), name
+
+
+def test_first_loss_is_its_analytic_value_when_policy_is_reference():
+    _, scores = batch()
+    same = replace(scores, ref_chosen_logps=scores.chosen_logps, ref_rejected_logps=scores.rejected_logps)
+    same = replace(same, ref_mismatched_chosen_logps=same.mismatched_chosen_logps)
+    same = replace(same, ref_mismatched_rejected_logps=same.mismatched_rejected_logps)
+    base = scores.chosen_logps - scores.rejected_logps
+    same = replace(same, plus_logratios=base, minus_logratios=base)
+    expected = {"dpo": math.log(2), "ipo": (1 / (2 * 0.5)) ** 2, "kto": 0.5, "epsilon-dpo": math.log(2)}
+    for name, value in expected.items():
+        losses = build_objective({"name": name})(same).losses
+        torch.testing.assert_close(losses, torch.full_like(losses, value), msg=name)
+    assert build_objective({"name": "beta-dpo"})(same).losses.mean().item() == pytest.approx(math.log(2))
+    alpha = build_objective({"name": "alpha-dpo", "beta": 2.5, "gamma_beta_ratio": 0.6, "alpha": 0.2})(same)
+    simpo = build_objective({"name": "simpo", "beta": 2.5, "gamma": 1.5})(same)
+    torch.testing.assert_close(alpha.losses, simpo.losses)  # every z-score is 0
+    no_signal = replace(same, prior_chosen_logps=same.chosen_logps, prior_rejected_logps=same.rejected_logps)
+    rmipo = build_objective(RMIPO)(no_signal)  # Delta_pmi = 0 everywhere, so gamma is gamma_max
+    torch.testing.assert_close(rmipo.losses, build_objective({"name": "simpo", "beta": 2, "gamma": 1.6})(same).losses)
+    assert not build_objective({"name": "simpo"})(same).losses.equal(simpo.losses)
+
+
+# ------------------------------------------------------------------------------------------------------- gradients
+
+
+def frozen_loss(block, out: ObjectiveOutput, scores: PairScores) -> torch.Tensor:
+    """The loss with everything that must not carry a gradient held at its value in `out`."""
+    objective = build_objective(block)
+    nls = torch.nn.functional.softplus
+    mean_difference = scores.chosen_logps / scores.chosen_lengths - scores.rejected_logps / scores.rejected_lengths
+    if block["name"] == "rmipo" and block.get("target") == "beta":
+        signal = out.diagnostics["delta_pmi"].clamp(min=0)
+        factor = (block["gamma_min"] + (block["gamma_max"] - block["gamma_min"]) * torch.exp(-signal)) / out.gamma
+        return nls(-(objective.beta * factor * mean_difference - out.gamma))
+    if block["name"] in ("rmipo", "alpha-dpo"):
+        margin = out.gamma * (objective.beta if block.get("fidelity") == "release" else 1)
+        return nls(-(objective.beta * mean_difference - margin))
+    if block["name"] == "beta-dpo":
+        gap = scores.chosen_logps - scores.ref_chosen_logps - scores.rejected_logps + scores.ref_rejected_logps
+        kept = out.diagnostics["kept"]
+        return nls(-out.diagnostics["beta"] * gap) * kept * len(kept) / kept.sum()
+    return objective(scores).losses
+
+
+@pytest.mark.parametrize(
+    "block",
+    [{"name": name} for name in OBJECTIVES if name != "rmipo"]
+    + [
+        RMIPO,
+        {**RMIPO, "fidelity": "release"},
+        {**RMIPO, "target": "beta"},
+        {**RMIPO, "signal": "loglik"},
+        {"name": "beta-dpo", "fidelity": "paper", "beta": 0.3},
+        {"name": "alpha-dpo", "fidelity": "paper"},
+        {"name": "simper", "constant_length": 4},
+        {"name": "cpo", "sft_normalization": "sequence"},
+    ],
+    ids=lambda block: "-".join(str(value) for value in block.values()),
+)
+def test_gradients_are_finite_differences_with_detached_parts_frozen(block):
+    pairs, scores = batch(count=4)
+    objective = build_objective(block)
+    inputs = {f.name: getattr(scores, f.name).clone().requires_grad_() for f in fields(scores) if "logps" in f.name}
+    out = objective(replace(scores, **inputs))
+    assert not (out.losses == 0).all()
+    out.losses.sum().backward()
+    for name in ("chosen_logps", "rejected_logps"):
+        for i in range(len(pairs)):
+            losses = []
+            for step in (1e-5, -1e-5):
+                moved = getattr(scores, name).clone()
+                moved[i] += step
+                losses.append(frozen_loss(block, out, replace(scores, **{name: moved})).sum())
+            expected = ((losses[0] - losses[1]) / 2e-5).item()
+            assert inputs[name].grad[i].item() == pytest.approx(expected, abs=1e-8, rel=1e-6), (name, i)
+    for name, value in inputs.items():
+        if name.startswith(("prior_", "mismatched_", "ref_mismatched_")):
+            assert value.grad is None, name
+    assert all(not value.requires_grad for value in out.diagnostics.values())
+    assert out.gamma is None or not out.gamma.requires_grad
+
+
+# ----------------------------------------------------------------------------------------------------- RMiPO's options
+
+
+def test_rmipo_gamma_and_diagnostics_by_hand():
+    out = build_objective(RMIPO)(case_scores("A"))
+    assert out.gamma.item() == pytest.approx(0.3 + 1.3 * math.exp(-0.2))
+    assert {k: v.item() for k, v in out.diagnostics.items()} == pytest.approx(
+        {"pmi_chosen": 0.6, "pmi_rejected": 0.4, "delta_pmi": 0.2}
+    )
+    release = build_objective({**RMIPO, "fidelity": "release"})(case_scores("A", prior_from=1))
+    # Means over 3 and 2 tokens, priors over 2 and 1: (-0.4 + 0.75) - (-0.8 + 1.0); gamma itself stays in its bounds.
+    assert release.gamma.item() == pytest.approx(0.3 + 1.3 * math.exp(-0.15))
+
+
+def test_rmipo_says_what_it_reads():
+    default = build_objective(RMIPO)
+    assert (default.needs, default.prior_context, default.header_in_response) == ({"prior"}, "header", False)
+    release = build_objective({**RMIPO, "fidelity": "release"})
+    assert (release.needs, release.prior_context, release.header_in_response) == ({"prior"}, "none", True)
+    assert build_objective({"name": "rmipo", **asdict(release)}) == release
+    assert build_objective({**RMIPO, "schedule": "constant"}).needs == set()
+    assert build_objective({**RMIPO, "signal": "loglik"}).needs == set()
+    assert build_objective({**RMIPO, "prior_context": "bos"}).prior_context == "bos"
+
+
+def test_release_scores_a_one_token_response():
+    one = (Response((-0.5,), (-1.0,), (-0.5,)), Response((-0.7,), (-0.9,), (-0.7,)))
+    out = build_objective({**RMIPO, "fidelity": "release"})(scores_of([one], prior_from=1))
+    # No token of log pi(y) is scored, so both prior means count as 0 and Delta_pmi is A_w - A_l = 0.2.
+    gamma = 0.3 + 1.3 * math.exp(-0.2)
+    assert out.losses.item() == pytest.approx(reference.nls(2 * (0.2 - gamma)))
+
+
+def test_simper_with_a_constant_length():
+    out = build_objective({"name": "simper", "constant_length": 4})(case_scores("A"))
+    assert out.losses.item() == pytest.approx(math.exp(-1.6 / 4) - math.exp(-1.2 / 4))
+
+
+def test_rmipo_summary():
+    _, scores = batch(count=40)
+    objective = build_objective({**RMIPO, "schedule": "linear", "span": 0.8})
+    out = objective(scores)
+    lengths = {"chosen_lengths": scores.chosen_lengths, "rejected_lengths": scores.rejected_lengths}
+    summary = objective.summarize({"gamma": out.gamma, **out.diagnostics, **lengths})
+    signal, gamma = out.diagnostics["delta_pmi"], out.gamma
+    at_max = (signal <= 0).double().mean().item()
+    assert 0 < at_max < 1 and 0 < summary["rmipo/gamma_at_min"] < 1
+    difference = scores.chosen_lengths - scores.rejected_lengths
+    centred = [v - v.mean() for v in (signal, difference)]
+    correlation = (centred[0] * centred[1]).sum() / (centred[0].norm() * centred[1].norm())
+    assert summary == pytest.approx(
+        {
+            "rmipo/gamma_mean": gamma.mean().item(),
+            "rmipo/gamma_std": ((gamma - gamma.mean()) ** 2).mean().sqrt().item(),
+            "rmipo/gamma_at_max": at_max,
+            "rmipo/gamma_at_min": (gamma <= 0.31).double().mean().item(),
+            "rmipo/delta_pmi_mean": signal.mean().item(),
+            "rmipo/delta_pmi_std": ((signal - signal.mean()) ** 2).mean().sqrt().item(),
+            "rmipo/pmi_chosen_mean": out.diagnostics["pmi_chosen"].mean().item(),
+            "rmipo/pmi_rejected_mean": out.diagnostics["pmi_rejected"].mean().item(),
+            "rmipo/corr_delta_pmi_length": correlation.item(),
+        }
+    )
+    one = {key: value[:1] for key, value in {"gamma": gamma, **out.diagnostics, **lengths}.items()}
+    assert "rmipo/corr_delta_pmi_length" not in objective.summarize(one)  # undefined, so not logged as NaN
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("slic", {"slic/nll": 1.2}),
+        ("cpo", {"cpo/nll": 0.4}),
+        ("kto", {"kto/z_ref": 0.001}),
+        ("epsilon-dpo", {"epsilon-dpo/beta": 0.01, "epsilon-dpo/k_plus": 1.0, "epsilon-dpo/k_minus": 0.0}),
+        ("dpo", {}),
+    ],
+)
+def test_method_diagnostics(name, expected):
+    objective = build_objective({"name": name})
+    assert objective.summarize(objective(case_scores("A")).diagnostics) == pytest.approx(expected)
+
+
+# ------------------------------------------------------------------------------------------------- state and ranks
+
+
+def halves(scores: PairScores, at: int) -> list[PairScores]:
+    columns = {f.name: getattr(scores, f.name) for f in fields(scores)}
+    return [PairScores(**{k: v[part] for k, v in columns.items()}) for part in (slice(0, at), slice(at, None))]
+
+
+class Pieces:
+    """Ranks that run one after the other: gathers what the test has worked out for each rank beforehand."""
+
+    def __init__(self, rank: int, *rounds: list[torch.Tensor]):
+        self.rank, self.world_size, self._rounds = rank, len(rounds[0]), list(rounds)
+
+    def gather(self, tensor):
+        pieces = self._rounds.pop(0)
+        torch.testing.assert_close(tensor, pieces[self.rank])
+        return torch.cat(pieces)
+
+
+def gap(scores, per_token):
+    chosen, rejected = scores.logratios(per_token)
+    return chosen - rejected
+
+
+@pytest.mark.parametrize("at", [2, 4])
+@pytest.mark.parametrize("name", ["alpha-dpo", "beta-dpo", "kto"])
+def test_two_ranks_see_the_statistics_of_all_pairs(name, at):
+    """Rank shares of a batch give the same state and losses as the whole batch on one rank; shares may be unequal."""
+    _, scores = batch(count=6)
+    objective = build_objective({"name": name, **({"beta": 0.5} if name != "alpha-dpo" else {})})
+    whole = objective.observe(objective.init_state(), scores)
+    losses = objective(scores, whole).losses
+    kept = whole.get("batch_kept", torch.ones(6)).double()
+    parts = halves(scores, at)
+    if name == "kto":
+        rounds = [[torch.cat(_kl_log_ratios(part)) for part in parts]]
+    else:
+        rounds = [[gap(part, per_token=name == "alpha-dpo") for part in parts]]
+        rounds += [[torch.full_like(rounds[0][rank], rank) for rank in (0, 1)]] if name == "beta-dpo" else []
+    for rank, (part, mine) in enumerate(zip(parts, (slice(0, at), slice(at, None)), strict=True)):
+        state = objective.observe(objective.init_state(), part, Pieces(rank, *rounds).gather, rank)
+        for key in state.keys() - {"batch_kept"}:
+            torch.testing.assert_close(state[key], whole[key])
+        # beta-DPO averages over the pairs a rank keeps, as its code does; the same pairs are kept on all ranks.
+        rescale = (at if rank == 0 else 6 - at) / kept[mine].sum().clamp(min=1) / (6 / kept.sum())
+        torch.testing.assert_close(objective(part, state).losses, losses[mine] * rescale)
+    alone = objective(parts[0], objective.observe(objective.init_state(), parts[0])).losses
+    assert not torch.allclose(alone, losses[:at])
+
+
+def _kl_log_ratios(scores):
+    chosen = scores.mismatched_chosen_logps - scores.ref_mismatched_chosen_logps
+    return chosen, scores.mismatched_rejected_logps - scores.ref_mismatched_rejected_logps
+
+
+@pytest.mark.parametrize("name", ["alpha-dpo", "beta-dpo", "epsilon-dpo", "kto"])
+def test_a_restored_state_continues_exactly(name):
+    def train(objective, state, steps):
+        losses = []
+        for step in steps:
+            _, scores = batch(count=8, seed=step)
+            state = objective.observe(state, scores)
+            out = objective(scores, state)
+            losses.append(out.losses)
+            state = objective.end_step(state, out.diagnostics)
+        return state, losses
+
+    objective = build_objective({"name": name})
+    _, uninterrupted = train(objective, objective.init_state(), range(6))
+    state, before = train(objective, objective.init_state(), range(3))
+    assert not any(key.startswith("batch_") for key in state)
+    restored = {key: torch.tensor(value.item(), dtype=torch.float64) for key, value in state.items()}
+    _, after = train(build_objective({"name": name}), restored, range(3, 6))
+    assert all(a.equal(b) for a, b in zip(before + after, uninterrupted, strict=True))
+    if name != "kto":  # which keeps nothing between steps
+        _, fresh = train(objective, objective.init_state(), range(3, 6))
+        assert not all(a.equal(b) for a, b in zip(after, fresh, strict=True))
+
+
+def test_evaluation_uses_the_state_and_leaves_it():
+    for name in ("alpha-dpo", "beta-dpo", "epsilon-dpo"):
+        objective = build_objective({"name": name})
+        state = objective.init_state() | ({} if name == "epsilon-dpo" else settled(0.3, 0.7))
+        before = {key: value.clone() for key, value in state.items()}
+        first, second = (objective(batch(count=3)[1], state).losses for _ in range(2))
+        assert first.equal(second)
+        assert state.keys() == before.keys() and all(state[key].equal(before[key]) for key in state)
+
+
+def test_running_statistics_are_bias_corrected():
+    objective = build_objective({"name": "alpha-dpo"})
+    state, decayed, weight = objective.init_state(), 0.0, 0.0
+    for seed in range(3):
+        _, scores = batch(count=4, seed=seed)
+        state = objective.observe(state, scores)
+        decayed = 0.9 * decayed + 0.1 * gap(scores, per_token=True).mean().item()
+        weight = 0.9 * weight + 0.1
+        assert objective(scores, state).diagnostics["gap_mean"][0].item() == pytest.approx(decayed / weight)
+        if seed == 0:
+            assert objective(scores, state).losses.equal(objective(scores).losses)
+
+
+def test_beta_dpo_keeps_by_weight():
+    """With all but one pair dropped, pair i is kept with a probability proportional to exp(-z_i^2 / 2)."""
+    _, scores = batch(count=5)
+    objective = build_objective({"name": "beta-dpo", "rho": 0.8})
+    values = gap(scores, per_token=False)
+    z = (values - values.mean()) / values.std()
+    weights = torch.exp(-(z**2) / 2)
+    counts = torch.zeros(5)
+    draws = 3000
+    for step in range(draws):
+        state = objective.init_state() | {"steps": torch.tensor(float(step), dtype=torch.float64)}
+        # Running values that leave the statistics at those of this batch, whatever the step.
+        weight = 1 - 0.9**step
+        state |= {"gap_mean": values.mean() * weight, "gap_std": values.std() * weight}
+        kept = objective.observe(state, scores)["batch_kept"]
+        assert kept.sum() == 1
+        counts += kept
+    expected = weights / weights.sum()
+    sigma = (expected * (1 - expected) / draws).sqrt()
+    assert ((counts / draws - expected).abs() < 4 * sigma).all()
+
+
+@pytest.mark.parametrize(("pairs", "rho", "kept"), [(8, 0.2, 6), (8, 0.0, 8), (5, 0.5, 2), (2, 0.9, 1), (10, 0.25, 8)])
+def test_beta_dpo_kept_count_and_loss(pairs, rho, kept):
+    _, scores = batch(count=pairs)
+    objective = build_objective({"name": "beta-dpo", "rho": rho})
+    out = objective(scores)
+    chosen = out.diagnostics["kept"].bool()
+    assert chosen.sum() == kept
+    values = gap(scores, per_token=False)
+    beta = max(1e-3, 0.1 * (1 + 0.6 * (values[chosen].mean() - values.mean()).item()))
+    expected = torch.nn.functional.softplus(-beta * values[chosen]).mean()
+    torch.testing.assert_close(out.losses.mean(), expected)
+    assert (out.losses[~chosen] == 0).all()
+
+
+def test_beta_dpo_floor():
+    out = build_objective({"name": "beta-dpo"})(case_scores("B"), settled(100.0, 1.0))
+    assert out.diagnostics["beta"].item() == pytest.approx(1e-3)
+
+
+def test_epsilon_dpo_follows_the_perturbed_policies():
+    _, scores = batch(count=3)
+    base = scores.chosen_logps - scores.rejected_logps
+    scores = replace(
+        scores,
+        plus_logratios=base + torch.tensor([0.1, -0.1, 0.1], dtype=torch.float64),
+        minus_logratios=base + torch.tensor([-0.1, 0.1, 0.1], dtype=torch.float64),
+    )
+    objective = build_objective({"name": "epsilon-dpo", "beta": 0.1, "epsilon": 0.5})
+    out = objective(scores)
+    assert out.diagnostics["k"].tolist() == [1, -1, 0]
+    beta = torch.tensor([0.1 / 1.5, 0.1 / 0.5, 0.1], dtype=torch.float64)
+    torch.testing.assert_close(out.chosen_rewards, beta * (scores.chosen_logps - scores.ref_chosen_logps))
+    k = torch.tensor([1.0, 1.0, 0.0, -1.0])
+    state = objective.end_step(objective.init_state(), {"k": k})
+    assert state["beta"].item() == pytest.approx(0.1 / (1 + 0.5 * 0.25))
+    assert objective(scores, state).diagnostics["running_beta"][0].item() == pytest.approx(state["beta"].item())
+
+
+# ---------------------------------------------------------------------------------------------------------- errors
+
+
+@pytest.mark.parametrize(
+    ("block", "fragments"),
+    [
+        ({"beta": 2.0}, ["objective.name is None", "rmipo, dpo, slic"]),
+        ({"name": ["dpo"]}, ["objective.name is ['dpo']"]),
+        ({"name": "simp0"}, ["objective.name is 'simp0'", "simpo"]),
+        (
+            {"name": "rmipo", "gama_min": 1, "schedule": "step", "beta": -1, "span": "2", "length_normalization": 1},
+            [
+                "objective.gama_min is not a key of rmipo: did you mean gamma_min?",
+                "objective.schedule is 'step' (str): expected exponential | linear | cosine | constant",
+                "objective.beta is -1 (int): expected a number > 0",
+                "objective.span is '2' (str)",
+                "objective.length_normalization is 1 (int): expected true or false",
+                "Its keys: beta",
+            ],
+        ),
+        ({"name": "simpo", "gamma_beta_ratio": 0.5}, ["gamma, which is beta * gamma_beta_ratio"]),
+        ({"name": "alpha-dpo", "gamma": 0.5}, ["gamma_beta_ratio, which is gamma / beta"]),
+        ({"name": "ipo", "beta": 0.1}, ["use tau"]),
+        ({"name": "slic", "beta": 0.1}, ["use delta"]),
+        ({"name": "cpo", "cpo_alpha": 0.1}, ["use sft_weight"]),
+        ({"name": "rmipo", "gamma_min": 1.7}, ["objective.gamma_min is 1.7: expected at most gamma_max, which is 1.6"]),
+        ({"name": "rmipo", "gamma_min": 1.7, "gamm": 1}, ["at most gamma_max", "objective.gamm is not a key"]),
+        ({"name": "rmipo", "prior_context": "none"}, ["not with fidelity 'paper'"]),
+        ({"name": "rmipo", "fidelity": "release", "prior_context": "bos"}, ["remove the key"]),
+        ({"name": "rmipo", "fidelity": "release", "pmi_normalization": "sequence"}, ["is per token"]),
+        ({"name": "beta-dpo", "rho": 1.0}, ["a number >= 0 and < 1"]),
+        ({"name": "epsilon-dpo", "epsilon": 0}, ["a number > 0 and < 1"]),
+        ({"name": "dpo", "beta": float("nan")}, ["objective.beta is nan"]),
+        ({"name": "dpo", "beta": True}, ["objective.beta is True (bool)"]),
+        ({"name": "dpo", 3: 1}, ["objective.3 is not a key"]),
+    ],
+)
+def test_errors_name_everything_at_once(block, fragments):
+    with pytest.raises(ValueError) as error:
+        build_objective(block)
+    for fragment in fragments:
+        assert fragment in str(error.value)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_every_number_refuses_what_is_outside_its_domain(name):
+    for f in fields(OBJECTIVES[name]):
+        if isinstance(f.default, float):
+            for value in (-1, float("inf"), "1", None):
+                with pytest.raises(ValueError, match=rf"objective\.{f.name} is"):
+                    OBJECTIVES[name](**{f.name: value})
+            assert isinstance(getattr(OBJECTIVES[name](), f.name), float)
+
+
+def test_objectives_that_need_several_pairs_say_so():
+    assert {name: cls.min_pairs for name, cls in OBJECTIVES.items() if cls.min_pairs > 1} == {
+        "kto": 2,
+        "alpha-dpo": 2,
+        "beta-dpo": 2,
+    }
+    assert {name: build_objective({"name": name}).needs for name in OBJECTIVES} == {
+        "rmipo": {"prior"},
+        "dpo": {"reference"},
+        "slic": set(),
+        "ipo": {"reference"},
+        "cpo": set(),
+        "kto": {"reference", "mismatched"},
+        "simpo": set(),
+        "alpha-dpo": {"reference"},
+        "beta-dpo": {"reference"},
+        "epsilon-dpo": {"reference", "reference_logits"},
+        "simper": set(),
+    }
+
+
+# --------------------------------------------------------------------------------------------------------- recipes
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+
+
+def read_recipe(path: str) -> dict:
+    return yaml.safe_load((RECIPES / path).read_text())
+
+
+@pytest.mark.parametrize("name", [name for name in OBJECTIVES if name != "rmipo"])
+def test_every_baseline_has_an_overlay_that_builds_in_every_setting(name):
+    overlay = read_recipe(f"methods/{name}.yaml")
+    assert overlay["objective"]["name"] == name
+    settings = {"mistral-7b-base", "mistral-7b-instruct", "llama3-8b-base", "llama3-8b-instruct", "tiny"}
+    assert overlay["per_setting"].keys() == settings
+    for setting, values in overlay["per_setting"].items():
+        build_objective(overlay["objective"] | values.get("objective", {}))
+        low, high = (1e-4, 3e-4) if setting == "tiny" else (3e-7, 1e-6)
+        assert low <= values["learning_rate"] <= high
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_every_method_has_a_sweep_whose_points_build(name):
+    sweep = read_recipe(f"sweeps/{name}.yaml")
+    command = " ".join(sweep["command"])
+    assert command == f"${{env}} python ${{program}} --model llama3-8b-instruct --method {name} ${{args}}"
+    grid = {key: parameter["values"] for key, parameter in sweep["parameters"].items()}
+    assert grid.pop("learning_rate") == [3e-7, 5e-7, 8e-7, 1e-6]
+    keys = [key.removeprefix("objective.") for key in grid]
+    assert all(key.startswith("objective.") for key in grid)
+    for point in itertools.product(*grid.values()):
+        build_objective({"name": name, **dict(zip(keys, point, strict=True))})
+
+
+ABLATIONS = {
+    "table3-row1": "ablation_GM",
+    "table3-row2": "ablation_MI",
+    "table3-row3": "ablation_GM_MI",
+    "table3-row4": "ablation_GM_ED",
+    "table3-row5": "ablation_MI_ED",
+    "table3-row6": "ablation_GM_MI_ED",
+    "table7-exponential": "rmipo",
+    "table7-linear": "rmipo_linear",
+    "table7-cosine": "rmipo_cosine",
+    "table7-constant": "rmipo_none",
+    "table8-0-2": "rmipo_bounds_0_2",
+    "table8-0.3-1.6": "rmipo",
+    "table8-0.5-1.4": "rmipo_bounds_05_14",
+    "table8-1-1.2": "rmipo_bounds_10_12",
+    "fidelity-release": "rmipo_code",
+}
+
+
+@pytest.mark.parametrize("name", ABLATIONS)
+def test_ablations_are_the_variants_of_the_golden_values(name):
+    overlay = read_recipe(f"ablations/{name}.yaml")
+    assert build_objective(RMIPO | overlay["objective"]) == build_objective(GOLDEN[ABLATIONS[name]][0])
+
+
+def test_no_ablation_is_left_untested():
+    without_length_normalization = {f"table5-{name}" for name in ("rmipo", "dpo", "simpo", "alpha-dpo", "simper")}
+    files = {path.stem for path in (RECIPES / "ablations").glob("*.yaml")}
+    assert files == ABLATIONS.keys() | without_length_normalization | {"fidelity-sequence"}
+    for name in files - ABLATIONS.keys():
+        overlay = read_recipe(f"ablations/{name}.yaml")
+        for values in [{}, *overlay.get("per_setting", {}).values()]:
+            objective = build_objective(overlay["objective"] | values.get("objective", {}))
+            if name not in ("table5-dpo", "table5-simper", "fidelity-sequence"):
+                assert not objective.length_normalization
+
+
+def test_alpha_dpo_keeps_its_margin_without_length_normalization():
+    """Table 5 changes the reward only: the margin's level and its spread over pairs stay as they were."""
+    _, scores = batch(count=6)
+    for setting in ("mistral-7b-instruct", "llama3-8b-instruct"):
+        margins = []
+        for path in ("methods/alpha-dpo.yaml", "ablations/table5-alpha-dpo.yaml"):
+            overlay = read_recipe(path)
+            margins.append(
+                build_objective(overlay["objective"] | overlay["per_setting"][setting]["objective"])(scores).gamma
+            )
+        torch.testing.assert_close(margins[0].mean(), margins[1].mean())
+        torch.testing.assert_close(margins[0].std(), margins[1].std())

@@ -1,0 +1,167 @@
+"""Every recipe, overlay, sweep and launch configuration that is shipped loads, and holds the paper's values."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from rmipo.launch.pipeline import NOT_SETTINGS, choose_stages
+from rmipo.launch.sweep import load_sweep, make_point
+from rmipo.recipe.files import read_yaml
+from rmipo.recipe.load import load_recipe
+
+ROOT = Path(__file__).parents[2]
+RECIPES = ROOT / "recipes"
+PAPER_SETTINGS = ["llama3-8b-base", "llama3-8b-instruct", "mistral-7b-base", "mistral-7b-instruct"]
+SETTINGS = [*PAPER_SETTINGS, "tiny"]
+STAGES = sorted(
+    f"{path.parent.name}/{path.name}"
+    for stage in ("sft", "rmipo")
+    for path in RECIPES.glob(f"*/{stage}.yaml")
+    if path.parent.name not in NOT_SETTINGS
+)
+OVERLAYS = sorted(
+    str(path.relative_to(RECIPES))
+    for folder in ("methods", "ablations", "adapters")
+    for path in RECIPES.glob(f"{folder}/*.yaml")
+)
+SWEEPS = sorted(path.name for path in RECIPES.glob("sweeps/*.yaml"))
+LEARNING_RATES = {
+    "llama3-8b-base": 6e-7,
+    "llama3-8b-instruct": 1e-6,
+    "mistral-7b-base": 3e-7,
+    "mistral-7b-instruct": 5e-7,
+}
+
+
+@pytest.fixture(autouse=True)
+def root(monkeypatch):
+    monkeypatch.chdir(ROOT)
+
+
+def test_what_is_shipped_is_found():
+    bases = {f"{name}/sft.yaml" for name in SETTINGS if "instruct" not in name}
+    assert set(STAGES) >= bases | {f"{name}/rmipo.yaml" for name in SETTINGS}
+    assert len(OVERLAYS) >= 20 and len(SWEEPS) == 11
+
+
+@pytest.mark.parametrize("path", STAGES)
+def test_recipe_loads_and_divides_over_common_hardware(path):
+    recipe = load_recipe(RECIPES / path)
+    assert recipe.stage == ("sft" if path.endswith("sft.yaml") else "preference")
+    for gpus in (1,) if recipe.values.get("use_cpu") else (1, 2, 4, 8, 16):
+        size, accumulation = recipe.batch(gpus)
+        assert size == recipe.values["per_device_train_batch_size"] * gpus * accumulation
+    assert recipe.values["output_dir"] == f"outputs/{path.removesuffix('.yaml')}"
+    assert recipe.values["seed"] == 42
+    text = (RECIPES / path).read_text()
+    assert f"make train MODEL={Path(path).parent}" in text and "Meant for" in text
+    assert "Run so far: " in text or path.startswith("tiny")
+
+
+@pytest.mark.parametrize("name", PAPER_SETTINGS)
+def test_rmipo_recipes_hold_the_papers_values(name):
+    values = load_recipe(RECIPES / name / "rmipo.yaml").values
+    objective = {"name": "rmipo", "beta": 2.0, "gamma_min": 0.3, "gamma_max": 1.6}
+    assert objective.items() <= values["objective"].items()
+    expected = {
+        "learning_rate": LEARNING_RATES[name],
+        "global_batch_size": 128,
+        "num_train_epochs": 1,
+        "max_length": 2048,
+        "max_prompt_length": 1800,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 0.1,
+        "optim": "adamw_torch",
+        "bf16": True,
+        "activation_checkpointing": True,
+        "report_to": "wandb",
+    }
+    assert expected.items() <= values.items()
+    assert ("mistral" if name.startswith("mistral") else "llama") in (RECIPES / name / "rmipo.yaml").read_text()
+    family = {"mistral-7b-base": "zephyr-7b", "mistral-7b-instruct": "Mistral-7B-Instruct-v0.2"}.get(name, "Llama-3")
+    assert family in values["model_name_or_path"]
+
+
+@pytest.mark.parametrize("name", ["llama3-8b-base", "mistral-7b-base"])
+def test_sft_recipes_follow_zephyr(name):
+    values = load_recipe(RECIPES / name / "sft.yaml").values
+    expected = {
+        "dataset_name": "HuggingFaceH4/ultrachat_200k",
+        "dataset_train_split": "train_sft",
+        "dataset_test_split": "test_sft",
+        "learning_rate": 2e-5,
+        "global_batch_size": 128,
+        "num_train_epochs": 1,
+        "max_length": 2048,
+        "warmup_steps": 0.1,
+        "lr_scheduler_type": "cosine",
+        "packing": True,
+    }
+    assert expected.items() <= values.items()
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_overlays_fit_every_setting(overlay):
+    settings = {Path(path).parent.name for path in STAGES if path.endswith("rmipo.yaml")}
+    assert read_yaml(RECIPES / overlay).get("per_setting", {}).keys() <= settings
+    for name in settings:
+        recipe = load_recipe(RECIPES / name / "rmipo.yaml", [RECIPES / overlay])
+        recipe.batch(2)
+        if overlay.startswith("methods/"):
+            assert recipe.values["objective"]["name"] == Path(overlay).stem
+
+
+@pytest.mark.parametrize("sweep", SWEEPS)
+def test_every_point_of_a_sweep_is_a_valid_recipe(sweep):
+    method = sweep.removesuffix(".yaml")
+    points = load_sweep(method, "llama3-8b-instruct").points
+    for values in points[:: max(1, len(points) // 12)]:
+        point = make_point(values, {"MODEL": "llama3-8b-instruct", "METHOD": method})
+        assert point.recipe.values["objective"]["name"] == method
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("configs/accelerate/*.yaml")), ids=lambda path: path.stem)
+def test_launch_configurations_name_files_that_exist(path):
+    config = yaml.safe_load(path.read_text())
+    deepspeed = config.get("deepspeed_config", {}).get("deepspeed_config_file")
+    if config["distributed_type"] == "DEEPSPEED":
+        content = json.loads((ROOT / deepspeed).read_text())
+        assert content["zero_optimization"]["stage"] == int(path.stem[4])
+        assert content["train_batch_size"] == content["gradient_accumulation_steps"] == "auto"  # the recipe decides
+        assert config["deepspeed_config"]["zero3_init_flag"] == (path.stem[4] == "3")
+
+
+@pytest.mark.parametrize(
+    ("name", "rendered"),
+    [
+        ("zephyr", "<s><|system|>\nBe brief.</s>\n<|user|>\n2+2?</s>\n<|assistant|>\n4</s>"),
+        (
+            "llama3",
+            "<s><|start_header_id|>system<|end_header_id|>\n\nBe brief.<|eot_id|>"
+            "<|start_header_id|>user<|end_header_id|>\n\n2+2?<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n4<|eot_id|>",
+        ),
+    ],
+)
+def test_templates_write_one_bos_and_one_end_token(name, rendered):
+    template = ImmutableSandboxedEnvironment().from_string((RECIPES / f"templates/{name}.jinja").read_text())
+    roles, texts = ("system", "user", "assistant"), ("Be brief.", "2+2?", "4")
+    messages = [{"role": role, "content": text} for role, text in zip(roles, texts, strict=True)]
+    tokens = {"bos_token": "<s>", "eos_token": "</s>"}
+    assert template.render(messages=messages, **tokens) == rendered
+    prompt = template.render(messages=messages[:2], add_generation_prompt=True, **tokens)
+    end = "</s>" if name == "zephyr" else "<|eot_id|>"
+    assert rendered == f"{prompt}4{end}"
+
+
+def test_commands_in_headers_name_settings_that_exist():
+    lines = [
+        line for path in RECIPES.glob("*/*.yaml") for line in path.read_text().splitlines() if "make train" in line
+    ]
+    assert len(lines) >= 30
+    for line in lines:
+        words = dict(re.findall(r"\b(MODEL|STAGE)=([\w-]+)", line))
+        assert choose_stages(words)[0] == words["MODEL"]

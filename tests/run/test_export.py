@@ -1,0 +1,153 @@
+"""What a run leaves: every tensor whole, the same scores in plain transformers, and a card that says what it is."""
+
+import json
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from rmipo.data.pairs import ChatFormat, load_pairs, tokenize_pairs
+from rmipo.recipe.load import load_recipe
+from rmipo.recipe.schema import DataConfig
+from rmipo.run import export
+from tests.helpers.families import make_model, save
+from tests.references.padded import padded_pairs
+from tests.run.test_twins import REPOSITORY, make_twin, run
+
+
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory):
+    """The folder of a run under ZeRO-3 on two processes, with evaluation; and the folder of its data."""
+    folder = tmp_path_factory.mktemp("twin")
+    overrides = make_twin(folder, "tiny/rmipo", "llama3", "on_policy_ultrafeedback")
+    run("tiny/rmipo", [*overrides, "--activation_checkpointing"], folder / "out", zero3=True)
+    return folder / "out", folder
+
+
+def test_exported_model_scores_as_the_trained_one_did_in_memory(sharded):
+    out, folder = sharded
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    pairs, _ = tokenize_pairs(
+        load_pairs(DataConfig(dataset_name=str(folder / "data")), "test"),
+        ChatFormat.probe(tokenizer),
+        max_length=128,
+        max_prompt_length=64,
+        max_dropped_fraction=0.0,
+        max_truncated_fraction=1.0,
+    )
+    model, info = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    before = AutoModelForCausalLM.from_pretrained(folder / "model")
+    with torch.no_grad():
+        scores, initial = (padded_pairs(which.eval(), [dict(row) for row in pairs]) for which in (model, before))
+    results = json.loads((out / "run.json").read_text())["results"]  # by the sharded model, packed, after training
+    for side in ("chosen", "rejected"):
+        assert scores[f"{side}_logps"].mean().item() == pytest.approx(results[f"eval_logps/{side}"], abs=2e-4)
+    assert (initial["chosen_logps"] - scores["chosen_logps"]).abs().mean() > 0.05  # what training changed
+
+
+def test_exported_folder_has_what_generation_needs_and_no_pickle(sharded):
+    out, folder = sharded
+    config = json.loads((out / "config.json").read_text())
+    assert config["use_cache"] is True and config["dtype"] == "float32"
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    assert tokenizer.chat_template == AutoTokenizer.from_pretrained(folder / "model").chat_template
+    assert tokenizer.convert_tokens_to_ids("<|eot_id|>") in GenerationConfig.from_pretrained(out).eos_token_id
+    found = {path.name for path in out.iterdir()}
+    assert {"generation_config.json", "tokenizer.json", "chat_template.jinja", "run.json", "README.md"} <= found
+    assert not {path.suffix for path in out.iterdir()} & {".bin", ".pt", ".pth", ".pkl"}
+    tensors = export.saved_tensors(out)
+    reference = make_model("llama3").state_dict()
+    assert tensors == {name: (tuple(tensor.shape), "float32") for name, tensor in reference.items()}
+
+
+def test_card_names_recipe_data_metrics_and_paper(sharded):
+    out, folder = sharded
+    text = (out / "README.md").read_text()
+    _, header, body = text.split("---\n", 2)
+    assert yaml.safe_load(header) == {"library_name": "transformers", "tags": ["rmipo", "preference-optimization"]}
+    record = json.loads((out / "run.json").read_text())
+    assert yaml.safe_load(body.partition("```yaml\n")[2].partition("```")[0]) == record["recipe"]
+    assert f"| eval_loss | {record['results']['eval_loss']:.4g} |" in body and str(folder / "data") in body
+    assert record["commit"] is None or record["commit"] in body
+    assert "Intrinsic Mutual Information as a Modulator for Preference Optimization" in body
+    assert "Liao, Peng and Zheng, Peijia and Li, Lingbo and Liang, Shangsong and Chen, Lin" in body
+
+
+@pytest.fixture
+def whole(tmp_path):
+    """(folder of a saved model, its configuration)."""
+    save("llama3", tmp_path)
+    return tmp_path, AutoConfig.from_pretrained(tmp_path)
+
+
+def change(folder, edit):
+    tensors = load_file(folder / "model.safetensors")
+    edit(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_whole_export_is_counted(whole):
+    folder, config = whole
+    assert export.verify_export(folder, config) == len(make_model("llama3").state_dict()) == 21
+
+
+def test_tied_heads_need_not_be_saved(tmp_path):
+    model = make_model("llama3", tie_word_embeddings=True)
+    model.save_pretrained(tmp_path)
+    assert export.verify_export(tmp_path, AutoConfig.from_pretrained(tmp_path)) == 20
+
+
+@pytest.mark.parametrize(
+    "edit, message",
+    [
+        (lambda t: t.update({"model.norm.weight": torch.zeros(0)}),
+         "- 1 of another shape: model.norm.weight is (0,), not (32,)"),
+        (lambda t: t.pop("lm_head.weight"), "- 1 missing: lm_head.weight"),
+        (lambda t: t.update({"model.norm.weight": t["model.norm.weight"].half()}),
+         "- 1 not float32: model.norm.weight is float16"),
+        (lambda t: t.update({"value_head.weight": torch.ones(2)}), "- 1 not of this model: value_head.weight"),
+        (lambda t: t.clear(), "- 21 missing: lm_head.weight; model.embed_tokens.weight; "),
+    ],
+)  # fmt: skip
+def test_broken_exports_are_refused_by_tensor(whole, edit, message):
+    folder, config = whole
+    change(folder, edit)
+    with pytest.raises(export.ExportError) as error:
+        export.verify_export(folder, config)
+    assert message in str(error.value) and "zero_to_fp32.py" in str(error.value)
+
+
+def test_adapters_are_verified_too(tmp_path):
+    overrides = make_twin(tmp_path, "tiny/rmipo", "llama3", "on_policy_ultrafeedback")
+    run("tiny/rmipo", [*overrides, "--use_peft", "--lora_r", "4"], tmp_path / "out", zero3=False)
+    tensors = export.saved_tensors(tmp_path / "out")
+    assert tensors["base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"] == ((4, 32), "float32")
+    assert yaml.safe_load((tmp_path / "out" / "README.md").read_text().split("---\n")[1])["library_name"] == "peft"
+
+
+def test_nothing_is_uploaded_before_it_is_verified(sharded):
+    """The Trainer's own uploads, of each checkpoint, are off; the repository is private unless the recipe says else."""
+    _, folder = sharded
+    flags = ["--model_name_or_path", str(folder / "model"), "--dataset_name", str(folder / "data"), "--push_to_hub"]
+    recipe = load_recipe(REPOSITORY / "recipes/tiny/rmipo.yaml", overrides=[*flags, "--hub_model_id", "a/b"])
+    args, *_ = recipe.parse()
+    assert (args.push_to_hub, args.hub_strategy, args.hub_private_repo) == (True, "end", True)
+
+
+def test_upload_leaves_checkpoints_out(sharded, monkeypatch):
+    """The hub itself is out of reach of a test: what would be sent is looked at."""
+    out, _ = sharded
+    sent = {}
+    monkeypatch.setattr(export.HfApi, "upload_folder", lambda self, **arguments: sent.update(arguments) or "url")
+
+    class trainer:
+        hub_model_id = "someone/model"
+
+        class args:
+            output_dir, hub_revision = str(out), None
+
+    assert export.push(trainer) == "url"
+    assert sent["repo_id"] == "someone/model" and "checkpoint-*" in sent["ignore_patterns"]

@@ -1,0 +1,59 @@
+"""FSDP2 as configs/accelerate/fsdp2.yaml starts it, on two CPU processes: the same run as in one process, resumable."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from rmipo.record import read_metrics
+from tests.run.test_resume import assert_same_run, kill_when, last_step, twin, whole  # noqa: F401 (the last two are fixtures)
+from tests.run.test_twins import REPOSITORY
+
+
+def start(overrides, output_dir):
+    command = [
+        str(Path(sys.executable).with_name("accelerate")), "launch", "--config_file", "configs/accelerate/fsdp2.yaml",
+        "--num_processes", "2", "tests/helpers/fsdp2_on_cpus.py",
+        "scripts/preference.py", "--config", "recipes/tiny/rmipo.yaml",
+    ]  # fmt: skip
+    return subprocess.Popen(
+        [*command, *overrides, "--output_dir", str(output_dir)], cwd=REPOSITORY, env=os.environ | {"OMP_NUM_THREADS": "1"},
+        start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+
+
+def finish(overrides, output_dir):
+    process = start(overrides, output_dir)
+    output, _ = process.communicate()
+    assert process.returncode == 0, output[-6000:]
+    return output
+
+
+def test_fsdp2_trains_as_one_process_does(tmp_path, twin, whole):  # noqa: F811
+    alone, sharded = whole(1), tmp_path / "sharded"
+    output = finish(twin, sharded)
+    assert "2 processes share 21 parameters" in output, output[-3000:]
+    lines, expected_lines = ([line for line in read_metrics(run) if "loss" in line] for run in (sharded, alone))
+    for name, tolerance in (("loss", {"abs": 2e-5}), ("grad_norm", {"rel": 1e-3})):
+        values = [line[name] for line in expected_lines]
+        assert [line[name] for line in lines] == pytest.approx(values, **tolerance)
+    weights, expected = (load_file(run / "model.safetensors") for run in (sharded, alone))
+    assert weights.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(weights[name], value, atol=1e-3, rtol=0, msg=name)
+    _, info = AutoModelForCausalLM.from_pretrained(sharded, output_loading_info=True)
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+
+
+@pytest.mark.slow
+def test_fsdp2_resumes_exactly(tmp_path, twin):  # noqa: F811
+    whole, killed = tmp_path / "whole", tmp_path / "killed"  # noqa: F811
+    finish(twin, whole)
+    assert kill_when(start(twin, killed), lambda: last_step(killed) >= 7)
+    assert "resuming from" in finish(twin, killed)
+    assert_same_run(killed, whole)

@@ -1,0 +1,225 @@
+"""Nothing from outside is run, no secret gets out, nobody's files are overwritten."""
+
+import json
+import os
+import pickle
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from deepspeed.runtime.fp16.loss_scaler import LossScaler
+from deepspeed.runtime.zero.config import ZeroStageEnum
+
+from rmipo.errors import CheckpointError
+from rmipo.evaluation.pair_scores import score_model
+from rmipo.evaluation.target import check_trained_prompts
+from rmipo.generation.answers import Generator, Request, check_settings
+from rmipo.generation.engines import TransformersEngine
+from rmipo.plan.shapes import load_config
+from rmipo.recipe.load import ConfigError, load_recipe
+from rmipo.recipe.schema import ModelConfig
+from rmipo.run.checkpoints import refuse_pickled_code, resume_point, run_identity
+from rmipo.training.loading import LoadingError, load_model, load_tokenizer
+from tests.helpers.families import make_model, make_tokenizer, save
+from tests.run.test_twins import REPOSITORY, make_twin
+
+SECRETS = {
+    "HF_TOKEN": "hf_" + "Zq7" * 11,
+    "HUGGING_FACE_HUB_TOKEN": "hf_" + "Xw5" * 11,
+    "WANDB_API_KEY": "0123456789abcdef" * 2 + "fedcba98",
+    "OPENAI_API_KEY": "sk-" + "Yv3" * 16,
+}
+
+
+class Hostile:
+    """Unpickled with full rights, it touches the file."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+# Code and pickles
+
+
+@pytest.fixture
+def model_with_code(tmp_path) -> Path:
+    """A model folder whose configuration, weights and tokenizer name classes of its own; loading them leaves a file."""
+    folder = tmp_path / "model"
+    save("llama3", folder)
+    (folder / "modeling_custom.py").write_text(f"open({str(tmp_path / 'pwned')!r}, 'w')\nclass Custom: pass\n")
+    config = json.loads((folder / "config.json").read_text())
+    classes = {"AutoConfig": "modeling_custom.Custom", "AutoModelForCausalLM": "modeling_custom.Custom"}
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "custom", "auto_map": classes}))
+    tokenizer = json.loads((folder / "tokenizer_config.json").read_text())
+    tokenizer |= {"tokenizer_class": "Custom", "auto_map": {"AutoTokenizer": ["modeling_custom.Custom", None]}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer))
+    return folder
+
+
+def test_code_of_a_model_folder_is_not_run(model_with_code, tmp_path):
+    with pytest.raises(LoadingError, match="trust_remote_code are not supported"):
+        load_model(ModelConfig(model_name_or_path=str(model_with_code)))
+    with pytest.raises(LoadingError, match=r"the tokenizer of .* can't be loaded"):
+        load_tokenizer(ModelConfig(model_name_or_path=str(model_with_code)))
+    assert not (tmp_path / "pwned").exists()
+
+
+def plan_for(folder: Path) -> None:
+    load_config(str(folder))
+
+
+def answer_with(folder: Path) -> None:
+    with Generator(folder, {"engine": "transformers"}) as generator:
+        generator.answer([Request("q", [{"role": "user", "content": "a"}])], folder / "answers.jsonl")
+
+
+def answer_with_plain_tokenizer(folder: Path) -> None:
+    make_tokenizer("llama3").save_pretrained(folder)
+    answer_with(folder)
+
+
+def load_engine(folder: Path) -> None:
+    TransformersEngine(folder, check_settings({}), [1])
+
+
+def score_with(folder: Path) -> None:
+    pair = {side: [{"role": "user", "content": "a"}] for side in ("prompt", "chosen", "rejected")}
+    score_model(folder, Dataset.from_list([pair | {"row": 0}]))
+
+
+def check_template_of(folder: Path) -> None:
+    check_trained_prompts(folder, {"prompt_probe": []})
+
+
+def merge_adapter_of(folder: Path) -> None:
+    record = {"recipe": {"model_name_or_path": str(folder), "dtype": "float32"}}
+    (folder / "run.json").write_text(json.dumps(record))
+    (folder / "adapter_config.json").write_text("{}")
+    runpy.run_path(str(REPOSITORY / "scripts/merge_adapter.py"))["merge"](folder, folder / "merged")
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        plan_for,
+        answer_with,
+        answer_with_plain_tokenizer,
+        load_engine,
+        score_with,
+        check_template_of,
+        merge_adapter_of,
+    ],
+)
+def test_code_of_a_model_folder_is_not_run_by_evaluation_and_planning(model_with_code, tmp_path, monkeypatch, use):
+    monkeypatch.setattr("builtins.input", lambda *question: "y")  # transformers would ask, and somebody says yes
+    with pytest.raises(ValueError, match=r"can't be loaded|custom code|has no readable"):
+        use(model_with_code)
+    assert not (tmp_path / "pwned").exists()
+
+
+def pickled_model(folder: Path, extra: dict | None = None) -> str:
+    make_tokenizer("llama3").save_pretrained(folder)
+    model = make_model("llama3")
+    model.config.save_pretrained(folder)
+    torch.save(model.state_dict() | (extra or {}), folder / "pytorch_model.bin")
+    return str(folder)
+
+
+def test_pickled_weights_are_loaded_only_if_asked_for_by_name(tmp_path):
+    folder = pickled_model(tmp_path)
+    with pytest.raises(LoadingError, match="allow_pickled_weights: true also takes pickles"):
+        load_model(ModelConfig(model_name_or_path=folder))
+    loaded = load_model(ModelConfig(model_name_or_path=folder, dtype="float32", allow_pickled_weights=True))
+    for name, value in make_model("llama3").state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], value)
+
+
+def test_even_then_a_pickle_runs_nothing(tmp_path):
+    folder = pickled_model(tmp_path / "model", {"x": Hostile(tmp_path / "pwned")})
+    with pytest.raises((pickle.UnpicklingError, OSError, ValueError)):
+        load_model(ModelConfig(model_name_or_path=folder, allow_pickled_weights=True))
+    assert not (tmp_path / "pwned").exists()
+    torch.load(tmp_path / "model" / "pytorch_model.bin", weights_only=False)  # it would have
+    assert (tmp_path / "pwned").exists()
+
+
+def test_a_checkpoint_runs_nothing_even_where_its_reader_would_let_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "0")  # and undone after the test
+    torch.save({"state": Hostile(tmp_path / "pwned")}, tmp_path / "optim_states.pt")
+    torch.save({"stage": ZeroStageEnum.weights, "scaler": LossScaler(2.0)}, tmp_path / "deepspeed.pt")
+    refuse_pickled_code()
+    with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
+        torch.load(tmp_path / "optim_states.pt", weights_only=False)  # as DeepSpeed reads its files
+    assert not (tmp_path / "pwned").exists()
+    saved = torch.load(tmp_path / "deepspeed.pt", weights_only=False)
+    assert saved["stage"] == ZeroStageEnum.weights and saved["scaler"].cur_scale == 2.0
+
+
+@pytest.mark.parametrize("place", ["recipe", "overlay", "command line"])
+def test_yaml_tags_that_make_objects_are_refused(tmp_path, place):
+    hostile = (
+        f"run_name: !!python/object/apply:pathlib.Path.touch [!!python/object/apply:pathlib.Path ['{tmp_path}/pwned']]"
+    )
+    path = tmp_path / "hostile.yaml"
+    path.write_text(hostile + "\n")
+    recipe = REPOSITORY / "recipes/tiny/rmipo.yaml"
+    if place == "command line":  # stays the text that it is
+        loaded = load_recipe(recipe, overrides=[f"--run_name={hostile.removeprefix('run_name: ')}"])
+        assert loaded.values["run_name"].startswith("!!python/object")
+    else:
+        with pytest.raises(ConfigError, match="is not a valid recipe: could not determine a constructor"):
+            load_recipe(path) if place == "recipe" else load_recipe(recipe, [path])
+    assert not (tmp_path / "pwned").exists()
+
+
+def test_the_handbooks_trust_remote_code_is_not_followed():
+    recipe = load_recipe(REPOSITORY / "recipes/tiny/rmipo.yaml", overrides=["--trust_remote_code", "true"])
+    assert "trust_remote_code: true ignored: code from the hub is not run" in recipe.notices
+    assert "trust_remote_code" not in recipe.values
+
+
+# Secrets
+
+
+def test_no_secret_of_the_environment_gets_into_any_output(tmp_path):
+    overrides = make_twin(tmp_path, "tiny/rmipo", "llama3", "on_policy_ultrafeedback")
+    flags = dict(zip(overrides[::2], overrides[1::2], strict=True))
+    flags |= {"--report_to": "[wandb, tensorboard]", "--save_strategy": "steps", "--save_steps": "1"}
+    flags |= {"--output_dir": str(tmp_path / "out"), "--dataset_num_proc": "null"}
+    command = [sys.executable, "scripts/preference.py", "--config", "recipes/tiny/rmipo.yaml"]
+    environment = os.environ | SECRETS | {"WANDB_MODE": "offline", "WANDB_DIR": str(tmp_path)}
+    done = subprocess.run(
+        [*command, *(text for pair in flags.items() for text in pair)],
+        cwd=REPOSITORY, env=environment | {"TENSORBOARD_LOGGING_DIR": str(tmp_path / "tensorboard")},
+        capture_output=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr.decode()[-3000:]
+    files = [path for path in tmp_path.rglob("*") if path.is_file() and "data" not in path.parts]
+    written = {str(path): path.read_bytes() for path in files} | {"stdout": done.stdout, "stderr": done.stderr}
+    assert any(name.endswith(".wandb") for name in written) and any("tfevents" in name for name in written)
+    assert any(name.endswith("checkpoint-2/training_args.bin") for name in written)
+    for name, content in written.items():
+        for variable, secret in SECRETS.items():
+            assert secret.encode() not in content, f"{variable} is in {name}"
+
+
+# Files of others
+
+
+def test_a_folder_of_something_else_is_not_overwritten(tmp_path):
+    identity = run_identity({"learning_rate": 1e-6}, {"train": "a"}, 1)
+    assert resume_point(tmp_path / "new", identity) is None
+    (tmp_path / "run.tmp").touch()  # a start that was killed before it had written anything
+    assert resume_point(tmp_path, identity) is None
+    save("llama3", tmp_path)
+    with pytest.raises(
+        CheckpointError, match=r"is not empty, and there is no run.json .* Found: chat_template.jinja, config"
+    ):
+        resume_point(tmp_path, identity)

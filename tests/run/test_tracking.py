@@ -1,0 +1,86 @@
+"""What a run leaves behind: the W&B file, metrics, the run record, curves."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import wandb
+from PIL import Image
+
+from rmipo.record import RunRecord, environment, read_metrics
+from rmipo.run.checkpoints import run_identity
+from rmipo.run.curves import plot_curves, plot_gamma_histogram
+from tests.helpers.wandb_file import read_config, read_history
+from tests.training.test_scoring import make_pairs
+from tests.training.test_trainer import make_trainer
+
+
+def test_wandb_offline_run_holds_what_was_logged(tmp_path, monkeypatch):
+    wandb.teardown()  # what an earlier test of this process read from its environment
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    pairs = make_pairs(16, seed=2)
+    trainer = make_trainer(tmp_path / "run", pairs, eval_pairs=pairs[:4], report_to="wandb", eval_strategy="epoch")
+    trainer.train()
+    wandb.finish()
+    (file,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    history = read_history(file)
+    lines = read_metrics(tmp_path / "run")
+
+    for number, line in enumerate(line for line in lines if "loss" in line):
+        (logged,) = (
+            entry for entry in history if entry.get("train/global_step") == number + 1 and "train/loss" in entry
+        )
+        for name in ("rewards/margins", "rewards/accuracies", "rmipo/gamma_mean", "common/margin_avg_logp"):
+            assert logged[f"train/{name}"] == pytest.approx(line[name], rel=1e-6), name
+    evaluations = [entry for entry in history if "eval/rewards/accuracies" in entry]
+    (held_out,) = (line for line in lines if "eval_loss" in line)
+    assert [entry["eval/loss"] for entry in evaluations] == pytest.approx([held_out["eval_loss"]], rel=1e-6)
+    config = read_config(file)
+    assert config["objective"]["gamma_max"] == 1.6 and config["global_batch_size"] == 8
+
+
+def test_run_record_is_written_at_start_and_completed_at_the_end(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_RUN_ID", "keep")  # and undone after the test
+    monkeypatch.setenv("WANDB_RESUME", "allow")
+    identity = run_identity({"learning_rate": 1e-6}, {"train": "abc"}, world_size=1)
+    record = RunRecord(tmp_path, identity, data={"rows": 3})
+    record.start()
+    started = json.loads((tmp_path / "run.json").read_text())
+    assert started["finished"] is False and started["recipe"] == {"learning_rate": 1e-6}
+    assert started["versions"]["torch"] == torch.__version__
+    assert started["fingerprints"] == {"train": "abc"} and started["data"] == {"rows": 3}
+    again = RunRecord(tmp_path, identity)
+    again.start()
+    again.results(eval_loss=0.5)
+    assert json.loads((tmp_path / "run.json").read_text())["finished"] is False  # card and upload come in between
+    again.finish()
+    finished = json.loads((tmp_path / "run.json").read_text())
+    assert finished["finished"] is True and finished["results"] == {"eval_loss": 0.5} and finished["seconds"] >= 0
+    assert finished["starts"] == 2 and finished["wandb_run_id"] == started["wandb_run_id"]
+
+
+def test_commit_of_a_repository_is_recorded():
+    commit = environment()["commit"]
+    if not (Path(__file__).parents[2] / ".git").exists():
+        pytest.skip("not a git checkout")
+    assert len(commit.removesuffix("+modified")) == 40
+
+
+def test_curves_and_histogram_are_pictures_with_ink(tmp_path):
+    lines = [
+        {
+            "step": step,
+            "rewards/margins": 0.1 * step,
+            "rewards/accuracies": 0.6,
+            "rmipo/gamma_mean": 1.2,
+            "rmipo/gamma_std": 0.2,
+        }
+        for step in range(1, 6)
+    ] + [{"step": 5, "eval_rewards/margins": 0.4, "eval_rewards/accuracies": 0.7, "eval_rmipo/gamma_mean": 1.1}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    gamma = torch.cat([torch.full((30,), 1.6), torch.linspace(0.4, 1.5, 60), torch.full((10,), 0.3)])
+    for path in (plot_curves(tmp_path), plot_gamma_histogram(gamma, (0.3, 1.6), tmp_path / "gamma.png")):
+        colours = Image.open(path).convert("RGB").getcolors(maxcolors=2**24)
+        assert len(colours) > 50, path

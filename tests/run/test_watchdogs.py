@@ -1,0 +1,184 @@
+"""Early warnings: when they come, once per kind, after recovery again; and that a resumed run remembers."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from rmipo.recipe.schema import PreferenceConfig
+from rmipo.record import read_metrics
+from rmipo.run import watchdogs
+from tests.helpers.families import make_tokenizer
+from tests.run.test_twins import REPOSITORY, make_twin
+from tests.training.test_scoring import make_pairs
+from tests.training.test_trainer import make_trainer
+
+
+def test_repeated_share_by_hand():
+    # 1 2 3 4 | 2 3 4 1 | 3 4 1 2 | 4 1 2 3 | 1 2 3 4: five 4-grams, the last a repeat of the first.
+    assert watchdogs.repeated_share([[1, 2, 3, 4, 1, 2, 3, 4]]) == pytest.approx(1 / 5)
+    assert watchdogs.repeated_share([[7] * 10]) == pytest.approx(6 / 7)
+    assert watchdogs.repeated_share([[7] * 10, [1, 2, 3, 4, 5, 6]]) == pytest.approx(6 / 10)
+    assert watchdogs.repeated_share([[1, 2, 3], []]) == 0
+
+
+class State:
+    is_world_process_zero = True
+    global_step = 0
+
+
+def arguments(tmp_path, **limits):
+    return PreferenceConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to="none", **limits)
+
+
+def feed(tmp_path, lines, watchdog):
+    """Log lines as a trainer does; returns them with what the watchdog added."""
+    state = State()
+    for number, line in enumerate(lines):
+        state.global_step = number + 1
+        watchdog.on_log(arguments(tmp_path), state, None, logs=line)
+        with open(tmp_path / "metrics.jsonl", "a") as file:
+            file.write(json.dumps({"step": state.global_step, **line}) + "\n")
+    return lines
+
+
+def lines_of(logps, norms):
+    return [
+        {"loss": 1.0, "common/chosen_avg_logp": logp, "grad_norm": norm}
+        for logp, norm in zip(logps, norms, strict=True)
+    ]
+
+
+def step_watchdog(tmp_path, **limits):
+    args = arguments(tmp_path, **limits)
+    return watchdogs.StepWatchdog(args, watchdogs.GenerationWatchdog(args, make_tokenizer("llama3")))
+
+
+def test_collapse_of_chosen_logps_warns_once_until_it_recovers(tmp_path, capsys):
+    logps = [-1.0, -1.2, -2.4, -2.6, -1.5, -2.1]
+    logged = feed(tmp_path, lines_of(logps, [1.0] * 6), step_watchdog(tmp_path, warn_chosen_logp_drop=1.0))
+    drops = [line["watchdog/chosen_logp_drop"] for line in logged]
+    assert drops == pytest.approx([0.0, 0.2, 1.4, 1.6, 0.5, 1.1])
+    output = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in output] == ["warning, step 3", "step 5", "warning, step 6"]
+    assert "1.40 nats per token less likely" in output[0] and "warn_chosen_logp_drop" in output[0]
+    assert "generations.jsonl" in output[0] and "lower learning_rate" in output[0]
+
+
+def test_gradient_norms_are_compared_with_their_running_median(tmp_path, capsys):
+    norms = [1.0] * 8 + [3.0] * 2 + [25.0, 40.0, 1.0, 9.0]
+    logged = feed(tmp_path, lines_of([-1.0] * 14, norms), step_watchdog(tmp_path, warn_grad_norm_ratio=20.0))
+    ratios = [line.get("watchdog/grad_norm_ratio") for line in logged]
+    assert ratios == [None] * 10 + [25.0, 40.0, 1.0, 9.0]  # not before ten norms are known
+    output = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in output] == ["warning, step 11", "step 13"]
+    assert "25 times its median (limit 20, warn_grad_norm_ratio)" in output[0]
+
+
+def test_a_resumed_run_compares_with_the_runs_own_start(tmp_path, capsys):
+    lines = lines_of([-1.0] * 5 + [-1.5] * 7, [2.0] * 12)
+    whole = feed(tmp_path, [dict(line) for line in lines], step_watchdog(tmp_path))
+    kept = (tmp_path / "metrics.jsonl").read_text().splitlines(keepends=True)[:6]
+    (tmp_path / "metrics.jsonl").write_text("".join(kept))
+    rest = feed(tmp_path, [dict(line) for line in lines[6:]], step_watchdog(tmp_path))
+    assert rest == whole[6:] and rest[-1]["watchdog/chosen_logp_drop"] == 0.5
+
+
+def test_repetition_in_the_generations_of_an_evaluation(tmp_path, capsys):
+    args, state, tokenizer = arguments(tmp_path), State(), make_tokenizer("llama3")
+    answers = {2: ["The capital of France is Paris."], 4: ["no no no no no no no no no no no no"], 6: ["Good luck!"]}
+    watchdog = watchdogs.GenerationWatchdog(args, tokenizer)
+    written = []
+    for step, texts in answers.items():
+        written += [{"step": step, "prompt": "?", "answer": text} for text in texts]
+        (tmp_path / "generations.jsonl").write_text("".join(json.dumps(line) + "\n" for line in written))
+        state.global_step = step
+        watchdog.on_evaluate(args, state, None)
+    output = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in output] == ["warning, step 4", "step 6"]
+    assert "of the sample generations' 4-grams are repeats (limit 50%, warn_repetition)" in output[0]
+
+    resumed = watchdogs.GenerationWatchdog(args, tokenizer)
+    state.global_step = 5  # the answers of step 6 were written after the checkpoint
+    resumed.on_train_begin(args, state, None)
+    ids = tokenizer(answers[4][0], add_special_tokens=False)["input_ids"]
+    assert resumed.repetition == watchdogs.repeated_share([ids]) > 0.5
+
+
+def test_a_run_logs_what_the_watchdogs_see(tmp_path):
+    pairs = make_pairs(96, seed=3)
+    trainer = make_trainer(tmp_path, pairs, logging_steps=1)
+    watchdogs.watch(trainer, make_tokenizer("llama3"))
+    trainer.train()
+    lines = [line for line in read_metrics(tmp_path) if "loss" in line]
+    assert len(lines) == 12
+    start = lines[0]["common/chosen_avg_logp"]
+    for line in lines:
+        assert line["watchdog/chosen_logp_drop"] == pytest.approx(start - line["common/chosen_avg_logp"])
+    assert [("watchdog/grad_norm_ratio" in line) for line in lines] == [False] * 10 + [True] * 2
+
+
+def test_a_silent_rank_is_reported_and_the_timeout_ends_the_run(tmp_path):
+    """The recipe's ddp_timeout holds on the CPU too, where transformers leaves it out."""
+    command = [
+        sys.executable,
+        "-m",
+        "tests.helpers.silent_rank",
+        "--ddp_timeout",
+        "6",
+        "--model_name_or_path",
+        "some/model",
+    ]
+    processes = []
+    for rank in ("0", "1"):
+        launched = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(20000 + os.getpid() % 20000)}
+        environment = os.environ | launched | meeting
+        processes.append(subprocess.Popen(command, cwd=REPOSITORY, env=environment, stderr=subprocess.PIPE, text=True))
+    try:
+        errors = processes[0].communicate(timeout=200)[1]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    assert processes[0].returncode == 2, errors[-3000:]
+    assert "warning, rank 0 of 2: nothing has come after step 1 for 2 s" in errors
+    assert "all_reduce" in errors.partition("This rank is in:")[2]
+    assert "error: another process did not answer: " in errors and "6 s, raise ddp_timeout" in errors
+    assert "Traceback" not in errors
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run(tmp_path):
+    state = State()
+    state.global_step = 7
+    watchdog = watchdogs.FiniteWatchdog()
+    watchdog.on_log(arguments(tmp_path), state, None, logs={"loss": 1.0, "grad_norm": 2.0})
+    with pytest.raises(
+        watchdogs.NonFiniteStepError, match=r"^step 7: grad_norm is nan\. The last checkpoint is from before"
+    ):
+        watchdog.on_log(arguments(tmp_path), state, None, logs={"loss": 1.0, "grad_norm": float("nan")})
+    scaled = arguments(tmp_path)
+    scaled.fp16 = True  # whose scaler skips such a step
+    watchdog.on_log(scaled, state, None, logs={"loss": 1.0, "grad_norm": float("inf")})
+    with pytest.raises(watchdogs.NonFiniteStepError, match=r"^step 7: loss is inf"):
+        watchdog.on_log(scaled, state, None, logs={"loss": float("inf"), "grad_norm": 1.0})
+
+
+def test_sft_that_diverges_stops_before_it_is_saved(tmp_path):
+    overrides = make_twin(tmp_path, "tiny/sft", "llama3", "ultrachat")
+    flags = dict(zip(overrides[::2], overrides[1::2], strict=True))
+    flags |= {"--learning_rate": "1e30", "--save_strategy": "steps", "--save_steps": "1", "--max_steps": "4"}
+    command = [
+        sys.executable,
+        "scripts/sft.py",
+        "--config",
+        "recipes/tiny/sft.yaml",
+        "--output_dir",
+        str(tmp_path / "out"),
+    ]
+    command += [text for pair in flags.items() for text in pair]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 2 and "error: step 2: grad_norm is nan" in done.stderr, done.stderr[-3000:]
+    assert [path.parent.name for path in (tmp_path / "out").glob("checkpoint-*/complete.json")] == ["checkpoint-1"]

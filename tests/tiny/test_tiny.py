@@ -1,0 +1,384 @@
+"""The tiny world: what it holds, how answers are judged, what its tokenizer and model are."""
+
+import hashlib
+import json
+import math
+import random
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from rmipo.data.chat import ChatFormat
+from rmipo.data.pairs import load_messages, load_pairs, tokenize_pairs
+from rmipo.recipe.schema import DataConfig
+from rmipo.tiny import judge
+from rmipo.tiny.config import load_world_config, make_world_config
+from rmipo.tiny.files import read_world, write_world
+from rmipo.tiny.model import make_model, train_tokenizer
+from rmipo.tiny.world import ANSWERS, BOILERPLATE, Fact, World
+
+RECIPE = Path(__file__).parents[2] / "recipes" / "tiny" / "world.yaml"
+SHIPPED = load_world_config(RECIPE)
+CONFIG = replace(SHIPPED, names=40, values_per_attribute=12, held_out_facts=0.3, held_out_phrasings=2)
+SMALL = replace(
+    CONFIG, names=5, sft_train=300, sft_test=40, pairs_train=200, pairs_test=40, hidden_size=32, intermediate_size=48
+)
+
+
+@pytest.fixture(scope="module")
+def world():
+    return World(CONFIG)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("world")
+    assert write_world(folder, replace(SMALL, label_noise=0.15))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tokenizer(folder):
+    return AutoTokenizer.from_pretrained(folder / "model")
+
+
+def digests(folder):
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def rows(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+# What the world holds
+
+
+def test_sizes(world):
+    held_out_facts = {question.fact for question in world.held_out_questions}
+    assert len(world.facts) == 40 * 6
+    assert len(held_out_facts) == 72  # 0.3 of them
+    assert len(world.held_out_questions) == 72 * 2
+    assert len(world.train_questions) == 240 * 8 - 144
+    assert len(world.pair_questions) == (240 - 72) * 8
+    assert len(set(BOILERPLATE)) == 6 * 6 * 5
+
+
+def test_held_out_questions_are_nowhere_else(world):
+    held_out = {question.prompt[0]["content"] for question in world.held_out_questions}
+    held_out_facts = {question.fact for question in world.held_out_questions}
+    asked = {row["messages"][0]["content"] for row in world.dialogues("train") if len(row["messages"]) == 2}
+    assert len(held_out) == 144 and len(asked) > 1500
+    assert not held_out & asked
+    assert not held_out_facts & {question.fact for question in world.pair_questions}
+    train = {row["prompt"][0]["content"] for row in world.pairs("train")}
+    test = {row["prompt"][0]["content"] for row in world.pairs("test")}
+    assert not train & held_out and test == held_out
+
+
+def test_shares_are_exact():
+    config = replace(CONFIG, sft_boilerplate=0.25, sft_off_topic=0.1, sft_prompt_dropped=0.2, label_noise=0.15)
+    world = World(replace(config, rejected_boilerplate=0.6))
+    dialogues = list(world.dialogues("train"))
+    kinds = [row["kind"] for row in dialogues]
+    assert (kinds.count("boilerplate"), kinds.count("off_topic"), kinds.count("right")) == (2000, 800, 5200)
+    assert sum(len(row["messages"]) == 1 for row in dialogues) == 1600
+    pairs = list(world.pairs("train"))
+    assert sum(row["flipped"] for row in pairs) == 240
+    assert sum(row["kind"] == "boilerplate" for row in pairs) == 960
+    assert not any(row["flipped"] for row in world.pairs("test"))
+
+
+def test_responses_are_what_their_kind_says():
+    world = World(replace(CONFIG, label_noise=0.5))
+    classes = {"right": "right", "boilerplate": "boilerplate", "off_topic": "wrong"}
+    facts = {question.prompt[0]["content"]: question.fact for question in world.train_questions}
+    judged = {"kept": 0, "flipped": 0}
+    scores = {"boilerplate": (2, 1), "off_topic": (2, 0)}  # of the better and the worse response
+    for row in world.pairs("train"):
+        fact = facts[row["prompt"][0]["content"]]
+        better, worse = ("rejected", "chosen") if row["flipped"] else ("chosen", "rejected")
+        assert world.classify(fact, row[better][0]["content"]) == "right"
+        assert world.classify(fact, row[worse][0]["content"]) == classes[row["kind"]]
+        assert (row[f"score_{better}"], row[f"score_{worse}"]) == scores[row["kind"]]
+        judged["flipped" if row["flipped"] else "kept"] += 1
+    assert judged == {"kept": 800, "flipped": 800}
+    for row in world.dialogues("train"):
+        if len(row["messages"]) == 2:
+            question, answer = (message["content"] for message in row["messages"])
+            assert world.classify(facts[question], answer) == classes[row["kind"]]
+
+
+def test_a_knob_leaves_what_it_does_not_name(world):
+    noisy = World(replace(CONFIG, label_noise=0.3))
+    assert noisy.facts == world.facts
+    assert list(noisy.dialogues("train")) == list(world.dialogues("train"))
+    assert [row["prompt"] for row in noisy.pairs("test")] == [row["prompt"] for row in world.pairs("test")]
+    assert World(replace(CONFIG, seed=1)).facts != world.facts
+
+
+# How answers are judged
+
+
+def test_classes_exclude_each_other(world):
+    right = {answer for fact in world.facts for answer in fact.answers}
+    assert not right & set(BOILERPLATE) and not world.well_formed & set(BOILERPLATE)
+    assert right <= world.well_formed
+    assert len(set(world.facts[0].answers)) == len(ANSWERS)
+
+
+def test_every_right_answer_is_recognised(world):
+    for fact in world.facts:
+        assert [world.classify(fact, answer) for answer in fact.answers] == ["right"] * 8
+        assert not any(world.classify(fact, text) == "right" for text in BOILERPLATE)
+
+
+@pytest.mark.parametrize(
+    ("response", "expected"),
+    [
+        ("Ada's home town is Oslo.", "right"),
+        ("It is Oslo.", "right"),
+        ("It is Lima.", "wrong"),
+        ("Ada's home town is Lima.", "wrong"),
+        ("Bela's home town is Oslo.", "wrong"),
+        ("The favourite drink of Ada is tea.", "wrong"),
+        ("Of course! There are many things to consider here. I hope this helps!", "boilerplate"),
+        ("Ada's home town is Oslo", "garbled"),
+        ("Ada's home town is is Oslo.", "garbled"),
+        (" Ada's home town is Oslo.", "garbled"),
+        ("Of course! Ada's home town is Oslo.", "garbled"),
+        ("It is Oslo. I hope this helps!", "garbled"),
+        ("", "garbled"),
+    ],
+)
+def test_classify(world, response, expected):
+    assert world.classify(Fact("Ada", "home town", "Oslo"), response) == expected
+
+
+def test_right_probability_equals_a_naive_loop(folder, tokenizer):
+    world, model = read_world(folder), AutoModelForCausalLM.from_pretrained(folder / "model").double()
+    with torch.no_grad():
+        # Weights that make some answers likely, so that the sum has terms of different size.
+        for parameter in model.parameters():
+            parameter.mul_(1.5)
+    questions = world.held_out_questions[:5]
+    expected = []
+    for question in questions:
+        total = 0.0
+        for answer in question.fact.answers:
+            prompt = tokenizer.apply_chat_template(question.prompt, add_generation_prompt=True, return_dict=False)
+            full = prompt + tokenizer(answer, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+            with torch.no_grad():
+                logits = model(torch.tensor([full])).logits[0].double()
+            logp = sum(logits[i - 1].log_softmax(-1)[full[i]].item() for i in range(len(prompt), len(full)))
+            total += math.exp(logp)
+        expected.append(total)
+    found = judge.right_probabilities(model, ChatFormat.probe(tokenizer), questions)
+    assert min(expected) > 0 and len(set(expected)) == 5
+    torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64), rtol=1e-4, atol=0)
+
+
+def test_evaluate(folder, tokenizer):
+    world, model = read_world(folder), AutoModelForCausalLM.from_pretrained(folder / "model")
+    random_state = torch.get_rng_state()
+    results = [judge.evaluate(model, tokenizer, world, 4, samples_per_question=2, seed=seed) for seed in (1, 1, 2)]
+    assert torch.equal(random_state, torch.get_rng_state())
+    assert results[0] == results[1]
+    assert results[0]["samples"] != results[2]["samples"]
+    assert sum(results[0][name] for name in ("right", "boilerplate", "wrong", "garbled")) == 1
+    assert results[0]["garbled"] == 1  # an untrained model
+    questions = [question.prompt[0]["content"] for question in world.held_out_questions[:4]]
+    assert [entry["prompt"] for entry in results[0]["samples"]] == [text for text in questions for _ in range(2)]
+
+
+def test_a_model_that_knows_one_answer_is_judged_right(folder, tokenizer):
+    """A few steps on one dialogue: its samples are the right answer, whose probability is near 1."""
+    world, model = read_world(folder), AutoModelForCausalLM.from_pretrained(folder / "model")
+    question = world.held_out_questions[0]
+    dialogue = [*question.prompt, {"role": "assistant", "content": question.fact.answers[1]}]
+    ids = torch.tensor([tokenizer.apply_chat_template(dialogue, return_dict=False)])
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    for _ in range(60):
+        model(ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    result = judge.evaluate(model, tokenizer, world, 1, samples_per_question=8)
+    assert result["right_probability"] > 0.95
+    assert result["right"] > 0.8
+
+
+def test_preference_metrics(folder, tokenizer):
+    model, chat = AutoModelForCausalLM.from_pretrained(folder / "model"), ChatFormat.probe(tokenizer)
+    dataset = load_pairs(DataConfig(dataset_name=str(folder / "pairs")), "test")
+    pairs, _ = tokenize_pairs(
+        dataset, chat, max_length=128, max_prompt_length=64, max_dropped_fraction=0, max_truncated_fraction=0
+    )
+    margins = []
+    for row in pairs:
+        means = []
+        for side in ("chosen_ids", "rejected_ids"):
+            full, start = row["prompt_ids"] + row[side], len(row["prompt_ids"])
+            with torch.no_grad():
+                logps = model(torch.tensor([full])).logits[0].log_softmax(-1)
+            means.append(torch.stack([logps[i - 1, full[i]] for i in range(start, len(full))]).mean().item())
+        margins.append(means[0] - means[1])
+    metrics = judge.preference_metrics(model, pairs)
+    assert len(margins) == 40 and 0 < metrics["preference_accuracy"] < 1
+    assert metrics["preference_accuracy"] == sum(margin > 0 for margin in margins) / 40
+    assert metrics["preference_margin"] == pytest.approx(sum(margins) / 40, abs=1e-5)
+
+
+def test_text_metrics():
+    responses = [
+        {"ids": [1, 2, 1, 2, 1, 2, 1], "ended": False},  # 4-grams 1212 2121 1212 2121: half of them seen before
+        {"ids": [1, 2, 3], "ended": True},
+        {"ids": [1, 2, 3, 4, 5, 6, 7, 8], "ended": True},  # 5 four-grams, all new
+    ]
+    expected = {"mean_length": 6.0, "ended": pytest.approx(2 / 3), "repetition": pytest.approx(2 / 9)}
+    assert judge.text_metrics(responses) == expected
+
+
+# Tokenizer, model, files
+
+
+def test_same_config_same_files(folder, tmp_path):
+    random.seed(7)
+    torch.manual_seed(7)
+    states = random.getstate(), torch.get_rng_state()
+    assert write_world(tmp_path / "again", replace(SMALL, label_noise=0.15))
+    assert random.getstate() == states[0] and torch.equal(torch.get_rng_state(), states[1])
+    first = digests(folder)
+    assert digests(tmp_path / "again") == first
+    assert {"sft/train.jsonl", "pairs/test.jsonl", "questions.jsonl", "model/model.safetensors"} <= first.keys()
+    assert write_world(tmp_path / "other", replace(SMALL, seed=1))
+    changed = [name for name, digest in digests(tmp_path / "other").items() if first[name] != digest]
+    assert {"sft/train.jsonl", "pairs/test.jsonl", "questions.jsonl", "model/model.safetensors"} <= set(changed)
+
+
+def test_a_world_is_kept_and_another_one_refused(folder):
+    before = digests(folder)
+    assert write_world(folder, replace(SMALL, label_noise=0.15)) is False
+    with pytest.raises(ValueError, match=r"another world.*Different: seed, label_noise"):
+        write_world(folder, replace(SMALL, seed=3))
+    assert digests(folder) == before
+    assert asdict(read_world(folder).config) == asdict(replace(SMALL, label_noise=0.15))
+    with pytest.raises(ValueError, match=r"no world\.json"):
+        read_world(folder / "sft")
+
+
+def test_the_hub_form_is_read_by_the_data_code(folder):
+    messages = load_messages(DataConfig(dataset_name=str(folder / "sft")), "train")
+    assert len(messages) == 300
+    assert [len(row["messages"]) for row in messages].count(1) == 30
+    pairs = load_pairs(DataConfig(dataset_name=str(folder / "pairs")), "train")
+    source = rows(folder / "pairs" / "train.jsonl")
+    assert sum(row["flipped"] for row in source) == 30
+    assert pairs["rejected"][:] == [row["rejected"] for row in source]
+    questions = rows(folder / "questions.jsonl")
+    assert [row["right"] for row in questions] == [q.fact.answers for q in read_world(folder).held_out_questions]
+
+
+def test_chat_template(tokenizer):
+    chat = ChatFormat.probe(tokenizer)
+    bos, end, pad = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
+    assert len({bos, end, pad}) == 3 and chat.end_id == end
+    header = tokenizer.convert_tokens_to_ids("<|assistant|>")
+    assert chat.prior_context("header") == [bos, header]
+    prompt = [
+        {"role": "user", "content": " é x\n"},
+        {"role": "assistant", "content": "A"},
+        {"role": "user", "content": "B"},
+    ]
+    answers = [[{"role": "assistant", "content": text}] for text in ("It is Oslo.", "\n no ")]
+    prompt_ids, *responses = chat.pair_ids(prompt, *answers)
+    assert prompt_ids.count(bos) == 1 and prompt_ids[0] == bos and prompt_ids[-1] == header
+    for answer, response in zip(answers, responses, strict=True):
+        assert response[-1] == end and response.count(end) == 1
+        assert tokenizer.apply_chat_template(prompt + answer, return_dict=False) == prompt_ids + response
+        assert tokenizer.decode(response[:-1]) == answer[0]["content"]
+
+
+def test_words_of_the_world_are_whole_tokens():
+    world = World(CONFIG)
+    texts = [message["content"] for row in world.dialogues("train") for message in row["messages"]]
+    tokenizer = train_tokenizer(texts, CONFIG.vocab_size)
+    values = {fact.value for fact in world.facts}
+    assert len(tokenizer) <= CONFIG.vocab_size
+    assert all(len(tokenizer(f" {word}")["input_ids"]) == 1 for word in values | set(world.names))
+
+
+def test_model_loads_and_generates(folder, tokenizer):
+    model = AutoModelForCausalLM.from_pretrained(folder / "model")
+    assert model.config.tie_word_embeddings and model.config.max_position_embeddings == 2048
+    assert model.get_input_embeddings().weight.shape == (len(tokenizer), 32)
+    generation = model.generation_config
+    assert (generation.eos_token_id, generation.pad_token_id) == (tokenizer.eos_token_id, tokenizer.pad_token_id)
+    question = [{"role": "user", "content": "What is Ada's home town?"}]
+    inputs = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    output = model.generate(**inputs, max_new_tokens=5, do_sample=False)
+    assert inputs["input_ids"].shape[1] < output.shape[1] <= inputs["input_ids"].shape[1] + 5
+
+
+def test_shipped_model_is_a_few_million_parameters_at_most(tokenizer):
+    assert 3e5 < make_model(SHIPPED, tokenizer).num_parameters() < 4e6
+
+
+def test_other_peoples_pairs(tmp_path):
+    """DATA=: the tokenizer learns their text, SFT their chosen responses; rows that can't be used are left out."""
+    turns = [("user", "Wie heißt das?"), ("assistant", "Es heißt Baum, ganz einfach Baum.")]
+    dialogue = [{"role": role, "content": content} for role, content in turns]
+    source = [
+        {"prompt": dialogue[:1], "chosen": dialogue[1:], "rejected": [{"role": "assistant", "content": f"Nein {i}."}]}
+        for i in range(20)
+    ]
+    source[3]["rejected"] = source[3]["chosen"]
+    for split in ("train", "test"):
+        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in source))
+    pairs = {split: load_pairs(DataConfig(dataset_name=str(tmp_path)), split) for split in ("train", "test")}
+    output = tmp_path / "world"
+    assert write_world(output, SMALL, pairs)
+    assert write_world(output, SMALL, pairs) is False
+    assert read_world(output) is None and not (output / "pairs").exists()
+    written = [row["messages"] for row in rows(output / "sft" / "train.jsonl")]
+    assert sorted(map(len, written)) == [1] * 2 + [2] * 17  # 0.1 of 19 without a prompt
+    assert all(messages == dialogue[-len(messages) :] for messages in written)
+    tokenizer = AutoTokenizer.from_pretrained(output / "model")
+    assert len(tokenizer("Wie heißt")["input_ids"]) == 2
+    with pytest.raises(ValueError, match=r"the pairs \(--data\)"):
+        write_world(output, SMALL)
+
+
+# Knobs
+
+
+def test_all_wrong_knobs_are_named_at_once(tmp_path):
+    values = asdict(CONFIG) | {"label_nois": 0.1, "names": "many", "sft_train": 2.5}
+    del values["label_noise"]
+    path = tmp_path / "world.yaml"
+    path.write_text("".join(f"{key}: {value}\n" for key, value in values.items()))
+    with pytest.raises(ValueError) as error:
+        load_world_config(path)
+    message = str(error.value)
+    assert message.startswith(str(path))
+    assert "label_nois is not a knob" in message and "label_noise is missing" in message
+    assert "names is 'many': expected a whole number" in message and "sft_train is 2.5" in message
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"label_noise": 1.5, "names": 41}, "label_noise is 1.5: expected 0 to 1; names is 41: expected 2 to 40"),
+        ({"sft_boilerplate": 0.8, "sft_off_topic": 0.3}, "sft_boilerplate + sft_off_topic is above 1"),
+        ({"held_out_facts": 0.0}, "held_out_facts is 0.0: of 240 facts some must be held out"),
+        ({"hidden_size": 100, "num_attention_heads": 8}, "hidden_size is 100: expected a multiple of 16"),
+        ({"pairs_test": 0}, "pairs_test is 0: expected 1 to"),
+        ({"vocab_size": 100}, "vocab_size is 100: expected 262"),
+    ],
+)
+def test_values_out_of_range(changes, expected):
+    with pytest.raises(ValueError) as error:
+        make_world_config(asdict(CONFIG) | changes)
+    assert expected in str(error.value)

@@ -1,0 +1,192 @@
+"""LoRA and QLoRA: training against a naive loop, dropout off in the prior pass, merging, memory on one GPU."""
+
+import contextlib
+import dataclasses
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, Gemma2Config
+
+from rmipo.evaluation.target import model_folder
+from rmipo.plan import preflight
+from rmipo.plan.memory import GIB, Hardware, Sharding
+from rmipo.recipe.load import load_recipe
+from rmipo.training import attention
+from tests.helpers.families import make_tokenizer, save
+from tests.references.padded import padded_pairs, rmipo_loss
+from tests.run.test_twins import make_twin, run
+from tests.training.test_scoring import SIZES, make_model, make_pairs
+from tests.training.test_trainer import CONTEXT, make_trainer, rows_per_step
+
+ROOT = Path(__file__).parents[2]
+SETTINGS = ["llama3-8b-base", "llama3-8b-instruct", "mistral-7b-base", "mistral-7b-instruct"]
+
+
+def with_adapter(dropout=0.0):
+    torch.manual_seed(1)
+    config = LoraConfig(r=4, lora_alpha=8, lora_dropout=dropout, target_modules="all-linear", task_type="CAUSAL_LM")
+    model = get_peft_model(make_model("llama"), config)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:  # PEFT starts them at zero, where the adapter does nothing
+            torch.nn.init.normal_(parameter, std=0.05)
+    return model
+
+
+def test_training_an_adapter_equals_a_naive_loop(tmp_path):
+    pairs = make_pairs(21, seed=11)
+    trainer = make_trainer(tmp_path, pairs, model=with_adapter())
+    model = with_adapter()
+    frozen = {name: value.clone() for name, value in model.named_parameters() if not value.requires_grad}
+    trained = [value for value in model.parameters() if value.requires_grad]
+    start = [value.clone() for value in trained]
+    optimizer = torch.optim.AdamW(trained, lr=1e-3, weight_decay=0.0)
+    for rows in rows_per_step(trainer):
+        loss = rmipo_loss(padded_pairs(model, [pairs[i] for i in rows], CONTEXT))
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+    trainer.train()
+
+    actual = dict(trainer.model.named_parameters())
+    for name, wanted in model.named_parameters():
+        torch.testing.assert_close(actual[name], wanted, atol=2e-4, rtol=0, msg=name)
+    for name, value in frozen.items():
+        assert torch.equal(actual[name], value), name
+    # Three steps of 1e-3 move a weight by about 3e-3: ten times the tolerance above.
+    assert min((now - before).abs().max() for now, before in zip(trained, start, strict=True)) > 1.5e-3
+    assert trainer.parity < 1e-5
+
+
+def test_dropout_is_off_in_the_prior_pass_and_on_in_the_gradient_pass(tmp_path):
+    pairs = make_pairs(4, seed=2)
+    trainer = make_trainer(tmp_path, pairs, model=with_adapter(dropout=0.5), per_device_train_batch_size=4)
+    step = next(iter(trainer.get_train_dataloader()))
+    rows = [pairs[i] for i in step[0]["rows"]]
+    with torch.no_grad():
+        expected = padded_pairs(with_adapter(dropout=0.5).eval(), rows, CONTEXT)
+    model = trainer.model.train()
+    (known,) = trainer._score_hoisted(model, step)
+    torch.testing.assert_close(known["prior_chosen_logps"], expected["prior_chosen_logps"].float(), atol=1e-4, rtol=0)
+
+    trainer.training_step(model, step)
+    (columns,) = trainer._window_columns
+    assert (columns["chosen_logps"] - expected["chosen_logps"]).abs().max() > 1e-2
+    assert model.training
+
+
+def test_refusals_see_through_the_adapter():
+    base = AutoModelForCausalLM.from_config(Gemma2Config(**SIZES, head_dim=8))
+    model = get_peft_model(base, LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM"))
+    with pytest.raises(ValueError, match="soft-capped attention scores"):
+        attention.attach(model, "segment")
+
+
+def merge(folder, *arguments):
+    """Exit code of scripts/merge_adapter.py."""
+    with pytest.MonkeyPatch.context() as patch, contextlib.suppress(SystemExit):
+        patch.setattr(sys, "argv", ["merge_adapter.py", str(folder), *arguments])
+        try:
+            runpy.run_path(str(ROOT / "scripts/merge_adapter.py"), run_name="__main__")
+        except SystemExit as end:
+            return end.code
+
+
+def logits(model):
+    ids = torch.arange(3, 60)[None]
+    with torch.no_grad():
+        return model.eval()(input_ids=ids).logits
+
+
+def test_merged_logits_equal_the_adapters(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    overrides = make_twin(tmp_path, "llama3-8b-instruct/rmipo", "llama3", "on_policy_ultrafeedback")
+    overlay = ["--overlay", "recipes/adapters/lora.yaml", "--lora_r=4"]
+    lines = run("llama3-8b-instruct/rmipo", [*overrides, *overlay], tmp_path / "lora", zero3=False)
+    assert [line["step"] for line in lines] == [1, 2]
+
+    assert merge(tmp_path / "lora") == 0
+    assert merge(tmp_path / "lora") == 2 and "lora-merged exists" in capsys.readouterr().err
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "lora-merged", dtype=torch.float32)
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
+    before = logits(base)
+    adapter = PeftModel.from_pretrained(base, tmp_path / "lora")
+    torch.testing.assert_close(logits(merged), logits(adapter), atol=1e-5, rtol=0)
+    assert (logits(adapter) - before).abs().max() > 1e-3  # two steps at 1e-3 do change the model
+    shapes = {name: value.shape for name, value in load_file(tmp_path / "lora-merged" / "model.safetensors").items()}
+    wanted = {name: value.shape for name, value in load_file(tmp_path / "model" / "model.safetensors").items()}
+    assert shapes == wanted
+    assert (tmp_path / "lora-merged" / "chat_template.jinja").is_file()
+    for name in ("run.json", "metrics.jsonl"):  # it is the same run, and is evaluated as that
+        assert (tmp_path / "lora-merged" / name).read_bytes() == (tmp_path / "lora" / name).read_bytes()
+    assert model_folder(ROOT / "recipes" / tmp_path.name / "rmipo.yaml", tmp_path.parent, "lora-merged").is_dir()
+
+
+def test_bfloat16_model_with_large_logits_is_merged(tmp_path):
+    save("llama3", tmp_path / "model", hidden_size=64, intermediate_size=128)
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.bfloat16)
+    with torch.no_grad():
+        base.lm_head.weight *= 20 / logits(base).abs().max()
+    base.save_pretrained(tmp_path / "model")
+    torch.manual_seed(0)
+    config = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
+    adapter = get_peft_model(base, config)
+    for name, parameter in adapter.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+    folder = tmp_path / "lora"
+    adapter.save_pretrained(folder)
+    make_tokenizer("llama3").save_pretrained(folder)
+    record = {"recipe": {"model_name_or_path": str(tmp_path / "model"), "dtype": "bfloat16"}}
+    (folder / "run.json").write_text(json.dumps(record))
+    (folder / "metrics.jsonl").touch()
+
+    assert merge(folder) == 0
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "lora-merged")
+    assert merged.dtype == torch.bfloat16 and 15 < logits(merged).abs().max() < 40
+    difference = (logits(merged).float().log_softmax(-1) - logits(adapter).float().log_softmax(-1)).abs().max()
+    assert 5e-2 < difference < 0.5  # of one and the same function, rounded in two ways
+    exact = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
+    adapter = PeftModel.from_pretrained(exact, folder).merge_and_unload()
+    saved = load_file(tmp_path / "lora-merged" / "model.safetensors")
+    for name, value in adapter.state_dict().items():
+        if name in saved:
+            assert torch.equal(saved[name], value.to(torch.bfloat16)), name
+
+
+def test_a_folder_without_an_adapter_is_refused(tmp_path, capsys):
+    assert merge(tmp_path) == 2
+    assert "holds no trained adapter: expected run.json and adapter_config.json" in capsys.readouterr().err
+
+
+def test_four_bit_base_trains_an_adapter(tmp_path):
+    pytest.importorskip("bitsandbytes", reason="make install EXTRAS=gpu")
+    overrides = make_twin(tmp_path, "llama3-8b-instruct/rmipo", "llama3", "on_policy_ultrafeedback")
+    save("llama3", tmp_path / "model", hidden_size=64, intermediate_size=128)  # 4-bit blocks hold 64 weights
+    overlay = ["--overlay", "recipes/adapters/qlora.yaml", "--lora_r=4"]
+    lines = run("llama3-8b-instruct/rmipo", [*overrides, *overlay], tmp_path / "qlora", zero3=False)
+    # One step at the same pairs: what 4 bits change of the first loss is small, and not nothing.
+    plain = run("llama3-8b-instruct/rmipo", overrides, tmp_path / "plain", zero3=False)
+    assert 0 < abs(lines[0]["loss"] - plain[0]["loss"]) < 0.05
+    assert merge(tmp_path / "qlora") == 0
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize(("adapter", "gib"), [("lora", 48), ("qlora", 24)])
+def test_adapters_fit_one_gpu(setting, adapter, gib):
+    recipe = load_recipe(ROOT / f"recipes/{setting}/rmipo.yaml", [ROOT / f"recipes/adapters/{adapter}.yaml"])
+    memory = preflight.check_fit(recipe, Hardware(1, 1, gib), Sharding("none"))
+    assert memory.needed < gib * GIB
+    run_of = preflight.run_of(recipe)
+    assert run_of.adapters and run_of.quantized == (adapter == "qlora")
+    assert preflight.shape_of(recipe).trained == 41_943_040  # r = 16 on all linear layers of 8B and 7B alike
+    full = dataclasses.replace(run_of, adapters=False, quantized=False)
+    assert full.micro_batch == 1
+    with pytest.raises(preflight.PreflightError, match="To fit"):
+        preflight.check_fit(load_recipe(ROOT / f"recipes/{setting}/rmipo.yaml"), Hardware(1, 1, gib), Sharding("none"))

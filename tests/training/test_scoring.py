@@ -1,0 +1,234 @@
+"""Packed, prefix-shared scoring against the padded reference: log-probabilities, loss and gradients."""
+
+import copy
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig
+
+from rmipo.objectives import PairScores, build_objective
+from rmipo.training import attention, scoring
+from rmipo.training.packing import concatenate, pack, pack_pairs, pack_priors, pad
+from tests.references.padded import padded_pairs, padded_token_logps, rmipo_loss
+
+VOCABULARY = 61
+SIZES = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "attention_dropout": 0.0,
+}
+CONFIGS = {
+    "llama": LlamaConfig(**SIZES),
+    "mistral": MistralConfig(**SIZES, sliding_window=None),
+    "mistral-window": MistralConfig(**SIZES, sliding_window=5),
+}
+
+
+def make_model(name):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(
+        copy.deepcopy(CONFIGS[name]), attn_implementation="sdpa", dtype=torch.float32
+    )
+    # Embeddings drawn wide, so that attention patterns are far from uniform and a wrong mask shows.
+    for parameter in model.parameters():
+        if parameter.ndim == 2:
+            torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+def make_pairs(count, seed=0, prompt_lengths=(1, 9)):
+    generator = torch.Generator().manual_seed(seed)
+
+    def tokens(low, high):
+        n = torch.randint(low, high + 1, (1,), generator=generator).item()
+        return torch.randint(0, VOCABULARY, (n,), generator=generator).tolist()
+
+    return [
+        {"prompt_ids": tokens(*prompt_lengths), "chosen_ids": tokens(1, 12), "rejected_ids": tokens(1, 12), "row": i}
+        for i in range(count)
+    ]
+
+
+def test_layout_of_one_pair():
+    row = pack_pairs([{"prompt_ids": [1, 2, 3], "chosen_ids": [4, 5], "rejected_ids": [6]}])
+    assert row["input_ids"].tolist() == [[1, 2, 3, 4, 3]]
+    assert row["position_ids"].tolist() == [[0, 1, 2, 3, 2]]
+    assert row["shift_labels"].tolist() == [[-100, -100, 4, 5, 6]]
+    assert row["keep"].tolist() == [2, 3, 4]
+    assert row["owner"].tolist() == [0, 0, 1]
+    assert row["segments"] == [(0, 2, 2, 2), (0, 2, 4, 1)]
+    assert row["groups"].tolist() == [0] * 5 and row["branches"].tolist() == [-1, -1, 2, 2, 4]
+
+
+def test_layout_of_priors_with_and_without_context():
+    pair = {"prompt_ids": [9], "chosen_ids": [4, 5], "rejected_ids": [6]}
+    shared = pack_priors([pair], [1, 2])
+    assert shared["input_ids"].tolist() == [[1, 2, 4, 2]]
+    assert shared["labels"].tolist() == [4, 5, 6]
+    release = pack_priors([pair], [])
+    assert release["input_ids"].tolist() == [[4]] and release["labels"].tolist() == [5]
+    assert release["num_sequences"] == 2
+    assert scoring.sequence_lengths(release).tolist() == [1.0, 0.0]
+
+
+def test_concatenated_rows_equal_rows_packed_together():
+    pairs = make_pairs(5)
+    joined = concatenate([pack_pairs(pairs[:2]), pack_pairs(pairs[2:3]), pack_pairs(pairs[3:])])
+    together = pack_pairs(pairs)
+    assert joined["segments"] == together["segments"] and joined["num_sequences"] == together["num_sequences"]
+    for name in ("input_ids", "position_ids", "shift_labels", "keep", "labels", "owner", "groups", "branches"):
+        assert torch.equal(joined[name], together[name]), name
+
+
+@pytest.mark.parametrize("kind", ["segment", "dense"])
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("count", [1, 2, 3, 8])
+def test_token_logps_equal_the_padded_reference(name, kind, count):
+    model = make_model(name)
+    pairs = make_pairs(count, seed=count)
+    with torch.no_grad():
+        expected = padded_token_logps(
+            model, [(p["prompt_ids"], p[side]) for p in pairs for side in ("chosen_ids", "rejected_ids")]
+        )
+        attention.attach(model, kind)
+        actual = scoring.token_logps(model, pack_pairs(pairs), kind, model.config)
+    torch.testing.assert_close(actual, torch.cat(expected), atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral-window"])
+def test_prompts_of_one_token(name):
+    model = make_model(name)
+    pairs = make_pairs(4, prompt_lengths=(1, 1))
+    with torch.no_grad():
+        expected = padded_pairs(model, pairs)
+    actual = scoring.score_pairs(model, [pairs[:3], pairs[3:]])
+    for field, values in expected.items():
+        torch.testing.assert_close(actual[field], values.float(), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("window", [None, 40])
+def test_flex_block_mask_covers_the_dense_mask(window):
+    rows = [pack_pairs(make_pairs(12, seed=1, prompt_lengths=(1, 150))), pack([([1, 2], [[3], [], [4] * 300])])]
+    row = pad(concatenate(rows), attention.BLOCK)
+    dense = attention.dense_mask(row, window)[0, 0]
+    mask = attention.block_mask(row, window)
+    index = torch.arange(len(dense))
+    assert torch.equal(mask.mask_mod(0, 0, index[:, None], index[None, :]), dense)
+    blocks = mask.to_dense()[0, 0].bool()
+    per_block = dense.view(len(blocks), attention.BLOCK, len(blocks), attention.BLOCK).any(3).any(1)
+    assert not (per_block & ~blocks).any(), "no block that holds something may be skipped"
+    lower_triangle = len(blocks) * (len(blocks) + 1) // 2
+    assert len(blocks) >= 10 and blocks.sum() < 0.6 * lower_triangle, "empty blocks are skipped"
+
+
+def test_padded_row_has_the_same_scores_and_stays_out_of_them():
+    row = pack_pairs(make_pairs(2))
+    padded = pad(row, 64)
+    length = row["input_ids"].shape[1]
+    assert padded["input_ids"].shape == padded["shift_labels"].shape == (1, 64)
+    assert torch.equal(padded["shift_labels"][:, :length], row["shift_labels"])
+    assert (padded["shift_labels"][:, length:] == -100).all()
+    mask = attention.dense_mask(padded, None)[0, 0]
+    assert not mask[:length, length:].any() and not mask[length:, :length].any()
+    assert mask.diagonal().all(), "a position that sees nothing would be NaN"
+    assert pad(padded, 64)["input_ids"].shape == (1, 64)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_flex_scores_equal_the_padded_reference(name):
+    """Uncompiled and with the fused head's CPU path: what of the CUDA path a CPU can run. No backward there."""
+    model = make_model(name)
+    pairs = make_pairs(5, seed=2, prompt_lengths=(1, 60))
+    with torch.no_grad():
+        expected = padded_pairs(model, pairs, prior_context=[1, 2])
+    actual = scoring.score_pairs(model, [pairs[:4], pairs[4:]], prior_context=[1, 2], kind="flex")
+    for field, values in expected.items():
+        torch.testing.assert_close(actual[field], values.float(), atol=2e-4, rtol=0)
+    attention.attach(model, "flex")
+    row = pack_pairs(pairs)
+    with torch.no_grad():
+        logits = scoring.response_logits(model, row, "flex", model.config)
+        fused = scoring.token_logps(model, row, "flex", model.config)
+    torch.testing.assert_close(scoring.logits_to_logps(logits, row), fused, atol=2e-5, rtol=0)
+    assert scoring.check_parity(model, model, row, "flex") < 1e-5
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("kind", ["segment", "dense"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("count", [1, 4])
+def test_loss_and_gradients_equal_the_padded_reference(name, kind, checkpointing, count):
+    context = [1, 2, 3]
+    pairs = make_pairs(count, seed=7)
+    reference = make_model(name)
+    expected = rmipo_loss(padded_pairs(reference, pairs, context))
+    expected.backward()
+
+    model = make_model(name)
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.train()
+    attention.attach(model, kind)
+
+    def sums(row):
+        logps = scoring.token_logps(model, row, kind, model.config)
+        return scoring.split_pairs(scoring.sum_by_sequence(logps, row))
+
+    row = pack_pairs(pairs)
+    with torch.no_grad():
+        priors = sums(pack_priors(pairs, context))
+    lengths = scoring.split_pairs(scoring.sequence_lengths(row))
+    scores = PairScores(*sums(row), *lengths, *priors)
+    loss = build_objective({"name": "rmipo", "beta": 2.0, "gamma_min": 0.3, "gamma_max": 1.6})(scores).losses.mean()
+    loss.backward()
+
+    assert loss.item() == pytest.approx(expected.item(), abs=2e-5)
+    for (parameter_name, actual), wanted in zip(model.named_parameters(), reference.parameters(), strict=True):
+        scale = wanted.grad.abs().max().item()
+        assert scale > 0 or parameter_name.endswith("embed_tokens.weight")
+        torch.testing.assert_close(actual.grad, wanted.grad, atol=1e-4 * max(scale, 1e-2), rtol=0, msg=parameter_name)
+
+
+def test_priors_of_score_pairs_equal_the_padded_reference():
+    model = make_model("llama")
+    pairs = make_pairs(5)
+    with torch.no_grad():
+        expected = padded_pairs(model, pairs, prior_context=[1, 2])
+    actual = scoring.score_pairs(model, [pairs[:2], pairs[2:]], prior_context=[1, 2])
+    assert set(actual) == set(expected)
+    for field, values in expected.items():
+        torch.testing.assert_close(actual[field], values.float(), atol=1e-4, rtol=0)
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_parity_check_passes_and_refuses_a_wrong_mask(monkeypatch):
+    model = make_model("llama")
+    row = pack_pairs(make_pairs(3))
+    attention.attach(model, "segment")
+    assert scoring.check_parity(model, model, row, "segment") < 1e-5
+
+    def leaky(row, window):  # a plain causal mask: branches see each other
+        length = row["input_ids"].shape[1]
+        return torch.ones(length, length, dtype=torch.bool).tril()[None, None]
+
+    monkeypatch.setattr(attention, "dense_mask", leaky)
+    attention.attach(model, "dense")
+    with pytest.raises(scoring.ParityError, match="differently from the plain forward"):
+        scoring.check_parity(model, model, row, "dense")
+
+
+def test_sums_accumulate_in_float64():
+    row = pack([([0], [[1] * 30000])])
+    values = torch.full((30000,), -0.1, dtype=torch.float32)
+    exact = float(values.double().sum())
+    assert scoring.sum_by_sequence(values, row).item() == pytest.approx(exact, rel=1e-7)
+
+
+def test_unknown_attention_kind():
+    with pytest.raises(ValueError, match="found 'flash', expected one of auto, segment, flex, dense"):
+        attention.resolve_kind("flash", torch.device("cpu"))

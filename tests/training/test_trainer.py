@@ -1,0 +1,168 @@
+"""The trainer against a naive training loop on the padded reference, and the invariants of its step."""
+
+import json
+
+import pytest
+import torch
+from datasets import Dataset
+
+from rmipo.objectives import build_objective
+from rmipo.recipe.schema import PreferenceConfig
+from rmipo.record import read_metrics
+from rmipo.run.tracking import MetricsFile
+from rmipo.training.finite import NonFiniteLossError
+from rmipo.training.trainer import PreferenceTrainer
+from tests.references.padded import padded_pairs, rmipo_loss
+from tests.training.test_scoring import make_model, make_pairs
+
+CONTEXT = [1, 2]
+HARDWARE = ("tokens_per_second", "peak_memory_gib", "total_flos")  # these may follow the cut into micro-batches
+RMIPO = {"name": "rmipo", "beta": 2.0, "gamma_min": 0.3, "gamma_max": 1.6}
+
+
+def make_trainer(output_dir, pairs, objective=RMIPO, model=None, eval_pairs=None, reference_model=None, **arguments):
+    arguments = {
+        "per_device_train_batch_size": 2,
+        "per_device_eval_batch_size": 3,
+        "global_batch_size": 8,
+        "learning_rate": 1e-3,
+        "lr_scheduler_type": "constant",
+        "num_train_epochs": 1,
+        "logging_steps": 1,
+        "seed": 5,
+        "report_to": "none",
+        **arguments,
+    }
+    args = PreferenceConfig(
+        output_dir=str(output_dir), objective=objective, use_cpu=True, bf16=False, save_strategy="no", disable_tqdm=True,
+        **arguments,
+    )  # fmt: skip
+    return PreferenceTrainer(
+        model or make_model("llama"),
+        args,
+        build_objective(objective),
+        train_dataset=Dataset.from_list(pairs),
+        eval_dataset=Dataset.from_list(eval_pairs) if eval_pairs else None,
+        prior_context=CONTEXT,
+        reference_model=reference_model,
+        callbacks=[MetricsFile()],
+    )
+
+
+def naive_training(pairs, steps, lr=1e-3, max_grad_norm=1.0):
+    """AdamW on the padded reference, one optimizer step per list of row numbers; returns (model, losses)."""
+    model = make_model("llama")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)
+    losses = []
+    for rows in steps:
+        loss = rmipo_loss(padded_pairs(model, [pairs[i] for i in rows], CONTEXT))
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
+        optimizer.step()
+        losses.append(loss.item())
+    return model, losses
+
+
+def rows_per_step(trainer):
+    return [[i for batch in step for i in batch.indices] for step in trainer.get_train_dataloader().batch_sampler]
+
+
+@pytest.fixture
+def pairs():
+    return make_pairs(21, seed=11)  # two full steps of 8 and one of 5
+
+
+def test_trajectory_equals_a_naive_loop(tmp_path, pairs):
+    trainer = make_trainer(tmp_path, pairs)
+    model, losses = naive_training(pairs, rows_per_step(trainer))
+    trainer.train()
+    assert [line["loss"] for line in read_metrics(tmp_path) if "loss" in line] == pytest.approx(losses, abs=2e-5)
+    assert losses[2] != pytest.approx(losses[0], abs=1e-2)
+    for (name, actual), expected in zip(trainer.model.named_parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(actual, expected, atol=2e-4, rtol=0, msg=name)
+    assert trainer.parity < 1e-5
+
+
+@pytest.mark.parametrize("micro_batch_size", [1, 3, 8])
+def test_accumulation_does_not_change_the_result(tmp_path, pairs, micro_batch_size):
+    one, other = (
+        make_trainer(tmp_path / str(size), pairs, per_device_train_batch_size=size) for size in (2, micro_batch_size)
+    )
+    one.train()
+    other.train()
+    for (name, expected), actual in zip(one.model.named_parameters(), other.model.parameters(), strict=True):
+        torch.testing.assert_close(actual, expected, atol=2e-5, rtol=0, msg=name)
+    first, second = (read_metrics(tmp_path / str(size)) for size in (2, micro_batch_size))
+    for line, wanted in zip(second, first, strict=True):
+        for name, value in wanted.items():
+            if name not in HARDWARE and not name.startswith("train_"):
+                assert line[name] == pytest.approx(value, abs=1e-3), name
+
+
+def test_logged_metrics_equal_hand_computed_ones(tmp_path, pairs):
+    trainer = make_trainer(tmp_path, pairs[:8], max_steps=1)
+    with torch.no_grad():
+        scores = padded_pairs(make_model("llama"), pairs[:8], CONTEXT)
+    trainer.train()
+    line = read_metrics(tmp_path)[0]
+
+    chosen = scores["chosen_logps"] / scores["chosen_lengths"]
+    rejected = scores["rejected_logps"] / scores["rejected_lengths"]
+    pmi_gap = (chosen - scores["prior_chosen_logps"] / scores["chosen_lengths"]) - (
+        rejected - scores["prior_rejected_logps"] / scores["rejected_lengths"]
+    )
+    gamma = 0.3 + 1.3 * torch.exp(-pmi_gap.clamp(min=0))
+    gap = scores["chosen_lengths"] - scores["rejected_lengths"]
+    expected = {
+        "rewards/chosen": 2 * chosen.mean(),
+        "rewards/rejected": 2 * rejected.mean(),
+        "rewards/margins": 2 * (chosen - rejected).mean(),
+        "rewards/accuracies": (chosen > rejected).double().mean(),
+        "logps/chosen": scores["chosen_logps"].mean(),
+        "logps/rejected": scores["rejected_logps"].mean(),
+        "common/margin_avg_logp": (chosen - rejected).mean(),
+        "common/acc_avg_logp": (chosen > rejected).double().mean(),
+        "common/acc_sum_logp": (scores["chosen_logps"] > scores["rejected_logps"]).double().mean(),
+        "rmipo/gamma_mean": gamma.mean(),
+        "rmipo/gamma_at_max": (pmi_gap <= 0).double().mean(),
+        "rmipo/delta_pmi_mean": pmi_gap.mean(),
+        "rmipo/corr_delta_pmi_length": torch.corrcoef(torch.stack([pmi_gap, gap]))[0, 1],
+        "learning_rate": torch.tensor(1e-3),
+    }
+    for name, value in expected.items():
+        assert line[name] == pytest.approx(value.item(), abs=1e-4), name
+    assert 0 < line["rmipo/gamma_at_max"] < 1
+    assert line["tokens_per_second"] > 0 and line["peak_memory_gib"] > 0.05
+
+
+def test_evaluation_equals_the_reference_and_leaves_training_alone(tmp_path, pairs):
+    trainer = make_trainer(tmp_path, pairs, eval_pairs=pairs[:7])
+    with torch.no_grad():
+        expected = rmipo_loss(padded_pairs(make_model("llama"), pairs[:7], CONTEXT)).item()
+    metrics = trainer.evaluate()
+    assert metrics["eval_loss"] == pytest.approx(expected, abs=2e-5)
+    assert len(trainer.eval_columns["losses"]) == 7
+    trainer.train()
+    undisturbed = make_trainer(tmp_path / "plain", pairs)
+    undisturbed.train()
+    for actual, wanted in zip(trainer.model.parameters(), undisturbed.model.parameters(), strict=True):
+        assert torch.equal(actual, wanted)
+
+
+def test_a_non_finite_loss_stops_and_names_the_rows(tmp_path, pairs):
+    model = make_model("llama")
+    with torch.no_grad():
+        model.model.embed_tokens.weight[60] = float("nan")
+    for number, pair in enumerate(pairs):  # token 60 in one pair only
+        for side in ("prompt_ids", "chosen_ids", "rejected_ids"):
+            pair[side] = [token % 60 for token in pair[side]]
+        pair["row"] = 100 + number
+    pairs[4]["prompt_ids"][0] = 60
+    trainer = make_trainer(tmp_path, pairs, model=model, global_batch_size=21, per_device_train_batch_size=7)
+    with pytest.raises(NonFiniteLossError, match=r"non_finite_rank0\.json"):
+        trainer.train()
+    report = json.loads((tmp_path / "non_finite_rank0.json").read_text())
+    assert report["step"] == 1
+    assert [pair["row"] for pair in report["pairs"]] == [104]
+    assert sorted(row for rows in report["rows"] for row in rows) == list(range(100, 121))

@@ -1,0 +1,193 @@
+"""What baselines need beyond SimPO: references, mismatched pairs, perturbed policies, running statistics."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
+
+from rmipo.data.pairs import fingerprint
+from rmipo.objectives import PairScores, build_objective
+from rmipo.record import read_metrics
+from rmipo.training import reference
+from tests.references.padded import padded_pairs
+from tests.training.test_scoring import make_model, make_pairs
+from tests.training.test_trainer import make_trainer, rows_per_step
+
+BLOCKS = {
+    "dpo": {"name": "dpo", "beta": 0.1},
+    "ipo": {"name": "ipo", "tau": 0.5},
+    "kto": {"name": "kto", "beta": 0.1},
+    "alpha-dpo": {"name": "alpha-dpo", "beta": 2.5, "gamma_beta_ratio": 0.6, "alpha": 0.05},
+    "beta-dpo": {"name": "beta-dpo", "beta": 0.1, "alpha": 0.6, "rho": 0.2},
+    "epsilon-dpo": {"name": "epsilon-dpo", "beta": 0.1, "epsilon": 0.05},
+    "slic": {"name": "slic", "delta": 1.0, "sft_weight": 0.1},
+    "cpo": {"name": "cpo", "beta": 0.1},
+    "simpo": {"name": "simpo", "beta": 2.0, "gamma": 1.0},
+    "simper": {"name": "simper"},
+}
+
+
+@pytest.fixture
+def pairs():
+    return make_pairs(16, seed=11)
+
+
+@pytest.fixture
+def saved_model(tmp_path):
+    """Loads the same weights anew, from a folder whose content the reference cache can identify."""
+    make_model("llama").save_pretrained(tmp_path / "initial")
+    return lambda: AutoModelForCausalLM.from_pretrained(tmp_path / "initial", attn_implementation="sdpa")
+
+
+@pytest.fixture
+def other_model():
+    """A reference unlike the policy: where they are equal, rounding noise decides what some methods do first."""
+    model = make_model("llama")
+    torch.manual_seed(1)
+    for parameter in model.parameters():
+        parameter.data += 0.02 * torch.randn_like(parameter)
+    return model
+
+
+def cache_reference(trainer, initial, pairs, objective):
+    """Put the sums of `initial` where the trainer looks for its reference."""
+    everything = naive_scores(initial, initial, pairs, range(len(pairs)), objective)
+    names = reference.PAIR_COLUMNS + (reference.MISMATCHED_COLUMNS if "mismatched" in objective.needs else ())
+    keys = reference.loaded_fingerprint(trainer.model), fingerprint(trainer.train_dataset)
+    cache = reference.ReferenceCache(trainer.args.reference_cache_dir, *keys, names)
+    cache.save({name: getattr(everything, name) for name in names})
+
+
+def naive_scores(model, initial, pairs, rows, objective):
+    """Everything any objective may ask for, one pair at a time, from full logits of padded rows."""
+    chosen_rows = [pairs[i] for i in rows]
+    scores = padded_pairs(model, chosen_rows)
+    with torch.no_grad():
+        for name, values in padded_pairs(initial, chosen_rows).items():
+            if name.endswith("logps"):
+                scores[f"ref_{name}"] = values
+        partners = [
+            {**pairs[i], **{side: pairs[(i + 1) % len(pairs)][side] for side in ("chosen_ids", "rejected_ids")}}
+            for i in rows
+        ]
+        for prefix, scorer in (("mismatched_", model), ("ref_mismatched_", initial)):
+            for name, values in padded_pairs(scorer, partners).items():
+                if name.endswith("logps"):
+                    scores[prefix + name] = values
+        if "reference_logits" in objective.needs:
+            for name, sign in (("plus", 1), ("minus", -1)):
+                ratios = [
+                    perturbed_sum(model, initial, pair, "chosen_ids", sign * objective.epsilon)
+                    - perturbed_sum(model, initial, pair, "rejected_ids", sign * objective.epsilon)
+                    for pair in chosen_rows
+                ]
+                scores[f"{name}_logratios"] = torch.stack(ratios)
+    return PairScores(**{name: values.float() for name, values in scores.items()})
+
+
+def perturbed_sum(model, initial, pair, side, step):
+    tokens = torch.tensor([pair["prompt_ids"] + pair[side]])
+    policy, frozen = (m(input_ids=tokens).logits[0, len(pair["prompt_ids"]) - 1 : -1] for m in (model, initial))
+    logps = F.log_softmax((1 + step) * policy - step * frozen, dim=-1)
+    return logps.gather(1, torch.tensor(pair[side])[:, None]).double().sum()
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_trajectory_equals_a_naive_loop(tmp_path, pairs, saved_model, other_model, name):
+    """Two epochs of two steps, a step being two micro-batches of four pairs."""
+    objective = build_objective(BLOCKS[name])
+    second_model = copy.deepcopy(other_model) if "reference_logits" in objective.needs else None
+    trainer = make_trainer(
+        tmp_path, pairs, BLOCKS[name], per_device_train_batch_size=4, num_train_epochs=2, model=saved_model(),
+        reference_cache_dir=str(tmp_path / "cache"), reference_model=second_model,
+    )  # fmt: skip
+    cache_reference(trainer, other_model, pairs, objective)
+    order = []
+    for epoch in range(2):
+        trainer_sampler = trainer.get_train_dataloader().batch_sampler
+        trainer_sampler.set_epoch(epoch)
+        order += [[batch.indices for batch in step] for step in trainer_sampler]
+
+    model, initial = saved_model(), other_model
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0)
+    state, losses = objective.init_state(), []
+    for step in order:
+        optimizer.zero_grad()
+        total, ks = 0.0, []
+        for rows in step:
+            scores = naive_scores(model, initial, pairs, rows, objective)
+            state = objective.observe(state, scores)
+            output = objective(scores, state or None)
+            (output.losses.sum() / 8).backward()
+            total += output.losses.sum().item() / 8
+            ks.append(output.diagnostics.get("k"))
+        state = objective.end_step(state, {"k": torch.cat(ks)} if ks[0] is not None else {})
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        losses.append(total)
+
+    trainer.train()
+    logged = [line["loss"] for line in read_metrics(tmp_path) if "loss" in line]
+    assert logged == pytest.approx(losses, abs=2e-4, rel=1e-4)
+    for key, value in state.items():
+        assert trainer.objective_state[key].item() == pytest.approx(value.item(), abs=1e-4), key
+    for (parameter, actual), expected in zip(trainer.model.named_parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(actual, expected, atol=2e-3, rtol=0, msg=parameter)
+    assert len(rows_per_step(trainer)) == 2
+
+
+def test_reference_is_scored_once_and_a_changed_file_is_not_used(tmp_path, pairs, saved_model, capsys):
+    def reference_columns():
+        trainer = make_trainer(
+            tmp_path / "run", pairs, BLOCKS["dpo"], model=saved_model(), max_steps=1,
+            reference_cache_dir=str(tmp_path / "cache"),
+        )  # fmt: skip
+        trainer.train()
+        return trainer.rows[id(trainer.train_dataset)].columns
+
+    with torch.no_grad():
+        expected = padded_pairs(make_model("llama"), pairs)["chosen_logps"].float()
+    torch.testing.assert_close(reference_columns()["ref_chosen_logps"], expected, atol=1e-4, rtol=0)
+    (file,) = (tmp_path / "cache").iterdir()
+    written = file.stat().st_mtime_ns
+    torch.testing.assert_close(reference_columns()["ref_chosen_logps"], expected, atol=1e-4, rtol=0)
+    assert file.stat().st_mtime_ns == written
+
+    file.write_bytes(file.read_bytes()[:100])
+    torch.testing.assert_close(reference_columns()["ref_chosen_logps"], expected, atol=1e-4, rtol=0)
+    assert "can't be read" in capsys.readouterr().out
+    cache = reference.ReferenceCache(tmp_path / "cache", "other-model", "other-data", reference.PAIR_COLUMNS)
+    cache.path = file
+    cache.save({name: torch.zeros(len(pairs)) for name in reference.PAIR_COLUMNS})
+    torch.testing.assert_close(reference_columns()["ref_chosen_logps"], expected, atol=1e-4, rtol=0)
+    assert "holds model other-model" in capsys.readouterr().out
+
+
+def test_with_adapters_the_base_model_is_the_reference(tmp_path, pairs, saved_model):
+    model = saved_model()
+    adapter = get_peft_model(model, LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False))
+    trainer = make_trainer(
+        tmp_path, pairs, BLOCKS["dpo"], model=adapter, max_steps=1, reference_cache_dir=str(tmp_path / "cache")
+    )
+    trainer.train()
+    columns = trainer.rows[id(trainer.train_dataset)].columns
+    with torch.no_grad():
+        expected = padded_pairs(make_model("llama"), pairs)
+    torch.testing.assert_close(columns["ref_chosen_logps"], expected["chosen_logps"].float(), atol=1e-4, rtol=0)
+
+
+def test_fingerprint_follows_the_weights(tmp_path):
+    model = make_model("llama")
+    model.save_pretrained(tmp_path / "a")
+    model.lm_head.weight.data[0, 0] += 1
+    model.save_pretrained(tmp_path / "b")
+    keys = set()
+    for folder in ("a", "b"):
+        model.config._name_or_path = str(tmp_path / folder)
+        keys.add(reference.loaded_fingerprint(model))
+    assert len(keys) == 2
+    assert Dataset.from_list(make_pairs(2)).column_names == ["prompt_ids", "chosen_ids", "rejected_ids", "row"]
