@@ -31,6 +31,7 @@ def main() -> None:
     from rmipo.data.chat import PROBES
     from rmipo.objectives import build_objective
     from rmipo.plan import preflight
+    from rmipo.record import RunRecord
     from rmipo.run import checkpoints, curves, export, tracking, watchdogs
     from rmipo.training.loading import initial_fingerprint, load_model, load_tokenizer
     from rmipo.training.trainer import PreferenceTrainer
@@ -72,7 +73,7 @@ def main() -> None:
     fingerprints["model"] = initial_fingerprint(model_config)
     identity = checkpoints.run_identity(recipe.resolved(), fingerprints, args.world_size)
     checkpoint = checkpoints.resume_point(args.output_dir, identity)
-    run = tracking.RunRecord(
+    run = RunRecord(
         args.output_dir,
         identity,
         objective=vars(objective) | {"name": objective.name},

@@ -27,6 +27,7 @@ def main() -> None:
     from rmipo.data import pairs as data
     from rmipo.data.chat import PROBES
     from rmipo.plan import preflight
+    from rmipo.record import RunRecord
     from rmipo.run import checkpoints, export, tracking, watchdogs
     from rmipo.training.loading import initial_fingerprint, load_model, load_tokenizer
 
@@ -54,7 +55,7 @@ def main() -> None:
     identity = checkpoints.run_identity(recipe.resolved(), fingerprints, args.world_size)
     checkpoint = checkpoints.resume_point(args.output_dir, identity)
     prompt_probe = [chat.prompt_ids(messages) for messages in PROBES]
-    run = tracking.RunRecord(args.output_dir, identity, prompt_probe=prompt_probe)
+    run = RunRecord(args.output_dir, identity, prompt_probe=prompt_probe)
     checkpoints.refuse_pickled_code()
     stop = checkpoints.StopOnSignal()
     say(f"resuming from {checkpoint}" if checkpoint else f"starting in {args.output_dir}")
