@@ -112,7 +112,9 @@ class RMiPO(base.Objective):
         excluded = {"paper": ["none"], "release": ["bos", "sequence"]}[values["fidelity"]]
         for key in ("prior_context", "pmi_normalization"):
             if values[key] in excluded:
-                problems.append(f"objective.{key} is {values[key]!r}: not with fidelity {values['fidelity']!r}")
+                problems.append(
+                    f"objective.{key} is {values[key]!r}: not with fidelity {values['fidelity']!r}; remove it"
+                )
         return problems
 
     @property

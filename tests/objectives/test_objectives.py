@@ -579,8 +579,11 @@ def test_epsilon_dpo_follows_the_perturbed_policies():
         ({"name": "rmipo", "gamma_min": 1.7}, ["objective.gamma_min is 1.7: expected at most gamma_max, which is 1.6"]),
         ({"name": "rmipo", "gamma_min": 1.7, "gamm": 1}, ["at most gamma_max", "objective.gamm is not a key"]),
         ({"name": "rmipo", "prior_context": "none"}, ["not with fidelity 'paper'"]),
-        ({"name": "rmipo", "fidelity": "release", "prior_context": "bos"}, ["remove the key"]),
-        ({"name": "rmipo", "fidelity": "release", "pmi_normalization": "sequence"}, ["is per token"]),
+        ({"name": "rmipo", "fidelity": "release", "prior_context": "bos"}, ["not with fidelity 'release'; remove it"]),
+        (
+            {"name": "rmipo", "fidelity": "release", "pmi_normalization": "sequence"},
+            ["'sequence': not with fidelity 'release'"],
+        ),
         ({"name": "beta-dpo", "rho": 1.0}, ["a number >= 0 and < 1"]),
         ({"name": "epsilon-dpo", "epsilon": 0}, ["a number > 0 and < 1"]),
         ({"name": "dpo", "beta": float("nan")}, ["objective.beta is nan"]),
