@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 from transformers import PreTrainedModel
 
-from tests.helpers.bad_input import CASES, ROOT, Bench
+from tests.helpers.bad_input import CASES, Bench
+from tests.helpers.paths import ROOT
 
 PAGE = ROOT / "docs" / "RELIABILITY.md"
 BEGIN, END = "<!-- bad inputs: begin -->\n", "<!-- bad inputs: end -->\n"

@@ -6,7 +6,6 @@ import os
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -19,9 +18,9 @@ from rmipo.reporting import comparison as reporting
 from rmipo.tiny.config import load_world_config
 from rmipo.tiny.files import write_world
 from rmipo.tiny.world import CLASSES
+from tests.helpers.paths import ROOT
 from tests.helpers.rows import assistant, user, write
 
-ROOT = Path(__file__).parents[2]
 SMALL = {"names": 4, "values_per_attribute": 4, "sft_train": 60, "sft_test": 8, "pairs_train": 40, "pairs_test": 24}
 SMALL |= {"vocab_size": 400, "hidden_size": 16, "intermediate_size": 32}
 ARGUMENTS = "--max_steps 3 --warmup_steps 0 --global_batch_size 8 --per_device_train_batch_size 4"

@@ -17,23 +17,13 @@ import pytest
 from rmipo.errors import EvaluationError
 from rmipo.evaluation import alpaca
 from rmipo.record import package_versions
-from tests.generation.test_answers import other_versions
+from tests.helpers.alpaca_answers import OUTPUTS, REFERENCE, ROWS, SETTINGS
+from tests.helpers.answer_files import other_versions
 from tests.helpers.judge_server import JudgeServer, probability_of_first
 from tests.helpers.tiny_model import write_model
 
 alpaca_eval = pytest.importorskip("alpaca_eval", reason="needs the extra `eval`")
 from alpaca_eval.metrics import get_winrate  # noqa: E402
-
-SETTINGS = alpaca.DEFAULTS | {"length_controlled": False, "concurrency": 4, "max_retries": 1, "timeout": 10}
-ROWS = 20
-REFERENCE = [
-    {"instruction": f"tell me {i} things of apple", "output": f"apple {i}" + " me" * (i % 3), "generator": "reference"}
-    for i in range(ROWS)
-]
-OUTPUTS = [
-    {"instruction": row["instruction"], "output": "tell " * (i % 2) + f"things {i} " * (i % 4), "generator": "ours"}
-    for i, row in enumerate(REFERENCE)
-]
 
 
 def expected_win_rate(rows) -> float:
@@ -130,7 +120,8 @@ def test_another_endpoint_is_another_judge(tmp_path, monkeypatch, api_key):
 JUDGE = """
 import sys
 from pathlib import Path
-from tests.evaluation.test_alpaca import OUTPUTS, REFERENCE, SETTINGS, alpaca
+from rmipo.evaluation import alpaca
+from tests.helpers.alpaca_answers import OUTPUTS, REFERENCE, SETTINGS
 alpaca.judge(OUTPUTS, REFERENCE, Path(sys.argv[1]), sys.argv[2], SETTINGS)
 """
 

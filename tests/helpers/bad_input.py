@@ -22,8 +22,8 @@ from rmipo.plan.memory import Hardware, Sharding
 from rmipo.plan.preflight import PreflightError, check_disk, check_fit
 from rmipo.recipe.load import load_recipe
 from tests.helpers.families import LLAMA3_TEMPLATE, make_tokenizer, save
+from tests.helpers.paths import ROOT
 
-ROOT = Path(__file__).parents[2]
 RECIPE = "recipes/tiny/rmipo.yaml"
 
 

@@ -7,16 +7,13 @@ import json
 import os
 import runpy
 import sys
-from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT))
+import torch
 
-import torch  # noqa: E402
-
-import rmipo.reporting.figures  # noqa: E402
-import rmipo.training.trainer  # noqa: E402, F401
-from rmipo.evaluation import hh  # noqa: E402, F401
+import rmipo.reporting.figures
+import rmipo.training.trainer  # noqa: F401
+from rmipo.evaluation import hh  # noqa: F401
+from tests.helpers.paths import ROOT
 
 torch.set_num_threads(1)
 for script, *arguments in json.load(sys.stdin):

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
-from tests.training.test_scoring import make_pairs
-from tests.training.test_trainer import make_trainer
+from tests.helpers.small_models import make_pairs
+from tests.helpers.trainers import make_trainer
 
 
 def gradients(output: Path, max_tokens: int | None) -> tuple[dict[str, torch.Tensor], list[int]]:

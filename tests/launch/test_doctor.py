@@ -3,13 +3,12 @@
 import importlib.metadata
 import json
 import runpy
-from pathlib import Path
 
 import pytest
 
 from rmipo.launch.pipeline import load_steps
+from tests.helpers.paths import ROOT
 
-ROOT = Path(__file__).parents[2]
 SECRETS = {"HF_TOKEN": "hf_" + "s3cr3t" * 6, "WANDB_API_KEY": "0123456789abcdef" * 2 + "01234567"}
 
 

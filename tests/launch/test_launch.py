@@ -14,8 +14,8 @@ import pytest
 
 from rmipo.launch import pipeline as stages
 from rmipo.recipe.load import ConfigError, load_recipe
+from tests.helpers.paths import ROOT
 
-ROOT = Path(__file__).parents[2]
 HOSTILE = [
     "x; touch pwned",
     "$(touch pwned)",

@@ -19,8 +19,9 @@ from rmipo.launch.slurm import submit
 from rmipo.recipe.load import ConfigError
 from rmipo.record import read_metrics
 from rmipo.run.checkpoints import MARKER
+from tests.helpers.paths import ROOT
 from tests.helpers.slurm_cluster import cluster, installed, slurm, wait_for
-from tests.run.test_twins import REPOSITORY, make_twin
+from tests.helpers.twins import make_twin
 
 STEPS = 100
 
@@ -73,7 +74,7 @@ def overrides(tmp_path, monkeypatch):
     """Of a run of 100 steps that saves every 10, while a cluster is there to submit it to."""
     if not installed():
         pytest.skip("slurm-wlm and munge are not installed")
-    monkeypatch.chdir(REPOSITORY)
+    monkeypatch.chdir(ROOT)
     flags = make_twin(tmp_path, "tiny/rmipo", "llama3", "on_policy_ultrafeedback")
     flags = dict(zip(flags[::2], flags[1::2], strict=True)) | {
         "--max_steps": str(STEPS), "--save_strategy": "steps", "--save_steps": "10", "--global_batch_size": "8",
@@ -131,7 +132,7 @@ def test_stops_with_notice_requeue_too_and_scancel_ends_for_good(tmp_path, overr
 @pytest.mark.parametrize("sharding", ["zero3", "zero2", "ddp", "fsdp2"])
 def test_accelerate_meets_at_the_head_node(tmp_path, monkeypatch, sharding):
     """The node's part of the script, with a program in accelerate's place that records its arguments."""
-    monkeypatch.chdir(REPOSITORY)
+    monkeypatch.chdir(ROOT)
     stand_in = tmp_path / ".venv/bin/accelerate"
     stand_in.parent.mkdir(parents=True)
     stand_in.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
@@ -147,7 +148,7 @@ def test_accelerate_meets_at_the_head_node(tmp_path, monkeypatch, sharding):
     config = f"configs/accelerate/{sharding}.yaml"
     program = ["scripts/preference.py", "--config", "a b.yaml"]
     done = subprocess.run(
-        ["bash", REPOSITORY / "scripts/launch.slurm", config, *program], cwd=tmp_path, env=os.environ | node,
+        ["bash", ROOT / "scripts/launch.slurm", config, *program], cwd=tmp_path, env=os.environ | node,
         capture_output=True, text=True, check=True,
     )  # fmt: skip
     command, *arguments = done.stdout.splitlines()

@@ -13,9 +13,9 @@ from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_com
 from rmipo.launch.sweep import Sweep, load_sweep, make_point, read_point
 from rmipo.recipe.load import ConfigError
 from tests.helpers.families import save
+from tests.helpers.paths import ROOT
 from tests.helpers.rows import assistant, user, write
 
-ROOT = Path(__file__).parents[2]
 METHODS = sorted(path.stem for path in ROOT.glob("recipes/sweeps/*.yaml"))
 SETTING = "llama3-8b-instruct"
 

@@ -4,13 +4,13 @@ import itertools
 import math
 import random
 from dataclasses import asdict, fields, replace
-from pathlib import Path
 
 import pytest
 import torch
 import yaml
 
 from rmipo.objectives import OBJECTIVES, ObjectiveOutput, PairScores, build_objective
+from tests.helpers.paths import ROOT
 from tests.references import losses as reference
 from tests.references.losses import Response
 
@@ -631,7 +631,7 @@ def test_objectives_that_need_several_pairs_say_so():
 
 # --------------------------------------------------------------------------------------------------------- recipes
 
-RECIPES = Path(__file__).parents[2] / "recipes"
+RECIPES = ROOT / "recipes"
 
 
 def read_recipe(path: str) -> dict:

@@ -20,9 +20,9 @@ from rmipo.plan.shapes import load_config
 from rmipo.recipe.load import load_recipe
 from rmipo.training.batching import HOISTED_MICRO_BATCHES
 from rmipo.training.logprobs import label_logps
-from tests.run.test_twins import make_twin
+from tests.helpers.paths import ROOT
+from tests.helpers.twins import make_twin
 
-ROOT = Path(__file__).parents[2]
 ZERO3 = Sharding("zero3")
 LLAMA3_8B = "meta-llama/Meta-Llama-3-8B-Instruct"
 SMALL = LlamaConfig(

@@ -12,8 +12,8 @@ from rmipo.launch.pipeline import NOT_SETTINGS, choose_stages
 from rmipo.launch.sweep import load_sweep, make_point
 from rmipo.recipe.files import read_yaml
 from rmipo.recipe.load import load_recipe
+from tests.helpers.paths import ROOT
 
-ROOT = Path(__file__).parents[2]
 RECIPES = ROOT / "recipes"
 PAPER_SETTINGS = ["llama3-8b-base", "llama3-8b-instruct", "mistral-7b-base", "mistral-7b-instruct"]
 SETTINGS = [*PAPER_SETTINGS, "tiny"]

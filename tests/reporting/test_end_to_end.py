@@ -20,9 +20,9 @@ from rmipo.reporting.sensitivity import figure2
 from rmipo.reporting.tables import LEADERBOARD, TABLES
 from rmipo.tiny.config import load_world_config
 from rmipo.tiny.files import write_world
+from tests.helpers.paths import ROOT
 from tests.helpers.result_files import write_result
 
-ROOT = Path(__file__).parents[2]
 SMALL = {"names": 4, "values_per_attribute": 4, "sft_train": 60, "sft_test": 8, "pairs_train": 64, "pairs_test": 48}
 SMALL |= {"vocab_size": 400, "hidden_size": 16, "intermediate_size": 32}
 METRIC = "eval_common/acc_avg_logp"
@@ -65,8 +65,8 @@ def outputs(tmp_path_factory) -> Path:
     for method in ("alpha-dpo", "table3-row1"):  # of Tables 2 and 3, without running lm-eval
         write_result(folder / "outputs", "tiny", method, "leaderboard", metrics)
     done = subprocess.run(
-        [sys.executable, str(ROOT / "tests/helpers/run_scripts.py")],
-        input=json.dumps(steps), text=True, capture_output=True, cwd=folder, env=os.environ, check=False,
+        [sys.executable, "-m", "tests.helpers.run_scripts"], input=json.dumps(steps), text=True, capture_output=True,
+        cwd=folder, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return folder / "outputs"

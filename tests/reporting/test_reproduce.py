@@ -10,9 +10,9 @@ import pytest
 from rmipo.reporting.costs import base_method, judge_dollars, paper_hours, planned_hours
 from rmipo.reporting.reproduce import chain, summary
 from rmipo.reporting.tables import TABLES, build_table
+from tests.helpers.paths import ROOT
 from tests.helpers.result_files import write_result, write_run
 
-ROOT = Path(__file__).parents[2]
 LC = {"alpacaeval2_lc": 40.0, "alpacaeval2_wr": 41.0}
 
 

@@ -4,7 +4,6 @@ import csv
 import io
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -13,9 +12,8 @@ from rmipo.reporting.filling import average_ranks, competition_ranks, fill
 from rmipo.reporting.render import FORMATS, csv_text, latex, markdown
 from rmipo.reporting.results import BENCH_OF_METRIC, METHODS, PAPER_MODELS, ReportError, load_result, paper_rows
 from rmipo.reporting.tables import LEADERBOARD, TABLES, build_table
+from tests.helpers.paths import ROOT
 from tests.helpers.result_files import write_result, write_run
-
-ROOT = Path(__file__).parents[2]
 
 
 def test_competition_ranks_by_hand():

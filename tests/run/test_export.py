@@ -13,8 +13,9 @@ from rmipo.recipe.load import load_recipe
 from rmipo.recipe.schema import DataConfig
 from rmipo.run import export
 from tests.helpers.families import make_model, save
+from tests.helpers.paths import ROOT
+from tests.helpers.twins import make_twin, run
 from tests.references.padded import padded_pairs
-from tests.run.test_twins import REPOSITORY, make_twin, run
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +133,7 @@ def test_nothing_is_uploaded_before_it_is_verified(sharded):
     """The Trainer's own uploads, of each checkpoint, are off; the repository is private unless the recipe says else."""
     _, folder = sharded
     flags = ["--model_name_or_path", str(folder / "model"), "--dataset_name", str(folder / "data"), "--push_to_hub"]
-    recipe = load_recipe(REPOSITORY / "recipes/tiny/rmipo.yaml", overrides=[*flags, "--hub_model_id", "a/b"])
+    recipe = load_recipe(ROOT / "recipes/tiny/rmipo.yaml", overrides=[*flags, "--hub_model_id", "a/b"])
     args, *_ = recipe.parse()
     assert (args.push_to_hub, args.hub_strategy, args.hub_private_repo) == (True, "end", True)
 

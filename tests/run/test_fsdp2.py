@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from rmipo.record import read_metrics
-from tests.run.test_resume import assert_same_run, kill_when, last_step, twin, whole  # noqa: F401 (the last two are fixtures)
-from tests.run.test_twins import REPOSITORY
+from tests.helpers.interrupted_runs import assert_same_run, kill_when, last_step
+from tests.helpers.paths import ROOT
 
 
 def start(overrides, output_dir):
@@ -22,7 +22,7 @@ def start(overrides, output_dir):
         "scripts/preference.py", "--config", "recipes/tiny/rmipo.yaml",
     ]  # fmt: skip
     return subprocess.Popen(
-        [*command, *overrides, "--output_dir", str(output_dir)], cwd=REPOSITORY, env=os.environ | {"OMP_NUM_THREADS": "1"},
+        [*command, *overrides, "--output_dir", str(output_dir)], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"},
         start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
 
@@ -34,7 +34,7 @@ def finish(overrides, output_dir):
     return output
 
 
-def test_fsdp2_trains_as_one_process_does(tmp_path, twin, whole):  # noqa: F811
+def test_fsdp2_trains_as_one_process_does(tmp_path, twin, whole):
     alone, sharded = whole(1), tmp_path / "sharded"
     output = finish(twin, sharded)
     assert "2 processes share 21 parameters" in output, output[-3000:]
@@ -51,8 +51,8 @@ def test_fsdp2_trains_as_one_process_does(tmp_path, twin, whole):  # noqa: F811
 
 
 @pytest.mark.slow
-def test_fsdp2_resumes_exactly(tmp_path, twin):  # noqa: F811
-    whole, killed = tmp_path / "whole", tmp_path / "killed"  # noqa: F811
+def test_fsdp2_resumes_exactly(tmp_path, twin):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
     finish(twin, whole)
     assert kill_when(start(twin, killed), lambda: last_step(killed) >= 7)
     assert "resuming from" in finish(twin, killed)

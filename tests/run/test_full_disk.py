@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from rmipo.run.checkpoints import MARKER
-from tests.run.test_resume import assert_same_run, finish, start, twin, whole  # noqa: F401 (the last two are fixtures)
+from tests.helpers.interrupted_runs import assert_same_run, finish, start
 
 
 @contextlib.contextmanager
@@ -24,7 +24,7 @@ def small_disk(folder, kib):
 
 
 @pytest.mark.parametrize("kib", [1000, pytest.param(1500, marks=pytest.mark.slow)])
-def test_a_full_disk_leaves_the_last_good_checkpoint_and_says_so(tmp_path, twin, whole, kib):  # noqa: F811
+def test_a_full_disk_leaves_the_last_good_checkpoint_and_says_so(tmp_path, twin, whole, kib):
     out = tmp_path / "disk" / "out"
     with small_disk(tmp_path / "disk", kib):
         process = start(twin, out, 1)

@@ -6,7 +6,6 @@ import os
 import random
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -16,8 +15,8 @@ from rmipo.recipe.load import load_recipe
 from rmipo.recipe.schema import DataConfig
 from rmipo.record import read_metrics
 from tests.helpers.families import make_tokenizer, save
+from tests.helpers.paths import ROOT
 
-ROOT = Path(__file__).parents[2]
 SUBSETS = ("helpful", "harmless")
 WORDS = ("how", "do", "I", "learn", "this", "well", "please", "tell", "me", "more", "of", "course", "here")
 

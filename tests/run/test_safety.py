@@ -25,7 +25,8 @@ from rmipo.recipe.schema import ModelConfig
 from rmipo.run.checkpoints import refuse_pickled_code, resume_point, run_identity
 from rmipo.training.loading import LoadingError, load_model, load_tokenizer
 from tests.helpers.families import make_model, make_tokenizer, save
-from tests.run.test_twins import REPOSITORY, make_twin
+from tests.helpers.paths import ROOT
+from tests.helpers.twins import make_twin
 
 SECRETS = {
     "HF_TOKEN": "hf_" + "Zq7" * 11,
@@ -102,7 +103,7 @@ def merge_adapter_of(folder: Path) -> None:
     record = {"recipe": {"model_name_or_path": str(folder), "dtype": "float32"}}
     (folder / "run.json").write_text(json.dumps(record))
     (folder / "adapter_config.json").write_text("{}")
-    runpy.run_path(str(REPOSITORY / "scripts/merge_adapter.py"))["merge"](folder, folder / "merged")
+    runpy.run_path(str(ROOT / "scripts/merge_adapter.py"))["merge"](folder, folder / "merged")
 
 
 @pytest.mark.parametrize(
@@ -169,7 +170,7 @@ def test_yaml_tags_that_make_objects_are_refused(tmp_path, place):
     )
     path = tmp_path / "hostile.yaml"
     path.write_text(hostile + "\n")
-    recipe = REPOSITORY / "recipes/tiny/rmipo.yaml"
+    recipe = ROOT / "recipes/tiny/rmipo.yaml"
     if place == "command line":  # stays the text that it is
         loaded = load_recipe(recipe, overrides=[f"--run_name={hostile.removeprefix('run_name: ')}"])
         assert loaded.values["run_name"].startswith("!!python/object")
@@ -180,7 +181,7 @@ def test_yaml_tags_that_make_objects_are_refused(tmp_path, place):
 
 
 def test_the_handbooks_trust_remote_code_is_not_followed():
-    recipe = load_recipe(REPOSITORY / "recipes/tiny/rmipo.yaml", overrides=["--trust_remote_code", "true"])
+    recipe = load_recipe(ROOT / "recipes/tiny/rmipo.yaml", overrides=["--trust_remote_code", "true"])
     assert "trust_remote_code: true ignored: code from the hub is not run" in recipe.notices
     assert "trust_remote_code" not in recipe.values
 
@@ -197,7 +198,7 @@ def test_no_secret_of_the_environment_gets_into_any_output(tmp_path):
     environment = os.environ | SECRETS | {"WANDB_MODE": "offline", "WANDB_DIR": str(tmp_path)}
     done = subprocess.run(
         [*command, *(text for pair in flags.items() for text in pair)],
-        cwd=REPOSITORY, env=environment | {"TENSORBOARD_LOGGING_DIR": str(tmp_path / "tensorboard")},
+        cwd=ROOT, env=environment | {"TENSORBOARD_LOGGING_DIR": str(tmp_path / "tensorboard")},
         capture_output=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr.decode()[-3000:]

@@ -1,7 +1,6 @@
 """What a run leaves behind: the W&B file, metrics, the run record, curves."""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,9 +10,10 @@ from PIL import Image
 from rmipo.record import RunRecord, environment, read_metrics
 from rmipo.run.checkpoints import run_identity
 from rmipo.run.curves import plot_curves, plot_gamma_histogram
+from tests.helpers.paths import ROOT
+from tests.helpers.small_models import make_pairs
+from tests.helpers.trainers import make_trainer
 from tests.helpers.wandb_file import read_config, read_history
-from tests.training.test_scoring import make_pairs
-from tests.training.test_trainer import make_trainer
 
 
 def test_wandb_offline_run_holds_what_was_logged(tmp_path, monkeypatch):
@@ -63,7 +63,7 @@ def test_run_record_is_written_at_start_and_completed_at_the_end(tmp_path, monke
 
 def test_commit_of_a_repository_is_recorded():
     commit = environment()["commit"]
-    if not (Path(__file__).parents[2] / ".git").exists():
+    if not (ROOT / ".git").exists():
         pytest.skip("not a git checkout")
     assert len(commit.removesuffix("+modified")) == 40
 

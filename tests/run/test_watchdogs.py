@@ -11,9 +11,10 @@ from rmipo.recipe.schema import PreferenceConfig
 from rmipo.record import read_metrics
 from rmipo.run import watchdogs
 from tests.helpers.families import make_tokenizer
-from tests.run.test_twins import REPOSITORY, make_twin
-from tests.training.test_scoring import make_pairs
-from tests.training.test_trainer import make_trainer
+from tests.helpers.paths import ROOT
+from tests.helpers.small_models import make_pairs
+from tests.helpers.trainers import make_trainer
+from tests.helpers.twins import make_twin
 
 
 def test_repeated_share_by_hand():
@@ -136,7 +137,7 @@ def test_a_silent_rank_is_reported_and_the_timeout_ends_the_run(tmp_path):
         launched = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
         meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(20000 + os.getpid() % 20000)}
         environment = os.environ | launched | meeting
-        processes.append(subprocess.Popen(command, cwd=REPOSITORY, env=environment, stderr=subprocess.PIPE, text=True))
+        processes.append(subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True))
     try:
         errors = processes[0].communicate(timeout=200)[1]
     finally:
@@ -179,6 +180,6 @@ def test_sft_that_diverges_stops_before_it_is_saved(tmp_path):
         str(tmp_path / "out"),
     ]
     command += [text for pair in flags.items() for text in pair]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and "error: step 2: grad_norm is nan" in done.stderr, done.stderr[-3000:]
     assert [path.parent.name for path in (tmp_path / "out").glob("checkpoint-*/complete.json")] == ["checkpoint-1"]

@@ -5,7 +5,6 @@ import json
 import math
 import random
 from dataclasses import asdict, replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,8 +18,9 @@ from rmipo.tiny.config import load_world_config, make_world_config
 from rmipo.tiny.files import read_world, write_world
 from rmipo.tiny.model import make_model, train_tokenizer
 from rmipo.tiny.world import ANSWERS, BOILERPLATE, Fact, World
+from tests.helpers.paths import ROOT
 
-RECIPE = Path(__file__).parents[2] / "recipes" / "tiny" / "world.yaml"
+RECIPE = ROOT / "recipes" / "tiny" / "world.yaml"
 SHIPPED = load_world_config(RECIPE)
 CONFIG = replace(SHIPPED, names=40, values_per_attribute=12, held_out_facts=0.3, held_out_phrasings=2)
 SMALL = replace(

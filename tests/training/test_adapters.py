@@ -5,7 +5,6 @@ import dataclasses
 import json
 import runpy
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,12 +18,12 @@ from rmipo.plan.memory import GIB, Hardware, Sharding
 from rmipo.recipe.load import load_recipe
 from rmipo.training import attention
 from tests.helpers.families import make_tokenizer, save
+from tests.helpers.paths import ROOT
+from tests.helpers.small_models import SIZES, make_model, make_pairs
+from tests.helpers.trainers import CONTEXT, make_trainer, rows_per_step
+from tests.helpers.twins import make_twin, run
 from tests.references.padded import padded_pairs, rmipo_loss
-from tests.run.test_twins import make_twin, run
-from tests.training.test_scoring import SIZES, make_model, make_pairs
-from tests.training.test_trainer import CONTEXT, make_trainer, rows_per_step
 
-ROOT = Path(__file__).parents[2]
 SETTINGS = ["llama3-8b-base", "llama3-8b-instruct", "mistral-7b-base", "mistral-7b-instruct"]
 
 

@@ -7,8 +7,8 @@ from transformers import AutoModelForCausalLM
 
 from rmipo.training import attention, scoring
 from rmipo.training.packing import pack_pairs
+from tests.helpers.small_models import SIZES, make_pairs
 from tests.references.padded import padded_pairs, rmipo_loss
-from tests.training.test_scoring import SIZES, make_pairs
 
 CONTEXT = [1, 2]
 LLAMA3_ROPE = {

@@ -13,9 +13,9 @@ from rmipo.data.pairs import fingerprint
 from rmipo.objectives import PairScores, build_objective
 from rmipo.record import read_metrics
 from rmipo.training import reference
+from tests.helpers.small_models import make_model, make_pairs
+from tests.helpers.trainers import make_trainer, rows_per_step
 from tests.references.padded import padded_pairs
-from tests.training.test_scoring import make_model, make_pairs
-from tests.training.test_trainer import make_trainer, rows_per_step
 
 BLOCKS = {
     "dpo": {"name": "dpo", "beta": 0.1},

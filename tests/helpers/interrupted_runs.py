@@ -1,0 +1,117 @@
+"""Runs of a twin that are started, killed at a chosen moment, finished, and compared bit for bit."""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import torch
+from safetensors.torch import load_file
+
+from rmipo.record import read_metrics
+from rmipo.run import checkpoints
+from tests.helpers.paths import ROOT
+
+NOT_COMPARED = ("tokens_per_second", "peak_memory_gib", "num_tokens", "eval_num_tokens")  # TRL counts from each start
+
+
+def start(overrides, output_dir, processes, *more, stage="rmipo"):
+    launcher = [sys.executable]
+    if processes > 1:
+        launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+        more = (*more, "--deepspeed", "configs/deepspeed/zero3-cpu.json")
+    script = {"sft": "sft", "rmipo": "preference"}[stage]
+    command = [*launcher, f"scripts/{script}.py", "--config", f"recipes/tiny/{stage}.yaml", *overrides, *more]
+    environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [*command, "--output_dir", str(output_dir)], cwd=ROOT, env=environment, start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+
+
+def finish(overrides, output_dir, processes, *more, stage="rmipo"):
+    process = start(overrides, output_dir, processes, *more, stage=stage)
+    output, _ = process.communicate()
+    assert process.returncode == 0, output[-6000:]
+    return output
+
+
+def send_all(process, number):
+    """A signal to the launcher and its workers, which torchrun starts in sessions of their own."""
+    for victim in [*psutil.Process(process.pid).children(recursive=True), process]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            victim.send_signal(number)
+
+
+def kill_when(process, condition, timeout=120):
+    """SIGKILL to the run while `condition()` holds; False if the run ended before.
+
+    The run is frozen first and the condition looked at again, so that the kill is where it should be.
+    """
+    deadline = time.monotonic() + timeout
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            return False
+        if condition():
+            send_all(process, signal.SIGSTOP)
+            if condition():
+                send_all(process, signal.SIGKILL)
+                process.wait()
+                return True
+            send_all(process, signal.SIGCONT)
+        time.sleep(0.002)
+    send_all(process, signal.SIGKILL)
+    raise TimeoutError(f"the run never got to where it should be killed: {process.communicate()[0][-3000:]}")
+
+
+def comparable_metrics(output_dir):
+    return [
+        {name: value for name, value in line.items() if name not in NOT_COMPARED and "runtime" not in name
+         and not name.endswith("per_second")}
+        for line in read_metrics(output_dir)
+    ]  # fmt: skip
+
+
+def assert_same_run(one, other):
+    weights, expected = load_file(one / "model.safetensors"), load_file(other / "model.safetensors")
+    assert weights.keys() == expected.keys()
+    for name, value in weights.items():
+        assert torch.equal(value, expected[name]), name
+    assert comparable_metrics(one) == comparable_metrics(other)
+    if (other / "generations.jsonl").exists():
+        assert (one / "generations.jsonl").read_text() == (other / "generations.jsonl").read_text()
+    last = checkpoints.complete_checkpoints(other)[-1].name
+    files = [path for ending in ("pt", "bin") for path in (other / last).rglob(f"*.{ending}")]
+    names = [path.relative_to(other / last) for path in files if path.name != "training_args.bin"]
+    assert any("optim" in path.name for path in names) and Path("scheduler.pt") in names
+    for name in names:  # sharded: each rank's share of weights, masters and moments
+        with torch.serialization.safe_globals(checkpoints.classes_of_deepspeed()):
+            ours, theirs = (torch.load(run / last / name, weights_only=True) for run in (one, other))
+        assert_same_values(ours, theirs, str(name))
+
+
+def assert_same_values(one, other, where):
+    if torch.is_tensor(other):
+        assert torch.equal(one, other), where
+    elif isinstance(other, dict):
+        assert one.keys() == other.keys(), where
+        for key in other.keys() - {"ds_version", "ds_config"}:
+            assert_same_values(one[key], other[key], f"{where} {key}")
+    elif isinstance(other, list | tuple):
+        assert len(one) == len(other), where
+        for number, pair in enumerate(zip(one, other, strict=True)):
+            assert_same_values(*pair, f"{where} {number}")
+    elif isinstance(other, str | int | float | bool):
+        assert one == other, where
+
+
+def last_step(output_dir):
+    path = output_dir / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    steps = [json.loads(line)["step"] for line in lines if line.endswith("}")]
+    return max(steps, default=0)

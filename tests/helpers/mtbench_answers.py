@@ -1,0 +1,15 @@
+"""Answers to MT-Bench's questions, and a judge that is asked about them."""
+
+from pathlib import Path
+
+from rmipo.evaluation import mtbench
+
+SETTINGS = mtbench.DEFAULTS | {"first_n": 3, "retry_wait": 0, "max_retries": 3, "concurrency": 2}
+QUESTIONS = mtbench.load_questions()
+ANSWERS = [[f"first answer {i} é", "second " * (i + 1)] for i in range(len(QUESTIONS))]
+
+
+def ask(url: str, folder: Path, **settings) -> dict:
+    settings = SETTINGS | settings
+    n = settings["first_n"]
+    return mtbench.judge(QUESTIONS[:n], ANSWERS[:n], folder, "ours", url, settings)

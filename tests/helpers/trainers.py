@@ -1,0 +1,45 @@
+"""The preference trainer on small models and random pairs."""
+
+from datasets import Dataset
+
+from rmipo.objectives import build_objective
+from rmipo.recipe.schema import PreferenceConfig
+from rmipo.run.tracking import MetricsFile
+from rmipo.training.trainer import PreferenceTrainer
+from tests.helpers.small_models import make_model
+
+CONTEXT = [1, 2]
+RMIPO = {"name": "rmipo", "beta": 2.0, "gamma_min": 0.3, "gamma_max": 1.6}
+
+
+def make_trainer(output_dir, pairs, objective=RMIPO, model=None, eval_pairs=None, reference_model=None, **arguments):
+    arguments = {
+        "per_device_train_batch_size": 2,
+        "per_device_eval_batch_size": 3,
+        "global_batch_size": 8,
+        "learning_rate": 1e-3,
+        "lr_scheduler_type": "constant",
+        "num_train_epochs": 1,
+        "logging_steps": 1,
+        "seed": 5,
+        "report_to": "none",
+        **arguments,
+    }
+    args = PreferenceConfig(
+        output_dir=str(output_dir), objective=objective, use_cpu=True, bf16=False, save_strategy="no", disable_tqdm=True,
+        **arguments,
+    )  # fmt: skip
+    return PreferenceTrainer(
+        model or make_model("llama"),
+        args,
+        build_objective(objective),
+        train_dataset=Dataset.from_list(pairs),
+        eval_dataset=Dataset.from_list(eval_pairs) if eval_pairs else None,
+        prior_context=CONTEXT,
+        reference_model=reference_model,
+        callbacks=[MetricsFile()],
+    )
+
+
+def rows_per_step(trainer):
+    return [[i for batch in step for i in batch.indices] for step in trainer.get_train_dataloader().batch_sampler]

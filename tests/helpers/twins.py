@@ -1,0 +1,100 @@
+"""Shrunken twins of the shipped recipes: a small model of the recipe's family, data of its dataset's form, and their runs."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+
+from rmipo.recipe.load import load_recipe
+from rmipo.record import read_metrics
+from tests.helpers.families import save
+from tests.helpers.paths import ROOT
+
+WORDS = [
+    "alpha",
+    "beta",
+    "gamma",
+    "delta",
+    "margin",
+    "reward",
+    "token",
+    "what",
+    "why",
+    "how",
+    "is",
+    "the",
+    "of",
+    "a",
+    "right",
+    "wrong",
+    "answer",
+]
+
+
+def dialogue(random_state, prompt):
+    answer = " ".join(random_state.choices(WORDS, k=random_state.randint(1, 12)))
+    return [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
+
+
+def row(form, random_state, number):
+    prompt = " ".join(random_state.choices(WORDS, k=random_state.randint(1, 8)))
+    first, second = (dialogue(random_state, prompt) for _ in range(2))
+    if form == "ultrachat":
+        return {"prompt": prompt, "prompt_id": str(number), "messages": first + second}
+    pair = {"prompt": prompt, "prompt_id": str(number), "chosen": first, "rejected": second}
+    if form == "ultrafeedback_binarized":
+        return pair | {"messages": first, "score_chosen": 8.0, "score_rejected": 5.5}
+    return pair | {"all_generated_responses": [first[1]["content"]], "all_rm_scores": [0.5]}
+
+
+def make_twin(folder, recipe, family, form):
+    """Write model, tokenizer and data; returns the command-line overrides that point the recipe at them."""
+    save(family, folder / "model")
+    values = load_recipe(ROOT / "recipes" / f"{recipe}.yaml").values
+    random_state = random.Random(0)
+    for split, count in (("train", 40), ("test", 3)):
+        name = values.get(f"dataset_{split}_split", split)
+        (folder / "data").mkdir(exist_ok=True)
+        with open(folder / "data" / f"{name}.jsonl", "w") as file:
+            for number in range(count):
+                file.write(json.dumps(row(form, random_state, number)) + "\n")
+    overrides = {
+        "model_name_or_path": folder / "model",
+        "dataset_name": folder / "data",
+        "dataset_num_proc": 1,
+        "dtype": "float32",
+        "bf16": "false",
+        "use_cpu": "true",
+        "max_steps": 2,
+        "global_batch_size": 16,
+        "per_device_train_batch_size": 4,
+        "eval_strategy": "no",
+        "save_strategy": "no",
+        "report_to": "none",
+        # The first step of a warm-up has learning rate 0; here every step moves the weights.
+        "warmup_steps": 0,
+        "learning_rate": 1e-3,
+        "logging_steps": 1,
+    }
+    if recipe.endswith("/rmipo"):
+        overrides |= {"generation_samples": 1, "generation_max_new_tokens": 2}
+    elif values.get("packing"):
+        overrides |= {"max_length": 64}  # so that the packed rows fill two global batches
+    return [text for key, value in overrides.items() for text in (f"--{key}", str(value))]
+
+
+def run(recipe, overrides, output_dir, zero3, deepspeed="zero3-cpu"):
+    script = "sft" if recipe.endswith("sft") else "preference"
+    launcher = [sys.executable]
+    extra = []
+    if zero3:
+        launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+        extra = ["--deepspeed", f"configs/deepspeed/{deepspeed}.json"]
+    command = [*launcher, f"scripts/{script}.py", "--config", f"recipes/{recipe}.yaml", *overrides, *extra]
+    environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, "--output_dir", str(output_dir)], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+    return [line for line in read_metrics(output_dir) if "loss" in line]
