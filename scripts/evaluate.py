@@ -10,7 +10,6 @@ weights than those that are there now is refused.
 """
 
 import argparse
-import importlib
 import json
 import os
 import shlex
@@ -18,13 +17,11 @@ import sys
 import traceback
 from pathlib import Path
 
+from rmipo.evaluation import BENCHMARKS
 from rmipo.evaluation.target import load_settings, model_folder
 from rmipo.fingerprints import trained_fingerprint
 
 ROOT = Path(__file__).parent.parent
-
-BENCHES = {"alpacaeval": "alpaca", "mtbench": "mtbench", "leaderboard": "leaderboard", "hh": "hh"}
-JUDGED = ("alpacaeval", "mtbench")
 
 
 def command_line() -> argparse.Namespace:
@@ -32,7 +29,7 @@ def command_line() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=environment("MODEL") or "tiny", help="folder in recipes/")
     parser.add_argument("--method", default=environment("METHOD") or "rmipo", help="folder in <outputs>/<model>/")
-    parser.add_argument("--bench", default=environment("BENCH") or "all", choices=[*BENCHES, "all"])
+    parser.add_argument("--bench", default=environment("BENCH") or "all", choices=[*BENCHMARKS, "all"])
     parser.add_argument("--max_cost", type=float, default=environment("MAX_COST") or None, help="US dollars a judge")
     parser.add_argument("--set", action="append", default=[], help="e.g. mtbench.judge_model=gpt-4")
     parser.add_argument("--outputs", type=Path, default=Path("outputs"), help="where the runs are")
@@ -41,7 +38,7 @@ def command_line() -> argparse.Namespace:
 
 def main() -> None:
     args = command_line()
-    benches = list(BENCHES) if args.bench == "all" else [args.bench]
+    benches = list(BENCHMARKS) if args.bench == "all" else [args.bench]
     recipe = ROOT / "recipes" / args.model / "rmipo.yaml"
     try:
         settings = load_settings(recipe.with_name("eval.yaml"), args.set)
@@ -49,10 +46,11 @@ def main() -> None:
         weights = trained_fingerprint(folder)
     except ValueError as error:
         sys.exit(str(error))
-    for bench in JUDGED:
+    for bench, benchmark in BENCHMARKS.items():
         block = settings.setdefault(bench, {})
-        block["generation"] = settings.get("generation", {}) | block.get("generation", {})
-        if args.max_cost is not None:
+        if "generation" in benchmark.defaults:
+            block["generation"] = settings.get("generation", {}) | block.get("generation", {})
+        if "max_cost" in benchmark.defaults and args.max_cost is not None:
             block["max_cost"] = args.max_cost
 
     failed = []
@@ -70,9 +68,7 @@ def main() -> None:
                 failed.append(bench)
             continue
         try:
-            # Imported here: one benchmark's packages aren't needed for another.
-            run = importlib.import_module(f"rmipo.evaluation.{BENCHES[bench]}").run
-            result = run(folder, path.parent, settings.get(bench, {}))
+            result = BENCHMARKS[bench].run(folder, path.parent, settings.get(bench, {}))
         except Exception as error:  # one benchmark's failure, such as a missing key, doesn't stop the others
             if not isinstance(error, ValueError):
                 traceback.print_exc()

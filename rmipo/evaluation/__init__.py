@@ -1,80 +1,25 @@
-"""Thin adapters to the field's evaluation packages.
+"""Benchmarks, each a thin adapter to the field's own package. The registry is light: importing it loads no library."""
 
-Each benchmark is a module with `run(model_dir, output_dir, settings) -> {"metrics", "versions", "settings"}`, where
-`settings` is its block of recipes/<model>/eval.yaml. The packages are in the extra `eval`.
-"""
+from rmipo.evaluation import alpaca, hh, leaderboard, mtbench
+from rmipo.evaluation.benchmark import Benchmark
 
-import importlib.util
-import os
-from urllib.parse import urlsplit
-
-from rmipo.errors import EvaluationError
-
-CHARACTERS_PER_TOKEN = 4  # about, in English
-
-
-def require_package(module: str) -> None:
-    """Raises EvaluationError if the extra `eval` isn't installed."""
-    if importlib.util.find_spec(module) is None:
-        raise EvaluationError(f"the package {module} isn't installed: make install EXTRAS=eval")
-
-
-def judge_endpoint() -> str:
-    """The judge's URL, from OPENAI_BASE_URL; the key is read by the packages.
-
-    Raises EvaluationError without OPENAI_API_KEY, with something that isn't a URL, and with variables that would send
-    alpaca-eval elsewhere.
-    """
-    url = os.environ.get("OPENAI_BASE_URL", "https://api.openai.com/v1").rstrip("/")
-    problems = []
-    if not os.environ.get("OPENAI_API_KEY"):
-        problems.append("the judge needs OPENAI_API_KEY in the environment (any text for a server that asks for none)")
-    try:
-        parts = urlsplit(url)
-        is_url = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
-    except ValueError:  # what `port` raises
-        is_url = False
-    if not is_url:
-        problems.append("OPENAI_BASE_URL is not a URL such as http://127.0.0.1:8000/v1")
-    overriding = [name for name in ("OPENAI_API_BASE", "OPENAI_CLIENT_CONFIG_PATH") if os.environ.get(name)]
-    if overriding:
-        problems.append(
-            f"{' and '.join(overriding)} would send alpaca-eval to another judge than OPENAI_BASE_URL does: unset it, "
-            "and name the endpoint in OPENAI_BASE_URL"
-        )
-    if problems:
-        raise EvaluationError("; ".join(problems))
-    return url
-
-
-def shown(url: str) -> str:
-    """The part of an endpoint's URL that may be written down: without a user name and password."""
-    parts = urlsplit(url)
-    return parts.hostname + (f":{parts.port}" if parts.port else "") + parts.path
-
-
-def check_cost(
-    what: str, calls: int, input_characters: float, output_tokens: float, settings: dict, attempts: int = 1
-) -> None:
-    """Print what `calls` requests to the judge will cost, before the first of them.
-
-    Args:
-        settings: `price`, US dollars per million input and output tokens; `max_cost`, dollars.
-        attempts: how often a verdict is asked for at most, if it can't be read.
-
-    Raises EvaluationError if the expected cost, of one attempt, is more than `max_cost`.
-    """
-    price_in, price_out = settings["price"]
-    input_tokens = input_characters / CHARACTERS_PER_TOKEN
-    cost = (input_tokens * price_in + output_tokens * price_out) / 1e6
-    worst = f"; ${attempts * cost:.2f} if each has to be asked for {attempts} times" if attempts > 1 else ""
-    print(
-        f"{what}: {calls} verdicts to ask for, about {input_tokens / 1e3:.0f}k + {output_tokens / 1e3:.0f}k tokens,"
-        f" ${cost:.2f} at ${price_in} and ${price_out} per million (max_cost ${settings['max_cost']}){worst}",
-        flush=True,
+BENCHMARKS: dict[str, Benchmark] = {
+    benchmark.name: benchmark
+    for benchmark in (
+        alpaca.BENCHMARK,
+        mtbench.BENCHMARK,
+        leaderboard.BENCHMARK,
+        hh.BENCHMARK,
     )
-    if cost > settings["max_cost"]:
-        raise EvaluationError(
-            f"{what}: the judge would cost about ${cost:.2f}, more than max_cost {settings['max_cost']}; nothing was "
-            "asked. Raise it (--max_cost, or max_cost in eval.yaml), or choose another judge and its price."
-        )
+}
+
+
+def benchmark_of(metric: str) -> Benchmark | None:
+    """The benchmark that has a metric of this name, None without one."""
+    return next((benchmark for benchmark in BENCHMARKS.values() if metric in benchmark.metrics), None)
+
+
+def metric_label(metric: str) -> str:
+    """What tables and axes call a metric; its own name if no benchmark has it."""
+    benchmark = benchmark_of(metric)
+    return metric if benchmark is None else benchmark.metrics[metric].label

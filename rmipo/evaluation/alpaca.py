@@ -8,8 +8,8 @@ from collections import Counter
 from pathlib import Path
 
 from rmipo.errors import EvaluationError
-from rmipo.evaluation import check_cost, judge_endpoint, require_package, shown
-from rmipo.generation.answers import Generator, Request, check_settings
+from rmipo.evaluation.benchmark import Benchmark, Metric, require_package
+from rmipo.generation.judge import OPENAI, check_cost, judge_endpoint, shown
 from rmipo.recipe.settings import merge_settings
 from rmipo.record import package_versions
 
@@ -43,6 +43,8 @@ def run(model_dir: str | Path, output_dir: str | Path, settings: dict) -> dict |
     Raises EvaluationError for wrong settings or a missing key before a model is loaded, for a cost above `max_cost`
     before the first request, and for a judge that fails or gives unusable verdicts, with what there is kept.
     """
+    from rmipo.generation.answers import Generator, Request, check_settings
+
     settings = merge_settings("alpacaeval", DEFAULTS, settings)
     settings["generation"] = check_settings(settings["generation"])
     endpoint = None if settings["generate_only"] else judge_endpoint()
@@ -329,3 +331,22 @@ def stored(cache: Path) -> int:
 
 def sha256(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
+
+
+BENCHMARK = Benchmark(
+    name="alpacaeval",
+    title="AlpacaEval 2",
+    run=run,
+    defaults=DEFAULTS,
+    metrics={
+        "alpacaeval2_lc": Metric("LC (%)", standard_error="alpacaeval2_lc_standard_error"),
+        "alpacaeval2_wr": Metric("WR (%)", standard_error="alpacaeval2_wr_standard_error"),
+    },
+    same=("annotators_config", "judge_sha256", "judge_endpoint", "reference_sha256", "first_n"),
+    # The paper samples each model in its own way, and all methods of a model alike.
+    same_per_model=tuple(f"generation.{key}" for key in ("temperature", "top_p", "max_new_tokens", "dtype")),
+    trial=("first_n", "reference"),
+    paper={"annotators_config": DEFAULTS["annotators_config"], "judge_endpoint": OPENAI},
+    verdicts=805,
+    verdict_tokens=(1500, 1),  # answers of some 2,000 characters
+)

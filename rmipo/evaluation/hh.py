@@ -5,23 +5,25 @@ neither that nor otherwise (Figure 5), so the share by summed log-probability S 
 beside it. A tie counts as a loss.
 """
 
+from __future__ import annotations
+
 from dataclasses import fields
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from datasets import Dataset
-
-from rmipo.data.pairs import fingerprint as data_fingerprint
-from rmipo.data.pairs import load_pairs
 from rmipo.errors import EvaluationError
-from rmipo.evaluation.pair_scores import known_objective, native_rewards, needs_reference, score_model
+from rmipo.evaluation.benchmark import Benchmark, Metric
 from rmipo.fingerprints import trained_fingerprint
-from rmipo.recipe.schema import DataConfig
 from rmipo.recipe.settings import merge_settings
 from rmipo.record import package_versions, recorded_run
 
+if TYPE_CHECKING:
+    import torch
+    from datasets import Dataset
+
+    Rewards = tuple[torch.Tensor, torch.Tensor]  # of chosen and rejected, each (pairs,)
+
 SUBSETS = ("helpful", "harmless")
-Rewards = tuple[torch.Tensor, torch.Tensor]  # of chosen and rejected, each (pairs,)
 DEFAULTS = {
     "helpful": None,  # each a block of data keys as in a recipe; its test split is scored
     "harmless": None,
@@ -51,6 +53,12 @@ def run(model_dir: str | Path, output_dir: str | Path, settings: dict) -> dict:
     `output_dir`/hh_<subset>.pt, with the `fingerprint` of the weights.
     Returns {"metrics", "versions", "settings"}. Raises EvaluationError for wrong settings, before a model is loaded.
     """
+    import torch
+
+    from rmipo.data.pairs import fingerprint as data_fingerprint
+    from rmipo.data.pairs import load_pairs
+    from rmipo.recipe.schema import DataConfig
+
     settings = merge_settings("hh", DEFAULTS, settings)
     subsets = [name for name in SUBSETS if settings[name]]
     if not subsets:
@@ -86,6 +94,10 @@ def run(model_dir: str | Path, output_dir: str | Path, settings: dict) -> dict:
 
 def score_subset(model_dir: str | Path, pairs: Dataset, description: str, options: dict) -> tuple[dict, Rewards | None]:
     """Per-pair scores (and `row`) of the model, and its own rewards if it was trained here with an objective."""
+    import torch
+
+    from rmipo.evaluation.pair_scores import known_objective, native_rewards, needs_reference, score_model
+
     run_record = recorded_run(model_dir)
     objective = known_objective(run_record)
     scores, rows = score_model(model_dir, pairs, prior_context="header", description=description, **options)
@@ -102,3 +114,19 @@ def score_subset(model_dir: str | Path, pairs: Dataset, description: str, option
         scores |= {f"ref_{side}_logps": reference[f"{side}_logps"] for side in ("chosen", "rejected")}
     rewards = None if objective is None else native_rewards(objective, scores)
     return scores | {"row": torch.tensor(rows)}, rewards
+
+
+HASHES = tuple(f"pairs_sha256.{name}" for name in SUBSETS)
+BENCHMARK = Benchmark(
+    name="hh",
+    title="Anthropic-HH",
+    run=run,
+    defaults=DEFAULTS,
+    metrics={
+        "hh_helpful": Metric("HH helpful (%)"),
+        "hh_harmless": Metric("HH harmless (%)"),
+        "hh_average": Metric("HH (%)"),
+    },
+    same=(*SUBSETS, *HASHES, "max_length", "max_prompt_length", "dtype"),
+    optional=(*SUBSETS, *HASHES),  # an evaluation of one subset doesn't contradict one of both
+)

@@ -8,7 +8,8 @@ import gc
 import json
 from pathlib import Path
 
-from rmipo.evaluation import require_package
+from rmipo.errors import EvaluationError
+from rmipo.evaluation.benchmark import Benchmark, Metric, require_package
 from rmipo.recipe.settings import merge_settings
 from rmipo.record import package_versions
 
@@ -47,7 +48,7 @@ def normalize(value: float, choices: int) -> float:
 def leaderboard_metrics(results: dict[str, dict]) -> dict[str, float]:
     """The six columns of Table 2, in percent, from `results` of lm-eval (task name -> {"acc_norm,none": ...}).
 
-    Raises ValueError naming every task or metric that is missing.
+    Raises EvaluationError naming every task or metric that is missing.
     """
     missing = []
 
@@ -73,7 +74,7 @@ def leaderboard_metrics(results: dict[str, dict]) -> dict[str, float]:
         "mmlu_pro": normalize(score("leaderboard_mmlu_pro", "acc"), MMLU_PRO_CHOICES),
     }
     if missing:
-        raise ValueError(f"lm-eval's results lack {len(missing)} scores of the leaderboard: {', '.join(missing)}")
+        raise EvaluationError(f"lm-eval's results lack {len(missing)} scores of the leaderboard: {', '.join(missing)}")
     return metrics
 
 
@@ -122,3 +123,21 @@ def run(model_dir: str | Path, output_dir: str | Path, settings: dict) -> dict:
         "versions": package_versions("lm_eval", "transformers", "torch"),
         "settings": settings,
     }
+
+
+BENCHMARK = Benchmark(
+    name="leaderboard",
+    title="Open LLM Leaderboard v2",
+    run=run,
+    defaults=DEFAULTS,
+    metrics={
+        "ifeval": Metric("IFEval", digits=2),
+        "bbh": Metric("BBH", digits=2),
+        "math": Metric("MATH", digits=2),
+        "gpqa": Metric("GPQA", digits=2),
+        "musr": Metric("MUSR", digits=2),
+        "mmlu_pro": Metric("MMLU-PRO", digits=2),
+    },
+    same=("tasks", "include_path", "apply_chat_template", "fewshot_as_multiturn", "dtype", "limit"),
+    trial=("limit", "include_path"),
+)

@@ -11,12 +11,16 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rmipo.errors import EvaluationError
-from rmipo.evaluation import check_cost, judge_endpoint, require_package, shown
-from rmipo.generation.answers import Generator, Request, check_settings
+from rmipo.evaluation.benchmark import Benchmark, Metric, require_package
+from rmipo.generation.judge import OPENAI, check_cost, judge_endpoint, shown
 from rmipo.recipe.settings import merge_settings
 from rmipo.record import package_versions
+
+if TYPE_CHECKING:
+    from rmipo.generation.answers import Generator
 
 DEFAULTS = {
     "generation": {},
@@ -53,6 +57,8 @@ def run(model_dir: str | Path, output_dir: str | Path, settings: dict) -> dict |
     Raises EvaluationError for wrong settings or a missing key before a model is loaded, for a cost above `max_cost`
     before the first request, and for a judge that fails or gives more than `max_missing` unusable verdicts.
     """
+    from rmipo.generation.answers import Generator, check_settings
+
     settings = merge_settings("mtbench", DEFAULTS, settings)
     settings["generation"] = check_settings({**settings["generation"], "max_new_tokens": settings["max_new_tokens"]})
     endpoint = None if settings["generate_only"] else judge_endpoint()
@@ -88,9 +94,11 @@ def load_questions() -> list[dict]:
 
 
 def generate_turns(
-    generator: Generator, questions: list[dict], folder: Path, temperatures: dict[str, float]
+    generator: "Generator", questions: list[dict], folder: Path, temperatures: dict[str, float]
 ) -> list[list[str]]:
     """The answers to both turns of each question, at the temperature of its category."""
+    from rmipo.generation.answers import Request
+
     answers: list[list[str]] = [[] for _ in questions]
     for turn in range(2):
         requests = []
@@ -228,3 +236,18 @@ def estimate_cost(rows: list[dict], ratings: dict[tuple[int, int], float], setti
                 calls += 1
                 characters += TEMPLATE_CHARACTERS + sum(map(len, texts)) // (3 - turn)  # the first turn alone: half
     check_cost("MT-Bench", calls, characters, calls * VERDICT_TOKENS, settings, ATTEMPTS)
+
+
+BENCHMARK = Benchmark(
+    name="mtbench",
+    title="MT-Bench",
+    run=run,
+    defaults=DEFAULTS,
+    metrics={"mt_bench": Metric("MT-Bench")},
+    same=("judge_model", "judge_reference_model", "judge_endpoint", "temperatures", "max_new_tokens", "first_n"),
+    same_per_model=("generation.top_p", "generation.dtype"),  # temperatures and length are the benchmark's
+    trial=("first_n",),
+    paper={"judge_model": DEFAULTS["judge_model"], "judge_endpoint": OPENAI},
+    verdicts=160,
+    verdict_tokens=(1200, VERDICT_TOKENS),  # answers of some 2,000 characters
+)

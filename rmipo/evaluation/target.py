@@ -7,6 +7,7 @@ import yaml
 from rmipo.data.chat import PROBES
 from rmipo.data.pairs import ChatFormat
 from rmipo.errors import EvaluationError
+from rmipo.evaluation import BENCHMARKS
 from rmipo.launch.pipeline import named_files
 from rmipo.recipe.checks import template_text
 from rmipo.recipe.load import load_recipe
@@ -14,7 +15,7 @@ from rmipo.recipe.schema import ModelConfig
 from rmipo.record import recorded_run
 from rmipo.training.loading import load_tokenizer
 
-BLOCKS = ("generation", "alpacaeval", "mtbench", "leaderboard", "hh", "samples")
+BLOCKS = ("generation", *BENCHMARKS, "samples")
 MODEL_FILES = ("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json")
 
 

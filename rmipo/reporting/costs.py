@@ -2,15 +2,12 @@
 
 from pathlib import Path
 
+from rmipo.evaluation import BENCHMARKS
 from rmipo.recipe.files import read_yaml
 from rmipo.reporting.results import PAPER_MODELS, RECIPES, paper_rows
 
 PAPER_GPUS = 4  # A800 80 GB
 ULTRAFEEDBACK = ("HuggingFaceH4/ultrafeedback_binarized", "train_prefs")  # the on-policy sets have about as many pairs
-
-# Of one evaluation. Tokens of a verdict, in and out, with answers of some 2,000 characters: assumed.
-VERDICTS = {"alpacaeval": 805, "mtbench": 160}
-VERDICT_TOKENS = {"alpacaeval": (1500, 1), "mtbench": (1200, 250)}
 
 
 def base_method(method: str) -> str:
@@ -60,8 +57,9 @@ def estimate_assumptions() -> str:
 
 def verdict_assumptions() -> str:
     each = "; ".join(
-        f"{bench} {VERDICTS[bench]} verdicts of {tokens[0]} + {tokens[1]} tokens"
-        for bench, tokens in VERDICT_TOKENS.items()
+        f"{bench.name} {bench.verdicts} verdicts of {bench.verdict_tokens[0]} + {bench.verdict_tokens[1]} tokens"
+        for bench in BENCHMARKS.values()
+        if bench.verdicts
     )
     return f"Assumed: {each}, at the price in eval.yaml. make eval prints its own estimate before the first call."
 
@@ -73,8 +71,9 @@ def overlays(method: str) -> list[Path]:
 
 def judge_dollars(model: str, bench: str) -> float | None:
     """What the judge of one evaluation costs at the price in the model's eval.yaml; None without a judge."""
+    benchmark = BENCHMARKS[bench]
     settings = read_yaml(RECIPES / model / "eval.yaml").get(bench, {})
-    if bench not in VERDICTS or "price" not in settings:
+    if not benchmark.verdicts or "price" not in settings:
         return None
-    price = settings["price"]
-    return VERDICTS[bench] * sum(n * p for n, p in zip(VERDICT_TOKENS[bench], price, strict=True)) / 1e6
+    dollars = sum(n * price for n, price in zip(benchmark.verdict_tokens, settings["price"], strict=True))
+    return benchmark.verdicts * dollars / 1e6

@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from rmipo.evaluation import benchmark_of
 from rmipo.reporting.provenance import conflicts, require_comparable, reservations
 from rmipo.reporting.results import (
-    BENCH_OF_METRIC,
     Result,
     eval_command,
     is_trained,
@@ -14,7 +14,7 @@ from rmipo.reporting.results import (
     sft_command,
     train_command,
 )
-from rmipo.reporting.tables import METRIC_LABELS, Cell, Table, model_label, number
+from rmipo.reporting.tables import Cell, Table, model_label, number
 
 
 @dataclass(frozen=True)
@@ -52,14 +52,14 @@ def fill(table: Table, outputs: Path, allow_mixed_versions: bool = False) -> Fil
     Raises ReportError where result files can't be compared (see `provenance`), unless `allow_mixed_versions`, which
     makes it a note.
     """
-    keys = {(cell.model, cell.method, BENCH_OF_METRIC[cell.metric]) for row in table.cells for cell in row}
+    keys = {(cell.model, cell.method, benchmark_of(cell.metric).name) for row in table.cells for cell in row}
     results = {key: result for key in sorted(keys) if (result := load_result(outputs, *key))}
     if not allow_mixed_versions:
         require_comparable(f"table {table.number} (--allow_mixed_versions prints them with a note)", results.values())
     mixed = conflicts(results.values())
 
     def entry(cell: Cell) -> Entry:
-        bench = BENCH_OF_METRIC[cell.metric]
+        bench = benchmark_of(cell.metric).name
         result = results.get((cell.model, cell.method, bench))
         if result is None:
             return Entry(cell.paper, None, cell.digits, missing_commands(outputs, cell.model, cell.method, bench))
@@ -76,7 +76,7 @@ def fill(table: Table, outputs: Path, allow_mixed_versions: bool = False) -> Fil
         notes.append("n/a: the length-controlled model knows AlpacaEval's own instructions alone, not a stand-in's.")
     columns = table.columns
     if table.ranked:
-        columns += tuple(("", METRIC_LABELS[name]) for name in ("avg_score", "avg_rank"))
+        columns += (("", "Avg. Score"), ("", "Avg. Rank"))
         notes += append_averages(table, entries)
     return FilledTable(table, columns, entries, notes)
 

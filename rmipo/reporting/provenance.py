@@ -6,31 +6,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from rmipo.evaluation import BENCHMARKS
 from rmipo.reporting.results import ReportError, Result
 
-HH_SETS = ("helpful", "harmless")
-HH_PAIRS = tuple(f"pairs_sha256.{name}" for name in HH_SETS)
-# Besides package versions. Dots lead into a block of the result's settings.
-SAME_IN_A_BENCH = {
-    "alpacaeval": ("annotators_config", "judge_sha256", "judge_endpoint", "reference_sha256", "first_n"),
-    "mtbench": (
-        "judge_model",
-        "judge_reference_model",
-        "judge_endpoint",
-        "temperatures",
-        "max_new_tokens",
-        "first_n",
-    ),
-    "leaderboard": ("tasks", "include_path", "apply_chat_template", "fewshot_as_multiturn", "dtype", "limit"),
-    "hh": (*HH_SETS, *HH_PAIRS, "max_length", "max_prompt_length", "dtype"),
-}
-# The paper samples each model in its own way, and all methods of a model alike.
-SAME_IN_A_MODEL = {
-    "alpacaeval": tuple(f"generation.{key}" for key in ("temperature", "top_p", "max_new_tokens", "dtype")),
-    "mtbench": ("generation.top_p", "generation.dtype"),  # its temperatures and length are the benchmark's
-}
-MAY_BE_LEFT_OUT = HH_SETS + HH_PAIRS  # an HH evaluation of one subset doesn't contradict one of both
-TRIAL_SETTINGS = ("limit", "first_n", "include_path", "reference")  # make another benchmark of it, or a part
 ABSENT = "absent"
 
 
@@ -51,15 +29,15 @@ def conflicts(results: Iterable[Result]) -> list[Conflict]:
     found = []
     for (bench, model), group in sorted(groups.items()):
         if model:
-            title, names = f"{bench} of {model}", SAME_IN_A_MODEL.get(bench, ())
+            title, names = f"{bench} of {model}", BENCHMARKS[bench].same_per_model
         else:
             packages = {f"versions.{package}" for result in group for package in result.versions}
-            title, names = bench, (*sorted(packages), *SAME_IN_A_BENCH[bench])
+            title, names = bench, (*sorted(packages), *BENCHMARKS[bench].same)
         for name in names:
             files: dict[str, list[Path]] = defaultdict(list)
             for result in group:
                 value = value_of(result, name)
-                if value != ABSENT or name not in MAY_BE_LEFT_OUT:
+                if value != ABSENT or name not in BENCHMARKS[bench].optional:
                     files[value].append(result.path)
             if len(files) > 1:
                 listing = "; ".join(f"{value} in {paths[0]} ({len(paths)} files)" for value, paths in files.items())
@@ -95,7 +73,7 @@ def reservations(result: Result) -> list[str]:
     """What has to be said beside each number of a result: that it is a trial, or lacks verdicts."""
     trial = [
         f"TRIAL, not the benchmark itself: {result.path} was made with {key}={result.settings[key]}."
-        for key in TRIAL_SETTINGS
+        for key in BENCHMARKS[result.bench].trial
         if result.settings.get(key) is not None
     ]
     missing = [

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from rmipo.evaluation import benchmark_of
 from rmipo.reporting.costs import (
     PAPER_GPUS,
     estimate_assumptions,
@@ -11,7 +12,7 @@ from rmipo.reporting.costs import (
     planned_hours,
     verdict_assumptions,
 )
-from rmipo.reporting.results import BENCH_OF_METRIC, eval_command, is_trained, load_result, sft_command, train_command
+from rmipo.reporting.results import eval_command, is_trained, load_result, sft_command, train_command
 from rmipo.reporting.tables import Table
 
 
@@ -47,7 +48,7 @@ def chain(table: Table, outputs: Path) -> list[Step]:
     """
     benches: dict[tuple[str, str], dict[str, None]] = {}  # (model, method) -> ordered set
     for cell in (cell for row in table.cells for cell in row):
-        benches.setdefault((cell.model, cell.method), {})[BENCH_OF_METRIC[cell.metric]] = None
+        benches.setdefault((cell.model, cell.method), {})[benchmark_of(cell.metric).name] = None
     models = dict.fromkeys(model for model, _ in benches)
     steps = [training(command, outputs, model, "sft") for model in models if (command := sft_command(model))]
     for (model, method), needed in benches.items():

@@ -33,20 +33,6 @@ METHODS = {
     "simper": "SimPER",
     "rmipo": "RMiPO",
 }
-BENCH_OF_METRIC = {
-    "alpacaeval2_lc": "alpacaeval",
-    "alpacaeval2_wr": "alpacaeval",
-    "mt_bench": "mtbench",
-    "ifeval": "leaderboard",
-    "bbh": "leaderboard",
-    "math": "leaderboard",
-    "gpqa": "leaderboard",
-    "musr": "leaderboard",
-    "mmlu_pro": "leaderboard",
-    "hh_helpful": "hh",
-    "hh_harmless": "hh",
-    "hh_average": "hh",
-}
 
 
 class ReportError(ValueError):

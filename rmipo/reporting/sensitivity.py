@@ -9,10 +9,10 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from rmipo.evaluation import BENCHMARKS, benchmark_of, metric_label
 from rmipo.reporting.figures import GREY, house_style, method_color, panel_letter, panels
 from rmipo.reporting.provenance import require_comparable
-from rmipo.reporting.results import BENCH_OF_METRIC, ReportError, Result, Run, eval_command, find_runs, load_result
-from rmipo.reporting.tables import METRIC_LABELS
+from rmipo.reporting.results import ReportError, Result, Run, eval_command, find_runs, load_result
 from rmipo.run.checkpoints import WITHOUT_EFFECT
 
 # Recipe keys that make no other point of it: runs that differ in these alone are repetitions.
@@ -56,7 +56,8 @@ def figure2(outputs: Path, model: str, metric: str = "mt_bench") -> Figure:
             [point for point in runs["simpo"] if point.run.objective["beta"] == 2.0],
         ),
     ]
-    start = load_result(outputs, model, "initial", BENCH_OF_METRIC[metric]) if metric in BENCH_OF_METRIC else None
+    benchmark = benchmark_of(metric)
+    start = load_result(outputs, model, "initial", benchmark.name) if benchmark else None
     evaluations = [point.result for points in runs.values() for point in points if point.result] + [start] * bool(start)
     require_comparable("figure 2", evaluations)
     figure, axes = panels(len(panel_runs), sharey=True)
@@ -73,7 +74,7 @@ def figure2(outputs: Path, model: str, metric: str = "mt_bench") -> Figure:
             axis.text(0.02, start.metrics[metric], "before training", color=GREY, **place)
         axis.set_xlabel(f"$\\{key}$")
         panel_letter(axis, letter, title)
-    axes[0].set_ylabel(METRIC_LABELS.get(metric, metric))
+    axes[0].set_ylabel(metric_label(metric))
     if repeated:
         figure.supxlabel("Bars: lowest and highest of several seeds", fontsize=7)
     return figure
@@ -81,13 +82,13 @@ def figure2(outputs: Path, model: str, metric: str = "mt_bench") -> Figure:
 
 def measured(outputs: Path, model: str, method: str, metric: str) -> list[Measured]:
     """The finished runs of `method` that have the metric, on the data that most of them were trained on."""
-    found = []
+    found, benchmark = [], benchmark_of(metric)
     for run in find_runs(outputs, model):
         if run.objective.get("name") != method or not run.finished:
             continue
-        if metric in BENCH_OF_METRIC:
+        if benchmark:
             folder = run.folder.relative_to(outputs / model).as_posix()
-            result = load_result(outputs, model, folder, BENCH_OF_METRIC[metric])
+            result = load_result(outputs, model, folder, benchmark.name)
             value = None if result is None else result.metrics.get(metric)
         else:
             result, value = None, next((row[metric] for row in reversed(run.log()) if metric in row), None)
@@ -139,10 +140,11 @@ def missing_message(outputs: Path, model: str, method: str, key: str, metric: st
     runs = [run for run in find_runs(outputs, model) if run.objective.get("name") == method]
     finished = sum(run.finished for run in runs)
     steps = f"run `make sweep MODEL={model} METHOD={method}`"
-    if metric in BENCH_OF_METRIC:
-        steps += f", then `{eval_command(model, f'sweep-{method}/<point>', BENCH_OF_METRIC[metric])}` for each point"
+    if benchmark := benchmark_of(metric):
+        steps += f", then `{eval_command(model, f'sweep-{method}/<point>', benchmark.name)}` for each point"
     else:
-        steps += f", or name another METRIC: a key of their metrics.jsonl or one of {', '.join(BENCH_OF_METRIC)}"
+        known = ", ".join(name for bench in BENCHMARKS.values() for name in bench.metrics)
+        steps += f", or name another METRIC: a key of their metrics.jsonl or one of {known}"
     return (
         f"figure 2 needs two or more finished {method} runs of {model} that differ in {key} alone and have {metric}; "
         f"below {outputs / model} are {len(runs)} of {method}, {finished} of them finished: {steps}"

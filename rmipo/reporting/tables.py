@@ -3,22 +3,10 @@
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+from rmipo.evaluation import BENCHMARKS, benchmark_of, metric_label
 from rmipo.reporting.results import METHODS, PAPER_MODELS, ReportError, paper_rows
 
-METRIC_LABELS = {
-    "alpacaeval2_lc": "LC (%)",
-    "alpacaeval2_wr": "WR (%)",
-    "mt_bench": "MT-Bench",
-    "ifeval": "IFEval",
-    "bbh": "BBH",
-    "math": "MATH",
-    "gpqa": "GPQA",
-    "musr": "MUSR",
-    "mmlu_pro": "MMLU-PRO",
-    "avg_score": "Avg. Score",
-    "avg_rank": "Avg. Rank",
-}
-LEADERBOARD = ("ifeval", "bbh", "math", "gpqa", "musr", "mmlu_pro")
+LEADERBOARD = tuple(BENCHMARKS["leaderboard"].metrics)
 TABLE5_RUNS = {
     "dpo": "dpo",
     "simpo": "table5-simpo",
@@ -37,7 +25,10 @@ class Cell:
     method: str
     metric: str
     paper: float | None
-    digits: int = 1
+
+    @property
+    def digits(self) -> int:
+        return benchmark_of(self.metric).metrics[self.metric].digits
 
 
 @dataclass(frozen=True)
@@ -67,7 +58,7 @@ def table1(models: Iterable[str]) -> Table:
         1,
         "AlpacaEval 2 and MT-Bench",
         ("Method",),
-        tuple((model_label(model), METRIC_LABELS[metric]) for model in models for metric in metrics),
+        tuple((model_label(model), metric_label(metric)) for model in models for metric in metrics),
         tuple((label,) for label in METHODS.values()),
         tuple(
             tuple(
@@ -88,11 +79,10 @@ def table2(models: Iterable[str]) -> Table:
         2,
         "Open LLM Leaderboard v2 (normalised scores)",
         ("Model", "Method"),
-        tuple(("", METRIC_LABELS[metric]) for metric in LEADERBOARD),
+        tuple(("", metric_label(metric)) for metric in LEADERBOARD),
         tuple((model_label(model), METHODS[method]) for model, method in keys),
         tuple(
-            tuple(Cell(*key, metric, number(paper.get(key, {}).get(metric)), digits=2) for metric in LEADERBOARD)
-            for key in keys
+            tuple(Cell(*key, metric, number(paper.get(key, {}).get(metric))) for metric in LEADERBOARD) for key in keys
         ),
         ranked=True,
     )
@@ -107,11 +97,11 @@ def table3(models: Iterable[str]) -> Table:
         3,
         "Ablation of tuning gamma (GM), the mutual-information signal (MI) and exponential decay (ED)",
         ("Model", "GM", "MI", "ED"),
-        tuple(("", METRIC_LABELS[metric]) for metric in LEADERBOARD),
+        tuple(("", metric_label(metric)) for metric in LEADERBOARD),
         tuple((model_label(m), *("✓" if row[key] == "1" else "" for key in ("gm", "mi", "ed"))) for m, _, row in rows),
         tuple(
             tuple(
-                Cell(model, method, metric, float(row[metric]) if model == ABLATION_MODEL else None, digits=2)
+                Cell(model, method, metric, float(row[metric]) if model == ABLATION_MODEL else None)
                 for metric in LEADERBOARD
             )
             for model, method, row in rows
@@ -127,7 +117,7 @@ def table5(models: Iterable[str]) -> Table:
         5,
         "AlpacaEval 2 without length normalisation",
         ("Method",),
-        tuple((model_label(model), METRIC_LABELS[metric]) for model in models for metric in metrics),
+        tuple((model_label(model), metric_label(metric)) for model in models for metric in metrics),
         tuple((METHODS[method],) for method in TABLE5_RUNS),
         tuple(
             tuple(

@@ -16,6 +16,7 @@ import pytest
 
 from rmipo.errors import EvaluationError
 from rmipo.evaluation import alpaca
+from rmipo.generation.answers import check_settings
 from rmipo.record import package_versions
 from tests.helpers.alpaca_answers import OUTPUTS, REFERENCE, ROWS, SETTINGS
 from tests.helpers.answer_files import other_versions
@@ -331,7 +332,7 @@ def test_answers_of_a_gpu_node_are_judged_where_there_is_a_network(tmp_path, mon
     assert path.read_bytes() == answers
     assert result["versions"] == versions | package_versions("alpaca_eval", "scikit-learn")
     recorded = result["settings"]
-    assert recorded["generation"] == alpaca.check_settings(generation | {"engine": "vllm"})
+    assert recorded["generation"] == check_settings(generation | {"engine": "vllm"})
     assert recorded["judge_endpoint"] == server.url.removeprefix("http://")
     assert recorded["reference_sha256"] == hashlib.sha256(reference.read_bytes()).hexdigest()[:16]
     assert len(recorded["judge_sha256"]) == 16 and "secret" not in json.dumps(result)

@@ -7,10 +7,11 @@ import sys
 
 import pytest
 
+from rmipo.evaluation import benchmark_of
 from rmipo.fingerprints import trained_fingerprint
 from rmipo.reporting.filling import average_ranks, competition_ranks, fill
 from rmipo.reporting.render import FORMATS, csv_text, latex, markdown
-from rmipo.reporting.results import BENCH_OF_METRIC, METHODS, PAPER_MODELS, ReportError, load_result, paper_rows
+from rmipo.reporting.results import METHODS, PAPER_MODELS, ReportError, load_result, paper_rows
 from rmipo.reporting.tables import LEADERBOARD, TABLES, build_table
 from tests.helpers.paths import ROOT
 from tests.helpers.result_files import write_result, write_run
@@ -40,7 +41,7 @@ def test_a_table_filled_with_the_papers_numbers_differs_nowhere(number, tmp_path
     printed: dict[tuple[str, str, str], set[float]] = {}
     for cell in (cell for row in table.cells for cell in row):
         assert cell.paper is not None
-        by_file.setdefault((cell.model, cell.method, BENCH_OF_METRIC[cell.metric]), {})[cell.metric] = cell.paper
+        by_file.setdefault((cell.model, cell.method, benchmark_of(cell.metric).name), {})[cell.metric] = cell.paper
         printed.setdefault((cell.model, cell.method, cell.metric), set()).add(cell.paper)
     assert all(len(values) == 1 for values in printed.values())
     for key, metrics in by_file.items():

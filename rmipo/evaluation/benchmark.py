@@ -1,0 +1,64 @@
+"""What a benchmark is to the rest of the repository: how it is run, what it measures, and which results compare.
+
+Modules with a benchmark import torch, transformers and the field's packages inside functions: the registry is also
+read by tables and command lines, which have to start at once.
+"""
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from rmipo.errors import EvaluationError
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A number of a result that tables and figures show. `standard_error`: the metric that is its standard error."""
+
+    label: str
+    digits: int = 1
+    standard_error: str | None = None
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """One benchmark; the registry is `rmipo.evaluation.BENCHMARKS`.
+
+    Names of settings may lead into a block with dots, e.g. "generation.temperature".
+
+    Args:
+        name: value of BENCH, block of eval.yaml, and name of the result file.
+        title: what reports call it.
+        run: (folder of the model, folder of its results, settings) -> {"metrics", "versions", "settings"}, or None
+            where answers were generated and nothing judged. Raises EvaluationError for wrong settings before a model
+            is loaded. The returned settings hold everything that the numbers depend on.
+        defaults: the settings, which eval.yaml and --set override. A block `generation` is the common one of eval.yaml
+            with the benchmark's own over it; `price` (US dollars per million input and output tokens) means a judge.
+        metrics: by name; a result may hold more than these.
+        same: settings that must be equal between results in one table. Package versions must be too.
+        same_per_model: settings that must be equal between the methods of one model.
+        optional: those of `same` that don't contradict anything where they are absent.
+        trial: settings that make another benchmark of it, or a part, wherever they are set.
+        paper: settings with which the paper's numbers were made, where results may differ.
+        verdicts: what the judge is asked for in one evaluation; `verdict_tokens`: assumed, in and out, for one.
+    """
+
+    name: str
+    title: str
+    run: Callable[[Path, Path, dict], dict | None]
+    defaults: dict
+    metrics: dict[str, Metric]
+    same: tuple[str, ...]
+    same_per_model: tuple[str, ...] = ()
+    optional: tuple[str, ...] = ()
+    trial: tuple[str, ...] = ()
+    paper: dict[str, object] = field(default_factory=dict)
+    verdicts: int = 0
+    verdict_tokens: tuple[int, int] = (0, 0)
+
+
+def require_package(module: str) -> None:
+    """Raises EvaluationError if the extra `eval` isn't installed."""
+    if importlib.util.find_spec(module) is None:
+        raise EvaluationError(f"the package {module} isn't installed: make install EXTRAS=eval")

@@ -1,0 +1,29 @@
+"""The registry of benchmarks: light to import, complete, and true to what each benchmark returns and takes."""
+
+import subprocess
+import sys
+
+from rmipo.evaluation import BENCHMARKS, benchmark_of, metric_label
+
+
+def test_importing_the_registry_loads_no_library():
+    code = (
+        "import sys, rmipo.evaluation; assert not {'torch', 'transformers', 'datasets', 'lm_eval'} & sys.modules.keys()"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_metric_belongs_to_one_benchmark():
+    names = [name for benchmark in BENCHMARKS.values() for name in benchmark.metrics]
+    assert len(names) == len(set(names))
+    assert benchmark_of("bbh").name == "leaderboard" and metric_label("bbh") == "BBH"
+    assert benchmark_of("loss") is None and metric_label("loss") == "loss"
+
+
+def test_settings_that_are_compared_exist():
+    recorded = {"judge_endpoint", "judge_sha256", "reference_sha256", "pairs_sha256"}  # added to a result by `run`
+    for benchmark in BENCHMARKS.values():
+        named = {*benchmark.same, *benchmark.same_per_model, *benchmark.trial, *benchmark.paper}
+        assert {name.partition(".")[0] for name in named} <= benchmark.defaults.keys() | recorded, benchmark.name
+        assert set(benchmark.optional) <= set(benchmark.same)
+        assert bool(benchmark.verdicts) == ("price" in benchmark.defaults)
