@@ -58,7 +58,7 @@ test-all: .venv/.installed ## all tests, the slow ones too
 lint: .venv/.installed ## style and obvious mistakes
 	@$(RUN) -m ruff check . && $(RUN) -m ruff format --check . && .venv/bin/lint-imports
 
-install: ## make the environment, or add to it: EXTRAS=gpu (bitsandbytes, kernels), EXTRAS=eval, EXTRAS=vllm
+install: ## make the environment, or add to it: EXTRAS=gpu (bitsandbytes, kernels), EXTRAS=eval, EXTRAS=vllm, EXTRAS=smollm2
 	@rm -f .venv/.installed
 	@$(MAKE) .venv/.installed
 

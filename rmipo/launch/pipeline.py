@@ -18,7 +18,14 @@ from rmipo.record import recorded_run
 from rmipo.run.checkpoints import differences
 
 ROOT = Path(__file__).parents[2]
-SCRIPTS = {"world": "toy.py", "sft": "sft.py", "rmipo": "preference.py", "report": "toy_report.py"}
+SCRIPTS = {
+    "world": "toy.py",
+    "weights": "weights.py",
+    "sft": "sft.py",
+    "rmipo": "preference.py",
+    "report": "toy_report.py",
+}
+MADE_FIRST = ("world", "weights")  # what a setting makes before its first training
 NOT_SETTINGS = {"ablations", "adapters", "methods", "sweeps", "templates"}
 
 
@@ -124,10 +131,10 @@ def choose_stages(env: Mapping[str, str]) -> tuple[str, list[str]]:
     model = choose(
         "MODEL", env.get("MODEL", ""), [name for name in folders if name not in NOT_SETTINGS], "The settings"
     )
-    present = [stage for stage in ("world", "sft", "rmipo") if Path(f"recipes/{model}/{stage}.yaml").is_file()]
-    trained = [stage for stage in present if stage != "world"]
+    present = [s for s in (*MADE_FIRST, "sft", "rmipo") if Path(f"recipes/{model}/{s}.yaml").is_file()]
+    trained = [stage for stage in present if stage not in MADE_FIRST]
     stage = choose("STAGE", env.get("STAGE") or "all", [*trained, "all"], f"The stages of {model}")
-    stages = present if stage == "all" else [name for name in present if name in ("world", stage)]
+    stages = present if stage == "all" else [name for name in present if name in (*MADE_FIRST, stage)]
     return model, stages + ["report"] * ("world" in present and "rmipo" in stages)
 
 
@@ -148,6 +155,9 @@ def load_steps(model: str, stages: list[str], env: Mapping[str, str]) -> list[St
         path = f"recipes/{model}/{stage}.yaml"
         if stage == "world":
             steps.append(Step(stage, ["--config", path, "--output", world, *(["--data", data] if data else [])]))
+            continue
+        if stage == "weights":
+            steps.append(Step(stage, ["--config", path, "--output", f"outputs/{model}/weights"]))
             continue
         if stage == "report":
             steps.append(Step(stage, ["--run", steps[-1].recipe.values["output_dir"], "--world", world]))
@@ -174,6 +184,8 @@ def load_steps(model: str, stages: list[str], env: Mapping[str, str]) -> list[St
         recipe = load_recipe(path, overlays, arguments)
         overlay_arguments = [text for overlay in overlays for text in ("--overlay", overlay)]
         steps.append(Step(stage, ["--config", path, *overlay_arguments, *arguments], recipe))
+    if "weights" in stages and steps[-1].recipe.values["model_name_or_path"] != f"outputs/{model}/weights":
+        steps = [step for step in steps if step.stage != "weights"]
     return steps
 
 
@@ -182,7 +194,7 @@ def maker(path: str, model: str, env: Mapping[str, str]) -> str | None:
     given = {"DATA": env["DATA"]} if env.get("DATA") else {}
     data = [f"{name}={value}" for name, value in given.items()]
     for step in load_steps(model, choose_stages({"MODEL": model})[1], given):
-        if step.stage == "world":
+        if step.stage in MADE_FIRST:
             folder, command = step.arguments[step.arguments.index("--output") + 1], step.command(0, None)
         elif step.stage == "sft":
             folder, command = step.recipe.values["output_dir"], ["make", "train", f"MODEL={model}", "STAGE=sft", *data]

