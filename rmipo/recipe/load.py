@@ -157,7 +157,9 @@ def load_recipe(path: str | Path, overlays: Iterable[str | Path] = (), overrides
         notices.append(_take_local(values))
     if values.get("use_cpu") == "auto":
         values["use_cpu"] = torch.cuda.device_count() == 0
-        notices.append(f"use_cpu: {str(values['use_cpu']).lower()}, as {'no' * values['use_cpu'] or 'a'} GPU is visible")
+        notices.append(
+            f"use_cpu: {str(values['use_cpu']).lower()}, as {'no' * values['use_cpu'] or 'a'} GPU is visible"
+        )
     stage = stage_of(values)
     type_problems, sound = check_types(values, stage, origin)
     complete = not problems  # otherwise keys would be called missing that a broken file has
