@@ -15,10 +15,10 @@ import shlex
 import sys
 from pathlib import Path
 
+from rmipo.cli import program
 from rmipo.reporting import figures, figures_pairs, figures_runs, sensitivity
 from rmipo.reporting.figures import method_label
-from rmipo.reporting.results import PAPER_MODELS, ReportError, load_run, train_command
-from rmipo.reporting.tables import model_label
+from rmipo.reporting.results import PAPER_MODELS, ReportError, load_run, model_label, train_command
 
 NUMBERS = (2, 3, 5, 6, 7, 8)
 ONE_METHOD = (3, 8)
@@ -27,7 +27,7 @@ FIGURE6_METHODS = ("simpo", "simper", "rmipo")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--number", type=int, default=os.environ.get("N"), help=f"one of {NUMBERS}")
+    parser.add_argument("--number", type=int, default=os.environ.get("N") or None, help=f"one of {NUMBERS}")
     parser.add_argument("--model", default=os.environ.get("MODEL"), help="folder below outputs")
     parser.add_argument("--method", default=os.environ.get("METHOD"), help="figure 3: initial; figure 8: rmipo")
     parser.add_argument(
@@ -37,18 +37,15 @@ def main() -> None:
     parser.add_argument("--outputs", type=Path, default=Path("outputs"), help="where the runs are")
     args = parser.parse_args(sys.argv[1:] or shlex.split(os.environ.get("ARGS", "")))
 
-    try:
-        if args.number not in NUMBERS:
-            raise ReportError(f"there is no figure {args.number} to draw; say N=..., one of {NUMBERS}")
-        if not args.model:
-            raise ReportError(f"of which model? Say MODEL=..., e.g. {', '.join(PAPER_MODELS)} or tiny")
-        if args.method and args.number not in ONE_METHOD:
-            raise ReportError(
-                f"figure {args.number} compares methods; METHOD={args.method} is for figures {ONE_METHOD}: leave it out"
-            )
-        figure = draw(args)
-    except ValueError as error:
-        sys.exit(str(error))
+    if args.number not in NUMBERS:
+        raise ReportError(f"there is no figure {args.number} to draw; say N=..., one of {NUMBERS}")
+    if not args.model:
+        raise ReportError(f"of which model? Say MODEL=..., e.g. {', '.join(PAPER_MODELS)} or tiny")
+    if args.method and args.number not in ONE_METHOD:
+        raise ReportError(
+            f"figure {args.number} compares methods; METHOD={args.method} is for figures {ONE_METHOD}: leave it out"
+        )
+    figure = draw(args)
     name = "-".join([f"figure{args.number}", args.model, *([args.method.replace("/", "-")] if args.method else [])])
     for file in figures.save(figure, args.outputs / "reports" / f"{name}.png"):
         print(f"Written to {file}")
@@ -104,4 +101,5 @@ def finished_run(outputs: Path, model: str, method: str):
 
 
 if __name__ == "__main__":
-    main()
+    with program():
+        main()

@@ -14,6 +14,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from rmipo.cli import program
 from rmipo.reporting.reproduce import chain, summary
 from rmipo.reporting.results import RECIPES, ReportError
 from rmipo.reporting.tables import TABLES, build_table
@@ -27,25 +28,22 @@ REFUSED_VARIABLES = ("ARGS", "DATA", "SLURM")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--table", type=int, default=os.environ.get("TABLE"), help=f"one of {sorted(TABLES)}")
+    parser.add_argument("--table", type=int, default=os.environ.get("TABLE") or None, help=f"one of {sorted(TABLES)}")
     parser.add_argument("--model", default=os.environ.get("MODEL"), help="another model than the paper's")
     parser.add_argument("--dry", action="store_true", default=os.environ.get("DRY", "0") not in ("", "0"))
     args = parser.parse_args()
 
-    try:
-        if args.table is None:
-            raise ReportError(f"which table? Say TABLE=..., one of {sorted(TABLES)}")
-        if refused := [name for name in REFUSED_VARIABLES if os.environ.get(name)]:
-            raise ReportError(
-                f"{', '.join(refused)}: not for the whole chain. Run the step that it is for by itself (DRY=1 lists them); "
-                "what is done is skipped here"
-            )
-        if args.model and not (RECIPES / args.model / "eval.yaml").is_file():
-            known = ", ".join(sorted(path.parent.name for path in RECIPES.glob("*/eval.yaml")))
-            raise ReportError(f"MODEL={args.model} has no recipes/{args.model}/eval.yaml; those that have: {known}")
-        steps = chain(build_table(args.table, [args.model] if args.model else []), OUTPUTS)
-    except ValueError as error:
-        sys.exit(str(error))
+    if args.table is None:
+        raise ReportError(f"which table? Say TABLE=..., one of {sorted(TABLES)}")
+    if refused := [name for name in REFUSED_VARIABLES if os.environ.get(name)]:
+        raise ReportError(
+            f"{', '.join(refused)}: not for the whole chain. Run the step that it is for by itself (DRY=1 lists them); "
+            "what is done is skipped here"
+        )
+    if args.model and not (RECIPES / args.model / "eval.yaml").is_file():
+        known = ", ".join(sorted(path.parent.name for path in RECIPES.glob("*/eval.yaml")))
+        raise ReportError(f"MODEL={args.model} has no recipes/{args.model}/eval.yaml; those that have: {known}")
+    steps = chain(build_table(args.table, [args.model] if args.model else []), OUTPUTS)
 
     for number, step in enumerate(steps, start=1):
         mark = "done" if step.done else "    "
@@ -68,4 +66,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with program():
+        main()

@@ -341,6 +341,7 @@ BENCHMARK = Benchmark(
     metrics={
         "alpacaeval2_lc": Metric("LC (%)", standard_error="alpacaeval2_lc_standard_error"),
         "alpacaeval2_wr": Metric("WR (%)", standard_error="alpacaeval2_wr_standard_error"),
+        "alpacaeval2_length": Metric("Length", digits=0),
     },
     same=("annotators_config", "judge_sha256", "judge_endpoint", "reference_sha256", "first_n"),
     # The paper samples each model in its own way, and all methods of a model alike.

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from rmipo.evaluation import BENCHMARKS
 from rmipo.recipe.files import read_yaml
-from rmipo.reporting.results import PAPER_MODELS, RECIPES, paper_rows
+from rmipo.reporting.results import PAPER_MODELS, RECIPES, paper_table
 
 PAPER_GPUS = 4  # A800 80 GB
 ULTRAFEEDBACK = ("HuggingFaceH4/ultrafeedback_binarized", "train_prefs")  # the on-policy sets have about as many pairs
@@ -20,7 +20,7 @@ def base_method(method: str) -> str:
 
 def paper_hours(model: str, method: str) -> float | None:
     """Wall-clock hours of a training on PAPER_GPUS, by Figure 7, which doesn't say the model; None where it has none."""
-    hours = {row["method"]: float(row["hours"]) for row in paper_rows("efficiency")}
+    hours = paper_table("efficiency").set_index("method")["hours"]
     return hours.get(base_method(method)) if model in PAPER_MODELS else None
 
 

@@ -19,10 +19,10 @@ from rmipo.reporting.results import (
     eval_command,
     load_result,
     load_run,
-    paper_rows,
+    model_label,
+    paper_table,
     train_command,
 )
-from rmipo.reporting.tables import model_label
 
 FIGURE5_METHODS = ("dpo", "simpo", "simper", "rmipo")
 HH_SUBSETS = ("helpful", "harmless")
@@ -53,8 +53,8 @@ def figure5(outputs: Path, model: str) -> Figure:
         )
     require_comparable("figure 5", [result for found in results.values() for result in found.values()])
     rates = {method: hh_rates(found) for method, found in results.items()}
-    printed = paper_rows("figure5") if trained_on_hh else []
-    paper = {row["method"]: float(row["average_win_rate"]) for row in printed if row["setting"] == model}
+    printed = paper_table("figure5").query("setting == @model and @trained_on_hh").set_index("method")
+    paper = printed["average_win_rate"].to_dict()
     groups = {"hh_helpful": "Helpful", "hh_harmless": "Harmless", "hh_average": "Average"}
     figure, (axis,) = panels(1, height=2.4)
     width = 0.8 / len(results)
@@ -144,9 +144,9 @@ def draw_costs(axis: Axes, runs: dict[str, Run], model: str) -> None:
 
     For the paper's models its hours are open diamonds, and its memory is in brackets.
     """
-    printed = paper_rows("efficiency") if model in PAPER_MODELS else []
-    paper = {row["method"]: float(row["hours"]) for row in printed}
-    paper_memory = {row["method"]: f" ({row['peak_memory_percent']}%)" for row in printed if row["peak_memory_percent"]}
+    printed = paper_table("efficiency").set_index("method") if model in PAPER_MODELS else {}
+    paper = dict(printed.get("hours", {}))
+    paper_memory = {method: f" ({percent:.0f}%)" for method, percent in printed.get("peak_memory_percent", {}).items() if percent > 0}
     methods = list(runs)
     hours = [run.record["seconds"] / 3600 for run in runs.values()]
     memory = {method: max(row.get("peak_memory_gib", 0.0) for row in run.log()) for method, run in runs.items()}

@@ -1,4 +1,4 @@
-"""Whether results may stand side by side: what each was made with, and what differs between them."""
+"""What results were made with: whether they may stand side by side, and whether beside the paper's."""
 
 import json
 from collections import defaultdict
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rmipo.evaluation import BENCHMARKS
-from rmipo.reporting.results import ReportError, Result
+from rmipo.reporting.results import ReportError, Result, model_label, paper_table
 
 ABSENT = "absent"
 
@@ -69,16 +69,48 @@ def require_comparable(what: str, results: Iterable[Result]) -> None:
         )
 
 
-def reservations(result: Result) -> list[str]:
-    """What has to be said beside each number of a result: that it is a trial, or lacks verdicts."""
-    trial = [
-        f"TRIAL, not the benchmark itself: {result.path} was made with {key}={result.settings[key]}."
-        for key in BENCHMARKS[result.bench].trial
-        if result.settings.get(key) is not None
+def made_with(results: Iterable[Result]) -> list[str]:
+    """Judge, decoding and versions behind `results`: a line for each benchmark and each different way, models named."""
+    models: dict[tuple[str, str], dict[str, None]] = defaultdict(dict)  # (benchmark, what) -> ordered set
+    for result in results:
+        benchmark = BENCHMARKS[result.bench]
+        shared, own = (
+            ", ".join(f"{name} {value}" for name in names if (value := value_of(result, name)) != ABSENT)
+            for names in (benchmark.same, benchmark.same_per_model)
+        )
+        versions = ", ".join(f"{package} {version}" for package, version in sorted(result.versions.items()))
+        models[benchmark.title, "; ".join(filter(None, (shared, versions)))][""] = None
+        if own:
+            models[benchmark.title, own][model_label(result.model)] = None
+    return [f"{title}{of(list(names))}: {text}." for (title, text), names in models.items() if text]
+
+
+def of(models: list[str]) -> str:
+    return "" if models == [""] else f" of {', '.join(models)}"
+
+
+def deviations(result: Result) -> list[str]:
+    """Why the result can't stand beside the paper's: it is a trial, or another judge or decoding was used."""
+    benchmark = BENCHMARKS[result.bench]
+    trial = [f"{name}={value}" for name in benchmark.trial if (value := value_of(result, name)) != ABSENT]
+    found = [f"TRIAL, not the benchmark itself: {benchmark.title} with {', '.join(trial)}."] if trial else []
+    decoding = paper_table("decoding").astype(str).set_index("setting")
+    paper = dict(benchmark.paper)
+    if result.model in decoding.index:
+        own = {f"generation.{key}": value for key, value in decoding.loc[result.model].items()}
+        paper |= {name: value for name, value in own.items() if name in benchmark.same_per_model}
+    of_model = {name: of([model_label(result.model)]) for name in benchmark.same_per_model}
+    return found + [
+        f"{benchmark.title}{of_model.get(name, '')}: {name} is {value_of(result, name)}, the paper's is {expected}."
+        for name, expected in paper.items()
+        if value_of(result, name) != expected
     ]
-    missing = [
-        f"MISSING: {result.path}, {count:g} verdicts."
+
+
+def missing_verdicts(result: Result) -> list[str]:
+    """How many verdicts the result's numbers leave out, each with where, e.g. "7 in tiny/rmipo/eval/mtbench.json"."""
+    return [
+        f"{count:g} in {'/'.join(result.path.parts[-4:])}"
         for name, count in result.metrics.items()
         if name.endswith("_missing") and count > 0
     ]
-    return trial + missing

@@ -1,51 +1,61 @@
 """A filled table as Markdown, CSV or LaTeX."""
 
-import csv
-import io
+import pandas as pd
 
-from rmipo.reporting.filling import Entry, FilledTable
+from rmipo.reporting.tables import Entry, FilledTable, notes_text
 
-LATEX = {"α": r"$\alpha$", "β": r"$\beta$", "ε": r"$\epsilon$", "✓": r"\checkmark", "–": "--"}
-LATEX |= {character: f"\\{character}" for character in "%_&#${}"}
+MAX_NUMBER_COLUMNS = 8  # of one LaTeX table: what fits the text width of an article, 345 pt
+LATEX = {"α": r"$\alpha$", "β": r"$\beta$", "ε": r"$\epsilon$", "γ": r"$\gamma$", "Δ": r"$\Delta$", "±": r"$\pm$"}
+LATEX |= {"✓": r"\checkmark{}", "†": r"$^\dagger$", "–": "--", "<": r"\textless{}", ">": r"\textgreater{}"}
+LATEX |= {character: f"\\{character}" for character in "%&#${}"}
 LATEX |= {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+LATEX |= {"_": r"\_\allowbreak{}", "/": r"/\allowbreak{}"}  # paths and settings may break there
 
 
 def number_text(value: float | None, digits: int, signed: bool = False) -> str:
-    return "–" if value is None else f"{value:{'+' if signed else ''}.{digits}f}"
+    return "–" if value is None else f"{value:{'+' if signed else ''}z.{digits}f}"
 
 
 def missing_numbers(filled: FilledTable) -> dict[tuple[str, ...], int]:
     """A number for each distinct list of commands that missing cells wait for, in reading order."""
-    numbers: dict[tuple[str, ...], int] = {}
-    for entry in (entry for row in filled.entries for entry in row):
-        if entry.commands:
-            numbers.setdefault(entry.commands, len(numbers) + 1)
-    return numbers
+    commands = dict.fromkeys(entry.commands for entry in filled.entries if entry.commands)
+    return {names: number for number, names in enumerate(commands, start=1)}
+
+
+def ours_text(entry: Entry, numbers: dict[tuple[str, ...], int]) -> str:
+    """Our number with its marks, e.g. `36.6†(3)` of 3 seeds; a missing one points at its commands, as `[3]`, or is n/a."""
+    if entry.ours is None:
+        return f"[{numbers[entry.commands]}]" if entry.commands else "n/a"
+    seeds = f"({len(entry.results)})" if len(entry.results) > 1 else ""
+    return number_text(entry.ours, entry.digits) + "†" * bool(entry.deviations) + seeds
 
 
 def cell_text(entry: Entry, numbers: dict[tuple[str, ...], int]) -> str:
-    """`paper | ours | difference`; a missing cell points at the command that fills it, as `[3]`, or is n/a."""
-    paper = number_text(entry.paper, entry.digits)
-    if entry.ours is None:
-        return f"{paper} / " + (f"[{numbers[entry.commands]}]" if entry.commands else "n/a")
-    difference = "" if entry.difference is None else f" / {number_text(entry.difference, entry.digits, signed=True)}"
-    return f"{paper} / {number_text(entry.ours, entry.digits)}{difference}"
+    """`paper / ours / difference`, without what there is none of."""
+    paper = [] if entry.cell.paper is None else [number_text(entry.cell.paper, entry.digits)]
+    difference = [] if entry.difference is None else [number_text(entry.difference, entry.digits, signed=True)]
+    error = "" if entry.error is None else f" ±{number_text(entry.error, entry.digits)}"
+    return " / ".join([*paper, ours_text(entry, numbers) + error, *difference])
 
 
-def column_titles(filled: FilledTable) -> list[str]:
-    return [f"{group} {name}".strip() for group, name in filled.columns]
+def grid_of(entries: list[Entry], text) -> pd.DataFrame:
+    """A frame of texts, rows and columns in the order of the table; column labels are (group, name)."""
+    frame = pd.DataFrame([(entry.cell.row, entry.cell.column, text(entry)) for entry in entries])
+    columns = list(dict.fromkeys(frame[1]))
+    wide = frame.pivot(index=0, columns=1, values=2).reindex(frame[0].unique())[columns]
+    return wide.set_axis(pd.MultiIndex.from_tuples(columns), axis=1)
 
 
 def markdown(filled: FilledTable) -> str:
     table, numbers = filled.table, missing_numbers(filled)
-    header = [*table.row_headers, *column_titles(filled)]
+    cells = grid_of(filled.entries, lambda entry: cell_text(entry, numbers))
+    header = [*table.headers, *(f"{group} {name}".strip() for group, name in cells.columns)]
     lines = [f"Table {table.number}: {table.title}. Cells: paper / ours / ours minus paper.", ""]
     lines += ["| " + " | ".join(header) + " |"]
-    lines += ["|" + "|".join(["---"] * len(table.row_headers) + ["---:"] * len(filled.columns)) + "|"]
-    for labels, entries in zip(table.rows, filled.entries, strict=True):
-        lines.append("| " + " | ".join([*labels, *(cell_text(entry, numbers) for entry in entries)]) + " |")
-    if filled.notes:
-        lines += ["", *(f"- {note}" for note in filled.notes)]
+    lines += ["|" + "|".join(["---"] * len(table.headers) + ["---:"] * len(cells.columns)) + "|"]
+    lines += ["| " + " | ".join([*row, *texts]) + " |" for row, texts in zip(cells.index, cells.values, strict=True)]
+    if notes := filled.notes():
+        lines += ["", *(f"- {note}" for note in notes)]
     if numbers:
         lines += ["", "Missing cells, and what fills them:", ""]
         lines += [f"- [{n}] " + ", then ".join(f"`{c}`" for c in commands) for commands, n in numbers.items()]
@@ -53,61 +63,96 @@ def markdown(filled: FilledTable) -> str:
 
 
 def csv_text(filled: FilledTable) -> str:
-    """Long form, one line per cell, numbers unrounded; `note` is what a cell's number can't be shown without."""
-    file = io.StringIO()
-    writer = csv.writer(file, lineterminator="\n")
-    writer.writerow([*filled.table.row_headers, "Column", "paper", "ours", "difference", "command", "note"])
-    for labels, entries in zip(filled.table.rows, filled.entries, strict=True):
-        for title, entry in zip(column_titles(filled), entries, strict=True):
-            values = ["" if v is None else repr(v) for v in (entry.paper, entry.ours, entry.difference)]
-            writer.writerow([*labels, title, *values, " && ".join(entry.commands), " ".join(entry.notes)])
-    return file.getvalue()
+    """Long form, one line per cell, numbers unrounded; each line says how its number was made."""
+    lines = []
+    for entry in filled.entries:
+        of_seeds = len(entry.results) > 1
+        lines.append(
+            dict(zip(filled.table.headers, entry.cell.row, strict=True))
+            | {"Column": " ".join(entry.cell.column).strip(), "paper": entry.cell.paper, "ours": entry.ours}
+            | {"standard_error": None if of_seeds else entry.error, "seeds": len(entry.results) or None}
+            | {"seed_deviation": entry.error if of_seeds else None, "difference": entry.difference}
+            | {"command": " && ".join(entry.commands), "unlike_the_paper": " ".join(entry.deviations)}
+            | {"note": " ".join(notes_text(entry.notes)), "made_with": " ".join(FilledTable(filled.table, [entry]).made_with())}
+        )
+    return pd.DataFrame(lines).astype({"seeds": "Int64"}).to_csv(index=False)
 
 
 def latex_escape(text: str) -> str:
-    return "".join(LATEX.get(character, character) for character in text)
-
-
-def latex_cell(entry: Entry, numbers: dict[tuple[str, ...], int]) -> str:
-    paper = latex_escape(number_text(entry.paper, entry.digits))
-    if entry.ours is None:
-        return rf"{paper} / " + (f"[{numbers[entry.commands]}]" if entry.commands else r"\emph{n.a.}")
-    ours = number_text(entry.ours, entry.digits)
-    if entry.difference is None:
-        return f"{paper} / {ours}"
-    return rf"{paper} / {ours} {{\scriptsize(${number_text(entry.difference, entry.digits, signed=True)}$)}}"
+    return "".join(LATEX.get(character, character if ord(character) < 256 else "?") for character in text)
 
 
 def latex(filled: FilledTable) -> str:
-    """A booktabs table with its notes; cells are `paper / ours (difference)`.
+    """booktabs tables with their notes; a row has a line each for the paper's numbers, ours, errors and differences.
 
+    A table for each model where models are rows, and for as many groups of columns as fit the text width of an article.
     A missing cell is a number in brackets, whose commands are in comments at the end.
     """
-    table, numbers = filled.table, missing_numbers(filled)
-    groups = [group for group, _ in filled.columns]
-    lines = [
-        r"% needs \usepackage{booktabs,amssymb}",
-        r"\begin{table*}\centering\small",
-        rf"\caption{{{latex_escape(table.title)}. Cells: paper / ours (difference).}}",
-        rf"\begin{{tabular}}{{{'l' * len(table.row_headers)}{'r' * len(filled.columns)}}}",
-        r"\toprule",
-    ]
-    if any(groups):
-        spans = [[group, groups.count(group)] for group in dict.fromkeys(groups)]
-        heads = [rf"\multicolumn{{{n}}}{{c}}{{{latex_escape(group)}}}" for group, n in spans]
-        lines.append(" & ".join([""] * len(table.row_headers) + heads) + r" \\")
-    names = [latex_escape(name) for name in (*table.row_headers, *(name for _, name in filled.columns))]
-    lines += [" & ".join(names) + r" \\", r"\midrule"]
-    for labels, entries in zip(table.rows, filled.entries, strict=True):
-        cells = [latex_escape(label) for label in labels] + [latex_cell(entry, numbers) for entry in entries]
-        lines.append(" & ".join(cells) + r" \\")
-    lines += [r"\bottomrule", r"\end{tabular}"]
-    notes = filled.notes + ["[1], ...: not run yet; the commands are comments below this table."] * bool(numbers)
-    if notes:
-        lines += ["", r"\raggedright\footnotesize", *(latex_escape(note) + r"\par" for note in notes)]
-    lines.append(r"\end{table*}")
-    lines += [f"% [{n}] " + ", then ".join(commands) for commands, n in numbers.items()]
-    return "\n".join(lines) + "\n"
+    numbers, parts = missing_numbers(filled), []
+    for block in filled.blocks():
+        fitting: list[list[str]] = []
+        sizes = block.column_groups()
+        for group, size in sizes.items():
+            if fitting and sum(sizes[name] for name in fitting[-1]) + size <= MAX_NUMBER_COLUMNS:
+                fitting[-1].append(group)
+            else:
+                fitting.append([group])
+        parts += [block.only(groups) for groups in fitting]
+    tables = [latex_table(part, numbers, several=len(parts) > 1) for part in parts]
+    comments = [f"% [{n}] " + ", then ".join(commands) for commands, n in numbers.items()]
+    return "\n".join([r"% needs \usepackage{booktabs,amssymb}", *tables, *comments]) + "\n"
+
+
+def latex_table(filled: FilledTable, numbers: dict[tuple[str, ...], int], several: bool) -> str:
+    table, groups = filled.table, filled.column_groups()
+    by_model = len(table.headers) > 1  # then the model is in the caption, not beside each row
+    headers, body = table.headers[by_model:], []
+    for row in dict.fromkeys(entry.cell.row for entry in filled.entries):
+        labels = [latex_escape(label) for label in row[by_model:]]
+        lines = latex_lines([entry for entry in filled.entries if entry.cell.row == row], numbers)
+        body += [r"\addlinespace[2pt]"] if body and len(lines) > 1 else []
+        for source, cells in lines.items():
+            body.append(" & ".join([*labels, source, *cells]) + r" \\")
+            labels = [""] * len(labels)  # once a row
+    names = dict.fromkeys(entry.cell.column for entry in filled.entries)
+    part = filled.entries[0].cell.row[0] if by_model else ", ".join(groups) if several else ""
+    heads = [rf"\multicolumn{{{size}}}{{c}}{{{latex_escape(group)}}}" for group, size in groups.items()]
+    notes = filled.notes()
+    if any(entry.commands for entry in filled.entries):
+        notes.append("[1], ...: not run yet; the commands are comments in the source.")
+    return "\n".join(
+        [
+            r"\begin{table*}\centering\footnotesize\setlength{\tabcolsep}{2pt}\renewcommand{\arraystretch}{0.85}",
+            rf"\caption{{{latex_escape(table.title + (f' ({part})' if part else ''))}.}}",
+            rf"\begin{{tabular}}{{@{{}}{'l' * (len(headers) + 1)}{'r' * len(names)}@{{}}}}",
+            r"\toprule",
+            *([" & ".join([*[""] * (len(headers) + 1), *heads]) + r" \\"] if any(groups) else []),
+            " & ".join([*headers, "", *(rf"\scriptsize {latex_escape(name)}" for _, name in names)]) + r" \\",
+            r"\midrule",
+            *body,
+            r"\bottomrule",
+            r"\end{tabular}",
+            *(["", r"\smallskip\raggedright\scriptsize"] if notes else []),
+            *(latex_escape(note) + r"\par" for note in notes),
+            r"\end{table*}",
+        ]
+    )
+
+
+def latex_lines(entries: list[Entry], numbers: dict[tuple[str, ...], int]) -> dict[str, list[str]]:
+    """The lines of one row, by what they are; those without any number are left out, except ours."""
+
+    def line(*values: float | None, signed: bool = False) -> list[str]:
+        texts = [(value, number_text(value, entry.digits, signed)) for value, entry in zip(values, entries, strict=True)]
+        return ["" if value is None else f"${text}$" if signed else text for value, text in texts]
+
+    lines = {
+        "paper": line(*(entry.cell.paper for entry in entries)),
+        "ours": [latex_escape(ours_text(entry, numbers)) for entry in entries],
+        r"\hfill$\pm$": line(*(entry.error for entry in entries)),
+        r"\hfill diff.": line(*(entry.difference for entry in entries), signed=True),
+    }
+    return {source: cells for source, cells in lines.items() if any(cells)}
 
 
 FORMATS = {"md": markdown, "csv": csv_text, "tex": latex}

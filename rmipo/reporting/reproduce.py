@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from rmipo.evaluation import benchmark_of
 from rmipo.reporting.costs import (
     PAPER_GPUS,
     estimate_assumptions,
@@ -47,8 +46,8 @@ def chain(table: Table, outputs: Path) -> list[Step]:
     Raises ValueError where a training's hours have to be estimated and its recipe or model can't be read.
     """
     benches: dict[tuple[str, str], dict[str, None]] = {}  # (model, method) -> ordered set
-    for cell in (cell for row in table.cells for cell in row):
-        benches.setdefault((cell.model, cell.method), {})[benchmark_of(cell.metric).name] = None
+    for cell in table.cells:
+        benches.setdefault((cell.model, cell.method), {})[cell.bench] = None
     models = dict.fromkeys(model for model, _ in benches)
     steps = [training(command, outputs, model, "sft") for model in models if (command := sft_command(model))]
     for (model, method), needed in benches.items():

@@ -5,11 +5,13 @@ outputs/<model>/<method>/eval/<bench>.json            an evaluation of it
 rmipo/reporting/paper/*.csv                           the paper's tables, copied digit for digit
 """
 
-import csv
 import json
 from dataclasses import dataclass
 from pathlib import Path
 
+import pandas as pd
+
+from rmipo.errors import UserError
 from rmipo.fingerprints import has_weights, trained_fingerprint
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -35,7 +37,7 @@ METHODS = {
 }
 
 
-class ReportError(ValueError):
+class ReportError(UserError):
     """A result file or run folder that can't be used; the message says which and what to do."""
 
 
@@ -66,6 +68,19 @@ class Run:
     @property
     def finished(self) -> bool:
         return bool(self.record.get("finished"))
+
+    @property
+    def seed(self) -> int | None:
+        return self.record.get("recipe", {}).get("seed")
+
+    def experiment(self) -> dict:
+        """Recipe, objective and data without the seed and what has no effect: equal for repetitions of one run."""
+        from rmipo.run.checkpoints import WITHOUT_EFFECT  # imports torch, and a table has to start at once
+
+        repeated = {"seed", "data_seed", "output_dir", "logging_steps", "save_steps"}
+        repeated |= {key.removeprefix("recipe.") for key in WITHOUT_EFFECT}
+        recipe = {name: value for name, value in self.record.get("recipe", {}).items() if name not in repeated}
+        return {**recipe, "objective": self.objective, "data": self.record.get("fingerprints")}
 
     def log(self) -> list[dict]:
         """The lines of metrics.jsonl, in the order of training."""
@@ -116,6 +131,22 @@ def load_result(outputs: Path, model: str, method: str, bench: str) -> Result | 
     return Result(path, model, bench, content["metrics"], content["versions"], content["settings"])
 
 
+def load_results(outputs: Path, model: str, method: str, bench: str, runs: list[Run]) -> list[Result]:
+    """The result of a run, and those of finished runs among `runs` that differ from it in the seed alone.
+
+    One for each seed; [] if the run itself has no result.
+    """
+    result, own = load_result(outputs, model, method, bench), load_run(outputs, model, method)
+    if result is None or own is None:
+        return [result] if result else []
+    results, others = {own.seed: result}, [run for run in runs if run.finished and run.seed != own.seed]
+    for run in others:
+        if run.seed not in results and run.experiment() == own.experiment():
+            repetition = load_result(outputs, model, run.folder.relative_to(outputs / model).as_posix(), bench)
+            results |= {run.seed: repetition} if repetition else {}
+    return list(results.values())
+
+
 def eval_command(model: str, method: str, bench: str) -> str:
     return f"make eval MODEL={model} METHOD={method} BENCH={bench}"
 
@@ -145,7 +176,10 @@ def find_runs(outputs: Path, model: str) -> list[Run]:
     return [Run(path.parent, read_json(path)) for path in sorted((outputs / model).rglob("run.json"))]
 
 
-def paper_rows(name: str) -> list[dict[str, str]]:
-    """The rows of one of the paper's tables, e.g. paper_rows("table1")."""
-    with (Path(__file__).parent / "paper" / f"{name}.csv").open(newline="") as file:
-        return list(csv.DictReader(file))
+def model_label(model: str) -> str:
+    return PAPER_MODELS.get(model, model)
+
+
+def paper_table(name: str) -> pd.DataFrame:
+    """One of the paper's tables as printed, e.g. paper_table("table1"), or numbers from its text."""
+    return pd.read_csv(Path(__file__).parent / "paper" / f"{name}.csv")

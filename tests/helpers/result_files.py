@@ -4,10 +4,25 @@ import json
 from pathlib import Path
 
 
+# How the paper evaluated; transcribed here a second time.
+JUDGES = {
+    "alpacaeval": {"annotators_config": "weighted_alpaca_eval_gpt4_turbo", "judge_endpoint": "api.openai.com/v1"},
+    "mtbench": {"judge_model": "gpt-4", "judge_endpoint": "api.openai.com/v1"},
+}
+DECODING = {
+    "mistral-7b-base": {"temperature": 0.7, "max_new_tokens": 2048},
+    "mistral-7b-instruct": {"temperature": 0.5, "max_new_tokens": 2048},
+    "llama3-8b-base": {"temperature": 0.9, "max_new_tokens": 4096},
+    "llama3-8b-instruct": {"temperature": 0.9, "max_new_tokens": 4096},
+}
+
+
 def write_result(outputs: Path, model: str, method: str, bench: str, metrics: dict, **changes) -> Path:
+    """A finished result made as in the paper; `changes`: other keys of the file, `settings` laid over the paper's."""
+    settings = JUDGES.get(bench, {}) | {"generation": DECODING.get(model, {})} | changes.pop("settings", {})
     path = outputs / model / method / "eval" / f"{bench}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    content = {"bench": bench, "metrics": metrics, "versions": {"lm_eval": "0.4.13"}, "settings": {}, "model": "m"}
+    content = {"bench": bench, "metrics": metrics, "versions": {"lm_eval": "0.4.13"}, "settings": settings, "model": "m"}
     path.write_text(json.dumps(content | {"finished": True} | changes))
     return path
 

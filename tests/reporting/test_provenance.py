@@ -2,10 +2,9 @@
 
 import pytest
 
-from rmipo.reporting.filling import fill
-from rmipo.reporting.provenance import conflicts, reservations
+from rmipo.reporting.provenance import conflicts, missing_verdicts
 from rmipo.reporting.results import ReportError, load_result
-from rmipo.reporting.tables import LEADERBOARD, build_table
+from rmipo.reporting.tables import LEADERBOARD, build_table, fill
 from tests.helpers.result_files import write_result
 
 SCORES = dict.fromkeys(LEADERBOARD, 10.0)
@@ -80,15 +79,13 @@ def test_tables_refuse_mixes_or_flag_them(tmp_path):
     with pytest.raises(ReportError, match=order) as error:
         fill(table, tmp_path)
     assert str(error.value).endswith("Delete those that are wrong and evaluate these runs again.")
-    filled = fill(table, tmp_path, allow_mixed_versions=True)
-    note = next(note for note in filled.notes if note.startswith("MIXED VERSIONS: leaderboard: lm_eval 0.4.9 in "))
-    assert [row[0].notes for row in filled.entries] == [(note,) if row[0].ours else () for row in filled.entries]
+    filled = fill(table, tmp_path, allow_mixed=True)
+    assert any(note.startswith("MIXED VERSIONS: leaderboard: lm_eval 0.4.9 in ") for note in filled.notes())
+    flagged = {entry.cell.method for entry in filled.entries if dict(entry.notes).keys() == {"MIXED VERSIONS"}}
+    assert flagged == {"dpo", "rmipo"}
 
 
-def test_trials_and_missing_verdicts_are_said(tmp_path):
+def test_missing_verdicts_are_counted(tmp_path):
     metrics = {"mt_bench": 5.0, "mt_bench_missing": 7, "other_missing": 0}
-    path = write_result(tmp_path, "tiny", "rmipo", "mtbench", metrics, settings={"first_n": 4, "limit": None})
-    assert reservations(load_result(tmp_path, "tiny", "rmipo", "mtbench")) == [
-        f"TRIAL, not the benchmark itself: {path} was made with first_n=4.",
-        f"MISSING: {path}, 7 verdicts.",
-    ]
+    write_result(tmp_path, "tiny", "rmipo", "mtbench", metrics)
+    assert missing_verdicts(load_result(tmp_path, "tiny", "rmipo", "mtbench")) == ["7 in tiny/rmipo/eval/mtbench.json"]

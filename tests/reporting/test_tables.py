@@ -1,56 +1,79 @@
-"""Tables: the paper's own averages, differences by hand, missing cells, mixed versions, the three formats."""
+"""Tables: the paper's numbers at their runs, differences and ranks by hand, missing cells, seeds, other judges."""
 
-import csv
-import io
-import subprocess
-import sys
+from collections import defaultdict
+from pathlib import Path
 
+import pandas as pd
 import pytest
 
-from rmipo.evaluation import benchmark_of
 from rmipo.fingerprints import trained_fingerprint
-from rmipo.reporting.filling import average_ranks, competition_ranks, fill
-from rmipo.reporting.render import FORMATS, csv_text, latex, markdown
-from rmipo.reporting.results import METHODS, PAPER_MODELS, ReportError, load_result, paper_rows
-from rmipo.reporting.tables import LEADERBOARD, TABLES, build_table
+from rmipo.reporting.results import METHODS, PAPER_MODELS, ReportError, load_result, paper_table
+from rmipo.reporting.tables import LEADERBOARD, TABLES, Entry, FilledTable, average_ranks, build_table, fill
 from tests.helpers.paths import ROOT
-from tests.helpers.result_files import write_result, write_run
+from tests.helpers.result_files import DECODING, write_result, write_run
+
+PAPER_TEXT = Path(__file__).with_name("paper_tables.txt")
+LLAMA = "llama3-8b-instruct"
 
 
-def test_competition_ranks_by_hand():
-    assert competition_ranks([9.0, 7.0, 7.0, 5.0]) == [1, 2, 2, 4]
-    assert competition_ranks([1.0, 1.0, 1.0]) == [1, 1, 1]
-    assert average_ranks([[3.0, 1.0], [2.0, 2.0], [2.0, 3.0]]) == [2.0, 2.0, 1.5]
+def entry_of(filled: FilledTable, *labels: str) -> Entry:
+    """The one entry whose row and column labels hold all of `labels`."""
+    (found,) = [e for e in filled.entries if set(labels) <= {*e.cell.row, *e.cell.column}]
+    return found
 
 
-@pytest.mark.parametrize("model", ["mistral-7b-instruct", "llama3-8b-instruct"])
-def test_the_papers_averages_follow_from_its_rows(model):
-    rows = [row for row in paper_rows("table2") if row["setting"] == model]
-    scores = [[float(row[metric]) for metric in LEADERBOARD] for row in rows]
-    assert len(rows) == 7
-    for row, values, rank in zip(rows, scores, average_ranks(scores), strict=True):
-        assert sum(values) / 6 == pytest.approx(float(row["avg_score"]), abs=0.005 + 1e-9), row["method"]
-        assert rank == pytest.approx(float(row["avg_rank"]), abs=0.005), row["method"]
+def transcribed(number: int) -> list[list[str]]:
+    """The rows of a table in the paper's text, as lists of labels and numbers."""
+    blocks = PAPER_TEXT.read_text().split("[table")
+    lines = next(block for block in blocks if block.startswith(f"{number}]")).splitlines()[1:]
+    return [[cell.strip().replace("ϵ", "ε").replace(" -", "-") for cell in line.split("|")] for line in lines]
+
+
+@pytest.mark.parametrize("number", sorted(TABLES))
+def test_numbers_and_labels_are_those_of_the_papers_text(number):
+    """Against a second transcription: a number or row that is swapped in the CSV or in the code is found."""
+    rows: dict[tuple[str, ...], list[float]] = defaultdict(list)
+    for cell in build_table(number).cells:
+        rows[cell.row] += [] if cell.paper is None else [cell.paper]
+    labels = {1: 1, 2: 2, 3: 3, 5: 1, 7: 1, 8: 1}[number]
+    width = {1: 12, 2: 6, 3: 6, 5: 4, 7: 4, 8: 4}[number]
+    for (row, numbers), text in zip(rows.items(), transcribed(number), strict=True):
+        shown = [cell for cell in text[labels:] if cell]
+        assert numbers == [float(cell) for cell in shown[:width]], row
+        if number == 3:
+            assert list(row[1:]) == text[:3]
+        elif number < 7:
+            assert row[-1] == text[labels - 1]
+        else:
+            assert row[0].split("-")[0].rstrip("3") == text[0].split("-")[0]
+
+
+def test_the_papers_averages_are_those_of_its_text():
+    printed = paper_table("table2")[["avg_score", "avg_rank"]].to_numpy().tolist()
+    assert printed == [[float(cell) for cell in row[-2:]] for row in transcribed(2)]
+
+
+def test_ranks_by_hand():
+    ranks = average_ranks(pd.DataFrame([[9.0], [7.0], [7.0], [5.0]]))
+    assert ranks.tolist() == [1, 2, 2, 4]  # ties share the best rank, the next one is skipped
+    assert average_ranks(pd.DataFrame([[3.0, 1.0], [2.0, 2.0], [2.0, 3.0]])).tolist() == [2.0, 2.0, 1.5]
 
 
 @pytest.mark.parametrize("number", sorted(TABLES))
 def test_a_table_filled_with_the_papers_numbers_differs_nowhere(number, tmp_path):
-    """Each cell reads its own file and metric: feeding back what the paper prints must give differences of 0."""
+    """Each cell reads its own file and metric; the averages of Table 2 follow from its rows."""
     table = build_table(number)
-    by_file: dict[tuple[str, str, str], dict[str, float]] = {}
-    printed: dict[tuple[str, str, str], set[float]] = {}
-    for cell in (cell for row in table.cells for cell in row):
-        assert cell.paper is not None
-        by_file.setdefault((cell.model, cell.method, benchmark_of(cell.metric).name), {})[cell.metric] = cell.paper
-        printed.setdefault((cell.model, cell.method, cell.metric), set()).add(cell.paper)
-    assert all(len(values) == 1 for values in printed.values())
+    by_file: dict[tuple[str, str, str], dict[str, float]] = defaultdict(dict)
+    for cell in table.cells:
+        key = (cell.model, cell.method, cell.bench)
+        assert by_file[key].setdefault(cell.metric, cell.paper) == cell.paper
     for key, metrics in by_file.items():
-        write_result(tmp_path, *key, metrics)
-    filled = fill(table, tmp_path)
-    entries = [entry for row in filled.entries for entry in row]
-    assert len(entries) == {1: 144, 2: 112, 3: 36, 5: 20, 7: 8, 8: 8}[number]
-    assert all(abs(entry.difference) < 0.005 + 1e-9 for entry in entries)
-    assert "Missing cells" not in markdown(filled)
+        write_result(tmp_path, *key, {name: 1000.0 if value is None else value for name, value in metrics.items()})
+    entries = fill(table, tmp_path).entries
+    compared = [entry for entry in entries if entry.cell.metric != "alpacaeval2_length"]
+    assert len(compared) == {1: 144, 2: 112, 3: 36, 5: 20, 7: 8, 8: 8}[number]
+    assert len(entries) - len(compared) == (48 if number == 1 else 0)
+    assert all(abs(entry.difference) < 0.005 + 1e-9 for entry in compared)
 
 
 @pytest.mark.parametrize(
@@ -62,8 +85,12 @@ def test_a_table_filled_with_the_papers_numbers_differs_nowhere(number, tmp_path
         (1, "llama3-8b-instruct", "cpo", "alpacaeval2_wr", 32.2),
         (2, "mistral-7b-instruct", "simper", "musr", 9.47),
         (2, "llama3-8b-instruct", "rmipo", "gpqa", 3.50),
+        (3, "llama3-8b-instruct", "table3-row1", "ifeval", 66.14),
         (3, "llama3-8b-instruct", "table3-row2", "bbh", 26.94),
+        (3, "llama3-8b-instruct", "table7-linear", "math", 8.74),
         (3, "llama3-8b-instruct", "table3-row4", "mmlu_pro", 28.91),
+        (3, "llama3-8b-instruct", "table3-row5", "gpqa", 4.18),
+        (3, "llama3-8b-instruct", "rmipo", "musr", 8.41),
         (5, "mistral-7b-instruct", "table5-alpha-dpo", "alpacaeval2_wr", 38.4),
         (5, "llama3-8b-instruct", "dpo", "alpacaeval2_lc", 40.2),
         (5, "llama3-8b-instruct", "table5-simper", "alpacaeval2_lc", 41.7),
@@ -74,82 +101,173 @@ def test_a_table_filled_with_the_papers_numbers_differs_nowhere(number, tmp_path
     ],
 )
 def test_the_papers_numbers_stand_at_their_runs(number, model, method, metric, printed):
-    cells = [cell for row in build_table(number).cells for cell in row]
-    assert [c.paper for c in cells if (c.model, c.method, c.metric) == (model, method, metric)] == [printed]
+    found = [c.paper for c in build_table(number).cells if (c.model, c.method, c.metric) == (model, method, metric)]
+    assert found == [printed]
 
 
 def test_labels_stand_over_and_beside_their_cells():
-    """The label of a column or row, and the run and metric that is read there."""
-    table = build_table(5)
-    assert table.columns[3] == ("Llama3-8B-Instruct", "WR (%)") and table.rows[3] == ("SimPER",)
-    cell = table.cells[3][3]
-    assert (cell.model, cell.method, cell.metric) == ("llama3-8b-instruct", "table5-simper", "alpacaeval2_wr")
-    table = build_table(3)
-    assert table.rows[1] == ("Llama3-8B-Instruct", "", "✓", "") and table.columns[4] == ("", "MUSR")
-    assert (table.cells[1][4].method, table.cells[1][4].metric) == ("table3-row2", "musr")
-    table = build_table(8)
-    assert table.columns[2] == ("", "[0.5, 1.4]") and table.cells[0][2].method == "table8-0.5-1.4"
+    """The labels of a cell, and the run and metric that is read there."""
+    cell = build_table(5).cells[-5]
+    assert (cell.row, cell.column) == (("SimPER",), ("Llama3-8B-Instruct", "WR (%)"))
+    assert (cell.model, cell.method, cell.metric) == (LLAMA, "table5-simper", "alpacaeval2_wr")
+    cell = build_table(3).cells[6 + 4]
+    assert (cell.row, cell.column) == (("Llama3-8B-Instruct", "", "✓", ""), ("", "MUSR"))
+    assert (cell.method, cell.metric) == ("table3-row2", "musr")
+    columns = [(cell.column, cell.method) for cell in build_table(8).cells[:4]]
+    assert columns[2] == (("", "[0.5, 1.4]"), "table8-0.5-1.4") and columns[0] == (("", "[0, 2]"), "table8-0-2")
+    columns = [(cell.column[1], cell.method) for cell in build_table(7).cells[:4]]
+    assert columns == [
+        ("Exponential", "rmipo"),
+        ("Linear", "table7-linear"),
+        ("Cosine", "table7-cosine"),
+        ("w/o", "table7-constant"),
+    ]
 
 
 def test_papers_table1_covers_every_method_and_model():
-    keys = {(row["method"], row["setting"]) for row in paper_rows("table1")}
+    printed = paper_table("table1")
+    keys = set(zip(printed["method"], printed["setting"], strict=True))
     assert keys == {(method, model) for method in METHODS for model in PAPER_MODELS}
 
 
+def test_the_papers_decoding_is_that_of_the_recipes():
+    decoding = paper_table("decoding").set_index("setting").to_dict("index")
+    assert decoding == DECODING
+    for model, values in decoding.items():
+        text = (ROOT / "recipes" / model / "eval.yaml").read_text()
+        assert all(f"\n  {key}: {value}" in text for key, value in values.items()), model
+
+
 def test_difference_and_missing_cells(tmp_path):
-    metrics = {"alpacaeval2_lc": 36.64, "alpacaeval2_wr": 30.0}
-    write_result(tmp_path, "llama3-8b-instruct", "rmipo", "alpacaeval", metrics)
-    write_run(tmp_path / "llama3-8b-instruct" / "dpo", {"name": "dpo"}, [])
-    text = markdown(fill(build_table(1, ["llama3-8b-instruct"]), tmp_path))
-    assert "| RMiPO | 49.1 / 36.6 / -12.5 | 46.3 / 30.0 / -16.3 | 8.3 / [" in text  # 36.64 - 49.1 = -12.46
-    lines = text.splitlines()
+    write_result(tmp_path, LLAMA, "rmipo", "alpacaeval", {"alpacaeval2_lc": 36.64, "alpacaeval2_wr": 30.0})
+    write_run(tmp_path / LLAMA / "dpo", {"name": "dpo"}, [])
+    filled = fill(build_table(1, [LLAMA]), tmp_path)
+    assert entry_of(filled, "RMiPO", "LC (%)").difference == pytest.approx(36.64 - 49.1)
+    assert entry_of(filled, "RMiPO", "WR (%)").difference == pytest.approx(30.0 - 46.3)
     # dpo is trained, so only its evaluation is missing; simpo has to be trained first.
-    assert any(line.endswith("] `make eval MODEL=llama3-8b-instruct METHOD=dpo BENCH=alpacaeval`") for line in lines)
-    train, evaluate = (f"`make {verb} MODEL=llama3-8b-instruct METHOD=simpo" for verb in ("train", "eval"))
-    assert any(f"{train}`, then {evaluate} BENCH=mtbench`" in line for line in lines)
+    assert entry_of(filled, "DPO", "LC (%)").commands == (f"make eval MODEL={LLAMA} METHOD=dpo BENCH=alpacaeval",)
+    assert entry_of(filled, "SimPO", "MT-Bench").commands == (
+        f"make train MODEL={LLAMA} METHOD=simpo",
+        f"make eval MODEL={LLAMA} METHOD=simpo BENCH=mtbench",
+    )
     # Nothing has to be trained for the first row of an Instruct setting, SFT for that of a Base setting.
-    initial = "`make eval MODEL=llama3-8b-{} METHOD=initial BENCH=alpacaeval`"
-    assert any(line.endswith("] " + initial.format("instruct")) for line in lines)
-    base = markdown(fill(build_table(1, ["llama3-8b-base"]), tmp_path))
-    assert "] `make train MODEL=llama3-8b-base STAGE=sft`, then " + initial.format("base") in base
+    initial = "make eval MODEL=llama3-8b-{} METHOD=initial BENCH=alpacaeval"
+    assert entry_of(filled, "Initial", "LC (%)").commands == (initial.format("instruct"),)
+    base = fill(build_table(1, ["llama3-8b-base"]), tmp_path)
+    sft = "make train MODEL=llama3-8b-base STAGE=sft"
+    assert entry_of(base, "Initial", "LC (%)").commands == (sft, initial.format("base"))
 
 
 def test_unfinished_results_and_runs_count_as_missing(tmp_path):
-    metrics = dict.fromkeys(LEADERBOARD, 10.0)
-    write_result(tmp_path, "llama3-8b-instruct", "rmipo", "leaderboard", metrics, finished=False)
-    write_run(tmp_path / "llama3-8b-instruct" / "rmipo", {"name": "rmipo"}, [], finished=False)
-    filled = fill(build_table(2, ["llama3-8b-instruct"]), tmp_path)
-    entry = filled.entries[-1][0]
-    assert entry.ours is None and entry.paper == 69.07 and len(entry.commands) == 2
+    write_result(tmp_path, LLAMA, "rmipo", "leaderboard", dict.fromkeys(LEADERBOARD, 10.0), finished=False)
+    write_run(tmp_path / LLAMA / "rmipo", {"name": "rmipo"}, [], finished=False)
+    entry = entry_of(fill(build_table(2, [LLAMA]), tmp_path), "RMiPO", "IFEval")
+    assert entry.ours is None and entry.cell.paper == 69.07 and len(entry.commands) == 2
 
 
 def test_ranks_among_fewer_methods_are_not_compared(tmp_path):
     for method, score in (("rmipo", 30.0), ("dpo", 20.0)):
-        write_result(tmp_path, "llama3-8b-instruct", method, "leaderboard", dict.fromkeys(LEADERBOARD, score))
-    filled = fill(build_table(2, ["llama3-8b-instruct"]), tmp_path)
-    by_method = {labels[1]: row for labels, row in zip(filled.table.rows, filled.entries, strict=True)}
-    score, rank = by_method["RMiPO"][-2:]
+        write_result(tmp_path, LLAMA, method, "leaderboard", dict.fromkeys(LEADERBOARD, score))
+    filled = fill(build_table(2, [LLAMA]), tmp_path)
+    score, rank = entry_of(filled, "RMiPO", "Avg. Score"), entry_of(filled, "RMiPO", "Avg. Rank")
     assert score.ours == 30.0 and score.difference == pytest.approx(30.0 - 24.9)
     assert rank.ours == 1.0 and rank.difference is None
-    assert by_method["DPO"][-1].ours == 2.0 and by_method["SimPO"][-1].ours is None
-    assert any("2 of 7 methods" in note for note in filled.notes)
+    assert entry_of(filled, "DPO", "Avg. Rank").ours == 2.0 and entry_of(filled, "SimPO", "Avg. Rank").ours is None
+    assert any("2 of 7 methods" in note for note in filled.notes())
 
 
 def test_a_length_controlled_rate_that_was_left_out_can_be_added(tmp_path):
     path = write_result(tmp_path, "tiny", "rmipo", "alpacaeval", {"alpacaeval2_wr": 40.0})
-    lc, wr, _ = fill(build_table(1, ["tiny"]), tmp_path).entries[-1]
-    assert wr.ours == 40.0 and lc.ours is None
+    filled = fill(build_table(1, ["tiny"]), tmp_path)
+    assert entry_of(filled, "RMiPO", "WR (%)").ours == 40.0
+    lc = entry_of(filled, "RMiPO", "LC (%)")
     evaluate = "make eval MODEL=tiny METHOD=rmipo BENCH=alpacaeval ARGS='--set alpacaeval.length_controlled=true'"
-    assert lc.commands == (f"rm {path}", evaluate)
+    assert lc.ours is None and lc.commands == (f"rm {path}", evaluate)
 
 
 def test_a_stand_in_has_no_length_controlled_rate(tmp_path):
     settings = {"reference": "pairs/test.jsonl", "length_controlled": False}
     write_result(tmp_path, "tiny", "rmipo", "alpacaeval", {"alpacaeval2_wr": 40.0}, settings=settings)
     filled = fill(build_table(1, ["tiny"]), tmp_path)
-    assert filled.entries[-1][0].commands == () and filled.entries[-2][0].commands
-    text = markdown(filled)
-    assert "| RMiPO | – / n/a | – / 40.0 | – / [" in text and "n/a: the length-controlled model knows" in text
+    assert entry_of(filled, "RMiPO", "LC (%)").commands == () and entry_of(filled, "SimPER", "LC (%)").commands
+    assert "n/a: the length-controlled model knows AlpacaEval's own instructions alone." in filled.notes()
+
+
+@pytest.mark.parametrize(
+    ("model", "bench", "settings", "text"),
+    [
+        (LLAMA, "mtbench", {"judge_model": "qwen"}, "MT-Bench: judge_model is qwen, the paper's is gpt-4."),
+        ("tiny", "mtbench", {"judge_endpoint": "::1"}, "MT-Bench: judge_endpoint is ::1, the paper's is api.openai.com/v1."),
+        (LLAMA, "mtbench", {"first_n": 4}, "TRIAL, not the benchmark itself: MT-Bench with first_n=4."),
+        (
+            LLAMA,
+            "alpacaeval",
+            {"generation": {"temperature": 0.7, "max_new_tokens": 4096}},
+            "AlpacaEval 2 of Llama3-8B-Instruct: generation.temperature is 0.7, the paper's is 0.9.",
+        ),
+        (
+            "mistral-7b-base",
+            "alpacaeval",
+            {"annotators_config": "/judges/qwen"},
+            "AlpacaEval 2: annotators_config is /judges/qwen, the paper's is weighted_alpaca_eval_gpt4_turbo.",
+        ),
+    ],
+)  # fmt: skip
+def test_a_result_that_was_made_otherwise_gets_no_difference_unless_asked_for(tmp_path, model, bench, settings, text):
+    metrics = {"mtbench": {"mt_bench": 8.0}, "alpacaeval": {"alpacaeval2_lc": 50.0, "alpacaeval2_wr": 50.0}}[bench]
+    write_result(tmp_path, model, "rmipo", bench, metrics, settings=settings)
+    table = build_table(1, [model])
+    filled = fill(table, tmp_path)
+    entries = [entry for entry in filled.entries if entry.ours is not None]
+    assert entries and all(entry.deviations == (text,) and entry.difference is None for entry in entries)
+    assert f"† {text}" in filled.notes()
+    asked = [entry for entry in fill(table, tmp_path, all_differences=True).entries if entry.ours is not None]
+    compared = [entry for entry in asked if entry.cell.paper is not None]
+    assert all(entry.difference == pytest.approx(entry.ours - entry.cell.paper) for entry in compared)
+    assert bool(compared) == (model in PAPER_MODELS) and all(entry.deviations == (text,) for entry in asked)
+
+
+def test_judge_decoding_and_versions_are_named(tmp_path):
+    lc = {"alpacaeval2_lc": 40.0, "alpacaeval2_wr": 40.0}
+    for method in ("dpo", "rmipo"):
+        write_result(tmp_path, LLAMA, method, "alpacaeval", lc, versions={"vllm": "0.30.0", "alpaca_eval": "0.6.6"})
+    judge = "annotators_config weighted_alpaca_eval_gpt4_turbo, judge_endpoint api.openai.com/v1"
+    assert fill(build_table(1, [LLAMA]), tmp_path).notes()[:2] == [
+        f"AlpacaEval 2: {judge}; alpaca_eval 0.6.6, vllm 0.30.0.",
+        "AlpacaEval 2 of Llama3-8B-Instruct: generation.temperature 0.9, generation.max_new_tokens 4096.",
+    ]
+
+
+def write_seed(outputs: Path, folder: str, seed: int, value: float, **more) -> None:
+    write_run(outputs / LLAMA / folder, {"name": "rmipo", "beta": 2.0}, [], seed=seed, **more)
+    metrics = {"mt_bench": value, "mt_bench_standard_error": 0.25}
+    write_result(outputs, LLAMA, folder, "mtbench", metrics)
+
+
+def test_seeds_are_averaged_and_nothing_else_is(tmp_path):
+    write_seed(tmp_path, "rmipo", 42, 7.0)
+    filled = fill(build_table(1, [LLAMA]), tmp_path)
+    entry = entry_of(filled, "RMiPO", "MT-Bench")
+    assert (entry.ours, len(entry.results)) == (7.0, 1)
+    write_seed(tmp_path, "rmipo-seed43", 43, 8.0, save_steps=5)
+    write_seed(tmp_path, "again", 42, 1.0)  # the same seed once more
+    write_seed(tmp_path, "other-rate", 44, 1.0, learning_rate=1e-6)
+    write_seed(tmp_path, "other-pairs", 45, 1.0, fingerprints={"train": "0b"})
+    write_seed(tmp_path, "open", 46, 1.0, finished=False)
+    filled = fill(build_table(1, [LLAMA]), tmp_path)
+    entry = entry_of(filled, "RMiPO", "MT-Bench")
+    assert (entry.ours, len(entry.results)) == (7.5, 2)
+    assert entry.error == pytest.approx(0.5**0.5) and entry.difference == pytest.approx(7.5 - 8.3)
+    assert "Mean ± standard deviation over 2 seeds where (n) says so." in filled.notes()
+
+
+def test_the_standard_error_of_an_evaluation(tmp_path):
+    metrics = {"alpacaeval2_lc": 40.0, "alpacaeval2_wr": 41.0, "alpacaeval2_wr_standard_error": 1.6}
+    write_result(tmp_path, LLAMA, "rmipo", "alpacaeval", metrics | {"alpacaeval2_length": 1834.0})
+    filled = fill(build_table(1, [LLAMA]), tmp_path)
+    assert entry_of(filled, "RMiPO", "WR (%)").error == 1.6 and entry_of(filled, "RMiPO", "LC (%)").error is None
+    assert entry_of(filled, "RMiPO", "Length").ours == 1834.0
+    assert "±: standard error of the evaluation." in filled.notes()
 
 
 @pytest.mark.parametrize(
@@ -184,66 +302,8 @@ def test_a_result_of_other_weights_is_refused(tmp_path):
     assert load_result(tmp_path, "tiny", "initial", "leaderboard") is not None
 
 
-def test_csv_and_latex(tmp_path):
-    metrics = {"alpacaeval2_lc": 47.25, "alpacaeval2_wr": 40.0}
-    write_result(tmp_path, "llama3-8b-instruct", "alpha-dpo", "alpacaeval", metrics)
-    filled = fill(build_table(1, ["llama3-8b-instruct"]), tmp_path)
-    rows = list(csv.DictReader(io.StringIO(csv_text(filled))))
-    row = next(row for row in rows if row["Method"] == "α-DPO" and row["Column"] == "Llama3-8B-Instruct LC (%)")
-    assert (row["paper"], row["ours"], row["command"], row["note"]) == ("46.6", "47.25", "", "")
-    assert float(row["difference"]) == pytest.approx(0.65)
-    text = latex(filled)
-    cells = [r"46.6 / 47.2 {\scriptsize($+0.6$)}", r"38.1 / 40.0 {\scriptsize($+1.9$)}", "8.1 / [15]"]
-    assert " & ".join([r"$\alpha$-DPO", *cells]) + r" \\" in text
-    assert r"\multicolumn{3}{c}{Llama3-8B-Instruct}" in text and r"LC (\%)" in text
-    assert all(line.count("&") == 3 for line in text.splitlines() if line.endswith(r"\\") and "multicolumn" not in line)
-
-
-def test_notes_and_commands_are_in_all_three_formats(tmp_path):
-    judged = {"mt_bench": 6.0, "mt_bench_missing": 7}
-    path = write_result(tmp_path, "tiny", "rmipo", "mtbench", judged, settings={"first_n": 4})
-    filled = fill(build_table(1, ["tiny"]), tmp_path)
-    notes = [
-        f"TRIAL, not the benchmark itself: {path} was made with first_n=4.",
-        f"MISSING: {path}, 7 verdicts.",
-    ]
-    assert filled.notes[1:] == notes
-    assert all(f"- {note}\n" in markdown(filled) for note in notes)
-    rows = {(row["Method"], row["Column"]): row for row in csv.DictReader(io.StringIO(csv_text(filled)))}
-    assert rows["RMiPO", "tiny MT-Bench"]["note"] == " ".join(notes)
-    assert rows["DPO", "tiny MT-Bench"]["note"] == ""
-    text = latex(filled)
-    tabular, after = text.split(r"\end{tabular}")
-    assert r"first\_n=4.\par" in after and ", 7 verdicts.\\par" in after
-    # The first cell without a number points at the first comment.
-    assert "Initial & -- / [1] & -- / [1] & -- / [2]" in tabular
-    assert "[1], ...: not run yet; the commands are comments below this table.\\par" in after
-    comments = after.split(r"\end{table*}")[1].splitlines()[1:]
-    assert comments[0] == (
-        "% [1] make train MODEL=tiny STAGE=sft, then make eval MODEL=tiny METHOD=initial BENCH=alpacaeval"
-    )
-    assert len(comments) == 12 + 11 and all(line.startswith("% [") for line in comments)
-
-
-def test_an_average_carries_the_notes_of_its_row(tmp_path):
+def test_an_average_carries_what_is_said_of_its_row(tmp_path):
     write_result(tmp_path, "tiny", "rmipo", "leaderboard", dict.fromkeys(LEADERBOARD, 10.0), settings={"limit": 5})
-    row = fill(build_table(2, ["tiny"]), tmp_path).entries[-1]
-    assert [entry.notes for entry in row] == [row[0].notes] * 8 and "limit=5" in row[0].notes[0]
-
-
-def run_script(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(ROOT / "scripts" / "table.py"), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, env={"PATH": "", **environment})
-
-
-def test_script_writes_three_formats(tmp_path):
-    done = run_script("--outputs", str(tmp_path), N="7", MODEL="tiny")
-    assert done.returncode == 0, done.stderr
-    assert {path.name for path in (tmp_path / "reports").iterdir()} == {f"table7-tiny.{suffix}" for suffix in FORMATS}
-    assert "METHOD=table7-linear" in done.stdout
-
-
-@pytest.mark.parametrize("number", ["4", ""])
-def test_script_refuses_other_tables_in_one_line(tmp_path, number):
-    done = run_script("--outputs", str(tmp_path), **({"N": number} if number else {}))
-    assert done.returncode != 0 and "[1, 2, 3, 5, 7, 8]" in done.stderr and "Traceback" not in done.stderr
+    row = [entry for entry in fill(build_table(2, ["tiny"]), tmp_path).entries if "RMiPO" in entry.cell.row]
+    assert len(row) == 8 and all(entry.deviations == row[0].deviations for entry in row)
+    assert "limit=5" in row[0].deviations[0]
