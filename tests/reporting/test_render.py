@@ -3,20 +3,16 @@
 import csv
 import io
 import re
-import runpy
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from rmipo.reporting.render import FORMATS, csv_text, latex, markdown, number_text
 from rmipo.reporting.tables import TABLES, Cell, build_table, fill
-from tests.helpers.paths import ROOT
 from tests.helpers.result_files import write_result
 
-SCRIPT = ROOT / "scripts" / "table.py"
 LLAMA = "llama3-8b-instruct"
 
 
@@ -131,24 +127,15 @@ def test_latex_fits_an_article(tmp_path, number):
     assert "Float too large" not in log
 
 
-def run_script(monkeypatch, *arguments: str, **environment: str) -> None:
-    for name in ("N", "MODEL", "ARGS"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *arguments])
-    runpy.run_path(str(SCRIPT), run_name="__main__")
-
-
-def test_script_writes_three_formats(tmp_path, monkeypatch, capsys):
-    run_script(monkeypatch, "--outputs", str(tmp_path), N="7", MODEL="tiny")
-    assert {path.name for path in (tmp_path / "reports").iterdir()} == {f"table7-tiny.{suffix}" for suffix in FORMATS}
+def test_script_writes_three_formats(tmp_path, run_script, capsys):
+    assert run_script("table.py", folder=tmp_path, N="7", MODEL="tiny") == 0
+    files = {path.name for path in (tmp_path / "outputs/reports").iterdir()}
+    assert files == {f"table7-tiny.{suffix}" for suffix in FORMATS}
     assert "METHOD=table7-linear" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("number", ["4", ""])
-def test_script_refuses_other_tables_in_one_line(tmp_path, monkeypatch, capsys, number):
-    with pytest.raises(SystemExit) as ended:
-        run_script(monkeypatch, "--outputs", str(tmp_path), **({"N": number} if number else {}))
+def test_script_refuses_other_tables_in_one_line(tmp_path, run_script, capsys, number):
+    assert run_script("table.py", folder=tmp_path, N=number) == 2
     error = capsys.readouterr().err
-    assert ended.value.code == 2 and "[1, 2, 3, 5, 7, 8]" in error and "Traceback" not in error
+    assert error.startswith("error: ") and "[1, 2, 3, 5, 7, 8]" in error and error.count("\n") == 1

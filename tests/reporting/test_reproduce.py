@@ -1,8 +1,6 @@
 """The chain behind a table: order, what counts as done, hours, and that it really runs and stops."""
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -104,39 +102,28 @@ def test_the_document_states_these_hours(number, chains):
     assert (f"about ${dollars}" in cells[5]) == (dollars > 0)
 
 
-def reproduce(folder: Path, tools: Path, **environment: str) -> subprocess.CompletedProcess:
-    """`folder` holds `outputs`."""
-    return subprocess.run(
-        [sys.executable, str(ROOT / "scripts" / "reproduce.py")],
-        capture_output=True,
-        text=True,
-        cwd=folder,
-        env={"PATH": f"{tools}{os.pathsep}/usr/bin{os.pathsep}/bin", **environment},
-    )
-
-
-def write_make(tools: Path, log: Path, fails_on: str = "nothing") -> None:
+def write_make(monkeypatch, tools: Path, log: Path, fails_on: str = "nothing") -> None:
     """A `make` that writes down how it was called."""
     tools.mkdir()
     script = tools / "make"
     script.write_text(f'#!/bin/sh\necho "$@" >> {log}\ncase "$*" in *{fails_on}*) exit 3;; esac\n')
     script.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tools), prepend=os.pathsep)
 
 
-def test_dry_run_starts_nothing(tmp_path):
-    write_make(tmp_path / "bin", tmp_path / "log")
-    done = reproduce(tmp_path, tmp_path / "bin", TABLE="7", MODEL="tiny", DRY="1")
-    assert done.returncode == 0 and "make train MODEL=tiny METHOD=table7-cosine" in done.stdout
+def test_dry_run_starts_nothing(tmp_path, run_script, monkeypatch, capfd):
+    write_make(monkeypatch, tmp_path / "bin", tmp_path / "log")
+    assert run_script("reproduce.py", folder=tmp_path, TABLE="7", MODEL="tiny", DRY="1") == 0
+    assert "make train MODEL=tiny METHOD=table7-cosine" in capfd.readouterr().out
     assert not (tmp_path / "log").exists()
 
 
-def test_runs_what_is_left_in_order_then_the_table(tmp_path):
-    write_make(tmp_path / "bin", tmp_path / "log")
+def test_runs_what_is_left_in_order_then_the_table(tmp_path, run_script, monkeypatch):
+    write_make(monkeypatch, tmp_path / "bin", tmp_path / "log")
     for method in ("sft", "rmipo", "table7-linear"):
         write_run(tmp_path / "outputs" / "tiny" / method, {"name": "rmipo"}, [])
     write_result(tmp_path / "outputs", "tiny", "rmipo", "alpacaeval", LC)
-    done = reproduce(tmp_path, tmp_path / "bin", TABLE="7", MODEL="tiny")
-    assert done.returncode == 0, done.stderr
+    assert run_script("reproduce.py", folder=tmp_path, TABLE="7", MODEL="tiny") == 0
     assert (tmp_path / "log").read_text().splitlines() == [
         "eval MODEL=tiny METHOD=table7-linear BENCH=alpacaeval",
         "train MODEL=tiny METHOD=table7-cosine",
@@ -147,11 +134,11 @@ def test_runs_what_is_left_in_order_then_the_table(tmp_path):
     ]
 
 
-def test_stops_at_the_first_failure(tmp_path):
-    write_make(tmp_path / "bin", tmp_path / "log", fails_on="table7-linear")
+def test_stops_at_the_first_failure(tmp_path, run_script, monkeypatch, capfd):
+    write_make(monkeypatch, tmp_path / "bin", tmp_path / "log", fails_on="table7-linear")
     write_run(tmp_path / "outputs" / "tiny" / "sft", {}, [])
-    done = reproduce(tmp_path, tmp_path / "bin", TABLE="7", MODEL="tiny")
-    assert done.returncode == 1 and "Step 4 failed: make train MODEL=tiny METHOD=table7-linear" in done.stderr
+    assert run_script("reproduce.py", folder=tmp_path, TABLE="7", MODEL="tiny") == 1
+    assert "Step 4 failed: make train MODEL=tiny METHOD=table7-linear" in capfd.readouterr().err
     assert len((tmp_path / "log").read_text().splitlines()) == 3
 
 
@@ -164,6 +151,7 @@ def test_stops_at_the_first_failure(tmp_path):
         ({"TABLE": "4"}, "there is no table 4 to rebuild"),
     ],
 )
-def test_what_it_cannot_pass_on_is_refused(tmp_path, environment, message):
-    done = reproduce(tmp_path, tmp_path, **({"TABLE": "7", "DRY": "1"} | environment))
-    assert done.returncode == 2 and done.stderr.startswith(f"error: {message}") and done.stdout == ""
+def test_what_it_cannot_pass_on_is_refused(tmp_path, run_script, capfd, environment, message):
+    assert run_script("reproduce.py", folder=tmp_path, **({"TABLE": "7", "DRY": "1"} | environment)) == 2
+    captured = capfd.readouterr()
+    assert captured.err.startswith(f"error: {message}") and captured.out == ""
