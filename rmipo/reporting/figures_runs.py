@@ -146,7 +146,11 @@ def draw_costs(axis: Axes, runs: dict[str, Run], model: str) -> None:
     """
     printed = paper_table("efficiency").set_index("method") if model in PAPER_MODELS else {}
     paper = dict(printed.get("hours", {}))
-    paper_memory = {method: f" ({percent:.0f}%)" for method, percent in printed.get("peak_memory_percent", {}).items() if percent > 0}
+    paper_memory = {
+        method: f" ({percent:.0f}%)"
+        for method, percent in printed.get("peak_memory_percent", {}).items()
+        if percent > 0
+    }
     methods = list(runs)
     hours = [run.record["seconds"] / 3600 for run in runs.values()]
     memory = {method: max(row.get("peak_memory_gib", 0.0) for row in run.log()) for method, run in runs.items()}

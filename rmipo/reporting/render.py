@@ -73,7 +73,10 @@ def csv_text(filled: FilledTable) -> str:
             | {"standard_error": None if of_seeds else entry.error, "seeds": len(entry.results) or None}
             | {"seed_deviation": entry.error if of_seeds else None, "difference": entry.difference}
             | {"command": " && ".join(entry.commands), "unlike_the_paper": " ".join(entry.deviations)}
-            | {"note": " ".join(notes_text(entry.notes)), "made_with": " ".join(FilledTable(filled.table, [entry]).made_with())}
+            | {
+                "note": " ".join(notes_text(entry.notes)),
+                "made_with": " ".join(FilledTable(filled.table, [entry]).made_with()),
+            }
         )
     return pd.DataFrame(lines).astype({"seeds": "Int64"}).to_csv(index=False)
 
@@ -143,7 +146,9 @@ def latex_lines(entries: list[Entry], numbers: dict[tuple[str, ...], int]) -> di
     """The lines of one row, by what they are; those without any number are left out, except ours."""
 
     def line(*values: float | None, signed: bool = False) -> list[str]:
-        texts = [(value, number_text(value, entry.digits, signed)) for value, entry in zip(values, entries, strict=True)]
+        texts = [
+            (value, number_text(value, entry.digits, signed)) for value, entry in zip(values, entries, strict=True)
+        ]
         return ["" if value is None else f"${text}$" if signed else text for value, text in texts]
 
     lines = {

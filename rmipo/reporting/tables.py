@@ -28,7 +28,9 @@ from rmipo.reporting.results import (
 LEADERBOARD = ("ifeval", "bbh", "math", "gpqa", "musr", "mmlu_pro")
 INSTRUCT = ("mistral-7b-instruct", "llama3-8b-instruct")
 ABLATION_MODEL = "llama3-8b-instruct"  # of Table 3
-TABLE5_RUNS = {name: name if name == "dpo" else f"table5-{name}" for name in ("dpo", "simpo", "alpha-dpo", "simper", "rmipo")}
+TABLE5_RUNS = {
+    name: name if name == "dpo" else f"table5-{name}" for name in ("dpo", "simpo", "alpha-dpo", "simper", "rmipo")
+}
 # (GM, MI, ED) -> run. Row 3 is Table 7's linear schedule and the last row the whole method: one run serves both.
 TABLE3_RUNS = {
     (1, 0, 0): "table3-row1",
@@ -107,9 +109,7 @@ def table1(models: Iterable[str]) -> Table:
     rows = {(label,): {"method": method} for method, label in METHODS.items()}
     columns = metrics_of_models(models, ("alpacaeval2_lc", "alpacaeval2_wr", "alpacaeval2_length", "mt_bench"))
     notes = ("The paper's baselines are other papers' published numbers, not re-runs: see docs/REPRODUCE.md.",)
-    return Table(
-        1, "AlpacaEval 2 and MT-Bench", ("Method",), grid(rows, columns, paper_table("table1")), notes=notes
-    )
+    return Table(1, "AlpacaEval 2 and MT-Bench", ("Method",), grid(rows, columns, paper_table("table1")), notes=notes)
 
 
 def table2(models: Iterable[str]) -> Table:
@@ -335,7 +335,9 @@ def append_averages(table: Table, entries: list[Entry]) -> FilledTable:
         ranks, means = average_ranks(scores), scores.mean(axis=1)
         partly = len(complete) < len(methods)
         if complete and partly:
-            remarks.append(f"{model_label(model)}: ranks among {len(complete)} of {len(methods)} methods, no difference.")
+            remarks.append(
+                f"{model_label(model)}: ranks among {len(complete)} of {len(methods)} methods, no difference."
+            )
         for method, row in methods.items():
             appended += row
             for name, label, ours in (("avg_score", "Avg. Score", means), ("avg_rank", "Avg. Rank", ranks)):

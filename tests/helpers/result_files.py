@@ -3,7 +3,6 @@
 import json
 from pathlib import Path
 
-
 # How the paper evaluated; transcribed here a second time.
 JUDGES = {
     "alpacaeval": {"annotators_config": "weighted_alpaca_eval_gpt4_turbo", "judge_endpoint": "api.openai.com/v1"},
@@ -22,7 +21,13 @@ def write_result(outputs: Path, model: str, method: str, bench: str, metrics: di
     settings = JUDGES.get(bench, {}) | {"generation": DECODING.get(model, {})} | changes.pop("settings", {})
     path = outputs / model / method / "eval" / f"{bench}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    content = {"bench": bench, "metrics": metrics, "versions": {"lm_eval": "0.4.13"}, "settings": settings, "model": "m"}
+    content = {
+        "bench": bench,
+        "metrics": metrics,
+        "versions": {"lm_eval": "0.4.13"},
+        "settings": settings,
+        "model": "m",
+    }
     path.write_text(json.dumps(content | {"finished": True} | changes))
     return path
 

@@ -84,7 +84,10 @@ def test_another_judge_is_said_in_all_three_formats(tmp_path):
     line = lines_of_csv(filled)["DPO", "Llama3-8B-Instruct MT-Bench"]
     assert line["made_with"] == line["unlike_the_paper"] == ""
     plain = latex(filled).replace(r"\allowbreak{}", "")
-    assert r"6.0$^\dagger$ \\" in plain and r"$^\dagger$ TRIAL, not the benchmark itself: MT-Bench with first\_n=4.\par" in plain
+    assert (
+        r"6.0$^\dagger$ \\" in plain
+        and r"$^\dagger$ TRIAL, not the benchmark itself: MT-Bench with first\_n=4.\par" in plain
+    )
     assert r"judge\_endpoint 127.0.0.1:8000/v1, first\_n 4; lm\_eval 0.4.13.\par" in plain
 
 
