@@ -34,7 +34,7 @@ def score_model(
         model_dir: a folder or hub id with the model and its tokenizer.
         prior_context: "header", "bos" or "none" to score log pi(y) too (see `ChatFormat.prior_context`), else None.
         header_in_response: whether the assistant header is scored as part of the response (the released code).
-        batch_pairs: pairs per packed row.
+        batch_pairs: pairs per forward.
         tokenizer_dir: where the tokenizer and its chat template are, if not in `model_dir`.
 
     Returns:

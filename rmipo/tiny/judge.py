@@ -95,8 +95,7 @@ def right_probabilities(model: PreTrainedModel, chat: ChatFormat, questions: lis
     with torch.no_grad():
         for start in range(0, len(groups), PAIRS):
             batch = groups[start : start + PAIRS]
-            row = scoring.to_device(pack(batch), model.device)
-            logps = scoring.sum_by_sequence(scoring.token_logps(model, row, kind, model.config), row)
+            logps = scoring.response_logps(model, pack(batch).to(model.device), kind, model.config)
             totals.append(logps.double().view(len(batch), -1).logsumexp(dim=1).exp().cpu())
     attention.attach(model, "plain")
     return torch.cat(totals)

@@ -1,4 +1,4 @@
-"""Attention over packed rows with shared prefixes: a position sees its group's prefix and its own branch, causally.
+"""Attention over packed sequences with shared prefixes: a position sees its group's prefix and its own branch, causally.
 
 Three exact ways, chosen by `resolve_kind`:
     segment  one SDPA call per branch, registered with transformers as "rmipo_segment"; best on CPU
@@ -18,9 +18,9 @@ from transformers.integrations.sdpa_attention import repeat_kv
 from trl.trainer.utils import add_fused_lm_head
 
 from rmipo.errors import UserError
-from rmipo.training.packing import PackedRow
+from rmipo.training.packing import PackedSequence, Segment
 
-# Positions per block of a BlockMask; flex rows are padded to a multiple of it.
+# Positions per block of a BlockMask; for flex, sequences are padded to a multiple of it.
 BLOCK = 128
 # attention kind -> name of the transformers attention implementation that serves it
 IMPLEMENTATIONS = {"segment": "rmipo_segment", "flex": "rmipo_flex", "dense": "sdpa"}
@@ -29,7 +29,7 @@ _with_fused_head: weakref.WeakSet[PreTrainedModel] = weakref.WeakSet()
 
 
 class ArchitectureError(UserError, ValueError):
-    """Packed rows can't be scored exactly with a model of this kind."""
+    """Packed sequences can't be scored exactly with a model of this kind."""
 
 
 def resolve_kind(kind: str, device: torch.device) -> str:
@@ -42,15 +42,15 @@ def resolve_kind(kind: str, device: torch.device) -> str:
 
 
 def attach(model: PreTrainedModel | PeftModel, kind: str) -> None:
-    """Switch `model` to the attention implementation that serves `kind` ("plain": ordinary unpacked rows).
+    """Switch `model` to the attention implementation that serves `kind` ("plain": ordinary sequences).
 
-    Raises ArchitectureError where the architecture has features that packed rows can't serve, naming them.
+    Raises ArchitectureError where the architecture has features that packed sequences can't serve, naming them.
     """
     if kind != "plain":
         found = _unserved_features(model)
         if found:
             raise ArchitectureError(
-                f"{type(model).__name__} can't run on packed preference rows: it has {' and '.join(found)}. "
+                f"{type(model).__name__} can't run on packed pairs: it has {' and '.join(found)}. "
                 "Use a decoder with plain softmax attention (Llama, Mistral, Qwen2/3, Gemma 3, ...)."
             )
     model.set_attn_implementation("sdpa" if kind == "plain" else IMPLEMENTATIONS[kind])
@@ -61,7 +61,7 @@ def attach(model: PreTrainedModel | PeftModel, kind: str) -> None:
 
 
 def _unserved_features(model: PreTrainedModel) -> list[str]:
-    """What would make scores of a packed row differ from those of its sequences; empty for a plain decoder."""
+    """What would make packed scores differ from those of ordinary sequences; empty for a plain decoder."""
     config = model.config.get_text_config()
     layer_types = set(getattr(config, "layer_types", None) or [])
     found = [
@@ -80,13 +80,13 @@ def _unserved_features(model: PreTrainedModel) -> list[str]:
     return found
 
 
-def forward_kwargs(kind: str, row: PackedRow, config: PreTrainedConfig) -> dict:
-    """The keyword arguments of the model's forward that make it attend within `row`'s segments."""
+def forward_kwargs(kind: str, packed: PackedSequence, config: PreTrainedConfig) -> dict:
+    """The keyword arguments of the model's forward that make it attend within the segments of `packed`."""
     assert config._attn_implementation == IMPLEMENTATIONS[kind], "attach(model, kind) comes first, or scores are wrong"
     if kind == "segment":
-        return {"segments": row["segments"]}
+        return {"segments": packed.segments}
     make_mask = block_mask if kind == "flex" else dense_mask
-    masks = {layer_type: make_mask(row, window) for layer_type, window in _windows(config.get_text_config()).items()}
+    masks = {layer_type: make_mask(packed, window) for layer_type, window in _windows(config.get_text_config()).items()}
     # Models that mix layer types take a mask for each; the others take the mask itself.
     return {"attention_mask": masks if len(masks) > 1 else next(iter(masks.values()))}
 
@@ -100,8 +100,8 @@ def _windows(config: PreTrainedConfig) -> dict[str, int | None]:
     return {kind: window if kind == "sliding_attention" else None for kind in layer_types}
 
 
-def _mask_function(row: PackedRow, window: int | None):
-    groups, branches, position = row["groups"], row["branches"], row["position_ids"][0]
+def _mask_function(packed: PackedSequence, window: int | None):
+    groups, branches, position = packed.groups, packed.branches, packed.position_ids[0]
 
     def allowed(batch, head, query, key):
         same = (groups[query] == groups[key]) & ((branches[key] == -1) | (branches[query] == branches[key]))
@@ -113,27 +113,26 @@ def _mask_function(row: PackedRow, window: int | None):
     return allowed
 
 
-def dense_mask(row: PackedRow, window: int | None) -> torch.Tensor:
+def dense_mask(packed: PackedSequence, window: int | None) -> torch.Tensor:
     """Boolean `(1, 1, T, T)`, True where the query (dim 2) sees the key (dim 3)."""
-    index = torch.arange(row["input_ids"].shape[1], device=row["input_ids"].device)
-    return _mask_function(row, window)(0, 0, index[:, None], index[None, :])[None, None]
+    index = torch.arange(packed.length, device=packed.input_ids.device)
+    return _mask_function(packed, window)(0, 0, index[:, None], index[None, :])[None, None]
 
 
-def block_mask(row: PackedRow, window: int | None) -> BlockMask:
+def block_mask(packed: PackedSequence, window: int | None) -> BlockMask:
     """The same mask for flex_attention; T must be a multiple of BLOCK.
 
-    Which blocks are empty is read off the ranges of groups and branches in each block, on the row's device: torch's own
+    Which blocks are empty is read off the ranges of groups and branches in each block, on their device: torch's own
     `create_block_mask` would lay out all T x T entries, and asking the device would stop the host.
     """
-    length = row["input_ids"].shape[1]
-    groups, branches = (row[name].view(-1, BLOCK) for name in ("groups", "branches"))
+    groups, branches = (values.view(-1, BLOCK) for values in (packed.groups, packed.branches))
     index = torch.arange(len(groups), device=groups.device)
     meet = (index[:, None] >= index) & _ranges_meet(groups)
     meet &= (branches.amin(1) == -1) | _ranges_meet(branches)
     counts = meet.sum(1, dtype=torch.int32)[None, None]
     columns = meet.int().argsort(dim=1, descending=True, stable=True).int()[None, None]
     return BlockMask.from_kv_blocks(
-        counts, columns, BLOCK_SIZE=BLOCK, mask_mod=_mask_function(row, window), seq_lengths=(length, length)
+        counts, columns, BLOCK_SIZE=BLOCK, mask_mod=_mask_function(packed, window), seq_lengths=(packed.length,) * 2
     )
 
 
@@ -143,7 +142,7 @@ def _ranges_meet(values: torch.Tensor) -> torch.Tensor:
     return (low[:, None] <= high) & (high[:, None] >= low)
 
 
-# Dynamic shapes: rows of any length share one compilation each of the forward with and without gradients.
+# Dynamic shapes: sequences of any length share one compilation each of the forward with and without gradients.
 _compiled_flex_attention = torch.compile(flex_attention, dynamic=True)
 
 
@@ -177,37 +176,38 @@ def segment_attention(
     attention_mask: torch.Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
-    segments: list[tuple[int, int, int, int]] | None = None,
+    segments: tuple[Segment, ...] | None = None,
     sliding_window: int | None = None,
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
-    """Attention of one packed row, branch by branch, with no mask larger than a branch.
+    """Attention of one packed sequence, branch by branch, with no mask larger than a branch.
 
     Args:
         query: `(1, heads, T, d)`; key, value: `(1, kv_heads, T, d)`.
-        segments: as `packing.pack` returns them: they tile the row, each prefix directly before its first branch.
+        segments: as `packing.pack` returns them: they tile the sequence, each prefix directly before its first branch.
 
     Returns:
         Output `(1, T, heads, d)`.
     """
-    assert segments is not None, "rmipo_segment serves packed rows only; attach(model, 'plain') for others"
+    assert segments is not None, "rmipo_segment serves packed sequences only; attach(model, 'plain') for others"
     key = repeat_kv(key, module.num_key_value_groups)
     value = repeat_kv(value, module.num_key_value_groups)
 
     # One split per tensor: its backward is one concatenation, where slices would each pad a full-length gradient.
+    groups = [list(group) for _, group in itertools.groupby(segments, key=lambda segment: segment.prefix_start)]
     sizes = []
-    for prefix_start, group in itertools.groupby(segments, key=lambda segment: segment[0]):
-        branches = list(group)
-        assert prefix_start + branches[0][1] == branches[0][2] and prefix_start == sum(sizes)
-        sizes += [branches[0][1], *(branch[3] for branch in branches)]
+    for group in groups:
+        first = group[0]
+        assert first.prefix_start == sum(sizes) and first.start == first.prefix_start + first.prefix_length
+        sizes += [first.prefix_length, *(branch.length for branch in group)]
     pieces = zip(query.split(sizes, 2), key.split(sizes, 2), value.split(sizes, 2), strict=True)
 
     outputs = []
-    for _, group in itertools.groupby(segments, key=lambda segment: segment[0]):
+    for group in groups:
         prefix = next(pieces)
         shared = prefix[0].shape[2]
         for number, (_, branch) in enumerate(zip(group, pieces, strict=False)):
-            # The prefix's own rows are needed once per group. Running them again with each later branch, and dropping
+            # The prefix's own outputs are needed once per group. Running them again with each later branch, and dropping
             # them, lets every call be plainly causal, which is faster than a mask for a branch that sees a prefix.
             q, k, v = (torch.cat(parts, dim=2) for parts in zip(prefix, branch, strict=True)) if shared else branch
             out = _causal(q, k, v, scaling, dropout, sliding_window)

@@ -1,10 +1,25 @@
 """The numbers that are logged: from the per-pair columns of an optimizer step, by the same names for every method."""
 
+import time
+
 import psutil
 import torch
 from deepspeed.runtime.zero.utils import is_zero_param
 
 from rmipo.objectives import ObjectiveOutput, PairScores
+
+
+class LogWindow:
+    """The pairs of this process since the last log line, and the time since then."""
+
+    def __init__(self):
+        self.columns: list[dict[str, torch.Tensor]] = []  # of each micro-batch, from `columns_of`
+        self.tokens = 0  # packed positions with a gradient
+        self.start = time.perf_counter()
+
+    def add(self, columns: dict[str, torch.Tensor], tokens: int) -> None:
+        self.columns.append(columns)
+        self.tokens += tokens
 
 
 def columns_of(scores: PairScores, output: ObjectiveOutput) -> dict[str, torch.Tensor]:
@@ -22,7 +37,7 @@ def columns_of(scores: PairScores, output: ObjectiveOutput) -> dict[str, torch.T
 
 
 def step_metrics(columns: dict[str, torch.Tensor], objective) -> dict[str, float]:
-    """Metrics of the pairs of a whole step (all ranks), without a prefix.
+    """Metrics of the pairs of a whole step (all processes), without a prefix.
 
     `rewards/*` are in the method's own units, margin gamma excluded. `common/*` compare methods: log-probabilities per
     token (nats) and the share of pairs in which the chosen response is ahead; a tie counts as a loss.
@@ -50,7 +65,7 @@ def step_metrics(columns: dict[str, torch.Tensor], objective) -> dict[str, float
     return metrics | objective.summarize(columns)
 
 
-def matrix_weights(model: torch.nn.Module) -> int:
+def num_non_embedding_parameters(model: torch.nn.Module) -> int:
     """Weights outside the input embedding; ZeRO-3's shards count whole."""
     embedding = model.get_input_embeddings().weight
     return sum(p.ds_numel if is_zero_param(p) else p.numel() for p in model.parameters() if p is not embedding)

@@ -1,35 +1,102 @@
-"""Ragged token sequences -> one packed row in which sequences of a group share their prefix.
+"""Ragged token sequences -> one packed sequence in which the responses to a prompt share it.
 
 A pair becomes `[x[:-1] | x[-1] y_w[:-1] | x[-1] y_l[:-1]]`: the prompt is computed once, both branches start from the
 prompt's last token, and the labels are already shifted, so a branch's first position predicts the first response token.
 """
 
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, Self
+
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
-PackedRow = dict[str, torch.Tensor | list | int]
+
+class Segment(NamedTuple):
+    """A non-empty response: its branch of `length` positions from `start`, and the prefix that it continues."""
+
+    prefix_start: int
+    prefix_length: int
+    start: int
+    length: int
 
 
-def pack(groups: list[tuple[list[int], list[list[int]]]]) -> PackedRow:
-    """Lay groups out in one row.
+class TensorFields:
+    """A dataclass whose tensors, and those in its dicts and dataclasses, move together."""
+
+    def _map(self, change: Callable[[Any], Any]) -> Self:
+        def changed(value: Any) -> Any:
+            if isinstance(value, dict):
+                return {key: changed(part) for key, part in value.items()}
+            return change(value) if isinstance(value, Tensor | TensorFields) else value
+
+        return replace(self, **{name: changed(value) for name, value in vars(self).items()})
+
+    def to(self, device: torch.device) -> Self:
+        return self._map(lambda value: value.to(device))
+
+    def pin_memory(self) -> Self:  # called by the DataLoader
+        return self._map(lambda value: value.pin_memory())
+
+
+@dataclass(frozen=True)
+class PackedSequence(TensorFields):
+    """T positions that hold S responses with R scored tokens in all. Made by `pack`.
+
+    A group is a prefix with its branches, one per response. A position sees its group's prefix and its own branch,
+    causally; `groups` and `branches` say so per position, `segments` per response.
+    """
+
+    input_ids: Tensor  # (1, T)
+    position_ids: Tensor  # (1, T); the branches of a group all start at len(prefix) - 1
+    groups: Tensor  # (T,) where the position's prefix starts
+    branches: Tensor  # (T,) where the position's branch starts; -1 within a prefix
+    scored: Tensor  # (R,) positions that predict a response token
+    labels: Tensor  # (R,) the tokens that they predict
+    owner: Tensor  # (R,) the response that each belongs to, in 0..S-1
+    segments: tuple[Segment, ...]  # of the non-empty responses, in order
+    num_responses: int  # S
+
+    @property
+    def length(self) -> int:
+        """T."""
+        return self.input_ids.shape[1]
+
+    @property
+    def shift_labels(self) -> Tensor:
+        """`(1, T)`: the token that each position predicts, -100 where nothing is scored."""
+        labels = torch.full_like(self.input_ids, -100)
+        labels[0, self.scored] = self.labels
+        return labels
+
+    @property
+    def response_lengths(self) -> Tensor:
+        """Scored tokens of each response, `(S,)` float32."""
+        ones = torch.ones(len(self.owner), device=self.owner.device)
+        return torch.zeros(self.num_responses, device=ones.device).index_add(0, self.owner, ones)
+
+    def sum_by_response(self, values: Tensor) -> Tensor:
+        """Sum `(R,)` per-token values over each response: `(S,)` float32, accumulated in float64."""
+        sums = torch.zeros(self.num_responses, dtype=torch.float64, device=values.device)
+        return sums.index_add(0, self.owner, values.double()).float()
+
+    def padded(self, multiple: int) -> "PackedSequence":
+        """Lengthened to a multiple of `multiple` by positions that score nothing and form a group of their own."""
+        extra = (0, -self.length % multiple)
+        fill = {"input_ids": 0, "position_ids": 0, "groups": self.length, "branches": -1}
+        return replace(self, **{name: F.pad(getattr(self, name), extra, value=value) for name, value in fill.items()})
+
+
+def pack(groups: list[tuple[list[int], list[list[int]]]]) -> PackedSequence:
+    """Lay groups out one after the other.
 
     Args:
         groups: `(prefix, responses)` per group: token ids of a non-empty prefix and of each response that continues it.
             A response may be empty: it takes no position and its log-probability is 0.
-
-    Returns:
-        Mapping with, for a row of T positions, R response tokens and S responses in the order given:
-            `input_ids`, `position_ids`: `(1, T)`; branches restart at position `len(prefix) - 1`.
-            `shift_labels`: `(1, T)`, the token each position predicts, -100 where nothing is scored.
-            `keep`: `(R,)` positions that are scored; `labels`: `(R,)` their target tokens; `owner`: `(R,)` the
-            response each one belongs to, in `0..S-1`.
-            `segments`: `(prefix_start, prefix_length, start, length)` per non-empty response, in row order.
-            `groups`, `branches`: `(T,)` the same as tensors: where each position's prefix starts, and its branch (-1
-            within a prefix).
-            `num_sequences`: S.
     """
-    input_ids, position_ids, keep, labels, owner, segments, group_of, branch_of = ([] for _ in range(8))
-    sequence = 0
+    input_ids, position_ids, scored, labels, owner, segments, group_of, branch_of = ([] for _ in range(8))
+    num_responses = 0
     for prefix, responses in groups:
         assert prefix, "a group needs at least one context token"
         shared = len(prefix) - 1
@@ -43,37 +110,30 @@ def pack(groups: list[tuple[list[int], list[list[int]]]]) -> PackedRow:
                 input_ids.append(prefix[-1])
                 input_ids += response[:-1]
                 position_ids += range(shared, shared + length)
-                keep += range(start, start + length)
+                scored += range(start, start + length)
                 labels += response
-                owner += [sequence] * length
+                owner += [num_responses] * length
                 branch_of += [start] * length
-                segments.append((prefix_start, shared, start, length))
-            sequence += 1
+                segments.append(Segment(prefix_start, shared, start, length))
+            num_responses += 1
         group_of += [prefix_start] * (len(input_ids) - prefix_start)
-    shift_labels = torch.full((1, len(input_ids)), -100, dtype=torch.long)
-    row = {
-        "input_ids": torch.tensor([input_ids], dtype=torch.long),
-        "position_ids": torch.tensor([position_ids], dtype=torch.long),
-        "shift_labels": shift_labels,
-        "keep": torch.tensor(keep, dtype=torch.long),
-        "labels": torch.tensor(labels, dtype=torch.long),
-        "owner": torch.tensor(owner, dtype=torch.long),
-        "groups": torch.tensor(group_of, dtype=torch.long),
-        "branches": torch.tensor(branch_of, dtype=torch.long),
-        "segments": segments,
-        "num_sequences": sequence,
-    }
-    shift_labels[0, row["keep"]] = row["labels"]
-    return row
+    columns = (group_of, branch_of, scored, labels, owner)
+    return PackedSequence(
+        torch.tensor([input_ids], dtype=torch.long),
+        torch.tensor([position_ids], dtype=torch.long),
+        *(torch.tensor(values, dtype=torch.long) for values in columns),
+        segments=tuple(segments),
+        num_responses=num_responses,
+    )
 
 
-def pack_pairs(pairs: list[dict], chosen: str = "chosen_ids", rejected: str = "rejected_ids") -> PackedRow:
-    """Pack preference pairs; sequence `2 i` is the chosen and `2 i + 1` the rejected response of pair i."""
+def pack_pairs(pairs: list[dict], chosen: str = "chosen_ids", rejected: str = "rejected_ids") -> PackedSequence:
+    """Pack preference pairs; response `2 i` is the chosen and `2 i + 1` the rejected one of pair i."""
     return pack([(pair["prompt_ids"], [pair[chosen], pair[rejected]]) for pair in pairs])
 
 
-def pack_priors(pairs: list[dict], context: list[int]) -> PackedRow:
-    """Pack the responses of `pairs` without their prompts, to score log pi(y); sequences as in `pack_pairs`.
+def pack_priors(pairs: list[dict], context: list[int]) -> PackedSequence:
+    """Pack the responses of `pairs` without their prompts, to score log pi(y); responses as in `pack_pairs`.
 
     Args:
         context: tokens in front of every response, computed once for all. Empty: a response's own first token is the
@@ -85,30 +145,28 @@ def pack_priors(pairs: list[dict], context: list[int]) -> PackedRow:
     return pack([(response[:1], [response[1:]]) for response in responses])
 
 
-def concatenate(rows: list[PackedRow]) -> PackedRow:
-    """Join packed rows into one; sequences keep their order."""
-    tokens = sequences = 0
-    parts: dict[str, list[torch.Tensor]] = {name: [] for name, value in rows[0].items() if torch.is_tensor(value)}
-    segments = []
-    for row in rows:
-        shifted = {
-            "keep": row["keep"] + tokens,
-            "owner": row["owner"] + sequences,
-            "groups": row["groups"] + tokens,
-            "branches": torch.where(row["branches"] < 0, -1, row["branches"] + tokens),
-        }
-        for name, values in parts.items():
-            values.append(shifted.get(name, row[name]))
-        segments += [(prefix + tokens, shared, start + tokens, n) for prefix, shared, start, n in row["segments"]]
-        tokens += row["input_ids"].shape[1]
-        sequences += row["num_sequences"]
-    joined = {name: torch.cat(values, dim=-1) for name, values in parts.items()}
-    return {**joined, "segments": segments, "num_sequences": sequences}
+def split_pairs(values: Tensor) -> tuple[Tensor, Tensor]:
+    """`(2 pairs,)` values in packing order -> chosen, rejected: each `(pairs,)`."""
+    return values.view(-1, 2).unbind(1)
 
 
-def pad(row: PackedRow, multiple: int) -> PackedRow:
-    """Lengthen a row to a multiple of `multiple` positions that score nothing and form a group of their own."""
-    length = row["input_ids"].shape[1]
-    fill = {"input_ids": 0, "position_ids": 0, "shift_labels": -100, "groups": length, "branches": -1}
-    extra = -length % multiple
-    return row | {name: F.pad(row[name], (0, extra), value=value) for name, value in fill.items()}
+def concatenate(parts: list[PackedSequence]) -> PackedSequence:
+    """Join packed sequences into one; responses keep their order."""
+    shifted, segments, positions, responses = [], [], 0, 0
+    for part in parts:
+        shifted.append(
+            replace(
+                part,
+                groups=part.groups + positions,
+                branches=torch.where(part.branches < 0, -1, part.branches + positions),
+                scored=part.scored + positions,
+                owner=part.owner + responses,
+            )
+        )
+        segments += [Segment(s.prefix_start + positions, s.prefix_length, s.start + positions, s.length)
+                     for s in part.segments]  # fmt: skip
+        positions += part.length
+        responses += part.num_responses
+    tensors = [name for name, value in vars(parts[0]).items() if isinstance(value, Tensor)]
+    joined = {name: torch.cat([getattr(part, name) for part in shifted], dim=-1) for name in tensors}
+    return PackedSequence(**joined, segments=tuple(segments), num_responses=responses)

@@ -9,8 +9,6 @@ import hashlib
 from pathlib import Path
 
 import torch
-from accelerate.utils import send_to_device
-from datasets import Dataset
 from peft import PeftModel
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -22,7 +20,8 @@ from rmipo.data.pairs import fingerprint
 from rmipo.errors import CheckpointError
 from rmipo.fingerprints import model_fingerprint
 from rmipo.training import attention, scoring
-from rmipo.training.packing import PackedRow
+from rmipo.training.batching import PairDataset
+from rmipo.training.packing import PackedSequence, split_pairs
 
 PAIR_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
 MISMATCHED_COLUMNS = ("ref_mismatched_chosen_logps", "ref_mismatched_rejected_logps")
@@ -74,10 +73,10 @@ class ReferenceCache:
 
 
 class Reference:
-    """The frozen policy of a `PreferenceTrainer`.
+    """The frozen initial policy of a `PreferenceTrainer`.
 
     Args:
-        trainer: gives the wrapped model, the data and the other ranks.
+        trainer: gives the wrapped model, the data and the other processes.
         model: a second copy of the initial policy, for objectives that need its logits; None where there are adapters
             to switch off or where sums are enough.
     """
@@ -92,55 +91,55 @@ class Reference:
             else:
                 self.model = trainer.accelerator.prepare_model(model, evaluation_mode=True)
 
-    def logits(self, row: PackedRow) -> torch.Tensor:
-        """The reference's logits at the response positions of a packed row, `(R, vocabulary)`."""
+    def logits(self, packed: PackedSequence) -> torch.Tensor:
+        """The reference's logits at the response positions, `(R, vocabulary)`."""
         trainer = self.trainer
         model = trainer.model_wrapped if self.model is None else self.model
         with torch.no_grad(), self._adapters_off():
-            return scoring.response_logits(model, row, trainer.attention_kind, trainer.model.config)
+            return scoring.response_logits(model, packed, trainer.attention_kind, trainer.model.config)
 
-    def add_columns(self, dataset: Dataset, resuming: bool) -> None:
-        """Give the rows of `dataset` their reference sums: from the cache, or scored now with the initial weights.
+    def add_scores(self, dataset: PairDataset, resuming: bool) -> None:
+        """Give `dataset` what its objective needs of the initial policy: from the cache, or scored now.
 
         Raises:
             CheckpointError: the weights are no longer the initial ones, and the cache is gone.
         """
         trainer = self.trainer
-        rows = trainer.rows[id(dataset)]
-        names = PAIR_COLUMNS + (MISMATCHED_COLUMNS if rows.mismatched else ())
-        keys = loaded_fingerprint(trainer.model), fingerprint(dataset)
+        if "reference" not in trainer.objective.needs:
+            return
+        names = PAIR_COLUMNS + (MISMATCHED_COLUMNS if dataset.mismatched else ())
+        keys = loaded_fingerprint(trainer.model), fingerprint(dataset.tokenized)
         cache = ReferenceCache(trainer.args.reference_cache_dir, *keys, names)
-        columns = cache.load(len(rows))
-        if columns is None:
+        scores = cache.load(len(dataset))
+        if scores is None:
             if resuming and not isinstance(trainer.model, PeftModel):
                 raise CheckpointError(
                     f"resuming {trainer.objective.name} needs the reference log-probabilities of the initial policy, "
                     f"but {cache.path} is gone: restore it, or start the run again from its beginning"
                 )
-            columns = self._score(dataset, names)
+            scores = self._score(dataset, names)
             if trainer.is_world_process_zero():
-                cache.save(columns)
-        rows.columns = columns
+                cache.save(scores)
+        dataset.scores = scores
 
-    def _score(self, dataset: Dataset, names: tuple[str, ...]) -> dict[str, torch.Tensor]:
+    def _score(self, dataset: PairDataset, names: tuple[str, ...]) -> dict[str, torch.Tensor]:
         trainer, scored = self.trainer, []
         trainer.model_wrapped.eval()
         loader = trainer.get_eval_dataloader(dataset)
         for inputs in tqdm(loader, "reference log-probabilities", disable=not trainer.is_local_process_zero()):
-            (batch,) = send_to_device(inputs, trainer.args.device)
+            (batch,) = (micro_batch.to(trainer.args.device) for micro_batch in inputs)
             sums = []
-            for kind in ("pairs", "mismatched"):
-                if kind in batch:
+            for packed in (batch.pairs, batch.mismatched):
+                if packed is not None:
                     with torch.no_grad(), trainer.compute_loss_context_manager(), self._adapters_off():
-                        logps = scoring.token_logps(
-                            trainer.model_wrapped, batch[kind], trainer.attention_kind, trainer.model.config
+                        logps = scoring.response_logps(
+                            trainer.model_wrapped, packed, trainer.attention_kind, trainer.model.config
                         )
-                    sums += scoring.split_pairs(scoring.sum_by_sequence(logps, batch[kind]))
-            micro_batch = batch["micro_batch"]
-            index = torch.tensor(micro_batch.indices, device=trainer.args.device)
+                    sums += split_pairs(logps)
+            index = torch.tensor(batch.cut.indices, device=trainer.args.device)
             values = {"index": index, **dict(zip(names, sums, strict=True))}
-            scored.append({name: value[: micro_batch.real].double() for name, value in values.items()})
-        columns = trainer.ranks.gather_columns(scored)
+            scored.append({name: value[: batch.cut.real].double() for name, value in values.items()})
+        columns = trainer.processes.gather_columns(scored)
         order = columns.pop("index").argsort()
         return {name: values[order].float() for name, values in columns.items()}
 

@@ -1,24 +1,33 @@
-"""Preference training, one optimizer step at a time: batch -> scores -> objective -> metrics (paper, Algorithm 1)."""
+"""RMiPO's training step (the paper's Algorithm 1) and what a `transformers.Trainer` needs around it."""
 
 import contextlib
 import time
+from collections.abc import Iterator
 
 import torch
-from accelerate.utils import DistributedType, send_to_device
+from accelerate.utils import DistributedType
 from datasets import Dataset
 from peft import PeftModel
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
-from rmipo.objectives import PairScores
+from rmipo.objectives import Objective, PairScores
 from rmipo.recipe.schema import PreferenceConfig
 from rmipo.training import attention, scoring
-from rmipo.training.batching import HOISTED_MICRO_BATCHES, MicroBatch, MicroBatchRows, StepSampler, packed_lengths
-from rmipo.training.distributed import Ranks
+from rmipo.training.batching import (
+    HOISTED_MICRO_BATCHES,
+    MicroBatch,
+    PackedMicroBatch,
+    PairDataset,
+    StepSampler,
+    pack_micro_batch,
+    packed_lengths,
+)
+from rmipo.training.distributed import Processes
 from rmipo.training.finite import raise_if_not_finite
-from rmipo.training.metrics import columns_of, matrix_weights, peak_memory_gib, step_metrics
-from rmipo.training.packing import concatenate, pack_pairs, pack_priors
+from rmipo.training.metrics import LogWindow, columns_of, num_non_embedding_parameters, peak_memory_gib, step_metrics
+from rmipo.training.packing import concatenate, split_pairs
 from rmipo.training.reference import Reference
 from rmipo.training.state import load_objective_state
 
@@ -26,7 +35,7 @@ from rmipo.training.state import load_objective_state
 class PreferenceTrainer(Trainer):
     """Trains a causal LM on tokenised preference pairs with any objective of `rmipo.objectives`.
 
-    An item of the training dataloader is one optimizer step: this rank's share of the global batch, cut into packed
+    An item of the training dataloader is one optimizer step: this process's share of the global batch, cut into packed
     micro-batches. The loss is the mean over the global batch's pairs, whatever the cut.
 
     Args:
@@ -39,8 +48,8 @@ class PreferenceTrainer(Trainer):
         reference_model: the frozen initial policy, for objectives that need its logits; with adapters none is needed.
 
     Raises:
-        ValueError: an architecture that packed rows can't serve.
-        ParityError: at start, if packed scores differ from unpacked ones.
+        ArchitectureError: an architecture that packed pairs can't serve.
+        ParityError: at start, if packed scores differ from plain ones.
         NonFiniteLossError: in training.
     """
 
@@ -48,7 +57,7 @@ class PreferenceTrainer(Trainer):
         self,
         model: PreTrainedModel | PeftModel,
         args: PreferenceConfig,
-        objective,
+        objective: Objective,
         train_dataset: Dataset,
         eval_dataset: Dataset | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
@@ -62,228 +71,199 @@ class PreferenceTrainer(Trainer):
         self.attention_kind = attention.resolve_kind(args.attention, args.device)
         attention.attach(model, self.attention_kind)
         mismatched = "mismatched" in objective.needs
-        self.rows = {id(data): MicroBatchRows(data, mismatched) for data in (train_dataset, eval_dataset)}
         args.gradient_accumulation_steps = 1  # micro-batches are accumulated inside `training_step`
         super().__init__(
             model,
             args,
             data_collator=self.collate,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
+            train_dataset=PairDataset(train_dataset, mismatched),
+            eval_dataset=None if eval_dataset is None else PairDataset(eval_dataset, mismatched),
             processing_class=processing_class,
             callbacks=callbacks,
         )
-        self.ranks = Ranks(self.accelerator)
+        self.processes = Processes(self.accelerator)
         self.reference = Reference(self, reference_model)
-        self.matrix_weights = matrix_weights(model)
+        self.num_non_embedding_parameters = num_non_embedding_parameters(model)
         self.parity: float | None = None
-        self._start_window()
+        self.window = LogWindow()
 
-    # ------------------------------------------------------------------ data
+    # ------------------------------------------------------------------ Algorithm 1
+    # Line 1 is loading the model, lines 2 and 14 are the loop in `Trainer.train`, which calls `training_step`.
 
-    def _loader(
-        self,
-        dataset: Dataset,
-        *,
-        pairs_per_item: int,
-        micro_batch_size: int,
-        seed: int | None,
-        max_tokens: int | None = None,
-    ) -> DataLoader:
-        sampler = StepSampler(
-            len(dataset),
-            global_batch_size=pairs_per_item,
-            micro_batch_size=micro_batch_size,
-            rank=self.args.process_index,
-            world_size=self.args.world_size,
-            seed=seed,
-            max_tokens=max_tokens,
-            pair_tokens=() if max_tokens is None else packed_lengths(dataset),
-        )
-        return DataLoader(
-            self.rows[id(dataset)],
-            batch_sampler=sampler,
-            collate_fn=self.data_collator,
-            num_workers=self.args.dataloader_num_workers,
-            pin_memory=self.args.dataloader_pin_memory and self.args.device.type == "cuda",
-        )
+    def training_step(self, model, inputs: list[PackedMicroBatch], num_items_in_batch=None) -> torch.Tensor:
+        """Lines 3 to 13 up to the optimizer's update: the gradient of the global batch's mean loss. Returns that loss.
 
-    def get_train_dataloader(self) -> DataLoader:
-        return self._loader(
-            self.train_dataset,
-            pairs_per_item=self.args.global_batch_size,
-            micro_batch_size=self.args.per_device_train_batch_size,
-            seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
-            max_tokens=self.args.max_tokens_per_micro_batch,
-        )
-
-    def get_eval_dataloader(self, eval_dataset: Dataset | None = None) -> DataLoader:
-        size = self.args.per_device_eval_batch_size
-        return self._loader(
-            self.eval_dataset if eval_dataset is None else eval_dataset,
-            pairs_per_item=size * self.args.world_size,
-            micro_batch_size=size,
-            seed=None,
-        )
-
-    def get_total_train_batch_size(self, args: PreferenceConfig) -> int:
-        return args.global_batch_size
-
-    def collate(self, step: list[tuple[list[dict], MicroBatch]]) -> list[dict]:
-        """Pack the micro-batches of one optimizer step."""
-        batches = []
-        for rows, micro_batch in step:
-            batch = {"pairs": pack_pairs(rows), "rows": [row["row"] for row in rows], "micro_batch": micro_batch}
-            if "prior" in self.objective.needs:
-                batch["prior"] = pack_priors(rows, self.prior_context)
-            if "mismatched" in self.objective.needs:
-                batch["mismatched"] = pack_pairs(rows, "mismatched_chosen_ids", "mismatched_rejected_ids")
-            for name in (name for name in rows[0] if name.startswith("ref_")):
-                batch[name] = torch.tensor([row[name] for row in rows], dtype=torch.float32)
-            batches.append(batch)
-        return batches
-
-    # ------------------------------------------------------------------ one step
-
-    def training_step(self, model, inputs: list[dict], num_items_in_batch=None) -> torch.Tensor:
-        """Algorithm 1, lines 3 to 13, up to the optimizer's update: gradients of the global batch's mean loss."""
-        batches = send_to_device(inputs, self.args.device)
-        hoisted = self._score_hoisted(model, batches)
+        The gradients of the micro-batches add up, as each has its share of the mean.
+        """
+        # Line 3: a batch of preference pairs.
+        micro_batches = [micro_batch.to(self.args.device) for micro_batch in inputs]
+        # Line 5, without gradient: log pi(y_w), log pi(y_l).
+        hoisted = self.score_without_gradient(model, micro_batches)
         model.train()
-        losses = []
-        for number, (batch, known) in enumerate(zip(batches, hoisted, strict=True)):
-            last = number == len(batches) - 1
-            self.accelerator.gradient_state._set_sync_gradients(last)
-            with self._gradient_sync(model, last), self.compute_loss_context_manager():
-                pair_losses = self._pair_losses(model, batch, known, training=True)
-                # Gradients are averaged over ranks, so this sums to the mean over the step's pairs.
-                loss = pair_losses.sum() * self.args.world_size / batch["micro_batch"].step_pairs
+        losses, columns = [], []
+        for number, (micro_batch, known) in enumerate(zip(micro_batches, hoisted, strict=True), start=1):
+            last = number == len(micro_batches)
+            with self._accumulation(model, last), self.compute_loss_context_manager():
+                # Line 5, with gradient: log pi(y_w|x), log pi(y_l|x).
+                scores = self.score(model, micro_batch, known)
+                processes = self.processes
+                self.objective_state = self.objective.observe(
+                    self.objective_state, scores, processes.gather, processes.rank
+                )
+                # Lines 6 to 12: delta_pmi, the reward difference, the margin gamma, the loss of each pair (Eq. 8).
+                output = self.objective(scores, self.objective_state or None)
+                # Line 13: the gradient. It is averaged over processes, so this sums to the mean over the step's pairs.
+                loss = output.losses.sum() * processes.count / micro_batch.cut.step_pairs
                 self.accelerator.backward(loss, **self._backward_kwargs)
-            losses.append(pair_losses.detach())
-        raise_if_not_finite(losses, batches, self.ranks, self.args.output_dir, self.state.global_step + 1)
+            losses.append(output.losses.detach())
+            columns.append(columns_of(scores, output))
+            self.window.add(columns[-1], tokens=micro_batch.pairs.length)
+        raise_if_not_finite(losses, micro_batches, processes, self.args.output_dir, self.state.global_step + 1)
         if self.objective_state:
-            columns = self.ranks.gather_columns(self._step_columns)
-            self.objective_state = self.objective.end_step(self.objective_state, columns)
-        self._step_columns = []
-        return torch.cat(losses).sum() * self.args.world_size / batches[0]["micro_batch"].step_pairs
+            self.objective_state = self.objective.end_step(self.objective_state, processes.gather_columns(columns))
+        return torch.cat(losses).sum() * processes.count / micro_batches[0].cut.step_pairs
 
-    def _pair_losses(self, model, batch: dict, known: dict[str, torch.Tensor], training: bool) -> torch.Tensor:
-        """Score a micro-batch, apply the objective, keep what is logged; `(real pairs,)` losses."""
-        row = batch["pairs"]
-        scored = {**known, **{name: value for name, value in batch.items() if name.startswith("ref_")}}
+    def score(self, model, micro_batch: PackedMicroBatch, known: dict[str, torch.Tensor]) -> PairScores:
+        """Log-probabilities of both responses given their prompt, beside what is `known`: tensors over the real pairs."""
+        pairs = micro_batch.pairs
+        scored = micro_batch.scores | known
         if "reference_logits" in self.objective.needs:
-            logits = scoring.response_logits(model, row, self.attention_kind, self.model.config)
-            logps = scoring.logits_to_logps(logits, row)
-            plus, minus = scoring.perturbed_logratios(logits, self.reference.logits(row), row, self.objective.epsilon)
+            logits = scoring.response_logits(model, pairs, self.attention_kind, self.model.config)
+            logps = pairs.sum_by_response(scoring.label_logps(logits, pairs.labels))
+            plus, minus = scoring.perturbed_logratios(
+                logits, self.reference.logits(pairs), pairs, self.objective.epsilon
+            )
             scored |= {"plus_logratios": plus, "minus_logratios": minus}
         else:
-            logps = scoring.token_logps(model, row, self.attention_kind, self.model.config)
-        sums, lengths = scoring.sum_by_sequence(logps, row), scoring.sequence_lengths(row)
-        scored["chosen_logps"], scored["rejected_logps"] = scoring.split_pairs(sums)
-        scored["chosen_lengths"], scored["rejected_lengths"] = scoring.split_pairs(lengths)
-        # Of a repeated pair without weight nothing is real: its gradient is zero, yet this rank ran its forward.
-        scores = PairScores(**{name: value[: batch["micro_batch"].real] for name, value in scored.items()})
-        if training:
-            self.objective_state = self.objective.observe(
-                self.objective_state, scores, self.ranks.gather, self.ranks.rank
-            )
-        output = self.objective(scores, self.objective_state or None)
-        self._step_columns.append(columns_of(scores, output))
-        self._window_columns.append(self._step_columns[-1])
-        self._window_tokens += row["input_ids"].shape[1]
-        return output.losses
+            logps = scoring.response_logps(model, pairs, self.attention_kind, self.model.config)
+        scored["chosen_logps"], scored["rejected_logps"] = split_pairs(logps)
+        scored["chosen_lengths"], scored["rejected_lengths"] = split_pairs(pairs.response_lengths)
+        # Of a repeated pair without weight nothing is real: its gradient is zero, yet this process ran its forward.
+        return PairScores(**{name: value[: micro_batch.cut.real] for name, value in scored.items()})
 
-    def _score_hoisted(self, model, batches: list[dict]) -> list[dict[str, torch.Tensor]]:
-        """What needs no gradient, several micro-batches per forward: the weights don't change within a step.
+    def score_without_gradient(self, model, micro_batches: list[PackedMicroBatch]) -> list[dict[str, torch.Tensor]]:
+        """log pi(y) of every response or, for KTO, the responses under mismatched prompts; per micro-batch.
 
-        log pi(y) of every response (Algorithm 1, line 5) or, for KTO, the responses under mismatched prompts.
+        Several micro-batches share a forward: the weights don't change within a step.
         """
-        known: list[dict[str, torch.Tensor]] = [{} for _ in batches]
+        known: list[dict[str, torch.Tensor]] = [{} for _ in micro_batches]
         model.eval()
         for kind in ("prior", "mismatched"):
-            for start in range(0, len(batches) if kind in batches[0] else 0, HOISTED_MICRO_BATCHES):
-                group = slice(start, start + HOISTED_MICRO_BATCHES)
-                rows = [batch[kind] for batch in batches[group]]
-                row = concatenate(rows)
+            packed = [part for micro_batch in micro_batches if (part := getattr(micro_batch, kind)) is not None]
+            for start in range(0, len(packed), HOISTED_MICRO_BATCHES):
+                group = packed[start : start + HOISTED_MICRO_BATCHES]
                 with torch.no_grad(), self.compute_loss_context_manager():
-                    logps = scoring.token_logps(model, row, self.attention_kind, self.model.config)
-                sums = scoring.sum_by_sequence(logps, row).split([part["num_sequences"] for part in rows])
-                for batch_known, part in zip(known[group], sums, strict=True):
-                    chosen, rejected = scoring.split_pairs(part)
-                    batch_known |= {f"{kind}_chosen_logps": chosen, f"{kind}_rejected_logps": rejected}
+                    logps = scoring.response_logps(model, concatenate(group), self.attention_kind, self.model.config)
+                for scored, part in zip(known[start:], logps.split([p.num_responses for p in group]), strict=False):
+                    chosen, rejected = split_pairs(part)
+                    scored |= {f"{kind}_chosen_logps": chosen, f"{kind}_rejected_logps": rejected}
         return known
 
-    def _gradient_sync(self, model, last: bool) -> contextlib.AbstractContextManager:
-        if last or self.accelerator.distributed_type == DistributedType.DEEPSPEED:
-            return contextlib.nullcontext()
-        return self.accelerator.no_sync(model)
+    @contextlib.contextmanager
+    def _accumulation(self, model, last: bool) -> Iterator[None]:
+        """Processes exchange gradients with the last micro-batch of a step; DeepSpeed does so by its own rules."""
+        self.accelerator.gradient_state._set_sync_gradients(last)
+        deepspeed = self.accelerator.distributed_type == DistributedType.DEEPSPEED
+        with contextlib.nullcontext() if last or deepspeed else self.accelerator.no_sync(model):
+            yield
 
     @property
     def _backward_kwargs(self) -> dict:
         # The loss is already a share of the mean, so DeepSpeed must not divide by its own accumulation steps.
         return {"scale_wrt_gas": False} if self.accelerator.distributed_type == DistributedType.DEEPSPEED else {}
 
-    # ------------------------------------------------------------------ evaluation
+    # ------------------------------------------------------------------ data
+
+    def collate(self, step: list[tuple[list[dict], MicroBatch]]) -> list[PackedMicroBatch]:
+        """Pack the micro-batches of one optimizer step."""
+        return [pack_micro_batch(rows, cut, self.objective.needs, self.prior_context) for rows, cut in step]
+
+    def get_train_dataloader(self) -> DataLoader:
+        max_tokens = self.args.max_tokens_per_micro_batch
+        return self._loader(
+            self.train_dataset,
+            global_batch_size=self.args.global_batch_size,
+            micro_batch_size=self.args.per_device_train_batch_size,
+            seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
+            max_tokens=max_tokens,
+            pair_tokens=() if max_tokens is None else packed_lengths(self.train_dataset.tokenized),
+        )
+
+    def get_eval_dataloader(self, eval_dataset: PairDataset | None = None) -> DataLoader:
+        size = self.args.per_device_eval_batch_size
+        return self._loader(
+            self.eval_dataset if eval_dataset is None else eval_dataset,
+            global_batch_size=size * self.args.world_size,
+            micro_batch_size=size,
+            seed=None,
+        )
+
+    def _loader(self, dataset: PairDataset, **cut) -> DataLoader:
+        sampler = StepSampler(len(dataset), rank=self.args.process_index, world_size=self.args.world_size, **cut)
+        return DataLoader(
+            dataset,
+            batch_sampler=sampler,
+            collate_fn=self.data_collator,
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory and self.args.device.type == "cuda",
+        )
+
+    def get_total_train_batch_size(self, args: PreferenceConfig) -> int:
+        return args.global_batch_size
+
+    # ------------------------------------------------------------------ start, evaluation, logging
+
+    def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        (first,) = self.collate([self.train_dataset[MicroBatch((0,), real=1, step_pairs=1)]])
+        self.model_wrapped.eval()
+        with self.compute_loss_context_manager():
+            self.parity = scoring.check_parity(
+                self.model_wrapped, self.model, first.pairs.to(self.args.device), self.attention_kind
+            )
+        for dataset in (self.train_dataset, self.eval_dataset):
+            if dataset is not None:
+                self.reference.add_scores(dataset, resuming=resume_from_checkpoint is not None)
+        if resume_from_checkpoint is not None:
+            self.objective_state = load_objective_state(resume_from_checkpoint)
+        self.window = LogWindow()
+        return prepared
 
     def evaluation_loop(
         self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
     ) -> EvalLoopOutput:
         """Score the evaluation pairs with the current weights; statistics of the objective stay as they are.
 
-        The per-pair columns stay in `self.eval_columns`, in the dataset's order.
+        `self.eval_columns` keeps the per-pair columns of all processes.
         """
         model = self.model_wrapped
-        model.eval()
-        training_window = self._step_columns, self._window_columns, self._window_tokens
-        self._step_columns, self._window_columns = [], []
+        columns = []
         for inputs in dataloader:
-            batches = send_to_device(inputs, self.args.device)
-            for batch, known in zip(batches, self._score_hoisted(model, batches), strict=True):
+            micro_batches = [micro_batch.to(self.args.device) for micro_batch in inputs]
+            hoisted = self.score_without_gradient(model, micro_batches)
+            for micro_batch, known in zip(micro_batches, hoisted, strict=True):
                 with torch.no_grad(), self.compute_loss_context_manager():
-                    self._pair_losses(model, batch, known, training=False)
+                    scores = self.score(model, micro_batch, known)
+                    columns.append(columns_of(scores, self.objective(scores, self.objective_state or None)))
             self.callback_handler.on_prediction_step(self.args, self.state, self.control)
-        columns = self.ranks.gather_columns(self._step_columns)
-        self._step_columns, self._window_columns, self._window_tokens = training_window
-        self.eval_columns = columns
-        metrics = {"loss": columns["losses"].mean().item(), **step_metrics(columns, self.objective)}
+        self.eval_columns = self.processes.gather_columns(columns)
+        losses = self.eval_columns["losses"]
+        metrics = {"loss": losses.mean().item(), **step_metrics(self.eval_columns, self.objective)}
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
-        return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=len(columns["losses"]))
-
-    # ------------------------------------------------------------------ start, logging, checkpoints
-
-    def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
-        prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
-        first_pair = self.collate([self.rows[id(self.train_dataset)][MicroBatch((0,), real=1, step_pairs=1)]])
-        row = send_to_device(first_pair[0]["pairs"], self.args.device)
-        self.model_wrapped.eval()
-        with self.compute_loss_context_manager():
-            self.parity = scoring.check_parity(self.model_wrapped, self.model, row, self.attention_kind)
-        if "reference" in self.objective.needs:
-            for dataset in (self.train_dataset, self.eval_dataset):
-                if dataset is not None:
-                    self.reference.add_columns(dataset, resuming=resume_from_checkpoint is not None)
-        if resume_from_checkpoint is not None:
-            self.objective_state = load_objective_state(resume_from_checkpoint)
-        self._start_window()
-        return prepared
+        return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=len(losses))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the metrics of the pairs since the last log line to a training line."""
-        if "loss" in logs and self._window_columns:
-            seconds = time.perf_counter() - self._window_start
-            tokens = self.ranks.gather(torch.tensor([self._window_tokens], device=self.args.device)).sum().item()
-            logs |= step_metrics(self.ranks.gather_columns(self._window_columns), self.objective)
+        if "loss" in logs and self.window.columns:
+            seconds = time.perf_counter() - self.window.start
+            tokens = self.processes.gather(torch.tensor([self.window.tokens], device=self.args.device)).sum().item()
+            logs |= step_metrics(self.processes.gather_columns(self.window.columns), self.objective)
             logs |= {"tokens_per_second": tokens / seconds, "peak_memory_gib": peak_memory_gib(self.args.device)}
-            self._start_window()
+            self.window = LogWindow()
         super().log(logs, start_time)
 
-    def _start_window(self) -> None:
-        self._step_columns: list[dict[str, torch.Tensor]] = []
-        self._window_columns: list[dict[str, torch.Tensor]] = []
-        self._window_tokens = 0
-        self._window_start = time.perf_counter()
-
-    def floating_point_ops(self, inputs: list[dict]) -> int:
-        """Of the matrix products: 6 per weight and token with gradients, 2 without."""
-        tokens = {kind: sum(b[kind]["input_ids"].numel() for b in inputs if kind in b) for kind in ("pairs", "prior")}
-        return self.matrix_weights * (6 * tokens["pairs"] + 2 * tokens["prior"])
+    def floating_point_ops(self, inputs: list[PackedMicroBatch]) -> int:
+        """Of the matrix products: 6 per parameter and token with gradients, 2 without."""
+        with_gradient = sum(micro_batch.pairs.length for micro_batch in inputs)
+        others = [packed for micro_batch in inputs for packed in (micro_batch.prior, micro_batch.mismatched) if packed]
+        return self.num_non_embedding_parameters * (6 * with_gradient + 2 * sum(packed.length for packed in others))

@@ -67,15 +67,15 @@ def test_dropout_is_off_in_the_prior_pass_and_on_in_the_gradient_pass(tmp_path):
     pairs = make_pairs(4, seed=2)
     trainer = make_trainer(tmp_path, pairs, model=with_adapter(dropout=0.5), per_device_train_batch_size=4)
     step = next(iter(trainer.get_train_dataloader()))
-    rows = [pairs[i] for i in step[0]["rows"]]
+    rows = [pairs[i] for i in step[0].rows]
     with torch.no_grad():
         expected = padded_pairs(with_adapter(dropout=0.5).eval(), rows, CONTEXT)
     model = trainer.model.train()
-    (known,) = trainer._score_hoisted(model, step)
+    (known,) = trainer.score_without_gradient(model, step)
     torch.testing.assert_close(known["prior_chosen_logps"], expected["prior_chosen_logps"].float(), atol=1e-4, rtol=0)
 
     trainer.training_step(model, step)
-    (columns,) = trainer._window_columns
+    (columns,) = trainer.window.columns
     assert (columns["chosen_logps"] - expected["chosen_logps"]).abs().max() > 1e-2
     assert model.training
 

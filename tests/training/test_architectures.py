@@ -6,7 +6,7 @@ import transformers
 from transformers import AutoModelForCausalLM
 
 from rmipo.training import attention, scoring
-from rmipo.training.packing import pack_pairs
+from rmipo.training.packing import pack_pairs, split_pairs
 from tests.helpers.small_models import SIZES, make_pairs
 from tests.references.padded import padded_pairs, rmipo_loss
 
@@ -91,9 +91,7 @@ def test_packed_scores_and_gradients_equal_the_padded_reference(name):
 
     model.train()
     attention.attach(model, "segment")
-    row = pack_pairs(pairs)
-    logps = scoring.token_logps(model, row, "segment", model.config)
-    chosen, rejected = scoring.split_pairs(scoring.sum_by_sequence(logps, row))
+    chosen, rejected = split_pairs(scoring.response_logps(model, pack_pairs(pairs), "segment", model.config))
     loss = rmipo_loss(scored | {"chosen_logps": chosen, "rejected_logps": rejected})
     loss.backward()
 
@@ -110,10 +108,10 @@ def test_packed_scores_and_gradients_equal_the_padded_reference(name):
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_architectures_that_packed_rows_cannot_serve_are_refused(name):
+def test_architectures_that_packing_cannot_serve_are_refused(name):
     make_config, reason = REFUSED[name]
     model = AutoModelForCausalLM.from_config(make_config())
-    with pytest.raises(ValueError, match=f"{type(model).__name__} can't run on packed preference rows: .*{reason}"):
+    with pytest.raises(ValueError, match=f"{type(model).__name__} can't run on packed pairs: .*{reason}"):
         attention.attach(model, "segment")
 
 

@@ -1,10 +1,10 @@
-"""The global batch is the invariant: the same pairs per step whatever the ranks and the micro-batch size."""
+"""The global batch is the invariant: the same pairs per step whatever the processes and the micro-batch size."""
 
 import itertools
 
 import pytest
 
-from rmipo.training.batching import MicroBatch, StepSampler, packed_lengths, token_rows
+from rmipo.training.batching import MicroBatch, StepSampler, packed_lengths, split_by_tokens
 
 
 def steps(world_size, micro_batch_size, num_pairs=37, global_batch_size=8, epoch=0, seed=3, **tokens):
@@ -76,21 +76,21 @@ def test_micro_batches_by_tokens_hold_the_same_pairs(world_size, max_tokens):
             assert len(batch.indices) == 1 or sum(LENGTHS[i] for i in batch.indices) <= max_tokens
 
 
-def test_rows_by_tokens_are_few_and_of_similar_length():
-    assert token_rows([0, 1, 2, 3], [6, 4, 5, 5], limit=10, multiple=1) == [[0, 1], [2, 3]]
-    assert token_rows([0, 1, 2, 3, 4], [50, 3, 3, 2, 1], limit=10, multiple=2) == [[0], [1, 2, 3, 4]]
-    assert token_rows([4, 7], {4: 9, 7: 2}, limit=10, multiple=3) == [[4], [7], []]
-    rows = token_rows(list(range(37)), LENGTHS, limit=300, multiple=2)
-    loads = [sum(LENGTHS[i] for i in row) for row in rows]
-    assert 6 < sum(LENGTHS) / 300 < 7 and len(rows) == 8
+def test_parts_by_tokens_are_few_and_of_similar_length():
+    assert split_by_tokens([0, 1, 2, 3], [6, 4, 5, 5], limit=10, multiple=1) == [[0, 1], [2, 3]]
+    assert split_by_tokens([0, 1, 2, 3, 4], [50, 3, 3, 2, 1], limit=10, multiple=2) == [[0], [1, 2, 3, 4]]
+    assert split_by_tokens([4, 7], {4: 9, 7: 2}, limit=10, multiple=3) == [[4], [7], []]
+    parts = split_by_tokens(list(range(37)), LENGTHS, limit=300, multiple=2)
+    loads = [sum(LENGTHS[i] for i in part) for part in parts]
+    assert 6 < sum(LENGTHS) / 300 < 7 and len(parts) == 8
     assert max(loads) - min(loads) <= min(LENGTHS) + 5
     assert loads == sorted(loads, reverse=True)
 
 
 def test_where_levelling_overflows_the_first_fit_stays():
-    # Levelled, the rows would be 6 4 4 and 6 4: 14 is too long.
-    rows = token_rows([0, 1, 2, 3, 4], [6, 6, 4, 4, 4], limit=12, multiple=1)
-    assert sorted(map(sorted, rows)) == [[0, 1], [2, 3, 4]]
+    # Levelled, the parts would be 6 4 4 and 6 4: 14 is too long.
+    parts = split_by_tokens([0, 1, 2, 3, 4], [6, 6, 4, 4, 4], limit=12, multiple=1)
+    assert sorted(map(sorted, parts)) == [[0, 1], [2, 3, 4]]
 
 
 def test_packed_lengths():

@@ -5,40 +5,42 @@ import torch
 
 from rmipo.objectives import PairScores, build_objective
 from rmipo.training import attention, scoring
-from rmipo.training.packing import concatenate, pack, pack_pairs, pack_priors, pad
+from rmipo.training.logprobs import label_logps
+from rmipo.training.packing import concatenate, pack, pack_pairs, pack_priors, split_pairs
 from tests.helpers.small_models import CONFIGS, make_model, make_pairs
 from tests.references.padded import padded_pairs, padded_token_logps, rmipo_loss
 
 
 def test_layout_of_one_pair():
-    row = pack_pairs([{"prompt_ids": [1, 2, 3], "chosen_ids": [4, 5], "rejected_ids": [6]}])
-    assert row["input_ids"].tolist() == [[1, 2, 3, 4, 3]]
-    assert row["position_ids"].tolist() == [[0, 1, 2, 3, 2]]
-    assert row["shift_labels"].tolist() == [[-100, -100, 4, 5, 6]]
-    assert row["keep"].tolist() == [2, 3, 4]
-    assert row["owner"].tolist() == [0, 0, 1]
-    assert row["segments"] == [(0, 2, 2, 2), (0, 2, 4, 1)]
-    assert row["groups"].tolist() == [0] * 5 and row["branches"].tolist() == [-1, -1, 2, 2, 4]
+    packed = pack_pairs([{"prompt_ids": [1, 2, 3], "chosen_ids": [4, 5], "rejected_ids": [6]}])
+    assert packed.input_ids.tolist() == [[1, 2, 3, 4, 3]]
+    assert packed.position_ids.tolist() == [[0, 1, 2, 3, 2]]
+    assert packed.shift_labels.tolist() == [[-100, -100, 4, 5, 6]]
+    assert packed.scored.tolist() == [2, 3, 4] and packed.labels.tolist() == [4, 5, 6]
+    assert packed.owner.tolist() == [0, 0, 1]
+    assert packed.segments == ((0, 2, 2, 2), (0, 2, 4, 1))
+    assert packed.groups.tolist() == [0] * 5 and packed.branches.tolist() == [-1, -1, 2, 2, 4]
+    assert (packed.length, packed.num_responses) == (5, 2)
 
 
 def test_layout_of_priors_with_and_without_context():
     pair = {"prompt_ids": [9], "chosen_ids": [4, 5], "rejected_ids": [6]}
     shared = pack_priors([pair], [1, 2])
-    assert shared["input_ids"].tolist() == [[1, 2, 4, 2]]
-    assert shared["labels"].tolist() == [4, 5, 6]
+    assert shared.input_ids.tolist() == [[1, 2, 4, 2]]
+    assert shared.labels.tolist() == [4, 5, 6]
     release = pack_priors([pair], [])
-    assert release["input_ids"].tolist() == [[4]] and release["labels"].tolist() == [5]
-    assert release["num_sequences"] == 2
-    assert scoring.sequence_lengths(release).tolist() == [1.0, 0.0]
+    assert release.input_ids.tolist() == [[4]] and release.labels.tolist() == [5]
+    assert release.num_responses == 2
+    assert release.response_lengths.tolist() == [1.0, 0.0]
 
 
-def test_concatenated_rows_equal_rows_packed_together():
+def test_concatenated_sequences_equal_those_packed_together():
     pairs = make_pairs(5)
     joined = concatenate([pack_pairs(pairs[:2]), pack_pairs(pairs[2:3]), pack_pairs(pairs[3:])])
     together = pack_pairs(pairs)
-    assert joined["segments"] == together["segments"] and joined["num_sequences"] == together["num_sequences"]
-    for name in ("input_ids", "position_ids", "shift_labels", "keep", "labels", "owner", "groups", "branches"):
-        assert torch.equal(joined[name], together[name]), name
+    for name, value in vars(together).items():
+        other = getattr(joined, name)
+        assert torch.equal(other, value) if torch.is_tensor(value) else other == value, name
 
 
 @pytest.mark.parametrize("kind", ["segment", "dense"])
@@ -69,10 +71,10 @@ def test_prompts_of_one_token(name):
 
 @pytest.mark.parametrize("window", [None, 40])
 def test_flex_block_mask_covers_the_dense_mask(window):
-    rows = [pack_pairs(make_pairs(12, seed=1, prompt_lengths=(1, 150))), pack([([1, 2], [[3], [], [4] * 300])])]
-    row = pad(concatenate(rows), attention.BLOCK)
-    dense = attention.dense_mask(row, window)[0, 0]
-    mask = attention.block_mask(row, window)
+    parts = [pack_pairs(make_pairs(12, seed=1, prompt_lengths=(1, 150))), pack([([1, 2], [[3], [], [4] * 300])])]
+    packed = concatenate(parts).padded(attention.BLOCK)
+    dense = attention.dense_mask(packed, window)[0, 0]
+    mask = attention.block_mask(packed, window)
     index = torch.arange(len(dense))
     assert torch.equal(mask.mask_mod(0, 0, index[:, None], index[None, :]), dense)
     blocks = mask.to_dense()[0, 0].bool()
@@ -82,17 +84,17 @@ def test_flex_block_mask_covers_the_dense_mask(window):
     assert len(blocks) >= 10 and blocks.sum() < 0.6 * lower_triangle, "empty blocks are skipped"
 
 
-def test_padded_row_has_the_same_scores_and_stays_out_of_them():
-    row = pack_pairs(make_pairs(2))
-    padded = pad(row, 64)
-    length = row["input_ids"].shape[1]
-    assert padded["input_ids"].shape == padded["shift_labels"].shape == (1, 64)
-    assert torch.equal(padded["shift_labels"][:, :length], row["shift_labels"])
-    assert (padded["shift_labels"][:, length:] == -100).all()
+def test_padding_has_no_part_in_the_scores():
+    packed = pack_pairs(make_pairs(2))
+    padded = packed.padded(64)
+    length = packed.length
+    assert padded.input_ids.shape == padded.shift_labels.shape == (1, 64)
+    assert torch.equal(padded.shift_labels[:, :length], packed.shift_labels)
+    assert (padded.shift_labels[:, length:] == -100).all()
     mask = attention.dense_mask(padded, None)[0, 0]
     assert not mask[:length, length:].any() and not mask[length:, :length].any()
     assert mask.diagonal().all(), "a position that sees nothing would be NaN"
-    assert pad(padded, 64)["input_ids"].shape == (1, 64)
+    assert padded.padded(64).length == 64
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -106,12 +108,12 @@ def test_flex_scores_equal_the_padded_reference(name):
     for field, values in expected.items():
         torch.testing.assert_close(actual[field], values.float(), atol=2e-4, rtol=0)
     attention.attach(model, "flex")
-    row = pack_pairs(pairs)
+    packed = pack_pairs(pairs)
     with torch.no_grad():
-        logits = scoring.response_logits(model, row, "flex", model.config)
-        fused = scoring.token_logps(model, row, "flex", model.config)
-    torch.testing.assert_close(scoring.logits_to_logps(logits, row), fused, atol=2e-5, rtol=0)
-    assert scoring.check_parity(model, model, row, "flex") < 1e-5
+        logits = scoring.response_logits(model, packed, "flex", model.config)
+        fused = scoring.token_logps(model, packed, "flex", model.config)
+    torch.testing.assert_close(label_logps(logits, packed.labels), fused, atol=2e-5, rtol=0)
+    assert scoring.check_parity(model, model, packed, "flex") < 1e-5
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -131,15 +133,13 @@ def test_loss_and_gradients_equal_the_padded_reference(name, kind, checkpointing
     model.train()
     attention.attach(model, kind)
 
-    def sums(row):
-        logps = scoring.token_logps(model, row, kind, model.config)
-        return scoring.split_pairs(scoring.sum_by_sequence(logps, row))
+    def sums(packed):
+        return split_pairs(scoring.response_logps(model, packed, kind, model.config))
 
-    row = pack_pairs(pairs)
+    packed = pack_pairs(pairs)
     with torch.no_grad():
         priors = sums(pack_priors(pairs, context))
-    lengths = scoring.split_pairs(scoring.sequence_lengths(row))
-    scores = PairScores(*sums(row), *lengths, *priors)
+    scores = PairScores(*sums(packed), *split_pairs(packed.response_lengths), *priors)
     loss = build_objective({"name": "rmipo", "beta": 2.0, "gamma_min": 0.3, "gamma_max": 1.6})(scores).losses.mean()
     loss.backward()
 
@@ -164,25 +164,24 @@ def test_priors_of_score_pairs_equal_the_padded_reference():
 
 def test_parity_check_passes_and_refuses_a_wrong_mask(monkeypatch):
     model = make_model("llama")
-    row = pack_pairs(make_pairs(3))
+    packed = pack_pairs(make_pairs(3))
     attention.attach(model, "segment")
-    assert scoring.check_parity(model, model, row, "segment") < 1e-5
+    assert scoring.check_parity(model, model, packed, "segment") < 1e-5
 
-    def leaky(row, window):  # a plain causal mask: branches see each other
-        length = row["input_ids"].shape[1]
-        return torch.ones(length, length, dtype=torch.bool).tril()[None, None]
+    def leaky(packed, window):  # a plain causal mask: branches see each other
+        return torch.ones(packed.length, packed.length, dtype=torch.bool).tril()[None, None]
 
     monkeypatch.setattr(attention, "dense_mask", leaky)
     attention.attach(model, "dense")
     with pytest.raises(scoring.ParityError, match="differently from the plain forward"):
-        scoring.check_parity(model, model, row, "dense")
+        scoring.check_parity(model, model, packed, "dense")
 
 
 def test_sums_accumulate_in_float64():
-    row = pack([([0], [[1] * 30000])])
+    packed = pack([([0], [[1] * 30000])])
     values = torch.full((30000,), -0.1, dtype=torch.float32)
     exact = float(values.double().sum())
-    assert scoring.sum_by_sequence(values, row).item() == pytest.approx(exact, rel=1e-7)
+    assert packed.sum_by_response(values).item() == pytest.approx(exact, rel=1e-7)
 
 
 def test_unknown_attention_kind():

@@ -57,7 +57,7 @@ def cache_reference(trainer, initial, pairs, objective):
     """Put the sums of `initial` where the trainer looks for its reference."""
     everything = naive_scores(initial, initial, pairs, range(len(pairs)), objective)
     names = reference.PAIR_COLUMNS + (reference.MISMATCHED_COLUMNS if "mismatched" in objective.needs else ())
-    keys = reference.loaded_fingerprint(trainer.model), fingerprint(trainer.train_dataset)
+    keys = reference.loaded_fingerprint(trainer.model), fingerprint(trainer.train_dataset.tokenized)
     cache = reference.ReferenceCache(trainer.args.reference_cache_dir, *keys, names)
     cache.save({name: getattr(everything, name) for name in names})
 
@@ -147,7 +147,7 @@ def test_reference_is_scored_once_and_a_changed_file_is_not_used(tmp_path, pairs
             reference_cache_dir=str(tmp_path / "cache"),
         )  # fmt: skip
         trainer.train()
-        return trainer.rows[id(trainer.train_dataset)].columns
+        return trainer.train_dataset.scores
 
     with torch.no_grad():
         expected = padded_pairs(make_model("llama"), pairs)["chosen_logps"].float()
@@ -174,7 +174,7 @@ def test_with_adapters_the_base_model_is_the_reference(tmp_path, pairs, saved_mo
         tmp_path, pairs, BLOCKS["dpo"], model=adapter, max_steps=1, reference_cache_dir=str(tmp_path / "cache")
     )
     trainer.train()
-    columns = trainer.rows[id(trainer.train_dataset)].columns
+    columns = trainer.train_dataset.scores
     with torch.no_grad():
         expected = padded_pairs(make_model("llama"), pairs)
     torch.testing.assert_close(columns["ref_chosen_logps"], expected["chosen_logps"].float(), atol=1e-4, rtol=0)
