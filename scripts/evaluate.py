@@ -1,12 +1,16 @@
-"""Evaluate a trained model as the paper does. Settings are in recipes/<model>/eval.yaml.
+"""Evaluate a model on the benchmarks of the paper and a few more.
 
     make eval MODEL=llama3-8b-instruct METHOD=rmipo BENCH=alpacaeval
-    python scripts/evaluate.py --model tiny --method rmipo --bench all [--max_cost 5] [--set alpacaeval.concurrency=2]
+    make eval MODEL=path/to/model BENCH=leaderboard ARGS="--set leaderboard.limit=100"
+    make eval MODEL=owner/name BENCH=mtbench NAME=open-judge MAX_COST=5
 
-BENCH is alpacaeval, mtbench, leaderboard, hh or all. METHOD=initial is the model before preference training. The judge
-of the first two is any OpenAI-compatible endpoint: OPENAI_BASE_URL and OPENAI_API_KEY. Results go to
-<outputs>/<model>/<method>/eval/<bench>.json; a finished one is kept, an unfinished one is continued, and one of other
-weights than those that are there now is refused.
+MODEL is a setting (folder in recipes/, whose eval.yaml has the settings), a folder with a model, or the id of a model on
+the hub; the last two are sampled as their own generation_config.json says. METHOD, of a setting alone, is one folder or
+several in <outputs>/<model>/; `initial` is the model before preference training. The judge is any OpenAI-compatible
+endpoint: OPENAI_BASE_URL and OPENAI_API_KEY.
+
+Results go to <model's folder>/eval/<bench>.json, with NAME to eval/<NAME>/<bench>.json. A finished one is kept, an
+unfinished one is continued, and one of other weights or other settings than these is refused.
 """
 
 import argparse
@@ -17,19 +21,23 @@ import sys
 import traceback
 from pathlib import Path
 
+from rmipo.cli import program
+from rmipo.errors import EvaluationError, UserError
 from rmipo.evaluation import BENCHMARKS
-from rmipo.evaluation.target import load_settings, model_folder
-from rmipo.fingerprints import trained_fingerprint
-
-ROOT = Path(__file__).parent.parent
+from rmipo.evaluation.benchmark import Benchmark, contradictions
+from rmipo.evaluation.target import Target, find_target
+from rmipo.files import write_atomically
+from rmipo.fingerprints import has_weights, trained_fingerprint
 
 
 def command_line() -> argparse.Namespace:
     environment = os.environ.get
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=environment("MODEL") or "tiny", help="folder in recipes/")
-    parser.add_argument("--method", default=environment("METHOD") or "rmipo", help="folder in <outputs>/<model>/")
-    parser.add_argument("--bench", default=environment("BENCH") or "all", choices=[*BENCHMARKS, "all"])
+    parser.add_argument("--model", default=environment("MODEL") or "tiny", help="setting, folder or hub id")
+    parser.add_argument("--method", nargs="+", default=environment("METHOD", "").split(), help="default: rmipo")
+    parser.add_argument("--bench", default=environment("BENCH") or "all", help=f"{', '.join(BENCHMARKS)} or all")
+    parser.add_argument("--name", default=environment("NAME") or "", help="of this evaluation, beside the usual one")
+    parser.add_argument("--settings", type=Path, default=environment("SETTINGS"), help="another eval.yaml")
     parser.add_argument("--max_cost", type=float, default=environment("MAX_COST") or None, help="US dollars a judge")
     parser.add_argument("--set", action="append", default=[], help="e.g. mtbench.judge_model=gpt-4")
     parser.add_argument("--outputs", type=Path, default=Path("outputs"), help="where the runs are")
@@ -38,60 +46,62 @@ def command_line() -> argparse.Namespace:
 
 def main() -> None:
     args = command_line()
-    benches = list(BENCHMARKS) if args.bench == "all" else [args.bench]
-    recipe = ROOT / "recipes" / args.model / "rmipo.yaml"
-    try:
-        settings = load_settings(recipe.with_name("eval.yaml"), args.set)
-        folder = model_folder(recipe, args.outputs, args.method)
-        weights = trained_fingerprint(folder)
-    except ValueError as error:
-        sys.exit(str(error))
-    for bench, benchmark in BENCHMARKS.items():
-        block = settings.setdefault(bench, {})
-        if "generation" in benchmark.defaults:
-            block["generation"] = settings.get("generation", {}) | block.get("generation", {})
-        if "max_cost" in benchmark.defaults and args.max_cost is not None:
-            block["max_cost"] = args.max_cost
-
+    if args.bench not in (*BENCHMARKS, "all"):
+        raise EvaluationError(f"BENCH={args.bench} is none of {', '.join(BENCHMARKS)}, all")
+    if args.name in (*BENCHMARKS, "answers") or "/" in args.name:
+        raise EvaluationError(f"NAME={args.name} can't be a folder beside those of {', '.join(BENCHMARKS)}, answers")
+    benches = [benchmark for name, benchmark in BENCHMARKS.items() if args.bench in (name, "all")]
+    targets = [find_target(args.model, m, args.outputs, args.set, args.settings) for m in args.method or [None]]
     failed = []
-    for bench in benches:
-        path = folder / "eval" / f"{bench}.json"
-        if path.is_file():
-            if json.loads(path.read_text()).get("fingerprint") == weights:
-                print(f"{bench}: finished before, see {path}; delete it to evaluate again")
-            else:
-                print(
-                    f"{bench}: {path} is of other weights than those now in {folder}. Delete it, and the folder "
-                    f"{path.with_suffix('')} if there is one, to evaluate these",
-                    file=sys.stderr,
-                )
-                failed.append(bench)
-            continue
-        try:
-            result = BENCHMARKS[bench].run(folder, path.parent, settings.get(bench, {}))
-        except Exception as error:  # one benchmark's failure, such as a missing key, doesn't stop the others
-            if not isinstance(error, ValueError):
-                traceback.print_exc()
-            print(f"{bench}: {error}", file=sys.stderr)
-            failed.append(bench)
-            continue
-        if result is None:
-            print(f"{bench}: answers are generated, nothing was judged; see {path.parent}")
-            continue
-        write(path, {"bench": bench, "model": str(folder), "fingerprint": weights, **result, "finished": True})
-        print(f"{bench}: {path}")
-        for name, value in result["metrics"].items():
-            print(f"  {name:30s} {value:.2f}")
+    for target in targets:
+        for benchmark in benches:
+            try:
+                evaluate(target, benchmark, args.name, args.max_cost)
+            except Exception as error:  # one benchmark's failure, such as a missing key, doesn't stop the others
+                if not isinstance(error, UserError):
+                    traceback.print_exc()
+                print(f"{benchmark.name}: {error}", file=sys.stderr)
+                failed.append(f"{benchmark.name} of {target.folder}")
     if failed:
-        sys.exit(f"not finished: {', '.join(failed)}")
+        raise EvaluationError(f"not finished: {', '.join(failed)}")
 
 
-def write(path: Path, content: dict) -> None:
+def evaluate(target: Target, benchmark: Benchmark, name: str, max_cost: float | None) -> None:
+    """Run one benchmark, unless its result is there. Raises EvaluationError for one that may not be taken for this."""
+    folder, bench = target.folder, benchmark.name
+    settings = dict(target.settings.get(bench, {}))
+    if "generation" in benchmark.defaults:
+        settings["generation"] = target.settings.get("generation", {}) | settings.get("generation", {})
+    if "max_cost" in benchmark.defaults and max_cost is not None:
+        settings["max_cost"] = max_cost
+    path = folder / "eval" / name / f"{bench}.json"
+    weights = trained_fingerprint(folder) if has_weights(folder) else None
+    if path.is_file():
+        found = json.loads(path.read_text())
+        if weights not in (None, found.get("fingerprint")):
+            raise EvaluationError(
+                f"{path} is of other weights than those now in {folder}. Delete it, and the folder "
+                f"{path.with_suffix('')} if there is one, to evaluate these"
+            )
+        if different := contradictions(settings, found["settings"]):
+            raise EvaluationError(
+                f"{path} is finished with other settings: {'; '.join(different)}. Give this evaluation a name of its "
+                "own (NAME=...), take the settings back, or delete that file"
+            )
+        print(f"{bench}: finished before, see {path}; delete it to evaluate again")
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(content, indent=2) + "\n")
-    partial.replace(path)
+    result = benchmark.run(folder, path.parent, settings)
+    if result is None:
+        print(f"{bench}: answers are generated, nothing was judged; see {folder / 'eval/answers'}")
+        return
+    content = {"bench": bench, "model": str(folder), "fingerprint": weights, **result, "finished": True}
+    write_atomically(path, json.dumps(content, indent=2) + "\n")
+    print(f"{bench}: {path}")
+    for metric, value in result["metrics"].items():
+        print(f"  {metric:30s} {value:.2f}")
 
 
 if __name__ == "__main__":
-    main()
+    with program():
+        main()

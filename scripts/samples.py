@@ -14,13 +14,12 @@ import shlex
 import sys
 from pathlib import Path
 
+from rmipo.cli import program
 from rmipo.errors import EvaluationError
 from rmipo.evaluation.alpaca import load_reference
-from rmipo.evaluation.target import load_settings, model_folder
-from rmipo.generation.answers import Request, digest, generate
+from rmipo.evaluation.target import find_target
+from rmipo.generation.answers import Generator, Request
 from rmipo.recipe.settings import merge_settings
-
-ROOT = Path(__file__).parent.parent
 
 METHODS = ["rmipo", "simper", "simpo"]  # of Table 6
 STYLE = """body { font-family: sans-serif; margin: 2em; } table { border-collapse: collapse; width: 100%; }
@@ -84,19 +83,13 @@ def main() -> None:
     parser.add_argument("--outputs", type=Path, default=Path("outputs"), help="where the runs are")
     args = parser.parse_args(sys.argv[1:] or shlex.split(environment("ARGS", "")))
 
-    recipe = ROOT / "recipes" / args.model / "rmipo.yaml"
-    try:
-        settings = load_settings(recipe.with_name("eval.yaml"), [])
-        prompts, known = choose_prompts(args.prompt, settings.get("samples", {}))
-        folders = {method: model_folder(recipe, args.outputs, method) for method in args.methods}
-        requests = [Request(str(i), [{"role": "user", "content": prompt}]) for i, prompt in enumerate(prompts)]
-        file = f"samples-{digest(prompts)[:8]}.jsonl"  # other prompts are other answers
-        answers = known | {
-            method: generate(folder, requests, folder / "eval" / file, settings.get("generation", {}))
-            for method, folder in folders.items()
-        }
-    except ValueError as error:
-        sys.exit(str(error))
+    targets = {method: find_target(args.model, method, args.outputs, []) for method in args.methods}
+    settings = next(iter(targets.values())).settings
+    prompts, answers = choose_prompts(args.prompt, settings.get("samples", {}))
+    requests = [Request(str(i), [{"role": "user", "content": prompt}]) for i, prompt in enumerate(prompts)]
+    for method, target in targets.items():
+        with Generator(target.folder, settings.get("generation", {})) as generator:
+            answers[method] = generator.answer(requests, generator.file("samples", requests))
 
     reports = args.outputs / "reports"
     reports.mkdir(parents=True, exist_ok=True)
@@ -107,4 +100,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with program():
+        main()

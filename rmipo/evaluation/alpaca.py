@@ -34,11 +34,12 @@ DEFAULTS = {
 
 
 def run(model_dir: str | Path, output_dir: str | Path, settings: dict) -> dict | None:
-    """Generate answers with the model in `model_dir`, have them judged, return {"metrics", "versions", "settings"}.
+    """Generate answers with the model in `model_dir`, have them judged, return the result.
 
-    `output_dir`/alpacaeval keeps answers and verdicts; a run that was cut short goes on from them. Metrics in percent:
-    `alpacaeval2_lc`, `alpacaeval2_wr`; `alpacaeval2_length`, mean characters of an answer; `alpacaeval2_missing`,
-    verdicts that couldn't be used. With `generate_only`, nothing is judged and None returned.
+    Answers are kept in `model_dir`/eval/answers and verdicts in `output_dir`/alpacaeval; a run that was cut short goes on
+    from them. Metrics in percent: `alpacaeval2_lc`, `alpacaeval2_wr`; `alpacaeval2_length`, mean characters of an
+    answer; `alpacaeval2_missing`, verdicts that couldn't be used; `alpacaeval2_cut`, percent of answers that were cut at
+    the limit. With `generate_only`, nothing is judged and None returned.
 
     Raises EvaluationError for wrong settings or a missing key before a model is loaded, for a cost above `max_cost`
     before the first request, and for a judge that fails or gives unusable verdicts, with what there is kept.
@@ -60,11 +61,12 @@ def run(model_dir: str | Path, output_dir: str | Path, settings: dict) -> dict |
 
     requests = [Request(str(i), [{"role": "user", "content": row["instruction"]}]) for i, row in enumerate(reference)]
     with Generator(model_dir, settings["generation"]) as generator:
-        answers = generator.answer(requests, folder / "answers.jsonl")
+        answers = generator.answer(requests, generator.file("alpacaeval", requests))
     outputs = [
         {"instruction": row["instruction"], "output": answer, "generator": name}
         for row, answer in zip(reference, answers, strict=True)
     ]
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / "model_outputs.json").write_text(json.dumps(outputs, indent=2, ensure_ascii=False) + "\n")
     if settings["generate_only"]:
         return None
@@ -77,7 +79,8 @@ def run(model_dir: str | Path, output_dir: str | Path, settings: dict) -> dict |
         "reference_sha256": sha256(reference_path.read_bytes())[:16],
     }
     versions = generator.versions | package_versions("alpaca_eval", "scikit-learn")
-    return {"metrics": metrics, "versions": versions, "settings": settings}
+    metrics["alpacaeval2_cut"] = generator.cut
+    return {"metrics": metrics, "versions": versions, "settings": settings, "fingerprint": generator.fingerprint}
 
 
 def judge(outputs: list[dict], reference: list[dict], folder: Path, endpoint: str, settings: dict) -> tuple[dict, str]:

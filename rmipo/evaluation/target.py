@@ -1,5 +1,7 @@
 """Which model an evaluation is of, and its settings."""
 
+import re
+from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
@@ -8,15 +10,69 @@ from rmipo.data.chat import PROBES
 from rmipo.data.pairs import ChatFormat
 from rmipo.errors import EvaluationError
 from rmipo.evaluation import BENCHMARKS
+from rmipo.generation.answers import DEFAULTS as GENERATION
+from rmipo.generation.answers import own_settings
 from rmipo.launch.pipeline import named_files
 from rmipo.recipe.checks import template_text
+from rmipo.recipe.files import RecipeLoader, read_yaml
 from rmipo.recipe.load import load_recipe
 from rmipo.recipe.schema import ModelConfig
+from rmipo.recipe.settings import merge_settings, nearest
 from rmipo.record import recorded_run
 from rmipo.training.loading import load_tokenizer
 
+ROOT = Path(__file__).parents[2]
 BLOCKS = ("generation", *BENCHMARKS, "samples")
 MODEL_FILES = ("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json")
+
+
+@dataclass(frozen=True)
+class Target:
+    """A model to evaluate: its folder, and the blocks of settings."""
+
+    folder: Path
+    settings: dict[str, dict]
+
+
+def find_target(
+    model: str, method: str | None, outputs: Path, overrides: list[str], settings_file: Path | None = None
+) -> Target:
+    """The model that MODEL and METHOD name.
+
+    Args:
+        model: a setting (folder in recipes/), a folder with a model, or the id of one on the hub, perhaps with
+            "@revision". Only a setting has an eval.yaml; other models are sampled as their own generation_config.json
+            says. A model of the hub is linked into `outputs`/<owner>--<name>/initial.
+        method: of a setting: a folder in `outputs`/<model>, "rmipo" if None. Others have none.
+        settings_file: an eval.yaml to be used instead.
+
+    Raises EvaluationError for a model that isn't there or wasn't trained to its end, and for wrong settings.
+    """
+    recipe = ROOT / "recipes" / model / "rmipo.yaml"
+    if recipe.with_name("eval.yaml").is_file():
+        settings = load_settings(settings_file or recipe.with_name("eval.yaml"), overrides)
+        return Target(model_folder(recipe, outputs, method or "rmipo"), settings)
+    folder = Path(model).expanduser()
+    if method is not None:
+        raise EvaluationError(f"METHOD={method} belongs to a setting, and MODEL={model} is none; {known_settings()}")
+    if folder.is_dir():
+        check_model(folder, "Expected are config.json, *.safetensors and the tokenizer's files", recorded_run(folder))
+    elif re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", model):
+        name, _, revision = model.partition("@")
+        folder = outputs / model.replace("/", "--") / "initial"
+        link_model(download(name, revision or None), folder)
+    else:
+        raise EvaluationError(
+            f"MODEL={model} is neither a setting nor a folder nor the id of a model on the hub (owner/name); "
+            f"{known_settings()}"
+        )
+    if settings_file is not None:
+        return Target(folder, load_settings(settings_file, overrides))
+    return Target(folder, override({"generation": own_settings(folder)}, overrides))
+
+
+def known_settings() -> str:
+    return f"the settings are {', '.join(sorted(path.parent.name for path in ROOT.glob('recipes/*/eval.yaml')))}"
 
 
 def load_settings(path: Path, overrides: list[str]) -> dict[str, dict]:
@@ -24,19 +80,32 @@ def load_settings(path: Path, overrides: list[str]) -> dict[str, dict]:
 
     Raises EvaluationError for a file or an override that isn't of that form.
     """
-    if not path.is_file():
-        known = sorted(folder.parent.name for folder in path.parent.parent.glob("*/eval.yaml"))
-        raise EvaluationError(f"{path} doesn't exist; there are settings for MODEL={', '.join(known)}")
-    settings = yaml.safe_load(path.read_text())
-    for override in overrides:
-        key, equals, value = override.partition("=")
-        block, dot, name = key.partition(".")
-        if not (equals and dot):
-            raise EvaluationError(f"--set {override}: expected <block>.<key>=<value>, e.g. alpacaeval.max_cost=5")
-        settings.setdefault(block, {})[name] = yaml.safe_load(value)
-    unknown = sorted(settings.keys() - set(BLOCKS))
-    if unknown:
-        raise EvaluationError(f"{path}: unknown blocks {unknown}; it has {list(BLOCKS)}")
+    try:
+        return override(read_yaml(path), overrides)
+    except EvaluationError as error:
+        raise EvaluationError(f"{path}: {error}") from error
+    except ValueError as error:
+        raise EvaluationError(f"{path} {error}") from error
+
+
+def override(settings: dict[str, dict], overrides: list[str]) -> dict[str, dict]:
+    """`settings` with "block.key=value" over them, the value as in YAML; dots lead further into a block."""
+    for text in overrides:
+        key, equals, value = text.partition("=")
+        *blocks, name = key.split(".")
+        if not (equals and blocks):
+            raise EvaluationError(f"--set {text}: expected <block>.<key>=<value>, e.g. alpacaeval.max_cost=5")
+        place = settings
+        for block in blocks:
+            place = place.setdefault(block, {})
+        try:
+            place[name] = yaml.load(value, RecipeLoader)
+        except yaml.YAMLError as error:
+            raise EvaluationError(f"--set {text}: {value!r} can't be read as YAML") from error
+    if unknown := sorted(settings.keys() - set(BLOCKS)):
+        raise EvaluationError(f"unknown blocks {unknown}{nearest(unknown, BLOCKS)}")
+    for block, defaults in (("generation", GENERATION), *((name, b.defaults) for name, b in BENCHMARKS.items())):
+        merge_settings(block, defaults, settings.get(block, {}))
     return settings
 
 
@@ -52,15 +121,19 @@ def model_folder(recipe: Path, outputs: Path, method: str) -> Path:
     train = (
         f"make train MODEL={recipe.parent.name} METHOD={method}" if method in known else "the command that begins it"
     )
-    run = recorded_run(folder)
+    check_model(folder, f"Train it first: {train}", recorded_run(folder), f"Go on with it: {train}")
+    return folder
+
+
+def check_model(folder: Path, absent: str, run: dict | None, unfinished: str = "Go on with it") -> None:
+    """Raises EvaluationError unless `folder` has a whole model that was trained to its end, if it was trained here."""
     if run is not None and not run["finished"]:
-        raise EvaluationError(f"{folder} holds a run that hasn't finished. Go on with it: {train}")
+        raise EvaluationError(f"{folder} holds a run that hasn't finished. {unfinished}")
     if (folder / "adapter_config.json").is_file():
         raise EvaluationError(f"{folder} holds an adapter. Merge it first: python scripts/merge_adapter.py --help")
     if not (folder / "config.json").is_file():
-        raise EvaluationError(f"{folder} holds no model. Train it first: {train}")
+        raise EvaluationError(f"{folder} holds no model. {absent}")
     check_trained_prompts(folder, run)
-    return folder
 
 
 def check_trained_prompts(folder: Path, run: dict | None) -> None:
@@ -87,30 +160,45 @@ def link_initial(recipe: Path, folder: Path) -> Path:
 
     Raises EvaluationError as `model_folder` does; a model trained here is held to its own run.json.
     """
-    from huggingface_hub import snapshot_download
-
     values = load_recipe(recipe).values
-    name, revision = values["model_name_or_path"], values.get("model_revision", "main")
+    name, train = values["model_name_or_path"], f"make train MODEL={recipe.parent.name} STAGE=sft"
     run = None
     if Path(name).is_dir():
         source = Path(name).resolve()
         run = recorded_run(source)
         if run is not None and not run["finished"]:
-            raise EvaluationError(
-                f"{name} holds a run that hasn't finished. Go on with it: make train MODEL={recipe.parent.name} STAGE=sft"
-            )
+            raise EvaluationError(f"{name} holds a run that hasn't finished. Go on with it: {train}")
     elif name.startswith("outputs/"):
-        raise EvaluationError(f"{name} doesn't exist. Train it first: make train MODEL={recipe.parent.name} STAGE=sft")
+        raise EvaluationError(f"{name} doesn't exist. Train it first: {train}")
     else:
-        source = Path(snapshot_download(name, revision=revision, allow_patterns=["*.json", "*.safetensors", "*.model"]))
+        source = download(name, values.get("model_revision"))
+    link_model(source, folder, values.get("chat_template"))
+    check_trained_prompts(folder, run)
+    return folder
+
+
+def download(name: str, revision: str | None) -> Path:
+    """The folder of a hub model in the cache; pickled weights and code are left out. Raises EvaluationError."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        files = ["*.json", "*.safetensors", "*.model", "*.jinja"]
+        return Path(snapshot_download(name, revision=revision, allow_patterns=files))
+    except Exception as error:  # no network, no such model, gated: the remedy is the same
+        raise EvaluationError(
+            f"{name} is neither in the hub's cache nor downloadable ({type(error).__name__}): check the name and the "
+            "network (is HF_HUB_OFFLINE set?), and log in with `hf auth login` if the model is gated"
+        ) from error
+
+
+def link_model(source: Path, folder: Path, chat_template: str | None = None) -> None:
+    """Fill `folder` with links to the model in `source`, and with its tokenizer, which may get another template."""
     tokenizer = load_tokenizer(ModelConfig(model_name_or_path=str(source)))
-    if values.get("chat_template"):
-        tokenizer.chat_template = template_text(values["chat_template"])
+    if chat_template:
+        tokenizer.chat_template = template_text(chat_template)
     tokenizer.save_pretrained(folder)
     for pattern in MODEL_FILES:
         for link in folder.glob(pattern):  # perhaps of another source: a public checkpoint before our own SFT
             link.unlink()
         for file in source.glob(pattern):
             (folder / file.name).symlink_to(file.resolve())
-    check_trained_prompts(folder, run)
-    return folder

@@ -10,11 +10,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from tqdm import tqdm
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from rmipo.data.pairs import ChatFormat
 from rmipo.errors import EvaluationError
-from rmipo.fingerprints import trained_fingerprint
+from rmipo.fingerprints import has_weights, trained_fingerprint
 from rmipo.generation.engines import ENGINES, Prompt, choose_engine
 from rmipo.recipe.schema import ModelConfig
 from rmipo.recipe.settings import merge_settings
@@ -24,6 +24,7 @@ from rmipo.training.loading import load_tokenizer
 DEFAULTS = {
     "temperature": 0.7,
     "top_p": 1.0,
+    "top_k": 0,  # 0: all tokens
     "max_new_tokens": 2048,
     "seed": 42,
     "batch_size": 16,  # prompts answered together by transformers; vLLM answers all at once
@@ -52,11 +53,35 @@ def check_settings(settings: dict) -> dict:
         problems.append(f"temperature is {settings['temperature']}, expected 0 (greedy) to 2")
     if not 0 < settings["top_p"] <= 1:
         problems.append(f"top_p is {settings['top_p']}, expected more than 0, at most 1")
+    if not isinstance(settings["top_k"], int) or settings["top_k"] < 0:
+        problems.append(f"top_k is {settings['top_k']!r}, expected a whole number, 0 for all tokens")
     if settings["engine"] not in ("auto", *ENGINES):
         problems.append(f"engine is {settings['engine']!r}, expected one of {['auto', *ENGINES]}")
     if problems:
         raise EvaluationError("eval.yaml, generation: " + "; ".join(problems))
     return settings
+
+
+def own_settings(model_dir: str | Path) -> dict:
+    """The settings that a model's own generation_config.json stands for; greedy decoding where it doesn't sample."""
+    path = Path(model_dir) / "generation_config.json"
+    config = json.loads(path.read_text()) if path.is_file() else {}
+    settings = {"dtype": "auto", "temperature": 0.0}
+    if config.get("do_sample"):
+        settings["temperature"] = config.get("temperature") or 1.0
+        settings |= {key: config[key] for key in ("top_p", "top_k") if config.get(key) is not None}
+    if (penalty := config.get("repetition_penalty") or 1.0) != 1.0:
+        print(f"{path}: repetition_penalty {penalty} is not applied; answers are sampled without it", flush=True)
+    return settings
+
+
+def stop_ids(model_dir: Path, tokenizer: PreTrainedTokenizerBase, chat: ChatFormat) -> list[int]:
+    """Where an answer ends: at the end of turn, and at every EOS token that tokenizer, model and generation config name."""
+    named: list[int | list[int] | None] = [chat.end_id, tokenizer.eos_token_id]
+    for file in ("config.json", "generation_config.json"):
+        if (model_dir / file).is_file():
+            named.append(json.loads((model_dir / file).read_text()).get("eos_token_id"))
+    return sorted({token for ids in named for token in (ids if isinstance(ids, list) else [ids]) if token is not None})
 
 
 class Generator:
@@ -67,14 +92,17 @@ class Generator:
     Attributes:
         settings: with the engine that answers, once there are answers.
         versions: of the packages that made the answers, which may have been others than those installed now.
+        fingerprint: of the weights that made the answers.
 
-    Raises EvaluationError for wrong settings and for a folder without weights.
+    Raises EvaluationError for wrong settings.
     """
 
     def __init__(self, model_dir: str | Path, settings: dict):
         self.model_dir = Path(model_dir)
         self.settings = check_settings(settings)
-        self.fingerprint = trained_fingerprint(self.model_dir)
+        # Complete answers need no weights: a machine that only judges has the folder without its *.safetensors.
+        self.fingerprint = trained_fingerprint(self.model_dir) if has_weights(self.model_dir) else None
+        self.finishes: list[str] = []
         self.versions: dict[str, str] | None = None
         self.engine = None
 
@@ -86,6 +114,11 @@ class Generator:
             self.engine.close()
             self.engine = None
 
+    @property
+    def cut(self) -> float:
+        """Percent of the answers so far that were cut at `max_new_tokens` or the end of the context."""
+        return 100 * self.finishes.count("length") / max(1, len(self.finishes))
+
     def answer(self, requests: list[Request], path: str | Path) -> list[str]:
         """Answer `requests`; answers that are in `path` already are not made again.
 
@@ -93,8 +126,8 @@ class Generator:
         interrupted in ends as that of an uninterrupted run.
 
         Returns the answers in the order of `requests`, stripped of surrounding space.
-        Raises EvaluationError, before the model is loaded, for prompts that don't fit the model, and for a file made by
-        another model, other settings or, if it has to be continued, other package versions.
+        Raises EvaluationError, before the model is loaded, for prompts that don't fit the model, for a file made by
+        another model, other settings or, if it has to be continued, other package versions, and for missing weights.
         """
         path = Path(path)
         tokenizer = load_tokenizer(ModelConfig(model_name_or_path=str(self.model_dir)))
@@ -110,31 +143,40 @@ class Generator:
         config = AutoConfig.from_pretrained(self.model_dir, trust_remote_code=False)
         check_prompts(requests, prompts, chat, config.max_position_embeddings)
 
-        answers = self.open(path, prompts)
+        stops = stop_ids(self.model_dir, tokenizer, chat)
+        answers = self.open(path, prompts, stops)
         wanted = [i for i, request in enumerate(requests) if request.key not in answers]
-        if not wanted:
-            return [answers[request.key]["output"] for request in requests]
-        if self.engine is None:
-            stop_ids = sorted({chat.end_id, tokenizer.eos_token_id} - {None})
-            self.engine = ENGINES[self.settings["engine"]](self.model_dir, self.settings, stop_ids)
+        if wanted and self.engine is None:
+            self.engine = ENGINES[self.settings["engine"]](self.model_dir, self.settings, stops)
         with path.open("a") as file, tqdm(total=len(prompts), initial=len(answers), unit="answer") as progress:
             progress.set_description(f"answers of {self.model_dir.name}")
-            for i, answer in self.engine.answers(prompts, wanted):
+            for i, answer in self.engine.answers(prompts, wanted) if wanted else ():
                 text = tokenizer.decode(answer.ids, skip_special_tokens=True).strip()
                 row = {"key": requests[i].key, "output": text, "tokens": len(answer.ids), "finish": answer.finish}
                 file.write(json.dumps(row) + "\n")
                 file.flush()
                 answers[requests[i].key] = row
                 progress.update()
+        self.finishes += [answers[request.key]["finish"] for request in requests]
         return [answers[request.key]["output"] for request in requests]
 
-    def open(self, path: Path, prompts: list[Prompt]) -> dict[str, dict]:
+    def file(self, name: str, requests: list[Request]) -> Path:
+        """The file for the answers to `requests`; other prompts or another decoding have another one beside it.
+
+        It is beside the model, not the evaluation: another judge or another benchmark finds the answers there.
+        """
+        decoding = {key: value for key, value in self.settings.items() if key != "engine"}
+        key = digest([decoding, [asdict(request) for request in requests]])[:8]
+        return self.model_dir / "eval/answers" / f"{name}-{key}.jsonl"
+
+    def open(self, path: Path, prompts: list[Prompt], stops: list[int]) -> dict[str, dict]:
         """Answers in `path` by key; takes engine and versions from there, or writes those of this machine there."""
         found, answers = read_answers(path)
         versions = self.versions or (found or {}).get("versions")
         if self.settings["engine"] == "auto" and found is not None:
             self.settings["engine"] = found["decoding"]["engine"]
         if found is None or len(answers) < len(prompts):
+            self.fingerprint = trained_fingerprint(self.model_dir)
             self.settings["engine"] = choose_engine(self.settings["engine"])
             here = package_versions(*sorted({self.settings["engine"], "torch", "transformers"}))
             if versions not in (None, here):
@@ -144,11 +186,11 @@ class Generator:
                     f"delete the *.jsonl files in {path.parent}."
                 )
             versions = here
-        keys = ("top_p", "max_new_tokens", "seed", "batch_size", "dtype", "engine")
+        keys = ("top_p", "top_k", "max_new_tokens", "seed", "batch_size", "dtype", "engine")
         header = {
-            "decoding": {key: self.settings[key] for key in keys},
+            "decoding": {key: self.settings[key] for key in keys} | {"stop_ids": stops},
             "versions": versions,
-            "model": self.fingerprint,
+            "model": self.fingerprint or found["model"],
             "prompts": digest([asdict(prompt) for prompt in prompts]),
         }
         if found is None:
@@ -160,7 +202,7 @@ class Generator:
                 f"{ {key: found.get(key) for key in different} }, this run { {key: header[key] for key in different} }."
                 " Move or delete that file, or take its settings back."
             )
-        self.versions = versions
+        self.versions, self.fingerprint = versions, header["model"]
         return answers
 
 

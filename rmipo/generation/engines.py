@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import GenerationConfig, LogitsProcessor, TopPLogitsWarper
+from transformers import GenerationConfig, LogitsProcessor, TopKLogitsWarper, TopPLogitsWarper
 
 from rmipo.errors import EvaluationError
 from rmipo.recipe.schema import ModelConfig
@@ -35,15 +35,15 @@ class Answer:
 
 
 class SeededSampling(LogitsProcessor):
-    """Turns greedy decoding into sampling with one random stream per row.
+    """Turns greedy decoding into sampling with one random stream per prompt.
 
     The argmax of logits / temperature + Gumbel noise is a sample of the softmax. `generate(do_sample=True)` draws the
     whole batch from one stream, so that an answer would change with its neighbours.
     """
 
-    def __init__(self, temperatures: list[float], top_p: float, seeds: list[int]):
+    def __init__(self, temperatures: list[float], top_p: float, seeds: list[int], top_k: int = 0):
         self.temperatures = temperatures
-        self.top_p = TopPLogitsWarper(top_p) if top_p < 1 else None
+        self.warpers = ([TopKLogitsWarper(top_k)] if top_k else []) + ([TopPLogitsWarper(top_p)] if top_p < 1 else [])
         self.streams = [torch.Generator().manual_seed(seed) for seed in seeds]
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
@@ -52,8 +52,8 @@ class SeededSampling(LogitsProcessor):
             if temperature == 0:
                 continue
             logits = scores[row : row + 1] / temperature
-            if self.top_p is not None:
-                logits = self.top_p(input_ids[row : row + 1], logits)
+            for warper in self.warpers:
+                logits = warper(input_ids[row : row + 1], logits)
             noise = -torch.empty(logits.shape).exponential_(generator=stream).log()
             scores[row] = (logits + noise.to(logits.device))[0]
         return scores
@@ -71,8 +71,8 @@ class TransformersEngine:
             do_sample=False, eos_token_id=stop_ids, pad_token_id=stop_ids[0]
         )
         self.context = self.model.config.max_position_embeddings
-        self.top_p, self.max_new_tokens, self.stop_ids = settings["top_p"], settings["max_new_tokens"], stop_ids
-        self.batch_size = settings["batch_size"]
+        self.top_p, self.top_k, self.stop_ids = settings["top_p"], settings["top_k"], stop_ids
+        self.max_new_tokens, self.batch_size = settings["max_new_tokens"], settings["batch_size"]
 
     def answers(self, prompts: list[Prompt], wanted: list[int]) -> Iterator[tuple[int, Answer]]:
         """(number of a prompt, its answer) for each number in `wanted`, in order.
@@ -96,7 +96,7 @@ class TransformersEngine:
         width = max(len(prompt.ids) for prompt in prompts)
         padding = [[self.stop_ids[0]] * (width - len(prompt.ids)) for prompt in prompts]
         sampling = SeededSampling(
-            [prompt.temperature for prompt in prompts], self.top_p, [prompt.seed for prompt in prompts]
+            [prompt.temperature for prompt in prompts], self.top_p, [prompt.seed for prompt in prompts], self.top_k
         )
         ids = [pad + prompt.ids for pad, prompt in zip(padding, prompts, strict=True)]
         mask = [[0] * len(pad) + [1] * len(prompt.ids) for pad, prompt in zip(padding, prompts, strict=True)]
@@ -130,7 +130,8 @@ class VllmEngine:
             model=str(model_dir), dtype=settings["dtype"], seed=settings["seed"], generation_config="vllm",
             trust_remote_code=False, load_format="safetensors",
         )  # fmt: skip
-        self.top_p, self.max_new_tokens, self.stop_ids = settings["top_p"], settings["max_new_tokens"], stop_ids
+        self.top_p, self.top_k, self.stop_ids = settings["top_p"], settings["top_k"], stop_ids
+        self.max_new_tokens = settings["max_new_tokens"]
 
     def answers(self, prompts: list[Prompt], wanted: list[int]) -> Iterator[tuple[int, Answer]]:
         """(number of a prompt, its answer) for each number in `wanted`, as they are finished.
@@ -146,6 +147,7 @@ class VllmEngine:
             parameters = SamplingParams(
                 temperature=prompt.temperature,
                 top_p=self.top_p,
+                top_k=self.top_k,
                 max_tokens=self.max_new_tokens,  # vLLM ends an answer where its context ends
                 seed=prompt.seed,
                 stop_token_ids=self.stop_ids,

@@ -16,6 +16,7 @@ import pytest
 
 from rmipo.errors import EvaluationError
 from rmipo.evaluation import alpaca
+from rmipo.fingerprints import trained_fingerprint
 from rmipo.generation.answers import check_settings
 from rmipo.record import package_versions
 from tests.helpers.alpaca_answers import OUTPUTS, REFERENCE, ROWS, SETTINGS
@@ -316,7 +317,7 @@ def test_unknown_judge(tmp_path, api_key):
 
 
 def test_answers_of_a_gpu_node_are_judged_where_there_is_a_network(tmp_path, monkeypatch, api_key):
-    model, path = tmp_path / "model", tmp_path / "eval/alpacaeval/answers.jsonl"
+    model = tmp_path / "model"
     model.mkdir()
     write_model(model)
     reference = tmp_path / "reference.json"
@@ -324,12 +325,16 @@ def test_answers_of_a_gpu_node_are_judged_where_there_is_a_network(tmp_path, mon
     generation = {"dtype": "float32", "max_new_tokens": 8}
     settings = {"reference": str(reference), "length_controlled": False, "generation": generation}
     assert alpaca.run(model, tmp_path / "eval", settings | {"generate_only": True}) is None
+    (path,) = (model / "eval/answers").iterdir()
     versions = other_versions(path, "vllm")  # as if that had been where vLLM is
-    answers = path.read_bytes()
+    answers, weights = path.read_bytes(), trained_fingerprint(model)
+    (model / "model.safetensors").unlink()  # a machine that only judges needs no weights
     with JudgeServer() as server:
         monkeypatch.setenv("OPENAI_BASE_URL", server.url.replace("http://", "http://user:secret@"))
         result = alpaca.run(model, tmp_path / "eval", settings)
-    assert path.read_bytes() == answers
+    assert path.read_bytes() == answers and result["fingerprint"] == weights
+    finishes = [json.loads(line)["finish"] for line in answers.splitlines()[1:]]
+    assert result["metrics"]["alpacaeval2_cut"] == 100 * finishes.count("length") / ROWS > 0
     assert result["versions"] == versions | package_versions("alpaca_eval", "scikit-learn")
     recorded = result["settings"]
     assert recorded["generation"] == check_settings(generation | {"engine": "vllm"})

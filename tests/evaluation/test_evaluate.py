@@ -1,5 +1,7 @@
 """`make eval` and `make samples` from the command line, on a random model."""
 
+import contextlib
+import io
 import json
 import os
 import re
@@ -16,8 +18,8 @@ from transformers import AutoTokenizer
 from rmipo.data.chat import PROBES
 from rmipo.data.pairs import ChatFormat
 from rmipo.errors import EvaluationError
-from rmipo.evaluation import alpaca, hh, leaderboard, mtbench
-from rmipo.evaluation.target import load_settings, model_folder
+from rmipo.evaluation.benchmark import contradictions
+from rmipo.evaluation.target import find_target, load_settings, model_folder
 from rmipo.fingerprints import trained_fingerprint
 from rmipo.generation import answers as generation_module
 from tests.helpers.judge_server import JudgeServer
@@ -44,11 +46,21 @@ def outputs(tmp_path) -> Path:
 
 
 def run(script: str, outputs: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
-    kept = {k: v for k, v in os.environ.items() if not k.startswith("OPENAI")}
-    command = [sys.executable, str(ROOT / "scripts" / script), "--model", "tiny", "--outputs", str(outputs), *arguments]
-    return subprocess.run(
-        command, env=kept | environment, cwd=ROOT, capture_output=True, text=True, timeout=280, check=False
-    )
+    """What the script does with these arguments and this environment, in this process: libraries are loaded already."""
+    stdout, stderr, code = io.StringIO(), io.StringIO(), 0
+    with pytest.MonkeyPatch.context() as patch:
+        for name in [name for name in os.environ if name.startswith("OPENAI")]:
+            patch.delenv(name)
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        patch.setattr(sys, "argv", [script, "--model", "tiny", "--outputs", str(outputs), *arguments])
+        patch.chdir(ROOT)
+        with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
+            try:
+                runpy.run_path(str(ROOT / "scripts" / script), run_name="__main__")
+            except SystemExit as end:
+                code = end.code
+    return subprocess.CompletedProcess(script, code, stdout.getvalue(), stderr.getvalue())
 
 
 def test_every_setting_has_the_paper_s_decoding():
@@ -73,17 +85,23 @@ def test_every_eval_yaml_has_known_keys_alone(path):
     assert settings
     if "generation" in settings:
         generation_module.check_settings(settings["generation"])
-    for block, module in (("alpacaeval", alpaca), ("mtbench", mtbench), ("leaderboard", leaderboard), ("hh", hh)):
-        assert settings.get(block, {}).keys() <= module.DEFAULTS.keys(), block
 
 
 def test_wrong_settings_and_folders(outputs):
-    with pytest.raises(EvaluationError, match=r"there are settings for MODEL=llama3-8b-base, .*tiny"):
-        load_settings(ROOT / "recipes/none/eval.yaml", [])
+    with pytest.raises(EvaluationError, match=r"MODEL=none is neither .*; the settings are llama3-8b-base, .*tiny"):
+        find_target("none", None, outputs, [])
+    with pytest.raises(EvaluationError, match=f"METHOD=dpo belongs to a setting, and MODEL={outputs} is none"):
+        find_target(str(outputs), "dpo", outputs, [])
+    with pytest.raises(EvaluationError, match=r"no/such is neither in the hub's cache nor downloadable"):
+        find_target("no/such", None, outputs, [])
+    with pytest.raises(EvaluationError, match=r"holds no model\. Expected are config.json"):
+        find_target(str(outputs), None, outputs, [])
     with pytest.raises(EvaluationError, match="--set max_cost: expected <block>"):
         load_settings(TINY.with_name("eval.yaml"), ["max_cost"])
-    with pytest.raises(EvaluationError, match=r"unknown blocks \['mtbnch'\]"):
+    with pytest.raises(EvaluationError, match=r"unknown blocks \['mtbnch'\] \(did you mean mtbench\?\)"):
         load_settings(TINY.with_name("eval.yaml"), ["mtbnch.first_n=3"])
+    with pytest.raises(EvaluationError, match=r"leaderboard: unknown keys \['limt'\] \(did you mean limit\?\)"):
+        load_settings(TINY.with_name("eval.yaml"), ["leaderboard.limt=3"])
     with pytest.raises(EvaluationError, match="make train MODEL=tiny METHOD=dpo"):
         model_folder(TINY, outputs, "dpo")
     (outputs / "tiny/lora").mkdir()
@@ -134,9 +152,7 @@ def test_model_trained_with_another_template_is_refused(outputs):
     with pytest.raises(EvaluationError, match="rmipo was trained with another chat template or tokenizer"):
         model_folder(TINY, outputs, "rmipo")
     done = run("evaluate.py", outputs, "--bench", "hh")
-    assert done.returncode == 1 and done.stderr.startswith(f"{folder} was trained with another chat template"), (
-        done.stderr
-    )
+    assert done.returncode == 2 and done.stderr.startswith(f"error: {folder} was trained with another chat template")
 
 
 def test_unfinished_runs_are_not_evaluated(outputs):
@@ -180,10 +196,16 @@ def test_result_of_other_weights_is_refused(outputs):
     assert {name: values["fingerprint"] for name, values in scores.items()} == dict.fromkeys(scores, weights)
     again = run("evaluate.py", outputs, "--bench", "hh", *options)
     assert again.returncode == 0 and "finished before" in again.stdout
+    other = (*options, "--set", "hh.max_length=64")
+    again = run("evaluate.py", outputs, "--bench", "hh", *other)
+    assert again.returncode == 2 and "finished with other settings: max_length is 128 there, 64 here" in again.stderr
+    again = run("evaluate.py", outputs, "--bench", "hh", "--name", "short", *other)
+    assert again.returncode == 0 and path.read_bytes() == before
+    assert json.loads((path.parent / "short/hh.json").read_text())["settings"]["max_length"] == 64
     write_model(folder, seed=7)
     done = run("evaluate.py", outputs, "--bench", "hh", *options)
     assert (
-        done.returncode == 1 and f"hh: {path} is of other weights than those now in {folder}. Delete it" in done.stderr
+        done.returncode == 2 and f"hh: {path} is of other weights than those now in {folder}. Delete it" in done.stderr
     )
     assert path.read_bytes() == before
 
@@ -200,7 +222,7 @@ def test_eval_command_from_generation_to_result_files(outputs):
     ]  # fmt: skip
     # Without a key the judged benchmarks stop, and the others go on.
     done = run("evaluate.py", outputs, "--method", "rmipo", "--bench", "all", *options)
-    assert done.returncode == 1 and "not finished: alpacaeval, mtbench, leaderboard" in done.stderr, done.stderr
+    assert done.returncode == 2 and done.stderr.count(" of ") == 3, done.stderr
     assert done.stderr.count("the judge needs OPENAI_API_KEY") == 2
     folder = outputs / "tiny/rmipo/eval"
     assert sorted(path.name for path in folder.glob("*.json")) == ["hh.json"]
@@ -240,7 +262,7 @@ def test_samples_side_by_side(outputs):
     assert done.returncode == 0, done.stderr
     answers = {}
     for method in ("rmipo", "simpo"):
-        (file,) = (outputs / f"tiny/{method}/eval").glob("samples-*.jsonl")
+        (file,) = (outputs / f"tiny/{method}/eval/answers").glob("samples-*.jsonl")
         answers[method] = [json.loads(line)["output"] for line in file.read_text().splitlines()[1:]]
     assert answers["rmipo"] != answers["simpo"] and all(answers["rmipo"])
     page = (outputs / "reports/samples-tiny.html").read_text()
@@ -269,11 +291,54 @@ def test_generation_settings_of_one_benchmark(outputs):
     options += ["alpacaeval.generation={batch_size: 3}"]
     done = run("evaluate.py", outputs, "--bench", "alpacaeval", *(text for o in options for text in ("--set", o)))
     assert done.returncode == 0, done.stderr
-    header = (outputs / "tiny/rmipo/eval/alpacaeval/answers.jsonl").read_text().splitlines()[0]
+    (file,) = (outputs / "tiny/rmipo/eval/answers").glob("alpacaeval-*.jsonl")
+    header = file.read_text().splitlines()[0]
     decoding = json.loads(header)["decoding"]
     assert (decoding["batch_size"], decoding["max_new_tokens"]) == (3, 48)  # the recipe's are 16 and 48
 
 
 def test_samples_need_trained_models(outputs):
     done = run("samples.py", outputs, "--methods", "rmipo", "dpo", "--prompt", "w1")
-    assert done.returncode == 1 and "Train it first: make train MODEL=tiny METHOD=dpo" in done.stderr
+    assert done.returncode == 2 and "Train it first: make train MODEL=tiny METHOD=dpo" in done.stderr
+
+
+def test_a_folder_is_evaluated_as_its_own_generation_config_says(tmp_path):
+    model = tmp_path / "somewhere/model"
+    model.mkdir(parents=True)
+    write_model(model)
+    own = {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "top_k": 7, "eos_token_id": [1, 9]}
+    (model / "generation_config.json").write_text(json.dumps(own))
+    target = find_target(str(model), None, tmp_path / "outputs", ["generation.max_new_tokens=5"])
+    assert target.folder == model
+    settings = {"dtype": "auto", "temperature": 0.6, "top_p": 0.9, "top_k": 7, "max_new_tokens": 5}
+    assert target.settings == {"generation": settings}
+    (model / "generation_config.json").write_text(json.dumps(own | {"do_sample": False}))
+    greedy = find_target(str(model), None, tmp_path / "outputs", [])
+    assert greedy.settings == {"generation": {"dtype": "auto", "temperature": 0.0}}
+
+
+def test_a_hub_model_is_linked_below_outputs(tmp_path, monkeypatch):
+    snapshot = tmp_path / "hub/models--owner--name/snapshots/0"
+    snapshot.mkdir(parents=True)
+    write_model(snapshot)
+    refs = snapshot.parents[1] / "refs"
+    refs.mkdir()
+    (refs / "main").write_text("0")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    target = find_target("owner/name", None, tmp_path / "outputs", [])
+    assert target.folder == tmp_path / "outputs/owner--name/initial"
+    assert (target.folder / "model.safetensors").resolve() == snapshot / "model.safetensors"
+    assert "chat_template.jinja" in {path.name for path in target.folder.iterdir()}
+
+
+def test_settings_that_contradict_a_result(monkeypatch):
+    monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
+    recorded = {"limit": 4, "price": [1.0, 2.0], "generation": {"temperature": 0.9, "engine": "vllm"}}
+    assert contradictions({"price": [9.0, 9.0], "generation": {"engine": "auto"}, "limit": 4}, recorded) == []
+    assert contradictions({"limit": 8, "generation": {"temperature": 0.1}}, recorded) == [
+        "limit is 4 there, 8 here", "generation.temperature is 0.9 there, 0.1 here",
+    ]  # fmt: skip
+    monkeypatch.setenv("OPENAI_BASE_URL", "http://127.0.0.1:8000/v1/")
+    judged = {"judge_endpoint": "api.openai.com/v1"}
+    assert contradictions({}, judged) == ["the judge's endpoint is api.openai.com/v1 there, 127.0.0.1:8000/v1 here"]
+    assert contradictions({}, {"judge_endpoint": "127.0.0.1:8000/v1"}) == []

@@ -173,7 +173,7 @@ def test_both_turns_are_generated_with_the_category_s_temperature(tmp_path, monk
         question["turns"] = [turn[:60] for turn in question["turns"]]
     generation = {"dtype": "float32", "engine": "transformers", "max_new_tokens": 6}
     with Generator(model, generation) as generator:
-        answers = mtbench.generate_turns(generator, questions, tmp_path, SETTINGS["temperatures"])
+        answers = mtbench.generate_turns(generator, questions, SETTINGS["temperatures"])
     assert loaded == [1]  # one engine for both turns
     assert [prompt.temperature for prompt in prompts] == [0.7, 0.0, 0.7, 0.0]
     assert [len(turns) for turns in answers] == [2, 2]

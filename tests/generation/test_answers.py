@@ -48,6 +48,31 @@ def test_top_p_keeps_the_fewest_tokens_that_reach_it():
     assert set(drawn.tolist()) == {0, 1}  # .5 doesn't reach .7, .5 + .3 does
 
 
+def test_top_k_keeps_the_likeliest_tokens():
+    logits = torch.tensor([0.1, 0.4, 0.2, 0.3]).log()
+    sampling = SeededSampling([1.0] * 500, 1.0, list(range(500)), top_k=2)
+    drawn = sampling(torch.zeros(500, 1, dtype=torch.long), logits.repeat(500, 1)).argmax(-1)
+    assert set(drawn.tolist()) == {1, 3}
+
+
+def test_answers_end_at_every_eos_of_the_generation_config(model_dir, tmp_path):
+    with Generator(model_dir, SETTINGS) as generator:
+        generator.answer(requests(11), tmp_path / "a.jsonl")
+        assert generator.cut == 100 * generator.finishes.count("length") / 11
+    rows = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()[1:]]
+    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    ends = [tokenizer.convert_tokens_to_ids(token) for token in ("w3", "w7")]
+    (model_dir / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
+    generate(model_dir, requests(11), tmp_path / "b.jsonl", SETTINGS)
+    lines = (tmp_path / "b.jsonl").read_text().splitlines()
+    assert json.loads(lines[0])["decoding"]["stop_ids"] == sorted([1, *ends])  # the end of turn is </s>, id 1
+    for before, after in zip(rows, map(json.loads, lines[1:]), strict=True):
+        words = before["output"].split()
+        end = next((i for i, word in enumerate(words) if word in ("w3", "w7")), None)
+        assert after["output"].split() == words[:end] and (end is None or after["finish"] == "stop")
+    assert any("w3" in row["output"] for row in rows)
+
+
 def test_temperature_zero_is_greedy(model_dir):
     engine = TransformersEngine(model_dir, check_settings(SETTINGS), [1])
     prompt = [0, 3, 7, 9, 4]
@@ -161,7 +186,9 @@ def test_answers_are_not_continued_with_other_versions(model_dir, tmp_path):
     assert path.read_bytes() == before
     # A second file of the same evaluation can't be begun either.
     other_versions(path, "transformers")
-    path.write_text(path.read_text() + "".join(json.dumps({"key": f"q{i}", "output": ""}) + "\n" for i in (3, 4)))
+    path.write_text(
+        path.read_text() + "".join(json.dumps({"key": f"q{i}", "output": "", "finish": "stop"}) + "\n" for i in (3, 4))
+    )
     with Generator(model_dir, SETTINGS) as generator:
         generator.answer(requests(5), path)
         with pytest.raises(EvaluationError, match=r"b\.jsonl can't be begun"):
@@ -226,8 +253,8 @@ def test_bad_requests_are_listed_together(model_dir, tmp_path):
 
 
 def test_bad_settings_are_listed_together():
-    with pytest.raises(EvaluationError, match=r"unknown keys \['top_k'\]"):
-        check_settings({"top_k": 5})
+    with pytest.raises(EvaluationError, match=r"unknown keys \['topk'\] \(did you mean top_[kp]\?\)"):
+        check_settings({"topk": 5})
     with pytest.raises(EvaluationError, match=r"batch_size is 0.*temperature is -1.*top_p is 0.*engine is 'tgi'"):
         check_settings({"batch_size": 0, "temperature": -1, "top_p": 0, "engine": "tgi"})
 
