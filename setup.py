@@ -27,6 +27,7 @@ setup(
         "transformers",
         "trl",
         "wandb",
+        "xxhash",
     ],
     extras_require={
         "gpu": ["bitsandbytes", "kernels"],

@@ -1,4 +1,8 @@
-"""The files that a run leaves beside its model: `run.json`, `metrics.jsonl`, `generations.jsonl`."""
+"""The files that a run leaves beside its model: `run.json`, `metrics.jsonl`, `generations.jsonl`.
+
+`run.json` holds the run's identity (recipe, fingerprints, number of processes), its environment, and in the end its
+results. A line of `metrics.jsonl` is what was logged at one step, a line of `generations.jsonl` one sample answer.
+"""
 
 import importlib.metadata
 import json
@@ -54,8 +58,38 @@ def recorded_run(run_dir: str | Path) -> dict[str, Any] | None:
 
 
 def read_metrics(run_dir: str | Path) -> list[dict]:
-    with open(Path(run_dir) / METRICS_FILE) as file:
-        return [json.loads(line) for line in file]
+    """The lines of `metrics.jsonl` in `run_dir`; none where nothing was logged."""
+    return _read_lines(Path(run_dir) / METRICS_FILE)
+
+
+def append_metrics(run_dir: str | Path, line: dict) -> None:
+    with open(Path(run_dir) / METRICS_FILE, "a") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def keep_metrics(run_dir: str | Path, step: int) -> list[dict]:
+    """Drop the lines after `step`, which a resumed run makes again; returns those that stay. Step 0 drops all."""
+    kept = [line for line in read_metrics(run_dir) if 0 < line["step"] <= step]
+    _write_lines(Path(run_dir) / METRICS_FILE, kept)
+    return kept
+
+
+def read_generations(run_dir: str | Path) -> list[dict]:
+    """The lines of `generations.jsonl` in `run_dir`; none where nothing was generated."""
+    return _read_lines(Path(run_dir) / GENERATIONS_FILE)
+
+
+def write_generations(run_dir: str | Path, lines: list[dict]) -> None:
+    _write_lines(Path(run_dir) / GENERATIONS_FILE, lines)
+
+
+def _read_lines(path: Path) -> list[dict]:
+    texts = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [json.loads(text) for text in texts if text.endswith("\n")]  # a kill can cut the last line short
+
+
+def _write_lines(path: Path, lines: list[dict]) -> None:
+    write_atomically(path, "".join(json.dumps(line) + "\n" for line in lines))
 
 
 class RunRecord:
@@ -63,7 +97,7 @@ class RunRecord:
 
     Args:
         output_dir: folder of the run.
-        identity: from `checkpoints.run_identity`; its keys are at the top of the file.
+        identity: from `identity.run_identity`; its keys are at the top of the file.
         facts: anything else to record: data report, objective, ...
     """
 
@@ -81,11 +115,7 @@ class RunRecord:
         self.started = time.time()
 
     def start(self) -> None:
-        """Write the file; a W&B run that an earlier start of this run opened is continued."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         self._write()
-        os.environ.setdefault("WANDB_RUN_ID", self.content["wandb_run_id"])
-        os.environ.setdefault("WANDB_RESUME", "allow")
 
     def results(self, **results) -> None:
         """Record the results, and the seconds since this start."""

@@ -30,7 +30,8 @@ import yaml
 from rmipo.launch import slurm
 from rmipo.launch.pipeline import Step, choose_sharding, choose_stages, launch_configuration, load_steps, node_count
 from rmipo.recipe.load import ConfigError
-from rmipo.run.checkpoints import EXIT_STOPPED, MARKER
+from rmipo.run.checkpoints import MARKER
+from rmipo.run.stop import EXIT_STOPPED
 
 ROOT = Path(__file__).parent.parent
 DRY_GPUS = 4  # shown where no GPU is visible: the hardware of the paper

@@ -5,100 +5,61 @@
 `make train MODEL=... STAGE=sft` prints and runs the full command, with `accelerate launch` in front where there are GPUs.
 """
 
-import sys
-
-from rmipo import cli as console
+from rmipo import cli
 from rmipo.recipe.load import load_recipe, parse_command_line
 
 
-@console.program()
+@cli.program()
 def main() -> None:
-    ###################
-    # Recipe
-    ###################
     recipe = load_recipe(*parse_command_line(__doc__)).require_stage("sft")
     args, data_config, model_config = recipe.parse()
 
-    import deepspeed
-    from accelerate import PartialState
-    from transformers import set_seed
+    # Heavy imports come after the recipe has been checked, so that its errors come at once.
     from trl import SFTTrainer, get_peft_config
 
-    from rmipo.data import pairs as data
-    from rmipo.data.chat import PROBES
-    from rmipo.plan import preflight
-    from rmipo.record import RunRecord
-    from rmipo.run import checkpoints, export, tracking, watchdogs
-    from rmipo.training.loading import initial_fingerprint, load_model, load_tokenizer
+    from rmipo.data.chat import PROBES, ChatFormat
+    from rmipo.data.pairs import load_messages, load_splits
+    from rmipo.fingerprints import rows_fingerprint, text_fingerprint
+    from rmipo.run.frame import training_run
+    from rmipo.run.preflight import check_assistant_mask
+    from rmipo.training.loading import load_model, load_tokenizer
 
-    preflight.check_run(recipe, args)
-    state = PartialState()
-    say = state.print
-    for notice in recipe.notices:
-        say(notice)
-    set_seed(args.seed)
-    if args.deepspeed:
-        deepspeed.init_distributed()  # transformers leaves that out on CPUs, and models are sharded as they load
+    with training_run(recipe, args, model_config) as run:
+        ###################
+        # Data
+        ###################
+        tokenizer = load_tokenizer(model_config, data_config.chat_template)
+        run.freeze_date(tokenizer)
+        chat = ChatFormat.probe(tokenizer)
+        check_assistant_mask(args, tokenizer)
+        tokenizer.eos_token_id = chat.end_id  # generation stops where the template ends a turn
+        with run.state.main_process_first():
+            datasets = load_splits(load_messages, data_config, evaluating=args.eval_strategy != "no")
+        fingerprints = {split: rows_fingerprint(dataset) for split, dataset in datasets.items()}
+        fingerprints["template"] = text_fingerprint(tokenizer.chat_template)  # rows are tokenised later, by TRL
+        run.start(fingerprints, prompt_probe=[chat.prompt_ids(messages) for messages in PROBES])
 
-    ###################
-    # Data
-    ###################
-    tokenizer = load_tokenizer(model_config, data_config.chat_template)
-    chat = data.ChatFormat.probe(tokenizer)
-    tokenizer.eos_token_id = chat.end_id  # generation stops where the template ends a turn
-    with state.main_process_first():
-        datasets = data.load_splits(data.load_messages, data_config, evaluating=args.eval_strategy != "no")
+        ###################
+        # Model
+        ###################
+        model = load_model(model_config, attn_implementation=model_config.attn_implementation)
+        chat.set_end_of_turn(model.generation_config)
 
-    fingerprints = {split: data.fingerprint(dataset) for split, dataset in datasets.items()}
-    fingerprints["model"] = initial_fingerprint(model_config)
-    fingerprints["template"] = data.text_fingerprint(tokenizer.chat_template)  # rows are tokenised later, by TRL
-    identity = checkpoints.run_identity(recipe.resolved(), fingerprints, args.world_size)
-    checkpoint = checkpoints.resume_point(args.output_dir, identity)
-    prompt_probe = [chat.prompt_ids(messages) for messages in PROBES]
-    run = RunRecord(args.output_dir, identity, prompt_probe=prompt_probe)
-    checkpoints.refuse_pickled_code()
-    stop = checkpoints.StopOnSignal()
-    say(f"resuming from {checkpoint}" if checkpoint else f"starting in {args.output_dir}")
-
-    ###################
-    # Model
-    ###################
-    model = load_model(model_config, attn_implementation=model_config.attn_implementation)
-    chat.set_end_of_turn(model.generation_config)
-
-    ###################
-    # Train, evaluate, save
-    ###################
-    messages = {split: dataset.select_columns(["messages"]) for split, dataset in datasets.items()}
-    trainer = SFTTrainer(
-        model,
-        args=args,
-        train_dataset=messages["train"],
-        eval_dataset=messages.get("test"),
-        processing_class=tokenizer,
-        peft_config=get_peft_config(model_config),
-        callbacks=[tracking.MetricsFile(), stop, checkpoints.Checkpoints(identity)],
-    )
-    tracking.use_own_callbacks(trainer)
-    watchdogs.watch_progress(trainer)
-    if state.is_main_process:
-        run.start()
-    say(f"SFT of {model_config.model_name_or_path}: {len(datasets['train'])} dialogues")
-    with checkpoints.explained_full_disk(args.output_dir), watchdogs.explained_silence(args.ddp_timeout):
-        trainer.train(resume_from_checkpoint=checkpoint)
-    if stop.stopped:
-        say(f"stopped by a signal at step {trainer.state.global_step} and saved; the same command goes on from there")
-        sys.exit(checkpoints.EXIT_STOPPED)
-    metrics = trainer.evaluate() if "test" in datasets else {}
-    with checkpoints.explained_full_disk(args.output_dir):
-        export.save(trainer)
-    if state.is_main_process:
-        run.results(**metrics)
-        export.write_model_card(args.output_dir)
-        say(f"model: {args.output_dir}")
-        if args.push_to_hub:
-            say(f"uploaded: {export.push(trainer)}")
-        run.finish()
+        ###################
+        # Train, evaluate, save
+        ###################
+        messages = {split: dataset.select_columns(["messages"]) for split, dataset in datasets.items()}
+        trainer = SFTTrainer(
+            model,
+            args=args,
+            train_dataset=messages["train"],
+            eval_dataset=messages.get("test"),
+            processing_class=tokenizer,
+            peft_config=get_peft_config(model_config),
+        )
+        run.say(f"SFT of {model_config.model_name_or_path}: {len(datasets['train'])} dialogues")
+        run.train(trainer)
+        run.save(trainer, **(trainer.evaluate() if "test" in datasets else {}))
 
 
 if __name__ == "__main__":

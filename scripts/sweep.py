@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from rmipo.launch import sweep as search
 from rmipo.launch.pipeline import choose, choose_stages, named_files
-from rmipo.run.checkpoints import EXIT_STOPPED
+from rmipo.run.stop import EXIT_STOPPED
 
 ROOT = Path(__file__).parent.parent
 SHOWN = 5

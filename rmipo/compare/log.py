@@ -1,7 +1,6 @@
 """The runs of a comparison, several at a time, each in a process of its own and kept as a line of `runs.jsonl`."""
 
 import functools
-import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator
@@ -12,8 +11,8 @@ from pathlib import Path
 
 from rmipo.compare.run import CURVE_PAIRS, CURVE_STEPS, SAMPLES_PER_QUESTION, execute
 from rmipo.compare.study import INITIAL, SEARCH_SEED, Run, Study
-from rmipo.data.pairs import fingerprint, load_pairs
-from rmipo.training.loading import initial_fingerprint
+from rmipo.data.pairs import load_pairs
+from rmipo.fingerprints import json_fingerprint, model_fingerprint, rows_fingerprint
 
 NOT_THE_RUN = ("output_dir", "reference_cache_dir", "run_name")
 
@@ -35,16 +34,20 @@ class Log:
         recipe = self.study.recipe(Run("report", "rmipo", None, 0, 0.0))
         _, data_config, model_config = recipe.parse(world_size=1)
         if self.study.world is None:
-            data = {split: fingerprint(load_pairs(data_config, split)) for split in ("train", "test")}
+            data = {split: rows_fingerprint(load_pairs(data_config, split)) for split in ("train", "test")}
         else:
             data = asdict(self.study.world.config)
         measured = {"samples": SAMPLES_PER_QUESTION, "curve": [CURVE_STEPS, CURVE_PAIRS]}
-        return {"model": initial_fingerprint(model_config), "data": data, "measured": measured}
+        return {
+            "model": model_fingerprint(model_config.model_name_or_path, model_config.model_revision),
+            "data": data,
+            "measured": measured,
+        }
 
     def key(self, run: Run) -> str:
         recipe = {key: value for key, value in self.study.recipe(run).resolved().items() if key not in NOT_THE_RUN}
         content = {"run": asdict(run), "recipe": recipe, **self.common}
-        return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:16]
+        return json_fingerprint(content)
 
     def find(self, run: Run) -> dict | None:
         return self.lines.get(self.key(run))

@@ -1,5 +1,8 @@
 """What a tokenizer's chat template does, probed once: where prompts end, what starts and ends a response."""
 
+import datetime
+import json
+import re
 from dataclasses import dataclass, field
 
 from jinja2 import TemplateError
@@ -12,6 +15,7 @@ TokenPair = tuple[list[int], list[int], list[int]]  # ids of prompt, chosen, rej
 
 QUESTION = {"role": "user", "content": "What is two plus two?"}
 ANSWER = {"role": "assistant", "content": "It is four."}
+CLOCK = re.compile(r"""strftime_now\(\s*(?P<quote>["'])(?P<format>[^"']*)(?P=quote)\s*\)""")
 PROBES = ([QUESTION], [QUESTION, ANSWER, QUESTION])
 
 
@@ -183,6 +187,23 @@ class ChatFormat:
             for i, ids in zip(merged, apart, strict=True):
                 responses[i] = ids[1:]
         return responses
+
+
+def freeze_date(tokenizer: PreTrainedTokenizerBase, date: datetime.date) -> bool:
+    """Put `date` in place of the clock that the chat template reads; whether it reads one.
+
+    Raises DataError if the date's format is not written out in the template.
+    """
+    template = tokenizer.chat_template or ""
+    frozen = CLOCK.sub(lambda call: json.dumps(date.strftime(call["format"])), template)
+    frozen = frozen.replace("strftime_now is defined", "true")
+    if "strftime_now" in frozen:
+        raise DataError(
+            "the chat template reads the clock (strftime_now) in a way that can't be replaced by a date: expected "
+            'strftime_now("...") with the format written out. Write the date into the template (chat_template)'
+        )
+    tokenizer.chat_template = frozen or None
+    return frozen != template
 
 
 def render(tokenizer: PreTrainedTokenizerBase, messages: Messages, add_generation_prompt: bool) -> str:

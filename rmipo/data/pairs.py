@@ -1,7 +1,5 @@
 """Preference pairs and dialogues: rows of any accepted form -> messages -> tokenised pairs, with a report."""
 
-import hashlib
-import json
 import logging
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -27,7 +25,6 @@ __all__ = [
     "ChatFormat",
     "DataError",
     "DataReport",
-    "fingerprint",
     "load_messages",
     "load_pairs",
     "load_splits",
@@ -292,18 +289,6 @@ class DataReport:
 
     def as_dict(self) -> dict:
         return {**asdict(self), "kept": self.kept}
-
-
-def fingerprint(dataset: Dataset) -> str:
-    """Hex digest of a dataset's content: every column of every row, in order, wherever it was read from."""
-    digest = hashlib.sha256()
-    for batch in dataset.iter(batch_size=1000):
-        digest.update(json.dumps(batch, sort_keys=True).encode())
-    return digest.hexdigest()[:16]
-
-
-def text_fingerprint(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def rows_by_reason(reasons, rows) -> dict[str, list[int]]:

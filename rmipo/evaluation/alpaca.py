@@ -1,14 +1,14 @@
 """AlpacaEval 2 through the alpaca-eval package: length-controlled and raw win rate against the reference outputs."""
 
-import hashlib
 import json
 import logging
-import os
 from collections import Counter
 from pathlib import Path
 
 from rmipo.errors import EvaluationError
 from rmipo.evaluation.benchmark import Benchmark, Metric, require_package
+from rmipo.files import replacing, write_atomically
+from rmipo.fingerprints import text_fingerprint
 from rmipo.generation.judge import OPENAI, check_cost, judge_endpoint, shown
 from rmipo.recipe.settings import merge_settings
 from rmipo.record import package_versions
@@ -76,7 +76,7 @@ def run(model_dir: str | Path, output_dir: str | Path, settings: dict) -> dict |
         "generation": generator.settings,
         "judge_endpoint": shown(endpoint),
         "judge_sha256": judge_sha256,
-        "reference_sha256": sha256(reference_path.read_bytes())[:16],
+        "reference_sha256": text_fingerprint(reference_path.read_bytes()),
     }
     versions = generator.versions | package_versions("alpaca_eval", "scikit-learn")
     metrics["alpacaeval2_cut"] = generator.cut
@@ -102,8 +102,8 @@ def judge(outputs: list[dict], reference: list[dict], folder: Path, endpoint: st
 
         def save(self, path=None):
             target = Path(path or self.caching_path)
-            super().save(target.with_suffix(".partial"))
-            os.replace(target.with_suffix(".partial"), target)
+            with replacing(target) as temporary:
+                super().save(temporary)
 
     config = EVALUATORS_CONFIG_DIR / settings["annotators_config"]  # an absolute path stays as it is
     config = config / "configs.yaml" if config.is_dir() else config
@@ -114,7 +114,7 @@ def judge(outputs: list[dict], reference: list[dict], folder: Path, endpoint: st
         )
     annotator = AtomicAnnotator(annotators_config=str(config), caching_path=None)
     text = judge_text(config, annotator)
-    cache = folder / f"verdicts-{sha256(text + endpoint.encode())[:8]}.json"
+    cache = folder / f"verdicts-{text_fingerprint(text + endpoint.encode())[:8]}.json"
     drop_unusable(cache)
     annotator.caching_path = cache
     annotator.load_()
@@ -166,7 +166,7 @@ def judge(outputs: list[dict], reference: list[dict], folder: Path, endpoint: st
             f"{missing} of {len(outputs)} verdicts couldn't be used, max_missing is {settings['max_missing']}. "
             f"The others are kept in {cache}; the same command asks again for the missing ones."
         )
-    return metrics_of(leaderboard.iloc[0], outputs, missing), sha256(text)[:16]
+    return metrics_of(leaderboard.iloc[0], outputs, missing), text_fingerprint(text)
 
 
 def judge_text(config: Path, annotator) -> bytes:
@@ -321,19 +321,13 @@ def drop_unusable(cache: Path) -> None:
         return
     usable = [row for row in json.loads(cache.read_text()) if not is_missing(row)]
     if usable:
-        partial = cache.with_suffix(".partial")
-        partial.write_text(json.dumps(usable, indent=2))
-        partial.replace(cache)
+        write_atomically(cache, json.dumps(usable, indent=2))
     else:
         cache.unlink()
 
 
 def stored(cache: Path) -> int:
     return len([row for row in json.loads(cache.read_text()) if not is_missing(row)]) if cache.is_file() else 0
-
-
-def sha256(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
 
 
 BENCHMARK = Benchmark(

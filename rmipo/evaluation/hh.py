@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from rmipo.errors import EvaluationError
 from rmipo.evaluation.benchmark import Benchmark, Metric
-from rmipo.fingerprints import trained_fingerprint
+from rmipo.fingerprints import rows_fingerprint, trained_fingerprint
 from rmipo.recipe.settings import merge_settings
 from rmipo.record import package_versions, recorded_run
 
@@ -55,7 +55,6 @@ def run(model_dir: str | Path, output_dir: str | Path, settings: dict) -> dict:
     """
     import torch
 
-    from rmipo.data.pairs import fingerprint as data_fingerprint
     from rmipo.data.pairs import load_pairs
     from rmipo.recipe.schema import DataConfig
 
@@ -88,7 +87,7 @@ def run(model_dir: str | Path, output_dir: str | Path, settings: dict) -> dict:
     return {
         "metrics": metrics,
         "versions": package_versions("transformers", "torch"),
-        "settings": settings | {"pairs_sha256": {name: data_fingerprint(pairs[name]) for name in subsets}},
+        "settings": settings | {"pairs_sha256": {name: rows_fingerprint(pairs[name]) for name in subsets}},
     }
 
 

@@ -4,7 +4,6 @@ Only its judge is used. Its own `--generate` sends text to a server at one tempe
 nothing until the end; the paper samples at MT-Bench's temperature of each category, as is done here.
 """
 
-import hashlib
 import importlib.util
 import json
 import os
@@ -15,6 +14,8 @@ from typing import TYPE_CHECKING
 
 from rmipo.errors import EvaluationError
 from rmipo.evaluation.benchmark import Benchmark, Metric, require_package
+from rmipo.files import write_atomically
+from rmipo.fingerprints import text_fingerprint
 from rmipo.generation.judge import OPENAI, check_cost, judge_endpoint, shown
 from rmipo.recipe.settings import merge_settings
 from rmipo.record import package_versions
@@ -121,7 +122,7 @@ def judge(
     """Ratings of `answers` (two turns for each question). Verdicts are kept in `folder`; raises as `run` does."""
     identity = json.dumps([answers, settings["judge_model"], settings["judge_reference_model"], endpoint])
     # The evaluator knows a verdict by question, turn and this name: other answers or another judge need another name.
-    name = f"{name}-{hashlib.sha256(identity.encode()).hexdigest()[:8]}"
+    name = f"{name}-{text_fingerprint(identity)[:8]}"
     rows = [{**q, "choices": [{"index": 0, "turns": turns}]} for q, turns in zip(questions, answers, strict=True)]
     verdicts = verdict_file(name, folder, settings["first_n"], settings)
     ratings = read_verdicts(verdicts)
@@ -211,9 +212,7 @@ def read_verdicts(path: Path) -> dict[tuple[int, int], float]:
             continue
         if 1 <= verdict["score"] <= 10:
             usable.setdefault((verdict["question_id"], verdict["turn"]), verdict)
-    partial = path.with_suffix(".partial")
-    partial.write_text("".join(json.dumps(verdict) + "\n" for verdict in usable.values()))
-    partial.replace(path)
+    write_atomically(path, "".join(json.dumps(verdict) + "\n" for verdict in usable.values()))
     return {key: float(verdict["score"]) for key, verdict in usable.items()}
 
 

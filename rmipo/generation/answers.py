@@ -4,7 +4,6 @@ Prompts are rendered and tokenised by `ChatFormat`, as in training, and reach th
 engine that is given text may write a second BOS.
 """
 
-import hashlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from rmipo.data.pairs import ChatFormat
 from rmipo.errors import EvaluationError
-from rmipo.fingerprints import has_weights, trained_fingerprint
+from rmipo.fingerprints import has_weights, json_fingerprint, trained_fingerprint
 from rmipo.generation.engines import ENGINES, Prompt, choose_engine
 from rmipo.recipe.schema import ModelConfig
 from rmipo.recipe.settings import merge_settings
@@ -191,7 +190,7 @@ class Generator:
             "decoding": {key: self.settings[key] for key in keys} | {"stop_ids": stops},
             "versions": versions,
             "model": self.fingerprint or found["model"],
-            "prompts": digest([asdict(prompt) for prompt in prompts]),
+            "prompts": json_fingerprint([asdict(prompt) for prompt in prompts]),
         }
         if found is None:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -214,7 +213,7 @@ def generate(model_dir: str | Path, requests: list[Request], path: str | Path, s
 
 def seed_of(seed: int, ids: list[int]) -> int:
     """A seed for one prompt, from the run's seed and the prompt itself."""
-    return int(digest([seed, ids])[:15], 16)
+    return int(json_fingerprint([seed, ids])[:15], 16)
 
 
 def check_prompts(requests: list[Request], prompts: list[Prompt], chat: ChatFormat, context: int) -> None:
@@ -249,7 +248,3 @@ def read_answers(path: Path) -> tuple[dict | None, dict[str, dict]]:
         return None, {}
     header, *answers = [json.loads(line) for line in content[:end].splitlines()]
     return header, {answer["key"]: answer for answer in answers}
-
-
-def digest(content) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

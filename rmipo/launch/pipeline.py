@@ -15,7 +15,7 @@ from pathlib import Path
 
 from rmipo.recipe.load import ConfigError, Recipe, load_recipe
 from rmipo.record import recorded_run
-from rmipo.run.checkpoints import differences
+from rmipo.run.identity import differences
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = {

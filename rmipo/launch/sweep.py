@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rmipo.files import write_atomically
 from rmipo.launch.pipeline import load_steps
 from rmipo.recipe.files import parse_overrides, read_yaml
 from rmipo.recipe.load import ConfigError, Recipe
@@ -144,8 +145,5 @@ def record(path: Path, points: list[Point], metric: str) -> list[dict]:
     """Write one line for each finished point; returns the lines."""
     runs = [(point, recorded_run(point.folder)) for point in points]
     lines = [point.line(run, metric) for point, run in runs if run and run["finished"]]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    temporary.replace(path)
+    write_atomically(path, "".join(json.dumps(line) + "\n" for line in lines))
     return lines

@@ -1,7 +1,5 @@
 """Per-pair arrays for Figures 3, 6 and 8: from the HH evaluation's files, or by scoring a run's own preference data."""
 
-import hashlib
-import json
 from dataclasses import fields
 from pathlib import Path
 
@@ -12,7 +10,7 @@ from datasets import Dataset
 from rmipo.data.pairs import load_pairs
 from rmipo.data.sources import load_rows
 from rmipo.evaluation.pair_scores import native_rewards, score_model
-from rmipo.fingerprints import has_weights, trained_fingerprint
+from rmipo.fingerprints import has_weights, json_fingerprint, model_fingerprint, rows_fingerprint, trained_fingerprint
 from rmipo.objectives import PairScores, RMiPO, build_objective
 from rmipo.objectives.rmipo import delta_pmi, pmi
 from rmipo.recipe.schema import DataConfig
@@ -80,18 +78,16 @@ def run_scores(
         "header_in_response": header_in_response,
         **{name: recipe[name] for name in ("max_length", "max_prompt_length") if name in recipe},
     }
-    weights = sorted(run.folder.glob("*.safetensors"))
-    if not weights:
+    if not has_weights(run.folder):
         raise ReportError(
             f"{run.folder} has no model (*.safetensors): the run didn't finish, or its weights were moved"
         )
     identity = {
-        "pairs": hashlib.sha256("\n".join(map(json.dumps, pairs)).encode()).hexdigest(),
-        "weights": [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in weights],
+        "pairs": rows_fingerprint(pairs),
+        "weights": model_fingerprint(run.folder),
         **options,
     }
-    key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
-    path = run.folder / "pair_scores" / f"{split}-{key}.pt"
+    path = run.folder / "pair_scores" / f"{split}-{json_fingerprint(identity)}.pt"
     if not path.is_file():
         scores, rows = score_model(run.folder, pairs, description=f"{run.folder.name}, {split} pairs", **options)
         path.parent.mkdir(exist_ok=True)

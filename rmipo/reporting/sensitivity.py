@@ -13,7 +13,7 @@ from rmipo.evaluation import BENCHMARKS, benchmark_of, metric_label
 from rmipo.reporting.figures import GREY, house_style, method_color, panel_letter, panels
 from rmipo.reporting.provenance import require_comparable
 from rmipo.reporting.results import ReportError, Result, Run, eval_command, find_runs, load_result
-from rmipo.run.checkpoints import WITHOUT_EFFECT
+from rmipo.run.identity import WITHOUT_EFFECT
 
 # Recipe keys that make no other point of it: runs that differ in these alone are repetitions.
 REPEATED = {"seed", "output_dir", "logging_steps", "save_steps"} | {

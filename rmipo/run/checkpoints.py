@@ -1,46 +1,26 @@
-"""Checkpoints that can be trusted: a marker written last, the identity of the run they belong to, a stop on signal."""
+"""Checkpoints that can be trusted: a marker written last, and the identity of the run they belong to."""
 
 import contextlib
 import errno
 import json
 import os
 import shutil
-import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list, gather
 from transformers import TrainerCallback
 
 from rmipo.errors import CheckpointError, UserError
+from rmipo.files import TEMPORARY, write_atomically
 from rmipo.record import recorded_run
+from rmipo.run.identity import differences
+from rmipo.run.lock import LOCK_FILE
 from rmipo.training.state import save_objective_state
 
 MARKER = "complete.json"
 FULL_BYTES = 2**20  # less is a full disk: a failed write may have left some blocks free
-EXIT_STOPPED = 75  # of a run that a signal stopped after it saved: start it again (EX_TEMPFAIL)
-# Keys of a recipe that may change between the starts of a run: no weight, metric or checkpoint depends on them.
-WITHOUT_EFFECT = {
-    f"recipe.{key}"
-    for key in (
-        "ddp_timeout",
-        "memory_check",
-        "warn_chosen_logp_drop",
-        "warn_repetition",
-        "warn_grad_norm_ratio",
-        "save_total_limit",
-        "dataset_num_proc",
-        "dataloader_num_workers",
-        "report_to",
-        "run_name",
-        "push_to_hub",
-        "hub_model_id",
-        "hub_private_repo",
-        "hub_revision",
-    )
-}
 
 
 class FullDiskError(UserError, RuntimeError):
@@ -71,12 +51,6 @@ class Checkpoints(TrainerCallback):
                     print(f"{folder} is incomplete: deleted")
                     shutil.rmtree(folder)
 
-    def on_step_end(self, args, state, control, **kwargs):
-        if control.should_save:  # a line that covers steps on both sides of a checkpoint could not be made again
-            control.should_log = True
-
-    on_epoch_end = on_step_end
-
     def on_save(self, args, state, control, **kwargs):
         PartialState().wait_for_everyone()
         if not state.is_world_process_zero:
@@ -84,9 +58,7 @@ class Checkpoints(TrainerCallback):
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if self.objective_state is not None:
             save_objective_state(folder, self.objective_state())
-        temporary = folder / f"{MARKER}.tmp"
-        temporary.write_text(json.dumps({"step": state.global_step, **self.identity}))
-        temporary.replace(folder / MARKER)
+        write_atomically(folder / MARKER, json.dumps({"step": state.global_step, **self.identity}))
         if self.limit is not None and self.limit > 0:  # below 1 the Trainer keeps all, too
             rotate(Path(args.output_dir), self.limit, keep=state.best_model_checkpoint)
 
@@ -105,10 +77,19 @@ def rotate(output_dir: Path, limit: int, keep: str | None = None) -> None:
             shutil.rmtree(folder)
 
 
-def refuse_pickled_code() -> None:
+@contextlib.contextmanager
+def no_pickled_code(deepspeed: bool) -> Iterator[None]:
     """Make every torch.load, DeepSpeed's too, take only tensors and plain values: no checkpoint can run code."""
-    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
-    torch.serialization.add_safe_globals(classes_of_deepspeed())
+    variable = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+    before, os.environ[variable] = os.environ.get(variable), "1"
+    try:
+        with torch.serialization.safe_globals(classes_of_deepspeed() if deepspeed else []):
+            yield
+    finally:
+        if before is None:
+            del os.environ[variable]
+        else:
+            os.environ[variable] = before
 
 
 def classes_of_deepspeed() -> list[type]:
@@ -119,54 +100,20 @@ def classes_of_deepspeed() -> list[type]:
     return [DynamicLossScaler, LossScaler, ZeroStageEnum]
 
 
-def run_identity(recipe: dict, fingerprints: dict[str, str], world_size: int) -> dict:
-    """What makes two runs the same run: the resolved recipe, the tokenised data, the number of processes."""
-    return json.loads(
-        json.dumps({"recipe": recipe, "fingerprints": fingerprints, "world_size": world_size}, default=str)
-    )
-
-
-def differences(found: dict, expected: dict, prefix: str = "") -> list[str]:
-    """`key: found, now expected` for every leaf in which two identities differ and that could change a run's results."""
-    lines = []
-    # A recipe's difference explains more than the data's fingerprint.
-    for key in sorted(found.keys() | expected.keys(), key=lambda key: (key == "fingerprints", key)):
-        there, here = found.get(key), expected.get(key)
-        if f"{prefix}{key}" in WITHOUT_EFFECT:
-            continue
-        if isinstance(there, dict) and isinstance(here, dict):
-            lines += differences(there, here, f"{prefix}{key}.")
-        elif there != here:
-            lines.append(f"{prefix}{key}: {there}, now {here}")
-    return lines
-
-
 def resume_point(output_dir: str | Path, identity: dict) -> str | None:
     """The last complete checkpoint of this very run in `output_dir`; None if there is none.
 
-    The main process looks and the others take its word: nodes may see a shared file system at different times.
-
     Raises:
-        CheckpointError: on all ranks; the folder holds another run, or something else.
+        CheckpointError: the folder holds another run, or something else.
     """
-    outcome: list[str | None] = [None, None]
-    if PartialState().is_main_process:
-        try:
-            outcome[0] = _resume_point(Path(output_dir), identity)
-        except ValueError as error:  # a file that can't be read too, or the other ranks would wait
-            outcome[1] = str(error)
-    checkpoint, problem = broadcast_object_list(outcome)
-    if problem is not None:
-        raise CheckpointError(problem)
-    return checkpoint
-
-
-def _resume_point(output_dir: Path, identity: dict) -> str | None:
+    output_dir = Path(output_dir)
     run = recorded_run(output_dir)
     if run is not None:
         _refuse_other({key: run.get(key) for key in identity}, identity, output_dir)
     elif foreign := [
-        path.name for path in output_dir.glob("*") if path.suffix != ".tmp" and not (path / MARKER).exists()
+        path.name
+        for path in output_dir.glob("*")
+        if path.name != LOCK_FILE and path.suffix != TEMPORARY and not (path / MARKER).exists()
     ]:
         raise CheckpointError(
             f"output_dir: {output_dir} is not empty, and there is no run.json of a run in it. Found: "
@@ -190,24 +137,6 @@ def _refuse_other(found: dict, identity: dict, folder: Path) -> None:
             f"{folder} belongs to another run. Name another --output_dir, or remove it. Different there:\n  "
             + "\n  ".join(lines)
         )
-
-
-class StopOnSignal(TrainerCallback):
-    """On SIGTERM or SIGUSR1 (a queue that needs the machine): finish the step, save, stop. All ranks stop together."""
-
-    def __init__(self):
-        self.requested = False
-        self.stopped = False
-        for number in (signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, self._request)
-
-    def _request(self, number, frame):
-        self.requested = True
-
-    def on_step_end(self, args, state, control, **kwargs):
-        requested = torch.tensor([float(self.requested)], device=args.device)
-        if gather(requested).sum().item() > 0:
-            self.stopped = control.should_save = control.should_training_stop = True
 
 
 @contextlib.contextmanager

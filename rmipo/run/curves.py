@@ -6,13 +6,23 @@ import matplotlib
 import torch
 
 from rmipo.record import read_metrics
+from rmipo.training.trainer import PreferenceTrainer
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 
-def plot_curves(run_dir: str | Path) -> Path:
-    """Margin, win rate and gamma over training steps, as `curves.png` in the run's folder."""
+def plot_run(run_dir: str | Path, trainer: PreferenceTrainer) -> dict[str, Path]:
+    """The pictures of a finished run, by name: those for which something was logged or evaluated."""
+    pictures = {"curves": plot_curves(run_dir)}
+    if trainer.objective.name == "rmipo" and trainer.eval_columns is not None:
+        bounds = (trainer.objective.gamma_min, trainer.objective.gamma_max)
+        pictures["gamma"] = plot_gamma_histogram(trainer.eval_columns["gamma"], bounds, Path(run_dir) / "gamma.png")
+    return {name: path for name, path in pictures.items() if path is not None}
+
+
+def plot_curves(run_dir: str | Path) -> Path | None:
+    """Margin, win rate and gamma over training steps, as `curves.png` in the run's folder; None if none was logged."""
     lines = read_metrics(run_dir)
     panels = [
         ("reward margin", "rewards/margins"),
@@ -20,6 +30,8 @@ def plot_curves(run_dir: str | Path) -> Path:
         ("gamma", "rmipo/gamma_mean"),
     ]
     panels = [(title, key) for title, key in panels if any(key in line for line in lines)]
+    if not panels:
+        return None
     figure, axes = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 3.2), squeeze=False)
     for axis, (title, key) in zip(axes[0], panels, strict=True):
         for name, style in ((key, "-"), (f"eval_{key}", "o--")):

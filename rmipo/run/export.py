@@ -9,15 +9,17 @@ from accelerate import init_empty_weights
 from huggingface_hub import HfApi
 from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors import safe_open
-from transformers import PreTrainedConfig, Trainer
+from transformers import PreTrainedConfig, Trainer, TrainingArguments
 
 from rmipo.errors import UserError
+from rmipo.files import TEMPORARY
 from rmipo.record import recorded_run
+from rmipo.run.lock import LOCK_FILE
 
 SHOWN = 5  # tensors named per kind of mistake
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 CARD = "README.md"
-NOT_UPLOADED = ["checkpoint-*", "*.tmp", "non_finite_rank*.json"]
+NOT_UPLOADED = ["checkpoint-*", f"*{TEMPORARY}", LOCK_FILE, "non_finite_rank*.json"]
 
 CITATION = """@article{liao-rmipo,
   title  = {Intrinsic Mutual Information as a Modulator for Preference Optimization},
@@ -145,12 +147,14 @@ Fingerprints of the tokenised data: {json.dumps(run["fingerprints"])}
     return path
 
 
-def push(trainer: Trainer) -> str:
+def push(args: TrainingArguments) -> str:
     """Upload the run's folder without its checkpoints to the repository that `hub_model_id` names; returns its URL."""
-    return HfApi().upload_folder(
-        repo_id=trainer.hub_model_id,
-        folder_path=trainer.args.output_dir,
-        revision=trainer.args.hub_revision,
+    hub = HfApi()
+    repository = hub.create_repo(args.hub_model_id, private=args.hub_private_repo, exist_ok=True)
+    return hub.upload_folder(
+        repo_id=repository.repo_id,
+        folder_path=args.output_dir,
+        revision=args.hub_revision,
         commit_message="Model, card and record of its training",
         ignore_patterns=NOT_UPLOADED,
     )

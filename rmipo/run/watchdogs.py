@@ -5,22 +5,21 @@ that stays silent, end the run.
 """
 
 import contextlib
-import json
 import math
 import statistics
 import sys
 import threading
+import time
 import traceback
 from collections import deque
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
+from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from rmipo.errors import UserError
 from rmipo.recipe.schema import PreferenceConfig
-from rmipo.record import GENERATIONS_FILE, read_metrics
+from rmipo.record import read_generations, read_metrics
 
 HISTORY = 50  # log lines whose median a gradient norm is compared with
 SETTLED = 10  # log lines before which there is no such comparison
@@ -82,9 +81,7 @@ class GenerationWatchdog(TrainerCallback):
                 self.alarm.check(self.repetition, state.global_step)
 
     def _read(self, output_dir: str, step: int) -> None:
-        path = Path(output_dir) / GENERATIONS_FILE
-        lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-        lines = [line for line in lines if line["step"] <= step]
+        lines = [line for line in read_generations(output_dir) if line["step"] <= step]
         last = [line["answer"] for line in lines if line["step"] == lines[-1]["step"]]
         answers = [self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in last]
         self.repetition = repeated_share(answers) if answers else None
@@ -121,9 +118,7 @@ class StepWatchdog(TrainerCallback):
         logs.update({f"watchdog/{name}": value for name, value in found.items()})
 
     def _recall(self, output_dir: str) -> None:
-        path = Path(output_dir)
-        lines = read_metrics(path) if (path / "metrics.jsonl").exists() else []
-        lines = [line for line in lines if "grad_norm" in line]
+        lines = [line for line in read_metrics(output_dir) if "grad_norm" in line]
         self.norms = deque((line["grad_norm"] for line in lines), HISTORY)
         self.start = lines[0]["common/chosen_avg_logp"] if lines else None
 
@@ -146,27 +141,35 @@ class SilenceWatchdog(TrainerCallback):
     """When no step ends for a third of `ddp_timeout`, each process says where it waits; then the timeout ends the run."""
 
     def __init__(self):
-        self.timer: threading.Timer | None = None
-        self.training = False
+        self.ended = threading.Event()
+        self.thread: threading.Thread | None = None
+        self.last = 0.0, 0  # when something came, after which step
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.training = True
-        self._rearm(args, state, control)
+        self._heard(args, state, control)
+        self.thread = threading.Thread(target=self._watch, args=(args.ddp_timeout * SILENCE, args), daemon=True)
+        self.thread.start()
 
-    def _rearm(self, args, state, control, **kwargs):
-        if self.timer is not None:
-            self.timer.cancel()
-        if self.training:
-            limit = args.ddp_timeout * SILENCE
-            self.timer = threading.Timer(limit, self._tell, (limit, args, state.global_step))
-            self.timer.daemon = True
-            self.timer.start()
+    def _heard(self, args, state, control, **kwargs):
+        self.last = time.monotonic(), state.global_step
 
-    on_step_end = on_prediction_step = on_evaluate = on_save = _rearm
+    on_step_end = on_prediction_step = on_evaluate = on_save = _heard
 
     def on_train_end(self, args, state, control, **kwargs):
-        self.training = False
-        self._rearm(args, state, control)
+        self.end()
+
+    def end(self) -> None:
+        self.ended.set()
+        if self.thread is not None:
+            self.thread.join()
+
+    def _watch(self, limit: float, args) -> None:
+        told = None
+        while not self.ended.wait(min(1.0, limit / 4)):
+            moment, step = self.last
+            if time.monotonic() - moment > limit and told != moment:
+                told = moment
+                self._tell(limit, args, step)
 
     def _tell(self, limit: float, args, step: int) -> None:
         stack = traceback.format_stack(sys._current_frames()[threading.main_thread().ident])
@@ -178,21 +181,6 @@ class SilenceWatchdog(TrainerCallback):
             file=sys.stderr,
             flush=True,
         )
-
-
-def watch(trainer: Trainer, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Add all watchdogs to a preference trainer, after its other callbacks have been added."""
-    generations = GenerationWatchdog(trainer.args, tokenizer)
-    trainer.callback_handler.callbacks.insert(0, StepWatchdog(trainer.args, generations))
-    trainer.add_callback(generations)
-    watch_progress(trainer)
-
-
-def watch_progress(trainer: Trainer) -> None:
-    """Add the watchdogs that every stage has: numbers that are none, and silence."""
-    trainer.args.logging_nan_inf_filter = False  # it would log an average in place of a NaN
-    trainer.add_callback(FiniteWatchdog())
-    trainer.add_callback(SilenceWatchdog())
 
 
 def repeated_share(sequences: Sequence[Sequence[int]], n: int = NGRAM) -> float:

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from rmipo.data.formats import unusable_pair
-from rmipo.data.pairs import fingerprint
+from rmipo.fingerprints import rows_fingerprint
 from rmipo.tiny.config import WorldConfig, make_world_config
 from rmipo.tiny.model import make_model, train_tokenizer
 from rmipo.tiny.world import World, deal
@@ -29,7 +29,7 @@ def write_world(folder: Path, config: WorldConfig, pairs: dict | None = None) ->
     Raises:
         ValueError: the folder holds another world.
     """
-    record = {"config": asdict(config), "pairs": pairs and {split: fingerprint(pairs[split]) for split in SPLITS}}
+    record = {"config": asdict(config), "pairs": pairs and {split: rows_fingerprint(pairs[split]) for split in SPLITS}}
     if (folder / RECORD).exists():
         found = json.loads((folder / RECORD).read_text())
         if found == record:

@@ -1,7 +1,11 @@
 """Gathering per-pair values over processes."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
+from accelerate.utils import broadcast_object_list
 
 
 class Processes:
@@ -27,3 +31,20 @@ class Processes:
         names = sorted(batches[0])
         table = torch.cat([torch.stack([batch[name] for name in names], dim=1) for batch in batches])
         return dict(zip(names, self.gather(table).cpu().unbind(1), strict=True))
+
+
+def on_main_process(function: Callable[[], Any]) -> Any:
+    """What `function` returns on the main process, on all: nodes may see a shared file system at different times.
+
+    A ValueError or OSError of the main process is raised on all: else the others would wait for it.
+    """
+    outcome: list = [None, None]
+    if PartialState().is_main_process:
+        try:
+            outcome[0] = function()
+        except (ValueError, OSError) as error:
+            outcome[1] = error
+    value, error = broadcast_object_list(outcome)
+    if error is not None:
+        raise error
+    return value

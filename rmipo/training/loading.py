@@ -1,12 +1,9 @@
 """The tokenizer and the model of a recipe: no code from a hub or folder is run, no pickle read unless asked for."""
 
-from pathlib import Path
-
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from trl import get_quantization_config
 
 from rmipo.errors import UserError
-from rmipo.fingerprints import model_fingerprint
 from rmipo.recipe.schema import ModelConfig
 
 
@@ -24,15 +21,6 @@ def load_tokenizer(model_config: ModelConfig, chat_template: str | None = None) 
     if chat_template is not None:
         tokenizer.chat_template = chat_template
     return tokenizer
-
-
-def initial_fingerprint(model_config: ModelConfig) -> str:
-    """What weights a recipe starts from, before they are loaded; see `weights.model_fingerprint`."""
-    name, commit = model_config.model_name_or_path, None
-    if not Path(name).is_dir():
-        config = AutoConfig.from_pretrained(name, revision=model_config.model_revision, trust_remote_code=False)
-        commit = config._commit_hash
-    return model_fingerprint(name, commit)
 
 
 def load_model(model_config: ModelConfig, **options) -> PreTrainedModel:

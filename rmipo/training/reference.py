@@ -5,7 +5,7 @@ needs the reference's logits keeps a second one. With adapters the reference is 
 """
 
 import contextlib
-import hashlib
+import functools
 from pathlib import Path
 
 import torch
@@ -16,22 +16,16 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 from trl.models.utils import prepare_deepspeed
 
-from rmipo.data.pairs import fingerprint
 from rmipo.errors import CheckpointError
-from rmipo.fingerprints import model_fingerprint
+from rmipo.files import replacing
+from rmipo.fingerprints import model_fingerprint, rows_fingerprint, text_fingerprint
 from rmipo.training import attention, scoring
 from rmipo.training.batching import PairDataset
+from rmipo.training.distributed import on_main_process
 from rmipo.training.packing import PackedSequence, split_pairs
 
 PAIR_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
 MISMATCHED_COLUMNS = ("ref_mismatched_chosen_logps", "ref_mismatched_rejected_logps")
-
-
-def loaded_fingerprint(model: PreTrainedModel) -> str:
-    """`model_fingerprint` of a model that was loaded from somewhere."""
-    name = model.config._name_or_path
-    assert name, "the reference cache needs a model that was loaded from somewhere"
-    return model_fingerprint(name, None if Path(name).is_dir() else model.config._commit_hash)
 
 
 class ReferenceCache:
@@ -40,14 +34,14 @@ class ReferenceCache:
     Args:
         folder: recipe key `reference_cache_dir`.
         model_key: from `model_fingerprint`.
-        data_key: from `data.fingerprint` of the tokenised dataset.
+        data_key: from `rows_fingerprint` of the tokenised dataset.
         columns: names of the columns.
     """
 
     def __init__(self, folder: str | Path, model_key: str, data_key: str, columns: tuple[str, ...]):
         self.columns = columns
         self.content = f"model {model_key}, data {data_key}, {' '.join(columns)}"
-        self.path = Path(folder) / f"{hashlib.sha256(self.content.encode()).hexdigest()[:24]}.safetensors"
+        self.path = Path(folder) / f"{text_fingerprint(self.content)}.safetensors"
 
     def load(self, num_pairs: int) -> dict[str, torch.Tensor] | None:
         """The columns, `(num_pairs,)` each; None, said aloud, where the file is not what its name promises."""
@@ -66,10 +60,8 @@ class ReferenceCache:
         return columns
 
     def save(self, columns: dict[str, torch.Tensor]) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.path.with_suffix(".tmp")
-        save_file(columns, temporary, metadata={"content": self.content})
-        temporary.replace(self.path)
+        with replacing(self.path) as temporary:
+            save_file(columns, temporary, metadata={"content": self.content})
 
 
 class Reference:
@@ -91,6 +83,13 @@ class Reference:
             else:
                 self.model = trainer.accelerator.prepare_model(model, evaluation_mode=True)
 
+    @functools.cached_property
+    def model_key(self) -> str:
+        """Fingerprint of the initial weights, as they were loaded."""
+        config = self.trainer.model.config
+        assert config._name_or_path, "the reference cache needs a model that was loaded from somewhere"
+        return on_main_process(lambda: model_fingerprint(config._name_or_path, config._commit_hash))
+
     def logits(self, packed: PackedSequence) -> torch.Tensor:
         """The reference's logits at the response positions, `(R, vocabulary)`."""
         trainer = self.trainer
@@ -108,7 +107,7 @@ class Reference:
         if "reference" not in trainer.objective.needs:
             return
         names = PAIR_COLUMNS + (MISMATCHED_COLUMNS if dataset.mismatched else ())
-        keys = loaded_fingerprint(trainer.model), fingerprint(dataset.tokenized)
+        keys = self.model_key, rows_fingerprint(dataset.tokenized)
         cache = ReferenceCache(trainer.args.reference_cache_dir, *keys, names)
         scores = cache.load(len(dataset))
         if scores is None:

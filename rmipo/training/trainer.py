@@ -85,6 +85,7 @@ class PreferenceTrainer(Trainer):
         self.reference = Reference(self, reference_model)
         self.num_non_embedding_parameters = num_non_embedding_parameters(model)
         self.parity: float | None = None
+        self.eval_columns: dict[str, torch.Tensor] | None = None  # per pair, of the last evaluation
         self.window = LogWindow()
 
     # ------------------------------------------------------------------ Algorithm 1

@@ -3,10 +3,9 @@
 import json
 
 import pytest
-from datasets import Dataset
 
 from rmipo.data.chat import DataError
-from rmipo.data.pairs import ChatFormat, cut_pair, fingerprint
+from rmipo.data.pairs import ChatFormat, cut_pair
 from tests.helpers.families import make_tokenizer
 from tests.helpers.rows import assistant, pair, pairs, tokenize, user
 
@@ -128,16 +127,3 @@ def test_two_processes_give_the_same():
     two, report_two = tokenize(rows, num_proc=2)
     assert one.to_list() == two.to_list()
     assert report_one == report_two
-
-
-def test_fingerprint_is_of_the_content(tmp_path):
-    rows = [{"prompt_ids": [1, 2], "chosen_ids": [3], "rejected_ids": [4, 5], "row": 0}] * 2
-    original = fingerprint(Dataset.from_list(rows))
-    Dataset.from_list(rows).to_parquet(tmp_path / "rows.parquet")
-    assert fingerprint(Dataset.from_parquet(str(tmp_path / "rows.parquet"))) == original
-    assert len(original) == 16
-    moved = [{**rows[0], "chosen_ids": [3, 4], "rejected_ids": [5]}, rows[1]]
-    changed = [{**rows[0], "rejected_ids": [4, 6]}, rows[1]]
-    others = (moved, changed, changed[::-1], rows[:1])
-    digests = {original, *(fingerprint(Dataset.from_list(other)) for other in others)}
-    assert len(digests) == 5

@@ -4,7 +4,7 @@ from datasets import Dataset
 
 from rmipo.objectives import build_objective
 from rmipo.recipe.schema import PreferenceConfig
-from rmipo.run.tracking import MetricsFile
+from rmipo.run.callbacks import MetricsFile
 from rmipo.training.trainer import PreferenceTrainer
 from tests.helpers.small_models import make_model
 

@@ -14,7 +14,9 @@ from safetensors.torch import load_file
 from rmipo.errors import CheckpointError
 from rmipo.record import read_metrics
 from rmipo.run import checkpoints
-from rmipo.run.checkpoints import EXIT_STOPPED, MARKER, differences, resume_point, rotate, run_identity
+from rmipo.run.checkpoints import MARKER, resume_point, rotate
+from rmipo.run.identity import differences, run_identity
+from rmipo.run.stop import EXIT_STOPPED
 from tests.helpers.interrupted_runs import assert_same_run, finish, kill_when, last_step, start
 from tests.helpers.twins import make_twin
 from tests.helpers.wandb_file import read_history, read_records

@@ -22,7 +22,8 @@ from rmipo.generation.engines import TransformersEngine
 from rmipo.plan.shapes import load_config
 from rmipo.recipe.load import ConfigError, load_recipe
 from rmipo.recipe.schema import ModelConfig
-from rmipo.run.checkpoints import refuse_pickled_code, resume_point, run_identity
+from rmipo.run.checkpoints import no_pickled_code, resume_point
+from rmipo.run.identity import run_identity
 from rmipo.training.loading import LoadingError, load_model, load_tokenizer
 from tests.helpers.families import make_model, make_tokenizer, save
 from tests.helpers.paths import ROOT
@@ -155,11 +156,11 @@ def test_a_checkpoint_runs_nothing_even_where_its_reader_would_let_it(tmp_path, 
     monkeypatch.setenv("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "0")  # and undone after the test
     torch.save({"state": Hostile(tmp_path / "pwned")}, tmp_path / "optim_states.pt")
     torch.save({"stage": ZeroStageEnum.weights, "scaler": LossScaler(2.0)}, tmp_path / "deepspeed.pt")
-    refuse_pickled_code()
-    with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
-        torch.load(tmp_path / "optim_states.pt", weights_only=False)  # as DeepSpeed reads its files
-    assert not (tmp_path / "pwned").exists()
-    saved = torch.load(tmp_path / "deepspeed.pt", weights_only=False)
+    with no_pickled_code(deepspeed=True):
+        with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
+            torch.load(tmp_path / "optim_states.pt", weights_only=False)  # as DeepSpeed reads its files
+        assert not (tmp_path / "pwned").exists()
+        saved = torch.load(tmp_path / "deepspeed.pt", weights_only=False)
     assert saved["stage"] == ZeroStageEnum.weights and saved["scaler"].cur_scale == 2.0
 
 

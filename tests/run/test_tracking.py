@@ -8,8 +8,8 @@ import wandb
 from PIL import Image
 
 from rmipo.record import RunRecord, environment, read_metrics
-from rmipo.run.checkpoints import run_identity
 from rmipo.run.curves import plot_curves, plot_gamma_histogram
+from rmipo.run.identity import run_identity
 from tests.helpers.paths import ROOT
 from tests.helpers.small_models import make_pairs
 from tests.helpers.trainers import make_trainer
@@ -41,9 +41,7 @@ def test_wandb_offline_run_holds_what_was_logged(tmp_path, monkeypatch):
     assert config["objective"]["gamma_max"] == 1.6 and config["global_batch_size"] == 8
 
 
-def test_run_record_is_written_at_start_and_completed_at_the_end(tmp_path, monkeypatch):
-    monkeypatch.setenv("WANDB_RUN_ID", "keep")  # and undone after the test
-    monkeypatch.setenv("WANDB_RESUME", "allow")
+def test_run_record_is_written_at_start_and_completed_at_the_end(tmp_path):
     identity = run_identity({"learning_rate": 1e-6}, {"train": "abc"}, world_size=1)
     record = RunRecord(tmp_path, identity, data={"rows": 3})
     record.start()

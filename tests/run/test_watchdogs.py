@@ -10,6 +10,7 @@ import pytest
 from rmipo.recipe.schema import PreferenceConfig
 from rmipo.record import read_metrics
 from rmipo.run import watchdogs
+from rmipo.run.callbacks import set_callbacks
 from tests.helpers.families import make_tokenizer
 from tests.helpers.paths import ROOT
 from tests.helpers.small_models import make_pairs
@@ -111,7 +112,8 @@ def test_repetition_in_the_generations_of_an_evaluation(tmp_path, capsys):
 def test_a_run_logs_what_the_watchdogs_see(tmp_path):
     pairs = make_pairs(96, seed=3)
     trainer = make_trainer(tmp_path, pairs, logging_steps=1)
-    watchdogs.watch(trainer, make_tokenizer("llama3"))
+    generations = watchdogs.GenerationWatchdog(trainer.args, make_tokenizer("llama3"))
+    set_callbacks(trainer, [watchdogs.StepWatchdog(trainer.args, generations), generations])
     trainer.train()
     lines = [line for line in read_metrics(tmp_path) if "loss" in line]
     assert len(lines) == 12

@@ -5,11 +5,10 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from rmipo.data.pairs import fingerprint
+from rmipo.fingerprints import rows_fingerprint
 from rmipo.objectives import PairScores, build_objective
 from rmipo.record import read_metrics
 from rmipo.training import reference
@@ -57,7 +56,7 @@ def cache_reference(trainer, initial, pairs, objective):
     """Put the sums of `initial` where the trainer looks for its reference."""
     everything = naive_scores(initial, initial, pairs, range(len(pairs)), objective)
     names = reference.PAIR_COLUMNS + (reference.MISMATCHED_COLUMNS if "mismatched" in objective.needs else ())
-    keys = reference.loaded_fingerprint(trainer.model), fingerprint(trainer.train_dataset.tokenized)
+    keys = trainer.reference.model_key, rows_fingerprint(trainer.train_dataset.tokenized)
     cache = reference.ReferenceCache(trainer.args.reference_cache_dir, *keys, names)
     cache.save({name: getattr(everything, name) for name in names})
 
@@ -178,16 +177,3 @@ def test_with_adapters_the_base_model_is_the_reference(tmp_path, pairs, saved_mo
     with torch.no_grad():
         expected = padded_pairs(make_model("llama"), pairs)
     torch.testing.assert_close(columns["ref_chosen_logps"], expected["chosen_logps"].float(), atol=1e-4, rtol=0)
-
-
-def test_fingerprint_follows_the_weights(tmp_path):
-    model = make_model("llama")
-    model.save_pretrained(tmp_path / "a")
-    model.lm_head.weight.data[0, 0] += 1
-    model.save_pretrained(tmp_path / "b")
-    keys = set()
-    for folder in ("a", "b"):
-        model.config._name_or_path = str(tmp_path / folder)
-        keys.add(reference.loaded_fingerprint(model))
-    assert len(keys) == 2
-    assert Dataset.from_list(make_pairs(2)).column_names == ["prompt_ids", "chosen_ids", "rejected_ids", "row"]

@@ -1,0 +1,157 @@
+"""What every training run has around it: the checks before it, its folder and record, and how it ends."""
+
+import contextlib
+import datetime
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments, set_seed
+from trl import ModelConfig
+
+from rmipo.data.chat import freeze_date
+from rmipo.fingerprints import has_weights, model_fingerprint
+from rmipo.plan.preflight import check_run
+from rmipo.recipe.load import Recipe
+from rmipo.record import RunRecord, recorded_run
+from rmipo.run import export
+from rmipo.run.callbacks import LineAtCheckpoint, MetricsFile, set_callbacks
+from rmipo.run.checkpoints import Checkpoints, explained_full_disk, no_pickled_code, resume_point
+from rmipo.run.identity import run_identity
+from rmipo.run.lock import locked
+from rmipo.run.preflight import check_parts
+from rmipo.run.stop import EXIT_STOPPED, StopOnSignal
+from rmipo.run.trackers import close_wandb, open_wandb
+from rmipo.run.watchdogs import FiniteWatchdog, SilenceWatchdog, explained_silence
+from rmipo.training.distributed import on_main_process
+
+
+@contextlib.contextmanager
+def training_run(
+    recipe: Recipe, args: TrainingArguments, model_config: ModelConfig, keep: bool = True
+) -> Iterator["TrainingRun"]:
+    """Check that the run can work, lock its folder, seed; afterwards end what it started, in order.
+
+    Args:
+        recipe: with `args` and `model_config`, as its `parse` returns them.
+        keep: False for a run that leaves nothing but its measurements: no lock, record, checkpoint or export.
+
+    Raises:
+        UserError: what can't work, before a model is loaded; a full disk, a silent process, a loss that isn't finite.
+    """
+    run = TrainingRun(recipe, args, model_config)
+    for notice in recipe.notices:
+        run.say(notice)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(explained_silence(args.ddp_timeout))
+        if args.deepspeed:
+            import deepspeed  # seconds, and only sharded runs need it
+
+            deepspeed.init_distributed()  # transformers leaves that out on CPUs, and models are sharded as they load
+        if keep:
+            check_run(recipe, args)
+            check_parts(recipe, args, model_config)
+            on_main_process(lambda: stack.enter_context(locked(run.folder)))
+            stack.enter_context(run.stop)
+        stack.enter_context(no_pickled_code(deepspeed=bool(args.deepspeed)))
+        stack.push(lambda kind, *_: close_wandb(kind))
+        stack.callback(run.silence.end)
+        set_seed(args.seed)
+        yield run
+
+
+class TrainingRun:
+    """One start of a run. Made by `training_run`.
+
+    Attributes:
+        checkpoint: what this start goes on from; None at the beginning. Known after `start`.
+        record: run.json; None until `start`, and for runs that are not kept.
+    """
+
+    def __init__(self, recipe: Recipe, args: TrainingArguments, model_config: ModelConfig):
+        self.recipe, self.args, self.model_config = recipe, args, model_config
+        self.folder = Path(args.output_dir)
+        self.state = PartialState()
+        self.say = self.state.print
+        self.stop, self.silence = StopOnSignal(), SilenceWatchdog()
+        self.checkpoint: str | None = None
+        self.record: RunRecord | None = None
+        self.date: str | None = None
+
+    def freeze_date(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Put the day of the run's first start in place of the clock that a chat template reads.
+
+        The tokenizer is saved so: the run's prompts are the same on every later day, in a resume and in an evaluation.
+        """
+        self.date = on_main_process(lambda: (recorded_run(self.folder) or {}).get("date", str(datetime.date.today())))
+        if freeze_date(tokenizer, datetime.date.fromisoformat(self.date)):
+            self.say(f"the chat template reads the clock: it says {self.date} from now on, and is saved so")
+
+    def start(self, fingerprints: dict[str, str], **facts) -> None:
+        """Find where to go on from, and open what records the run. Ends the program if the run is finished.
+
+        Args:
+            fingerprints: of all that decides the training rows.
+            facts: what run.json says besides: data report, objective, ...
+
+        Raises:
+            CheckpointError: the folder holds another run, or something else.
+        """
+        model = self.model_config
+        initial = on_main_process(lambda: model_fingerprint(model.model_name_or_path, model.model_revision))
+        identity = run_identity(self.recipe.resolved(), fingerprints | {"model": initial}, self.args.world_size)
+        self.checkpoint = on_main_process(lambda: resume_point(self.folder, identity))
+        if on_main_process(self._is_finished):
+            self.say(f"{self.folder} holds this very run, finished. To train it again, name another --output_dir")
+            if self.args.push_to_hub and self.state.is_main_process:
+                self.say(f"uploaded: {export.push(self.args)}")
+            sys.exit()
+        self.record = RunRecord(self.folder, identity, date=self.date, **facts)
+        if "wandb" in self.args.report_to:
+            on_main_process(lambda: open_wandb(self.args, self.record.content["wandb_run_id"]))
+        self.say(f"resuming from {self.checkpoint}" if self.checkpoint else f"starting in {self.folder}")
+
+    def _is_finished(self) -> bool:
+        run = recorded_run(self.folder)
+        return run is not None and run["finished"] and has_weights(self.folder)
+
+    def train(
+        self,
+        trainer: Trainer,
+        callbacks: Sequence[TrainerCallback] = (),
+        objective_state: Callable[[], dict[str, torch.Tensor]] | None = None,
+    ) -> None:
+        """Train to the end, or to the checkpoint that a signal asks for: then the program ends with EXIT_STOPPED.
+
+        Args:
+            callbacks: in any order; see `callbacks.ORDER`.
+            objective_state: see `Checkpoints`.
+        """
+        kept = []
+        if self.record is not None:
+            identity = {key: self.record.content[key] for key in ("recipe", "fingerprints", "world_size")}
+            kept = [self.stop, LineAtCheckpoint(), MetricsFile(), Checkpoints(identity, objective_state)]
+        trainer.args.logging_nan_inf_filter = False  # it would log an average in place of a NaN
+        set_callbacks(trainer, [FiniteWatchdog(), self.silence, *callbacks, *kept])
+        with explained_full_disk(self.folder):
+            if self.record is not None and self.state.is_main_process:
+                self.record.start()
+            trainer.train(resume_from_checkpoint=self.checkpoint)
+        if self.stop.stopped:
+            step = trainer.state.global_step
+            self.say(f"stopped by a signal at step {step} and saved; the same command goes on from there")
+            sys.exit(EXIT_STOPPED)
+
+    def save(self, trainer: Trainer, **results) -> None:
+        """Export the model and verify it, complete run.json, write the card, upload if asked to."""
+        with explained_full_disk(self.folder):
+            export.save(trainer)
+            if self.state.is_main_process:
+                self.record.results(**results)
+                export.write_model_card(self.folder)
+                self.say(f"model: {self.folder}")
+                if self.args.push_to_hub:
+                    self.say(f"uploaded: {export.push(self.args)}")
+                self.record.finish()

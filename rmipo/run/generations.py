@@ -1,0 +1,54 @@
+"""Sample answers during training, in `generations.jsonl`."""
+
+import torch
+from transformers import TrainerCallback
+from trl.models.utils import unwrap_model_for_generation
+
+from rmipo.record import read_generations, write_generations
+from rmipo.training import attention
+
+
+class SampleGenerations(TrainerCallback):
+    """At each evaluation: answers to a few held-out prompts, in `generations.jsonl`.
+
+    Args:
+        tokenizer: decodes, and gives end and padding tokens.
+        prompts: lists of prompt token ids.
+        trainer: the `PreferenceTrainer`, for the wrapped model.
+        max_new_tokens: per answer.
+    """
+
+    def __init__(self, tokenizer, prompts: list[list[int]], trainer, max_new_tokens: int):
+        self.tokenizer = tokenizer
+        self.prompts = prompts
+        self.trainer = trainer
+        self.max_new_tokens = max_new_tokens
+
+    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+        texts = self.generate(args.seed)
+        if not state.is_world_process_zero:
+            return
+        lines = [line for line in read_generations(args.output_dir) if line["step"] < state.global_step]
+        for prompt, text in zip(self.prompts, texts, strict=True):
+            lines.append({"step": state.global_step, "prompt": self.tokenizer.decode(prompt), "answer": text})
+        write_generations(args.output_dir, lines)
+
+    @torch.no_grad()
+    def generate(self, seed: int) -> list[str]:
+        """Greedy answers; every rank takes part, since ZeRO-3 gathers the parameters."""
+        trainer, answers = self.trainer, []
+        with unwrap_model_for_generation(trainer.model_wrapped, trainer.accelerator) as model:
+            attention.attach(model, "plain")
+            for prompt in self.prompts:
+                ids = torch.tensor([prompt], device=trainer.args.device)
+                output = model.generate(
+                    input_ids=ids,
+                    attention_mask=torch.ones_like(ids),
+                    do_sample=False,
+                    max_new_tokens=self.max_new_tokens,
+                    pad_token_id=self.tokenizer.pad_token_id,
+                    synced_gpus=trainer.args.world_size > 1,
+                )
+                answers.append(self.tokenizer.decode(output[0, len(prompt) :]))
+            attention.attach(model, trainer.attention_kind)
+        return answers

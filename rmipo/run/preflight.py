@@ -1,0 +1,108 @@
+"""What can be built without the model is built before it is loaded: a missing package or key is found in seconds."""
+
+import os
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments, get_scheduler
+from transformers.integrations import get_reporting_integration_callbacks
+from transformers.quantizers.auto import AutoHfQuantizer
+from transformers.utils import is_liger_kernel_available
+from trl import ModelConfig, get_quantization_config
+from trl.chat_template_utils import get_training_chat_template, has_generation_markers
+
+from rmipo.objectives import build_objective
+from rmipo.recipe.load import ConfigError, Recipe
+
+BUILT_ON_THE_MODEL = ("galore", "apollo", "lomo")  # optimizers that can't be built without it
+ANY_LENGTH = 1000  # steps of the schedule that is built, where the recipe counts epochs
+
+
+def check_parts(recipe: Recipe, args: TrainingArguments, model_config: ModelConfig) -> None:
+    """Build folders' parents, trackers, optimizer, schedule and quantizer. Raises ConfigError with all that failed."""
+    folders = ["output_dir"]
+    if recipe.stage == "preference" and "reference" in build_objective(args.objective).needs:
+        folders.append("reference_cache_dir")
+    parts = {key: lambda key=key: _check_folder(getattr(args, key)) for key in folders}
+    parts |= {
+        "report_to": lambda: _check_trackers(args.report_to),
+        "optim": lambda: _build_optimizer(args),
+        "lr_scheduler_type, lr_scheduler_kwargs": lambda: _build_schedule(args),
+        "use_liger_kernel": lambda: _check_liger(args),
+        "load_in_4bit, load_in_8bit": lambda: _build_quantizer(model_config),
+    }
+    problems = []
+    for keys, build in parts.items():
+        try:
+            build()
+        except (ImportError, OSError, RuntimeError, TypeError, ValueError) as error:
+            values = ", ".join(
+                f"{key}: {getattr(args, key, getattr(model_config, key, None))}" for key in keys.split(", ")
+            )
+            problems.append(f"{values}: {str(error).strip()}")
+    if problems:
+        raise ConfigError("\n  ".join([f"{recipe.path}: this run can't start here:", *problems]))
+
+
+def check_assistant_mask(args: TrainingArguments, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises ConfigError where `assistant_only_loss` has a chat template that doesn't mark what the assistant says."""
+    if args.assistant_only_loss and not has_generation_markers(tokenizer.chat_template):
+        try:
+            get_training_chat_template(tokenizer)
+        except ValueError as error:
+            raise ConfigError(
+                "assistant_only_loss: the chat template has no {% generation %} ... {% endgeneration %} around assistant "
+                "messages, and TRL knows no such version of it. Add them (chat_template: a .jinja file), or set "
+                "assistant_only_loss: false"
+            ) from error
+
+
+def _check_folder(folder: str) -> None:
+    existing = Path(folder).absolute()
+    while not existing.exists():
+        existing = existing.parent
+    if not existing.is_dir():
+        raise OSError(f"{existing} is a file; expected a folder, or the name of a new one")
+    if not os.access(existing, os.W_OK):
+        raise OSError(f"no right to write in {existing}")
+
+
+def _check_trackers(names: list[str]) -> None:
+    for callback in get_reporting_integration_callbacks(names):
+        callback()
+    if "wandb" in names:
+        import wandb
+
+        settings = wandb.setup().settings
+        if settings.mode in ("online", "shared") and not wandb.login(prompt=False, verify=False):
+            raise ValueError(
+                "W&B has no key. Run `wandb login`, set WANDB_API_KEY, or WANDB_MODE=offline, or report_to: none"
+            )
+
+
+def _build_optimizer(args: TrainingArguments) -> None:
+    if not any(name in args.optim for name in BUILT_ON_THE_MODEL):
+        optimizer, options = Trainer.get_optimizer_cls_and_kwargs(args)
+        optimizer([torch.nn.Parameter(torch.zeros(1))], **options)
+
+
+def _build_schedule(args: TrainingArguments) -> None:
+    steps = args.max_steps if args.max_steps > 0 else ANY_LENGTH
+    get_scheduler(
+        args.lr_scheduler_type,
+        optimizer=torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=args.learning_rate),
+        num_warmup_steps=args.get_warmup_steps(steps),
+        num_training_steps=steps,
+        scheduler_specific_kwargs=args.lr_scheduler_kwargs,
+    )
+
+
+def _check_liger(args: TrainingArguments) -> None:
+    if args.use_liger_kernel and not is_liger_kernel_available():
+        raise ImportError("liger-kernel is not installed: pip install liger-kernel")
+
+
+def _build_quantizer(model_config: ModelConfig) -> None:
+    configuration = get_quantization_config(model_config)
+    if configuration is not None:
+        AutoHfQuantizer.from_config(configuration).validate_environment()
