@@ -1,0 +1,90 @@
+"""Training scripts in processes that are forked from one which has imported their libraries: a launch takes no import.
+
+What torchrun gives its workers (ranks, a meeting point) is given here; a few tests start the real launchers.
+"""
+
+import multiprocessing
+import os
+import runpy
+import signal
+import socket
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.helpers.paths import ROOT
+
+_FORKSERVER = multiprocessing.get_context("forkserver")
+_FORKSERVER.set_forkserver_preload(["tests.helpers.preloaded"])
+
+
+@dataclass
+class Launched:
+    """The processes of one launch; `output` is what all of them print."""
+
+    processes: list
+    path: Path
+
+    @property
+    def output(self) -> str:
+        return self.path.read_text()
+
+    def poll(self) -> int | None:
+        """The first exit code that isn't 0 once all have ended; None while one runs."""
+        codes = [process.exitcode for process in self.processes]
+        return None if None in codes else next((code for code in codes if code), 0)
+
+    def wait(self) -> int:
+        for process in self.processes:
+            process.join()
+        return self.poll()
+
+    def send(self, number: int) -> None:
+        for process in self.processes:
+            if process.is_alive():
+                os.kill(process.pid, number)
+
+    def end(self) -> None:
+        self.send(signal.SIGKILL)
+        self.wait()
+
+
+def launch(command: list[str], processes: int = 1, **environment: str) -> Launched:
+    """Start `[script, *arguments]`, of the repository's root, in `processes` processes that know each other."""
+    descriptor, path = tempfile.mkstemp(prefix="launched-", suffix=".log")
+    os.close(descriptor)
+    environment = dict(os.environ) | environment
+    if processes > 1:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+        environment |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
+    started = []
+    for rank in range(processes):
+        own = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {}
+        process = _FORKSERVER.Process(target=_run, args=(command, environment | own, path))
+        process.start()
+        started.append(process)
+    return Launched(started, Path(path))
+
+
+def _run(command: list[str], environment: dict[str, str], output: str) -> None:
+    file = os.open(output, os.O_WRONLY | os.O_APPEND)
+    for stream in (1, 2):
+        os.dup2(file, stream)
+    os.setpgid(0, 0)
+    os.chdir(ROOT)
+    os.environ.clear()
+    os.environ.update(environment)
+    sys.argv = command
+    runpy.run_path(command[0], run_name="__main__")
+
+
+def wait_until(condition, launched: Launched, timeout: float = 120) -> None:
+    """Until `condition()` holds; fails if the launch ends before."""
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert launched.poll() is None and time.monotonic() < deadline, launched.output[-3000:]
+        time.sleep(0.01)

@@ -1,0 +1,20 @@
+"""What the server of `tests.helpers.launched` imports before it forks."""
+
+import os
+
+# The variables that these libraries read as they are imported.
+os.environ |= {
+    "DS_ACCELERATOR": "cpu",
+    "OMP_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+import deepspeed  # noqa: F401
+import torch
+from trl import SFTTrainer  # noqa: F401
+
+import rmipo.run.curves
+import rmipo.run.frame  # noqa: F401
+
+torch.set_num_threads(1)
