@@ -24,18 +24,10 @@ from pathlib import Path
 from rmipo.cli import program
 from rmipo.errors import EvaluationError, UserError
 from rmipo.evaluation import BENCHMARKS
-<<<<<<< HEAD
 from rmipo.evaluation.benchmark import Benchmark, contradictions
 from rmipo.evaluation.target import Target, find_target
 from rmipo.files import write_atomically
 from rmipo.fingerprints import has_weights, trained_fingerprint
-=======
-from rmipo.evaluation.target import load_settings, model_folder
-from rmipo.files import write_atomically
-from rmipo.fingerprints import trained_fingerprint
-
-ROOT = Path(__file__).parent.parent
->>>>>>> aa9c838 (Give training runs one frame, one record, one order of callbacks)
 
 
 def command_line() -> argparse.Namespace:
@@ -74,7 +66,6 @@ def main() -> None:
         raise EvaluationError(f"not finished: {', '.join(failed)}")
 
 
-<<<<<<< HEAD
 def evaluate(target: Target, benchmark: Benchmark, name: str, max_cost: float | None) -> None:
     """Run one benchmark, unless its result is there. Raises EvaluationError for one that may not be taken for this."""
     folder, bench = target.folder, benchmark.name
@@ -109,10 +100,6 @@ def evaluate(target: Target, benchmark: Benchmark, name: str, max_cost: float | 
     print(f"{bench}: {path}")
     for metric, value in result["metrics"].items():
         print(f"  {metric:30s} {value:.2f}")
-=======
-def write(path: Path, content: dict) -> None:
-    write_atomically(path, json.dumps(content, indent=2) + "\n")
->>>>>>> aa9c838 (Give training runs one frame, one record, one order of callbacks)
 
 
 if __name__ == "__main__":

@@ -165,7 +165,7 @@ class Generator:
         It is beside the model, not the evaluation: another judge or another benchmark finds the answers there.
         """
         decoding = {key: value for key, value in self.settings.items() if key != "engine"}
-        key = digest([decoding, [asdict(request) for request in requests]])[:8]
+        key = json_fingerprint([decoding, [asdict(request) for request in requests]])[:8]
         return self.model_dir / "eval/answers" / f"{name}-{key}.jsonl"
 
     def open(self, path: Path, prompts: list[Prompt], stops: list[int]) -> dict[str, dict]:
