@@ -5,6 +5,10 @@ class UserError(Exception):
     """The message says what was found, what was expected and what to change: programs print it without a traceback."""
 
 
+class ConfigError(UserError, ValueError):
+    """One message with everything that is wrong in a recipe, its overlays and overrides."""
+
+
 class CheckpointError(UserError, ValueError):
     """The output folder belongs to another run; the message names what differs."""
 

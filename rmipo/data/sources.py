@@ -113,7 +113,7 @@ def load_source(entry: dict, split: str, first_row: int, data_config: DataConfig
         name = entry.get("split") or data_config.dataset_train_split
     else:
         name = entry.get("test_split") or data_config.dataset_test_split
-    path = Path(entry["path"]).expanduser()
+    path = Path(entry["path"])
     if path.is_file():
         if suffix(path) is None:
             raise DataError(f"{path}: a data file ends in one of {', '.join(BUILDERS)}.")

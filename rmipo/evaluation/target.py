@@ -97,13 +97,19 @@ def override(settings: dict[str, dict], overrides: list[str]) -> dict[str, dict]
             raise EvaluationError(f"--set {text}: expected <block>.<key>=<value>, e.g. alpacaeval.max_cost=5")
         place = settings
         for block in blocks:
-            place = place.setdefault(block, {})
+            place[block] = place.get(block) or {}
+            place = place[block]
+            if not isinstance(place, dict):
+                raise EvaluationError(f"--set {text}: {block} is {place!r}, no block")
         try:
             place[name] = yaml.load(value, RecipeLoader)
         except yaml.YAMLError as error:
             raise EvaluationError(f"--set {text}: {value!r} can't be read as YAML") from error
     if unknown := sorted(settings.keys() - set(BLOCKS)):
         raise EvaluationError(f"unknown blocks {unknown}{nearest(unknown, BLOCKS)}")
+    if odd := [block for block, values in settings.items() if not isinstance(values, dict | None)]:
+        raise EvaluationError(f"expected blocks of `key: value` lines, found {', '.join(odd)} with a value")
+    settings = {block: values or {} for block, values in settings.items()}
     for block, defaults in (("generation", GENERATION), *((name, b.defaults) for name, b in BENCHMARKS.items())):
         merge_settings(block, defaults, settings.get(block, {}))
     return settings

@@ -29,7 +29,7 @@ def training_examples(recipe: Recipe) -> int | None:
     """
     config = DataConfig(**{f.name: recipe.values[f.name] for f in fields(DataConfig) if f.name in recipe.values})
     entries = mixture_entries(config)
-    if all(Path(entry["path"]).expanduser().exists() for entry in entries):
+    if all(Path(entry["path"]).exists() for entry in entries):
         return len(load_rows(config, "train", lambda dataset, source: dataset))
     if len(entries) > 1:
         return None

@@ -9,6 +9,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from rmipo.errors import ConfigError
 from rmipo.objectives import OBJECTIVES, build_objective
 from rmipo.recipe.files import coerce
 from rmipo.recipe.schema import ARGUMENTS, RECIPE_ONLY, DataConfig, ModelConfig, PreferenceConfig, SFTConfig
@@ -19,10 +20,48 @@ REFUSED = {
     "local_rank": "the launcher sets it",
     "auto_find_batch_size": "it would change the batch size behind global_batch_size",
     "model_init_kwargs": "use the keys of the model: dtype, model_revision, attn_implementation",
+    "parallelism_config": "the launcher says how a model is spread: SHARDING",
+    "resume_from_checkpoint": "the same command goes on from its last complete checkpoint",
 }
 REFUSED_IN_PREFERENCE = {
     "attn_implementation": "packed pairs have their own kernels: use attention",
     "label_smoothing_factor": "no objective reads it",
+}
+# Keys of the libraries that change nothing here: what a run does in any case, and why. Another value is refused, so that
+# a recipe as it is printed and recorded is the run that it describes.
+FIXED = {
+    "hub_strategy": ("end", "a model is uploaded once, when it is verified and has its card"),
+    "hub_always_push": (False, "a model is uploaded once, when it is verified and has its card"),
+    "use_cache": (True, "it is what generation with the saved model uses"),
+}
+SAMPLED = "steps are drawn at random, and the last one of an epoch takes the pairs that are left"
+SCORED = "an evaluation keeps the scores of pairs, and no logits"
+FIXED_IN_PREFERENCE = {
+    "dataloader_drop_last": (False, SAMPLED),
+    "train_sampling_strategy": ("random", SAMPLED),
+    "length_column_name": ("length", SAMPLED),
+    "dataloader_persistent_workers": (False, "workers end with their epoch"),
+    "dataloader_prefetch_factor": (None, "workers prefetch what torch has them prefetch"),
+    "dataloader_multiprocessing_context": (None, "workers are started as torch starts them"),
+    "dataloader_in_order": (True, "steps come in their order"),
+    "average_tokens_across_devices": (True, "the loss is the mean over the global batch's pairs"),
+    "include_num_input_tokens_seen": ("no", "tokens_per_second is logged"),
+    "torch_empty_cache_steps": (None, "memory is planned before the run"),
+    "remove_unused_columns": (True, "only token ids are kept"),
+    "label_names": (None, "pairs have no labels"),
+    "prediction_loss_only": (False, SCORED),
+    "eval_accumulation_steps": (None, SCORED),
+    "eval_do_concat_batches": (True, SCORED),
+    "eval_use_gather_object": (False, SCORED),
+    "batch_eval_metrics": (False, SCORED),
+    "include_for_metrics": ([], SCORED),
+    "bf16_full_eval": (False, "an evaluation runs in the precision of the training"),
+    "fp16_full_eval": (False, "an evaluation runs in the precision of the training"),
+}
+# What a group of keys has no effect without.
+ONLY_WITH = {
+    "use_peft": ("lora_", "use_rslora", "use_dora"),
+    "load_in_4bit": ("bnb_4bit_", "use_bnb_nested_quant"),
 }
 ACCESS_TOKEN = re.compile(r"\b(hf_[A-Za-z0-9]{20,}|wandb_v1_\w+)")
 
@@ -30,7 +69,9 @@ LOWEST = dict.fromkeys(("learning_rate", "num_train_epochs", "warmup_steps", "we
 LOWEST |= dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size", "global_batch_size"), 1)
 LOWEST |= {"max_length": 2, "max_prompt_length": 1, "generation_samples": 0, "generation_max_new_tokens": 1}
 LOWEST |= {"max_tokens_per_micro_batch": 1, "ddp_timeout": 1, "warn_chosen_logp_drop": 0, "warn_grad_norm_ratio": 1}
-LOWEST |= {"gradient_accumulation_steps": 1, "max_train_samples": 1, "max_eval_samples": 1}
+LOWEST |= {"gradient_accumulation_steps": 1, "max_train_samples": 1, "max_eval_samples": 1, "dataset_num_proc": 1}
+LOWEST |= {"seed": 0, "data_seed": 0, "mixture_seed": 0, "save_steps": 0, "eval_steps": 0, "logging_steps": 0}
+LOWEST |= {"dataloader_num_workers": 0}
 SHARES = ("max_dropped_fraction", "max_truncated_fraction", "warn_repetition")
 
 
@@ -51,6 +92,7 @@ def check_types(values: Mapping[str, Any], stage: str, origin: Mapping[str, str]
     """
     annotations, choices = _annotations(stage), _choices(stage)
     refused = REFUSED | (REFUSED_IN_PREFERENCE if stage == "preference" else {})
+    fixed = FIXED | (FIXED_IN_PREFERENCE if stage == "preference" else {})
     problems, sound = [], {}
     for key, value in values.items():
         where = f"{origin[key]}: {key}"
@@ -65,6 +107,8 @@ def check_types(values: Mapping[str, Any], stage: str, origin: Mapping[str, str]
                 typed = coerce(value, annotations[key])
                 if key in choices and typed is not None and typed not in choices[key]:
                     raise ValueError(f"expected one of {', '.join(choices[key])}")
+                if key in fixed and typed != fixed[key][0]:
+                    raise ValueError(f"it has no effect, {fixed[key][1]}. Remove it")
                 sound[key] = typed
             except ValueError as error:
                 problems.append(f"{where} is {value!r}: {error}")
@@ -80,12 +124,19 @@ def check_values(given: Mapping[str, Any], values: Mapping[str, Any], stage: str
         problems.append("gradient_accumulation_steps follows from global_batch_size: remove it")
     if bool(given.get("dataset_name")) == bool(given.get("datasets")):
         problems.append("the data is not clear: expected either dataset_name or datasets (a mixture)")
+    try:
+        DataConfig(**{f.name: values[f.name] for f in fields(DataConfig) if f.name in values})
+    except ConfigError as error:
+        problems += str(error).split("\n")
     for key, low in LOWEST.items():
         if values.get(key) is not None and values[key] < low:
             problems.append(f"{key} is {values[key]}: expected at least {low}")
     problems += [f"{key} is {values[key]}: expected 0 to 1" for key in SHARES if not 0 <= values.get(key, 0) <= 1]
     if (values.get("load_in_4bit") or values.get("load_in_8bit")) and not values.get("use_peft"):
         problems.append("load_in_4bit and load_in_8bit need use_peft: true: quantized weights can't be trained")
+    for switch, prefixes in ONLY_WITH.items():
+        if not values.get(switch) and (keys := [key for key in values if key.startswith(prefixes)]):
+            problems.append(f"{', '.join(keys)}: no effect without {switch}: true")
     if values.get("push_to_hub") and not values.get("hub_model_id"):
         problems.append("push_to_hub needs hub_model_id, the repository to upload to, such as name/llama3-8b-rmipo")
     try:
@@ -144,6 +195,6 @@ def _unknown(key: str, known: Mapping[str, Any], stage: str) -> str:
         return f"is a key of {other} recipes, and this is one of stage {stage}"
     hyperparameters = {name for cls in OBJECTIVES.values() for name in [f.name for f in fields(cls)] + list(cls.hints)}
     if stage == "preference" and key in hyperparameters:
-        return f"belongs into the objective block (objective.{key})"
+        return f"belongs in the objective block (objective.{key})"
     near = difflib.get_close_matches(key, known, n=1)
     return f"is not a key of recipes{f'; did you mean {near[0]}?' if near else ''}"

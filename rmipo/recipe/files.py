@@ -1,7 +1,9 @@
 """Recipes as they are written: strict YAML, command-line overrides, layers merged, values brought to their types."""
 
 import enum
-import math
+import functools
+import json
+import os.path
 import re
 import types
 import typing
@@ -9,27 +11,47 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import pydantic
 import yaml
 
 
 class RecipeLoader(yaml.SafeLoader):
-    """`yaml.SafeLoader` that refuses duplicate keys, reads `2e-5` as a number and leaves dates as text."""
+    """`yaml.SafeLoader` for everything that people write: recipes, overlays, overrides, settings, sweeps.
+
+    It refuses duplicate keys and keys that are no text, reads `2e-5` as a number, leaves dates as text, and is the one
+    place that expands `~/`.
+    """
 
     yaml_implicit_resolvers = {
         first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        lines: dict[Any, int] = {}
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[str, Any]:
+        lines: dict[str, int] = {}
         for key_node, _ in node.value:
             key, line = key_node.value, key_node.start_mark.line + 1
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise yaml.MarkedYAMLError(
+                    problem=f"line {line} has a block or list as a key: text with braces, such as a chat template, needs "
+                    "quotes"
+                )
             if key in lines:
                 raise yaml.MarkedYAMLError(problem=f"{key} is set twice, in line {lines[key]} and in line {line}")
             lines[key] = line
-        return super().construct_mapping(node, deep)
+        mapping = super().construct_mapping(node, deep)
+        if odd := [key for key in mapping if not isinstance(key, str)]:
+            raise yaml.MarkedYAMLError(
+                problem=f"line {lines.get(str(odd[0]), node.start_mark.line + 1)} has the key {odd[0]!r}, which YAML reads "
+                f"as {type(odd[0]).__name__}: expected text; put quotes around it if that is meant"
+            )
+        return mapping
+
+    def construct_text(self, node: yaml.ScalarNode) -> str:
+        return os.path.expanduser(node.value) if node.value.startswith("~/") else node.value
 
 
+RecipeLoader.add_constructor("tag:yaml.org,2002:str", RecipeLoader.construct_text)
 # YAML 1.1 has no number in "2e-5": it wants a dot.
 RecipeLoader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
@@ -44,13 +66,37 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     """
     try:
         content = yaml.load(Path(path).read_text(), RecipeLoader)
+        json.dumps(content, default=str)  # raises where an anchor holds itself
     except OSError as error:
         raise ValueError(f"cannot be read: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, KeyError, AttributeError) as error:  # the last three: tags such as !!bool maybe
         raise ValueError(f"is not a valid recipe: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
         raise ValueError(f"holds {type(content).__name__}: expected `key: value` lines")
     return content
+
+
+def read_layers(path: str | Path) -> list[tuple[str, dict[str, Any]]]:
+    """(file, values) of a YAML file and of the files under it, lowest first: `base: <path>` names the next one under it.
+
+    Raises:
+        ValueError: what is wrong with one of them, with its name.
+    """
+    layers: list[tuple[str, dict[str, Any]]] = []
+    file: Path | None = Path(path)
+    while file is not None:
+        try:
+            values = read_yaml(file)
+            base = values.pop("base", None)
+            if not isinstance(base, str | None):
+                raise ValueError(f"base is {base!r}: expected the path of a recipe, from this file's folder")
+            if str(file) in dict(layers):
+                raise ValueError("is its own base")
+        except ValueError as error:
+            raise ValueError(f"{file}: {error}") from error
+        layers.insert(0, (str(file), values))
+        file = base and Path(os.path.normpath(file.parent / base))
+    return layers
 
 
 def parse_overrides(arguments: list[str] | tuple[str, ...]) -> dict[str, Any]:
@@ -76,15 +122,15 @@ def parse_overrides(arguments: list[str] | tuple[str, ...]) -> dict[str, Any]:
                 raise ValueError(f"--{key} contradicts --{parent}")
         if last in block:
             raise ValueError(f"--{key} is given twice")
-        block[last] = _override_value(text)
+        block[last] = override_value(text)
     return values
 
 
-def _override_value(text: str) -> Any:
+def override_value(text: str) -> Any:
     try:
         value = yaml.load(text, RecipeLoader)
     except yaml.YAMLError:
-        return text
+        return os.path.expanduser(text) if text.startswith("~/") else text
     return text if isinstance(value, dict | list) and text[0] not in "[{" else value
 
 
@@ -94,6 +140,7 @@ DATA = ("test_split_size", "dataset_config", "dataset_train_split", "dataset_tes
 VOIDS = {
     "dataset_name": ("datasets", *DATA),
     "datasets": ("dataset_name", *DATA),
+    "test_split_size": ("dataset_test_split",),
     "model_name_or_path": ("model_revision", "prefer_local"),
     "global_batch_size": ("gradient_accumulation_steps",),
 }
@@ -113,7 +160,7 @@ def merge(base: Mapping[str, Any], layer: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def coerce(value: Any, annotation: Any) -> Any:
-    """`value` as `annotation` declares it: numbers in text, 3.0 for 3, `no` (YAML's false) for an option named "no".
+    """`value` as `annotation` declares it: text as YAML reads it, 3.0 for 3, `no` (YAML's false) for an option "no".
 
     Raises:
         ValueError: it can't be read so; the message says what was expected.
@@ -121,14 +168,27 @@ def coerce(value: Any, annotation: Any) -> Any:
     options = typing.get_args(annotation) if _is_union(annotation) else (annotation,)
     enums = [option for option in options if _is_enum(option)]
     # `Enum | str` only says that the enumeration may be spelt as text.
-    options = [option for option in options if not (enums and option is str)]
-    options.sort(key=lambda option: type(value) is not option)  # a value of a declared type stays as it is
-    for option in options:
-        try:
-            return _coerce_to(value, option)
-        except (ValueError, TypeError, KeyError, AttributeError):
-            continue
-    raise ValueError(f"expected {' or '.join(_describe(option) for option in options)}")
+    options = tuple(option for option in options if not (enums and option is str))
+    if isinstance(value, str) and str not in options and not enums:
+        lists = any(typing.get_origin(option) is list for option in options)
+        value = [value] if lists else override_value(value)
+    if value is False and enums:
+        value = "no"
+    try:
+        if {int, float} & {*options} and bool not in options:  # pydantic would take True as 1
+            if isinstance(value, bool):
+                raise ValueError
+            if isinstance(value, int):
+                return value
+        typed = _adapter(options).validate_python(value)
+    except ValueError as error:  # pydantic's ValidationError is one
+        raise ValueError(f"expected {' or '.join(_describe(option) for option in options)}") from error
+    return typed.value if isinstance(typed, enum.Enum) else typed
+
+
+@functools.cache
+def _adapter(options: tuple) -> pydantic.TypeAdapter:
+    return pydantic.TypeAdapter(typing.Union[options], config=pydantic.ConfigDict(allow_inf_nan=False))  # noqa: UP007
 
 
 def _is_union(annotation: Any) -> bool:
@@ -137,38 +197,6 @@ def _is_union(annotation: Any) -> bool:
 
 def _is_enum(option: Any) -> bool:
     return isinstance(option, type) and issubclass(option, enum.Enum)
-
-
-def _coerce_to(value: Any, option: Any) -> Any:
-    kind = typing.get_origin(option) or option
-    if option is Any:
-        return value
-    if kind is typing.Literal:
-        return _checked(value, value in typing.get_args(option))
-    if kind is bool:
-        return value if isinstance(value, bool) else {"true": True, "false": False}[value.lower()]
-    if type(value) is int and kind in (int, float):
-        return value
-    if kind is float:
-        return _checked(_number(value), math.isfinite(_number(value)))
-    if kind is int:
-        return int(_checked(_number(value), _number(value).is_integer()))
-    if kind is list:
-        items = value if isinstance(value, list) else [_checked(value, isinstance(value, str))]
-        return [coerce(item, item_type) for item in items for item_type in typing.get_args(option) or (Any,)]
-    if _is_enum(kind):
-        return kind("no" if value is False else value).value
-    return _checked(value, isinstance(value, kind))
-
-
-def _number(value: Any) -> float:
-    return float(_checked(value, isinstance(value, int | float | str) and not isinstance(value, bool)))
-
-
-def _checked(value: Any, accepted: bool) -> Any:
-    if not accepted:
-        raise ValueError
-    return value
 
 
 def _describe(option: Any) -> str:

@@ -13,21 +13,17 @@ import torch
 from accelerate import PartialState
 from transformers import TrainingArguments
 
-from rmipo.errors import UserError
+from rmipo.errors import ConfigError
 from rmipo.objectives import build_objective
-from rmipo.recipe import handbook
+from rmipo.recipe import foreign
 from rmipo.recipe.checks import check_types, check_values, stage_of, template_text
-from rmipo.recipe.files import merge, parse_overrides, read_yaml
+from rmipo.recipe.files import merge, parse_overrides, read_layers
 from rmipo.recipe.schema import ARGUMENTS, DataConfig, ModelConfig, PreferenceConfig
 from rmipo.record import recorded_run
 
 __all__ = ["ConfigError", "DataConfig", "PreferenceConfig", "Recipe", "load_recipe", "parse_command_line"]
 
 COMMAND_LINE = "command line"
-
-
-class ConfigError(UserError, ValueError):
-    """One message with everything that is wrong in a recipe, its overlays and overrides."""
 
 
 @dataclass(frozen=True)
@@ -109,13 +105,13 @@ class Recipe:
         global_batch_size, accumulation = self.batch(world_size)
         self.require_device(torch.cuda.device_count())
         model = self.values["model_name_or_path"]
-        if not Path(model).expanduser().is_dir() and (model.count("/") > 1 or model.startswith((".", "/", "~"))):
+        if not Path(model).is_dir() and (model.count("/") > 1 or model.startswith((".", "/"))):
             raise ConfigError(f"{self.path}: model_name_or_path is {model}: no such folder. Has its stage been run?")
         values = {"run_name": self.name, **self.resolved()}
         values |= {"global_batch_size": global_batch_size, "gradient_accumulation_steps": accumulation}
         values["use_cache"] = True  # in the saved configuration, for generation; training forwards say False themselves
         values["chat_template"] = template_text(values.get("chat_template"))
-        # Uploaded once, verified and with its card (`export.push`); the Trainer would upload each checkpoint as it is.
+        # `export.push` uploads; under the default strategy the Trainer would upload each checkpoint as it is.
         values |= {"hub_strategy": "end", "hub_private_repo": values.get("hub_private_repo", True)}
 
         if values.get("use_cpu"):
@@ -144,15 +140,21 @@ def load_recipe(path: str | Path, overlays: Iterable[str | Path] = (), overrides
     """
     path = Path(path)
     values, notices, problems, origin = {}, [], [], {}
-    for source, layer in _layers(path, overlays, overrides, problems):
+    for number, (source, layer) in enumerate(_layers(path, overlays, overrides, problems)):
         try:
-            layer, layer_notices = handbook.translate(layer, is_recipe=source == str(path))
+            if foreign.is_foreign(layer):
+                layer, layer_notices = foreign.translate(layer)
+                notices += layer_notices
+            if number == 0 and foreign.is_foreign_preference(layer):
+                layer, layer_notices = foreign.translate_objective(layer, str(Path(*path.parts[-3:])))
+                notices += layer_notices
         except ValueError as error:
             problems += [f"{source}: {line}" for line in str(error).split("\n")]
             continue
-        notices += layer_notices
         origin |= dict.fromkeys(layer, source)
         values = merge(values, layer)
+    if notice := foreign.accumulation_notice(values):
+        notices.append(notice)
     if "prefer_local" in values:
         notices.append(_take_local(values))
     if values.get("use_cpu") == "auto":
@@ -186,14 +188,18 @@ def _layers(path: Path, overlays: Iterable[str | Path], overrides: Sequence[str]
     setting = path.resolve().parent.name
     for source in (path, *overlays):
         try:
-            layer = read_yaml(source)
+            layers = read_layers(source)
         except ValueError as error:
-            problems.append(f"{source}: {error}")
+            problems.append(str(error))
             continue
-        per_setting = layer.pop("per_setting", {}) if source != path else {}
-        yield str(source), layer
-        if setting in per_setting:
-            yield str(source), per_setting[setting]
+        for file, layer in layers:
+            per_setting = layer.pop("per_setting", None) or {} if source != path else {}
+            own = per_setting.get(setting) or {} if isinstance(per_setting, dict) else per_setting
+            yield file, layer
+            if isinstance(own, dict):
+                yield file, own
+            else:
+                problems.append(f"{file}: per_setting is {own!r}: expected a block for each setting")
     try:
         yield COMMAND_LINE, parse_overrides(overrides)
     except ValueError as error:

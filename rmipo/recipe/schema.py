@@ -1,11 +1,16 @@
 """The dataclasses that recipes fill: what a run can be told, with defaults."""
 
-from dataclasses import dataclass, field
+import typing
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import trl
 from transformers import TrainingArguments
 from trl import SFTConfig
+
+from rmipo.errors import ConfigError
+from rmipo.recipe.files import coerce
 
 __all__ = ["ARGUMENTS", "RECIPE_ONLY", "DataConfig", "ModelConfig", "PreferenceConfig", "SFTConfig"]
 
@@ -39,17 +44,35 @@ class PreferenceConfig(TrainingArguments):
 
 
 @dataclass
+class Source:
+    """An entry of the mixture `datasets`: TRL's keys, `revision`, `test_split`, and the handbook's `weight`."""
+
+    path: str
+    name: str | None = _option(None, "Configuration of a dataset on the hub.")
+    data_dir: str | None = None
+    data_files: str | list | dict | None = None
+    revision: str | None = None
+    split: str | None = _option(None, "dataset_train_split if null.")
+    test_split: str | None = _option(None, "dataset_test_split if null.")
+    columns: list[str] | None = _option(None, "Leave out all others.")
+    fraction: float | None = _option(None, "Share of the mixture.")
+    weight: float | None = _option(None, "Share of this dataset's rows that is taken.")
+
+
+@dataclass
 class DataConfig:
-    """Which data, and how much of it may be unusable. Either `dataset_name` or the mixture `datasets`."""
+    """Which data, and how much of it may be unusable. Either `dataset_name` or the mixture `datasets`.
+
+    Raises:
+        ConfigError: when made, with a line for each thing that is wrong in it.
+    """
 
     dataset_name: str | None = _option(None, "Hub id, local folder, or JSONL file (plain or gzip).")
     dataset_config: str | None = None
     dataset_train_split: str = "train"
     dataset_test_split: str = "test"
     dataset_revision: str | None = _option(None, "Commit, tag or branch of `dataset_name` on the hub.")
-    datasets: list[dict] = field(
-        default_factory=list, metadata={"help": "Entries: see `rmipo.data.sources.load_rows`."}
-    )
+    datasets: list[dict] = field(default_factory=list, metadata={"help": "Entries with the keys of `Source`."})
     test_split_size: int | float | None = _option(None, "Rows (or share, below 1) set aside if there is no test split.")
     mixture_seed: int = _option(0, "Seed of that division, and of the draw from weighted datasets.")
     dataset_num_proc: int | None = None
@@ -58,6 +81,43 @@ class DataConfig:
     max_dropped_fraction: float = _option(0.02, "Share of unusable rows above which a run stops.")
     max_truncated_fraction: float = _option(1.0, "Share of cut rows above which a run stops.")
     chat_template: str | None = _option(None, "Template text, or path of a .jinja file; the tokenizer's own if null.")
+
+    def __post_init__(self) -> None:
+        if problems := [*self._number_problems(), *self._mixture_problems()]:
+            raise ConfigError("\n".join(problems))
+
+    def _number_problems(self) -> Iterator[str]:
+        size = self.test_split_size
+        if size is not None and not (0 < size < 1 if isinstance(size, float) else size >= 1):
+            yield f"test_split_size is {size}: expected a share between 0 and 1, or a whole number of rows"
+        if size is not None and self.dataset_test_split != DataConfig.dataset_test_split:
+            yield "dataset_test_split has no effect with test_split_size, which takes rows of the training split: keep one"
+        if self.datasets:
+            for key in ("dataset_config", "dataset_revision"):
+                if getattr(self, key) is not None:
+                    yield f"{key} has no effect with datasets: use the entries' name and revision"
+
+    def _mixture_problems(self) -> Iterator[str]:
+        types, typed = typing.get_type_hints(Source), []
+        for i, entry in enumerate(self.datasets):
+            if unknown := sorted(entry.keys() - types.keys()):
+                yield f"datasets[{i}]: unknown keys {', '.join(unknown)}; known: {', '.join(sorted(types))}"
+            if not entry.get("path"):
+                yield f"datasets[{i}]: `path` is missing (a hub id, folder or file)"
+            typed.append({})
+            for key in [key for key in types if key in entry]:
+                try:
+                    typed[i][key] = coerce(entry[key], types[key])
+                except ValueError as error:
+                    yield f"datasets[{i}].{key} is {entry[key]!r}: {error}"
+            weight, fraction = typed[i].get("weight"), typed[i].get("fraction")
+            if weight is not None and not 0 < weight <= 1:
+                yield f"datasets[{i}].weight is {weight}: expected above 0, at most 1"
+            if fraction is not None and fraction <= 0:
+                yield f"datasets[{i}].fraction is {fraction}: expected above 0"
+        if len({entry.get("fraction") is None for entry in self.datasets}) > 1:
+            yield "datasets: `fraction` must be set for every dataset of the mixture or for none"
+        self.datasets = typed
 
 
 @dataclass

@@ -87,6 +87,22 @@ def test_every_eval_yaml_has_known_keys_alone(path):
         generation_module.check_settings(settings["generation"])
 
 
+def test_settings_are_read_as_recipes_are(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    path = tmp_path / "eval.yaml"
+    path.write_text("alpacaeval:\n  max_cost: 1e1\n  reference: ~/x.jsonl\nhh:\n")
+    expected = {"alpacaeval": {"max_cost": 10.0, "reference": "/home/me/x.jsonl"}, "hh": {}}
+    assert load_settings(path, []) == expected
+    assert load_settings(path, ["hh.max_length=2e1"])["hh"] == {"max_length": 20.0}
+    for text, message in (("hh: 3\n", "found hh with a value"), ("hh: {a: 1, a: 2}\n", "a is set twice")):
+        path.write_text(text)
+        with pytest.raises(EvaluationError, match=message):
+            load_settings(path, [])
+    with pytest.raises(EvaluationError, match="--set hh.x=1: hh is 3, no block"):
+        path.write_text("hh: 3\n")
+        load_settings(path, ["hh.x=1"])
+
+
 def test_wrong_settings_and_folders(outputs):
     with pytest.raises(EvaluationError, match=r"MODEL=none is neither .*; the settings are llama3-8b-base, .*tiny"):
         find_target("none", None, outputs, [])

@@ -216,7 +216,7 @@ def world(bench: Bench, changes: dict) -> str:
     return run_program("toy", ["--config", bench.write("world.yaml", knobs)], {})
 
 
-HANDBOOK = yaml.safe_load((ROOT / "tests/recipe/handbook/dpo_mixture.yaml").read_text())
+HANDBOOK = yaml.safe_load((ROOT / "tests/recipe/foreign/dpo_mixture.yaml").read_text())
 FIT = {"recipe": "recipes/llama3-8b-instruct/rmipo.yaml", "sharding": ROOT / "configs/accelerate/zero3.yaml"}
 
 CASES = [
@@ -300,7 +300,7 @@ CASES = [
         lambda b: b.train("--per_device_train_batch_size=1", overlay="recipes/methods/alpha-dpo.yaml"),
         ("objective alpha-dpo needs at least 2 pairs", "found per_device_train_batch_size 1 on 1", "raise"),
     ),
-    objective_case("--beta=2", "beta belongs into the objective block (objective.beta)"),
+    objective_case("--beta=2", "beta belongs in the objective block (objective.beta)"),
     BadInput(
         "batch",
         "a global batch that one process can't divide",

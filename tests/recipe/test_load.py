@@ -1,14 +1,16 @@
-"""Recipes: layers, types, the handbook's keys, the global batch; and every way of getting one wrong."""
+"""Recipes: layers, types, the global batch; and every way of getting one wrong."""
 
 import json
-from pathlib import Path
 
 import pytest
 import yaml
+from transformers.trainer_utils import IntervalStrategy
 
-from rmipo.recipe.load import ConfigError, load_recipe
+from rmipo.errors import ConfigError
+from rmipo.recipe.files import coerce
+from rmipo.recipe.load import load_recipe
+from tests.helpers.recipes import problems
 
-HANDBOOK = Path(__file__).parent / "handbook"
 RECIPE = {
     "model_name_or_path": "some/model",
     "dataset_name": "some/pairs",
@@ -24,27 +26,8 @@ RECIPE = {
 
 
 @pytest.fixture
-def write(tmp_path):
-    """write(name, mapping or text) -> path in the folder of the setting `mine`."""
-
-    def write(name, content):
-        path = tmp_path / "mine" / name
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(content if isinstance(content, str) else yaml.safe_dump(content, sort_keys=False))
-        return path
-
-    return write
-
-
-@pytest.fixture
 def recipe(write):
     return write("rmipo.yaml", RECIPE)
-
-
-def problems(*arguments, **keywords) -> str:
-    with pytest.raises(ConfigError) as error:
-        load_recipe(*arguments, **keywords)
-    return str(error.value)
 
 
 # Layers
@@ -94,6 +77,43 @@ def test_overlay_has_values_of_its_own_for_a_setting(write, recipe):
     assert values["objective"] == {"name": "simpo", "beta": 2.0, "gamma": 1.6}
     assert values["learning_rate"] == 3e-7
     assert "per_setting" not in values
+
+
+@pytest.mark.parametrize("text", ["per_setting:\n", "per_setting: {mine: }\n", "per_setting: {}\n"])
+def test_empty_per_setting_changes_nothing(write, recipe, text):
+    assert load_recipe(recipe, [write("empty.yaml", text + "seed: 7\n")]).values == load_recipe(recipe).values | {"seed": 7}
+
+
+@pytest.mark.parametrize("text", ["per_setting: 3\n", "per_setting: {mine: 3}\n", "per_setting: [mine]\n"])
+def test_per_setting_that_is_no_block(write, recipe, text):
+    assert "expected a block for each setting" in problems(recipe, [write("odd.yaml", text)])
+
+
+def test_base_is_the_file_underneath(write, tmp_path):
+    write("rmipo.yaml", RECIPE)
+    (tmp_path / "other").mkdir()
+    top = tmp_path / "other" / "rmipo.yaml"
+    top.write_text("base: ../mine/rmipo.yaml\ndatasets: [{path: a/b}]\nobjective: {gamma_max: 2.0}\n")
+    values = load_recipe(top).values
+    assert values["objective"] == RECIPE["objective"] | {"gamma_max": 2.0}
+    assert (values["datasets"], values["learning_rate"]) == ([{"path": "a/b"}], 1e-6)
+    assert values.keys().isdisjoint({"dataset_name", "dataset_train_split", "dataset_revision", "base"})
+    overlay = write("below.yaml", {"seed": 3, "per_setting": {"other": {"max_length": 1900}}})
+    above = write("above.yaml", {"base": "below.yaml", "seed": 4})
+    values = load_recipe(top, [above]).values
+    assert (values["seed"], values["max_length"]) == (4, 1900)
+    assert f"{tmp_path}/mine/gone.yaml: cannot be read" in problems(write("top.yaml", {"base": "gone.yaml"}))
+    assert overlay.exists()
+
+
+def test_tilde_is_the_home_folder_in_every_layer(write, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    changes = {"model_name_or_path": "~/models/m", "datasets": [{"path": "~/pairs"}]}
+    recipe = write("rmipo.yaml", {key: value for key, value in RECIPE.items() if "dataset" not in key} | changes)
+    values = load_recipe(recipe, [write("o.yaml", {"chat_template": "~/t.jinja {{"})], ["--output_dir=~/out"]).values
+    assert values["model_name_or_path"] == "/home/me/models/m"
+    assert values["datasets"] == [{"path": "/home/me/pairs"}]
+    assert (values["output_dir"], values["chat_template"]) == ("/home/me/out", "/home/me/t.jinja {{")
 
 
 def test_another_dataset_or_model_voids_what_described_the_first(recipe):
@@ -157,14 +177,30 @@ def test_numbers_without_a_dot_and_dates_are_read_as_meant(write):
         ("--packing", "packing is a key of sft recipes, and this is one of stage preference"),
         ("--attn_implementation=sdpa", "attn_implementation can't be set: packed pairs have their own kernels"),
         ("--auto_find_batch_size", "it would change the batch size behind global_batch_size"),
-        ("--gamma_beta_ratio=0.5", "gamma_beta_ratio belongs into the objective block (objective.gamma_beta_ratio)"),
-        ("--beta=2", "beta belongs into the objective block (objective.beta)"),
+        ("--gamma_beta_ratio=0.5", "gamma_beta_ratio belongs in the objective block (objective.gamma_beta_ratio)"),
+        ("--beta=2", "beta belongs in the objective block (objective.beta)"),
         ("--objective.gamma_beta_ratio=0.5", "objective.gamma_beta_ratio is not a key of rmipo"),
         ("--objective.gamma_max=0.1", "objective.gamma_m"),
         ("--objective.name=grpo", "objective.name is 'grpo': expected one of rmipo, dpo"),
         ("--objective=rmipo", "objective is 'rmipo': expected a block"),
         ("--chat_template=zephyr", "expected template text or the path of a .jinja file"),
         ("--chat_template=none.jinja", "chat_template is 'none.jinja': no such file"),
+        ("--hub_strategy=every_save", "hub_strategy is 'every_save': it has no effect, a model is uploaded once"),
+        ("--dataloader_drop_last", "the last one of an epoch takes the pairs that are left. Remove it"),
+        ("--bf16_full_eval", "an evaluation runs in the precision of the training. Remove it"),
+        ("--lora_r=8", "lora_r: no effect without use_peft: true"),
+        ("--use_bnb_nested_quant", "use_bnb_nested_quant: no effect without load_in_4bit: true"),
+        ("--test_split_size=1.0", "test_split_size is 1.0: expected a share between 0 and 1, or a whole number of rows"),
+        ("--test_split_size=-0.1", "test_split_size is -0.1: expected a share"),
+        ("--test_split_size=0", "test_split_size is 0: expected a share"),
+        ("--mixture_seed=-1", "mixture_seed is -1: expected at least 0"),
+        ("--datasets=[{path: a, weight: 1.5}]", "datasets[0].weight is 1.5: expected above 0, at most 1"),
+        ("--datasets=[{path: a, weight: 0}]", "datasets[0].weight is 0: expected above 0, at most 1"),
+        ("--datasets=[{path: a, weight: x}]", "datasets[0].weight is 'x': expected a number or null"),
+        ("--datasets=[{path: a, fraction: 0}]", "datasets[0].fraction is 0: expected above 0"),
+        ("--datasets=[{path: a, fraction: -1}]", "datasets[0].fraction is -1: expected above 0"),
+        ("--datasets=[{path: a, columns: 3}]", "datasets[0].columns is 3: expected a list or null"),
+        ("--resume_from_checkpoint=x", "resume_from_checkpoint can't be set: the same command goes on"),
         ("--hub_token=anything", "log in with `hf auth login` or set HF_TOKEN"),
         ("learning_rate=1", "'learning_rate=1' is no override: expected --key value or --key=value"),
     ],
@@ -195,6 +231,16 @@ def test_all_mistakes_are_reported_at_once_with_their_file(write, recipe):
         ("- a\n- b\n", "holds list: expected `key: value` lines"),
         ("", "holds NoneType"),
         ("a: [1\n", "is not a valid recipe"),
+        ("chat_template: {{ bos_token }}\n", "line 1 has a block or list as a key: text with braces"),
+        ("? [a]\n: 1\n", "line 1 has a block or list as a key"),
+        ("seed: 1\n1: 2\n", "line 2 has the key 1, which YAML reads as int: expected text"),
+        ("no: 2\n", "the key False, which YAML reads as bool"),
+        ("a:\tb\n\tc: d\n", "found character '\\t' that cannot start any token"),
+        ("a: &x 1\nb: &x 2\n", "found duplicate anchor 'x'"),
+        ("a: &x [*x]\n", "is not a valid recipe: Circular reference"),
+        ("a: !!bool maybe\n", "is not a valid recipe"),
+        ("base: [a]\n", "base is ['a']: expected the path of a recipe"),
+        ("base: broken.yaml\n", "is its own base"),
         ("seed: !!python/object/apply:os.system ['true']\n", "is not a valid recipe"),
     ],
 )
@@ -278,89 +324,69 @@ def test_chat_template_comes_back_as_text(write, recipe):
     assert data_config.chat_template == "{{ bos_token }}"
 
 
-# Recipes of the alignment-handbook
-
-
-def handbook(name, *overrides):
-    return load_recipe(HANDBOOK / f"{name}.yaml", overrides=["--use_cpu", "true", "--report_to", "none", *overrides])
-
-
-def test_handbook_sft_recipe_runs_unchanged():
-    recipe = handbook("sft_mixer")
-    assert recipe.stage == "sft"
-    args, data_config, model_config = recipe.parse(world_size=8)
-    assert (args.max_length, args.eval_strategy.value, args.activation_checkpointing) == (2048, "epoch", True)
-    assert (args.per_device_train_batch_size, args.gradient_accumulation_steps) == (32, 2)
-    assert recipe.batch(8) == (512, 2)
-    assert (model_config.dtype, model_config.attn_implementation) == ("bfloat16", "flash_attention_2")
-    entry = {"path": "HuggingFaceH4/ultrachat_200k", "split": "train_sft", "test_split": "test_sft", "weight": 1.0}
-    assert (data_config.datasets, data_config.dataset_num_proc) == ([entry], 12)
-    assert data_config.chat_template.startswith("{% for message in messages %}")
-    for notice in (
-        "torch_dtype: bfloat16 read as dtype: bfloat16",
-        "max_seq_length: 2048 read as max_length: 2048",
-        "evaluation_strategy: epoch read as eval_strategy: epoch",
-        "use_flash_attention_2: true read as attn_implementation: flash_attention_2",
-        "gradient_accumulation_steps: 2 read as global_batch_size: 32 x 2 x number of processes",
-        "overwrite_output_dir: true ignored: a finished run is never overwritten",
+def test_all_numbers_of_the_data_are_reported_at_once(recipe):
+    blocks = "[{path: a, weight: 2, fraction: 1}, {weight: -1, wieght: 1}]"
+    text = problems(recipe, overrides=[f"--datasets={blocks}", "--test_split_size=1.0", "--dataset_config=x"])
+    for line in (
+        "test_split_size is 1.0",
+        "dataset_config has no effect with datasets: use the entries' name and revision",
+        "datasets[0].weight is 2",
+        "datasets[1].weight is -1",
+        "datasets[1]: unknown keys wieght; known: columns",
+        "datasets[1]: `path` is missing",
+        "datasets: `fraction` must be set for every dataset of the mixture or for none",
     ):
-        assert notice in recipe.notices
+        assert line in text
 
 
-def test_handbook_dpo_recipe_with_a_mixer_runs_unchanged():
-    recipe = handbook("dpo_mixer")
-    assert recipe.stage == "preference"
-    args, data_config, model_config = recipe.parse(world_size=2)
-    assert args.objective == {"name": "dpo", "beta": 0.01}
-    assert (args.warmup_steps, args.max_length, args.max_prompt_length, args.global_batch_size) == (0.1, 1024, 512, 32)
-    assert args.activation_checkpointing_kwargs == {"use_reentrant": False}
-    assert [(entry["path"], entry["weight"]) for entry in data_config.datasets] == [
-        ("HuggingFaceH4/ultrafeedback_binarized", 0.5),
-        ("Anthropic/hh-rlhf", 1.0),
-    ]
-    assert (model_config.dtype, model_config.load_in_4bit, model_config.lora_r) == ("float32", True, 16)
+def test_a_test_split_and_a_share_to_set_aside_contradict(write):
+    text = problems(write("rmipo.yaml", RECIPE | {"test_split_size": 0.1, "dataset_test_split": "test_prefs"}))
+    assert "dataset_test_split has no effect with test_split_size" in text
 
 
-def test_handbook_dpo_recipe_with_a_mixture_runs_unchanged():
-    recipe = handbook("dpo_mixture")
-    args, data_config, _ = recipe.parse(world_size=1)
-    assert args.objective == {"name": "dpo", "beta": 0.01}
-    assert data_config.datasets[1] == {
-        "path": "HuggingFaceH4/ultrafeedback_binarized",
-        "name": "default",
-        "split": "test_prefs",
-        "columns": ["chosen", "rejected"],
-        "weight": 0.5,
-    }
-    assert (data_config.test_split_size, data_config.mixture_seed) == (2000, 0)
-    assert "attn_implementation: flash_attention_2 ignored: packed pairs have their own kernels" in str(recipe.notices)
-
-
-def test_handbook_recipe_can_be_given_a_global_batch():
-    recipe = handbook("dpo_mixture", "--global_batch_size", "64", "--objective.beta", "0.05")
-    assert recipe.batch(4) == (64, 2)
-    assert recipe.values["objective"] == {"name": "dpo", "beta": 0.05}
+def test_keys_without_effect_may_say_what_happens_anyway(recipe):
+    values = load_recipe(recipe, overrides=["--dataloader_drop_last=false", "--hub_strategy=end"]).values
+    assert (values["dataloader_drop_last"], values["hub_strategy"]) == (False, "end")
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("value", "annotation", "expected"),
     [
-        ({"loss_type": "apo_zero"}, "loss_type: 'apo_zero' has no translation (sigmoid, ipo have)"),
-        ({"dtype": "float16"}, "torch_dtype: dtype is set too; keep one of them"),
-        ({"dataset_mixture": {"datasets": [{"id": "a/b", "wieght": 1}]}}, "unknown keys wieght: expected id, config"),
-        ({"dataset_mixture": [1]}, "dataset_mixture: not in the handbook's form"),
-        (
-            {"dataset_mixer": {"a/b": 1.0}, "dataset_mixture": None, "dataset_splits": ["test"]},
-            "expected one for training",
-        ),
+        ("1e-6", float, 1e-6),
+        ("3", int, 3),
+        (3.0, int, 3),
+        (2, float, 2),
+        ("true", bool, True),
+        (False, IntervalStrategy | str, "no"),
+        ("steps", IntervalStrategy | str, "steps"),
+        ("a", list[str], ["a"]),
+        ("3", str | None, "3"),
+        (0.5, int | float | None, 0.5),
+        (2, int | float | None, 2),
+        (None, int | None, None),
+        ({"a": 1}, dict | str | None, {"a": 1}),
     ],
 )
-def test_handbook_recipe_that_cannot_be_translated(write, change, message):
-    values = yaml.safe_load((HANDBOOK / "dpo_mixture.yaml").read_text()) | change
-    path = write("dpo.yaml", {key: value for key, value in values.items() if value is not None})
-    assert message in problems(path)
+def test_values_are_brought_to_their_types(value, annotation, expected):
+    typed = coerce(value, annotation)
+    assert (typed, type(typed)) == (expected, type(expected))
 
 
-def test_ipo_takes_beta_as_tau(write):
-    values = yaml.safe_load((HANDBOOK / "dpo_mixture.yaml").read_text()) | {"loss_type": "ipo", "beta": 0.2}
-    assert load_recipe(write("ipo.yaml", values)).values["objective"] == {"name": "ipo", "tau": 0.2}
+@pytest.mark.parametrize(
+    ("value", "annotation"),
+    [
+        (True, int),
+        (True, float),
+        (2.5, int),
+        ("nan", float),
+        (float("inf"), float),
+        (3, str),
+        ("x", list[dict]),
+        ("cos", IntervalStrategy | str),
+        ("{a: b}", float),
+        (True, str | None),
+    ],
+)
+def test_values_of_another_type_are_refused(value, annotation):
+    with pytest.raises(ValueError, match="expected "):
+        coerce(value, annotation)

@@ -1,0 +1,254 @@
+"""Recipes of other repositories: their keys in the words used here, with a notice of what became of each.
+
+Read are the alignment-handbook's two forms (`dataset_mixer` with `dataset_splits`, and `dataset_mixture`) and what was
+built on it: SimPO, SimPER, alpha-DPO, epsilon-DPO and the RMiPO authors' own. Nothing here runs for a recipe that has
+none of these keys.
+"""
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from trl import DPOConfig
+
+from rmipo.objectives import OBJECTIVES
+from rmipo.recipe.checks import FIXED, FIXED_IN_PREFERENCE
+from rmipo.recipe.schema import DataConfig, ModelConfig, PreferenceConfig
+
+Values = dict[str, Any]
+
+RENAMED = {
+    "torch_dtype": "dtype",
+    "max_seq_length": "max_length",
+    "warmup_ratio": "warmup_steps",  # transformers 5 reads a value below 1 as a ratio
+    "evaluation_strategy": "eval_strategy",
+    "preprocessing_num_workers": "dataset_num_proc",
+    "gradient_checkpointing": "activation_checkpointing",
+    "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
+    "hub_model_revision": "hub_revision",
+}
+IGNORED = {
+    "overwrite_output_dir": "a finished run is never overwritten",
+    "trust_remote_code": "code from the hub is not run",
+    "padding_free": "pairs are always packed without padding",
+    "precompute_ref_log_probs": "the reference is always scored once, before training",
+    "auto_insert_empty_system_msg": "messages are rendered as they are",
+    "do_train": "it is what the script does",
+    "do_eval": "eval_strategy says when",
+    "logging_dir": "logs are written to output_dir",
+    "save_safetensors": "models are always saved as safetensors",
+    "push_to_hub_revision": "push_to_hub and hub_revision say what is uploaded",
+    "wandb_entity": "set WANDB_ENTITY in the environment",
+    "wandb_project": "set WANDB_PROJECT in the environment",
+    "wandb_run_group": "set WANDB_RUN_GROUP in the environment",
+}
+KEYS = RENAMED.keys() | IGNORED.keys() | {"use_flash_attention_2", "dataset_mixer", "dataset_mixture"}
+
+
+@dataclass(frozen=True)
+class Method:
+    """How other recipes write an objective: the keys that `block` reads, and those that the method's own code ignores."""
+
+    block: Callable[[Values], Values]
+    keys: tuple[str, ...] = ("beta",)
+    unread: tuple[str, ...] = ()
+
+
+BETA = DPOConfig.beta  # TRL's default
+METHODS = {
+    "dpo": Method(lambda v: {"beta": v.get("beta", BETA)}),
+    "ipo": Method(lambda v: {"tau": v.get("beta", BETA)}),
+    "simpo": Method(
+        lambda v: {"beta": v.get("beta", 2.0), "gamma": v.get("beta", 2.0) * v["gamma_beta_ratio"]},
+        ("beta", "gamma_beta_ratio"),
+    ),
+    "simper": Method(lambda v: {}, (), ("beta", "gamma_beta_ratio")),
+    "alpha-dpo": Method(
+        lambda v: {
+            **{key: v[key] for key in ("beta", "gamma_beta_ratio", "alpha")},
+            "length_normalization": v.get("ln", True),
+        },
+        ("beta", "gamma_beta_ratio", "alpha", "ln", "trainer_type"),
+    ),
+    "epsilon-dpo": Method(lambda v: {key: v[key] for key in ("beta", "epsilon")}, ("beta", "epsilon")),
+    # The authors' code has the bounds 0.3 and 1.6 in it, and multiplies the margin by beta: see docs/FIDELITY.md.
+    "rmipo": Method(lambda v: {"beta": v.get("beta", 2.0), "fidelity": "release"}, ("beta",), ("gamma_beta_ratio",)),
+}
+LOSSES = {"sigmoid": "dpo"} | {name: name for name in METHODS if name != "dpo"}  # loss_type -> method
+SFT_LOSSES = ("nll", "dft", "chunked_nll")  # loss_type is a key of SFT recipes, too
+# beta-dpo is left out: zephyr-7b-beta-dpo is DPO.
+NAMES = {*OBJECTIVES, "orpo", "grpo", "ppo", "rloo", "bco", "apo", "xpo", "sppo"} - {"beta-dpo"}
+NAMED = re.compile(
+    rf"(?<![a-z0-9])({'|'.join(sorted(NAMES, key=len, reverse=True)).replace('-', '[-_]?')})(?![a-z0-9])"
+)
+
+
+def is_foreign(values: Mapping[str, Any]) -> bool:
+    """Whether a file has keys that only other repositories' recipes have."""
+    return bool(values.keys() & KEYS)
+
+
+def is_foreign_preference(values: Mapping[str, Any]) -> bool:
+    """Whether a recipe without an objective block is one for preference training all the same."""
+    keys = {"beta", "gamma_beta_ratio"} | ({"max_prompt_length"} if "global_batch_size" not in values else set())
+    return "objective" not in values and bool(keys & values.keys() or values.get("loss_type", "nll") not in SFT_LOSSES)
+
+
+def translate(values: Values) -> tuple[Values, list[str]]:
+    """`values` of a file with the keys of other repositories replaced, and the notices to print.
+
+    Raises:
+        ValueError: listing all keys that can't be translated, one per line.
+    """
+    values, notices, problems = dict(values), [], []
+
+    def read_as(old: str, new_values: Values) -> None:
+        problems.extend(f"{old}: {new} is set too; keep one of them" for new in new_values if new in values)
+        shown = ", ".join(f"{new}: {_short(value)}" for new, value in new_values.items())
+        notices.append(f"{old}: {_short(values.pop(old))} read as {shown}")
+        values.update(new_values)
+
+    for old, new in RENAMED.items():
+        if old in values:
+            value = "float32" if (old, values[old]) == ("torch_dtype", None) else values[old]
+            read_as(old, {new: value})
+    if "use_flash_attention_2" in values:
+        wanted = values["use_flash_attention_2"]
+        read_as("use_flash_attention_2", {"attn_implementation": "flash_attention_2" if wanted else "sdpa"})
+    for key in IGNORED.keys() & values.keys():
+        notices.append(f"{key}: {_short(values.pop(key))} ignored: {IGNORED[key]}")
+    notices += _drop_fixed(values, FIXED)
+    for key, translated in (("dataset_mixer", _mixer), ("dataset_mixture", _mixture)):
+        if key in values:
+            try:
+                read_as(key, translated(values))
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                problems.append(f"{key}: not in the handbook's form: {error}")
+    if problems:
+        raise ValueError("\n".join(problems))
+    return values, sorted(notices)
+
+
+def translate_objective(values: Values, file: str) -> tuple[Values, list[str]]:
+    """A preference recipe without an objective block, given one, and TRL's defaults where it leaves keys out.
+
+    Args:
+        file: the recipe's path. As `output_dir`, `run_name` and `hub_model_id` it may name a method.
+
+    Raises:
+        ValueError: there is no translation, or these names contradict the keys.
+    """
+    values = dict(values)
+    given = values.pop("loss_type", None)
+    loss = given[0] if isinstance(given, list) and len(given) == 1 else given
+    if loss is not None and loss not in LOSSES:
+        known = ", ".join(LOSSES)
+        raise ValueError(f"loss_type: {loss!r} has no translation ({known} have); write an objective block")
+    name = LOSSES[loss or "sigmoid"]
+    names = {key: str(values[key]) for key in ("output_dir", "run_name", "hub_model_id") if values.get(key)}
+    names["the path"] = file.removesuffix("rmipo.yaml")  # the preference stage of every setting here
+    named = {
+        match.replace("_", "-"): f"{key} ({text})"
+        for key, text in names.items()
+        for match in NAMED.findall(text.lower())
+    }
+    if name == "dpo":
+        name = "epsilon-dpo" if "epsilon" in values else name
+        name = ("simper" if "simper" in named else "simpo") if "gamma_beta_ratio" in values else name
+    others = named.keys() - ({"dpo"} if loss else set())  # IPO is a loss_type of DPO recipes
+    if others and name not in named:
+        method = sorted(others)[0]
+        block = f"objective: {{name: {method}, ...}}" if method in OBJECTIVES else f"one of {', '.join(OBJECTIVES)}"
+        raise ValueError(
+            f"its keys are those of {name}, but {named[method]} names {method}. Write the objective block of the method "
+            f"that is meant: {block}"
+        )
+    method = METHODS[name]
+    try:
+        objective = {"name": name, **method.block(values)}
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"read as a recipe of {name}, it needs {', '.join(method.keys)}: {error}") from error
+    read = ([] if given is None else [f"loss_type: {given}"]) + [f"{k}: {values[k]}" for k in method.keys if k in values]
+    why = "" if loss else ", assumed as there is no loss_type"
+    notices = [f"{', '.join(read) or 'no beta'} read as objective: {_short(objective)}{why}"]
+    notices += [f"{key}: {values[key]} ignored: the code of {name} doesn't read it" for key in method.unread if key in values]
+    values = {key: value for key, value in values.items() if key not in method.keys + method.unread}
+    if "attn_implementation" in values:
+        value = values.pop("attn_implementation")
+        notices.append(f"attn_implementation: {value} ignored: packed pairs have their own kernels, see `attention`")
+    notices += _drop_fixed(values, FIXED_IN_PREFERENCE)
+    for key in [f.name for f in fields(DPOConfig) if f.name not in KNOWN and values.get(f.name, ...) == f.default]:
+        notices.append(f"{key}: {values.pop(key)} ignored: it is TRL's default")
+    defaults = {key: value for key, value in trl_defaults(values).items() if key not in values}
+    if defaults:
+        shown = ", ".join(f"{key}: {_short(value)}" for key, value in defaults.items())
+        notices.append(f"left out, so as in TRL's DPOConfig: {shown}")
+    return {**values, **defaults, "objective": objective}, notices
+
+
+KNOWN = {f.name for cls in (PreferenceConfig, DataConfig, ModelConfig) for f in fields(cls)}
+
+
+def trl_defaults(values: Mapping[str, Any]) -> Values:
+    """The defaults of TRL's DPOConfig that differ from those here; prompts are not cut apart from responses."""
+    ours = {f.name: f.default for f in fields(PreferenceConfig)}
+    theirs = {f.name: f.default for f in fields(DPOConfig)} | {"bf16": not values.get("fp16", False)}
+    differing = {key: value for key, value in theirs.items() if key in ours and value != ours[key]}
+    length = values.get("max_length", differing["max_length"])
+    renamed = {RENAMED.get(key, key): value for key, value in differing.items()}
+    return renamed | ({"max_prompt_length": length - 1} if isinstance(length, int) else {})
+
+
+def _drop_fixed(values: Values, fixed: Mapping[str, tuple[Any, str]]) -> list[str]:
+    """Take the keys out that change nothing here; a notice for each that asked for something else."""
+    dropped = {key: values.pop(key) for key in fixed.keys() & values.keys()}
+    return [f"{key}: {_short(dropped[key])} ignored: {fixed[key][1]}" for key in dropped if dropped[key] != fixed[key][0]]
+
+
+def accumulation_notice(values: Mapping[str, Any]) -> str | None:
+    """What a recipe without a global batch has in its place."""
+    if "gradient_accumulation_steps" not in values or "global_batch_size" in values:
+        return None
+    steps, pairs = values["gradient_accumulation_steps"], values.get("per_device_train_batch_size", 8)
+    return f"gradient_accumulation_steps: {steps} read as global_batch_size: {pairs} x {steps} x number of processes"
+
+
+def _mixer(values: Values) -> Values:
+    """`dataset_mixer: {id: share}`, `dataset_splits: [train_x, test_x]`, `dataset_configs: [...]`."""
+    splits = values.pop("dataset_splits", ["train", "test"])
+    configs = values.pop("dataset_configs", [None] * len(values["dataset_mixer"]))
+    train = [split for split in splits if "test" not in split]
+    test = [split for split in splits if "test" in split]
+    if len(train) != 1 or len(test) > 1:
+        raise ValueError(f"dataset_splits are {splits}: expected one for training and one with `test` in its name")
+    common = {"split": train[0]} | ({"test_split": test[0]} if test else {})
+    return {
+        "datasets": [
+            {"path": path} | ({"name": config} if config else {}) | common | {"weight": share}
+            for (path, share), config in zip(values["dataset_mixer"].items(), configs, strict=True)
+        ]
+    }
+
+
+ENTRY = {"id": "path", "config": "name", "split": "split", "columns": "columns", "weight": "weight"}
+MIXTURE = {"test_split_size": "test_split_size", "seed": "mixture_seed"}
+
+
+def _mixture(values: Values) -> Values:
+    """`dataset_mixture: {datasets: [{id, config, split, columns, weight}], test_split_size, seed}`."""
+    mixture = dict(values["dataset_mixture"])
+    entries = [_rename(entry, ENTRY) for entry in mixture.pop("datasets")]
+    return {"datasets": entries} | _rename(mixture, MIXTURE)
+
+
+def _rename(block: Values, names: dict[str, str]) -> Values:
+    unknown = [key for key in block if key not in names]
+    if unknown:
+        raise ValueError(f"unknown keys {', '.join(unknown)}: expected {', '.join(names)}")
+    return {names[key]: value for key, value in block.items() if value is not None}
+
+
+def _short(value: Any) -> str:
+    text = "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+    return text if len(text) <= 160 else text[:157] + "..."
