@@ -148,22 +148,19 @@ def translate_objective(values: Values, file: str) -> tuple[Values, list[str]]:
     name = LOSSES[loss or "sigmoid"]
     names = {key: str(values[key]) for key in ("output_dir", "run_name", "hub_model_id") if values.get(key)}
     names["the path"] = file.removesuffix("rmipo.yaml")  # the preference stage of every setting here
-    named = {
-        match.replace("_", "-"): f"{key} ({text})"
-        for key, text in names.items()
-        for match in NAMED.findall(text.lower())
-    }
+    named = {key: {match.replace("_", "-") for match in NAMED.findall(text.lower())} for key, text in names.items()}
     if name == "dpo":
         name = "epsilon-dpo" if "epsilon" in values else name
-        name = ("simper" if "simper" in named else "simpo") if "gamma_beta_ratio" in values else name
-    others = named.keys() - ({"dpo"} if loss else set())  # IPO is a loss_type of DPO recipes
-    if others and name not in named:
-        method = sorted(others)[0]
-        block = f"objective: {{name: {method}, ...}}" if method in OBJECTIVES else f"one of {', '.join(OBJECTIVES)}"
-        raise ValueError(
-            f"its keys are those of {name}, but {named[method]} names {method}. Write the objective block of the method "
-            f"that is meant: {block}"
-        )
+        name = ("simper" if "simper" in set().union(*named.values()) else "simpo") if "gamma_beta_ratio" in values else name
+    for key, methods in named.items():
+        others = methods - ({"dpo"} if loss else set())  # IPO is a loss_type of DPO recipes
+        if others and name not in methods:
+            other = min(others)
+            block = f"objective: {{name: {other}, ...}}" if other in OBJECTIVES else f"one of {', '.join(OBJECTIVES)}"
+            raise ValueError(
+                f"its keys are those of {name}, but {key} ({names[key]}) names {other}. Write the objective block of the "
+                f"method that is meant: {block}"
+            )
     method = METHODS[name]
     try:
         objective = {"name": name, **method.block(values)}

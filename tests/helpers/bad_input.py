@@ -1,6 +1,6 @@
 """The table of bad inputs: each is given to the program that a user would give it to, and what that says is recorded.
 
-tests/test_bad_input.py runs it; docs/RELIABILITY.md shows it.
+tests/test_bad_input.py runs it; docs/BAD_INPUT.md shows it.
 """
 
 import contextlib
@@ -243,6 +243,15 @@ CASES = [
     recipe_case("--push_to_hub", "push_to_hub needs hub_model_id", "such as name/llama3-8b-rmipo"),
     recipe_case("--hub_token=x", "can't be set", "`hf auth login` or set HF_TOKEN"),
     recipe_case("--run_name=hf_" + "a1B2" * 8, "looks like an access token"),
+    recipe_case("--hub_strategy=every_save", "it has no effect", "uploaded once", "Remove it"),
+    recipe_case("--dataloader_drop_last", "it has no effect", "takes the pairs that are left", "Remove it"),
+    recipe_case("--lora_r=8", "lora_r: no effect without use_peft: true"),
+    recipe_case("--bnb_4bit_quant_type=fp4", "bnb_4bit_quant_type: no effect without load_in_4bit: true"),
+    recipe_case("--resume_from_checkpoint=x", "can't be set", "goes on from its last complete checkpoint"),
+    recipe_case("--parallelism_config={tp_size: 2}", "can't be set", "SHARDING"),
+    recipe_case("--test_split_size=1.0", "test_split_size is 1.0", "a share between 0 and 1, or a whole number of rows"),
+    recipe_case("--test_split_size=-0.1", "test_split_size is -0.1", "expected a share between 0 and 1"),
+    recipe_case("--mixture_seed=-1", "mixture_seed is -1", "expected at least 0"),
     recipe_case("learning_rate=1", "is no override", "expected --key value or --key=value"),
     recipe_case("--chat_template=zephyr", "'zephyr'", "the path of a .jinja file"),
     recipe_case("--chat_template=none.jinja", "'none.jinja'", "no such file"),
@@ -270,6 +279,41 @@ CASES = [
         ("expected a recipe of stage sft", "found one of stage preference", "scripts/preference.py trains it"),
     ),
     file_case("a key set twice in the file", "seed: 1\nseed: 2\n", "seed is set twice", "line 1", "line 2"),
+    file_case("a chat template without quotes", "chat_template: {{ bos_token }}\n", "line 1", "needs quotes"),
+    file_case("a number as a key", "seed: 1\n1: 2\n", "line 2 has the key 1", "expected text"),
+    file_case("a tab", "seed:\t1\n\tdtype: float32\n", "is not a valid recipe", "line 1"),
+    file_case("an anchor set twice", "seed: &a 1\nmax_steps: &a 2\n", "found duplicate anchor"),
+    file_case("an anchor that holds itself", "seed: &a [*a]\n", "is not a valid recipe"),
+    file_case("a base that is not there", "base: none.yaml\n", "none.yaml: cannot be read", "No such file"),
+    BadInput(
+        "recipe",
+        "an overlay whose per_setting is no block",
+        lambda b: b.train(overlay=b.write("odd.yaml", "per_setting: 3\n")),
+        ("per_setting is 3", "expected a block for each setting"),
+    ),
+    file_case(
+        "handbook: ORPO's keys are DPO's",
+        HANDBOOK | {"output_dir": "data/zephyr-orpo"},
+        "its keys are those of dpo",
+        "output_dir (data/zephyr-orpo) names orpo",
+        "Write the objective block",
+    ),
+    file_case(
+        "handbook: KTO, by the name of the run alone",
+        HANDBOOK | {"run_name": "zephyr-kto"},
+        "run_name (zephyr-kto) names kto",
+        "objective: {name: kto, ...}",
+    ),
+    file_case(
+        "handbook: a key of TRL that is not read here",
+        HANDBOOK | {"label_smoothing": 0.1},
+        "label_smoothing is not a key of recipes",
+    ),
+    file_case(
+        "a recipe of alpha-DPO without alpha",
+        HANDBOOK | {"loss_type": "alpha-dpo", "gamma_beta_ratio": 0.6},
+        "read as a recipe of alpha-dpo, it needs beta, gamma_beta_ratio, alpha",
+    ),
     file_case("a list instead of keys", "- a\n", "holds list", "expected `key: value` lines"),
     file_case("not YAML", "a: [1\n", "is not a valid recipe"),
     file_case("a YAML tag that runs code", "a: !!python/object/apply:os.system [x]\n", "is not a valid recipe"),
@@ -422,6 +466,13 @@ CASES = [
              ("datasets[0]: unknown keys wieght", "known: columns")),
     BadInput("data", "a mixture entry without a path", lambda b: b.train('--datasets=[{split: train}]'),
              ("datasets[0]: `path` is missing (a hub id, folder or file)",)),
+    BadInput("data", "shares out of their range",
+             lambda b: b.train("--datasets=[{path: a/b, weight: 1.5}, {path: c/d, weight: 0}, {path: e/f, weight: x}]"),
+             ("3 problems", "datasets[0].weight is 1.5: expected above 0, at most 1", "datasets[1].weight is 0",
+              "datasets[2].weight is 'x': expected a number")),
+    BadInput("data", "shares of a mixture out of their range",
+             lambda b: b.train("--datasets=[{path: a/b, fraction: 0}, {path: c/d, fraction: -1}]"),
+             ("2 problems", "datasets[0].fraction is 0: expected above 0", "datasets[1].fraction is -1")),
     BadInput("data", "shares for some datasets only",
              lambda b: b.train('--datasets=[{path: a/b, fraction: 0.5}, {path: c/d}]'),
              ("`fraction` must be set for every dataset of the mixture or for none",)),
