@@ -151,7 +151,11 @@ def translate_objective(values: Values, file: str) -> tuple[Values, list[str]]:
     named = {key: {match.replace("_", "-") for match in NAMED.findall(text.lower())} for key, text in names.items()}
     if name == "dpo":
         name = "epsilon-dpo" if "epsilon" in values else name
-        name = ("simper" if "simper" in set().union(*named.values()) else "simpo") if "gamma_beta_ratio" in values else name
+        name = (
+            ("simper" if "simper" in set().union(*named.values()) else "simpo")
+            if "gamma_beta_ratio" in values
+            else name
+        )
     for key, methods in named.items():
         others = methods - ({"dpo"} if loss else set())  # IPO is a loss_type of DPO recipes
         if others and name not in methods:
@@ -166,10 +170,14 @@ def translate_objective(values: Values, file: str) -> tuple[Values, list[str]]:
         objective = {"name": name, **method.block(values)}
     except (KeyError, TypeError) as error:
         raise ValueError(f"read as a recipe of {name}, it needs {', '.join(method.keys)}: {error}") from error
-    read = ([] if given is None else [f"loss_type: {given}"]) + [f"{k}: {values[k]}" for k in method.keys if k in values]
+    read = ([] if given is None else [f"loss_type: {given}"]) + [
+        f"{k}: {values[k]}" for k in method.keys if k in values
+    ]
     why = "" if loss else ", assumed as there is no loss_type"
     notices = [f"{', '.join(read) or 'no beta'} read as objective: {_short(objective)}{why}"]
-    notices += [f"{key}: {values[key]} ignored: the code of {name} doesn't read it" for key in method.unread if key in values]
+    notices += [
+        f"{key}: {values[key]} ignored: the code of {name} doesn't read it" for key in method.unread if key in values
+    ]
     values = {key: value for key, value in values.items() if key not in method.keys + method.unread}
     if "attn_implementation" in values:
         value = values.pop("attn_implementation")
@@ -200,7 +208,9 @@ def trl_defaults(values: Mapping[str, Any]) -> Values:
 def _drop_fixed(values: Values, fixed: Mapping[str, tuple[Any, str]]) -> list[str]:
     """Take the keys out that change nothing here; a notice for each that asked for something else."""
     dropped = {key: values.pop(key) for key in fixed.keys() & values.keys()}
-    return [f"{key}: {_short(dropped[key])} ignored: {fixed[key][1]}" for key in dropped if dropped[key] != fixed[key][0]]
+    return [
+        f"{key}: {_short(dropped[key])} ignored: {fixed[key][1]}" for key in dropped if dropped[key] != fixed[key][0]
+    ]
 
 
 def accumulation_notice(values: Mapping[str, Any]) -> str | None:

@@ -2,7 +2,7 @@
 
 import typing
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
 import trl
@@ -54,7 +54,7 @@ class Source:
     revision: str | None = None
     split: str | None = _option(None, "dataset_train_split if null.")
     test_split: str | None = _option(None, "dataset_test_split if null.")
-    columns: list[str] | None = _option(None, "Leave out all others.")
+    columns: list[str] | None = None  # all others are left out
     fraction: float | None = _option(None, "Share of the mixture.")
     weight: float | None = _option(None, "Share of this dataset's rows that is taken.")
 

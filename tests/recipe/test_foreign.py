@@ -134,7 +134,9 @@ COMMON = {
 }
 MIXTURE = {
     "dataset_mixture": {
-        "datasets": [{"id": "some/mix", "config": "Preference", "split": "a_no_think", "columns": ["chosen"], "weight": 0.5}],
+        "datasets": [
+            {"id": "some/mix", "config": "Preference", "split": "a_no_think", "columns": ["chosen"], "weight": 0.5}
+        ],
         "seed": 0,
     },
     "dataset_mixer": None,
@@ -158,8 +160,10 @@ RMIPO = {"beta": 2.0, "gamma_beta_ratio": 0.1, "loss_type": "rmipo", "output_dir
 ORPO = {"beta": 0.05, "save_strategy": "no", "warmup_ratio": None, "warmup_steps": 100}
 
 
-def published(write, changes, path="dpo/config_full.yaml"):
-    return write(path, {key: value for key, value in (COMMON | changes).items() if value is not None or key == "torch_dtype"})
+def published(write, changes, path="configs/config_full.yaml"):
+    return write(
+        path, {key: value for key, value in (COMMON | changes).items() if value is not None or key == "torch_dtype"}
+    )
 
 
 @pytest.mark.parametrize(
@@ -205,7 +209,11 @@ def test_published_preference_recipes_are_read(write, changes, objective, notice
 @pytest.mark.parametrize(
     ("changes", "path", "message"),
     [
-        (ORPO | {"output_dir": "data/zephyr-orpo-141b-A35b"}, "x/config.yaml", "output_dir (data/zephyr-orpo-141b-A35b) names orpo"),
+        (
+            ORPO | {"output_dir": "data/zephyr-orpo-141b-A35b"},
+            "x/config.yaml",
+            "output_dir (data/zephyr-orpo-141b-A35b) names orpo",
+        ),
         (ORPO | {"run_name": "capybara-ORPO"}, "x/config.yaml", "run_name (capybara-ORPO) names orpo"),
         (ORPO | {"hub_model_id": "me/zephyr_orpo"}, "x/config.yaml", "hub_model_id (me/zephyr_orpo) names orpo"),
         (ORPO, "orpo/config_full.yaml", "the path (mine/orpo/config_full.yaml) names orpo"),
@@ -215,7 +223,11 @@ def test_published_preference_recipes_are_read(write, changes, objective, notice
         ({"beta": 0.1, "loss_type": "kto_pair"}, "dpo/config.yaml", "loss_type: 'kto_pair' has no translation"),
         (MIXTURE | {"beta": 0.05, "loss_type": "apo_zero"}, "dpo/apo.yaml", "loss_type: 'apo_zero' has no translation"),
         (SIMPO | {"loss_type": "hinge"}, "x/config.yaml", "loss_type: 'hinge' has no translation"),
-        (ALPHA | {"alpha": None}, "x/config.yaml", "read as a recipe of alpha-dpo, it needs beta, gamma_beta_ratio, alpha"),
+        (
+            ALPHA | {"alpha": None},
+            "x/config.yaml",
+            "read as a recipe of alpha-dpo, it needs beta, gamma_beta_ratio, alpha",
+        ),
         ({"beta": 0.1, "desirable_weight": 1.0}, "x/config.yaml", "desirable_weight belongs in the objective block"),
         ({"beta": 0.1, "label_smoothing": 0.1}, "x/config.yaml", "label_smoothing is not a key of recipes"),
         ({"beta": 0.1, "sync_ref_model": True}, "x/config.yaml", "sync_ref_model is not a key of recipes"),
@@ -230,14 +242,22 @@ def test_published_recipes_of_other_methods_are_refused(write, changes, path, me
     ("changes", "expected"),
     [
         (SFT, {"max_length": 2048}),
-        (SFT | {"dataset_splits": ["train"], "dataset_configs": ["tiny"]}, {"max_length": 2048}),  # continued pretraining
+        (
+            SFT | {"dataset_splits": ["train"], "dataset_configs": ["tiny"]},
+            {"max_length": 2048},
+        ),  # continued pretraining
         (SFT | {"packing": True, "dataset_kwargs": {"skip_prepare_dataset": False}}, {"packing": True}),
         (SFT | {"use_peft": True, "load_in_4bit": True, "lora_r": 16, "lora_alpha": 16}, {"lora_r": 16}),
         (
-            SFT | MIXTURE | {"assistant_only_loss": True, "packing": True, "use_liger_kernel": True, "max_grad_norm": 0.2},
+            SFT
+            | MIXTURE
+            | {"assistant_only_loss": True, "packing": True, "use_liger_kernel": True, "max_grad_norm": 0.2},
             {"assistant_only_loss": True},
         ),
-        (SFT | {"neftune_noise_alpha": 5, "hub_strategy": "every_save", "trust_remote_code": True}, {"neftune_noise_alpha": 5}),
+        (
+            SFT | {"neftune_noise_alpha": 5, "hub_strategy": "every_save", "trust_remote_code": True},
+            {"neftune_noise_alpha": 5},
+        ),
     ],
 )
 def test_published_sft_recipes_are_read(write, changes, expected):

@@ -81,7 +81,9 @@ def test_overlay_has_values_of_its_own_for_a_setting(write, recipe):
 
 @pytest.mark.parametrize("text", ["per_setting:\n", "per_setting: {mine: }\n", "per_setting: {}\n"])
 def test_empty_per_setting_changes_nothing(write, recipe, text):
-    assert load_recipe(recipe, [write("empty.yaml", text + "seed: 7\n")]).values == load_recipe(recipe).values | {"seed": 7}
+    assert load_recipe(recipe, [write("empty.yaml", text + "seed: 7\n")]).values == load_recipe(recipe).values | {
+        "seed": 7
+    }
 
 
 @pytest.mark.parametrize("text", ["per_setting: 3\n", "per_setting: {mine: 3}\n", "per_setting: [mine]\n"])
@@ -190,7 +192,10 @@ def test_numbers_without_a_dot_and_dates_are_read_as_meant(write):
         ("--bf16_full_eval", "an evaluation runs in the precision of the training. Remove it"),
         ("--lora_r=8", "lora_r: no effect without use_peft: true"),
         ("--use_bnb_nested_quant", "use_bnb_nested_quant: no effect without load_in_4bit: true"),
-        ("--test_split_size=1.0", "test_split_size is 1.0: expected a share between 0 and 1, or a whole number of rows"),
+        (
+            "--test_split_size=1.0",
+            "test_split_size is 1.0: expected a share between 0 and 1, or a whole number of rows",
+        ),
         ("--test_split_size=-0.1", "test_split_size is -0.1: expected a share"),
         ("--test_split_size=0", "test_split_size is 0: expected a share"),
         ("--mixture_seed=-1", "mixture_seed is -1: expected at least 0"),
