@@ -98,7 +98,7 @@ def test_settings_are_read_as_recipes_are(tmp_path, monkeypatch):
         path.write_text(text)
         with pytest.raises(EvaluationError, match=message):
             load_settings(path, [])
-    with pytest.raises(EvaluationError, match="--set hh.x=1: hh is 3, no block"):
+    with pytest.raises(EvaluationError, match="hh is 3, no block"):
         path.write_text("hh: 3\n")
         load_settings(path, ["hh.x=1"])
 
