@@ -7,9 +7,9 @@ from dataclasses import asdict, fields, replace
 
 import pytest
 import torch
-import yaml
 
 from rmipo.objectives import OBJECTIVES, ObjectiveOutput, PairScores, build_objective
+from rmipo.recipe.files import merge, read_layers
 from tests.helpers.paths import ROOT
 from tests.references import losses as reference
 from tests.references.losses import Response
@@ -635,7 +635,10 @@ RECIPES = ROOT / "recipes"
 
 
 def read_recipe(path: str) -> dict:
-    return yaml.safe_load((RECIPES / path).read_text())
+    values = {}
+    for _, layer in read_layers(RECIPES / path):
+        values = merge(values, layer)
+    return values
 
 
 @pytest.mark.parametrize("name", [name for name in OBJECTIVES if name != "rmipo"])
