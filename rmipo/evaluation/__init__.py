@@ -1,6 +1,6 @@
 """Benchmarks, each a thin adapter to the field's own package. The registry is light: importing it loads no library."""
 
-from rmipo.evaluation import alpaca, hh, leaderboard, mtbench
+from rmipo.evaluation import alpaca, hh, leaderboard, mtbench, reward
 from rmipo.evaluation.benchmark import Benchmark
 
 BENCHMARKS: dict[str, Benchmark] = {
@@ -10,6 +10,7 @@ BENCHMARKS: dict[str, Benchmark] = {
         mtbench.BENCHMARK,
         leaderboard.BENCHMARK,
         hh.BENCHMARK,
+        reward.BENCHMARK,
     )
 }
 

@@ -21,7 +21,13 @@ def test_a_metric_belongs_to_one_benchmark():
 
 
 def test_settings_that_are_compared_exist():
-    recorded = {"judge_endpoint", "judge_sha256", "reference_sha256", "pairs_sha256"}  # added to a result by `run`
+    recorded = {
+        "judge_endpoint",
+        "judge_sha256",
+        "reference_sha256",
+        "pairs_sha256",
+        "model_fingerprint",
+    }  # added to a result by `run`
     for benchmark in BENCHMARKS.values():
         named = {*benchmark.same, *benchmark.same_per_model, *benchmark.trial, *benchmark.paper}
         assert {name.partition(".")[0] for name in named} <= benchmark.defaults.keys() | recorded, benchmark.name

@@ -1,0 +1,128 @@
+"""Win rates by a reward model that the test makes, against scoring every dialogue on its own."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
+
+from rmipo.errors import EvaluationError
+from rmipo.evaluation import reward
+from rmipo.evaluation.statistics import bootstrap, standard_error, wins
+from rmipo.generation.reward_model import RewardModel, RewardModelError
+from tests.helpers.tiny_model import write_model
+
+PROMPTS = 12
+GENERATION = {"dtype": "float32", "engine": "transformers", "max_new_tokens": 8, "temperature": 1.0}
+
+
+def write_reward_model(folder: Path, seed: int = 0, **config) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    write_model(folder)
+    for weights in folder.glob("*.safetensors"):
+        weights.unlink()
+    torch.manual_seed(seed)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = {"vocab_size": 25, "max_position_embeddings": 128, "num_labels": 1, "pad_token_id": None} | sizes | config
+    LlamaForSequenceClassification(LlamaConfig(**config)).save_pretrained(folder)
+
+
+def reward_alone(folder: Path, prompt: str, answer: str) -> float:
+    """One dialogue without padding: the score at its last token."""
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), LlamaForSequenceClassification.from_pretrained(folder)
+    model.config.pad_token_id = None  # else the score would be that of the last other token
+    words = ["<s>", "<user>", *prompt.split(), "<assistant>", *answer.split(), "</s>"]
+    with torch.no_grad():
+        return model(torch.tensor([tokenizer.convert_tokens_to_ids(words)])).logits.item()
+
+
+@pytest.fixture
+def outputs(tmp_path) -> Path:
+    for seed, method in enumerate(("initial", "dpo", "rmipo")):
+        (tmp_path / method).mkdir()
+        write_model(tmp_path / method, seed)
+    write_reward_model(tmp_path / "scorer/model")
+    rows = [{"instruction": f"w{i} w{(2 * i) % 20}", "output": "w1"} for i in range(PROMPTS)]
+    (tmp_path / "prompts.json").write_text(json.dumps(rows))
+    return tmp_path
+
+
+def evaluate(outputs: Path, method: str, **changes) -> dict:
+    settings = {"generation": GENERATION, "model": str(outputs / "scorer/model"), "dtype": "float32", "batch_size": 5}
+    settings["reference"] = str(outputs / "prompts.json")
+    return reward.run(outputs / method, outputs / method / "eval", settings | changes)
+
+
+def test_win_rates_against_scoring_one_by_one(outputs):
+    alone = evaluate(outputs, "initial")["metrics"]
+    assert not any(name.startswith("reward_wr") for name in alone)  # nobody else has answered
+    evaluate(outputs, "dpo")
+    metrics = evaluate(outputs, "rmipo")["metrics"]
+    rewards = {}
+    for method in ("initial", "dpo", "rmipo"):
+        (file,) = (outputs / method / "eval/answers").glob("*.jsonl")
+        answers = [json.loads(line)["output"] for line in file.read_text().splitlines()[1:]]
+        prompts = [row["instruction"] for row in json.loads((outputs / "prompts.json").read_text())]
+        rewards[method] = [reward_alone(outputs / "scorer/model", p, a) for p, a in zip(prompts, answers, strict=True)]
+    assert metrics["reward"] == pytest.approx(sum(rewards["rmipo"]) / PROMPTS, abs=1e-6)
+    assert alone["reward"] == pytest.approx(sum(rewards["initial"]) / PROMPTS, abs=1e-6)
+    for other in ("initial", "dpo"):
+        won = sum(a > b for a, b in zip(rewards["rmipo"], rewards[other], strict=True))
+        tied = sum(a == b for a, b in zip(rewards["rmipo"], rewards[other], strict=True))
+        key = f"reward_wr_vs_{other}"
+        assert metrics[key] == pytest.approx(100 * (won + tied / 2) / PROMPTS)
+        assert metrics[f"{key}_low"] <= metrics[key] <= metrics[f"{key}_high"]
+    assert 0 < metrics["reward_wr_vs_dpo"] < 100
+    assert evaluate(outputs, "rmipo")["metrics"] == metrics  # deterministic
+
+
+def test_rewards_are_not_taken_from_another_reward_model(outputs):
+    first = evaluate(outputs, "rmipo")
+    write_reward_model(outputs / "scorer/model", seed=1)
+    second = evaluate(outputs, "rmipo")
+    assert first["metrics"]["reward"] != second["metrics"]["reward"]
+    assert first["settings"]["model_fingerprint"] != second["settings"]["model_fingerprint"]
+
+
+def test_unfinished_answers_of_others_are_left_out(outputs):
+    evaluate(outputs, "dpo")
+    (file,) = (outputs / "dpo/eval/answers").glob("*.jsonl")
+    file.write_text("".join(file.read_text().splitlines(keepends=True)[:5]))
+    assert not any("dpo" in name for name in evaluate(outputs, "rmipo")["metrics"])
+
+
+@pytest.mark.parametrize(
+    ("pad", "words"), [(None, ["w1 w2 w3", "w4", "w5 w6 w7 w8 w9"]), (1, ["w1 </s>", "w2 w3 w4 </s> </s>", "w5"])]
+)
+def test_padding_changes_no_reward(tmp_path, pad, words):
+    """Also where the config has no pad token, and where answers end in the token that it names."""
+    write_reward_model(tmp_path / "model", pad_token_id=pad)
+    dialogues = [[{"role": "user", "content": "w0"}, {"role": "assistant", "content": text}] for text in words]
+    found = dict(RewardModel(str(tmp_path / "model"), "float32", batch_size=3).score(dialogues))
+    expected = [reward_alone(tmp_path / "model", "w0", text) for text in words]
+    assert [found[i] for i in range(3)] == pytest.approx(expected, abs=1e-6)
+    assert len(set(found.values())) == 3
+
+
+def test_wrong_input(outputs, tmp_path):
+    with pytest.raises(EvaluationError, match="reward: no reward model; name one"):
+        evaluate(outputs, "rmipo", model=None)
+    write_reward_model(tmp_path / "two", num_labels=2)
+    with pytest.raises(RewardModelError, match="2 outputs, expected 1"):
+        evaluate(outputs, "rmipo", model=str(tmp_path / "two"))
+    write_reward_model(tmp_path / "short", max_position_embeddings=8)
+    with pytest.raises(RewardModelError, match="its context is 8"):
+        evaluate(outputs, "rmipo", model=str(tmp_path / "short"))
+
+
+def test_statistics_by_hand():
+    assert wins([3.0, 1.0, 2.0], [1.0, 3.0, 2.0]).tolist() == [1.0, 0.0, 0.5]
+    assert standard_error([1.0, 2.0, 3.0, 6.0]) == pytest.approx((14 / 3) ** 0.5 / 2)
+    values = np.repeat([0.0, 1.0], [30, 70])
+    interval = bootstrap(values)
+    # The mean of 100 draws with p = 0.7: standard error 0.0458, 95% of it within 1.96 of these.
+    assert interval.mean == 0.7 and interval.standard_error == pytest.approx(0.0458, abs=0.002)
+    assert (interval.low, interval.high) == pytest.approx((0.61, 0.79), abs=0.011)
+    assert bootstrap(values) == interval
