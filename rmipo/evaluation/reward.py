@@ -9,10 +9,11 @@ from pathlib import Path
 import numpy as np
 
 from rmipo.errors import EvaluationError
-from rmipo.evaluation.alpaca import load_reference, sha256
+from rmipo.evaluation.alpaca import load_reference
 from rmipo.evaluation.benchmark import Benchmark, Metric
 from rmipo.evaluation.statistics import bootstrap, standard_error, wins
 from rmipo.files import write_atomically
+from rmipo.fingerprints import json_fingerprint, model_fingerprint, text_fingerprint
 from rmipo.recipe.settings import merge_settings
 from rmipo.record import package_versions
 
@@ -38,8 +39,6 @@ def run(model_dir: str | Path, output_dir: str | Path, settings: dict) -> dict:
     can't be used.
     """
     from rmipo.generation.answers import Generator, Request, check_settings
-    from rmipo.recipe.schema import ModelConfig
-    from rmipo.training.loading import initial_fingerprint
 
     settings = merge_settings("reward", DEFAULTS, settings)
     settings["generation"] = check_settings(settings["generation"])
@@ -47,7 +46,12 @@ def run(model_dir: str | Path, output_dir: str | Path, settings: dict) -> dict:
         raise EvaluationError(
             "reward: no reward model; name one, e.g. --set reward.model=Skywork/Skywork-Reward-V2-Llama-3.1-8B"
         )
-    scorer = {"model": settings["model"], "fingerprint": initial_fingerprint(ModelConfig(settings["model"]))}
+    try:
+        scorer = {"model": settings["model"], "fingerprint": model_fingerprint(settings["model"])}
+    except (OSError, ValueError) as error:
+        raise EvaluationError(
+            f"reward.model: {settings['model']} is neither a folder nor reachable on the hub"
+        ) from error
     reference, reference_path = load_reference(settings["reference"])
     prompts = [row["instruction"] for row in reference[: settings["first_n"]]]
     requests = [Request(str(i), [{"role": "user", "content": prompt}]) for i, prompt in enumerate(prompts)]
@@ -79,7 +83,7 @@ def run(model_dir: str | Path, output_dir: str | Path, settings: dict) -> dict:
     settings |= {
         "generation": generator.settings,
         "model_fingerprint": scorer["fingerprint"],
-        "reference_sha256": sha256(reference_path.read_bytes())[:16],
+        "reference_sha256": text_fingerprint(reference_path.read_bytes()),
     }
     versions = generator.versions | package_versions("transformers", "torch")
     return {"metrics": metrics, "versions": versions, "settings": settings, "fingerprint": generator.fingerprint}
@@ -104,8 +108,8 @@ class Scores:
 
         answers = read_answers(file)[1]
         texts = [answers[str(i)]["output"] for i in range(len(self.prompts))]
-        identity = self.scorer | {"answers": sha256(file.read_bytes())}
-        kept = file.with_name(f"{file.stem}.rewards-{sha256(json.dumps(self.scorer).encode())[:8]}.json")
+        identity = self.scorer | {"answers": text_fingerprint(file.read_bytes())}
+        kept = file.with_name(f"{file.stem}.rewards-{json_fingerprint(self.scorer)[:8]}.json")
         found = json.loads(kept.read_text()) if kept.is_file() else None
         if found is None or found["identity"] != identity:
             self.model = self.model or RewardModel(

@@ -109,6 +109,8 @@ def test_padding_changes_no_reward(tmp_path, pad, words):
 def test_wrong_input(outputs, tmp_path):
     with pytest.raises(EvaluationError, match="reward: no reward model; name one"):
         evaluate(outputs, "rmipo", model=None)
+    with pytest.raises(EvaluationError, match=r"reward\.model: no/such is neither a folder nor reachable"):
+        evaluate(outputs, "rmipo", model="no/such")
     write_reward_model(tmp_path / "two", num_labels=2)
     with pytest.raises(RewardModelError, match="2 outputs, expected 1"):
         evaluate(outputs, "rmipo", model=str(tmp_path / "two"))
