@@ -1,12 +1,15 @@
 """Draw one of the paper's figures from run folders, result files and saved models.
 
     make figure N=7 MODEL=llama3-8b-instruct
-    python scripts/figure.py --number 2 --model tiny --metric eval_common/acc_avg_logp
+    make figure N=2 MODEL=tiny METRIC=eval_common/acc_avg_logp
+    make figure N=8 MODEL=smollm2-135m-instruct METHOD=initial DATA=<pairs>
 
 2 sensitivity to beta and gamma      3 log-likelihood and PMI differences on HH     5 HH win rates
-6 density of reward differences      7 cost, margin, win rate                       8 gamma: schedule and density
+6 density of reward differences      7 cost, margin, win rate                       8 delta_pmi and gamma, three readings
 
-Writes PNG and PDF to <outputs>/reports/. Figures 6 and 8 score pairs with the trained models; scores are kept.
+Writes PNG and PDF to <outputs>/reports/, and for Figure 8 a table (printed, and as CSV). Figures 6 and 8 score pairs with
+the trained models; scores are kept. Figure 8 also takes any model (METHOD=initial: the setting's model before training;
+or MODEL=<folder or hub id>) and any pairs (DATA).
 """
 
 import argparse
@@ -16,9 +19,17 @@ import sys
 from pathlib import Path
 
 from rmipo.cli import program
-from rmipo.reporting import figures, figures_pairs, figures_runs, sensitivity
+from rmipo.reporting import figures, figures_runs, sensitivity
 from rmipo.reporting.figures import method_label
-from rmipo.reporting.results import PAPER_MODELS, ReportError, load_run, model_label, train_command
+from rmipo.reporting.results import (
+    PAPER_MODELS,
+    RECIPES,
+    ReportError,
+    Run,
+    load_run,
+    model_label,
+    train_command,
+)
 
 NUMBERS = (2, 3, 5, 6, 7, 8)
 ONE_METHOD = (3, 8)
@@ -28,11 +39,13 @@ FIGURE6_METHODS = ("simpo", "simper", "rmipo")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--number", type=int, default=os.environ.get("N") or None, help=f"one of {NUMBERS}")
-    parser.add_argument("--model", default=os.environ.get("MODEL"), help="folder below outputs")
+    parser.add_argument("--model", default=os.environ.get("MODEL"), help="folder below outputs; figure 8: any model's")
     parser.add_argument("--method", default=os.environ.get("METHOD"), help="figure 3: initial; figure 8: rmipo")
     parser.add_argument(
-        "--metric", default=os.environ.get("METRIC", "mt_bench"), help="figure 2: evaluation or log key"
+        "--metric", default=os.environ.get("METRIC") or None, help="figure 2: evaluation or log key; default mt_bench"
     )
+    parser.add_argument("--data", default=os.environ.get("DATA") or None, help="figure 8: other pairs than the run's")
+    parser.add_argument("--split", choices=["train", "test"], default="train", help="figure 8: of these pairs")
     parser.add_argument("--max_pairs", type=int, default=4000, help="figures 6 and 8: pairs scored per model")
     parser.add_argument("--outputs", type=Path, default=Path("outputs"), help="where the runs are")
     args = parser.parse_args(sys.argv[1:] or shlex.split(os.environ.get("ARGS", "")))
@@ -45,55 +58,100 @@ def main() -> None:
         raise ReportError(
             f"figure {args.number} compares methods; METHOD={args.method} is for figures {ONE_METHOD}: leave it out"
         )
+    for option, number in (("metric", 2), ("data", 8)):
+        if getattr(args, option) and args.number != number:
+            raise ReportError(f"{option.upper()} is for figure {number}, and this is figure {args.number}: leave it out")
     figure = draw(args)
-    name = "-".join([f"figure{args.number}", args.model, *([args.method.replace("/", "-")] if args.method else [])])
-    for file in figures.save(figure, args.outputs / "reports" / f"{name}.png"):
+    for file in figures.save(figure, report_file(args, ".png")):
         print(f"Written to {file}")
 
 
+def report_file(args: argparse.Namespace, suffix: str) -> Path:
+    """A file of its own for each model, method, metric and data."""
+    parts = [Path(args.model).name, args.method, args.metric, args.data and Path(args.data).name]
+    name = "-".join([f"figure{args.number}", *(part.replace("/", "-") for part in parts if part)])
+    return args.outputs / "reports" / f"{name}{suffix}"
+
+
 def draw(args: argparse.Namespace) -> figures.Figure:
-    outputs, model, label = args.outputs, args.model, model_label(args.model)
+    outputs, model = args.outputs, args.model
     if args.number == 2:
-        return sensitivity.figure2(outputs, model, args.metric)
+        return sensitivity.figure2(outputs, model, args.metric or "mt_bench")
     if args.number == 5:
         return figures_runs.figure5(outputs, model)
     if args.number == 7:
         return figures_runs.figure7(outputs, model)
+    return {3: draw3, 6: draw6, 8: draw8}[args.number](args)
 
-    from rmipo.reporting import pair_scores  # brings in torch and transformers
 
-    if args.number == 3:
-        method = args.method or "initial"
-        return figures_pairs.figure3(pair_scores.hh_signals(outputs, model, method), f"{label} {method_label(method)}")
-    if args.number == 6:
-        runs = {method: finished_run(outputs, model, method) for method in FIGURE6_METHODS}
-        differences = {
-            method: pair_scores.reward_differences(run, "test", args.max_pairs) for method, run in runs.items()
-        }
-        rows = {method: rows for method, (_, rows) in differences.items()}
-        if len({tuple(r) for r in rows.values()}) > 1:
-            raise ReportError(
-                f"figure 6: the {model} runs of {', '.join(rows)} used different pairs; train them on the same"
-            )
-        judged = pair_scores.judge_differences(runs["rmipo"], "test", rows["rmipo"])
-        return figures_pairs.figure6(judged, {method: values for method, (values, _) in differences.items()}, label)
+def draw3(args: argparse.Namespace) -> figures.Figure:
+    from rmipo.reporting import figures_pairs, pair_scores  # bring in torch and transformers
+
+    method = args.method or "initial"
+    signals = pair_scores.hh_signals(args.outputs, args.model, method)
+    return figures_pairs.figure3(signals, f"{model_label(args.model)} {method_label(method)}")
+
+
+def draw6(args: argparse.Namespace) -> figures.Figure:
+    from rmipo.reporting import figures_pairs, pair_scores
+
+    runs = {method: finished_run(args.outputs, args.model, method) for method in FIGURE6_METHODS}
+    differences = {method: pair_scores.reward_differences(run, "test", args.max_pairs) for method, run in runs.items()}
+    rows = {method: rows for method, (_, rows) in differences.items()}
+    if len({tuple(r) for r in rows.values()}) > 1:
+        raise ReportError(
+            f"figure 6: the {args.model} runs of {', '.join(rows)} used different pairs; train them on the same"
+        )
+    judged = pair_scores.judge_differences(runs["rmipo"], "test", rows["rmipo"])
+    values = {method: rewards for method, (rewards, _) in differences.items()}
+    return figures_pairs.figure6(judged, values, model_label(args.model))
+
+
+def draw8(args: argparse.Namespace) -> figures.Figure:
+    """Draws the readings, prints their table and writes it as CSV."""
+    from rmipo.reporting import figures_pairs, pair_scores
+
     method = args.method or "rmipo"
-    run = finished_run(outputs, model, method)
+    run = scored_run(args, method)
+    if args.data:
+        recipe = {key: value for key, value in run.record["recipe"].items() if key not in ("datasets", "test_split_size")}
+        run.record["recipe"] = recipe | {"dataset_name": args.data}
     objective = pair_scores.rmipo_objective(run)
-    gammas = pair_scores.gamma_readings(run, "train", args.max_pairs)
-    pairs = len(next(iter(gammas.values())))
+    readings = pair_scores.gamma_readings(run, args.split, args.max_pairs)
+    table = pair_scores.summarize(readings, objective.gamma_min, objective.gamma_max)
+    print(table.T.to_string(float_format=lambda value: f"{value:z.3f}"))
+    report_file(args, ".csv").parent.mkdir(parents=True, exist_ok=True)
+    table.to_csv(report_file(args, ".csv"), index_label="reading")
+    pairs = len(next(iter(readings.values())).gamma)
+    kind = f"{args.split} pairs" + (f" of {Path(args.data).name}" if args.data else "")
+    policy = "final policy" if (run.folder / "run.json").is_file() else "initial policy"
     return figures_pairs.figure8(
-        gammas,
+        readings,
         objective.gamma_min,
         objective.gamma_max,
-        f"{label} {method_label(method)}: gamma of {pairs} training pairs, final policy",
+        f"{model_label(Path(args.model).name)} {method_label(method)}: {pairs} {kind}, {policy}",
         objective.schedule,
         objective.span,
-        figures_pairs.PAPER_GAMMA_PEAKS.get(model) if method == "rmipo" else None,
+        figures_pairs.PAPER_GAMMA_PEAKS.get(args.model) if method == "rmipo" and not args.data else None,
     )
 
 
-def finished_run(outputs: Path, model: str, method: str):
+def scored_run(args: argparse.Namespace, method: str) -> Run:
+    """What Figure 8 scores with: a finished run, a setting's initial model with its recipe, or any model."""
+    from rmipo.evaluation.target import find_target
+    from rmipo.recipe.load import load_recipe
+    from rmipo.reporting.pair_scores import initial_run
+
+    recipe = RECIPES / args.model / "rmipo.yaml"
+    if method != "initial" and recipe.is_file():
+        return finished_run(args.outputs, args.model, method)
+    if not (args.data or recipe.is_file()):
+        raise ReportError(f"MODEL={args.model} has no recipe that names its pairs: say which, DATA=<folder>")
+    folder = find_target(args.model, method if recipe.is_file() else args.method, args.outputs, []).folder
+    return initial_run(folder, load_recipe(recipe).values if recipe.is_file() else {})
+
+
+def finished_run(outputs: Path, model: str, method: str) -> Run:
     run = load_run(outputs, model, method)
     if run is None or not run.finished:
         raise ReportError(f"{outputs / model / method} holds no finished run: run `{train_command(model, method)}`")

@@ -25,9 +25,9 @@ from rmipo.reporting.figures import (
     panels,
     wasserstein,
 )
+from rmipo.reporting.pair_scores import AT_MAX, AT_MIN, Reading
 
 BEHIND_TEXT = {"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 0.5}
-AT_BOUND = 0.01  # gamma this close to gamma_min counts as at it: the exponential reaches it only in the limit
 PAPER_GAMMA_PEAKS = {"mistral-7b-instruct": 0.4, "llama3-8b-instruct": 1.4}  # App. D, Figure 8 right
 
 
@@ -104,7 +104,7 @@ def figure6(reference: np.ndarray, rewards: dict[str, np.ndarray], title: str, s
 
 @house_style
 def figure8(
-    gammas: dict[str, np.ndarray],
+    readings: dict[str, Reading],
     gamma_min: float,
     gamma_max: float,
     title: str,
@@ -112,25 +112,34 @@ def figure8(
     span: float = 2.0,
     paper_peak: float | None = None,
 ) -> Figure:
-    """Left: gamma over the PMI difference. Right: its empirical distribution, one row for each reading of the formula.
+    """Gamma over Delta_pmi; then the distributions of Delta_pmi and gamma, a row for each reading of the formula.
 
-    The curve is the density of the pairs strictly between the bounds (left scale); the pins are the shares of pairs
-    at the two bounds (right scale), which a density estimate would smear into peaks that aren't there.
+    The curve of gamma is the density of the pairs strictly between the bounds (left scale); the pins are the shares of
+    pairs at the two bounds (right scale), which a density estimate would smear into peaks that aren't there.
 
     Args:
-        gammas: reading -> (pairs,) margins.
-        schedule, span: those of `gammas`, drawn thick.
+        schedule, span: those of `readings`, drawn thick.
     """
-    figure, axes = panels(2, height=1.25, rows=len(gammas), width_ratios=(1, 1.35))
+    figure, axes = panels(3, height=1.25, rows=len(readings), width_ratios=(1, 1, 1.2))
     specs = axes[0].get_gridspec()
-    for axis in axes[0::2]:
+    for axis in axes[0::3]:
         axis.remove()
     draw_schedules(figure.add_subplot(specs[:, 0]), gamma_min, gamma_max, schedule, span)
-    for axis, letter, (reading, values) in zip(axes[1::2], "bcd", gammas.items(), strict=False):
-        draw_gamma(axis, values, gamma_min, gamma_max, paper_peak)
-        panel_letter(axis, letter, f"{reading}: mean {values.mean():.2f}")
-    for axis in axes[1:-1:2]:
+    for signal, gamma, letter, (name, reading) in zip(axes[1::3], axes[2::3], "bcd", readings.items(), strict=False):
+        grid = window([reading.delta_pmi], 0.98)
+        curve = density(reading.delta_pmi, grid)
+        signal.plot(grid, curve, color=BLUE)
+        signal.fill_between(grid, curve, color=BLUE, alpha=0.15, linewidth=0)
+        signal.axvline(0, color=GREY, linewidth=0.8, linestyle="--")
+        signal.set_ylim(0, None)
+        signal.margins(x=0)
+        signal.set_yticks([])
+        panel_letter(signal, letter, name)
+        draw_gamma(gamma, reading.gamma, gamma_min, gamma_max, paper_peak)
+        gamma.set_title(f"mean {reading.gamma.mean():.2f}", loc="right")
+    for axis in axes[2:-1:3]:
         axis.tick_params(labelbottom=False)
+    axes[-2].set_xlabel(r"$\Delta$pmi (nats; per token or summed)")
     axes[-1].set_xlabel(r"$\gamma$" + ("" if paper_peak is None else " (dotted: the paper's peak)"))
     figure.suptitle(title, fontsize=9)
     return figure
@@ -157,7 +166,7 @@ def draw_schedules(axis: Axes, gamma_min: float, gamma_max: float, own: str, spa
 
 
 def draw_gamma(axis: Axes, values: np.ndarray, low: float, high: float, paper_peak: float | None) -> None:
-    at_low, at_high = values <= low + AT_BOUND, values >= high - 1e-6
+    at_low, at_high = values <= low + AT_MIN, values >= high - AT_MAX
     inner = values[~at_low & ~at_high]
     span = high - low
     if len(inner) > 1:

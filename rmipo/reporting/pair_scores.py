@@ -1,9 +1,10 @@
 """Per-pair arrays for Figures 3, 6 and 8: from the HH evaluation's files, or by scoring a run's own preference data."""
 
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 from datasets import Dataset
 
@@ -18,6 +19,8 @@ from rmipo.reporting.results import ReportError, Run, eval_command
 
 SCORE_COLUMNS = ("score_chosen", "score_rejected")
 SUBSET_SEED = 0
+AT_MAX = 1e-6
+AT_MIN = 0.01  # gamma this close counts as at gamma_min: the exponential reaches it only in the limit
 
 
 def hh_signals(outputs: Path, model: str, method: str) -> dict[str, dict[str, np.ndarray]]:
@@ -76,7 +79,7 @@ def run_scores(
     options = {
         "prior_context": prior_context,
         "header_in_response": header_in_response,
-        **{name: recipe[name] for name in ("max_length", "max_prompt_length") if name in recipe},
+        **{name: recipe[name] for name in ("max_length", "max_prompt_length", "dtype") if name in recipe},
     }
     if not has_weights(run.folder):
         raise ReportError(
@@ -85,11 +88,14 @@ def run_scores(
     identity = {
         "pairs": rows_fingerprint(pairs),
         "weights": model_fingerprint(run.folder),
+        "bf16": bool(recipe.get("bf16")),
         **options,
     }
     path = run.folder / "pair_scores" / f"{split}-{json_fingerprint(identity)}.pt"
     if not path.is_file():
-        scores, rows = score_model(run.folder, pairs, description=f"{run.folder.name}, {split} pairs", **options)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        with torch.autocast(device, torch.bfloat16, enabled=bool(recipe.get("bf16"))):  # the arithmetic of the training
+            scores, rows = score_model(run.folder, pairs, description=f"{run.folder.name}, {split} pairs", **options)
         path.parent.mkdir(exist_ok=True)
         torch.save({**scores, "row": torch.tensor(rows)}, path)
     scores = torch.load(path, weights_only=True)
@@ -128,11 +134,20 @@ def reward_differences(run: Run, split: str, max_pairs: int) -> tuple[np.ndarray
     return (chosen - rejected).numpy(), rows
 
 
-def gamma_readings(run: Run, split: str, max_pairs: int) -> dict[str, np.ndarray]:
+@dataclass(frozen=True)
+class Reading:
+    """What one reading of the formula makes of a run's pairs: arrays (pairs,). `length_difference`: tokens, y_w - y_l."""
+
+    delta_pmi: np.ndarray
+    gamma: np.ndarray
+    length_difference: np.ndarray
+
+
+def gamma_readings(run: Run, split: str, max_pairs: int) -> dict[str, Reading]:
     """Figure 8: margins of a run's pairs under its final policy, by three readings of the formula.
 
     Bounds, schedule and what the prior of the first two is conditioned on are the run's; the rest is what each reading
-    says, since the paper doesn't (docs/FIDELITY.md). "as trained" marks the reading of the run itself.
+    says, since the paper doesn't (docs/FIDELITY.md). "as in the recipe" marks the run's own.
     Raises ReportError for a run whose gamma doesn't follow Delta_pmi.
     """
     objective = rmipo_objective(run)
@@ -140,17 +155,46 @@ def gamma_readings(run: Run, split: str, max_pairs: int) -> dict[str, np.ndarray
     matched, _ = run_scores(run, split, max_pairs, prior_context=context)
     released, _ = run_scores(run, split, max_pairs, prior_context="none", header_in_response=True)
     paper = {"fidelity": "paper", "prior_context": context}
-    readings = {
+    choices = {
         "per token": (paper | {"pmi_normalization": "token"}, matched),
         "summed, as printed": (paper | {"pmi_normalization": "sequence"}, matched),
         "released code": ({"fidelity": "release", "pmi_normalization": "token", "prior_context": "none"}, released),
     }
-    gammas = {}
-    for name, (choice, scores) in readings.items():
+    readings = {}
+    for name, (choice, scores) in choices.items():
         reading = build_objective(run.objective | choice)
-        title = f"{name}, as trained" if reading == objective else name
-        gammas[title] = reading(PairScores(**scores)).gamma.numpy()
-    return gammas
+        title = f"{name}, as in the recipe" if reading == objective else name
+        output = reading(PairScores(**scores))
+        lengths = scores["chosen_lengths"] - scores["rejected_lengths"]
+        arrays = (output.diagnostics["delta_pmi"], output.gamma, lengths)
+        readings[title] = Reading(*(array.double().numpy() for array in arrays))
+    return readings
+
+
+def summarize(readings: dict[str, Reading], gamma_min: float, gamma_max: float) -> pd.DataFrame:
+    """A row for each reading: where delta_pmi and gamma lie, and how far delta_pmi follows the difference in length."""
+    rows = {}
+    for name, reading in readings.items():
+        signal, gamma = reading.delta_pmi, reading.gamma
+        low, median, high = np.quantile(signal, [0.05, 0.5, 0.95])
+        rows[name] = {
+            "delta_pmi mean": signal.mean(),
+            "std": signal.std(ddof=1),
+            "5%": low,
+            "median": median,
+            "95%": high,
+            "chosen higher": (signal > 0).mean(),
+            "mean gamma": gamma.mean(),
+            "at gamma_max": (gamma >= gamma_max - AT_MAX).mean(),
+            "within 0.01 of gamma_min": (gamma <= gamma_min + AT_MIN).mean(),
+            "correlation with length difference": np.corrcoef(signal, reading.length_difference)[0, 1],
+        }
+    return pd.DataFrame.from_dict(rows, orient="index")
+
+
+def initial_run(folder: Path, recipe: dict) -> Run:
+    """A model as if `recipe` had trained it and left it unchanged: its pairs and objective can be looked at with it."""
+    return Run(folder, {"recipe": recipe, "objective": {"name": "rmipo"} | recipe.get("objective", {})})
 
 
 def rmipo_objective(run: Run) -> RMiPO:

@@ -11,7 +11,7 @@ from matplotlib.image import imread
 from rmipo.reporting.figures import density, jitter, save, smooth, wasserstein
 from rmipo.reporting.figures_pairs import figure3, figure6, figure8
 from rmipo.reporting.figures_runs import figure5, figure7
-from rmipo.reporting.pair_scores import loglik_difference, pmi_difference
+from rmipo.reporting.pair_scores import Reading, loglik_difference, pmi_difference
 from rmipo.reporting.results import ReportError
 from rmipo.reporting.sensitivity import figure2, lines_over, measured
 from tests.helpers.result_files import write_result, write_run
@@ -215,10 +215,13 @@ def test_figure7_has_the_papers_cost_beside_ours(tmp_path):
     assert cost.get_xlabel().endswith("paper)\n(%): the paper's memory, of 80 GB")
 
 
+def reading(gamma: np.ndarray) -> Reading:
+    return Reading(RANDOM.normal(size=len(gamma)), gamma, RANDOM.normal(size=len(gamma)))
+
+
 def test_figure8_shows_the_atoms_apart_from_the_density():
     inner = RANDOM.uniform(0.8, 1.5, 600)
-    gammas = {"token": np.concatenate([inner, np.full(300, 1.6), np.full(100, 0.3)])}
-    axes = figure8(gammas, 0.3, 1.6, "tiny").axes
+    axes = figure8({"token": reading(np.concatenate([inner, np.full(300, 1.6), np.full(100, 0.3)]))}, 0.3, 1.6, "").axes
     density_axis = next(axis for axis in axes if axis.get_ylabel() == "Density")
     grid, curve = density_axis.lines[0].get_data()
     assert np.trapezoid(curve, grid) == pytest.approx(1.0, abs=0.01)
@@ -233,7 +236,9 @@ def test_figures_are_saved_as_print_quality_files(tmp_path):
     for name, figure in {
         "figure3": figure3(signals, "tiny"),
         "figure6": figure6(RANDOM.choice([1.0, 2.0], 200), rewards, "tiny"),
-        "figure8": figure8({"a": RANDOM.uniform(0.3, 1.6, 200), "b": np.full(200, 0.3)}, 0.3, 1.6, "tiny"),
+        "figure8": figure8(
+            {"a": reading(RANDOM.uniform(0.3, 1.6, 200)), "b": reading(np.full(200, 0.3))}, 0.3, 1.6, "tiny"
+        ),
     }.items():
         png, pdf = save(figure, tmp_path / f"{name}.png")
         pixels = imread(png)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from rmipo.reporting.pair_scores import gamma_readings, hh_signals, judge_differences, reward_differences, run_scores
+from rmipo.reporting.pair_scores import Reading, gamma_readings, hh_signals, judge_differences, reward_differences, run_scores, summarize
 from rmipo.reporting.results import ReportError, load_run
 from tests.helpers.tiny_model import naive_scores, write_model
 
@@ -81,17 +81,28 @@ def test_gamma_of_figure8_by_three_formulas(outputs):
 
     summed = {side: naive[f"{side}_logps"] - naive[f"prior_{side}_logps"] for side in ("chosen", "rejected")}
     per_token = {side: value / naive[f"{side}_lengths"] for side, value in summed.items()}
-    assert np.allclose(readings["per token, as trained"], margin(per_token), atol=1e-4)
-    assert np.allclose(readings["summed, as printed"], margin(summed), atol=1e-3)
+    assert np.allclose(readings["per token, as in the recipe"].gamma, margin(per_token), atol=1e-4)
+    assert np.allclose(readings["summed, as printed"].gamma, margin(summed), atol=1e-3)
     release = naive_scores(run.folder, pairs_of(outputs), release=True)
     released = {
         side: release[f"{side}_logps"] / release[f"{side}_lengths"]
         - release[f"prior_{side}_logps"] / (release[f"{side}_lengths"] - 1)
         for side in ("chosen", "rejected")
     }
-    assert np.allclose(readings["released code"], margin(released), atol=1e-4)
-    assert np.abs(readings["released code"] - readings["per token, as trained"]).max() > 1e-3
-    assert 0 < np.mean(readings["summed, as printed"] > 1.6 - 1e-6) < 1
+    assert np.allclose(readings["released code"].gamma, margin(released), atol=1e-4)
+    assert np.abs(readings["released code"].gamma - readings["per token, as in the recipe"].gamma).max() > 1e-3
+    table = summarize(readings, 0.3, 1.6)
+    delta = (per_token["chosen"] - per_token["rejected"]).double().numpy()
+    row = table.loc["per token, as in the recipe"]
+    assert row["delta_pmi mean"] == pytest.approx(delta.mean(), abs=1e-4)
+    assert row["std"] == pytest.approx(delta.std(ddof=1), abs=1e-4)
+    assert row["median"] == pytest.approx(np.median(delta), abs=1e-4) and row["5%"] < row["median"] < row["95%"]
+    assert row["chosen higher"] == np.mean(delta > 0) == pytest.approx(1 - row["at gamma_max"])
+    lengths = (naive["chosen_lengths"] - naive["rejected_lengths"]).numpy()
+    assert row["correlation with length difference"] == pytest.approx(np.corrcoef(delta, lengths)[0, 1], abs=1e-3)
+    extremes = Reading(np.array([-9.0, 9.0, 4.0, 0.5]), np.array([1.6, 0.3, 0.3095, 0.8]), np.arange(4.0))
+    ends = summarize({"a": extremes}, 0.3, 1.6).loc["a"]
+    assert (ends["at gamma_max"], ends["within 0.01 of gamma_min"], ends["mean gamma"]) == (0.25, 0.5, 0.752375)
 
 
 def with_objective(run, **changes):
@@ -101,15 +112,15 @@ def with_objective(run, **changes):
 def test_figure8_is_of_the_runs_own_schedule_and_prior(outputs):
     run = with_objective(load_run(outputs, "tiny", "rmipo"), schedule="linear", span=0.5, prior_context="bos")
     readings = gamma_readings(run, "train", max_pairs=100)
-    assert list(readings) == ["per token, as trained", "summed, as printed", "released code"]
+    assert list(readings) == ["per token, as in the recipe", "summed, as printed", "released code"]
     scores, _ = run_scores(run, "train", 100, prior_context="bos")
     sides = [
         (scores[f"{s}_logps"] - scores[f"prior_{s}_logps"]) / scores[f"{s}_lengths"] for s in ("chosen", "rejected")
     ]
     expected = 0.3 + 1.3 * (1 - ((sides[0] - sides[1]).clamp(min=0) / 0.5).clamp(max=1))
-    assert np.allclose(readings["per token, as trained"], expected, atol=1e-6)
+    assert np.allclose(readings["per token, as in the recipe"].gamma, expected, atol=1e-6)
     release = gamma_readings(with_objective(load_run(outputs, "tiny", "rmipo"), fidelity="release"), "train", 100)
-    assert list(release) == ["per token", "summed, as printed", "released code, as trained"]
+    assert list(release) == ["per token", "summed, as printed", "released code, as in the recipe"]
 
 
 @pytest.mark.parametrize(
