@@ -60,7 +60,9 @@ def main() -> None:
         )
     for option, number in (("metric", 2), ("data", 8)):
         if getattr(args, option) and args.number != number:
-            raise ReportError(f"{option.upper()} is for figure {number}, and this is figure {args.number}: leave it out")
+            raise ReportError(
+                f"{option.upper()} is for figure {number}, and this is figure {args.number}: leave it out"
+            )
     figure = draw(args)
     for file in figures.save(figure, report_file(args, ".png")):
         print(f"Written to {file}")
@@ -114,7 +116,9 @@ def draw8(args: argparse.Namespace) -> figures.Figure:
     method = args.method or "rmipo"
     run = scored_run(args, method)
     if args.data:
-        recipe = {key: value for key, value in run.record["recipe"].items() if key not in ("datasets", "test_split_size")}
+        recipe = {
+            key: value for key, value in run.record["recipe"].items() if key not in ("datasets", "test_split_size")
+        }
         run.record["recipe"] = recipe | {"dataset_name": args.data}
     objective = pair_scores.rmipo_objective(run)
     readings = pair_scores.gamma_readings(run, args.split, args.max_pairs)

@@ -9,7 +9,15 @@ import numpy as np
 import pytest
 import torch
 
-from rmipo.reporting.pair_scores import Reading, gamma_readings, hh_signals, judge_differences, reward_differences, run_scores, summarize
+from rmipo.reporting.pair_scores import (
+    Reading,
+    gamma_readings,
+    hh_signals,
+    judge_differences,
+    reward_differences,
+    run_scores,
+    summarize,
+)
 from rmipo.reporting.results import ReportError, load_run
 from tests.helpers.tiny_model import naive_scores, write_model
 
