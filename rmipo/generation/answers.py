@@ -34,11 +34,12 @@ DEFAULTS = {
 
 @dataclass(frozen=True)
 class Request:
-    """One prompt: `key` names it in the file; `temperature` None means the settings' own."""
+    """One prompt: `key` names it in the file; `temperature` and `seed` None mean the settings' own."""
 
     key: str
     messages: list[dict[str, str]]
     temperature: float | None = None
+    seed: int | None = None
 
 
 def check_settings(settings: dict) -> dict:
@@ -135,7 +136,7 @@ class Generator:
             Prompt(
                 ids,
                 self.settings["temperature"] if request.temperature is None else request.temperature,
-                seed_of(self.settings["seed"], ids),
+                seed_of(self.settings["seed"] if request.seed is None else request.seed, ids),
             )
             for request, ids in ((request, chat.prompt_ids(request.messages)) for request in requests)
         ]

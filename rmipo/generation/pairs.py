@@ -1,0 +1,317 @@
+"""On-policy preference pairs: prompts -> N answers each -> scores from an oracle -> a chosen and a rejected answer.
+
+A folder of pairs holds, beside the pairs in train.jsonl:
+    answers.jsonl      the answers as they come, see `answers.Generator`
+    scores.jsonl       what the oracle says of them, as it comes; pmi.jsonl: their PMI, for the selection `pmi`
+    candidates.jsonl   every prompt with all its answers, scores and tokens
+    pairs.json         settings, and counts of what was dropped, with reasons; written last
+Everything is keyed by a hash of the prompt's messages, so that no answer can come to stand beside another prompt.
+"""
+
+import json
+import random
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from datasets import Dataset
+from tqdm import tqdm
+from transformers import AutoConfig
+
+from rmipo.data.chat import DataError, Messages
+from rmipo.data.formats import read_pair, read_turns, unusable_prompt
+from rmipo.data.pairs import ChatFormat
+from rmipo.data.sources import load_files, load_source
+from rmipo.errors import UserError
+from rmipo.files import write_atomically
+from rmipo.generation.answers import Generator, Request, digest, read_answers
+from rmipo.generation.oracles import Candidates, make_oracle
+from rmipo.recipe.files import coerce
+from rmipo.recipe.schema import DataConfig, ModelConfig
+from rmipo.training.loading import load_tokenizer
+
+RECORD = "pairs.json"
+SELECTIONS = ("best-worst", "best-random", "pmi")
+
+
+class PairsError(UserError, ValueError):
+    """Pairs that can't be made: what was found, what was expected, what to change."""
+
+
+@dataclass(frozen=True)
+class PairsConfig:
+    """The keys of a pairs.yaml.
+
+    Args:
+        prompts: hub id, folder or file; rows with `prompt` or `messages`, or preference pairs, whose prompts are taken.
+        split: of a hub id or folder.
+        oracle: see `oracles.ORACLES`.
+        answers: per prompt.
+        selection: best-worst: the answers with the highest and the lowest score. best-random: the best against a random
+            one with a lower score. pmi: as best-worst, and among answers of equal score the chosen one has the highest
+            PMI, the rejected one the lowest, by the policy's own scores; all answers may have the same score.
+        min_gap: between the scores of a pair. Ties are dropped whatever it is, except by pmi.
+        max_prompts: the first usable ones; None: all.
+        seed: of the answers and of best-random.
+    """
+
+    prompts: str
+    oracle: dict
+    split: str = "train"
+    answers: int = 8
+    selection: str = "best-worst"
+    min_gap: float = 0.0
+    max_prompts: int | None = None
+    max_prompt_tokens: int | None = None
+    seed: int = 42
+    generation: dict = field(default_factory=dict)
+
+    @classmethod
+    def load(cls, values: dict, where: str) -> "PairsConfig":
+        """Raises PairsError that lists everything that is wrong."""
+        annotations = cls.__annotations__
+        problems = [f"{key} is not a key of it; keys are {', '.join(annotations)}" for key in values if key not in annotations]
+        problems += [f"{key} is missing" for key in ("prompts", "oracle") if not values.get(key)]
+        sound = {}
+        for key in values.keys() & annotations.keys():
+            try:
+                sound[key] = coerce(values[key], annotations[key])
+            except ValueError as error:
+                problems.append(f"{key} is {values[key]!r}: {error}")
+        if sound.get("selection", "best-worst") not in SELECTIONS:
+            problems.append(f"selection is {sound['selection']!r}: expected one of {', '.join(SELECTIONS)}")
+        problems += [
+            f"{key} is {sound[key]}: expected at least {low}"
+            for key, low in {"answers": 2, "min_gap": 0, "max_prompts": 1, "max_prompt_tokens": 1}.items()
+            if sound.get(key) is not None and sound[key] < low
+        ]
+        if problems:
+            raise PairsError("\n  ".join([f"{where}:", *problems]))
+        return cls(**sound)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt with the other columns of its row."""
+
+    key: str
+    messages: Messages
+    tokens: int
+    columns: dict
+
+
+def make_pairs(model_dir: Path, generation: dict, config: PairsConfig, folder: Path) -> dict:
+    """Make the pairs of the model in `model_dir`; what is in `folder` already is not made again.
+
+    Args:
+        generation: settings of the answers, see `answers.DEFAULTS`; the config's own lie over them.
+
+    Returns:
+        The content of pairs.json: `settings`, `prompts`, `pairs`, `dropped` (reason -> count), `mean_score`, `best_score`.
+
+    Raises:
+        PairsError: no pair comes out, or `folder` holds others. OracleError, EvaluationError, DataError: of the parts.
+    """
+    oracle = make_oracle(config.oracle)
+    dropped: Counter[str] = Counter()
+    prompts = read_prompts(config, model_dir, dropped)
+    if not prompts:
+        raise PairsError(f"{config.prompts}: no usable prompt. {dict(dropped)}")
+    settings = generation | config.generation | {"seed": config.seed}
+    requests = [Request(f"{p.key}-{n}", p.messages, seed=config.seed + n) for p in prompts for n in range(config.answers)]
+    with Generator(model_dir, settings) as generator:
+        generator.answer(requests, folder / "answers.jsonl")
+    header, answers = read_answers(folder / "answers.jsonl")
+    candidates = [Candidates(p.key, p.messages, distinct_answers(p, config.answers, answers), p.columns) for p in prompts]
+    several = [c for c in candidates if len(c.answers) > 1]
+    made_of = {"answers": digest(header)}
+
+    scores = fill(
+        folder / "scores.jsonl", made_of | {"oracle": oracle.identity}, several, oracle.score, "scores of the oracle"
+    )
+    pmi: dict[str, float] = {}
+    if config.selection == "pmi":
+        own = PmiScores(model_dir, generator.settings["dtype"])
+        pmi = fill(folder / "pmi.jsonl", made_of, several, own.score, "PMI")
+    pairs = []
+    for prompt in candidates:
+        chosen_rejected = select(prompt, scores, pmi, config)
+        if isinstance(chosen_rejected, str):
+            dropped[chosen_rejected] += 1
+        else:
+            pairs.append(pair_row(prompt, *chosen_rejected, scores))
+    write_lines(folder / "candidates.jsonl", (candidate_row(c, config.answers, answers, scores, pmi) for c in candidates))
+    if not pairs:
+        raise PairsError(f"{folder}: no pair came out of {len(prompts)} prompts: {dict(dropped)}. See candidates.jsonl")
+    write_lines(folder / "train.jsonl", pairs)
+    best = [max(scores[key] for key in c.answers) for c in several]
+    result = {
+        "settings": asdict(config) | {"generation": generator.settings},
+        "model": {"folder": str(model_dir), "fingerprint": generator.fingerprint},
+        "oracle": oracle.identity,
+        "prompts": len(prompts),
+        "pairs": len(pairs),
+        "dropped": dict(dropped),
+        "mean_score": sum(scores.values()) / len(scores),
+        "best_score": sum(best) / len(best),
+    }
+    write_atomically(folder / RECORD, json.dumps(result, indent=2) + "\n")
+    return result
+
+
+def read_prompts(config: PairsConfig, model_dir: Path, dropped: Counter) -> list[Prompt]:
+    """The usable prompts, the shortest first: those that are answered together have nearly the same length.
+
+    Counts in `dropped` those that repeat an earlier one, are malformed, or leave no room in the model's window.
+    """
+    path = Path(config.prompts).expanduser()
+    if path.is_file():
+        rows = load_files([path], config.prompts)
+    else:
+        source = DataConfig(dataset_name=config.prompts, dataset_train_split=config.split)
+        rows = load_source({"path": config.prompts}, "train", 0, source)
+    chat = ChatFormat.probe(load_tokenizer(ModelConfig(model_name_or_path=str(model_dir))))
+    window = AutoConfig.from_pretrained(model_dir, trust_remote_code=False).max_position_embeddings
+    longest = min(config.max_prompt_tokens or window, window - 1)
+    prompts: dict[str, Prompt] = {}
+    for row in prompt_columns(rows, config.prompts):
+        if config.max_prompts is not None and len(prompts) == config.max_prompts:
+            break
+        try:
+            messages = prompt_of(row)
+        except DataError as error:
+            dropped[f"malformed: {error}"] += 1
+            continue
+        key = digest(messages)[:16]
+        if key in prompts:
+            dropped["repeats an earlier prompt"] += 1
+        elif reason := unusable_prompt(messages):
+            dropped[reason] += 1
+        elif (tokens := len(chat.prompt_ids(messages))) > longest:
+            dropped[f"longer than {longest} tokens"] += 1
+        else:
+            prompts[key] = Prompt(key, messages, tokens, row)
+    return sorted(prompts.values(), key=lambda prompt: (prompt.tokens, prompt.key))
+
+
+def prompt_columns(rows: Dataset, source: str) -> Dataset:
+    found = set(rows.column_names)
+    if not (found & {"prompt", "messages"} or found >= {"chosen", "rejected"}):
+        raise PairsError(
+            f"{source}: found the columns {', '.join(sorted(found))}: expected `prompt`, `messages`, or `chosen` and "
+            "`rejected`"
+        )
+    return rows
+
+
+def prompt_of(row: dict) -> Messages:
+    """The prompt of a row: of a pair, of a `prompt`, or of `messages` without the response at their end."""
+    if row.get("chosen") is not None and row.get("rejected") is not None:
+        return read_pair(row)[0]
+    if row.get("prompt") is not None:
+        return read_turns(row["prompt"], "user", "prompt")
+    messages = read_turns(row["messages"], "user", "messages")
+    return messages[:-1] if messages and messages[-1]["role"] == "assistant" else messages
+
+
+def distinct_answers(prompt: Prompt, number: int, answers: dict[str, dict]) -> dict[str, str]:
+    """By key: the answers that are not empty, each text once."""
+    texts: dict[str, str] = {}
+    for n in range(number):
+        text = answers[f"{prompt.key}-{n}"]["output"]
+        if text and text not in texts.values():
+            texts[f"{prompt.key}-{n}"] = text
+    return texts
+
+
+def fill(path: Path, header: dict, prompts: list[Candidates], score, description: str) -> dict[str, float]:
+    """Scores by answer key, kept in `path`; those that are there are not asked for again.
+
+    Raises PairsError if the file holds scores of other answers or another oracle.
+    """
+    lines = list(read_lines(path))
+    if lines and lines[0] != json.loads(json.dumps(header)):
+        raise PairsError(f"{path} holds scores of other answers or of another oracle ({lines[0]}). Delete it to score again")
+    if not lines:
+        path.write_text(json.dumps(header) + "\n")
+    scores = {key: value for line in lines[1:] for key, value in line.items()}
+    missing = [
+        Candidates(p.key, p.messages, rest, p.columns)
+        for p in prompts
+        if (rest := {key: text for key, text in p.answers.items() if key not in scores})
+    ]
+    total = sum(len(p.answers) for p in prompts)
+    if missing:
+        with path.open("a") as file, tqdm(total=total, initial=len(scores), desc=description, unit="answer") as progress:
+            for some in score(missing):
+                file.write(json.dumps(some) + "\n")
+                file.flush()
+                scores |= some
+                progress.update(len(some))
+    return scores
+
+
+class PmiScores:
+    """The policy's own PMI, as an oracle is called."""
+
+    def __init__(self, model_dir: Path, dtype: str):
+        self.source = model_dir, dtype
+
+    def score(self, prompts: list[Candidates]) -> Iterator[dict[str, float]]:
+        from rmipo.generation.likelihood import Likelihood
+
+        likelihood = Likelihood(*self.source)
+        for prompt in prompts:
+            yield dict(zip(prompt.answers, likelihood.pmi(prompt.messages, list(prompt.answers.values())), strict=True))
+
+
+def select(
+    prompt: Candidates, scores: dict[str, float], pmi: dict[str, float], config: PairsConfig
+) -> tuple[str, str] | str:
+    """Keys of the chosen and the rejected answer, or why there is no pair."""
+    keys = list(prompt.answers)
+    if not keys:
+        return "all answers are empty"
+    if len(keys) == 1:
+        return "all answers are equal"
+    best = max(keys, key=lambda key: (scores[key], pmi.get(key, 0)))
+    worst = min(keys, key=lambda key: (scores[key], pmi.get(key, 0)))
+    lower = [k for k in keys if scores[k] < scores[best] and scores[best] - scores[k] >= config.min_gap]
+    if config.selection == "pmi":
+        enough = scores[best] - scores[worst] >= config.min_gap and best != worst
+        return (best, worst) if enough else f"the scores differ by less than {config.min_gap}"
+    if not lower:
+        tie = scores[best] == scores[worst]
+        return "all answers have the same score" if tie else f"the scores differ by less than {config.min_gap}"
+    if config.selection == "best-random":
+        return best, random.Random(f"{config.seed} {prompt.key}").choice(lower)
+    return best, worst
+
+
+def pair_row(prompt: Candidates, chosen: str, rejected: str, scores: dict[str, float]) -> dict:
+    sides = {"chosen": chosen, "rejected": rejected}
+    responses = {side: [{"role": "assistant", "content": prompt.answers[key]}] for side, key in sides.items()}
+    numbers = {f"score_{side}": scores[key] for side, key in sides.items()}
+    return {"prompt_id": prompt.key, "prompt": prompt.messages, **responses, **numbers}
+
+
+def candidate_row(prompt: Candidates, number: int, answers: dict, scores: dict[str, float], pmi: dict[str, float]) -> dict:
+    rows = [answers[f"{prompt.key}-{n}"] for n in range(number)]
+    rows = [{**row, "score": scores.get(row["key"]), "pmi": pmi.get(row["key"])} for row in rows]
+    return {"prompt_id": prompt.key, "prompt": prompt.messages, "answers": rows}
+
+
+def read_lines(path: Path) -> Iterator[dict]:
+    """The lines of a JSONL file; one that a kill cut short is removed from it."""
+    if path.is_file():
+        content = path.read_bytes()
+        end = content.rfind(b"\n") + 1
+        if end < len(content):
+            with path.open("r+b") as file:
+                file.truncate(end)
+        yield from map(json.loads, content[:end].splitlines())
+
+
+def write_lines(path: Path, rows: Iterable[dict]) -> None:
+    write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))

@@ -1,0 +1,48 @@
+"""Make preference pairs from a model's own answers, for training that very model.
+
+    make pairs MODEL=smollm2-135m-instruct
+    make pairs MODEL=llama3-8b-instruct PROMPTS=my_prompts.jsonl ARGS="--oracle.reward_model folder --answers 5"
+    make pairs MODEL=tiny METHOD=sft PROMPTS=prompts.jsonl ARGS="--oracle.function my_oracle.py:score --selection pmi"
+
+The keys of recipes/<model>/pairs.yaml are the defaults (see `rmipo.generation.pairs.PairsConfig`), the decoding is that of
+eval.yaml. METHOD is the folder of the checkpoint in outputs/<model>/, `initial` by default: what preference training starts
+from. The pairs go to outputs/<model>/pairs, of another METHOD to outputs/<model>/pairs-<method>, or to OUTPUT: a folder that
+`make train ... DATA=<folder>` trains on. After an interruption the same command goes on.
+"""
+
+import os
+import shlex
+import sys
+from pathlib import Path
+
+from rmipo.cli import program
+
+
+@program()
+def main() -> None:
+    env = os.environ
+    model, method = env.get("MODEL") or "tiny", env.get("METHOD") or "initial"
+    arguments = sys.argv[1:] or shlex.split(env.get("ARGS", ""))
+    if arguments in (["--help"], ["-h"]):
+        print(__doc__)
+        return
+    os.chdir(Path(__file__).parent.parent)
+
+    from rmipo.evaluation.target import load_settings, model_folder
+    from rmipo.generation.pairs import make_pairs
+    from rmipo.launch.online import read_pairs_config
+
+    recipe = Path("recipes") / model / "rmipo.yaml"
+    config = read_pairs_config(recipe.with_name("pairs.yaml"), arguments, env.get("PROMPTS"))
+    generation = load_settings(recipe.with_name("eval.yaml"), []).get("generation", {})
+    folder = model_folder(recipe, Path("outputs"), method)
+    output = Path(env.get("OUTPUT") or f"outputs/{model}/pairs" + f"-{method}" * (method != "initial"))
+    result = make_pairs(folder, generation, config, output)
+    print(f"pairs: {output} with {result['pairs']} pairs of {result['prompts']} prompts")
+    for reason, count in result["dropped"].items():
+        print(f"  dropped: {count} ({reason})")
+    print(f"  mean score {result['mean_score']:.3f}, mean of the best answers {result['best_score']:.3f}")
+
+
+if __name__ == "__main__":
+    main()
