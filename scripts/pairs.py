@@ -29,11 +29,10 @@ def main() -> None:
     os.chdir(Path(__file__).parent.parent)
 
     from rmipo.evaluation.target import load_settings, model_folder
-    from rmipo.generation.pairs import make_pairs
-    from rmipo.launch.online import read_pairs_config
+    from rmipo.generation.pairs import load_pairs_config, make_pairs
 
     recipe = Path("recipes") / model / "rmipo.yaml"
-    config = read_pairs_config(recipe.with_name("pairs.yaml"), arguments, env.get("PROMPTS"))
+    config = load_pairs_config(recipe.with_name("pairs.yaml"), arguments, env.get("PROMPTS"))
     generation = load_settings(recipe.with_name("eval.yaml"), []).get("generation", {})
     folder = model_folder(recipe, Path("outputs"), method)
     output = Path(env.get("OUTPUT") or f"outputs/{model}/pairs" + f"-{method}" * (method != "initial"))

@@ -38,9 +38,8 @@ class Likelihood:
         """Summed log-probability of each of `responses` (token ids) after `context`, whose own forward they share."""
         values = []
         for group in by_tokens(responses):
-            row = scoring.to_device(pack([(context, group)]), self.model.device)
-            logps = scoring.token_logps(self.model, row, self.kind, self.model.config)
-            values += scoring.sum_by_sequence(logps, row).tolist()
+            packed = pack([(context, group)]).to(self.model.device)
+            values += scoring.response_logps(self.model, packed, self.kind, self.model.config).tolist()
         return values
 
     def pmi(self, messages: Messages, answers: list[str]) -> list[float]:

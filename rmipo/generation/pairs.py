@@ -27,7 +27,7 @@ from rmipo.errors import UserError
 from rmipo.files import write_atomically
 from rmipo.generation.answers import Generator, Request, digest, read_answers
 from rmipo.generation.oracles import Candidates, make_oracle
-from rmipo.recipe.files import coerce
+from rmipo.recipe.files import coerce, parse_overrides, read_yaml
 from rmipo.recipe.schema import DataConfig, ModelConfig
 from rmipo.training.loading import load_tokenizer
 
@@ -89,6 +89,16 @@ class PairsConfig:
         if problems:
             raise PairsError("\n  ".join([f"{where}:", *problems]))
         return cls(**sound)
+
+
+def load_pairs_config(path: Path, arguments: list[str], prompts: str | None = None) -> PairsConfig:
+    """A setting's pairs.yaml, if there is one, with `--key value` arguments and other prompts over it."""
+    try:
+        given = parse_overrides(arguments)
+        values = (read_yaml(path) if path.is_file() else {}) | given
+    except ValueError as error:
+        raise PairsError(f"{path}: {error}") from error
+    return PairsConfig.load(values | ({"prompts": prompts} if prompts else {}), str(path))
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,76 @@
+"""IFEval's instructions on this repository's held-out tasks: how many constraints answers follow, exactly and without a judge.
+
+The tasks and the pairs of constraints occur in no training prompt; see `rmipo.constraints.prompts`.
+"""
+
+import json
+import math
+from pathlib import Path
+
+from rmipo.evaluation.benchmark import Benchmark, Metric, require_package
+from rmipo.recipe.settings import merge_settings
+from rmipo.record import package_versions
+
+DEFAULTS = {
+    "first_n": None,  # of the 300 prompts
+    "answers": 1,  # per prompt; standard errors are over prompts
+    "generation": {},
+}
+
+
+def run(model_dir: str | Path, output_dir: str | Path, settings: dict) -> dict:
+    """Sample answers to the held-out prompts and verify them. Per-answer results go to `output_dir`/constraints/."""
+    settings = merge_settings("constraints", DEFAULTS, settings)
+    require_package("lm_eval")
+    from rmipo.constraints.instructions import followed
+    from rmipo.constraints.prompts import read_prompts
+    from rmipo.generation.answers import Generator, Request
+
+    prompts = read_prompts("test")[: settings["first_n"]]
+    seed = settings["generation"].get("seed", 42)
+    requests = [
+        Request(f"{number}-{n}", [{"role": "user", "content": prompt["prompt"]}], seed=seed + n)
+        for number, prompt in enumerate(prompts)
+        for n in range(settings["answers"])
+    ]
+    folder = Path(output_dir) / "constraints"
+    with Generator(model_dir, settings["generation"]) as generator:
+        answers = generator.answer(requests, folder / "answers.jsonl")
+    results = []
+    for number, prompt in enumerate(prompts):
+        of_prompt = answers[number * settings["answers"] : (number + 1) * settings["answers"]]
+        checks = [followed(prompt["constraints"], answer) for answer in of_prompt]
+        results.append({**prompt, "answers": of_prompt, "followed": checks})
+    (folder / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in results))
+    every = [[all(check) for check in row["followed"]] for row in results]
+    each = [[sum(check) / len(check) for check in row["followed"]] for row in results]
+    metrics = {}
+    for name, values in (("constraints_all", every), ("constraints_each", each)):
+        metrics[name], metrics[f"{name}_se"] = percent(values)
+    return {
+        "metrics": metrics,
+        "versions": package_versions("lm_eval") | (generator.versions or {}),
+        "settings": settings | {"generation": generator.settings},
+    }
+
+
+def percent(values: list[list[float]]) -> tuple[float, float]:
+    """Mean over prompts of the mean over their answers, and its standard error, both in percent."""
+    means = [sum(of_prompt) / len(of_prompt) for of_prompt in values]
+    mean = sum(means) / len(means)
+    variance = sum((value - mean) ** 2 for value in means) / max(1, len(means) - 1)
+    return 100 * mean, 100 * math.sqrt(variance / len(means))
+
+
+BENCHMARK = Benchmark(
+    name="constraints",
+    title="Verifiable constraints",
+    run=run,
+    defaults=DEFAULTS,
+    metrics={
+        "constraints_all": Metric("All constraints (%)", standard_error="constraints_all_se"),
+        "constraints_each": Metric("Constraints (%)", standard_error="constraints_each_se"),
+    },
+    same=("first_n", "answers", "generation.temperature", "generation.top_p", "generation.max_new_tokens"),
+    trial=("first_n",),
+)

@@ -1,0 +1,254 @@
+"""On-policy pairs: every answer stands beside its own prompt, nothing is made twice, and what can't be used is counted."""
+
+import json
+import os
+import signal
+import time
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from rmipo.generation.answers import digest
+from rmipo.generation.oracles import Candidates, OracleError, make_oracle
+from rmipo.generation.pairs import PairsConfig, PairsError, load_pairs_config, make_pairs, select
+from tests.helpers.tiny_model import naive_scores, write_model
+
+GENERATION = {"temperature": 1.0, "max_new_tokens": 6, "batch_size": 4, "dtype": "float32"}
+ORACLE = """
+import os, signal
+def score(messages, answers, bonus=0):
+    with open({calls!r}, "a") as file:
+        file.write(messages[-1]["content"] + "\\n")
+    if os.path.exists({fatal!r}) and sum(1 for _ in open({calls!r})) == 5:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return [bonus + answer.split().count("w1") + len(answer.split()) / 100 for answer in answers]
+"""
+
+
+class Setup:
+    """A random model, prompts, and an oracle that writes down what it is asked, in `folder`."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.model = folder, folder / "model"
+        write_model(self.model)
+        self.calls, self.fatal = folder / "calls", folder / "fatal"
+        self.oracle(ORACLE.format(calls=str(self.calls), fatal=str(self.fatal)))
+        self.prompts([f"w{i % 20} w{(3 * i) % 20} w{i // 20}" for i in range(12)])
+        self.config = PairsConfig(str(folder / "prompts.jsonl"), {"function": f"{folder}/oracle.py:score"}, answers=4)
+
+    def oracle(self, text: str) -> None:
+        (self.folder / "oracle.py").write_text(text)
+
+    def prompts(self, texts: list, **columns) -> None:
+        rows = [text if isinstance(text, dict) else {"prompt": text, **columns} for text in texts]
+        (self.folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def make(self, output="pairs", **changes) -> dict:
+        return make_pairs(self.model, GENERATION, replace(self.config, **changes), self.folder / output)
+
+    def rows(self, file="train.jsonl", output="pairs") -> list[dict]:
+        return [json.loads(line) for line in (self.folder / output / file).read_text().splitlines()]
+
+    def killed(self, when, **changes) -> None:
+        """Make the pairs in a child process that is killed as soon as `when` says so, or that kills itself."""
+        child = os.fork()
+        if child == 0:
+            self.make(**changes)
+            os._exit(0)
+        while os.waitpid(child, os.WNOHANG) == (0, 0):
+            if when():
+                os.kill(child, signal.SIGKILL)
+                os.waitpid(child, 0)
+                return
+            time.sleep(0.001)
+
+
+@pytest.fixture
+def setup(tmp_path) -> Setup:
+    return Setup(tmp_path)
+
+
+def lines(path: Path) -> int:
+    return path.read_bytes().count(b"\n") if path.is_file() else 0
+
+
+def test_pairs_are_the_best_against_the_worst_answer_of_their_own_prompt(setup):
+    result = setup.make()
+    pairs, candidates = setup.rows(), setup.rows("candidates.jsonl")
+    assert result["pairs"] == len(pairs) > 6 and len(candidates) == 12
+    by_prompt = {row["prompt"][0]["content"]: row["answers"] for row in candidates}
+    for pair in pairs:
+        assert pair["prompt_id"] == digest(pair["prompt"])[:16]
+        scores = {a["output"]: a["score"] for a in by_prompt[pair["prompt"][0]["content"]] if a["output"]}
+        chosen, rejected = pair["chosen"][0]["content"], pair["rejected"][0]["content"]
+        assert pair["score_chosen"] == scores[chosen] == max(scores.values())
+        assert pair["score_rejected"] == scores[rejected] == min(scores.values()) < pair["score_chosen"]
+        words = chosen.split()
+        assert pair["score_chosen"] == words.count("w1") + len(words) / 100
+
+
+def test_answers_belong_to_prompts_and_not_to_positions(setup):
+    setup.make()
+    texts = [row["prompt"] for row in map(json.loads, (setup.folder / "prompts.jsonl").read_text().splitlines())]
+    setup.prompts(texts[::-1])
+    setup.make("reversed")
+    assert setup.rows() == setup.rows(output="reversed")
+    setup.make("other", seed=7)
+    assert setup.rows() != setup.rows(output="other")
+
+
+def test_killed_while_sampling_and_while_scoring(setup):
+    setup.make("whole")
+    setup.calls.unlink()
+    answers = setup.folder / "pairs/answers.jsonl"
+    setup.killed(lambda: lines(answers) > 9)
+    sampled = answers.read_bytes()
+    assert 9 < sampled.count(b"\n") < 49 and not setup.calls.exists()
+    setup.fatal.touch()
+    setup.killed(lambda: False)
+    assert answers.read_bytes().startswith(sampled[: sampled.rfind(b"\n")])
+    assert lines(setup.folder / "pairs/scores.jsonl") == 5  # the header and four prompts
+    setup.fatal.unlink()
+    setup.make()
+    for file in ("answers.jsonl", "scores.jsonl", "candidates.jsonl", "train.jsonl"):
+        assert (setup.folder / "pairs" / file).read_bytes() == (setup.folder / "whole" / file).read_bytes()
+    asked = Counter(setup.calls.read_text().split("\n"))
+    died_at = setup.calls.read_text().split("\n")[4]
+    assert {text: count for text, count in asked.items() if count > 1} == {died_at: 2}  # it had given no score
+    before = setup.calls.read_bytes()
+    setup.make()
+    assert setup.calls.read_bytes() == before
+
+
+def test_unusable_prompts_are_counted_with_their_reasons(setup):
+    good = [f"w{i} w2" for i in range(5)]
+    message = [{"role": "user", "content": "w3"}]
+    setup.prompts([*good, good[0], "", " ".join(["w1"] * 200)])
+    result = setup.make("texts")
+    assert result["prompts"] == 5
+    assert result["dropped"].items() >= {
+        "repeats an earlier prompt": 1,
+        "the prompt has an empty message": 1,
+        "longer than 127 tokens": 1,
+    }.items()
+    robot = [{"role": "robot", "content": "w1"}]
+    setup.prompts([{"messages": m} for m in ([*message, {"role": "assistant", "content": "w9"}], message * 2, robot)])
+    result = setup.make("messages", answers=16)
+    assert setup.rows(output="messages")[0]["prompt"] == message
+    reasons = " ".join(result["dropped"])
+    assert "roles out of order: user after user" in reasons and "malformed: `messages` has the role 'robot'" in reasons
+
+
+def test_prompts_of_a_preference_set(setup):
+    sides = {side: [{"role": "assistant", "content": text}] for side, text in (("chosen", "w1"), ("rejected", "w2"))}
+    setup.prompts([{"prompt": [{"role": "user", "content": f"w{i}"}], **sides} for i in range(6)])
+    setup.make()
+    assert {row["prompt"][0]["content"] for row in setup.rows("candidates.jsonl")} == {f"w{i}" for i in range(6)}
+    (setup.folder / "prompts.jsonl").write_text('{"text": "w1"}\n')
+    with pytest.raises(PairsError, match=r"found the columns text: expected `prompt`, `messages`"):
+        setup.make("none")
+
+
+def test_a_function_may_ask_for_columns_of_the_prompts_row(setup):
+    setup.prompts([f"w{i}" for i in range(6)], bonus=10, unused=1)
+    setup.make()
+    assert all(pair["score_rejected"] >= 10 for pair in setup.rows())
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("return 1 / 0", r"prompt [0-9a-f]{16} \('w.*'\) raised ZeroDivisionError"),
+        ("return [float('nan')] * len(answers)", r"gave the score nan: expected a finite number"),
+        ("return [None] * len(answers)", r"gave the score None: expected a finite number"),
+        ("return [1.0]", r"returned 1 scores for [234] answers"),
+        ("return 5", r"raised TypeError"),
+    ],
+)
+def test_an_oracle_that_is_wrong_stops_the_run_and_keeps_what_there_is(setup, body, message):
+    fault = f"""
+import os
+def score(messages, answers):
+    if os.path.getsize({str(setup.folder / "pairs/scores.jsonl")!r}) > 700:
+        {body}
+    return list(range(len(answers)))
+"""
+    setup.oracle(fault)
+    with pytest.raises(OracleError, match=message):
+        setup.make()
+    kept = (setup.folder / "pairs/scores.jsonl").read_bytes()
+    assert kept.count(b"\n") > 2
+    with pytest.raises(OracleError, match=message):
+        setup.make()
+    assert (setup.folder / "pairs/scores.jsonl").read_bytes() == kept
+
+
+def test_scores_of_another_oracle_or_of_other_answers_are_refused(setup):
+    setup.make()
+    setup.oracle("def score(messages, answers): return list(range(len(answers)))")
+    with pytest.raises(PairsError, match=r"scores.jsonl holds scores of other answers or of another oracle"):
+        setup.make()
+    with pytest.raises(ValueError, match=r"answers.jsonl holds answers made with another"):
+        setup.make(seed=3)
+
+
+def test_settings_that_are_wrong_are_listed_at_once(setup, tmp_path):
+    (tmp_path / "pairs.yaml").write_text("prompts: x\nanswer: 3\nselection: worst\nmin_gap: -1\nanswers: many\n")
+    with pytest.raises(PairsError) as error:
+        load_pairs_config(tmp_path / "pairs.yaml", [])
+    for text in ("answer is not a key", "oracle is missing", "'worst'", "min_gap is -1.0", "answers is 'many'"):
+        assert text in str(error.value)
+    config = load_pairs_config(tmp_path / "none.yaml", ["--oracle.judge", "gpt", "--answers=3"], "mine.jsonl")
+    assert (config.prompts, config.oracle, config.answers) == ("mine.jsonl", {"judge": "gpt"}, 3)
+    for oracle in ({}, {"judge": "a", "reward_model": "b"}, {"function": "nowhere.py:f"}):
+        with pytest.raises(OracleError, match=r"oracle"):
+            make_oracle(oracle)
+
+
+# Selection, by hand
+
+ANSWERS = Candidates("k", [{"role": "user", "content": "q"}], {f"k-{i}": f"answer {i}" for i in range(4)})
+
+
+@pytest.mark.parametrize(
+    ("selection", "scores", "pmi", "gap", "expected"),
+    [
+        ("best-worst", [1, 3, 0, 3], [], 0.0, ("k-1", "k-2")),
+        ("best-worst", [1, 1, 1, 1], [], 0.0, "all answers have the same score"),
+        ("best-worst", [1, 2, 1, 1], [], 1.5, "the scores differ by less than 1.5"),
+        ("best-random", [1, 3, 3, 3], [], 0.0, ("k-1", "k-0")),
+        ("best-random", [2, 3, 0, 3], [], 2.0, ("k-1", "k-2")),
+        ("pmi", [0, 1, 0, 1], [0.5, 0.2, 0.1, 0.9], 0.0, ("k-3", "k-2")),
+        ("pmi", [1, 1, 1, 1], [0.5, 0.2, 0.1, 0.9], 0.0, ("k-3", "k-2")),
+        ("pmi", [1, 1, 1, 1], [0.5, 0.2, 0.1, 0.9], 0.1, "the scores differ by less than 0.1"),
+    ],
+)
+def test_selection(selection, scores, pmi, gap, expected):
+    config = PairsConfig("p", {"judge": "j"}, selection=selection, min_gap=gap)
+    named = [{f"k-{i}": float(value) for i, value in enumerate(values)} for values in (scores, pmi)]
+    assert select(ANSWERS, *named, config) == expected
+
+
+def test_no_pair_without_two_answers():
+    config = PairsConfig("p", {"judge": "j"})
+    assert select(replace(ANSWERS, answers={}), {}, {}, config) == "all answers are empty"
+    assert select(replace(ANSWERS, answers={"k-1": "a"}), {"k-1": 1.0}, {}, config) == "all answers are equal"
+
+
+def test_pmi_is_that_of_one_sequence_at_a_time(setup):
+    setup.make(selection="pmi")
+    pair = next(row for row in setup.rows() if row["score_chosen"] > row["score_rejected"])
+    sides = {side: pair[side][0]["content"] for side in ("chosen", "rejected")}
+    naive = naive_scores(setup.model, [{"prompt": pair["prompt"][0]["content"], **sides}])
+    answers = {a["output"]: a["pmi"] for row in setup.rows("candidates.jsonl") for a in row["answers"]}
+    for side, text in sides.items():
+        expected = (naive[f"{side}_logps"] - naive[f"prior_{side}_logps"]) / naive[f"{side}_lengths"]
+        torch.testing.assert_close(answers[text], expected.item(), rtol=0, atol=1e-5)
+
+
+def test_equal_prompts_of_a_greedy_model_have_equal_answers(setup):
+    with pytest.raises(PairsError, match=r"no pair came out of 12 prompts: \{'all answers are equal': 1"):
+        setup.make(generation={"temperature": 0.0})
