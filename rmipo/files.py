@@ -1,7 +1,8 @@
 """Writing files so that a kill leaves the old content or the new one, never a part."""
 
 import contextlib
-from collections.abc import Iterator
+import json
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 TEMPORARY = ".tmp"  # the suffix of a file that is being written
@@ -19,3 +20,8 @@ def replacing(path: Path) -> Iterator[Path]:
 def write_atomically(path: Path, text: str) -> None:
     with replacing(path) as temporary:
         temporary.write_text(text)
+
+
+def write_lines(path: Path, rows: Iterable[dict]) -> None:
+    """`rows` as a JSONL file."""
+    write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))

@@ -28,15 +28,13 @@ def main() -> None:
         return
     os.chdir(Path(__file__).parent.parent)
 
-    from rmipo.evaluation.target import load_settings, model_folder
+    from rmipo.evaluation.target import find_target
     from rmipo.generation.pairs import load_pairs_config, make_pairs
 
-    recipe = Path("recipes") / model / "rmipo.yaml"
-    config = load_pairs_config(recipe.with_name("pairs.yaml"), arguments, env.get("PROMPTS"))
-    generation = load_settings(recipe.with_name("eval.yaml"), []).get("generation", {})
-    folder = model_folder(recipe, Path("outputs"), method)
+    config = load_pairs_config(Path(f"recipes/{model}/pairs.yaml"), arguments, env.get("PROMPTS"))
+    target = find_target(model, method, Path("outputs"), [])
     output = Path(env.get("OUTPUT") or f"outputs/{model}/pairs" + f"-{method}" * (method != "initial"))
-    result = make_pairs(folder, generation, config, output)
+    result = make_pairs(target.folder, target.settings.get("generation", {}), config, output)
     print(f"pairs: {output} with {result['pairs']} pairs of {result['prompts']} prompts")
     for reason, count in result["dropped"].items():
         print(f"  dropped: {count} ({reason})")

@@ -3,11 +3,11 @@
 The tasks and the pairs of constraints occur in no training prompt; see `rmipo.constraints.prompts`.
 """
 
-import json
 import math
 from pathlib import Path
 
 from rmipo.evaluation.benchmark import Benchmark, Metric, require_package
+from rmipo.files import write_lines
 from rmipo.recipe.settings import merge_settings
 from rmipo.record import package_versions
 
@@ -19,7 +19,7 @@ DEFAULTS = {
 
 
 def run(model_dir: str | Path, output_dir: str | Path, settings: dict) -> dict:
-    """Sample answers to the held-out prompts and verify them. Per-answer results go to `output_dir`/constraints/."""
+    """Sample answers to the held-out prompts and verify them. Per-answer results go to `output_dir`/constraints.jsonl."""
     settings = merge_settings("constraints", DEFAULTS, settings)
     require_package("lm_eval")
     from rmipo.constraints.instructions import followed
@@ -33,15 +33,14 @@ def run(model_dir: str | Path, output_dir: str | Path, settings: dict) -> dict:
         for number, prompt in enumerate(prompts)
         for n in range(settings["answers"])
     ]
-    folder = Path(output_dir) / "constraints"
     with Generator(model_dir, settings["generation"]) as generator:
-        answers = generator.answer(requests, folder / "answers.jsonl")
+        answers = generator.answer(requests, generator.file("constraints", requests))
     results = []
     for number, prompt in enumerate(prompts):
         of_prompt = answers[number * settings["answers"] : (number + 1) * settings["answers"]]
         checks = [followed(prompt["constraints"], answer) for answer in of_prompt]
         results.append({**prompt, "answers": of_prompt, "followed": checks})
-    (folder / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in results))
+    write_lines(Path(output_dir) / "constraints.jsonl", results)
     every = [[all(check) for check in row["followed"]] for row in results]
     each = [[sum(check) / len(check) for check in row["followed"]] for row in results]
     metrics = {}
@@ -49,8 +48,9 @@ def run(model_dir: str | Path, output_dir: str | Path, settings: dict) -> dict:
         metrics[name], metrics[f"{name}_se"] = percent(values)
     return {
         "metrics": metrics,
-        "versions": package_versions("lm_eval") | (generator.versions or {}),
+        "versions": package_versions("lm_eval") | generator.versions,
         "settings": settings | {"generation": generator.settings},
+        "fingerprint": generator.fingerprint,
     }
 
 

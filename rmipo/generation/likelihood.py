@@ -12,7 +12,7 @@ from rmipo.training import attention, scoring
 from rmipo.training.loading import load_model, load_tokenizer
 from rmipo.training.packing import pack
 
-TOKENS = 4096  # of one packed forward, about
+TOKENS = 2048  # of one packed forward, about
 
 
 class Likelihood:

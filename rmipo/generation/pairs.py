@@ -11,7 +11,7 @@ Everything is keyed by a hash of the prompt's messages, so that no answer can co
 import json
 import random
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -24,7 +24,7 @@ from rmipo.data.formats import read_pair, read_turns, unusable_prompt
 from rmipo.data.pairs import ChatFormat
 from rmipo.data.sources import load_files, load_source
 from rmipo.errors import UserError
-from rmipo.files import write_atomically
+from rmipo.files import write_atomically, write_lines
 from rmipo.generation.answers import Generator, Request, digest, read_answers
 from rmipo.generation.oracles import Candidates, make_oracle
 from rmipo.recipe.files import coerce, parse_overrides, read_yaml
@@ -74,7 +74,7 @@ class PairsConfig:
         problems = [f"{key} is not a key of it; keys are {', '.join(annotations)}" for key in values if key not in annotations]
         problems += [f"{key} is missing" for key in ("prompts", "oracle") if not values.get(key)]
         sound = {}
-        for key in values.keys() & annotations.keys():
+        for key in [key for key in values if key in annotations]:
             try:
                 sound[key] = coerce(values[key], annotations[key])
             except ValueError as error:
@@ -125,7 +125,9 @@ def make_pairs(model_dir: Path, generation: dict, config: PairsConfig, folder: P
     """
     oracle = make_oracle(config.oracle)
     dropped: Counter[str] = Counter()
-    prompts = read_prompts(config, model_dir, dropped)
+    prompts = read_prompts(
+        config.prompts, config.split, model_dir, dropped, limit=config.max_prompts, max_tokens=config.max_prompt_tokens
+    )
     if not prompts:
         raise PairsError(f"{config.prompts}: no usable prompt. {dict(dropped)}")
     settings = generation | config.generation | {"seed": config.seed}
@@ -170,23 +172,24 @@ def make_pairs(model_dir: Path, generation: dict, config: PairsConfig, folder: P
     return result
 
 
-def read_prompts(config: PairsConfig, model_dir: Path, dropped: Counter) -> list[Prompt]:
-    """The usable prompts, the shortest first: those that are answered together have nearly the same length.
+def read_prompts(
+    name: str, split: str, model_dir: Path, dropped: Counter, limit: int | None = None, max_tokens: int | None = None
+) -> list[Prompt]:
+    """The first `limit` usable prompts, the shortest first: what is answered together has nearly the same length.
 
     Counts in `dropped` those that repeat an earlier one, are malformed, or leave no room in the model's window.
     """
-    path = Path(config.prompts).expanduser()
+    path = Path(name).expanduser()
     if path.is_file():
-        rows = load_files([path], config.prompts)
+        rows = load_files([path], name)
     else:
-        source = DataConfig(dataset_name=config.prompts, dataset_train_split=config.split)
-        rows = load_source({"path": config.prompts}, "train", 0, source)
+        rows = load_source({"path": name}, "train", 0, DataConfig(dataset_name=name, dataset_train_split=split))
     chat = ChatFormat.probe(load_tokenizer(ModelConfig(model_name_or_path=str(model_dir))))
     window = AutoConfig.from_pretrained(model_dir, trust_remote_code=False).max_position_embeddings
-    longest = min(config.max_prompt_tokens or window, window - 1)
+    longest = min(max_tokens or window, window - 1)
     prompts: dict[str, Prompt] = {}
-    for row in prompt_columns(rows, config.prompts):
-        if config.max_prompts is not None and len(prompts) == config.max_prompts:
+    for row in prompt_columns(rows, name):
+        if len(prompts) == limit:
             break
         try:
             messages = prompt_of(row)
@@ -321,7 +324,3 @@ def read_lines(path: Path) -> Iterator[dict]:
             with path.open("r+b") as file:
                 file.truncate(end)
         yield from map(json.loads, content[:end].splitlines())
-
-
-def write_lines(path: Path, rows: Iterable[dict]) -> None:
-    write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))

@@ -199,7 +199,7 @@ def test_settings_that_are_wrong_are_listed_at_once(setup, tmp_path):
     (tmp_path / "pairs.yaml").write_text("prompts: x\nanswer: 3\nselection: worst\nmin_gap: -1\nanswers: many\n")
     with pytest.raises(PairsError) as error:
         load_pairs_config(tmp_path / "pairs.yaml", [])
-    for text in ("answer is not a key", "oracle is missing", "'worst'", "min_gap is -1.0", "answers is 'many'"):
+    for text in ("answer is not a key", "oracle is missing", "'worst'", "min_gap is -1:", "answers is 'many'"):
         assert text in str(error.value)
     config = load_pairs_config(tmp_path / "none.yaml", ["--oracle.judge", "gpt", "--answers=3"], "mine.jsonl")
     assert (config.prompts, config.oracle, config.answers) == ("mine.jsonl", {"judge": "gpt"}, 3)

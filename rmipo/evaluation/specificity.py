@@ -1,0 +1,136 @@
+"""How much answers say about their prompt: the paper's claim that mutual information guards against boilerplate, measured.
+
+The model answers K held-out prompts. A frozen model, the one that training started from, scores every answer under every
+prompt. An answer that fits any prompt is as likely under the others as under its own.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rmipo.errors import EvaluationError
+from rmipo.evaluation.benchmark import Benchmark, Metric
+from rmipo.files import write_lines
+from rmipo.recipe.settings import merge_settings
+from rmipo.record import package_versions, recorded_run
+
+if TYPE_CHECKING:
+    from rmipo.data.chat import Messages
+    from rmipo.generation.likelihood import Likelihood
+
+DEFAULTS = {
+    "prompts": None,  # hub id, folder or file, as for `make pairs`
+    "split": "test",  # of a hub id or folder
+    "first_n": 64,  # K: the cost grows with its square
+    "initial": None,  # folder of the frozen model; that of the training's recipe if null, else the model itself
+    "generation": {},
+}
+
+
+def run(model_dir: str | Path, output_dir: str | Path, settings: dict) -> dict:
+    """Answer the prompts, score them, and write the numbers of each answer to `output_dir`/specificity.jsonl."""
+    settings = merge_settings("specificity", DEFAULTS, settings)
+    if settings["prompts"] is None or settings["first_n"] < 2:
+        raise EvaluationError("eval.yaml, specificity: expected prompts (a hub id, folder or file) and first_n above 1")
+    from rmipo.generation.answers import Generator, Request
+    from rmipo.generation.likelihood import Likelihood
+    from rmipo.generation.pairs import read_prompts
+    from rmipo.run.watchdogs import repeated_share
+
+    record = recorded_run(model_dir)
+    started_from = record["recipe"]["model_name_or_path"] if record else model_dir
+    settings["initial"] = str(settings["initial"] or started_from)
+    prompts = read_prompts(
+        settings["prompts"], settings["split"], Path(model_dir), Counter(), limit=settings["first_n"]
+    )
+    if len(prompts) < 2:
+        raise EvaluationError(f"specificity: {settings['prompts']} has {len(prompts)} usable prompts, expected 2 or more")
+    requests = [Request(prompt.key, prompt.messages) for prompt in prompts]
+    with Generator(model_dir, settings["generation"]) as generator:
+        answers = generator.answer(requests, generator.file("specificity", requests))
+    frozen = Likelihood(settings["initial"], generator.settings["dtype"])
+    rows = score_answers(frozen, [prompt.messages for prompt in prompts], answers)
+    if Path(settings["initial"]).resolve() == Path(model_dir).resolve() or not record:
+        own = [row["logp"] for row in rows]
+    else:
+        policy = Likelihood(model_dir, generator.settings["dtype"])
+        pairs = [policy.ids(prompt.messages, answer) for prompt, answer in zip(prompts, answers, strict=True)]
+        own = [policy.sums(context, [ids])[0] for context, ids in pairs]
+    for row, logp in zip(rows, own, strict=True):
+        row["kl"] = logp - row["logp"]
+    named = [{"prompt": p.messages, "answer": a, **r} for p, a, r in zip(prompts, answers, rows, strict=True)]
+    write_lines(Path(output_dir) / "specificity.jsonl", named)
+    metrics = summary(rows)
+    metrics["repetition"] = 100 * repeated_share([frozen.chat.tokenizer(a)["input_ids"] for a in answers])
+    return {
+        "metrics": metrics,
+        "versions": package_versions("torch", "transformers") | generator.versions,
+        "settings": settings | {"generation": generator.settings},
+        "fingerprint": generator.fingerprint,
+    }
+
+
+def score_answers(frozen: Likelihood, prompts: list[Messages], answers: list[str]) -> list[dict]:
+    """For each answer, under the frozen model:
+
+        own: whether no other prompt gives it as high a likelihood as its own
+        pmi: log p(y|x) - log mean_j p(y|x_j) over the K prompts, in nats: at most log K, and its mean is the InfoNCE
+            bound on the mutual information of prompts and answers
+        prior_pmi: log p(y|x) - log p(y), p(y) after the generation header alone, as RMiPO's margin has it
+        logp, tokens
+    """
+    from tqdm import tqdm
+
+    pairs = [frozen.ids(messages, answer) for messages, answer in zip(prompts, answers, strict=True)]
+    responses = [ids for _, ids in pairs]
+    contexts = tqdm([context for context, _ in pairs], desc="specificity", unit="prompt")
+    under = [frozen.sums(context, responses) for context in contexts]  # under[j][i]: answer i under prompt j
+    prior = frozen.sums(frozen.prior_context, responses)
+    rows = []
+    for i, ids in enumerate(responses):
+        logps = [of_prompt[i] for of_prompt in under]
+        highest = max(logps)
+        mean = highest + math.log(sum(math.exp(value - highest) for value in logps) / len(logps))
+        others = logps[:i] + logps[i + 1 :]
+        scores = {"own": logps[i] > max(others), "pmi": logps[i] - mean, "prior_pmi": logps[i] - prior[i]}
+        rows.append({**scores, "logp": logps[i], "tokens": len(ids)})
+    return rows
+
+
+def summary(rows: list[dict]) -> dict[str, float]:
+    """Means over the answers, with standard errors of the first two. Per token: sums over sums."""
+    tokens = sum(row["tokens"] for row in rows)
+
+    def mean(name: str, scale: float = 1.0) -> tuple[float, float]:
+        values = [scale * row[name] for row in rows]
+        average = sum(values) / len(values)
+        variance = sum((value - average) ** 2 for value in values) / (len(values) - 1)
+        return average, math.sqrt(variance / len(values))
+
+    metrics = dict(zip(("specificity", "specificity_se"), mean("own", 100), strict=True))
+    metrics |= dict(zip(("pmi", "pmi_se"), mean("pmi"), strict=True))
+    metrics |= {"pmi_bound": math.log(len(rows)), "pmi_token": sum(row["pmi"] for row in rows) / tokens}
+    metrics |= {"prior_pmi_token": sum(row["prior_pmi"] for row in rows) / tokens, "tokens": tokens / len(rows)}
+    return metrics | dict(zip(("kl_initial", "kl_initial_se"), mean("kl"), strict=True))
+
+
+BENCHMARK = Benchmark(
+    name="specificity",
+    title="Specificity",
+    run=run,
+    defaults=DEFAULTS,
+    metrics={
+        "specificity": Metric("Own prompt most likely (%)", standard_error="specificity_se"),
+        "pmi": Metric("PMI (nats)", 2, "pmi_se"),
+        "pmi_token": Metric("PMI (nats per token)", 3),
+        "prior_pmi_token": Metric("PMI by log pi(y) (nats per token)", 3),
+        "tokens": Metric("Tokens"),
+        "repetition": Metric("Repeated 4-grams (%)"),
+        "kl_initial": Metric("KL to the initial model (nats)", 2, "kl_initial_se"),
+    },
+    same=("prompts", "split", "first_n", "initial", "generation.temperature", "generation.max_new_tokens"),
+    trial=("first_n",),
+)
