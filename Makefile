@@ -11,7 +11,7 @@ MAKEOVERRIDES :=
 
 RUN := .venv/bin/python
 .DEFAULT_GOAL := help
-.PHONY: help install train plan doctor bench test test-all lint eval table figure compare sweep samples reproduce
+.PHONY: help install train plan doctor bench test test-all lint eval pairs table figure compare sweep samples reproduce
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' Makefile | while IFS='|' read -r name text; do printf '  make %-10s %s\n' "$$name" "$$text"; done
@@ -30,6 +30,9 @@ compare: .venv/.installed ## every method on one setting, tuned and compared: MO
 
 sweep: .venv/.installed ## the paper's hyperparameter search of a method, without an account: METHOD=simpo
 	@$(RUN) scripts/sweep.py
+
+pairs: .venv/.installed ## preference pairs from a model's own answers: MODEL=... [METHOD=...] [PROMPTS=file] [ARGS="--answers 8"]
+	@$(RUN) scripts/pairs.py
 
 eval: .venv/.installed ## evaluate a trained model: MODEL=... METHOD=...
 	@$(RUN) scripts/evaluate.py

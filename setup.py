@@ -13,7 +13,7 @@ setup(
     description="RMiPO: preference optimisation with a margin set by response-level mutual information",
     license="Apache-2.0",
     packages=find_packages(include=["rmipo", "rmipo.*"]),
-    package_data={"rmipo": ["**/*.csv", "**/*.json", "**/*.yaml", "**/*.jinja"]},
+    package_data={"rmipo": ["**/*.csv", "**/*.json", "**/*.yaml", "**/*.jinja", "**/*.jsonl"]},
     python_requires=">=3.11",
     install_requires=[
         "accelerate",

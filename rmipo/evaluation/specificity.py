@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from rmipo.errors import EvaluationError
 from rmipo.evaluation.benchmark import Benchmark, Metric
 from rmipo.files import write_lines
+from rmipo.fingerprints import model_fingerprint
 from rmipo.recipe.settings import merge_settings
 from rmipo.record import package_versions, recorded_run
 
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from rmipo.generation.likelihood import Likelihood
 
 DEFAULTS = {
-    "prompts": None,  # hub id, folder or file, as for `make pairs`
+    "prompts": "rmipo/constraints/test.jsonl",  # hub id, folder or file, as for `make pairs`
     "split": "test",  # of a hub id or folder
     "first_n": 64,  # K: the cost grows with its square
     "initial": None,  # folder of the frozen model; that of the training's recipe if null, else the model itself
@@ -33,8 +34,6 @@ DEFAULTS = {
 def run(model_dir: str | Path, output_dir: str | Path, settings: dict) -> dict:
     """Answer the prompts, score them, and write the numbers of each answer to `output_dir`/specificity.jsonl."""
     settings = merge_settings("specificity", DEFAULTS, settings)
-    if settings["prompts"] is None or settings["first_n"] < 2:
-        raise EvaluationError("eval.yaml, specificity: expected prompts (a hub id, folder or file) and first_n above 1")
     from rmipo.generation.answers import Generator, Request
     from rmipo.generation.likelihood import Likelihood
     from rmipo.generation.pairs import read_prompts
@@ -53,7 +52,7 @@ def run(model_dir: str | Path, output_dir: str | Path, settings: dict) -> dict:
         answers = generator.answer(requests, generator.file("specificity", requests))
     frozen = Likelihood(settings["initial"], generator.settings["dtype"])
     rows = score_answers(frozen, [prompt.messages for prompt in prompts], answers)
-    if Path(settings["initial"]).resolve() == Path(model_dir).resolve() or not record:
+    if model_fingerprint(settings["initial"]) == generator.fingerprint:
         own = [row["logp"] for row in rows]
     else:
         policy = Likelihood(model_dir, generator.settings["dtype"])

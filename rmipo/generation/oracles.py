@@ -3,7 +3,6 @@
 An oracle's `score` yields scores as they come, so that a run that is cut short keeps those there are.
 """
 
-import hashlib
 import importlib.util
 import inspect
 import math
@@ -16,6 +15,7 @@ from typing import Any
 
 from rmipo.data.chat import Messages
 from rmipo.errors import UserError
+from rmipo.fingerprints import text_fingerprint
 from rmipo.generation import judge
 from rmipo.recipe.settings import merge_settings
 
@@ -66,7 +66,7 @@ class FunctionOracle:
         if not callable(self.function):
             raise OracleError(f"oracle.function is {settings['function']!r}: {file} has no function {name!r}")
         self.columns = list(inspect.signature(self.function).parameters)[2:]
-        self.identity = {**settings, "sha256": hashlib.sha256(Path(file).read_bytes()).hexdigest()}
+        self.identity = {**settings, "fingerprint": text_fingerprint(Path(file).read_bytes())}
 
     def score(self, prompts: list[Candidates]) -> Scored:
         for prompt in prompts:

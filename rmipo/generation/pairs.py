@@ -25,7 +25,8 @@ from rmipo.data.pairs import ChatFormat
 from rmipo.data.sources import load_files, load_source
 from rmipo.errors import UserError
 from rmipo.files import write_atomically, write_lines
-from rmipo.generation.answers import Generator, Request, digest, read_answers
+from rmipo.fingerprints import json_fingerprint
+from rmipo.generation.answers import Generator, Request, read_answers
 from rmipo.generation.oracles import Candidates, make_oracle
 from rmipo.recipe.files import coerce, parse_overrides, read_yaml
 from rmipo.recipe.schema import DataConfig, ModelConfig
@@ -137,7 +138,7 @@ def make_pairs(model_dir: Path, generation: dict, config: PairsConfig, folder: P
     header, answers = read_answers(folder / "answers.jsonl")
     candidates = [Candidates(p.key, p.messages, distinct_answers(p, config.answers, answers), p.columns) for p in prompts]
     several = [c for c in candidates if len(c.answers) > 1]
-    made_of = {"answers": digest(header)}
+    made_of = {"answers": json_fingerprint(header)}
 
     scores = fill(
         folder / "scores.jsonl", made_of | {"oracle": oracle.identity}, several, oracle.score, "scores of the oracle"
@@ -196,7 +197,7 @@ def read_prompts(
         except DataError as error:
             dropped[f"malformed: {error}"] += 1
             continue
-        key = digest(messages)[:16]
+        key = json_fingerprint(messages)
         if key in prompts:
             dropped["repeats an earlier prompt"] += 1
         elif reason := unusable_prompt(messages):

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from rmipo.generation.answers import digest
+from rmipo.fingerprints import json_fingerprint
 from rmipo.generation.oracles import Candidates, OracleError, make_oracle
 from rmipo.generation.pairs import PairsConfig, PairsError, load_pairs_config, make_pairs, select
 from tests.helpers.tiny_model import naive_scores, write_model
@@ -81,7 +81,7 @@ def test_pairs_are_the_best_against_the_worst_answer_of_their_own_prompt(setup):
     assert result["pairs"] == len(pairs) > 6 and len(candidates) == 12
     by_prompt = {row["prompt"][0]["content"]: row["answers"] for row in candidates}
     for pair in pairs:
-        assert pair["prompt_id"] == digest(pair["prompt"])[:16]
+        assert pair["prompt_id"] == json_fingerprint(pair["prompt"])
         scores = {a["output"]: a["score"] for a in by_prompt[pair["prompt"][0]["content"]] if a["output"]}
         chosen, rejected = pair["chosen"][0]["content"], pair["rejected"][0]["content"]
         assert pair["score_chosen"] == scores[chosen] == max(scores.values())

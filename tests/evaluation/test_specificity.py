@@ -1,0 +1,81 @@
+"""Specificity: the numbers against one sequence at a time, and answers that are specific, generic, or exchanged."""
+
+import json
+import math
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from rmipo.evaluation import BENCHMARKS, specificity
+from rmipo.generation.likelihood import Likelihood
+from tests.helpers.tiny_model import write_model
+
+QUESTIONS = {
+    "What is the capital of France?": "The capital of France is Paris.",
+    "How do I boil an egg?": "Put the egg into boiling water for eight minutes, then cool it.",
+    "Who wrote Hamlet?": "Hamlet was written by William Shakespeare.",
+    "Why is the sky blue?": "Air scatters blue light from the sun more than red light, so the sky looks blue.",
+    "Name a large animal of Africa.": "The elephant is a large animal that lives in Africa.",
+    "What do bees make?": "Bees make honey and wax in their hive.",
+}
+BOILERPLATE = "That is a great question. It depends on many things, and I am happy to help."
+
+
+def user(text: str) -> list[dict]:
+    return [{"role": "user", "content": text}]
+
+
+def test_specific_answers_generic_answers_and_exchanged_answers(smollm2):
+    frozen = Likelihood(smollm2, "float32")
+    prompts, right = [user(text) for text in QUESTIONS], list(QUESTIONS.values())
+    specific = specificity.score_answers(frozen, prompts, right)
+    assert all(row["own"] for row in specific)
+    bound = math.log(len(prompts))
+    assert all(0.9 * bound < row["pmi"] <= bound for row in specific)
+    generic = specificity.score_answers(frozen, prompts, [BOILERPLATE] * len(prompts))
+    assert sum(row["own"] for row in generic) == 1  # one text has one most likely prompt
+    assert sum(row["pmi"] for row in generic) / len(prompts) < 0
+    exchanged = specificity.score_answers(frozen, prompts, right[1:] + right[:1])
+    assert not any(row["own"] for row in exchanged)
+    assert all(row["prior_pmi"] < other["prior_pmi"] for row, other in zip(generic, specific, strict=True))
+
+
+def test_benchmark_against_one_sequence_at_a_time(tmp_path):
+    initial, model = tmp_path / "initial", tmp_path / "model"
+    write_model(initial, seed=0)
+    write_model(model, seed=1)
+    questions = [f"w{i} w{2 * i}" for i in range(5)]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": text}) + "\n" for text in questions))
+    generation = {"temperature": 1.0, "max_new_tokens": 6, "dtype": "float32", "engine": "transformers"}
+    settings = {"prompts": str(tmp_path / "prompts.jsonl"), "initial": str(initial), "generation": generation}
+    result = BENCHMARKS["specificity"].run(model, tmp_path, settings)
+    rows = [json.loads(line) for line in (tmp_path / "specificity.jsonl").read_text().splitlines()]
+
+    tokenizer = AutoTokenizer.from_pretrained(initial)
+    models = {name: AutoModelForCausalLM.from_pretrained(folder) for name, folder in (("0", initial), ("1", model))}
+
+    def logp(name: str, context: list[str], answer: str) -> float:
+        ids = tokenizer.convert_tokens_to_ids([*context, *answer.split(), "</s>"])
+        with torch.no_grad():
+            logps = models[name](torch.tensor([ids])).logits[0].double().log_softmax(-1)
+        return sum(logps[i - 1, ids[i]].item() for i in range(len(context), len(ids)))
+
+    def asked(question: str) -> list[str]:
+        return ["<s>", "<user>", *question.split(), "<assistant>"]
+
+    expected = []
+    for row in rows:
+        under = {q: logp("0", asked(q), row["answer"]) for q in questions}
+        own = under[row["prompt"][0]["content"]]
+        assert row["own"] == (own == max(under.values()))
+        assert row["pmi"] == pytest.approx(own - math.log(sum(map(math.exp, under.values())) / 5), abs=1e-4)
+        assert row["prior_pmi"] == pytest.approx(own - logp("0", ["<s>", "<assistant>"], row["answer"]), abs=1e-4)
+        kl = logp("1", asked(row["prompt"][0]["content"]), row["answer"]) - own
+        assert row["kl"] == pytest.approx(kl, abs=1e-4)
+        expected.append(kl)
+    assert result["metrics"]["kl_initial"] == pytest.approx(sum(expected) / 5, abs=1e-4)
+    assert result["metrics"]["pmi_bound"] == math.log(5)
+    assert result["metrics"]["specificity"] == 20 * sum(row["own"] for row in rows)
+    itself = BENCHMARKS["specificity"].run(model, tmp_path, settings | {"initial": str(model)})
+    assert itself["metrics"]["kl_initial"] == 0

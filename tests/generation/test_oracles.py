@@ -1,0 +1,126 @@
+"""Reward models and judges as oracles: right scores whatever the padding, and what a judge's endpoint may do."""
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
+
+from rmipo.generation.oracles import Candidates, OracleError, make_oracle
+from rmipo.generation.pairs import fill
+from rmipo.generation.reward_model import RewardModel, RewardModelError
+from tests.helpers.judge_server import JudgeServer
+from tests.helpers.tiny_model import write_model
+
+DIALOGUES = [
+    [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    for question, answer in (("w1 w2 w3 w4", "w5"), ("w1", "w6 w7 w8 w9 w10 w11"), ("w2", ""), ("w2", "w3"))
+]
+
+
+@pytest.fixture
+def reward_model(tmp_path):
+    """reward_model(pad id, labels) -> folder of a random reward model whose chat template ends in the EOS token."""
+
+    def write(pad_token_id, num_labels=1):
+        write_model(tmp_path)  # for its tokenizer
+        config = LlamaConfig(
+            vocab_size=25, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+            max_position_embeddings=32, pad_token_id=pad_token_id, num_labels=num_labels,
+        )  # fmt: skip
+        torch.manual_seed(3)
+        LlamaForSequenceClassification(config).save_pretrained(tmp_path)
+        return tmp_path
+
+    return write
+
+
+def one_by_one(folder) -> list[float]:
+    """The reward at the last token of each dialogue, from the layers themselves."""
+    model, tokenizer = LlamaForSequenceClassification.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    rewards = []
+    for dialogue in DIALOGUES:
+        ids = tokenizer.apply_chat_template(dialogue, return_tensors="pt", return_dict=True)["input_ids"]
+        with torch.no_grad():
+            rewards.append(model.score(model.model(ids).last_hidden_state[0, -1]).item())
+    return rewards
+
+
+@pytest.mark.parametrize("pad_token_id", [None, 1, 7], ids=["none", "eos", "another"])
+def test_reward_is_that_of_the_last_token_whatever_the_pad_token(reward_model, pad_token_id):
+    folder = reward_model(pad_token_id)
+    scores = dict(RewardModel(str(folder), "float32", batch_size=4).score(DIALOGUES))
+    assert [scores[i] for i in range(4)] == pytest.approx(one_by_one(folder), abs=1e-5)
+
+
+def test_reward_models_that_are_none(reward_model, tmp_path):
+    with pytest.raises(RewardModelError, match=r"it has 2 outputs, expected 1"):
+        RewardModel(str(reward_model(1, num_labels=2)))
+    folder = reward_model(1)
+    long = [{"role": "user", "content": " ".join(["w1"] * 40)}, DIALOGUES[0][1]]
+    with pytest.raises(RewardModelError, match=r"a dialogue has 4\d tokens and its context is 32"):
+        next(RewardModel(str(folder), "float32").score([*DIALOGUES, long]))
+    weights = load_file(folder / "model.safetensors")
+    torch.save(weights, folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(RewardModelError, match=r"can't be loaded"):
+        RewardModel(str(folder))
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "chat_template.jinja").unlink()
+    with pytest.raises(RewardModelError, match=r"no chat template"):
+        RewardModel(str(folder))
+
+
+def test_reward_model_as_oracle_names_a_score_that_is_no_number(reward_model, tmp_path):
+    folder = reward_model(None)
+    weights = load_file(folder / "model.safetensors")
+    save_file(weights | {"score.weight": weights["score.weight"] * float("nan")}, folder / "model.safetensors",
+              metadata={"format": "pt"})  # fmt: skip
+    prompts = [Candidates("k", DIALOGUES[0][:1], {"k-0": "w1", "k-1": "w2"})]
+    oracle = make_oracle({"reward_model": str(folder), "dtype": "float32"})
+    with pytest.raises(OracleError, match=r"answer k-\d gave the score nan"):
+        list(oracle.score(prompts))
+
+
+PROMPTS = [
+    Candidates(f"p{i}", [{"role": "user", "content": f"question {i}"}], {f"p{i}-{n}": "word " * (n + i) for n in (1, 2)})
+    for i in range(8)
+]
+
+
+@pytest.fixture
+def judged(tmp_path, monkeypatch):
+    """judged(settings) -> scores of a judge on this machine; `asked`: its requests; `malformed`: those answered badly."""
+    asked, malformed = [], set()
+
+    def fault(number):
+        asked.append(number)
+        return "malformed" if number in malformed else None
+
+    def run(**settings):
+        oracle = make_oracle({"judge": "test", "concurrency": 2, "price": [0, 0], **settings})
+        return fill(tmp_path / "scores.jsonl", oracle.identity, PROMPTS, oracle.score, "scores")
+
+    with JudgeServer(fault=fault) as server:
+        monkeypatch.setenv("OPENAI_BASE_URL", server.url)
+        monkeypatch.setenv("OPENAI_API_KEY", "none")
+        run.asked, run.malformed = asked, malformed
+        yield run
+
+
+def test_judge_is_asked_for_what_is_missing_alone(judged, tmp_path):
+    judged.malformed.add(9)
+    with pytest.raises(OracleError, match=r"the judge's reply to answer p\d-\d has no \[\[rating\]\]"):
+        judged()
+    kept = len((tmp_path / "scores.jsonl").read_text().splitlines()) - 1
+    assert 7 <= kept <= 9
+    judged.asked.clear()
+    judged.malformed.clear()
+    scores = judged()
+    assert len(judged.asked) == 16 - kept and len(scores) == 16
+    assert all(1 <= score <= 10 for score in scores.values())
+
+
+def test_judge_costs_are_stated_and_limited_before_anything_is_asked(judged, capsys):
+    with pytest.raises(ValueError, match=r"more than max_cost 0.001; nothing was asked"):
+        judged(price=[10, 30], max_cost=0.001)
+    assert judged.asked == [] and "judge: 16 verdicts to ask for" in capsys.readouterr().out
