@@ -3,10 +3,10 @@
 The tasks and the pairs of constraints occur in no training prompt; see `rmipo.constraints.prompts`.
 """
 
-import math
 from pathlib import Path
 
 from rmipo.evaluation.benchmark import Benchmark, Metric, require_package
+from rmipo.evaluation.statistics import standard_error
 from rmipo.files import write_lines
 from rmipo.recipe.settings import merge_settings
 from rmipo.record import package_versions
@@ -45,7 +45,7 @@ def run(model_dir: str | Path, output_dir: str | Path, settings: dict) -> dict:
     each = [[sum(check) / len(check) for check in row["followed"]] for row in results]
     metrics = {}
     for name, values in (("constraints_all", every), ("constraints_each", each)):
-        metrics[name], metrics[f"{name}_se"] = percent(values)
+        metrics[name], metrics[f"{name}_standard_error"] = percent(values)
     return {
         "metrics": metrics,
         "versions": package_versions("lm_eval") | generator.versions,
@@ -57,9 +57,7 @@ def run(model_dir: str | Path, output_dir: str | Path, settings: dict) -> dict:
 def percent(values: list[list[float]]) -> tuple[float, float]:
     """Mean over prompts of the mean over their answers, and its standard error, both in percent."""
     means = [sum(of_prompt) / len(of_prompt) for of_prompt in values]
-    mean = sum(means) / len(means)
-    variance = sum((value - mean) ** 2 for value in means) / max(1, len(means) - 1)
-    return 100 * mean, 100 * math.sqrt(variance / len(means))
+    return 100 * sum(means) / len(means), 100 * standard_error(means)
 
 
 BENCHMARK = Benchmark(
@@ -68,8 +66,8 @@ BENCHMARK = Benchmark(
     run=run,
     defaults=DEFAULTS,
     metrics={
-        "constraints_all": Metric("All constraints (%)", standard_error="constraints_all_se"),
-        "constraints_each": Metric("Constraints (%)", standard_error="constraints_each_se"),
+        "constraints_all": Metric("All constraints (%)", standard_error="constraints_all_standard_error"),
+        "constraints_each": Metric("Constraints (%)", standard_error="constraints_each_standard_error"),
     },
     same=("first_n", "answers", "generation.temperature", "generation.top_p", "generation.max_new_tokens"),
     trial=("first_n",),

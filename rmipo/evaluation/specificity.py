@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from rmipo.errors import EvaluationError
 from rmipo.evaluation.benchmark import Benchmark, Metric
+from rmipo.evaluation.statistics import standard_error
 from rmipo.files import write_lines
 from rmipo.fingerprints import model_fingerprint
 from rmipo.recipe.settings import merge_settings
@@ -105,15 +106,13 @@ def summary(rows: list[dict]) -> dict[str, float]:
 
     def mean(name: str, scale: float = 1.0) -> tuple[float, float]:
         values = [scale * row[name] for row in rows]
-        average = sum(values) / len(values)
-        variance = sum((value - average) ** 2 for value in values) / (len(values) - 1)
-        return average, math.sqrt(variance / len(values))
+        return sum(values) / len(values), standard_error(values)
 
-    metrics = dict(zip(("specificity", "specificity_se"), mean("own", 100), strict=True))
-    metrics |= dict(zip(("pmi", "pmi_se"), mean("pmi"), strict=True))
+    metrics = dict(zip(("specificity", "specificity_standard_error"), mean("own", 100), strict=True))
+    metrics |= dict(zip(("pmi", "pmi_standard_error"), mean("pmi"), strict=True))
     metrics |= {"pmi_bound": math.log(len(rows)), "pmi_token": sum(row["pmi"] for row in rows) / tokens}
     metrics |= {"prior_pmi_token": sum(row["prior_pmi"] for row in rows) / tokens, "tokens": tokens / len(rows)}
-    return metrics | dict(zip(("kl_initial", "kl_initial_se"), mean("kl"), strict=True))
+    return metrics | dict(zip(("kl_initial", "kl_initial_standard_error"), mean("kl"), strict=True))
 
 
 BENCHMARK = Benchmark(
@@ -122,13 +121,13 @@ BENCHMARK = Benchmark(
     run=run,
     defaults=DEFAULTS,
     metrics={
-        "specificity": Metric("Own prompt most likely (%)", standard_error="specificity_se"),
-        "pmi": Metric("PMI (nats)", 2, "pmi_se"),
+        "specificity": Metric("Own prompt most likely (%)", standard_error="specificity_standard_error"),
+        "pmi": Metric("PMI (nats)", 2, "pmi_standard_error"),
         "pmi_token": Metric("PMI (nats per token)", 3),
         "prior_pmi_token": Metric("PMI by log pi(y) (nats per token)", 3),
         "tokens": Metric("Tokens"),
         "repetition": Metric("Repeated 4-grams (%)"),
-        "kl_initial": Metric("KL to the initial model (nats)", 2, "kl_initial_se"),
+        "kl_initial": Metric("KL to the initial model (nats)", 2, "kl_initial_standard_error"),
     },
     same=("prompts", "split", "first_n", "initial", "generation.temperature", "generation.max_new_tokens"),
     trial=("first_n",),
