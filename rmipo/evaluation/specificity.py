@@ -47,7 +47,9 @@ def run(model_dir: str | Path, output_dir: str | Path, settings: dict) -> dict:
         settings["prompts"], settings["split"], Path(model_dir), Counter(), limit=settings["first_n"]
     )
     if len(prompts) < 2:
-        raise EvaluationError(f"specificity: {settings['prompts']} has {len(prompts)} usable prompts, expected 2 or more")
+        raise EvaluationError(
+            f"specificity: {settings['prompts']} has {len(prompts)} usable prompts, expected 2 or more"
+        )
     requests = [Request(prompt.key, prompt.messages) for prompt in prompts]
     with Generator(model_dir, settings["generation"]) as generator:
         answers = generator.answer(requests, generator.file("specificity", requests))
@@ -76,11 +78,11 @@ def run(model_dir: str | Path, output_dir: str | Path, settings: dict) -> dict:
 def score_answers(frozen: Likelihood, prompts: list[Messages], answers: list[str]) -> list[dict]:
     """For each answer, under the frozen model:
 
-        own: whether no other prompt gives it as high a likelihood as its own
-        pmi: log p(y|x) - log mean_j p(y|x_j) over the K prompts, in nats: at most log K, and its mean is the InfoNCE
-            bound on the mutual information of prompts and answers
-        prior_pmi: log p(y|x) - log p(y), p(y) after the generation header alone, as RMiPO's margin has it
-        logp, tokens
+    own: whether no other prompt gives it as high a likelihood as its own
+    pmi: log p(y|x) - log mean_j p(y|x_j) over the K prompts, in nats: at most log K, and its mean is the InfoNCE
+        bound on the mutual information of prompts and answers
+    prior_pmi: log p(y|x) - log p(y), p(y) after the generation header alone, as RMiPO's margin has it
+    logp, tokens
     """
     from tqdm import tqdm
 

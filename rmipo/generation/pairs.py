@@ -72,7 +72,9 @@ class PairsConfig:
     def load(cls, values: dict, where: str) -> "PairsConfig":
         """Raises PairsError that lists everything that is wrong."""
         annotations = cls.__annotations__
-        problems = [f"{key} is not a key of it; keys are {', '.join(annotations)}" for key in values if key not in annotations]
+        problems = [
+            f"{key} is not a key of it; keys are {', '.join(annotations)}" for key in values if key not in annotations
+        ]
         problems += [f"{key} is missing" for key in ("prompts", "oracle") if not values.get(key)]
         sound = {}
         for key in [key for key in values if key in annotations]:
@@ -132,11 +134,15 @@ def make_pairs(model_dir: Path, generation: dict, config: PairsConfig, folder: P
     if not prompts:
         raise PairsError(f"{config.prompts}: no usable prompt. {dict(dropped)}")
     settings = generation | config.generation | {"seed": config.seed}
-    requests = [Request(f"{p.key}-{n}", p.messages, seed=config.seed + n) for p in prompts for n in range(config.answers)]
+    requests = [
+        Request(f"{p.key}-{n}", p.messages, seed=config.seed + n) for p in prompts for n in range(config.answers)
+    ]
     with Generator(model_dir, settings) as generator:
         generator.answer(requests, folder / "answers.jsonl")
     header, answers = read_answers(folder / "answers.jsonl")
-    candidates = [Candidates(p.key, p.messages, distinct_answers(p, config.answers, answers), p.columns) for p in prompts]
+    candidates = [
+        Candidates(p.key, p.messages, distinct_answers(p, config.answers, answers), p.columns) for p in prompts
+    ]
     several = [c for c in candidates if len(c.answers) > 1]
     made_of = {"answers": json_fingerprint(header)}
 
@@ -154,7 +160,9 @@ def make_pairs(model_dir: Path, generation: dict, config: PairsConfig, folder: P
             dropped[chosen_rejected] += 1
         else:
             pairs.append(pair_row(prompt, *chosen_rejected, scores))
-    write_lines(folder / "candidates.jsonl", (candidate_row(c, config.answers, answers, scores, pmi) for c in candidates))
+    write_lines(
+        folder / "candidates.jsonl", (candidate_row(c, config.answers, answers, scores, pmi) for c in candidates)
+    )
     if not pairs:
         raise PairsError(f"{folder}: no pair came out of {len(prompts)} prompts: {dict(dropped)}. See candidates.jsonl")
     write_lines(folder / "train.jsonl", pairs)
@@ -246,7 +254,9 @@ def fill(path: Path, header: dict, prompts: list[Candidates], score, description
     """
     lines = list(read_lines(path))
     if lines and lines[0] != json.loads(json.dumps(header)):
-        raise PairsError(f"{path} holds scores of other answers or of another oracle ({lines[0]}). Delete it to score again")
+        raise PairsError(
+            f"{path} holds scores of other answers or of another oracle ({lines[0]}). Delete it to score again"
+        )
     if not lines:
         path.write_text(json.dumps(header) + "\n")
     scores = {key: value for line in lines[1:] for key, value in line.items()}
@@ -257,7 +267,10 @@ def fill(path: Path, header: dict, prompts: list[Candidates], score, description
     ]
     total = sum(len(p.answers) for p in prompts)
     if missing:
-        with path.open("a") as file, tqdm(total=total, initial=len(scores), desc=description, unit="answer") as progress:
+        with (
+            path.open("a") as file,
+            tqdm(total=total, initial=len(scores), desc=description, unit="answer") as progress,
+        ):
             for some in score(missing):
                 file.write(json.dumps(some) + "\n")
                 file.flush()
@@ -310,7 +323,9 @@ def pair_row(prompt: Candidates, chosen: str, rejected: str, scores: dict[str, f
     return {"prompt_id": prompt.key, "prompt": prompt.messages, **responses, **numbers}
 
 
-def candidate_row(prompt: Candidates, number: int, answers: dict, scores: dict[str, float], pmi: dict[str, float]) -> dict:
+def candidate_row(
+    prompt: Candidates, number: int, answers: dict, scores: dict[str, float], pmi: dict[str, float]
+) -> dict:
     rows = [answers[f"{prompt.key}-{n}"] for n in range(number)]
     rows = [{**row, "score": scores.get(row["key"]), "pmi": pmi.get(row["key"])} for row in rows]
     return {"prompt_id": prompt.key, "prompt": prompt.messages, "answers": rows}

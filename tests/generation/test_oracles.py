@@ -82,7 +82,9 @@ def test_reward_model_as_oracle_names_a_score_that_is_no_number(reward_model, tm
 
 
 PROMPTS = [
-    Candidates(f"p{i}", [{"role": "user", "content": f"question {i}"}], {f"p{i}-{n}": "word " * (n + i) for n in (1, 2)})
+    Candidates(
+        f"p{i}", [{"role": "user", "content": f"question {i}"}], {f"p{i}-{n}": "word " * (n + i) for n in (1, 2)}
+    )
     for i in range(8)
 ]
 

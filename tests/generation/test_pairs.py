@@ -129,11 +129,14 @@ def test_unusable_prompts_are_counted_with_their_reasons(setup):
     setup.prompts([*good, good[0], "", " ".join(["w1"] * 200)])
     result = setup.make("texts")
     assert result["prompts"] == 5
-    assert result["dropped"].items() >= {
-        "repeats an earlier prompt": 1,
-        "the prompt has an empty message": 1,
-        "longer than 127 tokens": 1,
-    }.items()
+    assert (
+        result["dropped"].items()
+        >= {
+            "repeats an earlier prompt": 1,
+            "the prompt has an empty message": 1,
+            "longer than 127 tokens": 1,
+        }.items()
+    )
     robot = [{"role": "robot", "content": "w1"}]
     setup.prompts([{"messages": m} for m in ([*message, {"role": "assistant", "content": "w9"}], message * 2, robot)])
     result = setup.make("messages", answers=16)
