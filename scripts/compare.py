@@ -4,7 +4,8 @@
     make compare MODEL=tiny METHODS=dpo,simpo SEEDS=0,1,2 NOISE=0,0.15 WORKERS=2 ARGS="--num_train_epochs 1"
     make compare MODEL=tiny DATA=my_pairs.jsonl.gz
 
-  METHODS  some of the eleven and sft-chosen (plain SFT on the chosen responses); rmipo is always among them
+  METHODS  some of the eleven, sft-chosen (SFT on the chosen responses), fidelity-sequence and fidelity-release (other
+           readings of RMiPO); rmipo is always among them; default: the eleven and sft-chosen
   SEEDS    each draws its own pairs of the world, and their order
   NOISE    shares of the training pairs whose labels are swapped; only 0 with DATA
   WORKERS  trainings at a time, one thread each; default: one for each CPU core
@@ -26,7 +27,7 @@ os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}  # bef
 from tqdm import tqdm
 
 from rmipo.compare.log import Log, best_rates, execute_all, report_runs, search_runs
-from rmipo.compare.study import METHODS, Study
+from rmipo.compare.study import METHODS, READINGS, Study
 from rmipo.launch.pipeline import choose_stages, load_steps
 from rmipo.launch.sweep import load_sweep
 from rmipo.recipe.load import ConfigError, Recipe
@@ -82,15 +83,15 @@ def compare(env: dict[str, str]) -> int:
             lines[run] = line
         return [lines[run] for run in runs]
 
-    best = best_rates(finished(searches), study.selection_metric)
+    best = best_rates(finished(searches), study.task.selection_metric)
     lines = finished(report_runs(methods, best, seeds, noises))
     bar.close()
 
     ###################
     # Report
     ###################
-    rows = reporting.summarize(lines, study.selection_metric)
-    text = reporting.report(rows, lines, rates, study.selection_metric)
+    rows = reporting.summarize(lines, study.task.selection_metric)
+    text = reporting.report(rows, lines, rates, study.task.selection_metric)
     print(text)
     for path in reporting.write(folder, text, rows, lines):
         print(path)
@@ -113,8 +114,9 @@ def make_sft_model(model: str, recipe: Recipe, env: dict[str, str]) -> None:
 
 def read_choices(env: dict[str, str]) -> tuple[list[str], list[int], list[float], int]:
     """METHODS, SEEDS, NOISE and WORKERS. Raises ConfigError with all that is wrong."""
+    known = (*METHODS, *READINGS)
     methods = [name.strip() for name in (env.get("METHODS") or ",".join(METHODS)).split(",")]
-    problems = [f"METHODS: {name!r} is not one of {', '.join(METHODS)}" for name in methods if name not in METHODS]
+    problems = [f"METHODS: {name!r} is not one of {', '.join(known)}" for name in methods if name not in known]
     values = {"SEEDS": env.get("SEEDS") or "0,1,2", "NOISE": env.get("NOISE") or ("0" if env.get("DATA") else "0,0.15")}
     values["WORKERS"] = env.get("WORKERS") or str(os.cpu_count())
     types = {"SEEDS": int, "NOISE": float, "WORKERS": int}
@@ -133,7 +135,7 @@ def read_choices(env: dict[str, str]) -> tuple[list[str], list[int], list[float]
     if problems:
         raise ConfigError("\n  ".join(["what is to be compared is not clear:", *problems]))
     return (
-        [name for name in METHODS if name in methods or name == "rmipo"],
+        [name for name in known if name in methods or name == "rmipo"],
         read["SEEDS"],
         read["NOISE"],
         read["WORKERS"][0],

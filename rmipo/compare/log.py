@@ -9,10 +9,9 @@ from dataclasses import asdict
 from multiprocessing import get_context
 from pathlib import Path
 
-from rmipo.compare.run import CURVE_PAIRS, CURVE_STEPS, SAMPLES_PER_QUESTION, execute
+from rmipo.compare.run import CURVE_PAIRS, CURVE_STEPS, execute
 from rmipo.compare.study import INITIAL, SEARCH_SEED, Run, Study
-from rmipo.data.pairs import load_pairs
-from rmipo.fingerprints import json_fingerprint, model_fingerprint, rows_fingerprint
+from rmipo.fingerprints import json_fingerprint, model_fingerprint
 
 NOT_THE_RUN = ("output_dir", "reference_cache_dir", "run_name")
 
@@ -32,15 +31,11 @@ class Log:
     def common(self) -> dict:
         """What defines every run beside its own recipe: initial weights, data, measurement."""
         recipe = self.study.recipe(Run("report", "rmipo", None, 0, 0.0))
-        _, data_config, model_config = recipe.parse(world_size=1)
-        if self.study.world is None:
-            data = {split: rows_fingerprint(load_pairs(data_config, split)) for split in ("train", "test")}
-        else:
-            data = asdict(self.study.world.config)
-        measured = {"samples": SAMPLES_PER_QUESTION, "curve": [CURVE_STEPS, CURVE_PAIRS]}
+        model = recipe.parse(world_size=1)[2]
+        measured = {"curve": [CURVE_STEPS, CURVE_PAIRS]}
         return {
-            "model": model_fingerprint(model_config.model_name_or_path, model_config.model_revision),
-            "data": data,
+            "model": model_fingerprint(model.model_name_or_path, model.model_revision),
+            "data": self.study.task.identity(recipe),
             "measured": measured,
         }
 

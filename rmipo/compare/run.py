@@ -1,5 +1,6 @@
 """One run of a comparison: train, with the clock running, and measure."""
 
+import contextlib
 import copy
 import resource
 import tempfile
@@ -10,14 +11,16 @@ from typing import Any
 import psutil
 import torch
 from datasets import Dataset, disable_progress_bars
-from transformers import TrainerCallback, set_seed
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
-from rmipo.compare.study import FLOOR, INITIAL, Run, Study, held_out, train_pairs
+from rmipo.compare.study import FLOOR, INITIAL, Run, Study
 from rmipo.data.chat import ChatFormat
 from rmipo.data.pairs import tokenize_pairs
-from rmipo.objectives import build_objective
+from rmipo.objectives import Objective, build_objective
 from rmipo.recipe.load import Recipe
+from rmipo.recipe.schema import PreferenceConfig
+from rmipo.run.frame import TrainingRun, training_run
 from rmipo.tiny import judge
 from rmipo.training import attention
 from rmipo.training.finite import NonFiniteLossError
@@ -26,14 +29,13 @@ from rmipo.training.trainer import PreferenceTrainer
 
 CURVE_STEPS = 10  # optimizer steps between two points of a curve
 CURVE_PAIRS = 100
-SAMPLES_PER_QUESTION = 4
 
 
 class HeldOutCurve(TrainerCallback):
     """Preference accuracy and margin on held-out pairs every few steps; `seconds` is the time that this took."""
 
-    def __init__(self, pairs: Dataset, kind: str):
-        self.pairs, self.kind = pairs, kind
+    def __init__(self, pairs: Dataset):
+        self.pairs, self.kind = pairs, "plain"  # the attention that the model trains with
         self.points: list[dict] = []
         self.seconds = 0.0
 
@@ -58,56 +60,53 @@ def execute(study: Study, run: Run) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         recipe = study.recipe(run, folder)
         args, data_config, model_config = recipe.parse(world_size=1)
-        set_seed(args.seed)
-        tokenizer = load_tokenizer(model_config)
-        model = load_model(model_config, use_cache=False)
-        objective = build_objective(args.objective)
-        chat = ChatFormat.probe(tokenizer, header_in_response=objective.header_in_response)
-        chat.set_end_of_turn(model.generation_config)
-        limits = {name: getattr(args, name) for name in ("max_length", "max_prompt_length")}
-        limits |= {name: getattr(data_config, name) for name in ("max_dropped_fraction", "max_truncated_fraction")}
-        questions, pairs = held_out(study, recipe, run)
-        test, _ = tokenize_pairs(pairs, chat, **limits)
-        result = {"curve": [], "seconds_per_step": None, "peak_memory_mib": None}
-        if run.method != INITIAL:
-            train = train_pairs(study, recipe, run)
-            curve_pairs = test.select(range(min(CURVE_PAIRS, len(test))))
-            if run.method == FLOOR:
-                curve = HeldOutCurve(curve_pairs, "plain")
-                trainer = sft_trainer(recipe, model, tokenizer, chat, train, curve)
-            else:
-                curve = HeldOutCurve(curve_pairs, attention.resolve_kind(args.attention, args.device))
-                tokenized, _ = tokenize_pairs(train, chat, **limits)
-                trainer = preference_trainer(args, objective, model, tokenizer, chat, tokenized, curve)
-            try:
-                result |= train_and_time(trainer, curve)
-            except NonFiniteLossError:
-                return {**result, "metrics": {"diverged": True}}
-        metrics = judge.preference_metrics(model, test)
-        if questions:
-            asked = copy.copy(study.world)
-            asked.held_out_questions = questions
-            samples = SAMPLES_PER_QUESTION if run.purpose == "report" else 1
-            metrics |= judge.evaluate(model, tokenizer, asked, samples_per_question=samples, seed=run.seed)
-            metrics.pop("samples")
+        with training_run(recipe, args, model_config, keep=False) as frame:
+            tokenizer = load_tokenizer(model_config, data_config.chat_template)
+            model = load_model(model_config, use_cache=False).to(args.device)
+            objective = build_objective(args.objective)
+            chat = ChatFormat.probe(tokenizer, header_in_response=objective.header_in_response)
+            chat.set_end_of_turn(model.generation_config)
+            limits = {name: getattr(args, name) for name in ("max_length", "max_prompt_length")}
+            limits |= {name: getattr(data_config, name) for name in ("max_dropped_fraction", "max_truncated_fraction")}
+            test, _ = tokenize_pairs(study.task.held_out_pairs(recipe, run), chat, **limits)
+            result = {"curve": [], "seconds_per_step": None, "peak_memory_mib": None}
+            if run.method != INITIAL:
+                train = study.task.train_pairs(recipe, run)
+                curve = HeldOutCurve(test.select(range(min(CURVE_PAIRS, len(test)))))
+                if run.method == FLOOR:
+                    trainer = sft_trainer(recipe, model, tokenizer, chat, train)
+                else:
+                    trainer = preference_trainer(args, objective, model, chat, tokenize_pairs(train, chat, **limits)[0])
+                curve.kind = getattr(trainer, "attention_kind", "plain")
+                try:
+                    result |= train_and_time(frame, trainer, curve)
+                except NonFiniteLossError:
+                    return {**result, "metrics": {"diverged": True}}
+            with precision(args):
+                metrics = judge.preference_metrics(model, test) | study.task.measure(model, chat, run)
     return {**result, "metrics": metrics}
 
 
-def preference_trainer(args, objective, model, tokenizer, chat, train: Dataset, curve) -> PreferenceTrainer:
-    needs_logits = "reference_logits" in objective.needs
+def precision(args: TrainingArguments) -> contextlib.AbstractContextManager:
+    """bfloat16 arithmetic where the recipe trains with it."""
+    return torch.autocast(args.device.type, torch.bfloat16, enabled=args.bf16)
+
+
+def preference_trainer(
+    args: PreferenceConfig, objective: Objective, model: PreTrainedModel, chat: ChatFormat, train: Dataset
+) -> PreferenceTrainer:
     return PreferenceTrainer(
         model,
         args,
         objective,
         train_dataset=train,
-        processing_class=tokenizer,
+        processing_class=chat.tokenizer,
         prior_context=chat.prior_context(objective.prior_context) if "prior" in objective.needs else None,
-        reference_model=copy.deepcopy(model) if needs_logits else None,
-        callbacks=[curve],
+        reference_model=copy.deepcopy(model) if "reference_logits" in objective.needs else None,
     )
 
 
-def sft_trainer(recipe: Recipe, model, tokenizer, chat, train: Dataset, curve) -> SFTTrainer:
+def sft_trainer(recipe: Recipe, model, tokenizer, chat: ChatFormat, train: Dataset) -> SFTTrainer:
     """TRL's trainer on the chosen responses, with the preference recipe's optimisation."""
     known = {field.name for field in fields(SFTConfig)}
     values = {key: value for key, value in recipe.resolved().items() if key in known}
@@ -117,14 +116,13 @@ def sft_trainer(recipe: Recipe, model, tokenizer, chat, train: Dataset, curve) -
         args=SFTConfig(**values, gradient_accumulation_steps=recipe.batch(1)[1]),
         train_dataset=Dataset.from_dict({"prompt": train["prompt"], "completion": train["chosen"]}),
         processing_class=tokenizer,
-        callbacks=[curve],
     )
 
 
-def train_and_time(trainer, curve: HeldOutCurve) -> dict:
+def train_and_time(frame: TrainingRun, trainer: Trainer, curve: HeldOutCurve) -> dict:
     """Train. Time is the CPU's, on which other processes have no influence, and includes a reference's scoring."""
     before, start = psutil.Process().memory_info().rss, time.process_time()
-    trainer.train()
+    frame.train(trainer, [curve])
     seconds = time.process_time() - start - curve.seconds
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # of this process: it has trained nothing else
     return {

@@ -1,24 +1,18 @@
-"""What is compared: the runs, the recipe of each, its training pairs, and the half of the held-out data it meets."""
+"""What is compared: the runs and the recipe of each."""
 
-import copy
 import functools
-import json
 import shlex
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
-from datasets import Dataset
-
-from rmipo.data.pairs import load_pairs
+from rmipo.compare.tasks import PairsTask, task_of
 from rmipo.launch.pipeline import load_steps
 from rmipo.objectives import OBJECTIVES
 from rmipo.recipe.load import ConfigError, Recipe
-from rmipo.tiny.files import RECORD, read_world
-from rmipo.tiny.world import World
 
 INITIAL, FLOOR = "initial", "sft-chosen"  # the SFT model itself, and more SFT on the chosen responses
 METHODS = ("rmipo", *(name for name in OBJECTIVES if name != "rmipo"), FLOOR)
+READINGS = ("fidelity-sequence", "fidelity-release")  # of RMiPO, beside the default one
 SEARCH_SEED = 1000  # pairs and order of the search; no reported run has them
 
 
@@ -56,19 +50,13 @@ class Study:
         if run.learning_rate is not None:
             own["learning_rate"] = f"{run.learning_rate:g}"
         arguments = f"{self.arguments} {shlex.join(f'--{key}={value}' for key, value in own.items())}"
-        method = run.method if run.method in OBJECTIVES else "rmipo"
+        method = "rmipo" if run.method in (INITIAL, FLOOR) else run.method
         env = {"METHOD": method, "DATA": self.data, "ARGS": arguments}
         return load_steps(self.model, ["rmipo"], env)[0].recipe
 
     @functools.cached_property
-    def world(self) -> World | None:
-        """The world whose pairs are trained on; None on other pairs."""
-        folder = Path(self.recipe(Run("report", "rmipo", None, 0, 0.0)).values.get("dataset_name", "")).parent
-        return read_world(folder) if (folder / RECORD).exists() else None
-
-    @property
-    def selection_metric(self) -> str:
-        return "preference_accuracy" if self.world is None else "right_probability"
+    def task(self) -> PairsTask:
+        return task_of(self.recipe(Run("report", "rmipo", None, 0, 0.0)))
 
     def check(self, run: Run) -> None:
         """Raises ConfigError for a wrong recipe, and for one that is not trained on the CPU."""
@@ -77,35 +65,3 @@ class Study:
                 f"MODEL={self.model}: make compare trains on the CPU, which tiny is meant for. "
                 f"Here, make sweep MODEL={self.model} METHOD=... searches, make train and make table compare"
             )
-
-
-def train_pairs(study: Study, recipe: Recipe, run: Run) -> Dataset:
-    """The training pairs as messages. Of the world, every seed draws its own; other pairs are the same for all."""
-    if study.world is None:
-        return load_pairs(recipe.parse(world_size=1)[1], "train")
-    drawn = copy.copy(study.world)  # the same facts, other questions and answers
-    drawn.config = replace(drawn.config, seed=drawn.config.seed + 1 + run.seed, label_noise=run.noise)
-    return numbered(drawn.pairs("train"))
-
-
-def held_out(study: Study, recipe: Recipe, run: Run) -> tuple[list, Dataset]:
-    """(questions, pairs) of the half that is for this run's purpose; facts and prompts are in one half only."""
-    if study.world is None:
-        pairs = load_pairs(recipe.parse(world_size=1)[1], "test")
-        prompts = sorted({json.dumps(prompt) for prompt in pairs["prompt"]})
-        mine = set(half(prompts, run.purpose))
-        return [], pairs.select([i for i, prompt in enumerate(pairs["prompt"]) if json.dumps(prompt) in mine])
-    facts = list(dict.fromkeys(question.fact for question in study.world.held_out_questions))
-    mine = set(half(facts, run.purpose))
-    questions = [question for question in study.world.held_out_questions if question.fact in mine]
-    asked = [question.prompt for question in questions]
-    return questions, numbered(row for row in study.world.pairs("test") if row["prompt"] in asked)
-
-
-def half(values: list, purpose: str) -> list:
-    return values[: len(values) // 2] if purpose == "search" else values[len(values) // 2 :]
-
-
-def numbered(rows: Iterable[dict]) -> Dataset:
-    sides = ("prompt", "chosen", "rejected")
-    return Dataset.from_list([{**{side: row[side] for side in sides}, "row": i} for i, row in enumerate(rows)])

@@ -11,7 +11,8 @@ import pytest
 
 from rmipo.compare.log import Log, best_rates, report_runs, search_runs
 from rmipo.compare.run import execute
-from rmipo.compare.study import FLOOR, INITIAL, METHODS, Run, Study, held_out, train_pairs
+from rmipo.compare.study import FLOOR, INITIAL, METHODS, Run, Study
+from rmipo.compare.tasks import PairsTask
 from rmipo.objectives import OBJECTIVES
 from rmipo.recipe.load import ConfigError
 from rmipo.reporting import comparison as reporting
@@ -68,13 +69,13 @@ def test_every_method_has_the_same_start_pairs_order_and_length(study):
 def test_seeds_draw_other_pairs_of_the_same_facts_and_noise_swaps_some(study):
     recipe = study.recipe(run_of())
     pairs = {
-        (seed, noise): train_pairs(study, recipe, run_of(seed=seed, noise=noise)).to_list()
+        (seed, noise): study.task.train_pairs(recipe, run_of(seed=seed, noise=noise)).to_list()
         for seed in (0, 1)
         for noise in (0.0, 0.15)
     }
     assert all(len(rows) == 40 for rows in pairs.values())
     assert pairs[0, 0.0] != pairs[1, 0.0]
-    right = {answer for fact in study.world.facts for answer in fact.answers}
+    right = {answer for fact in study.task.world.facts for answer in fact.answers}
     assert all(row["chosen"][0]["content"] in right for seed in (0, 1) for row in pairs[seed, 0.0])
     swapped = [
         {**row, "chosen": row["rejected"], "rejected": row["chosen"]} == noisy
@@ -87,10 +88,10 @@ def test_seeds_draw_other_pairs_of_the_same_facts_and_noise_swaps_some(study):
 
 def test_what_selects_is_not_what_is_reported(study):
     recipe = study.recipe(run_of())
-    (asked, pairs), (reported, reported_pairs) = (
-        held_out(study, recipe, run_of(purpose=purpose)) for purpose in ("search", "report")
-    )
-    assert len(asked) + len(reported) == len(study.world.held_out_questions)
+    search, report = (run_of(purpose=purpose) for purpose in ("search", "report"))
+    asked, reported = study.task.questions(search), study.task.questions(report)
+    pairs, reported_pairs = (study.task.held_out_pairs(recipe, run) for run in (search, report))
+    assert len(asked) + len(reported) == len(study.task.world.held_out_questions)
     assert not {question.fact for question in asked} & {question.fact for question in reported}
     assert len(pairs) + len(reported_pairs) == 24 and min(len(pairs), len(reported_pairs)) > 4
     prompts = [{row[0]["content"] for row in part["prompt"]} for part in (pairs, reported_pairs)]
@@ -107,10 +108,11 @@ def test_other_people_s_pairs_are_divided_by_prompt(repository, monkeypatch, tmp
         ]
         write(tmp_path / f"{split}.jsonl", rows)
     study = Study("tiny", data=str(tmp_path), arguments=f"{ARGUMENTS} --model_name_or_path outputs/tiny/sft")
-    assert study.world is None and study.selection_metric == "preference_accuracy"
-    parts = [held_out(study, study.recipe(run_of()), run_of(purpose=purpose)) for purpose in ("search", "report")]
-    assert [len(pairs) for _, pairs in parts] == [6, 6] and [questions for questions, _ in parts] == [[], []]
-    assert len({json.dumps(prompt) for _, pairs in parts for prompt in pairs["prompt"]}) == 6
+    assert type(study.task) is PairsTask and study.task.selection_metric == "preference_accuracy"
+    recipe = study.recipe(run_of())
+    parts = [study.task.held_out_pairs(recipe, run_of(purpose=purpose)) for purpose in ("search", "report")]
+    assert [len(pairs) for pairs in parts] == [6, 6]
+    assert len({json.dumps(prompt) for pairs in parts for prompt in pairs["prompt"]}) == 6
     result = execute(study, run_of("simpo"))
     assert set(result["metrics"]) == {"preference_accuracy", "preference_margin"}
 

@@ -1,0 +1,100 @@
+"""What a comparison trains on and measures: any preference pairs, the tiny world, or prompts with verifiable constraints."""
+
+import copy
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from datasets import Dataset
+from transformers import PreTrainedModel
+
+from rmipo.data.chat import ChatFormat
+from rmipo.data.pairs import load_pairs
+from rmipo.fingerprints import rows_fingerprint
+from rmipo.recipe.load import Recipe
+from rmipo.tiny import judge
+from rmipo.tiny.files import RECORD, read_world
+from rmipo.tiny.world import World
+
+if TYPE_CHECKING:
+    from rmipo.compare.study import Run
+
+SAMPLES_PER_QUESTION = 4
+
+
+class PairsTask:
+    """Any pairs: training pairs are the same for every run, and only the ranking of held-out pairs is measured."""
+
+    selection_metric = "preference_accuracy"
+
+    def identity(self, recipe: Recipe) -> Any:
+        """What tells the data of one comparison from those of another."""
+        _, data_config, _ = recipe.parse(world_size=1)
+        return {split: rows_fingerprint(load_pairs(data_config, split)) for split in ("train", "test")}
+
+    def train_pairs(self, recipe: Recipe, run: "Run") -> Dataset:
+        return load_pairs(recipe.parse(world_size=1)[1], "train")
+
+    def held_out_pairs(self, recipe: Recipe, run: "Run") -> Dataset:
+        """The pairs of the half that is for this run's purpose; a prompt is in one half only."""
+        pairs = load_pairs(recipe.parse(world_size=1)[1], "test")
+        prompts = sorted({json.dumps(prompt) for prompt in pairs["prompt"]})
+        mine = set(half(prompts, run.purpose))
+        return pairs.select([i for i, prompt in enumerate(pairs["prompt"]) if json.dumps(prompt) in mine])
+
+    def measure(self, model: PreTrainedModel, chat: ChatFormat, run: "Run") -> dict[str, float]:
+        """Metrics of the model's answers, beside those of the held-out pairs."""
+        return {}
+
+
+class WorldTask(PairsTask):
+    """The tiny world: every seed draws its own pairs, and the right answers are known."""
+
+    selection_metric = "right_probability"
+
+    def __init__(self, world: World):
+        self.world = world
+
+    def identity(self, recipe: Recipe) -> Any:
+        return asdict(self.world.config) | {"samples": SAMPLES_PER_QUESTION}
+
+    def train_pairs(self, recipe: Recipe, run: "Run") -> Dataset:
+        drawn = copy.copy(self.world)  # the same facts, other questions and answers
+        drawn.config = replace(drawn.config, seed=drawn.config.seed + 1 + run.seed, label_noise=run.noise)
+        return numbered(drawn.pairs("train"))
+
+    def held_out_pairs(self, recipe: Recipe, run: "Run") -> Dataset:
+        asked = [question.prompt for question in self.questions(run)]
+        return numbered(row for row in self.world.pairs("test") if row["prompt"] in asked)
+
+    def questions(self, run: "Run") -> list:
+        facts = list(dict.fromkeys(question.fact for question in self.world.held_out_questions))
+        mine = set(half(facts, run.purpose))
+        return [question for question in self.world.held_out_questions if question.fact in mine]
+
+    def measure(self, model: PreTrainedModel, chat: ChatFormat, run: "Run") -> dict[str, float]:
+        asked = copy.copy(self.world)
+        asked.held_out_questions = self.questions(run)
+        samples = SAMPLES_PER_QUESTION if run.purpose == "report" else 1
+        metrics = judge.evaluate(model, chat.tokenizer, asked, samples_per_question=samples, seed=run.seed)
+        metrics.pop("samples")
+        return metrics
+
+
+def task_of(recipe: Recipe) -> PairsTask:
+    """The task that a recipe's data belong to."""
+    world = Path(recipe.values.get("dataset_name", "")).parent
+    made = read_world(world) if (world / RECORD).exists() else None
+    return PairsTask() if made is None else WorldTask(made)
+
+
+def half(values: list, purpose: str) -> list:
+    """The first half for the search, the second for what is reported."""
+    return values[: len(values) // 2] if purpose == "search" else values[len(values) // 2 :]
+
+
+def numbered(rows: Iterable[dict]) -> Dataset:
+    sides = ("prompt", "chosen", "rejected")
+    return Dataset.from_list([{**{side: row[side] for side in sides}, "row": i} for i, row in enumerate(rows)])
