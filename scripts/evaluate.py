@@ -39,6 +39,7 @@ def command_line() -> argparse.Namespace:
     parser.add_argument("--name", default=environment("NAME") or "", help="of this evaluation, beside the usual one")
     parser.add_argument("--settings", type=Path, default=environment("SETTINGS"), help="another eval.yaml")
     parser.add_argument("--max_cost", type=float, default=environment("MAX_COST") or None, help="US dollars a judge")
+    parser.add_argument("--tasks", default=environment("TASKS", ""), help="of the leaderboard, e.g. ifeval,gsm8k")
     parser.add_argument("--set", action="append", default=[], help="e.g. mtbench.judge_model=gpt-4")
     parser.add_argument("--outputs", type=Path, default=Path("outputs"), help="where the runs are")
     return parser.parse_args(sys.argv[1:] or shlex.split(environment("ARGS", "")))
@@ -51,7 +52,9 @@ def main() -> None:
     if args.name in (*BENCHMARKS, "answers") or "/" in args.name:
         raise EvaluationError(f"NAME={args.name} can't be a folder beside those of {', '.join(BENCHMARKS)}, answers")
     benches = [benchmark for name, benchmark in BENCHMARKS.items() if args.bench in (name, "all")]
-    targets = [find_target(args.model, m, args.outputs, args.set, args.settings) for m in args.method or [None]]
+    tasks = args.tasks.replace(",", " ").split()
+    overrides = args.set + [f"leaderboard.tasks={json.dumps(tasks)}"] * bool(tasks)
+    targets = [find_target(args.model, m, args.outputs, overrides, args.settings) for m in args.method or [None]]
     failed = []
     for target in targets:
         for benchmark in benches:
@@ -83,13 +86,18 @@ def evaluate(target: Target, benchmark: Benchmark, name: str, max_cost: float | 
                 f"{path} is of other weights than those now in {folder}. Delete it, and the folder "
                 f"{path.with_suffix('')} if there is one, to evaluate these"
             )
-        if different := contradictions(settings, found["settings"]):
+        asked, done = (values.get(benchmark.parts, []) for values in (settings, found["settings"]))
+        added = [part for part in asked if part not in done]
+        others = {key: value for key, value in settings.items() if key != benchmark.parts}
+        if different := contradictions(others, found["settings"]):
             raise EvaluationError(
                 f"{path} is finished with other settings: {'; '.join(different)}. Give this evaluation a name of its "
                 "own (NAME=...), take the settings back, or delete that file"
             )
-        print(f"{bench}: finished before, see {path}; delete it to evaluate again")
-        return
+        if not added:
+            print(f"{bench}: finished before, see {path}; delete it to evaluate again")
+            return
+        settings[benchmark.parts] = done + added
     path.parent.mkdir(parents=True, exist_ok=True)
     result = benchmark.run(folder, path.parent, settings)
     if result is None:

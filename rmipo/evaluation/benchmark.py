@@ -49,6 +49,7 @@ class Benchmark:
         optional: those of `same` that don't contradict anything where they are absent.
         trial: settings that make another benchmark of it, or a part, wherever they are set.
         paper: settings with which the paper's numbers were made, where results may differ.
+        parts: a setting that lists parts of the benchmark; more of them can be added to a finished result.
         verdicts: what the judge is asked for in one evaluation; `verdict_tokens`: assumed, in and out, for one.
     """
 
@@ -62,6 +63,7 @@ class Benchmark:
     optional: tuple[str, ...] = ()
     trial: tuple[str, ...] = ()
     paper: dict[str, object] = field(default_factory=dict)
+    parts: str | None = None
     verdicts: int = 0
     verdict_tokens: tuple[int, int] = (0, 0)
 

@@ -1,4 +1,4 @@
-"""Open LLM Leaderboard v2: lm-eval's task group `leaderboard`, and the leaderboard's normalisation of its scores.
+"""Open LLM Leaderboard v2 through lm-eval, with the leaderboard's normalisation, and two tests of alignment tax.
 
 lm-eval reports raw scores only; the paper's Table 2 prints normalised ones. A score is rescaled so that guessing is 0
 and a perfect run is 100, subtask by subtask where the number of answer choices differs, then averaged unweighted.
@@ -8,9 +8,13 @@ import gc
 import json
 from pathlib import Path
 
+import numpy as np
+
 from rmipo.errors import EvaluationError
 from rmipo.evaluation.benchmark import Benchmark, Metric, require_package
-from rmipo.recipe.settings import merge_settings
+from rmipo.files import write_atomically
+from rmipo.fingerprints import json_fingerprint, trained_fingerprint
+from rmipo.recipe.settings import merge_settings, nearest
 from rmipo.record import package_versions
 
 BBH_CHOICES = {
@@ -26,15 +30,28 @@ BBH_CHOICES = {
 MUSR_CHOICES = {"murder_mysteries": 2, "object_placements": 5, "team_allocation": 3}
 GPQA_CHOICES = 4
 MMLU_PRO_CHOICES = 10
+# TASKS=... -> lm-eval's name
+TASKS = {
+    "ifeval": "leaderboard_ifeval",
+    "bbh": "leaderboard_bbh",
+    "math": "leaderboard_math_hard",
+    "gpqa": "leaderboard_gpqa",
+    "musr": "leaderboard_musr",
+    "mmlu_pro": "leaderboard_mmlu_pro",
+    "gsm8k": "gsm8k",  # these two aren't the leaderboard's: what preference training costs elsewhere
+    "mmlu": "mmlu",
+}
+GPQA_DATA, GPQA_FILE = "Idavidrein/gpqa", "gpqa_main.csv"
 
 DEFAULTS = {
-    "tasks": ["leaderboard"],
+    "tasks": list(TASKS)[:6],
     "include_path": None,  # a folder of task YAMLs used instead of lm-eval's own (offline runs)
     "apply_chat_template": True,
     "fewshot_as_multiturn": True,
+    "engine": "auto",  # vllm where there is a GPU, else transformers
     "batch_size": "auto",
     "dtype": "auto",
-    "device": None,  # null: cuda where there is a GPU, else cpu
+    "device": None,  # null: cuda where there is a GPU, else cpu; of transformers alone
     "limit": None,  # examples per task; anything but null is a trial run, and the tables say so
 }
 
@@ -45,99 +62,216 @@ def normalize(value: float, choices: int) -> float:
     return 100 * max(0.0, value - guess) / (1 - guess)
 
 
-def leaderboard_metrics(results: dict[str, dict]) -> dict[str, float]:
-    """The six columns of Table 2, in percent, from `results` of lm-eval (task name -> {"acc_norm,none": ...}).
+class RawScores:
+    """Reads `results` of lm-eval (task name -> {"acc_norm,none": ..., "acc_norm_stderr,none": ...}).
 
-    Raises EvaluationError naming every task or metric that is missing.
+    Scores are (value, standard error) in percent. What isn't there is collected in `missing`.
     """
-    missing = []
 
-    def score(task: str, metric: str) -> float:
-        value = results.get(task, {}).get(f"{metric},none")
-        if value is None:
-            missing.append(f"{task} ({metric})")
-            return 0.0
-        return float(value)
+    def __init__(self, results: dict[str, dict]):
+        self.results, self.missing = results, []
 
-    def mean_over_subtasks(group: str, choices: dict[str, int]) -> float:
-        # lm-eval's own group value is weighted by subtask size; the leaderboard's is not.
-        scores = [normalize(score(f"leaderboard_{group}_{task}", "acc_norm"), n) for task, n in choices.items()]
-        return sum(scores) / len(scores)
+    def score(self, task: str, metric: str, filter_: str = "none") -> tuple[float, float]:
+        scores = self.results.get(task, {})
+        if f"{metric},{filter_}" not in scores:
+            self.missing.append(f"{task} ({metric})")
+            return 0.0, 0.0
+        error = scores.get(f"{metric}_stderr,{filter_}")
+        return 100 * float(scores[f"{metric},{filter_}"]), 100 * error if isinstance(error, float) else 0.0
 
-    strict = [score("leaderboard_ifeval", f"{level}_level_strict_acc") for level in ("prompt", "inst")]
-    metrics = {
-        "ifeval": 100 * sum(strict) / 2,
-        "bbh": mean_over_subtasks("bbh", BBH_CHOICES),
-        "math": 100 * score("leaderboard_math_hard", "exact_match"),
-        "gpqa": normalize(score("leaderboard_gpqa", "acc_norm"), GPQA_CHOICES),
-        "musr": mean_over_subtasks("musr", MUSR_CHOICES),
-        "mmlu_pro": normalize(score("leaderboard_mmlu_pro", "acc"), MMLU_PRO_CHOICES),
-    }
-    if missing:
-        raise EvaluationError(f"lm-eval's results lack {len(missing)} scores of the leaderboard: {', '.join(missing)}")
-    return metrics
+    def normalized(self, task: str, metric: str, choices: int) -> tuple[float, float]:
+        value, error = self.score(task, metric)
+        return normalize(value / 100, choices), error / (1 - 1 / choices)
+
+    def mean(self, group: str, choices: dict[str, int]) -> tuple[float, float]:
+        """Over subtasks. lm-eval's own group value is weighted by subtask size; the leaderboard's is not."""
+        scores = [self.normalized(f"leaderboard_{group}_{task}", "acc_norm", n) for task, n in choices.items()]
+        return sum(value for value, _ in scores) / len(scores), sum(e**2 for _, e in scores) ** 0.5 / len(scores)
+
+    def by_size(self, group: str, metric: str) -> tuple[float, float]:
+        """Mean over the examples of all subtasks of a group, named <group>_<subtask>."""
+        prefix = f"{group.removesuffix('_hard')}_"
+        tasks = [name for name in self.results if name.startswith(prefix) and name != group]
+        sizes = np.array([self.results[name]["sample_len"] for name in tasks], dtype=float)
+        scores = np.array([self.score(name, metric) for name in tasks])
+        if not tasks:
+            return self.score(group, metric)
+        return float(sizes @ scores[:, 0] / sizes.sum()), float(np.linalg.norm(sizes * scores[:, 1]) / sizes.sum())
+
+
+def metrics_of(task: str, results: dict[str, dict], samples: list[dict] = ()) -> dict[str, float]:
+    """One column of Table 2, in percent, with its standard error as `<name>_standard_error`; `samples`: IFEval's.
+
+    MATH has both of lm-eval's scorers: `math` is the leaderboard's first one, `math_verify` the one that lm-eval now
+    calls exact_match and the leaderboard changed to in February 2025, which reads more ways to write an answer.
+
+    Raises EvaluationError naming every score that is missing.
+    """
+    raw = RawScores(results)
+    if task == "ifeval":
+        strict = [raw.score("leaderboard_ifeval", f"{level}_level_strict_acc")[0] for level in ("prompt", "inst")]
+        scores = {"ifeval": (sum(strict) / 2, ifeval_error(samples))}
+    elif task == "bbh":
+        scores = {"bbh": raw.mean("bbh", BBH_CHOICES)}
+    elif task == "musr":
+        scores = {"musr": raw.mean("musr", MUSR_CHOICES)}
+    elif task == "math":
+        scores = {
+            "math": raw.by_size("leaderboard_math_hard", "exact_match_original"),
+            "math_verify": raw.by_size("leaderboard_math_hard", "exact_match"),
+        }
+    elif task == "gpqa":
+        value, error = raw.by_size("leaderboard_gpqa", "acc_norm")
+        scores = {"gpqa": (normalize(value / 100, GPQA_CHOICES), error / (1 - 1 / GPQA_CHOICES))}
+    elif task == "mmlu_pro":
+        scores = {"mmlu_pro": raw.normalized("leaderboard_mmlu_pro", "acc", MMLU_PRO_CHOICES)}
+    elif task == "gsm8k":
+        scores = {
+            "gsm8k": raw.score("gsm8k", "exact_match", "flexible-extract"),
+            "gsm8k_strict": raw.score("gsm8k", "exact_match", "strict-match"),
+        }
+    else:
+        scores = {"mmlu": raw.score("mmlu", "acc")}
+    if raw.missing:
+        raise EvaluationError(f"lm-eval's results lack {len(raw.missing)} scores: {', '.join(raw.missing)}")
+    values = {name: value for name, (value, _) in scores.items()}
+    return values | {f"{name}_standard_error": error for name, (_, error) in scores.items()}
+
+
+def ifeval_error(samples: list[dict]) -> float:
+    """Standard error of the mean of both strict accuracies, in percent, from each prompt's share in them.
+
+    The instructions of one prompt aren't independent, and prompts have one to three: a ratio of two means.
+    """
+    if len(samples) < 2:
+        return 0.0
+    prompts = np.array([float(np.all(sample["prompt_level_strict_acc"])) for sample in samples])
+    counts = np.array([np.size(sample["inst_level_strict_acc"]) for sample in samples])
+    followed = np.array([np.sum(sample["inst_level_strict_acc"]) for sample in samples])
+    rate = followed.sum() / counts.sum()
+    parts = (prompts - prompts.mean()) / 2 + (followed - rate * counts) / (2 * counts.mean())
+    return float(100 * parts.std(ddof=1) / len(samples) ** 0.5)
+
+
+def check_data(tasks: list[str]) -> None:
+    """Raises EvaluationError, listing all, for data of `tasks` that lm-eval would miss after hours of generation."""
+    problems = []
+    if "ifeval" in tasks:
+        import nltk
+
+        try:
+            nltk.data.find("tokenizers/punkt_tab")
+        except LookupError:
+            problems.append("ifeval counts sentences with NLTK's data: python -m nltk.downloader punkt_tab")
+    if "gpqa" in tasks:
+        from huggingface_hub import hf_hub_download
+
+        try:
+            hf_hub_download(GPQA_DATA, GPQA_FILE, repo_type="dataset")
+        except Exception as error:  # gated, not logged in, no network
+            problems.append(
+                f"gpqa is gated, and {GPQA_DATA} can't be read ({type(error).__name__}): accept its terms on "
+                f"https://huggingface.co/datasets/{GPQA_DATA}, then `hf auth login`"
+            )
+    if problems:
+        raise EvaluationError("leaderboard: " + "; ".join(problems) + ". Or leave those out: TASKS=bbh,math,...")
 
 
 def run(model_dir: str | Path, output_dir: str | Path, settings: dict) -> dict:
-    """Evaluate the model in `model_dir` on the leaderboard's tasks; `settings` overrides DEFAULTS.
+    """Evaluate the model in `model_dir` on `settings["tasks"]`, one after the other.
 
-    lm-eval's own results go to `output_dir`/leaderboard_raw.json. Returns {"metrics", "versions", "settings"}.
-    Raises EvaluationError for an unknown setting or a missing package, before anything is loaded.
+    Each finished task leaves lm-eval's results in `output_dir`/leaderboard/<task>.json and what it was asked and answered
+    in <task>.samples.jsonl; a run that was cut short goes on with the next task. Metrics: see `metrics_of`.
+    Raises EvaluationError for unknown settings, a missing package or missing data, before anything is loaded.
     """
     settings = merge_settings("leaderboard", DEFAULTS, settings)
+    if unknown := [task for task in settings["tasks"] if task not in TASKS]:
+        raise EvaluationError(f"leaderboard.tasks: unknown {unknown}{nearest(unknown, TASKS)}")
     require_package("lm_eval")
+    if settings["include_path"] is None:
+        check_data(settings["tasks"])
 
-    import lm_eval
     import torch
+
+    from rmipo.generation.engines import choose_engine
+
+    engine = settings["engine"] = choose_engine(settings["engine"])
+    settings["device"] = settings["device"] or ("cuda" if torch.cuda.is_available() else "cpu")
+    versions = package_versions(*sorted({"lm_eval", "transformers", "torch", engine}))
+    free = ("tasks", "batch_size", "device")
+    identity = {
+        "settings": {key: value for key, value in settings.items() if key not in free},
+        "versions": versions,
+        "weights": trained_fingerprint(Path(model_dir)),
+    }
+    metrics: dict[str, float] = {}
+    model, folder = None, Path(output_dir) / "leaderboard"
+    for task in settings["tasks"]:
+        path = folder / f"{task}.json"
+        found = json.loads(path.read_text()) if path.is_file() else {}
+        if found.get("identity") != json_fingerprint(identity):
+            model = model or load(model_dir, settings)
+            found = {"identity": json_fingerprint(identity), **evaluate(model, task, settings, path)}
+            write_atomically(path, json.dumps(found, indent=2, default=str) + "\n")
+        metrics |= found["metrics"]
+    del model
+    gc.collect()  # lm-eval's model refers to itself; without this the weights outlive the call
+    return {"metrics": metrics, "versions": versions, "settings": settings}
+
+
+def load(model_dir: str | Path, settings: dict):
+    """lm-eval's model; safetensors alone, and no code from the folder."""
+    from lm_eval.api.registry import get_model
+
+    arguments = {"pretrained": str(model_dir), "dtype": settings["dtype"], "trust_remote_code": False}
+    more = {"batch_size": settings["batch_size"]}
+    if settings["engine"] == "vllm":
+        arguments["load_format"] = "safetensors"
+    else:
+        arguments["use_safetensors"] = True
+        more["device"] = settings["device"]
+    return get_model("vllm" if settings["engine"] == "vllm" else "hf").create_from_arg_obj(arguments, more)
+
+
+def evaluate(model, task: str, settings: dict, path: Path) -> dict:
+    """{"metrics", "results", ...} of one task; its samples go to a file beside `path`."""
+    import lm_eval
     from lm_eval.tasks import TaskManager
 
-    settings["device"] = settings["device"] or ("cuda" if torch.cuda.is_available() else "cpu")
     include_path = settings["include_path"]
     raw = lm_eval.simple_evaluate(
-        model="hf",
-        model_args={
-            "pretrained": str(model_dir),
-            "dtype": settings["dtype"],
-            "trust_remote_code": False,
-            "use_safetensors": True,
-        },
-        tasks=list(settings["tasks"]),
+        model=model,
+        tasks=[TASKS[task]],
         task_manager=TaskManager(include_path=include_path, include_defaults=include_path is None),
-        batch_size=settings["batch_size"],
-        device=settings["device"],
         limit=settings["limit"],
         apply_chat_template=settings["apply_chat_template"],
         fewshot_as_multiturn=settings["fewshot_as_multiturn"],
-        log_samples=False,
+        log_samples=True,
     )
-    gc.collect()  # lm-eval's model refers to itself; without this the weights outlive the call
-
-    output_dir = Path(output_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
     # A task that is written inside its group's file is called "group::task".
     results = {name.rpartition("::")[2]: scores for name, scores in raw["results"].items()}
-    kept = {"results": results, **{key: raw[key] for key in ("versions", "n-samples", "n-shot")}}
-    (output_dir / "leaderboard_raw.json").write_text(json.dumps(kept, indent=2, default=str) + "\n")
-    return {
-        "metrics": leaderboard_metrics(results),
-        "versions": package_versions("lm_eval", "transformers", "torch"),
-        "settings": settings,
-    }
+    samples = [
+        {"task": name.rpartition("::")[2], **{key: value for key, value in sample.items() if key != "arguments"}}
+        for name, rows in raw["samples"].items()
+        for sample in rows
+    ]
+    lines = "".join(json.dumps(sample, default=str) + "\n" for sample in samples)
+    write_atomically(path.with_suffix(".samples.jsonl"), lines)
+    kept = {key: raw[key] for key in ("versions", "n-samples", "n-shot")}
+    return {"metrics": metrics_of(task, results, samples), "results": results, **kept}
 
 
+LABELS = {
+    "ifeval": "IFEval", "bbh": "BBH", "math": "MATH", "gpqa": "GPQA", "musr": "MUSR", "mmlu_pro": "MMLU-PRO",
+    "gsm8k": "GSM8K", "mmlu": "MMLU",
+}  # fmt: skip
 BENCHMARK = Benchmark(
     name="leaderboard",
     title="Open LLM Leaderboard v2",
     run=run,
     defaults=DEFAULTS,
-    metrics={
-        "ifeval": Metric("IFEval", digits=2),
-        "bbh": Metric("BBH", digits=2),
-        "math": Metric("MATH", digits=2),
-        "gpqa": Metric("GPQA", digits=2),
-        "musr": Metric("MUSR", digits=2),
-        "mmlu_pro": Metric("MMLU-PRO", digits=2),
-    },
-    same=("tasks", "include_path", "apply_chat_template", "fewshot_as_multiturn", "dtype", "limit"),
+    metrics={name: Metric(label, 2, f"{name}_standard_error") for name, label in LABELS.items()},
+    same=("include_path", "apply_chat_template", "fewshot_as_multiturn", "dtype", "limit"),
     trial=("limit", "include_path"),
+    parts="tasks",
 )

@@ -2,10 +2,13 @@
 
 import json
 
+import numpy as np
 import pytest
 import yaml
 
-from rmipo.evaluation.leaderboard import BBH_CHOICES, leaderboard_metrics, normalize, run
+from rmipo.errors import EvaluationError
+from rmipo.evaluation import leaderboard
+from rmipo.evaluation.leaderboard import BBH_CHOICES, TASKS, evaluate, ifeval_error, metrics_of, normalize, run
 from tests.helpers.paths import ROOT
 from tests.helpers.tiny_model import write_model
 
@@ -19,41 +22,93 @@ def test_normalize_by_hand():
     assert normalize(0.19, 10) == pytest.approx(10.0)
 
 
+def with_error(metric: str, value: float, error: float = 0.01, size: int = 100) -> dict:
+    return {f"{metric},none": value, f"{metric}_stderr,none": error, "sample_len": size}
+
+
 def raw_results() -> dict[str, dict]:
     """Scores of one model, chosen so that each column has a simple value."""
-    results = {f"leaderboard_bbh_{task}": {"acc_norm,none": 1 / n} for task, n in BBH_CHOICES.items()}
-    results["leaderboard_bbh_snarks"] = {"acc_norm,none": 0.75}  # two choices: 50
-    results["leaderboard_bbh_object_counting"] = {"acc_norm,none": 1.0}  # 100
-    results["leaderboard_bbh"] = {"acc_norm,none": 0.99}  # lm-eval's size-weighted value, not to be used
+    results = {f"leaderboard_bbh_{task}": with_error("acc_norm", 1 / n) for task, n in BBH_CHOICES.items()}
+    results["leaderboard_bbh_snarks"] = with_error("acc_norm", 0.75)  # two choices: 50
+    results["leaderboard_bbh_object_counting"] = with_error("acc_norm", 1.0)  # 100
+    results["leaderboard_bbh"] = with_error("acc_norm", 0.99)  # lm-eval's size-weighted value, not to be used
     results |= {
-        "leaderboard_musr_murder_mysteries": {"acc_norm,none": 0.6},  # 20
-        "leaderboard_musr_object_placements": {"acc_norm,none": 0.4},  # 25
-        "leaderboard_musr_team_allocation": {"acc_norm,none": 0.2},  # below a third: 0
-        "leaderboard_gpqa": {"acc_norm,none": 0.28},  # 4
-        "leaderboard_mmlu_pro": {"acc,none": 0.28},  # 20
-        "leaderboard_math_hard": {"exact_match,none": 0.035},
-        "leaderboard_ifeval": {"prompt_level_strict_acc,none": 0.4, "inst_level_strict_acc,none": 0.5},
+        "leaderboard_musr_murder_mysteries": with_error("acc_norm", 0.6),  # 20
+        "leaderboard_musr_object_placements": with_error("acc_norm", 0.4),  # 25
+        "leaderboard_musr_team_allocation": with_error("acc_norm", 0.2),  # below a third: 0
+        "leaderboard_gpqa": with_error("acc_norm", 0.99),  # as of BBH
+        "leaderboard_gpqa_main": with_error("acc_norm", 0.30, 0.03, 300),
+        "leaderboard_gpqa_diamond": with_error("acc_norm", 0.22, 0.04, 100),  # with main's 0.28: 4
+        "leaderboard_mmlu_pro": with_error("acc", 0.28, 0.009),  # 20
+        "leaderboard_math_algebra_hard": with_error("exact_match", 0.5)
+        | with_error("exact_match_original", 0.2, 0.03, 300),
+        "leaderboard_math_geometry_hard": with_error("exact_match", 0.1)
+        | with_error("exact_match_original", 0.04, 0.04),
+        "leaderboard_ifeval": with_error("prompt_level_strict_acc", 0.4) | with_error("inst_level_strict_acc", 0.5),
+        "gsm8k": {"exact_match,flexible-extract": 0.7, "exact_match,strict-match": 0.6},
+        "mmlu": with_error("acc", 0.6, 0.004),
     }
+    results["leaderboard_math_algebra_hard"]["sample_len"] = 300
     return results
 
 
 def test_metrics_by_hand():
-    metrics = leaderboard_metrics(raw_results())
-    assert metrics == pytest.approx(
-        {"ifeval": 45.0, "bbh": 150 / 24, "math": 3.5, "gpqa": 4.0, "musr": 15.0, "mmlu_pro": 20.0}
-    )
+    found = {name: value for task in TASKS for name, value in metrics_of(task, raw_results()).items()}
+    values = {name: value for name, value in found.items() if not name.endswith("_standard_error")}
+    # MATH by size: (300 x 20 + 100 x 4) / 400 by the original scorer, (300 x 50 + 100 x 10) / 400 by Math-Verify.
+    assert values == pytest.approx(
+        {"ifeval": 45.0, "bbh": 150 / 24, "math": 16.0, "math_verify": 40.0, "gpqa": 4.0, "musr": 15.0,
+         "mmlu_pro": 20.0, "gsm8k": 70.0, "gsm8k_strict": 60.0, "mmlu": 60.0}
+    )  # fmt: skip
+    # An error is rescaled as its score is; of a mean of n it is the root of the sum of squares, over n.
+    assert found["mmlu_pro_standard_error"] == pytest.approx(0.9 / 0.9) and found["mmlu_standard_error"] == 0.4
+    squares = sum((1 / (1 - 1 / n)) ** 2 for n in BBH_CHOICES.values())
+    assert found["bbh_standard_error"] == pytest.approx(squares**0.5 / 24)
+    assert found["math_standard_error"] == pytest.approx(((3 * 3) ** 2 + (1 * 4) ** 2) ** 0.5 / 4)
+    assert found["gpqa_standard_error"] == pytest.approx(((3 * 3) ** 2 + (1 * 4) ** 2) ** 0.5 / 4 / 0.75)
+
+
+def test_ifeval_error_by_leaving_prompts_out():
+    """The same number by the jackknife, which knows nothing of linearised ratios."""
+    rng = np.random.default_rng(0)
+    counts = rng.integers(1, 4, 400)
+    followed = [list(map(bool, rng.random(n) < 0.3 + 0.4 * rng.random())) for n in counts]
+    samples = [{"prompt_level_strict_acc": all(f), "inst_level_strict_acc": f} for f in followed]
+
+    def mean(rows):
+        flat = [value for row in rows for value in row["inst_level_strict_acc"]]
+        return 50 * (np.mean([row["prompt_level_strict_acc"] for row in rows]) + np.mean(flat))
+
+    left_out = [mean(samples[:i] + samples[i + 1 :]) for i in range(len(samples))]
+    jackknife = ((len(samples) - 1) * np.var(left_out)) ** 0.5
+    assert ifeval_error(samples) == pytest.approx(jackknife, rel=0.01)
 
 
 def test_all_missing_scores_are_named_at_once():
     results = raw_results()
-    del results["leaderboard_bbh_navigate"], results["leaderboard_ifeval"]["inst_level_strict_acc,none"]
-    with pytest.raises(ValueError, match=r"2 scores.*leaderboard_ifeval \(inst_level.*leaderboard_bbh_navigate"):
-        leaderboard_metrics(results)
+    del results["leaderboard_bbh_navigate"], results["leaderboard_bbh_snarks"]
+    with pytest.raises(
+        EvaluationError, match=r"2 scores.*leaderboard_bbh_navigate \(acc_norm\), leaderboard_bbh_snarks"
+    ):
+        metrics_of("bbh", results)
 
 
-def test_unknown_setting_is_refused_before_anything_loads(tmp_path):
-    with pytest.raises(ValueError, match=r"leaderboard: unknown keys \['batchsize'\].*batch_size"):
+def test_unknown_settings_are_refused_before_anything_loads(tmp_path):
+    with pytest.raises(EvaluationError, match=r"leaderboard: unknown keys \['batchsize'\].*batch_size"):
         run("no/such/model", tmp_path, {"batchsize": 4})
+    with pytest.raises(EvaluationError, match=r"leaderboard\.tasks: unknown \['ifevl'\] \(did you mean ifeval\?\)"):
+        run("no/such/model", tmp_path, {"tasks": ["ifevl"]})
+
+
+def test_missing_data_is_found_before_generation(tmp_path, monkeypatch):
+    pytest.importorskip("nltk")
+    monkeypatch.setattr("nltk.data.path", [str(tmp_path)])
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    message = r"python -m nltk\.downloader punkt_tab; gpqa is gated, .*datasets/Idavidrein/gpqa, then `hf auth login`"
+    with pytest.raises(EvaluationError, match=message):
+        run("no/such/model", tmp_path, {})
+    with pytest.raises(EvaluationError, match="no/such/model holds no"):
+        run("no/such/model", tmp_path, {"tasks": ["bbh"]})
 
 
 def test_choices_match_lm_evals_tasks():
@@ -81,13 +136,32 @@ def test_lm_eval_on_the_tiny_settings_tasks(tmp_path, monkeypatch):
     settings = {"include_path": str(ROOT / "recipes" / "tiny" / "leaderboard"), "limit": 8, "batch_size": 8}
     result = run(tmp_path / "model", tmp_path / "eval", settings | {"dtype": "float32"})
 
-    raw = json.loads((tmp_path / "eval" / "leaderboard_raw.json").read_text())["results"]
+    files = {task: tmp_path / f"eval/leaderboard/{task}.json" for task in list(TASKS)[:6]}
+    raw = {name: scores for file in files.values() for name, scores in json.loads(file.read_text())["results"].items()}
     assert {f"leaderboard_bbh_{name}" for name in BBH_CHOICES} < raw.keys()
     assert all(scores["sample_len"] == 8 for name, scores in raw.items() if name.startswith("leaderboard_bbh_"))
     right = raw["leaderboard_mmlu_pro"]["acc,none"]
     assert 0 < right < 1 and 8 * right == int(8 * right)
     assert result["metrics"]["mmlu_pro"] == pytest.approx(100 * max(0, right - 0.1) / 0.9)
+    error = 100 * (right * (1 - right) / 7) ** 0.5 / 0.9
+    assert result["metrics"]["mmlu_pro_standard_error"] == pytest.approx(error)
     right = raw["leaderboard_bbh_navigate"]["acc_norm,none"]  # the same questions in every task
     assert result["metrics"]["bbh"] == pytest.approx(sum(normalize(right, n) for n in BBH_CHOICES.values()) / 24)
     assert result["metrics"]["ifeval"] == 100 * raw["leaderboard_ifeval"]["inst_level_strict_acc,none"]
     assert result["versions"]["lm_eval"] and result["settings"]["apply_chat_template"] is True
+    samples = [json.loads(line) for line in files["mmlu_pro"].with_suffix(".samples.jsonl").read_text().splitlines()]
+    assert len(samples) == 8 and sum(sample["acc"] for sample in samples) == 8 * raw["leaderboard_mmlu_pro"]["acc,none"]
+
+    # Interrupted after two tasks: these aren't done again, the others are.
+    for task in list(files)[2:]:
+        files[task].unlink()
+    done = {task: files[task].stat().st_mtime_ns for task in list(files)[:2]}
+    asked = []
+    monkeypatch.setattr(
+        leaderboard, "evaluate", lambda m, task, *rest: (asked.append(task), evaluate(m, task, *rest))[1]
+    )
+    assert run(tmp_path / "model", tmp_path / "eval", settings | {"dtype": "float32"})["metrics"] == result["metrics"]
+    assert asked == list(files)[2:] and done == {task: files[task].stat().st_mtime_ns for task in done}
+    write_model(tmp_path / "model", seed=1)  # other weights
+    run(tmp_path / "model", tmp_path / "eval", settings | {"dtype": "float32", "tasks": ["mmlu_pro"]})
+    assert asked[4:] == ["mmlu_pro"]
