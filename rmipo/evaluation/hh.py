@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from rmipo.errors import EvaluationError
 from rmipo.evaluation.benchmark import Benchmark, Metric
+from rmipo.evaluation.statistics import standard_error
 from rmipo.fingerprints import rows_fingerprint, trained_fingerprint
 from rmipo.recipe.settings import merge_settings
 from rmipo.record import package_versions, recorded_run
@@ -21,12 +22,15 @@ if TYPE_CHECKING:
     import torch
     from datasets import Dataset
 
+    from rmipo.data.pairs import DataReport
+
     Rewards = tuple[torch.Tensor, torch.Tensor]  # of chosen and rejected, each (pairs,)
 
 SUBSETS = ("helpful", "harmless")
 DEFAULTS = {
     "helpful": None,  # each a block of data keys as in a recipe; its test split is scored
     "harmless": None,
+    "limit": None,  # pairs of each subset; anything but null is a trial run
     "max_length": 2048,
     "max_prompt_length": 1800,
     "batch_pairs": 8,
@@ -35,7 +39,10 @@ DEFAULTS = {
 
 
 def win_rates(scores: dict[str, torch.Tensor], rewards: Rewards | None) -> dict[str, float]:
-    """Percent of pairs won: "" by A, "_sum" by S, and "_native" by `rewards` (chosen, rejected) where given."""
+    """Percent of pairs won: "" by A, "_sum" by S, and "_native" by `rewards` (chosen, rejected) where given.
+
+    `_standard_error` is that of the first.
+    """
     chosen, rejected = scores["chosen_logps"], scores["rejected_logps"]
     sides = {
         "": (chosen / scores["chosen_lengths"], rejected / scores["rejected_lengths"]),
@@ -43,7 +50,9 @@ def win_rates(scores: dict[str, torch.Tensor], rewards: Rewards | None) -> dict[
     }
     if rewards is not None:
         sides["_native"] = rewards
-    return {name: 100 * (preferred > other).double().mean().item() for name, (preferred, other) in sides.items()}
+    won = {name: (preferred > other).double() for name, (preferred, other) in sides.items()}
+    rates = {name: 100 * values.mean().item() for name, values in won.items()}
+    return rates | {"_standard_error": 100 * standard_error(won[""].tolist())}
 
 
 def run(model_dir: str | Path, output_dir: str | Path, settings: dict) -> dict:
@@ -69,6 +78,8 @@ def run(model_dir: str | Path, output_dir: str | Path, settings: dict) -> dict:
         if wrong := sorted(settings[name].keys() - set(known)):
             raise EvaluationError(f"hh: {name}: unknown keys {wrong}; a data block has {known}")
     pairs = {name: load_pairs(DataConfig(**settings[name]), "test") for name in subsets}
+    if settings["limit"] is not None:
+        pairs = {name: rows.select(range(min(settings["limit"], len(rows)))) for name, rows in pairs.items()}
 
     options = {key: settings[key] for key in ("max_length", "max_prompt_length", "batch_pairs", "dtype")}
     output_dir = Path(output_dir)
@@ -76,14 +87,18 @@ def run(model_dir: str | Path, output_dir: str | Path, settings: dict) -> dict:
     metrics: dict[str, float] = {}
     weights = trained_fingerprint(Path(model_dir))
     for name in subsets:
-        scores, rewards = score_subset(model_dir, pairs[name], f"HH {name}", options)
+        scores, rewards, report = score_subset(model_dir, pairs[name], f"HH {name}", options)
         metrics |= {f"hh_{name}{suffix}": value for suffix, value in win_rates(scores, rewards).items()}
-        metrics[f"hh_{name}_pairs"] = len(scores["row"])
+        counts = {"pairs": report.kept, "dropped": report.dropped_rows, "cut": report.pairs_cut}
+        metrics |= {f"hh_{name}_{count}": value for count, value in counts.items()}
         torch.save(scores | {"fingerprint": weights}, output_dir / f"hh_{name}.pt")
     if len(subsets) == len(SUBSETS):
-        for suffix in [key.removeprefix("hh_helpful") for key in metrics if key.startswith("hh_helpful")]:
-            if suffix != "_pairs":
-                metrics[f"hh_average{suffix}"] = sum(metrics[f"hh_{name}{suffix}"] for name in SUBSETS) / len(SUBSETS)
+        for suffix in ("", "_sum", "_native"):
+            rates = [metrics[f"hh_{name}{suffix}"] for name in SUBSETS if f"hh_{name}{suffix}" in metrics]
+            if len(rates) == len(SUBSETS):
+                metrics[f"hh_average{suffix}"] = sum(rates) / len(rates)
+        errors = [metrics[f"hh_{name}_standard_error"] for name in SUBSETS]
+        metrics["hh_average_standard_error"] = sum(error**2 for error in errors) ** 0.5 / len(errors)
     return {
         "metrics": metrics,
         "versions": package_versions("transformers", "torch"),
@@ -91,18 +106,20 @@ def run(model_dir: str | Path, output_dir: str | Path, settings: dict) -> dict:
     }
 
 
-def score_subset(model_dir: str | Path, pairs: Dataset, description: str, options: dict) -> tuple[dict, Rewards | None]:
-    """Per-pair scores (and `row`) of the model, and its own rewards if it was trained here with an objective."""
+def score_subset(
+    model_dir: str | Path, pairs: Dataset, description: str, options: dict
+) -> tuple[dict, Rewards | None, DataReport]:
+    """Per-pair scores (and `row`) of the model, its own rewards if it was trained here, and what was dropped and cut."""
     import torch
 
     from rmipo.evaluation.pair_scores import known_objective, native_rewards, needs_reference, score_model
 
     run_record = recorded_run(model_dir)
     objective = known_objective(run_record)
-    scores, rows = score_model(model_dir, pairs, prior_context="header", description=description, **options)
+    scores, rows, report = score_model(model_dir, pairs, prior_context="header", description=description, **options)
     if objective is not None and needs_reference(objective):
         recipe = run_record["recipe"]
-        reference, _ = score_model(
+        reference, _, _ = score_model(
             recipe["model_name_or_path"],
             pairs,
             revision=recipe.get("model_revision", "main"),
@@ -112,7 +129,7 @@ def score_subset(model_dir: str | Path, pairs: Dataset, description: str, option
         )
         scores |= {f"ref_{side}_logps": reference[f"{side}_logps"] for side in ("chosen", "rejected")}
     rewards = None if objective is None else native_rewards(objective, scores)
-    return scores | {"row": torch.tensor(rows)}, rewards
+    return scores | {"row": torch.tensor(rows)}, rewards, report
 
 
 HASHES = tuple(f"pairs_sha256.{name}" for name in SUBSETS)
@@ -122,10 +139,11 @@ BENCHMARK = Benchmark(
     run=run,
     defaults=DEFAULTS,
     metrics={
-        "hh_helpful": Metric("HH helpful (%)"),
-        "hh_harmless": Metric("HH harmless (%)"),
-        "hh_average": Metric("HH (%)"),
+        "hh_helpful": Metric("HH helpful (%)", standard_error="hh_helpful_standard_error"),
+        "hh_harmless": Metric("HH harmless (%)", standard_error="hh_harmless_standard_error"),
+        "hh_average": Metric("HH (%)", standard_error="hh_average_standard_error"),
     },
-    same=(*SUBSETS, *HASHES, "max_length", "max_prompt_length", "dtype"),
+    same=(*SUBSETS, *HASHES, "limit", "max_length", "max_prompt_length", "dtype"),
+    trial=("limit",),
     optional=(*SUBSETS, *HASHES),  # an evaluation of one subset doesn't contradict one of both
 )

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from rmipo.errors import EvaluationError
 from rmipo.evaluation.benchmark import Benchmark, Metric, require_package
+from rmipo.evaluation.statistics import standard_error
 from rmipo.files import write_atomically
 from rmipo.fingerprints import text_fingerprint
 from rmipo.generation.judge import OPENAI, check_cost, judge_endpoint, shown
@@ -223,8 +224,13 @@ def metrics_of(ratings: dict[tuple[int, int], float], questions: list[dict]) -> 
     for (question_id, turn), rating in sorted(ratings.items()):
         for group in ("mt_bench", f"mt_bench_turn{turn}", f"mt_bench_{category[question_id]}"):
             groups.setdefault(group, []).append(rating)
-    means = {group: sum(values) / len(values) for group, values in groups.items()}
-    return {**means, "mt_bench_missing": 2 * len(questions) - len(ratings)}
+    metrics = {group: sum(values) / len(values) for group, values in groups.items()}
+    # Both turns of a question are one conversation: the question is what was drawn.
+    of_question: dict[int, list[float]] = {}
+    for (question_id, _), rating in ratings.items():
+        of_question.setdefault(question_id, []).append(rating)
+    metrics["mt_bench_standard_error"] = standard_error([sum(r) / len(r) for r in of_question.values()])
+    return metrics | {"mt_bench_missing": 2 * len(questions) - len(ratings)}
 
 
 def estimate_cost(rows: list[dict], ratings: dict[tuple[int, int], float], settings: dict) -> None:
@@ -243,7 +249,7 @@ BENCHMARK = Benchmark(
     title="MT-Bench",
     run=run,
     defaults=DEFAULTS,
-    metrics={"mt_bench": Metric("MT-Bench")},
+    metrics={"mt_bench": Metric("MT-Bench", standard_error="mt_bench_standard_error")},
     same=("judge_model", "judge_reference_model", "judge_endpoint", "temperatures", "max_new_tokens", "first_n"),
     same_per_model=("generation.top_p", "generation.dtype"),  # temperatures and length are the benchmark's
     trial=("first_n",),

@@ -7,7 +7,7 @@ import torch
 from datasets import Dataset
 from tqdm import tqdm
 
-from rmipo.data.pairs import ChatFormat, tokenize_pairs
+from rmipo.data.pairs import ChatFormat, DataReport, tokenize_pairs
 from rmipo.objectives import OBJECTIVES, PairScores, build_objective
 from rmipo.recipe.schema import ModelConfig
 from rmipo.training.loading import load_model, load_tokenizer
@@ -27,7 +27,7 @@ def score_model(
     revision: str = "main",
     tokenizer_dir: str | Path | None = None,
     description: str = "scoring",
-) -> tuple[dict[str, torch.Tensor], list[int]]:
+) -> tuple[dict[str, torch.Tensor], list[int], DataReport]:
     """Score every usable pair of `pairs` (columns prompt, chosen, rejected, row) without gradients.
 
     Args:
@@ -38,7 +38,8 @@ def score_model(
         tokenizer_dir: where the tokenizer and its chat template are, if not in `model_dir`.
 
     Returns:
-        Float32 tensors `(pairs,)` named like the fields of `PairScores`, and the source row of each pair.
+        Float32 tensors `(pairs,)` named like the fields of `PairScores`, the source row of each pair, and what was
+        dropped and cut.
     """
     source = ModelConfig(model_name_or_path=str(model_dir), model_revision=revision, dtype=dtype)
     tokenizer = load_tokenizer(source if tokenizer_dir is None else ModelConfig(model_name_or_path=str(tokenizer_dir)))
@@ -57,7 +58,7 @@ def score_model(
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     context = None if prior_context is None else chat.prior_context(prior_context)
     scores = score_pairs(model, batches(tokenized, batch_pairs, description), context)
-    return scores, list(tokenized["row"])
+    return scores, list(tokenized["row"]), report
 
 
 def batches(tokenized: Dataset, size: int, description: str) -> Iterator[list[dict]]:

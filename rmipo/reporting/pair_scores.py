@@ -95,7 +95,8 @@ def run_scores(
     if not path.is_file():
         device = "cuda" if torch.cuda.is_available() else "cpu"
         with torch.autocast(device, torch.bfloat16, enabled=bool(recipe.get("bf16"))):  # the arithmetic of the training
-            scores, rows = score_model(run.folder, pairs, description=f"{run.folder.name}, {split} pairs", **options)
+            named = f"{run.folder.name}, {split} pairs"
+            scores, rows, _ = score_model(run.folder, pairs, description=named, **options)
         path.parent.mkdir(exist_ok=True)
         torch.save({**scores, "row": torch.tensor(rows)}, path)
     scores = torch.load(path, weights_only=True)

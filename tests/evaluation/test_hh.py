@@ -21,8 +21,9 @@ SCORES = {
 def test_win_rates_by_hand():
     # Per token 3 of 4 are won and one is tied; summed 1 of 4 is; by these rewards 2 of 4.
     rewards = (torch.tensor([1.0, 1.0, 0.0, 0.0]), torch.tensor([0.0, 0.0, 1.0, 0.0]))
-    assert win_rates(SCORES, rewards) == {"": 75.0, "_sum": 25.0, "_native": 50.0}
-    assert win_rates(SCORES, None) == {"": 75.0, "_sum": 25.0}
+    error = {"_standard_error": pytest.approx(100 * (0.1875 / 3) ** 0.5)}  # p(1 - p) / (n - 1)
+    assert win_rates(SCORES, rewards) == {"": 75.0, "_sum": 25.0, "_native": 50.0} | error
+    assert win_rates(SCORES, None) == {"": 75.0, "_sum": 25.0} | error
 
 
 def test_native_rewards_of_every_objective_have_the_order_of_their_definition():
@@ -90,15 +91,25 @@ def test_run_against_unpacked_scoring(tmp_path):
     rates = [metrics[f"hh_{name}{suffix}"] for name in subsets for suffix in ("", "_sum", "_native")]
     assert len(set(rates)) > 2 and all(0 < rate < 100 for rate in rates)
     assert metrics["hh_average"] == (metrics["hh_helpful"] + metrics["hh_harmless"]) / 2
+    squares = [metrics[f"hh_{name}_standard_error"] ** 2 for name in subsets]
+    assert metrics["hh_average_standard_error"] == pytest.approx(sum(squares) ** 0.5 / 2)
 
 
 def test_one_subset_alone_has_no_average(tmp_path):
     (tmp_path / "model").mkdir()
     write_model(tmp_path / "model")
     write_pairs(tmp_path / "harmless", 0)
-    settings = {"harmless": {"dataset_name": str(tmp_path / "harmless")}}
+    with (tmp_path / "harmless/test.jsonl").open("a") as file:
+        file.write(json.dumps({"prompt": "w1", "chosen": "w2", "rejected": ""}) + "\n")  # can't be scored
+        file.write(json.dumps({"prompt": "w1 " * 30, "chosen": "w2", "rejected": "w3"}) + "\n")
+    settings = {"harmless": {"dataset_name": str(tmp_path / "harmless")}, "max_prompt_length": 20}
     metrics = run(tmp_path / "model", tmp_path / "eval", settings)["metrics"]
-    assert set(metrics) == {"hh_harmless", "hh_harmless_sum", "hh_harmless_pairs"}
+    names = ("", "_sum", "_pairs", "_dropped", "_cut", "_standard_error")
+    assert set(metrics) == {f"hh_harmless{name}" for name in names}
+    assert [metrics[f"hh_harmless_{name}"] for name in ("pairs", "dropped", "cut")] == [13, 1, 1]
+    limited = run(tmp_path / "model", tmp_path / "eval", settings | {"limit": 5})
+    scores = torch.load(tmp_path / "eval/hh_harmless.pt", weights_only=True)
+    assert limited["metrics"]["hh_harmless_pairs"] == 5 and scores["row"].tolist() == list(range(5))
 
 
 @pytest.mark.parametrize(

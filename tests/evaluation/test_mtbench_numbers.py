@@ -13,6 +13,7 @@ def test_metrics_by_hand():
     assert metrics == {
         "mt_bench": pytest.approx(16 / 3), "mt_bench_turn1": 5.5, "mt_bench_turn2": 5.0, "mt_bench_math": 6.5,
         "mt_bench_stem": 3.0, "mt_bench_missing": 1,
+        "mt_bench_standard_error": pytest.approx((3.5**2 / 2) ** 0.5 / 2**0.5),  # of the questions' 6.5 and 3.0
     }  # fmt: skip
 
 
