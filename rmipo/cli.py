@@ -1,18 +1,91 @@
-"""How a training script ends and what it prints besides its own lines."""
+"""The one manner of all scripts: options that default to make's variables, and how a program ends.
 
+    def main() -> int | None:
+        options = cli.options(__doc__, "MODEL", "METHOD").read()
+        ...
+
+    if __name__ == "__main__":
+        cli.run(main)
+
+Nothing heavy is imported here: a mistyped name is refused before torch and transformers are, which takes seconds.
+"""
+
+import argparse
 import contextlib
 import logging
 import os
+import shlex
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import NoReturn
 
-import torch
-
-from rmipo.errors import UserError
+from rmipo.errors import ConfigError, UserError
 
 EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 130  # as a shell reports a program that Ctrl-C ended
 NOISY = r"(torch\.distributed|transformers|accelerate|deepspeed|trl|peft)(\.|$)"
+# make's variables, each an option of the scripts that take it: MODEL=tiny and --model tiny are the same.
+VARIABLES = {
+    "MODEL": "setting: a folder in recipes/",
+    "STAGE": "sft, rmipo or all (default: all)",
+    "METHOD": "file in recipes/methods/ or recipes/ablations/ (default: rmipo)",
+    "DATA": "preference pairs to use in place of the recipe's: hub id, folder or .jsonl[.gz] file",
+    "ARGS": 'overrides of the last recipe that runs, in one text: "--learning_rate 1e-6 --overlay FILE"',
+    "GPUS": "GPUs of each machine, with the GiB of one where they are elsewhere: 4 or 8x80 (default: all that are visible)",
+    "NODES": "machines (default: 1)",
+    "SHARDING": "file in configs/accelerate/ (default: zero3; ddp for LoRA)",
+    "SLURM": "1 queues the stages with sbatch",
+    "DRY": "1 prints what would run and starts nothing",
+    "METHODS": "several methods, with commas or spaces between them",
+    "SEEDS": "each draws its own pairs and their order: 0,1,2",
+    "NOISE": "shares of the training pairs whose labels are swapped: 0,0.15",
+    "WORKERS": "programs at a time (default: one for each CPU core)",
+    "EXAMPLES": "rows of the training data, where they are neither here nor a recipe's",
+    "TFLOPS": "bfloat16 peak of one GPU (default: an A100's 312)",
+    "BENCH": "one benchmark, or all",
+    "MAX_COST": "US dollars that a judge may cost",
+    "N": "number of the table or figure",
+    "METRIC": "what a figure shows",
+    "TABLE": "number of the table",
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """Shows a script's docstring as its help; a mistake is a UserError like any other."""
+
+    def __init__(self, doc: str):
+        super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+
+    def read(self) -> argparse.Namespace:
+        """The options of the command line; those in ARGS where the script has no other use for ARGS."""
+        more = [] if "--args" in self._option_string_actions else shlex.split(os.environ.get("ARGS", ""))
+        return self.parse_args([*more, *sys.argv[1:]])
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}. `{self.prog} --help` shows the options")
+
+
+def options(doc: str, *variables: str) -> Parser:
+    """A parser with an option for each of make's `variables`; what is not given is read from the environment."""
+    parser = Parser(doc)
+    for name in variables:
+        help = f"{VARIABLES[name]} [{name}]"
+        parser.add_argument(f"--{name.lower()}", metavar=name, default=os.environ.get(name, ""), help=help)
+    return parser
+
+
+def variables(options: argparse.Namespace) -> dict[str, str]:
+    """The parsed `options` under the names of make's variables."""
+    return {name: value for name in VARIABLES if (value := getattr(options, name.lower(), ""))}
+
+
+def choose(variable: str, value: str, known: list[str], title: str) -> str:
+    """`value` if it is one of `known`, else ConfigError with all of them."""
+    if value in known:
+        return value
+    found = f"{variable}={value!r} is not one of them" if value else f"{variable} is not set"
+    raise ConfigError("\n  ".join([f"{found}. {title}:", *known]))
 
 
 @contextlib.contextmanager
@@ -24,9 +97,25 @@ def program() -> Iterator[None]:
     logging.getLogger("accelerate.accelerator").setLevel(logging.ERROR)
     try:
         yield
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()  # left to the interpreter's end, its threads can abort the process
+        end_process_group()
     except UserError as error:
         rank = os.environ.get("RANK", "0")
         print(f"error{'' if rank == '0' else f' on rank {rank}'}: {error}", file=sys.stderr)
         sys.exit(EXIT_USER_ERROR)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(EXIT_INTERRUPTED)
+
+
+def end_process_group() -> None:
+    """Left to the interpreter's end, the threads of a process group can abort the process."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def run(main: Callable[[], int | None]) -> NoReturn:
+    """Run a script's `main` and exit with the code that it returns."""
+    with program():
+        code = main()
+    sys.exit(code)

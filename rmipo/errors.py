@@ -6,7 +6,7 @@ class UserError(Exception):
 
 
 class ConfigError(UserError, ValueError):
-    """One message with everything that is wrong in a recipe, its overlays and overrides."""
+    """A wrong choice, recipe or setting: one message with everything that is wrong."""
 
 
 class CheckpointError(UserError, ValueError):

@@ -4,13 +4,9 @@
     make compare MODEL=tiny METHODS=dpo,simpo SEEDS=0,1,2 NOISE=0,0.15 WORKERS=2 ARGS="--num_train_epochs 1"
     make compare MODEL=tiny DATA=my_pairs.jsonl.gz
 
-  METHODS  some of the eleven, sft-chosen (SFT on the chosen responses), fidelity-sequence and fidelity-release (other
-           readings of RMiPO); rmipo is always among them; default: the eleven and sft-chosen
-  SEEDS    each draws its own pairs of the world, and their order
-  NOISE    shares of the training pairs whose labels are swapped; only 0 with DATA
-  WORKERS  trainings at a time, one thread each; default: one for each CPU core
-  DATA     pairs in place of the world's: then there are no right answers, only preference accuracy and margin
-  ARGS     overrides of every recipe
+METHODS are some of the eleven, sft-chosen (SFT on the chosen responses), fidelity-sequence and fidelity-release (other
+readings of RMiPO); rmipo is always among them; by default the eleven and sft-chosen. ARGS override every recipe. With
+DATA there are no right answers, only preference accuracy and margin, and no NOISE.
 
 Every method tries the learning rates of recipes/<model>/search.yaml on a draw of its own and is measured on one half of
 the held-out facts (with DATA: prompts); the table is about the other half. Finished runs are kept in
@@ -26,27 +22,21 @@ os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}  # bef
 
 from tqdm import tqdm
 
+from rmipo import cli
 from rmipo.compare.log import Log, best_rates, execute_all, report_runs, search_runs
 from rmipo.compare.study import METHODS, READINGS, Study
-from rmipo.launch.pipeline import choose_stages, load_steps
+from rmipo.launch.choices import choose_stages
+from rmipo.launch.pipeline import load_steps
 from rmipo.launch.sweep import load_sweep
 from rmipo.recipe.load import ConfigError, Recipe
 from rmipo.record import environment, recorded_run
 from rmipo.reporting import comparison as reporting
 
-ROOT = Path(__file__).parent.parent
-
 
 def main() -> int:
-    os.chdir(ROOT)
-    try:
-        return compare(dict(os.environ))
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\ninterrupted; the same command goes on from there", file=sys.stderr)
-        return 130
+    os.chdir(Path(__file__).parent.parent)
+    options = cli.options(__doc__, "MODEL", "METHODS", "SEEDS", "NOISE", "WORKERS", "DATA", "ARGS").read()
+    return compare(os.environ | cli.variables(options))
 
 
 def compare(env: dict[str, str]) -> int:
@@ -143,4 +133,4 @@ def read_choices(env: dict[str, str]) -> tuple[list[str], list[int], list[float]
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    cli.run(main)

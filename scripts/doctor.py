@@ -7,14 +7,12 @@ exit code is then 1.
 """
 
 import os
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from rmipo import cli
 from rmipo.launch import doctor as machine
 from rmipo.launch.doctor import Check
-
-ROOT = Path(__file__).parent.parent
 
 
 def disk_check(step) -> Check:
@@ -68,7 +66,8 @@ def all_checks(env: dict[str, str]) -> Iterator[Check]:
     yield from packages
     if not all(check.passed for check in packages):
         return
-    from rmipo.launch.pipeline import choose_stages, load_steps
+    from rmipo.launch.choices import choose_stages
+    from rmipo.launch.pipeline import load_steps
 
     steps = [step for step in load_steps(*choose_stages(env), env) if step.recipe is not None]
     recipes = [step.recipe for step in steps]
@@ -82,9 +81,10 @@ def all_checks(env: dict[str, str]) -> Iterator[Check]:
 
 
 def main() -> int:
-    env = {"MODEL": "tiny", **os.environ}
+    os.chdir(Path(__file__).parent.parent)
+    options = cli.options(__doc__, "MODEL", "STAGE", "METHOD", "DATA", "ARGS", "SHARDING").read()
+    env = {**os.environ, "MODEL": "tiny"} | cli.variables(options)
     os.environ["WANDB_SILENT"] = "true"
-    os.chdir(ROOT)
     failed = False
     for check in all_checks(env):
         print(check.line(), flush=True)
@@ -94,7 +94,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except ValueError as error:
-        sys.exit(f"error: {error}")
+    cli.run(main)

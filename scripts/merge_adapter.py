@@ -8,14 +8,13 @@ in `dtype`. Before it is saved, the merged model has to give the adapter's log-p
 metrics.jsonl go with it.
 """
 
-import argparse
 import shutil
-import sys
 from pathlib import Path
 
 import torch
 from peft import PeftModel
 
+from rmipo import cli
 from rmipo.recipe.load import ConfigError
 from rmipo.recipe.schema import ModelConfig
 from rmipo.record import recorded_run
@@ -69,20 +68,15 @@ def merge(folder: Path, output: Path) -> float:
     return difference
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main() -> None:
+    parser = cli.options(__doc__)
     parser.add_argument("folder", type=Path, help="the run's folder, with adapter_config.json")
     parser.add_argument("--output", type=Path, help="default: the run's folder with -merged at its end")
     args = parser.parse_args()
     output = args.output or args.folder.with_name(f"{args.folder.name}-merged")
-    try:
-        difference = merge(args.folder, output)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    difference = merge(args.folder, output)
     print(f"model: {output} (largest difference from the adapter's log-probabilities: {difference:.1e})")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    cli.run(main)

@@ -2,25 +2,23 @@
 
     make plan MODEL=llama3-8b-instruct GPUS=8x80 [NODES=4] [METHOD=dpo] [STAGE=sft] [ARGS="--max_length 1024"]
 
-MODEL, METHOD, STAGE (sft or rmipo), ARGS, DATA, SHARDING: as for `make train`. Besides:
-  GPUS      <GPUs per node>x<GiB of one>; default: the GPUs of this machine
-  NODES     how many machines, default 1
-  EXAMPLES  pairs or dialogues in the training data, where they are neither here nor a recipe's
-  TFLOPS    bfloat16 peak of one GPU, default an A100's 312
+GPUS is <GPUs of each machine>x<GiB of one>, by default what this machine has; STAGE is rmipo unless it is sft.
 The exit code is 1 if the run can't fit.
 """
 
 import os
-import sys
 from pathlib import Path
 
-from rmipo.launch.pipeline import choose_sharding, choose_stages, launch_configuration, load_steps, maker, node_count
+from rmipo import cli
+from rmipo.errors import ConfigError
+from rmipo.launch.choices import choose_sharding, choose_stages, node_count
+from rmipo.launch.pipeline import launch_configuration, load_steps, maker
 from rmipo.plan import lengths, preflight
 from rmipo.plan import memory as plan
 from rmipo.plan.memory import GIB, Hardware, Sharding
 from rmipo.recipe.load import Recipe
 
-ROOT = Path(__file__).parent.parent
+VARIABLES = ("MODEL", "STAGE", "METHOD", "DATA", "ARGS", "GPUS", "NODES", "SHARDING", "EXAMPLES", "TFLOPS")
 # Where the number of examples is not known: UltraFeedback's (the on-policy sets have about as many), UltraChat's.
 ASSUMED_EXAMPLES = {
     "preference": lengths.ROWS["HuggingFaceH4/ultrafeedback_binarized", "train_prefs"],
@@ -31,7 +29,7 @@ ASSUMED_EXAMPLES = {
 def number(env: dict[str, str], name: str, default: float) -> float:
     text = env.get(name) or str(default)
     if not text.replace(".", "", 1).isdecimal() or float(text) <= 0:
-        raise ValueError(f"{name}={text}: expected a number above 0")
+        raise ConfigError(f"{name}={text}: expected a number above 0")
     return float(text)
 
 
@@ -68,8 +66,8 @@ def require_earlier_stage(model: str, recipe: Recipe, env: dict[str, str]) -> No
 
 
 def main() -> int:
-    env = {**os.environ, "STAGE": os.environ.get("STAGE") or "rmipo"}
-    os.chdir(ROOT)
+    os.chdir(Path(__file__).parent.parent)
+    env = {**os.environ, "STAGE": "rmipo"} | cli.variables(cli.options(__doc__, *VARIABLES).read())
     model, stages = choose_stages(env)
     recipe = next(step.recipe for step in load_steps(model, stages, env) if step.stage == env["STAGE"])
     require_earlier_stage(model, recipe, env)
@@ -131,7 +129,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except ValueError as error:
-        sys.exit(f"error: {error}")
+    cli.run(main)

@@ -8,22 +8,18 @@ With --data the tokenizer is trained on these pairs, and the SFT dialogues are t
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
+from rmipo import cli
 from rmipo.tiny.config import load_world_config
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.options(__doc__)
     parser.add_argument("--config", required=True, help="the knobs, such as recipes/tiny/world.yaml")
     parser.add_argument("--output", default="outputs/tiny/world", type=Path, help="default: %(default)s")
     parser.add_argument("--data", help="preference pairs in place of the world's: a folder, or a .jsonl[.gz] file")
-    options = parser.parse_args()
-    try:
-        make(options)
-    except ValueError as error:
-        sys.exit(f"error: {error}")
+    make(parser.parse_args())
 
 
 def make(options: argparse.Namespace) -> None:
@@ -54,4 +50,4 @@ def count_rows(path: Path) -> int:
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

@@ -8,10 +8,11 @@ questions are asked; on other pairs there is no right answer to check, so length
 
 import argparse
 import json
-import sys
 from dataclasses import fields
 from pathlib import Path
 
+from rmipo import cli
+from rmipo.errors import ConfigError
 from rmipo.record import recorded_run
 
 LABELS = {
@@ -30,7 +31,7 @@ SHOWN = 4
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.options(__doc__)
     parser.add_argument("--run", required=True, type=Path, help="folder of the preference run")
     parser.add_argument("--world", default="outputs/tiny/world", type=Path, help="default: %(default)s")
     parser.add_argument("--output", type=Path, help="JSON file; default: report.json in the run's folder")
@@ -39,7 +40,7 @@ def main() -> None:
     options = parser.parse_args()
     run = recorded_run(options.run)
     if run is None or not run["finished"]:
-        sys.exit(f"error: {options.run} holds no finished run. Train it with make train MODEL=tiny.")
+        raise ConfigError(f"{options.run} holds no finished run. Train it with make train MODEL=tiny.")
 
     report = compare(options, run["recipe"])
     print_table(report, run["recipe"]["objective"]["name"])
@@ -97,4 +98,4 @@ def print_table(report: dict, method: str) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

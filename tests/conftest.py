@@ -1,22 +1,38 @@
-"""Tests run offline, on few threads, and leave the user's caches alone."""
+"""Tests run offline, in one thread each, and neither see nor touch the user's files (tests/helpers/isolation.py)."""
 
 import os
-import tempfile
+import shutil
 from pathlib import Path
 
-# Before anything imports the libraries that read these.
-os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="rmipo-tests-")
-os.environ["WANDB_MODE"] = "offline"
-os.environ["TOKENIZERS_PARALLELISM"] = "false"
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-
 import pytest
-import torch
 
-from tests.helpers.paths import ROOT, SHARED_DATA
+from tests.helpers import isolation
 
-torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+SCRATCH = isolation.isolate()  # before anything imports the libraries that read the environment
+
+from tests.helpers.paths import ROOT, SHARED_DATA  # noqa: E402
+
+
+def pytest_unconfigure():
+    shutil.rmtree(SCRATCH, ignore_errors=True)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def working_directory():
+    """The root of the repository, as for users."""
+    before = Path.cwd()
+    os.chdir(ROOT)
+    yield
+    os.chdir(before)
+
+
+@pytest.fixture(autouse=True)
+def no_file_is_left_behind(request):
+    before = isolation.files_in_checkout()
+    yield
+    strays = isolation.clear(ROOT) + sorted(isolation.files_in_checkout() - before)
+    if strays:
+        pytest.fail(f"{request.node.name} left {', '.join(strays)} in the checkout (or somebody else did meanwhile)")
 
 
 @pytest.fixture(scope="session")

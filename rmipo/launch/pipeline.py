@@ -3,7 +3,6 @@
 Paths are relative to the root of the repository, which is the working directory.
 """
 
-import argparse
 import json
 import os
 import re
@@ -13,11 +12,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from rmipo.recipe.load import ConfigError, Recipe, load_recipe
+from rmipo.errors import ConfigError
+from rmipo.launch.choices import MADE_FIRST, choose_method, choose_stages, split_args
+from rmipo.recipe.load import Recipe, load_recipe
 from rmipo.record import recorded_run
 from rmipo.run.identity import differences
 
-ROOT = Path(__file__).parents[2]
 SCRIPTS = {
     "world": "toy.py",
     "weights": "weights.py",
@@ -25,8 +25,6 @@ SCRIPTS = {
     "rmipo": "preference.py",
     "report": "toy_report.py",
 }
-MADE_FIRST = ("world", "weights")  # what a setting makes before its first training
-NOT_SETTINGS = {"ablations", "adapters", "methods", "sweeps", "templates"}
 
 
 @dataclass
@@ -54,13 +52,13 @@ class Step:
         programs = Path(os.path.relpath(Path(sys.executable).parent))
         if self.on_cpu:
             return [str(programs / "python"), *self.program]
-        config = os.path.relpath(launch_configuration(self.recipe, sharding))
+        config = str(launch_configuration(self.recipe, sharding))
         launch = [str(programs / "accelerate"), "launch", "--config_file", config, "--num_processes", str(gpus)]
         return [*launch, *self.program]
 
     def job(self, gpus: int, nodes: int, sharding: str | None) -> dict:
         """The same as a Slurm job, named after the folder it writes: the arguments of `slurm.sbatch_command`."""
-        config = "cpu" if self.on_cpu else os.path.relpath(launch_configuration(self.recipe, sharding))
+        config = "cpu" if self.on_cpu else str(launch_configuration(self.recipe, sharding))
         job = {"config": config, "program": self.program, "nodes": nodes, "gpus": 0 if self.on_cpu else gpus}
         return {**job, "name": self.recipe.name}
 
@@ -93,49 +91,7 @@ class Step:
 def launch_configuration(recipe: Recipe, name: str | None = None) -> Path:
     """The file of configs/accelerate/ that a recipe is launched with: adapters need nothing sharded."""
     default = "ddp" if recipe.values.get("use_peft") else "zero3"
-    return ROOT / f"configs/accelerate/{name or default}.yaml"
-
-
-def choose(variable: str, value: str, options: list[str], title: str) -> str:
-    """`value` if it is one of `options`, else ConfigError with all of them."""
-    if value in options:
-        return value
-    found = f"{variable}={value!r} is not one of them" if value else f"{variable} is not set"
-    raise ConfigError("\n  ".join([f"{found}. {title}:", *options]))
-
-
-def node_count(env: Mapping[str, str]) -> int:
-    """NODES, default 1. Raises ConfigError for what is no number of machines."""
-    given = env.get("NODES") or "1"
-    if not given.isdecimal() or int(given) < 1:
-        raise ConfigError(f"NODES={given!r}: expected the number of machines, such as NODES=4")
-    return int(given)
-
-
-def choose_sharding(env: Mapping[str, str]) -> str:
-    """SHARDING, empty if it is not set. Raises ConfigError unless it is a file of configs/accelerate/."""
-    name = env.get("SHARDING", "")
-    if name:
-        choose("SHARDING", name, list(named_files("configs/accelerate")), "Files in configs/accelerate")
-    return name
-
-
-def named_files(*folders: str) -> dict[str, str]:
-    """name -> path of the YAML files in `folders`."""
-    return {path.stem: str(path) for folder in folders for path in sorted(Path(folder).glob("*.yaml"))}
-
-
-def choose_stages(env: Mapping[str, str]) -> tuple[str, list[str]]:
-    """(setting, its stages in order) as MODEL and STAGE ask for them."""
-    folders = sorted({path.parent.name for name in ("sft", "rmipo") for path in Path("recipes").glob(f"*/{name}.yaml")})
-    model = choose(
-        "MODEL", env.get("MODEL", ""), [name for name in folders if name not in NOT_SETTINGS], "The settings"
-    )
-    present = [s for s in (*MADE_FIRST, "sft", "rmipo") if Path(f"recipes/{model}/{s}.yaml").is_file()]
-    trained = [stage for stage in present if stage not in MADE_FIRST]
-    stage = choose("STAGE", env.get("STAGE") or "all", [*trained, "all"], f"The stages of {model}")
-    stages = present if stage == "all" else [name for name in present if name in (*MADE_FIRST, stage)]
-    return model, stages + ["report"] * ("world" in present and "rmipo" in stages)
+    return Path(f"configs/accelerate/{name or default}.yaml")
 
 
 def load_steps(model: str, stages: list[str], env: Mapping[str, str]) -> list[Step]:
@@ -171,9 +127,9 @@ def load_steps(model: str, stages: list[str], env: Mapping[str, str]) -> list[St
             overrides["--dataset_name"] = f"{world}/sft" if world and stage == "sft" else data
         name = stage
         if stage == "rmipo":
-            name, overlay = _method(env)
+            name, overlay = choose_method(env)
             overlays += overlay
-        more_overlays, arguments = _split_args(env.get("ARGS", "")) if stage == last else ([], [])
+        more_overlays, arguments = split_args(env) if stage == last else ([], [])
         overlays += more_overlays
         adapters = [path.stem for path in map(Path, overlays) if path.parent.name == "adapters"]
         folder = "-".join([f"{name}{suffix}", *adapters])
@@ -203,21 +159,3 @@ def maker(path: str, model: str, env: Mapping[str, str]) -> str | None:
         if Path(path).is_relative_to(folder):
             return shlex.join(command)
     return None
-
-
-def _method(env: Mapping[str, str]) -> tuple[str, list[str]]:
-    """(name, overlays) that METHOD stands for."""
-    methods = named_files("recipes/methods", "recipes/ablations")
-    name = choose("METHOD", env.get("METHOD") or "rmipo", ["rmipo", *methods], "The methods and ablations")
-    return name, [] if name == "rmipo" else [methods[name]]
-
-
-def _split_args(text: str) -> tuple[list[str], list[str]]:
-    """(overlays, overrides) in ARGS."""
-    parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False, exit_on_error=False)
-    parser.add_argument("--overlay", action="append", default=[])
-    try:
-        known, overrides = parser.parse_known_args(shlex.split(text))
-    except (ValueError, argparse.ArgumentError) as error:
-        raise ConfigError(f"ARGS={text!r} can't be read: {error}") from error
-    return known.overlay, overrides

@@ -1,12 +1,12 @@
 """`make train ... SLURM=1 NODES=4`: the stages of a setting as Slurm jobs, each waiting for the one before."""
 
 import os
-import shlex
 import shutil
 import subprocess
 from pathlib import Path
 
-from rmipo.recipe.load import ConfigError
+from rmipo.errors import ConfigError
+from rmipo.launch.choices import sbatch_options
 
 SCRIPT = "scripts/launch.slurm"
 
@@ -30,16 +30,7 @@ def sbatch_command(
     # Two jobs of one name write into one folder: the later one starts when the earlier one has ended.
     command += [f"--dependency=afterok:{after},singleton" if after else "--dependency=singleton"]
     command += ["--kill-on-invalid-dep=yes"] if after else []
-    return [*command, *own_options(), SCRIPT, config, *program]
-
-
-def own_options() -> list[str]:
-    """The user's options in SBATCH_ARGS, which come last and win. Raises ConfigError if they can't be read."""
-    text = os.environ.get("SBATCH_ARGS", "")
-    try:
-        return shlex.split(text)
-    except ValueError as error:
-        raise ConfigError(f"SBATCH_ARGS={text!r} can't be read: {error}") from error
+    return [*command, *sbatch_options(os.environ), SCRIPT, config, *program]
 
 
 def require_slurm() -> None:

@@ -13,10 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rmipo.errors import ConfigError
 from rmipo.files import write_atomically
+from rmipo.launch.choices import choose_search
 from rmipo.launch.pipeline import load_steps
 from rmipo.recipe.files import parse_overrides, read_yaml
-from rmipo.recipe.load import ConfigError, Recipe
+from rmipo.recipe.load import Recipe
 from rmipo.record import recorded_run
 
 RECORD = "sweep.jsonl"
@@ -47,10 +49,8 @@ def load_sweep(method: str, model: str) -> Sweep:
     Raises:
         ConfigError: what is wrong with either file, all at once.
     """
-    path, own = Path(f"recipes/sweeps/{method}.yaml"), Path(f"recipes/{model}/search.yaml")
-    if not path.is_file():
-        known = ", ".join(sorted(file.stem for file in path.parent.glob("*.yaml")))
-        raise ConfigError(f"METHOD={method!r}: there is no {path}. Searches exist for {known}")
+    path = Path(f"recipes/sweeps/{choose_search({'METHOD': method})}.yaml")
+    own = Path(f"recipes/{model}/search.yaml")
     content = read_file(path)
     parameters = content.get("parameters") or {}
     if own.is_file():

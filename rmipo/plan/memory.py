@@ -23,6 +23,7 @@ from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem
 from peft import PeftConfig, get_peft_model
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig
 
+from rmipo.errors import ConfigError
 from rmipo.training.batching import HOISTED_MICRO_BATCHES
 from rmipo.training.logprobs import CHUNK
 
@@ -56,7 +57,7 @@ class Hardware:
         """`8x80`: eight GPUs of 80 GiB on each of `nodes`. Raises ValueError for anything else."""
         match = re.fullmatch(r"(\d+)x(\d+(?:\.\d+)?)", text)
         if match is None or nodes < 1 or not int(match[1]) or not float(match[2]):
-            raise ValueError(
+            raise ConfigError(
                 f"GPUS={text}: expected <GPUs per node>x<GiB of one>, e.g. GPUS=8x80, and NODES of 1 or more"
             )
         return cls(nodes, int(match[1]), float(match[2]))

@@ -2,6 +2,8 @@
 
 from transformers import AutoConfig, LlamaConfig, MistralConfig, PreTrainedConfig
 
+from rmipo.errors import ConfigError
+
 LLAMA3 = {"vocab_size": 128256, "num_key_value_heads": 8, "max_position_embeddings": 8192}
 LLAMA3_8B = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32}
 LLAMA3_70B = {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64}
@@ -38,4 +40,4 @@ def load_config(name: str, revision: str | None = None) -> PreTrainedConfig:
         return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"model_name_or_path: {name} has no readable config.json ({reason})") from error
+        raise ConfigError(f"model_name_or_path: {name} has no readable config.json ({reason})") from error

@@ -1,6 +1,5 @@
 """From a recipe to validated dataclasses. All that is wrong is reported at once, before a model is loaded."""
 
-import argparse
 import copy
 import os
 from collections.abc import Iterable, Sequence
@@ -13,6 +12,7 @@ import torch
 from accelerate import PartialState
 from transformers import TrainingArguments
 
+from rmipo import cli
 from rmipo.errors import ConfigError
 from rmipo.objectives import build_objective
 from rmipo.recipe import foreign
@@ -174,9 +174,7 @@ def load_recipe(path: str | Path, overlays: Iterable[str | Path] = (), overrides
 
 def parse_command_line(description: str) -> tuple[str, list[str], list[str]]:
     """(recipe, overlays, overrides) of a training script's command line: the arguments of `load_recipe`."""
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = cli.options(description)
     parser.add_argument("--config", required=True, help="recipe, e.g. recipes/tiny/rmipo.yaml")
     parser.add_argument("--overlay", action="append", default=[], help="YAML merged over the recipe; repeatable")
     known, overrides = parser.parse_known_args()

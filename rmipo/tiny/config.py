@@ -3,6 +3,7 @@
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+from rmipo.errors import ConfigError
 from rmipo.recipe.files import coerce, read_yaml
 
 SHARES = (
@@ -82,7 +83,7 @@ class WorldConfig:
                 f"num_attention_heads {self.num_attention_heads} have one even width"
             )
         if problems:
-            raise ValueError("; ".join(problems))
+            raise ConfigError("; ".join(problems))
 
 
 def load_world_config(path: str | Path) -> WorldConfig:
@@ -94,7 +95,7 @@ def load_world_config(path: str | Path) -> WorldConfig:
     try:
         return make_world_config(read_yaml(path))
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+        raise ConfigError(f"{path}: {error}") from error
 
 
 def make_world_config(values: dict) -> WorldConfig:
@@ -108,5 +109,5 @@ def make_world_config(values: dict) -> WorldConfig:
         except ValueError as error:
             problems.append(f"{key} is {values[key]!r}: {error}")
     if problems:
-        raise ValueError(f"{'; '.join(problems)}. The knobs: {', '.join(types)}")
+        raise ConfigError(f"{'; '.join(problems)}. The knobs: {', '.join(types)}")
     return WorldConfig(**knobs)

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from rmipo.data.formats import unusable_pair
+from rmipo.errors import ConfigError
 from rmipo.fingerprints import rows_fingerprint
 from rmipo.tiny.config import WorldConfig, make_world_config
 from rmipo.tiny.model import make_model, train_tokenizer
@@ -36,7 +37,7 @@ def write_world(folder: Path, config: WorldConfig, pairs: dict | None = None) ->
             return False
         differing = [key for key, value in record["config"].items() if found["config"].get(key) != value]
         differing += ["the pairs (--data)"] * (found["pairs"] != record["pairs"])
-        raise ValueError(
+        raise ConfigError(
             f"{folder} holds another world. Remove it, with the runs that started from it, or name another --output. "
             f"Different: {', '.join(differing)}"
         )
@@ -71,7 +72,7 @@ def read_world(folder: Path) -> World | None:
         ValueError: there is no complete world in the folder.
     """
     if not (folder / RECORD).exists():
-        raise ValueError(f"{folder}: no {RECORD}, so no complete world is there. Make it with scripts/toy.py.")
+        raise ConfigError(f"{folder}: no {RECORD}, so no complete world is there. Make it with scripts/toy.py.")
     record = json.loads((folder / RECORD).read_text())
     return None if record["pairs"] else World(make_world_config(record["config"]))
 

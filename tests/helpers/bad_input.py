@@ -3,17 +3,11 @@
 tests/test_bad_input.py runs it; docs/BAD_INPUT.md shows it.
 """
 
-import contextlib
-import importlib.util
-import io
 import json
-import os
 import shutil
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from unittest import mock
 
 import yaml
 from transformers import AutoTokenizer
@@ -23,6 +17,7 @@ from rmipo.plan.preflight import PreflightError, check_disk, check_fit
 from rmipo.recipe.load import load_recipe
 from tests.helpers.families import LLAMA3_TEMPLATE, make_tokenizer, save
 from tests.helpers.paths import ROOT
+from tests.helpers.programs import run_here
 
 RECIPE = "recipes/tiny/rmipo.yaml"
 
@@ -126,30 +121,9 @@ class Bench:
 
 def run_program(script: str, arguments: list[str], env: dict[str, str]) -> str:
     """The message with which `scripts/<script>.py` ends; AssertionError unless it ends with one."""
-    spec = importlib.util.spec_from_file_location(script, ROOT / f"scripts/{script}.py")
-    module = importlib.util.module_from_spec(spec)
-    output = io.StringIO()
-    cleared = dict.fromkeys(
-        ("MODEL", "STAGE", "METHOD", "ARGS", "DATA", "DRY", "GPUS", "SHARDING", "SLURM", "NODES", "SBATCH_ARGS"), ""
-    )
-    with (
-        mock.patch.object(sys, "argv", [f"scripts/{script}.py", *arguments]),
-        mock.patch.dict(os.environ, cleared | env),
-        contextlib.chdir(ROOT),
-        contextlib.redirect_stderr(output),
-        contextlib.redirect_stdout(io.StringIO()),
-    ):
-        spec.loader.exec_module(module)
-        try:
-            ended = module.main()
-        except SystemExit as end:
-            ended = end.code
-        except ValueError as error:  # caught where the script is started
-            ended = f"error: {error}"
-    said = ended if isinstance(ended, str) else output.getvalue()
-    assert ended and "error: " in said, f"{script} ended with {ended!r}: {said[-2000:]}"
-    assert "Traceback" not in said
-    return said.partition("error: ")[2].strip()
+    ended = run_here(script, *arguments, env=env)
+    assert ended.code == 2 and "error: " in ended.err, f"{script} ended with {ended.code}: {ended.err[-2000:]}"
+    return ended.err.partition("error: ")[2].strip()
 
 
 def refused(function: Callable) -> str:

@@ -1,6 +1,9 @@
-"""Where things are: every test takes the repository's root from here."""
+"""Where things are: tests take the repository's root from here, which is a folder of links (see isolation.py)."""
 
+import os
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
-SHARED_DATA = ROOT.parent / "shared" / "data"  # real preference data, beside some checkouts
+from tests.helpers.isolation import CHECKOUT, LINKED
+
+ROOT = Path(os.environ[LINKED])
+SHARED_DATA = CHECKOUT.parent / "shared" / "data"  # real preference data, beside some checkouts

@@ -1,6 +1,5 @@
 """`make train`: what it runs, what it refuses, and that nothing given to it reaches a shell."""
 
-import importlib.util
 import json
 import os
 import re
@@ -12,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from rmipo.launch import pipeline as stages
+from rmipo.launch import choices, pipeline, train
 from rmipo.recipe.load import ConfigError, load_recipe
 from tests.helpers.paths import ROOT
+from tests.helpers.programs import run_here
 
 HOSTILE = [
     "x; touch pwned",
@@ -29,25 +29,6 @@ HOSTILE = [
     "../../../tmp",
     "--config=/etc/passwd",
 ]
-
-
-@pytest.fixture(autouse=True)
-def root(monkeypatch):
-    monkeypatch.chdir(ROOT)
-    for name in (
-        "MODEL",
-        "STAGE",
-        "METHOD",
-        "ARGS",
-        "DATA",
-        "DRY",
-        "GPUS",
-        "SHARDING",
-        "SLURM",
-        "NODES",
-        "SBATCH_ARGS",
-    ):
-        monkeypatch.delenv(name, raising=False)
 
 
 @pytest.fixture(scope="module")
@@ -74,8 +55,8 @@ def make(repository, *arguments, env=None):
 
 
 def command(env, stage="rmipo", gpus=4):
-    model, names = stages.choose_stages(env)
-    (step,) = [step for step in stages.load_steps(model, names, env) if step.stage == stage]
+    model, names = choices.choose_stages(env)
+    (step,) = [step for step in pipeline.load_steps(model, names, env) if step.stage == stage]
     return step.command(gpus, env.get("SHARDING", ""))
 
 
@@ -146,9 +127,9 @@ def test_args_belong_to_the_last_recipe():
 
 
 def test_stages_of_each_kind_of_setting():
-    chosen = {name: stages.choose_stages({"MODEL": name})[1] for name in ("llama3-8b-base", "llama3-8b-instruct")}
+    chosen = {name: choices.choose_stages({"MODEL": name})[1] for name in ("llama3-8b-base", "llama3-8b-instruct")}
     assert chosen == {"llama3-8b-base": ["sft", "rmipo"], "llama3-8b-instruct": ["rmipo"]}
-    assert stages.choose_stages({"MODEL": "llama3-8b-base", "STAGE": "sft"})[1] == ["sft"]
+    assert choices.choose_stages({"MODEL": "llama3-8b-base", "STAGE": "sft"})[1] == ["sft"]
 
 
 @pytest.mark.parametrize(
@@ -176,7 +157,7 @@ def test_wrong_choices_list_the_right_ones(env, message):
 def test_finished_run_is_kept_and_another_recipe_refused(tmp_path):
     folder = tmp_path / "run"
     recipe = load_recipe("recipes/tiny/rmipo.yaml", overrides=["--output_dir", str(folder)])
-    step = stages.Step("rmipo", [], recipe)
+    step = pipeline.Step("rmipo", [], recipe)
     assert not step.is_done()
     folder.mkdir()
     record = folder / "run.json"
@@ -190,7 +171,7 @@ def test_finished_run_is_kept_and_another_recipe_refused(tmp_path):
 
 
 def test_gpus_that_do_not_divide_the_batch_or_are_absent_stop_before_anything_runs():
-    (step,) = stages.load_steps("llama3-8b-instruct", ["rmipo"], {"MODEL": "llama3-8b-instruct"})
+    (step,) = pipeline.load_steps("llama3-8b-instruct", ["rmipo"], {"MODEL": "llama3-8b-instruct"})
     step.check(8)
     with pytest.raises(ConfigError, match="With 2 per device, the number of processes can be: 1, 2, 4, 8, 16, 32, 64"):
         step.check(3)
@@ -201,14 +182,6 @@ def test_gpus_that_do_not_divide_the_batch_or_are_absent_stop_before_anything_ru
 # The program
 
 
-@pytest.fixture(scope="module")
-def launch_module():
-    spec = importlib.util.spec_from_file_location("launch", ROOT / "scripts/launch.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture(autouse=True)
 def own_signals():
     before = signal.getsignal(signal.SIGTERM)
@@ -217,14 +190,11 @@ def own_signals():
 
 
 @pytest.fixture
-def launch(launch_module, monkeypatch, capsys):
+def launch():
     """launch(MODEL=...) -> (exit code, standard output, standard error)."""
 
     def launch(**env):
-        for name, value in env.items():
-            monkeypatch.setenv(name, value)
-        code = launch_module.main()
-        return code, *capsys.readouterr()
+        return tuple(run_here("launch", env=env))
 
     return launch
 
@@ -303,7 +273,7 @@ def test_a_job_that_cannot_fit_its_nodes_is_not_queued(launch, jobs):
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_a_stop_that_saved_ends_with_code_75(launch_module, tmp_path, processes):
+def test_a_stop_that_saved_ends_with_code_75(tmp_path, processes):
     """`processes` > 1: the launcher in between turns the program's code into 1."""
     program = tmp_path / "program.py"
     program.write_text(
@@ -317,10 +287,10 @@ def test_a_stop_that_saved_ends_with_code_75(launch_module, tmp_path, processes)
         "os.kill(os.getppid(), signal.SIGTERM)\n"
         "time.sleep(60)\n"
     )
-    assert launch_module.Program().run([sys.executable, str(program)], str(tmp_path)) == 75
+    assert train.Program().run([sys.executable, str(program)], str(tmp_path)) == 75
 
 
-def test_a_stop_during_the_last_moments_of_a_stage_keeps_the_next_from_starting(launch, launch_module, monkeypatch):
+def test_a_stop_during_the_last_moments_of_a_stage_keeps_the_next_from_starting(launch, monkeypatch):
     """The first stage of tiny gets no time to end differently: its program is one that ends well after a SIGTERM."""
     ending_well = (
         "import os, signal, sys, time\n"
@@ -328,25 +298,25 @@ def test_a_stop_during_the_last_moments_of_a_stage_keeps_the_next_from_starting(
         "os.kill(os.getppid(), signal.SIGTERM)\n"
         "time.sleep(60)\n"
     )
-    monkeypatch.setattr(stages.Step, "command", lambda *_: [sys.executable, "-c", ending_well])
+    monkeypatch.setattr(pipeline.Step, "command", lambda *_: [sys.executable, "-c", ending_well])
     code, output, errors = launch(MODEL="tiny")
     assert code == 75
     assert [line for line in output.splitlines() if line.startswith("## ")] == ["## world"]
     assert errors == "stopped before sft; the same command starts there\n"
 
 
-def test_a_stop_before_the_program_runs_reaches_it(launch_module):
-    program = launch_module.Program()
+def test_a_stop_before_the_program_runs_reaches_it():
+    program = train.Program()
     os.kill(os.getpid(), signal.SIGTERM)
     assert program.run([sys.executable, "-c", "import time; time.sleep(60)"]) == 128 + signal.SIGTERM
 
 
-def test_time_to_save_is_the_same_with_and_without_slurm(launch_module):
+def test_time_to_save_is_the_same_with_and_without_slurm():
     script = (ROOT / "scripts/launch.slurm").read_text()
     seconds = int(re.search(r"TORCH_ELASTIC_SHUTDOWN_TIMEOUT=(\d+)", script)[1])
-    assert seconds == int(launch_module.SAVING_SECONDS) < int(re.search(r"--signal=B:USR1@(\d+)", script)[1])
+    assert seconds == int(train.SAVING_SECONDS) < int(re.search(r"--signal=B:USR1@(\d+)", script)[1])
     show = "import os, sys; sys.exit(int(os.environ['TORCH_ELASTIC_SHUTDOWN_TIMEOUT']) - 500)"
-    assert launch_module.Program().run([sys.executable, "-c", show]) == seconds - 500
+    assert train.Program().run([sys.executable, "-c", show]) == seconds - 500
 
 
 @pytest.mark.parametrize(
@@ -420,3 +390,18 @@ def test_old_python_is_refused(repository, tmp_path):
         stamp.touch()
     assert result.returncode != 0
     assert f"Python 3.11 or newer is needed; {old} is not" in result.stderr
+
+
+def test_a_wrong_name_is_refused_before_anything_heavy_is_imported():
+    """Within a second, also on a busy machine: measured in CPU time."""
+    code = (
+        "import runpy, sys, time\n"
+        "try: runpy.run_path('scripts/launch.py', run_name='__main__')\n"
+        "except SystemExit as end: print(end.code, time.process_time(), {'torch', 'transformers', 'yaml'} & sys.modules.keys())"
+    )
+    environment = os.environ | {"MODEL": "llama3", "METHOD": "simp0", "GPUS": "four", "NODES": "0"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    exit_code, seconds, heavy = done.stdout.split()
+    assert (exit_code, heavy) == ("2", "set()") and float(seconds) < 1
+    for name in ("MODEL='llama3'", "METHOD='simp0'", "GPUS='four'", "NODES='0'"):
+        assert name in done.stderr, done.stderr

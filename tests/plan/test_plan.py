@@ -18,9 +18,11 @@ from rmipo.plan import memory as plan
 from rmipo.plan.memory import GIB, Hardware, Run, Shape, Sharding
 from rmipo.plan.shapes import load_config
 from rmipo.recipe.load import load_recipe
+from rmipo.run import frame
 from rmipo.training.batching import HOISTED_MICRO_BATCHES
 from rmipo.training.logprobs import label_logps
 from tests.helpers.paths import ROOT
+from tests.helpers.programs import run_here
 from tests.helpers.twins import make_twin
 
 ZERO3 = Sharding("zero3")
@@ -300,7 +302,9 @@ OTHERS = [pytest.param(name, marks=pytest.mark.slow) for name in ("zero3-offload
 def test_a_training_process_sees_how_it_was_launched(name):
     """Through accelerate itself, on the CPU: `sharding_of` has only what that leaves in the environment."""
     show = (
-        "from transformers import TrainingArguments; from rmipo import preflight; from rmipo.config import load_recipe\n"
+        "from transformers import TrainingArguments\n"
+        "from rmipo.plan import preflight\n"
+        "from rmipo.recipe.load import load_recipe\n"
         "args = TrainingArguments('unused', use_cpu=True)\n"
         "print('seen:', preflight.sharding_of(args))\n"
         "args.use_cpu = False\n"
@@ -334,7 +338,7 @@ def test_training_scripts_check_before_they_load_anything(recipe, monkeypatch, t
         raise preflight.PreflightError("too small")
 
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(preflight, "check_run", refuse)
+    monkeypatch.setattr(frame, "check_run", refuse)
     form = {"tiny/sft": "ultrachat", "tiny/rmipo": "on_policy_ultrafeedback"}[recipe]
     overrides = make_twin(tmp_path, recipe, "llama3", form)
     script = ROOT / "scripts" / ("sft.py" if recipe == "tiny/sft" else "preference.py")
@@ -357,13 +361,8 @@ def test_hardware_is_read_strictly(text):
 
 
 def make_plan(monkeypatch, capsys, **variables):
-    for name in ("STAGE", "METHOD", "ARGS", "DATA", "GPUS", "SHARDING", "NODES", "EXAMPLES", "TFLOPS"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in {"MODEL": "llama3-8b-instruct", **variables}.items():
-        monkeypatch.setenv(name, value)
-    with pytest.raises(SystemExit) as end:
-        runpy.run_path(str(ROOT / "scripts/plan.py"), run_name="__main__")
-    return end.value.code, capsys.readouterr().out
+    ended = run_here("plan", env={"MODEL": "llama3-8b-instruct", **variables})
+    return ended.code, ended.out + ended.err
 
 
 def test_plan_prints_every_part(monkeypatch, capsys):
@@ -389,9 +388,9 @@ def test_plan_prints_every_part(monkeypatch, capsys):
 def test_plan_fails_when_the_run_cannot_fit(monkeypatch, capsys):
     code, text = make_plan(monkeypatch, capsys, GPUS="4x24", METHOD="dpo")
     assert code == 1 and "DOES NOT FIT" in text and "none fits" in text and "prior pass" not in text
-    assert make_plan(monkeypatch, capsys, GPUS="eight")[0].startswith("error: GPUS=eight: expected")
+    assert "error: GPUS=eight: expected" in make_plan(monkeypatch, capsys, GPUS="eight")[1]
     assert (
-        make_plan(monkeypatch, capsys, GPUS="8x80", TFLOPS="fast")[0] == "error: TFLOPS=fast: expected a number above 0"
+        "error: TFLOPS=fast: expected a number above 0" in make_plan(monkeypatch, capsys, GPUS="8x80", TFLOPS="fast")[1]
     )
 
 
@@ -418,7 +417,7 @@ def test_plan_follows_the_length_that_the_recipe_asks_for(monkeypatch, capsys):
     ],
 )
 def test_plan_refuses_what_it_cannot_plan_for(monkeypatch, capsys, variables, message):
-    assert make_plan(monkeypatch, capsys, **variables)[0].startswith(message)
+    assert make_plan(monkeypatch, capsys, **variables)[1].startswith(message)
 
 
 def test_args_of_the_sft_stage_are_no_mistake_in_the_other(monkeypatch, capsys):
@@ -437,7 +436,7 @@ def test_plan_says_which_stage_comes_first_and_nothing_else():
         [sys.executable, "scripts/plan.py"], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
     )
     assert (done.returncode, done.stdout, done.stderr) == (
-        1,
+        2,
         "",
         "error: model_name_or_path: outputs/tiny/sft-never-trained is made by an earlier stage. Run it first: make train "
         "MODEL=tiny STAGE=sft DATA=never-trained.jsonl\n",

@@ -10,7 +10,7 @@ from PIL import Image
 from rmipo.record import RunRecord, environment, read_metrics
 from rmipo.run.curves import plot_curves, plot_gamma_histogram
 from rmipo.run.identity import run_identity
-from tests.helpers.paths import ROOT
+from tests.helpers.isolation import CHECKOUT
 from tests.helpers.small_models import make_pairs
 from tests.helpers.trainers import make_trainer
 from tests.helpers.wandb_file import read_config, read_history
@@ -61,7 +61,7 @@ def test_run_record_is_written_at_start_and_completed_at_the_end(tmp_path):
 
 def test_commit_of_a_repository_is_recorded():
     commit = environment()["commit"]
-    if not (ROOT / ".git").exists():
+    if not (CHECKOUT / ".git").exists():
         pytest.skip("not a git checkout")
     assert len(commit.removesuffix("+modified")) == 40
 

@@ -1,0 +1,117 @@
+"""What make's variables choose: settings, stages, methods, machines. Wrong choices are refused with the right ones listed.
+
+Nothing heavy is imported here. Paths are relative to the root of the repository, which is the working directory.
+"""
+
+import argparse
+import re
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+
+from rmipo.cli import choose
+from rmipo.errors import ConfigError
+
+MADE_FIRST = ("world", "weights")  # what a setting makes before its first training
+NOT_SETTINGS = {"ablations", "adapters", "methods", "sweeps", "templates"}
+
+
+def is_on(env: Mapping[str, str], name: str) -> bool:
+    """Whether a switch such as DRY is set: to anything but 0."""
+    return env.get(name, "0") not in ("", "0")
+
+
+def check_choices(env: Mapping[str, str]) -> None:
+    """Raises ConfigError with all wrong choices at once."""
+    problems = []
+    for check in (
+        choose_stages,
+        choose_method,
+        choose_sharding,
+        node_count,
+        gpus_asked_for,
+        split_args,
+        sbatch_options,
+    ):
+        try:
+            check(env)
+        except ConfigError as error:
+            problems.append(str(error))
+    if problems:
+        raise ConfigError("\n".join(problems))
+
+
+def choose_stages(env: Mapping[str, str]) -> tuple[str, list[str]]:
+    """(setting, its stages in order) as MODEL and STAGE ask for them."""
+    folders = sorted({path.parent.name for name in ("sft", "rmipo") for path in Path("recipes").glob(f"*/{name}.yaml")})
+    model = choose(
+        "MODEL", env.get("MODEL", ""), [name for name in folders if name not in NOT_SETTINGS], "The settings"
+    )
+    present = [s for s in (*MADE_FIRST, "sft", "rmipo") if Path(f"recipes/{model}/{s}.yaml").is_file()]
+    trained = [stage for stage in present if stage not in MADE_FIRST]
+    stage = choose("STAGE", env.get("STAGE") or "all", [*trained, "all"], f"The stages of {model}")
+    stages = present if stage == "all" else [name for name in present if name in (*MADE_FIRST, stage)]
+    return model, stages + ["report"] * ("world" in present and "rmipo" in stages)
+
+
+def choose_method(env: Mapping[str, str]) -> tuple[str, list[str]]:
+    """(name, overlays) that METHOD stands for."""
+    methods = named_files("recipes/methods", "recipes/ablations")
+    name = choose("METHOD", env.get("METHOD") or "rmipo", ["rmipo", *methods], "The methods and ablations")
+    return name, [] if name == "rmipo" else [methods[name]]
+
+
+def choose_search(env: Mapping[str, str]) -> str:
+    """METHOD, whose hyperparameters a file in recipes/sweeps/ has."""
+    return choose("METHOD", env.get("METHOD", ""), list(named_files("recipes/sweeps")), "The searches")
+
+
+def named_files(*folders: str) -> dict[str, str]:
+    """name -> path of the YAML files in `folders`."""
+    return {path.stem: str(path) for folder in folders for path in sorted(Path(folder).glob("*.yaml"))}
+
+
+def split_args(env: Mapping[str, str]) -> tuple[list[str], list[str]]:
+    """(overlays, overrides) in ARGS."""
+    parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False, exit_on_error=False)
+    parser.add_argument("--overlay", action="append", default=[])
+    text = env.get("ARGS", "")
+    try:
+        known, overrides = parser.parse_known_args(shlex.split(text))
+    except (ValueError, argparse.ArgumentError) as error:
+        raise ConfigError(f"ARGS={text!r} can't be read: {error}") from error
+    return known.overlay, overrides
+
+
+def choose_sharding(env: Mapping[str, str]) -> str:
+    """SHARDING, empty if it is not set. Raises ConfigError unless it is a file of configs/accelerate/."""
+    name = env.get("SHARDING", "")
+    if name:
+        choose("SHARDING", name, list(named_files("configs/accelerate")), "Files in configs/accelerate")
+    return name
+
+
+def node_count(env: Mapping[str, str]) -> int:
+    """NODES, default 1. Raises ConfigError for what is no number of machines."""
+    given = env.get("NODES") or "1"
+    if not given.isdecimal() or int(given) < 1:
+        raise ConfigError(f"NODES={given!r}: expected the number of machines, such as NODES=4")
+    return int(given)
+
+
+def gpus_asked_for(env: Mapping[str, str]) -> int | None:
+    """The number in GPUS, which may also have the GiB of one, as in 8x80; None if it is not set."""
+    given = env.get("GPUS", "")
+    match = re.fullmatch(r"(\d+)(x\d+(\.\d+)?)?", given, re.ASCII)
+    if given and (match is None or int(match[1]) < 1):
+        raise ConfigError(f"GPUS={given!r}: expected the number of GPUs, such as GPUS=4, or with their GiB, GPUS=4x80")
+    return int(match[1]) if match else None
+
+
+def sbatch_options(env: Mapping[str, str]) -> list[str]:
+    """The user's own options in SBATCH_ARGS."""
+    text = env.get("SBATCH_ARGS", "")
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        raise ConfigError(f"SBATCH_ARGS={text!r} can't be read: {error}") from error

@@ -1,0 +1,177 @@
+"""`make train`: the stages of a setting, one program after the other on this machine, or queued as Slurm jobs."""
+
+import contextlib
+import dataclasses
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+import yaml
+
+from rmipo.errors import ConfigError
+from rmipo.launch import slurm
+from rmipo.launch.choices import choose_sharding, choose_stages, gpus_asked_for, is_on, node_count
+from rmipo.launch.pipeline import Step, launch_configuration, load_steps
+from rmipo.plan import preflight
+from rmipo.plan.memory import Hardware, Sharding
+from rmipo.run.checkpoints import MARKER
+from rmipo.run.stop import EXIT_STOPPED
+
+DRY_GPUS = 4  # shown where no GPU is visible: the hardware of the paper
+SAVING_SECONDS = "540"  # between the SIGTERM and the SIGKILL that torch's launcher sends; its 30 save no large model
+
+DEFAULTS = {"WANDB_PROJECT": "rmipo", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": SAVING_SECONDS}
+
+
+def train(env: Mapping[str, str]) -> int:
+    """Do what make's variables ask for. Exit code: that of the first stage that fails, 75 of one that was stopped.
+
+    Raises:
+        ConfigError, PreflightError: a stage can't be trained so; before anything runs.
+    """
+    dry, queued = is_on(env, "DRY"), is_on(env, "SLURM")
+    model, stages = choose_stages(env)
+    nodes, sharding = node_count(env), choose_sharding(env)
+    if nodes > 1 and not queued:
+        raise ConfigError(f"NODES={nodes}: several machines are reached through Slurm: add SLURM=1")
+    steps = load_steps(model, stages, env)
+    gpus = gpu_count(env, dry, queued, all(step.on_cpu for step in steps))
+    if dry:
+        for step in steps:
+            command = step.command(gpus, sharding)
+            if queued and step.recipe is not None:
+                command = slurm.sbatch_command(**step.job(gpus, nodes, sharding))
+            print(f"## {step.stage}\n{describe(step, gpus, nodes)}{shlex.join(command)}\n")
+        return 0
+    for step in steps:
+        step.check(gpus, nodes)
+        if not step.on_cpu and not step.is_done():
+            check_hardware(step, env, gpus, nodes, sharding)
+    if queued:
+        return queue(steps, gpus, nodes, sharding)
+    program = Program()
+    for number in range(len(steps)):
+        if program.stopped_at:
+            print(f"stopped before {steps[number].stage}; the same command starts there", file=sys.stderr)
+            return EXIT_STOPPED
+        # Read again, now that the stage before has finished: a Base setting starts from its own SFT model.
+        step = load_steps(model, stages, env)[number]
+        if step.recipe is not None and step.is_done():
+            print(f"## {step.stage}: already trained, see {step.recipe.values['output_dir']}", flush=True)
+            continue
+        command = step.command(gpus, sharding)
+        print(f"## {step.stage}\n{shlex.join(command)}", flush=True)
+        if code := program.run(command, step.recipe and step.recipe.values["output_dir"]):
+            print(f"{step.stage} ended with exit code {code}; the same command starts there", file=sys.stderr)
+            return code
+    return 0
+
+
+def check_hardware(step: Step, env: Mapping[str, str], gpus: int, nodes: int, sharding: str) -> None:
+    """Raises PreflightError if memory or disk are too small; on Slurm's nodes as far as GPUS describes them."""
+    if not is_on(env, "SLURM"):
+        hardware = dataclasses.replace(preflight.local_hardware(), gpus_per_node=gpus)
+    elif "x" in env["GPUS"]:
+        hardware = Hardware.parse(env["GPUS"], nodes)
+    else:
+        print(f"## {step.stage}: memory is not checked before the job starts: GPUS={gpus}x80 (GiB of one) would")
+        return
+    launch = launch_configuration(step.recipe, sharding)
+    preflight.check_launch(step.recipe, hardware, Sharding.load(launch))
+
+
+def queue(steps: list[Step], gpus: int, nodes: int, sharding: str) -> int:
+    """Submit the stages, each to start when the one before has succeeded; what needs no recipe runs here, before."""
+    slurm.require_slurm()
+    job = None
+    for step in steps:
+        if step.recipe is None and job is None:
+            if code := Program().run(step.command(gpus, sharding)):
+                return code
+        elif step.recipe is None:
+            print(f"## {step.stage}: after job {job}: {shlex.join(step.command(gpus, sharding))}")
+        elif step.is_done():
+            print(f"## {step.stage}: already trained, see {step.recipe.values['output_dir']}")
+        else:
+            job, log = slurm.submit(**step.job(gpus, nodes, sharding), after=job)
+            print(f"## {step.stage}: job {job}, log {log}")
+    return 0
+
+
+def gpu_count(env: Mapping[str, str], dry: bool, queued: bool, on_cpu: bool) -> int:
+    """GPUs to train on, of each node; 0 where none is visible. What the nodes of a cluster have can't be seen here."""
+    visible, count = torch.cuda.device_count(), gpus_asked_for(env)
+    if count is None and queued and not on_cpu:
+        raise ConfigError(
+            "SLURM=1: GPUS is not set. Name the GPUs of each node and the GiB of one, such as GPUS=8x80: those of this "
+            "machine are not those of the nodes"
+        )
+    if count is None:
+        return visible or DRY_GPUS * dry
+    if visible and count > visible and not (dry or queued):
+        raise ConfigError(f"GPUS={count}: {visible} are visible here")
+    return count if visible or dry or queued else 0
+
+
+def describe(step: Step, gpus: int, nodes: int) -> str:
+    """The recipe as it is trained, its notices, and how the global batch comes about."""
+    if step.recipe is None:
+        return ""
+    processes = step.processes(gpus, nodes)
+    size, accumulation = step.recipe.batch(processes)
+    batch = f"{size} = {size // (processes * accumulation)} per device x {processes} processes x {accumulation} steps"
+    if tokens := step.recipe.values.get("max_tokens_per_micro_batch"):
+        batch = f"{size} over {processes} processes, in rows of at most {tokens} tokens"
+    return "".join(
+        [
+            *(f"# {notice}\n" for notice in step.recipe.notices),
+            yaml.safe_dump(step.recipe.resolved(), sort_keys=False, width=120),
+            f"# batch: {batch}\n",
+        ]
+    )
+
+
+class Program:
+    """Runs one program after the other. A SIGTERM, of a job queue say, is passed on to the one that runs, and so is Ctrl-C."""
+
+    def __init__(self):
+        self.stopped_at: float | None = None
+        self.process: subprocess.Popen | None = None
+        signal.signal(signal.SIGTERM, self._stop)
+
+    def _stop(self, number, frame):
+        self.stopped_at = self.stopped_at or time.time()
+        if self.process is not None:
+            self.process.terminate()
+
+    def run(
+        self, command: list[str], output_dir: str | None = None, env: Mapping[str, str] | None = None, **streams
+    ) -> int:
+        """Exit code of `command`; 75 if it saved in `output_dir` after a SIGTERM."""
+        # A group of its own: Ctrl-C reaches it once, through us, and what it started can be ended with it.
+        self.process = subprocess.Popen(command, env=DEFAULTS | (env or os.environ), process_group=0, **streams)
+        if self.stopped_at:  # the signal came before there was a process to pass it on to
+            self.process.terminate()
+        try:
+            code = self.process.wait()
+        except KeyboardInterrupt:
+            self._end(signal.SIGINT)
+            raise
+        if code and self.stopped_at and output_dir:  # the launcher of several processes turns their code into 1
+            saved = [marker.stat().st_mtime for marker in Path(output_dir).glob(f"checkpoint-*/{MARKER}")]
+            code = EXIT_STOPPED if max(saved, default=0) >= self.stopped_at else code
+        return code if code >= 0 else 128 - code
+
+    def _end(self, number: signal.Signals) -> None:
+        """Signal the program and its children and see them end; a second Ctrl-C, or half a minute, kills them."""
+        for each in (number, signal.SIGKILL):
+            with contextlib.suppress(ProcessLookupError, KeyboardInterrupt, subprocess.TimeoutExpired):
+                os.killpg(self.process.pid, each)
+                self.process.wait(timeout=30)
+                return
