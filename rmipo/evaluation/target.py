@@ -12,7 +12,7 @@ from rmipo.errors import EvaluationError
 from rmipo.evaluation import BENCHMARKS
 from rmipo.generation.answers import DEFAULTS as GENERATION
 from rmipo.generation.answers import own_settings
-from rmipo.launch.pipeline import named_files
+from rmipo.launch.choices import named_files
 from rmipo.recipe.checks import template_text
 from rmipo.recipe.files import RecipeLoader, read_yaml
 from rmipo.recipe.load import load_recipe

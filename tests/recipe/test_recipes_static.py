@@ -8,7 +8,7 @@ import pytest
 import yaml
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from rmipo.launch.pipeline import NOT_SETTINGS, choose_stages
+from rmipo.launch.choices import NOT_SETTINGS, choose_stages
 from rmipo.launch.sweep import load_sweep, make_point
 from rmipo.recipe.files import read_yaml
 from rmipo.recipe.load import load_recipe

@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from rmipo.data.pairs import ChatFormat, load_pairs, tokenize_pairs
-from rmipo.launch.pipeline import choose_stages
+from rmipo.launch.choices import choose_stages
 from rmipo.recipe.load import load_recipe
 from rmipo.recipe.schema import DataConfig
 from rmipo.record import read_metrics

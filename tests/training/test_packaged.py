@@ -9,7 +9,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rmipo.launch.pipeline import choose_stages, load_steps
+from rmipo.launch.choices import choose_stages
+from rmipo.launch.pipeline import load_steps
 from rmipo.training.packaged import RECORD, PackagedWeights, WeightsError, fetch, make_weights
 from tests.helpers.paths import ROOT
 
