@@ -73,7 +73,8 @@ def compare(env: dict[str, str]) -> int:
             lines[run] = line
         return [lines[run] for run in runs]
 
-    best = best_rates(finished(searches), study.task.selection_metric)
+    searched = finished(searches)
+    best = best_rates(searched, study.task.selection_metric)
     lines = finished(report_runs(methods, best, seeds, noises))
     bar.close()
 
@@ -81,7 +82,7 @@ def compare(env: dict[str, str]) -> int:
     # Report
     ###################
     rows = reporting.summarize(lines, study.task.selection_metric)
-    text = reporting.report(rows, lines, rates, study.task.selection_metric)
+    text = reporting.report(rows, lines, searched, study.task.selection_metric)
     print(text)
     for path in reporting.write(folder, text, rows, lines):
         print(path)

@@ -56,7 +56,7 @@ class Study:
 
     @functools.cached_property
     def task(self) -> PairsTask:
-        return task_of(self.recipe(Run("report", "rmipo", None, 0, 0.0)))
+        return task_of(self.model, self.recipe(Run("report", "rmipo", None, 0, 0.0)))
 
     def check(self, run: Run) -> None:
         """Raises ConfigError for a wrong recipe, and for one that is not trained on the CPU."""

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import tempfile
 from collections.abc import Iterable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -12,7 +13,10 @@ from transformers import PreTrainedModel
 
 from rmipo.data.chat import ChatFormat
 from rmipo.data.pairs import load_pairs
+from rmipo.evaluation import BENCHMARKS
+from rmipo.evaluation.constraints import per_prompt
 from rmipo.fingerprints import rows_fingerprint
+from rmipo.recipe.files import read_yaml
 from rmipo.recipe.load import Recipe
 from rmipo.tiny import judge
 from rmipo.tiny.files import RECORD, read_world
@@ -83,11 +87,41 @@ class WorldTask(PairsTask):
         return metrics
 
 
-def task_of(recipe: Recipe) -> PairsTask:
-    """The task that a recipe's data belong to."""
-    world = Path(recipe.values.get("dataset_name", "")).parent
-    made = read_world(world) if (world / RECORD).exists() else None
-    return PairsTask() if made is None else WorldTask(made)
+class ConstraintsTask(PairsTask):
+    """Pairs from the model's own answers; measured by `BENCH=constraints` and `BENCH=specificity`, which need no judge.
+
+    Args:
+        settings: per purpose ("search", "report") the settings of each benchmark, from the setting's search.yaml.
+    """
+
+    selection_metric = "constraints_all"
+
+    def __init__(self, settings: dict[str, dict[str, dict]]):
+        self.settings = settings
+
+    def identity(self, recipe: Recipe) -> Any:
+        return {"pairs": super().identity(recipe), "measured": self.settings}
+
+    def measure(self, model: PreTrainedModel, chat: ChatFormat, run: "Run") -> dict[str, Any]:
+        metrics: dict[str, Any] = {}
+        with tempfile.TemporaryDirectory() as folder:
+            model.save_pretrained(folder)
+            chat.tokenizer.save_pretrained(folder)
+            results = Path(folder) / "eval"
+            for name, settings in self.settings[run.purpose].items():
+                metrics |= BENCHMARKS[name].run(Path(folder), results, settings)["metrics"]
+            metrics["per_prompt"] = per_prompt(results)
+        return metrics
+
+
+def task_of(model: str, recipe: Recipe) -> PairsTask:
+    """The task that a setting's data belong to; other people's pairs (DATA) are no more than pairs."""
+    data = Path(recipe.values.get("dataset_name", ""))
+    if (data.parent / RECORD).exists() and (world := read_world(data.parent)):
+        return WorldTask(world)
+    search = Path(f"recipes/{model}/search.yaml")
+    settings = read_yaml(search).get("measure") if search.is_file() else None
+    return ConstraintsTask(settings) if settings and data == Path(f"outputs/{model}/pairs") else PairsTask()
 
 
 def half(values: list, purpose: str) -> list:

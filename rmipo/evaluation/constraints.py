@@ -3,6 +3,7 @@
 The tasks and the pairs of constraints occur in no training prompt; see `rmipo.constraints.prompts`.
 """
 
+import json
 from pathlib import Path
 
 from rmipo.evaluation.benchmark import Benchmark, Metric, require_package
@@ -13,6 +14,7 @@ from rmipo.record import package_versions
 
 DEFAULTS = {
     "first_n": None,  # of the 300 prompts
+    "skip_n": 0,  # prompts left out before those
     "answers": 1,  # per prompt; standard errors are over prompts
     "generation": {},
 }
@@ -26,7 +28,7 @@ def run(model_dir: str | Path, output_dir: str | Path, settings: dict) -> dict:
     from rmipo.constraints.prompts import read_prompts
     from rmipo.generation.answers import Generator, Request
 
-    prompts = read_prompts("test")[: settings["first_n"]]
+    prompts = read_prompts("test")[settings["skip_n"] :][: settings["first_n"]]
     seed = settings["generation"].get("seed", 42)
     requests = [
         Request(f"{number}-{n}", [{"role": "user", "content": prompt["prompt"]}], seed=seed + n)
@@ -54,6 +56,12 @@ def run(model_dir: str | Path, output_dir: str | Path, settings: dict) -> dict:
     }
 
 
+def per_prompt(output_dir: Path) -> list[float]:
+    """Of the last run there: for each prompt the share of its answers that satisfy all constraints."""
+    rows = [json.loads(line) for line in (output_dir / "constraints.jsonl").read_text().splitlines()]
+    return [sum(map(all, row["followed"])) / len(row["followed"]) for row in rows]
+
+
 def percent(values: list[list[float]]) -> tuple[float, float]:
     """Mean over prompts of the mean over their answers, and its standard error, both in percent."""
     means = [sum(of_prompt) / len(of_prompt) for of_prompt in values]
@@ -69,6 +77,6 @@ BENCHMARK = Benchmark(
         "constraints_all": Metric("All constraints (%)", standard_error="constraints_all_standard_error"),
         "constraints_each": Metric("Constraints (%)", standard_error="constraints_each_standard_error"),
     },
-    same=("first_n", "answers", "generation.temperature", "generation.top_p", "generation.max_new_tokens"),
-    trial=("first_n",),
+    same=("first_n", "skip_n", "answers", "generation.temperature", "generation.top_p", "generation.max_new_tokens"),
+    trial=("first_n", "skip_n"),
 )

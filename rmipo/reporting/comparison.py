@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
+from rmipo.evaluation.statistics import bootstrap
 from rmipo.reporting.figures import house_style, method_color, method_label, panel_letter, panels, save
 
 OURS = "rmipo"
@@ -21,14 +22,27 @@ METRICS = {
     "garbled": "garbled",
     "preference_accuracy": "accuracy",
     "preference_margin": "margin",
+    "constraints_all": "all constraints (%)",
+    "constraints_each": "constraints (%)",
+    "specificity": "own prompt most likely (%)",
+    "pmi_token": "PMI (nats/token)",
+    "kl_initial": "KL to the start (nats)",
+    "tokens": "tokens",
+    "repetition": "repeated 4-grams (%)",
+}
+BESIDE = {  # the metric that a table shows beside the one that selects; all others are in the CSV
+    "right_probability": "preference_accuracy",
+    "constraints_all": "kl_initial",
+    "preference_accuracy": "preference_margin",
 }
 COSTS = {"seconds_per_step": "s/step", "peak_memory_mib": "MiB"}
 LABELS = {"initial": "SFT model", "sft-chosen": "SFT on chosen"}
 UNITS = """\
-P(right): exact total probability of the right answers, mean over the held-out questions. right, boilerplate, wrong,
-garbled: shares of samples at temperature 1. accuracy, margin: held-out pairs with A(chosen) > A(rejected), and the
-mean difference, A in nats per token. s/step: CPU seconds on one thread, a reference's scoring included; MiB: peak
-memory beyond the loaded program. Mean ± standard deviation over seeds; Δ is paired, seed by seed."""
+P(right): exact total probability of the right answers, mean over the held-out questions. Accuracy, margin: held-out pairs
+with A(chosen) > A(rejected), and the mean difference, A in nats per token. All constraints: share of sampled answers that
+satisfy every constraint of their prompt. s/step: CPU seconds on one thread, a reference's scoring included. Mean ± standard
+deviation over seeds. Δ is paired by seed; in brackets, where answers were sampled, its 95% bootstrap interval over prompts.
+table.csv has all metrics and the peak memory."""
 
 
 def label(method: str) -> str:
@@ -57,8 +71,18 @@ def summarize(lines: list[dict], metric: str) -> list[dict]:
         pairs = [(line["metrics"].get(metric), ours[seed]["metrics"].get(metric)) for seed, line in finished.items()]
         differences = [theirs - mine for theirs, mine in pairs if mine is not None]
         row |= spread("difference", differences) | {"wins": sum(value > 0 for value in differences)}
+        row |= interval([(line, ours[seed]) for seed, line in finished.items()])
         rows.append(row)
     return rows
+
+
+def interval(pairs: list[tuple[dict, dict]]) -> dict:
+    """95% interval of the difference over prompts in percent, from (theirs, ours) per seed; None without answers."""
+    answers = [[line["metrics"].get("per_prompt") for line in pair] for pair in pairs]
+    if not answers or None in [part for pair in answers for part in pair]:
+        return {"difference_low": None, "difference_high": None}
+    found = bootstrap(100 * np.mean([np.subtract(theirs, ours) for theirs, ours in answers], axis=0))
+    return {"difference_low": found.low, "difference_high": found.high}
 
 
 def spread(name: str, values: list[float]) -> dict:
@@ -66,17 +90,19 @@ def spread(name: str, values: list[float]) -> dict:
     return {name: mean(values) if values else None, f"{name}_std": stdev(values) if len(values) > 1 else None}
 
 
-def report(rows: list[dict], lines: list[dict], rates: list[float], metric: str) -> str:
-    """Markdown: a table per noise, the methods before RMiPO, and what the numbers are."""
+def report(rows: list[dict], lines: list[dict], searched: list[dict], metric: str) -> str:
+    """Markdown: a table per noise, the methods before RMiPO, the search, and what the numbers are.
+
+    Args:
+        searched: the lines of the search, every method at every learning rate.
+    """
+    rates = sorted({line["learning_rate"] for line in searched})
     parts = []
     for noise in dict.fromkeys(row["noise"] for row in rows):
         here = sorted((row for row in rows if row["noise"] == noise), key=lambda row: -(row[metric] or 0))
         parts += [f"Label noise {noise:.0%}", table(here, rates, metric), findings(here, metric)]
-    tried = ", ".join(f"{rate:g}" for rate in rates)
-    chosen = (
-        f"Learning rate: the best of {tried} by {METRICS[metric]} on the other half of what is held out, at noise 0;"
-    )
-    return "\n\n".join([*parts, f"{chosen}\n* marks an end of that range. {UNITS}", made_with(lines)])
+    chosen = f"Search: {METRICS[metric]} at each learning rate, on other held-out prompts. * marks an end of the range."
+    return "\n\n".join([*parts, chosen, search_table(searched, rates, metric), UNITS, made_with(lines)])
 
 
 def made_with(lines: list[dict]) -> str:
@@ -90,21 +116,34 @@ def made_with(lines: list[dict]) -> str:
     return f"Commit {commits}; {versions}; {listing(', '.join(line['hardware']) for line in lines)}."
 
 
+def markdown(lines: list[list[str]]) -> str:
+    head, *body = lines
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in [head, ["---", *["---:"] * (len(head) - 1)], *body])
+
+
 def table(rows: list[dict], rates: list[float], metric: str) -> str:
-    shown = [name for name in METRICS if any(row[name] is not None for row in rows)]
-    head = ["method", "lr", *(METRICS[name] for name in shown), f"Δ {METRICS[metric]}", *COSTS.values()]
-    lines = [head, ["---", *["---:"] * (len(head) - 1)]]
+    beside = BESIDE[metric]
+    lines = [["method", "lr", METRICS[metric], f"Δ {METRICS[metric]}", METRICS[beside], COSTS["seconds_per_step"]]]
     for row in rows:
         rate = row["learning_rate"]
         edge = "*" * (rate in (min(rates), max(rates)))
         difference = "" if row["method"] == OURS else number(row, "difference", signed=True)
-        cells = [
-            label(row["method"]),
-            "" if rate is None else f"{rate:g}{edge}",
-            *(number(row, name) for name in shown),
-        ]
-        lines.append([*cells, difference, number(row, "seconds_per_step"), number(row, "peak_memory_mib", digits=0)])
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+        if difference and row["difference_low"] is not None:
+            difference = f"{row['difference']:+.1f} [{row['difference_low']:+.1f}, {row['difference_high']:+.1f}]"
+        cells = [number(row, metric), difference, number(row, beside), number(row, "seconds_per_step")]
+        lines.append([label(row["method"]), "" if rate is None else f"{rate:g}{edge}", *cells])
+    return markdown(lines)
+
+
+def search_table(searched: list[dict], rates: list[float], metric: str) -> str:
+    """How much each method's result depends on its learning rate."""
+    lines = [["method", *(f"{rate:g}" for rate in rates)]]
+    for method, group in by_method(searched):
+        values = {line["learning_rate"]: line["metrics"].get(metric) for line in group}
+        lines.append(
+            [label(method), *("diverged" if values[rate] is None else f"{values[rate]:.3f}" for rate in rates)]
+        )
+    return markdown(lines)
 
 
 def number(row: dict, name: str, digits: int = 3, signed: bool = False) -> str:
@@ -168,6 +207,8 @@ def draw(rows: list[dict], lines: list[dict]) -> Figure:
     panel_letter(axes[2], "c", f"Win rate, label noise {noises[0]:.0%}")
     if known:
         draw_answers(axes[3], lines, noises)
+    elif any(row["kl_initial"] is not None for row in here):
+        draw_frontier(axes[3], rows)
     else:
         axes[3].set_axis_off()
     handles, labels = axes[1].get_legend_handles_labels()
@@ -192,14 +233,29 @@ def draw_cost(axis: Axes, rows: list[dict]) -> None:
 
 
 def draw_curves(axis: Axes, lines: list[dict], name: str) -> None:
-    """Means over seeds of the held-out curve, a line per method."""
+    """Held-out curves: means over seeds, a line per method, with the range over seeds as a band; RMiPO dotted on top."""
     for method, group in by_method(lines):
         steps = [point["step"] for point in group[0]["curve"]]
-        values = np.mean([[point[name] for point in line["curve"]] for line in group], axis=0)
-        width, order = (2.2, 3) if method == OURS else (1.0, 2)
-        axis.plot(steps, values, color=method_color(method), linewidth=width, zorder=order, label=label(method))
+        values = np.array([[point[name] for point in line["curve"]] for line in group])
+        ours = {"linewidth": 0, "marker": "o", "markersize": 3.5, "markeredgecolor": "black", "markeredgewidth": 0.5}
+        style = {**ours, "zorder": 4} if method == OURS else {"linewidth": 1.0, "zorder": 3}
+        axis.plot(steps, values.mean(axis=0), color=method_color(method), label=label(method), **style)
+        axis.fill_between(steps, values.min(axis=0), values.max(axis=0), color=method_color(method), alpha=0.12, lw=0)
     axis.set_xlabel("Step")
     axis.margins(x=0.02)
+
+
+def draw_frontier(axis: Axes, rows: list[dict]) -> None:
+    """Reward against the distance from the initial model, with the standard deviation over seeds."""
+    for row in (row for row in rows if row["constraints_all"] is not None):
+        error = {"xerr": row["kl_initial_std"], "yerr": row["constraints_all_std"], "elinewidth": 0.8}
+        color = method_color(row["method"])
+        axis.errorbar(row["kl_initial"], row["constraints_all"], fmt="o", markersize=4, color=color, **error)
+        at = (row["kl_initial"], row["constraints_all"])
+        axis.annotate(label(row["method"]), at, (4, 3), textcoords="offset points", fontsize=6.5)
+    axis.set_xlabel("KL to the initial model (nats per answer)")
+    axis.set_ylabel("Answers with all constraints (%)")
+    panel_letter(axis, "d", "Reward against KL")
 
 
 def draw_answers(axis: Axes, lines: list[dict], noises: list[float]) -> None:

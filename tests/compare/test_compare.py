@@ -6,7 +6,9 @@ import os
 import shutil
 import subprocess
 import sys
+from statistics import mean
 
+import numpy as np
 import pytest
 
 from rmipo.compare.log import Log, best_rates, report_runs, search_runs
@@ -212,9 +214,32 @@ def test_means_spreads_and_paired_differences():
     assert rows["simpo"]["difference_std"] == pytest.approx(0, abs=1e-12)
 
 
+def test_the_interval_of_a_difference_is_paired_by_prompt_and_mean_over_seeds():
+    def with_answers(line, per_prompt):
+        return line | {
+            "metrics": line["metrics"] | {"per_prompt": per_prompt, "constraints_all": 100 * mean(per_prompt)}
+        }
+
+    draw = np.random.default_rng(0)
+    answers = draw.integers(0, 3, (2, 2, 60)) / 2  # method, seed, prompt
+    lines = [with_answers(line_of("rmipo", seed, 0.5), list(answers[0, seed])) for seed in (0, 1)]
+    lines += [with_answers(line_of("dpo", seed, 0.5), list(answers[1, seed])) for seed in (0, 1)]
+    row = next(row for row in reporting.summarize(lines, "constraints_all") if row["method"] == "dpo")
+    difference = 100 * (answers[1] - answers[0]).mean(axis=0)
+    means = sorted(draw.choice(difference, 60).mean() for _ in range(4000))
+    assert row["difference"] == pytest.approx(difference.mean())
+    assert row["difference_low"] == pytest.approx(means[100], abs=1.0)
+    assert row["difference_high"] == pytest.approx(means[-100], abs=1.0)
+    assert reporting.summarize(LINES, "right_probability")[1]["difference_low"] is None
+
+
 def test_the_table_says_who_is_ahead_and_marks_ends_of_the_range():
     rows = reporting.summarize(LINES, "right_probability")
-    text = reporting.report(rows, LINES, [1e-4, 2e-4, 4e-4], "right_probability")
+    searched = [
+        line_of(method, 1000, rate * 1e3, rate=rate) for method in ("rmipo", "dpo") for rate in (1e-4, 2e-4, 4e-4)
+    ]
+    text = reporting.report(rows, LINES, searched, "right_probability")
+    assert "| RMiPO | 0.100 | 0.200 | 0.400 |" in text  # of the search
     assert "RMiPO is number 2 of 3 by P(right). Ahead of it: DPO (2 of 3 seeds)." in text
     lines = text.splitlines()
     dpo, simpo = (next(line for line in lines if line.startswith(f"| {name} |")) for name in ("DPO", "SimPO"))
@@ -222,10 +247,10 @@ def test_the_table_says_who_is_ahead_and_marks_ends_of_the_range():
     assert "| 0.0004* |" in simpo and "| -0.100 ± 0.000 |" in simpo
     diverged = {**line_of("kto", 0, 0.0), "metrics": {"diverged": True}}
     rows = reporting.summarize([*LINES, diverged], "right_probability")
-    assert "| KTO | 0.0002 | diverged |" in reporting.report(rows, LINES, [1e-4, 2e-4, 4e-4], "right_probability")
+    assert "| KTO | 0.0002 | diverged |" in reporting.report(rows, LINES, searched, "right_probability")
     other = [*LINES, {**LINES[0], "commit": "def"}]
     assert text.endswith("Commit abc; torch 2, trl 1; 2 CPU cores.")
-    assert "Commit abc and def;" in reporting.report(rows, other, [2e-4], "right_probability")
+    assert "Commit abc and def;" in reporting.report(rows, other, searched, "right_probability")
 
 
 # The command
