@@ -35,7 +35,9 @@ def command_line() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=environment("MODEL") or "tiny", help="setting, folder or hub id")
     parser.add_argument("--method", nargs="+", default=environment("METHOD", "").split(), help="default: rmipo")
-    parser.add_argument("--bench", default=environment("BENCH") or "all", help=f"{', '.join(BENCHMARKS)} or all")
+    parser.add_argument(
+        "--bench", default=environment("BENCH") or "all", help=f"{', '.join(BENCHMARKS)} or all, the paper's"
+    )
     parser.add_argument("--name", default=environment("NAME") or "", help="of this evaluation, beside the usual one")
     parser.add_argument("--settings", type=Path, default=environment("SETTINGS"), help="another eval.yaml")
     parser.add_argument("--max_cost", type=float, default=environment("MAX_COST") or None, help="US dollars a judge")
@@ -51,7 +53,7 @@ def main() -> None:
         raise EvaluationError(f"BENCH={args.bench} is none of {', '.join(BENCHMARKS)}, all")
     if args.name in (*BENCHMARKS, "answers") or "/" in args.name:
         raise EvaluationError(f"NAME={args.name} can't be a folder beside those of {', '.join(BENCHMARKS)}, answers")
-    benches = [benchmark for name, benchmark in BENCHMARKS.items() if args.bench in (name, "all")]
+    benches = [b for b in BENCHMARKS.values() if args.bench == b.name or (args.bench == "all" and b.in_paper)]
     tasks = args.tasks.replace(",", " ").split()
     overrides = args.set + [f"leaderboard.tasks={json.dumps(tasks)}"] * bool(tasks)
     targets = [find_target(args.model, m, args.outputs, overrides, args.settings) for m in args.method or [None]]

@@ -1,15 +1,19 @@
 """AlpacaEval 2 through the alpaca-eval package: length-controlled and raw win rate against the reference outputs."""
 
+import gzip
 import json
 import logging
 from collections import Counter
 from pathlib import Path
+
+import yaml
 
 from rmipo.errors import EvaluationError
 from rmipo.evaluation.benchmark import Benchmark, Metric, require_package
 from rmipo.files import replacing, write_atomically
 from rmipo.fingerprints import text_fingerprint
 from rmipo.generation.judge import OPENAI, check_cost, judge_endpoint, shown
+from rmipo.recipe.files import read_yaml
 from rmipo.recipe.settings import merge_settings
 from rmipo.record import package_versions
 
@@ -105,13 +109,7 @@ def judge(outputs: list[dict], reference: list[dict], folder: Path, endpoint: st
             with replacing(target) as temporary:
                 super().save(temporary)
 
-    config = EVALUATORS_CONFIG_DIR / settings["annotators_config"]  # an absolute path stays as it is
-    config = config / "configs.yaml" if config.is_dir() else config
-    if not config.is_file():
-        raise EvaluationError(
-            f"alpacaeval.annotators_config: {settings['annotators_config']!r} is neither one of alpaca-eval's judges "
-            "nor the absolute path of a folder with configs.yaml"
-        )
+    config = judge_config(settings["annotators_config"], EVALUATORS_CONFIG_DIR, folder)
     annotator = AtomicAnnotator(annotators_config=str(config), caching_path=None)
     text = judge_text(config, annotator)
     cache = folder / f"verdicts-{text_fingerprint(text + endpoint.encode())[:8]}.json"
@@ -169,6 +167,34 @@ def judge(outputs: list[dict], reference: list[dict], folder: Path, endpoint: st
     return metrics_of(leaderboard.iloc[0], outputs, missing), text_fingerprint(text)
 
 
+def judge_config(name: str, packaged: Path, folder: Path) -> Path:
+    """The YAML of a judge: one of alpaca-eval's, or a copy in `folder` of a user's own, its prompt file found.
+
+    A prompt file may be beside the YAML's folder, in it, or one of alpaca-eval's. Raises EvaluationError without it:
+    alpaca-eval itself would show the judge the file's name in place of its text.
+    """
+    found = [
+        path for path in (Path(name).expanduser() / "configs.yaml", packaged / name / "configs.yaml") if path.is_file()
+    ]
+    if not found:
+        raise EvaluationError(
+            f"alpacaeval.annotators_config: {name!r} is neither one of alpaca-eval's judges nor a folder with configs.yaml"
+        )
+    config = found[0].resolve()
+    if config.is_relative_to(packaged):
+        return config
+    judges = read_yaml(config)
+    for judge in judges.values():
+        places = [place / judge["prompt_template"] for place in (config.parents[1], config.parent, packaged)]
+        prompt = next((place for place in places if place.is_file()), None)
+        if prompt is None:
+            raise EvaluationError(f"{config}: there is no prompt file {judge['prompt_template']} ({places[0]})")
+        judge["prompt_template"] = str(prompt)
+    copy = folder / "judge/configs.yaml"
+    write_atomically(copy, yaml.safe_dump(judges, sort_keys=False))
+    return copy
+
+
 def judge_text(config: Path, annotator) -> bytes:
     """What a judge is: its YAML, and the texts of the prompt files that the YAML names."""
     prompts = [single.prompt_template for single in annotator.annotators.values()]
@@ -215,39 +241,44 @@ def load_reference(path: str | None) -> tuple[list[dict], Path]:
     A JSON list of {"instruction", "output"}; or preference pairs as JSONL ({"prompt", "chosen"} as messages), whose
     chosen responses are the reference, the first one where a prompt is repeated. Raises EvaluationError otherwise.
     """
-    file = Path(path) if path else hub_file(REFERENCE_FILE)
+    file = Path(path).expanduser() if path else hub_file(REFERENCE_FILE)
     if not file.is_file():
         raise EvaluationError(f"alpacaeval.reference: {file} doesn't exist")
     try:
-        if file.suffix == ".jsonl":
+        content = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
+        if ".jsonl" in file.suffixes:
             chosen: dict[str, str] = {}
-            for line in file.read_text().splitlines():
+            for line in content.splitlines():
                 pair = json.loads(line)
                 chosen.setdefault(pair["prompt"][-1]["content"], pair["chosen"][-1]["content"])
             rows = [{"instruction": instruction, "output": output} for instruction, output in chosen.items()]
         else:
-            rows = json.loads(file.read_text())
+            rows = json.loads(content)
         return [
             {"instruction": row["instruction"], "output": row["output"], "generator": row.get("generator", "reference")}
             for row in rows
         ], file
-    except (ValueError, TypeError, KeyError, IndexError) as error:
+    except (ValueError, TypeError, KeyError, IndexError, gzip.BadGzipFile) as error:
         raise EvaluationError(
             f'alpacaeval.reference: {file} should be a JSON list of {{"instruction", "output"}}, or JSONL of '
             f"preference pairs as messages ({error!r})"
         ) from error
 
 
-def hub_file(name: str) -> Path:
+def hub_file(name: str, dataset: str = HUB_DATA) -> Path:
+    """A file of a dataset on the hub, downloaded or from the cache. Raises EvaluationError with the command for it."""
     from huggingface_hub import hf_hub_download
 
     try:
-        return Path(hf_hub_download(HUB_DATA, name, repo_type="dataset"))
+        return Path(hf_hub_download(dataset, name, repo_type="dataset"))
     except Exception as error:  # offline, gated, renamed: the remedy is the same
+        without = (
+            ". Without the length-controlled rate (alpacaeval.length_controlled: false) and with alpacaeval.reference set, "
+            "nothing is needed from there"
+        ) * (dataset == HUB_DATA)
         raise EvaluationError(
-            f"{name} of the dataset {HUB_DATA} is neither cached nor downloadable ({type(error).__name__}). With a "
-            f"network: hf download {HUB_DATA} {name} --repo-type dataset. Without the length-controlled rate "
-            "(alpacaeval.length_controlled: false) and with alpacaeval.reference set, nothing is needed from there."
+            f"{name} of the dataset {dataset} is neither cached nor downloadable ({type(error).__name__}). With a "
+            f"network: hf download {dataset} {name} --repo-type dataset{without}"
         ) from error
 
 
@@ -333,6 +364,7 @@ def stored(cache: Path) -> int:
 BENCHMARK = Benchmark(
     name="alpacaeval",
     title="AlpacaEval 2",
+    in_paper=True,
     run=run,
     defaults=DEFAULTS,
     metrics={

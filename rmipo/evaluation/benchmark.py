@@ -48,6 +48,7 @@ class Benchmark:
         same_per_model: settings that must be equal between the methods of one model.
         optional: those of `same` that don't contradict anything where they are absent.
         trial: settings that make another benchmark of it, or a part, wherever they are set.
+        in_paper: whether the paper reports it: BENCH=all means those.
         paper: settings with which the paper's numbers were made, where results may differ.
         parts: a setting that lists parts of the benchmark; more of them can be added to a finished result.
         verdicts: what the judge is asked for in one evaluation; `verdict_tokens`: assumed, in and out, for one.
@@ -62,6 +63,7 @@ class Benchmark:
     same_per_model: tuple[str, ...] = ()
     optional: tuple[str, ...] = ()
     trial: tuple[str, ...] = ()
+    in_paper: bool = False
     paper: dict[str, object] = field(default_factory=dict)
     parts: str | None = None
     verdicts: int = 0

@@ -136,6 +136,7 @@ HASHES = tuple(f"pairs_sha256.{name}" for name in SUBSETS)
 BENCHMARK = Benchmark(
     name="hh",
     title="Anthropic-HH",
+    in_paper=True,
     run=run,
     defaults=DEFAULTS,
     metrics={

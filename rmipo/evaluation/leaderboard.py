@@ -268,6 +268,7 @@ LABELS = {
 BENCHMARK = Benchmark(
     name="leaderboard",
     title="Open LLM Leaderboard v2",
+    in_paper=True,
     run=run,
     defaults=DEFAULTS,
     metrics={name: Metric(label, 2, f"{name}_standard_error") for name, label in LABELS.items()},

@@ -247,6 +247,7 @@ def estimate_cost(rows: list[dict], ratings: dict[tuple[int, int], float], setti
 BENCHMARK = Benchmark(
     name="mtbench",
     title="MT-Bench",
+    in_paper=True,
     run=run,
     defaults=DEFAULTS,
     metrics={"mt_bench": Metric("MT-Bench", standard_error="mt_bench_standard_error")},

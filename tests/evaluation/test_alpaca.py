@@ -22,6 +22,7 @@ from rmipo.record import package_versions
 from tests.helpers.alpaca_answers import OUTPUTS, REFERENCE, ROWS, SETTINGS
 from tests.helpers.answer_files import other_versions
 from tests.helpers.judge_server import JudgeServer, probability_of_first
+from tests.helpers.paths import ROOT
 from tests.helpers.tiny_model import write_model
 
 alpaca_eval = pytest.importorskip("alpaca_eval", reason="needs the extra `eval`")
@@ -307,8 +308,27 @@ def test_cost_is_printed_and_bounded_before_the_first_request(tmp_path, monkeypa
 
 
 def test_unknown_judge(tmp_path, api_key):
-    with pytest.raises(EvaluationError, match="'gpt-5' is neither one of alpaca-eval's judges nor the absolute path"):
+    with pytest.raises(EvaluationError, match="'gpt-5' is neither one of alpaca-eval's judges nor a folder"):
         alpaca.judge(OUTPUTS, REFERENCE, tmp_path, "http://x/v1", SETTINGS | {"annotators_config": "gpt-5"})
+
+
+def test_judge_with_a_packaged_prompt_of_our_own(tmp_path, monkeypatch, api_key):
+    """The judge that configs/ ships asks what the packaged one asks, and a prompt file that isn't there is refused."""
+    monkeypatch.chdir(ROOT)
+    with JudgeServer() as server:
+        ask(server, tmp_path / "packaged", monkeypatch)
+        packaged = sorted(server.requests)
+        server.requests.clear()
+        metrics = ask(server, tmp_path / "open", monkeypatch, annotators_config="configs/judges/llama3-70b-vllm")
+        assert metrics["alpacaeval2_wr"] == pytest.approx(expected_win_rate(range(ROWS)), abs=1e-6)
+        assert len(packaged) == ROWS and sorted(server.requests) == packaged
+        judge = tmp_path / "mine/configs.yaml"
+        judge.parent.mkdir()
+        text = (ROOT / "configs/judges/llama3-70b-vllm/configs.yaml").read_text()
+        judge.write_text(text.replace("alpaca_eval_clf.txt", "absent.txt"))
+        with pytest.raises(EvaluationError, match=r"there is no prompt file alpaca_eval_clf_gpt4_turbo/absent\.txt"):
+            ask(server, tmp_path / "mine", monkeypatch, annotators_config=str(judge.parent))
+        assert len(server.requests) == ROWS
 
 
 # ----------------------------------------------------------------------------------------------------------------------

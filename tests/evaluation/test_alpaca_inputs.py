@@ -1,5 +1,6 @@
 """What AlpacaEval is given: prompts, reference outputs, settings, and what it makes of verdicts; without its package."""
 
+import gzip
 import json
 import os
 import sys
@@ -41,8 +42,11 @@ def test_preference_pairs_as_reference(tmp_path):
             for q, c in pairs
         )
     )
-    rows, _ = alpaca.load_reference(str(file))
-    assert [(row["instruction"], row["output"]) for row in rows] == [("b", "1"), ("a", "2"), ("c", "4")]
+    zipped = tmp_path / "pairs.jsonl.gz"
+    zipped.write_bytes(gzip.compress(file.read_bytes()))
+    for path in (file, zipped):
+        rows, _ = alpaca.load_reference(str(path))
+        assert [(row["instruction"], row["output"]) for row in rows] == [("b", "1"), ("a", "2"), ("c", "4")]
 
 
 @pytest.mark.parametrize(

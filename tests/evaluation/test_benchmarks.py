@@ -33,3 +33,8 @@ def test_settings_that_are_compared_exist():
         assert {name.partition(".")[0] for name in named} <= benchmark.defaults.keys() | recorded, benchmark.name
         assert set(benchmark.optional) <= set(benchmark.same)
         assert bool(benchmark.verdicts) == ("price" in benchmark.defaults)
+
+
+def test_all_are_those_of_the_paper():
+    papers = {name for name, benchmark in BENCHMARKS.items() if benchmark.in_paper}
+    assert papers == {"alpacaeval", "mtbench", "leaderboard", "hh"}
