@@ -11,6 +11,7 @@ Nothing heavy is imported here: a mistyped name is refused before torch and tran
 """
 
 import argparse
+import atexit
 import contextlib
 import logging
 import os
@@ -95,27 +96,46 @@ def program() -> Iterator[None]:
     warnings.filterwarnings("ignore", ".*deprecated", FutureWarning, NOISY)
     # Accumulation is ours (see `PreferenceTrainer.training_step`) or TRL's, and DeepSpeed is told so.
     logging.getLogger("accelerate.accelerator").setLevel(logging.ERROR)
+    code = 0
     try:
         yield
-        end_process_group()
     except UserError as error:
         rank = os.environ.get("RANK", "0")
         print(f"error{'' if rank == '0' else f' on rank {rank}'}: {error}", file=sys.stderr)
-        sys.exit(EXIT_USER_ERROR)
+        code = EXIT_USER_ERROR
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        sys.exit(EXIT_INTERRUPTED)
+        code = EXIT_INTERRUPTED
+    except SystemExit as end:
+        if not isinstance(end.code, int | None):
+            raise
+        code = end.code or 0
+    if (distributed := sys.modules.get("torch.distributed")) and distributed.is_initialized():
+        _leave_the_others(code)
+    if code:
+        sys.exit(code)
 
 
-def end_process_group() -> None:
-    """Left to the interpreter's end, the threads of a process group can abort the process."""
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+def _leave_the_others(code: int) -> None:
+    """End one of several processes.
+
+    `destroy_process_group` closes the groups, but their threads (gloo's loops, the store's) end only with the last
+    reference, and DeepSpeed and accelerate keep references. While the interpreter is taken down, such a thread can
+    abort the process, although all of its work is done and saved. So the interpreter's own cleanup is done here, in
+    order, and the process is left without taking the interpreter down, as `multiprocessing` leaves its children.
+    """
+    import torch
+
+    if code == 0:
+        torch.distributed.destroy_process_group()  # after an error another process may be gone, and this would wait
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def run(main: Callable[[], int | None]) -> NoReturn:
     """Run a script's `main` and exit with the code that it returns."""
     with program():
-        code = main()
-    sys.exit(code)
+        sys.exit(main())
+    sys.exit()

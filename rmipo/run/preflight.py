@@ -36,10 +36,8 @@ def check_parts(recipe: Recipe, args: TrainingArguments, model_config: ModelConf
         try:
             build()
         except (ImportError, OSError, RuntimeError, TypeError, ValueError) as error:
-            values = ", ".join(
-                f"{key}: {getattr(args, key, getattr(model_config, key, None))}" for key in keys.split(", ")
-            )
-            problems.append(f"{values}: {str(error).strip()}")
+            given = ", ".join(f"{key}: {recipe.values[key]}" for key in keys.split(", ") if key in recipe.values)
+            problems.append(f"{given or keys}: {str(error).strip()}")
     if problems:
         raise ConfigError("\n  ".join([f"{recipe.path}: this run can't start here:", *problems]))
 

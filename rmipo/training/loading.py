@@ -1,6 +1,13 @@
 """The tokenizer and the model of a recipe: no code from a hub or folder is run, no pickle read unless asked for."""
 
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from accelerate import PartialState
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from trl import get_quantization_config
 
 from rmipo.errors import UserError
@@ -27,7 +34,7 @@ def load_model(model_config: ModelConfig, **options) -> PreTrainedModel:
     """The model to train, in the recipe's `dtype`, quantized where it says so. Raises LoadingError."""
     name = model_config.model_name_or_path
     try:
-        return AutoModelForCausalLM.from_pretrained(
+        model = AutoModelForCausalLM.from_pretrained(
             name,
             revision=model_config.model_revision,
             dtype=model_config.dtype,
@@ -38,6 +45,28 @@ def load_model(model_config: ModelConfig, **options) -> PreTrainedModel:
         )
     except (OSError, ValueError) as error:
         raise LoadingError(_explained(name, "model", error)) from error
+    _repair_generation_config(model, name)
+    return model
+
+
+def _repair_generation_config(model: PreTrainedModel, name: str) -> None:
+    """A checkpoint's generation configuration has to be valid, or it can't be saved; some that are published are not."""
+    config = model.generation_config
+    try:
+        config.validate(strict=True)
+    except ValueError as error:
+        repair = "do_sample: true is added, which its sampling settings ask for"
+        config.do_sample = True
+        try:
+            config.validate(strict=True)
+        except ValueError:
+            repair = "only its special tokens are kept"
+            tokens = {key: getattr(config, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+            model.generation_config = GenerationConfig(**tokens)
+        reason = " ".join(str(error).split())
+        PartialState().print(
+            f"notice: the generation_config.json of {name} is not valid and could not be saved ({reason}): {repair}"
+        )
 
 
 def _explained(name: str, what: str, error: Exception) -> str:

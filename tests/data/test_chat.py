@@ -1,10 +1,12 @@
 """ChatFormat on the families' templates: texts written out by hand, properties over random dialogues, bad templates."""
 
+import datetime
 import random
 
 import pytest
+from transformers import AutoTokenizer
 
-from rmipo.data.chat import ChatFormat, DataError
+from rmipo.data.chat import ChatFormat, DataError, freeze_date
 from tests.helpers.families import LLAMA3_TEMPLATE, MISTRAL_TEMPLATE, make_tokenizer
 
 PROMPT = [
@@ -221,3 +223,27 @@ def test_a_template_that_refuses():
     chat = ChatFormat.probe(make_tokenizer("gemma"))
     with pytest.raises(DataError, match="the chat template refuses: System role not supported"):
         chat.prompt_ids([{"role": "system", "content": "Be brief"}, *PROMPT])
+
+
+CLOCK = '{%- if strftime_now is defined %}{% set today = strftime_now("%d %b %Y") %}{% else %}{% set today = "?" %}{% endif %}'
+
+
+def test_a_template_that_reads_the_clock_says_the_frozen_day_from_then_on(tmp_path):
+    tokenizer = make_tokenizer("llama3")
+    plain = tokenizer.chat_template
+    assert freeze_date(tokenizer, datetime.date(2026, 2, 3)) is False and tokenizer.chat_template == plain
+    tokenizer.chat_template = (
+        CLOCK + "{{ bos_token }}Today: {{ today }}, {{ strftime_now('%Y') }}" + plain.replace("{{ bos_token }}", "")
+    )
+    assert freeze_date(tokenizer, datetime.date(2026, 2, 3)) is True
+    tokenizer.save_pretrained(tmp_path)
+    for which in (tokenizer, AutoTokenizer.from_pretrained(tmp_path)):
+        text = which.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False)
+        assert text.startswith("<|begin_of_text|>Today: 03 Feb 2026, 2026<|start_header_id|>")
+    assert freeze_date(tokenizer, datetime.date(2027, 1, 1)) is False
+
+
+def test_a_clock_whose_format_is_not_written_out_is_refused():
+    tokenizer = make_tokenizer("llama3", "{{ strftime_now(style) }}")
+    with pytest.raises(DataError, match=r"reads the clock \(strftime_now\) in a way that can't be replaced"):
+        freeze_date(tokenizer, datetime.date(2026, 2, 3))

@@ -1,72 +1,52 @@
 """Runs of a twin that are started, killed at a chosen moment, finished, and compared bit for bit."""
 
-import contextlib
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
-import psutil
 import torch
 from safetensors.torch import load_file
 
 from rmipo.record import read_metrics
 from rmipo.run import checkpoints
-from tests.helpers.paths import ROOT
+from tests.helpers.launched import launch
 
 NOT_COMPARED = ("tokens_per_second", "peak_memory_gib", "num_tokens", "eval_num_tokens")  # TRL counts from each start
 
 
-def start(overrides, output_dir, processes, *more, stage="rmipo"):
-    launcher = [sys.executable]
+def start(overrides, output_dir, processes, *more, stage="rmipo", **environment):
     if processes > 1:
-        launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
         more = (*more, "--deepspeed", "configs/deepspeed/zero3-cpu.json")
     script = {"sft": "sft", "rmipo": "preference"}[stage]
-    command = [*launcher, f"scripts/{script}.py", "--config", f"recipes/tiny/{stage}.yaml", *overrides, *more]
-    environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [*command, "--output_dir", str(output_dir)], cwd=ROOT, env=environment, start_new_session=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
+    command = [f"scripts/{script}.py", "--config", f"recipes/tiny/{stage}.yaml", *overrides, *more]
+    return launch([*command, "--output_dir", str(output_dir)], processes, **environment)
 
 
-def finish(overrides, output_dir, processes, *more, stage="rmipo"):
-    process = start(overrides, output_dir, processes, *more, stage=stage)
-    output, _ = process.communicate()
-    assert process.returncode == 0, output[-6000:]
-    return output
+def finish(overrides, output_dir, processes, *more, stage="rmipo", **environment):
+    run = start(overrides, output_dir, processes, *more, stage=stage, **environment)
+    assert run.wait() == 0, run.output[-6000:]
+    return run.output
 
 
-def send_all(process, number):
-    """A signal to the launcher and its workers, which torchrun starts in sessions of their own."""
-    for victim in [*psutil.Process(process.pid).children(recursive=True), process]:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            victim.send_signal(number)
-
-
-def kill_when(process, condition, timeout=120):
+def kill_when(run, condition, timeout=120):
     """SIGKILL to the run while `condition()` holds; False if the run ended before.
 
     The run is frozen first and the condition looked at again, so that the kill is where it should be.
     """
     deadline = time.monotonic() + timeout
     while time.monotonic() < deadline:
-        if process.poll() is not None:
+        if run.poll() is not None:
             return False
         if condition():
-            send_all(process, signal.SIGSTOP)
+            run.send(signal.SIGSTOP)
             if condition():
-                send_all(process, signal.SIGKILL)
-                process.wait()
+                run.end()
                 return True
-            send_all(process, signal.SIGCONT)
+            run.send(signal.SIGCONT)
         time.sleep(0.002)
-    send_all(process, signal.SIGKILL)
-    raise TimeoutError(f"the run never got to where it should be killed: {process.communicate()[0][-3000:]}")
+    run.end()
+    raise TimeoutError(f"the run never got to where it should be killed: {run.output[-3000:]}")
 
 
 def comparable_metrics(output_dir):

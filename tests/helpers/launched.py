@@ -3,6 +3,7 @@
 What torchrun gives its workers (ranks, a meeting point) is given here; a few tests start the real launchers.
 """
 
+import contextlib
 import multiprocessing
 import os
 import runpy
@@ -13,6 +14,8 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+
+import psutil
 
 from tests.helpers.paths import ROOT
 
@@ -42,9 +45,12 @@ class Launched:
         return self.poll()
 
     def send(self, number: int) -> None:
+        """A signal to the processes and to those that they started, such as W&B's."""
         for process in self.processes:
-            if process.is_alive():
-                os.kill(process.pid, number)
+            with contextlib.suppress(psutil.NoSuchProcess):
+                parent = psutil.Process(process.pid)
+                for victim in (*parent.children(recursive=True), parent):
+                    victim.send_signal(number)
 
     def end(self) -> None:
         self.send(signal.SIGKILL)

@@ -1,14 +1,12 @@
 """Shrunken twins of the shipped recipes: a small model of the recipe's family, data of its dataset's form, and their runs."""
 
 import json
-import os
 import random
-import subprocess
-import sys
 
 from rmipo.recipe.load import load_recipe
 from rmipo.record import read_metrics
 from tests.helpers.families import save
+from tests.helpers.launched import launch
 from tests.helpers.paths import ROOT
 
 WORDS = [
@@ -85,16 +83,10 @@ def make_twin(folder, recipe, family, form):
 
 
 def run(recipe, overrides, output_dir, zero3, deepspeed="zero3-cpu"):
+    """Train to the end, alone or sharded over two processes; returns the training lines."""
     script = "sft" if recipe.endswith("sft") else "preference"
-    launcher = [sys.executable]
-    extra = []
-    if zero3:
-        launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-        extra = ["--deepspeed", f"configs/deepspeed/{deepspeed}.json"]
-    command = [*launcher, f"scripts/{script}.py", "--config", f"recipes/{recipe}.yaml", *overrides, *extra]
-    environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*command, "--output_dir", str(output_dir)], cwd=ROOT, env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+    extra = ["--deepspeed", f"configs/deepspeed/{deepspeed}.json"] if zero3 else []
+    command = [f"scripts/{script}.py", "--config", f"recipes/{recipe}.yaml", *overrides, *extra]
+    run = launch([*command, "--output_dir", str(output_dir)], processes=2 if zero3 else 1)
+    assert run.wait() == 0, run.output[-6000:]
     return [line for line in read_metrics(output_dir) if "loss" in line]

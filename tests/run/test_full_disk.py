@@ -27,9 +27,9 @@ def small_disk(folder, kib):
 def test_a_full_disk_leaves_the_last_good_checkpoint_and_says_so(tmp_path, twin, whole, kib):
     out = tmp_path / "disk" / "out"
     with small_disk(tmp_path / "disk", kib):
-        process = start(twin, out, 1)
-        output, _ = process.communicate()
-        assert process.returncode == 2, output[-6000:]
+        run = start(twin, out, 1)
+        assert run.wait() == 2, run.output[-6000:]
+        output = run.output
         assert "Traceback" not in output
         good = sorted(int(marker.parent.name.split("-")[1]) for marker in out.glob(f"checkpoint-*/{MARKER}"))
         named = re.search(r"the disk is full: .* could not be saved; (.*?)\. Free some space", output)

@@ -3,7 +3,6 @@
 import json
 import random
 import shutil
-import signal
 import time
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from rmipo.run.checkpoints import MARKER, resume_point, rotate
 from rmipo.run.identity import differences, run_identity
 from rmipo.run.stop import EXIT_STOPPED
 from tests.helpers.interrupted_runs import assert_same_run, finish, kill_when, last_step, start
+from tests.helpers.launched import wait_until
 from tests.helpers.twins import make_twin
 from tests.helpers.wandb_file import read_history, read_records
 
@@ -144,14 +144,11 @@ def test_running_statistics_survive(tmp_path, twin, method):
 
 def test_sigterm_saves_and_exits_with_its_own_code(tmp_path, twin, whole):
     stopped = tmp_path / "stopped"
-    process = start(twin, stopped, 1)
-    while last_step(stopped) < 3:
-        assert process.poll() is None, process.communicate()[0][-3000:]
-        time.sleep(0.01)
-    process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate()
-    assert process.returncode == EXIT_STOPPED, output[-3000:]
-    assert "the same command goes on from there" in output
+    run = start(twin, stopped, 1)
+    wait_until(lambda: last_step(stopped) >= 3, run)
+    run.processes[0].terminate()
+    assert run.wait() == EXIT_STOPPED, run.output[-3000:]
+    assert "the same command goes on from there" in run.output
     finish(twin, stopped, 1)
     weights, expected = (load_file(run / "model.safetensors") for run in (stopped, whole(1)))
     assert all(torch.equal(weights[name], value) for name, value in expected.items())

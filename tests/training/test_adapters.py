@@ -1,6 +1,5 @@
 """LoRA and QLoRA: training against a naive loop, dropout off in the prior pass, merging, memory on one GPU."""
 
-import contextlib
 import dataclasses
 import json
 import runpy
@@ -9,10 +8,11 @@ import sys
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Gemma2Config
 
 from rmipo.evaluation.target import model_folder
+from rmipo.fingerprints import model_fingerprint
 from rmipo.plan import preflight
 from rmipo.plan.memory import GIB, Hardware, Sharding
 from rmipo.recipe.load import load_recipe
@@ -89,12 +89,13 @@ def test_refusals_see_through_the_adapter():
 
 def merge(folder, *arguments):
     """Exit code of scripts/merge_adapter.py."""
-    with pytest.MonkeyPatch.context() as patch, contextlib.suppress(SystemExit):
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["merge_adapter.py", str(folder), *arguments])
         try:
             runpy.run_path(str(ROOT / "scripts/merge_adapter.py"), run_name="__main__")
         except SystemExit as end:
             return end.code
+    return 0
 
 
 def logits(model):
@@ -122,6 +123,11 @@ def test_merged_logits_equal_the_adapters(tmp_path, monkeypatch, capsys):
     wanted = {name: value.shape for name, value in load_file(tmp_path / "model" / "model.safetensors").items()}
     assert shapes == wanted
     assert (tmp_path / "lora-merged" / "chat_template.jinja").is_file()
+    weights = load_file(tmp_path / "model" / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"][5, 5] += 1e-3  # as a merge into this folder changes them
+    save_file(weights, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
+    assert merge(tmp_path / "lora", "--output", str(tmp_path / "other")) == 2 and not (tmp_path / "other").exists()
+    assert "its weights or configuration were changed since" in capsys.readouterr().err
     for name in ("run.json", "metrics.jsonl"):  # it is the same run, and is evaluated as that
         assert (tmp_path / "lora-merged" / name).read_bytes() == (tmp_path / "lora" / name).read_bytes()
     assert model_folder(ROOT / "recipes" / tmp_path.name / "rmipo.yaml", tmp_path.parent, "lora-merged").is_dir()
@@ -143,6 +149,7 @@ def test_bfloat16_model_with_large_logits_is_merged(tmp_path):
     adapter.save_pretrained(folder)
     make_tokenizer("llama3").save_pretrained(folder)
     record = {"recipe": {"model_name_or_path": str(tmp_path / "model"), "dtype": "bfloat16"}}
+    record["fingerprints"] = {"model": model_fingerprint(tmp_path / "model")}
     (folder / "run.json").write_text(json.dumps(record))
     (folder / "metrics.jsonl").touch()
 

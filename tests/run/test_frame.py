@@ -1,0 +1,133 @@
+"""What every run has around it: how it starts, in which order things happen, how it ends."""
+
+import datetime
+import json
+
+import pytest
+import torch
+from transformers import DefaultFlowCallback
+from transformers.integrations import TensorBoardCallback
+
+from rmipo.record import recorded_run
+from rmipo.run import callbacks
+from rmipo.run.callbacks import LineAtCheckpoint, MetricsFile, Progress, set_callbacks
+from rmipo.run.checkpoints import MARKER, Checkpoints
+from rmipo.run.generations import SampleGenerations
+from rmipo.run.stop import StopOnSignal
+from rmipo.run.trackers import WandbBySteps
+from rmipo.run.watchdogs import FiniteWatchdog, GenerationWatchdog, SilenceWatchdog, StepWatchdog
+from rmipo.training.state import OBJECTIVE_STATE
+from tests.helpers.launched import launch
+from tests.helpers.small_models import make_pairs
+from tests.helpers.trainers import make_trainer
+from tests.helpers.twins import make_twin
+
+
+def flags(overrides, **changes):
+    """`overrides`, a list of `--key value`, with `changes`."""
+    values = dict(zip(overrides[::2], overrides[1::2], strict=True)) | {f"--{k}": str(v) for k, v in changes.items()}
+    return [text for pair in values.items() for text in pair]
+
+
+@pytest.fixture(scope="module")
+def twin(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("twin")
+    return make_twin(folder, "tiny/rmipo", "llama3", "on_policy_ultrafeedback")
+
+
+def preference(overrides, output_dir):
+    command = ["scripts/preference.py", "--config", "recipes/tiny/rmipo.yaml", *overrides]
+    return launch([*command, "--output_dir", str(output_dir)])
+
+
+def test_a_finished_run_is_not_trained_again(tmp_path, twin):
+    out = tmp_path / "out"
+    first = preference(twin, out)
+    assert first.wait() == 0, first.output[-3000:]
+    files = {path: path.stat().st_mtime_ns for path in out.iterdir()}
+    assert recorded_run(out)["finished"] and not list(out.glob("checkpoint-*"))
+    again = preference(twin, out)
+    assert again.wait() == 0 and f"{out} holds this very run, finished" in again.output, again.output[-3000:]
+    assert {path: path.stat().st_mtime_ns for path in out.iterdir()} == files
+    (out / "model.safetensors").unlink()  # without its model it has to be made again
+    third = preference(twin, out)
+    assert third.wait() == 0 and (out / "model.safetensors").exists() and recorded_run(out)["starts"] == 2
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"logging_steps": 500}, {"num_train_epochs": 0, "max_steps": -1}, {"include_num_input_tokens_seen": "all"}],
+    ids=str,
+)
+def test_a_run_in_which_nothing_is_logged_ends_well(tmp_path, twin, changes):
+    out = tmp_path / "out"
+    run = preference(flags(twin, **changes), out)
+    assert run.wait() == 0, run.output[-5000:]
+    assert recorded_run(out)["finished"] and (out / "model.safetensors").exists()
+
+
+def test_callbacks_are_called_in_one_order(tmp_path):
+    trainer = make_trainer(tmp_path, make_pairs(8), report_to=["wandb", "tensorboard"])
+    generations = GenerationWatchdog(trainer.args, None)
+    given = [Checkpoints({}), SilenceWatchdog(), FiniteWatchdog(), LineAtCheckpoint(), StopOnSignal(), generations]
+    given += [StepWatchdog(trainer.args, generations), SampleGenerations(None, [], trainer, 1)]
+    trainer.args.disable_tqdm = False
+    set_callbacks(trainer, given)
+    kinds = [type(callback) for callback in trainer.callback_handler.callbacks]
+    trackers = [WandbBySteps, TensorBoardCallback]
+    assert set(kinds) >= {*trackers, *map(type, given), DefaultFlowCallback, MetricsFile}
+    assert kinds.index(StopOnSignal) < kinds.index(LineAtCheckpoint)  # a stop asks for a save, a save for a line
+    assert kinds.index(StepWatchdog) < kinds.index(MetricsFile) < min(map(kinds.index, trackers))
+    assert kinds.index(SampleGenerations) < kinds.index(GenerationWatchdog)
+    assert kinds[0] is DefaultFlowCallback and kinds[-1] is Checkpoints
+    assert callbacks.ORDER.index(MetricsFile) < callbacks.ORDER.index(Progress) < callbacks.ORDER.index(FiniteWatchdog)
+
+
+def test_the_marker_is_written_after_the_objectives_state(tmp_path):
+    trainer = make_trainer(tmp_path, make_pairs(8))
+    folder = tmp_path / "checkpoint-3"
+    folder.mkdir()
+    trainer.state.global_step = 3
+
+    def fails():
+        raise OSError("killed here")
+
+    with pytest.raises(OSError, match="killed here"):
+        Checkpoints({}, fails).on_save(trainer.args, trainer.state, None)
+    assert not (folder / MARKER).exists()
+    Checkpoints({"world_size": 2}, lambda: {"mean": torch.tensor(0.5)}).on_save(trainer.args, trainer.state, None)
+    assert json.loads((folder / MARKER).read_text()) == {"step": 3, "world_size": 2}
+    assert json.loads((folder / OBJECTIVE_STATE).read_text()) == {"mean": 0.5}
+
+
+CLOCK_TEMPLATE = """{%- for message in messages %}{% if loop.first %}{{ bos_token }}{{ strftime_now("%d %b %Y") }}{% endif %}\
+<|start_header_id|>{{ message.role }}<|end_header_id|>{{ message.content }}<|eot_id|>{% endfor %}\
+{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>{% endif %}"""
+
+
+def test_a_run_goes_on_with_the_day_of_its_first_start(tmp_path, twin):
+    out, template = tmp_path / "out", tmp_path / "clock.jinja"
+    template.write_text(CLOCK_TEMPLATE)
+    once = flags(twin, chat_template=template, save_strategy="steps", save_steps=1)
+    run = preference(once, out)
+    assert run.wait() == 0 and "the chat template reads the clock: it says" in run.output, run.output[-3000:]
+    today = str(datetime.date.today())
+    assert recorded_run(out)["date"] == today and "strftime_now" not in (out / "chat_template.jinja").read_text()
+    record = recorded_run(out)
+    (out / "run.json").write_text(json.dumps(record | {"date": "2020-02-03", "finished": False}))
+    refused = preference(once, out)  # the rows are those of another day: the fingerprints say so
+    assert refused.wait() == 2 and "it says 2020-02-03 from now on" in refused.output, refused.output[-3000:]
+    assert "fingerprints.train: " in refused.output
+    (out / "run.json").write_text(json.dumps(record | {"finished": False}))
+    again = preference(once, out)
+    assert again.wait() == 0 and f"resuming from {out}/checkpoint-2" in again.output, again.output[-3000:]
+
+
+@pytest.mark.parametrize("end, code", [("well", 0), ("stop", 75), ("error", 2)])
+def test_a_process_of_several_ends_while_threads_of_its_groups_live(end, code):
+    run = launch(["tests/helpers/threads_at_exit.py", end], processes=2)
+    assert run.wait() == code, run.output[-3000:]
+    for rank in range(2):
+        assert f"rank {rank} ran its exit functions" in run.output
+    assert ("error on rank 1: as asked for" in run.output) is (end == "error")
+    assert "the interpreter is taken down" not in run.output

@@ -1,0 +1,75 @@
+"""One run at a time in a folder; what a dead process left there holds nothing."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+
+import pytest
+
+from rmipo.errors import CheckpointError
+from rmipo.run import lock
+from rmipo.run.lock import LOCK_FILE, locked
+from tests.helpers.paths import ROOT
+
+HOLDER = """
+import os, sys, time
+from pathlib import Path
+from rmipo.run.lock import locked
+with locked(Path(sys.argv[1])):
+    if os.fork() == 0:  # as data loaders are; it outlives its parent
+        time.sleep(5)
+        os._exit(0)
+    print("locked", flush=True)
+    time.sleep(600)
+"""
+
+
+@pytest.fixture
+def holder(tmp_path):
+    """Another process that holds the lock of `tmp_path / "out"`."""
+    command = [sys.executable, "-c", HOLDER, str(tmp_path / "out")]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+    assert process.stdout.readline() == "locked\n"
+    yield process
+    process.kill()
+    process.wait()
+    process.stdout.close()
+
+
+def test_a_second_run_is_refused_with_who_holds_the_folder(tmp_path, holder):
+    with pytest.raises(CheckpointError, match=rf"another run is going on in .*out \(process {holder.pid} on "):  # noqa: SIM117
+        with locked(tmp_path / "out"):
+            raise AssertionError("locked twice")
+    assert (tmp_path / "out" / LOCK_FILE).exists()
+
+
+def test_a_killed_run_holds_nothing_though_its_children_live(tmp_path, holder):
+    holder.send_signal(signal.SIGKILL)
+    holder.wait()
+    with locked(tmp_path / "out"):
+        assert (tmp_path / "out" / LOCK_FILE).read_text() == f"{socket.gethostname()} {os.getpid()}"
+
+
+def test_what_a_dead_node_left_holds_nothing(tmp_path):
+    (tmp_path / LOCK_FILE).write_text("gone-node 17")
+    with locked(tmp_path):
+        assert "gone-node" not in (tmp_path / LOCK_FILE).read_text()
+    assert not (tmp_path / LOCK_FILE).exists()
+
+
+def test_a_lock_of_another_node_is_waited_for_until_its_lease_is_over(tmp_path, holder, monkeypatch):
+    (tmp_path / "out" / LOCK_FILE).write_text("other-node 17")
+    monkeypatch.setattr(lock, "LEASE", 2)
+    waited = []
+    monkeypatch.setattr(lock.time, "sleep", lambda seconds: waited.append(seconds) or holder.kill() or holder.wait())
+    with locked(tmp_path / "out"):
+        assert waited == [1]
+
+
+def test_a_folder_in_which_nothing_was_written_is_not_left(tmp_path):
+    with locked(tmp_path / "out"):
+        pass
+    assert not (tmp_path / "out").exists()

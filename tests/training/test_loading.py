@@ -1,0 +1,30 @@
+"""What a published checkpoint may bring along: a generation configuration that transformers refuses to save."""
+
+import json
+
+import pytest
+
+from rmipo.recipe.schema import ModelConfig
+from rmipo.training.loading import load_model
+from tests.helpers.families import save
+
+
+@pytest.mark.parametrize(
+    "settings, sampled, kept",
+    [
+        ({"temperature": 0.6, "top_p": 0.9}, True, {"temperature": 0.6, "top_p": 0.9}),
+        ({"early_stopping": True, "num_beams": 1}, None, {"early_stopping": None}),
+        ({"temperature": 0.7, "do_sample": True}, True, {"temperature": 0.7}),
+    ],
+)
+def test_an_invalid_generation_configuration_is_repaired(tmp_path, capsys, settings, sampled, kept):
+    folder = save("llama3", tmp_path / "model")
+    path = tmp_path / "model" / "generation_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+    model = load_model(ModelConfig(model_name_or_path=folder, dtype="float32"))
+    model.save_pretrained(tmp_path / "saved")
+    saved = json.loads((tmp_path / "saved" / "generation_config.json").read_text())
+    assert saved.get("do_sample") == sampled and {key: saved.get(key) for key in kept} == kept
+    assert saved["eos_token_id"] == json.loads(path.read_text())["eos_token_id"]
+    valid = "do_sample" in settings
+    assert ("notice: the generation_config.json of" in capsys.readouterr().out) is not valid
