@@ -1,6 +1,6 @@
 """Check what training MODEL needs: one line per check, with its fix. Prints no token and works without a network.
 
-    make doctor [MODEL=llama3-8b-instruct]
+    make doctor [MODEL=llama3-8b-instruct] [EVAL=1, what make eval needs too; asks the judge for one token]
 
 `ok`: as it should be. `note`: something else will be used, or nothing needs it. `FAIL`: MODEL can't be trained so; the
 exit code is then 1.
@@ -77,12 +77,19 @@ def all_checks(env: dict[str, str]) -> Iterator[Check]:
     yield machine.hub_login_check()
     yield from access_checks(recipes, env)
     yield machine.tracker_check([recipe.values.get("report_to") for recipe in recipes])
-    yield machine.judge_check()
+    if env.get("EVAL", "0") in ("", "0"):
+        yield machine.judge_check()
+        return
+    from rmipo.evaluation import doctor
+    from rmipo.recipe.files import read_yaml
+
+    settings = Path("recipes", env["MODEL"], "eval.yaml")
+    yield from doctor.checks(read_yaml(settings) if settings.is_file() else {})
 
 
 def main() -> int:
     os.chdir(Path(__file__).parent.parent)
-    options = cli.options(__doc__, "MODEL", "STAGE", "METHOD", "DATA", "ARGS", "SHARDING").read()
+    options = cli.options(__doc__, "MODEL", "STAGE", "METHOD", "DATA", "ARGS", "SHARDING", "EVAL").read()
     env = {**os.environ, "MODEL": "tiny"} | cli.variables(options)
     os.environ["WANDB_SILENT"] = "true"
     failed = False

@@ -2,26 +2,23 @@
 
     make eval MODEL=llama3-8b-instruct METHOD=rmipo BENCH=alpacaeval
     make eval MODEL=path/to/model BENCH=leaderboard ARGS="--set leaderboard.limit=100"
-    make eval MODEL=owner/name BENCH=mtbench NAME=open-judge MAX_COST=5
+    make eval MODEL=owner/name BENCH=mtbench EVAL_NAME=open-judge MAX_COST=5
 
 MODEL is a setting (folder in recipes/, whose eval.yaml has the settings), a folder with a model, or the id of a model on
 the hub; the last two are sampled as their own generation_config.json says. METHOD, of a setting alone, is one folder or
 several in <outputs>/<model>/; `initial` is the model before preference training. The judge is any OpenAI-compatible
 endpoint: OPENAI_BASE_URL and OPENAI_API_KEY.
 
-Results go to <model's folder>/eval/<bench>.json, with NAME to eval/<NAME>/<bench>.json. A finished one is kept, an
+Results go to <model's folder>/eval/<bench>.json, with EVAL_NAME to eval/<EVAL_NAME>/<bench>.json. A finished one is kept, an
 unfinished one is continued, and one of other weights or other settings than these is refused.
 """
 
-import argparse
 import json
-import os
-import shlex
 import sys
 import traceback
 from pathlib import Path
 
-from rmipo.cli import program
+from rmipo import cli
 from rmipo.errors import EvaluationError, UserError
 from rmipo.evaluation import BENCHMARKS
 from rmipo.evaluation.benchmark import Benchmark, contradictions
@@ -30,38 +27,33 @@ from rmipo.files import write_atomically
 from rmipo.fingerprints import has_weights, trained_fingerprint
 
 
-def command_line() -> argparse.Namespace:
-    environment = os.environ.get
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=environment("MODEL") or "tiny", help="setting, folder or hub id")
-    parser.add_argument("--method", nargs="+", default=environment("METHOD", "").split(), help="default: rmipo")
-    parser.add_argument(
-        "--bench", default=environment("BENCH") or "all", help=f"{', '.join(BENCHMARKS)} or all, the paper's"
-    )
-    parser.add_argument("--name", default=environment("NAME") or "", help="of this evaluation, beside the usual one")
-    parser.add_argument("--settings", type=Path, default=environment("SETTINGS"), help="another eval.yaml")
-    parser.add_argument("--max_cost", type=float, default=environment("MAX_COST") or None, help="US dollars a judge")
-    parser.add_argument("--tasks", default=environment("TASKS", ""), help="of the leaderboard, e.g. ifeval,gsm8k")
-    parser.add_argument("--set", action="append", default=[], help="e.g. mtbench.judge_model=gpt-4")
-    parser.add_argument("--outputs", type=Path, default=Path("outputs"), help="where the runs are")
-    return parser.parse_args(sys.argv[1:] or shlex.split(environment("ARGS", "")))
-
-
 def main() -> None:
-    args = command_line()
-    if args.bench not in (*BENCHMARKS, "all"):
-        raise EvaluationError(f"BENCH={args.bench} is none of {', '.join(BENCHMARKS)}, all")
-    if args.name in (*BENCHMARKS, "answers") or "/" in args.name:
-        raise EvaluationError(f"NAME={args.name} can't be a folder beside those of {', '.join(BENCHMARKS)}, answers")
-    benches = [b for b in BENCHMARKS.values() if args.bench == b.name or (args.bench == "all" and b.in_paper)]
+    parser = cli.options(__doc__, "MODEL", "METHOD", "BENCH", "TASKS", "EVAL_NAME", "SETTINGS", "MAX_COST")
+    parser.add_argument("--set", action="append", default=[], metavar="BLOCK.KEY=VALUE", help="over the eval.yaml")
+    parser.add_argument("--outputs", type=Path, default=Path("outputs"), help="where the runs are")
+    args = parser.read()
+    bench = args.bench or "all"
+    if bench not in (*BENCHMARKS, "all"):
+        raise EvaluationError(f"BENCH={bench} is none of {', '.join(BENCHMARKS)}, all (those of the paper)")
+    if args.eval_name in (*BENCHMARKS, "answers") or "/" in args.eval_name:
+        raise EvaluationError(
+            f"EVAL_NAME={args.eval_name} can't be a folder beside those of {', '.join(BENCHMARKS)}, answers"
+        )
+    benches = [b for b in BENCHMARKS.values() if bench == b.name or (bench == "all" and b.in_paper)]
+    try:
+        max_cost = float(args.max_cost) if args.max_cost else None
+    except ValueError as error:
+        raise EvaluationError(f"MAX_COST={args.max_cost!r}: expected US dollars, such as MAX_COST=5") from error
     tasks = args.tasks.replace(",", " ").split()
     overrides = args.set + [f"leaderboard.tasks={json.dumps(tasks)}"] * bool(tasks)
-    targets = [find_target(args.model, m, args.outputs, overrides, args.settings) for m in args.method or [None]]
+    settings = Path(args.settings) if args.settings else None
+    methods = args.method.replace(",", " ").split() or [None]
+    targets = [find_target(args.model or "tiny", m, args.outputs, overrides, settings) for m in methods]
     failed = []
     for target in targets:
         for benchmark in benches:
             try:
-                evaluate(target, benchmark, args.name, args.max_cost)
+                evaluate(target, benchmark, args.eval_name, max_cost)
             except Exception as error:  # one benchmark's failure, such as a missing key, doesn't stop the others
                 if not isinstance(error, UserError):
                     traceback.print_exc()
@@ -94,7 +86,7 @@ def evaluate(target: Target, benchmark: Benchmark, name: str, max_cost: float | 
         if different := contradictions(others, found["settings"]):
             raise EvaluationError(
                 f"{path} is finished with other settings: {'; '.join(different)}. Give this evaluation a name of its "
-                "own (NAME=...), take the settings back, or delete that file"
+                "own (EVAL_NAME=...), take the settings back, or delete that file"
             )
         if not added:
             print(f"{bench}: finished before, see {path}; delete it to evaluate again")
@@ -113,5 +105,4 @@ def evaluate(target: Target, benchmark: Benchmark, name: str, max_cost: float | 
 
 
 if __name__ == "__main__":
-    with program():
-        main()
+    cli.run(main)

@@ -1,20 +1,16 @@
 """Several methods' answers to chosen prompts side by side, as in the paper's Table 6: Markdown and HTML.
 
     make samples MODEL=mistral-7b-base METHODS="rmipo simper simpo"
-    python scripts/samples.py --model tiny --methods initial rmipo --prompt "What does Ada eat?" --prompt "..."
+    python scripts/samples.py --model tiny --methods initial,rmipo --prompt "What does Ada eat?" --prompt "..."
 
 Without --prompt, the block `samples` in recipes/<model>/eval.yaml says which: `prompts`, or the first `first_n` (null:
 all) of a file `reference`, whose own answers are shown too. Writes <outputs>/reports/.
 """
 
-import argparse
 import html
-import os
-import shlex
-import sys
 from pathlib import Path
 
-from rmipo.cli import program
+from rmipo import cli
 from rmipo.errors import EvaluationError
 from rmipo.evaluation.alpaca import load_reference
 from rmipo.evaluation.target import find_target
@@ -75,15 +71,12 @@ def choose_prompts(given: list[str] | None, settings: dict) -> tuple[list[str], 
 
 
 def main() -> None:
-    environment = os.environ.get
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=environment("MODEL") or "tiny", help="folder in recipes/")
-    parser.add_argument("--methods", nargs="+", default=environment("METHODS", "").split() or METHODS)
+    parser = cli.options(__doc__, "MODEL", "METHODS")
     parser.add_argument("--prompt", action="append", help="may be given more than once")
     parser.add_argument("--outputs", type=Path, default=Path("outputs"), help="where the runs are")
-    args = parser.parse_args(sys.argv[1:] or shlex.split(environment("ARGS", "")))
-
-    targets = {method: find_target(args.model, method, args.outputs, []) for method in args.methods}
+    args = parser.read()
+    model, methods = args.model or "tiny", args.methods.replace(",", " ").split() or METHODS
+    targets = {method: find_target(model, method, args.outputs, []) for method in methods}
     settings = next(iter(targets.values())).settings
     prompts, answers = choose_prompts(args.prompt, settings.get("samples", {}))
     requests = [Request(str(i), [{"role": "user", "content": prompt}]) for i, prompt in enumerate(prompts)]
@@ -94,11 +87,10 @@ def main() -> None:
     reports = args.outputs / "reports"
     reports.mkdir(parents=True, exist_ok=True)
     for extension, render in (("md", markdown), ("html", page)):
-        path = reports / f"samples-{args.model}.{extension}"
-        path.write_text(render(args.model, prompts, answers))
+        path = reports / f"samples-{model}.{extension}"
+        path.write_text(render(model, prompts, answers))
         print(path)
 
 
 if __name__ == "__main__":
-    with program():
-        main()
+    cli.run(main)

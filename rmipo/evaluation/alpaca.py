@@ -167,21 +167,24 @@ def judge(outputs: list[dict], reference: list[dict], folder: Path, endpoint: st
     return metrics_of(leaderboard.iloc[0], outputs, missing), text_fingerprint(text)
 
 
+def find_judge(name: str, packaged: Path) -> Path:
+    """The YAML of one of alpaca-eval's judges, in `packaged`, or of a user's own folder. Raises EvaluationError."""
+    for folder in (Path(name).expanduser(), packaged / name):
+        if (folder / "configs.yaml").is_file():
+            return (folder / "configs.yaml").resolve()
+    raise EvaluationError(
+        f"alpacaeval.annotators_config: {name!r} is neither one of alpaca-eval's judges nor a folder with configs.yaml"
+    )
+
+
 def judge_config(name: str, packaged: Path, folder: Path) -> Path:
     """The YAML of a judge: one of alpaca-eval's, or a copy in `folder` of a user's own, its prompt file found.
 
     A prompt file may be beside the YAML's folder, in it, or one of alpaca-eval's. Raises EvaluationError without it:
     alpaca-eval itself would show the judge the file's name in place of its text.
     """
-    found = [
-        path for path in (Path(name).expanduser() / "configs.yaml", packaged / name / "configs.yaml") if path.is_file()
-    ]
-    if not found:
-        raise EvaluationError(
-            f"alpacaeval.annotators_config: {name!r} is neither one of alpaca-eval's judges nor a folder with configs.yaml"
-        )
-    config = found[0].resolve()
-    if config.is_relative_to(packaged):
+    config = find_judge(name, packaged)
+    if config.is_relative_to(packaged.resolve()):
         return config
     judges = read_yaml(config)
     for judge in judges.values():

@@ -59,7 +59,7 @@ def run(script: str, outputs: Path, *arguments: str, **environment: str) -> subp
             try:
                 runpy.run_path(str(ROOT / "scripts" / script), run_name="__main__")
             except SystemExit as end:
-                code = end.code
+                code = end.code or 0
     return subprocess.CompletedProcess(script, code, stdout.getvalue(), stderr.getvalue())
 
 
@@ -215,7 +215,7 @@ def test_result_of_other_weights_is_refused(outputs):
     other = (*options, "--set", "hh.max_length=64")
     again = run("evaluate.py", outputs, "--bench", "hh", *other)
     assert again.returncode == 2 and "finished with other settings: max_length is 128 there, 64 here" in again.stderr
-    again = run("evaluate.py", outputs, "--bench", "hh", "--name", "short", *other)
+    again = run("evaluate.py", outputs, "--bench", "hh", "--eval_name", "short", *other)
     assert again.returncode == 0 and path.read_bytes() == before
     assert json.loads((path.parent / "short/hh.json").read_text())["settings"]["max_length"] == 64
     write_model(folder, seed=7)
@@ -274,7 +274,7 @@ def test_generate_only_needs_no_key(outputs):
 
 def test_samples_side_by_side(outputs):
     prompts = ["--prompt", "w1 <b> & w2", "--prompt", "w3 ```"]
-    done = run("samples.py", outputs, "--methods", "rmipo", "simpo", *prompts)
+    done = run("samples.py", outputs, "--methods", "rmipo,simpo", *prompts)
     assert done.returncode == 0, done.stderr
     answers = {}
     for method in ("rmipo", "simpo"):
@@ -314,7 +314,7 @@ def test_generation_settings_of_one_benchmark(outputs):
 
 
 def test_samples_need_trained_models(outputs):
-    done = run("samples.py", outputs, "--methods", "rmipo", "dpo", "--prompt", "w1")
+    done = run("samples.py", outputs, "--methods", "rmipo,dpo", "--prompt", "w1")
     assert done.returncode == 2 and "Train it first: make train MODEL=tiny METHOD=dpo" in done.stderr
 
 
