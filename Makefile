@@ -11,7 +11,7 @@ MAKEOVERRIDES :=
 
 RUN := .venv/bin/python
 .DEFAULT_GOAL := help
-.PHONY: help install train plan doctor bench test test-all lint eval pairs table figure compare sweep samples reproduce
+.PHONY: help install train plan doctor bench test test-all lint eval pairs online table figure compare sweep samples reproduce
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' Makefile | while IFS='|' read -r name text; do printf '  make %-10s %s\n' "$$name" "$$text"; done
@@ -33,6 +33,9 @@ sweep: .venv/.installed ## the paper's hyperparameter search of a method, withou
 
 pairs: .venv/.installed ## preference pairs from a model's own answers: MODEL=... [METHOD=...] [PROMPTS=file] [ARGS="--answers 8"]
 	@$(RUN) scripts/pairs.py
+
+online: .venv/.installed ## rounds of sampling, scoring and training from the current policy: MODEL=... ROUNDS=3 [METHOD=...]
+	@$(RUN) scripts/online.py
 
 eval: .venv/.installed ## evaluate a trained model: MODEL=... METHOD=...
 	@$(RUN) scripts/evaluate.py

@@ -53,6 +53,9 @@ VARIABLES = {
     "N": "number of the table or figure",
     "METRIC": "what a figure shows",
     "TABLE": "number of the table",
+    "PROMPTS": "prompts in place of those of pairs.yaml: hub id, folder or file",
+    "OUTPUT": "folder of the pairs (default: outputs/<model>/pairs)",
+    "ROUNDS": "of sampling and training (default: 3)",
 }
 
 

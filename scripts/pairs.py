@@ -15,25 +15,27 @@ import shlex
 import sys
 from pathlib import Path
 
-from rmipo.cli import program
+from rmipo import cli
 
 
-@program()
 def main() -> None:
-    env = os.environ
-    model, method = env.get("MODEL") or "tiny", env.get("METHOD") or "initial"
-    arguments = sys.argv[1:] or shlex.split(env.get("ARGS", ""))
-    if arguments in (["--help"], ["-h"]):
-        print(__doc__)
-        return
+    parser = cli.options(__doc__, "MODEL", "METHOD", "PROMPTS", "OUTPUT")
+    parser.add_argument("--keep", action="store_true", help="keep finished pairs, whatever they were made with")
+    args, overrides = parser.parse_known_args(sys.argv[1:] or shlex.split(os.environ.get("ARGS", "")))
     os.chdir(Path(__file__).parent.parent)
+    model, method = args.model or "tiny", args.method or "initial"
+    output = Path(args.output or f"outputs/{model}/pairs" + f"-{method}" * (method != "initial"))
+    if args.keep and (output / "pairs.json").is_file():
+        print(f"pairs: {output} is there already and kept")
+        return
 
     from rmipo.evaluation.target import find_target
     from rmipo.generation.pairs import load_pairs_config, make_pairs
+    from rmipo.launch.online import make_first
 
-    config = load_pairs_config(Path(f"recipes/{model}/pairs.yaml"), arguments, env.get("PROMPTS"))
+    config = load_pairs_config(Path(f"recipes/{model}/pairs.yaml"), overrides, args.prompts)
+    make_first(model)
     target = find_target(model, method, Path("outputs"), [])
-    output = Path(env.get("OUTPUT") or f"outputs/{model}/pairs" + f"-{method}" * (method != "initial"))
     result = make_pairs(target.folder, target.settings.get("generation", {}), config, output)
     print(f"pairs: {output} with {result['pairs']} pairs of {result['prompts']} prompts")
     for reason, count in result["dropped"].items():
@@ -42,4 +44,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

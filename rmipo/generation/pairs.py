@@ -1,6 +1,6 @@
 """On-policy preference pairs: prompts -> N answers each -> scores from an oracle -> a chosen and a rejected answer.
 
-A folder of pairs holds, beside the pairs in train.jsonl:
+A folder of pairs holds, beside the pairs in train.jsonl and test.jsonl:
     answers.jsonl      the answers as they come, see `answers.Generator`
     scores.jsonl       what the oracle says of them, as it comes; pmi.jsonl: their PMI, for the selection `pmi`
     candidates.jsonl   every prompt with all its answers, scores and tokens
@@ -9,6 +9,7 @@ Everything is keyed by a hash of the prompt's messages, so that no answer can co
 """
 
 import json
+import math
 import random
 from collections import Counter
 from collections.abc import Iterator
@@ -34,6 +35,7 @@ from rmipo.training.loading import load_tokenizer
 
 RECORD = "pairs.json"
 SELECTIONS = ("best-worst", "best-random", "pmi")
+LOWEST = {"answers": 2, "min_gap": 0, "skip_prompts": 0, "max_prompts": 1, "max_prompt_tokens": 1, "test_share": 0}
 
 
 class PairsError(UserError, ValueError):
@@ -53,8 +55,11 @@ class PairsConfig:
             one with a lower score. pmi: as best-worst, and among answers of equal score the chosen one has the highest
             PMI, the rejected one the lowest, by the policy's own scores; all answers may have the same score.
         min_gap: between the scores of a pair. Ties are dropped whatever it is, except by pmi.
-        max_prompts: the first usable ones; None: all.
+        skip_prompts, max_prompts: usable prompts that are left out at the start, and how many are then taken; None: all.
+        max_prompt_tokens: longer prompts are dropped; None: those without room for an answer in the model's window.
+        test_share: of the pairs that become test.jsonl; which, a hash of their prompt decides.
         seed: of the answers and of best-random.
+        generation: over the settings of eval.yaml's block of that name.
     """
 
     prompts: str
@@ -63,8 +68,10 @@ class PairsConfig:
     answers: int = 8
     selection: str = "best-worst"
     min_gap: float = 0.0
+    skip_prompts: int = 0
     max_prompts: int | None = None
     max_prompt_tokens: int | None = None
+    test_share: float = 0.1
     seed: int = 42
     generation: dict = field(default_factory=dict)
 
@@ -86,9 +93,11 @@ class PairsConfig:
             problems.append(f"selection is {sound['selection']!r}: expected one of {', '.join(SELECTIONS)}")
         problems += [
             f"{key} is {sound[key]}: expected at least {low}"
-            for key, low in {"answers": 2, "min_gap": 0, "max_prompts": 1, "max_prompt_tokens": 1}.items()
+            for key, low in LOWEST.items()
             if sound.get(key) is not None and sound[key] < low
         ]
+        if sound.get("test_share", 0) >= 1:
+            problems.append(f"test_share is {sound['test_share']}: expected less than 1")
         if problems:
             raise PairsError("\n  ".join([f"{where}:", *problems]))
         return cls(**sound)
@@ -129,10 +138,17 @@ def make_pairs(model_dir: Path, generation: dict, config: PairsConfig, folder: P
     oracle = make_oracle(config.oracle)
     dropped: Counter[str] = Counter()
     prompts = read_prompts(
-        config.prompts, config.split, model_dir, dropped, limit=config.max_prompts, max_tokens=config.max_prompt_tokens
+        config.prompts,
+        config.split,
+        model_dir,
+        dropped,
+        skip=config.skip_prompts,
+        limit=config.max_prompts,
+        max_tokens=config.max_prompt_tokens,
     )
     if not prompts:
-        raise PairsError(f"{config.prompts}: no usable prompt. {dict(dropped)}")
+        skipped = f" after the first {config.skip_prompts}" * bool(config.skip_prompts)
+        raise PairsError(f"{config.prompts}: no usable prompt{skipped}. Dropped: {dict(dropped)}")
     settings = generation | config.generation | {"seed": config.seed}
     requests = [
         Request(f"{p.key}-{n}", p.messages, seed=config.seed + n) for p in prompts for n in range(config.answers)
@@ -165,7 +181,11 @@ def make_pairs(model_dir: Path, generation: dict, config: PairsConfig, folder: P
     )
     if not pairs:
         raise PairsError(f"{folder}: no pair came out of {len(prompts)} prompts: {dict(dropped)}. See candidates.jsonl")
-    write_lines(folder / "train.jsonl", pairs)
+    by_hash = sorted(pairs, key=lambda pair: pair["prompt_id"])
+    held_out = {pair["prompt_id"] for pair in by_hash[: math.ceil(config.test_share * len(pairs))]}
+    for split in ("train", "test"):
+        chosen = [pair for pair in pairs if (pair["prompt_id"] in held_out) == (split == "test")]
+        write_lines(folder / f"{split}.jsonl", chosen)
     best = [max(scores[key] for key in c.answers) for c in several]
     result = {
         "settings": asdict(config) | {"generation": generator.settings},
@@ -182,9 +202,16 @@ def make_pairs(model_dir: Path, generation: dict, config: PairsConfig, folder: P
 
 
 def read_prompts(
-    name: str, split: str, model_dir: Path, dropped: Counter, limit: int | None = None, max_tokens: int | None = None
+    name: str,
+    split: str,
+    model_dir: Path,
+    dropped: Counter,
+    *,
+    skip: int = 0,
+    limit: int | None = None,
+    max_tokens: int | None = None,
 ) -> list[Prompt]:
-    """The first `limit` usable prompts, the shortest first: what is answered together has nearly the same length.
+    """`limit` usable prompts after the first `skip`, the shortest first, so that those answered together are alike.
 
     Counts in `dropped` those that repeat an earlier one, are malformed, or leave no room in the model's window.
     """
@@ -198,7 +225,7 @@ def read_prompts(
     longest = min(max_tokens or window, window - 1)
     prompts: dict[str, Prompt] = {}
     for row in prompt_columns(rows, name):
-        if len(prompts) == limit:
+        if limit is not None and len(prompts) == skip + limit:
             break
         try:
             messages = prompt_of(row)
@@ -214,7 +241,7 @@ def read_prompts(
             dropped[f"longer than {longest} tokens"] += 1
         else:
             prompts[key] = Prompt(key, messages, tokens, row)
-    return sorted(prompts.values(), key=lambda prompt: (prompt.tokens, prompt.key))
+    return sorted(list(prompts.values())[skip:], key=lambda prompt: (prompt.tokens, prompt.key))
 
 
 def prompt_columns(rows: Dataset, source: str) -> Dataset:

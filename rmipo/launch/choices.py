@@ -12,7 +12,7 @@ from pathlib import Path
 from rmipo.cli import choose
 from rmipo.errors import ConfigError
 
-MADE_FIRST = ("world", "weights")  # what a setting makes before its first training
+MADE_FIRST = ("world", "weights", "pairs")  # what a setting makes before its first training
 NOT_SETTINGS = {"ablations", "adapters", "methods", "sweeps", "templates"}
 
 

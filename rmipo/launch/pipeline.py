@@ -21,6 +21,7 @@ from rmipo.run.identity import differences
 SCRIPTS = {
     "world": "toy.py",
     "weights": "weights.py",
+    "pairs": "pairs.py",
     "sft": "sft.py",
     "rmipo": "preference.py",
     "report": "toy_report.py",
@@ -115,6 +116,10 @@ def load_steps(model: str, stages: list[str], env: Mapping[str, str]) -> list[St
         if stage == "weights":
             steps.append(Step(stage, ["--config", path, "--output", f"outputs/{model}/weights"]))
             continue
+        if stage == "pairs":
+            output = ["--output", f"outputs/{model}/pairs"]
+            steps.append(Step(stage, ["--model", model, "--method", "initial", *output, "--keep"]))
+            continue
         if stage == "report":
             steps.append(Step(stage, ["--run", steps[-1].recipe.values["output_dir"], "--world", world]))
             continue
@@ -140,8 +145,9 @@ def load_steps(model: str, stages: list[str], env: Mapping[str, str]) -> list[St
         recipe = load_recipe(path, overlays, arguments)
         overlay_arguments = [text for overlay in overlays for text in ("--overlay", overlay)]
         steps.append(Step(stage, ["--config", path, *overlay_arguments, *arguments], recipe))
-    if "weights" in stages and steps[-1].recipe.values["model_name_or_path"] != f"outputs/{model}/weights":
-        steps = [step for step in steps if step.stage != "weights"]
+    for stage, key in (("weights", "model_name_or_path"), ("pairs", "dataset_name")):
+        if stage in stages and steps[-1].recipe.values.get(key) != f"outputs/{model}/{stage}":
+            steps = [step for step in steps if step.stage != stage]
     return steps
 
 

@@ -73,9 +73,10 @@ def test_converted_once_and_held_to_its_hash(smollm2, tmp_path):
     assert record["source"] == dataclasses.asdict(source)
 
 
-def test_weights_are_made_before_training_unless_another_model_is_named(monkeypatch):
+def test_weights_and_pairs_are_made_before_training_unless_others_are_named(monkeypatch):
     monkeypatch.chdir(ROOT)
     model, stages = choose_stages({"MODEL": "smollm2-135m-instruct"})
-    assert [step.stage for step in load_steps(model, stages, {})] == ["weights", "rmipo"]
+    assert [step.stage for step in load_steps(model, stages, {})] == ["weights", "pairs", "rmipo"]
     named = {"ARGS": "--model_name_or_path HuggingFaceTB/SmolLM2-135M-Instruct"}
-    assert [step.stage for step in load_steps(model, stages, named)] == ["rmipo"]
+    assert [step.stage for step in load_steps(model, stages, named)] == ["pairs", "rmipo"]
+    assert [step.stage for step in load_steps(model, stages, {"DATA": "mine"})] == ["weights", "rmipo"]

@@ -1,0 +1,60 @@
+"""Train a policy online: in every round it answers new prompts, an oracle scores them, and it trains on the pairs.
+
+    make online MODEL=smollm2-135m-instruct ROUNDS=3
+    make online MODEL=smollm2-135m-instruct METHOD=simpo ROUNDS=2 ARGS="--learning_rate 2e-5"
+
+recipes/<model>/online.yaml states prompts per round, oracle, selection, and overrides of the recipe per round; ARGS are
+overrides for all rounds. Each round is an ordinary run in outputs/<model>/online-<method>/round-<n>, on the launcher of
+`make train`. rounds.md and rounds.png there show every policy on held-out prompts; round 0 is the start. After an
+interruption the same command goes on, and more ROUNDS add to those there are.
+"""
+
+import dataclasses
+import os
+import shlex
+import sys
+from pathlib import Path
+
+from rmipo import cli
+
+
+def main() -> int:
+    parser = cli.options(__doc__, "MODEL", "METHOD", "ROUNDS")
+    parser.add_argument("--prompts_per_round", type=int, help="in place of that of online.yaml")
+    parser.add_argument("--held_out_prompts", type=int, help="in place of that of online.yaml")
+    args, overrides = parser.parse_known_args([*shlex.split(os.environ.get("ARGS", "")), *sys.argv[1:]])
+    os.chdir(Path(__file__).parent.parent)
+    model, method = args.model or "smollm2-135m-instruct", args.method or "rmipo"
+
+    from rmipo.evaluation.target import find_target
+    from rmipo.generation.pairs import make_pairs
+    from rmipo.launch.online import OnlineConfig, Round, make_first
+    from rmipo.launch.train import Program
+    from rmipo.reporting.online import measure, report
+
+    config = OnlineConfig.load(Path(f"recipes/{model}/online.yaml"))
+    given = {name: getattr(args, name) for name in ("prompts_per_round", "held_out_prompts") if getattr(args, name)}
+    config = dataclasses.replace(config, **given)
+    make_first(model)
+    start = find_target(model, "initial", Path("outputs"), [])
+    generation = start.settings.get("generation", {})
+    env = {**os.environ, "ARGS": shlex.join(overrides)}
+    rounds = [Round(config, model, method, start.folder, n) for n in range(1, int(args.rounds or 3) + 1)]
+    for each in rounds:
+        each.check(env)
+    home, program = rounds[0].home, Program()
+    rows = [{"round": 0, **measure(start.folder, start.folder, config, generation, home / "round-0")}]
+    for each in rounds:
+        print(f"## round {each.number} of {len(rounds)}: pairs of {each.policy}", flush=True)
+        pairs = make_pairs(each.policy, generation, each.pairs_config, each.pairs)
+        print(f"{pairs['pairs']} pairs of {pairs['prompts']} prompts, mean score {pairs['mean_score']:.3f}", flush=True)
+        if code := program.run([sys.executable, "scripts/launch.py"], env=each.environment(env)):
+            return code
+        rows.append({"round": each.number, **measure(each.folder, start.folder, config, generation, each.folder / "eval")})
+        print(report(rows, home), flush=True)
+    print(f"online: {home}/rounds.md and rounds.png")
+    return 0
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,98 @@
+"""Online rounds: each trains the policy before it on that policy's own answers, and goes on where it stopped."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from rmipo.errors import ConfigError
+from rmipo.fingerprints import model_fingerprint
+from rmipo.generation.pairs import PairsError, make_pairs
+from rmipo.launch.online import OnlineConfig, Round
+from rmipo.launch.pipeline import load_steps
+from rmipo.launch.train import train
+from rmipo.recipe.files import read_yaml
+from rmipo.record import recorded_run
+from rmipo.reporting.online import measure, report
+from tests.helpers.paths import ROOT
+from tests.helpers.tiny_model import write_model
+
+MODEL = "smollm2-135m-instruct"  # its recipe makes nothing in outputs/ when it is given other weights and pairs
+GENERATION = {"temperature": 1.0, "max_new_tokens": 6, "batch_size": 16, "dtype": "float32"}
+ORACLE = "def score(messages, answers):\n    return [len(set(answer.split())) for answer in answers]\n"
+ARGS = "--bf16 false --dtype float32 --max_length 64 --max_prompt_length 32 --generation_samples 0 --learning_rate 1e-2"
+
+
+@pytest.fixture(autouse=True)
+def root(monkeypatch):
+    monkeypatch.chdir(ROOT)
+
+
+@pytest.fixture
+def config(tmp_path) -> OnlineConfig:
+    (tmp_path / "oracle.py").write_text(ORACLE)
+    rows = [{"prompt": f"w{i % 20} w{i // 20} w{i}"} for i in range(80)]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pairs = {"prompts": f"{tmp_path}/prompts.jsonl", "oracle": {"function": f"{tmp_path}/oracle.py:score"}, "answers": 4}
+    return OnlineConfig(32, pairs, f"{tmp_path}/prompts.jsonl", 8, [{"num_train_epochs": 2}, {"num_train_epochs": 1}])
+
+
+def test_shipped_file_is_sound_and_mistakes_are_named(tmp_path):
+    path = ROOT / f"recipes/{MODEL}/online.yaml"
+    assert OnlineConfig.load(path).prompts_per_round == 200
+    (tmp_path / "online.yaml").write_text(path.read_text().replace("held_out:", "heldout:"))
+    with pytest.raises(ConfigError, match=r"holds the keys .*'heldout'"):
+        OnlineConfig.load(tmp_path / "online.yaml")
+    (tmp_path / "online.yaml").write_text(path.read_text().replace("selection: best-worst", "selection: best"))
+    with pytest.raises(PairsError, match=r"selection is 'best'"):
+        OnlineConfig.load(tmp_path / "online.yaml")
+    assert read_yaml(ROOT / f"recipes/{MODEL}/pairs.yaml")["oracle"] == OnlineConfig.load(path).pairs["oracle"]
+
+
+@pytest.mark.parametrize("method", ["rmipo", "dpo", "simpo", "kto"])
+def test_recipes_of_the_rounds(config, method):
+    rounds = [Round(config, MODEL, method, Path("outputs/start"), n) for n in (1, 2, 3)]
+    steps = [load_steps(MODEL, ["weights", "pairs", "rmipo"], each.environment({"ARGS": "--seed 7"})) for each in rounds]
+    recipes = [step.recipe.values for (step,) in steps]  # nothing is made first
+    home = f"outputs/{MODEL}/online-{method}"
+    assert [r["model_name_or_path"] for r in recipes] == ["outputs/start", f"{home}/round-1", f"{home}/round-2"]
+    assert [r["dataset_name"] for r in recipes] == [f"{home}/pairs-{n}" for n in (1, 2, 3)]
+    assert [r["output_dir"] for r in recipes] == [f"{home}/round-{n}" for n in (1, 2, 3)]
+    assert [r["num_train_epochs"] for r in recipes] == [2, 1, 1] and {r["seed"] for r in recipes} == {7}
+    assert {r["objective"]["name"] for r in recipes} == {method}
+    groups = {each.environment({})["WANDB_RUN_GROUP"] for each in rounds}
+    assert groups == {f"{MODEL}-online-{method}"}
+    skipped = [(each.pairs_config.skip_prompts, each.pairs_config.max_prompts) for each in rounds]
+    assert skipped == [(0, 32), (32, 32), (64, 32)]
+    own = load_steps(MODEL, ["rmipo"], rounds[0].environment({"ARGS": "--num_train_epochs 5"}))[0].recipe.values
+    assert own["num_train_epochs"] == 5
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_two_rounds(config, tmp_path):
+    start = tmp_path / "start"
+    write_model(start)
+    rounds = [Round(config, MODEL, "rmipo", start, n, tmp_path / "outputs") for n in (1, 2)]
+    env = {"ARGS": ARGS, "PATH": "", "PYTHONPATH": str(ROOT), "WANDB_MODE": "offline", "HF_HUB_OFFLINE": "1"}
+    rows = [{"round": 0, **measure(start, start, config, GENERATION, tmp_path / "round-0")}]
+    prompts = []
+    for each in rounds:
+        made = make_pairs(each.policy, GENERATION, each.pairs_config, each.pairs)
+        assert made["model"]["fingerprint"] == model_fingerprint(each.policy)
+        prompts.append({json.loads(line)["prompt_id"] for line in (each.pairs / "candidates.jsonl").open()})
+        assert train(each.environment(env)) == 0
+        run = recorded_run(each.folder)
+        assert run["finished"] and run["fingerprints"]["model"] == model_fingerprint(each.policy)
+        rows.append({"round": each.number, **measure(each.folder, start, config, GENERATION, each.folder / "eval")})
+    assert len(prompts[0]) == len(prompts[1]) == 32 and not prompts[0] & prompts[1]
+    assert rows[0]["kl_initial"] == 0 and 0 not in (rows[1]["kl_initial"], rows[2]["kl_initial"])
+    table = report(rows, tmp_path)
+    assert table.count("\n") == 5 and (tmp_path / "rounds.png").stat().st_size > 10_000
+    # The same command: nothing is trained, sampled or scored again.
+    before = {path: path.stat().st_mtime_ns for path in (rounds[1].folder / "model.safetensors", rounds[1].pairs / "answers.jsonl")}
+    (rounds[1].folder / "eval/specificity.jsonl").unlink()
+    make_pairs(rounds[1].policy, GENERATION, rounds[1].pairs_config, rounds[1].pairs)
+    assert train(rounds[1].environment(env)) == 0
+    assert rows[2] == {"round": 2, **measure(rounds[1].folder, start, config, GENERATION, rounds[1].folder / "eval")}
+    assert {path: path.stat().st_mtime_ns for path in before} == before
