@@ -50,7 +50,9 @@ def main() -> int:
         print(f"{pairs['pairs']} pairs of {pairs['prompts']} prompts, mean score {pairs['mean_score']:.3f}", flush=True)
         if code := program.run([sys.executable, "scripts/launch.py"], env=each.environment(env)):
             return code
-        rows.append({"round": each.number, **measure(each.folder, start.folder, config, generation, each.folder / "eval")})
+        rows.append(
+            {"round": each.number, **measure(each.folder, start.folder, config, generation, each.folder / "eval")}
+        )
         print(report(rows, home), flush=True)
     print(f"online: {home}/rounds.md and rounds.png")
     return 0

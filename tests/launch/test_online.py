@@ -33,7 +33,11 @@ def config(tmp_path) -> OnlineConfig:
     (tmp_path / "oracle.py").write_text(ORACLE)
     rows = [{"prompt": f"w{i % 20} w{i // 20} w{i}"} for i in range(80)]
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    pairs = {"prompts": f"{tmp_path}/prompts.jsonl", "oracle": {"function": f"{tmp_path}/oracle.py:score"}, "answers": 4}
+    pairs = {
+        "prompts": f"{tmp_path}/prompts.jsonl",
+        "oracle": {"function": f"{tmp_path}/oracle.py:score"},
+        "answers": 4,
+    }
     return OnlineConfig(32, pairs, f"{tmp_path}/prompts.jsonl", 8, [{"num_train_epochs": 2}, {"num_train_epochs": 1}])
 
 
@@ -52,7 +56,9 @@ def test_shipped_file_is_sound_and_mistakes_are_named(tmp_path):
 @pytest.mark.parametrize("method", ["rmipo", "dpo", "simpo", "kto"])
 def test_recipes_of_the_rounds(config, method):
     rounds = [Round(config, MODEL, method, Path("outputs/start"), n) for n in (1, 2, 3)]
-    steps = [load_steps(MODEL, ["weights", "pairs", "rmipo"], each.environment({"ARGS": "--seed 7"})) for each in rounds]
+    steps = [
+        load_steps(MODEL, ["weights", "pairs", "rmipo"], each.environment({"ARGS": "--seed 7"})) for each in rounds
+    ]
     recipes = [step.recipe.values for (step,) in steps]  # nothing is made first
     home = f"outputs/{MODEL}/online-{method}"
     assert [r["model_name_or_path"] for r in recipes] == ["outputs/start", f"{home}/round-1", f"{home}/round-2"]
@@ -90,9 +96,10 @@ def test_two_rounds(config, tmp_path):
     table = report(rows, tmp_path)
     assert table.count("\n") == 5 and (tmp_path / "rounds.png").stat().st_size > 10_000
     # The same command: nothing is trained, sampled or scored again.
-    before = {path: path.stat().st_mtime_ns for path in (rounds[1].folder / "model.safetensors", rounds[1].pairs / "answers.jsonl")}
+    files = (rounds[1].folder / "model.safetensors", rounds[1].pairs / "answers.jsonl", rounds[1].pairs / "scores.jsonl")
+    before = {path: path.stat().st_mtime_ns for path in files}
     (rounds[1].folder / "eval/specificity.jsonl").unlink()
     make_pairs(rounds[1].policy, GENERATION, rounds[1].pairs_config, rounds[1].pairs)
     assert train(rounds[1].environment(env)) == 0
     assert rows[2] == {"round": 2, **measure(rounds[1].folder, start, config, GENERATION, rounds[1].folder / "eval")}
-    assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert {path: path.stat().st_mtime_ns for path in files} == before
