@@ -96,7 +96,11 @@ def test_two_rounds(config, tmp_path):
     table = report(rows, tmp_path)
     assert table.count("\n") == 5 and (tmp_path / "rounds.png").stat().st_size > 10_000
     # The same command: nothing is trained, sampled or scored again.
-    files = (rounds[1].folder / "model.safetensors", rounds[1].pairs / "answers.jsonl", rounds[1].pairs / "scores.jsonl")
+    files = (
+        rounds[1].folder / "model.safetensors",
+        rounds[1].pairs / "answers.jsonl",
+        rounds[1].pairs / "scores.jsonl",
+    )
     before = {path: path.stat().st_mtime_ns for path in files}
     (rounds[1].folder / "eval/specificity.jsonl").unlink()
     make_pairs(rounds[1].policy, GENERATION, rounds[1].pairs_config, rounds[1].pairs)
