@@ -22,10 +22,13 @@ def open_wandb(args: TrainingArguments, run_id: str) -> None:
 
 
 def close_wandb(error: type[BaseException] | None) -> None:
-    """Wait until W&B has everything, and end its process; `error` is the type of what ends the run early."""
+    """Wait until W&B has written everything and its process has ended; `error` is the type of what ends the run early.
+
+    `wandb.finish` alone can return before the file of an offline run is complete.
+    """
     wandb = sys.modules.get("wandb")
     if wandb is not None and wandb.run is not None:
-        wandb.finish(exit_code=int(error is not None and not issubclass(error, SystemExit)))
+        wandb.teardown(exit_code=int(error is not None and not issubclass(error, SystemExit)))
 
 
 class WandbBySteps(WandbCallback):

@@ -5,12 +5,13 @@ import json
 import pytest
 import torch
 import yaml
+from huggingface_hub import RepoUrl
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from rmipo.data.pairs import ChatFormat, load_pairs, tokenize_pairs
 from rmipo.recipe.load import load_recipe
-from rmipo.recipe.schema import DataConfig
+from rmipo.recipe.schema import DataConfig, PreferenceConfig
 from rmipo.run import export
 from tests.helpers.families import make_model, save
 from tests.helpers.paths import ROOT
@@ -141,14 +142,23 @@ def test_nothing_is_uploaded_before_it_is_verified(sharded):
 def test_upload_leaves_checkpoints_out(sharded, monkeypatch):
     """The hub itself is out of reach of a test: what would be sent is looked at."""
     out, _ = sharded
-    sent = {}
-    monkeypatch.setattr(export.HfApi, "upload_folder", lambda self, **arguments: sent.update(arguments) or "url")
+    calls = {}
+    monkeypatch.setattr(
+        export.HfApi, "create_repo", lambda self, name, **options: calls.update(options) or RepoUrl(name)
+    )
+    monkeypatch.setattr(export.HfApi, "upload_folder", lambda self, **options: calls.update(options) or "url")
+    args = PreferenceConfig(
+        output_dir=str(out), use_cpu=True, bf16=False, hub_model_id="someone/model", hub_private_repo=True
+    )
+    assert export.push(args) == "url"
+    assert calls["private"] is True and calls["exist_ok"] is True
+    assert calls["repo_id"] == "someone/model" and {"checkpoint-*", "*.tmp", "run.lock"} <= {*calls["ignore_patterns"]}
 
-    class trainer:
-        hub_model_id = "someone/model"
 
-        class args:
-            output_dir, hub_revision = str(out), None
-
-    assert export.push(trainer) == "url"
-    assert sent["repo_id"] == "someone/model" and "checkpoint-*" in sent["ignore_patterns"]
+def test_a_tensor_of_another_precision_than_the_models_is_refused(tmp_path):
+    make_model("llama3").bfloat16().save_pretrained(tmp_path)
+    config = AutoConfig.from_pretrained(tmp_path)
+    assert export.verify_export(tmp_path, config) == 21
+    change(tmp_path, lambda t: t.update({"model.norm.weight": t["model.norm.weight"].float()}))
+    with pytest.raises(export.ExportError, match=r"- 1 not bfloat16: model\.norm\.weight is float32"):
+        export.verify_export(tmp_path, config)

@@ -10,6 +10,7 @@ from PIL import Image
 from rmipo.record import RunRecord, environment, read_metrics
 from rmipo.run.curves import plot_curves, plot_gamma_histogram
 from rmipo.run.identity import run_identity
+from rmipo.run.trackers import close_wandb
 from tests.helpers.isolation import CHECKOUT
 from tests.helpers.small_models import make_pairs
 from tests.helpers.trainers import make_trainer
@@ -23,7 +24,7 @@ def test_wandb_offline_run_holds_what_was_logged(tmp_path, monkeypatch):
     pairs = make_pairs(16, seed=2)
     trainer = make_trainer(tmp_path / "run", pairs, eval_pairs=pairs[:4], report_to="wandb", eval_strategy="epoch")
     trainer.train()
-    wandb.finish()
+    close_wandb(None)
     (file,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
     history = read_history(file)
     lines = read_metrics(tmp_path / "run")
