@@ -1,0 +1,63 @@
+"""What a run's files hold after a kill: the lines up to the checkpoint, and each evaluation once."""
+
+import json
+
+from transformers import TrainerControl, TrainerState
+
+from rmipo.record import append_metrics, keep_metrics, read_generations, read_metrics
+from rmipo.run.callbacks import LineAtCheckpoint, MetricsFile
+from rmipo.run.identity import differences
+
+
+class Arguments:
+    def __init__(self, folder):
+        self.output_dir = str(folder)
+
+
+def state_at(step):
+    return TrainerState(global_step=step, is_world_process_zero=True)
+
+
+def test_lines_after_the_checkpoint_are_made_again(tmp_path):
+    for step in (1, 2, 3):
+        append_metrics(tmp_path, {"step": step, "loss": 0.5})
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 4, "lo')  # where the kill came
+    assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2, 3]
+    assert [line["step"] for line in keep_metrics(tmp_path, 2)] == [1, 2]
+    append_metrics(tmp_path, {"step": 3, "loss": 0.25})
+    text = (tmp_path / "metrics.jsonl").read_text()
+    assert [json.loads(line) for line in text.splitlines()][-1] == {"step": 3, "loss": 0.25} and text.endswith("\n")
+    assert keep_metrics(tmp_path, 0) == [] == read_metrics(tmp_path)
+
+
+def test_a_folder_without_lines_has_none(tmp_path):
+    assert read_metrics(tmp_path) == [] == read_generations(tmp_path)
+
+
+def test_an_evaluation_is_written_once_and_the_summary_never(tmp_path):
+    file, arguments = MetricsFile(), Arguments(tmp_path)
+    append_metrics(tmp_path, {"step": 4, "eval_loss": 1.0})
+    file.on_train_begin(arguments, state_at(4), None)
+    file.on_log(arguments, state_at(4), None, logs={"eval_loss": 1.0})  # a resumed run evaluates its checkpoint again
+    file.on_log(arguments, state_at(5), None, logs={"loss": 0.5})
+    for _ in range(2):  # after the last step, in training and then by the script
+        file.on_log(arguments, state_at(5), None, logs={"eval_loss": 0.9})
+    file.on_log(arguments, state_at(5), None, logs={"train_runtime": 3.0, "train_loss": 0.5})
+    assert read_metrics(tmp_path) == [
+        {"step": 4, "eval_loss": 1.0},
+        {"step": 5, "loss": 0.5},
+        {"step": 5, "eval_loss": 0.9},
+    ]
+
+
+def test_a_line_is_logged_with_each_checkpoint():
+    for save in (True, False):
+        control = TrainerControl(should_save=save)
+        LineAtCheckpoint().on_step_end(None, None, control)
+        assert control.should_log is save
+
+
+def test_a_key_that_only_one_start_has_is_a_difference():
+    assert differences({"recipe": {}}, {"recipe": {"beta": 2}}) == ["recipe.beta: None, now 2"]
+    assert differences({"recipe": {"beta": 2}}, {"recipe": {}}) == ["recipe.beta: 2, now None"]
