@@ -1,5 +1,7 @@
 """Two that differ in anything have two fingerprints; the same content has one, wherever it comes from."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from datasets import Dataset
@@ -54,3 +56,10 @@ def test_a_file_moved_or_another_configuration_is_another_model(large):
     (large / "tokenizer.json").write_text("not weights")
     found.add(model_fingerprint(large))
     assert len(found) == 3
+
+
+def test_the_order_in_which_a_folder_lists_its_files_does_not_matter(large, monkeypatch):
+    (large / "model-2.safetensors").write_bytes(b"more")
+    expected, listed = model_fingerprint(large), Path.glob
+    monkeypatch.setattr(Path, "glob", lambda folder, pattern: reversed(list(listed(folder, pattern))))
+    assert model_fingerprint(large) == expected

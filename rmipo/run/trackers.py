@@ -22,13 +22,10 @@ def open_wandb(args: TrainingArguments, run_id: str) -> None:
 
 
 def close_wandb(error: type[BaseException] | None) -> None:
-    """Wait until W&B has written everything and its process has ended; `error` is the type of what ends the run early.
-
-    `wandb.finish` alone can return before the file of an offline run is complete.
-    """
+    """Wait until W&B has all that was logged; `error` is the type of what ends the run early."""
     wandb = sys.modules.get("wandb")
     if wandb is not None and wandb.run is not None:
-        wandb.teardown(exit_code=int(error is not None and not issubclass(error, SystemExit)))
+        wandb.finish(exit_code=int(error is not None and not issubclass(error, SystemExit)))
 
 
 class WandbBySteps(WandbCallback):

@@ -25,6 +25,7 @@ def test_wandb_offline_run_holds_what_was_logged(tmp_path, monkeypatch):
     trainer = make_trainer(tmp_path / "run", pairs, eval_pairs=pairs[:4], report_to="wandb", eval_strategy="epoch")
     trainer.train()
     close_wandb(None)
+    wandb.teardown()  # its process has ended then: before, the file may be incomplete
     (file,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
     history = read_history(file)
     lines = read_metrics(tmp_path / "run")
