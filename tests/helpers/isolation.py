@@ -38,6 +38,8 @@ def isolate() -> Path:
         if path.name not in NOT_LINKED and (path.name == ".venv" or not path.name.startswith(".")):
             (root / path.name).symlink_to(path)
     os.environ |= OFFLINE | {"HOME": str(home), LINKED: str(root)}
+    # DeepSpeed compiles its communication for CPUs on first use: a minute that each home would take again.
+    os.environ["TORCH_EXTENSIONS_DIR"] = str(CHECKOUT / ".pytest_cache" / "torch_extensions")
     return scratch
 
 
