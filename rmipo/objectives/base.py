@@ -116,7 +116,9 @@ class Objective:
     """What all objectives share; the defaults are those of a stateless objective without a second model."""
 
     name: ClassVar[str]
-    needs: ClassVar[frozenset[str]] = frozenset()  # of "prior", "reference", "mismatched", "reference_logits"
+    # What the trainer has to score besides the pairs: "prior" (log pi(y)), "initial_prior" (log pi(y) of the initial
+    # policy), "reference" (sums of the initial policy), "mismatched" (KTO's pairs), "reference_logits".
+    needs: ClassVar[frozenset[str]] = frozenset()
     min_pairs: ClassVar[int] = 1  # pairs that a global micro-batch must have
     header_in_response: ClassVar[bool] = False  # whether the generation header is scored as part of the response
     hints: ClassVar[dict[str, str]] = {}  # keys that other code bases use -> what to write here

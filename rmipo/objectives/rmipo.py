@@ -93,6 +93,7 @@ class RMiPO(base.Objective):
     span: float = number(2.0)
     pmi_normalization: str = choice("token", "sequence")
     prior_context: str = choice("header", "bos", "none")  # what log pi(y) is conditioned on
+    prior_model: str = choice("policy", "initial")  # whose log pi(y); that of the initial policy is scored only once
     length_normalization: bool = flag(True)
     fidelity: str = choice("paper", "release")
     signal: str = choice("pmi", "loglik")
@@ -110,26 +111,23 @@ class RMiPO(base.Objective):
         low, high = values["gamma_min"], values["gamma_max"]
         problems = [f"objective.gamma_min is {low}: expected at most gamma_max, which is {high}"] * (low > high)
         excluded = {"paper": ["none"], "release": ["bos", "sequence"]}[values["fidelity"]]
-        for key in ("prior_context", "pmi_normalization"):
-            if values[key] in excluded:
-                problems.append(
-                    f"objective.{key} is {values[key]!r}: not with fidelity {values['fidelity']!r}; remove it"
-                )
-        return problems
+        wrong = [key for key in ("prior_context", "pmi_normalization") if values[key] in excluded]
+        ending = f"not with fidelity {values['fidelity']!r}; remove it"
+        return problems + [f"objective.{key} is {values[key]!r}: {ending}" for key in wrong]
 
     @property
     def needs(self) -> frozenset[str]:
-        return frozenset({"prior"} if self.signal == "pmi" and self.schedule != "constant" else ())
+        prior = {"policy": "prior", "initial": "initial_prior"}[self.prior_model]
+        return frozenset({prior} if self.signal == "pmi" and self.schedule != "constant" else ())
 
     @property
     def header_in_response(self) -> bool:
         return self.fidelity == "release"
 
     def __call__(self, scores: PairScores, state: base.State | None = None) -> base.ObjectiveOutput:
-        chosen, rejected = scores.logps(self.length_normalization)
-        chosen_rewards, rejected_rewards = self.beta * chosen, self.beta * rejected
+        chosen_rewards, rejected_rewards = (self.beta * logps for logps in scores.logps(self.length_normalization))
         reward_difference = chosen_rewards - rejected_rewards  # of Eq. 8
-        diagnostics = self._pmi(scores) if "prior" in self.needs else {}
+        diagnostics = self._pmi(scores) if self.needs else {}
         signal = diagnostics.get("delta_pmi", torch.sub(*scores.logps(per_token=True)))
         gamma = scheduled_margin(signal.detach(), self.gamma_min, self.gamma_max, self.schedule, self.span)
         if self.target == "beta":  # Table 3 without GM: the same modulation, relative to the middle of the bounds
@@ -140,9 +138,9 @@ class RMiPO(base.Objective):
 
     def _pmi(self, scores: PairScores) -> dict[str, Tensor]:
         def side(logps: Tensor, prior_logps: Tensor, lengths: Tensor) -> Tensor:
-            if self.pmi_normalization == "sequence":
-                return pmi(logps, prior_logps)
-            return pmi(logps, prior_logps, lengths, lengths - 1 if self.fidelity == "release" else lengths)
+            prior_lengths = lengths - 1 if self.fidelity == "release" else lengths
+            by_token = (lengths, prior_lengths) if self.pmi_normalization == "token" else ()
+            return pmi(logps, prior_logps, *by_token)
 
         chosen = side(scores.chosen_logps, scores.prior_chosen_logps, scores.chosen_lengths)
         rejected = side(scores.rejected_logps, scores.prior_rejected_logps, scores.rejected_lengths)

@@ -6,17 +6,9 @@ import torch
 import torch.nn.functional as F
 from transformers import PreTrainedModel
 
-from rmipo.errors import UserError
 from rmipo.training import attention
 from rmipo.training.logprobs import label_logps
 from rmipo.training.packing import PackedSequence, pack_pairs, pack_priors, split_pairs
-
-# Largest mean |difference| of per-token log-probabilities between packed and plain forward.
-PARITY_TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 3e-2}
-
-
-class ParityError(UserError, RuntimeError):
-    """The packed forward disagrees with the plain one: training would optimise something else."""
 
 
 def token_logps(model: torch.nn.Module, packed: PackedSequence, kind: str, config) -> torch.Tensor:
@@ -31,13 +23,13 @@ def token_logps(model: torch.nn.Module, packed: PackedSequence, kind: str, confi
     if kind != "flex":
         return label_logps(response_logits(model, packed, kind, config), packed.labels)
     shift_labels = packed.padded(attention.BLOCK).shift_labels
-    output = model(**_inputs(packed, kind, config), shift_labels=shift_labels, fused_lm_head=True)
+    output = model(**forward_inputs(packed, kind, config), shift_labels=shift_labels, fused_lm_head=True)
     return output.log_probs.squeeze(0).index_select(0, packed.scored)
 
 
 def response_logits(model: torch.nn.Module, packed: PackedSequence, kind: str, config) -> torch.Tensor:
     """Logits at the positions that predict response tokens, `(R, vocabulary)`."""
-    return model(**_inputs(packed, kind, config), logits_to_keep=packed.scored).logits.squeeze(0)
+    return model(**forward_inputs(packed, kind, config), logits_to_keep=packed.scored).logits.squeeze(0)
 
 
 def response_logps(model: torch.nn.Module, packed: PackedSequence, kind: str, config) -> torch.Tensor:
@@ -45,37 +37,11 @@ def response_logps(model: torch.nn.Module, packed: PackedSequence, kind: str, co
     return packed.sum_by_response(token_logps(model, packed, kind, config))
 
 
-def _inputs(packed: PackedSequence, kind: str, config) -> dict:
+def forward_inputs(packed: PackedSequence, kind: str, config) -> dict:
+    """Arguments of the model's forward that lay out `packed`."""
     packed = packed.padded(attention.BLOCK) if kind == "flex" else packed
     layout = {"input_ids": packed.input_ids, "position_ids": packed.position_ids, "use_cache": False}
     return layout | attention.forward_kwargs(kind, packed, config)
-
-
-def check_parity(model: torch.nn.Module, unwrapped: PreTrainedModel, packed: PackedSequence, kind: str) -> float:
-    """Score pairs packed and sequence by sequence without packing; return the mean |difference| per token.
-
-    Raises ParityError beyond PARITY_TOLERANCE of the model's dtype. Leaves the model attached to `kind`.
-    """
-    config = unwrapped.config
-    with torch.no_grad():
-        scored = token_logps(model, packed, kind, config)
-        attention.attach(unwrapped, "plain")
-        plain = []
-        for prefix_start, shared, start, length in packed.segments:
-            prefix = packed.input_ids[:, prefix_start : prefix_start + shared]
-            ids = torch.cat([prefix, packed.input_ids[:, start : start + length]], dim=1)
-            labels = packed.shift_labels[0, start : start + length]
-            logits = model(input_ids=ids, use_cache=False).logits[0, shared:]
-            plain.append(-F.cross_entropy(logits.float(), labels, reduction="none"))
-        attention.attach(unwrapped, kind)
-    difference = (scored - torch.cat(plain)).abs().mean().item()
-    tolerance = PARITY_TOLERANCE[unwrapped.dtype]
-    if not difference <= tolerance:
-        raise ParityError(
-            f"attention: {kind} scores {type(unwrapped).__name__} differently from the plain forward: mean difference "
-            f"of {difference:.2e} nats per token, tolerance {tolerance:.0e}. Set `attention: dense` in the recipe."
-        )
-    return difference
 
 
 def score_pairs(

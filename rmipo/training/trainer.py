@@ -28,6 +28,7 @@ from rmipo.training.distributed import Processes
 from rmipo.training.finite import raise_if_not_finite
 from rmipo.training.metrics import LogWindow, columns_of, num_non_embedding_parameters, peak_memory_gib, step_metrics
 from rmipo.training.packing import concatenate, split_pairs
+from rmipo.training.parity import MAX_PAIRS, check_parity
 from rmipo.training.reference import Reference
 from rmipo.training.state import load_objective_state
 
@@ -216,12 +217,10 @@ class PreferenceTrainer(Trainer):
 
     def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
         prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
-        (first,) = self.collate([self.train_dataset[MicroBatch((0,), real=1, step_pairs=1)]])
+        first = self.train_dataset.tokenized.select(range(min(MAX_PAIRS, len(self.train_dataset)))).to_list()
         self.model_wrapped.eval()
         with self.compute_loss_context_manager():
-            self.parity = scoring.check_parity(
-                self.model_wrapped, self.model, first.pairs.to(self.args.device), self.attention_kind
-            )
+            self.parity = check_parity(self.model_wrapped, self.model, first, self.attention_kind)
         for dataset in (self.train_dataset, self.eval_dataset):
             if dataset is not None:
                 self.reference.add_scores(dataset, resuming=resume_from_checkpoint is not None)

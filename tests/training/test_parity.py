@@ -1,0 +1,164 @@
+"""The check at start-up, with real pretrained weights: right layouts pass in every precision, wrong ones are refused."""
+
+import contextlib
+import dataclasses
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, MistralConfig, MistralForCausalLM
+
+from rmipo.data.chat import ChatFormat
+from rmipo.data.pairs import load_pairs, tokenize_pairs
+from rmipo.training import attention, parity
+from rmipo.training.parity import ParityError, check_parity, first_rows
+from tests.helpers.rows import assistant, config, user
+from tests.helpers.small_models import make_model, make_pairs
+
+OURS = [
+    (
+        "Why does bread dough rise, and what happens if I leave it too long?",
+        "Yeast eats the sugar in the flour and gives off carbon dioxide. The gluten holds the bubbles, so the dough "
+        "grows. Left too long, the gluten gets weak, the bubbles run together and the loaf falls flat in the oven.",
+        "Bread is a staple food in many cultures. There are many kinds of bread, such as rye, wheat and sourdough.",
+    ),
+    (
+        "Write one sentence about the sea for a five-year-old.",
+        "The sea is a giant bath where fish play hide and seek.",
+        "The sea is the interconnected system of all the Earth's oceanic waters, including the Atlantic and Pacific.",
+    ),
+    (
+        "My train leaves at 9:40, the walk takes 25 minutes and I want ten minutes to buy a ticket. When do I leave?",
+        "Leave at 9:05: that is 25 minutes on foot and ten for the ticket.",
+        "You should leave early enough so that you do not miss the train.",
+    ),
+]
+PRECISIONS = {"bfloat16": torch.bfloat16, "autocast": torch.float32, "float32": torch.float32}
+WINDOW = 24
+
+
+def autocast(precision):
+    return torch.autocast("cpu", torch.bfloat16) if precision == "autocast" else contextlib.nullcontext()
+
+
+@pytest.fixture(scope="module", params=PRECISIONS)
+def pretrained(request, smollm2):
+    """`(model, precision)`."""
+    return AutoModelForCausalLM.from_pretrained(smollm2, dtype=PRECISIONS[request.param]).eval(), request.param
+
+
+@pytest.fixture(scope="module")
+def windowed(pretrained):
+    """The same weights in an architecture that has sliding windows; four layers, as the first are what counts here."""
+    llama, precision = pretrained
+    values = {name: value for name, value in llama.config.to_dict().items() if name not in ("model_type", "layer_types")}
+    mistral = MistralConfig(**values | {"sliding_window": WINDOW, "num_hidden_layers": 4})
+    model = MistralForCausalLM(mistral).to(llama.dtype).eval()
+    assert not model.load_state_dict(llama.state_dict(), strict=False).missing_keys
+    return model, precision
+
+
+@pytest.fixture(scope="module", params=["ours", "judged-pairs", "hh-harmless"])
+def rows(request, smollm2):
+    """Tokenised pairs: of this file, and of real data where it is there."""
+    chat = ChatFormat.probe(AutoTokenizer.from_pretrained(smollm2))
+    if request.param == "ours":
+        sides = [(question, chosen, rejected) for question, chosen, rejected in OURS]
+        pairs = [chat.pair_ids([user(q)], [assistant(c)], [assistant(r)]) for q, c, r in sides]
+        return [dict(zip(("prompt_ids", "chosen_ids", "rejected_ids"), ids, strict=True)) for ids in pairs]
+    folder = request.getfixturevalue("shared_data") / request.param
+    pairs = load_pairs(config(folder, max_train_samples=4), "test")
+    limits = {"max_dropped_fraction": 1.0, "max_truncated_fraction": 1.0}
+    tokenized, _ = tokenize_pairs(pairs.select(range(4)), chat, max_length=192, max_prompt_length=128, **limits)
+    return tokenized.to_list()
+
+
+def check(pretrained, rows, kind):
+    model, precision = pretrained
+    attention.attach(model, kind)
+    with autocast(precision):
+        return check_parity(model, model, rows, kind)
+
+
+@pytest.mark.parametrize("kind", ["segment", "dense", "flex"])
+def test_right_layouts_pass_in_every_precision(pretrained, rows, kind):
+    difference = check(pretrained, rows, kind)
+    assert difference < (1e-4 if pretrained[1] == "float32" else 0.06)
+
+
+def other_branch(packed, window):
+    index = torch.arange(packed.length)
+    return ((packed.groups[:, None] == packed.groups) & (index[:, None] >= index))[None, None]
+
+
+def no_prefix(packed, window):
+    own = (packed.branches[:, None] == packed.branches)[None, None]
+    return dense_mask(packed, window) & own
+
+
+def longer_window(packed, window):
+    return dense_mask(packed, window + 1)
+
+
+def shorter_window(packed, window):
+    return dense_mask(packed, window - 1)
+
+
+def positions_off_by_one(rows):
+    packed = pack_pairs(rows)
+    moved = torch.where(packed.branches >= 0, packed.position_ids + 1, packed.position_ids)
+    return dataclasses.replace(packed, position_ids=moved)
+
+
+dense_mask, pack_pairs = attention.dense_mask, parity.pack_pairs
+
+
+@pytest.mark.parametrize("wrong", [other_branch, no_prefix, positions_off_by_one, longer_window, shorter_window])
+def test_wrong_layouts_are_refused_in_every_precision(request, monkeypatch, pretrained, rows, wrong):
+    windowed = wrong in (longer_window, shorter_window)
+    pretrained = request.getfixturevalue("windowed") if windowed else pretrained
+    if windowed:
+        check(pretrained, rows, "dense")
+    where, what = (parity, "pack_pairs") if wrong is positions_off_by_one else (attention, "dense_mask")
+    monkeypatch.setattr(where, what, wrong)
+    with pytest.raises(ParityError, match="attention: dense scores .*ForCausalLM differently from a plain forward"):
+        check(pretrained, rows, "dense")
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral-window"])
+@pytest.mark.parametrize("kind", ["segment", "dense", "flex"])
+def test_small_models_pass_in_float32(name, kind):
+    model = make_model(name).eval()
+    assert check_parity(model, model, make_pairs(9), kind) < 1e-5
+    assert model.config._attn_implementation == attention.IMPLEMENTATIONS[kind]
+
+
+def test_the_message_says_what_to_change(monkeypatch):
+    model, pairs = make_model("llama").eval(), make_pairs(3)
+    monkeypatch.setattr(attention, "_causal", lambda q, k, v, *options: v)
+    with pytest.raises(ParityError, match=r"segment scores .* nats per token .*Set `attention: dense`"):
+        check_parity(model, model, pairs, "segment")
+    monkeypatch.setattr(attention, "dense_mask", other_branch)
+    with pytest.raises(ParityError, match="dense scores .*another version of transformers"):
+        check_parity(model, model, pairs, "dense")
+
+
+def test_scores_that_are_not_finite_are_refused(monkeypatch):
+    model, pairs = make_model("llama").eval(), make_pairs(3)
+    token_logps = parity.scoring.token_logps
+    monkeypatch.setattr(parity.scoring, "token_logps", lambda *arguments: token_logps(*arguments) * float("nan"))
+    with pytest.raises(ParityError, match="per token nan, .*Set `attention: dense`"):
+        check_parity(model, model, pairs, "segment")
+    monkeypatch.undo()
+    model.lm_head.weight.data[0] = float("nan")
+    with pytest.raises(ParityError, match="plain scores are not finite either: check the weights"):
+        check_parity(model, model, pairs, "segment")
+
+
+def test_as_many_pairs_as_the_limits_allow():
+    def pair(prompt, chosen, rejected):
+        return {"prompt_ids": [1] * prompt, "chosen_ids": [2] * chosen, "rejected_ids": [3] * rejected}
+
+    assert len(first_rows([pair(10, 5, 7)] * 20)) == parity.MAX_PAIRS
+    assert len(first_rows([pair(2000, 5, 3000)] * 3)) == 1
+    assert len(first_rows([pair(500, 10, 12)] * 20)) == 4  # 8 sequences of 512
+    assert len(first_rows([pair(10, 5, 7), pair(10, 5, 7), pair(3000, 9, 9)])) == 2
