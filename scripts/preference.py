@@ -21,7 +21,7 @@ def main() -> None:
     from rmipo.data.chat import PROBES, ChatFormat
     from rmipo.data.pairs import load_pairs, load_splits, tokenize_pairs
     from rmipo.fingerprints import rows_fingerprint
-    from rmipo.objectives import build_objective
+    from rmipo.objectives import PRIORS, build_objective
     from rmipo.run.curves import plot_run
     from rmipo.run.frame import training_run
     from rmipo.run.generations import SampleGenerations
@@ -37,7 +37,7 @@ def main() -> None:
         tokenizer = load_tokenizer(model_config, data_config.chat_template)
         run.freeze_date(tokenizer)
         chat = ChatFormat.probe(tokenizer, header_in_response=objective.header_in_response)
-        prior_context = chat.prior_context(objective.prior_context) if "prior" in objective.needs else None
+        prior_context = chat.prior_context(objective.prior_context) if objective.needs & PRIORS else None
         datasets, reports = {}, {}
         with run.state.main_process_first():
             for split, pairs in load_splits(load_pairs, data_config, evaluating=args.eval_strategy != "no").items():

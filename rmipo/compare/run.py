@@ -17,7 +17,7 @@ from trl import SFTConfig, SFTTrainer
 from rmipo.compare.study import FLOOR, INITIAL, Run, Study
 from rmipo.data.chat import ChatFormat
 from rmipo.data.pairs import tokenize_pairs
-from rmipo.objectives import Objective, build_objective
+from rmipo.objectives import PRIORS, Objective, build_objective
 from rmipo.recipe.load import Recipe
 from rmipo.recipe.schema import PreferenceConfig
 from rmipo.run.frame import TrainingRun, training_run
@@ -101,7 +101,7 @@ def preference_trainer(
         objective,
         train_dataset=train,
         processing_class=chat.tokenizer,
-        prior_context=chat.prior_context(objective.prior_context) if "prior" in objective.needs else None,
+        prior_context=chat.prior_context(objective.prior_context) if objective.needs & PRIORS else None,
         reference_model=copy.deepcopy(model) if "reference_logits" in objective.needs else None,
     )
 

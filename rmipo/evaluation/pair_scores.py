@@ -8,7 +8,7 @@ from datasets import Dataset
 from tqdm import tqdm
 
 from rmipo.data.pairs import ChatFormat, DataReport, tokenize_pairs
-from rmipo.objectives import OBJECTIVES, PairScores, build_objective
+from rmipo.objectives import OBJECTIVES, PRIORS, PairScores, build_objective
 from rmipo.recipe.schema import ModelConfig
 from rmipo.training.loading import load_model, load_tokenizer
 from rmipo.training.scoring import score_pairs
@@ -84,7 +84,7 @@ def native_rewards(objective_config: dict, scores: dict[str, torch.Tensor]) -> t
     if "reference_logits" in objective.needs:
         logratios = inputs["chosen_logps"] - inputs["rejected_logps"]
         inputs |= {"plus_logratios": logratios, "minus_logratios": logratios}
-    if "prior" in objective.needs and "prior_chosen_logps" not in inputs:  # the margin isn't part of a reward
+    if objective.needs & PRIORS and "prior_chosen_logps" not in inputs:  # the margin isn't part of a reward
         inputs |= {f"prior_{side}_logps": inputs[f"{side}_logps"] for side in ("chosen", "rejected")}
     output = objective(PairScores(**inputs))
     return output.chosen_rewards, output.rejected_rewards

@@ -11,12 +11,12 @@ from dataclasses import fields
 from typing import Any
 
 from rmipo.objectives.adaptive import AlphaDPO, BetaDPO, EpsilonDPO
-from rmipo.objectives.base import Objective, ObjectiveOutput, PairScores, explain
+from rmipo.objectives.base import PRIORS, Objective, ObjectiveOutput, PairScores, explain
 from rmipo.objectives.reference_based import DPO, IPO, KTO
 from rmipo.objectives.reference_free import CPO, SimPER, SimPO, SLiC
 from rmipo.objectives.rmipo import RMiPO
 
-__all__ = ["OBJECTIVES", "Objective", "ObjectiveOutput", "PairScores", "build_objective"]
+__all__ = ["OBJECTIVES", "PRIORS", "Objective", "ObjectiveOutput", "PairScores", "build_objective"]
 
 OBJECTIVES: dict[str, type[Objective]] = {
     cls.name: cls for cls in (RMiPO, DPO, SLiC, IPO, CPO, KTO, SimPO, AlphaDPO, BetaDPO, EpsilonDPO, SimPER)

@@ -16,6 +16,9 @@ Gather = Callable[[Tensor], Tensor]
 State = dict[str, Tensor]  # 0-dimensional float64 tensors on the CPU; transient keys start with "batch_"
 
 
+PRIORS = frozenset({"prior", "initial_prior"})  # needs: log pi(y) of the policy, or of the initial policy
+
+
 def one_process(values: Tensor) -> Tensor:
     """`gather` of a run on a single process."""
     return values
@@ -116,8 +119,8 @@ class Objective:
     """What all objectives share; the defaults are those of a stateless objective without a second model."""
 
     name: ClassVar[str]
-    # What the trainer has to score besides the pairs: "prior" (log pi(y)), "initial_prior" (log pi(y) of the initial
-    # policy), "reference" (sums of the initial policy), "mismatched" (KTO's pairs), "reference_logits".
+    # What is scored besides the pairs: one of PRIORS, "reference" (the pairs under the initial policy), "mismatched"
+    # (KTO's pairs), "reference_logits".
     needs: ClassVar[frozenset[str]] = frozenset()
     min_pairs: ClassVar[int] = 1  # pairs that a global micro-batch must have
     header_in_response: ClassVar[bool] = False  # whether the generation header is scored as part of the response

@@ -8,7 +8,7 @@ with no weight.
 
 import heapq
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -180,9 +180,9 @@ class PackedMicroBatch(TensorFields):
 
 
 def pack_micro_batch(
-    rows: list[dict], cut: MicroBatch, needs: frozenset[str], prior_context: list[int] | None
+    rows: list[dict], cut: MicroBatch, needs: Collection[str], prior_context: list[int] | None
 ) -> PackedMicroBatch:
-    """Pack the rows of a micro-batch (an item of `PairDataset`) for an objective that has these `needs`."""
+    """Pack the rows of a micro-batch (an item of `PairDataset`) with what of "prior" and "mismatched" is in `needs`."""
     columns = {name: [row[name] for row in rows] for name in rows[0] if name.endswith("_logps")}
     mismatched = ("mismatched_chosen_ids", "mismatched_rejected_ids")
     return PackedMicroBatch(

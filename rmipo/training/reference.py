@@ -1,7 +1,7 @@
-"""Reference log-probabilities, scored once before the first update and cached by content.
+"""Log-probabilities under the initial policy, scored once before the first update and cached by content.
 
-The reference is the initial policy, so methods with one train with a single model in memory; only an objective that
-needs the reference's logits keeps a second one. With adapters the reference is the base model without them.
+So methods with a reference train with a single model in memory; only an objective that needs the reference's logits
+keeps a second one. With adapters the initial policy is the base model without them.
 """
 
 import contextlib
@@ -20,31 +20,30 @@ from rmipo.errors import CheckpointError
 from rmipo.files import replacing
 from rmipo.fingerprints import model_fingerprint, rows_fingerprint, text_fingerprint
 from rmipo.training import attention, scoring
-from rmipo.training.batching import PairDataset
+from rmipo.training.batching import PairDataset, StepSampler, pack_micro_batch
 from rmipo.training.distributed import on_main_process
 from rmipo.training.packing import PackedSequence, split_pairs
 
-PAIR_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
-MISMATCHED_COLUMNS = ("ref_mismatched_chosen_logps", "ref_mismatched_rejected_logps")
+# What is scored beforehand: need of the objective -> part of a micro-batch, prefix of its columns in PairScores.
+BEFOREHAND = {
+    "reference": ("pairs", "ref_"),
+    "mismatched": ("mismatched", "ref_mismatched_"),
+    "initial_prior": ("prior", "prior_"),
+}
 
 
 class ReferenceCache:
-    """Columns of reference sums for one tokenised dataset, in a file of `folder` named after their content.
+    """Columns of sums for one tokenised dataset, in a file of `folder` (recipe key `reference_cache_dir`).
 
-    Args:
-        folder: recipe key `reference_cache_dir`.
-        model_key: from `model_fingerprint`.
-        data_key: from `rows_fingerprint` of the tokenised dataset.
-        columns: names of the columns.
+    The file is named after `content`, which says what the columns are: model, precision, data, names.
     """
 
-    def __init__(self, folder: str | Path, model_key: str, data_key: str, columns: tuple[str, ...]):
-        self.columns = columns
-        self.content = f"model {model_key}, data {data_key}, {' '.join(columns)}"
+    def __init__(self, folder: str | Path, content: str):
+        self.content = content
         self.path = Path(folder) / f"{text_fingerprint(self.content)}.safetensors"
 
     def load(self, num_pairs: int) -> dict[str, torch.Tensor] | None:
-        """The columns, `(num_pairs,)` each; None, said aloud, where the file is not what its name promises."""
+        """The columns, `(num_pairs,)` each; None, with a notice, where the file is not what its name promises."""
         if not self.path.exists():
             return None
         try:
@@ -104,40 +103,55 @@ class Reference:
             CheckpointError: the weights are no longer the initial ones, and the cache is gone.
         """
         trainer = self.trainer
-        if "reference" not in trainer.objective.needs:
+        if not self._parts():
             return
-        names = PAIR_COLUMNS + (MISMATCHED_COLUMNS if dataset.mismatched else ())
-        keys = self.model_key, rows_fingerprint(dataset.tokenized)
-        cache = ReferenceCache(trainer.args.reference_cache_dir, *keys, names)
-        scores = cache.load(len(dataset))
+        cache = self.cache(dataset)
+        scores = on_main_process(lambda: cache.load(len(dataset)))
         if scores is None:
             if resuming and not isinstance(trainer.model, PeftModel):
                 raise CheckpointError(
-                    f"resuming {trainer.objective.name} needs the reference log-probabilities of the initial policy, "
-                    f"but {cache.path} is gone: restore it, or start the run again from its beginning"
+                    f"resuming {trainer.objective.name} needs the log-probabilities of the initial policy, but "
+                    f"{cache.path} is gone: restore it, or start the run again from its beginning"
                 )
-            scores = self._score(dataset, names)
+            scores = self._score(dataset)
             if trainer.is_world_process_zero():
                 cache.save(scores)
         dataset.scores = scores
 
-    def _score(self, dataset: PairDataset, names: tuple[str, ...]) -> dict[str, torch.Tensor]:
-        trainer, scored = self.trainer, []
+    def cache(self, dataset: PairDataset) -> ReferenceCache:
+        """Where the scores of `dataset` are kept."""
+        args, parts = self.trainer.args, self._parts()
+        content = f"model {self.model_key} in {self.trainer.model.dtype}, bf16 {args.bf16}, fp16 {args.fp16}, "
+        content += f"data {rows_fingerprint(dataset.tokenized)}, {' '.join(parts)}"
+        if "prior" in parts:
+            content += f" after {self.trainer.prior_context}"
+        return ReferenceCache(args.reference_cache_dir, content)
+
+    def _parts(self) -> dict[str, str]:
+        """Parts of a micro-batch that the objective needs scored beforehand, with the prefix of their columns."""
+        return dict(part for need, part in BEFOREHAND.items() if need in self.trainer.objective.needs)
+
+    def _score(self, dataset: PairDataset) -> dict[str, torch.Tensor]:
+        trainer, args, parts, scored = self.trainer, self.trainer.args, self._parts(), []
         trainer.model_wrapped.eval()
-        loader = trainer.get_eval_dataloader(dataset)
-        for inputs in tqdm(loader, "reference log-probabilities", disable=not trainer.is_local_process_zero()):
-            (batch,) = (micro_batch.to(trainer.args.device) for micro_batch in inputs)
-            sums = []
-            for packed in (batch.pairs, batch.mismatched):
-                if packed is not None:
-                    with torch.no_grad(), trainer.compute_loss_context_manager(), self._adapters_off():
-                        logps = scoring.response_logps(
-                            trainer.model_wrapped, packed, trainer.attention_kind, trainer.model.config
-                        )
-                    sums += split_pairs(logps)
-            index = torch.tensor(batch.cut.indices, device=trainer.args.device)
-            values = {"index": index, **dict(zip(names, sums, strict=True))}
-            scored.append({name: value[: batch.cut.real].double() for name, value in values.items()})
+        size = args.per_device_eval_batch_size
+        cuts = StepSampler(
+            len(dataset), global_batch_size=size * args.world_size, micro_batch_size=size, rank=args.process_index,
+            world_size=args.world_size, seed=None,
+        )  # fmt: skip
+        for (cut,) in tqdm(
+            cuts, "log-probabilities of the initial policy", disable=not trainer.is_local_process_zero()
+        ):
+            batch = pack_micro_batch(*dataset[cut], parts.keys(), trainer.prior_context).to(args.device)
+            values = {"index": torch.tensor(cut.indices, device=args.device)}
+            for part, prefix in parts.items():
+                with torch.no_grad(), trainer.compute_loss_context_manager(), self._adapters_off():
+                    logps = scoring.response_logps(
+                        trainer.model_wrapped, getattr(batch, part), trainer.attention_kind, trainer.model.config
+                    )
+                chosen, rejected = split_pairs(logps)
+                values |= {f"{prefix}chosen_logps": chosen, f"{prefix}rejected_logps": rejected}
+            scored.append({name: value[: cut.real].double() for name, value in values.items()})
         columns = trainer.processes.gather_columns(scored)
         order = columns.pop("index").argsort()
         return {name: values[order].float() for name, values in columns.items()}

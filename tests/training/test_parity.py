@@ -5,13 +5,14 @@ import dataclasses
 
 import pytest
 import torch
+from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, MistralConfig, MistralForCausalLM
 
 from rmipo.data.chat import ChatFormat
 from rmipo.data.pairs import load_pairs, tokenize_pairs
 from rmipo.training import attention, parity
 from rmipo.training.parity import ParityError, check_parity, first_rows
-from tests.helpers.rows import assistant, config, user
+from tests.helpers.rows import assistant, config, pair, user
 from tests.helpers.small_models import make_model, make_pairs
 
 OURS = [
@@ -50,26 +51,34 @@ def pretrained(request, smollm2):
 def windowed(pretrained):
     """The same weights in an architecture that has sliding windows; four layers, as the first are what counts here."""
     llama, precision = pretrained
-    values = {name: value for name, value in llama.config.to_dict().items() if name not in ("model_type", "layer_types")}
+    values = {
+        name: value for name, value in llama.config.to_dict().items() if name not in ("model_type", "layer_types")
+    }
     mistral = MistralConfig(**values | {"sliding_window": WINDOW, "num_hidden_layers": 4})
     model = MistralForCausalLM(mistral).to(llama.dtype).eval()
     assert not model.load_state_dict(llama.state_dict(), strict=False).missing_keys
     return model, precision
 
 
-@pytest.fixture(scope="module", params=["ours", "judged-pairs", "hh-harmless"])
-def rows(request, smollm2):
-    """Tokenised pairs: of this file, and of real data where it is there."""
-    chat = ChatFormat.probe(AutoTokenizer.from_pretrained(smollm2))
-    if request.param == "ours":
-        sides = [(question, chosen, rejected) for question, chosen, rejected in OURS]
-        pairs = [chat.pair_ids([user(q)], [assistant(c)], [assistant(r)]) for q, c, r in sides]
-        return [dict(zip(("prompt_ids", "chosen_ids", "rejected_ids"), ids, strict=True)) for ids in pairs]
-    folder = request.getfixturevalue("shared_data") / request.param
-    pairs = load_pairs(config(folder, max_train_samples=4), "test")
-    limits = {"max_dropped_fraction": 1.0, "max_truncated_fraction": 1.0}
-    tokenized, _ = tokenize_pairs(pairs.select(range(4)), chat, max_length=192, max_prompt_length=128, **limits)
-    return tokenized.to_list()
+@pytest.fixture(scope="module")
+def chat(smollm2):
+    return ChatFormat.probe(AutoTokenizer.from_pretrained(smollm2))
+
+
+def tokenized(chat, pairs):
+    limits = {"max_length": 192, "max_prompt_length": 128, "max_dropped_fraction": 1.0, "max_truncated_fraction": 1.0}
+    return tokenize_pairs(pairs, chat, **limits)[0].to_list()
+
+
+@pytest.fixture(scope="module")
+def ours(chat):
+    pairs = [pair(i, [user(q)], [assistant(c)], [assistant(r)]) | {"row": i} for i, (q, c, r) in enumerate(OURS)]
+    return tokenized(chat, Dataset.from_list(pairs))
+
+
+@pytest.fixture(scope="module", params=["judged-pairs", "hh-harmless"])
+def real_pairs(request, chat, shared_data):
+    return tokenized(chat, load_pairs(config(shared_data / request.param), "test").select(range(4)))
 
 
 def check(pretrained, rows, kind):
@@ -80,9 +89,13 @@ def check(pretrained, rows, kind):
 
 
 @pytest.mark.parametrize("kind", ["segment", "dense", "flex"])
-def test_right_layouts_pass_in_every_precision(pretrained, rows, kind):
-    difference = check(pretrained, rows, kind)
-    assert difference < (1e-4 if pretrained[1] == "float32" else 0.06)
+def test_right_layouts_pass_in_every_precision(pretrained, ours, kind):
+    assert check(pretrained, ours, kind) < (1e-4 if pretrained[1] == "float32" else 0.06)
+
+
+@pytest.mark.parametrize("kind", ["segment", "dense"])
+def test_right_layouts_pass_on_real_pairs(pretrained, real_pairs, kind):
+    assert check(pretrained, real_pairs, kind) < (1e-4 if pretrained[1] == "float32" else 0.06)
 
 
 def other_branch(packed, window):
@@ -113,15 +126,15 @@ dense_mask, pack_pairs = attention.dense_mask, parity.pack_pairs
 
 
 @pytest.mark.parametrize("wrong", [other_branch, no_prefix, positions_off_by_one, longer_window, shorter_window])
-def test_wrong_layouts_are_refused_in_every_precision(request, monkeypatch, pretrained, rows, wrong):
+def test_wrong_layouts_are_refused_in_every_precision(request, monkeypatch, pretrained, ours, wrong):
     windowed = wrong in (longer_window, shorter_window)
     pretrained = request.getfixturevalue("windowed") if windowed else pretrained
     if windowed:
-        check(pretrained, rows, "dense")
+        check(pretrained, ours, "dense")
     where, what = (parity, "pack_pairs") if wrong is positions_off_by_one else (attention, "dense_mask")
     monkeypatch.setattr(where, what, wrong)
-    with pytest.raises(ParityError, match="attention: dense scores .*ForCausalLM differently from a plain forward"):
-        check(pretrained, rows, "dense")
+    with pytest.raises(ParityError, match=r"attention: dense scores .*ForCausalLM differently from a plain forward"):
+        check(pretrained, ours, "dense")
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral-window"])
@@ -138,7 +151,7 @@ def test_the_message_says_what_to_change(monkeypatch):
     with pytest.raises(ParityError, match=r"segment scores .* nats per token .*Set `attention: dense`"):
         check_parity(model, model, pairs, "segment")
     monkeypatch.setattr(attention, "dense_mask", other_branch)
-    with pytest.raises(ParityError, match="dense scores .*another version of transformers"):
+    with pytest.raises(ParityError, match=r"dense scores .*another version of transformers"):
         check_parity(model, model, pairs, "dense")
 
 
@@ -146,7 +159,7 @@ def test_scores_that_are_not_finite_are_refused(monkeypatch):
     model, pairs = make_model("llama").eval(), make_pairs(3)
     token_logps = parity.scoring.token_logps
     monkeypatch.setattr(parity.scoring, "token_logps", lambda *arguments: token_logps(*arguments) * float("nan"))
-    with pytest.raises(ParityError, match="per token nan, .*Set `attention: dense`"):
+    with pytest.raises(ParityError, match=r"per token nan, .*Set `attention: dense`"):
         check_parity(model, model, pairs, "segment")
     monkeypatch.undo()
     model.lm_head.weight.data[0] = float("nan")
@@ -155,10 +168,10 @@ def test_scores_that_are_not_finite_are_refused(monkeypatch):
 
 
 def test_as_many_pairs_as_the_limits_allow():
-    def pair(prompt, chosen, rejected):
+    def ids(prompt, chosen, rejected):
         return {"prompt_ids": [1] * prompt, "chosen_ids": [2] * chosen, "rejected_ids": [3] * rejected}
 
-    assert len(first_rows([pair(10, 5, 7)] * 20)) == parity.MAX_PAIRS
-    assert len(first_rows([pair(2000, 5, 3000)] * 3)) == 1
-    assert len(first_rows([pair(500, 10, 12)] * 20)) == 4  # 8 sequences of 512
-    assert len(first_rows([pair(10, 5, 7), pair(10, 5, 7), pair(3000, 9, 9)])) == 2
+    assert len(first_rows([ids(10, 5, 7)] * 20)) == parity.MAX_PAIRS
+    assert len(first_rows([ids(2000, 5, 3000)] * 3)) == 1
+    assert len(first_rows([ids(500, 10, 12)] * 20)) == 4  # 8 sequences of 512
+    assert len(first_rows([ids(10, 5, 7), ids(10, 5, 7), ids(3000, 9, 9)])) == 2

@@ -119,11 +119,11 @@ def test_a_non_finite_loss_stops_and_names_the_rows(tmp_path, pairs):
         for side in ("prompt_ids", "chosen_ids", "rejected_ids"):
             pair[side] = [token % 60 for token in pair[side]]
         pair["row"] = 100 + number
-    pairs[4]["prompt_ids"][0] = 60
+    pairs[12]["prompt_ids"][0] = 60  # behind the pairs of the parity check
     trainer = make_trainer(tmp_path, pairs, model=model, global_batch_size=21, per_device_train_batch_size=7)
     with pytest.raises(NonFiniteLossError, match=r"non_finite_rank0\.json"):
         trainer.train()
     report = json.loads((tmp_path / "non_finite_rank0.json").read_text())
     assert report["step"] == 1
-    assert [pair["row"] for pair in report["pairs"]] == [104]
+    assert [pair["row"] for pair in report["pairs"]] == [112]
     assert sorted(row for rows in report["rows"] for row in rows) == list(range(100, 121))

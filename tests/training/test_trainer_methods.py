@@ -8,12 +8,11 @@ import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from rmipo.fingerprints import rows_fingerprint
 from rmipo.objectives import PairScores, build_objective
 from rmipo.record import read_metrics
-from rmipo.training import reference
+from rmipo.training.reference import ReferenceCache
 from tests.helpers.small_models import make_model, make_pairs
-from tests.helpers.trainers import make_trainer, rows_per_step
+from tests.helpers.trainers import CONTEXT, make_trainer, rows_per_step
 from tests.references.padded import padded_pairs
 
 BLOCKS = {
@@ -27,6 +26,7 @@ BLOCKS = {
     "cpo": {"name": "cpo", "beta": 0.1},
     "simpo": {"name": "simpo", "beta": 2.0, "gamma": 1.0},
     "simper": {"name": "simper"},
+    "rmipo-initial": {"name": "rmipo", "prior_model": "initial"},
 }
 
 
@@ -55,10 +55,10 @@ def other_model():
 def cache_reference(trainer, initial, pairs, objective):
     """Put the sums of `initial` where the trainer looks for its reference."""
     everything = naive_scores(initial, initial, pairs, range(len(pairs)), objective)
-    names = reference.PAIR_COLUMNS + (reference.MISMATCHED_COLUMNS if "mismatched" in objective.needs else ())
-    keys = trainer.reference.model_key, rows_fingerprint(trainer.train_dataset.tokenized)
-    cache = reference.ReferenceCache(trainer.args.reference_cache_dir, *keys, names)
-    cache.save({name: getattr(everything, name) for name in names})
+    known = {"reference": "ref_", "mismatched": "ref_mismatched_", "initial_prior": "prior_"}
+    prefixes = [prefix for need, prefix in known.items() if need in objective.needs]
+    names = [f"{prefix}{side}_logps" for prefix in prefixes for side in ("chosen", "rejected")]
+    trainer.reference.cache(trainer.train_dataset).save({name: getattr(everything, name) for name in names})
 
 
 def naive_scores(model, initial, pairs, rows, objective):
@@ -66,9 +66,9 @@ def naive_scores(model, initial, pairs, rows, objective):
     chosen_rows = [pairs[i] for i in rows]
     scores = padded_pairs(model, chosen_rows)
     with torch.no_grad():
-        for name, values in padded_pairs(initial, chosen_rows).items():
+        for name, values in padded_pairs(initial, chosen_rows, CONTEXT).items():
             if name.endswith("logps"):
-                scores[f"ref_{name}"] = values
+                scores[name if name.startswith("prior_") else f"ref_{name}"] = values
         partners = [
             {**pairs[i], **{side: pairs[(i + 1) % len(pairs)][side] for side in ("chosen_ids", "rejected_ids")}}
             for i in rows
@@ -159,21 +159,22 @@ def test_reference_is_scored_once_and_a_changed_file_is_not_used(tmp_path, pairs
     file.write_bytes(file.read_bytes()[:100])
     torch.testing.assert_close(reference_columns()["ref_chosen_logps"], expected, atol=1e-4, rtol=0)
     assert "can't be read" in capsys.readouterr().out
-    cache = reference.ReferenceCache(tmp_path / "cache", "other-model", "other-data", reference.PAIR_COLUMNS)
+    cache = ReferenceCache(tmp_path / "cache", "model other-model")
     cache.path = file
-    cache.save({name: torch.zeros(len(pairs)) for name in reference.PAIR_COLUMNS})
+    cache.save({f"ref_{side}_logps": torch.zeros(len(pairs)) for side in ("chosen", "rejected")})
     torch.testing.assert_close(reference_columns()["ref_chosen_logps"], expected, atol=1e-4, rtol=0)
     assert "holds model other-model" in capsys.readouterr().out
 
 
-def test_with_adapters_the_base_model_is_the_reference(tmp_path, pairs, saved_model):
+@pytest.mark.parametrize(("name", "column"), [("dpo", "ref_chosen_logps"), ("rmipo-initial", "prior_chosen_logps")])
+def test_with_adapters_the_base_model_is_the_reference(tmp_path, pairs, saved_model, name, column):
     model = saved_model()
     adapter = get_peft_model(model, LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False))
     trainer = make_trainer(
-        tmp_path, pairs, BLOCKS["dpo"], model=adapter, max_steps=1, reference_cache_dir=str(tmp_path / "cache")
+        tmp_path, pairs, BLOCKS[name], model=adapter, max_steps=1, reference_cache_dir=str(tmp_path / "cache")
     )
     trainer.train()
     columns = trainer.train_dataset.scores
     with torch.no_grad():
-        expected = padded_pairs(make_model("llama"), pairs)
-    torch.testing.assert_close(columns["ref_chosen_logps"], expected["chosen_logps"].float(), atol=1e-4, rtol=0)
+        expected = padded_pairs(make_model("llama"), pairs, CONTEXT)[column.removeprefix("ref_")]
+    torch.testing.assert_close(columns[column], expected.float(), atol=1e-4, rtol=0)
