@@ -1,6 +1,7 @@
 """RMiPO's training step (the paper's Algorithm 1) and what a `transformers.Trainer` needs around it."""
 
 import contextlib
+import dataclasses
 import time
 from collections.abc import Iterator
 
@@ -82,6 +83,10 @@ class PreferenceTrainer(Trainer):
             processing_class=processing_class,
             callbacks=callbacks,
         )
+        if self.accelerator.is_fsdp2:
+            # accelerate has FSDP2 cast what the model returns to the compute dtype: log-probs stay in float32.
+            plugin = self.accelerator.state.fsdp_plugin
+            plugin.mixed_precision_policy = dataclasses.replace(plugin.mixed_precision_policy, output_dtype=None)
         self.processes = Processes(self.accelerator)
         self.reference = Reference(self, reference_model)
         self.num_non_embedding_parameters = num_non_embedding_parameters(model)

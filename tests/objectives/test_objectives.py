@@ -533,17 +533,17 @@ def test_beta_dpo_floor():
 
 
 def test_epsilon_dpo_follows_the_perturbed_policies():
-    _, scores = batch(count=3)
+    _, scores = batch(count=5)
     base = scores.chosen_logps - scores.rejected_logps
-    scores = replace(
+    scores = replace(  # k is 0 wherever the policy is not strictly between the perturbed ones, whatever their order
         scores,
-        plus_logratios=base + torch.tensor([0.1, -0.1, 0.1], dtype=torch.float64),
-        minus_logratios=base + torch.tensor([-0.1, 0.1, 0.1], dtype=torch.float64),
+        plus_logratios=base + torch.tensor([0.1, -0.1, 0.2, -0.1, 0.0], dtype=torch.float64),
+        minus_logratios=base + torch.tensor([-0.1, 0.1, 0.1, -0.2, -0.1], dtype=torch.float64),
     )
     objective = build_objective({"name": "epsilon-dpo", "beta": 0.1, "epsilon": 0.5})
     out = objective(scores)
-    assert out.diagnostics["k"].tolist() == [1, -1, 0]
-    beta = torch.tensor([0.1 / 1.5, 0.1 / 0.5, 0.1], dtype=torch.float64)
+    assert out.diagnostics["k"].tolist() == [1, -1, 0, 0, 0]
+    beta = torch.tensor([0.1 / 1.5, 0.1 / 0.5, 0.1, 0.1, 0.1], dtype=torch.float64)
     torch.testing.assert_close(out.chosen_rewards, beta * (scores.chosen_logps - scores.ref_chosen_logps))
     k = torch.tensor([1.0, 1.0, 0.0, -1.0])
     state = objective.end_step(objective.init_state(), {"k": k})

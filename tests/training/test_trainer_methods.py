@@ -8,9 +8,13 @@ import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
+from rmipo.errors import CheckpointError
 from rmipo.objectives import PairScores, build_objective
 from rmipo.record import read_metrics
+from rmipo.training.logprobs import label_logps
+from rmipo.training.packing import pack_pairs, split_pairs
 from rmipo.training.reference import ReferenceCache
+from rmipo.training.scoring import response_logits
 from tests.helpers.small_models import make_model, make_pairs
 from tests.helpers.trainers import CONTEXT, make_trainer, rows_per_step
 from tests.references.padded import padded_pairs
@@ -178,3 +182,31 @@ def test_with_adapters_the_base_model_is_the_reference(tmp_path, pairs, saved_mo
     with torch.no_grad():
         expected = padded_pairs(make_model("llama"), pairs, CONTEXT)[column.removeprefix("ref_")]
     torch.testing.assert_close(columns[column], expected.float(), atol=1e-4, rtol=0)
+
+
+def test_with_adapters_the_reference_logits_are_the_base_models(tmp_path, pairs, saved_model):
+    lora = LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    trainer = make_trainer(tmp_path, pairs, BLOCKS["epsilon-dpo"], model=get_peft_model(saved_model(), lora))
+    packed = pack_pairs(pairs[:2])
+    with torch.no_grad():
+        logits = trainer.reference.logits(packed)
+        adapted = response_logits(trainer.model, packed, "segment", trainer.model.config)
+        expected = padded_pairs(make_model("llama"), pairs[:2])["chosen_logps"].float()
+    assert (adapted - logits).abs().max() > 0.1
+    sums = packed.sum_by_response(label_logps(logits, packed.labels))
+    torch.testing.assert_close(split_pairs(sums)[0], expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["dpo", "rmipo-initial"])
+def test_a_resumed_run_never_scores_its_reference_with_trained_weights(tmp_path, pairs, saved_model, name):
+    trainer = make_trainer(
+        tmp_path, pairs, BLOCKS[name], model=saved_model(), max_steps=1, reference_cache_dir=str(tmp_path / "cache")
+    )
+    trainer.train()
+    before = trainer.train_dataset.scores
+    trainer.reference.add_scores(trainer.train_dataset, resuming=True)
+    for column, values in before.items():
+        assert torch.equal(trainer.train_dataset.scores[column], values), column
+    trainer.reference.cache(trainer.train_dataset).path.unlink()
+    with pytest.raises(CheckpointError, match=r"log-probabilities of the initial policy, but .* is gone"):
+        trainer.reference.add_scores(trainer.train_dataset, resuming=True)
