@@ -1,9 +1,12 @@
 """The registry of benchmarks: light to import, complete, and true to what each benchmark returns and takes."""
 
+import re
 import subprocess
 import sys
 
 from rmipo.evaluation import BENCHMARKS, benchmark_of, metric_label
+from tests.helpers.paths import ROOT
+from tests.helpers.tiny_model import write_model
 
 
 def test_importing_the_registry_loads_no_library():
@@ -38,3 +41,15 @@ def test_settings_that_are_compared_exist():
 def test_all_are_those_of_the_paper():
     papers = {name for name, benchmark in BENCHMARKS.items() if benchmark.in_paper}
     assert papers == {"alpacaeval", "mtbench", "leaderboard", "hh"}
+
+
+def test_the_benchmark_in_the_docs_runs(tmp_path):
+    page = (ROOT / "docs/EVALUATION.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    names: dict = {}
+    exec(code, names)
+    write_model(tmp_path)
+    generation = {"dtype": "float32", "engine": "transformers", "max_new_tokens": 4}
+    result = names["BENCHMARK"].run(tmp_path, tmp_path / "eval", {"first_n": 3, "generation": generation})
+    assert result["metrics"]["sums"] == 0.0  # the model has no digits
+    assert result["metrics"].keys() == {"sums", "sums_standard_error", "sums_cut"} and result["versions"]
