@@ -1,5 +1,7 @@
 """What all figures share: print style, colours, densities, and how a file is saved."""
 
+import textwrap
+from collections.abc import Iterable
 from pathlib import Path
 
 import matplotlib
@@ -133,6 +135,13 @@ def wasserstein(a: np.ndarray, b: np.ndarray, points: int = 2001) -> float:
     """1-Wasserstein distance of two samples, from their quantile functions."""
     levels = (np.arange(points) + 0.5) / points
     return float(np.abs(np.quantile(a, levels) - np.quantile(b, levels)).mean())
+
+
+def footnotes(figure: Figure, lines: Iterable[str]) -> None:
+    """What has to be said under a figure, in small print; call it last."""
+    text = "\n".join(textwrap.fill(line, 165) for line in lines)
+    if text:
+        figure.supxlabel(text, fontsize=5.5, x=0.01, ha="left")
 
 
 def panel_letter(axes: Axes, letter: str, title: str) -> None:

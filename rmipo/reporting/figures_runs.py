@@ -1,5 +1,6 @@
 """Figures made from run folders and result files: 5 (HH win rates), 7 (cost and training curves)."""
 
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -8,8 +9,8 @@ from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import PercentFormatter
 
-from rmipo.reporting.figures import GREY, house_style, method_color, method_label, panel_letter, panels, smooth
-from rmipo.reporting.provenance import require_comparable
+from rmipo.reporting.figures import GREY, footnotes, house_style, method_color, method_label, panel_letter, panels, smooth
+from rmipo.reporting.provenance import figure_notes, require_comparable
 from rmipo.reporting.results import (
     PAPER_MODELS,
     RECIPES,
@@ -51,7 +52,8 @@ def figure5(outputs: Path, model: str) -> Figure:
             f"`{eval_command(trained, 'rmipo', 'hh')}`, and the same for any of {', '.join(FIGURE5_METHODS[:-1])}"
             + (f"; likewise for {model}-hh-harmless" if trained != model else "")
         )
-    require_comparable("figure 5", [result for found in results.values() for result in found.values()])
+    shown = [result for found in results.values() for result in found.values()]
+    require_comparable("figure 5", shown)
     rates = {method: hh_rates(found) for method, found in results.items()}
     printed = paper_table("figure5").query("setting == @model and @trained_on_hh").set_index("method")
     paper = printed["average_win_rate"].to_dict()
@@ -60,16 +62,18 @@ def figure5(outputs: Path, model: str) -> Figure:
     width = 0.8 / len(results)
     lowest = 100.0
     for index, (method, shown_rates) in enumerate(rates.items()):
-        shown = [(x, shown_rates[name]) for x, name in enumerate(groups) if name in shown_rates]
-        positions = [x + (index - (len(rates) - 1) / 2) * width for x, _ in shown]
-        values = [value for _, value in shown]
+        drawn = [(x, *shown_rates[name]) for x, name in enumerate(groups) if name in shown_rates]
+        positions = [x + (index - (len(rates) - 1) / 2) * width for x, _, _ in drawn]
+        values, errors = [value for _, value, _ in drawn], [error for _, _, error in drawn]
         axis.bar(positions, values, 0.92 * width, color=method_color(method), label=method_label(method))
-        tops = list(values)
+        axis.errorbar(positions, values, errors, fmt="none", ecolor="black", elinewidth=0.8, capsize=1.5)
         if method in paper and "hh_average" in shown_rates:
-            x, tops[-1] = positions[-1], max(values[-1], paper[method])
+            x = positions[-1]
             axis.hlines(paper[method], x - 0.46 * width, x + 0.46 * width, color="black", linewidth=1.6, zorder=3)
-        for x, top, value in zip(positions, tops, values, strict=True):
-            axis.annotate(f"{value:.1f}", (x, top), (0, 2), textcoords="offset points", ha="center", fontsize=7)
+        # At the foot of the bar: at its top the paper's line or another bar's error would be read with it.
+        for x, value in zip(positions, values, strict=True):
+            place = {"xytext": (0, 3), "textcoords": "offset points", "ha": "center", "fontsize": 7, "color": "white"}
+            axis.annotate(f"{value:.1f}", (x, 0), xycoords=axis.get_xaxis_transform(), fontweight="bold", **place)
         lowest = min(lowest, *values)
     if paper:
         axis.plot([], [], color="black", linewidth=1.6, label="the paper's average")
@@ -81,9 +85,9 @@ def figure5(outputs: Path, model: str) -> Figure:
     axis.set_ylabel("Win rate (%; chance: 50)")
     trained = "trained on the HH subset (average: one model each)" if trained_on_hh else "not trained on HH"
     axis.set_title(f"{model_label(model)}, {trained}", loc="left")
-    if left_out:
-        axis.set_xlabel(f"Not trained on HH, left out: {', '.join(left_out)}", fontsize=7)
-    figure.legend(ncols=len(results) + 1, loc="outside lower center")
+    axis.legend(ncols=len(results) + 1, loc="lower center", bbox_to_anchor=(0.5, -0.32))
+    notes = [f"Not trained on HH, left out: {', '.join(left_out)}."] if left_out else []
+    footnotes(figure, ["Bars: 95% interval over pairs (1.96 standard errors).", *notes, *figure_notes(shown)])
     return figure
 
 
@@ -93,11 +97,19 @@ def results_on_hh(outputs: Path, model: str, method: str) -> dict[str, Result]:
     return {subset: result for subset, result in found.items() if result and f"hh_{subset}" in result.metrics}
 
 
-def hh_rates(results: dict[str, Result]) -> dict[str, float]:
-    """hh_helpful, hh_harmless and, with both, hh_average, in percent; a subset that wasn't scored is left out."""
-    names = {f"hh_{subset}": result for subset, result in results.items()}
-    rates = {name: result.metrics[name] for name, result in names.items() if name in result.metrics}
-    return rates | ({"hh_average": sum(rates.values()) / 2} if len(rates) == 2 else {})
+def hh_rates(results: dict[str, Result]) -> dict[str, tuple[float, float]]:
+    """hh_helpful, hh_harmless and, with both, hh_average: (percent, half of its 95% interval).
+
+    A subset that wasn't scored is left out; an error that wasn't recorded counts as 0.
+    """
+    rates = {}
+    for subset, result in results.items():
+        if (name := f"hh_{subset}") in result.metrics:
+            rates[name] = result.metrics[name], 1.96 * result.metrics.get(f"{name}_standard_error", 0.0)
+    if len(rates) == 2:
+        (first, error1), (second, error2) = rates.values()
+        rates["hh_average"] = (first + second) / 2, (error1**2 + error2**2) ** 0.5 / 2
+    return rates
 
 
 @house_style
@@ -129,52 +141,73 @@ def figure7(outputs: Path, model: str) -> Figure:
     for axis in (margin, accuracy):
         axis.set_xlabel("Step")
         axis.margins(x=0.02)
-    margin.set_ylabel("$A(y_w|x)-A(y_l|x)$ (nats)")
+    margin.set_ylabel("$A(y_w|x)-A(y_l|x)$ (nats per token)")
     accuracy.set_ylabel("Pairs with $A(y_w|x)>A(y_l|x)$")
     accuracy.yaxis.set_major_formatter(PercentFormatter(decimals=0))
     panel_letter(margin, "b", "Margin")
     panel_letter(accuracy, "c", "Win rate")
     handles, labels = margin.get_legend_handles_labels()
-    figure.legend(handles, labels, ncols=len(labels), loc="outside lower center")
+    figure.legend(handles, labels, ncols=len(labels), loc="outside upper center")
+    kinds = dict.fromkeys(hardware_of(run) for run in runs.values())
+    notes = [f"Hardware: {'; '.join(kinds)}."]
+    if model in PAPER_MODELS and not all(map(is_papers, kinds)):
+        notes.append("The paper's hours are of four A800 and are not drawn beside those of other hardware.")
+    footnotes(figure, notes)
     return figure
 
 
 def draw_costs(axis: Axes, runs: dict[str, Run], model: str) -> None:
-    """Bars of a run's hours, start to saved model, with peak memory on them.
+    """Bars of a run's hours, start to saved model, with peak memory on them; runs of one hardware stand together.
 
-    For the paper's models its hours are open diamonds, and its memory is in brackets.
+    Where the hardware is the paper's, its hours are open diamonds; its memory is in brackets for the paper's models.
     """
     printed = paper_table("efficiency").set_index("method") if model in PAPER_MODELS else {}
-    paper = dict(printed.get("hours", {}))
     paper_memory = {
-        method: f" ({percent:.0f}%)"
-        for method, percent in printed.get("peak_memory_percent", {}).items()
-        if percent > 0
+        method: f" (paper {percent:.0f}%)" for method, percent in printed.get("peak_memory_percent", {}).items() if percent > 0
     }
-    methods = list(runs)
-    hours = [run.record["seconds"] / 3600 for run in runs.values()]
-    memory = {method: max(row.get("peak_memory_gib", 0.0) for row in run.log()) for method, run in runs.items()}
-    in_minutes = max(hours) < 1
-    values = [60 * value for value in hours] if in_minutes else hours
-    axis.barh(range(len(methods)), values, 0.7, color=[method_color(method) for method in methods])
-    for row, method in enumerate(methods):
-        text = f"{memory[method]:.1f} GiB{paper_memory.get(method, '')}"
-        place = {"xytext": (3, 0), "textcoords": "offset points", "va": "center", "fontsize": 7}
-        axis.annotate(text, (0, row), path_effects=[withStroke(linewidth=2, foreground="white")], **place)
+    hardware = {method: hardware_of(run) for method, run in runs.items()}
+    kinds = list(dict.fromkeys(hardware.values()))
+    hours = {method: run.record["seconds"] / 3600 for method, run in runs.items()}
+    in_minutes = max(hours.values()) < 1
+    scale = 60 if in_minutes else 1
+    # Hours of other hardware are no comparison: each kind has a block of its own, under its name.
+    places: dict[str, float] = {}
+    for block, kind in enumerate(kinds):
+        for method in (method for method in runs if hardware[method] == kind):
+            places[method] = len(places) + (block + 1) * (len(kinds) > 1)
+        if len(kinds) > 1:
+            first = min(places[method] for method in places if hardware[method] == kind)
+            axis.text(0, first - 0.6, f" {kind}", fontsize=6, style="italic", va="bottom")
+    axis.barh(list(places.values()), [scale * hours[m] for m in places], 0.7, color=[method_color(m) for m in places])
+    for method, place in places.items():
+        memory = max(row.get("peak_memory_gib", 0.0) for row in runs[method].log())
+        text = f"{memory:.1f} GiB{paper_memory.get(method, '')}"
+        style = {"xytext": (3, 0), "textcoords": "offset points", "va": "center", "fontsize": 6.5}
+        axis.annotate(text, (0, place), path_effects=[withStroke(linewidth=2, foreground="white")], **style)
     label = "Minutes of the run" if in_minutes else "Hours of the run"
-    if paper and not in_minutes:
-        known = [(paper[method], row) for row, method in enumerate(methods) if method in paper]
+    known = [(printed["hours"][m], places[m]) for m in places if m in printed.get("hours", {}) and is_papers(hardware[m])]
+    if known and not in_minutes:
         axis.plot(*zip(*known, strict=True), "D", markersize=4, mfc="white", mec="black", mew=0.8)
         label += r" ($\diamond$: paper)"
-    if paper_memory:
-        label += "\n(%): the paper's memory, of 80 GB"
+    if any(method in paper_memory for method in places):
+        label += "\n(paper %): of its 80 GB"
     resumed = [method for method, run in runs.items() if run.record["starts"] > 1]
     if resumed:
         label += "\n*: since its last start"
-    marks = ["*" if method in resumed else "" for method in methods]
-    axis.set_yticks(range(len(methods)), [method_label(m) + mark for m, mark in zip(methods, marks, strict=True)])
+    marks = ["*" if method in resumed else "" for method in places]
+    axis.set_yticks(list(places.values()), [method_label(m) + mark for m, mark in zip(places, marks, strict=True)])
     axis.invert_yaxis()
     axis.grid(axis="y", visible=False)
     axis.set_xlim(left=0)
     axis.set_xlabel(label)
     panel_letter(axis, "a", "Time and peak memory")
+
+
+def hardware_of(run: Run) -> str:
+    """E.g. "4 x NVIDIA A800-SXM4-80GB", from run.json."""
+    return ", ".join(f"{count} x {name}" for name, count in Counter(run.record.get("hardware", ["unknown hardware"])).items())
+
+
+def is_papers(hardware: str) -> bool:
+    """Whether hours may stand beside the paper's, which are of four A800."""
+    return hardware.startswith("4 x ") and "A800" in hardware

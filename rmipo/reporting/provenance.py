@@ -114,3 +114,11 @@ def missing_verdicts(result: Result) -> list[str]:
         for name, count in result.metrics.items()
         if name.endswith("_missing") and count > 0
     ]
+
+
+def figure_notes(results: Iterable[Result]) -> list[str]:
+    """What has to be said under a figure of these results: how they were made, in what unlike the paper's, what lacks."""
+    results = list(results)
+    unlike = dict.fromkeys(text for result in results for text in deviations(result))
+    lacking = [text for result in results for text in missing_verdicts(result)]
+    return [*made_with(results), *unlike, *([f"MISSING verdicts: {'; '.join(lacking)}."] if lacking else [])]

@@ -13,6 +13,7 @@ import pandas as pd
 
 from rmipo.errors import UserError
 from rmipo.fingerprints import has_weights, trained_fingerprint
+from rmipo.run.identity import WITHOUT_EFFECT
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 PAPER_MODELS = {
@@ -75,8 +76,6 @@ class Run:
 
     def experiment(self) -> dict:
         """Recipe, objective and data without the seed and what has no effect: equal for repetitions of one run."""
-        from rmipo.run.checkpoints import WITHOUT_EFFECT  # imports torch, and a table has to start at once
-
         repeated = {"seed", "data_seed", "output_dir", "logging_steps", "save_steps"}
         repeated |= {key.removeprefix("recipe.") for key in WITHOUT_EFFECT}
         recipe = {name: value for name, value in self.record.get("recipe", {}).items() if name not in repeated}

@@ -10,17 +10,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from rmipo.evaluation import BENCHMARKS, benchmark_of, metric_label
-from rmipo.reporting.figures import GREY, house_style, method_color, panel_letter, panels
-from rmipo.reporting.provenance import require_comparable
+from rmipo.reporting.figures import GREY, footnotes, house_style, method_color, panel_letter, panels
+from rmipo.reporting.provenance import figure_notes, require_comparable
 from rmipo.reporting.results import ReportError, Result, Run, eval_command, find_runs, load_result
-from rmipo.run.identity import WITHOUT_EFFECT
-
-# Recipe keys that make no other point of it: runs that differ in these alone are repetitions.
-REPEATED = {"seed", "output_dir", "logging_steps", "save_steps"} | {
-    key.removeprefix("recipe.") for key in WITHOUT_EFFECT
-}
-Lines = dict[str, dict[float, list[float]]]  # label -> value of the hyperparameter -> metric of each run
-
 
 @dataclass(frozen=True)
 class Measured:
@@ -28,7 +20,11 @@ class Measured:
 
     run: Run
     value: float
+    error: float | None  # standard error of the evaluation
     result: Result | None
+
+
+Lines = dict[str, dict[float, list[Measured]]]  # label -> value of the hyperparameter -> runs that repeat each other
 
 
 @house_style
@@ -37,7 +33,7 @@ def figure2(outputs: Path, model: str, metric: str = "mt_bench") -> Figure:
 
     Every finished run below outputs/<model> counts, whatever its folder is called: hyperparameters are read from
     run.json. A line joins runs that differ in one hyperparameter; of runs that differ in the seed alone it shows the
-    mean, with a bar from the lowest to the highest. Runs on other pairs than most are left out.
+    mean, with a bar from the lowest to the highest; of single ones the standard error. Runs on other pairs than most are left out.
     `metric` is one of an evaluation (mt_bench, ...) or the last value of a logged one (eval_common/acc_avg_logp, ...).
     """
     runs = {method: measured(outputs, model, method, metric) for method in ("dpo", "simpo")}
@@ -61,13 +57,12 @@ def figure2(outputs: Path, model: str, metric: str = "mt_bench") -> Figure:
     evaluations = [point.result for points in runs.values() for point in points if point.result] + [start] * bool(start)
     require_comparable("figure 2", evaluations)
     figure, axes = panels(len(panel_runs), sharey=True)
-    repeated = False
+    kinds: set[str] = set()
     for axis, letter, (title, method, key, points) in zip(axes, "abc", panel_runs, strict=True):
         lines = lines_over(key, points)
         if not lines:
             raise ReportError(missing_message(outputs, model, method, key, metric))
-        draw_lines(axis, lines, method_color(method))
-        repeated |= any(len(values) > 1 for line in lines.values() for values in line.values())
+        kinds |= draw_lines(axis, lines, method_color(method))
         if start is not None and metric in start.metrics:
             axis.axhline(start.metrics[metric], color=GREY, linestyle="--", linewidth=1)
             place = {"transform": axis.get_yaxis_transform(), "va": "bottom", "fontsize": 7}
@@ -75,8 +70,8 @@ def figure2(outputs: Path, model: str, metric: str = "mt_bench") -> Figure:
         axis.set_xlabel(f"$\\{key}$")
         panel_letter(axis, letter, title)
     axes[0].set_ylabel(metric_label(metric))
-    if repeated:
-        figure.supxlabel("Bars: lowest and highest of several seeds", fontsize=7)
+    bars = [f"Bars: {', '.join(sorted(kinds))}."] if kinds else []
+    footnotes(figure, [*bars, *figure_notes(evaluations)])
     return figure
 
 
@@ -90,11 +85,12 @@ def measured(outputs: Path, model: str, method: str, metric: str) -> list[Measur
             folder = run.folder.relative_to(outputs / model).as_posix()
             result = load_result(outputs, model, folder, benchmark.name)
             value = None if result is None else result.metrics.get(metric)
+            error = None if result is None else result.metrics.get(benchmark.metrics[metric].standard_error)
         else:
-            result, value = None, next((row[metric] for row in reversed(run.log()) if metric in row), None)
+            result, error, value = None, None, next((row[metric] for row in reversed(run.log()) if metric in row), None)
         copied = any(run.record == other.run.record for other in found)  # a merged adapter has its run's record and log
         if value is not None and not copied:
-            found.append(Measured(run, value, result))
+            found.append(Measured(run, value, error, result))
     data = Counter(str(point.run.record.get("fingerprints")) for point in found)
     return [p for p in found if str(p.run.record.get("fingerprints")) == data.most_common(1)[0][0]]
 
@@ -104,11 +100,11 @@ def lines_over(key: str, points: list[Measured]) -> Lines:
 
     Labels say what distinguishes the lines, learning rates first.
     """
-    lines: dict[str, dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
+    lines: dict[str, dict[float, list[Measured]]] = defaultdict(lambda: defaultdict(list))
     for point in points:
-        fixed = {name: value for name, value in point.run.record["recipe"].items() if name not in REPEATED}
+        fixed = point.run.experiment()
         fixed["objective"] = {name: value for name, value in point.run.objective.items() if name != key}
-        lines[json.dumps(fixed, sort_keys=True)][point.run.objective[key]].append(point.value)
+        lines[json.dumps(fixed, sort_keys=True)][point.run.objective[key]].append(point)
     drawn = {fixed: dict(sorted(line.items())) for fixed, line in lines.items() if len(line) > 1}
     settings = [json.loads(fixed) for fixed in drawn]
     names = dict.fromkeys(["learning_rate", *(name for fixed in settings for name in fixed)])
@@ -122,18 +118,35 @@ def lines_over(key: str, points: list[Measured]) -> Lines:
     return {labels[i]: lines_drawn[i] for i in order}
 
 
-def draw_lines(axis: Axes, lines: Lines, color: str) -> None:
+def draw_lines(axis: Axes, lines: Lines, color: str) -> set[str]:
+    """Draws the means, and a bar where repetitions or a standard error give one; returns what the bars are."""
     xs = sorted({x for line in lines.values() for x in line})  # evenly spaced: the grids fit no one scale
     shades = np.linspace(0.4, 1, len(lines)) if len(lines) > 1 else [1]
+    kinds = set()
     for (label, line), marker, shade in zip(lines.items(), "osD^v<>" * len(lines), shades, strict=False):
-        positions, values = [xs.index(x) for x in line], list(line.values())
         style = {"color": color, "alpha": shade}
-        axis.plot(positions, [np.mean(v) for v in values], marker=marker, markersize=4.5, label=label, **style)
-        axis.vlines(positions, [min(v) for v in values], [max(v) for v in values], linewidth=1, **style)
+        means = [np.mean([point.value for point in points]) for points in line.values()]
+        axis.plot([xs.index(x) for x in line], means, marker=marker, markersize=4.5, label=label, **style)
+        for x, points in line.items():
+            if bar := bar_of(points):
+                low, high, kind = bar
+                axis.vlines(xs.index(x), low, high, linewidth=1, **style)
+                kinds.add(kind)
     if len(lines) > 1:
         axis.legend()
     axis.set_xticks(range(len(xs)), [f"{x:g}" for x in xs])
     axis.margins(x=0.08)
+    return kinds
+
+
+def bar_of(points: list[Measured]) -> tuple[float, float, str] | None:
+    """Lower end, upper end and meaning of a point's bar; None for a single run without a standard error."""
+    values = [point.value for point in points]
+    if len(points) > 1:
+        seeds = {point.run.seed for point in points}
+        return min(values), max(values), f"lowest and highest of several {'seeds' if len(seeds) > 1 else 'runs'}"
+    error = points[0].error
+    return None if error is None else (values[0] - error, values[0] + error, "± 1 standard error of the evaluation")
 
 
 def missing_message(outputs: Path, model: str, method: str, key: str, metric: str) -> str:

@@ -67,16 +67,18 @@ def plot_gamma_histogram(gamma: torch.Tensor, bounds: tuple[float, float], path:
     low, high = bounds
     at_low, at_high = (gamma <= low + 1e-2), (gamma >= high - 1e-6)
     inner = gamma[~at_low & ~at_high]
-    figure, axis = plt.subplots(figsize=(5, 3.2))
+    figure, axis = plt.subplots(figsize=(5, 3.2), layout="constrained")
     weights = torch.full_like(inner, 1 / len(gamma))
-    axis.hist(inner.numpy(), bins=30, range=(low, high), weights=weights.numpy(), label="between the bounds")
-    width = (high - low) / 30
-    for position, share, side, colour in ((low - width, at_low, "lower", "C2"), (high + width, at_high, "upper", "C1")):
-        fraction = share.double().mean().item()
-        axis.bar(position, fraction, width=width, color=colour, label=f"at the {side} bound: {fraction:.0%}")
+    between, edges, _ = axis.hist(
+        inner.numpy(), bins=30, range=(low, high), weights=weights.numpy(), label="between the bounds"
+    )
+    # The atoms stand on the outermost bins, within the bounds.
+    for bin_, share, side, colour in ((0, at_low, "lower", "C2"), (-1, at_high, "upper", "C1")):
+        fraction, place = share.double().mean().item(), {"align": "edge", "bottom": between[bin_]}
+        label = f"at the {side} bound: {fraction:.0%}"
+        axis.bar(edges[:-1][bin_], fraction, width=edges[1] - edges[0], color=colour, label=label, **place)
     axis.set(xlabel="gamma", ylabel="share of pairs", title=f"margin of {len(gamma)} held-out pairs")
-    axis.legend(fontsize=8)
-    figure.tight_layout()
+    figure.legend(fontsize=8, ncols=3, loc="outside lower center")
     figure.savefig(path, dpi=120)
     plt.close(figure)
     return path

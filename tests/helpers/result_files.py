@@ -32,7 +32,7 @@ def write_result(outputs: Path, model: str, method: str, bench: str, metrics: di
     return path
 
 
-RUN_FACTS = ("fingerprints", "seconds", "starts")
+RUN_FACTS = ("fingerprints", "seconds", "starts", "hardware")
 
 
 def write_run(

@@ -9,7 +9,7 @@ import torch
 from matplotlib.image import imread
 
 from rmipo.reporting.figures import density, jitter, save, smooth, wasserstein
-from rmipo.reporting.figures_pairs import figure3, figure6, figure8
+from rmipo.reporting.figures_pairs import distance_interval, figure3, figure6, figure8
 from rmipo.reporting.figures_runs import figure5, figure7
 from rmipo.reporting.pair_scores import Reading, loglik_difference, pmi_difference
 from rmipo.reporting.results import ReportError
@@ -55,6 +55,15 @@ def test_smooth_and_wasserstein_by_hand():
     assert wasserstein(np.zeros(10), np.array([0.0] * 5 + [1.0] * 5)) == pytest.approx(0.5, abs=1e-3)
 
 
+def test_the_interval_of_the_distance_keeps_pairs_together():
+    judged = RANDOM.normal(size=300)
+    assert distance_interval(judged, judged) == (0.0, 0.0)  # drawn apart, the two would differ
+    low, high = distance_interval(judged + 0.25, judged)
+    assert low == pytest.approx(0.25) and high == pytest.approx(0.25)
+    low, high = distance_interval(2 * judged, judged)
+    assert low < wasserstein(2 * judged, judged) < high
+
+
 def test_signals_of_figure3_by_hand():
     scores = {
         "chosen_logps": torch.tensor([-1.2]),
@@ -83,16 +92,22 @@ def test_figure2_reads_hyperparameters_from_every_run_below_the_model(tmp_path):
     assert lines[1:] == [[[0.5, 0.55]], [[0.5, 0.65]]]  # beta 8 with gamma 1.6 is on neither line
 
 
+def values_over(key: str, outputs, metric: str) -> dict[str, dict[float, list[float]]]:
+    """The lines of tiny's DPO runs, as values."""
+    lines = lines_over(key, measured(outputs, "tiny", "dpo", metric))
+    return {name: {x: [p.value for p in points] for x, points in line.items()} for name, line in lines.items()}
+
+
 FIGURE2_RUNS = [{"name": "dpo", "beta": beta} for beta in (0.01, 0.1)]
 FIGURE2_RUNS += [
     {"name": "simpo", "beta": beta, "gamma": gamma} for beta, gamma in ((2.0, 1.0), (4.0, 1.0), (2.0, 0.3))
 ]
 
 
-def write_figure2(outputs, metrics=lambda i: {"mt_bench": 5.0 + i}, **changes):
+def write_figure2(outputs, metrics=lambda i: {"mt_bench": 5.0 + i}, bench="mtbench", **changes):
     for i, objective in enumerate(FIGURE2_RUNS):
         write_run(outputs / "tiny" / f"sweep-{objective['name']}/run{i}", objective, [])
-        write_result(outputs, "tiny", f"sweep-{objective['name']}/run{i}", "mtbench", metrics(i), **changes)
+        write_result(outputs, "tiny", f"sweep-{objective['name']}/run{i}", bench, metrics(i), **changes)
 
 
 def test_figure2_by_an_evaluation_shows_the_start(tmp_path):
@@ -110,8 +125,26 @@ def test_figure2_shows_repetitions_as_mean_and_range(tmp_path):
     figure = figure2(tmp_path, "tiny")
     axis = figure.axes[0]
     assert axis.lines[0].get_ydata().tolist() == [4.5, 6.0] and len(axis.lines) == 1
-    assert [segment[:, 1].tolist() for segment in axis.collections[0].get_segments()] == [[4.0, 5.0], [6.0, 6.0]]
-    assert figure.get_supxlabel() == "Bars: lowest and highest of several seeds"
+    assert [segment[:, 1].tolist() for bar in axis.collections for segment in bar.get_segments()] == [[4.0, 5.0]]
+    assert figure.get_supxlabel().startswith("Bars: lowest and highest of several seeds.\nMT-Bench: judge_model gpt-4,")
+
+
+def test_figure2_shows_standard_errors_and_calls_equal_seeds_runs(tmp_path):
+    rates = [{"alpacaeval2_wr": 5.0 + i, "alpacaeval2_wr_standard_error": 0.25} for i in range(len(FIGURE2_RUNS))]
+    write_figure2(tmp_path, metrics=rates.__getitem__, bench="alpacaeval")
+    write_run(tmp_path / "tiny" / "again", FIGURE2_RUNS[0], [], save_steps=5)
+    write_result(tmp_path, "tiny", "again", "alpacaeval", {"alpacaeval2_wr": 4.0})
+    figure = figure2(tmp_path, "tiny", "alpacaeval2_wr")
+    bars = [segment[:, 1].tolist() for bar in figure.axes[0].collections for segment in bar.get_segments()]
+    assert bars == [[4.0, 5.0], [5.75, 6.25]]
+    assert "Bars: lowest and highest of several runs, ± 1 standard error of the evaluation." in figure.get_supxlabel()
+
+
+def test_figures_name_another_judge_and_a_trial(tmp_path):
+    write_figure2(tmp_path, settings={"judge_endpoint": "127.0.0.1:8000/v1", "first_n": 4})
+    notes = figure2(tmp_path, "tiny").get_supxlabel()
+    assert "MT-Bench: judge_endpoint is 127.0.0.1:8000/v1, the paper's is api.openai.com/v1." in notes
+    assert "TRIAL, not the benchmark itself: MT-Bench with first_n=4." in notes
 
 
 def test_figure2_counts_a_merged_adapter_once(tmp_path):
@@ -119,7 +152,7 @@ def test_figure2_counts_a_merged_adapter_once(tmp_path):
         folder = tmp_path / "tiny" / f"dpo-lora-{beta}"
         write_run(folder, {"name": "dpo", "beta": beta}, [{"step": 1, "acc": beta}], seconds=beta)
     shutil.copytree(folder, tmp_path / "tiny" / "dpo-lora-0.1-merged")
-    assert lines_over("beta", measured(tmp_path, "tiny", "dpo", "acc")) == {"": {0.01: [0.01], 0.1: [0.1]}}
+    assert values_over("beta", tmp_path, "acc") == {"": {0.01: [0.01], 0.1: [0.1]}}
 
 
 def test_figure2_has_a_line_for_each_other_setting(tmp_path):
@@ -127,7 +160,7 @@ def test_figure2_has_a_line_for_each_other_setting(tmp_path):
     for beta, score in ((0.01, 1.0), (0.1, 2.0)):
         write_run(tmp_path / "tiny" / f"short-{beta}", {"name": "dpo", "beta": beta}, [], max_steps=50)
         write_result(tmp_path, "tiny", f"short-{beta}", "mtbench", {"mt_bench": score})
-    lines = lines_over("beta", measured(tmp_path, "tiny", "dpo", "mt_bench"))
+    lines = values_over("beta", tmp_path, "mt_bench")
     assert lines == {"max_steps 50": {0.01: [1.0], 0.1: [2.0]}, "max_steps default": {0.01: [5.0], 0.1: [6.0]}}
 
 
@@ -166,7 +199,8 @@ def test_figure5_of_models_that_were_not_trained_on_hh(tmp_path):
     write_result(tmp_path, "llama3-8b-instruct", "dpo", "hh", hh(61.0, 63.0))
     axis = figure5(tmp_path, "llama3-8b-instruct").axes[0]
     assert [patch.get_height() for patch in axis.patches] == [61.0, 63.0, 62.0, 64.0, 66.0, 65.0]
-    assert not axis.collections  # the paper's numbers are of models trained on HH
+    assert [text.get_text() for text in axis.texts] == ["61.0", "63.0", "62.0", "64.0", "66.0", "65.0"]
+    assert "the paper's average" not in axis.get_legend_handles_labels()[1]  # it is of models trained on HH
     assert axis.get_title(loc="left") == "Llama3-8B-Instruct, not trained on HH"
 
 
@@ -175,11 +209,24 @@ def test_figure5_takes_each_subset_from_the_model_trained_on_it_for_all_methods_
         rates = {"hh_helpful": other, "hh_harmless": other} | {f"hh_{subset}": own}
         write_result(tmp_path, f"llama3-8b-instruct-hh-{subset}", "rmipo", "hh", rates)
         write_result(tmp_path, "llama3-8b-instruct", "dpo", "hh", hh(99.0, 98.0))  # no model trained on HH
-    axis = figure5(tmp_path, "llama3-8b-instruct").axes[0]
+    figure = figure5(tmp_path, "llama3-8b-instruct")
+    axis = figure.axes[0]
     assert [patch.get_height() for patch in axis.patches] == [70.0, 60.0, 65.0]
-    assert [segment[0][1] for drawn in axis.collections for segment in drawn.get_segments()] == [64.8]
+    segments = [segment for drawn in axis.collections for segment in drawn.get_segments()]
+    assert [a[1] for a, b in segments if a[1] == b[1] and a[0] != b[0]] == [64.8]  # the paper's line
     assert axis.get_title(loc="left") == "Llama3-8B-Instruct, trained on the HH subset (average: one model each)"
-    assert axis.get_xlabel() == "Not trained on HH, left out: DPO"
+    assert "Not trained on HH, left out: DPO." in figure.get_supxlabel()
+    assert {text.get_position()[1] for text in axis.texts} == {3}  # at the foot of our bars, away from the line
+
+
+def test_figure5_shows_the_interval_of_each_rate(tmp_path):
+    errors = {"hh_helpful_standard_error": 1.0, "hh_harmless_standard_error": 2.0}
+    write_result(tmp_path, "tiny", "rmipo", "hh", hh(64.0, 66.0) | errors)
+    (bars,) = figure5(tmp_path, "tiny").axes[0].collections
+    ends = [(segment[0][1], segment[1][1]) for segment in bars.get_segments()]
+    average = 1.96 * 5**0.5 / 2
+    expected = [(64 - 1.96, 64 + 1.96), (66 - 3.92, 66 + 3.92), (65 - average, 65 + average)]
+    assert np.allclose(ends, expected)
 
 
 def test_figure5_without_results_names_the_commands(tmp_path):
@@ -208,11 +255,33 @@ def test_figure7_has_the_papers_cost_beside_ours(tmp_path):
     for method in ("dpo", "alpha-dpo", "rmipo"):
         log = [{"step": s, "common/margin_avg_logp": s, "common/acc_avg_logp": 0.5} for s in (1, 2)]
         log = [row | {"peak_memory_gib": 50.0} for row in log]
-        write_run(tmp_path / "llama3-8b-instruct" / method, {"name": method}, log, seconds=7200, starts=1)
-    cost = figure7(tmp_path, "llama3-8b-instruct").axes[0]
-    assert [text.get_text() for text in cost.texts] == ["50.0 GiB (82%)", "50.0 GiB", "50.0 GiB (62%)"]
+        facts = {"seconds": 7200, "starts": 1, "hardware": ["NVIDIA A800-SXM4-80GB"] * 4}
+        write_run(tmp_path / "llama3-8b-instruct" / method, {"name": method}, log, **facts)
+    figure = figure7(tmp_path, "llama3-8b-instruct")
+    cost = figure.axes[0]
+    memory = [text.get_text() for text in cost.texts]
+    assert memory == ["50.0 GiB (paper 82%)", "50.0 GiB", "50.0 GiB (paper 62%)"]
     assert cost.lines[0].get_xdata().tolist() == [8.0, 10.0, 6.75]
-    assert cost.get_xlabel().endswith("paper)\n(%): the paper's memory, of 80 GB")
+    assert cost.get_xlabel().endswith("paper)\n(paper %): of its 80 GB")
+    assert figure.axes[1].get_ylabel().endswith("(nats per token)")
+    assert figure.get_supxlabel() == "Hardware: 4 x NVIDIA A800-SXM4-80GB."
+
+
+def test_figure7_keeps_hours_of_different_hardware_apart(tmp_path):
+    log = [{"step": s, "common/margin_avg_logp": s, "common/acc_avg_logp": 0.5, "peak_memory_gib": 50} for s in (1, 2)]
+    for method, hardware in (("dpo", ["H100"]), ("simpo", ["L4", "L4"]), ("rmipo", ["H100"])):
+        folder = tmp_path / "llama3-8b-instruct" / method
+        write_run(folder, {"name": method}, log, seconds=7200, starts=1, hardware=hardware)
+    figure = figure7(tmp_path, "llama3-8b-instruct")
+    cost = figure.axes[0]
+    assert [label.get_text() for label in cost.get_yticklabels()] == ["DPO", "RMiPO", "SimPO"]
+    dpo, rmipo, simpo = cost.get_yticks()
+    assert rmipo - dpo == 1 and simpo - rmipo == 2  # a gap, with the name of the hardware in it
+    assert [text.get_text() for text in cost.texts if text.get_style() == "italic"] == [" 1 x H100", " 2 x L4"]
+    assert len(cost.lines) == 0 and figure.get_supxlabel() == (
+        "Hardware: 1 x H100; 2 x L4.\n"
+        "The paper's hours are of four A800 and are not drawn beside those of other hardware."
+    )
 
 
 def reading(gamma: np.ndarray) -> Reading:
@@ -271,5 +340,5 @@ def test_runs_on_other_pairs_are_no_points_of_figure2(tmp_path):
     for beta, data in ((0.01, "a"), (0.05, "a"), (0.1, "a"), (0.5, "b")):
         log = [{"step": 1, "acc": beta}]
         write_run(tmp_path / "tiny" / f"dpo-{beta}", {"name": "dpo", "beta": beta}, log, fingerprints={"train": data})
-    lines = lines_over("beta", measured(tmp_path, "tiny", "dpo", "acc"))
+    lines = values_over("beta", tmp_path, "acc")
     assert lines == {"": {0.01: [0.01], 0.05: [0.05], 0.1: [0.1]}}
