@@ -200,7 +200,7 @@ def draw(rows: list[dict], lines: list[dict]) -> Figure:
     curves = [line for line in lines if line["noise"] == noises[0] and line["curve"]]
     draw_curves(axes[1], curves, "preference_margin")
     draw_curves(axes[2], curves, "preference_accuracy")
-    axes[1].set_ylabel("$A(y_w|x)-A(y_l|x)$, held out (nats)")
+    axes[1].set_ylabel("$A(y_w|x)-A(y_l|x)$, held out (nats per token)")
     axes[2].set_ylabel("Held-out pairs with $A(y_w|x)>A(y_l|x)$")
     axes[2].yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     panel_letter(axes[1], "b", f"Margin, label noise {noises[0]:.0%}")

@@ -9,7 +9,16 @@ from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import PercentFormatter
 
-from rmipo.reporting.figures import GREY, footnotes, house_style, method_color, method_label, panel_letter, panels, smooth
+from rmipo.reporting.figures import (
+    GREY,
+    footnotes,
+    house_style,
+    method_color,
+    method_label,
+    panel_letter,
+    panels,
+    smooth,
+)
 from rmipo.reporting.provenance import figure_notes, require_comparable
 from rmipo.reporting.results import (
     PAPER_MODELS,
@@ -121,7 +130,7 @@ def figure7(outputs: Path, model: str) -> Figure:
         raise ReportError(
             f"figure 7 has no finished runs of {model} below {outputs}: run `{train_command(model, 'rmipo')}`"
         )
-    figure, (cost, margin, accuracy) = panels(3, height=2.7, width_ratios=(1.15, 1, 1))
+    figure, (cost, margin, accuracy) = panels(3, height=3.1, width_ratios=(1.15, 1, 1))
     draw_costs(cost, runs, model)
     curves = ((margin, "common/margin_avg_logp", 1.0), (accuracy, "common/acc_avg_logp", 100.0))
     for method, run in runs.items():
@@ -141,7 +150,7 @@ def figure7(outputs: Path, model: str) -> Figure:
     for axis in (margin, accuracy):
         axis.set_xlabel("Step")
         axis.margins(x=0.02)
-    margin.set_ylabel("$A(y_w|x)-A(y_l|x)$ (nats per token)")
+    margin.set_ylabel("$A(y_w|x)-A(y_l|x)$\n(nats per token)")
     accuracy.set_ylabel("Pairs with $A(y_w|x)>A(y_l|x)$")
     accuracy.yaxis.set_major_formatter(PercentFormatter(decimals=0))
     panel_letter(margin, "b", "Margin")
@@ -163,7 +172,9 @@ def draw_costs(axis: Axes, runs: dict[str, Run], model: str) -> None:
     """
     printed = paper_table("efficiency").set_index("method") if model in PAPER_MODELS else {}
     paper_memory = {
-        method: f" (paper {percent:.0f}%)" for method, percent in printed.get("peak_memory_percent", {}).items() if percent > 0
+        method: f" (paper {percent:.0f}%)"
+        for method, percent in printed.get("peak_memory_percent", {}).items()
+        if percent > 0
     }
     hardware = {method: hardware_of(run) for method, run in runs.items()}
     kinds = list(dict.fromkeys(hardware.values()))
@@ -177,7 +188,7 @@ def draw_costs(axis: Axes, runs: dict[str, Run], model: str) -> None:
             places[method] = len(places) + (block + 1) * (len(kinds) > 1)
         if len(kinds) > 1:
             first = min(places[method] for method in places if hardware[method] == kind)
-            axis.text(0, first - 0.6, f" {kind}", fontsize=6, style="italic", va="bottom")
+            axis.text(0, first - 0.45, f" {kind}", fontsize=6, style="italic", va="bottom")
     axis.barh(list(places.values()), [scale * hours[m] for m in places], 0.7, color=[method_color(m) for m in places])
     for method, place in places.items():
         memory = max(row.get("peak_memory_gib", 0.0) for row in runs[method].log())
@@ -185,7 +196,9 @@ def draw_costs(axis: Axes, runs: dict[str, Run], model: str) -> None:
         style = {"xytext": (3, 0), "textcoords": "offset points", "va": "center", "fontsize": 6.5}
         axis.annotate(text, (0, place), path_effects=[withStroke(linewidth=2, foreground="white")], **style)
     label = "Minutes of the run" if in_minutes else "Hours of the run"
-    known = [(printed["hours"][m], places[m]) for m in places if m in printed.get("hours", {}) and is_papers(hardware[m])]
+    known = [
+        (printed["hours"][m], places[m]) for m in places if m in printed.get("hours", {}) and is_papers(hardware[m])
+    ]
     if known and not in_minutes:
         axis.plot(*zip(*known, strict=True), "D", markersize=4, mfc="white", mec="black", mew=0.8)
         label += r" ($\diamond$: paper)"
@@ -196,7 +209,7 @@ def draw_costs(axis: Axes, runs: dict[str, Run], model: str) -> None:
         label += "\n*: since its last start"
     marks = ["*" if method in resumed else "" for method in places]
     axis.set_yticks(list(places.values()), [method_label(m) + mark for m, mark in zip(places, marks, strict=True)])
-    axis.invert_yaxis()
+    axis.set_ylim(max(places.values()) + 0.6, min(places.values()) - (1.1 if len(kinds) > 1 else 0.6))
     axis.grid(axis="y", visible=False)
     axis.set_xlim(left=0)
     axis.set_xlabel(label)
@@ -205,7 +218,9 @@ def draw_costs(axis: Axes, runs: dict[str, Run], model: str) -> None:
 
 def hardware_of(run: Run) -> str:
     """E.g. "4 x NVIDIA A800-SXM4-80GB", from run.json."""
-    return ", ".join(f"{count} x {name}" for name, count in Counter(run.record.get("hardware", ["unknown hardware"])).items())
+    return ", ".join(
+        f"{count} x {name}" for name, count in Counter(run.record.get("hardware", ["unknown hardware"])).items()
+    )
 
 
 def is_papers(hardware: str) -> bool:

@@ -14,6 +14,7 @@ from rmipo.reporting.figures import GREY, footnotes, house_style, method_color, 
 from rmipo.reporting.provenance import figure_notes, require_comparable
 from rmipo.reporting.results import ReportError, Result, Run, eval_command, find_runs, load_result
 
+
 @dataclass(frozen=True)
 class Measured:
     """A finished run with its value of the metric, and the evaluation that it was read from, if it was."""
@@ -33,7 +34,8 @@ def figure2(outputs: Path, model: str, metric: str = "mt_bench") -> Figure:
 
     Every finished run below outputs/<model> counts, whatever its folder is called: hyperparameters are read from
     run.json. A line joins runs that differ in one hyperparameter; of runs that differ in the seed alone it shows the
-    mean, with a bar from the lowest to the highest; of single ones the standard error. Runs on other pairs than most are left out.
+    mean, with a bar from the lowest to the highest; of single ones the standard error. Runs on other pairs than most
+    are left out.
     `metric` is one of an evaluation (mt_bench, ...) or the last value of a logged one (eval_common/acc_avg_logp, ...).
     """
     runs = {method: measured(outputs, model, method, metric) for method in ("dpo", "simpo")}

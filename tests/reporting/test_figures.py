@@ -263,7 +263,7 @@ def test_figure7_has_the_papers_cost_beside_ours(tmp_path):
     assert memory == ["50.0 GiB (paper 82%)", "50.0 GiB", "50.0 GiB (paper 62%)"]
     assert cost.lines[0].get_xdata().tolist() == [8.0, 10.0, 6.75]
     assert cost.get_xlabel().endswith("paper)\n(paper %): of its 80 GB")
-    assert figure.axes[1].get_ylabel().endswith("(nats per token)")
+    assert figure.axes[1].get_ylabel().endswith("\n(nats per token)")
     assert figure.get_supxlabel() == "Hardware: 4 x NVIDIA A800-SXM4-80GB."
 
 
