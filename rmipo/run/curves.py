@@ -67,7 +67,7 @@ def plot_gamma_histogram(gamma: torch.Tensor, bounds: tuple[float, float], path:
     low, high = bounds
     at_low, at_high = (gamma <= low + 1e-2), (gamma >= high - 1e-6)
     inner = gamma[~at_low & ~at_high]
-    figure, axis = plt.subplots(figsize=(5, 3.2), layout="constrained")
+    figure, axis = plt.subplots(figsize=(5.4, 3.4), layout="constrained")
     weights = torch.full_like(inner, 1 / len(gamma))
     between, edges, _ = axis.hist(
         inner.numpy(), bins=30, range=(low, high), weights=weights.numpy(), label="between the bounds"
@@ -75,10 +75,10 @@ def plot_gamma_histogram(gamma: torch.Tensor, bounds: tuple[float, float], path:
     # The atoms stand on the outermost bins, within the bounds.
     for bin_, share, side, colour in ((0, at_low, "lower", "C2"), (-1, at_high, "upper", "C1")):
         fraction, place = share.double().mean().item(), {"align": "edge", "bottom": between[bin_]}
-        label = f"at the {side} bound: {fraction:.0%}"
+        label = f"{side} bound: {fraction:.0%}"
         axis.bar(edges[:-1][bin_], fraction, width=edges[1] - edges[0], color=colour, label=label, **place)
     axis.set(xlabel="gamma", ylabel="share of pairs", title=f"margin of {len(gamma)} held-out pairs")
-    figure.legend(fontsize=8, ncols=3, loc="outside lower center")
+    figure.legend(fontsize=7.5, ncols=3, loc="outside lower center")
     figure.savefig(path, dpi=120)
     plt.close(figure)
     return path
