@@ -19,14 +19,15 @@ def main() -> None:
     from trl import get_peft_config
 
     from rmipo.data.chat import PROBES, ChatFormat
-    from rmipo.data.pairs import load_pairs, load_splits, tokenize_pairs
+    from rmipo.data.convert import load_splits
+    from rmipo.data.pairs import load_pairs, tokenize_pairs
     from rmipo.fingerprints import rows_fingerprint
     from rmipo.objectives import PRIORS, build_objective
     from rmipo.run.curves import plot_run
     from rmipo.run.frame import training_run
     from rmipo.run.generations import SampleGenerations
     from rmipo.run.watchdogs import GenerationWatchdog, StepWatchdog
-    from rmipo.training.loading import load_model, load_tokenizer
+    from rmipo.training.loading import check_limits, load_model, load_tokenizer
     from rmipo.training.trainer import PreferenceTrainer
 
     with training_run(recipe, args, model_config) as run:
@@ -35,6 +36,7 @@ def main() -> None:
         ###################
         objective = build_objective(args.objective)
         tokenizer = load_tokenizer(model_config, data_config.chat_template)
+        check_limits(tokenizer, model_config, args.max_length)
         run.freeze_date(tokenizer)
         chat = ChatFormat.probe(tokenizer, header_in_response=objective.header_in_response)
         prior_context = chat.prior_context(objective.prior_context) if objective.needs & PRIORS else None

@@ -18,26 +18,37 @@ def main() -> None:
     from trl import SFTTrainer, get_peft_config
 
     from rmipo.data.chat import PROBES, ChatFormat
-    from rmipo.data.pairs import load_messages, load_splits
+    from rmipo.data.convert import load_splits
+    from rmipo.data.dialogues import load_dialogues, select_dialogues
     from rmipo.fingerprints import rows_fingerprint, text_fingerprint
     from rmipo.run.frame import training_run
     from rmipo.run.preflight import check_assistant_mask
-    from rmipo.training.loading import load_model, load_tokenizer
+    from rmipo.training.loading import check_limits, load_model, load_tokenizer
 
     with training_run(recipe, args, model_config) as run:
         ###################
         # Data
         ###################
         tokenizer = load_tokenizer(model_config, data_config.chat_template)
+        check_limits(tokenizer, model_config, args.max_length)
         run.freeze_date(tokenizer)
         chat = ChatFormat.probe(tokenizer)
         check_assistant_mask(args, tokenizer)
         tokenizer.eos_token_id = chat.end_id  # generation stops where the template ends a turn
+        datasets, reports = {}, {}
         with run.state.main_process_first():
-            datasets = load_splits(load_messages, data_config, evaluating=args.eval_strategy != "no")
+            loaded = load_splits(load_dialogues, data_config, evaluating=args.eval_strategy != "no")
+            for split, dialogues in loaded.items():
+                datasets[split], reports[split] = select_dialogues(dialogues, chat, data_config, args)
+                for line in reports[split].lines():
+                    run.say(f"{split}: {line}")
         fingerprints = {split: rows_fingerprint(dataset) for split, dataset in datasets.items()}
         fingerprints["template"] = text_fingerprint(tokenizer.chat_template)  # rows are tokenised later, by TRL
-        run.start(fingerprints, prompt_probe=[chat.prompt_ids(messages) for messages in PROBES])
+        run.start(
+            fingerprints,
+            prompt_probe=[chat.prompt_ids(messages) for messages in PROBES],
+            data={split: report.as_dict() for split, report in reports.items()},
+        )
 
         ###################
         # Model

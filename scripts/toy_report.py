@@ -52,7 +52,8 @@ def main() -> None:
 
 def compare(options: argparse.Namespace, recipe: dict) -> dict:
     """Metrics and samples of the model before and after."""
-    from rmipo.data import pairs as data
+    from rmipo.data.chat import ChatFormat
+    from rmipo.data.pairs import load_pairs, tokenize_pairs
     from rmipo.recipe.schema import DataConfig, ModelConfig
     from rmipo.tiny import judge
     from rmipo.tiny.files import read_world
@@ -62,9 +63,9 @@ def compare(options: argparse.Namespace, recipe: dict) -> dict:
     world = read_world(options.world) if on_the_world else None
     data_config = DataConfig(**{field.name: recipe[field.name] for field in fields(DataConfig) if field.name in recipe})
     tokenizer = load_tokenizer(ModelConfig(model_name_or_path=str(options.run)))
-    pairs, _ = data.tokenize_pairs(
-        data.load_pairs(data_config, "test"),
-        data.ChatFormat.probe(tokenizer),
+    pairs, _ = tokenize_pairs(
+        load_pairs(data_config, "test"),
+        ChatFormat.probe(tokenizer),
         max_length=recipe["max_length"],
         max_prompt_length=recipe["max_prompt_length"],
         max_dropped_fraction=data_config.max_dropped_fraction,

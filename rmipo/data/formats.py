@@ -1,42 +1,117 @@
-"""The forms in which preference pairs and dialogues are published, read into messages; which of them are usable."""
+"""The formats in which preference pairs and dialogues are published, and which rows are usable.
+
+A new format is a function that reads a row, and its line in `PAIRS` or `DIALOGUES`.
+"""
 
 import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 from trl import extract_prompt
 
 from rmipo.data.chat import DataError, Messages
 
+Sides = tuple[Messages, ...]
+Row = dict[str, Any]
+
 ROLES = ("system", "user", "assistant")
 SIDES = ("prompt", "chosen", "rejected")
-PAIR_FORMS = """Accepted forms:
-- `prompt`, `chosen`, `rejected`: the prompt a text or messages, the responses texts or one assistant message each
-- `chosen`, `rejected`: full dialogues as messages whose shared turns are the prompt (UltraFeedback-binarized)
-- `chosen`, `rejected`: Anthropic-HH texts "\\n\\nHuman: ...\\n\\nAssistant: ..."
-Messages are lists of {"role": "system" | "user" | "assistant", "content": text}. Rename the columns of your data."""
-DIALOGUE_FORMS = """Accepted forms:
-- `messages`: a dialogue that ends with an assistant message
-- `prompt`, `completion`: texts or messages
-Messages are lists of {"role": "system" | "user" | "assistant", "content": text}. Rename the columns of your data."""
+# What templates write into a prompt, and what is not passed on to them: such rows would be trained without it.
+UNREAD_COLUMNS = ("tools", "documents", "chat_template_kwargs")
+UNREAD_KEYS = ("tool_calls", "tool_call_id", "function_call", "reasoning_content", "reasoning", "thinking")
+MESSAGES = """Messages are lists of {"role": "system" | "user" | "assistant", "content": text}. A column `system` is the text of
+a system message in front. Rename the columns of your data."""
 
 
-def read_pair(row: dict) -> tuple[Messages, Messages, Messages]:
-    """Bring a row of any accepted form to (prompt, chosen, rejected). Raises DataError with what is wrong."""
+@dataclass(frozen=True)
+class Format:
+    """`read` turns a row with these `columns` into messages, one list per side; None if it is of another format."""
+
+    columns: tuple[str, ...]
+    read: Callable[[Row], Sides | None]
+    description: str
+
+
+def read_shared_turns(row: Row) -> Sides | None:
     chosen = read_turns(row["chosen"], "assistant", "chosen")
     rejected = read_turns(row["rejected"], "assistant", "rejected")
-    if is_dialogue(chosen) and is_dialogue(rejected):
-        return tuple(extract_prompt({"chosen": chosen, "rejected": rejected})[side] for side in SIDES)
-    if row.get("prompt") is None:
-        raise DataError("no prompt: there is no `prompt` column and `chosen`, `rejected` are not both full dialogues")
-    return read_turns(row["prompt"], "user", "prompt"), chosen, rejected
+    if not is_dialogue(chosen) or not is_dialogue(rejected):
+        return None
+    return tuple(extract_prompt({"chosen": chosen, "rejected": rejected})[side] for side in SIDES)
 
 
-def read_dialogue(row: dict) -> tuple[Messages]:
-    if "messages" in row:
-        return (read_turns(row["messages"], "user", "messages"),)
+def read_prompt_and_responses(row: Row) -> Sides | None:
+    if row["prompt"] is None:
+        return None
+    sides = zip(SIDES, ("user", "assistant", "assistant"), strict=True)
+    return tuple(read_turns(row[side], role, side) for side, role in sides)
+
+
+def read_messages(row: Row) -> Sides | None:
+    return (read_turns(row["messages"], "user", "messages"),)
+
+
+def read_prompt_and_completion(row: Row) -> Sides | None:
     return (read_turns(row["prompt"], "user", "prompt") + read_turns(row["completion"], "assistant", "completion"),)
 
 
-def read_turns(value, role: str, column: str) -> Messages:
+# In the order in which they are tried.
+PAIRS = (
+    Format(
+        ("chosen", "rejected"),
+        read_shared_turns,
+        "full dialogues whose shared turns are the prompt: messages (UltraFeedback-binarized), or Anthropic-HH texts "
+        '"\\n\\nHuman: ...\\n\\nAssistant: ..."',
+    ),
+    Format(
+        ("prompt", "chosen", "rejected"),
+        read_prompt_and_responses,
+        "the prompt a text or messages, the responses texts or one assistant message each",
+    ),
+)
+DIALOGUES = (
+    Format(("messages",), read_messages, "a dialogue that ends with an assistant message"),
+    Format(("prompt", "completion"), read_prompt_and_completion, "texts or messages"),
+)
+
+
+def describe(formats: Sequence[Format]) -> str:
+    lines = [f"- {', '.join(f'`{column}`' for column in f.columns)}: {f.description}" for f in formats]
+    return "\n".join(["Accepted formats:", *lines, MESSAGES])
+
+
+def missing_columns(columns: Sequence[str], formats: Sequence[Format]) -> list[str]:
+    """What the nearest of `formats` has and `columns` have not; empty if one of them can be read."""
+    return min(([name for name in f.columns if name not in columns] for f in formats), key=len)
+
+
+def read_row(row: Row, formats: Sequence[Format]) -> Sides:
+    """The messages of a row, by the first of `formats` that it is of. Raises DataError with what is wrong."""
+    for name in UNREAD_COLUMNS:
+        if row.get(name):
+            raise DataError(f"`{name}` is part of the prompt, and is not read: leave the column out, or render it")
+    for form in formats:
+        if all(name in row for name in form.columns) and (sides := form.read(row)) is not None:
+            return with_system(row.get("system"), sides)
+    missing = [name for name in formats[-1].columns if row.get(name) is None]
+    raise DataError(f"no {' or '.join(missing)}, and the other columns are of no accepted format")
+
+
+def with_system(text: Any, sides: Sides) -> Sides:
+    """The sides with the text of a column `system` in front of the first."""
+    if not text:
+        return sides
+    first = sides[0]
+    if not isinstance(text, str):
+        raise DataError(f"`system` is {type(text).__name__}, expected text")
+    if first and first[0]["role"] == "system" and first[0]["content"] != text:
+        raise DataError("`system` is another text than the system message of the row: keep one of them")
+    rest = first[1:] if first and first[0]["role"] == "system" else first
+    return ([{"role": "system", "content": text}, *rest], *sides[1:])
+
+
+def read_turns(value: Any, role: str, column: str) -> Messages:
     """Messages of a cell: a list of messages, an Anthropic-HH text, or a text spoken by `role`. None is empty text."""
     if value is None or isinstance(value, str):
         turns = re.split(r"\n\n(Human|Assistant):", value or "")
@@ -54,6 +129,10 @@ def read_turns(value, role: str, column: str) -> Messages:
             raise DataError(f"`{column}` has the role {message['role']!r}, expected {', '.join(ROLES)}")
         if not isinstance(message["content"], str | None):
             raise DataError(f"`{column}` has content of type {type(message['content']).__name__}, expected text")
+        if unread := [key for key in UNREAD_KEYS if message.get(key)]:
+            raise DataError(
+                f"`{column}` has messages with {', '.join(unread)}, which are not read: put them into content"
+            )
         messages.append({"role": message["role"], "content": message["content"] or ""})
     return messages
 
@@ -102,6 +181,7 @@ def unusable_dialogue(messages: Messages) -> str | None:
 
 
 def unusable_prompt(prompt: Messages) -> str | None:
+    """An empty system message is no fault: templates render it as they do."""
     turns = prompt[1:] if prompt and prompt[0]["role"] == "system" else prompt
     if not turns:
         return "the prompt is empty (chosen and rejected share no turns)"
@@ -113,6 +193,6 @@ def unusable_prompt(prompt: Messages) -> str | None:
         previous = message["role"]
     if previous != "user":
         return "roles out of order: the prompt does not end with a user message"
-    if any(not message["content"].strip() for message in prompt):
+    if any(not message["content"].strip() for message in turns):
         return "the prompt has an empty message"
     return None

@@ -1,128 +1,24 @@
-"""Preference pairs and dialogues: rows of any accepted form -> messages -> tokenised pairs, with a report."""
-
-import logging
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+"""Preference pairs: loaded, rendered, tokenised, cut, and the unusable ones dropped, with a report."""
 
 import numpy as np
 import pyarrow.compute as pc
 from datasets import Dataset, Features, List, Value
 
 from rmipo.data.chat import ChatFormat, DataError, TokenPair
-from rmipo.data.formats import (
-    DIALOGUE_FORMS,
-    PAIR_FORMS,
-    SIDES,
-    read_dialogue,
-    read_pair,
-    unusable_dialogue,
-    unusable_pair,
-)
-from rmipo.data.sources import MissingSplitError, check_columns, load_rows
+from rmipo.data.convert import code_digest, load_converted
+from rmipo.data.formats import PAIRS, SIDES, unusable_pair
+from rmipo.data.report import DataReport, rows_by_reason
 from rmipo.recipe.schema import DataConfig
 
-__all__ = [
-    "ChatFormat",
-    "DataError",
-    "DataReport",
-    "load_messages",
-    "load_pairs",
-    "load_splits",
-    "tokenize_pairs",
-]
-
-logger = logging.getLogger(__name__)
-
-MESSAGES = List({"role": Value("string"), "content": Value("string")})
 TOKEN_IDS = List(Value("int32"))
-SHOWN_ROWS = 5
 
 
 def load_pairs(data_config: DataConfig, split: str) -> Dataset:
-    """Load preference pairs of a split ("train" or "test").
+    """Columns `prompt`, `chosen`, `rejected`: lists of {"role", "content"}; and `row`; see `load_converted`.
 
-    Returns:
-        Columns `prompt`, `chosen`, `rejected`: lists of {"role", "content"}; `row`: row number in the source.
-        Rows that can't be trained on are still there: `tokenize_pairs` counts, reports and drops them.
-
-    Raises DataError for sources that can't be read, missing columns, and values that aren't messages or texts.
+    Rows that can't be trained on are still there: `tokenize_pairs` counts, reports and drops them.
     """
-
-    def convert(dataset: Dataset, source: str) -> Dataset:
-        check_columns(dataset, ["chosen", "rejected"], source, PAIR_FORMS)
-        return convert_rows(dataset, source, read_pair, SIDES, data_config.dataset_num_proc, PAIR_FORMS)
-
-    return load_rows(data_config, split, convert)
-
-
-def load_messages(data_config: DataConfig, split: str) -> Dataset:
-    """Load dialogues for SFT: column `messages`, which ends with an assistant message, and `row`.
-
-    Rows that can't be trained on are dropped with a warning, up to `max_dropped_fraction`; then DataError.
-    """
-
-    def convert(dataset: Dataset, source: str) -> Dataset:
-        if "messages" not in dataset.column_names:
-            check_columns(dataset, ["prompt", "completion"], source, DIALOGUE_FORMS)
-        return convert_rows(dataset, source, read_dialogue, ("messages",), data_config.dataset_num_proc, DIALOGUE_FORMS)
-
-    dataset = load_rows(data_config, split, convert)
-    reasons = [unusable_dialogue(messages) for messages in dataset["messages"]]
-    report = DataReport(rows=len(dataset), dropped=rows_by_reason(reasons, dataset["row"]))
-    report.check_dropped(data_config.max_dropped_fraction)
-    if report.dropped:
-        logger.warning("%s: %s", split, "\n".join(report.lines()))
-    return dataset.select([i for i, reason in enumerate(reasons) if not reason])
-
-
-def load_splits(
-    load: Callable[[DataConfig, str], Dataset], data_config: DataConfig, evaluating: bool
-) -> dict[str, Dataset]:
-    """`load` of "train", and of "test" where there is such a split.
-
-    Args:
-        load: `load_pairs` or `load_messages`.
-        evaluating: the recipe evaluates during training: then a missing test split is a DataError.
-    """
-    splits = {"train": load(data_config, "train")}
-    try:
-        splits["test"] = load(data_config, "test")
-    except MissingSplitError as error:
-        if evaluating:
-            raise DataError(f"{error} Or train without evaluation: eval_strategy: no.") from error
-        logger.warning("no evaluation, since there is no test split: %s", error)
-    return splits
-
-
-def convert_rows(dataset: Dataset, source: str, read, columns: tuple[str, ...], num_proc, forms: str) -> Dataset:
-    """Apply `read(row) -> one list of messages per column` to every row; all unreadable rows make one DataError."""
-
-    def read_batch(batch: dict) -> dict:
-        out = {name: [] for name in (*columns, "problem")}
-        rows = batch.pop("row")
-        for values in zip(*batch.values(), strict=True):
-            try:
-                lists, problem = read(dict(zip(batch, values, strict=True))), None
-            except DataError as error:
-                lists, problem = [[] for _ in columns], str(error)
-            for name, value in zip(out, [*lists, problem], strict=True):
-                out[name].append(value)
-        return out | {"row": rows}
-
-    features = Features(dict.fromkeys(columns, MESSAGES) | {"problem": Value("string"), "row": Value("int64")})
-    converted = dataset.map(
-        read_batch,
-        batched=True,
-        remove_columns=[name for name in dataset.column_names if name != "row"],
-        features=features,
-        num_proc=num_proc,
-        desc=f"Reading {source}",
-    )
-    problems = rows_by_reason(converted["problem"], converted["row"])
-    if problems:
-        lines = [f"- {problem}: {name_rows(rows)}" for problem, rows in problems.items()]
-        raise DataError("\n".join([f"{source}: rows that can't be read", *lines, forms]))
-    return converted.remove_columns("problem")
+    return load_converted(data_config, split, PAIRS, SIDES)
 
 
 def tokenize_pairs(
@@ -134,7 +30,7 @@ def tokenize_pairs(
     max_dropped_fraction: float,
     max_truncated_fraction: float,
     num_proc: int | None = None,
-) -> tuple[Dataset, "DataReport"]:
+) -> tuple[Dataset, DataReport]:
     """Render, tokenise and cut pairs; drop the unusable ones.
 
     A prompt keeps its end up to `max_prompt_length` tokens, BOS included; each response is cut to what then fits in
@@ -148,7 +44,12 @@ def tokenize_pairs(
     tokenized = dataset.map(
         tokenize_batch,
         batched=True,
-        fn_kwargs={"chat_format": chat_format, "max_length": max_length, "max_prompt_length": max_prompt_length},
+        fn_kwargs={
+            "chat_format": chat_format,
+            "max_length": max_length,
+            "max_prompt_length": max_prompt_length,
+            "code": code_digest(),
+        },
         remove_columns=[name for name in dataset.column_names if name != "row"],
         features=Features(
             {"row": Value("int64")}
@@ -162,31 +63,16 @@ def tokenize_pairs(
     keep = np.array([reason is None for reason in tokenized["reason"]], dtype=bool)
     cut = {side: np.array(tokenized[f"{side}_cut"], dtype=bool)[keep] for side in SIDES}
     lengths = {side: pc.list_value_length(tokenized.data[f"{side}_ids"]).to_numpy()[keep] for side in SIDES}
-    report = DataReport(
-        rows=len(tokenized),
-        dropped=rows_by_reason(tokenized["reason"], tokenized["row"]),
-        prompts_cut=int(cut["prompt"].sum()),
-        chosen_cut=int(cut["chosen"].sum()),
-        rejected_cut=int(cut["rejected"].sum()),
-        pairs_cut=int((cut["prompt"] | cut["chosen"] | cut["rejected"]).sum()),
-    )
+    report = DataReport(rows=len(tokenized), dropped=rows_by_reason(tokenized["reason"], tokenized["row"]))
     report.check_dropped(max_dropped_fraction)
-    report.tokens = {side: int(values.sum()) for side, values in lengths.items()}
-    report.lengths = {
-        side: {"median": int(np.median(values)), "p95": int(np.percentile(values, 95)), "max": int(values.max())}
-        for side, values in lengths.items()
-    }
-    if report.pairs_cut > max_truncated_fraction * report.kept:
-        raise DataError(
-            f"{report.pairs_cut} of {report.kept} pairs are cut, more than max_truncated_fraction: "
-            f"{max_truncated_fraction} allows. Raise max_length ({max_length}) or max_prompt_length "
-            f"({max_prompt_length}), or max_truncated_fraction.\n" + "\n".join(report.lines())
-        )
+    report.measure(lengths, cut)
+    report.check_cut(max_truncated_fraction, f"max_length ({max_length}) or max_prompt_length ({max_prompt_length})")
     columns = [*(f"{side}_ids" for side in SIDES), "row"]
     return tokenized.select(np.flatnonzero(keep)).select_columns(columns), report
 
 
-def tokenize_batch(batch: dict, chat_format: ChatFormat, max_length: int, max_prompt_length: int) -> dict:
+def tokenize_batch(batch: dict, chat_format: ChatFormat, max_length: int, max_prompt_length: int, code: str) -> dict:
+    """Called by `Dataset.map`; `code` is only there for its cache, see `code_digest`."""
     reasons: list[str | None] = []
     rendered = []
     for prompt, chosen, rejected in zip(*(batch[side] for side in SIDES), strict=True):
@@ -236,69 +122,3 @@ def unusable_tokens(whole: TokenPair, cut: TokenPair, chat_format: ChatFormat) -
     if cut[1] == cut[2]:
         return "chosen and rejected are identical after the cut"
     return None
-
-
-@dataclass
-class DataReport:
-    """What became of the rows of a split. A cut response has lost its end token.
-
-    Attributes:
-        dropped: reason -> row numbers. `tokens`: total per side. `lengths`: median, p95 and max tokens per side.
-    """
-
-    rows: int
-    dropped: dict[str, list[int]]
-    prompts_cut: int = 0
-    chosen_cut: int = 0
-    rejected_cut: int = 0
-    pairs_cut: int = 0
-    tokens: dict[str, int] = field(default_factory=dict)
-    lengths: dict[str, dict[str, int]] = field(default_factory=dict)
-
-    @property
-    def dropped_rows(self) -> int:
-        return sum(len(rows) for rows in self.dropped.values())
-
-    @property
-    def kept(self) -> int:
-        return self.rows - self.dropped_rows
-
-    def check_dropped(self, max_dropped_fraction: float) -> None:
-        if self.kept == 0 or self.dropped_rows > max_dropped_fraction * self.rows:
-            raise DataError(
-                f"{self.dropped_rows} of {self.rows} rows can't be used, more than max_dropped_fraction: "
-                f"{max_dropped_fraction} allows. Repair or remove them, or raise max_dropped_fraction.\n"
-                + "\n".join(self.dropped_lines())
-            )
-
-    def dropped_lines(self) -> list[str]:
-        return [f"- {len(rows)} dropped, {reason}: {name_rows(rows)}" for reason, rows in self.dropped.items()]
-
-    def lines(self) -> list[str]:
-        """Short lines to print."""
-        lines = [f"{self.kept} of {self.rows} rows used", *self.dropped_lines()]
-        if self.pairs_cut:
-            lines.append(
-                f"- {self.pairs_cut} pairs cut: {self.prompts_cut} prompts lost their start, {self.chosen_cut} chosen "
-                f"and {self.rejected_cut} rejected responses lost their end and end token"
-            )
-        for side, values in self.lengths.items():
-            numbers = ", ".join(f"{name} {value}" for name, value in values.items())
-            lines.append(f"{side} tokens: {self.tokens[side]:,} ({numbers})")
-        return lines
-
-    def as_dict(self) -> dict:
-        return {**asdict(self), "kept": self.kept}
-
-
-def rows_by_reason(reasons, rows) -> dict[str, list[int]]:
-    grouped: dict[str, list[int]] = {}
-    for reason, row in zip(reasons, rows, strict=True):
-        if reason:
-            grouped.setdefault(reason, []).append(row)
-    return grouped
-
-
-def name_rows(rows: list[int]) -> str:
-    more = f" and {len(rows) - SHOWN_ROWS} more" if len(rows) > SHOWN_ROWS else ""
-    return f"row{'s' if len(rows) > 1 else ''} {', '.join(map(str, rows[:SHOWN_ROWS]))}{more}"

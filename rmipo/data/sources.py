@@ -2,7 +2,6 @@
 
 import logging
 import re
-from collections.abc import Callable
 from pathlib import Path
 
 from datasets import Dataset, concatenate_datasets, load_dataset
@@ -16,56 +15,59 @@ logger = logging.getLogger(__name__)
 BUILDERS = {".jsonl": "json", ".json": "json", ".jsonl.gz": "json", ".json.gz": "json", ".parquet": "parquet"}
 HELD_OUT = 0.05  # share of a single local file that becomes its test split
 SUBSET_KEYS = ("name", "data_dir", "data_files", "revision")
-ENTRY_KEYS = {"path", *SUBSET_KEYS, "split", "test_split", "columns", "fraction", "weight"}
 
 
 class MissingSplitError(DataError):
     """The data has no such split; everything else about it may be right."""
 
 
-Convert = Callable[[Dataset, str], Dataset]
+def load_sources(data_config: DataConfig, split: str) -> list[tuple[str, Dataset]]:
+    """The rows of every source for `split`, "train" or "test": its name for messages, and a dataset.
 
-
-def load_rows(data_config: DataConfig, split: str, convert: Convert) -> Dataset:
-    """Load a split, bring every source into the same columns, and mix.
-
-    Args:
-        data_config: its mixture's entries have TRL's keys (path, name, data_dir, data_files, split,
-            columns, fraction) and also `revision`, `test_split`, and the handbook's `weight`: the share of this source
-            that is taken, drawn with `mixture_seed`.
-        split: "train" or "test".
-        convert: called with the rows of one source (columns as published, and `row`) and its name for messages; keeps
-            `row`.
-
-    Returns:
-        What `convert` returned for all sources, in their order, or shuffled where weights are given. `row` counts
-        through the sources one after the other.
+    A dataset has the columns as they are published, and `row`, which counts through the sources one after the other. With
+    `test_split_size` both splits are drawn from the training rows: see `mix`.
     """
-    seed = data_config.mixture_seed
-    entries = mixture_entries(data_config)
-    # With `test_split_size` the test rows are drawn from the training sources.
     source_split = "train" if data_config.test_split_size else split
     sources, first_row = [], 0
-    for entry in entries:
-        name = entry["path"]
+    for entry in mixture_entries(data_config):
         dataset = load_source(entry, source_split, first_row, data_config)
-        if entry.get("columns"):
-            check_columns(dataset, entry["columns"], name, "the mixture's `columns`")
-            dataset = dataset.select_columns([*entry["columns"], "row"])
+        if columns := entry.get("columns"):
+            found = [name for name in dataset.column_names if name != "row"]
+            if missing := [name for name in columns if name not in found]:
+                raise DataError(
+                    f"{entry['path']}: missing columns {', '.join(missing)}, found {', '.join(found)}. Correct the "
+                    "mixture's `columns`"
+                )
+            dataset = dataset.select_columns([*columns, "row"])
         if len(dataset) == 0:
-            raise DataError(f"{name}: the {source_split} split has no rows.")
+            raise DataError(f"{entry['path']}: the {source_split} split has no rows.")
         first_row = dataset[-1]["row"] + 1
-        dataset = convert(dataset, name)
-        if source_split == "train" and entry.get("weight") is not None:
-            dataset = dataset.shuffle(seed=seed).select(range(int(len(dataset) * entry["weight"])))
-        sources.append(dataset)
-    if source_split == "train":
-        sources = take_fractions(sources, [entry.get("fraction") for entry in entries])
-    mixed = concatenate_datasets(sources)
+        sources.append((entry["path"], dataset))
+    return sources
+
+
+def mix(datasets: list[Dataset], data_config: DataConfig, split: str) -> Dataset:
+    """One dataset of those of all sources, which have the same columns.
+
+    A `weight` is the share of its source that is taken, drawn with `mixture_seed`; a `fraction` is TRL's. The rows are in
+    the order of the sources, or shuffled where weights are given. `test_split_size` and `max_*_samples` come last.
+    """
+    seed, size = data_config.mixture_seed, data_config.test_split_size
+    entries = mixture_entries(data_config)
+    if split == "train" or size:
+        datasets = [take_share(*source, seed) for source in zip(datasets, entries, strict=True)]
+        datasets = take_fractions(datasets, entries)
+    mixed = concatenate_datasets(datasets)
     if any(entry.get("weight") is not None for entry in entries):
         mixed = mixed.shuffle(seed=seed)
-    if data_config.test_split_size:
-        mixed = mixed.train_test_split(test_size=data_config.test_split_size, seed=seed)[split]
+    if size:
+        try:
+            mixed = mixed.train_test_split(test_size=size, seed=seed)[split]
+        except ValueError as error:  # one part would be empty
+            raise DataError(
+                f"test_split_size is {size}: {len(mixed)} rows can't be divided so that there are rows for training and for "
+                "testing"
+            ) from error
     limit = data_config.max_train_samples if split == "train" else data_config.max_eval_samples
     return mixed if limit is None else mixed.select(range(min(limit, len(mixed))))
 
@@ -73,38 +75,34 @@ def load_rows(data_config: DataConfig, split: str, convert: Convert) -> Dataset:
 def mixture_entries(data_config: DataConfig) -> list[dict]:
     """The sources of a `DataConfig` as mixture entries; a single dataset is a mixture of one."""
     if data_config.datasets:
-        entries = data_config.datasets
-    elif data_config.dataset_name:
-        entries = [
-            {
-                "path": data_config.dataset_name,
-                "name": data_config.dataset_config,
-                "revision": data_config.dataset_revision,
-            }
-        ]
-    else:
-        raise DataError("The recipe names no data: set `dataset_name` (a hub id, folder or file) or `datasets`.")
-    problems = []
-    for i, entry in enumerate(entries):
-        if unknown := sorted(entry.keys() - ENTRY_KEYS):
-            problems.append(f"datasets[{i}]: unknown keys {', '.join(unknown)}; known: {', '.join(sorted(ENTRY_KEYS))}")
-        if not entry.get("path"):
-            problems.append(f"datasets[{i}]: `path` is missing (a hub id, folder or file)")
-    shares = [entry.get("fraction") is not None for entry in entries]
-    if any(shares) and not all(shares):
-        problems.append("datasets: `fraction` must be set for every dataset of the mixture or for none")
-    if problems:
-        raise DataError("\n".join(problems))
-    return entries
+        return data_config.datasets
+    if data_config.dataset_name:
+        subset = {"name": data_config.dataset_config, "revision": data_config.dataset_revision}
+        return [{"path": data_config.dataset_name, **subset}]
+    raise DataError("The recipe names no data: set `dataset_name` (a hub id, folder or file) or `datasets`.")
 
 
-def take_fractions(sources: list[Dataset], fractions: list[float | None]) -> list[Dataset]:
+def take_share(dataset: Dataset, entry: dict, seed: int) -> Dataset:
+    if (weight := entry.get("weight")) is None:
+        return dataset
+    rows = int(len(dataset) * weight)
+    if rows == 0:
+        raise DataError(f"{entry['path']}: weight {weight} takes none of its {len(dataset)} rows. Raise it")
+    return dataset.shuffle(seed=seed).select(range(rows))
+
+
+def take_fractions(datasets: list[Dataset], entries: list[dict]) -> list[Dataset]:
     """TRL's meaning of `fraction`: shares of the mixture, which is as large as it can be with no row used twice."""
+    fractions = [entry.get("fraction") for entry in entries]
     if fractions[0] is None:
-        return sources
-    weights = [fraction / sum(fractions) for fraction in fractions]
-    total = min(len(source) / weight for source, weight in zip(sources, weights, strict=True) if weight > 0)
-    return [source.select(range(round(weight * total))) for source, weight in zip(sources, weights, strict=True)]
+        return datasets
+    shares = [fraction / sum(fractions) for fraction in fractions]
+    total = min(len(dataset) / share for dataset, share in zip(datasets, shares, strict=True))
+    sizes = [round(share * total) for share in shares]
+    for entry, size in zip(entries, sizes, strict=True):
+        if size == 0:
+            raise DataError(f"{entry['path']}: fraction {entry['fraction']} takes none of its rows. Raise it")
+    return [dataset.select(range(size)) for dataset, size in zip(datasets, sizes, strict=True)]
 
 
 def load_source(entry: dict, split: str, first_row: int, data_config: DataConfig) -> Dataset:
@@ -176,9 +174,9 @@ def load_files(paths: list[Path], source: str) -> Dataset:
         return load_dataset(builder, data_files=[str(path) for path in paths], split="train")
     except StopIteration as error:
         raise DataError(f"{source}: {', '.join(path.name for path in paths)} holds no rows.") from error
-    except DatasetGenerationError as error:
+    except (DatasetGenerationError, UnicodeEncodeError) as error:  # the latter of half a character, "\\udc00", in JSON
         files = ", ".join(path.name for path in paths)
-        raise DataError(f"{source}: {files} can't be read as {builder}: {error.__cause__}") from error
+        raise DataError(f"{source}: {files} can't be read as {builder}: {error.__cause__ or error}") from error
 
 
 def load_hub(entry: dict, split: str) -> Dataset:
@@ -195,12 +193,6 @@ def load_hub(entry: dict, split: str) -> Dataset:
         ) from error
     except ValueError as error:  # an unknown split or configuration; the message lists those that exist
         raise MissingSplitError(f"{path}: {error} See the recipe's `dataset_*_split`, `dataset_config`.") from error
-
-
-def check_columns(dataset: Dataset, needed: list[str], source: str, wanted_by: str) -> None:
-    found = [column for column in dataset.column_names if column != "row"]
-    if missing := [column for column in needed if column not in found]:
-        raise DataError(f"{source}: missing columns {', '.join(missing)}, found {', '.join(found)}. {wanted_by}")
 
 
 def suffix(path: Path) -> str | None:

@@ -7,7 +7,9 @@ import torch
 from datasets import Dataset
 from tqdm import tqdm
 
-from rmipo.data.pairs import ChatFormat, DataReport, tokenize_pairs
+from rmipo.data.chat import ChatFormat
+from rmipo.data.pairs import tokenize_pairs
+from rmipo.data.report import DataReport
 from rmipo.objectives import OBJECTIVES, PRIORS, PairScores, build_objective
 from rmipo.recipe.schema import ModelConfig
 from rmipo.training.loading import load_model, load_tokenizer

@@ -6,8 +6,7 @@ from pathlib import Path
 
 import yaml
 
-from rmipo.data.chat import PROBES
-from rmipo.data.pairs import ChatFormat
+from rmipo.data.chat import PROBES, ChatFormat
 from rmipo.errors import EvaluationError
 from rmipo.evaluation import BENCHMARKS
 from rmipo.generation.answers import DEFAULTS as GENERATION

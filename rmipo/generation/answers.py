@@ -11,7 +11,7 @@ from pathlib import Path
 from tqdm import tqdm
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
-from rmipo.data.pairs import ChatFormat
+from rmipo.data.chat import ChatFormat
 from rmipo.errors import EvaluationError
 from rmipo.fingerprints import has_weights, json_fingerprint, trained_fingerprint
 from rmipo.generation.engines import ENGINES, Prompt, choose_engine

@@ -5,8 +5,7 @@ from pathlib import Path
 
 import torch
 
-from rmipo.data.chat import Messages
-from rmipo.data.pairs import ChatFormat
+from rmipo.data.chat import ChatFormat, Messages
 from rmipo.recipe.schema import ModelConfig
 from rmipo.training import attention, scoring
 from rmipo.training.loading import load_model, load_tokenizer

@@ -20,9 +20,8 @@ from datasets import Dataset
 from tqdm import tqdm
 from transformers import AutoConfig
 
-from rmipo.data.chat import DataError, Messages
+from rmipo.data.chat import ChatFormat, DataError, Messages
 from rmipo.data.formats import read_pair, read_turns, unusable_prompt
-from rmipo.data.pairs import ChatFormat
 from rmipo.data.sources import load_files, load_source
 from rmipo.errors import UserError
 from rmipo.files import write_atomically, write_lines

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from transformers import TrainingArguments
 
-from rmipo.data.sources import load_rows, mixture_entries
+from rmipo.data.sources import load_sources, mix, mixture_entries
 from rmipo.plan.memory import TYPICAL_DIALOGUE, Run
 from rmipo.recipe.load import Recipe
 from rmipo.recipe.schema import DataConfig
@@ -30,7 +30,8 @@ def training_examples(recipe: Recipe) -> int | None:
     config = DataConfig(**{f.name: recipe.values[f.name] for f in fields(DataConfig) if f.name in recipe.values})
     entries = mixture_entries(config)
     if all(Path(entry["path"]).exists() for entry in entries):
-        return len(load_rows(config, "train", lambda dataset, source: dataset))
+        numbers = [rows.select_columns(["row"]) for _, rows in load_sources(config, "train")]
+        return len(mix(numbers, config, "train"))
     if len(entries) > 1:
         return None
     part = entries[0].get("data_dir") or entries[0].get("split") or config.dataset_train_split

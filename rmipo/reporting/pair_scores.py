@@ -9,7 +9,7 @@ import torch
 from datasets import Dataset
 
 from rmipo.data.pairs import load_pairs
-from rmipo.data.sources import load_rows
+from rmipo.data.sources import load_sources, mix
 from rmipo.evaluation.pair_scores import native_rewards, score_model
 from rmipo.fingerprints import has_weights, json_fingerprint, model_fingerprint, rows_fingerprint, trained_fingerprint
 from rmipo.objectives import PairScores, RMiPO, build_objective
@@ -113,7 +113,7 @@ def subset(pairs: Dataset, max_pairs: int) -> Dataset:
 def judge_differences(run: Run, split: str, rows: list[int]) -> np.ndarray:
     """Figure 6's REF: the judge's score of chosen minus rejected for the given source rows."""
 
-    def scores_only(dataset: Dataset, name: str) -> Dataset:
+    def scores_only(name: str, dataset: Dataset) -> Dataset:
         missing = [column for column in SCORE_COLUMNS if column not in dataset.column_names]
         if missing:
             raise ReportError(
@@ -123,7 +123,8 @@ def judge_differences(run: Run, split: str, rows: list[int]) -> np.ndarray:
             )
         return dataset.select_columns([*SCORE_COLUMNS, "row"])
 
-    scored = load_rows(data_config(run), split, scores_only)
+    config = data_config(run)
+    scored = mix([scores_only(*source) for source in load_sources(config, split)], config, split)
     by_row = {row["row"]: row["score_chosen"] - row["score_rejected"] for row in scored}
     return np.array([by_row[row] for row in rows], dtype=np.float64)
 

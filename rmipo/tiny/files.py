@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from rmipo.data.formats import unusable_pair
+from rmipo.data.report import DataReport, rows_by_reason
 from rmipo.errors import ConfigError
 from rmipo.fingerprints import rows_fingerprint
 from rmipo.tiny.config import WorldConfig, make_world_config
@@ -79,8 +80,13 @@ def read_world(folder: Path) -> World | None:
 
 def chosen_dialogues(pairs: Iterable[dict], config: WorldConfig, split: str) -> list[dict]:
     """SFT rows: the chosen responses of the usable pairs, some of them without their prompts."""
-    sides = [(row["prompt"], row["chosen"], row["rejected"]) for row in pairs]
-    usable = [(prompt, chosen) for prompt, chosen, rejected in sides if unusable_pair(prompt, chosen, rejected) is None]
+    usable, unusable = [], []
+    for row in pairs:
+        reason = unusable_pair(row["prompt"], row["chosen"], row["rejected"])
+        usable.append((row["prompt"], row["chosen"])) if reason is None else unusable.append((reason, row["row"]))
+    if not usable:
+        report = DataReport(rows=len(unusable), dropped=rows_by_reason(*zip(*unusable, strict=True)))
+        report.check_dropped(1.0)
     draw = random.Random(f"{config.seed} dialogues {split}")
     prompts = deal(draw, len(usable), dropped=config.sft_prompt_dropped, rest="kept")
     return [

@@ -1,5 +1,6 @@
 """The tokenizer and the model of a recipe: no code from a hub or folder is run, no pickle read unless asked for."""
 
+<<<<<<< HEAD
 from accelerate import PartialState
 from transformers import (
     AutoModelForCausalLM,
@@ -8,6 +9,9 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+=======
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+>>>>>>> 34d406c (Load, convert and mix data in a straight line; one table of formats; SFT reports cuts)
 from trl import get_quantization_config
 
 from rmipo.errors import UserError
@@ -19,7 +23,10 @@ class LoadingError(UserError, ValueError):
 
 
 def load_tokenizer(model_config: ModelConfig, chat_template: str | None = None) -> PreTrainedTokenizerBase:
-    """The model's tokenizer, with `chat_template` in place of its own if one is given. Raises LoadingError."""
+    """The model's tokenizer, with `chat_template` in place of its own if one is given. Raises LoadingError.
+
+    Of several named templates it keeps the one named "default", which is saved with the model.
+    """
     name = model_config.model_name_or_path
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, revision=model_config.model_revision, trust_remote_code=False)
@@ -27,7 +34,46 @@ def load_tokenizer(model_config: ModelConfig, chat_template: str | None = None) 
         raise LoadingError(_explained(name, "tokenizer", error)) from error
     if chat_template is not None:
         tokenizer.chat_template = chat_template
+    elif isinstance(tokenizer.chat_template, dict):
+        if "default" not in tokenizer.chat_template:
+            raise LoadingError(
+                f"model_name_or_path: the tokenizer of {name} has several chat templates, "
+                f"{', '.join(tokenizer.chat_template)}, and none is named default. Set chat_template to the text of one, or "
+                "to a .jinja file with it"
+            )
+        tokenizer.chat_template = tokenizer.chat_template["default"]
     return tokenizer
+
+
+def check_limits(tokenizer: PreTrainedTokenizerBase, model_config: ModelConfig, max_length: int | None) -> None:
+    """Raises LoadingError where the model has no embedding for one of the tokens, or no position for one of `max_length`.
+
+    Without this, tokens end in an IndexError, and positions in one or, on rotary embeddings, in silence.
+    """
+    name = model_config.model_name_or_path
+    try:
+        config = AutoConfig.from_pretrained(name, revision=model_config.model_revision, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise LoadingError(_explained(name, "configuration", error)) from error
+    config = config.get_text_config()
+    problems = []
+    beyond = [token for token, number in tokenizer.get_vocab().items() if number >= config.vocab_size]
+    if beyond:
+        problems.append(
+            f"its tokenizer has {len(beyond)} tokens more than the model has embeddings ({config.vocab_size}), such as "
+            f"{', '.join(sorted(beyond)[:3])}. Remove them, or enlarge the model once and train from the copy: "
+            "model.resize_token_embeddings(len(tokenizer)); model.save_pretrained(...)"
+        )
+    positions = getattr(config, "max_position_embeddings", None)
+    rope = getattr(config, "rope_parameters", None) or {}
+    if positions is not None and rope.get("factor"):  # of scaled rotary embeddings
+        positions = max(positions, int(rope["factor"] * rope.get("original_max_position_embeddings", positions)))
+    if positions is not None and max_length is not None and max_length > positions:
+        problems.append(
+            f"max_length is {max_length}, and it has {positions} positions: set max_length to {positions} or less"
+        )
+    if problems:
+        raise LoadingError("\n".join([f"model_name_or_path: {name}", *(f"- {problem}" for problem in problems)]))
 
 
 def load_model(model_config: ModelConfig, **options) -> PreTrainedModel:

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from rmipo.data.chat import DataError
-from rmipo.data.pairs import ChatFormat, cut_pair
+from rmipo.data.chat import ChatFormat, DataError
+from rmipo.data.pairs import cut_pair
 from tests.helpers.families import make_tokenizer
 from tests.helpers.rows import assistant, pair, pairs, tokenize, user
 
@@ -34,6 +34,14 @@ def test_unusable_rows_are_counted_with_their_reasons():
     assert tokenized["row"][:] == [0, last]
     assert (report.rows, report.kept, report.dropped_rows) == (last + 1, 2, last - 1)
     assert "- 1 dropped, chosen is empty: row 1" in report.lines()
+
+
+def test_an_empty_system_message_is_rendered_as_the_template_does():
+    empty = {"role": "system", "content": ""}
+    tokenized, report = tokenize([pair(0, prompt=[empty, user("a")])])
+    chat = ChatFormat.probe(make_tokenizer("llama3"))
+    assert report.dropped == {}
+    assert tokenized["prompt_ids"][0] == chat.prompt_ids([empty, user("a")]) != chat.prompt_ids([user("a")])
 
 
 def test_a_template_that_refuses_a_row():
@@ -73,9 +81,9 @@ def test_cuts_are_counted():
         pair(3, prompt=[user("long " * 40)], chosen=[assistant("longer " * 80)], rejected=[assistant("and " * 99)]),
     ]
     whole, nothing_cut = tokenize(rows, max_length=2000, max_prompt_length=1000)
-    assert nothing_cut.pairs_cut == 0
+    assert nothing_cut.rows_cut == 0
     cut, report = tokenize(rows, max_length=90, max_prompt_length=60)
-    assert (report.prompts_cut, report.chosen_cut, report.rejected_cut, report.pairs_cut) == (2, 2, 1, 3)
+    assert (report.cut, report.rows_cut) == ({"prompt": 2, "chosen": 2, "rejected": 1}, 3)
     for long, short in zip(whole, cut, strict=True):
         if long["row"] in (1, 3):
             assert short["prompt_ids"] == [0, *long["prompt_ids"][-59:]]
@@ -87,14 +95,14 @@ def test_cuts_are_counted():
         "- 3 pairs cut: 2 prompts lost their start, 2 chosen and 1 rejected responses lost their end and end token"
         in report.lines()
     )
-    with pytest.raises(DataError, match=r"3 of 4 pairs are cut, more than max_truncated_fraction: 0.7 .*length \(90\)"):
+    with pytest.raises(DataError, match=r"3 of 4 rows are cut, more than max_truncated_fraction: 0.7 .*length \(90\)"):
         tokenize(rows, max_length=90, max_prompt_length=60, max_truncated_fraction=0.7)
 
 
 def test_a_prompt_that_fills_the_window():
     _, report = tokenize([pair(0), pair(1, prompt=[user("long " * 99)])], max_length=90, max_prompt_length=90)
     assert report.dropped == {"the prompt fills the window": [1]}
-    assert report.pairs_cut == 0
+    assert report.rows_cut == 0
 
 
 def test_responses_that_differ_only_after_the_cut():

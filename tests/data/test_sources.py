@@ -2,8 +2,10 @@
 
 import pytest
 
+from rmipo.data import sources
 from rmipo.data.chat import DataError
-from rmipo.data.pairs import load_messages, load_pairs
+from rmipo.data.dialogues import load_dialogues
+from rmipo.data.pairs import load_pairs
 from rmipo.recipe.schema import DataConfig
 from tests.helpers.rows import config, pairs, questions, write
 
@@ -95,9 +97,6 @@ def test_fractions_are_shares_of_the_mixture(tmp_path):
     entries, load_split = mixture(tmp_path)
     entries[0]["fraction"], entries[1]["fraction"] = 3, 1  # 10 rows are three quarters of 13
     assert questions(load_split("train")) == [*range(10), 100, 101, 102]
-    del entries[0]["fraction"]
-    with pytest.raises(DataError, match="`fraction` must be set for every dataset of the mixture or for none"):
-        load_split("train")
 
 
 def test_weights_are_shares_of_a_source_drawn_with_a_seed(tmp_path):
@@ -117,14 +116,51 @@ def test_weights_are_shares_of_a_source_drawn_with_a_seed(tmp_path):
     assert questions(other_seed) != numbers
 
 
-def test_entries_are_checked(tmp_path):
-    entries = [{"id": "x/y"}, {"path": "x", "splits": "train"}]
-    with pytest.raises(DataError) as error:
-        load_pairs(DataConfig(datasets=entries), "train")
-    for part in ("datasets[0]: unknown keys id", "datasets[0]: `path` is missing", "datasets[1]: unknown keys splits"):
-        assert part in str(error.value)
+def test_no_data_is_named():
     with pytest.raises(DataError, match="names no data: set `dataset_name`"):
         load_pairs(DataConfig(), "train")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"weight": 0.001}, "weight 0.001 takes none of its 10 rows"),
+        ({"columns": ["prompt", "chosen", "reward"]}, "missing columns reward, found prompt, chosen, rejected"),
+    ],
+)
+def test_a_source_that_gives_nothing(tmp_path, changes, message):
+    entries, load_split = mixture(tmp_path)
+    entries[0] |= changes
+    with pytest.raises(DataError, match=message):
+        load_split("train")
+
+
+def test_a_fraction_too_small_to_take_a_row(tmp_path):
+    entries, load_split = mixture(tmp_path)
+    entries[0]["fraction"], entries[1]["fraction"] = 0.001, 1
+    with pytest.raises(DataError, match="takes none of its rows"):
+        load_split("train")
+
+
+@pytest.mark.parametrize("size", [0.999, 12, 40])
+def test_a_division_that_leaves_a_part_empty(tmp_path, size):
+    path = write(tmp_path / "mine.jsonl", pairs(*range(12)))
+    with pytest.raises(DataError, match=f"test_split_size is {size}: 12 rows can't be divided"):
+        load_pairs(config(path, test_split_size=size), "train")
+
+
+def test_a_configuration_and_revision_reach_the_hub(monkeypatch):
+    """The arguments of `load_dataset` are looked at: there is no hub in the tests."""
+    asked = []
+    monkeypatch.setattr(sources, "load_dataset", lambda path, **arguments: asked.append((path, arguments)) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        load_pairs(config("a/b", dataset_config="tiny", dataset_revision="v2", dataset_train_split="train_x"), "train")
+    with pytest.raises(ZeroDivisionError):
+        load_pairs(DataConfig(datasets=[{"path": "a/b", "name": "x", "data_dir": "sub", "test_split": "dev"}]), "test")
+    assert asked == [
+        ("a/b", {"split": "train_x", "name": "tiny", "revision": "v2"}),
+        ("a/b", {"split": "dev", "name": "x", "data_dir": "sub"}),
+    ]
 
 
 def test_missing_file():
@@ -157,6 +193,6 @@ def test_missing_columns(tmp_path):
         load_pairs(config(tmp_path), "train")
     text = str(error.value)
     assert f"{tmp_path}: missing columns rejected, found question, chosen, reject." in text
-    assert text.count("\n- `") == 3  # the accepted forms
-    with pytest.raises(DataError, match="missing columns prompt, completion, found question, chosen, reject"):
-        load_messages(config(tmp_path), "train")
+    assert text.count("\n- `") == 2  # the accepted formats
+    with pytest.raises(DataError, match="missing columns messages, found question, chosen, reject"):
+        load_dialogues(config(tmp_path), "train")

@@ -15,8 +15,7 @@ import torch
 import yaml
 from transformers import AutoTokenizer
 
-from rmipo.data.chat import PROBES
-from rmipo.data.pairs import ChatFormat
+from rmipo.data.chat import PROBES, ChatFormat
 from rmipo.errors import EvaluationError
 from rmipo.evaluation.benchmark import contradictions
 from rmipo.evaluation.target import find_target, load_settings, model_folder

@@ -15,7 +15,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rmipo.data.pairs import ChatFormat
+from rmipo.data.chat import ChatFormat
 from rmipo.errors import EvaluationError
 from rmipo.generation.answers import Generator, Request, check_settings, generate
 from rmipo.generation.engines import Prompt, SeededSampling, TransformersEngine

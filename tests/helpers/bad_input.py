@@ -87,11 +87,12 @@ class Bench:
         folder = self.folder / "model-b"
         shutil.copytree(self.folder / "model", folder)
         tokenizer = make_tokenizer(family)
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | {"vocab_size": len(tokenizer)}))
         for name, value in attributes.items():
             setattr(tokenizer, name, value)
+        (folder / "chat_template.jinja").unlink()
         tokenizer.save_pretrained(folder)
-        if tokenizer.chat_template is None:
-            (folder / "chat_template.jinja").unlink()
         AutoTokenizer.from_pretrained(folder)
         return self.train(f"--model_name_or_path={folder}", *overrides)
 
@@ -172,6 +173,32 @@ def dialogues(bench: Bench) -> Path:
     for split in ("train", "test"):
         path = bench.write(f"dialogues/{split}.jsonl", [{"messages": [user("a"), assistant("b"), user("c")]}] * 12)
     return Path(path).parent
+
+
+def long_dialogues(bench: Bench) -> str:
+    for split in ("train", "test"):
+        path = bench.write(f"long/{split}.jsonl", [{"messages": [user("a"), assistant("yes " * 300)]}] * 12)
+    return bench.sft(
+        f"--model_name_or_path={bench.folder / 'model'}",
+        f"--dataset_name={Path(path).parent}",
+        f"--output_dir={bench.folder / 'out'}",
+        "--max_truncated_fraction=0.5",
+        recipe="recipes/tiny/sft.yaml",
+    )
+
+
+def added_tokens(bench: Bench, script: str) -> str:
+    folder = bench.folder / "model-b"
+    shutil.copytree(bench.folder / "model", folder)
+    tokenizer = make_tokenizer("llama3")
+    vocabulary = json.loads((folder / "config.json").read_text())["vocab_size"]
+    tokenizer.add_tokens([f"<|mine-{number}|>" for number in range(vocabulary - len(tokenizer) + 2)])
+    tokenizer.save_pretrained(folder)
+    data = (
+        [] if script == "preference" else [f"--dataset_name={dialogues(bench)}", f"--output_dir={bench.folder / 'out'}"]
+    )
+    recipe = RECIPE if script == "preference" else "recipes/tiny/sft.yaml"
+    return bench.train(f"--model_name_or_path={folder}", *data, recipe=recipe, script=script)
 
 
 def empty(bench: Bench) -> Path:
@@ -394,7 +421,7 @@ CASES = [
         "data",
         "dialogues in place of pairs",
         lambda b: b.data([{"messages": [user("a"), assistant("b")]}] * 12),
-        ("missing columns chosen, rejected", "found messages", "Accepted forms"),
+        ("missing columns chosen, rejected", "found messages", "Accepted formats"),
     ),
     BadInput(
         "data",
@@ -404,7 +431,7 @@ CASES = [
             f"--dataset_name={b.folder / 'data'}",
             recipe="recipes/tiny/sft.yaml",
         ),
-        ("missing columns completion", "found prompt, chosen, rejected", "Accepted forms"),
+        ("missing columns messages", "found prompt, chosen, rejected", "Accepted formats"),
     ),
     BadInput(
         "data",
@@ -417,6 +444,31 @@ CASES = [
         ("12 of 12 rows can't be used", "does not end with an assistant message", "max_dropped_fraction"),
     ),
     row_case("responses without a prompt", "no prompt", "rows 0, 1, 2, 3, 4 and 7 more", prompt=None, count=12),
+    row_case("tools in a column", "`tools` is part of the prompt, and is not read: leave the column out", "row 0",
+             tools=[{"name": "search"}]),
+    row_case("arguments of the template in a column", "`chat_template_kwargs` is part of the prompt",
+             chat_template_kwargs={"enable_thinking": False}, count=12),
+    row_case("calls of tools in messages", "`prompt` has messages with tool_calls, which are not read", "put them into content",
+             prompt=[{**user("a"), "tool_calls": [{"name": "f"}]}], count=12),
+    row_case("reasoning apart from the content", "`chosen` has messages with reasoning_content, which are not read",
+             chosen=[{**assistant("a"), "reasoning_content": "hm"}], count=12),
+    row_case("two system messages", "`system` is another text than the system message of the row", system="Be brief",
+             prompt=[{"role": "system", "content": "Be long"}, user("a")], count=12),
+    BadInput("data", "half a character, in a column of mixed types",
+             lambda b: b.data('{"prompt": "a", "chosen": "b\\udc00", "rejected": "c"}\n'
+                              '{"prompt": "a", "chosen": [{"role": "assistant", "content": "b"}], "rejected": "c"}\n'),
+             ("train.jsonl can't be read as json", "surrogate")),
+    BadInput("data", "a test split larger than the data",
+             lambda b: b.train(f"--dataset_name={b.folder / 'data'}", "--test_split_size=12"),
+             ("test_split_size is 12: 12 rows can't be divided",)),
+    BadInput("data", "a test split that leaves nothing to train on",
+             lambda b: b.train(f"--dataset_name={b.folder / 'data'}", "--test_split_size=0.999"),
+             ("test_split_size is 0.999: 12 rows can't be divided",)),
+    BadInput("data", "a weight too small to take a row",
+             lambda b: b.train(f"--datasets=[{{path: {b.folder / 'data'}, weight: 0.001}}]"),
+             ("weight 0.001 takes none of its 12 rows", "Raise it")),
+    BadInput("data", "SFT dialogues that are mostly cut", long_dialogues,
+             ("12 of 12 rows are cut, more than max_truncated_fraction: 0.5", "Raise max_length (128)")),
     row_case("an unknown role", "the role 'human'", "expected system, user, assistant", "row 0",
              prompt=[{"role": "human", "content": "a"}]),
     row_case("messages with other keys", "expected messages with role and content", "rows 0, 1",
@@ -433,7 +485,7 @@ CASES = [
              overrides=("--max_prompt_length=127", "--max_length=128")),
     row_case("the end token in a response", "the text of chosen has an end token in it: row 0",
              chosen=[assistant("yes<|eot_id|>no")]),
-    row_case("responses that are mostly cut", "12 of 12 pairs are cut, more than max_truncated_fraction: 0.5",
+    row_case("responses that are mostly cut", "12 of 12 rows are cut, more than max_truncated_fraction: 0.5",
              "Raise max_length (128)", chosen=[assistant("yes " * 300)], count=12,
              overrides=("--max_truncated_fraction=0.5",)),
     BadInput("data", "an unknown key in a mixture", lambda b: b.train('--datasets=[{path: a/b, wieght: 1}]'),
@@ -477,6 +529,15 @@ CASES = [
              ("model_name_or_path is outputs/mine/sft: no such folder", "Has its stage been run?")),
     BadInput("model", "a hub id without a network", lambda b: b.train("--model_name_or_path=some/model"),
              ("the tokenizer of some/model can't be loaded", "HF_HUB_OFFLINE", "`hf auth login`")),
+    BadInput("model", "a tokenizer with more tokens than embeddings", lambda b: added_tokens(b, "preference"),
+             ("its tokenizer has 2 tokens more than the model has embeddings", "Remove them, or enlarge the model")),
+    BadInput("model", "the same in SFT", lambda b: added_tokens(b, "sft"),
+             ("its tokenizer has 2 tokens more than the model has embeddings", "Remove them, or enlarge the model")),
+    BadInput("model", "sequences longer than its positions", lambda b: b.train("--max_length=1000000"),
+             ("max_length is 1000000", "set max_length to")),
+    BadInput("model", "several chat templates, none of them the default",
+             lambda b: b.tokenizer(chat_template={"chat": LLAMA3_TEMPLATE, "tool_use": LLAMA3_TEMPLATE}),
+             ("several chat templates, chat, tool_use, and none is named default", "Set chat_template")),
     BadInput("model", "a folder with nothing in it", lambda b: b.train(f"--model_name_or_path={empty(b)}"),
              ("the tokenizer of", "can't be loaded", "Check the name or folder")),
     BadInput("model", "a folder without weights", lambda b: b.train(f"--model_name_or_path={without_weights(b)}"),

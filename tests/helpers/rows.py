@@ -5,7 +5,8 @@ import json
 
 from datasets import Dataset
 
-from rmipo.data.pairs import ChatFormat, tokenize_pairs
+from rmipo.data.chat import ChatFormat
+from rmipo.data.pairs import tokenize_pairs
 from rmipo.recipe.schema import DataConfig
 from tests.helpers.families import make_tokenizer
 

@@ -9,7 +9,8 @@ from huggingface_hub import RepoUrl
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from rmipo.data.pairs import ChatFormat, load_pairs, tokenize_pairs
+from rmipo.data.chat import ChatFormat
+from rmipo.data.pairs import load_pairs, tokenize_pairs
 from rmipo.recipe.load import load_recipe
 from rmipo.recipe.schema import DataConfig, PreferenceConfig
 from rmipo.run import export

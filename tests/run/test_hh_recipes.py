@@ -9,7 +9,8 @@ import sys
 
 import pytest
 
-from rmipo.data.pairs import ChatFormat, load_pairs, tokenize_pairs
+from rmipo.data.chat import ChatFormat
+from rmipo.data.pairs import load_pairs, tokenize_pairs
 from rmipo.launch.choices import choose_stages
 from rmipo.recipe.load import load_recipe
 from rmipo.recipe.schema import DataConfig

@@ -11,7 +11,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rmipo.data.chat import ChatFormat
-from rmipo.data.pairs import load_messages, load_pairs, tokenize_pairs
+from rmipo.data.dialogues import load_dialogues
+from rmipo.data.pairs import load_pairs, tokenize_pairs
 from rmipo.recipe.schema import DataConfig
 from rmipo.tiny import judge
 from rmipo.tiny.config import load_world_config, make_world_config
@@ -270,7 +271,7 @@ def test_a_world_is_kept_and_another_one_refused(folder):
 
 
 def test_the_hub_form_is_read_by_the_data_code(folder):
-    messages = load_messages(DataConfig(dataset_name=str(folder / "sft")), "train")
+    messages = load_dialogues(DataConfig(dataset_name=str(folder / "sft")), "train")
     assert len(messages) == 300
     assert [len(row["messages"]) for row in messages].count(1) == 30
     pairs = load_pairs(DataConfig(dataset_name=str(folder / "pairs")), "train")

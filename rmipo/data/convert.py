@@ -1,0 +1,107 @@
+"""From files to messages: the rows of every source of a recipe, read and mixed; both splits."""
+
+import functools
+import hashlib
+import importlib.metadata
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from datasets import Dataset, Features, List, Value
+
+from rmipo.data.chat import DataError
+from rmipo.data.formats import Format, describe, missing_columns, read_row
+from rmipo.data.report import name_rows, rows_by_reason
+from rmipo.data.sources import MissingSplitError, load_sources, mix
+from rmipo.recipe.schema import DataConfig
+
+logger = logging.getLogger(__name__)
+
+MESSAGES = List({"role": Value("string"), "content": Value("string")})
+SHAPING = ("transformers", "tokenizers", "jinja2", "trl", "datasets")  # libraries that token ids depend on
+
+
+def load_converted(data_config: DataConfig, split: str, formats: Sequence[Format], sides: Sequence[str]) -> Dataset:
+    """The rows of a split ("train" or "test") as messages.
+
+    Returns:
+        A column of messages for each of `sides`, and `row`: row number in the source.
+
+    Raises:
+        DataError: sources that can't be read, missing columns, values that aren't messages or texts.
+    """
+    sources = load_sources(data_config, split)
+    converted = [convert_rows(rows, name, formats, sides, data_config.dataset_num_proc) for name, rows in sources]
+    return mix(converted, data_config, split)
+
+
+def load_splits(
+    load: Callable[[DataConfig, str], Dataset], data_config: DataConfig, evaluating: bool
+) -> dict[str, Dataset]:
+    """`load` of "train", and of "test" where there is such a split.
+
+    Args:
+        load: `load_pairs` or `load_dialogues`.
+        evaluating: the recipe evaluates during training: then a missing test split is a DataError.
+    """
+    splits = {"train": load(data_config, "train")}
+    try:
+        splits["test"] = load(data_config, "test")
+    except MissingSplitError as error:
+        if evaluating:
+            raise DataError(f"{error} Or train without evaluation: eval_strategy: no.") from error
+        logger.warning("no evaluation, since there is no test split: %s", error)
+    return splits
+
+
+def convert_rows(
+    rows: Dataset, source: str, formats: Sequence[Format], sides: Sequence[str], num_proc: int | None
+) -> Dataset:
+    """Read every row by one of `formats`; all rows that can't be read make one DataError."""
+    if missing := missing_columns(rows.column_names, formats):
+        found = ", ".join(name for name in rows.column_names if name != "row")
+        raise DataError(f"{source}: missing columns {', '.join(missing)}, found {found}. {describe(formats)}")
+    converted = rows.map(
+        read_batch,
+        batched=True,
+        fn_kwargs={"formats": formats, "sides": sides, "code": code_digest()},
+        remove_columns=[name for name in rows.column_names if name != "row"],
+        features=Features(dict.fromkeys(sides, MESSAGES) | {"problem": Value("string"), "row": Value("int64")}),
+        num_proc=num_proc,
+        desc=f"Reading {source}",
+    )
+    problems = rows_by_reason(converted["problem"], converted["row"])
+    if problems:
+        lines = [f"- {problem}: {name_rows(numbers)}" for problem, numbers in problems.items()]
+        raise DataError("\n".join([f"{source}: rows that can't be read", *lines, describe(formats)]))
+    return converted.remove_columns("problem")
+
+
+def read_batch(batch: dict, formats: Sequence[Format], sides: Sequence[str], code: str) -> dict:
+    """Called by `Dataset.map`; `code` is only there for its cache, see `code_digest`."""
+    out = {name: [] for name in (*sides, "problem", "row")}
+    for values in zip(*batch.values(), strict=True):
+        row = dict(zip(batch, values, strict=True))
+        number = row.pop("row")
+        try:
+            messages, problem = read_row(row, formats), None
+        except DataError as error:
+            messages, problem = [[] for _ in sides], str(error)
+        for name, value in zip(out, [*messages, problem, number], strict=True):
+            out[name].append(value)
+    return out
+
+
+@functools.cache
+def code_digest() -> str:
+    """Of what shapes messages and token ids besides rows and tokenizer: this package's code, and its libraries.
+
+    `Dataset.map` names its cache after its function and arguments, but not after the functions that those call: without
+    this, rows prepared by another version of this repository or of transformers would be taken for today's.
+    """
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.read_bytes())
+    for library in SHAPING:
+        digest.update(f"{library} {importlib.metadata.version(library)}".encode())
+    return digest.hexdigest()

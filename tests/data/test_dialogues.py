@@ -1,0 +1,99 @@
+"""Dialogues for SFT: their formats, the unusable ones, and those that TRL cuts."""
+
+import pytest
+from trl import SFTConfig
+
+from rmipo.data.chat import ChatFormat, DataError
+from rmipo.data.dialogues import load_dialogues, select_dialogues
+from tests.helpers.families import make_tokenizer
+from tests.helpers.rows import assistant, config, user, write
+
+DIALOGUE = [user("a"), assistant("b"), user("c"), assistant("d")]
+LONG = [user("a"), assistant("long " * 60)]
+
+
+@pytest.fixture(scope="module")
+def chat():
+    return ChatFormat.probe(make_tokenizer("llama3"))
+
+
+def load(tmp_path, dialogues):
+    write(tmp_path / "train.jsonl", [{"messages": messages} for messages in dialogues])
+    return load_dialogues(config(tmp_path), "train")
+
+
+def select(rows, chat, tmp_path, limits=None, **arguments):
+    args = SFTConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, **{"max_length": 50} | arguments)
+    return select_dialogues(rows, chat, config(tmp_path, **limits or {}), args)
+
+
+def test_dialogues_are_read(tmp_path):
+    assert load(tmp_path, [DIALOGUE, DIALOGUE[:2]]).to_list() == [
+        {"messages": DIALOGUE, "row": 0},
+        {"messages": DIALOGUE[:2], "row": 1},
+    ]
+    write(tmp_path / "test.jsonl", [{"prompt": "a", "completion": "b", "system": "Be brief"}])
+    assert load_dialogues(config(tmp_path), "test").to_list() == [
+        {"messages": [{"role": "system", "content": "Be brief"}, *DIALOGUE[:2]], "row": 0}
+    ]
+    with pytest.raises(DataError, match="`tools` is part of the prompt"):
+        write(tmp_path / "test.jsonl", [{"messages": DIALOGUE, "tools": [{"name": "search"}]}])
+        load_dialogues(config(tmp_path), "test")
+
+
+@pytest.mark.parametrize(
+    ("messages", "reason"),
+    [
+        ([user("a"), assistant("")], "the response is empty"),
+        ([user("a")], "the dialogue does not end with an assistant message"),
+        ([], "the dialogue does not end with an assistant message"),
+        ([user("a"), user("b"), assistant("c")], "roles out of order: user after user"),
+        ([user(""), assistant("c")], "the prompt has an empty message"),
+    ],
+)
+def test_unusable_dialogues_are_dropped_and_named(tmp_path, chat, messages, reason):
+    rows = load(tmp_path, [DIALOGUE] * 9 + [messages])
+    kept, report = select(rows, chat, tmp_path, {"max_dropped_fraction": 0.1})
+    assert (report.dropped, kept["row"][:]) == ({reason: [9]}, list(range(9)))
+    assert f"- 1 dropped, {reason}: row 9" in report.lines()
+    with pytest.raises(DataError, match="1 of 10 rows can't be used, more than max_dropped_fraction"):
+        select(rows, chat, tmp_path, {"max_dropped_fraction": 0.09})
+
+
+def test_a_response_alone_and_an_empty_system_message_are_usable(tmp_path, chat):
+    rows = load(tmp_path, [[assistant("b")], [{"role": "system", "content": ""}, *DIALOGUE]])
+    assert len(select(rows, chat, tmp_path)[0]) == 2
+
+
+def test_dialogues_that_are_cut_are_counted_as_tokens_of_the_template(tmp_path, chat):
+    rows = load(tmp_path, [DIALOGUE, LONG, LONG])
+    lengths = [len(chat.tokenizer.apply_chat_template(m, tokenize=True)["input_ids"]) for m in (DIALOGUE, LONG, LONG)]
+    assert lengths[0] < 50 < lengths[1]
+    kept, report = select(rows, chat, tmp_path)
+    assert len(kept) == 3 and kept.column_names == ["messages", "row"]
+    assert (report.cut, report.rows_cut, report.tokens) == ({"messages": 2}, 2, {"messages": lengths[0] + 100})
+    assert "- 2 dialogues cut: they lost their end and end token" in report.lines()
+    assert report.as_dict()["rows_cut"] == 2
+    exactly = select(rows, chat, tmp_path, max_length=lengths[1])[1]
+    assert (exactly.rows_cut, exactly.lengths["messages"]["max"]) == (0, lengths[1])
+    assert select(rows, chat, tmp_path, max_length=lengths[1] - 1)[1].rows_cut == 2
+    assert select(rows, chat, tmp_path, max_length=None)[1].rows_cut == 0
+
+
+def test_too_many_cut_dialogues(tmp_path, chat):
+    rows = load(tmp_path, [DIALOGUE, LONG])
+    assert select(rows, chat, tmp_path, {"max_truncated_fraction": 0.5})[1].rows_cut == 1
+    with pytest.raises(
+        DataError, match=r"1 of 2 rows are cut, more than max_truncated_fraction: 0.4 .*max_length \(50\)"
+    ):
+        select(rows, chat, tmp_path, {"max_truncated_fraction": 0.4})
+
+
+@pytest.mark.parametrize(("strategy", "cut"), [("bfd", 1), ("bfd_split", 0), ("wrapped", 0)])
+def test_packing_cuts_or_goes_on_in_the_next_block(tmp_path, chat, strategy, cut):
+    rows = load(tmp_path, [DIALOGUE, LONG])
+    assert select(rows, chat, tmp_path, packing=True, packing_strategy=strategy)[1].rows_cut == cut
+
+
+def test_real_dialogues(shared_data):
+    assert len(load_dialogues(config(shared_data / "instruct-sft"), "test")) == 400

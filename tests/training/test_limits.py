@@ -1,0 +1,75 @@
+"""What is compared between tokenizer, model and recipe before the model is loaded."""
+
+import json
+
+import pytest
+
+from rmipo.recipe.schema import ModelConfig
+from rmipo.training.loading import LoadingError, check_limits, load_tokenizer
+from tests.helpers.families import LLAMA3_TEMPLATE, make_tokenizer, save
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    save("llama3", folder)
+    return folder
+
+
+def limits(folder, max_length=10, tokenizer=None, **changes):
+    path = folder / "config.json"
+    before = path.read_text()
+    path.write_text(json.dumps(json.loads(before) | changes))
+    try:
+        check_limits(tokenizer or make_tokenizer("llama3"), ModelConfig(model_name_or_path=str(folder)), max_length)
+    finally:
+        path.write_text(before)
+
+
+def test_added_tokens_need_embeddings(model):
+    tokenizer = make_tokenizer("llama3")
+    vocabulary = json.loads((model / "config.json").read_text())["vocab_size"]
+    limits(model, tokenizer=tokenizer)
+    limits(model, tokenizer=tokenizer, vocab_size=len(tokenizer))
+    added = [f"<|mine-{number}|>" for number in range(vocabulary - len(tokenizer) + 2)]
+    tokenizer.add_tokens(added)
+    with pytest.raises(LoadingError, match=rf"2 tokens more than the model has embeddings \({vocabulary}\)"):
+        limits(model, tokenizer=tokenizer)
+
+
+def test_max_length_needs_positions(model):
+    limits(model, 64, max_position_embeddings=64)
+    limits(model, None, max_position_embeddings=64)
+    with pytest.raises(LoadingError, match="max_length is 65, and it has 64 positions: set max_length to 64 or less"):
+        limits(model, 65, max_position_embeddings=64)
+
+
+def test_scaled_positions_count(model):
+    scaled = {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}
+    limits(model, 128, max_position_embeddings=64, rope_parameters=scaled)
+    with pytest.raises(LoadingError, match="it has 128 positions"):
+        limits(model, 129, max_position_embeddings=64, rope_parameters=scaled)
+    yarn = scaled | {"rope_type": "yarn", "original_max_position_embeddings": 32}
+    limits(model, 64, max_position_embeddings=64, rope_parameters=yarn)
+    with pytest.raises(LoadingError, match="it has 64 positions"):
+        limits(model, 65, max_position_embeddings=64, rope_parameters=yarn)
+
+
+def test_all_that_is_wrong_is_said_at_once(model):
+    with pytest.raises(LoadingError) as error:
+        limits(model, 65, max_position_embeddings=64, vocab_size=8)
+    assert "max_length is 65" in str(error.value) and "more than the model has embeddings (8)" in str(error.value)
+
+
+def test_the_default_of_several_templates_is_taken(tmp_path):
+    tokenizer = make_tokenizer("llama3")
+    tokenizer.chat_template = {"default": LLAMA3_TEMPLATE, "tool_use": "{{ tools }}"}
+    tokenizer.save_pretrained(tmp_path / "several")
+    config = ModelConfig(model_name_or_path=str(tmp_path / "several"))
+    assert load_tokenizer(config).chat_template == LLAMA3_TEMPLATE
+    tokenizer.chat_template = {"chat": LLAMA3_TEMPLATE, "tool_use": "{{ tools }}"}
+    tokenizer.save_pretrained(tmp_path / "none")
+    config = ModelConfig(model_name_or_path=str(tmp_path / "none"))
+    with pytest.raises(LoadingError, match="several chat templates, chat, tool_use, and none is named default"):
+        load_tokenizer(config)
+    assert load_tokenizer(config, LLAMA3_TEMPLATE).chat_template == LLAMA3_TEMPLATE
