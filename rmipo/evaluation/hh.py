@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import torch
     from datasets import Dataset
 
-    from rmipo.data.pairs import DataReport
+    from rmipo.data.report import DataReport
 
     Rewards = tuple[torch.Tensor, torch.Tensor]  # of chosen and rejected, each (pairs,)
 
@@ -89,7 +89,7 @@ def run(model_dir: str | Path, output_dir: str | Path, settings: dict) -> dict:
     for name in subsets:
         scores, rewards, report = score_subset(model_dir, pairs[name], f"HH {name}", options)
         metrics |= {f"hh_{name}{suffix}": value for suffix, value in win_rates(scores, rewards).items()}
-        counts = {"pairs": report.kept, "dropped": report.dropped_rows, "cut": report.pairs_cut}
+        counts = {"pairs": report.kept, "dropped": report.dropped_rows, "cut": report.rows_cut}
         metrics |= {f"hh_{name}_{count}": value for count, value in counts.items()}
         torch.save(scores | {"fingerprint": weights}, output_dir / f"hh_{name}.pt")
     if len(subsets) == len(SUBSETS):
