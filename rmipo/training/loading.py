@@ -1,17 +1,14 @@
 """The tokenizer and the model of a recipe: no code from a hub or folder is run, no pickle read unless asked for."""
 
-<<<<<<< HEAD
 from accelerate import PartialState
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-=======
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
->>>>>>> 34d406c (Load, convert and mix data in a straight line; one table of formats; SFT reports cuts)
 from trl import get_quantization_config
 
 from rmipo.errors import UserError
