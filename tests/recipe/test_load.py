@@ -127,6 +127,19 @@ def test_another_dataset_or_model_voids_what_described_the_first(recipe):
     assert "dataset_name" not in values
 
 
+def test_another_model_voids_the_revision_of_the_first(write):
+    recipe = write("rmipo.yaml", RECIPE | {"model_revision": "v1", "prefer_local": "outputs/mine/sft"})
+    values = load_recipe(recipe, overrides=["--model_name_or_path=other/model"]).values
+    assert values["model_name_or_path"] == "other/model"
+    assert values.keys().isdisjoint({"model_revision", "prefer_local"})
+
+
+def test_models_are_uploaded_once_and_privately(recipe):
+    args = load_recipe(recipe).parse(world_size=1)[0]
+    assert (args.hub_strategy.value, args.hub_private_repo) == ("end", True)
+    assert load_recipe(recipe, overrides=["--hub_private_repo=false"]).parse(world_size=1)[0].hub_private_repo is False
+
+
 def test_prefer_local_takes_a_finished_run_and_says_so(write, tmp_path):
     local = tmp_path / "outputs" / "sft"
     recipe = write("rmipo.yaml", RECIPE | {"prefer_local": str(local), "model_revision": "v1"})
