@@ -3,6 +3,7 @@
 A step takes tokenised pairs, does all that a trainer does from collating to gradients, and returns the loss.
 """
 
+import copy
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,7 +18,6 @@ from trl.experimental.cpo import CPOConfig, CPOTrainer
 from benchmarks import references
 from rmipo.objectives import build_objective
 from rmipo.recipe.schema import PreferenceConfig
-from rmipo.training import attention
 from rmipo.training.batching import MicroBatch
 from rmipo.training.trainer import PreferenceTrainer
 
@@ -40,6 +40,7 @@ class Setup:
     checkpointing: bool = True
     device: str = "cpu"
     dtype: str = "float32"
+    attention: str = "auto"  # of our steps
 
     @property
     def heads(self) -> int:
@@ -53,8 +54,8 @@ class Setup:
     def intermediate(self) -> int:
         return 7 * self.hidden // 2
 
-    def model(self) -> LlamaForCausalLM:
-        config = LlamaConfig(
+    def config(self) -> LlamaConfig:
+        return LlamaConfig(
             vocab_size=self.vocabulary,
             hidden_size=self.hidden,
             intermediate_size=self.intermediate,
@@ -64,28 +65,34 @@ class Setup:
             head_dim=self.head_dim,
             max_position_embeddings=4096,
         )
+
+    def model(self) -> LlamaForCausalLM:
         torch.manual_seed(0)
         with torch.device(self.device):
-            model = LlamaForCausalLM._from_config(config, attn_implementation="sdpa", dtype=getattr(torch, self.dtype))
+            model = LlamaForCausalLM._from_config(
+                self.config(), attn_implementation="sdpa", dtype=getattr(torch, self.dtype)
+            )
         return model.train()
 
 
 @dataclass(frozen=True)
 class Contender:
-    """A step, the model it trains, and the attention (`rmipo.training.attention.attach`) that it needs the model to have."""
+    """A step and the model it trains, as its own trainer has prepared it."""
 
     step: Step
     model: LlamaForCausalLM
-    attention: str
 
 
-def build(name: str, setup: Setup, model: LlamaForCausalLM | None = None) -> Contender:
-    """The contender `name`, on `model` if several share one."""
-    model = setup.model() if model is None else model
+def build(name: str, setup: Setup, weights: LlamaForCausalLM | None = None) -> Contender:
+    """The contender `name`. Several can train the same `weights`, each through modules of its own."""
+    if weights is None:
+        model = setup.model()
+    else:  # trainers replace forwards and heads: only the parameters are shared
+        model = copy.deepcopy(weights, {id(parameter): parameter for parameter in weights.parameters()})
     step = BUILDERS[name](model, setup)
     if setup.checkpointing:  # here and not by the trainers, so that it is the same for all
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    return Contender(step, model, attention.resolve_kind("auto", model.device) if name in OURS else "plain")
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    return Contender(step, model)
 
 
 def _arguments(cls: type[TrainingArguments], setup: Setup, **values) -> TrainingArguments:
@@ -93,7 +100,7 @@ def _arguments(cls: type[TrainingArguments], setup: Setup, **values) -> Training
         output_dir=tempfile.mkdtemp(prefix="bench-"),
         use_cpu=setup.device == "cpu",
         bf16=False,  # bfloat16 is the weights' type, as under DeepSpeed, with no autocast
-        gradient_checkpointing=False,
+        activation_checkpointing=False,
         report_to="none",
         save_strategy="no",
         disable_tqdm=True,
@@ -102,7 +109,7 @@ def _arguments(cls: type[TrainingArguments], setup: Setup, **values) -> Training
 
 
 def our_trainer(model: LlamaForCausalLM, setup: Setup, objective: dict) -> PreferenceTrainer:
-    args = _arguments(PreferenceConfig, setup, objective=objective)
+    args = _arguments(PreferenceConfig, setup, objective=objective, attention=setup.attention)
     dataset = Dataset.from_list([{"prompt_ids": [3], "chosen_ids": [4], "rejected_ids": [5], "row": 0}])
     return PreferenceTrainer(model, args, build_objective(objective), dataset, prior_context=PRIOR_CONTEXT)
 
@@ -187,6 +194,5 @@ BUILDERS = {
     "simpo": _ours({"name": "simpo", **SIMPO}),
     "dpo": _ours({"name": "dpo", **DPO}),
 }
-OURS = ("rmipo", "simpo", "dpo")
 # The same loss in two or three ways: their values must agree.
 SAME_LOSS = [("padded-rmipo", "rmipo"), ("padded-simpo", "trl-simpo", "simpo"), ("trl-dpo", "dpo")]

@@ -1,12 +1,18 @@
-"""Our training step against the authors' way, padded SimPO and TRL on one GPU, at the shapes of Llama-3-8B in bf16.
+"""Our training step against the authors' way, padded SimPO and TRL on one GPU, at the shapes of Llama-3-8B in bfloat16.
 
-    python -m benchmarks.gpu                  32 layers, micro-batches of 2 and 4, gradient checkpointing
-    python -m benchmarks.gpu --layers 8       where memory asks for fewer
-    python -m benchmarks.gpu --dry            the same program on the CPU with tiny shapes
+    python -m benchmarks.gpu                  micro-batches of 2 and 4, gradient checkpointing; under ten minutes
+    python -m benchmarks.gpu --layers 8       fewer of the 32 layers; default: as many as the GPU holds
+    python -m benchmarks.gpu --dry            the same program on the CPU with small shapes
 
-All contenders train the same weights in turn. MFU counts the work of a step without recomputation (HFU with it), over
-the device's dense bf16 peak; tokens are those of prompt, chosen and rejected, so that padding earns nothing.
+Nothing is downloaded: weights are random. All contenders train the same weights, each through the model that its own
+trainer has made. Writes a JSON and a PNG. MFU counts the work of a step without recomputation (HFU with it) over the
+GPU's dense bf16 peak; tokens are those of prompt, chosen and rejected, so that padding earns nothing.
 """
+
+import os
+
+if __name__ == "__main__":  # before torch is imported: with several GPUs, Trainer would copy the model to each of them
+    os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
 
 import argparse
 import contextlib
@@ -19,35 +25,72 @@ from datetime import datetime
 from pathlib import Path
 
 import datasets
+import matplotlib
 import torch
 import transformers
+from torch.nn.attention import flex_attention
 from tqdm import tqdm
 
 from benchmarks import lengths, measure, report, work
 from benchmarks.contenders import BUILDERS, Contender, Setup, build
-from rmipo.training import attention
+from rmipo.plan import memory
+from rmipo.plan.memory import Run, Shape
+from rmipo.training import attention, scoring
+from rmipo.training.packing import pack_pairs
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
 
 BASES = ("padded-rmipo", "padded-simpo", "simpo")
-PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}  # dense bf16, from the vendor's data sheets
+OURS = ("rmipo", "simpo", "dpo")
+PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "A800": 312e12}  # dense bf16, from the data sheets
+MINUTES = 8.0  # after which no further round starts
+
+
+def setup_for(device: str, layers: int | None) -> Setup:
+    """Llama-3-8B's sizes, with as many layers as leave two fifths of the GPU to activations and full logits."""
+    if device == "cpu":
+        return Setup(hidden=64, layers=2, head_dim=16, vocabulary=101, attention="flex")
+    setup = Setup(4096, layers or 32, 128, 128256, device="cuda", dtype="bfloat16")
+    if layers is None:
+        # 4 bytes per weight and its gradient; 218 million weights a layer, 1.05 billion in embeddings and head.
+        room = 0.6 * torch.cuda.get_device_properties(0).total_memory / 4 - 1.05e9
+        setup = dataclasses.replace(setup, layers=max(1, min(32, int(room / 218e6))))
+    return setup
 
 
 def clock() -> float:
-    torch.cuda.synchronize()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
     return time.perf_counter()
 
 
 def peak_memory(one: Contender, pairs: list[dict]) -> int:
     """Bytes that a step needs beyond weights and gradients."""
-    attention.attach(one.model, one.attention)
+    one.step(pairs)  # the gradients are there
+    if one.model.device.type == "cpu":
+        return measure.allocated_peak(lambda: one.step(pairs))
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     one.step(pairs)
     return torch.cuda.max_memory_allocated() - before
 
 
+def planned_memory(name: str, setup: Setup, pairs: list[dict]) -> int:
+    """What `rmipo.plan` expects of the same step beyond weights and gradients."""
+    run = Run(
+        stage="preference", micro_batch=len(pairs), evaluation_batch=1, global_batch=len(pairs), max_length=2048,
+        max_tokens=None, checkpoint_every=int(setup.checkpointing), packing=False, autocast=False, fused_head=True,
+        weight_bytes=getattr(torch, setup.dtype).itemsize, prior=name == "rmipo", reference="none", adapters=False,
+        quantized=False, nested_quantization=False,
+    )  # fmt: skip
+    tokens = sum(len(pair["prompt_ids"]) - 1 + len(pair["chosen_ids"]) + len(pair["rejected_ids"]) for pair in pairs)
+    tokens += -tokens % attention.BLOCK  # as flex pads
+    return sum(memory.gradient_pass(Shape.of(setup.config()), run, tokens).values())
+
+
 def host_synchronizations(one: Contender, pairs: list[dict]) -> int:
-    """How often a step makes the host wait for the device."""
-    attention.attach(one.model, one.attention)
+    """How often a step makes the host wait for the GPU."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")
@@ -56,54 +99,109 @@ def host_synchronizations(one: Contender, pairs: list[dict]) -> int:
     return sum("synchronizing" in str(warning.message) for warning in caught)
 
 
-def run(setup: Setup, micro_batch: int, rounds: int, contenders: dict[str, Contender], progress: tqdm) -> dict:
-    source = lengths.from_profile("ultrafeedback", seed=0)
-    batches = lengths.batches(source, rounds, micro_batch, 1.0 if setup.device == "cuda" else 0.02, setup.vocabulary)
-    on_gpu = setup.device == "cuda"
-    for one in contenders.values():  # compilation and the allocator's growth come before the first round
-        attention.attach(one.model, one.attention)
-        one.step(batches[0])
-    longest = max(batches, key=lambda pairs: work.step_work("padded-simpo", pairs, setup).positions)
-    extra = {}
-    for name, one in contenders.items() if on_gpu else ():
-        extra[name] = {
-            "memory": peak_memory(one, longest),
-            "host_synchronizations": host_synchronizations(one, longest),
-        }
-    times = {"clock": clock} if on_gpu else {}
-    tolerance = measure.LOSS_TOLERANCE[setup.dtype]
-    results = measure.timed_rounds(contenders, batches, progress, tolerance=tolerance, **times)
+def parity(one: Contender, pairs: list[dict], setup: Setup) -> float:
+    """Mean |difference| per token, in nats, between the packed scores and those of each sequence alone."""
+    one.model.eval()
+    packed = pack_pairs(pairs).to(one.model.device)
+    try:
+        return scoring.check_parity(one.model, one.model, packed, setup.attention)
+    finally:
+        one.model.train()
 
-    case = {"micro_batch": micro_batch, "setup": dataclasses.asdict(setup), "contenders": {}}
+
+def run(setup: Setup, micro_batch: int, rounds: int, contenders: dict[str, Contender], deadline: float) -> dict:
+    """One case: time in alternating order, memory, rates. A contender that runs out of memory says so and is left out."""
+    on_gpu = setup.device == "cuda"
+    source = lengths.from_profile("ultrafeedback", seed=0)
+    batches = lengths.batches(source, rounds, micro_batch, 1.0 if on_gpu else 0.05, setup.vocabulary)
+    longest = max(batches, key=lambda pairs: work.step_work("padded-simpo", pairs, setup).positions)
+    entries, able = {}, {}
+    for name, one in contenders.items():  # compilation and the allocator's growth come before the first round
+        try:
+            entries[name] = {"name": name, "memory": peak_memory(one, longest)}
+            able[name] = one
+        except torch.OutOfMemoryError:
+            entries[name] = {"name": name, "out_of_memory": True}
+        one.model.zero_grad()
+        if name in OURS:
+            entries[name]["planned_memory"] = planned_memory(name, setup, longest)
+            entries[name]["host_synchronizations"] = host_synchronizations(one, longest) if on_gpu else None
+    progress = tqdm(total=rounds * len(able), unit="step")
+    tolerance = measure.LOSS_TOLERANCE[setup.dtype]
+    results = measure.timed_rounds(able, batches, progress, tolerance=tolerance, clock=clock, deadline=deadline)
+    progress.close()
+
     peak = next((flops for gpu, flops in PEAK_FLOPS.items() if on_gpu and gpu in torch.cuda.get_device_name()), None)
     no_recompute = dataclasses.replace(setup, checkpointing=False)
-    sides = ("prompt_ids", "chosen_ids", "rejected_ids")
-    tokens = sum(len(pair[side]) for pairs in batches for pair in pairs for side in sides)
+    batches = batches[: len(next(iter(results.values())))]
+    tokens = sum(
+        len(pair[key]) for pairs in batches for pair in pairs for key in ("prompt_ids", "chosen_ids", "rejected_ids")
+    )
     for name, rounds_ in results.items():
         seconds = sum(one["wall"] for one in rounds_)
         total, useful = work.total(name, batches, setup), work.total(name, batches, no_recompute)
-        case["contenders"][name] = extra.get(name, {}) | {
-            "name": name,
+        entries[name] |= {
             "work": dataclasses.asdict(total) | {"flops": total.flops},
             "rounds": rounds_,
             "tokens_per_second": tokens / seconds,
             "mfu": peak and useful.flops / seconds / peak,
             "hfu": peak and total.flops / seconds / peak,
         }
+    case = {"micro_batch": micro_batch, "contenders": {name: entries[name] for name in able}}
     report.add_ratios(case, BASES, clock="wall")
+    case["out_of_memory"] = sorted(entries.keys() - able.keys())
+    case["parity_nats_per_token"] = parity(able["simpo"], batches[0], setup) if "simpo" in able else None
+    case["compiled_graphs"] = torch._dynamo.utils.counters["stats"]["unique_graphs"]  # so far
     return case
+
+
+def draw(result: dict, path: Path) -> None:
+    """Step time, tokens/s and peak memory of every contender, a panel each; our planned memory as a mark."""
+    figure, axes = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
+    names = list(BUILDERS)
+    for number, case in enumerate(result["cases"].values()):
+        entries = [case["contenders"].get(name, {}) for name in names]
+        places = [i + 0.4 * number for i in range(len(names))]
+        label = f"{case['micro_batch']} pairs"
+        ratios = [entry["ratios"]["padded-simpo"]["time"] if "ratios" in entry else None for entry in entries]
+        values = (
+            [r["median"] if r else 0 for r in ratios],
+            [entry.get("tokens_per_second", 0) / 1000 for entry in entries],
+            [entry.get("memory", 0) / 2**30 for entry in entries],
+        )
+        for axis, heights in zip(axes, values, strict=True):
+            axis.barh(places, heights, height=0.38, label=label)
+        spans = [(r["median"] - r["min"], r["max"] - r["median"]) if r else (0, 0) for r in ratios]
+        axes[0].errorbar(values[0], places, xerr=list(zip(*spans, strict=True)), fmt="none", color="black", lw=0.8)
+        marks = [
+            (e["planned_memory"] / 2**30, place)
+            for e, place in zip(entries, places, strict=True)
+            if "planned_memory" in e
+        ]
+        axes[2].plot(*zip(*marks, strict=True), "k|", markersize=10, label="planned" if number == 0 else None)
+    titles = ("Step time / padded SimPO", "Thousand tokens per second", "Peak GiB beyond weights and gradients")
+    for axis, title in zip(axes, titles, strict=True):
+        axis.set_title(title, fontsize=10)
+        axis.set_yticks([i + 0.2 * (len(result["cases"]) - 1) for i in range(len(names))], names)
+        axis.invert_yaxis()
+    axes[2].legend(fontsize=8)
+    figure.suptitle(
+        f"{result['environment']['gpu'] or 'CPU, small shapes: only a trial'}, {result['setup']['layers']} layers"
+    )
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--layers", type=int)
     parser.add_argument("--micro-batches", type=int, nargs="+", default=[2, 4])
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--dry", action="store_true", help="tiny shapes on the CPU")
+    parser.add_argument("--dry", action="store_true", help="small shapes on the CPU")
     parser.add_argument("--output", type=Path, default=Path(f"outputs/bench/gpu-{datetime.now():%Y%m%d-%H%M%S}.json"))
     options = parser.parse_args()
     if not options.dry and not torch.cuda.is_available():
-        parser.error("no CUDA device is visible; --dry runs tiny shapes on the CPU")
+        parser.error("no CUDA device is visible; --dry runs small shapes on the CPU")
     if options.output.exists():
         parser.error(f"--output {options.output} exists")
 
@@ -111,26 +209,27 @@ def main() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
     transformers.logging.set_verbosity_error()
     datasets.disable_progress_bars()
-    setup = Setup(4096, options.layers, 128, 128256, device="cuda", dtype="bfloat16")
-    if options.dry:
-        setup = Setup(hidden=64, layers=2, head_dim=16, vocabulary=101)
-    model = setup.model()
+    if options.dry:  # torch refuses flex's backward on a CPU, where only its slow, unfused form runs
+        flex_attention._validate_device = lambda *tensors: None
+    deadline = time.monotonic() + 60 * MINUTES
+    setup = setup_for("cpu" if options.dry else "cuda", options.layers)
+    weights = setup.model()
     with contextlib.redirect_stderr(io.StringIO()):  # TRL's own progress bars
-        contenders = {name: build(name, setup, model) for name in BUILDERS}
-    result = {"environment": report.environment(), "rounds": options.rounds, "cases": {}}
-    progress = tqdm(total=len(options.micro_batches) * options.rounds * len(contenders), unit="step")
+        contenders = {name: build(name, setup, weights) for name in BUILDERS}
+    result = {"environment": report.environment(), "setup": dataclasses.asdict(setup), "cases": {}}
     for size in options.micro_batches:
-        case = run(setup, size, options.rounds, contenders, progress)
-        case["compiled_graphs"] = torch._dynamo.utils.counters["stats"]["unique_graphs"]  # so far
+        case = run(setup, size, options.rounds, contenders, deadline)
         result["cases"][f"micro-batch-{size}"] = case
-        progress.write(f"\n{size} pairs, {setup}; wall seconds, ratios min median max of {options.rounds} rounds")
-        progress.write(report.table(case, clock="wall"))
+        print(f"\n{size} pairs, {setup}; wall seconds, ratios min median max of the rounds")
+        print(report.table(case, clock="wall"))
         for name, entry in case["contenders"].items():
             rates = f"{name}: {entry['tokens_per_second']:.0f} tokens/s"
-            progress.write(rates + (f", MFU {entry['mfu']:.1%}, HFU {entry['hfu']:.1%}" if entry["mfu"] else ""))
+            print(rates + (f", MFU {entry['mfu']:.1%}, HFU {entry['hfu']:.1%}" if entry["mfu"] else ""))
+        print(f"out of memory: {', '.join(case['out_of_memory']) or 'none'}")
+        print(f"parity {case['parity_nats_per_token']} nats per token, {case['compiled_graphs']} compiled graphs")
         report.save(result, options.output)
-    progress.close()
-    print(f"\nsaved {options.output}")
+        draw(result, options.output.with_suffix(".png"))
+    print(f"\nsaved {options.output} and {options.output.with_suffix('.png')}")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import contextlib
 import gc
 import io
 import itertools
+import math
 import multiprocessing
 import os
 import time
@@ -13,7 +14,6 @@ from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
 from benchmarks.contenders import SAME_LOSS, Contender, Setup, build
-from rmipo.training import attention
 
 # Relative, between ways to compute the same loss.
 LOSS_TOLERANCE = {"float32": 1e-4, "bfloat16": 3e-2}
@@ -26,12 +26,14 @@ def timed_rounds(
     *,
     tolerance: float,
     clock: Callable[[], float] = time.perf_counter,
+    deadline: float = math.inf,
 ) -> dict[str, list[dict]]:
     """Time every contender on every batch; odd rounds run in reverse order.
 
     Args:
         tolerance: relative difference at most between losses of the same objective.
         clock: of the wall time; a GPU's must wait for the device.
+        deadline: of `time.monotonic`; no round but the first starts after it.
 
     Returns:
         name -> one `{"cpu": seconds, "wall": seconds, "loss": value}` per batch.
@@ -41,10 +43,11 @@ def timed_rounds(
     """
     results: dict[str, list[dict]] = {name: [] for name in contenders}
     for number, pairs in enumerate(batches):
+        if number and time.monotonic() > deadline:
+            break
         for name in list(contenders)[:: -1 if number % 2 else 1]:
             progress.set_description(name)
             one = contenders[name]
-            attention.attach(one.model, one.attention)
             gc.collect()
             wall, cpu = clock(), time.process_time()
             loss = one.step(pairs)

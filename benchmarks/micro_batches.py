@@ -70,7 +70,7 @@ def main() -> None:
 
     model = SETUP.model()
     trainer = our_trainer(model, SETUP, {"name": "rmipo", **RMIPO})
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.activation_checkpointing_enable({"use_reentrant": False})
     (pairs,) = lengths.batches(lengths.from_profile("ultrafeedback", seed=0), 1, options.pairs, SCALE, SETUP.vocabulary)
     sizes = [len(pair["prompt_ids"]) - 1 + len(pair["chosen_ids"]) + len(pair["rejected_ids"]) for pair in pairs]
 

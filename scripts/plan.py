@@ -1,9 +1,9 @@
-"""What a run would cost, before it is paid: memory per GPU, steps, hours, disk. Needs no GPU and downloads no model.
+"""What a run will cost: memory per GPU, steps, hours, disk. Needs no GPU and downloads no model.
 
     make plan MODEL=llama3-8b-instruct GPUS=8x80 [NODES=4] [METHOD=dpo] [STAGE=sft] [ARGS="--max_length 1024"]
 
 GPUS is <GPUs of each machine>x<GiB of one>, by default what this machine has; STAGE is rmipo unless it is sft.
-The exit code is 1 if the run can't fit.
+The exit code is 1 if the estimate of the memory exceeds the GPU's.
 """
 
 import os
@@ -13,9 +13,17 @@ from rmipo import cli
 from rmipo.errors import ConfigError
 from rmipo.launch.choices import choose_sharding, choose_stages, node_count
 from rmipo.launch.pipeline import launch_configuration, load_steps, maker
-from rmipo.plan import lengths, preflight
-from rmipo.plan import memory as plan
-from rmipo.plan.memory import GIB, Hardware, Sharding
+from rmipo.plan import duration, lengths, preflight
+from rmipo.plan.memory import (
+    GIB,
+    Hardware,
+    MemoryPlan,
+    Run,
+    Sharding,
+    fastest_that_fits,
+    largest_micro_batch,
+    plan_memory,
+)
 from rmipo.recipe.load import Recipe
 
 VARIABLES = ("MODEL", "STAGE", "METHOD", "DATA", "ARGS", "GPUS", "NODES", "SHARDING", "EXAMPLES", "TFLOPS")
@@ -65,67 +73,97 @@ def require_earlier_stage(model: str, recipe: Recipe, env: dict[str, str]) -> No
             raise preflight.PreflightError(f"{key}: {value} is made by an earlier stage. Run it first: {command}")
 
 
+def print_memory(memory: MemoryPlan, run: Run, hardware: Hardware, device: str) -> None:
+    print(f"\nMemory of {device} at the longest micro-batch that the recipe allows ({run.longest_micro_batch} tokens)")
+    for name, size in memory.parts.items():
+        print(f"  {name:36} {size / GIB:8.1f} GiB")
+    verdict = "fits" if memory.needed <= memory.capacity else "DOES NOT FIT"
+    print(f"  {'total':36} {memory.needed / GIB:8.1f} GiB of {hardware.gib:g}: {verdict}")
+    prior = f"; scoring without gradient {memory.prior / GIB:.1f} GiB" if run.prior else ""
+    print(f"  in place of activations and LM head: evaluation {memory.evaluation / GIB:.1f} GiB{prior}")
+    if memory.host:
+        verdict = "fits" if memory.fits or memory.needed > memory.capacity else "DOES NOT FIT"
+        of = f" of {hardware.host_gib:.0f}: {verdict}" if hardware.host_gib else ""
+        print(f"  offloaded to each node's memory: {memory.host / GIB:.0f} GiB{of}")
+    head = "the LM head in tiles, never all logits" if run.fused_head else "all logits at once"
+    again = {0: "no layer", 1: "every layer"}.get(run.checkpoint_every, f"one layer in {run.checkpoint_every}")
+    print(f"  attention keeps no score matrix; {head}; {again} computed again in backward")
+
+
+def print_suggestion(shape, run: Run, sharding: Sharding, hardware: Hardware) -> None:
+    """The largest micro-batch as the recipe is, and the setting that computes least again."""
+    size = largest_micro_batch(shape, run, sharding, hardware)
+    key, value = "per_device_train_batch_size", size
+    if run.max_tokens:
+        key, value = "max_tokens_per_micro_batch", size and run.full_length(size)
+    print(f"\nLargest that fits as the recipe is: {key}: {value or 'none'}")
+    fastest = fastest_that_fits(shape, run, sharding, hardware)
+    if fastest is not None and fastest != run:
+        saved = 1 - duration.step_flops(shape, fastest) / duration.step_flops(shape, run)
+        needed = plan_memory(shape, fastest, sharding, hardware).needed / GIB
+        print(
+            f"Fastest that fits: {', '.join(preflight.changed_keys(run, fastest))}: {needed:.0f} GiB, {saved:.0%} less work"
+        )
+
+
 def main() -> int:
     os.chdir(Path(__file__).parent.parent)
     env = {**os.environ, "STAGE": "rmipo"} | cli.variables(cli.options(__doc__, *VARIABLES).read())
     model, stages = choose_stages(env)
     recipe = next(step.recipe for step in load_steps(model, stages, env) if step.stage == env["STAGE"])
     require_earlier_stage(model, recipe, env)
+    on_cpu = recipe.values.get("use_cpu", False)
     hardware = hardware_of(env, recipe)
     launch = launch_configuration(recipe, choose_sharding(env))
-    sharding = Sharding.load(launch)
+    sharding = Sharding("none") if on_cpu else Sharding.load(launch)
+    preflight.check_masters(recipe, sharding)
     run, shape = preflight.run_of(recipe), preflight.shape_of(recipe)
-    memory = plan.plan_memory(shape, run, sharding, hardware)
-    tokens = run.longest_row(run.micro_batch)
+    memory = plan_memory(shape, run, sharding, hardware)
 
-    print(f"{recipe.path}: {recipe.values['model_name_or_path']}, {shape.parameters / 1e9:.2f} B parameters", end="")
-    print(f", {shape.trained / 1e6:.1f} M of them trained" if run.adapters else "")
-    print(f"{hardware.nodes} node(s) x {hardware.gpus_per_node} GPUs x {hardware.gib:g} GiB, {launch.stem}")
+    trained = f", {shape.trained / 1e6:.1f} M of them trained" if run.adapters else ""
+    print(f"{recipe.path}: {recipe.values['model_name_or_path']}, {shape.parameters / 1e9:.3g} B parameters{trained}")
+    if on_cpu:
+        print(f"This machine's CPU with {hardware.gib:.0f} GiB of memory")
+    else:
+        print(f"{hardware.nodes} node(s) x {hardware.gpus_per_node} GPUs x {hardware.gib:g} GiB, {launch.stem}")
+    print_memory(memory, run, hardware, "the process" if on_cpu else "each GPU")
+    print_suggestion(shape, run, sharding, hardware)
 
-    print(f"\nMemory per GPU at the longest micro-batch that the recipe allows ({tokens} tokens)")
-    for name, size in memory.parts.items():
-        print(f"  {name:36} {size / GIB:8.1f} GiB")
-    print(
-        f"  {'total':36} {memory.needed / GIB:8.1f} GiB of {hardware.gib:g}:",
-        "fits" if memory.needed <= memory.capacity else "DOES NOT FIT",
-    )
-    prior = f"; the prior pass {memory.prior / GIB:.1f} GiB" if run.prior else ""
-    print(f"  in place of activations and head logits: evaluation {memory.evaluation / GIB:.1f} GiB{prior}")
-    if memory.host:
-        found = (
-            f" of {hardware.host_gib:.0f}: {'fits' if memory.host_fits else 'DOES NOT FIT'}"
-            if hardware.host_gib
-            else ""
-        )
-        print(f"  offloaded to each node's memory: {memory.host / GIB:.0f} GiB{found}")
-    checkpointing = "with" if run.checkpointing else "without"
-    print(
-        f"  activations {checkpointing} gradient checkpointing; attention by flex or flash, which keeps no score matrix"
-    )
-
-    size = plan.largest_micro_batch(shape, run, sharding, hardware)
-    key, value = "per_device_train_batch_size", size
-    if run.max_tokens:
-        key, value = "max_tokens_per_micro_batch", size and run.full_length(size)
-    print(f"\nSuggested {key}: {value or 'none fits'}")
+    device = "CPU" if on_cpu else f"{hardware.gpus} GPUs"
     _, accumulation = recipe.batch(hardware.gpus)
-    cut = f"in rows of at most {run.max_tokens} tokens" if run.max_tokens else f"x {run.micro_batch} x {accumulation}"
-    tflops, (examples, source) = number(env, "TFLOPS", plan.A100_TFLOPS), examples_of(env, recipe)
-    steps, seen = lengths.steps(recipe.values, run, examples), lengths.examples_seen(recipe.values, run, examples)
-    tokens_each = plan.typical_tokens(run)[0]
-    duration = plan.hours(shape, run, hardware, seen, tflops)
-    print(f"Examples: {examples}, {source}")
-    print(f"Steps: {steps}, each {run.global_batch} rows = {hardware.gpus} GPUs {cut}")
-    print(f"Tokens: {seen * tokens_each / 1e6:.0f} M with gradients")
-    print(f"Hours: {duration:.1f} for the training steps, {duration * hardware.gpus:.0f} GPU hours")
-    print(
-        f"  assumed: {tokens_each} tokens an example; {plan.MFU:.0%} of {tflops:g} TFLOP/s per GPU "
-        "(A100: 312, H100: 989; TFLOPS=). An assumption, not a measurement"
+    cut = (
+        f"in sequences of at most {run.max_tokens} tokens"
+        if run.max_tokens
+        else f"x {run.micro_batch} x {accumulation}"
     )
-
+    examples, source = examples_of(env, recipe)
+    steps, seen = lengths.steps(recipe.values, run, examples), lengths.examples_seen(recipe.values, run, examples)
+    tokens_each = duration.typical_tokens(run)[0]
+    print(f"\nExamples: {examples}, {source}")
+    print(f"Steps: {steps}, each {run.global_batch} examples = {device} {cut}")
+    print(f"Tokens: {seen * tokens_each / 1e6:.0f} M with gradients, {tokens_each} an example (assumed)")
+    if on_cpu:
+        print("Hours: not estimated for a CPU; the progress bar of a trial shows them: ARGS='--max_steps 20'")
+    else:
+        tflops = number(env, "TFLOPS", duration.A100_TFLOPS)
+        print_hours(duration.hours(recipe, shape, run, sharding, hardware, examples, tflops), hardware, tflops)
     needed = preflight.disk_needed(recipe, shape, sharding)
-    print(f"Disk: {needed / GIB:.0f} GiB in {recipe.values['output_dir']} (checkpoints, one being written, the model)")
+    print(f"Disk: {needed / GIB:.1f} GiB in {recipe.values['output_dir']} (checkpoints, one being written, the model)")
     return 0 if memory.fits else 1
+
+
+def print_hours(phases: dict[str, tuple[float, float]], hardware: Hardware, tflops: float) -> None:
+    low, high = phases.pop("total")
+    print(f"Hours: {low:.1f} to {high:.1f}, {low * hardware.gpus:.0f} to {high * hardware.gpus:.0f} GPU hours")
+    for name, (start, end) in phases.items():
+        print(f"  {name:20} {start:.2f}" + (f" to {end:.2f}" if end > start else ""))
+    low, high = duration.UTILIZATION
+    link, places = duration.GATHER_GIB["one node" if hardware.nodes == 1 else "several nodes"], duration.SAVE_GIB
+    print(
+        f"  assumed, not measured on a GPU: matrix products at {low:.0%} to {high:.0%} of {tflops:g} TFLOP/s per GPU "
+        f"(A100: 312, H100: 989; TFLOPS=); weights gathered at {link} GiB/s; disk at {places:g} GiB/s; "
+        f"{duration.EVALUATION_EXAMPLES} held-out examples"
+    )
 
 
 if __name__ == "__main__":

@@ -8,9 +8,12 @@ from pathlib import Path
 from transformers import TrainingArguments
 
 from rmipo.data.sources import load_sources, mix, mixture_entries
-from rmipo.plan.memory import TYPICAL_DIALOGUE, Run
+from rmipo.plan.memory import Run
 from rmipo.recipe.load import Recipe
 from rmipo.recipe.schema import DataConfig
+
+TYPICAL_PROMPT, TYPICAL_RESPONSE = 220, 320  # tokens, UltraFeedback-like; set the expected hours, never the fit
+TYPICAL_DIALOGUE = 1_100  # tokens, UltraChat-like
 
 # Training rows of the recipes' datasets on the hub, by name and split or folder.
 ROWS = {
@@ -57,33 +60,30 @@ def examples_seen(values: Mapping, run: Run, examples: int) -> float:
     return examples * values.get("num_train_epochs", TrainingArguments.num_train_epochs)
 
 
+def occasions(values: Mapping, what: str, steps: int | None) -> int | None:
+    """How often a run of `steps` optimizer steps saves (`what`: "save") or evaluates ("eval"); None: not known."""
+    strategy = values.get(f"{what}_strategy", "steps" if what == "save" else "no")
+    every = values.get(f"{what}_steps") or TrainingArguments.save_steps
+    if strategy == "no":
+        return 0
+    if strategy == "epoch":
+        return math.ceil(values.get("num_train_epochs", TrainingArguments.num_train_epochs))
+    if strategy == "steps" and every < 1:
+        return math.ceil(1 / every)
+    return math.ceil(steps / every) if strategy == "steps" and steps else None
+
+
 def kept_checkpoints(recipe: Recipe, run: Run) -> int:
     """The most checkpoints that are on the disk at once: `save_total_limit` and the one being written, or all of a run.
 
     Without a limit, and where the length of the run is not known, two: fewer there can't be.
     """
-    values = recipe.values
-    limit, saves = values.get("save_total_limit"), _saves(recipe, run)
+    values, limit = recipe.values, recipe.values.get("save_total_limit")
+    total = values["max_steps"] if values.get("max_steps", -1) > 0 else None
+    if total is None and limit is None:  # else the data need not be counted
+        examples = training_examples(recipe)
+        total = examples and steps(values, run, examples)
+    saves = occasions(values, "save", total)
     if limit is None:
         return 2 if saves is None else saves
     return limit + 1 if saves is None else min(limit + 1, saves)
-
-
-def _saves(recipe: Recipe, run: Run) -> int | None:
-    """Checkpoints of the whole run, the one at its end included; None where that is not known."""
-    values = recipe.values
-    strategy, every = values.get("save_strategy", "steps"), values.get("save_steps", TrainingArguments.save_steps)
-    if strategy == "no":
-        return 0
-    if strategy == "epoch":
-        return math.ceil(values.get("num_train_epochs", TrainingArguments.num_train_epochs))
-    if strategy != "steps":
-        return None
-    if every < 1:
-        return math.ceil(1 / every)
-    if values.get("max_steps", -1) <= 0 and values.get("save_total_limit") is not None:
-        return None  # not worth counting the data for
-    if values.get("max_steps", -1) > 0:
-        return math.ceil(values["max_steps"] / every)
-    examples = training_examples(recipe)
-    return examples and math.ceil(steps(values, run, examples) / every)

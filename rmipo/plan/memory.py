@@ -1,13 +1,12 @@
 """What a run needs before it starts: GPU memory, arithmetic, disk. Estimates from shapes alone; nothing is loaded.
 
-Model states come from DeepSpeed's own estimators. Activations follow from which tensors autograd keeps (measured by
-tests/test_plan.py). What is assumed rather than derived is a named constant here, and printed with the plan.
+Activations follow from which tensors autograd keeps (measured by tests/plan/test_memory.py). What is assumed rather than
+derived is a named constant here, and printed with the plan.
 """
 
 import dataclasses
 import json
 import math
-import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +14,6 @@ from pathlib import Path
 import torch
 import yaml
 from accelerate import init_empty_weights
-
-if not torch.cuda.is_available():
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would choose it too, with a warning
-from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs
-from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs
 from peft import PeftConfig, get_peft_model
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig
 
@@ -31,14 +25,20 @@ GIB = 2**30
 
 # Assumptions, printed with every plan.
 RESERVED_FRACTION = 0.06  # of the GPU: CUDA context, NCCL, fragmentation
-BUCKETS_GIB = 3.0  # DeepSpeed's or FSDP's communication buffers at their default sizes
-A100_TFLOPS = 312.0  # bfloat16 without sparsity; the A800 likewise
-MFU = 0.35  # model FLOPs per second over the GPU's peak, recomputation not counted as useful
-TYPICAL_PROMPT, TYPICAL_RESPONSE = 220, 320  # tokens, UltraFeedback-like; sets the expected hours, never the fit
-TYPICAL_DIALOGUE = 1_100  # tokens, UltraChat-like
+LIVE_PARAMETERS = 10**9  # that ZeRO-3 has gathered at once: DeepSpeed's stage3_max_live_parameters
 
-ADAM_FP32_BYTES = 16  # per trained parameter: float32 weight, gradient and Adam's two moments
+FUSED_HEAD_TILE = (4096, 32768)  # logits that TRL's fused LM head has at once: tokens x entries of the vocabulary
 NF4_BYTES = {False: 0.5 + 4 / 64, True: 0.5 + 1 / 64 + 4 / (64 * 256)}  # per weight; key: nested quantization
+
+# Bytes on each of n GPUs per trained parameter: (weights, gradients and optimizer). Under DeepSpeed weights are in
+# bfloat16, and the gradients, master weights and Adam's two moments in float32; elsewhere the weights are the masters.
+STATE_BYTES = {
+    "zero3": lambda n: (2 / n, 16 / n),
+    "zero2": lambda n: (2, 2 + 16 / n),  # a whole gradient in bfloat16 until it is reduced
+    "fsdp2": lambda n: (4 / n, 12 / n),
+    "none": lambda n: (4, 12),
+}
+OFFLOADED_BYTES = 27  # per trained parameter and node: the same 18 in pinned buffers (DeepSpeed's estimator: x 1.5)
 
 
 @dataclass(frozen=True)
@@ -68,8 +68,11 @@ class Sharding:
     """How model states are spread over GPUs: DeepSpeed ZeRO 2 or 3, FSDP2, or whole on each GPU ("none")."""
 
     kind: str
-    offload_optimizer: bool = False
-    offload_parameters: bool = False
+    offload: bool = False  # to host memory
+
+    @property
+    def divides_weights(self) -> bool:
+        return self.kind in ("zero3", "fsdp2")
 
     @classmethod
     def load(cls, path: str | Path) -> "Sharding":
@@ -84,8 +87,7 @@ class Sharding:
     def of_deepspeed(cls, config: dict) -> "Sharding":
         """What a DeepSpeed configuration says."""
         zero = config["zero_optimization"]
-        offloaded = [zero.get(f"offload_{what}", {}).get("device") == "cpu" for what in ("optimizer", "param")]
-        return cls(f"zero{zero['stage']}", *offloaded)
+        return cls(f"zero{zero['stage']}", zero.get("offload_optimizer", {}).get("device") == "cpu")
 
 
 @dataclass(frozen=True)
@@ -146,12 +148,13 @@ class Run:
     global_batch: int
     max_length: int
     max_tokens: int | None
-    checkpointing: bool
-    packing: bool  # SFT: dialogues joined into rows of max_length
+    checkpoint_every: int  # each how-manyth layer is computed again in backward; 0: none
+    packing: bool  # SFT: dialogues joined into sequences of max_length
     weight_bytes: int  # of the loaded weights: 2 for bfloat16
     autocast: bool  # weights in float32, matrix products in bfloat16
+    fused_head: bool  # TRL's LM head, which never holds all logits
     prior: bool
-    reference_model: bool
+    reference: str  # "none", "cached" log-probs, or "logits": a second model in memory
     adapters: bool
     quantized: bool
     nested_quantization: bool
@@ -160,19 +163,17 @@ class Run:
     def compute_bytes(self) -> int:
         return 2 if self.autocast else self.weight_bytes
 
-    def longest_row(self, size: int) -> int:
-        """Tokens of the longest micro-batch that the recipe's limits allow; all may pass through the LM head."""
-        if self.max_tokens is not None:
-            return max(self.max_tokens, self.full_length(1))
-        return self.full_length(size)
-
-    def longest_evaluation_row(self) -> int:
-        return self.full_length(self.evaluation_batch)
-
     def full_length(self, size: int) -> int:
-        """Tokens of `size` pairs (SFT: dialogues) as long as the recipe allows."""
+        """Tokens of `size` pairs (SFT: dialogues) as long as the recipe allows; all may pass through the LM head."""
         # A pair is longest with a short prompt and two responses that are cut at max_length.
         return size * self.max_length * (1 if self.stage == "sft" else 2)
+
+    @property
+    def longest_micro_batch(self) -> int:
+        """Tokens of the longest micro-batch that the recipe's limits allow."""
+        if self.max_tokens is None:
+            return self.full_length(self.micro_batch)
+        return max(self.max_tokens, self.full_length(1))
 
 
 def layer_activations(shape: Shape, tokens: int, compute_bytes: int) -> int:
@@ -186,73 +187,64 @@ def layer_activations(shape: Shape, tokens: int, compute_bytes: int) -> int:
     return tokens * (compute_bytes * narrow + 4 * wide)
 
 
-def head_activations(shape: Shape, run: Run, scored: int) -> int:
-    """Peak bytes of LM head and cross-entropy.
+def head_activations(shape: Shape, run: Run, scored: int, gradient: bool = True) -> int:
+    """Peak bytes of LM head and log-probabilities over `scored` positions.
 
-    Preference: the logits, overwritten by their gradient (`training.logprobs`), and a chunk of them in float32. SFT: also, in
-    float32, their copy and log-softmax (or its gradient).
+    Fused: one tile of logits; in backward the gradients of the head's weight and input, summed in float32 and then cast.
+    Else: all logits, overwritten by their gradient (`training.logprobs`), and a chunk of them in float32; where the
+    reference's are needed, those as well.
     """
-    hidden = scored * shape.hidden * run.compute_bytes
+    inputs = scored * shape.hidden * run.compute_bytes
+    head = shape.vocabulary * shape.hidden * (gradient and not run.adapters)
+    if run.fused_head:
+        tile = min(FUSED_HEAD_TILE[0], scored) * FUSED_HEAD_TILE[1] * run.compute_bytes
+        if not gradient:
+            return inputs + tile
+        cast = (inputs + head * run.compute_bytes) * (run.compute_bytes < 4)
+        return inputs + tile + 4 * (scored * shape.hidden + head) + cast
     logits = scored * shape.vocabulary
-    if run.stage == "sft":
-        return hidden + logits * (run.compute_bytes + 8)
-    return hidden + logits * run.compute_bytes + 8 * min(logits, CHUNK["cuda"])
+    copies = 2 if run.reference == "logits" else 1
+    return inputs + copies * logits * run.compute_bytes + 8 * min(logits, CHUNK["cuda"]) + head * run.compute_bytes
 
 
-def gradient_pass(shape: Shape, run: Run) -> dict[str, int]:
-    """Peak bytes of forward and backward over the longest row, in parts."""
-    tokens = run.longest_row(run.micro_batch)
-    layer = layer_activations(shape, tokens, run.compute_bytes)
-    head = head_activations(shape, run, tokens)
-    if not run.checkpointing:
-        return {"activations": shape.layers * layer, "head logits": head}
-    # Only one of the two is alive on top of the layers' inputs: the head, or the layer that is computed again.
-    inputs = shape.layers * tokens * shape.hidden * run.compute_bytes
-    return {"activations": inputs + max(layer - head, 0), "head logits": head}
+def gradient_pass(shape: Shape, run: Run, tokens: int) -> dict[str, int]:
+    """Peak bytes of forward and backward over `tokens`, in parts."""
+    layer, head = layer_activations(shape, tokens, run.compute_bytes), head_activations(shape, run, tokens)
+    recomputed = math.ceil(shape.layers / run.checkpoint_every) if run.checkpoint_every else 0
+    inputs = recomputed * tokens * shape.hidden * run.compute_bytes
+    kept = (shape.layers - recomputed) * layer
+    # Only one of the two is alive on top of these: the head, or the layer that is computed again.
+    again = max(layer - head, 0) if recomputed else 0
+    return {"activations": inputs + kept + again, "LM head": head}
 
 
 def no_gradient_pass(shape: Shape, run: Run, tokens: int) -> int:
-    """Peak bytes of scoring a row of `tokens` without gradient."""
+    """Peak bytes of scoring `tokens` without gradient."""
     layer = tokens * run.compute_bytes * (2 * shape.hidden + 3 * shape.intermediate)
-    return max(layer, head_activations(shape, run, tokens))
+    return max(layer, head_activations(shape, run, tokens, gradient=False))
 
 
 def model_states(shape: Shape, run: Run, sharding: Sharding, hardware: Hardware) -> dict[str, int]:
-    """Bytes per GPU of parameters, gradients and optimizer; the key "host" is memory of the node."""
-    layout = {"num_gpus_per_node": hardware.gpus_per_node, "num_nodes": hardware.nodes}
-    frozen = _frozen_bytes(shape, run) if run.adapters else 0
-    shards = 1 if sharding.kind in ("none", "zero2") else hardware.gpus
-    gathered = 0 if shards == 1 else shape.largest_layer * 4
-    trained = shape.trained
-    host = 0
-    if sharding.kind == "zero3":
-        host, total, gathered = estimate_zero3_model_states_mem_needs(
-            trained,
-            shape.largest_layer,
-            cpu_offload=sharding.offload_optimizer,
-            cpu_offload_params=sharding.offload_parameters,
-            **layout,
-        )
-        weights = 0 if sharding.offload_parameters else 2 * trained // hardware.gpus
-        rest = total - gathered - weights
-    elif sharding.kind == "zero2":
-        host, total = estimate_zero2_model_states_mem_needs(trained, cpu_offload=sharding.offload_optimizer, **layout)
-        weights, rest = 2 * trained, total - 2 * trained
-    elif sharding.kind == "fsdp2" or run.adapters:  # float32 masters of what is trained
-        weights, rest = 4 * trained // shards, (ADAM_FP32_BYTES - 4) * trained // shards
-    else:
-        weights, rest = run.weight_bytes * trained, 3 * run.weight_bytes * trained
-    parts = {"parameters": weights + frozen // shards, "gradients and optimizer": rest, "gathered layer": gathered}
-    if run.reference_model:
-        parts["reference model"] = 2 * shape.parameters // shards
-    return parts | {"host": host if sharding.offload_optimizer or sharding.offload_parameters else 0}
+    """Bytes per GPU of parameters, gradients and optimizer, and of weights that a forward gathers."""
+    divided = hardware.gpus if sharding.divides_weights else 1
+    weights, rest = (0, 0) if sharding.offload else STATE_BYTES[sharding.kind](hardware.gpus)
+    frozen = 0
+    if run.adapters:
+        other = shape.parameters - shape.linear * run.quantized
+        frozen = (
+            other * run.weight_bytes + shape.linear * run.quantized * NF4_BYTES[run.nested_quantization]
+        ) / divided
+    parts = {"parameters": int(weights * shape.trained + frozen), "gradients and optimizer": int(rest * shape.trained)}
+    if run.reference == "logits" and not run.adapters:
+        parts["reference model"] = 2 * shape.parameters // divided
+    if divided > 1 or sharding.offload:
+        parts["gathered parameters"] = 2 * min(LIVE_PARAMETERS, shape.parameters)
+    return parts
 
 
-def _frozen_bytes(shape: Shape, run: Run) -> int:
-    if not run.quantized:
-        return shape.parameters * run.weight_bytes
-    other = shape.parameters - shape.linear
-    return int(shape.linear * NF4_BYTES[run.nested_quantization]) + other * run.weight_bytes
+def offloaded_bytes(shape: Shape, sharding: Sharding, hardware: Hardware) -> int:
+    """Bytes of model states in each node's memory."""
+    return OFFLOADED_BYTES * shape.trained // hardware.nodes if sharding.offload else 0
 
 
 @dataclass(frozen=True)
@@ -270,29 +262,28 @@ class MemoryPlan:
 
     @property
     def fits(self) -> bool:
-        return self.needed <= self.capacity and self.host_fits
+        return self.needed <= self.capacity and (self.host_capacity is None or self.host <= self.host_capacity)
 
     @property
-    def host_fits(self) -> bool:
-        return self.host_capacity is None or self.host <= self.host_capacity
+    def impossible(self) -> bool:
+        """Weights and optimizer states alone exceed the memory: that is certain, where the rest is an estimate."""
+        certain = self.parts["parameters"] + self.parts.get("gradients and optimizer", 0)
+        return certain > self.capacity
 
 
 def plan_memory(shape: Shape, run: Run, sharding: Sharding, hardware: Hardware) -> MemoryPlan:
-    parts = model_states(shape, run, sharding, hardware)
-    host = parts.pop("host")
-    step = gradient_pass(shape, run)
-    longest = run.longest_row(run.micro_batch)
+    longest = run.longest_micro_batch
+    step = gradient_pass(shape, run, longest)
     accumulated = math.ceil(run.global_batch * run.full_length(1) / (hardware.gpus * longest))
-    prior_row = min(accumulated, HOISTED_MICRO_BATCHES) * longest
-    prior = no_gradient_pass(shape, run, prior_row) if run.prior else 0
-    evaluation = no_gradient_pass(shape, run, run.longest_evaluation_row())
-    beyond = max(prior, evaluation) - sum(step.values())
+    prior = no_gradient_pass(shape, run, min(accumulated, HOISTED_MICRO_BATCHES) * longest) if run.prior else 0
+    evaluation = no_gradient_pass(shape, run, run.full_length(run.evaluation_batch))
     capacity = int(hardware.gib * GIB)
-    parts |= step | {"prior or evaluation beyond these": max(beyond, 0)}
-    parts["communication buffers (assumed)"] = int(BUCKETS_GIB * GIB) if hardware.gpus > 1 else 0
+    parts = model_states(shape, run, sharding, hardware) | step
+    parts["prior or evaluation beyond these"] = max(max(prior, evaluation) - sum(step.values()), 0)
     parts["reserve (assumed)"] = int(RESERVED_FRACTION * capacity)
-    parts = {name: size for name, size in parts.items() if size}
     host_capacity = None if hardware.host_gib is None else int(hardware.host_gib * GIB)
+    host = offloaded_bytes(shape, sharding, hardware)
+    parts = {name: size for name, size in parts.items() if size or name == "parameters"}
     return MemoryPlan(parts, prior, evaluation, host, capacity, host_capacity)
 
 
@@ -309,32 +300,13 @@ def largest_micro_batch(shape: Shape, run: Run, sharding: Sharding, hardware: Ha
     return None
 
 
-def typical_tokens(run: Run) -> tuple[int, int]:
-    """(tokens with gradient, tokens through the LM head) of one example of typical lengths."""
-    if run.stage == "sft":
-        return TYPICAL_DIALOGUE, TYPICAL_DIALOGUE
-    return TYPICAL_PROMPT + 2 * TYPICAL_RESPONSE, 2 * TYPICAL_RESPONSE
-
-
-def flops_per_example(shape: Shape, run: Run) -> float:
-    """Model FLOPs (recomputation left out) of one pair, or SFT dialogue, of typical lengths.
-
-    6 per weight and token with gradients (4 where the weights are frozen), 2 without; causal attention adds
-    6 q per layer, token and token of the sequence.
-    """
-    tokens, scored = typical_tokens(run)
-    sequence = tokens if run.stage == "sft" else TYPICAL_PROMPT + TYPICAL_RESPONSE
-    head = shape.vocabulary * shape.hidden
-    total = (4 if run.adapters else 6) * (shape.body * tokens + head * scored)
-    total += 6 * shape.layers * shape.heads_width * sequence * tokens
-    if run.prior:
-        total += 2 * (shape.body + head) * scored + 2 * shape.layers * shape.heads_width * TYPICAL_RESPONSE * scored
-    return float(total)
-
-
-def hours(shape: Shape, run: Run, hardware: Hardware, examples: float, peak_tflops: float) -> float:
-    """Expected hours of training steps on `examples`, at MFU of the GPUs' peak."""
-    return examples * flops_per_example(shape, run) / (hardware.gpus * peak_tflops * 1e12 * MFU) / 3600
+def fastest_that_fits(shape: Shape, run: Run, sharding: Sharding, hardware: Hardware) -> Run | None:
+    """`run` with as little computed again as fits: no layer, every 4th, every 2nd, or all; None where none fits."""
+    for every in (0, 4, 2, 1):
+        candidate = dataclasses.replace(run, checkpoint_every=every)
+        if plan_memory(shape, candidate, sharding, hardware).fits:
+            return candidate
+    return None
 
 
 def checkpoint_bytes(shape: Shape, run: Run, sharding: Sharding, only_model: bool) -> int:

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import sys
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -25,11 +26,11 @@ from rmipo.plan import lengths
 from rmipo.plan.memory import (
     GIB,
     Hardware,
-    MemoryPlan,
     Run,
     Shape,
     Sharding,
     checkpoint_bytes,
+    fastest_that_fits,
     largest_micro_batch,
     plan_memory,
 )
@@ -50,6 +51,8 @@ def run_of(recipe: Recipe) -> Run:
     values = recipe.values
     needs = build_objective(values["objective"]).needs if recipe.stage == "preference" else frozenset()
     weight_bytes = WEIGHT_BYTES[values.get("dtype", ModelConfig.dtype)]
+    kwargs = values.get("activation_checkpointing_kwargs") or {}
+    flex = values.get("attention", "auto") in ("auto", "flex") and not values.get("use_cpu", False)
     return Run(
         stage=recipe.stage,
         micro_batch=values.get("per_device_train_batch_size", PreferenceConfig.per_device_train_batch_size),
@@ -57,12 +60,13 @@ def run_of(recipe: Recipe) -> Run:
         global_batch=recipe.batch(world_size=1)[0],
         max_length=values.get("max_length", PreferenceConfig.max_length),
         max_tokens=values.get("max_tokens_per_micro_batch"),
-        checkpointing=bool(values.get("activation_checkpointing", values.get("gradient_checkpointing", False))),
+        checkpoint_every=kwargs.get("every_n_layers", 1) if values.get("activation_checkpointing") else 0,
         packing=values.get("packing", False),
         weight_bytes=weight_bytes,
         autocast=weight_bytes == 4 and bool(values.get("bf16", False)),
-        prior="prior" in needs,
-        reference_model="reference_logits" in needs and not values.get("use_peft", False),
+        fused_head=recipe.stage == "sft" or (flex and "reference_logits" not in needs),
+        prior=bool(needs & {"prior", "mismatched"}),
+        reference="logits" if "reference_logits" in needs else "cached" if "reference" in needs else "none",
         adapters=values.get("use_peft", False),
         quantized=values.get("load_in_4bit", False),
         nested_quantization=values.get("use_bnb_nested_quant", False),
@@ -80,54 +84,60 @@ def shape_of(recipe: Recipe) -> Shape:
     return Shape.of(config, get_peft_config(model_config))
 
 
-def check_fit(recipe: Recipe, hardware: Hardware, sharding: Sharding) -> MemoryPlan:
-    """The memory plan of a run. Raises PreflightError if its longest micro-batch can't fit, naming what would help."""
+def check_fit(recipe: Recipe, hardware: Hardware, sharding: Sharding) -> str | None:
+    """A warning if the estimate of the longest micro-batch exceeds the memory, with what would help; None if it fits.
+
+    Raises PreflightError if weights and optimizer states alone exceed it, which is no estimate.
+    """
     shape, run = shape_of(recipe), run_of(recipe)
     memory = plan_memory(shape, run, sharding, hardware)
     if memory.fits:
-        return memory
-    if not memory.host_fits and memory.needed <= memory.capacity:
-        raise PreflightError(
-            f"{recipe.path}: offloading with {sharding.kind} on {hardware.gpus} GPUs needs {memory.host / GIB:.0f} GiB of "
-            f"each machine's memory, found {hardware.host_gib:.0f}. Use more machines, or GPUs that hold it all (zero3), "
-            "or an overlay of recipes/adapters. `make plan` shows the whole estimate."
-        )
+        return None
+    smaller = "use more GPUs, SHARDING=zero3-offload, or an overlay of recipes/adapters"
     largest = sorted(memory.parts.items(), key=lambda part: -part[1])[:3]
-    raise PreflightError(
-        f"{recipe.path}: needs {memory.needed / GIB:.0f} GiB per GPU with {sharding.kind} on {hardware.gpus} GPUs, "
-        f"found {hardware.gib:.0f} ({', '.join(f'{name} {size / GIB:.0f}' for name, size in largest)}). To fit, "
-        f"{_remedy(shape, run, sharding, hardware)}. "
-        "`make plan` shows the whole estimate, memory_check: false starts the run without it."
+    found = (
+        f"{recipe.path}: needs {memory.needed / GIB:.0f} GiB per GPU with {sharding.kind} on {hardware.gpus} GPUs, found "
+        f"{hardware.gib:.0f} ({', '.join(f'{name} {size / GIB:.0f}' for name, size in largest)})"
     )
+    if memory.impossible:
+        raise PreflightError(f"{found}. Weights and optimizer states alone do not fit: {smaller}")
+    if memory.needed <= memory.capacity:
+        return (
+            f"{recipe.path}: offloading on {hardware.gpus} GPUs is estimated to need {memory.host / GIB:.0f} GiB of each "
+            f"machine's memory, found {hardware.host_gib:.0f}. Use more machines, or GPUs that hold it all (zero3)"
+        )
+    return f"{found}, by an estimate. To fit, {_remedy(shape, run, sharding, hardware) or smaller}. `make plan` shows it all"
 
 
-def _remedy(shape: Shape, run: Run, sharding: Sharding, hardware: Hardware) -> str:
-    """The smallest change of the recipe that makes the run fit, or what else could."""
-    for checkpointing, evaluation_batch in (
-        (run.checkpointing, run.evaluation_batch),
-        (run.checkpointing, 1),
-        (True, 1),
-    ):
-        candidate = replace(run, checkpointing=checkpointing, evaluation_batch=evaluation_batch)
-        size = largest_micro_batch(shape, candidate, sharding, hardware)
-        if size is not None:
-            candidate = replace(candidate, micro_batch=min(size, run.micro_batch))
-            if run.max_tokens is not None:
-                tokens = min(run.full_length(size), run.max_tokens)
-                candidate = replace(candidate, micro_batch=run.micro_batch, max_tokens=tokens)
-            keys = {
-                "micro_batch": "per_device_train_batch_size",
-                "max_tokens": "max_tokens_per_micro_batch",
-                "evaluation_batch": "per_device_eval_batch_size",
-                "checkpointing": "activation_checkpointing",
-            }
-            changed = [
-                f"{key}: {str(getattr(candidate, name)).lower()}"
-                for name, key in keys.items()
-                if getattr(candidate, name) != getattr(run, name)
-            ]
-            return f"set {', '.join(changed)}"
-    return "use more GPUs, zero3-offload, a shorter max_length, or an overlay of recipes/adapters"
+def _remedy(shape: Shape, run: Run, sharding: Sharding, hardware: Hardware) -> str | None:
+    """The recipe's keys, with values, that make the run fit; None where that takes more than them."""
+    candidate = fastest_that_fits(shape, run, sharding, hardware)
+    for evaluation_batch in (run.evaluation_batch, 1):
+        small = replace(run, checkpoint_every=1, evaluation_batch=evaluation_batch)
+        size = largest_micro_batch(shape, small, sharding, hardware)
+        if candidate is None and size is not None:
+            tokens = run.max_tokens and min(run.full_length(size), run.max_tokens)
+            pairs = run.micro_batch if run.max_tokens else min(size, run.micro_batch)
+            candidate = replace(small, micro_batch=pairs, max_tokens=tokens)
+    return candidate and f"set {', '.join(changed_keys(run, candidate))}"
+
+
+def changed_keys(run: Run, wanted: Run) -> list[str]:
+    """`key: value` of the recipe for each difference."""
+    keys = {
+        "micro_batch": "per_device_train_batch_size",
+        "max_tokens": "max_tokens_per_micro_batch",
+        "evaluation_batch": "per_device_eval_batch_size",
+    }
+    changed = [
+        f"{key}: {getattr(wanted, name)}" for name, key in keys.items() if getattr(wanted, name) != getattr(run, name)
+    ]
+    every, was = wanted.checkpoint_every, run.checkpoint_every
+    if (every > 0) != (was > 0):
+        changed.append(f"activation_checkpointing: {str(every > 0).lower()}")
+    if every not in (0, was or 1):
+        changed.append(f"activation_checkpointing_kwargs.every_n_layers: {every}")
+    return changed
 
 
 def disk_needed(recipe: Recipe, shape: Shape, sharding: Sharding) -> int:
@@ -154,13 +164,27 @@ def check_disk(folder: str | Path, needed: int) -> int:
     return free
 
 
+def check_masters(recipe: Recipe, sharding: Sharding) -> None:
+    """Raises PreflightError where AdamW would update bfloat16 weights in place, with no float32 copy to sum updates in."""
+    run = run_of(recipe)
+    if sharding.kind == "none" and not run.adapters and run.weight_bytes < 4:
+        raise PreflightError(
+            f"{recipe.path}: dtype: {recipe.values.get('dtype', ModelConfig.dtype)} trains all weights without a float32 "
+            "copy where nothing is sharded (SHARDING=ddp, or one process): most updates at such learning rates round to "
+            "zero. Set dtype: float32 (bf16: true keeps the arithmetic in bfloat16), or use SHARDING=zero3, zero2 or fsdp2"
+        )
+
+
 def check_launch(recipe: Recipe, hardware: Hardware, sharding: Sharding) -> None:
-    """Before a run starts; raises PreflightError where memory or disk are too small.
+    """Before a run on GPUs starts; raises PreflightError where it can't work, warns where memory is likely too small.
 
     Memory is an estimate, for AdamW: `memory_check: false` leaves it out.
     """
+    check_masters(recipe, sharding)
     if recipe.values.get("memory_check", True) and "adamw_torch" in recipe.values.get("optim", "adamw_torch"):
-        check_fit(recipe, hardware, sharding)
+        warning = check_fit(recipe, hardware, sharding)
+        if warning and os.environ.get("RANK", "0") == "0":
+            print(f"warning: {warning}", file=sys.stderr)
     check_disk(recipe.values["output_dir"], disk_needed(recipe, shape_of(recipe), sharding))
 
 

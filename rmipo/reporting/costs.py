@@ -32,26 +32,27 @@ def planned_hours(model: str, method: str) -> float | None:
     path = RECIPES / model / ("sft.yaml" if method == "sft" else "rmipo.yaml")
     if path.is_file() and read_yaml(path).get("use_cpu"):
         return None
-    from rmipo.plan import lengths, preflight  # bring in torch and DeepSpeed
-    from rmipo.plan import memory as plan
+    from rmipo.plan import duration, lengths, preflight  # bring in torch
+    from rmipo.plan.memory import Hardware, Sharding
     from rmipo.recipe.load import load_recipe
 
     recipe = load_recipe(path, overlays(method))
-    run = preflight.run_of(recipe)
     rows = lengths.training_examples(recipe) or lengths.ROWS[ULTRAFEEDBACK]
-    seen = lengths.examples_seen(recipe.values, run, rows)
-    return plan.hours(preflight.shape_of(recipe), run, plan.Hardware(1, PAPER_GPUS, 80), seen, plan.A100_TFLOPS)
+    shape, run, hardware = preflight.shape_of(recipe), preflight.run_of(recipe), Hardware(1, PAPER_GPUS, 80)
+    phases = duration.hours(recipe, shape, run, Sharding("zero3"), hardware, rows, duration.A100_TFLOPS)
+    return sum(phases["total"]) / 2
 
 
 def estimate_assumptions() -> str:
     """What the estimate rests on, and how far it is from the paper where both have a number."""
-    from rmipo.plan import memory as plan
+    from rmipo.plan import duration, lengths
 
     model, method = "llama3-8b-instruct", "rmipo"
+    low, high = duration.UTILIZATION
     return (
-        f"Assumed: {plan.MFU:.0%} of {plan.A100_TFLOPS:g} TFLOP/s, pairs of {plan.TYPICAL_PROMPT} + 2 x "
-        f"{plan.TYPICAL_RESPONSE} tokens, dialogues of {plan.TYPICAL_DIALOGUE}, training steps alone. For {method} of {model} "
-        f"it says {planned_hours(model, method):.1f} h, the paper {paper_hours(model, method)}."
+        f"The middle of `make plan`'s range. Assumed: {low:.0%} to {high:.0%} of {duration.A100_TFLOPS:g} TFLOP/s, pairs of "
+        f"{lengths.TYPICAL_PROMPT} + 2 x {lengths.TYPICAL_RESPONSE} tokens, dialogues of {lengths.TYPICAL_DIALOGUE}. For "
+        f"{method} of {model} it says {planned_hours(model, method):.1f} h, the paper {paper_hours(model, method)}."
     )
 
 

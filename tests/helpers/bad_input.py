@@ -370,7 +370,7 @@ CASES = [
         lambda b: refused(
             lambda: check_fit(load_recipe(ROOT / FIT["recipe"]), Hardware(1, 4, 24.0), Sharding.load(FIT["sharding"]))
         ),
-        ("GiB per GPU with zero3 on 4 GPUs", "found 24", "To fit,"),
+        ("GiB per GPU with zero3 on 4 GPUs", "found 24", "alone do not fit: use more GPUs"),
     ),
     BadInput(
         "device",

@@ -75,7 +75,7 @@ def test_rmipo_recipes_hold_the_papers_values(name):
         "max_prompt_length": 1800,
         "lr_scheduler_type": "cosine",
         "warmup_steps": 0.1,
-        "optim": "adamw_torch",
+        "optim": "adamw_torch_fused",
         "bf16": True,
         "activation_checkpointing": True,
         "report_to": "wandb",

@@ -1,6 +1,5 @@
 """LoRA and QLoRA: training against a naive loop, dropout off in the prior pass, merging, memory on one GPU."""
 
-import dataclasses
 import json
 import runpy
 import sys
@@ -14,7 +13,7 @@ from transformers import AutoModelForCausalLM, Gemma2Config
 from rmipo.evaluation.target import model_folder
 from rmipo.fingerprints import model_fingerprint
 from rmipo.plan import preflight
-from rmipo.plan.memory import GIB, Hardware, Sharding
+from rmipo.plan.memory import GIB, Hardware, Sharding, plan_memory
 from rmipo.recipe.load import load_recipe
 from rmipo.training import attention
 from tests.helpers.families import make_tokenizer, save
@@ -187,12 +186,9 @@ def test_four_bit_base_trains_an_adapter(tmp_path):
 @pytest.mark.parametrize(("adapter", "gib"), [("lora", 48), ("qlora", 24)])
 def test_adapters_fit_one_gpu(setting, adapter, gib):
     recipe = load_recipe(ROOT / f"recipes/{setting}/rmipo.yaml", [ROOT / f"recipes/adapters/{adapter}.yaml"])
-    memory = preflight.check_fit(recipe, Hardware(1, 1, gib), Sharding("none"))
-    assert memory.needed < gib * GIB
-    run_of = preflight.run_of(recipe)
+    run_of, hardware = preflight.run_of(recipe), Hardware(1, 1, gib)
+    assert plan_memory(preflight.shape_of(recipe), run_of, Sharding("none"), hardware).needed < gib * GIB
     assert run_of.adapters and run_of.quantized == (adapter == "qlora")
     assert preflight.shape_of(recipe).trained == 41_943_040  # r = 16 on all linear layers of 8B and 7B alike
-    full = dataclasses.replace(run_of, adapters=False, quantized=False)
-    assert full.micro_batch == 1
-    with pytest.raises(preflight.PreflightError, match="To fit"):
-        preflight.check_fit(load_recipe(ROOT / f"recipes/{setting}/rmipo.yaml"), Hardware(1, 1, gib), Sharding("none"))
+    with pytest.raises(preflight.PreflightError, match="alone do not fit"):
+        preflight.check_fit(load_recipe(ROOT / f"recipes/{setting}/rmipo.yaml"), hardware, Sharding("none"))

@@ -1,0 +1,228 @@
+"""Sizes and memory: parameter counts, what autograd and the LM head really keep, published figures."""
+
+import pytest
+import torch
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM, LlamaConfig
+from trl.kernels import ChunkedLogProbFunction
+
+from benchmarks.measure import allocated_peak
+from rmipo.plan import memory as plan
+from rmipo.plan.memory import GIB, Hardware, Shape, Sharding
+from rmipo.plan.shapes import load_config
+from rmipo.training.batching import HOISTED_MICRO_BATCHES
+from rmipo.training.logprobs import label_logps
+from tests.helpers.paths import ROOT
+from tests.helpers.plans import make_run
+
+ZERO3, FOUR = Sharding("zero3"), Hardware(1, 4, 80)
+LLAMA3_8B = "meta-llama/Meta-Llama-3-8B-Instruct"
+SMALL = LlamaConfig(
+    vocab_size=300,
+    hidden_size=64,
+    intermediate_size=160,
+    num_hidden_layers=3,
+    num_attention_heads=8,
+    num_key_value_heads=2,
+)
+
+
+# Counts that the model cards and checkpoints state.
+@pytest.mark.parametrize(
+    "name, parameters",
+    [
+        (LLAMA3_8B, 8_030_261_248),
+        ("meta-llama/Meta-Llama-3-70B-Instruct", 70_553_706_496),
+        ("mistralai/Mistral-7B-Instruct-v0.2", 7_241_732_096),
+    ],
+)
+def test_parameters_of_known_models(name, parameters):
+    assert Shape.of(load_config(name)).parameters == parameters
+
+
+def test_adapters_train_r_times_inputs_and_outputs():
+    shape = Shape.of(SMALL, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+    attention = (64 + 64) + 2 * (64 + 16) + (64 + 64)
+    mlp = 3 * (64 + 160)
+    assert shape.trained == 4 * 3 * (attention + mlp)
+    assert shape.linear == 3 * (64 * 64 * 2 + 64 * 16 * 2 + 3 * 64 * 160)
+
+
+def saved_bytes(model, tokens, every):
+    """Bytes that autograd keeps of the decoder layers, each storage counted once, parameters not."""
+    kept = {p.untyped_storage().data_ptr(): 0 for p in model.parameters()}
+    alive = []
+
+    def pack(tensor):
+        alive.append(tensor)  # else a freed storage's address could come back
+        kept.setdefault(tensor.untyped_storage().data_ptr(), tensor.untyped_storage().nbytes())
+        return tensor
+
+    if every:  # the reentrant kind saves its inputs through autograd, where they can be counted
+        model.activation_checkpointing_enable({"use_reentrant": True}, every_n_layers=every)
+    model.train()
+    hidden = torch.zeros(1, tokens, 64, dtype=model.dtype, requires_grad=True)
+    positions = torch.arange(tokens)[None]
+    rotary = model.model.rotary_emb(hidden, positions)
+    for tensor in rotary:
+        kept[tensor.untyped_storage().data_ptr()] = 0  # shared by all layers
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        for layer in model.model.layers:
+            hidden = layer(hidden, attention_mask=None, position_embeddings=rotary, position_ids=positions)
+    return sum(kept.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("every", [0, 1, 2])
+@pytest.mark.parametrize("tokens", [96, 300])
+def test_activations_equal_what_autograd_keeps(dtype, every, tokens):
+    model = AutoModelForCausalLM.from_config(SMALL, dtype=dtype, attn_implementation="sdpa")
+    shape = Shape.of(SMALL)
+    run = make_run(checkpoint_every=every, weight_bytes=dtype.itemsize)
+    layer, head = (
+        f(shape, tokens, dtype.itemsize)
+        for f in (plan.layer_activations, lambda s, t, b: plan.head_activations(s, run, t))
+    )
+    again = max(layer - head, 0) if every else 0  # alive in backward only
+    planned = plan.gradient_pass(shape, run, tokens)["activations"] - again
+    assert saved_bytes(model, tokens, every) == pytest.approx(planned, rel=0.03)
+
+
+@pytest.mark.parametrize(("dtype", "frozen"), [(torch.bfloat16, False), (torch.float32, False), (torch.bfloat16, True)])
+def test_the_fused_head_takes_a_tile_and_the_gradients(dtype, frozen):
+    """TRL's kernel itself, in its torch form: that casts a slice of the weight to float32, and its tiles are copied often."""
+    vocabulary, hidden_size, scored = 2**17, 64, 2
+    weight = torch.zeros(vocabulary, hidden_size, dtype=dtype, requires_grad=not frozen)
+    hidden = torch.zeros(scored, hidden_size, dtype=dtype, requires_grad=True)
+
+    def step():
+        labels = torch.zeros(scored, dtype=torch.long)
+        outputs = ChunkedLogProbFunction.apply(
+            hidden, weight, None, labels, 1.0, plan.FUSED_HEAD_TILE[1], None, 1.0, ("log_probs",)
+        )
+        outputs[0].sum().backward()
+
+    config = LlamaConfig(vocab_size=vocabulary, hidden_size=hidden_size, num_attention_heads=8, num_hidden_layers=1)
+    run = make_run(weight_bytes=dtype.itemsize, adapters=frozen)
+    planned = plan.head_activations(Shape.of(config), run, scored)
+    cast = plan.FUSED_HEAD_TILE[1] * (hidden_size + 8 * scored) * 4
+    assert planned * 0.9 < allocated_peak(step) < planned * 1.1 + cast
+
+
+def test_the_head_of_an_8b_model_is_the_kernels_that_runs():
+    shape = Shape.of(load_config(LLAMA3_8B))
+    head, hidden = 128256 * 4096, 8192 * 4096
+    assert plan.head_activations(shape, make_run(), 8192) == 6 * head + 8 * hidden + 2 * 4096 * 32768
+    assert plan.head_activations(shape, make_run(), 8192, gradient=False) == 2 * hidden + 2 * 4096 * 32768
+    # epsilon-DPO: the logits of both models, and the gradient of the head's weight.
+    logits = make_run(fused_head=False, reference="logits")
+    assert plan.head_activations(shape, logits, 8192) == 2 * (hidden + 2 * 8192 * 128256 + head) + 8 * 2**26
+
+
+def test_head_keeps_one_buffer_of_logits():
+    shape, scored = Shape.of(SMALL), 50
+    hidden = torch.zeros(scored, shape.hidden, dtype=torch.bfloat16, requires_grad=True)
+    weight = torch.zeros(shape.vocabulary, shape.hidden, dtype=torch.bfloat16)
+    kept = {}
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda tensor: kept.setdefault(tensor.data_ptr(), tensor), lambda tensor: tensor
+    ):
+        label_logps(torch.nn.functional.linear(hidden, weight), torch.zeros(scored, dtype=torch.long))
+    wide = [tensor.dtype for tensor in kept.values() if tensor.shape == (scored, shape.vocabulary)]
+    assert wide == [torch.bfloat16]
+    # The whole vocabulary fits into one chunk here, which is in float32 twice: the shifted logits, and the gradient.
+    logits, gradient = scored * shape.vocabulary, 2 * shape.vocabulary * shape.hidden
+    expected = logits * (2 + 8) + scored * shape.hidden * 2 + gradient
+    assert plan.head_activations(shape, make_run(fused_head=False), scored) == expected
+
+
+def test_prior_pass_holds_a_few_micro_batches():
+    shape, hardware = Shape.of(load_config(LLAMA3_8B)), FOUR
+    memory = plan.plan_memory(shape, make_run(), ZERO3, hardware)
+    assert memory.prior == plan.no_gradient_pass(shape, make_run(), HOISTED_MICRO_BATCHES * 2 * 2 * 2048)
+    whole_step = plan.plan_memory(shape, make_run(global_batch=8), ZERO3, hardware)  # one micro-batch per GPU
+    assert whole_step.prior == plan.no_gradient_pass(shape, make_run(), 2 * 2 * 2048) < memory.prior
+
+
+@pytest.mark.parametrize(
+    ("kind", "weights", "rest"),
+    [("zero3", 2 / 4, 16 / 4), ("zero2", 2, 2 + 16 / 4), ("fsdp2", 4 / 4, 12 / 4), ("none", 4, 12)],
+)
+def test_model_states_by_the_byte(kind, weights, rest):
+    shape = Shape.of(load_config(LLAMA3_8B))
+    states = plan.model_states(shape, make_run(), Sharding(kind), FOUR)
+    assert states["parameters"] == weights * shape.parameters
+    assert states["gradients and optimizer"] == rest * shape.parameters
+    assert states.get("gathered parameters", 0) == (2e9 if kind in ("zero3", "fsdp2") else 0)
+
+
+def test_offloaded_states_are_in_host_memory():
+    shape, offload = Shape.of(load_config(LLAMA3_8B)), Sharding("zero3", offload=True)
+    states = plan.model_states(shape, make_run(), offload, FOUR)
+    assert sum(states.values()) == 2e9 and plan.offloaded_bytes(shape, ZERO3, FOUR) == 0
+    assert plan.offloaded_bytes(shape, offload, FOUR) == int(8_030_261_248 * 18 * 1.5)
+    assert plan.offloaded_bytes(shape, offload, Hardware(2, 4, 80)) == int(8_030_261_248 * 18 * 1.5 / 2)
+
+
+def test_four_80_gib_gpus_peak_at_about_41_gib():
+    """An independent review's figure for rows of 8,192 tokens, every layer computed again; the reserve comes on top."""
+    memory = plan.plan_memory(Shape.of(load_config(LLAMA3_8B)), make_run(max_tokens=8192), ZERO3, FOUR)
+    assert (memory.needed - memory.parts["reserve (assumed)"]) / GIB == pytest.approx(41, abs=1)
+
+
+def test_the_fastest_setting_that_fits_computes_the_least_again():
+    shape, run = Shape.of(load_config(LLAMA3_8B)), make_run(max_tokens=8192)
+    for gib, every in ((160, 0), (85, 4), (80, 2), (48, 1)):
+        assert plan.fastest_that_fits(shape, run, ZERO3, Hardware(1, 4, gib)).checkpoint_every == every, gib
+    assert plan.fastest_that_fits(shape, run, ZERO3, Hardware(1, 4, 40)) is None
+
+
+def test_longest_micro_batch_is_bounded_by_the_recipe():
+    assert make_run().longest_micro_batch == 2 * 2 * 2048
+    assert make_run(max_tokens=6000).longest_micro_batch == 6000  # in place of a number of pairs
+    assert make_run(max_tokens=1000).longest_micro_batch == 2 * 2048  # a pair can't be split
+    assert make_run(stage="sft").longest_micro_batch == 2 * 2048
+
+
+def test_quantized_adapters_of_an_8b_model_fit_24_gib():
+    shape = Shape.of(load_config(LLAMA3_8B), LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM"))
+    run = make_run(micro_batch=1, evaluation_batch=1, adapters=True, quantized=True, nested_quantization=True)
+    states = plan.model_states(shape, run, Sharding("none"), Hardware(1, 1, 24))
+    # 0.516 bytes per weight of the linear layers, 2 per embedding, head and norm, 16 per trained weight.
+    linear = 6_979_321_856
+    expected = linear * 0.5159 + (8_030_261_248 - linear) * 2 + 41_943_040 * 16
+    assert sum(states.values()) == pytest.approx(expected, rel=1e-3)
+    assert plan.plan_memory(shape, run, Sharding("none"), Hardware(1, 1, 24)).fits
+
+
+def test_a_known_models_shape_needs_no_network(monkeypatch):
+    monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("network used"))
+    assert load_config(LLAMA3_8B).hidden_size == 4096
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(ValueError, match=r"model_name_or_path: \./nowhere has no readable config.json"):
+        load_config("./nowhere")
+
+
+@pytest.mark.parametrize("name, kind", [("zero3", "zero3"), ("zero2", "zero2"), ("ddp", "none"), ("fsdp2", "fsdp2")])
+def test_launch_configurations_are_read(name, kind):
+    assert Sharding.load(ROOT / f"configs/accelerate/{name}.yaml") == Sharding(kind)
+
+
+def test_offload_is_read_from_the_deepspeed_file():
+    assert Sharding.load(ROOT / "configs/accelerate/zero3-offload.yaml") == Sharding("zero3", offload=True)
+
+
+@pytest.mark.parametrize("text", ["8", "x80", "8x", "0x80", "8x0", "-1x80", "8x80; rm -rf /"])
+def test_hardware_is_read_strictly(text):
+    with pytest.raises(ValueError, match="expected <GPUs per node>x<GiB of one>"):
+        Hardware.parse(text)
+
+
+def test_a_checkpoint_holds_weights_masters_and_moments():
+    shape, parameters = Shape.of(load_config(LLAMA3_8B)), 8_030_261_248
+    sizes = {
+        kind: [plan.checkpoint_bytes(shape, make_run(), Sharding(kind), only_model=only) for only in (True, False)]
+        for kind in ("zero3", "fsdp2")
+    }
+    # bfloat16 weights, then 12 bytes per parameter; FSDP2 writes float32 ones (tests/run/test_fsdp2.py trains with it).
+    assert sizes == {"zero3": [2 * parameters, 14 * parameters], "fsdp2": [4 * parameters, 16 * parameters]}
