@@ -219,6 +219,8 @@ def test_old_checkpoints_go_only_when_the_new_one_is_complete(tmp_path):
     rotate(tmp_path, 1, keep=str(tmp_path / "checkpoint-9"))
     assert [path.name for path in checkpoints.complete_checkpoints(tmp_path)] == ["checkpoint-9", "checkpoint-10"]
     assert not (tmp_path / "checkpoint-6").exists() and (tmp_path / "checkpoint-7").exists()
+    rotate(tmp_path, 1)
+    assert [path.name for path in checkpoints.complete_checkpoints(tmp_path)] == ["checkpoint-10"]
 
 
 def test_what_changes_no_result_may_change_between_starts(tmp_path):
