@@ -21,7 +21,7 @@ from tqdm import tqdm
 from transformers import AutoConfig
 
 from rmipo.data.chat import ChatFormat, DataError, Messages
-from rmipo.data.formats import read_pair, read_turns, unusable_prompt
+from rmipo.data.formats import PAIRS, read_row, read_turns, unusable_prompt
 from rmipo.data.sources import load_files, load_source
 from rmipo.errors import UserError
 from rmipo.files import write_atomically, write_lines
@@ -256,7 +256,7 @@ def prompt_columns(rows: Dataset, source: str) -> Dataset:
 def prompt_of(row: dict) -> Messages:
     """The prompt of a row: of a pair, of a `prompt`, or of `messages` without the response at their end."""
     if row.get("chosen") is not None and row.get("rejected") is not None:
-        return read_pair(row)[0]
+        return read_row(row, PAIRS)[0]
     if row.get("prompt") is not None:
         return read_turns(row["prompt"], "user", "prompt")
     messages = read_turns(row["messages"], "user", "messages")

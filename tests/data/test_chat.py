@@ -4,7 +4,7 @@ import datetime
 import random
 
 import pytest
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, GenerationConfig
 
 from rmipo.data.chat import ChatFormat, DataError, freeze_date
 from tests.helpers.families import LLAMA3_TEMPLATE, MISTRAL_TEMPLATE, make_tokenizer
@@ -145,6 +145,14 @@ def test_a_token_across_the_end_of_the_prompt():
     assert the_end == tokenizer("the end<|eot_id|>", add_special_tokens=False)["input_ids"]
     assert tokenizer.decode(prompt_ids + the_end) == "<|begin_of_text|>Which part? Answer: the end<|eot_id|>"
     assert tokenizer.decode(paris) == "\nParis<|eot_id|>"
+
+
+@pytest.mark.parametrize(("known", "expected"), [(None, [4]), (1, [1, 4]), ([1, 4], [1, 4]), (4, [4])])
+def test_generation_stops_at_the_end_of_a_turn(known, expected):
+    chat = ChatFormat.probe(make_tokenizer("llama3"))
+    config = GenerationConfig(eos_token_id=known)
+    chat.set_end_of_turn(config)
+    assert (chat.end_id, config.eos_token_id) == (4, expected)
 
 
 def test_a_bos_that_is_a_turn_marker_is_not_put_in_front():

@@ -42,6 +42,12 @@ def test_full_dialogues_whose_shared_turns_are_the_prompt(tmp_path):
     assert load(tmp_path, [row]) == expected
 
 
+def test_one_dialogue_and_one_response_are_not_a_pair_of_dialogues(tmp_path):
+    row = {"prompt": "a", "chosen": [user("a"), assistant("b")], "rejected": [assistant("c")]}
+    (loaded,) = load(tmp_path, [row])
+    assert loaded == {"prompt": [user("a")], "chosen": row["chosen"], "rejected": row["rejected"], "row": 0}
+
+
 def test_anthropic_hh_texts(tmp_path):
     start = "\n\nHuman: Hello\n\nAssistant: Hi!\n\nHuman: Say Assistant: now\nor later"
     rows = [

@@ -60,6 +60,7 @@ def test_test_split_size_divides_the_training_rows(tmp_path):
     assert (len(train), len(test)) == (30, 10)
     assert sorted(questions(train) + questions(test)) == list(range(40))
     assert questions(test) == test["row"][:] != list(range(30, 40))
+    assert questions(load_pairs(config(path, test_split_size=0.25, mixture_seed=5), "test")) != questions(test)
 
 
 def test_sample_limits(tmp_path):

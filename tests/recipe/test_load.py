@@ -186,6 +186,7 @@ def test_numbers_without_a_dot_and_dates_are_read_as_meant(write):
         ("--datasets=[]", "expected either dataset_name or datasets"),
         ("--max_dropped_fraction=2", "max_dropped_fraction is 2: expected 0 to 1"),
         ("--max_length=512", "max_prompt_length is 1800: expected less than max_length (512)"),
+        ("--max_length=1800", "max_prompt_length is 1800: expected less than max_length (1800)"),
         ("--global_batch_size=0", "global_batch_size is 0: expected at least 1"),
         ("--gradient_accumulation_steps=4", "gradient_accumulation_steps follows from global_batch_size: remove it"),
         ("--load_in_4bit", "need use_peft: true"),
