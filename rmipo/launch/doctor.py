@@ -46,6 +46,8 @@ def package_checks() -> Iterator[Check]:
 def gpu_checks(needed: bool) -> Iterator[Check]:
     import torch
 
+    if (driver := driver_check(torch.version.cuda, driver_version(), needed)) is not None:
+        yield driver
     count = torch.cuda.device_count()
     if count == 0:
         build = f"torch is built for CUDA {torch.version.cuda}" if torch.version.cuda else "torch is built without CUDA"
@@ -58,7 +60,6 @@ def gpu_checks(needed: bool) -> Iterator[Check]:
         return
     properties = [torch.cuda.get_device_properties(i) for i in range(count)]
     yield Check("GPU", True, f"{count} x {properties[0].name}, {properties[0].total_memory / 2**30:.0f} GiB")
-    yield Check("CUDA", True, f"{torch.version.cuda}, driver {driver_version()}")
     yield Check("bfloat16", torch.cuda.is_bf16_supported(), "GPU arithmetic", "use Ampere or newer", needed)
     nccl = ".".join(map(str, torch.cuda.nccl.version()))
     yield Check("NCCL", True, nccl) if count > 1 else Check("NCCL", None, f"{nccl}, unused on one GPU")
@@ -69,12 +70,34 @@ def gpu_checks(needed: bool) -> Iterator[Check]:
     yield Check("flash", flash or None, "flash-attn" if flash else "flash-attn absent: the SFT stage uses SDPA")
 
 
-def driver_version() -> str:
+# CUDA's major version -> the oldest Linux driver that runs programs built for it, by NVIDIA's compatibility table.
+OLDEST_DRIVER = {"12": 525, "13": 580}
+
+
+def driver_check(built_for: str | None, driver: str | None, needed: bool) -> Check | None:
+    """Whether the driver runs what torch is built for (`torch.version.cuda`); None where there is no driver to check."""
+    if driver is None:
+        return None
+    oldest = OLDEST_DRIVER.get((built_for or "").split(".")[0])
+    found = (
+        f"torch is built for {built_for}, driver {driver}" if built_for else f"torch is built without, driver {driver}"
+    )
+    fits = oldest is not None and int(driver.split(".")[0]) >= oldest
+    fix = (
+        (f"a driver of {oldest} or newer, or " if oldest else "")
+        + "another build of the pinned torch, from PyTorch's index: .venv/bin/python -m pip install --force-reinstall "
+        "torch==2.13.0 --index-url https://download.pytorch.org/whl/cu126 (or the CUDA that `nvidia-smi` shows)"
+    )
+    return Check("CUDA", fits, found, fix, needed)
+
+
+def driver_version() -> str | None:
+    """As nvidia-smi says it; None where that doesn't answer."""
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"]
     try:
         return subprocess.run(query, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
     except (OSError, subprocess.SubprocessError):
-        return "unknown (nvidia-smi doesn't answer)"
+        return None
 
 
 def quantization_check(needed: bool) -> Check:

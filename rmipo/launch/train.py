@@ -26,7 +26,12 @@ from rmipo.run.stop import EXIT_STOPPED
 DRY_GPUS = 4  # shown where no GPU is visible: the hardware of the paper
 SAVING_SECONDS = "540"  # between the SIGTERM and the SIGKILL that torch's launcher sends; its 30 save no large model
 
-DEFAULTS = {"WANDB_PROJECT": "rmipo", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": SAVING_SECONDS}
+DEFAULTS = {
+    "WANDB_PROJECT": "rmipo",
+    "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": SAVING_SECONDS,
+    # Micro-batches differ in length: without it the allocator's blocks fit none of the following ones.
+    "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
+}
 
 
 def train(env: Mapping[str, str]) -> int:
@@ -55,6 +60,8 @@ def train(env: Mapping[str, str]) -> int:
             check_hardware(step, env, gpus, nodes, sharding)
     if queued:
         return queue(steps, gpus, nodes, sharding)
+    if sharding == "zero3-offload":  # CPUAdam runs on as many threads as this says; torch's launcher would say one
+        env = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // max(1, gpus)))} | env
     program = Program()
     for number in range(len(steps)):
         if program.stopped_at:
@@ -67,7 +74,7 @@ def train(env: Mapping[str, str]) -> int:
             continue
         command = step.command(gpus, sharding)
         print(f"## {step.stage}\n{shlex.join(command)}", flush=True)
-        if code := program.run(command, step.recipe and step.recipe.values["output_dir"]):
+        if code := program.run(command, step.recipe and step.recipe.values["output_dir"], env):
             print(f"{step.stage} ended with exit code {code}; the same command starts there", file=sys.stderr)
             return code
     return 0

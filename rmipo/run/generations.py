@@ -2,7 +2,6 @@
 
 import torch
 from transformers import TrainerCallback
-from trl.models.utils import unwrap_model_for_generation
 
 from rmipo.record import read_generations, write_generations
 from rmipo.training import attention
@@ -35,20 +34,24 @@ class SampleGenerations(TrainerCallback):
 
     @torch.no_grad()
     def generate(self, seed: int) -> list[str]:
-        """Greedy answers; every rank takes part, since ZeRO-3 gathers the parameters."""
+        """Greedy answers; every process takes part, as each forward gathers its weights layer by layer under ZeRO-3.
+
+        All weights at once would not fit beside a large model's states. In eval mode nothing is checkpointed, so the
+        setting of activation checkpointing stays as it is.
+        """
         trainer, answers = self.trainer, []
-        with unwrap_model_for_generation(trainer.model_wrapped, trainer.accelerator) as model:
-            attention.attach(model, "plain")
-            for prompt in self.prompts:
-                ids = torch.tensor([prompt], device=trainer.args.device)
-                output = model.generate(
-                    input_ids=ids,
-                    attention_mask=torch.ones_like(ids),
-                    do_sample=False,
-                    max_new_tokens=self.max_new_tokens,
-                    pad_token_id=self.tokenizer.pad_token_id,
-                    synced_gpus=trainer.args.world_size > 1,
-                )
-                answers.append(self.tokenizer.decode(output[0, len(prompt) :]))
-            attention.attach(model, trainer.attention_kind)
+        model = trainer.accelerator.unwrap_model(trainer.model_wrapped).eval()
+        attention.attach(model, "plain")
+        for prompt in self.prompts:
+            ids = torch.tensor([prompt], device=trainer.args.device)
+            output = model.generate(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                do_sample=False,
+                max_new_tokens=self.max_new_tokens,
+                pad_token_id=self.tokenizer.pad_token_id,
+                synced_gpus=trainer.args.world_size > 1,
+            )
+            answers.append(self.tokenizer.decode(output[0, len(prompt) :]))
+        attention.attach(model, trainer.attention_kind)
         return answers

@@ -5,6 +5,7 @@ import json
 
 import pytest
 
+from rmipo.launch.doctor import driver_check
 from rmipo.launch.pipeline import load_steps
 from tests.helpers.paths import ROOT
 from tests.helpers.programs import run_here
@@ -105,3 +106,23 @@ def test_an_unknown_setting_lists_the_settings():
     ended = run_here("doctor", env={"MODEL": "llama4"})
     assert ended.code == 2 and "error: MODEL='llama4' is not one of them" in ended.err
     assert "llama3-8b-instruct" in ended.err
+
+
+@pytest.mark.parametrize(
+    ("built_for", "driver", "passed"),
+    [
+        ("13.0", "580.65.06", True),
+        ("13.0", "570.86.15", False),
+        ("12.6", "570.86.15", True),
+        (None, "580.65.06", False),
+    ],
+)
+def test_driver_and_build_are_compared(built_for, driver, passed):
+    check = driver_check(built_for, driver, needed=True)
+    assert check.passed is passed and driver in check.found
+    assert "--index-url https://download.pytorch.org/whl/" in check.fix
+    assert ("a driver of 580 or newer" in check.fix) == (built_for == "13.0")
+
+
+def test_no_driver_is_no_failure_of_its_own():
+    assert driver_check("13.0", None, needed=True) is None
