@@ -24,6 +24,7 @@ def test_unusable_lines_are_not_verdicts(tmp_path):
         {"question_id": 81, "turn": 1, "score": 7},
         {"question_id": 81, "turn": 1, "score": 2},  # asked once more by a run beside this one: counted once
         {"question_id": 81, "turn": 2, "score": 11},  # out of MT-Bench's range
+        {"question_id": 83, "turn": 1, "score": 0},  # below it
         {"question_id": 82, "turn": 1, "score": 4.5},
     ]
     torn = json.dumps({"question_id": 82, "turn": 2, "score": 9})[:20]
