@@ -145,4 +145,4 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     """Run a script's `main` and exit with the code that it returns."""
     with program():
         sys.exit(main())
-    sys.exit()
+    sys.exit(0)

@@ -38,10 +38,10 @@ def model_fingerprint(name: str | Path, revision: str = "main") -> str:
     """
     source = Path(name)
     if not source.is_dir():
-        from transformers import AutoConfig  # seconds, and only models of the hub need it
+        from huggingface_hub import hf_hub_download  # only models of the hub need it
 
-        config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
-        return text_fingerprint(f"{name} {config._commit_hash}")
+        config = hf_hub_download(str(name), "config.json", revision=revision)
+        return text_fingerprint(f"{name} {Path(config).parent.name}")  # the cache's folders are named after commits
     digest = xxhash.xxh3_128()
     for path in sorted(path for pattern in FILES for path in source.glob(pattern)):
         digest.update(f"{path.name} {path.stat().st_size}".encode())

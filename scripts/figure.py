@@ -14,11 +14,9 @@ or MODEL=<folder or hub id>) and any pairs (DATA).
 
 import argparse
 import os
-import shlex
-import sys
 from pathlib import Path
 
-from rmipo.cli import program
+from rmipo import cli
 from rmipo.reporting import figures, figures_runs, sensitivity
 from rmipo.reporting.figures import method_label
 from rmipo.reporting.results import (
@@ -37,7 +35,7 @@ FIGURE6_METHODS = ("simpo", "simper", "rmipo")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.Parser(__doc__)
     parser.add_argument("--number", type=int, default=os.environ.get("N") or None, help=f"one of {NUMBERS}")
     parser.add_argument("--model", default=os.environ.get("MODEL"), help="folder below outputs; figure 8: any model's")
     parser.add_argument("--method", default=os.environ.get("METHOD"), help="figure 3: initial; figure 8: rmipo")
@@ -48,7 +46,7 @@ def main() -> None:
     parser.add_argument("--split", choices=["train", "test"], default="train", help="figure 8: of these pairs")
     parser.add_argument("--max_pairs", type=int, default=4000, help="figures 6 and 8: pairs scored per model")
     parser.add_argument("--outputs", type=Path, default=Path("outputs"), help="where the runs are")
-    args = parser.parse_args(sys.argv[1:] or shlex.split(os.environ.get("ARGS", "")))
+    args = parser.read()
 
     if args.number not in NUMBERS:
         raise ReportError(f"there is no figure {args.number} to draw; say N=..., one of {NUMBERS}")
@@ -163,5 +161,4 @@ def finished_run(outputs: Path, model: str, method: str) -> Run:
 
 
 if __name__ == "__main__":
-    with program():
-        main()
+    cli.run(main)

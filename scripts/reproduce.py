@@ -7,14 +7,13 @@ make reproduce TABLE=2 MODEL=tiny
 What else is given to make (GPUS, SHARDING, MAX_COST) reaches every step.
 """
 
-import argparse
 import os
 import shlex
 import subprocess
 import sys
 from pathlib import Path
 
-from rmipo.cli import program
+from rmipo import cli
 from rmipo.reporting.reproduce import chain, summary
 from rmipo.reporting.results import RECIPES, ReportError
 from rmipo.reporting.tables import TABLES, build_table
@@ -26,11 +25,13 @@ OWN_VARIABLES = ("TABLE", "MODEL", "METHOD", "STAGE", "BENCH", "DRY")  # each st
 REFUSED_VARIABLES = ("ARGS", "DATA", "SLURM")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main() -> int:
+    parser = cli.Parser(__doc__)
     parser.add_argument("--table", type=int, default=os.environ.get("TABLE") or None, help=f"one of {sorted(TABLES)}")
     parser.add_argument("--model", default=os.environ.get("MODEL"), help="another model than the paper's")
-    parser.add_argument("--dry", action="store_true", default=os.environ.get("DRY", "0") not in ("", "0"))
+    parser.add_argument(
+        "--dry", action="store_true", default=os.environ.get("DRY", "0") not in ("", "0"), help="list the steps"
+    )
     args = parser.parse_args()
 
     if args.table is None:
@@ -50,7 +51,7 @@ def main() -> None:
         print(f"{number:3d} {mark} {step.command}" + (f"   # {step.cost}" if step.cost else ""))
     print(summary(steps))
     if args.dry:
-        return
+        return 0
 
     environment = {name: value for name, value in os.environ.items() if name not in OWN_VARIABLES}
     for number, step in enumerate(steps, start=1):
@@ -58,13 +59,13 @@ def main() -> None:
             continue
         print(f"\n[{number}/{len(steps)}] {step.command}", flush=True)
         if subprocess.run(shlex.split(step.command), env=environment).returncode != 0:
-            sys.exit(
-                f"Step {number} failed: {step.command}\nRepair it and run the same again; finished steps are skipped."
+            print(
+                f"Step {number} failed: {step.command}\nRun the same again: finished steps are skipped", file=sys.stderr
             )
+            return 1
     table = f"make table N={args.table}" + (f" MODEL={args.model}" if args.model else "")
-    subprocess.run(shlex.split(table), env=environment, check=True)
+    return subprocess.run(shlex.split(table), env=environment).returncode
 
 
 if __name__ == "__main__":
-    with program():
-        main()
+    cli.run(main)

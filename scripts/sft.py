@@ -9,7 +9,6 @@ from rmipo import cli
 from rmipo.recipe.load import load_recipe, parse_command_line
 
 
-@cli.program()
 def main() -> None:
     recipe = load_recipe(*parse_command_line(__doc__)).require_stage("sft")
     args, data_config, model_config = recipe.parse()
@@ -74,4 +73,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

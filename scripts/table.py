@@ -9,20 +9,17 @@ averaged. Without --differences, a number that was made with another judge or de
 is marked and stands without a difference.
 """
 
-import argparse
 import os
-import shlex
-import sys
 from pathlib import Path
 
-from rmipo.cli import program
+from rmipo import cli
 from rmipo.reporting.render import FORMATS
 from rmipo.reporting.results import ReportError
 from rmipo.reporting.tables import TABLES, build_table, fill
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.Parser(__doc__)
     parser.add_argument("--number", type=int, default=os.environ.get("N") or None, help=f"one of {sorted(TABLES)}")
     parser.add_argument("--model", default=os.environ.get("MODEL"), help="another model than the paper's")
     parser.add_argument("--outputs", type=Path, default=Path("outputs"), help="where the runs are")
@@ -30,7 +27,7 @@ def main() -> None:
     parser.add_argument(
         "--allow_mixed_versions", action="store_true", help="print results of mixed versions or settings"
     )
-    args = parser.parse_args(sys.argv[1:] or shlex.split(os.environ.get("ARGS", "")))
+    args = parser.read()
     if args.number is None:
         raise ReportError(f"which table? Say N=..., one of {sorted(TABLES)}")
 
@@ -46,5 +43,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with program():
-        main()
+    cli.run(main)

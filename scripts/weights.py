@@ -5,18 +5,16 @@
 `make train MODEL=smollm2-135m-instruct` does so first.
 """
 
-import argparse
 from pathlib import Path
 
 from rmipo import cli
 
 
-@cli.program()
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.Parser(__doc__)
     parser.add_argument("--config", required=True, help="such as recipes/smollm2-135m-instruct/weights.yaml")
     parser.add_argument("--output", required=True, type=Path, help="folder of the model")
-    options = parser.parse_args()
+    options = parser.read()
 
     from rmipo.training.packaged import PackagedWeights, make_weights
 
@@ -26,4 +24,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

@@ -1,8 +1,6 @@
 """LoRA and QLoRA: training against a naive loop, dropout off in the prior pass, merging, memory on one GPU."""
 
 import json
-import runpy
-import sys
 
 import pytest
 import torch
@@ -18,6 +16,7 @@ from rmipo.recipe.load import load_recipe
 from rmipo.training import attention
 from tests.helpers.families import make_tokenizer, save
 from tests.helpers.paths import ROOT
+from tests.helpers.programs import run_here
 from tests.helpers.small_models import SIZES, make_model, make_pairs
 from tests.helpers.trainers import CONTEXT, make_trainer, rows_per_step
 from tests.helpers.twins import make_twin, run
@@ -87,14 +86,7 @@ def test_refusals_see_through_the_adapter():
 
 
 def merge(folder, *arguments):
-    """Exit code of scripts/merge_adapter.py."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["merge_adapter.py", str(folder), *arguments])
-        try:
-            runpy.run_path(str(ROOT / "scripts/merge_adapter.py"), run_name="__main__")
-        except SystemExit as end:
-            return end.code
-    return 0
+    return run_here("merge_adapter", str(folder), *arguments)
 
 
 def logits(model):
@@ -110,8 +102,8 @@ def test_merged_logits_equal_the_adapters(tmp_path, monkeypatch, capsys):
     lines = run("llama3-8b-instruct/rmipo", [*overrides, *overlay], tmp_path / "lora", zero3=False)
     assert [line["step"] for line in lines] == [1, 2]
 
-    assert merge(tmp_path / "lora") == 0
-    assert merge(tmp_path / "lora") == 2 and "lora-merged exists" in capsys.readouterr().err
+    assert merge(tmp_path / "lora").code == 0
+    assert "lora-merged exists" in merge(tmp_path / "lora").err
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "lora-merged", dtype=torch.float32)
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
     before = logits(base)
@@ -125,8 +117,9 @@ def test_merged_logits_equal_the_adapters(tmp_path, monkeypatch, capsys):
     weights = load_file(tmp_path / "model" / "model.safetensors")
     weights["model.layers.1.mlp.up_proj.weight"][5, 5] += 1e-3  # as a merge into this folder changes them
     save_file(weights, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
-    assert merge(tmp_path / "lora", "--output", str(tmp_path / "other")) == 2 and not (tmp_path / "other").exists()
-    assert "its weights or configuration were changed since" in capsys.readouterr().err
+    ended = merge(tmp_path / "lora", "--output", str(tmp_path / "other"))
+    assert ended.code == 2 and "its weights or configuration were changed since" in ended.err
+    assert not (tmp_path / "other").exists()
     for name in ("run.json", "metrics.jsonl"):  # it is the same run, and is evaluated as that
         assert (tmp_path / "lora-merged" / name).read_bytes() == (tmp_path / "lora" / name).read_bytes()
     assert model_folder(ROOT / "recipes" / tmp_path.name / "rmipo.yaml", tmp_path.parent, "lora-merged").is_dir()
@@ -152,7 +145,7 @@ def test_bfloat16_model_with_large_logits_is_merged(tmp_path):
     (folder / "run.json").write_text(json.dumps(record))
     (folder / "metrics.jsonl").touch()
 
-    assert merge(folder) == 0
+    assert merge(folder).code == 0
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "lora-merged")
     assert merged.dtype == torch.bfloat16 and 15 < logits(merged).abs().max() < 40
     difference = (logits(merged).float().log_softmax(-1) - logits(adapter).float().log_softmax(-1)).abs().max()
@@ -166,8 +159,9 @@ def test_bfloat16_model_with_large_logits_is_merged(tmp_path):
 
 
 def test_a_folder_without_an_adapter_is_refused(tmp_path, capsys):
-    assert merge(tmp_path) == 2
-    assert "holds no trained adapter: expected run.json and adapter_config.json" in capsys.readouterr().err
+    ended = merge(tmp_path)
+    assert ended.code == 2
+    assert "holds no trained adapter: expected run.json and adapter_config.json" in ended.err
 
 
 def test_four_bit_base_trains_an_adapter(tmp_path):
@@ -179,7 +173,7 @@ def test_four_bit_base_trains_an_adapter(tmp_path):
     # One step at the same pairs: what 4 bits change of the first loss is small, and not nothing.
     plain = run("llama3-8b-instruct/rmipo", overrides, tmp_path / "plain", zero3=False)
     assert 0 < abs(lines[0]["loss"] - plain[0]["loss"]) < 0.05
-    assert merge(tmp_path / "qlora") == 0
+    assert merge(tmp_path / "qlora").code == 0
 
 
 @pytest.mark.parametrize("setting", SETTINGS)

@@ -1,0 +1,78 @@
+"""All scripts have one manner: options, --help, how they end."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from rmipo import cli
+from rmipo.errors import UserError
+from tests.helpers.paths import ROOT
+from tests.helpers.programs import run_here
+
+FREE_FORM = {"pairs", "online"}  # their options are keys of their YAML files
+SCRIPTS = sorted({path.stem for path in ROOT.glob("scripts/*.py")} - FREE_FORM)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_says_what_a_script_does_and_every_option_means(script):
+    ended = run_here(script, "--help")
+    assert ended.code == 0 and ended.err == ""
+    usage, _, rest = ended.out.partition("\n\n")
+    summary, _, options = rest.partition("options:\n")
+    assert usage.startswith(f"usage: {script}.py") and len(summary.splitlines()[0]) > 40
+    undocumented = [
+        line for line, after in zip(options.splitlines(), [*options.splitlines()[1:], ""], strict=True)
+        if line.startswith("  -") and len(line.split("  ")) < 3 and not after.startswith("        ")
+    ]  # fmt: skip
+    assert undocumented == []
+    assert max(map(len, ended.out.splitlines())) <= 128
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_wrong_option_is_an_error_like_any_other(script):
+    ended = run_here(script, "--no_such_option=1" if script not in ("sft", "preference", "sweep") else "stray")
+    assert (ended.code, ended.out) == (2, "")
+    assert ended.err.startswith("error: ") and ended.err.count("\n") < 30, ended.err
+
+
+def test_options_default_to_makes_variables(monkeypatch):
+    monkeypatch.setenv("MODEL", "tiny")
+    monkeypatch.setenv("METHOD", "dpo")
+    monkeypatch.setattr(sys, "argv", ["x.py", "--method", "simpo"])
+    assert cli.variables(cli.options("x", "MODEL", "METHOD", "DATA").read()) == {"MODEL": "tiny", "METHOD": "simpo"}
+    monkeypatch.setenv("ARGS", "--method 'a b' --model other")
+    assert cli.variables(cli.options("x", "MODEL", "METHOD").read()) == {"MODEL": "other", "METHOD": "simpo"}
+    with pytest.raises(UserError, match=r"unrecognized arguments: --models y. `x.py --help` shows"):
+        monkeypatch.setattr(sys, "argv", ["x.py", "--models", "y"])
+        cli.options("x", "MODEL", "ARGS").read()
+
+
+CHILD = "import sys, time; from pathlib import Path; Path(sys.argv[1]).touch(); time.sleep(60)"
+PARENT = """
+import sys
+from rmipo import cli
+from rmipo.launch.train import Program
+cli.run(lambda: Program().run([sys.executable, "-c", *sys.argv[1:]]))
+"""
+
+
+def test_ctrl_c_ends_the_program_that_runs_quickly_and_quietly(tmp_path):
+    """SIGINT to the launcher alone, as `kill -INT` sends it: nothing is left running."""
+    started = tmp_path / "started"
+    quiet = f"import signal, sys, os; signal.signal(signal.SIGINT, lambda *_: sys.exit(130))\n{CHILD}"
+    parent = subprocess.Popen(
+        [sys.executable, "-c", PARENT, quiet, str(started)], stderr=subprocess.PIPE, text=True, env=dict(os.environ)
+    )
+    while not started.exists():
+        assert parent.poll() is None, parent.stderr.read()
+        time.sleep(0.05)
+    began = time.monotonic()
+    parent.send_signal(signal.SIGINT)
+    _, errors = parent.communicate(timeout=50)
+    assert (parent.returncode, errors) == (130, "interrupted\n") and time.monotonic() - began < 30  # not the child's 60
+    left = subprocess.run(["pgrep", "-f", str(started)], capture_output=True, text=True).stdout.split()
+    assert left == []
