@@ -180,11 +180,15 @@ class Handler(BaseHTTPRequestHandler):
         key = (f"{asked.get('type', 'model')}s", name)
         if self.headers.get("Authorization") != f"Bearer {TOKEN}":
             return self.fail(401, "", "Invalid credentials")
+        url = f"{self.server.environment['HF_ENDPOINT']}/{name}"
         if key in self.server.repositories:
-            return self.fail(409, "", "You already created this repository")
+            return self.answer(409, {"error": "You already created this repository", "url": url})
         self.server.repositories[key] = Repository(private=asked.get("private", False))
         self.server.repositories[key].commit({".gitattributes": b""})
-        self.answer(200, {"url": f"{self.server.environment['HF_ENDPOINT']}/{name}"})
+        self.answer(200, {"url": url})
+
+    def validate_card(self) -> None:
+        self.answer(200, {"errors": [], "warnings": []})
 
     def preupload(self, kind, name, revision) -> None:
         files = [file["path"] for file in json.loads(self.body)["files"]]
@@ -229,6 +233,7 @@ ROUTES = {
     rf"/api/{KIND}/{NAME}/preupload/(?P<revision>.+)": Handler.preupload,
     rf"/api/{KIND}/{NAME}/commit/(?P<revision>.+)": Handler.commit,
     r"/api/repos/create": Handler.create,
+    r"/api/validate-yaml": Handler.validate_card,
     rf"/{NAME}\.git/info/lfs/objects/batch": Handler.lfs_batch,
     r"/lfs-objects/(?P<oid>\w+)": Handler.lfs_upload,
     rf"/((?P<kind>datasets)/)?{NAME}/resolve/(?P<revision>[^/]+)/(?P<file>.+)": Handler.resolve,

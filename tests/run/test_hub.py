@@ -8,6 +8,7 @@ import sys
 import pytest
 import yaml
 
+from tests.helpers.families import save
 from tests.helpers.hub_server import TOKEN, Hub
 from tests.helpers.paths import ROOT
 from tests.helpers.twins import make_twin
@@ -25,6 +26,7 @@ def hub():
 def twin(hub, tmp_path):
     """Overrides of a run whose model and data are on the hub, the model by the commit that was its first."""
     overrides = make_twin(tmp_path, "tiny/rmipo", "llama3", "on_policy_ultrafeedback")
+    save("llama3", tmp_path / "model", intermediate_size=40_000)  # 31 MB: the client keeps what it has by 10 MiB
     first = hub.add("models", "org/model", tmp_path / "model")
     hub.repositories["models", "org/model"].commit({"config.json": b"{}"})  # what `main` is now can't be loaded
     hub.add("datasets", "org/pairs", tmp_path / "data")
@@ -44,8 +46,10 @@ def train(hub, tmp_path, flags, **environment):
 
 
 def test_hub_ids_a_pinned_revision_a_broken_download_and_an_upload(hub, twin, tmp_path):
+    hub.repositories["models", "org/model"].gated = True
+    hub.granted.add("org/model")
     size = (tmp_path / "model/model.safetensors").stat().st_size
-    hub.breaking["model.safetensors"] = size // 3
+    hub.breaking["model.safetensors"] = size // 2
     flags = twin | {"--push_to_hub": "true", "--hub_model_id": "member/aligned"}
     done = train(hub, tmp_path, flags, **SECRET)
     assert done.returncode == 0, done.stderr[-4000:]
@@ -76,13 +80,6 @@ def test_a_gated_model_is_refused_with_the_fix(hub, twin, tmp_path, login):
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr[-4000:]
     assert "org/model" in done.stderr and "hf auth login" in done.stderr
     assert not (tmp_path / "out/run.json").exists()
-
-
-def test_an_access_that_was_granted_is_used(hub, twin, tmp_path):
-    hub.repositories["models", "org/model"].gated = True
-    hub.granted.add("org/model")
-    done = train(hub, tmp_path, twin, **SECRET)
-    assert done.returncode == 0, done.stderr[-4000:]
 
 
 def test_data_that_is_not_there_is_refused_by_name(hub, twin, tmp_path):
