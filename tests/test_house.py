@@ -1,6 +1,8 @@
 """The order in which packages may import each other (pyproject.toml), what `import rmipo` gives, how tests share code."""
 
+import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +16,17 @@ def test_import_order_holds():
         [Path(sys.executable).with_name("lint-imports"), "--no-cache"], cwd=ROOT, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout
+
+
+def test_an_import_against_the_order_is_found(tmp_path):
+    shutil.copytree(ROOT / "rmipo", tmp_path / "rmipo", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    with open(tmp_path / "rmipo/objectives/base.py", "a") as file:
+        file.write("import rmipo.training.packing\n")
+    command = [Path(sys.executable).with_name("lint-imports"), "--no-cache"]
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 1 and "rmipo.objectives.base -> rmipo.training.packing" in done.stdout, done.stdout
 
 
 def test_exports_are_lazy_and_complete():
