@@ -183,7 +183,7 @@ class Handler(BaseHTTPRequestHandler):
         url = f"{self.server.environment['HF_ENDPOINT']}/{name}"
         if key in self.server.repositories:
             return self.answer(409, {"error": "You already created this repository", "url": url})
-        self.server.repositories[key] = Repository(private=asked.get("private", False))
+        self.server.repositories[key] = Repository(private=asked.get("visibility") == "private")
         self.server.repositories[key].commit({".gitattributes": b""})
         self.answer(200, {"url": url})
 
