@@ -65,7 +65,7 @@ def test_hub_ids_a_pinned_revision_a_broken_download_and_an_upload(hub, twin, tm
     assert uploaded.private and files["model.safetensors"] == (out / "model.safetensors").read_bytes()
     card = files["README.md"].decode()
     header = yaml.safe_load(card.split("---\n")[1])
-    assert header["base_model"] == "org/model" and header["datasets"] == ["org/pairs"]
+    assert header["base_model"] == ["org/model"] and header["datasets"] == ["org/pairs"]
     assert files.keys() >= {"config.json", "tokenizer.json", "generation_config.json", "run.json"}
     assert not [path for path in files if path.startswith("checkpoint-")]
     record = json.loads((out / "run.json").read_text())
