@@ -129,7 +129,7 @@ def table(rows: list[dict], rates: list[float], metric: str) -> str:
         edge = "*" * (rate in (min(rates), max(rates)))
         difference = "" if row["method"] == OURS else number(row, "difference", signed=True)
         if difference and row["difference_low"] is not None:
-            difference = f"{row['difference']:+.1f} [{row['difference_low']:+.1f}, {row['difference_high']:+.1f}]"
+            difference = f"{row['difference']:+z.1f} [{row['difference_low']:+z.1f}, {row['difference_high']:+z.1f}]"
         cells = [number(row, metric), difference, number(row, beside), number(row, "seconds_per_step")]
         lines.append([label(row["method"]), "" if rate is None else f"{rate:g}{edge}", *cells])
     return markdown(lines)
@@ -149,7 +149,7 @@ def search_table(searched: list[dict], rates: list[float], metric: str) -> str:
 def number(row: dict, name: str, digits: int = 3, signed: bool = False) -> str:
     if row[name] is None:
         return "diverged" if row["diverged"] else ""
-    text = f"{row[name]:{'+' if signed else ''}.{digits}f}"
+    text = f"{row[name]:{'+' if signed else ''}z.{digits}f}"
     return text if row[f"{name}_std"] is None else f"{text} ± {row[f'{name}_std']:.{digits}f}"
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
+import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -125,10 +126,7 @@ def jitter(differences: np.ndarray, seed: int = 0) -> np.ndarray:
 
 def smooth(values: np.ndarray, window: int) -> np.ndarray:
     """Mean of the last `window` values at each step (fewer at the start)."""
-    sums = np.concatenate([[0.0], np.cumsum(values)])
-    ends = np.arange(1, len(values) + 1)
-    starts = np.maximum(ends - window, 0)
-    return (sums[ends] - sums[starts]) / (ends - starts)
+    return pd.Series(values).rolling(window, min_periods=1).mean().to_numpy()
 
 
 def wasserstein(a: np.ndarray, b: np.ndarray, points: int = 2001) -> float:

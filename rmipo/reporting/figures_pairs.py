@@ -57,7 +57,7 @@ def figure3(signals: dict[str, dict[str, np.ndarray]], title: str) -> Figure:
         for key, (label, color) in names.items():
             sample = values[key]
             curve = density(sample, grid)
-            summary = f"{100 * np.mean(sample > 0):.0f}% > 0, mean/std {sample.mean() / sample.std():+.2f}"
+            summary = f"{100 * np.mean(sample > 0):.0f}% > 0, mean/std {sample.mean() / sample.std():+z.2f}"
             axis.plot(grid, curve, color=color, label=f"{label}: {summary}")
             axis.fill_between(grid, curve, color=color, alpha=0.12, linewidth=0)
         axis.axvline(0, color=GREY, linewidth=0.8, linestyle="--")
