@@ -19,13 +19,13 @@ help: ## list the targets
 train: .venv/.installed ## train a setting: MODEL=tiny [STAGE=sft|rmipo] [METHOD=dpo] [ARGS="--learning_rate 1e-6"] [DATA=folder] [GPUS=4] [DRY=1]
 	@$(RUN) scripts/launch.py
 
-plan: .venv/.installed ## memory, time and disk of a run before it is paid for: MODEL=... GPUS=8x80
+plan: .venv/.installed ## memory, time and disk of a run before you launch it: MODEL=... GPUS=8x80
 	@$(RUN) scripts/plan.py
 
 doctor: .venv/.installed ## check Python, CUDA, DeepSpeed, disk, hub and W&B logins, each with its fix
 	@$(RUN) scripts/doctor.py
 
-compare: .venv/.installed ## every method on one setting, tuned and compared: MODEL=tiny
+compare: .venv/.installed ## every method with the same search budget: MODEL=tiny [METHODS=...] [SEEDS=0,1]
 	@$(RUN) scripts/compare.py
 
 sweep: .venv/.installed ## the paper's hyperparameter search of a method, without an account: METHOD=simpo
@@ -61,7 +61,7 @@ test: .venv/.installed ## the tests that CI runs
 test-all: .venv/.installed ## all tests, the slow ones too
 	@$(RUN) -m pytest -n 3
 
-lint: .venv/.installed ## style and obvious mistakes
+lint: .venv/.installed ## style, and the import order of the packages
 	@$(RUN) -m ruff check . && $(RUN) -m ruff format --check . && .venv/bin/lint-imports
 
 install: ## make the environment, or add to it: EXTRAS=gpu (bitsandbytes, kernels), EXTRAS=eval, EXTRAS=vllm, EXTRAS=smollm2

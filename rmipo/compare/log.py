@@ -65,7 +65,7 @@ def execute_all(log: Log, runs: list[Run], workers: int, environment: dict) -> I
         else:
             yield run, line
     context = get_context("forkserver")
-    context.set_forkserver_preload(["rmipo.compare.run"])  # the imports are paid for once
+    context.set_forkserver_preload(["rmipo.compare.run"])  # imported once for all workers
     output = str(log.path.with_name("workers.log"))
     with ProcessPoolExecutor(
         workers, mp_context=context, initializer=redirect, initargs=(output,), max_tasks_per_child=1
