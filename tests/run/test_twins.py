@@ -1,4 +1,4 @@
-"""Every shipped recipe trains a tiny random-weight copy for two optimizer steps: in one process, and under DeepSpeed ZeRO-3 on two.
+"""Every shipped recipe trains a tiny random-weight copy for two steps: in one process, and under DeepSpeed ZeRO-3 on two.
 
 The twin has the recipe's architecture class, special tokens and chat template; its data has the columns of the recipe's
 dataset. Everything else is the recipe's, through the same scripts as a real run.
