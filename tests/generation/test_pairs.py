@@ -1,6 +1,7 @@
 """On-policy pairs: every answer stands beside its own prompt, nothing is made twice, and what can't be used is counted."""
 
 import json
+import math
 import os
 import signal
 import time
@@ -49,8 +50,10 @@ class Setup:
     def make(self, output="pairs", **changes) -> dict:
         return make_pairs(self.model, GENERATION, replace(self.config, **changes), self.folder / output)
 
-    def rows(self, file="train.jsonl", output="pairs") -> list[dict]:
-        return [json.loads(line) for line in (self.folder / output / file).read_text().splitlines()]
+    def rows(self, *files, output="pairs") -> list[dict]:
+        """Rows of the output's files; of all pairs if none is named."""
+        texts = [(self.folder / output / file).read_text() for file in files or ("train.jsonl", "test.jsonl")]
+        return [json.loads(line) for text in texts for line in text.splitlines()]
 
     def killed(self, when, **changes) -> None:
         """Make the pairs in a child process that is killed as soon as `when` says so, or that kills itself."""
@@ -79,6 +82,7 @@ def test_pairs_are_the_best_against_the_worst_answer_of_their_own_prompt(setup):
     result = setup.make()
     pairs, candidates = setup.rows(), setup.rows("candidates.jsonl")
     assert result["pairs"] == len(pairs) > 6 and len(candidates) == 12
+    assert len(setup.rows("test.jsonl")) == math.ceil(0.1 * len(pairs))
     by_prompt = {row["prompt"][0]["content"]: row["answers"] for row in candidates}
     for pair in pairs:
         assert pair["prompt_id"] == json_fingerprint(pair["prompt"])
@@ -113,7 +117,7 @@ def test_killed_while_sampling_and_while_scoring(setup):
     assert lines(setup.folder / "pairs/scores.jsonl") == 5  # the header and four prompts
     setup.fatal.unlink()
     setup.make()
-    for file in ("answers.jsonl", "scores.jsonl", "candidates.jsonl", "train.jsonl"):
+    for file in ("answers.jsonl", "scores.jsonl", "candidates.jsonl", "train.jsonl", "test.jsonl"):
         assert (setup.folder / "pairs" / file).read_bytes() == (setup.folder / "whole" / file).read_bytes()
     asked = Counter(setup.calls.read_text().split("\n"))
     died_at = setup.calls.read_text().split("\n")[4]
