@@ -89,6 +89,7 @@ def load_model(model_config: ModelConfig, **options) -> PreTrainedModel:
     except (OSError, ValueError) as error:
         raise LoadingError(_explained(name, "model", error)) from error
     _repair_generation_config(model, name)
+    model.config._commit_hash = model_config.model_revision  # what `reference.model_key` names the weights by
     return model
 
 

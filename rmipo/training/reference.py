@@ -87,7 +87,7 @@ class Reference:
         """Fingerprint of the initial weights, as they were loaded."""
         config = self.trainer.model.config
         assert config._name_or_path, "the reference cache needs a model that was loaded from somewhere"
-        return on_main_process(lambda: model_fingerprint(config._name_or_path, getattr(config, "_commit_hash", None)))
+        return on_main_process(lambda: model_fingerprint(config._name_or_path, getattr(config, "_commit_hash", "main")))
 
     def logits(self, packed: PackedSequence) -> torch.Tensor:
         """The reference's logits at the response positions, `(R, vocabulary)`."""
