@@ -51,7 +51,11 @@ def test_hub_ids_a_pinned_revision_a_broken_download_and_an_upload(hub, twin, tm
     size = (tmp_path / "model/model.safetensors").stat().st_size
     hub.breaking["model.safetensors"] = size // 2
     # DPO: the cache of reference log-probabilities is named after the revision that was loaded.
-    flags = twin | {"--push_to_hub": "true", "--hub_model_id": "member/aligned", "--overlay": "recipes/methods/dpo.yaml"}
+    flags = twin | {
+        "--push_to_hub": "true",
+        "--hub_model_id": "member/aligned",
+        "--overlay": "recipes/methods/dpo.yaml",
+    }
     done = train(hub, tmp_path, flags, **SECRET)
     assert done.returncode == 0, done.stderr[-4000:]
     # The download went on where it broke.
