@@ -35,8 +35,8 @@ from benchmarks import lengths, measure, report, work
 from benchmarks.contenders import BUILDERS, Contender, Setup, build
 from rmipo.plan import memory
 from rmipo.plan.memory import Run, Shape
-from rmipo.training import attention, scoring
-from rmipo.training.packing import pack_pairs
+from rmipo.training import attention
+from rmipo.training.parity import check_parity
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -102,9 +102,8 @@ def host_synchronizations(one: Contender, pairs: list[dict]) -> int:
 def parity(one: Contender, pairs: list[dict], setup: Setup) -> float:
     """Mean |difference| per token, in nats, between the packed scores and those of each sequence alone."""
     one.model.eval()
-    packed = pack_pairs(pairs).to(one.model.device)
     try:
-        return scoring.check_parity(one.model, one.model, packed, setup.attention)
+        return check_parity(one.model, one.model, pairs, setup.attention)
     finally:
         one.model.train()
 

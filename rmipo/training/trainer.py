@@ -86,7 +86,8 @@ class PreferenceTrainer(Trainer):
         if self.accelerator.is_fsdp2:
             # accelerate has FSDP2 cast what the model returns to the compute dtype: log-probs stay in float32.
             plugin = self.accelerator.state.fsdp_plugin
-            plugin.mixed_precision_policy = dataclasses.replace(plugin.mixed_precision_policy, output_dtype=None)
+            if plugin.mixed_precision_policy is not None:  # None in float32
+                plugin.mixed_precision_policy = dataclasses.replace(plugin.mixed_precision_policy, output_dtype=None)
         self.processes = Processes(self.accelerator)
         self.reference = Reference(self, reference_model)
         self.num_non_embedding_parameters = num_non_embedding_parameters(model)

@@ -47,6 +47,7 @@ def test_rows_of_other_code_are_prepared_again(monkeypatch, tmp_path):
 
 def test_a_missing_test_split_is_said_or_refused(tmp_path, caplog):
     write(tmp_path / "train.jsonl", rows_of(0, 1))
+    caplog.set_level("WARNING")
     assert load_splits(load_pairs, config(tmp_path), evaluating=False).keys() == {"train"}
     assert "no evaluation, since there is no test split" in caplog.text
     with pytest.raises(DataError, match="Or train without evaluation: eval_strategy: no"):

@@ -54,7 +54,8 @@ def test_options_default_to_makes_variables(monkeypatch):
 
 CHILD = "import sys, time; from pathlib import Path; Path(sys.argv[1]).touch(); time.sleep(60)"
 PARENT = """
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job's is ignored
 from rmipo import cli
 from rmipo.launch.train import Program
 cli.run(lambda: Program().run([sys.executable, "-c", *sys.argv[1:]]))
