@@ -11,6 +11,7 @@ import weakref
 
 import torch
 import torch.nn.functional as F
+from deepspeed.runtime.zero import register_external_parameter
 from peft import PeftModel
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
@@ -58,6 +59,17 @@ def attach(model: PreTrainedModel | PeftModel, kind: str) -> None:
     if kind == "flex" and base not in _with_fused_head:
         add_fused_lm_head(base)
         _with_fused_head.add(base)
+
+
+def register_fused_head(model: PreTrainedModel | PeftModel) -> None:
+    """Tell DeepSpeed that a fused head reads the LM head's weight in the forward of the model itself.
+
+    ZeRO-3 would find out by itself, but in the middle of training: by then it has recorded the order in which forwards
+    gather parameters, and the next forward fails with "tracing error at step 0". Call it before the first forward.
+    """
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    if base in _with_fused_head:
+        register_external_parameter(base, base.get_output_embeddings().weight)
 
 
 def _unserved_features(model: PreTrainedModel) -> list[str]:

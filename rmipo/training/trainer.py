@@ -224,6 +224,8 @@ class PreferenceTrainer(Trainer):
     def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
         prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         first = self.train_dataset.tokenized.select(range(min(MAX_PAIRS, len(self.train_dataset)))).to_list()
+        if self.is_deepspeed_enabled:
+            attention.register_fused_head(self.model)
         self.model_wrapped.eval()
         with self.compute_loss_context_manager():
             self.parity = check_parity(self.model_wrapped, self.model, first, self.attention_kind)

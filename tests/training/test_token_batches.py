@@ -1,15 +1,15 @@
-"""The gradient of a step that is cut by tokens is that of one cut by pairs, in one process and in two."""
+"""Steps cut by tokens or by pairs, in one process and in two: gradients, references, a bad loss of one process."""
 
-import os
-import socket
-import subprocess
-import sys
+import math
 
 import pytest
 import torch
 
 from rmipo.objectives import PairScores, build_objective
-from tests.helpers.token_batches_worker import gradients
+from tests.helpers.launched import launch
+from tests.helpers.small_models import make_model
+from tests.helpers.two_processes_worker import PAIRS, gradients
+from tests.references.padded import padded_pairs
 
 
 @pytest.fixture(scope="module")
@@ -32,20 +32,38 @@ def test_one_process(tmp_path, by_pairs, max_tokens):
     assert_equal(actual, by_pairs)
 
 
-def test_two_processes(tmp_path, by_pairs):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    processes = []
-    for rank in ("0", "1"):
-        launch = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        command = [sys.executable, "-m", "tests.helpers.token_batches_worker", str(tmp_path), "90"]
-        processes.append(subprocess.Popen(command, env=os.environ | launch | {"ACCELERATE_USE_CPU": "true"}))
-    assert [process.wait(timeout=200) for process in processes] == [0, 0]
-    (first, sizes), (second, others) = (torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1))
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory):
+    """What each of two processes found; see `two_processes_worker`."""
+    folder = tmp_path_factory.mktemp("two")
+    make_model("llama").save_pretrained(folder / "model")
+    run = launch(["tests/helpers/two_processes_worker.py", str(folder)], processes=2, ACCELERATE_USE_CPU="true")
+    assert run.wait() == 0, run.output[-4000:]
+    return [torch.load(folder / f"rank{rank}.pt") for rank in (0, 1)]
+
+
+def test_gradients_of_two_processes(two_processes, by_pairs):
+    (first, sizes), (second, others) = (found["gradients"] for found in two_processes)
     assert sum(sizes + others) == 13 and len(sizes) == len(others) == 3
     assert_equal(first, by_pairs)
     assert_equal(second, by_pairs)
+
+
+def test_two_processes_score_the_reference_in_the_datasets_order(two_processes):
+    with torch.no_grad():
+        expected = padded_pairs(make_model("llama"), PAIRS)
+    for found in two_processes:
+        loss, scores = found["reference"]
+        assert loss == pytest.approx(math.log(2), abs=1e-5)
+        for side in ("chosen", "rejected"):
+            torch.testing.assert_close(scores[f"ref_{side}_logps"], expected[f"{side}_logps"].float(), atol=1e-4, rtol=0)
+
+
+def test_a_bad_loss_of_one_process_stops_both(two_processes):
+    for rank, found in enumerate(two_processes):
+        message = found["bad loss"]
+        assert "the loss of step 1 is not finite" in message and f"non_finite_rank{rank}.json" in message
+    assert sorted(found["bad pairs"] for found in two_processes) == [[], [12]]
 
 
 @pytest.mark.parametrize(

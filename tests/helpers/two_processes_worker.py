@@ -1,0 +1,69 @@
+"""What two processes do together, each result written to FOLDER/rank*.pt for the tests to look at.
+
+`launch(["tests/helpers/two_processes_worker.py", FOLDER], processes=2)`
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from rmipo.training.finite import NonFiniteLossError
+from tests.helpers.small_models import make_model, make_pairs
+from tests.helpers.trainers import make_trainer
+
+PAIRS = make_pairs(13, seed=4, prompt_lengths=(1, 30))
+
+
+def gradients(output: Path, max_tokens: int | None) -> tuple[dict[str, torch.Tensor], list[int]]:
+    """Gradients by parameter of one step over all pairs, and the pairs in each of this process's micro-batches.
+
+    One SGD step with a learning rate of 1: the change of the weights is the gradient.
+    """
+    trainer = make_trainer(
+        output, PAIRS, global_batch_size=13, optim="sgd", learning_rate=1.0, max_grad_norm=0.0,
+        max_tokens_per_micro_batch=max_tokens,
+    )  # fmt: skip
+    before = {name: parameter.detach().clone() for name, parameter in trainer.model.named_parameters()}
+    (step,) = trainer.get_train_dataloader().batch_sampler
+    trainer.train()
+    after = trainer.model.named_parameters()
+    return {name: before[name] - parameter.detach() for name, parameter in after}, [batch.real for batch in step]
+
+
+def reference_columns(output: Path, model_folder: Path) -> tuple[float, dict[str, torch.Tensor]]:
+    """DPO's first loss, log 2 if its reference's scores lie beside their pairs, and those scores."""
+    model = make_model("llama").from_pretrained(model_folder)
+    trainer = make_trainer(
+        output, PAIRS, {"name": "dpo", "beta": 1.0}, model=model, max_steps=1, reference_cache_dir=str(output / "cache")
+    )
+    return trainer.train().training_loss, trainer.train_dataset.scores
+
+
+def bad_loss_of_one_process(output: Path) -> tuple[str, list[int]]:
+    """One pair has a token without a finite embedding: what each process says, and its own rows with a bad loss."""
+    model = make_model("llama")
+    model.model.embed_tokens.weight.data[60] = float("nan")
+    sides = ("prompt_ids", "chosen_ids", "rejected_ids")
+    pairs = [{**pair, **{side: [token % 60 for token in pair[side]] for side in sides}} for pair in PAIRS]
+    pairs[12]["prompt_ids"][0] = 60  # behind the pairs of the parity check
+    trainer = make_trainer(output, pairs, model=model, global_batch_size=13)
+    try:
+        trainer.train()
+    except NonFiniteLossError as error:
+        report = json.loads((output / f"non_finite_rank{trainer.args.process_index}.json").read_text())
+        return str(error), [pair["row"] for pair in report["pairs"]]
+    return "trained", []
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    folder = Path(sys.argv[1])
+    results = {
+        "gradients": gradients(folder / "gradients", 90),
+        "reference": reference_columns(folder / "reference", folder / "model"),
+    }
+    results["bad loss"], results["bad pairs"] = bad_loss_of_one_process(folder / "bad")
+    torch.save(results, folder / f"rank{torch.distributed.get_rank()}.pt")
+    torch.distributed.destroy_process_group()
