@@ -56,7 +56,9 @@ def test_two_processes_score_the_reference_in_the_datasets_order(two_processes):
         loss, scores = found["reference"]
         assert loss == pytest.approx(math.log(2), abs=1e-5)
         for side in ("chosen", "rejected"):
-            torch.testing.assert_close(scores[f"ref_{side}_logps"], expected[f"{side}_logps"].float(), atol=1e-4, rtol=0)
+            torch.testing.assert_close(
+                scores[f"ref_{side}_logps"], expected[f"{side}_logps"].float(), atol=1e-4, rtol=0
+            )
 
 
 def test_a_bad_loss_of_one_process_stops_both(two_processes):
