@@ -11,7 +11,7 @@ MAKEOVERRIDES :=
 
 RUN := .venv/bin/python
 .DEFAULT_GOAL := help
-.PHONY: help install train plan doctor bench test test-all lint eval pairs online table figure compare sweep samples reproduce
+.PHONY: help install train plan doctor smoke bench test test-all lint eval pairs online table figure compare sweep samples reproduce
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' Makefile | while IFS='|' read -r name text; do printf '  make %-10s %s\n' "$$name" "$$text"; done
@@ -24,6 +24,9 @@ plan: .venv/.installed ## memory, time and disk of a run before you launch it: M
 
 doctor: .venv/.installed ## check Python, CUDA, DeepSpeed, disk, hub and W&B logins, each with its fix
 	@$(RUN) scripts/doctor.py
+
+smoke: .venv/.installed ## ten steps on the GPUs here, or on the CPU; pass or fail per check: MODEL=... [METHOD=dpo]
+	@$(RUN) scripts/smoke.py
 
 compare: .venv/.installed ## every method with the same search budget: MODEL=tiny [METHODS=...] [SEEDS=0,1]
 	@$(RUN) scripts/compare.py

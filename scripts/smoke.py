@@ -1,0 +1,172 @@
+"""Ten training steps on the GPUs of this machine, or on its CPU: what works, what fits, how fast it is.
+
+    make smoke [MODEL=llama3-8b-instruct] [METHOD=dpo] [ARGS="--overlay recipes/adapters/lora.yaml"] [TFLOPS=989]
+
+The run is stopped after a few steps, and the same command goes on from its checkpoint. One line for each check: `pass`,
+`FAIL` with what to do, or `skip` with the reason. The exit code is 1 if a check fails. MODEL is tiny where no GPU is
+visible and none is named. All is written to outputs/<model>/smoke, which the next smoke run replaces.
+"""
+
+import os
+import shlex
+import shutil
+import signal
+import statistics
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+from rmipo import cli
+from rmipo.launch.choices import MADE_FIRST, check_choices, choose_sharding, choose_stages
+from rmipo.launch.doctor import Check
+
+VARIABLES = ("MODEL", "METHOD", "DATA", "ARGS", "GPUS", "SHARDING", "TFLOPS")
+STEPS, STOP_AFTER = 10, 3
+TOLERANCE = 1.1  # of the planned memory; no micro-batch is longer than planned for
+
+
+def training_lines(folder: Path) -> list[dict]:
+    from rmipo.record import read_metrics
+
+    return [line for line in read_metrics(folder) if "loss" in line]
+
+
+def own_arguments(env: dict[str, str], folder: Path) -> str:
+    """ARGS of the run. A setting that is made from scratch starts from its untrained model: no stage has to run before."""
+    world = Path("recipes", env["MODEL"], "world.yaml")
+    start = ["--model_name_or_path", f"outputs/{env['MODEL']}/world/model"] if world.is_file() else []
+    own = f"--output_dir {folder} --max_steps {STEPS} --logging_steps 1 --save_steps {STEPS} --save_total_limit 1"
+    quiet = "--eval_strategy no --report_to none --push_to_hub false"
+    return shlex.join([*start, *shlex.split(env.get("ARGS", "")), *own.split(), *quiet.split()])
+
+
+def run(command: list[str], folder: Path, stop: bool) -> int:
+    """Exit code of the training `command`. With `stop` it gets a SIGTERM once STOP_AFTER steps are logged."""
+    from rmipo.launch.train import Program
+
+    program, ended = Program(), threading.Event()
+
+    def watch() -> None:
+        while not ended.wait(0.05):
+            if len(training_lines(folder)) >= STOP_AFTER:
+                os.kill(os.getpid(), signal.SIGTERM)  # `Program` passes it on, as that of a job queue
+                return
+
+    watcher = threading.Thread(target=watch) if stop else None
+    if watcher:
+        watcher.start()
+    print(shlex.join(command), flush=True)
+    code = program.run(command, str(folder))
+    ended.set()
+    if watcher:
+        watcher.join()
+    return code
+
+
+def run_checks(folder: Path, codes: tuple[int, int]) -> Iterator[Check]:
+    """What the folder of the run shows on any machine."""
+    from rmipo.record import recorded_run
+    from rmipo.run.stop import EXIT_STOPPED
+
+    see = "see the output above"
+    record = recorded_run(folder) or {}
+    parity = record.get("results", {}).get("parity")
+    found = "the run did not end" if parity is None else f"packed and plain scores differ by {parity:.1e} nats a token"
+    yield Check("parity", parity is not None, found, see)
+    steps = [line["step"] for line in training_lines(folder)]
+    went_on = codes == (EXIT_STOPPED, 0) and record.get("starts") == 2 and steps == list(range(1, STEPS + 1))
+    found = f"exit codes {codes[0]} when stopped, {codes[1]} when started again; {len(steps)} of {STEPS} steps"
+    yield Check("resume", went_on, found, see)
+    yield export_check(folder)
+
+
+def export_check(folder: Path) -> Check:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        return Check("export", False, str(error).splitlines()[0], "see the output above")
+    ids = tokenizer("Hello, how are you?", return_tensors="pt").input_ids
+    with torch.no_grad():
+        logps = model(ids).logits.log_softmax(-1)
+    found = f"{folder} loads with AutoModelForCausalLM; its log-probabilities are "
+    finite = bool(logps.isfinite().all())
+    return Check("export", finite, found + ("finite" if finite else "not finite"), "lower learning_rate")
+
+
+def hardware_checks(recipe, folder: Path, env: dict[str, str]) -> Iterator[Check]:
+    """Memory against the plan, and tokens per second against the roofline of the GPUs."""
+    from rmipo.launch.pipeline import launch_configuration
+    from rmipo.plan import duration, preflight
+    from rmipo.plan.memory import GIB, Sharding, plan_memory
+
+    lines = training_lines(folder)
+    if recipe.values.get("use_cpu"):
+        yield Check("memory", None, "a CPU's memory is not compared with the plan")
+        yield Check("tokens/s", None, "a CPU has no roofline to compare with")
+        return
+    if len(lines) <= STOP_AFTER:
+        for name in ("memory", "tokens/s"):
+            yield Check(name, False, f"only {len(lines)} steps were made", "see the output above")
+        return
+    hardware = preflight.local_hardware()
+    world = int(env["GPUS"].partition("x")[0]) if env.get("GPUS") else hardware.gpus
+    shape, planned = preflight.shape_of(recipe), preflight.run_of(recipe)
+    memory = plan_memory(shape, planned, Sharding.load(launch_configuration(recipe, choose_sharding(env))), hardware)
+    needed = (memory.needed - memory.parts["reserve (assumed)"]) / GIB
+    peak = max(line["peak_memory_gib"] for line in lines)
+    fix = "lower max_tokens_per_micro_batch, and report both numbers"
+    yield Check("memory", peak <= TOLERANCE * needed, f"{peak:.1f} GiB at most on a GPU, {needed:.1f} planned", fix)
+
+    peak_flops = world * float(env.get("TFLOPS") or duration.A100_TFLOPS) * 1e12
+    per_token = duration.step_flops(shape, planned) / duration.typical_tokens(planned)[0]
+    speed = statistics.median(line["tokens_per_second"] for line in lines[2:])  # the first steps compile
+    used, least = speed * per_token / peak_flops, duration.UTILIZATION[0]
+    found = f"{speed:.0f}, {used:.0%} of the roofline of {peak_flops / 1e12:.0f} TFLOP/s; expected {least:.0%}"
+    fix = "look for other jobs on the GPUs, slow links (NCCL_DEBUG=INFO) and short micro-batches"
+    yield Check("tokens/s", used >= least, found, fix)
+
+
+def main() -> int:
+    os.chdir(Path(__file__).parent.parent)
+    env = os.environ | cli.variables(cli.options(__doc__, *VARIABLES).read())
+    if not env.get("MODEL"):
+        import torch
+
+        env["MODEL"] = "llama3-8b-instruct" if torch.cuda.is_available() else "tiny"
+    env["STAGE"] = "rmipo"
+    check_choices(env)
+    folder = Path("outputs", env["MODEL"], "smoke")
+    env["ARGS"] = own_arguments(env, folder)
+
+    from rmipo.launch.pipeline import load_steps
+    from rmipo.launch.train import Program, check_hardware, gpu_count
+
+    model, stages = choose_stages(env)
+    *before, step = load_steps(model, [stage for stage in stages if stage != "report"], env)
+    gpus, sharding = gpu_count(env, False, False, step.on_cpu), choose_sharding(env)
+    step.check(gpus)
+    if not step.on_cpu:
+        check_hardware(step, env, gpus, 1, sharding)
+    shutil.rmtree(folder, ignore_errors=True)
+    for first in before:
+        assert first.stage in MADE_FIRST
+        if code := Program().run(first.command(gpus, sharding)):
+            return code
+    command = step.command(gpus, sharding)
+    codes = run(command, folder, stop=True), run(command, folder, stop=False)
+    results = [*run_checks(folder, codes), *hardware_checks(step.recipe, folder, env)]
+    names = {True: "pass", False: "FAIL", None: "skip"}
+    for check in results:
+        fix = f". Fix: {check.fix}" if check.passed is False else ""
+        print(f"{names[check.passed]:5} {check.name:9} {check.found}{fix}", flush=True)
+    failed = [check.name for check in results if check.passed is False]
+    print(f"{env['MODEL']}: {'failed: ' + ', '.join(failed) if failed else 'all checks passed'}")
+    return int(bool(failed))
+
+
+if __name__ == "__main__":
+    cli.run(main)
