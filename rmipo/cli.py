@@ -92,7 +92,7 @@ def choose(variable: str, value: str, known: list[str], title: str) -> str:
     """`value` if it is one of `known`, else ConfigError with all of them."""
     if value in known:
         return value
-    found = f"{variable}={value!r} is not one of them" if value else f"{variable} is not set"
+    found = f"{variable}={value!r} is unknown" if value else f"{variable} is not set"
     raise ConfigError("\n  ".join([f"{found}. {title}:", *known]))
 
 

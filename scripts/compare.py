@@ -124,7 +124,7 @@ def read_choices(env: dict[str, str]) -> tuple[list[str], list[int], list[float]
     if "WORKERS" in read and (len(read["WORKERS"]) > 1 or read["WORKERS"][0] < 1):
         problems.append(f"WORKERS={values['WORKERS']!r}: expected one number, 1 or more")
     if problems:
-        raise ConfigError("\n  ".join(["what is to be compared is not clear:", *problems]))
+        raise ConfigError("\n  ".join(["the comparison can't start:", *problems]))
     return (
         [name for name in known if name in methods or name == "rmipo"],
         read["SEEDS"],

@@ -26,7 +26,7 @@ def main() -> None:
     model, method = args.model or "tiny", args.method or "initial"
     output = Path(args.output or f"outputs/{model}/pairs" + f"-{method}" * (method != "initial"))
     if args.keep and (output / "pairs.json").is_file():
-        print(f"pairs: {output} is there already and kept")
+        print(f"pairs: {output} already exists and is kept")
         return
 
     from rmipo.evaluation.target import find_target

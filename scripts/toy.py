@@ -34,7 +34,7 @@ def make(options: argparse.Namespace) -> None:
         source = DataConfig(dataset_name=options.data)
         pairs = {split: load_pairs(source, split) for split in SPLITS}
     if not write_world(options.output, config, pairs):
-        print(f"world: {options.output} is there already and kept")
+        print(f"world: {options.output} already exists and is kept")
         return
     model = json.loads((options.output / "model" / "config.json").read_text())
     rows = {name: count_rows(options.output / f"{name}.jsonl") for name in ("sft/train", "sft/test")}

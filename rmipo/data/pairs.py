@@ -118,7 +118,7 @@ def unusable_tokens(whole: TokenPair, cut: TokenPair, chat_format: ChatFormat) -
         return "the prompt's text has a BOS token in it"
     for side, ids in zip(SIDES[1:], whole[1:], strict=True):
         if ids[-1] != chat_format.end_id or ids.count(chat_format.end_id) != 1:
-            return f"the text of {side} has an end token in it"
+            return f"the text of {side} contains an end token"
     if cut[1] == cut[2]:
         return "chosen and rejected are identical after the cut"
     return None

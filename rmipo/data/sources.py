@@ -173,7 +173,7 @@ def load_files(paths: list[Path], source: str) -> Dataset:
     try:
         return load_dataset(builder, data_files=[str(path) for path in paths], split="train")
     except StopIteration as error:
-        raise DataError(f"{source}: {', '.join(path.name for path in paths)} holds no rows.") from error
+        raise DataError(f"{source}: {', '.join(path.name for path in paths)} has no rows.") from error
     except (DatasetGenerationError, UnicodeEncodeError) as error:  # the latter of half a character, "\\udc00", in JSON
         files = ", ".join(path.name for path in paths)
         raise DataError(f"{source}: {files} can't be read as {builder}: {error.__cause__ or error}") from error

@@ -37,7 +37,7 @@ def require_slurm() -> None:
     """Raises ConfigError where jobs can't be queued."""
     if shutil.which("sbatch") is None:
         raise ConfigError(
-            "SLURM=1: there is no sbatch here. Run this on a login node of the cluster, or without SLURM=1"
+            "SLURM=1: sbatch is not installed here. Run this on a login node of the cluster, or without SLURM=1"
         )
 
 

@@ -20,7 +20,7 @@ REFUSED = {
     "local_rank": "the launcher sets it",
     "auto_find_batch_size": "it would change the batch size behind global_batch_size",
     "model_init_kwargs": "use the keys of the model: dtype, model_revision, attn_implementation",
-    "parallelism_config": "the launcher says how a model is spread: SHARDING",
+    "parallelism_config": "SHARDING sets how a model is distributed",
     "resume_from_checkpoint": "the same command goes on from its last complete checkpoint",
 }
 REFUSED_IN_PREFERENCE = {
@@ -123,7 +123,7 @@ def check_values(given: Mapping[str, Any], values: Mapping[str, Any], stage: str
     if given.keys() >= {"global_batch_size", "gradient_accumulation_steps"}:
         problems.append("gradient_accumulation_steps follows from global_batch_size: remove it")
     if bool(given.get("dataset_name")) == bool(given.get("datasets")):
-        problems.append("the data is not clear: expected either dataset_name or datasets (a mixture)")
+        problems.append("the data is ambiguous or missing: expected either dataset_name or datasets (a mixture)")
     try:
         DataConfig(**{f.name: values[f.name] for f in fields(DataConfig) if f.name in values})
     except ConfigError as error:

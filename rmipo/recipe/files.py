@@ -72,7 +72,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     except (yaml.YAMLError, ValueError, KeyError, AttributeError) as error:  # the last three: tags such as !!bool maybe
         raise ValueError(f"is not a valid recipe: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
-        raise ValueError(f"holds {type(content).__name__}: expected `key: value` lines")
+        raise ValueError(f"is a {type(content).__name__}: expected `key: value` lines")
     return content
 
 
@@ -110,7 +110,7 @@ def parse_overrides(arguments: list[str] | tuple[str, ...]) -> dict[str, Any]:
     while rest:
         argument = rest.pop(0)
         if not re.match(r"--[A-Za-z]", argument):
-            raise ValueError(f"{argument!r} is no override: expected --key value or --key=value")
+            raise ValueError(f"{argument!r} is not an override: expected --key value or --key=value")
         key, equals, text = argument[2:].partition("=")
         if not equals:
             text = rest.pop(0) if rest and not rest[0].startswith("--") else "true"

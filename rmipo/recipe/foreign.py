@@ -144,7 +144,7 @@ def translate_objective(values: Values, file: str) -> tuple[Values, list[str]]:
     loss = given[0] if isinstance(given, list) and len(given) == 1 else given
     if loss is not None and loss not in LOSSES:
         known = ", ".join(LOSSES)
-        raise ValueError(f"loss_type: {loss!r} has no translation ({known} have); write an objective block")
+        raise ValueError(f"loss_type: {loss!r} is not supported (supported: {known}); write an objective block")
     name = LOSSES[loss or "sigmoid"]
     names = {key: str(values[key]) for key in ("output_dir", "run_name", "hub_model_id") if values.get(key)}
     names["the path"] = file.removesuffix("rmipo.yaml")  # the preference stage of every setting here

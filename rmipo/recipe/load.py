@@ -79,7 +79,7 @@ class Recipe:
         if gpus == 0 and not self.values.get("use_cpu"):
             raise ConfigError(
                 f"{self.path}: this recipe trains on GPUs, and none is visible. MODEL=tiny trains on a CPU; DRY=1 shows"
-                " this run without starting it; `use_cpu: true` would train it on the CPU, for weeks"
+                " this run without starting it; `use_cpu: true` would train it on the CPU, which takes weeks"
             )
 
     def require_stage(self, stage: str) -> "Recipe":

@@ -116,7 +116,7 @@ def resume_point(output_dir: str | Path, identity: dict) -> str | None:
         if path.name != LOCK_FILE and path.suffix != TEMPORARY and not (path / MARKER).exists()
     ]:
         raise CheckpointError(
-            f"output_dir: {output_dir} is not empty, and there is no run.json of a run in it. Found: "
+            f"output_dir: {output_dir} is not empty and has no run.json of a run. Found: "
             f"{', '.join(sorted(foreign)[:5])}. Nothing is overwritten: name another --output_dir"
         )
     complete = complete_checkpoints(output_dir)

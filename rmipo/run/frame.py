@@ -104,7 +104,7 @@ class TrainingRun:
         identity = run_identity(self.recipe.resolved(), fingerprints | {"model": initial}, self.args.world_size)
         self.checkpoint = on_main_process(lambda: resume_point(self.folder, identity))
         if on_main_process(self._is_finished):
-            self.say(f"{self.folder} holds this very run, finished. To train it again, name another --output_dir")
+            self.say(f"{self.folder} holds this run, already finished. To train it again, name another --output_dir")
             if self.args.push_to_hub and self.state.is_main_process:
                 self.say(f"uploaded: {export.push(self.args)}")
             sys.exit()

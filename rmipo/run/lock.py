@@ -53,7 +53,7 @@ def _acquire(path: Path):
             deadline = deadline or time.monotonic() + (LEASE if host and host != socket.gethostname() else 0)
             if time.monotonic() >= deadline:
                 raise CheckpointError(
-                    f"output_dir: another run is going on in {path.parent} (process {process} on {host}). Wait for it, end "
+                    f"output_dir: another run is active in {path.parent} (process {process} on {host}). Wait for it, end "
                     "it, or name another --output_dir"
                 ) from error
             time.sleep(1)

@@ -62,7 +62,7 @@ def _check_folder(folder: str) -> None:
     if not existing.is_dir():
         raise OSError(f"{existing} is a file; expected a folder, or the name of a new one")
     if not os.access(existing, os.W_OK):
-        raise OSError(f"no right to write in {existing}")
+        raise OSError(f"no permission to write in {existing}")
 
 
 def _check_trackers(names: list[str]) -> None:

@@ -84,7 +84,7 @@ def test_a_system_column_is_a_message_in_front(tmp_path):
     assert [row["prompt"] for row in load(tmp_path, rows)] == [[pirate, user("q")], [user("q")], [user("q")]]
     turns = {"chosen": [pirate, user("q"), assistant("yes")], "rejected": [pirate, user("q"), assistant("no")]}
     assert load(tmp_path, [{"system": "Answer like a pirate.", **turns}])[0]["prompt"] == [pirate, user("q")]
-    with pytest.raises(DataError, match=r"`system` is another text than the system message of the row: .*: row 0"):
+    with pytest.raises(DataError, match=r"`system` differs from the system message of the row: .*: row 0"):
         load(tmp_path, [{"system": "Be brief", **turns}])
     with pytest.raises(DataError, match="`system` is int, expected text: row 0"):
         load(tmp_path, [{**rows[0], "system": 3}])
@@ -93,7 +93,7 @@ def test_a_system_column_is_a_message_in_front(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"tools": [{"name": "search"}]}, "`tools` is part of the prompt, and is not read"),
+        ({"tools": [{"name": "search"}]}, "`tools` is part of the prompt, but is not supported"),
         ({"chat_template_kwargs": {"enable_thinking": False}}, "`chat_template_kwargs` is part of the prompt"),
         ({"documents": ["a"]}, "`documents` is part of the prompt"),
         (

@@ -21,7 +21,7 @@ UNUSABLE = {
     "roles out of order: assistant first": {"prompt": [assistant("a"), user("b")]},
     "roles out of order: system after user": {"prompt": [user("a"), {"role": "system", "content": "b"}]},
     "roles out of order: the prompt does not end with a user message": {"prompt": [user("a"), assistant("b")]},
-    "the text of chosen has an end token in it": {"chosen": [assistant("a<|eot_id|>b")]},
+    "the text of chosen contains an end token": {"chosen": [assistant("a<|eot_id|>b")]},
     "the prompt's text has a BOS token in it": {"prompt": [user("<|begin_of_text|>")]},
 }
 

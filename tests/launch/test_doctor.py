@@ -104,7 +104,7 @@ def test_a_missing_package_is_named_before_anything_imports_it(doctor, monkeypat
 
 def test_an_unknown_setting_lists_the_settings():
     ended = run_here("doctor", env={"MODEL": "llama4"})
-    assert ended.code == 2 and "error: MODEL='llama4' is not one of them" in ended.err
+    assert ended.code == 2 and "error: MODEL='llama4' is unknown" in ended.err
     assert "llama3-8b-instruct" in ended.err
 
 

@@ -119,7 +119,7 @@ def test_stages_of_each_kind_of_setting():
     ("env", "message"),
     [
         ({}, "MODEL is not set. The settings:\n  llama3-"),
-        ({"MODEL": "methods"}, "MODEL='methods' is not one of them"),
+        ({"MODEL": "methods"}, "MODEL='methods' is unknown"),
         ({"MODEL": "llama3-8b-instruct", "STAGE": "sft"}, "The stages of llama3-8b-instruct:\n  rmipo\n  all"),
         ({"MODEL": "tiny", "METHOD": "grpo"}, "The methods and ablations:\n  rmipo\n  alpha-dpo\n  beta-dpo"),
         ({"MODEL": "tiny", "ARGS": "--a 'b"}, "can't be read: No closing quotation"),
@@ -305,7 +305,7 @@ def test_time_to_save_is_the_same_with_and_without_slurm():
 @pytest.mark.parametrize(
     ("env", "message"),
     [
-        ({"MODEL": "llama3"}, "error: MODEL='llama3' is not one of them. The settings:"),
+        ({"MODEL": "llama3"}, "error: MODEL='llama3' is unknown. The settings:"),
         ({"MODEL": "tiny", "GPUS": "many"}, "error: GPUS='many': expected the number of GPUs"),
         ({"MODEL": "tiny", "GPUS": "4x"}, "error: GPUS='4x': expected the number of GPUs"),
         (
@@ -315,7 +315,7 @@ def test_time_to_save_is_the_same_with_and_without_slurm():
         ({"MODEL": "tiny", "SLURM": "1", "DRY": "1", "SBATCH_ARGS": "'"}, "error: SBATCH_ARGS=\"'\" can't be read: No"),
         ({"MODEL": "tiny", "NODES": "2"}, "error: NODES=2: several machines are reached through Slurm: add SLURM=1"),
         ({"MODEL": "tiny", "NODES": "two", "SLURM": "1"}, "error: NODES='two': expected the number of machines"),
-        ({"MODEL": "tiny", "SHARDING": "zero9"}, "error: SHARDING='zero9' is not one of them"),
+        ({"MODEL": "tiny", "SHARDING": "zero9"}, "error: SHARDING='zero9' is unknown"),
         ({"MODEL": "tiny", "ARGS": "--seed x", "DRY": "1"}, "command line: seed is 'x': expected a whole number"),
     ],
 )

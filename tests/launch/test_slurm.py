@@ -166,6 +166,6 @@ def test_accelerate_meets_at_the_head_node(tmp_path, monkeypatch, sharding):
 def test_without_slurm_the_way_out_is_named(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(ConfigError, match="SLURM=1: there is no sbatch here"):
+    with pytest.raises(ConfigError, match="SLURM=1: sbatch is not installed here"):
         submit("cpu", ["scripts/preference.py"], nodes=2, gpus=0, name="test")
     assert not list(Path(tmp_path).iterdir())

@@ -89,7 +89,7 @@ def test_errors_come_all_at_once(tmp_path, monkeypatch):
         load_sweep("dpo", SETTING)
     for part in ("learning_rate is {'min': 1}", "method is 'bayes'", "metric.name is 'rewards/margins'", "'most'"):
         assert part in str(error.value)
-    with pytest.raises(ConfigError, match=r"(?s)METHOD='nothing' is not one of them.*  dpo"):
+    with pytest.raises(ConfigError, match=r"(?s)METHOD='nothing' is unknown.*  dpo"):
         load_sweep("nothing", SETTING)
 
 

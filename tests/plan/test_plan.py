@@ -91,7 +91,7 @@ def test_plan_follows_the_length_that_the_recipe_asks_for():
 @pytest.mark.parametrize(
     ("variables", "message"),
     [
-        ({"GPUS": "8x80", "SHARDING": "zero9"}, "error: SHARDING='zero9' is not one of them. Files in configs/acc"),
+        ({"GPUS": "8x80", "SHARDING": "zero9"}, "error: SHARDING='zero9' is unknown. Files in configs/acc"),
         ({"GPUS": "8x80", "NODES": "1.5"}, "error: NODES='1.5': expected the number of machines"),
         ({"NODES": "2"}, "error: NODES=2: name the GPUs of each and the GiB of one too, e.g. GPUS=8x80"),
     ],

@@ -221,7 +221,7 @@ def test_numbers_without_a_dot_and_dates_are_read_as_meant(write):
         ("--datasets=[{path: a, columns: 3}]", "datasets[0].columns is 3: expected a list or null"),
         ("--resume_from_checkpoint=x", "resume_from_checkpoint can't be set: the same command goes on"),
         ("--hub_token=anything", "log in with `hf auth login` or set HF_TOKEN"),
-        ("learning_rate=1", "'learning_rate=1' is no override: expected --key value or --key=value"),
+        ("learning_rate=1", "'learning_rate=1' is not an override: expected --key value or --key=value"),
     ],
 )
 def test_each_mistake_is_named(recipe, override, message):
@@ -247,7 +247,7 @@ def test_all_mistakes_are_reported_at_once_with_their_file(write, recipe):
     [
         ("seed: 1\nmax_steps: 2\nseed: 3\n", "seed is set twice, in line 1 and in line 3"),
         ("objective: {name: rmipo, beta: 1, beta: 2}\n", "beta is set twice"),
-        ("- a\n- b\n", "holds list: expected `key: value` lines"),
+        ("- a\n- b\n", "is a list: expected `key: value` lines"),
         ("", "holds NoneType"),
         ("a: [1\n", "is not a valid recipe"),
         ("chat_template: {{ bos_token }}\n", "line 1 has a block or list as a key: text with braces"),

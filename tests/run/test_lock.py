@@ -40,7 +40,7 @@ def holder(tmp_path):
 
 
 def test_a_second_run_is_refused_with_who_holds_the_folder(tmp_path, holder):
-    with pytest.raises(CheckpointError, match=rf"another run is going on in .*out \(process {holder.pid} on "):  # noqa: SIM117
+    with pytest.raises(CheckpointError, match=rf"another run is active in .*out \(process {holder.pid} on "):  # noqa: SIM117
         with locked(tmp_path / "out"):
             raise AssertionError("locked twice")
     assert (tmp_path / "out" / LOCK_FILE).exists()

@@ -222,6 +222,6 @@ def test_a_folder_of_something_else_is_not_overwritten(tmp_path):
     assert resume_point(tmp_path, identity) is None
     save("llama3", tmp_path)
     with pytest.raises(
-        CheckpointError, match=r"is not empty, and there is no run.json .* Found: chat_template.jinja, config"
+        CheckpointError, match=r"is not empty and has no run.json .* Found: chat_template.jinja, config"
     ):
         resume_point(tmp_path, identity)
