@@ -72,7 +72,8 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     except (yaml.YAMLError, ValueError, KeyError, AttributeError) as error:  # the last three: tags such as !!bool maybe
         raise ValueError(f"is not a valid recipe: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
-        raise ValueError(f"is a {type(content).__name__}: expected `key: value` lines")
+        found = "empty" if content is None else f"a {type(content).__name__}"
+        raise ValueError(f"is {found}: expected `key: value` lines")
     return content
 
 

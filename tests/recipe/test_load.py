@@ -248,7 +248,7 @@ def test_all_mistakes_are_reported_at_once_with_their_file(write, recipe):
         ("seed: 1\nmax_steps: 2\nseed: 3\n", "seed is set twice, in line 1 and in line 3"),
         ("objective: {name: rmipo, beta: 1, beta: 2}\n", "beta is set twice"),
         ("- a\n- b\n", "is a list: expected `key: value` lines"),
-        ("", "holds NoneType"),
+        ("", "is empty: expected"),
         ("a: [1\n", "is not a valid recipe"),
         ("chat_template: {{ bos_token }}\n", "line 1 has a block or list as a key: text with braces"),
         ("? [a]\n: 1\n", "line 1 has a block or list as a key"),

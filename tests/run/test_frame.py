@@ -47,7 +47,7 @@ def test_a_finished_run_is_not_trained_again(tmp_path, twin):
     files = {path: path.stat().st_mtime_ns for path in out.iterdir()}
     assert recorded_run(out)["finished"] and not list(out.glob("checkpoint-*"))
     again = preference(twin, out)
-    assert again.wait() == 0 and f"{out} holds this very run, finished" in again.output, again.output[-3000:]
+    assert again.wait() == 0 and f"{out} holds this run, already finished" in again.output, again.output[-3000:]
     assert {path: path.stat().st_mtime_ns for path in out.iterdir()} == files
     (out / "model.safetensors").unlink()  # without its model it has to be made again
     third = preference(twin, out)
