@@ -41,6 +41,13 @@ def scoring_flops(shape: Shape, run: Run) -> float:
     return sum(forward_flops(shape, run)) + sum(forward_flops(shape, run, prior=True)) * run.prior
 
 
+def reference_flops(shape: Shape, run: Run) -> float:
+    """FLOPs to score one example with the initial policy, before training starts."""
+    if run.reference == "cached prior":
+        return sum(forward_flops(shape, run, prior=True))
+    return scoring_flops(shape, run) * (run.reference == "cached")
+
+
 def step_flops(shape: Shape, run: Run) -> float:
     """FLOPs of one example in a training step: forward 1, backward 2 (frozen weights: 1), and what is computed again."""
     layers, head = forward_flops(shape, run)
@@ -61,7 +68,7 @@ def hours(
     evaluated = evaluations * min(EVALUATION_EXAMPLES, values.get("max_eval_samples") or EVALUATION_EXAMPLES)
     flops = {
         "training": lengths.examples_seen(values, run, examples) * step_flops(shape, run),
-        "reference pass": examples * scoring_flops(shape, run) * (run.reference == "cached"),
+        "reference pass": examples * reference_flops(shape, run),
         "evaluation": evaluated * scoring_flops(shape, run),
     }
     rate = hardware.gpus * peak_tflops * 1e12 * 3600

@@ -154,7 +154,7 @@ class Run:
     autocast: bool  # weights in float32, matrix products in bfloat16
     fused_head: bool  # TRL's LM head, which never holds all logits
     prior: bool
-    reference: str  # "none", "cached" log-probs, or "logits": a second model in memory
+    reference: str  # "none", "cached" log-probs, their "cached prior" alone, or "logits": a second model in memory
     adapters: bool
     quantized: bool
     nested_quantization: bool

@@ -39,6 +39,8 @@ from rmipo.recipe.load import Recipe
 from rmipo.recipe.schema import PreferenceConfig
 
 CACHED_FILE = {"model": "config.json", "dataset": "README.md"}
+# What an objective needs of the initial policy -> how `Run` calls it.
+REFERENCES = {"reference_logits": "logits", "reference": "cached", "initial_prior": "cached prior"}
 WEIGHT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "auto": 2}
 
 
@@ -66,7 +68,7 @@ def run_of(recipe: Recipe) -> Run:
         autocast=weight_bytes == 4 and bool(values.get("bf16", False)),
         fused_head=recipe.stage == "sft" or (flex and "reference_logits" not in needs),
         prior=bool(needs & {"prior", "mismatched"}),
-        reference="logits" if "reference_logits" in needs else "cached" if "reference" in needs else "none",
+        reference=next((kind for need, kind in REFERENCES.items() if need in needs), "none"),
         adapters=values.get("use_peft", False),
         quantized=values.get("load_in_4bit", False),
         nested_quantization=values.get("use_bnb_nested_quant", False),

@@ -68,3 +68,12 @@ def test_a_step_on_four_gpus_takes_at_least_what_a_review_says(shape, tflops, le
     phases = duration.hours(recipe, shape, run, Sharding("zero3"), Hardware(1, 4, 80), 128, tflops)
     low, high = (hours * 3600 for hours in phases["training"])
     assert least * 0.95 < low < high < 2.5 * least
+
+
+def test_a_prior_of_the_initial_policy_is_one_pass_over_the_responses(shape):
+    recipe = load_recipe(ROOT / "recipes/llama3-8b-instruct/rmipo.yaml", overrides=["--objective.prior_model", "initial"])
+    run = run_of(recipe)
+    assert not run.prior  # in the step there is none
+    hours = duration.hours(recipe, shape, run, Sharding("zero3"), Hardware(1, 4, 80), 60_000, 312)["reference pass"]
+    flops = 2 * (shape.body + HEAD) * 640 * 60_000  # attention among the responses adds 2%
+    assert hours[0] == pytest.approx(flops / (4 * 312e12 * 3600) / 0.5, rel=0.02)
