@@ -71,7 +71,9 @@ def test_a_step_on_four_gpus_takes_at_least_what_a_review_says(shape, tflops, le
 
 
 def test_a_prior_of_the_initial_policy_is_one_pass_over_the_responses(shape):
-    recipe = load_recipe(ROOT / "recipes/llama3-8b-instruct/rmipo.yaml", overrides=["--objective.prior_model", "initial"])
+    recipe = load_recipe(
+        ROOT / "recipes/llama3-8b-instruct/rmipo.yaml", overrides=["--objective.prior_model", "initial"]
+    )
     run = run_of(recipe)
     assert not run.prior  # in the step there is none
     hours = duration.hours(recipe, shape, run, Sharding("zero3"), Hardware(1, 4, 80), 60_000, 312)["reference pass"]
