@@ -3,8 +3,10 @@
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from rmipo.record import read_generations
 from rmipo.run.generations import SampleGenerations
 from rmipo.training import attention
+from tests.helpers.twins import make_twin, run
 
 
 class Trainer:
@@ -48,3 +50,20 @@ def test_every_other_layer_stays_checkpointed():
     for token in answer:  # greedy, a whole forward for each token
         assert token == model.eval()(torch.tensor([ids])).logits[0, -1].argmax().item()
         ids.append(token)
+
+
+def test_answers_under_zero3_are_those_of_one_process(tmp_path):
+    """There each forward gathers its layers' weights; one process holds them whole."""
+    overrides = make_twin(tmp_path, "tiny/rmipo", "llama3", "on_policy_ultrafeedback")
+    changed = {"eval_strategy": "steps", "learning_rate": "1e-5", "generation_samples": "3", "generation_max_new_tokens": "12"}
+    for key, value in changed.items():
+        overrides[overrides.index(f"--{key}") + 1] = value
+    overrides += ["--eval_steps", "1"]
+    answers = []
+    for zero3 in (False, True):
+        folder = tmp_path / f"zero3-{zero3}"
+        run("tiny/rmipo", overrides, folder, zero3=zero3)
+        answers.append(read_generations(folder))
+    alone, sharded = answers
+    assert [line["step"] for line in alone] == [1] * 3 + [2] * 3
+    assert all(line["answer"] for line in alone) and sharded == alone
