@@ -55,7 +55,12 @@ def test_every_other_layer_stays_checkpointed():
 def test_answers_under_zero3_are_those_of_one_process(tmp_path):
     """There each forward gathers its layers' weights; one process holds them whole."""
     overrides = make_twin(tmp_path, "tiny/rmipo", "llama3", "on_policy_ultrafeedback")
-    changed = {"eval_strategy": "steps", "learning_rate": "1e-5", "generation_samples": "3", "generation_max_new_tokens": "12"}
+    changed = {
+        "eval_strategy": "steps",
+        "learning_rate": "1e-5",
+        "generation_samples": "3",
+        "generation_max_new_tokens": "12",
+    }
     for key, value in changed.items():
         overrides[overrides.index(f"--{key}") + 1] = value
     overrides += ["--eval_steps", "1"]
