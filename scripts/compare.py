@@ -30,7 +30,7 @@ from rmipo.launch.pipeline import load_steps
 from rmipo.launch.sweep import load_sweep
 from rmipo.recipe.load import ConfigError, Recipe
 from rmipo.record import environment, recorded_run
-from rmipo.reporting import comparison as reporting
+from rmipo.reporting import comparison
 
 
 def main() -> int:
@@ -81,10 +81,10 @@ def compare(env: dict[str, str]) -> int:
     ###################
     # Report
     ###################
-    rows = reporting.summarize(lines, study.task.selection_metric)
-    text = reporting.report(rows, lines, searched, study.task.selection_metric)
+    rows = comparison.summarize(lines, study.task.selection_metric)
+    text = comparison.report(rows, lines, searched, study.task.selection_metric)
     print(text)
-    for path in reporting.write(folder, text, rows, lines):
+    for path in comparison.write(folder, text, rows, lines):
         print(path)
     return 0
 

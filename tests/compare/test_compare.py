@@ -17,7 +17,7 @@ from rmipo.compare.study import FLOOR, INITIAL, METHODS, Run, Study
 from rmipo.compare.tasks import PairsTask
 from rmipo.objectives import OBJECTIVES
 from rmipo.recipe.load import ConfigError
-from rmipo.reporting import comparison as reporting
+from rmipo.reporting import comparison
 from rmipo.tiny.config import load_world_config
 from rmipo.tiny.files import write_world
 from rmipo.tiny.world import CLASSES
@@ -188,7 +188,7 @@ def test_the_best_rate_of_each_method_is_chosen():
 
 def line_of(method, seed, value, noise=0.0, rate=2e-4):
     curve = [{"step": 0, "preference_accuracy": 0.5, "preference_margin": 0.0}]
-    metrics = dict.fromkeys(reporting.METRICS, 0.25) | {"right_probability": value}
+    metrics = dict.fromkeys(comparison.METRICS, 0.25) | {"right_probability": value}
     costs = {"seconds_per_step": 0.1 + seed, "peak_memory_mib": 50.0}
     run = {"method": method, "seed": seed, "noise": noise, "learning_rate": rate}
     made_with = {"commit": "abc", "versions": {"torch": "2", "trl": "1"}, "hardware": ["2 CPU cores"]}
@@ -203,7 +203,7 @@ LINES = [
 
 
 def test_means_spreads_and_paired_differences():
-    rows = {row["method"]: row for row in reporting.summarize(LINES, "right_probability")}
+    rows = {row["method"]: row for row in comparison.summarize(LINES, "right_probability")}
     assert rows["rmipo"]["right_probability"] == pytest.approx(0.6)
     assert rows["rmipo"]["right_probability_std"] == pytest.approx(0.1)
     assert rows["rmipo"]["seconds_per_step"] == pytest.approx(1.1)
@@ -224,21 +224,21 @@ def test_the_interval_of_a_difference_is_paired_by_prompt_and_mean_over_seeds():
     answers = draw.integers(0, 3, (2, 2, 60)) / 2  # method, seed, prompt
     lines = [with_answers(line_of("rmipo", seed, 0.5), list(answers[0, seed])) for seed in (0, 1)]
     lines += [with_answers(line_of("dpo", seed, 0.5), list(answers[1, seed])) for seed in (0, 1)]
-    row = next(row for row in reporting.summarize(lines, "constraints_all") if row["method"] == "dpo")
+    row = next(row for row in comparison.summarize(lines, "constraints_all") if row["method"] == "dpo")
     difference = 100 * (answers[1] - answers[0]).mean(axis=0)
     means = sorted(draw.choice(difference, 60).mean() for _ in range(4000))
     assert row["difference"] == pytest.approx(difference.mean())
     assert row["difference_low"] == pytest.approx(means[100], abs=1.0)
     assert row["difference_high"] == pytest.approx(means[-100], abs=1.0)
-    assert reporting.summarize(LINES, "right_probability")[1]["difference_low"] is None
+    assert comparison.summarize(LINES, "right_probability")[1]["difference_low"] is None
 
 
 def test_the_table_says_who_is_ahead_and_marks_ends_of_the_range():
-    rows = reporting.summarize(LINES, "right_probability")
+    rows = comparison.summarize(LINES, "right_probability")
     searched = [
         line_of(method, 1000, rate * 1e3, rate=rate) for method in ("rmipo", "dpo") for rate in (1e-4, 2e-4, 4e-4)
     ]
-    text = reporting.report(rows, LINES, searched, "right_probability")
+    text = comparison.report(rows, LINES, searched, "right_probability")
     assert "| RMiPO | 0.100 | 0.200 | 0.400 |" in text  # of the search
     assert "RMiPO is number 2 of 3 by P(right). Ahead of it: DPO (2 of 3 seeds)." in text
     lines = text.splitlines()
@@ -246,11 +246,11 @@ def test_the_table_says_who_is_ahead_and_marks_ends_of_the_range():
     assert "| 0.667 ± 0.208 |" in dpo and "| +0.067 ± 0.153 |" in dpo and "| 0.0002 |" in dpo
     assert "| 0.0004* |" in simpo and "| -0.100 ± 0.000 |" in simpo
     diverged = {**line_of("kto", 0, 0.0), "metrics": {"diverged": True}}
-    rows = reporting.summarize([*LINES, diverged], "right_probability")
-    assert "| KTO | 0.0002 | diverged |" in reporting.report(rows, LINES, searched, "right_probability")
+    rows = comparison.summarize([*LINES, diverged], "right_probability")
+    assert "| KTO | 0.0002 | diverged |" in comparison.report(rows, LINES, searched, "right_probability")
     other = [*LINES, {**LINES[0], "commit": "def"}]
     assert text.endswith("Commit abc; torch 2, trl 1; 2 CPU cores.")
-    assert "Commit abc and def;" in reporting.report(rows, other, searched, "right_probability")
+    assert "Commit abc and def;" in comparison.report(rows, other, searched, "right_probability")
 
 
 # The command
