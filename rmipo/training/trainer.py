@@ -254,6 +254,8 @@ class PreferenceTrainer(Trainer):
                     scores = self.score(model, micro_batch, known)
                     columns.append(columns_of(scores, self.objective(scores, self.objective_state or None)))
             self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+        if self.is_deepspeed_enabled:
+            model.empty_partition_cache()  # ZeRO-3 prefetches beyond the last forward; saving fails on what is in flight
         self.eval_columns = self.processes.gather_columns(columns)
         losses = self.eval_columns["losses"]
         metrics = {"loss": losses.mean().item(), **step_metrics(self.eval_columns, self.objective)}

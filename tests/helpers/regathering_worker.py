@@ -12,7 +12,6 @@ import deepspeed
 import torch
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator, iter_params
-from deepspeed.utils import safe_get_full_fp32_param
 from transformers import AutoModelForCausalLM
 
 from tests.helpers.small_models import make_model, make_pairs
@@ -87,7 +86,9 @@ def main(folder: Path) -> None:
         return fetch(self, module, forward)
 
     def full(model):
-        return {name: safe_get_full_fp32_param(parameter).clone() for name, parameter in model.named_parameters()}
+        # As saving does: it fails if a prefetch of the last evaluation is still under way.
+        with deepspeed.zero.GatheredParameters(list(model.parameters())):
+            return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
 
     PartitionedParameterCoordinator.fetch_sub_module = counting
     results = {}
