@@ -196,7 +196,7 @@ def test_checkpoints_of_something_else_are_nobodys_to_delete(tmp_path):
     """Those of a plain Trainer, without our marker, in a folder without our run.json."""
     make_checkpoints(tmp_path, complete=(), torn=(500,))
     with pytest.raises(
-        CheckpointError, match=r"is not empty, and there is no run\.json of a run in it. Found: checkpoint-500"
+        CheckpointError, match=r"is not empty and has no run\.json of a run. Found: checkpoint-500"
     ):
         resume_point(tmp_path, IDENTITY)
 
