@@ -195,9 +195,7 @@ def test_the_last_complete_checkpoint_is_taken(tmp_path):
 def test_checkpoints_of_something_else_are_nobodys_to_delete(tmp_path):
     """Those of a plain Trainer, without our marker, in a folder without our run.json."""
     make_checkpoints(tmp_path, complete=(), torn=(500,))
-    with pytest.raises(
-        CheckpointError, match=r"is not empty and has no run\.json of a run. Found: checkpoint-500"
-    ):
+    with pytest.raises(CheckpointError, match=r"is not empty and has no run\.json of a run. Found: checkpoint-500"):
         resume_point(tmp_path, IDENTITY)
 
 
