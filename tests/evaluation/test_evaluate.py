@@ -87,10 +87,10 @@ def test_every_eval_yaml_has_known_keys_alone(path):
 
 
 def test_settings_are_read_as_recipes_are(tmp_path, monkeypatch):
-    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("HOME", "/users/me")
     path = tmp_path / "eval.yaml"
     path.write_text("alpacaeval:\n  max_cost: 1e1\n  reference: ~/x.jsonl\nhh:\n")
-    expected = {"alpacaeval": {"max_cost": 10.0, "reference": "/home/me/x.jsonl"}, "hh": {}}
+    expected = {"alpacaeval": {"max_cost": 10.0, "reference": "/users/me/x.jsonl"}, "hh": {}}
     assert load_settings(path, []) == expected
     assert load_settings(path, ["hh.max_length=2e1"])["hh"] == {"max_length": 20.0}
     for text, message in (("hh: 3\n", "found hh with a value"), ("hh: {a: 1, a: 2}\n", "a is set twice")):

@@ -109,13 +109,13 @@ def test_base_is_the_file_underneath(write, tmp_path):
 
 
 def test_tilde_is_the_home_folder_in_every_layer(write, monkeypatch):
-    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("HOME", "/users/me")
     changes = {"model_name_or_path": "~/models/m", "datasets": [{"path": "~/pairs"}]}
     recipe = write("rmipo.yaml", {key: value for key, value in RECIPE.items() if "dataset" not in key} | changes)
     values = load_recipe(recipe, [write("o.yaml", {"chat_template": "~/t.jinja {{"})], ["--output_dir=~/out"]).values
-    assert values["model_name_or_path"] == "/home/me/models/m"
-    assert values["datasets"] == [{"path": "/home/me/pairs"}]
-    assert (values["output_dir"], values["chat_template"]) == ("/home/me/out", "/home/me/t.jinja {{")
+    assert values["model_name_or_path"] == "/users/me/models/m"
+    assert values["datasets"] == [{"path": "/users/me/pairs"}]
+    assert (values["output_dir"], values["chat_template"]) == ("/users/me/out", "/users/me/t.jinja {{")
 
 
 def test_another_dataset_or_model_voids_what_described_the_first(recipe):
