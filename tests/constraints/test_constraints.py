@@ -35,7 +35,6 @@ def test_test_prompts_share_neither_tasks_nor_combinations_with_training():
     ("name", "arguments", "right", "wrong"),
     [
         ("punctuation:no_comma", {}, "No comma here.", "One, here."),
-        ("startend:quotation", {}, '"All of it."', 'Not "all" of it.'),
         ("detectable_format:title", {}, "<<Rain>> It falls.", "Rain. It falls."),
         ("detectable_content:postscript", {"postscript_marker": "P.S."}, "Hello.\nP.S. Bye.", "Hello. Bye."),
         ("detectable_content:number_placeholders", {"num_placeholders": 2}, "[name], [place]", "[name]"),
@@ -69,8 +68,8 @@ def test_hand_made_answers(name, arguments, right, wrong):
 
 
 def test_score_is_the_share_of_constraints():
-    constraints = [{"id": "punctuation:no_comma", "arguments": {}}, {"id": "startend:quotation", "arguments": {}}]
-    assert score([], ['"Both."', "One.", "None, here", ""], constraints) == [1.0, 0.5, 0.0, 0.0]
+    constraints = [{"id": "punctuation:no_comma", "arguments": {}}, {"id": "detectable_format:title", "arguments": {}}]
+    assert score([], ["<<Both>>", "One.", "None, here", ""], constraints) == [1.0, 0.5, 0.0, 0.0]
 
 
 def test_percent_is_over_prompts():
