@@ -14,7 +14,7 @@ def main() -> None:
     parser = cli.Parser(__doc__)
     parser.add_argument("--config", required=True, help="such as recipes/smollm2-135m-instruct/weights.yaml")
     parser.add_argument("--output", required=True, type=Path, help="folder of the model")
-    options = parser.read()
+    options = parser.parse_args()
 
     from rmipo.training.packaged import PackagedWeights, make_weights
 
