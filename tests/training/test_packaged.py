@@ -3,6 +3,9 @@
 import dataclasses
 import hashlib
 import json
+import os
+import subprocess
+import sys
 import zipfile
 
 import pytest
@@ -71,6 +74,14 @@ def test_converted_once_and_held_to_its_hash(smollm2, tmp_path):
         make_weights(source, tmp_path)
     record = json.loads((smollm2 / RECORD).read_text())
     assert record["source"] == dataclasses.asdict(source)
+
+
+def test_overrides_of_a_training_are_not_those_of_its_weights(smollm2):
+    # `make train ARGS=...` hands ARGS to every step by the environment.
+    command = [sys.executable, ROOT / "scripts/weights.py", "--config", CONFIG, "--output", smollm2]
+    environment = {**os.environ, "ARGS": "--learning_rate 1e-6"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT)
+    assert (done.returncode, done.stdout) == (0, f"weights: {smollm2} already exists and is kept\n"), done.stderr
 
 
 def test_weights_and_pairs_are_made_before_training_unless_others_are_named(monkeypatch):
