@@ -41,7 +41,7 @@ VARIABLES = {
     "METHODS": "several methods, with commas or spaces between them",
     "SEEDS": "each draws its own pairs and their order: 0,1,2",
     "NOISE": "shares of the training pairs whose labels are swapped: 0,0.15",
-    "WORKERS": "programs at a time (default: one for each CPU core)",
+    "WORKERS": "programs at a time (default: one for each CPU core; on a GPU, one)",
     "EXAMPLES": "rows of the training data, where they are neither here nor a recipe's",
     "TFLOPS": "bfloat16 peak of one GPU (default: an A100's 312)",
     "BENCH": "one benchmark, or all",

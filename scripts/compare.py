@@ -45,8 +45,8 @@ def compare(env: dict[str, str]) -> int:
     ###################
     model, _ = choose_stages({**env, "STAGE": ""})
     rates = load_sweep("rmipo", model).parameters["learning_rate"]
-    methods, seeds, noises, workers = read_choices(env)
     study = Study(model, env.get("DATA", ""), env.get("ARGS", ""))
+    methods, seeds, noises, workers = read_choices(env, study.workers)
     searches = search_runs(methods, rates)
     for run in searches:
         study.check(run)
@@ -103,13 +103,13 @@ def make_sft_model(model: str, recipe: Recipe, env: dict[str, str]) -> None:
             raise ConfigError(f"make train MODEL={model} STAGE=sft failed; its messages are above")
 
 
-def read_choices(env: dict[str, str]) -> tuple[list[str], list[int], list[float], int]:
+def read_choices(env: dict[str, str], default_workers: int) -> tuple[list[str], list[int], list[float], int]:
     """METHODS, SEEDS, NOISE and WORKERS. Raises ConfigError with all that is wrong."""
     known = (*METHODS, *READINGS)
     methods = [name.strip() for name in (env.get("METHODS") or ",".join(METHODS)).split(",")]
     problems = [f"METHODS: {name!r} is not one of {', '.join(known)}" for name in methods if name not in known]
     values = {"SEEDS": env.get("SEEDS") or "0,1,2", "NOISE": env.get("NOISE") or ("0" if env.get("DATA") else "0,0.15")}
-    values["WORKERS"] = env.get("WORKERS") or str(os.cpu_count())
+    values["WORKERS"] = env.get("WORKERS") or str(default_workers)
     types = {"SEEDS": int, "NOISE": float, "WORKERS": int}
     read = {}
     for name, text in values.items():

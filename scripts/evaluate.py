@@ -22,7 +22,7 @@ from rmipo import cli
 from rmipo.errors import EvaluationError, UserError
 from rmipo.evaluation import BENCHMARKS
 from rmipo.evaluation.benchmark import Benchmark, contradictions
-from rmipo.evaluation.target import Target, find_target
+from rmipo.evaluation.target import Target, benchmark_settings, find_target
 from rmipo.files import write_atomically
 from rmipo.fingerprints import has_weights, trained_fingerprint
 
@@ -66,9 +66,7 @@ def main() -> None:
 def evaluate(target: Target, benchmark: Benchmark, name: str, max_cost: float | None) -> None:
     """Run one benchmark, unless its result is there. Raises EvaluationError for one that may not be taken for this."""
     folder, bench = target.folder, benchmark.name
-    settings = dict(target.settings.get(bench, {}))
-    if "generation" in benchmark.defaults:
-        settings["generation"] = target.settings.get("generation", {}) | settings.get("generation", {})
+    settings = benchmark_settings(target.settings, benchmark)
     if "max_cost" in benchmark.defaults and max_cost is not None:
         settings["max_cost"] = max_cost
     path = folder / "eval" / name / f"{bench}.json"

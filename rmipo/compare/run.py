@@ -31,11 +31,35 @@ CURVE_STEPS = 10  # optimizer steps between two points of a curve
 CURVE_PAIRS = 100
 
 
+class Meter:
+    """Time and memory of a training on `device`.
+
+    On a CPU: the process's CPU time, on which other processes have no influence, and its memory beyond that at the start.
+    On a GPU: the clock's time, and the peak of what this process allocates there, weights included.
+    """
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.before, self.start = psutil.Process().memory_info().rss, self.seconds()
+
+    def seconds(self) -> float:
+        if self.device.type == "cpu":
+            return time.process_time()
+        torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+    def peak(self) -> int:
+        """Bytes."""
+        if self.device.type == "cpu":  # ru_maxrss: of this process, which has trained nothing else
+            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - self.before
+        return torch.cuda.max_memory_allocated(self.device)
+
+
 class HeldOutCurve(TrainerCallback):
     """Preference accuracy and margin on held-out pairs every few steps; `seconds` is the time that this took."""
 
-    def __init__(self, pairs: Dataset):
-        self.pairs, self.kind = pairs, "plain"  # the attention that the model trains with
+    def __init__(self, pairs: Dataset, meter: Meter, kind: str):
+        self.pairs, self.meter, self.kind = pairs, meter, kind  # kind: the attention that the model trains with
         self.points: list[dict] = []
         self.seconds = 0.0
 
@@ -47,10 +71,10 @@ class HeldOutCurve(TrainerCallback):
             self._measure(state.global_step, model)
 
     def _measure(self, step: int, model) -> None:
-        start = time.process_time()
+        start = self.meter.seconds()
         self.points.append({"step": step, **judge.preference_metrics(model, self.pairs)})
         attention.attach(model, self.kind)
-        self.seconds += time.process_time() - start
+        self.seconds += self.meter.seconds() - start
 
 
 def execute(study: Study, run: Run) -> dict[str, Any]:
@@ -72,14 +96,12 @@ def execute(study: Study, run: Run) -> dict[str, Any]:
             result = {"curve": [], "seconds_per_step": None, "peak_memory_mib": None}
             if run.method != INITIAL:
                 train = study.task.train_pairs(recipe, run)
-                curve = HeldOutCurve(test.select(range(min(CURVE_PAIRS, len(test)))))
                 if run.method == FLOOR:
                     trainer = sft_trainer(recipe, model, tokenizer, chat, train)
                 else:
                     trainer = preference_trainer(args, objective, model, chat, tokenize_pairs(train, chat, **limits)[0])
-                curve.kind = getattr(trainer, "attention_kind", "plain")
                 try:
-                    result |= train_and_time(frame, trainer, curve)
+                    result |= train_and_time(frame, trainer, test.select(range(min(CURVE_PAIRS, len(test)))))
                 except NonFiniteLossError:
                     return {**result, "metrics": {"diverged": True}}
             with precision(args):
@@ -119,14 +141,13 @@ def sft_trainer(recipe: Recipe, model, tokenizer, chat: ChatFormat, train: Datas
     )
 
 
-def train_and_time(frame: TrainingRun, trainer: Trainer, curve: HeldOutCurve) -> dict:
-    """Train. Time is the CPU's, on which other processes have no influence, and includes a reference's scoring."""
-    before, start = psutil.Process().memory_info().rss, time.process_time()
+def train_and_time(frame: TrainingRun, trainer: Trainer, held_out: Dataset) -> dict:
+    """Train. Time includes a reference's scoring."""
+    meter = Meter(trainer.args.device)
+    curve = HeldOutCurve(held_out, meter, getattr(trainer, "attention_kind", "plain"))
     frame.train(trainer, [curve])
-    seconds = time.process_time() - start - curve.seconds
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # of this process: it has trained nothing else
     return {
         "curve": curve.points,
-        "seconds_per_step": seconds / trainer.state.global_step,
-        "peak_memory_mib": (peak - before) / 2**20,
+        "seconds_per_step": (meter.seconds() - meter.start - curve.seconds) / trainer.state.global_step,
+        "peak_memory_mib": meter.peak() / 2**20,
     }

@@ -1,6 +1,7 @@
 """What is compared: the runs and the recipe of each."""
 
 import functools
+import os
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,10 +59,16 @@ class Study:
     def task(self) -> PairsTask:
         return task_of(self.model, self.recipe(Run("report", "rmipo", None, 0, 0.0)))
 
+    @property
+    def workers(self) -> int:
+        """Programs at a time: one for each CPU core; on a GPU one, which needs all of it and is timed by the clock."""
+        return os.cpu_count() if self.recipe(Run("report", "rmipo", None, 0, 0.0)).values.get("use_cpu") else 1
+
     def check(self, run: Run) -> None:
-        """Raises ConfigError for a wrong recipe, and for one that is not trained on the CPU."""
-        if not self.recipe(run).values.get("use_cpu"):
+        """Raises ConfigError for a wrong recipe, and for one that is meant for several GPUs (it says nothing of a CPU)."""
+        if "use_cpu" not in self.recipe(run).values:
             raise ConfigError(
-                f"MODEL={self.model}: make compare trains on the CPU, which tiny is meant for. "
-                f"Here, make sweep MODEL={self.model} METHOD=... searches, make train and make table compare"
+                f"MODEL={self.model}: make compare trains each run in one process, which tiny and smollm2-135m-instruct "
+                f"are small enough for. Here, make sweep MODEL={self.model} METHOD=... searches, make train and make table "
+                "compare"
             )

@@ -15,6 +15,7 @@ from rmipo.data.chat import ChatFormat
 from rmipo.data.pairs import load_pairs
 from rmipo.evaluation import BENCHMARKS
 from rmipo.evaluation.constraints import per_prompt
+from rmipo.evaluation.target import benchmark_settings, load_settings
 from rmipo.fingerprints import rows_fingerprint
 from rmipo.recipe.files import read_yaml
 from rmipo.recipe.load import Recipe
@@ -91,7 +92,8 @@ class ConstraintsTask(PairsTask):
     """Pairs from the model's own answers; measured by `BENCH=constraints` and `BENCH=specificity`, which need no judge.
 
     Args:
-        settings: per purpose ("search", "report") the settings of each benchmark, from the setting's search.yaml.
+        settings: per purpose ("search", "report") the settings of each benchmark: those of the setting's eval.yaml with
+            those of its search.yaml over them.
     """
 
     selection_metric = "constraints_all"
@@ -120,8 +122,21 @@ def task_of(model: str, recipe: Recipe) -> PairsTask:
     if (data.parent / RECORD).exists() and (world := read_world(data.parent)):
         return WorldTask(world)
     search = Path(f"recipes/{model}/search.yaml")
-    settings = read_yaml(search).get("measure") if search.is_file() else None
-    return ConstraintsTask(settings) if settings and data == Path(f"outputs/{model}/pairs") else PairsTask()
+    measure = read_yaml(search).get("measure") if search.is_file() else None
+    if not measure or data != Path(f"outputs/{model}/pairs"):
+        return PairsTask()
+    usual = load_settings(
+        search.with_name("eval.yaml"), ["generation.engine=transformers"]
+    )  # vLLM wants a GPU of its own
+    return ConstraintsTask(
+        {
+            purpose: {
+                name: benchmark_settings(usual | {name: usual.get(name, {}) | own}, BENCHMARKS[name])
+                for name, own in blocks.items()
+            }
+            for purpose, blocks in measure.items()
+        }
+    )
 
 
 def half(values: list, purpose: str) -> list:

@@ -3,7 +3,8 @@
 Left out: `number_sentences` and `capital_word_frequency` (need NLTK's data, a download), `response_language` and the two of
 `change_case` (guess a language, and differently from call to call), `constrained_response`, `json_format`, `two_responses`
 and `repeat_prompt` (leave nothing of the task), `keywords:existence`, `nth_paragraph_first_word`, `end_checker`,
-`number_words` and `quotation` (a model of 135M parameters follows them in none of a dozen answers), `forbidden_words` (in every one).
+`number_words` and `quotation` (a model of 135M parameters follows them in none of a dozen answers), `forbidden_words` (in
+every one).
 """
 
 import contextlib

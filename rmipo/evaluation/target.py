@@ -9,6 +9,7 @@ import yaml
 from rmipo.data.chat import PROBES, ChatFormat
 from rmipo.errors import EvaluationError
 from rmipo.evaluation import BENCHMARKS
+from rmipo.evaluation.benchmark import Benchmark
 from rmipo.generation.answers import DEFAULTS as GENERATION
 from rmipo.generation.answers import own_settings
 from rmipo.launch.choices import named_files
@@ -112,6 +113,14 @@ def override(settings: dict[str, dict], overrides: list[str]) -> dict[str, dict]
     for block, defaults in (("generation", GENERATION), *((name, b.defaults) for name, b in BENCHMARKS.items())):
         merge_settings(block, defaults, settings.get(block, {}))
     return settings
+
+
+def benchmark_settings(settings: dict[str, dict], benchmark: Benchmark) -> dict:
+    """The block of one benchmark; its own `generation`, where it answers prompts, lies over the common one."""
+    own = dict(settings.get(benchmark.name, {}))
+    if "generation" in benchmark.defaults:
+        own["generation"] = settings.get("generation", {}) | own.get("generation", {})
+    return own
 
 
 def model_folder(recipe: Path, outputs: Path, method: str) -> Path:

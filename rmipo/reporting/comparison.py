@@ -36,13 +36,13 @@ BESIDE = {  # the metric that a table shows beside the one that selects; all oth
     "preference_accuracy": "preference_margin",
 }
 COSTS = {"seconds_per_step": "s/step", "peak_memory_mib": "MiB"}
-LABELS = {"initial": "SFT model", "sft-chosen": "SFT on chosen"}
+LABELS = {"initial": "initial model", "sft-chosen": "SFT on chosen"}
 UNITS = """\
 P(right): exact total probability of the right answers, mean over the held-out questions. Accuracy, margin: held-out pairs
 with A(chosen) > A(rejected), and the mean difference, A in nats per token. All constraints: share of sampled answers that
-satisfy every constraint of their prompt. s/step: CPU seconds on one thread, a reference's scoring included. Mean ± standard
-deviation over seeds. Δ is paired by seed; in brackets, where answers were sampled, its 95% bootstrap interval over prompts.
-table.csv has all metrics and the peak memory."""
+satisfy every constraint of their prompt. s/step: on a CPU seconds of one core, on a GPU by the clock; a reference's scoring
+included. Mean ± standard deviation over seeds. Δ is paired by seed; in brackets, where answers were sampled, its 95%
+bootstrap interval over prompts. table.csv has all metrics and the peak memory."""
 
 
 def label(method: str) -> str:
@@ -228,7 +228,7 @@ def draw_cost(axis: Axes, rows: list[dict]) -> None:
     axis.margins(x=0.25)
     axis.set_xlim(left=0)
     axis.grid(axis="y", visible=False)
-    axis.set_xlabel("CPU seconds per step")
+    axis.set_xlabel("seconds per step")
     panel_letter(axis, "a", "Time and peak memory")
 
 

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 from statistics import mean
 
 import numpy as np
@@ -117,6 +118,34 @@ def test_other_people_s_pairs_are_divided_by_prompt(repository, monkeypatch, tmp
     assert len({json.dumps(prompt) for pairs in parts for prompt in pairs["prompt"]}) == 6
     result = execute(study, run_of("simpo"))
     assert set(result["metrics"]) == {"preference_accuracy", "preference_margin"}
+
+
+def test_answers_to_constraints_are_measured_as_eval_yaml_and_search_yaml_say(repository, monkeypatch):
+    """A setting like smollm2-135m-instruct with the world's random model: its pairs, its benchmarks, its settings."""
+    monkeypatch.chdir(repository)
+    shutil.copytree("recipes/smollm2-135m-instruct", "recipes/own", ignore=shutil.ignore_patterns("weights*", "pairs*"))
+    for path in Path("recipes/own").glob("*.yaml"):
+        text = path.read_text().replace("outputs/smollm2-135m-instruct/weights", "outputs/tiny/sft")
+        path.write_text(text.replace("smollm2-135m-instruct", "own").replace("max_new_tokens: 80", "max_new_tokens: 4"))
+    measure = (
+        "measure: {search: {constraints: {first_n: 3}}, report: {constraints: {skip_n: 3, first_n: 2, answers: 1}}}"
+    )
+    Path("recipes/own/search.yaml").write_text(f"parameters: {{learning_rate: {{values: [1.0e-3]}}}}\n{measure}\n")
+    rows = [
+        {"prompt": [user(f"Q{i}?")], "chosen": [assistant(f"yes {i}")], "rejected": [assistant("no")]} for i in range(8)
+    ]
+    for split in ("train", "test"):
+        write(Path(f"outputs/own/pairs/{split}.jsonl"), rows)
+    study = Study("own", arguments=f"{ARGUMENTS} --bf16 false --max_length 64 --max_prompt_length 32")
+    generation = {"temperature": 0.7, "top_p": 1.0, "max_new_tokens": 4, "seed": 42, "batch_size": 32}
+    generation |= {"dtype": "bfloat16", "engine": "transformers"}  # no vLLM beside the trained model on a GPU
+    assert study.task.settings == {
+        "search": {"constraints": {"answers": 2, "first_n": 3, "generation": generation}},
+        "report": {"constraints": {"answers": 1, "skip_n": 3, "first_n": 2, "generation": generation}},
+    }
+    metrics = execute(study, run_of())["metrics"]
+    assert study.task.selection_metric in metrics
+    assert len(metrics["per_prompt"]) == 2
 
 
 def test_a_recipe_for_gpus_is_refused(study):
