@@ -14,123 +14,22 @@ outputs/<model>/compare/runs.jsonl, so that an interrupted comparison goes on wh
 """
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}  # before anything reads them
 
-from tqdm import tqdm
-
 from rmipo import cli
-from rmipo.compare.log import Log, best_rates, execute_all, report_runs, search_runs
-from rmipo.compare.study import METHODS, READINGS, Study
 from rmipo.launch.choices import choose_stages
-from rmipo.launch.pipeline import load_steps
-from rmipo.launch.sweep import load_sweep
-from rmipo.recipe.load import ConfigError, Recipe
-from rmipo.record import environment, recorded_run
-from rmipo.reporting import comparison
 
 
 def main() -> int:
     os.chdir(Path(__file__).parent.parent)
     options = cli.options(__doc__, "MODEL", "METHODS", "SEEDS", "NOISE", "WORKERS", "DATA", "ARGS").read()
-    return compare(os.environ | cli.variables(options))
+    env = os.environ | cli.variables(options)
+    choose_stages({**env, "STAGE": ""})
+    from rmipo.compare.program import compare  # imports torch and TRL, which takes seconds
 
-
-def compare(env: dict[str, str]) -> int:
-    ###################
-    # What is compared
-    ###################
-    model, _ = choose_stages({**env, "STAGE": ""})
-    rates = load_sweep("rmipo", model).parameters["learning_rate"]
-    study = Study(model, env.get("DATA", ""), env.get("ARGS", ""))
-    methods, seeds, noises, workers = read_choices(env, study.workers)
-    searches = search_runs(methods, rates)
-    for run in searches:
-        study.check(run)
-    (ours,) = load_steps(model, ["rmipo"], {**env, "METHOD": "rmipo"})
-    make_sft_model(model, ours.recipe, env)
-    ours.recipe.parse(world_size=1)
-    suffix = Path(ours.recipe.values["output_dir"]).name.removeprefix("rmipo")  # tells other people's pairs apart
-    folder = Path(f"outputs/{model}/compare{suffix}")
-    log, facts = Log(folder / "runs.jsonl", study), environment()
-
-    ###################
-    # Search, then train
-    ###################
-    total = len(searches) + (len(methods) + 1) * len(seeds) * len(noises)
-    print(f"{total} runs: {len(methods)} methods x {len(rates)} learning rates; {len(seeds)} seeds x noise {noises}")
-    bar = tqdm(total=total, unit="run", smoothing=0)
-
-    def finished(runs: list) -> list[dict]:
-        known, lines = {run for run in runs if log.find(run)}, {}
-        for run, line in execute_all(log, runs, workers, facts):
-            bar.initial += run in known  # so that the ETA is that of a run, not of a line read
-            bar.update()
-            bar.set_postfix_str(str(run))
-            lines[run] = line
-        return [lines[run] for run in runs]
-
-    searched = finished(searches)
-    best = best_rates(searched, study.task.selection_metric)
-    lines = finished(report_runs(methods, best, seeds, noises))
-    bar.close()
-
-    ###################
-    # Report
-    ###################
-    rows = comparison.summarize(lines, study.task.selection_metric)
-    text = comparison.report(rows, lines, searched, study.task.selection_metric)
-    print(text)
-    for path in comparison.write(folder, text, rows, lines):
-        print(path)
-    return 0
-
-
-def make_sft_model(model: str, recipe: Recipe, env: dict[str, str]) -> None:
-    """Train the one model that all runs start from, if it is this setting's own and not there yet."""
-    start = recipe.values["model_name_or_path"]
-    if not Path(f"recipes/{model}/sft.yaml").is_file():
-        return
-    (sft,) = load_steps(model, ["sft"], {"DATA": env.get("DATA", "")})
-    run = recorded_run(start)
-    if start == sft.recipe.values["output_dir"] and not (run and run["finished"]):
-        print("the SFT model comes first", flush=True)
-        own = {"STAGE": "sft", "METHOD": "", "ARGS": "", "DRY": ""}
-        if subprocess.run([sys.executable, "scripts/launch.py"], env=env | own, check=False).returncode:
-            raise ConfigError(f"make train MODEL={model} STAGE=sft failed; its messages are above")
-
-
-def read_choices(env: dict[str, str], default_workers: int) -> tuple[list[str], list[int], list[float], int]:
-    """METHODS, SEEDS, NOISE and WORKERS. Raises ConfigError with all that is wrong."""
-    known = (*METHODS, *READINGS)
-    methods = [name.strip() for name in (env.get("METHODS") or ",".join(METHODS)).split(",")]
-    problems = [f"METHODS: {name!r} is not one of {', '.join(known)}" for name in methods if name not in known]
-    values = {"SEEDS": env.get("SEEDS") or "0,1,2", "NOISE": env.get("NOISE") or ("0" if env.get("DATA") else "0,0.15")}
-    values["WORKERS"] = env.get("WORKERS") or str(default_workers)
-    types = {"SEEDS": int, "NOISE": float, "WORKERS": int}
-    read = {}
-    for name, text in values.items():
-        try:
-            read[name] = [types[name](part) for part in text.split(",")]
-        except ValueError:
-            problems.append(f"{name}={text!r}: expected numbers such as {'0,0.15' if name == 'NOISE' else '0,1,2'}")
-    shares = read.get("NOISE", [])
-    allowed = all(0 <= share < 0.5 for share in shares) and not (env.get("DATA") and any(shares))
-    if not allowed:
-        problems.append(f"NOISE={values['NOISE']!r}: expected shares below 0.5, with DATA only 0")
-    if "WORKERS" in read and (len(read["WORKERS"]) > 1 or read["WORKERS"][0] < 1):
-        problems.append(f"WORKERS={values['WORKERS']!r}: expected one number, 1 or more")
-    if problems:
-        raise ConfigError("\n  ".join(["the comparison can't start:", *problems]))
-    return (
-        [name for name in known if name in methods or name == "rmipo"],
-        read["SEEDS"],
-        read["NOISE"],
-        read["WORKERS"][0],
-    )
+    return compare(env)
 
 
 if __name__ == "__main__":

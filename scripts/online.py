@@ -16,6 +16,8 @@ import sys
 from pathlib import Path
 
 from rmipo import cli
+from rmipo.errors import ConfigError
+from rmipo.launch.choices import choose_method, choose_stages
 
 
 def main() -> int:
@@ -24,7 +26,10 @@ def main() -> int:
     parser.add_argument("--held_out_prompts", type=int, help="in place of that of online.yaml")
     args, overrides = parser.parse_known_args([*shlex.split(os.environ.get("ARGS", "")), *sys.argv[1:]])
     os.chdir(Path(__file__).parent.parent)
-    model, method = args.model or "smollm2-135m-instruct", args.method or "rmipo"
+    model = choose_stages({"MODEL": args.model or "smollm2-135m-instruct"})[0]
+    method = choose_method({"METHOD": args.method})[0]
+    if not (args.rounds or "3").isdecimal() or int(args.rounds or 3) < 1:
+        raise ConfigError(f"ROUNDS={args.rounds}: expected a whole number, 1 or more")
 
     from rmipo.evaluation.target import find_target
     from rmipo.generation.pairs import make_pairs

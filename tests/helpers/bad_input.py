@@ -577,6 +577,8 @@ CASES = [
                 MODEL="llama3-8b-instruct", GPUS="8"),
     launch_case("`make plan EXAMPLES=all`", "EXAMPLES=all: expected a number above 0", area="plan", script="plan",
                 MODEL="llama3-8b-instruct", GPUS="8x80", EXAMPLES="all"),
+    launch_case("`make online ROUNDS=some`", "ROUNDS=some: expected a whole number, 1 or more", area="online", script="online",
+                ROUNDS="some"),
     BadInput("world", "no such file", lambda _: run_program("toy", ["--config", "none.yaml"], {}),
              ("none.yaml: cannot be read: No such file",)),
     BadInput("world", "a share above 1", lambda b: world(b, {"label_noise": 2}), ("label_noise is 2", "expected 0 to 1")),
