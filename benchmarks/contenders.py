@@ -191,6 +191,7 @@ BUILDERS = {
     "trl-simpo": _trl_simpo,
     "trl-dpo": _trl_dpo,
     "rmipo": _ours({"name": "rmipo", **RMIPO}),
+    "rmipo-initial-prior": _ours({"name": "rmipo", "prior_model": "initial", **RMIPO}),
     "simpo": _ours({"name": "simpo", **SIMPO}),
     "dpo": _ours({"name": "dpo", **DPO}),
 }

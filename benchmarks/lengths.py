@@ -87,13 +87,15 @@ def _counter(tokenizer: str | None):
 
 
 def make_pairs(lengths: list[tuple[int, int, int]], vocabulary: int, seed: int) -> list[dict]:
-    """Tokenised pairs of these lengths, as `data.tokenize_pairs` gives them, with cached reference sums."""
+    """Tokenised pairs of these lengths, as `data.tokenize_pairs` gives them, with cached sums of a reference and a prior."""
     rng = random.Random(seed)
     pairs = []
     for row, sizes in enumerate(lengths):
         ids = (rng.choices(range(3, vocabulary), k=size) for size in sizes)
         pair = dict(zip(("prompt_ids", "chosen_ids", "rejected_ids"), ids, strict=True))
-        pairs.append({**pair, "row": row, "ref_chosen_logps": -5.0 * sizes[1], "ref_rejected_logps": -5.0 * sizes[2]})
+        cached = {f"ref_{side}_logps": -5.0 * size for side, size in zip(("chosen", "rejected"), sizes[1:], strict=True)}
+        cached |= {name.replace("ref_", "prior_"): value - 10.0 for name, value in cached.items()}
+        pairs.append({**pair, "row": row, **cached})
     return pairs
 
 

@@ -39,7 +39,7 @@ def step_work(name: str, pairs: list[dict], setup: Setup) -> Work:
     sizes = [tuple(len(pair[key]) for key in ("prompt_ids", "chosen_ids", "rejected_ids")) for pair in pairs]
     responses = [length for _, *both in sizes for length in both]
     context = len(PRIOR_CONTEXT) - 1
-    if name in ("rmipo", "simpo", "dpo"):
+    if name in ("rmipo", "rmipo-initial-prior", "simpo", "dpo"):
         passes = [_packed([(prompt - 1, both) for prompt, *both in sizes])]
         if name == "rmipo":
             passes.append(_packed([(context, responses)], gradient=False))

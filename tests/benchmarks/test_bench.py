@@ -48,7 +48,8 @@ def test_all_ways_to_a_loss_give_the_same_loss_and_gradients(names, checkpointin
 
 
 def test_every_contender_is_in_a_class_of_the_same_loss():
-    assert sorted(itertools.chain(*SAME_LOSS)) == sorted(BUILDERS)
+    alone = ["rmipo-initial-prior"]  # checked against a padded reference in training/test_trainer_methods.py
+    assert sorted([*itertools.chain(*SAME_LOSS), *alone]) == sorted(BUILDERS)
 
 
 def test_work_of_one_pair_by_hand():
