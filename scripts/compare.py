@@ -4,8 +4,8 @@
     make compare MODEL=tiny METHODS=dpo,simpo SEEDS=0,1,2 NOISE=0,0.15 WORKERS=2 ARGS="--num_train_epochs 1"
     make compare MODEL=tiny DATA=my_pairs.jsonl.gz
 
-METHODS are some of the eleven, sft-chosen (SFT on the chosen responses), fidelity-sequence and fidelity-release (other
-readings of RMiPO); rmipo is always among them; by default the eleven and sft-chosen. ARGS override every recipe. With
+METHODS are some of the eleven, sft-chosen (SFT on the chosen responses), fidelity-sequence, fidelity-release and
+initial-prior (other readings of RMiPO); rmipo is always among them; by default the eleven and sft-chosen. ARGS override every recipe. With
 DATA there are no right answers, only preference accuracy and margin, and no NOISE.
 
 Every method tries the learning rates of recipes/<model>/search.yaml on a draw of its own and is measured on one half of

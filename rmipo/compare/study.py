@@ -13,7 +13,7 @@ from rmipo.recipe.load import ConfigError, Recipe
 
 INITIAL, FLOOR = "initial", "sft-chosen"  # the SFT model itself, and more SFT on the chosen responses
 METHODS = ("rmipo", *(name for name in OBJECTIVES if name != "rmipo"), FLOOR)
-READINGS = ("fidelity-sequence", "fidelity-release")  # of RMiPO, beside the default one
+READINGS = ("fidelity-sequence", "fidelity-release", "initial-prior")  # of RMiPO, beside the default one
 SEARCH_SEED = 1000  # pairs and order of the search; no reported run has them
 
 

@@ -694,13 +694,14 @@ def test_ablations_are_the_variants_of_the_golden_values(name):
 def test_no_ablation_is_left_untested():
     without_length_normalization = {f"table5-{name}" for name in ("rmipo", "dpo", "simpo", "alpha-dpo", "simper")}
     files = {path.stem for path in (RECIPES / "ablations").glob("*.yaml")}
-    assert files == ABLATIONS.keys() | without_length_normalization | {"fidelity-sequence"}
+    assert files == ABLATIONS.keys() | without_length_normalization | {"fidelity-sequence", "initial-prior"}
     for name in files - ABLATIONS.keys():
         overlay = read_recipe(f"ablations/{name}.yaml")
         for values in [{}, *overlay.get("per_setting", {}).values()]:
             objective = build_objective(overlay["objective"] | values.get("objective", {}))
-            if name not in ("table5-dpo", "table5-simper", "fidelity-sequence"):
+            if name not in ("table5-dpo", "table5-simper", "fidelity-sequence", "initial-prior"):
                 assert not objective.length_normalization
+            assert ("initial_prior" in objective.needs) == (name == "initial-prior")
 
 
 def test_alpha_dpo_keeps_its_margin_without_length_normalization():
