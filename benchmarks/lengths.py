@@ -93,7 +93,9 @@ def make_pairs(lengths: list[tuple[int, int, int]], vocabulary: int, seed: int) 
     for row, sizes in enumerate(lengths):
         ids = (rng.choices(range(3, vocabulary), k=size) for size in sizes)
         pair = dict(zip(("prompt_ids", "chosen_ids", "rejected_ids"), ids, strict=True))
-        cached = {f"ref_{side}_logps": -5.0 * size for side, size in zip(("chosen", "rejected"), sizes[1:], strict=True)}
+        cached = {
+            f"ref_{side}_logps": -5.0 * size for side, size in zip(("chosen", "rejected"), sizes[1:], strict=True)
+        }
         cached |= {name.replace("ref_", "prior_"): value - 10.0 for name, value in cached.items()}
         pairs.append({**pair, "row": row, **cached})
     return pairs

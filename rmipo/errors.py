@@ -15,3 +15,7 @@ class CheckpointError(UserError, ValueError):
 
 class EvaluationError(UserError, ValueError):
     """An evaluation that can't start or was cut short; the message says what to change and what was kept."""
+
+
+class PairsError(UserError, ValueError):
+    """Pairs that can't be made from a model's answers."""

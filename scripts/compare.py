@@ -5,11 +5,11 @@
     make compare MODEL=tiny DATA=my_pairs.jsonl.gz
 
 METHODS are some of the eleven, sft-chosen (SFT on the chosen responses), fidelity-sequence, fidelity-release and
-initial-prior (other readings of RMiPO); rmipo is always among them; by default the eleven and sft-chosen. ARGS override every recipe. With
-DATA there are no right answers, only preference accuracy and margin, and no NOISE.
+initial-prior (other readings of RMiPO); rmipo is always among them; by default the eleven and sft-chosen. ARGS override
+every recipe. With DATA there are no right answers, only preference accuracy and margin, and no NOISE.
 
-Every method tries the learning rates of recipes/<model>/search.yaml on a draw of its own and is measured on one half of
-the held-out facts (with DATA: prompts); the table is about the other half. Finished runs are kept in
+Every method tries the learning rates of recipes/<model>/search.yaml on a draw of its own and is measured on one part of
+the held-out prompts; the table is about the others. Finished runs are kept in
 outputs/<model>/compare/runs.jsonl, so that an interrupted comparison goes on where it was.
 """
 

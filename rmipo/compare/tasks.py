@@ -125,9 +125,8 @@ def task_of(model: str, recipe: Recipe) -> PairsTask:
     measure = read_yaml(search).get("measure") if search.is_file() else None
     if not measure or data != Path(f"outputs/{model}/pairs"):
         return PairsTask()
-    usual = load_settings(
-        search.with_name("eval.yaml"), ["generation.engine=transformers"]
-    )  # vLLM wants a GPU of its own
+    # vLLM would want a GPU of its own, beside the model that was trained.
+    usual = load_settings(search.with_name("eval.yaml"), ["generation.engine=transformers"])
     return ConstraintsTask(
         {
             purpose: {

@@ -37,7 +37,7 @@ def run(model_dir: str | Path, output_dir: str | Path, settings: dict) -> dict:
     settings = merge_settings("specificity", DEFAULTS, settings)
     from rmipo.generation.answers import Generator, Request
     from rmipo.generation.likelihood import Likelihood
-    from rmipo.generation.pairs import read_prompts
+    from rmipo.generation.prompts import read_prompts
     from rmipo.run.watchdogs import repeated_share
 
     record = recorded_run(model_dir)

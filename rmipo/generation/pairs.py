@@ -12,33 +12,21 @@ import json
 import math
 import random
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from datasets import Dataset
-from tqdm import tqdm
-from transformers import AutoConfig
-
-from rmipo.data.chat import ChatFormat, DataError, Messages
-from rmipo.data.formats import PAIRS, read_row, read_turns, unusable_prompt
-from rmipo.data.sources import load_files, load_source
-from rmipo.errors import UserError
+from rmipo.errors import PairsError
 from rmipo.files import write_atomically, write_lines
 from rmipo.fingerprints import json_fingerprint
 from rmipo.generation.answers import Generator, Request, read_answers
 from rmipo.generation.oracles import Candidates, make_oracle
+from rmipo.generation.prompts import Prompt, read_prompts
+from rmipo.generation.scores import PmiScores, fill
 from rmipo.recipe.files import coerce, parse_overrides, read_yaml
-from rmipo.recipe.schema import DataConfig, ModelConfig
-from rmipo.training.loading import load_tokenizer
 
 RECORD = "pairs.json"
 SELECTIONS = ("best-worst", "best-random", "pmi")
 LOWEST = {"answers": 2, "min_gap": 0, "skip_prompts": 0, "max_prompts": 1, "max_prompt_tokens": 1, "test_share": 0}
-
-
-class PairsError(UserError, ValueError):
-    """Pairs that can't be made: what was found, what was expected, what to change."""
 
 
 @dataclass(frozen=True)
@@ -110,16 +98,6 @@ def load_pairs_config(path: Path, arguments: list[str], prompts: str | None = No
     except ValueError as error:
         raise PairsError(f"{path}: {error}") from error
     return PairsConfig.load(values | ({"prompts": prompts} if prompts else {}), str(path))
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """A prompt with the other columns of its row."""
-
-    key: str
-    messages: Messages
-    tokens: int
-    columns: dict
 
 
 def make_pairs(model_dir: Path, generation: dict, config: PairsConfig, folder: Path) -> dict:
@@ -200,69 +178,6 @@ def make_pairs(model_dir: Path, generation: dict, config: PairsConfig, folder: P
     return result
 
 
-def read_prompts(
-    name: str,
-    split: str,
-    model_dir: Path,
-    dropped: Counter,
-    *,
-    skip: int = 0,
-    limit: int | None = None,
-    max_tokens: int | None = None,
-) -> list[Prompt]:
-    """`limit` usable prompts after the first `skip`, the shortest first, so that those answered together are alike.
-
-    Counts in `dropped` those that repeat an earlier one, are malformed, or leave no room in the model's window.
-    """
-    path = Path(name).expanduser()
-    if path.is_file():
-        rows = load_files([path], name)
-    else:
-        rows = load_source({"path": name}, "train", 0, DataConfig(dataset_name=name, dataset_train_split=split))
-    chat = ChatFormat.probe(load_tokenizer(ModelConfig(model_name_or_path=str(model_dir))))
-    window = AutoConfig.from_pretrained(model_dir, trust_remote_code=False).max_position_embeddings
-    longest = min(max_tokens or window, window - 1)
-    prompts: dict[str, Prompt] = {}
-    for row in prompt_columns(rows, name):
-        if limit is not None and len(prompts) == skip + limit:
-            break
-        try:
-            messages = prompt_of(row)
-        except DataError as error:
-            dropped[f"malformed: {error}"] += 1
-            continue
-        key = json_fingerprint(messages)
-        if key in prompts:
-            dropped["repeats an earlier prompt"] += 1
-        elif reason := unusable_prompt(messages):
-            dropped[reason] += 1
-        elif (tokens := len(chat.prompt_ids(messages))) > longest:
-            dropped[f"longer than {longest} tokens"] += 1
-        else:
-            prompts[key] = Prompt(key, messages, tokens, row)
-    return sorted(list(prompts.values())[skip:], key=lambda prompt: (prompt.tokens, prompt.key))
-
-
-def prompt_columns(rows: Dataset, source: str) -> Dataset:
-    found = set(rows.column_names)
-    if not (found & {"prompt", "messages"} or found >= {"chosen", "rejected"}):
-        raise PairsError(
-            f"{source}: found the columns {', '.join(sorted(found))}: expected `prompt`, `messages`, or `chosen` and "
-            "`rejected`"
-        )
-    return rows
-
-
-def prompt_of(row: dict) -> Messages:
-    """The prompt of a row: of a pair, of a `prompt`, or of `messages` without the response at their end."""
-    if row.get("chosen") is not None and row.get("rejected") is not None:
-        return read_row(row, PAIRS)[0]
-    if row.get("prompt") is not None:
-        return read_turns(row["prompt"], "user", "prompt")
-    messages = read_turns(row["messages"], "user", "messages")
-    return messages[:-1] if messages and messages[-1]["role"] == "assistant" else messages
-
-
 def distinct_answers(prompt: Prompt, number: int, answers: dict[str, dict]) -> dict[str, str]:
     """By key: the answers that are not empty, each text once."""
     texts: dict[str, str] = {}
@@ -271,52 +186,6 @@ def distinct_answers(prompt: Prompt, number: int, answers: dict[str, dict]) -> d
         if text and text not in texts.values():
             texts[f"{prompt.key}-{n}"] = text
     return texts
-
-
-def fill(path: Path, header: dict, prompts: list[Candidates], score, description: str) -> dict[str, float]:
-    """Scores by answer key, kept in `path`; those that are there are not asked for again.
-
-    Raises PairsError if the file holds scores of other answers or another oracle.
-    """
-    lines = list(read_lines(path))
-    if lines and lines[0] != json.loads(json.dumps(header)):
-        raise PairsError(
-            f"{path} holds scores of other answers or of another oracle ({lines[0]}). Delete it to score again"
-        )
-    if not lines:
-        path.write_text(json.dumps(header) + "\n")
-    scores = {key: value for line in lines[1:] for key, value in line.items()}
-    missing = [
-        Candidates(p.key, p.messages, rest, p.columns)
-        for p in prompts
-        if (rest := {key: text for key, text in p.answers.items() if key not in scores})
-    ]
-    total = sum(len(p.answers) for p in prompts)
-    if missing:
-        with (
-            path.open("a") as file,
-            tqdm(total=total, initial=len(scores), desc=description, unit="answer") as progress,
-        ):
-            for some in score(missing):
-                file.write(json.dumps(some) + "\n")
-                file.flush()
-                scores |= some
-                progress.update(len(some))
-    return scores
-
-
-class PmiScores:
-    """The policy's own PMI, as an oracle is called."""
-
-    def __init__(self, model_dir: Path, dtype: str):
-        self.source = model_dir, dtype
-
-    def score(self, prompts: list[Candidates]) -> Iterator[dict[str, float]]:
-        from rmipo.generation.likelihood import Likelihood
-
-        likelihood = Likelihood(*self.source)
-        for prompt in prompts:
-            yield dict(zip(prompt.answers, likelihood.pmi(prompt.messages, list(prompt.answers.values())), strict=True))
 
 
 def select(
@@ -355,14 +224,3 @@ def candidate_row(
     rows = [answers[f"{prompt.key}-{n}"] for n in range(number)]
     rows = [{**row, "score": scores.get(row["key"]), "pmi": pmi.get(row["key"])} for row in rows]
     return {"prompt_id": prompt.key, "prompt": prompt.messages, "answers": rows}
-
-
-def read_lines(path: Path) -> Iterator[dict]:
-    """The lines of a JSONL file; one that a kill cut short is removed from it."""
-    if path.is_file():
-        content = path.read_bytes()
-        end = content.rfind(b"\n") + 1
-        if end < len(content):
-            with path.open("r+b") as file:
-                file.truncate(end)
-        yield from map(json.loads, content[:end].splitlines())

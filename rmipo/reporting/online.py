@@ -12,7 +12,8 @@ from rmipo.evaluation.statistics import standard_error
 from rmipo.files import write_atomically, write_lines
 from rmipo.fingerprints import json_fingerprint, model_fingerprint
 from rmipo.generation.oracles import Candidates, make_oracle
-from rmipo.generation.pairs import fill, read_lines, read_prompts
+from rmipo.generation.prompts import read_prompts
+from rmipo.generation.scores import fill, read_lines
 from rmipo.launch.online import OnlineConfig
 from rmipo.reporting import figures
 

@@ -6,8 +6,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
 
 from rmipo.generation.oracles import Candidates, OracleError, make_oracle
-from rmipo.generation.pairs import fill
 from rmipo.generation.reward_model import RewardModel, RewardModelError
+from rmipo.generation.scores import fill
 from tests.helpers.judge_server import JudgeServer
 from tests.helpers.tiny_model import write_model
 

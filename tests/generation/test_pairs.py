@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from rmipo.errors import PairsError
 from rmipo.fingerprints import json_fingerprint
 from rmipo.generation.oracles import Candidates, OracleError, make_oracle
-from rmipo.generation.pairs import PairsConfig, PairsError, load_pairs_config, make_pairs, select
+from rmipo.generation.pairs import PairsConfig, load_pairs_config, make_pairs, select
 from tests.helpers.tiny_model import naive_scores, write_model
 
 GENERATION = {"temperature": 1.0, "max_new_tokens": 6, "batch_size": 4, "dtype": "float32"}

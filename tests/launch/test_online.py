@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from rmipo.errors import ConfigError
+from rmipo.errors import ConfigError, PairsError
 from rmipo.fingerprints import model_fingerprint
-from rmipo.generation.pairs import PairsError, make_pairs
+from rmipo.generation.pairs import make_pairs
 from rmipo.launch.online import OnlineConfig, Round
 from rmipo.launch.pipeline import load_steps
 from rmipo.launch.train import train

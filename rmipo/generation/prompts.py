@@ -1,0 +1,89 @@
+"""The prompts that a model answers: those of a hub id, folder or file that are usable, each under a hash of its content."""
+
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+from datasets import Dataset
+from transformers import AutoConfig
+
+from rmipo.data.chat import ChatFormat, DataError, Messages
+from rmipo.data.formats import PAIRS, read_row, read_turns, unusable_prompt
+from rmipo.data.sources import load_files, load_source
+from rmipo.errors import PairsError
+from rmipo.fingerprints import json_fingerprint
+from rmipo.recipe.schema import DataConfig, ModelConfig
+from rmipo.training.loading import load_tokenizer
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt with the other columns of its row."""
+
+    key: str
+    messages: Messages
+    tokens: int
+    columns: dict
+
+
+def read_prompts(
+    name: str,
+    split: str,
+    model_dir: Path,
+    dropped: Counter,
+    *,
+    skip: int = 0,
+    limit: int | None = None,
+    max_tokens: int | None = None,
+) -> list[Prompt]:
+    """`limit` usable prompts after the first `skip`, the shortest first, so that those answered together are alike.
+
+    Counts in `dropped` those that repeat an earlier one, are malformed, or leave no room in the model's window.
+    """
+    path = Path(name).expanduser()
+    if path.is_file():
+        rows = load_files([path], name)
+    else:
+        rows = load_source({"path": name}, "train", 0, DataConfig(dataset_name=name, dataset_train_split=split))
+    chat = ChatFormat.probe(load_tokenizer(ModelConfig(model_name_or_path=str(model_dir))))
+    window = AutoConfig.from_pretrained(model_dir, trust_remote_code=False).max_position_embeddings
+    longest = min(max_tokens or window, window - 1)
+    prompts: dict[str, Prompt] = {}
+    for row in prompt_columns(rows, name):
+        if limit is not None and len(prompts) == skip + limit:
+            break
+        try:
+            messages = prompt_of(row)
+        except DataError as error:
+            dropped[f"malformed: {error}"] += 1
+            continue
+        key = json_fingerprint(messages)
+        if key in prompts:
+            dropped["repeats an earlier prompt"] += 1
+        elif reason := unusable_prompt(messages):
+            dropped[reason] += 1
+        elif (tokens := len(chat.prompt_ids(messages))) > longest:
+            dropped[f"longer than {longest} tokens"] += 1
+        else:
+            prompts[key] = Prompt(key, messages, tokens, row)
+    return sorted(list(prompts.values())[skip:], key=lambda prompt: (prompt.tokens, prompt.key))
+
+
+def prompt_columns(rows: Dataset, source: str) -> Dataset:
+    found = set(rows.column_names)
+    if not (found & {"prompt", "messages"} or found >= {"chosen", "rejected"}):
+        raise PairsError(
+            f"{source}: found the columns {', '.join(sorted(found))}: expected `prompt`, `messages`, or `chosen` and "
+            "`rejected`"
+        )
+    return rows
+
+
+def prompt_of(row: dict) -> Messages:
+    """The prompt of a row: of a pair, of a `prompt`, or of `messages` without the response at their end."""
+    if row.get("chosen") is not None and row.get("rejected") is not None:
+        return read_row(row, PAIRS)[0]
+    if row.get("prompt") is not None:
+        return read_turns(row["prompt"], "user", "prompt")
+    messages = read_turns(row["messages"], "user", "messages")
+    return messages[:-1] if messages and messages[-1]["role"] == "assistant" else messages
