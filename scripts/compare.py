@@ -1,16 +1,17 @@
-"""Compare every method on one setting: from one SFT model, on the same pairs, each at a learning rate tuned alike.
+"""Compare methods on one setting: from one model, on the same pairs, each at a learning rate tuned alike.
 
     make compare MODEL=tiny
     make compare MODEL=tiny METHODS=dpo,simpo SEEDS=0,1,2 NOISE=0,0.15 WORKERS=2 ARGS="--num_train_epochs 1"
+    make compare MODEL=smollm2-135m-instruct METHODS=rmipo,simpo,dpo,simper,sft-chosen SEEDS=0,1 NOISE=0
     make compare MODEL=tiny DATA=my_pairs.jsonl.gz
 
 METHODS are some of the eleven, sft-chosen (SFT on the chosen responses), fidelity-sequence, fidelity-release and
 initial-prior (other readings of RMiPO); rmipo is always among them; by default the eleven and sft-chosen. ARGS override
 every recipe. With DATA there are no right answers, only preference accuracy and margin, and no NOISE.
 
-Every method tries the learning rates of recipes/<model>/search.yaml on a draw of its own and is measured on one part of
-the held-out prompts; the table is about the others. Finished runs are kept in
-outputs/<model>/compare/runs.jsonl, so that an interrupted comparison goes on where it was.
+Every method tries the learning rates of recipes/<model>/search.yaml on a draw of its own and is measured on one part of the
+held-out prompts; the table is about the others. Finished runs are kept in outputs/<model>/compare/runs.jsonl, so that an
+interrupted comparison goes on where it was.
 """
 
 import os
