@@ -23,10 +23,11 @@ def make_trainer(output_dir, pairs, objective=RMIPO, model=None, eval_pairs=None
         "logging_steps": 1,
         "seed": 5,
         "report_to": "none",
+        "bf16": False,
         **arguments,
     }
     args = PreferenceConfig(
-        output_dir=str(output_dir), objective=objective, use_cpu=True, bf16=False, save_strategy="no", disable_tqdm=True,
+        output_dir=str(output_dir), objective=objective, use_cpu=True, save_strategy="no", disable_tqdm=True,
         **arguments,
     )  # fmt: skip
     return PreferenceTrainer(
