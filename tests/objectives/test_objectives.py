@@ -304,6 +304,7 @@ def test_gradients_are_finite_differences_with_detached_parts_frozen(block):
             assert value.grad is None, name
     assert all(not value.requires_grad for value in out.diagnostics.values())
     assert out.gamma is None or not out.gamma.requires_grad
+    assert not out.chosen_rewards.requires_grad and not out.rejected_rewards.requires_grad
 
 
 # ----------------------------------------------------------------------------------------------------- RMiPO's options
@@ -716,3 +717,26 @@ def test_alpha_dpo_keeps_its_margin_without_length_normalization():
             )
         torch.testing.assert_close(margins[0].mean(), margins[1].mean())
         torch.testing.assert_close(margins[0].std(), margins[1].std())
+
+
+def test_loglik_signal_is_per_token_whatever_the_reward():
+    """Table 3: A_w - A_l stands in the place of delta_pmi (Eq. 6), also where the rewards are sums."""
+    _, scores = batch()
+    signal = scores.chosen_logps / scores.chosen_lengths - scores.rejected_logps / scores.rejected_lengths
+    for length_normalization in (True, False):
+        block = {"name": "rmipo", "signal": "loglik", "length_normalization": length_normalization}
+        gamma = build_objective(block)(scores).gamma
+        torch.testing.assert_close(gamma, 0.3 + 1.3 * torch.exp(-signal.clamp(min=0)))
+
+
+def test_equal_bounds_are_a_constant_margin():
+    _, scores = batch()
+    assert build_objective({"name": "rmipo", "gamma_min": 1.0, "gamma_max": 1.0})(scores).gamma.tolist() == [1.0] * 5
+
+
+@pytest.mark.parametrize("name", ["cpo", "slic"])
+def test_an_sft_loss_over_tokens_depends_on_the_micro_batch(name):
+    def matters(normalization):
+        return build_objective({"name": name, "sft_normalization": normalization}).micro_batch_matters
+
+    assert matters("token") and not matters("sequence")

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from rmipo.objectives.rmipo import SCHEDULES, delta_pmi, pmi, scheduled_margin
+from rmipo.objectives.rmipo import SCHEDULES, delta_pmi, pmi, rmipo_loss, scheduled_margin
 
 
 def t(*values):
@@ -58,3 +58,16 @@ def test_default_spans_compare_schedules_of_equal_mean():
     d = torch.linspace(0, 40, 400_001, dtype=torch.float64)
     for schedule in ("exponential", "linear", "cosine"):
         assert torch.trapezoid(scheduled_margin(d, 0, 1, schedule), d).item() == pytest.approx(1.0, abs=1e-6)
+
+
+def test_loss_of_one_pair_by_hand():
+    logps = [t(-6.0).requires_grad_(), t(-10.0).requires_grad_()]  # 3 and 4 tokens
+    losses, gamma = rmipo_loss(*logps, t(-9.0), t(-12.0), t(3), t(4))
+    margin = 0.3 + 1.3 * math.exp(-0.5)  # PMI: 1.0 and 0.5 nats per token
+    difference = 2 * (-2.0 + 2.5) - margin
+    torch.testing.assert_close(gamma, t(margin))
+    torch.testing.assert_close(losses, t(math.log1p(math.exp(-difference))))
+    losses.sum().backward()
+    slope = -1 / (1 + math.exp(difference))  # of -log sigmoid; the margin has none
+    torch.testing.assert_close(logps[0].grad, t(slope * 2 / 3))
+    torch.testing.assert_close(logps[1].grad, t(-slope * 2 / 4))
