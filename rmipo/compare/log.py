@@ -3,11 +3,15 @@
 import functools
 import json
 import os
+import tempfile
+import threading
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from pathlib import Path
+
+from tqdm import tqdm
 
 from rmipo.compare.run import CURVE_PAIRS, CURVE_STEPS, execute
 from rmipo.compare.study import INITIAL, SEARCH_SEED, Run, Study
@@ -67,22 +71,29 @@ def execute_all(log: Log, runs: list[Run], workers: int, environment: dict) -> I
     context = get_context("forkserver")
     context.set_forkserver_preload(["rmipo.compare.run"])  # imported once for all workers
     output = str(log.path.with_name("workers.log"))
-    with ProcessPoolExecutor(
-        workers, mp_context=context, initializer=redirect, initargs=(output,), max_tasks_per_child=1
-    ) as pool:
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        ProcessPoolExecutor(
+            workers, mp_context=context, initializer=prepare_worker, initargs=(output, scratch), max_tasks_per_child=1
+        ) as pool,
+    ):
         futures = {pool.submit(execute, log.study, run): run for run in todo}
         try:
             for future in as_completed(futures):
                 yield futures[future], log.add(futures[future], future.result(), environment)
-        finally:
-            pool.shutdown(cancel_futures=True)
+        except BaseException:  # Ctrl-C, or a run that failed: leaving the pool would wait for the others' training
+            for worker in active_children():
+                worker.kill()
+            raise
 
 
-def redirect(path: str) -> None:
-    """Send what a worker and its libraries print to a file."""
-    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+def prepare_worker(log: str, scratch: str) -> None:
+    """Send what a worker and its libraries print to a file; let it be killed without leaving anything behind."""
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for stream in (1, 2):
         os.dup2(file, stream)
+    tempfile.tempdir = scratch
+    tqdm.set_lock(threading.RLock())  # its own holds a semaphore of the operating system
 
 
 def search_runs(methods: Iterable[str], rates: Iterable[float]) -> list[Run]:

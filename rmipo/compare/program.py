@@ -39,21 +39,20 @@ def compare(env: dict[str, str]) -> int:
     ###################
     total = len(searches) + (len(methods) + 1) * len(seeds) * len(noises)
     print(f"{total} runs: {len(methods)} methods x {len(rates)} learning rates; {len(seeds)} seeds x noise {noises}")
-    bar = tqdm(total=total, unit="run", smoothing=0)
+    with tqdm(total=total, unit="run", smoothing=0) as bar:
 
-    def finished(runs: list) -> list[dict]:
-        known, lines = {run for run in runs if log.find(run)}, {}
-        for run, line in execute_all(log, runs, workers, facts):
-            bar.initial += run in known  # so that the ETA is that of a run, not of a line read
-            bar.update()
-            bar.set_postfix_str(str(run))
-            lines[run] = line
-        return [lines[run] for run in runs]
+        def finished(runs: list) -> list[dict]:
+            known, lines = {run for run in runs if log.find(run)}, {}
+            for run, line in execute_all(log, runs, workers, facts):
+                bar.initial += run in known  # so that the ETA is that of a run, not of a line read
+                bar.update()
+                bar.set_postfix_str(str(run))
+                lines[run] = line
+            return [lines[run] for run in runs]
 
-    searched = finished(searches)
-    best = best_rates(searched, study.task.selection_metric)
-    lines = finished(report_runs(methods, best, seeds, noises))
-    bar.close()
+        searched = finished(searches)
+        best = best_rates(searched, study.task.selection_metric)
+        lines = finished(report_runs(methods, best, seeds, noises))
 
     ###################
     # Report

@@ -4,12 +4,15 @@ import dataclasses
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from statistics import mean
 
 import numpy as np
+import psutil
 import pytest
 
 from rmipo.compare.log import Log, best_rates, report_runs, search_runs
@@ -310,6 +313,31 @@ def test_a_comparison_is_finished_where_it_was_interrupted(repository):
     assert again.returncode == 0, again.stderr[-4000:]
     assert path.read_text().splitlines(keepends=True)[:-1] == kept
     assert json.loads(path.read_text().splitlines()[-1])["metrics"] == lines[-1]["metrics"]
+
+
+def test_ctrl_c_ends_a_comparison_and_its_workers_at_once(repository):
+    """SIGINT to the program alone, as `kill -INT` sends it, while two runs train for an hour."""
+    code = (
+        "import runpy, signal; signal.signal(signal.SIGINT, signal.default_int_handler); "  # a background job ignores it
+        "runpy.run_path('scripts/compare.py', run_name='__main__')"
+    )
+    environment = os.environ | {"MODEL": "tiny", "METHODS": "dpo", "SEEDS": "0", "NOISE": "0", "WORKERS": "2"}
+    environment["ARGS"] = ARGUMENTS.replace("--max_steps 3", "--max_steps 1000000")
+    log = repository / "outputs/tiny/compare/workers.log"
+    log.unlink(missing_ok=True)
+    program = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=repository, env=environment, stderr=subprocess.PIPE, text=True
+    )
+    while not (log.is_file() and log.read_text().count("Loading weights: 100%") >= 2):
+        assert program.poll() is None, program.stderr.read()
+        time.sleep(0.1)
+    workers = psutil.Process(program.pid).children(recursive=True)
+    began = time.monotonic()
+    program.send_signal(signal.SIGINT)
+    _, errors = program.communicate(timeout=60)
+    assert program.returncode == 130 and errors.endswith("interrupted\n") and "Traceback" not in errors
+    assert time.monotonic() - began < 30
+    assert len(workers) >= 3 and not psutil.wait_procs(workers, timeout=10)[1]
 
 
 def test_wrong_choices_are_reported_together(repository):
