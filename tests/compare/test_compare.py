@@ -1,5 +1,6 @@
 """`make compare`: the same start, pairs and budget for every method; nothing is trained twice; numbers by hand."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -328,16 +329,21 @@ def test_ctrl_c_ends_a_comparison_and_its_workers_at_once(repository):
     program = subprocess.Popen(
         [sys.executable, "-c", code], cwd=repository, env=environment, stderr=subprocess.PIPE, text=True
     )
-    while not (log.is_file() and log.read_text().count("Loading weights: 100%") >= 2):
-        assert program.poll() is None, program.stderr.read()
-        time.sleep(0.1)
-    workers = psutil.Process(program.pid).children(recursive=True)
-    began = time.monotonic()
-    program.send_signal(signal.SIGINT)
-    _, errors = program.communicate(timeout=60)
-    assert program.returncode == 130 and errors.endswith("interrupted\n") and "Traceback" not in errors
-    assert time.monotonic() - began < 30
-    assert len(workers) >= 3 and not psutil.wait_procs(workers, timeout=10)[1]
+    try:
+        while not (log.is_file() and log.read_text().count("Loading weights: 100%") >= 2):
+            assert program.poll() is None, program.stderr.read()
+            time.sleep(0.1)
+        workers = psutil.Process(program.pid).children(recursive=True)
+        began = time.monotonic()
+        program.send_signal(signal.SIGINT)
+        _, errors = program.communicate(timeout=60)
+        assert program.returncode == 130 and errors.endswith("interrupted\n") and "Traceback" not in errors
+        assert time.monotonic() - began < 30
+        assert len(workers) >= 3 and not psutil.wait_procs(workers, timeout=10)[1]
+    finally:  # of a test that fails
+        with contextlib.suppress(psutil.NoSuchProcess):
+            for process in [*psutil.Process(program.pid).children(recursive=True), program]:
+                process.kill()
 
 
 def test_wrong_choices_are_reported_together(repository):
