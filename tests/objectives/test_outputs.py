@@ -1,0 +1,155 @@
+"""What an objective gives beside its losses: columns per pair, their summary, its state."""
+
+import pytest
+import torch
+
+from rmipo.objectives import OBJECTIVES, PairScores, build_objective
+from rmipo.objectives.rmipo import rmipo_loss
+from tests.objectives.test_objectives import batch, settled
+
+STATES = {"alpha-dpo": (0.5, 0.25), "beta-dpo": (0.5, 0.25)}
+
+
+def t(*values):
+    return torch.tensor(values, dtype=torch.float64)
+
+
+# Two pairs with log-ratios 3, 1 (chosen) and -1, 1 (rejected); one policy rises between the perturbed ones, one falls.
+SCORES = PairScores(
+    t(-4, -4),
+    t(-6, -3),
+    t(4, 2),
+    t(3, 3),
+    ref_chosen_logps=t(-7, -5),
+    ref_rejected_logps=t(-5, -4),
+    plus_logratios=t(2.5, -2),
+    minus_logratios=t(1.5, 0),
+)
+
+
+@pytest.mark.parametrize(
+    ("block", "expected"),
+    [
+        ({"name": "slic", "sft_weight": 0.1}, {"nll": 4}),
+        ({"name": "cpo", "sft_weight": 0.1}, {"nll": 8 / 6}),
+        ({"name": "epsilon-dpo"}, {"beta": 0.01, "k_plus": 0.5, "k_minus": 0.5}),
+        ({"name": "alpha-dpo", "alpha": 0.3}, {"gap_mean": 0.5, "gap_std": 0.25, "alpha_over_std": 1.2}),
+        # (4 + 0) / 2 is the mean gap of the two pairs, of which none is left out without a draw.
+        (
+            {"name": "beta-dpo", "alpha": 0.4},
+            {"gap_mean": 0.5, "gap_std": 0.25, "kept": 1, "beta": 0.1 * (1 + 0.4 * (2 - 0.5))},
+        ),
+        ({"name": "simpo"}, {}),
+    ],
+    ids=lambda value: value.get("name", ""),
+)
+def test_what_is_logged_is_the_mean_over_pairs(block, expected):
+    objective = build_objective(block)
+    state = settled(*STATES[objective.name]) if objective.name in STATES else None
+    columns = objective(SCORES, state).diagnostics
+    summary = objective.summarize(columns)
+    assert summary == pytest.approx({f"{objective.name}/{key}": value for key, value in expected.items()})
+
+
+def test_means_are_over_all_pairs():
+    columns = {"nll": t(1, 2, 6), "kept": t(1, 0, 1), "beta": t(1, 1, 4), "gap_mean": t(0, 0, 0), "gap_std": t(1, 1, 1)}
+    assert build_objective({"name": "slic"}).summarize(columns) == {"slic/nll": 3}
+    summary = build_objective({"name": "beta-dpo"}).summarize(columns)
+    assert summary["beta-dpo/kept"] == pytest.approx(2 / 3) and summary["beta-dpo/beta"] == 2
+    columns = {"running_beta": t(0.1, 0.1, 0.1, 0.1), "k": t(1, 0, -1, -1)}
+    summary = build_objective({"name": "epsilon-dpo"}).summarize(columns)
+    assert (summary["epsilon-dpo/k_plus"], summary["epsilon-dpo/k_minus"]) == (0.25, 0.5)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_columns_are_detached_and_of_one_type(name):
+    """The trainer stacks all columns of a micro-batch into one table and gathers that."""
+    _, scores = batch(dtype=torch.float32)
+    columns = {key: None if v is None else v.clone().requires_grad_("logps" in key) for key, v in vars(scores).items()}
+    objective = build_objective({"name": name})
+    state = objective.observe(objective.init_state(), PairScores(**columns))
+    output = objective(PairScores(**columns), state or None)
+    assert output.losses.requires_grad and output.losses.shape == (5,)
+    found = {"chosen": output.chosen_rewards, "rejected": output.rejected_rewards, **output.diagnostics}
+    found |= {} if output.gamma is None else {"gamma": output.gamma}
+    for key, column in found.items():
+        assert (column.shape, column.dtype, column.requires_grad) == ((5,), torch.float32, False), key
+    after = objective.end_step(state, output.diagnostics)
+    for states in (objective.init_state(), after):
+        assert all((v.shape, v.dtype, v.requires_grad) == ((), torch.float64, False) for v in states.values())
+
+
+def test_the_margin_of_margin_methods_is_a_column():
+    gammas = {name: build_objective({"name": name})(SCORES).gamma for name in ("simpo", "dpo", "cpo")}
+    assert gammas["simpo"].tolist() == [1, 1] and gammas["dpo"] is None and gammas["cpo"] is None
+
+
+@pytest.mark.parametrize("options", [{}, {"beta": 5.0, "gamma_min": 0.1, "gamma_max": 0.9, "schedule": "cosine"}])
+def test_the_objective_rmipo_is_the_function(options):
+    """With the same defaults: the function is what other trainers call."""
+    _, scores = batch()
+    names = [f"{prefix}{side}_logps" for prefix in ("", "prior_") for side in ("chosen", "rejected")]
+    arguments = {name: getattr(scores, name) for name in (*names, "chosen_lengths", "rejected_lengths")}
+    losses, gamma = rmipo_loss(**arguments, **options)
+    output = build_objective({"name": "rmipo", **options})(scores)
+    torch.testing.assert_close(output.losses, losses)
+    torch.testing.assert_close(output.gamma, gamma)
+
+
+def test_an_empty_response_has_a_mean_of_0():
+    scores = PairScores(t(0), t(-2), t(0), t(4))
+    assert [value.tolist() for value in scores.logps(per_token=True)] == [[0], [-0.5]]
+
+
+def test_the_share_at_the_upper_bound_counts_what_float32_rounds_down():
+    objective = build_objective({"name": "rmipo", "gamma_max": 1.4})
+    gamma = torch.tensor([1.4, 1.4, 1.3, 0.3])
+    assert gamma[0].double() < 1.4
+    assert objective.summarize({"gamma": gamma})["rmipo/gamma_at_max"] == 0.5
+
+
+def test_a_correlation_with_equal_length_differences_is_left_out():
+    """It would be NaN in every log line of such a batch."""
+    columns = {"gamma": t(1, 1, 1), "delta_pmi": t(0.1, 0.2, 0.4), "pmi_chosen": t(1, 1, 1), "pmi_rejected": t(1, 1, 1)}
+    columns |= {"chosen_lengths": t(3, 4, 5), "rejected_lengths": t(1, 2, 3)}
+    objective = build_objective({"name": "rmipo"})
+    assert "rmipo/corr_delta_pmi_length" not in objective.summarize(columns)
+    columns["rejected_lengths"] = t(1, 2, 2)
+    assert objective.summarize(columns)["rmipo/corr_delta_pmi_length"] == pytest.approx(0.944911)
+
+
+# ---------------------------------------------------------------------------------------------- running statistics
+
+
+def gaps(*values):
+    zeros = torch.zeros(len(values), dtype=torch.float64)
+    ones = zeros + 1
+    return PairScores(t(*values), zeros, ones, ones, ref_chosen_logps=zeros, ref_rejected_logps=zeros)
+
+
+@pytest.mark.parametrize("name", ["alpha-dpo", "beta-dpo"])
+def test_running_deviation_is_the_unbiased_one_of_each_micro_batch(name):
+    objective = build_objective({"name": name})
+    state = objective.observe(objective.init_state(), gaps(1, 3))  # a deviation of sqrt(2)
+    state = objective.observe(state, gaps(0, 6, 0, 6))  # of sqrt(12)
+    std = objective(gaps(1, 2), {k: v for k, v in state.items() if not k.startswith("batch_")}).diagnostics["gap_std"]
+    assert std[0].item() == pytest.approx((0.9 * 0.1 * 2**0.5 + 0.1 * 12**0.5) / 0.19)
+
+
+def test_beta_dpo_selects_by_statistics_that_count_the_batch_itself():
+    """Running mean 0 and deviation 1e-6 before it, 1 and 0.2 with it: the pair at 1 is the nearest, not the one at 0."""
+    scores = gaps(0, 1, *[10.2, 10.4] * 24)
+    objective = build_objective({"name": "beta-dpo", "rho": 0.98})
+    for step in range(100):
+        state = objective.observe(settled(0, 1e-6) | {"steps": t(1e6 + step)[0]}, scores)
+        assert state["batch_kept"].nonzero().tolist() == [[1]]
+
+
+def test_beta_dpo_on_a_rank_that_keeps_no_pair():
+    state = settled(0, 1) | {"batch_kept": torch.zeros(2, dtype=torch.bool), "batch_center": t(0.5)[0]}
+    assert build_objective({"name": "beta-dpo"})(gaps(1, 2), state).losses.tolist() == [0, 0]
+
+
+def test_beta_dpo_has_no_ceiling():
+    output = build_objective({"name": "beta-dpo"})(gaps(100, 100), settled(0, 1))
+    assert output.diagnostics["beta"].tolist() == pytest.approx([0.1 * (1 + 0.6 * 100)] * 2)
