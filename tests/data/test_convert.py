@@ -2,12 +2,10 @@
 
 import pytest
 
-from rmipo.data import convert, pairs
 from rmipo.data.chat import DataError
 from rmipo.data.convert import code_digest, load_splits
 from rmipo.data.pairs import load_pairs
-from tests.helpers.rows import config, tokenize, write
-from tests.helpers.rows import pairs as rows_of
+from tests.helpers.rows import config, pairs, tokenize, write
 
 
 def digests_with(monkeypatch, name, value):
@@ -32,21 +30,21 @@ def test_the_digest_is_of_code_and_versions(monkeypatch, tmp_path):
 
 def test_rows_of_other_code_are_prepared_again(monkeypatch, tmp_path):
     """datasets names its cache after this fingerprint."""
-    write(tmp_path / "train.jsonl", rows_of(0, 1))
+    write(tmp_path / "train.jsonl", pairs(0, 1))
 
     def fingerprints():
-        loaded, tokenized = load_pairs(config(tmp_path), "train"), tokenize(rows_of(0, 1))[0]
+        loaded, tokenized = load_pairs(config(tmp_path), "train"), tokenize(pairs(0, 1))[0]
         return loaded._fingerprint, tokenized._fingerprint
 
     before = fingerprints()
     assert fingerprints() == before
-    for module in (convert, pairs):
-        monkeypatch.setattr(module, "code_digest", lambda: "after a git pull")
+    for module in ("convert", "pairs"):
+        monkeypatch.setattr(f"rmipo.data.{module}.code_digest", lambda: "after a git pull")
     assert not {*fingerprints()} & {*before}
 
 
 def test_a_missing_test_split_is_said_or_refused(tmp_path, caplog):
-    write(tmp_path / "train.jsonl", rows_of(0, 1))
+    write(tmp_path / "train.jsonl", pairs(0, 1))
     caplog.set_level("WARNING")
     assert load_splits(load_pairs, config(tmp_path), evaluating=False).keys() == {"train"}
     assert "no evaluation, since there is no test split" in caplog.text

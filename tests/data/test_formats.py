@@ -3,7 +3,6 @@
 import pytest
 
 from rmipo.data import formats
-from rmipo.data import pairs as pairs_module
 from rmipo.data.chat import ChatFormat, DataError
 from rmipo.data.pairs import load_pairs, tokenize_pairs
 from rmipo.recipe.schema import DataConfig
@@ -137,7 +136,7 @@ def test_a_format_is_a_function_and_a_line(tmp_path, monkeypatch):
 
     best = formats.Format(("question", "best", "worst"), read_best_and_worst, "texts")
     write(tmp_path / "train.jsonl", [{"question": "Question 0", "best": "Right 0", "worst": "Wrong 0"}])
-    monkeypatch.setattr(pairs_module, "PAIRS", (*formats.PAIRS, best))
+    monkeypatch.setattr("rmipo.data.pairs.PAIRS", (*formats.PAIRS, best))
     assert load_pairs(config(tmp_path), "train").to_list() == [{**pair(0), "row": 0}]
 
 

@@ -46,11 +46,6 @@ def leaderboard() -> list[dict[str, str]]:
     return rows
 
 
-@pytest.fixture
-def api_key(monkeypatch):
-    monkeypatch.setenv("OPENAI_API_KEY", "none")
-
-
 def ask(server: JudgeServer, folder: Path, monkeypatch, **settings) -> dict:
     monkeypatch.setenv("OPENAI_BASE_URL", server.url)
     return alpaca.judge(OUTPUTS, REFERENCE, folder, server.url, SETTINGS | settings)[0]

@@ -20,7 +20,7 @@ from rmipo.errors import EvaluationError
 from rmipo.evaluation.benchmark import contradictions
 from rmipo.evaluation.target import find_target, load_settings, model_folder
 from rmipo.fingerprints import trained_fingerprint
-from rmipo.generation import answers as generation_module
+from rmipo.generation.answers import check_settings
 from tests.helpers.judge_server import JudgeServer
 from tests.helpers.paths import ROOT
 from tests.helpers.tiny_model import write_model
@@ -83,7 +83,7 @@ def test_every_eval_yaml_has_known_keys_alone(path):
     settings = load_settings(path, [])
     assert settings
     if "generation" in settings:
-        generation_module.check_settings(settings["generation"])
+        check_settings(settings["generation"])
 
 
 def test_settings_are_read_as_recipes_are(tmp_path, monkeypatch):

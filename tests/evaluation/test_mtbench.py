@@ -24,6 +24,7 @@ from tests.helpers.mtbench_answers import ANSWERS, QUESTIONS, SETTINGS, ask
 from tests.helpers.tiny_model import write_model
 
 pytest.importorskip("mtbench_evaluator", reason="needs the extra `eval`")
+pytestmark = pytest.mark.usefixtures("api_key")
 
 TRIAL = "Compose a poem"  # the evaluator asks each judge for one before it starts
 
@@ -39,11 +40,6 @@ def verdicts(folder: Path, first_n: int = 3) -> list[dict]:
 
 def asked(server: JudgeServer) -> list[str]:
     return [text for text in server.requests if not text.startswith(TRIAL)]
-
-
-@pytest.fixture(autouse=True)
-def api_key(monkeypatch):
-    monkeypatch.setenv("OPENAI_API_KEY", "none")
 
 
 def test_questions_and_temperatures_are_those_of_mt_bench():

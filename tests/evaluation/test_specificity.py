@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rmipo.evaluation import BENCHMARKS, specificity
 from rmipo.generation.likelihood import Likelihood
+from tests.helpers.rows import user
 from tests.helpers.tiny_model import write_model
 
 QUESTIONS = {
@@ -22,13 +23,9 @@ QUESTIONS = {
 BOILERPLATE = "That is a great question. It depends on many things, and I am happy to help."
 
 
-def user(text: str) -> list[dict]:
-    return [{"role": "user", "content": text}]
-
-
 def test_specific_answers_generic_answers_and_exchanged_answers(smollm2):
     frozen = Likelihood(smollm2, "float32")
-    prompts, right = [user(text) for text in QUESTIONS], list(QUESTIONS.values())
+    prompts, right = [[user(text)] for text in QUESTIONS], list(QUESTIONS.values())
     specific = specificity.score_answers(frozen, prompts, right)
     assert all(row["own"] for row in specific)
     bound = math.log(len(prompts))

@@ -129,11 +129,11 @@ def test_cut_files_are_continued_to_the_same_bytes(model_dir, tmp_path):
 
 KILLED = """
 import sys, time
-from rmipo.generation import engines, answers as generation
+from rmipo.generation import answers, engines
 from tests.helpers.answer_files import SETTINGS, requests
 slow = engines.TransformersEngine.batch
 engines.TransformersEngine.batch = lambda self, prompts: (time.sleep(0.2), slow(self, prompts))[1]
-generation.generate(sys.argv[1], requests(40), sys.argv[2], SETTINGS)
+answers.generate(sys.argv[1], requests(40), sys.argv[2], SETTINGS)
 """
 
 

@@ -18,16 +18,9 @@ from rmipo.recipe.load import load_recipe
 from tests.helpers.families import LLAMA3_TEMPLATE, make_tokenizer, save
 from tests.helpers.paths import ROOT
 from tests.helpers.programs import run_here
+from tests.helpers.rows import assistant, user
 
 RECIPE = "recipes/tiny/rmipo.yaml"
-
-
-def user(text):
-    return {"role": "user", "content": text}
-
-
-def assistant(text):
-    return {"role": "assistant", "content": text}
 
 
 def pair(number, **changes):

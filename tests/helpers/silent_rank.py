@@ -6,12 +6,12 @@ import time
 import torch
 from transformers import TrainerState
 
-from rmipo import cli as console
+from rmipo import cli
 from rmipo.recipe.load import load_recipe
 from rmipo.run import watchdogs
 
 
-@console.program()
+@cli.program()
 def main() -> None:
     args, _, _ = load_recipe("recipes/tiny/rmipo.yaml", overrides=sys.argv[1:]).parse()
     silence, state = watchdogs.SilenceWatchdog(), TrainerState()

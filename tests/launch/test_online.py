@@ -23,11 +23,6 @@ ORACLE = "def score(messages, answers):\n    return [len(set(answer.split())) fo
 ARGS = "--bf16 false --dtype float32 --max_length 64 --max_prompt_length 32 --generation_samples 0 --learning_rate 1e-2"
 
 
-@pytest.fixture(autouse=True)
-def root(monkeypatch):
-    monkeypatch.chdir(ROOT)
-
-
 @pytest.fixture
 def config(tmp_path) -> OnlineConfig:
     (tmp_path / "oracle.py").write_text(ORACLE)

@@ -7,8 +7,22 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from trl.kernels import ChunkedLogProbFunction
 
 from benchmarks.measure import allocated_peak
-from rmipo.plan import memory as plan
-from rmipo.plan.memory import GIB, Hardware, Shape, Sharding
+from rmipo.plan.memory import (
+    FUSED_HEAD_TILE,
+    GIB,
+    Hardware,
+    Shape,
+    Sharding,
+    checkpoint_bytes,
+    fastest_that_fits,
+    gradient_pass,
+    head_activations,
+    layer_activations,
+    model_states,
+    no_gradient_pass,
+    offloaded_bytes,
+    plan_memory,
+)
 from rmipo.plan.shapes import load_config
 from rmipo.training.batching import HOISTED_MICRO_BATCHES
 from rmipo.training.logprobs import label_logps
@@ -80,11 +94,10 @@ def test_activations_equal_what_autograd_keeps(dtype, every, tokens):
     shape = Shape.of(SMALL)
     run = make_run(checkpoint_every=every, weight_bytes=dtype.itemsize)
     layer, head = (
-        f(shape, tokens, dtype.itemsize)
-        for f in (plan.layer_activations, lambda s, t, b: plan.head_activations(s, run, t))
+        f(shape, tokens, dtype.itemsize) for f in (layer_activations, lambda s, t, b: head_activations(s, run, t))
     )
     again = max(layer - head, 0) if every else 0  # alive in backward only
-    planned = plan.gradient_pass(shape, run, tokens)["activations"] - again
+    planned = gradient_pass(shape, run, tokens)["activations"] - again
     assert saved_bytes(model, tokens, every) == pytest.approx(planned, rel=0.03)
 
 
@@ -98,25 +111,25 @@ def test_the_fused_head_takes_a_tile_and_the_gradients(dtype, frozen):
     def step():
         labels = torch.zeros(scored, dtype=torch.long)
         outputs = ChunkedLogProbFunction.apply(
-            hidden, weight, None, labels, 1.0, plan.FUSED_HEAD_TILE[1], None, 1.0, ("log_probs",)
+            hidden, weight, None, labels, 1.0, FUSED_HEAD_TILE[1], None, 1.0, ("log_probs",)
         )
         outputs[0].sum().backward()
 
     config = LlamaConfig(vocab_size=vocabulary, hidden_size=hidden_size, num_attention_heads=8, num_hidden_layers=1)
     run = make_run(weight_bytes=dtype.itemsize, adapters=frozen)
-    planned = plan.head_activations(Shape.of(config), run, scored)
-    cast = plan.FUSED_HEAD_TILE[1] * (hidden_size + 8 * scored) * 4
+    planned = head_activations(Shape.of(config), run, scored)
+    cast = FUSED_HEAD_TILE[1] * (hidden_size + 8 * scored) * 4
     assert planned * 0.9 < allocated_peak(step) < planned * 1.1 + cast
 
 
 def test_the_head_of_an_8b_model_is_the_kernels_that_runs():
     shape = Shape.of(load_config(LLAMA3_8B))
     head, hidden = 128256 * 4096, 8192 * 4096
-    assert plan.head_activations(shape, make_run(), 8192) == 6 * head + 8 * hidden + 2 * 4096 * 32768
-    assert plan.head_activations(shape, make_run(), 8192, gradient=False) == 2 * hidden + 2 * 4096 * 32768
+    assert head_activations(shape, make_run(), 8192) == 6 * head + 8 * hidden + 2 * 4096 * 32768
+    assert head_activations(shape, make_run(), 8192, gradient=False) == 2 * hidden + 2 * 4096 * 32768
     # epsilon-DPO: the logits of both models, and the gradient of the head's weight.
     logits = make_run(fused_head=False, reference="logits")
-    assert plan.head_activations(shape, logits, 8192) == 2 * (hidden + 2 * 8192 * 128256 + head) + 8 * 2**26
+    assert head_activations(shape, logits, 8192) == 2 * (hidden + 2 * 8192 * 128256 + head) + 8 * 2**26
 
 
 def test_head_keeps_one_buffer_of_logits():
@@ -133,15 +146,15 @@ def test_head_keeps_one_buffer_of_logits():
     # The whole vocabulary fits into one chunk here, which is in float32 twice: the shifted logits, and the gradient.
     logits, gradient = scored * shape.vocabulary, 2 * shape.vocabulary * shape.hidden
     expected = logits * (2 + 8) + scored * shape.hidden * 2 + gradient
-    assert plan.head_activations(shape, make_run(fused_head=False), scored) == expected
+    assert head_activations(shape, make_run(fused_head=False), scored) == expected
 
 
 def test_prior_pass_holds_a_few_micro_batches():
     shape, hardware = Shape.of(load_config(LLAMA3_8B)), FOUR
-    memory = plan.plan_memory(shape, make_run(), ZERO3, hardware)
-    assert memory.prior == plan.no_gradient_pass(shape, make_run(), HOISTED_MICRO_BATCHES * 2 * 2 * 2048)
-    whole_step = plan.plan_memory(shape, make_run(global_batch=8), ZERO3, hardware)  # one micro-batch per GPU
-    assert whole_step.prior == plan.no_gradient_pass(shape, make_run(), 2 * 2 * 2048) < memory.prior
+    memory = plan_memory(shape, make_run(), ZERO3, hardware)
+    assert memory.prior == no_gradient_pass(shape, make_run(), HOISTED_MICRO_BATCHES * 2 * 2 * 2048)
+    whole_step = plan_memory(shape, make_run(global_batch=8), ZERO3, hardware)  # one micro-batch per GPU
+    assert whole_step.prior == no_gradient_pass(shape, make_run(), 2 * 2 * 2048) < memory.prior
 
 
 @pytest.mark.parametrize(
@@ -150,7 +163,7 @@ def test_prior_pass_holds_a_few_micro_batches():
 )
 def test_model_states_by_the_byte(kind, weights, rest):
     shape = Shape.of(load_config(LLAMA3_8B))
-    states = plan.model_states(shape, make_run(), Sharding(kind), FOUR)
+    states = model_states(shape, make_run(), Sharding(kind), FOUR)
     assert states["parameters"] == weights * shape.parameters
     assert states["gradients and optimizer"] == rest * shape.parameters
     assert states.get("gathered parameters", 0) == (2e9 if kind in ("zero3", "fsdp2") else 0)
@@ -158,23 +171,23 @@ def test_model_states_by_the_byte(kind, weights, rest):
 
 def test_offloaded_states_are_in_host_memory():
     shape, offload = Shape.of(load_config(LLAMA3_8B)), Sharding("zero3", offload=True)
-    states = plan.model_states(shape, make_run(), offload, FOUR)
-    assert sum(states.values()) == 2e9 and plan.offloaded_bytes(shape, ZERO3, FOUR) == 0
-    assert plan.offloaded_bytes(shape, offload, FOUR) == int(8_030_261_248 * 18 * 1.5)
-    assert plan.offloaded_bytes(shape, offload, Hardware(2, 4, 80)) == int(8_030_261_248 * 18 * 1.5 / 2)
+    states = model_states(shape, make_run(), offload, FOUR)
+    assert sum(states.values()) == 2e9 and offloaded_bytes(shape, ZERO3, FOUR) == 0
+    assert offloaded_bytes(shape, offload, FOUR) == int(8_030_261_248 * 18 * 1.5)
+    assert offloaded_bytes(shape, offload, Hardware(2, 4, 80)) == int(8_030_261_248 * 18 * 1.5 / 2)
 
 
 def test_four_80_gib_gpus_peak_at_about_41_gib():
     """An independent review's figure for rows of 8,192 tokens, every layer computed again; the reserve comes on top."""
-    memory = plan.plan_memory(Shape.of(load_config(LLAMA3_8B)), make_run(max_tokens=8192), ZERO3, FOUR)
+    memory = plan_memory(Shape.of(load_config(LLAMA3_8B)), make_run(max_tokens=8192), ZERO3, FOUR)
     assert (memory.needed - memory.parts["reserve (assumed)"]) / GIB == pytest.approx(41, abs=1)
 
 
 def test_the_fastest_setting_that_fits_computes_the_least_again():
     shape, run = Shape.of(load_config(LLAMA3_8B)), make_run(max_tokens=8192)
     for gib, every in ((160, 0), (85, 4), (80, 2), (48, 1)):
-        assert plan.fastest_that_fits(shape, run, ZERO3, Hardware(1, 4, gib)).checkpoint_every == every, gib
-    assert plan.fastest_that_fits(shape, run, ZERO3, Hardware(1, 4, 40)) is None
+        assert fastest_that_fits(shape, run, ZERO3, Hardware(1, 4, gib)).checkpoint_every == every, gib
+    assert fastest_that_fits(shape, run, ZERO3, Hardware(1, 4, 40)) is None
 
 
 def test_longest_micro_batch_is_bounded_by_the_recipe():
@@ -187,12 +200,12 @@ def test_longest_micro_batch_is_bounded_by_the_recipe():
 def test_quantized_adapters_of_an_8b_model_fit_24_gib():
     shape = Shape.of(load_config(LLAMA3_8B), LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM"))
     run = make_run(micro_batch=1, evaluation_batch=1, adapters=True, quantized=True, nested_quantization=True)
-    states = plan.model_states(shape, run, Sharding("none"), Hardware(1, 1, 24))
+    states = model_states(shape, run, Sharding("none"), Hardware(1, 1, 24))
     # 0.516 bytes per weight of the linear layers, 2 per embedding, head and norm, 16 per trained weight.
     linear = 6_979_321_856
     expected = linear * 0.5159 + (8_030_261_248 - linear) * 2 + 41_943_040 * 16
     assert sum(states.values()) == pytest.approx(expected, rel=1e-3)
-    assert plan.plan_memory(shape, run, Sharding("none"), Hardware(1, 1, 24)).fits
+    assert plan_memory(shape, run, Sharding("none"), Hardware(1, 1, 24)).fits
 
 
 def test_a_known_models_shape_needs_no_network(monkeypatch):
@@ -221,7 +234,7 @@ def test_hardware_is_read_strictly(text):
 def test_a_checkpoint_holds_weights_masters_and_moments():
     shape, parameters = Shape.of(load_config(LLAMA3_8B)), 8_030_261_248
     sizes = {
-        kind: [plan.checkpoint_bytes(shape, make_run(), Sharding(kind), only_model=only) for only in (True, False)]
+        kind: [checkpoint_bytes(shape, make_run(), Sharding(kind), only_model=only) for only in (True, False)]
         for kind in ("zero3", "fsdp2")
     }
     # bfloat16 weights, then 12 bytes per parameter; FSDP2 writes float32 ones (tests/run/test_fsdp2.py trains with it).

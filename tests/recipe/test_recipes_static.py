@@ -37,11 +37,6 @@ LEARNING_RATES = {
 }
 
 
-@pytest.fixture(autouse=True)
-def root(monkeypatch):
-    monkeypatch.chdir(ROOT)
-
-
 def test_what_is_shipped_is_found():
     bases = {f"{name}/sft.yaml" for name in SETTINGS if "instruct" not in name}
     assert set(STAGES) >= bases | {f"{name}/rmipo.yaml" for name in SETTINGS}

@@ -16,15 +16,9 @@ from rmipo.recipe.load import load_recipe
 from rmipo.recipe.schema import DataConfig
 from rmipo.record import read_metrics
 from tests.helpers.families import make_tokenizer, save
-from tests.helpers.paths import ROOT
 
 SUBSETS = ("helpful", "harmless")
 WORDS = ("how", "do", "I", "learn", "this", "well", "please", "tell", "me", "more", "of", "course", "here")
-
-
-@pytest.fixture(autouse=True)
-def root(monkeypatch):
-    monkeypatch.chdir(ROOT)
 
 
 def setting(subset):

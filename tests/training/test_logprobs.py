@@ -4,14 +4,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from rmipo.training import logprobs as logps
+from rmipo.training import logprobs
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-6), (torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
 @pytest.mark.parametrize("rows", [0, 1, 7])
 @pytest.mark.parametrize("chunk", [1, 300, 10**6])
 def test_values_and_gradients_equal_cross_entropy(monkeypatch, dtype, tolerance, rows, chunk):
-    monkeypatch.setitem(logps.CHUNK, "cpu", chunk)
+    monkeypatch.setitem(logprobs.CHUNK, "cpu", chunk)
     torch.manual_seed(rows)
     leaf = (5 * torch.randn(rows, 101)).to(dtype)
     labels, weights = torch.randint(0, 101, (rows,)), torch.randn(rows)
@@ -20,7 +20,7 @@ def test_values_and_gradients_equal_cross_entropy(monkeypatch, dtype, tolerance,
     expected = -F.cross_entropy(expected_leaf.float(), labels, reduction="none")
     (expected * weights).sum().backward()
     actual_leaf = leaf.clone().requires_grad_()
-    actual = logps.label_logps(actual_leaf * 1.0, labels)
+    actual = logprobs.label_logps(actual_leaf * 1.0, labels)
     (actual * weights).sum().backward()
 
     assert actual.dtype == torch.float32
@@ -31,7 +31,7 @@ def test_values_and_gradients_equal_cross_entropy(monkeypatch, dtype, tolerance,
 
 def test_extreme_logits_stay_finite():
     logits = torch.tensor([[1e4, -1e4, 0.0], [-1e4, -1e4, -1e4]], requires_grad=True)
-    actual = logps.label_logps(logits * 1.0, torch.tensor([1, 2]))
+    actual = logprobs.label_logps(logits * 1.0, torch.tensor([1, 2]))
     actual.sum().backward()
     assert actual.tolist() == pytest.approx([-2e4, -1.0986123])
     assert logits.grad.isfinite().all()
@@ -39,7 +39,7 @@ def test_extreme_logits_stay_finite():
 
 def test_a_second_backward_is_refused():
     leaf = torch.randn(3, 5, requires_grad=True)
-    loss = logps.label_logps(leaf * 1.0, torch.tensor([0, 1, 2])).sum()
+    loss = logprobs.label_logps(leaf * 1.0, torch.tensor([0, 1, 2])).sum()
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
@@ -50,5 +50,5 @@ def test_the_gradient_takes_the_place_of_the_logits():
     logits = leaf * 1.0
     labels = torch.tensor([0, 1, 2])
     expected = F.one_hot(labels, 5) - logits.detach().softmax(-1)
-    logps.label_logps(logits, labels).sum().backward()
+    logprobs.label_logps(logits, labels).sum().backward()
     torch.testing.assert_close(logits.detach(), expected)
