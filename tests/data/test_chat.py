@@ -163,6 +163,12 @@ def test_a_bos_that_is_a_turn_marker_is_not_put_in_front():
     assert chat.prompt_ids(PROMPT[:1])[:2] != [1, 1]
 
 
+def test_an_end_token_is_not_taken_for_another_that_it_starts_with():
+    tokenizer = make_tokenizer("llama3")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|eot"]})
+    assert ChatFormat.probe(tokenizer).end_id == tokenizer.convert_tokens_to_ids("<|eot_id|>") == 4
+
+
 def probe_error(family, template, **roles):
     tokenizer = make_tokenizer(family, template)
     for role, token in roles.items():

@@ -60,6 +60,18 @@ def test_anthropic_hh_texts(tmp_path):
     assert report.dropped == {"chosen is 3 messages after the shared prompt, not one": [1]}
 
 
+def test_an_anthropic_hh_response_that_is_empty(tmp_path):
+    start = "\n\nHuman: Hello\n\nAssistant:"
+    (row,) = load(tmp_path, [{"chosen": f"{start} Hi!", "rejected": start}])
+    assert (row["prompt"], row["chosen"], row["rejected"]) == ([user("Hello")], [assistant("Hi!")], [assistant("")])
+
+
+def test_a_text_with_speakers_in_it_is_not_of_anthropic_hh(tmp_path):
+    text = "Go on with this:\n\nHuman: Hello\n\nAssistant: Hi!\n\nHuman:"
+    (row,) = load(tmp_path, [{**pair(0), "prompt": text}])
+    assert row["prompt"] == [user(text)]
+
+
 def test_an_anthropic_hh_prompt_column(tmp_path):
     rows = [{"prompt": "\n\nHuman: Hello\n\nAssistant:", "chosen": " Hi!", "rejected": " Go away."}]
     (row,) = load(tmp_path, rows)

@@ -16,7 +16,7 @@ UNUSABLE = {
     "chosen is 2 messages after the shared prompt, not one": {"chosen": [assistant("a"), assistant("b")]},
     "rejected is a user message": {"rejected": [user("a")]},
     "the prompt is empty (chosen and rejected share no turns)": {"prompt": []},
-    "the prompt has an empty message": {"prompt": [user("a"), assistant(""), user("c")]},
+    "the prompt has an empty message": {"prompt": [user("a"), assistant(" \n"), user("c")]},
     "roles out of order: user after user": {"prompt": [user("a"), user("b")]},
     "roles out of order: assistant first": {"prompt": [assistant("a"), user("b")]},
     "roles out of order: system after user": {"prompt": [user("a"), {"role": "system", "content": "b"}]},
@@ -34,6 +34,12 @@ def test_unusable_rows_are_counted_with_their_reasons():
     assert tokenized["row"][:] == [0, last]
     assert (report.rows, report.kept, report.dropped_rows) == (last + 1, 2, last - 1)
     assert "- 1 dropped, chosen is empty: row 1" in report.lines()
+
+
+def test_a_bos_token_in_the_text_is_found_where_the_cut_removes_it():
+    rows = [pair(0), pair(1, prompt=[user("<|begin_of_text|>" + "long " * 60)])]
+    report = tokenize(rows, max_length=90, max_prompt_length=60)[1]
+    assert report.dropped == {"the prompt's text has a BOS token in it": [1]}
 
 
 def test_an_empty_system_message_is_rendered_as_the_template_does():
@@ -99,6 +105,15 @@ def test_cuts_are_counted():
         tokenize(rows, max_length=90, max_prompt_length=60, max_truncated_fraction=0.7)
 
 
+def test_the_limit_of_cut_rows_is_a_share_of_those_kept():
+    rows = [pair(i, chosen=[assistant("longer " * 80)]) for i in range(3)] + [pair(3)]
+    dropped = [pair(i, chosen=[assistant("")]) for i in range(4, 8)]
+    limits = {"max_length": 90, "max_prompt_length": 60, "max_dropped_fraction": 0.5}
+    assert tokenize(rows + dropped, max_truncated_fraction=0.75, **limits)[1].rows_cut == 3
+    with pytest.raises(DataError, match=r"3 of 4 rows are cut, more than max_truncated_fraction: 0\.7 "):
+        tokenize(rows + dropped, max_truncated_fraction=0.7, **limits)
+
+
 def test_a_prompt_that_fills_the_window():
     _, report = tokenize([pair(0), pair(1, prompt=[user("long " * 99)])], max_length=90, max_prompt_length=90)
     assert report.dropped == {"the prompt fills the window": [1]}
@@ -110,6 +125,13 @@ def test_responses_that_differ_only_after_the_cut():
     rows = [pair(0), pair(1, chosen=[assistant(same + "yes")], rejected=[assistant(same + "no")])]
     _, report = tokenize(rows, max_length=90, max_prompt_length=60)
     assert report.dropped == {"chosen and rejected are identical after the cut": [1]}
+    assert (report.rows_cut, report.cut) == (0, {"prompt": 0, "chosen": 0, "rejected": 0})  # of those kept
+
+
+def test_lengths_are_those_of_the_rows_kept():
+    rows = [pair(i, chosen=[assistant("word" * i)]) for i in range(1, 4)]
+    unusable = [pair(i, chosen=[assistant("")]) for i in range(4, 9)]
+    assert tokenize(rows + unusable)[1].lengths == tokenize(rows)[1].lengths
 
 
 def test_tokens_and_report():
@@ -125,6 +147,7 @@ def test_tokens_and_report():
     assert report.tokens["chosen"] == sum(lengths)
     assert report.lengths["chosen"]["max"] == lengths[-1]
     assert report.lengths["chosen"]["median"] == (lengths[9] + lengths[10]) // 2
+    assert report.lengths["chosen"]["p95"] == lengths[18]  # of 20 different ones
     assert any(line.startswith(f"chosen tokens: {sum(lengths):,} (median ") for line in report.lines())
     assert json.loads(json.dumps(report.as_dict()))["kept"] == 20
 

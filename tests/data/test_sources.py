@@ -63,6 +63,19 @@ def test_test_split_size_divides_the_training_rows(tmp_path):
     assert questions(load_pairs(config(path, test_split_size=0.25, mixture_seed=5), "test")) != questions(test)
 
 
+def test_test_split_size_leaves_the_test_file_of_a_folder_alone(tmp_path):
+    write(tmp_path / "train.jsonl", pairs(*range(40)))
+    write(tmp_path / "test.jsonl", pairs(900, 901, 902))
+    train, test = (questions(load_pairs(config(tmp_path, test_split_size=0.25), split)) for split in ("train", "test"))
+    assert sorted(train + test) == list(range(40)) and len(test) == 10
+
+
+def test_a_named_split_comes_before_one_that_is_only_named_alike(tmp_path):
+    write(tmp_path / "test.jsonl", pairs(1))
+    write(tmp_path / "validation.jsonl", pairs(2))
+    assert questions(load_pairs(config(tmp_path, dataset_test_split="validation"), "test")) == [2]
+
+
 def test_sample_limits(tmp_path):
     write(tmp_path / "train.jsonl", pairs(*range(5)))
     write(tmp_path / "test.jsonl", pairs(*range(5)))
@@ -115,6 +128,25 @@ def test_weights_are_shares_of_a_source_drawn_with_a_seed(tmp_path):
     other_seed = load_pairs(DataConfig(datasets=entries, mixture_seed=4), "train")
     assert len(other_seed) == 15
     assert questions(other_seed) != numbers
+
+
+def test_the_seed_draws_the_rows_and_their_order(tmp_path):
+    entries, _ = mixture(tmp_path)
+    entries[1]["weight"] = 0.25
+    drawn = [set(questions(load_pairs(DataConfig(datasets=entries, mixture_seed=seed), "train"))) for seed in (3, 4, 5)]
+    assert len({frozenset(numbers - set(range(10))) for numbers in drawn}) > 1
+    entries[1]["weight"] = 1.0  # the same rows, so that only their order is left to differ
+    orders = [questions(load_pairs(DataConfig(datasets=entries, mixture_seed=seed), "train")) for seed in (3, 4)]
+    assert orders[0] != orders[1] and sorted(orders[0]) == sorted(orders[1])
+
+
+@pytest.mark.parametrize("share", ["weight", "fraction"])
+def test_the_two_parts_of_a_mixture_are_of_the_rows_that_were_drawn(tmp_path, share):
+    entries, load_split = mixture(tmp_path, test_split_size=4)
+    entries[0][share], entries[1][share] = (0.5, 0.25) if share == "weight" else (1, 1)
+    train, test = (questions(load_split(split)) for split in ("train", "test"))
+    count = 10 if share == "weight" else 20
+    assert len(test) == 4 and len(train) == count - 4 and len({*train, *test}) == count
 
 
 def test_no_data_is_named():

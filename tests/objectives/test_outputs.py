@@ -1,5 +1,7 @@
 """What an objective gives beside its losses: columns per pair, their summary, its state."""
 
+import math
+
 import pytest
 import torch
 
@@ -96,16 +98,31 @@ def test_the_objective_rmipo_is_the_function(options):
     torch.testing.assert_close(output.gamma, gamma)
 
 
+def test_the_span_of_a_schedule_is_the_recipes():
+    block = {"name": "rmipo", "signal": "loglik", "schedule": "linear", "span": 4}
+    assert build_objective(block)(SCORES).gamma.tolist() == pytest.approx([0.3 + 1.3 * 0.75, 1.6])  # A_w - A_l: 1, -1
+
+
+def test_the_release_multiplies_a_constant_margin_too():
+    block = {"name": "rmipo", "signal": "loglik", "target": "beta", "fidelity": "release"}
+    output = build_objective(block)(SCORES)
+    modulated = torch.tensor([0.3 + 1.3 * math.exp(-1), 1.6], dtype=torch.float64)
+    differences = 2 * t(1, -1) * modulated / 0.95
+    torch.testing.assert_close(output.losses, torch.nn.functional.softplus(2 * 0.95 - differences))
+
+
 def test_an_empty_response_has_a_mean_of_0():
     scores = PairScores(t(0), t(-2), t(0), t(4))
     assert [value.tolist() for value in scores.logps(per_token=True)] == [[0], [-0.5]]
 
 
-def test_the_share_at_the_upper_bound_counts_what_float32_rounds_down():
+def test_the_shares_at_the_bounds():
+    """At the upper one as float32 rounds it; the lower one is only approached."""
     objective = build_objective({"name": "rmipo", "gamma_max": 1.4})
-    gamma = torch.tensor([1.4, 1.4, 1.3, 0.3])
+    gamma = torch.tensor([1.4, 1.4, 1.3, 0.305])
     assert gamma[0].double() < 1.4
-    assert objective.summarize({"gamma": gamma})["rmipo/gamma_at_max"] == 0.5
+    summary = objective.summarize({"gamma": gamma})
+    assert (summary["rmipo/gamma_at_max"], summary["rmipo/gamma_at_min"]) == (0.5, 0.25)
 
 
 def test_a_correlation_with_equal_length_differences_is_left_out():

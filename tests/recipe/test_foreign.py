@@ -189,6 +189,11 @@ def published(write, changes, path="configs/config_full.yaml"):
             "alpha: 0.2, ln: True, trainer_type: dpo read as",
         ),
         (
+            ALPHA | {"ln": False},
+            {"name": "alpha-dpo", "beta": 2.5, "gamma_beta_ratio": 0.6, "alpha": 0.2, "length_normalization": False},
+            "ln: False",
+        ),
+        (
             {"beta": 0.01, "epsilon": 0.02, "run_name": "epsilon-dpo"},
             {"name": "epsilon-dpo", "beta": 0.01, "epsilon": 0.02},
             "beta: 0.01, epsilon: 0.02 read as",
@@ -220,6 +225,7 @@ def test_published_preference_recipes_are_read(write, changes, objective, notice
         ({"beta": 0.1, "output_dir": "data/gemma-kto"}, "x/config.yaml", "objective: {name: kto, ...}"),
         ({"beta": 0.1, "output_dir": "data/llama-cpo"}, "x/config.yaml", "objective: {name: cpo, ...}"),
         (SIMPO | {"output_dir": "data/llama-cpo"}, "x/config.yaml", "its keys are those of simpo, but output_dir"),
+        (SIMPO | {"output_dir": "data/zephyr-7b-dpo"}, "x/config.yaml", "its keys are those of simpo, but output_dir"),
         ({"beta": 0.1, "loss_type": "kto_pair"}, "dpo/config.yaml", "loss_type: 'kto_pair' is not supported"),
         (MIXTURE | {"beta": 0.05, "loss_type": "apo_zero"}, "dpo/apo.yaml", "loss_type: 'apo_zero' is not supported"),
         (SIMPO | {"loss_type": "hinge"}, "x/config.yaml", "loss_type: 'hinge' is not supported"),
@@ -265,6 +271,24 @@ def test_published_sft_recipes_are_read(write, changes, expected):
     assert recipe.stage == "sft"
     assert expected.items() <= recipe.values.items()
     assert "hub_strategy" not in recipe.values
+
+
+def test_what_is_as_it_is_here_anyway_needs_no_notice(write):
+    same = {"beta": 0.1, "hub_strategy": "end", "remove_unused_columns": True}
+    recipe = load_recipe(published(write, same))
+    assert not any("hub_strategy" in notice or "remove_unused_columns" in notice for notice in recipe.notices)
+    assert recipe.values.keys().isdisjoint(same)
+
+
+def test_a_batch_that_a_recipe_leaves_out_is_the_libraries_default(write):
+    recipe = load_recipe(published(write, {"beta": 0.1, "per_device_train_batch_size": None}))
+    notice = "gradient_accumulation_steps: 16 read as global_batch_size: 8 x 16 x number of processes"
+    assert notice in recipe.notices and recipe.batch(2) == (8 * 16 * 2, 16)
+
+
+def test_a_prompt_may_be_as_long_as_the_recipes_own_max_length_lets_it(write):
+    recipe = load_recipe(published(write, {"beta": 0.1, "max_length": 512, "max_prompt_length": None}))
+    assert recipe.values["max_prompt_length"] == 511
 
 
 def test_a_configuration_of_a_dataset_is_kept(write):

@@ -116,6 +116,7 @@ def test_tilde_is_the_home_folder_in_every_layer(write, monkeypatch):
     assert values["model_name_or_path"] == "/users/me/models/m"
     assert values["datasets"] == [{"path": "/users/me/pairs"}]
     assert (values["output_dir"], values["chat_template"]) == ("/users/me/out", "/users/me/t.jinja {{")
+    assert load_recipe(recipe, overrides=["--run_name=~root"]).values["run_name"] == "~root"
 
 
 def test_another_dataset_or_model_voids_what_described_the_first(recipe):
@@ -134,6 +135,11 @@ def test_another_model_voids_the_revision_of_the_first(write):
     assert values.keys().isdisjoint({"model_revision", "prefer_local"})
 
 
+def test_a_run_is_named_after_its_folder_unless_the_recipe_names_it(recipe):
+    assert load_recipe(recipe).parse(world_size=1)[0].run_name == "mine-rmipo"
+    assert load_recipe(recipe, overrides=["--run_name=first"]).parse(world_size=1)[0].run_name == "first"
+
+
 def test_models_are_uploaded_once_and_privately(recipe):
     args = load_recipe(recipe).parse(world_size=1)[0]
     assert (args.hub_strategy.value, args.hub_private_repo) == ("end", True)
@@ -147,6 +153,8 @@ def test_prefer_local_takes_a_finished_run_and_says_so(write, tmp_path):
     def loaded(*overrides):
         result = load_recipe(recipe, overrides=overrides)
         assert "prefer_local" not in result.values
+        # A revision is one of the public model, and no other's.
+        assert result.values.get("model_revision") == ("v1" if "some/" in result.values["model_name_or_path"] else None)
         return result.values["model_name_or_path"], " ".join(result.notices)
 
     assert loaded() == ("some/model", f"model_name_or_path: some/model, because {local} holds no finished run")
@@ -190,6 +198,7 @@ def test_numbers_without_a_dot_and_dates_are_read_as_meant(write):
         ("--global_batch_size=0", "global_batch_size is 0: expected at least 1"),
         ("--gradient_accumulation_steps=4", "gradient_accumulation_steps follows from global_batch_size: remove it"),
         ("--load_in_4bit", "need use_peft: true"),
+        ("--load_in_8bit", "need use_peft: true"),
         ("--packing", "packing is a key of sft recipes, and this is one of stage preference"),
         ("--attn_implementation=sdpa", "attn_implementation can't be set: packed pairs have their own kernels"),
         ("--auto_find_batch_size", "it would change the batch size behind global_batch_size"),
@@ -356,6 +365,37 @@ def test_all_numbers_of_the_data_are_reported_at_once(recipe):
         "datasets: `fraction` must be set for every dataset of the mixture or for none",
     ):
         assert line in text
+
+
+def test_shares_of_nothing_and_of_everything_are_shares(recipe):
+    overrides = ["--max_dropped_fraction=0", "--max_truncated_fraction=1"]
+    values = load_recipe(recipe, overrides=overrides).values
+    assert (values["max_dropped_fraction"], values["max_truncated_fraction"]) == (0, 1)
+
+
+@pytest.mark.parametrize(
+    ("objective", "refused"),
+    [
+        ({"name": "cpo"}, True),
+        ({"name": "kto"}, True),
+        ({"name": "cpo", "sft_normalization": "sequence"}, False),
+        ({"name": "rmipo"}, False),
+    ],
+)
+def test_micro_batches_of_tokens_where_a_loss_depends_on_its_micro_batch(write, objective, refused):
+    path, overrides = write("rmipo.yaml", RECIPE | {"objective": objective}), ["--max_tokens_per_micro_batch=4096"]
+    if refused:
+        assert "max_tokens_per_micro_batch is 4096: expected null, as a pair's" in problems(path, overrides=overrides)
+    else:
+        assert load_recipe(path, overrides=overrides).values["max_tokens_per_micro_batch"] == 4096
+
+
+def test_pairs_of_a_micro_batch_are_counted_over_all_processes(write):
+    values = RECIPE | {"objective": {"name": "kto"}, "per_device_train_batch_size": 1}
+    loaded = load_recipe(write("rmipo.yaml", values))
+    assert loaded.batch(2) == (128, 64)
+    with pytest.raises(ConfigError, match="objective kto needs at least 2 pairs per micro-batch over all processes"):
+        loaded.batch(1)
 
 
 def test_a_test_split_and_a_share_to_set_aside_contradict(write):
