@@ -7,7 +7,7 @@ import torch
 
 from rmipo.objectives import OBJECTIVES, PairScores, build_objective
 from rmipo.objectives.rmipo import rmipo_loss
-from tests.objectives.test_objectives import batch, settled
+from tests.helpers.pair_scores import batch, settled
 
 STATES = {"alpha-dpo": (0.5, 0.25), "beta-dpo": (0.5, 0.25)}
 
