@@ -154,7 +154,10 @@ def number(row: dict, name: str, digits: int = 3, signed: bool = False) -> str:
 
 
 def findings(rows: list[dict], metric: str) -> str:
-    """Which methods are ahead of RMiPO by `metric`, and in how many seeds. `rows`: those of one noise, best first."""
+    """Which methods are ahead of RMiPO by `metric`, in how many seeds, and whether by less than their interval's width.
+
+    `rows`: those of one noise, best first.
+    """
     ours = next(row for row in rows if row["method"] == OURS)
     if ours[metric] is None:
         return "RMiPO diverged."
@@ -163,7 +166,10 @@ def findings(rows: list[dict], metric: str) -> str:
     ahead = [row for row in trained if row["difference"] > 0]
     if not ahead:
         return f"{place}: none is ahead of it."
-    names = [f"{label(row['method'])} ({row['wins']} of {row['seeds']} seeds)" for row in ahead]
+    names = []
+    for row in ahead:
+        within = row["difference_low"] is not None and row["difference_low"] <= 0
+        names.append(f"{label(row['method'])} ({row['wins']} of {row['seeds']} seeds{', within noise' * within})")
     return f"{place}. Ahead of it: {', '.join(names)}."
 
 

@@ -266,6 +266,13 @@ def test_the_interval_of_a_difference_is_paired_by_prompt_and_mean_over_seeds():
     assert comparison.summarize(LINES, "right_probability")[1]["difference_low"] is None
 
 
+def test_a_method_ahead_by_less_than_its_interval_is_ahead_within_noise():
+    rows = comparison.summarize(LINES, "right_probability")  # DPO is ahead
+    for low, said in ((0.01, "seeds)."), (0.0, "seeds, within noise)."), (-0.01, "seeds, within noise).")):
+        rows = [row | {"difference_low": low, "difference_high": 0.2} for row in rows]
+        assert comparison.findings(rows, "right_probability").endswith(f"Ahead of it: DPO (2 of 3 {said}")
+
+
 def test_the_table_says_who_is_ahead_and_marks_ends_of_the_range():
     rows = comparison.summarize(LINES, "right_probability")
     searched = [
