@@ -112,13 +112,15 @@ class Shape:
         with init_empty_weights():
             # Not by AutoModel: in a training process under ZeRO-3 that divides what it makes over the ranks.
             model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
-            head = {id(model.get_input_embeddings().weight), id(model.get_output_embeddings().weight)}
-            linears = [m.weight for m in model.modules() if isinstance(m, torch.nn.Linear) and id(m.weight) not in head]
-            parameters = sum(p.numel() for p in model.parameters())
-            largest = max(sum(p.numel() for p in m.parameters(recurse=False)) for m in model.modules())
-            body = sum(p.numel() for p in model.parameters() if id(p) not in head)
-            trained = parameters
-            if peft_config is not None:
+        model.tie_weights()  # `init_empty_weights` unties what is tied, so this comes after it
+        head = {id(model.get_input_embeddings().weight), id(model.get_output_embeddings().weight)}
+        linears = [m.weight for m in model.modules() if isinstance(m, torch.nn.Linear) and id(m.weight) not in head]
+        parameters = sum(p.numel() for p in model.parameters())
+        largest = max(sum(p.numel() for p in m.parameters(recurse=False)) for m in model.modules())
+        body = sum(p.numel() for p in model.parameters() if id(p) not in head)
+        trained = parameters
+        if peft_config is not None:
+            with init_empty_weights():
                 trained = sum(p.numel() for p in get_peft_model(model, peft_config).parameters() if p.requires_grad)
         text = config.get_text_config()
         head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads

@@ -40,7 +40,8 @@ def test_what_is_computed_again_or_besides(shape):
     assert extra(checkpoint_every=5) == pytest.approx(layers * 7 / 32)  # layers 0, 5, ..., 30
     assert extra(fused_head=True) == pytest.approx(head)
     assert extra(reference="logits") == pytest.approx(layers + head)
-    assert extra(prior=True) == pytest.approx(2 * (shape.body + HEAD) * 640, rel=0.02)
+    # Responses attend to themselves alone, 320 tokens each.
+    assert extra(prior=True) == pytest.approx(2 * (shape.body + HEAD) * 640 + 2 * 32 * 4096 * 320 * 640)
     assert extra(adapters=True) == pytest.approx(-(layers + head))
 
 
@@ -58,6 +59,42 @@ def test_phases_of_a_run(shape):
     assert phases["total"][1] == pytest.approx(sum(high for name, (_, high) in phases.items() if name != "total"))
     whole = duration.hours(recipe, shape, run, Sharding("none"), four, 60_000, 312.0)
     assert "sample generations" not in whole and whole["training"] == phases["training"]
+
+
+def phases_of(shape, *overrides, hardware=None, sharding="zero3"):
+    recipe = load_recipe(
+        ROOT / "recipes/llama3-8b-instruct/rmipo.yaml", [ROOT / "recipes/methods/dpo.yaml"], list(overrides)
+    )
+    hardware = hardware or Hardware(1, 4, 80)
+    return duration.hours(recipe, shape, run_of(recipe), Sharding(sharding), hardware, 60_000, 312.0)
+
+
+def test_what_phases_follow_from(shape):
+    phases = phases_of(shape)
+    low, high = phases["training"]
+    assert low / high == pytest.approx(0.35 / 0.5) and low < high
+    again = phases_of(shape, "--num_train_epochs=2")
+    assert again["training"] == pytest.approx([2 * low, 2 * high])
+    assert again["reference pass"] == phases["reference pass"]  # the reference is scored once
+    few = phases_of(shape, "--max_eval_samples=100")
+    assert few["evaluation"][0] == pytest.approx(phases["evaluation"][0] / 20)
+    weights = phases_of(shape, "--save_only_model")
+    assert weights["saving"][0] == pytest.approx(phases["saving"][0] * 2 / 14)
+    more = phases_of(shape, "--generation_samples=8", "--generation_max_new_tokens=64")
+    assert more["sample generations"] == pytest.approx(phases["sample generations"])
+
+
+def test_nodes_gather_over_a_slower_link_and_one_gpu_gathers_nothing(shape):
+    one, two = (phases_of(shape, hardware=Hardware(nodes, 8, 80)) for nodes in (1, 2))
+    assert two["sample generations"][0] == pytest.approx(5 * one["sample generations"][0])
+    assert two["training"][0] == pytest.approx(one["training"][0] / 2)
+    assert "sample generations" not in phases_of(shape, hardware=Hardware(1, 1, 80))
+
+
+def test_a_dialogue_goes_through_all_layers_and_the_head(shape):
+    run = make_run(stage="sft", prior=False, checkpoint_every=0, fused_head=False)
+    expected = 6 * (shape.body + HEAD) * 1100 + 6 * 32 * 4096 * 1100 * 1100
+    assert duration.step_flops(shape, run) == expected
 
 
 @pytest.mark.parametrize(("tflops", "least"), [(989.0, 4.0), (312.0, 9.3)])

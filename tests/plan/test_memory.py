@@ -1,15 +1,18 @@
 """Sizes and memory: parameter counts, what autograd and the LM head really keep, published figures."""
 
+import dataclasses
+
 import pytest
 import torch
 from peft import LoraConfig
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 from trl.kernels import ChunkedLogProbFunction
 
 from benchmarks.measure import allocated_peak
 from rmipo.plan.memory import (
     FUSED_HEAD_TILE,
     GIB,
+    RESERVED_FRACTION,
     Hardware,
     Shape,
     Sharding,
@@ -17,6 +20,7 @@ from rmipo.plan.memory import (
     fastest_that_fits,
     gradient_pass,
     head_activations,
+    largest_micro_batch,
     layer_activations,
     model_states,
     no_gradient_pass,
@@ -31,14 +35,15 @@ from tests.helpers.plans import make_run
 
 ZERO3, FOUR = Sharding("zero3"), Hardware(1, 4, 80)
 LLAMA3_8B = "meta-llama/Meta-Llama-3-8B-Instruct"
-SMALL = LlamaConfig(
-    vocab_size=300,
-    hidden_size=64,
-    intermediate_size=160,
-    num_hidden_layers=3,
-    num_attention_heads=8,
-    num_key_value_heads=2,
-)
+SMALL_SIZES = {
+    "vocab_size": 300,
+    "hidden_size": 64,
+    "intermediate_size": 160,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+}
+SMALL = LlamaConfig(**SMALL_SIZES)
 
 
 # Counts that the model cards and checkpoints state.
@@ -48,10 +53,16 @@ SMALL = LlamaConfig(
         (LLAMA3_8B, 8_030_261_248),
         ("meta-llama/Meta-Llama-3-70B-Instruct", 70_553_706_496),
         ("mistralai/Mistral-7B-Instruct-v0.2", 7_241_732_096),
+        ("HuggingFaceTB/SmolLM2-135M-Instruct", 134_515_008),
     ],
 )
 def test_parameters_of_known_models(name, parameters):
     assert Shape.of(load_config(name)).parameters == parameters
+
+
+def test_heads_may_be_wider_than_the_hidden_state():
+    shape = Shape.of(Qwen3Config(**SMALL_SIZES, head_dim=16))
+    assert (shape.heads_width, shape.kv_width) == (8 * 16, 2 * 16)
 
 
 def test_adapters_train_r_times_inputs_and_outputs():
@@ -208,6 +219,70 @@ def test_quantized_adapters_of_an_8b_model_fit_24_gib():
     assert plan_memory(shape, run, Sharding("none"), Hardware(1, 1, 24)).fits
 
 
+def test_frozen_weights_are_divided_where_weights_are_and_quantized_in_blocks():
+    shape = Shape.of(SMALL, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+    frozen = shape.parameters * 2
+    for kind, share in (("zero3", 4), ("none", 1)):
+        states = model_states(shape, make_run(adapters=True), Sharding(kind), FOUR)
+        weights = {"zero3": 2 / 4, "none": 4}[kind] * shape.trained
+        assert states["parameters"] == int(weights + frozen / share), kind
+    run = make_run(adapters=True, quantized=True)
+    states = model_states(shape, run, Sharding("none"), FOUR)
+    # 4 bits, and a float32 scale for each block of 64.
+    expected = 4 * shape.trained + (shape.parameters - shape.linear) * 2 + shape.linear * (0.5 + 4 / 64)
+    assert states["parameters"] == int(expected)
+
+
+def test_a_second_model_is_divided_as_the_first():
+    shape = Shape.of(SMALL)
+    for kind, share in (("zero3", 4), ("zero2", 1), ("none", 1)):
+        states = model_states(shape, make_run(reference="logits"), Sharding(kind), FOUR)
+        assert states["reference model"] == 2 * shape.parameters // share, kind
+    assert "reference model" not in model_states(shape, make_run(reference="cached"), ZERO3, FOUR)
+
+
+def test_an_evaluation_larger_than_a_step_needs_its_room():
+    shape = Shape.of(SMALL)
+    small = plan_memory(shape, make_run(), Sharding("none"), FOUR)
+    assert "prior or evaluation beyond these" not in small.parts
+    large = plan_memory(shape, make_run(evaluation_batch=512), Sharding("none"), FOUR)
+    step = large.parts["activations"] + large.parts["LM head"]
+    assert large.parts["prior or evaluation beyond these"] == large.evaluation - step > 0
+    assert large.evaluation == no_gradient_pass(shape, make_run(), 512 * 2 * 2048)
+
+
+def test_scoring_holds_a_layer_or_the_heads_logits():
+    wide = LlamaConfig(**SMALL_SIZES | {"intermediate_size": 50_000})
+    narrow = Shape.of(SMALL)
+    run = make_run(fused_head=False)
+    assert no_gradient_pass(Shape.of(wide), run, 100) == 100 * 2 * (2 * 64 + 3 * 50_000)
+    assert no_gradient_pass(narrow, run, 100) == head_activations(narrow, run, 100, gradient=False)
+
+
+def test_autocast_computes_in_two_bytes():
+    shape, plain = Shape.of(SMALL), make_run(weight_bytes=4)
+    autocast = make_run(weight_bytes=4, autocast=True)
+    assert (plain.compute_bytes, autocast.compute_bytes, make_run().compute_bytes) == (4, 2, 2)
+    assert no_gradient_pass(shape, autocast, 100) == no_gradient_pass(shape, make_run(), 100)
+
+
+def test_the_largest_micro_batch_divides_a_gpus_share():
+    """Of 24 pairs on four GPUs six are each one's: 4 would fit, and leaves a remainder."""
+    shape = Shape.of(load_config(LLAMA3_8B))
+    run = make_run(global_batch=24, evaluation_batch=1)
+
+    def needed(size):
+        return plan_memory(shape, dataclasses.replace(run, micro_batch=size), ZERO3, Hardware(1, 4, 1)).needed
+
+    reserve = 1 - RESERVED_FRACTION
+    room = Hardware(1, 4, (needed(4) / GIB - RESERVED_FRACTION) / reserve + 0.5)
+    assert plan_memory(shape, dataclasses.replace(run, micro_batch=4), ZERO3, room).fits
+    assert not plan_memory(shape, dataclasses.replace(run, micro_batch=6), ZERO3, room).fits
+    assert largest_micro_batch(shape, run, ZERO3, room) == 3
+    assert largest_micro_batch(shape, dataclasses.replace(run, max_tokens=4096), ZERO3, room) in (4, 5)
+    assert largest_micro_batch(shape, run, ZERO3, Hardware(1, 4, 1000)) == 6
+
+
 def test_a_known_models_shape_needs_no_network(monkeypatch):
     monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("network used"))
     assert load_config(LLAMA3_8B).hidden_size == 4096
@@ -237,5 +312,10 @@ def test_a_checkpoint_holds_weights_masters_and_moments():
         kind: [checkpoint_bytes(shape, make_run(), Sharding(kind), only_model=only) for only in (True, False)]
         for kind in ("zero3", "fsdp2")
     }
+    whole = Sharding("none")
+    assert checkpoint_bytes(shape, make_run(weight_bytes=4), whole, only_model=False) == (4 + 2 * 4) * parameters
+    adapters = Shape.of(SMALL, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+    sizes_of_adapters = [checkpoint_bytes(adapters, make_run(adapters=True), whole, only) for only in (True, False)]
+    assert sizes_of_adapters == [4 * adapters.trained, 16 * adapters.trained]
     # bfloat16 weights, then 12 bytes per parameter; FSDP2 writes float32 ones (tests/run/test_fsdp2.py trains with it).
     assert sizes == {"zero3": [2 * parameters, 14 * parameters], "fsdp2": [4 * parameters, 16 * parameters]}

@@ -7,6 +7,7 @@ import runpy
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -62,6 +63,46 @@ def test_the_warning_names_the_keys_that_make_it_fit(cut):
     changes = [f"--{change.replace(': ', '=')}" for change in wanted.split(", ")]
     assert cut[0] in [change.split("=")[0] for change in changes]
     assert preflight.check_fit(load_recipe(path, overrides=[*cut[2:], *changes]), FOUR, ZERO3) is None
+
+
+@pytest.mark.parametrize(
+    ("method", "overrides", "expected"),
+    [
+        ("dpo", [], {"reference": "cached", "prior": False, "fused_head": True}),
+        ("kto", [], {"reference": "cached", "prior": True}),  # the mismatched pairs are scored without gradient
+        ("epsilon-dpo", [], {"reference": "logits", "prior": False, "fused_head": False}),
+        (None, [], {"reference": "none", "prior": True, "fused_head": True, "checkpoint_every": 2}),
+        (None, ["--objective.prior_model=initial"], {"reference": "cached prior", "prior": False}),
+        (None, ["--attention=dense"], {"fused_head": False}),
+        (None, ["--dtype=float32", "--bf16=true"], {"weight_bytes": 4, "autocast": True}),
+        (None, ["--dtype=float32", "--bf16=false"], {"weight_bytes": 4, "autocast": False}),
+        (None, [], {"weight_bytes": 2, "autocast": False}),
+        (None, ["--activation_checkpointing=false"], {"checkpoint_every": 0}),
+    ],
+)
+def test_what_a_recipe_says_of_memory_and_time(method, overrides, expected):
+    overlays = [ROOT / f"recipes/methods/{method}.yaml"] if method else []
+    run = preflight.run_of(load_recipe(ROOT / "recipes/llama3-8b-instruct/rmipo.yaml", overlays, overrides))
+    assert {name: getattr(run, name) for name in expected} == expected
+
+
+def test_the_smallest_gpu_of_a_machine_counts(monkeypatch):
+    """There is no GPU in the tests."""
+    sizes = [80 * GIB, 40 * GIB, 80 * GIB]
+    monkeypatch.setattr("torch.cuda.device_count", lambda: len(sizes))
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda i: SimpleNamespace(total_memory=sizes[i]))
+    hardware = preflight.local_hardware()
+    assert (hardware.nodes, hardware.gpus_per_node, hardware.gib) == (1, 3, 40) and hardware.host_gib > 0.5
+
+
+def test_a_training_process_knows_its_nodes(recipe_8b, monkeypatch, tmp_path):
+    seen = []
+    monkeypatch.setattr(preflight, "local_hardware", lambda: Hardware(1, 8, 80, 500))
+    monkeypatch.setattr(preflight, "check_launch", lambda recipe, hardware, sharding: seen.append(hardware))
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    preflight.check_run(recipe_8b, TrainingArguments(str(tmp_path)))
+    assert seen == [Hardware(2, 4, 80, 500)]
 
 
 def test_an_estimate_that_is_too_large_warns_and_starts(recipe_8b, monkeypatch, capsys):
