@@ -69,7 +69,7 @@ def append_metrics(run_dir: str | Path, line: dict) -> None:
 
 def keep_metrics(run_dir: str | Path, step: int) -> list[dict]:
     """Drop the lines after `step`, which a resumed run makes again; returns those that stay. Step 0 drops all."""
-    kept = [line for line in read_metrics(run_dir) if 0 < line["step"] <= step]
+    kept = [line for line in read_metrics(run_dir) if line["step"] <= step] if step else []
     _write_lines(Path(run_dir) / METRICS_FILE, kept)
     return kept
 

@@ -56,6 +56,21 @@ def test_a_line_is_logged_with_each_checkpoint():
         control = TrainerControl(should_save=save)
         LineAtCheckpoint().on_step_end(None, None, control)
         assert control.should_log is save
+        control = TrainerControl(should_save=save)
+        LineAtCheckpoint().on_epoch_end(None, None, control)  # save_strategy: epoch
+        assert control.should_log is save
+
+
+def test_evaluations_before_a_run_and_at_several_steps(tmp_path):
+    file, arguments = MetricsFile(), Arguments(tmp_path)
+    file.on_train_begin(arguments, state_at(0), None)
+    for step in (0, 2, 4):
+        file.on_log(arguments, state_at(step), None, logs={"eval_loss": 1.0})
+    assert [line["step"] for line in read_metrics(tmp_path)] == [0, 2, 4]
+    resumed = MetricsFile()
+    resumed.on_train_begin(arguments, state_at(4), None)
+    resumed.on_log(arguments, state_at(4), None, logs={"eval_loss": 1.0})
+    assert [line["step"] for line in read_metrics(tmp_path)] == [0, 2, 4]
 
 
 def test_a_key_that_only_one_start_has_is_a_difference():
