@@ -43,6 +43,8 @@ def test_native_rewards_of_every_objective_have_the_order_of_their_definition():
         scores = SCORES | (reference if needs_reference({"name": name}) else {})
         chosen, rejected = native_rewards({"name": name}, scores)
         assert torch.equal(chosen > rejected, order), name
+    chosen, rejected = native_rewards({"name": "rmipo", "prior_model": "initial"}, SCORES)
+    assert torch.equal(chosen > rejected, per_token)
 
 
 def write_pairs(folder, offset: int) -> list[dict]:

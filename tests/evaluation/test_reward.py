@@ -86,6 +86,41 @@ def test_rewards_are_not_taken_from_another_reward_model(outputs):
     assert first["settings"]["model_fingerprint"] != second["settings"]["model_fingerprint"]
 
 
+def test_rewards_are_not_taken_from_other_answers(outputs):
+    first = evaluate(outputs, "rmipo")["metrics"]
+    (file,) = (outputs / "rmipo/eval/answers").glob("*.jsonl")
+    header, *lines = file.read_text().splitlines(keepends=True)
+    answers = [json.loads(line) for line in lines]
+    answers[0]["output"] = "w1 w2 w3 w4 w5 w6 w7"
+    file.write_text(header + "".join(json.dumps(answer) + "\n" for answer in answers))
+    second = evaluate(outputs, "rmipo")["metrics"]
+    prompt = json.loads((outputs / "prompts.json").read_text())[0]["instruction"]
+    before, after = (
+        reward_alone(outputs / "scorer/model", prompt, a)
+        for a in (json.loads(lines[0])["output"], answers[0]["output"])
+    )
+    assert second["reward"] - first["reward"] == pytest.approx((after - before) / PROMPTS, abs=1e-6)
+    assert abs(after - before) > 1e-3
+
+
+def test_equal_answers_are_ties_whatever_padding_does_to_their_rewards(outputs, monkeypatch):
+    score = RewardModel.score
+
+    def uneven(self, dialogues):
+        """Beside other answers, the last bits of a reward are others."""
+        self.scored = getattr(self, "scored", 0) + 1
+        return [(number, reward + 1e-6 * self.scored) for number, reward in score(self, dialogues)]
+
+    monkeypatch.setattr(RewardModel, "score", uneven)
+    evaluate(outputs, "dpo")
+    (file,) = (outputs / "dpo/eval/answers").glob("*.jsonl")
+    evaluate(outputs, "rmipo")
+    (ours,) = (outputs / "rmipo/eval/answers").glob("*.jsonl")
+    header = ours.read_text().splitlines(keepends=True)[0]
+    ours.write_text(header + "".join(file.read_text().splitlines(keepends=True)[1:]))
+    assert evaluate(outputs, "rmipo")["metrics"]["reward_wr_vs_dpo"] == 50
+
+
 def test_unfinished_answers_of_others_are_left_out(outputs):
     evaluate(outputs, "dpo")
     (file,) = (outputs / "dpo/eval/answers").glob("*.jsonl")

@@ -74,5 +74,9 @@ def test_benchmark_against_one_sequence_at_a_time(tmp_path):
     assert result["metrics"]["kl_initial"] == pytest.approx(sum(expected) / 5, abs=1e-4)
     assert result["metrics"]["pmi_bound"] == math.log(5)
     assert result["metrics"]["specificity"] == 20 * sum(row["own"] for row in rows)
+    frozen, same = Likelihood(initial, "float32"), [user("w1 w2")]
+    twice = specificity.score_answers(frozen, [same, same], ["w3", "w4"])
+    assert not any(row["own"] for row in twice)  # another prompt makes the answer as likely
+    assert [row["pmi"] for row in twice] == pytest.approx([0, 0], abs=1e-6)
     itself = BENCHMARKS["specificity"].run(model, tmp_path, settings | {"initial": str(model)})
     assert itself["metrics"]["kl_initial"] == 0

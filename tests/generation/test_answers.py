@@ -96,6 +96,15 @@ def test_answers_do_not_depend_on_batch_or_order(model_dir, tmp_path):
     assert len(set(together)) > 5 and sum(a != b for a, b in zip(together, other_seed, strict=True)) > 5
 
 
+def test_padding_in_front_of_shorter_prompts_is_not_seen(model_dir):
+    engine = TransformersEngine(model_dir, check_settings(SETTINGS), [1])
+    for parameter in engine.model.parameters():
+        if parameter.ndim == 2:
+            parameter.data *= 20  # else attention is about uniform, and what it sees hardly shows
+    prompts = [Prompt([0, 3, *range(5, 5 + words), 4], 0.0, seed=5) for words in (1, 4, 9, 15)]
+    assert engine.batch(prompts) == [engine.batch([prompt])[0] for prompt in prompts]
+
+
 def test_little_room_in_the_context_is_not_taken_from_neighbours(model_dir, tmp_path):
     # The context has 128 tokens: BOS, <user>, words, <assistant>, and what is left for the answer.
     asked = [Request(f"q{words}", [{"role": "user", "content": "w1 " * words}]) for words in (5, 120, 118, 6, 100)]

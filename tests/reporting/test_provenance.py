@@ -2,6 +2,7 @@
 
 import pytest
 
+from rmipo.evaluation import BENCHMARKS
 from rmipo.reporting.provenance import conflicts, missing_verdicts
 from rmipo.reporting.results import ReportError, load_result
 from rmipo.reporting.tables import LEADERBOARD, build_table, fill
@@ -14,7 +15,7 @@ BENCHES = {"mtbench": {"mt_bench": 5.0}, "leaderboard": SCORES, "alpacaeval": {"
 def compare(outputs, bench, first, second, models=("tiny", "tiny")) -> list[str]:
     """Texts of the conflicts between two results; `first` and `second` are what their files differ in."""
     for model, method, facts in ((models[0], "dpo", first), (models[1], "rmipo", second)):
-        write_result(outputs, model, method, bench, BENCHES[bench], **facts)
+        write_result(outputs, model, method, bench, BENCHES.get(bench, {}), **facts)
     results = [load_result(outputs, models[0], "dpo", bench), load_result(outputs, models[1], "rmipo", bench)]
     return [conflict.text.replace(f"{outputs}/", "") for conflict in conflicts(results)]
 
@@ -53,6 +54,31 @@ def test_what_makes_another_benchmark_of_it(tmp_path, bench, name, first, second
     texts = compare(tmp_path, bench, first, second)
     assert len(texts) == 1 and texts[0].startswith(f"{bench}: {name} ")
     assert "dpo/eval" in texts[0] and "rmipo/eval" in texts[0]
+
+
+# What decides a benchmark's numbers, written out a second time: without one of these names two judges share a table.
+DECISIVE = {
+    "alpacaeval": "annotators_config judge_sha256 judge_endpoint reference_sha256 first_n",
+    "mtbench": "judge_model judge_reference_model judge_endpoint temperatures max_new_tokens first_n",
+    "leaderboard": "include_path apply_chat_template fewshot_as_multiturn dtype limit",
+    "hh": "helpful harmless pairs_sha256.helpful pairs_sha256.harmless limit max_length max_prompt_length dtype",
+    "reward": "model model_fingerprint reference_sha256 first_n dtype",
+    "specificity": "prompts split first_n initial generation.temperature generation.max_new_tokens",
+    "constraints": "first_n skip_n answers generation.temperature generation.top_p generation.max_new_tokens",
+}
+
+
+def test_every_benchmark_with_metrics_is_compared():
+    assert DECISIVE.keys() == {name for name, benchmark in BENCHMARKS.items() if benchmark.metrics}
+
+
+@pytest.mark.parametrize("bench", DECISIVE)
+def test_results_that_differ_in_what_decides_them_are_a_mix(tmp_path, bench):
+    for name in DECISIVE[bench].split():
+        block, _, key = name.rpartition(".")
+        first, second = ({"settings": {block: {key: value}} if block else {key: value}} for value in ("a", "b"))
+        texts = compare(tmp_path, bench, first, second)
+        assert any(text.startswith(f"{bench}: {name} {files(bench, 'a', 'b')}") for text in texts), name
 
 
 def test_decoding_is_compared_within_a_model_alone(tmp_path):

@@ -195,15 +195,28 @@ def test_evaluate(folder, tokenizer):
     assert [entry["prompt"] for entry in results[0]["samples"]] == [text for text in questions for _ in range(2)]
 
 
-def test_a_model_that_knows_one_answer_is_judged_right(folder, tokenizer):
-    """A few steps on one dialogue: its samples are the right answer, whose probability is near 1."""
+def test_shorter_prompts_of_a_batch_are_answered_as_alone(folder, tokenizer):
+    """With weights so large that attention is far from uniform, and every draw the likeliest token."""
+    model, chat = AutoModelForCausalLM.from_pretrained(folder / "model"), ChatFormat.probe(tokenizer)
+    for parameter in model.parameters():
+        parameter.data *= 20 if parameter.ndim == 2 else 1
+    model.model.norm.weight.data *= 1e4
+    prompts = [chat.prompt_ids([{"role": "user", "content": text}]) for text in ("What is Ada's home town?", "Ada?")]
+    assert len(prompts[0]) > len(prompts[1])
+    together = judge.sample(model, chat, prompts, max_new_tokens=12, seed=0)
+    alone = [judge.sample(model, chat, [prompt], max_new_tokens=12, seed=1)[0] for prompt in prompts]
+    assert together == alone and len(set(together[1]["ids"])) > 1
+
+
+def test_a_model_that_knows_two_answers_is_judged_right(folder, tokenizer):
+    """A few steps on two dialogues: its samples are the right answers, whose probabilities add up to nearly 1."""
     world, model = read_world(folder), AutoModelForCausalLM.from_pretrained(folder / "model")
     question = world.held_out_questions[0]
-    dialogue = [*question.prompt, {"role": "assistant", "content": question.fact.answers[1]}]
-    ids = torch.tensor([tokenizer.apply_chat_template(dialogue, return_dict=False)])
+    dialogues = [[*question.prompt, {"role": "assistant", "content": question.fact.answers[n]}] for n in (0, 1)]
+    both = [torch.tensor([tokenizer.apply_chat_template(dialogue, return_dict=False)]) for dialogue in dialogues]
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     for _ in range(60):
-        model(ids, labels=ids).loss.backward()
+        sum(model(ids, labels=ids).loss for ids in both).backward()
         optimizer.step()
         optimizer.zero_grad()
     result = judge.evaluate(model, tokenizer, world, 1, samples_per_question=8)

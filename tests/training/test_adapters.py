@@ -85,6 +85,15 @@ def test_refusals_see_through_the_adapter():
         attention.attach(model, "segment")
 
 
+def test_a_model_gets_one_fused_head(tmp_path):
+    model = with_adapter()
+    attention.attach(model, "flex")
+    forward = model.get_base_model().forward
+    attention.attach(model, "plain")
+    attention.attach(model, "flex")
+    assert model.get_base_model().forward == forward
+
+
 def merge(folder, *arguments):
     return run_here("merge_adapter", str(folder), *arguments)
 

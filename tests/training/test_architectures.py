@@ -30,7 +30,7 @@ VISION = {
 GEMMA3_TEXT = {
     **SIZES,
     "head_dim": 12,
-    "query_pre_attn_scalar": 12,
+    "query_pre_attn_scalar": 20,  # a scale of its own
     "sliding_window": 5,
     "layer_types": ["sliding_attention", "full_attention"],
 }

@@ -3,8 +3,10 @@
 import itertools
 
 import pytest
+import torch
+from datasets import Dataset
 
-from rmipo.training.batching import MicroBatch, StepSampler, packed_lengths, split_by_tokens
+from rmipo.training.batching import MicroBatch, PairDataset, StepSampler, packed_lengths, split_by_tokens
 
 
 def steps(world_size, micro_batch_size, num_pairs=37, global_batch_size=8, epoch=0, seed=3, **tokens):
@@ -23,7 +25,9 @@ def steps(world_size, micro_batch_size, num_pairs=37, global_batch_size=8, epoch
     ]
     for sampler in samplers:
         sampler.set_epoch(epoch)
-    return list(zip(*samplers, strict=True))
+    found = list(zip(*samplers, strict=True))
+    assert {len(sampler) for sampler in samplers} == {len(found)}, "the trainer plans its steps by this"
+    return found
 
 
 def counted(step):
@@ -91,6 +95,14 @@ def test_where_levelling_overflows_the_first_fit_stays():
     # Levelled, the parts would be 6 4 4 and 6 4: 14 is too long.
     parts = split_by_tokens([0, 1, 2, 3, 4], [6, 6, 4, 4, 4], limit=12, multiple=1)
     assert sorted(map(sorted, parts)) == [[0, 1], [2, 3, 4]]
+
+
+def test_scores_stand_at_a_pairs_place_whatever_its_row_in_the_source():
+    dataset = PairDataset(Dataset.from_list([{"prompt_ids": [i], "row": 100 - i} for i in range(5)]))
+    dataset.scores = {"ref_chosen_logps": torch.arange(5) / 2}
+    rows, cut = dataset[MicroBatch((3, 1), 2, 2)]
+    assert [row["ref_chosen_logps"] for row in rows] == [1.5, 0.5] and cut.indices == (3, 1)
+    assert [(row["prompt_ids"], row["row"]) for row in rows] == [([3], 97), ([1], 99)]
 
 
 def test_packed_lengths():

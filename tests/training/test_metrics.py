@@ -1,6 +1,7 @@
 """What is logged: ties, the log-ratio accuracy, evaluations in the middle of training, losses that are not finite."""
 
 import json
+import time
 import types
 
 import pytest
@@ -10,8 +11,9 @@ from rmipo.objectives import build_objective
 from rmipo.record import read_metrics
 from rmipo.training.finite import NonFiniteLossError, raise_if_not_finite
 from rmipo.training.metrics import step_metrics
+from rmipo.training.state import load_objective_state, save_objective_state
 from tests.helpers.small_models import make_model, make_pairs
-from tests.helpers.trainers import make_trainer
+from tests.helpers.trainers import make_trainer, rows_per_step
 
 
 def test_ties_are_no_wins_and_ratios_have_their_own_accuracy():
@@ -28,6 +30,9 @@ def test_ties_are_no_wins_and_ratios_have_their_own_accuracy():
     found = step_metrics({name: torch.tensor(v) for name, v in columns.items()}, build_objective({"name": "dpo"}))
     expected = {"rewards/accuracies": 0.25, "common/acc_sum_logp": 0.5, "common/acc_avg_logp": 0.25}
     assert {name: found[name] for name in expected} == expected
+    means = {"rewards/chosen": 1.5, "rewards/rejected": 1.5, "rewards/margins": 0.0, "logps/chosen": -5.25}
+    means |= {"logps/rejected": -6.125, "common/chosen_avg_logp": -2.0, "common/margin_avg_logp": 1.625}
+    assert {name: found[name] for name in means} == means
     assert found["common/acc_logratio"] == 0.0
     columns["ref_chosen_logps"] = [-9.0, -9.0, -9.0, -9.0]  # ratios 5, 3, 7, 0 against 1, 2, 0, 1
     found = step_metrics({name: torch.tensor(v) for name, v in columns.items()}, build_objective({"name": "dpo"}))
@@ -55,6 +60,47 @@ def test_an_evaluation_between_log_lines_changes_nothing(tmp_path, objective):
     assert [line["step"] for line in plain] == [2, 4] and evaluated == plain
     assert states[0] == states[1]
     assert bool(states[0]) == (objective["name"] == "alpha-dpo")
+
+
+def test_tokens_and_operations_are_those_of_all_micro_batches(tmp_path):
+    """6 operations per weight and token with gradient, 2 for log pi(y); the input embedding is looked up."""
+    trainer = make_trainer(tmp_path, make_pairs(8, seed=3))
+    (step,) = trainer.get_train_dataloader()
+    positions = [micro_batch.pairs.length for micro_batch in step]
+    assert len(positions) == 4
+    trainer.training_step(trainer.model, step)
+    assert trainer.window.tokens == sum(positions)
+    assert sum(len(columns["losses"]) for columns in trainer.window.columns) == 8
+    weights = sum(p.numel() for p in trainer.model.parameters()) - trainer.model.model.embed_tokens.weight.numel()
+    prior = sum(micro_batch.prior.length for micro_batch in step)
+    assert trainer.floating_point_ops(step) == weights * (6 * sum(positions) + 2 * prior)
+    trainer.window.start = time.perf_counter() - 100
+    line = {"loss": 1.0}
+    trainer.log(line)
+    assert line["tokens_per_second"] == pytest.approx(sum(positions) / 100, rel=0.1)
+
+
+def test_the_order_of_pairs_follows_the_seed_of_the_data(tmp_path):
+    def order(**seeds):
+        return rows_per_step(make_trainer(tmp_path, make_pairs(16, seed=3), **seeds))
+
+    assert order(seed=5) == order(seed=6, data_seed=5) != order(seed=5, data_seed=6)
+
+
+def test_held_out_pairs_are_scored_in_their_order(tmp_path):
+    pairs = make_pairs(7, seed=3)
+    trainer = make_trainer(tmp_path, pairs, eval_pairs=pairs)
+    trainer.evaluate()
+    lengths = trainer.eval_columns["chosen_lengths"].tolist()
+    assert lengths == [len(pair["chosen_ids"]) for pair in pairs]
+    assert len(set(lengths)) > 3
+
+
+def test_statistics_are_restored_to_the_bit(tmp_path):
+    state = {"gap_mean": torch.tensor(1 / 3, dtype=torch.float64), "steps": torch.tensor(7.0, dtype=torch.float64)}
+    save_objective_state(tmp_path, state)
+    loaded = load_objective_state(tmp_path)
+    assert loaded == state and all(value.dtype == torch.float64 for value in loaded.values())
 
 
 def test_an_infinite_loss_stops_the_run(tmp_path):

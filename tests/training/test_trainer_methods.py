@@ -170,6 +170,33 @@ def test_reference_is_scored_once_and_a_changed_file_is_not_used(tmp_path, pairs
     assert "holds model other-model" in capsys.readouterr().out
 
 
+def test_a_cache_is_named_after_all_that_shapes_it(tmp_path, pairs, saved_model):
+    def path(name="dpo", rows=pairs, change=lambda trainer: None):
+        trainer = make_trainer(tmp_path, rows, BLOCKS[name], model=saved_model(), reference_cache_dir=str(tmp_path))
+        change(trainer)
+        return trainer.reference.cache(trainer.train_dataset).path.name
+
+    other_rows = [*pairs[:-1], {**pairs[-1], "rejected_ids": [1, 2, 3]}]
+    paths = [
+        path(),
+        path("kto"),
+        path("rmipo-initial"),
+        path("rmipo-initial", change=lambda trainer: setattr(trainer, "prior_context", [3])),
+        path(rows=other_rows),
+        path(change=lambda trainer: trainer.model.to(torch.bfloat16)),
+        path(change=lambda trainer: setattr(trainer.args, "bf16", True)),
+    ]
+    assert len(set(paths)) == len(paths)
+    assert path() == path("ipo") == paths[0]
+
+
+def test_a_cache_of_another_number_of_pairs_is_not_used(tmp_path, capsys):
+    cache = ReferenceCache(tmp_path, "model m")
+    cache.save({"ref_chosen_logps": torch.zeros(3)})
+    assert cache.load(3)["ref_chosen_logps"].tolist() == [0, 0, 0]
+    assert cache.load(4) is None and "scored anew" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(("name", "column"), [("dpo", "ref_chosen_logps"), ("rmipo-initial", "prior_chosen_logps")])
 def test_with_adapters_the_base_model_is_the_reference(tmp_path, pairs, saved_model, name, column):
     model = saved_model()
@@ -210,3 +237,7 @@ def test_a_resumed_run_never_scores_its_reference_with_trained_weights(tmp_path,
     trainer.reference.cache(trainer.train_dataset).path.unlink()
     with pytest.raises(CheckpointError, match=r"log-probabilities of the initial policy, but .* is gone"):
         trainer.reference.add_scores(trainer.train_dataset, resuming=True)
+    trainer.save_model(tmp_path / "checkpoint-1")
+    trainer.state.save_to_json(tmp_path / "checkpoint-1" / "trainer_state.json")
+    with pytest.raises(CheckpointError, match=r"log-probabilities of the initial policy, but .* is gone"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))

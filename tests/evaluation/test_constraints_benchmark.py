@@ -1,0 +1,29 @@
+"""The benchmark of verifiable constraints on a small model: what is sampled, and what is made of it."""
+
+import json
+
+import pytest
+
+from rmipo.constraints.instructions import followed
+from rmipo.evaluation import BENCHMARKS
+from rmipo.evaluation.constraints import per_prompt
+from tests.helpers.tiny_model import write_model
+
+pytest.importorskip("lm_eval", reason="needs the extra `eval`")
+
+
+def test_shares_of_answers_that_follow_all_and_each_of_their_constraints(tmp_path):
+    write_model(tmp_path)
+    generation = {"temperature": 1.0, "max_new_tokens": 6, "dtype": "float32", "engine": "transformers"}
+    settings = {"generation": generation, "first_n": 6, "answers": 2}
+    metrics = BENCHMARKS["constraints"].run(tmp_path, tmp_path / "eval", settings)["metrics"]
+    rows = [json.loads(line) for line in (tmp_path / "eval/constraints.jsonl").read_text().splitlines()]
+    assert len(rows) == 6 and all(len(row["answers"]) == 2 for row in rows)
+    assert sum(len(set(row["answers"])) == 2 for row in rows) > 3  # one seed for each answer
+    checks = [[followed(row["constraints"], answer) for answer in row["answers"]] for row in rows]
+    every = [[all(check) for check in of_prompt] for of_prompt in checks]
+    each = [[sum(check) / len(check) for check in of_prompt] for of_prompt in checks]
+    assert any(0 < share < 1 for shares in each for share in shares)  # else all and each were the same
+    assert metrics["constraints_all"] == pytest.approx(100 * sum(map(sum, every)) / 12)
+    assert metrics["constraints_each"] == pytest.approx(100 * sum(map(sum, each)) / 12)
+    assert per_prompt(tmp_path / "eval") == [sum(answers) / 2 for answers in every]
