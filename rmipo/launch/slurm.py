@@ -51,8 +51,7 @@ def submit(config: str, program: list[str], *, name: str, **options) -> tuple[st
     logs = Path("outputs/slurm")  # Slurm doesn't make the log's folder and would lose the log
     logs.mkdir(parents=True, exist_ok=True)
     command = sbatch_command(config, program, name=name, **options)
-    environment = {"WANDB_PROJECT": "rmipo", **os.environ}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise ConfigError(f"SLURM=1: sbatch refused {name}: {done.stderr.strip()}")
     job = done.stdout.strip().split(";")[0]

@@ -17,6 +17,7 @@ import yaml
 from rmipo.errors import ConfigError
 from rmipo.launch import slurm
 from rmipo.launch.choices import choose_sharding, choose_stages, gpus_asked_for, is_on, node_count
+from rmipo.launch.environment import training_environment
 from rmipo.launch.pipeline import Step, launch_configuration, load_steps
 from rmipo.plan import preflight
 from rmipo.plan.memory import Hardware, Sharding
@@ -24,14 +25,6 @@ from rmipo.run.checkpoints import MARKER
 from rmipo.run.stop import EXIT_STOPPED
 
 DRY_GPUS = 4  # shown where no GPU is visible: the hardware of the paper
-SAVING_SECONDS = "540"  # between the SIGTERM and the SIGKILL that torch's launcher sends; its 30 save no large model
-
-DEFAULTS = {
-    "WANDB_PROJECT": "rmipo",
-    "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": SAVING_SECONDS,
-    # Micro-batches differ in length: without it the allocator's blocks fit none of the following ones.
-    "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
-}
 
 
 def train(env: Mapping[str, str]) -> int:
@@ -60,8 +53,7 @@ def train(env: Mapping[str, str]) -> int:
             check_hardware(step, env, gpus, nodes, sharding)
     if queued:
         return queue(steps, gpus, nodes, sharding)
-    if sharding == "zero3-offload":  # CPUAdam runs on as many threads as this says; torch's launcher would say one
-        env = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // max(1, gpus)))} | env
+    env = training_environment(env, sharding, gpus)
     program = Program()
     for number in range(len(steps)):
         if program.stopped_at:
@@ -162,7 +154,9 @@ class Program:
     ) -> int:
         """Exit code of `command`; 75 if it saved in `output_dir` after a SIGTERM."""
         # A group of its own: Ctrl-C reaches it once, through us, and what it started can be ended with it.
-        self.process = subprocess.Popen(command, env=DEFAULTS | (env or os.environ), process_group=0, **streams)
+        self.process = subprocess.Popen(
+            command, env=env or training_environment(os.environ), process_group=0, **streams
+        )
         if self.stopped_at:  # the signal came before there was a process to pass it on to
             self.process.terminate()
         try:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from rmipo.launch import choices, pipeline, train
+from rmipo.launch.environment import DEFAULTS, training_environment
 from rmipo.recipe.load import ConfigError, load_recipe
 from tests.helpers.paths import ROOT
 from tests.helpers.programs import run_here
@@ -294,12 +295,16 @@ def test_a_stop_before_the_program_runs_reaches_it():
     assert program.run([sys.executable, "-c", "import time; time.sleep(60)"]) == 128 + signal.SIGTERM
 
 
-def test_time_to_save_is_the_same_with_and_without_slurm():
-    script = (ROOT / "scripts/launch.slurm").read_text()
-    seconds = int(re.search(r"TORCH_ELASTIC_SHUTDOWN_TIMEOUT=(\d+)", script)[1])
-    assert seconds == int(train.SAVING_SECONDS) < int(re.search(r"--signal=B:USR1@(\d+)", script)[1])
+@pytest.mark.parametrize(("sharding", "threads"), [("zero3-offload", "4"), ("zero3", None)])
+def test_programs_have_the_training_environment(monkeypatch, sharding, threads):
+    """CPUAdam's threads: of eight cores, for two processes."""
+    monkeypatch.setattr("os.cpu_count", lambda: 8)
+    assert training_environment({"OMP_NUM_THREADS": "1"}, sharding, 2)["OMP_NUM_THREADS"] == "1"
+    environment = training_environment({}, sharding, 2)
+    assert environment == DEFAULTS | ({"OMP_NUM_THREADS": threads} if threads else {})
     show = "import os, sys; sys.exit(int(os.environ['TORCH_ELASTIC_SHUTDOWN_TIMEOUT']) - 500)"
-    assert train.Program().run([sys.executable, "-c", show]) == seconds - 500
+    expected = int(DEFAULTS["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"]) - 500
+    assert train.Program().run([sys.executable, "-c", show]) == expected
 
 
 @pytest.mark.parametrize(

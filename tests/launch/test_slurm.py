@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ import torch
 from accelerate.commands.launch import launch_command, launch_command_parser
 from safetensors.torch import load_file
 
+from rmipo.launch.environment import DEFAULTS, training_environment
 from rmipo.launch.slurm import submit
 from rmipo.recipe.load import ConfigError
 from rmipo.record import read_metrics
@@ -129,14 +131,8 @@ def test_stops_with_notice_requeue_too_and_scancel_ends_for_good(tmp_path, overr
     assert starts == 1
 
 
-@pytest.mark.parametrize("sharding", ["zero3", "zero2", "ddp", "fsdp2"])
-def test_accelerate_meets_at_the_head_node(tmp_path, monkeypatch, sharding):
-    """The node's part of the script, with a program in accelerate's place that records its arguments."""
-    monkeypatch.chdir(ROOT)
-    stand_in = tmp_path / ".venv/bin/accelerate"
-    stand_in.parent.mkdir(parents=True)
-    stand_in.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
-    stand_in.chmod(0o755)
+def on_a_node(folder, accelerate, *arguments, **environment):
+    """Output of the node's part of the script, with the shell text `accelerate` as that program."""
     node = {
         "RMIPO_HEAD_NODE": "first",
         "SLURM_JOB_ID": "7",
@@ -145,13 +141,26 @@ def test_accelerate_meets_at_the_head_node(tmp_path, monkeypatch, sharding):
         "SLURM_GPUS_PER_NODE": "a100:8",
         "SLURM_GPUS_ON_NODE": "16",  # of a node that is taken whole
     }
-    config = f"configs/accelerate/{sharding}.yaml"
-    program = ["scripts/preference.py", "--config", "a b.yaml"]
+    programs = {"accelerate": accelerate, "python": f'exec "{sys.executable}" "$@"'}
+    (folder / ".venv/bin").mkdir(parents=True)
+    for name, text in programs.items():
+        (folder / ".venv/bin" / name).write_text(f"#!/bin/sh\n{text}\n")
+        (folder / ".venv/bin" / name).chmod(0o755)
+    (folder / "rmipo").symlink_to(ROOT / "rmipo")
     done = subprocess.run(
-        ["bash", ROOT / "scripts/launch.slurm", config, *program], cwd=tmp_path, env=os.environ | node,
+        ["bash", ROOT / "scripts/launch.slurm", *arguments], cwd=folder, env=os.environ | node | environment,
         capture_output=True, text=True, check=True,
     )  # fmt: skip
-    command, *arguments = done.stdout.splitlines()
+    return done.stdout
+
+
+@pytest.mark.parametrize("sharding", ["zero3", "zero2", "ddp", "fsdp2"])
+def test_accelerate_meets_at_the_head_node(tmp_path, monkeypatch, sharding):
+    """The node's part of the script, with a program in accelerate's place that records its arguments."""
+    monkeypatch.chdir(ROOT)
+    config = f"configs/accelerate/{sharding}.yaml"
+    program = ["scripts/preference.py", "--config", "a b.yaml"]
+    command, *arguments = on_a_node(tmp_path, 'printf "%s\\n" "$@"', config, *program).splitlines()
     assert command == "launch"
     started = []
     monkeypatch.setattr("torch.distributed.run.run", started.append)
@@ -161,6 +170,25 @@ def test_accelerate_meets_at_the_head_node(tmp_path, monkeypatch, sharding):
     assert (args.nnodes, args.nproc_per_node) == ("4", "8")
     assert (args.rdzv_backend, args.rdzv_endpoint) == ("c10d", "first:20007")
     assert args.log_dir == "outputs/slurm/7/start-0/node-2" and args.tee == "3"
+
+
+@pytest.mark.parametrize("sharding", ["zero3", "zero3-offload"])
+def test_a_node_has_the_environment_of_make_train(tmp_path, monkeypatch, sharding):
+    for name in (*DEFAULTS, "OMP_NUM_THREADS"):
+        monkeypatch.delenv(name, raising=False)
+    program = (f"configs/accelerate/{sharding}.yaml", "scripts/preference.py")
+    found = dict(
+        line.split("=", 1) for line in on_a_node(tmp_path, "exec env", *program, WANDB_PROJECT="mine").splitlines()
+    )
+    expected = training_environment({"WANDB_PROJECT": "mine"}, sharding, processes=8)
+    assert {name: found.get(name) for name in expected} == expected
+    assert expected["PYTORCH_CUDA_ALLOC_CONF"] == "expandable_segments:True"
+    assert ("OMP_NUM_THREADS" in found) == ("OMP_NUM_THREADS" in expected) == (sharding == "zero3-offload")
+
+
+def test_there_is_time_to_save_before_the_time_limit():
+    notice = re.search(r"--signal=B:USR1@(\d+)", (ROOT / "scripts/launch.slurm").read_text())
+    assert int(DEFAULTS["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"]) < int(notice[1])
 
 
 def test_without_slurm_the_way_out_is_named(monkeypatch, tmp_path):
