@@ -10,8 +10,7 @@ import os
 from pathlib import Path
 
 from rmipo import cli
-from rmipo.errors import ConfigError
-from rmipo.launch.choices import choose_sharding, choose_stages, node_count
+from rmipo.launch.choices import choose_sharding, choose_stages, node_count, positive_number
 from rmipo.launch.pipeline import launch_configuration, load_steps, maker
 from rmipo.plan import duration, lengths, preflight
 from rmipo.plan.memory import (
@@ -34,13 +33,6 @@ ASSUMED_EXAMPLES = {
 }
 
 
-def number(env: dict[str, str], name: str, default: float) -> float:
-    text = env.get(name) or str(default)
-    if not text.replace(".", "", 1).isdecimal() or float(text) <= 0:
-        raise ConfigError(f"{name}={text}: expected a number above 0")
-    return float(text)
-
-
 def hardware_of(env: dict[str, str], recipe: Recipe) -> Hardware:
     nodes = node_count(env)
     if env.get("GPUS"):
@@ -56,7 +48,7 @@ def hardware_of(env: dict[str, str], recipe: Recipe) -> Hardware:
 def examples_of(env: dict[str, str], recipe: Recipe) -> tuple[int, str]:
     """(training examples, where the number is from)."""
     if env.get("EXAMPLES"):
-        return int(number(env, "EXAMPLES", 1)), "as EXAMPLES says"
+        return int(positive_number(env, "EXAMPLES", 1)), "as EXAMPLES says"
     known = lengths.training_examples(recipe)
     if known is not None:
         return known, "in the training data"
@@ -145,7 +137,7 @@ def main() -> int:
     if on_cpu:
         print("Hours: not estimated for a CPU; the progress bar of a trial shows them: ARGS='--max_steps 20'")
     else:
-        tflops = number(env, "TFLOPS", duration.A100_TFLOPS)
+        tflops = positive_number(env, "TFLOPS", duration.A100_TFLOPS)
         print_hours(duration.hours(recipe, shape, run, sharding, hardware, examples, tflops), hardware, tflops)
     needed = preflight.disk_needed(recipe, shape, sharding)
     print(f"Disk: {needed / GIB:.1f} GiB in {recipe.values['output_dir']} (checkpoints, one being written, the model)")

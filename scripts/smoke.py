@@ -14,10 +14,11 @@ import signal
 import statistics
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from rmipo import cli
-from rmipo.launch.choices import MADE_FIRST, check_choices, choose_sharding, choose_stages
+from rmipo.launch.choices import MADE_FIRST, check_choices, choose_sharding, choose_stages, positive_number
 from rmipo.launch.doctor import Check
 
 VARIABLES = ("MODEL", "METHOD", "DATA", "ARGS", "GPUS", "SHARDING", "TFLOPS")
@@ -40,7 +41,7 @@ def own_arguments(env: dict[str, str], folder: Path) -> str:
     return shlex.join([*start, *shlex.split(env.get("ARGS", "")), *own.split(), *quiet.split()])
 
 
-def run(command: list[str], folder: Path, stop: bool) -> int:
+def run(command: list[str], folder: Path, env: dict[str, str], stop: bool) -> int:
     """Exit code of the training `command`. With `stop` it gets a SIGTERM once STOP_AFTER steps are logged."""
     from rmipo.launch.train import Program
 
@@ -56,7 +57,7 @@ def run(command: list[str], folder: Path, stop: bool) -> int:
     if watcher:
         watcher.start()
     print(shlex.join(command), flush=True)
-    code = program.run(command, str(folder))
+    code = program.run(command, str(folder), env)
     ended.set()
     if watcher:
         watcher.join()
@@ -97,8 +98,8 @@ def export_check(folder: Path) -> Check:
     return Check("export", finite, found + ("finite" if finite else "not finite"), "lower learning_rate")
 
 
-def hardware_checks(recipe, folder: Path, env: dict[str, str]) -> Iterator[Check]:
-    """Memory against the plan, and tokens per second against the roofline of the GPUs."""
+def hardware_checks(recipe, folder: Path, gpus: int, sharding: str, tflops: float) -> Iterator[Check]:
+    """Memory against the plan, and tokens per second against the roofline of the `gpus` that were trained on."""
     from rmipo.launch.pipeline import launch_configuration
     from rmipo.plan import duration, preflight
     from rmipo.plan.memory import GIB, Sharding, plan_memory
@@ -112,16 +113,17 @@ def hardware_checks(recipe, folder: Path, env: dict[str, str]) -> Iterator[Check
         for name in ("memory", "tokens/s"):
             yield Check(name, False, f"only {len(lines)} steps were made", "see the output above")
         return
-    hardware = preflight.local_hardware()
-    world = int(env["GPUS"].partition("x")[0]) if env.get("GPUS") else hardware.gpus
+    hardware = replace(preflight.local_hardware(), gpus_per_node=gpus)
     shape, planned = preflight.shape_of(recipe), preflight.run_of(recipe)
-    memory = plan_memory(shape, planned, Sharding.load(launch_configuration(recipe, choose_sharding(env))), hardware)
+    memory = plan_memory(shape, planned, Sharding.load(launch_configuration(recipe, sharding)), hardware)
     needed = (memory.needed - memory.parts["reserve (assumed)"]) / GIB
     peak = max(line["peak_memory_gib"] for line in lines)
     fix = "lower max_tokens_per_micro_batch, and report both numbers"
-    yield Check("memory", peak <= TOLERANCE * needed, f"{peak:.1f} GiB at most on a GPU, {needed:.1f} planned", fix)
+    yield Check(
+        "memory", peak <= TOLERANCE * needed, f"{peak:.1f} GiB at most on the first GPU, {needed:.1f} planned", fix
+    )
 
-    peak_flops = world * float(env.get("TFLOPS") or duration.A100_TFLOPS) * 1e12
+    peak_flops = gpus * tflops * 1e12
     per_token = duration.step_flops(shape, planned) / duration.typical_tokens(planned)[0]
     speed = statistics.median(line["tokens_per_second"] for line in lines[2:])  # the first steps compile
     used, least = speed * per_token / peak_flops, duration.UTILIZATION[0]
@@ -139,9 +141,13 @@ def main() -> int:
         env["MODEL"] = "llama3-8b-instruct" if torch.cuda.is_available() else "tiny"
     env["STAGE"] = "rmipo"
     check_choices(env)
+    from rmipo.plan.duration import A100_TFLOPS
+
+    tflops = positive_number(env, "TFLOPS", A100_TFLOPS)
     folder = Path("outputs", env["MODEL"], "smoke")
     env["ARGS"] = own_arguments(env, folder)
 
+    from rmipo.launch.environment import training_environment
     from rmipo.launch.pipeline import load_steps
     from rmipo.launch.train import Program, check_hardware, gpu_count
 
@@ -157,8 +163,9 @@ def main() -> int:
         if code := Program().run(first.command(gpus, sharding)):
             return code
     command = step.command(gpus, sharding)
-    codes = run(command, folder, stop=True), run(command, folder, stop=False)
-    results = [*run_checks(folder, codes), *hardware_checks(step.recipe, folder, env)]
+    environment = training_environment(os.environ, sharding, gpus)
+    codes = run(command, folder, environment, stop=True), run(command, folder, environment, stop=False)
+    results = [*run_checks(folder, codes), *hardware_checks(step.recipe, folder, gpus, sharding, tflops)]
     names = {True: "pass", False: "FAIL", None: "skip"}
     for check in results:
         fix = f". Fix: {check.fix}" if check.passed is False else ""

@@ -108,6 +108,14 @@ def gpus_asked_for(env: Mapping[str, str]) -> int | None:
     return int(match[1]) if match else None
 
 
+def positive_number(env: Mapping[str, str], name: str, default: float) -> float:
+    """The variable `name`, `default` if it is not set. Raises ConfigError unless it is a number above 0."""
+    text = env.get(name) or str(default)
+    if not text.replace(".", "", 1).isdecimal() or float(text) <= 0:
+        raise ConfigError(f"{name}={text}: expected a number above 0")
+    return float(text)
+
+
 def sbatch_options(env: Mapping[str, str]) -> list[str]:
     """The user's own options in SBATCH_ARGS."""
     text = env.get("SBATCH_ARGS", "")

@@ -7,6 +7,7 @@ import subprocess
 
 import pytest
 
+from rmipo.errors import UserError
 from rmipo.plan import preflight
 from rmipo.plan.memory import Hardware
 from rmipo.recipe.load import load_recipe
@@ -48,14 +49,30 @@ def test_smoke_passes_on_a_cpu_and_a_broken_run_fails(repository):
     assert done.stdout.splitlines()[-1] == "tiny: failed: parity, resume, export"
 
 
-@pytest.mark.parametrize(("peak", "speed", "passed"), [(40, 16e3, [True, True]), (75, 2e3, [False, False])])
-def test_memory_and_speed_are_compared_with_the_plan(smoke, tmp_path, monkeypatch, peak, speed, passed):
-    """Llama-3-8B on four A100: about 41 GiB, and 2 x 8e9 x 3.5 FLOPs a token leave about 22,000 tokens/s at the peak."""
+@pytest.mark.parametrize(
+    ("gpus", "peak", "speed", "passed"),
+    [(4, 40, 16e3, [True, True]), (4, 75, 2e3, [False, False]), (2, 75, 8e3, [True, True])],
+)
+def test_memory_and_speed_are_compared_with_the_plan(smoke, tmp_path, monkeypatch, gpus, peak, speed, passed):
+    """Llama-3-8B on four A100: about 41 GiB, and 2 x 8e9 x 3.5 FLOPs a token leave about 22,000 tokens/s at the peak.
+
+    Two of the four have 34 GiB of states each in place of 17, and half the peak.
+    """
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(preflight, "local_hardware", lambda: Hardware(1, 4, 80.0, 500.0))
     write_steps(tmp_path, peak_memory_gib=peak, tokens_per_second=speed)
     recipe = load_recipe("recipes/llama3-8b-instruct/rmipo.yaml")
-    assert [check.passed for check in smoke["hardware_checks"](recipe, tmp_path, {})] == passed
+    checks = smoke["hardware_checks"](recipe, tmp_path, gpus, "", 312.0)
+    assert [check.passed for check in checks] == passed
+
+
+def test_a_tflops_that_is_no_number_is_refused_before_anything_runs(smoke, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["smoke.py"])
+    for name, value in {"MODEL": "tiny", "TFLOPS": "fast"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setitem(smoke["main"].__globals__, "own_arguments", lambda *_: pytest.fail("it went on"))
+    with pytest.raises(UserError, match="TFLOPS=fast: expected a number above 0"):
+        smoke["main"]()
 
 
 def test_a_run_that_started_again_from_the_beginning_fails(smoke, tmp_path, monkeypatch):
