@@ -62,6 +62,7 @@ FIXED_IN_PREFERENCE = {
 ONLY_WITH = {
     "use_peft": ("lora_", "use_rslora", "use_dora"),
     "load_in_4bit": ("bnb_4bit_", "use_bnb_nested_quant"),
+    "use_liger_kernel": ("liger_kernel_config",),
 }
 ACCESS_TOKEN = re.compile(r"\b(hf_[A-Za-z0-9]{20,}|wandb_v1_\w+)")
 
@@ -137,6 +138,11 @@ def check_values(given: Mapping[str, Any], values: Mapping[str, Any], stage: str
     for switch, prefixes in ONLY_WITH.items():
         if not values.get(switch) and (keys := [key for key in values if key.startswith(prefixes)]):
             problems.append(f"{', '.join(keys)}: no effect without {switch}: true")
+    if (values.get("liger_kernel_config") or {}).get("fused_linear_cross_entropy"):
+        problems.append(
+            "liger_kernel_config.fused_linear_cross_entropy is true: it would replace the model's forward, and with it the "
+            "fused LM head of this repository. Remove it"
+        )
     if values.get("push_to_hub") and not values.get("hub_model_id"):
         problems.append("push_to_hub needs hub_model_id, the repository to upload to, such as name/llama3-8b-rmipo")
     try:

@@ -18,7 +18,7 @@ from rmipo.objectives import build_objective
 from rmipo.recipe import foreign
 from rmipo.recipe.checks import check_types, check_values, stage_of, template_text
 from rmipo.recipe.files import merge, parse_overrides, read_layers
-from rmipo.recipe.schema import ARGUMENTS, DataConfig, ModelConfig, PreferenceConfig
+from rmipo.recipe.schema import ARGUMENTS, LIGER, DataConfig, ModelConfig, PreferenceConfig
 from rmipo.record import recorded_run
 
 __all__ = ["ConfigError", "DataConfig", "PreferenceConfig", "Recipe", "load_recipe", "parse_command_line"]
@@ -110,6 +110,8 @@ class Recipe:
         values = {"run_name": self.name, **self.resolved()}
         values |= {"global_batch_size": global_batch_size, "gradient_accumulation_steps": accumulation}
         values["use_cache"] = True  # in the saved configuration, for generation; training forwards say False themselves
+        if values.get("use_liger_kernel"):
+            values["liger_kernel_config"] = LIGER | (values.get("liger_kernel_config") or {})
         values["chat_template"] = template_text(values.get("chat_template"))
         # `export.push` uploads; under the default strategy the Trainer would upload each checkpoint as it is.
         values |= {"hub_strategy": "end", "hub_private_repo": values.get("hub_private_repo", True)}

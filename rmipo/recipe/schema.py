@@ -12,7 +12,7 @@ from trl import SFTConfig
 from rmipo.errors import ConfigError
 from rmipo.recipe.files import coerce
 
-__all__ = ["ARGUMENTS", "RECIPE_ONLY", "DataConfig", "ModelConfig", "PreferenceConfig", "SFTConfig"]
+__all__ = ["ARGUMENTS", "LIGER", "RECIPE_ONLY", "DataConfig", "ModelConfig", "PreferenceConfig", "SFTConfig"]
 
 
 def _option(default: Any, help: str, **metadata: Any) -> Any:
@@ -126,6 +126,11 @@ class ModelConfig(trl.ModelConfig):
 
     allow_pickled_weights: bool = _option(False, "Also load weights that are no safetensors: pickles can run code.")
 
+
+# What use_liger_kernel stands for: norms, rotary embeddings and MLPs. Liger's own default also replaces the forward of
+# the model, to compute its linear cross-entropy, and would undo the fused LM head.
+LIGER = {"rope": True, "rms_norm": True, "swiglu": True, "geglu": True}
+LIGER |= {"cross_entropy": False, "fused_linear_cross_entropy": False}
 
 ARGUMENTS = {"sft": SFTConfig, "preference": PreferenceConfig}
 RECIPE_ONLY = {

@@ -140,6 +140,23 @@ def test_a_run_is_named_after_its_folder_unless_the_recipe_names_it(recipe):
     assert load_recipe(recipe, overrides=["--run_name=first"]).parse(world_size=1)[0].run_name == "first"
 
 
+def test_liger_replaces_norms_rotary_embeddings_and_mlps_and_not_the_lm_head(recipe):
+    liger = load_recipe(recipe, overrides=["--use_liger_kernel=true"]).parse(world_size=1)[0].liger_kernel_config
+    assert all(liger[name] for name in ("rope", "rms_norm", "swiglu"))
+    assert not liger["fused_linear_cross_entropy"] and not liger["cross_entropy"]
+    own = ["--use_liger_kernel=true", "--liger_kernel_config.rope=false"]
+    assert load_recipe(recipe, overrides=own).parse(world_size=1)[0].liger_kernel_config == liger | {"rope": False}
+    assert load_recipe(recipe).parse(world_size=1)[0].liger_kernel_config is None
+
+
+def test_a_liger_configuration_that_cannot_work_is_refused(recipe):
+    head = "--liger_kernel_config.fused_linear_cross_entropy=true"
+    with pytest.raises(ConfigError, match=r"fused_linear_cross_entropy is true: it would replace .* Remove it"):
+        load_recipe(recipe, overrides=["--use_liger_kernel=true", head])
+    with pytest.raises(ConfigError, match="liger_kernel_config: no effect without use_liger_kernel: true"):
+        load_recipe(recipe, overrides=["--liger_kernel_config.rope=false"])
+
+
 def test_models_are_uploaded_once_and_privately(recipe):
     args = load_recipe(recipe).parse(world_size=1)[0]
     assert (args.hub_strategy.value, args.hub_private_repo) == ("end", True)
