@@ -291,3 +291,9 @@ def test_the_estimate_refuses_nothing_where_it_is_switched_off_or_for_another_op
     with pytest.raises(preflight.PreflightError, match="found 8 "):
         preflight.check_launch(load_recipe(path), *small)
     preflight.check_launch(load_recipe(path, overrides=[change]), *small)
+
+
+def test_a_recipe_without_an_optimizer_has_transformers_adamw(recipe_8b):
+    values = {key: value for key, value in recipe_8b.values.items() if key != "optim"}
+    with pytest.raises(preflight.PreflightError, match="found 8 "):
+        preflight.check_launch(dataclasses.replace(recipe_8b, values=values), Hardware(1, 4, 8), ZERO3)

@@ -105,6 +105,13 @@ def test_scores_stand_at_a_pairs_place_whatever_its_row_in_the_source():
     assert [(row["prompt_ids"], row["row"]) for row in rows] == [([3], 97), ([1], 99)]
 
 
+def test_a_pair_is_mismatched_with_the_next_one_and_the_last_with_the_first():
+    rows = [{"prompt_ids": [i], "chosen_ids": [10 + i], "rejected_ids": [20 + i], "row": i} for i in range(3)]
+    found, _ = PairDataset(Dataset.from_list(rows), mismatched=True)[MicroBatch((2, 0), 2, 2)]
+    sides = [(row["prompt_ids"], row["mismatched_chosen_ids"], row["mismatched_rejected_ids"]) for row in found]
+    assert sides == [([2], [10], [20]), ([0], [11], [21])]
+
+
 def test_packed_lengths():
     dataset = {"prompt_ids": [[1, 2, 3], [1]], "chosen_ids": [[1], [1, 2]], "rejected_ids": [[1, 2], [1]]}
     assert packed_lengths(dataset) == [5, 3]

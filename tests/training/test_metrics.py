@@ -90,10 +90,24 @@ def test_the_order_of_pairs_follows_the_seed_of_the_data(tmp_path):
 def test_held_out_pairs_are_scored_in_their_order(tmp_path):
     pairs = make_pairs(7, seed=3)
     trainer = make_trainer(tmp_path, pairs, eval_pairs=pairs)
-    trainer.evaluate()
+    metrics = trainer.evaluate()
+    for metric, column in (("logps/chosen", "chosen_logps"), ("rmipo/gamma_mean", "gamma")):
+        mean = trainer.eval_columns[column].double().mean().item()
+        assert metrics[f"eval_{metric}"] == pytest.approx(mean, abs=1e-6)  # over all seven, in batches of three
     lengths = trainer.eval_columns["chosen_lengths"].tolist()
     assert lengths == [len(pair["chosen_ids"]) for pair in pairs]
     assert len(set(lengths)) > 3
+
+
+def test_held_out_pairs_are_scored_with_the_statistics_of_training(tmp_path):
+    pairs = make_pairs(5, seed=3)
+    trainer = make_trainer(tmp_path, pairs, {"name": "alpha-dpo"}, eval_pairs=pairs)
+    trainer.eval_dataset.scores = {f"ref_{side}_logps": torch.zeros(5) for side in ("chosen", "rejected")}
+    values = {"gap_mean": 0.25, "gap_std": 0.5, "steps": 1e6}  # so many that the bias correction is 1
+    trainer.objective_state = {name: torch.tensor(value, dtype=torch.float64) for name, value in values.items()}
+    metrics = trainer.evaluate()
+    assert metrics["eval_alpha-dpo/gap_mean"] == pytest.approx(0.25)
+    assert metrics["eval_alpha-dpo/gap_std"] == pytest.approx(0.5)
 
 
 def test_statistics_are_restored_to_the_bit(tmp_path):

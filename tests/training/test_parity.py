@@ -175,5 +175,6 @@ def test_as_many_pairs_as_the_limits_allow():
 
     assert len(first_rows([ids(10, 5, 7)] * 20)) == parity.MAX_PAIRS
     assert len(first_rows([ids(2000, 5, 3000)] * 3)) == 1
+    assert [len(first_rows([sides] * 3)) for sides in (ids(500, 10, 1500), ids(500, 1500, 10))] == [1, 1]
     assert len(first_rows([ids(500, 10, 12)] * 20)) == 4  # 8 sequences of 512
     assert len(first_rows([ids(10, 5, 7), ids(10, 5, 7), ids(3000, 9, 9)])) == 2

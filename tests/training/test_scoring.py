@@ -34,10 +34,17 @@ def test_layout_of_priors_with_and_without_context():
     assert release.response_lengths.tolist() == [1.0, 0.0]
 
 
-def test_concatenated_sequences_equal_those_packed_together():
-    pairs = make_pairs(5)
-    joined = concatenate([pack_pairs(pairs[:2]), pack_pairs(pairs[2:3]), pack_pairs(pairs[3:])])
-    together = pack_pairs(pairs)
+def without_context(pairs):
+    """The release's priors: a response of one token has nothing left to score."""
+    return pack_priors([{**pairs[0], "chosen_ids": [7]}, *pairs[1:]], [])
+
+
+@pytest.mark.parametrize("make", [pack_pairs, without_context])
+def test_concatenated_sequences_equal_those_packed_together(make):
+    pairs = [{**pair, "chosen_ids": [7]} if i in (0, 2, 3) else pair for i, pair in enumerate(make_pairs(5))]
+    joined = concatenate([make(pairs[:2]), make(pairs[2:3]), make(pairs[3:])])
+    together = make(pairs)
+    assert (0 in together.response_lengths) == (make is without_context)
     for name, value in vars(together).items():
         other = getattr(joined, name)
         assert torch.equal(other, value) if torch.is_tensor(value) else other == value, name
@@ -159,6 +166,14 @@ def test_priors_of_score_pairs_equal_the_padded_reference():
     for field, values in expected.items():
         torch.testing.assert_close(actual[field], values.float(), atol=1e-4, rtol=0)
     assert model.config._attn_implementation == "sdpa"
+
+
+def test_perturbed_ratios_do_not_depend_on_the_rows_at_a_time():
+    packed, generator = pack_pairs(make_pairs(4)), torch.Generator().manual_seed(0)
+    logits, reference = (torch.randn(len(packed.labels), 61, generator=generator) for _ in range(2))
+    at_once = scoring.perturbed_logratios(logits, reference, packed, epsilon=0.1)
+    for chunk in (1, 7):
+        torch.testing.assert_close(scoring.perturbed_logratios(logits, reference, packed, 0.1, chunk), at_once)
 
 
 def test_sums_accumulate_in_float64():
