@@ -6,7 +6,7 @@ from transformers import TrainerControl, TrainerState
 
 from rmipo.record import append_metrics, keep_metrics, read_generations, read_metrics
 from rmipo.run.callbacks import LineAtCheckpoint, MetricsFile
-from rmipo.run.identity import differences
+from rmipo.run.identity import WITHOUT_EFFECT, differences
 
 
 class Arguments:
@@ -71,6 +71,16 @@ def test_evaluations_before_a_run_and_at_several_steps(tmp_path):
     resumed.on_train_begin(arguments, state_at(4), None)
     resumed.on_log(arguments, state_at(4), None, logs={"eval_loss": 1.0})
     assert [line["step"] for line in read_metrics(tmp_path)] == [0, 2, 4]
+
+
+def test_what_may_change_between_the_starts_of_a_run():
+    """Written out a second time: a key that is added there by mistake lets a resumed run go on as another one."""
+    free = "ddp_timeout memory_check warn_chosen_logp_drop warn_repetition warn_grad_norm_ratio save_total_limit "
+    free += "dataset_num_proc dataloader_num_workers report_to run_name push_to_hub hub_model_id hub_private_repo "
+    free += "hub_revision"
+    assert {key.removeprefix("recipe.") for key in WITHOUT_EFFECT} == set(free.split())
+    recipes = ({"recipe": dict.fromkeys([*free.split(), "max_grad_norm"], value)} for value in (1, 2))
+    assert differences(*recipes) == ["recipe.max_grad_norm: 1, now 2"]
 
 
 def test_a_key_that_only_one_start_has_is_a_difference():

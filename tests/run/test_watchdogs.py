@@ -79,6 +79,20 @@ def test_gradient_norms_are_compared_with_their_running_median(tmp_path, capsys)
     assert "25 times its median (limit 20, warn_grad_norm_ratio)" in output[0]
 
 
+def test_the_median_is_that_of_the_last_fifty_lines(tmp_path):
+    norms = [1.0] * 60 + [9.0] * 31  # before the last line: 20 of the first kind, 30 of the second
+    logged = feed(tmp_path, lines_of([-1.0] * 91, norms), step_watchdog(tmp_path, warn_grad_norm_ratio=20.0))
+    assert [logged[i]["watchdog/grad_norm_ratio"] for i in (60, 90)] == [9.0, 1.0]
+
+
+def test_a_value_at_its_limit_is_within_it(capsys):
+    alarm = watchdogs.Alarm("repetition", 0.5)
+    alarm.check(0.5, 1)
+    assert capsys.readouterr().out == ""
+    alarm.check(0.51, 2)
+    assert capsys.readouterr().out.startswith("warning, step 2: 51%")
+
+
 def test_a_resumed_run_compares_with_the_runs_own_start(tmp_path, capsys):
     lines = lines_of([-1.0] * 5 + [-1.5] * 7, [2.0] * 12)
     whole = feed(tmp_path, [dict(line) for line in lines], step_watchdog(tmp_path))
