@@ -141,16 +141,23 @@ def search_table(searched: list[dict], rates: list[float], metric: str) -> str:
     for method, group in by_method(searched):
         values = {line["learning_rate"]: line["metrics"].get(metric) for line in group}
         lines.append(
-            [label(method), *("diverged" if values[rate] is None else f"{values[rate]:.3f}" for rate in rates)]
+            [
+                label(method),
+                *("diverged" if values[rate] is None else f"{values[rate]:.{digits(metric)}f}" for rate in rates),
+            ]
         )
     return markdown(lines)
 
 
-def number(row: dict, name: str, digits: int = 3, signed: bool = False) -> str:
+def digits(metric: str) -> int:
+    return 1 if METRICS.get(metric, "").endswith(("(%)", "(nats)")) else 3
+
+
+def number(row: dict, name: str, signed: bool = False) -> str:
     if row[name] is None:
         return "diverged" if row["diverged"] else ""
-    text = f"{row[name]:{'+' if signed else ''}z.{digits}f}"
-    return text if row[f"{name}_std"] is None else f"{text} ± {row[f'{name}_std']:.{digits}f}"
+    text = f"{row[name]:{'+' if signed else ''}z.{digits(name)}f}"
+    return text if row[f"{name}_std"] is None else f"{text} ± {row[f'{name}_std']:.{digits(name)}f}"
 
 
 def findings(rows: list[dict], metric: str) -> str:
@@ -197,7 +204,10 @@ def write_csv(path: Path, rows: list[dict]) -> None:
 
 @house_style
 def draw(rows: list[dict], lines: list[dict]) -> Figure:
-    """Cost, margin and win rate as in Figure 7 (at the lowest noise), and where answers are known, P(right)."""
+    """Cost, margin and win rate as in Figure 7 (at the lowest noise), and where answers are known, P(right).
+
+    Where answers were sampled, reward and repetition against KL take the place of the win rate and P(right).
+    """
     noises = sorted({row["noise"] for row in rows})
     here = [row for row in rows if row["noise"] == noises[0] and row["method"] != "initial"]
     known = any(row["right_probability"] is not None for row in rows)
@@ -205,18 +215,22 @@ def draw(rows: list[dict], lines: list[dict]) -> Figure:
     draw_cost(axes[0], here)
     curves = [line for line in lines if line["noise"] == noises[0] and line["curve"]]
     draw_curves(axes[1], curves, "preference_margin")
-    draw_curves(axes[2], curves, "preference_accuracy")
     axes[1].set_ylabel("$A(y_w|x)-A(y_l|x)$, held out (nats per token)")
-    axes[2].set_ylabel("Held-out pairs with $A(y_w|x)>A(y_l|x)$")
-    axes[2].yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     panel_letter(axes[1], "b", f"Margin, label noise {noises[0]:.0%}")
-    panel_letter(axes[2], "c", f"Win rate, label noise {noises[0]:.0%}")
-    if known:
-        draw_answers(axes[3], lines, noises)
-    elif any(row["kl_initial"] is not None for row in here):
-        draw_frontier(axes[3], rows)
+    if any(row["kl_initial"] is not None for row in here):
+        draw_against_kl(axes[2], rows, "repetition", "Repeated 4-grams (%)")
+        draw_against_kl(axes[3], rows, "constraints_all", "Answers with all constraints (%)")
+        panel_letter(axes[2], "c", "Repetition against KL")
+        panel_letter(axes[3], "d", "Reward against KL")
     else:
-        axes[3].set_axis_off()
+        draw_curves(axes[2], curves, "preference_accuracy")
+        axes[2].set_ylabel("Held-out pairs with $A(y_w|x)>A(y_l|x)$")
+        axes[2].yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+        panel_letter(axes[2], "c", f"Win rate, label noise {noises[0]:.0%}")
+        if known:
+            draw_answers(axes[3], lines, noises)
+        else:
+            axes[3].set_axis_off()
     handles, labels = axes[1].get_legend_handles_labels()
     figure.legend(handles, labels, ncols=6, loc="outside lower center")
     return figure
@@ -239,11 +253,11 @@ def draw_cost(axis: Axes, rows: list[dict]) -> None:
 
 
 def draw_curves(axis: Axes, lines: list[dict], name: str) -> None:
-    """Held-out curves: means over seeds, a line per method, with the range over seeds as a band; RMiPO dotted on top."""
+    """Held-out curves: means over seeds, a line per method, with the range over seeds as a band; RMiPO with dots, on top."""
     for method, group in by_method(lines):
         steps = [point["step"] for point in group[0]["curve"]]
         values = np.array([[point[name] for point in line["curve"]] for line in group])
-        ours = {"linewidth": 0, "marker": "o", "markersize": 3.5, "markeredgecolor": "black", "markeredgewidth": 0.5}
+        ours = {"linewidth": 0.8, "marker": "o", "markersize": 3.5, "markeredgecolor": "black", "markeredgewidth": 0.5}
         style = {**ours, "zorder": 4} if method == OURS else {"linewidth": 1.0, "zorder": 3}
         axis.plot(steps, values.mean(axis=0), color=method_color(method), label=label(method), **style)
         axis.fill_between(steps, values.min(axis=0), values.max(axis=0), color=method_color(method), alpha=0.12, lw=0)
@@ -251,17 +265,19 @@ def draw_curves(axis: Axes, lines: list[dict], name: str) -> None:
     axis.margins(x=0.02)
 
 
-def draw_frontier(axis: Axes, rows: list[dict]) -> None:
-    """Reward against the distance from the initial model, with the standard deviation over seeds."""
-    for row in (row for row in rows if row["constraints_all"] is not None):
-        error = {"xerr": row["kl_initial_std"], "yerr": row["constraints_all_std"], "elinewidth": 0.8}
-        color = method_color(row["method"])
-        axis.errorbar(row["kl_initial"], row["constraints_all"], fmt="o", markersize=4, color=color, **error)
-        at = (row["kl_initial"], row["constraints_all"])
-        axis.annotate(label(row["method"]), at, (4, 3), textcoords="offset points", fontsize=6.5)
+def draw_against_kl(axis: Axes, rows: list[dict], metric: str, ylabel: str) -> None:
+    """A metric against the distance from the initial model, with the standard deviation over seeds."""
+    rows = [row for row in rows if row[metric] is not None]
+    for row in rows:
+        error = {"xerr": row["kl_initial_std"], "yerr": row[f"{metric}_std"], "elinewidth": 0.8}
+        at, color = (row["kl_initial"], row[metric]), method_color(row["method"])
+        axis.errorbar(*at, fmt="o", markersize=4, color=color, **error)
+        above = sum(other[metric] > row[metric] and abs(other["kl_initial"] - at[0]) < 2 for other in rows)
+        offset = (5, -8) if above % 2 else (5, 3)  # of neighbours, every other name stands below its point
+        axis.annotate(label(row["method"]), at, offset, textcoords="offset points", fontsize=6.5)
+    axis.margins(x=0.2, y=0.15)
     axis.set_xlabel("KL to the initial model (nats per answer)")
-    axis.set_ylabel("Answers with all constraints (%)")
-    panel_letter(axis, "d", "Reward against KL")
+    axis.set_ylabel(ylabel)
 
 
 def draw_answers(axis: Axes, lines: list[dict], noises: list[float]) -> None:
