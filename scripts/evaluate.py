@@ -57,7 +57,7 @@ def main() -> None:
             except Exception as error:  # one benchmark's failure, such as a missing key, doesn't stop the others
                 if not isinstance(error, UserError):
                     traceback.print_exc()
-                print(f"{benchmark.name}: {error}", file=sys.stderr)
+                print(f"{benchmark.title}: {error}", file=sys.stderr)
                 failed.append(f"{benchmark.name} of {target.folder}")
     if failed:
         raise EvaluationError(f"not finished: {', '.join(failed)}")

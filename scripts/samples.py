@@ -2,7 +2,9 @@
 
     make samples MODEL=mistral-7b-base METHODS="rmipo simper simpo"
     python scripts/samples.py --model tiny --methods initial,rmipo --prompt "What does Ada eat?" --prompt "..."
+    python scripts/samples.py --model path/to/model --prompt "What does Ada eat?"
 
+MODEL is a setting, whose METHODS are compared; or a folder with a model, or the id of one on the hub, shown alone.
 Without --prompt, the block `samples` in recipes/<model>/eval.yaml says which: `prompts`, or the first `first_n` (null:
 all) of a file `reference`, whose own answers are shown too. Writes <outputs>/reports/.
 """
@@ -13,7 +15,7 @@ from pathlib import Path
 from rmipo import cli
 from rmipo.errors import EvaluationError
 from rmipo.evaluation.alpaca import load_reference
-from rmipo.evaluation.target import find_target
+from rmipo.evaluation.target import find_target, is_setting
 from rmipo.generation.answers import Generator, Request
 from rmipo.recipe.settings import merge_settings
 
@@ -67,7 +69,10 @@ def choose_prompts(given: list[str] | None, settings: dict) -> tuple[list[str], 
     if settings["reference"]:
         rows = load_reference(settings["reference"])[0][: settings["first_n"]]
         return [row["instruction"] for row in rows], {"reference": [row["output"] for row in rows]}
-    raise EvaluationError("no prompts: use --prompt, or the block `samples` in the model's eval.yaml")
+    raise EvaluationError(
+        "no prompts: give one with --prompt (make: ARGS='--prompt \"...\"'), or set the block `samples` in the setting's "
+        "eval.yaml"
+    )
 
 
 def main() -> None:
@@ -75,8 +80,12 @@ def main() -> None:
     parser.add_argument("--prompt", action="append", help="may be given more than once")
     parser.add_argument("--outputs", type=Path, default=Path("outputs"), help="where the runs are")
     args = parser.read()
-    model, methods = args.model or "tiny", args.methods.replace(",", " ").split() or METHODS
-    targets = {method: find_target(model, method, args.outputs, []) for method in methods}
+    model, methods = args.model or "tiny", args.methods.replace(",", " ").split()
+    if is_setting(model):
+        name, targets = model, {method: find_target(model, method, args.outputs, []) for method in methods or METHODS}
+    else:
+        name = Path(model).name
+        targets = {name: find_target(model, " ".join(methods) or None, args.outputs, [])}
     settings = next(iter(targets.values())).settings
     prompts, answers = choose_prompts(args.prompt, settings.get("samples", {}))
     requests = [Request(str(i), [{"role": "user", "content": prompt}]) for i, prompt in enumerate(prompts)]
@@ -87,8 +96,8 @@ def main() -> None:
     reports = args.outputs / "reports"
     reports.mkdir(parents=True, exist_ok=True)
     for extension, render in (("md", markdown), ("html", page)):
-        path = reports / f"samples-{model}.{extension}"
-        path.write_text(render(model, prompts, answers))
+        path = reports / f"samples-{name}.{extension}"
+        path.write_text(render(name, prompts, answers))
         print(path)
 
 

@@ -27,8 +27,9 @@ if TYPE_CHECKING:
     Rewards = tuple[torch.Tensor, torch.Tensor]  # of chosen and rejected, each (pairs,)
 
 SUBSETS = ("helpful", "harmless")
+PUBLISHED = {name: {"datasets": [{"path": "Anthropic/hh-rlhf", "data_dir": f"{name}-base"}]} for name in SUBSETS}
 DEFAULTS = {
-    "helpful": None,  # each a block of data keys as in a recipe; its test split is scored
+    "helpful": None,  # each a block of data keys as in a recipe; its test split is scored. Without both: PUBLISHED
     "harmless": None,
     "limit": None,  # pairs of each subset; anything but null is a trial run
     "max_length": 2048,
@@ -38,29 +39,30 @@ DEFAULTS = {
 }
 
 
+def ranked_right(scores: dict[str, torch.Tensor]) -> torch.Tensor:
+    """(pairs,), True where A(w) > A(l)."""
+    return scores["chosen_logps"] / scores["chosen_lengths"] > scores["rejected_logps"] / scores["rejected_lengths"]
+
+
 def win_rates(scores: dict[str, torch.Tensor], rewards: Rewards | None) -> dict[str, float]:
     """Percent of pairs won: "" by A, "_sum" by S, and "_native" by `rewards` (chosen, rejected) where given.
 
     `_standard_error` is that of the first.
     """
-    chosen, rejected = scores["chosen_logps"], scores["rejected_logps"]
-    sides = {
-        "": (chosen / scores["chosen_lengths"], rejected / scores["rejected_lengths"]),
-        "_sum": (chosen, rejected),
-    }
+    won = {"": ranked_right(scores), "_sum": scores["chosen_logps"] > scores["rejected_logps"]}
     if rewards is not None:
-        sides["_native"] = rewards
-    won = {name: (preferred > other).double() for name, (preferred, other) in sides.items()}
-    rates = {name: 100 * values.mean().item() for name, values in won.items()}
-    return rates | {"_standard_error": 100 * standard_error(won[""].tolist())}
+        won["_native"] = rewards[0] > rewards[1]
+    rates = {name: 100 * values.double().mean().item() for name, values in won.items()}
+    return rates | {"_standard_error": 100 * standard_error(won[""].double().tolist())}
 
 
 def run(model_dir: str | Path, output_dir: str | Path, settings: dict) -> dict:
     """Score the HH test pairs of `settings["helpful"]` and `settings["harmless"]` with the model in `model_dir`.
 
-    One of the two may be left out; then there is no average. Per-pair scores, log pi(y) among them for Figure 3, go to
-    `output_dir`/hh_<subset>.pt, with the `fingerprint` of the weights.
-    Returns {"metrics", "versions", "settings"}. Raises EvaluationError for wrong settings, before a model is loaded.
+    One of the two may be left out; then there is no average. Without both, the hub's pairs are scored. Per-pair scores,
+    log pi(y) among them for Figure 3, go to `output_dir`/hh_<subset>.pt, with the `fingerprint` of the weights.
+    Returns {"metrics", "per_prompt", "versions", "settings"}. Raises EvaluationError for wrong settings, before a model
+    is loaded.
     """
     import torch
 
@@ -68,11 +70,9 @@ def run(model_dir: str | Path, output_dir: str | Path, settings: dict) -> dict:
     from rmipo.recipe.schema import DataConfig
 
     settings = merge_settings("hh", DEFAULTS, settings)
+    if not any(settings[name] for name in SUBSETS):
+        settings |= PUBLISHED
     subsets = [name for name in SUBSETS if settings[name]]
-    if not subsets:
-        raise EvaluationError(
-            "hh: no data; say where the pairs are, e.g. helpful: {dataset_name: Anthropic/hh-rlhf, ...} in eval.yaml"
-        )
     known = [field.name for field in fields(DataConfig)]
     for name in subsets:
         if wrong := sorted(settings[name].keys() - set(known)):
@@ -85,10 +85,12 @@ def run(model_dir: str | Path, output_dir: str | Path, settings: dict) -> dict:
     output_dir = Path(output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     metrics: dict[str, float] = {}
+    per_prompt: dict[str, list[float]] = {}
     weights = trained_fingerprint(Path(model_dir))
     for name in subsets:
         scores, rewards, report = score_subset(model_dir, pairs[name], f"HH {name}", options)
         metrics |= {f"hh_{name}{suffix}": value for suffix, value in win_rates(scores, rewards).items()}
+        per_prompt[f"hh_{name}"] = (100.0 * ranked_right(scores)).tolist()
         counts = {"pairs": report.kept, "dropped": report.dropped_rows, "cut": report.rows_cut}
         metrics |= {f"hh_{name}_{count}": value for count, value in counts.items()}
         torch.save(scores | {"fingerprint": weights}, output_dir / f"hh_{name}.pt")
@@ -101,6 +103,7 @@ def run(model_dir: str | Path, output_dir: str | Path, settings: dict) -> dict:
         metrics["hh_average_standard_error"] = sum(error**2 for error in errors) ** 0.5 / len(errors)
     return {
         "metrics": metrics,
+        "per_prompt": per_prompt,
         "versions": package_versions("transformers", "torch"),
         "settings": settings | {"pairs_sha256": {name: rows_fingerprint(pairs[name]) for name in subsets}},
     }

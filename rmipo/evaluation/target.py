@@ -49,7 +49,7 @@ def find_target(
     Raises EvaluationError for a model that isn't there or wasn't trained to its end, and for wrong settings.
     """
     recipe = ROOT / "recipes" / model / "rmipo.yaml"
-    if recipe.with_name("eval.yaml").is_file():
+    if is_setting(model):
         settings = load_settings(settings_file or recipe.with_name("eval.yaml"), overrides)
         return Target(model_folder(recipe, outputs, method or "rmipo"), settings)
     folder = Path(model).expanduser()
@@ -69,6 +69,11 @@ def find_target(
     if settings_file is not None:
         return Target(folder, load_settings(settings_file, overrides))
     return Target(folder, override({"generation": own_settings(folder)}, overrides))
+
+
+def is_setting(model: str) -> bool:
+    """Whether MODEL names a folder in recipes/, whose models have METHODs."""
+    return (ROOT / "recipes" / model / "eval.yaml").is_file()
 
 
 def known_settings() -> str:

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -219,9 +220,8 @@ def test_result_of_other_weights_is_refused(outputs):
     assert json.loads((path.parent / "short/hh.json").read_text())["settings"]["max_length"] == 64
     write_model(folder, seed=7)
     done = run("evaluate.py", outputs, "--bench", "hh", *options)
-    assert (
-        done.returncode == 2 and f"hh: {path} is of other weights than those now in {folder}. Delete it" in done.stderr
-    )
+    assert done.returncode == 2
+    assert f"Anthropic-HH: {path} is of other weights than those now in {folder}. Delete it" in done.stderr
     assert path.read_bytes() == before
 
 
@@ -255,7 +255,8 @@ def test_eval_command_from_generation_to_result_files(outputs):
     for bench, metrics in (("alpacaeval", {"alpacaeval2_wr", "alpacaeval2_length"}), ("mtbench", {"mt_bench"})):
         text = (folder / f"{bench}.json").read_text()
         result = json.loads(text)
-        assert result.keys() == {"bench", "metrics", "versions", "settings", "model", "fingerprint", "finished"}
+        keys = {"bench", "metrics", "per_prompt", "versions", "settings", "model", "fingerprint", "finished"}
+        assert result.keys() == keys
         assert result["bench"] == bench and result["finished"] and result["model"].endswith("tiny/rmipo")
         assert metrics <= result["metrics"].keys() and {"transformers", "torch"} <= result["versions"].keys()
         assert "sk-secret" not in text
@@ -289,6 +290,19 @@ def test_samples_side_by_side(outputs):
         markdown.index("w1 <b> & w2") < markdown.index("**rmipo**") < markdown.index(answers["rmipo"][0].split("\n")[0])
     )
     assert "> ````text\n> w3 ```\n> ````" in markdown  # a fence longer than the text's own
+
+
+def test_samples_of_a_folder_without_a_recipe(outputs, tmp_path):
+    shutil.copytree(outputs / "tiny/rmipo", tmp_path / "elsewhere/model")
+    options = ["--model", str(tmp_path / "elsewhere/model"), "--prompt", "w1 w2"]
+    done = run("samples.py", outputs, *options)
+    assert done.returncode == 0, done.stderr
+    (file,) = (tmp_path / "elsewhere/model/eval/answers").glob("samples-*.jsonl")
+    answer = json.loads(file.read_text().splitlines()[1])["output"]
+    page = (outputs / "reports/samples-model.md").read_text()
+    assert "**model**" in page and answer.split("\n")[0] in page
+    done = run("samples.py", outputs, *options, "--methods", "rmipo")
+    assert done.returncode == 2 and "METHOD=rmipo belongs to a setting" in done.stderr
 
 
 @pytest.mark.parametrize(("first_n", "count"), [({}, 9), ({"first_n": 4}, 4)])

@@ -89,6 +89,7 @@ def test_run_against_unpacked_scoring(tmp_path):
         assert metrics[f"hh_{name}"] == share(averages["chosen"] > averages["rejected"])
         assert metrics[f"hh_{name}_sum"] == share(naive["chosen_logps"] > naive["rejected_logps"])
         assert metrics[f"hh_{name}_native"] == share(ratios["chosen"] > ratios["rejected"])
+        assert result["per_prompt"][f"hh_{name}"] == (100.0 * (averages["chosen"] > averages["rejected"])).tolist()
         assert metrics[f"hh_{name}_pairs"] == 12
     rates = [metrics[f"hh_{name}{suffix}"] for name in subsets for suffix in ("", "_sum", "_native")]
     assert len(set(rates)) > 2 and all(0 < rate < 100 for rate in rates)
@@ -117,7 +118,7 @@ def test_one_subset_alone_has_no_average(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({}, "no data"),
+        ({}, "Anthropic/hh-rlhf: the dataset can't be reached on the hub"),  # what is scored if nothing is named
         ({"harmles": {}}, r"hh: unknown keys \['harmles'\]"),
         ({"harmless": {"dataset": "x"}}, r"harmless: unknown keys \['dataset'\].*dataset_name"),
         ({"harmless": {"dataset_name": "no/such/place/"}}, "no such file or folder"),
