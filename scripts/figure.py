@@ -19,6 +19,7 @@ from pathlib import Path
 from rmipo import cli
 from rmipo.reporting import figures, figures_runs, sensitivity
 from rmipo.reporting.figures import method_label
+from rmipo.reporting.provenance import figure_notes
 from rmipo.reporting.results import (
     PAPER_MODELS,
     RECIPES,
@@ -88,8 +89,9 @@ def draw3(args: argparse.Namespace) -> figures.Figure:
     from rmipo.reporting import figures_pairs, pair_scores  # bring in torch and transformers
 
     method = args.method or "initial"
-    signals = pair_scores.hh_signals(args.outputs, args.model, method)
-    return figures_pairs.figure3(signals, f"{model_label(args.model)} {method_label(method)}")
+    signals, evaluation = pair_scores.hh_signals(args.outputs, args.model, method)
+    title = f"{model_label(args.model)} {method_label(method)}"
+    return figures_pairs.figure3(signals, title, figure_notes([evaluation]))
 
 
 def draw6(args: argparse.Namespace) -> figures.Figure:
@@ -104,7 +106,9 @@ def draw6(args: argparse.Namespace) -> figures.Figure:
         )
     judged = pair_scores.judge_differences(runs["rmipo"], "test", rows["rmipo"])
     values = {method: rewards for method, (rewards, _) in differences.items()}
-    return figures_pairs.figure6(judged, values, model_label(args.model))
+    notes = ["REF: score_chosen minus score_rejected of the same pairs, as their data set has them."]
+    notes += dict.fromkeys(pair_scores.scored_with(run, "test") for run in runs.values())
+    return figures_pairs.figure6(judged, values, model_label(args.model), notes)
 
 
 def draw8(args: argparse.Namespace) -> figures.Figure:
@@ -135,6 +139,7 @@ def draw8(args: argparse.Namespace) -> figures.Figure:
         objective.schedule,
         objective.span,
         figures_pairs.PAPER_GAMMA_PEAKS.get(args.model) if method == "rmipo" and not args.data else None,
+        [pair_scores.scored_with(run, args.split)],
     )
 
 

@@ -3,6 +3,8 @@
 Functions of plain arrays; `pair_scores` says where the arrays come from.
 """
 
+from collections.abc import Iterable
+
 import numpy as np
 import torch
 from matplotlib.axes import Axes
@@ -17,6 +19,7 @@ from rmipo.reporting.figures import (
     PURPLE,
     RED,
     density,
+    footnotes,
     house_style,
     jitter,
     method_color,
@@ -41,11 +44,12 @@ def window(samples: list[np.ndarray], share: float = 0.99) -> np.ndarray:
 
 
 @house_style
-def figure3(signals: dict[str, dict[str, np.ndarray]], title: str) -> Figure:
+def figure3(signals: dict[str, dict[str, np.ndarray]], title: str, notes: Iterable[str] = ()) -> Figure:
     """Density of the log-likelihood and PMI differences of a pair, one panel per HH subset.
 
     Args:
         signals: subset -> {"loglik": (pairs,), "pmi": (pairs,)}, in nats per token.
+        notes: how they were made.
     """
     names = {
         "loglik": (r"$\Delta\log\pi(y|x)/|y|$", BLUE),
@@ -67,11 +71,14 @@ def figure3(signals: dict[str, dict[str, np.ndarray]], title: str) -> Figure:
         axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.22))
         panel_letter(axis, letter, f"{subset.capitalize()}, {title} ({len(values['pmi'])} pairs)")
     axes[0].set_ylabel("Density")
+    footnotes(figure, notes)
     return figure
 
 
 @house_style
-def figure6(reference: np.ndarray, rewards: dict[str, np.ndarray], title: str, seed: int = 0) -> Figure:
+def figure6(
+    reference: np.ndarray, rewards: dict[str, np.ndarray], title: str, notes: Iterable[str] = (), seed: int = 0
+) -> Figure:
     """Density of reward differences of each method beside that of the judge's (REF).
 
     All are divided by their own standard deviation, since no two have the same unit; zero stays zero. The legend
@@ -80,6 +87,7 @@ def figure6(reference: np.ndarray, rewards: dict[str, np.ndarray], title: str, s
     Args:
         reference: (pairs,) judge's score of chosen minus rejected, made continuous with bounded jitter.
         rewards: method -> (pairs,) the method's reward of chosen minus rejected.
+        notes: how they were made.
     """
     judged = jitter(reference, seed)
     judged = judged / judged.std()
@@ -100,6 +108,7 @@ def figure6(reference: np.ndarray, rewards: dict[str, np.ndarray], title: str, s
     axis.set_ylabel("Density")
     axis.set_title(f"{title}, {len(judged)} pairs", loc="left")
     axis.legend(loc="upper right", title="$W_1$: 1-Wasserstein distance, 95% interval", title_fontsize=7)
+    footnotes(figure, notes)
     return figure
 
 
@@ -120,6 +129,7 @@ def figure8(
     schedule: str = "exponential",
     span: float = 2.0,
     paper_peak: float | None = None,
+    notes: Iterable[str] = (),
 ) -> Figure:
     """Gamma over Delta_pmi; then the distributions of Delta_pmi and gamma, a row for each reading of the formula.
 
@@ -128,6 +138,7 @@ def figure8(
 
     Args:
         schedule, span: those of `readings`, drawn thick.
+        notes: how they were made.
     """
     figure, axes = panels(3, height=1.25, rows=len(readings), width_ratios=(1, 1, 1.2))
     specs = axes[0].get_gridspec()
@@ -151,6 +162,7 @@ def figure8(
     axes[-2].set_xlabel(r"$\Delta$pmi (nats; per token or summed)")
     axes[-1].set_xlabel(r"$\gamma$" + ("" if paper_peak is None else " (dotted: the paper's peak)"))
     figure.suptitle(title, fontsize=9)
+    footnotes(figure, notes)
     return figure
 
 

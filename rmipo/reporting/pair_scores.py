@@ -9,22 +9,25 @@ import torch
 from datasets import Dataset
 
 from rmipo.data.pairs import load_pairs
-from rmipo.data.sources import load_sources, mix
+from rmipo.data.sources import load_sources, mix, mixture_entries
 from rmipo.evaluation.pair_scores import native_rewards, score_model
 from rmipo.fingerprints import has_weights, json_fingerprint, model_fingerprint, rows_fingerprint, trained_fingerprint
 from rmipo.objectives import PairScores, RMiPO, build_objective
 from rmipo.objectives.rmipo import delta_pmi, pmi
 from rmipo.recipe.schema import DataConfig
-from rmipo.reporting.results import ReportError, Run, eval_command
+from rmipo.record import package_versions
+from rmipo.reporting.results import ReportError, Result, Run, eval_command, load_result
 
 SCORE_COLUMNS = ("score_chosen", "score_rejected")
+SCORED_BY = ("torch", "transformers")
 SUBSET_SEED = 0
 AT_MAX = 1e-6
 AT_MIN = 0.01  # gamma this close counts as at gamma_min: the exponential reaches it only in the limit
 
 
-def hh_signals(outputs: Path, model: str, method: str) -> dict[str, dict[str, np.ndarray]]:
-    """Figure 3: subset -> log-likelihood and PMI differences in nats per token, from eval/hh_<subset>.pt.
+def hh_signals(outputs: Path, model: str, method: str) -> tuple[dict[str, dict[str, np.ndarray]], Result]:
+    """Figure 3: subset -> log-likelihood and PMI differences in nats per token, from eval/hh_<subset>.pt; and the result
+    that those belong to.
 
     Raises ReportError without any, and for scores of other weights than the folder holds now.
     """
@@ -39,12 +42,13 @@ def hh_signals(outputs: Path, model: str, method: str) -> dict[str, dict[str, np
                     f"`{eval_command(model, method, 'hh')}`"
                 )
             signals[subset] = {"loglik": loglik_difference(scores).numpy(), "pmi": pmi_difference(scores).numpy()}
-    if not signals:
+    evaluation = load_result(outputs, model, method, "hh")
+    if not signals or evaluation is None:
         raise ReportError(
-            f"figure 3 has no HH scores of {model} {method} (looked for {folder}/eval/hh_helpful.pt "
-            f"and hh_harmless.pt): run `{eval_command(model, method, 'hh')}`"
+            f"figure 3 has no HH scores of {model} {method} (looked for {folder}/eval/hh_helpful.pt, "
+            f"hh_harmless.pt and a finished hh.json): run `{eval_command(model, method, 'hh')}`"
         )
-    return signals
+    return signals, evaluation
 
 
 def loglik_difference(scores: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -72,15 +76,11 @@ def run_scores(
 ) -> tuple[dict[str, torch.Tensor], list[int]]:
     """Scores of a run's own pairs under its final policy, and their source rows; kept in <run>/pair_scores/.
 
-    At most `max_pairs` pairs, drawn with a fixed seed. Scores are reused while model and data are the same.
+    At most `max_pairs` pairs, drawn with a fixed seed. Scores are reused while model, data and packages are the same.
     """
     pairs = subset(load_pairs(data_config(run), split), max_pairs)
     recipe = run.record["recipe"]
-    options = {
-        "prior_context": prior_context,
-        "header_in_response": header_in_response,
-        **{name: recipe[name] for name in ("max_length", "max_prompt_length", "dtype") if name in recipe},
-    }
+    options = {"prior_context": prior_context, "header_in_response": header_in_response, **scoring_options(run)}
     if not has_weights(run.folder):
         raise ReportError(
             f"{run.folder} has no model (*.safetensors): the run didn't finish, or its weights were moved"
@@ -89,6 +89,7 @@ def run_scores(
         "pairs": rows_fingerprint(pairs),
         "weights": model_fingerprint(run.folder),
         "bf16": bool(recipe.get("bf16")),
+        "versions": package_versions(*SCORED_BY),
         **options,
     }
     path = run.folder / "pair_scores" / f"{split}-{json_fingerprint(identity)}.pt"
@@ -102,6 +103,21 @@ def run_scores(
     scores = torch.load(path, weights_only=True)
     rows = scores.pop("row").tolist()
     return scores, rows
+
+
+def scoring_options(run: Run) -> dict:
+    """Those of the run's own recipe: its pairs are scored as they were in training."""
+    recipe = run.record["recipe"]
+    return {name: recipe[name] for name in ("max_length", "max_prompt_length", "dtype") if name in recipe}
+
+
+def scored_with(run: Run, split: str) -> str:
+    """For a note under figures 6 and 8: pairs, arithmetic and versions behind `run_scores`."""
+    sources = ", ".join(entry["path"] for entry in mixture_entries(data_config(run)))
+    options = scoring_options(run) | ({"bf16": "autocast"} if run.record["recipe"].get("bf16") else {})
+    settings = ", ".join(f"{name} {value}" for name, value in options.items())
+    versions = ", ".join(f"{name} {version}" for name, version in package_versions(*SCORED_BY).items())
+    return f"Log-probabilities of given responses, {split} pairs of {sources}: {settings}; {versions}."
 
 
 def subset(pairs: Dataset, max_pairs: int) -> Dataset:

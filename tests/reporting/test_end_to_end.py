@@ -1,9 +1,12 @@
 """Every figure and table by its script, from runs that were trained and evaluated by theirs: on a world of few facts."""
 
+import argparse
 import csv
 import dataclasses
+import importlib.metadata
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -82,6 +85,18 @@ def test_every_figure_is_drawn(outputs, number):
     assert (outputs / f"reports/{name}.pdf").read_bytes().startswith(b"%PDF")
 
 
+@pytest.mark.parametrize("number", [3, 6, 8])
+def test_figures_of_pairs_say_how_they_were_made(outputs, monkeypatch, number):
+    monkeypatch.chdir(outputs.parent)
+    script = runpy.run_path(str(ROOT / "scripts/figure.py"))
+    given = {"number": number, "model": "tiny", "method": None, "data": None, "split": "test", "max_pairs": 4000}
+    notes = script["draw"](argparse.Namespace(outputs=Path("outputs"), metric=None, **given)).get_supxlabel()
+    for package in ("torch", "transformers"):
+        assert f"{package} {importlib.metadata.version(package)}" in notes.replace("\n", " ")
+    assert "outputs/tiny/world/pairs" in notes and "max_length 128" in notes
+    assert ("REF: score_chosen minus score_rejected" in notes) == (number == 6)
+
+
 def logged(outputs: Path, run: str, key: str) -> list[float]:
     rows = map(json.loads, (outputs / "tiny" / run / "metrics.jsonl").read_text().splitlines())
     return [row[key] for row in rows if key in row]
@@ -95,7 +110,7 @@ def test_figure2_shows_what_was_logged(outputs):
 
 
 def test_figure3_shows_the_scores_of_the_evaluation(outputs):
-    signals = hh_signals(outputs, "tiny", "initial")
+    signals, _ = hh_signals(outputs, "tiny", "initial")
     scores = torch.load(outputs / "tiny/initial/eval/hh_harmless.pt", weights_only=True)
     sides = [scores[f"{side}_logps"] / scores[f"{side}_lengths"] for side in ("chosen", "rejected")]
     assert np.allclose(signals["harmless"]["loglik"], sides[0] - sides[1]) and len(sides[0]) == SMALL["pairs_test"]
