@@ -75,7 +75,7 @@ def run(model_dir: str | Path, output_dir: str | Path, settings: dict) -> dict |
     if settings["generate_only"]:
         return None
 
-    metrics, judge_sha256 = judge(outputs, reference, folder, endpoint, settings)
+    metrics, wins, judge_sha256 = judge(outputs, reference, folder, endpoint, settings)
     settings |= {
         "generation": generator.settings,
         "judge_endpoint": shown(endpoint),
@@ -84,14 +84,19 @@ def run(model_dir: str | Path, output_dir: str | Path, settings: dict) -> dict |
     }
     versions = generator.versions | package_versions("alpaca_eval", "scikit-learn")
     metrics["alpacaeval2_cut"] = generator.cut
-    return {"metrics": metrics, "versions": versions, "settings": settings, "fingerprint": generator.fingerprint}
+    per_prompt = {"alpacaeval2_wr": wins}
+    result = {"metrics": metrics, "per_prompt": per_prompt, "versions": versions, "settings": settings}
+    return result | {"fingerprint": generator.fingerprint}
 
 
-def judge(outputs: list[dict], reference: list[dict], folder: Path, endpoint: str, settings: dict) -> tuple[dict, str]:
+def judge(
+    outputs: list[dict], reference: list[dict], folder: Path, endpoint: str, settings: dict
+) -> tuple[dict, list[float | None], str]:
     """Win rates of `outputs` against `reference` (rows of {"instruction", "output", "generator"}, same instructions).
 
-    Verdicts are kept in `folder`, a file for each judge and endpoint. Returns the metrics, and a hash of the judge's
-    YAML and prompts. Raises EvaluationError as `run` does.
+    Verdicts are kept in `folder`, a file for each judge and endpoint. Returns the metrics, for each output how far it
+    won in percent (None without a usable verdict), and a hash of the judge's YAML and prompts. Raises EvaluationError
+    as `run` does.
     """
     check_same_prompts(outputs, reference)
     folder.mkdir(parents=True, exist_ok=True)
@@ -164,7 +169,9 @@ def judge(outputs: list[dict], reference: list[dict], folder: Path, endpoint: st
             f"{missing} of {len(outputs)} verdicts couldn't be used, max_missing is {settings['max_missing']}. "
             f"The others are kept in {cache}; the same command asks again for the missing ones."
         )
-    return metrics_of(leaderboard.iloc[0], outputs, missing), text_fingerprint(text)
+    won = {row["instruction"]: None if is_missing(row) else 100 * (row["preference"] - 1) for row in annotations}
+    wins = [won[row["instruction"]] for row in outputs]
+    return metrics_of(leaderboard.iloc[0], outputs, missing), wins, text_fingerprint(text)
 
 
 def find_judge(name: str, packaged: Path) -> Path:

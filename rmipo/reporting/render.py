@@ -4,6 +4,7 @@ import pandas as pd
 
 from rmipo.reporting.tables import Entry, FilledTable, notes_text
 
+PAIRED = {"": "mean", "_low": "low", "_high": "high"}  # columns of the CSV
 MAX_NUMBER_COLUMNS = 8  # of one LaTeX table: what fits the text width of an article, 345 pt
 LATEX = {"α": r"$\alpha$", "β": r"$\beta$", "ε": r"$\epsilon$", "γ": r"$\gamma$", "Δ": r"$\Delta$", "±": r"$\pm$"}
 LATEX |= {"✓": r"\checkmark{}", "†": r"$^\dagger$", "–": "--", "<": r"\textless{}", ">": r"\textgreater{}"}
@@ -72,6 +73,7 @@ def csv_text(filled: FilledTable) -> str:
             | {"Column": " ".join(entry.cell.column).strip(), "paper": entry.cell.paper, "ours": entry.ours}
             | {"standard_error": None if of_seeds else entry.error, "seeds": len(entry.results) or None}
             | {"seed_deviation": entry.error if of_seeds else None, "difference": entry.difference}
+            | {f"behind_rmipo{end}": entry.behind and getattr(entry.behind, name) for end, name in PAIRED.items()}
             | {"command": " && ".join(entry.commands), "unlike_the_paper": " ".join(entry.deviations)}
             | {
                 "note": " ".join(notes_text(entry.notes)),

@@ -6,7 +6,7 @@ rmipo/reporting/paper/*.csv                           the paper's tables, copied
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pandas as pd
@@ -44,7 +44,7 @@ class ReportError(UserError):
 
 @dataclass(frozen=True)
 class Result:
-    """One finished evaluation. `metrics` in percent, MT-Bench in points of 10."""
+    """One finished evaluation. `metrics` in percent, MT-Bench in points of 10; of some `per_prompt` has each prompt's."""
 
     path: Path
     model: str
@@ -52,6 +52,7 @@ class Result:
     metrics: dict[str, float]
     versions: dict[str, str]
     settings: dict
+    per_prompt: dict[str, list[float | None]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,8 @@ def load_result(outputs: Path, model: str, method: str, bench: str) -> Result | 
             f"{path} is of other weights than those now in {folder}; delete it, and {path.with_suffix('')} if that is "
             f"there, and run `{eval_command(model, method, bench)}`"
         )
-    return Result(path, model, bench, content["metrics"], content["versions"], content["settings"])
+    found = (content[key] for key in ("metrics", "versions", "settings"))
+    return Result(path, model, bench, *found, content.get("per_prompt", {}))
 
 
 def load_results(outputs: Path, model: str, method: str, bench: str, runs: list[Run]) -> list[Result]:

@@ -9,6 +9,8 @@ from statistics import mean, stdev
 import pandas as pd
 
 from rmipo.evaluation import BENCHMARKS, benchmark_of, metric_label
+from rmipo.evaluation.statistics import Interval
+from rmipo.reporting.paired import OURS, paired_difference, paired_note
 from rmipo.reporting.provenance import conflicts, deviations, made_with, missing_verdicts, require_comparable
 from rmipo.reporting.results import (
     METHODS,
@@ -189,6 +191,7 @@ class Entry:
         error: standard error of the evaluation; with several seeds, their standard deviation.
         results: what `ours` is the mean of, one for each seed.
         difference: ours minus the paper's, where both were made in the same way.
+        behind: RMiPO's number minus this one, paired by prompts, where both results have values per prompt.
         deviations: why ours can't stand beside the paper's.
         notes: what else has to be said beside the number: (kind, text).
     """
@@ -199,6 +202,7 @@ class Entry:
     error: float | None = None
     results: tuple[Result, ...] = ()
     difference: float | None = None
+    behind: Interval | None = None
     commands: tuple[str, ...] = ()
     deviations: tuple[str, ...] = ()
     notes: tuple[tuple[str, str], ...] = ()
@@ -240,6 +244,10 @@ class FilledTable:
         if marked := dict.fromkeys(text for entry in entries for text in entry.deviations):
             notes.append("†: not evaluated as in the paper, so no difference is printed unless asked for:")
             notes += [f"† {text}" for text in marked]
+        for model, metric in dict.fromkeys((entry.cell.model, entry.cell.metric) for entry in entries):
+            alike = [entry for entry in entries if (entry.cell.model, entry.cell.metric) == (model, metric)]
+            what = f"{metric_label(metric)} of {model_label(model)}"
+            notes += paired_note(what, [(e.cell.method, e.behind) for e in alike], alike[0].digits + 1)
         notes += notes_text(note for entry in entries for note in entry.notes)
         if any(entry.ours is None and not entry.commands for entry in self.entries):
             notes.append("n/a: the length-controlled model knows AlpacaEval's own instructions alone.")
@@ -288,10 +296,25 @@ def fill(table: Table, outputs: Path, allow_mixed: bool = False, all_differences
         notes += [("MIXED VERSIONS", conflict.text) for conflict in mixed if paths & conflict.paths]
         known = cell.paper is not None and (all_differences or not deviating)
         difference = ours - cell.paper if known else None
-        return Entry(cell, metric.digits, ours, error, tuple(having), difference, (), deviating, tuple(notes))
+        return Entry(
+            cell, metric.digits, ours, error, tuple(having), difference, deviations=deviating, notes=tuple(notes)
+        )
 
-    entries = [entry(cell) for cell in table.cells]
+    entries = compare_paired([entry(cell) for cell in table.cells])
     return append_averages(table, entries) if table.ranked else FilledTable(table, entries)
+
+
+def compare_paired(entries: list[Entry]) -> list[Entry]:
+    """The entries with `behind`, which needs RMiPO's number of the same model and metric."""
+    ours = {(entry.cell.model, entry.cell.metric): entry.results for entry in entries if entry.cell.method == OURS}
+
+    def compared(entry: Entry) -> Entry:
+        reference = ours.get((entry.cell.model, entry.cell.metric), ())
+        if entry.cell.method == OURS or not (reference and entry.results):
+            return entry
+        return replace(entry, behind=paired_difference(reference, entry.results, entry.cell.metric))
+
+    return [compared(entry) for entry in entries]
 
 
 def commands_for_metric(result: Result, cell: Cell) -> tuple[str, ...]:
@@ -350,6 +373,7 @@ def append_averages(table: Table, entries: list[Entry]) -> FilledTable:
                         cell=cell,
                         ours=ours.get(method),
                         error=None,
+                        behind=None,
                         difference=ours[method] - paper if method in ours and compared else None,
                         commands=tuple(dict.fromkeys(command for entry in row for command in entry.commands)),
                         notes=tuple(dict.fromkeys(note for entry in row for note in entry.notes)),

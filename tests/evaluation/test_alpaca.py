@@ -99,6 +99,8 @@ def test_weighted_judge_gives_the_mean_probability(tmp_path, monkeypatch, api_ke
         assert metrics["alpacaeval2_length"] == sum(len(row["output"]) for row in OUTPUTS) / ROWS
         assert metrics["alpacaeval2_missing"] == 0 and "alpacaeval2_lc" not in metrics
         assert len(server.requests) == len(set(server.requests)) == ROWS
+        _, wins, _ = alpaca.judge(OUTPUTS, REFERENCE, tmp_path, server.url, SETTINGS)
+        assert wins == pytest.approx([expected_win_rate([i]) for i in range(ROWS)], abs=1e-6)
         # Once more: everything is known, nothing is asked.
         assert ask(server, tmp_path, monkeypatch) == pytest.approx(metrics, abs=1e-8)  # JSON rounds verdicts to 1e-10
         assert len(server.requests) == ROWS
@@ -261,7 +263,7 @@ def test_judge_process_that_dies_and_is_started_again(tmp_path, monkeypatch, api
     assert mortal.wait(10) == 1
     kept = verdicts(tmp_path)
     again = judge_process(deadly=-1)
-    metrics, _ = alpaca.judge(OUTPUTS, REFERENCE, tmp_path, url, settings)
+    metrics, *_ = alpaca.judge(OUTPUTS, REFERENCE, tmp_path, url, settings)
     again.kill()
     assert again.communicate()[0].count(b"asked") == ROWS - 8
     assert metrics["alpacaeval2_wr"] == pytest.approx(expected_win_rate(range(ROWS)), abs=1e-6)

@@ -17,6 +17,11 @@ def test_metrics_by_hand():
     }  # fmt: skip
 
 
+def test_a_question_counts_with_both_turns_alone():
+    questions = [{"question_id": number} for number in (1, 2, 3)]
+    assert mtbench.per_question({(1, 1): 8.0, (1, 2): 5.0, (2, 1): 3.0}, questions) == [6.5, None, None]
+
+
 def test_unusable_lines_are_not_verdicts(tmp_path):
     path = tmp_path / "judge_single.jsonl"
     rows = [

@@ -12,4 +12,4 @@ ANSWERS = [[f"first answer {i} é", "second " * (i + 1)] for i in range(len(QUES
 def ask(url: str, folder: Path, **settings) -> dict:
     settings = SETTINGS | settings
     n = settings["first_n"]
-    return mtbench.judge(QUESTIONS[:n], ANSWERS[:n], folder, "ours", url, settings)
+    return mtbench.metrics_of(mtbench.judge(QUESTIONS[:n], ANSWERS[:n], folder, "ours", url, settings), QUESTIONS[:n])

@@ -1,0 +1,35 @@
+"""RMiPO against the other methods, prompt by prompt: both answered the same prompts, which removes their difficulty."""
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from rmipo.evaluation.statistics import Interval, bootstrap
+from rmipo.reporting.results import METHODS, Result
+
+OURS = "rmipo"
+
+
+def paired_difference(ours: Sequence[Result], theirs: Sequence[Result], metric: str) -> Interval | None:
+    """Ours minus theirs over the prompts that both have a value for, each method's the mean of its seeds.
+
+    None where a result has no values per prompt, or other prompts.
+    """
+    columns = [[result.per_prompt.get(metric, []) for result in results] for results in (ours, theirs)]
+    lengths = {len(values) for results in columns for values in results}
+    if len(lengths) != 1 or 0 in lengths:
+        return None
+    ours_each, theirs_each = (np.array(results, dtype=np.float64).mean(axis=0) for results in columns)  # None is NaN
+    differences = ours_each - theirs_each
+    differences = differences[~np.isnan(differences)]
+    return bootstrap(differences) if len(differences) else None
+
+
+def paired_note(what: str, differences: Iterable[tuple[str, Interval | None]], digits: int) -> list[str]:
+    """A note of the differences to each method; nothing without any."""
+    texts = [
+        f"{METHODS.get(method, method)} {mean:+z.{digits}f} [{low:+z.{digits}f}, {high:+z.{digits}f}]"
+        for method, (mean, _, low, high) in ((method, found) for method, found in differences if found is not None)
+    ]
+    title = f"{what}: {METHODS[OURS]} minus each method on the same prompts, with 95% paired bootstrap interval"
+    return [f"{title}: {', '.join(texts)}."] if texts else []

@@ -1,0 +1,76 @@
+"""Differences prompt by prompt against a slow bootstrap by hand, and where tables and figures show them."""
+
+import csv
+import random
+from pathlib import Path
+
+import pytest
+
+from rmipo.reporting.figures_runs import figure5
+from rmipo.reporting.paired import paired_difference
+from rmipo.reporting.render import csv_text, latex, markdown
+from rmipo.reporting.results import load_result
+from rmipo.reporting.tables import build_table, fill
+from tests.helpers.result_files import write_result
+
+LLAMA = "llama3-8b-instruct"
+DRAW = random.Random(0)
+EASE = [DRAW.uniform(0, 80) for _ in range(60)]  # of the prompts, for every method alike
+OURS = [ease + DRAW.uniform(0, 20) for ease in EASE]
+THEIRS = [ease + DRAW.uniform(0, 15) for ease in EASE]
+
+
+def result(outputs: Path, method: str, values: list[float | None], metric: str = "mt_bench", **changes):
+    known = [value for value in values if value is not None]
+    metrics = {metric: sum(known) / len(known)}
+    bench = "mtbench" if metric == "mt_bench" else "alpacaeval"
+    write_result(outputs, LLAMA, method, bench, metrics, per_prompt={metric: values}, **changes)
+    return load_result(outputs, LLAMA, method, bench)
+
+
+def test_against_a_bootstrap_by_hand(tmp_path):
+    found = paired_difference([result(tmp_path, "rmipo", OURS)], [result(tmp_path, "dpo", THEIRS)], "mt_bench")
+    draw, means = random.Random(1), []
+    for _ in range(4000):
+        prompts = [draw.randrange(60) for _ in range(60)]
+        means.append(sum(OURS[i] for i in prompts) / 60 - sum(THEIRS[i] for i in prompts) / 60)
+    means.sort()
+    assert found.mean == pytest.approx((sum(OURS) - sum(THEIRS)) / 60)
+    assert found.low == pytest.approx(means[100], abs=0.15) and found.high == pytest.approx(means[3900], abs=0.15)
+    assert found.high - found.low < 5  # the prompts' ease, of standard deviation 23, has gone
+
+
+def test_seeds_are_averaged_and_prompts_without_a_verdict_left_out(tmp_path):
+    ours = [result(tmp_path, "rmipo", [8.0, 2.0, None, 7.0]), result(tmp_path, "again", [6.0, 4.0, 5.0, 7.0])]
+    theirs = [result(tmp_path, "dpo", [5.0, 1.0, 3.0, None])]
+    assert paired_difference(ours, theirs, "mt_bench")[0] == 2.0  # of the first two prompts: 7 - 5 and 3 - 1
+    assert paired_difference(ours, theirs, "mt_bench")[2:] == (2.0, 2.0)
+    assert paired_difference(ours, [result(tmp_path, "short", [5.0])], "mt_bench") is None
+    write_result(tmp_path, LLAMA, "old", "mtbench", {"mt_bench": 7.0})
+    assert paired_difference(ours, [load_result(tmp_path, LLAMA, "old", "mtbench")], "mt_bench") is None
+    assert paired_difference([], theirs, "mt_bench") is None
+
+
+def test_every_format_of_a_table_has_the_differences(tmp_path):
+    for method, values in (("rmipo", [7.0, 9.0]), ("dpo", [6.5, 8.5]), ("initial", [7.0, 9.25])):
+        result(tmp_path, method, values)
+    write_result(tmp_path, LLAMA, "simpo", "mtbench", {"mt_bench": 7.0})  # of before, without values per prompt
+    filled = fill(build_table(1, [LLAMA]), tmp_path)
+    note = (
+        "MT-Bench of Llama3-8B-Instruct: RMiPO minus each method on the same prompts, with 95% paired bootstrap interval: "
+        "Initial -0.12 [-0.25, +0.00], DPO +0.50 [+0.50, +0.50]."
+    )
+    assert f"- {note}" in markdown(filled) and note.replace("%", r"\%") in latex(filled)
+    rows = {row["Method"]: row for row in csv.DictReader(csv_text(filled).splitlines()) if "MT" in row["Column"]}
+    columns = [rows["DPO"][f"behind_rmipo{end}"] for end in ("", "_low", "_high")]
+    assert columns == ["0.5"] * 3 and rows["RMiPO"]["behind_rmipo"] == rows["SimPO"]["behind_rmipo"] == ""
+
+
+def test_figure5_has_the_differences_of_each_subset(tmp_path):
+    for method, helpful in (("rmipo", [100.0, 100.0, 100.0]), ("dpo", [0.0, 0.0, 0.0])):
+        values = {"hh_helpful": helpful, "hh_harmless": [100.0, 0.0, 0.0]}
+        metrics = {name: sum(each) / 3 for name, each in values.items()}
+        write_result(tmp_path, LLAMA, method, "hh", metrics | {"hh_average": 50.0}, per_prompt=values)
+    notes = figure5(tmp_path, LLAMA).get_supxlabel().replace("\n", " ")
+    assert "HH helpful (%): RMiPO minus each method on the same prompts" in notes
+    assert "DPO +100.0 [+100.0, +100.0]." in notes and "DPO +0.0 [+0.0, +0.0]." in notes
