@@ -20,7 +20,7 @@ from rmipo.reporting.figures import (
     panels,
     smooth,
 )
-from rmipo.reporting.paired import OURS, paired_difference, paired_note
+from rmipo.reporting.paired import OURS, PAIRED_TITLE, paired_difference, paired_note
 from rmipo.reporting.provenance import figure_notes, require_comparable
 from rmipo.reporting.results import (
     PAPER_MODELS,
@@ -111,7 +111,7 @@ def paired_notes(results: dict[str, dict[str, Result]]) -> list[str]:
         ours = found.pop(OURS, [])
         differences = [(method, paired_difference(ours, theirs, f"hh_{subset}")) for method, theirs in found.items()]
         notes += paired_note(metric_label(f"hh_{subset}"), differences, 1)
-    return notes
+    return [PAIRED_TITLE, *notes] if notes else []
 
 
 def results_on_hh(outputs: Path, model: str, method: str) -> dict[str, Result]:

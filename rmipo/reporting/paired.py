@@ -8,6 +8,7 @@ from rmipo.evaluation.statistics import Interval, bootstrap
 from rmipo.reporting.results import METHODS, Result
 
 OURS = "rmipo"
+PAIRED_TITLE = f"{METHODS[OURS]} minus each method on the same prompts, with its 95% paired bootstrap interval:"
 
 
 def paired_difference(ours: Sequence[Result], theirs: Sequence[Result], metric: str) -> Interval | None:
@@ -26,10 +27,9 @@ def paired_difference(ours: Sequence[Result], theirs: Sequence[Result], metric: 
 
 
 def paired_note(what: str, differences: Iterable[tuple[str, Interval | None]], digits: int) -> list[str]:
-    """A note of the differences to each method; nothing without any."""
+    """A line of the differences to each method, to stand below PAIRED_TITLE; nothing without any."""
     texts = [
         f"{METHODS.get(method, method)} {mean:+z.{digits}f} [{low:+z.{digits}f}, {high:+z.{digits}f}]"
         for method, (mean, _, low, high) in ((method, found) for method, found in differences if found is not None)
     ]
-    title = f"{what}: {METHODS[OURS]} minus each method on the same prompts, with 95% paired bootstrap interval"
-    return [f"{title}: {', '.join(texts)}."] if texts else []
+    return [f"{what}: {', '.join(texts)}."] if texts else []
