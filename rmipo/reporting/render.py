@@ -2,8 +2,10 @@
 
 import pandas as pd
 
+from rmipo.reporting.paired import PAIRED_TITLE
 from rmipo.reporting.tables import Entry, FilledTable, notes_text
 
+LINES_OF_A_PAGE = 50  # of a LaTeX table, with its notes, in the larger print
 PAIRED = {"": "mean", "_low": "low", "_high": "high"}  # columns of the CSV
 MAX_NUMBER_COLUMNS = 8  # of one LaTeX table: what fits the text width of an article, 345 pt
 LATEX = {"α": r"$\alpha$", "β": r"$\beta$", "ε": r"$\epsilon$", "γ": r"$\gamma$", "Δ": r"$\Delta$", "±": r"$\pm$"}
@@ -55,6 +57,8 @@ def markdown(filled: FilledTable) -> str:
     lines += ["| " + " | ".join(header) + " |"]
     lines += ["|" + "|".join(["---"] * len(table.headers) + ["---:"] * len(cells.columns)) + "|"]
     lines += ["| " + " | ".join([*row, *texts]) + " |" for row, texts in zip(cells.index, cells.values, strict=True)]
+    if paired := filled.paired():
+        lines += ["", PAIRED_TITLE, "", *(f"- {line}" for line in paired)]
     if notes := filled.notes():
         lines += ["", *(f"- {note}" for note in notes)]
     if numbers:
@@ -104,6 +108,10 @@ def latex(filled: FilledTable) -> str:
                 fitting.append([group])
         parts += [block.only(groups) for groups in fitting]
     tables = [latex_table(part, numbers, several=len(parts) > 1) for part in parts]
+    if paired := filled.paired():  # under a table of twelve methods they would not fit the page
+        caption = rf"\caption{{{latex_escape(f'{filled.table.title}. {PAIRED_TITLE}')}}}"
+        tables += [r"\begin{table*}\raggedright", caption, r"\scriptsize"]
+        tables += [*(latex_escape(line) + r"\par" for line in paired), r"\end{table*}"]
     comments = [f"% [{n}] " + ", then ".join(commands) for commands, n in numbers.items()]
     return "\n".join([r"% needs \usepackage{booktabs,amssymb}", *tables, *comments]) + "\n"
 
@@ -122,12 +130,13 @@ def latex_table(filled: FilledTable, numbers: dict[tuple[str, ...], int], severa
     names = dict.fromkeys(entry.cell.column for entry in filled.entries)
     part = filled.entries[0].cell.row[0] if by_model else ", ".join(groups) if several else ""
     heads = [rf"\multicolumn{{{size}}}{{c}}{{{latex_escape(group)}}}" for group, size in groups.items()]
+    size = r"\scriptsize" if len(body) > LINES_OF_A_PAGE else r"\footnotesize"
     notes = filled.notes()
     if any(entry.commands for entry in filled.entries):
         notes.append("[1], ...: not run yet; the commands are comments in the source.")
     return "\n".join(
         [
-            r"\begin{table*}\centering\footnotesize\setlength{\tabcolsep}{2pt}\renewcommand{\arraystretch}{0.85}",
+            rf"\begin{{table*}}\centering{size}" r"\setlength{\tabcolsep}{2pt}\renewcommand{\arraystretch}{0.85}",
             rf"\caption{{{latex_escape(table.title + (f' ({part})' if part else ''))}.}}",
             rf"\begin{{tabular}}{{@{{}}{'l' * (len(headers) + 1)}{'r' * len(names)}@{{}}}}",
             r"\toprule",

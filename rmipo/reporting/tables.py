@@ -10,7 +10,7 @@ import pandas as pd
 
 from rmipo.evaluation import BENCHMARKS, benchmark_of, metric_label
 from rmipo.evaluation.statistics import Interval
-from rmipo.reporting.paired import OURS, PAIRED_TITLE, paired_difference, paired_note
+from rmipo.reporting.paired import OURS, paired_difference, paired_note
 from rmipo.reporting.provenance import conflicts, deviations, made_with, missing_verdicts, require_comparable
 from rmipo.reporting.results import (
     METHODS,
@@ -233,8 +233,17 @@ class FilledTable:
     def made_with(self) -> list[str]:
         return made_with({result.path: result for entry in self.entries for result in entry.results}.values())
 
+    def paired(self) -> list[str]:
+        """RMiPO against each method prompt by prompt, a line for each model and metric; nothing without any."""
+        lines = []
+        for model, metric in dict.fromkeys((entry.cell.model, entry.cell.metric) for entry in self.entries):
+            alike = [entry for entry in self.entries if (entry.cell.model, entry.cell.metric) == (model, metric)]
+            what = f"{metric_label(metric)} of {model_label(model)}"
+            lines += paired_note(what, [(e.cell.method, e.behind) for e in alike], alike[0].digits)
+        return lines
+
     def notes(self) -> list[str]:
-        """Everything that has to be said under the table, each once: its own notes last."""
+        """What else has to be said under the table, each once: its own notes last."""
         entries, notes = [entry for entry in self.entries if entry.ours is not None], self.made_with()
         if any(entry.error is not None and len(entry.results) == 1 for entry in entries):
             notes.append("±: standard error of the evaluation.")
@@ -244,12 +253,6 @@ class FilledTable:
         if marked := dict.fromkeys(text for entry in entries for text in entry.deviations):
             notes.append("†: not evaluated as in the paper, so no difference is printed unless asked for:")
             notes += [f"† {text}" for text in marked]
-        paired = []
-        for model, metric in dict.fromkeys((entry.cell.model, entry.cell.metric) for entry in entries):
-            alike = [entry for entry in entries if (entry.cell.model, entry.cell.metric) == (model, metric)]
-            what = f"{metric_label(metric)} of {model_label(model)}"
-            paired += paired_note(what, [(e.cell.method, e.behind) for e in alike], alike[0].digits)
-        notes += [PAIRED_TITLE, *paired] if paired else []
         notes += notes_text(note for entry in entries for note in entry.notes)
         if any(entry.ours is None and not entry.commands for entry in self.entries):
             notes.append("n/a: the length-controlled model knows AlpacaEval's own instructions alone.")
