@@ -41,6 +41,8 @@ TASKS = {
     "gsm8k": "gsm8k",  # these two aren't the leaderboard's: what preference training costs elsewhere
     "mmlu": "mmlu",
 }
+# lm-eval's "auto" begins with 64 prompts as long as the model's context: more than a CPU's memory, and no error ends it.
+CPU_BATCH = 8
 GPQA_DATA, GPQA_FILE = "Idavidrein/gpqa", "gpqa_main.csv"
 
 DEFAULTS = {
@@ -49,7 +51,7 @@ DEFAULTS = {
     "apply_chat_template": True,
     "fewshot_as_multiturn": True,
     "engine": "auto",  # vllm where there is a GPU, else transformers
-    "batch_size": "auto",
+    "batch_size": "auto",  # on a GPU the largest that fits, on a CPU CPU_BATCH
     "dtype": "auto",
     "device": None,  # null: cuda where there is a GPU, else cpu; of transformers alone
     "limit": None,  # examples per task; anything but null is a trial run, and the tables say so
@@ -197,6 +199,8 @@ def run(model_dir: str | Path, output_dir: str | Path, settings: dict) -> dict:
 
     engine = settings["engine"] = choose_engine(settings["engine"])
     settings["device"] = settings["device"] or ("cuda" if torch.cuda.is_available() else "cpu")
+    if settings["batch_size"] == "auto" and settings["device"] == "cpu":
+        settings["batch_size"] = CPU_BATCH
     versions = package_versions(*sorted({"lm_eval", "transformers", "torch", engine}))
     free = ("tasks", "batch_size", "device")
     identity = {

@@ -133,9 +133,10 @@ def test_lm_eval_on_the_tiny_settings_tasks(tmp_path, monkeypatch):
             texts = {"prompt": f"w{i}", "chosen": f"w{i} w{i + 1}", "rejected": f"w{i + 2} w{(3 * i) % 20}"}
             row = {side: [{"role": roles[side], "content": text}] for side, text in texts.items()}
             file.write(json.dumps(row) + "\n")
-    settings = {"include_path": str(ROOT / "recipes" / "tiny" / "leaderboard"), "limit": 8, "batch_size": 8}
+    settings = {"include_path": str(ROOT / "recipes" / "tiny" / "leaderboard"), "limit": 8}
     result = run(tmp_path / "model", tmp_path / "eval", settings | {"dtype": "float32"})
 
+    assert result["settings"]["batch_size"] == 8  # on a CPU, for "auto"
     files = {task: tmp_path / f"eval/leaderboard/{task}.json" for task in list(TASKS)[:6]}
     raw = {name: scores for file in files.values() for name, scores in json.loads(file.read_text())["results"].items()}
     assert {f"leaderboard_bbh_{name}" for name in BBH_CHOICES} < raw.keys()
