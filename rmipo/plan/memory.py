@@ -31,14 +31,17 @@ FUSED_HEAD_TILE = (4096, 32768)  # logits that TRL's fused LM head has at once: 
 NF4_BYTES = {False: 0.5 + 4 / 64, True: 0.5 + 1 / 64 + 4 / (64 * 256)}  # per weight; key: nested quantization
 
 # Bytes on each of n GPUs per trained parameter: (weights, gradients and optimizer). Under DeepSpeed weights are in
-# bfloat16, and the gradients, master weights and Adam's two moments in float32; elsewhere the weights are the masters.
+# bfloat16, and the gradients (`grad_accum_dtype` of configs/deepspeed/; its default is bfloat16), master weights and
+# Adam's two moments in float32; elsewhere the weights are the masters.
 STATE_BYTES = {
     "zero3": lambda n: (2 / n, 16 / n),
     "zero2": lambda n: (2, 2 + 16 / n),  # a whole gradient in bfloat16 until it is reduced
     "fsdp2": lambda n: (4 / n, 12 / n),
     "none": lambda n: (4, 12),
 }
-OFFLOADED_BYTES = 27  # per trained parameter and node: the same 18 in pinned buffers (DeepSpeed's estimator: x 1.5)
+OFFLOADED_BYTES = (
+    27  # per trained parameter, over all nodes: the same 18 in pinned buffers (DeepSpeed's estimator: x 1.5)
+)
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,7 @@ class Hardware:
     gpus_per_node: int
     gib: float  # memory of one GPU
     host_gib: float | None = None  # memory of one machine, where it is known
+    capability: tuple[int, int] | None = None  # CUDA's, of the oldest GPU, where it is known
 
     @property
     def gpus(self) -> int:
@@ -110,7 +114,7 @@ class Shape:
     @classmethod
     def of(cls, config: PreTrainedConfig, peft_config: PeftConfig | None = None) -> "Shape":
         with init_empty_weights():
-            # Not by AutoModel: in a training process under ZeRO-3 that divides what it makes over the ranks.
+            # Not by AutoModel: in a training process under ZeRO-3 that divides what it makes over the processes.
             model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
         model.tie_weights()  # `init_empty_weights` unties what is tied, so this comes after it
         head = {id(model.get_input_embeddings().weight), id(model.get_output_embeddings().weight)}

@@ -1,6 +1,7 @@
 """Sizes and memory: parameter counts, what autograd and the LM head really keep, published figures."""
 
 import dataclasses
+import json
 
 import pytest
 import torch
@@ -294,6 +295,14 @@ def test_a_known_models_shape_needs_no_network(monkeypatch):
 @pytest.mark.parametrize("name, kind", [("zero3", "zero3"), ("zero2", "zero2"), ("ddp", "none"), ("fsdp2", "fsdp2")])
 def test_launch_configurations_are_read(name, kind):
     assert Sharding.load(ROOT / f"configs/accelerate/{name}.yaml") == Sharding(kind)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs/deepspeed").glob("*.json")), ids=lambda path: path.stem)
+def test_deepspeed_sums_gradients_in_float32_as_the_plan_counts(path):
+    """Its default is the weights' dtype, bfloat16. tests/run/test_fsdp2.py measures the bytes."""
+    assert json.loads(path.read_text())["data_types"] == {"grad_accum_dtype": "fp32"}
+    gradients, masters, moments = 4, 4, 8
+    assert plan.STATE_BYTES["zero3"](1)[1] == plan.STATE_BYTES["zero2"](1)[1] - 2 == gradients + masters + moments
 
 
 def test_offload_is_read_from_the_deepspeed_file():
