@@ -17,7 +17,9 @@ interrupted comparison goes on where it was.
 import os
 from pathlib import Path
 
-os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}  # before anything reads them
+# Before anything reads them. One GPU: transformers would copy the model to all that one process sees.
+os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
 
 from rmipo import cli
 from rmipo.launch.choices import choose_stages

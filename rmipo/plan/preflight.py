@@ -41,6 +41,8 @@ from rmipo.recipe.schema import PreferenceConfig
 CACHED_FILE = {"model": "config.json", "dataset": "README.md"}
 # What an objective needs of the initial policy -> how `Run` calls it.
 REFERENCES = {"reference_logits": "logits", "reference": "cached", "initial_prior": "cached prior"}
+# By inspection of the kernels that are compiled for both: at this size those for GPUs before Hopper spill registers.
+HOPPER, SPILLING_HEAD_DIM = (9, 0), 256
 WEIGHT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "auto": 2}
 
 
@@ -177,15 +179,33 @@ def check_masters(recipe: Recipe, sharding: Sharding) -> None:
         )
 
 
+def slow_attention(recipe: Recipe, hardware: Hardware) -> str | None:
+    """A warning where the backward of compiled flex attention needs more registers than a GPU has, and spills."""
+    flex = recipe.stage == "preference" and recipe.values.get("attention", "auto") in ("auto", "flex")
+    if not flex or hardware.capability is None or hardware.capability >= HOPPER:
+        return None
+    shape = shape_of(recipe)
+    head_dim = shape.heads_width // shape.heads
+    if head_dim < SPILLING_HEAD_DIM:
+        return None
+    return (
+        f"{recipe.path}: attention: flex with heads of {head_dim} dimensions on a GPU of compute capability "
+        f"{'.'.join(map(str, hardware.capability))} (A100: 8.0): the compiled backward runs out of registers and is slow. "
+        "Compare tokens_per_second of a few steps with `attention: segment`, or use an H100"
+    )
+
+
 def check_launch(recipe: Recipe, hardware: Hardware, sharding: Sharding) -> None:
     """Before a run on GPUs starts; raises PreflightError where it can't work, warns where memory is likely too small.
 
     Memory is an estimate, for AdamW: `memory_check: false` leaves it out.
     """
     check_masters(recipe, sharding)
+    warnings = [slow_attention(recipe, hardware)]
     if recipe.values.get("memory_check", True) and "adamw_torch" in recipe.values.get("optim", "adamw_torch"):
-        warning = check_fit(recipe, hardware, sharding)
-        if warning and os.environ.get("RANK", "0") == "0":
+        warnings.append(check_fit(recipe, hardware, sharding))
+    for warning in filter(None, warnings):
+        if os.environ.get("RANK", "0") == "0":
             print(f"warning: {warning}", file=sys.stderr)
     check_disk(recipe.values["output_dir"], disk_needed(recipe, shape_of(recipe), sharding))
 
@@ -195,6 +215,11 @@ def check_run(recipe: Recipe, args: TrainingArguments) -> None:
     here = local_hardware()
     if here is None or args.use_cpu:
         return
+    if args.n_gpu > 1:
+        raise PreflightError(
+            f"{recipe.path}: one process was started, and it sees {args.n_gpu} GPUs. Start one for each (make train, or "
+            "accelerate launch --config_file configs/accelerate/zero3.yaml), or show it one: CUDA_VISIBLE_DEVICES=0"
+        )
     world_size, local = (int(os.environ.get(name, "1")) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
     check_launch(recipe, replace(here, nodes=world_size // local, gpus_per_node=local), sharding_of(args))
 
@@ -216,7 +241,8 @@ def local_hardware(use_cpu: bool = False) -> Hardware | None:
     if count == 0:
         return None
     smallest = min(torch.cuda.get_device_properties(i).total_memory for i in range(count))
-    return Hardware(1, count, smallest / GIB, memory)
+    oldest = min(torch.cuda.get_device_capability(i) for i in range(count))
+    return Hardware(1, count, smallest / GIB, memory, oldest)
 
 
 def check_access(name: str, kind: str) -> str:
@@ -230,7 +256,7 @@ def check_access(name: str, kind: str) -> str:
         HfApi().auth_check(name, repo_type=kind)
     except GatedRepoError as error:
         raise PreflightError(
-            f"{name} is gated. Fix: accept its licence on its hub page, then `hf auth login` or set HF_TOKEN"
+            f"{name} is gated. Fix: accept its licence on its hub page, then `.venv/bin/hf auth login` or set HF_TOKEN"
         ) from error
     except (RepositoryNotFoundError, HFValidationError) as error:
         raise PreflightError(

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import TrainingArguments
+from transformers import GemmaConfig, TrainingArguments
 
 from rmipo.plan import lengths, preflight
 from rmipo.plan.memory import GIB, Hardware, Shape, Sharding, plan_memory
@@ -252,6 +252,40 @@ def test_a_training_process_sees_how_it_was_launched(name):
         "zero3-offload": r"^warning: .*needs \d+ GiB per GPU with zero3 on 1 GPUs, found 4 ",
     }.get(name, r"^said: .*: needs \d+ GiB per GPU with \w+ on 1 GPUs, found 4 ")
     assert re.search(said, done.stdout + done.stderr, re.MULTILINE), done
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "capability", "attention", "warned"),
+    [
+        (256, (8, 0), "auto", True),
+        (256, (8, 9), "flex", True),
+        (256, (8, 0), "segment", False),
+        (256, (9, 0), "auto", False),
+        (256, None, "auto", False),  # GPUs that can't be looked at
+        (128, (8, 0), "auto", False),
+    ],
+)
+def test_heads_that_flex_is_slow_for_are_warned_of(
+    tmp_path, monkeypatch, capsys, head_dim, capability, attention, warned
+):
+    monkeypatch.setattr(preflight, "check_disk", lambda *_: None)
+    monkeypatch.setenv("RANK", "0")
+    sizes = {"num_hidden_layers": 1, "hidden_size": 64, "intermediate_size": 64, "vocab_size": 64}
+    GemmaConfig(head_dim=head_dim, num_attention_heads=4, num_key_value_heads=1, **sizes).save_pretrained(tmp_path)
+    path = ROOT / "recipes/llama3-8b-instruct/rmipo.yaml"
+    recipe = load_recipe(path, overrides=["--model_name_or_path", str(tmp_path), "--attention", attention])
+    preflight.check_launch(recipe, Hardware(1, 4, 80, capability=capability), ZERO3)
+    warning = capsys.readouterr().err
+    assert ("with heads of 256 dimensions on a GPU of compute capability 8." in warning) == warned == bool(warning)
+
+
+def test_one_process_that_sees_several_gpus_is_refused(recipe_8b, monkeypatch, tmp_path):
+    """transformers would copy the model to all of them in every step."""
+    args = TrainingArguments(str(tmp_path))
+    monkeypatch.setattr(preflight, "local_hardware", lambda: Hardware(1, 4, 80, 500))
+    args._n_gpu = 4
+    with pytest.raises(preflight.PreflightError, match=r"sees 4 GPUs.*make train.* CUDA_VISIBLE_DEVICES=0"):
+        preflight.check_run(recipe_8b, args)
 
 
 def test_a_training_process_that_cannot_fit_is_refused(recipe_8b, monkeypatch, tmp_path):
