@@ -13,7 +13,7 @@ from trl import ModelConfig
 
 from rmipo.data.chat import freeze_date
 from rmipo.fingerprints import has_weights, model_fingerprint
-from rmipo.plan.preflight import check_run
+from rmipo.plan.preflight import check_run, sharding_of
 from rmipo.recipe.load import Recipe
 from rmipo.record import RunRecord, recorded_run
 from rmipo.run import export
@@ -50,6 +50,9 @@ def training_run(
             import deepspeed  # seconds, and only sharded runs need it
 
             deepspeed.init_distributed()  # transformers leaves that out on CPUs, and models are sharded as they load
+        if sharding_of(args).kind == "fsdp2":
+            # Else every process keeps its whole, undivided gradient until the last micro-batch of a step.
+            args.accelerator_config.gradient_accumulation_kwargs = {"sync_each_batch": True}
         if keep:
             check_run(recipe, args)
             check_parts(recipe, args, model_config)

@@ -169,10 +169,11 @@ class PreferenceTrainer(Trainer):
 
     @contextlib.contextmanager
     def _accumulation(self, model, last: bool) -> Iterator[None]:
-        """Processes exchange gradients with the last micro-batch of a step; DeepSpeed does so by its own rules."""
+        """Processes exchange gradients with the last micro-batch of a step, or with each where none keeps them whole."""
         self.accelerator.gradient_state._set_sync_gradients(last)
         deepspeed = self.accelerator.distributed_type == DistributedType.DEEPSPEED
-        with contextlib.nullcontext() if last or deepspeed else self.accelerator.no_sync(model):
+        each = deepspeed or self.accelerator.gradient_state.plugin_kwargs.get("sync_each_batch", False)
+        with contextlib.nullcontext() if last or each else self.accelerator.no_sync(model):
             yield
 
     @property
