@@ -109,7 +109,7 @@ def quantization_check(needed: bool) -> Check:
 def hub_login_check() -> Check:
     from huggingface_hub import get_token, whoami
 
-    fix = "`hf auth login`, or set HF_TOKEN; only gated models need it"
+    fix = "`.venv/bin/hf auth login`, or set HF_TOKEN; only gated models need it"
     if get_token() is None:
         return Check("hub login", None, "none", fix)
     return attempt("hub login", lambda: f"as {whoami()['name']}", fix, needed=False)
@@ -132,7 +132,7 @@ def tracker_check(report_to: list[list[str] | str | None]) -> Check:
         return Check("W&B login", None, f"not needed: WANDB_MODE is {os.environ['WANDB_MODE']}")
     import wandb
 
-    fix = "`wandb login`, or WANDB_MODE=offline, or ARGS='--report_to none'"
+    fix = "`.venv/bin/wandb login`, or WANDB_MODE=offline, or ARGS='--report_to none'"
     if not wandb.login(prompt=False, verify=False):
         return Check("W&B login", False, "no credentials", fix)
     return attempt("W&B login", lambda: "accepted" if wandb.login(prompt=False) else "", fix, needed=True)

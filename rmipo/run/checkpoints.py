@@ -28,7 +28,7 @@ class FullDiskError(UserError, RuntimeError):
 
 
 class Checkpoints(TrainerCallback):
-    """Completes each checkpoint: the objective's state, and when all ranks have written, the marker.
+    """Completes each checkpoint: the objective's state, and when all processes have written, the marker.
 
     Only then are older ones deleted, down to `save_total_limit` complete ones: the Trainer would delete the last complete
     one before the new one has its marker.

@@ -32,7 +32,7 @@ class ExportError(UserError, RuntimeError):
 
 
 def save(trainer: Trainer) -> None:
-    """Save model, tokenizer and configurations into the run's folder, and verify the weights. Every rank takes part."""
+    """Save model, tokenizer and configurations into the run's folder, and verify the weights. Every process takes part."""
     folder = Path(trainer.args.output_dir)
     trainer.save_model(_internal_call=True)  # not uploaded yet: unverified, and without its card
     if trainer.is_world_process_zero():
@@ -53,7 +53,7 @@ def verify_export(folder: str | Path, config: PreTrainedConfig, peft_config: Pef
     folder = Path(folder)
     found = saved_tensors(folder)
     with init_empty_weights():
-        # Not by AutoModel: while ZeRO-3 is on, that divides what it makes over the ranks.
+        # Not by AutoModel: while ZeRO-3 is on, that divides what it makes over the processes.
         model = getattr(transformers, config.architectures[0])(config)
         tied = set(model.all_tied_weights_keys)
         state = model.state_dict()

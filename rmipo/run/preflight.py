@@ -74,7 +74,7 @@ def _check_trackers(names: list[str]) -> None:
         settings = wandb.setup().settings
         if settings.mode in ("online", "shared") and not wandb.login(prompt=False, verify=False):
             raise ValueError(
-                "W&B has no key. Run `wandb login`, set WANDB_API_KEY, or WANDB_MODE=offline, or report_to: none"
+                "W&B has no key. Run `.venv/bin/wandb login`, set WANDB_API_KEY, or WANDB_MODE=offline, or report_to: none"
             )
 
 
@@ -97,7 +97,7 @@ def _build_schedule(args: TrainingArguments) -> None:
 
 def _check_liger(args: TrainingArguments) -> None:
     if args.use_liger_kernel and not is_liger_kernel_available():
-        raise ImportError("liger-kernel is not installed: pip install liger-kernel")
+        raise ImportError("liger-kernel is not installed: .venv/bin/python -m pip install liger-kernel")
 
 
 def _build_quantizer(model_config: ModelConfig) -> None:

@@ -11,7 +11,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class StopOnSignal(TrainerCallback):
-    """On SIGTERM or SIGUSR1 (a queue that needs the machine): finish the step, save, stop. All ranks stop together.
+    """On SIGTERM or SIGUSR1 (a queue that needs the machine): finish the step, save, stop. All processes stop together.
 
     Listens while it is entered.
     """

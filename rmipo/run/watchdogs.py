@@ -1,7 +1,7 @@
 """Early warnings of a run that goes wrong: once per kind until it recovers, with what to look at.
 
-The limits are recipe values (`warn_*`, `ddp_timeout`). Warnings change nothing; a loss that is not finite, and a rank
-that stays silent, end the run.
+The limits are recipe values (`warn_*`, `ddp_timeout`). Warnings change nothing; a loss that is not finite, and a
+process that stays silent, end the run.
 """
 
 import contextlib
@@ -175,9 +175,9 @@ class SilenceWatchdog(TrainerCallback):
         stack = traceback.format_stack(sys._current_frames()[threading.main_thread().ident])
         print(
             f"warning, rank {args.process_index} of {args.world_size}: nothing has come after step {step} for "
-            f"{limit:.0f} s. Ranks that wait in a collective (all_reduce, all_gather, barrier, ...) wait for one that "
-            f"doesn't: compare their stacks, and look for a rank that is gone (its log, nvidia-smi, dmesg). The run "
-            f"ends after ddp_timeout: {args.ddp_timeout} s. This rank is in:\n{''.join(stack[-4:])}",
+            f"{limit:.0f} s. Processes that wait in a collective (all_reduce, all_gather, barrier, ...) wait for one that "
+            f"doesn't: compare their stacks, and look for a process that is gone (its log, nvidia-smi, dmesg). The run "
+            f"ends after ddp_timeout: {args.ddp_timeout} s. This process is in:\n{''.join(stack[-4:])}",
             file=sys.stderr,
             flush=True,
         )
@@ -202,7 +202,7 @@ def explained_silence(timeout: float) -> Iterator[None]:
         if not any(sign in str(error) for sign in ("Timed out", "timed out", "Timeout", "Connection closed by peer")):
             raise
         raise SilentRankError(
-            f"another process did not answer: {str(error).strip().splitlines()[0]}. Look at the logs of the other ranks "
-            "for the first error (memory of GPU or machine full, a node gone). If a step may take longer than "
+            f"another process did not answer: {str(error).strip().splitlines()[0]}. Look at the logs of the other "
+            "processes for the first error (memory of GPU or machine full, a node gone). If a step may take longer than "
             f"{timeout:g} s, raise ddp_timeout. The same command goes on from the last checkpoint."
         ) from error

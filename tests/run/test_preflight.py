@@ -64,7 +64,7 @@ def test_wandb_without_a_key(tmp_path, monkeypatch):
         monkeypatch.setenv(name, str(tmp_path))
     monkeypatch.setattr(sys, "stdin", None)
     (line,) = problems(output_dir=tmp_path, report_to="wandb")
-    assert line.startswith("report_to: wandb: W&B has no key. Run `wandb login`")
+    assert line.startswith("report_to: wandb: W&B has no key. Run `.venv/bin/wandb login`")
     wandb.teardown()
 
 

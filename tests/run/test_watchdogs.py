@@ -162,7 +162,7 @@ def test_a_silent_rank_is_reported_and_the_timeout_ends_the_run(tmp_path):
             process.wait()
     assert processes[0].returncode == 2, errors[-3000:]
     assert "warning, rank 0 of 2: nothing has come after step 1 for 2 s" in errors
-    assert "all_reduce" in errors.partition("This rank is in:")[2]
+    assert "all_reduce" in errors.partition("This process is in:")[2]
     assert "error: another process did not answer: " in errors and "6 s, raise ddp_timeout" in errors
     assert "Traceback" not in errors
 
