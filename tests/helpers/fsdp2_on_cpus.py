@@ -11,7 +11,8 @@ from accelerate import Accelerator
 from accelerate.state import DistributedType, PartialState
 from torch.distributed.fsdp import FSDPModule
 
-connect, shard = PartialState.__init__, Accelerator.prepare
+connect, shard, backward = PartialState.__init__, Accelerator.prepare, Accelerator.backward
+sharded = []
 
 
 def connect_as_accelerators(self, *arguments, **keywords):
@@ -26,10 +27,19 @@ def shard_and_say(self, *objects, **keywords):
         if isinstance(model, FSDPModule) and self.is_main_process:
             shared = [p for p in model.parameters() if p.to_local().numel() < p.numel()]
             print(f"{self.num_processes} processes share {len(shared)} parameters")
+            sharded.append(model)
     return prepared
 
 
+def backward_and_say(self, loss, **keywords):
+    """After the first micro-batch: a gradient that is not divided yet is kept whole, beside the parameter's own."""
+    backward(self, loss, **keywords)
+    while sharded:
+        trained = [p for p in sharded.pop().parameters() if p.requires_grad]
+        print(f"{sum(p.grad is not None for p in trained)} of {len(trained)} gradients are divided")
+
+
 PartialState.__init__ = connect_as_accelerators
-Accelerator.prepare = shard_and_say
+Accelerator.prepare, Accelerator.backward = shard_and_say, backward_and_say
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")

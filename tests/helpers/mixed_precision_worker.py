@@ -1,6 +1,7 @@
 """Two steps in bfloat16 per case, on two processes under FSDP2 or ZeRO-3.
 
-`start("zero3", FOLDER)` and `start("fsdp2", FOLDER)` train FOLDER/model and write FOLDER/<sharding>.pt.
+`start("zero3", FOLDER)` and `start("fsdp2", FOLDER)` train FOLDER/model and write FOLDER/<sharding>.pt: losses, and the
+bytes that ZeRO-3 keeps for each parameter.
 """
 
 import gc
@@ -13,7 +14,7 @@ import torch
 import yaml
 from peft import LoraConfig, get_peft_model
 from torch.nn.attention import flex_attention
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, TrainerCallback
 
 from tests.helpers.launched import Launched, launch
 from tests.helpers.paths import ROOT
@@ -41,6 +42,24 @@ def start(sharding: str, folder: Path) -> Launched:
     return launch(["tests/helpers/fsdp2_on_cpus.py", *worker], processes=2, **environment)
 
 
+class Kept(TrainerCallback):
+    """Bytes that DeepSpeed keeps in this process for each parameter, weights and the rest, after a step."""
+
+    bytes = None
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        trained = [p for p in model.parameters() if p.requires_grad]
+        optimizer = getattr(trained[0], "_z3_optimizer", None)
+        if optimizer is None:  # FSDP2
+            return
+        states = optimizer.optimizer.state.values()
+        rest = [optimizer.grad_partitions_flat_buffer, *optimizer.fp32_partitioned_groups_flat]
+        rest += [state[name] for state in states for name in ("exp_avg", "exp_avg_sq")]
+        parameters = sum(p.ds_numel for p in trained)
+        kept = ([p.ds_tensor for p in trained], rest)
+        self.bytes = tuple(sum(tensor.nbytes for tensor in tensors) / parameters for tensors in kept)
+
+
 def main(sharding: str, folder: Path) -> None:
     # Uncompiled it is plain tensor code; PyTorch refuses gradients on CPUs because the compiled one has none there.
     flex_attention._validate_device = lambda *tensors: None
@@ -48,7 +67,7 @@ def main(sharding: str, folder: Path) -> None:
     if sharding == "zero3":
         deepspeed.init_distributed()
         zero3 = {"deepspeed": json.loads((ROOT / "configs/deepspeed/zero3-cpu.json").read_text())}
-    losses = {}
+    losses, kept = {}, {}
     for name, (dtype, kind, adapters) in CASES.items():
         model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=dtype, attn_implementation="sdpa")
         if adapters:
@@ -62,12 +81,15 @@ def main(sharding: str, folder: Path) -> None:
             max_steps=2,
             **zero3,
         )
+        counted = Kept()
+        trainer.add_callback(counted)
         trainer.train()
+        kept[name] = counted.bytes
         losses[name] = [line["loss"] for line in trainer.state.log_history if "loss" in line]
         del trainer, model
         gc.collect()
     if torch.distributed.get_rank() == 0:
-        torch.save(losses, folder / f"{sharding}.pt")
+        torch.save({"losses": losses, "kept": kept}, folder / f"{sharding}.pt")
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 

@@ -58,6 +58,7 @@ def test_fsdp2_trains_as_one_process_does(tmp_path, twin, whole):
     alone, sharded = whole(1), tmp_path / "sharded"
     output = finish(twin, sharded)
     assert "2 processes share 21 parameters" in output, output[-3000:]
+    assert "21 of 21 gradients are divided" in output, output[-3000:]  # after the first of two micro-batches
     lines, expected_lines = ([line for line in read_metrics(run) if "loss" in line] for run in (sharded, alone))
     for name, tolerance in (("loss", {"abs": 2e-5}), ("grad_norm", {"rel": 1e-3})):
         values = [line[name] for line in expected_lines]

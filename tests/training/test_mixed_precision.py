@@ -1,8 +1,12 @@
-"""bfloat16 under FSDP2, on two CPU processes: the losses of ZeRO-3, with any type of weights, a fused head or adapters."""
+"""bfloat16 under FSDP2, on two CPU processes: the losses of ZeRO-3, with any type of weights, a fused head or adapters.
+
+And what ZeRO-3 keeps in memory for it: the bytes that the plan counts.
+"""
 
 import pytest
 import torch
 
+from rmipo.plan.memory import STATE_BYTES
 from tests.helpers.mixed_precision_worker import CASES, start
 from tests.helpers.small_models import make_model
 
@@ -10,7 +14,7 @@ pytestmark = pytest.mark.xdist_group("mixed_precision")  # the tests share what 
 
 
 @pytest.fixture(scope="module")
-def losses(tmp_path_factory):
+def found(tmp_path_factory):
     """One launch for all cases under each sharding."""
     folder = tmp_path_factory.mktemp("precision")
     make_model("llama").save_pretrained(folder / "model")
@@ -21,9 +25,15 @@ def losses(tmp_path_factory):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_fsdp2_has_the_loss_of_zero3(losses, case):
-    first, second = losses["fsdp2"][case]
-    expected_first, expected_second = losses["zero3"][case]
+def test_fsdp2_has_the_loss_of_zero3(found, case):
+    first, second = found["fsdp2"]["losses"][case]
+    expected_first, expected_second = found["zero3"]["losses"][case]
     assert first == pytest.approx(expected_first, abs=1e-4)
     assert second == pytest.approx(expected_second, abs=1e-2)  # after an update of weights kept in bfloat16 or float32
     assert abs(second - first) > 0.05
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_zero3_keeps_what_the_plan_counts(found, case):
+    """Per parameter: weights, and gradients with their masters and moments."""
+    assert found["zero3"]["kept"][case] == STATE_BYTES["zero3"](2)
