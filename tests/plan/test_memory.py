@@ -14,6 +14,7 @@ from rmipo.plan.memory import (
     FUSED_HEAD_TILE,
     GIB,
     RESERVED_FRACTION,
+    STATE_BYTES,
     Hardware,
     Shape,
     Sharding,
@@ -299,10 +300,10 @@ def test_launch_configurations_are_read(name, kind):
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs/deepspeed").glob("*.json")), ids=lambda path: path.stem)
 def test_deepspeed_sums_gradients_in_float32_as_the_plan_counts(path):
-    """Its default is the weights' dtype, bfloat16. tests/run/test_fsdp2.py measures the bytes."""
+    """Its default is the weights' dtype, bfloat16. tests/training/test_mixed_precision.py measures the bytes."""
     assert json.loads(path.read_text())["data_types"] == {"grad_accum_dtype": "fp32"}
     gradients, masters, moments = 4, 4, 8
-    assert plan.STATE_BYTES["zero3"](1)[1] == plan.STATE_BYTES["zero2"](1)[1] - 2 == gradients + masters + moments
+    assert STATE_BYTES["zero3"](1)[1] == STATE_BYTES["zero2"](1)[1] - 2 == gradients + masters + moments
 
 
 def test_offload_is_read_from_the_deepspeed_file():
