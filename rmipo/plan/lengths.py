@@ -76,7 +76,8 @@ def occasions(values: Mapping, what: str, steps: int | None) -> int | None:
 def kept_checkpoints(recipe: Recipe, run: Run) -> int:
     """The most checkpoints that are on the disk at once: `save_total_limit` and the one being written, or all of a run.
 
-    Without a limit, and where the length of the run is not known, two: fewer there can't be.
+    A run that is stopped saves one more than those of its schedule. Without a limit, and where the length of the run is
+    not known, two: fewer there can't be.
     """
     values, limit = recipe.values, recipe.values.get("save_total_limit")
     total = values["max_steps"] if values.get("max_steps", -1) > 0 else None
@@ -85,5 +86,5 @@ def kept_checkpoints(recipe: Recipe, run: Run) -> int:
         total = examples and steps(values, run, examples)
     saves = occasions(values, "save", total)
     if limit is None:
-        return 2 if saves is None else saves
-    return limit + 1 if saves is None else min(limit + 1, saves)
+        return 2 if saves is None else saves + 1
+    return limit + 1 if saves is None else min(limit + 1, saves + 1)

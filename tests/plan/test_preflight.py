@@ -170,15 +170,16 @@ def test_what_a_run_has_already_written_needs_no_room_again(tmp_path):
     ("changes", "checkpoints"),
     [
         ([], 3),  # save_total_limit 2, four saves
-        (["--save_total_limit=null"], 4),
-        (["--save_total_limit=null", "--save_steps=0.3"], 4),  # the last at the end
-        (["--save_total_limit=9"], 4),
-        (["--save_total_limit=null", "--save_steps=100"], 5),  # 478 steps
-        (["--save_total_limit=null", "--save_steps=100", "--max_steps=250"], 3),
-        (["--save_total_limit=null", "--save_steps=100", "--max_train_samples=12800"], 1),
-        (["--save_total_limit=null", "--save_strategy=epoch", "--num_train_epochs=3"], 3),
+        (["--save_total_limit=null"], 5),  # a stop saves too
+        (["--save_total_limit=null", "--save_steps=0.3"], 5),  # the last at the end
+        (["--save_total_limit=9"], 5),
+        (["--save_total_limit=null", "--save_steps=100"], 6),  # 478 steps
+        (["--save_total_limit=null", "--save_steps=100", "--max_steps=250"], 4),
+        (["--save_total_limit=null", "--save_steps=100", "--max_train_samples=12800"], 2),
+        (["--save_total_limit=null", "--save_strategy=epoch", "--num_train_epochs=3"], 4),
         (["--save_total_limit=null", "--save_steps=100", "--dataset_name=some/pairs"], 2),  # of unknown length
-        (["--save_strategy=no"], 0),
+        (["--max_steps=10", "--save_steps=10", "--save_total_limit=1"], 2),  # make smoke, which stops its run
+        (["--save_strategy=no"], 1),
     ],
 )
 def test_disk_holds_as_many_checkpoints_as_are_kept(changes, checkpoints):
@@ -192,7 +193,8 @@ def test_a_float32_model_takes_twice_the_disk():
     recipe = load_recipe(
         ROOT / "recipes/llama3-8b-base/rmipo.yaml", overrides=["--dtype=float32", "--save_strategy=no"]
     )
-    assert preflight.disk_needed(recipe, Shape.of(load_config(LLAMA3_8B)), ZERO3) == 8_030_261_248 * 4
+    needed = preflight.disk_needed(recipe, Shape.of(load_config(LLAMA3_8B)), ZERO3)
+    assert needed == 8_030_261_248 * (4 + 4 + 12)  # and a checkpoint, should the run be stopped
 
 
 @pytest.mark.parametrize(
