@@ -138,7 +138,10 @@ def main() -> int:
         print("Hours: not estimated for a CPU; the progress bar of a trial shows them: ARGS='--max_steps 20'")
     else:
         tflops = positive_number(env, "TFLOPS", duration.A100_TFLOPS)
-        print_hours(duration.hours(recipe, shape, run, sharding, hardware, examples, tflops), hardware, tflops)
+        phases = duration.hours(recipe, shape, run, sharding, hardware, examples, tflops)
+        slow, fast = (seen * tokens_each / hours / 3600 for hours in reversed(phases["training"]))
+        print_hours(phases, hardware, tflops)
+        print(f"Tokens per second: {slow:.0f} to {fast:.0f} in training steps")
     needed = preflight.disk_needed(recipe, shape, sharding)
     print(f"Disk: {needed / GIB:.1f} GiB in {recipe.values['output_dir']} (checkpoints, one being written, the model)")
     return 0 if memory.fits else 1

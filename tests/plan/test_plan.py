@@ -38,6 +38,9 @@ def test_plan_prints_every_part():
     assert "Steps: 478" in text and "matrix products at 35% to 50% of 312 TFLOP/s" in text
     hours = re.search(r"^Hours: (\S+) to (\S+), .*GPU hours$", text, re.MULTILINE)
     assert 0.5 < float(hours[1]) < float(hours[2]) < 2
+    # Eight A100 at 35% to 50% of their peak, and about 3.5 forwards of 2 x 8e9 FLOPs a token.
+    speed = re.search(r"^Tokens per second: (\d+) to (\d+) in training steps$", text, re.MULTILINE)
+    assert [int(each) for each in speed.groups()] == pytest.approx([15600, 22300], rel=0.15)
     for phase in ("training", "evaluation", "sample generations", "saving"):
         assert re.search(rf"^  {phase} +\d", text, re.MULTILINE), phase
     assert "reference pass" not in text
