@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import runpy
 import shutil
 import signal
 import subprocess
@@ -359,3 +360,14 @@ def test_wrong_choices_are_reported_together(repository):
     for part in ("'ppo' is not one of", "SEEDS='a'", "NOISE='0.7'", "WORKERS='0'"):
         assert part in done.stderr
     assert not (repository / "outputs/tiny/compare-x").exists()
+
+
+@pytest.mark.parametrize(("given", "used"), [(None, "0"), ("2,3", "2"), ("", "")])
+def test_a_comparison_sees_one_gpu(monkeypatch, given, used):
+    """transformers would copy a model to all GPUs that one process sees."""
+    for name in ("OMP_NUM_THREADS", "TOKENIZERS_PARALLELISM", "CUDA_VISIBLE_DEVICES"):
+        monkeypatch.setenv(name, given or "")  # so that what the script sets is undone
+    if given is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    runpy.run_path(str(ROOT / "scripts/compare.py"))
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == used
