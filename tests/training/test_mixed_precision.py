@@ -35,5 +35,7 @@ def test_fsdp2_has_the_loss_of_zero3(found, case):
 
 @pytest.mark.parametrize("case", CASES)
 def test_zero3_keeps_what_the_plan_counts(found, case):
-    """Per parameter: weights, and gradients with their masters and moments."""
-    assert found["zero3"]["kept"][case] == STATE_BYTES["zero3"](2)
+    """Per trained parameter: weights, and gradients with their masters and moments."""
+    weights, rest = STATE_BYTES["zero3"](2)
+    # peft makes adapters in float32, and DeepSpeed leaves them so: some megabytes, which the plan does not count.
+    assert found["zero3"]["kept"][case] == (2 * weights if case == "adapters" else weights, rest)
