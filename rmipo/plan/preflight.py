@@ -240,8 +240,8 @@ def local_hardware(use_cpu: bool = False) -> Hardware | None:
     count = torch.cuda.device_count()
     if count == 0:
         return None
-    smallest = min(torch.cuda.get_device_properties(i).total_memory for i in range(count))
-    oldest = min(torch.cuda.get_device_capability(i) for i in range(count))
+    gpus = [torch.cuda.get_device_properties(i) for i in range(count)]
+    smallest, oldest = min(gpu.total_memory for gpu in gpus), min((gpu.major, gpu.minor) for gpu in gpus)
     return Hardware(1, count, smallest / GIB, memory, oldest)
 
 

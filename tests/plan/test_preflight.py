@@ -86,13 +86,15 @@ def test_what_a_recipe_says_of_memory_and_time(method, overrides, expected):
     assert {name: getattr(run, name) for name in expected} == expected
 
 
-def test_the_smallest_gpu_of_a_machine_counts(monkeypatch):
+def test_the_smallest_and_the_oldest_gpu_of_a_machine_count(monkeypatch):
     """There is no GPU in the tests."""
-    sizes = [80 * GIB, 40 * GIB, 80 * GIB]
-    monkeypatch.setattr("torch.cuda.device_count", lambda: len(sizes))
-    monkeypatch.setattr("torch.cuda.get_device_properties", lambda i: SimpleNamespace(total_memory=sizes[i]))
+    gpus = [(80 * GIB, 9), (40 * GIB, 9), (80 * GIB, 8)]
+    gpus = [SimpleNamespace(total_memory=size, major=major, minor=0) for size, major in gpus]
+    monkeypatch.setattr("torch.cuda.device_count", lambda: len(gpus))
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda i: gpus[i])
     hardware = preflight.local_hardware()
     assert (hardware.nodes, hardware.gpus_per_node, hardware.gib) == (1, 3, 40) and hardware.host_gib > 0.5
+    assert hardware.capability == (8, 0)
 
 
 def test_a_training_process_knows_its_nodes(recipe_8b, monkeypatch, tmp_path):
