@@ -7,6 +7,7 @@ import tempfile
 import threading
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
 from multiprocessing import active_children, get_context
 from pathlib import Path
@@ -15,6 +16,7 @@ from tqdm import tqdm
 
 from rmipo.compare.run import CURVE_PAIRS, CURVE_STEPS, execute
 from rmipo.compare.study import INITIAL, SEARCH_SEED, Run, Study
+from rmipo.errors import UserError
 from rmipo.fingerprints import json_fingerprint, model_fingerprint
 
 NOT_THE_RUN = ("output_dir", "reference_cache_dir", "run_name")
@@ -80,7 +82,14 @@ def execute_all(log: Log, runs: list[Run], workers: int, environment: dict) -> I
         futures = {pool.submit(execute, log.study, run): run for run in todo}
         try:
             for future in as_completed(futures):
-                yield futures[future], log.add(futures[future], future.result(), environment)
+                try:
+                    result = future.result()
+                except BrokenProcessPool as error:
+                    raise UserError(
+                        f"a run was killed, as Linux does when memory runs out. {log.path} keeps those that have finished: "
+                        f"the same command goes on after them. If it happens again, give WORKERS={max(1, workers - 1)}"
+                    ) from error
+                yield futures[future], log.add(futures[future], result, environment)
         except BaseException:  # Ctrl-C, or a run that failed: leaving the pool would wait for the others' training
             for worker in active_children():
                 worker.kill()

@@ -17,10 +17,11 @@ import numpy as np
 import psutil
 import pytest
 
-from rmipo.compare.log import Log, best_rates, report_runs, search_runs
+from rmipo.compare.log import Log, best_rates, execute_all, report_runs, search_runs
 from rmipo.compare.run import execute
 from rmipo.compare.study import FLOOR, INITIAL, METHODS, Run, Study
 from rmipo.compare.tasks import PairsTask
+from rmipo.errors import UserError
 from rmipo.objectives import OBJECTIVES
 from rmipo.recipe.load import ConfigError
 from rmipo.reporting import comparison
@@ -322,6 +323,17 @@ def test_a_comparison_is_finished_where_it_was_interrupted(repository):
     assert again.returncode == 0, again.stderr[-4000:]
     assert path.read_text().splitlines(keepends=True)[:-1] == kept
     assert json.loads(path.read_text().splitlines()[-1])["metrics"] == lines[-1]["metrics"]
+
+
+def test_a_run_that_is_killed_ends_the_comparison_with_the_way_out(study, tmp_path, monkeypatch):
+    """As Linux kills a process when memory runs out."""
+    monkeypatch.setattr("rmipo.compare.log.execute", kill_itself)
+    with pytest.raises(UserError, match=r"a run was killed.* the same command goes on.* WORKERS=1"):
+        list(execute_all(Log(tmp_path / "runs.jsonl", study), [run_of()], 2, {}))
+
+
+def kill_itself(study, run):
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_ctrl_c_ends_a_comparison_and_its_workers_at_once(repository):
