@@ -55,7 +55,7 @@ def figure3(signals: dict[str, dict[str, np.ndarray]], title: str, notes: Iterab
         "loglik": (r"$\Delta\log\pi(y|x)/|y|$", BLUE),
         "pmi": (r"$\Delta$pmi$/|y|$", RED),
     }
-    figure, axes = panels(len(signals), height=2.5)
+    figure, axes = panels(len(signals), height=3.0)
     for axis, letter, (subset, values) in zip(axes, "abc", signals.items(), strict=False):
         grid = window(list(values.values()))
         for key, (label, color) in names.items():
@@ -68,7 +68,7 @@ def figure3(signals: dict[str, dict[str, np.ndarray]], title: str, notes: Iterab
         axis.set_ylim(0, None)
         axis.margins(x=0)
         axis.set_xlabel("Chosen minus rejected (nats per token)")
-        axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.22))
+        axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.3))
         panel_letter(axis, letter, f"{subset.capitalize()}, {title} ({len(values['pmi'])} pairs)")
     axes[0].set_ylabel("Density")
     footnotes(figure, notes)
