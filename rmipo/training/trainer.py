@@ -224,6 +224,11 @@ class PreferenceTrainer(Trainer):
 
     def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
         prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        if self.args.get_warmup_steps(max_steps) >= max_steps and self.is_world_process_zero():
+            print(
+                f"warning: all {max_steps} optimizer step(s) are warm-up, and the first has a learning rate of 0. "
+                "Set warmup_steps: 0, or train on more pairs"
+            )
         first = self.train_dataset.tokenized.select(range(min(MAX_PAIRS, len(self.train_dataset)))).to_list()
         if self.is_deepspeed_enabled:
             attention.register_fused_head(self.model)

@@ -127,3 +127,13 @@ def test_a_non_finite_loss_stops_and_names_the_rows(tmp_path, pairs):
     assert report["step"] == 1
     assert [pair["row"] for pair in report["pairs"]] == [112]
     assert sorted(row for rows in report["rows"] for row in rows) == list(range(100, 121))
+
+
+def test_a_run_that_is_all_warm_up_says_so(tmp_path, capsys):
+    for warmup, changes in ((0.1, False), (0, True)):
+        trainer = make_trainer(tmp_path / str(warmup), make_pairs(8), lr_scheduler_type="cosine", warmup_steps=warmup)
+        before = [parameter.detach().clone() for parameter in trainer.model.parameters()]
+        trainer.train()
+        changed = any(not torch.equal(*pair) for pair in zip(before, trainer.model.parameters(), strict=True))
+        said = "all 1 optimizer step(s) are warm-up" in capsys.readouterr().out
+        assert (changed, said) == (changes, not changes)
