@@ -19,8 +19,6 @@ from tests.helpers.paths import ROOT
 from tests.helpers.twins import make_twin, run
 from tests.references.padded import padded_pairs
 
-pytestmark = pytest.mark.xdist_group("export")  # the tests share what takes long to make
-
 
 @pytest.fixture(scope="module")
 def sharded(tmp_path_factory):

@@ -10,8 +10,6 @@ from rmipo.plan.memory import STATE_BYTES
 from tests.helpers.mixed_precision_worker import CASES, start
 from tests.helpers.small_models import make_model
 
-pytestmark = pytest.mark.xdist_group("mixed_precision")  # the tests share what takes long to make
-
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):

@@ -7,8 +7,6 @@ from torch.nn.attention import flex_attention
 from tests.helpers.launched import launch
 from tests.helpers.regathering_worker import CASES, save_models, train
 
-pytestmark = pytest.mark.xdist_group("regathering")  # the tests share what takes long to make
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):

@@ -11,8 +11,6 @@ from tests.helpers.small_models import make_model
 from tests.helpers.two_processes_worker import PAIRS, gradients
 from tests.references.padded import padded_pairs
 
-pytestmark = pytest.mark.xdist_group("token_batches")  # the tests share what takes long to make
-
 
 @pytest.fixture(scope="module")
 def by_pairs(tmp_path_factory):
