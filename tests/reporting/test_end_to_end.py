@@ -26,7 +26,6 @@ from rmipo.tiny.files import write_world
 from tests.helpers.paths import ROOT
 from tests.helpers.result_files import write_result
 
-
 SMALL = {"names": 4, "values_per_attribute": 4, "sft_train": 60, "sft_test": 8, "pairs_train": 64, "pairs_test": 48}
 SMALL |= {"vocab_size": 400, "hidden_size": 16, "intermediate_size": 32}
 METRIC = "eval_common/acc_avg_logp"

@@ -15,7 +15,6 @@ from rmipo.training.parity import ParityError, check_parity, first_rows
 from tests.helpers.rows import assistant, config, pair, user
 from tests.helpers.small_models import make_model, make_pairs
 
-
 OURS = [
     (
         "Why does bread dough rise, and what happens if I leave it too long?",
