@@ -126,7 +126,7 @@ def describe(step: Step, gpus: int, nodes: int) -> str:
     size, accumulation = step.recipe.batch(processes)
     batch = f"{size} = {size // (processes * accumulation)} per device x {processes} processes x {accumulation} steps"
     if tokens := step.recipe.values.get("max_tokens_per_micro_batch"):
-        batch = f"{size} over {processes} processes, in rows of at most {tokens} tokens"
+        batch = f"{size} over {processes} processes, in packed sequences of at most {tokens} tokens"
     return "".join(
         [
             *(f"# {notice}\n" for notice in step.recipe.notices),

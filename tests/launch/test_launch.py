@@ -188,7 +188,7 @@ def test_dry_run_prints_recipe_batch_and_command_and_starts_nothing(launch):
     lines = output.splitlines()
     assert code == 0
     assert "learning_rate: 1.0e-06" in lines and "  gamma: 1.375" in lines
-    assert "# batch: 128 over 8 processes, in rows of at most 8192 tokens" in lines
+    assert "# batch: 128 over 8 processes, in packed sequences of at most 8192 tokens" in lines
     assert lines[-2].endswith(
         "--num_processes 8 scripts/preference.py --config recipes/llama3-8b-instruct/rmipo.yaml "
         "--overlay recipes/methods/simpo.yaml --output_dir outputs/llama3-8b-instruct/simpo"
@@ -211,7 +211,7 @@ def test_dry_run_prints_the_slurm_submission_over_nodes(launch):
     code, output, _ = launch(MODEL="llama3-70b-instruct", DRY="1", SLURM="1", **given)
     lines = output.splitlines()
     assert code == 0
-    assert "# batch: 128 over 32 processes, in rows of at most 4096 tokens" in lines
+    assert "# batch: 128 over 32 processes, in packed sequences of at most 4096 tokens" in lines
     assert lines[-2] == (
         "sbatch --parsable --nodes=4 --job-name=llama3-70b-instruct-rmipo --gpus-per-node=8 --dependency=singleton "
         "--qos=long '--comment=a b' scripts/launch.slurm "
