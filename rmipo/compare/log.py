@@ -36,7 +36,7 @@ class Log:
     @functools.cached_property
     def common(self) -> dict:
         """What defines every run beside its own recipe: initial weights, data, measurement."""
-        recipe = self.study.recipe(Run("report", "rmipo", None, 0, 0.0))
+        recipe = self.study.base
         model = recipe.parse(world_size=1)[2]
         measured = {"curve": [CURVE_STEPS, CURVE_PAIRS]}
         return {

@@ -56,13 +56,18 @@ class Study:
         return load_steps(self.model, ["rmipo"], env)[0].recipe
 
     @functools.cached_property
+    def base(self) -> Recipe:
+        """RMiPO's, for what all runs share: initial weights, data, device."""
+        return self.recipe(Run("report", "rmipo", None, 0, 0.0))
+
+    @functools.cached_property
     def task(self) -> PairsTask:
-        return task_of(self.model, self.recipe(Run("report", "rmipo", None, 0, 0.0)))
+        return task_of(self.model, self.base)
 
     @property
     def workers(self) -> int:
         """Programs at a time: one for each CPU core; on a GPU one, which needs all of it and is timed by the clock."""
-        return os.cpu_count() if self.recipe(Run("report", "rmipo", None, 0, 0.0)).values.get("use_cpu") else 1
+        return os.cpu_count() if self.base.values.get("use_cpu") else 1
 
     def check(self, run: Run) -> None:
         """Raises ConfigError for a wrong recipe, and for one that is meant for several GPUs (it says nothing of a CPU)."""

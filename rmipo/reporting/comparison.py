@@ -12,8 +12,8 @@ from matplotlib.ticker import PercentFormatter
 
 from rmipo.evaluation.statistics import bootstrap
 from rmipo.reporting.figures import house_style, method_color, method_label, panel_letter, panels, save
+from rmipo.reporting.paired import OURS
 
-OURS = "rmipo"
 METRICS = {
     "right_probability": "P(right)",
     "right": "right",
