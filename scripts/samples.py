@@ -14,7 +14,7 @@ from pathlib import Path
 
 from rmipo import cli
 from rmipo.errors import EvaluationError
-from rmipo.evaluation.alpaca import load_reference
+from rmipo.evaluation.alpaca_reference import load_reference
 from rmipo.evaluation.target import find_target, is_setting
 from rmipo.generation.answers import Generator, Request
 from rmipo.recipe.settings import merge_settings

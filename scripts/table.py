@@ -13,9 +13,10 @@ import os
 from pathlib import Path
 
 from rmipo import cli
+from rmipo.reporting.filling import fill
 from rmipo.reporting.render import FORMATS
 from rmipo.reporting.results import ReportError
-from rmipo.reporting.tables import TABLES, build_table, fill
+from rmipo.reporting.tables import TABLES, build_table
 
 
 def main() -> None:

@@ -187,8 +187,8 @@ def load_hub(entry: dict, split: str) -> Dataset:
     except OSError as error:
         raise DataError(
             f"{path}: the dataset can't be reached on the hub ({error}). Check the id and the network (HF_HUB_OFFLINE "
-            "is not set?); log in with `hf auth login` if it is gated; or download it where there is a network, "
-            f"`hf download --repo-type dataset {path} --local-dir {path.split('/')[-1]}`, and give that folder "
+            "is not set?); log in with `.venv/bin/hf auth login` if it is gated; or download it where there is a network, "
+            f"`.venv/bin/hf download --repo-type dataset {path} --local-dir {path.split('/')[-1]}`, and give that folder "
             "instead of the id."
         ) from error
     except ValueError as error:  # an unknown split or configuration; the message lists those that exist

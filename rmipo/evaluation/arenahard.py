@@ -7,7 +7,7 @@ copy of them here would be another benchmark.
 import json
 from pathlib import Path
 
-from rmipo.evaluation.alpaca import hub_file
+from rmipo.evaluation.alpaca_reference import hub_file
 from rmipo.evaluation.benchmark import Benchmark
 from rmipo.files import write_atomically
 from rmipo.recipe.settings import merge_settings

@@ -173,7 +173,7 @@ def check_data(tasks: list[str]) -> None:
         except Exception as error:  # gated, not logged in, no network
             problems.append(
                 f"gpqa is gated, and {GPQA_DATA} can't be read ({type(error).__name__}): accept its terms on "
-                f"https://huggingface.co/datasets/{GPQA_DATA}, then `hf auth login`"
+                f"https://huggingface.co/datasets/{GPQA_DATA}, then `.venv/bin/hf auth login`"
             )
     if problems:
         raise EvaluationError("leaderboard: " + "; ".join(problems) + ". Or leave those out: TASKS=bbh,math,...")

@@ -206,7 +206,7 @@ def download(name: str, revision: str | None) -> Path:
     except Exception as error:  # no network, no such model, gated: the remedy is the same
         raise EvaluationError(
             f"{name} is neither in the hub's cache nor downloadable ({type(error).__name__}): check the name and the "
-            "network (is HF_HUB_OFFLINE set?), and log in with `hf auth login` if the model is gated"
+            "network (is HF_HUB_OFFLINE set?), and log in with `.venv/bin/hf auth login` if the model is gated"
         ) from error
 
 

@@ -15,7 +15,7 @@ from rmipo.recipe.files import coerce
 from rmipo.recipe.schema import ARGUMENTS, RECIPE_ONLY, DataConfig, ModelConfig, PreferenceConfig, SFTConfig
 
 REFUSED = {
-    "hub_token": "log in with `hf auth login` or set HF_TOKEN: recipes are saved beside models and sent to trackers",
+    "hub_token": "log in with `.venv/bin/hf auth login` or set HF_TOKEN: recipes are saved beside models and sent to trackers",
     "chat_template_path": "use chat_template",
     "local_rank": "the launcher sets it",
     "auto_find_batch_size": "it would change the batch size behind global_batch_size",

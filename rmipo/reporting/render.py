@@ -2,8 +2,8 @@
 
 import pandas as pd
 
+from rmipo.reporting.filling import Entry, FilledTable, notes_text
 from rmipo.reporting.paired import PAIRED_TITLE
-from rmipo.reporting.tables import Entry, FilledTable, notes_text
 
 LINES_OF_A_PAGE = 50  # of a LaTeX table, with its notes, in the larger print
 PAIRED = {"": "mean", "_low": "low", "_high": "high"}  # columns of the CSV

@@ -117,7 +117,7 @@ def _explained(name: str, what: str, error: Exception) -> str:
     first = str(error).strip().partition("\n")[0]
     return (
         f"model_name_or_path: the {what} of {name} can't be loaded ({first}). Check the name or folder. On the hub: "
-        "check the network (is HF_HUB_OFFLINE set?), and log in with `hf auth login` if the model is gated. Weights "
+        "check the network (is HF_HUB_OFFLINE set?), and log in with `.venv/bin/hf auth login` if the model is gated. Weights "
         "have to be safetensors (allow_pickled_weights: true also takes pickles, which can run code); models that need "
         "trust_remote_code are not supported"
     )

@@ -16,6 +16,7 @@ import pytest
 
 from rmipo.errors import EvaluationError
 from rmipo.evaluation import alpaca
+from rmipo.evaluation.alpaca_reference import GAMED_FILE, REFERENCE_FILE
 from rmipo.fingerprints import trained_fingerprint
 from rmipo.generation.answers import check_settings
 from rmipo.record import package_versions
@@ -382,7 +383,7 @@ def test_run_with_length_control_on_made_up_regularisation(tmp_path):
     rows = [{"instruction": f"w{i % 20} w{i // 3}", "output": "w1 " * (1 + i % 7)} for i in range(40)]
     snapshot = tmp_path / "hub/datasets--tatsu-lab--alpaca_eval/snapshots/0"
     snapshot.mkdir(parents=True)
-    (snapshot / alpaca.REFERENCE_FILE).write_text(json.dumps(rows))
+    (snapshot / REFERENCE_FILE).write_text(json.dumps(rows))
     refs = snapshot.parent.parent / "refs"
     refs.mkdir()
     (refs / "main").write_text("0")
@@ -392,7 +393,7 @@ def test_run_with_length_control_on_made_up_regularisation(tmp_path):
         for m in (0, 1)
         for i in range(40)
     ]
-    (snapshot / alpaca.GAMED_FILE).write_text("\n".join([header, *gamed]) + "\n")
+    (snapshot / GAMED_FILE).write_text("\n".join([header, *gamed]) + "\n")
     generation = {"dtype": "float32", "engine": "transformers", "max_new_tokens": 8, "temperature": 1.0}
 
     def start(**settings):

@@ -9,6 +9,7 @@ import pytest
 
 from rmipo.errors import EvaluationError
 from rmipo.evaluation import alpaca, leaderboard, mtbench
+from rmipo.evaluation.alpaca_reference import check_same_prompts, load_reference
 from tests.helpers.tiny_model import write_model
 
 ROWS = [{"instruction": f"tell me {i} things", "output": f"thing {i}"} for i in range(20)]
@@ -24,12 +25,12 @@ ROWS = [{"instruction": f"tell me {i} things", "output": f"thing {i}"} for i in 
 )
 def test_outputs_for_other_prompts(outputs, message):
     with pytest.raises(EvaluationError, match=message):
-        alpaca.check_same_prompts(outputs, ROWS)
+        check_same_prompts(outputs, ROWS)
 
 
 def test_repeated_instructions():
     with pytest.raises(EvaluationError, match="1 instructions are repeated in the reference"):
-        alpaca.check_same_prompts([*ROWS, ROWS[0]], [*ROWS, ROWS[0]])
+        check_same_prompts([*ROWS, ROWS[0]], [*ROWS, ROWS[0]])
 
 
 def test_preference_pairs_as_reference(tmp_path):
@@ -45,7 +46,7 @@ def test_preference_pairs_as_reference(tmp_path):
     zipped = tmp_path / "pairs.jsonl.gz"
     zipped.write_bytes(gzip.compress(file.read_bytes()))
     for path in (file, zipped):
-        rows, _ = alpaca.load_reference(str(path))
+        rows, _ = load_reference(str(path))
         assert [(row["instruction"], row["output"]) for row in rows] == [("b", "1"), ("a", "2"), ("c", "4")]
 
 

@@ -29,6 +29,6 @@ def test_answers_in_the_format_of_its_repository(tmp_path):
 
 def test_questions_that_cannot_be_had(tmp_path):
     with pytest.raises(
-        EvaluationError, match=r"With a network: hf download lmarena-ai/arena-hard-auto data/.*dataset$"
+        EvaluationError, match=r"With a network: .venv/bin/hf download lmarena-ai/arena-hard-auto data/.*dataset$"
     ):
         arenahard.run(tmp_path, tmp_path, {})

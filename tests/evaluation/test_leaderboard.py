@@ -104,7 +104,7 @@ def test_missing_data_is_found_before_generation(tmp_path, monkeypatch):
     pytest.importorskip("nltk")
     monkeypatch.setattr("nltk.data.path", [str(tmp_path)])
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
-    message = r"python -m nltk\.downloader punkt_tab; gpqa is gated, .*datasets/Idavidrein/gpqa, then `hf auth login`"
+    message = r"python -m nltk\.downloader punkt_tab; gpqa is gated, .*datasets/Idavidrein/gpqa, then `.venv/bin/hf auth login`"
     with pytest.raises(EvaluationError, match=message):
         run("no/such/model", tmp_path, {})
     with pytest.raises(EvaluationError, match="no/such/model holds no"):

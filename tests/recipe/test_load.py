@@ -246,7 +246,7 @@ def test_numbers_without_a_dot_and_dates_are_read_as_meant(write):
         ("--datasets=[{path: a, fraction: -1}]", "datasets[0].fraction is -1: expected above 0"),
         ("--datasets=[{path: a, columns: 3}]", "datasets[0].columns is 3: expected a list or null"),
         ("--resume_from_checkpoint=x", "resume_from_checkpoint can't be set: the same command goes on"),
-        ("--hub_token=anything", "log in with `hf auth login` or set HF_TOKEN"),
+        ("--hub_token=anything", "log in with `.venv/bin/hf auth login` or set HF_TOKEN"),
         ("learning_rate=1", "'learning_rate=1' is not an override: expected --key value or --key=value"),
     ],
 )

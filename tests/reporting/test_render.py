@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from rmipo.reporting.filling import fill
 from rmipo.reporting.render import FORMATS, csv_text, latex, markdown, number_text
-from rmipo.reporting.tables import TABLES, Cell, build_table, fill
+from rmipo.reporting.tables import TABLES, Cell, build_table
 from tests.helpers.result_files import write_result
 
 LLAMA = "llama3-8b-instruct"

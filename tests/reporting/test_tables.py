@@ -7,8 +7,9 @@ import pandas as pd
 import pytest
 
 from rmipo.fingerprints import trained_fingerprint
+from rmipo.reporting.filling import Entry, FilledTable, average_ranks, fill
 from rmipo.reporting.results import METHODS, PAPER_MODELS, ReportError, load_result, paper_table
-from rmipo.reporting.tables import LEADERBOARD, TABLES, Entry, FilledTable, average_ranks, build_table, fill
+from rmipo.reporting.tables import LEADERBOARD, TABLES, build_table
 from tests.helpers.paths import ROOT
 from tests.helpers.result_files import DECODING, write_result, write_run
 

@@ -37,7 +37,7 @@ def hub_row(draw, turns):
 
 
 def write_hub(folder, subset, train=40, test=3):
-    """`folder`/<subset>-base/{train,test}.jsonl.gz, as `hf download Anthropic/hh-rlhf` lays them out."""
+    """`folder`/<subset>-base/{train,test}.jsonl.gz, as `.venv/bin/hf download Anthropic/hh-rlhf` lays them out."""
     draw = random.Random(subset)
     (folder / f"{subset}-base").mkdir(parents=True)
     for split, rows in (("train", train), ("test", test)):
