@@ -12,6 +12,7 @@ from pathlib import Path
 
 from rmipo import cli
 from rmipo.launch import doctor as machine
+from rmipo.launch.choices import check_choices, choose_stages
 from rmipo.launch.doctor import Check
 
 
@@ -66,7 +67,6 @@ def all_checks(env: dict[str, str]) -> Iterator[Check]:
     yield from packages
     if not all(check.passed for check in packages):
         return
-    from rmipo.launch.choices import choose_stages
     from rmipo.launch.pipeline import load_steps
 
     steps = [step for step in load_steps(*choose_stages(env), env) if step.recipe is not None]
@@ -91,6 +91,7 @@ def main() -> int:
     os.chdir(Path(__file__).parent.parent)
     options = cli.options(__doc__, "MODEL", "STAGE", "METHOD", "DATA", "ARGS", "SHARDING", "EVAL").read()
     env = {**os.environ, "MODEL": "tiny"} | cli.variables(options)
+    check_choices(env)
     os.environ["WANDB_SILENT"] = "true"
     failed = False
     for check in all_checks(env):

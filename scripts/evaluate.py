@@ -21,8 +21,8 @@ from pathlib import Path
 from rmipo import cli
 from rmipo.errors import EvaluationError, UserError
 from rmipo.evaluation import BENCHMARKS
-from rmipo.evaluation.benchmark import Benchmark, contradictions
-from rmipo.evaluation.target import Target, benchmark_settings, find_target
+from rmipo.evaluation.benchmark import Benchmark, benchmark_settings, contradictions
+from rmipo.evaluation.models import check_names
 from rmipo.files import write_atomically
 from rmipo.fingerprints import has_weights, trained_fingerprint
 
@@ -47,13 +47,16 @@ def main() -> None:
     tasks = args.tasks.replace(",", " ").split()
     overrides = args.set + [f"leaderboard.tasks={json.dumps(tasks)}"] * bool(tasks)
     settings = Path(args.settings) if args.settings else None
-    methods = args.method.replace(",", " ").split() or [None]
-    targets = [find_target(args.model or "tiny", m, args.outputs, overrides, settings) for m in methods]
+    model, methods = args.model or "tiny", args.method.replace(",", " ").split()
+    check_names(model, methods)
+    from rmipo.evaluation.target import find_target  # imports torch and TRL, which takes seconds
+
+    targets = [find_target(model, method, args.outputs, overrides, settings) for method in methods or [None]]
     failed = []
     for target in targets:
         for benchmark in benches:
             try:
-                evaluate(target, benchmark, args.eval_name, max_cost)
+                evaluate(target.folder, target.settings, benchmark, args.eval_name, max_cost)
             except Exception as error:  # one benchmark's failure, such as a missing key, doesn't stop the others
                 if not isinstance(error, UserError):
                     traceback.print_exc()
@@ -63,10 +66,9 @@ def main() -> None:
         raise EvaluationError(f"not finished: {', '.join(failed)}")
 
 
-def evaluate(target: Target, benchmark: Benchmark, name: str, max_cost: float | None) -> None:
+def evaluate(folder: Path, settings: dict, benchmark: Benchmark, name: str, max_cost: float | None) -> None:
     """Run one benchmark, unless its result is there. Raises EvaluationError for one that may not be taken for this."""
-    folder, bench = target.folder, benchmark.name
-    settings = benchmark_settings(target.settings, benchmark)
+    bench, settings = benchmark.name, benchmark_settings(settings, benchmark)
     if "max_cost" in benchmark.defaults and max_cost is not None:
         settings["max_cost"] = max_cost
     path = folder / "eval" / name / f"{bench}.json"

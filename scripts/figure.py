@@ -15,20 +15,24 @@ or MODEL=<folder or hub id>) and any pairs (DATA).
 import argparse
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rmipo import cli
-from rmipo.reporting import figures, figures_runs, sensitivity
-from rmipo.reporting.figures import method_label
+from rmipo.evaluation.models import check_names
 from rmipo.reporting.provenance import figure_notes
 from rmipo.reporting.results import (
     PAPER_MODELS,
     RECIPES,
     ReportError,
     Run,
+    check_model,
     load_run,
     model_label,
     train_command,
 )
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 NUMBERS = (2, 3, 5, 6, 7, 8)
 ONE_METHOD = (3, 8)
@@ -53,6 +57,10 @@ def main() -> None:
         raise ReportError(f"there is no figure {args.number} to draw; say N=..., one of {NUMBERS}")
     if not args.model:
         raise ReportError(f"of which model? Say MODEL=..., e.g. {', '.join(PAPER_MODELS)} or tiny")
+    if args.number == 8:
+        check_names(args.model, [])
+    else:
+        check_model(args.outputs, args.model)
     if args.method and args.number not in ONE_METHOD:
         raise ReportError(
             f"figure {args.number} compares methods; METHOD={args.method} is for figures {ONE_METHOD}: leave it out"
@@ -62,6 +70,8 @@ def main() -> None:
             raise ReportError(
                 f"{option.upper()} is for figure {number}, and this is figure {args.number}: leave it out"
             )
+    from rmipo.reporting import figures  # imports matplotlib
+
     figure = draw(args)
     for file in figures.save(figure, report_file(args, ".png")):
         print(f"Written to {file}")
@@ -74,7 +84,9 @@ def report_file(args: argparse.Namespace, suffix: str) -> Path:
     return args.outputs / "reports" / f"{name}{suffix}"
 
 
-def draw(args: argparse.Namespace) -> figures.Figure:
+def draw(args: argparse.Namespace) -> "Figure":
+    from rmipo.reporting import figures_runs, sensitivity
+
     outputs, model = args.outputs, args.model
     if args.number == 2:
         return sensitivity.figure2(outputs, model, args.metric or "mt_bench")
@@ -85,8 +97,9 @@ def draw(args: argparse.Namespace) -> figures.Figure:
     return {3: draw3, 6: draw6, 8: draw8}[args.number](args)
 
 
-def draw3(args: argparse.Namespace) -> figures.Figure:
-    from rmipo.reporting import figures_pairs, pair_scores  # bring in torch and transformers
+def draw3(args: argparse.Namespace) -> "Figure":
+    from rmipo.reporting import figures_pairs, pair_scores  # import torch and transformers
+    from rmipo.reporting.figures import method_label
 
     method = args.method or "initial"
     signals, evaluation = pair_scores.hh_signals(args.outputs, args.model, method)
@@ -94,7 +107,7 @@ def draw3(args: argparse.Namespace) -> figures.Figure:
     return figures_pairs.figure3(signals, title, figure_notes([evaluation]))
 
 
-def draw6(args: argparse.Namespace) -> figures.Figure:
+def draw6(args: argparse.Namespace) -> "Figure":
     from rmipo.reporting import figures_pairs, pair_scores
 
     runs = {method: finished_run(args.outputs, args.model, method) for method in FIGURE6_METHODS}
@@ -111,9 +124,10 @@ def draw6(args: argparse.Namespace) -> figures.Figure:
     return figures_pairs.figure6(judged, values, model_label(args.model), notes)
 
 
-def draw8(args: argparse.Namespace) -> figures.Figure:
+def draw8(args: argparse.Namespace) -> "Figure":
     """Draws the readings, prints their table and writes it as CSV."""
     from rmipo.reporting import figures_pairs, pair_scores
+    from rmipo.reporting.figures import method_label
 
     method = args.method or "rmipo"
     run = scored_run(args, method)

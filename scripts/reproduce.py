@@ -14,8 +14,9 @@ import sys
 from pathlib import Path
 
 from rmipo import cli
+from rmipo.evaluation.models import is_setting, known_settings
 from rmipo.reporting.reproduce import chain, summary
-from rmipo.reporting.results import RECIPES, ReportError
+from rmipo.reporting.results import ReportError
 from rmipo.reporting.tables import TABLES, build_table
 
 OUTPUTS = Path("outputs")  # where trainings and evaluations write
@@ -41,9 +42,8 @@ def main() -> int:
             f"{', '.join(refused)}: not for the whole chain. Run the step that it is for by itself (DRY=1 lists them); "
             "what is done is skipped here"
         )
-    if args.model and not (RECIPES / args.model / "eval.yaml").is_file():
-        known = ", ".join(sorted(path.parent.name for path in RECIPES.glob("*/eval.yaml")))
-        raise ReportError(f"MODEL={args.model} has no recipes/{args.model}/eval.yaml; those that have: {known}")
+    if args.model and not is_setting(args.model):
+        raise ReportError(f"MODEL={args.model} is no setting; {known_settings()}")
     steps = chain(build_table(args.table, [args.model] if args.model else []), OUTPUTS)
 
     for number, step in enumerate(steps, start=1):

@@ -15,8 +15,7 @@ from pathlib import Path
 from rmipo import cli
 from rmipo.errors import EvaluationError
 from rmipo.evaluation.alpaca_reference import load_reference
-from rmipo.evaluation.target import find_target, is_setting
-from rmipo.generation.answers import Generator, Request
+from rmipo.evaluation.models import check_names, is_setting
 from rmipo.recipe.settings import merge_settings
 
 METHODS = ["rmipo", "simper", "simpo"]  # of Table 6
@@ -81,6 +80,10 @@ def main() -> None:
     parser.add_argument("--outputs", type=Path, default=Path("outputs"), help="where the runs are")
     args = parser.read()
     model, methods = args.model or "tiny", args.methods.replace(",", " ").split()
+    check_names(model, methods)
+    from rmipo.evaluation.target import find_target  # imports torch and TRL, which takes seconds
+    from rmipo.generation.answers import Generator, Request
+
     if is_setting(model):
         name, targets = model, {method: find_target(model, method, args.outputs, []) for method in methods or METHODS}
     else:

@@ -15,7 +15,7 @@ from pathlib import Path
 from rmipo import cli
 from rmipo.reporting.filling import fill
 from rmipo.reporting.render import FORMATS
-from rmipo.reporting.results import ReportError
+from rmipo.reporting.results import ReportError, check_model
 from rmipo.reporting.tables import TABLES, build_table
 
 
@@ -31,6 +31,8 @@ def main() -> None:
     args = parser.read()
     if args.number is None:
         raise ReportError(f"which table? Say N=..., one of {sorted(TABLES)}")
+    if args.model:
+        check_model(args.outputs, args.model)
 
     table = build_table(args.number, [args.model] if args.model else [])
     filled = fill(table, args.outputs, args.allow_mixed_versions, args.differences)

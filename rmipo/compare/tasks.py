@@ -14,8 +14,9 @@ from transformers import PreTrainedModel
 from rmipo.data.chat import ChatFormat
 from rmipo.data.pairs import load_pairs
 from rmipo.evaluation import BENCHMARKS
+from rmipo.evaluation.benchmark import benchmark_settings
 from rmipo.evaluation.constraints import per_prompt
-from rmipo.evaluation.target import benchmark_settings, load_settings
+from rmipo.evaluation.target import load_settings
 from rmipo.fingerprints import rows_fingerprint
 from rmipo.recipe.files import read_yaml
 from rmipo.recipe.load import Recipe

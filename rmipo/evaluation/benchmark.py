@@ -72,6 +72,14 @@ class Benchmark:
     verdict_tokens: tuple[int, int] = (0, 0)
 
 
+def benchmark_settings(settings: dict[str, dict], benchmark: Benchmark) -> dict:
+    """The block of one benchmark; its own `generation`, where it answers prompts, lies over the common one."""
+    own = dict(settings.get(benchmark.name, {}))
+    if "generation" in benchmark.defaults:
+        own["generation"] = settings.get("generation", {}) | own.get("generation", {})
+    return own
+
+
 def contradictions(asked: dict, recorded: dict, prefix: str = "") -> list[str]:
     """The settings in `asked` (those that are given) that a finished result with the settings `recorded` hasn't.
 

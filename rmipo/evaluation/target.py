@@ -1,6 +1,5 @@
 """Which model an evaluation is of, and its settings."""
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,7 +8,7 @@ import yaml
 from rmipo.data.chat import PROBES, ChatFormat
 from rmipo.errors import EvaluationError
 from rmipo.evaluation import BENCHMARKS
-from rmipo.evaluation.benchmark import Benchmark
+from rmipo.evaluation.models import ROOT, check_names, is_setting
 from rmipo.generation.answers import DEFAULTS as GENERATION
 from rmipo.generation.answers import own_settings
 from rmipo.launch.choices import named_files
@@ -21,7 +20,6 @@ from rmipo.recipe.settings import merge_settings, nearest
 from rmipo.record import recorded_run
 from rmipo.training.loading import load_tokenizer
 
-ROOT = Path(__file__).parents[2]
 BLOCKS = ("generation", *BENCHMARKS, "samples")
 MODEL_FILES = ("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json")
 
@@ -48,36 +46,21 @@ def find_target(
 
     Raises EvaluationError for a model that isn't there or wasn't trained to its end, and for wrong settings.
     """
-    recipe = ROOT / "recipes" / model / "rmipo.yaml"
+    check_names(model, [] if method is None else [method])
     if is_setting(model):
+        recipe = ROOT / "recipes" / model / "rmipo.yaml"
         settings = load_settings(settings_file or recipe.with_name("eval.yaml"), overrides)
         return Target(model_folder(recipe, outputs, method or "rmipo"), settings)
     folder = Path(model).expanduser()
-    if method is not None:
-        raise EvaluationError(f"METHOD={method} belongs to a setting, and MODEL={model} is none; {known_settings()}")
     if folder.is_dir():
         check_model(folder, "Expected are config.json, *.safetensors and the tokenizer's files", recorded_run(folder))
-    elif re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", model):
+    else:
         name, _, revision = model.partition("@")
         folder = outputs / model.replace("/", "--") / "initial"
         link_model(download(name, revision or None), folder)
-    else:
-        raise EvaluationError(
-            f"MODEL={model} is neither a setting nor a folder nor the id of a model on the hub (owner/name); "
-            f"{known_settings()}"
-        )
     if settings_file is not None:
         return Target(folder, load_settings(settings_file, overrides))
     return Target(folder, override({"generation": own_settings(folder)}, overrides))
-
-
-def is_setting(model: str) -> bool:
-    """Whether MODEL names a folder in recipes/, whose models have METHODs."""
-    return (ROOT / "recipes" / model / "eval.yaml").is_file()
-
-
-def known_settings() -> str:
-    return f"the settings are {', '.join(sorted(path.parent.name for path in ROOT.glob('recipes/*/eval.yaml')))}"
 
 
 def load_settings(path: Path, overrides: list[str]) -> dict[str, dict]:
@@ -118,14 +101,6 @@ def override(settings: dict[str, dict], overrides: list[str]) -> dict[str, dict]
     for block, defaults in (("generation", GENERATION), *((name, b.defaults) for name, b in BENCHMARKS.items())):
         merge_settings(block, defaults, settings.get(block, {}))
     return settings
-
-
-def benchmark_settings(settings: dict[str, dict], benchmark: Benchmark) -> dict:
-    """The block of one benchmark; its own `generation`, where it answers prompts, lies over the common one."""
-    own = dict(settings.get(benchmark.name, {}))
-    if "generation" in benchmark.defaults:
-        own["generation"] = settings.get("generation", {}) | own.get("generation", {})
-    return own
 
 
 def model_folder(recipe: Path, outputs: Path, method: str) -> Path:

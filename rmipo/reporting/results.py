@@ -12,6 +12,7 @@ from pathlib import Path
 import pandas as pd
 
 from rmipo.errors import UserError
+from rmipo.evaluation.models import is_setting, known_settings
 from rmipo.fingerprints import has_weights, trained_fingerprint
 from rmipo.run.identity import WITHOUT_EFFECT
 
@@ -40,6 +41,12 @@ METHODS = {
 
 class ReportError(UserError):
     """A result file or run folder that can't be used; the message says which and what to do."""
+
+
+def check_model(outputs: Path, model: str) -> None:
+    """Raises ReportError unless `model` is a setting, or has a folder in `outputs`."""
+    if not (is_setting(model) or (outputs / model).is_dir()):
+        raise ReportError(f"MODEL={model} is neither a setting nor a folder in {outputs}; {known_settings()}")
 
 
 @dataclass(frozen=True)

@@ -380,18 +380,29 @@ def test_old_python_is_refused(repository, tmp_path):
     assert f"Python 3.11 or newer is needed; {old} is not" in result.stderr
 
 
-@pytest.mark.parametrize("script", ["launch", "compare", "sweep", "smoke", "pairs", "online"])
+ALL_CHOICES = ("launch", "plan", "doctor")  # scripts that check METHOD, GPUS and NODES beside MODEL
+SETTING_ALONE = ("compare", "sweep", "smoke", "pairs", "online", "evaluate", "samples", "table", "figure", "reproduce")
+
+
+@pytest.mark.parametrize("script", ALL_CHOICES + SETTING_ALONE)
 def test_wrong_choices_are_refused_before_anything_heavy_is_imported(script):
     """Within a second, also on a busy machine: measured in CPU time."""
     code = (
         "import runpy, sys, time\n"
         f"try: runpy.run_path('scripts/{script}.py', run_name='__main__')\n"
-        "except SystemExit as end: print(end.code, time.process_time(), {'torch', 'transformers', 'yaml'} & sys.modules.keys())"
+        "except SystemExit as end: print(end.code, time.process_time(), {'torch', 'matplotlib'} & sys.modules.keys())"
     )
-    environment = os.environ | {"MODEL": "llama3", "METHOD": "simp0", "GPUS": "four", "NODES": "0"}
+    environment = os.environ | {
+        "MODEL": "llama3",
+        "METHOD": "simp0",
+        "GPUS": "four",
+        "NODES": "0",
+        "N": "7",
+        "TABLE": "7",
+    }
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
     exit_code, seconds, heavy = done.stdout.split()
     assert (exit_code, heavy) == ("2", "set()") and float(seconds) < 1
-    all_at_once = ("METHOD='simp0'", "GPUS='four'", "NODES='0'") if script == "launch" else ()
-    for name in ("MODEL='llama3'", *all_at_once):
+    assert re.search("MODEL='?llama3'? is", done.stderr) and "llama3-8b-instruct" in done.stderr, done.stderr
+    for name in ("METHOD='simp0'", "GPUS='four'", "NODES='0'") if script in ALL_CHOICES else ():
         assert name in done.stderr, done.stderr

@@ -71,7 +71,7 @@ def test_plan_fails_when_the_run_cannot_fit():
         code == 1 and "DOES NOT FIT" in text and "per_device" not in text and "max_tokens_per_micro_batch: none" in text
     )
     assert "without gradient" not in text
-    assert "error: GPUS=eight: expected" in make_plan(GPUS="eight")[1]
+    assert "error: GPUS='eight': expected" in make_plan(GPUS="eight")[1]
     assert "error: TFLOPS=fast: expected a number above 0" in make_plan(GPUS="8x80", TFLOPS="fast")[1]
     ddp = make_plan(GPUS="8x80", SHARDING="ddp")[1]
     assert "dtype: bfloat16 trains all weights without a float32" in ddp
@@ -96,6 +96,7 @@ def test_plan_follows_the_length_that_the_recipe_asks_for():
     [
         ({"GPUS": "8x80", "SHARDING": "zero9"}, "error: SHARDING='zero9' is unknown. Files in configs/acc"),
         ({"GPUS": "8x80", "NODES": "1.5"}, "error: NODES='1.5': expected the number of machines"),
+        ({"GPUS": "8x80", "STAGE": "all"}, "error: STAGE='all' is unknown. The stages of llama3-8b-instruct:\n  rmipo"),
         ({"NODES": "2"}, "error: NODES=2: name the GPUs of each and the GiB of one too, e.g. GPUS=8x80"),
     ],
 )
