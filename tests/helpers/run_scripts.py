@@ -20,9 +20,14 @@ for script, *arguments in json.load(sys.stdin):
     process = os.fork()
     if process == 0:
         sys.argv = [script, *arguments]
-        runpy.run_path(str(ROOT / "scripts" / script), run_name="__main__")
+        code = 1
+        try:
+            runpy.run_path(str(ROOT / "scripts" / script), run_name="__main__")
+        except SystemExit as end:
+            code = end.code
         sys.stdout.flush()
-        os._exit(0)  # tearing the libraries down takes a second
+        sys.stderr.flush()
+        os._exit(code)  # tearing the libraries down takes two seconds
     _, status = os.waitpid(process, 0)
     if status != 0:
         sys.exit(f"failed: {script} {' '.join(arguments)}")

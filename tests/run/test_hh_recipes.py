@@ -2,10 +2,7 @@
 
 import gzip
 import json
-import os
 import random
-import subprocess
-import sys
 
 import pytest
 
@@ -16,6 +13,7 @@ from rmipo.recipe.load import load_recipe
 from rmipo.recipe.schema import DataConfig
 from rmipo.record import read_metrics
 from tests.helpers.families import make_tokenizer, save
+from tests.helpers.launched import launch
 
 SUBSETS = ("helpful", "harmless")
 WORDS = ("how", "do", "I", "learn", "this", "well", "please", "tell", "me", "more", "of", "course", "here")
@@ -98,11 +96,8 @@ def test_recipe_trains_a_twin_on_hub_rows(tmp_path, subset):
         "generation_max_new_tokens": 2,
     }
     arguments = [text for key, value in overrides.items() for text in (f"--{key}", str(value))]
-    done = subprocess.run(
-        [sys.executable, "scripts/preference.py", "--config", f"recipes/{setting(subset)}/rmipo.yaml", *arguments],
-        env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    training = launch(["scripts/preference.py", "--config", f"recipes/{setting(subset)}/rmipo.yaml", *arguments])
+    assert training.wait() == 0, training.output[-4000:]
     losses = [line["loss"] for line in read_metrics(tmp_path / "run") if "loss" in line]
     run = json.loads((tmp_path / "run/run.json").read_text())
     assert len(losses) == 2 and losses[1] != losses[0]

@@ -1,11 +1,8 @@
 """Nothing from outside is run, no secret gets out, nobody's files are overwritten."""
 
 import json
-import os
 import pickle
 import runpy
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -26,6 +23,7 @@ from rmipo.run.checkpoints import no_pickled_code, resume_point
 from rmipo.run.identity import run_identity
 from rmipo.training.loading import LoadingError, load_model, load_tokenizer
 from tests.helpers.families import make_model, make_tokenizer, save
+from tests.helpers.launched import launch
 from tests.helpers.paths import ROOT
 from tests.helpers.twins import make_twin
 
@@ -195,16 +193,12 @@ def test_no_secret_of_the_environment_gets_into_any_output(tmp_path):
     flags = dict(zip(overrides[::2], overrides[1::2], strict=True))
     flags |= {"--report_to": "[wandb, tensorboard]", "--save_strategy": "steps", "--save_steps": "1"}
     flags |= {"--output_dir": str(tmp_path / "out"), "--dataset_num_proc": "null"}
-    command = [sys.executable, "scripts/preference.py", "--config", "recipes/tiny/rmipo.yaml"]
-    environment = os.environ | SECRETS | {"WANDB_MODE": "offline", "WANDB_DIR": str(tmp_path)}
-    done = subprocess.run(
-        [*command, *(text for pair in flags.items() for text in pair)],
-        cwd=ROOT, env=environment | {"TENSORBOARD_LOGGING_DIR": str(tmp_path / "tensorboard")},
-        capture_output=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr.decode()[-3000:]
+    command = ["scripts/preference.py", "--config", "recipes/tiny/rmipo.yaml"]
+    folders = {"WANDB_DIR": str(tmp_path), "TENSORBOARD_LOGGING_DIR": str(tmp_path / "tensorboard")}
+    training = launch([*command, *(text for pair in flags.items() for text in pair)], **SECRETS, **folders)
+    assert training.wait() == 0, training.output[-3000:]
     files = [path for path in tmp_path.rglob("*") if path.is_file() and "data" not in path.parts]
-    written = {str(path): path.read_bytes() for path in files} | {"stdout": done.stdout, "stderr": done.stderr}
+    written = {str(path): path.read_bytes() for path in files} | {"output": training.output.encode()}
     assert any(name.endswith(".wandb") for name in written) and any("tfevents" in name for name in written)
     assert any(name.endswith("checkpoint-2/training_args.bin") for name in written)
     for name, content in written.items():

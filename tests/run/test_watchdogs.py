@@ -12,6 +12,7 @@ from rmipo.record import read_metrics
 from rmipo.run import watchdogs
 from rmipo.run.callbacks import set_callbacks
 from tests.helpers.families import make_tokenizer
+from tests.helpers.launched import launch
 from tests.helpers.paths import ROOT
 from tests.helpers.small_models import make_pairs
 from tests.helpers.trainers import make_trainer
@@ -187,15 +188,7 @@ def test_sft_that_diverges_stops_before_it_is_saved(tmp_path):
     overrides = make_twin(tmp_path, "tiny/sft", "llama3", "ultrachat")
     flags = dict(zip(overrides[::2], overrides[1::2], strict=True))
     flags |= {"--learning_rate": "1e30", "--save_strategy": "steps", "--save_steps": "1", "--max_steps": "4"}
-    command = [
-        sys.executable,
-        "scripts/sft.py",
-        "--config",
-        "recipes/tiny/sft.yaml",
-        "--output_dir",
-        str(tmp_path / "out"),
-    ]
-    command += [text for pair in flags.items() for text in pair]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2 and "error: step 2: grad_norm is nan" in done.stderr, done.stderr[-3000:]
+    command = ["scripts/sft.py", "--config", "recipes/tiny/sft.yaml", "--output_dir", str(tmp_path / "out")]
+    training = launch([*command, *(text for pair in flags.items() for text in pair)])
+    assert training.wait() == 2 and "error: step 2: grad_norm is nan" in training.output, training.output[-3000:]
     assert [path.parent.name for path in (tmp_path / "out").glob("checkpoint-*/complete.json")] == ["checkpoint-1"]

@@ -27,11 +27,6 @@ OURS = [
         "The sea is a giant bath where fish play hide and seek.",
         "The sea is the interconnected system of all the Earth's oceanic waters, including the Atlantic and Pacific.",
     ),
-    (
-        "My train leaves at 9:40, the walk takes 25 minutes and I want ten minutes to buy a ticket. When do I leave?",
-        "Leave at 9:05: that is 25 minutes on foot and ten for the ticket.",
-        "You should leave early enough so that you do not miss the train.",
-    ),
 ]
 PRECISIONS = {"bfloat16": torch.bfloat16, "autocast": torch.float32, "float32": torch.float32}
 WINDOW = 24
@@ -47,14 +42,13 @@ def pretrained(request, smollm2):
     return AutoModelForCausalLM.from_pretrained(smollm2, dtype=PRECISIONS[request.param]).eval(), request.param
 
 
-@pytest.fixture(scope="module")
-def windowed(pretrained):
-    """The same weights in an architecture that has sliding windows; four layers, as the first are what counts here."""
+def four_layers(pretrained, window):
+    """The first layers, where a wrong layout counts most, in an architecture that has sliding windows."""
     llama, precision = pretrained
     values = {
         name: value for name, value in llama.config.to_dict().items() if name not in ("model_type", "layer_types")
     }
-    mistral = MistralConfig(**values | {"sliding_window": WINDOW, "num_hidden_layers": 4})
+    mistral = MistralConfig(**values | {"sliding_window": window, "num_hidden_layers": 4})
     model = MistralForCausalLM(mistral).to(llama.dtype).eval()
     assert not model.load_state_dict(llama.state_dict(), strict=False).missing_keys
     return model, precision
@@ -76,11 +70,6 @@ def ours(chat):
     return tokenized(chat, Dataset.from_list(pairs))
 
 
-@pytest.fixture(scope="module", params=["judged-pairs", "hh-harmless"])
-def real_pairs(request, chat, shared_data):
-    return tokenized(chat, load_pairs(config(shared_data / request.param), "test").select(range(4)))
-
-
 def check(pretrained, rows, kind):
     model, precision = pretrained
     attention.attach(model, kind)
@@ -93,8 +82,9 @@ def test_right_layouts_pass_in_every_precision(pretrained, ours, kind):
     assert check(pretrained, ours, kind) < (1e-4 if pretrained[1] == "float32" else 0.06)
 
 
-@pytest.mark.parametrize("kind", ["segment", "dense"])
-def test_right_layouts_pass_on_real_pairs(pretrained, real_pairs, kind):
+@pytest.mark.parametrize(("kind", "data"), [("segment", "judged-pairs"), ("dense", "hh-harmless")])
+def test_right_layouts_pass_on_real_pairs(pretrained, chat, shared_data, kind, data):
+    real_pairs = tokenized(chat, load_pairs(config(shared_data / data), "test").select(range(2)))
     assert check(pretrained, real_pairs, kind) < (1e-4 if pretrained[1] == "float32" else 0.06)
 
 
@@ -126,15 +116,15 @@ dense_mask, pack_pairs = attention.dense_mask, parity.pack_pairs
 
 
 @pytest.mark.parametrize("wrong", [other_branch, no_prefix, positions_off_by_one, longer_window, shorter_window])
-def test_wrong_layouts_are_refused_in_every_precision(request, monkeypatch, pretrained, ours, wrong):
+def test_wrong_layouts_are_refused_in_every_precision(monkeypatch, pretrained, ours, wrong):
     windowed = wrong in (longer_window, shorter_window)
-    pretrained = request.getfixturevalue("windowed") if windowed else pretrained
+    shallow = four_layers(pretrained, WINDOW if windowed else None)
     if windowed:
-        check(pretrained, ours, "dense")
+        check(shallow, ours, "dense")
     where, what = (parity, "pack_pairs") if wrong is positions_off_by_one else (attention, "dense_mask")
     monkeypatch.setattr(where, what, wrong)
     with pytest.raises(ParityError, match=r"attention: dense scores .*ForCausalLM differently from a plain forward"):
-        check(pretrained, ours, "dense")
+        check(shallow, ours, "dense")
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral-window"])
