@@ -1,5 +1,6 @@
 """Tests run offline, in one thread each, and neither see nor touch the user's files (tests/helpers/isolation.py)."""
 
+import gc
 import os
 import shutil
 from pathlib import Path
@@ -11,6 +12,10 @@ from tests.helpers import isolation
 SCRATCH = isolation.isolate()  # before anything imports the libraries that read the environment
 
 from tests.helpers.paths import ROOT, SHARED_DATA  # noqa: E402
+
+
+def pytest_collection_finish():
+    gc.freeze()  # trainers collect garbage at their end: half a second each time that the imported libraries are gone through
 
 
 def pytest_unconfigure():

@@ -1,5 +1,6 @@
 """What the server of `tests.helpers.launched` imports before it forks."""
 
+import gc
 import os
 
 # The variables that these libraries read as they are imported.
@@ -18,3 +19,5 @@ import rmipo.run.curves
 import rmipo.run.frame  # noqa: F401
 
 torch.set_num_threads(1)
+gc.collect()
+gc.freeze()  # collections of the forked processes pass over what is here: each would take half a second

@@ -3,6 +3,7 @@
 Standard input: a JSON list of [script, argument, ...]. Ends with status 1 at the first that fails.
 """
 
+import gc
 import json
 import os
 import runpy
@@ -16,6 +17,7 @@ from rmipo.evaluation import hh  # noqa: F401
 from tests.helpers.paths import ROOT
 
 torch.set_num_threads(1)
+gc.freeze()
 for script, *arguments in json.load(sys.stdin):
     process = os.fork()
     if process == 0:

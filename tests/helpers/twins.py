@@ -60,7 +60,7 @@ def make_twin(folder, recipe, family, form):
     overrides = {
         "model_name_or_path": folder / "model",
         "dataset_name": folder / "data",
-        "dataset_num_proc": 1,
+        "dataset_num_proc": "null",
         "dtype": "float32",
         "bf16": "false",
         "use_cpu": "true",
