@@ -1,6 +1,6 @@
 """scripts/launch.slurm on a real Slurm of two nodes: a run over both, requeued midway, ends with the same weights.
 
-Needs Debian's slurm-wlm and munge (`apt-get install slurm-wlm munge`); skipped without. The requeue, a minute and a half:
+Needs Debian's slurm-wlm and munge (`apt-get install slurm-wlm munge`); skipped without. The requeue, a minute:
     .venv/bin/python -m pytest -m "slurm and not slow"
 """
 
@@ -21,6 +21,7 @@ from rmipo.launch.slurm import submit
 from rmipo.recipe.load import ConfigError
 from rmipo.record import read_metrics
 from rmipo.run.checkpoints import MARKER
+from tests.helpers.launched import launch
 from tests.helpers.paths import ROOT
 from tests.helpers.slurm_cluster import cluster, installed, slurm, wait_for
 from tests.helpers.twins import make_twin
@@ -102,9 +103,10 @@ def assert_same_weights(run, undisturbed):
 @pytest.mark.slurm
 @pytest.mark.timeout(900)
 def test_a_requeued_run_ends_with_the_weights_of_the_undisturbed_one(tmp_path, overrides):
-    """What an administrator or a preemption does."""
-    starts, _ = train(overrides, tmp_path / "undisturbed")
-    assert starts == 1
+    """What an administrator or a preemption does. The undisturbed run is of two processes without Slurm."""
+    command = ["scripts/preference.py", "--config", "recipes/tiny/rmipo.yaml", *overrides]
+    undisturbed = launch([*command, "--output_dir", str(tmp_path / "undisturbed")], processes=2)
+    assert undisturbed.wait() == 0, undisturbed.output[-6000:]
     requeue = ("scontrol", "requeue")
     starts, _ = train(overrides, tmp_path / "requeued", lambda job: slurm(dict(os.environ), *requeue, job))
     assert starts == 2
