@@ -4,8 +4,10 @@ import contextlib
 import io
 import os
 import runpy
+import signal
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
 
@@ -18,23 +20,27 @@ class Ended(NamedTuple):
     err: str
 
 
-def run_here(script: str, *arguments: str, env: Mapping[str, str] | None = None) -> Ended:
+def run_here(script: str, *arguments: str, env: Mapping[str, str] | None = None, root: Path = ROOT) -> Ended:
     """`python scripts/<script>.py ...` inside this process: no import is paid for again, and monkeypatches reach it.
 
     For programs that print and refuse. What trains changes global state: use `start` for it.
     """
     out, err = io.StringIO(), io.StringIO()
+    handler = signal.getsignal(signal.SIGTERM)
     with (
         mock.patch.object(sys, "argv", [f"scripts/{script}.py", *arguments]),
         mock.patch.dict(os.environ, env or {}),
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(err),
+        contextlib.chdir(root),
     ):
         try:
-            runpy.run_path(str(ROOT / f"scripts/{script}.py"), run_name="__main__")
+            runpy.run_path(str(root / f"scripts/{script}.py"), run_name="__main__")
             code = 0
         except SystemExit as end:
             code = end.code or 0
+        finally:
+            signal.signal(signal.SIGTERM, handler)
     if isinstance(code, str):  # sys.exit(message)
         err.write(f"{code}\n")
         code = 1

@@ -14,6 +14,7 @@ from rmipo.launch.sweep import Sweep, load_sweep, make_point, read_point
 from rmipo.recipe.load import ConfigError
 from tests.helpers.families import save
 from tests.helpers.paths import ROOT
+from tests.helpers.programs import run_here
 from tests.helpers.rows import assistant, user, write
 
 METHODS = sorted(path.stem for path in ROOT.glob("recipes/sweeps/*.yaml"))
@@ -149,10 +150,10 @@ def test_a_grid_is_trained_once_and_the_best_is_named(repository):
     assert all(run["finished"] for run in runs) and runs[0]["recipe"]["learning_rate"] == 1e-4
 
     (folder / "sweep.jsonl").unlink()  # finished runs count, whoever trained them
-    again = run([sys.executable, "scripts/sweep.py"], repository, **env)
-    assert again.returncode == 0 and "2 points, 0 of them not finished" in again.stdout
+    again = run_here("sweep", env=env, root=repository)
+    assert again.code == 0 and "2 points, 0 of them not finished" in again.out
     assert [json.loads(line) for line in (folder / "sweep.jsonl").read_text().splitlines()] == lines
     assert [json.loads((repository / line["output_dir"] / "run.json").read_text()) for line in lines] == runs
 
-    other = run([sys.executable, "scripts/sweep.py"], repository, **env | {"ARGS": "--max_steps 3"})
-    assert other.returncode == 2 and "holds a run of another recipe" in other.stderr
+    other = run_here("sweep", env=env | {"ARGS": "--max_steps 3"}, root=repository)
+    assert other.code == 2 and "holds a run of another recipe" in other.err

@@ -11,9 +11,11 @@ import yaml
 from tests.helpers.families import save
 from tests.helpers.hub_server import TOKEN, Hub
 from tests.helpers.paths import ROOT
+from tests.helpers.programs import Ended
 from tests.helpers.twins import make_twin
 
 SECRET = {"HF_TOKEN": TOKEN}
+COMMAND = ["--config", "recipes/tiny/rmipo.yaml"]
 
 
 @pytest.fixture
@@ -35,14 +37,8 @@ def twin(hub, tmp_path):
     return flags | {"--output_dir": str(tmp_path / "out"), "--max_steps": "1", "--eval_strategy": "no"}
 
 
-def train(hub, tmp_path, flags, **environment):
-    """A process of its own: the client reads HF_ENDPOINT when it is imported."""
-    command = [sys.executable, "scripts/preference.py", "--config", "recipes/tiny/rmipo.yaml"]
-    environment = os.environ | {"HF_HOME": str(tmp_path / "hf")} | hub.environment | environment
-    return subprocess.run(
-        [*command, *(text for pair in flags.items() for text in pair)],
-        cwd=ROOT, env=environment, capture_output=True, text=True,
-    )  # fmt: skip
+def words(flags):
+    return [text for pair in flags.items() for text in pair]
 
 
 def test_hub_ids_a_pinned_revision_a_broken_download_and_an_upload(hub, twin, tmp_path):
@@ -56,7 +52,11 @@ def test_hub_ids_a_pinned_revision_a_broken_download_and_an_upload(hub, twin, tm
         "--hub_model_id": "member/aligned",
         "--overlay": "recipes/methods/dpo.yaml",
     }
-    done = train(hub, tmp_path, flags, **SECRET)
+    # A process of its own: the client reads HF_ENDPOINT when it is imported.
+    done = subprocess.run(
+        [sys.executable, "scripts/preference.py", *COMMAND, *words(flags)], cwd=ROOT, capture_output=True, text=True,
+        env=os.environ | {"HF_HOME": str(tmp_path / "hf")} | hub.environment | SECRET,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
     # The download went on where it broke.
     ranges = [asked for _, path, asked in hub.requests if path.endswith("/model.safetensors") and asked]
@@ -78,16 +78,31 @@ def test_hub_ids_a_pinned_revision_a_broken_download_and_an_upload(hub, twin, tm
     assert f"uploaded: {hub.environment['HF_ENDPOINT']}/member/aligned" in done.stdout
 
 
-@pytest.mark.parametrize("login", [{}, SECRET], ids=["no login", "not granted"])
-def test_a_gated_model_is_refused_with_the_fix(hub, twin, tmp_path, login):
+REFUSED = """
+import json, sys
+from tests.helpers.programs import run_here
+json.dump([run_here("preference", *arguments, env=env) for arguments, env in json.load(sys.stdin)], sys.stdout)
+"""
+
+
+def test_what_the_hub_does_not_give_is_refused_with_the_fix(hub, twin, tmp_path):
+    """A gated model without a login and without a grant, and data that isn't there; in one process."""
+    hub.add("models", "org/open", tmp_path / "model")
     hub.repositories["models", "org/model"].gated = True
-    done = train(hub, tmp_path, twin, **login)
-    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr[-4000:]
-    assert "org/model" in done.stderr and "hf auth login" in done.stderr
+    no_data = twin | {"--model_name_or_path": "org/open", "--model_revision": "main", "--dataset_name": "org/other"}
+    cases = [(COMMAND + words(flags), login) for flags, login in ((twin, {}), (twin, SECRET), (no_data, {}))]
+    environment = os.environ | {"HF_HOME": str(tmp_path / "hf")} | hub.environment
+    done = subprocess.run(
+        [sys.executable, "-c", REFUSED],
+        input=json.dumps(cases),
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    no_login, no_grant, not_there = (Ended(*result) for result in json.loads(done.stdout))
+    for ended in (no_login, no_grant, not_there):
+        assert ended.code == 2 and "Traceback" not in ended.err, ended.err
+    assert all("org/model" in ended.err and "hf auth login" in ended.err for ended in (no_login, no_grant))
+    assert "org/other: the dataset can't be reached on the hub" in not_there.err
     assert not (tmp_path / "out/run.json").exists()
-
-
-def test_data_that_is_not_there_is_refused_by_name(hub, twin, tmp_path):
-    done = train(hub, tmp_path, twin | {"--dataset_name": "org/other"})
-    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr[-4000:]
-    assert "org/other: the dataset can't be reached on the hub" in done.stderr
