@@ -96,7 +96,7 @@ def figure5(outputs: Path, model: str) -> Figure:
     axis.set_ylabel("Win rate (%; chance: 50)")
     trained = "trained on the HH subset (average: one model each)" if trained_on_hh else "not trained on HH"
     axis.set_title(f"{model_label(model)}, {trained}", loc="left")
-    axis.legend(ncols=len(results) + 1, loc="lower center", bbox_to_anchor=(0.5, -0.32))
+    figure.legend(ncols=len(results) + 1, loc="outside upper center")
     notes = [f"Not trained on HH, left out: {', '.join(left_out)}."] if left_out else []
     notes += paired_notes(results)
     footnotes(figure, ["Bars: 95% interval over pairs (1.96 standard errors).", *notes, *figure_notes(shown)])

@@ -229,6 +229,18 @@ def test_figure5_shows_the_interval_of_each_rate(tmp_path):
     assert np.allclose(ends, expected)
 
 
+def test_figure5_s_legend_covers_nothing(tmp_path):
+    """With many lines of notes the axes get low, and a legend that hangs below them would lie on the subsets' names."""
+    per_prompt = {f"hh_{subset}": [0.0, 100.0, 100.0] for subset in ("helpful", "harmless")}
+    for method in ("dpo", "simpo", "simper", "rmipo"):
+        write_result(tmp_path, "tiny", method, "hh", hh(64.0, 66.0), per_prompt=per_prompt)
+    figure = figure5(tmp_path, "tiny")
+    figure.canvas.draw()
+    (legend,) = (one.get_window_extent() for one in figure.legends)
+    axis = figure.axes[0]
+    assert not any(legend.overlaps(one.get_window_extent()) for one in (axis, *axis.get_xticklabels()))
+
+
 def test_figure5_without_results_names_the_commands(tmp_path):
     with pytest.raises(ReportError, match="make train MODEL=llama3-8b-instruct-hh-helpful METHOD=rmipo"):
         figure5(tmp_path, "llama3-8b-instruct")
