@@ -39,7 +39,7 @@ VARIABLES = {
     "SLURM": "1 queues the stages with sbatch",
     "DRY": "1 prints what would run and starts nothing",
     "METHODS": "several methods, with commas or spaces between them",
-    "SEEDS": "each draws its own pairs and their order: 0,1,2",
+    "SEEDS": "each orders the pairs its own way, and on tiny draws its own: 0,1,2",
     "NOISE": "shares of the training pairs whose labels are swapped: 0,0.15",
     "WORKERS": "programs at a time (default: one for each CPU core; on a GPU, one)",
     "EXAMPLES": "rows of the training data, where they are neither here nor a recipe's",

@@ -7,9 +7,10 @@
 
 METHODS are some of the eleven, sft-chosen (SFT on the chosen responses), fidelity-sequence, fidelity-release and
 initial-prior (other readings of RMiPO); rmipo is always among them; by default the eleven and sft-chosen. ARGS override
-every recipe. With DATA there are no right answers, only preference accuracy and margin, and no NOISE.
+every recipe. With DATA there are no right answers, only preference accuracy and margin. NOISE is for tiny alone: only its
+labels can be swapped.
 
-Every method tries the learning rates of recipes/<model>/search.yaml on a draw of its own and is measured on one part of the
+Every method tries the learning rates of recipes/<model>/search.yaml with a seed of its own and is measured on one part of the
 held-out prompts; the table is about the others. Finished runs are kept in outputs/<model>/compare/runs.jsonl, so that an
 interrupted comparison goes on where it was.
 """
@@ -22,13 +23,14 @@ os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
 
 from rmipo import cli
-from rmipo.launch.choices import choose_stages
+from rmipo.launch.choices import choose_stages, refuse
 
 
 def main() -> int:
     os.chdir(Path(__file__).parent.parent)
     options = cli.options(__doc__, "MODEL", "METHODS", "SEEDS", "NOISE", "WORKERS", "DATA", "ARGS").read()
     env = os.environ | cli.variables(options)
+    refuse(env, ["DRY", "SLURM"], "make compare trains its runs here")
     choose_stages({**env, "STAGE": ""})
     from rmipo.compare.program import compare  # imports torch and TRL, which takes seconds
 

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 from rmipo import cli
 from rmipo.evaluation.models import check_names
+from rmipo.recipe.files import merge
 from rmipo.reporting.provenance import figure_notes
 from rmipo.reporting.results import (
     PAPER_MODELS,
@@ -132,10 +133,7 @@ def draw8(args: argparse.Namespace) -> "Figure":
     method = args.method or "rmipo"
     run = scored_run(args, method)
     if args.data:
-        recipe = {
-            key: value for key, value in run.record["recipe"].items() if key not in ("datasets", "test_split_size")
-        }
-        run.record["recipe"] = recipe | {"dataset_name": args.data}
+        run.record["recipe"] = merge(run.record["recipe"], {"dataset_name": args.data})
     objective = pair_scores.rmipo_objective(run)
     readings = pair_scores.gamma_readings(run, args.split, args.max_pairs)
     table = pair_scores.summarize(readings, objective.gamma_min, objective.gamma_max)

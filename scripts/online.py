@@ -17,7 +17,7 @@ from pathlib import Path
 
 from rmipo import cli
 from rmipo.errors import ConfigError
-from rmipo.launch.choices import choose_method, choose_stages
+from rmipo.launch.choices import choose_method, choose_stages, refuse
 
 
 def main() -> int:
@@ -26,6 +26,7 @@ def main() -> int:
     parser.add_argument("--held_out_prompts", type=int, help="in place of that of online.yaml")
     args, overrides = parser.parse_known_args([*shlex.split(os.environ.get("ARGS", "")), *sys.argv[1:]])
     os.chdir(Path(__file__).parent.parent)
+    refuse(os.environ, ["DRY", "SLURM", "DATA"], "make online runs its rounds here, on the prompts of online.yaml")
     model = choose_stages({"MODEL": args.model or "smollm2-135m-instruct"})[0]
     method = choose_method({"METHOD": args.method})[0]
     if not (args.rounds or "3").isdecimal() or int(args.rounds or 3) < 1:

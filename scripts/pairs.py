@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 
 from rmipo import cli
-from rmipo.launch.choices import choose_stages
+from rmipo.launch.choices import choose_stages, refuse
 
 
 def main() -> None:
@@ -24,6 +24,8 @@ def main() -> None:
     parser.add_argument("--keep", action="store_true", help="keep finished pairs, whatever they were made with")
     args, overrides = parser.parse_known_args(sys.argv[1:] or shlex.split(os.environ.get("ARGS", "")))
     os.chdir(Path(__file__).parent.parent)
+    if not args.keep:  # with it, this is a stage of `make train`, perhaps in a job
+        refuse(os.environ, ["DRY", "SLURM"], "make pairs samples and scores here")
     model, method = choose_stages({"MODEL": args.model or "tiny"})[0], args.method or "initial"
     output = Path(args.output or f"outputs/{model}/pairs" + f"-{method}" * (method != "initial"))
     if args.keep and (output / "pairs.json").is_file():

@@ -1,6 +1,6 @@
 """Train a model on preference pairs with any method of the paper's Table 4.
 
-    python scripts/preference.py --config recipes/tiny/rmipo.yaml [--overlay recipes/methods/dpo.yaml] [--learning_rate 2e-4]
+    .venv/bin/python scripts/preference.py --config recipes/tiny/rmipo.yaml --learning_rate 2e-4
 
 `make train MODEL=...` prints and runs the full command, with `accelerate launch` in front where there are GPUs.
 """

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from rmipo import cli
 from rmipo.evaluation.models import is_setting, known_settings
+from rmipo.launch.choices import refuse
 from rmipo.reporting.reproduce import chain, summary
 from rmipo.reporting.results import ReportError
 from rmipo.reporting.tables import TABLES, build_table
@@ -37,11 +38,11 @@ def main() -> int:
 
     if args.table is None:
         raise ReportError(f"which table? Say TABLE=..., one of {sorted(TABLES)}")
-    if refused := [name for name in REFUSED_VARIABLES if os.environ.get(name)]:
-        raise ReportError(
-            f"{', '.join(refused)}: not for the whole chain. Run the step that it is for by itself (DRY=1 lists them); "
-            "what is done is skipped here"
-        )
+    refuse(
+        os.environ,
+        REFUSED_VARIABLES,
+        "not for the whole chain. Run the step that it is for by itself (DRY=1 lists them)",
+    )
     if args.model and not is_setting(args.model):
         raise ReportError(f"MODEL={args.model} is no setting; {known_settings()}")
     steps = chain(build_table(args.table, [args.model] if args.model else []), OUTPUTS)

@@ -1,8 +1,8 @@
 """Several methods' answers to chosen prompts side by side, as in the paper's Table 6: Markdown and HTML.
 
     make samples MODEL=mistral-7b-base METHODS="rmipo simper simpo"
-    python scripts/samples.py --model tiny --methods initial,rmipo --prompt "What does Ada eat?" --prompt "..."
-    python scripts/samples.py --model path/to/model --prompt "What does Ada eat?"
+    .venv/bin/python scripts/samples.py --model tiny --methods initial,rmipo --prompt "What does Ada eat?" --prompt "..."
+    .venv/bin/python scripts/samples.py --model path/to/model --prompt "What does Ada eat?"
 
 MODEL is a setting, whose METHODS are compared; or a folder with a model, or the id of one on the hub, shown alone.
 Without --prompt, the block `samples` in recipes/<model>/eval.yaml says which: `prompts`, or the first `first_n` (null:

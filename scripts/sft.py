@@ -1,6 +1,6 @@
 """Supervised fine-tuning, the stage before preference training in the Base settings. The trainer is TRL's.
 
-    python scripts/sft.py --config recipes/tiny/sft.yaml [--learning_rate 1e-3]
+    .venv/bin/python scripts/sft.py --config recipes/tiny/sft.yaml [--learning_rate 1e-3]
 
 `make train MODEL=... STAGE=sft` prints and runs the full command, with `accelerate launch` in front where there are GPUs.
 """

@@ -18,10 +18,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from rmipo import cli
-from rmipo.launch.choices import MADE_FIRST, check_choices, choose_sharding, choose_stages, positive_number
+from rmipo.launch.choices import MADE_FIRST, check_choices, choose_sharding, choose_stages, positive_number, refuse
 from rmipo.launch.doctor import Check
 
-VARIABLES = ("MODEL", "METHOD", "DATA", "ARGS", "GPUS", "SHARDING", "TFLOPS")
+VARIABLES = ("MODEL", "METHOD", "ARGS", "GPUS", "SHARDING", "TFLOPS")
 STEPS, STOP_AFTER = 10, 3
 TOLERANCE = 1.1  # of the planned memory; no micro-batch is longer than planned for
 
@@ -140,6 +140,7 @@ def main() -> int:
 
         env["MODEL"] = "llama3-8b-instruct" if torch.cuda.is_available() else "tiny"
     env["STAGE"] = "rmipo"
+    refuse(env, ["DATA"], "a smoke run trains on the recipe's own data")
     check_choices(env)
     from rmipo.plan.duration import A100_TFLOPS
 

@@ -1,7 +1,7 @@
 """Search a method's hyperparameters on one setting, point by point: the grid of recipes/sweeps/<method>.yaml.
 
     make sweep MODEL=mistral-7b-base METHOD=simpo [GPUS=4] [DATA=...] [ARGS="--num_train_epochs 0.2"] [DRY=1]
-    wandb sweep recipes/sweeps/simpo.yaml
+    source .venv/bin/activate && wandb sweep recipes/sweeps/simpo.yaml
 
 The first needs no account: it trains what is not finished yet, keeps one line per finished point in sweep.jsonl, and
 names the best by the file's held-out metric. In the second W&B's agent starts this program with one point's
@@ -19,7 +19,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from rmipo import cli
-from rmipo.launch.choices import choose_search, choose_stages, is_on
+from rmipo.launch.choices import choose_search, choose_stages, is_on, refuse
 
 SHOWN = 5
 
@@ -29,6 +29,7 @@ def main() -> int:
     options = cli.options(__doc__, "MODEL", "METHOD", "DATA", "ARGS", "GPUS", "SHARDING", "DRY")
     given, values = options.parse_known_args()
     env = os.environ | cli.variables(given)
+    refuse(env, ["SLURM"], "a sweep trains its points one after the other, here; run make sweep inside a job")
     model, _ = choose_stages({**env, "STAGE": "rmipo"})
     method = choose_search(env)
 

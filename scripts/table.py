@@ -2,7 +2,7 @@
 
     make table N=2
     make table N=1 MODEL=tiny
-    python scripts/table.py --number 2 --outputs outputs
+    .venv/bin/python scripts/table.py --number 2 --outputs outputs
 
 Writes Markdown, CSV and LaTeX to <outputs>/reports/, and prints the Markdown. Runs that differ in the seed alone are
 averaged. Without --differences, a number that was made with another judge or decoding than the paper's, or in a trial,

@@ -1,7 +1,7 @@
 """Make the tiny setting's world: data, tokenizer and an untrained model.
 
-    python scripts/toy.py --config recipes/tiny/world.yaml
-    python scripts/toy.py --config recipes/tiny/world.yaml --output outputs/tiny/world-mine --data my_pairs.jsonl.gz
+    .venv/bin/python scripts/toy.py --config recipes/tiny/world.yaml
+    .venv/bin/python scripts/toy.py --config recipes/tiny/world.yaml --output outputs/tiny/world-mine --data my_pairs.jsonl.gz
 
 With --data the tokenizer is trained on these pairs, and the SFT dialogues are their chosen responses.
 """

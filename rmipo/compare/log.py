@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from rmipo.compare.run import CURVE_PAIRS, CURVE_STEPS, execute
 from rmipo.compare.study import INITIAL, SEARCH_SEED, Run, Study
-from rmipo.errors import UserError
+from rmipo.errors import ConfigError, UserError
 from rmipo.fingerprints import json_fingerprint, model_fingerprint
 
 NOT_THE_RUN = ("output_dir", "reference_cache_dir", "run_name")
@@ -122,12 +122,12 @@ def best_rates(lines: Iterable[dict], metric: str) -> dict[str, float]:
     """Method -> the learning rate of its search run with the highest `metric`; a run that diverged has none.
 
     Raises:
-        ValueError: every run of some method diverged.
+        ConfigError: every run of some method diverged.
     """
     best: dict[str, tuple[float, float]] = {}
     for line in lines:
         value = line["metrics"].get(metric, float("-inf"))
         best[line["method"]] = max(best.get(line["method"], (float("-inf"), 0.0)), (value, line["learning_rate"]))
     if lost := [method for method, (value, _) in best.items() if value == float("-inf")]:
-        raise ValueError(f"every learning rate made {', '.join(lost)} diverge: add lower ones to search.yaml")
+        raise ConfigError(f"every learning rate made {', '.join(lost)} diverge: add lower ones to search.yaml")
     return {method: rate for method, (_, rate) in best.items()}

@@ -23,9 +23,10 @@ def compare(env: dict[str, str]) -> int:
     model, _ = choose_stages({**env, "STAGE": ""})
     rates = load_sweep("rmipo", model).parameters["learning_rate"]
     study = Study(model, env.get("DATA", ""), env.get("ARGS", ""))
-    methods, seeds, noises, workers = read_choices(env, study.workers)
+    swaps_labels = not study.data and Path(f"recipes/{model}/world.yaml").is_file()
+    methods, seeds, noises, workers = read_choices(env, study.workers, swaps_labels)
     searches = search_runs(methods, rates)
-    for run in searches:
+    for run in (*searches, *report_runs(methods, {}, seeds, noises)):
         study.check(run)
     (ours,) = load_steps(model, ["rmipo"], {**env, "METHOD": "rmipo"})
     make_sft_model(model, ours.recipe, env)
@@ -79,12 +80,14 @@ def make_sft_model(model: str, recipe: Recipe, env: dict[str, str]) -> None:
             raise ConfigError(f"make train MODEL={model} STAGE=sft failed; its messages are above")
 
 
-def read_choices(env: dict[str, str], default_workers: int) -> tuple[list[str], list[int], list[float], int]:
-    """METHODS, SEEDS, NOISE and WORKERS. Raises ConfigError with all that is wrong."""
+def read_choices(
+    env: dict[str, str], default_workers: int, swaps_labels: bool
+) -> tuple[list[str], list[int], list[float], int]:
+    """METHODS, SEEDS, NOISE (0 unless the setting `swaps_labels`) and WORKERS. Raises ConfigError with all that is wrong."""
     known = (*METHODS, *READINGS)
-    methods = [name.strip() for name in (env.get("METHODS") or ",".join(METHODS)).split(",")]
+    methods = env["METHODS"].replace(",", " ").split() if env.get("METHODS") else list(METHODS)
     problems = [f"METHODS: {name!r} is not one of {', '.join(known)}" for name in methods if name not in known]
-    values = {"SEEDS": env.get("SEEDS") or "0,1,2", "NOISE": env.get("NOISE") or ("0" if env.get("DATA") else "0,0.15")}
+    values = {"SEEDS": env.get("SEEDS") or "0,1,2", "NOISE": env.get("NOISE") or ("0,0.15" if swaps_labels else "0")}
     values["WORKERS"] = env.get("WORKERS") or str(default_workers)
     types = {"SEEDS": int, "NOISE": float, "WORKERS": int}
     read = {}
@@ -94,9 +97,10 @@ def read_choices(env: dict[str, str], default_workers: int) -> tuple[list[str], 
         except ValueError:
             problems.append(f"{name}={text!r}: expected numbers such as {'0,0.15' if name == 'NOISE' else '0,1,2'}")
     shares = read.get("NOISE", [])
-    allowed = all(0 <= share < 0.5 for share in shares) and not (env.get("DATA") and any(shares))
-    if not allowed:
-        problems.append(f"NOISE={values['NOISE']!r}: expected shares below 0.5, with DATA only 0")
+    if not all(0 <= share < 0.5 for share in shares):
+        problems.append(f"NOISE={values['NOISE']!r}: expected shares below 0.5")
+    if any(shares) and not swaps_labels:
+        problems.append(f"NOISE={values['NOISE']!r}: only the labels of the tiny world are swapped; leave it out")
     if "WORKERS" in read and (len(read["WORKERS"]) > 1 or read["WORKERS"][0] < 1):
         problems.append(f"WORKERS={values['WORKERS']!r}: expected one number, 1 or more")
     if problems:

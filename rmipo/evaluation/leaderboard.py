@@ -164,7 +164,7 @@ def check_data(tasks: list[str]) -> None:
         try:
             nltk.data.find("tokenizers/punkt_tab")
         except LookupError:
-            problems.append("ifeval counts sentences with NLTK's data: python -m nltk.downloader punkt_tab")
+            problems.append("ifeval counts sentences with NLTK's data: .venv/bin/python -m nltk.downloader punkt_tab")
     if "gpqa" in tasks:
         from huggingface_hub import hf_hub_download
 

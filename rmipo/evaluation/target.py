@@ -124,7 +124,9 @@ def check_model(folder: Path, absent: str, run: dict | None, unfinished: str = "
     if run is not None and not run["finished"]:
         raise EvaluationError(f"{folder} holds a run that hasn't finished. {unfinished}")
     if (folder / "adapter_config.json").is_file():
-        raise EvaluationError(f"{folder} holds an adapter. Merge it first: python scripts/merge_adapter.py --help")
+        raise EvaluationError(
+            f"{folder} holds an adapter. Merge it first: .venv/bin/python scripts/merge_adapter.py --help"
+        )
     if not (folder / "config.json").is_file():
         raise EvaluationError(f"{folder} holds no model. {absent}")
     check_trained_prompts(folder, run)

@@ -50,7 +50,8 @@ Scored = Iterator[dict[str, float]]  # by key of the answer, some at a time
 class FunctionOracle:
     """`file.py:name`: name(messages, answers) -> one score per answer, higher is better; called once for each prompt.
 
-    A function with further arguments gets the columns of those names from the prompt's row.
+    A function with further arguments gets the columns of those names from the prompt's row. Those without a default are
+    `required`.
     """
 
     defaults = {"function": None}
@@ -65,7 +66,9 @@ class FunctionOracle:
         self.function, self.name = getattr(module, name, None), settings["function"]
         if not callable(self.function):
             raise OracleError(f"oracle.function is {settings['function']!r}: {file} has no function {name!r}")
-        self.columns = list(inspect.signature(self.function).parameters)[2:]
+        columns = list(inspect.signature(self.function).parameters.values())[2:]
+        self.columns = [column.name for column in columns]
+        self.required = [column.name for column in columns if column.default is column.empty]
         self.identity = {**settings, "fingerprint": text_fingerprint(Path(file).read_bytes())}
 
     def score(self, prompts: list[Candidates]) -> Scored:
@@ -85,6 +88,7 @@ class RewardModelOracle:
     """A sequence-classification model: hub id or folder."""
 
     defaults = {"reward_model": None, "dtype": "bfloat16", "batch_size": 16}
+    required = ()
 
     def __init__(self, settings: dict):
         self.settings = self.identity = settings
@@ -104,6 +108,7 @@ class JudgeOracle:
     """A chat model behind any OpenAI-compatible endpoint, which rates each answer from 1 to 10."""
 
     defaults = {"judge": None, "price": [10.0, 30.0], "max_cost": 20.0, "concurrency": 5, "max_tokens": 512}
+    required = ()
 
     def __init__(self, settings: dict):
         self.settings = settings

@@ -126,6 +126,11 @@ def make_pairs(model_dir: Path, generation: dict, config: PairsConfig, folder: P
     if not prompts:
         skipped = f" after the first {config.skip_prompts}" * bool(config.skip_prompts)
         raise PairsError(f"{config.prompts}: no usable prompt{skipped}. Dropped: {dict(dropped)}")
+    if missing := [name for name in oracle.required if any(name not in prompt.columns for prompt in prompts)]:
+        raise PairsError(
+            f"{config.prompts}: rows without {', '.join(missing)}, which the oracle {config.oracle} takes. Add the column, "
+            "or name another oracle, such as --oracle.function my_oracle.py:score"
+        )
     settings = generation | config.generation | {"seed": config.seed}
     requests = [
         Request(f"{p.key}-{n}", p.messages, seed=config.seed + n) for p in prompts for n in range(config.answers)

@@ -6,7 +6,7 @@ Nothing heavy is imported here. Paths are relative to the root of the repository
 import argparse
 import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from rmipo.cli import choose
@@ -19,6 +19,12 @@ NOT_SETTINGS = {"ablations", "adapters", "methods", "sweeps", "templates"}
 def is_on(env: Mapping[str, str], name: str) -> bool:
     """Whether a switch such as DRY is set: to anything but 0."""
     return env.get(name, "0") not in ("", "0")
+
+
+def refuse(env: Mapping[str, str], names: Iterable[str], why: str) -> None:
+    """Raises ConfigError if a variable is set that a command can't follow."""
+    if given := [name for name in names if is_on(env, name)]:
+        raise ConfigError(f"{', '.join(given)}: {why}; leave it out")
 
 
 def check_choices(env: Mapping[str, str]) -> None:

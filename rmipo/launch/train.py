@@ -61,7 +61,7 @@ def train(env: Mapping[str, str]) -> int:
             return EXIT_STOPPED
         # Read again, now that the stage before has finished: a Base setting starts from its own SFT model.
         step = load_steps(model, stages, env)[number]
-        if step.recipe is not None and step.is_done():
+        if step.recipe is not None and step.is_done() and not step.recipe.values.get("push_to_hub"):
             print(f"## {step.stage}: already trained, see {step.recipe.values['output_dir']}", flush=True)
             continue
         command = step.command(gpus, sharding)

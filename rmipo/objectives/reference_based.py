@@ -65,7 +65,7 @@ class KTO(Objective):
 
     name = "kto"
     needs = frozenset({"reference", "mismatched"})
-    min_pairs = 2  # one pair has no other prompt to be mismatched with
+    min_pairs = 2  # z is a mean over the micro-batch: of one pair it would be noise
     hints: ClassVar[dict[str, str]] = {"lambda_w": "use desirable_weight", "lambda_l": "use undesirable_weight"}
     logged = ("z_ref",)
 

@@ -18,6 +18,7 @@ import psutil
 import pytest
 
 from rmipo.compare.log import Log, best_rates, execute_all, report_runs, search_runs
+from rmipo.compare.program import read_choices
 from rmipo.compare.run import execute
 from rmipo.compare.study import FLOOR, INITIAL, METHODS, Run, Study
 from rmipo.compare.tasks import PairsTask
@@ -373,6 +374,19 @@ def test_wrong_choices_are_reported_together():
     assert done.code == 2
     for part in ("'ppo' is not one of", "SEEDS='a'", "NOISE='0.7'", "WORKERS='0'"):
         assert part in done.err
+
+
+def test_labels_are_swapped_in_the_tiny_world_alone():
+    """Elsewhere a run "with noise" would be trained on clean labels."""
+    assert read_choices({}, 2, swaps_labels=True)[2] == [0.0, 0.15]
+    assert read_choices({"METHODS": "simpo dpo"}, 2, swaps_labels=False) == (
+        ["rmipo", "dpo", "simpo"],
+        [0, 1, 2],
+        [0.0],
+        2,
+    )
+    with pytest.raises(ConfigError, match=r"NOISE='0,0.15': only the labels of the tiny world are swapped"):
+        read_choices({"NOISE": "0,0.15"}, 2, swaps_labels=False)
 
 
 @pytest.mark.parametrize(("given", "used"), [(None, "0"), ("2,3", "2"), ("", "")])

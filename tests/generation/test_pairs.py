@@ -128,6 +128,15 @@ def test_killed_while_sampling_and_while_scoring(setup):
     assert setup.calls.read_bytes() == before
 
 
+def test_a_column_that_the_oracle_needs_is_missed_before_anything_is_sampled(setup):
+    setup.oracle("def score(messages, answers, constraints, bonus=0): return [0] * len(answers)")
+    with pytest.raises(
+        PairsError, match=r"prompts.jsonl: rows without constraints, which the oracle .*oracle.py:score"
+    ):
+        setup.make()
+    assert not (setup.folder / "pairs").exists()
+
+
 def test_unusable_prompts_are_counted_with_their_reasons(setup):
     good = [f"w{i} w2" for i in range(5)]
     message = [{"role": "user", "content": "w3"}]

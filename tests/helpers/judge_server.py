@@ -1,6 +1,6 @@
 """A small OpenAI-compatible chat server with log-probs, to judge without an account: for tests and the tiny recipe.
 
-    python tests/helpers/judge_server.py --port 8123
+    .venv/bin/python tests/helpers/judge_server.py --port 8123
     OPENAI_BASE_URL=http://127.0.0.1:8123/v1 OPENAI_API_KEY=none make eval MODEL=tiny BENCH=alpacaeval
 
 Its verdicts are arithmetic, not judgement: AlpacaEval's weighted judge prefers output m with probability

@@ -62,14 +62,14 @@ def test_method_data_and_args_become_arguments():
         "STAGE": "rmipo",
         "METHOD": "dpo",
         "DATA": "data/my pairs.jsonl.gz",
-        "ARGS": "--learning_rate 1e-6 --overlay recipes/ablations/table5-dpo.yaml --run_name 'a b'",
+        "ARGS": "--learning_rate 1e-6 --overlay recipes/ablations/table5-simpo.yaml --run_name 'a b'",
         "SHARDING": "zero3-offload",
     }
     words = command(env, gpus=2)
     assert words[2:] == [
         *("--config_file", "configs/accelerate/zero3-offload.yaml", "--num_processes", "2"),
         *("scripts/preference.py", "--config", "recipes/mistral-7b-base/rmipo.yaml"),
-        *("--overlay", "recipes/methods/dpo.yaml", "--overlay", "recipes/ablations/table5-dpo.yaml"),
+        *("--overlay", "recipes/methods/dpo.yaml", "--overlay", "recipes/ablations/table5-simpo.yaml"),
         *("--dataset_name", "data/my pairs.jsonl.gz", "--output_dir", "outputs/mistral-7b-base/dpo-my-pairs"),
         *("--learning_rate", "1e-6", "--run_name", "a b"),
     ]
@@ -380,6 +380,25 @@ def test_old_python_is_refused(repository, tmp_path):
     assert f"Python 3.11 or newer is needed; {old} is not" in result.stderr
 
 
+@pytest.mark.parametrize("push", [False, True])
+def test_a_finished_run_is_started_again_only_to_upload_it(monkeypatch, push):
+    started = []
+
+    class Program:
+        stopped_at = None
+
+        def run(self, command, *rest):
+            started.append(command)
+            return 0
+
+    recipe = load_recipe("recipes/tiny/rmipo.yaml", overrides=["--push_to_hub", "--hub_model_id=me/tiny"] if push else [])
+    monkeypatch.setattr(pipeline.Step, "is_done", lambda self: True)
+    monkeypatch.setattr(train, "load_steps", lambda *_: [pipeline.Step("rmipo", recipe=recipe)])
+    monkeypatch.setattr(train, "Program", Program)
+    assert train.train({"MODEL": "tiny", "STAGE": "rmipo"}) == 0
+    assert len(started) == push
+
+
 ALL_CHOICES = ("launch", "plan", "doctor")  # scripts that check METHOD, GPUS and NODES beside MODEL
 SETTING_ALONE = ("compare", "sweep", "smoke", "pairs", "online", "evaluate", "samples", "table", "figure", "reproduce")
 
@@ -406,3 +425,17 @@ def test_wrong_choices_are_refused_before_anything_heavy_is_imported(script):
     assert re.search("MODEL='?llama3'? is", done.stderr) and "llama3-8b-instruct" in done.stderr, done.stderr
     for name in ("METHOD='simp0'", "GPUS='four'", "NODES='0'") if script in ALL_CHOICES else ():
         assert name in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("script", "variable"),
+    [
+        *(("online", name) for name in ("DRY", "SLURM", "DATA")),
+        *((script, name) for script in ("pairs", "compare") for name in ("DRY", "SLURM")),
+        ("sweep", "SLURM"),
+        ("smoke", "DATA"),
+    ],
+)
+def test_a_variable_that_a_command_cannot_follow_is_refused(script, variable):
+    done = run_here(script, env={"MODEL": "tiny", "METHOD": "simpo", variable: "1"})
+    assert done.code == 2 and done.err.startswith(f"error: {variable}: ") and "leave it out" in done.err
