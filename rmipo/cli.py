@@ -67,11 +67,19 @@ class Parser(argparse.ArgumentParser):
 
     def read(self) -> argparse.Namespace:
         """The options of the command line; those in ARGS where the script has no other use for ARGS."""
-        more = [] if "--args" in self._option_string_actions else shlex.split(os.environ.get("ARGS", ""))
+        more = [] if "--args" in self._option_string_actions else split(os.environ.get("ARGS", ""))
         return self.parse_args([*more, *sys.argv[1:]])
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}. `{self.prog} --help` shows the options")
+
+
+def split(text: str) -> list[str]:
+    """The words of ARGS, as a shell would read them. Raises ConfigError."""
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        raise ConfigError(f"ARGS={text!r} can't be read: {error}") from error
 
 
 def options(doc: str, *variables: str) -> Parser:

@@ -5,6 +5,7 @@ results. A line of `metrics.jsonl` is what was logged at one step, a line of `ge
 """
 
 import importlib.metadata
+import importlib.util
 import json
 import os
 import platform
@@ -14,6 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from rmipo.errors import EvaluationError
 from rmipo.files import write_atomically
 
 RUN_FILE = "run.json"
@@ -24,6 +26,12 @@ PACKAGES = ("torch", "transformers", "trl", "datasets", "accelerate", "deepspeed
 
 def package_versions(*packages: str) -> dict[str, str]:
     return {package: importlib.metadata.version(package) for package in packages}
+
+
+def require_package(module: str) -> None:
+    """Raises EvaluationError if the extra `eval` isn't installed."""
+    if importlib.util.find_spec(module) is None:
+        raise EvaluationError(f"the package {module} isn't installed: make install EXTRAS=eval")
 
 
 def environment() -> dict:

@@ -24,7 +24,7 @@ def main() -> int:
     parser = cli.options(__doc__, "MODEL", "METHOD", "ROUNDS")
     parser.add_argument("--prompts_per_round", type=int, help="in place of that of online.yaml")
     parser.add_argument("--held_out_prompts", type=int, help="in place of that of online.yaml")
-    args, overrides = parser.parse_known_args([*shlex.split(os.environ.get("ARGS", "")), *sys.argv[1:]])
+    args, overrides = parser.parse_known_args([*cli.split(os.environ.get("ARGS", "")), *sys.argv[1:]])
     os.chdir(Path(__file__).parent.parent)
     refuse(os.environ, ["DRY", "SLURM", "DATA"], "make online runs its rounds here, on the prompts of online.yaml")
     model = choose_stages({"MODEL": args.model or "smollm2-135m-instruct"})[0]

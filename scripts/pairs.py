@@ -11,7 +11,6 @@ from. The pairs go to outputs/<model>/pairs, of another METHOD to outputs/<model
 """
 
 import os
-import shlex
 import sys
 from pathlib import Path
 
@@ -22,7 +21,7 @@ from rmipo.launch.choices import choose_stages, refuse
 def main() -> None:
     parser = cli.options(__doc__, "MODEL", "METHOD", "PROMPTS", "OUTPUT")
     parser.add_argument("--keep", action="store_true", help="keep finished pairs, whatever they were made with")
-    args, overrides = parser.parse_known_args(sys.argv[1:] or shlex.split(os.environ.get("ARGS", "")))
+    args, overrides = parser.parse_known_args(sys.argv[1:] or cli.split(os.environ.get("ARGS", "")))
     os.chdir(Path(__file__).parent.parent)
     if not args.keep:  # with it, this is a stage of `make train`, perhaps in a job
         refuse(os.environ, ["DRY", "SLURM"], "make pairs samples and scores here")

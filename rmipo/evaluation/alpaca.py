@@ -14,13 +14,13 @@ from rmipo.evaluation.alpaca_reference import (
     load_reference,
     require_benchmark,
 )
-from rmipo.evaluation.benchmark import Benchmark, Metric, require_package
+from rmipo.evaluation.benchmark import Benchmark, Metric
 from rmipo.files import replacing, write_atomically
 from rmipo.fingerprints import text_fingerprint
 from rmipo.generation.judge import OPENAI, check_cost, judge_endpoint, shown
 from rmipo.recipe.files import read_yaml
 from rmipo.recipe.settings import merge_settings
-from rmipo.record import package_versions
+from rmipo.record import package_versions, require_package
 
 DEFAULTS = {
     "generation": {},

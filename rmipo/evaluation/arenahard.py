@@ -7,6 +7,7 @@ copy of them here would be another benchmark.
 import json
 from pathlib import Path
 
+from rmipo.errors import EvaluationError
 from rmipo.evaluation.alpaca_reference import hub_file
 from rmipo.evaluation.benchmark import Benchmark
 from rmipo.files import write_atomically
@@ -22,6 +23,8 @@ def run(model_dir: str | Path, output_dir: str | Path, settings: dict) -> None:
 
     settings = merge_settings("arenahard", DEFAULTS, settings)
     file = Path(settings["questions"] or hub_file(QUESTIONS, HUB_DATA))
+    if not file.is_file():
+        raise EvaluationError(f"arenahard: questions is {file}: there is no such file")
     questions = [json.loads(line) for line in file.read_text().splitlines()][: settings["first_n"]]
     requests = [Request(q["uid"], [{"role": "user", "content": q["prompt"]}]) for q in questions]
     with Generator(model_dir, settings["generation"]) as generator:

@@ -4,13 +4,11 @@ Modules with a benchmark import torch, transformers and the field's packages ins
 read by tables and command lines, which have to start at once.
 """
 
-import importlib.util
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from rmipo.errors import EvaluationError
 from rmipo.generation.judge import shown
 
 # Settings that change what an evaluation costs or how it goes on, and not what it measures.
@@ -97,9 +95,3 @@ def contradictions(asked: dict, recorded: dict, prefix: str = "") -> list[str]:
         here, there = shown(url.rstrip("/")), recorded["judge_endpoint"]
         found += [f"the judge's endpoint is {there} there, {here} here"] * (here != there)
     return found
-
-
-def require_package(module: str) -> None:
-    """Raises EvaluationError if the extra `eval` isn't installed."""
-    if importlib.util.find_spec(module) is None:
-        raise EvaluationError(f"the package {module} isn't installed: make install EXTRAS=eval")

@@ -6,11 +6,11 @@ The tasks and the pairs of constraints occur in no training prompt; see `rmipo.c
 import json
 from pathlib import Path
 
-from rmipo.evaluation.benchmark import Benchmark, Metric, require_package
+from rmipo.evaluation.benchmark import Benchmark, Metric
 from rmipo.evaluation.statistics import standard_error
 from rmipo.files import write_lines
 from rmipo.recipe.settings import merge_settings
-from rmipo.record import package_versions
+from rmipo.record import package_versions, require_package
 
 DEFAULTS = {
     "first_n": None,  # of the 300 prompts

@@ -7,11 +7,11 @@ from pathlib import Path
 
 from rmipo.errors import EvaluationError
 from rmipo.evaluation import alpaca, alpaca_reference, leaderboard
-from rmipo.evaluation.benchmark import require_package
 from rmipo.generation.judge import judge_endpoint, shown
 from rmipo.launch.doctor import Check
 from rmipo.recipe.files import read_yaml
 from rmipo.recipe.settings import merge_settings
+from rmipo.record import require_package
 
 PACKAGES = ("alpaca_eval", "mtbench_evaluator", "lm_eval")
 PROBE = 'Which is better? {"instruction": """a""", "output": """a""", "output": """b"""} Answer with m or M alone.'

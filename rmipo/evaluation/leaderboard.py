@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 
 from rmipo.errors import EvaluationError
-from rmipo.evaluation.benchmark import Benchmark, Metric, require_package
+from rmipo.evaluation.benchmark import Benchmark, Metric
 from rmipo.files import write_atomically
 from rmipo.fingerprints import json_fingerprint, trained_fingerprint
 from rmipo.recipe.settings import merge_settings, nearest
-from rmipo.record import package_versions
+from rmipo.record import package_versions, require_package
 
 BBH_CHOICES = {
     "boolean_expressions": 2, "causal_judgement": 2, "formal_fallacies": 2, "hyperbaton": 2, "navigate": 2,

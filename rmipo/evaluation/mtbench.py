@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rmipo.errors import EvaluationError
-from rmipo.evaluation.benchmark import Benchmark, Metric, require_package
+from rmipo.evaluation.benchmark import Benchmark, Metric
 from rmipo.evaluation.statistics import standard_error
 from rmipo.files import write_atomically
 from rmipo.fingerprints import text_fingerprint
 from rmipo.generation.judge import OPENAI, check_cost, judge_endpoint, shown
 from rmipo.recipe.settings import merge_settings
-from rmipo.record import package_versions
+from rmipo.record import package_versions, require_package
 
 if TYPE_CHECKING:
     from rmipo.generation.answers import Generator

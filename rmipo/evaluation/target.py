@@ -66,14 +66,13 @@ def find_target(
 def load_settings(path: Path, overrides: list[str]) -> dict[str, dict]:
     """The blocks of an eval.yaml, with overrides such as "alpacaeval.max_cost=5" over them.
 
-    Raises EvaluationError for a file or an override that isn't of that form.
+    Raises EvaluationError or ConfigError for a file or an override that isn't of that form.
     """
+    settings = read_yaml(path)
     try:
-        return override(read_yaml(path), overrides)
+        return override(settings, overrides)
     except EvaluationError as error:
         raise EvaluationError(f"{path}: {error}") from error
-    except ValueError as error:
-        raise EvaluationError(f"{path} {error}") from error
 
 
 def override(settings: dict[str, dict], overrides: list[str]) -> dict[str, dict]:

@@ -18,6 +18,7 @@ from rmipo.errors import UserError
 from rmipo.fingerprints import text_fingerprint
 from rmipo.generation import judge
 from rmipo.recipe.settings import merge_settings
+from rmipo.record import require_package
 
 QUESTION = """Rate the response to the user's last message for its helpfulness, relevance, accuracy, depth and clarity. \
 Be objective. End with the rating from 1 to 10 in double brackets, such as: Rating: [[5]].
@@ -111,11 +112,12 @@ class JudgeOracle:
     required = ()
 
     def __init__(self, settings: dict):
+        require_package("openai")
         self.settings = settings
         self.identity = {"judge": settings["judge"], "endpoint": judge.shown(judge.judge_endpoint())}
 
     def score(self, prompts: list[Candidates]) -> Scored:
-        from openai import OpenAI
+        from openai import OpenAI, OpenAIError
 
         asked = {
             key: QUESTION.format(
@@ -130,9 +132,15 @@ class JudgeOracle:
 
         def rate(key: str) -> dict[str, float]:
             message = {"role": "user", "content": asked[key]}
-            reply = client.chat.completions.create(
-                model=self.settings["judge"], messages=[message], temperature=0, max_tokens=limit
-            )
+            try:
+                reply = client.chat.completions.create(
+                    model=self.settings["judge"], messages=[message], temperature=0, max_tokens=limit
+                )
+            except OpenAIError as error:  # only its kind: messages may quote requests
+                raise OracleError(
+                    f"the judge {self.settings['judge']} at {self.identity['endpoint']} gave no answer "
+                    f"({type(error).__name__}): check OPENAI_BASE_URL and OPENAI_API_KEY. The scores so far are kept"
+                ) from error
             text = reply.choices[0].message.content or ""
             rating = re.search(r"\[\[(\d+(?:\.\d+)?)\]\]", text)
             if rating is None:

@@ -92,9 +92,9 @@ class PairsConfig:
 
 def load_pairs_config(path: Path, arguments: list[str], prompts: str | None = None) -> PairsConfig:
     """A setting's pairs.yaml, if there is one, with `--key value` arguments and other prompts over it."""
+    values = read_yaml(path) if path.is_file() else {}
     try:
-        given = parse_overrides(arguments)
-        values = (read_yaml(path) if path.is_file() else {}) | given
+        values |= parse_overrides(arguments)
     except ValueError as error:
         raise PairsError(f"{path}: {error}") from error
     return PairsConfig.load(values | ({"prompts": prompts} if prompts else {}), str(path))

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from rmipo.cli import choose
+from rmipo.errors import ConfigError
 from rmipo.launch.choices import choose_sharding, choose_stages, node_count, positive_number
 from rmipo.launch.pipeline import launch_configuration, load_steps, maker
 from rmipo.plan import duration, lengths, preflight
@@ -41,7 +42,9 @@ def hardware_of(env: Mapping[str, str], recipe: Recipe) -> Hardware:
 def examples_of(env: Mapping[str, str], recipe: Recipe) -> tuple[int, str]:
     """(training examples, where the number is from)."""
     if env.get("EXAMPLES"):
-        return int(positive_number(env, "EXAMPLES", 1)), "as EXAMPLES says"
+        if not env["EXAMPLES"].isdecimal() or int(env["EXAMPLES"]) < 1:
+            raise ConfigError(f"EXAMPLES={env['EXAMPLES']}: expected a whole number, 1 or more")
+        return int(env["EXAMPLES"]), "as EXAMPLES says"
     known = lengths.training_examples(recipe)
     if known is not None:
         return known, "in the training data"

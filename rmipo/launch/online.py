@@ -13,7 +13,7 @@ from pathlib import Path
 from rmipo.errors import ConfigError
 from rmipo.generation.pairs import PairsConfig
 from rmipo.launch.pipeline import load_steps
-from rmipo.recipe.files import read_yaml
+from rmipo.recipe.files import coerce, read_yaml
 
 
 @dataclass(frozen=True)
@@ -29,13 +29,18 @@ class OnlineConfig:
     @classmethod
     def load(cls, path: Path) -> "OnlineConfig":
         """Raises ConfigError for a file that isn't there or doesn't hold exactly these keys, PairsError for its pairs."""
-        try:
-            values = read_yaml(path)
-        except ValueError as error:
-            raise ConfigError(f"{path} {error}") from error
+        values = read_yaml(path)
         expected = [field.name for field in fields(cls)]
         if sorted(values) != sorted(expected):
             raise ConfigError(f"{path} holds the keys {sorted(values)}: expected {sorted(expected)}")
+        problems = []
+        for field in fields(cls):
+            try:
+                values[field.name] = coerce(values[field.name], field.type)
+            except ValueError as error:
+                problems.append(f"{field.name} is {values[field.name]!r}: {error}")
+        if problems:
+            raise ConfigError("\n  ".join([f"{path}:", *problems]))
         if not values["overrides"] or not all(isinstance(layer, dict) for layer in values["overrides"]):
             raise ConfigError(f"{path}: overrides is {values['overrides']!r}: expected a list with one block per round")
         PairsConfig.load(values["pairs"], f"{path}, pairs")

@@ -51,11 +51,11 @@ def load_sweep(method: str, model: str) -> Sweep:
     """
     path = Path(f"recipes/sweeps/{choose_search({'METHOD': method})}.yaml")
     own = Path(f"recipes/{model}/search.yaml")
-    content = read_file(path)
+    content = read_yaml(path)
     parameters = content.get("parameters") or {}
     if own.is_file():
-        parameters |= read_file(own)["parameters"]
-    metric = content.get("metric") or {}
+        parameters |= read_yaml(own).get("parameters") or {}
+    metric = content["metric"] if isinstance(content.get("metric"), dict) else {}
     problems = [
         f"parameters.{key} is {entry!r}: expected a block with a list of values, such as values: [1, 2]"
         for key, entry in parameters.items()
@@ -74,13 +74,6 @@ def load_sweep(method: str, model: str) -> Sweep:
     # W&B's charts say eval/x for what the trainer logs as eval_x.
     name = metric["name"].replace("eval/", "eval_", 1)
     return Sweep({key: entry["values"] for key, entry in parameters.items()}, name, metric["goal"])
-
-
-def read_file(path: Path) -> dict:
-    try:
-        return read_yaml(path)
-    except ValueError as error:
-        raise ConfigError(f"{path} {error}") from error
 
 
 @dataclass(frozen=True)

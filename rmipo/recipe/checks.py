@@ -143,6 +143,11 @@ def check_values(given: Mapping[str, Any], values: Mapping[str, Any], stage: str
             "liger_kernel_config.fused_linear_cross_entropy is true: it would replace the model's forward, and with it the "
             "fused LM head of this repository. Remove it"
         )
+    every = (values.get("activation_checkpointing_kwargs") or {}).get("every_n_layers", 1)
+    if type(every) is not int or every < 1:
+        problems.append(
+            f"activation_checkpointing_kwargs.every_n_layers is {every!r}: expected a whole number, 1 or more"
+        )
     if values.get("push_to_hub") and not values.get("hub_model_id"):
         problems.append("push_to_hub needs hub_model_id, the repository to upload to, such as name/llama3-8b-rmipo")
     try:

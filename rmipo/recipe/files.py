@@ -14,6 +14,8 @@ from typing import Any
 import pydantic
 import yaml
 
+from rmipo.errors import ConfigError
+
 
 class RecipeLoader(yaml.SafeLoader):
     """`yaml.SafeLoader` for everything that people write: recipes, overlays, overrides, settings, sweeps.
@@ -62,18 +64,18 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     """The mapping in a YAML file.
 
     Raises:
-        ValueError: no such file, not YAML, a duplicate key, or not a mapping.
+        ConfigError: no such file, not YAML, a duplicate key, or not a mapping; with the file's name.
     """
     try:
         content = yaml.load(Path(path).read_text(), RecipeLoader)
         json.dumps(content, default=str)  # raises where an anchor holds itself
     except OSError as error:
-        raise ValueError(f"cannot be read: {error.strerror}") from error
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
     except (yaml.YAMLError, ValueError, KeyError, AttributeError) as error:  # the last three: tags such as !!bool maybe
-        raise ValueError(f"is not a valid recipe: {' '.join(str(error).split())}") from error
+        raise ConfigError(f"{path}: is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
         found = "empty" if content is None else f"a {type(content).__name__}"
-        raise ValueError(f"is {found}: expected `key: value` lines")
+        raise ConfigError(f"{path}: is {found}: expected `key: value` lines")
     return content
 
 
@@ -81,20 +83,17 @@ def read_layers(path: str | Path) -> list[tuple[str, dict[str, Any]]]:
     """(file, values) of a YAML file and of the files under it, lowest first: `base: <path>` names the next one under it.
 
     Raises:
-        ValueError: what is wrong with one of them, with its name.
+        ConfigError: what is wrong with one of them, with its name.
     """
     layers: list[tuple[str, dict[str, Any]]] = []
     file: Path | None = Path(path)
     while file is not None:
-        try:
-            values = read_yaml(file)
-            base = values.pop("base", None)
-            if not isinstance(base, str | None):
-                raise ValueError(f"base is {base!r}: expected the path of a recipe, from this file's folder")
-            if str(file) in dict(layers):
-                raise ValueError("is its own base")
-        except ValueError as error:
-            raise ValueError(f"{file}: {error}") from error
+        values = read_yaml(file)
+        base = values.pop("base", None)
+        if not isinstance(base, str | None):
+            raise ConfigError(f"{file}: base is {base!r}: expected the path of a recipe, from this file's folder")
+        if str(file) in dict(layers):
+            raise ConfigError(f"{file}: is its own base")
         layers.insert(0, (str(file), values))
         file = base and Path(os.path.normpath(file.parent / base))
     return layers

@@ -157,7 +157,7 @@ def load_recipe(path: str | Path, overlays: Iterable[str | Path] = (), overrides
         values = merge(values, layer)
     if notice := foreign.accumulation_notice(values):
         notices.append(notice)
-    if "prefer_local" in values:
+    if isinstance(values.get("prefer_local", 0), str | None):
         notices.append(_take_local(values))
     if values.get("use_cpu") == "auto":
         values["use_cpu"] = torch.cuda.device_count() == 0
@@ -209,6 +209,8 @@ def _layers(path: Path, overlays: Iterable[str | Path], overrides: Sequence[str]
 def _take_local(values: dict[str, Any]) -> str:
     """Put this repository's own checkpoint in place of the public one if it is finished. Returns the notice."""
     local, public = values.pop("prefer_local"), values.get("model_name_or_path")
+    if local is None:
+        return f"model_name_or_path: {public}, as prefer_local is null"
     run = recorded_run(local)
     if run is None or not run["finished"]:
         return f"model_name_or_path: {public}, because {local} holds no finished run"

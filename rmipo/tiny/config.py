@@ -92,8 +92,9 @@ def load_world_config(path: str | Path) -> WorldConfig:
     Raises:
         ValueError: names the file and every key that is unknown, missing, of a wrong type or out of range.
     """
+    values = read_yaml(path)
     try:
-        return make_world_config(read_yaml(path))
+        return make_world_config(values)
     except ValueError as error:
         raise ConfigError(f"{path}: {error}") from error
 

@@ -34,11 +34,8 @@ class PackagedWeights:
 
     @classmethod
     def load(cls, path: str | Path) -> "PackagedWeights":
-        """Raises WeightsError if the file doesn't hold exactly these knobs."""
-        try:
-            knobs = read_yaml(path)
-        except ValueError as error:
-            raise WeightsError(f"{path} {error}") from error
+        """Raises ConfigError or WeightsError if the file doesn't hold exactly these knobs."""
+        knobs = read_yaml(path)
         expected = [field.name for field in fields(cls)]
         if sorted(knobs) != sorted(expected):
             raise WeightsError(f"{path} holds the keys {sorted(knobs)}: expected {sorted(expected)}")

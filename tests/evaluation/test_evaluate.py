@@ -17,7 +17,7 @@ import yaml
 from transformers import AutoTokenizer
 
 from rmipo.data.chat import PROBES, ChatFormat
-from rmipo.errors import EvaluationError
+from rmipo.errors import EvaluationError, UserError
 from rmipo.evaluation.benchmark import contradictions
 from rmipo.evaluation.target import find_target, load_settings, model_folder
 from rmipo.fingerprints import trained_fingerprint
@@ -96,11 +96,34 @@ def test_settings_are_read_as_recipes_are(tmp_path, monkeypatch):
     assert load_settings(path, ["hh.max_length=2e1"])["hh"] == {"max_length": 20.0}
     for text, message in (("hh: 3\n", "found hh with a value"), ("hh: {a: 1, a: 2}\n", "a is set twice")):
         path.write_text(text)
-        with pytest.raises(EvaluationError, match=message):
+        with pytest.raises(UserError, match=message):
             load_settings(path, [])
     with pytest.raises(EvaluationError, match="hh is 3, no block"):
         path.write_text("hh: 3\n")
         load_settings(path, ["hh.x=1"])
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("generation.temperature=hot", "generation: temperature is 'hot', expected 0 .greedy. to 2"),
+        ("constraints.first_n=0", "constraints: first_n is 0, expected a whole number, 1 or more"),
+        ("constraints.answers=2.5", "answers is 2.5, expected a whole number, 1 or more"),
+        ("alpacaeval.price=10", r"price is 10, expected two numbers, dollars per million tokens"),
+        ("alpacaeval.length_controlled=maybe", "length_controlled is 'maybe', expected true or false"),
+        ("alpacaeval.max_cost=much", "max_cost is 'much', expected a number"),
+        ("leaderboard.tasks=ifeval", "tasks is 'ifeval', expected a list"),
+        ("leaderboard.batch_size=many", "batch_size is 'many', expected a whole number"),
+        ("mtbench.judge_model=4", "judge_model is 4, expected text"),
+        ("mtbench.temperatures=0.7", "temperatures is 0.7, expected a block"),
+    ],
+)
+def test_values_of_another_type_are_refused(tmp_path, override, message):
+    path = tmp_path / "eval.yaml"
+    path.write_text("leaderboard: {batch_size: auto, limit: null}\nconstraints: {first_n: 4.0}\n")
+    assert load_settings(path, [])["leaderboard"] == {"batch_size": "auto", "limit": None}
+    with pytest.raises(EvaluationError, match=message):
+        load_settings(path, [override])
 
 
 def test_wrong_settings_and_folders(outputs):

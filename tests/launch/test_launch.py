@@ -391,7 +391,9 @@ def test_a_finished_run_is_started_again_only_to_upload_it(monkeypatch, push):
             started.append(command)
             return 0
 
-    recipe = load_recipe("recipes/tiny/rmipo.yaml", overrides=["--push_to_hub", "--hub_model_id=me/tiny"] if push else [])
+    recipe = load_recipe(
+        "recipes/tiny/rmipo.yaml", overrides=["--push_to_hub", "--hub_model_id=me/tiny"] if push else []
+    )
     monkeypatch.setattr(pipeline.Step, "is_done", lambda self: True)
     monkeypatch.setattr(train, "load_steps", lambda *_: [pipeline.Step("rmipo", recipe=recipe)])
     monkeypatch.setattr(train, "Program", Program)

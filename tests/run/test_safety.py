@@ -174,7 +174,7 @@ def test_yaml_tags_that_make_objects_are_refused(tmp_path, place):
         loaded = load_recipe(recipe, overrides=[f"--run_name={hostile.removeprefix('run_name: ')}"])
         assert loaded.values["run_name"].startswith("!!python/object")
     else:
-        with pytest.raises(ConfigError, match="is not a valid recipe: could not determine a constructor"):
+        with pytest.raises(ConfigError, match="is not valid YAML: could not determine a constructor"):
             load_recipe(path) if place == "recipe" else load_recipe(recipe, [path])
     assert not (tmp_path / "pwned").exists()
 
