@@ -429,6 +429,12 @@ def test_wrong_choices_are_refused_before_anything_heavy_is_imported(script):
         assert name in done.stderr, done.stderr
 
 
+@pytest.mark.parametrize("script", ["evaluate", "samples", "table", "pairs", "online", "launch"])
+def test_an_open_quote_in_args_is_named(script):
+    done = run_here(script, env={"MODEL": "tiny", "ARGS": "--prompt What's"})
+    assert done.code == 2 and "ARGS=\"--prompt What's\" can't be read: No closing quotation" in done.err
+
+
 @pytest.mark.parametrize(
     ("script", "variable"),
     [

@@ -45,6 +45,13 @@ def test_shipped_file_is_sound_and_mistakes_are_named(tmp_path):
     (tmp_path / "online.yaml").write_text(path.read_text().replace("selection: best-worst", "selection: best"))
     with pytest.raises(PairsError, match=r"selection is 'best'"):
         OnlineConfig.load(tmp_path / "online.yaml")
+    (tmp_path / "online.yaml").write_text(
+        "pairs: pairs.yaml\nprompts_per_round: few\nheld_out: x\nheld_out_prompts: 2\noverrides: [{}]\n"
+    )
+    with pytest.raises(
+        ConfigError, match=r"(?s)online.yaml:\n  prompts_per_round is 'few': .*\n  pairs is 'pairs.yaml': "
+    ):
+        OnlineConfig.load(tmp_path / "online.yaml")
     assert read_yaml(ROOT / f"recipes/{MODEL}/pairs.yaml")["oracle"] == OnlineConfig.load(path).pairs["oracle"]
 
 

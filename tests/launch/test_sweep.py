@@ -94,6 +94,20 @@ def test_errors_come_all_at_once(tmp_path, monkeypatch):
         load_sweep("nothing", SETTING)
 
 
+def test_a_setting_may_have_no_learning_rates_of_its_own(tmp_path, monkeypatch):
+    text = (ROOT / "recipes/sweeps/dpo.yaml").read_text()
+    for path, content in (("sweeps/dpo.yaml", text), (f"{SETTING}/search.yaml", "measure: {}\n")):
+        (tmp_path / "recipes" / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "recipes" / path).write_text(content)
+    monkeypatch.chdir(tmp_path)
+    assert len(load_sweep("dpo", SETTING).points) == 3 * 4
+    (tmp_path / "recipes/sweeps/dpo.yaml").write_text(
+        "method: grid\nmetric: eval/loss\nparameters: {beta: {values: [1]}}\n"
+    )
+    with pytest.raises(ConfigError, match=r"metric.name is None"):
+        load_sweep("dpo", SETTING)
+
+
 def test_a_value_that_is_also_in_args_is_refused():
     with pytest.raises(ConfigError, match="learning_rate is given twice"):
         make_point({"learning_rate": 1e-6}, {"MODEL": SETTING, "METHOD": "dpo", "ARGS": "--learning_rate 1e-5"})

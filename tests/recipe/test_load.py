@@ -184,6 +184,14 @@ def test_prefer_local_takes_a_finished_run_and_says_so(write, tmp_path):
     assert loaded("--model_name_or_path", "x/y")[0] == "x/y"
 
 
+def test_prefer_local_may_be_null(write):
+    recipe = load_recipe(
+        write("rmipo.yaml", RECIPE | {"prefer_local": "outputs/mine"}), overrides=["--prefer_local", "null"]
+    )
+    assert recipe.values["model_name_or_path"] == RECIPE["model_name_or_path"] and "prefer_local" not in recipe.values
+    assert any("as prefer_local is null" in notice for notice in recipe.notices)
+
+
 # Values
 
 
