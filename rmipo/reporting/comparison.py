@@ -161,7 +161,7 @@ def number(row: dict, name: str, signed: bool = False) -> str:
 
 
 def findings(rows: list[dict], metric: str) -> str:
-    """Which methods are ahead of RMiPO by `metric`, in how many seeds, and whether by less than their interval's width.
+    """Which methods are ahead of RMiPO by `metric`, in how many seeds, and which differences their intervals don't show.
 
     `rows`: those of one noise, best first.
     """
@@ -170,14 +170,15 @@ def findings(rows: list[dict], metric: str) -> str:
         return "RMiPO diverged."
     trained = [row for row in rows if row[metric] is not None and row["method"] != "initial"]
     place = f"RMiPO is number {trained.index(ours) + 1} of {len(trained)} by {METRICS[metric]}"
-    ahead = [row for row in trained if row["difference"] > 0]
-    if not ahead:
-        return f"{place}: none is ahead of it."
-    names = []
-    for row in ahead:
-        within = row["difference_low"] is not None and row["difference_low"] <= 0
-        names.append(f"{label(row['method'])} ({row['wins']} of {row['seeds']} seeds{', within noise' * within})")
-    return f"{place}. Ahead of it: {', '.join(names)}."
+    ahead, behind = [], []  # behind: within noise
+    for row in (row for row in trained if row is not ours):
+        within = row["difference_low"] is not None and row["difference_low"] <= 0 <= row["difference_high"]
+        if row["difference"] > 0:
+            ahead.append(f"{label(row['method'])} ({row['wins']} of {row['seeds']} seeds{', within noise' * within})")
+        elif within:
+            behind.append(label(row["method"]))
+    text = f"{place}. Ahead of it: {', '.join(ahead)}." if ahead else f"{place}: none is ahead of it."
+    return text + (f" Behind it within noise: {', '.join(behind)}." if behind else "")
 
 
 def write(folder: Path, text: str, rows: list[dict], lines: list[dict]) -> list[Path]:

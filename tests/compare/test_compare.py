@@ -274,7 +274,12 @@ def test_a_method_ahead_by_less_than_its_interval_is_ahead_within_noise():
     rows = comparison.summarize(LINES, "right_probability")  # DPO is ahead
     for low, said in ((0.01, "seeds)."), (0.0, "seeds, within noise)."), (-0.01, "seeds, within noise).")):
         rows = [row | {"difference_low": low, "difference_high": 0.2} for row in rows]
-        assert comparison.findings(rows, "right_probability").endswith(f"Ahead of it: DPO (2 of 3 {said}")
+        assert f"Ahead of it: DPO (2 of 3 {said}" in comparison.findings(rows, "right_probability")
+    (simpo,) = [row for row in rows if row["method"] == "simpo"]
+    for high, said in ((-0.01, "."), (0.01, ". Behind it within noise: SimPO.")):
+        of_simpo = simpo | {"difference_low": -0.2, "difference_high": high}
+        found = comparison.findings([row for row in rows if row != simpo] + [of_simpo], "right_probability")
+        assert found.endswith(f"Ahead of it: DPO (2 of 3 seeds, within noise){said}")
 
 
 def test_the_table_says_who_is_ahead_and_marks_ends_of_the_range():
