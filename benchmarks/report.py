@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -24,7 +25,8 @@ def environment() -> dict:
         "commit": _git("rev-parse", "HEAD"),
         "uncommitted_changes": bool(_git("status", "--porcelain", "--untracked-files=no", "--", "rmipo", "benchmarks")),
         "cpu": cpu,
-        "cores": torch.get_num_threads(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "python": platform.python_version(),
         "packages": {name: importlib.metadata.version(name) for name in PACKAGES},

@@ -82,11 +82,14 @@ def split(text: str) -> list[str]:
         raise ConfigError(f"ARGS={text!r} can't be read: {error}") from error
 
 
-def options(doc: str, *variables: str) -> Parser:
-    """A parser with an option for each of make's `variables`; what is not given is read from the environment."""
+def options(doc: str, *variables: str, **meanings: str) -> Parser:
+    """A parser with an option for each of make's `variables`; what is not given is read from the environment.
+
+    `meanings`: what a variable means to this script, where that is something else than in VARIABLES.
+    """
     parser = Parser(doc)
     for name in variables:
-        help = f"{VARIABLES[name]} [{name}]"
+        help = f"{(VARIABLES | meanings)[name]} [{name}]"
         parser.add_argument(f"--{name.lower()}", metavar=name, default=os.environ.get(name, ""), help=help)
     return parser
 

@@ -28,7 +28,12 @@ from rmipo.fingerprints import has_weights, trained_fingerprint
 
 
 def main() -> None:
-    parser = cli.options(__doc__, "MODEL", "METHOD", "BENCH", "TASKS", "EVAL_NAME", "SETTINGS", "MAX_COST")
+    meanings = {
+        "MODEL": "setting, folder with a model, or hub id",
+        "METHOD": "folders of a setting's runs (default: rmipo)",
+    }
+    variables = ("MODEL", "METHOD", "BENCH", "TASKS", "EVAL_NAME", "SETTINGS", "MAX_COST")
+    parser = cli.options(__doc__, *variables, **meanings)
     parser.add_argument("--set", action="append", default=[], metavar="BLOCK.KEY=VALUE", help="over the eval.yaml")
     parser.add_argument("--outputs", type=Path, default=Path("outputs"), help="where the runs are")
     args = parser.read()

@@ -19,7 +19,8 @@ from rmipo.launch.choices import choose_stages, refuse
 
 
 def main() -> None:
-    parser = cli.options(__doc__, "MODEL", "METHOD", "PROMPTS", "OUTPUT")
+    method = "folder of a run, or initial (the default)"
+    parser = cli.options(__doc__, "MODEL", "METHOD", "PROMPTS", "OUTPUT", METHOD=method)
     parser.add_argument("--keep", action="store_true", help="keep finished pairs, whatever they were made with")
     args, overrides = parser.parse_known_args(sys.argv[1:] or cli.split(os.environ.get("ARGS", "")))
     os.chdir(Path(__file__).parent.parent)

@@ -75,7 +75,7 @@ def choose_prompts(given: list[str] | None, settings: dict) -> tuple[list[str], 
 
 
 def main() -> None:
-    parser = cli.options(__doc__, "MODEL", "METHODS")
+    parser = cli.options(__doc__, "MODEL", "METHODS", MODEL="setting, folder with a model, or hub id")
     parser.add_argument("--prompt", action="append", help="may be given more than once")
     parser.add_argument("--outputs", type=Path, default=Path("outputs"), help="where the runs are")
     args = parser.read()

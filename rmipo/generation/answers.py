@@ -193,12 +193,6 @@ class Generator:
         return answers
 
 
-def generate(model_dir: str | Path, requests: list[Request], path: str | Path, settings: dict) -> list[str]:
-    """The answers to one list of requests; see `Generator`."""
-    with Generator(model_dir, settings) as generator:
-        return generator.answer(requests, path)
-
-
 def seed_of(seed: int, ids: list[int]) -> int:
     """A seed for one prompt, from the run's seed and the prompt itself."""
     return int(json_fingerprint([seed, ids])[:15], 16)

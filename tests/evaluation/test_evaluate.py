@@ -129,6 +129,10 @@ def test_values_of_another_type_are_refused(tmp_path, override, message):
 def test_wrong_settings_and_folders(outputs):
     with pytest.raises(EvaluationError, match=r"MODEL=none is neither .*; the settings are llama3-8b-base, .*tiny"):
         find_target("none", None, outputs, [])
+    with pytest.raises(
+        EvaluationError, match=r"MODEL=llama3-70b-instruct has no recipes/llama3-70b-instruct/eval.yaml: copy"
+    ):
+        find_target("llama3-70b-instruct", None, outputs, [])
     with pytest.raises(EvaluationError, match=f"METHOD=dpo belongs to a setting, and MODEL={outputs} is none"):
         find_target(str(outputs), "dpo", outputs, [])
     with pytest.raises(EvaluationError, match=r"no/such is neither in the hub's cache nor downloadable"):

@@ -17,9 +17,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rmipo.data.chat import ChatFormat
 from rmipo.errors import EvaluationError
-from rmipo.generation.answers import Generator, Request, check_settings, generate
+from rmipo.generation.answers import Generator, Request, check_settings
 from rmipo.generation.engines import Prompt, SeededSampling, TransformersEngine
-from tests.helpers.answer_files import SETTINGS, other_versions, requests
+from tests.helpers.answer_files import SETTINGS, generate, other_versions, requests
 from tests.helpers.tiny_model import write_model
 
 
@@ -138,11 +138,11 @@ def test_cut_files_are_continued_to_the_same_bytes(model_dir, tmp_path):
 
 KILLED = """
 import sys, time
-from rmipo.generation import answers, engines
-from tests.helpers.answer_files import SETTINGS, requests
+from rmipo.generation import engines
+from tests.helpers.answer_files import SETTINGS, generate, requests
 slow = engines.TransformersEngine.batch
 engines.TransformersEngine.batch = lambda self, prompts: (time.sleep(0.2), slow(self, prompts))[1]
-answers.generate(sys.argv[1], requests(40), sys.argv[2], SETTINGS)
+generate(sys.argv[1], requests(40), sys.argv[2], SETTINGS)
 """
 
 

@@ -2,7 +2,7 @@
 
 import json
 
-from rmipo.generation.answers import Request
+from rmipo.generation.answers import Generator, Request
 
 SETTINGS = {"dtype": "float32", "engine": "transformers", "max_new_tokens": 12, "batch_size": 4, "temperature": 1.0}
 
@@ -10,6 +10,11 @@ SETTINGS = {"dtype": "float32", "engine": "transformers", "max_new_tokens": 12, 
 def requests(count: int) -> list[Request]:
     words = [" ".join(f"w{(3 * i + j) % 20}" for j in range(1 + i % 5)) for i in range(count)]
     return [Request(f"q{i}", [{"role": "user", "content": text}]) for i, text in enumerate(words)]
+
+
+def generate(model_dir, requests: list[Request], path, settings: dict) -> list[str]:
+    with Generator(model_dir, settings) as generator:
+        return generator.answer(requests, path)
 
 
 def other_versions(path, engine: str) -> dict[str, str]:

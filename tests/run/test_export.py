@@ -76,7 +76,7 @@ def test_card_names_recipe_data_metrics_and_paper(sharded):
     assert f"| eval_loss | {record['results']['eval_loss']:.4g} |" in body and str(folder / "data") in body
     assert record["commit"] is None or record["commit"] in body
     assert "Intrinsic Mutual Information as a Modulator for Preference Optimization" in body
-    assert "Liao, Peng and Zheng, Peijia and Li, Lingbo and Liang, Shangsong and Chen, Lin" in body
+    assert export.CITATION in body and export.CITATION in (ROOT / "README.md").read_text()
 
 
 @pytest.fixture
