@@ -157,7 +157,7 @@ def load_recipe(path: str | Path, overlays: Iterable[str | Path] = (), overrides
         values = merge(values, layer)
     if notice := foreign.accumulation_notice(values):
         notices.append(notice)
-    if isinstance(values.get("prefer_local", 0), str | None):
+    if "prefer_local" in values and isinstance(values["prefer_local"], str | None):
         notices.append(_take_local(values))
     if values.get("use_cpu") == "auto":
         values["use_cpu"] = torch.cuda.device_count() == 0
