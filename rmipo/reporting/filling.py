@@ -208,7 +208,7 @@ def append_averages(table: Table, entries: list[Entry]) -> FilledTable:
         partly = len(complete) < len(methods)
         if complete and partly:
             remarks.append(
-                f"{model_label(model)}: ranks among {len(complete)} of {len(methods)} methods, no difference."
+                f"{model_label(model)}: ranks among {len(complete)} of {len(methods)} methods, so no difference is printed."
             )
         for method, row in methods.items():
             appended += row
