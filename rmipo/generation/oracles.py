@@ -69,7 +69,9 @@ class FunctionOracle:
             raise OracleError(f"oracle.function is {settings['function']!r}: {file} has no function {name!r}")
         columns = list(inspect.signature(self.function).parameters.values())[2:]
         self.columns = [column.name for column in columns]
-        self.required = [column.name for column in columns if column.default is column.empty]
+        starred = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+        needed = [column for column in columns if column.default is column.empty and column.kind not in starred]
+        self.required = [column.name for column in needed]
         self.identity = {**settings, "fingerprint": text_fingerprint(Path(file).read_bytes())}
 
     def score(self, prompts: list[Candidates]) -> Scored:

@@ -1,6 +1,7 @@
 """The blocks of an eval.yaml, and of other files whose keys have defaults: names, types and ranges."""
 
 import difflib
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -39,18 +40,22 @@ def expectation(key: str, default: Any, value: Any) -> str | None:
     if value == default and type(value) is type(default):
         return None
     if key in WHOLE:
-        sound = type(value) in (int, float) and value >= WHOLE[key] and value == int(value)
+        sound = type(value) in (int, float) and math.isfinite(value) and value >= WHOLE[key] and value == int(value)
         return None if sound else f"a whole number, {WHOLE[key]} or more"
     if key == "price":
-        sound = isinstance(value, list) and len(value) == 2 and all(type(part) in (int, float) for part in value)
+        sound = isinstance(value, list) and len(value) == 2 and all(is_amount(part) for part in value)
         return None if sound else "two numbers, dollars per million tokens, such as [10.0, 30.0]"
     if key in RANGES:
         low, high, what = RANGES[key]
         return None if type(value) in (int, float) and low <= value <= high else what
     if type(default) in (int, float):
-        return None if type(value) in (int, float) else "a number"
+        return None if is_amount(value) else "a number, 0 or more"
     kinds = {bool: "true or false", str: "text", dict: "a block of `key: value` lines", list: "a list"}
     return None if default is None or isinstance(value, type(default)) else kinds[type(default)]
+
+
+def is_amount(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value) and value >= 0
 
 
 def nearest(unknown: list[str], known: Iterable[str]) -> str:

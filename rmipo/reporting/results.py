@@ -12,7 +12,7 @@ from pathlib import Path
 import pandas as pd
 
 from rmipo.errors import UserError
-from rmipo.evaluation.models import is_setting, known_settings
+from rmipo.evaluation.models import known_settings
 from rmipo.fingerprints import has_weights, trained_fingerprint
 from rmipo.run.identity import WITHOUT_EFFECT
 
@@ -45,7 +45,7 @@ class ReportError(UserError):
 
 def check_model(outputs: Path, model: str) -> None:
     """Raises ReportError unless `model` is a setting, or has a folder in `outputs`."""
-    if not (is_setting(model) or (outputs / model).is_dir()):
+    if not ((RECIPES / model / "rmipo.yaml").is_file() or (outputs / model).is_dir()):
         raise ReportError(f"MODEL={model} is neither a setting nor a folder in {outputs}; {known_settings()}")
 
 

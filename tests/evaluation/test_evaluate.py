@@ -112,6 +112,8 @@ def test_settings_are_read_as_recipes_are(tmp_path, monkeypatch):
         ("alpacaeval.price=10", r"price is 10, expected two numbers, dollars per million tokens"),
         ("alpacaeval.length_controlled=maybe", "length_controlled is 'maybe', expected true or false"),
         ("alpacaeval.max_cost=much", "max_cost is 'much', expected a number"),
+        ("alpacaeval.max_cost=.nan", "max_cost is nan, expected a number, 0 or more"),
+        ("generation.seed=.inf", "seed is inf, expected a whole number"),
         ("leaderboard.tasks=ifeval", "tasks is 'ifeval', expected a list"),
         ("leaderboard.batch_size=many", "batch_size is 'many', expected a whole number"),
         ("mtbench.judge_model=4", "judge_model is 4, expected text"),

@@ -135,6 +135,8 @@ def test_a_column_that_the_oracle_needs_is_missed_before_anything_is_sampled(set
     ):
         setup.make()
     assert not (setup.folder / "pairs").exists()
+    setup.oracle("def score(messages, answers, bonus=0, **row): return range(len(answers))")
+    assert setup.make()["pairs"] > 0
 
 
 def test_unusable_prompts_are_counted_with_their_reasons(setup):

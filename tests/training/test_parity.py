@@ -119,8 +119,7 @@ dense_mask, pack_pairs = attention.dense_mask, parity.pack_pairs
 def test_wrong_layouts_are_refused_in_every_precision(monkeypatch, pretrained, ours, wrong):
     windowed = wrong in (longer_window, shorter_window)
     shallow = four_layers(pretrained, WINDOW if windowed else None)
-    if windowed:
-        check(shallow, ours, "dense")
+    check(shallow, ours, "dense")
     where, what = (parity, "pack_pairs") if wrong is positions_off_by_one else (attention, "dense_mask")
     monkeypatch.setattr(where, what, wrong)
     with pytest.raises(ParityError, match=r"attention: dense scores .*ForCausalLM differently from a plain forward"):
