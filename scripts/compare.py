@@ -30,7 +30,7 @@ def main() -> int:
     os.chdir(Path(__file__).parent.parent)
     options = cli.options(__doc__, "MODEL", "METHODS", "SEEDS", "NOISE", "WORKERS", "DATA", "ARGS").read()
     env = os.environ | cli.variables(options)
-    refuse(env, ["DRY", "SLURM"], "make compare trains its runs here")
+    refuse(env, ["DRY", "SLURM"], "make compare trains its runs on this machine, at once; leave it out")
     choose_stages({**env, "STAGE": ""})
     from rmipo.compare.program import compare  # imports torch and TRL, which takes seconds
 

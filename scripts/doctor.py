@@ -81,10 +81,10 @@ def all_checks(env: dict[str, str]) -> Iterator[Check]:
         yield machine.judge_check()
         return
     from rmipo.evaluation import doctor
-    from rmipo.recipe.files import read_yaml
+    from rmipo.evaluation.target import load_settings
 
     settings = Path("recipes", env["MODEL"], "eval.yaml")
-    yield from doctor.checks(read_yaml(settings) if settings.is_file() else {})
+    yield from doctor.checks(load_settings(settings, []) if settings.is_file() else {})
 
 
 def main() -> int:

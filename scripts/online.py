@@ -26,7 +26,8 @@ def main() -> int:
     parser.add_argument("--held_out_prompts", type=int, help="in place of that of online.yaml")
     args, overrides = parser.parse_known_args([*cli.split(os.environ.get("ARGS", "")), *sys.argv[1:]])
     os.chdir(Path(__file__).parent.parent)
-    refuse(os.environ, ["DRY", "SLURM", "DATA"], "make online runs its rounds here, on the prompts of online.yaml")
+    refuse(os.environ, ["DRY", "SLURM"], "make online runs its rounds on this machine, at once; leave it out")
+    refuse(os.environ, ["DATA"], "make online samples its data from the prompts of online.yaml; leave it out")
     model = choose_stages({"MODEL": args.model or "smollm2-135m-instruct"})[0]
     method = choose_method({"METHOD": args.method})[0]
     if not (args.rounds or "3").isdecimal() or int(args.rounds or 3) < 1:

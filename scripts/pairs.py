@@ -24,8 +24,8 @@ def main() -> None:
     parser.add_argument("--keep", action="store_true", help="keep finished pairs, whatever they were made with")
     args, overrides = parser.parse_known_args(sys.argv[1:] or cli.split(os.environ.get("ARGS", "")))
     os.chdir(Path(__file__).parent.parent)
-    if not args.keep:  # with it, this is a stage of `make train`, perhaps in a job
-        refuse(os.environ, ["DRY", "SLURM"], "make pairs samples and scores here")
+    own_job = ["SLURM"] * (not args.keep)  # --keep: a stage of `make train`, which may be in a job
+    refuse(os.environ, ["DRY", *own_job], "make pairs samples and scores on this machine, at once; leave it out")
     model, method = choose_stages({"MODEL": args.model or "tiny"})[0], args.method or "initial"
     output = Path(args.output or f"outputs/{model}/pairs" + f"-{method}" * (method != "initial"))
     if args.keep and (output / "pairs.json").is_file():

@@ -17,7 +17,8 @@ VARIABLES = ("MODEL", "STAGE", "METHOD", "DATA", "ARGS", "GPUS", "NODES", "SHARD
 
 def main() -> int:
     os.chdir(Path(__file__).parent.parent)
-    env = {**os.environ, "STAGE": "rmipo"} | cli.variables(cli.options(__doc__, *VARIABLES).read())
+    options = cli.options(__doc__, *VARIABLES, STAGE="sft or rmipo (default: rmipo)").read()
+    env = {**os.environ, "STAGE": "rmipo"} | cli.variables(options)
     check_choices(env)
     from rmipo.launch.cost import plan  # imports torch and TRL, which takes seconds
 

@@ -41,10 +41,12 @@ def main() -> int:
     refuse(
         os.environ,
         REFUSED_VARIABLES,
-        "not for the whole chain. Run the step that it is for by itself (DRY=1 lists them)",
+        "not for the whole chain. Run the step that it is for by itself (DRY=1 lists them); what is done is skipped here",
     )
     if args.model and not is_setting(args.model):
-        raise ReportError(f"MODEL={args.model} is no setting; {known_settings()}")
+        raise ReportError(
+            f"MODEL={args.model} has no recipes/{args.model}/eval.yaml; those that have: {known_settings()}"
+        )
     steps = chain(build_table(args.table, [args.model] if args.model else []), OUTPUTS)
 
     for number, step in enumerate(steps, start=1):

@@ -16,7 +16,6 @@ from rmipo import cli
 from rmipo.errors import EvaluationError
 from rmipo.evaluation.alpaca_reference import load_reference
 from rmipo.evaluation.models import check_names, is_setting
-from rmipo.recipe.settings import merge_settings
 
 METHODS = ["rmipo", "simper", "simpo"]  # of Table 6
 STYLE = """body { font-family: sans-serif; margin: 2em; } table { border-collapse: collapse; width: 100%; }
@@ -62,11 +61,10 @@ def choose_prompts(given: list[str] | None, settings: dict) -> tuple[list[str], 
     """The prompts, and answers to them that are known already, by who gave them. Raises EvaluationError without any."""
     if given:
         return given, {}
-    settings = merge_settings("samples", {"prompts": None, "reference": None, "first_n": None}, settings)
-    if settings["prompts"]:
+    if settings.get("prompts"):
         return settings["prompts"], {}
-    if settings["reference"]:
-        rows = load_reference(settings["reference"])[0][: settings["first_n"]]
+    if settings.get("reference"):
+        rows = load_reference(settings["reference"])[0][: settings.get("first_n")]
         return [row["instruction"] for row in rows], {"reference": [row["output"] for row in rows]}
     raise EvaluationError(
         "no prompts: give one with --prompt (make: ARGS='--prompt \"...\"'), or set the block `samples` in the setting's "
@@ -88,7 +86,7 @@ def main() -> None:
         name, targets = model, {method: find_target(model, method, args.outputs, []) for method in methods or METHODS}
     else:
         name = Path(model).name
-        targets = {name: find_target(model, " ".join(methods) or None, args.outputs, [])}
+        targets = {name: find_target(model, None, args.outputs, [])}
     settings = next(iter(targets.values())).settings
     prompts, answers = choose_prompts(args.prompt, settings.get("samples", {}))
     requests = [Request(str(i), [{"role": "user", "content": prompt}]) for i, prompt in enumerate(prompts)]

@@ -140,7 +140,8 @@ def main() -> int:
 
         env["MODEL"] = "llama3-8b-instruct" if torch.cuda.is_available() else "tiny"
     env["STAGE"] = "rmipo"
-    refuse(env, ["DATA"], "a smoke run trains on the recipe's own data")
+    refuse(env, ["DRY", "SLURM"], "make smoke trains on this machine; leave it out")
+    refuse(env, ["DATA"], "a smoke run trains on the recipe's own data; leave it out, or set --dataset_name in ARGS")
     check_choices(env)
     from rmipo.plan.duration import A100_TFLOPS
 

@@ -29,7 +29,7 @@ def main() -> int:
     options = cli.options(__doc__, "MODEL", "METHOD", "DATA", "ARGS", "GPUS", "SHARDING", "DRY")
     given, values = options.parse_known_args()
     env = os.environ | cli.variables(given)
-    refuse(env, ["SLURM"], "a sweep trains its points one after the other, here; run make sweep inside a job")
+    refuse(env, ["SLURM"], "a sweep trains its points on this machine; leave it out, and run make sweep inside a job")
     model, _ = choose_stages({**env, "STAGE": "rmipo"})
     method = choose_search(env)
 

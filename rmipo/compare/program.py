@@ -75,7 +75,7 @@ def make_sft_model(model: str, recipe: Recipe, env: dict[str, str]) -> None:
     run = recorded_run(start)
     if start == sft.recipe.values["output_dir"] and not (run and run["finished"]):
         print("the SFT model comes first", flush=True)
-        own = {"STAGE": "sft", "METHOD": "", "ARGS": "", "DRY": ""}
+        own = {"STAGE": "sft", "METHOD": "", "ARGS": ""}
         if subprocess.run([sys.executable, "scripts/launch.py"], env=env | own, check=False).returncode:
             raise ConfigError(f"make train MODEL={model} STAGE=sft failed; its messages are above")
 
@@ -86,7 +86,8 @@ def read_choices(
     """METHODS, SEEDS, NOISE (0 unless the setting `swaps_labels`) and WORKERS. Raises ConfigError with all that is wrong."""
     known = (*METHODS, *READINGS)
     methods = env["METHODS"].replace(",", " ").split() if env.get("METHODS") else list(METHODS)
-    problems = [f"METHODS: {name!r} is not one of {', '.join(known)}" for name in methods if name not in known]
+    problems = [] if methods else [f"METHODS={env['METHODS']!r} names none of {', '.join(known)}"]
+    problems += [f"METHODS: {name!r} is not one of {', '.join(known)}" for name in methods if name not in known]
     values = {"SEEDS": env.get("SEEDS") or "0,1,2", "NOISE": env.get("NOISE") or ("0,0.15" if swaps_labels else "0")}
     values["WORKERS"] = env.get("WORKERS") or str(default_workers)
     types = {"SEEDS": int, "NOISE": float, "WORKERS": int}

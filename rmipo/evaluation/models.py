@@ -14,7 +14,8 @@ def is_setting(model: str) -> bool:
 
 
 def known_settings() -> str:
-    return f"the settings are {', '.join(sorted(path.parent.name for path in ROOT.glob('recipes/*/eval.yaml')))}"
+    """For an error message."""
+    return ", ".join(sorted(path.parent.name for path in ROOT.glob("recipes/*/eval.yaml")))
 
 
 def check_names(model: str, methods: list[str]) -> None:
@@ -29,9 +30,9 @@ def check_names(model: str, methods: list[str]) -> None:
             )
         raise EvaluationError(
             f"MODEL={model} is neither a setting nor a folder nor the id of a model on the hub (owner/name); "
-            f"{known_settings()}"
+            f"the settings are {known_settings()}"
         )
     if methods:
         raise EvaluationError(
-            f"METHOD={','.join(methods)} belongs to a setting, and MODEL={model} is none; {known_settings()}"
+            f"METHOD={','.join(methods)} belongs to a setting, and MODEL={model} is none; the settings are {known_settings()}"
         )

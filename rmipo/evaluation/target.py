@@ -20,6 +20,7 @@ from rmipo.recipe.settings import merge_settings, nearest
 from rmipo.record import recorded_run
 from rmipo.training.loading import load_tokenizer
 
+SAMPLES = {"prompts": None, "reference": None, "first_n": None}
 BLOCKS = ("generation", *BENCHMARKS, "samples")
 MODEL_FILES = ("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json")
 
@@ -97,8 +98,12 @@ def override(settings: dict[str, dict], overrides: list[str]) -> dict[str, dict]
     if odd := [block for block, values in settings.items() if not isinstance(values, dict | None)]:
         raise EvaluationError(f"expected blocks of `key: value` lines, found {', '.join(odd)} with a value")
     settings = {block: values or {} for block, values in settings.items()}
-    for block, defaults in (("generation", GENERATION), *((name, b.defaults) for name, b in BENCHMARKS.items())):
-        merge_settings(block, defaults, settings.get(block, {}))
+    known = {"generation": GENERATION, "samples": SAMPLES} | {name: b.defaults for name, b in BENCHMARKS.items()}
+    for block, defaults in known.items():
+        own = settings.get(block, {})
+        merge_settings(block, defaults, own)
+        if "generation" in defaults:
+            merge_settings(f"{block}, generation", GENERATION, own.get("generation", {}))
     return settings
 
 

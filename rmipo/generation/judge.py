@@ -66,6 +66,6 @@ def check_cost(
     if cost > settings["max_cost"]:
         raise EvaluationError(
             f"{what}: the judge would cost about ${cost:.2f}, more than max_cost {settings['max_cost']}; nothing was "
-            "asked. Raise it (make eval: MAX_COST=..., make pairs: --oracle.max_cost ...), or choose another judge and "
+            "asked. Raise it (make eval: MAX_COST=..., make pairs: ARGS='--oracle.max_cost ...'), or choose another judge and "
             "its price."
         )

@@ -128,7 +128,7 @@ def make_pairs(model_dir: Path, generation: dict, config: PairsConfig, folder: P
         raise PairsError(f"{config.prompts}: no usable prompt{skipped}. Dropped: {dict(dropped)}")
     if missing := [name for name in oracle.required if any(name not in prompt.columns for prompt in prompts)]:
         raise PairsError(
-            f"{config.prompts}: rows without {', '.join(missing)}, which the oracle {config.oracle} takes. Add the column, "
+            f"{config.prompts}: rows without {', '.join(missing)}, which the oracle {oracle.name} takes. Add the column, "
             "or name another oracle, such as --oracle.function my_oracle.py:score"
         )
     settings = generation | config.generation | {"seed": config.seed}

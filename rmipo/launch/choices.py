@@ -22,9 +22,9 @@ def is_on(env: Mapping[str, str], name: str) -> bool:
 
 
 def refuse(env: Mapping[str, str], names: Iterable[str], why: str) -> None:
-    """Raises ConfigError if a variable is set that a command can't follow."""
+    """Raises ConfigError, which says `why`, if one of the variables `names` is set: the command can't follow it."""
     if given := [name for name in names if is_on(env, name)]:
-        raise ConfigError(f"{', '.join(given)}: {why}; leave it out")
+        raise ConfigError(f"{', '.join(given)}: {why}")
 
 
 def check_choices(env: Mapping[str, str]) -> None:

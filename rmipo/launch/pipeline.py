@@ -88,6 +88,10 @@ class Step:
             )
         return run["finished"]
 
+    def needs_no_start(self) -> bool:
+        """Whether it has finished and has nothing to upload: a finished run that is started again only uploads."""
+        return self.is_done() and not self.recipe.values.get("push_to_hub")
+
 
 def launch_configuration(recipe: Recipe, name: str | None = None) -> Path:
     """The file of configs/accelerate/ that a recipe is launched with: adapters need nothing sharded."""

@@ -61,7 +61,7 @@ def train(env: Mapping[str, str]) -> int:
             return EXIT_STOPPED
         # Read again, now that the stage before has finished: a Base setting starts from its own SFT model.
         step = load_steps(model, stages, env)[number]
-        if step.recipe is not None and step.is_done() and not step.recipe.values.get("push_to_hub"):
+        if step.recipe is not None and step.needs_no_start():
             print(f"## {step.stage}: already trained, see {step.recipe.values['output_dir']}", flush=True)
             continue
         command = step.command(gpus, sharding)
@@ -95,7 +95,7 @@ def queue(steps: list[Step], gpus: int, nodes: int, sharding: str) -> int:
                 return code
         elif step.recipe is None:
             print(f"## {step.stage}: after job {job}: {shlex.join(step.command(gpus, sharding))}")
-        elif step.is_done():
+        elif step.needs_no_start():
             print(f"## {step.stage}: already trained, see {step.recipe.values['output_dir']}")
         else:
             job, log = slurm.submit(**step.job(gpus, nodes, sharding), after=job)

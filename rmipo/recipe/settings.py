@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from rmipo.errors import EvaluationError
+from rmipo.recipe.files import coerce
 
 # Whole numbers, and the least that each can be. Where the default is null or "auto", so may the value be.
 WHOLE = {
@@ -27,35 +28,44 @@ def merge_settings(block: str, defaults: dict, settings: dict, problems: Iterabl
     """
     if unknown := sorted(settings.keys() - defaults.keys()):
         raise EvaluationError(f"{block}: unknown keys {unknown}{nearest(unknown, defaults)}")
-    expected = {key: expectation(key, defaults[key], value) for key, value in settings.items()}
-    found = [f"{key} is {settings[key]!r}, expected {what}" for key, what in expected.items() if what]
+    found, sound = [], {}
+    for key, value in settings.items():
+        try:
+            sound[key] = checked(key, defaults[key], value)
+        except ValueError as error:
+            found.append(f"{key} is {value!r}, {error}")
     if found := [*found, *problems]:
         raise EvaluationError(f"{block}: {'; '.join(found)}")
-    whole = {key: int(value) for key, value in settings.items() if key in WHOLE and isinstance(value, float)}
-    return defaults | settings | whole
+    return defaults | sound
 
 
-def expectation(key: str, default: Any, value: Any) -> str | None:
-    """What `value` should be; None if it is that."""
-    if value == default and type(value) is type(default):
-        return None
+def checked(key: str, default: Any, value: Any) -> Any:
+    """`value` in the type of `default`. Raises ValueError that says what was expected."""
+    if type(value) is type(default) and value == default:
+        return value
     if key in WHOLE:
-        sound = type(value) in (int, float) and math.isfinite(value) and value >= WHOLE[key] and value == int(value)
-        return None if sound else f"a whole number, {WHOLE[key]} or more"
-    if key == "price":
-        sound = isinstance(value, list) and len(value) == 2 and all(is_amount(part) for part in value)
-        return None if sound else "two numbers, dollars per million tokens, such as [10.0, 30.0]"
-    if key in RANGES:
-        low, high, what = RANGES[key]
-        return None if type(value) in (int, float) and low <= value <= high else what
-    if type(default) in (int, float):
-        return None if is_amount(value) else "a number, 0 or more"
-    kinds = {bool: "true or false", str: "text", dict: "a block of `key: value` lines", list: "a list"}
-    return None if default is None or isinstance(value, type(default)) else kinds[type(default)]
-
-
-def is_amount(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value) and value >= 0
+        kind, low, high, what = int, WHOLE[key], math.inf, f"a whole number, {WHOLE[key]} or more"
+    elif key in RANGES:
+        kind, (low, high, what) = float, RANGES[key]
+    elif type(default) in (int, float):
+        kind, low, high, what = float, 0, math.inf, "a number, 0 or more"
+    elif key == "price":
+        kind, low, high, what = (
+            list[float],
+            0,
+            math.inf,
+            "two numbers, dollars per million tokens, such as [10.0, 30.0]",
+        )
+    else:
+        return value if default is None else coerce(value, type(default))
+    try:
+        typed = coerce(value, kind)
+    except ValueError as error:
+        raise ValueError(f"expected {what}") from error
+    numbers = typed if key == "price" else [typed]
+    if not all(low <= number <= high for number in numbers) or (key == "price" and len(numbers) != 2):
+        raise ValueError(f"expected {what}")
+    return typed
 
 
 def nearest(unknown: list[str], known: Iterable[str]) -> str:

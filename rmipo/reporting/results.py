@@ -46,7 +46,9 @@ class ReportError(UserError):
 def check_model(outputs: Path, model: str) -> None:
     """Raises ReportError unless `model` is a setting, or has a folder in `outputs`."""
     if not ((RECIPES / model / "rmipo.yaml").is_file() or (outputs / model).is_dir()):
-        raise ReportError(f"MODEL={model} is neither a setting nor a folder in {outputs}; {known_settings()}")
+        raise ReportError(
+            f"MODEL={model} is neither a setting nor a folder in {outputs}; the settings are {known_settings()}"
+        )
 
 
 @dataclass(frozen=True)

@@ -390,6 +390,8 @@ def test_labels_are_swapped_in_the_tiny_world_alone():
         [0.0],
         2,
     )
+    with pytest.raises(ConfigError, match="METHODS=',' names none of"):
+        read_choices({"METHODS": ","}, 2, swaps_labels=False)
     with pytest.raises(ConfigError, match=r"NOISE='0,0.15': only the labels of the tiny world are swapped"):
         read_choices({"NOISE": "0,0.15"}, 2, swaps_labels=False)
 

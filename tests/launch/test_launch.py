@@ -380,8 +380,9 @@ def test_old_python_is_refused(repository, tmp_path):
     assert f"Python 3.11 or newer is needed; {old} is not" in result.stderr
 
 
+@pytest.mark.parametrize("queued", ["0", "1"])
 @pytest.mark.parametrize("push", [False, True])
-def test_a_finished_run_is_started_again_only_to_upload_it(monkeypatch, push):
+def test_a_finished_run_is_started_again_only_to_upload_it(monkeypatch, push, queued):
     started = []
 
     class Program:
@@ -397,7 +398,9 @@ def test_a_finished_run_is_started_again_only_to_upload_it(monkeypatch, push):
     monkeypatch.setattr(pipeline.Step, "is_done", lambda self: True)
     monkeypatch.setattr(train, "load_steps", lambda *_: [pipeline.Step("rmipo", recipe=recipe)])
     monkeypatch.setattr(train, "Program", Program)
-    assert train.train({"MODEL": "tiny", "STAGE": "rmipo"}) == 0
+    monkeypatch.setattr(train.slurm, "require_slurm", lambda: None)
+    monkeypatch.setattr(train.slurm, "submit", lambda **job: started.append(job) or ("7", "log"))
+    assert train.train({"MODEL": "tiny", "STAGE": "rmipo", "SLURM": queued}) == 0
     assert len(started) == push
 
 
@@ -424,7 +427,7 @@ def test_wrong_choices_are_refused_before_anything_heavy_is_imported(script):
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
     exit_code, seconds, heavy = done.stdout.split()
     assert (exit_code, heavy) == ("2", "set()") and float(seconds) < 1
-    assert re.search("MODEL='?llama3'? is", done.stderr) and "llama3-8b-instruct" in done.stderr, done.stderr
+    assert re.search("MODEL='?llama3'? (is|has no)", done.stderr) and "llama3-8b-instruct" in done.stderr, done.stderr
     for name in ("METHOD='simp0'", "GPUS='four'", "NODES='0'") if script in ALL_CHOICES else ():
         assert name in done.stderr, done.stderr
 
@@ -441,7 +444,7 @@ def test_an_open_quote_in_args_is_named(script):
         *(("online", name) for name in ("DRY", "SLURM", "DATA")),
         *((script, name) for script in ("pairs", "compare") for name in ("DRY", "SLURM")),
         ("sweep", "SLURM"),
-        ("smoke", "DATA"),
+        *(("smoke", name) for name in ("DRY", "SLURM", "DATA")),
     ],
 )
 def test_a_variable_that_a_command_cannot_follow_is_refused(script, variable):

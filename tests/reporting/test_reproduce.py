@@ -143,7 +143,7 @@ def test_stops_at_the_first_failure(tmp_path, run_script, monkeypatch, capfd):
     [
         ({"ARGS": "--learning_rate 1e-6"}, "ARGS: not for the whole chain. Run the step that it is for by itself"),
         ({"DATA": "pairs.jsonl", "SLURM": "1"}, "DATA, SLURM: not for the whole chain"),
-        ({"MODEL": "llama4"}, "MODEL=llama4 is no setting; the settings are llama3-8b-base,"),
+        ({"MODEL": "llama4"}, "MODEL=llama4 has no recipes/llama4/eval.yaml; those that have: llama3-8b-base,"),
         ({"TABLE": "4"}, "there is no table 4 to rebuild"),
     ],
 )
