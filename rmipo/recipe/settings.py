@@ -14,7 +14,6 @@ WHOLE = {
     "max_new_tokens": 1, "max_tokens": 1, "max_length": 2, "max_prompt_length": 1, "top_k": 0, "max_retries": 0,
     "max_missing": 0,
 }  # fmt: skip
-
 RANGES = {
     "temperature": (0, 2, "0 (greedy) to 2"),
     "top_p": (1e-9, 1, "more than 0, at most 1"),
@@ -43,19 +42,15 @@ def checked(key: str, default: Any, value: Any) -> Any:
     """`value` in the type of `default`. Raises ValueError that says what was expected."""
     if type(value) is type(default) and value == default:
         return value
+    low, high = 0, math.inf
     if key in WHOLE:
-        kind, low, high, what = int, WHOLE[key], math.inf, f"a whole number, {WHOLE[key]} or more"
+        kind, low, what = int, WHOLE[key], f"a whole number, {WHOLE[key]} or more"
     elif key in RANGES:
         kind, (low, high, what) = float, RANGES[key]
-    elif type(default) in (int, float):
-        kind, low, high, what = float, 0, math.inf, "a number, 0 or more"
     elif key == "price":
-        kind, low, high, what = (
-            list[float],
-            0,
-            math.inf,
-            "two numbers, dollars per million tokens, such as [10.0, 30.0]",
-        )
+        kind, what = list[float], "two numbers, dollars per million tokens, such as [10.0, 30.0]"
+    elif type(default) in (int, float):
+        kind, what = float, "a number, 0 or more"
     else:
         return value if default is None else coerce(value, type(default))
     try:
