@@ -80,7 +80,7 @@ def test_recipe_trains_a_twin_on_hub_rows(tmp_path, subset):
     overrides = {
         "model_name_or_path": tmp_path / "model",
         "datasets": json.dumps([{"path": str(tmp_path / "hh"), "data_dir": f"{subset}-base"}]),
-        "dataset_num_proc": "null",
+        "dataset_num_proc": 2,  # processes of their own, as in the recipes
         "output_dir": tmp_path / "run",
         "dtype": "float32",
         "bf16": "false",
