@@ -3,10 +3,12 @@
 import json
 import logging
 from pathlib import Path
+from statistics import stdev
 
 import yaml
 
 from rmipo.errors import EvaluationError
+from rmipo.evaluation.alpaca_length import length_controlled_draws
 from rmipo.evaluation.alpaca_reference import (
     GAMED_FILE,
     check_same_prompts,
@@ -76,7 +78,7 @@ def run(model_dir: str | Path, output_dir: str | Path, settings: dict) -> dict |
     if settings["generate_only"]:
         return None
 
-    metrics, wins, judge_sha256 = judge(outputs, reference, folder, endpoint, settings)
+    metrics, by_prompts, judge_sha256 = judge(outputs, reference, folder, endpoint, settings)
     settings |= {
         "generation": generator.settings,
         "judge_endpoint": shown(endpoint),
@@ -85,19 +87,18 @@ def run(model_dir: str | Path, output_dir: str | Path, settings: dict) -> dict |
     }
     versions = generator.versions | package_versions("alpaca_eval", "scikit-learn")
     metrics["alpacaeval2_cut"] = generator.cut
-    per_prompt = {"alpacaeval2_wr": wins}
-    result = {"metrics": metrics, "per_prompt": per_prompt, "versions": versions, "settings": settings}
+    result = {"metrics": metrics, **by_prompts, "versions": versions, "settings": settings}
     return result | {"fingerprint": generator.fingerprint}
 
 
 def judge(
     outputs: list[dict], reference: list[dict], folder: Path, endpoint: str, settings: dict
-) -> tuple[dict, list[float | None], str]:
+) -> tuple[dict, dict, str]:
     """Win rates of `outputs` against `reference` (rows of {"instruction", "output", "generator"}, same instructions).
 
-    Verdicts are kept in `folder`, a file for each judge and endpoint. Returns the metrics, for each output how far it
-    won in percent (None without a usable verdict), and a hash of the judge's YAML and prompts. Raises EvaluationError
-    as `run` does.
+    Verdicts are kept in `folder`, a file for each judge and endpoint. Returns the metrics; `per_prompt`, for each output
+    how far it won in percent (None without a usable verdict), with `draws`, the length-controlled rates of resampled
+    prompts; and a hash of the judge's YAML and prompts. Raises EvaluationError as `run` does.
     """
     check_same_prompts(outputs, reference)
     folder.mkdir(parents=True, exist_ok=True)
@@ -171,8 +172,13 @@ def judge(
             f"The others are kept in {cache}; the same command asks again for the missing ones."
         )
     won = {row["instruction"]: None if is_missing(row) else 100 * (row["preference"] - 1) for row in annotations}
-    wins = [won[row["instruction"]] for row in outputs]
-    return metrics_of(leaderboard.iloc[0], outputs, missing), wins, text_fingerprint(text)
+    by_prompts = {"per_prompt": {"alpacaeval2_wr": [won[row["instruction"]] for row in outputs]}}
+    metrics = metrics_of(leaderboard.iloc[0], outputs, missing)
+    if settings["length_controlled"]:
+        draws = length_controlled_draws(annotations)
+        metrics["alpacaeval2_lc_standard_error"] = stdev(draws)
+        by_prompts["draws"] = {"alpacaeval2_lc": draws}
+    return metrics, by_prompts, text_fingerprint(text)
 
 
 def find_judge(name: str, packaged: Path) -> Path:
@@ -242,7 +248,6 @@ def metrics_of(row, outputs: list[dict], missing: int) -> dict[str, float]:
     }
     if "length_controlled_winrate" in row:
         metrics["alpacaeval2_lc"] = float(row["length_controlled_winrate"])
-        metrics["alpacaeval2_lc_standard_error"] = float(row["lc_standard_error"])
     return metrics
 
 

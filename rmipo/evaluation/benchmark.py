@@ -40,7 +40,8 @@ class Benchmark:
             where answers were generated and nothing judged. Raises EvaluationError for wrong settings before a model
             is loaded. The returned settings hold everything that the numbers depend on. Beside them perhaps
             "per_prompt": metric -> its value for each prompt, in the order of the prompts, None without one; two
-            methods are then compared prompt by prompt.
+            methods are then compared prompt by prompt. Or "draws": metric -> its value for each of the same draws of
+            the prompts (`statistics.resamples`), for a metric that is no mean over prompts.
         defaults: the settings, which eval.yaml and --set override. A block `generation` is the common one of eval.yaml
             with the benchmark's own over it; `price` (US dollars per million input and output tokens) means a judge.
         metrics: by name; a result may hold more than these.

@@ -1,6 +1,6 @@
 """Standard errors and intervals of the numbers that evaluations report."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -23,16 +23,26 @@ def standard_error(values: Sequence[float]) -> float:
     return float(np.std(values, ddof=1) / len(values) ** 0.5) if len(values) > 1 else 0.0
 
 
+def resamples(count: int, draws: int = RESAMPLES) -> Iterator[np.ndarray]:
+    """Row numbers of `count` prompts drawn with replacement, `draws` times; for the same count always the same."""
+    generator = np.random.default_rng(SEED)
+    return (generator.integers(0, count, count) for _ in range(draws))
+
+
+def interval(value: float, draws: Sequence[float]) -> Interval:
+    """`value` with the standard error and the 95% percentile interval of its bootstrap draws."""
+    low, high = np.quantile(draws, [0.025, 0.975])
+    return Interval(float(value), float(np.std(draws)), float(low), float(high))
+
+
 def bootstrap(values: Sequence[float]) -> Interval:
     """The mean of `values` by the percentile bootstrap; the same values give the same interval.
 
     For two methods on the same prompts `values` is what one prompt says of both (a win, a difference): resampling
     prompts keeps what they have in common, which makes it the paired bootstrap.
     """
-    values, draws = np.asarray(values, dtype=np.float64), np.random.default_rng(SEED)
-    means = [values[draws.integers(0, len(values), len(values))].mean() for _ in range(RESAMPLES)]
-    low, high = np.quantile(means, [0.025, 0.975])
-    return Interval(float(values.mean()), float(np.std(means)), float(low), float(high))
+    values = np.asarray(values, dtype=np.float64)
+    return interval(values.mean(), [values[draw].mean() for draw in resamples(len(values))])
 
 
 def wins(ours: Sequence[float], theirs: Sequence[float]) -> np.ndarray:

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from rmipo.evaluation.statistics import Interval, bootstrap
+from rmipo.evaluation.statistics import Interval, bootstrap, interval
 from rmipo.reporting.results import METHODS, Result
 
 OURS = "rmipo"
@@ -14,8 +14,13 @@ PAIRED_TITLE = f"{METHODS[OURS]} minus each method on the same prompts, with its
 def paired_difference(ours: Sequence[Result], theirs: Sequence[Result], metric: str) -> Interval | None:
     """Ours minus theirs over the prompts that both have a value for, each method's the mean of its seeds.
 
-    None where a result has no values per prompt, or other prompts.
+    Of a metric that is no mean over prompts, the difference for each draw of prompts. None where a result has no values
+    per prompt and no draws, or other prompts.
     """
+    if ours and theirs and all(metric in result.draws for result in (*ours, *theirs)):
+        values = [np.mean([result.metrics[metric] for result in results]) for results in (ours, theirs)]
+        draws = [np.mean([result.draws[metric] for result in results], axis=0) for results in (ours, theirs)]
+        return interval(values[0] - values[1], draws[0] - draws[1])
     columns = [[result.per_prompt.get(metric, []) for result in results] for results in (ours, theirs)]
     lengths = {len(values) for results in columns for values in results}
     if len(lengths) != 1 or 0 in lengths:

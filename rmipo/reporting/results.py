@@ -53,7 +53,10 @@ def check_model(outputs: Path, model: str) -> None:
 
 @dataclass(frozen=True)
 class Result:
-    """One finished evaluation. `metrics` in percent, MT-Bench in points of 10; of some `per_prompt` has each prompt's."""
+    """One finished evaluation. `metrics` in percent, MT-Bench in points of 10.
+
+    Of some metrics `per_prompt` has the value of each prompt, of others `draws` has the values of resampled prompts.
+    """
 
     path: Path
     model: str
@@ -62,6 +65,7 @@ class Result:
     versions: dict[str, str]
     settings: dict
     per_prompt: dict[str, list[float | None]] = field(default_factory=dict)
+    draws: dict[str, list[float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -138,7 +142,7 @@ def load_result(outputs: Path, model: str, method: str, bench: str) -> Result | 
             f"there, and run `{eval_command(model, method, bench)}`"
         )
     found = (content[key] for key in ("metrics", "versions", "settings"))
-    return Result(path, model, bench, *found, content.get("per_prompt", {}))
+    return Result(path, model, bench, *found, content.get("per_prompt", {}), content.get("draws", {}))
 
 
 def load_results(outputs: Path, model: str, method: str, bench: str, runs: list[Run]) -> list[Result]:

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import socket
+import statistics
 import subprocess
 import sys
 import time
@@ -100,8 +101,10 @@ def test_weighted_judge_gives_the_mean_probability(tmp_path, monkeypatch, api_ke
         assert metrics["alpacaeval2_length"] == sum(len(row["output"]) for row in OUTPUTS) / ROWS
         assert metrics["alpacaeval2_missing"] == 0 and "alpacaeval2_lc" not in metrics
         assert len(server.requests) == len(set(server.requests)) == ROWS
-        _, wins, _ = alpaca.judge(OUTPUTS, REFERENCE, tmp_path, server.url, SETTINGS)
+        _, by_prompts, _ = alpaca.judge(OUTPUTS, REFERENCE, tmp_path, server.url, SETTINGS)
+        wins = by_prompts["per_prompt"]["alpacaeval2_wr"]
         assert wins == pytest.approx([expected_win_rate([i]) for i in range(ROWS)], abs=1e-6)
+        assert "draws" not in by_prompts
         # Once more: everything is known, nothing is asked.
         assert ask(server, tmp_path, monkeypatch) == pytest.approx(metrics, abs=1e-8)  # JSON rounds verdicts to 1e-10
         assert len(server.requests) == ROWS
@@ -363,14 +366,18 @@ def test_answers_of_a_gpu_node_are_judged_where_there_is_a_network(tmp_path, mon
 
 RUN = """
 import json, sys
-from rmipo.evaluation import alpaca
+from rmipo.evaluation import alpaca, alpaca_length
+alpaca_length.DRAWS = 12
 print("RESULT" + json.dumps(alpaca.run(sys.argv[1], sys.argv[2], json.loads(sys.argv[3]))))
 """
 LENGTH_CONTROLLED = """
 import json, sys
+import numpy
 from alpaca_eval.metrics import get_length_controlled_winrate
-rates = get_length_controlled_winrate(json.load(sys.stdin), save_weights_dir=None)
-print("RESULT" + json.dumps({name: float(rates[name]) for name in ("length_controlled_winrate", "lc_standard_error")}))
+rows, numbers = json.load(sys.stdin), numpy.random.default_rng(0)
+draws = [range(40)] + [numbers.integers(0, 40, 40) for _ in range(12)]
+rates = [get_length_controlled_winrate([rows[i] | {"index": i} for i in draw], save_weights_dir=None) for draw in draws]
+print("RESULT" + json.dumps([float(rate["length_controlled_winrate"]) for rate in rates]))
 """
 
 
@@ -428,8 +435,9 @@ def test_run_with_length_control_on_made_up_regularisation(tmp_path):
         timeout=120, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    expected = json.loads(done.stdout.partition("RESULT")[2])
-    assert metrics["alpacaeval2_lc"] == pytest.approx(expected["length_controlled_winrate"], abs=1e-6)
-    assert metrics["alpacaeval2_lc_standard_error"] == pytest.approx(expected["lc_standard_error"], abs=1e-6)
+    expected, *draws = json.loads(done.stdout.partition("RESULT")[2])
+    assert metrics["alpacaeval2_lc"] == pytest.approx(expected, abs=1e-6)
+    assert result["draws"]["alpacaeval2_lc"] == pytest.approx(draws, abs=1e-6)
+    assert metrics["alpacaeval2_lc_standard_error"] == pytest.approx(statistics.stdev(draws), abs=1e-6)
     assert abs(metrics["alpacaeval2_lc"] - metrics["alpacaeval2_wr"]) > 0.1  # it is another number
     assert result["versions"]["alpaca_eval"] == "0.6.6" and set(result["versions"]) >= {"scikit-learn", "transformers"}

@@ -119,9 +119,9 @@ def test_unusable_verdicts_are_dropped_and_an_empty_file_with_them(tmp_path):
 
 
 def test_metrics_by_hand():
-    row = {"win_rate": 40.0, "standard_error": 1.5, "length_controlled_winrate": 45.0, "lc_standard_error": 0.5}
+    row = {"win_rate": 40.0, "standard_error": 1.5, "length_controlled_winrate": 45.0}
     outputs = [{"output": "four"}, {"output": "seven!!"}]
     assert alpaca.metrics_of(row, outputs, 3) == {
         "alpacaeval2_wr": 40.0, "alpacaeval2_wr_standard_error": 1.5, "alpacaeval2_length": 5.5,
-        "alpacaeval2_missing": 3, "alpacaeval2_lc": 45.0, "alpacaeval2_lc_standard_error": 0.5,
+        "alpacaeval2_missing": 3, "alpacaeval2_lc": 45.0,
     }  # fmt: skip

@@ -52,6 +52,21 @@ def test_seeds_are_averaged_and_prompts_without_a_verdict_left_out(tmp_path):
     assert paired_difference([], theirs, "mt_bench") is None
 
 
+def test_a_metric_with_draws_is_compared_draw_by_draw(tmp_path):
+    def lc(method: str, rate: float, draws: list[float]):
+        write_result(tmp_path, LLAMA, method, "alpacaeval", {"alpacaeval2_lc": rate}, draws={"alpacaeval2_lc": draws})
+        return load_result(tmp_path, LLAMA, method, "alpacaeval")
+
+    ours = [lc("rmipo", 30.0, [29.0, 31.0, 35.0]), lc("again", 32.0, [31.0, 33.0, 33.0])]  # means 30, 32, 34
+    theirs = [lc("dpo", 28.0, [27.0, 31.0, 31.0])]
+    found = paired_difference(ours, theirs, "alpacaeval2_lc")  # draws 3, 1, 3
+    assert found.mean == 3.0 and found.low == pytest.approx(1.1) and found.high == 3.0
+    assert found.standard_error == pytest.approx((8 / 9) ** 0.5)
+    assert paired_difference(ours, [], "alpacaeval2_lc") is None
+    write_result(tmp_path, LLAMA, "old", "alpacaeval", {"alpacaeval2_lc": 28.0})
+    assert paired_difference(ours, [load_result(tmp_path, LLAMA, "old", "alpacaeval")], "alpacaeval2_lc") is None
+
+
 def test_every_format_of_a_table_has_the_differences(tmp_path):
     for method, values in (("rmipo", [7.0, 9.0]), ("dpo", [6.5, 8.5]), ("initial", [7.0, 9.5])):
         result(tmp_path, method, values)
