@@ -6,12 +6,12 @@ Three exact ways, chosen by `resolve_kind`:
     dense    SDPA with a boolean 4-D mask; slow, and right everywhere
 """
 
+import functools
 import itertools
 import weakref
 
 import torch
 import torch.nn.functional as F
-from deepspeed.runtime.zero import register_external_parameter
 from peft import PeftModel
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
@@ -67,6 +67,8 @@ def register_fused_head(model: PreTrainedModel | PeftModel) -> None:
     ZeRO-3 would find out by itself, but in the middle of training: by then it has recorded the order in which forwards
     gather parameters, and the next forward fails with "tracing error at step 0". Call it before the first forward.
     """
+    from deepspeed.runtime.zero import register_external_parameter  # seconds, and only sharded runs need it
+
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     if base in _with_fused_head:
         register_external_parameter(base, base.get_output_embeddings().weight)
@@ -154,8 +156,10 @@ def _ranges_meet(values: torch.Tensor) -> torch.Tensor:
     return (low[:, None] <= high) & (high[:, None] >= low)
 
 
-# Dynamic shapes: sequences of any length share one compilation each of the forward with and without gradients.
-_compiled_flex_attention = torch.compile(flex_attention, dynamic=True)
+@functools.cache
+def _compiled_flex_attention():
+    """Dynamic shapes: sequences of any length share one compilation each of the forward with and without gradients."""
+    return torch.compile(flex_attention, dynamic=True)  # imports a compiler, which takes a second; GPUs alone need it
 
 
 def packed_flex_attention(
@@ -175,7 +179,7 @@ def packed_flex_attention(
     grouped = shared & (shared - 1) == 0  # the kernel shares keys among a power of two of heads
     if not grouped:
         key, value = repeat_kv(key, shared), repeat_kv(value, shared)
-    attend = _compiled_flex_attention if query.device.type == "cuda" else flex_attention
+    attend = _compiled_flex_attention() if query.device.type == "cuda" else flex_attention
     out = attend(query, key, value, block_mask=attention_mask, scale=scaling, enable_gqa=grouped)
     return out.transpose(1, 2).contiguous(), None
 

@@ -4,7 +4,6 @@ import time
 
 import psutil
 import torch
-from deepspeed.runtime.zero.utils import is_zero_param
 
 from rmipo.objectives import ObjectiveOutput, PairScores
 
@@ -68,7 +67,7 @@ def step_metrics(columns: dict[str, torch.Tensor], objective) -> dict[str, float
 def num_non_embedding_parameters(model: torch.nn.Module) -> int:
     """Weights outside the input embedding; ZeRO-3's shards count whole."""
     embedding = model.get_input_embeddings().weight
-    return sum(p.ds_numel if is_zero_param(p) else p.numel() for p in model.parameters() if p is not embedding)
+    return sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p is not embedding)
 
 
 def peak_memory_gib(device: torch.device) -> float:
