@@ -29,6 +29,7 @@ from rmipo.reporting import comparison
 from rmipo.tiny.config import load_world_config
 from rmipo.tiny.files import write_world
 from rmipo.tiny.world import CLASSES
+from tests.helpers.launched import launch
 from tests.helpers.paths import ROOT
 from tests.helpers.programs import run_here
 from tests.helpers.rows import assistant, user, write
@@ -306,28 +307,28 @@ def test_the_table_says_who_is_ahead_and_marks_ends_of_the_range():
 
 
 def compare(repository, **env):
-    environment = os.environ | {"MODEL": "tiny", "ARGS": ARGUMENTS, "WORKERS": "2", **env}
-    command = [sys.executable, "scripts/compare.py"]
-    return subprocess.run(command, cwd=repository, env=environment, capture_output=True, text=True, check=False)
+    """Its output. Its workers are forked from the server that it is forked from: nothing is imported again."""
+    env |= {"MODEL": "tiny", "ARGS": ARGUMENTS, "WORKERS": "2"}
+    program = launch(["scripts/compare.py"], root=repository, **env)
+    assert program.wait() == 0, program.output[-6000:]
+    return program.output
 
 
 def test_a_comparison_is_finished_where_it_was_interrupted(repository):
-    done = compare(repository, METHODS="dpo", SEEDS="0", NOISE="0")
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    output = compare(repository, METHODS="dpo", SEEDS="0", NOISE="0")
     folder = repository / "outputs/tiny/compare"
     path = folder / "runs.jsonl"
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert all(line["peak_memory_mib"] > 0 for line in lines if line["method"] != INITIAL)
     assert len(lines) == 2 * 2 + 3 == len({line["key"] for line in lines})
-    assert "| RMiPO |" in done.stdout and "RMiPO is number" in done.stdout
+    assert "| RMiPO |" in output and "RMiPO is number" in output
     assert (folder / "compare.png").stat().st_size > 10_000
     assert len((folder / "table.csv").read_text().splitlines()) == 4
     assert len((folder / "curves.csv").read_text().splitlines()) == 1 + 2 * 2
 
     kept = path.read_text().splitlines(keepends=True)[:-1]
     path.write_text("".join(kept))
-    again = compare(repository, METHODS="dpo", SEEDS="0", NOISE="0")
-    assert again.returncode == 0, again.stderr[-4000:]
+    compare(repository, METHODS="dpo", SEEDS="0", NOISE="0")
     assert path.read_text().splitlines(keepends=True)[:-1] == kept
     assert json.loads(path.read_text().splitlines()[-1])["metrics"] == lines[-1]["metrics"]
 

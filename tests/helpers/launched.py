@@ -57,8 +57,8 @@ class Launched:
         self.wait()
 
 
-def launch(command: list[str], processes: int = 1, **environment: str) -> Launched:
-    """Start `[script, *arguments]`, of the repository's root, in `processes` processes that know each other."""
+def launch(command: list[str], processes: int = 1, root: Path = ROOT, **environment: str) -> Launched:
+    """Start `[script, *arguments]` in `root`, in `processes` processes that know each other."""
     descriptor, path = tempfile.mkstemp(prefix="launched-", suffix=".log")
     os.close(descriptor)
     environment = dict(os.environ) | environment
@@ -70,18 +70,18 @@ def launch(command: list[str], processes: int = 1, **environment: str) -> Launch
     started = []
     for rank in range(processes):
         own = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {}
-        process = _FORKSERVER.Process(target=_run, args=(command, environment | own, path))
+        process = _FORKSERVER.Process(target=_run, args=(command, environment | own, path, root))
         process.start()
         started.append(process)
     return Launched(started, Path(path))
 
 
-def _run(command: list[str], environment: dict[str, str], output: str) -> None:
+def _run(command: list[str], environment: dict[str, str], output: str, root: Path) -> None:
     file = os.open(output, os.O_WRONLY | os.O_APPEND)
     for stream in (1, 2):
         os.dup2(file, stream)
     os.setpgid(0, 0)
-    os.chdir(ROOT)
+    os.chdir(root)
     os.environ.clear()
     os.environ.update(environment)
     sys.argv = command

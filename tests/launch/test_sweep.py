@@ -1,18 +1,17 @@
 """Searches: W&B's agent and `make sweep` train the same points, each in its own folder, and finished ones are kept."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args, load_sweep_config
 
+from rmipo.launch.pipeline import load_steps
 from rmipo.launch.sweep import Sweep, load_sweep, make_point, read_point
 from rmipo.recipe.load import ConfigError
 from tests.helpers.families import save
+from tests.helpers.launched import launch
 from tests.helpers.paths import ROOT
 from tests.helpers.programs import run_here
 from tests.helpers.rows import assistant, user, write
@@ -116,21 +115,15 @@ def test_a_value_that_is_also_in_args_is_refused():
 # Runs
 
 
-def run(command, folder, **env):
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("MAKE")}
-    environment |= {"OMP_NUM_THREADS": "1", **env}
-    return subprocess.run(
-        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=280, check=False
-    )
-
-
-def test_wandb_s_command_reaches_the_training_command():
+def test_wandb_s_command_reaches_the_training_command(capfd):
     values = {"objective.beta": 0.05, "learning_rate": 5e-7}
     command = wandb_command(ROOT / "recipes/sweeps/dpo.yaml", values)
-    done = run([sys.executable, *command[2:]], ROOT, DRY="1")
-    assert done.returncode == 0, done.stderr
-    assert "accelerate launch" in done.stdout and "recipes/methods/dpo.yaml" in done.stdout
-    assert f"output_dir: outputs/{SETTING}/sweep-dpo/learning_rate-5e-07_beta-0.05\n" in done.stdout
+    assert command[2] == "scripts/sweep.py"
+    done = run_here("sweep", *command[3:], env={"DRY": "1"})
+    assert done.code == 0, done.err
+    out = capfd.readouterr().out  # of the program that it started
+    assert "accelerate launch" in out and "recipes/methods/dpo.yaml" in out
+    assert f"output_dir: outputs/{SETTING}/sweep-dpo/learning_rate-5e-07_beta-0.05\n" in out
 
 
 @pytest.fixture
@@ -150,20 +143,26 @@ def repository(tmp_path):
     return tmp_path
 
 
-def test_a_grid_is_trained_once_and_the_best_is_named(repository):
+def test_a_grid_is_trained_once_and_the_best_is_named(repository, monkeypatch):
     env = {"MODEL": "tiny", "METHOD": "rmipo", "ARGS": "--max_steps 2 --generation_samples 0 --warmup_steps 0"}
-    first = run([sys.executable, "scripts/sweep.py"], repository, **env)
-    assert first.returncode == 0, first.stdout + first.stderr
+    env |= {"OMP_NUM_THREADS": "1"}
+    monkeypatch.chdir(repository)
+    point = make_point({"learning_rate": 1e-4}, env)  # finished runs count, whoever trained them
+    (step,) = load_steps("tiny", ["rmipo"], point.environment)
+    trained = launch(step.command(0, "zero3")[1:], root=repository)
+    assert trained.wait() == 0, trained.output
+    first = run_here("sweep", env=env, root=repository)
+    assert first.code == 0 and "2 points, 1 of them not finished" in first.out, first.out + first.err
     folder = repository / "outputs/tiny/sweep-rmipo"
     lines = [json.loads(line) for line in (folder / "sweep.jsonl").read_text().splitlines()]
     assert [line["values"]["learning_rate"] for line in lines] == [1e-4, 1e-2]
     accuracies = [line["eval_common/acc_avg_logp"] for line in lines]
     best = lines[accuracies.index(max(accuracies))]
-    assert f"in {best['output_dir']}\n" in first.stdout.partition("points:\n")[2].splitlines(keepends=True)[0]
+    assert f"in {best['output_dir']}\n" in first.out.partition("points:\n")[2].splitlines(keepends=True)[0]
     runs = [json.loads((repository / line["output_dir"] / "run.json").read_text()) for line in lines]
     assert all(run["finished"] for run in runs) and runs[0]["recipe"]["learning_rate"] == 1e-4
 
-    (folder / "sweep.jsonl").unlink()  # finished runs count, whoever trained them
+    (folder / "sweep.jsonl").unlink()
     again = run_here("sweep", env=env, root=repository)
     assert again.code == 0 and "2 points, 0 of them not finished" in again.out
     assert [json.loads(line) for line in (folder / "sweep.jsonl").read_text().splitlines()] == lines
