@@ -82,7 +82,15 @@ def test_right_layouts_pass_in_every_precision(pretrained, ours, kind):
     assert check(pretrained, ours, kind) < (1e-4 if pretrained[1] == "float32" else 0.06)
 
 
-@pytest.mark.parametrize(("kind", "data"), [("segment", "judged-pairs"), ("dense", "hh-harmless")])
+@pytest.mark.parametrize(
+    ("pretrained", "kind", "data"),
+    [
+        ("float32", "segment", "judged-pairs"),
+        ("autocast", "dense", "hh-harmless"),
+        ("bfloat16", "flex", "judged-pairs"),
+    ],
+    indirect=["pretrained"],
+)
 def test_right_layouts_pass_on_real_pairs(pretrained, chat, shared_data, kind, data):
     real_pairs = tokenized(chat, load_pairs(config(shared_data / data), "test").select(range(2)))
     assert check(pretrained, real_pairs, kind) < (1e-4 if pretrained[1] == "float32" else 0.06)
