@@ -101,7 +101,7 @@ def test_killed_run_goes_on_where_it_was(tmp_path):
         process = subprocess.Popen(
             command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
         )
-        deadline = time.time() + 60
+        deadline = time.time() + 250
         while time.time() < deadline and len(asked(server)) < 3:  # two are answered then, and two under way
             time.sleep(0.02)
         os.killpg(process.pid, signal.SIGKILL)  # with the evaluator and its children
@@ -209,7 +209,7 @@ def test_transformers_serve_as_judge(tmp_path):
 
 
 def wait_for(url: str, process: subprocess.Popen) -> None:
-    deadline = time.time() + 90
+    deadline = time.time() + 250
     while time.time() < deadline and process.poll() is None:
         try:
             urllib.request.urlopen(url, timeout=2)

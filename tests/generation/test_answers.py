@@ -149,7 +149,7 @@ generate(sys.argv[1], requests(40), sys.argv[2], SETTINGS)
 def test_killed_process_loses_nothing(model_dir, tmp_path):
     path = tmp_path / "killed.jsonl"
     process = subprocess.Popen([sys.executable, "-c", KILLED, str(model_dir), str(path)], stderr=subprocess.DEVNULL)
-    deadline = time.time() + 60
+    deadline = time.time() + 250
     while time.time() < deadline and not (path.is_file() and path.read_bytes().count(b"\n") >= 9):
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)

@@ -34,7 +34,7 @@ HOSTILE = [
 def make(repository, *arguments, env=None):
     environment = {key: value for key, value in os.environ.items() if not key.startswith("MAKE")} | (env or {})
     return subprocess.run(
-        ["make", *arguments], cwd=repository, env=environment, capture_output=True, text=True, timeout=120, check=False
+        ["make", *arguments], cwd=repository, env=environment, capture_output=True, text=True, timeout=280, check=False
     )
 
 

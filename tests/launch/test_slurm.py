@@ -48,7 +48,7 @@ def train(overrides, output_dir, disturb=None, end="COMPLETED"):
     job, log = submit(**arguments, name=output_dir.name)
     try:
         if disturb is not None:
-            checkpoint = wait_for(lambda: next(output_dir.glob(f"checkpoint-*/{MARKER}"), None), 90)
+            checkpoint = wait_for(lambda: next(output_dir.glob(f"checkpoint-*/{MARKER}"), None), 250)
             assert int(checkpoint.parent.name.split("-")[1]) < STEPS / 2
             disturb(job)
         state = wait_for(lambda: finished(job), 240)
