@@ -61,9 +61,6 @@ def train(env: Mapping[str, str]) -> int:
             return EXIT_STOPPED
         # Read again, now that the stage before has finished: a Base setting starts from its own SFT model.
         step = load_steps(model, stages, env)[number]
-        if step.recipe is not None and step.needs_no_start():
-            print(f"## {step.stage}: already trained, see {step.recipe.values['output_dir']}", flush=True)
-            continue
         command = step.command(gpus, sharding)
         print(f"## {step.stage}\n{shlex.join(command)}", flush=True)
         if code := program.run(command, step.recipe and step.recipe.values["output_dir"], env):
@@ -96,7 +93,8 @@ def queue(steps: list[Step], gpus: int, nodes: int, sharding: str) -> int:
         elif step.recipe is None:
             print(f"## {step.stage}: after job {job}: {shlex.join(step.command(gpus, sharding))}")
         elif step.needs_no_start():
-            print(f"## {step.stage}: already trained, see {step.recipe.values['output_dir']}")
+            folder = step.recipe.values["output_dir"]
+            print(f"## {step.stage}: {folder} holds this recipe's finished run (its data and model are not compared here)")
         else:
             job, log = slurm.submit(**step.job(gpus, nodes, sharding), after=job)
             print(f"## {step.stage}: job {job}, log {log}")
