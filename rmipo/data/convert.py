@@ -61,6 +61,9 @@ def convert_rows(
     if missing := missing_columns(rows.column_names, formats):
         found = ", ".join(name for name in rows.column_names if name != "row")
         raise DataError(f"{source}: missing columns {', '.join(missing)}, found {found}. {describe(formats)}")
+    read = {"row", "system", *(column for form in formats for column in form.columns)}
+    if unread := [name for name in rows.column_names if name not in read]:
+        logger.warning("%s: columns that are not read: %s", source, ", ".join(unread))
     converted = rows.map(
         read_batch,
         batched=True,

@@ -18,8 +18,10 @@ Row = dict[str, Any]
 ROLES = ("system", "user", "assistant")
 SIDES = ("prompt", "chosen", "rejected")
 # What templates write into a prompt, and what is not passed on to them: such rows would be trained without it.
-UNREAD_COLUMNS = ("tools", "documents", "chat_template_kwargs")
-UNREAD_KEYS = ("tool_calls", "tool_call_id", "function_call", "reasoning_content", "reasoning", "thinking")
+UNREAD_COLUMNS = ("system_prompt", "system_message", "history", "tools", "functions", "documents", "images")
+UNREAD_COLUMNS += ("chat_template_kwargs",)
+UNREAD_KEYS = ("tools", "functions", "tool_calls", "tool_call_id", "tool_plan", "function_call", "function_calls")
+UNREAD_KEYS += ("reasoning_content", "reasoning", "thinking", "thought", "images")
 MESSAGES = """Messages are lists of {"role": "system" | "user" | "assistant", "content": text}. A column `system` is the text of
 a system message in front. Rename the columns of your data."""
 
@@ -38,7 +40,12 @@ def read_shared_turns(row: Row) -> Sides | None:
     rejected = read_turns(row["rejected"], "assistant", "rejected")
     if not is_dialogue(chosen) or not is_dialogue(rejected):
         return None
-    return tuple(extract_prompt({"chosen": chosen, "rejected": rejected})[side] for side in SIDES)
+    prompt, chosen, rejected = (extract_prompt({"chosen": chosen, "rejected": rejected})[side] for side in SIDES)
+    if isinstance(row.get("prompt"), list):  # as text it may be anything
+        own = read_turns(row["prompt"], "user", "prompt")
+        if prompt[: len(own)] != own:
+            raise DataError("`prompt` differs from the turns that `chosen` and `rejected` share: keep one of them")
+    return prompt, chosen, rejected
 
 
 def read_prompt_and_responses(row: Row) -> Sides | None:
@@ -46,6 +53,15 @@ def read_prompt_and_responses(row: Row) -> Sides | None:
         return None
     sides = zip(SIDES, ("user", "assistant", "assistant"), strict=True)
     return tuple(read_turns(row[side], role, side) for side, role in sides)
+
+
+def read_prompt(row: Row) -> Sides | None:
+    return None if row["prompt"] is None else (read_turns(row["prompt"], "user", "prompt"),)
+
+
+def read_prompt_of_messages(row: Row) -> Sides | None:
+    messages = read_turns(row["messages"], "user", "messages")
+    return (messages[:-1] if messages and messages[-1]["role"] == "assistant" else messages,)
 
 
 def read_messages(row: Row) -> Sides | None:
@@ -73,6 +89,10 @@ PAIRS = (
 DIALOGUES = (
     Format(("messages",), read_messages, "a dialogue that ends with an assistant message"),
     Format(("prompt", "completion"), read_prompt_and_completion, "texts or messages"),
+)
+PROMPTS = (
+    Format(("prompt",), read_prompt, "a text or messages"),
+    Format(("messages",), read_prompt_of_messages, "messages, without the response at their end"),
 )
 
 

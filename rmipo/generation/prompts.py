@@ -8,7 +8,7 @@ from datasets import Dataset
 from transformers import AutoConfig
 
 from rmipo.data.chat import ChatFormat, DataError, Messages
-from rmipo.data.formats import PAIRS, read_row, read_turns, unusable_prompt
+from rmipo.data.formats import PAIRS, PROMPTS, read_row, unusable_prompt
 from rmipo.data.sources import load_files, load_source
 from rmipo.errors import PairsError
 from rmipo.fingerprints import json_fingerprint
@@ -81,9 +81,5 @@ def prompt_columns(rows: Dataset, source: str) -> Dataset:
 
 def prompt_of(row: dict) -> Messages:
     """The prompt of a row: of a pair, of a `prompt`, or of `messages` without the response at their end."""
-    if row.get("chosen") is not None and row.get("rejected") is not None:
-        return read_row(row, PAIRS)[0]
-    if row.get("prompt") is not None:
-        return read_turns(row["prompt"], "user", "prompt")
-    messages = read_turns(row["messages"], "user", "messages")
-    return messages[:-1] if messages and messages[-1]["role"] == "assistant" else messages
+    is_pair = row.get("chosen") is not None and row.get("rejected") is not None
+    return read_row(row, PAIRS if is_pair else PROMPTS)[0]

@@ -107,6 +107,9 @@ def test_a_system_column_is_a_message_in_front(tmp_path):
         ({"tools": [{"name": "search"}]}, "`tools` is part of the prompt, but is not supported"),
         ({"chat_template_kwargs": {"enable_thinking": False}}, "`chat_template_kwargs` is part of the prompt"),
         ({"documents": ["a"]}, "`documents` is part of the prompt"),
+        ({"system_prompt": "Answer like a pirate."}, "`system_prompt` is part of the prompt"),
+        ({"history": [["a", "b"]]}, "`history` is part of the prompt"),
+        ({"prompt": [{"role": "system", "content": "s", "tools": "[f]"}, user("a")]}, "`prompt` has messages with tools"),
         (
             {"prompt": [{**user("a"), "tool_calls": [{"name": "f"}]}]},
             "`prompt` has messages with tool_calls, which are not",
@@ -124,6 +127,23 @@ def test_what_shapes_a_prompt_may_be_there_and_empty(tmp_path):
     message = {**user("Question 0"), "tool_calls": None, "name": "x"}
     rows = [{**pair(0), "prompt": [message], "tools": None, "documents": []}, {**pair(1), "tools": [], "score": 3}]
     assert load(tmp_path, rows) == [{**pair(0), "row": 0}, {**pair(1), "row": 1}]
+
+
+def test_a_prompt_that_is_not_the_one_of_the_dialogues_is_refused(tmp_path):
+    pirate = {"role": "system", "content": "Answer like a pirate."}
+    turns = {"chosen": [user("q"), assistant("yes")], "rejected": [user("q"), assistant("no")]}
+    assert load(tmp_path, [{"prompt": [user("q")], **turns}])[0]["prompt"] == [user("q")]
+    for prompt in ([pirate, user("q")], [user("p"), assistant("a"), user("q")]):
+        with pytest.raises(DataError, match="`prompt` differs from the turns that `chosen` and `rejected` share.*: row 0"):
+            load(tmp_path, [{"prompt": prompt, **turns}])
+
+
+def test_columns_that_are_not_read_are_named(tmp_path, caplog):
+    load(tmp_path, [{**pair(0), "system": None, "score_chosen": 1.0, "context": "Some text."}])
+    assert "columns that are not read: score_chosen, context" in caplog.text
+    caplog.clear()
+    load(tmp_path, [{**pair(0), "system": None}])
+    assert not caplog.text
 
 
 def test_a_column_can_be_left_out_of_a_mixture(tmp_path):

@@ -16,6 +16,7 @@ from rmipo.errors import PairsError
 from rmipo.fingerprints import json_fingerprint
 from rmipo.generation.oracles import Candidates, OracleError, make_oracle
 from rmipo.generation.pairs import PairsConfig, load_pairs_config, make_pairs, select
+from rmipo.generation.prompts import read_prompts
 from tests.helpers.tiny_model import naive_scores, write_model
 
 GENERATION = {"temperature": 1.0, "max_new_tokens": 6, "batch_size": 4, "dtype": "float32"}
@@ -271,3 +272,15 @@ def test_pmi_is_that_of_one_sequence_at_a_time(setup):
 def test_equal_prompts_of_a_greedy_model_have_equal_answers(setup):
     with pytest.raises(PairsError, match=r"no pair came out of 12 prompts: \{'all answers are equal': 1"):
         setup.make(generation={"temperature": 0.0})
+
+
+def test_a_system_column_is_part_of_a_prompt_and_tools_are_refused(tmp_path):
+    setup, pirate = Setup(tmp_path), {"role": "system", "content": "w7 w8"}
+    system, dropped = {"system": pirate["content"]}, Counter()
+    messages = [{"role": "user", "content": "w3"}, {"role": "assistant", "content": "w5"}]
+    setup.prompts([{"prompt": "w1 w2", **system}, {"messages": messages, **system}, {"prompt": "w4", "tools": ["w6"]}])
+    prompts = read_prompts(setup.config.prompts, "train", setup.model, dropped)
+    assert {prompt.messages[1]["content"] for prompt in prompts} == {"w1 w2", "w3"}
+    assert all(prompt.messages[0] == pirate for prompt in prompts)
+    ((reason, count),) = dropped.items()
+    assert "`tools` is part of the prompt" in reason and count == 1
