@@ -78,7 +78,9 @@ METHODS = {
 LOSSES = {"sigmoid": "dpo"} | {name: name for name in METHODS if name != "dpo"}  # loss_type -> method
 SFT_LOSSES = ("nll", "dft", "chunked_nll")  # loss_type is a key of SFT recipes, too
 # beta-dpo is left out: zephyr-7b-beta-dpo is DPO.
-NAMES = {*OBJECTIVES, "orpo", "grpo", "ppo", "rloo", "bco", "apo", "xpo", "sppo"} - {"beta-dpo"}
+NAMES = {*OBJECTIVES, "orpo", "grpo", "ppo", "rloo", "bco", "apo", "xpo", "sppo", "nca", "exo", "rrhf", "rpo", "wpo", "mpo"}
+NAMES |= {"r-dpo", "t-dpo", "c-dpo", "cal-dpo", "tr-dpo", "robust-dpo", "online-dpo", "dpop"}
+NAMES -= {"beta-dpo"}
 NAMED = re.compile(
     rf"(?<![a-z0-9])({'|'.join(sorted(NAMES, key=len, reverse=True)).replace('-', '[-_]?')})(?![a-z0-9])"
 )
@@ -90,9 +92,12 @@ def is_foreign(values: Mapping[str, Any]) -> bool:
 
 
 def is_foreign_preference(values: Mapping[str, Any]) -> bool:
-    """Whether a recipe without an objective block is one for preference training all the same."""
-    keys = {"beta", "gamma_beta_ratio"} | ({"max_prompt_length"} if "global_batch_size" not in values else set())
-    return "objective" not in values and bool(keys & values.keys() or values.get("loss_type", "nll") not in SFT_LOSSES)
+    """Whether a recipe is another repository's for preference training, perhaps with an objective block added to it."""
+    own = "global_batch_size" in values
+    if "objective" in values:
+        return is_foreign(values) and not own
+    keys = {"beta", "gamma_beta_ratio"} | (set() if own else {"max_prompt_length"})
+    return bool(keys & values.keys() or values.get("loss_type", "nll") not in SFT_LOSSES)
 
 
 def translate(values: Values) -> tuple[Values, list[str]]:
@@ -130,8 +135,28 @@ def translate(values: Values) -> tuple[Values, list[str]]:
     return values, sorted(notices)
 
 
+def translate_preference(values: Values, file: str) -> tuple[Values, list[str]]:
+    """A preference recipe, given an objective block if it has none, and TRL's defaults where it leaves keys out.
+
+    Args:
+        file: see `translate_objective`, which says also what is raised.
+    """
+    values, notices = (dict(values), []) if "objective" in values else translate_objective(values, file)
+    if "attn_implementation" in values:
+        value = values.pop("attn_implementation")
+        notices.append(f"attn_implementation: {value} ignored: packed pairs have their own kernels, see `attention`")
+    notices += _drop_fixed(values, FIXED_IN_PREFERENCE)
+    for key in [f.name for f in fields(DPOConfig) if f.name not in KNOWN and values.get(f.name, ...) == f.default]:
+        notices.append(f"{key}: {values.pop(key)} ignored: it is TRL's default")
+    defaults = {key: value for key, value in trl_defaults(values).items() if key not in values}
+    if defaults:
+        shown = ", ".join(f"{key}: {_short(value)}" for key, value in defaults.items())
+        notices.append(f"left out, so as in TRL's DPOConfig: {shown}")
+    return {**values, **defaults}, notices
+
+
 def translate_objective(values: Values, file: str) -> tuple[Values, list[str]]:
-    """A preference recipe without an objective block, given one, and TRL's defaults where it leaves keys out.
+    """A preference recipe without an objective block, given one.
 
     Args:
         file: the recipe's path. As `output_dir`, `run_name` and `hub_model_id` it may name a method.
@@ -142,7 +167,7 @@ def translate_objective(values: Values, file: str) -> tuple[Values, list[str]]:
     values = dict(values)
     given = values.pop("loss_type", None)
     loss = given[0] if isinstance(given, list) and len(given) == 1 else given
-    if loss is not None and loss not in LOSSES:
+    if loss is not None and loss not in [*LOSSES]:  # a list of several losses can't be looked up
         known = ", ".join(LOSSES)
         raise ValueError(f"loss_type: {loss!r} is not supported (supported: {known}); write an objective block")
     name = LOSSES[loss or "sigmoid"]
@@ -179,17 +204,7 @@ def translate_objective(values: Values, file: str) -> tuple[Values, list[str]]:
         f"{key}: {values[key]} ignored: the code of {name} doesn't read it" for key in method.unread if key in values
     ]
     values = {key: value for key, value in values.items() if key not in method.keys + method.unread}
-    if "attn_implementation" in values:
-        value = values.pop("attn_implementation")
-        notices.append(f"attn_implementation: {value} ignored: packed pairs have their own kernels, see `attention`")
-    notices += _drop_fixed(values, FIXED_IN_PREFERENCE)
-    for key in [f.name for f in fields(DPOConfig) if f.name not in KNOWN and values.get(f.name, ...) == f.default]:
-        notices.append(f"{key}: {values.pop(key)} ignored: it is TRL's default")
-    defaults = {key: value for key, value in trl_defaults(values).items() if key not in values}
-    if defaults:
-        shown = ", ".join(f"{key}: {_short(value)}" for key, value in defaults.items())
-        notices.append(f"left out, so as in TRL's DPOConfig: {shown}")
-    return {**values, **defaults, "objective": objective}, notices
+    return {**values, "objective": objective}, notices
 
 
 KNOWN = {f.name for cls in (PreferenceConfig, DataConfig, ModelConfig) for f in fields(cls)}

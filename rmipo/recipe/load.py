@@ -143,12 +143,13 @@ def load_recipe(path: str | Path, overlays: Iterable[str | Path] = (), overrides
     path = Path(path)
     values, notices, problems, origin = {}, [], [], {}
     for number, (source, layer) in enumerate(_layers(path, overlays, overrides, problems)):
+        preference = number == 0 and foreign.is_foreign_preference(layer)
         try:
             if foreign.is_foreign(layer):
                 layer, layer_notices = foreign.translate(layer)
                 notices += layer_notices
-            if number == 0 and foreign.is_foreign_preference(layer):
-                layer, layer_notices = foreign.translate_objective(layer, str(Path(*path.parts[-3:])))
+            if preference:
+                layer, layer_notices = foreign.translate_preference(layer, str(Path(*path.parts[-3:])))
                 notices += layer_notices
         except ValueError as error:
             problems += [f"{source}: {line}" for line in str(error).split("\n")]

@@ -223,11 +223,16 @@ def test_published_preference_recipes_are_read(write, changes, objective, notice
         (ORPO | {"hub_model_id": "me/zephyr_orpo"}, "x/config.yaml", "hub_model_id (me/zephyr_orpo) names orpo"),
         (ORPO, "orpo/config_full.yaml", "the path (mine/orpo/config_full.yaml) names orpo"),
         ({"beta": 0.1, "output_dir": "data/gemma-kto"}, "x/config.yaml", "objective: {name: kto, ...}"),
+        *(
+            ({"beta": 0.1, "run_name": f"gemma-{name}"}, "x/config.yaml", f"run_name (gemma-{name}) names {name}")
+            for name in ("rdpo", "r-dpo", "tdpo", "cdpo", "tr-dpo", "online-dpo", "rrhf", "nca", "wpo")
+        ),
         ({"beta": 0.1, "output_dir": "data/llama-cpo"}, "x/config.yaml", "objective: {name: cpo, ...}"),
         (SIMPO | {"output_dir": "data/llama-cpo"}, "x/config.yaml", "its keys are those of simpo, but output_dir"),
         (SIMPO | {"output_dir": "data/zephyr-7b-dpo"}, "x/config.yaml", "its keys are those of simpo, but output_dir"),
         ({"beta": 0.1, "loss_type": "kto_pair"}, "dpo/config.yaml", "loss_type: 'kto_pair' is not supported"),
         (MIXTURE | {"beta": 0.05, "loss_type": "apo_zero"}, "dpo/apo.yaml", "loss_type: 'apo_zero' is not supported"),
+        ({"beta": 0.1, "loss_type": ["sigmoid", "sft"]}, "x/config.yaml", "loss_type: ['sigmoid', 'sft'] is not supported"),
         (SIMPO | {"loss_type": "hinge"}, "x/config.yaml", "loss_type: 'hinge' is not supported"),
         (
             ALPHA | {"alpha": None},
@@ -311,6 +316,15 @@ def test_what_a_dpo_recipe_leaves_out_is_as_in_trl(write):
         assert part in notice
     given = load_recipe(published(write, {"beta": 0.1}), overrides=["--learning_rate=3e-7"]).values
     assert (given["learning_rate"], given["max_length"], given["logging_steps"]) == (3e-7, 2048, 5)
+
+
+def test_an_objective_block_added_to_a_foreign_recipe_leaves_trls_defaults(write):
+    left_out = dict.fromkeys(("learning_rate", "logging_steps", "gradient_checkpointing"))
+    changes = left_out | {"objective": {"name": "kto"}, "label_smoothing": 0.0, "remove_unused_columns": False}
+    recipe = load_recipe(published(write, changes))
+    assert (recipe.values["learning_rate"], recipe.values["logging_steps"]) == (1e-6, 10)
+    assert recipe.values["activation_checkpointing"] is True and recipe.values["objective"] == {"name": "kto"}
+    assert "left out, so as in TRL's DPOConfig: learning_rate: 1e-06" in "\n".join(recipe.notices)
 
 
 def test_a_recipe_of_this_repository_is_not_translated(write):
