@@ -78,6 +78,7 @@ METHODS = {
 LOSSES = {"sigmoid": "dpo"} | {name: name for name in METHODS if name != "dpo"}  # loss_type -> method
 SFT_LOSSES = ("nll", "dft", "chunked_nll")  # loss_type is a key of SFT recipes, too
 # beta-dpo is left out: zephyr-7b-beta-dpo is DPO.
+NAMING = ("output_dir", "run_name", "hub_model_id")
 NAMES = {*OBJECTIVES, "orpo", "grpo", "ppo", "rloo", "bco", "apo", "xpo", "sppo", "nca", "exo", "rrhf", "rpo", "wpo", "mpo"}
 NAMES |= {"r-dpo", "t-dpo", "c-dpo", "cal-dpo", "tr-dpo", "robust-dpo", "online-dpo", "dpop"}
 NAMES -= {"beta-dpo"}
@@ -95,9 +96,25 @@ def is_foreign_preference(values: Mapping[str, Any]) -> bool:
     """Whether a recipe is another repository's for preference training, perhaps with an objective block added to it."""
     own = "global_batch_size" in values
     if "objective" in values:
-        return is_foreign(values) and not own
+        return not own and (is_foreign(values) or "gradient_accumulation_steps" in values)
     keys = {"beta", "gamma_beta_ratio"} | (set() if own else {"max_prompt_length"})
     return bool(keys & values.keys() or values.get("loss_type", "nll") not in SFT_LOSSES)
+
+
+def named_methods(names: Mapping[str, Any]) -> dict[str, set[str]]:
+    """The methods that each of the texts `names` has in it."""
+    return {key: {match.replace("_", "-") for match in NAMED.findall(str(text).lower())} for key, text in names.items()}
+
+
+def check_sft(values: Values) -> None:
+    """Raises ValueError for a recipe without any key of preference training whose names are those of such a method."""
+    names = {key: values[key] for key in NAMING if values.get(key) and "sft" not in str(values[key]).lower()}
+    for key, methods in named_methods(names).items():
+        if methods and "global_batch_size" not in values:
+            raise ValueError(
+                f"it has no objective, but {key} ({names[key]}) names {min(methods)}. For preference training write an "
+                f"objective block, {_block(min(methods))}; for SFT another {key}"
+            )
 
 
 def translate(values: Values) -> tuple[Values, list[str]]:
@@ -171,9 +188,9 @@ def translate_objective(values: Values, file: str) -> tuple[Values, list[str]]:
         known = ", ".join(LOSSES)
         raise ValueError(f"loss_type: {loss!r} is not supported (supported: {known}); write an objective block")
     name = LOSSES[loss or "sigmoid"]
-    names = {key: str(values[key]) for key in ("output_dir", "run_name", "hub_model_id") if values.get(key)}
+    names = {key: values[key] for key in NAMING if values.get(key)}
     names["the path"] = file.removesuffix("rmipo.yaml")  # the preference stage of every setting here
-    named = {key: {match.replace("_", "-") for match in NAMED.findall(text.lower())} for key, text in names.items()}
+    named = named_methods(names)
     if name == "dpo":
         name = "epsilon-dpo" if "epsilon" in values else name
         name = (
@@ -185,10 +202,9 @@ def translate_objective(values: Values, file: str) -> tuple[Values, list[str]]:
         others = methods - ({"dpo"} if loss else set())  # IPO is a loss_type of DPO recipes
         if others and name not in methods:
             other = min(others)
-            block = f"objective: {{name: {other}, ...}}" if other in OBJECTIVES else f"one of {', '.join(OBJECTIVES)}"
             raise ValueError(
                 f"its keys are those of {name}, but {key} ({names[key]}) names {other}. Write the objective block of the "
-                f"method that is meant: {block}"
+                f"method that is meant: {_block(other)}"
             )
     method = METHODS[name]
     try:
@@ -269,6 +285,10 @@ def _rename(block: Values, names: dict[str, str]) -> Values:
     if unknown:
         raise ValueError(f"unknown keys {', '.join(unknown)}: expected {', '.join(names)}")
     return {names[key]: value for key, value in block.items() if value is not None}
+
+
+def _block(method: str) -> str:
+    return f"objective: {{name: {method}, ...}}" if method in OBJECTIVES else f"one of {', '.join(OBJECTIVES)}"
 
 
 def _short(value: Any) -> str:

@@ -327,6 +327,18 @@ def test_an_objective_block_added_to_a_foreign_recipe_leaves_trls_defaults(write
     assert "left out, so as in TRL's DPOConfig: learning_rate: 1e-06" in "\n".join(recipe.notices)
 
 
+TRL_DPO = {"model_name_or_path": "a/b", "dataset_name": "c/d", "gradient_accumulation_steps": 8, "output_dir": "x-DPO"}
+
+
+def test_a_preference_recipe_that_leaves_everything_to_trl_is_no_sft_recipe(write):
+    text = problems(write("dpo.yaml", TRL_DPO))
+    assert "it has no objective, but output_dir (x-DPO) names dpo" in text and "objective: {name: dpo, ...}" in text
+    recipe = load_recipe(write("dpo.yaml", TRL_DPO | {"objective": {"name": "dpo", "beta": 0.1}}))
+    assert (recipe.stage, recipe.values["learning_rate"]) == ("preference", 1e-6)
+    for name in ("x-sft-for-dpo", "x"):
+        assert load_recipe(write("sft.yaml", TRL_DPO | {"output_dir": name})).stage == "sft"
+
+
 def test_a_recipe_of_this_repository_is_not_translated(write):
     own = {"model_name_or_path": "a/b", "dataset_name": "c/d", "output_dir": "outputs/x/rmipo", "global_batch_size": 8}
     assert load_recipe(write("sft.yaml", own)).notices == []
