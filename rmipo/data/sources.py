@@ -112,6 +112,8 @@ def load_source(entry: dict, split: str, first_row: int, data_config: DataConfig
     else:
         name = entry.get("test_split") or data_config.dataset_test_split
     path = Path(entry["path"])
+    if path.exists():
+        check_local(entry, name, split)
     if path.is_file():
         if suffix(path) is None:
             raise DataError(f"{path}: a data file ends in one of {', '.join(BUILDERS)}.")
@@ -124,6 +126,16 @@ def load_source(entry: dict, split: str, first_row: int, data_config: DataConfig
     else:
         dataset = load_hub(entry, name)
     return number_rows(dataset, first_row)
+
+
+def check_local(entry: dict, name: str, split: str) -> None:
+    """Raises DataError for what only datasets of the hub have: it would have no effect on a local file or folder."""
+    keys = {"name": "name (dataset_config)", "revision": "revision (dataset_revision)", "data_files": "data_files"}
+    if unread := [keys[key] for key in keys if entry.get(key)]:
+        raise DataError(f"{entry['path']} is local: {', '.join(unread)} would have no effect. Remove them")
+    if "[" in name:
+        limit = "max_train_samples" if split == "train" else "max_eval_samples"
+        raise DataError(f"{entry['path']} is local: its split {name!r} can't be a slice. Name the split, and set {limit}")
 
 
 def number_rows(dataset: Dataset, first_row: int) -> Dataset:

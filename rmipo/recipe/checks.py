@@ -34,6 +34,10 @@ FIXED = {
     "hub_always_push": (False, "a model is uploaded once, when it is verified and has its card"),
     "use_cache": (True, "it is what generation with the saved model uses"),
 }
+FIXED_IN_SFT = {
+    "completion_only_loss": (None, "rows are read as messages, and all of them are trained on; see assistant_only_loss"),
+    "dataset_text_field": ("text", "rows are read as messages"),
+}
 SAMPLED = "steps are drawn at random, and the last one of an epoch takes the pairs that are left"
 SCORED = "an evaluation keeps the scores of pairs, and no logits"
 FIXED_IN_PREFERENCE = {
@@ -93,7 +97,7 @@ def check_types(values: Mapping[str, Any], stage: str, origin: Mapping[str, str]
     """
     annotations, choices = _annotations(stage), _choices(stage)
     refused = REFUSED | (REFUSED_IN_PREFERENCE if stage == "preference" else {})
-    fixed = FIXED | (FIXED_IN_PREFERENCE if stage == "preference" else {})
+    fixed = FIXED | (FIXED_IN_PREFERENCE if stage == "preference" else FIXED_IN_SFT)
     problems, sound = [], {}
     for key, value in values.items():
         where = f"{origin[key]}: {key}"

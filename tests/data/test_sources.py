@@ -197,6 +197,21 @@ def test_a_configuration_and_revision_reach_the_hub(monkeypatch):
     ]
 
 
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"dataset_config": "tiny"}, r"is local: name \(dataset_config\) would have no effect"),
+        ({"dataset_revision": "v2"}, r"is local: revision \(dataset_revision\) would have no effect"),
+        ({"dataset_train_split": "train[:2]"}, r"its split 'train\[:2\]' can't be a slice. .* set max_train_samples"),
+    ],
+)
+def test_what_only_the_hub_has_is_refused_for_local_data(tmp_path, values, message):
+    path = write(tmp_path / "train.jsonl", pairs(*range(12)))
+    for place in (tmp_path, path):
+        with pytest.raises(DataError, match=message):
+            load_pairs(config(place, **values), "train")
+
+
 def test_missing_file():
     for path in ("/no/such/folder", "nothing.jsonl", "./nothing", "data/of/mine"):
         with pytest.raises(DataError, match=f"{path}: no such file or folder"):
