@@ -1,7 +1,9 @@
 """What tells texts, settings, datasets and the weights of models from others of their kind."""
 
 import hashlib
+import importlib.metadata
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,16 @@ def rows_fingerprint(dataset) -> str:
     digest = hashlib.sha256()
     for batch in dataset.iter(batch_size=1000):
         digest.update(json.dumps(batch, sort_keys=True).encode())
+    return digest.hexdigest()[:LENGTH]
+
+
+def code_fingerprint(package: Path, libraries: Iterable[str]) -> str:
+    """Of the modules in a package's folder, and of the versions of `libraries`."""
+    digest = hashlib.sha256()
+    for path in sorted(package.glob("*.py")):
+        digest.update(path.read_bytes())
+    for library in libraries:
+        digest.update(f"{library} {importlib.metadata.version(library)}".encode())
     return digest.hexdigest()[:LENGTH]
 
 

@@ -1,8 +1,6 @@
 """From files to messages: the rows of every source of a recipe, read and mixed; both splits."""
 
 import functools
-import hashlib
-import importlib.metadata
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,6 +11,7 @@ from rmipo.data.chat import DataError
 from rmipo.data.formats import Format, describe, missing_columns, read_row
 from rmipo.data.report import name_rows, rows_by_reason
 from rmipo.data.sources import MissingSplitError, load_sources, mix
+from rmipo.fingerprints import code_fingerprint
 from rmipo.recipe.schema import DataConfig
 
 logger = logging.getLogger(__name__)
@@ -102,9 +101,4 @@ def code_digest() -> str:
     `Dataset.map` names its cache after its function and arguments, but not after the functions that those call: without
     this, rows prepared by another version of this repository or of transformers would be taken for today's.
     """
-    digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*.py")):
-        digest.update(path.read_bytes())
-    for library in SHAPING:
-        digest.update(f"{library} {importlib.metadata.version(library)}".encode())
-    return digest.hexdigest()
+    return code_fingerprint(Path(__file__).parent, SHAPING)

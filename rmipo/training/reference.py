@@ -18,7 +18,7 @@ from trl.models.utils import prepare_deepspeed
 
 from rmipo.errors import CheckpointError
 from rmipo.files import replacing
-from rmipo.fingerprints import model_fingerprint, rows_fingerprint, text_fingerprint
+from rmipo.fingerprints import code_fingerprint, model_fingerprint, rows_fingerprint, text_fingerprint
 from rmipo.training import attention, scoring
 from rmipo.training.batching import PairDataset, StepSampler, pack_micro_batch
 from rmipo.training.distributed import on_main_process
@@ -30,37 +30,49 @@ BEFOREHAND = {
     "mismatched": ("mismatched", "ref_mismatched_"),
     "initial_prior": ("prior", "prior_"),
 }
+SCORING = ("torch", "transformers")  # libraries that scores depend on
+
+
+@functools.cache
+def code_digest() -> str:
+    """Of what scores: this package's code, and its libraries."""
+    return code_fingerprint(Path(__file__).parent, SCORING)
 
 
 class ReferenceCache:
     """Columns of sums for one tokenised dataset, in a file of `folder` (recipe key `reference_cache_dir`).
 
-    The file is named after `content`, which says what the columns are: model, precision, data, names.
+    The file is named after `content`, which says what the columns are: model, precision, data, names. It also says which
+    code scored them: a run that begins has them scored by the code that is there, one that goes on keeps its own.
     """
 
     def __init__(self, folder: str | Path, content: str):
         self.content = content
         self.path = Path(folder) / f"{text_fingerprint(self.content)}.safetensors"
 
-    def load(self, num_pairs: int) -> dict[str, torch.Tensor] | None:
+    def load(self, num_pairs: int, resuming: bool = False) -> dict[str, torch.Tensor] | None:
         """The columns, `(num_pairs,)` each; None, with a notice, where the file is not what its name promises."""
         if not self.path.exists():
             return None
         try:
             with safe_open(self.path, "pt") as file:
                 columns = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-                content = (file.metadata() or {}).get("content")
+                metadata = file.metadata() or {}
         except SafetensorError as error:
             print(f"reference cache {self.path} can't be read ({error}): scored anew")
             return None
+        content = metadata.get("content")
         if content != self.content or any(len(values) != num_pairs for values in columns.values()):
             print(f"reference cache {self.path} holds {content}, expected {self.content}: scored anew")
+            return None
+        if not resuming and metadata.get("code") != code_digest():
+            print(f"reference cache {self.path} was made by another version of this code or its libraries: scored anew")
             return None
         return columns
 
     def save(self, columns: dict[str, torch.Tensor]) -> None:
         with replacing(self.path) as temporary:
-            save_file(columns, temporary, metadata={"content": self.content})
+            save_file(columns, temporary, metadata={"content": self.content, "code": code_digest()})
 
 
 class Reference:
@@ -106,7 +118,7 @@ class Reference:
         if not self._parts():
             return
         cache = self.cache(dataset)
-        scores = on_main_process(lambda: cache.load(len(dataset)))
+        scores = on_main_process(lambda: cache.load(len(dataset), resuming))
         if scores is None:
             if resuming and not isinstance(trainer.model, PeftModel):
                 raise CheckpointError(
@@ -121,7 +133,10 @@ class Reference:
     def cache(self, dataset: PairDataset) -> ReferenceCache:
         """Where the scores of `dataset` are kept."""
         args, parts = self.trainer.args, self._parts()
-        content = f"model {self.model_key} in {self.trainer.model.dtype}, bf16 {args.bf16}, fp16 {args.fp16}, "
+        model = self.trainer.model
+        content = f"model {self.model_key} in {model.dtype}, bf16 {args.bf16}, fp16 {args.fp16}, "
+        if quantization := getattr(model.config, "quantization_config", None):
+            content += f"quantized by {quantization}, "
         content += f"data {rows_fingerprint(dataset.tokenized)}, {' '.join(parts)}"
         if "prior" in parts:
             content += f" after {self.trainer.prior_context}"

@@ -8,10 +8,10 @@ from rmipo.data.pairs import load_pairs
 from tests.helpers.rows import config, pairs, tokenize, write
 
 
-def digests_with(monkeypatch, name, value):
+def digests_with(monkeypatch, target, value):
     code_digest.cache_clear()
     with monkeypatch.context() as patch:
-        patch.setattr(f"rmipo.data.convert.{name}", value)
+        patch.setattr(target, value)
         digest = code_digest()
     code_digest.cache_clear()
     return digest
@@ -22,7 +22,7 @@ def test_the_digest_is_of_code_and_versions(monkeypatch, tmp_path):
     (tmp_path / "chat.py").write_text("")
     versions = "importlib.metadata.version"
     assert digests_with(monkeypatch, versions, lambda name: "0") != now
-    assert digests_with(monkeypatch, "__file__", str(tmp_path / "convert.py")) != now
+    assert digests_with(monkeypatch, "rmipo.data.convert.__file__", str(tmp_path / "convert.py")) != now
     one = digests_with(monkeypatch, versions, lambda name: "2" if name == "jinja2" else "1")
     assert one != digests_with(monkeypatch, versions, lambda name: "1")
     assert code_digest() == now

@@ -185,6 +185,7 @@ def test_a_cache_is_named_after_all_that_shapes_it(tmp_path, pairs, saved_model)
         path(rows=other_rows),
         path(change=lambda trainer: trainer.model.to(torch.bfloat16)),
         path(change=lambda trainer: setattr(trainer.args, "bf16", True)),
+        path(change=lambda trainer: setattr(trainer.model.config, "quantization_config", {"load_in_4bit": True})),
     ]
     assert len(set(paths)) == len(paths)
     assert path() == path("ipo") == paths[0]
@@ -195,6 +196,14 @@ def test_a_cache_of_another_number_of_pairs_is_not_used(tmp_path, capsys):
     cache.save({"ref_chosen_logps": torch.zeros(3)})
     assert cache.load(3)["ref_chosen_logps"].tolist() == [0, 0, 0]
     assert cache.load(4) is None and "scored anew" in capsys.readouterr().out
+
+
+def test_a_cache_of_other_code_is_used_by_a_run_that_goes_on_alone(tmp_path, capsys, monkeypatch):
+    cache = ReferenceCache(tmp_path, "model m")
+    cache.save({"ref_chosen_logps": torch.zeros(3)})
+    monkeypatch.setattr("rmipo.training.reference.code_digest", lambda: "after a git pull")
+    assert cache.load(3) is None and "made by another version of this code" in capsys.readouterr().out
+    assert cache.load(3, resuming=True)["ref_chosen_logps"].tolist() == [0, 0, 0]
 
 
 @pytest.mark.parametrize(("name", "column"), [("dpo", "ref_chosen_logps"), ("rmipo-initial", "prior_chosen_logps")])
