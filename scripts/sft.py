@@ -21,7 +21,7 @@ def main() -> None:
     from rmipo.data.dialogues import load_dialogues, select_dialogues
     from rmipo.fingerprints import rows_fingerprint, text_fingerprint
     from rmipo.run.frame import training_run
-    from rmipo.run.preflight import check_assistant_mask
+    from rmipo.run.preflight import check_assistant_mask, check_special_tokens
     from rmipo.training.loading import check_limits, load_model, load_tokenizer
 
     with training_run(recipe, args, model_config) as run:
@@ -33,6 +33,7 @@ def main() -> None:
         run.freeze_date(tokenizer)
         chat = ChatFormat.probe(tokenizer)
         check_assistant_mask(args, tokenizer)
+        check_special_tokens(args, tokenizer)
         tokenizer.eos_token_id = chat.end_id  # generation stops where the template ends a turn
         datasets, reports = {}, {}
         with run.state.main_process_first():
@@ -42,7 +43,7 @@ def main() -> None:
                 for line in reports[split].lines():
                     run.say(f"{split}: {line}")
         fingerprints = {split: rows_fingerprint(dataset) for split, dataset in datasets.items()}
-        fingerprints["template"] = text_fingerprint(tokenizer.chat_template)  # rows are tokenised later, by TRL
+        fingerprints["template"] = text_fingerprint(tokenizer.chat_template)  # its marks may decide the loss
         run.start(
             fingerprints,
             prompt_probe=[chat.prompt_ids(messages) for messages in PROBES],

@@ -8,6 +8,7 @@ from rmipo.data.chat import ChatFormat, render, tokenize
 from rmipo.data.convert import code_digest, load_converted
 from rmipo.data.formats import DIALOGUES, unusable_dialogue
 from rmipo.data.report import DataReport, rows_by_reason
+from rmipo.fingerprints import json_fingerprint
 from rmipo.recipe.schema import DataConfig
 
 
@@ -21,7 +22,7 @@ def select_dialogues(
 ) -> tuple[Dataset, DataReport]:
     """Drop the dialogues that can't be trained on, and count those that TRL cuts to `max_length` tokens.
 
-    TRL tokenises the same text once more: it takes messages.
+    TRL tokenises the same text once more: it takes messages. A column `ids` has a fingerprint of each dialogue's token ids.
 
     Raises:
         DataError: more are unusable or cut than the recipe allows, or none is left.
@@ -34,7 +35,7 @@ def select_dialogues(
         count_tokens,
         batched=True,
         fn_kwargs={"chat": chat, "code": code_digest()},
-        features=Features(kept.features | {"tokens": Value("int64")}),
+        features=Features(kept.features | {"tokens": Value("int64"), "ids": Value("string")}),
         num_proc=data_config.dataset_num_proc,
         desc="Measuring dialogues",
     )
@@ -43,10 +44,11 @@ def select_dialogues(
     split = args.packing and args.packing_strategy != "bfd"  # a long dialogue goes on in the next block
     report.measure({"messages": np.minimum(lengths, limit)}, {"messages": (lengths > limit) & (not split)})
     report.check_cut(data_config.max_truncated_fraction, f"max_length ({args.max_length})")
-    return kept, report
+    return measured.remove_columns("tokens"), report
 
 
 def count_tokens(batch: dict, chat: ChatFormat, code: str) -> dict:
     """Called by `Dataset.map`; `code` is only there for its cache, see `code_digest`."""
     texts = [render(chat.tokenizer, messages, False) for messages in batch["messages"]]
-    return {"tokens": [len(ids) for ids in tokenize(chat.tokenizer, texts)]}
+    encoded = tokenize(chat.tokenizer, texts)
+    return {"tokens": [len(ids) for ids in encoded], "ids": [json_fingerprint(ids) for ids in encoded]}

@@ -135,7 +135,9 @@ def check_local(entry: dict, name: str, split: str) -> None:
         raise DataError(f"{entry['path']} is local: {', '.join(unread)} would have no effect. Remove them")
     if "[" in name:
         limit = "max_train_samples" if split == "train" else "max_eval_samples"
-        raise DataError(f"{entry['path']} is local: its split {name!r} can't be a slice. Name the split, and set {limit}")
+        raise DataError(
+            f"{entry['path']} is local: its split {name!r} can't be a slice. Name the split, and set {limit}"
+        )
 
 
 def number_rows(dataset: Dataset, first_row: int) -> Dataset:

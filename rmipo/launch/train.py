@@ -94,7 +94,9 @@ def queue(steps: list[Step], gpus: int, nodes: int, sharding: str) -> int:
             print(f"## {step.stage}: after job {job}: {shlex.join(step.command(gpus, sharding))}")
         elif step.needs_no_start():
             folder = step.recipe.values["output_dir"]
-            print(f"## {step.stage}: {folder} holds this recipe's finished run (its data and model are not compared here)")
+            print(
+                f"## {step.stage}: {folder} holds this recipe's finished run (its data and model are not compared here)"
+            )
         else:
             job, log = slurm.submit(**step.job(gpus, nodes, sharding), after=job)
             print(f"## {step.stage}: job {job}, log {log}")

@@ -35,7 +35,10 @@ FIXED = {
     "use_cache": (True, "it is what generation with the saved model uses"),
 }
 FIXED_IN_SFT = {
-    "completion_only_loss": (None, "rows are read as messages, and all of them are trained on; see assistant_only_loss"),
+    "completion_only_loss": (
+        None,
+        "rows are read as messages, and all of them are trained on; see assistant_only_loss",
+    ),
     "dataset_text_field": ("text", "rows are read as messages"),
 }
 SAMPLED = "steps are drawn at random, and the last one of an epoch takes the pairs that are left"

@@ -79,7 +79,23 @@ LOSSES = {"sigmoid": "dpo"} | {name: name for name in METHODS if name != "dpo"} 
 SFT_LOSSES = ("nll", "dft", "chunked_nll")  # loss_type is a key of SFT recipes, too
 # beta-dpo is left out: zephyr-7b-beta-dpo is DPO.
 NAMING = ("output_dir", "run_name", "hub_model_id")
-NAMES = {*OBJECTIVES, "orpo", "grpo", "ppo", "rloo", "bco", "apo", "xpo", "sppo", "nca", "exo", "rrhf", "rpo", "wpo", "mpo"}
+NAMES = {
+    *OBJECTIVES,
+    "orpo",
+    "grpo",
+    "ppo",
+    "rloo",
+    "bco",
+    "apo",
+    "xpo",
+    "sppo",
+    "nca",
+    "exo",
+    "rrhf",
+    "rpo",
+    "wpo",
+    "mpo",
+}
 NAMES |= {"r-dpo", "t-dpo", "c-dpo", "cal-dpo", "tr-dpo", "robust-dpo", "online-dpo", "dpop"}
 NAMES -= {"beta-dpo"}
 NAMED = re.compile(

@@ -42,6 +42,15 @@ def check_parts(recipe: Recipe, args: TrainingArguments, model_config: ModelConf
         raise ConfigError("\n  ".join([f"{recipe.path}: this run can't start here:", *problems]))
 
 
+def check_special_tokens(args: TrainingArguments, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises ConfigError where `eos_token` or `pad_token` of an SFT recipe is no token of the model."""
+    named = {key: token for key in ("eos_token", "pad_token") if (token := getattr(args, key)) is not None}
+    if unknown := [f"{key}: {token}" for key, token in named.items() if token not in tokenizer.get_vocab()]:
+        raise ConfigError(
+            f"{', '.join(unknown)}: expected a token of {tokenizer.name_or_path}. Remove the key, or name one it has"
+        )
+
+
 def check_assistant_mask(args: TrainingArguments, tokenizer: PreTrainedTokenizerBase) -> None:
     """Raises ConfigError where `assistant_only_loss` has a chat template that doesn't mark what the assistant says."""
     if args.assistant_only_loss and not has_generation_markers(tokenizer.chat_template):

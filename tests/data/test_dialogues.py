@@ -3,10 +3,12 @@
 from pathlib import Path
 
 import pytest
+from tokenizers import normalizers
 from trl import SFTConfig
 
 from rmipo.data.chat import ChatFormat, DataError
 from rmipo.data.dialogues import load_dialogues, select_dialogues
+from rmipo.fingerprints import rows_fingerprint
 from tests.helpers.families import make_tokenizer
 from tests.helpers.rows import assistant, config, user, write
 
@@ -43,6 +45,18 @@ def test_dialogues_are_read(tmp_path):
         load_dialogues(config(tmp_path), "test")
 
 
+def test_rows_are_told_apart_by_their_token_ids(tmp_path, chat):
+    """A run that goes on, or is found finished, with an edited tokenizer is another run."""
+    rows = load(tmp_path, [[user("A"), assistant("B")]])
+    edited = make_tokenizer("llama3")
+    edited.backend_tokenizer.normalizer = normalizers.Lowercase()
+    before, again, after = (
+        rows_fingerprint(select(rows, each, tmp_path)[0])
+        for each in (chat, ChatFormat.probe(make_tokenizer("llama3")), ChatFormat.probe(edited))
+    )
+    assert before == again != after
+
+
 @pytest.mark.parametrize(
     ("messages", "reason"),
     [
@@ -72,7 +86,7 @@ def test_dialogues_that_are_cut_are_counted_as_tokens_of_the_template(tmp_path, 
     lengths = [len(chat.tokenizer.apply_chat_template(m, tokenize=True)["input_ids"]) for m in (DIALOGUE, LONG, LONG)]
     assert lengths[0] < 50 < lengths[1]
     kept, report = select(rows, chat, tmp_path)
-    assert len(kept) == 3 and kept.column_names == ["messages", "row"]
+    assert len(kept) == 3 and kept.column_names == ["messages", "row", "ids"]
     assert (report.cut, report.rows_cut, report.tokens) == ({"messages": 2}, 2, {"messages": lengths[0] + 100})
     assert "- 2 dialogues cut: they lost their end and end token" in report.lines()
     assert report.as_dict()["rows_cut"] == 2

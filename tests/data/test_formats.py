@@ -109,7 +109,10 @@ def test_a_system_column_is_a_message_in_front(tmp_path):
         ({"documents": ["a"]}, "`documents` is part of the prompt"),
         ({"system_prompt": "Answer like a pirate."}, "`system_prompt` is part of the prompt"),
         ({"history": [["a", "b"]]}, "`history` is part of the prompt"),
-        ({"prompt": [{"role": "system", "content": "s", "tools": "[f]"}, user("a")]}, "`prompt` has messages with tools"),
+        (
+            {"prompt": [{"role": "system", "content": "s", "tools": "[f]"}, user("a")]},
+            "`prompt` has messages with tools",
+        ),
         (
             {"prompt": [{**user("a"), "tool_calls": [{"name": "f"}]}]},
             "`prompt` has messages with tool_calls, which are not",
@@ -134,7 +137,9 @@ def test_a_prompt_that_is_not_the_one_of_the_dialogues_is_refused(tmp_path):
     turns = {"chosen": [user("q"), assistant("yes")], "rejected": [user("q"), assistant("no")]}
     assert load(tmp_path, [{"prompt": [user("q")], **turns}])[0]["prompt"] == [user("q")]
     for prompt in ([pirate, user("q")], [user("p"), assistant("a"), user("q")]):
-        with pytest.raises(DataError, match="`prompt` differs from the turns that `chosen` and `rejected` share.*: row 0"):
+        with pytest.raises(
+            DataError, match="`prompt` differs from the turns that `chosen` and `rejected` share.*: row 0"
+        ):
             load(tmp_path, [{"prompt": prompt, **turns}])
 
 

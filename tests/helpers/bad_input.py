@@ -162,9 +162,11 @@ def only_train(bench: Bench) -> str:
     return bench.train(f"--dataset_name={folder}", "--eval_strategy=epoch")
 
 
-def dialogues(bench: Bench) -> Path:
+def dialogues(bench: Bench, *end: dict) -> Path:
     for split in ("train", "test"):
-        path = bench.write(f"dialogues/{split}.jsonl", [{"messages": [user("a"), assistant("b"), user("c")]}] * 12)
+        path = bench.write(
+            f"dialogues/{split}.jsonl", [{"messages": [user("a"), assistant("b"), user("c"), *end]}] * 12
+        )
     return Path(path).parent
 
 
@@ -301,6 +303,12 @@ CASES = [
         "objective: {name: kto, ...}",
     ),
     file_case(
+        "handbook: DPO that leaves everything to TRL",
+        {key: value for key, value in HANDBOOK.items() if key not in ("beta", "max_prompt_length")},
+        "it has no objective, but output_dir (data/zephyr-7b-dpo-full) names dpo",
+        "objective: {name: dpo, ...}",
+    ),
+    file_case(
         "handbook: a key of TRL that is not read here",
         HANDBOOK | {"label_smoothing": 0.1},
         "label_smoothing is not a key of recipes",
@@ -429,6 +437,17 @@ CASES = [
         ("missing columns messages", "found prompt, chosen, rejected", "Accepted formats"),
     ),
     BadInput(
+        "model",
+        "an end token of SFT that the tokenizer hasn't",
+        lambda b: b.sft(
+            f"--model_name_or_path={b.folder / 'model'}",
+            f"--dataset_name={dialogues(b, assistant('yes'))}",
+            "--eos_token=<|none|>",
+            recipe="recipes/tiny/sft.yaml",
+        ),
+        ("eos_token: <|none|>: expected a token of", "Remove the key"),
+    ),
+    BadInput(
         "data",
         "SFT dialogues that end with the user",
         lambda b: b.sft(
@@ -459,6 +478,9 @@ CASES = [
              lambda b: b.data('{"prompt": "a", "chosen": "b\\udc00", "rejected": "c"}\n'
                               '{"prompt": "a", "chosen": [{"role": "assistant", "content": "b"}], "rejected": "c"}\n'),
              ("train.jsonl can't be read as json", "surrogate")),
+    BadInput("data", "a slice of a local split",
+             lambda b: b.train(f"--dataset_name={b.folder / 'data'}", "--dataset_train_split=train[:5]"),
+             ("its split 'train[:5]' can't be a slice", "set max_train_samples")),
     BadInput("data", "a test split larger than the data",
              lambda b: b.train(f"--dataset_name={b.folder / 'data'}", "--test_split_size=12"),
              ("test_split_size is 12: 12 rows can't be divided",)),

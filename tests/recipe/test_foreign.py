@@ -232,7 +232,11 @@ def test_published_preference_recipes_are_read(write, changes, objective, notice
         (SIMPO | {"output_dir": "data/zephyr-7b-dpo"}, "x/config.yaml", "its keys are those of simpo, but output_dir"),
         ({"beta": 0.1, "loss_type": "kto_pair"}, "dpo/config.yaml", "loss_type: 'kto_pair' is not supported"),
         (MIXTURE | {"beta": 0.05, "loss_type": "apo_zero"}, "dpo/apo.yaml", "loss_type: 'apo_zero' is not supported"),
-        ({"beta": 0.1, "loss_type": ["sigmoid", "sft"]}, "x/config.yaml", "loss_type: ['sigmoid', 'sft'] is not supported"),
+        (
+            {"beta": 0.1, "loss_type": ["sigmoid", "sft"]},
+            "x/config.yaml",
+            "loss_type: ['sigmoid', 'sft'] is not supported",
+        ),
         (SIMPO | {"loss_type": "hinge"}, "x/config.yaml", "loss_type: 'hinge' is not supported"),
         (
             ALPHA | {"alpha": None},
