@@ -12,6 +12,7 @@ import xxhash
 from rmipo.errors import EvaluationError
 
 FILES = ("*.safetensors", "*.bin", "config.json")
+PROMPTING = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
 LENGTH = 16  # hex digits
 
 
@@ -60,6 +61,12 @@ def model_fingerprint(name: str | Path, revision: str = "main") -> str:
         with open(path, "rb") as file:
             digest.update(hashlib.file_digest(file, xxhash.xxh3_128).digest())
     return digest.hexdigest()[:LENGTH]
+
+
+def prompting_fingerprint(model_dir: Path) -> str:
+    """Of what shapes a model's prompts and ends its answers, beside its weights and configuration."""
+    files = [model_dir / name for name in PROMPTING]
+    return json_fingerprint({file.name: text_fingerprint(file.read_bytes()) for file in files if file.is_file()})
 
 
 def has_weights(model_dir: Path) -> bool:

@@ -10,7 +10,7 @@ several in <outputs>/<model>/; `initial` is the model before preference training
 endpoint: OPENAI_BASE_URL and OPENAI_API_KEY.
 
 Results go to <model's folder>/eval/<bench>.json, with EVAL_NAME to eval/<EVAL_NAME>/<bench>.json. A finished one is kept, an
-unfinished one is continued, and one of other weights or other settings than these is refused.
+unfinished one is continued, and one of other weights, another tokenizer or other settings than these is refused.
 """
 
 import json
@@ -24,7 +24,7 @@ from rmipo.evaluation import BENCHMARKS
 from rmipo.evaluation.benchmark import Benchmark, benchmark_settings, contradictions
 from rmipo.evaluation.models import check_names
 from rmipo.files import write_atomically
-from rmipo.fingerprints import has_weights, trained_fingerprint
+from rmipo.fingerprints import has_weights, prompting_fingerprint, trained_fingerprint
 
 
 def main() -> None:
@@ -78,12 +78,18 @@ def evaluate(folder: Path, settings: dict, benchmark: Benchmark, name: str, max_
         settings["max_cost"] = max_cost
     path = folder / "eval" / name / f"{bench}.json"
     weights = trained_fingerprint(folder) if has_weights(folder) else None
+    prompting = prompting_fingerprint(folder)
     if path.is_file():
         found = json.loads(path.read_text())
         if weights not in (None, found.get("fingerprint")):
             raise EvaluationError(
                 f"{path} is of other weights than those now in {folder}. Delete it, and the folder "
                 f"{path.with_suffix('')} if there is one, to evaluate these"
+            )
+        if found.get("prompting", prompting) != prompting:
+            raise EvaluationError(
+                f"{path} is of another tokenizer, chat template or generation_config.json than those now in {folder}. "
+                f"Delete it, and the folder {path.with_suffix('')} if there is one, to evaluate these"
             )
         asked, done = (values.get(benchmark.parts, []) for values in (settings, found["settings"]))
         added = [part for part in asked if part not in done]
@@ -102,7 +108,14 @@ def evaluate(folder: Path, settings: dict, benchmark: Benchmark, name: str, max_
     if result is None:
         print(f"{bench}: answers are generated, nothing was judged; see {folder / 'eval/answers'}")
         return
-    content = {"bench": bench, "model": str(folder), "fingerprint": weights, **result, "finished": True}
+    content = {
+        "bench": bench,
+        "model": str(folder),
+        "fingerprint": weights,
+        "prompting": prompting,
+        **result,
+        "finished": True,
+    }
     write_atomically(path, json.dumps(content, indent=2) + "\n")
     print(f"{bench}: {path}")
     for metric, value in result["metrics"].items():

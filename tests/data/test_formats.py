@@ -138,7 +138,7 @@ def test_a_prompt_that_is_not_the_one_of_the_dialogues_is_refused(tmp_path):
     assert load(tmp_path, [{"prompt": [user("q")], **turns}])[0]["prompt"] == [user("q")]
     for prompt in ([pirate, user("q")], [user("p"), assistant("a"), user("q")]):
         with pytest.raises(
-            DataError, match="`prompt` differs from the turns that `chosen` and `rejected` share.*: row 0"
+            DataError, match=r"`prompt` differs from the turns that `chosen` and `rejected` share.*: row 0"
         ):
             load(tmp_path, [{"prompt": prompt, **turns}])
 

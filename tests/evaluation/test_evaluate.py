@@ -250,6 +250,11 @@ def test_result_of_other_weights_is_refused(outputs):
     again = run("evaluate.py", outputs, "--bench", "hh", "--eval_name", "short", *other)
     assert again.returncode == 0 and path.read_bytes() == before
     assert json.loads((path.parent / "short/hh.json").read_text())["settings"]["max_length"] == 64
+    kept = (folder / "generation_config.json").read_text()
+    (folder / "generation_config.json").write_text(json.dumps(json.loads(kept) | {"eos_token_id": [1, 2]}))
+    done = run("evaluate.py", outputs, "--bench", "hh", *options)
+    assert done.returncode == 2 and f"{path} is of another tokenizer, chat template or generation_config" in done.stderr
+    (folder / "generation_config.json").write_text(kept)
     write_model(folder, seed=7)
     done = run("evaluate.py", outputs, "--bench", "hh", *options)
     assert done.returncode == 2
@@ -287,7 +292,17 @@ def test_eval_command_from_generation_to_result_files(outputs):
     for bench, metrics in (("alpacaeval", {"alpacaeval2_wr", "alpacaeval2_length"}), ("mtbench", {"mt_bench"})):
         text = (folder / f"{bench}.json").read_text()
         result = json.loads(text)
-        keys = {"bench", "metrics", "per_prompt", "versions", "settings", "model", "fingerprint", "finished"}
+        keys = {
+            "bench",
+            "metrics",
+            "per_prompt",
+            "versions",
+            "settings",
+            "model",
+            "fingerprint",
+            "prompting",
+            "finished",
+        }
         assert result.keys() == keys
         assert result["bench"] == bench and result["finished"] and result["model"].endswith("tiny/rmipo")
         assert metrics <= result["metrics"].keys() and {"transformers", "torch"} <= result["versions"].keys()
