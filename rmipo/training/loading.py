@@ -1,5 +1,7 @@
 """The tokenizer and the model of a recipe: no code from a hub or folder is run, no pickle read unless asked for."""
 
+from pathlib import Path
+
 from accelerate import PartialState
 from transformers import (
     AutoConfig,
@@ -45,9 +47,15 @@ def load_tokenizer(model_config: ModelConfig, chat_template: str | None = None) 
 def check_limits(tokenizer: PreTrainedTokenizerBase, model_config: ModelConfig, max_length: int | None) -> None:
     """Raises LoadingError where the model has no embedding for one of the tokens, or no position for one of `max_length`.
 
-    Without this, tokens end in an IndexError, and positions in one or, on rotary embeddings, in silence.
+    Without this, tokens end in an IndexError, and positions in one or, on rotary embeddings, in silence. An adapter is
+    refused, too: it is no model.
     """
     name = model_config.model_name_or_path
+    if (Path(name) / "adapter_config.json").is_file():
+        raise LoadingError(
+            f"model_name_or_path: {name} holds an adapter. Merge it first: "
+            f".venv/bin/python scripts/merge_adapter.py {name}"
+        )
     try:
         config = AutoConfig.from_pretrained(name, revision=model_config.model_revision, trust_remote_code=False)
     except (OSError, ValueError) as error:

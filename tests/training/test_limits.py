@@ -73,3 +73,9 @@ def test_the_default_of_several_templates_is_taken(tmp_path):
     with pytest.raises(LoadingError, match="several chat templates, chat, tool_use, and none is named default"):
         load_tokenizer(config)
     assert load_tokenizer(config, LLAMA3_TEMPLATE).chat_template == LLAMA3_TEMPLATE
+
+
+def test_an_adapter_is_no_model_to_start_from(model, tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(LoadingError, match=r"holds an adapter\. Merge it first: .*scripts/merge_adapter\.py"):
+        check_limits(make_tokenizer("llama3"), ModelConfig(model_name_or_path=str(tmp_path)), 10)
