@@ -14,6 +14,7 @@ from rmipo.launch.sweep import load_sweep
 from rmipo.recipe.load import ConfigError, Recipe
 from rmipo.record import environment, recorded_run
 from rmipo.reporting import comparison
+from rmipo.run.lock import locked
 
 
 def compare(env: dict[str, str]) -> int:
@@ -25,15 +26,28 @@ def compare(env: dict[str, str]) -> int:
     study = Study(model, env.get("DATA", ""), env.get("ARGS", ""))
     swaps_labels = not study.data and Path(f"recipes/{model}/world.yaml").is_file()
     methods, seeds, noises, workers = read_choices(env, study.workers, swaps_labels)
-    searches = search_runs(methods, rates)
-    for run in (*searches, *report_runs(methods, {}, seeds, noises)):
+    for run in (*search_runs(methods, rates), *report_runs(methods, {}, seeds, noises)):
         study.check(run)
     (ours,) = load_steps(model, ["rmipo"], {**env, "METHOD": "rmipo"})
     make_sft_model(model, ours.recipe, env)
     ours.recipe.parse(world_size=1)
     suffix = Path(ours.recipe.values["output_dir"]).name.removeprefix("rmipo")  # tells other people's pairs apart
     folder = Path(f"outputs/{model}/compare{suffix}")
+    with locked(folder, "MODEL"):
+        return compare_in(folder, study, methods, rates, seeds, noises, workers)
+
+
+def compare_in(
+    folder: Path,
+    study: Study,
+    methods: list[str],
+    rates: list[float],
+    seeds: list[int],
+    noises: list[float],
+    workers: int,
+) -> int:
     log, facts = Log(folder / "runs.jsonl", study), environment()
+    searches = search_runs(methods, rates)
 
     ###################
     # Search, then train

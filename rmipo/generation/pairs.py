@@ -23,6 +23,7 @@ from rmipo.generation.oracles import Candidates, make_oracle
 from rmipo.generation.prompts import Prompt, read_prompts
 from rmipo.generation.scores import PmiScores, fill
 from rmipo.recipe.files import coerce, parse_overrides, read_yaml
+from rmipo.run.lock import locked
 
 RECORD = "pairs.json"
 SELECTIONS = ("best-worst", "best-random", "pmi")
@@ -111,7 +112,13 @@ def make_pairs(model_dir: Path, generation: dict, config: PairsConfig, folder: P
 
     Raises:
         PairsError: no pair comes out, or `folder` holds others. OracleError, EvaluationError, DataError: of the parts.
+        CheckpointError: another program makes pairs there.
     """
+    with locked(folder, "OUTPUT"):
+        return _make_pairs(model_dir, generation, config, folder)
+
+
+def _make_pairs(model_dir: Path, generation: dict, config: PairsConfig, folder: Path) -> dict:
     oracle = make_oracle(config.oracle)
     dropped: Counter[str] = Counter()
     prompts = read_prompts(

@@ -1,4 +1,4 @@
-"""One run at a time in an output folder."""
+"""One program at a time in a folder of outputs."""
 
 import contextlib
 import errno
@@ -17,8 +17,8 @@ UNSUPPORTED = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
 
 
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold the folder's lock, which the kernel frees when this process ends, however it ends.
+def locked(folder: Path, name: str = "output_dir") -> Iterator[None]:
+    """Hold the lock of a folder, `name` to the user. The kernel frees it when this process ends, however it ends.
 
     It is a POSIX record lock: file servers pass it on between nodes, and the children of a process don't inherit it. The
     file only says who holds it; one that is left over holds nothing.
@@ -27,7 +27,7 @@ def locked(folder: Path) -> Iterator[None]:
         CheckpointError: another process holds it.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    file = _acquire(folder / LOCK_FILE)
+    file = _acquire(folder / LOCK_FILE, name)
     try:
         yield
     finally:
@@ -37,7 +37,7 @@ def locked(folder: Path) -> Iterator[None]:
             folder.rmdir()  # if nothing was written
 
 
-def _acquire(path: Path):
+def _acquire(path: Path, name: str):
     deadline = None
     while True:
         file = open(path, "a+")  # noqa: SIM115 (held until the run ends)
@@ -53,8 +53,8 @@ def _acquire(path: Path):
             deadline = deadline or time.monotonic() + (LEASE if host and host != socket.gethostname() else 0)
             if time.monotonic() >= deadline:
                 raise CheckpointError(
-                    f"output_dir: another run is active in {path.parent} (process {process} on {host}). Wait for it, end "
-                    "it, or name another --output_dir"
+                    f"{name}: another run is active in {path.parent} (process {process} on {host}). Wait for it, end it, "
+                    f"or name another {name}"
                 ) from error
             time.sleep(1)
             continue

@@ -30,6 +30,7 @@ from rmipo.tiny.config import load_world_config
 from rmipo.tiny.files import write_world
 from rmipo.tiny.world import CLASSES
 from tests.helpers.launched import launch
+from tests.helpers.lock_holder import held
 from tests.helpers.paths import ROOT
 from tests.helpers.programs import run_here
 from tests.helpers.rows import assistant, user, write
@@ -306,16 +307,18 @@ def test_the_table_says_who_is_ahead_and_marks_ends_of_the_range():
 # The command
 
 
-def compare(repository, **env):
+CHOICES = {"MODEL": "tiny", "METHODS": "dpo", "SEEDS": "0", "NOISE": "0", "ARGS": ARGUMENTS, "WORKERS": "2"}
+
+
+def compare(repository):
     """Its output. Its workers are forked from the server that it is forked from: nothing is imported again."""
-    env |= {"MODEL": "tiny", "ARGS": ARGUMENTS, "WORKERS": "2"}
-    program = launch(["scripts/compare.py"], root=repository, **env)
+    program = launch(["scripts/compare.py"], root=repository, **CHOICES)
     assert program.wait() == 0, program.output[-6000:]
     return program.output
 
 
 def test_a_comparison_is_finished_where_it_was_interrupted(repository):
-    output = compare(repository, METHODS="dpo", SEEDS="0", NOISE="0")
+    output = compare(repository)
     folder = repository / "outputs/tiny/compare"
     path = folder / "runs.jsonl"
     lines = [json.loads(line) for line in path.read_text().splitlines()]
@@ -326,9 +329,13 @@ def test_a_comparison_is_finished_where_it_was_interrupted(repository):
     assert len((folder / "table.csv").read_text().splitlines()) == 4
     assert len((folder / "curves.csv").read_text().splitlines()) == 1 + 2 * 2
 
+    with held(folder):
+        second = run_here("compare", env=CHOICES, root=repository)
+    assert second.code == 2 and "another run is active in outputs/tiny/compare" in second.err
+
     kept = path.read_text().splitlines(keepends=True)[:-1]
     path.write_text("".join(kept))
-    compare(repository, METHODS="dpo", SEEDS="0", NOISE="0")
+    compare(repository)
     assert path.read_text().splitlines(keepends=True)[:-1] == kept
     assert json.loads(path.read_text().splitlines()[-1])["metrics"] == lines[-1]["metrics"]
 

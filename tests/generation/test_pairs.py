@@ -12,11 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from rmipo.errors import PairsError
+from rmipo.errors import CheckpointError, PairsError
 from rmipo.fingerprints import json_fingerprint
 from rmipo.generation.oracles import Candidates, OracleError, make_oracle
 from rmipo.generation.pairs import PairsConfig, load_pairs_config, make_pairs, select
 from rmipo.generation.prompts import read_prompts
+from rmipo.run.lock import LOCK_FILE
+from tests.helpers.lock_holder import held
 from tests.helpers.tiny_model import naive_scores, write_model
 
 GENERATION = {"temperature": 1.0, "max_new_tokens": 6, "batch_size": 4, "dtype": "float32"}
@@ -284,3 +286,10 @@ def test_a_system_column_is_part_of_a_prompt_and_tools_are_refused(tmp_path):
     assert all(prompt.messages[0] == pirate for prompt in prompts)
     ((reason, count),) = dropped.items()
     assert "`tools` is part of the prompt" in reason and count == 1
+
+
+def test_two_programs_make_no_pairs_in_one_folder(tmp_path):
+    setup = Setup(tmp_path)
+    with held(tmp_path / "pairs"), pytest.raises(CheckpointError, match=r"OUTPUT: another run is active in .*/pairs"):
+        setup.make()
+    assert setup.make()["pairs"] > 0 and not (tmp_path / "pairs" / LOCK_FILE).exists()

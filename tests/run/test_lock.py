@@ -3,40 +3,20 @@
 import os
 import signal
 import socket
-import subprocess
-import sys
 
 import pytest
 
 from rmipo.errors import CheckpointError
 from rmipo.run import lock
 from rmipo.run.lock import LOCK_FILE, locked
-from tests.helpers.paths import ROOT
-
-HOLDER = """
-import os, sys, time
-from pathlib import Path
-from rmipo.run.lock import locked
-with locked(Path(sys.argv[1])):
-    if os.fork() == 0:  # as data loaders are; it outlives its parent
-        time.sleep(5)
-        os._exit(0)
-    print("locked", flush=True)
-    time.sleep(600)
-"""
+from tests.helpers.lock_holder import held
 
 
 @pytest.fixture
 def holder(tmp_path):
     """Another process that holds the lock of `tmp_path / "out"`."""
-    command = [sys.executable, "-c", HOLDER, str(tmp_path / "out")]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
-    assert process.stdout.readline() == "locked\n"
-    yield process
-    process.kill()
-    process.wait()
-    process.stdout.close()
+    with held(tmp_path / "out") as process:
+        yield process
 
 
 def test_a_second_run_is_refused_with_who_holds_the_folder(tmp_path, holder):
