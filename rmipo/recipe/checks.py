@@ -79,8 +79,9 @@ LOWEST |= {"max_length": 2, "max_prompt_length": 1, "generation_samples": 0, "ge
 LOWEST |= {"max_tokens_per_micro_batch": 1, "ddp_timeout": 1, "warn_chosen_logp_drop": 0, "warn_grad_norm_ratio": 1}
 LOWEST |= {"gradient_accumulation_steps": 1, "max_train_samples": 1, "max_eval_samples": 1, "dataset_num_proc": 1}
 LOWEST |= {"seed": 0, "data_seed": 0, "mixture_seed": 0, "save_steps": 0, "eval_steps": 0, "logging_steps": 0}
-LOWEST |= {"dataloader_num_workers": 0}
-SHARES = ("max_dropped_fraction", "max_truncated_fraction", "warn_repetition")
+LOWEST |= {"dataloader_num_workers": 0, "lora_r": 1, "lora_alpha": 1, "neftune_noise_alpha": 0}
+HIGHEST_SEED = 2**32 - 1  # of NumPy
+SHARES = ("max_dropped_fraction", "max_truncated_fraction", "warn_repetition", "lora_dropout")
 
 
 def stage_of(values: Mapping[str, Any]) -> str:
@@ -139,6 +140,11 @@ def check_values(given: Mapping[str, Any], values: Mapping[str, Any], stage: str
     for key, low in LOWEST.items():
         if values.get(key) is not None and values[key] < low:
             problems.append(f"{key} is {values[key]}: expected at least {low}")
+    for key in ("seed", "data_seed"):
+        if values.get(key) is not None and values[key] > HIGHEST_SEED:
+            problems.append(f"{key} is {values[key]}: expected at most {HIGHEST_SEED}")
+    if values.get("max_steps") == 0:  # transformers would train one step
+        problems.append("max_steps is 0: expected 1 or more, or -1 for num_train_epochs")
     problems += [f"{key} is {values[key]}: expected 0 to 1" for key in SHARES if not 0 <= values.get(key, 0) <= 1]
     if (values.get("load_in_4bit") or values.get("load_in_8bit")) and not values.get("use_peft"):
         problems.append("load_in_4bit and load_in_8bit need use_peft: true: quantized weights can't be trained")

@@ -104,6 +104,11 @@ class Recipe:
             world_size = int(os.environ.get("WORLD_SIZE", "1"))
         global_batch_size, accumulation = self.batch(world_size)
         self.require_device(torch.cuda.device_count())
+        if "RANK" not in os.environ and (keys := [key for key in ("deepspeed", "fsdp") if self.values.get(key)]):
+            raise ConfigError(
+                f"{self.path}: {', '.join(keys)} divides a model over processes that a launcher starts, and this one was "
+                "started alone. Remove it, or start with accelerate launch or torchrun"
+            )
         model = self.values["model_name_or_path"]
         if not Path(model).is_dir() and (model.count("/") > 1 or model.startswith((".", "/"))):
             raise ConfigError(f"{self.path}: model_name_or_path is {model}: no such folder. Has its stage been run?")
@@ -125,7 +130,7 @@ class Recipe:
 
         try:
             return build(ARGUMENTS[self.stage]), build(DataConfig), build(ModelConfig)
-        except ValueError as error:
+        except (OSError, TypeError, ValueError) as error:
             raise ConfigError(f"{self.path}: {error}") from error
 
 

@@ -3,30 +3,51 @@
 import os
 from pathlib import Path
 
+import httpx2
 import torch
-from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments, get_scheduler
+from accelerate import init_empty_weights
+from accelerate.utils import TorchDynamoPlugin
+from huggingface_hub import HfApi
+from peft import get_peft_model
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainingArguments,
+    get_scheduler,
+)
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.quantizers.auto import AutoHfQuantizer
 from transformers.utils import is_liger_kernel_available
-from trl import ModelConfig, get_quantization_config
+from trl import ModelConfig, SFTConfig, get_peft_config, get_quantization_config
 from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 
 from rmipo.objectives import build_objective
+from rmipo.plan.shapes import load_config
 from rmipo.recipe.load import ConfigError, Recipe
+from rmipo.recipe.schema import PreferenceConfig
+from rmipo.training.distributed import on_main_process
 
-BUILT_ON_THE_MODEL = ("galore", "apollo", "lomo")  # optimizers that can't be built without it
+BUILT_ON_THE_MODEL = ("galore", "apollo", "lomo")  # optimizers that pick their parameters in it
 ANY_LENGTH = 1000  # steps of the schedule that is built, where the recipe counts epochs
 
 
 def check_parts(recipe: Recipe, args: TrainingArguments, model_config: ModelConfig) -> None:
-    """Build folders' parents, trackers, optimizer, schedule and quantizer. Raises ConfigError with all that failed."""
+    """Build trackers, adapter, optimizer, schedule, quantizer, and what they need. Raises ConfigError with all that failed."""
     folders = ["output_dir"]
     if recipe.stage == "preference" and "reference" in build_objective(args.objective).needs:
         folders.append("reference_cache_dir")
     parts = {key: lambda key=key: _check_folder(getattr(args, key)) for key in folders}
+    if recipe.stage == "preference":
+        parts["attention"] = lambda: _check_attention(args)
     parts |= {
         "report_to": lambda: _check_trackers(args.report_to),
-        "optim": lambda: _build_optimizer(args),
+        "push_to_hub, hub_model_id": lambda: _make_repository(args),
+        "attn_implementation": lambda: model_config.attn_implementation and _empty_model(model_config),
+        "lora_target_modules, lora_modules_to_save, lora_task_type": lambda: _build_adapter(model_config),
+        "torch_compile_backend": lambda: TorchDynamoPlugin(backend=args.torch_compile_backend),
+        "optim, optim_args, optim_target_modules": lambda: _build_optimizer(args, model_config),
         "lr_scheduler_type, lr_scheduler_kwargs": lambda: _build_schedule(args),
         "use_liger_kernel": lambda: _check_liger(args),
         "load_in_4bit, load_in_8bit": lambda: _build_quantizer(model_config),
@@ -64,6 +85,14 @@ def check_assistant_mask(args: TrainingArguments, tokenizer: PreTrainedTokenizer
             ) from error
 
 
+def check_tokens(args: SFTConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises ConfigError where `eos_token` or `pad_token` names no token of the tokenizer."""
+    for key in ("eos_token", "pad_token"):
+        token = getattr(args, key)
+        if token is not None and token not in tokenizer.get_vocab():
+            raise ConfigError(f"{key} is {token!r}: expected one of the tokenizer's tokens, or null for its own {key}")
+
+
 def _check_folder(folder: str) -> None:
     existing = Path(folder).absolute()
     while not existing.exists():
@@ -72,6 +101,11 @@ def _check_folder(folder: str) -> None:
         raise OSError(f"{existing} is a file; expected a folder, or the name of a new one")
     if not os.access(existing, os.W_OK):
         raise OSError(f"no permission to write in {existing}")
+
+
+def _check_attention(args: PreferenceConfig) -> None:
+    if args.attention == "flex" and args.device.type == "cpu":
+        raise ValueError("flex_attention has no backward on the CPU: expected auto, segment or dense")
 
 
 def _check_trackers(names: list[str]) -> None:
@@ -87,10 +121,46 @@ def _check_trackers(names: list[str]) -> None:
             )
 
 
-def _build_optimizer(args: TrainingArguments) -> None:
-    if not any(name in args.optim for name in BUILT_ON_THE_MODEL):
+def _make_repository(args: TrainingArguments) -> None:
+    """The upload's repository, which the Trainer would make when the model is loaded."""
+    if not args.push_to_hub:
+        return
+    try:
+        on_main_process(lambda: HfApi().create_repo(args.hub_model_id, private=args.hub_private_repo, exist_ok=True))
+    except (OSError, ValueError, httpx2.TransportError) as error:
+        raise ValueError(
+            f"the repository can't be made ({str(error).splitlines()[0]}). Check hub_model_id and the network (is "
+            "HF_HUB_OFFLINE set?), and log in with `.venv/bin/hf auth login` or set HF_TOKEN"
+        ) from error
+
+
+def _build_adapter(model_config: ModelConfig) -> None:
+    adapter = get_peft_config(model_config)
+    if adapter is None:
+        return
+    model = _empty_model(model_config)
+    modules = [name for name, _ in model.named_modules()]
+    for name in adapter.modules_to_save or []:
+        if not any(module.endswith(name) for module in modules):
+            raise ValueError(f"lora_modules_to_save: the model has no module {name}")
+    with init_empty_weights():
+        get_peft_model(model, adapter)
+
+
+def _build_optimizer(args: TrainingArguments, model_config: ModelConfig) -> None:
+    if any(name in args.optim for name in BUILT_ON_THE_MODEL):
+        Trainer.get_optimizer_cls_and_kwargs(args, _empty_model(model_config))
+    else:
         optimizer, options = Trainer.get_optimizer_cls_and_kwargs(args)
         optimizer([torch.nn.Parameter(torch.zeros(1))], **options)
+
+
+def _empty_model(model_config: ModelConfig) -> PreTrainedModel:
+    """The model's modules without weights."""
+    config = load_config(model_config.model_name_or_path, model_config.model_revision)
+    config._attn_implementation = model_config.attn_implementation
+    with init_empty_weights():
+        return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
 
 
 def _build_schedule(args: TrainingArguments) -> None:
@@ -98,7 +168,7 @@ def _build_schedule(args: TrainingArguments) -> None:
     get_scheduler(
         args.lr_scheduler_type,
         optimizer=torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=args.learning_rate),
-        num_warmup_steps=args.get_warmup_steps(steps),
+        num_warmup_steps=0,  # the first rate is then computed as those after the warm-up
         num_training_steps=steps,
         scheduler_specific_kwargs=args.lr_scheduler_kwargs,
     )

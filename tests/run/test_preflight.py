@@ -1,14 +1,18 @@
 """What can't work is found before a model is loaded, all of it at once."""
 
 import sys
+import types
 
 import pytest
 import wandb
+from trl import SFTConfig
 
 from rmipo.recipe.load import ConfigError, load_recipe
-from rmipo.run.preflight import check_assistant_mask, check_parts
+from rmipo.run.preflight import check_assistant_mask, check_parts, check_tokens
 from tests.helpers.families import LLAMA3_TEMPLATE, make_tokenizer
 from tests.helpers.paths import ROOT
+
+KNOWN = {"model_name_or_path": "mistralai/Mistral-7B-v0.1"}  # its configuration is built in
 
 
 def problems(stage="rmipo", overlays=(), **values):
@@ -31,13 +35,53 @@ def problems(stage="rmipo", overlays=(), **values):
         ({"lr_scheduler_type": "warmup_stable_decay"}, "lr_scheduler_type: warmup_stable_decay: "),
         ({"lr_scheduler_type": "cosine_with_min_lr"}, "One of min_lr or min_lr_rate should be set"),
         ({"lr_scheduler_kwargs": '{"cycles": 2}'}, "unexpected keyword argument 'cycles'"),
-        ({"load_in_4bit": "true", "use_peft": "true"}, "load_in_4bit: True: Using `bitsandbytes` 4-bit"),
+        ({"lr_scheduler_kwargs": '{"num_cycles": "half"}'}, "could not convert string to float: 'half'"),
+        (
+            {"use_peft": "true", "lora_target_modules": "[q_projection]", **KNOWN},
+            "lora_target_modules: ['q_projection']: Target modules q_projection not found",
+        ),
+        (
+            {"use_peft": "true", "lora_modules_to_save": "[output]", **KNOWN},
+            "lora_modules_to_save: the model has no module output",
+        ),
+        ({"use_peft": "true", "lora_task_type": "PAIRS", **KNOWN}, "lora_task_type: PAIRS: Invalid task type"),
+        (
+            {"push_to_hub": "true", "hub_model_id": "me/a"},
+            "hub_model_id: me/a: the repository can't be made (Cannot reach",
+        ),
+        (
+            {"push_to_hub": "true", "hub_model_id": "me/a/b"},
+            "the repository can't be made (Repo id must be in the form",
+        ),
+        ({"torch_compile_backend": "fast"}, "torch_compile_backend: fast: 'FAST' is not a valid DynamoBackend"),
+        ({"attention": "flex"}, "attention: flex: flex_attention has no backward on the CPU: expected auto, segment"),
+        ({"optim_args": "rank"}, "optim: adamw_torch, optim_args: rank: "),
+        ({"load_in_4bit": "true", "use_peft": "true", **KNOWN}, "load_in_4bit: True: Using `bitsandbytes` 4-bit"),
     ],
     ids=str,
 )
 def test_a_part_that_cannot_be_built_is_named(tmp_path, values, message):
     (line,) = problems(output_dir=tmp_path, **values)
     assert message in line
+
+
+@pytest.mark.parametrize("optim", ["galore_adamw", "apollo_adamw", "lomo"])
+def test_an_optimizer_that_is_built_on_the_model_needs_its_package(tmp_path, optim):
+    (line,) = problems(output_dir=tmp_path, optim=optim, optim_target_modules="[q_proj]", **KNOWN)
+    assert line.startswith(f"optim: {optim}, optim_target_modules: ['q_proj']: You need to install")
+
+
+def test_an_optimizer_that_is_built_on_the_model_finds_its_modules_there(tmp_path, monkeypatch):
+    galore = types.SimpleNamespace(GaLoreAdafactor=None, GaLoreAdamW=None, GaLoreAdamW8bit=None)
+    monkeypatch.setitem(sys.modules, "galore_torch", galore)
+    monkeypatch.setattr("transformers.trainer_optimizer.is_galore_torch_available", lambda: True)
+    (line,) = problems(output_dir=tmp_path, optim="galore_adamw", optim_target_modules="[query]", **KNOWN)
+    assert line.startswith("optim: galore_adamw, optim_target_modules: ['query']: No target modules found")
+
+
+def test_an_attention_whose_package_is_missing(tmp_path):
+    (line,) = problems("sft", output_dir=tmp_path, attn_implementation="flash_attention_2", **KNOWN)
+    assert line.startswith("attn_implementation: flash_attention_2: FlashAttention2 has been toggled on, but")
 
 
 def test_all_at_once_with_folders_that_cannot_be_made(tmp_path):
@@ -79,3 +123,11 @@ def test_assistant_only_loss_needs_a_template_that_marks_the_assistant():
     marked = LLAMA3_TEMPLATE.replace("{{ '<|start", "{% generation %}{{ '<|start", 1)
     marked = marked.replace("<|eot_id|>' }}", "<|eot_id|>' }}{% endgeneration %}", 1)
     check_assistant_mask(args, make_tokenizer("llama3", marked))
+
+
+@pytest.mark.parametrize("key", ["eos_token", "pad_token"])
+def test_a_token_that_the_tokenizer_does_not_have(key):
+    tokenizer = make_tokenizer("llama3")
+    check_tokens(SFTConfig(**{key: "<|eot_id|>"}, use_cpu=True, bf16=False), tokenizer)
+    with pytest.raises(ConfigError, match=f"{key} is '<end>': expected one of the tokenizer's tokens"):
+        check_tokens(SFTConfig(**{key: "<end>"}, use_cpu=True, bf16=False), tokenizer)
