@@ -60,10 +60,14 @@ VARIABLES = {
 
 
 class Parser(argparse.ArgumentParser):
-    """Shows a script's docstring as its help; a mistake is a UserError like any other."""
+    """Shows a script's docstring as its help; a mistake is a UserError like any other; `~/` is expanded."""
 
     def __init__(self, doc: str):
         super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+
+    def parse_known_args(self, args=None, namespace=None):
+        arguments = sys.argv[1:] if args is None else args
+        return super().parse_known_args([at_home(argument) for argument in arguments], namespace)
 
     def read(self) -> argparse.Namespace:
         """The options of the command line; those in ARGS where the script has no other use for ARGS."""
@@ -74,10 +78,16 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}. `{self.prog} --help` shows the options")
 
 
+def at_home(argument: str) -> str:
+    """`~/x` and `--key=~/x` with the user's home, which a shell puts there only where no quotes are around it."""
+    key, equals, value = argument.partition("=") if argument.startswith("--") else ("", "", argument)
+    return key + equals + (os.path.expanduser(value) if value.startswith("~/") else value)
+
+
 def split(text: str) -> list[str]:
-    """The words of ARGS, as a shell would read them. Raises ConfigError."""
+    """The words of ARGS, as a shell would read them, with `~/` expanded. Raises ConfigError."""
     try:
-        return shlex.split(text)
+        return [at_home(word) for word in shlex.split(text)]
     except ValueError as error:
         raise ConfigError(f"ARGS={text!r} can't be read: {error}") from error
 
@@ -90,7 +100,7 @@ def options(doc: str, *variables: str, **meanings: str) -> Parser:
     parser = Parser(doc)
     for name in variables:
         help = f"{(VARIABLES | meanings)[name]} [{name}]"
-        parser.add_argument(f"--{name.lower()}", metavar=name, default=os.environ.get(name, ""), help=help)
+        parser.add_argument(f"--{name.lower()}", metavar=name, default=at_home(os.environ.get(name, "")), help=help)
     return parser
 
 

@@ -9,7 +9,7 @@ import shlex
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from rmipo.cli import choose
+from rmipo.cli import choose, split
 from rmipo.errors import ConfigError
 
 MADE_FIRST = ("world", "weights", "pairs")  # what a setting makes before its first training
@@ -83,8 +83,8 @@ def split_args(env: Mapping[str, str]) -> tuple[list[str], list[str]]:
     parser.add_argument("--overlay", action="append", default=[])
     text = env.get("ARGS", "")
     try:
-        known, overrides = parser.parse_known_args(shlex.split(text))
-    except (ValueError, argparse.ArgumentError) as error:
+        known, overrides = parser.parse_known_args(split(text))
+    except argparse.ArgumentError as error:
         raise ConfigError(f"ARGS={text!r} can't be read: {error}") from error
     return known.overlay, overrides
 

@@ -107,7 +107,7 @@ def load_steps(model: str, stages: list[str], env: Mapping[str, str]) -> list[St
     from those pairs altogether: tokenizer, SFT on the chosen responses, with the values of `with-data/<stage>.yaml`.
     """
     last = [stage for stage in stages if stage in ("sft", "rmipo")][-1]
-    data, suffix = os.path.expanduser(env.get("DATA", "")), ""
+    data, suffix = env.get("DATA", ""), ""
     if data:
         suffix = "-" + re.sub(r"[^A-Za-z0-9]+", "-", Path(data).name.split(".")[0]).strip("-")
     world = f"outputs/{model}/world{suffix}" if Path(f"recipes/{model}/world.yaml").is_file() else None

@@ -10,6 +10,7 @@ import pytest
 
 from rmipo import cli
 from rmipo.errors import UserError
+from rmipo.launch.choices import split_args
 from tests.helpers.paths import ROOT
 from tests.helpers.programs import run_here
 
@@ -50,6 +51,16 @@ def test_options_default_to_makes_variables(monkeypatch):
     with pytest.raises(UserError, match=r"unrecognized arguments: --models y. `x.py --help` shows"):
         monkeypatch.setattr(sys, "argv", ["x.py", "--models", "y"])
         cli.options("x", "MODEL", "ARGS").read()
+
+
+def test_the_home_is_found_wherever_a_path_is_given(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    for name, value in {"DATA": "~/pairs", "ARGS": "--overlay ~/a.yaml --settings=~/eval.yaml"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys, "argv", ["x.py", "--output", "~/out", "--model=a~/b"])
+    read = cli.variables(cli.options("x", "DATA", "OUTPUT", "MODEL", "ARGS").read())
+    assert read["DATA"] == "/home/me/pairs" and read["OUTPUT"] == "/home/me/out" and read["MODEL"] == "a~/b"
+    assert split_args(read) == (["/home/me/a.yaml"], ["--settings=/home/me/eval.yaml"])
 
 
 CHILD = "import sys, time; from pathlib import Path; Path(sys.argv[1]).touch(); time.sleep(60)"
