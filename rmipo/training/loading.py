@@ -114,7 +114,8 @@ def _repair_generation_config(model: PreTrainedModel, name: str) -> None:
         except ValueError:
             repair = "only its special tokens are kept"
             tokens = {key: getattr(config, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-            model.generation_config = GenerationConfig(**tokens)
+            # Some say with -1 that there is none.
+            model.generation_config = GenerationConfig(**{key: id for key, id in tokens.items() if id != -1})
         reason = " ".join(str(error).split())
         PartialState().print(
             f"notice: the generation_config.json of {name} is not valid and could not be saved ({reason}): {repair}"

@@ -14,6 +14,7 @@ from tests.helpers.families import save
     [
         ({"temperature": 0.6, "top_p": 0.9}, True, {"temperature": 0.6, "top_p": 0.9}),
         ({"early_stopping": True, "num_beams": 1}, None, {"early_stopping": None}),
+        ({"pad_token_id": -1}, None, {"pad_token_id": None}),
         ({"temperature": 0.7, "do_sample": True}, True, {"temperature": 0.7}),
     ],
 )
