@@ -32,6 +32,8 @@ REFUSED_IN_PREFERENCE = {
 FIXED = {
     "hub_strategy": ("end", "a model is uploaded once, when it is verified and has its card"),
     "hub_always_push": (False, "a model is uploaded once, when it is verified and has its card"),
+    "completion_only_loss": (False, "rows are dialogues, of which assistant_only_loss trains the answers alone"),
+    "dataset_kwargs": (None, "rows are prepared here"),
     "use_cache": (True, "it is what generation with the saved model uses"),
 }
 FIXED_IN_SFT = {
@@ -80,8 +82,9 @@ LOWEST |= {"max_tokens_per_micro_batch": 1, "ddp_timeout": 1, "warn_chosen_logp_
 LOWEST |= {"gradient_accumulation_steps": 1, "max_train_samples": 1, "max_eval_samples": 1, "dataset_num_proc": 1}
 LOWEST |= {"seed": 0, "data_seed": 0, "mixture_seed": 0, "save_steps": 0, "eval_steps": 0, "logging_steps": 0}
 LOWEST |= {"dataloader_num_workers": 0, "lora_r": 1, "lora_alpha": 1, "neftune_noise_alpha": 0}
+LOWEST |= {"eval_accumulation_steps": 1, "pad_to_multiple_of": 1}
 HIGHEST_SEED = 2**32 - 1  # of NumPy
-SHARES = ("max_dropped_fraction", "max_truncated_fraction", "warn_repetition", "lora_dropout")
+SHARES = ("max_dropped_fraction", "max_truncated_fraction", "warn_repetition", "lora_dropout", "label_smoothing_factor")
 
 
 def stage_of(values: Mapping[str, Any]) -> str:

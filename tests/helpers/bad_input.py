@@ -20,7 +20,7 @@ from tests.helpers.paths import ROOT
 from tests.helpers.programs import run_here
 from tests.helpers.rows import assistant, user
 
-RECIPE = "recipes/tiny/rmipo.yaml"
+RECIPE, SFT_RECIPE = "recipes/tiny/rmipo.yaml", "recipes/tiny/sft.yaml"
 
 
 def pair(number, **changes):
@@ -178,7 +178,7 @@ def long_dialogues(bench: Bench) -> str:
         f"--dataset_name={Path(path).parent}",
         f"--output_dir={bench.folder / 'out'}",
         "--max_truncated_fraction=0.5",
-        recipe="recipes/tiny/sft.yaml",
+        recipe=SFT_RECIPE,
     )
 
 
@@ -192,7 +192,7 @@ def added_tokens(bench: Bench, script: str) -> str:
     data = (
         [] if script == "preference" else [f"--dataset_name={dialogues(bench)}", f"--output_dir={bench.folder / 'out'}"]
     )
-    recipe = RECIPE if script == "preference" else "recipes/tiny/sft.yaml"
+    recipe = RECIPE if script == "preference" else SFT_RECIPE
     return bench.train(f"--model_name_or_path={folder}", *data, recipe=recipe, script=script)
 
 
@@ -240,6 +240,20 @@ CASES = [
     recipe_case("--hub_token=x", "can't be set", "`.venv/bin/hf auth login` or set HF_TOKEN"),
     recipe_case("--run_name=hf_" + "a1B2" * 8, "looks like an access token"),
     recipe_case("--hub_strategy=every_save", "it has no effect", "uploaded once", "Remove it"),
+    BadInput(
+        "recipe",
+        "`--completion_only_loss` in SFT",
+        lambda b: b.sft("--completion_only_loss", "--dataset_kwargs={skip_prepare_dataset: true}", recipe=SFT_RECIPE),
+        ("completion_only_loss is True", "rows are dialogues", "assistant_only_loss", "dataset_kwargs is", "prepared here"),
+    ),
+    BadInput(
+        "recipe",
+        "numbers of SFT out of range",
+        lambda b: b.sft(
+            "--eval_accumulation_steps=0", "--pad_to_multiple_of=0", "--label_smoothing_factor=2", recipe=SFT_RECIPE
+        ),
+        ("3 problems", "eval_accumulation_steps is 0", "pad_to_multiple_of is 0", "label_smoothing_factor is 2"),
+    ),
     recipe_case("--dataloader_drop_last", "it has no effect", "takes the pairs that are left", "Remove it"),
     recipe_case("--lora_r=8", "lora_r: no effect without use_peft: true"),
     recipe_case("--lora_r=0", "lora_r is 0", "expected at least 1", overlay="recipes/adapters/lora.yaml"),
@@ -273,7 +287,7 @@ CASES = [
     BadInput(
         "recipe",
         "an SFT recipe for preference.py",
-        lambda b: b.train(recipe="recipes/tiny/sft.yaml"),
+        lambda b: b.train(recipe=SFT_RECIPE),
         ("expected a recipe of stage preference", "found one of stage sft", "scripts/sft.py trains it"),
     ),
     BadInput(
@@ -440,7 +454,7 @@ CASES = [
         lambda b: b.sft(
             f"--model_name_or_path={b.folder / 'model'}",
             f"--dataset_name={b.folder / 'data'}",
-            recipe="recipes/tiny/sft.yaml",
+            recipe=SFT_RECIPE,
         ),
         ("missing columns messages", "found prompt, chosen, rejected", "Accepted formats"),
     ),
@@ -461,7 +475,7 @@ CASES = [
         lambda b: b.sft(
             f"--model_name_or_path={b.folder / 'model'}",
             f"--dataset_name={dialogues(b)}",
-            recipe="recipes/tiny/sft.yaml",
+            recipe=SFT_RECIPE,
         ),
         ("12 of 12 rows can't be used", "does not end with an assistant message", "max_dropped_fraction"),
     ),
