@@ -4,6 +4,7 @@ Prompts are rendered and tokenised by `ChatFormat`, as in training, and reach th
 engine that is given text may write a second BOS.
 """
 
+import datetime
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ from pathlib import Path
 from tqdm import tqdm
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
-from rmipo.data.chat import ChatFormat
+from rmipo.data.chat import ChatFormat, freeze_date
 from rmipo.errors import EvaluationError
 from rmipo.fingerprints import has_weights, json_fingerprint, trained_fingerprint
 from rmipo.generation.engines import ENGINES, Prompt, choose_engine
@@ -118,6 +119,8 @@ class Generator:
         """
         path = Path(path)
         tokenizer = load_tokenizer(ModelConfig(model_name_or_path=str(self.model_dir)))
+        date = (read_answers(path)[0] or {}).get("date", str(datetime.date.today()))
+        reads_clock = freeze_date(tokenizer, datetime.date.fromisoformat(date))
         chat = ChatFormat.probe(tokenizer)
         prompts = [
             Prompt(
@@ -131,7 +134,7 @@ class Generator:
         check_prompts(requests, prompts, chat, config.max_position_embeddings)
 
         stops = stop_ids(self.model_dir, tokenizer, chat)
-        answers = self.open(path, prompts, stops)
+        answers = self.open(path, prompts, stops, {"date": date} if reads_clock else {})
         wanted = [i for i, request in enumerate(requests) if request.key not in answers]
         if wanted and self.engine is None:
             self.engine = ENGINES[self.settings["engine"]](self.model_dir, self.settings, stops)
@@ -156,8 +159,11 @@ class Generator:
         key = json_fingerprint([decoding, [asdict(request) for request in requests]])[:8]
         return self.model_dir / "eval/answers" / f"{name}-{key}.jsonl"
 
-    def open(self, path: Path, prompts: list[Prompt], stops: list[int]) -> dict[str, dict]:
-        """Answers in `path` by key; takes engine and versions from there, or writes those of this machine there."""
+    def open(self, path: Path, prompts: list[Prompt], stops: list[int], date: dict[str, str]) -> dict[str, dict]:
+        """Answers in `path` by key; takes engine and versions from there, or writes those of this machine there.
+
+        `date`: the day that the chat template of a model from elsewhere is told, if it reads the clock.
+        """
         found, answers = read_answers(path)
         versions = self.versions or (found or {}).get("versions")
         if self.settings["engine"] == "auto" and found is not None:
@@ -179,6 +185,7 @@ class Generator:
             "versions": versions,
             "model": self.fingerprint or found["model"],
             "prompts": json_fingerprint([asdict(prompt) for prompt in prompts]),
+            **date,
         }
         if found is None:
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,7 @@
 """Answers don't depend on neighbours or interruptions, and come from the distribution and the prompts they should."""
 
 import collections
+import datetime
 import importlib.metadata
 import importlib.util
 import json
@@ -10,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import pytest
 import torch
@@ -134,6 +136,32 @@ def test_cut_files_are_continued_to_the_same_bytes(model_dir, tmp_path):
         path.write_bytes(content[:cut])
         assert generate(model_dir, requests(11), path, SETTINGS) == answers
         assert path.read_bytes() == content, cut
+
+
+def test_answers_go_on_with_the_day_that_a_template_was_told_first(model_dir, tmp_path, monkeypatch):
+    template, path = model_dir / "chat_template.jinja", tmp_path / "a.jsonl"
+    told = "{{ bos_token }} w{{ strftime_now('%d') | int }}"
+    template.write_text(template.read_text().replace("{{ bos_token }}", told, 1))
+    seen = []
+    answer = TransformersEngine.batch
+    monkeypatch.setattr(
+        TransformersEngine, "batch", lambda self, prompts: (seen.extend(prompts), answer(self, prompts))[1]
+    )
+
+    def generate_on(day: int) -> bytes:
+        today = types.SimpleNamespace(
+            today=lambda: datetime.date(2026, 2, day), fromisoformat=datetime.date.fromisoformat
+        )
+        monkeypatch.setattr("rmipo.generation.answers.datetime", types.SimpleNamespace(date=today))
+        generate(model_dir, requests(8), path, SETTINGS)
+        return path.read_bytes()
+
+    whole = generate_on(3)
+    assert json.loads(whole.splitlines()[0])["date"] == "2026-02-03"
+    path.write_bytes(b"".join(whole.splitlines(keepends=True)[:5]))
+    assert generate_on(4) == whole
+    told = AutoTokenizer.from_pretrained(model_dir).convert_tokens_to_ids("w3")
+    assert len(seen) == 12 and all(prompt.ids[1] == told for prompt in seen)
 
 
 KILLED = """
