@@ -115,8 +115,6 @@ def load_source(entry: dict, split: str, first_row: int, data_config: DataConfig
     if path.exists():
         check_local(entry, name, split)
     if path.is_file():
-        if suffix(path) is None:
-            raise DataError(f"{path}: a data file ends in one of {', '.join(BUILDERS)}.")
         dataset = number_rows(load_files([path], entry["path"]), first_row)
         return dataset if data_config.test_split_size else hold_out(dataset, split, entry["path"])
     if path.is_dir():
@@ -183,14 +181,17 @@ def find_split(folder: Path, name: str, split: str) -> list[Path]:
 
 
 def load_files(paths: list[Path], source: str) -> Dataset:
-    builder = BUILDERS[suffix(paths[0])]
+    if suffix(paths[0]) is None:
+        raise DataError(f"{source}: a data file ends in one of {', '.join(BUILDERS)}.")
+    builder, files = BUILDERS[suffix(paths[0])], ", ".join(path.name for path in paths)
     try:
-        return load_dataset(builder, data_files=[str(path) for path in paths], split="train")
+        dataset = load_dataset(builder, data_files=[str(path) for path in paths], split="train")
+        dataset.data.validate(full=True)  # that texts are UTF-8
     except StopIteration as error:
-        raise DataError(f"{source}: {', '.join(path.name for path in paths)} has no rows.") from error
-    except (DatasetGenerationError, UnicodeEncodeError) as error:  # the latter of half a character, "\\udc00", in JSON
-        files = ", ".join(path.name for path in paths)
+        raise DataError(f"{source}: {files} has no rows.") from error
+    except (DatasetGenerationError, EOFError, OSError, ValueError) as error:
         raise DataError(f"{source}: {files} can't be read as {builder}: {error.__cause__ or error}") from error
+    return dataset
 
 
 def load_hub(entry: dict, split: str) -> Dataset:

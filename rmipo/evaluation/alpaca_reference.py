@@ -35,7 +35,7 @@ def load_reference(path: str | None) -> tuple[list[dict], Path]:
             {"instruction": row["instruction"], "output": row["output"], "generator": row.get("generator", "reference")}
             for row in rows
         ], file
-    except (ValueError, TypeError, KeyError, IndexError, gzip.BadGzipFile) as error:
+    except (ValueError, TypeError, KeyError, IndexError, EOFError, gzip.BadGzipFile) as error:
         raise EvaluationError(
             f'alpacaeval.reference: {file} should be a JSON list of {{"instruction", "output"}}, or JSONL of '
             f"preference pairs as messages ({error!r})"

@@ -43,12 +43,12 @@ def run(model_dir: str | Path, output_dir: str | Path, settings: dict) -> dict:
     record = recorded_run(model_dir)
     started_from = record["recipe"]["model_name_or_path"] if record else model_dir
     settings["initial"] = str(settings["initial"] or started_from)
-    prompts = read_prompts(
-        settings["prompts"], settings["split"], Path(model_dir), Counter(), limit=settings["first_n"]
-    )
+    dropped: Counter[str] = Counter()
+    prompts = read_prompts(settings["prompts"], settings["split"], Path(model_dir), dropped, limit=settings["first_n"])
     if len(prompts) < 2:
         raise EvaluationError(
-            f"specificity: {settings['prompts']} has {len(prompts)} usable prompts, expected 2 or more"
+            f"specificity: {settings['prompts']} has {len(prompts)} usable prompts, expected 2 or more. Dropped: "
+            f"{dict(dropped)}"
         )
     requests = [Request(prompt.key, prompt.messages) for prompt in prompts]
     with Generator(model_dir, settings["generation"]) as generator:

@@ -1,5 +1,7 @@
 """Files, folders, hub ids and mixtures: which rows come, and what is said when they can't."""
 
+import gzip
+
 import pytest
 
 from rmipo.data import sources
@@ -234,6 +236,27 @@ def test_files_that_are_not_data(tmp_path):
     (tmp_path / "notes.txt").write_text("x")
     with pytest.raises(DataError, match=r"a data file ends in one of \.jsonl"):
         load_pairs(config(tmp_path / "notes.txt"), "train")
+
+
+ROW = b'{"prompt": "a", "chosen": "b", "rejected": "c"}\n'
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("train.jsonl", b" \n\n", "corresponds to no data"),
+        ("train.jsonl", ROW + ROW.replace(b"b", "é".encode("latin-1")), "Invalid UTF8"),
+        ("train.jsonl.gz", ROW, "Not a gzipped file"),
+        ("train.jsonl.gz", gzip.compress(ROW * 9)[:-12], "Compressed file ended before"),
+        ("train.parquet", b"", "Parquet file size is 0 bytes"),
+        ("train.parquet", ROW, "Parquet"),
+    ],
+)
+def test_a_file_that_is_not_what_its_name_says(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    kind = "parquet" if name.endswith("parquet") else "json"
+    with pytest.raises(DataError, match=rf"{name} can't be read as {kind}: .*{message}"):
+        load_pairs(config(tmp_path), "train")
 
 
 def test_missing_columns(tmp_path):
