@@ -40,8 +40,8 @@ def main() -> int:
     from rmipo.reporting.online import measure, report
 
     config = OnlineConfig.load(Path(f"recipes/{model}/online.yaml"))
-    given = {name: getattr(args, name) for name in ("prompts_per_round", "held_out_prompts") if getattr(args, name)}
-    config = dataclasses.replace(config, **given)
+    sizes = {name: getattr(args, name) for name in ("prompts_per_round", "held_out_prompts")}
+    config = dataclasses.replace(config, **{name: size for name, size in sizes.items() if size is not None})
     make_first(model)
     start = find_target(model, "initial", Path("outputs"), [])
     generation = start.settings.get("generation", {})

@@ -16,6 +16,7 @@ from rmipo import cli
 from rmipo.errors import EvaluationError
 from rmipo.evaluation.alpaca_reference import load_reference
 from rmipo.evaluation.models import check_names, is_setting
+from rmipo.recipe.files import coerce
 
 METHODS = ["rmipo", "simper", "simpo"]  # of Table 6
 STYLE = """body { font-family: sans-serif; margin: 2em; } table { border-collapse: collapse; width: 100%; }
@@ -62,7 +63,10 @@ def choose_prompts(given: list[str] | None, settings: dict) -> tuple[list[str], 
     if given:
         return given, {}
     if settings.get("prompts"):
-        return settings["prompts"], {}
+        try:
+            return coerce(settings["prompts"], list[str]), {}
+        except ValueError as error:
+            raise EvaluationError(f"samples: prompts is {settings['prompts']!r}: expected a list of texts") from error
     if settings.get("reference"):
         rows = load_reference(settings["reference"])[0][: settings.get("first_n")]
         return [row["instruction"] for row in rows], {"reference": [row["output"] for row in rows]}

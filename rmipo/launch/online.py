@@ -18,13 +18,21 @@ from rmipo.recipe.files import coerce, read_yaml
 
 @dataclass(frozen=True)
 class OnlineConfig:
-    """The keys of an online.yaml, which explains them. `pairs` are those of a pairs.yaml."""
+    """The keys of an online.yaml, which explains them. `pairs` are those of a pairs.yaml.
+
+    Raises ConfigError, when made, for a number of prompts that is none.
+    """
 
     prompts_per_round: int
     pairs: dict
     held_out: str
     held_out_prompts: int
     overrides: list[dict]
+
+    def __post_init__(self) -> None:
+        for key in ("prompts_per_round", "held_out_prompts"):
+            if getattr(self, key) < 1:
+                raise ConfigError(f"online.yaml: {key} is {getattr(self, key)}: expected at least 1")
 
     @classmethod
     def load(cls, path: Path) -> "OnlineConfig":

@@ -22,6 +22,7 @@ from rmipo.recipe.load import Recipe
 from rmipo.record import recorded_run
 
 RECORD = "sweep.jsonl"
+OWN_KEYS = {"parameters", "measure"}  # of a setting's search.yaml; `measure` is read by make compare
 
 
 @dataclass(frozen=True)
@@ -51,12 +52,17 @@ def load_sweep(method: str, model: str) -> Sweep:
     """
     path = Path(f"recipes/sweeps/{choose_search({'METHOD': method})}.yaml")
     own = Path(f"recipes/{model}/search.yaml")
-    content = read_yaml(path)
-    parameters = content.get("parameters") or {}
-    if own.is_file():
-        parameters |= read_yaml(own).get("parameters") or {}
+    content, replaced = read_yaml(path), read_yaml(own) if own.is_file() else {}
+    parameters, problems = {}, []
+    if unknown := sorted(replaced.keys() - OWN_KEYS):
+        problems.append(f"{', '.join(unknown)} is no key of {own}: expected {' or '.join(sorted(OWN_KEYS))}")
+    for given in (content.get("parameters"), replaced.get("parameters")):
+        if isinstance(given, dict | None):
+            parameters |= given or {}
+        else:
+            problems.append(f"parameters is {given!r}: expected a block with the values of each parameter")
     metric = content["metric"] if isinstance(content.get("metric"), dict) else {}
-    problems = [
+    problems += [
         f"parameters.{key} is {entry!r}: expected a block with a list of values, such as values: [1, 2]"
         for key, entry in parameters.items()
         if not isinstance(entry, dict) or not isinstance(entry.get("values"), list) or not entry["values"]

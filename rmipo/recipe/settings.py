@@ -18,6 +18,7 @@ RANGES = {
     "temperature": (0, 2, "0 (greedy) to 2"),
     "top_p": (1e-9, 1, "more than 0, at most 1"),
 }
+DTYPES = ("auto", "bfloat16", "float16", "float32")
 
 
 def merge_settings(block: str, defaults: dict, settings: dict, problems: Iterable[str] = ()) -> dict:
@@ -42,6 +43,8 @@ def checked(key: str, default: Any, value: Any) -> Any:
     """`value` in the type of `default`. Raises ValueError that says what was expected."""
     if type(value) is type(default) and value == default:
         return value
+    if key == "dtype" and value not in DTYPES:
+        raise ValueError(f"expected one of {', '.join(DTYPES)}")
     low, high = 0, math.inf
     if key in WHOLE:
         kind, low, what = int, WHOLE[key], f"a whole number, {WHOLE[key]} or more"

@@ -116,6 +116,7 @@ def test_settings_are_read_as_recipes_are(tmp_path, monkeypatch):
         ("constraints.generation.seed=x", "constraints, generation: seed is 'x', expected a whole number, 0 or more"),
         ("samples.first_n=0", "samples: first_n is 0, expected a whole number, 1 or more"),
         ("samples.prompt=x", r"samples: unknown keys \['prompt'\] \(did you mean prompts"),
+        ("generation.dtype=float99", "dtype is 'float99', expected one of auto, bfloat16, float16, float32"),
         ("generation.seed=.inf", "seed is inf, expected a whole number"),
         ("leaderboard.tasks=ifeval", "tasks is 'ifeval', expected a list"),
         ("leaderboard.batch_size=many", "batch_size is 'many', expected a whole number"),
@@ -403,6 +404,13 @@ def test_a_hub_model_is_linked_below_outputs(tmp_path, monkeypatch):
     assert target.folder == tmp_path / "outputs/owner--name/initial"
     assert (target.folder / "model.safetensors").resolve() == snapshot / "model.safetensors"
     assert "chat_template.jinja" in {path.name for path in target.folder.iterdir()}
+
+
+def test_one_prompt_of_samples_is_one_text():
+    choose = runpy.run_path(str(ROOT / "scripts/samples.py"))["choose_prompts"]
+    assert choose(None, {"prompts": "What does Ada eat?"}) == (["What does Ada eat?"], {})
+    with pytest.raises(EvaluationError, match="samples: prompts is 3: expected a list of texts"):
+        choose(None, {"prompts": 3})
 
 
 def test_settings_that_contradict_a_result(monkeypatch):

@@ -1,5 +1,6 @@
 """Online rounds: each trains the policy before it on that policy's own answers, and goes on where it stopped."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -52,6 +53,9 @@ def test_shipped_file_is_sound_and_mistakes_are_named(tmp_path):
         ConfigError, match=r"(?s)online.yaml:\n  prompts_per_round is 'few': .*\n  pairs is 'pairs.yaml': "
     ):
         OnlineConfig.load(tmp_path / "online.yaml")
+    for key in ("prompts_per_round", "held_out_prompts"):
+        with pytest.raises(ConfigError, match=f"{key} is 0: expected at least 1"):
+            dataclasses.replace(OnlineConfig.load(path), **{key: 0})
     assert read_yaml(ROOT / f"recipes/{MODEL}/pairs.yaml")["oracle"] == OnlineConfig.load(path).pairs["oracle"]
 
 

@@ -107,6 +107,20 @@ def test_a_setting_may_have_no_learning_rates_of_its_own(tmp_path, monkeypatch):
         load_sweep("dpo", SETTING)
 
 
+def test_a_setting_s_own_file_has_known_keys_alone(tmp_path, monkeypatch):
+    for path, content in (
+        ("sweeps/dpo.yaml", (ROOT / "recipes/sweeps/dpo.yaml").read_text()),
+        (f"{SETTING}/search.yaml", "paramters: {learning_rate: {values: [1e-4]}}\nparameters: [learning_rate]\n"),
+    ):
+        (tmp_path / "recipes" / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "recipes" / path).write_text(content)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError) as error:
+        load_sweep("dpo", SETTING)
+    assert "paramters is no key of recipes/" in str(error.value)
+    assert "parameters is ['learning_rate']: expected a block" in str(error.value)
+
+
 def test_a_value_that_is_also_in_args_is_refused():
     with pytest.raises(ConfigError, match="learning_rate is given twice"):
         make_point({"learning_rate": 1e-6}, {"MODEL": SETTING, "METHOD": "dpo", "ARGS": "--learning_rate 1e-5"})

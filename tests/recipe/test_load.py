@@ -119,6 +119,15 @@ def test_tilde_is_the_home_folder_in_every_layer(write, monkeypatch):
     assert load_recipe(recipe, overrides=["--run_name=~root"]).values["run_name"] == "~root"
 
 
+def test_numbers_are_read_as_people_write_them(write):
+    text = yaml.safe_dump(RECIPE | {"seed": 0, "max_length": 0})
+    text = text.replace("seed: 0", "seed: 0042").replace("max_length: 0", "max_length: 4_096")
+    values = load_recipe(write("rmipo.yaml", text), overrides=["--data_seed=0x10"]).values
+    assert (values["seed"], values["max_length"], values["data_seed"]) == (42, 4096, 16)
+    with pytest.raises(ConfigError, match="save_steps is '1:30': expected a number"):
+        load_recipe(write("rmipo.yaml", RECIPE), overrides=["--save_steps=1:30"])
+
+
 def test_another_dataset_or_model_voids_what_described_the_first(recipe):
     values = load_recipe(recipe, overrides=["--dataset_name", "data/mine.jsonl"]).values
     assert values["dataset_name"] == "data/mine.jsonl"
