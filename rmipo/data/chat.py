@@ -241,7 +241,7 @@ def probe_bos(
     ids = tokenize(tokenizer, [prompt])[0]
     if ids[:2] == [bos_id, bos_id]:
         problems.append(f"double BOS: the template starts a prompt with {tokenizer.bos_token} twice; write it once")
-    if ids[0] == bos_id:
+    if ids[:1] == [bos_id]:
         return bos_id, True
     if tokenizer("a")["input_ids"][0] == bos_id:
         return bos_id, False

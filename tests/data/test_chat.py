@@ -193,6 +193,7 @@ def test_no_template():
             "{{ bos_token + bos_token }}",
             "double BOS: the template starts a prompt with",
         ),
+        (LLAMA3_TEMPLATE, "{{ nothing }}", "no end token: after a response the template writes ''"),
         (" + '<|eot_id|>'", "", "no end token: after a response the template writes ''"),
         (" + '<|eot_id|>'", " + '<|eot_id|><|eot_id|>'", "write <|eot_id|> once"),
         (" + '<|eot_id|>'", " + '<|eot_id|>bye'", "writes 'bye' after the end token"),
