@@ -42,6 +42,9 @@ def main() -> None:
                 datasets[split], reports[split] = select_dialogues(dialogues, chat, data_config, args)
                 for line in reports[split].lines():
                     run.say(f"{split}: {line}")
+        if args.max_length is None:  # dialogues are whole
+            longest = max(report.lengths["messages"]["max"] for report in reports.values())
+            check_limits(tokenizer, model_config, longest, "the length of the longest dialogue (max_length: null)")
         fingerprints = {split: rows_fingerprint(dataset) for split, dataset in datasets.items()}
         fingerprints["template"] = text_fingerprint(tokenizer.chat_template)  # its marks may decide the loss
         run.start(

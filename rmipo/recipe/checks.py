@@ -170,6 +170,10 @@ def check_values(given: Mapping[str, Any], values: Mapping[str, Any], stage: str
         template_text(values.get("chat_template"))
     except ValueError as error:
         problems.append(str(error))
+    if values.get("packing") and "max_length" in values and values["max_length"] is None:
+        problems.append(
+            "max_length is null: expected a number of tokens, as packing: true fills sequences of that length"
+        )
     if stage == "preference":
         length = values.get("max_length", PreferenceConfig.max_length)
         prompt_length = values.get("max_prompt_length", PreferenceConfig.max_prompt_length)

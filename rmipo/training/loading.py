@@ -44,11 +44,13 @@ def load_tokenizer(model_config: ModelConfig, chat_template: str | None = None) 
     return tokenizer
 
 
-def check_limits(tokenizer: PreTrainedTokenizerBase, model_config: ModelConfig, max_length: int | None) -> None:
-    """Raises LoadingError where the model has no embedding for one of the tokens, or no position for one of `max_length`.
+def check_limits(
+    tokenizer: PreTrainedTokenizerBase, model_config: ModelConfig, length: int | None, of: str = "max_length"
+) -> None:
+    """Raises LoadingError where the model has no embedding for one of the tokens, or no position for one of `length`.
 
-    Without this, tokens end in an IndexError, and positions in one or, on rotary embeddings, in silence. An adapter is
-    refused, too: it is no model.
+    `of`: what has that length. Without this, tokens end in an IndexError, and positions in one or, on rotary embeddings,
+    in silence. An adapter is refused, too: it is no model.
     """
     name = model_config.model_name_or_path
     if (Path(name) / "adapter_config.json").is_file():
@@ -73,10 +75,8 @@ def check_limits(tokenizer: PreTrainedTokenizerBase, model_config: ModelConfig, 
     rope = getattr(config, "rope_parameters", None) or {}
     if positions is not None and rope.get("factor"):  # of scaled rotary embeddings
         positions = max(positions, int(rope["factor"] * rope.get("original_max_position_embeddings", positions)))
-    if positions is not None and max_length is not None and max_length > positions:
-        problems.append(
-            f"max_length is {max_length}, and it has {positions} positions: set max_length to {positions} or less"
-        )
+    if positions is not None and length is not None and length > positions:
+        problems.append(f"{of} is {length}, and it has {positions} positions: set max_length to {positions} or less")
     if problems:
         raise LoadingError("\n".join([f"model_name_or_path: {name}", *(f"- {problem}" for problem in problems)]))
 

@@ -170,14 +170,14 @@ def dialogues(bench: Bench, *end: dict) -> Path:
     return Path(path).parent
 
 
-def long_dialogues(bench: Bench) -> str:
+def long_dialogues(bench: Bench, *overrides: str, words: int = 300) -> str:
     for split in ("train", "test"):
-        path = bench.write(f"long/{split}.jsonl", [{"messages": [user("a"), assistant("yes " * 300)]}] * 12)
+        path = bench.write(f"long/{split}.jsonl", [{"messages": [user("a"), assistant("yes " * words)]}] * 12)
     return bench.sft(
         f"--model_name_or_path={bench.folder / 'model'}",
         f"--dataset_name={Path(path).parent}",
         f"--output_dir={bench.folder / 'out'}",
-        "--max_truncated_fraction=0.5",
+        *overrides,
         recipe=SFT_RECIPE,
     )
 
@@ -253,6 +253,12 @@ CASES = [
             "--eval_accumulation_steps=0", "--pad_to_multiple_of=0", "--label_smoothing_factor=2", recipe=SFT_RECIPE
         ),
         ("3 problems", "eval_accumulation_steps is 0", "pad_to_multiple_of is 0", "label_smoothing_factor is 2"),
+    ),
+    BadInput(
+        "recipe",
+        "packing without a length",
+        lambda b: b.sft("--packing", "--max_length=null", recipe=SFT_RECIPE),
+        ("max_length is null", "expected a number of tokens, as packing: true"),
     ),
     recipe_case("--dataloader_drop_last", "it has no effect", "takes the pairs that are left", "Remove it"),
     recipe_case("--lora_r=8", "lora_r: no effect without use_peft: true"),
@@ -512,7 +518,8 @@ CASES = [
     BadInput("data", "a weight too small to take a row",
              lambda b: b.train(f"--datasets=[{{path: {b.folder / 'data'}, weight: 0.001}}]"),
              ("weight 0.001 takes none of its 12 rows", "Raise it")),
-    BadInput("data", "SFT dialogues that are mostly cut", long_dialogues,
+    BadInput("data", "SFT dialogues that are mostly cut",
+             lambda b: long_dialogues(b, "--max_truncated_fraction=0.5"),
              ("12 of 12 rows are cut, more than max_truncated_fraction: 0.5", "Raise max_length (128)")),
     row_case("an unknown role", "the role 'human'", "expected system, user, assistant", "row 0",
              prompt=[{"role": "human", "content": "a"}]),
@@ -580,6 +587,9 @@ CASES = [
              ("its tokenizer has 2 tokens more than the model has embeddings", "Remove them, or enlarge the model")),
     BadInput("model", "sequences longer than its positions", lambda b: b.train("--max_length=1000000"),
              ("max_length is 1000000", "set max_length to")),
+    BadInput("model", "dialogues longer than its positions, in SFT that cuts none",
+             lambda b: long_dialogues(b, "--max_length=null", words=3000),
+             ("the length of the longest dialogue (max_length: null) is ", "set max_length to 2048 or less")),
     BadInput("model", "several chat templates, none of them the default",
              lambda b: b.tokenizer(chat_template={"chat": LLAMA3_TEMPLATE, "tool_use": LLAMA3_TEMPLATE}),
              ("several chat templates, chat, tool_use, and none is named default", "Set chat_template")),
