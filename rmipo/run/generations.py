@@ -1,10 +1,13 @@
 """Sample answers during training, in `generations.jsonl`."""
 
+import math
+
 import torch
 from transformers import TrainerCallback
 
 from rmipo.record import read_generations, write_generations
 from rmipo.training import attention
+from rmipo.training.loading import positions_of
 
 
 class SampleGenerations(TrainerCallback):
@@ -14,7 +17,7 @@ class SampleGenerations(TrainerCallback):
         tokenizer: decodes, and gives end and padding tokens.
         prompts: lists of prompt token ids.
         trainer: the `PreferenceTrainer`, for the wrapped model.
-        max_new_tokens: per answer.
+        max_new_tokens: per answer; fewer where the model has no positions for more.
     """
 
     def __init__(self, tokenizer, prompts: list[list[int]], trainer, max_new_tokens: int):
@@ -42,13 +45,14 @@ class SampleGenerations(TrainerCallback):
         trainer, answers = self.trainer, []
         model = trainer.accelerator.unwrap_model(trainer.model_wrapped).eval()
         attention.attach(model, "plain")
+        positions = positions_of(model.config.get_text_config()) or math.inf
         for prompt in self.prompts:
             ids = torch.tensor([prompt], device=trainer.args.device)
             output = model.generate(
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
                 do_sample=False,
-                max_new_tokens=self.max_new_tokens,
+                max_new_tokens=min(self.max_new_tokens, positions - len(prompt)),
                 pad_token_id=self.tokenizer.pad_token_id,
                 synced_gpus=trainer.args.world_size > 1,
             )

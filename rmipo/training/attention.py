@@ -206,8 +206,8 @@ def segment_attention(
         Output `(1, T, heads, d)`.
     """
     assert segments is not None, "rmipo_segment serves packed sequences only; attach(model, 'plain') for others"
-    key = repeat_kv(key, module.num_key_value_groups)
-    value = repeat_kv(value, module.num_key_value_groups)
+    sharing = query.shape[1] // key.shape[1]  # heads that share a key
+    key, value = repeat_kv(key, sharing), repeat_kv(value, sharing)
 
     # One split per tensor: its backward is one concatenation, where slices would each pad a full-length gradient.
     groups = [list(group) for _, group in itertools.groupby(segments, key=lambda segment: segment.prefix_start)]

@@ -8,6 +8,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -71,14 +72,20 @@ def check_limits(
             f"{', '.join(sorted(beyond)[:3])}. Remove them, or enlarge the model once and train from the copy: "
             "model.resize_token_embeddings(len(tokenizer)); model.save_pretrained(...)"
         )
-    positions = getattr(config, "max_position_embeddings", None)
-    rope = getattr(config, "rope_parameters", None) or {}
-    if positions is not None and rope.get("factor"):  # of scaled rotary embeddings
-        positions = max(positions, int(rope["factor"] * rope.get("original_max_position_embeddings", positions)))
+    positions = positions_of(config)
     if positions is not None and length is not None and length > positions:
         problems.append(f"{of} is {length}, and it has {positions} positions: set max_length to {positions} or less")
     if problems:
         raise LoadingError("\n".join([f"model_name_or_path: {name}", *(f"- {problem}" for problem in problems)]))
+
+
+def positions_of(config: PreTrainedConfig) -> int | None:
+    """The longest sequence that a text model is made for, None if it doesn't say."""
+    positions = getattr(config, "max_position_embeddings", None)
+    rope = getattr(config, "rope_parameters", None) or {}
+    if positions is not None and rope.get("factor"):  # of scaled rotary embeddings
+        positions = max(positions, int(rope["factor"] * rope.get("original_max_position_embeddings", positions)))
+    return positions
 
 
 def load_model(model_config: ModelConfig, **options) -> PreTrainedModel:

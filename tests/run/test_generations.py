@@ -1,7 +1,7 @@
 """Sample generations: with the layers' own weights at a time, and nothing of the training set-up changed."""
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from rmipo.record import read_generations
 from rmipo.run.generations import SampleGenerations
@@ -50,6 +50,14 @@ def test_every_other_layer_stays_checkpointed():
     for token in answer:  # greedy, a whole forward for each token
         assert token == model.eval()(torch.tensor([ids])).logits[0, -1].argmax().item()
         ids.append(token)
+
+
+def test_answers_end_where_the_model_has_no_more_positions():
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=61, n_positions=6, n_embd=32, n_layer=1, n_head=2))
+    attention.attach(model, "segment")
+    (answer,) = SampleGenerations(Tokenizer, [[5, 6, 7]], Trainer(model), max_new_tokens=40).generate(seed=0)
+    assert len(answer) == 3
 
 
 def test_answers_under_zero3_are_those_of_one_process(tmp_path):

@@ -34,7 +34,12 @@ GEMMA3_TEXT = {
     "sliding_window": 5,
     "layer_types": ["sliding_attention", "full_attention"],
 }
+WITHOUT_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 SERVED = {
+    "gpt-2": lambda: transformers.GPT2Config(
+        vocab_size=61, n_positions=256, n_embd=32, n_layer=2, n_head=4, **WITHOUT_DROPOUT
+    ),
+    "opt": lambda: transformers.OPTConfig(**SIZES, ffn_dim=48, word_embed_proj_dim=32, dropout=0.0, pad_token_id=1),
     "llama-3.2": lambda: transformers.LlamaConfig(**SIZES, tie_word_embeddings=True, rope_parameters=LLAMA3_ROPE),
     "qwen2.5": lambda: transformers.Qwen2Config(**SIZES, use_sliding_window=False),
     "qwen3": lambda: transformers.Qwen3Config(**SIZES, head_dim=12, tie_word_embeddings=True),
