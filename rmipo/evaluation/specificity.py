@@ -88,6 +88,12 @@ def score_answers(frozen: Likelihood, prompts: list[Messages], answers: list[str
 
     pairs = [frozen.ids(messages, answer) for messages, answer in zip(prompts, answers, strict=True)]
     responses = [ids for _, ids in pairs]
+    longest = max(len(context) for context, _ in pairs) + max(map(len, responses))
+    if longest > frozen.window:  # every answer is scored after every prompt
+        raise EvaluationError(
+            f"specificity: the longest prompt and the longest answer have {longest} tokens, and the frozen model's context "
+            f"is {frozen.window}: leave out long prompts, or lower generation.max_new_tokens"
+        )
     contexts = tqdm([context for context, _ in pairs], desc="specificity", unit="prompt")
     under = [frozen.sums(context, responses) for context in contexts]  # under[j][i]: answer i under prompt j
     prior = frozen.sums(frozen.prior_context, responses)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rmipo.errors import UserError
+from rmipo.errors import EvaluationError, UserError
 from rmipo.evaluation import BENCHMARKS, specificity
 from rmipo.generation.likelihood import Likelihood
 from tests.helpers.rows import user
@@ -56,6 +56,13 @@ def test_prompts_that_can_not_be_used_are_refused_with_the_reason(tmp_path, name
     (tmp_path / name).write_text(rows)
     with pytest.raises(UserError, match=re.escape(reason)):
         BENCHMARKS["specificity"].run(tmp_path / "model", tmp_path, {"prompts": str(tmp_path / name)})
+
+
+def test_an_answer_too_long_to_follow_the_longest_prompt(tmp_path):
+    write_model(tmp_path)
+    prompts = [[user(" ".join(["w1"] * count))] for count in (1, 100)]
+    with pytest.raises(EvaluationError, match="have 144 tokens, and the frozen model's context is 128: leave out long"):
+        specificity.score_answers(Likelihood(tmp_path, "float32"), prompts, [" ".join(["w2"] * 40), "w3"])
 
 
 def test_benchmark_against_one_sequence_at_a_time(tmp_path):
