@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import httpx2
 import transformers
 import yaml
 from accelerate import init_empty_weights
@@ -28,7 +29,7 @@ CITATION = """@article{liao-rmipo,
 
 
 class ExportError(UserError, RuntimeError):
-    """The saved weights are not the model's; the message names tensors."""
+    """The saved weights are not the model's, or can't be uploaded; the message says which, or why."""
 
 
 def save(trainer: Trainer) -> None:
@@ -148,13 +149,22 @@ Fingerprints of the tokenised data: {json.dumps(run["fingerprints"])}
 
 
 def push(args: TrainingArguments) -> str:
-    """Upload the run's folder without its checkpoints to the repository that `hub_model_id` names; returns its URL."""
+    """Upload the run's folder without its checkpoints to the repository that `hub_model_id` names; returns its URL.
+
+    Raises ExportError where the hub doesn't take it.
+    """
     hub = HfApi()
-    repository = hub.create_repo(args.hub_model_id, private=args.hub_private_repo, exist_ok=True)
-    return hub.upload_folder(
-        repo_id=repository.repo_id,
-        folder_path=args.output_dir,
-        revision=args.hub_revision,
-        commit_message="Model, card and record of its training",
-        ignore_patterns=NOT_UPLOADED,
-    )
+    try:
+        repository = hub.create_repo(args.hub_model_id, private=args.hub_private_repo, exist_ok=True)
+        return hub.upload_folder(
+            repo_id=repository.repo_id,
+            folder_path=args.output_dir,
+            revision=args.hub_revision,
+            commit_message="Model, card and record of its training",
+            ignore_patterns=NOT_UPLOADED,
+        )
+    except (OSError, ValueError, httpx2.TransportError) as error:
+        raise ExportError(
+            f"{args.output_dir} holds the finished run, but its upload to {args.hub_model_id} failed: "
+            f"{str(error).splitlines()[0]}. Check the network and the login; the same command then uploads it"
+        ) from error

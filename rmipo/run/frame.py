@@ -154,7 +154,7 @@ class TrainingRun:
             if self.state.is_main_process:
                 self.record.results(**results)
                 export.write_model_card(self.folder)
+                self.record.finish()
                 self.say(f"model: {self.folder}")
                 if self.args.push_to_hub:
                     self.say(f"uploaded: {export.push(self.args)}")
-                self.record.finish()

@@ -156,6 +156,18 @@ def test_upload_leaves_checkpoints_out(sharded, monkeypatch):
     assert calls["repo_id"] == "someone/model" and {"checkpoint-*", "*.tmp", "run.lock"} <= {*calls["ignore_patterns"]}
 
 
+def test_an_upload_that_fails_says_what_is_kept(tmp_path, monkeypatch):
+    def refuse(self, name, **options):
+        raise ConnectionError("hub down\nrequest 7")
+
+    monkeypatch.setattr(export.HfApi, "create_repo", refuse)
+    args = PreferenceConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, hub_model_id="someone/model")
+    with pytest.raises(
+        export.ExportError, match=r"holds the finished run, .* someone/model failed: hub down\. Check the"
+    ):
+        export.push(args)
+
+
 def test_a_tensor_of_another_precision_than_the_models_is_refused(tmp_path):
     make_model("llama3").bfloat16().save_pretrained(tmp_path)
     config = AutoConfig.from_pretrained(tmp_path)

@@ -68,6 +68,7 @@ def test_hub_ids_a_pinned_revision_a_broken_download_and_an_upload(hub, twin, tm
     files = uploaded.commits[uploaded.names["main"]]
     out = tmp_path / "out"
     assert uploaded.private and files["model.safetensors"] == (out / "model.safetensors").read_bytes()
+    assert json.loads(files["run.json"])["finished"]  # else an evaluation of the download is refused
     card = files["README.md"].decode()
     header = yaml.safe_load(card.split("---\n")[1])
     assert header["base_model"] == ["org/model"] and header["datasets"] == ["org/pairs"]

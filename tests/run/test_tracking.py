@@ -54,7 +54,7 @@ def test_run_record_is_written_at_start_and_completed_at_the_end(tmp_path):
     again = RunRecord(tmp_path, identity)
     again.start()
     again.results(eval_loss=0.5)
-    assert json.loads((tmp_path / "run.json").read_text())["finished"] is False  # card and upload come in between
+    assert json.loads((tmp_path / "run.json").read_text())["finished"] is False  # the card comes in between
     again.finish()
     finished = json.loads((tmp_path / "run.json").read_text())
     assert finished["finished"] is True and finished["results"] == {"eval_loss": 0.5} and finished["seconds"] >= 0
