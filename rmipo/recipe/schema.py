@@ -126,6 +126,11 @@ class ModelConfig(trl.ModelConfig):
 
     allow_pickled_weights: bool = _option(False, "Also load weights that are no safetensors: pickles can run code.")
 
+    def __post_init__(self) -> None:
+        super().__post_init__()  # makes a text of a list of one: a pattern, which the name of a module doesn't match
+        if isinstance(self.lora_target_modules, str) and self.lora_target_modules.isidentifier():
+            self.lora_target_modules = [self.lora_target_modules]
+
 
 # What use_liger_kernel stands for: norms, rotary embeddings and MLPs. Liger's own default also replaces the forward of
 # the model, to compute its linear cross-entropy, and would undo the fused LM head.

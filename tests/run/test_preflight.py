@@ -38,7 +38,7 @@ def problems(stage="rmipo", overlays=(), **values):
         ({"lr_scheduler_kwargs": '{"num_cycles": "half"}'}, "could not convert string to float: 'half'"),
         (
             {"use_peft": "true", "lora_target_modules": "[q_projection]", **KNOWN},
-            "lora_target_modules: ['q_projection']: Target modules q_projection not found",
+            "lora_target_modules: ['q_projection']: Target modules {'q_projection'} not found",
         ),
         (
             {"use_peft": "true", "lora_modules_to_save": "[output]", **KNOWN},
@@ -77,6 +77,13 @@ def test_an_optimizer_that_is_built_on_the_model_finds_its_modules_there(tmp_pat
     monkeypatch.setattr("transformers.trainer_optimizer.is_galore_torch_available", lambda: True)
     (line,) = problems(output_dir=tmp_path, optim="galore_adamw", optim_target_modules="[query]", **KNOWN)
     assert line.startswith("optim: galore_adamw, optim_target_modules: ['query']: No target modules found")
+
+
+def test_one_module_of_adapters_is_a_name_and_not_a_pattern(tmp_path):
+    values = {"use_peft": "true", "optim": "adamw_bnb_8bit", **KNOWN}
+    for modules in ("[q_proj]", "q_proj", "all-linear", '[".*q_proj"]'):
+        (line,) = problems(output_dir=tmp_path, lora_target_modules=modules, **values)
+        assert line.startswith("optim: ")
 
 
 def test_an_attention_whose_package_is_missing(tmp_path):
