@@ -209,7 +209,7 @@ def freeze_date(tokenizer: PreTrainedTokenizerBase, date: datetime.date) -> bool
 def render(tokenizer: PreTrainedTokenizerBase, messages: Messages, add_generation_prompt: bool) -> str:
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
-    except TemplateError as error:
+    except (TemplateError, TypeError) as error:
         raise DataError(f"the chat template refuses: {error}") from error
 
 

@@ -197,7 +197,7 @@ def template_text(template: str | None) -> str | None:
     """The chat template itself, read from its file if `template` is a path.
 
     Raises:
-        ValueError: no such file, or neither a path nor a template.
+        ValueError: no such file, not UTF-8, or neither a path nor a template.
     """
     if template is None or "{%" in template or "{{" in template:
         return template
@@ -205,7 +205,10 @@ def template_text(template: str | None) -> str | None:
         raise ValueError(f"chat_template is {template!r}: expected template text or the path of a .jinja file")
     if not Path(template).is_file():
         raise ValueError(f"chat_template is {template!r}: no such file")
-    return Path(template).read_text()
+    try:
+        return Path(template).read_text("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"chat_template is {template!r}: {error}") from error
 
 
 def _annotations(stage: str) -> dict[str, Any]:

@@ -207,6 +207,10 @@ def test_bad_templates(old, new, message):
     assert text.count("\n- ") == 1
 
 
+def test_a_template_that_fails_in_python():
+    assert "the chat template refuses: can only concatenate list" in probe_error("llama3", "{{ messages + 1 }}")
+
+
 def test_no_bos():
     tokenizer = make_tokenizer("llama3", LLAMA3_TEMPLATE.replace("{{ bos_token }}", ""))
     assert ChatFormat.probe(tokenizer).bos_id == 0  # the tokenizer itself adds it
