@@ -14,7 +14,7 @@ logger = logging.getLogger(__name__)
 
 BUILDERS = {".jsonl": "json", ".json": "json", ".jsonl.gz": "json", ".json.gz": "json", ".parquet": "parquet"}
 HELD_OUT = 0.05  # share of a single local file that becomes its test split
-SUBSET_KEYS = ("data_dir", *HUB_KEYS)
+SUBSET_KEYS = ("name", "data_dir", "data_files", "revision")
 
 
 class MissingSplitError(DataError):

@@ -63,7 +63,7 @@ def check_parts(recipe: Recipe, args: TrainingArguments, model_config: ModelConf
         raise ConfigError("\n  ".join([f"{recipe.path}: this run can't start here:", *problems]))
 
 
-def check_special_tokens(args: TrainingArguments, tokenizer: PreTrainedTokenizerBase) -> None:
+def check_special_tokens(args: SFTConfig, tokenizer: PreTrainedTokenizerBase) -> None:
     """Raises ConfigError where `eos_token` or `pad_token` of an SFT recipe is no token of the model."""
     named = {key: token for key in ("eos_token", "pad_token") if (token := getattr(args, key)) is not None}
     if unknown := [f"{key}: {token}" for key, token in named.items() if token not in tokenizer.get_vocab()]:
@@ -83,14 +83,6 @@ def check_assistant_mask(args: TrainingArguments, tokenizer: PreTrainedTokenizer
                 "messages, and TRL knows no such version of it. Add them (chat_template: a .jinja file), or set "
                 "assistant_only_loss: false"
             ) from error
-
-
-def check_tokens(args: SFTConfig, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raises ConfigError where `eos_token` or `pad_token` names no token of the tokenizer."""
-    for key in ("eos_token", "pad_token"):
-        token = getattr(args, key)
-        if token is not None and token not in tokenizer.get_vocab():
-            raise ConfigError(f"{key} is {token!r}: expected one of the tokenizer's tokens, or null for its own {key}")
 
 
 def _check_folder(folder: str) -> None:

@@ -8,7 +8,7 @@ import wandb
 from trl import SFTConfig
 
 from rmipo.recipe.load import ConfigError, load_recipe
-from rmipo.run.preflight import check_assistant_mask, check_parts, check_tokens
+from rmipo.run.preflight import check_assistant_mask, check_parts, check_special_tokens
 from tests.helpers.families import LLAMA3_TEMPLATE, make_tokenizer
 from tests.helpers.paths import ROOT
 
@@ -135,6 +135,6 @@ def test_assistant_only_loss_needs_a_template_that_marks_the_assistant():
 @pytest.mark.parametrize("key", ["eos_token", "pad_token"])
 def test_a_token_that_the_tokenizer_does_not_have(key):
     tokenizer = make_tokenizer("llama3")
-    check_tokens(SFTConfig(**{key: "<|eot_id|>"}, use_cpu=True, bf16=False), tokenizer)
-    with pytest.raises(ConfigError, match=f"{key} is '<end>': expected one of the tokenizer's tokens"):
-        check_tokens(SFTConfig(**{key: "<end>"}, use_cpu=True, bf16=False), tokenizer)
+    check_special_tokens(SFTConfig(**{key: "<|eot_id|>"}, use_cpu=True, bf16=False), tokenizer)
+    with pytest.raises(ConfigError, match=f"{key}: <end>: expected a token of "):
+        check_special_tokens(SFTConfig(**{key: "<end>"}, use_cpu=True, bf16=False), tokenizer)
