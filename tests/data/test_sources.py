@@ -247,7 +247,7 @@ ROW = b'{"prompt": "a", "chosen": "b", "rejected": "c"}\n'
         ("train.jsonl", b" \n\n", "corresponds to no data"),
         ("train.jsonl", ROW + ROW.replace(b"b", "é".encode("latin-1")), "Invalid UTF8"),
         ("train.jsonl.gz", ROW, "Not a gzipped file"),
-        ("train.jsonl.gz", gzip.compress(ROW * 9)[:-12], "Compressed file ended before"),
+        ("train.jsonl.gz", gzip.compress(ROW * 9, mtime=0)[:-12], "Compressed file ended before"),
         ("train.parquet", b"", "Parquet file size is 0 bytes"),
         ("train.parquet", ROW, "Parquet"),
     ],
