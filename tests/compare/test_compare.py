@@ -317,6 +317,12 @@ def compare(repository):
     return program.output
 
 
+def test_two_comparisons_never_run_in_one_folder(repository):
+    with held(repository / "outputs/tiny/compare"):
+        second = run_here("compare", env=CHOICES, root=repository)
+    assert second.code == 2 and "another run is active in outputs/tiny/compare" in second.err
+
+
 def test_a_comparison_is_finished_where_it_was_interrupted(repository):
     output = compare(repository)
     folder = repository / "outputs/tiny/compare"
@@ -328,10 +334,6 @@ def test_a_comparison_is_finished_where_it_was_interrupted(repository):
     assert (folder / "compare.png").stat().st_size > 10_000
     assert len((folder / "table.csv").read_text().splitlines()) == 4
     assert len((folder / "curves.csv").read_text().splitlines()) == 1 + 2 * 2
-
-    with held(folder):
-        second = run_here("compare", env=CHOICES, root=repository)
-    assert second.code == 2 and "another run is active in outputs/tiny/compare" in second.err
 
     kept = path.read_text().splitlines(keepends=True)[:-1]
     path.write_text("".join(kept))
