@@ -26,7 +26,7 @@ def main() -> None:
     from rmipo.run.frame import training_run
     from rmipo.run.generations import SampleGenerations
     from rmipo.run.watchdogs import GenerationWatchdog, StepWatchdog
-    from rmipo.training.loading import check_limits, load_model, load_tokenizer
+    from rmipo.training.loading import check_limits, load_model, load_policy, load_tokenizer
     from rmipo.training.trainer import PreferenceTrainer
 
     with training_run(recipe, args, model_config) as run:
@@ -63,7 +63,7 @@ def main() -> None:
         ###################
         # Model
         ###################
-        model, reference_model = load_model(model_config), None
+        model, reference_model = load_policy(model_config), None
         chat.set_end_of_turn(model.generation_config)
         if model_config.use_peft:
             model = get_peft_model(model, get_peft_config(model_config))

@@ -24,7 +24,7 @@ from rmipo.run.frame import TrainingRun, training_run
 from rmipo.tiny import judge
 from rmipo.training import attention
 from rmipo.training.finite import NonFiniteLossError
-from rmipo.training.loading import load_model, load_tokenizer
+from rmipo.training.loading import load_policy, load_tokenizer
 from rmipo.training.trainer import PreferenceTrainer
 
 CURVE_STEPS = 10  # optimizer steps between two points of a curve
@@ -86,7 +86,7 @@ def execute(study: Study, run: Run) -> dict[str, Any]:
         args, data_config, model_config = recipe.parse(world_size=1)
         with training_run(recipe, args, model_config, keep=False) as frame:
             tokenizer = load_tokenizer(model_config, data_config.chat_template)
-            model = load_model(model_config, use_cache=False).to(args.device)
+            model = load_policy(model_config, use_cache=False).to(args.device)
             objective = build_objective(args.objective)
             chat = ChatFormat.probe(tokenizer, header_in_response=objective.header_in_response)
             chat.set_end_of_turn(model.generation_config)

@@ -13,6 +13,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from trl import get_quantization_config
+from trl.trainer.utils import disable_dropout_in_model
 
 from rmipo.errors import UserError
 from rmipo.recipe.schema import ModelConfig
@@ -105,6 +106,16 @@ def load_model(model_config: ModelConfig, **options) -> PreTrainedModel:
         raise LoadingError(_explained(name, "model", error)) from error
     _repair_generation_config(model, name)
     model.config._commit_hash = model_config.model_revision  # what `reference.model_key` names the weights by
+    return model
+
+
+def load_policy(model_config: ModelConfig, **options) -> PreTrainedModel:
+    """The model to train on pairs: as `load_model` gives it, without dropout, as in TRL's DPO and SimPO's code.
+
+    Both responses of a pair, the prior and the reference are then scored by one network.
+    """
+    model = load_model(model_config, **options)
+    disable_dropout_in_model(model)
     return model
 
 

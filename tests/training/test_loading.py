@@ -3,9 +3,11 @@
 import json
 
 import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from rmipo.recipe.schema import ModelConfig
-from rmipo.training.loading import load_model
+from rmipo.training.loading import load_model, load_policy
 from tests.helpers.families import save
 
 
@@ -29,3 +31,11 @@ def test_an_invalid_generation_configuration_is_repaired(tmp_path, capsys, setti
     assert saved["eos_token_id"] == json.loads(path.read_text())["eos_token_id"]
     valid = "do_sample" in settings
     assert ("notice: the generation_config.json of" in capsys.readouterr().out) is not valid
+
+
+def test_a_policy_has_no_dropout(tmp_path):
+    GPT2LMHeadModel(GPT2Config(vocab_size=9, n_positions=8, n_embd=8, n_layer=1, n_head=2)).save_pretrained(tmp_path)
+    config, ids = ModelConfig(model_name_or_path=str(tmp_path), dtype="float32"), torch.arange(8)[None]
+    policy, model = load_policy(config), load_model(config)
+    assert torch.equal(policy.train()(ids).logits, model.eval()(ids).logits)
+    assert not torch.equal(model.train()(ids).logits, model.eval()(ids).logits)
