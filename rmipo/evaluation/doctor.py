@@ -5,11 +5,14 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from rmipo.errors import EvaluationError
-from rmipo.evaluation import alpaca, alpaca_reference, leaderboard
+from rmipo.data.sources import mixture_entries
+from rmipo.errors import EvaluationError, UserError
+from rmipo.evaluation import alpaca, alpaca_reference, hh, leaderboard
 from rmipo.generation.judge import judge_endpoint, shown
 from rmipo.launch.doctor import Check
+from rmipo.plan.preflight import check_access
 from rmipo.recipe.files import read_yaml
+from rmipo.recipe.schema import DataConfig
 from rmipo.recipe.settings import merge_settings
 from rmipo.record import require_package
 
@@ -31,15 +34,20 @@ def checks(settings: dict[str, dict]) -> Iterator[Check]:
         yield passes("AlpacaEval", lambda: ", ".join(alpaca_reference.hub_file(name).name for name in files))
     tasks = merge_settings("leaderboard", leaderboard.DEFAULTS, settings.get("leaderboard", {}))
     if tasks["include_path"] is None:
-        for task in ("ifeval", "gpqa"):
+        for task in tasks["tasks"]:
             yield passes(task, lambda task=task: leaderboard.check_data([task]) or "its data is there")
+    scored = merge_settings("hh", hh.DEFAULTS, settings.get("hh", {}))
+    blocks = [scored[name] for name in hh.SUBSETS if scored[name]] or hh.PUBLISHED.values()
+    sources = {entry["path"] for block in blocks for entry in mixture_entries(DataConfig(**block))}
+    for source in sorted(source for source in sources if not source.startswith("outputs/")):
+        yield passes("HH", lambda source=source: check_access(source, "dataset"))
     yield passes("judge", lambda: ask_judge(judged["annotators_config"]))
 
 
 def passes(name: str, look: Callable[[], str]) -> Check:
     try:
         return Check(name, True, look())
-    except EvaluationError as error:
+    except UserError as error:
         return Check(name, False, str(error))
 
 

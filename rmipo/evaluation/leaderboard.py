@@ -43,7 +43,11 @@ TASKS = {
 }
 # lm-eval's "auto" begins with 64 prompts as long as the model's context: more than a CPU's memory, and no error ends it.
 CPU_BATCH = 8
-GPQA_DATA, GPQA_FILE = "Idavidrein/gpqa", "gpqa_main.csv"
+DATA = {  # on the hub
+    "ifeval": "wis-k/instruction-following-eval", "bbh": "SaylorTwift/bbh", "math": "DigitalLearningGmbH/MATH-lighteval",
+    "gpqa": "Idavidrein/gpqa", "musr": "TAUR-Lab/MuSR", "mmlu_pro": "TIGER-Lab/MMLU-Pro", "gsm8k": "openai/gsm8k",
+    "mmlu": "cais/mmlu",
+}  # fmt: skip
 
 DEFAULTS = {
     "tasks": list(TASKS)[:6],
@@ -51,10 +55,10 @@ DEFAULTS = {
     "apply_chat_template": True,
     "fewshot_as_multiturn": True,
     "engine": "auto",  # vllm where there is a GPU, else transformers
-    "batch_size": "auto",  # on a GPU the largest that fits, on a CPU CPU_BATCH
+    "batch_size": "auto",  # on a GPU the largest that fits ("auto:4": found anew four times), on a CPU CPU_BATCH
     "dtype": "auto",
     "device": None,  # null: cuda where there is a GPU, else cpu; of transformers alone
-    "limit": None,  # examples per task; anything but null is a trial run, and the tables say so
+    "limit": None,  # examples per task, below 1 their share; anything but null is a trial run, and the tables say so
 }
 
 
@@ -165,16 +169,24 @@ def check_data(tasks: list[str]) -> None:
             nltk.data.find("tokenizers/punkt_tab")
         except LookupError:
             problems.append("ifeval counts sentences with NLTK's data: .venv/bin/python -m nltk.downloader punkt_tab")
-    if "gpqa" in tasks:
-        from huggingface_hub import hf_hub_download
+    from rmipo.plan.preflight import PreflightError, check_access
 
+    unread = []
+    for task in tasks:
         try:
-            hf_hub_download(GPQA_DATA, GPQA_FILE, repo_type="dataset")
-        except Exception as error:  # gated, not logged in, no network
-            problems.append(
-                f"gpqa is gated, and {GPQA_DATA} can't be read ({type(error).__name__}): accept its terms on "
-                f"https://huggingface.co/datasets/{GPQA_DATA}, then `.venv/bin/hf auth login`"
-            )
+            check_access(DATA[task], "dataset")
+        except PreflightError as error:
+            unread.append(f"{task} ({DATA[task]}: {type(error.__cause__).__name__})")
+            if task == "gpqa":
+                problems.append(
+                    f"gpqa is gated: accept its terms on https://huggingface.co/datasets/{DATA[task]}, then "
+                    "`.venv/bin/hf auth login`"
+                )
+    if unread:
+        problems.append(
+            f"neither in the hub's cache nor readable there: {', '.join(unread)}; check the network (is HF_HUB_OFFLINE "
+            "set?)"
+        )
     if problems:
         raise EvaluationError("leaderboard: " + "; ".join(problems) + ". Or leave those out: TASKS=bbh,math,...")
 
@@ -199,7 +211,7 @@ def run(model_dir: str | Path, output_dir: str | Path, settings: dict) -> dict:
 
     engine = settings["engine"] = choose_engine(settings["engine"])
     settings["device"] = settings["device"] or ("cuda" if torch.cuda.is_available() else "cpu")
-    if settings["batch_size"] == "auto" and settings["device"] == "cpu":
+    if str(settings["batch_size"]).startswith("auto") and settings["device"] == "cpu":
         settings["batch_size"] = CPU_BATCH
     versions = package_versions(*sorted({"lm_eval", "transformers", "torch", engine}))
     free = ("tasks", "batch_size", "device")
@@ -243,10 +255,15 @@ def evaluate(model, task: str, settings: dict, path: Path) -> dict:
     from lm_eval.tasks import TaskManager
 
     include_path = settings["include_path"]
+    manager = TaskManager(include_path=include_path, include_defaults=include_path is None)
+    if TASKS[task] not in manager.all_tasks:
+        raise EvaluationError(
+            f"leaderboard.include_path: {include_path} has no {TASKS[task]}, which TASKS={task} needs"
+        )
     raw = lm_eval.simple_evaluate(
         model=model,
         tasks=[TASKS[task]],
-        task_manager=TaskManager(include_path=include_path, include_defaults=include_path is None),
+        task_manager=manager,
         limit=settings["limit"],
         apply_chat_template=settings["apply_chat_template"],
         fewshot_as_multiturn=settings["fewshot_as_multiturn"],

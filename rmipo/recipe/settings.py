@@ -2,6 +2,7 @@
 
 import difflib
 import math
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -14,6 +15,14 @@ WHOLE = {
     "max_new_tokens": 1, "max_tokens": 1, "max_length": 2, "max_prompt_length": 1, "top_k": 0, "max_retries": 0,
     "max_missing": 0,
 }  # fmt: skip
+# What lm-eval takes in place of a whole number.
+LM_EVALS = {
+    "leaderboard.batch_size": ("auto:4", lambda value: re.fullmatch(r"auto:[1-9]\d*", str(value))),
+    "leaderboard.limit": (
+        "a share, more than 0 and less than 1",
+        lambda value: isinstance(value, float) and 0 < value < 1,
+    ),
+}
 RANGES = {
     "temperature": (0, 2, "0 (greedy) to 2"),
     "top_p": (1e-9, 1, "more than 0, at most 1"),
@@ -31,7 +40,7 @@ def merge_settings(block: str, defaults: dict, settings: dict, problems: Iterabl
     found, sound = [], {}
     for key, value in settings.items():
         try:
-            sound[key] = checked(key, defaults[key], value)
+            sound[key] = checked(block, key, defaults[key], value)
         except ValueError as error:
             found.append(f"{key} is {value!r}, {error}")
     if found := [*found, *problems]:
@@ -39,15 +48,18 @@ def merge_settings(block: str, defaults: dict, settings: dict, problems: Iterabl
     return defaults | sound
 
 
-def checked(key: str, default: Any, value: Any) -> Any:
+def checked(block: str, key: str, default: Any, value: Any) -> Any:
     """`value` in the type of `default`. Raises ValueError that says what was expected."""
     if type(value) is type(default) and value == default:
         return value
     if key == "dtype" and value not in DTYPES:
         raise ValueError(f"expected one of {', '.join(DTYPES)}")
+    other, fits = LM_EVALS.get(f"{block}.{key}", ("", lambda value: False))
+    if fits(value):
+        return value
     low, high = 0, math.inf
     if key in WHOLE:
-        kind, low, what = int, WHOLE[key], f"a whole number, {WHOLE[key]} or more"
+        kind, low, what = int, WHOLE[key], f"a whole number, {WHOLE[key]} or more{other and f', or {other}'}"
     elif key in RANGES:
         kind, (low, high, what) = float, RANGES[key]
     elif key == "price":

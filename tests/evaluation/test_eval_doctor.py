@@ -4,10 +4,14 @@ import sys
 
 import pytest
 
-from rmipo.evaluation import doctor
+from rmipo.evaluation import doctor, leaderboard
 from tests.helpers.judge_server import JudgeServer
 
-SETTINGS = {"alpacaeval": {"reference": "mine.jsonl"}, "leaderboard": {"include_path": "recipes/tiny/leaderboard"}}
+SETTINGS = {
+    "alpacaeval": {"reference": "mine.jsonl"},
+    "leaderboard": {"include_path": "recipes/tiny/leaderboard"},
+    "hh": {"helpful": {"dataset_name": "outputs/tiny/world/pairs"}},
+}
 
 
 def found(settings: dict) -> dict:
@@ -40,6 +44,8 @@ def test_what_is_missing_is_named(monkeypatch, tmp_path):
     monkeypatch.delenv("OPENAI_API_KEY")
     checks = found({})
     missing = {name for name, check in checks.items() if check.passed is False}
-    assert missing == {"lm_eval", "AlpacaEval", "ifeval", "gpqa", "judge"}
+    assert missing == {"lm_eval", "AlpacaEval", *leaderboard.DEFAULTS["tasks"], "HH", "judge"}
+    assert checks["HH"].found.startswith("Anthropic/hh-rlhf: hub unreachable")
+    assert "TAUR-Lab/MuSR" in checks["musr"].found
     assert "make install EXTRAS=eval" in checks["lm_eval"].found and "hf download" in checks["AlpacaEval"].found
     assert "nltk.downloader punkt_tab" in checks["ifeval"].found and "OPENAI_API_KEY" in checks["judge"].found

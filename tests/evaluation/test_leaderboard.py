@@ -1,6 +1,8 @@
 """The leaderboard's normalisation on hand values, and the whole path through lm-eval on the tiny setting's tasks."""
 
 import json
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,7 +10,8 @@ import yaml
 
 from rmipo.errors import EvaluationError
 from rmipo.evaluation import leaderboard
-from rmipo.evaluation.leaderboard import BBH_CHOICES, TASKS, evaluate, ifeval_error, metrics_of, normalize, run
+from rmipo.evaluation.leaderboard import BBH_CHOICES, DATA, TASKS, evaluate, ifeval_error, metrics_of, normalize, run
+from rmipo.recipe.settings import merge_settings
 from tests.helpers.paths import ROOT
 from tests.helpers.tiny_model import write_model
 
@@ -104,11 +107,36 @@ def test_missing_data_is_found_before_generation(tmp_path, monkeypatch):
     pytest.importorskip("nltk")
     monkeypatch.setattr("nltk.data.path", [str(tmp_path)])
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
-    message = r"python -m nltk\.downloader punkt_tab; gpqa is gated, .*datasets/Idavidrein/gpqa, then `.venv/bin/hf auth login`"
+    message = r"python -m nltk\.downloader punkt_tab; gpqa is gated: .*datasets/Idavidrein/gpqa, then `.venv/bin/hf auth login`"
     with pytest.raises(EvaluationError, match=message):
         run("no/such/model", tmp_path, {})
-    with pytest.raises(EvaluationError, match="no/such/model holds no"):
-        run("no/such/model", tmp_path, {"tasks": ["bbh"]})
+    message = (
+        r"nor readable there: bbh \(SaylorTwift/bbh: OfflineModeIsEnabled\), mmlu \(cais/mmlu: .*check the network"
+    )
+    with pytest.raises(EvaluationError, match=message):
+        run("no/such/model", tmp_path, {"tasks": ["bbh", "mmlu"]})
+
+
+def test_data_that_is_checked_is_what_lm_eval_reads():
+    tasks = Path(pytest.importorskip("lm_eval.tasks").__path__[0])
+    folders = {name: tasks / "leaderboard" / name for name in DATA} | {"gsm8k": tasks / "gsm8k"}
+    folders |= {name: tasks / path for name, path in {"bbh": "leaderboard/bbh_mc", "mmlu": "mmlu/default"}.items()}
+    named = re.compile(r"^dataset_path: (\S+)", re.MULTILINE)
+    for name, folder in folders.items():
+        texts = [file.read_text() for file in folder.glob("*yaml")]
+        assert {path for text in texts for path in named.findall(text)} == {DATA[name]}, name
+
+
+def test_what_lm_eval_takes_in_place_of_a_whole_number(tmp_path, monkeypatch):
+    for wrong in ({"batch_size": "auto:0"}, {"batch_size": "automatic"}, {"limit": 1.5}, {"limit": 0.0}):
+        with pytest.raises(
+            EvaluationError, match=r"expected a whole number, 1 or more, or (auto:4|a share, more than 0)"
+        ):
+            merge_settings("leaderboard", leaderboard.DEFAULTS, wrong)
+    with pytest.raises(EvaluationError, match=r"limit is 0\.5, expected a whole number, 1 or more$"):
+        merge_settings("hh", {"limit": None}, {"limit": 0.5})
+    settings = merge_settings("leaderboard", leaderboard.DEFAULTS, {"batch_size": "auto:4", "limit": 0.25})
+    assert (settings["batch_size"], settings["limit"]) == ("auto:4", 0.25)
 
 
 def test_choices_match_lm_evals_tasks():
