@@ -1,6 +1,7 @@
 """Check what training MODEL needs: one line per check, with its fix. Prints no token and works without a network.
 
     make doctor [MODEL=llama3-8b-instruct] [EVAL=1, what make eval needs too; asks the judge for one token]
+    make doctor EVAL=1 SETTINGS=my-eval.yaml    # of another judge or other data than the setting's
 
 `ok`: as it should be. `note`: something else will be used, or nothing needs it. `FAIL`: MODEL can't be trained so; the
 exit code is then 1.
@@ -83,13 +84,13 @@ def all_checks(env: dict[str, str]) -> Iterator[Check]:
     from rmipo.evaluation import doctor
     from rmipo.evaluation.target import load_settings
 
-    settings = Path("recipes", env["MODEL"], "eval.yaml")
-    yield from doctor.checks(load_settings(settings, []) if settings.is_file() else {})
+    named, own = env.get("SETTINGS"), Path("recipes", env["MODEL"], "eval.yaml")
+    yield from doctor.checks(load_settings(Path(named or own), []) if named or own.is_file() else {})
 
 
 def main() -> int:
     os.chdir(Path(__file__).parent.parent)
-    options = cli.options(__doc__, "MODEL", "STAGE", "METHOD", "DATA", "ARGS", "SHARDING", "EVAL").read()
+    options = cli.options(__doc__, "MODEL", "STAGE", "METHOD", "DATA", "ARGS", "SHARDING", "EVAL", "SETTINGS").read()
     env = {**os.environ, "MODEL": "tiny"} | cli.variables(options)
     check_choices(env)
     os.environ["WANDB_SILENT"] = "true"
