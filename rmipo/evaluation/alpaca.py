@@ -39,6 +39,8 @@ DEFAULTS = {
     "max_missing": 0,  # verdicts that may be unusable in a finished result
 }
 
+PAPERS_JUDGE = "595455fc9cc923f5"  # `judge_sha256` of alpaca-eval's own weighted_alpaca_eval_gpt4_turbo
+
 
 def run(model_dir: str | Path, output_dir: str | Path, settings: dict) -> dict | None:
     """Generate answers with the model in `model_dir`, have them judged, return the result.
@@ -118,7 +120,7 @@ def judge(
 
     config = judge_config(settings["annotators_config"], EVALUATORS_CONFIG_DIR, folder)
     annotator = AtomicAnnotator(annotators_config=str(config), caching_path=None)
-    text = judge_text(config, annotator)
+    text = judge_text(find_judge(settings["annotators_config"], EVALUATORS_CONFIG_DIR), annotator)
     cache = folder / f"verdicts-{text_fingerprint(text + endpoint.encode())[:8]}.json"
     drop_unusable(cache)
     annotator.caching_path = cache
@@ -213,7 +215,7 @@ def judge_config(name: str, packaged: Path, folder: Path) -> Path:
 
 
 def judge_text(config: Path, annotator) -> bytes:
-    """What a judge is: its YAML, and the texts of the prompt files that the YAML names."""
+    """What a judge is: its YAML as its author wrote it, and the texts of the prompt files that the YAML names."""
     prompts = [single.prompt_template for single in annotator.annotators.values()]
     return config.read_bytes() + json.dumps(prompts).encode()
 
@@ -309,9 +311,13 @@ BENCHMARK = Benchmark(
     },
     same=("annotators_config", "judge_sha256", "judge_endpoint", "reference_sha256", "first_n"),
     # The paper samples each model in its own way, and all methods of a model alike.
-    same_per_model=tuple(f"generation.{key}" for key in ("temperature", "top_p", "max_new_tokens", "dtype")),
+    same_per_model=tuple(f"generation.{key}" for key in ("temperature", "top_p", "top_k", "max_new_tokens", "dtype")),
     trial=("first_n", "reference"),
-    paper={"annotators_config": DEFAULTS["annotators_config"], "judge_endpoint": OPENAI},
+    paper={
+        "annotators_config": DEFAULTS["annotators_config"],
+        "judge_sha256": PAPERS_JUDGE,  # a folder of one's own may have that name
+        "judge_endpoint": OPENAI,
+    },
     verdicts=805,
     verdict_tokens=(1500, 1),  # answers of some 2,000 characters
 )

@@ -264,9 +264,14 @@ BENCHMARK = Benchmark(
     defaults=DEFAULTS,
     metrics={"mt_bench": Metric("MT-Bench", standard_error="mt_bench_standard_error")},
     same=("judge_model", "judge_reference_model", "judge_endpoint", "temperatures", "max_new_tokens", "first_n"),
-    same_per_model=("generation.top_p", "generation.dtype"),  # temperatures and length are the benchmark's
+    same_per_model=(
+        "generation.top_p",
+        "generation.top_k",
+        "generation.dtype",
+    ),  # temperatures and length are the benchmark's
     trial=("first_n",),
-    paper={"judge_model": DEFAULTS["judge_model"], "judge_endpoint": OPENAI},
+    paper={"judge_endpoint": OPENAI}
+    | {name: DEFAULTS[name] for name in ("judge_model", "judge_reference_model", "temperatures", "max_new_tokens")},
     verdicts=160,
     verdict_tokens=(1200, VERDICT_TOKENS),  # answers of some 2,000 characters
 )

@@ -137,6 +137,6 @@ BENCHMARK = Benchmark(
         ),
     },
     same=("model", "model_fingerprint", "reference_sha256", "first_n", "dtype"),
-    same_per_model=tuple(f"generation.{key}" for key in ("temperature", "top_p", "max_new_tokens", "dtype")),
+    same_per_model=tuple(f"generation.{key}" for key in ("temperature", "top_p", "top_k", "max_new_tokens", "dtype")),
     trial=("first_n", "reference"),
 )

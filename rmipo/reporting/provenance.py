@@ -54,8 +54,10 @@ def value_of(result: Result, name: str) -> str:
     value = result.settings
     for key in name.split("."):
         value = (value or {}).get(key)
-    if value is None:
-        return ABSENT
+    return ABSENT if value is None else as_text(value)
+
+
+def as_text(value: object) -> str:
     return value if isinstance(value, str) else json.dumps(value, sort_keys=True)
 
 
@@ -95,7 +97,7 @@ def deviations(result: Result) -> list[str]:
     trial = [f"{name}={value}" for name in benchmark.trial if (value := value_of(result, name)) != ABSENT]
     found = [f"TRIAL, not the benchmark itself: {benchmark.title} with {', '.join(trial)}."] if trial else []
     decoding = paper_table("decoding").astype(str).set_index("setting")
-    paper = dict(benchmark.paper)
+    paper = {name: as_text(value) for name, value in benchmark.paper.items()}
     if result.model in decoding.index:
         own = {f"generation.{key}": value for key, value in decoding.loc[result.model].items()}
         paper |= {name: value for name, value in own.items() if name in benchmark.same_per_model}

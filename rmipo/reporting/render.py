@@ -5,7 +5,8 @@ import pandas as pd
 from rmipo.reporting.filling import Entry, FilledTable, notes_text
 from rmipo.reporting.paired import PAIRED_TITLE
 
-LINES_OF_A_PAGE = 50  # of a LaTeX table, with its notes, in the larger print
+LINES_OF_A_PAGE = 55  # of a LaTeX table, with its notes, in the larger print
+CHARACTERS_OF_A_LINE = 100  # of a note, about
 PAIRED = {"": "mean", "_low": "low", "_high": "high"}  # columns of the CSV
 MAX_NUMBER_COLUMNS = 8  # of one LaTeX table: what fits the text width of an article, 345 pt
 LATEX = {"α": r"$\alpha$", "β": r"$\beta$", "ε": r"$\epsilon$", "γ": r"$\gamma$", "Δ": r"$\Delta$", "±": r"$\pm$"}
@@ -130,10 +131,11 @@ def latex_table(filled: FilledTable, numbers: dict[tuple[str, ...], int], severa
     names = dict.fromkeys(entry.cell.column for entry in filled.entries)
     part = filled.entries[0].cell.row[0] if by_model else ", ".join(groups) if several else ""
     heads = [rf"\multicolumn{{{size}}}{{c}}{{{latex_escape(group)}}}" for group, size in groups.items()]
-    size = r"\scriptsize" if len(body) > LINES_OF_A_PAGE else r"\footnotesize"
     notes = filled.notes()
     if any(entry.commands for entry in filled.entries):
         notes.append("[1], ...: not run yet; the commands are comments in the source.")
+    lines = len(body) + sum(1 + len(note) // CHARACTERS_OF_A_LINE for note in notes)
+    size = r"\scriptsize" if lines > LINES_OF_A_PAGE else r"\footnotesize"
     return "\n".join(
         [
             rf"\begin{{table*}}\centering{size}" r"\setlength{\tabcolsep}{2pt}\renewcommand{\arraystretch}{0.85}",

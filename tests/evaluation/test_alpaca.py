@@ -101,7 +101,8 @@ def test_weighted_judge_gives_the_mean_probability(tmp_path, monkeypatch, api_ke
         assert metrics["alpacaeval2_length"] == sum(len(row["output"]) for row in OUTPUTS) / ROWS
         assert metrics["alpacaeval2_missing"] == 0 and "alpacaeval2_lc" not in metrics
         assert len(server.requests) == len(set(server.requests)) == ROWS
-        _, by_prompts, _ = alpaca.judge(OUTPUTS, REFERENCE, tmp_path, server.url, SETTINGS)
+        _, by_prompts, sha256 = alpaca.judge(OUTPUTS, REFERENCE, tmp_path, server.url, SETTINGS)
+        assert sha256 == alpaca.PAPERS_JUDGE
         wins = by_prompts["per_prompt"]["alpacaeval2_wr"]
         assert wins == pytest.approx([expected_win_rate([i]) for i in range(ROWS)], abs=1e-6)
         assert "draws" not in by_prompts
@@ -213,6 +214,10 @@ def test_another_prompt_file_is_another_judge(tmp_path, monkeypatch, api_key):
             prompt.write_text((packaged / "alpaca_eval_clf_gpt4_turbo/alpaca_eval_clf.txt").read_text() + ending)
             ask(server, tmp_path / "verdicts", monkeypatch, annotators_config=str(judge.parent))
             assert len(server.requests) == asked * ROWS
+        # The same judge in another place, as in the clone of another machine, has given its verdicts.
+        (tmp_path / "judges").rename(tmp_path / "moved")
+        ask(server, tmp_path / "verdicts", monkeypatch, annotators_config=str(tmp_path / "moved/mine"))
+        assert len(server.requests) == 2 * ROWS
 
 
 @pytest.mark.parametrize("fault", ["drop", "html"])

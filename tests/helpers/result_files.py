@@ -5,14 +5,27 @@ from pathlib import Path
 
 # How the paper evaluated; transcribed here a second time.
 JUDGES = {
-    "alpacaeval": {"annotators_config": "weighted_alpaca_eval_gpt4_turbo", "judge_endpoint": "api.openai.com/v1"},
-    "mtbench": {"judge_model": "gpt-4", "judge_endpoint": "api.openai.com/v1"},
+    "alpacaeval": {
+        "annotators_config": "weighted_alpaca_eval_gpt4_turbo",
+        "judge_sha256": "595455fc9cc923f5",
+        "judge_endpoint": "api.openai.com/v1",
+    },
+    "mtbench": {
+        "judge_model": "gpt-4",
+        "judge_reference_model": "gpt-4",
+        "judge_endpoint": "api.openai.com/v1",
+        "max_new_tokens": 1024,
+        "temperatures": dict.fromkeys(("writing", "roleplay"), 0.7)
+        | dict.fromkeys(("extraction", "math", "coding", "reasoning"), 0.0)
+        | dict.fromkeys(("stem", "humanities"), 0.1),
+    },
 }
+ALL_TOKENS = {"top_p": 1.0, "top_k": 0}
 DECODING = {
-    "mistral-7b-base": {"temperature": 0.7, "max_new_tokens": 2048},
-    "mistral-7b-instruct": {"temperature": 0.5, "max_new_tokens": 2048},
-    "llama3-8b-base": {"temperature": 0.9, "max_new_tokens": 4096},
-    "llama3-8b-instruct": {"temperature": 0.9, "max_new_tokens": 4096},
+    "mistral-7b-base": {"temperature": 0.7, "max_new_tokens": 2048} | ALL_TOKENS,
+    "mistral-7b-instruct": {"temperature": 0.5, "max_new_tokens": 2048} | ALL_TOKENS,
+    "llama3-8b-base": {"temperature": 0.9, "max_new_tokens": 4096} | ALL_TOKENS,
+    "llama3-8b-instruct": {"temperature": 0.9, "max_new_tokens": 4096} | ALL_TOKENS,
 }
 
 

@@ -4,10 +4,10 @@ import pytest
 
 from rmipo.evaluation import BENCHMARKS
 from rmipo.reporting.filling import fill
-from rmipo.reporting.provenance import conflicts, missing_verdicts
+from rmipo.reporting.provenance import conflicts, deviations, missing_verdicts
 from rmipo.reporting.results import ReportError, load_result
 from rmipo.reporting.tables import LEADERBOARD, build_table
-from tests.helpers.result_files import write_result
+from tests.helpers.result_files import DECODING, write_result
 
 SCORES = dict.fromkeys(LEADERBOARD, 10.0)
 BENCHES = {"mtbench": {"mt_bench": 5.0}, "leaderboard": SCORES, "alpacaeval": {"alpacaeval2_wr": 5.0}, "hh": {}}
@@ -80,6 +80,41 @@ def test_results_that_differ_in_what_decides_them_are_a_mix(tmp_path, bench):
         first, second = ({"settings": {block: {key: value}} if block else {key: value}} for value in ("a", "b"))
         texts = compare(tmp_path, bench, first, second)
         assert any(text.startswith(f"{bench}: {name} {files(bench, 'a', 'b')}") for text in texts), name
+
+
+def test_every_number_that_draws_tokens_is_compared(tmp_path):
+    for bench, keys in {
+        "alpacaeval": "temperature top_p top_k max_new_tokens dtype",
+        "reward": "temperature top_p top_k max_new_tokens dtype",
+        "mtbench": "top_p top_k dtype",
+    }.items():
+        for key in keys.split():
+            first, second = ({"settings": {"generation": {key: value}}} for value in ("a", "b"))
+            text = f"{bench} of tiny: generation.{key} {files(bench, 'a', 'b')}"
+            assert compare(tmp_path, bench, first, second) == [text]
+
+
+@pytest.mark.parametrize(
+    ("bench", "change"),
+    [
+        ("alpacaeval", {"annotators_config": "mine"}),
+        ("alpacaeval", {"judge_sha256": "0a"}),
+        ("alpacaeval", {"judge_endpoint": "127.0.0.1:8000/v1"}),
+        ("alpacaeval", {"generation": DECODING["llama3-8b-base"] | {"top_p": 0.5}}),
+        ("alpacaeval", {"generation": DECODING["llama3-8b-base"] | {"top_k": 40}}),
+        ("mtbench", {"judge_model": "gpt-5"}),
+        ("mtbench", {"judge_reference_model": "gpt-5"}),
+        ("mtbench", {"temperatures": {"writing": 0.0}}),
+        ("mtbench", {"max_new_tokens": 64}),
+        ("mtbench", {"generation": DECODING["llama3-8b-base"] | {"top_k": 40}}),
+    ],
+)
+def test_what_is_not_made_as_the_paper_s_is_said(tmp_path, bench, change):
+    write_result(tmp_path, "llama3-8b-base", "rmipo", bench, {}, settings={})
+    assert deviations(load_result(tmp_path, "llama3-8b-base", "rmipo", bench)) == []
+    write_result(tmp_path, "llama3-8b-base", "rmipo", bench, {}, settings=change)
+    (said,) = deviations(load_result(tmp_path, "llama3-8b-base", "rmipo", bench))
+    assert "the paper's is" in said
 
 
 def test_decoding_is_compared_within_a_model_alone(tmp_path):

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import json
 import re
 import shutil
 import subprocess
@@ -12,7 +13,7 @@ import pytest
 from rmipo.reporting.filling import fill
 from rmipo.reporting.render import FORMATS, csv_text, latex, markdown, number_text
 from rmipo.reporting.tables import TABLES, Cell, build_table
-from tests.helpers.result_files import write_result
+from tests.helpers.result_files import JUDGES, write_result
 
 LLAMA = "llama3-8b-instruct"
 
@@ -74,11 +75,16 @@ def test_another_judge_is_said_in_all_three_formats(tmp_path):
     filled = fill(build_table(1, [LLAMA]), tmp_path)
     trial = "TRIAL, not the benchmark itself: MT-Bench with first_n=4."
     judge = "MT-Bench: judge_endpoint is 127.0.0.1:8000/v1, the paper's is api.openai.com/v1."
-    made_with = "MT-Bench: judge_model gpt-4, judge_endpoint 127.0.0.1:8000/v1, first_n 4; lm_eval 0.4.13."
+    made_with = (
+        "MT-Bench: judge_model gpt-4, judge_reference_model gpt-4, judge_endpoint 127.0.0.1:8000/v1, "
+        f"temperatures {json.dumps(JUDGES['mtbench']['temperatures'], sort_keys=True)}, max_new_tokens 1024, first_n 4; "
+        "lm_eval 0.4.13. MT-Bench of Llama3-8B-Instruct: generation.top_p 1.0, generation.top_k 0."
+    )
     missing = f"MISSING verdicts: 7 in {LLAMA}/rmipo/eval/mtbench.json."
     text = markdown(filled)
     assert "8.3 / 6.0† |" in text
-    assert all(f"- {note}\n" in text for note in (f"† {trial}", f"† {judge}", made_with, missing))
+    assert all(f"- {note}\n" in text for note in (f"† {trial}", f"† {judge}", missing))
+    assert all(f"{part}." in text for part in made_with.removesuffix(".").split(". "))
     line = lines_of_csv(filled)["RMiPO", "Llama3-8B-Instruct MT-Bench"]
     assert line["unlike_the_paper"] == f"{trial} {judge}" and line["difference"] == ""
     assert line["made_with"] == made_with and line["note"] == missing
@@ -89,7 +95,7 @@ def test_another_judge_is_said_in_all_three_formats(tmp_path):
         r"6.0$^\dagger$ \\" in plain
         and r"$^\dagger$ TRIAL, not the benchmark itself: MT-Bench with first\_n=4.\par" in plain
     )
-    assert r"judge\_endpoint 127.0.0.1:8000/v1, first\_n 4; lm\_eval 0.4.13.\par" in plain
+    assert r"judge\_endpoint 127.0.0.1:8000/v1, temp" in plain and r"first\_n 4; lm\_eval 0.4.13.\par" in plain
 
 
 def compiled(folder: Path, source: str) -> str:
@@ -107,7 +113,7 @@ def write_wide(outputs: Path, cell: Cell, as_the_paper: bool) -> None:
     metrics = {"alpacaeval2_lc": 48.71, "alpacaeval2_wr": 45.28, "alpacaeval2_length": 1834.0, "mt_bench": 8.13}
     metrics |= dict.fromkeys(("ifeval", "bbh", "math", "gpqa", "musr", "mmlu_pro"), 68.88)
     metrics |= {f"{name}_standard_error": 1.44 for name in metrics}
-    settings = {"judge_sha256": "0123456789abcdef", "reference_sha256": "0123456789abcdef"}
+    settings = {"reference_sha256": "0123456789abcdef"}
     if not as_the_paper:
         metrics |= {"mt_bench_missing": 7}
         settings |= {"judge_endpoint": "a-judge-with-a-long-name.example.org:8123/v1"}

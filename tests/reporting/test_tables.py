@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import yaml
 
 from rmipo.fingerprints import trained_fingerprint
+from rmipo.generation.answers import DEFAULTS as GENERATION
 from rmipo.reporting.filling import Entry, FilledTable, average_ranks, fill
 from rmipo.reporting.results import METHODS, PAPER_MODELS, ReportError, load_result, paper_table
 from rmipo.reporting.tables import LEADERBOARD, TABLES, build_table
@@ -135,8 +137,8 @@ def test_the_papers_decoding_is_that_of_the_recipes():
     decoding = paper_table("decoding").set_index("setting").to_dict("index")
     assert decoding == DECODING
     for model, values in decoding.items():
-        text = (ROOT / "recipes" / model / "eval.yaml").read_text()
-        assert all(f"\n  {key}: {value}" in text for key, value in values.items()), model
+        generation = yaml.safe_load((ROOT / "recipes" / model / "eval.yaml").read_text())["generation"]
+        assert values.items() <= (GENERATION | generation).items(), model
 
 
 def test_difference_and_missing_cells(tmp_path):
@@ -203,7 +205,7 @@ def test_a_stand_in_has_no_length_controlled_rate(tmp_path):
         (
             LLAMA,
             "alpacaeval",
-            {"generation": {"temperature": 0.7, "max_new_tokens": 4096}},
+            {"generation": DECODING[LLAMA] | {"temperature": 0.7}},
             "AlpacaEval 2 of Llama3-8B-Instruct: generation.temperature is 0.7, the paper's is 0.9.",
         ),
         (
@@ -232,10 +234,12 @@ def test_judge_decoding_and_versions_are_named(tmp_path):
     lc = {"alpacaeval2_lc": 40.0, "alpacaeval2_wr": 40.0}
     for method in ("dpo", "rmipo"):
         write_result(tmp_path, LLAMA, method, "alpacaeval", lc, versions={"vllm": "0.30.0", "alpaca_eval": "0.6.6"})
-    judge = "annotators_config weighted_alpaca_eval_gpt4_turbo, judge_endpoint api.openai.com/v1"
+    judge = "annotators_config weighted_alpaca_eval_gpt4_turbo, judge_sha256 595455fc9cc923f5"
+    judge += ", judge_endpoint api.openai.com/v1"
+    decoding = "temperature 0.9, generation.top_p 1.0, generation.top_k 0, generation.max_new_tokens 4096"
     assert fill(build_table(1, [LLAMA]), tmp_path).notes()[:2] == [
         f"AlpacaEval 2: {judge}; alpaca_eval 0.6.6, vllm 0.30.0.",
-        "AlpacaEval 2 of Llama3-8B-Instruct: generation.temperature 0.9, generation.max_new_tokens 4096.",
+        f"AlpacaEval 2 of Llama3-8B-Instruct: generation.{decoding}.",
     ]
 
 
