@@ -13,7 +13,13 @@ from rmipo.evaluation.alpaca_reference import load_reference
 from rmipo.evaluation.benchmark import Benchmark, Metric
 from rmipo.evaluation.statistics import bootstrap, standard_error, wins
 from rmipo.files import write_atomically
-from rmipo.fingerprints import json_fingerprint, model_fingerprint, text_fingerprint
+from rmipo.fingerprints import (
+    has_weights,
+    json_fingerprint,
+    model_fingerprint,
+    text_fingerprint,
+    trained_fingerprint,
+)
 from rmipo.recipe.settings import merge_settings
 from rmipo.record import package_versions
 
@@ -35,8 +41,8 @@ def run(model_dir: str | Path, output_dir: str | Path, settings: dict) -> dict:
     percent of prompts whose reward is higher (a tie is half), with `_low` and `_high` of its 95% paired bootstrap
     interval and `_standard_error`.
 
-    Raises EvaluationError for wrong settings before a model is loaded, and RewardModelError for a reward model that
-    can't be used.
+    Raises EvaluationError for wrong settings before a model is loaded and for answers of weights that are no longer in
+    their folder, and RewardModelError for a reward model that can't be used.
     """
     from rmipo.generation.answers import Generator, Request, check_settings
 
@@ -70,9 +76,10 @@ def run(model_dir: str | Path, output_dir: str | Path, settings: dict) -> dict:
     }
     others = sorted(folder.resolve().parent.glob(f"*/eval/answers/{file.name}"))
     for other in others:
-        name = other.parents[2].name
-        if other.parents[2] == folder.resolve() or not scores.complete(other):
+        theirs_folder, name = other.parents[2], other.parents[2].name
+        if theirs_folder == folder.resolve() or not scores.complete(other):
             continue
+        require_own_answers(theirs_folder, other)
         theirs, other_texts = scores.of(other)
         # Padding moves the last bits of a reward: the same answer is a tie whatever they are.
         same = [a == b for a, b in zip(texts, other_texts, strict=True)]
@@ -87,6 +94,18 @@ def run(model_dir: str | Path, output_dir: str | Path, settings: dict) -> dict:
     }
     versions = generator.versions | package_versions("transformers", "torch")
     return {"metrics": metrics, "versions": versions, "settings": settings, "fingerprint": generator.fingerprint}
+
+
+def require_own_answers(folder: Path, file: Path) -> None:
+    """Raises EvaluationError if the answers in `file` are of other weights than `folder` holds now."""
+    from rmipo.generation.answers import read_answers
+
+    header = read_answers(file)[0]
+    if has_weights(folder) and header["model"] != trained_fingerprint(folder):
+        raise EvaluationError(
+            f"{file} has answers of other weights than those now in {folder}. Delete it, and evaluate that model first or "
+            "leave it out of the comparison"
+        )
 
 
 class Scores:

@@ -163,3 +163,10 @@ def test_statistics_by_hand():
     assert interval.mean == 0.7 and interval.standard_error == pytest.approx(0.0458, abs=0.002)
     assert (interval.low, interval.high) == pytest.approx((0.61, 0.79), abs=0.011)
     assert bootstrap(values) == interval
+
+
+def test_answers_of_weights_that_are_gone_are_not_compared_with(outputs):
+    evaluate(outputs, "dpo")
+    write_model(outputs / "dpo", 7)  # trained again
+    with pytest.raises(EvaluationError, match=r"dpo/eval/answers/alpacaeval-\w+\.jsonl has answers of other weights"):
+        evaluate(outputs, "rmipo")
