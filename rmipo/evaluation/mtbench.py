@@ -264,11 +264,8 @@ BENCHMARK = Benchmark(
     defaults=DEFAULTS,
     metrics={"mt_bench": Metric("MT-Bench", standard_error="mt_bench_standard_error")},
     same=("judge_model", "judge_reference_model", "judge_endpoint", "temperatures", "max_new_tokens", "first_n"),
-    same_per_model=(
-        "generation.top_p",
-        "generation.top_k",
-        "generation.dtype",
-    ),  # temperatures and length are the benchmark's
+    # Temperatures and length are the benchmark's.
+    same_per_model=("generation.top_p", "generation.top_k", "generation.dtype"),
     trial=("first_n",),
     paper={"judge_endpoint": OPENAI}
     | {name: DEFAULTS[name] for name in ("judge_model", "judge_reference_model", "temperatures", "max_new_tokens")},
