@@ -150,6 +150,22 @@ def test_rewards_are_the_methods_own_without_the_margin():
         assert rewards[name] == pytest.approx(value), name
 
 
+def test_rewards_are_sums_or_means_as_length_normalization_says():
+    """The other setting of each method than in the test above."""
+    expected = {
+        "dpo": ({"beta": 0.1, "length_normalization": True}, (0.01, -0.02)),
+        "slic": ({"length_normalization": True}, (-0.4, -0.8)),
+        "ipo": ({"tau": 0.1, "length_normalization": False}, (0.03, -0.04)),
+        "simpo": ({"beta": 0.1, "length_normalization": False}, (-0.12, -0.16)),
+        "alpha-dpo": ({**ALPHA, "length_normalization": False}, (2.5 * (-1.2 - 0.2 * 0.3), 2.5 * (-1.6 + 0.2 * 0.4))),
+        "rmipo": ({"beta": 0.1, "length_normalization": False}, (-0.12, -0.16)),
+    }
+    assert expected.keys() == {n for n, cls in OBJECTIVES.items() if "length_normalization" in cls.__dataclass_fields__}
+    for name, (options, value) in expected.items():
+        out = build_objective({"name": name, **options})(case_scores("A"))
+        assert (out.chosen_rewards.item(), out.rejected_rewards.item()) == pytest.approx(value), name
+
+
 def test_first_loss_is_its_analytic_value_when_policy_is_reference():
     _, scores = batch()
     same = replace(scores, ref_chosen_logps=scores.chosen_logps, ref_rejected_logps=scores.rejected_logps)

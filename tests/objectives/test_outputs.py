@@ -153,6 +153,24 @@ def test_running_deviation_is_the_unbiased_one_of_each_micro_batch(name):
     assert std[0].item() == pytest.approx((0.9 * 0.1 * 2**0.5 + 0.1 * 12**0.5) / 0.19)
 
 
+@pytest.mark.parametrize("name", ["alpha-dpo", "beta-dpo"])
+def test_a_micro_batch_of_one_pair_has_a_deviation_of_0(name):
+    """The rest of an epoch may be one pair."""
+    objective = build_objective({"name": name})
+    state = objective.observe(objective.init_state(), gaps(1, 3))
+    state = objective.observe(state, gaps(7))
+    assert state["gap_mean"].item() == pytest.approx(0.9 * 0.1 * 2 + 0.1 * 7)
+    assert state["gap_std"].item() == pytest.approx(0.9 * 0.1 * 2**0.5)
+
+
+@pytest.mark.parametrize("name", ["alpha-dpo", "beta-dpo"])
+def test_an_evaluation_before_the_first_step_takes_the_statistics_of_its_own_pairs(name):
+    objective = build_objective({"name": name})
+    columns = objective(gaps(1, 3), objective.init_state()).diagnostics
+    assert columns["gap_mean"].tolist() == pytest.approx([2, 2])
+    assert columns["gap_std"].tolist() == pytest.approx([2**0.5, 2**0.5])
+
+
 def test_beta_dpo_selects_by_statistics_that_count_the_batch_itself():
     """Running mean 0 and deviation 1e-6 before it, 1 and 0.2 with it: the pair at 1 is the nearest, not the one at 0."""
     scores = gaps(0, 1, *[10.2, 10.4] * 24)
