@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import types
 
 import pytest
 import torch
@@ -168,6 +169,29 @@ def test_scores_that_are_not_finite_are_refused(monkeypatch):
     model.lm_head.weight.data[0] = float("nan")
     with pytest.raises(ParityError, match="plain scores are not finite either: check the weights"):
         check_parity(model, model, pairs, "segment")
+
+
+@pytest.mark.parametrize("shift", [-0.02, 0.02])
+def test_a_shift_of_all_scores_is_refused_where_noise_of_its_size_is_not(monkeypatch, shift):
+    zeros, noise, hidden = torch.zeros(100), torch.tensor([0.01, -0.01]).repeat(50), torch.ones(100, 4)
+    plain, packed = {"sdpa": zeros, "eager": noise}, [2 * noise, zeros + shift]
+    monkeypatch.setattr(attention, "attach", lambda *arguments: None)
+    monkeypatch.setattr(parity, "_plain", lambda *arguments: parity.Scored(plain[arguments[-1]], hidden))
+    monkeypatch.setattr(parity, "_packed", lambda *arguments: parity.Scored(packed.pop(0), hidden))
+    assert check_parity(None, None, make_pairs(1), "segment") == pytest.approx(0.02)
+    with pytest.raises(
+        ParityError, match=r"mean signed difference in nats per token 2.0e-02, expected at most 5.5e-03"
+    ):
+        check_parity(None, None, make_pairs(1), "segment")
+
+
+def test_hidden_states_are_those_behind_the_first_layer_of_each_kind():
+    states = [torch.full((1, 2, 1), float(number)) for number in range(5)]  # the first are the embeddings
+    output = types.SimpleNamespace(hidden_states=states)
+    for layer_types, expected in ((None, [1]), (["sliding_attention"] * 2 + ["full_attention"] * 2, [1, 3])):
+        config = MistralConfig()
+        config.layer_types = layer_types
+        assert parity._behind_first_layers(output, config)[0, 0].tolist() == expected
 
 
 def test_as_many_pairs_as_the_limits_allow():
