@@ -5,10 +5,13 @@
 
 import json
 import sys
+import time
 from pathlib import Path
 
 import torch
+from transformers import TrainerControl
 
+from rmipo.run.stop import StopOnSignal
 from rmipo.training.finite import NonFiniteLossError
 from tests.helpers.small_models import make_model, make_pairs
 from tests.helpers.trainers import make_trainer
@@ -57,12 +60,35 @@ def bad_loss_of_one_process(output: Path) -> tuple[str, list[int]]:
     return "trained", []
 
 
+def tokens(output: Path) -> tuple[int, float]:
+    """Positions with a gradient in this process's share of a step, and tokens per second over 100 seconds."""
+    trainer = make_trainer(output, PAIRS, global_batch_size=13)
+    (step,) = trainer.get_train_dataloader()
+    trainer.training_step(trainer.model, step)
+    own = trainer.window.tokens
+    trainer.window.start = time.perf_counter() - 100
+    line = {"loss": 1.0}
+    trainer.log(line)
+    return own, line["tokens_per_second"]
+
+
+def stop_of_one_process(output: Path) -> list[bool]:
+    """A signal has come to process 1 alone."""
+    args = make_trainer(output, PAIRS).args
+    stop, control = StopOnSignal(), TrainerControl()
+    stop.requested = args.process_index == 1
+    stop.on_step_end(args, None, control)
+    return [stop.stopped, control.should_save, control.should_training_stop]
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     folder = Path(sys.argv[1])
     results = {
         "gradients": gradients(folder / "gradients", 90),
         "reference": reference_columns(folder / "reference", folder / "model"),
+        "tokens": tokens(folder / "tokens"),
+        "stop": stop_of_one_process(folder / "stop"),
     }
     results["bad loss"], results["bad pairs"] = bad_loss_of_one_process(folder / "bad")
     torch.save(results, folder / f"rank{torch.distributed.get_rank()}.pt")

@@ -1,4 +1,7 @@
-"""Steps cut by tokens or by pairs, in one process and in two: gradients, references, a bad loss of one process."""
+"""Steps cut by tokens or by pairs, in one process and in two: gradients, references, tokens per second.
+
+And what one process finds that has to stop both: a bad loss, a signal.
+"""
 
 import math
 
@@ -66,6 +69,16 @@ def test_a_bad_loss_of_one_process_stops_both(two_processes):
         message = found["bad loss"]
         assert "the loss of step 1 is not finite" in message and f"non_finite_rank{rank}.json" in message
     assert sorted(found["bad pairs"] for found in two_processes) == [[], [12]]
+
+
+def test_tokens_per_second_are_those_of_both_processes(two_processes):
+    (own, rate), (others, same_rate) = (found["tokens"] for found in two_processes)
+    assert rate == pytest.approx((own + others) / 100, rel=0.1) == same_rate
+    assert min(own, others) > 0.3 * (own + others)
+
+
+def test_a_signal_to_one_process_stops_both(two_processes):
+    assert [found["stop"] for found in two_processes] == [[True] * 3] * 2
 
 
 @pytest.mark.parametrize(
