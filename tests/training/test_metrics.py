@@ -78,6 +78,14 @@ def test_tokens_and_operations_are_those_of_all_micro_batches(tmp_path):
     line = {"loss": 1.0}
     trainer.log(line)
     assert line["tokens_per_second"] == pytest.approx(sum(positions) / 100, rel=0.1)
+    assert (trainer.window.tokens, trainer.window.columns) == (0, [])  # the next line is of the pairs after this one
+
+
+def test_the_responses_to_other_prompts_count_as_operations(tmp_path):
+    trainer = make_trainer(tmp_path, make_pairs(8, seed=3), {"name": "kto"})
+    (step,) = trainer.get_train_dataloader()
+    pairs, mismatched = (sum(getattr(part, kind).length for part in step) for kind in ("pairs", "mismatched"))
+    assert trainer.floating_point_ops(step) == trainer.num_non_embedding_parameters * (6 * pairs + 2 * mismatched)
 
 
 def test_the_order_of_pairs_follows_the_seed_of_the_data(tmp_path):

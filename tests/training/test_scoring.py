@@ -176,6 +176,24 @@ def test_perturbed_ratios_do_not_depend_on_the_rows_at_a_time():
         torch.testing.assert_close(scoring.perturbed_logratios(logits, reference, packed, 0.1, chunk), at_once)
 
 
+def test_perturbed_ratios_of_bfloat16_logits_are_computed_in_float32():
+    packed, generator = pack_pairs(make_pairs(4)), torch.Generator().manual_seed(0)
+    rounded = [torch.randn(len(packed.labels), 61, generator=generator).bfloat16() for _ in range(2)]
+    expected = scoring.perturbed_logratios(*(values.float() for values in rounded), packed, epsilon=0.01)
+    torch.testing.assert_close(scoring.perturbed_logratios(*rounded, packed, 0.01), expected, atol=1e-5, rtol=0)
+
+
+def test_pairs_are_scored_without_dropout():
+    """As in the middle of a training."""
+    model, pairs = make_model("llama"), make_pairs(3)
+    for layer in model.model.layers:
+        layer.self_attn.attention_dropout = 0.5
+    with torch.no_grad():
+        expected = padded_pairs(model.eval(), pairs)
+    actual = scoring.score_pairs(model.train(), [pairs])
+    torch.testing.assert_close(actual["chosen_logps"], expected["chosen_logps"].float(), atol=1e-4, rtol=0)
+
+
 def test_sums_accumulate_in_float64():
     packed = pack([([0], [[1] * 30000])])
     values = torch.full((30000,), -0.1, dtype=torch.float32)

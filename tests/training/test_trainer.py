@@ -111,6 +111,15 @@ def test_evaluation_equals_the_reference_and_leaves_training_alone(tmp_path, pai
         assert torch.equal(actual, wanted)
 
 
+def test_dropout_has_no_part_in_the_check_at_the_start(tmp_path, pairs):
+    model = make_model("llama")
+    for layer in model.model.layers:
+        layer.self_attn.attention_dropout = 0.5
+    trainer = make_trainer(tmp_path, pairs, model=model, max_steps=1)
+    trainer.train()
+    assert trainer.parity < 1e-5
+
+
 def test_a_non_finite_loss_stops_and_names_the_rows(tmp_path, pairs):
     model = make_model("llama")
     with torch.no_grad():
