@@ -17,7 +17,8 @@ def load(tmp_path, rows, split="train"):
 
 def test_conversational_rows_stay_as_they_are(tmp_path):
     rows = pairs(0, 1)
-    rows[1]["prompt"] = [{"role": "system", "content": "Be brief"}, user("a"), assistant("b"), user("c")]
+    rows[1]["prompt"] = [{"role": "system", "content": "Be brief\n"}, user("  a"), assistant("b "), user("c\n\n")]
+    rows[1]["chosen"] = [assistant("    indented()\n")]
     assert load(tmp_path, rows) == [{**row, "row": i} for i, row in enumerate(rows)]
 
 

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 
 from rmipo.data.chat import ChatFormat, DataError
@@ -150,6 +151,8 @@ def test_tokens_and_report():
     assert report.lengths["chosen"]["p95"] == lengths[18]  # of 20 different ones
     assert any(line.startswith(f"chosen tokens: {sum(lengths):,} (median ") for line in report.lines())
     assert json.loads(json.dumps(report.as_dict()))["kept"] == 20
+    report.measure({"chosen": np.array([1, 2, 99])}, {"chosen": np.zeros(3, dtype=bool)})
+    assert report.lengths == {"chosen": {"median": 2, "p95": 89, "max": 99}}
 
 
 def test_two_processes_give_the_same():

@@ -109,6 +109,13 @@ def test_a_mixture_is_concatenated(tmp_path):
     assert questions(load_split("test")) == [50, 100, 101]
 
 
+def test_rows_are_counted_through_all_sources(tmp_path):
+    for number, count in enumerate((2, 3, 4)):
+        write(tmp_path / f"{number}/train.jsonl", pairs(*range(count)))
+    entries = [{"path": str(tmp_path / str(number))} for number in range(3)]
+    assert load_pairs(DataConfig(datasets=entries), "train")["row"][:] == list(range(9))
+
+
 def test_fractions_are_shares_of_the_mixture(tmp_path):
     entries, load_split = mixture(tmp_path)
     entries[0]["fraction"], entries[1]["fraction"] = 3, 1  # 10 rows are three quarters of 13
