@@ -22,6 +22,14 @@ def test_rows_by_their_content(tmp_path):
     assert len({original, *(rows_fingerprint(Dataset.from_list(other)) for other in others)}) == 5
 
 
+@pytest.mark.parametrize("row", [0, 1000, 2000])
+def test_every_one_of_many_rows_counts(row):
+    ids = [[number] for number in range(2001)]
+    before = rows_fingerprint(Dataset.from_dict({"ids": ids}))
+    ids[row] = [-1]
+    assert rows_fingerprint(Dataset.from_dict({"ids": ids})) != before
+
+
 def test_settings_whatever_the_order_of_their_keys():
     assert json_fingerprint({"a": 1, "b": [2]}) == json_fingerprint({"b": [2], "a": 1}) != json_fingerprint({"a": 1})
 
@@ -56,6 +64,10 @@ def test_a_file_moved_or_another_configuration_is_another_model(large):
     (large / "tokenizer.json").write_text("not weights")
     found.add(model_fingerprint(large))
     assert len(found) == 3
+    for weights in (b"one", b"two"):  # allow_pickled_weights
+        (large / "pytorch_model.bin").write_bytes(weights)
+        found.add(model_fingerprint(large))
+    assert len(found) == 5
 
 
 def test_the_order_in_which_a_folder_lists_its_files_does_not_matter(large, monkeypatch):

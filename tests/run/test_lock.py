@@ -49,6 +49,23 @@ def test_a_lock_of_another_node_is_waited_for_until_its_lease_is_over(tmp_path, 
         assert waited == [1]
 
 
+def test_a_file_that_its_holder_removes_as_it_is_opened_is_no_lock(tmp_path, monkeypatch):
+    """The holder ends between our opening of its file and our locking it, and a third run begins."""
+    lockf, calls = lock.fcntl.lockf, []
+
+    def late(file, flags):
+        if not calls:
+            (tmp_path / LOCK_FILE).unlink()
+            (tmp_path / LOCK_FILE).touch()
+        calls.append(flags)
+        lockf(file, flags)
+
+    monkeypatch.setattr(lock.fcntl, "lockf", late)
+    with locked(tmp_path):
+        assert (tmp_path / LOCK_FILE).read_text() == f"{socket.gethostname()} {os.getpid()}"
+    assert len(calls) == 2
+
+
 def test_a_folder_in_which_nothing_was_written_is_not_left(tmp_path):
     with locked(tmp_path / "out"):
         pass

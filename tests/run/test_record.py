@@ -2,8 +2,10 @@
 
 import json
 
+import pytest
 from transformers import TrainerControl, TrainerState
 
+from rmipo.files import replacing
 from rmipo.record import append_metrics, keep_metrics, read_generations, read_metrics
 from rmipo.run.callbacks import LineAtCheckpoint, MetricsFile
 from rmipo.run.identity import WITHOUT_EFFECT, differences
@@ -28,7 +30,17 @@ def test_lines_after_the_checkpoint_are_made_again(tmp_path):
     append_metrics(tmp_path, {"step": 3, "loss": 0.25})
     text = (tmp_path / "metrics.jsonl").read_text()
     assert [json.loads(line) for line in text.splitlines()][-1] == {"step": 3, "loss": 0.25} and text.endswith("\n")
-    assert keep_metrics(tmp_path, 0) == [] == read_metrics(tmp_path)
+    append_metrics(tmp_path, {"step": 0, "eval_loss": 0.7})
+    assert keep_metrics(tmp_path, 0) == [] == read_metrics(tmp_path)  # an evaluation before the first step too
+
+
+def test_a_file_that_is_not_written_to_its_end_replaces_nothing(tmp_path):
+    path = tmp_path / "numbers.json"
+    path.write_text("old")
+    with pytest.raises(OSError), replacing(path) as temporary:
+        temporary.write_text("ne")
+        raise OSError(28, "No space left on device")
+    assert path.read_text() == "old"
 
 
 def test_a_folder_without_lines_has_none(tmp_path):

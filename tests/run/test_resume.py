@@ -4,16 +4,18 @@ import json
 import random
 import shutil
 import time
+import types
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import TrainerState
 
 from rmipo.errors import CheckpointError
 from rmipo.record import read_metrics
 from rmipo.run import checkpoints
-from rmipo.run.checkpoints import MARKER, resume_point, rotate
+from rmipo.run.checkpoints import MARKER, Checkpoints, resume_point, rotate
 from rmipo.run.identity import differences, run_identity
 from rmipo.run.stop import EXIT_STOPPED
 from tests.helpers.interrupted_runs import assert_same_run, finish, kill_when, last_step, start
@@ -219,6 +221,19 @@ def test_old_checkpoints_go_only_when_the_new_one_is_complete(tmp_path):
     assert not (tmp_path / "checkpoint-6").exists() and (tmp_path / "checkpoint-7").exists()
     rotate(tmp_path, 1)
     assert [path.name for path in checkpoints.complete_checkpoints(tmp_path)] == ["checkpoint-10"]
+
+
+def test_the_trainer_is_left_no_limit_to_delete_by(tmp_path):
+    """It would delete the last complete checkpoint before the new one has its marker."""
+    make_checkpoints(tmp_path, complete=(4, 6))
+    arguments = types.SimpleNamespace(output_dir=str(tmp_path), save_total_limit=1)
+    state = TrainerState(global_step=8, is_world_process_zero=True)
+    callback = Checkpoints(IDENTITY)
+    callback.on_train_begin(arguments, state, None)
+    assert arguments.save_total_limit is None
+    (tmp_path / "checkpoint-8").mkdir()
+    callback.on_save(arguments, state, None)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-8"]
 
 
 def test_what_changes_no_result_may_change_between_starts(tmp_path):

@@ -1,12 +1,14 @@
 """What a run leaves behind: the W&B file, metrics, the run record, curves."""
 
 import json
+import subprocess
 
 import pytest
 import torch
 import wandb
 from PIL import Image
 
+from rmipo import record
 from rmipo.record import RunRecord, environment, read_metrics
 from rmipo.run.curves import plot_curves, plot_gamma_histogram
 from rmipo.run.identity import run_identity
@@ -66,6 +68,22 @@ def test_commit_of_a_repository_is_recorded():
     if not (CHECKOUT / ".git").exists():
         pytest.skip("not a git checkout")
     assert len(commit.removesuffix("+modified")) == 40
+
+
+def test_a_modified_file_is_said_beside_the_commit(tmp_path, monkeypatch):
+    def git(*arguments):
+        own = ["-c", "user.name=n", "-c", "user.email=e", "-C", str(tmp_path)]
+        return subprocess.run(["git", *own, *arguments], check=True, capture_output=True, text=True).stdout.strip()
+
+    git("init")
+    (tmp_path / "code.py").write_text("1\n")
+    git("add", "code.py")
+    git("commit", "-m", "first")
+    monkeypatch.setattr(record, "__file__", str(tmp_path / "record.py"))
+    (tmp_path / "notes.txt").write_text("of nobody's concern\n")
+    assert environment()["commit"] == git("rev-parse", "HEAD")
+    (tmp_path / "code.py").write_text("2\n")
+    assert environment()["commit"] == git("rev-parse", "HEAD") + "+modified"
 
 
 def test_curves_and_histogram_are_pictures_with_ink(tmp_path):
