@@ -5,6 +5,7 @@ import json
 import pytest
 
 from rmipo.constraints.instructions import followed
+from rmipo.constraints.prompts import read_prompts
 from rmipo.evaluation import BENCHMARKS
 from rmipo.evaluation.constraints import per_prompt
 from tests.helpers.tiny_model import write_model
@@ -27,3 +28,12 @@ def test_shares_of_answers_that_follow_all_and_each_of_their_constraints(tmp_pat
     assert metrics["constraints_all"] == pytest.approx(100 * sum(map(sum, every)) / 12)
     assert metrics["constraints_each"] == pytest.approx(100 * sum(map(sum, each)) / 12)
     assert per_prompt(tmp_path / "eval") == [sum(answers) / 2 for answers in every]
+
+
+def test_the_first_prompts_are_those_after_the_ones_left_out(tmp_path):
+    write_model(tmp_path)
+    generation = {"temperature": 0.0, "max_new_tokens": 2, "dtype": "float32", "engine": "transformers"}
+    settings = {"generation": generation, "first_n": 3, "skip_n": 2}
+    BENCHMARKS["constraints"].run(tmp_path, tmp_path / "eval", settings)
+    rows = [json.loads(line) for line in (tmp_path / "eval/constraints.jsonl").read_text().splitlines()]
+    assert [row["prompt"] for row in rows] == [row["prompt"] for row in read_prompts("test")[2:5]]

@@ -21,7 +21,7 @@ from rmipo.errors import EvaluationError, UserError
 from rmipo.evaluation.benchmark import contradictions
 from rmipo.evaluation.target import find_target, load_settings, model_folder
 from rmipo.fingerprints import trained_fingerprint
-from rmipo.generation.answers import check_settings
+from rmipo.generation.answers import Generator, Request, check_settings
 from tests.helpers.judge_server import JudgeServer
 from tests.helpers.paths import ROOT
 from tests.helpers.tiny_model import write_model
@@ -204,6 +204,20 @@ def test_model_trained_with_another_template_is_refused(outputs):
     assert done.returncode == 2 and done.stderr.startswith(f"error: {folder} was trained with another chat template")
 
 
+def test_a_longer_header_than_that_of_the_training_is_refused(outputs):
+    """As of templates that open and close a thought in front of the last answer alone: no earlier turn shows it."""
+    folder = outputs / "tiny/rmipo"
+    record(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    template, last = tokenizer.chat_template, "{% if loop.last and m['role'] == 'assistant' %} w3{% endif %}"
+    tokenizer.chat_template = template.replace("<{{ m['role'] }}>", "<{{ m['role'] }}>" + last).replace(
+        "<assistant> {% endif %}", "<assistant> w3 {% endif %}"
+    )
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(EvaluationError, match="rmipo was trained with another chat template or tokenizer"):
+        model_folder(TINY, outputs, "rmipo")
+
+
 def test_unfinished_runs_are_not_evaluated(outputs):
     folder = outputs / "tiny/rmipo"
     record(folder, finished=False)
@@ -370,6 +384,19 @@ def test_generation_settings_of_one_benchmark(outputs):
     header = file.read_text().splitlines()[0]
     decoding = json.loads(header)["decoding"]
     assert (decoding["batch_size"], decoding["max_new_tokens"]) == (3, 48)  # the recipe's are 16 and 48
+
+
+def test_another_decoding_has_answers_of_its_own(outputs):
+    """Beside the others, which stay: not refused as those of another decoding."""
+    requests = [Request("0", [{"role": "user", "content": "w1 w2"}])]
+    files = []
+    for changes in ({}, {"temperature": 0.5}, {"seed": 1}, {"engine": "transformers"}):
+        settings = {"dtype": "float32", "max_new_tokens": 4, **changes}
+        with Generator(outputs / "tiny/rmipo", settings) as generator:
+            files.append(generator.file("samples", requests))
+            generator.answer(requests, files[-1])
+    assert len({*files[:3]}) == 3 and files[3] == files[0]  # the engine doesn't shape them
+    assert {path.name for path in files[0].parent.iterdir()} == {path.name for path in files}
 
 
 def test_samples_need_trained_models(outputs):

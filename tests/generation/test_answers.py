@@ -57,6 +57,13 @@ def test_top_k_keeps_the_likeliest_tokens():
     assert set(drawn.tolist()) == {1, 3}
 
 
+def test_top_p_is_of_what_top_k_leaves():
+    logits = torch.tensor([0.4, 0.3, 0.2, 0.1]).log()
+    sampling = SeededSampling([1.0] * 500, 0.5, list(range(500)), top_k=2)
+    drawn = sampling(torch.zeros(500, 1, dtype=torch.long), logits.repeat(500, 1)).argmax(-1)
+    assert set(drawn.tolist()) == {0}  # .4 of .7 reaches .5, .4 of 1 doesn't
+
+
 def test_answers_end_at_every_eos_of_the_generation_config(model_dir, tmp_path):
     with Generator(model_dir, SETTINGS) as generator:
         generator.answer(requests(11), tmp_path / "a.jsonl")

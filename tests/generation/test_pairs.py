@@ -98,6 +98,14 @@ def test_pairs_are_the_best_against_the_worst_answer_of_their_own_prompt(setup):
         assert pair["score_chosen"] == words.count("w1") + len(words) / 100
 
 
+def test_the_hash_of_its_prompt_decides_whether_a_pair_is_held_out(setup):
+    """And not its place: the shortest prompts come first."""
+    setup.prompts([f"w{i} " * (1 + i % 4) for i in range(16)])
+    setup.make(test_share=0.5)
+    ids = sorted(pair["prompt_id"] for pair in setup.rows())
+    assert sorted(pair["prompt_id"] for pair in setup.rows("test.jsonl")) == ids[: math.ceil(len(ids) / 2)]
+
+
 def test_answers_belong_to_prompts_and_not_to_positions(setup):
     setup.make()
     texts = [row["prompt"] for row in map(json.loads, (setup.folder / "prompts.jsonl").read_text().splitlines())]
@@ -162,6 +170,14 @@ def test_unusable_prompts_are_counted_with_their_reasons(setup):
     assert setup.rows(output="messages")[0]["prompt"] == message
     reasons = " ".join(result["dropped"])
     assert "roles out of order: user after user" in reasons and "malformed: `messages` has the role 'robot'" in reasons
+
+
+def test_prompts_are_taken_after_those_that_are_skipped(setup):
+    setup.prompts(["w1", "w2", "w2", "", "w3", "w4 w4", "w5", "w6"])  # neither a repeat nor an empty one counts
+    dropped = Counter()
+    taken = read_prompts(setup.config.prompts, "train", setup.model, dropped, skip=2, limit=3)
+    assert {prompt.messages[0]["content"] for prompt in taken} == {"w3", "w4 w4", "w5"}
+    assert dropped.total() == 2
 
 
 def test_prompts_of_a_preference_set(setup):
@@ -252,6 +268,16 @@ def test_selection(selection, scores, pmi, gap, expected):
     config = PairsConfig("p", {"judge": "j"}, selection=selection, min_gap=gap)
     named = [{f"k-{i}": float(value) for i, value in enumerate(values)} for values in (scores, pmi)]
     assert select(ANSWERS, *named, config) == expected
+
+
+def test_another_random_answer_for_every_prompt_and_seed():
+    scores = {"k-0": 3.0, "k-1": 0.0, "k-2": 1.0, "k-3": 2.0}
+    rejected = {}
+    for seed in (1, 2):
+        config = PairsConfig("p", {"judge": "j"}, selection="best-random", seed=seed)
+        rejected[seed] = [select(replace(ANSWERS, key=f"prompt {n}"), scores, {}, config)[1] for n in range(60)]
+        assert all(10 < rejected[seed].count(key) < 30 for key in ("k-1", "k-2", "k-3"))
+    assert rejected[1] != rejected[2]
 
 
 def test_no_pair_without_two_answers():
