@@ -10,13 +10,17 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 from statistics import mean
 
 import numpy as np
 import psutil
 import pytest
+import torch
+from transformers import TrainerState
 
+from rmipo.compare import run as compared
 from rmipo.compare.log import Log, best_rates, execute_all, report_runs, search_runs
 from rmipo.compare.program import read_choices
 from rmipo.compare.run import execute
@@ -178,6 +182,32 @@ def test_a_run_trains_from_the_sft_model_and_measures(study, method):
     assert end["preference_margin"] == pytest.approx(metrics["preference_margin"], abs=1e-5)
     assert end["preference_margin"] != start["preference_margin"]
     assert 0 < result["seconds_per_step"] < 10
+
+
+def test_the_time_of_a_step_is_without_that_of_its_curve(monkeypatch):
+    """20 steps of 2 s; a measurement of 100 s before them and after every 10th."""
+    clock = [7.0]
+
+    def wait(seconds):
+        clock[0] += seconds
+        return {"preference_margin": clock[0]}
+
+    monkeypatch.setattr(compared.Meter, "seconds", lambda meter: clock[0])
+    monkeypatch.setattr(compared.judge, "preference_metrics", lambda model, pairs: wait(100))
+    monkeypatch.setattr(compared.attention, "attach", lambda model, kind: None)
+    state = TrainerState(max_steps=20)
+
+    def train(trainer, callbacks):
+        (curve,) = callbacks
+        curve.on_train_begin(None, state, None)
+        for state.global_step in range(1, 21):
+            wait(2)
+            curve.on_step_end(None, state, None)
+
+    trainer = types.SimpleNamespace(args=types.SimpleNamespace(device=torch.device("cpu")), state=state)
+    result = compared.train_and_time(types.SimpleNamespace(train=train), trainer, None)
+    assert result["seconds_per_step"] == 2
+    assert [point["step"] for point in result["curve"]] == [0, 10, 20]
 
 
 def test_a_run_is_repeatable(study):

@@ -66,6 +66,13 @@ def test_a_whole_number_and_its_float_are_one_point():
     assert make_point(as_yaml, env | {"DATA": "my/pairs.jsonl"}).folder.parent.name == "sweep-simpo-pairs"
 
 
+def test_a_point_is_trained_on_what_the_search_is_told():
+    told = {"MODEL": SETTING, "METHOD": "simpo", "DATA": "my/pairs.jsonl", "GPUS": "4", "SHARDING": "zero3-offload"}
+    point = make_point({"learning_rate": 3e-7}, told | {"ARGS": "--seed 7"})
+    assert told.items() <= point.environment.items()
+    assert (point.recipe.values["dataset_name"], point.recipe.values["seed"]) == ("my/pairs.jsonl", 7)
+
+
 def test_a_setting_has_its_own_learning_rates():
     assert max(load_sweep("dpo", "tiny").parameters["learning_rate"]) > 1e-5
     assert load_sweep("dpo", "tiny").parameters["objective.beta"] == [0.01, 0.05, 0.1]
