@@ -172,7 +172,8 @@ def figure7(outputs: Path, model: str) -> Figure:
     handles, labels = margin.get_legend_handles_labels()
     figure.legend(handles, labels, ncols=len(labels), loc="outside upper center")
     kinds = dict.fromkeys(hardware_of(run) for run in runs.values())
-    notes = [f"Hardware: {'; '.join(kinds)}."]
+    made_with = dict.fromkeys(f"Trained with {versions_of(run)}." for run in runs.values())
+    notes = [f"{model_label(model)}. Hardware: {'; '.join(kinds)}.", *made_with]
     if model in PAPER_MODELS and not all(map(is_papers, kinds)):
         notes.append("The paper's hours are of four A800 and are not drawn beside those of other hardware.")
     footnotes(figure, notes)
@@ -235,6 +236,11 @@ def hardware_of(run: Run) -> str:
     return ", ".join(
         f"{count} x {name}" for name, count in Counter(run.record.get("hardware", ["unknown hardware"])).items()
     )
+
+
+def versions_of(run: Run) -> str:
+    """E.g. "torch 2.13.0, transformers 5.23.0", from run.json."""
+    return ", ".join(f"{package} {version}" for package, version in run.record["versions"].items())
 
 
 def is_papers(hardware: str) -> bool:

@@ -45,7 +45,7 @@ def write_result(outputs: Path, model: str, method: str, bench: str, metrics: di
     return path
 
 
-RUN_FACTS = ("fingerprints", "seconds", "starts", "hardware")
+RUN_FACTS = ("fingerprints", "seconds", "starts", "hardware", "versions")
 
 
 def write_run(
@@ -55,5 +55,6 @@ def write_run(
     folder.mkdir(parents=True, exist_ok=True)
     facts = {key: more.pop(key) for key in RUN_FACTS if key in more}
     record = {"finished": finished, "recipe": {"learning_rate": learning_rate, **more}, "objective": objective}
+    record["versions"] = {"torch": "2.13.0"}
     (folder / "run.json").write_text(json.dumps(record | facts))
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in log))

@@ -276,14 +276,20 @@ def test_figure7_has_the_papers_cost_beside_ours(tmp_path):
     assert cost.lines[0].get_xdata().tolist() == [8.0, 10.0, 6.75]
     assert cost.get_xlabel().endswith("paper)\n(paper %): of its 80 GB")
     assert figure.axes[1].get_ylabel().endswith("\n(nats per token)")
-    assert figure.get_supxlabel() == "Hardware: 4 x NVIDIA A800-SXM4-80GB."
+    assert figure.get_supxlabel() == (
+        "Llama3-8B-Instruct. Hardware: 4 x NVIDIA A800-SXM4-80GB.\nTrained with torch 2.13.0."
+    )
 
 
 def test_figure7_keeps_hours_of_different_hardware_apart(tmp_path):
     log = [{"step": s, "common/margin_avg_logp": s, "common/acc_avg_logp": 0.5, "peak_memory_gib": 50} for s in (1, 2)]
     for method, hardware in (("dpo", ["H100"]), ("simpo", ["L4", "L4"]), ("rmipo", ["H100"])):
         folder = tmp_path / "llama3-8b-instruct" / method
-        write_run(folder, {"name": method}, log, seconds=7200, starts=1, hardware=hardware)
+        facts = {
+            "hardware": hardware,
+            "versions": {"torch": "2.12.0" if method == "simpo" else "2.13.0", "trl": "1.16.0"},
+        }
+        write_run(folder, {"name": method}, log, seconds=7200, starts=1, **facts)
     figure = figure7(tmp_path, "llama3-8b-instruct")
     cost = figure.axes[0]
     assert [label.get_text() for label in cost.get_yticklabels()] == ["DPO", "RMiPO", "SimPO"]
@@ -291,7 +297,8 @@ def test_figure7_keeps_hours_of_different_hardware_apart(tmp_path):
     assert rmipo - dpo == 1 and simpo - rmipo == 2  # a gap, with the name of the hardware in it
     assert [text.get_text() for text in cost.texts if text.get_style() == "italic"] == [" 1 x H100", " 2 x L4"]
     assert len(cost.lines) == 0 and figure.get_supxlabel() == (
-        "Hardware: 1 x H100; 2 x L4.\n"
+        "Llama3-8B-Instruct. Hardware: 1 x H100; 2 x L4.\n"
+        "Trained with torch 2.13.0, trl 1.16.0.\nTrained with torch 2.12.0, trl 1.16.0.\n"
         "The paper's hours are of four A800 and are not drawn beside those of other hardware."
     )
 
