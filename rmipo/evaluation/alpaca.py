@@ -163,8 +163,8 @@ def judge(
         raise
     except Exception as error:  # whatever a broken endpoint makes of alpaca-eval, the verdicts so far are on disk
         raise EvaluationError(
-            f"the judge at {shown(endpoint)} failed: {type(error).__name__}: {error}. {stored(cache)} of {len(outputs)} "
-            f"verdicts are kept in {cache}; the same command asks for the others."
+            f"the judge at {shown(endpoint)} failed: {type(error).__name__}: {str(error).rstrip('.')}. {stored(cache)} "
+            f"of {len(outputs)} verdicts are kept in {cache}; the same command asks for the others."
         ) from error
 
     missing = sum(is_missing(row) for row in annotations)
@@ -269,10 +269,13 @@ def estimate_cost(annotator, outputs: list[dict], reference: list[dict], setting
 
 
 def quiet(root: logging.Logger) -> None:
-    """Take back the level INFO that importing alpaca-eval sets, and its advice that comes with every request."""
+    """Take back the level INFO that importing alpaca-eval sets, and what comes with every request.
+
+    That is advice, and the traceback of a failed request, whose error is raised and told once.
+    """
     root.setLevel(logging.WARNING)
-    advice = ("openai_configs.yaml wasn't found", "Saving_path is given")
-    root.addFilter(lambda record: not any(text in record.getMessage() for text in advice))
+    repeated = ("openai_configs.yaml wasn't found", "Saving_path is given", "Unknown error:")
+    root.addFilter(lambda record: not any(text in record.getMessage() for text in repeated))
 
 
 def is_missing(annotation: dict) -> bool:

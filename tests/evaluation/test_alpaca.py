@@ -280,11 +280,12 @@ def test_judge_process_that_dies_and_is_started_again(tmp_path, monkeypatch, api
     assert Counter(row["instruction"] for row in verdicts(tmp_path)) == Counter(row["instruction"] for row in REFERENCE)
 
 
-def test_no_server_at_all(tmp_path, monkeypatch, api_key):
+def test_no_server_at_all(tmp_path, monkeypatch, api_key, caplog):
     with JudgeServer() as server:
         pass
-    with pytest.raises(EvaluationError, match=r"failed: APIConnectionError.* 0 of 20 verdicts"):
+    with pytest.raises(EvaluationError, match=r"failed: APIConnectionError.*[^.]\. 0 of 20 verdicts"):
         ask(server, tmp_path, monkeypatch)
+    assert "OpenAIError" in caplog.text and "Traceback" not in caplog.text
 
 
 # ----------------------------------------------------------------------------------------------------------------------
