@@ -48,6 +48,9 @@ def main() -> None:
     parser.add_argument(
         "--metric", default=os.environ.get("METRIC") or None, help="figure 2: evaluation or log key; default mt_bench"
     )
+    parser.add_argument(
+        "--eval_name", default=os.environ.get("EVAL_NAME", ""), help=f"figure 2: {cli.VARIABLES['EVAL_NAME']}"
+    )
     parser.add_argument("--data", default=os.environ.get("DATA") or None, help="figure 8: other pairs than the run's")
     parser.add_argument("--split", choices=["train", "test"], default="train", help="figure 8: of these pairs")
     parser.add_argument("--max_pairs", type=int, default=4000, help="figures 6 and 8: pairs scored per model")
@@ -66,7 +69,7 @@ def main() -> None:
         raise ReportError(
             f"figure {args.number} compares methods; METHOD={args.method} is for figures {ONE_METHOD}: leave it out"
         )
-    for option, number in (("metric", 2), ("data", 8)):
+    for option, number in (("metric", 2), ("eval_name", 2), ("data", 8)):
         if getattr(args, option) and args.number != number:
             raise ReportError(
                 f"{option.upper()} is for figure {number}, and this is figure {args.number}: leave it out"
@@ -79,8 +82,8 @@ def main() -> None:
 
 
 def report_file(args: argparse.Namespace, suffix: str) -> Path:
-    """A file of its own for each model, method, metric and data."""
-    parts = [Path(args.model).name, args.method, args.metric, args.data and Path(args.data).name]
+    """A file of its own for each model, method, metric, evaluation and data."""
+    parts = [Path(args.model).name, args.method, args.metric, args.eval_name, args.data and Path(args.data).name]
     name = "-".join([f"figure{args.number}", *(part.replace("/", "-") for part in parts if part)])
     return args.outputs / "reports" / f"{name}{suffix}"
 
@@ -90,7 +93,7 @@ def draw(args: argparse.Namespace) -> "Figure":
 
     outputs, model = args.outputs, args.model
     if args.number == 2:
-        return sensitivity.figure2(outputs, model, args.metric or "mt_bench")
+        return sensitivity.figure2(outputs, model, args.metric or "mt_bench", args.eval_name)
     if args.number == 5:
         return figures_runs.figure5(outputs, model)
     if args.number == 7:

@@ -2,6 +2,7 @@
 
     make table N=2
     make table N=1 MODEL=tiny
+    make table N=1 EVAL_NAME=llama3-70b
     .venv/bin/python scripts/table.py --number 2 --outputs outputs
 
 Writes Markdown, CSV and LaTeX to <outputs>/reports/, and prints the Markdown. Runs that differ in the seed alone are
@@ -23,6 +24,7 @@ def main() -> None:
     parser = cli.Parser(__doc__)
     parser.add_argument("--number", type=int, default=os.environ.get("N") or None, help=f"one of {sorted(TABLES)}")
     parser.add_argument("--model", default=os.environ.get("MODEL"), help="another model than the paper's")
+    parser.add_argument("--eval_name", default=os.environ.get("EVAL_NAME", ""), help=cli.VARIABLES["EVAL_NAME"])
     parser.add_argument("--outputs", type=Path, default=Path("outputs"), help="where the runs are")
     parser.add_argument("--differences", action="store_true", help="print all differences to the paper")
     parser.add_argument(
@@ -35,10 +37,10 @@ def main() -> None:
         check_model(args.outputs, args.model)
 
     table = build_table(args.number, [args.model] if args.model else [])
-    filled = fill(table, args.outputs, args.allow_mixed_versions, args.differences)
+    filled = fill(table, args.outputs, args.allow_mixed_versions, args.differences, args.eval_name)
     folder = args.outputs / "reports"
     folder.mkdir(parents=True, exist_ok=True)
-    name = f"table{args.number}" + (f"-{args.model}" if args.model else "")
+    name = "-".join([f"table{args.number}", *(part for part in (args.model, args.eval_name) if part)])
     for extension, render in FORMATS.items():
         (folder / f"{name}.{extension}").write_text(render(filled))
     print(FORMATS["md"](filled))

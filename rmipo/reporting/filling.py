@@ -114,15 +114,17 @@ def notes_text(notes: Iterable[tuple[str, str]]) -> list[str]:
     ]
 
 
-def fill(table: Table, outputs: Path, allow_mixed: bool = False, all_differences: bool = False) -> FilledTable:
-    """Read the result files behind every cell.
+def fill(
+    table: Table, outputs: Path, allow_mixed: bool = False, all_differences: bool = False, name: str = ""
+) -> FilledTable:
+    """Read the result files behind every cell, of the evaluations with the EVAL_NAME `name`.
 
     Raises ReportError where result files can't be compared (see `provenance`), unless `allow_mixed`, which makes it a
     note. `all_differences`: also to numbers that the paper made in another way.
     """
     runs = {model: find_runs(outputs, model) for model in dict.fromkeys(cell.model for cell in table.cells)}
     keys = dict.fromkeys((cell.model, cell.method, cell.bench) for cell in table.cells)
-    results = {key: load_results(outputs, *key, runs[key[0]]) for key in keys}
+    results = {key: load_results(outputs, *key, runs[key[0]], name) for key in keys}
     everything = [result for found in results.values() for result in found]
     if not allow_mixed:
         require_comparable(f"table {table.number} (--allow_mixed_versions prints them with a note)", everything)
@@ -132,10 +134,10 @@ def fill(table: Table, outputs: Path, allow_mixed: bool = False, all_differences
         benchmark, found = BENCHMARKS[cell.bench], results[cell.model, cell.method, cell.bench]
         metric = benchmark.metrics[cell.metric]
         if not found:
-            return Entry(cell, metric.digits, commands=missing_commands(outputs, cell.model, cell.method, cell.bench))
+            return Entry(cell, metric.digits, commands=missing_commands(outputs, cell, name))
         having = [result for result in found if cell.metric in result.metrics]
         if not having:
-            return Entry(cell, metric.digits, commands=commands_for_metric(found[0], cell))
+            return Entry(cell, metric.digits, commands=commands_for_metric(found[0], cell, name))
         values = [result.metrics[cell.metric] for result in having]
         ours = mean(values)
         error = stdev(values) if len(values) > 1 else having[0].metrics.get(metric.standard_error)
@@ -166,9 +168,9 @@ def compare_paired(entries: list[Entry]) -> list[Entry]:
     return [compared(entry) for entry in entries]
 
 
-def commands_for_metric(result: Result, cell: Cell) -> tuple[str, ...]:
+def commands_for_metric(result: Result, cell: Cell, name: str) -> tuple[str, ...]:
     """What adds a metric to a finished result: LC where it was switched off; nothing does for a stand-in's prompts."""
-    evaluate = eval_command(cell.model, cell.method, result.bench)
+    evaluate = eval_command(cell.model, cell.method, result.bench, name)
     if cell.metric == "alpacaeval2_lc":
         if result.settings.get("reference") is not None:
             return ()
@@ -176,13 +178,14 @@ def commands_for_metric(result: Result, cell: Cell) -> tuple[str, ...]:
     return f"rm {result.path}", evaluate
 
 
-def missing_commands(outputs: Path, model: str, method: str, bench: str) -> tuple[str, ...]:
+def missing_commands(outputs: Path, cell: Cell, name: str) -> tuple[str, ...]:
     """What to run for a result that isn't there: first the training, where that isn't finished either."""
+    model, method = cell.model, cell.method
     if method == "initial":
         train, trained = sft_command(model), is_trained(outputs, model, "sft")
     else:
         train, trained = train_command(model, method), is_trained(outputs, model, method)
-    return ((train,) if train and not trained else ()) + (eval_command(model, method, bench),)
+    return ((train,) if train and not trained else ()) + (eval_command(model, method, cell.bench, name),)
 
 
 def average_ranks(scores: pd.DataFrame) -> pd.Series:

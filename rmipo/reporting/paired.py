@@ -8,7 +8,7 @@ from rmipo.evaluation.statistics import Interval, bootstrap, interval
 from rmipo.reporting.results import METHODS, Result
 
 OURS = "rmipo"
-PAIRED_TITLE = f"{METHODS[OURS]} minus each method on the same prompts, with its 95% paired bootstrap interval:"
+PAIRED_TITLE = f"{METHODS[OURS]} minus each method on the same prompts, with its 95% bootstrap interval over prompts:"
 
 
 def paired_difference(ours: Sequence[Result], theirs: Sequence[Result], metric: str) -> Interval | None:
@@ -17,7 +17,9 @@ def paired_difference(ours: Sequence[Result], theirs: Sequence[Result], metric: 
     Of a metric that is no mean over prompts, the difference for each draw of prompts. None where a result has no values
     per prompt and no draws, or other prompts.
     """
-    if ours and theirs and all(metric in result.draws for result in (*ours, *theirs)):
+    if not (ours and theirs):
+        return None
+    if all(metric in result.draws for result in (*ours, *theirs)):
         values = [np.mean([result.metrics[metric] for result in results]) for results in (ours, theirs)]
         draws = [np.mean([result.draws[metric] for result in results], axis=0) for results in (ours, theirs)]
         return interval(values[0] - values[1], draws[0] - draws[1])

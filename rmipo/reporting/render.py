@@ -112,7 +112,8 @@ def latex(filled: FilledTable) -> str:
     if paired := filled.paired():  # under a table of twelve methods they would not fit the page
         caption = rf"\caption{{{latex_escape(f'{filled.table.title}. {PAIRED_TITLE}')}}}"
         tables += [r"\begin{table*}\raggedright", caption, r"\scriptsize"]
-        tables += [*(latex_escape(line) + r"\par" for line in paired), r"\end{table*}"]
+        lines = [*paired, *filled.made_with()]  # it may stand on another page than the table
+        tables += [*(latex_escape(line) + r"\par" for line in lines), r"\end{table*}"]
     comments = [f"% [{n}] " + ", then ".join(commands) for commands, n in numbers.items()]
     return "\n".join([r"% needs \usepackage{booktabs,amssymb}", *tables, *comments]) + "\n"
 

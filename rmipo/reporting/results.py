@@ -119,13 +119,14 @@ def read_json(path: Path) -> dict:
     return content
 
 
-def load_result(outputs: Path, model: str, method: str, bench: str) -> Result | None:
+def load_result(outputs: Path, model: str, method: str, bench: str, name: str = "") -> Result | None:
     """The finished result of one benchmark of a run, or None (file absent, or its `finished` is false).
 
+    `name`: EVAL_NAME of the evaluation.
     Raises ReportError for a file that can't be read, or is of other weights than the run's folder holds now.
     """
     folder = outputs / model / method
-    path = folder / "eval" / f"{bench}.json"
+    path = folder / "eval" / name / f"{bench}.json"
     if not path.is_file():
         return None
     content = read_json(path)
@@ -133,36 +134,37 @@ def load_result(outputs: Path, model: str, method: str, bench: str) -> Result | 
         return None
     missing = [key for key in ("bench", "metrics", "versions", "settings") if key not in content]
     if missing:
-        raise ReportError(f"{path} lacks {missing}; delete it and run `{eval_command(model, method, bench)}`")
+        raise ReportError(f"{path} lacks {missing}; delete it and run `{eval_command(model, method, bench, name)}`")
     if content["bench"] != bench:
         raise ReportError(f"{path} holds results of {content['bench']!r}, its name says {bench!r}; rename or remove it")
     if has_weights(folder) and content.get("fingerprint") != trained_fingerprint(folder):
         raise ReportError(
             f"{path} is of other weights than those now in {folder}; delete it, and {path.with_suffix('')} if that is "
-            f"there, and run `{eval_command(model, method, bench)}`"
+            f"there, and run `{eval_command(model, method, bench, name)}`"
         )
     found = (content[key] for key in ("metrics", "versions", "settings"))
     return Result(path, model, bench, *found, content.get("per_prompt", {}), content.get("draws", {}))
 
 
-def load_results(outputs: Path, model: str, method: str, bench: str, runs: list[Run]) -> list[Result]:
+def load_results(outputs: Path, model: str, method: str, bench: str, runs: list[Run], name: str = "") -> list[Result]:
     """The result of a run, and those of finished runs among `runs` that differ from it in the seed alone.
 
     One for each seed; [] if the run itself has no result.
     """
-    result, own = load_result(outputs, model, method, bench), load_run(outputs, model, method)
+    result, own = load_result(outputs, model, method, bench, name), load_run(outputs, model, method)
     if result is None or own is None:
         return [result] if result else []
     results, others = {own.seed: result}, [run for run in runs if run.finished and run.seed != own.seed]
     for run in others:
         if run.seed not in results and run.experiment() == own.experiment():
-            repetition = load_result(outputs, model, run.folder.relative_to(outputs / model).as_posix(), bench)
+            folder = run.folder.relative_to(outputs / model).as_posix()
+            repetition = load_result(outputs, model, folder, bench, name)
             results |= {run.seed: repetition} if repetition else {}
     return list(results.values())
 
 
-def eval_command(model: str, method: str, bench: str) -> str:
-    return f"make eval MODEL={model} METHOD={method} BENCH={bench}"
+def eval_command(model: str, method: str, bench: str, name: str = "") -> str:
+    return f"make eval MODEL={model} METHOD={method} BENCH={bench}" + (f" EVAL_NAME={name} ..." if name else "")
 
 
 def train_command(model: str, method: str) -> str:

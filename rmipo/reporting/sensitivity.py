@@ -29,16 +29,17 @@ Lines = dict[str, dict[float, list[Measured]]]  # label -> value of the hyperpar
 
 
 @house_style
-def figure2(outputs: Path, model: str, metric: str = "mt_bench") -> Figure:
+def figure2(outputs: Path, model: str, metric: str = "mt_bench", name: str = "") -> Figure:
     """`metric` over DPO's beta, SimPO's beta at gamma 1.0, and SimPO's gamma at beta 2.0; dashed: before training.
 
     Every finished run below outputs/<model> counts, whatever its folder is called: hyperparameters are read from
     run.json. A line joins runs that differ in one hyperparameter; of runs that differ in the seed alone it shows the
     mean, with a bar from the lowest to the highest; of single ones the standard error. Runs on other pairs than most
     are left out.
-    `metric` is one of an evaluation (mt_bench, ...) or the last value of a logged one (eval_common/acc_avg_logp, ...).
+    `metric` is one of an evaluation (mt_bench, ...) or the last value of a logged one (eval_common/acc_avg_logp, ...);
+    `name` is the evaluations' EVAL_NAME.
     """
-    runs = {method: measured(outputs, model, method, metric) for method in ("dpo", "simpo")}
+    runs = {method: measured(outputs, model, method, metric, name) for method in ("dpo", "simpo")}
     panel_runs = [
         ("DPO, varying $\\beta$", "dpo", "beta", runs["dpo"]),
         (
@@ -55,7 +56,7 @@ def figure2(outputs: Path, model: str, metric: str = "mt_bench") -> Figure:
         ),
     ]
     benchmark = benchmark_of(metric)
-    start = load_result(outputs, model, "initial", benchmark.name) if benchmark else None
+    start = load_result(outputs, model, "initial", benchmark.name, name) if benchmark else None
     evaluations = [point.result for points in runs.values() for point in points if point.result] + [start] * bool(start)
     require_comparable("figure 2", evaluations)
     figure, axes = panels(len(panel_runs), sharey=True)
@@ -63,7 +64,7 @@ def figure2(outputs: Path, model: str, metric: str = "mt_bench") -> Figure:
     for axis, letter, (title, method, key, points) in zip(axes, "abc", panel_runs, strict=True):
         lines = lines_over(key, points)
         if not lines:
-            raise ReportError(missing_message(outputs, model, method, key, metric))
+            raise ReportError(missing_message(outputs, model, method, key, metric, name))
         kinds |= draw_lines(axis, lines, method_color(method))
         if start is not None and metric in start.metrics:
             axis.axhline(start.metrics[metric], color=GREY, linestyle="--", linewidth=1)
@@ -77,7 +78,7 @@ def figure2(outputs: Path, model: str, metric: str = "mt_bench") -> Figure:
     return figure
 
 
-def measured(outputs: Path, model: str, method: str, metric: str) -> list[Measured]:
+def measured(outputs: Path, model: str, method: str, metric: str, name: str = "") -> list[Measured]:
     """The finished runs of `method` that have the metric, on the data that most of them were trained on."""
     found, benchmark = [], benchmark_of(metric)
     for run in find_runs(outputs, model):
@@ -85,7 +86,7 @@ def measured(outputs: Path, model: str, method: str, metric: str) -> list[Measur
             continue
         if benchmark:
             folder = run.folder.relative_to(outputs / model).as_posix()
-            result = load_result(outputs, model, folder, benchmark.name)
+            result = load_result(outputs, model, folder, benchmark.name, name)
             value = None if result is None else result.metrics.get(metric)
             error = None if result is None else result.metrics.get(benchmark.metrics[metric].standard_error)
         else:
@@ -151,12 +152,12 @@ def bar_of(points: list[Measured]) -> tuple[float, float, str] | None:
     return None if error is None else (values[0] - error, values[0] + error, "± 1 standard error of the evaluation")
 
 
-def missing_message(outputs: Path, model: str, method: str, key: str, metric: str) -> str:
+def missing_message(outputs: Path, model: str, method: str, key: str, metric: str, name: str) -> str:
     runs = [run for run in find_runs(outputs, model) if run.objective.get("name") == method]
     finished = sum(run.finished for run in runs)
     steps = f"run `make sweep MODEL={model} METHOD={method}`"
     if benchmark := benchmark_of(metric):
-        steps += f", then `{eval_command(model, f'sweep-{method}/<point>', benchmark.name)}` for each point"
+        steps += f", then `{eval_command(model, f'sweep-{method}/<point>', benchmark.name, name)}` for each point"
     else:
         known = ", ".join(name for bench in BENCHMARKS.values() for name in bench.metrics)
         steps += f", or name another METRIC: a key of their metrics.jsonl or one of {known}"

@@ -30,9 +30,12 @@ DECODING = {
 
 
 def write_result(outputs: Path, model: str, method: str, bench: str, metrics: dict, **changes) -> Path:
-    """A finished result made as in the paper; `changes`: other keys of the file, `settings` laid over the paper's."""
+    """A finished result made as in the paper; `changes`: other keys of the file, `settings` laid over the paper's.
+
+    `name`: its EVAL_NAME.
+    """
     settings = JUDGES.get(bench, {}) | {"generation": DECODING.get(model, {})} | changes.pop("settings", {})
-    path = outputs / model / method / "eval" / f"{bench}.json"
+    path = outputs / model / method / "eval" / changes.pop("name", "") / f"{bench}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     content = {
         "bench": bench,

@@ -88,7 +88,9 @@ def test_figures_of_pairs_say_how_they_were_made(outputs, monkeypatch, number):
     monkeypatch.chdir(outputs.parent)
     script = runpy.run_path(str(ROOT / "scripts/figure.py"))
     given = {"number": number, "model": "tiny", "method": None, "data": None, "split": "test", "max_pairs": 4000}
-    notes = script["draw"](argparse.Namespace(outputs=Path("outputs"), metric=None, **given)).get_supxlabel()
+    notes = script["draw"](
+        argparse.Namespace(outputs=Path("outputs"), metric=None, eval_name="", **given)
+    ).get_supxlabel()
     for package in ("torch", "transformers"):
         assert f"{package} {importlib.metadata.version(package)}" in notes.replace("\n", " ")
     assert "outputs/tiny/world/pairs" in notes and "max_length 128" in notes

@@ -149,3 +149,17 @@ def test_script_refuses_other_tables_in_one_line(tmp_path, run_script, capsys, n
     assert run_script("table.py", folder=tmp_path, N=number) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and "[1, 2, 3, 5, 7, 8]" in error and error.count("\n") == 1
+
+
+def test_a_table_of_another_evaluation(tmp_path, run_script):
+    """By EVAL_NAME, in files of its own: results of the usual one have no part in it."""
+    open_judge = {"name": "open", "settings": {"judge_endpoint": "127.0.0.1:8000/v1"}}
+    write_result(tmp_path / "outputs", LLAMA, "dpo", "mtbench", {"mt_bench": 7.0}, **open_judge)
+    for method in ("dpo", "simpo"):
+        write_result(tmp_path / "outputs", LLAMA, method, "mtbench", {"mt_bench": 8.0})
+    assert run_script("table.py", folder=tmp_path, N="1", MODEL=LLAMA, EVAL_NAME="open") == 0
+    lines = csv.DictReader((tmp_path / f"outputs/reports/table1-{LLAMA}-open.csv").open())
+    ours = {line["Method"]: (line["ours"], line["command"]) for line in lines if "MT-Bench" in line["Column"]}
+    assert ours["DPO"] == ("7.0", "")
+    train = f"make train MODEL={LLAMA} METHOD=simpo"
+    assert ours["SimPO"] == ("", f"{train} && make eval MODEL={LLAMA} METHOD=simpo BENCH=mtbench EVAL_NAME=open ...")
