@@ -32,11 +32,11 @@ REFUSED_IN_PREFERENCE = {
 FIXED = {
     "hub_strategy": ("end", "a model is uploaded once, when it is verified and has its card"),
     "hub_always_push": (False, "a model is uploaded once, when it is verified and has its card"),
+    "dataset_kwargs": (None, "rows are prepared here"),
     "use_cache": (True, "it is what generation with the saved model uses"),
 }
 FIXED_IN_SFT = {
     "completion_only_loss": (False, "rows are dialogues, of which assistant_only_loss trains the answers alone"),
-    "dataset_kwargs": (None, "rows are prepared here"),
     "dataset_text_field": ("text", "rows are dialogues"),
 }
 SAMPLED = "steps are drawn at random, and the last one of an epoch takes the pairs that are left"
