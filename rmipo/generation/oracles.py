@@ -30,6 +30,8 @@ Be objective. End with the rating from 1 to 10 in double brackets, such as: Rati
 {answer}
 [End of response]"""
 
+TEMPERATURES = (0, 1, 1)  # of the attempts at one rating: a reply without any would be given again at 0
+
 
 class OracleError(UserError, ValueError):
     """An oracle that can't be used, or whose scores can't."""
@@ -129,25 +131,33 @@ class JudgeOracle:
             for key, text in prompt.answers.items()
         }
         limit = self.settings["max_tokens"]
-        judge.check_cost("judge", len(asked), sum(map(len, asked.values())), limit * len(asked), self.settings)
+        characters = sum(map(len, asked.values()))
+        judge.check_cost("judge", len(asked), characters, limit * len(asked), self.settings, len(TEMPERATURES))
         client = OpenAI(base_url=judge.judge_endpoint())
 
-        def rate(key: str) -> dict[str, float]:
+        def ask(key: str, temperature: float) -> str:
             message = {"role": "user", "content": asked[key]}
             try:
                 reply = client.chat.completions.create(
-                    model=self.settings["judge"], messages=[message], temperature=0, max_tokens=limit
+                    model=self.settings["judge"], messages=[message], temperature=temperature, max_tokens=limit
                 )
             except OpenAIError as error:  # only its kind: messages may quote requests
                 raise OracleError(
                     f"the judge {self.settings['judge']} at {self.identity['endpoint']} gave no answer "
                     f"({type(error).__name__}): check OPENAI_BASE_URL and OPENAI_API_KEY. The scores so far are kept"
                 ) from error
-            text = reply.choices[0].message.content or ""
-            rating = re.search(r"\[\[(\d+(?:\.\d+)?)\]\]", text)
-            if rating is None:
-                raise OracleError(f"the judge's reply to answer {key} has no [[rating]]: {text[-200:]!r}")
-            return {key: float(rating[1])}
+            return reply.choices[0].message.content or ""
+
+        def rate(key: str) -> dict[str, float]:
+            for temperature in TEMPERATURES:
+                text = ask(key, temperature)
+                rating = re.search(r"\[\[(\d+(?:\.\d+)?)\]\]", text)
+                if rating and 1 <= float(rating[1]) <= 10:
+                    return {key: float(rating[1])}
+            raise OracleError(
+                f"the judge's reply to answer {key} has no [[rating]] from 1 to 10, asked {len(TEMPERATURES)} times: "
+                f"{text[-200:]!r}. The scores so far are kept"
+            )
 
         pool = ThreadPoolExecutor(self.settings["concurrency"])
         try:

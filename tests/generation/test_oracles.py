@@ -110,8 +110,10 @@ def judged(tmp_path, monkeypatch):
 
 
 def test_judge_is_asked_for_what_is_missing_alone(judged, tmp_path):
-    judged.malformed.add(9)
-    with pytest.raises(OracleError, match=r"the judge's reply to answer p\d-\d has no \[\[rating\]\]"):
+    judged.malformed.update(range(9, 99))
+    with pytest.raises(
+        OracleError, match=r"the judge's reply to answer p\d-\d has no \[\[rating\]\] from 1 to 10, asked 3"
+    ):
         judged()
     kept = len((tmp_path / "scores.jsonl").read_text().splitlines()) - 1
     assert 7 <= kept <= 9
@@ -120,6 +122,17 @@ def test_judge_is_asked_for_what_is_missing_alone(judged, tmp_path):
     scores = judged()
     assert len(judged.asked) == 16 - kept and len(scores) == 16
     assert all(1 <= score <= 10 for score in scores.values())
+
+
+def test_judge_is_asked_again_for_a_rating_that_cannot_be_read(judged):
+    judged.malformed.update((3, 7))
+    assert len(judged()) == 16 and len(judged.asked) == 18
+
+
+def test_ratings_beyond_the_scale_are_none(judged, monkeypatch):
+    monkeypatch.setattr("tests.helpers.judge_server.rating", lambda request: 11)
+    with pytest.raises(OracleError, match=r"asked 3 times: 'Rating: \[\[11\]\]'"):
+        judged()
 
 
 def test_a_judge_that_cannot_be_reached_is_named(judged, monkeypatch):
