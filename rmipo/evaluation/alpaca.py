@@ -274,7 +274,12 @@ def quiet(root: logging.Logger) -> None:
     That is advice, and the traceback of a failed request, whose error is raised and told once.
     """
     root.setLevel(logging.WARNING)
-    repeated = ("openai_configs.yaml wasn't found", "Saving_path is given", "Unknown error:")
+    repeated = (
+        "openai_configs.yaml wasn't found",
+        "Saving_path is given",
+        "Unknown error:",
+        "for computing price per token",
+    )
     root.addFilter(lambda record: not any(text in record.getMessage() for text in repeated))
 
 

@@ -319,7 +319,7 @@ def test_unknown_judge(tmp_path, api_key):
         alpaca.judge(OUTPUTS, REFERENCE, tmp_path, "http://x/v1", SETTINGS | {"annotators_config": "gpt-5"})
 
 
-def test_judge_with_a_packaged_prompt_of_our_own(tmp_path, monkeypatch, api_key):
+def test_judge_with_a_packaged_prompt_of_our_own(tmp_path, monkeypatch, api_key, caplog):
     """The judge that configs/ ships asks what the packaged one asks, and a prompt file that isn't there is refused."""
     monkeypatch.chdir(ROOT)
     with JudgeServer() as server:
@@ -329,6 +329,7 @@ def test_judge_with_a_packaged_prompt_of_our_own(tmp_path, monkeypatch, api_key)
         metrics = ask(server, tmp_path / "open", monkeypatch, annotators_config="configs/judges/llama3-70b-vllm")
         assert metrics["alpacaeval2_wr"] == pytest.approx(expected_win_rate(range(ROWS)), abs=1e-6)
         assert len(packaged) == ROWS and sorted(server.requests) == packaged
+        assert "price per token" not in caplog.text  # which alpaca-eval doesn't know, and says with every request
         judge = tmp_path / "mine/configs.yaml"
         judge.parent.mkdir()
         text = (ROOT / "configs/judges/llama3-70b-vllm/configs.yaml").read_text()
