@@ -34,6 +34,7 @@ def main() -> int:
         raise ConfigError(f"ROUNDS={args.rounds}: expected a whole number, 1 or more")
 
     from rmipo.evaluation.target import find_target
+    from rmipo.generation.engines import release_memory
     from rmipo.generation.pairs import make_pairs
     from rmipo.launch.online import OnlineConfig, Round, make_first
     from rmipo.launch.train import Program
@@ -55,6 +56,7 @@ def main() -> int:
         print(f"## round {each.number} of {len(rounds)}: pairs of {each.policy}", flush=True)
         pairs = make_pairs(each.policy, generation, each.pairs_config, each.pairs)
         print(f"{pairs['pairs']} pairs of {pairs['prompts']} prompts, mean score {pairs['mean_score']:.3f}", flush=True)
+        release_memory()  # the training is another process
         if code := program.run([sys.executable, "scripts/launch.py"], env=each.environment(env)):
             return code
         rows.append(

@@ -239,10 +239,13 @@ def load(model_dir: str | Path, settings: dict):
     """lm-eval's model; safetensors alone, and no code from the folder."""
     from lm_eval.api.registry import get_model
 
+    from rmipo.generation.engines import release_memory, vllm_dtype
+
     arguments = {"pretrained": str(model_dir), "dtype": settings["dtype"], "trust_remote_code": False}
     more = {"batch_size": settings["batch_size"]}
     if settings["engine"] == "vllm":
-        arguments["load_format"] = "safetensors"
+        release_memory()
+        arguments |= {"dtype": vllm_dtype(model_dir, settings["dtype"]), "load_format": "safetensors"}
     else:
         arguments["use_safetensors"] = True
         more["device"] = settings["device"]

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import GenerationConfig, LogitsProcessor, TopKLogitsWarper, TopPLogitsWarper
+from transformers import AutoConfig, GenerationConfig, LogitsProcessor, TopKLogitsWarper, TopPLogitsWarper
 
 from rmipo.errors import EvaluationError
 from rmipo.recipe.schema import ModelConfig
@@ -115,20 +115,20 @@ class TransformersEngine:
     def close(self) -> None:
         """Give the memory back: other benchmarks load the model again."""
         del self.model
-        gc.collect()
-        torch.cuda.empty_cache()
+        release_memory()
 
 
 class VllmEngine:
-    """Written from the source of vLLM 0.30.0 and never run: there was no machine for it."""
+    """Run with vLLM 0.30.0 on a CPU, where greedy answers in float32 are those of transformers; never on a GPU."""
 
     def __init__(self, model_dir: Path, settings: dict, stop_ids: list[int]):
         from vllm import LLM
 
+        release_memory()  # vLLM doesn't start where less than its share of the GPU is free
         # generation_config: as above, nothing is taken from the checkpoint's.
         self.model = LLM(
-            model=str(model_dir), dtype=settings["dtype"], seed=settings["seed"], generation_config="vllm",
-            trust_remote_code=False, load_format="safetensors",
+            model=str(model_dir), dtype=vllm_dtype(model_dir, settings["dtype"]), seed=settings["seed"],
+            generation_config="vllm", trust_remote_code=False, load_format="safetensors",
         )  # fmt: skip
         self.top_p, self.top_k, self.stop_ids = settings["top_p"], settings["top_k"], stop_ids
         self.max_new_tokens = settings["max_new_tokens"]
@@ -164,8 +164,20 @@ class VllmEngine:
         """Give the GPU back: vLLM takes nearly all of its memory, in a process of its own."""
         self.model.llm_engine.engine_core.shutdown()
         del self.model
-        gc.collect()
-        torch.cuda.empty_cache()
+        release_memory()
+
+
+def release_memory() -> None:
+    """Give the GPU memory of models that are no longer used back to other processes; torch would keep it for this one."""
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+def vllm_dtype(model_dir: str | Path, dtype: str) -> str | torch.dtype:
+    """`dtype`, with "auto" the weights' own as for transformers: vLLM's "auto" makes bfloat16 of float32."""
+    if dtype != "auto":
+        return dtype
+    return AutoConfig.from_pretrained(model_dir, trust_remote_code=False).dtype or dtype
 
 
 ENGINES = {"transformers": TransformersEngine, "vllm": VllmEngine}
