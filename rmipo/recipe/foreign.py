@@ -77,27 +77,9 @@ METHODS = {
 }
 LOSSES = {"sigmoid": "dpo"} | {name: name for name in METHODS if name != "dpo"}  # loss_type -> method
 SFT_LOSSES = ("nll", "dft", "chunked_nll")  # loss_type is a key of SFT recipes, too
-# beta-dpo is left out: zephyr-7b-beta-dpo is DPO.
 NAMING = ("output_dir", "run_name", "hub_model_id")
-NAMES = {
-    *OBJECTIVES,
-    "orpo",
-    "grpo",
-    "ppo",
-    "rloo",
-    "bco",
-    "apo",
-    "xpo",
-    "sppo",
-    "nca",
-    "exo",
-    "rrhf",
-    "rpo",
-    "wpo",
-    "mpo",
-}
-NAMES |= {"r-dpo", "t-dpo", "c-dpo", "cal-dpo", "tr-dpo", "robust-dpo", "online-dpo", "dpop"}
-NAMES -= {"beta-dpo"}
+OTHERS = "orpo grpo ppo rloo bco apo xpo sppo nca exo rrhf rpo wpo mpo dpop r-dpo t-dpo c-dpo cal-dpo tr-dpo robust-dpo"
+NAMES = {*OBJECTIVES, *OTHERS.split(), "online-dpo"} - {"beta-dpo"}  # zephyr-7b-beta-dpo is DPO
 NAMED = re.compile(
     rf"(?<![a-z0-9])({'|'.join(sorted(NAMES, key=len, reverse=True)).replace('-', '[-_]?')})(?![a-z0-9])"
 )
