@@ -81,15 +81,16 @@ def evaluate(folder: Path, settings: dict, benchmark: Benchmark, name: str, max_
     prompting = prompting_fingerprint(folder)
     if path.is_file():
         found = json.loads(path.read_text())
-        if weights not in (None, found.get("fingerprint")):
+        changed = {
+            "other weights": weights not in (None, found.get("fingerprint")),
+            "another tokenizer, chat template or generation_config.json": found.get("prompting", prompting)
+            != prompting,
+        }
+        if any(changed.values()):
+            what = " and ".join(part for part, differs in changed.items() if differs)
             raise EvaluationError(
-                f"{path} is of other weights than those now in {folder}. Delete it, and the folder "
-                f"{path.with_suffix('')} if there is one, to evaluate these"
-            )
-        if found.get("prompting", prompting) != prompting:
-            raise EvaluationError(
-                f"{path} is of another tokenizer, chat template or generation_config.json than those now in {folder}. "
-                f"Delete it, and the folder {path.with_suffix('')} if there is one, to evaluate these"
+                f"{path} is of {what} than those now in {folder}. Delete it, and the folder {path.with_suffix('')} if there "
+                "is one, to evaluate these"
             )
         asked, done = (values.get(benchmark.parts, []) for values in (settings, found["settings"]))
         added = [part for part in asked if part not in done]

@@ -18,10 +18,13 @@ Row = dict[str, Any]
 ROLES = ("system", "user", "assistant")
 SIDES = ("prompt", "chosen", "rejected")
 # What templates write into a prompt, and what is not passed on to them: such rows would be trained without it.
-UNREAD_COLUMNS = ("system_prompt", "system_message", "history", "tools", "functions", "documents", "images")
-UNREAD_COLUMNS += ("chat_template_kwargs",)
-UNREAD_KEYS = ("tools", "functions", "tool_calls", "tool_call_id", "tool_plan", "function_call", "function_calls")
-UNREAD_KEYS += ("reasoning_content", "reasoning", "thinking", "thought", "images")
+UNREAD_COLUMNS = (
+    "system_prompt", "system_message", "history", "tools", "functions", "documents", "images", "chat_template_kwargs",
+)  # fmt: skip
+UNREAD_KEYS = (
+    "tools", "functions", "tool_calls", "tool_call_id", "tool_plan", "function_call", "function_calls",
+    "reasoning_content", "reasoning", "thinking", "thought", "images",
+)  # fmt: skip
 MESSAGES = """Messages are lists of {"role": "system" | "user" | "assistant", "content": text}. A column `system` is the text of
 a system message in front. Rename the columns of your data."""
 

@@ -20,7 +20,7 @@ from rmipo.recipe.files import coerce, read_yaml
 class OnlineConfig:
     """The keys of an online.yaml, which explains them. `pairs` are those of a pairs.yaml.
 
-    Raises ConfigError, when made, for a number of prompts that is none.
+    Raises ConfigError, when made, for fewer than one prompt.
     """
 
     prompts_per_round: int

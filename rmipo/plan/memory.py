@@ -15,9 +15,10 @@ import torch
 import yaml
 from accelerate import init_empty_weights
 from peft import PeftConfig, get_peft_model
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig
+from transformers import PreTrainedConfig
 
 from rmipo.errors import ConfigError
+from rmipo.plan.shapes import empty_model
 from rmipo.training.batching import HOISTED_MICRO_BATCHES
 from rmipo.training.logprobs import CHUNK
 
@@ -113,10 +114,8 @@ class Shape:
 
     @classmethod
     def of(cls, config: PreTrainedConfig, peft_config: PeftConfig | None = None) -> "Shape":
-        with init_empty_weights():
-            # Not by AutoModel: in a training process under ZeRO-3 that divides what it makes over the processes.
-            model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
-        model.tie_weights()  # `init_empty_weights` unties what is tied, so this comes after it
+        model = empty_model(config)
+        model.tie_weights()
         head = {id(model.get_input_embeddings().weight), id(model.get_output_embeddings().weight)}
         linears = [m.weight for m in model.modules() if isinstance(m, torch.nn.Linear) and id(m.weight) not in head]
         parameters = sum(p.numel() for p in model.parameters())

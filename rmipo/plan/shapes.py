@@ -1,6 +1,14 @@
 """Architectures by model name, so that planning works before a gated model may be downloaded."""
 
-from transformers import AutoConfig, LlamaConfig, MistralConfig, PreTrainedConfig
+from accelerate import init_empty_weights
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from rmipo.errors import ConfigError
 
@@ -41,3 +49,12 @@ def load_config(name: str, revision: str | None = None) -> PreTrainedConfig:
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(f"model_name_or_path: {name} has no readable config.json ({reason})") from error
+
+
+def empty_model(config: PreTrainedConfig) -> PreTrainedModel:
+    """The model's modules without weights; what is tied is not.
+
+    Not by AutoModel: in a training process under ZeRO-3 that divides what it makes over the processes.
+    """
+    with init_empty_weights():
+        return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)

@@ -7,7 +7,7 @@ import httpx2
 import transformers
 import yaml
 from accelerate import init_empty_weights
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, RepoUrl
 from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors import safe_open
 from transformers import PreTrainedConfig, Trainer, TrainingArguments
@@ -26,6 +26,9 @@ CITATION = """@article{liao-rmipo,
   title  = {Intrinsic Mutual Information as a Modulator for Preference Optimization},
   author = {Liao, Peng and Zheng, Peijia and Li, Lingbo and Liang, Shangsong and Chen, Lin}
 }"""
+
+
+HUB_ERRORS = (OSError, ValueError, httpx2.TransportError)  # no login, no such name, no network
 
 
 class ExportError(UserError, RuntimeError):
@@ -148,22 +151,25 @@ Fingerprints of the tokenised data: {json.dumps(run["fingerprints"])}
     return path
 
 
+def make_repository(args: TrainingArguments) -> RepoUrl:
+    """The repository that `hub_model_id` names, made if it isn't there. Raises HUB_ERRORS."""
+    return HfApi().create_repo(args.hub_model_id, private=args.hub_private_repo, exist_ok=True)
+
+
 def push(args: TrainingArguments) -> str:
     """Upload the run's folder without its checkpoints to the repository that `hub_model_id` names; returns its URL.
 
     Raises ExportError where the hub doesn't take it.
     """
-    hub = HfApi()
     try:
-        repository = hub.create_repo(args.hub_model_id, private=args.hub_private_repo, exist_ok=True)
-        return hub.upload_folder(
-            repo_id=repository.repo_id,
+        return HfApi().upload_folder(
+            repo_id=make_repository(args).repo_id,
             folder_path=args.output_dir,
             revision=args.hub_revision,
             commit_message="Model, card and record of its training",
             ignore_patterns=NOT_UPLOADED,
         )
-    except (OSError, ValueError, httpx2.TransportError) as error:
+    except HUB_ERRORS as error:
         raise ExportError(
             f"{args.output_dir} holds the finished run, but its upload to {args.hub_model_id} failed: "
             f"{str(error).splitlines()[0]}. Check the network and the login; the same command then uploads it"

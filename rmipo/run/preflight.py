@@ -3,14 +3,11 @@
 import os
 from pathlib import Path
 
-import httpx2
 import torch
 from accelerate import init_empty_weights
 from accelerate.utils import TorchDynamoPlugin
-from huggingface_hub import HfApi
 from peft import get_peft_model
 from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Trainer,
@@ -24,9 +21,10 @@ from trl import ModelConfig, SFTConfig, get_peft_config, get_quantization_config
 from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 
 from rmipo.objectives import build_objective
-from rmipo.plan.shapes import load_config
+from rmipo.plan.shapes import empty_model, load_config
 from rmipo.recipe.load import ConfigError, Recipe
 from rmipo.recipe.schema import PreferenceConfig
+from rmipo.run.export import HUB_ERRORS, make_repository
 from rmipo.training.distributed import on_main_process
 
 BUILT_ON_THE_MODEL = ("galore", "apollo", "lomo")  # optimizers that pick their parameters in it
@@ -43,7 +41,7 @@ def check_parts(recipe: Recipe, args: TrainingArguments, model_config: ModelConf
         parts["attention"] = lambda: _check_attention(args)
     parts |= {
         "report_to": lambda: _check_trackers(args.report_to),
-        "push_to_hub, hub_model_id": lambda: _make_repository(args),
+        "push_to_hub, hub_model_id": lambda: _check_repository(args),
         "attn_implementation": lambda: model_config.attn_implementation and _empty_model(model_config),
         "lora_target_modules, lora_modules_to_save, lora_task_type": lambda: _build_adapter(model_config),
         "torch_compile_backend": lambda: TorchDynamoPlugin(backend=args.torch_compile_backend),
@@ -113,13 +111,13 @@ def _check_trackers(names: list[str]) -> None:
             )
 
 
-def _make_repository(args: TrainingArguments) -> None:
-    """The upload's repository, which the Trainer would make when the model is loaded."""
+def _check_repository(args: TrainingArguments) -> None:
+    """Make the upload's repository, which the Trainer would make when the model is loaded."""
     if not args.push_to_hub:
         return
     try:
-        on_main_process(lambda: HfApi().create_repo(args.hub_model_id, private=args.hub_private_repo, exist_ok=True))
-    except (OSError, ValueError, httpx2.TransportError) as error:
+        on_main_process(lambda: make_repository(args))
+    except HUB_ERRORS as error:
         raise ValueError(
             f"the repository can't be made ({str(error).splitlines()[0]}). Check hub_model_id and the network (is "
             "HF_HUB_OFFLINE set?), and log in with `.venv/bin/hf auth login` or set HF_TOKEN"
@@ -151,8 +149,7 @@ def _empty_model(model_config: ModelConfig) -> PreTrainedModel:
     """The model's modules without weights."""
     config = load_config(model_config.model_name_or_path, model_config.model_revision)
     config._attn_implementation = model_config.attn_implementation
-    with init_empty_weights():
-        return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
+    return empty_model(config)
 
 
 def _build_schedule(args: TrainingArguments) -> None:

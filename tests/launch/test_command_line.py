@@ -53,14 +53,14 @@ def test_options_default_to_makes_variables(monkeypatch):
         cli.options("x", "MODEL", "ARGS").read()
 
 
-def test_the_home_is_found_wherever_a_path_is_given(monkeypatch):
-    monkeypatch.setenv("HOME", "/home/me")
+def test_the_home_is_found_wherever_a_path_is_given(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
     for name, value in {"DATA": "~/pairs", "ARGS": "--overlay ~/a.yaml --settings=~/eval.yaml"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(sys, "argv", ["x.py", "--output", "~/out", "--model=a~/b"])
     read = cli.variables(cli.options("x", "DATA", "OUTPUT", "MODEL", "ARGS").read())
-    assert read["DATA"] == "/home/me/pairs" and read["OUTPUT"] == "/home/me/out" and read["MODEL"] == "a~/b"
-    assert split_args(read) == (["/home/me/a.yaml"], ["--settings=/home/me/eval.yaml"])
+    assert read["DATA"] == f"{tmp_path}/pairs" and read["OUTPUT"] == f"{tmp_path}/out" and read["MODEL"] == "a~/b"
+    assert split_args(read) == ([f"{tmp_path}/a.yaml"], [f"--settings={tmp_path}/eval.yaml"])
 
 
 CHILD = "import sys, time; from pathlib import Path; Path(sys.argv[1]).touch(); time.sleep(60)"
