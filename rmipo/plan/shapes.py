@@ -9,6 +9,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
+from transformers.initialization import no_init_weights
 
 from rmipo.errors import ConfigError
 
@@ -56,5 +57,5 @@ def empty_model(config: PreTrainedConfig) -> PreTrainedModel:
 
     Not by AutoModel: in a training process under ZeRO-3 that divides what it makes over the processes.
     """
-    with init_empty_weights():
+    with init_empty_weights(), no_init_weights():  # drawing random numbers into nothing takes most of the time
         return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
