@@ -4,7 +4,6 @@ import csv
 import hashlib
 import json
 import os
-import signal
 import socket
 import statistics
 import subprocess
@@ -24,6 +23,7 @@ from rmipo.record import package_versions
 from tests.helpers.alpaca_answers import OUTPUTS, REFERENCE, ROWS, SETTINGS
 from tests.helpers.answer_files import other_versions
 from tests.helpers.judge_server import JudgeServer, probability_of_first
+from tests.helpers.launched import launch, wait_until
 from tests.helpers.paths import ROOT
 from tests.helpers.tiny_model import write_model
 
@@ -134,12 +134,9 @@ alpaca.judge(OUTPUTS, REFERENCE, Path(sys.argv[1]), sys.argv[2], SETTINGS)
 def test_killed_run_goes_on_where_it_was(tmp_path, monkeypatch, api_key):
     with JudgeServer(delay=0.15) as server:
         monkeypatch.setenv("OPENAI_BASE_URL", server.url)
-        process = subprocess.Popen([sys.executable, "-c", JUDGE, str(tmp_path), server.url], stderr=subprocess.DEVNULL)
-        deadline = time.time() + 250
-        while time.time() < deadline and len(server.answered) < 10:
-            time.sleep(0.02)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        process = launch(["-c", JUDGE, str(tmp_path), server.url])
+        wait_until(lambda: len(server.answered) >= 10, process)
+        process.end()
         time.sleep(0.5)  # requests under way are answered
         kept = verdicts(tmp_path)
         assert 4 <= len(kept) < ROWS
@@ -382,16 +379,18 @@ for settings in json.loads(sys.argv[3]):
         results.append(alpaca.run(sys.argv[1], sys.argv[2], settings))
     except EvaluationError as error:
         results.append(str(error))
-print("RESULT" + json.dumps(results))
-"""
-LENGTH_CONTROLLED = """
-import json, sys
+# What alpaca_eval itself makes of the verdicts, and of twelve draws of the prompts.
 import numpy
+from pathlib import Path
 from alpaca_eval.metrics import get_length_controlled_winrate
-rows, numbers = json.load(sys.stdin), numpy.random.default_rng(0)
+(path,) = Path(sys.argv[2], "alpacaeval").glob("verdicts-*.json")
+known = {row["instruction"]: row for row in json.loads(path.read_text())}
+generators = {"generator_1": "reference", "generator_2": "model"}  # the verdict file is for any two
+rows = [known[instruction] | generators for instruction in json.loads(sys.argv[4])]
+numbers = numpy.random.default_rng(0)
 draws = [range(40)] + [numbers.integers(0, 40, 40) for _ in range(12)]
 rates = [get_length_controlled_winrate([rows[i] | {"index": i} for i in draw], save_weights_dir=None) for draw in draws]
-print("RESULT" + json.dumps([float(rate["length_controlled_winrate"]) for rate in rates]))
+print("RESULT" + json.dumps([results, [float(rate["length_controlled_winrate"]) for rate in rates]]))
 """
 
 
@@ -418,7 +417,8 @@ def test_run_with_length_control_on_made_up_regularisation(tmp_path):
     generation = {"dtype": "float32", "engine": "transformers", "max_new_tokens": 8, "temperature": 1.0}
 
     trials = [{"generation": generation, "first_n": 39}, {"generation": generation}]
-    command = [sys.executable, "-c", RUN, str(model), str(tmp_path / "eval"), json.dumps(trials)]
+    instructions = json.dumps([row["instruction"] for row in rows])
+    command = [sys.executable, "-c", RUN, str(model), str(tmp_path / "eval"), json.dumps(trials), instructions]
     with JudgeServer() as server:
         environment = {
             **os.environ, "OPENAI_API_KEY": "none", "OPENAI_BASE_URL": server.url,
@@ -426,7 +426,7 @@ def test_run_with_length_control_on_made_up_regularisation(tmp_path):
         }  # fmt: skip
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280, check=False)
     assert done.returncode == 0, done.stderr
-    refused, result = json.loads(done.stdout.partition("RESULT")[2])
+    (refused, result), (expected, *draws) = json.loads(done.stdout.partition("RESULT")[2])
     # Rows that the length-controlled model wasn't made for.
     message = "needs the benchmark's own 40 instructions in their order; reference and first_n give 39, 39 of them"
     assert message in refused and len(server.requests) == 40
@@ -437,16 +437,6 @@ def test_run_with_length_control_on_made_up_regularisation(tmp_path):
     ]
     metrics = result["metrics"]
     assert metrics["alpacaeval2_wr"] == pytest.approx(100 * sum(wins) / 40, abs=1e-6)
-    lines = (tmp_path / "eval/alpacaeval").glob("verdicts-*.json")
-    known = {row["instruction"]: row for row in json.loads(next(lines).read_text())}
-    generators = {"generator_1": "reference", "generator_2": "model"}  # the verdict file is for any two
-    in_order = json.dumps([known[row["instruction"]] | generators for row in rows])
-    done = subprocess.run(
-        [sys.executable, "-c", LENGTH_CONTROLLED], input=in_order, env=environment, capture_output=True, text=True,
-        timeout=280, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    expected, *draws = json.loads(done.stdout.partition("RESULT")[2])
     assert metrics["alpacaeval2_lc"] == pytest.approx(expected, abs=1e-6)
     assert result["draws"]["alpacaeval2_lc"] == pytest.approx(draws, abs=1e-6)
     assert metrics["alpacaeval2_lc_standard_error"] == pytest.approx(statistics.stdev(draws), abs=1e-6)

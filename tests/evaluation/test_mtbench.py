@@ -4,7 +4,6 @@ import json
 import os
 import re
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -20,6 +19,7 @@ from rmipo.evaluation import mtbench
 from rmipo.generation.answers import Generator
 from rmipo.generation.engines import TransformersEngine
 from tests.helpers.judge_server import JudgeServer, rating
+from tests.helpers.launched import launch, wait_until
 from tests.helpers.mtbench_answers import ANSWERS, QUESTIONS, SETTINGS, ask
 from tests.helpers.tiny_model import write_model
 
@@ -45,24 +45,6 @@ def asked(server: JudgeServer) -> list[str]:
 def test_questions_and_temperatures_are_those_of_mt_bench():
     assert len(QUESTIONS) == 80 and {len(question["turns"]) for question in QUESTIONS} == {2}
     assert {question["category"] for question in QUESTIONS} == mtbench.DEFAULTS["temperatures"].keys()
-
-
-def test_ratings_survive_a_rate_limit_and_a_malformed_verdict(tmp_path):
-    with JudgeServer(fault=lambda number: {3: "429", 5: "malformed"}.get(number)) as server:
-        metrics = ask(server.url, tmp_path)
-        rows = verdicts(tmp_path)
-        assert sorted((row["question_id"], row["turn"]) for row in rows) == [
-            (q, t) for q in (81, 82, 83) for t in (1, 2)
-        ]
-        assert all(row["score"] == rating(row["user_prompt"]) for row in rows)
-        ratings = [rating(row["user_prompt"]) for row in rows]
-        assert len(set(ratings)) > 1 and metrics["mt_bench"] == pytest.approx(sum(ratings) / 6, abs=1e-9)
-        assert metrics["mt_bench_missing"] == 0
-        evaluator = json.loads((verdict_file(tmp_path, 3).parent.parent / "result.json").read_text())
-        assert evaluator["total"] == pytest.approx(metrics["mt_bench"], abs=1e-9)  # the evaluator's own mean
-        assert len(asked(server)) == 6 + 2
-        assert ask(server.url, tmp_path) == metrics
-        assert len(asked(server)) == 6 + 2  # nothing more was asked
 
 
 @pytest.mark.slow
@@ -91,33 +73,32 @@ JUDGE = """
 import sys
 from pathlib import Path
 from tests.helpers.mtbench_answers import ask
-ask(sys.argv[1], Path(sys.argv[2]), first_n=2)
+ask(sys.argv[1], Path(sys.argv[2]))
 """
 
 
-def test_killed_run_goes_on_where_it_was(tmp_path):
+def test_killed_run_goes_on_over_a_rate_limit_and_a_malformed_verdict(tmp_path):
     with JudgeServer(delay=0.4) as server:
-        command = [sys.executable, "-c", JUDGE, server.url, str(tmp_path)]
-        process = subprocess.Popen(
-            command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
-        )
-        deadline = time.time() + 250
-        while time.time() < deadline and len(asked(server)) < 3:  # two are answered then, and two under way
-            time.sleep(0.02)
-        os.killpg(process.pid, signal.SIGKILL)  # with the evaluator and its children
-        process.wait()
+        run = launch(["-c", JUDGE, server.url, str(tmp_path)])
+        wait_until(lambda: any(path.read_text() for path in tmp_path.rglob("*_single.jsonl")), run)
+        run.end()  # with the evaluator and its children
         time.sleep(0.5)
-        path = verdict_file(tmp_path, 2)
-        kept = verdicts(tmp_path, 2)
+        path = verdict_file(tmp_path, 3)
+        kept = verdicts(tmp_path)
         assert 1 <= len(kept) < 4
         path.write_text(path.read_text() + json.dumps(kept[0])[:50])  # as if it was killed while writing
-        server.delay, before = 0.0, len(asked(server))
-        metrics = ask(server.url, tmp_path, first_n=2)
-        assert len(asked(server)) - before == 4 - len(kept)
-        assert len(asked(server)) <= 4 + SETTINGS["concurrency"]
-    rows = verdicts(tmp_path, 2)
-    assert len({(row["question_id"], row["turn"]) for row in rows}) == len(rows) == 4
+        before, trial = len(asked(server)), len(server.requests)
+        server.delay, server.fault = 0.0, lambda number: {trial + 1: "429", trial + 3: "malformed"}.get(number)
+        metrics = ask(server.url, tmp_path)
+        assert len(asked(server)) - before == 6 - len(kept) + 2  # what is kept isn't asked again
+    rows = verdicts(tmp_path)
+    assert sorted((row["question_id"], row["turn"]) for row in rows) == [(q, t) for q in (81, 82, 83) for t in (1, 2)]
     assert metrics["mt_bench_missing"] == 0 and [row for row in rows if row in kept] == kept
+    ratings = [rating(row["user_prompt"]) for row in rows]
+    assert [row["score"] for row in rows] == ratings and len(set(ratings)) > 1
+    assert metrics["mt_bench"] == pytest.approx(sum(ratings) / 6, abs=1e-9)
+    evaluator = json.loads((path.parent.parent / "result.json").read_text())
+    assert evaluator["total"] == pytest.approx(metrics["mt_bench"], abs=1e-9)  # the evaluator's own mean
 
 
 @pytest.mark.slow

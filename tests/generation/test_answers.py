@@ -7,10 +7,6 @@ import importlib.util
 import json
 import os
 import re
-import signal
-import subprocess
-import sys
-import time
 import types
 
 import pytest
@@ -22,6 +18,7 @@ from rmipo.errors import EvaluationError
 from rmipo.generation.answers import Generator, Request, check_settings
 from rmipo.generation.engines import Prompt, SeededSampling, TransformersEngine
 from tests.helpers.answer_files import SETTINGS, generate, other_versions, requests
+from tests.helpers.launched import launch, wait_until
 from tests.helpers.tiny_model import write_model
 
 
@@ -183,12 +180,9 @@ generate(sys.argv[1], requests(40), sys.argv[2], SETTINGS)
 
 def test_killed_process_loses_nothing(model_dir, tmp_path):
     path = tmp_path / "killed.jsonl"
-    process = subprocess.Popen([sys.executable, "-c", KILLED, str(model_dir), str(path)], stderr=subprocess.DEVNULL)
-    deadline = time.time() + 250
-    while time.time() < deadline and not (path.is_file() and path.read_bytes().count(b"\n") >= 9):
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process = launch(["-c", KILLED, str(model_dir), str(path)])
+    wait_until(lambda: path.is_file() and path.read_bytes().count(b"\n") >= 9, process)
+    process.end()
     kept = path.read_bytes()
     assert 9 <= kept.count(b"\n") < 41
     generate(model_dir, requests(40), path, SETTINGS)

@@ -1,4 +1,4 @@
-"""Training scripts in processes that are forked from one which has imported their libraries: a launch takes no import.
+"""Programs in processes that are forked from one which has imported their libraries: a launch takes no import.
 
 What torchrun gives its workers (ranks, a meeting point) is given here; a few tests start the real launchers.
 """
@@ -58,7 +58,7 @@ class Launched:
 
 
 def launch(command: list[str], processes: int = 1, root: Path = ROOT, **environment: str) -> Launched:
-    """Start `[script, *arguments]` in `root`, in `processes` processes that know each other."""
+    """Start `[script, *arguments]` or `["-c", code, *arguments]`, in `processes` processes that know each other."""
     descriptor, path = tempfile.mkstemp(prefix="launched-", suffix=".log")
     os.close(descriptor)
     environment = dict(os.environ) | environment
@@ -84,8 +84,12 @@ def _run(command: list[str], environment: dict[str, str], output: str, root: Pat
     os.chdir(root)
     os.environ.clear()
     os.environ.update(environment)
-    sys.argv = command
-    runpy.run_path(command[0], run_name="__main__")
+    if command[0] == "-c":
+        sys.argv = ["-c", *command[2:]]
+        exec(command[1], {"__name__": "__main__"})
+    else:
+        sys.argv = command
+        runpy.run_path(command[0], run_name="__main__")
 
 
 def wait_until(condition, launched: Launched, timeout: float = 250) -> None:

