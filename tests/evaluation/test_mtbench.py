@@ -81,14 +81,14 @@ def test_killed_run_goes_on_over_a_rate_limit_and_a_malformed_verdict(tmp_path):
     with JudgeServer(delay=0.4) as server:
         run = launch(["-c", JUDGE, server.url, str(tmp_path)])
         wait_until(lambda: any(path.read_text() for path in tmp_path.rglob("*_single.jsonl")), run)
-        run.end()  # with the evaluator and its children
+        run.end()  # with the evaluator and its children, amid the first two questions
         time.sleep(0.5)
-        path = verdict_file(tmp_path, 3)
-        kept = verdicts(tmp_path)
+        path = verdict_file(tmp_path, 2)
+        kept = verdicts(tmp_path, 2)
         assert 1 <= len(kept) < 4
         path.write_text(path.read_text() + json.dumps(kept[0])[:50])  # as if it was killed while writing
         before, trial = len(asked(server)), len(server.requests)
-        server.delay, server.fault = 0.0, lambda number: {trial + 1: "429", trial + 3: "malformed"}.get(number)
+        server.delay, server.fault = 0.0, lambda number: {trial + 1: "429", trial + 2: "malformed"}.get(number)
         metrics = ask(server.url, tmp_path)
         assert len(asked(server)) - before == 6 - len(kept) + 2  # what is kept isn't asked again
     rows = verdicts(tmp_path)
@@ -97,7 +97,7 @@ def test_killed_run_goes_on_over_a_rate_limit_and_a_malformed_verdict(tmp_path):
     ratings = [rating(row["user_prompt"]) for row in rows]
     assert [row["score"] for row in rows] == ratings and len(set(ratings)) > 1
     assert metrics["mt_bench"] == pytest.approx(sum(ratings) / 6, abs=1e-9)
-    evaluator = json.loads((path.parent.parent / "result.json").read_text())
+    evaluator = json.loads((verdict_file(tmp_path, 3).parent.parent / "result.json").read_text())
     assert evaluator["total"] == pytest.approx(metrics["mt_bench"], abs=1e-9)  # the evaluator's own mean
 
 
