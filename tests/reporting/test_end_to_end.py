@@ -5,10 +5,7 @@ import csv
 import dataclasses
 import importlib.metadata
 import json
-import os
 import runpy
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +20,7 @@ from rmipo.reporting.sensitivity import figure2
 from rmipo.reporting.tables import LEADERBOARD, TABLES
 from rmipo.tiny.config import load_world_config
 from rmipo.tiny.files import write_world
+from tests.helpers.launched import launch
 from tests.helpers.paths import ROOT
 from tests.helpers.result_files import write_result
 
@@ -67,11 +65,9 @@ def outputs(tmp_path_factory) -> Path:
     metrics = dict.fromkeys(LEADERBOARD, 10.0) | {"ifeval": 70.0}
     for method in ("alpha-dpo", "table3-row1"):  # of Tables 2 and 3, without running lm-eval
         write_result(folder / "outputs", "tiny", method, "leaderboard", metrics)
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.helpers.run_scripts"], input=json.dumps(steps), text=True, capture_output=True,
-        cwd=folder, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    for script, *arguments in steps:
+        run = launch([str(ROOT / "scripts" / script), *arguments], root=folder)
+        assert run.wait() == 0, run.output[-3000:]
     return folder / "outputs"
 
 
