@@ -4,8 +4,8 @@
     source .venv/bin/activate && wandb sweep recipes/sweeps/simpo.yaml
 
 The first needs no account: it trains what is not finished yet, keeps one line per finished point in sweep.jsonl, and
-names the best by the file's held-out metric. In the second W&B's agent starts this program with one point's
---key=value after the options: that point alone is trained.
+names the best by the file's held-out metric. Points that finished on other data or another model are refused. In the
+second W&B's agent starts this program with one point's --key=value after the options: that point alone is trained.
 
 Preference accuracy does not see a policy that has collapsed: look at generations.jsonl of the best few, or evaluate
 them, before believing the first.
@@ -14,6 +14,7 @@ them, before believing the first.
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 from tqdm import tqdm
@@ -55,6 +56,13 @@ def main() -> int:
     if is_on(env, "DRY"):
         print("\n".join(search.arguments(point.values) for point in open_points))
         return 0
+
+    for point in search.distinct(points):
+        with tempfile.TemporaryFile("w+") as output:
+            if code := train(point, stdout=output, stderr=subprocess.STDOUT):
+                output.seek(0)
+                sys.stderr.write(output.read())
+                return code
 
     path.parent.mkdir(parents=True, exist_ok=True)
     failed = 0

@@ -8,13 +8,14 @@ with the id of the point before.
 import itertools
 import json
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rmipo.errors import ConfigError
 from rmipo.files import write_atomically
+from rmipo.fingerprints import has_weights, json_fingerprint
 from rmipo.launch.choices import choose_search
 from rmipo.launch.pipeline import load_steps
 from rmipo.recipe.files import parse_overrides, read_yaml
@@ -138,6 +139,17 @@ def arguments(values: Mapping[str, Any]) -> str:
 def number(value: Any) -> str:
     """1.0 and 1 alike, as W&B makes no difference between them."""
     return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def distinct(points: Iterable[Point]) -> list[Point]:
+    """One finished point of each data and initial model. Started again, it ends at once, or refuses where either changed.
+
+    It is one that still has its weights, if any has: without them it would be trained again.
+    """
+    kept: dict[str, Point] = {}
+    for point in sorted((point for point in points if point.done), key=lambda point: has_weights(point.folder)):
+        kept[json_fingerprint(recorded_run(point.folder)["fingerprints"])] = point
+    return list(kept.values())
 
 
 def record(path: Path, points: list[Point], metric: str) -> list[dict]:

@@ -191,3 +191,9 @@ def test_a_grid_is_trained_once_and_the_best_is_named(repository, monkeypatch):
 
     other = run_here("sweep", env=env | {"ARGS": "--max_steps 3"}, root=repository)
     assert other.code == 2 and "holds a run of another recipe" in other.err
+
+    pairs = repository / "outputs/tiny/world/pairs/train.jsonl"
+    pairs.write_text(pairs.read_text().replace("yes 3", "yes, 3"))
+    changed = run_here("sweep", env=env, root=repository)
+    assert changed.code == 2 and "best:" not in changed.out
+    assert "belongs to another run" in changed.err and "fingerprints.train" in changed.err
