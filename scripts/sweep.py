@@ -50,6 +50,7 @@ def main() -> int:
     if values:
         return train(search.make_point(search.read_point(values), env))
     points = [search.make_point(point, env) for point in sweep.points]
+    search.check_metric(sweep.metric, points[0].recipe)
     path = points[0].folder.parent / search.RECORD
     open_points = [point for point in points if not point.done]
     print(f"{len(points)} points, {len(open_points)} of them not finished; by {sweep.metric} ({sweep.goal}): {path}")

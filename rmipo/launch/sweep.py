@@ -18,9 +18,11 @@ from rmipo.files import write_atomically
 from rmipo.fingerprints import has_weights, json_fingerprint
 from rmipo.launch.choices import choose_search
 from rmipo.launch.pipeline import load_steps
+from rmipo.objectives import build_objective
 from rmipo.recipe.files import parse_overrides, read_yaml
 from rmipo.recipe.load import Recipe
 from rmipo.record import recorded_run
+from rmipo.training.metrics import check_logged, evaluation_metrics
 
 RECORD = "sweep.jsonl"
 OWN_KEYS = {"parameters", "measure"}  # of a setting's search.yaml; `measure` is read by make compare
@@ -81,6 +83,14 @@ def load_sweep(method: str, model: str) -> Sweep:
     # W&B's charts say eval/x for what the trainer logs as eval_x.
     name = metric["name"].replace("eval/", "eval_", 1)
     return Sweep({key: entry["values"] for key, entry in parameters.items()}, name, metric["goal"])
+
+
+def check_metric(metric: str, recipe: Recipe) -> None:
+    """Raises ConfigError if the runs of a sweep don't log what they are to be ranked by."""
+    try:
+        check_logged(metric, evaluation_metrics(build_objective(recipe.values["objective"])))
+    except ValueError as error:
+        raise ConfigError(f"metric.name of the sweep stands for {metric}: {error}") from error
 
 
 @dataclass(frozen=True)

@@ -26,8 +26,10 @@ from rmipo.recipe.load import ConfigError, Recipe
 from rmipo.recipe.schema import PreferenceConfig
 from rmipo.run.export import HUB_ERRORS, make_repository
 from rmipo.training.distributed import on_main_process
+from rmipo.training.metrics import check_logged, evaluation_metrics
 
 BUILT_ON_THE_MODEL = ("galore", "apollo", "lomo")  # optimizers that pick their parameters in it
+SFT_METRICS = ("loss", "entropy", "mean_token_accuracy", "num_tokens")  # TRL's, without their prefix eval_
 ANY_LENGTH = 1000  # steps of the schedule that is built, where the recipe counts epochs
 
 
@@ -42,6 +44,7 @@ def check_parts(recipe: Recipe, args: TrainingArguments, model_config: ModelConf
     parts |= {
         "report_to": lambda: _check_trackers(args.report_to),
         "push_to_hub, hub_model_id": lambda: _check_repository(args),
+        "metric_for_best_model": lambda: _check_best_metric(args, model_config),
         "attn_implementation": lambda: model_config.attn_implementation and _empty_model(model_config),
         "lora_target_modules, lora_modules_to_save, lora_task_type": lambda: _build_adapter(model_config),
         "torch_compile_backend": lambda: TorchDynamoPlugin(backend=args.torch_compile_backend),
@@ -143,6 +146,18 @@ def _build_optimizer(args: TrainingArguments, model_config: ModelConfig) -> None
     else:
         optimizer, options = Trainer.get_optimizer_cls_and_kwargs(args)
         optimizer([torch.nn.Parameter(torch.zeros(1))], **options)
+
+
+def _check_best_metric(args: TrainingArguments, model_config: ModelConfig) -> None:
+    """The Trainer would find a metric that isn't logged at the first evaluation."""
+    if args.metric_for_best_model is None:
+        return
+    if isinstance(args, PreferenceConfig):
+        known = evaluation_metrics(build_objective(args.objective))
+    else:
+        config = load_config(model_config.model_name_or_path, model_config.model_revision).get_text_config()
+        known = [*SFT_METRICS, *["aux_loss"] * hasattr(config, "output_router_logits")]  # of a mixture of experts
+    check_logged(args.metric_for_best_model, known)
 
 
 def _empty_model(model_config: ModelConfig) -> PreTrainedModel:

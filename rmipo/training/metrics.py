@@ -1,11 +1,13 @@
 """The numbers that are logged: from the per-pair columns of an optimizer step, by the same names for every method."""
 
 import time
+from collections.abc import Collection
+from dataclasses import fields
 
 import psutil
 import torch
 
-from rmipo.objectives import ObjectiveOutput, PairScores
+from rmipo.objectives import Objective, ObjectiveOutput, PairScores
 
 
 class LogWindow:
@@ -35,7 +37,7 @@ def columns_of(scores: PairScores, output: ObjectiveOutput) -> dict[str, torch.T
     return {name: value.detach() for name, value in columns.items()}
 
 
-def step_metrics(columns: dict[str, torch.Tensor], objective) -> dict[str, float]:
+def step_metrics(columns: dict[str, torch.Tensor], objective: Objective) -> dict[str, float]:
     """Metrics of the pairs of a whole step (all processes), without a prefix.
 
     `rewards/*` are in the method's own units, margin gamma excluded. `common/*` compare methods: log-probabilities per
@@ -62,6 +64,21 @@ def step_metrics(columns: dict[str, torch.Tensor], objective) -> dict[str, float
         means["common/acc_logratio"] = chosen_ratio > rejected_ratio
     metrics = {name: value.double().mean().item() for name, value in means.items()}
     return metrics | objective.summarize(columns)
+
+
+def evaluation_metrics(objective: Objective) -> list[str]:
+    """The names of what an evaluation logs of pairs, without their prefix `eval_`: those of made-up scores."""
+    draw = torch.Generator().manual_seed(0)
+    unread = () if "reference" in objective.needs else ("ref_chosen_logps", "ref_rejected_logps")
+    names = [field.name for field in fields(PairScores) if field.name not in unread]
+    scores = PairScores(**{name: 1 + torch.rand(8, generator=draw) for name in names})
+    return ["loss", *step_metrics(columns_of(scores, objective(scores)), objective)]
+
+
+def check_logged(name: str, known: Collection[str]) -> None:
+    """Raises ValueError unless `name`, with or without its prefix `eval_`, is one of the metrics `known`."""
+    if name.removeprefix("eval_") not in known:
+        raise ValueError(f"no evaluation logs it: expected one of {', '.join(f'eval_{metric}' for metric in known)}")
 
 
 def num_non_embedding_parameters(model: torch.nn.Module) -> int:

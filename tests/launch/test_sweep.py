@@ -8,7 +8,7 @@ import pytest
 from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args, load_sweep_config
 
 from rmipo.launch.pipeline import load_steps
-from rmipo.launch.sweep import Sweep, load_sweep, make_point, read_point
+from rmipo.launch.sweep import Sweep, check_metric, load_sweep, make_point, read_point
 from rmipo.recipe.load import ConfigError
 from tests.helpers.families import save
 from tests.helpers.launched import launch
@@ -84,6 +84,19 @@ def test_the_best_is_that_of_the_file_s_goal():
     assert Sweep({}, "eval_loss", "minimize").ranked(lines)[0] == {"eval_loss": 0.2}
     assert Sweep({}, "eval_loss", "maximize").ranked(lines)[0] == {"eval_loss": 0.9}
     assert load_sweep("dpo", SETTING).metric == "eval_common/acc_avg_logp"
+
+
+def test_what_ranks_the_points_is_logged():
+    for method in METHODS:
+        points = load_sweep(method, SETTING).points
+        check_metric(
+            load_sweep(method, SETTING).metric, make_point(points[0], {"MODEL": SETTING, "METHOD": method}).recipe
+        )
+    recipe = make_point({"learning_rate": 1e-6}, {"MODEL": SETTING, "METHOD": "simpo"}).recipe
+    with pytest.raises(
+        ConfigError, match=r"eval_common/acc_logratio: no evaluation logs it: expected one of eval_loss, "
+    ):
+        check_metric("eval_common/acc_logratio", recipe)
 
 
 def test_errors_come_all_at_once(tmp_path, monkeypatch):

@@ -5,12 +5,14 @@ import types
 
 import pytest
 import wandb
-from trl import SFTConfig
+from datasets import Dataset
+from trl import SFTConfig, SFTTrainer
 
 from rmipo.recipe.load import ConfigError, load_recipe
-from rmipo.run.preflight import check_assistant_mask, check_parts, check_special_tokens
-from tests.helpers.families import LLAMA3_TEMPLATE, make_tokenizer
+from rmipo.run.preflight import SFT_METRICS, check_assistant_mask, check_parts, check_special_tokens
+from tests.helpers.families import LLAMA3_TEMPLATE, make_model, make_tokenizer
 from tests.helpers.paths import ROOT
+from tests.helpers.rows import assistant, user
 
 KNOWN = {"model_name_or_path": "mistralai/Mistral-7B-v0.1"}  # its configuration is built in
 
@@ -63,6 +65,40 @@ def problems(stage="rmipo", overlays=(), **values):
 def test_a_part_that_cannot_be_built_is_named(tmp_path, values, message):
     (line,) = problems(output_dir=tmp_path, **values)
     assert message in line
+
+
+BEST = {"eval_strategy": "steps", "eval_steps": 10, "save_steps": 10, "load_best_model_at_end": "true"}
+
+
+@pytest.mark.parametrize(
+    ("stage", "metric", "known"),
+    [
+        ("rmipo", "eval_accuracy", "eval_loss, eval_rewards/chosen, "),
+        ("rmipo", "common/acc_logratio", "eval_loss, "),  # of methods with a reference
+        ("rmipo", "simpo/gamma_mean", "eval_loss, "),
+        ("sft", "rewards/accuracies", "eval_loss, eval_entropy, eval_mean_token_accuracy, eval_num_tokens"),
+    ],
+)
+def test_a_metric_that_is_not_logged_is_no_measure_of_the_best_model(tmp_path, stage, metric, known):
+    (line,) = problems(stage, output_dir=tmp_path, metric_for_best_model=metric, **BEST, **KNOWN)
+    assert line.startswith(f"metric_for_best_model: {metric}: no evaluation logs it: expected one of {known}")
+
+
+@pytest.mark.parametrize("metric", ["loss", "eval_rmipo/gamma_mean", "common/acc_avg_logp"])
+def test_a_metric_that_is_logged_is(tmp_path, metric):
+    lines = problems(output_dir=tmp_path, metric_for_best_model=metric, optim="adamw_bnb_8bit", **BEST)
+    assert [line.split(":")[0] for line in lines] == ["optim"]
+
+
+def test_what_trl_logs_of_an_evaluation(tmp_path):
+    args = SFTConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to="none", max_length=32)
+    rows = Dataset.from_list([{"messages": [user("a"), assistant("yes")]}] * 2)
+    trainer = SFTTrainer(
+        make_model("llama3"), args, train_dataset=rows, eval_dataset=rows, processing_class=make_tokenizer("llama3")
+    )
+    logged = {name.removeprefix("eval_") for name in trainer.evaluate() if name.startswith("eval_")}
+    speed = {"runtime", "samples_per_second", "steps_per_second", "model_preparation_time"}
+    assert logged - speed == set(SFT_METRICS)
 
 
 @pytest.mark.parametrize("optim", ["galore_adamw", "apollo_adamw", "lomo"])

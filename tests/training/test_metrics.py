@@ -10,7 +10,7 @@ import torch
 from rmipo.objectives import build_objective
 from rmipo.record import read_metrics
 from rmipo.training.finite import NonFiniteLossError, raise_if_not_finite
-from rmipo.training.metrics import step_metrics
+from rmipo.training.metrics import evaluation_metrics, step_metrics
 from rmipo.training.state import load_objective_state, save_objective_state
 from tests.helpers.small_models import make_model, make_pairs
 from tests.helpers.trainers import make_trainer, rows_per_step
@@ -37,6 +37,20 @@ def test_ties_are_no_wins_and_ratios_have_their_own_accuracy():
     columns["ref_chosen_logps"] = [-9.0, -9.0, -9.0, -9.0]  # ratios 5, 3, 7, 0 against 1, 2, 0, 1
     found = step_metrics({name: torch.tensor(v) for name, v in columns.items()}, build_objective({"name": "dpo"}))
     assert found["common/acc_logratio"] == 0.75
+
+
+@pytest.mark.parametrize("name", ["rmipo", "dpo", "kto", "beta-dpo", "epsilon-dpo", "cpo"])
+def test_what_an_evaluation_logs_is_known_before_it(tmp_path, name):
+    reference = make_model("llama") if name == "epsilon-dpo" else None
+    pairs = make_pairs(6, seed=3)
+    trainer = make_trainer(tmp_path, pairs, {"name": name}, eval_pairs=pairs, reference_model=reference)
+    if "reference" in trainer.objective.needs:
+        fields = [f"{kind}_logps" for kind in ("ref_chosen", "ref_rejected")]
+        fields += [f"ref_mismatched_{side}_logps" for side in ("chosen", "rejected")] * (name == "kto")
+        trainer.eval_dataset.scores = {field: torch.rand(6) for field in fields}
+    logged = [metric.removeprefix("eval_") for metric in trainer.evaluate() if metric.startswith("eval_")]
+    speed = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
+    assert [metric for metric in logged if metric not in speed] == evaluation_metrics(trainer.objective)
 
 
 HARDWARE = ("tokens_per_second", "peak_memory_gib", "total_flos")
