@@ -62,12 +62,12 @@ def main() -> None:
         ###################
         # Train, evaluate, save
         ###################
-        messages = {split: dataset.select_columns(["messages"]) for split, dataset in datasets.items()}
+        rows = {split: dataset.remove_columns(["row", "ids"]) for split, dataset in datasets.items()}
         trainer = SFTTrainer(
             model,
             args=args,
-            train_dataset=messages["train"],
-            eval_dataset=messages.get("test"),
+            train_dataset=rows["train"],
+            eval_dataset=rows.get("test"),
             processing_class=tokenizer,
             peft_config=get_peft_config(model_config),
         )

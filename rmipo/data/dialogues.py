@@ -4,7 +4,7 @@ import numpy as np
 from datasets import Dataset, Features, Value
 from trl import SFTConfig
 
-from rmipo.data.chat import ChatFormat, render, tokenize
+from rmipo.data.chat import ChatFormat, DataError, render, tokenize
 from rmipo.data.convert import code_digest, load_converted
 from rmipo.data.formats import DIALOGUES, unusable_dialogue
 from rmipo.data.report import DataReport, rows_by_reason
@@ -13,8 +13,11 @@ from rmipo.recipe.schema import DataConfig
 
 
 def load_dialogues(data_config: DataConfig, split: str) -> Dataset:
-    """Column `messages`, which may still be unusable, and `row`; see `load_converted`."""
-    return load_converted(data_config, split, DIALOGUES, ("messages",))
+    """Column `messages`, which may still be unusable, and `row`; see `load_converted`.
+
+    `completion` has the last of the messages where a row is a prompt and its completion; it is empty for dialogues.
+    """
+    return load_converted(data_config, split, DIALOGUES, ("messages", "completion"))
 
 
 def select_dialogues(
@@ -22,33 +25,78 @@ def select_dialogues(
 ) -> tuple[Dataset, DataReport]:
     """Drop the dialogues that can't be trained on, and count those that TRL cuts to `max_length` tokens.
 
-    TRL tokenises the same text once more: it takes messages. A column `ids` has a fingerprint of each dialogue's token ids.
+    TRL tokenises the same text once more: it takes messages, or where the loss is on completions alone `prompt` and
+    `completion`. A column `ids` has a fingerprint of each dialogue's token ids.
 
     Raises:
-        DataError: more are unusable or cut than the recipe allows, or none is left.
+        DataError: more are unusable or cut than the recipe allows, or none is left; `completion_only_loss` of dialogues.
     """
+    completions = sum(bool(completion) for completion in dataset["completion"])
+    if args.completion_only_loss and completions < len(dataset):
+        raise DataError(
+            f"completion_only_loss is true, and {len(dataset) - completions} of {len(dataset)} rows are dialogues: expected "
+            "rows with the columns prompt and completion. Set assistant_only_loss: true, which trains the answers of any row"
+        )
+    if completions < len(dataset) or args.completion_only_loss is False:
+        alone, dataset = False, dataset.remove_columns("completion")
+    else:
+        alone = True
     reasons = [unusable_dialogue(messages) for messages in dataset["messages"]]
+    if alone:
+        columns = zip(reasons, dataset["messages"], dataset["completion"], strict=True)
+        reasons = [
+            reason or ("the prompt is empty" if messages == completion else None)
+            for reason, messages, completion in columns
+        ]
     report = DataReport(rows=len(dataset), dropped=rows_by_reason(reasons, dataset["row"]))
+    if alone:
+        report.loss = "completions alone, as rows have a prompt and a completion (completion_only_loss: false: on both)"
+    elif completions and args.completion_only_loss is None and not args.assistant_only_loss:
+        report.loss = (
+            f"whole dialogues, prompts included, as only {completions} of {len(dataset)} rows have a completion"
+        )
     report.check_dropped(data_config.max_dropped_fraction)
     kept = dataset.select([i for i, reason in enumerate(reasons) if reason is None])
     measured = kept.map(
         count_tokens,
         batched=True,
-        fn_kwargs={"chat": chat, "code": code_digest()},
-        features=Features(kept.features | {"tokens": Value("int64"), "ids": Value("string")}),
+        fn_kwargs={"chat": chat, "answers": args.assistant_only_loss, "code": code_digest()},
+        features=Features(kept.features | {"tokens": Value("int64"), "start": Value("int64"), "ids": Value("string")}),
         num_proc=data_config.dataset_num_proc,
         desc="Measuring dialogues",
     )
-    lengths = np.array(measured["tokens"])
     limit = np.inf if args.max_length is None else args.max_length
     split = args.packing and args.packing_strategy != "bfd"  # a long dialogue goes on in the next block
+    if not split and args.truncation_mode == "keep_start":  # TRL would drop them in silence
+        scored = np.array(measured["start"]) < limit
+        reasons = [None if reached else "the prompt fills the window" for reached in scored]
+        report.dropped |= rows_by_reason(reasons, measured["row"])
+        report.check_dropped(data_config.max_dropped_fraction)
+        measured = measured.select(np.flatnonzero(scored))
+    lengths = np.array(measured["tokens"])
     report.measure({"messages": np.minimum(lengths, limit)}, {"messages": (lengths > limit) & (not split)})
     report.check_cut(data_config.max_truncated_fraction, f"max_length ({args.max_length})")
-    return measured.remove_columns("tokens"), report
+    if alone:
+        measured = measured.map(divide, remove_columns="messages", desc="Dividing prompts and completions")
+    return measured.remove_columns(["tokens", "start"]), report
 
 
-def count_tokens(batch: dict, chat: ChatFormat, code: str) -> dict:
-    """Called by `Dataset.map`; `code` is only there for its cache, see `code_digest`."""
+def count_tokens(batch: dict, chat: ChatFormat, answers: bool, code: str) -> dict:
+    """Called by `Dataset.map`; `code` is only there for its cache, see `code_digest`.
+
+    `start`: tokens in front of the first that the loss is on. `answers`: it is on what the assistant says alone.
+    """
     texts = [render(chat.tokenizer, messages, False) for messages in batch["messages"]]
     encoded = tokenize(chat.tokenizer, texts)
-    return {"tokens": [len(ids) for ids in encoded], "ids": [json_fingerprint(ids) for ids in encoded]}
+    prompts = []
+    for number, messages in enumerate(batch["messages"]):
+        first = len(messages) - len(batch["completion"][number]) if "completion" in batch else 0
+        while answers and messages[first]["role"] != "assistant":
+            first += 1
+        prompts.append(render(chat.tokenizer, messages[:first], True) if first else "")
+    starts = [len(ids) for ids in tokenize(chat.tokenizer, prompts)]
+    return {"tokens": [len(ids) for ids in encoded], "start": starts, "ids": [json_fingerprint(ids) for ids in encoded]}
+
+
+def divide(row: dict) -> dict:
+    return {"prompt": row["messages"][: -len(row["completion"])]}

@@ -68,11 +68,12 @@ def read_prompt_of_messages(row: Row) -> Sides | None:
 
 
 def read_messages(row: Row) -> Sides | None:
-    return (read_turns(row["messages"], "user", "messages"),)
+    return read_turns(row["messages"], "user", "messages"), []
 
 
 def read_prompt_and_completion(row: Row) -> Sides | None:
-    return (read_turns(row["prompt"], "user", "prompt") + read_turns(row["completion"], "assistant", "completion"),)
+    completion = read_turns(row["completion"], "assistant", "completion")
+    return read_turns(row["prompt"], "user", "prompt") + completion, completion
 
 
 # In the order in which they are tried.
@@ -91,7 +92,7 @@ PAIRS = (
 )
 DIALOGUES = (
     Format(("messages",), read_messages, "a dialogue that ends with an assistant message"),
-    Format(("prompt", "completion"), read_prompt_and_completion, "texts or messages"),
+    Format(("prompt", "completion"), read_prompt_and_completion, "texts or messages; the loss is on completions alone"),
 )
 PROMPTS = (
     Format(("prompt",), read_prompt, "a text or messages"),

@@ -15,11 +15,13 @@ class DataReport:
     """Attributes:
     dropped: reason -> row numbers.
     rows_cut: rows of which any side is cut; `cut` has the number per side.
+    loss: what TRL's loss is on, where it isn't what a recipe says.
     tokens: total per side, after the cut. `lengths`: median, p95 and max tokens per side.
     """
 
     rows: int
     dropped: dict[str, list[int]]
+    loss: str | None = None
     rows_cut: int = 0
     cut: dict[str, int] = field(default_factory=dict)
     tokens: dict[str, int] = field(default_factory=dict)
@@ -65,6 +67,8 @@ class DataReport:
     def lines(self) -> list[str]:
         """Short lines to print."""
         lines = [f"{self.kept} of {self.rows} rows used", *self.dropped_lines()]
+        if self.loss:
+            lines.append(f"- the loss is on {self.loss}")
         if self.rows_cut and "messages" in self.cut:
             lines.append(f"- {self.rows_cut} dialogues cut: they lost their end and end token")
         elif self.rows_cut:

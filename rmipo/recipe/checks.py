@@ -36,7 +36,6 @@ FIXED = {
     "use_cache": (True, "it is what generation with the saved model uses"),
 }
 FIXED_IN_SFT = {
-    "completion_only_loss": (False, "rows are dialogues, of which assistant_only_loss trains the answers alone"),
     "dataset_text_field": ("text", "rows are dialogues"),
 }
 SAMPLED = "steps are drawn at random, and the last one of an epoch takes the pairs that are left"

@@ -3,16 +3,19 @@
 from pathlib import Path
 
 import pytest
+from datasets import concatenate_datasets
 from tokenizers import normalizers
-from trl import SFTConfig
+from trl import SFTConfig, SFTTrainer
 
 from rmipo.data.chat import ChatFormat, DataError
 from rmipo.data.dialogues import load_dialogues, select_dialogues
 from rmipo.fingerprints import rows_fingerprint
-from tests.helpers.families import make_tokenizer
+from tests.helpers.families import make_model, make_tokenizer
 from tests.helpers.rows import assistant, config, user, write
 
 DIALOGUE = [user("a"), assistant("b"), user("c"), assistant("d")]
+SYSTEM = {"role": "system", "content": "Be brief"}
+WINDOW = 100
 LONG = [user("a"), assistant("long " * 60)]
 
 
@@ -33,16 +36,93 @@ def select(rows, chat, tmp_path, limits=None, **arguments):
 
 def test_dialogues_are_read(tmp_path):
     assert load(tmp_path, [DIALOGUE, DIALOGUE[:2]]).to_list() == [
-        {"messages": DIALOGUE, "row": 0},
-        {"messages": DIALOGUE[:2], "row": 1},
+        {"messages": DIALOGUE, "completion": [], "row": 0},
+        {"messages": DIALOGUE[:2], "completion": [], "row": 1},
     ]
     write(tmp_path / "test.jsonl", [{"prompt": "a", "completion": "b", "system": "Be brief"}])
     assert load_dialogues(config(tmp_path), "test").to_list() == [
-        {"messages": [{"role": "system", "content": "Be brief"}, *DIALOGUE[:2]], "row": 0}
+        {"messages": [SYSTEM, *DIALOGUE[:2]], "completion": [assistant("b")], "row": 0}
     ]
     with pytest.raises(DataError, match="`tools` is part of the prompt"):
         write(tmp_path / "test.jsonl", [{"messages": DIALOGUE, "tools": [{"name": "search"}]}])
         load_dialogues(config(tmp_path), "test")
+
+
+def completions(tmp_path, *more):
+    rows = [
+        {"prompt": "a", "completion": "b"},
+        {"prompt": DIALOGUE[:3], "completion": DIALOGUE[3:], "system": "Be brief"},
+    ]
+    write(tmp_path / "train.jsonl", [*rows, *more])
+    return load_dialogues(config(tmp_path), "train")
+
+
+def trained_texts(dataset, chat, tmp_path, **arguments):
+    """What TRL's loss is on, row by row."""
+    args = SFTConfig(
+        output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to="none", max_length=WINDOW, **arguments
+    )
+    rows = dataset.remove_columns(["row", "ids"])
+    trainer = SFTTrainer(make_model("llama3"), args, train_dataset=rows, processing_class=chat.tokenizer)
+    return [chat.tokenizer.decode([id for id in labels if id != -100]) for labels in trainer.train_dataset["labels"]]
+
+
+def test_the_loss_is_on_completions_alone_as_with_trl(tmp_path, chat):
+    kept, report = select(completions(tmp_path), chat, tmp_path, max_length=WINDOW)
+    assert kept.remove_columns(["row", "ids"]).to_list() == [
+        {"prompt": [user("a")], "completion": [assistant("b")]},
+        {"prompt": [SYSTEM, *DIALOGUE[:3]], "completion": [assistant("d")]},
+    ]
+    assert trained_texts(kept, chat, tmp_path) == ["b<|eot_id|>", "d<|eot_id|>"]
+    assert any("the loss is on completions alone" in line for line in report.lines())
+
+
+def test_the_loss_is_on_prompts_too_where_the_recipe_says_so(tmp_path, chat):
+    kept, report = select(completions(tmp_path), chat, tmp_path, max_length=WINDOW, completion_only_loss=False)
+    assert kept.column_names == ["messages", "row", "ids"] and report.loss is None
+    texts = trained_texts(kept, chat, tmp_path, completion_only_loss=False)
+    assert texts == [chat.tokenizer.apply_chat_template(messages, tokenize=False) for messages in kept["messages"]]
+
+
+def test_dialogues_among_completions_are_named(tmp_path, chat):
+    loaded = concatenate_datasets([completions(tmp_path), load(tmp_path, [DIALOGUE])])
+    kept, report = select(loaded, chat, tmp_path, max_length=WINDOW)
+    assert "messages" in kept.column_names and "whole dialogues, prompts included, as only 2 of 3 rows" in report.loss
+    assert select(loaded, chat, tmp_path, assistant_only_loss=True, max_length=WINDOW)[1].loss is None
+    with pytest.raises(DataError, match=r"completion_only_loss is true, and 1 of 3 rows are dialogues"):
+        select(loaded, chat, tmp_path, completion_only_loss=True, max_length=WINDOW)
+
+
+@pytest.mark.parametrize("answers", [False, True])
+def test_a_row_whose_prompt_fills_the_window_is_dropped_and_named(tmp_path, chat, answers):
+    """TRL drops it, too, and says nothing."""
+    long = [user("long " * 120), assistant("b")]
+    loaded = (
+        load(tmp_path, [DIALOGUE, long]) if answers else completions(tmp_path, {"prompt": long[:1], "completion": "b"})
+    )
+    all_of_them = {"max_dropped_fraction": 0.5}
+    kept, report = select(loaded, chat, tmp_path, all_of_them, max_length=WINDOW, assistant_only_loss=answers)
+    assert report.dropped == {"the prompt fills the window": [len(loaded) - 1]} and report.rows_cut == 0
+    assert len(kept) == len(loaded) - 1
+    if not answers:
+        assert len(trained_texts(kept, chat, tmp_path)) == 2
+    for other in (
+        {"max_length": None},
+        {"truncation_mode": "keep_end"},
+        {"packing": True, "packing_strategy": "wrapped"},
+    ):
+        assert (
+            select(loaded, chat, tmp_path, assistant_only_loss=answers, **{"max_length": WINDOW} | other)[1].dropped
+            == {}
+        )
+
+
+def test_a_completion_needs_a_prompt(tmp_path, chat):
+    rows = completions(tmp_path, {"prompt": [], "completion": "b"})
+    assert select(rows, chat, tmp_path, {"max_dropped_fraction": 0.5}, max_length=WINDOW)[1].dropped == {
+        "the prompt is empty": [2]
+    }
+    assert select(rows, chat, tmp_path, completion_only_loss=False, max_length=WINDOW)[1].dropped == {}
 
 
 def test_rows_are_told_apart_by_their_token_ids(tmp_path, chat):

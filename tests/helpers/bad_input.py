@@ -242,9 +242,9 @@ CASES = [
     recipe_case("--hub_strategy=every_save", "it has no effect", "uploaded once", "Remove it"),
     BadInput(
         "recipe",
-        "`--completion_only_loss` in SFT",
-        lambda b: b.sft("--completion_only_loss", "--dataset_kwargs={skip_prepare_dataset: true}", recipe=SFT_RECIPE),
-        ("completion_only_loss is True", "rows are dialogues", "assistant_only_loss", "dataset_kwargs is", "prepared here"),
+        "`--dataset_kwargs={skip_prepare_dataset: true}` in SFT",
+        lambda b: b.sft("--dataset_kwargs={skip_prepare_dataset: true}", recipe=SFT_RECIPE),
+        ("dataset_kwargs is", "it has no effect, rows are prepared here"),
     ),
     BadInput(
         "recipe",
@@ -485,6 +485,18 @@ CASES = [
             recipe=SFT_RECIPE,
         ),
         ("12 of 12 rows can't be used", "does not end with an assistant message", "max_dropped_fraction"),
+    ),
+    BadInput(
+        "data",
+        "`--completion_only_loss` of dialogues",
+        lambda b: b.sft(
+            f"--model_name_or_path={b.folder / 'model'}",
+            f"--dataset_name={dialogues(b, assistant('yes'))}",
+            f"--output_dir={b.folder / 'out'}",
+            "--completion_only_loss",
+            recipe=SFT_RECIPE,
+        ),
+        ("completion_only_loss is true", "12 of 12 rows are dialogues", "prompt and completion", "assistant_only_loss"),
     ),
     row_case("responses without a prompt", "no prompt", "rows 0, 1, 2, 3, 4 and 7 more", prompt=None, count=12),
     row_case("tools in a column", "`tools` is part of the prompt, but is not supported: remove the column", "row 0",
