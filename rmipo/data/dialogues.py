@@ -73,6 +73,8 @@ def select_dialogues(
         report.dropped |= rows_by_reason(reasons, measured["row"])
         report.check_dropped(data_config.max_dropped_fraction)
         measured = measured.select(np.flatnonzero(scored))
+    if args.truncation_mode == "keep_end":
+        report.lost = "start"
     lengths = np.array(measured["tokens"])
     report.measure({"messages": np.minimum(lengths, limit)}, {"messages": (lengths > limit) & (not split)})
     report.check_cut(data_config.max_truncated_fraction, f"max_length ({args.max_length})")

@@ -16,12 +16,14 @@ class DataReport:
     dropped: reason -> row numbers.
     rows_cut: rows of which any side is cut; `cut` has the number per side.
     loss: what TRL's loss is on, where it isn't what a recipe says.
+    lost: what a cut dialogue lost.
     tokens: total per side, after the cut. `lengths`: median, p95 and max tokens per side.
     """
 
     rows: int
     dropped: dict[str, list[int]]
     loss: str | None = None
+    lost: str = "end and end token"
     rows_cut: int = 0
     cut: dict[str, int] = field(default_factory=dict)
     tokens: dict[str, int] = field(default_factory=dict)
@@ -70,7 +72,7 @@ class DataReport:
         if self.loss:
             lines.append(f"- the loss is on {self.loss}")
         if self.rows_cut and "messages" in self.cut:
-            lines.append(f"- {self.rows_cut} dialogues cut: they lost their end and end token")
+            lines.append(f"- {self.rows_cut} dialogues cut: they lost their {self.lost}")
         elif self.rows_cut:
             lines.append(
                 f"- {self.rows_cut} pairs cut: {self.cut['prompt']} prompts lost their start, {self.cut['chosen']} chosen "

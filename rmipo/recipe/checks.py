@@ -165,6 +165,9 @@ def check_values(given: Mapping[str, Any], values: Mapping[str, Any], stage: str
         template_text(values.get("chat_template"))
     except ValueError as error:
         problems.append(str(error))
+    cuts = not values.get("packing") and values.get("max_length", SFTConfig.max_length) is not None
+    if values.get("truncation_mode") == "keep_end" and not cuts:
+        problems.append("truncation_mode: keep_end has no effect with packing: true or max_length: null. Remove it")
     if values.get("packing") and "max_length" in values and values["max_length"] is None:
         problems.append(
             "max_length is null: expected a number of tokens, as packing: true fills sequences of that length"

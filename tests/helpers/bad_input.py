@@ -260,6 +260,12 @@ CASES = [
         lambda b: b.sft("--packing", "--max_length=null", recipe=SFT_RECIPE),
         ("max_length is null", "expected a number of tokens, as packing: true"),
     ),
+    BadInput(
+        "recipe",
+        "`--packing --truncation_mode=keep_end` in SFT",
+        lambda b: b.sft("--packing", "--truncation_mode=keep_end", recipe=SFT_RECIPE),
+        ("truncation_mode: keep_end has no effect with packing: true", "Remove it"),
+    ),
     recipe_case("--metric_for_best_model=accuracy", "no evaluation logs it", "expected one of eval_loss, eval_rewards/"),
     recipe_case("--dataloader_drop_last", "it has no effect", "takes the pairs that are left", "Remove it"),
     recipe_case("--lora_r=8", "lora_r: no effect without use_peft: true"),
