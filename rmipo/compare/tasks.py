@@ -17,7 +17,7 @@ from rmipo.evaluation import BENCHMARKS
 from rmipo.evaluation.benchmark import benchmark_settings
 from rmipo.evaluation.constraints import per_prompt
 from rmipo.evaluation.target import load_settings
-from rmipo.fingerprints import rows_fingerprint
+from rmipo.fingerprints import json_fingerprint, rows_fingerprint
 from rmipo.recipe.files import read_yaml
 from rmipo.recipe.load import Recipe
 from rmipo.tiny import judge
@@ -64,7 +64,8 @@ class WorldTask(PairsTask):
         self.world = world
 
     def identity(self, recipe: Recipe) -> Any:
-        return asdict(self.world.config) | {"samples": SAMPLES_PER_QUESTION}
+        made = [list(self.world.pairs("train")), list(self.world.pairs("test")), self.world.held_out_questions]
+        return asdict(self.world.config) | {"samples": SAMPLES_PER_QUESTION, "made": json_fingerprint(made)}
 
     def train_pairs(self, recipe: Recipe, run: "Run") -> Dataset:
         drawn = copy.copy(self.world)  # the same facts, other questions and answers

@@ -9,7 +9,7 @@ from pathlib import Path
 from rmipo.data.formats import unusable_pair
 from rmipo.data.report import DataReport, rows_by_reason
 from rmipo.errors import ConfigError
-from rmipo.fingerprints import rows_fingerprint
+from rmipo.fingerprints import code_fingerprint, rows_fingerprint
 from rmipo.tiny.config import WorldConfig, make_world_config
 from rmipo.tiny.model import make_model, train_tokenizer
 from rmipo.tiny.world import World, deal
@@ -19,7 +19,7 @@ SPLITS = ("train", "test")
 
 
 def write_world(folder: Path, config: WorldConfig, pairs: dict | None = None) -> bool:
-    """Write data, tokenizer and untrained model.
+    """Write data, tokenizer and untrained model; a world that other code made is made again.
 
     Args:
         pairs: `{"train", "test"}: rows of data.load_pairs` to take the place of the world's: the tokenizer is trained
@@ -31,17 +31,24 @@ def write_world(folder: Path, config: WorldConfig, pairs: dict | None = None) ->
     Raises:
         ValueError: the folder holds another world.
     """
-    record = {"config": asdict(config), "pairs": pairs and {split: rows_fingerprint(pairs[split]) for split in SPLITS}}
+    record = {
+        "config": asdict(config),
+        "pairs": pairs and {split: rows_fingerprint(pairs[split]) for split in SPLITS},
+        "code": todays_code(),
+    }
     if (folder / RECORD).exists():
         found = json.loads((folder / RECORD).read_text())
         if found == record:
             return False
         differing = [key for key, value in record["config"].items() if found["config"].get(key) != value]
         differing += ["the pairs (--data)"] * (found["pairs"] != record["pairs"])
-        raise ConfigError(
-            f"{folder} holds another world. Remove it, with the runs that started from it, or name another --output. "
-            f"Different: {', '.join(differing)}"
-        )
+        if differing:
+            raise ConfigError(
+                f"{folder} holds another world. Remove it, with the runs that started from it, or name another --output. "
+                f"Different: {', '.join(differing)}"
+            )
+        print(f"world: {folder} was made by other code than today's and is made again")
+        (folder / RECORD).unlink()
     if pairs is None:
         world = World(config)
         dialogues = {split: list(world.dialogues(split)) for split in SPLITS}
@@ -70,12 +77,21 @@ def read_world(folder: Path) -> World | None:
     """The world that a folder holds; None if it was made on other people's pairs.
 
     Raises:
-        ValueError: there is no complete world in the folder.
+        ConfigError: there is no complete world in the folder, or one that other code made.
     """
     if not (folder / RECORD).exists():
         raise ConfigError(f"{folder}: no {RECORD}, so no complete world is there. Make it with scripts/toy.py.")
     record = json.loads((folder / RECORD).read_text())
+    if record.get("code") != todays_code():
+        raise ConfigError(
+            f"{folder}: this world was made by other code than today's. Make it again with scripts/toy.py, as make train "
+            "does; runs that started from another world are then refused"
+        )
     return None if record["pairs"] else World(make_world_config(record["config"]))
+
+
+def todays_code() -> str:
+    return code_fingerprint(Path(__file__).parent, libraries=())
 
 
 def chosen_dialogues(pairs: Iterable[dict], config: WorldConfig, split: str) -> list[dict]:

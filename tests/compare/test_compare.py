@@ -103,6 +103,14 @@ def test_seeds_draw_other_pairs_of_the_same_facts_and_noise_swaps_some(study):
     assert sum(kept) == 34
 
 
+def test_pairs_that_other_code_draws_make_another_comparison(study, monkeypatch):
+    before = study.task.identity(study.base)
+    assert study.task.identity(study.base) == before
+    monkeypatch.setattr("rmipo.tiny.world.CLOSERS", (" Bye.",))
+    monkeypatch.setattr("rmipo.tiny.world.BOILERPLATE", ("Bye.",) * 4)
+    assert study.task.identity(study.base) != before
+
+
 def test_what_selects_is_not_what_is_reported(study):
     recipe = study.recipe(run_of())
     search, report = (run_of(purpose=purpose) for purpose in ("search", "report"))

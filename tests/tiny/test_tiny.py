@@ -4,7 +4,9 @@ import hashlib
 import json
 import math
 import random
+import shutil
 from dataclasses import asdict, replace
+from unittest import mock
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from rmipo.data.chat import ChatFormat
 from rmipo.data.dialogues import load_dialogues
 from rmipo.data.pairs import load_pairs, tokenize_pairs
+from rmipo.errors import ConfigError
 from rmipo.recipe.schema import DataConfig
 from rmipo.tiny import judge
 from rmipo.tiny.config import load_world_config, make_world_config
@@ -281,6 +284,26 @@ def test_a_world_is_kept_and_another_one_refused(folder):
     assert asdict(read_world(folder).config) == asdict(replace(SMALL, label_noise=0.15))
     with pytest.raises(ValueError, match=r"no world\.json"):
         read_world(folder / "sft")
+
+
+def test_a_world_that_other_code_made_is_made_again(folder, tmp_path, monkeypatch):
+    """Before it is complete it is no world; and one from before the code was noted is made again, too."""
+    shutil.copytree(folder, tmp_path / "world")
+    record = json.loads((tmp_path / "world/world.json").read_text())
+    old = {key: value for key, value in record.items() if key != "code"}
+    for found in (old, old | {"code": "of another day"}):
+        (tmp_path / "world/world.json").write_text(json.dumps(found))
+        (tmp_path / "world/sft/train.jsonl").write_text("old rows")
+        with pytest.raises(ConfigError, match=r"made by other code than today's. Make it again with scripts/toy.py"):
+            read_world(tmp_path / "world")
+        with monkeypatch.context() as killed, pytest.raises(KeyboardInterrupt):
+            killed.setattr("rmipo.tiny.files.train_tokenizer", mock.Mock(side_effect=KeyboardInterrupt))
+            write_world(tmp_path / "world", make_world_config(record["config"]))
+        with pytest.raises(ValueError, match=r"no world\.json"):
+            read_world(tmp_path / "world")
+        assert write_world(tmp_path / "world", make_world_config(record["config"]))
+        assert digests(tmp_path / "world") == digests(folder)
+        assert write_world(tmp_path / "world", make_world_config(record["config"])) is False
 
 
 def test_the_hub_form_is_read_by_the_data_code(folder):
