@@ -19,7 +19,7 @@ from rmipo.generation.engines import ENGINES, Prompt, choose_engine
 from rmipo.recipe.schema import ModelConfig
 from rmipo.recipe.settings import merge_settings
 from rmipo.record import package_versions
-from rmipo.training.loading import load_tokenizer
+from rmipo.training.loading import load_tokenizer, read_generation_config
 
 DEFAULTS = {
     "temperature": 0.7,
@@ -52,23 +52,23 @@ def check_settings(settings: dict) -> dict:
 
 def own_settings(model_dir: str | Path) -> dict:
     """The settings that a model's own generation_config.json stands for; greedy decoding where it doesn't sample."""
-    path = Path(model_dir) / "generation_config.json"
-    config = json.loads(path.read_text()) if path.is_file() else {}
+    config = read_generation_config(model_dir)
     settings = {"dtype": "auto", "temperature": 0.0}
     if config.get("do_sample"):
         settings["temperature"] = config.get("temperature") or 1.0
         settings |= {key: config[key] for key in ("top_p", "top_k") if config.get(key) is not None}
     if (penalty := config.get("repetition_penalty") or 1.0) != 1.0:
-        print(f"{path}: repetition_penalty {penalty} is not applied; answers are sampled without it", flush=True)
+        file = f"{model_dir}/generation_config.json"
+        print(f"{file}: repetition_penalty {penalty} is not applied; answers are sampled without it", flush=True)
     return settings
 
 
 def stop_ids(model_dir: Path, tokenizer: PreTrainedTokenizerBase, chat: ChatFormat) -> list[int]:
     """Where an answer ends: at the end of turn, and at every EOS token that tokenizer, model and generation config name."""
-    named: list[int | list[int] | None] = [chat.end_id, tokenizer.eos_token_id]
-    for file in ("config.json", "generation_config.json"):
-        if (model_dir / file).is_file():
-            named.append(json.loads((model_dir / file).read_text()).get("eos_token_id"))
+    configs = [read_generation_config(model_dir)]
+    if (model_dir / "config.json").is_file():
+        configs.append(json.loads((model_dir / "config.json").read_text()))
+    named = [chat.end_id, tokenizer.eos_token_id, *(config.get("eos_token_id") for config in configs)]
     return sorted({token for ids in named for token in (ids if isinstance(ids, list) else [ids]) if token is not None})
 
 
