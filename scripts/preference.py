@@ -20,6 +20,7 @@ def main() -> None:
     from rmipo.data.chat import PROBES, ChatFormat
     from rmipo.data.convert import load_splits
     from rmipo.data.pairs import load_pairs, tokenize_pairs
+    from rmipo.data.report import of_split
     from rmipo.fingerprints import rows_fingerprint
     from rmipo.objectives import PRIORS, build_objective
     from rmipo.run.curves import plot_run
@@ -42,15 +43,16 @@ def main() -> None:
         datasets, reports = {}, {}
         with run.state.main_process_first():
             for split, pairs in load_splits(load_pairs, data_config, evaluating=args.eval_strategy != "no").items():
-                datasets[split], reports[split] = tokenize_pairs(
-                    pairs,
-                    chat,
-                    max_length=args.max_length,
-                    max_prompt_length=args.max_prompt_length,
-                    max_dropped_fraction=data_config.max_dropped_fraction,
-                    max_truncated_fraction=data_config.max_truncated_fraction,
-                    num_proc=data_config.dataset_num_proc,
-                )
+                with of_split(split):
+                    datasets[split], reports[split] = tokenize_pairs(
+                        pairs,
+                        chat,
+                        max_length=args.max_length,
+                        max_prompt_length=args.max_prompt_length,
+                        max_dropped_fraction=data_config.max_dropped_fraction,
+                        max_truncated_fraction=data_config.max_truncated_fraction,
+                        num_proc=data_config.dataset_num_proc,
+                    )
                 for line in reports[split].lines():
                     run.say(f"{split}: {line}")
         run.start(

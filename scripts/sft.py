@@ -19,6 +19,7 @@ def main() -> None:
     from rmipo.data.chat import PROBES, ChatFormat
     from rmipo.data.convert import load_splits
     from rmipo.data.dialogues import load_dialogues, select_dialogues
+    from rmipo.data.report import of_split
     from rmipo.fingerprints import rows_fingerprint, text_fingerprint
     from rmipo.run.frame import training_run
     from rmipo.run.preflight import check_assistant_mask, check_special_tokens
@@ -39,7 +40,8 @@ def main() -> None:
         with run.state.main_process_first():
             loaded = load_splits(load_dialogues, data_config, evaluating=args.eval_strategy != "no")
             for split, dialogues in loaded.items():
-                datasets[split], reports[split] = select_dialogues(dialogues, chat, data_config, args)
+                with of_split(split):
+                    datasets[split], reports[split] = select_dialogues(dialogues, chat, data_config, args)
                 for line in reports[split].lines():
                     run.say(f"{split}: {line}")
         if args.max_length is None:  # dialogues are whole

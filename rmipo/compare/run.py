@@ -17,6 +17,7 @@ from trl import SFTConfig, SFTTrainer
 from rmipo.compare.study import FLOOR, INITIAL, Run, Study
 from rmipo.data.chat import ChatFormat
 from rmipo.data.pairs import tokenize_pairs
+from rmipo.data.report import of_split
 from rmipo.objectives import PRIORS, Objective, build_objective
 from rmipo.recipe.load import Recipe
 from rmipo.recipe.schema import PreferenceConfig
@@ -92,14 +93,17 @@ def execute(study: Study, run: Run) -> dict[str, Any]:
             chat.set_end_of_turn(model.generation_config)
             limits = {name: getattr(args, name) for name in ("max_length", "max_prompt_length")}
             limits |= {name: getattr(data_config, name) for name in ("max_dropped_fraction", "max_truncated_fraction")}
-            test, _ = tokenize_pairs(study.task.held_out_pairs(recipe, run), chat, **limits)
+            with of_split("test"):
+                test, _ = tokenize_pairs(study.task.held_out_pairs(recipe, run), chat, **limits)
             result = {"curve": [], "seconds_per_step": None, "peak_memory_mib": None}
             if run.method != INITIAL:
                 train = study.task.train_pairs(recipe, run)
                 if run.method == FLOOR:
                     trainer = sft_trainer(recipe, model, tokenizer, chat, train)
                 else:
-                    trainer = preference_trainer(args, objective, model, chat, tokenize_pairs(train, chat, **limits)[0])
+                    with of_split("train"):
+                        tokenized, _ = tokenize_pairs(train, chat, **limits)
+                    trainer = preference_trainer(args, objective, model, chat, tokenized)
                 try:
                     result |= train_and_time(frame, trainer, test.select(range(min(CURVE_PAIRS, len(test)))))
                 except NonFiniteLossError:

@@ -9,7 +9,7 @@ from datasets import Dataset, Features, List, Value
 
 from rmipo.data.chat import DataError
 from rmipo.data.formats import Format, describe, missing_columns, read_row
-from rmipo.data.report import name_rows, rows_by_reason
+from rmipo.data.report import name_rows, of_split, rows_by_reason
 from rmipo.data.sources import MissingSplitError, load_sources, mix
 from rmipo.fingerprints import code_fingerprint
 from rmipo.recipe.schema import DataConfig
@@ -30,7 +30,8 @@ def load_converted(data_config: DataConfig, split: str, formats: Sequence[Format
         DataError: sources that can't be read, missing columns, values that aren't messages or texts.
     """
     sources = load_sources(data_config, split)
-    converted = [convert_rows(rows, name, formats, sides, data_config.dataset_num_proc) for name, rows in sources]
+    with of_split(split):
+        converted = [convert_rows(rows, name, formats, sides, data_config.dataset_num_proc) for name, rows in sources]
     return mix(converted, data_config, split)
 
 

@@ -1,6 +1,7 @@
 """What became of the rows of a split: which were dropped, how many were cut, how long they are."""
 
-from collections.abc import Iterable, Mapping, Sequence
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 
 import numpy as np
@@ -8,6 +9,15 @@ import numpy as np
 from rmipo.data.chat import DataError
 
 SHOWN_ROWS = 5
+
+
+@contextlib.contextmanager
+def of_split(split: str) -> Iterator[None]:
+    """Name the split in what is wrong with its rows."""
+    try:
+        yield
+    except DataError as error:
+        raise DataError(f"{split}: {error}") from error
 
 
 @dataclass

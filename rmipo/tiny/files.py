@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from rmipo.data.formats import unusable_pair
-from rmipo.data.report import DataReport, rows_by_reason
+from rmipo.data.report import DataReport, of_split, rows_by_reason
 from rmipo.errors import ConfigError
 from rmipo.fingerprints import code_fingerprint, rows_fingerprint
 from rmipo.tiny.config import WorldConfig, make_world_config
@@ -102,7 +102,8 @@ def chosen_dialogues(pairs: Iterable[dict], config: WorldConfig, split: str) -> 
         usable.append((row["prompt"], row["chosen"])) if reason is None else unusable.append((reason, row["row"]))
     if not usable:
         report = DataReport(rows=len(unusable), dropped=rows_by_reason(*zip(*unusable, strict=True)))
-        report.check_dropped(1.0)
+        with of_split(split):
+            report.check_dropped(1.0)
     draw = random.Random(f"{config.seed} dialogues {split}")
     prompts = deal(draw, len(usable), dropped=config.sft_prompt_dropped, rest="kept")
     return [
