@@ -1,5 +1,6 @@
 """What can be built without the model is built before it is loaded: a missing package or key is found in seconds."""
 
+import copy
 import os
 from pathlib import Path
 
@@ -28,7 +29,8 @@ from rmipo.run.export import HUB_ERRORS, make_repository
 from rmipo.training.distributed import on_main_process
 from rmipo.training.metrics import check_logged, evaluation_metrics
 
-BUILT_ON_THE_MODEL = ("galore", "apollo", "lomo")  # optimizers that pick their parameters in it
+TARGETED = ("galore", "apollo")  # optimizers that read optim_target_modules
+BUILT_ON_THE_MODEL = (*TARGETED, "lomo")  # those that pick their parameters in it
 SFT_METRICS = ("loss", "entropy", "mean_token_accuracy", "num_tokens")  # TRL's, without their prefix eval_
 ANY_LENGTH = 1000  # steps of the schedule that is built, where the recipe counts epochs
 
@@ -141,11 +143,31 @@ def _build_adapter(model_config: ModelConfig) -> None:
 
 
 def _build_optimizer(args: TrainingArguments, model_config: ModelConfig) -> None:
-    if any(name in args.optim for name in BUILT_ON_THE_MODEL):
-        Trainer.get_optimizer_cls_and_kwargs(args, _empty_model(model_config))
-    else:
-        optimizer, options = Trainer.get_optimizer_cls_and_kwargs(args)
+    built_on_it = any(name in args.optim for name in BUILT_ON_THE_MODEL)
+    model = _empty_model(model_config) if built_on_it else None
+    optimizer, options = Trainer.get_optimizer_cls_and_kwargs(args, model)
+    if not built_on_it:
         optimizer([torch.nn.Parameter(torch.zeros(1))], **options)
+    unread = [f"optim_args {key}" for key in _unread_options(args, model)]
+    if args.optim_target_modules and not any(name in args.optim for name in TARGETED):
+        unread.append("optim_target_modules")
+    if unread:
+        raise ValueError(f"{', '.join(unread)}: no effect on {args.optim.value}. Remove it")
+
+
+def _unread_options(args: TrainingArguments, model: PreTrainedModel | None) -> list[str]:
+    """The keys of `optim_args` that the optimizer doesn't read: a value without sense makes no difference to it."""
+
+    def made(**optim_args: str) -> str:
+        probe = copy.copy(args)
+        probe.optim_args = ",".join(f"{key}={value}" for key, value in optim_args.items())
+        try:
+            return repr(Trainer.get_optimizer_cls_and_kwargs(probe, model))
+        except (AttributeError, ValueError) as error:
+            return repr(error)
+
+    given = dict(text.split("=") for text in (args.optim_args or "").replace(" ", "").split(",") if text)
+    return [key for key in given if made(**{key: "?"}) == made()]
 
 
 def _check_best_metric(args: TrainingArguments, model_config: ModelConfig) -> None:

@@ -273,6 +273,8 @@ CASES = [
         ("truncation_mode: keep_end has no effect with packing: true", "Remove it"),
     ),
     recipe_case("--metric_for_best_model=accuracy", "no evaluation logs it", "expected one of eval_loss, eval_rewards/"),
+    recipe_case("--optim_args=rank=64", "optim_args rank: no effect on adamw_torch", "Remove it"),
+    recipe_case("--optim_target_modules=[q_proj]", "optim_target_modules: no effect on adamw_torch", "Remove it"),
     recipe_case("--dataloader_drop_last", "it has no effect", "takes the pairs that are left", "Remove it"),
     recipe_case("--lora_r=8", "lora_r: no effect without use_peft: true"),
     recipe_case("--lora_r=0", "lora_r is 0", "expected at least 1", overlay="recipes/adapters/lora.yaml"),

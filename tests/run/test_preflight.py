@@ -58,6 +58,15 @@ def problems(stage="rmipo", overlays=(), **values):
         ({"torch_compile_backend": "fast"}, "torch_compile_backend: fast: 'FAST' is not a valid DynamoBackend"),
         ({"attention": "flex"}, "attention: flex: flex_attention has no backward on the CPU: expected auto, segment"),
         ({"optim_args": "rank"}, "optim: adamw_torch, optim_args: rank: "),
+        (
+            {"optim_args": '"rank=64, scale=2"'},
+            "optim_args: rank=64, scale=2: optim_args rank, optim_args scale: no effect on adamw_torch. Remove it",
+        ),
+        (
+            {"optim": "sgd", "optim_args": '"momentum=0.9,nesterov=false,momentun=0.8"'},
+            ": optim_args momentun: no effect on sgd. Remove it",
+        ),
+        ({"optim_target_modules": "[q_proj]"}, ": optim_target_modules: no effect on adamw_torch. Remove it"),
         ({"load_in_4bit": "true", "use_peft": "true", **KNOWN}, "load_in_4bit: True: Using `bitsandbytes` 4-bit"),
     ],
     ids=str,
@@ -113,6 +122,19 @@ def test_an_optimizer_that_is_built_on_the_model_finds_its_modules_there(tmp_pat
     monkeypatch.setattr("transformers.trainer_optimizer.is_galore_torch_available", lambda: True)
     (line,) = problems(output_dir=tmp_path, optim="galore_adamw", optim_target_modules="[query]", **KNOWN)
     assert line.startswith("optim: galore_adamw, optim_target_modules: ['query']: No target modules found")
+
+
+@pytest.mark.parametrize(
+    ("optim", "optim_args"),
+    [
+        ("sgd", "momentum=0.9,nesterov=false,dampening=0.0,weight_decay=0.0"),
+        ("rmsprop", "momentum=0.0,alpha=0.99,eps=1e-8,weight_decay=0.0,centered=false"),
+        ("adagrad", "lr_decay=0.0,weight_decay=0.0"),
+    ],
+)
+def test_options_that_an_optimizer_reads_may_be_its_defaults(tmp_path, optim, optim_args):
+    lines = problems(output_dir=tmp_path, optim=optim, optim_args=f'"{optim_args}"', use_liger_kernel="true")
+    assert [line.split(":")[0] for line in lines] == ["use_liger_kernel"]
 
 
 def test_one_module_of_adapters_is_a_name_and_not_a_pattern(tmp_path):
