@@ -15,7 +15,7 @@ from transformers import (
     TrainingArguments,
     get_scheduler,
 )
-from transformers.integrations import get_reporting_integration_callbacks
+from transformers.integrations import get_available_reporting_integrations, get_reporting_integration_callbacks
 from transformers.quantizers.auto import AutoHfQuantizer
 from transformers.utils import is_liger_kernel_available
 from trl import ModelConfig, SFTConfig, get_peft_config, get_quantization_config
@@ -104,7 +104,10 @@ def _check_attention(args: PreferenceConfig) -> None:
 
 
 def _check_trackers(names: list[str]) -> None:
-    for callback in get_reporting_integration_callbacks(names):
+    for name, callback in zip(names, get_reporting_integration_callbacks(names), strict=True):
+        # Where __init__ raises, the __del__ of these prints a traceback about what is missing in the object.
+        if hasattr(callback, "__del__") and name not in get_available_reporting_integrations():
+            raise ImportError(f"{name} is not installed: .venv/bin/python -m pip install {name}")
         callback()
     if "wandb" in names:
         import wandb

@@ -1,5 +1,6 @@
 """What can't work is found before a model is loaded, all of it at once."""
 
+import gc
 import sys
 import types
 
@@ -32,7 +33,7 @@ def problems(stage="rmipo", overlays=(), **values):
     [
         ({"optim": "adamw_bnb_8bit"}, "optim: adamw_bnb_8bit: You need to install `bitsandbytes`"),
         ({"use_liger_kernel": "true"}, "use_liger_kernel: True: liger-kernel is not installed"),
-        ({"report_to": "[tensorboard, mlflow]"}, "MLflowCallback requires mlflow to be installed"),
+        ({"report_to": "[tensorboard, mlflow]"}, "mlflow is not installed: .venv/bin/python -m pip"),
         ({"report_to": "papertrail"}, "report_to: papertrail: papertrail is not supported"),
         ({"lr_scheduler_type": "warmup_stable_decay"}, "lr_scheduler_type: warmup_stable_decay: "),
         ({"lr_scheduler_type": "cosine_with_min_lr"}, "One of min_lr or min_lr_rate should be set"),
@@ -74,6 +75,15 @@ def problems(stage="rmipo", overlays=(), **values):
 def test_a_part_that_cannot_be_built_is_named(tmp_path, values, message):
     (line,) = problems(output_dir=tmp_path, **values)
     assert message in line
+
+
+@pytest.mark.parametrize("tracker", ["mlflow", "dagshub", "neptune"])
+def test_a_tracker_that_is_not_installed_leaves_no_complaint_behind(tmp_path, monkeypatch, tracker):
+    complaints = []
+    monkeypatch.setattr(sys, "unraisablehook", complaints.append)
+    (line,) = problems(output_dir=tmp_path, report_to=tracker)
+    gc.collect()
+    assert line.startswith(f"report_to: {tracker}: {tracker} is not installed") and not complaints
 
 
 BEST = {"eval_strategy": "steps", "eval_steps": 10, "save_steps": 10, "load_best_model_at_end": "true"}
