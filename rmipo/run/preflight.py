@@ -43,6 +43,8 @@ def check_parts(recipe: Recipe, args: TrainingArguments, model_config: ModelConf
     parts = {key: lambda key=key: _check_folder(getattr(args, key)) for key in folders}
     if recipe.stage == "preference":
         parts["attention"] = lambda: _check_attention(args)
+    else:
+        parts["activation_offloading"] = lambda: _check_offloading(args)
     parts |= {
         "report_to": lambda: _check_trackers(args.report_to),
         "push_to_hub, hub_model_id": lambda: _check_repository(args),
@@ -101,6 +103,11 @@ def _check_folder(folder: str) -> None:
 def _check_attention(args: PreferenceConfig) -> None:
     if args.attention == "flex" and args.device.type == "cpu":
         raise ValueError("flex_attention has no backward on the CPU: expected auto, segment or dense")
+
+
+def _check_offloading(args: SFTConfig) -> None:
+    if args.activation_offloading and args.device.type == "cpu":
+        raise ValueError("it moves activations from a GPU to the CPU's memory, and this run is on a CPU. Remove it")
 
 
 def _check_trackers(names: list[str]) -> None:

@@ -424,6 +424,15 @@ CASES = [
         lambda b: refused(lambda: check_disk(b.folder, 1 << 60)),
         ("output_dir: ", "are free", "a lower save_total_limit"),
     ),
+    BadInput(
+        "device",
+        "`--activation_offloading` in SFT on a CPU",
+        lambda b: b.sft(
+            "--activation_offloading", f"--model_name_or_path={b.folder / 'model'}", f"--output_dir={b.folder / 'out'}",
+            recipe=SFT_RECIPE,
+        ),
+        ("activation_offloading: True", "this run is on a CPU", "Remove it"),
+    ),
     BadInput("data", "no such file", lambda b: b.train("--dataset_name=x/pairs.jsonl"), ("no such file or folder",)),
     BadInput(
         "data",

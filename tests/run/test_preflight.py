@@ -159,6 +159,13 @@ def test_an_attention_whose_package_is_missing(tmp_path):
     assert line.startswith("attn_implementation: flash_attention_2: FlashAttention2 has been toggled on, but")
 
 
+def test_activations_are_offloaded_from_gpus_alone(tmp_path):
+    (line,) = problems("sft", output_dir=tmp_path, activation_offloading="true")
+    assert line.startswith("activation_offloading: True: it moves activations from a GPU") and line.endswith(
+        "Remove it"
+    )
+
+
 def test_all_at_once_with_folders_that_cannot_be_made(tmp_path):
     (tmp_path / "file").touch()
     found = problems(
