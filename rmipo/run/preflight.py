@@ -26,6 +26,7 @@ from rmipo.plan.shapes import empty_model, load_config
 from rmipo.recipe.load import ConfigError, Recipe
 from rmipo.recipe.schema import PreferenceConfig
 from rmipo.run.export import HUB_ERRORS, make_repository
+from rmipo.training.attention import resolve_kind
 from rmipo.training.distributed import on_main_process
 from rmipo.training.metrics import check_logged, evaluation_metrics
 
@@ -51,7 +52,7 @@ def check_parts(recipe: Recipe, args: TrainingArguments, model_config: ModelConf
         "metric_for_best_model": lambda: _check_best_metric(args, model_config),
         "attn_implementation": lambda: model_config.attn_implementation and _empty_model(model_config),
         "lora_target_modules, lora_modules_to_save, lora_task_type": lambda: _build_adapter(model_config),
-        "torch_compile_backend": lambda: TorchDynamoPlugin(backend=args.torch_compile_backend),
+        "torch_compile, torch_compile_backend, torch_compile_mode": lambda: _check_compilation(args),
         "optim, optim_args, optim_target_modules": lambda: _build_optimizer(args, model_config),
         "lr_scheduler_type, lr_scheduler_kwargs": lambda: _build_schedule(args),
         "use_liger_kernel": lambda: _check_liger(args),
@@ -103,6 +104,18 @@ def _check_folder(folder: str) -> None:
 def _check_attention(args: PreferenceConfig) -> None:
     if args.attention == "flex" and args.device.type == "cpu":
         raise ValueError("flex_attention has no backward on the CPU: expected auto, segment or dense")
+
+
+def _check_compilation(args: TrainingArguments) -> None:
+    TorchDynamoPlugin(backend=args.torch_compile_backend)
+    if not args.torch_compile or not isinstance(args, PreferenceConfig):
+        return
+    # The kernel takes where each response starts and ends as numbers, which torch makes part of what it compiles.
+    if resolve_kind(args.attention, args.device) == "segment":
+        raise ValueError(
+            "attention: segment would be compiled again for packed sequences of other lengths, which takes longer than their "
+            "steps. Remove it"
+        )
 
 
 def _check_offloading(args: SFTConfig) -> None:

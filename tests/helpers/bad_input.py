@@ -426,6 +426,12 @@ CASES = [
     ),
     BadInput(
         "device",
+        "`--torch_compile` of packed pairs on a CPU",
+        lambda b: b.train("--torch_compile"),
+        ("torch_compile: True", "compiled again for packed sequences of other lengths", "Remove it"),
+    ),
+    BadInput(
+        "device",
         "`--activation_offloading` in SFT on a CPU",
         lambda b: b.sft(
             "--activation_offloading", f"--model_name_or_path={b.folder / 'model'}", f"--output_dir={b.folder / 'out'}",

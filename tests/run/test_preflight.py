@@ -159,6 +159,13 @@ def test_an_attention_whose_package_is_missing(tmp_path):
     assert line.startswith("attn_implementation: flash_attention_2: FlashAttention2 has been toggled on, but")
 
 
+@pytest.mark.parametrize("values", [{}, {"torch_compile_backend": "inductor"}, {"attention": "segment"}])
+def test_a_kernel_that_every_packed_sequence_would_compile_again(tmp_path, values):
+    (line,) = problems(output_dir=tmp_path, torch_compile="true", **values)
+    assert line.startswith("torch_compile: True") and line.endswith("Remove it")
+    assert "attention: segment would be compiled again for packed sequences of other lengths" in line
+
+
 def test_activations_are_offloaded_from_gpus_alone(tmp_path):
     (line,) = problems("sft", output_dir=tmp_path, activation_offloading="true")
     assert line.startswith("activation_offloading: True: it moves activations from a GPU") and line.endswith(
