@@ -172,6 +172,12 @@ def check_values(given: Mapping[str, Any], values: Mapping[str, Any], stage: str
         problems.append(
             "max_length is null: expected a number of tokens, as packing: true fills sequences of that length"
         )
+    if stage == "sft":
+        problems += [
+            f"{key} is true: the evaluation after the training would round the weights that are saved. Remove it"
+            for key in ("bf16_full_eval", "fp16_full_eval")
+            if values.get(key)
+        ]
     if stage == "preference":
         length = values.get("max_length", PreferenceConfig.max_length)
         prompt_length = values.get("max_prompt_length", PreferenceConfig.max_prompt_length)

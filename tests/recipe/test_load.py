@@ -336,6 +336,13 @@ def test_keys_without_effect_on_dialogues_are_refused(write):
     assert "it has no effect, rows are dialogues" in problems(recipe, overrides=["--dataset_text_field=text_"])
 
 
+@pytest.mark.parametrize("key", ["bf16_full_eval", "fp16_full_eval"])
+def test_sft_does_not_evaluate_in_another_precision(write, key):
+    sft = {name: value for name, value in RECIPE.items() if name != "objective"}
+    text = problems(write("sft.yaml", sft), overrides=[f"--{key}"])
+    assert f"{key} is true: the evaluation after the training would round the weights that are saved" in text
+
+
 def test_keys_of_preference_recipes_are_refused_in_sft(write):
     sft = {key: value for key, value in RECIPE.items() if key != "objective"}
     assert load_recipe(write("sft.yaml", sft)).stage == "sft"
