@@ -4,6 +4,7 @@ import datetime
 import random
 
 import pytest
+from tokenizers import processors
 from transformers import AutoTokenizer, GenerationConfig
 
 from rmipo.data.chat import ChatFormat, DataError, freeze_date
@@ -59,7 +60,9 @@ def random_dialogue(generator, family):
 
 @pytest.mark.parametrize("family", WRITTEN_OUT)
 def test_the_rendering_is_the_one_written_out(family):
-    chat = ChatFormat.probe(make_tokenizer(family))
+    tokenizer = make_tokenizer(family)
+    tokenizer.model_max_length = 8  # cuts nothing here: the recipe's lengths do
+    chat = ChatFormat.probe(tokenizer)
     prompt, response = WRITTEN_OUT[family]
     assert chat.render_pair(PROMPT, CHOSEN, REJECTED)[:2] == (prompt, response)
     prompt_ids, chosen_ids, _ = chat.pair_ids(PROMPT, CHOSEN, REJECTED)
@@ -125,29 +128,54 @@ def test_prior_contexts():
     assert qwen.prior_context("header") == list(qwen.header_ids)
     with pytest.raises(DataError, match=r"prior_context: bos leaves nothing .* no BOS token.* header or none"):
         qwen.prior_context("bos")
+    without_header = ChatFormat.probe(make_tokenizer("qwen3"), header_in_response=True)
+    with pytest.raises(DataError, match=r"header leaves nothing .* Set objective\.prior_context to none\."):
+        without_header.prior_context("header")
 
 
-def test_a_token_across_the_end_of_the_prompt():
+@pytest.mark.parametrize("bos", ["{{ bos_token }}", ""])  # "": the tokenizer writes it
+def test_a_token_across_the_end_of_the_prompt(bos):
     """`Answer: ` + `the end` has the token ` the`, which generation after the prompt can't produce."""
     template = (
-        "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}{{ m['content'] + ' Answer: ' }}"
+        "{% for m in messages %}{% if m['role'] == 'user' %}{{ m['content'] + ' Answer: ' }}"
         "{% else %}{{ m['content'] + eos_token }}{% endif %}{% endfor %}"
     )
-    tokenizer = make_tokenizer("llama3", template)
+    tokenizer = make_tokenizer("llama3", bos + template)
     chat = ChatFormat.probe(tokenizer)
-    prompt = [{"role": "user", "content": "Which part?"}]
-    prompt_ids, the_end, paris = chat.pair_ids(
-        prompt, [{"role": "assistant", "content": "the end"}], [{"role": "assistant", "content": "\nParis"}]
+    texts = [("Why?", "\nParis", "\nRome"), ("Which part?", "the end", "\nParis"), ("How?", "\nSlowly", "the end")]
+    rows = [
+        ([{"role": "user", "content": a}], *([{"role": "assistant", "content": b}] for b in answers))
+        for a, *answers in texts
+    ]
+
+    def ids(text):
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    spanned = ids("<|begin_of_text|>Which part? Answer: the end<|eot_id|>")
+    prompt_ids = ids("<|begin_of_text|>Which part? Answer: ")
+    assert spanned[: len(prompt_ids)] != prompt_ids
+    expected = [
+        (ids(f"<|begin_of_text|>{a} Answer: "), *(ids(f"{answer}<|eot_id|>") for answer in answers))
+        for a, *answers in texts
+    ]
+    assert [chat.pair_ids(*row) for row in rows] == expected
+    assert chat.encode([chat.render_pair(*row) for row in rows]) == expected
+
+
+def test_a_header_that_merges_with_the_end_of_the_prompt():
+    """`? ` + `the answer` has the token ` the`."""
+    template = (
+        "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}{{ m['content'] + ' ' }}"
+        "{% else %}{{ 'the answer: ' + m['content'] + eos_token }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'the answer: ' }}{% endif %}"
     )
-    full = tokenizer("<|begin_of_text|>Which part? Answer: the end<|eot_id|>", add_special_tokens=False)["input_ids"]
-    assert full[: len(prompt_ids)] != prompt_ids
-    assert prompt_ids == tokenizer("Which part? Answer: ")["input_ids"]
-    assert the_end == tokenizer("the end<|eot_id|>", add_special_tokens=False)["input_ids"]
-    assert tokenizer.decode(prompt_ids + the_end) == "<|begin_of_text|>Which part? Answer: the end<|eot_id|>"
-    assert tokenizer.decode(paris) == "\nParis<|eot_id|>"
+    tokenizer = make_tokenizer("llama3", template)
+    header = tokenizer("the answer: ", add_special_tokens=False)["input_ids"]
+    assert tokenizer("? the answer: ", add_special_tokens=False)["input_ids"][-len(header) :] != header
+    assert list(ChatFormat.probe(tokenizer).header_ids) == header
 
 
-@pytest.mark.parametrize(("known", "expected"), [(None, [4]), (1, [1, 4]), ([1, 4], [1, 4]), (4, [4])])
+@pytest.mark.parametrize(("known", "expected"), [(None, [4]), (0, [0, 4]), (1, [1, 4]), ([1, 4], [1, 4]), (4, [4])])
 def test_generation_stops_at_the_end_of_a_turn(known, expected):
     chat = ChatFormat.probe(make_tokenizer("llama3"))
     config = GenerationConfig(eos_token_id=known)
@@ -163,25 +191,47 @@ def test_a_bos_that_is_a_turn_marker_is_not_put_in_front():
     assert chat.prompt_ids(PROMPT[:1])[:2] != [1, 1]
 
 
+@pytest.mark.parametrize("written", ["$A", "$A <|im_end|>"])
+def test_a_bos_that_is_the_end_token_is_not_put_in_front(written):
+    tokenizer = make_tokenizer("qwen3")
+    tokenizer.bos_token = tokenizer.eos_token
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=written, special_tokens=[("<|im_end|>", tokenizer.eos_token_id)]
+    )
+    chat = ChatFormat.probe(tokenizer)
+    assert (chat.bos_id, chat.template_writes_bos) == (None, False)
+
+
 def test_an_end_token_is_not_taken_for_another_that_it_starts_with():
     tokenizer = make_tokenizer("llama3")
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|eot"]})
     assert ChatFormat.probe(tokenizer).end_id == tokenizer.convert_tokens_to_ids("<|eot_id|>") == 4
 
 
+def test_white_space_before_the_end_token_belongs_to_the_response():
+    chat = ChatFormat.probe(make_tokenizer("llama3", LLAMA3_TEMPLATE.replace("'<|eot_id|>'", "'\n<|eot_id|>'")))
+    assert chat.end_id == 4
+    assert chat.render_pair(PROMPT, CHOSEN, REJECTED)[1] == "I am fine.\n<|eot_id|>"
+
+
 def probe_error(family, template, **roles):
     tokenizer = make_tokenizer(family, template)
+    tokenizer.name_or_path = "some/model"
+    tokenizer.add_tokens(["bye"])
     for role, token in roles.items():
         setattr(tokenizer, role, token)
     with pytest.raises(DataError) as error:
         ChatFormat.probe(tokenizer)
+    assert str(error.value).startswith("some/model: ")
     return str(error.value)
 
 
 def test_no_template():
     tokenizer = make_tokenizer("llama3")
     tokenizer.chat_template = None
-    with pytest.raises(DataError, match=r"has no chat template\. Set `chat_template` in the recipe"):
+    with pytest.raises(
+        DataError, match=r"^TokenizersBackend: the tokenizer has no chat template\. Set `chat_template` in"
+    ):
         ChatFormat.probe(tokenizer)
 
 
@@ -195,9 +245,36 @@ def test_no_template():
         ),
         (LLAMA3_TEMPLATE, "{{ nothing }}", "no end token: after a response the template writes ''"),
         (" + '<|eot_id|>'", "", "no end token: after a response the template writes ''"),
+        (" + '<|eot_id|>'", " + 'bye<|eot_id|>'", "no end token: after a response the template writes 'bye<|eot_id|>'"),
         (" + '<|eot_id|>'", " + '<|eot_id|><|eot_id|>'", "write <|eot_id|> once"),
+        (" + '<|eot_id|>'", " + '<|eot_id|>\n<|eot_id|>'", "write <|eot_id|> once"),
         (" + '<|eot_id|>'", " + '<|eot_id|>bye'", "writes 'bye' after the end token"),
         ("assistant<|end_header_id|>", "bot<|end_header_id|>", "the prompt is not a prefix of the full text: "),
+        (
+            "assistant<|end_header_id|>",
+            "' + ('bot' if messages[1:] else 'assistant') + '<|end_header_id|>",
+            "the prompt is not a prefix of the full text: ",
+        ),
+        (
+            "assistant<|end_header_id|>",
+            "' + ('assistant' if messages[1:] else 'bot') + '<|end_header_id|>",
+            "the prompt is not a prefix of the full text: ",
+        ),
+        (
+            "{{ bos_token }}",
+            "{% if messages[-1]['role'] == 'assistant' %}x{% endif %}{{ bos_token }}",
+            "the prompt is not a prefix of the full text: ",
+        ),
+        (
+            "{{ bos_token }}",
+            "{% if add_generation_prompt %}x{% endif %}{{ bos_token }}",
+            "changes the dialogue itself: ",
+        ),
+        (
+            "{% if add_generation_prompt",
+            "{% if not add_generation_prompt %} {% endif %}{% if add_generation_prompt",
+            "changes",
+        ),
     ],
 )
 def test_bad_templates(old, new, message):
@@ -213,7 +290,11 @@ def test_a_template_that_fails_in_python():
 
 def test_no_bos():
     tokenizer = make_tokenizer("llama3", LLAMA3_TEMPLATE.replace("{{ bos_token }}", ""))
-    assert ChatFormat.probe(tokenizer).bos_id == 0  # the tokenizer itself adds it
+    chat = ChatFormat.probe(tokenizer)
+    assert chat.bos_id == 0  # the tokenizer itself adds it
+    assert chat.prompt_ids(PROMPT) == ChatFormat.probe(make_tokenizer("llama3")).prompt_ids(PROMPT)
+    tokenizer.chat_template = "hm, " + LLAMA3_TEMPLATE
+    assert ChatFormat.probe(tokenizer).template_writes_bos is False  # not where it belongs
     tokenizer = make_tokenizer("qwen3")
     tokenizer.bos_token = "<think>"  # a BOS that nothing writes
     with pytest.raises(DataError, match="no BOS: neither the template nor the tokenizer writes <think>"):
@@ -225,6 +306,9 @@ def test_no_pad_token():
     text = probe_error("llama3", LLAMA3_TEMPLATE, eos_token=None)
     assert "neither a pad token nor an EOS token" in text
     assert "tokenizer.pad_token =" in text
+    tokenizer = make_tokenizer("llama3")
+    tokenizer.eos_token, tokenizer.pad_token = None, "<|end_of_text|>"
+    assert ChatFormat.probe(tokenizer).end_id == 4
 
 
 def test_everything_wrong_is_listed_at_once():
@@ -252,7 +336,7 @@ def test_a_template_that_reads_the_clock_says_the_frozen_day_from_then_on(tmp_pa
     plain = tokenizer.chat_template
     assert freeze_date(tokenizer, datetime.date(2026, 2, 3)) is False and tokenizer.chat_template == plain
     tokenizer.chat_template = (
-        CLOCK + "{{ bos_token }}Today: {{ today }}, {{ strftime_now('%Y') }}" + plain.replace("{{ bos_token }}", "")
+        CLOCK + "{{ bos_token }}Today: {{ today }}, {{ strftime_now( '%Y' ) }}" + plain.replace("{{ bos_token }}", "")
     )
     assert freeze_date(tokenizer, datetime.date(2026, 2, 3)) is True
     tokenizer.save_pretrained(tmp_path)
@@ -260,6 +344,8 @@ def test_a_template_that_reads_the_clock_says_the_frozen_day_from_then_on(tmp_pa
         text = which.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False)
         assert text.startswith("<|begin_of_text|>Today: 03 Feb 2026, 2026<|start_header_id|>")
     assert freeze_date(tokenizer, datetime.date(2027, 1, 1)) is False
+    tokenizer.chat_template = None
+    assert freeze_date(tokenizer, datetime.date(2027, 1, 1)) is False and tokenizer.chat_template is None
 
 
 def test_a_clock_whose_format_is_not_written_out_is_refused():

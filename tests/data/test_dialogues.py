@@ -148,9 +148,9 @@ def test_rows_are_told_apart_by_their_token_ids(tmp_path, chat):
     ],
 )
 def test_unusable_dialogues_are_dropped_and_named(tmp_path, chat, messages, reason):
-    rows = load(tmp_path, [DIALOGUE] * 9 + [messages])
+    rows = load(tmp_path, [DIALOGUE] * 9 + [messages]).select(range(9, -1, -1))  # the last row first
     kept, report = select(rows, chat, tmp_path, {"max_dropped_fraction": 0.1})
-    assert (report.dropped, kept["row"][:]) == ({reason: [9]}, list(range(9)))
+    assert (report.dropped, kept["row"][:]) == ({reason: [9]}, list(range(8, -1, -1)))
     assert f"- 1 dropped, {reason}: row 9" in report.lines()
     with pytest.raises(DataError, match="1 of 10 rows can't be used, more than max_dropped_fraction"):
         select(rows, chat, tmp_path, {"max_dropped_fraction": 0.09})

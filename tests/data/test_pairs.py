@@ -7,7 +7,7 @@ import pytest
 
 from rmipo.data.chat import ChatFormat, DataError
 from rmipo.data.pairs import cut_pair
-from tests.helpers.families import make_tokenizer
+from tests.helpers.families import LLAMA3_TEMPLATE, make_tokenizer
 from tests.helpers.rows import assistant, pair, pairs, tokenize, user
 
 UNUSABLE = {
@@ -23,18 +23,19 @@ UNUSABLE = {
     "roles out of order: system after user": {"prompt": [user("a"), {"role": "system", "content": "b"}]},
     "roles out of order: the prompt does not end with a user message": {"prompt": [user("a"), assistant("b")]},
     "the text of chosen contains an end token": {"chosen": [assistant("a<|eot_id|>b")]},
+    "the text of rejected contains an end token": {"rejected": [assistant("a<|eot_id|>b")]},
     "the prompt's text has a BOS token in it": {"prompt": [user("<|begin_of_text|>")]},
 }
 
 
 def test_unusable_rows_are_counted_with_their_reasons():
     rows = [pair(0), *({**pair(0), **bad} for bad in UNUSABLE.values()), pair(0)]
-    tokenized, report = tokenize(rows)
-    assert report.dropped == {reason: [i] for i, reason in enumerate(UNUSABLE, start=1)}
+    tokenized, report = tokenize([{**row, "row": 100 - i} for i, row in enumerate(rows)])
+    assert report.dropped == {reason: [100 - i] for i, reason in enumerate(UNUSABLE, start=1)}
     last = len(UNUSABLE) + 1
-    assert tokenized["row"][:] == [0, last]
+    assert tokenized["row"][:] == [100, 100 - last]
     assert (report.rows, report.kept, report.dropped_rows) == (last + 1, 2, last - 1)
-    assert "- 1 dropped, chosen is empty: row 1" in report.lines()
+    assert "- 1 dropped, chosen is empty: row 99" in report.lines()
 
 
 def test_a_bos_token_in_the_text_is_found_where_the_cut_removes_it():
@@ -55,6 +56,42 @@ def test_a_template_that_refuses_a_row():
     rows = [pair(0), pair(1, prompt=[{"role": "system", "content": "Be brief"}, user("a")])]
     _, report = tokenize(rows, "gemma")
     assert report.dropped == {"the chat template refuses: System role not supported": [1]}
+
+
+def test_a_template_that_changes_the_prompt_for_a_response():
+    changes = "{% if messages[-1]['content'] == 'Wrong 1' %}{{ 'Be brief' }}{% endif %}"
+    _, report = tokenize(pairs(0, 1, 2), make_tokenizer("llama3", changes + LLAMA3_TEMPLATE))
+    assert report.dropped == {"the chat template changes the prompt when a response follows": [1]}
+
+
+def test_a_template_that_leaves_out_the_end_token():
+    end = "('' if '<|eot_id|>' in message['content'] else '<|eot_id|>')"
+    tokenizer = make_tokenizer("llama3", LLAMA3_TEMPLATE.replace("'<|eot_id|>'", end))
+    _, report = tokenize([pair(0), pair(1, chosen=[assistant("a<|eot_id|>b")])], tokenizer)
+    assert report.dropped == {"the text of chosen contains an end token": [1]}
+
+
+TURNS = [user("a " * 20), assistant("b"), user("c")]
+
+
+@pytest.mark.parametrize(
+    ("family", "bos_token", "bos_id"),
+    [
+        ("qwen3", None, None),
+        ("qwen3", "<|im_start|>", None),  # starts each turn
+        ("llama3", "<|begin_of_text|>", 0),
+        ("llama3", "<|eot_id|>", 4),  # also ends each turn
+        ("mistral-instruct", "<s>", 1),
+    ],
+)
+def test_whole_and_cut_prompts_with_the_families_kinds_of_bos(family, bos_token, bos_id):
+    tokenizer = make_tokenizer(family)
+    tokenizer.bos_token = bos_token
+    whole = ChatFormat.probe(tokenizer).prompt_ids(TURNS)
+    tokenized, report = tokenize([pair(0, prompt=TURNS)], tokenizer)
+    assert (tokenized["prompt_ids"][0], report.dropped) == (whole, {})
+    cut = tokenize([pair(0, prompt=TURNS)], tokenizer, max_prompt_length=12)[0]["prompt_ids"][0]
+    assert cut == (whole[-12:] if bos_id is None else [bos_id, *whole[-11:]])
 
 
 def test_too_many_unusable_rows():
@@ -78,6 +115,8 @@ def test_cut_by_hand():
     assert cut_pair(whole, 1, max_length=7, max_prompt_length=3) == ([1, 13, 14], chosen, rejected)
     assert cut_pair(whole, None, max_length=7, max_prompt_length=3) == ([12, 13, 14], chosen, rejected)
     assert cut_pair(whole, 1, max_length=5, max_prompt_length=5) == (prompt, [], [])
+    assert cut_pair(whole, 1, max_length=4, max_prompt_length=5) == (prompt, [], [])
+    assert cut_pair(whole, 1, max_length=7, max_prompt_length=1) == ([1], chosen, rejected)
 
 
 def test_cuts_are_counted():
@@ -102,7 +141,10 @@ def test_cuts_are_counted():
         "- 3 pairs cut: 2 prompts lost their start, 2 chosen and 1 rejected responses lost their end and end token"
         in report.lines()
     )
-    with pytest.raises(DataError, match=r"3 of 4 rows are cut, more than max_truncated_fraction: 0.7 .*length \(90\)"):
+    with pytest.raises(
+        DataError,
+        match=r"(?s)3 of 4 .*_fraction: 0.7 .*max_length \(90\) or max_prompt_length \(60\),.*\n- 3 pairs cut",
+    ):
         tokenize(rows, max_length=90, max_prompt_length=60, max_truncated_fraction=0.7)
 
 
@@ -119,14 +161,20 @@ def test_a_prompt_that_fills_the_window():
     _, report = tokenize([pair(0), pair(1, prompt=[user("long " * 99)])], max_length=90, max_prompt_length=90)
     assert report.dropped == {"the prompt fills the window": [1]}
     assert report.rows_cut == 0
+    length = len(tokenize(pairs(0))[0]["prompt_ids"][0])
+    assert tokenize(pairs(0), max_length=length + 1)[1].cut == {"prompt": 0, "chosen": 1, "rejected": 1}
 
 
 def test_responses_that_differ_only_after_the_cut():
     same = "the same words " * 30
     rows = [pair(0), pair(1, chosen=[assistant(same + "yes")], rejected=[assistant(same + "no")])]
-    _, report = tokenize(rows, max_length=90, max_prompt_length=60)
+    whole = tokenize(rows, max_length=2000)[0][1]
+    differ = [a == b for a, b in zip(whole["chosen_ids"], whole["rejected_ids"], strict=False)].index(False)
+    start = len(whole["prompt_ids"])
+    _, report = tokenize(rows, max_length=start + differ)
     assert report.dropped == {"chosen and rejected are identical after the cut": [1]}
     assert (report.rows_cut, report.cut) == (0, {"prompt": 0, "chosen": 0, "rejected": 0})  # of those kept
+    assert tokenize(rows, max_length=start + differ + 1)[1].cut == {"prompt": 0, "chosen": 1, "rejected": 1}
 
 
 def test_lengths_are_those_of_the_rows_kept():
@@ -155,9 +203,10 @@ def test_tokens_and_report():
     assert report.lengths == {"chosen": {"median": 2, "p95": 89, "max": 99}}
 
 
-def test_two_processes_give_the_same():
+def test_two_processes_give_the_same(capfd):
     rows = [*pairs(*range(9)), pair(9, chosen=[assistant("")])]
     one, report_one = tokenize(rows)
     two, report_two = tokenize(rows, num_proc=2)
+    assert "Tokenising pairs (num_proc=2)" in capfd.readouterr().err
     assert one.to_list() == two.to_list()
     assert report_one == report_two

@@ -47,10 +47,12 @@ def config(path, **values):
     return DataConfig(dataset_name=str(path), **values)
 
 
-def tokenize(rows, family="llama3", **limits):
-    dataset = Dataset.from_list([{**row, "row": i} for i, row in enumerate(rows)])
+def tokenize(rows, tokenizer="llama3", **limits):
+    """With a tokenizer, or that of a family."""
+    dataset = Dataset.from_list([{"row": i, **row} for i, row in enumerate(rows)])
     defaults = {"max_length": 200, "max_prompt_length": 100, "max_dropped_fraction": 1.0, "max_truncated_fraction": 1.0}
-    return tokenize_pairs(dataset, ChatFormat.probe(make_tokenizer(family)), **(defaults | limits))
+    tokenizer = make_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
+    return tokenize_pairs(dataset, ChatFormat.probe(tokenizer), **(defaults | limits))
 
 
 def questions(dataset):
