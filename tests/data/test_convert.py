@@ -1,11 +1,15 @@
-"""Prepared rows are those of the code and libraries that are there now."""
+"""Prepared rows are those of the code and libraries that are there now; both splits; rows that can't be read."""
 
 import pytest
+from trl import SFTConfig
 
-from rmipo.data.chat import DataError
+from rmipo.data.chat import ChatFormat, DataError
 from rmipo.data.convert import code_digest, load_splits
+from rmipo.data.dialogues import load_dialogues, select_dialogues
 from rmipo.data.pairs import load_pairs
-from tests.helpers.rows import config, pairs, tokenize, write
+from rmipo.recipe.schema import DataConfig
+from tests.helpers.families import make_tokenizer
+from tests.helpers.rows import assistant, config, pairs, questions, tokenize, user, write
 
 
 def digests_with(monkeypatch, target, value):
@@ -19,12 +23,14 @@ def digests_with(monkeypatch, target, value):
 
 def test_the_digest_is_of_code_and_versions(monkeypatch, tmp_path):
     now = code_digest()
-    (tmp_path / "chat.py").write_text("")
-    versions = "importlib.metadata.version"
-    assert digests_with(monkeypatch, versions, lambda name: "0") != now
-    assert digests_with(monkeypatch, "rmipo.data.convert.__file__", str(tmp_path / "convert.py")) != now
-    one = digests_with(monkeypatch, versions, lambda name: "2" if name == "jinja2" else "1")
-    assert one != digests_with(monkeypatch, versions, lambda name: "1")
+    found = [now]
+    for text in ("", "x = 1"):
+        (tmp_path / "chat.py").write_text(text)
+        found.append(digests_with(monkeypatch, "rmipo.data.convert.__file__", str(tmp_path / "convert.py")))
+    for library in ("", "transformers", "tokenizers", "jinja2", "trl", "datasets"):
+        versions = {library: "2"}
+        found.append(digests_with(monkeypatch, "importlib.metadata.version", lambda name, v=versions: v.get(name, "1")))
+    assert len({*found}) == 9
     assert code_digest() == now
 
 
@@ -47,6 +53,39 @@ def test_a_missing_test_split_is_said_or_refused(tmp_path, caplog):
     write(tmp_path / "train.jsonl", pairs(0, 1))
     caplog.set_level("WARNING")
     assert load_splits(load_pairs, config(tmp_path), evaluating=False).keys() == {"train"}
-    assert "no evaluation, since there is no test split" in caplog.text
-    with pytest.raises(DataError, match="Or train without evaluation: eval_strategy: no"):
+    assert f"no evaluation, since there is no test split: {tmp_path}: no file of the test split" in caplog.text
+    with pytest.raises(DataError, match=r"no file of the test .* Or train without evaluation: eval_strategy: no"):
         load_splits(load_pairs, config(tmp_path), evaluating=True)
+
+
+def test_a_test_split_that_is_there_is_loaded_or_its_mistake_said(tmp_path):
+    write(tmp_path / "train.jsonl", pairs(0, 1))
+    write(tmp_path / "test.jsonl", pairs(2))
+    splits = load_splits(load_pairs, config(tmp_path), evaluating=False)
+    assert {split: questions(rows) for split, rows in splits.items()} == {"train": [0, 1], "test": [2]}
+    write(tmp_path / "test.jsonl", [{"question": "a"}])
+    with pytest.raises(DataError, match="missing columns"):
+        load_splits(load_pairs, config(tmp_path), evaluating=False)
+
+
+def test_rows_that_cannot_be_read_are_named_by_source_reason_and_number(tmp_path):
+    first, second = (write(tmp_path / name / "train.jsonl", pairs(*range(6))).parent for name in "ab")
+    bad = [pairs(0)[0] | changes for changes in ({"tools": ["f"]}, {"prompt": ["q"]}, {"tools": ["g"]})]
+    write(second / "train.jsonl", [*pairs(0), *bad])
+    with pytest.raises(DataError) as error:
+        load_pairs(DataConfig(datasets=[{"path": str(first)}, {"path": str(second)}]), "train")
+    title, *lines = str(error.value).split("\n")
+    assert title == f"{second}: rows that can't be read"
+    assert lines[0].startswith("- `tools` is part of the prompt") and lines[0].endswith(": rows 7, 9")
+    assert lines[1] == "- `prompt` holds str, expected messages with role and content: row 8"
+    assert lines[2] == "Accepted formats:"
+
+
+def test_rows_are_read_and_measured_by_several_processes(tmp_path, capfd):
+    write(tmp_path / "train.jsonl", [{"messages": [user("a"), assistant("b")]}] * 2)
+    data_config = config(tmp_path, dataset_num_proc=2)
+    rows = load_dialogues(data_config, "train")
+    args = SFTConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False)
+    select_dialogues(rows, ChatFormat.probe(make_tokenizer("llama3")), data_config, args)
+    shown = capfd.readouterr().err
+    assert f"Reading {tmp_path} (num_proc=2)" in shown and "Measuring dialogues (num_proc=2)" in shown

@@ -34,7 +34,7 @@ def select(rows, chat, tmp_path, limits=None, **arguments):
     return select_dialogues(rows, chat, config(tmp_path, **limits or {}), args)
 
 
-def test_dialogues_are_read(tmp_path):
+def test_dialogues_are_read(tmp_path, caplog):
     assert load(tmp_path, [DIALOGUE, DIALOGUE[:2]]).to_list() == [
         {"messages": DIALOGUE, "completion": [], "row": 0},
         {"messages": DIALOGUE[:2], "completion": [], "row": 1},
@@ -43,6 +43,7 @@ def test_dialogues_are_read(tmp_path):
     assert load_dialogues(config(tmp_path), "test").to_list() == [
         {"messages": [SYSTEM, *DIALOGUE[:2]], "completion": [assistant("b")], "row": 0}
     ]
+    assert not caplog.text
     with pytest.raises(DataError, match="`tools` is part of the prompt"):
         write(tmp_path / "test.jsonl", [{"messages": DIALOGUE, "tools": [{"name": "search"}]}])
         load_dialogues(config(tmp_path), "test")
@@ -176,6 +177,7 @@ def test_dialogues_that_are_cut_are_counted_as_tokens_of_the_template(tmp_path, 
     )
     exactly = select(rows, chat, tmp_path, max_length=lengths[1])[1]
     assert (exactly.rows_cut, exactly.lengths["messages"]["max"]) == (0, lengths[1])
+    assert [line.split(":")[0] for line in exactly.lines()] == ["3 of 3 rows used", "messages tokens"]
     assert select(rows, chat, tmp_path, max_length=lengths[1] - 1)[1].rows_cut == 2
     assert select(rows, chat, tmp_path, max_length=None)[1].rows_cut == 0
 
@@ -201,10 +203,13 @@ def test_too_many_cut_dialogues(tmp_path, chat):
         select(rows, chat, tmp_path, {"max_truncated_fraction": 0.4})
 
 
-@pytest.mark.parametrize(("strategy", "cut"), [("bfd", 1), ("bfd_split", 0), ("wrapped", 0)])
-def test_packing_cuts_or_goes_on_in_the_next_block(tmp_path, chat, strategy, cut):
+@pytest.mark.parametrize(
+    ("packing", "strategy", "cut"),
+    [(True, "bfd", 1), (True, "bfd_split", 0), (True, "wrapped", 0), (False, "wrapped", 1)],
+)
+def test_packing_cuts_or_goes_on_in_the_next_block(tmp_path, chat, packing, strategy, cut):
     rows = load(tmp_path, [DIALOGUE, LONG])
-    assert select(rows, chat, tmp_path, packing=True, packing_strategy=strategy)[1].rows_cut == cut
+    assert select(rows, chat, tmp_path, packing=packing, packing_strategy=strategy)[1].rows_cut == cut
 
 
 def test_real_dialogues(shared_data):

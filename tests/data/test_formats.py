@@ -146,7 +146,7 @@ def test_a_prompt_that_is_not_the_one_of_the_dialogues_is_refused(tmp_path):
 
 def test_columns_that_are_not_read_are_named(tmp_path, caplog):
     load(tmp_path, [{**pair(0), "system": None, "score_chosen": 1.0, "context": "Some text."}])
-    assert "columns that are not read: score_chosen, context" in caplog.text
+    assert f"{tmp_path}: columns that are not read: score_chosen, context" in caplog.text
     caplog.clear()
     load(tmp_path, [{**pair(0), "system": None}])
     assert not caplog.text

@@ -7,6 +7,7 @@ import pytest
 
 from rmipo.data.chat import ChatFormat, DataError
 from rmipo.data.pairs import cut_pair
+from rmipo.data.report import name_rows
 from tests.helpers.families import LLAMA3_TEMPLATE, make_tokenizer
 from tests.helpers.rows import assistant, pair, pairs, tokenize, user
 
@@ -35,6 +36,8 @@ def test_unusable_rows_are_counted_with_their_reasons():
     last = len(UNUSABLE) + 1
     assert tokenized["row"][:] == [100, 100 - last]
     assert (report.rows, report.kept, report.dropped_rows) == (last + 1, 2, last - 1)
+    assert report.as_dict()["kept"] == 2
+    assert report.lines()[0] == f"2 of {last + 1} rows used"
     assert "- 1 dropped, chosen is empty: row 99" in report.lines()
 
 
@@ -125,11 +128,14 @@ def test_cuts_are_counted():
         pair(1, prompt=[user("long " * 40)]),
         pair(2, chosen=[assistant("longer " * 80)]),
         pair(3, prompt=[user("long " * 40)], chosen=[assistant("longer " * 80)], rejected=[assistant("and " * 99)]),
+        pair(4, chosen=[assistant("longer " * 80)]),
     ]
     whole, nothing_cut = tokenize(rows, max_length=2000, max_prompt_length=1000)
     assert nothing_cut.rows_cut == 0
+    titles = ["5 of 5 rows used", "prompt tokens", "chosen tokens", "rejected tokens"]
+    assert [line.split(":")[0] for line in nothing_cut.lines()] == titles
     cut, report = tokenize(rows, max_length=90, max_prompt_length=60)
-    assert (report.cut, report.rows_cut) == ({"prompt": 2, "chosen": 2, "rejected": 1}, 3)
+    assert (report.cut, report.rows_cut) == ({"prompt": 2, "chosen": 3, "rejected": 1}, 4)
     for long, short in zip(whole, cut, strict=True):
         if long["row"] in (1, 3):
             assert short["prompt_ids"] == [0, *long["prompt_ids"][-59:]]
@@ -138,12 +144,12 @@ def test_cuts_are_counted():
         for side in ("chosen_ids", "rejected_ids"):
             assert short[side] == long[side][: 90 - len(short["prompt_ids"])]
     assert (
-        "- 3 pairs cut: 2 prompts lost their start, 2 chosen and 1 rejected responses lost their end and end token"
+        "- 4 pairs cut: 2 prompts lost their start, 3 chosen and 1 rejected responses lost their end and end token"
         in report.lines()
     )
     with pytest.raises(
         DataError,
-        match=r"(?s)3 of 4 .*_fraction: 0.7 .*max_length \(90\) or max_prompt_length \(60\),.*\n- 3 pairs cut",
+        match=r"(?s)4 of 5 .*_fraction: 0.7 .*max_length \(90\) or max_prompt_length \(60\),.*\n- 4 pairs cut",
     ):
         tokenize(rows, max_length=90, max_prompt_length=60, max_truncated_fraction=0.7)
 
@@ -197,10 +203,18 @@ def test_tokens_and_report():
     assert report.lengths["chosen"]["max"] == lengths[-1]
     assert report.lengths["chosen"]["median"] == (lengths[9] + lengths[10]) // 2
     assert report.lengths["chosen"]["p95"] == lengths[18]  # of 20 different ones
-    assert any(line.startswith(f"chosen tokens: {sum(lengths):,} (median ") for line in report.lines())
     assert json.loads(json.dumps(report.as_dict()))["kept"] == 20
-    report.measure({"chosen": np.array([1, 2, 99])}, {"chosen": np.zeros(3, dtype=bool)})
-    assert report.lengths == {"chosen": {"median": 2, "p95": 89, "max": 99}}
+    report.measure({"chosen": np.array([1200, 1, 2, 5])}, {"chosen": np.zeros(4, dtype=bool)})
+    assert report.lengths == {"chosen": {"median": 3, "p95": 1020, "max": 1200}}  # 3.5, 5 + 0.85 * 1195
+    assert "chosen tokens: 1,208 (median 3, p95 1020, max 1200)" in report.lines()
+
+
+@pytest.mark.parametrize(
+    ("count", "named"),
+    [(1, "row 0"), (2, "rows 0, 1"), (5, "rows 0, 1, 2, 3, 4"), (6, "rows 0, 1, 2, 3, 4 and 1 more")],
+)
+def test_the_first_rows_are_named(count, named):
+    assert name_rows(range(count)) == named
 
 
 def test_two_processes_give_the_same(capfd):

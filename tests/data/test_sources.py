@@ -2,12 +2,14 @@
 
 import gzip
 
+import numpy as np
 import pytest
 
 from rmipo.data import sources
 from rmipo.data.chat import DataError
 from rmipo.data.dialogues import load_dialogues
 from rmipo.data.pairs import load_pairs
+from rmipo.data.sources import MissingSplitError
 from rmipo.recipe.schema import DataConfig
 from tests.helpers.rows import config, pairs, questions, write
 
@@ -18,42 +20,69 @@ from tests.helpers.rows import config, pairs, questions, write
         ("train.jsonl", "train"),
         ("train.jsonl.gz", "train"),
         ("train.json", "train"),
+        ("train.json.gz", "train"),
         ("train_prefs.jsonl", "train_prefs"),
         ("train_prefs.jsonl", "train"),  # the only file whose name starts with the split
+        ("train.jsonl", "train_prefs"),
         ("data/train-00000-of-00001.parquet", "train"),
     ],
 )
 def test_a_split_of_a_folder_is_found_by_name(tmp_path, name, split):
     write(tmp_path / name, pairs(0, 1, 2))
     write(tmp_path / "test.jsonl", pairs(7))
+    for other in ("train.jsonl.bak", "old/train.jsonl", "my_train.jsonl"):
+        write(tmp_path / other, pairs(8))
+    (tmp_path / "train.parquet").mkdir(exist_ok=True)
     data_config = config(tmp_path, dataset_train_split=split)
     assert questions(load_pairs(data_config, "train")) == [0, 1, 2]
     assert questions(load_pairs(data_config, "test")) == [7]
 
 
 def test_shards_are_joined(tmp_path):
-    for i in range(2):
-        write(tmp_path / f"data/train-{i:05}-of-00002.parquet", pairs(2 * i, 2 * i + 1))
+    for i in (2, 0, 3, 1):
+        write(tmp_path / f"data/train-{i:05}-of-00004.parquet", pairs(2 * i, 2 * i + 1))
+        write(tmp_path / f"test-{i}-of-4.jsonl", pairs(i))
+    write(tmp_path / "train-old.jsonl", pairs(9))
     dataset = load_pairs(config(tmp_path), "train")
-    assert questions(dataset) == dataset["row"][:] == [0, 1, 2, 3]
+    assert questions(dataset) == dataset["row"][:] == list(range(8))
+    assert questions(load_pairs(config(tmp_path), "test")) == [0, 1, 2, 3]
+    (tmp_path / "test-3-of-4.jsonl").write_text("{")
+    names = ", ".join(f"test-{i}-of-4.jsonl" for i in range(4))
+    with pytest.raises(DataError, match=f"{tmp_path}: {names} can't be read as json"):
+        load_pairs(config(tmp_path), "test")
 
 
 def test_a_folder_without_the_split(tmp_path):
-    write(tmp_path / "train.jsonl", pairs(0))
-    write(tmp_path / "validation.jsonl", pairs(1))
-    with pytest.raises(DataError, match=r"no file of the test split 'test'.*Found: train.jsonl, validation.jsonl\."):
-        load_pairs(config(tmp_path), "test")
+    for name in ("train", "latest", "validation", "train_old"):
+        write(tmp_path / f"{name}.jsonl", pairs(1))
+    (tmp_path / "data").mkdir()
+    listing = "data, latest.jsonl, train.jsonl, train_old.jsonl, validation.jsonl"
+    with pytest.raises(
+        MissingSplitError,
+        match=rf"{tmp_path}: no file of the test split 'dev', such as dev.jsonl, .*Found: {listing}\. Rename a file, or set "
+        r"`dataset_test_split` \(in a mixture `test_split`\)",
+    ):
+        load_pairs(config(tmp_path, dataset_test_split="dev"), "test")
     assert questions(load_pairs(config(tmp_path, dataset_test_split="validation"), "test")) == [1]
+    with pytest.raises(MissingSplitError, match=r"the train split 'trian'.* set `dataset_train_split` \(.* `split`\)"):
+        load_pairs(config(tmp_path, dataset_train_split="trian"), "train")  # two start with train
+    with pytest.raises(MissingSplitError, match=r"Found: nothing\."):
+        load_pairs(config(tmp_path / "data"), "train")
 
 
 def test_one_file_sets_its_last_rows_aside(tmp_path, caplog):
-    path = write(tmp_path / "mine.jsonl", pairs(*range(40)))
+    path = write(tmp_path / "mine.jsonl", pairs(*range(55)))
     train, test = (load_pairs(config(path), split) for split in ("train", "test"))
-    assert questions(train) == list(range(38))
-    assert questions(test) == test["row"][:] == [38, 39]
-    assert "its last 2 of 40 rows are the test split" in caplog.text
-    with pytest.raises(DataError, match="3 rows are too few"):
-        load_pairs(config(write(tmp_path / "few.jsonl", pairs(0, 1, 2))), "test")
+    assert questions(train) == list(range(52))
+    assert questions(test) == test["row"][:] == [52, 53, 54]
+    assert f"{path}: one file, so its last 3 of 55 rows are the test split" in caplog.text
+    few = write(tmp_path / "few.jsonl", pairs(*range(10)))
+    for split in ("train", "test"):
+        with pytest.raises(MissingSplitError, match=f"{few}: 10 rows are too few"):
+            load_pairs(config(few), split)
+    entries = [{"path": str(write(tmp_path / "11.jsonl", pairs(*range(11))))}, {"path": str(path)}]
+    test = load_pairs(DataConfig(datasets=entries), "test")
+    assert (questions(test), test["row"][:]) == ([10, 52, 53, 54], [10, 63, 64, 65])
 
 
 def test_test_split_size_divides_the_training_rows(tmp_path):
@@ -84,6 +113,11 @@ def test_sample_limits(tmp_path):
     data_config = config(tmp_path, max_train_samples=3, max_eval_samples=9)
     assert questions(load_pairs(data_config, "train")) == [0, 1, 2]
     assert len(load_pairs(data_config, "test")) == 5
+
+
+def test_a_column_named_row_is_replaced(tmp_path):
+    write(tmp_path / "train.jsonl", [{"row": "a", **row} for row in pairs(3, 4)])
+    assert load_pairs(config(tmp_path), "train")["row"][:] == [0, 1]
 
 
 def mixture(tmp_path, **values):
@@ -118,25 +152,47 @@ def test_rows_are_counted_through_all_sources(tmp_path):
 
 def test_fractions_are_shares_of_the_mixture(tmp_path):
     entries, load_split = mixture(tmp_path)
-    entries[0]["fraction"], entries[1]["fraction"] = 3, 1  # 10 rows are three quarters of 13
-    assert questions(load_split("train")) == [*range(10), 100, 101, 102]
+    entries[0]["fraction"], entries[1]["fraction"] = 3, 2  # 10 rows are three fifths of 16.7
+    assert questions(load_split("train")) == [*range(10), *range(100, 107)]
+    assert questions(load_split("test")) == [50, 100, 101]
+
+
+def test_fractions_are_of_the_rows_that_weights_leave(tmp_path):
+    entries, load_split = mixture(tmp_path)
+    entries[0] |= {"weight": 0.5, "fraction": 1}
+    entries[1] |= {"weight": 0.25, "fraction": 1}
+    assert sorted(number < 100 for number in questions(load_split("train"))) == [False] * 5 + [True] * 5
 
 
 def test_weights_are_shares_of_a_source_drawn_with_a_seed(tmp_path):
     entries, load_split = mixture(tmp_path, mixture_seed=3)
-    entries[0]["weight"], entries[1]["weight"] = 1.0, 0.25
+    entries[0]["weight"], entries[1]["weight"] = 1.0, 0.28
     train = load_split("train")
     numbers = questions(train)
-    assert sorted(numbers)[:10] == list(range(10))
-    assert len(numbers) == 15
+    # The first 5.6 of the shuffled rows, then all shuffled: rows are those of earlier runs with the seed.
+    sources = [*shuffled(range(10), 3), *shuffled(range(100, 120), 3)[:5]]
+    assert numbers == shuffled(sources, 3)
     assert max(numbers) > 104
-    assert numbers != sorted(numbers)
     assert questions(load_split("train")) == numbers
     assert train["row"][:] == [n if n < 10 else n - 90 for n in numbers]
     assert len(load_split("test")) == 3  # test rows are never drawn
     other_seed = load_pairs(DataConfig(datasets=entries, mixture_seed=4), "train")
     assert len(other_seed) == 15
     assert questions(other_seed) != numbers
+
+
+def shuffled(numbers, seed):
+    return [numbers[i] for i in np.random.default_rng(seed).permutation(len(numbers))]
+
+
+@pytest.mark.parametrize("values", [{}, {"test_split_size": 6}])
+def test_sample_limits_are_of_the_shuffled_rows(tmp_path, values):
+    entries, _ = mixture(tmp_path)
+    entries[0]["weight"] = entries[1]["weight"] = 0.5
+    for split, limit in (("train", 7), ("test", 3)):
+        whole = DataConfig(datasets=entries, **values)
+        limited = DataConfig(datasets=entries, max_train_samples=7, max_eval_samples=3, **values)
+        assert questions(load_pairs(limited, split)) == questions(load_pairs(whole, split))[:limit]
 
 
 def test_the_seed_draws_the_rows_and_their_order(tmp_path):
@@ -167,8 +223,11 @@ def test_no_data_is_named():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"weight": 0.001}, "weight 0.001 takes none of its 10 rows"),
-        ({"columns": ["prompt", "chosen", "reward"]}, "missing columns reward, found prompt, chosen, rejected"),
+        ({"weight": 0.001}, "/a: weight 0.001 takes none of its 10 rows"),
+        (
+            {"columns": ["prompt", "chosen", "reward"]},
+            r"/a: missing columns reward, found prompt, chosen, rejected\. Correct",
+        ),
     ],
 )
 def test_a_source_that_gives_nothing(tmp_path, changes, message):
@@ -180,8 +239,8 @@ def test_a_source_that_gives_nothing(tmp_path, changes, message):
 
 def test_a_fraction_too_small_to_take_a_row(tmp_path):
     entries, load_split = mixture(tmp_path)
-    entries[0]["fraction"], entries[1]["fraction"] = 0.001, 1
-    with pytest.raises(DataError, match="takes none of its rows"):
+    entries[0]["fraction"], entries[1]["fraction"] = 1, 0.001
+    with pytest.raises(DataError, match=r"/b: fraction 0\.001 takes none of its rows"):
         load_split("train")
 
 
@@ -192,37 +251,69 @@ def test_a_division_that_leaves_a_part_empty(tmp_path, size):
         load_pairs(config(path, test_split_size=size), "train")
 
 
+def test_a_division_larger_than_a_mixture(tmp_path):
+    _, load_split = mixture(tmp_path, test_split_size=40)
+    with pytest.raises(DataError, match="test_split_size is 40: 30 rows can't be divided"):
+        load_split("test")
+
+
 def test_a_configuration_and_revision_reach_the_hub(monkeypatch):
     """The arguments of `load_dataset` are looked at: there is no hub in the tests."""
     asked = []
     monkeypatch.setattr(sources, "load_dataset", lambda path, **arguments: asked.append((path, arguments)) or 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        load_pairs(config("a/b", dataset_config="tiny", dataset_revision="v2", dataset_train_split="train_x"), "train")
-    with pytest.raises(ZeroDivisionError):
-        load_pairs(DataConfig(datasets=[{"path": "a/b", "name": "x", "data_dir": "sub", "test_split": "dev"}]), "test")
+    entry = {"path": "a/b", "name": "x", "data_dir": "sub", "data_files": "c.jsonl", "revision": "v3"}
+    for data_config, split in (
+        (config("a/b"), "test"),
+        (config("a/b", dataset_config="tiny", dataset_revision="v2", dataset_train_split="train_x"), "train"),
+        (DataConfig(datasets=[entry | {"test_split": "dev"}]), "test"),
+        (DataConfig(datasets=[{"path": "a/b", "split": "train_y"}]), "train"),
+    ):
+        with pytest.raises(ZeroDivisionError):
+            load_pairs(data_config, split)
     assert asked == [
+        ("a/b", {"split": "test"}),
         ("a/b", {"split": "train_x", "name": "tiny", "revision": "v2"}),
-        ("a/b", {"split": "dev", "name": "x", "data_dir": "sub"}),
+        ("a/b", {"split": "dev", "name": "x", "data_dir": "sub", "data_files": "c.jsonl", "revision": "v3"}),
+        ("a/b", {"split": "train_y"}),
     ]
+
+
+def test_a_split_or_configuration_that_a_dataset_of_the_hub_has_not(tmp_path):
+    """`load_dataset` says the same of a folder."""
+    write(tmp_path / "train.jsonl", pairs(0, 1))
+    assert len(sources.load_hub({"path": str(tmp_path)}, "train")) == 2
+    with pytest.raises(
+        MissingSplitError, match=rf"{tmp_path}: Unknown split \"dev\".* See the recipe's `dataset_\*_split`"
+    ):
+        sources.load_hub({"path": str(tmp_path)}, "dev")
+    with pytest.raises(MissingSplitError, match="BuilderConfig 'tiny' not found"):
+        sources.load_hub({"path": str(tmp_path), "name": "tiny"}, "train")
 
 
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"dataset_config": "tiny"}, r"is local: name \(dataset_config\) would have no effect"),
-        ({"dataset_revision": "v2"}, r"is local: revision \(dataset_revision\) would have no effect"),
+        ({"dataset_config": "tiny"}, r"name \(dataset_config\) would have no effect"),
+        ({"dataset_revision": "v2"}, r"revision \(dataset_revision\) would have no effect"),
+        (
+            {"dataset_config": "tiny", "dataset_revision": "v2"},
+            r"name \(dataset_config\), revision \(dataset_revision\) would have no effect\. Remove them",
+        ),
         ({"dataset_train_split": "train[:2]"}, r"its split 'train\[:2\]' can't be a slice. .* set max_train_samples"),
+        ({"dataset_test_split": "test[:2]"}, r"its split 'test\[:2\]' can't be a slice. .* set max_eval_samples"),
     ],
 )
 def test_what_only_the_hub_has_is_refused_for_local_data(tmp_path, values, message):
     path = write(tmp_path / "train.jsonl", pairs(*range(12)))
     for place in (tmp_path, path):
-        with pytest.raises(DataError, match=message):
-            load_pairs(config(place, **values), "train")
+        with pytest.raises(DataError, match=f"^{place} is local: {message}"):
+            load_pairs(config(place, **values), "test" if "dataset_test_split" in values else "train")
+        with pytest.raises(DataError, match=f"^{place} is local: data_files would have no effect"):
+            load_pairs(DataConfig(datasets=[{"path": str(place), "data_files": "a.jsonl"}]), "train")
 
 
 def test_missing_file():
-    for path in ("/no/such/folder", "nothing.jsonl", "./nothing", "data/of/mine"):
+    for path in ("/no/such/folder", "/nothing", "nothing.jsonl", "./nothing", "~/nothing", "data/of/mine"):
         with pytest.raises(DataError, match=f"{path}: no such file or folder"):
             load_pairs(config(path), "train")
 
@@ -230,8 +321,10 @@ def test_missing_file():
 def test_unreachable_hub():
     with pytest.raises(DataError) as error:
         load_pairs(config("some-owner/some-pairs", dataset_revision="main"), "train")
+    assert not isinstance(error.value, MissingSplitError)  # it may have the split
     text = str(error.value)
-    assert text.startswith("some-owner/some-pairs: the dataset can't be reached on the hub")
+    assert text.startswith("some-owner/some-pairs: the dataset can't be reached on the hub (")
+    assert str(error.value.__cause__) in text
     assert "hf download --repo-type dataset some-owner/some-pairs --local-dir some-pairs" in text
 
 
@@ -240,9 +333,9 @@ def test_files_that_are_not_data(tmp_path):
     path.write_text(path.read_text() + '{"prompt": \n')
     with pytest.raises(DataError, match=r"train\.jsonl can't be read as json: JSON parse error"):
         load_pairs(config(tmp_path), "train")
-    (tmp_path / "notes.txt").write_text("x")
-    with pytest.raises(DataError, match=r"a data file ends in one of \.jsonl"):
-        load_pairs(config(tmp_path / "notes.txt"), "train")
+    notes = write(tmp_path / "notes.jsonl.txt", pairs(0))
+    with pytest.raises(DataError, match=rf"{notes}: a data file ends in one of \.jsonl"):
+        load_pairs(config(notes), "train")
 
 
 ROW = b'{"prompt": "a", "chosen": "b", "rejected": "c"}\n'
