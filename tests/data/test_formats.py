@@ -38,33 +38,58 @@ def test_full_dialogues_whose_shared_turns_are_the_prompt(tmp_path):
     }
     expected = [{"prompt": shared, "chosen": [assistant("d")], "rejected": [assistant("e")], "row": 0}]
     assert load(tmp_path, [row]) == expected
+    for prompt in ("anything", shared[:1], shared, None):
+        assert load(tmp_path, [{**row, "prompt": prompt}]) == expected
     del row["prompt"]
     assert load(tmp_path, [row]) == expected
 
 
-def test_one_dialogue_and_one_response_are_not_a_pair_of_dialogues(tmp_path):
-    row = {"prompt": "a", "chosen": [user("a"), assistant("b")], "rejected": [assistant("c")]}
-    (loaded,) = load(tmp_path, [row])
-    assert loaded == {"prompt": [user("a")], "chosen": row["chosen"], "rejected": row["rejected"], "row": 0}
+@pytest.mark.parametrize(
+    ("chosen", "rejected"),
+    [
+        ([user("a"), assistant("b")], [assistant("c")]),
+        ([assistant("b")], [user("a"), assistant("c")]),
+        ([user("a"), assistant("b")], []),
+        ([], [user("a"), assistant("c")]),
+    ],
+)
+def test_one_dialogue_and_one_response_are_not_a_pair_of_dialogues(chosen, rejected):
+    row = {"prompt": "a", "chosen": chosen, "rejected": rejected}
+    assert formats.read_row(row, formats.PAIRS) == ([user("a")], chosen, rejected)
 
 
 def test_anthropic_hh_texts(tmp_path):
-    start = "\n\nHuman: Hello\n\nAssistant: Hi!\n\nHuman: Say Assistant: now\nor later"
+    start = "\n\nHuman:  Hello \n\nAssistant: Hi!\n\nHuman: Say Assistant: now\nHuman: or later"
     rows = [
         {"chosen": f"{start}\n\nAssistant: Now.\n\nThen.", "rejected": f"{start}\n\nAssistant: No"},
         {"chosen": f"{start}\n\nAssistant: Yes", "rejected": "\n\nHuman: Hello\n\nAssistant: What?"},
     ]
     first, second = load(tmp_path, rows)
-    assert first["prompt"] == [user("Hello"), assistant("Hi!"), user("Say Assistant: now\nor later")]
+    assert first["prompt"] == [user("Hello"), assistant("Hi!"), user("Say Assistant: now\nHuman: or later")]
     assert (first["chosen"], first["rejected"]) == ([assistant("Now.\n\nThen.")], [assistant("No")])
     _, report = tokenize([first, second])
     assert report.dropped == {"chosen is 3 messages after the shared prompt, not one": [1]}
 
 
-def test_an_anthropic_hh_response_that_is_empty(tmp_path):
+def test_an_anthropic_hh_response_that_is_empty():
     start = "\n\nHuman: Hello\n\nAssistant:"
-    (row,) = load(tmp_path, [{"chosen": f"{start} Hi!", "rejected": start}])
-    assert (row["prompt"], row["chosen"], row["rejected"]) == ([user("Hello")], [assistant("Hi!")], [assistant("")])
+    for texts in ((f"{start} Hi!", start), (start, f"{start} Hi!")):
+        row = dict(zip(("chosen", "rejected"), texts, strict=True))
+        answers = ([assistant(text.removeprefix(start).strip())] for text in texts)
+        assert formats.read_row(row, formats.PAIRS) == ([user("Hello")], *answers)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "messages"),
+    [
+        ("\n\nHuman: Hello", [user("Hello")]),
+        (" \n\nHuman: Hello\n\nAssistant:", [user("Hello")]),
+        ("\n\nHuman: Hello\n\nAssistant: Hi", [user("Hello"), assistant("Hi")]),
+        ("\n\nHuman: Hello\n\nAssistant: Hi\n\nHuman:", [user("Hello"), assistant("Hi"), user("")]),
+    ],
+)
+def test_an_anthropic_hh_prompt_ends_where_its_text_ends(prompt, messages):
+    assert formats.read_row({"prompt": prompt}, formats.PROMPTS) == (messages,)
 
 
 def test_a_text_with_speakers_in_it_is_not_of_anthropic_hh(tmp_path):
@@ -84,42 +109,77 @@ def test_responses_without_a_prompt(tmp_path):
     rows = [{"chosen": "b", "rejected": "c"}] * 7
     with pytest.raises(DataError, match=r"no prompt, and the other columns .*: rows 0, 1, 2, 3, 4 and 2 more"):
         load(tmp_path, rows)
+    for row in ({"prompt": None, **rows[0]}, {"chosen": [assistant("b")], "rejected": [assistant("c"), user("d")]}):
+        with pytest.raises(DataError, match="no prompt, and the other columns match no accepted format"):
+            formats.read_row(row, formats.PAIRS)
+
+
+def test_texts_that_are_empty_or_missing_are_empty_messages():
+    for prompt, response in (("", None), ([user(None)], [assistant(None)])):
+        row = {"prompt": prompt, "chosen": "b", "rejected": response}
+        assert formats.read_row(row, formats.PAIRS) == ([user("")], [assistant("b")], [assistant("")])
+
+
+@pytest.mark.parametrize(
+    ("row", "prompt"),
+    [
+        ({"prompt": "a", "messages": [user("b")]}, [user("a")]),
+        ({"prompt": "", "messages": [user("b")]}, [user("")]),
+        ({"prompt": None, "messages": [user("b"), assistant("c")]}, [user("b")]),
+        ({"messages": [user("b"), assistant("c"), user("d")]}, [user("b"), assistant("c"), user("d")]),
+        ({"messages": [user("b"), assistant("c"), user("d"), assistant("e")]}, [user("b"), assistant("c"), user("d")]),
+        ({"messages": []}, []),
+    ],
+)
+def test_the_prompt_of_a_row(row, prompt):
+    assert formats.read_row(row, formats.PROMPTS) == (prompt,)
+
+
+@pytest.mark.parametrize(
+    ("row", "messages"),
+    [
+        ({"messages": [user("a"), assistant("b")], "prompt": "c", "completion": "d"}, [user("a"), assistant("b")]),
+        ({"messages": "a"}, [user("a")]),
+    ],
+)
+def test_the_dialogue_of_a_row(row, messages):
+    assert formats.read_row(row, formats.DIALOGUES) == (messages,)
+
+
+def test_a_system_column_in_front_of_no_turns():
+    row = {"system": "Be brief", "chosen": [user("a"), assistant("b")], "rejected": [user("c"), assistant("d")]}
+    prompt, *_ = formats.read_row(row, formats.PAIRS)
+    assert prompt == [{"role": "system", "content": "Be brief"}]
 
 
 def test_a_system_column_is_a_message_in_front(tmp_path):
-    pirate = {"role": "system", "content": "Answer like a pirate."}
+    pirate = {"role": "system", "content": " Answer like a pirate.\n"}
     rows = [
-        {"system": "Answer like a pirate.", "prompt": "q", "chosen": "yes", "rejected": "no"},
+        {"system": " Answer like a pirate.\n", "prompt": "q", "chosen": "yes", "rejected": "no"},
         {"system": "", "prompt": "q", "chosen": "yes", "rejected": "no"},
         {"system": None, "prompt": "q", "chosen": "yes", "rejected": "no"},
     ]
     assert [row["prompt"] for row in load(tmp_path, rows)] == [[pirate, user("q")], [user("q")], [user("q")]]
     turns = {"chosen": [pirate, user("q"), assistant("yes")], "rejected": [pirate, user("q"), assistant("no")]}
-    assert load(tmp_path, [{"system": "Answer like a pirate.", **turns}])[0]["prompt"] == [pirate, user("q")]
+    assert load(tmp_path, [{"system": " Answer like a pirate.\n", **turns}])[0]["prompt"] == [pirate, user("q")]
     with pytest.raises(DataError, match=r"`system` differs from the system message of the row: .*: row 0"):
         load(tmp_path, [{"system": "Be brief", **turns}])
     with pytest.raises(DataError, match="`system` is int, expected text: row 0"):
         load(tmp_path, [{**rows[0], "system": 3}])
 
 
+COLUMNS = "system_prompt system_message history tools functions documents images chat_template_kwargs"
+KEYS = "tools functions tool_calls tool_call_id tool_plan function_call function_calls reasoning_content reasoning thinking"
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"tools": [{"name": "search"}]}, "`tools` is part of the prompt, but is not supported"),
-        ({"chat_template_kwargs": {"enable_thinking": False}}, "`chat_template_kwargs` is part of the prompt"),
-        ({"documents": ["a"]}, "`documents` is part of the prompt"),
-        ({"system_prompt": "Answer like a pirate."}, "`system_prompt` is part of the prompt"),
-        ({"history": [["a", "b"]]}, "`history` is part of the prompt"),
         (
-            {"prompt": [{"role": "system", "content": "s", "tools": "[f]"}, user("a")]},
-            "`prompt` has messages with tools",
+            {"prompt": [{"role": "system", "content": "s", "tools": "[f]", "thinking": "hm"}, user("a")]},
+            "`prompt` has messages with tools, thinking, which are not supported",
         ),
-        (
-            {"prompt": [{**user("a"), "tool_calls": [{"name": "f"}]}]},
-            "`prompt` has messages with tool_calls, which are not",
-        ),
-        ({"chosen": [{**assistant("a"), "reasoning_content": "hm"}]}, "`chosen` has messages with reasoning_content"),
-        ({"rejected": [{**assistant("a"), "thinking": "hm"}]}, "`rejected` has messages with thinking"),
     ],
 )
 def test_what_shapes_a_prompt_and_is_not_read_is_refused(tmp_path, changes, message):
@@ -127,8 +187,19 @@ def test_what_shapes_a_prompt_and_is_not_read_is_refused(tmp_path, changes, mess
         load(tmp_path, [pair(0), {**pair(1), **changes}])
 
 
+def test_each_column_and_key_that_shapes_a_prompt_is_refused():
+    for name in COLUMNS.split():
+        with pytest.raises(DataError, match=f"`{name}` is part of the prompt, but is not supported"):
+            formats.read_row({**pair(0), name: ["x"]}, formats.PAIRS)
+    for name in [*KEYS.split(), "thought", "images"]:
+        for side in pair(0):
+            turns = [{**message, name: "x"} for message in pair(0)[side]]
+            with pytest.raises(DataError, match=f"`{side}` has messages with {name}, which are not supported"):
+                formats.read_row({**pair(0), side: turns}, formats.PAIRS)
+
+
 def test_what_shapes_a_prompt_may_be_there_and_empty(tmp_path):
-    message = {**user("Question 0"), "tool_calls": None, "name": "x"}
+    message = {**user("Question 0"), "tool_calls": None, "tools": [], "name": "x"}
     rows = [{**pair(0), "prompt": [message], "tools": None, "documents": []}, {**pair(1), "tools": [], "score": 3}]
     assert load(tmp_path, rows) == [{**pair(0), "row": 0}, {**pair(1), "row": 1}]
 
@@ -137,7 +208,7 @@ def test_a_prompt_that_is_not_the_one_of_the_dialogues_is_refused(tmp_path):
     pirate = {"role": "system", "content": "Answer like a pirate."}
     turns = {"chosen": [user("q"), assistant("yes")], "rejected": [user("q"), assistant("no")]}
     assert load(tmp_path, [{"prompt": [user("q")], **turns}])[0]["prompt"] == [user("q")]
-    for prompt in ([pirate, user("q")], [user("p"), assistant("a"), user("q")]):
+    for prompt in ([pirate, user("q")], [user("p")], [user("q"), assistant("a"), user("q")]):
         with pytest.raises(
             DataError, match=r"`prompt` differs from the turns that `chosen` and `rejected` share.*: row 0"
         ):
@@ -192,12 +263,45 @@ def test_a_format_is_a_function_and_a_line(tmp_path, monkeypatch):
         ({"rejected": [{"role": "assistant", "content": 5}]}, "`rejected` has content of type int, expected text"),
         ({"rejected": 7}, "`rejected` is int, expected messages or text"),
         ({"prompt": ["a"]}, "`prompt` holds str, expected messages"),
+        ({"prompt": user("a")}, "`prompt` is dict, expected messages or text"),
+        ({"prompt": [{"role": "user"}]}, "`prompt` holds keys role, expected messages"),
+        (
+            {"chosen": [{"role": "tool", "content": "a"}]},
+            "`chosen` has the role 'tool', expected system, user, assistant",
+        ),
     ],
 )
-def test_values_that_are_not_messages(tmp_path, bad, message):
-    rows = [pair(0), {**pair(1), **bad}, pair(2)]
-    with pytest.raises(DataError, match=f"(?s)rows that can't be read\n- {message}.*: row 1\nAccepted formats"):
-        load(tmp_path, rows)
+def test_values_that_are_not_messages(bad, message):
+    with pytest.raises(DataError, match=f"^{message}"):
+        formats.read_row({**pair(1), **bad}, formats.PAIRS)
+
+
+SYSTEM = {"role": "system", "content": "Be brief"}
+NO_ANSWER = "the dialogue does not end with an assistant message"
+NO_TURNS = "the prompt is empty (chosen and rejected share no turns)"
+
+
+@pytest.mark.parametrize(
+    ("messages", "reason"),
+    [
+        ([SYSTEM, user("a"), assistant("b")], None),
+        ([SYSTEM, user("a"), SYSTEM], NO_ANSWER),
+        ([user("a"), assistant("b"), user("c")], NO_ANSWER),
+        ([user("a"), assistant(" \n")], "the response is empty"),
+        ([SYSTEM, assistant("b")], NO_TURNS),
+        ([SYSTEM, assistant("a"), user("b"), assistant("c")], "roles out of order: assistant first"),
+        ([SYSTEM, SYSTEM, user("b"), assistant("c")], "roles out of order: system first"),
+        ([user("a"), assistant("b"), SYSTEM, user("b"), assistant("c")], "roles out of order: system after assistant"),
+        ([user("a"), assistant(""), user("b"), assistant("c")], "the prompt has an empty message"),
+    ],
+)
+def test_why_a_dialogue_is_unusable(messages, reason):
+    assert formats.unusable_dialogue(messages) == reason
+
+
+def test_responses_that_differ_in_case_or_inner_spaces_are_a_pair():
+    for chosen, rejected in (("Yes", "yes"), ("a  b", "a b")):
+        assert formats.unusable_pair([user("q")], [assistant(chosen)], [assistant(rejected)]) is None
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ UNUSABLE = {
     "chosen and rejected are identical": {"rejected": [assistant("Right 0 ")]},
     "chosen is 2 messages after the shared prompt, not one": {"chosen": [assistant("a"), assistant("b")]},
     "rejected is a user message": {"rejected": [user("a")]},
+    "chosen is a system message": {"chosen": [{"role": "system", "content": "a"}]},
     "the prompt is empty (chosen and rejected share no turns)": {"prompt": []},
     "the prompt has an empty message": {"prompt": [user("a"), assistant(" \n"), user("c")]},
     "roles out of order: user after user": {"prompt": [user("a"), user("b")]},

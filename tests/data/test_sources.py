@@ -366,5 +366,6 @@ def test_missing_columns(tmp_path):
     text = str(error.value)
     assert f"{tmp_path}: missing columns rejected, found question, chosen, reject." in text
     assert text.count("\n- `") == 2  # the accepted formats
+    assert text.endswith("Rename the columns of your data.")
     with pytest.raises(DataError, match="missing columns messages, found question, chosen, reject"):
         load_dialogues(config(tmp_path), "train")
