@@ -1,5 +1,6 @@
 """Two that differ in anything have two fingerprints; the same content has one, wherever it comes from."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,21 @@ import torch
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
 
-from rmipo.fingerprints import json_fingerprint, model_fingerprint, rows_fingerprint
+from rmipo.errors import EvaluationError
+from rmipo.fingerprints import (
+    code_fingerprint,
+    has_weights,
+    json_fingerprint,
+    model_fingerprint,
+    prompting_fingerprint,
+    rows_fingerprint,
+    text_fingerprint,
+    trained_fingerprint,
+)
+
+
+def test_a_text_by_its_bytes():
+    assert text_fingerprint("abc") == text_fingerprint(b"abc") == "ba7816bf8f01cfea"  # SHA-256 of FIPS 180-2
 
 
 def test_rows_by_their_content(tmp_path):
@@ -16,6 +31,7 @@ def test_rows_by_their_content(tmp_path):
     Dataset.from_list(rows).to_parquet(tmp_path / "rows.parquet")
     assert rows_fingerprint(Dataset.from_parquet(str(tmp_path / "rows.parquet"))) == original
     assert len(original) == 16
+    assert rows_fingerprint(Dataset.from_list([dict(reversed(row.items())) for row in rows])) == original
     moved = [{**rows[0], "chosen_ids": [3, 4], "rejected_ids": [5]}, rows[1]]
     changed = [{**rows[0], "rejected_ids": [4, 6]}, rows[1]]
     others = (moved, changed, changed[::-1], rows[:1])
@@ -32,6 +48,68 @@ def test_every_one_of_many_rows_counts(row):
 
 def test_settings_whatever_the_order_of_their_keys():
     assert json_fingerprint({"a": 1, "b": [2]}) == json_fingerprint({"b": [2], "a": 1}) != json_fingerprint({"a": 1})
+    assert json_fingerprint({"a": Path("x")}) == json_fingerprint({"a": "x"})
+
+
+def test_code_by_its_modules_and_libraries(tmp_path, monkeypatch):
+    for name in "ab":
+        (tmp_path / f"{name}.py").write_text(name)
+    found = [code_fingerprint(tmp_path, [])]
+    (tmp_path / "notes.txt").write_text("not code")
+    (tmp_path / "__pycache__").mkdir()
+    assert code_fingerprint(tmp_path, []) == found[0]
+    listed = Path.glob
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "glob", lambda folder, pattern: sorted(listed(folder, pattern), reverse=True))
+        assert code_fingerprint(tmp_path, []) == found[0]
+    for name in "ab":
+        (tmp_path / f"{name}.py").write_text(f"{name} = 1")
+        found.append(code_fingerprint(tmp_path, []))
+    found += [code_fingerprint(tmp_path, libraries) for libraries in (["torch"], ["torch", "numpy"])]
+    assert len({*found}) == 5
+
+
+@pytest.mark.parametrize(
+    "name", ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"]
+)
+def test_prompting_by_each_of_its_files(tmp_path, name):
+    found = []
+    for folder in ("one", "other"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "config.json").write_text(folder)  # counts as the model
+        found.append(prompting_fingerprint(tmp_path / folder))
+        for text in ("a", "b"):
+            (tmp_path / folder / name).write_text(text)
+            found.append(prompting_fingerprint(tmp_path / folder))
+    assert found[:3] == found[3:] and len({*found}) == 3
+
+
+def test_a_model_of_the_hub_by_its_name_and_commit(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    commits = ["a" * 40, "b" * 40]
+    for name in ("model", "other"):
+        folder = tmp_path / f"models--org--{name}"
+        (folder / "refs").mkdir(parents=True)
+        for commit, revision in zip(commits, ("main", "v2"), strict=True):
+            (folder / "snapshots" / commit).mkdir(parents=True)
+            (folder / "snapshots" / commit / "config.json").write_text("{}")
+            (folder / "refs" / revision).write_text(commit)
+    main, tagged, other = (model_fingerprint(*model) for model in (["org/model"], ["org/model", "v2"], ["org/other"]))
+    assert len({main, tagged, other}) == 3
+    assert model_fingerprint("org/model", commits[0]) == main
+    (tmp_path / "models--org--model/refs/main").write_text(commits[1])
+    assert model_fingerprint("org/model") == tagged
+
+
+def test_only_files_that_are_there_are_weights(tmp_path):
+    (tmp_path / "model.safetensors").symlink_to(tmp_path / "gone")
+    (tmp_path / "checkpoint-4").mkdir()
+    (tmp_path / "checkpoint-4/model.safetensors").write_bytes(b"")
+    assert not has_weights(tmp_path)
+    with pytest.raises(EvaluationError, match=rf"{tmp_path} holds no \*\.safetensors"):
+        trained_fingerprint(tmp_path)
+    (tmp_path / "model-00001-of-00002.safetensors").write_bytes(b"")
+    assert has_weights(tmp_path)
 
 
 @pytest.fixture
@@ -68,6 +146,8 @@ def test_a_file_moved_or_another_configuration_is_another_model(large):
         (large / "pytorch_model.bin").write_bytes(weights)
         found.add(model_fingerprint(large))
     assert len(found) == 5
+    shutil.copytree(large, large / "checkpoint-4", copy_function=shutil.copyfile)
+    assert model_fingerprint(large) == model_fingerprint(large / "checkpoint-4") == trained_fingerprint(large)
 
 
 def test_the_order_in_which_a_folder_lists_its_files_does_not_matter(large, monkeypatch):

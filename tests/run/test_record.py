@@ -5,8 +5,8 @@ import json
 import pytest
 from transformers import TrainerControl, TrainerState
 
-from rmipo.files import replacing
-from rmipo.record import append_metrics, keep_metrics, read_generations, read_metrics
+from rmipo.files import replacing, write_atomically, write_lines
+from rmipo.record import append_metrics, keep_metrics, read_generations, read_metrics, write_generations
 from rmipo.run.callbacks import LineAtCheckpoint, MetricsFile
 from rmipo.run.identity import WITHOUT_EFFECT, differences
 
@@ -35,12 +35,29 @@ def test_lines_after_the_checkpoint_are_made_again(tmp_path):
 
 
 def test_a_file_that_is_not_written_to_its_end_replaces_nothing(tmp_path):
-    path = tmp_path / "numbers.json"
-    path.write_text("old")
+    path = tmp_path / "new/folder/numbers.json"
+    write_atomically(path, "old")
     with pytest.raises(OSError), replacing(path) as temporary:
+        assert temporary.name == "numbers.json.tmp"
         temporary.write_text("ne")
         raise OSError(28, "No space left on device")
     assert path.read_text() == "old"
+    with pytest.raises(UnicodeEncodeError):
+        write_atomically(path, "ne\udc00")
+    assert path.read_text() == "old"
+
+
+def test_lines_are_json_each_with_its_end(tmp_path):
+    for rows, text in (([{"a": 1}, {"b": "\n"}], '{"a": 1}\n{"b": "\\n"}\n'), ([], "")):
+        write_lines(tmp_path / "rows.jsonl", rows)
+        assert (tmp_path / "rows.jsonl").read_text() == text
+
+
+def test_generations_replace_those_before(tmp_path):
+    append_metrics(tmp_path, {"step": 1})
+    for step in (1, 2):
+        write_generations(tmp_path, [{"step": step, "answer": "a"}])
+        assert read_generations(tmp_path) == [{"step": step, "answer": "a"}]
 
 
 def test_a_folder_without_lines_has_none(tmp_path):

@@ -1,10 +1,13 @@
 """What a run leaves behind: the W&B file, metrics, the run record, curves."""
 
 import json
+import os
 import subprocess
+import sys
 
 import pytest
 import torch
+import trl
 import wandb
 from PIL import Image
 
@@ -47,20 +50,35 @@ def test_wandb_offline_run_holds_what_was_logged(tmp_path, monkeypatch):
 
 def test_run_record_is_written_at_start_and_completed_at_the_end(tmp_path):
     identity = run_identity({"learning_rate": 1e-6}, {"train": "abc"}, world_size=1)
-    record = RunRecord(tmp_path, identity, data={"rows": 3})
+    record = RunRecord(tmp_path, identity, data={"rows": 3}, folder=tmp_path)
     record.start()
     started = json.loads((tmp_path / "run.json").read_text())
     assert started["finished"] is False and started["recipe"] == {"learning_rate": 1e-6}
-    assert started["versions"]["torch"] == torch.__version__
+    assert started["versions"].keys() == {
+        "torch",
+        "transformers",
+        "trl",
+        "datasets",
+        "accelerate",
+        "deepspeed",
+        "wandb",
+    }
+    assert (started["versions"]["torch"], started["versions"]["trl"]) == (torch.__version__, trl.__version__)
+    assert started["python"] == sys.version.split()[0] and started["folder"] == str(tmp_path)
+    if not torch.cuda.is_available():
+        assert started["hardware"] == [f"{os.cpu_count()} CPU cores ({os.uname().machine})"]
     assert started["fingerprints"] == {"train": "abc"} and started["data"] == {"rows": 3}
     again = RunRecord(tmp_path, identity)
     again.start()
+    again.started -= 5
     again.results(eval_loss=0.5)
-    assert json.loads((tmp_path / "run.json").read_text())["finished"] is False  # the card comes in between
+    measured = json.loads((tmp_path / "run.json").read_text())
+    assert (measured["finished"], measured["results"]) == (False, {"eval_loss": 0.5})  # the card comes in between
     again.finish()
     finished = json.loads((tmp_path / "run.json").read_text())
-    assert finished["finished"] is True and finished["results"] == {"eval_loss": 0.5} and finished["seconds"] >= 0
+    assert finished["finished"] is True and finished["results"] == {"eval_loss": 0.5} and 5 <= finished["seconds"] < 65
     assert finished["starts"] == 2 and finished["wandb_run_id"] == started["wandb_run_id"]
+    assert RunRecord(tmp_path / "other", identity).content["wandb_run_id"] != started["wandb_run_id"]
 
 
 def test_commit_of_a_repository_is_recorded():
@@ -79,11 +97,16 @@ def test_a_modified_file_is_said_beside_the_commit(tmp_path, monkeypatch):
     (tmp_path / "code.py").write_text("1\n")
     git("add", "code.py")
     git("commit", "-m", "first")
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent.parent))
+    monkeypatch.setattr(record, "__file__", str(tmp_path.parent / "record.py"))
+    assert environment()["commit"] is None  # outside of the repository
     monkeypatch.setattr(record, "__file__", str(tmp_path / "record.py"))
     (tmp_path / "notes.txt").write_text("of nobody's concern\n")
     assert environment()["commit"] == git("rev-parse", "HEAD")
     (tmp_path / "code.py").write_text("2\n")
     assert environment()["commit"] == git("rev-parse", "HEAD") + "+modified"
+    monkeypatch.setenv("PATH", "")
+    assert environment()["commit"] is None  # no git
 
 
 def test_curves_and_histogram_are_pictures_with_ink(tmp_path):
