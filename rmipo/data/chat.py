@@ -219,8 +219,9 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """Special tokens, also those such as <|eot_id|> that have no role in the tokenizer; the longest first."""
-    added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-    return sorted(added | set(tokenizer.all_special_tokens), key=len, reverse=True)
+    return sorted(
+        (token.content for token in tokenizer.added_tokens_decoder.values() if token.special), key=len, reverse=True
+    )
 
 
 def difference(tokenizer: PreTrainedTokenizerBase, longer: str, shorter: str) -> list[int]:

@@ -60,8 +60,8 @@ def tokenize_pairs(
         num_proc=num_proc,
         desc="Tokenising pairs",
     )
-    keep = np.array([reason is None for reason in tokenized["reason"]], dtype=bool)
-    cut = {side: np.array(tokenized[f"{side}_cut"], dtype=bool)[keep] for side in SIDES}
+    keep = np.array([reason is None for reason in tokenized["reason"]])
+    cut = {side: np.array(tokenized[f"{side}_cut"])[keep] for side in SIDES}
     lengths = {side: pc.list_value_length(tokenized.data[f"{side}_ids"]).to_numpy()[keep] for side in SIDES}
     report = DataReport(rows=len(tokenized), dropped=rows_by_reason(tokenized["reason"], tokenized["row"]))
     report.check_dropped(max_dropped_fraction)
@@ -95,7 +95,7 @@ def tokenize_batch(batch: dict, chat_format: ChatFormat, max_length: int, max_pr
             reason = unusable_tokens(whole, ids, chat_format)
         out["reason"].append(reason)
         for i, side in enumerate(SIDES):
-            out[f"{side}_ids"].append(ids[i] if reason is None else [])
+            out[f"{side}_ids"].append(ids[i])
             out[f"{side}_cut"].append(bool(cut[i]))
     return out
 

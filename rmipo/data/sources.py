@@ -39,8 +39,6 @@ def load_sources(data_config: DataConfig, split: str) -> list[tuple[str, Dataset
                     "mixture's `columns`"
                 )
             dataset = dataset.select_columns([*columns, "row"])
-        if len(dataset) == 0:
-            raise DataError(f"{entry['path']}: the {source_split} split has no rows.")
         first_row = dataset[-1]["row"] + 1
         sources.append((entry["path"], dataset))
     return sources

@@ -4,6 +4,7 @@ import gzip
 
 import numpy as np
 import pytest
+from datasets import Dataset
 
 from rmipo.data import sources
 from rmipo.data.chat import DataError
@@ -336,6 +337,12 @@ def test_files_that_are_not_data(tmp_path):
     notes = write(tmp_path / "notes.jsonl.txt", pairs(0))
     with pytest.raises(DataError, match=rf"{notes}: a data file ends in one of \.jsonl"):
         load_pairs(config(notes), "train")
+
+
+def test_a_table_without_rows(tmp_path):
+    Dataset.from_list(pairs(0)).select([]).to_parquet(tmp_path / "train.parquet")
+    with pytest.raises(DataError, match=r"train\.parquet can't be read as parquet: .*corresponds to no data"):
+        load_pairs(config(tmp_path), "train")
 
 
 ROW = b'{"prompt": "a", "chosen": "b", "rejected": "c"}\n'
