@@ -157,13 +157,15 @@ def hold_out(dataset: Dataset, split: str, source: str) -> Dataset:
 def find_split(folder: Path, name: str, split: str) -> list[Path]:
     """Files of split `name` in a folder or its data/: `train_prefs.jsonl.gz`, `data/train-00000-of-00002.parquet`.
 
+    Shards of older uploads also have a hash: `data/train-00000-of-00002-9564e8b05b4757ab.parquet`.
+
     Where no file has the recipe's name of a split, the only split named like `split` ("train...") is taken, so that a
     local copy may call it differently from the hub.
     """
     found: dict[str, list[Path]] = {}
     for path in sorted([*folder.glob("*"), *folder.glob("data/*")]):
         if path.is_file() and (ending := suffix(path)):
-            stem = re.sub(r"-\d+-of-\d+$", "", path.name.removesuffix(ending))
+            stem = re.sub(r"-\d+-of-\d+(-[0-9a-f]+)?$", "", path.name.removesuffix(ending))
             found.setdefault(stem, []).append(path)
     alike = [stem for stem in found if stem.startswith(split)]
     if name not in found and len(alike) == 1:

@@ -122,6 +122,7 @@ def test_prior_contexts():
     assert llama.prior_context("bos") == [0]
     assert llama.prior_context("header") == [0, *llama.header_ids]
     assert llama.prior_context("none") == []
+    assert ChatFormat.probe(make_tokenizer("llama3"), header_in_response=True).prior_context("header") == [0]
     mistral = ChatFormat.probe(make_tokenizer("mistral-instruct"))
     assert mistral.prior_context("header") == mistral.prior_context("bos") == [1]
     qwen = ChatFormat.probe(make_tokenizer("qwen3"))

@@ -194,6 +194,8 @@ def test_tokens_and_report():
     rows = [pair(i, chosen=[assistant("word" + " word" * (i - 1))]) for i in range(1, 21)]
     tokenized, report = tokenize(rows)
     assert tokenized.column_names == ["prompt_ids", "chosen_ids", "rejected_ids", "row"]
+    for side in ("prompt", "chosen", "rejected"):
+        assert np.iinfo(tokenized.features[f"{side}_ids"].feature.dtype).max > 262_144  # Gemma's vocabulary
     chat = ChatFormat.probe(make_tokenizer("llama3"))
     for row, ids in zip(rows, tokenized, strict=True):
         expected = chat.pair_ids(row["prompt"], row["chosen"], row["rejected"])
