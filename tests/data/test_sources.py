@@ -39,7 +39,7 @@ def test_a_split_of_a_folder_is_found_by_name(tmp_path, name, split):
     assert questions(load_pairs(data_config, "test")) == [7]
 
 
-@pytest.mark.parametrize("ending", ["", "-9564e8b05b4757ab"])  # a hash, as datasets wrote it until 2.14
+@pytest.mark.parametrize("ending", ["", "-9564e8b05b4757ab"])  # a hash, as older versions of datasets wrote it
 def test_shards_are_joined(tmp_path, ending):
     for i in (2, 0, 3, 1):
         write(tmp_path / f"data/train-{i:05}-of-00004{ending}.parquet", pairs(2 * i, 2 * i + 1))
