@@ -94,9 +94,8 @@ def take_fractions(datasets: list[Dataset], entries: list[dict]) -> list[Dataset
     fractions = [entry.get("fraction") for entry in entries]
     if fractions[0] is None:
         return datasets
-    shares = [fraction / sum(fractions) for fraction in fractions]
-    total = min(len(dataset) / share for dataset, share in zip(datasets, shares, strict=True))
-    sizes = [round(share * total) for share in shares]
+    total = min(len(dataset) / fraction for dataset, fraction in zip(datasets, fractions, strict=True))
+    sizes = [round(fraction * total) for fraction in fractions]
     for entry, size in zip(entries, sizes, strict=True):
         if size == 0:
             raise DataError(f"{entry['path']}: fraction {entry['fraction']} takes none of its rows. Raise it")
@@ -157,7 +156,7 @@ def hold_out(dataset: Dataset, split: str, source: str) -> Dataset:
 def find_split(folder: Path, name: str, split: str) -> list[Path]:
     """Files of split `name` in a folder or its data/: `train_prefs.jsonl.gz`, `data/train-00000-of-00002.parquet`.
 
-    Shards of older uploads also have a hash: `data/train-00000-of-00002-9564e8b05b4757ab.parquet`.
+    Shards of older uploads have a hash too: `data/train-00000-of-00002-9564e8b05b4757ab.parquet`.
 
     Where no file has the recipe's name of a split, the only split named like `split` ("train...") is taken, so that a
     local copy may call it differently from the hub.
