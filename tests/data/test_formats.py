@@ -51,10 +51,13 @@ def test_full_dialogues_whose_shared_turns_are_the_prompt(tmp_path):
         ([assistant("b")], [user("a"), assistant("c")]),
         ([user("a"), assistant("b")], []),
         ([], [user("a"), assistant("c")]),
+        ("b", [user("a"), assistant("c")]),
+        ([user("a"), assistant("b")], "c"),
     ],
 )
 def test_one_dialogue_and_one_response_are_not_a_pair_of_dialogues(chosen, rejected):
     row = {"prompt": "a", "chosen": chosen, "rejected": rejected}
+    chosen, rejected = ([assistant(side)] if isinstance(side, str) else side for side in (chosen, rejected))
     assert formats.read_row(row, formats.PAIRS) == ([user("a")], chosen, rejected)
 
 
@@ -109,7 +112,10 @@ def test_responses_without_a_prompt(tmp_path):
     rows = [{"chosen": "b", "rejected": "c"}] * 7
     with pytest.raises(DataError, match=r"no prompt, and the other columns .*: rows 0, 1, 2, 3, 4 and 2 more"):
         load(tmp_path, rows)
-    for row in ({"prompt": None, **rows[0]}, {"chosen": [assistant("b")], "rejected": [assistant("c"), user("d")]}):
+    for row in (
+        {"prompt": None, **rows[0]},
+        {"chosen": [assistant("b"), user("c")], "rejected": [assistant("d"), user("e")]},
+    ):
         with pytest.raises(DataError, match="no prompt, and the other columns match no accepted format"):
             formats.read_row(row, formats.PAIRS)
 
@@ -159,13 +165,16 @@ def test_a_system_column_is_a_message_in_front(tmp_path):
         {"system": "", "prompt": "q", "chosen": "yes", "rejected": "no"},
         {"system": None, "prompt": "q", "chosen": "yes", "rejected": "no"},
     ]
-    assert [row["prompt"] for row in load(tmp_path, rows)] == [[pirate, user("q")], [user("q")], [user("q")]]
+    sides = ([assistant("yes")], [assistant("no")])
+    for row, prompt in zip(rows, ([pirate, user("q")], [user("q")], [user("q")]), strict=True):
+        assert formats.read_row(row, formats.PAIRS) == (prompt, *sides)
     turns = {"chosen": [pirate, user("q"), assistant("yes")], "rejected": [pirate, user("q"), assistant("no")]}
     assert load(tmp_path, [{"system": " Answer like a pirate.\n", **turns}])[0]["prompt"] == [pirate, user("q")]
-    with pytest.raises(DataError, match=r"`system` differs from the system message of the row: .*: row 0"):
-        load(tmp_path, [{"system": "Be brief", **turns}])
-    with pytest.raises(DataError, match="`system` is int, expected text: row 0"):
-        load(tmp_path, [{**rows[0], "system": 3}])
+    for other in ("Be brief", "Answer like a pirate."):
+        with pytest.raises(DataError, match="`system` differs from the system message of the row: "):
+            formats.read_row({"system": other, **turns}, formats.PAIRS)
+    with pytest.raises(DataError, match="`system` is int, expected text"):
+        formats.read_row({**rows[0], "system": 3}, formats.PAIRS)
 
 
 COLUMNS = "system_prompt system_message history tools functions documents images chat_template_kwargs"
@@ -302,6 +311,7 @@ def test_why_a_dialogue_is_unusable(messages, reason):
 def test_responses_that_differ_in_case_or_inner_spaces_are_a_pair():
     for chosen, rejected in (("Yes", "yes"), ("a  b", "a b")):
         assert formats.unusable_pair([user("q")], [assistant(chosen)], [assistant(rejected)]) is None
+    assert formats.unusable_pair([user("q")], [assistant("")], [assistant(" ")]) == "chosen is empty"
 
 
 @pytest.mark.parametrize(
