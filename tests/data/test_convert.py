@@ -1,5 +1,7 @@
 """Prepared rows are those of the code and libraries that are there now; both splits; rows that can't be read."""
 
+from pathlib import Path
+
 import pytest
 from trl import SFTConfig
 
@@ -40,7 +42,8 @@ def test_rows_of_other_code_are_prepared_again(monkeypatch, tmp_path):
 
     def fingerprints():
         loaded, tokenized = load_pairs(config(tmp_path), "train"), tokenize(pairs(0, 1))[0]
-        return loaded._fingerprint, tokenized._fingerprint
+        written = Path(loaded.cache_files[0]["filename"]).stat().st_mtime_ns
+        return loaded._fingerprint, tokenized._fingerprint, written
 
     before = fingerprints()
     assert fingerprints() == before

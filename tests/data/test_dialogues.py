@@ -182,6 +182,15 @@ def test_dialogues_that_are_cut_are_counted_as_tokens_of_the_template(tmp_path, 
     assert select(rows, chat, tmp_path, max_length=None)[1].rows_cut == 0
 
 
+def test_a_bos_that_the_template_leaves_out_is_not_counted(tmp_path):
+    """TRL adds none."""
+    zephyr = ChatFormat.probe(make_tokenizer("zephyr"))
+    text = zephyr.tokenizer.apply_chat_template(DIALOGUE, tokenize=False)
+    length = len(zephyr.tokenizer(text, add_special_tokens=False)["input_ids"])
+    report = select(load(tmp_path, [DIALOGUE]), zephyr, tmp_path, max_length=length)[1]
+    assert (report.tokens, report.rows_cut) == ({"messages": length}, 0)
+
+
 def test_dialogues_are_measured_again_by_other_code(tmp_path, chat, monkeypatch):
     """As for pairs, see test_convert.py; here the measured rows are only in datasets' cache."""
     rows = load(tmp_path, [DIALOGUE, LONG])

@@ -94,8 +94,9 @@ def test_whole_and_cut_prompts_with_the_families_kinds_of_bos(family, bos_token,
     whole = ChatFormat.probe(tokenizer).prompt_ids(TURNS)
     tokenized, report = tokenize([pair(0, prompt=TURNS)], tokenizer)
     assert (tokenized["prompt_ids"][0], report.dropped) == (whole, {})
-    cut = tokenize([pair(0, prompt=TURNS)], tokenizer, max_prompt_length=12)[0]["prompt_ids"][0]
-    assert cut == (whole[-12:] if bos_id is None else [bos_id, *whole[-11:]])
+    assert whole[-15] != bos_id
+    cut = tokenize([pair(0, prompt=TURNS)], tokenizer, max_prompt_length=15)[0]["prompt_ids"][0]
+    assert cut == (whole[-15:] if bos_id is None else [bos_id, *whole[-14:]])
 
 
 def test_too_many_unusable_rows():
@@ -196,6 +197,7 @@ def test_tokens_and_report():
     assert tokenized.column_names == ["prompt_ids", "chosen_ids", "rejected_ids", "row"]
     for side in ("prompt", "chosen", "rejected"):
         assert np.iinfo(tokenized.features[f"{side}_ids"].feature.dtype).max > 262_144  # Gemma's vocabulary
+    assert np.iinfo(tokenized.features["row"].dtype).max > 10**9
     chat = ChatFormat.probe(make_tokenizer("llama3"))
     for row, ids in zip(rows, tokenized, strict=True):
         expected = chat.pair_ids(row["prompt"], row["chosen"], row["rejected"])

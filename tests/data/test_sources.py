@@ -77,6 +77,7 @@ def test_one_file_sets_its_last_rows_aside(tmp_path, caplog):
     train, test = (load_pairs(config(path), split) for split in ("train", "test"))
     assert questions(train) == list(range(52))
     assert questions(test) == test["row"][:] == [52, 53, 54]
+    assert questions(load_pairs(config(path, max_eval_samples=2), "test")) == [52, 53]
     assert f"{path}: one file, so its last 3 of 55 rows are the test split" in caplog.text
     few = write(tmp_path / "few.jsonl", pairs(*range(10)))
     for split in ("train", "test"):
@@ -269,6 +270,7 @@ def test_a_configuration_and_revision_reach_the_hub(monkeypatch):
         (config("a/b", dataset_config="tiny", dataset_revision="v2", dataset_train_split="train_x"), "train"),
         (DataConfig(datasets=[entry | {"test_split": "dev"}]), "test"),
         (DataConfig(datasets=[{"path": "a/b", "split": "train_y"}]), "train"),
+        (DataConfig(datasets=[{"path": "a/b"}], dataset_train_split="train_z"), "train"),
     ):
         with pytest.raises(ZeroDivisionError):
             load_pairs(data_config, split)
@@ -277,6 +279,7 @@ def test_a_configuration_and_revision_reach_the_hub(monkeypatch):
         ("a/b", {"split": "train_x", "name": "tiny", "revision": "v2"}),
         ("a/b", {"split": "dev", "name": "x", "data_dir": "sub", "data_files": "c.jsonl", "revision": "v3"}),
         ("a/b", {"split": "train_y"}),
+        ("a/b", {"split": "train_z"}),
     ]
 
 

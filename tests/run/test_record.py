@@ -6,7 +6,7 @@ import pytest
 from transformers import TrainerControl, TrainerState
 
 from rmipo.files import replacing, write_atomically, write_lines
-from rmipo.record import append_metrics, keep_metrics, read_generations, read_metrics, write_generations
+from rmipo.record import append_metrics, keep_metrics, read_generations, read_metrics, recorded_run, write_generations
 from rmipo.run.callbacks import LineAtCheckpoint, MetricsFile
 from rmipo.run.identity import WITHOUT_EFFECT, differences
 
@@ -62,6 +62,7 @@ def test_generations_replace_those_before(tmp_path):
 
 def test_a_folder_without_lines_has_none(tmp_path):
     assert read_metrics(tmp_path) == [] == read_generations(tmp_path)
+    assert recorded_run(tmp_path) is None
 
 
 def test_an_evaluation_is_written_once_and_the_summary_never(tmp_path):
