@@ -206,7 +206,7 @@ def summarize_margin(name: str, columns: Mapping[str, Tensor], gamma_min: float,
             "pmi_chosen_mean": columns["pmi_chosen"].double().mean(),
             "pmi_rejected_mean": columns["pmi_rejected"].double().mean(),
         }
-        if signal.std(unbiased=False) > 0 and length_difference.std(unbiased=False) > 0:  # undefined otherwise
+        if signal.min() < signal.max() and length_difference.min() < length_difference.max():  # undefined otherwise
             summary["corr_delta_pmi_length"] = torch.corrcoef(torch.stack([signal, length_difference]))[0, 1]
     return {f"{name}/{key}": value.item() for key, value in summary.items()}
 

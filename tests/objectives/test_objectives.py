@@ -420,6 +420,37 @@ def test_evaluation_uses_the_state_and_leaves_it():
         assert state.keys() == before.keys() and all(state[key].equal(before[key]) for key in state)
 
 
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_an_evaluation_before_the_first_step_is_a_first_micro_batch(name):
+    """But beta-DPO leaves nothing out; what it adapts carries no gradient there either."""
+    _, scores = batch()
+    objective = build_objective({"name": name, **({"rho": 0.0} if name == "beta-dpo" else {})})
+    gradients = []
+    for state in (None, objective.init_state()):
+        chosen = scores.chosen_logps.clone().requires_grad_()
+        losses = objective(replace(scores, chosen_logps=chosen), state).losses
+        losses.sum().backward()
+        gradients.append((losses.detach(), chosen.grad))
+    torch.testing.assert_close(*gradients)
+    if name == "beta-dpo":
+        default = build_objective({"name": name})
+        assert default(scores, default.init_state()).diagnostics["kept"].tolist() == [1.0] * 5
+        assert default(scores).diagnostics["kept"].sum() == 4
+
+
+@pytest.mark.parametrize("name", [name for name in OBJECTIVES if name != "simper"])  # which has bounded losses
+def test_losses_far_on_the_wrong_side_are_finite(name):
+    """Differences of thousands of nats, where float32's sigmoid is 0 and its logarithm infinite."""
+    _, scores = batch(dtype=torch.float32)
+    chosen = (scores.chosen_logps - 1000 * scores.chosen_lengths).requires_grad_()
+    losses = build_objective({"name": name, **({"beta": 2} if "beta" in KEYS[name] else {})})(
+        replace(scores, chosen_logps=chosen)
+    ).losses
+    losses.sum().backward()
+    assert losses.isfinite().all() and chosen.grad.isfinite().all()
+    assert name == "kto" or (losses.max() > 1 and (chosen.grad != 0).any())
+
+
 def test_running_statistics_are_bias_corrected():
     objective = build_objective({"name": "alpha-dpo"})
     state, decayed, weight = objective.init_state(), 0.0, 0.0
@@ -461,7 +492,7 @@ def test_beta_dpo_kept_count_and_loss(pairs, rho, kept):
     objective = build_objective({"name": "beta-dpo", "rho": rho})
     out = objective(scores)
     chosen = out.diagnostics["kept"].bool()
-    assert chosen.sum() == kept
+    assert chosen.sum() == kept and out.diagnostics["kept"].mean().item() == kept / pairs
     values = gap(scores, per_token=False)
     beta = max(1e-3, 0.1 * (1 + 0.6 * (values[chosen].mean() - values.mean()).item()))
     expected = torch.nn.functional.softplus(-beta * values[chosen]).mean()
@@ -475,17 +506,17 @@ def test_beta_dpo_floor():
 
 
 def test_epsilon_dpo_follows_the_perturbed_policies():
-    _, scores = batch(count=5)
+    _, scores = batch(count=9)
     base = scores.chosen_logps - scores.rejected_logps
     scores = replace(  # k is 0 wherever the policy is not strictly between the perturbed ones, whatever their order
         scores,
-        plus_logratios=base + torch.tensor([0.1, -0.1, 0.2, -0.1, 0.0], dtype=torch.float64),
-        minus_logratios=base + torch.tensor([-0.1, 0.1, 0.1, -0.2, -0.1], dtype=torch.float64),
+        plus_logratios=base + torch.tensor([0.1, -0.1, 0.2, -0.1, 0.0, 0.1, 0.0, -0.1, 0.1], dtype=torch.float64),
+        minus_logratios=base + torch.tensor([-0.1, 0.1, 0.1, -0.2, -0.1, 0.0, 0.1, 0.0, 0.2], dtype=torch.float64),
     )
     objective = build_objective({"name": "epsilon-dpo", "beta": 0.1, "epsilon": 0.5})
     out = objective(scores)
-    assert out.diagnostics["k"].tolist() == [1, -1, 0, 0, 0]
-    beta = torch.tensor([0.1 / 1.5, 0.1 / 0.5, 0.1, 0.1, 0.1], dtype=torch.float64)
+    assert out.diagnostics["k"].tolist() == [1, -1, 0, 0, 0, 0, 0, 0, 0]
+    beta = torch.tensor([0.1 / 1.5, 0.1 / 0.5, *[0.1] * 7], dtype=torch.float64)
     torch.testing.assert_close(out.chosen_rewards, beta * (scores.chosen_logps - scores.ref_chosen_logps))
     k = torch.tensor([1.0, 1.0, 0.0, -1.0])
     state = objective.end_step(objective.init_state(), {"k": k})
@@ -505,6 +536,7 @@ def test_epsilon_dpo_follows_the_perturbed_policies():
         (
             {"name": "rmipo", "gama_min": 1, "schedule": "step", "beta": -1, "span": "2", "length_normalization": 1},
             [
+                "The recipe's objective block does not fit rmipo:",
                 "objective.gama_min is not a key of rmipo: did you mean gamma_min?",
                 "objective.schedule is 'step' (str): expected exponential | linear | cosine | constant",
                 "objective.beta is -1 (int): expected a number > 0",
@@ -513,11 +545,10 @@ def test_epsilon_dpo_follows_the_perturbed_policies():
                 "Its keys: beta",
             ],
         ),
-        ({"name": "simpo", "gamma_beta_ratio": 0.5}, ["gamma, which is beta * gamma_beta_ratio"]),
-        ({"name": "alpha-dpo", "gamma": 0.5}, ["gamma_beta_ratio, which is gamma / beta"]),
-        ({"name": "ipo", "beta": 0.1}, ["use tau"]),
-        ({"name": "slic", "beta": 0.1}, ["use delta"]),
-        ({"name": "cpo", "cpo_alpha": 0.1}, ["use sft_weight"]),
+        (
+            {"name": "dpo", "z": 1, "y": 1, "x": 1, "w": 1},
+            ["\n  ".join(f"objective.{key} is not a key of dpo" for key in "wxyz")],
+        ),
         ({"name": "rmipo", "gamma_min": 1.7}, ["objective.gamma_min is 1.7: expected at most gamma_max, which is 1.6"]),
         ({"name": "rmipo", "gamma_min": 1.7, "gamm": 1}, ["at most gamma_max", "objective.gamm is not a key"]),
         ({"name": "rmipo", "prior_context": "none"}, ["not with fidelity 'paper'"]),
@@ -540,14 +571,104 @@ def test_errors_name_everything_at_once(block, fragments):
         assert fragment in str(error.value)
 
 
+HINTS = {  # keys of other code bases -> what to write here
+    "rmipo": dict.fromkeys(("gamma", "gamma_beta_ratio"), "use gamma_min and gamma_max"),
+    "slic": {"beta": "use delta (Table 4 prints it as beta)", "lambda": "use sft_weight"},
+    "ipo": {"beta": "use tau (TRL calls it beta)"},
+    "cpo": dict.fromkeys(("alpha", "cpo_alpha", "lambda"), "use sft_weight"),
+    "kto": {"lambda_w": "use desirable_weight", "lambda_l": "use undesirable_weight"},
+    "simpo": {"gamma_beta_ratio": "use gamma, which is beta * gamma_beta_ratio"},
+    "alpha-dpo": {"gamma": "use gamma_beta_ratio, which is gamma / beta"},
+    "beta-dpo": {"a": "use alpha", "mode_weight": "use rho"},
+    "epsilon-dpo": {"eps": "use epsilon"},
+}
+
+
+@pytest.mark.parametrize("name", HINTS)
+def test_the_keys_of_other_code_bases_are_translated(name):
+    for key, hint in HINTS[name].items():
+        with pytest.raises(ValueError) as error:
+            build_objective({"name": name, key: 1})
+        assert f"objective.{key} is not a key of {name}: {hint}\n" in str(error.value)
+
+
+POSITIVE, NOT_NEGATIVE, FLAG = "a number > 0", "a number >= 0", "true or false"
+KEYS = {  # default and domain
+    "rmipo": {
+        "beta": (2.0, POSITIVE),
+        "gamma_min": (0.3, NOT_NEGATIVE),
+        "gamma_max": (1.6, POSITIVE),
+        "schedule": ("exponential", "exponential | linear | cosine | constant"),
+        "span": (2.0, POSITIVE),
+        "pmi_normalization": ("token", "token | sequence"),
+        "prior_context": ("header", "header | bos | none"),
+        "prior_model": ("policy", "policy | initial"),
+        "length_normalization": (True, FLAG),
+        "fidelity": ("paper", "paper | release"),
+        "signal": ("pmi", "pmi | loglik"),
+        "target": ("gamma", "gamma | beta"),
+    },
+    "dpo": {"beta": (0.01, POSITIVE), "length_normalization": (False, FLAG)},
+    "slic": {
+        "delta": (1.0, POSITIVE),
+        "sft_weight": (1.0, NOT_NEGATIVE),
+        "length_normalization": (False, FLAG),
+        "sft_normalization": ("sequence", "sequence | token"),
+    },
+    "ipo": {"tau": (0.5, POSITIVE), "length_normalization": (True, FLAG)},
+    "cpo": {
+        "beta": (0.01, POSITIVE),
+        "sft_weight": (1.0, NOT_NEGATIVE),
+        "sft_normalization": ("token", "token | sequence"),
+    },
+    "kto": {
+        "beta": (0.01, POSITIVE),
+        "desirable_weight": (1.0, POSITIVE),
+        "undesirable_weight": (1.0, POSITIVE),
+    },
+    "simpo": {"beta": (2.0, POSITIVE), "gamma": (1.0, NOT_NEGATIVE), "length_normalization": (True, FLAG)},
+    "alpha-dpo": {
+        "beta": (2.5, POSITIVE),
+        "gamma_beta_ratio": (0.6, NOT_NEGATIVE),
+        "alpha": (0.2, NOT_NEGATIVE),
+        "fidelity": ("release", "release | paper"),
+        "length_normalization": (True, FLAG),
+    },
+    "beta-dpo": {
+        "beta": (0.1, POSITIVE),
+        "alpha": (0.6, NOT_NEGATIVE),
+        "rho": (0.2, "a number >= 0 and < 1"),
+        "fidelity": ("release", "release | paper"),
+    },
+    "epsilon-dpo": {
+        "beta": (0.01, POSITIVE),
+        "epsilon": (0.01, "a number > 0 and < 1"),
+        "fidelity": ("release", "release | paper"),
+    },
+    "simper": {"constant_length": (0.0, NOT_NEGATIVE)},
+}
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_every_key_has_its_default_and_its_domain(name):
+    assert {f.name: (f.default, f.metadata["domain"]) for f in fields(OBJECTIVES[name])} == KEYS[name]
+
+
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_every_number_refuses_what_is_outside_its_domain(name):
     for f in fields(OBJECTIVES[name]):
         if isinstance(f.default, float):
-            for value in (-1, float("inf"), "1", None):
+            outside = [-1, float("inf"), "1", None, *([1] if "< 1" in f.metadata["domain"] else [])]
+            for value in outside + [0] * ("> 0" in f.metadata["domain"]):
                 with pytest.raises(ValueError, match=rf"objective\.{f.name} is"):
                     OBJECTIVES[name](**{f.name: value})
+            if ">= 0" in f.metadata["domain"]:
+                assert getattr(OBJECTIVES[name](**{f.name: 0}), f.name) == 0
             assert isinstance(getattr(OBJECTIVES[name](), f.name), float)
+
+
+def test_a_whole_number_is_read_as_a_number():
+    assert repr(build_objective({"name": "dpo", "beta": 1})) == "DPO(beta=1.0, length_normalization=False)"
 
 
 def test_objectives_that_need_several_pairs_say_so():
@@ -664,6 +785,22 @@ def test_loglik_signal_is_per_token_whatever_the_reward():
         block = {"name": "rmipo", "signal": "loglik", "length_normalization": length_normalization}
         gamma = build_objective(block)(scores).gamma
         torch.testing.assert_close(gamma, 0.3 + 1.3 * torch.exp(-signal.clamp(min=0)))
+
+
+def test_pmi_is_per_token_or_summed_whatever_the_reward():
+    _, scores = batch()
+    chosen, rejected = (
+        getattr(scores, f"{side}_logps") - getattr(scores, f"prior_{side}_logps") for side in ("chosen", "rejected")
+    )
+    signals = {
+        "token": chosen / scores.chosen_lengths - rejected / scores.rejected_lengths,
+        "sequence": chosen - rejected,
+    }
+    for normalization, signal in signals.items():
+        for length_normalization in (True, False):
+            block = {"name": "rmipo", "pmi_normalization": normalization, "length_normalization": length_normalization}
+            gamma = build_objective(block)(scores).gamma
+            torch.testing.assert_close(gamma, 0.3 + 1.3 * torch.exp(-signal.clamp(min=0)))
 
 
 def test_equal_bounds_are_a_constant_margin():

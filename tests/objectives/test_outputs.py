@@ -63,6 +63,24 @@ def test_means_are_over_all_pairs():
     assert (summary["epsilon-dpo/k_plus"], summary["epsilon-dpo/k_minus"]) == (0.25, 0.5)
 
 
+def test_means_of_float32_columns_are_taken_in_float64():
+    """2^24 + 1 is no number in float32."""
+    column = torch.tensor([2.0**24, 1, 0])
+    mean = (2**24 + 1) / 3
+    assert build_objective({"name": "slic"}).summarize({"nll": column}) == {"slic/nll": mean}
+    summary = build_objective({"name": "epsilon-dpo"}).summarize({"running_beta": column, "k": column})
+    assert summary["epsilon-dpo/beta"] == mean
+    names = ("gamma", "delta_pmi", "pmi_chosen", "pmi_rejected", "chosen_lengths", "rejected_lengths")
+    summary = build_objective({"name": "rmipo"}).summarize(dict.fromkeys(names, column))
+    assert [summary[f"rmipo/{name}_mean"] for name in names[:4]] == [mean] * 4
+    for name in ("alpha-dpo", "beta-dpo"):
+        zeros, ones = torch.zeros(3), torch.ones(3)
+        scores = PairScores(column, zeros, ones, ones, ref_chosen_logps=zeros, ref_rejected_logps=zeros)
+        objective = build_objective({"name": name})
+        state = objective.observe(objective.init_state(), scores)
+        assert state["gap_mean"].item() == pytest.approx(0.1 * mean, rel=1e-12)
+
+
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_columns_are_detached_and_of_one_type(name):
     """The trainer stacks all columns of a micro-batch into one table and gathers that."""
@@ -114,18 +132,35 @@ def test_the_release_multiplies_a_constant_margin_too():
 def test_an_empty_response_has_a_mean_of_0():
     scores = PairScores(t(0), t(-2), t(0), t(4))
     assert [value.tolist() for value in scores.logps(per_token=True)] == [[0], [-0.5]]
+    scores = PairScores(t(-2), t(0), t(4), t(0))
+    assert [value.tolist() for value in scores.logps(per_token=True)] == [[-0.5], [0]]
+
+
+def test_the_sft_loss_of_empty_responses_is_0():
+    scores = PairScores(t(0, 0), t(-2, -1), t(0, 0), t(4, 3))
+    for normalization in ("token", "sequence"):
+        block = {"name": "cpo", "sft_normalization": normalization}
+        assert build_objective(block)(scores).diagnostics["nll"].tolist() == [0, 0]
+
+
+def test_alpha_dpo_without_length_normalization_has_the_gaps_of_sums():
+    block = {"name": "alpha-dpo", "beta": 2.5, "gamma_beta_ratio": 0.6, "alpha": 0.2, "length_normalization": False}
+    output = build_objective(block)(SCORES, settled(0.5, 0.25))  # gaps 4 and 0: 14 and -2 deviations off
+    assert output.gamma.tolist() == pytest.approx([2.5 * (0.6 + 0.2 * 14), 2.5 * (0.6 - 0.2 * 2)])
+    state = build_objective(block).observe(build_objective(block).init_state(), SCORES)
+    assert state["gap_mean"].item() == pytest.approx(0.1 * 2)
 
 
 def test_the_shares_at_the_bounds():
     """At the upper one as float32 rounds it; the lower one is only approached."""
     objective = build_objective({"name": "rmipo", "gamma_max": 1.4})
-    gamma = torch.tensor([1.4, 1.4, 1.3, 0.305])
+    gamma = torch.tensor([1.4, 1.4, 1.3999, 1.3, 0.32, 0.309, 0.305, 0.3])
     assert gamma[0].double() < 1.4
     summary = objective.summarize({"gamma": gamma})
-    assert (summary["rmipo/gamma_at_max"], summary["rmipo/gamma_at_min"]) == (0.5, 0.25)
+    assert (summary["rmipo/gamma_at_max"], summary["rmipo/gamma_at_min"]) == (2 / 8, 3 / 8)
 
 
-def test_a_correlation_with_equal_length_differences_is_left_out():
+def test_a_correlation_with_equal_values_on_either_side_is_left_out():
     """It would be NaN in every log line of such a batch."""
     columns = {"gamma": t(1, 1, 1), "delta_pmi": t(0.1, 0.2, 0.4), "pmi_chosen": t(1, 1, 1), "pmi_rejected": t(1, 1, 1)}
     columns |= {"chosen_lengths": t(3, 4, 5), "rejected_lengths": t(1, 2, 3)}
@@ -133,6 +168,8 @@ def test_a_correlation_with_equal_length_differences_is_left_out():
     assert "rmipo/corr_delta_pmi_length" not in objective.summarize(columns)
     columns["rejected_lengths"] = t(1, 2, 2)
     assert objective.summarize(columns)["rmipo/corr_delta_pmi_length"] == pytest.approx(0.944911)
+    columns["delta_pmi"] = t(0.2, 0.2, 0.2)
+    assert "rmipo/corr_delta_pmi_length" not in objective.summarize(columns)
 
 
 # ---------------------------------------------------------------------------------------------- running statistics
@@ -151,6 +188,14 @@ def test_running_deviation_is_the_unbiased_one_of_each_micro_batch(name):
     state = objective.observe(state, gaps(0, 6, 0, 6))  # of sqrt(12)
     std = objective(gaps(1, 2), {k: v for k, v in state.items() if not k.startswith("batch_")}).diagnostics["gap_std"]
     assert std[0].item() == pytest.approx((0.9 * 0.1 * 2**0.5 + 0.1 * 12**0.5) / 0.19)
+
+
+@pytest.mark.parametrize("name", ["alpha-dpo", "beta-dpo"])
+def test_a_small_deviation_is_kept_and_none_is_a_millionth(name):
+    objective = build_objective({"name": name})
+    for values, expected in (((0, 1e-4), 1e-4 / 2**0.5), ((3, 3), 1e-6)):
+        std = objective(gaps(*values), objective.init_state()).diagnostics["gap_std"]
+        assert std.tolist() == pytest.approx([expected] * 2)
 
 
 @pytest.mark.parametrize("name", ["alpha-dpo", "beta-dpo"])

@@ -53,6 +53,12 @@ def test_span_is_where_linear_and_cosine_reach_the_minimum():
         assert low > 0 and high == 0
 
 
+def test_span_is_nothing_to_exponential_and_constant():
+    for schedule in ("exponential", "constant"):
+        narrow, wide = (scheduled_margin(t(-1, 0.5, 3), 0.3, 1.6, schedule, span) for span in (1.0, 4.0))
+        assert narrow.equal(wide)
+
+
 def test_default_spans_compare_schedules_of_equal_mean():
     """Over Delta_pmi >= 0 the three decays keep the same area, so that Table 7 compares shapes, not mean margins."""
     d = torch.linspace(0, 40, 400_001, dtype=torch.float64)
