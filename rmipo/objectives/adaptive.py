@@ -152,7 +152,7 @@ class BetaDPO(Objective):
             excess = self.beta * (gap.detach() - mean)
         else:
             excess = state.get("batch_center", gap.detach().mean()) - mean
-        beta = (self.beta * (1 + self.alpha * excess)).clamp(min=BETA_FLOOR).to(gap)
+        beta = (self.beta * (1 + self.alpha * excess)).clamp(min=BETA_FLOOR)
         share = kept * len(kept) / kept.sum().clamp(min=1)  # so that the mean over pairs is the mean over kept pairs
         losses = share * margin_loss(beta * gap)
         diagnostics = {"gap_mean": mean, "gap_std": std, "kept": kept, "beta": beta}

@@ -76,7 +76,7 @@ class KTO(Objective):
     def observe(self, state: State, scores: PairScores, gather: Gather = one_process, rank: int = 0) -> State:
         chosen = scores.mismatched_chosen_logps - scores.ref_mismatched_chosen_logps
         rejected = scores.mismatched_rejected_logps - scores.ref_mismatched_rejected_logps
-        return {**state, "batch_kl": gather(torch.cat([chosen, rejected]).detach()).mean().clamp(min=0)}
+        return {"batch_kl": gather(torch.cat([chosen, rejected]).detach()).mean().clamp(min=0)}
 
     def __call__(self, scores: PairScores, state: State | None = None) -> ObjectiveOutput:
         if not state:
