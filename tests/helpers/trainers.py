@@ -1,5 +1,6 @@
 """The preference trainer on small models and random pairs."""
 
+import torch
 from datasets import Dataset
 
 from rmipo.objectives import build_objective
@@ -40,6 +41,17 @@ def make_trainer(output_dir, pairs, objective=RMIPO, model=None, eval_pairs=None
         reference_model=reference_model,
         callbacks=[MetricsFile()],
     )
+
+
+def recorded_forwards(model):
+    """A list that every forward of `model` from here on adds to: positions, gradients on, training mode."""
+    forwards = []
+
+    def record(module, args, kwargs):
+        forwards.append((kwargs["input_ids"].shape[1], torch.is_grad_enabled(), module.training))
+
+    model.register_forward_pre_hook(record, with_kwargs=True)
+    return forwards
 
 
 def rows_per_step(trainer):

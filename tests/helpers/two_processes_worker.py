@@ -3,26 +3,47 @@
 `launch(["tests/helpers/two_processes_worker.py", FOLDER], processes=2)`
 """
 
+import copy
 import json
+import os
 import sys
 import time
 from pathlib import Path
 
 import torch
-from transformers import TrainerControl
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from transformers import TrainerCallback, TrainerControl
 
 from rmipo.run.stop import StopOnSignal
 from rmipo.training.finite import NonFiniteLossError
 from tests.helpers.small_models import make_model, make_pairs
 from tests.helpers.trainers import make_trainer
 
+WITH_STATISTICS = ("alpha-dpo", "beta-dpo", "epsilon-dpo")
 PAIRS = make_pairs(13, seed=4, prompt_lengths=(1, 30))
+
+
+class Exchanges(TrainerCallback):
+    """Counts how often DDP exchanges a bucket of gradients."""
+
+    count = 0
+
+    def __init__(self, trainer):
+        self.trainer = trainer
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if args.world_size > 1:
+            self.trainer.model_wrapped.register_comm_hook(None, self.exchange)
+
+    def exchange(self, group, bucket):
+        self.count += 1
+        return allreduce_hook(group, bucket)
 
 
 def gradients(output: Path, max_tokens: int | None) -> tuple[dict[str, torch.Tensor], list[int]]:
     """Gradients by parameter of one step over all pairs, and the pairs in each of this process's micro-batches.
 
-    One SGD step with a learning rate of 1: the change of the weights is the gradient.
+    One SGD step with a learning rate of 1: the change of the weights is the gradient. Processes exchange it once.
     """
     trainer = make_trainer(
         output, PAIRS, global_batch_size=13, optim="sgd", learning_rate=1.0, max_grad_norm=0.0,
@@ -30,7 +51,12 @@ def gradients(output: Path, max_tokens: int | None) -> tuple[dict[str, torch.Ten
     )  # fmt: skip
     before = {name: parameter.detach().clone() for name, parameter in trainer.model.named_parameters()}
     (step,) = trainer.get_train_dataloader().batch_sampler
+    exchanges = Exchanges(trainer)
+    trainer.add_callback(exchanges)
     trainer.train()
+    assert exchanges.count == int(trainer.args.world_size > 1), (
+        f"{exchanges.count} exchanges of {len(step)} micro-batches"
+    )
     after = trainer.model.named_parameters()
     return {name: before[name] - parameter.detach() for name, parameter in after}, [batch.real for batch in step]
 
@@ -44,6 +70,23 @@ def reference_columns(output: Path, model_folder: Path) -> tuple[float, dict[str
     return trainer.train().training_loss, trainer.train_dataset.scores
 
 
+def running_statistics(output: Path, name: str) -> dict[str, float]:
+    """The objective's state after a step of global micro-batches of four pairs."""
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    model = make_model("llama")
+    reference_model = copy.deepcopy(model) if name == "epsilon-dpo" else None
+    for parameter in model.parameters():
+        parameter.data *= 1.1
+    trainer = make_trainer(
+        output, PAIRS, {"name": name, "beta": 0.1}, model=model, reference_model=reference_model,
+        global_batch_size=13, per_device_train_batch_size=4 // processes,
+    )  # fmt: skip
+    trainer.train_dataset.scores = {f"ref_{side}_logps": -torch.arange(13.0) for side in ("chosen", "rejected")}
+    (step,) = trainer.get_train_dataloader()
+    trainer.training_step(trainer.model, step)
+    return {key: value.item() for key, value in trainer.objective_state.items()}
+
+
 def bad_loss_of_one_process(output: Path) -> tuple[str, list[int]]:
     """One pair has a token without a finite embedding: what each process says, and its own rows with a bad loss."""
     model = make_model("llama")
@@ -51,7 +94,7 @@ def bad_loss_of_one_process(output: Path) -> tuple[str, list[int]]:
     sides = ("prompt_ids", "chosen_ids", "rejected_ids")
     pairs = [{**pair, **{side: [token % 60 for token in pair[side]] for side in sides}} for pair in PAIRS]
     pairs[12]["prompt_ids"][0] = 60  # behind the pairs of the parity check
-    trainer = make_trainer(output, pairs, model=model, global_batch_size=13)
+    trainer = make_trainer(output, pairs, model=model, global_batch_size=13, warmup_steps=1)
     try:
         trainer.train()
     except NonFiniteLossError as error:
@@ -87,6 +130,7 @@ if __name__ == "__main__":
     results = {
         "gradients": gradients(folder / "gradients", 90),
         "reference": reference_columns(folder / "reference", folder / "model"),
+        "statistics": {name: running_statistics(folder / name, name) for name in WITH_STATISTICS},
         "tokens": tokens(folder / "tokens"),
         "stop": stop_of_one_process(folder / "stop"),
     }

@@ -50,5 +50,22 @@ def test_the_gradient_takes_the_place_of_the_logits():
     logits = leaf * 1.0
     labels = torch.tensor([0, 1, 2])
     expected = F.one_hot(labels, 5) - logits.detach().softmax(-1)
+    places = []
+    logits.register_hook(lambda gradient: places.append(gradient.data_ptr()))
     logprobs.label_logps(logits, labels).sum().backward()
     torch.testing.assert_close(logits.detach(), expected)
+    assert places == [logits.data_ptr()]
+
+
+def test_a_gradient_of_the_gradient_is_refused():
+    """It would be that of a constant."""
+    leaf = torch.randn(3, 5, requires_grad=True)
+    loss = (logprobs.label_logps(leaf * 1.0, torch.tensor([0, 1, 2])) ** 2).sum()
+    (gradient,) = torch.autograd.grad(loss, leaf, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
+def test_rows_at_a_time_are_as_many_as_fit():
+    assert [logprobs._rows(torch.empty(5, width)) for width in (2**14, 3 * 2**14, 2**16, 2**17)] == [4, 1, 1, 1]
+    assert logprobs.CHUNK.keys() == {"cpu", "cuda"}

@@ -4,13 +4,17 @@ import json
 import time
 import types
 
+import psutil
 import pytest
 import torch
+from datasets import Dataset
+from transformers import TrainerCallback
 
 from rmipo.objectives import build_objective
 from rmipo.record import read_metrics
+from rmipo.training.batching import PairDataset
 from rmipo.training.finite import NonFiniteLossError, raise_if_not_finite
-from rmipo.training.metrics import evaluation_metrics, step_metrics
+from rmipo.training.metrics import evaluation_metrics, num_non_embedding_parameters, peak_memory_gib, step_metrics
 from rmipo.training.state import load_objective_state, save_objective_state
 from tests.helpers.small_models import make_model, make_pairs
 from tests.helpers.trainers import make_trainer, rows_per_step
@@ -35,8 +39,14 @@ def test_ties_are_no_wins_and_ratios_have_their_own_accuracy():
     assert {name: found[name] for name in means} == means
     assert found["common/acc_logratio"] == 0.0
     columns["ref_chosen_logps"] = [-9.0, -9.0, -9.0, -9.0]  # ratios 5, 3, 7, 0 against 1, 2, 0, 1
+    columns["chosen_logps"][0] = -(2.0**24)  # with which float32 could not add the other numbers up
     found = step_metrics({name: torch.tensor(v) for name, v in columns.items()}, build_objective({"name": "dpo"}))
-    assert found["common/acc_logratio"] == 0.75
+    assert found["common/acc_logratio"] == 0.5 and found["logps/chosen"] == -(2**24 + 17) / 4
+
+
+def test_memory_of_a_cpu_run_is_the_resident_one_in_gib():
+    resident = psutil.Process().memory_info().rss
+    assert peak_memory_gib(torch.device("cpu")) == pytest.approx(resident / 2**30, rel=0.01)
 
 
 @pytest.mark.parametrize("name", ["rmipo", "dpo", "kto", "beta-dpo", "epsilon-dpo", "cpo"])
@@ -95,6 +105,15 @@ def test_tokens_and_operations_are_those_of_all_micro_batches(tmp_path):
     assert (trainer.window.tokens, trainer.window.columns) == (0, [])  # the next line is of the pairs after this one
 
 
+def test_frozen_and_sharded_weights_count_whole():
+    """ZeRO-3 leaves a share of a weight in each process, and says how many numbers the whole has."""
+    model = make_model("llama").requires_grad_(False)
+    weights = sum(p.numel() for p in model.parameters()) - model.model.embed_tokens.weight.numel()
+    assert num_non_embedding_parameters(model) == weights
+    model.lm_head.weight.ds_numel = 2 * model.lm_head.weight.numel()
+    assert num_non_embedding_parameters(model) == weights + model.lm_head.weight.numel()
+
+
 def test_the_responses_to_other_prompts_count_as_operations(tmp_path):
     trainer = make_trainer(tmp_path, make_pairs(8, seed=3), {"name": "kto"})
     (step,) = trainer.get_train_dataloader()
@@ -107,18 +126,32 @@ def test_the_order_of_pairs_follows_the_seed_of_the_data(tmp_path):
         return rows_per_step(make_trainer(tmp_path, make_pairs(16, seed=3), **seeds))
 
     assert order(seed=5) == order(seed=6, data_seed=5) != order(seed=5, data_seed=6)
+    assert order(seed=0) == order(seed=5, data_seed=0)
 
 
 def test_held_out_pairs_are_scored_in_their_order(tmp_path):
     pairs = make_pairs(7, seed=3)
     trainer = make_trainer(tmp_path, pairs, eval_pairs=pairs)
+    batches = []
+
+    class Batches(TrainerCallback):
+        def on_prediction_step(self, args, state, control, **kwargs):
+            batches.append(state.global_step)
+
+    trainer.add_callback(Batches())
     metrics = trainer.evaluate()
+    assert batches == [0, 0, 0]  # a progress bar has one step each
+    assert metrics["eval_samples_per_second"] * metrics["eval_runtime"] == pytest.approx(7, rel=0.05)
     for metric, column in (("logps/chosen", "chosen_logps"), ("rmipo/gamma_mean", "gamma")):
         mean = trainer.eval_columns[column].double().mean().item()
         assert metrics[f"eval_{metric}"] == pytest.approx(mean, abs=1e-6)  # over all seven, in batches of three
     lengths = trainer.eval_columns["chosen_lengths"].tolist()
     assert lengths == [len(pair["chosen_ids"]) for pair in pairs]
     assert len(set(lengths)) > 3
+    others = trainer.evaluate(PairDataset(Dataset.from_list(pairs[:2])), metric_key_prefix="other")
+    assert trainer.eval_columns["chosen_lengths"].tolist() == lengths[:2]
+    assert others["other_loss"] == pytest.approx(trainer.eval_columns["losses"].mean().item())
+    assert not any(name.startswith("eval_") for name in others)
 
 
 def test_held_out_pairs_are_scored_with_the_statistics_of_training(tmp_path):
@@ -142,10 +175,18 @@ def test_statistics_are_restored_to_the_bit(tmp_path):
 def test_an_infinite_loss_stops_the_run(tmp_path):
     micro_batches = [types.SimpleNamespace(rows=[7, 9]), types.SimpleNamespace(rows=[4])]
     alone = types.SimpleNamespace(gather=lambda values: values, rank=0)
-    losses = [torch.tensor([1.0, 2.0]), torch.tensor([3.0])]
-    raise_if_not_finite(losses, micro_batches, alone, tmp_path, step=3)
-    losses[0][1] = float("inf")
-    with pytest.raises(NonFiniteLossError, match=r"the loss of step 3 is not finite.*non_finite_rank0\.json"):
-        raise_if_not_finite(losses, micro_batches, alone, tmp_path, step=3)
-    report = json.loads((tmp_path / "non_finite_rank0.json").read_text())
-    assert report == {"step": 3, "pairs": [{"row": 9, "loss": "inf"}], "rows": [[7, 9], [4]]}
+    finite = [torch.tensor([1.0, 2.0]), torch.tensor([3.0])]
+    raise_if_not_finite(finite, micro_batches, alone, tmp_path, step=3)
+    path = tmp_path / "non_finite_rank0.json"
+    for number, place, value in ((0, 1, "inf"), (1, 0, "-inf"), (1, 0, "nan")):
+        losses = [values.clone() for values in finite]
+        losses[number][place] = float(value)
+        with pytest.raises(NonFiniteLossError) as error:
+            raise_if_not_finite(losses, micro_batches, alone, tmp_path, step=3)
+        assert str(error.value) == (
+            f"the loss of step 3 is not finite; the rows of its pairs are in {path}. Look at those rows, or lower "
+            "learning_rate, and train into another output_dir"
+        )
+        row = micro_batches[number].rows[place]
+        report = json.loads(path.read_text())
+        assert report == {"step": 3, "pairs": [{"row": row, "loss": value}], "rows": [[7, 9], [4]]}

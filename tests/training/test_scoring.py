@@ -168,10 +168,36 @@ def test_priors_of_score_pairs_equal_the_padded_reference():
     assert model.config._attn_implementation == "sdpa"
 
 
+def test_priors_without_context_start_at_the_second_token():
+    model, pairs = make_model("llama"), make_pairs(3)
+    responses = [pair[side] for pair in pairs for side in ("chosen_ids", "rejected_ids")]
+    assert min(map(len, responses)) == 1  # of which nothing is scored
+    expected = torch.zeros(6)
+    with torch.no_grad():
+        for number, response in enumerate(responses):
+            if len(response) > 1:
+                expected[number] = padded_token_logps(model, [(response[:1], response[1:])])[0].sum()
+    actual = scoring.score_pairs(model, [pairs], prior_context=[])
+    sums = torch.stack([actual["prior_chosen_logps"], actual["prior_rejected_logps"]], dim=1).flatten()
+    torch.testing.assert_close(sums, expected, atol=1e-4, rtol=0)
+
+
+def test_the_head_runs_at_response_positions_and_no_keys_are_kept():
+    """All logits of a long sequence would not fit."""
+    model, pairs = make_model("llama"), make_pairs(3)
+    found = []
+    model.register_forward_hook(lambda module, args, output: found.append((output.logits, output.past_key_values)))
+    scoring.score_pairs(model, [pairs])
+    ((logits, cache),) = found
+    assert logits.shape[1] == sum(len(pair["chosen_ids"]) + len(pair["rejected_ids"]) for pair in pairs)
+    assert cache is None
+
+
 def test_perturbed_ratios_do_not_depend_on_the_rows_at_a_time():
     packed, generator = pack_pairs(make_pairs(4)), torch.Generator().manual_seed(0)
     logits, reference = (torch.randn(len(packed.labels), 61, generator=generator) for _ in range(2))
-    at_once = scoring.perturbed_logratios(logits, reference, packed, epsilon=0.1)
+    at_once = scoring.perturbed_logratios(logits.requires_grad_(), reference, packed, epsilon=0.1)
+    assert not any(values.requires_grad for values in at_once)
     for chunk in (1, 7):
         torch.testing.assert_close(scoring.perturbed_logratios(logits, reference, packed, 0.1, chunk), at_once)
 

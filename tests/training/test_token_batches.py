@@ -11,7 +11,7 @@ import torch
 from rmipo.objectives import PairScores, build_objective
 from tests.helpers.launched import launch
 from tests.helpers.small_models import make_model
-from tests.helpers.two_processes_worker import PAIRS, gradients
+from tests.helpers.two_processes_worker import PAIRS, WITH_STATISTICS, gradients, running_statistics
 from tests.references.padded import padded_pairs
 
 
@@ -42,6 +42,8 @@ def two_processes(tmp_path_factory):
     make_model("llama").save_pretrained(folder / "model")
     run = launch(["tests/helpers/two_processes_worker.py", str(folder)], processes=2, ACCELERATE_USE_CPU="true")
     assert run.wait() == 0, run.output[-4000:]
+    for said_once in ("are warm-up", "log-probabilities of the initial policy:   0%"):
+        assert run.output.count(said_once) == 1
     return [torch.load(folder / f"rank{rank}.pt") for rank in (0, 1)]
 
 
@@ -62,6 +64,14 @@ def test_two_processes_score_the_reference_in_the_datasets_order(two_processes):
             torch.testing.assert_close(
                 scores[f"ref_{side}_logps"], expected[f"{side}_logps"].float(), atol=1e-4, rtol=0
             )
+
+
+@pytest.mark.parametrize("name", WITH_STATISTICS)
+def test_statistics_of_two_processes_are_those_of_all_pairs(tmp_path, two_processes, name):
+    expected = running_statistics(tmp_path, name)
+    for found in two_processes:
+        assert found["statistics"][name] == pytest.approx(expected, rel=1e-5)
+    assert name != "epsilon-dpo" or abs(expected["beta"] - 0.1) > 1e-4
 
 
 def test_a_bad_loss_of_one_process_stops_both(two_processes):

@@ -7,8 +7,9 @@ import torch
 
 from rmipo.record import read_metrics
 from rmipo.training.finite import NonFiniteLossError
+from rmipo.training.parity import ParityError
 from tests.helpers.small_models import make_model, make_pairs
-from tests.helpers.trainers import CONTEXT, make_trainer, rows_per_step
+from tests.helpers.trainers import CONTEXT, make_trainer, recorded_forwards, rows_per_step
 from tests.references.padded import padded_pairs, rmipo_loss
 
 HARDWARE = ("tokens_per_second", "peak_memory_gib", "total_flos")  # these may follow the cut into micro-batches
@@ -35,7 +36,7 @@ def pairs():
 
 
 def test_trajectory_equals_a_naive_loop(tmp_path, pairs):
-    trainer = make_trainer(tmp_path, pairs)
+    trainer = make_trainer(tmp_path, pairs, gradient_accumulation_steps=4)  # as a recipe has it: 8 = 2 pairs x 4
     model, losses = naive_training(pairs, rows_per_step(trainer))
     trainer.train()
     assert [line["loss"] for line in read_metrics(tmp_path) if "loss" in line] == pytest.approx(losses, abs=2e-5)
@@ -65,7 +66,9 @@ def test_logged_metrics_equal_hand_computed_ones(tmp_path, pairs):
     trainer = make_trainer(tmp_path, pairs[:8], max_steps=1)
     with torch.no_grad():
         scores = padded_pairs(make_model("llama"), pairs[:8], CONTEXT)
-    trainer.train()
+    trainer.window.start -= 1e4  # as if loading and the check at the start had taken hours
+    speed = trainer.train().metrics
+    assert speed["train_samples_per_second"] * speed["train_runtime"] == pytest.approx(8, rel=0.01)
     line = read_metrics(tmp_path)[0]
 
     chosen = scores["chosen_logps"] / scores["chosen_lengths"]
@@ -94,7 +97,7 @@ def test_logged_metrics_equal_hand_computed_ones(tmp_path, pairs):
     for name, value in expected.items():
         assert line[name] == pytest.approx(value.item(), abs=1e-4), name
     assert 0 < line["rmipo/gamma_at_max"] < 1
-    assert line["tokens_per_second"] > 0 and line["peak_memory_gib"] > 0.05
+    assert line["tokens_per_second"] > 1 and line["peak_memory_gib"] > 0.05
 
 
 def test_evaluation_equals_the_reference_and_leaves_training_alone(tmp_path, pairs):
@@ -111,6 +114,26 @@ def test_evaluation_equals_the_reference_and_leaves_training_alone(tmp_path, pai
         assert torch.equal(actual, wanted)
 
 
+@pytest.mark.parametrize("attention", ["segment", "dense"])
+def test_a_step_scores_priors_together_without_gradient_and_then_pairs_with_it(tmp_path, pairs, attention):
+    """Four micro-batches share a forward of priors. An evaluation, its last batch of one pair, has no gradients."""
+    trainer = make_trainer(tmp_path, pairs[:12], eval_pairs=pairs[:7], global_batch_size=12, attention=attention)
+    assert (trainer.attention_kind, len(recorded_forwards(trainer.model))) == (attention, 0)
+    (step,) = trainer.get_train_dataloader()
+    forwards = recorded_forwards(trainer.model)
+    trainer.training_step(trainer.model, step)
+    priors = [micro_batch.prior.length for micro_batch in step]
+    assert forwards[:2] == [(sum(priors[:4]), False, False), (sum(priors[4:]), False, False)]
+    assert forwards[2:] == [(micro_batch.pairs.length, True, True) for micro_batch in step] and len(step) == 6
+    kept = [value for columns in trainer.window.columns for value in columns.values()]
+    assert not any(
+        value.requires_grad for value in kept
+    )  # they would keep the activations of all steps up to a log line
+    forwards.clear()
+    trainer.evaluate()
+    assert [modes for _, *modes in forwards] == [[False, False]] * 6
+
+
 def test_dropout_has_no_part_in_the_check_at_the_start(tmp_path, pairs):
     model = make_model("llama")
     for layer in model.model.layers:
@@ -120,29 +143,43 @@ def test_dropout_has_no_part_in_the_check_at_the_start(tmp_path, pairs):
     assert trainer.parity < 1e-5
 
 
-def test_a_non_finite_loss_stops_and_names_the_rows(tmp_path, pairs):
+def model_without_a_finite_score(pairs, number):
+    """Of the pair at `number`: token 60, which no other pair has, is embedded as NaN."""
+    for row, pair in enumerate(pairs):
+        for side in ("prompt_ids", "chosen_ids", "rejected_ids"):
+            pair[side] = [token % 60 for token in pair[side]]
+        pair["row"] = 100 + row
+    pairs[number]["prompt_ids"][0] = 60
     model = make_model("llama")
     with torch.no_grad():
         model.model.embed_tokens.weight[60] = float("nan")
-    for number, pair in enumerate(pairs):  # token 60 in one pair only
-        for side in ("prompt_ids", "chosen_ids", "rejected_ids"):
-            pair[side] = [token % 60 for token in pair[side]]
-        pair["row"] = 100 + number
-    pairs[12]["prompt_ids"][0] = 60  # behind the pairs of the parity check
+    return model
+
+
+def test_the_check_at_the_start_takes_eight_pairs(tmp_path, pairs):
+    trainer = make_trainer(tmp_path, pairs, model=model_without_a_finite_score(pairs, 7))
+    with pytest.raises(ParityError, match="The plain scores are not finite either"):
+        trainer.train()
+
+
+def test_a_non_finite_loss_stops_and_names_the_rows(tmp_path, pairs):
+    model = model_without_a_finite_score(pairs, 8)  # the first that the check at the start leaves out
     trainer = make_trainer(tmp_path, pairs, model=model, global_batch_size=21, per_device_train_batch_size=7)
     with pytest.raises(NonFiniteLossError, match=r"non_finite_rank0\.json"):
         trainer.train()
     report = json.loads((tmp_path / "non_finite_rank0.json").read_text())
     assert report["step"] == 1
-    assert [pair["row"] for pair in report["pairs"]] == [112]
+    assert [pair["row"] for pair in report["pairs"]] == [108]
     assert sorted(row for rows in report["rows"] for row in rows) == list(range(100, 121))
 
 
 def test_a_run_that_is_all_warm_up_says_so(tmp_path, capsys):
-    for warmup, changes in ((0.1, False), (0, True)):
-        trainer = make_trainer(tmp_path / str(warmup), make_pairs(8), lr_scheduler_type="cosine", warmup_steps=warmup)
+    """Three pairs are one step, nine are two."""
+    for count, warmup, changes in ((3, 0.1, False), (3, 0, True), (9, 0.1, True)):
+        trainer = make_trainer(tmp_path, make_pairs(count), lr_scheduler_type="cosine", warmup_steps=warmup)
         before = [parameter.detach().clone() for parameter in trainer.model.parameters()]
         trainer.train()
         changed = any(not torch.equal(*pair) for pair in zip(before, trainer.model.parameters(), strict=True))
-        said = "all 1 optimizer step(s) are warm-up" in capsys.readouterr().out
-        assert (changed, said) == (changes, not changes)
+        said = capsys.readouterr().out
+        assert changed == changes and ("are warm-up" in said) == (not changes)
+        assert changes or "all 1 optimizer step(s) are warm-up, and the first has a learning rate of 0" in said

@@ -1,6 +1,10 @@
 """What baselines need beyond SimPO: references, mismatched pairs, perturbed policies, running statistics."""
 
 import copy
+import importlib.metadata
+import re
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,12 +15,13 @@ from transformers import AutoModelForCausalLM
 from rmipo.errors import CheckpointError
 from rmipo.objectives import PairScores, build_objective
 from rmipo.record import read_metrics
+from rmipo.training import reference
 from rmipo.training.logprobs import label_logps
 from rmipo.training.packing import pack_pairs, split_pairs
 from rmipo.training.reference import ReferenceCache
 from rmipo.training.scoring import response_logits
 from tests.helpers.small_models import make_model, make_pairs
-from tests.helpers.trainers import CONTEXT, make_trainer, rows_per_step
+from tests.helpers.trainers import CONTEXT, make_trainer, recorded_forwards, rows_per_step
 from tests.references.padded import padded_pairs
 
 BLOCKS = {
@@ -185,10 +190,15 @@ def test_a_cache_is_named_after_all_that_shapes_it(tmp_path, pairs, saved_model)
         path(rows=other_rows),
         path(change=lambda trainer: trainer.model.to(torch.bfloat16)),
         path(change=lambda trainer: setattr(trainer.args, "bf16", True)),
+        path(change=lambda trainer: setattr(trainer.args, "fp16", True)),
         path(change=lambda trainer: setattr(trainer.model.config, "quantization_config", {"load_in_4bit": True})),
     ]
     assert len(set(paths)) == len(paths)
     assert path() == path("ipo") == paths[0]
+    trained = saved_model()
+    trained.lm_head.weight.data += 1
+    trained.save_pretrained(tmp_path / "initial")
+    assert path() not in paths
 
 
 def test_a_cache_of_another_number_of_pairs_is_not_used(tmp_path, capsys):
@@ -196,6 +206,36 @@ def test_a_cache_of_another_number_of_pairs_is_not_used(tmp_path, capsys):
     cache.save({"ref_chosen_logps": torch.zeros(3)})
     assert cache.load(3)["ref_chosen_logps"].tolist() == [0, 0, 0]
     assert cache.load(4) is None and "scored anew" in capsys.readouterr().out
+    cache.save({"ref_chosen_logps": torch.zeros(3), "ref_rejected_logps": torch.zeros(4)})
+    assert cache.load(3) is None and cache.load(4) is None
+
+
+def test_a_cache_is_replaced_and_never_half_written(tmp_path):
+    cache = ReferenceCache(tmp_path, "model m")
+    cache.save({"ref_chosen_logps": torch.zeros(3)})
+    (tmp_path / "open").hardlink_to(cache.path)  # as another run that is reading it
+    before = cache.path.read_bytes()
+    cache.save({"ref_chosen_logps": torch.ones(3)})
+    assert (tmp_path / "open").read_bytes() == before and cache.load(3)["ref_chosen_logps"].tolist() == [1, 1, 1]
+
+
+def test_the_code_that_scores_is_that_of_training_and_its_libraries(tmp_path, monkeypatch):
+    shutil.copytree(Path(reference.__file__).parent, tmp_path / "rmipo" / "training")
+    monkeypatch.setattr(reference, "__file__", str(tmp_path / "rmipo" / "training" / "reference.py"))
+
+    def digest(changed=""):
+        def version(library):
+            return "0" if library == changed else "1"
+
+        monkeypatch.setattr(importlib.metadata, "version", version)
+        return reference.code_digest.__wrapped__()
+
+    digests = [digest(), digest("torch"), digest("transformers")]
+    assert digest("trackio") == digests[0]
+    with (tmp_path / "rmipo" / "training" / "scoring.py").open("a") as file:
+        file.write("#")
+    digests.append(digest())
+    assert len(set(digests)) == 4
 
 
 def test_a_cache_of_other_code_is_used_by_a_run_that_goes_on_alone(tmp_path, capsys, monkeypatch):
@@ -218,6 +258,9 @@ def test_with_adapters_the_base_model_is_the_reference(tmp_path, pairs, saved_mo
     with torch.no_grad():
         expected = padded_pairs(make_model("llama"), pairs, CONTEXT)[column.removeprefix("ref_")]
     torch.testing.assert_close(columns[column], expected.float(), atol=1e-4, rtol=0)
+    trainer.reference.cache(trainer.train_dataset).path.unlink()  # it is still there to be scored again
+    trainer.reference.add_scores(trainer.train_dataset, resuming=True)
+    torch.testing.assert_close(trainer.train_dataset.scores[column], columns[column])
 
 
 def test_with_adapters_the_reference_logits_are_the_base_models(tmp_path, pairs, saved_model):
@@ -233,6 +276,32 @@ def test_with_adapters_the_reference_logits_are_the_base_models(tmp_path, pairs,
     torch.testing.assert_close(split_pairs(sums)[0], expected, atol=1e-4, rtol=0)
 
 
+def test_the_reference_has_neither_gradients_nor_dropout(tmp_path, pairs, saved_model):
+    trainer = make_trainer(
+        tmp_path, pairs, BLOCKS["epsilon-dpo"], model=saved_model(), reference_model=saved_model().train(),
+        reference_cache_dir=str(tmp_path / "cache"),
+    )  # fmt: skip
+    assert not any(parameter.requires_grad for parameter in trainer.reference.model.parameters())
+    policy, reference = recorded_forwards(trainer.model), recorded_forwards(trainer.reference.model)
+    trainer.model.train()
+    trainer.reference.add_scores(trainer.train_dataset, resuming=False)
+    assert [modes for _, *modes in policy] == [[False, False]] * 6  # sums of 16 pairs, three at a time
+    policy.clear()
+    trainer.training_step(trainer.model, next(iter(trainer.get_train_dataloader())))
+    assert [modes for _, *modes in policy] == [[True, True]] * 4
+    assert [modes for _, *modes in reference] == [[False, False]] * 4
+
+
+def test_the_reference_computes_in_the_precision_of_the_policy(tmp_path, pairs, saved_model):
+    trainer = make_trainer(
+        tmp_path, pairs, BLOCKS["epsilon-dpo"], model=saved_model(), reference_model=saved_model(), bf16=True
+    )
+    packed = pack_pairs(pairs[:2])
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        expected = response_logits(trainer.model, packed, "segment", trainer.model.config)
+    assert torch.equal(trainer.reference.logits(packed).float(), expected.float())
+
+
 @pytest.mark.parametrize("name", ["dpo", "rmipo-initial"])
 def test_a_resumed_run_never_scores_its_reference_with_trained_weights(tmp_path, pairs, saved_model, name):
     trainer = make_trainer(
@@ -244,7 +313,11 @@ def test_a_resumed_run_never_scores_its_reference_with_trained_weights(tmp_path,
     for column, values in before.items():
         assert torch.equal(trainer.train_dataset.scores[column], values), column
     trainer.reference.cache(trainer.train_dataset).path.unlink()
-    with pytest.raises(CheckpointError, match=r"log-probabilities of the initial policy, but .* is gone"):
+    folder, method = re.escape(str(tmp_path / "cache")), BLOCKS[name]["name"]
+    with pytest.raises(
+        CheckpointError,
+        match=rf"resuming {method} needs the log-probabilities of the initial policy, but {folder}/\w+\.safetensors is gone",
+    ):
         trainer.reference.add_scores(trainer.train_dataset, resuming=True)
     trainer.save_model(tmp_path / "checkpoint-1")
     trainer.state.save_to_json(tmp_path / "checkpoint-1" / "trainer_state.json")
