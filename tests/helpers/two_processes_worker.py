@@ -40,25 +40,27 @@ class Exchanges(TrainerCallback):
         return allreduce_hook(group, bucket)
 
 
-def gradients(output: Path, max_tokens: int | None) -> tuple[dict[str, torch.Tensor], list[int]]:
-    """Gradients by parameter of one step over all pairs, and the pairs in each of this process's micro-batches.
+def gradients(output: Path, max_tokens: int | None) -> tuple[dict[str, torch.Tensor], list[int], float]:
+    """Gradients by parameter of one step over all pairs, the pairs in each of this process's micro-batches, the loss.
 
-    One SGD step with a learning rate of 1: the change of the weights is the gradient. Processes exchange it once.
+    The step is the rest of an epoch, smaller than a global batch. One SGD step with a learning rate of 1: the change of
+    the weights is the gradient. Processes exchange it once.
     """
     trainer = make_trainer(
-        output, PAIRS, global_batch_size=13, optim="sgd", learning_rate=1.0, max_grad_norm=0.0,
+        output, PAIRS, global_batch_size=16, optim="sgd", learning_rate=1.0, max_grad_norm=0.0,
         max_tokens_per_micro_batch=max_tokens,
     )  # fmt: skip
     before = {name: parameter.detach().clone() for name, parameter in trainer.model.named_parameters()}
     (step,) = trainer.get_train_dataloader().batch_sampler
     exchanges = Exchanges(trainer)
     trainer.add_callback(exchanges)
-    trainer.train()
+    loss = trainer.train().training_loss
     assert exchanges.count == int(trainer.args.world_size > 1), (
         f"{exchanges.count} exchanges of {len(step)} micro-batches"
     )
     after = trainer.model.named_parameters()
-    return {name: before[name] - parameter.detach() for name, parameter in after}, [batch.real for batch in step]
+    changes = {name: before[name] - parameter.detach() for name, parameter in after}
+    return changes, [batch.real for batch in step], loss
 
 
 def reference_columns(output: Path, model_folder: Path) -> tuple[float, dict[str, torch.Tensor]]:

@@ -103,6 +103,9 @@ def test_tokens_and_operations_are_those_of_all_micro_batches(tmp_path):
     trainer.log(line)
     assert line["tokens_per_second"] == pytest.approx(sum(positions) / 100, rel=0.1)
     assert (trainer.window.tokens, trainer.window.columns) == (0, [])  # the next line is of the pairs after this one
+    line = {"loss": 1.0}
+    trainer.log(line)
+    assert "tokens_per_second" not in line
 
 
 def test_frozen_and_sharded_weights_count_whole():
@@ -127,6 +130,11 @@ def test_the_order_of_pairs_follows_the_seed_of_the_data(tmp_path):
 
     assert order(seed=5) == order(seed=6, data_seed=5) != order(seed=5, data_seed=6)
     assert order(seed=0) == order(seed=5, data_seed=0)
+
+
+def test_as_many_workers_load_pairs_as_the_recipe_says(tmp_path):
+    trainer = make_trainer(tmp_path, make_pairs(8), eval_pairs=make_pairs(2), dataloader_num_workers=2)
+    assert [trainer.get_train_dataloader().num_workers, trainer.get_eval_dataloader().num_workers] == [2, 2]
 
 
 def test_held_out_pairs_are_scored_in_their_order(tmp_path):

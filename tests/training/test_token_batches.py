@@ -11,16 +11,23 @@ import torch
 from rmipo.objectives import PairScores, build_objective
 from tests.helpers.launched import launch
 from tests.helpers.small_models import make_model
+from tests.helpers.trainers import CONTEXT
 from tests.helpers.two_processes_worker import PAIRS, WITH_STATISTICS, gradients, running_statistics
-from tests.references.padded import padded_pairs
+from tests.references.padded import padded_pairs, rmipo_loss
 
 
 @pytest.fixture(scope="module")
 def by_pairs(tmp_path_factory):
-    expected, sizes = gradients(tmp_path_factory.mktemp("pairs"), None)
+    expected, sizes, loss = gradients(tmp_path_factory.mktemp("pairs"), None)
     assert sizes == [2, 2, 2, 2, 2, 2, 1]
     assert max(gradient.abs().max() for gradient in expected.values()) > 0.01
-    return expected
+    model = make_model("llama")
+    expected_loss = rmipo_loss(padded_pairs(model, PAIRS, CONTEXT))
+    expected_loss.backward()
+    assert loss == pytest.approx(expected_loss.item(), abs=2e-5)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(expected[name], parameter.grad, atol=1e-4, rtol=0, msg=name)
+    return expected, loss
 
 
 def assert_equal(actual, expected):
@@ -30,9 +37,11 @@ def assert_equal(actual, expected):
 
 @pytest.mark.parametrize("max_tokens", [1, 90, 10**6])
 def test_one_process(tmp_path, by_pairs, max_tokens):
-    actual, sizes = gradients(tmp_path, max_tokens)
+    actual, sizes, loss = gradients(tmp_path, max_tokens)
     assert sum(sizes) == 13 and len(sizes) == {1: 13, 90: 5, 10**6: 1}[max_tokens]
-    assert_equal(actual, by_pairs)
+    expected, expected_loss = by_pairs
+    assert_equal(actual, expected)
+    assert loss == pytest.approx(expected_loss, abs=1e-6)
 
 
 @pytest.fixture(scope="module")
@@ -48,10 +57,12 @@ def two_processes(tmp_path_factory):
 
 
 def test_gradients_of_two_processes(two_processes, by_pairs):
-    (first, sizes), (second, others) = (found["gradients"] for found in two_processes)
-    assert sum(sizes + others) == 13 and len(sizes) == len(others) == 3
-    assert_equal(first, by_pairs)
-    assert_equal(second, by_pairs)
+    (first, sizes, loss), (second, others, same_loss) = (found["gradients"] for found in two_processes)
+    assert sum(sizes + others) == 13 and len(sizes) == len(others) == 3 and sum(sizes) != sum(others)
+    expected, expected_loss = by_pairs
+    assert_equal(first, expected)
+    assert_equal(second, expected)
+    assert loss == pytest.approx(expected_loss, abs=1e-6) == same_loss
 
 
 def test_two_processes_score_the_reference_in_the_datasets_order(two_processes):

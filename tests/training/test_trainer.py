@@ -121,7 +121,7 @@ def test_a_step_scores_priors_together_without_gradient_and_then_pairs_with_it(t
     assert (trainer.attention_kind, len(recorded_forwards(trainer.model))) == (attention, 0)
     (step,) = trainer.get_train_dataloader()
     forwards = recorded_forwards(trainer.model)
-    trainer.training_step(trainer.model, step)
+    assert not trainer.training_step(trainer.model, step).requires_grad
     priors = [micro_batch.prior.length for micro_batch in step]
     assert forwards[:2] == [(sum(priors[:4]), False, False), (sum(priors[4:]), False, False)]
     assert forwards[2:] == [(micro_batch.pairs.length, True, True) for micro_batch in step] and len(step) == 6
