@@ -206,6 +206,8 @@ def segment_attention(
         Output `(1, T, heads, d)`.
     """
     assert segments is not None, "rmipo_segment serves packed sequences only; attach(model, 'plain') for others"
+    if sliding_window is None:
+        sliding_window = getattr(module, "sliding_window", None)  # Qwen2-MoE's layers keep theirs to themselves
     sharing = query.shape[1] // key.shape[1]  # heads that share a key
     key, value = repeat_kv(key, sharing), repeat_kv(value, sharing)
 

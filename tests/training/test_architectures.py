@@ -5,6 +5,7 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM
 
+from rmipo.errors import UserError
 from rmipo.training import attention, scoring
 from rmipo.training.packing import pack_pairs, split_pairs
 from tests.helpers.small_models import SIZES, make_pairs
@@ -33,6 +34,12 @@ GEMMA3_TEXT = {
     "query_pre_attn_scalar": 20,  # a scale of its own
     "sliding_window": 5,
     "layer_types": ["sliding_attention", "full_attention"],
+}
+EXPERTS = {
+    "moe_intermediate_size": 16,
+    "shared_expert_intermediate_size": 16,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
 }
 WITHOUT_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 SERVED = {
@@ -120,11 +127,54 @@ def test_architectures_that_packing_cannot_serve_are_refused(name):
         attention.attach(model, "segment")
 
 
-@pytest.mark.parametrize("name", ["gemma-3-1b", "gemma-3-4b", "phi-3"])
-def test_dense_masks_of_mixed_layers_equal_the_segment_kernel(name):
-    model = make_twin(SERVED[name]())
+def test_several_features_are_named_together():
+    config = REFUSED["gpt-oss"][0]()
+    config.attn_logit_softcapping = 50.0
+    config.layer_types = ["full_attention", "of_some_other_kind"]
+    model = AutoModelForCausalLM.from_config(config)
+    expected = "it has of some other kind layers and soft-capped attention scores and attention sinks. Use a decoder"
+    for kind in attention.IMPLEMENTATIONS:
+        with pytest.raises(attention.ArchitectureError, match=expected) as error:
+            attention.attach(model, kind)
+        assert isinstance(error.value, UserError)
+
+
+def test_encoders_and_recurrent_layers_are_refused():
+    sizes = {"vocab_size": 61, "d_model": 16, "d_ff": 16, "d_kv": 8, "num_layers": 1, "num_heads": 2}
+    with pytest.raises(attention.ArchitectureError, match=r"T5.* has an encoder\. Use"):
+        attention.attach(transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes)), "segment")
+    model = transformers.RwkvForCausalLM(
+        transformers.RwkvConfig(vocab_size=61, hidden_size=16, num_hidden_layers=2, attention_hidden_size=16)
+    )
+    with pytest.raises(attention.ArchitectureError, match=r"Rwkv.* has recurrent layers\. Use"):
+        attention.attach(model, "segment")
+
+
+def test_logits_may_be_capped():
+    config = transformers.Gemma2Config(**SIZES, head_dim=8, attn_logit_softcapping=None)
+    assert config.final_logit_softcapping == 30.0
+    attention.attach(AutoModelForCausalLM.from_config(config), "segment")
+
+
+def test_ordinary_sequences_need_no_features():
+    attention.attach(AutoModelForCausalLM.from_config(REFUSED["llama-4"][0]()), "plain")
+
+
+WINDOWS = {name: SERVED[name] for name in ("gemma-3-1b", "gemma-3-4b", "phi-3")} | {
+    "qwen2-moe": lambda: transformers.Qwen2MoeConfig(**SIZES, **EXPERTS),
+    "qwen2-moe-window": lambda: transformers.Qwen2MoeConfig(
+        **SIZES, **EXPERTS, use_sliding_window=True, sliding_window=5
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WINDOWS)
+def test_any_kind_serves_models_with_layers_of_several_types(name):
+    model = make_twin(WINDOWS[name]())
     pairs = make_pairs(4, seed=3)
-    segment = scoring.score_pairs(model, [pairs], kind="segment")
-    dense = scoring.score_pairs(model, [pairs], kind="dense")
-    for field, values in segment.items():
-        torch.testing.assert_close(dense[field], values, atol=3e-4, rtol=0, msg=field)
+    with torch.no_grad():
+        expected = padded_pairs(model.eval(), pairs)
+    for kind in ("segment", "dense", "flex"):
+        scored = scoring.score_pairs(model, [pairs], kind=kind)
+        for field, values in expected.items():
+            torch.testing.assert_close(scored[field], values.float(), atol=3e-4, rtol=0, msg=f"{kind}: {field}")

@@ -1,0 +1,153 @@
+"""The attention functions by themselves, and what chooses them."""
+
+import gc
+import itertools
+import types
+import weakref
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.nn.attention.flex_attention import _DEFAULT_SPARSE_BLOCK_SIZE
+
+from rmipo.training import attention
+from rmipo.training.packing import concatenate, pack
+from tests.helpers.small_models import make_model
+
+LAYER = types.SimpleNamespace()
+PACKED = pack([([1, 2, 3, 4], [[5, 6, 7, 8, 9], [], [5, 6]]), ([1], [[2, 3, 4]]), ([1, 2], [[3], [4], [5, 6]])])
+
+
+@pytest.fixture
+def heads():
+    """Query with 6 heads, key and value with 2."""
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(1, number, PACKED.length, 8, generator=generator) for number in (6, 2, 2)]
+
+
+def expected_output(query, key, value, window=None, scale=None):
+    """Head by head, position by position."""
+    out = torch.zeros(1, query.shape[2], query.shape[1], 8)
+    for head, position in itertools.product(range(query.shape[1]), range(query.shape[2])):
+        seen = [
+            other
+            for other in range(position + 1)
+            if PACKED.groups[other] == PACKED.groups[position]
+            and PACKED.branches[other] in (-1, PACKED.branches[position])
+            and (window is None or PACKED.position_ids[0, position] - PACKED.position_ids[0, other] < window)
+        ]
+        keys, values = (tensor[0, head // 3, seen] for tensor in (key, value))
+        weights = torch.softmax(keys @ query[0, head, position] * (8**-0.5 if scale is None else scale), dim=0)
+        out[0, position, head] = weights @ values
+    return out
+
+
+def run(kind, heads, window=None, **options):
+    if kind == "segment":
+        out, _ = attention.segment_attention(
+            LAYER, *heads, None, segments=PACKED.segments, sliding_window=window, **options
+        )
+        return out
+    mask = attention.block_mask(PACKED.padded(attention.BLOCK), window)
+    padded = [F.pad(tensor, (0, 0, 0, attention.BLOCK - PACKED.length)) for tensor in heads]
+    out, _ = attention.packed_flex_attention(LAYER, *padded, mask, **options)
+    assert out.is_contiguous()
+    return out[:, : PACKED.length]
+
+
+@pytest.mark.parametrize("kind", ["segment", "flex"])
+@pytest.mark.parametrize("window", [None, 1, 3, 7])
+def test_positions_see_their_prefix_and_their_branch(kind, window, heads):
+    for scale in (None, 0.7):
+        torch.testing.assert_close(run(kind, heads, window, scaling=scale), expected_output(*heads, window, scale))
+
+
+def test_a_window_that_only_the_layer_knows_is_used(heads):
+    layer = types.SimpleNamespace(sliding_window=3)
+    out, _ = attention.segment_attention(layer, *heads, None, segments=PACKED.segments)
+    torch.testing.assert_close(out, expected_output(*heads, window=3))
+
+
+def test_flex_shares_keys_among_a_power_of_two_of_heads_alone(heads, monkeypatch):
+    calls = []
+
+    def flex(query, key, value, **options):
+        calls.append((key.shape[1], value.shape[1], options["enable_gqa"]))
+        return attend(query, key, value, **options)
+
+    attend = attention.flex_attention
+    monkeypatch.setattr(attention, "flex_attention", flex)
+    for number in (6, 4, 2):
+        run("flex", [heads[0][:, :number], *heads[1:]])
+    assert calls == [(6, 6, False), (2, 2, True), (2, 2, True)]
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_dropout_is_that_of_the_layer_or_refused(heads, window):
+    plain = run("segment", heads, window)
+    torch.manual_seed(0)
+    dropped = run("segment", heads, window, dropout=0.5)
+    assert (dropped - plain).abs().max() > 0.1
+    # A position that sees itself alone keeps its value doubled, or nothing.
+    alone = (dropped / plain)[0, 0]
+    assert all(torch.allclose(head, head[0].expand(8)) and head[0].round(decimals=4) in (0, 2) for head in alone)
+    with pytest.raises(ValueError, match=r"flex has no dropout, found 0.5; set attention_dropout of the model to 0"):
+        run("flex", heads, window, dropout=0.5)
+
+
+def test_segments_have_to_tile_the_sequence(heads):
+    def attend(segments):
+        return attention.segment_attention(LAYER, *heads, None, segments=segments)
+
+    with pytest.raises(AssertionError, match="packed sequences only; attach"):
+        attend(None)
+    first, second, third, *rest = PACKED.segments
+    for wrong in ((second, third, *rest), (first._replace(start=first.start + 1), second, third, *rest)):
+        with pytest.raises(AssertionError):
+            attend(wrong)
+
+
+def test_auto_is_flex_on_cuda_and_segment_elsewhere():
+    assert attention.resolve_kind("auto", torch.device("cuda")) == "flex"
+    assert attention.resolve_kind("auto", torch.device("cpu")) == "segment"
+    for kind in ("segment", "flex", "dense"):
+        assert attention.resolve_kind(kind, torch.device("cpu")) == kind
+    assert attention.BLOCK == _DEFAULT_SPARSE_BLOCK_SIZE  # which the kernels are made for
+
+
+def test_a_model_has_to_be_attached_to_the_kind_first():
+    model = make_model("llama")
+    for kind in ("segment", "dense", "flex"):
+        attention.attach(model, kind)
+        others = {"segment", "dense", "flex"} - {kind}
+        for other in others:
+            with pytest.raises(AssertionError, match="comes first"):
+                attention.forward_kwargs(other, PACKED, model.config)
+    attention.attach(model, "plain")
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_models_with_a_fused_head_can_be_freed():
+    model = make_model("llama")
+    attention.attach(model, "flex")
+    left = weakref.ref(model)
+    del model
+    gc.collect()
+    assert left() is None
+
+
+@pytest.mark.parametrize("window", [None, 40])
+def test_blocks_are_kept_only_where_their_ranges_meet(window):
+    """By hand: blocks of two prefixes with two branches each, all of them of whole blocks."""
+    block = attention.BLOCK
+    parts = [pack([([1] * (block + 1), [[2] * block, [3] * block])]), pack([([1] * (block + 1), [[2] * (2 * block)])])]
+    mask = attention.block_mask(concatenate(parts), window)
+    assert mask.to_dense()[0, 0].tolist() == [
+        [1, 0, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0, 0],
+        [1, 0, 1, 0, 0, 0],
+        [0, 0, 0, 1, 0, 0],
+        [0, 0, 0, 1, 1, 0],
+        [0, 0, 0, 1, 1, 1],
+    ]
+    assert mask.seq_lengths == (6 * block, 6 * block)
