@@ -1,15 +1,19 @@
 """What a published checkpoint may bring along: a generation configuration that transformers refuses to save."""
 
+import importlib.util
 import json
+import re
 
 import pytest
 import torch
+from accelerate import PartialState
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from rmipo.errors import UserError
 from rmipo.generation.answers import own_settings, stop_ids
 from rmipo.recipe.schema import ModelConfig
-from rmipo.training.loading import LoadingError, load_model, load_policy, load_tokenizer
-from tests.helpers.families import save
+from rmipo.training.loading import LoadingError, _explained, check_limits, load_model, load_policy, load_tokenizer
+from tests.helpers.families import make_model, make_tokenizer, save
 
 
 @pytest.mark.parametrize(
@@ -24,14 +28,96 @@ from tests.helpers.families import save
 def test_an_invalid_generation_configuration_is_repaired(tmp_path, capsys, settings, sampled, kept):
     folder = save("llama3", tmp_path / "model")
     path = tmp_path / "model" / "generation_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+    tokens = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
+    path.write_text(json.dumps(json.loads(path.read_text()) | tokens | settings))
     model = load_model(ModelConfig(model_name_or_path=folder, dtype="float32"))
     model.save_pretrained(tmp_path / "saved")
     saved = json.loads((tmp_path / "saved" / "generation_config.json").read_text())
     assert saved.get("do_sample") == sampled and {key: saved.get(key) for key in kept} == kept
-    assert saved["eos_token_id"] == json.loads(path.read_text())["eos_token_id"]
+    given = json.loads(path.read_text())
+    for token in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        assert saved.get(token) == (None if given[token] == -1 else given[token])
     valid = "do_sample" in settings
-    assert ("notice: the generation_config.json of" in capsys.readouterr().out) is not valid
+    said = capsys.readouterr().out
+    repair = "do_sample: true is added" if "temperature" in settings else "only its special tokens are kept"
+    notice = (
+        rf"notice: the generation_config.json of {folder} is not valid and could not be saved \(.+\): {repair}[^\n]*\n"
+    )
+    assert "notice" not in said if valid else re.search(notice, said)
+
+
+def test_one_process_of_a_machine_says_so(tmp_path, capsys, monkeypatch):
+    folder = save("llama3", tmp_path)
+    (tmp_path / "generation_config.json").write_text('{"temperature": 0.6}')
+    monkeypatch.setitem(PartialState().__dict__, "local_process_index", 1)
+    assert load_model(ModelConfig(model_name_or_path=folder)).generation_config.do_sample
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("content", ["not JSON", '{"model_type": "of another library"}'])
+@pytest.mark.parametrize("what", ["tokenizer", "configuration", "model"])
+def test_what_cannot_be_loaded_is_named_with_the_reason(tmp_path, what, content):
+    def use(name):
+        config = ModelConfig(model_name_or_path=str(name))
+        if what == "tokenizer":
+            load_tokenizer(config)
+        elif what == "model":
+            load_model(config)
+        else:
+            check_limits(make_tokenizer("llama3"), config, 10)
+
+    expected = (
+        rf"^model_name_or_path: the {what} of {{}} can't be loaded \({{}}[^\s()][^\n]+\)\. Check the name or folder"
+    )
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(LoadingError, match=expected.format(tmp_path, "")) as error:
+        use(tmp_path)
+    assert isinstance(error.value, UserError) and "\n" not in str(error.value)
+    with pytest.raises(LoadingError, match=expected.format("nobody/nothing", "We couldn't ")):
+        use("nobody/nothing")
+
+
+def test_the_reason_is_the_first_line_of_the_error():
+    assert "(first)." in _explained("m", "model", OSError("\n first\nsecond"))
+
+
+def test_weights_are_quantized_where_the_recipe_says_so(tmp_path):
+    config = ModelConfig(model_name_or_path=save("llama3", tmp_path), load_in_4bit=True)
+    if importlib.util.find_spec("bitsandbytes") is None:
+        with pytest.raises(ImportError, match="bitsandbytes"):
+            load_model(config)
+    else:
+        assert load_model(config).is_loaded_in_4bit
+
+
+def test_the_revision_is_that_of_all_parts(tmp_path, monkeypatch):
+    """From the hub's cache, which holds two revisions of one model."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    repository = tmp_path / "models--own--model"
+    for revision, seed, positions in (("main", 0, 64), ("v2", 1, 32)):
+        folder = repository / "snapshots" / revision
+        make_model("llama3", seed, max_position_embeddings=positions).save_pretrained(folder)
+        make_tokenizer("llama3", revision).save_pretrained(folder)
+        (repository / "refs").mkdir(exist_ok=True)
+        (repository / "refs" / revision).write_text(revision)
+    for revision, seed, positions in (("main", 0, 64), ("v2", 1, 32)):
+        config = ModelConfig(model_name_or_path="own/model", model_revision=revision, dtype="float32")
+        assert load_tokenizer(config).chat_template == revision
+        check_limits(make_tokenizer("llama3"), config, positions)
+        with pytest.raises(LoadingError, match=f"it has {positions} positions"):
+            check_limits(make_tokenizer("llama3"), config, positions + 1)
+        model = load_model(config)
+        assert torch.equal(model.lm_head.weight, make_model("llama3", seed).lm_head.weight)
+        assert model.config._commit_hash == revision
+
+
+@pytest.mark.parametrize("load", [load_model, load_policy])
+def test_a_model_has_the_type_and_the_options_that_are_asked_for(tmp_path, load):
+    folder = save("llama3", tmp_path)
+    for dtype in ("bfloat16", "float32"):
+        model = load(ModelConfig(model_name_or_path=folder, dtype=dtype), use_cache=False)
+        assert model.dtype == getattr(torch, dtype) and model.config.use_cache is False
+    assert load(ModelConfig(model_name_or_path=folder)).config.use_cache is True
 
 
 @pytest.mark.parametrize(
