@@ -11,10 +11,12 @@ import time
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator, PartialState
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from transformers import TrainerCallback, TrainerControl
 
 from rmipo.run.stop import StopOnSignal
+from rmipo.training.distributed import Processes, on_main_process
 from rmipo.training.finite import NonFiniteLossError
 from tests.helpers.small_models import make_model, make_pairs
 from tests.helpers.trainers import make_trainer
@@ -126,6 +128,31 @@ def stop_of_one_process(output: Path) -> list[bool]:
     return [stop.stopped, control.should_save, control.should_training_stop]
 
 
+def gathered() -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
+    """Values of which process 0 has two and process 1 three, and columns of two micro-batches, named in another order."""
+    processes = Processes(Accelerator(cpu=True))
+    values = torch.arange(2 + processes.rank, dtype=torch.float64)[:, None] / 3 + processes.rank
+    names = ["a", "b"] if processes.rank == 0 else ["b", "a"]
+    batches = [{name: torch.full((size,), processes.rank + ord(name)) for name in names} for size in (1, 2)]
+    return [processes.gather(values), processes.gather(values > 1)], processes.gather_columns(batches)
+
+
+def told_by_the_main_process() -> list:
+    """What functions return on process 0, and the errors they raise there."""
+    rank = PartialState().process_index
+    found = [on_main_process(lambda: f"process {rank}")]
+    for error in (OSError(f"no space for process {rank}"), ValueError(f"bad file of process {rank}")):
+
+        def fail(error=error):
+            raise error
+
+        try:
+            on_main_process(fail)
+        except Exception as raised:
+            found.append(repr(raised))
+    return found
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     folder = Path(sys.argv[1])
@@ -135,6 +162,8 @@ if __name__ == "__main__":
         "statistics": {name: running_statistics(folder / name, name) for name in WITH_STATISTICS},
         "tokens": tokens(folder / "tokens"),
         "stop": stop_of_one_process(folder / "stop"),
+        "gathered": gathered(),
+        "told": told_by_the_main_process(),
     }
     results["bad loss"], results["bad pairs"] = bad_loss_of_one_process(folder / "bad")
     torch.save(results, folder / f"rank{torch.distributed.get_rank()}.pt")

@@ -98,6 +98,24 @@ def test_tokens_per_second_are_those_of_both_processes(two_processes):
     assert min(own, others) > 0.3 * (own + others)
 
 
+def test_values_are_gathered_in_the_order_of_the_processes(two_processes):
+    expected = torch.tensor([0, 1 / 3, 1, 4 / 3, 5 / 3], dtype=torch.float64)[:, None]
+    for found in two_processes:
+        (values, flags), columns = found["gathered"]
+        assert values.dtype == torch.float64 and flags.dtype == torch.bool
+        torch.testing.assert_close(values, expected, atol=1e-15, rtol=0)
+        assert torch.equal(flags, expected > 1)
+        assert {name: values.tolist() for name, values in columns.items()} == {
+            "a": [97] * 3 + [98] * 3,
+            "b": [98] * 3 + [99] * 3,
+        }
+
+
+def test_both_processes_get_what_the_main_process_found_or_its_error(two_processes):
+    expected = ["process 0", "OSError('no space for process 0')", "ValueError('bad file of process 0')"]
+    assert [found["told"] for found in two_processes] == [expected] * 2
+
+
 def test_a_signal_to_one_process_stops_both(two_processes):
     assert [found["stop"] for found in two_processes] == [[True] * 3] * 2
 

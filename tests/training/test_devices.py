@@ -1,0 +1,67 @@
+"""What is made of tensors lies on their device: shown on `meta`, where tensors have no values, and no device is needed."""
+
+import pytest
+import torch
+
+from rmipo.training import attention, logprobs, parity
+from rmipo.training.batching import MicroBatch, pack_micro_batch
+from rmipo.training.packing import TensorFields, pack_pairs
+from tests.helpers.small_models import make_model, make_pairs
+
+META = torch.device("meta")
+
+
+@pytest.fixture
+def micro_batch():
+    """With all parts that an objective can ask for."""
+    sides = ("chosen", "rejected")
+    rows = [
+        pair
+        | {f"mismatched_{side}_ids": pair[f"{side}_ids"] for side in sides}
+        | {f"ref_{side}_logps": -1.5 for side in sides}
+        for pair in make_pairs(3)
+    ]
+    return pack_micro_batch(rows, MicroBatch((0, 1, 2), 3, 3), {"prior", "mismatched"}, [1, 2])
+
+
+def tensors(value):
+    if isinstance(value, torch.Tensor):
+        return [value]
+    parts = vars(value) if isinstance(value, TensorFields) else value
+    return [tensor for part in parts.values() for tensor in tensors(part)] if isinstance(parts, dict) else []
+
+
+def test_a_micro_batch_moves_as_a_whole(micro_batch, monkeypatch):
+    assert len(tensors(micro_batch)) == 3 * 7 + 2
+    assert {tensor.device for tensor in tensors(micro_batch.to(META))} == {META}
+    assert {tensor.device.type for tensor in tensors(micro_batch)} == {"cpu"}
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor + 1)  # only beside a GPU is there such memory
+    for pinned, tensor in zip(tensors(micro_batch.pin_memory()), tensors(micro_batch), strict=True):
+        assert torch.equal(pinned, tensor + 1)
+
+
+def test_what_is_derived_from_packed_sequences(micro_batch):
+    packed = micro_batch.to(META).pairs.padded(attention.BLOCK)
+    mask = attention.block_mask(packed, 5)
+    derived = [
+        packed.shift_labels,
+        packed.response_lengths,
+        packed.sum_by_response(packed.labels),
+        attention.dense_mask(packed, 5),
+        mask.kv_num_blocks,
+        mask.kv_indices,
+        attention._causal(*torch.zeros(3, 1, 2, 9, 4, device=META), None, 0.0, window=3),
+    ]
+    assert {tensor.device for tensor in derived} == {META}
+
+
+def test_the_check_at_the_start(monkeypatch):
+    monkeypatch.setitem(logprobs.CHUNK, "meta", 2**16)
+    model, pairs = make_model("llama").to(META), make_pairs(2)
+    responses = pack_pairs(pairs).labels.shape
+    with torch.no_grad():
+        found = [parity._plain(model, model, pairs, "eager")]
+        attention.attach(model, "segment")
+        found.append(parity._packed(model, model, pairs, "segment"))
+    for scored in found:
+        assert scored.logps.device == scored.hidden.device == META and scored.logps.shape == responses
