@@ -1,12 +1,22 @@
 """The global batch is the invariant: the same pairs per step whatever the processes and the micro-batch size."""
 
 import itertools
+import math
 
 import pytest
 import torch
 from datasets import Dataset
 
-from rmipo.training.batching import MicroBatch, PairDataset, StepSampler, packed_lengths, split_by_tokens
+from rmipo.training.batching import (
+    MicroBatch,
+    PairDataset,
+    StepSampler,
+    pack_micro_batch,
+    packed_lengths,
+    split_by_tokens,
+)
+from tests.helpers.small_models import make_pairs
+from tests.helpers.trainers import make_trainer
 
 
 def steps(world_size, micro_batch_size, num_pairs=37, global_batch_size=8, epoch=0, seed=3, **tokens):
@@ -23,8 +33,9 @@ def steps(world_size, micro_batch_size, num_pairs=37, global_batch_size=8, epoch
         )
         for rank in range(world_size)
     ]
-    for sampler in samplers:
-        sampler.set_epoch(epoch)
+    if epoch:
+        for sampler in samplers:
+            sampler.set_epoch(epoch)
     found = list(zip(*samplers, strict=True))
     assert {len(sampler) for sampler in samplers} == {len(found)}, "the trainer plans its steps by this"
     return found
@@ -44,26 +55,34 @@ def test_steps_hold_the_same_pairs_on_any_hardware(world_size, micro_batch_size)
     assert sorted(itertools.chain(*reference)) == list(range(37))
     assert [len(step) for step in reference] == [8, 8, 8, 8, 5]
     for step, pairs in zip(actual, reference, strict=True):
-        assert len({len(rank) for rank in step}) == 1, "every rank runs the same number of forwards"
+        forwards = math.ceil(math.ceil(len(pairs) / world_size) / micro_batch_size)
+        assert {len(rank) for rank in step} == {forwards}, "every rank runs the same number of forwards, and no more"
         assert {batch.step_pairs for rank in step for batch in rank} == {len(pairs)}
         assert all(len(batch.indices) <= micro_batch_size for rank in step for batch in rank)
 
 
 def test_a_rank_with_nothing_left_repeats_a_pair_without_weight():
-    (step,) = steps(world_size=4, micro_batch_size=2, num_pairs=2, global_batch_size=8, seed=None)
+    _, step = steps(world_size=4, micro_batch_size=2, num_pairs=10, global_batch_size=8, seed=None)
     assert step == (
-        [MicroBatch((0,), 1, 2)],
-        [MicroBatch((1,), 1, 2)],
-        [MicroBatch((0,), 0, 2)],
-        [MicroBatch((0,), 0, 2)],
+        [MicroBatch((8,), 1, 2)],
+        [MicroBatch((9,), 1, 2)],
+        [MicroBatch((8,), 0, 2)],
+        [MicroBatch((8,), 0, 2)],
     )
 
 
 def test_order_depends_on_seed_and_epoch_alone():
-    assert steps(1, 2, epoch=1) == steps(1, 2, epoch=1)
-    assert counted(steps(1, 2, epoch=0)[0]) != counted(steps(1, 2, epoch=1)[0])
-    assert counted(steps(1, 2, seed=4)[0]) != counted(steps(1, 2, seed=3)[0])
-    assert counted(steps(1, 2, seed=None)[0]) == list(range(8))
+    def order(**arguments):
+        return [i for (rank,) in steps(1, 8, **arguments) for batch in rank for i in batch.indices]
+
+    orders = {
+        sum_of_both: torch.randperm(37, generator=torch.Generator().manual_seed(sum_of_both)).tolist()
+        for sum_of_both in (0, 3, 5)
+    }
+    assert order(seed=0) == orders[0]
+    assert order(seed=3) == order(seed=1, epoch=2) == orders[3]
+    assert order(seed=3, epoch=2) == order(seed=5) == orders[5]
+    assert order(seed=None) == order(seed=None, epoch=1) == list(range(37))
 
 
 LENGTHS = [(37 * i * i + 11) % 90 + 5 for i in range(37)]  # 5 to 94
@@ -78,12 +97,21 @@ def test_micro_batches_by_tokens_hold_the_same_pairs(world_size, max_tokens):
         assert len({len(rank) for rank in step}) == 1, "every rank runs the same number of forwards"
         for batch in (batch for rank in step for batch in rank):
             assert len(batch.indices) == 1 or sum(LENGTHS[i] for i in batch.indices) <= max_tokens
+        # The ranks wait for each other: what they run at the same time is of similar length.
+        loads = [[sum(LENGTHS[i] for i in batch.indices[: batch.real]) for batch in rank] for rank in step]
+        in_turn = [load for at_once in zip(*loads, strict=True) for load in at_once]
+        assert in_turn == sorted(in_turn, reverse=True)
 
 
 def test_parts_by_tokens_are_few_and_of_similar_length():
     assert split_by_tokens([0, 1, 2, 3], [6, 4, 5, 5], limit=10, multiple=1) == [[0, 1], [2, 3]]
     assert split_by_tokens([0, 1, 2, 3, 4], [50, 3, 3, 2, 1], limit=10, multiple=2) == [[0], [1, 2, 3, 4]]
     assert split_by_tokens([4, 7], {4: 9, 7: 2}, limit=10, multiple=3) == [[4], [7], []]
+    for pairs in (
+        range(6),
+        reversed(range(6)),
+    ):  # a pair that is too long alone doesn't keep the others from being levelled
+        assert split_by_tokens(list(pairs), [50, 5, 4, 2, 2, 2], limit=10, multiple=1) == [[0], [2, 3, 5], [1, 4]]
     parts = split_by_tokens(list(range(37)), LENGTHS, limit=300, multiple=2)
     loads = [sum(LENGTHS[i] for i in part) for part in parts]
     assert 6 < sum(LENGTHS) / 300 < 7 and len(parts) == 8
@@ -92,6 +120,7 @@ def test_parts_by_tokens_are_few_and_of_similar_length():
 
 
 def test_where_levelling_overflows_the_first_fit_stays():
+    assert split_by_tokens([0, 1, 2, 3], [7, 5, 3, 3], limit=10, multiple=1) == [[0, 3], [1, 2]]  # none does: 10 and 8
     # Levelled, the parts would be 6 4 4 and 6 4: 14 is too long.
     parts = split_by_tokens([0, 1, 2, 3, 4], [6, 6, 4, 4, 4], limit=12, multiple=1)
     assert sorted(map(sorted, parts)) == [[0, 1], [2, 3, 4]]
@@ -115,3 +144,45 @@ def test_a_pair_is_mismatched_with_the_next_one_and_the_last_with_the_first():
 def test_packed_lengths():
     dataset = {"prompt_ids": [[1, 2, 3], [1]], "chosen_ids": [[1], [1, 2]], "rejected_ids": [[1, 2], [1]]}
     assert packed_lengths(dataset) == [5, 3]
+
+
+def test_four_micro_batches_share_a_forward_without_gradient(tmp_path):
+    trainer = make_trainer(tmp_path, make_pairs(9), per_device_train_batch_size=1, global_batch_size=9)
+    (step,) = trainer.get_train_dataloader()
+    positions = []
+    trainer.model.register_forward_pre_hook(
+        lambda model, arguments, named: positions.append(named["input_ids"].shape[1]), with_kwargs=True
+    )
+    trainer.score_without_gradient(trainer.model, step)
+    lengths = [micro_batch.prior.length for micro_batch in step]
+    assert positions == [sum(lengths[:4]), sum(lengths[4:8]), lengths[8]]
+
+
+def test_a_micro_batch_holds_what_its_objective_needs():
+    rows = [
+        {
+            "prompt_ids": [1, 2],
+            "chosen_ids": [3],
+            "rejected_ids": [4, 5],
+            "mismatched_chosen_ids": [6],
+            "mismatched_rejected_ids": [7, 8],
+            "ref_chosen_logps": -0.1 * row,
+            "prior_rejected_logps": -2.5,
+            "row": row,
+        }
+        for row in (30, 10)
+    ]
+    cut = MicroBatch((3, 1), 0, 8)
+    batch = pack_micro_batch(rows, cut, {"reference", "initial_prior"}, [9, 9])
+    assert batch.pairs.labels.tolist() == [3, 4, 5, 3, 4, 5]
+    assert batch.prior is None and batch.mismatched is None
+    assert {name: values.tolist() for name, values in batch.scores.items()} == {
+        "ref_chosen_logps": torch.tensor([-3.0, -1.0]).tolist(),
+        "prior_rejected_logps": [-2.5, -2.5],
+    }
+    assert {values.dtype for values in batch.scores.values()} == {torch.float32}
+    assert batch.rows == [30, 10] and batch.cut == cut
+    batch = pack_micro_batch(rows, cut, {"prior", "mismatched"}, [9, 9])
+    assert batch.prior.input_ids.tolist() == [[9, 9, 9, 4, 9, 9, 4]]
+    assert batch.mismatched.labels.tolist() == [6, 7, 8, 6, 7, 8]
+    assert batch.mismatched.input_ids.tolist() == [[1, 2, 2, 7] * 2]

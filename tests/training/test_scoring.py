@@ -98,6 +98,8 @@ def test_padding_has_no_part_in_the_scores():
     assert padded.input_ids.shape == padded.shift_labels.shape == (1, 64)
     assert torch.equal(padded.shift_labels[:, :length], packed.shift_labels)
     assert (padded.shift_labels[:, length:] == -100).all()
+    # A model with learned positions looks them up, too.
+    assert not padded.input_ids[:, length:].any() and not padded.position_ids[:, length:].any()
     mask = attention.dense_mask(padded, None)[0, 0]
     assert not mask[:length, length:].any() and not mask[length:, :length].any()
     assert mask.diagonal().all(), "a position that sees nothing would be NaN"
@@ -227,6 +229,7 @@ def test_sums_accumulate_in_float64():
     assert packed.sum_by_response(values).item() == pytest.approx(exact, rel=1e-7)
 
 
-def test_unknown_attention_kind():
-    with pytest.raises(ValueError, match="found 'flash', expected one of auto, segment, flex, dense"):
-        attention.resolve_kind("flash", torch.device("cpu"))
+@pytest.mark.parametrize("kind", ["flash", "sdpa", "plain"])
+def test_unknown_attention_kind(kind):
+    with pytest.raises(ValueError, match=f"found {kind!r}, expected one of auto, segment, flex, dense"):
+        attention.resolve_kind(kind, torch.device("cpu"))
