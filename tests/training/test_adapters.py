@@ -87,8 +87,12 @@ def test_refusals_see_through_the_adapter():
 
 def test_a_model_gets_one_fused_head(tmp_path):
     model = with_adapter()
+    plain = model.get_base_model().forward
+    attention.attach(model, "segment")
+    assert model.get_base_model().forward == plain
     attention.attach(model, "flex")
     forward = model.get_base_model().forward
+    assert forward != plain
     attention.attach(model, "plain")
     attention.attach(model, "flex")
     assert model.get_base_model().forward == forward

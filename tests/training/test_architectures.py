@@ -150,6 +150,13 @@ def test_encoders_and_recurrent_layers_are_refused():
         attention.attach(model, "segment")
 
 
+def test_attention_scores_of_the_text_part_may_not_be_capped():
+    config = SERVED["gemma-3-4b"]()
+    config.text_config.attn_logit_softcapping = 50.0
+    with pytest.raises(attention.ArchitectureError, match=r"it has soft-capped attention scores\. Use"):
+        attention.attach(AutoModelForCausalLM.from_config(config), "segment")
+
+
 def test_logits_may_be_capped():
     config = transformers.Gemma2Config(**SIZES, head_dim=8, attn_logit_softcapping=None)
     assert config.final_logit_softcapping == 30.0

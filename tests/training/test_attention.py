@@ -8,6 +8,7 @@ import weakref
 import pytest
 import torch
 import torch.nn.functional as F
+from peft import LoraConfig, get_peft_model
 from torch.nn.attention.flex_attention import _DEFAULT_SPARSE_BLOCK_SIZE
 
 from rmipo.training import attention
@@ -16,6 +17,10 @@ from tests.helpers.small_models import make_model
 
 LAYER = types.SimpleNamespace()
 PACKED = pack([([1, 2, 3, 4], [[5, 6, 7, 8, 9], [], [5, 6]]), ([1], [[2, 3, 4]]), ([1, 2], [[3], [4], [5, 6]])])
+
+
+def with_adapter(model):
+    return get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
 
 
 @pytest.fixture
@@ -125,6 +130,27 @@ def test_a_model_has_to_be_attached_to_the_kind_first():
                 attention.forward_kwargs(other, PACKED, model.config)
     attention.attach(model, "plain")
     assert model.config._attn_implementation == "sdpa"
+
+
+def test_deepspeed_is_told_of_the_weight_that_a_fused_head_reads():
+    plain = make_model("llama")
+    for model in (plain, with_adapter(make_model("llama"))):
+        base = model if model is plain else model.get_base_model()
+        attention.attach(model, "segment")
+        attention.register_fused_head(model)
+        assert not hasattr(base, "_external_params")
+        attention.attach(model, "flex")
+        attention.register_fused_head(model)
+        assert [id(weight) for weight in base._external_params.values()] == [id(base.lm_head.weight)]
+
+
+def test_on_cuda_flex_is_compiled_once_for_all_lengths(monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda function, **options: compiled.append(options) or function)
+    attention._compiled_flex_attention.cache_clear()
+    assert attention._compiled_flex_attention() is attention._compiled_flex_attention() is attention.flex_attention
+    attention._compiled_flex_attention.cache_clear()
+    assert compiled == [{"dynamic": True}]
 
 
 def test_models_with_a_fused_head_can_be_freed():
