@@ -145,9 +145,7 @@ def block_mask(packed: PackedSequence, window: int | None) -> BlockMask:
     meet &= (branches.amin(1) == -1) | _ranges_meet(branches)
     counts = meet.sum(1, dtype=torch.int32)[None, None]
     columns = meet.int().argsort(dim=1, descending=True, stable=True).int()[None, None]
-    return BlockMask.from_kv_blocks(
-        counts, columns, BLOCK_SIZE=BLOCK, mask_mod=_mask_function(packed, window), seq_lengths=(packed.length,) * 2
-    )
+    return BlockMask.from_kv_blocks(counts, columns, BLOCK_SIZE=BLOCK, mask_mod=_mask_function(packed, window))
 
 
 def _ranges_meet(values: torch.Tensor) -> torch.Tensor:
