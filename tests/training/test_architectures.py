@@ -123,16 +123,17 @@ def test_packed_scores_and_gradients_equal_the_padded_reference(name):
 def test_architectures_that_packing_cannot_serve_are_refused(name):
     make_config, reason = REFUSED[name]
     model = AutoModelForCausalLM.from_config(make_config())
-    with pytest.raises(ValueError, match=f"{type(model).__name__} can't run on packed pairs: .*{reason}"):
+    with pytest.raises(ValueError, match=f"{type(model).__name__} can't run on packed pairs: it has {reason}\\. Use"):
         attention.attach(model, "segment")
 
 
 def test_several_features_are_named_together():
     config = REFUSED["gpt-oss"][0]()
     config.attn_logit_softcapping = 50.0
-    config.layer_types = ["full_attention", "of_some_other_kind"]
+    config.layer_types = [*(f"{kind}_attention" for kind in ("full", "linear", "chunked")), "mamba"]
     model = AutoModelForCausalLM.from_config(config)
-    expected = "it has of some other kind layers and soft-capped attention scores and attention sinks. Use a decoder"
+    found = ("chunked attention layers", "linear attention layers", "mamba layers", "soft-capped attention scores")
+    expected = rf"it has {' and '.join(found)} and attention sinks\. Use a decoder"
     for kind in attention.IMPLEMENTATIONS:
         with pytest.raises(attention.ArchitectureError, match=expected) as error:
             attention.attach(model, kind)
@@ -185,3 +186,10 @@ def test_any_kind_serves_models_with_layers_of_several_types(name):
         scored = scoring.score_pairs(model, [pairs], kind=kind)
         for field, values in expected.items():
             torch.testing.assert_close(scored[field], values.float(), atol=3e-4, rtol=0, msg=f"{kind}: {field}")
+
+
+def test_a_window_that_a_configuration_switches_off_is_none():
+    config = transformers.LlamaConfig(sliding_window=5, use_sliding_window=False)
+    assert attention._windows(config) == {"full_attention": None}
+    config.use_sliding_window = True
+    assert attention._windows(config) == {"sliding_attention": 5}

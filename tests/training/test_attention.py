@@ -16,7 +16,9 @@ from rmipo.training.packing import concatenate, pack
 from tests.helpers.small_models import make_model
 
 LAYER = types.SimpleNamespace()
-PACKED = pack([([1, 2, 3, 4], [[5, 6, 7, 8, 9], [], [5, 6]]), ([1], [[2, 3, 4]]), ([1, 2], [[3], [4], [5, 6]])])
+PACKED = pack(
+    [([1, 2, 3, 4], [[5, 6, 7, 8, 9], [], [5, 6]]), ([1], [[2, 3, 4]]), ([1, 2], [[3], [4], [5, 6]]), ([7, 8], [[9]])]
+)
 
 
 def with_adapter(model):
@@ -85,6 +87,7 @@ def test_flex_shares_keys_among_a_power_of_two_of_heads_alone(heads, monkeypatch
     for number in (6, 4, 2):
         run("flex", [heads[0][:, :number], *heads[1:]])
     assert calls == [(6, 6, False), (2, 2, True), (2, 2, True)]
+    assert attention._compiled_flex_attention.cache_info().currsize == 0  # compiling on a CPU takes a minute
 
 
 @pytest.mark.parametrize("window", [None, 3])
@@ -107,14 +110,18 @@ def test_segments_have_to_tile_the_sequence(heads):
     with pytest.raises(AssertionError, match="packed sequences only; attach"):
         attend(None)
     first, second, third, *rest = PACKED.segments
-    for wrong in ((second, third, *rest), (first._replace(start=first.start + 1), second, third, *rest)):
+    for wrong in (
+        (second, third, *rest),
+        (first._replace(start=first.start + 1), second, third, *rest),
+        (*rest, first, second, third),
+    ):
         with pytest.raises(AssertionError):
             attend(wrong)
 
 
 def test_auto_is_flex_on_cuda_and_segment_elsewhere():
     assert attention.resolve_kind("auto", torch.device("cuda")) == "flex"
-    assert attention.resolve_kind("auto", torch.device("cpu")) == "segment"
+    assert {attention.resolve_kind("auto", torch.device(device)) for device in ("cpu", "mps")} == {"segment"}
     for kind in ("segment", "flex", "dense"):
         assert attention.resolve_kind(kind, torch.device("cpu")) == kind
     assert attention.BLOCK == _DEFAULT_SPARSE_BLOCK_SIZE  # which the kernels are made for

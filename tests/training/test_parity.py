@@ -10,10 +10,11 @@ from unittest import mock
 import pytest
 import torch
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer, MistralConfig, MistralForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma3Config, MistralConfig, MistralForCausalLM
 
 from rmipo.data.chat import ChatFormat
 from rmipo.data.pairs import load_pairs, tokenize_pairs
+from rmipo.errors import UserError
 from rmipo.training import attention, parity
 from rmipo.training.parity import ParityError, check_parity, first_rows
 from tests.helpers.rows import assistant, config, pair, user
@@ -185,35 +186,115 @@ def test_scores_that_are_not_finite_are_refused(monkeypatch):
         check_parity(model, model, pairs, "segment")
 
 
-@pytest.mark.parametrize("shift", [-0.02, 0.02])
-def test_a_shift_of_all_scores_is_refused_where_noise_of_its_size_is_not(monkeypatch, shift):
-    zeros, noise, hidden = torch.zeros(100), torch.tensor([0.01, -0.01]).repeat(50), torch.ones(100, 4)
-    plain, packed = {"sdpa": zeros, "eager": noise}, [2 * noise, zeros + shift]
-    monkeypatch.setattr(attention, "attach", lambda *arguments: None)
-    monkeypatch.setattr(parity, "_plain", lambda *arguments: parity.Scored(plain[arguments[-1]], hidden))
-    monkeypatch.setattr(parity, "_packed", lambda *arguments: parity.Scored(packed.pop(0), hidden))
-    assert check_parity(None, None, make_pairs(1), "segment") == pytest.approx(0.02)
+@pytest.fixture
+def compare(monkeypatch):
+    """`check_parity` of given differences from the first plain kernel's log-probabilities and hidden states."""
+
+    def compare(packed=0.0, other=0.0, packed_hidden=0.0, other_hidden=0.0, plain=-1.0, kind="segment"):
+        calls = []
+
+        def scored(logps, hidden):
+            def score(model, unwrapped, rows, *options):
+                calls.append((len(rows), torch.is_grad_enabled()))
+                return parity.Scored(plain + torch.zeros(100) + logps, torch.tensor([1.0, -3.0]) + hidden)
+
+            return score
+
+        kernels = {"sdpa": scored(0.0, 0.0), "eager": scored(other, other_hidden)}
+        monkeypatch.setattr(attention, "attach", lambda *arguments: None)
+        monkeypatch.setattr(parity, "_plain", lambda *arguments: kernels[arguments[-1]](*arguments))
+        monkeypatch.setattr(parity, "_packed", scored(packed, packed_hidden))
+        try:
+            return check_parity(None, make_model("llama"), make_pairs(20), kind)
+        finally:
+            assert calls == [(8, False)] * 3
+
+    return compare
+
+
+NOISE = torch.tensor([0.015, -0.015, 0.005, -0.005]).repeat(25)  # 0.01 on average
+
+
+def test_a_shift_of_all_scores_is_refused_where_noise_of_its_size_is_not(compare):
+    noise = torch.tensor([0.032, -0.032, 0.024, -0.024]).repeat(25)
+    assert compare(noise, NOISE) == pytest.approx(0.028)
+    for shift in (-0.00545, 0.00545):
+        assert compare(shift, NOISE) == pytest.approx(0.00545, abs=1e-6)
+    for shift in (-0.00556, 0.00556):
+        with pytest.raises(
+            ParityError, match=r": mean signed difference in nats per token 5.6e-03, expected at most 5.5e-03\."
+        ):
+            compare(shift, NOISE)
+
+
+def test_noise_is_refused_beyond_three_times_that_between_plain_kernels(compare):
     with pytest.raises(
-        ParityError, match=r"mean signed difference in nats per token 2.0e-02, expected at most 5.5e-03"
+        ParityError, match=r": mean difference in nats per token 3.1e-02, expected at most 3.0e-02\. Set"
     ):
-        check_parity(None, None, make_pairs(1), "segment")
+        compare(torch.tensor([0.06, -0.06, 0.002, -0.002]).repeat(25), NOISE)
 
 
-def test_hidden_states_are_those_behind_the_first_layer_of_each_kind():
-    states = [torch.full((1, 2, 1), float(number)) for number in range(5)]  # the first are the embeddings
+def test_hidden_states_may_differ_as_those_of_plain_kernels_do(compare):
+    away = torch.tensor([0.02, -0.02])  # of 2 on average
+    compare(packed_hidden=away.flip(0), other_hidden=away)
+    with pytest.raises(
+        ParityError, match=r": relative difference of hidden states .* 1.1e-02, expected at most 1.0e-02\. Set"
+    ):
+        compare(packed_hidden=1.1 * away, other_hidden=away)
+
+
+def test_float32_may_differ_by_1e_4(compare):
+    assert compare(9e-5, packed_hidden=1.8e-4) == pytest.approx(9e-5, abs=1e-6)
+    limit = "expected at most 1.0e-04"
+    expected = rf"token 1.2e-04, {limit}; mean signed .* token 1.2e-04, {limit}; relative .* layer 1.1e-04, {limit}\. "
+    for kind, way_out in (("segment", "Set `attention"), ("flex", "Set `attention"), ("dense", "This model can't")):
+        with pytest.raises(
+            ParityError, match=f"attention: {kind} scores LlamaForCausalLM .*{expected}{way_out}"
+        ) as error:
+            compare(1.2e-4, packed_hidden=2.2e-4, kind=kind)
+        assert isinstance(error.value, UserError)
+
+
+def test_a_score_that_is_not_finite_is_blamed_on_what_made_it(compare):
+    bad = torch.zeros(100).index_fill(0, torch.tensor([7]), float("inf"))
+    with pytest.raises(ParityError, match=r"Set `attention: dense` in the recipe$"):
+        compare(packed=bad)
+    with pytest.raises(ParityError, match=r"The plain scores are not finite either: check the weights$"):
+        compare(plain=-1 - bad)
+
+
+def test_the_model_is_called_through_its_wrapper():
+    class Wrapper(torch.nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.model, self.calls = model, []
+
+        def forward(self, **inputs):
+            self.calls.append(self.model.config._attn_implementation)
+            return self.model(**inputs)
+
+    wrapper = Wrapper(make_model("llama").eval())
+    check_parity(wrapper, wrapper.model, make_pairs(2), "segment")
+    assert wrapper.calls == ["sdpa", "eager", "rmipo_segment", "rmipo_segment"]
+
+
+@pytest.mark.parametrize("make", [MistralConfig, lambda: Gemma3Config(text_config={}, vision_config={})])
+def test_hidden_states_are_those_behind_the_first_layer_of_each_kind(make):
+    states = [torch.full((1, 2, 1), float(number), dtype=torch.bfloat16) for number in range(5)]  # first the embeddings
     output = types.SimpleNamespace(hidden_states=states)
     for layer_types, expected in ((None, [1]), (["sliding_attention"] * 2 + ["full_attention"] * 2, [1, 3])):
-        config = MistralConfig()
-        config.layer_types = layer_types
-        assert parity._behind_first_layers(output, config)[0, 0].tolist() == expected
+        config = make()
+        config.get_text_config().layer_types = layer_types
+        hidden = parity._behind_first_layers(output, config)
+        assert hidden[0, 0].tolist() == expected and hidden.dtype == torch.float32
 
 
 def test_as_many_pairs_as_the_limits_allow():
     def ids(prompt, chosen, rejected):
         return {"prompt_ids": [1] * prompt, "chosen_ids": [2] * chosen, "rejected_ids": [3] * rejected}
 
-    assert len(first_rows([ids(10, 5, 7)] * 20)) == parity.MAX_PAIRS
+    assert [len(first_rows([ids(10, 5, 7)] * count)) for count in (1, 7, 8, 20)] == [1, 7, 8, 8]
     assert len(first_rows([ids(2000, 5, 3000)] * 3)) == 1
     assert [len(first_rows([sides] * 3)) for sides in (ids(500, 10, 1500), ids(500, 1500, 10))] == [1, 1]
-    assert len(first_rows([ids(500, 10, 12)] * 20)) == 4  # 8 sequences of 512
+    assert [len(first_rows([ids(500, 10, last)] * 20)) for last in (12, 13)] == [4, 3]  # 8 sequences of 512 or less
     assert len(first_rows([ids(10, 5, 7), ids(10, 5, 7), ids(3000, 9, 9)])) == 2
