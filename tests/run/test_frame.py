@@ -5,11 +5,16 @@ import json
 
 import pytest
 import torch
-from transformers import DefaultFlowCallback
+from transformers import (
+    DefaultFlowCallback,
+    PrinterCallback,
+    ProgressCallback,
+    TrainerCallback,
+    TrainerState,
+)
 from transformers.integrations import TensorBoardCallback
 
 from rmipo.record import recorded_run
-from rmipo.run import callbacks
 from rmipo.run.callbacks import LineAtCheckpoint, MetricsFile, Progress, set_callbacks
 from rmipo.run.checkpoints import MARKER, Checkpoints
 from rmipo.run.generations import SampleGenerations
@@ -62,21 +67,65 @@ def test_a_run_in_which_nothing_is_logged_ends_well(tmp_path, twin, changes):
     assert recorded_run(out)["finished"] and (out / "model.safetensors").exists()
 
 
+class Theirs(TrainerCallback):
+    """A callback that `ORDER` doesn't name."""
+
+
 def test_callbacks_are_called_in_one_order(tmp_path):
     trainer = make_trainer(tmp_path, make_pairs(8), report_to=["wandb", "tensorboard"])
     generations = GenerationWatchdog(trainer.args, None)
     given = [Checkpoints({}), SilenceWatchdog(), FiniteWatchdog(), LineAtCheckpoint(), StopOnSignal(), generations]
-    given += [StepWatchdog(trainer.args, generations), SampleGenerations(None, [], trainer, 1)]
-    trainer.args.disable_tqdm = False
+    given += [StepWatchdog(trainer.args, generations), SampleGenerations(None, [], trainer, 1), Theirs()]
+    trainer.pop_callback(PrinterCallback)
+    trainer.add_callback(ProgressCallback)  # as without disable_tqdm
     set_callbacks(trainer, given)
+    assert [type(callback) for callback in trainer.callback_handler.callbacks] == [
+        DefaultFlowCallback,
+        StopOnSignal,  # asks for a save
+        LineAtCheckpoint,  # with a save asks for a line
+        StepWatchdog,  # adds to the line
+        MetricsFile,  # keeps what W&B is sent again
+        TensorBoardCallback,
+        WandbBySteps,
+        Theirs,
+        Progress,
+        FiniteWatchdog,  # once the line is written
+        SampleGenerations,
+        GenerationWatchdog,  # reads the samples
+        SilenceWatchdog,
+        Checkpoints,  # its marker says that all the others are done
+    ]
+
+
+def test_a_run_without_tracker_and_progress_bar_is_given_none(tmp_path):
+    trainer = make_trainer(tmp_path, make_pairs(8))
+    set_callbacks(trainer, [])
     kinds = [type(callback) for callback in trainer.callback_handler.callbacks]
-    trackers = [WandbBySteps, TensorBoardCallback]
-    assert set(kinds) >= {*trackers, *map(type, given), DefaultFlowCallback, MetricsFile}
-    assert kinds.index(StopOnSignal) < kinds.index(LineAtCheckpoint)  # a stop asks for a save, a save for a line
-    assert kinds.index(StepWatchdog) < kinds.index(MetricsFile) < min(map(kinds.index, trackers))
-    assert kinds.index(SampleGenerations) < kinds.index(GenerationWatchdog)
-    assert kinds[0] is DefaultFlowCallback and kinds[-1] is Checkpoints
-    assert callbacks.ORDER.index(MetricsFile) < callbacks.ORDER.index(Progress) < callbacks.ORDER.index(FiniteWatchdog)
+    assert kinds == [DefaultFlowCallback, MetricsFile, PrinterCallback]
+
+
+def test_the_progress_bar_shows_a_few_numbers(capsys):
+    progress, state = Progress(), TrainerState(max_steps=10, global_step=3, is_world_process_zero=True)
+    line = {"loss": 0.123456, "grad_norm": 2.0, "rewards/margins": 1234.56, "epoch": 0.5}
+    held_out = {f"eval_{name}": value for name, value in line.items()} | {"eval_rmipo/gamma_mean": 1.5}
+    progress.on_log(None, state, None, logs=held_out)  # an evaluation without training
+    progress.on_train_begin(None, state, None)
+    bar = progress.training_bar
+    progress.on_log(None, state, None, logs=line)
+    assert bar.postfix == "loss=0.1235, margins=1235"
+    capsys.readouterr()
+    progress.on_log(None, state, None, logs=held_out)
+    progress.on_log(None, state, None, logs={"num_tokens": 3})
+    assert capsys.readouterr().out == "step 3, held out: loss 0.1235, margins 1235, gamma_mean 1.5\n"
+    assert bar.postfix == "loss=0.1235, margins=1235"
+    progress.on_log(None, TrainerState(is_world_process_zero=False), None, logs=held_out)
+    progress.on_train_end(None, state, None)
+    progress.on_log(None, state, None, logs=held_out)  # the evaluation after training
+    assert "held out" not in capsys.readouterr().out
+    shown = {"loss": 1, "rewards/accuracies": 2, "entropy": 3, "mean_token_accuracy": 4}
+    progress.on_train_begin(None, state, None)
+    progress.on_log(None, state, None, logs=shown)
+    assert progress.training_bar.postfix == "loss=1, accuracies=2, entropy=3, mean_token_accuracy=4"
 
 
 def test_the_marker_is_written_after_the_objectives_state(tmp_path):

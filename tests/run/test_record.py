@@ -1,6 +1,7 @@
 """What a run's files hold after a kill: the lines up to the checkpoint, and each evaluation once."""
 
 import json
+from pathlib import Path
 
 import pytest
 from transformers import TrainerControl, TrainerState
@@ -8,7 +9,7 @@ from transformers import TrainerControl, TrainerState
 from rmipo.files import replacing, write_atomically, write_lines
 from rmipo.record import append_metrics, keep_metrics, read_generations, read_metrics, recorded_run, write_generations
 from rmipo.run.callbacks import LineAtCheckpoint, MetricsFile
-from rmipo.run.identity import WITHOUT_EFFECT, differences
+from rmipo.run.identity import WITHOUT_EFFECT, differences, run_identity
 
 
 class Arguments:
@@ -81,6 +82,15 @@ def test_an_evaluation_is_written_once_and_the_summary_never(tmp_path):
     ]
 
 
+def test_other_processes_than_the_first_write_no_line(tmp_path):
+    file, state = MetricsFile(), TrainerState(global_step=3, is_world_process_zero=False)
+    append_metrics(tmp_path, {"step": 4, "loss": 1.0})
+    file.on_train_begin(Arguments(tmp_path), state, None)
+    for logs in ({"loss": 1.0}, {"eval_loss": 1.0}):
+        file.on_log(Arguments(tmp_path), state, None, logs=logs)
+    assert read_metrics(tmp_path) == [{"step": 4, "loss": 1.0}]
+
+
 def test_a_line_is_logged_with_each_checkpoint():
     for save in (True, False):
         control = TrainerControl(should_save=save)
@@ -116,3 +126,26 @@ def test_what_may_change_between_the_starts_of_a_run():
 def test_a_key_that_only_one_start_has_is_a_difference():
     assert differences({"recipe": {}}, {"recipe": {"beta": 2}}) == ["recipe.beta: None, now 2"]
     assert differences({"recipe": {"beta": 2}}, {"recipe": {}}) == ["recipe.beta: 2, now None"]
+    assert differences({"recipe": {"a": {"b": 2}}}, {"recipe": {"a": None}}) == ["recipe.a: {'b': 2}, now None"]
+
+
+def test_differences_are_told_by_their_place_those_of_data_last():
+    one, other = (
+        {
+            "recipe": {"objective": {"report_to": value}, "beta": value},
+            "fingerprints": {"report_to": value},
+            "world_size": value,
+        }
+        for value in (1, 2)
+    )
+    places = ["recipe.beta", "recipe.objective.report_to", "world_size", "fingerprints.report_to"]
+    assert differences(one, other) == [f"{place}: 1, now 2" for place in places]
+
+
+def test_an_identity_equals_what_is_read_back_from_its_file():
+    identity = run_identity({"betas": (0.9, 0.95), "path": Path("a/b"), 3: None}, {"train": "a"}, 2)
+    assert identity == {
+        "recipe": {"betas": [0.9, 0.95], "path": "a/b", "3": None},
+        "fingerprints": {"train": "a"},
+        "world_size": 2,
+    }

@@ -18,6 +18,7 @@ from rmipo.run import checkpoints
 from rmipo.run.checkpoints import MARKER, Checkpoints, resume_point, rotate
 from rmipo.run.identity import differences, run_identity
 from rmipo.run.stop import EXIT_STOPPED
+from tests.helpers.checkpoints import IDENTITY, make_checkpoints
 from tests.helpers.interrupted_runs import assert_same_run, finish, kill_when, last_step, start
 from tests.helpers.launched import wait_until
 from tests.helpers.twins import make_twin
@@ -156,9 +157,6 @@ def test_sigterm_saves_and_exits_with_its_own_code(tmp_path, twin, whole):
     assert all(torch.equal(weights[name], value) for name, value in expected.items())
 
 
-IDENTITY = run_identity({"learning_rate": 1e-6, "objective": {"name": "rmipo", "beta": 2.0}}, {"train": "a"}, 2)
-
-
 @pytest.mark.parametrize(
     "other, message",
     [
@@ -176,14 +174,6 @@ def test_another_run_is_refused_by_what_differs(tmp_path, other, message, place)
     (tmp_path / place).write_text(json.dumps({"step": 4, **other}))
     with pytest.raises(CheckpointError, match=f"Different there:\n  {message}$"):
         resume_point(tmp_path, IDENTITY)
-
-
-def make_checkpoints(folder, complete, torn=()):
-    for step in (*complete, *torn):
-        (folder / f"checkpoint-{step}").mkdir()
-        (folder / f"checkpoint-{step}" / "weights").write_text("x")
-    for step in complete:
-        (folder / f"checkpoint-{step}" / MARKER).write_text(json.dumps({"step": step, **IDENTITY}))
 
 
 def test_the_last_complete_checkpoint_is_taken(tmp_path):

@@ -1,6 +1,7 @@
 """Nothing from outside is run, no secret gets out, nobody's files are overwritten."""
 
 import json
+import os
 import pickle
 import runpy
 from pathlib import Path
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
-from deepspeed.runtime.fp16.loss_scaler import LossScaler
+from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
 
 from rmipo.errors import CheckpointError
@@ -151,15 +152,21 @@ def test_even_then_a_pickle_runs_nothing(tmp_path):
 
 
 def test_a_checkpoint_runs_nothing_even_where_its_reader_would_let_it(tmp_path, monkeypatch):
-    monkeypatch.setenv("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "0")  # and undone after the test
+    monkeypatch.setenv("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "0")
     torch.save({"state": Hostile(tmp_path / "pwned")}, tmp_path / "optim_states.pt")
-    torch.save({"stage": ZeroStageEnum.weights, "scaler": LossScaler(2.0)}, tmp_path / "deepspeed.pt")
+    scalers = [LossScaler(2.0), DynamicLossScaler(4.0, 2.0, 1000, 1.0, 2)]
+    torch.save({"stage": ZeroStageEnum.weights, "scalers": scalers}, tmp_path / "deepspeed.pt")
     with no_pickled_code(deepspeed=True):
         with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
             torch.load(tmp_path / "optim_states.pt", weights_only=False)  # as DeepSpeed reads its files
         assert not (tmp_path / "pwned").exists()
         saved = torch.load(tmp_path / "deepspeed.pt", weights_only=False)
-    assert saved["stage"] == ZeroStageEnum.weights and saved["scaler"].cur_scale == 2.0
+    assert saved["stage"] == ZeroStageEnum.weights and [scaler.cur_scale for scaler in saved["scalers"]] == [2.0, 4.0]
+    assert os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] == "0"
+    monkeypatch.delenv("TORCH_FORCE_WEIGHTS_ONLY_LOAD")
+    with no_pickled_code(deepspeed=False), pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
+        torch.load(tmp_path / "deepspeed.pt", weights_only=False)
+    assert "TORCH_FORCE_WEIGHTS_ONLY_LOAD" not in os.environ
 
 
 @pytest.mark.parametrize("place", ["recipe", "overlay", "command line"])

@@ -1,0 +1,17 @@
+"""Folders of checkpoints as runs leave them, without weights."""
+
+import json
+
+from rmipo.run.checkpoints import MARKER
+from rmipo.run.identity import run_identity
+
+IDENTITY = run_identity({"learning_rate": 1e-6, "objective": {"name": "rmipo", "beta": 2.0}}, {"train": "a"}, 2)
+
+
+def make_checkpoints(folder, complete, torn=(), identity=IDENTITY):
+    """`checkpoint-<step>` for each step in `complete` and, without their marker, in `torn`."""
+    for step in (*complete, *torn):
+        (folder / f"checkpoint-{step}").mkdir()
+        (folder / f"checkpoint-{step}" / "weights").write_text("x")
+    for step in complete:
+        (folder / f"checkpoint-{step}" / MARKER).write_text(json.dumps({"step": step, **identity}))

@@ -1,0 +1,146 @@
+"""What counts as a checkpoint, which are deleted when, and what a full disk leaves."""
+
+import errno
+import shutil
+import types
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+from transformers import TrainerState
+
+from rmipo.errors import CheckpointError
+from rmipo.run.checkpoints import (
+    Checkpoints,
+    FullDiskError,
+    complete_checkpoints,
+    explained_full_disk,
+    resume_point,
+    rotate,
+)
+from rmipo.run.lock import LOCK_FILE
+from tests.helpers.checkpoints import IDENTITY, make_checkpoints
+
+
+def save(folder, step, limit=None, best=None, first_process=True):
+    """Start a run in `folder` and save its checkpoint of `step`."""
+    arguments = types.SimpleNamespace(output_dir=str(folder), save_total_limit=limit)
+    state = TrainerState(global_step=step, is_world_process_zero=first_process, best_model_checkpoint=best)
+    callback = Checkpoints(IDENTITY)
+    callback.on_train_begin(arguments, state, None)
+    (folder / f"checkpoint-{step}").mkdir()
+    callback.on_save(arguments, state, None)
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_what_a_kill_left_of_a_save_is_deleted_and_nothing_else(tmp_path, capsys):
+    make_checkpoints(tmp_path, complete=(2,), torn=(4,))
+    (tmp_path / "checkpoint-notes.txt").touch()
+    save(tmp_path, 6)
+    assert names(tmp_path) == ["checkpoint-2", "checkpoint-6", "checkpoint-notes.txt"]
+    assert capsys.readouterr().out == f"{tmp_path}/checkpoint-4 is incomplete: deleted\n"
+    assert [path.name for path in complete_checkpoints(tmp_path)] == ["checkpoint-2", "checkpoint-6"]
+
+
+def test_other_processes_than_the_first_delete_and_mark_nothing(tmp_path):
+    make_checkpoints(tmp_path, complete=(2, 3), torn=(4,))
+    save(tmp_path, 6, limit=1, first_process=False)
+    assert names(tmp_path) == ["checkpoint-2", "checkpoint-3", "checkpoint-4", "checkpoint-6"]
+    assert [path.name for path in complete_checkpoints(tmp_path)] == ["checkpoint-2", "checkpoint-3"]
+
+
+@pytest.mark.parametrize(
+    "limit, kept", [(None, (2, 10, 4, 12)), (0, (2, 10, 4, 12)), (-1, (2, 10, 4, 12)), (1, (12,)), (3, (10, 4, 12))]
+)
+def test_as_many_checkpoints_stay_as_the_limit_says(tmp_path, limit, kept):
+    make_checkpoints(tmp_path, complete=(2, 10, 4))
+    save(tmp_path, 12, limit)
+    assert names(tmp_path) == sorted(f"checkpoint-{step}" for step in kept)
+
+
+def test_the_best_checkpoint_stays_beyond_the_limit(tmp_path):
+    make_checkpoints(tmp_path, complete=(2, 4))
+    save(tmp_path, 6, limit=1, best=str(tmp_path / "checkpoint-2"))
+    assert names(tmp_path) == ["checkpoint-2", "checkpoint-6"]
+
+
+def test_a_checkpoint_that_is_deleted_halfway_is_none(tmp_path, monkeypatch):
+    def killed(folder, **options):
+        raise OSError("killed here")
+
+    make_checkpoints(tmp_path, complete=(2, 4))
+    monkeypatch.setattr(shutil, "rmtree", killed)
+    with pytest.raises(OSError, match="killed here"):
+        rotate(tmp_path, 1)
+    assert [path.name for path in complete_checkpoints(tmp_path)] == ["checkpoint-4"]
+
+
+def test_a_marker_that_is_written_halfway_is_none(tmp_path, monkeypatch):
+    def killed(path, text):
+        with open(path, "w") as file:
+            file.write(text[:9])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    make_checkpoints(tmp_path, complete=(2,))
+    monkeypatch.setattr(Path, "write_text", killed)
+    with pytest.raises(OSError):
+        save(tmp_path, 4)
+    assert [path.name for path in complete_checkpoints(tmp_path)] == ["checkpoint-2"]
+
+
+def test_only_names_of_other_files_are_told_and_five_of_them(tmp_path):
+    (tmp_path / LOCK_FILE).touch()
+    (tmp_path / "metrics.jsonl.tmp").touch()
+    assert resume_point(tmp_path, IDENTITY) is None
+    for name in "gfedcba":
+        (tmp_path / name).touch()
+    with pytest.raises(CheckpointError, match=r"Found: a, b, c, d, e\. Nothing is overwritten"):
+        resume_point(tmp_path, IDENTITY)
+
+
+@pytest.mark.parametrize("foreign", [2, 4, 6])
+def test_every_checkpoint_of_a_folder_has_to_be_of_this_run(tmp_path, foreign):
+    make_checkpoints(tmp_path, complete=sorted({2, 4, 6} - {foreign}))
+    assert Path(resume_point(tmp_path, IDENTITY)).name == f"checkpoint-{6 if foreign != 6 else 4}"
+    make_checkpoints(tmp_path, complete=(foreign,), identity=IDENTITY | {"world_size": 4})
+    message = f"^{tmp_path}/checkpoint-{foreign} belongs to another run.*Different there:\n  world_size: 4, now 2$"
+    with pytest.raises(CheckpointError, match=f"(?s){message}"):
+        resume_point(tmp_path, IDENTITY)
+
+
+Usage = namedtuple("Usage", "total, used, free")
+TORN = "[enforce fail at inline_container.cc:626] . unexpected pos 1024 vs 918"  # of torch.save
+
+
+@pytest.mark.parametrize(
+    "error, free, full",
+    [
+        (OSError(errno.ENOSPC, "write"), 2**30, True),
+        (OSError(errno.EDQUOT, "write"), 2**30, True),
+        (OSError(errno.EIO, "write"), 0, False),
+        (RuntimeError("safetensors: I/O error: No space left on device (os error 28)"), 2**30, True),
+        (RuntimeError(TORN), 2**20 - 1, True),
+        (RuntimeError(TORN), 2**20, False),
+        (RuntimeError("CUDA error"), 0, False),
+        (ValueError("a pair is empty"), 0, False),
+    ],
+    ids=str,
+)
+def test_what_a_full_disk_raises_is_told_as_that(tmp_path, monkeypatch, error, free, full):
+    make_checkpoints(tmp_path, complete=(2, 10, 4), torn=(12,))
+    monkeypatch.setattr(shutil, "disk_usage", {tmp_path: Usage(2**40, 2**40 - free, free)}.get)
+    with pytest.raises(FullDiskError if full else type(error)) as raised, explained_full_disk(str(tmp_path)):
+        raise error
+    assert (raised.value.__cause__ if full else raised.value) is error
+    if full:
+        assert str(raised.value).startswith(
+            f"the disk is full: a checkpoint in {tmp_path} could not be saved; checkpoint-10 is the last good one. Free"
+        )
+
+
+def test_a_disk_that_is_full_from_the_beginning_leaves_none(tmp_path):
+    with pytest.raises(FullDiskError, match=r"saved; there is no good one yet\. Free"), explained_full_disk(tmp_path):
+        raise OSError(errno.ENOSPC, "write")
