@@ -4,22 +4,25 @@ import json
 import os
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
 import trl
 import wandb
 from PIL import Image
+from transformers import TrainerState
 
 from rmipo import record
-from rmipo.record import RunRecord, environment, read_metrics
+from rmipo.record import RunRecord, append_metrics, environment, read_metrics
+from rmipo.run.callbacks import set_callbacks
 from rmipo.run.curves import plot_curves, plot_gamma_histogram
 from rmipo.run.identity import run_identity
-from rmipo.run.trackers import close_wandb
+from rmipo.run.trackers import WandbBySteps, close_wandb, open_wandb
 from tests.helpers.isolation import CHECKOUT
 from tests.helpers.small_models import make_pairs
 from tests.helpers.trainers import make_trainer
-from tests.helpers.wandb_file import read_config, read_history
+from tests.helpers.wandb_file import read_config, read_history, read_records
 
 
 def test_wandb_offline_run_holds_what_was_logged(tmp_path, monkeypatch):
@@ -28,6 +31,9 @@ def test_wandb_offline_run_holds_what_was_logged(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     pairs = make_pairs(16, seed=2)
     trainer = make_trainer(tmp_path / "run", pairs, eval_pairs=pairs[:4], report_to="wandb", eval_strategy="epoch")
+    trainer.args.run_name = "first"
+    set_callbacks(trainer, [])
+    open_wandb(trainer.args, "id-of-run")
     trainer.train()
     close_wandb(None)
     wandb.teardown()  # its process has ended then: before, the file may be incomplete
@@ -35,17 +41,87 @@ def test_wandb_offline_run_holds_what_was_logged(tmp_path, monkeypatch):
     history = read_history(file)
     lines = read_metrics(tmp_path / "run")
 
+    assert [(row["_step"], row["train/global_step"]) for row in history] == [(1, 1), (2, 2)]
     for number, line in enumerate(line for line in lines if "loss" in line):
-        (logged,) = (
-            entry for entry in history if entry.get("train/global_step") == number + 1 and "train/loss" in entry
-        )
-        for name in ("rewards/margins", "rewards/accuracies", "rmipo/gamma_mean", "common/margin_avg_logp"):
-            assert logged[f"train/{name}"] == pytest.approx(line[name], rel=1e-6), name
-    evaluations = [entry for entry in history if "eval/rewards/accuracies" in entry]
+        for name in ("loss", "rewards/margins", "rewards/accuracies", "rmipo/gamma_mean", "common/margin_avg_logp"):
+            assert history[number][f"train/{name}"] == pytest.approx(line[name], rel=1e-6), name
     (held_out,) = (line for line in lines if "eval_loss" in line)
-    assert [entry["eval/loss"] for entry in evaluations] == pytest.approx([held_out["eval_loss"]], rel=1e-6)
+    assert "eval/loss" not in history[0] and history[1]["eval/loss"] == pytest.approx(held_out["eval_loss"], rel=1e-6)
     config = read_config(file)
     assert config["objective"]["gamma_max"] == 1.6 and config["global_batch_size"] == 8
+    records = read_records(file)
+    (run,) = (record.run for record in records if record.HasField("run"))
+    assert (run.run_id, run.project, run.display_name) == ("id-of-run", "huggingface", "first")
+    assert [record.exit.exit_code for record in records if record.HasField("exit")] == [0]
+    summary = {item.key for record in records if record.HasField("summary") for item in record.summary.update}
+    assert summary >= {*WandbBySteps.SUMMARY} - {"total_flos"}  # of the whole training: no rows
+    assert not [name for row in history for name in row if "runtime" in name or "flos" in name or "train_loss" in name]
+
+
+@pytest.mark.parametrize(
+    "given, opened",
+    [
+        ({}, {"project": "huggingface", "id": "ours", "resume": "allow"}),
+        (
+            {"WANDB_PROJECT": "p", "WANDB_RUN_ID": "theirs", "WANDB_RESUME": "must"},
+            {"project": "p", "id": "theirs", "resume": "must"},
+        ),
+    ],
+    ids=["by default", "by the environment"],
+)
+def test_an_earlier_starts_wandb_run_is_continued(monkeypatch, given, opened):
+    """W&B itself can only be asked to, offline."""
+    for name in ("WANDB_PROJECT", "WANDB_RUN_ID", "WANDB_RESUME"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    asked = {}
+    monkeypatch.setattr(wandb, "init", asked.update)
+    open_wandb(types.SimpleNamespace(run_name="n"), "ours")
+    assert asked == {"name": "n", **opened}
+
+
+@pytest.mark.parametrize("first_process, step, sent", [(True, 7, [5, 5, 6]), (True, 0, []), (False, 7, [])])
+def test_a_wandb_run_is_sent_what_it_lost_with_a_kill(tmp_path, first_process, step, sent):
+    """Of a run that W&B has up to step 4: what its server would be sent."""
+    for line in (
+        {"step": 4, "loss": 4.0},
+        {"step": 5, "loss": 5.0},
+        {"step": 5, "eval_loss": 5.5},
+        {"step": 6, "loss": 6.0},
+    ):
+        append_metrics(tmp_path, line)
+    rows = []
+    callback = WandbBySteps()
+    callback._initialized = True
+    callback._wandb = types.SimpleNamespace(
+        run=types.SimpleNamespace(step=5, summary={}), log=lambda row, step: rows.append((step, row))
+    )
+    state = TrainerState(global_step=step, is_world_process_zero=first_process)
+    arguments = types.SimpleNamespace(output_dir=str(tmp_path))
+    callback.on_train_begin(arguments, state, None)
+    assert [row[0] for row in rows] == sent
+    if sent:
+        assert rows[0] == (5, {"train/loss": 5.0, "train/global_step": 5})
+        assert rows[1] == (5, {"eval/loss": 5.5, "train/global_step": 5})
+    rows.clear()
+    callback.on_log(arguments, state, None, logs={"loss": 7.0, "train_runtime": 3.0})
+    assert rows == ([(step, {"train/loss": 7.0, "train/global_step": step})] if first_process else [])
+    assert callback._wandb.run.summary == ({"train_runtime": 3.0} if first_process else {})
+
+
+@pytest.mark.parametrize("error, code", [(None, 0), (SystemExit, 0), (ValueError, 1), (KeyboardInterrupt, 1)])
+def test_wandb_is_told_whether_a_run_failed(monkeypatch, error, code):
+    codes = []
+    of_run = types.SimpleNamespace(run=object(), finish=lambda exit_code: codes.append(exit_code))
+    monkeypatch.setitem(sys.modules, "wandb", of_run)
+    close_wandb(error)
+    assert codes == [code]
+    of_run.run = None  # another program's import of it
+    close_wandb(error)
+    monkeypatch.delitem(sys.modules, "wandb")
+    close_wandb(error)
+    assert codes == [code]
 
 
 def test_run_record_is_written_at_start_and_completed_at_the_end(tmp_path):

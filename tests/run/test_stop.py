@@ -1,0 +1,44 @@
+"""A run that is asked to stop saves first, and another signal than these ends it as ever."""
+
+import os
+import signal
+import types
+
+import pytest
+import torch
+from transformers import TrainerControl
+
+from rmipo.run.stop import EXIT_STOPPED, StopOnSignal
+
+ARGUMENTS = types.SimpleNamespace(device=torch.device("cpu"))
+
+
+def after_a_step(stop):
+    control = TrainerControl()
+    stop.on_step_end(ARGUMENTS, None, control)
+    return stop.stopped, control.should_save, control.should_training_stop
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1], ids=str)
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_run_stops_after_the_step_in_which_a_signal_comes(monkeypatch, number, times):
+    received = []
+    before = signal.signal(number, lambda *_: received.append(number))
+    interrupt = signal.getsignal(signal.SIGINT)
+    stop = StopOnSignal()
+    try:
+        with stop:
+            assert after_a_step(stop) == (False, False, False)
+            for _ in range(times):
+                os.kill(os.getpid(), number)
+            assert signal.getsignal(signal.SIGINT) is interrupt  # Ctrl-C ends at once
+            assert after_a_step(stop) == (True, True, True)
+        assert received == []
+        os.kill(os.getpid(), number)  # after the run the signal is its caller's again
+        assert received == [number]
+    finally:
+        signal.signal(number, before)
+
+
+def test_the_exit_code_asks_for_another_start():
+    assert EXIT_STOPPED == os.EX_TEMPFAIL == 75
