@@ -2,6 +2,7 @@
 
 import json
 
+import httpx2
 import pytest
 import torch
 import yaml
@@ -16,6 +17,8 @@ from rmipo.recipe.schema import DataConfig, PreferenceConfig
 from rmipo.run import export
 from tests.helpers.families import make_model, save
 from tests.helpers.paths import ROOT
+from tests.helpers.small_models import make_pairs
+from tests.helpers.trainers import make_trainer
 from tests.helpers.twins import make_twin, run
 from tests.references.padded import padded_pairs
 
@@ -92,9 +95,24 @@ def change(folder, edit):
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def test_whole_export_is_counted(whole):
+@pytest.mark.parametrize("size", ["1GB", "20KB"])
+def test_whole_export_is_counted(whole, size):
     folder, config = whole
+    (folder / "model.safetensors").unlink()
+    make_model("llama3").save_pretrained(folder, max_shard_size=size)
+    assert len(list(folder.glob("*.safetensors"))) == (1 if size == "1GB" else 6)
+    (folder / "checkpoint-2").mkdir()
+    save_file({"other": torch.ones(1)}, folder / "checkpoint-2/model.safetensors")
     assert export.verify_export(folder, config) == len(make_model("llama3").state_dict()) == 21
+
+
+def test_a_model_that_no_memory_holds_is_verified(whole):
+    folder, config = whole
+    config.vocab_size = 2**40
+    with pytest.raises(
+        export.ExportError, match=r"- 2 of another shape: lm_head.weight is \(\d+, 32\), not \(1099511627776, "
+    ):
+        export.verify_export(folder, config)
 
 
 def test_tied_heads_need_not_be_saved(tmp_path):
@@ -111,8 +129,14 @@ def test_tied_heads_need_not_be_saved(tmp_path):
         (lambda t: t.pop("lm_head.weight"), "- 1 missing: lm_head.weight"),
         (lambda t: t.update({"model.norm.weight": t["model.norm.weight"].half()}),
          "- 1 not float32: model.norm.weight is float16"),
-        (lambda t: t.update({"value_head.weight": torch.ones(2)}), "- 1 not of this model: value_head.weight"),
-        (lambda t: t.clear(), "- 21 missing: lm_head.weight; model.embed_tokens.weight; "),
+        (lambda t: t.update({"model.norm.weight": t["model.norm.weight"].double()}),
+         "- 1 not float32: model.norm.weight is F64"),
+        (lambda t: t.update({"value_head.weight": torch.ones(2)}),
+         "Expected the 21 tensors of llama, found 22:\n- 1 not of this model: value_head.weight"),
+        (lambda t: t.clear(),
+         "Expected the 21 tensors of llama, found 0:\n- 21 missing: lm_head.weight; model.embed_tokens.weight; "
+         "model.layers.0.input_layernorm.weight; model.layers.0.mlp.down_proj.weight; "
+         "model.layers.0.mlp.gate_proj.weight\n"),
     ],
 )  # fmt: skip
 def test_broken_exports_are_refused_by_tensor(whole, edit, message):
@@ -121,6 +145,90 @@ def test_broken_exports_are_refused_by_tensor(whole, edit, message):
     with pytest.raises(export.ExportError) as error:
         export.verify_export(folder, config)
     assert message in str(error.value) and "zero_to_fp32.py" in str(error.value)
+
+
+def test_a_run_that_saves_other_tensors_than_its_models_ends_with_an_error(tmp_path):
+    trainer = make_trainer(tmp_path, make_pairs(8))
+    trainer.model.value_head = torch.nn.Linear(2, 1, bias=False)
+    with pytest.raises(export.ExportError, match="- 1 not of this model: value_head"):
+        export.save(trainer)
+
+
+def write_record(folder, recipe, **results):
+    """`run.json` of a run on two GPUs."""
+    record = {
+        "recipe": recipe, "results": results, "versions": {"torch": "2.13.0", "trl": "1.0"}, "world_size": 2,
+        "hardware": ["A100", "A100"], "commit": "abc", "fingerprints": {"train": "f1", "model": "f2"},
+    }  # fmt: skip
+    folder.mkdir(parents=True)
+    (folder / "run.json").write_text(json.dumps(record))
+
+
+def test_card_of_published_adapters_trained_on_a_mixture(tmp_path, monkeypatch):
+    sources = [{"path": "org/b", "fraction": 0.5}, {"path": "org/a"}, {"path": str(tmp_path)}]
+    recipe = {"model_name_or_path": "org/base", "datasets": sources, "use_peft": True}
+    write_record(tmp_path / "tiny/sft", recipe, eval_loss=1.23456, eval_a=3, note="none")
+    monkeypatch.chdir(tmp_path / "tiny/sft")
+    assert (
+        export.write_model_card(".").read_text()
+        == f"""---
+library_name: peft
+base_model:
+- org/base
+datasets:
+- org/b
+- org/a
+tags:
+- rmipo
+- sft
+---
+
+# tiny: sft
+
+Supervised fine-tuning of `org/base` on `org/b`, `org/a`, `{tmp_path}`.
+
+## Results
+
+Held-out data after training, in nats where they are log-probabilities.
+
+| metric | value |
+|---|---|
+| eval_a | 3 |
+| eval_loss | 1.235 |
+
+## Recipe
+
+Trained on 2 x A100, commit abc, with torch 2.13.0, trl 1.0.
+
+```yaml
+model_name_or_path: org/base
+datasets:
+- path: org/b
+  fraction: 0.5
+- path: org/a
+- path: {tmp_path}
+use_peft: true
+```
+
+Fingerprints of the tokenised data: {{"train": "f1", "model": "f2"}}
+
+## Citation
+
+```bibtex
+{export.CITATION}
+```
+"""
+    )
+
+
+def test_card_of_a_run_without_held_out_data(tmp_path):
+    recipe = {"model_name_or_path": str(tmp_path), "dataset_name": "org/pairs", "objective": {"name": "dpo"}}
+    write_record(tmp_path / "tiny/dpo", recipe)
+    text = export.write_model_card(tmp_path / "tiny/dpo").read_text()
+    header = {"library_name": "transformers", "datasets": ["org/pairs"], "tags": ["rmipo", "preference-optimization"]}
+    assert yaml.safe_load(text.split("---\n")[1]) == header
+    assert f"\n\nDpo (preference optimization) of `{tmp_path}` on `org/pairs`.\n\n" in text
+    assert "## Results\n\nNothing was held out.\n" in text
 
 
 def test_adapters_are_verified_too(tmp_path):
@@ -140,32 +248,44 @@ def test_nothing_is_uploaded_before_it_is_verified(sharded):
     assert (args.push_to_hub, args.hub_strategy, args.hub_private_repo) == (True, "end", True)
 
 
-def test_upload_leaves_checkpoints_out(sharded, monkeypatch):
+def test_upload_leaves_checkpoints_out(tmp_path, monkeypatch):
     """The hub itself is out of reach of a test: what would be sent is looked at."""
-    out, _ = sharded
-    calls = {}
+    calls = []
+    made = RepoUrl("someone/model")
     monkeypatch.setattr(
-        export.HfApi, "create_repo", lambda self, name, **options: calls.update(options) or RepoUrl(name)
+        export.HfApi, "create_repo", lambda self, name, **options: calls.append((name, options)) or made
     )
-    monkeypatch.setattr(export.HfApi, "upload_folder", lambda self, **options: calls.update(options) or "url")
-    args = PreferenceConfig(
-        output_dir=str(out), use_cpu=True, bf16=False, hub_model_id="someone/model", hub_private_repo=True
-    )
+    monkeypatch.setattr(export.HfApi, "upload_folder", lambda self, **options: calls.append(options) or "url")
+    args = arguments(tmp_path, hub_model_id="model", hub_revision="second", hub_private_repo=True)
     assert export.push(args) == "url"
-    assert calls["private"] is True and calls["exist_ok"] is True
-    assert calls["repo_id"] == "someone/model" and {"checkpoint-*", "*.tmp", "run.lock"} <= {*calls["ignore_patterns"]}
+    assert calls == [
+        ("model", {"private": True, "exist_ok": True}),
+        {
+            "repo_id": "someone/model",  # of whoever is logged in
+            "folder_path": str(tmp_path),
+            "revision": "second",
+            "commit_message": "Model, card and record of its training",
+            "ignore_patterns": ["checkpoint-*", "*.tmp", "run.lock", "non_finite_rank*.json"],
+        },
+    ]
 
 
-def test_an_upload_that_fails_says_what_is_kept(tmp_path, monkeypatch):
+@pytest.mark.parametrize("error", [ConnectionError, ValueError, httpx2.ConnectError])
+def test_an_upload_that_fails_says_what_is_kept(tmp_path, monkeypatch, error):
     def refuse(self, name, **options):
-        raise ConnectionError("hub down\nrequest 7")
+        raise error("hub down\nrequest 7")
 
     monkeypatch.setattr(export.HfApi, "create_repo", refuse)
-    args = PreferenceConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, hub_model_id="someone/model")
-    with pytest.raises(
-        export.ExportError, match=r"holds the finished run, .* someone/model failed: hub down\. Check the"
-    ):
-        export.push(args)
+    with pytest.raises(export.ExportError) as raised:
+        export.push(arguments(tmp_path, hub_model_id="someone/model"))
+    assert str(raised.value) == (
+        f"{tmp_path} holds the finished run, but its upload to someone/model failed: hub down. Check the network and the "
+        "login; the same command then uploads it"
+    )
+
+
+def arguments(folder, **values):
+    return PreferenceConfig(output_dir=str(folder), use_cpu=True, bf16=False, report_to="none", **values)
 
 
 def test_a_tensor_of_another_precision_than_the_models_is_refused(tmp_path):
