@@ -1,0 +1,249 @@
+"""What surrounds a run, in this process: what is set up and taken down, what is recorded when, and what is uploaded."""
+
+import datetime
+import errno
+import json
+import os
+import signal
+import sys
+import types
+
+import pytest
+import torch
+from transformers import DefaultFlowCallback, PrinterCallback, TrainerCallback, TrainerState
+
+from rmipo.errors import CheckpointError, ConfigError
+from rmipo.recipe.load import load_recipe
+from rmipo.record import read_metrics, recorded_run
+from rmipo.run import export, frame
+from rmipo.run.callbacks import LineAtCheckpoint, MetricsFile
+from rmipo.run.checkpoints import MARKER, Checkpoints, FullDiskError
+from rmipo.run.frame import training_run
+from rmipo.run.lock import LOCK_FILE
+from rmipo.run.stop import EXIT_STOPPED, StopOnSignal
+from rmipo.run.watchdogs import FiniteWatchdog, SilenceWatchdog, SilentRankError
+from rmipo.training.state import OBJECTIVE_STATE
+from tests.helpers.paths import ROOT
+from tests.helpers.small_models import make_pairs
+from tests.helpers.trainers import make_trainer
+from tests.helpers.twins import make_twin
+
+WEIGHTS_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+
+
+@pytest.fixture(scope="module")
+def twin(tmp_path_factory):
+    return make_twin(tmp_path_factory.mktemp("twin"), "tiny/rmipo", "llama3", "on_policy_ultrafeedback")
+
+
+@pytest.fixture
+def enter(twin, tmp_path):
+    """`enter(key=value, ...)`: the context of a run in `tmp_path/out`."""
+
+    def training_run_of(keep=True, **values):
+        flags = dict(zip(twin[::2], twin[1::2], strict=True)) | {"--output_dir": str(tmp_path / "out")}
+        flags |= {f"--{key}": str(value) for key, value in values.items()}
+        overrides = [text for pair in flags.items() for text in pair]
+        recipe = load_recipe(ROOT / "recipes/tiny/rmipo.yaml", overrides=overrides)
+        args, _, model_config = recipe.parse()
+        return training_run(recipe, args, model_config, keep=keep)
+
+    return training_run_of
+
+
+class Watching(TrainerCallback):
+    """Keeps what run.json says as training begins."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.record = recorded_run(args.output_dir)
+
+
+def make_run_trainer(run):
+    """A trainer of one step with a checkpoint, whose model isn't the recipe's."""
+    trainer = make_trainer(run.folder, make_pairs(8))
+    trainer.args.save_strategy, trainer.args.save_steps = "steps", 1
+    trainer.pop_callback(MetricsFile)  # the run brings its own
+    return trainer
+
+
+def kinds(trainer):
+    return [type(callback) for callback in trainer.callback_handler.callbacks]
+
+
+def test_what_a_run_sets_up_is_taken_down_after_it(tmp_path, enter, monkeypatch, capsys):
+    monkeypatch.delenv(WEIGHTS_ONLY, raising=False)
+    before = signal.getsignal(signal.SIGTERM)
+    with enter(seed=7, trust_remote_code="true") as run:
+        assert "trust_remote_code: true ignored" in capsys.readouterr().out
+        assert (tmp_path / "out" / LOCK_FILE).exists()
+        assert signal.getsignal(signal.SIGTERM) == run.stop._request
+        assert os.environ[WEIGHTS_ONLY] == "1" and torch.initial_seed() == 7
+        run.silence.on_train_begin(run.args, TrainerState(), None)
+    assert not run.silence.thread.is_alive()
+    assert signal.getsignal(signal.SIGTERM) == before and WEIGHTS_ONLY not in os.environ
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_that_is_not_kept_leaves_nothing_and_is_not_checked(tmp_path, enter):
+    before = signal.getsignal(signal.SIGTERM)
+    with enter(keep=False, optim="adamw_bnb_8bit") as run:
+        assert not (tmp_path / "out").exists() and signal.getsignal(signal.SIGTERM) == before
+        trainer = make_trainer(tmp_path / "trainer", make_pairs(8))
+        run.train(trainer, [Watching()])
+    assert kinds(trainer) == [
+        DefaultFlowCallback,
+        MetricsFile,
+        PrinterCallback,
+        Watching,
+        FiniteWatchdog,
+        SilenceWatchdog,
+    ]
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_cannot_work_is_told_before_anything_is_written(tmp_path, enter):
+    (tmp_path / "out").touch()
+    with (
+        pytest.raises(ConfigError, match=f"output_dir: .*{tmp_path}/out is a file") as raised,
+        enter(optim="adamw_bnb_8bit"),
+    ):
+        raise AssertionError("entered")
+    assert "optim: adamw_bnb_8bit: " in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "error, kind, code",
+    [
+        (ValueError("a"), ValueError, 1),
+        (RuntimeError("[gloo] Timed out waiting 1800000ms"), SilentRankError, 1),
+        (SystemExit(EXIT_STOPPED), SystemExit, 0),
+        (None, None, 0),
+    ],
+    ids=str,
+)
+def test_wandb_is_closed_with_how_the_run_ended(enter, monkeypatch, error, kind, code):
+    codes = []
+    wandb = types.SimpleNamespace(run=object(), finish=lambda exit_code: codes.append(exit_code))
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    try:
+        with enter(keep=False):
+            if error is not None:
+                raise error
+        raised = None
+    except BaseException as found:
+        raised = type(found)
+    assert (raised, codes) == (kind, [code])
+
+
+def test_a_start_records_what_it_starts(tmp_path, enter, monkeypatch, capsys):
+    opened = []
+    monkeypatch.setattr(frame, "open_wandb", lambda args, run_id: opened.append(run_id))
+    tokenizer = types.SimpleNamespace(chat_template="{{ strftime_now('%Y') }}")
+    with enter() as run:
+        run.freeze_date(tokenizer)
+        run.start({"train": "a"}, data={"rows": 3})
+        assert run.checkpoint is None and not (tmp_path / "out/run.json").exists()
+    today = datetime.date.today()
+    assert tokenizer.chat_template == f'{{{{ "{today.year}" }}}}'
+    output = capsys.readouterr().out
+    assert f"the chat template reads the clock: it says {today} from now on, and is saved so\n" in output
+    assert output.endswith(f"starting in {tmp_path}/out\n") and not opened
+    content = run.record.content
+    assert content["data"] == {"rows": 3} and content["date"] == str(today)
+    assert content["world_size"] == content["starts"] == 1
+    assert content["fingerprints"].keys() == {"train", "model"} and content["fingerprints"]["train"] == "a"
+    assert content["recipe"] == json.loads(json.dumps(run.recipe.resolved(), default=str))
+    with enter(report_to="wandb") as run:
+        run.start({"train": "a"})
+    assert opened == [run.record.content["wandb_run_id"]]
+
+
+def no_card(folder):
+    raise ValueError("no card")
+
+
+def test_a_run_is_stopped_goes_on_is_finished_and_started_once_more(tmp_path, enter, monkeypatch, capsys):
+    out, uploads = tmp_path / "out", []
+    monkeypatch.setattr(
+        export, "push", lambda args: uploads.append((args.hub_model_id, recorded_run(out))) or "the URL"
+    )
+    monkeypatch.setattr(frame, "check_parts", lambda *parts: None)  # it would ask the hub
+    hub = {"push_to_hub": "true", "hub_model_id": "me/a"}
+
+    # Stopped after its step
+    with pytest.raises(SystemExit) as stopped, enter(**hub) as run:
+        run.start({"train": "a"})
+        trainer, watching = make_run_trainer(run), Watching()
+        run.stop.requested = True
+        run.train(trainer, [watching], objective_state=lambda: {"mean": torch.tensor(0.5)})
+    assert stopped.value.code == 75
+    assert "stopped by a signal at step 1 and saved; the same command goes on from there" in capsys.readouterr().out
+    kept = [MetricsFile, PrinterCallback, Watching]
+    assert kinds(trainer) == [
+        DefaultFlowCallback, StopOnSignal, LineAtCheckpoint, *kept, FiniteWatchdog, SilenceWatchdog, Checkpoints
+    ]  # fmt: skip
+    assert not trainer.args.logging_nan_inf_filter
+    assert watching.record["starts"] == 1 and not watching.record["finished"] and not uploads
+    marker = json.loads((out / "checkpoint-1" / MARKER).read_text())
+    assert marker == {key: run.record.content[key] for key in ("recipe", "fingerprints", "world_size")} | {"step": 1}
+    assert json.loads((out / "checkpoint-1" / OBJECTIVE_STATE).read_text()) == {"mean": 0.5}
+
+    # Gone on with, and finished
+    capsys.readouterr()
+    with enter(**hub) as run:
+        run.start({"train": "a"})
+        assert f"resuming from {out}/checkpoint-1\n" in capsys.readouterr().out
+        trainer = make_run_trainer(run)
+        run.train(trainer)
+        assert trainer.state.global_step == 1
+        with pytest.raises(ValueError, match="no card"), monkeypatch.context() as broken:
+            broken.setattr(export, "write_model_card", no_card)
+            run.save(trainer, eval_loss=0.25)
+        assert recorded_run(out)["results"] == {"eval_loss": 0.25} and not recorded_run(out)["finished"] and not uploads
+        run.save(trainer, eval_loss=0.5)
+    assert "| eval_loss | 0.5 |" in (out / "README.md").read_text()
+    assert f"model: {out}\nuploaded: the URL\n" in capsys.readouterr().out
+    ((name, record),) = uploads
+    assert name == "me/a" and record["finished"] and record["starts"] == 2
+
+    # Started once more
+    for asked, count in ((hub, 2), ({}, 2)):
+        with pytest.raises(SystemExit) as ended, enter(**asked) as run:
+            run.start({"train": "a"})
+        assert not ended.value.code and len(uploads) == count
+    assert recorded_run(out)["starts"] == 2
+    with pytest.raises(CheckpointError, match=r"fingerprints\.train: a, now b"), enter() as run:
+        run.start({"train": "b"})
+
+
+def test_a_disk_that_fills_up_while_a_run_trains_or_saves_is_told(tmp_path, enter, monkeypatch):
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with enter() as run:
+        run.start({"train": "a"})
+        trainer = make_run_trainer(run)
+        with pytest.raises(FullDiskError, match="there is no good one yet"):
+            run.train(trainer, objective_state=full)
+        monkeypatch.setattr(export, "write_model_card", full)
+        with pytest.raises(FullDiskError):
+            run.save(trainer)
+    assert len(read_metrics(tmp_path / "out")) == 1
+
+
+@pytest.mark.parametrize("part", ["config.json", "model.safetensors"])
+def test_a_run_does_not_go_on_from_another_initial_model(tmp_path, twin, enter, part):
+    with enter() as run:
+        run.start({"train": "a"})
+        run.record.start()
+    path = run.model_config.model_name_or_path + "/" + part
+    with open(path, "rb") as file:
+        content = file.read()
+    try:
+        with open(path, "ab") as file:
+            file.write(b" ")
+        with pytest.raises(CheckpointError, match=r"fingerprints\.model: \w+, now \w+$"), enter() as run:
+            run.start({"train": "a"})
+    finally:
+        with open(path, "wb") as file:
+            file.write(content)
