@@ -27,7 +27,7 @@ class SampleGenerations(TrainerCallback):
         self.max_new_tokens = max_new_tokens
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
-        texts = self.generate(args.seed)
+        texts = self.generate()
         if not state.is_world_process_zero:
             return
         lines = [line for line in read_generations(args.output_dir) if line["step"] < state.global_step]
@@ -35,8 +35,7 @@ class SampleGenerations(TrainerCallback):
             lines.append({"step": state.global_step, "prompt": self.tokenizer.decode(prompt), "answer": text})
         write_generations(args.output_dir, lines)
 
-    @torch.no_grad()
-    def generate(self, seed: int) -> list[str]:
+    def generate(self) -> list[str]:
         """Greedy answers; every process takes part, as each forward gathers its weights layer by layer under ZeRO-3.
 
         All weights at once would not fit beside a large model's states. In eval mode nothing is checkpointed, so the

@@ -1,9 +1,12 @@
 """Sample generations: with the layers' own weights at a time, and nothing of the training set-up changed."""
 
-import torch
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+import types
 
-from rmipo.record import read_generations
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, TrainerState
+
+from rmipo.record import read_generations, write_generations
 from rmipo.run.generations import SampleGenerations
 from rmipo.training import attention
 from tests.helpers.twins import make_twin, run
@@ -29,35 +32,52 @@ class Tokenizer:
 
     @staticmethod
     def decode(ids):
-        return ids.tolist()
+        return ids if isinstance(ids, list) else ids.tolist()
 
 
-def test_every_other_layer_stays_checkpointed():
+def greedy(model, prompt, count):
+    """A whole forward for each token."""
+    attention.attach(model, "plain")
+    model.eval()
+    answer = []
+    for _ in range(count):
+        answer.append(model(torch.tensor([[*prompt, *answer]])).logits[0, -1].argmax().item())
+    return answer
+
+
+def test_answers_are_greedy_and_training_goes_on_as_before():
     config = LlamaConfig(
         vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,
-        num_key_value_heads=2, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        num_key_value_heads=2, pad_token_id=0, bos_token_id=1, eos_token_id=2, attention_dropout=0.9,
     )  # fmt: skip
     torch.manual_seed(0)
     model = LlamaForCausalLM(config)
+    model.generation_config.do_sample = True  # as published models say
     attention.attach(model, "segment")
+    trained_with = model.config._attn_implementation
     model.activation_checkpointing_enable({"use_reentrant": False}, every_n_layers=2)
     model.train()
-    (answer,) = SampleGenerations(Tokenizer, [[5, 6, 7]], Trainer(model), max_new_tokens=4).generate(seed=0)
+    prompts = [[5, 0, 7], [8, 9]]  # the padding token is an ordinary one, too
+    answers = SampleGenerations(Tokenizer, prompts, Trainer(model), max_new_tokens=4).generate()
     assert [layer.gradient_checkpointing for layer in model.model.layers] == [True, False, True, False]
-
-    attention.attach(model, "plain")
-    ids = [5, 6, 7]
-    for token in answer:  # greedy, a whole forward for each token
-        assert token == model.eval()(torch.tensor([ids])).logits[0, -1].argmax().item()
-        ids.append(token)
+    assert model.config._attn_implementation == trained_with != "sdpa"
+    assert answers == [greedy(model, prompt, 4) for prompt in prompts]
 
 
-def test_answers_end_where_the_model_has_no_more_positions():
+@pytest.mark.parametrize("first_process, steps", [(True, [2, 4]), (False, [2, 4, 4, 6])])
+def test_answers_of_a_step_are_written_once_by_the_first_process(tmp_path, first_process, steps):
+    """After a kill, lines of this step and of later ones are there already."""
     torch.manual_seed(0)
     model = GPT2LMHeadModel(GPT2Config(vocab_size=61, n_positions=6, n_embd=32, n_layer=1, n_head=2))
-    attention.attach(model, "segment")
-    (answer,) = SampleGenerations(Tokenizer, [[5, 6, 7]], Trainer(model), max_new_tokens=40).generate(seed=0)
-    assert len(answer) == 3
+    model.generation_config.eos_token_id = None
+    write_generations(tmp_path, [{"step": step, "prompt": "?", "answer": "old"} for step in (2, 4, 4, 6)])
+    samples = SampleGenerations(Tokenizer, [[5, 6, 7]], Trainer(model), max_new_tokens=40)
+    arguments = types.SimpleNamespace(output_dir=str(tmp_path), seed=0)
+    samples.on_evaluate(arguments, TrainerState(global_step=4, is_world_process_zero=first_process), None)
+    lines = read_generations(tmp_path)
+    assert [line["step"] for line in lines] == steps
+    if first_process:  # the model has three more positions
+        assert lines[1] == {"step": 4, "prompt": [5, 6, 7], "answer": greedy(model, [5, 6, 7], 3)}
 
 
 def test_answers_under_zero3_are_those_of_one_process(tmp_path):
