@@ -9,12 +9,16 @@ import os
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from accelerate import Accelerator, PartialState
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
-from transformers import TrainerCallback, TrainerControl
+from transformers import TrainerCallback, TrainerControl, TrainerState
 
+from rmipo.recipe.load import load_recipe
+from rmipo.run import export, frame
+from rmipo.run.checkpoints import Checkpoints
 from rmipo.run.stop import StopOnSignal
 from rmipo.training.distributed import Processes, on_main_process
 from rmipo.training.finite import NonFiniteLossError
@@ -153,6 +157,56 @@ def told_by_the_main_process() -> list:
     return found
 
 
+def marker_of_a_late_process(output: Path) -> list[bool]:
+    """Whether what process 1 writes last was there when process 0 completed the checkpoint."""
+    args, state = make_trainer(output, PAIRS).args, TrainerState(global_step=3)
+    state.is_world_process_zero = args.process_index == 0
+    (output / "checkpoint-3").mkdir(parents=True, exist_ok=True)
+    if args.process_index == 1:
+        time.sleep(0.3)
+        (output / "share").touch()
+    found = []
+    Checkpoints({}, lambda: found.append((output / "share").exists()) or {}).on_save(args, state, None)
+    return found
+
+
+def start_of_both(output: Path, model_folder: Path) -> dict:
+    """A start and its end where process 1 sees another folder, model and day than process 0; and who did what."""
+    flags = {"model_name_or_path": model_folder, "output_dir": output, "report_to": "wandb", "use_cpu": "true"}
+    flags |= {"bf16": "false", "dtype": "float32", "push_to_hub": "true", "hub_model_id": "me/a", "seed": 5}
+    overrides = [text for key, value in flags.items() for text in (f"--{key}", str(value))]
+    recipe = load_recipe("recipes/tiny/rmipo.yaml", overrides=overrides)
+    args, _, model_config = recipe.parse()
+    done = []
+
+    def does(name, result=None):
+        return lambda *arguments, **options: done.append(name) or result
+
+    frame.check_parts = frame.set_callbacks = export.save = lambda *arguments: None
+    frame.open_wandb, export.push, export.write_model_card = does("W&B"), does("upload", "URL"), does("card")
+    frame.RunRecord.start, frame.RunRecord.finish = does("record"), does("finish")
+    if args.process_index == 1:
+        frame.resume_point, frame.model_fingerprint = (lambda *arguments: "of process 1",) * 2
+        frame.recorded_run = lambda folder: {"date": "2020-02-03", "finished": True}
+        frame.has_weights = lambda folder: True
+    tokenizer = SimpleNamespace(chat_template=None)
+    trainer = SimpleNamespace(args=SimpleNamespace(), train=lambda resume_from_checkpoint: None)
+    with frame.training_run(recipe, args, model_config) as run:
+        run.freeze_date(tokenizer)
+        run.start({"train": "a"})
+        seen = [run.date, run.checkpoint, run.record.content["fingerprints"]]
+        run.train(trainer)
+        run.save(trainer)
+    frame.TrainingRun._is_finished = lambda run: args.process_index == 0
+    ended = "went on"
+    try:
+        with frame.training_run(recipe, args, model_config) as run:
+            run.start({"train": "a"})
+    except SystemExit as end:
+        ended = end.code
+    return {"seen": seen, "done": done, "ended": ended}
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     folder = Path(sys.argv[1])
@@ -165,6 +219,8 @@ if __name__ == "__main__":
         "gathered": gathered(),
         "told": told_by_the_main_process(),
     }
+    results["marker"] = marker_of_a_late_process(folder / "marker")
     results["bad loss"], results["bad pairs"] = bad_loss_of_one_process(folder / "bad")
+    results["start"] = start_of_both(folder / "run", folder / "model")
     torch.save(results, folder / f"rank{torch.distributed.get_rank()}.pt")
     torch.distributed.destroy_process_group()

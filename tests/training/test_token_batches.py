@@ -120,6 +120,19 @@ def test_a_signal_to_one_process_stops_both(two_processes):
     assert [found["stop"] for found in two_processes] == [[True] * 3] * 2
 
 
+def test_a_checkpoint_is_complete_when_both_processes_have_written(two_processes):
+    assert [found["marker"] for found in two_processes] == [[True], []]
+
+
+def test_two_processes_start_as_the_first_sees_it_which_alone_reports(two_processes):
+    first, second = (found["start"] for found in two_processes)
+    date, checkpoint, fingerprints = first["seen"]
+    assert second["seen"] == first["seen"] and date > "2020-02-03" and checkpoint is None
+    assert fingerprints["model"] != "of process 1"
+    assert first["done"] == ["W&B", "record", "card", "finish", "upload", "upload"] and second["done"] == []
+    assert first["ended"] is second["ended"] is None
+
+
 @pytest.mark.parametrize(
     "objective, matters",
     [
