@@ -16,7 +16,7 @@ from transformers import TrainerState
 from rmipo import record
 from rmipo.record import RunRecord, append_metrics, environment, read_metrics
 from rmipo.run.callbacks import set_callbacks
-from rmipo.run.curves import plot_curves, plot_gamma_histogram
+from rmipo.run.curves import plot_curves, plot_run, plt
 from rmipo.run.identity import run_identity
 from rmipo.run.trackers import WandbBySteps, close_wandb, open_wandb
 from tests.helpers.isolation import CHECKOUT
@@ -185,19 +185,74 @@ def test_a_modified_file_is_said_beside_the_commit(tmp_path, monkeypatch):
     assert environment()["commit"] is None  # no git
 
 
-def test_curves_and_histogram_are_pictures_with_ink(tmp_path):
-    lines = [
-        {
-            "step": step,
-            "rewards/margins": 0.1 * step,
-            "rewards/accuracies": 0.6,
-            "rmipo/gamma_mean": 1.2,
-            "rmipo/gamma_std": 0.2,
-        }
-        for step in range(1, 6)
-    ] + [{"step": 5, "eval_rewards/margins": 0.4, "eval_rewards/accuracies": 0.7, "eval_rmipo/gamma_mean": 1.1}]
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    gamma = torch.cat([torch.full((30,), 1.6), torch.linspace(0.4, 1.5, 60), torch.full((10,), 0.3)])
-    for path in (plot_curves(tmp_path), plot_gamma_histogram(gamma, (0.3, 1.6), tmp_path / "gamma.png")):
-        colours = Image.open(path).convert("RGB").getcolors(maxcolors=2**24)
-        assert len(colours) > 50, path
+@pytest.fixture
+def figures(monkeypatch):
+    """The figures that were closed, which are looked at after that."""
+    closed, close = [], plt.close
+    monkeypatch.setattr(plt, "close", closed.append)
+    yield closed
+    for figure in closed:
+        close(figure)
+
+
+def points(line):
+    return {line.get_label(): line.get_xydata().tolist()}
+
+
+def write_lines(folder, lines):
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def test_curves_show_training_and_held_out_values_by_step(tmp_path, figures):
+    key = "rmipo/gamma_mean"
+    training = [
+        {"step": 2, "rewards/margins": 0.1, "rewards/accuracies": 0.6, key: 1.2, "rmipo/gamma_std": 0.2},
+        {"step": 4, "rewards/margins": 0.3, "rewards/accuracies": 0.7, key: 1.0, "rmipo/gamma_std": 0.1},
+    ]
+    held_out = {"step": 4, "eval_rewards/margins": 0.4, "eval_rewards/accuracies": 0.8, f"eval_{key}": 1.1}
+    write_lines(tmp_path, [*training, held_out, {"step": 4, "grad_norm": 1.0}])
+    assert plot_curves(tmp_path) == tmp_path / "curves.png"
+    (figure,) = figures
+    assert len(Image.open(tmp_path / "curves.png").convert("RGB").getcolors(maxcolors=2**24)) > 50
+    drawn = {axis.get_title(): {k: v for line in axis.lines for k, v in points(line).items()} for axis in figure.axes}
+    assert drawn == {
+        "reward margin": {"training": [[2, 0.1], [4, 0.3]], "held out": [[4, 0.4]]},
+        "win rate": {"training": [[2, 0.6], [4, 0.7]], "held out": [[4, 0.8]]},
+        "gamma": {"training": [[2, 1.2], [4, 1.0]], "held out": [[4, 1.1]]},
+    }
+    assert [len(axis.collections) for axis in figure.axes] == [0, 0, 1]  # the band of one standard deviation
+    band = figure.axes[2].collections[0].get_paths()[0].vertices
+    assert {(x, round(y, 4)) for x, y in band.tolist()} == {(2, 1.0), (2, 1.4), (4, 0.9), (4, 1.1)}
+    assert all(axis.get_xlabel() == "optimizer step" and axis.get_legend() for axis in figure.axes)
+
+
+def test_of_a_run_without_margins_nothing_is_drawn(tmp_path, figures):
+    trainer = types.SimpleNamespace(objective=types.SimpleNamespace(name="rmipo"), eval_columns=None)
+    write_lines(tmp_path, [{"step": 1, "loss": 1.0}])
+    assert plot_run(tmp_path, trainer) == {} and figures == []
+    write_lines(tmp_path, [{"step": 1, "rewards/accuracies": 0.5}, {"step": 2, "loss": 1.0}])
+    assert plot_run(tmp_path, trainer) == {"curves": tmp_path / "curves.png"}
+    assert [axis.get_title() for axis in figures[0].axes] == ["win rate"]
+
+
+def test_the_histogram_counts_every_pair_once_with_the_bounds_apart(tmp_path, figures):
+    gamma = torch.cat(
+        [torch.full((30,), 1.6), torch.linspace(0.4, 1.599, 60), torch.full((9,), 0.3), torch.tensor([0.309])]
+    )
+    objective = types.SimpleNamespace(name="rmipo", gamma_min=0.3, gamma_max=1.6)
+    trainer = types.SimpleNamespace(objective=objective, eval_columns={"gamma": gamma})
+    assert plot_run(tmp_path, trainer) == {"gamma": tmp_path / "gamma.png"}
+    assert len(Image.open(tmp_path / "gamma.png").convert("RGB").getcolors(maxcolors=2**24)) > 50
+    (axis,) = figures[0].axes
+    *bins, lower, upper = axis.patches
+    assert len(bins) == 30 and sum(bar.get_height() for bar in bins) == pytest.approx(0.6)
+    assert (bins[0].get_x(), bins[-1].get_x() + bins[-1].get_width()) == pytest.approx((0.3, 1.6))
+    for bar, under, share in ((lower, bins[0], 0.1), (upper, bins[-1], 0.3)):
+        assert bar.get_height() == pytest.approx(share)
+        assert (bar.get_x(), bar.get_width()) == pytest.approx((under.get_x(), under.get_width()), abs=1e-6)
+        assert bar.get_y() == under.get_height()
+    labels = [text.get_text() for text in figures[0].legends[0].get_texts()]
+    assert labels == ["between the bounds", "lower bound: 10%", "upper bound: 30%"]
+    assert axis.get_title() == "margin of 100 held-out pairs"
+    objective.name = "dpo"
+    assert plot_run(tmp_path, trainer) == {}
