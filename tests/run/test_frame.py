@@ -14,7 +14,7 @@ from transformers import (
 )
 from transformers.integrations import TensorBoardCallback
 
-from rmipo.record import recorded_run
+from rmipo.record import read_generations, recorded_run
 from rmipo.run.callbacks import LineAtCheckpoint, MetricsFile, Progress, set_callbacks
 from rmipo.run.checkpoints import MARKER, Checkpoints
 from rmipo.run.generations import SampleGenerations
@@ -40,15 +40,31 @@ def twin(tmp_path_factory):
     return make_twin(folder, "tiny/rmipo", "llama3", "on_policy_ultrafeedback")
 
 
+def pairs_evaluated(record):
+    return round(record["results"]["eval_samples_per_second"] * record["results"]["eval_runtime"])
+
+
 def preference(overrides, output_dir):
     command = ["scripts/preference.py", "--config", "recipes/tiny/rmipo.yaml", *overrides]
     return launch([*command, "--output_dir", str(output_dir)])
 
 
-def test_a_finished_run_is_not_trained_again(tmp_path, twin):
+def test_a_finished_run_says_what_it_did_and_is_not_trained_again(tmp_path, twin):
     out = tmp_path / "out"
+    twin = flags(twin, max_length=30, max_prompt_length=14, max_truncated_fraction=1.0, generation_samples=2)
     first = preference(twin, out)
     assert first.wait() == 0, first.output[-3000:]
+    said = ["train: 40 of 40 rows used", "test: 3 of 3 rows used", f" on {twin[1]}: 40 pairs", f"starting in {out}"]
+    for line in [*said, f"curves: {out}/curves.png", f"gamma: {out}/gamma.png", f"model: {out}"]:
+        assert f"{line}\n" in first.output, line
+    record = recorded_run(out)
+    assert record["fingerprints"].keys() == {"train", "test", "model"} and record["objective"]["name"] == "rmipo"
+    for lengths in (record["data"][split]["lengths"] for split in ("train", "test")):
+        assert (lengths["prompt"]["max"], lengths["chosen"]["max"], lengths["rejected"]["max"]) == (14, 16, 16)
+    assert len(record["prompt_probe"]) == 2 and record["results"]["parity"] < 1e-5
+    assert pairs_evaluated(record) == 3
+    samples = read_generations(out)
+    assert [line["step"] for line in samples] == [2, 2] and max(len(line["answer"]) for line in samples) < 50
     files = {path: path.stat().st_mtime_ns for path in out.iterdir()}
     assert recorded_run(out)["finished"] and not list(out.glob("checkpoint-*"))
     again = preference(twin, out)

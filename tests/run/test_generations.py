@@ -1,5 +1,6 @@
 """Sample generations: with the layers' own weights at a time, and nothing of the training set-up changed."""
 
+import json
 import types
 
 import pytest
@@ -100,3 +101,6 @@ def test_answers_under_zero3_are_those_of_one_process(tmp_path):
     alone, sharded = answers
     assert [line["step"] for line in alone] == [1] * 3 + [2] * 3
     assert all(line["answer"] for line in alone) and sharded == alone
+    held_out = [json.loads(line) for line in (tmp_path / "data/test.jsonl").read_text().splitlines()]
+    for line, row in zip(alone[:3], held_out, strict=True):
+        assert row["prompt"] in line["prompt"]

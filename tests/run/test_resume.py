@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import TrainerState
+from transformers import AutoTokenizer, TrainerState
 
 from rmipo.errors import CheckpointError
 from rmipo.record import read_metrics
@@ -57,7 +57,12 @@ def in_the_middle_of_an_evaluation(output_dir):
 @pytest.mark.parametrize("processes", PROCESSES.values(), ids=PROCESSES)
 def test_killed_in_an_epoch_an_evaluation_and_a_save(tmp_path, twin, whole, processes):
     whole, killed = whole(processes), tmp_path / "killed"
-    assert [line["step"] for line in read_metrics(whole) if "loss" in line] == list(range(1, 16))
+    lines = [line for line in read_metrics(whole) if "loss" in line]
+    assert [line["step"] for line in lines] == list(range(1, 16))
+    assert all("watchdog/chosen_logp_drop" in line for line in lines)
+    assert [line["step"] for line in lines if "watchdog/repetition" in line] == list(
+        range(5, 16)
+    )  # since step 4's samples
 
     assert kill_when(start(twin, killed, processes), lambda: last_step(killed) >= 3)
     assert kill_when(start(twin, killed, processes), lambda: in_the_middle_of_an_evaluation(killed))
@@ -102,7 +107,14 @@ def test_killed_at_twenty_random_points(tmp_path, twin, whole, processes):
 
 def test_sft_is_resumed_exactly_too(tmp_path, sft_twin):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    finish(sft_twin, whole, 1, stage="sft")
+    output = finish(sft_twin, whole, 1, stage="sft")
+    said = ["train: 30 of 30 rows used", "test: 3 of 3 rows used", f"SFT of {tmp_path}/model: 30 dialogues"]
+    assert all(f"{line}\n" in output for line in said), output[-4000:]
+    record = json.loads((whole / "run.json").read_text())
+    assert record["fingerprints"].keys() == {"train", "test", "template", "model"}
+    assert record["data"]["test"]["kept"] == 3 and len(record["prompt_probe"]) == 2
+    assert round(record["results"]["eval_samples_per_second"] * record["results"]["eval_runtime"]) == 3
+    assert AutoTokenizer.from_pretrained(whole).eos_token == "<|eot_id|>"
     assert kill_when(start(sft_twin, killed, 1, stage="sft"), lambda: last_step(killed) >= 6)
     output = finish(sft_twin, killed, 1, stage="sft")
     assert "resuming from" in output
@@ -143,6 +155,9 @@ def test_running_statistics_survive(tmp_path, twin, method):
     assert_same_run(killed, tmp_path / "whole")
     saved = [(run / "checkpoint-14" / "objective_state.json").read_text() for run in (killed, tmp_path / "whole")]
     assert saved[0] == saved[1] and len(json.loads(saved[0])) >= 1
+    first, *_, last = [line["rewards/margins"] for line in read_metrics(killed) if "rewards/margins" in line]
+    if method == "epsilon-dpo":  # whose reference is the initial policy, not the trained one
+        assert abs(first) < 1e-4 < 1e-3 < abs(last)
 
 
 def test_sigterm_saves_and_exits_with_its_own_code(tmp_path, twin, whole):
