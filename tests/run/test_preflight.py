@@ -1,15 +1,19 @@
 """What can't work is found before a model is loaded, all of it at once."""
 
 import gc
+import os
 import sys
 import types
 
 import pytest
+import torch
 import wandb
 from datasets import Dataset
 from trl import SFTConfig, SFTTrainer
+from trl.chat_template_utils import qwen3_chat_template
 
 from rmipo.recipe.load import ConfigError, load_recipe
+from rmipo.run import preflight
 from rmipo.run.preflight import SFT_METRICS, check_assistant_mask, check_parts, check_special_tokens
 from tests.helpers.families import LLAMA3_TEMPLATE, make_model, make_tokenizer
 from tests.helpers.paths import ROOT
@@ -24,7 +28,8 @@ def problems(stage="rmipo", overlays=(), **values):
     args, _, model_config = recipe.parse(world_size=1)
     with pytest.raises(ConfigError) as error:
         check_parts(recipe, args, model_config)
-    _, *lines = str(error.value).split("\n  ")
+    head, *lines = str(error.value).split("\n  ")
+    assert head == f"{recipe.path}: this run can't start here:"
     return lines
 
 
@@ -148,7 +153,7 @@ def test_options_that_an_optimizer_reads_may_be_its_defaults(tmp_path, optim, op
 
 
 def test_one_module_of_adapters_is_a_name_and_not_a_pattern(tmp_path):
-    values = {"use_peft": "true", "optim": "adamw_bnb_8bit", **KNOWN}
+    values = {"use_peft": "true", "lora_modules_to_save": "[embed_tokens]", "optim": "adamw_bnb_8bit", **KNOWN}
     for modules in ("[q_proj]", "q_proj", "all-linear", '[".*q_proj"]'):
         (line,) = problems(output_dir=tmp_path, lora_target_modules=modules, **values)
         assert line.startswith("optim: ")
@@ -175,12 +180,36 @@ def test_activations_are_offloaded_from_gpus_alone(tmp_path):
 
 def test_all_at_once_with_folders_that_cannot_be_made(tmp_path):
     (tmp_path / "file").touch()
+    (tmp_path / "other").touch()
     found = problems(
-        overlays=["recipes/methods/dpo.yaml"], output_dir=tmp_path / "file", reference_cache_dir=tmp_path / "file/cache",
-        optim="adamw_bnb_8bit",
+        overlays=["recipes/methods/dpo.yaml"], output_dir=tmp_path / "file",
+        reference_cache_dir=tmp_path / "other/of/caches", optim="adamw_bnb_8bit",
     )  # fmt: skip
     assert [line.split(":")[0] for line in found] == ["output_dir", "reference_cache_dir", "optim"]
-    assert all(f"{tmp_path}/file is a file; expected a folder" in line for line in found[:2])
+    for line, name in zip(found, ("file", "other"), strict=False):
+        assert line.endswith(f": {tmp_path}/{name} is a file; expected a folder, or the name of a new one")
+
+
+def test_a_folder_that_cannot_be_written_to(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)  # root may write everywhere
+    (line,) = problems(output_dir=tmp_path / "a/b/c")
+    assert line == f"output_dir: {tmp_path}/a/b/c: no permission to write in {tmp_path}"
+
+
+def test_what_only_some_machines_cannot_do(tmp_path, monkeypatch):
+    preflight._check_attention(types.SimpleNamespace(attention="flex", device=torch.device("cuda")))
+    monkeypatch.setattr(preflight, "is_liger_kernel_available", lambda: True)
+    (line,) = problems(output_dir=tmp_path, use_liger_kernel="true", optim="adamw_bnb_8bit")
+    assert line.startswith("optim: ")
+
+
+def test_modules_are_looked_for_in_the_revision_of_the_model(tmp_path, monkeypatch):
+    def load(*model):
+        raise ValueError(f"looked for {model}")
+
+    monkeypatch.setattr(preflight, "load_config", load)
+    (line,) = problems(output_dir=tmp_path, use_peft="true", model_name_or_path="org/m", model_revision="v2")
+    assert line.endswith(": looked for ('org/m', 'v2')")
 
 
 def test_a_method_without_a_reference_needs_no_cache(tmp_path):
@@ -212,11 +241,16 @@ def test_assistant_only_loss_needs_a_template_that_marks_the_assistant():
     marked = LLAMA3_TEMPLATE.replace("{{ '<|start", "{% generation %}{{ '<|start", 1)
     marked = marked.replace("<|eot_id|>' }}", "<|eot_id|>' }}{% endgeneration %}", 1)
     check_assistant_mask(args, make_tokenizer("llama3", marked))
+    check_assistant_mask(args, make_tokenizer("llama3", qwen3_chat_template))  # TRL has one with marks
+    args.assistant_only_loss = False
+    check_assistant_mask(args, tokenizer)
 
 
 @pytest.mark.parametrize("key", ["eos_token", "pad_token"])
 def test_a_token_that_the_tokenizer_does_not_have(key):
     tokenizer = make_tokenizer("llama3")
-    check_special_tokens(SFTConfig(**{key: "<|eot_id|>"}, use_cpu=True, bf16=False), tokenizer)
-    with pytest.raises(ConfigError, match=f"{key}: <end>: expected a token of "):
+    tokenizer.name_or_path = "org/model"
+    for token in ("<|eot_id|>", tokenizer.convert_ids_to_tokens(100)):  # special or not
+        check_special_tokens(SFTConfig(**{key: token}, use_cpu=True, bf16=False), tokenizer)
+    with pytest.raises(ConfigError, match=rf"^{key}: <end>: expected a token of org/model\. Remove the key"):
         check_special_tokens(SFTConfig(**{key: "<end>"}, use_cpu=True, bf16=False), tokenizer)
