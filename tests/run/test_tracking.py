@@ -105,9 +105,11 @@ def test_a_wandb_run_is_sent_what_it_lost_with_a_kill(tmp_path, first_process, s
         assert rows[0] == (5, {"train/loss": 5.0, "train/global_step": 5})
         assert rows[1] == (5, {"eval/loss": 5.5, "train/global_step": 5})
     rows.clear()
-    callback.on_log(arguments, state, None, logs={"loss": 7.0, "train_runtime": 3.0})
+    names = ["train_runtime", "train_samples_per_second", "train_steps_per_second", "train_loss", "total_flos"]
+    summary = dict.fromkeys(names, 3.0)
+    callback.on_log(arguments, state, None, logs={"loss": 7.0, **summary})
     assert rows == ([(step, {"train/loss": 7.0, "train/global_step": step})] if first_process else [])
-    assert callback._wandb.run.summary == ({"train_runtime": 3.0} if first_process else {})
+    assert callback._wandb.run.summary == (summary if first_process else {})
 
 
 @pytest.mark.parametrize("error, code", [(None, 0), (SystemExit, 0), (ValueError, 1), (KeyboardInterrupt, 1)])
