@@ -68,6 +68,7 @@ def test_hub_ids_a_pinned_revision_a_broken_download_and_an_upload(hub, twin, tm
     uploaded = hub.repositories["models", "member/aligned"]
     files = uploaded.commits[uploaded.names["main"]]
     out = tmp_path / "out"
+    assert len(uploaded.commits) == 2  # as it was made, and all at once when the run had finished
     assert uploaded.private and files["model.safetensors"] == (out / "model.safetensors").read_bytes()
     assert json.loads(files["run.json"])["finished"]  # else an evaluation of the download is refused
     card = files["README.md"].decode()
