@@ -38,8 +38,9 @@ def test_full_dialogues_whose_shared_turns_are_the_prompt(tmp_path):
     }
     expected = [{"prompt": shared, "chosen": [assistant("d")], "rejected": [assistant("e")], "row": 0}]
     assert load(tmp_path, [row]) == expected
+    sides = tuple(expected[0][side] for side in ("prompt", "chosen", "rejected"))
     for prompt in ("anything", shared[:1], shared, None):
-        assert load(tmp_path, [{**row, "prompt": prompt}]) == expected
+        assert formats.read_row({**row, "prompt": prompt}, formats.PAIRS) == sides
     del row["prompt"]
     assert load(tmp_path, [row]) == expected
 
