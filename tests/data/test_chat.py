@@ -78,6 +78,7 @@ def test_random_dialogues(family):
     chat = ChatFormat.probe(make_tokenizer(family))
     generator = random.Random(0)
     tokenizer = chat.tokenizer
+    dialogues, encoded = [], []
     for _ in range(60):
         prompt, chosen, rejected = random_dialogue(generator, family)
         prompt_text, *texts = chat.render_pair(prompt, chosen, rejected)
@@ -93,6 +94,9 @@ def test_random_dialogues(family):
             assert response_ids[-1] == chat.end_id
             decoded = tokenizer.decode(response_ids[:-1]).removeprefix("<think>\n\n</think>\n\n")
             assert decoded.strip() == response[0]["content"].strip()
+        dialogues.append((prompt, chosen, rejected))
+        encoded.append((prompt_ids, *ids))
+    assert chat.encode([chat.render_pair(*dialogue) for dialogue in dialogues]) == encoded  # all at once
 
 
 @pytest.mark.parametrize(
