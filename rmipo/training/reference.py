@@ -160,7 +160,7 @@ class Reference:
             batch = pack_micro_batch(*dataset[cut], parts.keys(), trainer.prior_context).to(args.device)
             values = {"index": torch.tensor(cut.indices, device=args.device)}
             for part, prefix in parts.items():
-                with torch.no_grad(), trainer.compute_loss_context_manager(), self._adapters_off():
+                with torch.no_grad(), self._adapters_off():
                     logps = scoring.response_logps(
                         trainer.model_wrapped, getattr(batch, part), trainer.attention_kind, trainer.model.config
                     )

@@ -111,7 +111,7 @@ class PreferenceTrainer(Trainer):
         losses, columns = [], []
         for number, (micro_batch, known) in enumerate(zip(micro_batches, hoisted, strict=True), start=1):
             last = number == len(micro_batches)
-            with self._accumulation(model, last), self.compute_loss_context_manager():
+            with self._accumulation(model, last):
                 # Line 5, with gradient: log pi(y_w|x), log pi(y_l|x).
                 scores = self.score(model, micro_batch, known)
                 processes = self.processes
@@ -119,7 +119,7 @@ class PreferenceTrainer(Trainer):
                     self.objective_state, scores, processes.gather, processes.rank
                 )
                 # Lines 6 to 12: delta_pmi, the reward difference, the margin gamma, the loss of each pair (Eq. 8).
-                output = self.objective(scores, self.objective_state or None)
+                output = self.objective(scores, self.objective_state)
                 # Line 13: the gradient. It is averaged over processes, so this sums to the mean over the step's pairs.
                 loss = output.losses.sum() * processes.count / micro_batch.cut.step_pairs
                 self.accelerator.backward(loss, **self._backward_kwargs)
@@ -160,7 +160,7 @@ class PreferenceTrainer(Trainer):
             packed = [part for micro_batch in micro_batches if (part := getattr(micro_batch, kind)) is not None]
             for start in range(0, len(packed), HOISTED_MICRO_BATCHES):
                 group = packed[start : start + HOISTED_MICRO_BATCHES]
-                with torch.no_grad(), self.compute_loss_context_manager():
+                with torch.no_grad():
                     logps = scoring.response_logps(model, concatenate(group), self.attention_kind, self.model.config)
                 for scored, part in zip(known[start:], logps.split([p.num_responses for p in group]), strict=False):
                     chosen, rejected = split_pairs(part)
@@ -233,8 +233,7 @@ class PreferenceTrainer(Trainer):
         if self.is_deepspeed_enabled:
             attention.register_fused_head(self.model)
         self.model_wrapped.eval()
-        with self.compute_loss_context_manager():
-            self.parity = check_parity(self.model_wrapped, self.model, first, self.attention_kind)
+        self.parity = check_parity(self.model_wrapped, self.model, first, self.attention_kind)
         for dataset in (self.train_dataset, self.eval_dataset):
             if dataset is not None:
                 self.reference.add_scores(dataset, resuming=resume_from_checkpoint is not None)
@@ -256,9 +255,9 @@ class PreferenceTrainer(Trainer):
             micro_batches = [micro_batch.to(self.args.device) for micro_batch in inputs]
             hoisted = self.score_without_gradient(model, micro_batches)
             for micro_batch, known in zip(micro_batches, hoisted, strict=True):
-                with torch.no_grad(), self.compute_loss_context_manager():
+                with torch.no_grad():
                     scores = self.score(model, micro_batch, known)
-                    columns.append(columns_of(scores, self.objective(scores, self.objective_state or None)))
+                    columns.append(columns_of(scores, self.objective(scores, self.objective_state)))
             self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         if self.is_deepspeed_enabled:
             model.empty_partition_cache()  # ZeRO-3 prefetches beyond the last forward; saving fails on what is in flight
