@@ -677,6 +677,9 @@ def test_objectives_that_need_several_pairs_say_so():
         "alpha-dpo": 2,
         "beta-dpo": 2,
     }
+    objectives = {name: build_objective({"name": name}) for name in OBJECTIVES}
+    assert {name for name, o in objectives.items() if o.micro_batch_matters} == {"kto", "alpha-dpo", "beta-dpo", "cpo"}
+    assert not any(o.header_in_response for o in objectives.values())  # only in RMiPO's fidelity "release"
     assert {name: build_objective({"name": name}).needs for name in OBJECTIVES} == {
         "rmipo": {"prior"},
         "dpo": {"reference"},
