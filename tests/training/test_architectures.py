@@ -128,11 +128,11 @@ def test_architectures_that_packing_cannot_serve_are_refused(name):
 
 
 def test_several_features_are_named_together():
-    config = REFUSED["gpt-oss"][0]()
-    config.attn_logit_softcapping = 50.0
-    config.layer_types = [*(f"{kind}_attention" for kind in ("full", "linear", "chunked")), "mamba"]
-    model = AutoModelForCausalLM.from_config(config)
-    found = ("chunked attention layers", "linear attention layers", "mamba layers", "soft-capped attention scores")
+    model = AutoModelForCausalLM.from_config(REFUSED["gpt-oss"][0]())
+    model.config.attn_logit_softcapping = 50.0
+    model.config.layer_types = ["full_attention", "linear_attention", "mamba", "chunked_attention", "moe", "conv"]
+    kinds = ("chunked attention", "conv", "linear attention", "mamba", "moe")
+    found = (*(f"{kind} layers" for kind in kinds), "soft-capped attention scores")
     expected = rf"it has {' and '.join(found)} and attention sinks\. Use a decoder"
     for kind in attention.IMPLEMENTATIONS:
         with pytest.raises(attention.ArchitectureError, match=expected) as error:

@@ -270,12 +270,12 @@ def test_the_model_is_called_through_its_wrapper():
             self.model, self.calls = model, []
 
         def forward(self, **inputs):
-            self.calls.append(self.model.config._attn_implementation)
+            self.calls.append((self.model.config._attn_implementation, inputs["use_cache"]))
             return self.model(**inputs)
 
     wrapper = Wrapper(make_model("llama").eval())
     check_parity(wrapper, wrapper.model, make_pairs(2), "segment")
-    assert wrapper.calls == ["sdpa", "eager", "rmipo_segment", "rmipo_segment"]
+    assert wrapper.calls == [(name, False) for name in ("sdpa", "eager", "rmipo_segment", "rmipo_segment")]
 
 
 @pytest.mark.parametrize("make", [MistralConfig, lambda: Gemma3Config(text_config={}, vision_config={})])
