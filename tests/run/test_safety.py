@@ -22,7 +22,7 @@ from rmipo.recipe.load import ConfigError, load_recipe
 from rmipo.recipe.schema import ModelConfig
 from rmipo.run.checkpoints import no_pickled_code, resume_point
 from rmipo.run.identity import run_identity
-from rmipo.training.loading import LoadingError, load_model, load_tokenizer
+from rmipo.training.loading import LoadingError, check_limits, load_model, load_tokenizer
 from tests.helpers.families import make_model, make_tokenizer, save
 from tests.helpers.launched import launch
 from tests.helpers.paths import ROOT
@@ -69,6 +69,8 @@ def test_code_of_a_model_folder_is_not_run(model_with_code, tmp_path):
         load_model(ModelConfig(model_name_or_path=str(model_with_code)))
     with pytest.raises(LoadingError, match=r"the tokenizer of .* can't be loaded"):
         load_tokenizer(ModelConfig(model_name_or_path=str(model_with_code)))
+    with pytest.raises(LoadingError, match=r"the configuration of .* can't be loaded"):
+        check_limits(make_tokenizer("llama3"), ModelConfig(model_name_or_path=str(model_with_code)), 10)
     assert not (tmp_path / "pwned").exists()
 
 

@@ -82,6 +82,9 @@ def test_the_limits_of_a_multimodal_model_are_those_of_its_text(tmp_path):
 )
 def test_positions_that_a_model_is_made_for(config, positions):
     assert positions_of(config) == positions
+    if positions is None:
+        config.rope_parameters = ROPE
+        assert positions_of(config) is None
     config.rope_parameters = {"rope_type": "default", "factor": None}
     assert positions_of(config) == getattr(config, "max_position_embeddings", None)
     config.rope_parameters = None
@@ -107,7 +110,7 @@ def test_all_that_is_wrong_is_said_at_once(model):
 
 def test_the_default_of_several_templates_is_taken(tmp_path):
     tokenizer = make_tokenizer("llama3")
-    tokenizer.chat_template = {"agent": "{{ tools }}", "default": LLAMA3_TEMPLATE, "tool_use": "{{ tools }}"}
+    tokenizer.chat_template = {"default": LLAMA3_TEMPLATE, "tool_use": "{{ tools }}"}
     tokenizer.save_pretrained(tmp_path / "several")
     config = ModelConfig(model_name_or_path=str(tmp_path / "several"))
     assert load_tokenizer(config).chat_template == LLAMA3_TEMPLATE
@@ -119,6 +122,16 @@ def test_the_default_of_several_templates_is_taken(tmp_path):
         load_tokenizer(config)
     for template in (LLAMA3_TEMPLATE, ""):
         assert load_tokenizer(config, template).chat_template == template
+
+
+def test_the_default_template_need_not_be_the_first(tmp_path):
+    """As older files list them."""
+    make_tokenizer("llama3").save_pretrained(tmp_path)
+    (tmp_path / "chat_template.jinja").unlink()
+    path = tmp_path / "tokenizer_config.json"
+    templates = [{"name": name, "template": f"{{# {name} #}}"} for name in ("agent", "default", "tool_use")]
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_template": templates}))
+    assert load_tokenizer(ModelConfig(model_name_or_path=str(tmp_path))).chat_template == "{# default #}"
 
 
 def test_an_adapter_is_no_model_to_start_from(model, tmp_path):
