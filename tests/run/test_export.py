@@ -15,7 +15,7 @@ from rmipo.data.pairs import load_pairs, tokenize_pairs
 from rmipo.recipe.load import load_recipe
 from rmipo.recipe.schema import DataConfig, PreferenceConfig
 from rmipo.run import export
-from tests.helpers.families import make_model, save
+from tests.helpers.families import LLAMA3_TEMPLATE, make_model, save
 from tests.helpers.paths import ROOT
 from tests.helpers.small_models import make_pairs
 from tests.helpers.trainers import make_trainer
@@ -234,9 +234,14 @@ def test_card_of_a_run_without_held_out_data(tmp_path):
     assert "## Results\n\nNothing was held out.\n" in text
 
 
-def test_adapters_are_verified_too(tmp_path):
-    overrides = make_twin(tmp_path, "tiny/rmipo", "llama3", "on_policy_ultrafeedback")
-    run("tiny/rmipo", [*overrides, "--use_peft", "--lora_r", "4"], tmp_path / "out", zero3=False)
+@pytest.mark.parametrize("stage, form", [("rmipo", "on_policy_ultrafeedback"), ("sft", "ultrachat")])
+def test_adapters_are_verified_too(tmp_path, stage, form):
+    overrides = make_twin(tmp_path, f"tiny/{stage}", "llama3", form)
+    template = tmp_path / "clock.jinja"
+    template.write_text('{% set year = strftime_now("%Y") %}' + LLAMA3_TEMPLATE)
+    overrides += ["--use_peft", "--lora_r", "4", "--chat_template", str(template)]
+    run(f"tiny/{stage}", overrides, tmp_path / "out", zero3=False)
+    assert "strftime_now" not in (tmp_path / "out/chat_template.jinja").read_text()
     tensors = export.saved_tensors(tmp_path / "out")
     assert tensors["base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"] == ((4, 32), "float32")
     assert yaml.safe_load((tmp_path / "out" / "README.md").read_text().split("---\n")[1])["library_name"] == "peft"

@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 from transformers import (
+    AutoTokenizer,
     DefaultFlowCallback,
     PrinterCallback,
     ProgressCallback,
@@ -78,9 +79,15 @@ def test_a_finished_run_says_what_it_did_and_is_not_trained_again(tmp_path, twin
 @pytest.mark.parametrize("changes", [{"logging_steps": 500}, {"num_train_epochs": 0, "max_steps": -1}], ids=str)
 def test_a_run_in_which_nothing_is_logged_ends_well(tmp_path, twin, changes):
     out = tmp_path / "out"
-    run = preference(flags(twin, **changes), out)
+    run = preference([*flags(twin, **changes), "--objective.fidelity", "release"], out)
     assert run.wait() == 0, run.output[-5000:]
     assert recorded_run(out)["finished"] and (out / "model.safetensors").exists()
+    with open(f"{twin[3]}/train.jsonl") as file:
+        answers = [json.loads(line)["chosen"][-1]["content"] for line in file]
+    header = "<|start_header_id|>assistant<|end_header_id|>\n\n"  # which the released code scores with the response
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    ids = tokenizer([f"{header}{answer}<|eot_id|>" for answer in answers], add_special_tokens=False)["input_ids"]
+    assert recorded_run(out)["data"]["train"]["tokens"]["chosen"] == sum(map(len, ids))
 
 
 class Theirs(TrainerCallback):

@@ -8,6 +8,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, TrainerState
 
 from rmipo.record import read_generations, write_generations
+from rmipo.run import generations
 from rmipo.run.generations import SampleGenerations
 from rmipo.training import attention
 from tests.helpers.twins import make_twin, run
@@ -46,19 +47,23 @@ def greedy(model, prompt, count):
     return answer
 
 
-def test_answers_are_greedy_and_training_goes_on_as_before():
+def test_answers_are_greedy_and_training_goes_on_as_before(monkeypatch):
     config = LlamaConfig(
         vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,
         num_key_value_heads=2, pad_token_id=0, bos_token_id=1, eos_token_id=2, attention_dropout=0.9,
     )  # fmt: skip
     torch.manual_seed(0)
     model = LlamaForCausalLM(config)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)  # so that each token of a prompt counts
+    monkeypatch.setattr(generations, "positions_of", lambda config: None)  # a model that doesn't say
     model.generation_config.do_sample = True  # as published models say
+    model.generation_config.eos_token_id = None
     attention.attach(model, "segment")
     trained_with = model.config._attn_implementation
     model.activation_checkpointing_enable({"use_reentrant": False}, every_n_layers=2)
     model.train()
-    prompts = [[5, 0, 7], [8, 9]]  # the padding token is an ordinary one, too
+    prompts = [[5, 0, 0, 7], [8, 9]]  # the padding token is an ordinary one, too
     answers = SampleGenerations(Tokenizer, prompts, Trainer(model), max_new_tokens=4).generate()
     assert [layer.gradient_checkpointing for layer in model.model.layers] == [True, False, True, False]
     assert model.config._attn_implementation == trained_with != "sdpa"
