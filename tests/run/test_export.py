@@ -7,6 +7,7 @@ import pytest
 import torch
 import yaml
 from huggingface_hub import RepoUrl
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
@@ -158,9 +159,9 @@ def test_a_run_that_saves_other_tensors_than_its_models_ends_with_an_error(tmp_p
 
 
 def write_record(folder, recipe, **results):
-    """`run.json` of a run on two GPUs."""
+    """`run.json` of a run on eight machines of two GPUs."""
     record = {
-        "recipe": recipe, "results": results, "versions": {"torch": "2.13.0", "trl": "1.0"}, "world_size": 2,
+        "recipe": recipe, "results": results, "versions": {"torch": "2.13.0", "trl": "1.0"}, "world_size": 16,
         "hardware": ["A100", "A100"], "commit": "abc", "fingerprints": {"train": "f1", "model": "f2"},
     }  # fmt: skip
     folder.mkdir(parents=True)
@@ -201,7 +202,7 @@ Held-out data after training, in nats where they are log-probabilities.
 
 ## Recipe
 
-Trained on 2 x A100, commit abc, with torch 2.13.0, trl 1.0.
+Trained on 16 x A100, commit abc, with torch 2.13.0, trl 1.0.
 
 ```yaml
 model_name_or_path: org/base
@@ -226,12 +227,20 @@ Fingerprints of the tokenised data: {{"train": "f1", "model": "f2"}}
 
 def test_card_of_a_run_without_held_out_data(tmp_path):
     recipe = {"model_name_or_path": str(tmp_path), "dataset_name": "org/pairs", "objective": {"name": "dpo"}}
-    write_record(tmp_path / "tiny/dpo", recipe)
+    write_record(tmp_path / "tiny/dpo", recipe, parity=None)
     text = export.write_model_card(tmp_path / "tiny/dpo").read_text()
     header = {"library_name": "transformers", "datasets": ["org/pairs"], "tags": ["rmipo", "preference-optimization"]}
     assert yaml.safe_load(text.split("---\n")[1]) == header
     assert f"\n\nDpo (preference optimization) of `{tmp_path}` on `org/pairs`.\n\n" in text
     assert "## Results\n\nNothing was held out.\n" in text
+
+
+def test_adapters_are_in_float32_whatever_their_model_is_in(tmp_path):
+    lora = LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    model = get_peft_model(make_model("llama3").bfloat16(), lora)
+    model.save_pretrained(tmp_path)
+    model.config.architectures, model.config.dtype = ["LlamaForCausalLM"], torch.bfloat16  # as of one that was loaded
+    assert export.verify_export(tmp_path, model.config, model.active_peft_config) == 4  # two in each layer
 
 
 @pytest.mark.parametrize("stage, form", [("rmipo", "on_policy_ultrafeedback"), ("sft", "ultrachat")])
