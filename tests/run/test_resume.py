@@ -166,7 +166,8 @@ def test_sigterm_saves_and_exits_with_its_own_code(tmp_path, twin, whole):
     wait_until(lambda: last_step(stopped) >= 3, run)
     run.processes[0].terminate()
     assert run.wait() == EXIT_STOPPED, run.output[-3000:]
-    assert "the same command goes on from there" in run.output
+    step = checkpoints.complete_checkpoints(stopped)[-1].name.split("-")[1]
+    assert f"stopped by a signal at step {step} and saved; the same command goes on from there" in run.output
     finish(twin, stopped, 1)
     weights, expected = (load_file(run / "model.safetensors") for run in (stopped, whole(1)))
     assert all(torch.equal(weights[name], value) for name, value in expected.items())
