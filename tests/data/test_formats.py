@@ -150,7 +150,7 @@ def test_the_prompt_of_a_row(row, prompt):
     ],
 )
 def test_the_dialogue_of_a_row(row, messages):
-    assert formats.read_row(row, formats.DIALOGUES) == (messages,)
+    assert formats.read_row(row, formats.DIALOGUES) == (messages, [])
 
 
 def test_a_system_column_in_front_of_no_turns():
