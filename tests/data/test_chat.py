@@ -4,7 +4,7 @@ import datetime
 import random
 
 import pytest
-from tokenizers import processors
+from tokenizers import pre_tokenizers, processors
 from transformers import AutoTokenizer, GenerationConfig
 
 from rmipo.data.chat import ChatFormat, DataError, freeze_date
@@ -167,6 +167,24 @@ def test_a_token_across_the_end_of_the_prompt(bos):
     assert chat.encode([chat.render_pair(*row) for row in rows]) == expected
 
 
+def test_no_space_comes_in_front_of_a_response_that_is_tokenised_apart():
+    """SentencePiece puts one in front of a text, as its pre-tokenizer is in newer Llama and Mistral tokenizers."""
+    template = (
+        "{% for m in messages %}{% if m['role'] == 'user' %}{{ bos_token + m['content'] + ' ' }}"
+        "{% else %}{{ m['content'] + eos_token }}{% endif %}{% endfor %}"
+    )
+    tokenizer = make_tokenizer("gemma", template)
+    tokenizer.backend_tokenizer.normalizer = None
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    assert tokenizer.tokenize("the") == ["\u2581the"]
+    chosen, rejected = ([{"role": "assistant", "content": text}] for text in ("the end", "the window"))
+    prompt_ids, chosen_ids, _ = ChatFormat.probe(tokenizer).pair_ids(
+        [{"role": "user", "content": "Why"}], chosen, rejected
+    )
+    assert tokenizer.convert_ids_to_tokens(prompt_ids)[-1] == "\u2581"
+    assert tokenizer.decode(chosen_ids) == "the end<eos>"
+
+
 def test_a_header_that_merges_with_the_end_of_the_prompt():
     """`? ` + `the answer` has the token ` the`."""
     template = (
@@ -196,15 +214,15 @@ def test_a_bos_that_is_a_turn_marker_is_not_put_in_front():
     assert chat.prompt_ids(PROMPT[:1])[:2] != [1, 1]
 
 
-@pytest.mark.parametrize("written", ["$A", "$A <|im_end|>"])
-def test_a_bos_that_is_the_end_token_is_not_put_in_front(written):
+@pytest.mark.parametrize(("written", "in_front"), [("$A", False), ("$A <|im_end|>", False), ("<|im_end|> $A", True)])
+def test_a_bos_that_is_the_end_token_is_put_in_front_where_the_tokenizer_writes_it(written, in_front):
     tokenizer = make_tokenizer("qwen3")
     tokenizer.bos_token = tokenizer.eos_token
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single=written, special_tokens=[("<|im_end|>", tokenizer.eos_token_id)]
     )
     chat = ChatFormat.probe(tokenizer)
-    assert (chat.bos_id, chat.template_writes_bos) == (None, False)
+    assert (chat.bos_id, chat.template_writes_bos) == (tokenizer.eos_token_id if in_front else None, False)
 
 
 def test_an_end_token_is_not_taken_for_another_that_it_starts_with():

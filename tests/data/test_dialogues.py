@@ -69,12 +69,16 @@ def trained_texts(dataset, chat, tmp_path, **arguments):
 
 
 def test_the_loss_is_on_completions_alone_as_with_trl(tmp_path, chat):
-    kept, report = select(completions(tmp_path), chat, tmp_path, max_length=WINDOW)
+    rows = completions(tmp_path, {"prompt": DIALOGUE[:1], "completion": DIALOGUE[1:]})
+    kept, report = select(rows, chat, tmp_path, max_length=WINDOW)
     assert kept.remove_columns(["row", "ids"]).to_list() == [
         {"prompt": [user("a")], "completion": [assistant("b")]},
         {"prompt": [SYSTEM, *DIALOGUE[:3]], "completion": [assistant("d")]},
+        {"prompt": DIALOGUE[:1], "completion": DIALOGUE[1:]},
     ]
-    assert trained_texts(kept, chat, tmp_path) == ["b<|eot_id|>", "d<|eot_id|>"]
+    *texts, several = trained_texts(kept, chat, tmp_path)
+    assert texts == ["b<|eot_id|>", "d<|eot_id|>"]
+    assert several.startswith("b<|eot_id|>") and several.endswith("d<|eot_id|>")
     assert any("the loss is on completions alone" in line for line in report.lines())
 
 
@@ -116,6 +120,16 @@ def test_a_row_whose_prompt_fills_the_window_is_dropped_and_named(tmp_path, chat
             select(loaded, chat, tmp_path, assistant_only_loss=answers, **{"max_length": WINDOW} | other)[1].dropped
             == {}
         )
+
+
+@pytest.mark.parametrize("answers", [False, True])
+def test_a_row_is_kept_from_its_first_token_in_the_window_on(tmp_path, chat, answers):
+    loaded = load(tmp_path, [DIALOGUE[:2], DIALOGUE[:2]]) if answers else completions(tmp_path).select([0])
+    start = len(chat.prompt_ids(DIALOGUE[:1]))
+    kept, report = select(loaded, chat, tmp_path, max_length=start + 1, assistant_only_loss=answers)
+    assert (len(kept), report.rows_cut) == (len(loaded), len(loaded))
+    with pytest.raises(DataError, match="dropped, the prompt fills the window: row"):
+        select(loaded, chat, tmp_path, max_length=start, assistant_only_loss=answers)
 
 
 def test_a_completion_needs_a_prompt(tmp_path, chat):
