@@ -281,9 +281,10 @@ def test_release_scores_a_one_token_response():
     assert out.losses.item() == pytest.approx(reference.nls(2 * (0.2 - gamma)))
 
 
-def test_simper_with_a_constant_length():
-    out = build_objective({"name": "simper", "constant_length": 4})(case_scores("A"))
-    assert out.losses.item() == pytest.approx(math.exp(-1.6 / 4) - math.exp(-1.2 / 4))
+@pytest.mark.parametrize("length", [1, 4])
+def test_simper_with_a_constant_length(length):
+    out = build_objective({"name": "simper", "constant_length": length})(case_scores("A"))
+    assert out.losses.item() == pytest.approx(math.exp(-1.6 / length) - math.exp(-1.2 / length))
 
 
 def test_rmipo_summary():
@@ -556,6 +557,16 @@ def test_epsilon_dpo_follows_the_perturbed_policies():
         (
             {"name": "rmipo", "fidelity": "release", "pmi_normalization": "sequence"},
             ["'sequence': not with fidelity 'release'"],
+        ),
+        (
+            {
+                "name": "rmipo",
+                "fidelity": "release",
+                "prior_context": "bos",
+                "pmi_normalization": "sequence",
+                "gamma_min": 2,
+            },
+            ["gamma_min is 2: expected at most", "prior_context is 'bos': not", "pmi_normalization is 'sequence': not"],
         ),
         ({"name": "beta-dpo", "rho": 1.0}, ["a number >= 0 and < 1"]),
         ({"name": "epsilon-dpo", "epsilon": 0}, ["a number > 0 and < 1"]),

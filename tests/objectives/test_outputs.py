@@ -129,6 +129,12 @@ def test_the_release_multiplies_a_constant_margin_too():
     torch.testing.assert_close(output.losses, torch.nn.functional.softplus(2 * 0.95 - differences))
 
 
+def test_a_modulated_beta_leaves_rewards_and_margin_alone():
+    output = build_objective({"name": "rmipo", "signal": "loglik", "target": "beta"})(SCORES)
+    assert (output.chosen_rewards.tolist(), output.rejected_rewards.tolist()) == ([-2, -4], [-4, -2])
+    assert output.gamma.tolist() == pytest.approx([0.95, 0.95])
+
+
 def test_an_empty_response_has_a_mean_of_0():
     scores = PairScores(t(0), t(-2), t(0), t(4))
     assert [value.tolist() for value in scores.logps(per_token=True)] == [[0], [-0.5]]
