@@ -2,11 +2,10 @@
 
 import json
 import math
-import os
 import signal
 import time
 from collections import Counter
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -18,6 +17,7 @@ from rmipo.generation.oracles import Candidates, OracleError, make_oracle
 from rmipo.generation.pairs import PairsConfig, load_pairs_config, make_pairs, select
 from rmipo.generation.prompts import read_prompts
 from rmipo.run.lock import LOCK_FILE
+from tests.helpers.launched import launch
 from tests.helpers.lock_holder import held
 from tests.helpers.tiny_model import naive_scores, write_model
 
@@ -30,6 +30,15 @@ def score(messages, answers, bonus=0):
     if os.path.exists({fatal!r}) and sum(1 for _ in open({calls!r})) == 5:
         os.kill(os.getpid(), signal.SIGKILL)
     return [bonus + answer.split().count("w1") + len(answer.split()) / 100 for answer in answers]
+"""
+
+
+MAKE = """
+import json, sys
+from pathlib import Path
+from rmipo.generation.pairs import PairsConfig, make_pairs
+model, generation, config, output = json.loads(sys.argv[1])
+make_pairs(Path(model), generation, PairsConfig(**config), Path(output))
 """
 
 
@@ -60,17 +69,14 @@ class Setup:
         return [json.loads(line) for text in texts for line in text.splitlines()]
 
     def killed(self, when, **changes) -> None:
-        """Make the pairs in a child process that is killed as soon as `when` says so, or that kills itself."""
-        child = os.fork()
-        if child == 0:
-            self.make(**changes)
-            os._exit(0)
-        while os.waitpid(child, os.WNOHANG) == (0, 0):
+        """Make the pairs in a process that is killed as soon as `when` says so, or that kills itself."""
+        given = (str(self.model), GENERATION, asdict(replace(self.config, **changes)), str(self.folder / "pairs"))
+        process = launch(["-c", MAKE, json.dumps(given)])
+        while process.poll() is None:
             if when():
-                os.kill(child, signal.SIGKILL)
-                os.waitpid(child, 0)
-                return
+                process.end()
             time.sleep(0.001)
+        assert process.poll() == -signal.SIGKILL, process.output
 
 
 @pytest.fixture
