@@ -1,6 +1,7 @@
 """What can't work is found before a model is loaded, all of it at once."""
 
 import gc
+import json
 import os
 import sys
 import types
@@ -15,9 +16,12 @@ from trl.chat_template_utils import qwen3_chat_template
 from rmipo.recipe.load import ConfigError, load_recipe
 from rmipo.run import preflight
 from rmipo.run.preflight import SFT_METRICS, check_assistant_mask, check_parts, check_special_tokens
+from rmipo.training import loading
 from tests.helpers.families import LLAMA3_TEMPLATE, make_model, make_tokenizer
 from tests.helpers.paths import ROOT
+from tests.helpers.programs import run_here
 from tests.helpers.rows import assistant, user
+from tests.helpers.twins import make_twin
 
 KNOWN = {"model_name_or_path": "mistralai/Mistral-7B-v0.1"}  # its configuration is built in
 
@@ -244,6 +248,22 @@ def test_assistant_only_loss_needs_a_template_that_marks_the_assistant():
     check_assistant_mask(args, make_tokenizer("llama3", qwen3_chat_template))  # TRL has one with marks
     args.assistant_only_loss = False
     check_assistant_mask(args, tokenizer)
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_the_longest_dialogue_of_any_split_has_to_fit(tmp_path, monkeypatch, split):
+    def load(*arguments, **options):
+        raise AssertionError("the model is loaded")
+
+    monkeypatch.setattr(loading, "load_model", load)
+    overrides = make_twin(tmp_path, "tiny/sft", "llama3", "ultrachat")
+    long = {"prompt": "a", "prompt_id": "0", "messages": [user("a"), assistant("yes " * 3000)]}
+    with open(tmp_path / f"data/{split}.jsonl", "a") as file:
+        file.write(json.dumps(long) + "\n")
+    flags = ["--max_length", "null", "--output_dir", str(tmp_path / "out")]
+    ended = run_here("sft", "--config", "recipes/tiny/sft.yaml", *overrides, *flags)
+    assert ended.code == 2, ended.err
+    assert "the length of the longest dialogue (max_length: null) is " in ended.err
 
 
 @pytest.mark.parametrize("key", ["eos_token", "pad_token"])

@@ -210,6 +210,7 @@ def test_a_run_is_stopped_goes_on_is_finished_and_started_once_more(tmp_path, en
         run.start({"train": "a"})
         assert f"resuming from {out}/checkpoint-1\n" in capsys.readouterr().out
         trainer = make_run_trainer(run)
+        run.stop.requested = True  # by a signal after the last step: there is nothing left to be stopped
         run.train(trainer)
         assert trainer.state.global_step == 1
         with pytest.raises(ValueError, match="no card"), monkeypatch.context() as broken:

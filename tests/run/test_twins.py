@@ -56,8 +56,10 @@ def test_recipe_trains_its_twin_in_one_process_and_under_zero3(tmp_path, recipe)
     assert prompt["input_ids"].shape[1] < generated.shape[1] <= prompt["input_ids"].shape[1] + 3
 
 
-@pytest.mark.parametrize("family", ["qwen3", "gemma-3", "llama-3.2"])
-def test_another_model_trains_by_changing_its_name(tmp_path, family):
+@pytest.mark.parametrize(
+    "family, end", [("qwen3", "<|im_end|>"), ("gemma-3", "<end_of_turn>"), ("llama-3.2", "<|eot_id|>")]
+)
+def test_another_model_trains_by_changing_its_name(tmp_path, family, end):
     """The Llama-3 recipe with another `model_name_or_path`: trained, exported and loaded without another change."""
     overrides = make_twin(tmp_path, "llama3-8b-instruct/rmipo", family, "on_policy_ultrafeedback")
     lines = run("llama3-8b-instruct/rmipo", overrides, tmp_path / "out", zero3=False)
@@ -66,6 +68,9 @@ def test_another_model_trains_by_changing_its_name(tmp_path, family):
     assert record["finished"] and record["results"]["parity"] < 1e-5
     trained, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    # The turn's end isn't Gemma's end of a text, where its tokenizer alone would have generation stop.
+    tokenizer, ends = AutoTokenizer.from_pretrained(tmp_path / "out"), trained.generation_config.eos_token_id
+    assert tokenizer.convert_tokens_to_ids(end) in (ends if isinstance(ends, list) else [ends])
     initial = dict(AutoModelForCausalLM.from_pretrained(tmp_path / "model").named_parameters())
     assert all(not torch.equal(value, initial[name]) for name, value in trained.named_parameters())
 
