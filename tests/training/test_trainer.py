@@ -134,6 +134,15 @@ def test_a_step_scores_priors_together_without_gradient_and_then_pairs_with_it(t
     assert [modes for _, *modes in forwards] == [[False, False]] * 6
 
 
+def test_an_evaluation_amid_training_has_no_dropout_where_no_priors_are_scored_before(tmp_path, pairs):
+    simpo = {"name": "simpo", "beta": 2.0, "gamma": 1.0}
+    trainer = make_trainer(tmp_path, pairs[:4], simpo, eval_pairs=pairs[:4])
+    trainer.model.train()
+    forwards = recorded_forwards(trainer.model)
+    trainer.evaluate()
+    assert [modes for _, *modes in forwards] == [[False, False]] * 2
+
+
 def test_dropout_has_no_part_in_the_check_at_the_start(tmp_path, pairs):
     model = make_model("llama")
     for layer in model.model.layers:
