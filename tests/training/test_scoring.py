@@ -170,6 +170,13 @@ def test_priors_of_score_pairs_equal_the_padded_reference():
     assert model.config._attn_implementation == "sdpa"
 
 
+def test_a_model_is_left_plain_where_scoring_fails():
+    model = make_model("llama")
+    with pytest.raises(IndexError):
+        scoring.score_pairs(model, [[{"prompt_ids": [1], "chosen_ids": [61], "rejected_ids": [2, 61, 3]}]])
+    assert model.config._attn_implementation == "sdpa"
+
+
 def test_priors_without_context_start_at_the_second_token():
     model, pairs = make_model("llama"), make_pairs(3)
     responses = [pair[side] for pair in pairs for side in ("chosen_ids", "rejected_ids")]
