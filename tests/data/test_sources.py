@@ -256,6 +256,7 @@ def test_a_configuration_and_revision_reach_the_hub(monkeypatch):
         (config("a/b", dataset_config="tiny", dataset_revision="v2", dataset_train_split="train_x"), "train"),
         (DataConfig(datasets=[entry | {"test_split": "dev"}]), "test"),
         (DataConfig(datasets=[{"path": "a/b", "split": "train_y"}]), "train"),
+        (DataConfig(datasets=[{"path": "a/b", "split": "train_y"}]), "test"),  # not of the training rows
         (DataConfig(datasets=[{"path": "a/b"}], dataset_train_split="train_z"), "train"),
     ):
         with pytest.raises(ZeroDivisionError):
@@ -265,6 +266,7 @@ def test_a_configuration_and_revision_reach_the_hub(monkeypatch):
         ("a/b", {"split": "train_x", "name": "tiny", "revision": "v2"}),
         ("a/b", {"split": "dev", "name": "x", "data_dir": "sub", "data_files": "c.jsonl", "revision": "v3"}),
         ("a/b", {"split": "train_y"}),
+        ("a/b", {"split": "test"}),
         ("a/b", {"split": "train_z"}),
     ]
 
