@@ -206,10 +206,11 @@ def test_generation_stops_at_the_end_of_a_turn(known, expected):
     assert (chat.end_id, config.eos_token_id) == (4, expected)
 
 
-def test_a_bos_that_is_a_turn_marker_is_not_put_in_front():
+@pytest.mark.parametrize("header_in_response", [False, True])
+def test_a_bos_that_is_a_turn_marker_is_not_put_in_front(header_in_response):
     tokenizer = make_tokenizer("qwen3")
     tokenizer.bos_token = "<|im_start|>"
-    chat = ChatFormat.probe(tokenizer)
+    chat = ChatFormat.probe(tokenizer, header_in_response)
     assert chat.bos_id is None
     assert chat.prompt_ids(PROMPT[:1])[:2] != [1, 1]
 

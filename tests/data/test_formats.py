@@ -301,6 +301,7 @@ NO_TURNS = "the prompt is empty (chosen and rejected share no turns)"
         ([SYSTEM, assistant("b")], NO_TURNS),
         ([SYSTEM, assistant("a"), user("b"), assistant("c")], "roles out of order: assistant first"),
         ([SYSTEM, SYSTEM, user("b"), assistant("c")], "roles out of order: system first"),
+        ([user("a"), user("a"), assistant("c")], "roles out of order: user after user"),
         ([user("a"), assistant("b"), SYSTEM, user("b"), assistant("c")], "roles out of order: system after assistant"),
         ([user("a"), assistant(""), user("b"), assistant("c")], "the prompt has an empty message"),
     ],
