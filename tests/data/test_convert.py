@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from datasets import enable_progress_bars
 from trl import SFTConfig
 
 from rmipo.data.chat import ChatFormat, DataError
@@ -86,6 +87,7 @@ def test_rows_that_cannot_be_read_are_named_by_source_reason_and_number(tmp_path
 
 def test_rows_are_read_and_measured_by_several_processes(tmp_path, capfd):
     write(tmp_path / "train.jsonl", [{"messages": [user("a"), assistant("b")]}] * 2)
+    enable_progress_bars()  # which name the number of processes; other tests may have disabled them
     data_config = config(tmp_path, dataset_num_proc=2)
     rows = load_dialogues(data_config, "train")
     args = SFTConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False)

@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from datasets import enable_progress_bars
 
 from rmipo.data.chat import ChatFormat, DataError
 from rmipo.data.pairs import cut_pair
@@ -224,6 +225,7 @@ def test_the_first_rows_are_named(count, named):
 
 def test_two_processes_give_the_same(capfd):
     rows = [*pairs(*range(9)), pair(9, chosen=[assistant("")])]
+    enable_progress_bars()  # which name the number of processes; other tests may have disabled them
     one, report_one = tokenize(rows)
     two, report_two = tokenize(rows, num_proc=2)
     assert "Tokenising pairs (num_proc=2)" in capfd.readouterr().err

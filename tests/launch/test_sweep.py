@@ -185,6 +185,7 @@ def test_a_grid_is_trained_once_and_the_best_is_named(repository, monkeypatch):
     (step,) = load_steps("tiny", ["rmipo"], point.environment)
     trained = launch(step.command(0, "zero3")[1:], root=repository)
     assert trained.wait() == 0, trained.output
+    record = (repository / point.folder / "run.json").read_text()
     first = run_here("sweep", env=env, root=repository)
     assert first.code == 0 and "2 points, 1 of them not finished" in first.out, first.out + first.err
     folder = repository / "outputs/tiny/sweep-rmipo"
@@ -193,14 +194,8 @@ def test_a_grid_is_trained_once_and_the_best_is_named(repository, monkeypatch):
     accuracies = [line["eval_common/acc_avg_logp"] for line in lines]
     best = lines[accuracies.index(max(accuracies))]
     assert f"in {best['output_dir']}\n" in first.out.partition("points:\n")[2].splitlines(keepends=True)[0]
-    runs = [json.loads((repository / line["output_dir"] / "run.json").read_text()) for line in lines]
-    assert all(run["finished"] for run in runs) and runs[0]["recipe"]["learning_rate"] == 1e-4
-
-    (folder / "sweep.jsonl").unlink()
-    again = run_here("sweep", env=env, root=repository)
-    assert again.code == 0 and "2 points, 0 of them not finished" in again.out
-    assert [json.loads(line) for line in (folder / "sweep.jsonl").read_text().splitlines()] == lines
-    assert [json.loads((repository / line["output_dir"] / "run.json").read_text()) for line in lines] == runs
+    assert (repository / lines[0]["output_dir"] / "run.json").read_text() == record
+    assert json.loads((repository / lines[1]["output_dir"] / "run.json").read_text())["finished"]
 
     other = run_here("sweep", env=env | {"ARGS": "--max_steps 3"}, root=repository)
     assert other.code == 2 and "holds a run of another recipe" in other.err
