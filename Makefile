@@ -59,10 +59,10 @@ bench: .venv/.installed ## speed and memory against other implementations
 	@$(RUN) -m benchmarks.bench
 
 test: .venv/.installed ## the tests that CI runs
-	@$(RUN) -m pytest -m "not slow" -n 4 --dist worksteal
+	@$(RUN) -m pytest -m "not slow" -n 3 --dist worksteal
 
 test-all: .venv/.installed ## all tests, the slow ones too
-	@$(RUN) -m pytest -n 4 --dist worksteal
+	@$(RUN) -m pytest -n 3 --dist worksteal
 
 lint: .venv/.installed ## style, and the import order of the packages
 	@$(RUN) -m ruff check . && $(RUN) -m ruff format --check . && .venv/bin/lint-imports
