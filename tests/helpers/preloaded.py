@@ -2,6 +2,7 @@
 
 import gc
 import os
+import sys
 
 # The variables that these libraries read as they are imported.
 os.environ |= {
@@ -19,5 +20,6 @@ import rmipo.run.curves
 import rmipo.run.frame  # noqa: F401
 
 torch.set_num_threads(1)
+sys.stdout.flush()  # or every forked process would print once more what the imports said
 gc.collect()
 gc.freeze()  # collections of the forked processes pass over what is here: each would take half a second
