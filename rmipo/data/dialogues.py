@@ -37,10 +37,9 @@ def select_dialogues(
             f"completion_only_loss is true, and {len(dataset) - completions} of {len(dataset)} rows are dialogues: expected "
             "rows with the columns prompt and completion. Set assistant_only_loss: true, which trains the answers of any row"
         )
-    if completions < len(dataset) or args.completion_only_loss is False:
-        alone, dataset = False, dataset.remove_columns("completion")
-    else:
-        alone = True
+    alone = completions == len(dataset) and args.completion_only_loss is not False
+    if not alone:
+        dataset = dataset.remove_columns("completion")
     reasons = [unusable_dialogue(messages) for messages in dataset["messages"]]
     if alone:
         columns = zip(reasons, dataset["messages"], dataset["completion"], strict=True)
@@ -50,9 +49,11 @@ def select_dialogues(
         ]
     report = DataReport(rows=len(dataset), dropped=rows_by_reason(reasons, dataset["row"]))
     if alone:
-        report.loss = "completions alone, as rows have a prompt and a completion (completion_only_loss: false: on both)"
+        report.loss_on = (
+            "completions alone, as rows have a prompt and a completion (completion_only_loss: false puts it on both)"
+        )
     elif completions and args.completion_only_loss is None and not args.assistant_only_loss:
-        report.loss = (
+        report.loss_on = (
             f"whole dialogues, prompts included, as only {completions} of {len(dataset)} rows have a completion"
         )
     report.check_dropped(data_config.max_dropped_fraction)
@@ -73,8 +74,7 @@ def select_dialogues(
         report.dropped |= rows_by_reason(reasons, measured["row"])
         report.check_dropped(data_config.max_dropped_fraction)
         measured = measured.select(np.flatnonzero(scored))
-    if args.truncation_mode == "keep_end":
-        report.lost = "start"
+    report.lost_start = args.truncation_mode == "keep_end"
     lengths = np.array(measured["tokens"])
     report.measure({"messages": np.minimum(lengths, limit)}, {"messages": (lengths > limit) & (not split)})
     report.check_cut(data_config.max_truncated_fraction, f"max_length ({args.max_length})")

@@ -25,15 +25,15 @@ class DataReport:
     """Attributes:
     dropped: reason -> row numbers.
     rows_cut: rows of which any side is cut; `cut` has the number per side.
-    loss: what TRL's loss is on, where it isn't what a recipe says.
-    lost: what a cut dialogue lost.
+    loss_on: the part of the rows that TRL's loss is on, where the recipe doesn't say it.
+    lost_start: whether a dialogue that is cut loses its start, and not its end.
     tokens: total per side, after the cut. `lengths`: median, p95 and max tokens per side.
     """
 
     rows: int
     dropped: dict[str, list[int]]
-    loss: str | None = None
-    lost: str = "end and end token"
+    loss_on: str | None = None
+    lost_start: bool = False
     rows_cut: int = 0
     cut: dict[str, int] = field(default_factory=dict)
     tokens: dict[str, int] = field(default_factory=dict)
@@ -79,10 +79,11 @@ class DataReport:
     def lines(self) -> list[str]:
         """Short lines to print."""
         lines = [f"{self.kept} of {self.rows} rows used", *self.dropped_lines()]
-        if self.loss:
-            lines.append(f"- the loss is on {self.loss}")
+        if self.loss_on:
+            lines.append(f"- the loss is on {self.loss_on}")
         if self.rows_cut and "messages" in self.cut:
-            lines.append(f"- {self.rows_cut} dialogues cut: they lost their {self.lost}")
+            lost = "start" if self.lost_start else "end and end token"
+            lines.append(f"- {self.rows_cut} dialogues cut: they lost their {lost}")
         elif self.rows_cut:
             lines.append(
                 f"- {self.rows_cut} pairs cut: {self.cut['prompt']} prompts lost their start, {self.cut['chosen']} chosen "

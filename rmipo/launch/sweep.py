@@ -90,7 +90,7 @@ def check_metric(metric: str, recipe: Recipe) -> None:
     try:
         check_logged(metric, evaluation_metrics(build_objective(recipe.values["objective"])))
     except ValueError as error:
-        raise ConfigError(f"metric.name of the sweep stands for {metric}: {error}") from error
+        raise ConfigError(f"metric.name: the sweep would rank its points by {metric}: {error}") from error
 
 
 @dataclass(frozen=True)

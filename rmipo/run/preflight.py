@@ -113,7 +113,7 @@ def _check_compilation(args: TrainingArguments) -> None:
     # The kernel takes where each response starts and ends as numbers, which torch makes part of what it compiles.
     if resolve_kind(args.attention, args.device) == "segment":
         raise ValueError(
-            "attention: segment would be compiled again for packed sequences of other lengths, which takes longer than their "
+            "attention: segment would be compiled again for each length of packed sequences, which takes longer than the "
             "steps. Remove it"
         )
 

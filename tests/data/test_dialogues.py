@@ -84,7 +84,7 @@ def test_the_loss_is_on_completions_alone_as_with_trl(tmp_path, chat):
 
 def test_the_loss_is_on_prompts_too_where_the_recipe_says_so(tmp_path, chat):
     kept, report = select(completions(tmp_path), chat, tmp_path, max_length=WINDOW, completion_only_loss=False)
-    assert kept.column_names == ["messages", "row", "ids"] and report.loss is None
+    assert kept.column_names == ["messages", "row", "ids"] and report.loss_on is None
     texts = trained_texts(kept, chat, tmp_path, completion_only_loss=False)
     assert texts == [chat.tokenizer.apply_chat_template(messages, tokenize=False) for messages in kept["messages"]]
 
@@ -92,8 +92,10 @@ def test_the_loss_is_on_prompts_too_where_the_recipe_says_so(tmp_path, chat):
 def test_dialogues_among_completions_are_named(tmp_path, chat):
     loaded = concatenate_datasets([completions(tmp_path), load(tmp_path, [DIALOGUE])])
     kept, report = select(loaded, chat, tmp_path, max_length=WINDOW)
-    assert "messages" in kept.column_names and "whole dialogues, prompts included, as only 2 of 3 rows" in report.loss
-    assert select(loaded, chat, tmp_path, assistant_only_loss=True, max_length=WINDOW)[1].loss is None
+    assert (
+        "messages" in kept.column_names and "whole dialogues, prompts included, as only 2 of 3 rows" in report.loss_on
+    )
+    assert select(loaded, chat, tmp_path, assistant_only_loss=True, max_length=WINDOW)[1].loss_on is None
     with pytest.raises(DataError, match=r"completion_only_loss is true, and 1 of 3 rows are dialogues"):
         select(loaded, chat, tmp_path, completion_only_loss=True, max_length=WINDOW)
 

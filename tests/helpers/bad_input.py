@@ -428,7 +428,7 @@ CASES = [
         "device",
         "`--torch_compile` of packed pairs on a CPU",
         lambda b: b.train("--torch_compile"),
-        ("torch_compile: True", "compiled again for packed sequences of other lengths", "Remove it"),
+        ("torch_compile: True", "compiled again for each length of packed sequences", "Remove it"),
     ),
     BadInput(
         "device",

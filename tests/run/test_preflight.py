@@ -172,7 +172,7 @@ def test_an_attention_whose_package_is_missing(tmp_path):
 def test_a_kernel_that_every_packed_sequence_would_compile_again(tmp_path, values):
     (line,) = problems(output_dir=tmp_path, torch_compile="true", **values)
     assert line.startswith("torch_compile: True") and line.endswith("Remove it")
-    assert "attention: segment would be compiled again for packed sequences of other lengths" in line
+    assert "attention: segment would be compiled again for each length of packed sequences" in line
 
 
 def test_activations_are_offloaded_from_gpus_alone(tmp_path):
