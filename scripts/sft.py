@@ -14,7 +14,7 @@ def main() -> None:
     args, data_config, model_config = recipe.parse()
 
     # Heavy imports come after the recipe has been checked, so that its errors come at once.
-    from trl import SFTTrainer, get_peft_config
+    from trl import get_peft_config
 
     from rmipo.data.chat import PROBES, ChatFormat
     from rmipo.data.convert import load_splits
@@ -24,6 +24,7 @@ def main() -> None:
     from rmipo.run.frame import training_run
     from rmipo.run.preflight import check_assistant_mask, check_special_tokens
     from rmipo.training.loading import check_limits, load_model, load_tokenizer
+    from rmipo.training.sft import SupervisedTrainer
 
     with training_run(recipe, args, model_config) as run:
         ###################
@@ -65,7 +66,7 @@ def main() -> None:
         # Train, evaluate, save
         ###################
         rows = {split: dataset.remove_columns(["row", "ids"]) for split, dataset in datasets.items()}
-        trainer = SFTTrainer(
+        trainer = SupervisedTrainer(
             model,
             args=args,
             train_dataset=rows["train"],

@@ -9,8 +9,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
-from pathlib import Path
 
+import psutil
 import torch
 import yaml
 
@@ -21,7 +21,7 @@ from rmipo.launch.environment import training_environment
 from rmipo.launch.pipeline import Step, launch_configuration, load_steps
 from rmipo.plan import preflight
 from rmipo.plan.memory import Hardware, Sharding
-from rmipo.run.checkpoints import MARKER
+from rmipo.run.checkpoints import MARKER, complete_checkpoints
 from rmipo.run.stop import EXIT_STOPPED
 
 DRY_GPUS = 4  # shown where no GPU is visible: the hardware of the paper
@@ -137,42 +137,50 @@ def describe(step: Step, gpus: int, nodes: int) -> str:
 
 
 class Program:
-    """Runs one program after the other. A SIGTERM, of a job queue say, is passed on to the one that runs, and so is Ctrl-C."""
+    """Runs one program after the other. A SIGTERM, of a job queue say, and Ctrl-C are passed on to the one that runs."""
 
     def __init__(self):
         self.stopped_at: float | None = None
+        self.interrupted = False
         self.process: subprocess.Popen | None = None
         signal.signal(signal.SIGTERM, self._stop)
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a background job ignores it
+            signal.signal(signal.SIGINT, self._stop)
 
     def _stop(self, number, frame):
+        running = self.process is not None and self.process.poll() is None
+        if number == signal.SIGINT:
+            if not running:
+                raise KeyboardInterrupt
+            if self.interrupted:
+                return self._kill()
+            self.interrupted = True
         self.stopped_at = self.stopped_at or time.time()
-        if self.process is not None:
-            self.process.terminate()
+        if running:
+            self.process.send_signal(number)
+
+    def _kill(self) -> None:
+        """On a second Ctrl-C: the program and all that it started, in whatever group or session."""
+        program = psutil.Process(self.process.pid)
+        for process in (*program.children(recursive=True), program):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
 
     def run(
         self, command: list[str], output_dir: str | None = None, env: Mapping[str, str] | None = None, **streams
     ) -> int:
-        """Exit code of `command`; 75 if it saved in `output_dir` after a SIGTERM."""
+        """Exit code of `command`; 75 if it saved in `output_dir` after a signal."""
         # A group of its own: Ctrl-C reaches it once, through us, and what it started can be ended with it.
         self.process = subprocess.Popen(
             command, env=env or training_environment(os.environ), process_group=0, **streams
         )
         if self.stopped_at:  # the signal came before there was a process to pass it on to
             self.process.terminate()
-        try:
-            code = self.process.wait()
-        except KeyboardInterrupt:
-            self._end(signal.SIGINT)
-            raise
+        code = self.process.wait()
+        if self.interrupted:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGTERM)  # what it left behind
         if code and self.stopped_at and output_dir:  # the launcher of several processes turns their code into 1
-            saved = [marker.stat().st_mtime for marker in Path(output_dir).glob(f"checkpoint-*/{MARKER}")]
+            saved = [(folder / MARKER).stat().st_mtime for folder in complete_checkpoints(output_dir)]
             code = EXIT_STOPPED if max(saved, default=0) >= self.stopped_at else code
         return code if code >= 0 else 128 - code
-
-    def _end(self, number: signal.Signals) -> None:
-        """Signal the program and its children and see them end; a second Ctrl-C, or half a minute, kills them."""
-        for each in (number, signal.SIGKILL):
-            with contextlib.suppress(ProcessLookupError, KeyboardInterrupt, subprocess.TimeoutExpired):
-                os.killpg(self.process.pid, each)
-                self.process.wait(timeout=30)
-                return

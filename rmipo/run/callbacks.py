@@ -12,13 +12,24 @@ from rmipo.run.watchdogs import FiniteWatchdog, GenerationWatchdog, SilenceWatch
 
 
 class LineAtCheckpoint(TrainerCallback):
-    """Logs a line with each checkpoint: one that covers steps on both sides of a kill could not be made again."""
+    """Logs a line with each checkpoint: one that covers steps on both sides of a kill could not be made again.
+
+    The checkpoint of an epoch's or the run's last step waits for the epoch's end: an evaluation that is due there would
+    be missing after a kill between the two.
+    """
+
+    def __init__(self):
+        self.waiting = False
 
     def on_step_end(self, args, state, control, **kwargs):
-        if control.should_save:
-            control.should_log = True
+        control.should_log |= control.should_save
+        self.waiting = control.should_save and (control.should_training_stop or state.epoch == int(state.epoch))
+        control.should_save &= not self.waiting
 
-    on_epoch_end = on_step_end
+    def on_epoch_end(self, args, state, control, **kwargs):
+        control.should_save |= self.waiting
+        control.should_log |= control.should_save
+        self.waiting = False
 
 
 class MetricsFile(TrainerCallback):

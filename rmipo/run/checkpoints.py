@@ -4,6 +4,7 @@ import contextlib
 import errno
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -46,8 +47,8 @@ class Checkpoints(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         self.limit, args.save_total_limit = args.save_total_limit, None
         if state.is_world_process_zero:
-            for folder in sorted(Path(args.output_dir).glob("checkpoint-*")):
-                if folder.is_dir() and not (folder / MARKER).exists():
+            for folder in _numbered(Path(args.output_dir)):
+                if not (folder / MARKER).exists():
                     print(f"{folder} is incomplete: deleted")
                     shutil.rmtree(folder)
 
@@ -64,9 +65,22 @@ class Checkpoints(TrainerCallback):
 
 
 def complete_checkpoints(output_dir: str | Path) -> list[Path]:
-    """The folders of complete checkpoints, earliest step first."""
-    folders = [marker.parent for marker in Path(output_dir).glob(f"checkpoint-*/{MARKER}")]
-    return sorted(folders, key=lambda folder: int(folder.name.split("-")[1]))
+    """The folders of complete checkpoints, earliest step first. A copy under another step's name is not one."""
+    return [
+        folder
+        for folder in _numbered(Path(output_dir))
+        if (folder / MARKER).exists() and json.loads((folder / MARKER).read_text())["step"] == _step(folder)
+    ]
+
+
+def _numbered(output_dir: Path) -> list[Path]:
+    """The folders that the Trainer names `checkpoint-<step>`, earliest first; `checkpoint-best` is somebody else's."""
+    found = [path for path in output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name, re.ASCII)]
+    return sorted((path for path in found if path.is_dir() and not path.is_symlink()), key=_step)
+
+
+def _step(folder: Path) -> int:
+    return int(folder.name.removeprefix("checkpoint-"))
 
 
 def rotate(output_dir: Path, limit: int, keep: str | None = None) -> None:
@@ -107,19 +121,18 @@ def resume_point(output_dir: str | Path, identity: dict) -> str | None:
         CheckpointError: the folder holds another run, or something else.
     """
     output_dir = Path(output_dir)
-    run = recorded_run(output_dir)
+    run, complete = recorded_run(output_dir), complete_checkpoints(output_dir)
     if run is not None:
         _refuse_other({key: run.get(key) for key in identity}, identity, output_dir)
     elif foreign := [
         path.name
         for path in output_dir.glob("*")
-        if path.name != LOCK_FILE and path.suffix != TEMPORARY and not (path / MARKER).exists()
+        if path.name != LOCK_FILE and path.suffix != TEMPORARY and path not in complete
     ]:
         raise CheckpointError(
             f"output_dir: {output_dir} is not empty and has no run.json of a run. Found: "
             f"{', '.join(sorted(foreign)[:5])}. Nothing is overwritten: name another --output_dir"
         )
-    complete = complete_checkpoints(output_dir)
     if complete and identity["recipe"].get("save_only_model"):
         raise CheckpointError(
             f"{complete[-1]} holds the model alone (save_only_model: true), from which a run can't go on. Remove "

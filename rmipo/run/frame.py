@@ -46,7 +46,7 @@ def training_run(
         run.say(notice)
     with contextlib.ExitStack() as stack:
         stack.enter_context(explained_silence(args.ddp_timeout))
-        if args.deepspeed:
+        if args.deepspeed_plugin is not None:  # args.deepspeed is None where accelerate launch has the configuration
             import deepspeed  # seconds, and only sharded runs need it
 
             deepspeed.init_distributed()  # transformers leaves that out on CPUs, and models are sharded as they load
@@ -58,7 +58,7 @@ def training_run(
             check_parts(recipe, args, model_config)
             on_main_process(lambda: stack.enter_context(locked(run.folder)))
             stack.enter_context(run.stop)
-        stack.enter_context(no_pickled_code(deepspeed=bool(args.deepspeed)))
+        stack.enter_context(no_pickled_code(deepspeed=args.deepspeed_plugin is not None))
         stack.push(lambda kind, *_: close_wandb(kind))
         stack.callback(run.silence.end)
         set_seed(args.seed)

@@ -10,7 +10,7 @@ from accelerate.utils import DistributedType
 from datasets import Dataset
 from peft import PeftModel
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_utils import EvalLoopOutput
 
 from rmipo.objectives import Objective, PairScores
@@ -31,10 +31,11 @@ from rmipo.training.metrics import LogWindow, columns_of, num_non_embedding_para
 from rmipo.training.packing import concatenate, split_pairs
 from rmipo.training.parity import MAX_PAIRS, check_parity
 from rmipo.training.reference import Reference
+from rmipo.training.resuming import EndsWithItsLastStep
 from rmipo.training.state import load_objective_state
 
 
-class PreferenceTrainer(Trainer):
+class PreferenceTrainer(EndsWithItsLastStep):
     """Trains a causal LM on tokenised preference pairs with any objective of `rmipo.objectives`.
 
     An item of the training dataloader is one optimizer step: this process's share of the global batch, cut into packed

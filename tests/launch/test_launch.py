@@ -265,7 +265,7 @@ def test_a_stop_that_saved_ends_with_code_75(tmp_path, processes):
         "def stop(*_):\n"
         f"    marker = pathlib.Path({str(tmp_path)!r}) / 'checkpoint-3' / 'complete.json'\n"
         "    marker.parent.mkdir()\n"
-        "    marker.write_text('{}')\n"
+        "    marker.write_text('{\"step\": 3}')\n"
         f"    sys.exit(75 if {processes} == 1 else 1)\n"
         "signal.signal(signal.SIGTERM, stop)\n"
         "os.kill(os.getppid(), signal.SIGTERM)\n"

@@ -1,6 +1,7 @@
 """What counts as a checkpoint, which are deleted when, and what a full disk leaves."""
 
 import errno
+import json
 import shutil
 import types
 from collections import namedtuple
@@ -145,3 +146,18 @@ def test_what_a_full_disk_raises_is_told_as_that(tmp_path, monkeypatch, error, f
 def test_a_disk_that_is_full_from_the_beginning_leaves_none(tmp_path):
     with pytest.raises(FullDiskError, match=r"saved; there is no good one yet\. Free"), explained_full_disk(tmp_path):
         raise OSError(errno.ENOSPC, "write")
+
+
+def test_a_users_own_folders_are_neither_checkpoints_nor_deleted(tmp_path):
+    make_checkpoints(tmp_path, complete=(2, 4))
+    for name in ("checkpoint-best", "checkpoint-4-mine", "checkpoint-good", "checkpoint-9", "checkpoint-²"):
+        shutil.copytree(tmp_path / "checkpoint-4", tmp_path / name)
+    (tmp_path / "checkpoint-best" / "complete.json").unlink()
+    (tmp_path / "checkpoint-7").symlink_to(tmp_path / "checkpoint-2")
+    own = set(names(tmp_path)) - {"checkpoint-2", "checkpoint-4"}
+    assert [path.name for path in complete_checkpoints(tmp_path)] == ["checkpoint-2", "checkpoint-4"]
+    (tmp_path / "run.json").write_text(json.dumps(IDENTITY))
+    assert Path(resume_point(tmp_path, IDENTITY)).name == "checkpoint-4"
+    (tmp_path / "run.json").unlink()
+    save(tmp_path, 6, limit=1)
+    assert set(names(tmp_path)) == own | {"checkpoint-6"}

@@ -1,8 +1,10 @@
 """Killed with SIGKILL anywhere and started again, a run ends where the undisturbed one does: bit for bit, on the CPU."""
 
 import json
+import os
 import random
 import shutil
+import signal
 import time
 import types
 from pathlib import Path
@@ -121,6 +123,63 @@ def test_sft_is_resumed_exactly_too(tmp_path, sft_twin):
     assert_same_run(killed, whole)
     # A line with each checkpoint, besides every fifth step: none covers steps on both sides of a kill.
     assert [line["step"] for line in read_metrics(whole) if "loss" in line] == [2, 4, 5, 6, 8, 10, 12]
+
+
+def changed(overrides, **values):
+    flags = dict(zip(overrides[::2], overrides[1::2], strict=True)) | {
+        f"--{key}": value for key, value in values.items()
+    }
+    return [text for pair in flags.items() for text in pair]
+
+
+ENDS = {
+    "three quarters of an epoch": {"num_train_epochs": "0.75", "save_steps": "4"},
+    "steps within an epoch": {"max_steps": "7", "save_steps": "7", "eval_strategy": "epoch"},
+    "whole epochs": {"num_train_epochs": "1", "save_steps": "5", "eval_strategy": "epoch"},
+}
+
+
+@pytest.mark.parametrize("end", ENDS.values(), ids=ENDS)
+def test_nothing_is_trained_beyond_the_last_step(tmp_path, twin, end):
+    """Killed once the last checkpoint is complete: in the last evaluation, or in the export."""
+    overrides, whole, killed = changed(twin, **end), tmp_path / "whole", tmp_path / "killed"
+    finish(overrides, whole, 1)
+    last = checkpoints.complete_checkpoints(whole)[-1].name
+    state = json.loads((whole / last / "trainer_state.json").read_text())
+    assert any("eval_loss" in line and line["step"] == state["global_step"] for line in state["log_history"])
+    assert kill_when(start(overrides, killed, 1), lambda: (killed / last / MARKER).exists())
+    assert f"resuming from {killed / last}" in finish(overrides, killed, 1)
+    assert [path.name for path in checkpoints.complete_checkpoints(killed)] == [last]
+    assert_same_run(killed, whole)
+    ours, theirs = (json.loads((run / "run.json").read_text())["results"] for run in (killed, whole))
+    measured = {"parity", "eval_runtime", "eval_samples_per_second", "eval_steps_per_second"}  # at each start anew
+    assert ours.keys() == theirs.keys() and all(ours[name] == theirs[name] for name in ours.keys() - measured)
+
+
+def test_sft_trains_nothing_beyond_the_last_step(tmp_path, sft_twin):
+    overrides, whole, killed = changed(sft_twin, max_steps="2"), tmp_path / "whole", tmp_path / "killed"
+    finish(overrides, whole, 1, stage="sft")
+    assert kill_when(start(overrides, killed, 1, stage="sft"), lambda: (killed / "checkpoint-2" / MARKER).exists())
+    assert "resuming from" in finish(overrides, killed, 1, stage="sft")
+    assert not (killed / "checkpoint-3").exists()
+    assert_same_run(killed, whole)
+
+
+@pytest.mark.parametrize("stage", ["sft", "rmipo"])
+def test_ctrl_c_saves_and_the_run_goes_on_from_there(tmp_path, twin, sft_twin, stage):
+    """Evaluated by epochs: a stop within one adds no evaluation."""
+    overrides = {"sft": sft_twin, "rmipo": twin}[stage]
+    overrides = changed(overrides, eval_strategy="epoch", save_steps="100", logging_steps="1")
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    finish(overrides, whole, 1, stage=stage)
+    run = start(overrides, stopped, 1, stage=stage)
+    wait_until(lambda: last_step(stopped) >= 1, run)
+    os.kill(run.processes[0].pid, signal.SIGINT)
+    assert run.wait() == EXIT_STOPPED, run.output[-3000:]
+    (saved,) = checkpoints.complete_checkpoints(stopped)
+    assert f"at step {saved.name.split('-')[1]} and saved" in run.output
+    finish(overrides, stopped, 1, stage=stage)
+    assert_same_run(stopped, whole)
 
 
 def test_a_wandb_run_is_continued_row_by_row(tmp_path, twin, monkeypatch):

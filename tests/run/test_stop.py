@@ -31,13 +31,28 @@ def test_a_run_stops_after_the_step_in_which_a_signal_comes(monkeypatch, number,
             assert after_a_step(stop) == (False, False, False)
             for _ in range(times):
                 os.kill(os.getpid(), number)
-            assert signal.getsignal(signal.SIGINT) is interrupt  # Ctrl-C ends at once
+            assert signal.getsignal(signal.SIGINT) is interrupt  # before training Ctrl-C ends at once
             assert after_a_step(stop) == (True, True, True)
         assert received == []
         os.kill(os.getpid(), number)  # after the run the signal is its caller's again
         assert received == [number]
     finally:
         signal.signal(number, before)
+
+
+def test_a_second_ctrl_c_ends_at_once(monkeypatch):
+    stop = StopOnSignal()
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        stop.on_train_begin(ARGUMENTS, None, None)
+        os.kill(os.getpid(), signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+        assert after_a_step(stop) == (True, True, True)
+        stop.on_train_end(ARGUMENTS, None, None)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_the_exit_code_asks_for_another_start():
