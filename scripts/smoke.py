@@ -156,7 +156,7 @@ def main() -> int:
     model, stages = choose_stages(env)
     *before, step = load_steps(model, [stage for stage in stages if stage != "report"], env)
     gpus, sharding = gpu_count(env, False, False, step.on_cpu), choose_sharding(env)
-    step.check(gpus)
+    step.check(gpus, sharding=sharding)
     if not step.on_cpu:
         check_hardware(step, env, gpus, 1, sharding)
     shutil.rmtree(folder, ignore_errors=True)

@@ -44,14 +44,18 @@ class Step:
     def on_cpu(self) -> bool:
         return self.recipe is None or bool(self.recipe.values.get("use_cpu"))
 
-    def processes(self, gpus: int, nodes: int = 1) -> int:
+    def is_launched(self, sharding: str | None) -> bool:
+        """Whether several processes train it: on GPUs, and on a CPU where SHARDING is given, to try that without GPUs."""
+        return self.recipe is not None and bool(sharding or not self.on_cpu)
+
+    def processes(self, gpus: int, nodes: int = 1, sharding: str | None = None) -> int:
         """Over `nodes` machines of `gpus` GPUs; on the CPU one each."""
-        return nodes if self.on_cpu else nodes * gpus
+        return nodes * gpus if self.is_launched(sharding) else nodes
 
     def command(self, gpus: int, sharding: str | None) -> list[str]:
-        """The command line here: `accelerate launch` on `gpus` GPUs, or plain Python for what runs on the CPU."""
+        """The command line here: `accelerate launch` on `gpus` GPUs, or plain Python for what one process runs on the CPU."""
         programs = Path(os.path.relpath(Path(sys.executable).parent))
-        if self.on_cpu:
+        if not self.is_launched(sharding):
             return [str(programs / "python"), *self.program]
         config = str(launch_configuration(self.recipe, sharding))
         launch = [str(programs / "accelerate"), "launch", "--config_file", config, "--num_processes", str(gpus)]
@@ -63,11 +67,11 @@ class Step:
         job = {"config": config, "program": self.program, "nodes": nodes, "gpus": 0 if self.on_cpu else gpus}
         return {**job, "name": self.recipe.name}
 
-    def check(self, gpus: int, nodes: int = 1) -> None:
+    def check(self, gpus: int, nodes: int = 1, sharding: str | None = None) -> None:
         """Raises ConfigError if the recipe can't be trained on `nodes` machines of `gpus` GPUs."""
         if self.recipe is not None:
             self.recipe.require_device(gpus)
-            self.recipe.batch(self.processes(gpus, nodes))
+            self.recipe.batch(self.processes(gpus, nodes, sharding))
 
     def is_done(self) -> bool:
         """Whether this very run has finished.

@@ -45,10 +45,10 @@ def train(env: Mapping[str, str]) -> int:
             command = step.command(gpus, sharding)
             if queued and step.recipe is not None:
                 command = slurm.sbatch_command(**step.job(gpus, nodes, sharding))
-            print(f"## {step.stage}\n{describe(step, gpus, nodes)}{shlex.join(command)}\n")
+            print(f"## {step.stage}\n{describe(step, step.processes(gpus, nodes, sharding))}{shlex.join(command)}\n")
         return 0
     for step in steps:
-        step.check(gpus, nodes)
+        step.check(gpus, nodes, sharding)
         if not step.on_cpu and not step.is_done():
             check_hardware(step, env, gpus, nodes, sharding)
     if queued:
@@ -104,8 +104,13 @@ def queue(steps: list[Step], gpus: int, nodes: int, sharding: str) -> int:
 
 
 def gpu_count(env: Mapping[str, str], dry: bool, queued: bool, on_cpu: bool) -> int:
-    """GPUs to train on, of each node; 0 where none is visible. What the nodes of a cluster have can't be seen here."""
+    """GPUs to train on, of each node; 0 where none is visible. What the nodes of a cluster have can't be seen here.
+
+    With SHARDING, processes of a recipe for CPUs.
+    """
     visible, count = torch.cuda.device_count(), gpus_asked_for(env)
+    if on_cpu and choose_sharding(env):
+        return count or 1
     if count is None and queued and not on_cpu:
         raise ConfigError(
             "SLURM=1: GPUS is not set. Name the GPUs of each node and the GiB of one, such as GPUS=8x80: those of this "
@@ -118,11 +123,10 @@ def gpu_count(env: Mapping[str, str], dry: bool, queued: bool, on_cpu: bool) -> 
     return count if visible or dry or queued else 0
 
 
-def describe(step: Step, gpus: int, nodes: int) -> str:
+def describe(step: Step, processes: int) -> str:
     """The recipe as it is trained, its notices, and how the global batch comes about."""
     if step.recipe is None:
         return ""
-    processes = step.processes(gpus, nodes)
     size, accumulation = step.recipe.batch(processes)
     batch = f"{size} = {size // (processes * accumulation)} per device x {processes} processes x {accumulation} steps"
     if tokens := step.recipe.values.get("max_tokens_per_micro_batch"):

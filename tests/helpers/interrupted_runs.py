@@ -16,11 +16,14 @@ NOT_COMPARED = ("tokens_per_second", "peak_memory_gib", "num_tokens", "eval_num_
 
 
 def start(overrides, output_dir, processes, *more, stage="rmipo", **environment):
-    if processes > 1:
-        more = (*more, "--deepspeed", "configs/deepspeed/zero3-cpu.json")
     script = {"sft": "sft", "rmipo": "preference"}[stage]
     command = [f"scripts/{script}.py", "--config", f"recipes/tiny/{stage}.yaml", *overrides, *more]
-    return launch([*command, "--output_dir", str(output_dir)], processes, **environment)
+    return launch(
+        [*command, "--output_dir", str(output_dir)],
+        processes,
+        sharding="zero3" if processes > 1 else None,
+        **environment,
+    )
 
 
 def finish(overrides, output_dir, processes, *more, stage="rmipo", **environment):

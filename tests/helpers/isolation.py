@@ -6,6 +6,7 @@ of earlier runs, and what a program writes there is gone after the test.
 
 import os
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 
@@ -38,8 +39,9 @@ def isolate() -> Path:
         if path.name not in NOT_LINKED and (path.name == ".venv" or not path.name.startswith(".")):
             (root / path.name).symlink_to(path)
     os.environ |= OFFLINE | {"HOME": str(home), LINKED: str(root)}
-    # DeepSpeed compiles its communication for CPUs on first use: a minute that each home would take again.
-    os.environ["TORCH_EXTENSIONS_DIR"] = str(CHECKOUT / ".pytest_cache" / "torch_extensions")
+    # DeepSpeed compiles its communication for CPUs on first use: a minute that each home would take again. It is kept
+    # with the environment whose torch it is compiled for.
+    os.environ["TORCH_EXTENSIONS_DIR"] = os.path.join(sys.prefix, "torch_extensions")
     return scratch
 
 

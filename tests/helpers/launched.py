@@ -1,6 +1,7 @@
 """Programs in processes that are forked from one which has imported their libraries: a launch takes no import.
 
-What torchrun gives its workers (ranks, a meeting point) is given here; a few tests start the real launchers.
+What torchrun gives its workers (ranks, a meeting point) is given here, and what `accelerate launch` gives them is asked of
+accelerate; a few tests start the real launchers.
 """
 
 import contextlib
@@ -14,8 +15,10 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
 
 import psutil
+from accelerate.commands.launch import launch_command, launch_command_parser
 
 from tests.helpers.paths import ROOT
 
@@ -57,11 +60,27 @@ class Launched:
         self.wait()
 
 
-def launch(command: list[str], processes: int = 1, root: Path = ROOT, **environment: str) -> Launched:
-    """Start `[script, *arguments]` or `["-c", code, *arguments]`, in `processes` processes that know each other."""
+def launch_environment(sharding: str, processes: int) -> dict[str, str]:
+    """What `accelerate launch --config_file configs/accelerate/<sharding>.yaml` puts around torchrun, which is left out."""
+    command = ["--config_file", str(ROOT / f"configs/accelerate/{sharding}.yaml"), "--main_process_port", "0"]
+    command += ["--num_processes", str(processes), "program.py"]
+    found = {}
+    with mock.patch("torch.distributed.run.run", lambda arguments: found.update(os.environ)):
+        launch_command(launch_command_parser().parse_args(command))
+    return found
+
+
+def launch(
+    command: list[str], processes: int = 1, root: Path = ROOT, sharding: str | None = None, **environment: str
+) -> Launched:
+    """Start `[script, *arguments]` or `["-c", code, *arguments]`, in `processes` processes that know each other.
+
+    Args:
+        sharding: file of configs/accelerate/, as if they were started by `accelerate launch`.
+    """
     descriptor, path = tempfile.mkstemp(prefix="launched-", suffix=".log")
     os.close(descriptor)
-    environment = dict(os.environ) | environment
+    environment = (launch_environment(sharding, processes) if sharding else dict(os.environ)) | environment
     if processes > 1:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))

@@ -5,19 +5,16 @@ bytes that ZeRO-3 keeps for each parameter.
 """
 
 import gc
-import json
 import sys
 from pathlib import Path
 
 import deepspeed
 import torch
-import yaml
 from peft import LoraConfig, get_peft_model
 from torch.nn.attention import flex_attention
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from tests.helpers.launched import Launched, launch
-from tests.helpers.paths import ROOT
 from tests.helpers.small_models import make_pairs
 from tests.helpers.trainers import make_trainer
 
@@ -32,14 +29,8 @@ CASES = {
 
 def start(sharding: str, folder: Path) -> Launched:
     worker = ["tests/helpers/mixed_precision_worker.py", sharding, str(folder)]
-    if sharding == "zero3":
-        return launch(worker, processes=2)
-    # What `accelerate launch` hands to its workers.
-    given = yaml.safe_load((ROOT / "configs/accelerate/fsdp2.yaml").read_text())["fsdp_config"]
-    environment = {name.upper(): str(value).lower() for name, value in given.items()}
-    environment |= {"FSDP_AUTO_WRAP_POLICY": given["fsdp_auto_wrap_policy"], "ACCELERATE_USE_FSDP": "true"}
-    environment |= {"FSDP_STATE_DICT_TYPE": given["fsdp_state_dict_type"]}
-    return launch(["tests/helpers/fsdp2_on_cpus.py", *worker], processes=2, **environment)
+    on_cpus = [] if sharding == "zero3" else ["tests/helpers/fsdp2_on_cpus.py"]
+    return launch([*on_cpus, *worker], processes=2, sharding=sharding)
 
 
 class Kept(TrainerCallback):
@@ -63,10 +54,8 @@ class Kept(TrainerCallback):
 def main(sharding: str, folder: Path) -> None:
     # Uncompiled it is plain tensor code; PyTorch refuses gradients on CPUs because the compiled one has none there.
     flex_attention._validate_device = lambda *tensors: None
-    zero3 = {}
     if sharding == "zero3":
         deepspeed.init_distributed()
-        zero3 = {"deepspeed": json.loads((ROOT / "configs/deepspeed/zero3-cpu.json").read_text())}
     losses, kept = {}, {}
     for name, (dtype, kind, adapters) in CASES.items():
         model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=dtype, attn_implementation="sdpa")
@@ -79,7 +68,6 @@ def main(sharding: str, folder: Path) -> None:
             attention=kind,
             bf16=True,
             max_steps=2,
-            **zero3,
         )
         counted = Kept()
         trainer.add_callback(counted)

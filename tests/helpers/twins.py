@@ -82,11 +82,25 @@ def make_twin(folder, recipe, family, form):
     return [text for key, value in overrides.items() for text in (f"--{key}", str(value))]
 
 
-def run(recipe, overrides, output_dir, zero3, deepspeed="zero3-cpu"):
-    """Train to the end, alone or sharded over two processes; returns the training lines."""
+def changed(overrides, **values):
+    """`overrides` with other `values`."""
+    flags = dict(zip(overrides[::2], overrides[1::2], strict=True)) | {
+        f"--{key}": value for key, value in values.items()
+    }
+    return [str(text) for pair in flags.items() for text in pair]
+
+
+def run(recipe, overrides, output_dir, sharding=None):
+    """Train to the end, alone or, with a file of configs/accelerate/, sharded over two; returns the training lines."""
     script = "sft" if recipe.endswith("sft") else "preference"
-    extra = ["--deepspeed", f"configs/deepspeed/{deepspeed}.json"] if zero3 else []
-    command = [f"scripts/{script}.py", "--config", f"recipes/{recipe}.yaml", *overrides, *extra]
-    run = launch([*command, "--output_dir", str(output_dir)], processes=2 if zero3 else 1)
+    command = [
+        f"scripts/{script}.py",
+        "--config",
+        f"recipes/{recipe}.yaml",
+        *overrides,
+        "--output_dir",
+        str(output_dir),
+    ]
+    run = launch(command, processes=2 if sharding else 1, sharding=sharding)
     assert run.wait() == 0, run.output[-6000:]
     return [line for line in read_metrics(output_dir) if "loss" in line]

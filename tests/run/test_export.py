@@ -29,7 +29,7 @@ def sharded(tmp_path_factory):
     """The folder of a run under ZeRO-3 on two processes, with evaluation; and the folder of its data."""
     folder = tmp_path_factory.mktemp("twin")
     overrides = make_twin(folder, "tiny/rmipo", "llama3", "on_policy_ultrafeedback")
-    run("tiny/rmipo", [*overrides, "--activation_checkpointing"], folder / "out", zero3=True)
+    run("tiny/rmipo", [*overrides, "--activation_checkpointing"], folder / "out", sharding="zero3")
     return folder / "out", folder
 
 
@@ -249,7 +249,7 @@ def test_adapters_are_verified_too(tmp_path, stage, form):
     template = tmp_path / "clock.jinja"
     template.write_text('{% set year = strftime_now("%Y") %}' + LLAMA3_TEMPLATE)
     overrides += ["--use_peft", "--lora_r", "4", "--chat_template", str(template)]
-    run(f"tiny/{stage}", overrides, tmp_path / "out", zero3=False)
+    run(f"tiny/{stage}", overrides, tmp_path / "out")
     assert "strftime_now" not in (tmp_path / "out/chat_template.jinja").read_text()
     tensors = export.saved_tensors(tmp_path / "out")
     assert tensors["base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"] == ((4, 32), "float32")

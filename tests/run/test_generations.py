@@ -99,9 +99,9 @@ def test_answers_under_zero3_are_those_of_one_process(tmp_path):
         overrides[overrides.index(f"--{key}") + 1] = value
     overrides += ["--eval_steps", "1"]
     answers = []
-    for zero3 in (False, True):
-        folder = tmp_path / f"zero3-{zero3}"
-        run("tiny/rmipo", overrides, folder, zero3=zero3)
+    for sharding in (None, "zero3"):
+        folder = tmp_path / str(sharding)
+        run("tiny/rmipo", overrides, folder, sharding)
         answers.append(read_generations(folder))
     alone, sharded = answers
     assert [line["step"] for line in alone] == [1] * 3 + [2] * 3

@@ -23,7 +23,7 @@ from rmipo.run.stop import EXIT_STOPPED
 from tests.helpers.checkpoints import IDENTITY, make_checkpoints
 from tests.helpers.interrupted_runs import assert_same_run, finish, kill_when, last_step, start
 from tests.helpers.launched import wait_until
-from tests.helpers.twins import make_twin
+from tests.helpers.twins import changed, make_twin
 from tests.helpers.wandb_file import read_history, read_records
 
 PROCESSES = {"one process": 1, "ZeRO-3 on two": 2}
@@ -33,12 +33,10 @@ PROCESSES = {"one process": 1, "ZeRO-3 on two": 2}
 def sft_twin(tmp_path):
     """Overrides for 12 steps of SFT over 3 epochs, logged every 5."""
     overrides = make_twin(tmp_path, "tiny/sft", "llama3", "ultrachat")
-    changes = {
-        "--max_steps": "-1", "--num_train_epochs": "3", "--global_batch_size": "8", "--per_device_train_batch_size": "4",
-        "--max_train_samples": "30", "--save_strategy": "steps", "--save_steps": "2", "--logging_steps": "5",
-    }  # fmt: skip
-    flags = dict(zip(overrides[::2], overrides[1::2], strict=True)) | changes
-    return [text for pair in flags.items() for text in pair]
+    return changed(
+        overrides, max_steps=-1, num_train_epochs=3, global_batch_size=8, per_device_train_batch_size=4,
+        max_train_samples=30, save_strategy="steps", save_steps=2, logging_steps=5,
+    )  # fmt: skip
 
 
 def in_the_middle_of_a_save(output_dir):
@@ -123,13 +121,6 @@ def test_sft_is_resumed_exactly_too(tmp_path, sft_twin):
     assert_same_run(killed, whole)
     # A line with each checkpoint, besides every fifth step: none covers steps on both sides of a kill.
     assert [line["step"] for line in read_metrics(whole) if "loss" in line] == [2, 4, 5, 6, 8, 10, 12]
-
-
-def changed(overrides, **values):
-    flags = dict(zip(overrides[::2], overrides[1::2], strict=True)) | {
-        f"--{key}": value for key, value in values.items()
-    }
-    return [text for pair in flags.items() for text in pair]
 
 
 ENDS = {

@@ -31,8 +31,8 @@ TWINS = {
 def test_recipe_trains_its_twin_in_one_process_and_under_zero3(tmp_path, recipe):
     family, form = TWINS[recipe]
     overrides = make_twin(tmp_path, recipe, family, form)
-    alone = run(recipe, overrides, tmp_path / "alone", zero3=False)
-    sharded = run(recipe, overrides, tmp_path / "sharded", zero3=True)
+    alone = run(recipe, overrides, tmp_path / "alone")
+    sharded = run(recipe, overrides, tmp_path / "sharded", sharding="zero3")
 
     assert [line["step"] for line in alone] == [1, 2]
     assert [line["loss"] for line in sharded] == pytest.approx([line["loss"] for line in alone], abs=2e-6)
@@ -62,7 +62,7 @@ def test_recipe_trains_its_twin_in_one_process_and_under_zero3(tmp_path, recipe)
 def test_another_model_trains_by_changing_its_name(tmp_path, family, end):
     """The Llama-3 recipe with another `model_name_or_path`: trained, exported and loaded without another change."""
     overrides = make_twin(tmp_path, "llama3-8b-instruct/rmipo", family, "on_policy_ultrafeedback")
-    lines = run("llama3-8b-instruct/rmipo", overrides, tmp_path / "out", zero3=False)
+    lines = run("llama3-8b-instruct/rmipo", overrides, tmp_path / "out")
     assert [line["step"] for line in lines] == [1, 2]
     record = json.loads((tmp_path / "out" / "run.json").read_text())
     assert record["finished"] and record["results"]["parity"] < 1e-5
@@ -75,11 +75,11 @@ def test_another_model_trains_by_changing_its_name(tmp_path, family, end):
     assert all(not torch.equal(value, initial[name]) for name, value in trained.named_parameters())
 
 
-@pytest.mark.parametrize("deepspeed", ["zero2", pytest.param("zero3-offload", marks=pytest.mark.slow)])
-def test_the_other_deepspeed_files_train_alike(tmp_path, deepspeed):
+@pytest.mark.parametrize("sharding", ["zero2", pytest.param("zero3-offload", marks=pytest.mark.slow)])
+def test_the_other_deepspeed_files_train_alike(tmp_path, sharding):
     overrides = make_twin(tmp_path, "tiny/rmipo", "llama3", "on_policy_ultrafeedback")
-    alone = run("tiny/rmipo", overrides, tmp_path / "alone", zero3=False)
-    sharded = run("tiny/rmipo", overrides, tmp_path / "sharded", zero3=True, deepspeed=deepspeed)
+    alone = run("tiny/rmipo", overrides, tmp_path / "alone")
+    sharded = run("tiny/rmipo", overrides, tmp_path / "sharded", sharding=sharding)
     assert [line["step"] for line in sharded] == [1, 2]
     assert [line["loss"] for line in sharded] == pytest.approx([line["loss"] for line in alone], abs=2e-6)
     assert [line["grad_norm"] for line in sharded] == pytest.approx([line["grad_norm"] for line in alone], rel=1e-4)

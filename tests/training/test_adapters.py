@@ -112,7 +112,7 @@ def test_merged_logits_equal_the_adapters(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     overrides = make_twin(tmp_path, "llama3-8b-instruct/rmipo", "llama3", "on_policy_ultrafeedback")
     overlay = ["--overlay", "recipes/adapters/lora.yaml", "--lora_r=4"]
-    lines = run("llama3-8b-instruct/rmipo", [*overrides, *overlay], tmp_path / "lora", zero3=False)
+    lines = run("llama3-8b-instruct/rmipo", [*overrides, *overlay], tmp_path / "lora")
     assert [line["step"] for line in lines] == [1, 2]
 
     assert merge(tmp_path / "lora").code == 0
@@ -182,9 +182,9 @@ def test_four_bit_base_trains_an_adapter(tmp_path):
     overrides = make_twin(tmp_path, "llama3-8b-instruct/rmipo", "llama3", "on_policy_ultrafeedback")
     save("llama3", tmp_path / "model", hidden_size=64, intermediate_size=128)  # 4-bit blocks hold 64 weights
     overlay = ["--overlay", "recipes/adapters/qlora.yaml", "--lora_r=4"]
-    lines = run("llama3-8b-instruct/rmipo", [*overrides, *overlay], tmp_path / "qlora", zero3=False)
+    lines = run("llama3-8b-instruct/rmipo", [*overrides, *overlay], tmp_path / "qlora")
     # One step at the same pairs: what 4 bits change of the first loss is small, and not nothing.
-    plain = run("llama3-8b-instruct/rmipo", overrides, tmp_path / "plain", zero3=False)
+    plain = run("llama3-8b-instruct/rmipo", overrides, tmp_path / "plain")
     assert 0 < abs(lines[0]["loss"] - plain[0]["loss"]) < 0.05
     assert merge(tmp_path / "qlora").code == 0
 
