@@ -3,6 +3,7 @@
 import gc
 import os
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,14 @@ def no_file_is_left_behind(request):
     strays = isolation.clear(ROOT) + sorted(isolation.files_in_checkout() - before)
     if strays:
         pytest.fail(f"{request.node.name} left {', '.join(strays)} in the checkout (or somebody else did meanwhile)")
+
+
+@pytest.fixture(autouse=True)
+def no_wandb_service_is_left():
+    """Programs that a later test starts would log through it, as its address is in the environment."""
+    yield
+    if "wandb" in sys.modules:
+        sys.modules["wandb"].teardown()
 
 
 @pytest.fixture(scope="session")

@@ -144,6 +144,7 @@ def test_other_people_s_pairs_are_divided_by_prompt(repository, monkeypatch, tmp
 
 def test_answers_to_constraints_are_measured_as_eval_yaml_and_search_yaml_say(repository, monkeypatch):
     """A setting like smollm2-135m-instruct with the world's random model: its pairs, its benchmarks, its settings."""
+    pytest.importorskip("lm_eval", reason="needs the extra `eval`")
     monkeypatch.chdir(repository)
     shutil.copytree("recipes/smollm2-135m-instruct", "recipes/own", ignore=shutil.ignore_patterns("weights*", "pairs*"))
     for path in Path("recipes/own").glob("*.yaml"):

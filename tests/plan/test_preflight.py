@@ -229,10 +229,8 @@ def test_offloaded_states_have_to_fit_the_machine(recipe_8b):
     assert preflight.check_fit(recipe_8b, small, ZERO3) is None
 
 
-OTHERS = [pytest.param(name, marks=pytest.mark.slow) for name in ("zero3-offload", "zero2", "ddp")]
-
-
-@pytest.mark.parametrize("name", ["zero3", "fsdp2", *OTHERS])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["zero3", "fsdp2", "zero3-offload", "zero2", "ddp"])
 def test_a_training_process_sees_how_it_was_launched(name):
     """Through accelerate itself, on the CPU: `sharding_of` has only what that leaves in the environment."""
     show = (

@@ -24,17 +24,17 @@ from tests.helpers.twins import make_twin, run
 from tests.references.padded import padded_pairs
 
 
-@pytest.fixture(scope="module")
-def sharded(tmp_path_factory):
-    """The folder of a run under ZeRO-3 on two processes, with evaluation; and the folder of its data."""
+@pytest.fixture(scope="module", params=[None, pytest.param("zero3", marks=pytest.mark.slow)])
+def exported(tmp_path_factory, request):
+    """The folder of a run with evaluation, in one process or under ZeRO-3 on two; and the folder of its data."""
     folder = tmp_path_factory.mktemp("twin")
     overrides = make_twin(folder, "tiny/rmipo", "llama3", "on_policy_ultrafeedback")
-    run("tiny/rmipo", [*overrides, "--activation_checkpointing"], folder / "out", sharding="zero3")
+    run("tiny/rmipo", [*overrides, "--activation_checkpointing"], folder / "out", sharding=request.param)
     return folder / "out", folder
 
 
-def test_exported_model_scores_as_the_trained_one_did_in_memory(sharded):
-    out, folder = sharded
+def test_exported_model_scores_as_the_trained_one_did_in_memory(exported):
+    out, folder = exported
     tokenizer = AutoTokenizer.from_pretrained(out)
     pairs, _ = tokenize_pairs(
         load_pairs(DataConfig(dataset_name=str(folder / "data")), "test"),
@@ -55,8 +55,8 @@ def test_exported_model_scores_as_the_trained_one_did_in_memory(sharded):
     assert (initial["chosen_logps"] - scores["chosen_logps"]).abs().mean() > 0.05  # what training changed
 
 
-def test_exported_folder_has_what_generation_needs_and_no_pickle(sharded):
-    out, folder = sharded
+def test_exported_folder_has_what_generation_needs_and_no_pickle(exported):
+    out, folder = exported
     config = json.loads((out / "config.json").read_text())
     assert config["use_cache"] is True and config["dtype"] == "float32"
     tokenizer = AutoTokenizer.from_pretrained(out)
@@ -70,8 +70,8 @@ def test_exported_folder_has_what_generation_needs_and_no_pickle(sharded):
     assert tensors == {name: (tuple(tensor.shape), "float32") for name, tensor in reference.items()}
 
 
-def test_card_names_recipe_data_metrics_and_paper(sharded):
-    out, folder = sharded
+def test_card_names_recipe_data_metrics_and_paper(exported):
+    out, folder = exported
     text = (out / "README.md").read_text()
     _, header, body = text.split("---\n", 2)
     assert yaml.safe_load(header) == {"library_name": "transformers", "tags": ["rmipo", "preference-optimization"]}
@@ -256,9 +256,9 @@ def test_adapters_are_verified_too(tmp_path, stage, form):
     assert yaml.safe_load((tmp_path / "out" / "README.md").read_text().split("---\n")[1])["library_name"] == "peft"
 
 
-def test_nothing_is_uploaded_before_it_is_verified(sharded):
+def test_nothing_is_uploaded_before_it_is_verified(exported):
     """The Trainer's own uploads, of each checkpoint, are off; the repository is private unless the recipe says else."""
-    _, folder = sharded
+    _, folder = exported
     flags = ["--model_name_or_path", str(folder / "model"), "--dataset_name", str(folder / "data"), "--push_to_hub"]
     recipe = load_recipe(ROOT / "recipes/tiny/rmipo.yaml", overrides=[*flags, "--hub_model_id", "a/b"])
     args, *_ = recipe.parse()

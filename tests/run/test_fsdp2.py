@@ -17,6 +17,8 @@ from rmipo.record import read_metrics
 from tests.helpers.interrupted_runs import assert_same_run, kill_when, last_step
 from tests.helpers.paths import ROOT
 
+pytestmark = pytest.mark.slow
+
 
 class Started(subprocess.Popen):
     """The launcher, with the handles that `kill_when` takes."""
@@ -71,7 +73,6 @@ def test_fsdp2_trains_as_one_process_does(tmp_path, twin, whole):
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
 
 
-@pytest.mark.slow
 def test_fsdp2_resumes_exactly(tmp_path, twin):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     finish(twin, whole)

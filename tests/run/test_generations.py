@@ -86,6 +86,7 @@ def test_answers_of_a_step_are_written_once_by_the_first_process(tmp_path, first
         assert lines[1] == {"step": 4, "prompt": [5, 6, 7], "answer": greedy(model, [5, 6, 7], 3)}
 
 
+@pytest.mark.slow
 def test_answers_under_zero3_are_those_of_one_process(tmp_path):
     """There each forward gathers its layers' weights; one process holds them whole."""
     overrides = make_twin(tmp_path, "tiny/rmipo", "llama3", "on_policy_ultrafeedback")

@@ -14,6 +14,8 @@ from tests.helpers.paths import ROOT
 from tests.helpers.programs import Ended
 from tests.helpers.twins import make_twin
 
+pytestmark = pytest.mark.slow
+
 SECRET = {"HF_TOKEN": TOKEN}
 COMMAND = ["--config", "recipes/tiny/rmipo.yaml"]
 

@@ -27,6 +27,7 @@ TWINS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", TWINS)
 def test_recipe_trains_its_twin_in_one_process_and_under_zero3(tmp_path, recipe):
     family, form = TWINS[recipe]
@@ -75,7 +76,8 @@ def test_another_model_trains_by_changing_its_name(tmp_path, family, end):
     assert all(not torch.equal(value, initial[name]) for name, value in trained.named_parameters())
 
 
-@pytest.mark.parametrize("sharding", ["zero2", pytest.param("zero3-offload", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("sharding", ["zero2", "zero3-offload"])
 def test_the_other_deepspeed_files_train_alike(tmp_path, sharding):
     overrides = make_twin(tmp_path, "tiny/rmipo", "llama3", "on_policy_ultrafeedback")
     alone = run("tiny/rmipo", overrides, tmp_path / "alone")

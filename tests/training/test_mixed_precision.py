@@ -10,6 +10,8 @@ from rmipo.plan.memory import STATE_BYTES
 from tests.helpers.mixed_precision_worker import CASES, start
 from tests.helpers.small_models import make_model
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):

@@ -7,6 +7,8 @@ from torch.nn.attention import flex_attention
 from tests.helpers.launched import launch
 from tests.helpers.regathering_worker import CASES, save_models, train
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
