@@ -12,6 +12,7 @@ setup(
     version=version,
     description="RMiPO: preference optimization with a margin set by response-level mutual information",
     license="Apache-2.0",
+    package_dir={"": "."},  # an editable install is then a path: a clone named `rmipo` beside a script does not hide it
     packages=find_packages(include=["rmipo", "rmipo.*"]),
     package_data={"rmipo": ["**/*.csv", "**/*.jsonl", "**/*.yaml"]},
     python_requires=">=3.11",

@@ -45,3 +45,12 @@ def test_no_test_imports_from_another_test():
         "from tests.run import test_twins",
     ):
         assert imports.search(line)
+
+
+def test_a_clone_named_as_the_package_does_not_hide_it(tmp_path):
+    """A script beside the clone finds the clone's folder first."""
+    (tmp_path / "rmipo/rmipo").mkdir(parents=True)
+    (tmp_path / "script.py").write_text("from rmipo import rmipo_loss\nprint(rmipo_loss.__name__)\n")
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run([sys.executable, "script.py"], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.stdout == "rmipo_loss\n", done.stderr
