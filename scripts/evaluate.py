@@ -25,6 +25,8 @@ from rmipo.evaluation.benchmark import Benchmark, benchmark_settings, contradict
 from rmipo.evaluation.models import check_names
 from rmipo.files import write_atomically
 from rmipo.fingerprints import has_weights, prompting_fingerprint, trained_fingerprint
+from rmipo.record import environment
+from rmipo.run.lock import locked
 
 
 def main() -> None:
@@ -61,7 +63,9 @@ def main() -> None:
     for target in targets:
         for benchmark in benches:
             try:
-                evaluate(target.folder, target.settings, benchmark, args.eval_name, max_cost)
+                # Also another EVAL_NAME waits: it may take the same answers.
+                with locked(target.folder / "eval" / f"{benchmark.name}.lock", "eval"):
+                    evaluate(target.folder, target.settings, benchmark, args.eval_name, max_cost)
             except Exception as error:  # one benchmark's failure, such as a missing key, doesn't stop the others
                 if not isinstance(error, UserError):
                     traceback.print_exc()
@@ -109,11 +113,13 @@ def evaluate(folder: Path, settings: dict, benchmark: Benchmark, name: str, max_
     if result is None:
         print(f"{bench}: answers are generated, nothing was judged; see {folder / 'eval/answers'}")
         return
+    made_by = environment()
     content = {
         "bench": bench,
         "model": str(folder),
         "fingerprint": weights,
         "prompting": prompting,
+        **{name: made_by[name] for name in ("commit", "hardware")},
         **result,
         "finished": True,
     }

@@ -1,5 +1,6 @@
 """AlpacaEval 2 through the alpaca-eval package: length-controlled and raw win rate against the reference outputs."""
 
+import importlib.util
 import json
 import logging
 from pathlib import Path
@@ -19,7 +20,7 @@ from rmipo.evaluation.alpaca_reference import (
 from rmipo.evaluation.benchmark import Benchmark, Metric
 from rmipo.files import replacing, write_atomically
 from rmipo.fingerprints import text_fingerprint
-from rmipo.generation.judge import OPENAI, check_cost, judge_endpoint, shown
+from rmipo.generation.judge import OPENAI, check_cost, check_judge, judge_endpoint, shown
 from rmipo.recipe.files import read_yaml
 from rmipo.recipe.settings import merge_settings
 from rmipo.record import package_versions, require_package
@@ -65,6 +66,7 @@ def run(model_dir: str | Path, output_dir: str | Path, settings: dict) -> dict |
         if settings["length_controlled"]:
             hub_file(GAMED_FILE)
             require_benchmark(reference)
+        check_judge(endpoint, judge_model(settings["annotators_config"]))
     folder = Path(output_dir) / "alpacaeval"
     name = Path(model_dir).name
 
@@ -191,6 +193,13 @@ def find_judge(name: str, packaged: Path) -> Path:
     raise EvaluationError(
         f"alpacaeval.annotators_config: {name!r} is neither one of alpaca-eval's judges nor a folder with configs.yaml"
     )
+
+
+def judge_model(annotators_config: str) -> str:
+    """The name that the judge's server knows it by. Raises EvaluationError."""
+    packaged = Path(importlib.util.find_spec("alpaca_eval").origin).parent / "evaluators_configs"
+    judges = read_yaml(find_judge(annotators_config, packaged))
+    return next(iter(judges.values()))["completions_kwargs"]["model_name"]
 
 
 def judge_config(name: str, packaged: Path, folder: Path) -> Path:

@@ -9,6 +9,7 @@ from pathlib import Path
 from rmipo.evaluation.benchmark import Benchmark, Metric
 from rmipo.evaluation.statistics import standard_error
 from rmipo.files import write_lines
+from rmipo.fingerprints import json_fingerprint
 from rmipo.recipe.settings import merge_settings
 from rmipo.record import package_versions, require_package
 
@@ -51,7 +52,7 @@ def run(model_dir: str | Path, output_dir: str | Path, settings: dict) -> dict:
     return {
         "metrics": metrics,
         "versions": package_versions("lm_eval") | generator.versions,
-        "settings": settings | {"generation": generator.settings},
+        "settings": settings | {"generation": generator.settings, "prompts_sha256": json_fingerprint(prompts)},
         "fingerprint": generator.fingerprint,
     }
 
@@ -77,6 +78,15 @@ BENCHMARK = Benchmark(
         "constraints_all": Metric("All constraints (%)", standard_error="constraints_all_standard_error"),
         "constraints_each": Metric("Constraints (%)", standard_error="constraints_each_standard_error"),
     },
-    same=("first_n", "skip_n", "answers", "generation.temperature", "generation.top_p", "generation.max_new_tokens"),
+    same=(
+        "prompts_sha256",
+        "first_n",
+        "skip_n",
+        "answers",
+        "generation.temperature",
+        "generation.top_p",
+        "generation.max_new_tokens",
+    ),
     trial=("first_n", "skip_n"),
+    optional=("prompts_sha256",),  # older results have none
 )

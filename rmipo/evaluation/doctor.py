@@ -1,23 +1,19 @@
 """What a machine has for evaluations: packages, data, a judge. One `Check` each, for `make doctor EVAL=1`."""
 
 import importlib.util
-import os
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 from rmipo.data.sources import mixture_entries
 from rmipo.errors import EvaluationError, UserError
 from rmipo.evaluation import alpaca, alpaca_reference, hh, leaderboard
-from rmipo.generation.judge import judge_endpoint, shown
+from rmipo.generation.judge import check_judge, judge_endpoint, shown
 from rmipo.launch.doctor import Check
 from rmipo.plan.preflight import check_access
-from rmipo.recipe.files import read_yaml
 from rmipo.recipe.schema import DataConfig
 from rmipo.recipe.settings import merge_settings
 from rmipo.record import require_package
 
 PACKAGES = ("alpaca_eval", "mtbench_evaluator", "lm_eval")
-PROBE = 'Which is better? {"instruction": """a""", "output": """a""", "output": """b"""} Answer with m or M alone.'
 
 
 def checks(settings: dict[str, dict]) -> Iterator[Check]:
@@ -55,21 +51,8 @@ def ask_judge(annotators_config: str) -> str:
     """What the judge gives for one token. Raises EvaluationError if it can't be reached, or returns no log-probs."""
     endpoint = judge_endpoint()
     require_package("alpaca_eval")
-    import openai
-
-    packaged = Path(importlib.util.find_spec("alpaca_eval").origin).parent / "evaluators_configs"
-    judges = read_yaml(alpaca.find_judge(annotators_config, packaged))
-    model = next(iter(judges.values()))["completions_kwargs"]["model_name"]
-    try:
-        client = openai.OpenAI(base_url=endpoint, api_key=os.environ["OPENAI_API_KEY"], max_retries=0, timeout=30)
-        answer = client.chat.completions.create(
-            model=model, messages=[{"role": "user", "content": PROBE}], max_tokens=1, logprobs=True, top_logprobs=5
-        )
-    except openai.OpenAIError as error:  # only its kind: messages may quote requests
-        raise EvaluationError(
-            f"{model} at {shown(endpoint)} doesn't answer ({type(error).__name__}): check OPENAI_BASE_URL, OPENAI_API_KEY "
-            "and whether that server has this model (model_name in the YAML of alpacaeval.annotators_config)"
-        ) from error
+    model = alpaca.judge_model(annotators_config)
+    answer = check_judge(endpoint, model, logprobs=True, top_logprobs=5)
     if answer.choices[0].logprobs is None:
         raise EvaluationError(
             f"{model} at {shown(endpoint)} returns no log-probs, which AlpacaEval's weighted judge is read from: name a judge "

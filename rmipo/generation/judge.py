@@ -4,9 +4,11 @@ import os
 from urllib.parse import urlsplit
 
 from rmipo.errors import EvaluationError
+from rmipo.record import require_package
 
 OPENAI = "api.openai.com/v1"
 CHARACTERS_PER_TOKEN = 4  # about, in English
+PROBE = 'Which is better? {"instruction": """a""", "output": """a""", "output": """b"""} Answer with m or M alone.'
 
 
 def judge_endpoint() -> str:
@@ -41,6 +43,40 @@ def shown(url: str) -> str:
     """The part of an endpoint's URL that may be written down: without a user name and password."""
     parts = urlsplit(url)
     return parts.hostname + (f":{parts.port}" if parts.port else "") + parts.path
+
+
+def complete(client, model: str, **request):
+    """One chat completion of the judge. Raises EvaluationError, which names the kind of failure.
+
+    Args:
+        client: an `openai.OpenAI`.
+    """
+    from openai import OpenAIError
+
+    server = f"the judge {model} at {shown(str(client.base_url).rstrip('/'))}"
+    try:
+        answer = client.chat.completions.create(model=model, **request)
+    except OpenAIError as error:  # only its kind: messages may quote requests
+        status = getattr(error, "status_code", None)
+        raise EvaluationError(
+            f"{server} gave no answer ({type(error).__name__}{f', status {status}' if status else ''}): check OPENAI_BASE_URL, "
+            "OPENAI_API_KEY, its limits, and whether it has this model"
+        ) from error
+    if isinstance(answer, str):  # the client hands over what isn't JSON
+        raise EvaluationError(
+            f"{server} answers with {answer[:80]!r}, not with JSON: OPENAI_BASE_URL ends in /v1 mostly"
+        )
+    return answer
+
+
+def check_judge(endpoint: str, model: str, **request):
+    """Ask the judge for one token, before anything is loaded. Returns its completion; raises EvaluationError."""
+    require_package("openai")
+    from openai import OpenAI
+
+    client = OpenAI(base_url=endpoint, api_key=os.environ["OPENAI_API_KEY"], max_retries=1, timeout=30)
+    question = {"role": "user", "content": PROBE}
+    return complete(client, model, messages=[question], max_tokens=1, **request)
 
 
 def check_cost(

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from rmipo.data.chat import Messages
-from rmipo.errors import UserError
+from rmipo.errors import EvaluationError, UserError
 from rmipo.fingerprints import text_fingerprint
 from rmipo.generation import judge
 from rmipo.recipe.settings import merge_settings
@@ -121,7 +121,7 @@ class JudgeOracle:
         self.identity = {"judge": settings["judge"], "endpoint": judge.shown(judge.judge_endpoint())}
 
     def score(self, prompts: list[Candidates]) -> Scored:
-        from openai import OpenAI, OpenAIError
+        from openai import OpenAI
 
         asked = {
             key: QUESTION.format(
@@ -138,14 +138,11 @@ class JudgeOracle:
         def ask(key: str, temperature: float) -> str:
             message = {"role": "user", "content": asked[key]}
             try:
-                reply = client.chat.completions.create(
-                    model=self.settings["judge"], messages=[message], temperature=temperature, max_tokens=limit
+                reply = judge.complete(
+                    client, self.settings["judge"], messages=[message], temperature=temperature, max_tokens=limit
                 )
-            except OpenAIError as error:  # only its kind: messages may quote requests
-                raise OracleError(
-                    f"the judge {self.settings['judge']} at {self.identity['endpoint']} gave no answer "
-                    f"({type(error).__name__}): check OPENAI_BASE_URL and OPENAI_API_KEY. The scores so far are kept"
-                ) from error
+            except EvaluationError as error:
+                raise OracleError(f"{error}. The scores so far are kept") from error
             return reply.choices[0].message.content or ""
 
         def rate(key: str) -> dict[str, float]:

@@ -163,6 +163,8 @@ def compare_paired(entries: list[Entry]) -> list[Entry]:
         reference = ours.get((entry.cell.model, entry.cell.metric), ())
         if entry.cell.method == OURS or not (reference and entry.results):
             return entry
+        if conflicts([*reference, *entry.results]):  # another judge's verdicts are no pairs to ours
+            return entry
         return replace(entry, behind=paired_difference(reference, entry.results, entry.cell.metric))
 
     return [compared(entry) for entry in entries]

@@ -29,6 +29,8 @@ def test_settings_that_are_compared_exist():
         "judge_sha256",
         "reference_sha256",
         "pairs_sha256",
+        "prompts_sha256",
+        "other_pairs",
         "model_fingerprint",
     }  # added to a result by `run`
     for benchmark in BENCHMARKS.values():

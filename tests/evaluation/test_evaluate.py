@@ -22,7 +22,9 @@ from rmipo.evaluation.benchmark import contradictions
 from rmipo.evaluation.target import find_target, load_settings, model_folder
 from rmipo.fingerprints import trained_fingerprint
 from rmipo.generation.answers import Generator, Request, check_settings
+from rmipo.record import environment
 from tests.helpers.judge_server import JudgeServer
+from tests.helpers.lock_holder import held
 from tests.helpers.paths import ROOT
 from tests.helpers.tiny_model import write_model
 
@@ -451,3 +453,32 @@ def test_settings_that_contradict_a_result(monkeypatch):
     judged = {"judge_endpoint": "api.openai.com/v1"}
     assert contradictions({}, judged) == ["the judge's endpoint is api.openai.com/v1 there, 127.0.0.1:8000/v1 here"]
     assert contradictions({}, {"judge_endpoint": "127.0.0.1:8000/v1"}) == []
+
+
+def test_one_evaluation_at_a_time_of_a_model_and_a_benchmark(outputs):
+    """A second one would do all work twice, pay its judge twice, and write each answer twice."""
+    arguments = ("--bench", "hh", "--method", "rmipo", "--set", f"hh.helpful={{dataset_name: {outputs}/pairs}}")
+    arguments += ("--set", "hh.harmless=null", "--set", "hh.dtype=float32")
+    lock = outputs / "tiny/rmipo/eval/hh.lock"
+    with held(lock):
+        refused = run("evaluate.py", outputs, *arguments)
+        assert refused.returncode == 2 and str(lock) in refused.stderr
+    shutil.rmtree(lock)
+    done = run("evaluate.py", outputs, *arguments)
+    assert done.returncode == 0, done.stderr
+    result = json.loads((outputs / "tiny/rmipo/eval/hh.json").read_text())
+    assert result["commit"] == environment()["commit"] and result["hardware"] and not lock.exists()
+
+
+@pytest.mark.parametrize(
+    ("fault", "named"), [("429", "RateLimitError, status 429"), ("html", "<html>Bad gateway</html>")]
+)
+@pytest.mark.parametrize("bench", ["alpacaeval", "mtbench"])
+def test_a_judge_that_cannot_work_is_named_before_anything_is_loaded(outputs, bench, fault, named):
+    pytest.importorskip("alpaca_eval", reason="needs the extra `eval`")
+    arguments = ("--bench", bench, "--method", "rmipo", "--set", f"alpacaeval.reference={outputs}/pairs/test.jsonl")
+    with JudgeServer(fault=lambda number: fault) as server:
+        done = run("evaluate.py", outputs, *arguments, OPENAI_BASE_URL=server.url, OPENAI_API_KEY="none")
+        assert done.returncode == 2 and named in done.stderr and "Traceback" not in done.stderr, done.stderr
+        assert len(server.requests) <= 2
+    assert not (outputs / "tiny/rmipo/eval/answers").exists()

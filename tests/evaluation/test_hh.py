@@ -5,9 +5,13 @@ import json
 import pytest
 import torch
 
-from rmipo.evaluation.hh import run, win_rates
+from rmipo.evaluation import hh
+from rmipo.evaluation.hh import other_pairs, run, win_rates
 from rmipo.evaluation.pair_scores import native_rewards, needs_reference
 from rmipo.objectives import OBJECTIVES
+from rmipo.reporting.provenance import deviations
+from rmipo.reporting.results import Result
+from rmipo.training.loading import LoadingError
 from tests.helpers.tiny_model import naive_scores, write_model
 
 SCORES = {
@@ -127,3 +131,29 @@ def test_one_subset_alone_has_no_average(tmp_path):
 def test_wrong_settings_are_refused_before_a_model_is_loaded(tmp_path, settings, message):
     with pytest.raises(ValueError, match=message):
         run(tmp_path / "no-model", tmp_path, settings)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"), [("positions", "3 positions"), ("vocabulary", "than the model has embeddings")]
+)
+def test_what_a_model_has_no_position_or_embedding_for_is_refused(tmp_path, change, named):
+    """Rotary embeddings would score positions beyond the model's in silence."""
+    write_model(tmp_path / "model")
+    write_pairs(tmp_path / "pairs", 0)
+    path = tmp_path / "model/config.json"
+    config = json.loads(path.read_text())
+    changes = {"positions": {"max_position_embeddings": 3}, "vocabulary": {"vocab_size": config["vocab_size"] - 1}}
+    path.write_text(json.dumps(config | changes[change]))
+    with pytest.raises(LoadingError, match=named):
+        run(tmp_path / "model", tmp_path / "eval", {"helpful": {"dataset_name": str(tmp_path / "pairs")}})
+
+
+def test_other_pairs_than_anthropics_make_it_a_trial(tmp_path):
+    write_model(tmp_path / "model")
+    write_pairs(tmp_path / "pairs", 0)
+    found = run(tmp_path / "model", tmp_path / "eval", {"helpful": {"dataset_name": str(tmp_path / "pairs")}})
+    settings = found["settings"]
+    assert settings["other_pairs"] == [str(tmp_path / "pairs")]
+    (trial,) = deviations(Result(tmp_path / "hh.json", "tiny", "hh", found["metrics"], found["versions"], settings))
+    assert "TRIAL" in trial and str(tmp_path / "pairs") in trial
+    assert other_pairs(hh.DEFAULTS | hh.PUBLISHED) is None

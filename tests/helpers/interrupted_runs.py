@@ -32,7 +32,7 @@ def finish(overrides, output_dir, processes, *more, stage="rmipo", **environment
     return run.output
 
 
-def kill_when(run, condition, timeout=280):
+def kill_when(run, condition, timeout=3600):
     """SIGKILL to the run while `condition()` holds; False if the run ended before.
 
     The run is frozen first and the condition looked at again, so that the kill is where it should be.

@@ -111,7 +111,7 @@ def _run(command: list[str], environment: dict[str, str], output: str, root: Pat
         runpy.run_path(command[0], run_name="__main__")
 
 
-def wait_until(condition, launched: Launched, timeout: float = 250) -> None:
+def wait_until(condition, launched: Launched, timeout: float = 3600) -> None:
     """Until `condition()` holds; fails if the launch ends before."""
     deadline = time.monotonic() + timeout
     while not condition():

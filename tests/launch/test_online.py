@@ -81,7 +81,6 @@ def test_recipes_of_the_rounds(config, method):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
 def test_two_rounds(config, tmp_path):
     start = tmp_path / "start"
     write_model(start)

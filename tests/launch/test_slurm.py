@@ -101,7 +101,6 @@ def assert_same_weights(run, undisturbed):
 
 
 @pytest.mark.slurm
-@pytest.mark.timeout(900)
 def test_a_requeued_run_ends_with_the_weights_of_the_undisturbed_one(tmp_path, overrides):
     """What an administrator or a preemption does. The undisturbed run is of two processes without Slurm."""
     command = ["scripts/preference.py", "--config", "recipes/tiny/rmipo.yaml", *overrides]
@@ -115,7 +114,6 @@ def test_a_requeued_run_ends_with_the_weights_of_the_undisturbed_one(tmp_path, o
 
 @pytest.mark.slow
 @pytest.mark.slurm
-@pytest.mark.timeout(1800)
 def test_stops_with_notice_requeue_too_and_scancel_ends_for_good(tmp_path, overrides):
     train(overrides, tmp_path / "undisturbed")
     # What happens before the time limit.

@@ -47,6 +47,9 @@ def train(run: str, overlay: str, overrides: list[str]) -> list[str]:
     return [*command, "--eval_steps", "3", "--output_dir", f"outputs/tiny/{run}"]
 
 
+pytestmark = pytest.mark.slow
+
+
 @pytest.fixture(scope="module")
 def outputs(tmp_path_factory) -> Path:
     """What trainings, evaluations, figures and tables leave in the folder `outputs`."""

@@ -94,7 +94,7 @@ def test_other_processes_than_the_first_write_no_line(tmp_path):
 def test_a_line_is_logged_with_each_checkpoint():
     for save in (True, False):
         control = TrainerControl(should_save=save)
-        LineAtCheckpoint().on_step_end(None, None, control)
+        LineAtCheckpoint().on_step_end(None, TrainerState(epoch=0.5), control)
         assert control.should_log is save
         control = TrainerControl(should_save=save)
         LineAtCheckpoint().on_epoch_end(None, None, control)  # save_strategy: epoch

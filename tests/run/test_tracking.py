@@ -154,7 +154,7 @@ def test_run_record_is_written_at_start_and_completed_at_the_end(tmp_path):
     assert (measured["finished"], measured["results"]) == (False, {"eval_loss": 0.5})  # the card comes in between
     again.finish()
     finished = json.loads((tmp_path / "run.json").read_text())
-    assert finished["finished"] is True and finished["results"] == {"eval_loss": 0.5} and 5 <= finished["seconds"] < 65
+    assert finished["finished"] is True and finished["results"] == {"eval_loss": 0.5} and finished["seconds"] >= 5
     assert finished["starts"] == 2 and finished["wandb_run_id"] == started["wandb_run_id"]
     assert RunRecord(tmp_path / "other", identity).content["wandb_run_id"] != started["wandb_run_id"]
 
