@@ -60,7 +60,8 @@ def convert_rows(
     """Read every row by one of `formats`; all rows that can't be read make one DataError."""
     if missing := missing_columns(rows.column_names, formats):
         found = ", ".join(name for name in rows.column_names if name != "row")
-        raise DataError(f"{source}: missing columns {', '.join(missing)}, found {found}. {describe(formats)}")
+        inside = " It is one object: if the rows are in it, write them one per line." if len(rows) == 1 else ""
+        raise DataError(f"{source}: missing columns {', '.join(missing)}, found {found}.{inside} {describe(formats)}")
     read = {"row", "system", *(column for form in formats for column in form.columns)}
     if unread := [name for name in rows.column_names if name not in read]:
         logger.warning("%s: columns that are not read: %s", source, ", ".join(unread))

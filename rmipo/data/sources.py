@@ -1,10 +1,14 @@
 """Where rows come from: hub datasets, local folders and files, and mixtures of them."""
 
+import glob
+import gzip
+import json
 import logging
 import re
 from pathlib import Path
 
-from datasets import Dataset, concatenate_datasets, load_dataset
+import pandas as pd
+from datasets import Dataset, Features, Value, concatenate_datasets, load_dataset
 from datasets.exceptions import DatasetGenerationError
 
 from rmipo.data.chat import DataError
@@ -13,7 +17,9 @@ from rmipo.recipe.schema import DataConfig
 logger = logging.getLogger(__name__)
 
 BUILDERS = {".jsonl": "json", ".json": "json", ".jsonl.gz": "json", ".json.gz": "json", ".parquet": "parquet"}
-HELD_OUT = 0.05  # share of a single local file that becomes its test split
+BUILDERS |= {".csv": "csv", ".csv.gz": "csv", ".arrow": "arrow"}
+SAVED = "state.json"  # in a folder that `Dataset.save_to_disk` wrote; a `DatasetDict` has one for each split
+HELD_OUT = 0.05  # share of local data without splits that becomes its test split
 SUBSET_KEYS = ("name", "data_dir", "data_files", "revision")
 
 
@@ -30,7 +36,11 @@ def load_sources(data_config: DataConfig, split: str) -> list[tuple[str, Dataset
     source_split = "train" if data_config.test_split_size else split
     sources, first_row = [], 0
     for entry in mixture_entries(data_config):
-        dataset = load_source(entry, source_split, first_row, data_config)
+        dataset, divided = load_source(entry, source_split, data_config)
+        dataset = number_rows(dataset, first_row)
+        first_row += len(dataset)
+        if not (divided or data_config.test_split_size):
+            dataset = hold_out(dataset, split, entry["path"], data_config.mixture_seed)
         if columns := entry.get("columns"):
             found = [name for name in dataset.column_names if name != "row"]
             if missing := [name for name in columns if name not in found]:
@@ -39,7 +49,6 @@ def load_sources(data_config: DataConfig, split: str) -> list[tuple[str, Dataset
                     "mixture's `columns`"
                 )
             dataset = dataset.select_columns([*columns, "row"])
-        first_row = dataset[-1]["row"] + 1
         sources.append((entry["path"], dataset))
     return sources
 
@@ -102,25 +111,25 @@ def take_fractions(datasets: list[Dataset], entries: list[dict]) -> list[Dataset
     return [dataset.select(range(size)) for dataset, size in zip(datasets, sizes, strict=True)]
 
 
-def load_source(entry: dict, split: str, first_row: int, data_config: DataConfig) -> Dataset:
-    """Rows of one source with the columns they were published with, and `row`: their numbers from `first_row` on."""
+def load_source(entry: dict, split: str, data_config: DataConfig) -> tuple[Dataset, bool]:
+    """Rows of one source with the columns they were published with, and whether the source is divided into splits."""
     if split == "train":
         name = entry.get("split") or data_config.dataset_train_split
     else:
         name = entry.get("test_split") or data_config.dataset_test_split
     path = Path(entry["path"])
+    folder = path / (entry.get("data_dir") or "")
     if path.exists():
         check_local(entry, name, split)
     if path.is_file():
-        dataset = number_rows(load_files([path], entry["path"]), first_row)
-        return dataset if data_config.test_split_size else hold_out(dataset, split, entry["path"])
+        return load_files([path], entry["path"]), False
+    if (folder / SAVED).is_file():
+        return load_files(saved_files(folder), entry["path"]), False
     if path.is_dir():
-        dataset = load_files(find_split(path / (entry.get("data_dir") or ""), name, split), entry["path"])
-    elif path.is_absolute() or entry["path"].startswith((".", "~")) or entry["path"].count("/") > 1 or suffix(path):
+        return load_files(find_split(folder, name, split), entry["path"]), True
+    if path.is_absolute() or entry["path"].startswith((".", "~")) or entry["path"].count("/") > 1 or suffix(path):
         raise DataError(f"{entry['path']}: no such file or folder. Paths are relative to the working directory.")
-    else:
-        dataset = load_hub(entry, name)
-    return number_rows(dataset, first_row)
+    return load_hub(entry, name), True
 
 
 def check_local(entry: dict, name: str, split: str) -> None:
@@ -140,28 +149,35 @@ def number_rows(dataset: Dataset, first_row: int) -> Dataset:
     return dataset.add_column("row", list(range(first_row, first_row + len(dataset))))
 
 
-def hold_out(dataset: Dataset, split: str, source: str) -> Dataset:
-    """The part of a single file that is `split`: its last rows are the test split."""
+def hold_out(dataset: Dataset, split: str, source: str, seed: int) -> Dataset:
+    """The part of data without splits that is `split`; which rows are held out is drawn, as the data may be sorted."""
     test_rows = round(len(dataset) * HELD_OUT)
-    if test_rows == 0:
+    if test_rows:
+        parts = dataset.train_test_split(test_size=test_rows, seed=seed)
+        if split == "test":
+            logger.warning(
+                "%s: it has no splits, so %d of its %d rows, drawn with mixture_seed %d, are the test split",
+                source, test_rows, len(dataset), seed,
+            )  # fmt: skip
+        return parts[split]
+    if split == "test":
         raise MissingSplitError(
             f"{source}: {len(dataset)} rows are too few to set some aside as test split. Give a folder with a train "
             "and a test file, or set `test_split_size`."
         )
-    logger.warning("%s: one file, so its last %d of %d rows are the test split", source, test_rows, len(dataset))
-    train_rows = len(dataset) - test_rows
-    return dataset.select(range(train_rows) if split == "train" else range(train_rows, len(dataset)))
+    return dataset
 
 
 def find_split(folder: Path, name: str, split: str) -> list[Path]:
     """Files of split `name` in a folder or its data/: `train_prefs.jsonl.gz`, `data/train-00000-of-00002.parquet`.
 
-    Shards of older uploads have a hash too: `data/train-00000-of-00002-9564e8b05b4757ab.parquet`.
+    Shards of older uploads have a hash too: `data/train-00000-of-00002-9564e8b05b4757ab.parquet`. A folder that
+    `DatasetDict.save_to_disk` wrote has a folder for each split.
 
     Where no file has the recipe's name of a split, the only split named like `split` ("train...") is taken, so that a
     local copy may call it differently from the hub.
     """
-    found: dict[str, list[Path]] = {}
+    found = {state.parent.name: saved_files(state.parent) for state in folder.glob(f"*/{SAVED}")}
     for path in sorted([*folder.glob("*"), *folder.glob("data/*")]):
         if path.is_file() and (ending := suffix(path)):
             stem = re.sub(r"-\d+-of-\d+(-[0-9a-f]+)?$", "", path.name.removesuffix(ending))
@@ -179,18 +195,43 @@ def find_split(folder: Path, name: str, split: str) -> list[Path]:
     return found[name]
 
 
+def saved_files(folder: Path) -> list[Path]:
+    """The Arrow files that `Dataset.save_to_disk` wrote; there may be cached ones of `Dataset.map` beside them."""
+    return [folder / file["filename"] for file in json.loads((folder / SAVED).read_text())["_data_files"]]
+
+
 def load_files(paths: list[Path], source: str) -> Dataset:
     if suffix(paths[0]) is None:
         raise DataError(f"{source}: a data file ends in one of {', '.join(BUILDERS)}.")
     builder, files = BUILDERS[suffix(paths[0])], ", ".join(path.name for path in paths)
+    options = {"parse_agent_traces": False} if builder == "json" else {}
     try:
-        dataset = load_dataset(builder, data_files=[str(path) for path in paths], split="train")
+        if builder == "csv":  # every cell is text, also "4" and "NA"
+            columns = pd.read_csv(paths[0], nrows=0).columns
+            options = {"features": Features(dict.fromkeys(columns, Value("string"))), "keep_default_na": False}
+        # Escaped: `load_dataset` reads names as patterns, and run[1] would be run1.
+        names = [glob.escape(str(path)) for path in paths]
+        dataset = load_dataset(builder, data_files=names, split="train", **options)
         dataset.data.validate(full=True)  # that texts are UTF-8
+        if builder == "json" and "timestamp" in str(dataset.features):  # Arrow has made dates of texts
+            dataset = Dataset.from_list([row for path in paths for row in read_json(path)])
     except StopIteration as error:
         raise DataError(f"{source}: {files} has no rows.") from error
     except (DatasetGenerationError, EOFError, OSError, ValueError) as error:
+        if (other := getattr(error, "filename", None)) and Path(other) not in paths:
+            raise DataError(
+                f"{source}: the cache of datasets can't be used ({error}). Set HF_HOME to a folder to write in"
+            ) from error
         raise DataError(f"{source}: {files} can't be read as {builder}: {error.__cause__ or error}") from error
     return dataset
+
+
+def read_json(path: Path) -> list[dict]:
+    with (
+        gzip.open(path, "rt", encoding="utf-8-sig") if path.suffix == ".gz" else path.open(encoding="utf-8-sig") as file
+    ):
+        text = file.read()
+    return json.loads(text) if text.startswith("[") else [json.loads(line) for line in text.split("\n") if line.strip()]
 
 
 def load_hub(entry: dict, split: str) -> Dataset:

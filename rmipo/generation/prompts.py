@@ -9,7 +9,7 @@ from transformers import AutoConfig
 
 from rmipo.data.chat import ChatFormat, DataError, Messages
 from rmipo.data.formats import PAIRS, PROMPTS, read_row, unusable_prompt
-from rmipo.data.sources import load_files, load_source
+from rmipo.data.sources import load_source
 from rmipo.errors import PairsError
 from rmipo.fingerprints import json_fingerprint
 from rmipo.recipe.schema import DataConfig, ModelConfig
@@ -40,11 +40,7 @@ def read_prompts(
 
     Counts in `dropped` those that repeat an earlier one, are malformed, or leave no room in the model's window.
     """
-    path = Path(name).expanduser()
-    if path.is_file():
-        rows = load_files([path], name)
-    else:
-        rows = load_source({"path": name}, "train", 0, DataConfig(dataset_name=name, dataset_train_split=split))
+    rows, _ = load_source({"path": name}, "train", DataConfig(dataset_name=name, dataset_train_split=split))
     chat = ChatFormat.probe(load_tokenizer(ModelConfig(model_name_or_path=str(model_dir))))
     window = AutoConfig.from_pretrained(model_dir, trust_remote_code=False).max_position_embeddings
     longest = min(max_tokens or window, window - 1)

@@ -1,6 +1,7 @@
 """What can be found wrong with a recipe without its data: unknown keys, wrong types, values out of range."""
 
 import difflib
+import glob
 import json
 import re
 import typing
@@ -125,6 +126,8 @@ def check_types(values: Mapping[str, Any], stage: str, origin: Mapping[str, str]
 def check_values(given: Mapping[str, Any], values: Mapping[str, Any], stage: str) -> list[str]:
     """A line for each key missing in `given`, and each range or contradiction in `values`, those of the right type."""
     problems = [f"{key} is missing" for key in ("model_name_or_path", "output_dir") if not given.get(key)]
+    if glob.has_magic(str(given.get("output_dir", ""))):  # DeepSpeed and vLLM would read another folder's weights
+        problems.append(f"output_dir is {given['output_dir']!r}: libraries read *, ? and [ as patterns. Leave them out")
     if not given.keys() & {"global_batch_size", "gradient_accumulation_steps"}:
         problems.append("global_batch_size is missing (the paper's is 128)")
     if given.keys() >= {"global_batch_size", "gradient_accumulation_steps"}:

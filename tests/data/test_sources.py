@@ -1,10 +1,14 @@
 """Files, folders, hub ids and mixtures: which rows come, and what is said when they can't."""
 
 import gzip
+import json
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 
 from rmipo.data import sources
 from rmipo.data.chat import DataError
@@ -72,20 +76,82 @@ def test_a_folder_without_the_split(tmp_path):
         load_pairs(config(tmp_path / "data"), "train")
 
 
-def test_one_file_sets_its_last_rows_aside(tmp_path, caplog):
+@pytest.mark.parametrize("name", ["run[1]", "run?", "run*", "[!a]un1"])
+def test_names_are_not_patterns(tmp_path, name):
+    for number, other in enumerate([name, "run1", "run2"]):
+        write(tmp_path / other / "train.jsonl", pairs(number))
+        write(tmp_path / f"{other}.jsonl", pairs(number))
+        write(tmp_path / other / "sub/train-00000-of-00001.parquet", pairs(number))
+    entry = {"path": str(tmp_path / name), "data_dir": "sub"}
+    sources = [config(tmp_path / name), config(tmp_path / f"{name}.jsonl"), DataConfig(datasets=[entry])]
+    assert [questions(load_pairs(source, "train")) for source in sources] == [[0]] * 3
+
+
+def test_one_file_sets_rows_aside_that_are_drawn(tmp_path, caplog):
     path = write(tmp_path / "mine.jsonl", pairs(*range(55)))
     train, test = (load_pairs(config(path), split) for split in ("train", "test"))
-    assert questions(train) == list(range(52))
-    assert questions(test) == test["row"][:] == [52, 53, 54]
-    assert questions(load_pairs(config(path, max_eval_samples=2), "test")) == [52, 53]
-    assert f"{path}: one file, so its last 3 of 55 rows are the test split" in caplog.text
+    assert sorted(questions(train) + questions(test)) == list(range(55))
+    assert questions(test) == test["row"][:] == shuffled(range(55), 0)[:3] != [52, 53, 54]
+    assert questions(load_pairs(config(path, max_eval_samples=2), "test")) == questions(test)[:2]
+    assert questions(load_pairs(config(path, mixture_seed=1), "test")) != questions(test)
+    assert caplog.text.count(f"{path}: it has no splits, so 3 of its 55 rows") == 3  # once for each reading of test
     few = write(tmp_path / "few.jsonl", pairs(*range(10)))
-    for split in ("train", "test"):
-        with pytest.raises(MissingSplitError, match=f"{few}: 10 rows are too few"):
-            load_pairs(config(few), split)
+    assert questions(load_pairs(config(few), "train")) == list(range(10))
+    with pytest.raises(MissingSplitError, match=f"{few}: 10 rows are too few"):
+        load_pairs(config(few), "test")
     entries = [{"path": str(write(tmp_path / "11.jsonl", pairs(*range(11))))}, {"path": str(path)}]
-    test = load_pairs(DataConfig(datasets=entries), "test")
-    assert (questions(test), test["row"][:]) == ([10, 52, 53, 54], [10, 63, 64, 65])
+    both = load_pairs(DataConfig(datasets=entries), "test")
+    assert both["row"][1:] == [11 + row for row in test["row"]]
+
+
+def test_what_save_to_disk_wrote(tmp_path):
+    both = DatasetDict(train=Dataset.from_list(pairs(*range(5))), test_prefs=Dataset.from_list(pairs(7)))
+    both.save_to_disk(tmp_path / "both")
+    assert questions(load_pairs(config(tmp_path / "both"), "train")) == list(range(5))
+    assert questions(load_pairs(config(tmp_path / "both"), "test")) == [7]
+    one = Dataset.from_list(pairs(*range(60)))
+    one.save_to_disk(tmp_path / "one", num_shards=3)
+    (tmp_path / "one/cache-8f.arrow").write_text("of Dataset.map, as datasets leaves it there")
+    before = sorted(tmp_path.rglob("*"))
+    train, test = (questions(load_pairs(config(tmp_path / "one"), split)) for split in ("train", "test"))
+    assert sorted(train + test) == list(range(60)) and len(test) == 3
+    assert sorted(tmp_path.rglob("*")) == before  # nothing is cached in the user's folder
+
+
+def test_cells_of_csv_files_are_texts(tmp_path):
+    (tmp_path / "train.csv").write_text('prompt,chosen,rejected\n"1, or 2?",1,02\nWhich?,NA,"null\nor so"\n')
+    texts = [
+        [row[side][0]["content"] for side in row if side != "row"] for row in load_pairs(config(tmp_path), "train")
+    ]
+    assert texts == [["1, or 2?", "1", "02"], ["Which?", "NA", "null\nor so"]]
+
+
+@pytest.mark.parametrize("name", ["train.jsonl", "train.jsonl.gz", "train.json"])
+def test_texts_that_are_dates_stay_texts(tmp_path, name):
+    rows = [{"prompt": "When?", "chosen": "2020-01-01", "rejected": "2020-01-01T10:00:00Z"}] * 2
+    write(tmp_path / name, rows)
+    if name == "train.json":
+        (tmp_path / name).write_text(json.dumps(rows, indent=1))
+    texts = [
+        row[side][0]["content"] for row in load_pairs(config(tmp_path), "train") for side in ("chosen", "rejected")
+    ]
+    assert texts == ["2020-01-01", "2020-01-01T10:00:00Z"] * 2
+
+
+def test_rows_inside_of_an_object_are_not_called_too_few(tmp_path):
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps({"version": 1, "data": pairs(*range(30))}))
+    with pytest.raises(DataError, match=f"{path}: missing columns .* found version, data.*one object"):
+        load_pairs(config(path), "train")
+
+
+def test_a_cache_that_cannot_be_used_is_not_blamed_on_the_data(tmp_path):
+    write(tmp_path / "train.jsonl", pairs(1))
+    (tmp_path / "file").write_text("")
+    program = f"from rmipo.data.sources import load_files, Path; load_files([Path('{tmp_path}/train.jsonl')], 'mine')"
+    environment = os.environ | {"HF_HOME": str(tmp_path / "file/hf"), "HF_DATASETS_CACHE": str(tmp_path / "file/hf")}
+    ended = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    assert "HF_HOME" in ended.stderr.splitlines()[-1] and "as json" not in ended.stderr.splitlines()[-1]
 
 
 def test_test_split_size_divides_the_training_rows(tmp_path):

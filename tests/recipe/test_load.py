@@ -234,6 +234,7 @@ def test_numbers_without_a_dot_and_dates_are_read_as_meant(write):
         ("--dtype=fp8", "dtype is 'fp8': expected one of auto, bfloat16, float16, float32"),
         ("--datasets=all", "datasets is 'all': expected a list"),
         ("--model_name_or_path=null", "model_name_or_path is missing"),
+        ("--output_dir=out/run[1]", "output_dir is 'out/run[1]': libraries read"),
         ("--datasets=[]", "expected either dataset_name or datasets"),
         ("--max_dropped_fraction=2", "max_dropped_fraction is 2: expected 0 to 1"),
         ("--max_length=512", "max_prompt_length is 1800: expected less than max_length (512)"),
