@@ -153,7 +153,8 @@ class ChatFormat:
     def render_pair(self, prompt: Messages, chosen: Messages, rejected: Messages) -> tuple[str, str, str]:
         """Text of the prompt and what the full rendering of each response adds after it, through the end token.
 
-        Raises DataError if the template refuses the messages or does not keep the prompt as the full text's prefix.
+        Raises DataError if the template refuses the messages, does not keep the prompt as the full text's prefix, or
+        leaves out or changes what the messages say.
         """
         prompt_text = render(self.tokenizer, prompt, not self.header_in_response)
         responses = []
@@ -162,6 +163,9 @@ class ChatFormat:
             if not full.startswith(prompt_text):
                 raise DataError("the chat template changes the prompt when a response follows")
             responses.append(full[len(prompt_text) :].removesuffix(self.after_end))
+            require_contents(response, responses[-1])
+        # Templates may leave the reasoning out of earlier answers, as generation sees them.
+        require_contents([message for message in prompt if message["role"] != "assistant"], prompt_text)
         return prompt_text, *responses
 
     def encode(self, rendered: list[tuple[str, str, str]]) -> list[TokenPair]:
@@ -211,6 +215,13 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: Messages, add_generatio
         return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
     except (TemplateError, TypeError) as error:
         raise DataError(f"the chat template refuses: {error}") from error
+
+
+def require_contents(messages: Messages, text: str) -> None:
+    """Raises DataError unless `text`, which a template rendered, has in it what each of the messages says."""
+    for message in messages:
+        if message["content"].strip() not in text:
+            raise DataError(f"the chat template leaves out or changes part of what the {message['role']} says")
 
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:

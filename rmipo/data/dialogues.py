@@ -4,12 +4,14 @@ import numpy as np
 from datasets import Dataset, Features, Value
 from trl import SFTConfig
 
-from rmipo.data.chat import ChatFormat, DataError, render, tokenize
+from rmipo.data.chat import ChatFormat, DataError, render, require_contents, tokenize
 from rmipo.data.convert import code_digest, load_converted
 from rmipo.data.formats import DIALOGUES, unusable_dialogue
 from rmipo.data.report import DataReport, rows_by_reason
 from rmipo.fingerprints import json_fingerprint
 from rmipo.recipe.schema import DataConfig
+
+TEXTS = dict.fromkeys(("ids", "problem"), Value("string"))
 
 
 def load_dialogues(data_config: DataConfig, split: str) -> Dataset:
@@ -62,42 +64,56 @@ def select_dialogues(
         count_tokens,
         batched=True,
         fn_kwargs={"chat": chat, "answers": args.assistant_only_loss, "code": code_digest()},
-        features=Features(kept.features | {"tokens": Value("int64"), "start": Value("int64"), "ids": Value("string")}),
+        features=Features(kept.features | {**dict.fromkeys(("tokens", "start"), Value("int64")), **TEXTS}),
         num_proc=data_config.dataset_num_proc,
         desc="Measuring dialogues",
     )
     limit = np.inf if args.max_length is None else args.max_length
     split = args.packing and args.packing_strategy != "bfd"  # a long dialogue goes on in the next block
+    reasons = measured["problem"][:]
     if not split and args.truncation_mode == "keep_start":  # TRL would drop them in silence
-        scored = np.array(measured["start"]) < limit
-        reasons = [None if reached else "the prompt fills the window" for reached in scored]
-        report.dropped |= rows_by_reason(reasons, measured["row"])
-        report.check_dropped(data_config.max_dropped_fraction)
-        measured = measured.select(np.flatnonzero(scored))
+        filled = ["the prompt fills the window" if start >= limit else None for start in measured["start"]]
+        reasons = [reason or full for reason, full in zip(reasons, filled, strict=True)]
+    report.dropped |= rows_by_reason(reasons, measured["row"])
+    report.check_dropped(data_config.max_dropped_fraction)
+    measured = measured.select([i for i, reason in enumerate(reasons) if reason is None])
     report.lost_start = args.truncation_mode == "keep_end"
     lengths = np.array(measured["tokens"])
     report.measure({"messages": np.minimum(lengths, limit)}, {"messages": (lengths > limit) & (not split)})
     report.check_cut(data_config.max_truncated_fraction, f"max_length ({args.max_length})")
     if alone:
         measured = measured.map(divide, remove_columns="messages", desc="Dividing prompts and completions")
-    return measured.remove_columns(["tokens", "start"]), report
+    return measured.remove_columns(["tokens", "start", "problem"]), report
 
 
 def count_tokens(batch: dict, chat: ChatFormat, answers: bool, code: str) -> dict:
     """Called by `Dataset.map`; `code` is only there for its cache, see `code_digest`.
 
     `start`: tokens in front of the first that the loss is on. `answers`: it is on what the assistant says alone.
+    `problem`: why the template doesn't render the dialogue, if it doesn't.
     """
-    texts = [render(chat.tokenizer, messages, False) for messages in batch["messages"]]
-    encoded = tokenize(chat.tokenizer, texts)
-    prompts = []
+    texts, prompts, problems = [], [], []
     for number, messages in enumerate(batch["messages"]):
         first = len(messages) - len(batch["completion"][number]) if "completion" in batch else 0
         while answers and messages[first]["role"] != "assistant":
             first += 1
-        prompts.append(render(chat.tokenizer, messages[:first], True) if first else "")
+        text, prompt, problem = "", "", None
+        try:
+            text = render(chat.tokenizer, messages, False)
+            prompt = render(chat.tokenizer, messages[:first], True) if first else ""
+            require_contents(messages, text)
+        except DataError as error:
+            problem = str(error)
+        for values, value in zip((texts, prompts, problems), (text, prompt, problem), strict=True):
+            values.append(value)
+    encoded = tokenize(chat.tokenizer, texts)
     starts = [len(ids) for ids in tokenize(chat.tokenizer, prompts)]
-    return {"tokens": [len(ids) for ids in encoded], "start": starts, "ids": [json_fingerprint(ids) for ids in encoded]}
+    return {
+        "tokens": [len(ids) for ids in encoded],
+        "start": starts,
+        "ids": [json_fingerprint(ids) for ids in encoded],
+        "problem": problems,
+    }
 
 
 def divide(row: dict) -> dict:

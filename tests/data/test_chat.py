@@ -238,6 +238,31 @@ def test_white_space_before_the_end_token_belongs_to_the_response():
     assert chat.render_pair(PROMPT, CHOSEN, REJECTED)[1] == "I am fine.\n<|eot_id|>"
 
 
+CUTTING = {  # what a template makes of a response -> a response that it keeps, one that it changes
+    "message['content'].split('</think>')[-1] | trim": ("Fine.", "<think>Well</think>Fine."),
+    "message['content'] | replace('colour', 'color') | trim": ("Fine.", "A colour"),
+    "message['content'][:60]": ("Fine.", "Fine. " * 20),
+    "message['content'].split('\n\n')[0] | trim": (" Fine.\n\n", "Fine.\n\nReally."),
+}
+
+
+@pytest.mark.parametrize("expression", CUTTING)
+def test_a_template_that_changes_a_response_is_told_per_row(expression):
+    chat = ChatFormat.probe(make_tokenizer("llama3", LLAMA3_TEMPLATE.replace("message['content'] | trim", expression)))
+    kept, changed = ([{"role": "assistant", "content": text}] for text in CUTTING[expression])
+    assert "Fine." in chat.render_pair(PROMPT, kept, REJECTED)[1]
+    for sides in ((changed, kept), (kept, changed)):
+        with pytest.raises(DataError, match="the assistant says"):
+            chat.render_pair(PROMPT, *sides)
+
+
+def test_a_template_that_leaves_a_message_of_the_prompt_out():
+    template = LLAMA3_TEMPLATE.replace("in messages %}", "in messages if message['role'] != 'system' %}")
+    chat = ChatFormat.probe(make_tokenizer("llama3", template))
+    with pytest.raises(DataError, match="the system says"):
+        chat.render_pair([{"role": "system", "content": "Be brief."}, *PROMPT], CHOSEN, REJECTED)
+
+
 def probe_error(family, template, **roles):
     tokenizer = make_tokenizer(family, template)
     tokenizer.name_or_path = "some/model"

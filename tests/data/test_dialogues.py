@@ -10,7 +10,7 @@ from trl import SFTConfig, SFTTrainer
 from rmipo.data.chat import ChatFormat, DataError
 from rmipo.data.dialogues import load_dialogues, select_dialogues
 from rmipo.fingerprints import rows_fingerprint
-from tests.helpers.families import make_model, make_tokenizer
+from tests.helpers.families import LLAMA3_TEMPLATE, make_model, make_tokenizer
 from tests.helpers.rows import assistant, config, user, write
 
 DIALOGUE = [user("a"), assistant("b"), user("c"), assistant("d")]
@@ -176,6 +176,24 @@ def test_unusable_dialogues_are_dropped_and_named(tmp_path, chat, messages, reas
 def test_a_response_alone_and_an_empty_system_message_are_usable(tmp_path, chat):
     rows = load(tmp_path, [[assistant("b")], [{"role": "system", "content": ""}, *DIALOGUE]])
     assert len(select(rows, chat, tmp_path)[0]) == 2
+
+
+def test_what_a_template_leaves_out_of_a_dialogue_is_dropped_and_named(tmp_path):
+    cut = LLAMA3_TEMPLATE.replace("message['content']", "message['content'].split('</think>')[-1]")
+    chat = ChatFormat.probe(make_tokenizer("llama3", cut))
+    early = [user("a"), assistant("hm</think>b"), user("c"), assistant("d")]
+    rows = load(tmp_path, [DIALOGUE, [user("a"), assistant("<think>hm</think>b")], early])
+    dataset, report = select(rows, chat, tmp_path, {"max_dropped_fraction": 0.7})
+    assert dataset["row"][:] == [0] and list(report.dropped.values()) == [[1, 2]]
+    with pytest.raises(DataError, match=r"2 of 3 rows can't be used.*(?s:.*)the assistant says: rows 1, 2"):
+        select(rows, chat, tmp_path)
+
+
+def test_a_dialogue_that_the_template_refuses_is_dropped_and_named(tmp_path):
+    chat = ChatFormat.probe(make_tokenizer("mistral-instruct"))
+    rows = load(tmp_path, [DIALOGUE, [SYSTEM, *DIALOGUE]])
+    _, report = select(rows, chat, tmp_path, {"max_dropped_fraction": 0.5})
+    assert list(report.dropped.values()) == [[1]]
 
 
 def test_dialogues_that_are_cut_are_counted_as_tokens_of_the_template(tmp_path, chat):
