@@ -2,13 +2,14 @@
 
 import functools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+import pyarrow.compute as pc
 from datasets import Dataset, Features, List, Value
 
 from rmipo.data.chat import DataError
-from rmipo.data.formats import Format, describe, missing_columns, read_row
+from rmipo.data.formats import OUR_COLUMNS, Format, describe, missing_columns, read_row
 from rmipo.data.report import name_rows, of_split, rows_by_reason
 from rmipo.data.sources import MissingSplitError, load_sources, mix
 from rmipo.fingerprints import code_fingerprint
@@ -20,11 +21,16 @@ MESSAGES = List({"role": Value("string"), "content": Value("string")})
 SHAPING = ("transformers", "tokenizers", "jinja2", "trl", "datasets")  # libraries that token ids depend on
 
 
-def load_converted(data_config: DataConfig, split: str, formats: Sequence[Format], sides: Sequence[str]) -> Dataset:
+def load_converted(
+    data_config: DataConfig, split: str, formats: Sequence[Format], sides: Mapping[str, List]
+) -> Dataset:
     """The rows of a split ("train" or "test") as messages.
 
+    Args:
+        sides: names and types of what the formats read, most of them MESSAGES.
+
     Returns:
-        A column of messages for each of `sides`, and `row`: row number in the source.
+        A column for each of `sides`, and `row`: row number in the source.
 
     Raises:
         DataError: sources that can't be read, missing columns, values that aren't messages or texts.
@@ -55,22 +61,24 @@ def load_splits(
 
 
 def convert_rows(
-    rows: Dataset, source: str, formats: Sequence[Format], sides: Sequence[str], num_proc: int | None
+    rows: Dataset, source: str, formats: Sequence[Format], sides: Mapping[str, List], num_proc: int | None
 ) -> Dataset:
     """Read every row by one of `formats`; all rows that can't be read make one DataError."""
     if missing := missing_columns(rows.column_names, formats):
         found = ", ".join(name for name in rows.column_names if name != "row")
         inside = " It is one object: if the rows are in it, write them one per line." if len(rows) == 1 else ""
         raise DataError(f"{source}: missing columns {', '.join(missing)}, found {found}.{inside} {describe(formats)}")
-    read = {"row", "system", *(column for form in formats for column in form.columns)}
+    read = {"row", "system", *OUR_COLUMNS, *(column for form in formats for column in form.columns)}
     if unread := [name for name in rows.column_names if name not in read]:
-        logger.warning("%s: columns that are not read: %s", source, ", ".join(unread))
+        warn_once(f"{source}: columns that are not read: {', '.join(unread)}")
     converted = rows.map(
         read_batch,
         batched=True,
-        fn_kwargs={"formats": formats, "sides": sides, "code": code_digest()},
+        fn_kwargs={"formats": formats, "sides": [*sides], "code": code_digest()},
         remove_columns=[name for name in rows.column_names if name != "row"],
-        features=Features(dict.fromkeys(sides, MESSAGES) | {"problem": Value("string"), "row": Value("int64")}),
+        features=Features(
+            {**sides, "problem": Value("string"), "unread": List(Value("string")), "row": Value("int64")}
+        ),
         num_proc=num_proc,
         desc=f"Reading {source}",
     )
@@ -78,12 +86,20 @@ def convert_rows(
     if problems:
         lines = [f"- {problem}: {name_rows(numbers)}" for problem, numbers in problems.items()]
         raise DataError("\n".join([f"{source}: rows that can't be read", *lines, describe(formats)]))
-    return converted.remove_columns("problem")
+    if unread := pc.unique(pc.list_flatten(converted.data["unread"])).to_pylist():
+        warn_once(f"{source}: keys of messages that are not read: {', '.join(unread)}")
+    return converted.remove_columns(["problem", "unread"])
+
+
+@functools.cache
+def warn_once(text: str) -> None:
+    """A warning that both splits would give."""
+    logger.warning(text)
 
 
 def read_batch(batch: dict, formats: Sequence[Format], sides: Sequence[str], code: str) -> dict:
     """Called by `Dataset.map`; `code` is only there for its cache, see `code_digest`."""
-    out = {name: [] for name in (*sides, "problem", "row")}
+    out = {name: [] for name in (*sides, "problem", "unread", "row")}
     for values in zip(*batch.values(), strict=True):
         row = dict(zip(batch, values, strict=True))
         number = row.pop("row")
@@ -91,9 +107,17 @@ def read_batch(batch: dict, formats: Sequence[Format], sides: Sequence[str], cod
             messages, problem = read_row(row, formats), None
         except DataError as error:
             messages, problem = [[] for _ in sides], str(error)
-        for name, value in zip(out, [*messages, problem, number], strict=True):
+        for name, value in zip(out, [*messages, problem, unread_keys(row, sides), number], strict=True):
             out[name].append(value)
     return out
+
+
+def unread_keys(row: dict, sides: Sequence[str]) -> list[str]:
+    """The keys of a row's messages that say something and are not read."""
+    read = {"role", "content", *(("weight", "train") if "untrained" in sides else ())}
+    messages = [item for value in row.values() if isinstance(value, list) for item in value if isinstance(item, dict)]
+    unread = (key for message in messages if "role" in message for key in message if message[key] is not None)
+    return [key for key in dict.fromkeys(unread) if key not in read]
 
 
 @functools.cache

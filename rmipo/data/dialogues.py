@@ -1,25 +1,30 @@
 """Dialogues for SFT: loaded, the unusable ones dropped, and measured as TRL will cut them."""
 
 import numpy as np
-from datasets import Dataset, Features, Value
+from datasets import Dataset, Features, List, Value
 from trl import SFTConfig
 
 from rmipo.data.chat import ChatFormat, DataError, render, require_contents, tokenize
-from rmipo.data.convert import code_digest, load_converted
+from rmipo.data.convert import MESSAGES, code_digest, load_converted
 from rmipo.data.formats import DIALOGUES, unusable_dialogue
 from rmipo.data.report import DataReport, rows_by_reason
 from rmipo.fingerprints import json_fingerprint
 from rmipo.recipe.schema import DataConfig
 
+SIDES = {"messages": MESSAGES, "completion": MESSAGES, "untrained": List(Value("int64"))}
 TEXTS = dict.fromkeys(("ids", "problem"), Value("string"))
+LABELS = dict.fromkeys(("input_ids", "labels"), List(Value("int64")))
+UNTRAINED = -100  # the label of tokens that the loss is not on
 
 
 def load_dialogues(data_config: DataConfig, split: str) -> Dataset:
     """Column `messages`, which may still be unusable, and `row`; see `load_converted`.
 
     `completion` has the last of the messages where a row is a prompt and its completion; it is empty for dialogues.
+    `untrained` has the places, from the end, of turns that are marked not to be trained, where there are any.
     """
-    return load_converted(data_config, split, DIALOGUES, ("messages", "completion"))
+    dataset = load_converted(data_config, split, DIALOGUES, SIDES)
+    return dataset if any(dataset["untrained"]) else dataset.remove_columns("untrained")
 
 
 def select_dialogues(
@@ -28,7 +33,8 @@ def select_dialogues(
     """Drop the dialogues that can't be trained on, and count those that TRL cuts to `max_length` tokens.
 
     TRL tokenises the same text once more: it takes messages, or where the loss is on completions alone `prompt` and
-    `completion`. A column `ids` has a fingerprint of each dialogue's token ids.
+    `completion`. Where turns are marked not to be trained, it takes `input_ids` and `labels` as they are made here. A column
+    `ids` has a fingerprint of each dialogue's token ids.
 
     Raises:
         DataError: more are unusable or cut than the recipe allows, or none is left; `completion_only_loss` of dialogues.
@@ -58,13 +64,19 @@ def select_dialogues(
         report.loss_on = (
             f"whole dialogues, prompts included, as only {completions} of {len(dataset)} rows have a completion"
         )
+    marked = "untrained" in dataset.column_names
+    if marked:
+        count = sum(bool(turns) for turns in dataset["untrained"])
+        report.notes.append(f"turns of {count} rows are marked not to be trained (weight: 0, train: false)")
     report.check_dropped(data_config.max_dropped_fraction)
     kept = dataset.select([i for i, reason in enumerate(reasons) if reason is None])
     measured = kept.map(
         count_tokens,
         batched=True,
         fn_kwargs={"chat": chat, "answers": args.assistant_only_loss, "code": code_digest()},
-        features=Features(kept.features | {**dict.fromkeys(("tokens", "start"), Value("int64")), **TEXTS}),
+        features=Features(
+            kept.features | dict.fromkeys(("tokens", "start"), Value("int64")) | TEXTS | (LABELS if marked else {})
+        ),
         num_proc=data_config.dataset_num_proc,
         desc="Measuring dialogues",
     )
@@ -81,7 +93,9 @@ def select_dialogues(
     lengths = np.array(measured["tokens"])
     report.measure({"messages": np.minimum(lengths, limit)}, {"messages": (lengths > limit) & (not split)})
     report.check_cut(data_config.max_truncated_fraction, f"max_length ({args.max_length})")
-    if alone:
+    if marked:
+        measured = measured.remove_columns({"completion", "untrained"} & {*measured.column_names})
+    elif alone:
         measured = measured.map(divide, remove_columns="messages", desc="Dividing prompts and completions")
     return measured.remove_columns(["tokens", "start", "problem"]), report
 
@@ -108,12 +122,54 @@ def count_tokens(batch: dict, chat: ChatFormat, answers: bool, code: str) -> dic
             values.append(value)
     encoded = tokenize(chat.tokenizer, texts)
     starts = [len(ids) for ids in tokenize(chat.tokenizer, prompts)]
+    labels = {}
+    if "untrained" in batch:
+        labels = {"input_ids": encoded, "labels": [[] for _ in texts]}
+        for number, text in enumerate(texts):
+            try:
+                row = {key: values[number] for key, values in batch.items()}
+                labels["labels"][number] = problems[number] or turn_labels(row, text, chat, answers)
+            except DataError as error:
+                problems[number] = str(error)
+            starts[number] = next((i for i, label in enumerate(labels["labels"][number]) if label != UNTRAINED), 0)
     return {
         "tokens": [len(ids) for ids in encoded],
         "start": starts,
         "ids": [json_fingerprint(ids) for ids in encoded],
         "problem": problems,
+        **labels,
     }
+
+
+def turn_labels(row: dict, text: str, chat: ChatFormat, answers: bool) -> list[int]:
+    """The labels of a dialogue, rendered as `text`, of which turns are marked not to be trained.
+
+    Raises DataError where no turn is left, or where the template renders the start of a dialogue unlike the whole.
+    """
+    messages, marked = row["messages"], row["untrained"]
+    first = len(messages) - len(row.get("completion", messages))
+    encoded = chat.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    ids = encoded["input_ids"]
+    some = answers or first > 0  # the loss is on these turns alone; else also on what the template writes around them
+    if not (some or marked):
+        return ids
+    labels = [UNTRAINED] * len(ids) if some else [*ids]
+    trained = False
+    for place, message in enumerate(messages):
+        scored = (
+            place - len(messages) not in marked and place >= first and not (answers and message["role"] != "assistant")
+        )
+        trained |= scored
+        before = render(chat.tokenizer, messages[:place], message["role"] == "assistant") if place else ""
+        upto = render(chat.tokenizer, messages[: place + 1], False)
+        if not (upto.startswith(before) and text.startswith(upto)):
+            raise DataError("the chat template renders turns by what follows them: those marked can't be told apart")
+        for i, (start, _) in enumerate(encoded["offset_mapping"]):
+            if len(before) <= start < len(upto):
+                labels[i] = ids[i] if scored else UNTRAINED
+    if not trained:
+        raise DataError("all its turns are marked not to be trained")
+    return labels
 
 
 def divide(row: dict) -> dict:

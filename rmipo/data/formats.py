@@ -25,6 +25,8 @@ UNREAD_KEYS = (
     "tools", "functions", "tool_calls", "tool_call_id", "tool_plan", "function_call", "function_calls",
     "reasoning_content", "reasoning", "thinking", "thought", "images",
 )  # fmt: skip
+# What this repository writes into its own rows for people to look at.
+OUR_COLUMNS = ("kind", "flipped", "prompt_id", "score_chosen", "score_rejected")
 MESSAGES = """Messages are lists of {"role": "system" | "user" | "assistant", "content": text}. A column `system` is the text of
 a system message in front. Rename the columns of your data."""
 
@@ -68,12 +70,32 @@ def read_prompt_of_messages(row: Row) -> Sides | None:
 
 
 def read_messages(row: Row) -> Sides | None:
-    return read_turns(row["messages"], "user", "messages"), []
+    messages = read_turns(row["messages"], "user", "messages")
+    return messages, [], from_the_end(untrained_turns(row["messages"], messages))
 
 
 def read_prompt_and_completion(row: Row) -> Sides | None:
-    completion = read_turns(row["completion"], "assistant", "completion")
-    return read_turns(row["prompt"], "user", "prompt") + completion, completion
+    prompt, completion = (
+        read_turns(row["prompt"], "user", "prompt"),
+        read_turns(row["completion"], "assistant", "completion"),
+    )
+    untrained = untrained_turns(row["prompt"], prompt) + untrained_turns(row["completion"], completion)
+    return prompt + completion, completion, from_the_end(untrained)
+
+
+def untrained_turns(value: Any, turns: Messages) -> list[bool]:
+    """Which turns say that they are not to be trained: `weight: 0` (OpenAI's format) or `train: false` (Axolotl's)."""
+    if not isinstance(value, list):
+        return [False] * len(turns)
+    for key in ("weight", "train"):
+        if odd := [message[key] for message in value if message.get(key) not in (None, 0, 1)]:
+            raise DataError(f"messages have {key} {odd[0]!r}, expected one of 0, 1, true, false")
+    return [0 in (message.get("weight"), message.get("train")) for message in value]
+
+
+def from_the_end(marks: list[bool]) -> list[int]:
+    """The places of what is marked, the last is -1: they hold when a system message comes in front."""
+    return [place - len(marks) for place, mark in enumerate(marks) if mark]
 
 
 # In the order in which they are tried.

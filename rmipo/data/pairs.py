@@ -5,7 +5,7 @@ import pyarrow.compute as pc
 from datasets import Dataset, Features, List, Value
 
 from rmipo.data.chat import ChatFormat, DataError, TokenPair
-from rmipo.data.convert import code_digest, load_converted
+from rmipo.data.convert import MESSAGES, code_digest, load_converted
 from rmipo.data.formats import PAIRS, SIDES, unusable_pair
 from rmipo.data.report import DataReport, rows_by_reason
 from rmipo.recipe.schema import DataConfig
@@ -18,7 +18,7 @@ def load_pairs(data_config: DataConfig, split: str) -> Dataset:
 
     Rows that can't be trained on are still there: `tokenize_pairs` counts, reports and drops them.
     """
-    return load_converted(data_config, split, PAIRS, SIDES)
+    return load_converted(data_config, split, PAIRS, dict.fromkeys(SIDES, MESSAGES))
 
 
 def tokenize_pairs(

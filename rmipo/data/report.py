@@ -25,6 +25,7 @@ class DataReport:
     """Attributes:
     dropped: reason -> row numbers.
     rows_cut: rows of which any side is cut; `cut` has the number per side.
+    notes: what else there is to know about the rows.
     loss_on: the part of the rows that TRL's loss is on, where the recipe doesn't say it.
     lost_start: whether a dialogue that is cut loses its start, and not its end.
     tokens: total per side, after the cut. `lengths`: median, p95 and max tokens per side.
@@ -33,6 +34,7 @@ class DataReport:
     rows: int
     dropped: dict[str, list[int]]
     loss_on: str | None = None
+    notes: list[str] = field(default_factory=list)
     lost_start: bool = False
     rows_cut: int = 0
     cut: dict[str, int] = field(default_factory=dict)
@@ -81,6 +83,7 @@ class DataReport:
         lines = [f"{self.kept} of {self.rows} rows used", *self.dropped_lines()]
         if self.loss_on:
             lines.append(f"- the loss is on {self.loss_on}")
+        lines += [f"- {note}" for note in self.notes]
         if self.rows_cut and "messages" in self.cut:
             lost = "start" if self.lost_start else "end and end token"
             lines.append(f"- {self.rows_cut} dialogues cut: they lost their {lost}")

@@ -60,9 +60,8 @@ def completions(tmp_path, *more):
 
 def trained_texts(dataset, chat, tmp_path, **arguments):
     """What TRL's loss is on, row by row."""
-    args = SFTConfig(
-        output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to="none", max_length=WINDOW, **arguments
-    )
+    arguments = {"max_length": WINDOW} | arguments
+    args = SFTConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to="none", **arguments)
     rows = dataset.remove_columns(["row", "ids"])
     trainer = SFTTrainer(make_model("llama3"), args, train_dataset=rows, processing_class=chat.tokenizer)
     return [chat.tokenizer.decode([id for id in labels if id != -100]) for labels in trainer.train_dataset["labels"]]
@@ -132,6 +131,52 @@ def test_a_row_is_kept_from_its_first_token_in_the_window_on(tmp_path, chat, ans
     assert (len(kept), report.rows_cut) == (len(loaded), len(loaded))
     with pytest.raises(DataError, match="dropped, the prompt fills the window: row"):
         select(loaded, chat, tmp_path, max_length=start, assistant_only_loss=answers)
+
+
+MARKED = [user("a"), assistant("bad") | {"weight": 0}, user("c"), assistant("d") | {"weight": 1}]
+
+
+@pytest.mark.parametrize("mark", [{"weight": 0}, {"weight": 0.0}, {"train": False}])
+@pytest.mark.parametrize("packing", [False, True])
+def test_turns_that_are_marked_are_not_trained(tmp_path, chat, mark, packing):
+    marked = [message if "weight" not in message else {**assistant("bad"), **mark} for message in MARKED[:2]]
+    dialogues = [[SYSTEM, *marked, *MARKED[2:]], DIALOGUE, [*MARKED[2:], user("e"), {**assistant("bad"), **mark}]]
+    rows = load(tmp_path, dialogues)
+    kept, report = select(rows, chat, tmp_path, {"max_dropped_fraction": 0.1}, max_length=2 * WINDOW)
+    texts = [chat.tokenizer.apply_chat_template(messages, tokenize=False) for messages in dialogues]
+    header = "<|start_header_id|>assistant<|end_header_id|>\n\n"
+    expected = [text.replace("bad<|eot_id|>", "") for text in texts]
+    assert trained_texts(kept, chat, tmp_path, max_length=2 * WINDOW) == expected
+    assert any("turns of 2 rows are marked" in line for line in report.lines())
+    kept, _ = select(rows, chat, tmp_path, max_length=2 * WINDOW, assistant_only_loss=True)
+    arguments = {"max_length": 4 * WINDOW, "assistant_only_loss": True, "packing": packing}
+    marks = LLAMA3_TEMPLATE.replace("{{ '<|start", "{% generation %}{{ '<|start", 1).replace(
+        "{% endfor %}", "{% endgeneration %}{% endfor %}"
+    )
+    generating = ChatFormat.probe(make_tokenizer("llama3", marks))  # TRL asks for the marks, and the labels stay ours
+    trained = "".join(trained_texts(kept, generating, tmp_path, **arguments))
+    assert sorted(trained.split("<|eot_id|>")[:-1]) == ["b", "d", "d", "d"] and header not in trained
+
+
+def test_marked_turns_of_prompts_and_completions(tmp_path, chat):
+    rows = completions(
+        tmp_path, {"prompt": MARKED[:1], "completion": MARKED[1:]}, {"prompt": "a", "completion": MARKED[1:2]}
+    )
+    kept, report = select(rows, chat, tmp_path, {"max_dropped_fraction": 0.3}, max_length=WINDOW)
+    assert list(report.dropped.values()) == [[3]]
+    *texts, several = trained_texts(kept, chat, tmp_path)
+    assert texts == ["b<|eot_id|>", "d<|eot_id|>"] and "bad" not in several and several.endswith("d<|eot_id|>")
+
+
+def test_a_weight_that_is_neither_all_nor_nothing_is_refused(tmp_path):
+    with pytest.raises(DataError, match=r"weight 0\.5.*: row 1"):
+        load(tmp_path, [MARKED, [user("a"), assistant("b") | {"weight": 0.5}]])
+
+
+def test_a_template_by_which_marked_turns_cannot_be_told_apart(tmp_path):
+    chat = ChatFormat.probe(make_tokenizer("qwen3"))
+    _, report = select(load(tmp_path, [MARKED, DIALOGUE]), chat, tmp_path, {"max_dropped_fraction": 0.5})
+    assert list(report.dropped.values()) == [[0]]
 
 
 def test_a_completion_needs_a_prompt(tmp_path, chat):

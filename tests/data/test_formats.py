@@ -4,6 +4,7 @@ import pytest
 
 from rmipo.data import formats
 from rmipo.data.chat import ChatFormat, DataError
+from rmipo.data.dialogues import load_dialogues
 from rmipo.data.pairs import load_pairs, tokenize_pairs
 from rmipo.recipe.schema import DataConfig
 from tests.helpers.families import make_tokenizer
@@ -150,7 +151,7 @@ def test_the_prompt_of_a_row(row, prompt):
     ],
 )
 def test_the_dialogue_of_a_row(row, messages):
-    assert formats.read_row(row, formats.DIALOGUES) == (messages, [])
+    assert formats.read_row(row, formats.DIALOGUES) == (messages, [], [])
 
 
 def test_a_system_column_in_front_of_no_turns():
@@ -227,10 +228,21 @@ def test_a_prompt_that_is_not_the_one_of_the_dialogues_is_refused(tmp_path):
 
 def test_columns_that_are_not_read_are_named(tmp_path, caplog):
     load(tmp_path, [{**pair(0), "system": None, "score_chosen": 1.0, "context": "Some text."}])
-    assert f"{tmp_path}: columns that are not read: score_chosen, context" in caplog.text
+    load(tmp_path, [{**pair(0), "system": None, "score_chosen": 1.0, "context": "Some text."}])
+    assert caplog.text.count(f"{tmp_path}: columns that are not read: context\n") == 1  # of both splits
     caplog.clear()
-    load(tmp_path, [{**pair(0), "system": None}])
+    load(tmp_path, [{**pair(0), "system": None, "kind": "boilerplate", "prompt_id": "a"}])  # as written here
     assert not caplog.text
+
+
+def test_keys_of_messages_that_are_not_read_are_named(tmp_path, caplog):
+    turn = {**assistant("Right"), "weight": 0, "name": "Ada"}
+    load(tmp_path, [pair(0), pair(1, chosen=[{**turn, "cached": None}])])
+    assert f"{tmp_path}: keys of messages that are not read: weight, name\n" in caplog.text
+    caplog.clear()
+    write(tmp_path / "train.jsonl", [{"messages": [user("a"), turn, user("b"), assistant("c")]}])
+    load_dialogues(config(tmp_path), "train")
+    assert caplog.text.count("not read: name\n") == 1
 
 
 def test_a_column_can_be_left_out_of_a_mixture(tmp_path):
