@@ -3,8 +3,6 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
-
 from rmipo.data.chat import PROBES, ChatFormat
 from rmipo.errors import EvaluationError
 from rmipo.evaluation import BENCHMARKS
@@ -13,7 +11,7 @@ from rmipo.generation.answers import DEFAULTS as GENERATION
 from rmipo.generation.answers import own_settings
 from rmipo.launch.choices import named_files
 from rmipo.recipe.checks import template_text
-from rmipo.recipe.files import RecipeLoader, read_yaml
+from rmipo.recipe.files import override_value, read_yaml
 from rmipo.recipe.load import load_recipe
 from rmipo.recipe.schema import ModelConfig
 from rmipo.recipe.settings import merge_settings, nearest
@@ -77,7 +75,7 @@ def load_settings(path: Path, overrides: list[str]) -> dict[str, dict]:
 
 
 def override(settings: dict[str, dict], overrides: list[str]) -> dict[str, dict]:
-    """`settings` with "block.key=value" over them, the value as in YAML; dots lead further into a block."""
+    """`settings` with "block.key=value" over them, the value as `override_value` reads it; dots lead further into a block."""
     for text in overrides:
         key, equals, value = text.partition("=")
         *blocks, name = key.split(".")
@@ -89,10 +87,7 @@ def override(settings: dict[str, dict], overrides: list[str]) -> dict[str, dict]
             place = place[block]
             if not isinstance(place, dict):
                 raise EvaluationError(f"--set {text}: {block} is {place!r}, no block")
-        try:
-            place[name] = yaml.load(value, RecipeLoader)
-        except yaml.YAMLError as error:
-            raise EvaluationError(f"--set {text}: {value!r} can't be read as YAML") from error
+        place[name] = override_value(value)
     if unknown := sorted(settings.keys() - set(BLOCKS)):
         raise EvaluationError(f"unknown blocks {unknown}{nearest(unknown, BLOCKS)}")
     if odd := [block for block, values in settings.items() if not isinstance(values, dict | None)]:

@@ -133,11 +133,21 @@ def parse_overrides(arguments: list[str] | tuple[str, ...]) -> dict[str, Any]:
 
 
 def override_value(text: str) -> Any:
+    """A value of a command line: a number, true, false, null, a list or block in brackets, text in quotes, or else `text`.
+
+    It is no YAML document, in which " #" begins a comment, and ": ", "*", "&" or "!" mean something.
+    """
     try:
-        value = yaml.load(text, RecipeLoader)
-    except yaml.YAMLError:
-        return os.path.expanduser(text) if text.startswith("~/") else text
-    return text if isinstance(value, dict | list) and text[0] not in "[{" else value
+        loader = RecipeLoader(text if text[:1] in ("[", "{", '"', "'") else "")
+        if loader.check_node():
+            node = loader.get_node()
+            whole = node.end_mark.index == len(text)
+        else:
+            tag = loader.resolve(yaml.ScalarNode, text, (True, False))
+            node, whole = yaml.ScalarNode(tag, text), tag.rpartition(":")[2] in ("bool", "float", "int", "null")
+        return loader.construct_document(node) if whole else os.path.expanduser(text) if text.startswith("~/") else text
+    except (yaml.YAMLError, ValueError):
+        return text
 
 
 # A later layer that sets the key on the left voids what earlier layers say about the keys on the right: they describe

@@ -8,7 +8,7 @@ from transformers.trainer_utils import IntervalStrategy
 
 from rmipo.errors import ConfigError
 from rmipo.recipe.checks import template_text
-from rmipo.recipe.files import coerce
+from rmipo.recipe.files import coerce, parse_overrides
 from rmipo.recipe.load import load_recipe
 from tests.helpers.recipes import problems
 
@@ -57,6 +57,31 @@ def test_overrides_in_both_spellings_reach_the_dataclasses(recipe):
     )
     assert (model_config.model_name_or_path, model_config.model_revision) == ("some/model", "main")
     assert args.run_name == "mine-rmipo"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "out/exp #2", "#2", "a: b", "a:", "*x", "&x", "!x", "- a", "> a", "| a", "? a", "% a", "@a", "`a`", "two\nlines ",
+        "1 # one", "true #2", "'a' and 'b'", '"a" # b', "[a] b", "[a", "{a", "[a] # b", "=", "<<", "2026-11-29", "1:30", "010",
+        "{{ bos_token }}", "{% if x %}: # y{% endif %}", "a, b", "...", "---", "--- a", "a\t# b", "caf\u00e9", "\x07",
+    ],
+)  # fmt: skip
+def test_values_of_the_command_line_are_no_yaml_documents(text):
+    assert parse_overrides([f"--output_dir={text}"]) == {"output_dir": text}
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("3", 3), ("-1", -1), ("2e-5", 2e-5), (".5", 0.5), ("1_000", 1000), ("true", True), ("no", False), ("null", None),
+        ("~", None), ("", None), ("[a, 'b #2']", ["a", "b #2"]), ("{name: rmipo, beta: 2}", {"name": "rmipo", "beta": 2}),
+        ("'010'", "010"), ('"5"', "5"), ("[]", []),
+    ],
+)  # fmt: skip
+def test_numbers_and_blocks_of_the_command_line_are_read(text, value):
+    found = parse_overrides([f"--key={text}"])["key"]
+    assert (found, type(found)) == (value, type(value))
 
 
 def test_overlay_merges_or_replaces_the_objective_by_its_name(write, recipe):
