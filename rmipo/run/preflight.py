@@ -161,8 +161,15 @@ def _build_adapter(model_config: ModelConfig) -> None:
     for name in adapter.modules_to_save or []:
         if not any(module.endswith(name) for module in modules):
             raise ValueError(f"lora_modules_to_save: the model has no module {name}")
+    tied = {key.rpartition(".")[0] for pair in model.all_tied_weights_keys.items() for key in pair}
+    saved = [module for module in modules if module.endswith(tuple(adapter.modules_to_save or ()))]
     with init_empty_weights():
-        get_peft_model(model, adapter)
+        adapted = get_peft_model(model, adapter).base_model.targeted_module_names
+    if shared := sorted(tied & {*adapted, *saved}):
+        raise ValueError(
+            f"{', '.join(shared)}: the model's input and output embeddings are one (tie_word_embeddings), and an adapter of "
+            "one of them can't be merged. Leave them out, or untie them in a copy of the model"
+        )
 
 
 def _build_optimizer(args: TrainingArguments, model_config: ModelConfig) -> None:

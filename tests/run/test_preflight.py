@@ -17,7 +17,7 @@ from rmipo.recipe.load import ConfigError, load_recipe
 from rmipo.run import preflight
 from rmipo.run.preflight import SFT_METRICS, check_assistant_mask, check_parts, check_special_tokens
 from rmipo.training import loading
-from tests.helpers.families import LLAMA3_TEMPLATE, make_model, make_tokenizer
+from tests.helpers.families import LLAMA3_TEMPLATE, make_model, make_tokenizer, save
 from tests.helpers.paths import ROOT
 from tests.helpers.programs import run_here
 from tests.helpers.rows import assistant, user
@@ -161,6 +161,28 @@ def test_one_module_of_adapters_is_a_name_and_not_a_pattern(tmp_path):
     for modules in ("[q_proj]", "q_proj", "all-linear", '[".*q_proj"]'):
         (line,) = problems(output_dir=tmp_path, lora_target_modules=modules, **values)
         assert line.startswith("optim: ")
+
+
+@pytest.mark.parametrize(
+    "modules",
+    [
+        {"lora_target_modules": "[q_proj, lm_head]"},
+        {"lora_target_modules": "[embed_tokens]"},
+        {"lora_target_modules": ".*(lm_head|q_proj)"},
+        {"lora_target_modules": "all-linear", "lora_modules_to_save": "[lm_head]"},
+        {"lora_target_modules": "all-linear", "lora_modules_to_save": "[embed_tokens]"},
+    ],
+    ids=str,
+)
+def test_an_adapter_of_tied_embeddings_which_could_not_be_merged_is_refused(tmp_path, modules):
+    fine = {"use_peft": "true", "optim": "adamw_bnb_8bit"}
+    save("llama-3.2", tmp_path / "tied")
+    save("llama3", tmp_path / "untied")
+    lines = problems(output_dir=tmp_path, model_name_or_path=tmp_path / "tied", **modules, **fine)
+    (refusal,) = [line for line in lines if line.startswith("lora_target_modules: ")]
+    assert "lm_head" in refusal or "embed_tokens" in refusal
+    (line,) = problems(output_dir=tmp_path, model_name_or_path=tmp_path / "untied", **modules, **fine)
+    assert line.startswith("optim: ")
 
 
 def test_an_attention_whose_package_is_missing(tmp_path):
