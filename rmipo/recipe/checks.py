@@ -225,6 +225,15 @@ def _annotations(stage: str) -> dict[str, Any]:
     return types
 
 
+def takes_null(key: str) -> bool:
+    """Whether null is a value of this key; also of keys that there are not, which are refused as such."""
+    try:
+        coerce(None, (_annotations("sft") | _annotations("preference")).get(key, Any))
+    except ValueError:
+        return False
+    return True
+
+
 def _choices(stage: str) -> dict[str, list[str]]:
     choices = {f.name: f.metadata.get("choices") for cls in (ARGUMENTS[stage], ModelConfig) for f in fields(cls)}
     return {key: options for key, options in choices.items() if options}

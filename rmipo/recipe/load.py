@@ -16,7 +16,7 @@ from rmipo import cli
 from rmipo.errors import ConfigError
 from rmipo.objectives import build_objective
 from rmipo.recipe import foreign
-from rmipo.recipe.checks import check_types, check_values, stage_of, template_text
+from rmipo.recipe.checks import check_types, check_values, stage_of, takes_null, template_text
 from rmipo.recipe.files import merge, parse_overrides, read_layers
 from rmipo.recipe.schema import ARGUMENTS, LIGER, DataConfig, ModelConfig, PreferenceConfig
 from rmipo.record import recorded_run
@@ -162,7 +162,9 @@ def load_recipe(path: str | Path, overlays: Iterable[str | Path] = (), overrides
             problems += [f"{source}: {line}" for line in str(error).split("\n")]
             continue
         origin |= dict.fromkeys(layer, source)
-        values = merge(values, layer)
+        # `model_revision: null` takes back what a layer below says, where null is no value of the key.
+        unset = {key for key in layer.keys() & values.keys() if layer[key] is None and not takes_null(key)}
+        values = {key: value for key, value in merge(values, layer).items() if key not in unset}
     if notice := foreign.accumulation_notice(values):
         notices.append(notice)
     if "prefer_local" in values and isinstance(values["prefer_local"], str | None):

@@ -140,6 +140,6 @@ LIGER |= {"cross_entropy": False, "fused_linear_cross_entropy": False}
 ARGUMENTS = {"sft": SFTConfig, "preference": PreferenceConfig}
 RECIPE_ONLY = {
     "global_batch_size": int,
-    "prefer_local": str,
+    "prefer_local": str | None,
     "memory_check": bool,
 }  # used up here: no fields of SFTConfig

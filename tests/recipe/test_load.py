@@ -10,6 +10,7 @@ from rmipo.errors import ConfigError
 from rmipo.recipe.checks import template_text
 from rmipo.recipe.files import coerce, parse_overrides
 from rmipo.recipe.load import load_recipe
+from rmipo.recipe.schema import PreferenceConfig
 from tests.helpers.recipes import problems
 
 RECIPE = {
@@ -176,6 +177,17 @@ def test_another_model_voids_the_revision_of_the_first(write):
     values = load_recipe(recipe, overrides=["--model_name_or_path=other/model"]).values
     assert values["model_name_or_path"] == "other/model"
     assert values.keys().isdisjoint({"model_revision", "prefer_local"})
+
+
+def test_null_takes_back_what_a_lower_layer_says(write, recipe):
+    base = write("base/rmipo.yaml", RECIPE | {"model_revision": "abc", "learning_rate": 1.0})
+    assert load_recipe(base).parse()[2].model_revision == "abc"
+    overlay = write("overlay.yaml", {"model_revision": None, "learning_rate": None})
+    args, _, model_config = load_recipe(base, [overlay]).parse()
+    assert (model_config.model_revision, args.learning_rate) == ("main", PreferenceConfig.learning_rate)
+    assert load_recipe(base, overrides=["--model_revision=null"]).parse()[2].model_revision == "main"
+    assert "weight_decay is None" in problems(recipe, overrides=["--weight_decay=null"])  # there is none to take back
+    assert "global_batch_size is missing" in problems(recipe, overrides=["--global_batch_size=null"])
 
 
 def test_a_run_is_named_after_its_folder_unless_the_recipe_names_it(recipe):
