@@ -6,7 +6,7 @@ from trl import SFTConfig
 
 from rmipo.data.chat import ChatFormat, DataError, render, require_contents, tokenize
 from rmipo.data.convert import MESSAGES, code_digest, load_converted
-from rmipo.data.formats import DIALOGUES, unusable_dialogue
+from rmipo.data.formats import DIALOGUES, has_markers, unusable_dialogue
 from rmipo.data.report import DataReport, rows_by_reason
 from rmipo.fingerprints import json_fingerprint
 from rmipo.recipe.schema import DataConfig
@@ -64,6 +64,8 @@ def select_dialogues(
         report.loss_on = (
             f"whole dialogues, prompts included, as only {completions} of {len(dataset)} rows have a completion"
         )
+    rows = zip(dataset["row"], dataset["messages"], strict=True)
+    report.note_markers([row for row, messages in rows if has_markers(messages)])
     marked = "untrained" in dataset.column_names
     if marked:
         count = sum(bool(turns) for turns in dataset["untrained"])

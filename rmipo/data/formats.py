@@ -27,6 +27,11 @@ UNREAD_KEYS = (
 )  # fmt: skip
 # What this repository writes into its own rows for people to look at.
 OUR_COLUMNS = ("kind", "flipped", "prompt_id", "score_chosen", "score_rejected")
+# How other templates and formats write turns. In a text they are nothing but text.
+MARKERS = re.compile(
+    r"\A\s*(?:Human|User|Assistant):|\n\n(?:Human|Assistant):|<\|im_(?:start|end)\|>|<\|(?:start|end)_header_id\|>|"
+    r"<\|(?:system|user|assistant)\|>|\[/?INST\]|<(?:start|end)_of_turn>|\A\s*\[\s*\{\s*['\"](?:role|content)['\"]"
+)
 MESSAGES = """Messages are lists of {"role": "system" | "user" | "assistant", "content": text}. A column `system` is the text of
 a system message in front. Rename the columns of your data."""
 
@@ -194,6 +199,10 @@ def read_hh(turns: list[str], open_end: bool) -> Messages:
     if open_end and messages[-1] == {"role": "assistant", "content": ""}:
         messages.pop()
     return messages
+
+
+def has_markers(messages: Messages) -> bool:
+    return any(MARKERS.search(message["content"]) for message in messages)
 
 
 def is_dialogue(messages: Messages) -> bool:

@@ -6,7 +6,7 @@ from datasets import Dataset, Features, List, Value
 
 from rmipo.data.chat import ChatFormat, DataError, TokenPair
 from rmipo.data.convert import MESSAGES, code_digest, load_converted
-from rmipo.data.formats import PAIRS, SIDES, unusable_pair
+from rmipo.data.formats import PAIRS, SIDES, has_markers, unusable_pair
 from rmipo.data.report import DataReport, rows_by_reason
 from rmipo.recipe.schema import DataConfig
 
@@ -55,7 +55,7 @@ def tokenize_pairs(
             {"row": Value("int64")}
             | {f"{side}_ids": TOKEN_IDS for side in SIDES}
             | {f"{side}_cut": Value("bool") for side in SIDES}
-            | {"reason": Value("string")}
+            | {"reason": Value("string"), "marked": Value("bool")}
         ),
         num_proc=num_proc,
         desc="Tokenising pairs",
@@ -64,6 +64,7 @@ def tokenize_pairs(
     cut = {side: np.array(tokenized[f"{side}_cut"])[keep] for side in SIDES}
     lengths = {side: pc.list_value_length(tokenized.data[f"{side}_ids"]).to_numpy()[keep] for side in SIDES}
     report = DataReport(rows=len(tokenized), dropped=rows_by_reason(tokenized["reason"], tokenized["row"]))
+    report.note_markers(np.array(tokenized["row"])[np.array(tokenized["marked"])].tolist())
     report.check_dropped(max_dropped_fraction)
     report.measure(lengths, cut)
     report.check_cut(max_truncated_fraction, f"max_length ({max_length}) or max_prompt_length ({max_prompt_length})")
@@ -84,7 +85,8 @@ def tokenize_batch(batch: dict, chat_format: ChatFormat, max_length: int, max_pr
                 reason = str(error)
         reasons.append(reason)
     encoded = iter(chat_format.encode(rendered))
-    out: dict[str, list] = {"row": batch["row"], "reason": []}
+    turns = zip(*(batch[side] for side in SIDES), strict=True)
+    out: dict[str, list] = {"row": batch["row"], "marked": [any(map(has_markers, row)) for row in turns], "reason": []}
     out |= {f"{side}_{what}": [] for side in SIDES for what in ("ids", "cut")}
     for reason in reasons:
         ids = cut = ([], [], [])

@@ -51,6 +51,13 @@ class DataReport:
             for side, values in lengths.items()
         }
 
+    def note_markers(self, rows: Sequence[int]) -> None:
+        if rows:
+            self.notes.append(
+                f"{len(rows)} have markers of turns inside of a text (Human:, <|im_start|>, [INST], ...), which are trained "
+                f"as text: {name_rows(rows)}"
+            )
+
     @property
     def dropped_rows(self) -> int:
         return sum(len(rows) for rows in self.dropped.values())

@@ -179,6 +179,11 @@ def test_a_template_by_which_marked_turns_cannot_be_told_apart(tmp_path):
     assert list(report.dropped.values()) == [[0]]
 
 
+def test_markers_of_turns_inside_of_texts_are_told(tmp_path, chat):
+    _, report = select(load(tmp_path, [DIALOGUE, [user("Human: a"), assistant("b")]]), chat, tmp_path)
+    assert report.notes[0].startswith("1 have") and report.notes[0].endswith("row 1")
+
+
 def test_a_completion_needs_a_prompt(tmp_path, chat):
     rows = completions(tmp_path, {"prompt": [], "completion": "b"})
     assert select(rows, chat, tmp_path, {"max_dropped_fraction": 0.5}, max_length=WINDOW)[1].dropped == {

@@ -235,6 +235,22 @@ def test_columns_that_are_not_read_are_named(tmp_path, caplog):
     assert not caplog.text
 
 
+MARKED = (
+    "Human: hi", " Assistant: hi", "hi\n\nHuman: you", "<|im_start|>user\nhi", "<|user|>\nhi", "[INST] hi [/INST]",
+    "<start_of_turn>user", '[{"role": "user", "content": "hi"}]',
+)  # fmt: skip
+
+
+def test_markers_of_turns_inside_of_texts_are_told():
+    plain = ["The Human: a study", "Assistant", "[INSTALL]", "a list [1, 2]", "Ask the user: hi"]
+    rows = [pair(i, prompt=[user(text)]) for i, text in enumerate([*plain, *MARKED])]
+    _, report = tokenize([*rows, pair(40, chosen=[assistant(MARKED[0])])])
+    (note,) = report.notes
+    assert note.startswith(f"{len(MARKED) + 1} have") and f"rows {len(plain)}, " in note
+    _, report = tokenize(rows[: len(plain)])
+    assert not report.notes
+
+
 def test_keys_of_messages_that_are_not_read_are_named(tmp_path, caplog):
     turn = {**assistant("Right"), "weight": 0, "name": "Ada"}
     load(tmp_path, [pair(0), pair(1, chosen=[{**turn, "cached": None}])])
