@@ -16,8 +16,7 @@ from trl import DPOConfig, DPOTrainer
 from trl.experimental.cpo import CPOConfig, CPOTrainer
 
 from benchmarks import references
-from rmipo.objectives import build_objective
-from rmipo.recipe.schema import PreferenceConfig
+from rmipo.recipe.arguments import PreferenceConfig
 from rmipo.training.batching import MicroBatch
 from rmipo.training.trainer import PreferenceTrainer
 
@@ -111,7 +110,7 @@ def _arguments(cls: type[TrainingArguments], setup: Setup, **values) -> Training
 def our_trainer(model: LlamaForCausalLM, setup: Setup, objective: dict) -> PreferenceTrainer:
     args = _arguments(PreferenceConfig, setup, objective=objective, attention=setup.attention)
     dataset = Dataset.from_list([{"prompt_ids": [3], "chosen_ids": [4], "rejected_ids": [5], "row": 0}])
-    return PreferenceTrainer(model, args, build_objective(objective), dataset, prior_context=PRIOR_CONTEXT)
+    return PreferenceTrainer(model, args, dataset, prior_context=PRIOR_CONTEXT)
 
 
 def _ours(objective: dict) -> Callable[[LlamaForCausalLM, Setup], Step]:

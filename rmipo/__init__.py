@@ -12,8 +12,10 @@ _EXPORTS = {
     "OBJECTIVES": "rmipo.objectives",
     "build_objective": "rmipo.objectives",
     "PairScores": "rmipo.objectives",
-    "PreferenceConfig": "rmipo.recipe.schema",
+    "PreferenceConfig": "rmipo.recipe.arguments",
     "PreferenceTrainer": "rmipo.training.trainer",
+    "RMiPOConfig": "rmipo.recipe.arguments",
+    "RMiPOTrainer": "rmipo.training.trainer",
 }
 __all__ = list(_EXPORTS)
 

@@ -1,7 +1,6 @@
 """One run of a comparison: train, with the clock running, and measure."""
 
 import contextlib
-import copy
 import resource
 import tempfile
 import time
@@ -11,21 +10,18 @@ from typing import Any
 import psutil
 import torch
 from datasets import Dataset, disable_progress_bars
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
 from rmipo.compare.study import FLOOR, INITIAL, Run, Study
 from rmipo.data.chat import ChatFormat
-from rmipo.data.pairs import tokenize_pairs
-from rmipo.data.report import of_split
-from rmipo.objectives import PRIORS, Objective, build_objective
 from rmipo.recipe.load import Recipe
-from rmipo.recipe.schema import PreferenceConfig
 from rmipo.run.frame import TrainingRun, training_run
 from rmipo.tiny import judge
 from rmipo.training import attention
 from rmipo.training.finite import NonFiniteLossError
-from rmipo.training.loading import load_policy, load_tokenizer
+from rmipo.training.loading import load_tokenizer
+from rmipo.training.parts import TokenizedPairs, policy
 from rmipo.training.trainer import PreferenceTrainer
 
 CURVE_STEPS = 10  # optimizer steps between two points of a curve
@@ -87,23 +83,17 @@ def execute(study: Study, run: Run) -> dict[str, Any]:
         args, data_config, model_config = recipe.parse(world_size=1)
         with training_run(recipe, args, model_config, keep=False) as frame:
             tokenizer = load_tokenizer(model_config, data_config.chat_template)
-            model = load_policy(model_config, use_cache=False).to(args.device)
-            objective = build_objective(args.objective)
-            chat = ChatFormat.probe(tokenizer, header_in_response=objective.header_in_response)
+            model = policy(model_config).to(args.device)
+            held_out = TokenizedPairs({"test": study.task.held_out_pairs(recipe, run)}, tokenizer, args, model)
+            chat, test = held_out.chat, held_out.splits["test"]
             chat.set_end_of_turn(model.generation_config)
-            limits = {name: getattr(args, name) for name in ("max_length", "max_prompt_length")}
-            limits |= {name: getattr(data_config, name) for name in ("max_dropped_fraction", "max_truncated_fraction")}
-            with of_split("test"):
-                test, _ = tokenize_pairs(study.task.held_out_pairs(recipe, run), chat, **limits)
             result = {"curve": [], "seconds_per_step": None, "peak_memory_mib": None}
             if run.method != INITIAL:
                 train = study.task.train_pairs(recipe, run)
                 if run.method == FLOOR:
                     trainer = sft_trainer(recipe, model, tokenizer, chat, train)
                 else:
-                    with of_split("train"):
-                        tokenized, _ = tokenize_pairs(train, chat, **limits)
-                    trainer = preference_trainer(args, objective, model, chat, tokenized)
+                    trainer = PreferenceTrainer(model, args, train, processing_class=tokenizer)
                 try:
                     result |= train_and_time(frame, trainer, test.select(range(min(CURVE_PAIRS, len(test)))))
                 except NonFiniteLossError:
@@ -116,20 +106,6 @@ def execute(study: Study, run: Run) -> dict[str, Any]:
 def precision(args: TrainingArguments) -> contextlib.AbstractContextManager:
     """bfloat16 arithmetic where the recipe trains with it."""
     return torch.autocast(args.device.type, torch.bfloat16, enabled=args.bf16)
-
-
-def preference_trainer(
-    args: PreferenceConfig, objective: Objective, model: PreTrainedModel, chat: ChatFormat, train: Dataset
-) -> PreferenceTrainer:
-    return PreferenceTrainer(
-        model,
-        args,
-        objective,
-        train_dataset=train,
-        processing_class=chat.tokenizer,
-        prior_context=chat.prior_context(objective.prior_context) if objective.needs & PRIORS else None,
-        reference_model=copy.deepcopy(model) if "reference_logits" in objective.needs else None,
-    )
 
 
 def sft_trainer(recipe: Recipe, model, tokenizer, chat: ChatFormat, train: Dataset) -> SFTTrainer:

@@ -50,17 +50,23 @@ class PairScores:
 
     def logps(self, per_token: bool) -> tuple[Tensor, Tensor]:
         """(A(w), A(l)) if `per_token`, else (S(w), S(l))."""
-        return self._normalized(self.chosen_logps, self.rejected_logps, per_token)
+        if not per_token:
+            return self.chosen_logps, self.rejected_logps
+        return normalized(self.chosen_logps, self.rejected_logps, self.chosen_lengths, self.rejected_lengths)
 
     def logratios(self, per_token: bool) -> tuple[Tensor, Tensor]:
         """(r(w), r(l)) against the reference, per token or summed."""
-        chosen = self.chosen_logps - self.ref_chosen_logps
-        return self._normalized(chosen, self.rejected_logps - self.ref_rejected_logps, per_token)
-
-    def _normalized(self, chosen: Tensor, rejected: Tensor, per_token: bool) -> tuple[Tensor, Tensor]:
+        chosen, rejected = self.chosen_logps - self.ref_chosen_logps, self.rejected_logps - self.ref_rejected_logps
         if not per_token:
             return chosen, rejected
-        return chosen / self.chosen_lengths.clamp(min=1), rejected / self.rejected_lengths.clamp(min=1)
+        return normalized(chosen, rejected, self.chosen_lengths, self.rejected_lengths)
+
+
+def normalized(
+    chosen: Tensor, rejected: Tensor, chosen_lengths: Tensor, rejected_lengths: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Sums over response tokens, divided by their numbers; a length of 0 counts as 1."""
+    return chosen / chosen_lengths.clamp(min=1), rejected / rejected_lengths.clamp(min=1)
 
 
 @dataclass(frozen=True)
@@ -176,16 +182,27 @@ class Objective:
         return {f"{self.name}/{key}": columns[key].double().mean().item() for key in self.logged}
 
 
-def margin_loss(reward_difference: Tensor, gamma: Tensor | float = 0.0) -> Tensor:
-    """-log sigmoid(reward difference - gamma) (Eq. 8; without a margin Eq. 2)."""
-    return -logsigmoid(reward_difference - gamma)
+def margin_loss(reward_difference: Tensor, gamma: Tensor | float = 0.0, label_smoothing: float = 0.0) -> Tensor:
+    """-log sigmoid(reward difference - gamma) (Eq. 8; without a margin Eq. 2).
+
+    With `label_smoothing` s, (1 - s) times that plus s times the loss of the flipped pair, -log sigmoid(-(...)).
+    """
+    losses = -logsigmoid(reward_difference - gamma)
+    if label_smoothing:
+        losses = (1 - label_smoothing) * losses - label_smoothing * logsigmoid(gamma - reward_difference)
+    return losses
+
+
+def token_nll(chosen_logps: Tensor, chosen_lengths: Tensor) -> Tensor:
+    """-log pi(w), (pairs,), scaled so that its mean over pairs is the mean over all tokens of the batch."""
+    return -chosen_logps * len(chosen_logps) / chosen_lengths.sum().clamp(min=1)
 
 
 def sft_loss(scores: PairScores, normalization: str) -> Tensor:
-    """-log pi(w), (pairs,): summed over each response, or such that the mean over pairs is the mean over all tokens."""
+    """-log pi(w), (pairs,): summed over each response ("sequence"), or `token_nll` ("token")."""
     if normalization == "sequence":
         return -scores.chosen_logps
-    return -scores.chosen_logps * len(scores.chosen_logps) / scores.chosen_lengths.sum().clamp(min=1)
+    return token_nll(scores.chosen_logps, scores.chosen_lengths)
 
 
 def summarize_margin(name: str, columns: Mapping[str, Tensor], gamma_min: float, gamma_max: float) -> dict[str, float]:

@@ -22,7 +22,10 @@ from rmipo.objectives.base import (
 
 @dataclass(frozen=True)
 class SimPO(Objective):
-    """-log sigmoid(beta (A_w - A_l) - gamma). `length_normalization=False` rewards with beta * S."""
+    """-log sigmoid(beta (A_w - A_l) - gamma). `length_normalization=False` rewards with beta * S.
+
+    `label_smoothing` and `sft_weight` are those of its authors' code; see `rmipo_loss`.
+    """
 
     name = "simpo"
     hints: ClassVar[dict[str, str]] = {"gamma_beta_ratio": "use gamma, which is beta * gamma_beta_ratio"}
@@ -30,11 +33,19 @@ class SimPO(Objective):
     beta: float = number(2.0)
     gamma: float = number(1.0, open_low=False)
     length_normalization: bool = flag(True)
+    label_smoothing: float = number(0.0, high=0.5, open_low=False)
+    sft_weight: float = number(0.0, open_low=False)
+
+    @property
+    def micro_batch_matters(self) -> bool:
+        return self.sft_weight > 0  # its mean is over the tokens of a micro-batch
 
     def __call__(self, scores: PairScores, state: State | None = None) -> ObjectiveOutput:
         chosen, rejected = scores.logps(self.length_normalization)
         chosen_rewards, rejected_rewards = self.beta * chosen, self.beta * rejected
-        losses = margin_loss(chosen_rewards - rejected_rewards, self.gamma)
+        losses = margin_loss(chosen_rewards - rejected_rewards, self.gamma, self.label_smoothing)
+        if self.sft_weight:
+            losses = losses + self.sft_weight * sft_loss(scores, "token")
         return make_output(losses, chosen_rewards, rejected_rewards, self.gamma)
 
 

@@ -50,27 +50,62 @@ def scheduled_margin(signal: Tensor, gamma_min: float, gamma_max: float, schedul
     return gamma_min + (gamma_max - gamma_min) * kept
 
 
+def response_pmi(
+    logps: Tensor, prior_logps: Tensor, lengths: Tensor, pmi_normalization: str = "token", fidelity: str = "paper"
+) -> Tensor:
+    """PMI(y|x) of one side of the pairs, in the reading that `RMiPO` describes."""
+    if pmi_normalization == "sequence":
+        return pmi(logps, prior_logps)
+    # The released code scores log pi(y) without a context: the first token has no probability there.
+    return pmi(logps, prior_logps, lengths, lengths - 1 if fidelity == "release" else lengths)
+
+
 def rmipo_loss(
     chosen_logps: Tensor,
     rejected_logps: Tensor,
-    prior_chosen_logps: Tensor,
-    prior_rejected_logps: Tensor,
+    prior_chosen_logps: Tensor | None,
+    prior_rejected_logps: Tensor | None,
     chosen_lengths: Tensor,
     rejected_lengths: Tensor,
     beta: float = 2.0,
     gamma_min: float = 0.3,
     gamma_max: float = 1.6,
     schedule: str = "exponential",
+    *,
+    span: float = 2.0,
+    pmi_normalization: str = "token",
+    length_normalization: bool = True,
+    label_smoothing: float = 0.0,
+    sft_weight: float = 0.0,
+    fidelity: str = "paper",
+    signal: str = "pmi",
+    target: str = "gamma",
 ) -> tuple[Tensor, Tensor]:
     """Per-pair losses, whose mean is the loss of a batch, and the margins gamma.
 
-    `prior_*_logps` are log pi(y), the responses scored without their prompts. The margin carries no gradient (App. B).
+    `prior_*_logps` are log pi(y), the responses scored without their prompts; None where no margin reads them
+    (`schedule="constant"`, `signal="loglik"`). The margin carries no gradient (App. B). `label_smoothing` is the share
+    of pairs whose labels are taken to be flipped, `sft_weight` the weight of the chosen responses' negative
+    log-likelihood, a mean over the tokens of the batch; both as in SimPO's code. The last three are `RMiPO`'s ablations.
     """
-    chosen_pmi = pmi(chosen_logps, prior_chosen_logps, chosen_lengths)
-    rejected_pmi = pmi(rejected_logps, prior_rejected_logps, rejected_lengths)
-    gamma = scheduled_margin(delta_pmi(chosen_pmi, rejected_pmi).detach(), gamma_min, gamma_max, schedule)
-    reward_difference = beta * (chosen_logps / chosen_lengths) - beta * (rejected_logps / rejected_lengths)
-    return margin_loss(reward_difference, gamma), gamma
+    chosen, rejected = base.normalized(chosen_logps, rejected_logps, chosen_lengths, rejected_lengths)
+    if prior_chosen_logps is None or signal == "loglik":
+        modulator = chosen - rejected  # Eq. 6; the constant schedule reads its shape alone
+    else:
+        chosen_pmi = response_pmi(chosen_logps, prior_chosen_logps, chosen_lengths, pmi_normalization, fidelity)
+        rejected_pmi = response_pmi(rejected_logps, prior_rejected_logps, rejected_lengths, pmi_normalization, fidelity)
+        modulator = delta_pmi(chosen_pmi, rejected_pmi)
+    gamma = scheduled_margin(modulator.detach(), gamma_min, gamma_max, schedule, span)
+    if not length_normalization:
+        chosen, rejected = chosen_logps, rejected_logps
+    reward_difference = beta * chosen - beta * rejected
+    if target == "beta":  # Table 3 without GM: the same modulation, relative to the middle of the bounds
+        middle = torch.full_like(gamma, (gamma_min + gamma_max) / 2)
+        reward_difference, gamma = reward_difference * gamma / middle, middle
+    losses = margin_loss(reward_difference, gamma * beta if fidelity == "release" else gamma, label_smoothing)  # Eq. 8
+    if sft_weight:
+        losses = losses + sft_weight * base.token_nll(chosen_logps, chosen_lengths)
+    return losses, gamma
 
 
 @dataclass(frozen=True)
@@ -81,6 +116,7 @@ class RMiPO(base.Objective):
     multiplies the margin too, the assistant header belongs to the response, and log pi(y) has no BOS, so that a
     response's first token is not scored and its mean is over |y| - 1 tokens. Table 3: `signal="loglik"` puts A_w - A_l
     in the place of delta_pmi (Eq. 6), `target="beta"` modulates beta. `length_normalization=False`: beta times the sums.
+    `label_smoothing` and `sft_weight` are SimPO's.
     """
 
     name = "rmipo"
@@ -98,6 +134,8 @@ class RMiPO(base.Objective):
     fidelity: str = choice("paper", "release")
     signal: str = choice("pmi", "loglik")
     target: str = choice("gamma", "beta")
+    label_smoothing: float = number(0.0, high=0.5, open_low=False)
+    sft_weight: float = number(0.0, open_low=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -124,26 +162,29 @@ class RMiPO(base.Objective):
     def header_in_response(self) -> bool:
         return self.fidelity == "release"
 
+    @property
+    def micro_batch_matters(self) -> bool:
+        return self.sft_weight > 0  # its mean is over the tokens of a micro-batch
+
     def __call__(self, scores: PairScores, state: base.State | None = None) -> base.ObjectiveOutput:
-        chosen_rewards, rejected_rewards = (self.beta * logps for logps in scores.logps(self.length_normalization))
-        reward_difference = chosen_rewards - rejected_rewards  # of Eq. 8
+        priors = (scores.prior_chosen_logps, scores.prior_rejected_logps) if self.needs else (None, None)
+        scored_by = ("prior_context", "prior_model")  # they decide what log pi(y) is, not what becomes of it
+        losses, gamma = rmipo_loss(
+            scores.chosen_logps,
+            scores.rejected_logps,
+            *priors,
+            scores.chosen_lengths,
+            scores.rejected_lengths,
+            **{name: value for name, value in vars(self).items() if name not in scored_by},
+        )
+        chosen, rejected = scores.logps(self.length_normalization)
         diagnostics = self._pmi(scores) if self.needs else {}
-        signal = diagnostics.get("delta_pmi", torch.sub(*scores.logps(per_token=True)))
-        gamma = scheduled_margin(signal.detach(), self.gamma_min, self.gamma_max, self.schedule, self.span)
-        if self.target == "beta":  # Table 3 without GM: the same modulation, relative to the middle of the bounds
-            middle = torch.full_like(gamma, (self.gamma_min + self.gamma_max) / 2)
-            reward_difference, gamma = reward_difference * gamma / middle, middle
-        losses = margin_loss(reward_difference, gamma * self.beta if self.fidelity == "release" else gamma)
-        return base.make_output(losses, chosen_rewards, rejected_rewards, gamma, **diagnostics)
+        return base.make_output(losses, self.beta * chosen, self.beta * rejected, gamma, **diagnostics)
 
     def _pmi(self, scores: PairScores) -> dict[str, Tensor]:
-        def side(logps: Tensor, prior_logps: Tensor, lengths: Tensor) -> Tensor:
-            prior_lengths = lengths - 1 if self.fidelity == "release" else lengths
-            by_token = (lengths, prior_lengths) if self.pmi_normalization == "token" else ()
-            return pmi(logps, prior_logps, *by_token)
-
-        chosen = side(scores.chosen_logps, scores.prior_chosen_logps, scores.chosen_lengths)
-        rejected = side(scores.rejected_logps, scores.prior_rejected_logps, scores.rejected_lengths)
+        reading = self.pmi_normalization, self.fidelity
+        chosen = response_pmi(scores.chosen_logps, scores.prior_chosen_logps, scores.chosen_lengths, *reading)
+        rejected = response_pmi(scores.rejected_logps, scores.prior_rejected_logps, scores.rejected_lengths, *reading)
         return {"pmi_chosen": chosen, "pmi_rejected": rejected, "delta_pmi": delta_pmi(chosen, rejected)}
 
     def summarize(self, columns: Mapping[str, Tensor]) -> dict[str, float]:

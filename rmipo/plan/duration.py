@@ -8,7 +8,7 @@ from rmipo.plan import lengths
 from rmipo.plan.lengths import TYPICAL_DIALOGUE, TYPICAL_PROMPT, TYPICAL_RESPONSE
 from rmipo.plan.memory import GIB, Hardware, Run, Shape, Sharding, checkpoint_bytes
 from rmipo.recipe.load import Recipe
-from rmipo.recipe.schema import PreferenceConfig
+from rmipo.recipe.schema import PreferenceRunConfig
 
 A100_TFLOPS = 312.0  # bfloat16 without sparsity; the A800 likewise
 UTILIZATION = (0.35, 0.5)  # of that peak, by all matrix products, those that are computed again included
@@ -76,9 +76,11 @@ def hours(
     phases = {name: (work / rate / UTILIZATION[1], work / rate / UTILIZATION[0]) for name, work in flops.items()}
     if sharding.divides_weights and hardware.gpus > 1 and run.stage == "preference":
         # Every new token is a forward, and every forward gathers all weights.
-        samples = values.get("generation_samples", PreferenceConfig.generation_samples)
+        samples = values.get("generation_samples", PreferenceRunConfig.generation_samples)
         tokens = (
-            samples * values.get("generation_max_new_tokens", PreferenceConfig.generation_max_new_tokens) * evaluations
+            samples
+            * values.get("generation_max_new_tokens", PreferenceRunConfig.generation_max_new_tokens)
+            * evaluations
         )
         link = GATHER_GIB["one node" if hardware.nodes == 1 else "several nodes"] * GIB
         phases["sample generations"] = (tokens * 2 * shape.parameters / link / 3600,) * 2

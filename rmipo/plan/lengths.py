@@ -10,7 +10,7 @@ from transformers import TrainingArguments
 from rmipo.data.sources import load_sources, mix, mixture_entries
 from rmipo.plan.memory import Run
 from rmipo.recipe.load import Recipe
-from rmipo.recipe.schema import DataConfig
+from rmipo.recipe.schema import ARGUMENTS, DataConfig
 
 TYPICAL_PROMPT, TYPICAL_RESPONSE = 220, 320  # tokens, UltraFeedback-like; set the expected hours, never the fit
 TYPICAL_DIALOGUE = 1_100  # tokens, UltraChat-like
@@ -47,9 +47,12 @@ def steps(values: Mapping, run: Run, examples: int) -> int:
     if values.get("max_steps", -1) > 0:
         return values["max_steps"]
     rows = math.ceil(examples * TYPICAL_DIALOGUE / run.max_length) if run.packing else examples
-    return math.ceil(
-        math.ceil(rows / run.global_batch) * values.get("num_train_epochs", TrainingArguments.num_train_epochs)
-    )
+    return math.ceil(math.ceil(rows / run.global_batch) * epochs(values))
+
+
+def epochs(values: Mapping) -> float:
+    arguments = ARGUMENTS["preference" if "objective" in values else "sft"]
+    return values.get("num_train_epochs", arguments.num_train_epochs)
 
 
 def examples_seen(values: Mapping, run: Run, examples: int) -> float:
@@ -57,7 +60,7 @@ def examples_seen(values: Mapping, run: Run, examples: int) -> float:
     if values.get("max_steps", -1) > 0:
         per_row = run.max_length / TYPICAL_DIALOGUE if run.packing else 1
         return values["max_steps"] * run.global_batch * per_row
-    return examples * values.get("num_train_epochs", TrainingArguments.num_train_epochs)
+    return examples * epochs(values)
 
 
 def occasions(values: Mapping, what: str, steps: int | None) -> int | None:
@@ -67,7 +70,7 @@ def occasions(values: Mapping, what: str, steps: int | None) -> int | None:
     if strategy == "no":
         return 0
     if strategy == "epoch":
-        return math.ceil(values.get("num_train_epochs", TrainingArguments.num_train_epochs))
+        return math.ceil(epochs(values))
     if strategy == "steps" and every < 1:
         return math.ceil(1 / every)
     return math.ceil(steps / every) if strategy == "steps" and steps else None

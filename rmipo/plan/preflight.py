@@ -36,7 +36,7 @@ from rmipo.plan.memory import (
 )
 from rmipo.plan.shapes import load_config
 from rmipo.recipe.load import Recipe
-from rmipo.recipe.schema import PreferenceConfig
+from rmipo.recipe.schema import PreferenceRunConfig
 
 CACHED_FILE = {"model": "config.json", "dataset": "README.md"}
 # What an objective needs of the initial policy -> how `Run` calls it.
@@ -59,10 +59,10 @@ def run_of(recipe: Recipe) -> Run:
     flex = values.get("attention", "auto") in ("auto", "flex") and not values.get("use_cpu", False)
     return Run(
         stage=recipe.stage,
-        micro_batch=values.get("per_device_train_batch_size", PreferenceConfig.per_device_train_batch_size),
-        evaluation_batch=values.get("per_device_eval_batch_size", PreferenceConfig.per_device_eval_batch_size),
+        micro_batch=values.get("per_device_train_batch_size", PreferenceRunConfig.per_device_train_batch_size),
+        evaluation_batch=values.get("per_device_eval_batch_size", PreferenceRunConfig.per_device_eval_batch_size),
         global_batch=recipe.batch(world_size=1)[0],
-        max_length=values.get("max_length", PreferenceConfig.max_length),
+        max_length=values.get("max_length", PreferenceRunConfig.max_length),
         max_tokens=values.get("max_tokens_per_micro_batch"),
         checkpoint_every=kwargs.get("every_n_layers", 1) if values.get("activation_checkpointing") else 0,
         packing=values.get("packing", False),

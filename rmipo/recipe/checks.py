@@ -13,7 +13,7 @@ from typing import Any
 from rmipo.errors import ConfigError
 from rmipo.objectives import OBJECTIVES, build_objective
 from rmipo.recipe.files import coerce
-from rmipo.recipe.schema import ARGUMENTS, RECIPE_ONLY, DataConfig, ModelConfig, PreferenceConfig, SFTConfig
+from rmipo.recipe.schema import ARGUMENTS, RECIPE_ONLY, DataConfig, ModelConfig, PreferenceRunConfig, SFTConfig
 
 REFUSED = {
     "hub_token": "log in with `.venv/bin/hf auth login` or set HF_TOKEN: recipes are saved beside models and sent to trackers",
@@ -85,7 +85,8 @@ SHARES = ("max_dropped_fraction", "max_truncated_fraction", "warn_repetition", "
 
 def stage_of(values: Mapping[str, Any]) -> str:
     """ "preference" if a key is only found in such recipes, else "sft"."""
-    only = {f.name for f in fields(PreferenceConfig)} - {f.name for f in fields(SFTConfig)} - RECIPE_ONLY.keys()
+    both = {f.name for cls in (SFTConfig, DataConfig) for f in fields(cls)} | RECIPE_ONLY.keys()
+    only = {f.name for f in fields(PreferenceRunConfig)} - both
     return "preference" if values.keys() & only else "sft"
 
 
@@ -182,8 +183,8 @@ def check_values(given: Mapping[str, Any], values: Mapping[str, Any], stage: str
             if values.get(key)
         ]
     if stage == "preference":
-        length = values.get("max_length", PreferenceConfig.max_length)
-        prompt_length = values.get("max_prompt_length", PreferenceConfig.max_prompt_length)
+        length = values.get("max_length", PreferenceRunConfig.max_length)
+        prompt_length = values.get("max_prompt_length", PreferenceRunConfig.max_prompt_length)
         if prompt_length >= length:
             problems.append(f"max_prompt_length is {prompt_length}: expected less than max_length ({length})")
         try:

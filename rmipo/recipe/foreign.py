@@ -14,7 +14,7 @@ from trl import DPOConfig
 
 from rmipo.objectives import OBJECTIVES
 from rmipo.recipe.checks import FIXED, FIXED_IN_PREFERENCE
-from rmipo.recipe.schema import DataConfig, ModelConfig, PreferenceConfig
+from rmipo.recipe.schema import DataConfig, ModelConfig, PreferenceRunConfig
 
 Values = dict[str, Any]
 
@@ -221,12 +221,12 @@ def translate_objective(values: Values, file: str) -> tuple[Values, list[str]]:
     return {**values, "objective": objective}, notices
 
 
-KNOWN = {f.name for cls in (PreferenceConfig, DataConfig, ModelConfig) for f in fields(cls)}
+KNOWN = {f.name for cls in (PreferenceRunConfig, DataConfig, ModelConfig) for f in fields(cls)}
 
 
 def trl_defaults(values: Mapping[str, Any]) -> Values:
     """The defaults of TRL's DPOConfig that differ from those here; prompts are not cut apart from responses."""
-    ours = {f.name: f.default for f in fields(PreferenceConfig)}
+    ours = {f.name: f.default for f in fields(PreferenceRunConfig)}
     theirs = {f.name: f.default for f in fields(DPOConfig)} | {"bf16": not values.get("fp16", False)}
     differing = {key: value for key, value in theirs.items() if key in ours and value != ours[key]}
     length = values.get("max_length", differing["max_length"])

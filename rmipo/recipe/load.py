@@ -18,10 +18,10 @@ from rmipo.objectives import build_objective
 from rmipo.recipe import foreign
 from rmipo.recipe.checks import check_types, check_values, stage_of, takes_null, template_text
 from rmipo.recipe.files import merge, parse_overrides, read_layers
-from rmipo.recipe.schema import ARGUMENTS, LIGER, DataConfig, ModelConfig, PreferenceConfig
+from rmipo.recipe.schema import ARGUMENTS, LIGER, DataConfig, ModelConfig
 from rmipo.record import recorded_run
 
-__all__ = ["ConfigError", "DataConfig", "PreferenceConfig", "Recipe", "load_recipe", "parse_command_line"]
+__all__ = ["ConfigError", "DataConfig", "Recipe", "load_recipe", "parse_command_line"]
 
 COMMAND_LINE = "command line"
 
@@ -93,7 +93,7 @@ class Recipe:
         return self
 
     def parse(self, world_size: int | None = None) -> tuple[TrainingArguments, DataConfig, ModelConfig]:
-        """The dataclasses of a real run: `PreferenceConfig` or TRL's `SFTConfig`, then data and model.
+        """The dataclasses of a real run: `PreferenceRunConfig` or TRL's `SFTConfig`, then data and model.
 
         `world_size` defaults to the launcher's WORLD_SIZE. `chat_template` comes back as text.
 
@@ -113,7 +113,9 @@ class Recipe:
         if not Path(model).is_dir() and (model.count("/") > 1 or model.startswith((".", "/"))):
             raise ConfigError(f"{self.path}: model_name_or_path is {model}: no such folder. Has its stage been run?")
         values = {"run_name": self.name, **self.resolved()}
-        values |= {"global_batch_size": global_batch_size, "gradient_accumulation_steps": accumulation}
+        values["gradient_accumulation_steps"] = accumulation
+        if self.stage == "preference":  # whose trainer accumulates by itself
+            values |= {"global_batch_size": global_batch_size, "gradient_accumulation_steps": 1}
         values["use_cache"] = True  # in the saved configuration, for generation; training forwards say False themselves
         if values.get("use_liger_kernel"):
             values["liger_kernel_config"] = LIGER | (values.get("liger_kernel_config") or {})

@@ -3,44 +3,29 @@
 import typing
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
 import trl
-from transformers import TrainingArguments
 from trl import SFTConfig
 
 from rmipo.errors import ConfigError
+from rmipo.recipe.arguments import PairConfig, PreferenceConfig, option
 from rmipo.recipe.files import coerce
 
-__all__ = ["ARGUMENTS", "LIGER", "RECIPE_ONLY", "DataConfig", "ModelConfig", "PreferenceConfig", "SFTConfig"]
-
-
-def _option(default: Any, help: str, **metadata: Any) -> Any:
-    return field(default=default, metadata={"help": help, **metadata})
+__all__ = ["ARGUMENTS", "LIGER", "RECIPE_ONLY", "DataConfig", "ModelConfig", "PreferenceRunConfig", "SFTConfig"]
 
 
 @dataclass
-class PreferenceConfig(TrainingArguments):
-    """`transformers.TrainingArguments` and what preference training adds."""
+class PreferenceRunConfig(PreferenceConfig):
+    """What a recipe's run adds to the trainer's arguments."""
 
-    objective: dict = field(default_factory=dict, metadata={"help": "The block of `rmipo.objectives.build_objective`."})
-    global_batch_size: int = _option(128, "Pairs per optimizer step, over all processes. Accumulation follows from it.")
-    max_length: int = _option(2048, "Tokens of prompt and response; the response is cut to what fits.")
-    max_prompt_length: int = _option(1800, "Tokens kept from the prompt's end where prompt and response do not fit.")
-    attention: str = _option(
-        "auto",
-        "Kernel for packed pairs; auto: the fastest on the device.",
-        choices=["auto", "segment", "dense", "flex"],
-    )
-    max_tokens_per_micro_batch: int | None = _option(None, "Micro-batches of longer pairs are split.")
-    generation_samples: int = _option(4, "Held-out prompts that are answered and saved at each evaluation.")
-    generation_max_new_tokens: int = _option(128, "Tokens of each such answer.")
-    reference_cache_dir: str = _option(
+    reference_cache_dir: str = option(
         "outputs/reference_cache", "Where the reference's log-probs are kept between runs."
     )
-    warn_chosen_logp_drop: float = _option(1.0, "Nats per token that chosen responses may lose before a warning.")
-    warn_repetition: float = _option(0.5, "Share of repeated n-grams in the sample generations before a warning.")
-    warn_grad_norm_ratio: float = _option(10.0, "Gradient norm over its running median before a warning.")
+    generation_samples: int = option(4, "Held-out prompts that are answered and saved at each evaluation.")
+    generation_max_new_tokens: int = option(128, "Tokens of each such answer.")
+    warn_chosen_logp_drop: float = option(1.0, "Nats per token that chosen responses may lose before a warning.")
+    warn_repetition: float = option(0.5, "Share of repeated n-grams in the sample generations before a warning.")
+    warn_grad_norm_ratio: float = option(10.0, "Gradient norm over its running median before a warning.")
 
 
 @dataclass
@@ -48,15 +33,15 @@ class Source:
     """An entry of the mixture `datasets`: TRL's keys, `revision`, `test_split`, and the handbook's `weight`."""
 
     path: str
-    name: str | None = _option(None, "Configuration of a dataset on the hub.")
+    name: str | None = option(None, "Configuration of a dataset on the hub.")
     data_dir: str | None = None
     data_files: str | list | dict | None = None
     revision: str | None = None
-    split: str | None = _option(None, "dataset_train_split if null.")
-    test_split: str | None = _option(None, "dataset_test_split if null.")
+    split: str | None = option(None, "dataset_train_split if null.")
+    test_split: str | None = option(None, "dataset_test_split if null.")
     columns: list[str] | None = None  # all others are left out
-    fraction: float | None = _option(None, "Share of the mixture.")
-    weight: float | None = _option(None, "Share of this dataset's rows that is taken.")
+    fraction: float | None = option(None, "Share of the mixture.")
+    weight: float | None = option(None, "Share of this dataset's rows that is taken.")
 
 
 @dataclass
@@ -67,20 +52,20 @@ class DataConfig:
         ConfigError: when made, with a line for each thing that is wrong in it.
     """
 
-    dataset_name: str | None = _option(None, "Hub id, local folder, or JSONL file (plain or gzip).")
+    dataset_name: str | None = option(None, "Hub id, local folder, or JSONL file (plain or gzip).")
     dataset_config: str | None = None
     dataset_train_split: str = "train"
     dataset_test_split: str = "test"
-    dataset_revision: str | None = _option(None, "Commit, tag or branch of `dataset_name` on the hub.")
+    dataset_revision: str | None = option(None, "Commit, tag or branch of `dataset_name` on the hub.")
     datasets: list[dict] = field(default_factory=list, metadata={"help": "Entries with the keys of `Source`."})
-    test_split_size: int | float | None = _option(None, "Rows (or share, below 1) set aside if there is no test split.")
-    mixture_seed: int = _option(0, "Seed of that division, and of the draw from weighted datasets.")
+    test_split_size: int | float | None = option(None, "Rows (or share, below 1) set aside if there is no test split.")
+    mixture_seed: int = option(0, "Seed of that division, and of the draw from weighted datasets.")
     dataset_num_proc: int | None = None
-    max_train_samples: int | None = _option(None, "Keep only the first rows of the training split.")
+    max_train_samples: int | None = option(None, "Keep only the first rows of the training split.")
     max_eval_samples: int | None = None
-    max_dropped_fraction: float = _option(0.02, "Share of unusable rows above which a run stops.")
-    max_truncated_fraction: float = _option(1.0, "Share of cut rows above which a run stops.")
-    chat_template: str | None = _option(None, "Template text, or path of a .jinja file; the tokenizer's own if null.")
+    max_dropped_fraction: float = PairConfig.max_dropped_fraction
+    max_truncated_fraction: float = PairConfig.max_truncated_fraction
+    chat_template: str | None = option(None, "Template text, or path of a .jinja file; the tokenizer's own if null.")
 
     def __post_init__(self) -> None:
         if problems := [*self._number_problems(), *self._mixture_problems()]:
@@ -124,7 +109,7 @@ class DataConfig:
 class ModelConfig(trl.ModelConfig):
     """`trl.ModelConfig` and what may be loaded."""
 
-    allow_pickled_weights: bool = _option(False, "Also load weights that are no safetensors: pickles can run code.")
+    allow_pickled_weights: bool = option(False, "Also load weights that are no safetensors: pickles can run code.")
 
     def __post_init__(self) -> None:
         super().__post_init__()  # makes a text of a list of one: a pattern, which the name of a module doesn't match
@@ -137,7 +122,7 @@ class ModelConfig(trl.ModelConfig):
 LIGER = {"rope": True, "rms_norm": True, "swiglu": True, "geglu": True}
 LIGER |= {"cross_entropy": False, "fused_linear_cross_entropy": False}
 
-ARGUMENTS = {"sft": SFTConfig, "preference": PreferenceConfig}
+ARGUMENTS = {"sft": SFTConfig, "preference": PreferenceRunConfig}
 RECIPE_ONLY = {
     "global_batch_size": int,
     "prefer_local": str | None,

@@ -6,7 +6,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -18,7 +18,6 @@ from rmipo.files import TEMPORARY, write_atomically
 from rmipo.record import recorded_run
 from rmipo.run.identity import differences
 from rmipo.run.lock import LOCK_FILE
-from rmipo.training.state import save_objective_state
 
 MARKER = "complete.json"
 FULL_BYTES = 2**20  # less is a full disk: a failed write may have left some blocks free
@@ -29,19 +28,17 @@ class FullDiskError(UserError, RuntimeError):
 
 
 class Checkpoints(TrainerCallback):
-    """Completes each checkpoint: the objective's state, and when all processes have written, the marker.
+    """Completes each checkpoint with a marker, when all processes have written.
 
     Only then are older ones deleted, down to `save_total_limit` complete ones: the Trainer would delete the last complete
     one before the new one has its marker.
 
     Args:
         identity: what a checkpoint must agree with to be resumed from; see `differences`.
-        objective_state: returns the state to save; None where there is no objective (SFT).
     """
 
-    def __init__(self, identity: dict, objective_state: Callable[[], dict[str, torch.Tensor]] | None = None):
+    def __init__(self, identity: dict):
         self.identity = identity
-        self.objective_state = objective_state
         self.limit: int | None = None
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -57,8 +54,6 @@ class Checkpoints(TrainerCallback):
         if not state.is_world_process_zero:
             return
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        if self.objective_state is not None:
-            save_objective_state(folder, self.objective_state())
         write_atomically(folder / MARKER, json.dumps({"step": state.global_step, **self.identity}))
         if self.limit is not None and self.limit > 0:  # below 1 the Trainer keeps all, too
             rotate(Path(args.output_dir), self.limit, keep=state.best_model_checkpoint)

@@ -3,17 +3,16 @@
 import contextlib
 import datetime
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import torch
 from accelerate import PartialState
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments, set_seed
 from trl import ModelConfig
 
 from rmipo.data.chat import freeze_date
 from rmipo.fingerprints import has_weights, model_fingerprint
-from rmipo.plan.preflight import check_run, sharding_of
+from rmipo.plan.preflight import check_run
 from rmipo.recipe.load import Recipe
 from rmipo.record import RunRecord, recorded_run
 from rmipo.run import export
@@ -50,9 +49,6 @@ def training_run(
             import deepspeed  # seconds, and only sharded runs need it
 
             deepspeed.init_distributed()  # transformers leaves that out on CPUs, and models are sharded as they load
-        if sharding_of(args).kind == "fsdp2":
-            # Else every process keeps its whole, undivided gradient until the last micro-batch of a step.
-            args.accelerator_config.gradient_accumulation_kwargs = {"sync_each_batch": True}
         if keep:
             check_run(recipe, args)
             check_parts(recipe, args, model_config)
@@ -124,18 +120,16 @@ class TrainingRun:
         self,
         trainer: Trainer,
         callbacks: Sequence[TrainerCallback] = (),
-        objective_state: Callable[[], dict[str, torch.Tensor]] | None = None,
     ) -> None:
         """Train to the end, or to the checkpoint that a signal asks for: then the program ends with EXIT_STOPPED.
 
         Args:
             callbacks: in any order; see `callbacks.ORDER`.
-            objective_state: see `Checkpoints`.
         """
         kept = []
         if self.record is not None:
             identity = {key: self.record.content[key] for key in ("recipe", "fingerprints", "world_size")}
-            kept = [self.stop, LineAtCheckpoint(), MetricsFile(), Checkpoints(identity, objective_state)]
+            kept = [self.stop, LineAtCheckpoint(), MetricsFile(), Checkpoints(identity)]
         trainer.args.logging_nan_inf_filter = False  # it would log an average in place of a NaN
         set_callbacks(trainer, [FiniteWatchdog(), self.silence, *callbacks, *kept])
         with explained_full_disk(self.folder):

@@ -24,7 +24,7 @@ from trl.chat_template_utils import get_training_chat_template, has_generation_m
 from rmipo.objectives import build_objective
 from rmipo.plan.shapes import empty_model, load_config
 from rmipo.recipe.load import ConfigError, Recipe
-from rmipo.recipe.schema import PreferenceConfig
+from rmipo.recipe.schema import PreferenceRunConfig
 from rmipo.run.export import HUB_ERRORS, make_repository
 from rmipo.training.attention import resolve_kind
 from rmipo.training.distributed import on_main_process
@@ -101,14 +101,14 @@ def _check_folder(folder: str) -> None:
         raise OSError(f"no permission to write in {existing}")
 
 
-def _check_attention(args: PreferenceConfig) -> None:
+def _check_attention(args: PreferenceRunConfig) -> None:
     if args.attention == "flex" and args.device.type == "cpu":
         raise ValueError("flex_attention has no backward on the CPU: expected auto, segment or dense")
 
 
 def _check_compilation(args: TrainingArguments) -> None:
     TorchDynamoPlugin(backend=args.torch_compile_backend)
-    if not args.torch_compile or not isinstance(args, PreferenceConfig):
+    if not args.torch_compile or not isinstance(args, PreferenceRunConfig):
         return
     # The kernel takes where each response starts and ends as numbers, which torch makes part of what it compiles.
     if resolve_kind(args.attention, args.device) == "segment":
@@ -204,7 +204,7 @@ def _check_best_metric(args: TrainingArguments, model_config: ModelConfig) -> No
     """The Trainer would find a metric that isn't logged at the first evaluation."""
     if args.metric_for_best_model is None:
         return
-    if isinstance(args, PreferenceConfig):
+    if isinstance(args, PreferenceRunConfig):
         known = evaluation_metrics(build_objective(args.objective))
     else:
         config = load_config(model_config.model_name_or_path, model_config.model_revision).get_text_config()

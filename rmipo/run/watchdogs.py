@@ -18,7 +18,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from rmipo.errors import UserError
-from rmipo.recipe.schema import PreferenceConfig
+from rmipo.recipe.schema import PreferenceRunConfig
 from rmipo.record import read_generations, read_metrics
 
 HISTORY = 50  # log lines whose median a gradient norm is compared with
@@ -66,7 +66,7 @@ class Alarm:
 class GenerationWatchdog(TrainerCallback):
     """Repetition in the sample generations of each evaluation; comes after the callback that writes them."""
 
-    def __init__(self, args: PreferenceConfig, tokenizer: PreTrainedTokenizerBase):
+    def __init__(self, args: PreferenceRunConfig, tokenizer: PreTrainedTokenizerBase):
         self.tokenizer = tokenizer
         self.alarm = Alarm("repetition", args.warn_repetition)
         self.repetition: float | None = None  # at the last evaluation
@@ -93,7 +93,7 @@ class StepWatchdog(TrainerCallback):
     What it remembers is in the metrics file, so a resumed run goes on as an undisturbed one.
     """
 
-    def __init__(self, args: PreferenceConfig, generations: GenerationWatchdog):
+    def __init__(self, args: PreferenceRunConfig, generations: GenerationWatchdog):
         self.generations = generations
         self.drop_alarm = Alarm("chosen_logp_drop", args.warn_chosen_logp_drop)
         self.norm_alarm = Alarm("grad_norm_ratio", args.warn_grad_norm_ratio)

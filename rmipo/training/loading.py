@@ -15,7 +15,6 @@ from transformers import (
 )
 from transformers.utils import cached_file
 from trl import get_quantization_config
-from trl.trainer.utils import disable_dropout_in_model
 
 from rmipo.errors import UserError
 from rmipo.recipe.schema import ModelConfig
@@ -88,8 +87,7 @@ def check_limits(
 ) -> None:
     """Raises LoadingError where the model has no embedding for one of the tokens, or no position for one of `length`.
 
-    `of`: what has that length. Without this, tokens end in an IndexError, and positions in one or, on rotary embeddings,
-    in silence. An adapter is refused, too: it is no model.
+    `of`: what has that length. An adapter is refused, too: it is no model.
     """
     name = model_config.model_name_or_path
     if (Path(name) / "adapter_config.json").is_file():
@@ -101,6 +99,16 @@ def check_limits(
         config = AutoConfig.from_pretrained(name, revision=model_config.model_revision, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise LoadingError(_explained(name, "configuration", error)) from error
+    check_config(tokenizer, config, length, name, of)
+
+
+def check_config(
+    tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig, length: int | None, name: str, of: str = "max_length"
+) -> None:
+    """`check_limits` of a model's configuration.
+
+    Without this, tokens end in an IndexError, and positions in one or, on rotary embeddings, in silence.
+    """
     config = config.get_text_config()
     problems = []
     beyond = [token for token, number in tokenizer.get_vocab().items() if number >= config.vocab_size]
@@ -142,17 +150,6 @@ def load_model(model_config: ModelConfig, **options) -> PreTrainedModel:
     except (OSError, ValueError) as error:
         raise LoadingError(_explained(name, "model", error)) from error
     _repair_generation_config(model, name)
-    model.config._commit_hash = model_config.model_revision  # what `reference.model_key` names the weights by
-    return model
-
-
-def load_policy(model_config: ModelConfig, **options) -> PreTrainedModel:
-    """The model to train on pairs: as `load_model` gives it, without dropout, as in TRL's DPO and SimPO's code.
-
-    Both responses of a pair, the prior and the reference are then scored by one network.
-    """
-    model = load_model(model_config, **options)
-    disable_dropout_in_model(model)
     return model
 
 

@@ -18,7 +18,7 @@ from trl.models.utils import prepare_deepspeed
 
 from rmipo.errors import CheckpointError
 from rmipo.files import replacing
-from rmipo.fingerprints import code_fingerprint, model_fingerprint, rows_fingerprint, text_fingerprint
+from rmipo.fingerprints import code_fingerprint, rows_fingerprint, text_fingerprint
 from rmipo.training import attention, scoring
 from rmipo.training.batching import PairDataset, StepSampler, pack_micro_batch
 from rmipo.training.distributed import on_main_process
@@ -96,10 +96,8 @@ class Reference:
 
     @functools.cached_property
     def model_key(self) -> str:
-        """Fingerprint of the initial weights, as they were loaded."""
-        config = self.trainer.model.config
-        assert config._name_or_path, "the reference cache needs a model that was loaded from somewhere"
-        return on_main_process(lambda: model_fingerprint(config._name_or_path, getattr(config, "_commit_hash", "main")))
+        """Fingerprint of the initial weights."""
+        return self.trainer.initial_weights()
 
     def logits(self, packed: PackedSequence) -> torch.Tensor:
         """The reference's logits at the response positions, `(R, vocabulary)`."""
@@ -140,7 +138,7 @@ class Reference:
         content += f"data {rows_fingerprint(dataset.tokenized)}, {' '.join(parts)}"
         if "prior" in parts:
             content += f" after {self.trainer.prior_context}"
-        return ReferenceCache(args.reference_cache_dir, content)
+        return ReferenceCache(args.reference_cache_dir or Path(args.output_dir) / "reference", content)
 
     def _parts(self) -> dict[str, str]:
         """Parts of a micro-batch that the objective needs scored beforehand, with the prefix of their columns."""

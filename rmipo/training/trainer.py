@@ -1,21 +1,27 @@
 """RMiPO's training step (the paper's Algorithm 1) and what a `transformers.Trainer` needs around it."""
 
 import contextlib
+import copy
 import dataclasses
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 from accelerate.utils import DistributedType
 from datasets import Dataset
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.trainer_utils import EvalLoopOutput
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers.integrations.deepspeed import deepspeed_init
+from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
+from trl.trainer.utils import generate_model_card
 
-from rmipo.objectives import Objective, PairScores
-from rmipo.recipe.schema import PreferenceConfig
-from rmipo.training import attention, scoring
+from rmipo.data.chat import DataError
+from rmipo.objectives import PRIORS, PairScores, build_objective
+from rmipo.objectives.papers import PAPERS
+from rmipo.recipe.arguments import PairConfig, RMiPOConfig
+from rmipo.training import attention, parts, scoring
 from rmipo.training.batching import (
     HOISTED_MICRO_BATCHES,
     MicroBatch,
@@ -30,27 +36,34 @@ from rmipo.training.finite import raise_if_not_finite
 from rmipo.training.metrics import LogWindow, columns_of, num_non_embedding_parameters, peak_memory_gib, step_metrics
 from rmipo.training.packing import concatenate, split_pairs
 from rmipo.training.parity import MAX_PAIRS, check_parity
-from rmipo.training.reference import Reference
+from rmipo.training.reference import BEFOREHAND, Reference
 from rmipo.training.resuming import EndsWithItsLastStep
-from rmipo.training.state import load_objective_state
+from rmipo.training.state import last_checkpoint, load_objective_state, save_objective_state
 
 
 class PreferenceTrainer(EndsWithItsLastStep):
-    """Trains a causal LM on tokenised preference pairs with any objective of `rmipo.objectives`.
+    """Trains a causal LM on preference pairs with any objective of `rmipo.objectives`.
 
     An item of the training dataloader is one optimizer step: this process's share of the global batch, cut into packed
     micro-batches. The loss is the mean over the global batch's pairs, whatever the cut.
 
     Args:
-        model: freshly loaded; its attention implementation is switched to `args.attention`.
-        args: `PreferenceConfig`.
-        objective: from `build_objective`.
-        train_dataset, eval_dataset: from `data.tokenize_pairs`.
-        processing_class: the tokenizer, saved with the model.
-        prior_context: token ids in front of a response when log pi(y) is scored; see `ChatFormat.prior_context`.
-        reference_model: the frozen initial policy, for objectives that need its logits; with adapters none is needed.
+        model: a folder or hub id, TRL's `ModelConfig` (for a dtype, a revision, quantization), or a loaded model, whose
+            attention implementation is switched to `args.attention`.
+        args: `PreferenceConfig` or `RMiPOConfig`; the objective is theirs. The trainer works on a copy.
+        train_dataset: pairs in any format that docs/DATA.md lists, or tokenised: `prompt_ids`, `chosen_ids`,
+            `rejected_ids`. Texts are one user message and the assistant's; under a tokenizer without a chat template
+            they stay plain text.
+        eval_dataset: likewise; one, or a dict of several.
+        processing_class: the tokenizer; that of `model` if None. It is saved with the model.
+        peft_config: new adapters to train in place of the model.
+        ref_model: the initial policy, for epsilon-DPO, which needs its logits; a copy of `model` if None. No other
+            method keeps a second model: what they need of it is scored beforehand.
+        prior_context: token ids in front of a response when log pi(y) is scored. None: what the objective's
+            `prior_context` stands for in the tokenizer's template.
 
     Raises:
+        ConfigError, DataError, LoadingError: before the model is loaded where it is named.
         ArchitectureError: an architecture that packed pairs can't serve.
         ParityError: at start, if packed scores differ from plain ones.
         NonFiniteLossError: in training.
@@ -58,31 +71,54 @@ class PreferenceTrainer(EndsWithItsLastStep):
 
     def __init__(
         self,
-        model: PreTrainedModel | PeftModel,
-        args: PreferenceConfig,
-        objective: Objective,
-        train_dataset: Dataset,
-        eval_dataset: Dataset | None = None,
+        model: parts.Model,
+        args: PairConfig,
+        train_dataset: Dataset | None = None,
+        eval_dataset: Dataset | dict[str, Dataset] | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
-        prior_context: list[int] | None = None,
-        reference_model: PreTrainedModel | None = None,
+        peft_config: PeftConfig | None = None,
+        ref_model: PreTrainedModel | None = None,
         callbacks: list | None = None,
+        optimizers: tuple = (None, None),
+        prior_context: list[int] | None = None,
     ):
-        self.objective = objective
-        self.objective_state = objective.init_state()
-        self.prior_context = prior_context
-        self.attention_kind = attention.resolve_kind(args.attention, args.device)
-        attention.attach(model, self.attention_kind)
-        mismatched = "mismatched" in objective.needs
+        set_seed(args.seed)  # new adapters are random
+        self.objective = build_objective(args.objective)
+        self.objective_state = self.objective.init_state()
+        self.global_batch_size = args.pairs_per_step()
+        args = copy.copy(args)
         args.gradient_accumulation_steps = 1  # micro-batches are accumulated inside `training_step`
+
+        # Token ids and prior context, before the model is loaded.
+        several = isinstance(eval_dataset, dict)
+        evaluated = {f"eval_{name}": rows for name, rows in eval_dataset.items()} if several else {"test": eval_dataset}
+        rows = {split: given for split, given in {"train": train_dataset, **evaluated}.items() if given is not None}
+        reads_prior = bool(self.objective.needs & PRIORS) and prior_context is None
+        if processing_class is None and (reads_prior or not all(map(parts.is_tokenized, rows.values()))):
+            processing_class = parts.tokenizer_of(model)
+        self.pairs = parts.TokenizedPairs(rows, processing_class, args, model)
+        self.prior_context = self.pairs.prior_context() if reads_prior else prior_context
+        mismatched = "mismatched" in self.objective.needs
+        datasets = {split: PairDataset(tokenized, mismatched) for split, tokenized in self.pairs.splits.items()}
+
+        # Model, adapters, and a frozen copy where the reference's logits are needed.
+        self.initial_weights = parts.weights_of(model) if self.objective.needs & BEFOREHAND.keys() else None
+        policy = parts.policy(model, peft_config)
+        if "reference_logits" in self.objective.needs and ref_model is None and not isinstance(policy, PeftModel):
+            ref_model = copy.deepcopy(policy) if isinstance(model, PreTrainedModel) else parts.policy(model, None)
+        if self.pairs.chat is not None:
+            self.pairs.chat.set_end_of_turn(policy.generation_config)
+        self.attention_kind = attention.resolve_kind(args.attention, args.device)
+        attention.attach(policy, self.attention_kind)
         super().__init__(
-            model,
+            policy,
             args,
             data_collator=self.collate,
-            train_dataset=PairDataset(train_dataset, mismatched),
-            eval_dataset=None if eval_dataset is None else PairDataset(eval_dataset, mismatched),
+            train_dataset=datasets.pop("train", None),
+            eval_dataset={name: datasets[f"eval_{name}"] for name in eval_dataset} if several else datasets.get("test"),
             processing_class=processing_class,
             callbacks=callbacks,
+            optimizers=optimizers,
         )
         if self.accelerator.is_fsdp2:
             # accelerate has FSDP2 cast what the model returns to the compute dtype: log-probs stay in float32.
@@ -90,8 +126,8 @@ class PreferenceTrainer(EndsWithItsLastStep):
             if plugin.mixed_precision_policy is not None:  # None in float32
                 plugin.mixed_precision_policy = dataclasses.replace(plugin.mixed_precision_policy, output_dtype=None)
         self.processes = Processes(self.accelerator)
-        self.reference = Reference(self, reference_model)
-        self.num_non_embedding_parameters = num_non_embedding_parameters(model)
+        self.reference = Reference(self, ref_model)
+        self.num_non_embedding_parameters = num_non_embedding_parameters(policy)
         self.parity: float | None = None
         self.eval_columns: dict[str, torch.Tensor] | None = None  # per pair, of the last evaluation
         self.window = LogWindow()
@@ -170,10 +206,12 @@ class PreferenceTrainer(EndsWithItsLastStep):
 
     @contextlib.contextmanager
     def _accumulation(self, model, last: bool) -> Iterator[None]:
-        """Processes exchange gradients with the last micro-batch of a step, or with each where none keeps them whole."""
+        """Processes exchange gradients with the last micro-batch of a step, or with each where none keeps them whole.
+
+        FSDP2 would otherwise keep the whole, undivided gradient on every process until the last one.
+        """
         self.accelerator.gradient_state._set_sync_gradients(last)
-        deepspeed = self.accelerator.distributed_type == DistributedType.DEEPSPEED
-        each = deepspeed or self.accelerator.gradient_state.plugin_kwargs.get("sync_each_batch", False)
+        each = self.accelerator.distributed_type == DistributedType.DEEPSPEED or self.accelerator.is_fsdp2
         with contextlib.nullcontext() if last or each else self.accelerator.no_sync(model):
             yield
 
@@ -189,23 +227,30 @@ class PreferenceTrainer(EndsWithItsLastStep):
         return [pack_micro_batch(rows, cut, self.objective.needs, self.prior_context) for rows, cut in step]
 
     def get_train_dataloader(self) -> DataLoader:
+        if self.train_dataset is None:
+            raise DataError("there is no train_dataset: pass one to train; evaluate() works without")
         max_tokens = self.args.max_tokens_per_micro_batch
         return self._loader(
             self.train_dataset,
-            global_batch_size=self.args.global_batch_size,
+            global_batch_size=self.global_batch_size,
             micro_batch_size=self.args.per_device_train_batch_size,
             seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
             max_tokens=max_tokens,
             pair_tokens=() if max_tokens is None else packed_lengths(self.train_dataset.tokenized),
         )
 
-    def get_eval_dataloader(self, eval_dataset: PairDataset | None = None) -> DataLoader:
+    def get_eval_dataloader(self, eval_dataset: str | Dataset | PairDataset | None = None) -> DataLoader:
+        if eval_dataset is None:
+            eval_dataset = self.eval_dataset
+        elif isinstance(eval_dataset, str):  # the name of one of several
+            eval_dataset = self.eval_dataset[eval_dataset]
+        elif not isinstance(eval_dataset, PairDataset):
+            eval_dataset = PairDataset(self.pairs.add(eval_dataset, "test"), "mismatched" in self.objective.needs)
+        if eval_dataset is None:
+            raise DataError("there is no eval_dataset: pass one to evaluate")
         size = self.args.per_device_eval_batch_size
         return self._loader(
-            self.eval_dataset if eval_dataset is None else eval_dataset,
-            global_batch_size=size * self.args.world_size,
-            micro_batch_size=size,
-            seed=None,
+            eval_dataset, global_batch_size=size * self.args.world_size, micro_batch_size=size, seed=None
         )
 
     def _loader(self, dataset: PairDataset, **cut) -> DataLoader:
@@ -218,10 +263,16 @@ class PreferenceTrainer(EndsWithItsLastStep):
             pin_memory=self.args.dataloader_pin_memory and self.args.device.type == "cuda",
         )
 
-    def get_total_train_batch_size(self, args: PreferenceConfig) -> int:
-        return args.global_batch_size
+    def get_total_train_batch_size(self, args: PairConfig) -> int:
+        return self.global_batch_size
 
-    # ------------------------------------------------------------------ start, evaluation, logging
+    # ------------------------------------------------------------------ start, checkpoints, evaluation, logging
+
+    def train(self, resume_from_checkpoint: bool | str | None = None, **kwargs):
+        """As `Trainer.train`; True goes on from the last complete checkpoint in `output_dir`, or starts if there is none."""
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_checkpoint(self.args.output_dir)
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
         prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
@@ -230,18 +281,57 @@ class PreferenceTrainer(EndsWithItsLastStep):
                 f"warning: all {max_steps} optimizer step(s) are warm-up, and the first has a learning rate of 0. "
                 "Set warmup_steps: 0, or train on more pairs"
             )
-        first = self.train_dataset.tokenized.select(range(min(MAX_PAIRS, len(self.train_dataset)))).to_list()
-        if self.is_deepspeed_enabled:
-            attention.register_fused_head(self.model)
-        self.model_wrapped.eval()
-        self.parity = check_parity(self.model_wrapped, self.model, first, self.attention_kind)
-        for dataset in (self.train_dataset, self.eval_dataset):
-            if dataset is not None:
-                self.reference.add_scores(dataset, resuming=resume_from_checkpoint is not None)
+        self._check_parity(self.train_dataset)
+        for dataset in (self.train_dataset, *self._eval_datasets()):
+            self.reference.add_scores(dataset, resuming=resume_from_checkpoint is not None)
         if resume_from_checkpoint is not None:
             self.objective_state = load_objective_state(resume_from_checkpoint)
         self.window = LogWindow()
         return prepared
+
+    def _eval_datasets(self) -> list[PairDataset]:
+        if isinstance(self.eval_dataset, dict):
+            return [*self.eval_dataset.values()]
+        return [] if self.eval_dataset is None else [self.eval_dataset]
+
+    def _check_parity(self, dataset: PairDataset) -> None:
+        if self.is_deepspeed_enabled:
+            attention.register_fused_head(self.model)
+        first = dataset.tokenized.select(range(min(MAX_PAIRS, len(dataset)))).to_list()
+        self.model_wrapped.eval()
+        self.parity = check_parity(self.model_wrapped, self.model, first, self.attention_kind)
+
+    def _save_checkpoint(self, model, trial) -> None:
+        """Also the objective's state, written last: a checkpoint without it is not complete.
+
+        Older ones are deleted after that. `Trainer` would delete the last complete one before.
+        """
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = limit
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            checkpoint = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+            save_objective_state(checkpoint, self.objective_state)
+            rotate_checkpoints(self.args.output_dir, limit, self.state.best_model_checkpoint)
+
+    def _prepare_for_evaluation(self, dataset: PairDataset) -> None:
+        """What training does before its first step, where an evaluation comes first."""
+        if not self.accelerator._models:
+            if self.is_deepspeed_enabled:
+                deepspeed_init(self, num_training_steps=0, inference=True)
+            sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
+            prepare = self.accelerator.prepare if sharded else self._prepare_unsharded
+            self.model_wrapped = prepare(self.model)
+        if self.parity is None:
+            self._check_parity(dataset)
+        if not dataset.scores:
+            self.reference.add_scores(dataset, resuming=self.state.global_step > 0)
+
+    def _prepare_unsharded(self, model):
+        return self.accelerator.prepare_model(model, evaluation_mode=True)
 
     def evaluation_loop(
         self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
@@ -250,6 +340,7 @@ class PreferenceTrainer(EndsWithItsLastStep):
 
         `self.eval_columns` keeps the per-pair columns of all processes.
         """
+        self._prepare_for_evaluation(dataloader.dataset)
         model = self.model_wrapped
         columns = []
         for inputs in dataloader:
@@ -283,3 +374,32 @@ class PreferenceTrainer(EndsWithItsLastStep):
         with_gradient = sum(micro_batch.pairs.length for micro_batch in inputs)
         others = [packed for micro_batch in inputs for packed in (micro_batch.prior, micro_batch.mismatched) if packed]
         return self.num_non_embedding_parameters * (6 * with_gradient + 2 * sum(packed.length for packed in others))
+
+    def create_model_card(self, model_name=None, dataset_name=None, tags=()) -> None:
+        """README.md of the output folder in TRL's form, on the main process; it names method and paper."""
+        if not self.is_world_process_zero():
+            return
+        base, paper = self.model.config._name_or_path, PAPERS.get(self.objective.name)  # none for a loss of one's own
+        card = generate_model_card(
+            base_model=None if Path(base).is_dir() else base,
+            model_name=model_name or Path(self.args.output_dir).name,
+            hub_model_id=self.hub_model_id,
+            dataset_name=dataset_name,
+            tags=["rmipo", self.objective.name, *([tags] if isinstance(tags, str) else tags or ())],
+            wandb_url=None,
+            trackio_url=None,
+            trainer_name=paper.name if paper else self.objective.name,
+            trainer_citation=paper and paper.citation,
+            paper_title=paper and paper.title,
+            paper_id=paper and paper.arxiv,
+        )
+        card.save(Path(self.args.output_dir) / "README.md")
+
+
+class RMiPOTrainer(PreferenceTrainer):
+    """`PreferenceTrainer` of the paper's method; `args` defaults to its hyperparameters."""
+
+    def __init__(self, model: parts.Model, args: RMiPOConfig | None = None, **kwargs):
+        if args is None:
+            args = RMiPOConfig(output_dir=f"{parts.name_of(model).rstrip('/').rpartition('/')[2]}-RMiPO")
+        super().__init__(model, args, **kwargs)

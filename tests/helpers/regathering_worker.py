@@ -66,7 +66,7 @@ def train(folder: Path, output: Path, case: str, full: Callable, **arguments) ->
 
     trainer = make_trainer(
         output / case, make_pairs(24, seed=6), objective, model=load(), eval_pairs=make_pairs(6, seed=9),
-        reference_model=load() if objective["name"] == "epsilon-dpo" else None, attention=kind, optim="sgd",
+        ref_model=load() if objective["name"] == "epsilon-dpo" else None, attention=kind, optim="sgd",
         learning_rate=0.1, eval_strategy="steps", eval_steps=1, reference_cache_dir=str(output / case / "cache"),
         **arguments,
     )  # fmt: skip

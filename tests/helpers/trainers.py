@@ -3,8 +3,7 @@
 import torch
 from datasets import Dataset
 
-from rmipo.objectives import build_objective
-from rmipo.recipe.schema import PreferenceConfig
+from rmipo.recipe.arguments import PreferenceConfig
 from rmipo.run.callbacks import MetricsFile
 from rmipo.training.trainer import PreferenceTrainer
 from tests.helpers.small_models import make_model
@@ -13,7 +12,7 @@ CONTEXT = [1, 2]
 RMIPO = {"name": "rmipo", "beta": 2.0, "gamma_min": 0.3, "gamma_max": 1.6}
 
 
-def make_trainer(output_dir, pairs, objective=RMIPO, model=None, eval_pairs=None, reference_model=None, **arguments):
+def make_trainer(output_dir, pairs, objective=RMIPO, model=None, eval_pairs=None, ref_model=None, **arguments):
     arguments = {
         "per_device_train_batch_size": 2,
         "per_device_eval_batch_size": 3,
@@ -25,6 +24,7 @@ def make_trainer(output_dir, pairs, objective=RMIPO, model=None, eval_pairs=None
         "seed": 5,
         "report_to": "none",
         "bf16": False,
+        "activation_checkpointing": False,
         **arguments,
     }
     args = PreferenceConfig(
@@ -34,11 +34,10 @@ def make_trainer(output_dir, pairs, objective=RMIPO, model=None, eval_pairs=None
     return PreferenceTrainer(
         model or make_model("llama"),
         args,
-        build_objective(objective),
         train_dataset=Dataset.from_list(pairs),
         eval_dataset=Dataset.from_list(eval_pairs) if eval_pairs else None,
         prior_context=CONTEXT,
-        reference_model=reference_model,
+        ref_model=ref_model,
         callbacks=[MetricsFile()],
     )
 

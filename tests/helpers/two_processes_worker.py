@@ -17,8 +17,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from rmipo.recipe.load import load_recipe
-from rmipo.run import export, frame
-from rmipo.run.checkpoints import Checkpoints
+from rmipo.run import checkpoints, export, frame
 from rmipo.run.stop import StopOnSignal
 from rmipo.training.distributed import Processes, on_main_process
 from rmipo.training.finite import NonFiniteLossError
@@ -86,7 +85,7 @@ def running_statistics(output: Path, name: str) -> dict[str, float]:
     for parameter in model.parameters():
         parameter.data *= 1.1
     trainer = make_trainer(
-        output, PAIRS, {"name": name, "beta": 0.1}, model=model, reference_model=reference_model,
+        output, PAIRS, {"name": name, "beta": 0.1}, model=model, ref_model=reference_model,
         global_batch_size=13, per_device_train_batch_size=4 // processes,
     )  # fmt: skip
     trainer.train_dataset.scores = {f"ref_{side}_logps": -torch.arange(13.0) for side in ("chosen", "rejected")}
@@ -165,8 +164,10 @@ def marker_of_a_late_process(output: Path) -> list[bool]:
     if args.process_index == 1:
         time.sleep(0.3)
         (output / "share").touch()
-    found = []
-    Checkpoints({}, lambda: found.append((output / "share").exists()) or {}).on_save(args, state, None)
+    found, write = [], checkpoints.write_atomically
+    checkpoints.write_atomically = lambda path, text: found.append((output / "share").exists())
+    checkpoints.Checkpoints({}).on_save(args, state, None)
+    checkpoints.write_atomically = write
     return found
 
 

@@ -16,14 +16,13 @@ from transformers import DefaultFlowCallback, PrinterCallback, TrainerCallback, 
 from rmipo.errors import CheckpointError, ConfigError
 from rmipo.recipe.load import load_recipe
 from rmipo.record import read_metrics, recorded_run
-from rmipo.run import export, frame
+from rmipo.run import checkpoints, export, frame
 from rmipo.run.callbacks import LineAtCheckpoint, MetricsFile
 from rmipo.run.checkpoints import MARKER, Checkpoints, FullDiskError
 from rmipo.run.frame import training_run
 from rmipo.run.lock import LOCK_FILE
 from rmipo.run.stop import EXIT_STOPPED, StopOnSignal
 from rmipo.run.watchdogs import FiniteWatchdog, SilenceWatchdog, SilentRankError
-from rmipo.training.state import OBJECTIVE_STATE
 from tests.helpers.paths import ROOT
 from tests.helpers.small_models import make_pairs
 from tests.helpers.trainers import make_trainer
@@ -191,7 +190,7 @@ def test_a_run_is_stopped_goes_on_is_finished_and_started_once_more(tmp_path, en
         run.start({"train": "a"})
         trainer, watching = make_run_trainer(run), Watching()
         run.stop.requested = True
-        run.train(trainer, [watching], objective_state=lambda: {"mean": torch.tensor(0.5)})
+        run.train(trainer, [watching])
     assert stopped.value.code == 75
     assert "stopped by a signal at step 1 and saved; the same command goes on from there" in capsys.readouterr().out
     kept = [MetricsFile, PrinterCallback, Watching]
@@ -202,7 +201,6 @@ def test_a_run_is_stopped_goes_on_is_finished_and_started_once_more(tmp_path, en
     assert watching.record["starts"] == 1 and not watching.record["finished"] and not uploads
     marker = json.loads((out / "checkpoint-1" / MARKER).read_text())
     assert marker == {key: run.record.content[key] for key in ("recipe", "fingerprints", "world_size")} | {"step": 1}
-    assert json.loads((out / "checkpoint-1" / OBJECTIVE_STATE).read_text()) == {"mean": 0.5}
 
     # Gone on with, and finished
     capsys.readouterr()
@@ -240,8 +238,9 @@ def test_a_disk_that_fills_up_while_a_run_trains_or_saves_is_told(tmp_path, ente
     with enter() as run:
         run.start({"train": "a"})
         trainer = make_run_trainer(run)
-        with pytest.raises(FullDiskError, match="there is no good one yet"):
-            run.train(trainer, objective_state=full)
+        with pytest.raises(FullDiskError, match="there is no good one yet"), monkeypatch.context() as broken:
+            broken.setattr(checkpoints, "write_atomically", full)
+            run.train(trainer)
         monkeypatch.setattr(export, "write_model_card", full)
         with pytest.raises(FullDiskError):
             run.save(trainer)

@@ -53,7 +53,7 @@ def test_memory_of_a_cpu_run_is_the_resident_one_in_gib():
 def test_what_an_evaluation_logs_is_known_before_it(tmp_path, name):
     reference = make_model("llama") if name == "epsilon-dpo" else None
     pairs = make_pairs(6, seed=3)
-    trainer = make_trainer(tmp_path, pairs, {"name": name}, eval_pairs=pairs, reference_model=reference)
+    trainer = make_trainer(tmp_path, pairs, {"name": name}, eval_pairs=pairs, ref_model=reference)
     if "reference" in trainer.objective.needs:
         fields = [f"{kind}_logps" for kind in ("ref_chosen", "ref_rejected")]
         fields += [f"ref_mismatched_{side}_logps" for side in ("chosen", "rejected")] * (name == "kto")

@@ -36,7 +36,7 @@ def pairs():
 
 
 def test_trajectory_equals_a_naive_loop(tmp_path, pairs):
-    trainer = make_trainer(tmp_path, pairs, gradient_accumulation_steps=4)  # as a recipe has it: 8 = 2 pairs x 4
+    trainer = make_trainer(tmp_path, pairs)
     model, losses = naive_training(pairs, rows_per_step(trainer))
     trainer.train()
     assert [line["loss"] for line in read_metrics(tmp_path) if "loss" in line] == pytest.approx(losses, abs=2e-5)
@@ -129,6 +129,7 @@ def test_a_step_scores_priors_together_without_gradient_and_then_pairs_with_it(t
     assert not any(
         value.requires_grad for value in kept
     )  # they would keep the activations of all steps up to a log line
+    trainer.evaluate()  # the first one also checks parity
     forwards.clear()
     trainer.evaluate()
     assert [modes for _, *modes in forwards] == [[False, False]] * 6
@@ -137,6 +138,7 @@ def test_a_step_scores_priors_together_without_gradient_and_then_pairs_with_it(t
 def test_an_evaluation_amid_training_has_no_dropout_where_no_priors_are_scored_before(tmp_path, pairs):
     simpo = {"name": "simpo", "beta": 2.0, "gamma": 1.0}
     trainer = make_trainer(tmp_path, pairs[:4], simpo, eval_pairs=pairs[:4])
+    trainer.evaluate()  # the first one also checks parity
     trainer.model.train()
     forwards = recorded_forwards(trainer.model)
     trainer.evaluate()

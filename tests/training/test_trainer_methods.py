@@ -68,7 +68,8 @@ def cache_reference(trainer, initial, pairs, objective):
     known = {"reference": "ref_", "mismatched": "ref_mismatched_", "initial_prior": "prior_"}
     prefixes = [prefix for need, prefix in known.items() if need in objective.needs]
     names = [f"{prefix}{side}_logps" for prefix in prefixes for side in ("chosen", "rejected")]
-    trainer.reference.cache(trainer.train_dataset).save({name: getattr(everything, name) for name in names})
+    if names:
+        trainer.reference.cache(trainer.train_dataset).save({name: getattr(everything, name) for name in names})
 
 
 def naive_scores(model, initial, pairs, rows, objective):
@@ -112,7 +113,7 @@ def test_trajectory_equals_a_naive_loop(tmp_path, pairs, saved_model, other_mode
     second_model = copy.deepcopy(other_model) if "reference_logits" in objective.needs else None
     trainer = make_trainer(
         tmp_path, pairs, BLOCKS[name], per_device_train_batch_size=4, num_train_epochs=2, model=saved_model(),
-        reference_cache_dir=str(tmp_path / "cache"), reference_model=second_model,
+        reference_cache_dir=str(tmp_path / "cache"), ref_model=second_model,
     )  # fmt: skip
     cache_reference(trainer, other_model, pairs, objective)
     order = []
@@ -289,7 +290,7 @@ def test_with_adapters_the_reference_logits_are_the_base_models(tmp_path, pairs,
 
 def test_the_reference_has_neither_gradients_nor_dropout(tmp_path, pairs, saved_model):
     trainer = make_trainer(
-        tmp_path, pairs, BLOCKS["epsilon-dpo"], model=saved_model(), reference_model=saved_model().train(),
+        tmp_path, pairs, BLOCKS["epsilon-dpo"], model=saved_model(), ref_model=saved_model().train(),
         reference_cache_dir=str(tmp_path / "cache"),
     )  # fmt: skip
     assert not any(parameter.requires_grad for parameter in trainer.reference.model.parameters())
@@ -305,7 +306,7 @@ def test_the_reference_has_neither_gradients_nor_dropout(tmp_path, pairs, saved_
 
 def test_the_reference_computes_in_the_precision_of_the_policy(tmp_path, pairs, saved_model):
     trainer = make_trainer(
-        tmp_path, pairs, BLOCKS["epsilon-dpo"], model=saved_model(), reference_model=saved_model(), bf16=True
+        tmp_path, pairs, BLOCKS["epsilon-dpo"], model=saved_model(), ref_model=saved_model(), bf16=True
     )
     packed = pack_pairs(pairs[:2])
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):

@@ -1,0 +1,119 @@
+"""The arguments of the trainers: `transformers.TrainingArguments` with the paper's defaults, and what pairs add."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import SchedulerType, TrainingArguments
+
+from rmipo.errors import ConfigError
+from rmipo.objectives import build_objective
+from rmipo.objectives.rmipo import RMiPO
+
+
+def option(default: Any, help: str, **metadata: Any) -> Any:
+    return field(default=default, metadata={"help": help, **metadata})
+
+
+@dataclass
+class PairConfig(TrainingArguments):
+    """What training on pairs takes besides its objective. Pairs per optimizer step: see `pairs_per_step`.
+
+    Raises ConfigError when made, for values that contradict each other.
+    """
+
+    learning_rate: float = option(1e-6, "The paper's; adapters and small models need 10 to 100 times as much.")
+    lr_scheduler_type: SchedulerType | str = option("cosine", "The paper's.")
+    warmup_steps: float = option(0.1, "Steps of rising learning rate; below 1 a share of all.")
+    num_train_epochs: float = option(1.0, "The paper's.")
+    logging_steps: float = option(10, "Steps between two log lines.")
+    bf16: bool | None = option(None, "bfloat16 arithmetic; null: where the device has it and fp16 is off.")
+
+    global_batch_size: int | None = option(
+        None, "Pairs per optimizer step over all processes, in place of gradient_accumulation_steps."
+    )
+    max_length: int = option(2048, "Tokens of prompt and response; the response is cut to what fits.")
+    max_prompt_length: int = option(1800, "Tokens kept from the prompt's end where prompt and response do not fit.")
+    max_dropped_fraction: float = option(0.02, "Share of unusable rows above which a run stops.")
+    max_truncated_fraction: float = option(1.0, "Share of cut rows above which a run stops.")
+    dataset_num_proc: int | None = option(None, "Processes that tokenise.")
+    attention: str = option(
+        "auto",
+        "Kernel for packed pairs; auto: the fastest on the device.",
+        choices=["auto", "segment", "dense", "flex"],
+    )
+    max_tokens_per_micro_batch: int | None = option(None, "Micro-batches of longer pairs are split.")
+    reference_cache_dir: str | None = option(
+        None, "Where log-probs of the initial policy are kept between runs; null: a folder in output_dir."
+    )
+
+    def __post_init__(self) -> None:
+        if self.activation_checkpointing is None and self.gradient_checkpointing is None:
+            self.activation_checkpointing = True
+        # transformers takes bfloat16 on a CPU from those who ask for the CPU.
+        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
+        if self.bf16 is None:
+            self.bf16 = not self.fp16 and _has_bf16(self.use_cpu)
+        super().__post_init__()
+        build_objective(self.objective)
+        self.pairs_per_step()
+
+    def pairs_per_step(self) -> int:
+        """Pairs per optimizer step: `global_batch_size`, or per device x accumulation x processes.
+
+        Raises ConfigError where both are given, or micro-batches are too small for the objective.
+        """
+        per_forward = self.per_device_train_batch_size * self.world_size
+        objective = build_objective(self.objective)
+        if per_forward < objective.min_pairs:
+            raise ConfigError(
+                f"objective {objective.name} needs at least {objective.min_pairs} pairs per micro-batch over all "
+                f"processes, found per_device_train_batch_size {self.per_device_train_batch_size} x {self.world_size} "
+                "process(es): raise per_device_train_batch_size"
+            )
+        if self.global_batch_size is None:
+            return per_forward * self.gradient_accumulation_steps
+        if self.gradient_accumulation_steps != 1:
+            raise ConfigError(
+                f"gradient_accumulation_steps ({self.gradient_accumulation_steps}) follows from global_batch_size "
+                f"({self.global_batch_size}): set one of them"
+            )
+        return self.global_batch_size
+
+
+def _has_bf16(use_cpu: bool) -> bool:
+    """Whether the device computes in bfloat16, and does not imitate it."""
+    if use_cpu:
+        features = torch.cpu.get_capabilities()
+        return bool(features.get("avx512_bf16") or features.get("amx_bf16"))
+    return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+@dataclass
+class PreferenceConfig(PairConfig):
+    """`PairConfig` with any objective: `PreferenceConfig(output_dir, objective={"name": "simpo", "gamma": 1.0})`."""
+
+    objective: dict = field(default_factory=dict, metadata={"help": "The block of `rmipo.objectives.build_objective`."})
+
+
+@dataclass
+class RMiPOConfig(PairConfig):
+    """`PairConfig` with RMiPO's hyperparameters as fields of their own; `RMiPO` says what they are."""
+
+    beta: float = RMiPO.beta
+    gamma_min: float = RMiPO.gamma_min
+    gamma_max: float = RMiPO.gamma_max
+    schedule: str = RMiPO.schedule
+    span: float = RMiPO.span
+    pmi_normalization: str = RMiPO.pmi_normalization
+    prior_context: str = RMiPO.prior_context
+    prior_model: str = RMiPO.prior_model
+    length_normalization: bool = RMiPO.length_normalization
+    fidelity: str = RMiPO.fidelity
+    label_smoothing: float = RMiPO.label_smoothing
+    sft_weight: float = RMiPO.sft_weight
+
+    @property
+    def objective(self) -> dict:
+        """The block of these fields, always up to date: there is nothing else that decides the objective."""
+        return {"name": RMiPO.name} | {name: getattr(self, name) for name in RMiPOConfig.__annotations__}

@@ -1,0 +1,202 @@
+"""What a `PreferenceTrainer` trains with, made from what its user passes: chat format, tokenised pairs, model."""
+
+import copy
+import datetime
+from collections.abc import Callable, Mapping
+
+import torch
+import xxhash
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from datasets import Dataset
+from peft import PeftConfig, PeftModel, get_peft_model
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from rmipo.data.chat import PROBES, ChatFormat, DataError, freeze_date
+from rmipo.data.convert import MESSAGES, convert_rows
+from rmipo.data.formats import PAIRS, SIDES
+from rmipo.data.pairs import tokenize_pairs
+from rmipo.data.report import DataReport, of_split
+from rmipo.fingerprints import json_fingerprint, model_fingerprint, rows_fingerprint
+from rmipo.objectives import PRIORS, build_objective
+from rmipo.recipe.arguments import PairConfig
+from rmipo.recipe.schema import ModelConfig
+from rmipo.training.distributed import on_main_process
+from rmipo.training.loading import check_config, check_limits, load_model, load_tokenizer
+
+TOKENIZED = tuple(f"{side}_ids" for side in SIDES)
+# Pairs of plain texts under a tokenizer without a template: response after prompt, and the end token, as in TRL.
+PLAIN_TEMPLATE = (
+    "{% for message in messages %}{{ message['content'] }}"
+    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+)
+
+Model = str | ModelConfig | PreTrainedModel | PeftModel
+
+
+def is_tokenized(rows: Dataset) -> bool:
+    return set(TOKENIZED) <= set(rows.column_names)
+
+
+def is_plain_text(rows: Dataset) -> bool:
+    """Whether the rows are TRL's standard format: `prompt`, `chosen` and `rejected` are texts."""
+    return all(getattr(rows.features.get(side), "dtype", None) in ("string", "large_string") for side in SIDES)
+
+
+def name_of(model: Model) -> str:
+    """Where the model comes from: a folder or hub id; empty for one made in memory."""
+    if isinstance(model, ModelConfig):
+        return model.model_name_or_path
+    return model if isinstance(model, str) else model.config._name_or_path
+
+
+def tokenizer_of(model: Model) -> PreTrainedTokenizerBase:
+    """The tokenizer that was saved with `model`. Raises DataError for a model made in memory, LoadingError."""
+    if isinstance(model, ModelConfig):
+        return load_tokenizer(model)
+    if not name_of(model):
+        raise DataError("the model was not loaded from a folder or hub: expected its tokenizer as processing_class")
+    return load_tokenizer(ModelConfig(model_name_or_path=name_of(model)))
+
+
+def check_model(model: Model, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
+    """Raises LoadingError where the model has no embedding for a token, or fewer than `max_length` positions."""
+    if isinstance(model, str):
+        model = ModelConfig(model_name_or_path=model)
+    if isinstance(model, ModelConfig):
+        check_limits(tokenizer, model, max_length)
+    else:
+        check_config(tokenizer, model.config, max_length, name_of(model) or type(model).__name__)
+
+
+class TokenizedPairs:
+    """Pairs as a trainer takes them: what a script makes before its model is loaded, and a trainer from raw rows.
+
+    Args:
+        rows: split -> pairs of any format of `data.formats`, or tokenised ones, which are taken as they are.
+        tokenizer: None only where all rows are tokenised. Its clock, if its template reads one, is stopped at today.
+        model: whose tokens and positions have to be enough.
+
+    Attributes:
+        splits: split -> columns `prompt_ids`, `chosen_ids`, `rejected_ids`, `row`.
+        chat: what the tokenizer's template does; None without a tokenizer or template.
+        reports: split -> what was dropped and cut, which is printed too; of the splits that were tokenised here.
+
+    Raises DataError where more rows are unusable or cut than `args` allow, LoadingError for a model that is too small.
+    """
+
+    def __init__(
+        self,
+        rows: Mapping[str, Dataset],
+        tokenizer: PreTrainedTokenizerBase | None,
+        args: PairConfig,
+        model: Model,
+    ):
+        for split, given in rows.items():
+            if not isinstance(given, Dataset):
+                raise DataError(f"{split}: found {type(given).__name__}, expected a datasets.Dataset")
+        self.args, self.objective = args, build_objective(args.objective)
+        self.chat: ChatFormat | None = None
+        if tokenizer is not None:
+            check_model(model, tokenizer, args.max_length)
+            raw = [given for given in rows.values() if not is_tokenized(given)]
+            if raw or tokenizer.chat_template is not None:
+                tokenizer = for_plain_text(tokenizer) if raw and all(map(is_plain_text, raw)) else tokenizer
+                freeze_date(tokenizer, datetime.date.today())
+                self.chat = ChatFormat.probe(tokenizer, self.objective.header_in_response)
+        self.reports: dict[str, DataReport] = {}
+        self.splits = {split: self.add(given, split) for split, given in rows.items()}
+
+    def add(self, rows: Dataset, split: str) -> Dataset:
+        """`rows` tokenised."""
+        if is_tokenized(rows):
+            return rows if "row" in rows.column_names else numbered(rows)
+        args = self.args
+        with PartialState().main_process_first(), of_split(split):
+            if any(rows.features.get(side) != MESSAGES for side in SIDES) or "row" not in rows.column_names:
+                rows = convert_rows(numbered(rows), "the dataset", PAIRS, SIDES, args.dataset_num_proc)
+            if self.chat.tokenizer.chat_template == PLAIN_TEMPLATE and max(map(len, rows["prompt"]), default=1) > 1:
+                raise DataError("the texts are dialogues of several turns, and the tokenizer has no chat template")
+            dataset, self.reports[split] = tokenize_pairs(
+                rows,
+                self.chat,
+                max_length=args.max_length,
+                max_prompt_length=args.max_prompt_length,
+                max_dropped_fraction=args.max_dropped_fraction,
+                max_truncated_fraction=args.max_truncated_fraction,
+                num_proc=args.dataset_num_proc,
+            )
+        for line in self.reports[split].lines():
+            PartialState().print(f"{split}: {line}")
+        return dataset
+
+    def prior_context(self) -> list[int] | None:
+        """Token ids in front of a response when log pi(y) is scored; None where the objective doesn't read it."""
+        return self.chat.prior_context(self.objective.prior_context) if self.objective.needs & PRIORS else None
+
+    def fingerprints(self) -> dict[str, str]:
+        return {split: rows_fingerprint(dataset) for split, dataset in self.splits.items()}
+
+    def facts(self) -> dict:
+        """What a run's record says of objective and data."""
+        return {
+            "objective": vars(self.objective) | {"name": self.objective.name},
+            "prompt_probe": [self.chat.prompt_ids(messages) for messages in PROBES],
+            "data": {split: report.as_dict() for split, report in self.reports.items()},
+        }
+
+
+def for_plain_text(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """The tokenizer; without a template, a copy with the plain one, as what is saved shall have none."""
+    if tokenizer.chat_template is None:
+        tokenizer = copy.deepcopy(tokenizer)
+        tokenizer.chat_template = PLAIN_TEMPLATE
+    return tokenizer
+
+
+def numbered(rows: Dataset) -> Dataset:
+    """With a column `row`, by which messages name rows."""
+    if "row" in rows.column_names:
+        rows = rows.remove_columns("row")
+    return rows.add_column("row", list(range(len(rows))))
+
+
+def policy(model: Model, peft_config: PeftConfig | None = None) -> PreTrainedModel | PeftModel:
+    """The model to train, loaded if `model` names one, with new adapters if there is a `peft_config`.
+
+    It has no dropout but that of adapters, as in TRL's DPO and SimPO's code: both responses of a pair, the prior and the
+    reference are then scored by one network.
+    """
+    if isinstance(model, str):
+        model = ModelConfig(model_name_or_path=model)
+    if isinstance(model, ModelConfig):
+        model = load_model(model)
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Dropout) and "lora_dropout" not in name:
+            module.p = 0.0
+    if peft_config is None:
+        return model
+    if isinstance(model, PeftModel):
+        raise DataError("peft_config is given, and the model has adapters already: pass one of them")
+    return get_peft_model(model, peft_config)
+
+
+def weights_of(model: Model) -> Callable[[], str]:
+    """A function that gives the fingerprint of the initial weights, also once they are trained.
+
+    Those of a loaded model may differ from what its folder holds, so they are read now.
+    """
+    if isinstance(model, PreTrainedModel | PeftModel):
+        fingerprint = _fingerprint_in_memory(model)
+        return lambda: fingerprint
+    revision = model.model_revision if isinstance(model, ModelConfig) else "main"
+    return lambda: on_main_process(lambda: model_fingerprint(name_of(model), revision))
+
+
+def _fingerprint_in_memory(model: PreTrainedModel | PeftModel) -> str:
+    digest = xxhash.xxh3_128()
+    for name, parameter in model.named_parameters():
+        own = getattr(parameter, "ds_tensor", parameter)  # under ZeRO-3 a process has a part of each
+        digest.update(name.encode())
+        digest.update(own.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return json_fingerprint(gather_object([digest.hexdigest()]))
