@@ -19,6 +19,7 @@ def make_trainer(output_dir, pairs, objective=RMIPO, model=None, eval_pairs=None
         "global_batch_size": 8,
         "learning_rate": 1e-3,
         "lr_scheduler_type": "constant",
+        "warmup_steps": 0,
         "num_train_epochs": 1,
         "logging_steps": 1,
         "seed": 5,
