@@ -114,7 +114,9 @@ class TokenizedPairs:
         args = self.args
         with PartialState().main_process_first(), of_split(split):
             if any(rows.features.get(side) != MESSAGES for side in SIDES) or "row" not in rows.column_names:
-                rows = convert_rows(numbered(rows), "the dataset", PAIRS, SIDES, args.dataset_num_proc)
+                rows = convert_rows(
+                    numbered(rows), "the dataset", PAIRS, dict.fromkeys(SIDES, MESSAGES), args.dataset_num_proc
+                )
             if self.chat.tokenizer.chat_template == PLAIN_TEMPLATE and max(map(len, rows["prompt"]), default=1) > 1:
                 raise DataError("the texts are dialogues of several turns, and the tokenizer has no chat template")
             dataset, self.reports[split] = tokenize_pairs(
