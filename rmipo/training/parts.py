@@ -1,10 +1,12 @@
 """What a `PreferenceTrainer` trains with, made from what its user passes: chat format, tokenised pairs, model."""
 
 import copy
+import dataclasses
 import datetime
 from collections.abc import Callable, Mapping
 
 import torch
+import trl
 import xxhash
 from accelerate import PartialState
 from accelerate.utils import gather_object
@@ -31,7 +33,17 @@ PLAIN_TEMPLATE = (
     "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
 )
 
-Model = str | ModelConfig | PreTrainedModel | PeftModel
+Named = str | trl.ModelConfig
+Loaded = PreTrainedModel | PeftModel
+
+
+def source_of(model: Named | Loaded) -> ModelConfig | Loaded:
+    """What a user passes as `model`, with names and TRL's configurations as `ModelConfig`."""
+    if isinstance(model, str):
+        return ModelConfig(model_name_or_path=model)
+    if isinstance(model, trl.ModelConfig) and not isinstance(model, ModelConfig):
+        return ModelConfig(**{field.name: getattr(model, field.name) for field in dataclasses.fields(model)})
+    return model
 
 
 def is_tokenized(rows: Dataset) -> bool:
@@ -43,30 +55,16 @@ def is_plain_text(rows: Dataset) -> bool:
     return all(getattr(rows.features.get(side), "dtype", None) in ("string", "large_string") for side in SIDES)
 
 
-def name_of(model: Model) -> str:
+def name_of(model: ModelConfig | Loaded) -> str:
     """Where the model comes from: a folder or hub id; empty for one made in memory."""
-    if isinstance(model, ModelConfig):
-        return model.model_name_or_path
-    return model if isinstance(model, str) else model.config._name_or_path
+    return model.model_name_or_path if isinstance(model, ModelConfig) else model.config._name_or_path
 
 
-def tokenizer_of(model: Model) -> PreTrainedTokenizerBase:
+def tokenizer_of(model: ModelConfig | Loaded) -> PreTrainedTokenizerBase:
     """The tokenizer that was saved with `model`. Raises DataError for a model made in memory, LoadingError."""
-    if isinstance(model, ModelConfig):
-        return load_tokenizer(model)
     if not name_of(model):
         raise DataError("the model was not loaded from a folder or hub: expected its tokenizer as processing_class")
-    return load_tokenizer(ModelConfig(model_name_or_path=name_of(model)))
-
-
-def check_model(model: Model, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
-    """Raises LoadingError where the model has no embedding for a token, or fewer than `max_length` positions."""
-    if isinstance(model, str):
-        model = ModelConfig(model_name_or_path=model)
-    if isinstance(model, ModelConfig):
-        check_limits(tokenizer, model, max_length)
-    else:
-        check_config(tokenizer, model.config, max_length, name_of(model) or type(model).__name__)
+    return load_tokenizer(model if isinstance(model, ModelConfig) else source_of(name_of(model)))
 
 
 class TokenizedPairs:
@@ -90,7 +88,7 @@ class TokenizedPairs:
         rows: Mapping[str, Dataset],
         tokenizer: PreTrainedTokenizerBase | None,
         args: PairConfig,
-        model: Model,
+        model: ModelConfig | Loaded,
     ):
         for split, given in rows.items():
             if not isinstance(given, Dataset):
@@ -98,7 +96,10 @@ class TokenizedPairs:
         self.args, self.objective = args, build_objective(args.objective)
         self.chat: ChatFormat | None = None
         if tokenizer is not None:
-            check_model(model, tokenizer, args.max_length)
+            if isinstance(model, ModelConfig):
+                check_limits(tokenizer, model, args.max_length)
+            else:
+                check_config(tokenizer, model.config, args.max_length, name_of(model) or type(model).__name__)
             raw = [given for given in rows.values() if not is_tokenized(given)]
             if raw or tokenizer.chat_template is not None:
                 tokenizer = for_plain_text(tokenizer) if raw and all(map(is_plain_text, raw)) else tokenizer
@@ -163,14 +164,12 @@ def numbered(rows: Dataset) -> Dataset:
     return rows.add_column("row", list(range(len(rows))))
 
 
-def policy(model: Model, peft_config: PeftConfig | None = None) -> PreTrainedModel | PeftModel:
+def policy(model: ModelConfig | Loaded, peft_config: PeftConfig | None = None) -> Loaded:
     """The model to train, loaded if `model` names one, with new adapters if there is a `peft_config`.
 
     It has no dropout but that of adapters, as in TRL's DPO and SimPO's code: both responses of a pair, the prior and the
     reference are then scored by one network.
     """
-    if isinstance(model, str):
-        model = ModelConfig(model_name_or_path=model)
     if isinstance(model, ModelConfig):
         model = load_model(model)
     for name, module in model.named_modules():
@@ -183,19 +182,18 @@ def policy(model: Model, peft_config: PeftConfig | None = None) -> PreTrainedMod
     return get_peft_model(model, peft_config)
 
 
-def weights_of(model: Model) -> Callable[[], str]:
+def weights_of(model: ModelConfig | Loaded) -> Callable[[], str]:
     """A function that gives the fingerprint of the initial weights, also once they are trained.
 
     Those of a loaded model may differ from what its folder holds, so they are read now.
     """
-    if isinstance(model, PreTrainedModel | PeftModel):
-        fingerprint = _fingerprint_in_memory(model)
-        return lambda: fingerprint
-    revision = model.model_revision if isinstance(model, ModelConfig) else "main"
-    return lambda: on_main_process(lambda: model_fingerprint(name_of(model), revision))
+    if isinstance(model, ModelConfig):
+        return lambda: on_main_process(lambda: model_fingerprint(model.model_name_or_path, model.model_revision))
+    fingerprint = _fingerprint_in_memory(model)
+    return lambda: fingerprint
 
 
-def _fingerprint_in_memory(model: PreTrainedModel | PeftModel) -> str:
+def _fingerprint_in_memory(model: Loaded) -> str:
     digest = xxhash.xxh3_128()
     for name, parameter in model.named_parameters():
         own = getattr(parameter, "ds_tensor", parameter)  # under ZeRO-3 a process has a part of each

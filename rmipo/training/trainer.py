@@ -71,7 +71,7 @@ class PreferenceTrainer(EndsWithItsLastStep):
 
     def __init__(
         self,
-        model: parts.Model,
+        model: parts.Named | parts.Loaded,
         args: PairConfig,
         train_dataset: Dataset | None = None,
         eval_dataset: Dataset | dict[str, Dataset] | None = None,
@@ -83,6 +83,7 @@ class PreferenceTrainer(EndsWithItsLastStep):
         prior_context: list[int] | None = None,
     ):
         set_seed(args.seed)  # new adapters are random
+        model = parts.source_of(model)
         self.objective = build_objective(args.objective)
         self.objective_state = self.objective.init_state()
         self.global_batch_size = args.pairs_per_step()
@@ -399,7 +400,7 @@ class PreferenceTrainer(EndsWithItsLastStep):
 class RMiPOTrainer(PreferenceTrainer):
     """`PreferenceTrainer` of the paper's method; `args` defaults to its hyperparameters."""
 
-    def __init__(self, model: parts.Model, args: RMiPOConfig | None = None, **kwargs):
+    def __init__(self, model: parts.Named | parts.Loaded, args: RMiPOConfig | None = None, **kwargs):
         if args is None:
-            args = RMiPOConfig(output_dir=f"{parts.name_of(model).rstrip('/').rpartition('/')[2]}-RMiPO")
+            args = RMiPOConfig(output_dir=f"{Path(parts.name_of(parts.source_of(model))).name}-RMiPO")
         super().__init__(model, args, **kwargs)
