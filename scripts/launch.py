@@ -11,7 +11,7 @@ import os
 from pathlib import Path
 
 from rmipo import cli
-from rmipo.launch.choices import check_choices
+from rmipo.launch.choices import check_choices, check_machine
 
 VARIABLES = ("MODEL", "STAGE", "METHOD", "DATA", "ARGS", "GPUS", "NODES", "SHARDING", "SLURM", "DRY")
 
@@ -20,6 +20,7 @@ def main() -> int:
     os.chdir(Path(__file__).parent.parent)
     env = os.environ | cli.variables(cli.options(__doc__, *VARIABLES).read())
     check_choices(env)
+    check_machine(env)
     from rmipo.launch.train import train  # imports torch and DeepSpeed, which takes seconds
 
     return train(env)

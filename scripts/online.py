@@ -17,7 +17,7 @@ from pathlib import Path
 
 from rmipo import cli
 from rmipo.errors import ConfigError
-from rmipo.launch.choices import choose_method, choose_stages, refuse
+from rmipo.launch.choices import check_weights, choose_method, choose_stages, refuse
 
 
 def main() -> int:
@@ -28,10 +28,11 @@ def main() -> int:
     os.chdir(Path(__file__).parent.parent)
     refuse(os.environ, ["DRY", "SLURM"], "make online runs its rounds on this machine, at once; leave it out")
     refuse(os.environ, ["DATA"], "make online samples its data from the prompts of online.yaml; leave it out")
-    model = choose_stages({"MODEL": args.model or "smollm2-135m-instruct"})[0]
+    model, stages = choose_stages({"MODEL": args.model or "smollm2-135m-instruct"})
     method = choose_method({"METHOD": args.method})[0]
     if not (args.rounds or "3").isdecimal() or int(args.rounds or 3) < 1:
         raise ConfigError(f"ROUNDS={args.rounds}: expected a whole number, 1 or more")
+    check_weights(model, stages)
 
     from rmipo.evaluation.target import find_target
     from rmipo.generation.engines import release_memory

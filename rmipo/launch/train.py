@@ -19,8 +19,6 @@ from rmipo.launch import slurm
 from rmipo.launch.choices import choose_sharding, choose_stages, gpus_asked_for, is_on, node_count
 from rmipo.launch.environment import training_environment
 from rmipo.launch.pipeline import Step, launch_configuration, load_steps
-from rmipo.plan import preflight
-from rmipo.plan.memory import Hardware, Sharding
 from rmipo.run.checkpoints import MARKER, complete_checkpoints
 from rmipo.run.stop import EXIT_STOPPED
 
@@ -71,6 +69,9 @@ def train(env: Mapping[str, str]) -> int:
 
 def check_hardware(step: Step, env: Mapping[str, str], gpus: int, nodes: int, sharding: str) -> None:
     """Raises PreflightError if memory or disk are too small; on Slurm's nodes as far as GPUS describes them."""
+    from rmipo.plan import preflight  # seconds, and DRY=1 needs none of it
+    from rmipo.plan.memory import Hardware, Sharding
+
     if not is_on(env, "SLURM"):
         hardware = dataclasses.replace(preflight.local_hardware(), gpus_per_node=gpus)
     elif "x" in env["GPUS"]:

@@ -16,6 +16,11 @@ import yaml
 
 from rmipo.errors import ConfigError
 
+NO_GPU = (
+    "this recipe trains on GPUs, and none is visible. MODEL=tiny trains on a CPU; DRY=1 shows this run without starting it; "
+    "`use_cpu: true` would train it on the CPU, which takes weeks"
+)
+
 
 class RecipeLoader(yaml.SafeLoader):
     """`yaml.SafeLoader` for everything that people write: recipes, overlays, overrides, settings, sweeps.

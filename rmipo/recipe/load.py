@@ -17,7 +17,7 @@ from rmipo.errors import ConfigError
 from rmipo.objectives import build_objective
 from rmipo.recipe import foreign
 from rmipo.recipe.checks import check_types, check_values, stage_of, takes_null, template_text
-from rmipo.recipe.files import merge, parse_overrides, read_layers
+from rmipo.recipe.files import NO_GPU, merge, parse_overrides, read_layers
 from rmipo.recipe.schema import ARGUMENTS, LIGER, DataConfig, ModelConfig
 from rmipo.record import recorded_run
 
@@ -77,10 +77,7 @@ class Recipe:
     def require_device(self, gpus: int) -> None:
         """Raises ConfigError unless there is a GPU or the recipe is for the CPU."""
         if gpus == 0 and not self.values.get("use_cpu"):
-            raise ConfigError(
-                f"{self.path}: this recipe trains on GPUs, and none is visible. MODEL=tiny trains on a CPU; DRY=1 shows"
-                " this run without starting it; `use_cpu: true` would train it on the CPU, which takes weeks"
-            )
+            raise ConfigError(f"{self.path}: {NO_GPU}")
 
     def require_stage(self, stage: str) -> "Recipe":
         """This recipe, if it is one of `stage`; else ConfigError."""
