@@ -18,7 +18,7 @@ from rmipo.evaluation.alpaca_reference import load_reference
 from rmipo.evaluation.models import check_names, is_setting
 from rmipo.recipe.files import coerce
 
-METHODS = ["rmipo", "simper", "simpo"]  # of Table 6
+METHODS = ["rmipo", "simper", "simpo"]  # of Table 6; by default those that are trained
 STYLE = """body { font-family: sans-serif; margin: 2em; } table { border-collapse: collapse; width: 100%; }
 th, td { border: 1px solid #bbb; padding: .6em; vertical-align: top; text-align: left; }
 td { white-space: pre-wrap; overflow-wrap: anywhere; } th { background: #eee; } td.prompt { background: #f6f6f6; }"""
@@ -87,7 +87,9 @@ def main() -> None:
     from rmipo.generation.answers import Generator, Request
 
     if is_setting(model):
-        name, targets = model, {method: find_target(model, method, args.outputs, []) for method in methods or METHODS}
+        trained = [method for method in METHODS if (args.outputs / model / method / "config.json").is_file()]
+        methods = methods or trained or METHODS[:1]
+        name, targets = model, {method: find_target(model, method, args.outputs, []) for method in methods}
     else:
         name = Path(model).name
         targets = {name: find_target(model, None, args.outputs, [])}

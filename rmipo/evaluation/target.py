@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from rmipo.cli import choose
 from rmipo.data.chat import PROBES, ChatFormat
 from rmipo.errors import EvaluationError
 from rmipo.evaluation import BENCHMARKS
@@ -105,15 +106,16 @@ def override(settings: dict[str, dict], overrides: list[str]) -> dict[str, dict]
 def model_folder(recipe: Path, outputs: Path, method: str) -> Path:
     """The folder of the model trained with `method`; "initial" is the one that preference training starts from.
 
-    Raises EvaluationError if it hasn't been trained to its end, and if its tokenizer isn't that of the training.
+    Raises ConfigError for a name that is none, EvaluationError if it hasn't been trained to its end, and if its tokenizer
+    isn't that of the training.
     """
     folder = outputs / recipe.parent.name / method
     if method == "initial":
         return link_initial(recipe, folder)
-    known = {"rmipo", *named_files(recipe.parents[1] / "methods", recipe.parents[1] / "ablations")}
-    train = (
-        f"make train MODEL={recipe.parent.name} METHOD={method}" if method in known else "the command that begins it"
-    )
+    known = ["rmipo", *named_files(recipe.parents[1] / "methods", recipe.parents[1] / "ablations")]
+    if not folder.is_dir():
+        choose("METHOD", method, known, f"There is no {folder}. The methods and ablations")
+    train = f"make train MODEL={recipe.parent.name} METHOD={method}" if method in known else "the command that made it"
     check_model(folder, f"Train it first: {train}", recorded_run(folder), f"Go on with it: {train}")
     return folder
 

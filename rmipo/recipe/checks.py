@@ -129,7 +129,7 @@ def check_values(given: Mapping[str, Any], values: Mapping[str, Any], stage: str
     problems = [f"{key} is missing" for key in ("model_name_or_path", "output_dir") if not given.get(key)]
     if glob.has_magic(str(given.get("output_dir", ""))):  # DeepSpeed and vLLM would read another folder's weights
         problems.append(f"output_dir is {given['output_dir']!r}: libraries read *, ? and [ as patterns. Leave them out")
-    if not given.keys() & {"global_batch_size", "gradient_accumulation_steps"}:
+    if all(given.get(key) is None for key in ("global_batch_size", "gradient_accumulation_steps")):
         problems.append("global_batch_size is missing (the paper's is 128)")
     if given.keys() >= {"global_batch_size", "gradient_accumulation_steps"}:
         problems.append("gradient_accumulation_steps follows from global_batch_size: remove it")

@@ -14,6 +14,8 @@ from transformers import PreTrainedConfig, Trainer, TrainingArguments
 
 from rmipo.errors import UserError
 from rmipo.files import TEMPORARY
+from rmipo.objectives import OBJECTIVES
+from rmipo.objectives.rmipo import RMiPO
 from rmipo.record import recorded_run
 from rmipo.run.lock import LOCK_FILE
 
@@ -99,12 +101,13 @@ def saved_tensors(folder: Path) -> dict[str, tuple[tuple[int, ...], str]]:
 
 
 def write_model_card(folder: str | Path) -> Path:
-    """`README.md` of a finished run: what was trained on what, how, with which result; and what to cite."""
+    """`README.md` of a finished run: what was trained on what, how, with which result; of RMiPO also what to cite."""
     folder = Path(folder)
     run = recorded_run(folder)
     recipe, results = run["recipe"], run["results"]
     preference = "objective" in recipe
-    method = f"{recipe['objective']['name']} (preference optimization)" if preference else "supervised fine-tuning"
+    objective = OBJECTIVES[recipe["objective"]["name"]] if preference else None
+    method = f"{objective.__name__} (preference optimization)" if preference else "Supervised fine-tuning"
     sources = [recipe["dataset_name"]] if recipe.get("dataset_name") else [d["path"] for d in recipe["datasets"]]
     base = recipe["model_name_or_path"]
     # The hub links names of its own; a folder of this machine means nothing there.
@@ -114,14 +117,19 @@ def write_model_card(folder: str | Path) -> Path:
         "datasets": [name for name in sources if not Path(name).exists()],
         "tags": ["rmipo", "preference-optimization" if preference else "sft"],
     }
-    rows = [f"| {name} | {value:.4g} |" for name, value in sorted(results.items()) if isinstance(value, int | float)]
+    rows = [
+        f"| {name} | {value:.4g} |"
+        for name, value in sorted(results.items())
+        if isinstance(value, int | float) and not name.endswith(("_runtime", "_per_second"))
+    ]
+    citation = f"\n## Citation\n\n```bibtex\n{CITATION}\n```\n" if objective is RMiPO else ""
     versions = ", ".join(f"{name} {version}" for name, version in run["versions"].items())
     text = f"""---
 {yaml.safe_dump({key: value for key, value in header.items() if value}, sort_keys=False)}---
 
 # {folder.resolve().parent.name}: {folder.resolve().name}
 
-{method[0].upper()}{method[1:]} of `{base}` on {", ".join(f"`{name}`" for name in sources)}.
+{method} of `{base}` on {", ".join(f"`{name}`" for name in sources)}.
 
 ## Results
 
@@ -139,13 +147,7 @@ Trained on {run["world_size"]} x {run["hardware"][0]}, commit {run["commit"]}, w
 {yaml.safe_dump(recipe, sort_keys=False, width=120)}```
 
 Fingerprints of the tokenised data: {json.dumps(run["fingerprints"])}
-
-## Citation
-
-```bibtex
-{CITATION}
-```
-"""
+{citation}"""
     path = folder / CARD
     path.write_text(text)
     return path

@@ -150,6 +150,8 @@ def load_model(model_config: ModelConfig, **options) -> PreTrainedModel:
     except (OSError, ValueError) as error:
         raise LoadingError(_explained(name, "model", error)) from error
     _repair_generation_config(model, name)
+    # Tied weights are saved once. The Trainer is told so, or it would call the other name missing in each resume.
+    model._keys_to_ignore_on_save = list(model.all_tied_weights_keys) or None
     return model
 
 

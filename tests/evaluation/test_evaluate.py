@@ -356,6 +356,15 @@ def test_samples_side_by_side(outputs):
     assert "> ````text\n> w3 ```\n> ````" in markdown  # a fence longer than the text's own
 
 
+def test_samples_are_of_what_is_trained_unless_methods_are_named(outputs, tmp_path):
+    (tmp_path / "tiny").mkdir()
+    (tmp_path / "tiny/simpo").symlink_to(outputs / "tiny/simpo")
+    done = run("samples.py", tmp_path, "--prompt", "w1 w2")
+    assert done.returncode == 0, done.stderr
+    text = (tmp_path / "reports/samples-tiny.md").read_text()
+    assert "**simpo**" in text and "**rmipo**" not in text
+
+
 def test_samples_of_a_folder_without_a_recipe(outputs, tmp_path):
     shutil.copytree(outputs / "tiny/rmipo", tmp_path / "elsewhere/model")
     options = ["--model", str(tmp_path / "elsewhere/model"), "--prompt", "w1 w2"]
@@ -404,6 +413,8 @@ def test_another_decoding_has_answers_of_its_own(outputs):
 def test_samples_need_trained_models(outputs):
     done = run("samples.py", outputs, "--methods", "rmipo,dpo", "--prompt", "w1")
     assert done.returncode == 2 and "Train it first: make train MODEL=tiny METHOD=dpo" in done.stderr
+    done = run("samples.py", outputs, "--methods", "rmipo,nosuch", "--prompt", "w1")
+    assert done.returncode == 2 and "METHOD='nosuch'" in done.stderr and "make train" not in done.stderr
 
 
 def test_a_folder_is_evaluated_as_its_own_generation_config_says(tmp_path):

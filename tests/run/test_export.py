@@ -77,6 +77,7 @@ def test_card_names_recipe_data_metrics_and_paper(exported):
     assert yaml.safe_load(header) == {"library_name": "transformers", "tags": ["rmipo", "preference-optimization"]}
     record = json.loads((out / "run.json").read_text())
     assert yaml.safe_load(body.partition("```yaml\n")[2].partition("```")[0]) == record["recipe"]
+    assert "RMiPO (preference optimization) of" in body and "runtime" not in body and "per_second" not in body
     assert f"| eval_loss | {record['results']['eval_loss']:.4g} |" in body and str(folder / "data") in body
     assert record["commit"] is None or record["commit"] in body
     assert "Intrinsic Mutual Information as a Modulator for Preference Optimization" in body
@@ -215,12 +216,6 @@ use_peft: true
 ```
 
 Fingerprints of the tokenised data: {{"train": "f1", "model": "f2"}}
-
-## Citation
-
-```bibtex
-{export.CITATION}
-```
 """
     )
 
@@ -231,7 +226,8 @@ def test_card_of_a_run_without_held_out_data(tmp_path):
     text = export.write_model_card(tmp_path / "tiny/dpo").read_text()
     header = {"library_name": "transformers", "datasets": ["org/pairs"], "tags": ["rmipo", "preference-optimization"]}
     assert yaml.safe_load(text.split("---\n")[1]) == header
-    assert f"\n\nDpo (preference optimization) of `{tmp_path}` on `org/pairs`.\n\n" in text
+    assert f"\n\nDPO (preference optimization) of `{tmp_path}` on `org/pairs`.\n\n" in text
+    assert "Citation" not in text and "Intrinsic Mutual" not in text  # RMiPO's paper has nothing to do with it
     assert "## Results\n\nNothing was held out.\n" in text
 
 

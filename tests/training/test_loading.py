@@ -2,12 +2,13 @@
 
 import importlib.util
 import json
+import logging
 import re
 
 import pytest
 import torch
 from accelerate import PartialState
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 
 from rmipo.errors import UserError
 from rmipo.generation.answers import own_settings, stop_ids
@@ -160,3 +161,19 @@ def test_a_policy_has_no_dropout(tmp_path):
     trained, model = policy(config), load_model(config)
     assert torch.equal(trained.train()(ids).logits, model.eval()(ids).logits)
     assert not torch.equal(model.train()(ids).logits, model.eval()(ids).logits)
+
+
+@pytest.mark.parametrize("family", ["llama-3.2", "llama3"])  # tied and untied
+def test_a_resume_calls_no_tied_weight_missing(tmp_path, caplog, monkeypatch, family):
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    source = ModelConfig(model_name_or_path=save(family, tmp_path / "model"), dtype="float32")
+    rows = [{"input_ids": [3, 4, 5], "labels": [3, 4, 5]}] * 4
+    options = {"use_cpu": True, "bf16": False, "report_to": "none", "save_steps": 1, "disable_tqdm": True}
+    weights = []
+    for folder, steps, resume in (("whole", 2, None), ("part", 1, None), ("part", 2, True)):
+        args = TrainingArguments(str(tmp_path / folder), max_steps=steps, lr_scheduler_type="constant", **options)
+        trainer = Trainer(load_model(source), args, train_dataset=rows)
+        trainer.train(resume_from_checkpoint=resume)
+        weights.append(trainer.model.state_dict())
+    assert all(torch.equal(weights[0][name], weights[2][name]) for name in weights[0])
+    assert "missing keys" not in caplog.text
