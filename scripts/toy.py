@@ -18,7 +18,7 @@ def main() -> None:
     parser = cli.options(__doc__)
     parser.add_argument("--config", required=True, help="the knobs, such as recipes/tiny/world.yaml")
     parser.add_argument("--output", default="outputs/tiny/world", type=Path, help="default: %(default)s")
-    parser.add_argument("--data", help="preference pairs in place of the world's: a folder, or a .jsonl[.gz] file")
+    parser.add_argument("--data", help="preference pairs in place of the world's: a folder or file")
     make(parser.parse_args())
 
 

@@ -11,7 +11,7 @@ from datasets import Dataset, Features, List, Value
 from rmipo.data.chat import DataError
 from rmipo.data.formats import OUR_COLUMNS, Format, describe, missing_columns, read_row
 from rmipo.data.report import name_rows, of_split, rows_by_reason
-from rmipo.data.sources import MissingSplitError, load_sources, mix
+from rmipo.data.sources import MissingSplitError, load_sources, mix, warn_once
 from rmipo.fingerprints import code_fingerprint
 from rmipo.recipe.schema import DataConfig
 
@@ -66,7 +66,7 @@ def convert_rows(
     """Read every row by one of `formats`; all rows that can't be read make one DataError."""
     if missing := missing_columns(rows.column_names, formats):
         found = ", ".join(name for name in rows.column_names if name != "row")
-        inside = " It is one object: if the rows are in it, write them one per line." if len(rows) == 1 else ""
+        inside = " It has one row: if the rows are inside of it, write them one per line." if len(rows) == 1 else ""
         raise DataError(f"{source}: missing columns {', '.join(missing)}, found {found}.{inside} {describe(formats)}")
     read = {"row", "system", *OUR_COLUMNS, *(column for form in formats for column in form.columns)}
     if unread := [name for name in rows.column_names if name not in read]:
@@ -89,12 +89,6 @@ def convert_rows(
     if unread := pc.unique(pc.list_flatten(converted.data["unread"])).to_pylist():
         warn_once(f"{source}: keys of messages that are not read: {', '.join(unread)}")
     return converted.remove_columns(["problem", "unread"])
-
-
-@functools.cache
-def warn_once(text: str) -> None:
-    """A warning that both splits would give."""
-    logger.warning(text)
 
 
 def read_batch(batch: dict, formats: Sequence[Format], sides: Sequence[str], code: str) -> dict:

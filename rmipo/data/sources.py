@@ -1,14 +1,18 @@
 """Where rows come from: hub datasets, local folders and files, and mixtures of them."""
 
+import csv
+import functools
 import glob
 import gzip
 import json
 import logging
+import os
 import re
+import sys
 from pathlib import Path
+from typing import IO
 
-import pandas as pd
-from datasets import Dataset, Features, Value, concatenate_datasets, load_dataset
+from datasets import Dataset, concatenate_datasets, load_dataset
 from datasets.exceptions import DatasetGenerationError
 
 from rmipo.data.chat import DataError
@@ -21,6 +25,13 @@ BUILDERS |= {".csv": "csv", ".csv.gz": "csv", ".arrow": "arrow"}
 SAVED = "state.json"  # in a folder that `Dataset.save_to_disk` wrote; a `DatasetDict` has one for each split
 HELD_OUT = 0.05  # share of local data without splits that becomes its test split
 SUBSET_KEYS = ("name", "data_dir", "data_files", "revision")
+
+
+@functools.cache
+def warn_once(text: str) -> None:
+    """A warning that several processes, or both splits, would give."""
+    if os.environ.get("RANK", "0") == "0":
+        logger.warning(text)
 
 
 class MissingSplitError(DataError):
@@ -155,10 +166,10 @@ def hold_out(dataset: Dataset, split: str, source: str, seed: int) -> Dataset:
     if test_rows:
         parts = dataset.train_test_split(test_size=test_rows, seed=seed)
         if split == "test":
-            logger.warning(
-                "%s: it has no splits, so %d of its %d rows, drawn with mixture_seed %d, are the test split",
-                source, test_rows, len(dataset), seed,
-            )  # fmt: skip
+            warn_once(
+                f"{source}: it has no splits, so {test_rows} of its {len(dataset)} rows, drawn with mixture_seed {seed}, are "
+                "the test split"
+            )
         return parts[split]
     if split == "test":
         raise MissingSplitError(
@@ -184,6 +195,7 @@ def find_split(folder: Path, name: str, split: str) -> list[Path]:
             found.setdefault(stem, []).append(path)
     alike = [stem for stem in found if stem.startswith(split)]
     if name not in found and len(alike) == 1:
+        warn_once(f"{folder}: it has no split {name!r}, so its only one named like {split} is taken: {alike[0]}")
         name = alike[0]
     if name not in found:
         listing = ", ".join(sorted(path.name for path in folder.glob("*"))[:20]) or "nothing"
@@ -206,9 +218,9 @@ def load_files(paths: list[Path], source: str) -> Dataset:
     builder, files = BUILDERS[suffix(paths[0])], ", ".join(path.name for path in paths)
     options = {"parse_agent_traces": False} if builder == "json" else {}
     try:
-        if builder == "csv":  # every cell is text, also "4" and "NA"
-            columns = pd.read_csv(paths[0], nrows=0).columns
-            options = {"features": Features(dict.fromkeys(columns, Value("string"))), "keep_default_na": False}
+        if builder == "csv":
+            rows = [row for path in paths for row in read_csv(path)]
+            return Dataset.from_list([next(iter(rows)), *rows[1:]])  # StopIteration if there is none, as load_dataset's
         # Escaped: `load_dataset` reads names as patterns, and run[1] would be run1.
         names = [glob.escape(str(path)) for path in paths]
         dataset = load_dataset(builder, data_files=names, split="train", **options)
@@ -217,7 +229,7 @@ def load_files(paths: list[Path], source: str) -> Dataset:
             dataset = Dataset.from_list([row for path in paths for row in read_json(path)])
     except StopIteration as error:
         raise DataError(f"{source}: {files} has no rows.") from error
-    except (DatasetGenerationError, EOFError, OSError, ValueError) as error:
+    except (csv.Error, DatasetGenerationError, EOFError, OSError, ValueError) as error:
         if (other := getattr(error, "filename", None)) and Path(other) not in paths:
             raise DataError(
                 f"{source}: the cache of datasets can't be used ({error}). Set HF_HOME to a folder to write in"
@@ -227,11 +239,27 @@ def load_files(paths: list[Path], source: str) -> Dataset:
 
 
 def read_json(path: Path) -> list[dict]:
-    with (
-        gzip.open(path, "rt", encoding="utf-8-sig") if path.suffix == ".gz" else path.open(encoding="utf-8-sig") as file
-    ):
-        text = file.read()
+    with open_text(path) as file:
+        text = file.read().lstrip()
     return json.loads(text) if text.startswith("[") else [json.loads(line) for line in text.split("\n") if line.strip()]
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    """Every cell as text, "4" and "NA" too. (pandas takes a cell too many for an index, and moves the others.)"""
+    csv.field_size_limit(sys.maxsize)
+    with open_text(path) as file:
+        reader = csv.DictReader(file, strict=True)
+        rows = []
+        for row in reader:
+            if None in row or None in row.values():
+                raise ValueError(f"line {reader.line_num} has another number of cells than the first line")
+            rows.append(row)
+    return rows
+
+
+def open_text(path: Path) -> IO[str]:
+    opened = gzip.open if path.suffix == ".gz" else open
+    return opened(path, "rt", encoding="utf-8-sig", newline="")
 
 
 def load_hub(entry: dict, split: str) -> Dataset:

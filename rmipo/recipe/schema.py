@@ -52,7 +52,7 @@ class DataConfig:
         ConfigError: when made, with a line for each thing that is wrong in it.
     """
 
-    dataset_name: str | None = option(None, "Hub id, local folder, or JSONL file (plain or gzip).")
+    dataset_name: str | None = option(None, "Hub id, local folder, or file: JSON, Parquet, CSV.")
     dataset_config: str | None = None
     dataset_train_split: str = "train"
     dataset_test_split: str = "test"

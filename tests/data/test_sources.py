@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -32,7 +33,7 @@ from tests.helpers.rows import config, pairs, questions, write
         ("data/train-00000-of-00001.parquet", "train"),
     ],
 )
-def test_a_split_of_a_folder_is_found_by_name(tmp_path, name, split):
+def test_a_split_of_a_folder_is_found_by_name(tmp_path, caplog, name, split):
     write(tmp_path / name, pairs(0, 1, 2))
     write(tmp_path / "test.jsonl", pairs(7))
     for other in ("train.jsonl.bak", "old/train.jsonl", "my_train.jsonl"):
@@ -41,6 +42,7 @@ def test_a_split_of_a_folder_is_found_by_name(tmp_path, name, split):
     data_config = config(tmp_path, dataset_train_split=split)
     assert questions(load_pairs(data_config, "train")) == [0, 1, 2]
     assert questions(load_pairs(data_config, "test")) == [7]
+    assert (f"{tmp_path}: it has no split {split!r}" in caplog.text) == (split != re.match(r"(data/)?(\w+)", name)[2])
 
 
 @pytest.mark.parametrize("ending", ["", "-9564e8b05b4757ab"])  # a hash, as older versions of datasets wrote it
@@ -94,7 +96,7 @@ def test_one_file_sets_rows_aside_that_are_drawn(tmp_path, caplog):
     assert questions(test) == test["row"][:] == shuffled(range(55), 0)[:3] != [52, 53, 54]
     assert questions(load_pairs(config(path, max_eval_samples=2), "test")) == questions(test)[:2]
     assert questions(load_pairs(config(path, mixture_seed=1), "test")) != questions(test)
-    assert caplog.text.count(f"{path}: it has no splits, so 3 of its 55 rows") == 3  # once for each reading of test
+    assert caplog.text.count(f"{path}: it has no splits, so 3 of its 55 rows") == 2  # once for each seed
     few = write(tmp_path / "few.jsonl", pairs(*range(10)))
     assert questions(load_pairs(config(few), "train")) == list(range(10))
     with pytest.raises(MissingSplitError, match=f"{few}: 10 rows are too few"):
@@ -124,6 +126,10 @@ def test_cells_of_csv_files_are_texts(tmp_path):
         [row[side][0]["content"] for side in row if side != "row"] for row in load_pairs(config(tmp_path), "train")
     ]
     assert texts == [["1, or 2?", "1", "02"], ["Which?", "NA", "null\nor so"]]
+    for row in ("a,b,c,d", "a,b"):
+        (tmp_path / "train.csv").write_text(f"prompt,chosen,rejected\n{row}\n")
+        with pytest.raises(DataError, match=r"train\.csv can't be read as csv: line 2"):
+            load_pairs(config(tmp_path), "train")
 
 
 @pytest.mark.parametrize("name", ["train.jsonl", "train.jsonl.gz", "train.json"])
@@ -141,7 +147,7 @@ def test_texts_that_are_dates_stay_texts(tmp_path, name):
 def test_rows_inside_of_an_object_are_not_called_too_few(tmp_path):
     path = tmp_path / "mine.json"
     path.write_text(json.dumps({"version": 1, "data": pairs(*range(30))}))
-    with pytest.raises(DataError, match=f"{path}: missing columns .* found version, data.*one object"):
+    with pytest.raises(DataError, match=f"{path}: missing columns .* found version, data.*one row"):
         load_pairs(config(path), "train")
 
 
