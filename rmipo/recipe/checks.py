@@ -1,5 +1,6 @@
 """What can be found wrong with a recipe without its data: unknown keys, wrong types, values out of range."""
 
+import contextlib
 import difflib
 import glob
 import json
@@ -227,12 +228,13 @@ def _annotations(stage: str) -> dict[str, Any]:
 
 
 def takes_null(key: str) -> bool:
-    """Whether null is a value of this key; also of keys that there are not, which are refused as such."""
-    try:
-        coerce(None, (_annotations("sft") | _annotations("preference")).get(key, Any))
-    except ValueError:
-        return False
-    return True
+    """Whether null is a value of this key in a stage; also of keys that there are not, which are refused as such."""
+    annotations = [known[key] for known in map(_annotations, ARGUMENTS) if key in known]
+    for annotation in annotations:
+        with contextlib.suppress(ValueError):
+            coerce(None, annotation)
+            return True
+    return not annotations
 
 
 def _choices(stage: str) -> dict[str, list[str]]:

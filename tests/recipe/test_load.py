@@ -185,6 +185,10 @@ def test_null_takes_back_what_a_lower_layer_says(write, recipe):
     overlay = write("overlay.yaml", {"model_revision": None, "learning_rate": None})
     args, _, model_config = load_recipe(base, [overlay]).parse()
     assert (model_config.model_revision, args.learning_rate) == ("main", PreferenceConfig.learning_rate)
+    sft = write("sft.yaml", {key: value for key, value in RECIPE.items() if key != "objective"} | {"max_length": 512})
+    assert load_recipe(sft, overrides=["--max_length=null"]).parse()[0].max_length is None  # a value of its own
+    shorter = write("shorter/rmipo.yaml", RECIPE | {"max_prompt_length": 50})
+    assert load_recipe(shorter, overrides=["--max_prompt_length=null"]).values.get("max_prompt_length") is None
     assert load_recipe(base, overrides=["--model_revision=null"]).parse()[2].model_revision == "main"
     assert "weight_decay is None" in problems(recipe, overrides=["--weight_decay=null"])  # there is none to take back
     assert "global_batch_size is missing" in problems(recipe, overrides=["--global_batch_size=null"])
