@@ -6,7 +6,7 @@ version = next(
     line.split('"')[1] for line in Path("rmipo/__init__.py").read_text().splitlines() if line.startswith("__version__")
 )
 
-# constraints.txt pins the versions that were tested: pip install -c constraints.txt -e .[dev]
+# constraints.txt pins the versions that were tested: pip install -c constraints.txt -e .[recipes]
 setup(
     name="rmipo",
     version=version,
@@ -16,31 +16,19 @@ setup(
     packages=find_packages(include=["rmipo", "rmipo.*"]),
     package_data={"rmipo": ["**/*.csv", "**/*.jsonl", "**/*.yaml"]},
     python_requires=">=3.11",
+    # What the loss and the trainers need, with all that these bring along (numpy, pyyaml, safetensors, tqdm, xxhash, ...).
     install_requires=[
         "accelerate",
         "datasets",
-        "deepspeed",
-        "httpx2",
-        "huggingface_hub",
-        "jinja2",
-        "matplotlib",
-        "numpy",
-        "pandas",
         "peft",
-        "psutil",
-        "pyarrow",
         "pydantic",
-        "pyyaml",
-        "safetensors",
-        "tokenizers",
-        "torch",
-        "tqdm",
-        "transformers",
-        "trl",
-        "wandb",
-        "xxhash",
+        "torch>=2.13",
+        "transformers>=5.23,<6",
+        "trl>=1.16,<2",
     ],
     extras_require={
+        # Runs of recipes, with their plans, figures and tables.
+        "recipes": ["deepspeed", "httpx2", "jinja2", "matplotlib", "pandas", "psutil", "wandb"],
         "gpu": ["bitsandbytes", "kernels"],
         "vllm": ["vllm==0.30.0"],  # the release for torch 2.13
         "eval": [
@@ -54,6 +42,6 @@ setup(
             "setuptools<81",
         ],
         "smollm2": ["gguf==0.19.0"],  # reads the weights that recipes/smollm2-135m-instruct/weights.yaml has pip fetch
-        "dev": ["import-linter", "pytest", "pytest-timeout", "pytest-xdist", "ruff", "tensorboard"],
+        "dev": ["rmipo[recipes]", "import-linter", "pytest", "pytest-timeout", "pytest-xdist", "ruff", "tensorboard"],
     },
 )
