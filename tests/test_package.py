@@ -58,10 +58,10 @@ def python(code: str, *arguments: str, path: Path, cwd: Path) -> str:
 
 
 def test_the_package_imports_nothing_and_the_loss_torch_alone(tmp_path):
-    environment_of(["torch"], tmp_path / "site")
-    (tmp_path / "site/rmipo").symlink_to(CHECKOUT / "rmipo")
+    environment_of(["torch"], tmp_path / "site-packages")
+    (tmp_path / "site-packages/rmipo").symlink_to(CHECKOUT / "rmipo")
     code = "import sys, rmipo; print('torch' in sys.modules); from rmipo import rmipo_loss; print(rmipo_loss.__name__)"
-    assert python(code, path=tmp_path / "site", cwd=tmp_path) == "False\nrmipo_loss\n"
+    assert python(code, path=tmp_path / "site-packages", cwd=tmp_path) == "False\nrmipo_loss\n"
 
 
 @pytest.mark.slow
@@ -73,13 +73,13 @@ def test_the_wheel_trains_in_an_environment_without_extras_and_without_the_repos
     subprocess.run([*pip, "install", str(wheel), "--no-deps", "--target", str(tmp_path / "wheel")], check=True)
     (information,) = metadata.distributions(path=[str(tmp_path / "wheel")])
     needs = [text for text in information.requires if "extra ==" not in text]
-    environment_of(needs, tmp_path / "site")
+    environment_of(needs, tmp_path / "site-packages")
     for path in (tmp_path / "wheel").iterdir():
-        (tmp_path / "site" / path.name).symlink_to(path)
-    assert not {"deepspeed", "wandb", "matplotlib"} & {path.name for path in (tmp_path / "site").iterdir()}
+        (tmp_path / "site-packages" / path.name).symlink_to(path)
+    assert not {"deepspeed", "wandb", "matplotlib"} & {path.name for path in (tmp_path / "site-packages").iterdir()}
     write_model(tmp_path / "model")
-    said = python(TRAIN, str(tmp_path / "model"), path=tmp_path / "site", cwd=tmp_path)
-    assert said.strip().endswith("site/rmipo/__init__.py") and (tmp_path / "out/model.safetensors").exists()
+    said = python(TRAIN, str(tmp_path / "model"), path=tmp_path / "site-packages", cwd=tmp_path)
+    assert said.strip().endswith("site-packages/rmipo/__init__.py") and (tmp_path / "out/model.safetensors").exists()
 
     listing = ["git", "ls-files", "rmipo"]
     tracked = subprocess.run(listing, cwd=tmp_path / "source", capture_output=True, text=True, check=True)
