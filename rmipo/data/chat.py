@@ -143,6 +143,8 @@ class ChatFormat:
             return []
         bos = [] if self.bos_id is None else [self.bos_id]
         context = {"bos": bos, "header": [*bos, *self.header_ids]}[kind]
+        if kind == "header" and not context:  # plain text of a model without BOS, whose documents follow an end token
+            context = [self.end_id]
         if not context:
             raise DataError(
                 f"prior_context: {kind} leaves nothing in front of a response, as this tokenizer has no BOS token. "

@@ -55,13 +55,12 @@ class PairConfig(TrainingArguments):
         if self.bf16 is None:
             self.bf16 = not self.fp16 and _has_bf16(self.use_cpu)
         super().__post_init__()
-        build_objective(self.objective)
         self.pairs_per_step()
 
     def pairs_per_step(self) -> int:
         """Pairs per optimizer step: `global_batch_size`, or per device x accumulation x processes.
 
-        Raises ConfigError where both are given, or micro-batches are too small for the objective.
+        Raises ConfigError where both are given, or where the objective can't have such micro-batches.
         """
         per_forward = self.per_device_train_batch_size * self.world_size
         objective = build_objective(self.objective)
@@ -70,6 +69,11 @@ class PairConfig(TrainingArguments):
                 f"objective {objective.name} needs at least {objective.min_pairs} pairs per micro-batch over all "
                 f"processes, found per_device_train_batch_size {self.per_device_train_batch_size} x {self.world_size} "
                 "process(es): raise per_device_train_batch_size"
+            )
+        if self.max_tokens_per_micro_batch and objective.micro_batch_matters:
+            raise ConfigError(
+                f"max_tokens_per_micro_batch is {self.max_tokens_per_micro_batch}: expected None, as a pair's loss under "
+                f"this {objective.name} depends on the pairs in its micro-batch. Set per_device_train_batch_size"
             )
         if self.global_batch_size is None:
             return per_forward * self.gradient_accumulation_steps

@@ -4,7 +4,6 @@ import contextlib
 import errno
 import json
 import os
-import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +17,7 @@ from rmipo.files import TEMPORARY, write_atomically
 from rmipo.record import recorded_run
 from rmipo.run.identity import differences
 from rmipo.run.lock import LOCK_FILE
+from rmipo.training import state as checkpoints
 
 MARKER = "complete.json"
 FULL_BYTES = 2**20  # less is a full disk: a failed write may have left some blocks free
@@ -44,7 +44,7 @@ class Checkpoints(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         self.limit, args.save_total_limit = args.save_total_limit, None
         if state.is_world_process_zero:
-            for folder in _numbered(Path(args.output_dir)):
+            for folder in checkpoints.numbered_checkpoints(args.output_dir):
                 if not (folder / MARKER).exists():
                     print(f"{folder} is incomplete: deleted")
                     shutil.rmtree(folder)
@@ -56,34 +56,17 @@ class Checkpoints(TrainerCallback):
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         write_atomically(folder / MARKER, json.dumps({"step": state.global_step, **self.identity}))
         if self.limit is not None and self.limit > 0:  # below 1 the Trainer keeps all, too
-            rotate(Path(args.output_dir), self.limit, keep=state.best_model_checkpoint)
+            checkpoints.rotate(args.output_dir, MARKER, self.limit, keep=state.best_model_checkpoint)
 
 
 def complete_checkpoints(output_dir: str | Path) -> list[Path]:
     """The folders of complete checkpoints, earliest step first. A copy under another step's name is not one."""
+    complete = checkpoints.complete_checkpoints(output_dir, MARKER)
     return [
         folder
-        for folder in _numbered(Path(output_dir))
-        if (folder / MARKER).exists() and json.loads((folder / MARKER).read_text())["step"] == _step(folder)
+        for folder in complete
+        if json.loads((folder / MARKER).read_text())["step"] == checkpoints.step_of(folder)
     ]
-
-
-def _numbered(output_dir: Path) -> list[Path]:
-    """The folders that the Trainer names `checkpoint-<step>`, earliest first; `checkpoint-best` is somebody else's."""
-    found = [path for path in output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name, re.ASCII)]
-    return sorted((path for path in found if path.is_dir() and not path.is_symlink()), key=_step)
-
-
-def _step(folder: Path) -> int:
-    return int(folder.name.removeprefix("checkpoint-"))
-
-
-def rotate(output_dir: Path, limit: int, keep: str | None = None) -> None:
-    """Delete complete checkpoints but the `limit` newest and `keep`; the marker goes first."""
-    for folder in complete_checkpoints(output_dir)[:-limit]:
-        if keep is None or folder != Path(keep):
-            (folder / MARKER).unlink()
-            shutil.rmtree(folder)
 
 
 @contextlib.contextmanager

@@ -34,8 +34,8 @@ def load_tokenizer(model_config: ModelConfig, chat_template: str | None = None) 
     Of several named templates it keeps the one named "default", which is saved with the model.
     """
     name = model_config.model_name_or_path
-    read_generation_config(name, model_config.model_revision)  # here, as every program comes by here before the weights
     try:
+        read_generation_config(name, model_config.model_revision)  # every program comes by here before the weights
         tokenizer = AutoTokenizer.from_pretrained(name, revision=model_config.model_revision, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise LoadingError(_explained(name, "tokenizer", error)) from error

@@ -47,7 +47,7 @@ def source_of(model: Named | Loaded) -> ModelConfig | Loaded:
 
 
 def is_tokenized(rows: Dataset) -> bool:
-    return set(TOKENIZED) <= set(rows.column_names)
+    return isinstance(rows, Dataset) and set(TOKENIZED) <= set(rows.column_names)
 
 
 def is_plain_text(rows: Dataset) -> bool:
@@ -113,6 +113,8 @@ class TokenizedPairs:
         if is_tokenized(rows):
             return rows if "row" in rows.column_names else numbered(rows)
         args = self.args
+        if self.chat is None:
+            raise DataError(f"{split}: the rows are not tokenised: expected processing_class, the model's tokenizer")
         with PartialState().main_process_first(), of_split(split):
             if any(rows.features.get(side) != MESSAGES for side in SIDES) or "row" not in rows.column_names:
                 rows = convert_rows(
@@ -154,6 +156,8 @@ def for_plain_text(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBas
     if tokenizer.chat_template is None:
         tokenizer = copy.deepcopy(tokenizer)
         tokenizer.chat_template = PLAIN_TEMPLATE
+        if tokenizer("a")["input_ids"][0] != tokenizer.bos_token_id:
+            tokenizer.bos_token = None  # it begins no text with one
     return tokenizer
 
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import torch
@@ -23,8 +24,24 @@ def load_objective_state(checkpoint: str | Path) -> dict[str, torch.Tensor]:
     return {name: torch.tensor(value, dtype=torch.float64) for name, value in saved.items()}
 
 
-def last_checkpoint(output_dir: str | Path) -> str | None:
-    """The complete checkpoint of the latest step in `output_dir`; None if there is none."""
-    complete = [state.parent for state in Path(output_dir).glob(f"checkpoint-*/{OBJECTIVE_STATE}")]
-    ours = [folder for folder in complete if re.fullmatch(r"checkpoint-\d+", folder.name)]
-    return str(max(ours, key=lambda folder: int(folder.name.split("-")[1]))) if ours else None
+def complete_checkpoints(output_dir: str | Path, marker: str) -> list[Path]:
+    """The folders of checkpoints that have the file `marker`, which is written last; earliest step first."""
+    return [folder for folder in numbered_checkpoints(output_dir) if (folder / marker).exists()]
+
+
+def numbered_checkpoints(output_dir: str | Path) -> list[Path]:
+    """The folders that the Trainer names `checkpoint-<step>`, earliest first; `checkpoint-best` is somebody else's."""
+    named = [path for path in Path(output_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-[0-9]+", path.name)]
+    return sorted((path for path in named if path.is_dir() and not path.is_symlink()), key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("checkpoint-"))
+
+
+def rotate(output_dir: str | Path, marker: str, limit: int, keep: str | None = None) -> None:
+    """Delete complete checkpoints but the `limit` newest and `keep`; the marker goes first."""
+    for folder in complete_checkpoints(output_dir, marker)[:-limit]:
+        if keep is None or folder != Path(keep):
+            (folder / marker).unlink()
+            shutil.rmtree(folder)

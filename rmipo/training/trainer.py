@@ -14,7 +14,7 @@ from peft import PeftConfig, PeftModel
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from transformers.integrations.deepspeed import deepspeed_init
-from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
+from transformers.trainer_utils import EvalLoopOutput
 from trl.trainer.utils import generate_model_card
 
 from rmipo.data.chat import DataError
@@ -38,7 +38,13 @@ from rmipo.training.packing import concatenate, split_pairs
 from rmipo.training.parity import MAX_PAIRS, check_parity
 from rmipo.training.reference import BEFOREHAND, Reference
 from rmipo.training.resuming import EndsWithItsLastStep
-from rmipo.training.state import last_checkpoint, load_objective_state, save_objective_state
+from rmipo.training.state import (
+    OBJECTIVE_STATE,
+    complete_checkpoints,
+    load_objective_state,
+    rotate,
+    save_objective_state,
+)
 
 
 class PreferenceTrainer(EndsWithItsLastStep):
@@ -95,7 +101,8 @@ class PreferenceTrainer(EndsWithItsLastStep):
         evaluated = {f"eval_{name}": rows for name, rows in eval_dataset.items()} if several else {"test": eval_dataset}
         rows = {split: given for split, given in {"train": train_dataset, **evaluated}.items() if given is not None}
         reads_prior = bool(self.objective.needs & PRIORS) and prior_context is None
-        if processing_class is None and (reads_prior or not all(map(parts.is_tokenized, rows.values()))):
+        tokenized = rows and all(map(parts.is_tokenized, rows.values()))
+        if processing_class is None and (reads_prior or not tokenized):
             processing_class = parts.tokenizer_of(model)
         self.pairs = parts.TokenizedPairs(rows, processing_class, args, model)
         self.prior_context = self.pairs.prior_context() if reads_prior else prior_context
@@ -272,7 +279,8 @@ class PreferenceTrainer(EndsWithItsLastStep):
     def train(self, resume_from_checkpoint: bool | str | None = None, **kwargs):
         """As `Trainer.train`; True goes on from the last complete checkpoint in `output_dir`, or starts if there is none."""
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = last_checkpoint(self.args.output_dir)
+            complete = complete_checkpoints(self.args.output_dir, OBJECTIVE_STATE)
+            resume_from_checkpoint = str(complete[-1]) if complete else None
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
@@ -316,7 +324,8 @@ class PreferenceTrainer(EndsWithItsLastStep):
         if self.args.should_save:
             checkpoint = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
             save_objective_state(checkpoint, self.objective_state)
-            rotate_checkpoints(self.args.output_dir, limit, self.state.best_model_checkpoint)
+            if limit is not None and limit > 0:  # below 1 the Trainer keeps all, too
+                rotate(self.args.output_dir, OBJECTIVE_STATE, limit, keep=self.state.best_model_checkpoint)
 
     def _prepare_for_evaluation(self, dataset: PairDataset) -> None:
         """What training does before its first step, where an evaluation comes first."""

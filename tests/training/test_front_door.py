@@ -1,0 +1,409 @@
+"""The trainers as people who know TRL use them: raw rows, names of models, TRL's batches, resume, evaluate, upload."""
+
+import json
+import signal
+import time
+
+import pytest
+import torch
+from datasets import Dataset, load_dataset
+from peft import LoraConfig
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import ModelConfig
+
+from rmipo import PreferenceConfig, PreferenceTrainer, RMiPOConfig, RMiPOTrainer
+from rmipo.data.chat import ChatFormat
+from rmipo.errors import CheckpointError, ConfigError, UserError
+from rmipo.record import read_metrics
+from rmipo.run.callbacks import MetricsFile
+from tests.helpers.launched import launch
+from tests.helpers.tiny_model import write_model
+
+WORDS = [
+    (f"w{i} w{i + 1}", " ".join(f"w{(i + j) % 20}" for j in range(1 + i % 4)), " ".join(["w19"] * (1 + i % 3)))
+    for i in range(12)
+]
+TEXTS = [dict(zip(("prompt", "chosen", "rejected"), words, strict=True)) for words in WORDS]
+TURNS = [
+    {
+        "prompt": [{"role": "user", "content": prompt}],
+        "chosen": [{"role": "assistant", "content": chosen}],
+        "rejected": [{"role": "assistant", "content": rejected}],
+    }
+    for prompt, chosen, rejected in WORDS
+]
+IMPLICIT = [{side: row["prompt"] + row[side] for side in ("chosen", "rejected")} for row in TURNS]
+SAME = {
+    "max_length": 64, "max_prompt_length": 32, "learning_rate": 1e-2, "logging_steps": 1, "bf16": False,
+    "use_cpu": True, "report_to": "none", "save_strategy": "no", "per_device_train_batch_size": 2,
+}  # fmt: skip
+DPO = {"name": "dpo", "beta": 0.5}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("model")
+    write_model(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def make(model, tmp_path):
+    def make(objective=None, rows=TURNS, args=(), **keywords):
+        options = {"output_dir": str(tmp_path / "out")} | SAME | dict(args)
+        if objective is None:
+            args = RMiPOConfig(**options)
+        else:
+            args = PreferenceConfig(objective=objective, **options)
+        keywords.setdefault("train_dataset", Dataset.from_list(rows) if isinstance(rows, list) else rows)
+        return PreferenceTrainer(keywords.pop("model", model), args, **keywords)
+
+    return make
+
+
+def ids(trainer):
+    return [
+        [row[f"{side}_ids"] for side in ("prompt", "chosen", "rejected")] for row in trainer.train_dataset.tokenized
+    ]
+
+
+def sums(metrics):
+    return {name: value for name, value in metrics.items() if "per_second" not in name and "runtime" not in name}
+
+
+# ------------------------------------------------------------------ rows
+
+
+def test_every_form_of_the_same_pairs_has_the_same_tokens(make):
+    tokenizer = make().processing_class
+    words = tokenizer.get_vocab()
+    expected = [
+        [
+            [words[word] for word in ["<s>", "<user>", *prompt.split(), "<assistant>"]],
+            *[[words[word] for word in [*response.split(), "</s>"]] for response in responses],
+        ]
+        for prompt, *responses in WORDS
+    ]
+    for rows in (TURNS, TEXTS, IMPLICIT):
+        assert ids(make(rows=rows)) == expected
+    tokenized = Dataset.from_list(
+        [dict(zip(("prompt_ids", "chosen_ids", "rejected_ids"), row, strict=True)) for row in expected]
+    )
+    trainer = make(rows=tokenized)
+    assert ids(trainer) == expected and trainer.train_dataset.tokenized["row"] == list(range(12))
+
+
+def test_texts_stay_texts_without_a_template_and_dialogues_are_refused(make, model):
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.chat_template = None
+    trainer = make(rows=TEXTS, processing_class=tokenizer)
+    prompt, chosen, rejected = ids(trainer)[3]
+    words = [tokenizer.convert_ids_to_tokens(part) for part in (prompt, chosen, rejected)]
+    assert words == [["w3", "w4"], [*WORDS[3][1].split(), "</s>"], [*WORDS[3][2].split(), "</s>"]]
+    assert trainer.prior_context == [tokenizer.eos_token_id]  # this tokenizer begins no text with a BOS
+    assert trainer.processing_class.chat_template is None  # what is saved with the model
+    hh = [{"prompt": "\n\nHuman: w1\n\nAssistant: w2\n\nHuman: w3\n\nAssistant:", "chosen": " w1", "rejected": " w2"}]
+    for rows in (TURNS, hh):
+        with pytest.raises(UserError, match="chat template"):
+            make(rows=rows, processing_class=tokenizer)
+
+
+# ------------------------------------------------------------------ arguments
+
+
+def test_batches_are_trls(make):
+    def pairs_of_a_step(**batch):
+        trainer = make(args=batch)
+        return [sum(m.real for m in step) for step in trainer.get_train_dataloader().batch_sampler]
+
+    assert pairs_of_a_step(gradient_accumulation_steps=2) == [4, 4, 4]  # and not 128
+    assert pairs_of_a_step() == [2] * 6
+    assert pairs_of_a_step(global_batch_size=6) == [6, 6]
+    assert pairs_of_a_step(global_batch_size=8, per_device_train_batch_size=3) == [8, 4]
+    with pytest.raises(ConfigError, match="global_batch_size"):
+        make(args={"global_batch_size": 8, "gradient_accumulation_steps": 4})
+
+
+def test_arguments_are_left_as_they_are_and_serve_two_trainers(make, model, tmp_path):
+    args = RMiPOConfig(str(tmp_path), **SAME | {"gradient_accumulation_steps": 3})
+    for _ in range(2):
+        trainer = RMiPOTrainer(model, args, train_dataset=Dataset.from_list(TURNS))
+        assert trainer.global_batch_size == 6 and args.gradient_accumulation_steps == 3
+    args.beta = 7.0
+    assert RMiPOTrainer(model, args, train_dataset=Dataset.from_list(TURNS)).objective.beta == 7.0
+
+
+def test_defaults_are_the_papers():
+    args = RMiPOConfig("x")
+    assert (args.learning_rate, args.lr_scheduler_type, args.num_train_epochs) == (1e-6, "cosine", 1)
+    assert (
+        args.activation_checkpointing
+        and RMiPOConfig("x", gradient_checkpointing=False).activation_checkpointing is False
+    )
+    assert args.objective["beta"] == 2.0 and (args.objective["gamma_min"], args.objective["gamma_max"]) == (0.3, 1.6)
+    assert args.bf16 == torch.cpu.get_capabilities().get("avx512_bf16", False) or torch.accelerator.is_available()
+    assert not RMiPOConfig("x", fp16=True).bf16
+
+
+def test_flat_fields_are_all_there_is(make):
+    with pytest.raises(TypeError, match="objective"):
+        RMiPOConfig("x", objective=DPO)
+    with pytest.raises(ValueError, match="gamma_min"):
+        RMiPOConfig("x", gamma_min=2.0)
+    with pytest.raises(ValueError, match="objective"):
+        PreferenceConfig("x")
+    with pytest.raises(ConfigError, match="per_device_train_batch_size"):
+        PreferenceConfig("x", objective={"name": "kto"}, per_device_train_batch_size=1)
+    with pytest.raises(ConfigError, match="max_tokens_per_micro_batch"):
+        PreferenceConfig("x", objective={"name": "kto"}, max_tokens_per_micro_batch=100)
+
+
+def test_the_prior_context_follows_from_the_objective(make, model):
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    header = tokenizer.convert_tokens_to_ids(["<s>", "<assistant>"])
+    assert make().prior_context == header
+    assert make(args={"prior_context": "bos"}).prior_context == header[:1]
+    assert make(DPO).prior_context is None
+    tokenized = make().train_dataset.tokenized
+    assert make(rows=tokenized).prior_context == header  # by the tokenizer beside the model
+    with pytest.raises(UserError, match="processing_class"):  # and not another margin in silence
+        in_memory = AutoModelForCausalLM.from_config(AutoModelForCausalLM.from_pretrained(model).config)
+        in_memory.config._name_or_path = ""
+        make(rows=tokenized, model=in_memory)
+
+
+@pytest.mark.parametrize(
+    ("keywords", "named"),
+    [
+        ({"rows": [{"question": "w1", "good": "w2", "bad": "w3"}]}, "chosen"),
+        ({"train_dataset": TURNS}, "train: found list"),
+        ({"args": {"max_length": 2048}}, "128 positions"),
+        ({"model": "no/such/model"}, "no/such/model"),
+    ],
+)
+def test_what_does_not_fit_is_named(make, keywords, named):
+    with pytest.raises(UserError, match=named):
+        make(**keywords)
+
+
+# ------------------------------------------------------------------ models
+
+
+def test_names_configurations_and_loaded_models_train_the_same_bits(make, model):
+    results = []
+    for given in (
+        model, ModelConfig(model_name_or_path=model), AutoModelForCausalLM.from_pretrained(model, dtype="float32")
+    ):  # fmt: skip
+        trainer = make(model=given, args={"max_steps": 2})
+        trainer.train()
+        results.append(trainer.model.state_dict())
+    for other in results[1:]:
+        assert all(torch.equal(value, other[name]) for name, value in results[0].items())
+
+
+def test_the_reference_is_the_model_that_was_passed(make, model, tmp_path):
+    """Also one whose weights are no longer those of its folder, under one cache."""
+    cache = {"reference_cache_dir": str(tmp_path / "cache"), "max_steps": 1}
+    changed = AutoModelForCausalLM.from_pretrained(model, dtype="float32")
+    torch.manual_seed(0)
+    for parameter in changed.parameters():
+        parameter.data += 0.3 * torch.randn_like(parameter)
+    for given in (model, changed):
+        trainer = make(DPO, model=given, args=cache)
+        trainer.train()
+        (loss,) = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+        assert loss == pytest.approx(0.6931472, abs=1e-6)  # log 2: no difference to the reference yet
+
+
+def test_epsilon_dpo_makes_its_own_reference(make, model):
+    for given in (model, AutoModelForCausalLM.from_pretrained(model, dtype="float32")):
+        trainer = make({"name": "epsilon-dpo", "beta": 0.5}, model=given, args={"max_steps": 1})
+        trainer.train()
+        assert trainer.reference.model is not trainer.model
+        (loss,) = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+        assert loss == pytest.approx(0.6931472, abs=1e-5)
+
+
+def test_adapters_are_made_by_the_trainer(make):
+    lora = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    weights = []
+    for _ in range(2):
+        trainer = make(peft_config=lora, args={"max_steps": 2})
+        assert {name.split(".")[-3] for name, p in trainer.model.named_parameters() if p.requires_grad} == {
+            "lora_A",
+            "lora_B",
+        }
+        trainer.train()
+        weights.append(trainer.model.state_dict())
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+    with pytest.raises(UserError, match="peft_config"):
+        make(model=trainer.model, peft_config=lora)
+
+
+# ------------------------------------------------------------------ evaluation
+
+
+@pytest.mark.parametrize("objective", [None, DPO])
+def test_an_evaluation_needs_no_training(make, objective):
+    held_out = Dataset.from_list(TURNS[:5])
+    alone = make(objective, train_dataset=None, eval_dataset=held_out)
+    metrics = alone.evaluate()
+    again = make(objective, train_dataset=None).evaluate(held_out)
+    assert sums(again) == sums(metrics)
+    several = make(objective, eval_dataset={"a": held_out, "train": Dataset.from_list(TURNS[5:])})
+    found = several.evaluate()
+    assert found["eval_a_loss"] == metrics["eval_loss"] and found["eval_train_logps/chosen"] != metrics["eval_logps/chosen"]
+    assert several.train_dataset is not several.eval_dataset["train"] and len(several.train_dataset) == 12
+
+
+def test_an_evaluation_first_leaves_the_training_as_it_is(make):
+    weights = []
+    for first in (False, True):
+        trainer = make(eval_dataset=Dataset.from_list(TURNS[:5]), args={"max_steps": 2})
+        if first:
+            trainer.evaluate()
+        trainer.train()
+        weights.append(trainer.model.state_dict())
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+
+
+def test_the_reference_of_new_rows_is_not_scored_with_trained_weights(make):
+    trainer = make(DPO, args={"max_steps": 1})
+    trainer.train()
+    with pytest.raises(CheckpointError):
+        trainer.evaluate(Dataset.from_list(TURNS[:5]))
+
+
+# ------------------------------------------------------------------ the recipe's road is the same
+
+
+def test_a_recipe_and_the_trainer_give_the_same_bits(model, tmp_path):
+    data = tmp_path / "pairs"
+    data.mkdir()
+    for split, rows in (("train", TURNS), ("test", TURNS[:4])):
+        (data / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = SAME | {"num_train_epochs": 2, "eval_strategy": "epoch", "global_batch_size": 4, "seed": 3}
+    objective = {"name": "alpha-dpo", "beta": 1.0}
+    recipe = {"model_name_or_path": model, "dtype": "float32", "dataset_name": str(data), "objective": objective}
+    recipe |= settings | {"output_dir": str(tmp_path / "recipe"), "generation_samples": 0}
+    recipe |= {"lr_scheduler_type": "cosine", "warmup_steps": 0.1, "activation_checkpointing": True}
+    (tmp_path / "setting").mkdir()
+    (tmp_path / "setting/alpha-dpo.yaml").write_text(json.dumps(recipe))
+    run = launch(["scripts/preference.py", "--config", str(tmp_path / "setting/alpha-dpo.yaml")])
+    assert run.wait() == 0, run.output[-4000:]
+
+    rows = load_dataset(str(data))
+    args = PreferenceConfig(str(tmp_path / "api"), objective=objective, **settings)
+    trainer = PreferenceTrainer(model, args, rows["train"], eval_dataset=rows["test"], callbacks=[MetricsFile()])
+    trainer.train()
+    trainer.evaluate()
+    trainer.save_model()
+    lines = {
+        name: [
+            {key: value for key, value in sums(line).items() if not key.startswith(("watchdog", "peak", "total_flos"))}
+            for line in read_metrics(tmp_path / name)
+        ]
+        for name in ("recipe", "api")
+    }
+    assert lines["recipe"] == lines["api"] and len(lines["api"]) > 6
+    assert_same_weights(tmp_path / "recipe", tmp_path / "api")
+
+
+def assert_same_weights(one, other):
+    weights, expected = load_file(one / "model.safetensors"), load_file(other / "model.safetensors")
+    assert weights.keys() == expected.keys()
+    assert all(torch.equal(value, expected[name]) for name, value in weights.items())
+
+
+# ------------------------------------------------------------------ resume, processes
+
+PROGRAM = """
+import json, sys
+from datasets import Dataset
+from rmipo import PreferenceConfig, PreferenceTrainer
+model, output_dir, objective, options, rows = json.loads(sys.argv[1])
+args = PreferenceConfig(output_dir, objective=objective, **options)
+trainer = PreferenceTrainer(model, args, Dataset.from_list(rows))
+trainer.train(resume_from_checkpoint=True)
+trainer.save_model()
+"""
+
+
+def program(model, output_dir, objective, processes=1, sharding=None, **options):
+    arguments = [model, str(output_dir), objective, SAME | options, TURNS]
+    more = {"DS_ACCELERATOR": "cpu"} if sharding else {}
+    more |= {"ACCELERATE_USE_CPU": "true"} if sharding == "ddp" else {}
+    return launch(["-c", PROGRAM, json.dumps(arguments)], processes, sharding=sharding, **more)
+
+
+@pytest.mark.parametrize("name", ["rmipo", "alpha-dpo"])
+def test_a_killed_program_goes_on_with_the_same_bits(model, tmp_path, name):
+    options = {"num_train_epochs": 4, "save_strategy": "steps", "save_steps": 3, "save_total_limit": 1}
+    whole = program(model, tmp_path / "whole", {"name": name}, **options)
+    assert whole.wait() == 0, whole.output[-3000:]
+    out = tmp_path / "killed"
+    killed = program(model, out, {"name": name}, **options)
+    while not (out / "checkpoint-9/objective_state.json").exists():
+        assert killed.poll() is None, killed.output[-3000:]
+        time.sleep(0.002)
+    killed.send(signal.SIGKILL)
+    killed.wait()
+    (out / "checkpoint-99").mkdir()  # as left by a kill amid saving: without its last file
+    again = program(model, out, {"name": name}, **options)
+    assert again.wait() == 0, again.output[-3000:]
+    assert_same_weights(out, tmp_path / "whole")
+    states = [json.loads((run / "checkpoint-24/objective_state.json").read_text()) for run in (out, tmp_path / "whole")]
+    assert states[0] == states[1]
+    histories = [
+        [sums(line) for line in json.loads((run / "checkpoint-24/trainer_state.json").read_text())["log_history"]]
+        for run in (out, tmp_path / "whole")
+    ]
+    peak = {"peak_memory_gib"}
+    assert [{k: v for k, v in line.items() if k not in peak} for line in histories[0]] == [
+        {k: v for k, v in line.items() if k not in peak} for line in histories[1]
+    ]
+    assert [path.name for path in sorted(out.glob("checkpoint-2*"))] == ["checkpoint-24"]  # save_total_limit
+
+
+@pytest.mark.parametrize(
+    "sharding", ["ddp", pytest.param("zero3", marks=pytest.mark.slow), pytest.param("zero2", marks=pytest.mark.slow)]
+)
+@pytest.mark.parametrize("name", ["rmipo", "dpo"])
+def test_two_processes_train_what_one_trains(model, tmp_path, sharding, name):
+    options = {"max_steps": 3, "global_batch_size": 8, "max_grad_norm": 0.0}
+    one = program(model, tmp_path / "one", {"name": name}, **options)
+    two = program(model, tmp_path / "two", {"name": name}, 2, sharding, **options)
+    assert one.wait() == 0, one.output[-3000:]
+    assert two.wait() == 0, two.output[-3000:]
+    weights, expected = (load_file(tmp_path / run / "model.safetensors") for run in ("two", "one"))
+    assert weights.keys() == expected.keys()
+    for key, value in weights.items():
+        torch.testing.assert_close(value, expected[key], atol=2e-4, rtol=0, msg=key)
+
+
+# ------------------------------------------------------------------ saved and shared
+
+
+def test_the_card_names_method_and_paper(make, tmp_path):
+    for objective, named, paper in (
+        (None, "RMiPO", "2604.24804"),
+        (DPO, "DPO", "2305.18290"),
+        ({"name": "simpo"}, "SimPO", "2405.14734"),
+    ):
+        trainer = make(objective)
+        trainer.create_model_card(dataset_name="org/pairs")
+        card = (tmp_path / "out/README.md").read_text()
+        assert f"trained with {named}, a method introduced in" in card and f"/papers/{paper}" in card
+        assert "org/pairs" in card and (paper == "2604.24804" or "2604.24804" not in card)
+
+
+def test_what_is_saved_is_loaded_with_its_tokenizer_and_ends_its_turns(make, model, tmp_path):
+    trainer = make(args={"max_steps": 1})
+    trainer.train()
+    trainer.save_model()
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    chat = ChatFormat.probe(AutoTokenizer.from_pretrained(tmp_path / "out"))
+    ends = loaded.generation_config.eos_token_id
+    assert chat.end_id in (ends if isinstance(ends, list) else [ends])
+    assert all(torch.equal(value, trainer.model.state_dict()[name]) for name, value in loaded.state_dict().items())
