@@ -100,3 +100,22 @@ def test_the_script_trains_what_the_trainer_trains_and_goes_on_after_it_ended(mo
     expected = trainer.model.state_dict()
     for name, value in load_file(tmp_path / "out/model.safetensors").items():
         assert torch.equal(value, expected[name]), name
+
+
+@pytest.mark.slow
+def test_the_script_trains_under_fsdp2(model, data, tmp_path):
+    options = SAME | {"max_prompt_length": 32, "max_steps": 2, "max_grad_norm": 0.0, "per_device_train_batch_size": 8}
+    words = [word for key, value in options.items() for word in (f"--{key}", str(value))]
+    command = ["examples/train.py", "--model_name_or_path", model, "--dataset_name", data, *words]
+    runs = {
+        "one": launch([*command, "--gradient_accumulation_steps", "2", "--output_dir", str(tmp_path / "one")]),
+        "two": launch(
+            ["tests/helpers/fsdp2_on_cpus.py", *command, "--output_dir", str(tmp_path / "two")], 2, sharding="fsdp2"
+        ),
+    }
+    for run in runs.values():
+        assert run.wait() == 0, run.output[-3000:]
+    assert "gradients are divided" in runs["two"].output
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in runs)
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, atol=2e-4, rtol=0, msg=name)

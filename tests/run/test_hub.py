@@ -111,3 +111,30 @@ def test_what_the_hub_does_not_give_is_refused_with_the_fix(hub, twin, tmp_path)
     assert all("org/model" in ended.err and "hf auth login" in ended.err for ended in (no_login, no_grant))
     assert "org/other: the dataset can't be reached on the hub" in not_there.err
     assert not (tmp_path / "out/run.json").exists()
+
+
+FRONT_DOOR = """
+import sys
+from datasets import load_dataset
+from rmipo import RMiPOConfig, RMiPOTrainer
+args = RMiPOConfig(sys.argv[1], max_length=128, max_prompt_length=64, max_steps=1, hub_model_id="member/front-door")
+trainer = RMiPOTrainer("org/model", args, train_dataset=load_dataset("org/pairs", split="train"))
+trainer.train()
+trainer.push_to_hub(dataset_name="org/pairs")
+"""
+
+
+def test_a_trainer_loads_from_the_hub_and_uploads_with_its_card(hub, twin, tmp_path):
+    hub.repositories["models", "org/model"].commit({"config.json": (tmp_path / "model/config.json").read_bytes()})
+    done = subprocess.run(
+        [sys.executable, "-c", FRONT_DOOR, str(tmp_path / "out")], cwd=ROOT, capture_output=True, text=True,
+        env=os.environ | {"HF_HOME": str(tmp_path / "hf")} | hub.environment | SECRET,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+    uploaded = hub.repositories["models", "member/front-door"]
+    files = uploaded.commits[uploaded.names["main"]]
+    assert files["model.safetensors"] == (tmp_path / "out/model.safetensors").read_bytes()
+    card = files["README.md"].decode()
+    header = yaml.safe_load(card.split("---\n")[1])
+    assert header["base_model"] == "org/model" and header["datasets"] == "org/pairs" and "rmipo" in header["tags"]
+    assert "2604.24804" in card and not [path for path in files if path.startswith("checkpoint-")]

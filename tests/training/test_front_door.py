@@ -253,7 +253,10 @@ def test_an_evaluation_needs_no_training(make, objective):
     assert sums(again) == sums(metrics)
     several = make(objective, eval_dataset={"a": held_out, "train": Dataset.from_list(TURNS[5:])})
     found = several.evaluate()
-    assert found["eval_a_loss"] == metrics["eval_loss"] and found["eval_train_logps/chosen"] != metrics["eval_logps/chosen"]
+    assert (
+        found["eval_a_loss"] == metrics["eval_loss"]
+        and found["eval_train_logps/chosen"] != metrics["eval_logps/chosen"]
+    )
     assert several.train_dataset is not several.eval_dataset["train"] and len(several.train_dataset) == 12
 
 
