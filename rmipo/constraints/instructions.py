@@ -12,6 +12,10 @@ import functools
 import io
 from unittest import mock
 
+from rmipo.record import require_package
+
+require_package("lm_eval")  # here: an oracle's file is imported before hours of sampling
+
 DRAWN = (
     "keywords:frequency",
     "keywords:letter_frequency",

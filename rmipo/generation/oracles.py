@@ -65,7 +65,12 @@ class FunctionOracle:
             raise OracleError(f"oracle.function is {settings['function']!r}: expected <file.py>:<function>")
         spec = importlib.util.spec_from_file_location(f"oracle_{Path(file).stem}", file)
         module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
+        try:
+            spec.loader.exec_module(module)
+        except ImportError as error:
+            raise OracleError(
+                f"oracle.function is {settings['function']!r}, which can't be imported: {error}"
+            ) from error
         self.function, self.name = getattr(module, name, None), settings["function"]
         if not callable(self.function):
             raise OracleError(f"oracle.function is {settings['function']!r}: {file} has no function {name!r}")

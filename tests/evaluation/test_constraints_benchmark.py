@@ -4,13 +4,13 @@ import json
 
 import pytest
 
+pytest.importorskip("lm_eval", reason="needs the extra `eval`")
+
 from rmipo.constraints.instructions import followed
 from rmipo.constraints.prompts import read_prompts
 from rmipo.evaluation import BENCHMARKS
 from rmipo.evaluation.constraints import per_prompt
 from tests.helpers.tiny_model import write_model
-
-pytest.importorskip("lm_eval", reason="needs the extra `eval`")
 
 
 def test_shares_of_answers_that_follow_all_and_each_of_their_constraints(tmp_path):

@@ -5,6 +5,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
 
+from rmipo.errors import EvaluationError
 from rmipo.generation.oracles import Candidates, OracleError, make_oracle
 from rmipo.generation.reward_model import RewardModel, RewardModelError
 from rmipo.generation.scores import fill
@@ -148,3 +149,12 @@ def test_judge_costs_are_stated_and_limited_before_anything_is_asked(judged, cap
     with pytest.raises(ValueError, match=r"more than max_cost 0.001; nothing was asked"):
         judged(price=[10, 30], max_cost=0.001)
     assert judged.asked == [] and "judge: 16 verdicts to ask for" in capsys.readouterr().out
+
+
+def test_an_oracle_s_file_that_cannot_be_imported_is_refused_before_anything_is_sampled(tmp_path, monkeypatch):
+    (tmp_path / "oracle.py").write_text("import no_such_package\n")
+    with pytest.raises(OracleError, match=r"oracle\.py:score.*no_such_package"):
+        make_oracle({"function": f"{tmp_path}/oracle.py:score"})
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(EvaluationError, match="lm_eval isn't installed: make install EXTRAS=eval"):
+        make_oracle({"function": "rmipo/constraints/instructions.py:score"})
