@@ -51,7 +51,7 @@ def load_sources(data_config: DataConfig, split: str) -> list[tuple[str, Dataset
         dataset = number_rows(dataset, first_row)
         first_row += len(dataset)
         if not (divided or data_config.test_split_size):
-            dataset = hold_out(dataset, split, entry["path"], data_config.mixture_seed)
+            dataset = hold_out(dataset, split, entry["path"])
         if columns := entry.get("columns"):
             found = [name for name in dataset.column_names if name != "row"]
             if missing := [name for name in columns if name not in found]:
@@ -160,15 +160,18 @@ def number_rows(dataset: Dataset, first_row: int) -> Dataset:
     return dataset.add_column("row", list(range(first_row, first_row + len(dataset))))
 
 
-def hold_out(dataset: Dataset, split: str, source: str, seed: int) -> Dataset:
-    """The part of data without splits that is `split`; which rows are held out is drawn, as the data may be sorted."""
+def hold_out(dataset: Dataset, split: str, source: str) -> Dataset:
+    """The part of data without splits that is `split`; which rows are held out is drawn, as the data may be sorted.
+
+    They are the same in every program: no seed of a recipe moves rows between an SFT stage's training and a later test.
+    """
     test_rows = round(len(dataset) * HELD_OUT)
     if test_rows:
-        parts = dataset.train_test_split(test_size=test_rows, seed=seed)
+        parts = dataset.train_test_split(test_size=test_rows, seed=0)
         if split == "test":
             warn_once(
-                f"{source}: it has no splits, so {test_rows} of its {len(dataset)} rows, drawn with mixture_seed {seed}, are "
-                "the test split"
+                f"{source}: it has no splits, so {test_rows} of its {len(dataset)} rows, drawn at random but always the "
+                "same, are the test split"
             )
         return parts[split]
     if split == "test":
