@@ -14,6 +14,7 @@ unfinished one is continued, and one of other weights, another tokenizer or othe
 """
 
 import json
+import math
 import sys
 import traceback
 from pathlib import Path
@@ -113,6 +114,8 @@ def evaluate(folder: Path, settings: dict, benchmark: Benchmark, name: str, max_
     if result is None:
         print(f"{bench}: answers are generated, nothing was judged; see {folder / 'eval/answers'}")
         return
+    if no_number := [name for name, value in result["metrics"].items() if not math.isfinite(value)]:
+        raise EvaluationError(f"{', '.join(no_number)} of {folder}: nothing was counted, or the model's scores are NaN")
     made_by = environment()
     content = {
         "bench": bench,

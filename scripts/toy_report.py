@@ -59,7 +59,7 @@ def compare(options: argparse.Namespace, recipe: dict) -> dict:
     from rmipo.tiny.files import read_world
     from rmipo.training.loading import load_model, load_tokenizer
 
-    on_the_world = Path(recipe["dataset_name"]) == options.world / "pairs"
+    on_the_world = Path(recipe.get("dataset_name") or "") == options.world / "pairs"  # a mixture has none
     world = read_world(options.world) if on_the_world else None
     data_config = DataConfig(**{field.name: recipe[field.name] for field in fields(DataConfig) if field.name in recipe})
     tokenizer = load_tokenizer(ModelConfig(model_name_or_path=str(options.run)))

@@ -10,6 +10,7 @@ from tqdm import tqdm
 from rmipo.data.chat import ChatFormat
 from rmipo.data.pairs import tokenize_pairs
 from rmipo.data.report import DataReport
+from rmipo.errors import EvaluationError
 from rmipo.objectives import OBJECTIVES, PRIORS, PairScores, build_objective
 from rmipo.recipe.schema import ModelConfig
 from rmipo.training.loading import check_limits, load_model, load_tokenizer
@@ -63,6 +64,11 @@ def score_model(
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     context = None if prior_context is None else chat.prior_context(prior_context)
     scores = score_pairs(model, batches(tokenized, batch_pairs, description), context)
+    for name, values in scores.items():
+        if not values.isfinite().all():  # a comparison with NaN is False, which would count as a pair lost
+            raise EvaluationError(
+                f"{description}: {name} is not finite for {(~values.isfinite()).sum()} pairs of {model_dir}"
+            )
     return scores, list(tokenized["row"]), report
 
 

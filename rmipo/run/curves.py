@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import matplotlib
+import numpy as np
 import torch
 
 from rmipo.record import read_metrics
@@ -10,6 +11,8 @@ from rmipo.training.trainer import PreferenceTrainer
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+
+HALF_WINDOW = 4  # log lines on each side of a point of a smoothed curve
 
 
 def plot_run(run_dir: str | Path, trainer: PreferenceTrainer) -> dict[str, Path]:
@@ -22,11 +25,13 @@ def plot_run(run_dir: str | Path, trainer: PreferenceTrainer) -> dict[str, Path]
 
 
 def plot_curves(run_dir: str | Path) -> Path | None:
-    """Margin, win rate and gamma over training steps, as `curves.png` in the run's folder; None if none was logged."""
+    """Margin, win rate, log-probability of chosen responses and gamma over training steps, as `curves.png` in the run's
+    folder; None if none was logged."""
     lines = read_metrics(run_dir)
     panels = [
         ("reward margin", "rewards/margins"),
         ("win rate", "rewards/accuracies"),
+        ("log-prob. of chosen (nats/token)", "common/chosen_avg_logp"),
         ("gamma", "rmipo/gamma_mean"),
     ]
     panels = [(title, key) for title, key in panels if any(key in line for line in lines)]
@@ -34,19 +39,16 @@ def plot_curves(run_dir: str | Path) -> Path | None:
         return None
     figure, axes = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 3.2), squeeze=False)
     for axis, (title, key) in zip(axes[0], panels, strict=True):
-        for name, style in ((key, "-"), (f"eval_{key}", "o--")):
-            points = [(line["step"], line[name]) for line in lines if name in line]
-            if points:
-                label = "held out" if name.startswith("eval_") else "training"
-                axis.plot(*zip(*points, strict=True), style, label=label, markersize=4)
-        deviation = [
-            (line["step"], line[key], line["rmipo/gamma_std"])
-            for line in lines
-            if key == "rmipo/gamma_mean" and key in line
-        ]
-        if deviation:
-            steps, mean, std = (torch.tensor(column) for column in zip(*deviation, strict=True))
-            axis.fill_between(steps, mean - std, mean + std, alpha=0.15, label="± 1 std over pairs")
+        steps, values = columns(lines, "step", key)
+        if len(steps):
+            axis.plot(steps, values, color="C0", alpha=0.3, label="training")
+            axis.plot(steps, smooth(values), color="C0", label=f"training, mean of {2 * HALF_WINDOW + 1} lines")
+        steps, values = columns(lines, "step", f"eval_{key}")
+        if len(steps):
+            axis.plot(steps, values, "o--", color="C1", label="held out", markersize=4)
+        if key == "rmipo/gamma_mean":
+            steps, mean, std = columns(lines, "step", key, "rmipo/gamma_std")
+            axis.fill_between(steps, mean - std, mean + std, color="C0", alpha=0.1, label="± 1 std over pairs")
         axis.set(title=title, xlabel="optimizer step")
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
@@ -55,6 +57,21 @@ def plot_curves(run_dir: str | Path) -> Path | None:
     figure.savefig(path, dpi=120)
     plt.close(figure)
     return path
+
+
+def columns(lines: list[dict], *names: str) -> np.ndarray:
+    """`(names, lines)`: these values of the lines that have all of them."""
+    rows = [[line[name] for name in names] for line in lines if all(name in line for name in names)]
+    return np.array(rows, dtype=float).reshape(-1, len(names)).T
+
+
+def smooth(values: np.ndarray) -> np.ndarray:
+    """Running mean, of fewer values at the ends."""
+    window = np.ones(2 * HALF_WINDOW + 1)
+    full = [
+        np.convolve(each, window)[HALF_WINDOW : HALF_WINDOW + len(values)] for each in (values, np.ones(len(values)))
+    ]
+    return full[0] / full[1]
 
 
 def plot_gamma_histogram(gamma: torch.Tensor, bounds: tuple[float, float], path: Path) -> Path:

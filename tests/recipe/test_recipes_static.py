@@ -13,15 +13,20 @@ from rmipo.launch.sweep import load_sweep, make_point
 from rmipo.recipe.files import read_yaml
 from rmipo.recipe.load import load_recipe
 from tests.helpers.paths import ROOT
+from tests.helpers.recipes import edited_recipes
 
 RECIPES = ROOT / "recipes"
-PAPER_SETTINGS = ["llama3-8b-base", "llama3-8b-instruct", "mistral-7b-base", "mistral-7b-instruct"]
-SETTINGS = [*PAPER_SETTINGS, "tiny"]
+EDITED = edited_recipes()  # a user's own, which may say what they like
+PAPER_SETTINGS = [
+    name
+    for name in ("llama3-8b-base", "llama3-8b-instruct", "mistral-7b-base", "mistral-7b-instruct")
+    if not any(path.startswith(f"recipes/{name}/") for path in EDITED)
+]
 STAGES = sorted(
     f"{path.parent.name}/{path.name}"
     for stage in ("sft", "rmipo")
     for path in RECIPES.glob(f"*/{stage}.yaml")
-    if path.parent.name not in NOT_SETTINGS
+    if path.parent.name not in NOT_SETTINGS and path.relative_to(ROOT).as_posix() not in EDITED
 )
 OVERLAYS = sorted(
     str(path.relative_to(RECIPES))
@@ -38,8 +43,8 @@ LEARNING_RATES = {
 
 
 def test_what_is_shipped_is_found():
-    bases = {f"{name}/sft.yaml" for name in SETTINGS if "instruct" not in name}
-    assert set(STAGES) >= bases | {f"{name}/rmipo.yaml" for name in SETTINGS}
+    bases = {f"{name}/sft.yaml" for name in PAPER_SETTINGS if "instruct" not in name}
+    assert set(STAGES) >= bases | {f"{name}/rmipo.yaml" for name in PAPER_SETTINGS}
     assert len(OVERLAYS) >= 20 and len(SWEEPS) == 11
 
 
@@ -81,7 +86,7 @@ def test_rmipo_recipes_hold_the_papers_values(name):
     assert family in values["model_name_or_path"]
 
 
-@pytest.mark.parametrize("name", ["llama3-8b-base", "mistral-7b-base"])
+@pytest.mark.parametrize("name", [name for name in PAPER_SETTINGS if name.endswith("base")])
 def test_sft_recipes_follow_zephyr(name):
     values = load_recipe(RECIPES / name / "sft.yaml").values
     expected = {
@@ -101,9 +106,9 @@ def test_sft_recipes_follow_zephyr(name):
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
 def test_overlays_fit_every_setting(overlay):
-    settings = {Path(path).parent.name for path in STAGES if path.endswith("rmipo.yaml")}
+    settings = {path.parent.name for path in RECIPES.glob("*/rmipo.yaml")}
     assert read_yaml(RECIPES / overlay).get("per_setting", {}).keys() <= settings
-    for name in settings:
+    for name in {Path(path).parent.name for path in STAGES if path.endswith("rmipo.yaml")}:
         recipe = load_recipe(RECIPES / name / "rmipo.yaml", [RECIPES / overlay])
         recipe.batch(2)
         if overlay.startswith("methods/"):

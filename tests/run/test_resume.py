@@ -60,9 +60,7 @@ def test_killed_in_an_epoch_an_evaluation_and_a_save(tmp_path, twin, whole, proc
     lines = [line for line in read_metrics(whole) if "loss" in line]
     assert [line["step"] for line in lines] == list(range(1, 16))
     assert all("watchdog/chosen_logp_drop" in line for line in lines)
-    assert [line["step"] for line in lines if "watchdog/repetition" in line] == list(
-        range(5, 16)
-    )  # since step 4's samples
+    assert all("watchdog/repetition" in line for line in lines)  # since the samples at the start
 
     assert kill_when(start(twin, killed, processes), lambda: last_step(killed) >= 3)
     assert kill_when(start(twin, killed, processes), lambda: in_the_middle_of_an_evaluation(killed))
@@ -183,14 +181,14 @@ def test_a_wandb_run_is_continued_row_by_row(tmp_path, twin, monkeypatch):
     assert ids == {json.loads((killed / "run.json").read_text())["wandb_run_id"]}
     rows = [{row["_step"]: row for row in read_history(file)} for file in (first, second)]
     # The kill took W&B's own process too, with rows that it had not written: they are in the second file.
-    assert list(rows[1]) == list(range(1, 16)) and len(read_history(second)) == 15
+    assert list(rows[1]) == list(range(16)) and len(read_history(second)) == 16
     for line in read_metrics(killed):
         prefix = "" if "eval_loss" in line else "train/"
         for name in ("loss", "rewards/margins", "rmipo/gamma_mean"):
             key = f"{prefix}{name}" if prefix else f"eval/{name}"
             value = line[name if prefix else f"eval_{name}"]
             assert rows[1][line["step"]][key] == pytest.approx(value, rel=1e-6)
-    for step in rows[0].keys() & rows[1].keys():
+    for step in (rows[0].keys() & rows[1].keys()) - {0}:
         assert rows[0][step]["train/loss"] == rows[1][step]["train/loss"]
 
 

@@ -4,7 +4,9 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import types
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
@@ -20,8 +22,10 @@ from rmipo.run.curves import plot_curves, plot_run, plt
 from rmipo.run.identity import run_identity
 from rmipo.run.trackers import WandbBySteps, close_wandb, open_wandb
 from tests.helpers.isolation import CHECKOUT
+from tests.helpers.launched import launch
 from tests.helpers.small_models import make_pairs
 from tests.helpers.trainers import make_trainer
+from tests.helpers.twins import changed, make_twin
 from tests.helpers.wandb_file import read_config, read_history, read_records
 
 
@@ -201,29 +205,42 @@ def points(line):
     return {line.get_label(): line.get_xydata().tolist()}
 
 
+def rounded(points):
+    return [[round(value, 9) for value in point] for point in points]
+
+
 def write_lines(folder, lines):
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
 def test_curves_show_training_and_held_out_values_by_step(tmp_path, figures):
-    key = "rmipo/gamma_mean"
+    key, chosen, mean = "rmipo/gamma_mean", "common/chosen_avg_logp", "training, mean of 9 lines"
+    initial = {"step": 0, "eval_rewards/margins": 0.0}
     training = [
-        {"step": 2, "rewards/margins": 0.1, "rewards/accuracies": 0.6, key: 1.2, "rmipo/gamma_std": 0.2},
-        {"step": 4, "rewards/margins": 0.3, "rewards/accuracies": 0.7, key: 1.0, "rmipo/gamma_std": 0.1},
+        {"step": 2, "rewards/margins": 0.1, "rewards/accuracies": 0.6, key: 1.2, "rmipo/gamma_std": 0.2, chosen: -1.0},
+        {"step": 4, "rewards/margins": 0.3, "rewards/accuracies": 0.7, key: 1.0, "rmipo/gamma_std": 0.1, chosen: -2.0},
     ]
     held_out = {"step": 4, "eval_rewards/margins": 0.4, "eval_rewards/accuracies": 0.8, f"eval_{key}": 1.1}
-    write_lines(tmp_path, [*training, held_out, {"step": 4, "grad_norm": 1.0}])
+    write_lines(tmp_path, [initial, *training, held_out, {"step": 4, "grad_norm": 1.0}])
     assert plot_curves(tmp_path) == tmp_path / "curves.png"
     (figure,) = figures
     assert len(Image.open(tmp_path / "curves.png").convert("RGB").getcolors(maxcolors=2**24)) > 50
-    drawn = {axis.get_title(): {k: v for line in axis.lines for k, v in points(line).items()} for axis in figure.axes}
-    assert drawn == {
-        "reward margin": {"training": [[2, 0.1], [4, 0.3]], "held out": [[4, 0.4]]},
-        "win rate": {"training": [[2, 0.6], [4, 0.7]], "held out": [[4, 0.8]]},
-        "gamma": {"training": [[2, 1.2], [4, 1.0]], "held out": [[4, 1.1]]},
+    drawn = {
+        axis.get_title(): {k: rounded(v) for line in axis.lines for k, v in points(line).items()}
+        for axis in figure.axes
     }
-    assert [len(axis.collections) for axis in figure.axes] == [0, 0, 1]  # the band of one standard deviation
-    band = figure.axes[2].collections[0].get_paths()[0].vertices
+    assert drawn == {
+        "reward margin": {
+            "training": [[2, 0.1], [4, 0.3]],
+            mean: [[2, 0.2], [4, 0.2]],
+            "held out": [[0, 0.0], [4, 0.4]],
+        },
+        "win rate": {"training": [[2, 0.6], [4, 0.7]], mean: [[2, 0.65], [4, 0.65]], "held out": [[4, 0.8]]},
+        "log-prob. of chosen (nats/token)": {"training": [[2, -1.0], [4, -2.0]], mean: [[2, -1.5], [4, -1.5]]},
+        "gamma": {"training": [[2, 1.2], [4, 1.0]], mean: [[2, 1.1], [4, 1.1]], "held out": [[4, 1.1]]},
+    }
+    assert [len(axis.collections) for axis in figure.axes] == [0, 0, 0, 1]  # the band of one standard deviation
+    band = figure.axes[3].collections[0].get_paths()[0].vertices
     assert {(x, round(y, 4)) for x, y in band.tolist()} == {(2, 1.0), (2, 1.4), (4, 0.9), (4, 1.1)}
     assert all(axis.get_xlabel() == "optimizer step" and axis.get_legend() for axis in figure.axes)
 
@@ -258,3 +275,33 @@ def test_the_histogram_counts_every_pair_once_with_the_bounds_apart(tmp_path, fi
     assert axis.get_title() == "margin of 100 held-out pairs"
     objective.name = "dpo"
     assert plot_run(tmp_path, trainer) == {}
+
+
+class Refusing(BaseHTTPRequestHandler):
+    """A W&B server that knows no key."""
+
+    def do_POST(self):
+        self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        body = b'{"errors": [{"message": "invalid API key"}]}'
+        self.send_response(401)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *arguments):
+        pass
+
+
+@pytest.mark.slow
+def test_a_key_that_wandb_refuses_is_told_before_a_model_is_loaded(tmp_path):
+    overrides = make_twin(tmp_path, "tiny/rmipo", "llama3", "on_policy_ultrafeedback")
+    overrides = changed(overrides, report_to="wandb", output_dir=tmp_path / "out")
+    with ThreadingHTTPServer(("127.0.0.1", 0), Refusing) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        environment = {"WANDB_BASE_URL": f"http://127.0.0.1:{server.server_address[1]}", "WANDB_API_KEY": "0" * 40}
+        command = ["scripts/preference.py", "--config", "recipes/tiny/rmipo.yaml", *overrides]
+        run = launch(command, WANDB_MODE="online", WANDB_DIR=str(tmp_path), **environment)
+        code = run.wait()
+        server.shutdown()
+    assert code == 2 and "error: report_to: wandb: " in run.output and "Traceback" not in run.output, run.output
+    assert "Loading weights" not in run.output
