@@ -58,10 +58,10 @@ reproduce: .venv/.installed ## all runs behind one table, in order: TABLE=1 [DRY
 bench: .venv/.installed ## speed and memory against other implementations
 	@$(RUN) -m benchmarks.bench
 
-test: .venv/.installed ## the tests that CI runs
+test: .venv/.installed ## the tests, without those that take long
 	@$(RUN) -m pytest -m "not slow" -n 3 --dist worksteal
 
-test-all: .venv/.installed ## all tests, the slow ones too
+test-all: .venv/.installed ## all tests; those of benchmarks need EXTRAS=eval
 	@$(RUN) -m pytest -n 3 --dist worksteal
 
 lint: .venv/.installed ## style, and the import order of the packages

@@ -4,6 +4,12 @@ The names below are imported when they are first used, so that `import rmipo` ta
 """
 
 import importlib
+import os
+
+# OpenMP reads this as torch is imported. Its threads would spin while they wait: on a busy CPU training takes many times
+# as long (docs/TRAINING.md).
+if "GOMP_SPINCOUNT" not in os.environ:
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 __version__ = "0.1.0"
 
