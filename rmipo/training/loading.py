@@ -34,8 +34,8 @@ def load_tokenizer(model_config: ModelConfig, chat_template: str | None = None) 
     Of several named templates it keeps the one named "default", which is saved with the model.
     """
     name = model_config.model_name_or_path
+    read_generation_config(name, model_config.model_revision)  # every program comes by here before the weights
     try:
-        read_generation_config(name, model_config.model_revision)  # every program comes by here before the weights
         tokenizer = AutoTokenizer.from_pretrained(name, revision=model_config.model_revision, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise LoadingError(_explained(name, "tokenizer", error)) from error
@@ -57,11 +57,14 @@ def read_generation_config(name: str | Path, revision: str = "main") -> dict:
 
     Raises LoadingError for one that isn't JSON, that transformers refuses as it loads a model, or with values of a wrong type.
     """
-    path = cached_file(
-        name, "generation_config.json", revision=revision,
-        _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_gated_repo=False,
-        _raise_exceptions_for_connection_errors=False,
-    )  # fmt: skip
+    try:
+        path = cached_file(
+            name, "generation_config.json", revision=revision,
+            _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_gated_repo=False,
+            _raise_exceptions_for_connection_errors=False,
+        )  # fmt: skip
+    except OSError as error:  # a name that can be neither a folder nor a hub id
+        raise LoadingError(_explained(name, "generation configuration", error)) from error
     if path is None:
         return {}
     try:

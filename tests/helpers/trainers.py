@@ -3,7 +3,7 @@
 import torch
 from datasets import Dataset
 
-from rmipo.recipe.arguments import PreferenceConfig
+from rmipo.recipe.schema import PreferenceRunConfig
 from rmipo.run.callbacks import MetricsFile
 from rmipo.training.trainer import PreferenceTrainer
 from tests.helpers.small_models import make_model
@@ -28,7 +28,7 @@ def make_trainer(output_dir, pairs, objective=RMIPO, model=None, eval_pairs=None
         "activation_checkpointing": False,
         **arguments,
     }
-    args = PreferenceConfig(
+    args = PreferenceRunConfig(
         output_dir=str(output_dir), objective=objective, use_cpu=True, save_strategy="no", disable_tqdm=True,
         **arguments,
     )  # fmt: skip

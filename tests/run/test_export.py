@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 from rmipo.data.chat import ChatFormat
 from rmipo.data.pairs import load_pairs, tokenize_pairs
 from rmipo.recipe.load import load_recipe
-from rmipo.recipe.schema import DataConfig, PreferenceConfig
+from rmipo.recipe.schema import DataConfig, PreferenceRunConfig
 from rmipo.run import export
 from tests.helpers.families import LLAMA3_TEMPLATE, make_model, save
 from tests.helpers.paths import ROOT
@@ -298,7 +298,9 @@ def test_an_upload_that_fails_says_what_is_kept(tmp_path, monkeypatch, error):
 
 
 def arguments(folder, **values):
-    return PreferenceConfig(output_dir=str(folder), use_cpu=True, bf16=False, report_to="none", **values)
+    return PreferenceRunConfig(
+        objective={"name": "rmipo"}, output_dir=str(folder), use_cpu=True, bf16=False, report_to="none", **values
+    )
 
 
 def test_a_tensor_of_another_precision_than_the_models_is_refused(tmp_path):

@@ -6,7 +6,7 @@ import types
 
 import pytest
 
-from rmipo.recipe.schema import PreferenceConfig
+from rmipo.recipe.schema import PreferenceRunConfig
 from rmipo.record import read_metrics
 from rmipo.run import watchdogs
 from rmipo.run.callbacks import set_callbacks
@@ -31,7 +31,9 @@ class State:
 
 
 def arguments(tmp_path, **limits):
-    return PreferenceConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to="none", **limits)
+    return PreferenceRunConfig(
+        objective={"name": "rmipo"}, output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to="none", **limits
+    )
 
 
 def feed(tmp_path, lines, watchdog):
