@@ -56,7 +56,8 @@ class Checkpoints(TrainerCallback):
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         write_atomically(folder / MARKER, json.dumps({"step": state.global_step, **self.identity}))
         if self.limit is not None and self.limit > 0:  # below 1 the Trainer keeps all, too
-            checkpoints.rotate(args.output_dir, MARKER, self.limit, keep=state.best_model_checkpoint)
+            complete = complete_checkpoints(args.output_dir)
+            checkpoints.rotate(complete, MARKER, self.limit, keep=state.best_model_checkpoint)
 
 
 def complete_checkpoints(output_dir: str | Path) -> list[Path]:

@@ -39,9 +39,9 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("checkpoint-"))
 
 
-def rotate(output_dir: str | Path, marker: str, limit: int, keep: str | None = None) -> None:
-    """Delete complete checkpoints but the `limit` newest and `keep`; the marker goes first."""
-    for folder in complete_checkpoints(output_dir, marker)[:-limit]:
+def rotate(complete: list[Path], marker: str, limit: int, keep: str | None = None) -> None:
+    """Delete the `complete` checkpoints but the `limit` newest and `keep`; the marker goes first."""
+    for folder in complete[:-limit]:
         if keep is None or folder != Path(keep):
             (folder / marker).unlink()
             shutil.rmtree(folder)

@@ -325,7 +325,8 @@ class PreferenceTrainer(EndsWithItsLastStep):
             checkpoint = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
             save_objective_state(checkpoint, self.objective_state)
             if limit is not None and limit > 0:  # below 1 the Trainer keeps all, too
-                rotate(self.args.output_dir, OBJECTIVE_STATE, limit, keep=self.state.best_model_checkpoint)
+                complete = complete_checkpoints(self.args.output_dir, OBJECTIVE_STATE)
+                rotate(complete, OBJECTIVE_STATE, limit, keep=self.state.best_model_checkpoint)
 
     def _prepare_for_evaluation(self, dataset: PairDataset) -> None:
         """What training does before its first step, where an evaluation comes first."""

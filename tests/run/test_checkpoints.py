@@ -12,14 +12,15 @@ from transformers import TrainerState
 
 from rmipo.errors import CheckpointError
 from rmipo.run.checkpoints import (
+    MARKER,
     Checkpoints,
     FullDiskError,
     complete_checkpoints,
     explained_full_disk,
     resume_point,
-    rotate,
 )
 from rmipo.run.lock import LOCK_FILE
+from rmipo.training.state import rotate
 from tests.helpers.checkpoints import IDENTITY, make_checkpoints
 
 
@@ -76,7 +77,7 @@ def test_a_checkpoint_that_is_deleted_halfway_is_none(tmp_path, monkeypatch):
     make_checkpoints(tmp_path, complete=(2, 4))
     monkeypatch.setattr(shutil, "rmtree", killed)
     with pytest.raises(OSError, match="killed here"):
-        rotate(tmp_path, 1)
+        rotate(complete_checkpoints(tmp_path), MARKER, 1)
     assert [path.name for path in complete_checkpoints(tmp_path)] == ["checkpoint-4"]
 
 
