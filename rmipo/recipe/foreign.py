@@ -5,14 +5,12 @@ built on it: SimPO, SimPER, alpha-DPO, epsilon-DPO and the RMiPO authors' own. N
 none of these keys.
 """
 
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
 from trl import DPOConfig
 
-from rmipo.objectives import OBJECTIVES
 from rmipo.recipe.checks import FIXED, FIXED_IN_PREFERENCE
 from rmipo.recipe.schema import DataConfig, ModelConfig, PreferenceRunConfig
 
@@ -77,12 +75,8 @@ METHODS = {
 }
 LOSSES = {"sigmoid": "dpo"} | {name: name for name in METHODS if name != "dpo"}  # loss_type -> method
 SFT_LOSSES = ("nll", "dft", "chunked_nll")  # loss_type is a key of SFT recipes, too
-NAMING = ("output_dir", "run_name", "hub_model_id")
-OTHERS = "orpo grpo ppo rloo bco apo xpo sppo nca exo rrhf rpo wpo mpo dpop r-dpo t-dpo c-dpo cal-dpo tr-dpo robust-dpo"
-NAMES = {*OBJECTIVES, *OTHERS.split(), "online-dpo"} - {"beta-dpo"}  # zephyr-7b-beta-dpo is DPO
-NAMED = re.compile(
-    rf"(?<![a-z0-9])({'|'.join(sorted(NAMES, key=len, reverse=True)).replace('-', '[-_]?')})(?![a-z0-9])"
-)
+# Where these are left out, the run is another one than in TRL.
+OTHER_DEFAULTS = ("num_train_epochs", "lr_scheduler_type", "warmup_steps", "max_length")
 
 
 def is_foreign(values: Mapping[str, Any]) -> bool:
@@ -92,27 +86,12 @@ def is_foreign(values: Mapping[str, Any]) -> bool:
 
 def is_foreign_preference(values: Mapping[str, Any]) -> bool:
     """Whether a recipe is another repository's for preference training, perhaps with an objective block added to it."""
-    own = "global_batch_size" in values
+    if "global_batch_size" in values:
+        return False
     if "objective" in values:
-        return not own and (is_foreign(values) or "gradient_accumulation_steps" in values)
-    keys = {"beta", "gamma_beta_ratio"} | (set() if own else {"max_prompt_length"})
-    return bool(keys & values.keys() or values.get("loss_type", "nll") not in SFT_LOSSES)
-
-
-def named_methods(names: Mapping[str, Any]) -> dict[str, set[str]]:
-    """The methods that each of the texts `names` has in it."""
-    return {key: {match.replace("_", "-") for match in NAMED.findall(str(text).lower())} for key, text in names.items()}
-
-
-def check_sft(values: Values) -> None:
-    """Raises ValueError for a recipe without any key of preference training whose names are those of such a method."""
-    names = {key: values[key] for key in NAMING if values.get(key) and "sft" not in str(values[key]).lower()}
-    for key, methods in named_methods(names).items():
-        if methods and "global_batch_size" not in values:
-            raise ValueError(
-                f"it has no objective, but {key} ({names[key]}) names {min(methods)}. For preference training write an "
-                f"objective block, {_block(min(methods))}; for SFT another {key}"
-            )
+        return is_foreign(values) or "gradient_accumulation_steps" in values
+    preference = values.keys() & {"beta", "gamma_beta_ratio", "max_prompt_length"}
+    return bool(preference or values.get("loss_type", "nll") not in SFT_LOSSES)
 
 
 def translate(values: Values) -> tuple[Values, list[str]]:
@@ -150,88 +129,42 @@ def translate(values: Values) -> tuple[Values, list[str]]:
     return values, sorted(notices)
 
 
-def translate_preference(values: Values, file: str) -> tuple[Values, list[str]]:
-    """A preference recipe, given an objective block if it has none, and TRL's defaults where it leaves keys out.
+def translate_preference(values: Values) -> tuple[Values, list[str]]:
+    """A preference recipe, given an objective block if it has none.
 
-    Args:
-        file: see `translate_objective`, which says also what is raised.
+    Raises ValueError where its `loss_type` is unknown, or not there: most methods have the same keys.
     """
-    values, notices = (dict(values), []) if "objective" in values else translate_objective(values, file)
+    values, notices = dict(values), []
+    if "objective" not in values:
+        given = values.pop("loss_type", None)
+        loss = given[0] if isinstance(given, list) and len(given) == 1 else given
+        if not isinstance(loss, str) or loss not in LOSSES:
+            raise ValueError(
+                f"loss_type is {loss!r}: expected one of {', '.join(LOSSES)}, or an objective block, such as "
+                "objective: {name: dpo, beta: 0.01}, that says which method it trains"
+            )
+        method = METHODS[LOSSES[loss]]
+        try:
+            values["objective"] = {"name": LOSSES[loss], **method.block(values)}
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"loss_type: {loss} needs {', '.join(method.keys)}: {error}") from error
+        notices.append(f"loss_type: {loss} read as objective: {_short(values['objective'])}")
+        for key in (*method.keys, *method.unread):
+            if values.pop(key, None) is not None and key in method.unread:
+                notices.append(f"{key} ignored: the code of {loss} doesn't read it")
     if "attn_implementation" in values:
         value = values.pop("attn_implementation")
         notices.append(f"attn_implementation: {value} ignored: packed pairs have their own kernels, see `attention`")
     notices += _drop_fixed(values, FIXED_IN_PREFERENCE)
-    for key in [f.name for f in fields(DPOConfig) if f.name not in KNOWN and values.get(f.name, ...) == f.default]:
+    known = {f.name for cls in (PreferenceRunConfig, DataConfig, ModelConfig) for f in fields(cls)}
+    for key in [f.name for f in fields(DPOConfig) if f.name not in known and values.get(f.name, ...) == f.default]:
         notices.append(f"{key}: {values.pop(key)} ignored: it is TRL's default")
-    defaults = {key: value for key, value in trl_defaults(values).items() if key not in values}
-    if defaults:
-        shown = ", ".join(f"{key}: {_short(value)}" for key, value in defaults.items())
-        notices.append(f"left out, so as in TRL's DPOConfig: {shown}")
-    return {**values, **defaults}, notices
-
-
-def translate_objective(values: Values, file: str) -> tuple[Values, list[str]]:
-    """A preference recipe without an objective block, given one.
-
-    Args:
-        file: the recipe's path. As `output_dir`, `run_name` and `hub_model_id` it may name a method.
-
-    Raises:
-        ValueError: there is no translation, or these names contradict the keys.
-    """
-    values = dict(values)
-    given = values.pop("loss_type", None)
-    loss = given[0] if isinstance(given, list) and len(given) == 1 else given
-    if loss is not None and loss not in [*LOSSES]:  # a list of several losses can't be looked up
-        known = ", ".join(LOSSES)
-        raise ValueError(f"loss_type: {loss!r} is not supported (supported: {known}); write an objective block")
-    name = LOSSES[loss or "sigmoid"]
-    names = {key: values[key] for key in NAMING if values.get(key)}
-    names["the path"] = file.removesuffix("rmipo.yaml")  # the preference stage of every setting here
-    named = named_methods(names)
-    if name == "dpo":
-        name = "epsilon-dpo" if "epsilon" in values else name
-        name = (
-            ("simper" if "simper" in set().union(*named.values()) else "simpo")
-            if "gamma_beta_ratio" in values
-            else name
-        )
-    for key, methods in named.items():
-        others = methods - ({"dpo"} if loss else set())  # IPO is a loss_type of DPO recipes
-        if others and name not in methods:
-            other = min(others)
-            raise ValueError(
-                f"its keys are those of {name}, but {key} ({names[key]}) names {other}. Write the objective block of the "
-                f"method that is meant: {_block(other)}"
-            )
-    method = METHODS[name]
-    try:
-        objective = {"name": name, **method.block(values)}
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"read as a recipe of {name}, it needs {', '.join(method.keys)}: {error}") from error
-    read = ([] if given is None else [f"loss_type: {given}"]) + [
-        f"{k}: {values[k]}" for k in method.keys if k in values
-    ]
-    why = "" if loss else ", assumed as there is no loss_type"
-    notices = [f"{', '.join(read) or 'no beta'} read as objective: {_short(objective)}{why}"]
-    notices += [
-        f"{key}: {values[key]} ignored: the code of {name} doesn't read it" for key in method.unread if key in values
-    ]
-    values = {key: value for key, value in values.items() if key not in method.keys + method.unread}
-    return {**values, "objective": objective}, notices
-
-
-KNOWN = {f.name for cls in (PreferenceRunConfig, DataConfig, ModelConfig) for f in fields(cls)}
-
-
-def trl_defaults(values: Mapping[str, Any]) -> Values:
-    """The defaults of TRL's DPOConfig that differ from those here; prompts are not cut apart from responses."""
-    ours = {f.name: f.default for f in fields(PreferenceRunConfig)}
-    theirs = {f.name: f.default for f in fields(DPOConfig)} | {"bf16": not values.get("fp16", False)}
-    differing = {key: value for key, value in theirs.items() if key in ours and value != ours[key]}
-    length = values.get("max_length", differing["max_length"])
-    renamed = {RENAMED.get(key, key): value for key, value in differing.items()}
-    return renamed | ({"max_prompt_length": length - 1} if isinstance(length, int) else {})
+    if isinstance(length := values.get("max_length"), int):
+        values.setdefault("max_prompt_length", length - 1)  # TRL has no limit of its own for prompts
+    if left_out := [key for key in OTHER_DEFAULTS if key not in values]:
+        ours = ", ".join(f"{key}: {getattr(PreferenceRunConfig, key)}" for key in left_out)
+        notices.append(f"left out, so as in this repository and not as in TRL: {ours}")
+    return values, notices
 
 
 def _drop_fixed(values: Values, fixed: Mapping[str, tuple[Any, str]]) -> list[str]:
@@ -283,10 +216,6 @@ def _rename(block: Values, names: dict[str, str]) -> Values:
     if unknown:
         raise ValueError(f"unknown keys {', '.join(unknown)}: expected {', '.join(names)}")
     return {names[key]: value for key, value in block.items() if value is not None}
-
-
-def _block(method: str) -> str:
-    return f"objective: {{name: {method}, ...}}" if method in OBJECTIVES else f"one of {', '.join(OBJECTIVES)}"
 
 
 def _short(value: Any) -> str:

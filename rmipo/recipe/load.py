@@ -153,10 +153,8 @@ def load_recipe(path: str | Path, overlays: Iterable[str | Path] = (), overrides
                 layer, layer_notices = foreign.translate(layer)
                 notices += layer_notices
             if preference:
-                layer, layer_notices = foreign.translate_preference(layer, str(Path(*path.parts[-3:])))
+                layer, layer_notices = foreign.translate_preference(layer)
                 notices += layer_notices
-            elif number == 0 and "objective" not in layer:
-                foreign.check_sft(layer)
         except ValueError as error:
             problems += [f"{source}: {line}" for line in str(error).split("\n")]
             continue
