@@ -14,8 +14,7 @@ from transformers import PreTrainedConfig, Trainer, TrainingArguments
 
 from rmipo.errors import UserError
 from rmipo.files import TEMPORARY
-from rmipo.objectives import OBJECTIVES
-from rmipo.objectives.rmipo import RMiPO
+from rmipo.objectives.papers import PAPERS
 from rmipo.record import recorded_run
 from rmipo.run.lock import LOCK_FILE
 
@@ -23,12 +22,6 @@ SHOWN = 5  # tensors named per kind of mistake
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 CARD = "README.md"
 NOT_UPLOADED = ["checkpoint-*", f"*{TEMPORARY}", LOCK_FILE, "non_finite_rank*.json"]
-
-CITATION = """@article{liao-rmipo,
-  title  = {Intrinsic Mutual Information as a Modulator for Preference Optimization},
-  author = {Liao, Peng and Zheng, Peijia and Li, Lingbo and Liang, Shangsong and Chen, Lin}
-}"""
-
 
 HUB_ERRORS = (OSError, ValueError, httpx2.TransportError)  # no login, no such name, no network
 
@@ -101,13 +94,13 @@ def saved_tensors(folder: Path) -> dict[str, tuple[tuple[int, ...], str]]:
 
 
 def write_model_card(folder: str | Path) -> Path:
-    """`README.md` of a finished run: what was trained on what, how, with which result; of RMiPO also what to cite."""
+    """`README.md` of a finished run: what was trained on what, how, with which result, and what to cite."""
     folder = Path(folder)
     run = recorded_run(folder)
     recipe, results = run["recipe"], run["results"]
     preference = "objective" in recipe
-    objective = OBJECTIVES[recipe["objective"]["name"]] if preference else None
-    method = f"{objective.__name__} (preference optimization)" if preference else "Supervised fine-tuning"
+    paper = PAPERS[recipe["objective"]["name"]] if preference else None
+    method = f"{paper.name} (preference optimization)" if preference else "Supervised fine-tuning"
     sources = [recipe["dataset_name"]] if recipe.get("dataset_name") else [d["path"] for d in recipe["datasets"]]
     base = recipe["model_name_or_path"]
     # The hub links names of its own; a folder of this machine means nothing there.
@@ -122,7 +115,7 @@ def write_model_card(folder: str | Path) -> Path:
         for name, value in sorted(results.items())
         if isinstance(value, int | float) and not name.endswith(("_runtime", "_per_second"))
     ]
-    citation = f"\n## Citation\n\n```bibtex\n{CITATION}\n```\n" if objective is RMiPO else ""
+    citation = f"\n## Citation\n\n```bibtex\n{paper.citation}\n```\n" if paper else ""
     versions = ", ".join(f"{name} {version}" for name, version in run["versions"].items())
     text = f"""---
 {yaml.safe_dump({key: value for key, value in header.items() if value}, sort_keys=False)}---

@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 
 from rmipo.data.chat import ChatFormat
 from rmipo.data.pairs import load_pairs, tokenize_pairs
+from rmipo.objectives.papers import PAPERS
 from rmipo.recipe.load import load_recipe
 from rmipo.recipe.schema import DataConfig, PreferenceRunConfig
 from rmipo.run import export
@@ -80,8 +81,7 @@ def test_card_names_recipe_data_metrics_and_paper(exported):
     assert "RMiPO (preference optimization) of" in body and "runtime" not in body and "per_second" not in body
     assert f"| eval_loss | {record['results']['eval_loss']:.4g} |" in body and str(folder / "data") in body
     assert record["commit"] is None or record["commit"] in body
-    assert "Intrinsic Mutual Information as a Modulator for Preference Optimization" in body
-    assert export.CITATION in body and export.CITATION in (ROOT / "README.md").read_text()
+    assert PAPERS["rmipo"].citation in body and "2604.24804" in body
 
 
 @pytest.fixture
@@ -227,7 +227,7 @@ def test_card_of_a_run_without_held_out_data(tmp_path):
     header = {"library_name": "transformers", "datasets": ["org/pairs"], "tags": ["rmipo", "preference-optimization"]}
     assert yaml.safe_load(text.split("---\n")[1]) == header
     assert f"\n\nDPO (preference optimization) of `{tmp_path}` on `org/pairs`.\n\n" in text
-    assert "Citation" not in text and "Intrinsic Mutual" not in text  # RMiPO's paper has nothing to do with it
+    assert PAPERS["dpo"].citation in text and "Intrinsic Mutual" not in text
     assert "## Results\n\nNothing was held out.\n" in text
 
 

@@ -4,7 +4,6 @@ import datetime
 import json
 
 import pytest
-import torch
 from transformers import (
     AutoTokenizer,
     DefaultFlowCallback,
@@ -22,7 +21,7 @@ from rmipo.run.generations import SampleGenerations
 from rmipo.run.stop import StopOnSignal
 from rmipo.run.trackers import WandbBySteps
 from rmipo.run.watchdogs import FiniteWatchdog, GenerationWatchdog, SilenceWatchdog, StepWatchdog
-from rmipo.training.state import OBJECTIVE_STATE
+from rmipo.training import trainer
 from tests.helpers.launched import launch
 from tests.helpers.small_models import make_pairs
 from tests.helpers.trainers import make_trainer
@@ -151,21 +150,17 @@ def test_the_progress_bar_shows_a_few_numbers(capsys):
     assert progress.training_bar.postfix == "loss=1, accuracies=2, entropy=3, mean_token_accuracy=4"
 
 
-def test_the_marker_is_written_after_the_objectives_state(tmp_path):
-    trainer = make_trainer(tmp_path, make_pairs(8))
-    folder = tmp_path / "checkpoint-3"
-    folder.mkdir()
-    trainer.state.global_step = 3
-
-    def fails():
+def test_a_checkpoint_is_complete_only_with_the_objectives_state(tmp_path, monkeypatch):
+    def fails(*arguments):
         raise OSError("killed here")
 
-    with pytest.raises(OSError, match="killed here"):
-        Checkpoints({}, fails).on_save(trainer.args, trainer.state, None)
-    assert not (folder / MARKER).exists()
-    Checkpoints({"world_size": 2}, lambda: {"mean": torch.tensor(0.5)}).on_save(trainer.args, trainer.state, None)
-    assert json.loads((folder / MARKER).read_text()) == {"step": 3, "world_size": 2}
-    assert json.loads((folder / OBJECTIVE_STATE).read_text()) == {"mean": 0.5}
+    training = make_trainer(tmp_path, make_pairs(8))
+    training.args.save_strategy, training.args.save_steps = "steps", 1
+    training.add_callback(Checkpoints({"world_size": 1}))
+    with pytest.raises(OSError, match="killed here"), monkeypatch.context() as broken:
+        broken.setattr(trainer, "save_objective_state", fails)
+        training.train()
+    assert (tmp_path / "checkpoint-1").is_dir() and not (tmp_path / "checkpoint-1" / MARKER).exists()
 
 
 CLOCK_TEMPLATE = """{%- for message in messages %}{% if loop.first %}{{ bos_token }}{{ strftime_now("%d %b %Y") }}{% endif %}\
