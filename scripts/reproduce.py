@@ -1,6 +1,6 @@
 """Run everything behind one of the paper's tables: trainings, evaluations, the table. What is done is skipped.
 
-make reproduce TABLE=1 DRY=1      # list the steps, their GPU hours and dollars
+make reproduce TABLE=1 DRY=1      # list the steps
 make reproduce TABLE=1
 make reproduce TABLE=2 MODEL=tiny
 
@@ -51,7 +51,7 @@ def main() -> int:
 
     for number, step in enumerate(steps, start=1):
         mark = "done" if step.done else "    "
-        print(f"{number:3d} {mark} {step.command}" + (f"   # {step.cost}" if step.cost else ""))
+        print(f"{number:3d} {mark} {step.command}")
     print(summary(steps))
     if args.dry:
         return 0

@@ -1,6 +1,6 @@
 """Benchmarks, each a thin adapter to the field's own package. The registry is light: importing it loads no library."""
 
-from rmipo.evaluation import alpaca, arenahard, constraints, hh, leaderboard, mtbench, reward, specificity
+from rmipo.evaluation import alpaca, constraints, hh, leaderboard, mtbench, reward, specificity
 from rmipo.evaluation.benchmark import Benchmark
 
 BENCHMARKS: dict[str, Benchmark] = {
@@ -11,7 +11,6 @@ BENCHMARKS: dict[str, Benchmark] = {
         leaderboard.BENCHMARK,
         hh.BENCHMARK,
         reward.BENCHMARK,
-        arenahard.BENCHMARK,
         constraints.BENCHMARK,
         specificity.BENCHMARK,
     )

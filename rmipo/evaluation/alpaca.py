@@ -335,6 +335,4 @@ BENCHMARK = Benchmark(
         "judge_sha256": PAPERS_JUDGE,  # a folder of one's own may have that name
         "judge_endpoint": OPENAI,
     },
-    verdicts=805,
-    verdict_tokens=(1500, 1),  # answers of some 2,000 characters
 )

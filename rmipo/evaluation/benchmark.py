@@ -36,12 +36,12 @@ class Benchmark:
     Args:
         name: value of BENCH, block of eval.yaml, and name of the result file.
         title: what reports call it.
-        run: (folder of the model, folder of its results, settings) -> {"metrics", "versions", "settings"}, or None
-            where answers were generated and nothing judged. Raises EvaluationError for wrong settings before a model
-            is loaded. The returned settings hold everything that the numbers depend on. Beside them perhaps
-            "per_prompt": metric -> its value for each prompt, in the order of the prompts, None without one; two
-            methods are then compared prompt by prompt. Or "draws": metric -> its value for each of the same draws of
-            the prompts (`statistics.resamples`), for a metric that is no mean over prompts.
+        run: (folder of the model, folder of its results, settings) -> {"metrics", "versions", "settings"}, or None where
+            answers were generated and nothing judged. Raises EvaluationError for wrong settings before a model is
+            loaded. The returned settings hold everything that the numbers depend on. Beside them perhaps "per_prompt":
+            metric -> its value for each prompt, in the order of the prompts, None without one; two methods are then
+            compared prompt by prompt. Or "draws": metric -> its value for each of the same draws of the prompts
+            (`statistics.resamples`), for a metric that is no mean over prompts.
         defaults: the settings, which eval.yaml and --set override. A block `generation` is the common one of eval.yaml
             with the benchmark's own over it; `price` (US dollars per million input and output tokens) means a judge.
         metrics: by name; a result may hold more than these.
@@ -52,7 +52,6 @@ class Benchmark:
         in_paper: whether the paper reports it: BENCH=all means those.
         paper: settings with which the paper's numbers were made, where results may differ.
         parts: a setting that lists parts of the benchmark; more of them can be added to a finished result.
-        verdicts: what the judge is asked for in one evaluation; `verdict_tokens`: assumed, in and out, for one.
     """
 
     name: str
@@ -67,8 +66,6 @@ class Benchmark:
     in_paper: bool = False
     paper: dict[str, object] = field(default_factory=dict)
     parts: str | None = None
-    verdicts: int = 0
-    verdict_tokens: tuple[int, int] = (0, 0)
 
 
 def benchmark_settings(settings: dict[str, dict], benchmark: Benchmark) -> dict:

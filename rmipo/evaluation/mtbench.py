@@ -271,6 +271,4 @@ BENCHMARK = Benchmark(
     trial=("first_n",),
     paper={"judge_endpoint": OPENAI}
     | {name: DEFAULTS[name] for name in ("judge_model", "judge_reference_model", "temperatures", "max_new_tokens")},
-    verdicts=160,
-    verdict_tokens=(1200, VERDICT_TOKENS),  # answers of some 2,000 characters
 )

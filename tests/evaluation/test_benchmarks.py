@@ -37,7 +37,6 @@ def test_settings_that_are_compared_exist():
         named = {*benchmark.same, *benchmark.same_per_model, *benchmark.trial, *benchmark.paper}
         assert {name.partition(".")[0] for name in named} <= benchmark.defaults.keys() | recorded, benchmark.name
         assert set(benchmark.optional) <= set(benchmark.same)
-        assert bool(benchmark.verdicts) == ("price" in benchmark.defaults)
 
 
 def test_all_are_those_of_the_paper():

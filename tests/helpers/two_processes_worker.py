@@ -191,7 +191,9 @@ def start_of_both(output: Path, model_folder: Path) -> dict:
         frame.recorded_run = lambda folder: {"date": "2020-02-03", "finished": True}
         frame.has_weights = lambda folder: True
     tokenizer = SimpleNamespace(chat_template=None)
-    trainer = SimpleNamespace(args=SimpleNamespace(eval_on_start=False, eval_strategy="no"), train=lambda resume_from_checkpoint: None)
+    trainer = SimpleNamespace(
+        args=SimpleNamespace(eval_on_start=False, eval_strategy="no"), train=lambda resume_from_checkpoint: None
+    )
     with frame.training_run(recipe, args, model_config) as run:
         run.freeze_date(tokenizer)
         run.start({"train": "a"})
