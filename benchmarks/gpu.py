@@ -34,6 +34,7 @@ from tqdm import tqdm
 from benchmarks import lengths, measure, report, work
 from benchmarks.contenders import BUILDERS, Contender, Setup, build
 from rmipo.plan import memory
+from rmipo.plan.gpus import speed_of
 from rmipo.plan.memory import Run, Shape
 from rmipo.training import attention
 from rmipo.training.parity import check_parity
@@ -43,7 +44,6 @@ import matplotlib.pyplot as plt
 
 BASES = ("padded-rmipo", "padded-simpo", "simpo")
 OURS = ("rmipo", "simpo", "dpo")
-PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "A800": 312e12}  # dense bf16, from the data sheets
 MINUTES = 8.0  # after which no further round starts
 
 
@@ -130,7 +130,8 @@ def run(setup: Setup, micro_batch: int, rounds: int, contenders: dict[str, Conte
     results = measure.timed_rounds(able, batches, progress, tolerance=tolerance, clock=clock, deadline=deadline)
     progress.close()
 
-    peak = next((flops for gpu, flops in PEAK_FLOPS.items() if on_gpu and gpu in torch.cuda.get_device_name()), None)
+    speed = speed_of(torch.cuda.get_device_name()) if on_gpu else None
+    peak = speed and speed.tflops * 1e12
     no_recompute = dataclasses.replace(setup, checkpointing=False)
     batches = batches[: len(next(iter(results.values())))]
     tokens = sum(

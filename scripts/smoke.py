@@ -98,8 +98,11 @@ def export_check(folder: Path) -> Check:
     return Check("export", finite, found + ("finite" if finite else "not finite"), "lower learning_rate")
 
 
-def hardware_checks(recipe, folder: Path, gpus: int, sharding: str, tflops: float) -> Iterator[Check]:
-    """Memory against the plan, and tokens per second against the roofline of the `gpus` that were trained on."""
+def hardware_checks(recipe, folder: Path, gpus: int, sharding: str, speed_of_one) -> Iterator[Check]:
+    """Memory against the plan, and tokens per second against what the `gpus` that were trained on can do.
+
+    `speed_of_one`: `rmipo.plan.gpus.Speed`, None for a GPU that isn't known.
+    """
     from rmipo.launch.pipeline import launch_configuration
     from rmipo.plan import duration, preflight
     from rmipo.plan.memory import GIB, Sharding, plan_memory
@@ -123,13 +126,27 @@ def hardware_checks(recipe, folder: Path, gpus: int, sharding: str, tflops: floa
         "memory", peak <= TOLERANCE * needed, f"{peak:.1f} GiB at most on the first GPU, {needed:.1f} planned", fix
     )
 
-    peak_flops = gpus * tflops * 1e12
+    if speed_of_one is None:
+        yield Check("tokens/s", None, "the peak of this GPU is not known: TFLOPS=... (dense bfloat16) compares with it")
+        return
+    peak_flops = gpus * speed_of_one.tflops * 1e12
     per_token = duration.step_flops(shape, planned) / duration.typical_tokens(planned)[0]
     speed = statistics.median(line["tokens_per_second"] for line in lines[2:])  # the first steps compile
-    used, least = speed * per_token / peak_flops, duration.UTILIZATION[0]
+    used, least = speed * per_token / peak_flops, speed_of_one.reached[0]
     found = f"{speed:.0f}, {used:.0%} of the roofline of {peak_flops / 1e12:.0f} TFLOP/s; expected {least:.0%}"
     fix = "look for other jobs on the GPUs, slow links (NCCL_DEBUG=INFO) and short micro-batches"
     yield Check("tokens/s", used >= least, found, fix)
+
+
+def speed_here(tflops: float):
+    """Of a GPU of this machine, by its name; `tflops`: its peak, where the user says it."""
+    import torch
+
+    from rmipo.plan import gpus
+
+    if tflops:
+        return gpus.speed_with(tflops)
+    return gpus.speed_of(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
 
 
 def main() -> int:
@@ -143,9 +160,7 @@ def main() -> int:
     refuse(env, ["DRY", "SLURM"], "make smoke trains on this machine; leave it out")
     refuse(env, ["DATA"], "a smoke run trains on the recipe's own data; leave it out, or set --dataset_name in ARGS")
     check_choices(env)
-    from rmipo.plan.duration import A100_TFLOPS
-
-    tflops = positive_number(env, "TFLOPS", A100_TFLOPS)
+    given = positive_number(env, "TFLOPS", 0)
     folder = Path("outputs", env["MODEL"], "smoke")
     env["ARGS"] = own_arguments(env, folder)
 
@@ -167,7 +182,7 @@ def main() -> int:
     command = step.command(gpus, sharding)
     environment = training_environment(os.environ, sharding, gpus)
     codes = run(command, folder, environment, stop=True), run(command, folder, environment, stop=False)
-    results = [*run_checks(folder, codes), *hardware_checks(step.recipe, folder, gpus, sharding, tflops)]
+    results = [*run_checks(folder, codes), *hardware_checks(step.recipe, folder, gpus, sharding, speed_here(given))]
     names = {True: "pass", False: "FAIL", None: "skip"}
     for check in results:
         fix = f". Fix: {check.fix}" if check.passed is False else ""

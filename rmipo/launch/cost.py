@@ -7,7 +7,7 @@ from rmipo.cli import choose
 from rmipo.errors import ConfigError
 from rmipo.launch.choices import choose_sharding, choose_stages, node_count, positive_number
 from rmipo.launch.pipeline import launch_configuration, load_steps, maker
-from rmipo.plan import duration, lengths, preflight
+from rmipo.plan import duration, gpus, lengths, preflight
 from rmipo.plan.memory import (
     GIB,
     Hardware,
@@ -133,25 +133,25 @@ def plan(env: Mapping[str, str]) -> int:
     if on_cpu:
         print("Hours: not estimated for a CPU; the progress bar of a trial shows them: ARGS='--max_steps 20'")
     else:
-        tflops = positive_number(env, "TFLOPS", duration.A100_TFLOPS)
-        phases = duration.hours(recipe, shape, run, sharding, hardware, examples, tflops)
+        speed = gpus.speed_with(positive_number(env, "TFLOPS", gpus.A100.tflops))
+        phases = duration.hours(recipe, shape, run, sharding, hardware, examples, speed)
         slow, fast = (seen * tokens_each / hours / 3600 for hours in reversed(phases["training"]))
-        print_hours(phases, hardware, tflops)
+        print_hours(phases, hardware, speed)
         print(f"Tokens per second: {slow:.0f} to {fast:.0f} in training steps")
     needed = preflight.disk_needed(recipe, shape, sharding)
     print(f"Disk: {needed / GIB:.1f} GiB in {recipe.values['output_dir']} (checkpoints, one being written, the model)")
     return 0 if memory.fits else 1
 
 
-def print_hours(phases: dict[str, tuple[float, float]], hardware: Hardware, tflops: float) -> None:
+def print_hours(phases: dict[str, tuple[float, float]], hardware: Hardware, speed: gpus.Speed) -> None:
     low, high = phases.pop("total")
     print(f"Hours: {low:.1f} to {high:.1f}, {low * hardware.gpus:.0f} to {high * hardware.gpus:.0f} GPU hours")
     for name, (start, end) in phases.items():
         print(f"  {name:20} {start:.2f}" + (f" to {end:.2f}" if end > start else ""))
-    low, high = duration.UTILIZATION
+    low, high = speed.reached
     link, places = duration.GATHER_GIB["one node" if hardware.nodes == 1 else "several nodes"], duration.SAVE_GIB
     print(
-        f"  assumed, not measured on a GPU: matrix products at {low:.0%} to {high:.0%} of {tflops:g} TFLOP/s per GPU "
+        f"  assumed, not measured on a GPU: matrix products at {low:.0%} to {high:.0%} of {speed.tflops:g} TFLOP/s per GPU "
         f"(A100: 312, H100: 989; TFLOPS=); weights gathered at {link} GiB/s; disk at {places:g} GiB/s; "
         f"{duration.EVALUATION_EXAMPLES} held-out examples"
     )

@@ -5,13 +5,12 @@ assumed is a named constant here, and printed with the plan.
 """
 
 from rmipo.plan import lengths
+from rmipo.plan.gpus import Speed
 from rmipo.plan.lengths import TYPICAL_DIALOGUE, TYPICAL_PROMPT, TYPICAL_RESPONSE
 from rmipo.plan.memory import GIB, Hardware, Run, Shape, Sharding, checkpoint_bytes
 from rmipo.recipe.load import Recipe
 from rmipo.recipe.schema import PreferenceRunConfig
 
-A100_TFLOPS = 312.0  # bfloat16 without sparsity; the A800 likewise
-UTILIZATION = (0.35, 0.5)  # of that peak, by all matrix products, those that are computed again included
 GATHER_GIB = {"one node": 100, "several nodes": 20}  # per second and GPU, of weights that a forward gathers
 SAVE_GIB = 1.0  # per second, to disk
 EVALUATION_EXAMPLES = 2000  # UltraFeedback's held-out pairs
@@ -60,7 +59,7 @@ def step_flops(shape: Shape, run: Run) -> float:
 
 
 def hours(
-    recipe: Recipe, shape: Shape, run: Run, sharding: Sharding, hardware: Hardware, examples: int, peak_tflops: float
+    recipe: Recipe, shape: Shape, run: Run, sharding: Sharding, hardware: Hardware, examples: int, speed: Speed
 ) -> dict[str, tuple[float, float]]:
     """Expected hours (from, to) of each phase of a run on `examples`, and in all ("total")."""
     values = recipe.values
@@ -72,8 +71,8 @@ def hours(
         "reference pass": examples * reference_flops(shape, run),
         "evaluation": evaluated * scoring_flops(shape, run),
     }
-    rate = hardware.gpus * peak_tflops * 1e12 * 3600
-    phases = {name: (work / rate / UTILIZATION[1], work / rate / UTILIZATION[0]) for name, work in flops.items()}
+    rate, (low, high) = hardware.gpus * speed.tflops * 1e12 * 3600, speed.reached
+    phases = {name: (work / rate / high, work / rate / low) for name, work in flops.items()}
     if sharding.divides_weights and hardware.gpus > 1 and run.stage == "preference":
         # Every new token is a forward, and every forward gathers all weights.
         samples = values.get("generation_samples", PreferenceRunConfig.generation_samples)

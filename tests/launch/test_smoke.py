@@ -9,6 +9,7 @@ import pytest
 
 from rmipo.errors import UserError
 from rmipo.plan import preflight
+from rmipo.plan.gpus import A100, HOPPER, Speed, speed_of, speed_with
 from rmipo.plan.memory import Hardware
 from rmipo.recipe.load import load_recipe
 from tests.helpers.paths import ROOT
@@ -62,8 +63,27 @@ def test_memory_and_speed_are_compared_with_the_plan(smoke, tmp_path, monkeypatc
     monkeypatch.setattr(preflight, "local_hardware", lambda: Hardware(1, 4, 80.0, 500.0))
     write_steps(tmp_path, peak_memory_gib=peak, tokens_per_second=speed)
     recipe = load_recipe("recipes/llama3-8b-instruct/rmipo.yaml")
-    checks = smoke["hardware_checks"](recipe, tmp_path, gpus, "", 312.0)
+    checks = smoke["hardware_checks"](recipe, tmp_path, gpus, "", A100)
     assert [check.passed for check in checks] == passed
+
+
+def test_a_healthy_h100_passes_and_a_slow_one_does_not(smoke, tmp_path, monkeypatch):
+    """22,000 tokens/s are the peak of four A100: four H100 at 33% of theirs make 23,000, at 11% 7,700."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(preflight, "local_hardware", lambda: Hardware(1, 4, 79.2, 500.0))
+    recipe = load_recipe("recipes/llama3-8b-instruct/rmipo.yaml")
+    for speed, passed in ((23e3, True), (7.7e3, False)):
+        write_steps(tmp_path, peak_memory_gib=40, tokens_per_second=speed)
+        *_, check = smoke["hardware_checks"](recipe, tmp_path, 4, "", speed_of("NVIDIA H100 80GB HBM3"))
+        assert check.passed is passed
+    *_, check = smoke["hardware_checks"](recipe, tmp_path, 4, "", speed_of("NVIDIA B300"))
+    assert check.passed is None and "TFLOPS" in check.found
+
+
+def test_the_peak_follows_from_the_name():
+    assert speed_of("NVIDIA A100-SXM4-80GB") == speed_of("NVIDIA A800 80GB PCIe") == A100
+    assert speed_of("NVIDIA H200").tflops == 989 and speed_of("NVIDIA H100 PCIe").tflops == 756
+    assert speed_with(989.0) == Speed(989.0, HOPPER) and speed_with(312.0) == A100
 
 
 def test_a_tflops_that_is_no_number_is_refused_before_anything_runs(smoke, monkeypatch):
