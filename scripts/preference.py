@@ -46,7 +46,7 @@ def main() -> None:
         callbacks = [generations, StepWatchdog(args, generations)]
         if "test" in pairs.splits:
             prompts = pairs.splits["test"]["prompt_ids"][: args.generation_samples]
-            callbacks.append(SampleGenerations(tokenizer, prompts, trainer, args.generation_max_new_tokens))
+            callbacks.append(SampleGenerations(tokenizer, prompts, trainer, args.generation_max_new_tokens, run.stop))
         run.say(f"{trainer.objective} on {model_config.model_name_or_path}: {len(pairs.splits['train'])} pairs")
         run.train(trainer, callbacks)
 

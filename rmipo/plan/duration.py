@@ -74,13 +74,10 @@ def hours(
     rate, (low, high) = hardware.gpus * speed.tflops * 1e12 * 3600, speed.reached
     phases = {name: (work / rate / high, work / rate / low) for name, work in flops.items()}
     if sharding.divides_weights and hardware.gpus > 1 and run.stage == "preference":
-        # Every new token is a forward, and every forward gathers all weights.
-        samples = values.get("generation_samples", PreferenceRunConfig.generation_samples)
-        tokens = (
-            samples
-            * values.get("generation_max_new_tokens", PreferenceRunConfig.generation_max_new_tokens)
-            * evaluations
-        )
+        # Every new token is a forward of all samples, and every forward gathers all weights.
+        new_tokens = values.get("generation_max_new_tokens", PreferenceRunConfig.generation_max_new_tokens)
+        answering = values.get("generation_samples", PreferenceRunConfig.generation_samples) > 0
+        tokens = new_tokens * evaluations * answering
         link = GATHER_GIB["one node" if hardware.nodes == 1 else "several nodes"] * GIB
         phases["sample generations"] = (tokens * 2 * shape.parameters / link / 3600,) * 2
     saves = lengths.occasions(values, "save", steps) or 0

@@ -3,7 +3,7 @@
 import math
 
 import torch
-from transformers import TrainerCallback
+from transformers import StoppingCriteria, StoppingCriteriaList, TrainerCallback
 
 from rmipo.record import read_generations, write_generations
 from rmipo.training import attention
@@ -18,17 +18,19 @@ class SampleGenerations(TrainerCallback):
         prompts: lists of prompt token ids.
         trainer: the `PreferenceTrainer`, for the wrapped model.
         max_new_tokens: per answer; fewer where the model has no positions for more.
+        stop: the run's `StopOnSignal`: a signal ends the answers too, which are then not kept.
     """
 
-    def __init__(self, tokenizer, prompts: list[list[int]], trainer, max_new_tokens: int):
+    def __init__(self, tokenizer, prompts: list[list[int]], trainer, max_new_tokens: int, stop=None):
         self.tokenizer = tokenizer
+        self.stop = stop
         self.prompts = prompts
         self.trainer = trainer
         self.max_new_tokens = max_new_tokens
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
         texts = self.generate()
-        if not state.is_world_process_zero:
+        if not state.is_world_process_zero or self.is_stopped():
             return
         lines = [line for line in read_generations(args.output_dir) if line["step"] < state.global_step]
         for prompt, text in zip(self.prompts, texts, strict=True):
@@ -41,20 +43,46 @@ class SampleGenerations(TrainerCallback):
         All weights at once would not fit beside a large model's states. In eval mode nothing is checkpointed, so the
         setting of activation checkpointing stays as it is.
         """
-        trainer, answers = self.trainer, []
+        if not self.prompts:
+            return []
+        trainer = self.trainer
         model = trainer.accelerator.unwrap_model(trainer.model_wrapped).eval()
         attention.attach(model, "plain")
+        # One batch, padded on the left: under ZeRO-3 and FSDP2 every forward gathers all weights, for one row or for many.
+        longest = max(map(len, self.prompts))
+        ids = torch.full((len(self.prompts), longest), self.tokenizer.pad_token_id or 0)
+        mask = torch.zeros_like(ids)
+        for row, prompt in enumerate(self.prompts):
+            ids[row, longest - len(prompt) :] = torch.tensor(prompt)
+            mask[row, longest - len(prompt) :] = 1
         positions = positions_of(model.config.get_text_config()) or math.inf
-        for prompt in self.prompts:
-            ids = torch.tensor([prompt], device=trainer.args.device)
-            output = model.generate(
-                input_ids=ids,
-                attention_mask=torch.ones_like(ids),
-                do_sample=False,
-                max_new_tokens=min(self.max_new_tokens, positions - len(prompt)),
-                pad_token_id=self.tokenizer.pad_token_id,
-                synced_gpus=trainer.args.world_size > 1,
-            )
-            answers.append(self.tokenizer.decode(output[0, len(prompt) :]))
+        output = model.generate(
+            input_ids=ids.to(trainer.args.device),
+            attention_mask=mask.to(trainer.args.device),
+            do_sample=False,
+            max_new_tokens=min(self.max_new_tokens, positions - longest),
+            pad_token_id=self.tokenizer.pad_token_id or 0,
+            # All processes go on until the last one has ended, so a signal to some of them hangs nobody.
+            synced_gpus=trainer.args.world_size > 1,
+            stopping_criteria=StoppingCriteriaList([Stopped(self)]),
+        )
+        ends = model.generation_config.eos_token_id
+        ends = set(ends if isinstance(ends, list) else [ends])
         attention.attach(model, trainer.attention_kind)
-        return answers
+        return [self.tokenizer.decode(until(row, ends)) for row in output[:, longest:].tolist()]
+
+    def is_stopped(self) -> bool:
+        return self.stop is not None and self.stop.requested
+
+
+class Stopped(StoppingCriteria):
+    def __init__(self, generations: SampleGenerations):
+        self.generations = generations
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs) -> torch.Tensor:
+        return torch.full((len(input_ids),), self.generations.is_stopped(), device=input_ids.device)
+
+
+def until(ids: list[int], ends: set[int]) -> list[int]:
+    """`ids` up to the first of `ends`, which is kept; behind it is padding."""
+    return ids[: next((place + 1 for place, token in enumerate(ids) if token in ends), len(ids))]

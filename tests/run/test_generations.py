@@ -10,6 +10,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from rmipo.record import read_generations, write_generations
 from rmipo.run import generations
 from rmipo.run.generations import SampleGenerations
+from rmipo.run.stop import StopOnSignal
 from rmipo.training import attention
 from tests.helpers.twins import make_twin, run
 
@@ -86,6 +87,19 @@ def test_answers_of_a_step_are_written_once_by_the_first_process(tmp_path, first
         assert lines[1] == {"step": 4, "prompt": [5, 6, 7], "answer": greedy(model, [5, 6, 7], 3)}
 
 
+def test_a_signal_ends_the_answers_which_are_not_kept(tmp_path):
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=61, n_positions=64, n_embd=32, n_layer=1, n_head=2))
+    model.generation_config.eos_token_id = None
+    stop = StopOnSignal()
+    samples = SampleGenerations(Tokenizer, [[5, 6, 7]], Trainer(model), max_new_tokens=40, stop=stop)
+    model.register_forward_hook(lambda *arguments: setattr(stop, "requested", True))
+    assert len(samples.generate()[0]) == 1
+    arguments = types.SimpleNamespace(output_dir=str(tmp_path), seed=0)
+    samples.on_evaluate(arguments, TrainerState(global_step=4, is_world_process_zero=True), None)
+    assert not read_generations(tmp_path)
+
+
 @pytest.mark.slow
 def test_answers_under_zero3_are_those_of_one_process(tmp_path):
     """There each forward gathers its layers' weights; one process holds them whole."""
@@ -105,7 +119,7 @@ def test_answers_under_zero3_are_those_of_one_process(tmp_path):
         run("tiny/rmipo", overrides, folder, sharding)
         answers.append(read_generations(folder))
     alone, sharded = answers
-    assert [line["step"] for line in alone] == [1] * 3 + [2] * 3
+    assert [line["step"] for line in alone] == [0] * 3 + [1] * 3 + [2] * 3
     assert all(line["answer"] for line in alone) and sharded == alone
     held_out = [json.loads(line) for line in (tmp_path / "data/test.jsonl").read_text().splitlines()]
     for line, row in zip(alone[:3], held_out, strict=True):
