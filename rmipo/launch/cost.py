@@ -129,6 +129,11 @@ def plan(env: Mapping[str, str]) -> int:
     tokens_each = duration.typical_tokens(run)[0]
     print(f"\nExamples: {examples}, {source}")
     print(f"Steps: {steps}, each {run.global_batch} examples = {device} {cut}")
+    if not on_cpu and (waiting := lengths.waiting(run, hardware.gpus)):
+        print(
+            f"  {run.global_batch // hardware.gpus} pairs a GPU: {waiting} of a step is waiting for the GPU with the longest. "
+            f"global_batch_size: {hardware.gpus * lengths.ENOUGH_PAIRS} would use all of them; that is another run"
+        )
     print(f"Tokens: {seen * tokens_each / 1e6:.0f} M with gradients, {tokens_each} an example (assumed)")
     if on_cpu:
         print("Hours: not estimated for a CPU; the progress bar of a trial shows them: ARGS='--max_steps 20'")

@@ -6,11 +6,12 @@ Nothing heavy is imported before its own check: a missing package has to be repo
 import importlib.metadata
 import importlib.util
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
+
+from rmipo.plan.compiler import compiler_problem
 
 
 class Check(NamedTuple):
@@ -63,9 +64,11 @@ def gpu_checks(needed: bool) -> Iterator[Check]:
     yield Check("bfloat16", torch.cuda.is_bf16_supported(), "GPU arithmetic", "use Ampere or newer", needed)
     nccl = ".".join(map(str, torch.cuda.nccl.version()))
     yield Check("NCCL", True, nccl) if count > 1 else Check("NCCL", None, f"{nccl}, unused on one GPU")
-    triton = importlib.util.find_spec("triton") is not None and shutil.which("cc") is not None
-    fix = "install a C compiler and triton (part of torch for Linux), or set attention: segment"
-    yield Check("flex", triton, "compiled attention for packed pairs", fix, needed)
+    if importlib.util.find_spec("triton") is None:
+        problem = "triton is absent: it is part of torch for Linux"
+    else:
+        problem = compiler_problem()
+    yield Check("flex", problem is None, problem or "compiled attention for packed pairs", "", needed)
     flash = importlib.util.find_spec("flash_attn") is not None
     yield Check("flash", flash or None, "flash-attn" if flash else "flash-attn absent: the SFT stage uses SDPA")
 

@@ -22,6 +22,7 @@ from trl import ModelConfig, SFTConfig, get_peft_config, get_quantization_config
 from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 
 from rmipo.objectives import build_objective
+from rmipo.plan.compiler import compiler_problem
 from rmipo.plan.shapes import empty_model, load_config
 from rmipo.recipe.load import ConfigError, Recipe
 from rmipo.recipe.schema import PreferenceRunConfig
@@ -104,6 +105,8 @@ def _check_folder(folder: str) -> None:
 def _check_attention(args: PreferenceRunConfig) -> None:
     if args.attention == "flex" and args.device.type == "cpu":
         raise ValueError("flex_attention has no backward on the CPU: expected auto, segment or dense")
+    if resolve_kind(args.attention, args.device) == "flex" and (problem := compiler_problem()):
+        raise ValueError(f"flex attention is compiled at the first step, and {problem}. Or set attention: segment")
 
 
 def _check_compilation(args: TrainingArguments) -> None:

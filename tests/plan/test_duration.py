@@ -82,7 +82,9 @@ def test_what_phases_follow_from(shape):
     weights = phases_of(shape, "--save_only_model")
     assert weights["saving"][0] == pytest.approx(phases["saving"][0] * 2 / 14)
     more = phases_of(shape, "--generation_samples=8", "--generation_max_new_tokens=64")
-    assert more["sample generations"][0] == pytest.approx(phases["sample generations"][0] / 2)  # one batch, half as long
+    assert more["sample generations"][0] == pytest.approx(
+        phases["sample generations"][0] / 2
+    )  # one batch, half as long
 
 
 def test_nodes_gather_over_a_slower_link_and_one_gpu_gathers_nothing(shape):

@@ -123,3 +123,12 @@ def test_plan_says_which_stage_comes_first_and_nothing_else():
         "error: model_name_or_path: outputs/tiny/sft-never-trained is made by an earlier stage. Run it first: make train "
         "MODEL=tiny STAGE=sft DATA=never-trained.jsonl\n",
     )
+
+
+@pytest.mark.parametrize(("nodes", "said"), [("8", "43% to 48%"), ("4", "8% to 11%"), ("1", None)])
+def test_plan_says_what_many_gpus_wait_for(nodes, said):
+    """128 pairs on 64, 32 and 8 GPUs."""
+    _, text = make_plan(GPUS="8x80", NODES=nodes)
+    assert ("is waiting" in text) == (said is not None) and (said or "") in text
+    if said:
+        assert f"global_batch_size: {int(nodes) * 64}" in text

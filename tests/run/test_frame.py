@@ -15,6 +15,7 @@ from transformers import (
 from transformers.integrations import TensorBoardCallback
 
 from rmipo.record import read_generations, recorded_run
+from rmipo.run import frame
 from rmipo.run.callbacks import LineAtCheckpoint, MetricsFile, Progress, set_callbacks
 from rmipo.run.checkpoints import MARKER, Checkpoints
 from rmipo.run.generations import SampleGenerations
@@ -194,3 +195,12 @@ def test_a_process_of_several_ends_while_threads_of_its_groups_live(end, code):
         assert f"rank {rank} ran its exit functions" in run.output
     assert ("error on rank 1: as asked for" in run.output) is (end == "error")
     assert "the interpreter is taken down" not in run.output
+
+
+def test_a_lock_that_would_be_waited_for_is_named(tmp_path, monkeypatch):
+    lock = tmp_path / "py311_cpu/deepspeed_shm_comm/lock"
+    lock.parent.mkdir(parents=True)
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    assert frame.compilation_locks() == []
+    lock.touch()
+    assert frame.compilation_locks() == [lock]

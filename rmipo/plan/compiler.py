@@ -1,0 +1,28 @@
+"""Whether Triton can compile here, which flex attention and the fused LM head need at a run's first step."""
+
+import os
+import shutil
+import subprocess
+import sysconfig
+import tempfile
+from pathlib import Path
+
+
+def compiler_problem() -> str | None:
+    """Why the C compiler that Triton takes can't build an extension of this Python; None if it can."""
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    if compiler is None:
+        return "there is no C compiler: install gcc or clang, or name one in CC"
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "probe.c")
+        source.write_text("#include <Python.h>\n")
+        command = [compiler, "-shared", "-fPIC", f"-I{sysconfig.get_paths()['include']}", str(source)]
+        try:
+            done = subprocess.run([*command, "-o", f"{folder}/probe.so"], capture_output=True, text=True)
+        except OSError as error:
+            return f"{compiler} can't be run ({error.strerror}): install gcc or clang, or name another in CC"
+    if done.returncode == 0:
+        return None
+    first = (done.stderr.strip().splitlines() or ["it says nothing"])[0]
+    fix = "install Python's headers (python3-dev on Debian)" if "Python.h" in done.stderr else "name another in CC"
+    return f"{compiler} can't compile an extension of this Python ({first}): {fix}"
