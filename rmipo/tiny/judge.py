@@ -9,7 +9,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from rmipo.data.chat import ChatFormat
 from rmipo.tiny.world import CLASSES, Question, World, assistant
-from rmipo.training import attention, scoring
+from rmipo.training import scoring
 from rmipo.training.packing import pack
 
 PROMPTS = 64  # sampled at a time
@@ -88,16 +88,11 @@ def right_probabilities(model: PreTrainedModel, chat: ChatFormat, questions: lis
         answers = [assistant(answer) for answer in question.fact.answers]
         encoded = [chat.pair_ids(question.prompt, answer, answer) for answer in answers]
         groups.append((encoded[0][0], [answer_ids for _, answer_ids, _ in encoded]))
-    kind = attention.resolve_kind("auto", model.device)
-    model.eval()
-    attention.attach(model, kind)
     totals = []
-    with torch.no_grad():
+    with scoring.Scorer(model) as scorer:
         for start in range(0, len(groups), PAIRS):
             batch = groups[start : start + PAIRS]
-            logps = scoring.response_logps(model, pack(batch).to(model.device), kind, model.config)
-            totals.append(logps.double().view(len(batch), -1).logsumexp(dim=1).exp().cpu())
-    attention.attach(model, "plain")
+            totals.append(scorer.sums(pack(batch)).double().view(len(batch), -1).logsumexp(dim=1).exp())
     return torch.cat(totals)
 
 

@@ -1,14 +1,18 @@
 """Model + packed sequences -> log-probabilities of response tokens, and their sums per response."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
+from peft import PeftModel
 from transformers import PreTrainedModel
 
 from rmipo.training import attention
 from rmipo.training.logprobs import label_logps
 from rmipo.training.packing import PackedSequence, pack_pairs, pack_priors, split_pairs
+
+TOKENS = 4096  # of a forward without gradient, about: enough to occupy a GPU, few enough for their logits to fit
 
 
 def token_logps(model: torch.nn.Module, packed: PackedSequence, kind: str, config) -> torch.Tensor:
@@ -44,6 +48,65 @@ def forward_inputs(packed: PackedSequence, kind: str, config) -> dict:
     return layout | attention.forward_kwargs(kind, packed, config)
 
 
+class Scorer:
+    """Scores with one model as training does, without gradient: `with Scorer(model) as scorer: scorer.sums(packed)`.
+
+    Inside the block the model is in evaluation mode and attends to packed sequences; behind it, also behind an error, it
+    attends to ordinary ones. `kind` is that of `attention.resolve_kind`.
+    """
+
+    def __init__(self, model: PreTrainedModel | PeftModel, kind: str = "auto"):
+        self.model, self.kind = model, attention.resolve_kind(kind, model.device)
+
+    def __enter__(self) -> Self:
+        attention.attach(self.model, self.kind)
+        self.model.eval()
+        return self
+
+    def __exit__(self, *error) -> None:
+        attention.attach(self.model, "plain")
+
+    @torch.no_grad()
+    def token_logps(self, packed: PackedSequence) -> list[torch.Tensor]:
+        """Log-probability of every token of each response: `(tokens,)` float32, on the CPU."""
+        values = token_logps(self.model, packed.to(self.model.device), self.kind, self.model.config)
+        return [*values.cpu().split(packed.response_lengths.int().tolist())]
+
+    @torch.no_grad()
+    def sums(self, packed: PackedSequence) -> torch.Tensor:
+        """Log-probability of every response, `(S,)` float32, on the CPU."""
+        return response_logps(self.model, packed.to(self.model.device), self.kind, self.model.config).cpu()
+
+    def pairs(self, rows: list[dict], prior_context: list[int] | None = None) -> dict[str, torch.Tensor]:
+        """What `score_pairs` returns, of one batch."""
+        packed = {"": pack_pairs(rows)}
+        if prior_context is not None:
+            packed["prior_"] = pack_priors(rows, prior_context)
+        columns = {}
+        for prefix, sequence in packed.items():
+            columns[f"{prefix}chosen_logps"], columns[f"{prefix}rejected_logps"] = split_pairs(self.sums(sequence))
+        columns["chosen_lengths"], columns["rejected_lengths"] = split_pairs(packed[""].response_lengths)
+        return columns
+
+
+def by_tokens(items: Iterable, length: Callable[[Any], int] = len, limit: int = TOKENS) -> Iterator[list]:
+    """`items` in order, cut into batches whose lengths add up to about `limit`."""
+    batch, total = [], 0
+    for item in items:
+        if batch and total + length(item) > limit:
+            yield batch
+            batch, total = [], 0
+        batch.append(item)
+        total += length(item)
+    if batch:
+        yield batch
+
+
+def pair_length(row: dict) -> int:
+    """Tokens of a tokenised pair."""
+    return sum(len(row[f"{side}_ids"]) for side in ("prompt", "chosen", "rejected"))
+
+
 def score_pairs(
     model: PreTrainedModel, batches: Iterable[list[dict]], prior_context: list[int] | None = None, kind: str = "auto"
 ) -> dict[str, torch.Tensor]:
@@ -56,25 +119,9 @@ def score_pairs(
     Returns:
         CPU float32 tensors `(pairs,)` named like the fields of `PairScores`: sums of log-probabilities and lengths.
     """
-    kind = attention.resolve_kind(kind, model.device)
-    columns: dict[str, list[torch.Tensor]] = {}
-    model.eval()
-    attention.attach(model, kind)
-    try:
-        with torch.no_grad():
-            for batch in batches:
-                pairs = pack_pairs(batch).to(model.device)
-                found = {"logps": response_logps(model, pairs, kind, model.config), "lengths": pairs.response_lengths}
-                if prior_context is not None:
-                    prior = pack_priors(batch, prior_context).to(model.device)
-                    found["prior_logps"] = response_logps(model, prior, kind, model.config)
-                for name, values in found.items():
-                    for side, column in zip(("chosen", "rejected"), split_pairs(values.cpu()), strict=True):
-                        named = f"prior_{side}_logps" if name == "prior_logps" else f"{side}_{name}"
-                        columns.setdefault(named, []).append(column)
-    finally:
-        attention.attach(model, "plain")
-    return {name: torch.cat(values) for name, values in columns.items()}
+    with Scorer(model, kind) as scorer:
+        scored = [scorer.pairs(batch, prior_context) for batch in batches]
+    return {name: torch.cat([columns[name] for columns in scored]) for name in scored[0]}
 
 
 @torch.no_grad()
