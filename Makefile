@@ -11,7 +11,7 @@ MAKEOVERRIDES :=
 
 RUN := .venv/bin/python
 .DEFAULT_GOAL := help
-.PHONY: help install train plan doctor smoke bench test test-all lint eval pairs online table figure compare sweep samples reproduce
+.PHONY: help install train plan doctor smoke bench test test-all lint eval pairs online look table figure compare sweep samples reproduce
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' Makefile | while IFS='|' read -r name text; do printf '  make %-10s %s\n' "$$name" "$$text"; done
@@ -33,6 +33,9 @@ compare: .venv/.installed ## every method with the same search budget: MODEL=tin
 
 sweep: .venv/.installed ## the paper's hyperparameter search of a method, without an account: METHOD=simpo
 	@$(RUN) scripts/sweep.py
+
+look: .venv/.installed ## a page that shows what the margin does to your pairs: MODEL=... [METHOD=...] [DATA=pairs] [AFTER=...]
+	@$(RUN) scripts/look.py
 
 pairs: .venv/.installed ## preference pairs from a model's own answers: MODEL=... [METHOD=...] [PROMPTS=file] [ARGS="--answers 8"]
 	@$(RUN) scripts/pairs.py

@@ -14,7 +14,7 @@ setup(
     license="Apache-2.0",
     package_dir={"": "."},  # an editable install is then a path: a clone named `rmipo` beside a script does not hide it
     packages=find_packages(include=["rmipo", "rmipo.*"]),
-    package_data={"rmipo": ["**/*.csv", "**/*.jsonl", "**/*.yaml"]},
+    package_data={"rmipo": ["**/*.csv", "**/*.jsonl", "**/*.yaml", "page/look.*"]},
     python_requires=">=3.11",
     # What the loss and the trainers need, with all that these bring along (numpy, pyyaml, safetensors, tqdm, xxhash, ...).
     install_requires=[
@@ -42,6 +42,15 @@ setup(
             "setuptools<81",
         ],
         "smollm2": ["gguf==0.19.0"],  # reads the weights that recipes/smollm2-135m-instruct/weights.yaml has pip fetch
-        "dev": ["rmipo[recipes]", "import-linter", "pytest", "pytest-timeout", "pytest-xdist", "ruff", "tensorboard"],
+        "dev": [
+            "rmipo[recipes]",
+            "import-linter",
+            "pytest",
+            "pytest-timeout",
+            "pytest-xdist",
+            "ruff",
+            "selenium",
+            "tensorboard",
+        ],
     },
 )

@@ -22,6 +22,7 @@ _EXPORTS = {
     "PreferenceTrainer": "rmipo.training.trainer",
     "RMiPOConfig": "rmipo.recipe.arguments",
     "RMiPOTrainer": "rmipo.training.trainer",
+    "look": "rmipo.page.look",
 }
 __all__ = list(_EXPORTS)
 

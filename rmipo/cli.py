@@ -55,6 +55,8 @@ VARIABLES = {
     "TABLE": "number of the table",
     "PROMPTS": "prompts in place of those of pairs.yaml: hub id, folder or file",
     "OUTPUT": "folder of the pairs (default: outputs/<model>/pairs)",
+    "PAIRS": "how many pairs to show (default: 200)",
+    "AFTER": "second model: the page also shows how the pairs moved",
     "ROUNDS": "of sampling and training (default: 3)",
 }
 

@@ -16,6 +16,7 @@ TokenPair = tuple[list[int], list[int], list[int]]  # ids of prompt, chosen, rej
 QUESTION = {"role": "user", "content": "What is two plus two?"}
 ANSWER = {"role": "assistant", "content": "It is four."}
 CLOCK = re.compile(r"""strftime_now\(\s*(?P<quote>["'])(?P<format>[^"']*)(?P=quote)\s*\)""")
+BYTES = 4  # of a character at most
 PROBES = ([QUESTION], [QUESTION, ANSWER, QUESTION])
 
 
@@ -176,6 +177,18 @@ class ChatFormat:
         chosen = self._encode_responses(prompts, [(prompt, response) for prompt, response, _ in rendered])
         rejected = self._encode_responses(prompts, [(prompt, response) for prompt, _, response in rendered])
         return list(zip(prompts, chosen, rejected, strict=True))
+
+    def pieces(self, ids: list[int]) -> list[str]:
+        """The text of each token. A character that several tokens share is the last one's; the others are empty."""
+        texts, start = [], 0
+        for end in range(1, len(ids) + 1):
+            # After the token before, as some tokenizers drop the space at the start of a text.
+            before = self.tokenizer.decode(ids[max(0, start - 1) : start])
+            text = self.tokenizer.decode(ids[max(0, start - 1) : end]).removeprefix(before)
+            whole = not text.endswith("\N{REPLACEMENT CHARACTER}") or end - start >= BYTES or end == len(ids)
+            texts.append(text if whole else "")
+            start = end if whole else start
+        return texts
 
     def _encode_prompts(self, texts: list[str]) -> list[list[int]]:
         bos = [] if self.template_writes_bos or self.bos_id is None else [self.bos_id]

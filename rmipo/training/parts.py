@@ -116,10 +116,7 @@ class TokenizedPairs:
         if self.chat is None:
             raise DataError(f"{split}: the rows are not tokenised: expected processing_class, the model's tokenizer")
         with PartialState().main_process_first(), of_split(split):
-            if any(rows.features.get(side) != MESSAGES for side in SIDES) or "row" not in rows.column_names:
-                rows = convert_rows(
-                    numbered(rows), "the dataset", PAIRS, dict.fromkeys(SIDES, MESSAGES), args.dataset_num_proc
-                )
+            rows = as_messages(rows, args.dataset_num_proc)
             if self.chat.tokenizer.chat_template == PLAIN_TEMPLATE and max(map(len, rows["prompt"]), default=1) > 1:
                 raise DataError("the texts are dialogues of several turns, and the tokenizer has no chat template")
             dataset, self.reports[split] = tokenize_pairs(
@@ -159,6 +156,15 @@ def for_plain_text(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBas
         if tokenizer("a")["input_ids"][0] != tokenizer.bos_token_id:
             tokenizer.bos_token = None  # it begins no text with one
     return tokenizer
+
+
+def as_messages(rows: Dataset, num_proc: int | None) -> Dataset:
+    """Pairs of any format of `data.formats` as messages, with a column `row`; tokenised ones and messages as they are."""
+    if is_tokenized(rows) or (
+        "row" in rows.column_names and all(rows.features.get(side) == MESSAGES for side in SIDES)
+    ):
+        return rows
+    return convert_rows(numbered(rows), "the dataset", PAIRS, dict.fromkeys(SIDES, MESSAGES), num_proc)
 
 
 def numbered(rows: Dataset) -> Dataset:

@@ -1,0 +1,191 @@
+"""Score pairs with a model and write the page that shows what the margin does to them."""
+
+import base64
+import copy
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import jinja2
+import torch
+from datasets import Dataset
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from rmipo.data.formats import SIDES
+from rmipo.files import replacing
+from rmipo.objectives import build_objective
+from rmipo.page import content
+from rmipo.recipe.arguments import RMiPOConfig
+from rmipo.recipe.schema import ModelConfig
+from rmipo.training import parts
+from rmipo.training.loading import load_model
+from rmipo.training.packing import pack, pack_pairs, pack_priors
+from rmipo.training.scoring import Scorer, by_tokens, pair_length
+
+FOLDER = Path(__file__).parent
+
+
+def look(
+    model: parts.Named | parts.Loaded,
+    dataset: Dataset,
+    args: RMiPOConfig | None = None,
+    *,
+    after: parts.Named | parts.Loaded | None = None,
+    processing_class: PreTrainedTokenizerBase | None = None,
+    pairs: int = 200,
+    output: str | Path = "look.html",
+) -> Path:
+    """Write one HTML file, which opens from disk, that shows what the margin does to pairs under a model.
+
+    Args:
+        model: a folder or hub id, TRL's `ModelConfig`, or a loaded model.
+        dataset: pairs in any format that docs/DATA.md lists, or tokenised.
+        args: hyperparameters that the page starts with, and limits of lengths; the paper's if None.
+        after: a second model: the page also shows how the pairs moved from the first to it.
+        processing_class: the tokenizer of both; that of each model if None.
+        pairs: how many to show at most; drawn from `dataset`, always the same.
+
+    Returns:
+        The path of the file.
+
+    Raises:
+        DataError, LoadingError: before a model is loaded, as the trainers do.
+    """
+    args = copy.copy(RMiPOConfig(output_dir=".", report_to="none") if args is None else args)
+    args.max_dropped_fraction = args.max_truncated_fraction = 1.0  # the page shows which
+    rows = sample(parts.as_messages(dataset, args.dataset_num_proc), pairs)
+    first = Scored(model, rows, args, processing_class)
+    second = None if after is None else Scored(after, rows, args, processing_class)
+    moved = {} if second is None else second.sums()  # one model after the other: two may not fit
+    page = Page(first, rows, moved)
+
+    def summary() -> dict:
+        return page.summary() | {"after": second and second.name}
+
+    environment = jinja2.Environment(loader=jinja2.FileSystemLoader(FOLDER), autoescape=True)
+    environment.filters["hash"] = content_hash
+    script, style = ((FOLDER / name).read_text("utf-8") for name in ("look.js", "look.css"))
+    with replacing(Path(output)) as temporary:
+        template = environment.get_template("look.html.jinja")
+        template.stream(pairs=page.pairs(), summary=summary, script=script, style=style).dump(str(temporary), "utf-8")
+    return Path(output)
+
+
+def sample(rows: Dataset, count: int) -> Dataset:
+    """At most `count` of the rows, in their order."""
+    if len(rows) <= count:
+        return rows
+    drawn = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[:count]
+    return rows.select(sorted(drawn.tolist()))
+
+
+def content_hash(text: str) -> str:
+    """Of a script or style, for the page's Content-Security-Policy."""
+    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+
+
+class Scored:
+    """Pairs tokenised for one model, and their log-probabilities, which are computed as they are asked for.
+
+    Attributes:
+        rows: tokenised pairs. `context`: token ids in front of a response when log pi(y) is scored.
+    """
+
+    def __init__(self, model, rows: Dataset, args: RMiPOConfig, tokenizer: PreTrainedTokenizerBase | None):
+        self.source, self.args = parts.source_of(model), args
+        self.name = parts.name_of(self.source) or type(model).__name__
+        tokenized = parts.TokenizedPairs(
+            {"pairs": rows}, tokenizer or parts.tokenizer_of(self.source), args, self.source
+        )
+        self.chat, self.rows, self.report = tokenized.chat, tokenized.splits["pairs"], tokenized.reports.get("pairs")
+        self.context = self.chat.prior_context(tokenized.objective.prior_context)
+
+    def batches(self, partners: bool) -> Iterator[tuple[list[dict], list[dict[str, list[torch.Tensor]]]]]:
+        """Batches of rows with the log-probabilities of their tokens, in the names of `content.shown_pair`.
+
+        Args:
+            partners: also score responses under the prompt of the pair half the data set away.
+        """
+        model = self.source
+        if isinstance(model, ModelConfig):
+            model = load_model(model).to("cuda" if torch.cuda.is_available() else "cpu")
+        total = len(self.rows)
+        progress = tqdm(total=total, desc=f"scoring with {Path(self.name).name}", unit="pair")
+        with Scorer(model, self.args.attention) as scorer, progress:
+            for batch in by_tokens(enumerate(self.rows), lambda item: pair_length(item[1])):
+                rows = [row for _, row in batch]
+                packed = {"given": pack_pairs(rows), "prior": pack_priors(rows, self.context)}
+                if partners and total > 1:
+                    prompts = [self.rows[(number + total // 2) % total]["prompt_ids"] for number, _ in batch]
+                    packed["other"] = pack([self.under(*pair) for pair in zip(prompts, rows, strict=True)])
+                with torch.autocast(model.device.type, torch.bfloat16, enabled=self.args.bf16):
+                    values = {name: scorer.token_logps(sequence) for name, sequence in packed.items()}
+                yield (
+                    rows,
+                    [
+                        {name: by_response[2 * i : 2 * i + 2] for name, by_response in values.items()}
+                        for i in range(len(rows))
+                    ],
+                )
+                progress.update(len(rows))
+
+    def under(self, prompt: list[int], row: dict) -> tuple[list[int], list[list[int]]]:
+        """The responses of `row` after the end of `prompt`, as much of it as fits."""
+        responses = [row[f"{side}_ids"] for side in SIDES[1:]]
+        return prompt[-(self.args.max_length - max(map(len, responses))) :], responses
+
+    def sums(self) -> dict[int, list[list[float]]]:
+        """Row -> `content.sums`."""
+        return {
+            row["row"]: content.sums(values["given"], values["prior"])
+            for rows, scores in self.batches(partners=False)
+            for row, values in zip(rows, scores, strict=True)
+        }
+
+
+class Page:
+    """What the template asks for: the pairs one by one, then what is known of all of them."""
+
+    def __init__(self, scored: Scored, rows: Dataset, moved: dict[int, list[list[float]]]):
+        self.scored, self.moved = scored, moved
+        self.messages = None if parts.is_tokenized(rows) else {row: at for at, row in enumerate(rows["row"])}
+        self.rows = rows
+        self.lines: list[dict] = []
+
+    def pairs(self) -> Iterator[dict]:
+        """Each pair's content, none of which is kept: memory does not grow with texts and tokens."""
+        scored, total = self.scored, len(self.scored.rows)
+        for rows, scores in scored.batches(partners=True):
+            for row, values in zip(rows, scores, strict=True):
+                cut = tuple(row[f"{side}_ids"] for side in SIDES)
+                messages = None if self.messages is None else self.rows[self.messages[row["row"]]]
+                whole = cut if messages is None else scored.chat.pair_ids(*(messages[side] for side in SIDES))
+                number = len(self.lines)
+                self.lines.append(
+                    {
+                        "index": number,
+                        "row": row["row"],
+                        "title": content.title(scored.chat, messages and messages["prompt"], cut[0]),
+                        "sides": content.sums(values["given"], values["prior"]),
+                        "after": self.moved.get(row["row"]),
+                        "cut": [*map(len, cut)] != [*map(len, whole)],
+                        "alike": content.alike(*cut[1:]),
+                    }
+                )
+                other = (number + total // 2) % total if "other" in values else None
+                yield content.shown_pair(scored.chat, whole, cut, values, other)
+
+    def summary(self) -> dict:
+        objective = build_objective(self.scored.args.objective)
+        report, name = self.scored.report, self.scored.name
+        reasons = [] if report is None else [reason for reason, rows in report.dropped.items() for _ in rows]
+        arithmetic = "bfloat16" if self.scored.args.bf16 else "float32"
+        return {
+            "about": f"{len(self.lines)} pairs under {name}, {arithmetic}, at most {self.scored.args.max_length} tokens",
+            "model": name,
+            "objective": vars(objective),
+            "dropped": reasons,
+            "findings": content.findings([line["sides"] for line in self.lines], objective.fidelity),
+            "pairs": self.lines,
+        }

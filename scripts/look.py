@@ -1,0 +1,73 @@
+"""See what RMiPO's margin does to pairs, before a run is paid for and after it: one HTML page.
+
+    make look MODEL=smollm2-135m-instruct
+    make look MODEL=llama3-8b-base METHOD=initial AFTER=rmipo
+    make look MODEL=path/to/model DATA=pairs.jsonl PAIRS=500
+
+MODEL is a setting, a folder with a model, or the id of one on the hub. Of a setting, METHOD is a folder of outputs/<model>/,
+`initial` by default: what preference training starts from. DATA is in any format of docs/DATA.md; by default the pairs that
+the setting trains on. AFTER is a second model, or of a setting another METHOD: the page then shows how the pairs moved.
+Writes OUTPUT, by default <outputs>/reports/look-<model>.html. docs/LOOK.md explains the page.
+"""
+
+from dataclasses import fields
+from pathlib import Path
+
+from rmipo import cli
+from rmipo.errors import ConfigError
+from rmipo.evaluation.models import ROOT, check_names, is_setting
+from rmipo.recipe.files import merge
+
+LIMITS = ("max_length", "max_prompt_length", "attention", "dataset_num_proc")
+
+
+def main() -> None:
+    parser = cli.options(
+        __doc__, "MODEL", "METHOD", "DATA", "PAIRS", "AFTER", "OUTPUT",
+        MODEL="setting, folder with a model, or hub id", METHOD="folder of outputs/<model>/ (default: initial)",
+        OUTPUT="HTML file to write",
+    )  # fmt: skip
+    parser.add_argument("--split", default="train", choices=["train", "test"], help="of the pairs")
+    parser.add_argument("--outputs", type=Path, default=Path("outputs"), help="where the runs are")
+    args = parser.read()
+    model, setting = args.model or "tiny", is_setting(args.model or "tiny")
+    check_names(model, [args.method] if args.method else [])
+    if not (args.pairs or "200").isdecimal() or args.pairs == "0":
+        raise ConfigError(f"PAIRS={args.pairs}: expected how many pairs to show, 1 or more")
+    if not (setting or args.data):
+        raise ConfigError(f"MODEL={model} has no recipe that names its pairs: say which, DATA=<folder or file>")
+
+    from rmipo import RMiPOConfig, look  # imports torch, which takes seconds
+    from rmipo.data.pairs import load_pairs
+    from rmipo.evaluation.target import find_target
+    from rmipo.recipe.load import load_recipe
+    from rmipo.recipe.schema import DataConfig, ModelConfig
+    from rmipo.record import recorded_run
+
+    method = args.method or "initial" if setting else None
+    folder = find_target(model, method, args.outputs, []).folder
+    after = None
+    if args.after:
+        own = setting and (args.outputs / model / args.after).is_dir()
+        after = find_target(*((model, args.after) if own else (args.after, None)), args.outputs, []).folder
+    # The pairs are read and cut as the run did, or as it would.
+    recipe = (recorded_run(folder) or {}).get("recipe", {})
+    if setting and recipe.get("objective", {}).get("name") != "rmipo":
+        recipe = load_recipe(ROOT / "recipes" / model / "rmipo.yaml").values
+    recipe = merge(recipe, {"dataset_name": args.data} if args.data else {})
+    data = DataConfig(**{field.name: recipe[field.name] for field in fields(DataConfig) if field.name in recipe})
+    values = recipe | recipe.get("objective", {})
+    known = {name: values[name] for name in (*LIMITS, *RMiPOConfig.__annotations__) if name in values}
+    page = look(
+        ModelConfig(model_name_or_path=str(folder), dtype=recipe.get("dtype", "auto")),
+        load_pairs(data, args.split),
+        RMiPOConfig(output_dir=".", report_to="none", **known),
+        after=after and ModelConfig(model_name_or_path=str(after), dtype=recipe.get("dtype", "auto")),
+        pairs=int(args.pairs or 200),
+        output=args.output or args.outputs / "reports" / f"look-{Path(model).name}.html",
+    )
+    print(f"Written to {page}: open it in a browser")
+
+
+if __name__ == "__main__":
+    cli.run(main)
