@@ -28,8 +28,8 @@ def shown_pair(
         values: log-probabilities of the tokens of chosen and rejected: "given" the prompt, "prior", and under the prompt
             of another pair, whose place on the page is `other`.
     """
-    kept, lost = len(cut[0]), len(whole[0]) - len(cut[0])
-    bos = len(whole[0][:kept]) and int(lost > 0 and chat.bos_id is not None)
+    lost = len(whole[0]) - len(cut[0])
+    bos = int(lost > 0 and chat.bos_id is not None)  # it stays in front of what is left
     sides = []
     for number in (0, 1):
         ids, special = cut[1 + number], set(chat.tokenizer.all_special_ids)
@@ -80,27 +80,21 @@ def findings(sides: list[list[list[float]]], fidelity: str) -> dict[str, list[di
             correlation(delta, longer),
             [correlation(delta[rows], longer[rows]) for rows in resamples(len(delta), DRAWS)],
         )
-        agrees = "agrees with" if higher.low > 0.5 else "opposes"
         coin, unrelated = higher.low <= 0.5 <= higher.high, related.low <= 0 <= related.high
+        agrees, smaller = "agrees with" if higher.low > 0.5 else "opposes", "smaller" if related.mean > 0 else "larger"
+        claims = (
+            (higher, "{:.0%}", coin, "of chosen responses have the higher PMI: ", f"the signal {agrees} the labels."),
+            (related, "{:.2f}", unrelated, "correlation of ΔPMI with the difference in length: ",
+             f"longer chosen responses get a {smaller} margin."),
+        )  # fmt: skip
         found[reading] = [
             {
-                "number": f"{higher.mean:.0%}",
-                "range": f"95%: {higher.low:.0%} to {higher.high:.0%}",
-                "text": "of chosen responses have the higher PMI: "
-                + ("no telling from a coin." if coin else f"the signal {agrees} the labels."),
-                "noise": coin,
-            },
-            {
-                "number": f"{related.mean:.2f}",
-                "range": f"95%: {related.low:.2f} to {related.high:.2f}",
-                "text": "correlation of ΔPMI with the difference in length: "
-                + (
-                    "noise."
-                    if unrelated
-                    else f"longer chosen responses get a {'smaller' if related.mean > 0 else 'larger'} margin."
-                ),
-                "noise": unrelated,
-            },
+                "number": form.format(value.mean).replace("-", "−"),
+                "range": f"95%: {form.format(value.low)} to {form.format(value.high)}".replace("-", "−"),
+                "text": what + ("no telling from noise." if noise else claim),
+                "noise": noise,
+            }
+            for value, form, noise, what, claim in claims
         ]
     return found
 

@@ -17,11 +17,10 @@ const fixed = (value, digits = 2) => value.toFixed(digits).replace("-", "−");
 const percent = value => `${Math.round(100 * value)}%`;
 const sum = values => values.reduce((total, value) => total + value, 0);
 const mean = values => sum(values) / values.length;
-
 const summary = JSON.parse($("#summary").textContent), stored = document.querySelectorAll("script.pair");
 const objective = summary.objective, pairs = summary.pairs, form = $("#controls"), fields = form.querySelectorAll("[name]");
 const ROWS = 100; // of the table, at a time
-let settings, shown = pairs, open = 0, limit = ROWS, selected = null, order = ["pair", 1];
+let settings, shown, current, limit, selected = null, order = ["pair", 1];
 
 // ---------------------------------------------------------------- the margin, as in rmipo/objectives/rmipo.py
 const SCHEDULES = {
@@ -71,9 +70,9 @@ function showVerdict() {
     settings.schedule === "constant"
       ? card(fixed(margin(0, settings)), "everywhere", "The schedule is constant: RMiPO is SimPO with this margin.")
       : card(pinned, "at γ max", `On ${pinned} of these pairs RMiPO is SimPO with a margin of ${settings.gamma_max}.`),
-    ...summary.findings[settings.pmi_normalization].map(({number, range, text, noise}) => card(number, range, text, noise)),
-    card(`${count("cut")} cut`, `${summary.dropped.length} dropped`, `${count("alike")} near-duplicates, ${count("swapped")} `
-      + `probably mislabelled. ${[...new Set(summary.dropped)].slice(0, 3).join("; ")}`, !count("cut") && !summary.dropped.length));
+    ...summary.findings[settings.pmi_normalization].map(found => card(found.number, found.range, found.text, found.noise)),
+    card(`${count("cut")} cut`, `${summary.dropped} dropped`,
+      `${count("alike")} near-duplicates, ${count("swapped")} probably mislabelled. ${summary.reasons}`));
   const text = value => Number.isInteger(value) ? value.toFixed(1) : value;
   $("#recipe").textContent = "objective:\n  name: rmipo\n" + ["beta", "gamma_min", "gamma_max", "schedule", "span",
     "pmi_normalization", "prior_context", "fidelity"].map(key => `  ${key}: ${text(settings[key])}`).join("\n");
@@ -97,7 +96,7 @@ function chart(id, points, {x, y, xs, ys, lines = [], marks = [], width = 330, h
   const node = $(id), [left, right, top, bottom] = [40, width - (marks.length ? 28 : 8), 16, height - 32];
   const px = value => left + (value - xs[0]) / (xs[1] - xs[0]) * (right - left);
   const py = value => bottom - (value - ys[0]) / (ys[1] - ys[0]) * (bottom - top);
-  const label = (text, cx, cy, anchor) => drawn("text", {x: cx, y: cy, "text-anchor": anchor}, String(text).replace("-", "−"));
+  const label = (text, x, y, anchor) => drawn("text", {x, y, "text-anchor": anchor}, String(text).replace("-", "−"));
   const path = (name, d, more) => drawn("path", {class: name, d, ...more});
   const places = points.map(p => ({...p, px: px(p.x), py: py(p.y)}));
   const here = drawn("circle", {class: "here", r: 5, transform: "scale(0)"}), brush = drawn("rect", {class: "brush", width: 0});
@@ -114,7 +113,7 @@ function chart(id, points, {x, y, xs, ys, lines = [], marks = [], width = 330, h
     ...lines.map(([name, at]) => path(name, "M" + at.map(([a, b]) => `${px(a).toFixed(1)} ${py(b).toFixed(1)}`).join("L"))),
     brush, here);
   node.mark = () => {
-    const place = places.find(p => p.pair === shown[open]);
+    const place = places.find(p => p.pair === current);
     here.setAttribute("transform", place ? `translate(${place.px} ${place.py})` : "scale(0)");
   };
   let start = null;
@@ -143,13 +142,14 @@ function chart(id, points, {x, y, xs, ys, lines = [], marks = [], width = 330, h
   node.onpointerleave = () => { start = null; brush.setAttribute("width", 0); };
 }
 
+const kindOf = pair => pair.max ? "c1" : "c0";
 // Pairs of one bin on top of each other: a histogram in which each pair can be pointed at.
 function stacked(name, [low, high], bins = 60) {
   const counts = {};
   return pairs.map(pair => {
     const bin = Math.floor((pair[name] - low) / (high - low) * bins);
     counts[bin] = (counts[bin] ?? 0) + 1;
-    return {pair, x: low + (bin + 0.5) / bins * (high - low), y: counts[bin], kind: pair.max ? "c1" : "c0"};
+    return {pair, x: low + (bin + 0.5) / bins * (high - low), y: counts[bin], kind: kindOf(pair)};
   });
 }
 
@@ -161,7 +161,7 @@ function showCharts() {
     lines: [["curve", curve.map(d => [d, margin(d, settings) * scale])]],
     marks: [settings.gamma_min, settings.gamma_max].map(value => [value * scale, value])});
   chart("#chart-gamma", stacked("gamma", gamma), {x: "γ", y: "pairs", xs: gamma});
-  chart("#chart-length", pairs.map(pair => ({pair, x: pair.length, y: pair.delta, kind: pair.max ? "c1" : "c0"})),
+  chart("#chart-length", pairs.map(pair => ({pair, x: pair.length, y: pair.delta, kind: kindOf(pair)})),
     {x: "tokens of chosen − rejected", y: "ΔPMI"});
   chart("#chart-weight", pairs.map(pair => ({pair, x: pair.reward, y: pair.gamma, kind: `w${Math.floor(pair.weight * 4.999)}`})),
     {x: "r", y: "γ", ys: gamma});
@@ -189,7 +189,7 @@ const textOf = pair => pair.text ??= (({prompt, sides}) => [prompt.text, prompt.
   [side.tokens.join(""), side.cut])].join("\n").toLowerCase())(detail(pair));
 
 function filter() {
-  const current = shown[open], wanted = $("#search").value.toLowerCase(), [by, sign] = order;
+  const wanted = $("#search").value.toLowerCase(), [by, sign] = order;
   shown = pairs.filter(pair => boxes.every(box => !box.checked || pair[box.name]) && (!selected || selected.has(pair))
     && (!wanted || textOf(pair).includes(wanted)));
   shown.sort((a, b) => sign * (COLUMNS[by](a) - COLUMNS[by](b)) || a.index - b.index);
@@ -201,8 +201,8 @@ function filter() {
 function showRows() {
   const texts = {pair: pair => `${pair.index + 1}  ${pair.title}`, flags: pair => flagsOf(pair).join(", ")};
   const cell = (pair, title) => texts[title]?.(pair) ?? fixed(COLUMNS[title](pair), title.startsWith("|") ? 0 : 3);
-  $("#list tbody").replaceChildren(...shown.slice(0, limit).map((pair, k) => element("tr",
-    {onclick: () => show(pair), className: k === open ? "open" : ""},
+  $("#list tbody").replaceChildren(...shown.slice(0, limit).map(pair => element("tr",
+    {onclick: () => show(pair), className: pair === current ? "open" : ""},
     ...Object.keys(COLUMNS).map(title => element("td", {}, cell(pair, title))))));
   for (const head of $("#list tr").children) head.dataset.sorted = head.textContent === order[0] ? order[1] : "";
 }
@@ -232,8 +232,8 @@ function showSide(node, name, side, scores) {
 
 function show(pair) {
   $("#pair").hidden = !pair;
-  open = Math.max(0, shown.indexOf(pair));
-  limit = Math.max(limit, open + ROWS);
+  current = pair;
+  limit = Math.max(limit, shown.indexOf(pair) + ROWS);
   showRows();
   for (const node of document.querySelectorAll(".charts svg")) node.mark?.();
   if (!pair) return;
@@ -251,7 +251,8 @@ function show(pair) {
     ys: extent(lines.flat().map(([, value]) => value)), lines: lines.map((line, k) => [`line ${NAMES[k]}`, line]),
     width: 900, height: 200});
   const list = $("#list"), row = $("#list .open");
-  if (Math.abs(row.offsetTop - list.scrollTop - list.clientHeight / 2) > list.clientHeight / 2 - 40) list.scrollTop = row.offsetTop - 80;
+  const away = row && Math.abs(row.offsetTop - list.scrollTop - list.clientHeight / 2);
+  if (away > list.clientHeight / 2 - 40) list.scrollTop = row.offsetTop - 80;
 }
 
 // How the pairs moved from the first model to the second.
@@ -261,33 +262,31 @@ function showAfter() {
   $("#after h2").textContent = `From ${summary.model} to ${summary.after}`;
   if (!both.length) return;
   const change = (value, text) => [before, after].map(side => text(mean(both.map(pair => Number(value(side(pair))))))).join(" → ");
-  $("#after ul").replaceChildren(...[
-    `Mean reward difference ${change(pair => pair.reward, fixed)}; chosen preferred ${change(pair => pair.reward > 0, percent)}`,
-    `Mean ΔPMI ${change(pair => pair.delta, fixed)}; chosen has the higher PMI ${change(pair => pair.delta > 0, percent)}`,
-    `Mean γ ${change(pair => pair.gamma, fixed)}; at γ max ${change(pair => pair.max, percent)}`].map(text => element("li", {}, text)));
-  for (const name of ["reward", "delta", "gamma"]) {
+  $("#after ul").replaceChildren();
+  for (const [name, title, claim, holds] of [["reward", "reward difference", "chosen preferred", pair => pair.reward > 0],
+    ["delta", "ΔPMI", "chosen with the higher PMI", pair => pair.delta > 0], ["gamma", "γ", "at γ max", pair => pair.max]]) {
     const range = extent(both.flatMap(pair => [pair[name], pair.moved[name]]));
-    chart(`#after-${name}`, both.map(pair => ({pair, x: pair[name], y: pair.moved[name], kind: pair.max ? "c1" : "c0"})),
+    $("#after ul").append(element("li", {}, `Mean ${title} ${change(pair => pair[name], fixed)}, ${claim} ${change(holds, percent)}`));
+    chart(`#after-${name}`, both.map(pair => ({pair, x: pair[name], y: pair.moved[name], kind: kindOf(pair)})),
       {x: "before", y: "after", xs: range, ys: range, lines: [["curve", range.map(end => [end, end])]]});
   }
 }
 
 // ---------------------------------------------------------------- controls, keys
-const step = by => shown.length && show(shown[(open + by + shown.length) % shown.length]);
+const step = by => shown.length && show(shown[(shown.indexOf(current) + by + shown.length) % shown.length]);
 const reset = () => { fields.forEach(field => { field.value = objective[field.name]; }); recompute(); };
 $("#about").textContent = summary.about;
 const sort = title => { order = [title, order[0] === title ? -order[1] : 1]; filter(); };
 $("#list tr").append(...Object.keys(COLUMNS).map(title =>
   element("th", {}, element("button", {type: "button", onclick: () => sort(title)}, title))));
 form.oninput = recompute;
-form.onsubmit = event => event.preventDefault();
 $("#reset").onclick = reset;
 $("[value=sequence]").disabled = objective.fidelity === "release";
 $("#filters").oninput = filter;
 $("#list").onscroll = ({target}) => {
   if (limit < shown.length && target.scrollTop + target.clientHeight > target.scrollHeight - 300) { limit += ROWS; showRows(); }
 };
-$("#other input").onchange = () => show(shown[open]);
+$("#other input").onchange = () => show(current);
 $("#previous").onclick = () => step(-1);
 $("#next").onclick = () => step(1);
 $("#copy").onclick = () => navigator.clipboard.writeText($("#recipe").textContent);

@@ -3,7 +3,7 @@
 import base64
 import copy
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import jinja2
@@ -59,17 +59,18 @@ def look(
     second = None if after is None else Scored(after, rows, args, processing_class)
     moved = {} if second is None else second.sums()  # one model after the other: two may not fit
     page = Page(first, rows, moved)
+    write(Path(output), page.pairs(), lambda: page.summary() | {"after": second and second.name})
+    return Path(output)
 
-    def summary() -> dict:
-        return page.summary() | {"after": second and second.name}
 
+def write(output: Path, pairs: Iterable[dict], summary: Callable[[], dict]) -> None:
+    """Fill the template. `summary` is called behind the last of `pairs`."""
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(FOLDER), autoescape=True)
     environment.filters["hash"] = content_hash
     script, style = ((FOLDER / name).read_text("utf-8") for name in ("look.js", "look.css"))
-    with replacing(Path(output)) as temporary:
+    with replacing(output) as temporary:
         template = environment.get_template("look.html.jinja")
-        template.stream(pairs=page.pairs(), summary=summary, script=script, style=style).dump(str(temporary), "utf-8")
-    return Path(output)
+        template.stream(pairs=pairs, summary=summary, script=script, style=style).dump(str(temporary), "utf-8")
 
 
 def sample(rows: Dataset, count: int) -> Dataset:
@@ -83,6 +84,11 @@ def sample(rows: Dataset, count: int) -> Dataset:
 def content_hash(text: str) -> str:
     """Of a script or style, for the page's Content-Security-Policy."""
     return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+
+
+def partner(number: int, total: int) -> int:
+    """Whose prompt is the other one of pair `number`: far away, as neighbours often share theirs."""
+    return (number + total // 2) % total
 
 
 class Scored:
@@ -101,46 +107,37 @@ class Scored:
         self.chat, self.rows, self.report = tokenized.chat, tokenized.splits["pairs"], tokenized.reports.get("pairs")
         self.context = self.chat.prior_context(tokenized.objective.prior_context)
 
-    def batches(self, partners: bool) -> Iterator[tuple[list[dict], list[dict[str, list[torch.Tensor]]]]]:
-        """Batches of rows with the log-probabilities of their tokens, in the names of `content.shown_pair`.
+    def values(self, partners: bool) -> Iterator[tuple[dict, dict[str, list[torch.Tensor]]]]:
+        """Each row with the log-probabilities of its tokens, in the names of `content.shown_pair`.
 
         Args:
-            partners: also score responses under the prompt of the pair half the data set away.
+            partners: also those under the prompt of the pair half the data set away, where there are several.
         """
-        model = self.source
+        model, total = self.source, len(self.rows)
         if isinstance(model, ModelConfig):
             model = load_model(model).to("cuda" if torch.cuda.is_available() else "cpu")
-        total = len(self.rows)
         progress = tqdm(total=total, desc=f"scoring with {Path(self.name).name}", unit="pair")
         with Scorer(model, self.args.attention) as scorer, progress:
             for batch in by_tokens(enumerate(self.rows), lambda item: pair_length(item[1])):
                 rows = [row for _, row in batch]
                 packed = {"given": pack_pairs(rows), "prior": pack_priors(rows, self.context)}
                 if partners and total > 1:
-                    prompts = [self.rows[(number + total // 2) % total]["prompt_ids"] for number, _ in batch]
-                    packed["other"] = pack([self.under(*pair) for pair in zip(prompts, rows, strict=True)])
+                    packed["other"] = pack([self.under(partner(number, total), row) for number, row in batch])
                 with torch.autocast(model.device.type, torch.bfloat16, enabled=self.args.bf16):
-                    values = {name: scorer.token_logps(sequence) for name, sequence in packed.items()}
-                yield (
-                    rows,
-                    [
-                        {name: by_response[2 * i : 2 * i + 2] for name, by_response in values.items()}
-                        for i in range(len(rows))
-                    ],
-                )
+                    scored = {name: scorer.token_logps(sequence) for name, sequence in packed.items()}
+                for number, row in enumerate(rows):
+                    yield row, {name: responses[2 * number :][:2] for name, responses in scored.items()}
                 progress.update(len(rows))
 
-    def under(self, prompt: list[int], row: dict) -> tuple[list[int], list[list[int]]]:
-        """The responses of `row` after the end of `prompt`, as much of it as fits."""
-        responses = [row[f"{side}_ids"] for side in SIDES[1:]]
+    def under(self, other: int, row: dict) -> tuple[list[int], list[list[int]]]:
+        """The responses of `row` after the prompt of row `other`, of which the end is taken where not all fits."""
+        prompt, responses = self.rows[other]["prompt_ids"], [row[f"{side}_ids"] for side in SIDES[1:]]
         return prompt[-(self.args.max_length - max(map(len, responses))) :], responses
 
     def sums(self) -> dict[int, list[list[float]]]:
         """Row -> `content.sums`."""
         return {
-            row["row"]: content.sums(values["given"], values["prior"])
-            for rows, scores in self.batches(partners=False)
-            for row, values in zip(rows, scores, strict=True)
+            row["row"]: content.sums(values["given"], values["prior"]) for row, values in self.values(partners=False)
         }
 
 
@@ -156,36 +153,35 @@ class Page:
     def pairs(self) -> Iterator[dict]:
         """Each pair's content, none of which is kept: memory does not grow with texts and tokens."""
         scored, total = self.scored, len(self.scored.rows)
-        for rows, scores in scored.batches(partners=True):
-            for row, values in zip(rows, scores, strict=True):
-                cut = tuple(row[f"{side}_ids"] for side in SIDES)
-                messages = None if self.messages is None else self.rows[self.messages[row["row"]]]
-                whole = cut if messages is None else scored.chat.pair_ids(*(messages[side] for side in SIDES))
-                number = len(self.lines)
-                self.lines.append(
-                    {
-                        "index": number,
-                        "row": row["row"],
-                        "title": content.title(scored.chat, messages and messages["prompt"], cut[0]),
-                        "sides": content.sums(values["given"], values["prior"]),
-                        "after": self.moved.get(row["row"]),
-                        "cut": [*map(len, cut)] != [*map(len, whole)],
-                        "alike": content.alike(*cut[1:]),
-                    }
-                )
-                other = (number + total // 2) % total if "other" in values else None
-                yield content.shown_pair(scored.chat, whole, cut, values, other)
+        for number, (row, values) in enumerate(scored.values(partners=True)):
+            cut = tuple(row[f"{side}_ids"] for side in SIDES)
+            messages = None if self.messages is None else self.rows[self.messages[row["row"]]]
+            whole = cut if messages is None else scored.chat.pair_ids(*(messages[side] for side in SIDES))
+            self.lines.append(
+                {
+                    "index": number,
+                    "row": row["row"],
+                    "title": content.title(scored.chat, messages and messages["prompt"], cut[0]),
+                    "sides": content.sums(values["given"], values["prior"]),
+                    "after": self.moved.get(row["row"]),
+                    "cut": [*map(len, cut)] != [*map(len, whole)],
+                    "alike": content.alike(*cut[1:]),
+                }
+            )
+            other = partner(number, total) if "other" in values else None
+            yield content.shown_pair(scored.chat, whole, cut, values, other)
 
     def summary(self) -> dict:
         objective = build_objective(self.scored.args.objective)
         report, name = self.scored.report, self.scored.name
-        reasons = [] if report is None else [reason for reason, rows in report.dropped.items() for _ in rows]
+        dropped = {} if report is None else report.dropped
         arithmetic = "bfloat16" if self.scored.args.bf16 else "float32"
         return {
             "about": f"{len(self.lines)} pairs under {name}, {arithmetic}, at most {self.scored.args.max_length} tokens",
             "model": name,
             "objective": vars(objective),
-            "dropped": reasons,
+            "dropped": sum(map(len, dropped.values())),
+            "reasons": "; ".join(f"{len(rows)} dropped, {reason}" for reason, rows in dropped.items()),
             "findings": content.findings([line["sides"] for line in self.lines], objective.fidelity),
             "pairs": self.lines,
         }
