@@ -6,6 +6,7 @@ import torch
 from transformers import StoppingCriteria, StoppingCriteriaList, TrainerCallback
 
 from rmipo.record import read_generations, write_generations
+from rmipo.run.trackers import log_answers
 from rmipo.training import attention
 from rmipo.training.loading import positions_of
 
@@ -29,13 +30,18 @@ class SampleGenerations(TrainerCallback):
         self.max_new_tokens = max_new_tokens
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+        if not self.prompts:
+            return
         texts = self.generate()
         if not state.is_world_process_zero or self.is_stopped():
             return
+        answers = [
+            {"step": state.global_step, "prompt": self.tokenizer.decode(prompt), "answer": text}
+            for prompt, text in zip(self.prompts, texts, strict=True)
+        ]
         lines = [line for line in read_generations(args.output_dir) if line["step"] < state.global_step]
-        for prompt, text in zip(self.prompts, texts, strict=True):
-            lines.append({"step": state.global_step, "prompt": self.tokenizer.decode(prompt), "answer": text})
-        write_generations(args.output_dir, lines)
+        write_generations(args.output_dir, lines + answers)
+        log_answers(self.trainer.callback_handler.callbacks, answers, state.global_step)
 
     def generate(self) -> list[str]:
         """Greedy answers; every process takes part, as each forward gathers its weights layer by layer under ZeRO-3.

@@ -3,8 +3,8 @@
 import os
 import sys
 
-from transformers import TrainingArguments
-from transformers.integrations import WandbCallback, rewrite_logs
+from transformers import TrainerCallback, TrainingArguments
+from transformers.integrations import TensorBoardCallback, WandbCallback, rewrite_logs
 
 from rmipo.errors import ConfigError
 from rmipo.record import read_metrics
@@ -32,6 +32,19 @@ def close_wandb(error: type[BaseException] | None) -> None:
     wandb = sys.modules.get("wandb")
     if wandb is not None and wandb.run is not None:
         wandb.finish(exit_code=int(error is not None and not issubclass(error, SystemExit)))
+
+
+def log_answers(callbacks: list[TrainerCallback], answers: list[dict], step: int) -> None:
+    """Sample generations of a step: a table in W&B, text in TensorBoard, where the run reports to them."""
+    for callback in callbacks:
+        if isinstance(callback, WandbCallback) and callback._wandb.run is not None:
+            rows = [[*answer.values()] for answer in answers]
+            callback._wandb.log({"generations": callback._wandb.Table([*answers[0]], rows)}, step=step)
+        elif isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
+            for number, answer in enumerate(answers):
+                # Markdown: an indented block shows a text as it is.
+                text = "\n".join(f"    {line}" for line in f"{answer['prompt']}{answer['answer']}".splitlines())
+                callback.tb_writer.add_text(f"generations/{number}", text, step)
 
 
 class WandbBySteps(WandbCallback):

@@ -33,6 +33,7 @@ PLAIN_TEMPLATE = (
     "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
 )
 
+EXAMPLE_TOKENS = 30  # of each text of a pair that is printed
 Named = str | trl.ModelConfig
 Loaded = PreTrainedModel | PeftModel
 
@@ -136,6 +137,19 @@ class TokenizedPairs:
         """Token ids in front of a response when log pi(y) is scored; None where the objective doesn't read it."""
         return self.chat.prior_context(self.objective.prior_context) if self.objective.needs & PRIORS else None
 
+    def example(self) -> str:
+        """The first pair as it is trained, in a few lines: the scored tokens are in brackets."""
+        (rows, *_) = self.splits.values()
+        pair = rows[0]
+
+        def shown(ids: list[int], form: str) -> list[str]:
+            return [form.format(text.replace("\n", "\\n")) for text in self.chat.pieces(ids)]
+
+        lines = ["prompt    " + shortened(shown(pair["prompt_ids"], "{}"), 0, EXAMPLE_TOKENS)]
+        for side in SIDES[1:]:
+            lines.append(f"{side:<10}" + shortened(shown(pair[f"{side}_ids"], "[{}]"), EXAMPLE_TOKENS - 6, 6))
+        return "\n  ".join([f"row {pair['row']} in tokens, [scored] ones in brackets:", *lines])
+
     def fingerprints(self) -> dict[str, str]:
         return {split: rows_fingerprint(dataset) for split, dataset in self.splits.items()}
 
@@ -146,6 +160,13 @@ class TokenizedPairs:
             "prompt_probe": [self.chat.prompt_ids(messages) for messages in PROBES],
             "data": {split: report.as_dict() for split, report in self.reports.items()},
         }
+
+
+def shortened(texts: list[str], start: int, end: int) -> str:
+    """The first and last of `texts`, joined."""
+    if len(texts) <= start + end:
+        return "".join(texts)
+    return "".join([*texts[:start], f" ... {len(texts) - start - end} more ... ", *texts[len(texts) - end :]])
 
 
 def for_plain_text(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:

@@ -290,6 +290,8 @@ class PreferenceTrainer(EndsWithItsLastStep):
                 f"warning: all {max_steps} optimizer step(s) are warm-up, and the first has a learning rate of 0. "
                 "Set warmup_steps: 0, or train on more pairs"
             )
+        if self.pairs.chat is not None and self.is_world_process_zero():
+            print(self.pairs.example())
         self._check_parity(self.train_dataset)
         for dataset in (self.train_dataset, *self._eval_datasets()):
             self.reference.add_scores(dataset, resuming=resume_from_checkpoint is not None)

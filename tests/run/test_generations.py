@@ -21,6 +21,9 @@ class Trainer:
     class args:
         device, world_size = torch.device("cpu"), 1
 
+    class callback_handler:
+        callbacks = ()
+
     class accelerator:
         @staticmethod
         def unwrap_model(model):

@@ -13,12 +13,14 @@ import torch
 import trl
 import wandb
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import TrainerState
 
 from rmipo import record
-from rmipo.record import RunRecord, append_metrics, environment, read_metrics
+from rmipo.record import RunRecord, append_metrics, environment, read_generations, read_metrics
 from rmipo.run.callbacks import set_callbacks
 from rmipo.run.curves import plot_curves, plot_run, plt
+from rmipo.run.generations import SampleGenerations
 from rmipo.run.identity import run_identity
 from rmipo.run.trackers import WandbBySteps, close_wandb, open_wandb
 from tests.helpers.isolation import CHECKOUT
@@ -34,9 +36,12 @@ def test_wandb_offline_run_holds_what_was_logged(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
     monkeypatch.setenv("WANDB_MODE", "offline")
     pairs = make_pairs(16, seed=2)
-    trainer = make_trainer(tmp_path / "run", pairs, eval_pairs=pairs[:4], report_to="wandb", eval_strategy="epoch")
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "tensorboard"))
+    reports = {"report_to": ["wandb", "tensorboard"], "eval_strategy": "epoch"}
+    trainer = make_trainer(tmp_path / "run", pairs, eval_pairs=pairs[:4], **reports)
     trainer.args.run_name = "first"
-    set_callbacks(trainer, [])
+    tokenizer = types.SimpleNamespace(pad_token_id=0, decode=lambda ids: f"<{' '.join(map(str, list(ids)))}>")
+    set_callbacks(trainer, [SampleGenerations(tokenizer, [[5, 6], [7]], trainer, 3)])
     open_wandb(trainer.args, "id-of-run")
     trainer.train()
     close_wandb(None)
@@ -51,6 +56,15 @@ def test_wandb_offline_run_holds_what_was_logged(tmp_path, monkeypatch):
             assert history[number][f"train/{name}"] == pytest.approx(line[name], rel=1e-6), name
     (held_out,) = (line for line in lines if "eval_loss" in line)
     assert "eval/loss" not in history[0] and history[1]["eval/loss"] == pytest.approx(held_out["eval_loss"], rel=1e-6)
+    answers = [[*answer.values()] for answer in read_generations(tmp_path / "run")]
+    assert [answer[:2] for answer in answers] == [[2, "<5 6>"], [2, "<7>"]] and answers[0][2].startswith("<")
+    (table,) = tmp_path.glob("wandb/offline-run-*/files/media/table/generations_*.json")
+    assert json.loads(table.read_text())["data"] == answers and history[1]["generations/nrows"] == 2
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    for number, (step, prompt, answer) in enumerate(answers):
+        (event,) = events.Tensors(f"generations/{number}/text_summary")
+        assert event.step == step and event.tensor_proto.string_val[0].decode().strip() == prompt + answer
     config = read_config(file)
     assert config["objective"]["gamma_max"] == 1.6 and config["global_batch_size"] == 8
     records = read_records(file)

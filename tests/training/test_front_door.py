@@ -1,6 +1,7 @@
 """The trainers as people who know TRL use them: raw rows, names of models, TRL's batches, resume, evaluate, upload."""
 
 import json
+import re
 import signal
 import time
 
@@ -317,6 +318,16 @@ def assert_same_weights(one, other):
     weights, expected = load_file(one / "model.safetensors"), load_file(other / "model.safetensors")
     assert weights.keys() == expected.keys()
     assert all(torch.equal(value, expected[name]) for name, value in weights.items())
+
+
+def test_a_run_begins_with_a_pair_and_what_of_it_is_scored(make, capsys):
+    make(args={"max_steps": 1}).train()
+    (shown,) = re.findall(r"row 0 in tokens.*\n(.*\n.*\n.*)\n", capsys.readouterr().out)
+    prompt, *responses = shown.splitlines()
+    assert TURNS[0]["prompt"][-1]["content"].split()[0] in prompt and "[" not in prompt
+    for side, line in zip(("chosen", "rejected"), responses, strict=True):
+        assert line.split()[0] == side and line.rstrip().endswith("</s>]")
+        assert re.sub(r"[\[\]\s]", "", line) == side + re.sub(r"\s", "", TURNS[0][side][0]["content"]) + "</s>"
 
 
 # ------------------------------------------------------------------ resume, processes

@@ -1,0 +1,184 @@
+"""What the page is told: log-probabilities against plain forwards, what was cut, and how `make look` is asked."""
+
+import base64
+import dataclasses
+import json
+import re
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset, load_dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from rmipo import RMiPOConfig, look
+from rmipo.data.chat import ChatFormat
+from rmipo.page.look import Page, Scored
+from rmipo.training import parts
+from tests.helpers.programs import run_here
+from tests.references.padded import padded_token_logps
+
+
+def read(page) -> tuple[list[dict], dict]:
+    text = page.read_text("utf-8")
+    (summary,) = re.findall(r'id="summary">(.*?)</script>', text, re.DOTALL)
+    return [json.loads(pair) for pair in re.findall(r'class="pair">(.*?)</script>', text)], json.loads(summary)
+
+
+def values(packed: str) -> torch.Tensor:
+    return torch.from_numpy(np.frombuffer(base64.b64decode(packed), "<f4").copy())
+
+
+def check_against_plain_forwards(page, folder, rows, args, context) -> None:
+    """Ids are made here by the tokenizer's own template: the prompt's end, then as much of each response as fits."""
+    tokenizer, model = (
+        AutoTokenizer.from_pretrained(folder),
+        AutoModelForCausalLM.from_pretrained(folder).float().eval(),
+    )
+    stored, summary = read(page)
+    end = tokenizer.eos_token_id
+    prompts = []
+    for row in rows:
+        ids = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, return_dict=False)
+        prompts.append(ids if len(ids) <= args.max_prompt_length else ids[len(ids) - args.max_prompt_length :])
+    for number, (line, pair) in enumerate(zip(summary["pairs"], stored, strict=True)):
+        place = summary["pairs"].index(line)
+        row, prompt = rows[line["row"]], prompts[line["row"]]
+        other = prompts[summary["pairs"][pair["other"]]["row"]]
+        for side, name, sums in zip(pair["sides"], ("chosen", "rejected"), line["sides"], strict=True):
+            text = row[name][0]["content"]
+            ids = [*tokenizer(text, add_special_tokens=False)["input_ids"], end][: args.max_length - len(prompt)]
+            lengths = [min(len(tokenizer(row[n][0]["content"], add_special_tokens=False)["input_ids"]) + 1,
+                           args.max_length - len(prompt)) for n in ("chosen", "rejected")]  # fmt: skip
+            foreign = other[-(args.max_length - max(lengths)) :]
+            with torch.no_grad():
+                expected = padded_token_logps(model, [(prompt, ids), (context, ids), (foreign, ids)])
+            for key, wanted in zip(("given", "prior", "other"), expected, strict=True):
+                torch.testing.assert_close(
+                    values(side[key]), wanted.float(), atol=1e-4, rtol=0, msg=f"{place} {name} {key}"
+                )
+            assert sums == pytest.approx([*(float(v.sum()) for v in expected[:2]), len(ids), len(ids)], abs=1e-2)
+            assert "".join(side["tokens"]) == tokenizer.decode(ids) and len(side["tokens"]) == len(ids)
+            assert (len(side["tokens"]) - 1 in side["special"]) == (side["lost"] == 0)
+        assert number == line["index"]
+
+
+@pytest.mark.slow
+def test_token_values_equal_plain_forwards_of_a_real_model(smollm2, shared_data, tmp_path):
+    """Of pairs with several turns, some with cut prompts and some with cut responses."""
+    loaded = load_dataset("json", data_files=str(shared_data / "judged-pairs/train.jsonl.gz"), split="train")
+    rows = [{side: row[side] for side in ("prompt", "chosen", "rejected")} for row in loaded.select(range(8)).to_list()]
+    for number in (1, 3):
+        rows[number]["prompt"] = [*rows[0]["prompt"], *rows[0]["chosen"], *rows[number]["prompt"]]
+    rows[5]["prompt"] = [{"role": "user", "content": "Wie heißt 数学 auf 한국어? 🧮🤖"}]
+    args = RMiPOConfig(output_dir=".", report_to="none", bf16=False, max_length=256, max_prompt_length=96)
+    page = look(str(smollm2), Dataset.from_list(rows), args, output=tmp_path / "look.html")
+    stored, summary = read(page)
+    assert 0 < sum(line["cut"] for line in summary["pairs"]) < 8
+    assert any(pair["prompt"]["lost"] for pair in stored) and any(pair["sides"][0]["lost"] for pair in stored)
+    context = AutoTokenizer.from_pretrained(smollm2)("<|im_start|>assistant\n", add_special_tokens=False)["input_ids"]
+    check_against_plain_forwards(page, smollm2, rows, args, context)
+
+
+def test_what_is_dropped_cut_and_alike_is_counted(page, pairs):
+    stored, summary = read(page)
+    assert len(stored) == len(summary["pairs"]) == 150 and summary["dropped"] == 1
+    assert [line["row"] for line in summary["pairs"]] == [*range(150)]
+    assert [line["index"] for line in summary["pairs"] if line["alike"]] == [0]
+    for pair, line, row in zip(stored, summary["pairs"], pairs, strict=False):
+        lost = [pair["prompt"]["lost"], *(side["lost"] for side in pair["sides"])]
+        words = len(row["prompt"].split()) + 3
+        assert lost[0] == max(0, words - 16) and line["cut"] == (sum(lost) > 0)
+        for name, side in zip(("chosen", "rejected"), pair["sides"], strict=True):
+            whole = ("".join(side["tokens"]) + " " + side["cut"]).split()
+            assert whole == [*row[name].split(), "</s>"] and len(whole) == len(side["tokens"]) + side["lost"]
+
+
+@pytest.mark.parametrize("fidelity", ["paper", "release"])
+def test_every_reading_is_what_training_reads(models, pairs, args, tmp_path, fidelity):
+    """The sums of the page, against those of the trainer's own evaluation."""
+    from rmipo import RMiPOTrainer
+
+    args = dataclasses.replace(args, fidelity=fidelity, max_dropped_fraction=1.0, output_dir=str(tmp_path))
+    rows = Dataset.from_list(pairs[:20])
+    _, summary = read(look(models[0], rows, args, output=tmp_path / "look.html"))
+    trainer = RMiPOTrainer(models[0], args, train_dataset=rows, eval_dataset=rows)
+    trainer.evaluate()
+    found = [np.array([line["sides"][side][0] for line in summary["pairs"]]) for side in (0, 1)]
+    lengths = [np.array([line["sides"][side][2] for line in summary["pairs"]]) for side in (0, 1)]
+    rewards = [args.beta * values / count for values, count in zip(found, lengths, strict=True)]
+    columns = trainer.eval_columns
+    np.testing.assert_allclose(
+        rewards[0] - rewards[1], columns["chosen_rewards"] - columns["rejected_rewards"], atol=1e-4
+    )
+    pmi = [
+        np.array([line["sides"][side][0] / line["sides"][side][2] - line["sides"][side][1] / max(line["sides"][side][3], 1)
+                  for line in summary["pairs"]]) for side in (0, 1)
+    ]  # fmt: skip
+    np.testing.assert_allclose(pmi[0] - pmi[1], columns["delta_pmi"], atol=1e-4)
+
+
+def test_any_format_and_tokenised_rows_make_the_same_page(models, pairs, args, tmp_path):
+    texts = Dataset.from_list(pairs[:6])
+    turns = [{"prompt": row["prompt"]}
+             | {side: [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row[side]}]
+                for side in ("chosen", "rejected")} for row in pairs[:6]]  # fmt: skip
+    ids = parts.TokenizedPairs(
+        {"train": texts}, AutoTokenizer.from_pretrained(models[0]), args, parts.source_of(models[0])
+    ).splits["train"]
+    numbers = []
+    for rows in (texts, Dataset.from_list(turns), ids):
+        model = AutoModelForCausalLM.from_pretrained(models[0]) if rows is ids else models[0]
+        _, summary = read(look(model, rows, args, output=tmp_path / "look.html"))
+        numbers.append([line["sides"] for line in summary["pairs"]])
+    assert numbers[0] == numbers[1] == numbers[2]
+
+
+def test_a_sample_is_the_same_each_time_and_names_rows_of_the_data(models, pairs, args, tmp_path):
+    rows = []
+    for _ in range(2):
+        stored, summary = read(look(models[0], Dataset.from_list(pairs), args, pairs=9, output=tmp_path / "look.html"))
+        rows.append([line["row"] for line in summary["pairs"]])
+    assert rows[0] == rows[1] == sorted(rows[0]) and len(set(rows[0])) == len(stored) == 9 and rows[0] != [*range(9)]
+    line = summary["pairs"][4]
+    assert line["title"].split() == pairs[line["row"]]["prompt"].split()
+
+
+def test_pairs_are_scored_as_they_are_written(models, pairs, args):
+    """No more than a batch is in memory."""
+    args = dataclasses.replace(args, max_dropped_fraction=1.0)
+    rows = parts.as_messages(Dataset.from_list(pairs[:150] * 3), None)
+    page = Page(Scored(models[0], rows, args, None), rows, {})
+    next(page.pairs())
+    assert len(page.lines) == 1
+
+
+def test_every_character_is_the_text_of_one_token(smollm2):
+    chat = ChatFormat.probe(AutoTokenizer.from_pretrained(smollm2))
+    for text in ("Grüße, 数学! 🧮🤖 end", "  two  spaces\n\n\ttab", "\u0915\u094d\u0937 क्ष", "e\u0301"):
+        ids = chat.tokenizer(text)["input_ids"]
+        pieces = chat.pieces(ids)
+        assert "".join(pieces) == text and len(pieces) == len(ids)
+
+
+def test_make_look_by_folder_and_file(models, pairs, tmp_path):
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
+    env = {"MODEL": models[0], "AFTER": models[1], "DATA": str(tmp_path / "pairs.jsonl"), "PAIRS": "12"}
+    ended = run_here("look", "--outputs", str(tmp_path), env=env)
+    assert ended.code == 0, ended.err
+    stored, summary = read(tmp_path / "reports/look-before.html")
+    assert len(stored) == 12 and summary["after"] == models[1] and str(tmp_path / "reports") in ended.out
+
+
+@pytest.mark.parametrize(
+    "env, named",
+    [
+        ({"MODEL": "smollm2-135m-instruct", "PAIRS": "0"}, "PAIRS"),
+        ({"MODEL": "owner/name"}, "DATA"),
+        ({"MODEL": "no-such-setting"}, "MODEL"),
+        ({"MODEL": "tiny", "METHOD": "no-such-run"}, "METHOD"),
+    ],
+)
+def test_what_cannot_be_shown_is_named(env, named):
+    ended = run_here("look", env=env)
+    assert ended.code == 2 and f"{named}=" in ended.err
