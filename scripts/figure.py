@@ -8,7 +8,7 @@
 6 density of reward differences      7 cost, margin, win rate                       8 delta_pmi and gamma, three readings
 
 Writes PNG and PDF to <outputs>/reports/, and for Figure 8 a table (printed, and as CSV). Figures 6 and 8 score pairs with
-the trained models; scores are kept. Figure 8 also takes any model (METHOD=initial: the setting's model before training;
+the trained models. Figure 8 also takes any model (METHOD=initial: the setting's model before training;
 or MODEL=<folder or hub id>) and any pairs (DATA).
 """
 

@@ -14,7 +14,7 @@ from rmipo.generation.judge import shown
 # Settings that change what an evaluation costs or how it goes on, and not what it measures.
 WITHOUT_EFFECT = {
     "price", "max_cost", "concurrency", "max_retries", "retry_wait", "timeout", "max_missing", "generate_only",
-    "batch_size", "batch_pairs", "device", "engine",
+    "batch_size", "device", "engine",
 }  # fmt: skip
 
 

@@ -35,7 +35,6 @@ DEFAULTS = {
     "limit": None,  # pairs of each subset; anything but null is a trial run
     "max_length": 2048,
     "max_prompt_length": 1800,
-    "batch_pairs": 8,
     "dtype": "auto",
 }
 
@@ -82,7 +81,7 @@ def run(model_dir: str | Path, output_dir: str | Path, settings: dict) -> dict:
     if settings["limit"] is not None:
         pairs = {name: rows.select(range(min(settings["limit"], len(rows)))) for name, rows in pairs.items()}
 
-    options = {key: settings[key] for key in ("max_length", "max_prompt_length", "batch_pairs", "dtype")}
+    options = {key: settings[key] for key in ("max_length", "max_prompt_length", "dtype")}
     output_dir = Path(output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     metrics: dict[str, float] = {}

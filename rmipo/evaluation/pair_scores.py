@@ -1,6 +1,5 @@
 """Score preference pairs with a saved model: what the HH win rate and the per-pair figures are computed from."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -14,7 +13,7 @@ from rmipo.errors import EvaluationError
 from rmipo.objectives import OBJECTIVES, PRIORS, PairScores, build_objective
 from rmipo.recipe.schema import ModelConfig
 from rmipo.training.loading import check_limits, load_model, load_tokenizer
-from rmipo.training.scoring import score_pairs
+from rmipo.training.scoring import by_tokens, pair_length, score_pairs
 
 
 def score_model(
@@ -25,7 +24,6 @@ def score_model(
     header_in_response: bool = False,
     max_length: int = 2048,
     max_prompt_length: int = 1800,
-    batch_pairs: int = 8,
     dtype: str = "auto",
     revision: str = "main",
     tokenizer_dir: str | Path | None = None,
@@ -37,7 +35,6 @@ def score_model(
         model_dir: a folder or hub id with the model and its tokenizer.
         prior_context: "header", "bos" or "none" to score log pi(y) too (see `ChatFormat.prior_context`), else None.
         header_in_response: whether the assistant header is scored as part of the response (the released code).
-        batch_pairs: pairs per forward.
         tokenizer_dir: where the tokenizer and its chat template are, if not in `model_dir`.
 
     Returns:
@@ -63,21 +60,14 @@ def score_model(
     model = load_model(source)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     context = None if prior_context is None else chat.prior_context(prior_context)
-    scores = score_pairs(model, batches(tokenized, batch_pairs, description), context)
+    progress = tqdm(tokenized, desc=description, unit="pair")
+    scores = score_pairs(model, by_tokens(progress, pair_length), context)
     for name, values in scores.items():
         if not values.isfinite().all():  # a comparison with NaN is False, which would count as a pair lost
             raise EvaluationError(
                 f"{description}: {name} is not finite for {(~values.isfinite()).sum()} pairs of {model_dir}"
             )
     return scores, list(tokenized["row"]), report
-
-
-def batches(tokenized: Dataset, size: int, description: str) -> Iterator[list[dict]]:
-    with tqdm(total=len(tokenized), desc=description, unit="pair") as progress:
-        for start in range(0, len(tokenized), size):
-            batch = tokenized.select(range(start, min(start + size, len(tokenized)))).to_list()
-            yield batch
-            progress.update(len(batch))
 
 
 def native_rewards(objective_config: dict, scores: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:

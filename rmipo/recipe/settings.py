@@ -11,7 +11,7 @@ from rmipo.recipe.files import coerce
 
 # Whole numbers, and the least that each can be. Where the default is null or "auto", so may the value be.
 WHOLE = {
-    "first_n": 1, "limit": 1, "skip_n": 0, "answers": 1, "batch_pairs": 1, "batch_size": 1, "concurrency": 1, "seed": 0,
+    "first_n": 1, "limit": 1, "skip_n": 0, "answers": 1, "batch_size": 1, "concurrency": 1, "seed": 0,
     "max_new_tokens": 1, "max_tokens": 1, "max_length": 2, "max_prompt_length": 1, "top_k": 0, "max_retries": 0,
     "max_missing": 0,
 }  # fmt: skip

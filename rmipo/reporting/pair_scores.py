@@ -11,16 +11,16 @@ from datasets import Dataset
 from rmipo.data.pairs import load_pairs
 from rmipo.data.sources import load_sources, mix, mixture_entries
 from rmipo.evaluation.pair_scores import native_rewards, score_model
-from rmipo.fingerprints import has_weights, json_fingerprint, model_fingerprint, rows_fingerprint, trained_fingerprint
+from rmipo.fingerprints import has_weights, trained_fingerprint
 from rmipo.objectives import PairScores, RMiPO, build_objective
 from rmipo.objectives.rmipo import delta_pmi, pmi
+from rmipo.page.look import sample
 from rmipo.recipe.schema import DataConfig
 from rmipo.record import package_versions
 from rmipo.reporting.results import ReportError, Result, Run, eval_command, load_result
 
 SCORE_COLUMNS = ("score_chosen", "score_rejected")
 SCORED_BY = ("torch", "transformers")
-SUBSET_SEED = 0
 AT_MAX = 1e-6
 AT_MIN = 0.01  # gamma this close counts as at gamma_min: the exponential reaches it only in the limit
 
@@ -74,34 +74,16 @@ def data_config(run: Run) -> DataConfig:
 def run_scores(
     run: Run, split: str, max_pairs: int, prior_context: str | None, header_in_response: bool = False
 ) -> tuple[dict[str, torch.Tensor], list[int]]:
-    """Scores of a run's own pairs under its final policy, and their source rows; kept in <run>/pair_scores/.
-
-    At most `max_pairs` pairs, drawn with a fixed seed. Scores are reused while model, data and packages are the same.
-    """
-    pairs = subset(load_pairs(data_config(run), split), max_pairs)
-    recipe = run.record["recipe"]
-    options = {"prior_context": prior_context, "header_in_response": header_in_response, **scoring_options(run)}
+    """Scores of a run's own pairs under its final policy, and their source rows: the pairs that `make look` draws."""
     if not has_weights(run.folder):
         raise ReportError(
             f"{run.folder} has no model (*.safetensors): the run didn't finish, or its weights were moved"
         )
-    identity = {
-        "pairs": rows_fingerprint(pairs),
-        "weights": model_fingerprint(run.folder),
-        "bf16": bool(recipe.get("bf16")),
-        "versions": package_versions(*SCORED_BY),
-        **options,
-    }
-    path = run.folder / "pair_scores" / f"{split}-{json_fingerprint(identity)}.pt"
-    if not path.is_file():
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        with torch.autocast(device, torch.bfloat16, enabled=bool(recipe.get("bf16"))):  # the arithmetic of the training
-            named = f"{run.folder.name}, {split} pairs"
-            scores, rows, _ = score_model(run.folder, pairs, description=named, **options)
-        path.parent.mkdir(exist_ok=True)
-        torch.save({**scores, "row": torch.tensor(rows)}, path)
-    scores = torch.load(path, weights_only=True)
-    rows = scores.pop("row").tolist()
+    pairs = sample(load_pairs(data_config(run), split), max_pairs)
+    options = {"prior_context": prior_context, "header_in_response": header_in_response, **scoring_options(run)}
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    with torch.autocast(device, torch.bfloat16, enabled=bool(run.record["recipe"].get("bf16"))):  # as it was trained
+        scores, rows, _ = score_model(run.folder, pairs, description=f"{run.folder.name}, {split} pairs", **options)
     return scores, rows
 
 
@@ -118,12 +100,6 @@ def scored_with(run: Run, split: str) -> str:
     settings = ", ".join(f"{name} {value}" for name, value in options.items())
     versions = ", ".join(f"{name} {version}" for name, version in package_versions(*SCORED_BY).items())
     return f"Log-probabilities of given responses, {split} pairs of {sources}: {settings}; {versions}."
-
-
-def subset(pairs: Dataset, max_pairs: int) -> Dataset:
-    if len(pairs) <= max_pairs:
-        return pairs
-    return pairs.shuffle(seed=SUBSET_SEED).select(range(max_pairs))
 
 
 def judge_differences(run: Run, split: str, rows: list[int]) -> np.ndarray:

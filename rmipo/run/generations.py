@@ -49,8 +49,6 @@ class SampleGenerations(TrainerCallback):
         All weights at once would not fit beside a large model's states. In eval mode nothing is checkpointed, so the
         setting of activation checkpointing stays as it is.
         """
-        if not self.prompts:
-            return []
         trainer = self.trainer
         model = trainer.accelerator.unwrap_model(trainer.model_wrapped).eval()
         attention.attach(model, "plain")

@@ -79,7 +79,7 @@ def test_run_against_unpacked_scoring(tmp_path):
     subsets = {"helpful": write_pairs(tmp_path / "helpful", 0), "harmless": write_pairs(tmp_path / "harmless", 100)}
     settings = {name: {"dataset_name": str(tmp_path / name)} for name in subsets}
 
-    result = run(model, tmp_path / "eval", settings | {"batch_pairs": 5, "dtype": "float32"})
+    result = run(model, tmp_path / "eval", settings | {"dtype": "float32"})
 
     metrics = result["metrics"]
     assert result["settings"]["pairs_sha256"].keys() == subsets.keys()

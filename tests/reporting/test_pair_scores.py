@@ -153,19 +153,6 @@ def test_figure8_refuses_runs_whose_gamma_does_not_follow_delta_pmi(outputs, obj
     )
 
 
-def test_scores_are_kept_and_scored_again_for_another_model(outputs):
-    run = load_run(outputs, "tiny", "simper")
-    first, _ = reward_differences(run, "test", 5)
-    kept = set((run.folder / "pair_scores").iterdir())
-    assert len(kept) >= 1
-    reward_differences(run, "test", 5)
-    assert set((run.folder / "pair_scores").iterdir()) == kept
-    write_model(run.folder, seed=9)
-    second, _ = reward_differences(run, "test", 5)
-    assert len(set((run.folder / "pair_scores").iterdir())) == len(kept) + 1
-    assert not np.allclose(first, second)
-
-
 def test_pairs_without_judge_scores_are_refused(outputs, tmp_path):
     write_pairs(tmp_path / "pairs", judged=False)
     run = load_run(outputs, "tiny", "rmipo")
