@@ -17,6 +17,7 @@ from rmipo.files import TEMPORARY
 from rmipo.objectives.papers import PAPERS
 from rmipo.record import recorded_run
 from rmipo.run.lock import LOCK_FILE
+from rmipo.training.resuming import gather_at_the_end
 
 SHOWN = 5  # tensors named per kind of mistake
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
@@ -33,6 +34,7 @@ class ExportError(UserError, RuntimeError):
 def save(trainer: Trainer) -> None:
     """Save model, tokenizer and configurations into the run's folder, and verify the weights. Every process takes part."""
     folder = Path(trainer.args.output_dir)
+    gather_at_the_end(trainer)
     trainer.save_model(_internal_call=True)  # not uploaded yet: unverified, and without its card
     if trainer.is_world_process_zero():
         (folder / "training_args.bin").unlink()  # a pickle; run.json has the same

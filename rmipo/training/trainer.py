@@ -37,7 +37,7 @@ from rmipo.training.metrics import LogWindow, columns_of, num_non_embedding_para
 from rmipo.training.packing import concatenate, split_pairs
 from rmipo.training.parity import MAX_PAIRS, check_parity
 from rmipo.training.reference import BEFOREHAND, Reference
-from rmipo.training.resuming import EndsWithItsLastStep
+from rmipo.training.resuming import EndsWithItsLastStep, gather_at_the_end
 from rmipo.training.state import (
     OBJECTIVE_STATE,
     complete_checkpoints,
@@ -311,6 +311,12 @@ class PreferenceTrainer(EndsWithItsLastStep):
         first = dataset.tokenized.select(range(min(MAX_PAIRS, len(dataset)))).to_list()
         self.model_wrapped.eval()
         self.parity = check_parity(self.model_wrapped, self.model, first, self.attention_kind)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As `Trainer.save_model`; under FSDP2 the whole model, but for checkpoints."""
+        if output_dir is None:
+            gather_at_the_end(self)
+        super().save_model(output_dir, _internal_call)
 
     def _save_checkpoint(self, model, trial) -> None:
         """Also the objective's state, written last: a checkpoint without it is not complete.

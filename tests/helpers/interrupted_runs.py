@@ -71,7 +71,10 @@ def assert_same_run(one, other):
     last = checkpoints.complete_checkpoints(other)[-1].name
     files = [path for ending in ("pt", "bin") for path in (other / last).rglob(f"*.{ending}")]
     names = [path.relative_to(other / last) for path in files if path.name != "training_args.bin"]
-    assert any("optim" in path.name for path in names) and Path("scheduler.pt") in names
+    # FSDP2's shares are in files of its own, under optimizer_0.
+    assert (
+        list((other / last).glob("*optim*")) + [n for n in names if "optim" in n.name] and Path("scheduler.pt") in names
+    )
     for name in names:  # sharded: each rank's share of weights, masters and moments
         with torch.serialization.safe_globals(checkpoints.classes_of_deepspeed()):
             ours, theirs = (torch.load(run / last / name, weights_only=True) for run in (one, other))
