@@ -29,6 +29,7 @@ from rmipo.recipe.schema import PreferenceRunConfig
 from rmipo.run.export import HUB_ERRORS, make_repository
 from rmipo.training.attention import resolve_kind
 from rmipo.training.distributed import on_main_process
+from rmipo.training.loading import require_untied
 from rmipo.training.metrics import check_logged, evaluation_metrics
 
 TARGETED = ("galore", "apollo")  # optimizers that read optim_target_modules
@@ -164,15 +165,8 @@ def _build_adapter(model_config: ModelConfig) -> None:
     for name in adapter.modules_to_save or []:
         if not any(module.endswith(name) for module in modules):
             raise ValueError(f"lora_modules_to_save: the model has no module {name}")
-    tied = {key.rpartition(".")[0] for pair in model.all_tied_weights_keys.items() for key in pair}
-    saved = [module for module in modules if module.endswith(tuple(adapter.modules_to_save or ()))]
     with init_empty_weights():
-        adapted = get_peft_model(model, adapter).base_model.targeted_module_names
-    if shared := sorted(tied & {*adapted, *saved}):
-        raise ValueError(
-            f"{', '.join(shared)}: the model's input and output embeddings are one (tie_word_embeddings), and an adapter of "
-            "one of them can't be merged. Leave them out, or untie them in a copy of the model"
-        )
+        require_untied(get_peft_model(model, adapter))
 
 
 def _build_optimizer(args: TrainingArguments, model_config: ModelConfig) -> None:

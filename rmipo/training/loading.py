@@ -3,7 +3,10 @@
 import json
 from pathlib import Path
 
-from accelerate import PartialState
+from accelerate import Accelerator, PartialState
+from accelerate.utils import DistributedType
+from peft import PeftModel
+from peft.utils import ModulesToSaveWrapper
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -156,6 +159,34 @@ def load_model(model_config: ModelConfig, **options) -> PreTrainedModel:
     # Tied weights are saved once. The Trainer is told so, or it would call the other name missing in each resume.
     model._keys_to_ignore_on_save = list(model.all_tied_weights_keys) or None
     return model
+
+
+def require_untied(model: PeftModel) -> None:
+    """Raises LoadingError where an adapter trains one of two embeddings whose weights are one: it can't be merged."""
+    base = model.get_base_model()
+    tied = {key.rpartition(".")[0] for pair in base.all_tied_weights_keys.items() for key in pair}
+    saved = [name for name, module in base.named_modules() if isinstance(module, ModulesToSaveWrapper)]
+    if shared := sorted(tied & {*getattr(model.base_model, "targeted_module_names", ()), *saved}):
+        raise LoadingError(
+            f"{', '.join(shared)}: the model's input and output embeddings are one (tie_word_embeddings), and an adapter of "
+            "one of them can't be merged. Leave them out, or untie them in a copy of the model"
+        )
+
+
+def require_masters(model: PreTrainedModel | PeftModel, accelerator: Accelerator) -> None:
+    """Raises LoadingError where an optimizer would update 16-bit weights in place, with no float32 copy to sum updates in.
+
+    DeepSpeed and FSDP keep such a copy.
+    """
+    kind = accelerator.distributed_type
+    if kind in (DistributedType.DEEPSPEED, DistributedType.FSDP):
+        return
+    for name, weight in model.named_parameters():
+        if weight.requires_grad and weight.is_floating_point() and weight.element_size() < 4:
+            raise LoadingError(
+                f"{name} is {weight.dtype}: trained without a float32 copy most updates round to zero. Load the model in "
+                "float32 (dtype: float32; bf16: true keeps the arithmetic in bfloat16), or shard it with DeepSpeed or FSDP"
+            )
 
 
 def _repair_generation_config(model: PreTrainedModel, name: str) -> None:

@@ -24,7 +24,7 @@ from rmipo.objectives import PRIORS, build_objective
 from rmipo.recipe.arguments import PairConfig
 from rmipo.recipe.schema import ModelConfig
 from rmipo.training.distributed import on_main_process
-from rmipo.training.loading import check_config, check_limits, load_model, load_tokenizer
+from rmipo.training.loading import check_config, check_limits, load_model, load_tokenizer, require_untied
 
 TOKENIZED = tuple(f"{side}_ids" for side in SIDES)
 # Pairs of plain texts under a tokenizer without a template: response after prompt, and the end token, as in TRL.
@@ -206,11 +206,13 @@ def policy(model: ModelConfig | Loaded, peft_config: PeftConfig | None = None) -
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Dropout) and "lora_dropout" not in name:
             module.p = 0.0
-    if peft_config is None:
-        return model
+    if peft_config is not None:
+        if isinstance(model, PeftModel):
+            raise DataError("peft_config is given, and the model has adapters already: pass one of them")
+        model = get_peft_model(model, peft_config)
     if isinstance(model, PeftModel):
-        raise DataError("peft_config is given, and the model has adapters already: pass one of them")
-    return get_peft_model(model, peft_config)
+        require_untied(model)
+    return model
 
 
 def weights_of(model: ModelConfig | Loaded) -> Callable[[], str]:

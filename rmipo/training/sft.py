@@ -2,8 +2,11 @@
 
 from trl import SFTTrainer
 
+from rmipo.training.loading import require_masters
 from rmipo.training.resuming import EndsWithItsLastStep
 
 
 class SupervisedTrainer(EndsWithItsLastStep, SFTTrainer):
-    pass
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        require_masters(self.model, self.accelerator)

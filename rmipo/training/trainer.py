@@ -33,6 +33,7 @@ from rmipo.training.batching import (
 )
 from rmipo.training.distributed import Processes
 from rmipo.training.finite import raise_if_not_finite
+from rmipo.training.loading import require_masters
 from rmipo.training.metrics import LogWindow, columns_of, num_non_embedding_parameters, peak_memory_gib, step_metrics
 from rmipo.training.packing import concatenate, split_pairs
 from rmipo.training.parity import MAX_PAIRS, check_parity
@@ -128,6 +129,8 @@ class PreferenceTrainer(EndsWithItsLastStep):
             callbacks=callbacks,
             optimizers=optimizers,
         )
+        if self.train_dataset is not None:
+            require_masters(policy, self.accelerator)
         if self.accelerator.is_fsdp2:
             # accelerate has FSDP2 cast what the model returns to the compute dtype: log-probs stay in float32.
             plugin = self.accelerator.state.fsdp_plugin

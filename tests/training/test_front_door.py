@@ -8,9 +8,9 @@ import time
 import pytest
 import torch
 from datasets import Dataset, load_dataset
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from trl import ModelConfig
 
 from rmipo import PreferenceConfig, PreferenceTrainer, RMiPOConfig, RMiPOTrainer
@@ -394,6 +394,42 @@ def test_two_processes_train_what_one_trains(model, tmp_path, sharding, name):
     assert weights.keys() == expected.keys()
     for key, value in weights.items():
         torch.testing.assert_close(value, expected[key], atol=2e-4, rtol=0, msg=key)
+
+
+# ------------------------------------------------------------------ models that could not be used afterwards
+
+
+@pytest.mark.parametrize("weights", [{}, {"dtype": torch.float16}, {"dtype": torch.bfloat16}], ids=str)
+def test_weights_are_trained_in_float32_or_not_at_all(make, model, weights):
+    loaded = AutoModelForCausalLM.from_pretrained(model, **weights)
+    if not weights:
+        assert make(model=loaded).model.dtype == torch.float32
+        return
+    with pytest.raises(UserError, match=str(weights["dtype"])):
+        make(model=loaded)
+    assert make(model=loaded, train_dataset=None, eval_dataset=Dataset.from_list(TURNS))  # nothing is trained
+    assert make(model=loaded, peft_config=LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"]))
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        {"target_modules": r".*(lm_head|q_proj)"},
+        {"target_modules": ["model.embed_tokens", "q_proj"]},
+        {"target_modules": ["embed_tokens"], "ensure_weight_tying": True},
+        {"target_modules": "all-linear", "modules_to_save": ["lm_head"]},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("made_by", ["trainer", "user"])
+def test_an_adapter_of_tied_embeddings_is_refused(make, model, target, made_by):
+    adapter = LoraConfig(task_type="CAUSAL_LM", **target)
+    tied = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model, tie_word_embeddings=True))
+    given = {"model": tied, "peft_config": adapter} if made_by == "trainer" else {"model": get_peft_model(tied, adapter)}
+    with pytest.raises(UserError, match="lm_head|embed_tokens"):
+        make(**given, processing_class=AutoTokenizer.from_pretrained(model))
+    untied = LoraConfig(task_type="CAUSAL_LM", target_modules=["lm_head", "q_proj"])
+    assert make(peft_config=untied)
 
 
 # ------------------------------------------------------------------ saved and shared
