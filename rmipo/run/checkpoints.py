@@ -18,6 +18,7 @@ from rmipo.record import recorded_run
 from rmipo.run.identity import differences
 from rmipo.run.lock import LOCK_FILE
 from rmipo.training import state as checkpoints
+from rmipo.training.resuming import STARTED
 
 MARKER = "complete.json"
 FULL_BYTES = 2**20  # less is a full disk: a failed write may have left some blocks free
@@ -45,7 +46,7 @@ class Checkpoints(TrainerCallback):
         self.limit, args.save_total_limit = args.save_total_limit, None
         if state.is_world_process_zero:
             for folder in checkpoints.numbered_checkpoints(args.output_dir):
-                if not (folder / MARKER).exists():
+                if (folder / STARTED).exists() and not (folder / MARKER).exists():
                     print(f"{folder} is incomplete: deleted")
                     shutil.rmtree(folder)
 

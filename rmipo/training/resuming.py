@@ -1,14 +1,29 @@
-"""What transformers' Trainer lacks around checkpoints."""
+"""What transformers\' Trainer lacks around checkpoints."""
+
+from pathlib import Path
 
 from transformers import Trainer
 
+STARTED = "started"  # the first file of a checkpoint: a folder without it is somebody else's, whatever its name
+
+
+def start_checkpoint(output_dir: str | Path, step: int) -> None:
+    folder = Path(output_dir) / f"checkpoint-{step}"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / STARTED).touch()
+
 
 class EndsWithItsLastStep(Trainer):
-    """transformers' Trainer would train one more step: it looks at the number of steps only after each."""
+    """From a checkpoint of the last step the Trainer would train one more: it looks at their number only after each."""
 
     def _init_training_state(self, max_steps, num_update_steps_per_epoch, num_train_epochs, *rest):
         begin = super()._init_training_state(max_steps, num_update_steps_per_epoch, num_train_epochs, *rest)
         return (num_train_epochs, 0) if self.state.global_step >= max_steps else begin
+
+    def _save_checkpoint(self, model, trial) -> None:
+        if self.is_world_process_zero():
+            start_checkpoint(self.args.output_dir, self.state.global_step)
+        super()._save_checkpoint(model, trial)
 
 
 def gather_at_the_end(trainer: Trainer) -> None:

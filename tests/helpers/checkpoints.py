@@ -4,6 +4,7 @@ import json
 
 from rmipo.run.checkpoints import MARKER
 from rmipo.run.identity import run_identity
+from rmipo.training.resuming import start_checkpoint
 
 IDENTITY = run_identity({"learning_rate": 1e-6, "objective": {"name": "rmipo", "beta": 2.0}}, {"train": "a"}, 2)
 
@@ -11,7 +12,7 @@ IDENTITY = run_identity({"learning_rate": 1e-6, "objective": {"name": "rmipo", "
 def make_checkpoints(folder, complete, torn=(), identity=IDENTITY):
     """`checkpoint-<step>` for each step in `complete` and, without their marker, in `torn`."""
     for step in (*complete, *torn):
-        (folder / f"checkpoint-{step}").mkdir()
+        start_checkpoint(folder, step)
         (folder / f"checkpoint-{step}" / "weights").write_text("x")
     for step in complete:
         (folder / f"checkpoint-{step}" / MARKER).write_text(json.dumps({"step": step, **identity}))

@@ -41,9 +41,12 @@ def names(folder):
 def test_what_a_kill_left_of_a_save_is_deleted_and_nothing_else(tmp_path, capsys):
     make_checkpoints(tmp_path, complete=(2,), torn=(4,))
     (tmp_path / "checkpoint-notes.txt").touch()
-    (tmp_path / "checkpoints").mkdir()
+    mine = ["checkpoint-0", "checkpoint-0012", "checkpoint-99", "checkpoint-best", "checkpoints"]
+    for name in mine:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "notes").touch()
     save(tmp_path, 6)
-    assert names(tmp_path) == ["checkpoint-2", "checkpoint-6", "checkpoint-notes.txt", "checkpoints"]
+    assert names(tmp_path) == sorted(["checkpoint-2", "checkpoint-6", "checkpoint-notes.txt", *mine])
     assert capsys.readouterr().out == f"{tmp_path}/checkpoint-4 is incomplete: deleted\n"
     assert [path.name for path in complete_checkpoints(tmp_path)] == ["checkpoint-2", "checkpoint-6"]
 

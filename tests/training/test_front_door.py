@@ -425,8 +425,10 @@ def test_weights_are_trained_in_float32_or_not_at_all(make, model, weights):
 def test_an_adapter_of_tied_embeddings_is_refused(make, model, target, made_by):
     adapter = LoraConfig(task_type="CAUSAL_LM", **target)
     tied = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model, tie_word_embeddings=True))
-    given = {"model": tied, "peft_config": adapter} if made_by == "trainer" else {"model": get_peft_model(tied, adapter)}
-    with pytest.raises(UserError, match="lm_head|embed_tokens"):
+    given = (
+        {"model": tied, "peft_config": adapter} if made_by == "trainer" else {"model": get_peft_model(tied, adapter)}
+    )
+    with pytest.raises(UserError, match=r"lm_head|embed_tokens"):
         make(**given, processing_class=AutoTokenizer.from_pretrained(model))
     untied = LoraConfig(task_type="CAUSAL_LM", target_modules=["lm_head", "q_proj"])
     assert make(peft_config=untied)
