@@ -156,7 +156,13 @@ def _ranges_meet(values: torch.Tensor) -> torch.Tensor:
 
 @functools.cache
 def _compiled_flex_attention():
-    """Dynamic shapes: sequences of any length share one compilation each of the forward with and without gradients."""
+    """Dynamic shapes: sequences of any length share one compilation each of the forward with and without gradients.
+
+    Models with two kinds of masks (Gemma 3) need eight graphs, which is torch's limit; beyond it attention would run
+    uncompiled, without a word and without memory for it. So there is room for more, and none left is an error.
+    """
+    torch._dynamo.config.recompile_limit = 32
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
     return torch.compile(flex_attention, dynamic=True)  # imports a compiler, which takes a second; GPUs alone need it
 
 
