@@ -161,7 +161,7 @@ def turn_labels(row: dict, text: str, chat: ChatFormat, answers: bool) -> list[i
         scored = (
             place - len(messages) not in marked and place >= first and not (answers and message["role"] != "assistant")
         )
-        trained |= scored
+        trained |= scored and message["role"] == "assistant"  # prompts alone teach nothing that was meant
         before = render(chat.tokenizer, messages[:place], message["role"] == "assistant") if place else ""
         upto = render(chat.tokenizer, messages[: place + 1], False)
         if not (upto.startswith(before) and text.startswith(upto)):
@@ -170,7 +170,7 @@ def turn_labels(row: dict, text: str, chat: ChatFormat, answers: bool) -> list[i
             if len(before) <= start < len(upto):
                 labels[i] = ids[i] if scored else UNTRAINED
     if not trained:
-        raise DataError("all its turns are marked not to be trained")
+        raise DataError("all its answers are marked not to be trained")
     return labels
 
 

@@ -29,6 +29,8 @@ def build_objective(block: Mapping[str, Any]) -> Objective:
     Raises:
         ValueError: one message with every unknown key, wrong type and value outside its domain.
     """
+    if not isinstance(block, Mapping):
+        raise ValueError(f"objective is {block!r}: expected a block, such as {{'name': 'simpo', 'gamma': 1.0}}")
     block = dict(block)
     name = block.pop("name", None)
     if not isinstance(name, str) or name not in OBJECTIVES:

@@ -7,21 +7,32 @@ from pathlib import Path
 
 import torch
 
+from rmipo.errors import CheckpointError
 from rmipo.files import write_atomically
 
 OBJECTIVE_STATE = "objective_state.json"
 
 
-def save_objective_state(checkpoint: str | Path, state: dict[str, torch.Tensor]) -> None:
-    """Write the 0-dimensional tensors of `state` beside the weights of a checkpoint."""
+def save_objective_state(checkpoint: str | Path, state: dict[str, torch.Tensor], decisive: dict) -> None:
+    """Write the 0-dimensional tensors of `state` beside the weights of a checkpoint, and what a resume must agree with."""
     values = {name: value.tolist() for name, value in state.items()}
-    write_atomically(Path(checkpoint) / OBJECTIVE_STATE, json.dumps(values))
+    write_atomically(Path(checkpoint) / OBJECTIVE_STATE, json.dumps({"state": values, "run": decisive}))
 
 
-def load_objective_state(checkpoint: str | Path) -> dict[str, torch.Tensor]:
-    """What `save_objective_state` wrote, bit for bit."""
+def load_objective_state(checkpoint: str | Path, decisive: dict) -> dict[str, torch.Tensor]:
+    """The state that `save_objective_state` wrote, bit for bit.
+
+    Raises CheckpointError, naming the differences, where another run wrote it.
+    """
     saved = json.loads((Path(checkpoint) / OBJECTIVE_STATE).read_text())
-    return {name: torch.tensor(value, dtype=torch.float64) for name, value in saved.items()}
+    if lines := [
+        f"{key}: {saved['run'].get(key)}, now {now}" for key, now in decisive.items() if saved["run"].get(key) != now
+    ]:
+        raise CheckpointError(
+            f"{checkpoint} is of another training. Name another output_dir, or remove it. Different there:\n  "
+            + "\n  ".join(lines)
+        )
+    return {name: torch.tensor(value, dtype=torch.float64) for name, value in saved["state"].items()}
 
 
 def complete_checkpoints(output_dir: str | Path, marker: str) -> list[Path]:

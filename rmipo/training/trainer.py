@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import dataclasses
+import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,8 @@ from transformers.trainer_utils import EvalLoopOutput
 from trl.trainer.utils import generate_model_card
 
 from rmipo.data.chat import DataError
+from rmipo.errors import ConfigError
+from rmipo.fingerprints import rows_fingerprint
 from rmipo.objectives import PRIORS, PairScores, build_objective
 from rmipo.objectives.papers import PAPERS
 from rmipo.recipe.arguments import PairConfig, RMiPOConfig
@@ -46,6 +49,8 @@ from rmipo.training.state import (
     rotate,
     save_objective_state,
 )
+
+SAMPLED_ROWS = 256  # of the training data, by which a resumed run knows it again
 
 
 class PreferenceTrainer(EndsWithItsLastStep):
@@ -89,6 +94,10 @@ class PreferenceTrainer(EndsWithItsLastStep):
         optimizers: tuple = (None, None),
         prior_context: list[int] | None = None,
     ):
+        if not isinstance(args, PairConfig):
+            raise ConfigError(
+                f"args is {type(args).__name__}: expected RMiPOConfig, or PreferenceConfig with an objective"
+            )
         set_seed(args.seed)  # new adapters are random
         model = parts.source_of(model)
         self.objective = build_objective(args.objective)
@@ -129,8 +138,6 @@ class PreferenceTrainer(EndsWithItsLastStep):
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        if self.train_dataset is not None:
-            require_masters(policy, self.accelerator)
         if self.accelerator.is_fsdp2:
             # accelerate has FSDP2 cast what the model returns to the compute dtype: log-probs stay in float32.
             plugin = self.accelerator.state.fsdp_plugin
@@ -287,6 +294,7 @@ class PreferenceTrainer(EndsWithItsLastStep):
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
+        require_masters(self.model, self.accelerator)
         prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         if self.args.get_warmup_steps(max_steps) >= max_steps and self.is_world_process_zero():
             print(
@@ -299,7 +307,7 @@ class PreferenceTrainer(EndsWithItsLastStep):
         for dataset in (self.train_dataset, *self._eval_datasets()):
             self.reference.add_scores(dataset, resuming=resume_from_checkpoint is not None)
         if resume_from_checkpoint is not None:
-            self.objective_state = load_objective_state(resume_from_checkpoint)
+            self.objective_state = load_objective_state(resume_from_checkpoint, self._decisive())
         self.window = LogWindow()
         return prepared
 
@@ -334,10 +342,21 @@ class PreferenceTrainer(EndsWithItsLastStep):
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             checkpoint = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-            save_objective_state(checkpoint, self.objective_state)
+            save_objective_state(checkpoint, self.objective_state, self._decisive())
             if limit is not None and limit > 0:  # below 1 the Trainer keeps all, too
                 complete = complete_checkpoints(self.args.output_dir, OBJECTIVE_STATE)
                 rotate(complete, OBJECTIVE_STATE, limit, keep=self.state.best_model_checkpoint)
+
+    def _decisive(self) -> dict:
+        """What a resumed training must have in common with the one that saved its checkpoint, in plain values."""
+        rows = self.train_dataset.tokenized
+        some = rows.select(
+            range(0, len(rows), -(-len(rows) // SAMPLED_ROWS))
+        )  # all would take minutes of a large dataset
+        decisive = {"objective": self.args.objective, "pairs": f"{len(rows)}, fingerprint {rows_fingerprint(some)}"}
+        names = ("seed", "data_seed", "learning_rate")
+        decisive |= {name: getattr(self.args, name) for name in names} | {"global_batch_size": self.global_batch_size}
+        return json.loads(json.dumps(decisive))
 
     def _prepare_for_evaluation(self, dataset: PairDataset) -> None:
         """What training does before its first step, where an evaluation comes first."""
@@ -424,4 +443,8 @@ class RMiPOTrainer(PreferenceTrainer):
     def __init__(self, model: parts.Named | parts.Loaded, args: RMiPOConfig | None = None, **kwargs):
         if args is None:
             args = RMiPOConfig(output_dir=f"{Path(parts.name_of(parts.source_of(model))).name}-RMiPO")
+        if isinstance(args, PairConfig) and not isinstance(args, RMiPOConfig):
+            raise ConfigError(
+                f"args is {type(args).__name__}: RMiPOTrainer takes RMiPOConfig, other methods PreferenceTrainer"
+            )
         super().__init__(model, args, **kwargs)

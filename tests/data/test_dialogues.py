@@ -168,6 +168,13 @@ def test_marked_turns_of_prompts_and_completions(tmp_path, chat):
     assert texts == ["b<|eot_id|>", "d<|eot_id|>"] and "bad" not in several and several.endswith("d<|eot_id|>")
 
 
+def test_a_dialogue_without_an_answer_to_train_is_dropped(tmp_path, chat):
+    """Else its user's text would be all that is trained."""
+    rows = [MARKED] * 60 + [[user("a"), assistant("bad") | {"weight": 0}]]
+    _, report = select(load(tmp_path, rows), chat, tmp_path)
+    assert list(report.dropped.values()) == [[60]]
+
+
 def test_a_weight_that_is_neither_all_nor_nothing_is_refused(tmp_path):
     with pytest.raises(DataError, match=r"weight 0\.5.*: row 1"):
         load(tmp_path, [MARKED, [user("a"), assistant("b") | {"weight": 0.5}]])

@@ -10,7 +10,7 @@ import torch
 from datasets import Dataset, load_dataset
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 from trl import ModelConfig
 
 from rmipo import PreferenceConfig, PreferenceTrainer, RMiPOConfig, RMiPOTrainer
@@ -152,6 +152,11 @@ def test_flat_fields_are_all_there_is(make):
         RMiPOConfig("x", objective=DPO)
     with pytest.raises(ValueError, match="gamma_min"):
         RMiPOConfig("x", gamma_min=2.0)
+    with pytest.raises(ValueError, match="simpo"):
+        PreferenceConfig("x", objective="simpo")
+    for args in (TrainingArguments("x", use_cpu=True), PreferenceConfig("x", objective={"name": "simpo"})):
+        with pytest.raises(ConfigError, match=f"args is {type(args).__name__}"):
+            RMiPOTrainer("no/model", args)
     with pytest.raises(ValueError, match="objective"):
         PreferenceConfig("x")
     with pytest.raises(ConfigError, match="per_device_train_batch_size"):
@@ -406,7 +411,7 @@ def test_weights_are_trained_in_float32_or_not_at_all(make, model, weights):
         assert make(model=loaded).model.dtype == torch.float32
         return
     with pytest.raises(UserError, match=str(weights["dtype"])):
-        make(model=loaded)
+        make(model=loaded).train()
     assert make(model=loaded, train_dataset=None, eval_dataset=Dataset.from_list(TURNS))  # nothing is trained
     assert make(model=loaded, peft_config=LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"]))
 
@@ -432,6 +437,18 @@ def test_an_adapter_of_tied_embeddings_is_refused(make, model, target, made_by):
         make(**given, processing_class=AutoTokenizer.from_pretrained(model))
     untied = LoraConfig(task_type="CAUSAL_LM", target_modules=["lm_head", "q_proj"])
     assert make(peft_config=untied)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [({"rows": TURNS[1:]}, "pairs"), ({"args": {"beta": 3.0}}, "objective"), ({"args": {"seed": 1}}, "seed")],
+)
+def test_a_training_does_not_go_on_from_another_ones_checkpoint(make, change, named):
+    saving = {"save_strategy": "steps", "save_steps": 1}
+    make(args={"max_steps": 1, **saving}).train()
+    changed = {**change, "args": {"max_steps": 1, **saving, **change.get("args", {})}}
+    with pytest.raises(CheckpointError, match=named):
+        make(**changed).train(resume_from_checkpoint=True)
 
 
 # ------------------------------------------------------------------ saved and shared

@@ -15,7 +15,6 @@ from rmipo.record import read_metrics
 from rmipo.training.batching import PairDataset
 from rmipo.training.finite import NonFiniteLossError, raise_if_not_finite
 from rmipo.training.metrics import evaluation_metrics, num_non_embedding_parameters, peak_memory_gib, step_metrics
-from rmipo.training.state import load_objective_state, save_objective_state
 from tests.helpers.small_models import make_model, make_pairs
 from tests.helpers.trainers import make_trainer, rows_per_step
 
@@ -171,13 +170,6 @@ def test_held_out_pairs_are_scored_with_the_statistics_of_training(tmp_path):
     metrics = trainer.evaluate()
     assert metrics["eval_alpha-dpo/gap_mean"] == pytest.approx(0.25)
     assert metrics["eval_alpha-dpo/gap_std"] == pytest.approx(0.5)
-
-
-def test_statistics_are_restored_to_the_bit(tmp_path):
-    state = {"gap_mean": torch.tensor(1 / 3, dtype=torch.float64), "steps": torch.tensor(7.0, dtype=torch.float64)}
-    save_objective_state(tmp_path, state)
-    loaded = load_objective_state(tmp_path)
-    assert loaded == state and all(value.dtype == torch.float64 for value in loaded.values())
 
 
 def test_an_infinite_loss_stops_the_run(tmp_path):
