@@ -261,6 +261,8 @@ def test_hostile_text_stays_text(driver, page, summary, tmp_path):
         if isinstance(value, dict):
             kept = ("given", "prior", "other", "objective", "findings")
             return {key: part if key in kept else hostile(part, text) for key, part in value.items()}
+        if isinstance(value, list) and value and isinstance(value[0], str):
+            return [text, *value[1:]]
         if isinstance(value, list):
             return [hostile(part, text) for part in value]
         return text if isinstance(value, str) else value
