@@ -14,7 +14,6 @@ from rmipo.plan.memory import (
     MemoryPlan,
     Run,
     Sharding,
-    fastest_that_fits,
     largest_micro_batch,
     plan_memory,
 )
@@ -79,19 +78,12 @@ def print_memory(memory: MemoryPlan, run: Run, hardware: Hardware, device: str) 
 
 
 def print_suggestion(shape, run: Run, sharding: Sharding, hardware: Hardware) -> None:
-    """The largest micro-batch as the recipe is, and the setting that computes least again."""
+    """The largest micro-batch as the recipe is."""
     size = largest_micro_batch(shape, run, sharding, hardware)
     key, value = "per_device_train_batch_size", size
     if run.max_tokens:
         key, value = "max_tokens_per_micro_batch", size and run.full_length(size)
     print(f"\nLargest that fits as the recipe is: {key}: {value or 'none'}")
-    fastest = fastest_that_fits(shape, run, sharding, hardware)
-    if fastest is not None and fastest != run:
-        saved = 1 - duration.step_flops(shape, fastest) / duration.step_flops(shape, run)
-        needed = plan_memory(shape, fastest, sharding, hardware).needed / GIB
-        print(
-            f"Fastest that fits: {', '.join(preflight.changed_keys(run, fastest))}: {needed:.0f} GiB, {saved:.0%} less work"
-        )
 
 
 def plan(env: Mapping[str, str]) -> int:

@@ -305,15 +305,6 @@ def largest_micro_batch(shape: Shape, run: Run, sharding: Sharding, hardware: Ha
     return None
 
 
-def fastest_that_fits(shape: Shape, run: Run, sharding: Sharding, hardware: Hardware) -> Run | None:
-    """`run` with as little computed again as fits: no layer, every 4th, every 2nd, or all; None where none fits."""
-    for every in (0, 4, 2, 1):
-        candidate = dataclasses.replace(run, checkpoint_every=every)
-        if plan_memory(shape, candidate, sharding, hardware).fits:
-            return candidate
-    return None
-
-
 def checkpoint_bytes(shape: Shape, run: Run, sharding: Sharding, only_model: bool) -> int:
     """One checkpoint: weights as saved, and for resuming the float32 masters and Adam's moments of what is trained."""
     weights = 4 * shape.trained if run.adapters else run.weight_bytes * shape.parameters

@@ -30,8 +30,6 @@ from rmipo.plan.memory import (
     Shape,
     Sharding,
     checkpoint_bytes,
-    fastest_that_fits,
-    largest_micro_batch,
     plan_memory,
 )
 from rmipo.plan.shapes import load_config
@@ -110,38 +108,11 @@ def check_fit(recipe: Recipe, hardware: Hardware, sharding: Sharding) -> str | N
             f"{recipe.path}: offloading on {hardware.gpus} GPUs is estimated to need {memory.host / GIB:.0f} GiB of each "
             f"machine's memory, found {hardware.host_gib:.0f}. Use more machines, or GPUs that hold it all (zero3)"
         )
-    return f"{found}, by an estimate. To fit, {_remedy(shape, run, sharding, hardware) or smaller}. `make plan` shows it all"
-
-
-def _remedy(shape: Shape, run: Run, sharding: Sharding, hardware: Hardware) -> str | None:
-    """The recipe's keys, with values, that make the run fit; None where that takes more than them."""
-    candidate = fastest_that_fits(shape, run, sharding, hardware)
-    for evaluation_batch in (run.evaluation_batch, 1):
-        small = replace(run, checkpoint_every=1, evaluation_batch=evaluation_batch)
-        size = largest_micro_batch(shape, small, sharding, hardware)
-        if candidate is None and size is not None:
-            tokens = run.max_tokens and min(run.full_length(size), run.max_tokens)
-            pairs = run.micro_batch if run.max_tokens else min(size, run.micro_batch)
-            candidate = replace(small, micro_batch=pairs, max_tokens=tokens)
-    return candidate and f"set {', '.join(changed_keys(run, candidate))}"
-
-
-def changed_keys(run: Run, wanted: Run) -> list[str]:
-    """`key: value` of the recipe for each difference."""
-    keys = {
-        "micro_batch": "per_device_train_batch_size",
-        "max_tokens": "max_tokens_per_micro_batch",
-        "evaluation_batch": "per_device_eval_batch_size",
-    }
-    changed = [
-        f"{key}: {getattr(wanted, name)}" for name, key in keys.items() if getattr(wanted, name) != getattr(run, name)
-    ]
-    every, was = wanted.checkpoint_every, run.checkpoint_every
-    if (every > 0) != (was > 0):
-        changed.append(f"activation_checkpointing: {str(every > 0).lower()}")
-    if every not in (0, was or 1):
-        changed.append(f"activation_checkpointing_kwargs.every_n_layers: {every}")
-    return changed
+    size = "max_tokens_per_micro_batch" if run.max_tokens else "per_device_train_batch_size"
+    return (
+        f"{found}, by an estimate. To fit, lower {size} or per_device_eval_batch_size, recompute every layer "
+        f"(activation_checkpointing_kwargs.every_n_layers: 1), or {smaller}. `make plan` shows what fits"
+    )
 
 
 def disk_needed(recipe: Recipe, shape: Shape, sharding: Sharding) -> int:

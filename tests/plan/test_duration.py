@@ -53,10 +53,10 @@ def test_phases_of_a_run(shape):
     reached = 4 * 312e12 * 3600 * 0.5
     assert phases["training"][0] == pytest.approx(60_000 * duration.step_flops(shape, run) / reached)
     assert phases["reference pass"][0] == pytest.approx(60_000 * sum(duration.forward_flops(shape, run)) / reached)
-    # Evaluated and sampled at each quarter and at the end, saved at each quarter.
+    # Evaluated and sampled at each quarter and at the end, saved at each half.
     assert phases["evaluation"][0] == pytest.approx(5 * 2000 / 60_000 * phases["reference pass"][0])
     assert phases["sample generations"][0] == pytest.approx(5 * 128 * 2 * shape.parameters / (100 * 2**30) / 3600)
-    assert phases["saving"][0] == pytest.approx(4 * 14 * shape.parameters / 2**30 / 3600)
+    assert phases["saving"][0] == pytest.approx(2 * 14 * shape.parameters / 2**30 / 3600)
     assert phases["total"][1] == pytest.approx(sum(high for name, (_, high) in phases.items() if name != "total"))
     whole = duration.hours(recipe, shape, run, Sharding("none"), four, 60_000, A100)
     assert "sample generations" not in whole and whole["training"] == phases["training"]

@@ -19,7 +19,6 @@ from rmipo.plan.memory import (
     Shape,
     Sharding,
     checkpoint_bytes,
-    fastest_that_fits,
     gradient_pass,
     head_activations,
     largest_micro_batch,
@@ -194,13 +193,6 @@ def test_four_80_gib_gpus_peak_at_about_41_gib():
     """An independent review's figure for rows of 8,192 tokens, every layer computed again; the reserve comes on top."""
     memory = plan_memory(Shape.of(load_config(LLAMA3_8B)), make_run(max_tokens=8192), ZERO3, FOUR)
     assert (memory.needed - memory.parts["reserve (assumed)"]) / GIB == pytest.approx(41, abs=1)
-
-
-def test_the_fastest_setting_that_fits_computes_the_least_again():
-    shape, run = Shape.of(load_config(LLAMA3_8B)), make_run(max_tokens=8192)
-    for gib, every in ((160, 0), (85, 4), (80, 2), (48, 1)):
-        assert fastest_that_fits(shape, run, ZERO3, Hardware(1, 4, gib)).checkpoint_every == every, gib
-    assert fastest_that_fits(shape, run, ZERO3, Hardware(1, 4, 40)) is None
 
 
 def test_longest_micro_batch_is_bounded_by_the_recipe():

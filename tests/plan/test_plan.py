@@ -47,17 +47,6 @@ def test_plan_prints_every_part():
     assert "  reference pass " in make_plan(GPUS="8x80", METHOD="dpo")[1]
 
 
-def test_plan_suggests_what_computes_least_again():
-    full = "--activation_checkpointing_kwargs.every_n_layers=1"
-    _, text = make_plan(GPUS="4x80", ARGS=full)
-    found = re.search(
-        r"^Fastest that fits: activation_checkpointing_kwargs.every_n_layers: 2: \d+ GiB, (\d+)% less", text, re.M
-    )
-    assert 8 <= int(found[1]) <= 15
-    _, text = make_plan(GPUS="4x80", ARGS="--activation_checkpointing_kwargs.every_n_layers=2")
-    assert "one layer in 2 computed again" in text and "Fastest that fits" not in text
-
-
 def test_plan_of_a_cpu_setting_speaks_of_the_cpu(tmp_path):
     make_rows = make_twin(tmp_path, "tiny/rmipo", "llama3", "on_policy_ultrafeedback")
     code, text = make_plan(MODEL="tiny", ARGS=shlex.join(make_rows))
