@@ -5,7 +5,11 @@ import csv
 import dataclasses
 import importlib.metadata
 import json
+import os
+import re
 import runpy
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -140,6 +144,22 @@ def test_figure8_shows_the_trained_models_gamma(outputs, monkeypatch):
     readings = gamma_readings(load_run(outputs, "tiny", "rmipo"), "test", 4000)
     logged = json.loads((outputs / "tiny/rmipo/run.json").read_text())["results"]["eval_rmipo/gamma_mean"]
     assert readings["per token, as in the recipe"].gamma.mean() == pytest.approx(logged, abs=1e-5)
+
+
+def test_the_page_of_a_setting_shows_what_its_run_logged(outputs):
+    """Of the test pairs, before and after."""
+    script, env = str(ROOT / "scripts/look.py"), {"MODEL": "tiny", "AFTER": "rmipo"}
+    command = [sys.executable, script, "--split", "test"]
+    subprocess.run(command, cwd=outputs.parent, env=os.environ | env, check=True)
+    page = (outputs / "reports/look-tiny.html").read_text("utf-8")
+    summary = json.loads(re.search(r'id="summary">(.*?)</script>', page, re.DOTALL)[1])
+    logged = json.loads((outputs / "tiny/rmipo/run.json").read_text())
+    assert {"name": "rmipo"} | summary["objective"] == logged["objective"]
+    assert len(summary["pairs"]) == logged["data"]["test"]["kept"]
+    chosen, rejected = np.array([pair["after"] for pair in summary["pairs"]]).swapaxes(0, 1)
+    delta = (chosen[:, 0] - chosen[:, 1]) / chosen[:, 2] - (rejected[:, 0] - rejected[:, 1]) / rejected[:, 2]
+    assert delta.mean() == pytest.approx(logged["results"]["eval_rmipo/delta_pmi_mean"], abs=0.02)  # that was in float32
+    assert [pair["sides"] for pair in summary["pairs"]] != [pair["after"] for pair in summary["pairs"]]
 
 
 @pytest.mark.parametrize("number", sorted(TABLES))
