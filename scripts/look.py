@@ -17,6 +17,7 @@ from rmipo import cli
 from rmipo.errors import ConfigError
 from rmipo.evaluation.models import ROOT, check_names, is_setting
 from rmipo.recipe.files import merge
+from rmipo.record import recorded_run
 
 LIMITS = ("max_length", "max_prompt_length", "attention", "dataset_num_proc")
 
@@ -27,6 +28,8 @@ def main() -> None:
         MODEL="setting, folder with a model, or hub id", METHOD="folder of outputs/<model>/ (default: initial)",
         OUTPUT="HTML file to write",
     )  # fmt: skip
+    parser.add_argument("--max_length", type=int, help="tokens of prompt and response (default: the recipe's, or 2048)")
+    parser.add_argument("--max_prompt_length", type=int, help="tokens of the prompt (default: the recipe's, or 1800)")
     parser.add_argument("--split", default="train", choices=["train", "test"], help="of the pairs")
     parser.add_argument("--outputs", type=Path, default=Path("outputs"), help="where the runs are")
     args = parser.read()
@@ -34,7 +37,7 @@ def main() -> None:
     check_names(model, [args.method] if args.method else [])
     if not (args.pairs or "200").isdecimal() or args.pairs == "0":
         raise ConfigError(f"PAIRS={args.pairs}: expected how many pairs to show, 1 or more")
-    if not (setting or args.data):
+    if not (setting or args.data or recorded_run(model)):
         raise ConfigError(f"MODEL={model} has no recipe that names its pairs: say which, DATA=<folder or file>")
 
     from rmipo import RMiPOConfig, look  # imports torch, which takes seconds
@@ -42,7 +45,6 @@ def main() -> None:
     from rmipo.evaluation.target import find_target
     from rmipo.recipe.load import load_recipe
     from rmipo.recipe.schema import DataConfig, ModelConfig
-    from rmipo.record import recorded_run
 
     method = args.method or "initial" if setting else None
     folder = find_target(model, method, args.outputs, []).folder
@@ -56,7 +58,8 @@ def main() -> None:
         recipe = load_recipe(ROOT / "recipes" / model / "rmipo.yaml").values
     recipe = merge(recipe, {"dataset_name": args.data} if args.data else {})
     data = DataConfig(**{field.name: recipe[field.name] for field in fields(DataConfig) if field.name in recipe})
-    values = recipe | recipe.get("objective", {})
+    given = {name: value for name in LIMITS if (value := getattr(args, name, None))}
+    values = recipe | recipe.get("objective", {}) | given
     known = {name: values[name] for name in (*LIMITS, *RMiPOConfig.__annotations__) if name in values}
     page = look(
         ModelConfig(model_name_or_path=str(folder), dtype=recipe.get("dtype", "auto")),

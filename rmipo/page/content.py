@@ -83,8 +83,8 @@ def findings(sides: list[list[list[float]]], fidelity: str) -> dict[str, list[di
         coin, unrelated = higher.low <= 0.5 <= higher.high, related.low <= 0 <= related.high
         agrees, smaller = "agrees with" if higher.low > 0.5 else "opposes", "smaller" if related.mean > 0 else "larger"
         claims = (
-            (higher, "{:.0%}", coin, "of chosen responses have the higher PMI: ", f"the signal {agrees} the labels."),
-            (related, "{:.2f}", unrelated, "correlation of ΔPMI with the difference in length: ",
+            (higher, "{:z.0%}", coin, "of chosen responses have the higher PMI: ", f"the signal {agrees} the labels."),
+            (related, "{:z.2f}", unrelated, "correlation of ΔPMI with the difference in length: ",
              f"longer chosen responses get a {smaller} margin."),
         )  # fmt: skip
         found[reading] = [

@@ -21,7 +21,6 @@ def model_folder(folder: Path, seed: int) -> str:
     """Of a model whose log-probabilities depend on prompts by whole nats."""
     write_model(folder, seed)
     model = AutoModelForCausalLM.from_pretrained(folder)
-    model.config.max_position_embeddings = 2048  # for the defaults of limits
     for parameter in model.parameters():
         parameter.data.mul_(6)
     model.save_pretrained(folder)

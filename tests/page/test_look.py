@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rmipo import RMiPOConfig, look
 from rmipo.data.chat import ChatFormat
+from rmipo.page.content import findings
 from rmipo.page.look import Page, Scored
 from rmipo.training import parts
 from tests.helpers.programs import run_here
@@ -161,13 +162,32 @@ def test_every_character_is_the_text_of_one_token(smollm2):
         assert "".join(pieces) == text and len(pieces) == len(ids)
 
 
+def test_findings_tell_noise_from_what_is_beyond_it():
+    """100 pairs: per token no reading of the labels and no relation to length; summed, both."""
+    lengths = torch.arange(100) % 10 + 1
+    delta = torch.tensor([1.0, -1.0]).repeat(50) * torch.tensor([1.0, 1.0, -1.0, -1.0]).repeat(25)
+    sides = [[[-2.0 * (n + 5), -2.0 * (n + 5) - (n + 5) * d, n + 5, n + 5], [-10.0, -10.0, 5, 5]]
+             for n, d in zip(lengths.tolist(), delta.tolist(), strict=True)]  # fmt: skip
+    token = findings(sides, "paper")["token"]
+    assert [found["number"] for found in token] == ["50%", "0.00"] and all(found["noise"] for found in token)
+    sides = [[[-10.0, -10.0 - n, 5 + n, 5 + n], [-10.0, -10.0, 5, 5]] for n in lengths.tolist()]
+    higher, related = findings(sides, "paper")["sequence"]
+    assert (higher["number"], higher["range"], higher["noise"]) == ("100%", "95%: 100% to 100%", False)
+    assert "agrees" in higher["text"] and related["number"] == "1.00" and "smaller margin" in related["text"]
+
+
 def test_make_look_by_folder_and_file(models, pairs, tmp_path):
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
     env = {"MODEL": models[0], "AFTER": models[1], "DATA": str(tmp_path / "pairs.jsonl"), "PAIRS": "12"}
-    ended = run_here("look", "--outputs", str(tmp_path), env=env)
+    ended = run_here("look", "--outputs", str(tmp_path), "--max_length", "40", "--max_prompt_length=16", env=env)
     assert ended.code == 0, ended.err
     stored, summary = read(tmp_path / "reports/look-before.html")
-    assert len(stored) == 12 and summary["after"] == models[1] and str(tmp_path / "reports") in ended.out
+    assert (
+        "at most 40 tokens" in summary["about"]
+        and len(stored) == 12
+        and summary["after"] == models[1]
+        and str(tmp_path / "reports") in ended.out
+    )
 
 
 @pytest.mark.parametrize(

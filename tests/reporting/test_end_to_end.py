@@ -158,7 +158,9 @@ def test_the_page_of_a_setting_shows_what_its_run_logged(outputs):
     assert len(summary["pairs"]) == logged["data"]["test"]["kept"]
     chosen, rejected = np.array([pair["after"] for pair in summary["pairs"]]).swapaxes(0, 1)
     delta = (chosen[:, 0] - chosen[:, 1]) / chosen[:, 2] - (rejected[:, 0] - rejected[:, 1]) / rejected[:, 2]
-    assert delta.mean() == pytest.approx(logged["results"]["eval_rmipo/delta_pmi_mean"], abs=0.02)  # that was in float32
+    assert delta.mean() == pytest.approx(
+        logged["results"]["eval_rmipo/delta_pmi_mean"], abs=0.02
+    )  # that was in float32
     assert [pair["sides"] for pair in summary["pairs"]] != [pair["after"] for pair in summary["pairs"]]
 
 
