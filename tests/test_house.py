@@ -39,20 +39,20 @@ LINES = {
     "rmipo/data": 1380,  # aim: 800
     "rmipo/evaluation": 2190,  # aim: 1500
     "rmipo/generation": 1250,  # aim: 800
-    "rmipo/launch": 1230,  # aim: 600
+    "rmipo/launch": 1240,  # aim: 600
     "rmipo/objectives": 970,  # aim: 600
-    "rmipo/page": 300,
+    "rmipo/page": 310,
     "rmipo/plan": 890,  # aim: 450
     "rmipo/recipe": 1280,  # aim: 650
     "rmipo/reporting": 2380,  # aim: 1500
     "rmipo/run": 1490,  # aim: 800
     "rmipo/tiny": 700,  # aim: 450
     "rmipo/training": 2410,  # aim: 1700
-    "rmipo": 17560,  # aim: 11000
-    "scripts": 1680,  # aim: 1100
+    "rmipo": 17570,  # aim: 11000
+    "scripts": 1690,  # aim: 1100
     "benchmarks": 1300,  # aim: 800
     "examples": 160,
-    "tests": 23610,  # aim: 14000
+    "tests": 23680,  # aim: 14000
 }
 
 
