@@ -104,10 +104,11 @@ def draw(args: argparse.Namespace) -> "Figure":
 def draw3(args: argparse.Namespace) -> "Figure":
     from rmipo.reporting import figures_pairs, pair_scores  # import torch and transformers
     from rmipo.reporting.figures import method_label
+    from rmipo.reporting.figures_runs import on_other_pairs
 
     method = args.method or "initial"
     signals, evaluation = pair_scores.hh_signals(args.outputs, args.model, method)
-    title = f"{model_label(args.model)} {method_label(method)}"
+    title = f"{model_label(args.model)} {method_label(method)}{on_other_pairs([evaluation])}"
     return figures_pairs.figure3(signals, title, figure_notes([evaluation]))
 
 

@@ -95,12 +95,18 @@ def figure5(outputs: Path, model: str) -> Figure:
     axis.grid(axis="x", visible=False)
     axis.set_ylabel("Win rate (%; chance: 50)")
     trained = "trained on the HH subset (average: one model each)" if trained_on_hh else "not trained on HH"
-    axis.set_title(f"{model_label(model)}, {trained}", loc="left")
+    axis.set_title(f"{model_label(model)}, {trained}{on_other_pairs(shown)}", loc="left")
     figure.legend(ncols=len(results) + 1, loc="outside upper center")
     notes = [f"Not trained on HH, left out: {', '.join(left_out)}."] if left_out else []
     notes += paired_notes(results)
     footnotes(figure, ["Bars: 95% interval over pairs (1.96 standard errors).", *notes, *figure_notes(shown)])
     return figure
+
+
+def on_other_pairs(results: list[Result]) -> str:
+    """For a title: which pairs were scored in place of Anthropic's."""
+    other = sorted({path for result in results for path in result.settings.get("other_pairs") or []})
+    return f"; not Anthropic's pairs: {', '.join(other)}" if other else ""
 
 
 def paired_notes(results: dict[str, dict[str, Result]]) -> list[str]:

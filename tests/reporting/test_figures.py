@@ -204,6 +204,12 @@ def test_figure5_of_models_that_were_not_trained_on_hh(tmp_path):
     assert axis.get_title(loc="left") == "Llama3-8B-Instruct, not trained on HH"
 
 
+def test_figure5_says_whose_pairs_were_scored(tmp_path):
+    settings = {"other_pairs": ["outputs/tiny/world/pairs"]}
+    write_result(tmp_path, "tiny", "rmipo", "hh", hh(60.0, 61.0), settings=settings)
+    assert "not Anthropic's pairs: outputs/tiny/world/pairs" in figure5(tmp_path, "tiny").axes[0].get_title(loc="left")
+
+
 def test_figure5_takes_each_subset_from_the_model_trained_on_it_for_all_methods_or_none(tmp_path):
     for subset, own, other in (("helpful", 70.0, 10.0), ("harmless", 60.0, 20.0)):
         rates = {"hh_helpful": other, "hh_harmless": other} | {f"hh_{subset}": own}
