@@ -15,8 +15,7 @@ const drawn = (tag, attributes, text = "") => {
 };
 const fixed = (value, digits = 2) => value.toFixed(digits).replace("-", "−");
 const percent = value => `${Math.round(100 * value)}%`;
-const sum = values => values.reduce((total, value) => total + value, 0);
-const mean = values => sum(values) / values.length;
+const sum = values => values.reduce((total, value) => total + value, 0), mean = values => sum(values) / values.length;
 const summary = JSON.parse($("#summary").textContent), stored = document.querySelectorAll("script.pair");
 const objective = summary.objective, pairs = summary.pairs, form = $("#controls"), fields = form.querySelectorAll("[name]");
 const ROWS = 100; // of the table, at a time
@@ -147,14 +146,15 @@ const kindOf = pair => pair.max ? "c1" : "c0";
 function stacked(name, [low, high], bins = 60) {
   const counts = {};
   return pairs.map(pair => {
-    const bin = Math.floor((pair[name] - low) / (high - low) * bins);
+    const bin = Math.max(0, Math.min(bins - 1, Math.floor((pair[name] - low) / (high - low) * bins)));
     counts[bin] = (counts[bin] ?? 0) + 1;
     return {pair, x: low + (bin + 0.5) / bins * (high - low), y: counts[bin], kind: kindOf(pair)};
   });
 }
 
 function showCharts() {
-  const delta = extent(pairs.map(pair => pair.delta), 0), gamma = extent([settings.gamma_min, settings.gamma_max]);
+  const sorted = pairs.map(pair => pair.delta).sort((a, b) => a - b), tail = Math.floor(pairs.length / 50);
+  const delta = extent(sorted.slice(tail, pairs.length - tail), 0), gamma = extent([settings.gamma_min, settings.gamma_max]);
   const dots = stacked("delta", delta), ys = [0, 1.06 * Math.max(...dots.map(p => p.y))], scale = ys[1] / 1.06 / settings.gamma_max;
   const curve = Array.from({length: 121}, (_, k) => delta[0] + (delta[1] - delta[0]) * k / 120);
   chart("#chart-delta", dots, {x: `nats${settings.pmi_normalization === "token" ? " per token" : ""}`, y: "pairs", xs: delta, ys,
