@@ -5,6 +5,7 @@ python examples/own_loss.py MODEL DATASET
 
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 from datasets import load_dataset
 from torch import Tensor
@@ -32,5 +33,8 @@ OBJECTIVES[Hinge.name] = Hinge
 
 if __name__ == "__main__":
     model, dataset = sys.argv[1:]
-    args = PreferenceConfig(output_dir="outputs/hinge", objective={"name": "hinge", "delta": 0.5}, max_length=512)
-    PreferenceTrainer(model, args, load_dataset(dataset, split="train")).train()
+    files = {"path": "json", "data_files": dataset} if Path(dataset).is_file() else {"path": dataset}
+    args = PreferenceConfig(
+        output_dir="outputs/hinge", objective={"name": "hinge", "delta": 0.5}, max_length=128, max_prompt_length=64
+    )
+    PreferenceTrainer(model, args, load_dataset(**files, split="train")).train()

@@ -9,6 +9,7 @@ also offers the current policy's prior and needs about a third of the time of a 
 """
 
 import sys
+from pathlib import Path
 
 import torch
 from datasets import load_dataset
@@ -68,5 +69,13 @@ class RMiPOinDPOTrainer(DPOTrainer):
 
 if __name__ == "__main__":
     model, dataset = sys.argv[1:]
-    args = DPOConfig(output_dir="outputs/rmipo-in-dpo-trainer", precompute_ref_log_probs=True, max_length=512)
-    RMiPOinDPOTrainer(model, args=args, train_dataset=load_dataset(dataset, split="train")).train()
+    files = {"path": "json", "data_files": dataset} if Path(dataset).is_file() else {"path": dataset}
+    on_cpu = not torch.cuda.is_available()
+    args = DPOConfig(
+        output_dir="outputs/rmipo-in-dpo-trainer",
+        precompute_ref_log_probs=True,
+        max_length=128,
+        use_cpu=on_cpu,
+        bf16=not on_cpu,
+    )
+    RMiPOinDPOTrainer(model, args=args, train_dataset=load_dataset(**files, split="train")).train()

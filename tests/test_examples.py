@@ -125,3 +125,10 @@ def test_the_script_trains_under_fsdp2(model, data, tmp_path):
     one, two = (load_file(tmp_path / name / "model.safetensors") for name in runs)
     for name, value in one.items():
         torch.testing.assert_close(two[name], value, atol=2e-4, rtol=0, msg=name)
+
+
+@pytest.mark.parametrize("program", ["own_loss.py", "trl_dpo_trainer.py"])
+def test_the_programs_start_as_their_first_lines_say(model, data, program):
+    run = launch([f"examples/{program}", model, data])
+    assert run.wait() == 0, run.output[-3000:]
+    assert "train_loss" in run.output

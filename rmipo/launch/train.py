@@ -55,14 +55,16 @@ def train(env: Mapping[str, str]) -> int:
     program = Program()
     for number in range(len(steps)):
         if program.stopped_at:
-            print(f"stopped before {steps[number].stage}; the same command starts there", file=sys.stderr)
+            print(f"stopped before {steps[number].stage}; run the same command to go on from there", file=sys.stderr)
             return EXIT_STOPPED
         # Read again, now that the stage before has finished: a Base setting starts from its own SFT model.
         step = load_steps(model, stages, env)[number]
         command = step.command(gpus, sharding)
         print(f"## {step.stage}\n{shlex.join(command)}", flush=True)
         if code := program.run(command, step.recipe and step.recipe.values["output_dir"], env):
-            print(f"{step.stage} ended with exit code {code}; the same command starts there", file=sys.stderr)
+            print(
+                f"{step.stage} ended with exit code {code}; run the same command to go on from there", file=sys.stderr
+            )
             return code
     return 0
 

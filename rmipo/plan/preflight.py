@@ -132,7 +132,7 @@ def check_disk(folder: str | Path, needed: int) -> int:
     there = sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())  # of a run that goes on
     if free + there < needed:
         raise PreflightError(
-            f"output_dir: {folder} needs {needed / GIB:.0f} GiB, {there / GIB:.0f} of them are there and {free / GIB:.0f} "
+            f"output_dir: {folder} needs {needed / GIB:.0f} GiB; {there / GIB:.0f} are already written, and {free / GIB:.0f} "
             "GiB are free. Free some, set a lower save_total_limit or save_only_model: true (such a run can't be resumed), "
             "or name another output_dir"
         )

@@ -18,7 +18,7 @@ from rmipo.errors import ConfigError
 
 NO_GPU = (
     "this recipe trains on GPUs, and none is visible. MODEL=tiny trains on a CPU; DRY=1 shows this run without starting it; "
-    "`use_cpu: true` would train it on the CPU, which takes weeks"
+    "`use_cpu: true` trains a small model on the CPU"
 )
 
 
