@@ -125,3 +125,11 @@ def test_ctrl_c_is_passed_on_and_a_second_one_ends_all_at_once(tmp_path, times):
     assert "Traceback" not in run.output
     while subprocess.run(["pgrep", "-f", str(started)], capture_output=True).stdout:
         time.sleep(0.1)
+
+
+def test_a_reader_that_has_seen_enough_ends_a_program_quietly():
+    code = "from rmipo import cli\ncli.run(lambda: [print('line ' * 99, flush=True) for _ in range(9999)] and None)"
+    program = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    program.stdout.readline()
+    program.stdout.close()
+    assert program.wait() == 0 and program.stderr.read() == ""
