@@ -15,6 +15,37 @@ def option(default: Any, help: str, **metadata: Any) -> Any:
     return field(default=default, metadata={"help": help, **metadata})
 
 
+# Arguments of `TrainingArguments` that change nothing here: what a training does in any case, and why.
+SAMPLED = "steps are drawn at random, and the last one of an epoch takes the pairs that are left"
+SCORED = "an evaluation keeps the scores of pairs, and no logits"
+FIXED_IN_PREFERENCE = {
+    "dataloader_drop_last": (False, SAMPLED),
+    "train_sampling_strategy": ("random", SAMPLED),
+    "length_column_name": ("length", SAMPLED),
+    "dataloader_persistent_workers": (False, "workers end with their epoch"),
+    "dataloader_prefetch_factor": (None, "workers prefetch what torch has them prefetch"),
+    "dataloader_multiprocessing_context": (None, "workers are started as torch starts them"),
+    "dataloader_in_order": (True, "steps come in their order"),
+    "average_tokens_across_devices": (True, "the loss is the mean over the global batch's pairs"),
+    "include_num_input_tokens_seen": ("no", "tokens_per_second is logged"),
+    "torch_empty_cache_steps": (None, "memory is planned before the run"),
+    "remove_unused_columns": (True, "only token ids are kept"),
+    "label_names": (None, "pairs have no labels"),
+    "prediction_loss_only": (False, SCORED),
+    "eval_accumulation_steps": (None, SCORED),
+    "eval_do_concat_batches": (True, SCORED),
+    "eval_use_gather_object": (False, SCORED),
+    "batch_eval_metrics": (False, SCORED),
+    "include_for_metrics": ([], SCORED),
+    "bf16_full_eval": (False, "an evaluation runs in the precision of the training"),
+    "fp16_full_eval": (False, "an evaluation runs in the precision of the training"),
+}
+# What use_liger_kernel stands for: norms, rotary embeddings and MLPs. Liger's own default also replaces the forward of
+# the model, to compute its linear cross-entropy, and would undo the fused LM head.
+LIGER = {"rope": True, "rms_norm": True, "swiglu": True, "geglu": True}
+LIGER |= {"cross_entropy": False, "fused_linear_cross_entropy": False}
+
+
 @dataclass
 class PairConfig(TrainingArguments):
     """What training on pairs takes besides its objective. Pairs per optimizer step: see `pairs_per_step`.
@@ -54,6 +85,18 @@ class PairConfig(TrainingArguments):
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         if self.bf16 is None:
             self.bf16 = not self.fp16 and _has_bf16(self.use_cpu)
+        if self.use_liger_kernel:
+            self.liger_kernel_config = LIGER | (self.liger_kernel_config or {})
+        given = {name: getattr(self, name) for name in FIXED_IN_PREFERENCE}
+        problems = [
+            f"{name} is {given[name]!r}: it has no effect, {why}. Leave it out"
+            for name, (value, why) in FIXED_IN_PREFERENCE.items()
+            if given[name] != value
+        ]
+        if self.label_smoothing_factor:
+            problems.append("label_smoothing_factor: no objective reads it. RMiPO and SimPO have label_smoothing")
+        if problems:
+            raise ConfigError("\n".join(problems))
         super().__post_init__()
         self.pairs_per_step()
 

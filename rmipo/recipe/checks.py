@@ -13,6 +13,7 @@ from typing import Any
 
 from rmipo.errors import ConfigError
 from rmipo.objectives import OBJECTIVES, build_objective
+from rmipo.recipe.arguments import FIXED_IN_PREFERENCE
 from rmipo.recipe.files import coerce
 from rmipo.recipe.schema import ARGUMENTS, RECIPE_ONLY, DataConfig, ModelConfig, PreferenceRunConfig, SFTConfig
 
@@ -39,30 +40,6 @@ FIXED = {
 }
 FIXED_IN_SFT = {
     "dataset_text_field": ("text", "rows are dialogues"),
-}
-SAMPLED = "steps are drawn at random, and the last one of an epoch takes the pairs that are left"
-SCORED = "an evaluation keeps the scores of pairs, and no logits"
-FIXED_IN_PREFERENCE = {
-    "dataloader_drop_last": (False, SAMPLED),
-    "train_sampling_strategy": ("random", SAMPLED),
-    "length_column_name": ("length", SAMPLED),
-    "dataloader_persistent_workers": (False, "workers end with their epoch"),
-    "dataloader_prefetch_factor": (None, "workers prefetch what torch has them prefetch"),
-    "dataloader_multiprocessing_context": (None, "workers are started as torch starts them"),
-    "dataloader_in_order": (True, "steps come in their order"),
-    "average_tokens_across_devices": (True, "the loss is the mean over the global batch's pairs"),
-    "include_num_input_tokens_seen": ("no", "tokens_per_second is logged"),
-    "torch_empty_cache_steps": (None, "memory is planned before the run"),
-    "remove_unused_columns": (True, "only token ids are kept"),
-    "label_names": (None, "pairs have no labels"),
-    "prediction_loss_only": (False, SCORED),
-    "eval_accumulation_steps": (None, SCORED),
-    "eval_do_concat_batches": (True, SCORED),
-    "eval_use_gather_object": (False, SCORED),
-    "batch_eval_metrics": (False, SCORED),
-    "include_for_metrics": ([], SCORED),
-    "bf16_full_eval": (False, "an evaluation runs in the precision of the training"),
-    "fp16_full_eval": (False, "an evaluation runs in the precision of the training"),
 }
 # What a group of keys has no effect without.
 ONLY_WITH = {

@@ -11,7 +11,8 @@ from typing import Any
 
 from trl import DPOConfig
 
-from rmipo.recipe.checks import FIXED, FIXED_IN_PREFERENCE
+from rmipo.recipe.arguments import FIXED_IN_PREFERENCE
+from rmipo.recipe.checks import FIXED
 from rmipo.recipe.schema import DataConfig, ModelConfig, PreferenceRunConfig
 
 Values = dict[str, Any]

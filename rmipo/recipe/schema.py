@@ -8,7 +8,7 @@ import trl
 from trl import SFTConfig
 
 from rmipo.errors import ConfigError
-from rmipo.recipe.arguments import PairConfig, PreferenceConfig, option
+from rmipo.recipe.arguments import LIGER, PairConfig, PreferenceConfig, option
 from rmipo.recipe.files import coerce
 
 __all__ = ["ARGUMENTS", "LIGER", "RECIPE_ONLY", "DataConfig", "ModelConfig", "PreferenceRunConfig", "SFTConfig"]
@@ -116,11 +116,6 @@ class ModelConfig(trl.ModelConfig):
         if isinstance(self.lora_target_modules, str) and self.lora_target_modules.isidentifier():
             self.lora_target_modules = [self.lora_target_modules]
 
-
-# What use_liger_kernel stands for: norms, rotary embeddings and MLPs. Liger's own default also replaces the forward of
-# the model, to compute its linear cross-entropy, and would undo the fused LM head.
-LIGER = {"rope": True, "rms_norm": True, "swiglu": True, "geglu": True}
-LIGER |= {"cross_entropy": False, "fused_linear_cross_entropy": False}
 
 ARGUMENTS = {"sft": SFTConfig, "preference": PreferenceRunConfig}
 RECIPE_ONLY = {

@@ -179,6 +179,13 @@ class PackedMicroBatch(TensorFields):
     cut: MicroBatch
 
 
+def pack_step(
+    step: list[tuple[list[dict], MicroBatch]], needs: Collection[str], prior_context: list[int] | None
+) -> list[PackedMicroBatch]:
+    """Pack the micro-batches of one optimizer step."""
+    return [pack_micro_batch(rows, cut, needs, prior_context) for rows, cut in step]
+
+
 def pack_micro_batch(
     rows: list[dict], cut: MicroBatch, needs: Collection[str], prior_context: list[int] | None
 ) -> PackedMicroBatch:

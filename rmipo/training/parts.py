@@ -5,6 +5,7 @@ import dataclasses
 import datetime
 from collections.abc import Callable, Mapping
 
+import pyarrow.compute as pc
 import torch
 import trl
 import xxhash
@@ -111,9 +112,14 @@ class TokenizedPairs:
 
     def add(self, rows: Dataset, split: str) -> Dataset:
         """`rows` tokenised."""
-        if is_tokenized(rows):
-            return rows if "row" in rows.column_names else numbered(rows)
         args = self.args
+        if is_tokenized(rows):
+            longest = longest_pair(rows)
+            if longest > args.max_length:
+                raise DataError(
+                    f"{split}: a tokenised pair has {longest} tokens, more than max_length ({args.max_length})"
+                )
+            return rows if "row" in rows.column_names else numbered(rows)
         if self.chat is None:
             raise DataError(f"{split}: the rows are not tokenised: expected processing_class, the model's tokenizer")
         with PartialState().main_process_first(), of_split(split):
@@ -135,7 +141,14 @@ class TokenizedPairs:
 
     def prior_context(self) -> list[int] | None:
         """Token ids in front of a response when log pi(y) is scored; None where the objective doesn't read it."""
-        return self.chat.prior_context(self.objective.prior_context) if self.objective.needs & PRIORS else None
+        if not self.objective.needs & PRIORS:
+            return None
+        if self.chat is None:
+            raise DataError(
+                "the tokenizer has no chat template, so what stands in front of a response is not known: expected "
+                "prior_context, the token ids behind which log pi(y) is scored"
+            )
+        return self.chat.prior_context(self.objective.prior_context)
 
     def example(self) -> str:
         """The first pair as it is trained, in a few lines: the scored tokens are in brackets."""
@@ -167,6 +180,13 @@ def shortened(texts: list[str], start: int, end: int) -> str:
     if len(texts) <= start + end:
         return "".join(texts)
     return "".join([*texts[:start], f" ... {len(texts) - start - end} more ... ", *texts[len(texts) - end :]])
+
+
+def longest_pair(rows: Dataset) -> int:
+    """Tokens of the longest prompt with one of its responses."""
+    table = rows.select_columns(list(TOKENIZED)).with_format("arrow")[:]
+    prompt, chosen, rejected = (pc.list_value_length(table.column(name)) for name in TOKENIZED)
+    return pc.max(pc.add(prompt, pc.max_element_wise(chosen, rejected))).as_py() or 0
 
 
 def for_plain_text(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
@@ -206,6 +226,9 @@ def policy(model: ModelConfig | Loaded, peft_config: PeftConfig | None = None) -
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Dropout) and "lora_dropout" not in name:
             module.p = 0.0
+        for key, value in vars(module).items():  # of those that call functional dropout, such as OPT
+            if "dropout" in key and isinstance(value, float):
+                setattr(module, key, 0.0)
     if peft_config is not None:
         if isinstance(model, PeftModel):
             raise DataError("peft_config is given, and the model has adapters already: pass one of them")

@@ -1,4 +1,4 @@
-"""What transformers\' Trainer lacks around checkpoints."""
+"""What transformers' Trainer lacks around checkpoints."""
 
 from pathlib import Path
 

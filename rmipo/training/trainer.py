@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import dataclasses
+import functools
 import json
 import time
 from collections.abc import Iterator
@@ -27,11 +28,10 @@ from rmipo.recipe.arguments import PairConfig, RMiPOConfig
 from rmipo.training import attention, parts, scoring
 from rmipo.training.batching import (
     HOISTED_MICRO_BATCHES,
-    MicroBatch,
     PackedMicroBatch,
     PairDataset,
     StepSampler,
-    pack_micro_batch,
+    pack_step,
     packed_lengths,
 )
 from rmipo.training.distributed import Processes
@@ -48,6 +48,7 @@ from rmipo.training.state import (
     load_objective_state,
     rotate,
     save_objective_state,
+    step_of,
 )
 
 SAMPLED_ROWS = 256  # of the training data, by which a resumed run knows it again
@@ -68,7 +69,8 @@ class PreferenceTrainer(EndsWithItsLastStep):
             they stay plain text.
         eval_dataset: likewise; one, or a dict of several.
         processing_class: the tokenizer; that of `model` if None. It is saved with the model.
-        peft_config: new adapters to train in place of the model.
+        peft_config: new adapters to train in place of the model. The reference of a model with adapters, new or its own, is
+            the model without them.
         ref_model: the initial policy, for epsilon-DPO, which needs its logits; a copy of `model` if None. No other
             method keeps a second model: what they need of it is scored beforehand.
         prior_context: token ids in front of a response when log pi(y) is scored. None: what the objective's
@@ -116,13 +118,21 @@ class PreferenceTrainer(EndsWithItsLastStep):
             processing_class = parts.tokenizer_of(model)
         self.pairs = parts.TokenizedPairs(rows, processing_class, args, model)
         self.prior_context = self.pairs.prior_context() if reads_prior else prior_context
+        self.collate = functools.partial(pack_step, needs=self.objective.needs, prior_context=self.prior_context)
         mismatched = "mismatched" in self.objective.needs
         datasets = {split: PairDataset(tokenized, mismatched) for split, tokenized in self.pairs.splits.items()}
 
         # Model, adapters, and a frozen copy where the reference's logits are needed.
         self.initial_weights = parts.weights_of(model) if self.objective.needs & BEFOREHAND.keys() else None
         policy = parts.policy(model, peft_config)
-        if "reference_logits" in self.objective.needs and ref_model is None and not isinstance(policy, PeftModel):
+        needs_logits = "reference_logits" in self.objective.needs
+        if ref_model is not None and not needs_logits:
+            raise ConfigError(f"ref_model is given, but {self.objective.name} keeps no second model. Leave it out")
+        if isinstance(model, PeftModel) and (needs_logits or self.initial_weights):
+            print(
+                "notice: the reference is the model without its adapters; merge trained ones first (merge_and_unload)"
+            )
+        if needs_logits and ref_model is None and not isinstance(policy, PeftModel):
             ref_model = copy.deepcopy(policy) if isinstance(model, PreTrainedModel) else parts.policy(model, None)
         if self.pairs.chat is not None:
             self.pairs.chat.set_end_of_turn(policy.generation_config)
@@ -240,10 +250,6 @@ class PreferenceTrainer(EndsWithItsLastStep):
 
     # ------------------------------------------------------------------ data
 
-    def collate(self, step: list[tuple[list[dict], MicroBatch]]) -> list[PackedMicroBatch]:
-        """Pack the micro-batches of one optimizer step."""
-        return [pack_micro_batch(rows, cut, self.objective.needs, self.prior_context) for rows, cut in step]
-
     def get_train_dataloader(self) -> DataLoader:
         if self.train_dataset is None:
             raise DataError("there is no train_dataset: pass one to train; evaluate() works without")
@@ -288,6 +294,10 @@ class PreferenceTrainer(EndsWithItsLastStep):
 
     def train(self, resume_from_checkpoint: bool | str | None = None, **kwargs):
         """As `Trainer.train`; True goes on from the last complete checkpoint in `output_dir`, or starts if there is none."""
+        if resume_from_checkpoint and self.args.save_only_model:
+            raise ConfigError(
+                "save_only_model: checkpoints have no optimizer state, so this training can't go on from one"
+            )
         if resume_from_checkpoint is True:
             complete = complete_checkpoints(self.args.output_dir, OBJECTIVE_STATE)
             resume_from_checkpoint = str(complete[-1]) if complete else None
@@ -325,7 +335,7 @@ class PreferenceTrainer(EndsWithItsLastStep):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As `Trainer.save_model`; under FSDP2 the whole model, but for checkpoints."""
-        if output_dir is None:
+        if output_dir is None or not _internal_call:
             gather_at_the_end(self)
         super().save_model(output_dir, _internal_call)
 
@@ -345,6 +355,9 @@ class PreferenceTrainer(EndsWithItsLastStep):
             save_objective_state(checkpoint, self.objective_state, self._decisive())
             if limit is not None and limit > 0:  # below 1 the Trainer keeps all, too
                 complete = complete_checkpoints(self.args.output_dir, OBJECTIVE_STATE)
+                complete = [
+                    folder for folder in complete if step_of(folder) <= self.state.global_step
+                ]  # not of later ones
                 rotate(complete, OBJECTIVE_STATE, limit, keep=self.state.best_model_checkpoint)
 
     def _decisive(self) -> dict:
@@ -353,7 +366,8 @@ class PreferenceTrainer(EndsWithItsLastStep):
         some = rows.select(
             range(0, len(rows), -(-len(rows) // SAMPLED_ROWS))
         )  # all would take minutes of a large dataset
-        decisive = {"objective": self.args.objective, "pairs": f"{len(rows)}, fingerprint {rows_fingerprint(some)}"}
+        objective = vars(self.objective) | {"name": self.objective.name}
+        decisive = {"objective": objective, "pairs": f"{len(rows)}, fingerprint {rows_fingerprint(some)}"}
         names = ("seed", "data_seed", "learning_rate")
         decisive |= {name: getattr(self.args, name) for name in names} | {"global_batch_size": self.global_batch_size}
         return json.loads(json.dumps(decisive))

@@ -1,6 +1,7 @@
 """The trainers as people who know TRL use them: raw rows, names of models, TRL's batches, resume, evaluate, upload."""
 
 import json
+import pickle
 import re
 import signal
 import time
@@ -10,7 +11,7 @@ import torch
 from datasets import Dataset, load_dataset
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainingArguments
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, OPTConfig, OPTForCausalLM, TrainingArguments
 from trl import ModelConfig
 
 from rmipo import PreferenceConfig, PreferenceTrainer, RMiPOConfig, RMiPOTrainer
@@ -18,6 +19,7 @@ from rmipo.data.chat import ChatFormat
 from rmipo.errors import CheckpointError, ConfigError, UserError
 from rmipo.record import read_metrics
 from rmipo.run.callbacks import MetricsFile
+from rmipo.training import attention
 from tests.helpers.launched import launch
 from tests.helpers.tiny_model import write_model
 
@@ -476,3 +478,68 @@ def test_what_is_saved_is_loaded_with_its_tokenizer_and_ends_its_turns(make, mod
     ends = loaded.generation_config.eos_token_id
     assert chat.end_id in (ends if isinstance(ends, list) else [ends])
     assert all(torch.equal(value, trainer.model.state_dict()[name]) for name, value in loaded.state_dict().items())
+
+
+# ------------------------------------------------------------------ arguments of Trainer and TRL that can't be obeyed
+
+
+@pytest.mark.parametrize(
+    "argument",
+    [{"train_sampling_strategy": "sequential"}, {"dataloader_drop_last": True}, {"label_smoothing_factor": 0.1}],
+    ids=str,
+)
+def test_arguments_without_effect_are_refused(argument):
+    with pytest.raises(ConfigError, match=next(iter(argument))):
+        RMiPOConfig("x", **argument)
+
+
+def test_liger_leaves_the_fused_head_alone():
+    assert RMiPOConfig("x", use_liger_kernel=True).liger_kernel_config["fused_linear_cross_entropy"] is False
+
+
+def test_a_reference_that_would_be_ignored_is_refused(make, model):
+    with pytest.raises(ConfigError, match="ref_model"):
+        make(DPO, ref_model=AutoModelForCausalLM.from_pretrained(model))
+
+
+def test_a_training_whose_checkpoints_have_no_optimizer_does_not_resume(make):
+    saving = {"max_steps": 1, "save_strategy": "steps", "save_steps": 1, "save_only_model": True}
+    make(args=saving).train()
+    with pytest.raises(ConfigError, match="save_only_model"):
+        make(args=saving).train(resume_from_checkpoint=True)
+
+
+def test_a_checkpoint_of_an_earlier_training_does_not_cost_the_newest_one(make, tmp_path):
+    saving = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 1}
+    make(args={"max_steps": 4, **saving}).train()
+    make(args={"max_steps": 2, **saving}).train()
+    assert {path.name for path in (tmp_path / "out").glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-4"}
+
+
+def test_tokenised_rows_beyond_the_limit_are_refused(make):
+    rows = Dataset.from_list([{"prompt_ids": [0, 5, 6], "chosen_ids": [7] * 62, "rejected_ids": [8]}])
+    with pytest.raises(UserError, match="65 tokens"):
+        make(DPO, rows=rows)
+
+
+def test_tokenised_rows_without_a_template_need_a_prior_context(make, model):
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.chat_template = None
+    rows = make().train_dataset.tokenized
+    with pytest.raises(UserError, match="prior_context"):
+        make(rows=rows, processing_class=tokenizer)
+    assert make(rows=rows, processing_class=tokenizer, prior_context=[0]).prior_context == [0]
+
+
+def test_models_with_functional_dropout_have_none(make):
+    opt = OPTForCausalLM(OPTConfig(vocab_size=25, hidden_size=16, ffn_dim=16, num_hidden_layers=1, num_attention_heads=2,
+                                   max_position_embeddings=128, word_embed_proj_dim=16, dropout=0.5))  # fmt: skip
+    trained = make(DPO, rows=make().train_dataset.tokenized, model=opt).model.train()
+    attention.attach(trained, "plain")
+    ids = torch.arange(8)[None]
+    assert torch.equal(trained(ids).logits, trained(ids).logits)
+
+
+def test_workers_that_are_spawned_load_steps(make):
+    trainer = make()
+    assert len(pickle.dumps(trainer.data_collator)) < 10_000  # and not the trainer with its model
