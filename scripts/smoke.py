@@ -160,7 +160,7 @@ def main() -> int:
     refuse(env, ["DRY", "SLURM"], "make smoke trains on this machine; leave it out")
     refuse(env, ["DATA"], "a smoke run trains on the recipe's own data; leave it out, or set --dataset_name in ARGS")
     check_choices(env)
-    given = positive_number(env, "TFLOPS", 0)
+    given = positive_number(env, "TFLOPS", 0) if env.get("TFLOPS") else 0
     folder = Path("outputs", env["MODEL"], "smoke")
     env["ARGS"] = own_arguments(env, folder)
 

@@ -302,7 +302,8 @@ def test_eval_command_from_generation_to_result_files(outputs):
             done = run("evaluate.py", outputs, "--method", "rmipo", "--bench", bench, *options, **judge)
             assert done.returncode == 0, done.stderr
         asked = len(server.requests)
-        assert asked == 6 + 1 + 2  # six pairs, the evaluator's trial request, two turns
+        # six pairs, the evaluator's trial request, two turns, and the token that each benchmark asks its judge for first
+        assert asked == 6 + 1 + 2 + 2
         # The environment is as good as the command line (make); what is finished isn't done again.
         again = run("evaluate.py", outputs, *options, BENCH="alpacaeval", METHOD="rmipo", **judge)
         assert again.returncode == 0 and "finished before" in again.stdout and len(server.requests) == asked

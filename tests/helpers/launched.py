@@ -103,6 +103,13 @@ def _run(command: list[str], environment: dict[str, str], output: str, root: Pat
     os.chdir(root)
     os.environ.clear()
     os.environ.update(environment)
+    if (
+        "wandb" in sys.modules
+    ):  # its folder for tables is the server's, and the first forked process that ends removes it
+        from wandb.sdk.data_types._private import MEDIA_TMP
+
+        MEDIA_TMP._finalizer.detach()
+        MEDIA_TMP.name = tempfile.mkdtemp(prefix="wandb-media-")
     if command[0] == "-c":
         sys.argv = ["-c", *command[2:]]
         exec(command[1], {"__name__": "__main__"})
