@@ -320,6 +320,8 @@ def test_eval_command_from_generation_to_result_files(outputs):
             "fingerprint",
             "prompting",
             "finished",
+            "commit",
+            "hardware",
         }
         assert result.keys() == keys
         assert result["bench"] == bench and result["finished"] and result["model"].endswith("tiny/rmipo")
