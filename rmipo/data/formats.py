@@ -29,7 +29,7 @@ UNREAD_KEYS = (
 OUR_COLUMNS = ("kind", "flipped", "prompt_id", "score_chosen", "score_rejected")
 # How other templates and formats write turns. In a text they are nothing but text.
 MARKERS = re.compile(
-    r"\A\s*(?:Human|User|Assistant):|\n\n(?:Human|Assistant):|<\|im_(?:start|end)\|>|<\|(?:start|end)_header_id\|>|"
+    r"\A\s*(?:Human|User|Assistant):|\n(?:Human|User|Assistant):|<\|im_(?:start|end)\|>|<\|(?:start|end)_header_id\|>|"
     r"<\|(?:system|user|assistant)\|>|\[/?INST\]|<(?:start|end)_of_turn>|\A\s*\[\s*\{\s*['\"](?:role|content)['\"]"
 )
 MESSAGES = """Messages are lists of {"role": "system" | "user" | "assistant", "content": text}. A column `system` is the text of

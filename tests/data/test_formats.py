@@ -237,7 +237,7 @@ def test_columns_that_are_not_read_are_named(tmp_path, caplog):
 
 MARKED = (
     "Human: hi", " Assistant: hi", "hi\n\nHuman: you", "<|im_start|>user\nhi", "<|user|>\nhi", "[INST] hi [/INST]",
-    "<start_of_turn>user", '[{"role": "user", "content": "hi"}]',
+    "Say hi\nUser: more", "<start_of_turn>user", '[{"role": "user", "content": "hi"}]',
 )  # fmt: skip
 
 
