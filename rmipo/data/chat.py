@@ -72,7 +72,7 @@ class ChatFormat:
         except DataError as error:
             raise DataError(f"{name}: {error}") from error
 
-        for prompt, without_header, full in zip(prompts, bare, fulls, strict=True):
+        for messages, prompt, without_header, full in zip(PROBES, prompts, bare, fulls, strict=True):
             if not prompt.startswith(without_header):
                 problems.append(
                     f"add_generation_prompt changes the dialogue itself: {without_header!r} does not start {prompt!r}"
@@ -82,6 +82,8 @@ class ChatFormat:
                     f"the prompt is not a prefix of the full text: {prompt!r} does not start {full!r}; change the "
                     "template so that its generation prompt is what it writes in front of an assistant message"
                 )
+            elif any(full.count(turn["content"]) > [*messages, ANSWER].count(turn) for turn in (QUESTION, ANSWER)):
+                problems.append(f"the template writes a turn more than once: {full!r}; write its content once")
             if problems:
                 break
 

@@ -207,6 +207,8 @@ def find_split(folder: Path, name: str, split: str) -> list[Path]:
             f"data/{name}-00000-of-00001.parquet. Found: {listing}. Rename a file, or set "
             f"`dataset_{split}_split` (in a mixture `{'split' if split == 'train' else 'test_split'}`)."
         )
+    if others := sorted(stem for stem in found if stem.startswith(name) and stem != name):
+        warn_once(f"{folder}: {name} is read, and not: {', '.join(others)}. A mixture reads several splits")
     return found[name]
 
 

@@ -87,6 +87,8 @@ class PairConfig(TrainingArguments):
             self.bf16 = not self.fp16 and _has_bf16(self.use_cpu)
         if self.use_liger_kernel:
             self.liger_kernel_config = LIGER | (self.liger_kernel_config or {})
+        # TRL's parser makes False of the default, "no".
+        self.include_num_input_tokens_seen = self.include_num_input_tokens_seen or "no"
         given = {name: getattr(self, name) for name in FIXED_IN_PREFERENCE}
         problems = [
             f"{name} is {given[name]!r}: it has no effect, {why}. Leave it out"

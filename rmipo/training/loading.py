@@ -166,7 +166,10 @@ def require_untied(model: PeftModel) -> None:
     base = model.get_base_model()
     tied = {key.rpartition(".")[0] for pair in base.all_tied_weights_keys.items() for key in pair}
     saved = [name for name, module in base.named_modules() if isinstance(module, ModulesToSaveWrapper)]
-    if shared := sorted(tied & {*getattr(model.base_model, "targeted_module_names", ()), *saved}):
+    modules = getattr(model.base_model, "targeted_module_names", ())
+    parameters = getattr(model.base_model, "targeted_parameter_names", ())  # `lora_target_parameters`
+    targets = {*modules, *saved, *(name.rpartition(".")[0] for name in parameters)}
+    if shared := sorted(tied & targets):
         raise LoadingError(
             f"{', '.join(shared)}: the model's input and output embeddings are one (tie_word_embeddings), and an adapter of "
             "one of them can't be merged. Leave them out, or untie them in a copy of the model"

@@ -175,6 +175,11 @@ def test_a_dialogue_without_an_answer_to_train_is_dropped(tmp_path, chat):
     assert list(report.dropped.values()) == [[60]]
 
 
+def test_a_mark_that_asks_for_a_user_turn_to_be_trained_is_refused(tmp_path):
+    with pytest.raises(DataError, match=r"user turn has train.*: row 0"):
+        load(tmp_path, [[user("a") | {"train": True}, assistant("b") | {"train": True}]])
+
+
 def test_a_weight_that_is_neither_all_nor_nothing_is_refused(tmp_path):
     with pytest.raises(DataError, match=r"weight 0\.5.*: row 1"):
         load(tmp_path, [MARKED, [user("a"), assistant("b") | {"weight": 0.5}]])

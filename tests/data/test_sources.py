@@ -46,13 +46,14 @@ def test_a_split_of_a_folder_is_found_by_name(tmp_path, caplog, name, split):
 
 
 @pytest.mark.parametrize("ending", ["", "-9564e8b05b4757ab"])  # a hash, as older versions of datasets wrote it
-def test_shards_are_joined(tmp_path, ending):
+def test_shards_are_joined(tmp_path, caplog, ending):
     for i in (2, 0, 3, 1):
         write(tmp_path / f"data/train-{i:05}-of-00004{ending}.parquet", pairs(2 * i, 2 * i + 1))
         write(tmp_path / f"test-{i}-of-4.jsonl", pairs(i))
     write(tmp_path / "train-old.jsonl", pairs(9))
     dataset = load_pairs(config(tmp_path), "train")
     assert questions(dataset) == dataset["row"][:] == list(range(8))
+    assert "train-old" in caplog.text
     assert questions(load_pairs(config(tmp_path), "test")) == [0, 1, 2, 3]
     (tmp_path / "test-3-of-4.jsonl").write_text("{")
     names = ", ".join(f"test-{i}-of-4.jsonl" for i in range(4))

@@ -563,6 +563,8 @@ CASES = [
              ("no end token: after a response the template writes ''", "write {{ eos_token }}")),
     BadInput("template", "two end tokens", lambda b: b.template(" + '<|eot_id|>'", " + '<|eot_id|><|eot_id|>'"),
              ("doubled end token", "write <|eot_id|> once")),
+    BadInput("template", "a response twice", lambda b: b.template(" + '<|eot_id|>'", " + message['content'] + '<|eot_id|>'"),
+             ("more than once", "write its content once")),
     BadInput("template", "text after the end token", lambda b: b.template(" + '<|eot_id|>'", " + '<|eot_id|>bye'"),
              ("writes 'bye' after the end token", "end a response there")),
     BadInput("template", "a prompt that is not a prefix of the full text",

@@ -286,7 +286,7 @@ def test_a_stop_during_the_last_moments_of_a_stage_keeps_the_next_from_starting(
     code, output, errors = launch(MODEL="tiny")
     assert code == 75
     assert [line for line in output.splitlines() if line.startswith("## ")] == ["## world"]
-    assert errors == "stopped before sft; the same command starts there\n"
+    assert errors.startswith("stopped before sft;")
 
 
 def test_a_stop_before_the_program_runs_reaches_it():

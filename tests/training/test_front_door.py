@@ -425,6 +425,8 @@ def test_weights_are_trained_in_float32_or_not_at_all(make, model, weights):
         {"target_modules": ["model.embed_tokens", "q_proj"]},
         {"target_modules": ["embed_tokens"], "ensure_weight_tying": True},
         {"target_modules": "all-linear", "modules_to_save": ["lm_head"]},
+        {"target_modules": ["q_proj"], "target_parameters": ["lm_head.weight"]},
+        {"target_modules": ["q_proj"], "target_parameters": ["embed_tokens.weight"]},
     ],
     ids=str,
 )
