@@ -91,19 +91,16 @@ def read_prompt_and_completion(row: Row) -> Sides | None:
 def untrained_turns(value: Any, turns: Messages) -> list[bool]:
     """Which turns say that they are not to be trained: `weight: 0` (OpenAI's format) or `train: false` (Axolotl's).
 
-    Raises DataError where a mark is neither, or asks for a turn to be trained that is no response.
+    Raises DataError where a mark is neither, or asks for a user's turn.
     """
     if not isinstance(value, list):
         return [False] * len(turns)
     for key in ("weight", "train"):
         if odd := [message[key] for message in value if message.get(key) not in (None, 0, 1)]:
             raise DataError(f"messages have {key} {odd[0]!r}, expected one of 0, 1, true, false")
-        if asked := [
-            turn["role"]
-            for message, turn in zip(value, turns, strict=True)
-            if message.get(key) and turn["role"] != "assistant"
-        ]:
-            raise DataError(f"a {asked[0]} turn has {key} 1; only assistant turns are trained. Remove the mark")
+        asked = [turn["role"] for message, turn in zip(value, turns, strict=True) if message.get(key)]
+        if others := [role for role in asked if role != "assistant"]:
+            raise DataError(f"a {others[0]} turn has {key} 1; only assistant turns are trained. Remove the mark")
     return [0 in (message.get("weight"), message.get("train")) for message in value]
 
 
