@@ -237,7 +237,8 @@ def test_columns_that_are_not_read_are_named(tmp_path, caplog):
 
 MARKED = (
     "Human: hi", " Assistant: hi", "hi\n\nHuman: you", "<|im_start|>user\nhi", "<|user|>\nhi", "[INST] hi [/INST]",
-    "Say hi\nUser: more", "<start_of_turn>user", '[{"role": "user", "content": "hi"}]',
+    "Say hi\nUser: more", "### Instruction:\nSay hi", "hi\nBot: hello", "<start_of_turn>user",
+    '[{"role": "user", "content": "hi"}]',
 )  # fmt: skip
 
 
