@@ -36,7 +36,7 @@ def test_an_import_against_the_order_is_found(tmp_path):
 LINES = {
     "rmipo/compare": 640,  # aim: 400
     "rmipo/constraints": 120,  # aim: 110
-    "rmipo/data": 1380,  # aim: 800
+    "rmipo/data": 1390,  # aim: 800
     "rmipo/evaluation": 2190,  # aim: 1500
     "rmipo/generation": 1250,  # aim: 800
     "rmipo/launch": 1240,  # aim: 600
@@ -48,7 +48,7 @@ LINES = {
     "rmipo/run": 1490,  # aim: 800
     "rmipo/tiny": 700,  # aim: 450
     "rmipo/training": 2450,  # aim: 1700
-    "rmipo": 17640,  # aim: 11000
+    "rmipo": 17650,  # aim: 11000
     "scripts": 1690,  # aim: 1100
     "benchmarks": 1300,  # aim: 800
     "examples": 170,

@@ -207,6 +207,15 @@ def find_split(folder: Path, name: str, split: str) -> list[Path]:
             f"data/{name}-00000-of-00001.parquet. Found: {listing}. Rename a file, or set "
             f"`dataset_{split}_split` (in a mixture `{'split' if split == 'train' else 'test_split'}`)."
         )
+    shards = [re.search(r"-(\d+)-of-(\d+)", path.name) for path in found[name]]
+    complete = (
+        len(shards) == 1 if None in shards else sorted(int(i[1]) for i in shards) == list(range(int(shards[0][2])))
+    )
+    if not complete and found[name][0].suffix != ".arrow":
+        listing = ", ".join(path.name for path in found[name])
+        raise DataError(
+            f"{folder}: split {name} is one file or all shards of one upload. Found: {listing}. Name the file"
+        )
     if others := sorted(stem for stem in found if stem.startswith(name) and stem != name):
         warn_once(f"{folder}: {name} is read, and not: {', '.join(others)}. A mixture reads several splits")
     return found[name]

@@ -61,6 +61,22 @@ def test_shards_are_joined(tmp_path, caplog, ending):
         load_pairs(config(tmp_path), "test")
 
 
+@pytest.mark.parametrize(
+    "files",
+    [
+        ("train.jsonl", "train.jsonl.gz"),
+        ("train.jsonl", "data/train-00000-of-00001.jsonl"),
+        ("train-00000-of-00003.jsonl", "train-00002-of-00003.jsonl"),
+        ("train-00000-of-00002.jsonl",),
+    ],
+)
+def test_rows_twice_or_missing_shards_are_refused(tmp_path, files):
+    for file in files:
+        write(tmp_path / file, pairs(0, 1))
+    with pytest.raises(DataError, match=files[0]):
+        load_pairs(config(tmp_path), "train")
+
+
 def test_a_folder_without_the_split(tmp_path):
     for name in ("train", "latest", "validation", "train_old"):
         write(tmp_path / f"{name}.jsonl", pairs(1))
