@@ -33,7 +33,6 @@ PLAIN_TEMPLATE = (
     "{% for message in messages %}{{ message['content'] }}"
     "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
 )
-
 EXAMPLE_TOKENS = 30  # of each text of a pair that is printed
 Named = str | trl.ModelConfig
 Loaded = PreTrainedModel | PeftModel

@@ -355,17 +355,14 @@ class PreferenceTrainer(EndsWithItsLastStep):
             save_objective_state(checkpoint, self.objective_state, self._decisive())
             if limit is not None and limit > 0:  # below 1 the Trainer keeps all, too
                 complete = complete_checkpoints(self.args.output_dir, OBJECTIVE_STATE)
-                complete = [
-                    folder for folder in complete if step_of(folder) <= self.state.global_step
-                ]  # not of later ones
-                rotate(complete, OBJECTIVE_STATE, limit, keep=self.state.best_model_checkpoint)
+                # Checkpoints of later steps were left by an earlier training: not ours to delete.
+                earlier = [folder for folder in complete if step_of(folder) <= self.state.global_step]
+                rotate(earlier, OBJECTIVE_STATE, limit, keep=self.state.best_model_checkpoint)
 
     def _decisive(self) -> dict:
         """What a resumed training must have in common with the one that saved its checkpoint, in plain values."""
         rows = self.train_dataset.tokenized
-        some = rows.select(
-            range(0, len(rows), -(-len(rows) // SAMPLED_ROWS))
-        )  # all would take minutes of a large dataset
+        some = rows.select(range(0, len(rows), -(-len(rows) // SAMPLED_ROWS)))  # all of a large dataset: minutes
         objective = vars(self.objective) | {"name": self.objective.name}
         decisive = {"objective": objective, "pairs": f"{len(rows)}, fingerprint {rows_fingerprint(some)}"}
         names = ("seed", "data_seed", "learning_rate")
