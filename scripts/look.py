@@ -35,7 +35,7 @@ def main() -> None:
     args = parser.read()
     model, setting = args.model or "tiny", is_setting(args.model or "tiny")
     check_names(model, [args.method] if args.method else [])
-    if not (args.pairs or "200").isdecimal() or args.pairs == "0":
+    if args.pairs and (not args.pairs.isdecimal() or int(args.pairs) == 0):
         raise ConfigError(f"PAIRS={args.pairs}: expected how many pairs to show, 1 or more")
     if not (setting or args.data or recorded_run(model)):
         raise ConfigError(f"MODEL={model} has no recipe that names its pairs: say which, DATA=<folder or file>")
@@ -66,7 +66,7 @@ def main() -> None:
         load_pairs(data, args.split),
         RMiPOConfig(output_dir=".", report_to="none", **known),
         after=after and ModelConfig(model_name_or_path=str(after), dtype=recipe.get("dtype", "auto")),
-        pairs=int(args.pairs or 200),
+        **({"pairs": int(args.pairs)} if args.pairs else {}),
         output=args.output or args.outputs / "reports" / f"look-{Path(model).name}.html",
     )
     print(f"Written to {page}: open it in a browser")

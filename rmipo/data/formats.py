@@ -30,7 +30,8 @@ OUR_COLUMNS = ("kind", "flipped", "prompt_id", "score_chosen", "score_rejected")
 # How other templates and formats write turns. In a text they are nothing but text.
 MARKERS = re.compile(
     r"(?:\A\s*|\n)(?:### ?)?(?:Human|User|Assistant|Bot|Instruction|Response):|<\|im_(?:start|end)\|>|"
-    r"<\|(?:start|end)_header_id\|>|<\|(?:system|user|assistant)\|>|\[/?INST\]|<(?:start|end)_of_turn>|\A\s*\[\s*\{\s*['\"](?:role|content)['\"]"
+    r"<\|(?:start|end)_header_id\|>|<\|(?:system|user|assistant)\|>|\[/?INST\]|<(?:start|end)_of_turn>|"
+    r"\A\s*\[\s*\{\s*['\"](?:role|content)['\"]"
 )
 MESSAGES = """Messages are lists of {"role": "system" | "user" | "assistant", "content": text}. A column `system` is the text of
 a system message in front. Rename the columns of your data."""

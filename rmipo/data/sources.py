@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 
 BUILDERS = {".jsonl": "json", ".json": "json", ".jsonl.gz": "json", ".json.gz": "json", ".parquet": "parquet"}
 BUILDERS |= {".csv": "csv", ".csv.gz": "csv", ".arrow": "arrow"}
+SHARD = re.compile(r"-(\d+)-of-(\d+)(-[0-9a-f]+)?$")  # at the end of a file's name without its suffix
 SAVED = "state.json"  # in a folder that `Dataset.save_to_disk` wrote; a `DatasetDict` has one for each split
 HELD_OUT = 0.05  # share of local data without splits that becomes its test split
 SUBSET_KEYS = ("name", "data_dir", "data_files", "revision")
@@ -194,8 +195,7 @@ def find_split(folder: Path, name: str, split: str) -> list[Path]:
     found = {state.parent.name: saved_files(state.parent) for state in folder.glob(f"*/{SAVED}")}
     for path in sorted([*folder.glob("*"), *folder.glob("data/*")]):
         if path.is_file() and (ending := suffix(path)):
-            stem = re.sub(r"-\d+-of-\d+(-[0-9a-f]+)?$", "", path.name.removesuffix(ending))
-            found.setdefault(stem, []).append(path)
+            found.setdefault(SHARD.sub("", path.name.removesuffix(ending)), []).append(path)
     alike = [stem for stem in found if stem.startswith(split)]
     if name not in found and len(alike) == 1:
         warn_once(f"{folder}: it has no split {name!r}, so its only one named like {split} is taken: {alike[0]}")
@@ -207,14 +207,15 @@ def find_split(folder: Path, name: str, split: str) -> list[Path]:
             f"data/{name}-00000-of-00001.parquet. Found: {listing}. Rename a file, or set "
             f"`dataset_{split}_split` (in a mixture `{'split' if split == 'train' else 'test_split'}`)."
         )
-    shards = [re.search(r"-(\d+)-of-(\d+)", path.name) for path in found[name]]
-    complete = (
-        len(shards) == 1 if None in shards else sorted(int(i[1]) for i in shards) == list(range(int(shards[0][2])))
-    )
-    if not complete and found[name][0].suffix != ".arrow":
+    # Anything else would train rows twice, or leave rows out.
+    shards = [SHARD.search(path.name.removesuffix(suffix(path))) for path in found[name]]
+    numbers = [0] if shards == [None] else sorted(int(shard[1]) if shard else -1 for shard in shards)
+    total = 1 if None in shards else int(shards[0][2])
+    if numbers != list(range(total)):
         listing = ", ".join(path.name for path in found[name])
         raise DataError(
-            f"{folder}: split {name} is one file or all shards of one upload. Found: {listing}. Name the file"
+            f"{folder}: found {listing} for split {name}, expected one file or all shards of one upload. Add what is "
+            "missing, or name one file as the dataset"
         )
     if others := sorted(stem for stem in found if stem.startswith(name) and stem != name):
         warn_once(f"{folder}: {name} is read, and not: {', '.join(others)}. A mixture reads several splits")
