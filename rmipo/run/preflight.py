@@ -29,7 +29,7 @@ from rmipo.recipe.schema import PreferenceRunConfig
 from rmipo.run.export import HUB_ERRORS, make_repository
 from rmipo.training.attention import resolve_kind
 from rmipo.training.distributed import on_main_process
-from rmipo.training.loading import require_untied
+from rmipo.training.loading import check_adapters
 from rmipo.training.metrics import check_logged, evaluation_metrics
 
 TARGETED = ("galore", "apollo")  # optimizers that read optim_target_modules
@@ -161,12 +161,8 @@ def _build_adapter(model_config: ModelConfig) -> None:
     if adapter is None:
         return
     model = _empty_model(model_config)
-    modules = [name for name, _ in model.named_modules()]
-    for name in adapter.modules_to_save or []:
-        if not any(module.endswith(name) for module in modules):
-            raise ValueError(f"lora_modules_to_save: the model has no module {name}")
     with init_empty_weights():
-        require_untied(get_peft_model(model, adapter))
+        check_adapters(get_peft_model(model, adapter))
 
 
 def _build_optimizer(args: TrainingArguments, model_config: ModelConfig) -> None:
