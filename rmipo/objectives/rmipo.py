@@ -166,10 +166,8 @@ class RMiPO(base.Objective):
         return self.fidelity == "release"
 
     @property
-    def micro_batch_matters(self) -> bool:
-        return (
-            self.sft_weight > 0 or super().micro_batch_matters
-        )  # the former's mean is over the tokens of a micro-batch
+    def regroups(self) -> str:
+        return "nothing" if self.signal == "shuffled" else "micro-batches" if self.sft_weight > 0 else "pairs"
 
     @property
     def min_pairs(self) -> int:

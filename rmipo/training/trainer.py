@@ -265,7 +265,8 @@ class PreferenceTrainer(EndsWithItsLastStep):
             micro_batch_size=self.args.per_device_train_batch_size,
             seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
             max_tokens=max_tokens,
-            pair_tokens=() if max_tokens is None else packed_lengths(self.train_dataset.tokenized),
+            pair_tokens=packed_lengths(self.train_dataset.tokenized) if max_tokens or self.args.world_size > 1 else (),
+            regroups=self.objective.regroups if self.args.world_size > 1 else "nothing",
         )
 
     def get_eval_dataloader(self, eval_dataset: str | Dataset | PairDataset | None = None) -> DataLoader:
