@@ -17,6 +17,7 @@ from trl import ModelConfig
 from rmipo import PreferenceConfig, PreferenceTrainer, RMiPOConfig, RMiPOTrainer
 from rmipo.data.chat import ChatFormat
 from rmipo.errors import CheckpointError, ConfigError, UserError
+from rmipo.recipe import arguments
 from rmipo.record import read_metrics
 from rmipo.run.callbacks import MetricsFile
 from rmipo.training import attention
@@ -511,6 +512,20 @@ def test_arguments_without_effect_are_refused(argument):
 
 def test_liger_leaves_the_fused_head_alone():
     assert RMiPOConfig("x", use_liger_kernel=True).liger_kernel_config["fused_linear_cross_entropy"] is False
+
+
+@pytest.mark.parametrize("installed", [False, True])
+@pytest.mark.parametrize("on_cuda", [False, True])
+def test_liger_is_the_default_on_gpus_where_it_is_installed(monkeypatch, installed, on_cuda):
+    monkeypatch.setattr(arguments, "is_liger_kernel_available", lambda: installed)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: on_cuda)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: on_cuda)
+    args = RMiPOConfig.__new__(RMiPOConfig)
+    monkeypatch.setattr(TrainingArguments, "__post_init__", lambda self: None)  # it would look for the GPU itself
+    monkeypatch.setattr(RMiPOConfig, "pairs_per_step", lambda self: 1)
+    args.__init__("x", bf16=True)
+    assert args.use_liger_kernel is (installed and on_cuda)
+    assert bool(args.liger_kernel_config) is (installed and on_cuda)
 
 
 def test_a_reference_that_would_be_ignored_is_refused(make, model):
