@@ -330,9 +330,9 @@ CASES = [
         "unknown keys wieght",
         "expected id, config",
     ),
-    objective_case("--objective.gamma=1", "objective.gamma is not a key of rmipo", "Its keys: beta"),
-    objective_case("--objective.beta=-1", "objective.beta is -1", "expected a number > 0"),
-    objective_case("--objective.schedule=step", "'step'", "expected exponential | linear | cosine | constant"),
+    objective_case("--objective.gamma=1", "objective.gamma is not a key of rmipo"),
+    objective_case("--objective.beta=-1", "objective.beta is -1"),
+    objective_case("--objective.schedule=step", "objective.schedule is 'step'"),
     BadInput(
         "objective",
         "micro-batches by tokens where a loss depends on them",
