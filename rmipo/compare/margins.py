@@ -32,17 +32,17 @@ def margins(env: dict[str, str]) -> int:
     plan = read_yaml(Path(f"recipes/{model}/margins.yaml"))
     study = Study(model, arguments=env.get("ARGS", ""))
     folder = Path(f"outputs/{model}/margins")
-    rate, workers = plan["learning_rate"], int(env.get("WORKERS") or study.workers)
+    rates, workers = plan["arms"], int(env.get("WORKERS") or study.workers)
     arms = [
         Run("report", method, rate, seed, noise)
         for noise in plan["noise"]
         for seed in range(plan["arm_seeds"])
-        for method in plan["arms"]
+        for method, rate in rates.items()
     ]
     grids = [
-        Run("report", method, rate, seed, 0.0, point)
-        for seed in range(plan["grid_seeds"])
-        for method, grid in plan["grids"].items()
+        Run("report", method, rates[method], seed, 0.0, point)
+        for seed in range(plan.get("grid_seeds", 0))
+        for method, grid in plan.get("grids", {}).items()
         for point in points(grid)
     ]
     for run in (*arms, *grids):
@@ -68,8 +68,9 @@ def margins(env: dict[str, str]) -> int:
     text = report(done, spread, metric)
     print(text)
     (folder / "report.md").write_text(text)
-    draw_spread(outcomes(spread, metric), metric).savefig(folder / "spread.png")
-    print(folder / "spread.png")
+    if spread:
+        draw_spread(outcomes(spread, metric), metric).savefig(folder / "spread.png")
+        print(folder / "spread.png")
     return 0
 
 
@@ -126,12 +127,9 @@ def report(arms: list[tuple[Run, dict]], grids: list[tuple[Run, dict]], metric: 
                 row += [f"{adjusted[name]:.3f}", f"{result.detectable:.3f}"]
             text.append(f"| {' | '.join([*row, *[''] * (6 - len(row))])} |")
         text.append("")
-    text += [
-        "Spread over the grid, each point a mean over seeds:",
-        "",
-        "| method | points | best | median | worst | std |",
-    ]
-    text.append("|---|---:|---:|---:|---:|---:|")
+    if grids:
+        text += ["Spread over the grid, each point a mean over seeds:", ""]
+        text += ["| method | points | best | median | worst | std |", "|---|---:|---:|---:|---:|---:|"]
     for method, values in outcomes(grids, metric).items():
         best, middle, worst = max(values), median(values), min(values)
         text.append(f"| {method} | {len(values)} | {best:.3f} | {middle:.3f} | {worst:.3f} | {stdev(values):.3f} |")
@@ -140,6 +138,8 @@ def report(arms: list[tuple[Run, dict]], grids: list[tuple[Run, dict]], metric: 
 
 
 def scores(lines: dict[int, dict], metric: str) -> list[list[float]]:
-    """(seeds, prompts) of an arm; one column where a metric isn't known per prompt. A run that diverged scores 0."""
-    known = [line["metrics"].get("per_prompt", {}).get(metric) for _, line in sorted(lines.items())]
-    return known if all(known) else [[line["metrics"].get(metric, 0.0)] for _, line in sorted(lines.items())]
+    """(seeds, prompts) of an arm; one column where the metric isn't known per prompt. A run that diverged scores 0."""
+    by_seed = [line["metrics"] for _, line in sorted(lines.items())]
+    if all("per_prompt" in metrics for metrics in by_seed):
+        return [[100 * share for share in metrics["per_prompt"]] for metrics in by_seed]  # percent, as the metric
+    return [[metrics.get(metric, 0.0)] for metrics in by_seed]
