@@ -12,7 +12,8 @@ from statistics import mean, median, stdev
 from tqdm import tqdm
 
 from rmipo.compare.log import Log, execute_all
-from rmipo.compare.study import Run, Study
+from rmipo.compare.study import Study
+from rmipo.compare.trial import Trial
 from rmipo.launch.choices import choose_stages
 from rmipo.recipe.files import read_yaml
 from rmipo.record import environment
@@ -34,13 +35,13 @@ def margins(env: dict[str, str]) -> int:
     folder = Path(f"outputs/{model}/margins")
     rates, workers = plan["arms"], int(env.get("WORKERS") or study.workers)
     arms = [
-        Run("report", method, rate, seed, noise)
+        Trial("report", method, rate, seed, noise)
         for noise in plan["noise"]
         for seed in range(plan["arm_seeds"])
         for method, rate in rates.items()
     ]
     grids = [
-        Run("report", method, rates[method], seed, 0.0, point)
+        Trial("report", method, rates[method], seed, 0.0, point)
         for seed in range(plan.get("grid_seeds", 0))
         for method, grid in plan.get("grids", {}).items()
         for point in points(grid)
@@ -53,7 +54,7 @@ def margins(env: dict[str, str]) -> int:
             total=len(arms) + len(grids) + plan["arm_seeds"] * len(plan["noise"]), unit="run", smoothing=0
         ) as bar:
 
-            def finished(runs: list[Run]) -> list[tuple[Run, dict]]:
+            def finished(runs: list[Trial]) -> list[tuple[Trial, dict]]:
                 lines = {}
                 for run, line in execute_all(log, runs, workers, facts):
                     bar.update()
@@ -84,13 +85,13 @@ def points(grid: dict[str, list]) -> list[tuple[tuple[str, float], ...]]:
     return [sum(choice, ()) for choice in itertools.product(*columns)]
 
 
-def mean_gamma_arm(run: Run, line: dict) -> Run:
+def mean_gamma_arm(run: Trial, line: dict) -> Trial:
     """SimPO with the mean margin that this run of RMiPO had."""
     own = (("beta", 2.0), ("gamma", round(line["gamma_mean"], 4)))
-    return Run("report", "simpo", run.learning_rate, run.seed, run.noise, own)
+    return Trial("report", "simpo", run.learning_rate, run.seed, run.noise, own)
 
 
-def outcomes(lines: list[tuple[Run, dict]], metric: str) -> dict[str, list[float]]:
+def outcomes(lines: list[tuple[Trial, dict]], metric: str) -> dict[str, list[float]]:
     """Method -> the metric's mean over the seeds for each point of its grid; a point with a run that diverged counts as 0."""
     values: dict = defaultdict(lambda: defaultdict(list))
     for run, line in lines:
@@ -98,7 +99,7 @@ def outcomes(lines: list[tuple[Run, dict]], metric: str) -> dict[str, list[float
     return {method: [mean(seeds) for seeds in grid.values()] for method, grid in values.items()}
 
 
-def report(arms: list[tuple[Run, dict]], grids: list[tuple[Run, dict]], metric: str) -> str:
+def report(arms: list[tuple[Trial, dict]], grids: list[tuple[Trial, dict]], metric: str) -> str:
     """The arms per label noise, the primary contrast first, then the spread over the grids; Markdown."""
     tables: dict = defaultdict(lambda: defaultdict(dict))
     for run, line in arms:
