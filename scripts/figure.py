@@ -25,9 +25,10 @@ from rmipo.reporting.results import (
     PAPER_MODELS,
     RECIPES,
     ReportError,
-    Run,
+    TrainingRun,
     check_model,
     load_run,
+    method_label,
     model_label,
     train_command,
 )
@@ -74,10 +75,10 @@ def main() -> None:
             raise ReportError(
                 f"{option.upper()} is for figure {number}, and this is figure {args.number}: leave it out"
             )
-    from rmipo.reporting import figures  # imports matplotlib
+    from rmipo.plots import save  # imports matplotlib
 
     figure = draw(args)
-    for file in figures.save(figure, report_file(args, ".png")):
+    for file in save(figure, report_file(args, ".png")):
         print(f"Written to {file}")
 
 
@@ -103,7 +104,6 @@ def draw(args: argparse.Namespace) -> "Figure":
 
 def draw3(args: argparse.Namespace) -> "Figure":
     from rmipo.reporting import figures_pairs, pair_scores  # import torch and transformers
-    from rmipo.reporting.figures import method_label
     from rmipo.reporting.figures_runs import on_other_pairs
 
     method = args.method or "initial"
@@ -132,7 +132,6 @@ def draw6(args: argparse.Namespace) -> "Figure":
 def draw8(args: argparse.Namespace) -> "Figure":
     """Draws the readings, prints their table and writes it as CSV."""
     from rmipo.reporting import figures_pairs, pair_scores
-    from rmipo.reporting.figures import method_label
 
     method = args.method or "rmipo"
     run = scored_run(args, method)
@@ -159,7 +158,7 @@ def draw8(args: argparse.Namespace) -> "Figure":
     )
 
 
-def scored_run(args: argparse.Namespace, method: str) -> Run:
+def scored_run(args: argparse.Namespace, method: str) -> TrainingRun:
     """What Figure 8 scores with: a finished run, a setting's initial model with its recipe, or any model."""
     from rmipo.evaluation.target import find_target
     from rmipo.recipe.load import load_recipe
@@ -174,7 +173,7 @@ def scored_run(args: argparse.Namespace, method: str) -> Run:
     return initial_run(folder, load_recipe(recipe).values if recipe.is_file() else {})
 
 
-def finished_run(outputs: Path, model: str, method: str) -> Run:
+def finished_run(outputs: Path, model: str, method: str) -> TrainingRun:
     run = load_run(outputs, model, method)
     if run is None or not run.finished:
         raise ReportError(f"{outputs / model / method} holds no finished run: run `{train_command(model, method)}`")

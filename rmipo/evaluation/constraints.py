@@ -46,12 +46,13 @@ def run(model_dir: str | Path, output_dir: str | Path, settings: dict) -> dict:
     write_lines(Path(output_dir) / "constraints.jsonl", results)
     every = [[all(check) for check in row["followed"]] for row in results]
     each = [[sum(check) / len(check) for check in row["followed"]] for row in results]
-    metrics = {}
+    metrics, per_prompt = {"constraints_cut": generator.cut}, {}
     for name, values in (("constraints_all", every), ("constraints_each", each)):
         metrics[name], metrics[f"{name}_standard_error"] = percent(values)
-    metrics["constraints_cut"] = generator.cut
+        per_prompt[name] = [100 * sum(of_prompt) / len(of_prompt) for of_prompt in values]
     return {
         "metrics": metrics,
+        "per_prompt": per_prompt,
         "versions": package_versions("lm_eval") | generator.versions,
         "settings": settings | {"generation": generator.settings, "prompts_sha256": json_fingerprint(prompts)},
         "fingerprint": generator.fingerprint,
@@ -78,6 +79,7 @@ BENCHMARK = Benchmark(
     metrics={
         "constraints_all": Metric("All constraints (%)", standard_error="constraints_all_standard_error"),
         "constraints_each": Metric("Constraints (%)", standard_error="constraints_each_standard_error"),
+        "constraints_cut": Metric("Cut (%)", better=None),
     },
     same=(
         "prompts_sha256",

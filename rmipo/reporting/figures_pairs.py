@@ -11,24 +11,21 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from rmipo.objectives.rmipo import SCHEDULES, scheduled_margin
-from rmipo.reporting.figures import (
+from rmipo.plots import (
     BLUE,
     GREEN,
     GREY,
     ORANGE,
     PURPLE,
     RED,
-    density,
-    footnotes,
     house_style,
-    jitter,
     method_color,
-    method_label,
     panel_letter,
     panels,
-    wasserstein,
 )
+from rmipo.reporting.figures import density, footnotes, jitter, wasserstein
 from rmipo.reporting.pair_scores import AT_MAX, AT_MIN, Reading
+from rmipo.reporting.results import method_label
 
 BEHIND_TEXT = {"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 0.5}
 PAPER_GAMMA_PEAKS = {"mistral-7b-instruct": 0.4, "llama3-8b-instruct": 1.4}  # App. D, Figure 8 right
@@ -47,9 +44,7 @@ def window(samples: list[np.ndarray], share: float = 0.99) -> np.ndarray:
 def figure3(signals: dict[str, dict[str, np.ndarray]], title: str, notes: Iterable[str] = ()) -> Figure:
     """Density of the log-likelihood and PMI differences of a pair, one panel per HH subset.
 
-    Args:
-        signals: subset -> {"loglik": (pairs,), "pmi": (pairs,)}, in nats per token.
-        notes: how they were made.
+    `signals`: subset -> {"loglik": (pairs,), "pmi": (pairs,)}, in nats per token.
     """
     names = {
         "loglik": (r"$\Delta\log\pi(y|x)/|y|$", BLUE),
@@ -85,9 +80,8 @@ def figure6(
     gives the 1-Wasserstein distance to REF in that unit, W1, with its 95% bootstrap interval over pairs.
 
     Args:
-        reference: (pairs,) judge's score of chosen minus rejected, made continuous with bounded jitter.
+        reference: (pairs,) judge's score of chosen minus rejected.
         rewards: method -> (pairs,) the method's reward of chosen minus rejected.
-        notes: how they were made.
     """
     judged = jitter(reference, seed)
     judged = judged / judged.std()
@@ -135,10 +129,6 @@ def figure8(
 
     The curve of gamma is the density of the pairs strictly between the bounds (left scale); the pins are the shares of
     pairs at the two bounds (right scale), which a density estimate would smear into peaks that aren't there.
-
-    Args:
-        schedule, span: those of `readings`, drawn thick.
-        notes: how they were made.
     """
     figure, axes = panels(3, height=1.25, rows=len(readings), width_ratios=(1, 1, 1.2))
     specs = axes[0].get_gridspec()

@@ -10,6 +10,7 @@ from rmipo.evaluation import BENCHMARKS
 from rmipo.reporting.results import ReportError, Result, model_label, paper_table
 
 ABSENT = "absent"
+TRIAL = "TRIAL, not the benchmark itself"
 
 
 @dataclass(frozen=True)
@@ -65,15 +66,13 @@ def require_comparable(what: str, results: Iterable[Result]) -> None:
     """Raises ReportError if `results` were made by different packages, by different judges or in different ways."""
     if found := conflicts(results):
         listing = "\n  ".join(conflict.text for conflict in found)
-        raise ReportError(
-            f"{what}: result files of mixed versions or settings aren't comparable:\n  {listing}\nDelete those that are "
-            "wrong and evaluate these runs again."
-        )
+        raise ReportError(f"{what}: these results aren't comparable, evaluate the wrong ones again:\n  {listing}")
 
 
 def made_with(results: Iterable[Result]) -> list[str]:
-    """Judge, decoding and versions behind `results`: a line for each benchmark and each different way, models named."""
+    """Judge, decoding, versions, prompts and commits behind `results`: a line for each different way, models named."""
     models: dict[tuple[str, str], dict[str, None]] = defaultdict(dict)  # (benchmark, what) -> ordered set
+    commits: dict[str, None] = {}
     for result in results:
         benchmark = BENCHMARKS[result.bench]
         shared, own = (
@@ -81,10 +80,16 @@ def made_with(results: Iterable[Result]) -> list[str]:
             for names in (benchmark.same, benchmark.same_per_model)
         )
         versions = ", ".join(f"{package} {version}" for package, version in sorted(result.versions.items()))
-        models[benchmark.title, "; ".join(filter(None, (shared, versions)))][""] = None
+        counts = {len(values) for values in result.per_prompt.values()}
+        n = f"n {' and '.join(map(str, sorted(counts)))}" if counts else ""
+        models[benchmark.title, "; ".join(filter(None, (shared, n, versions)))][""] = None
         if own:
             models[benchmark.title, own][model_label(result.model)] = None
-    return [f"{title}{of(list(names))}: {text}." for (title, text), names in models.items() if text]
+        if result.commit:
+            commit, _, modified = result.commit.partition("+")
+            commits[commit[:12] + f"+{modified}" * bool(modified)] = None
+    lines = [f"{title}{of(list(names))}: {text}." for (title, text), names in models.items() if text]
+    return lines + ([f"Evaluated at commit {', '.join(commits)}."] if commits else [])
 
 
 def of(models: list[str]) -> str:
@@ -95,7 +100,7 @@ def deviations(result: Result) -> list[str]:
     """Why the result can't stand beside the paper's: it is a trial, or another judge or decoding was used."""
     benchmark = BENCHMARKS[result.bench]
     trial = [f"{name}={value}" for name in benchmark.trial if (value := value_of(result, name)) != ABSENT]
-    found = [f"TRIAL, not the benchmark itself: {benchmark.title} with {', '.join(trial)}."] if trial else []
+    found = [f"{TRIAL}: {benchmark.title} with {', '.join(trial)}."] if trial else []
     decoding = paper_table("decoding").astype(str).set_index("setting")
     paper = {name: as_text(value) for name, value in benchmark.paper.items()}
     if result.model in decoding.index:
