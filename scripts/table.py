@@ -37,9 +37,6 @@ def main() -> None:
     parser.add_argument("--eval_name", default=os.environ.get("EVAL_NAME", ""), help=cli.VARIABLES["EVAL_NAME"])
     parser.add_argument("--outputs", type=Path, default=Path("outputs"), help="where the runs are")
     parser.add_argument("--differences", action="store_true", help="print all differences to the paper")
-    parser.add_argument(
-        "--allow_mixed_versions", action="store_true", help="print results of mixed versions or settings"
-    )
     args = parser.read()
     benches = list(BENCHMARKS) if args.bench == "all" else args.bench.replace(",", " ").split()
     if (args.number is None) == (not benches and not args.wins):
@@ -60,8 +57,7 @@ def main() -> None:
         else:
             table = benchmark_table(args.outputs, args.model, benches, args.eval_name)
             name = f"table-{args.bench.replace(',', '-')}"
-        options = (args.allow_mixed_versions, args.differences, args.eval_name, args.against)
-        filled = fill(table, args.outputs, *options)
+        filled = fill(table, args.outputs, args.differences, args.eval_name, args.against)
         texts = {suffix: form(filled) for suffix, form in FORMATS.items()}
     folder = args.outputs / "reports"
     folder.mkdir(parents=True, exist_ok=True)

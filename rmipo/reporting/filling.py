@@ -1,6 +1,5 @@
 """A table filled with our results: each number with its error and notes, or the commands that make it."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
@@ -10,7 +9,14 @@ import pandas as pd
 from rmipo.evaluation import BENCHMARKS, benchmark_of, metric_label
 from rmipo.evaluation.statistics import holm
 from rmipo.reporting.paired import interval_text, paired_difference, paired_line
-from rmipo.reporting.provenance import TRIAL, conflicts, deviations, made_with, missing_verdicts, require_comparable
+from rmipo.reporting.provenance import (
+    TRIAL,
+    deviations,
+    made_with,
+    missing_note,
+    missing_verdicts,
+    require_comparable,
+)
 from rmipo.reporting.results import (
     OURS,
     Result,
@@ -38,7 +44,7 @@ class FilledTable:
     behind      the number of the method `against` minus this one, paired by prompts, where both have values per prompt;
                 `p` is its p-value, corrected by Holm for all of the table
     deviations  why ours can't stand beside the paper's
-    notes       what else has to be said beside the number: (kind, text)
+    missing     how many verdicts it leaves out, and where
     best        whether it is the best of its column
     """
 
@@ -78,7 +84,7 @@ class FilledTable:
     def notes(self) -> list[str]:
         """What has to be said under the table, each once."""
         unlike = dict.fromkeys(text for texts in self.cells["deviations"] for text in texts)
-        said = notes_text(note for notes in self.cells["notes"] for note in notes)
+        said = missing_note(text for texts in self.cells["missing"] for text in texts)
         return [
             *self.marks(),
             *(f"† {text}" for text in unlike),
@@ -89,63 +95,41 @@ class FilledTable:
         ]
 
 
-def notes_text(notes: Iterable[tuple[str, str]]) -> list[str]:
-    """A line for each kind of note, its texts each once; of many, the first three."""
-    texts: dict[str, dict[str, None]] = {}
-    for kind, text in notes:
-        texts.setdefault(kind, {})[text] = None
-    return [
-        f"{kind}: {'; '.join(list(each)[:3])}" + (f"; and {len(each) - 3} more, see the CSV." if len(each) > 3 else ".")
-        for kind, each in texts.items()
-    ]
-
-
 def fill(
-    table: Table,
-    outputs: Path,
-    allow_mixed: bool = False,
-    all_differences: bool = False,
-    name: str = "",
-    against: str = OURS,
+    table: Table, outputs: Path, all_differences: bool = False, name: str = "", against: str = OURS
 ) -> FilledTable:
     """Read the result files behind every cell, of the evaluations with the EVAL_NAME `name`.
 
-    Raises ReportError where result files can't be compared (see `provenance`), unless `allow_mixed`, which makes it a
-    note. `all_differences`: also to numbers that the paper made in another way.
+    Raises ReportError where result files can't be compared (see `provenance`). `all_differences`: also to numbers that the
+    paper made in another way.
     """
     cells = table.cells.assign(bench=[benchmark_of(metric).name for metric in table.cells["metric"]])
     runs = {model: find_runs(outputs, model) for model in cells["model"].unique()}
     keys = cells[["model", "method", "bench"]].drop_duplicates().itertuples(index=False, name=None)
     results = {key: load_results(outputs, *key, runs[key[0]], name) for key in keys}
-    everything = [result for found in results.values() for result in found]
-    if not allow_mixed:
-        require_comparable("this table (--allow_mixed_versions prints it with a note)", everything)
-    mixed, own = conflicts(everything), table.number is None
+    require_comparable("this table", [result for found in results.values() for result in found])
+    own = table.number is None
 
     def numbers(cell) -> dict:
         metric = BENCHMARKS[cell.bench].metrics[cell.metric]
         found = results[cell.model, cell.method, cell.bench]
         having = [result for result in found if cell.metric in result.metrics]
-        filled = {"digits": metric.digits, "results": having, "commands": (), "deviations": (), "notes": ()}
+        filled = {"digits": metric.digits, "results": having, "commands": (), "deviations": (), "missing": ()}
         if not having:
             if not found:
                 return filled | {"commands": missing_commands(outputs, cell, name)}
             return filled | {"commands": () if own else commands_for_metric(found[0], cell, name)}
         values = [result.metrics[cell.metric] for result in having]
-        paths = {result.path for result in having}
         unlike = dict.fromkeys(text for result in having for text in deviations(result))
         filled["deviations"] = tuple(text for text in unlike if not own or text.startswith(TRIAL))
-        filled["notes"] = (
-            *(("MISSING verdicts", text) for result in having for text in missing_verdicts(result)),
-            *(("MIXED VERSIONS", conflict.text) for conflict in mixed if paths & conflict.paths),
-        )
+        filled["missing"] = tuple(text for result in having for text in missing_verdicts(result))
         filled["ours"] = mean(values)
         filled["error"] = stdev(values) if len(values) > 1 else having[0].metrics.get(metric.standard_error)
         if all_differences or not filled["deviations"]:
             filled["difference"] = filled["ours"] - cell.paper  # NaN where the paper prints nothing
         return filled
 
-    columns = ["digits", "ours", "error", "results", "difference", "commands", "deviations", "notes"]
+    columns = ["digits", "ours", "error", "results", "difference", "commands", "deviations", "missing"]
     filled = pd.DataFrame([numbers(cell) for cell in cells.itertuples()], columns=columns)
     filled = filled.astype({"ours": float, "error": float, "difference": float})
     cells = compare_paired(pd.concat([cells, filled], axis=1), against)
@@ -164,10 +148,7 @@ def compare_paired(cells: pd.DataFrame, against: str) -> pd.DataFrame:
 
     def behind(cell):
         reference = ours.get((cell.model, cell.metric), [])
-        # Another judge's verdicts are no pairs to ours.
-        if cell.method == against or conflicts([*reference, *cell.results]):
-            return None
-        return paired_difference(reference, cell.results, cell.metric)
+        return None if cell.method == against else paired_difference(reference, cell.results, cell.metric)
 
     cells = cells.assign(behind=pd.Series([behind(cell) for cell in cells.itertuples()], dtype=object), p=1.0)
     known = cells["behind"].notna()
@@ -224,7 +205,7 @@ def append_averages(cells: pd.DataFrame) -> tuple[pd.DataFrame, tuple[str, ...]]
                     "p": 1.0,
                 }
                 cell |= {"ours": ours, "paper": paper, "difference": ours - paper if compared else None}
-                for name in ("commands", "notes"):
+                for name in ("commands", "missing"):
                     cell[name] = tuple(dict.fromkeys(each for of_cell in row[name] for each in of_cell))
                 appended.append(cell)
     numbers = dict.fromkeys(("ours", "error", "paper", "difference"), float)

@@ -3,7 +3,6 @@
 import json
 from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 
 from rmipo.evaluation import BENCHMARKS
@@ -13,37 +12,26 @@ ABSENT = "absent"
 TRIAL = "TRIAL, not the benchmark itself"
 
 
-@dataclass(frozen=True)
-class Conflict:
-    """One package or setting that differs between the result files `paths`; `text` names a file for each value."""
-
-    text: str
-    paths: frozenset[Path]
-
-
-def conflicts(results: Iterable[Result]) -> list[Conflict]:
-    """What differs between results of one benchmark, or of one benchmark and model, and mustn't."""
+def conflicts(results: Iterable[Result]) -> list[str]:
+    """What differs between results of one benchmark, or of one benchmark and model, and mustn't: with a file for each."""
     groups: dict[tuple[str, str], list[Result]] = defaultdict(list)
     for result in results:
         groups[result.bench, ""].append(result)
         groups[result.bench, result.model].append(result)
     found = []
     for (bench, model), group in sorted(groups.items()):
-        if model:
-            title, names = f"{bench} of {model}", BENCHMARKS[bench].same_per_model
-        else:
-            packages = {f"versions.{package}" for result in group for package in result.versions}
-            title, names = bench, (*sorted(packages), *BENCHMARKS[bench].same)
+        benchmark = BENCHMARKS[bench]
+        packages = {f"versions.{package}" for result in group for package in result.versions}
+        names = benchmark.same_per_model if model else (*sorted(packages), *benchmark.same)
         for name in names:
             files: dict[str, list[Path]] = defaultdict(list)
             for result in group:
                 value = value_of(result, name)
-                if value != ABSENT or name not in BENCHMARKS[bench].optional:
+                if value != ABSENT or name not in benchmark.optional:
                     files[value].append(result.path)
             if len(files) > 1:
                 listing = "; ".join(f"{value} in {paths[0]} ({len(paths)} files)" for value, paths in files.items())
-                paths = frozenset(path for paths in files.values() for path in paths)
-                found.append(Conflict(f"{title}: {name.removeprefix('versions.')} {listing}", paths))
+                found.append(f"{bench}{of([model])}: {name.removeprefix('versions.')} {listing}")
     return found
 
 
@@ -65,8 +53,9 @@ def as_text(value: object) -> str:
 def require_comparable(what: str, results: Iterable[Result]) -> None:
     """Raises ReportError if `results` were made by different packages, by different judges or in different ways."""
     if found := conflicts(results):
-        listing = "\n  ".join(conflict.text for conflict in found)
-        raise ReportError(f"{what}: these results aren't comparable, evaluate the wrong ones again:\n  {listing}")
+        raise ReportError(
+            "\n  ".join([f"{what}: these results aren't comparable, evaluate the wrong ones again:", *found])
+        )
 
 
 def made_with(results: Iterable[Result]) -> list[str]:
@@ -123,9 +112,14 @@ def missing_verdicts(result: Result) -> list[str]:
     ]
 
 
+def missing_note(texts: Iterable[str]) -> list[str]:
+    """A line of `missing_verdicts`, each once; nothing without any."""
+    each = list(dict.fromkeys(texts))
+    return [f"MISSING verdicts: {'; '.join(each)}."] if each else []
+
+
 def figure_notes(results: Iterable[Result]) -> list[str]:
     """What has to be said under a figure of these results: how they were made, in what unlike the paper's, what lacks."""
     results = list(results)
     unlike = dict.fromkeys(text for result in results for text in deviations(result))
-    lacking = [text for result in results for text in missing_verdicts(result)]
-    return [*made_with(results), *unlike, *([f"MISSING verdicts: {'; '.join(lacking)}."] if lacking else [])]
+    return [*made_with(results), *unlike, *missing_note(text for r in results for text in missing_verdicts(r))]

@@ -4,9 +4,9 @@ import textwrap
 
 import pandas as pd
 
-from rmipo.reporting.filling import FilledTable, notes_text
+from rmipo.reporting.filling import FilledTable
 from rmipo.reporting.paired import interval_text, paired_title, stars
-from rmipo.reporting.provenance import made_with
+from rmipo.reporting.provenance import made_with, missing_note
 from rmipo.reporting.results import method_label
 
 MAX_NUMBER_COLUMNS = 8  # of one LaTeX table: what fits the text width of an article, 345 pt
@@ -102,7 +102,7 @@ def csv_text(filled: FilledTable) -> str:
     lines["p_holm"] = cells["p"].where(cells["behind"].notna())
     lines["command"] = cells["commands"].map(" && ".join)
     lines["unlike_the_paper"] = cells["deviations"].map(" ".join)
-    lines["note"] = [" ".join(notes_text(notes)) for notes in cells["notes"]]
+    lines["note"] = [" ".join(missing_note(texts)) for texts in cells["missing"]]
     lines["made_with"] = [" ".join(made_with(results)) for results in cells["results"]]
     return lines.to_csv(index=False)
 

@@ -81,12 +81,6 @@ def test_a_table_of_the_paper_is_followed_by_the_differences(tmp_path):
     assert columns == ["0.5"] * 3 and rows["RMiPO"]["behind_rmipo"] == rows["SimPO"]["behind_rmipo"] == ""
 
 
-def test_verdicts_of_another_judge_are_no_pairs(tmp_path):
-    for method, values in (("rmipo", [7.0, 9.0]), ("dpo", [6.5, 8.0])):
-        result(tmp_path, method, values, settings={"judge_model": method})
-    assert fill(build_table(1, [LLAMA]), tmp_path, allow_mixed=True).paired() == []
-
-
 def test_figure5_has_the_differences_of_each_subset(tmp_path):
     for method, helpful in (("rmipo", [100.0, 100.0, 100.0]), ("dpo", [0.0, 0.0, 0.0])):
         values = {"hh_helpful": helpful, "hh_harmless": [100.0, 0.0, 0.0]}

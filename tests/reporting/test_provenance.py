@@ -18,7 +18,7 @@ def compare(outputs, bench, first, second, models=("tiny", "tiny")) -> list[str]
     for model, method, facts in ((models[0], "dpo", first), (models[1], "rmipo", second)):
         write_result(outputs, model, method, bench, BENCHES.get(bench, {}), **facts)
     results = [load_result(outputs, models[0], "dpo", bench), load_result(outputs, models[1], "rmipo", bench)]
-    return [conflict.text.replace(f"{outputs}/", "") for conflict in conflicts(results)]
+    return [text.replace(f"{outputs}/", "") for text in conflicts(results)]
 
 
 def files(bench, first, second) -> str:
@@ -109,16 +109,12 @@ def test_what_is_no_mix(tmp_path):
     assert compare(tmp_path, "mtbench", *costs) == []
 
 
-def test_tables_refuse_mixes_or_flag_them(tmp_path):
+def test_tables_refuse_mixes(tmp_path):
     write_result(tmp_path, "llama3-8b-instruct", "rmipo", "leaderboard", SCORES)
     write_result(tmp_path, "llama3-8b-instruct", "dpo", "leaderboard", SCORES, versions={"lm_eval": "0.4.9"})
     table = build_table(2, ["llama3-8b-instruct"])
     with pytest.raises(ReportError, match=r"0\.4\.9 in .*dpo/eval/leaderboard\.json.*0\.4\.13 in .*rmipo"):
         fill(table, tmp_path)
-    filled = fill(table, tmp_path, allow_mixed=True)
-    assert any(note.startswith("MIXED VERSIONS: leaderboard: lm_eval 0.4.9 in ") for note in filled.notes())
-    flagged = {cell.method for cell in filled.cells.itertuples() if dict(cell.notes).keys() == {"MIXED VERSIONS"}}
-    assert flagged == {"dpo", "rmipo"}
 
 
 def test_missing_verdicts_are_counted(tmp_path):
