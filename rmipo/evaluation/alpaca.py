@@ -11,7 +11,7 @@ import yaml
 
 from rmipo.errors import EvaluationError
 from rmipo.evaluation.alpaca_reference import GAMED_FILE, hub_file, load_reference, require_benchmark
-from rmipo.evaluation.benchmark import Benchmark, Metric
+from rmipo.evaluation.benchmark import DECODING, Benchmark, Metric
 from rmipo.evaluation.statistics import resamples
 from rmipo.files import replacing, write_atomically
 from rmipo.fingerprints import text_fingerprint
@@ -277,14 +277,14 @@ BENCHMARK = Benchmark(
     run=run,
     defaults=DEFAULTS,
     metrics={
-        "alpacaeval2_lc": Metric("LC (%)", standard_error="alpacaeval2_lc_standard_error"),
-        "alpacaeval2_wr": Metric("WR (%)", standard_error="alpacaeval2_wr_standard_error"),
+        "alpacaeval2_lc": Metric("LC (%)"),
+        "alpacaeval2_wr": Metric("WR (%)"),
         "alpacaeval2_length": Metric("Length", digits=0, better=None),
         "alpacaeval2_cut": Metric("Cut (%)", better=None),
     },
     same=("annotators_config", "judge_sha256", "judge_endpoint", "reference_sha256", "first_n"),
     # The paper samples each model in its own way, and all methods of a model alike.
-    same_per_model=tuple(f"generation.{key}" for key in ("temperature", "top_p", "top_k", "max_new_tokens", "dtype")),
+    same_per_model=DECODING,
     trial=("first_n", "reference"),
     paper={
         "annotators_config": DEFAULTS["annotators_config"],

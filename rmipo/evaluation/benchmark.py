@@ -17,14 +17,16 @@ WITHOUT_EFFECT = {
     "batch_size", "device", "engine",
 }  # fmt: skip
 
+# How a model is sampled, where each may be sampled in its own way: for `same_per_model`.
+DECODING = tuple(f"generation.{key}" for key in ("temperature", "top_p", "top_k", "max_new_tokens", "dtype"))
+
 
 @dataclass(frozen=True)
 class Metric:
-    """A number of a result that tables and figures show."""
+    """A number of a result that tables and figures show; `<name>_standard_error` beside it is its standard error."""
 
     label: str
     digits: int = 1
-    standard_error: str | None = None  # the metric that is its standard error
     better: bool | None = True  # whether higher is better; None: neither is, and no best is marked
     detail: bool = False  # a part of another metric: in a table of this benchmark alone
 

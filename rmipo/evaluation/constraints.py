@@ -19,6 +19,7 @@ DEFAULTS = {
     "answers": 1,  # per prompt; standard errors are over prompts
     "generation": {},
 }
+SAMPLING = tuple(f"generation.{key}" for key in ("temperature", "top_p", "max_new_tokens"))
 
 
 def run(model_dir: str | Path, output_dir: str | Path, settings: dict) -> dict:
@@ -77,19 +78,11 @@ BENCHMARK = Benchmark(
     run=run,
     defaults=DEFAULTS,
     metrics={
-        "constraints_all": Metric("All constraints (%)", standard_error="constraints_all_standard_error"),
-        "constraints_each": Metric("Constraints (%)", standard_error="constraints_each_standard_error"),
+        "constraints_all": Metric("All constraints (%)"),
+        "constraints_each": Metric("Constraints (%)"),
         "constraints_cut": Metric("Cut (%)", better=None),
     },
-    same=(
-        "prompts_sha256",
-        "first_n",
-        "skip_n",
-        "answers",
-        "generation.temperature",
-        "generation.top_p",
-        "generation.max_new_tokens",
-    ),
+    same=("prompts_sha256", "first_n", "skip_n", "answers", *SAMPLING),
     trial=("first_n", "skip_n"),
     optional=("prompts_sha256",),  # older results have none
 )

@@ -139,9 +139,9 @@ BENCHMARK = Benchmark(
     run=run,
     defaults=DEFAULTS,
     metrics={
-        "hh_helpful": Metric("HH helpful (%)", standard_error="hh_helpful_standard_error"),
-        "hh_harmless": Metric("HH harmless (%)", standard_error="hh_harmless_standard_error"),
-        "hh_average": Metric("HH (%)", standard_error="hh_average_standard_error"),
+        "hh_helpful": Metric("HH helpful (%)"),
+        "hh_harmless": Metric("HH harmless (%)"),
+        "hh_average": Metric("HH (%)"),
     },
     same=(*SUBSETS, *HASHES, "limit", "max_length", "max_prompt_length", "dtype"),
     trial=("limit", "other_pairs"),

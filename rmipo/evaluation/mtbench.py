@@ -218,7 +218,7 @@ BENCHMARK = Benchmark(
     run=run,
     defaults=DEFAULTS,
     metrics={
-        "mt_bench": Metric("MT-Bench", standard_error="mt_bench_standard_error"),
+        "mt_bench": Metric("MT-Bench"),
         "mt_bench_cut": Metric("Cut (%)", better=None),
         "mt_bench_turn1": Metric("Turn 1", 2, detail=True),
         "mt_bench_turn2": Metric("Turn 2", 2, detail=True),

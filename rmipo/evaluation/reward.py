@@ -13,7 +13,7 @@ import numpy as np
 
 from rmipo.errors import EvaluationError
 from rmipo.evaluation.alpaca_reference import load_reference
-from rmipo.evaluation.benchmark import Benchmark, Metric
+from rmipo.evaluation.benchmark import DECODING, Benchmark, Metric
 from rmipo.evaluation.statistics import bootstrap, standard_error, wins
 from rmipo.files import write_atomically
 from rmipo.fingerprints import has_weights, json_fingerprint, model_fingerprint, text_fingerprint, trained_fingerprint
@@ -125,13 +125,11 @@ BENCHMARK = Benchmark(
     run=run,
     defaults=DEFAULTS,
     metrics={
-        "reward": Metric("Reward", digits=2, standard_error="reward_standard_error"),
+        "reward": Metric("Reward", digits=2),
         "reward_cut": Metric("Cut (%)", better=None),
-        "reward_wr_vs_initial": Metric(
-            "Reward WR vs. initial (%)", standard_error="reward_wr_vs_initial_standard_error"
-        ),
+        "reward_wr_vs_initial": Metric("Reward WR vs. initial (%)"),
     },
     same=("model", "model_fingerprint", "reference_sha256", "first_n", "dtype"),
-    same_per_model=tuple(f"generation.{key}" for key in ("temperature", "top_p", "top_k", "max_new_tokens", "dtype")),
+    same_per_model=DECODING,
     trial=("first_n", "reference"),
 )

@@ -35,15 +35,10 @@ class Target:
 def find_target(
     model: str, method: str | None, outputs: Path, overrides: list[str], settings_file: Path | None = None
 ) -> Target:
-    """The model that MODEL and METHOD name.
+    """The model that MODEL and METHOD name: a setting with its method, a folder, or a hub id, perhaps with "@revision".
 
-    Args:
-        model: a setting (folder in recipes/), a folder with a model, or the id of one on the hub, perhaps with
-            "@revision". Only a setting has an eval.yaml; other models are sampled as their own generation_config.json
-            says. A model of the hub is linked into `outputs`/<owner>--<name>/initial.
-        method: of a setting: a folder in `outputs`/<model>, "rmipo" if None. Others have none.
-        settings_file: an eval.yaml to be used instead.
-
+    Only a setting has an eval.yaml (`settings_file` takes its place); other models are sampled as their own
+    generation_config.json says. A model of the hub is linked into `outputs`/<owner>--<name>/initial.
     Raises EvaluationError for a model that isn't there or wasn't trained to its end, and for wrong settings.
     """
     check_names(model, [] if method is None else [method])

@@ -124,7 +124,7 @@ def fill(
         filled["deviations"] = tuple(text for text in unlike if not own or text.startswith(TRIAL))
         filled["missing"] = tuple(text for result in having for text in missing_verdicts(result))
         filled["ours"] = mean(values)
-        filled["error"] = stdev(values) if len(values) > 1 else having[0].metrics.get(metric.standard_error)
+        filled["error"] = stdev(values) if len(values) > 1 else having[0].metrics.get(f"{cell.metric}_standard_error")
         if all_differences or not filled["deviations"]:
             filled["difference"] = filled["ours"] - cell.paper  # NaN where the paper prints nothing
         return filled

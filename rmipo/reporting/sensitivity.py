@@ -105,7 +105,7 @@ def measured(outputs: Path, model: str, method: str, metric: str, name: str = ""
             folder = run.folder.relative_to(outputs / model).as_posix()
             result = load_result(outputs, model, folder, benchmark.name, name)
             value = None if result is None else result.metrics.get(metric)
-            error = None if result is None else result.metrics.get(benchmark.metrics[metric].standard_error)
+            error = None if result is None else result.metrics.get(f"{metric}_standard_error")
         else:
             value = next((row[metric] for row in reversed(run.log()) if metric in row), None)
         copied = any(run.record == other.run.record for other in found)  # a merged adapter has its run's record and log
