@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 import yaml
 
+from rmipo import fingerprints
 from rmipo.fingerprints import trained_fingerprint
 from rmipo.generation.answers import DEFAULTS as GENERATION
 from rmipo.reporting.filling import FilledTable, average_ranks, fill
@@ -260,6 +261,19 @@ def test_a_result_of_other_weights_is_refused(tmp_path):
     assert str(path) in str(raised.value) and str(folder) in str(raised.value)
     path.write_text(path.read_text().replace("0a", trained_fingerprint(folder)))
     assert load_result(tmp_path, "tiny", "initial", "leaderboard") is not None
+
+
+def test_weights_are_read_once_for_all_tables_until_they_change(tmp_path, monkeypatch):
+    weights, read = tmp_path / "model.safetensors", []
+    fingerprint = fingerprints.model_fingerprint
+    monkeypatch.setattr(fingerprints, "model_fingerprint", lambda *given: (read.append(1), fingerprint(*given))[1])
+    weights.write_bytes(b"one")
+    found = {trained_fingerprint(tmp_path) for _ in range(3)}
+    assert len(found) == 1 and len(read) == 1
+    weights.write_bytes(b"two")  # as long as before
+    assert trained_fingerprint(tmp_path) not in found and len(read) == 2
+    (tmp_path / "config.json").write_text("{}")
+    assert trained_fingerprint(tmp_path) == fingerprint(tmp_path) and len(read) == 3
 
 
 def test_an_average_carries_what_is_said_of_its_row(tmp_path):
