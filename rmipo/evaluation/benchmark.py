@@ -55,7 +55,7 @@ class Benchmark:
     same: tuple[str, ...]  # settings that must be equal between results in one table, as package versions must
     same_per_model: tuple[str, ...] = ()  # settings that must be equal between the methods of one model
     optional: tuple[str, ...] = ()  # those of `same` that don't contradict anything where they are absent
-    trial: tuple[str, ...] = ()  # settings that make another benchmark of it, or a part, wherever they are set
+    trial: tuple[str, ...] = ()  # settings that make another benchmark of it, or a part, where they aren't the default
     in_paper: bool = False  # BENCH=all means those
     paper: dict[str, object] = field(default_factory=dict)  # settings of the paper's numbers, where results may differ
     parts: str | None = None  # a setting that lists parts; more of them can be added to a finished result

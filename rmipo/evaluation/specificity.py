@@ -43,6 +43,7 @@ def run(model_dir: str | Path, output_dir: str | Path, settings: dict) -> dict:
     record = recorded_run(model_dir)
     started_from = record["recipe"]["model_name_or_path"] if record else model_dir
     settings["initial"] = str(settings["initial"] or started_from)
+    settings["initial_fingerprint"] = model_fingerprint(settings["initial"])  # one model may lie in several folders
     dropped: Counter[str] = Counter()
     prompts = read_prompts(settings["prompts"], settings["split"], Path(model_dir), dropped, limit=settings["first_n"])
     if len(prompts) < 2:
@@ -54,7 +55,7 @@ def run(model_dir: str | Path, output_dir: str | Path, settings: dict) -> dict:
         answers = generator.answer(requests, generator.file("specificity", requests))
     frozen = Likelihood(settings["initial"], generator.settings["dtype"])
     rows = score_answers(frozen, [prompt.messages for prompt in prompts], answers)
-    if model_fingerprint(settings["initial"]) == generator.fingerprint:
+    if settings["initial_fingerprint"] == generator.fingerprint:
         own = [row["logp"] for row in rows]
     else:
         policy = Likelihood(model_dir, generator.settings["dtype"])
@@ -142,6 +143,7 @@ BENCHMARK = Benchmark(
         "repetition": Metric("Repeated 4-grams (%)", better=False),
         "kl_initial": Metric("KL to the initial model (nats)", 2, better=None),
     },
-    same=("prompts", "split", "first_n", "initial", "generation.temperature", "generation.max_new_tokens"),
+    same=("prompts", "split", "first_n", "initial_fingerprint", "generation.temperature", "generation.max_new_tokens"),
+    optional=("initial_fingerprint",),  # older results have none
     trial=("first_n",),
 )

@@ -88,7 +88,8 @@ def of(models: list[str]) -> str:
 def deviations(result: Result) -> list[str]:
     """Why the result can't stand beside the paper's: it is a trial, or another judge or decoding was used."""
     benchmark = BENCHMARKS[result.bench]
-    trial = [f"{name}={value}" for name in benchmark.trial if (value := value_of(result, name)) != ABSENT]
+    usual = {name: as_text(benchmark.defaults.get(name)) for name in benchmark.trial}
+    trial = [f"{name}={value}" for name in usual if (value := value_of(result, name)) not in (ABSENT, usual[name])]
     found = [f"{TRIAL}: {benchmark.title} with {', '.join(trial)}."] if trial else []
     decoding = paper_table("decoding").astype(str).set_index("setting")
     paper = {name: as_text(value) for name, value in benchmark.paper.items()}

@@ -40,7 +40,7 @@ DECISIVE = {
     "leaderboard": "include_path apply_chat_template fewshot_as_multiturn dtype limit",
     "hh": "helpful harmless pairs_sha256.helpful pairs_sha256.harmless limit max_length max_prompt_length dtype",
     "reward": "model model_fingerprint reference_sha256 first_n dtype",
-    "specificity": "prompts split first_n initial generation.temperature generation.max_new_tokens",
+    "specificity": "prompts split first_n initial_fingerprint generation.temperature generation.max_new_tokens",
     "constraints": "first_n skip_n answers generation.temperature generation.top_p generation.max_new_tokens",
 }
 
