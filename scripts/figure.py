@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 NUMBERS = (2, 3, 5, 6, 7, 8)
-ONE_METHOD = (3, 8)
+OPTIONS = {"method": (3, 8), "metric": (2,), "eval_name": (2,), "data": (8,)}  # and the figures that take them
 FIGURE6_METHODS = ("simpo", "simper", "rmipo")
 
 
@@ -66,14 +66,10 @@ def main() -> None:
         check_names(args.model, [])
     if args.number != 8:
         check_model(args.outputs, args.model)
-    if args.method and args.number not in ONE_METHOD:
-        raise ReportError(
-            f"figure {args.number} compares methods; METHOD={args.method} is for figures {ONE_METHOD}: leave it out"
-        )
-    for option, number in (("metric", 2), ("eval_name", 2), ("data", 8)):
-        if getattr(args, option) and args.number != number:
+    for option, numbers in OPTIONS.items():
+        if getattr(args, option) and args.number not in numbers:
             raise ReportError(
-                f"{option.upper()} is for figure {number}, and this is figure {args.number}: leave it out"
+                f"{option.upper()} is for figure {numbers}, and this is figure {args.number}: leave it out"
             )
     from rmipo.plots import save  # imports matplotlib
 
@@ -119,9 +115,7 @@ def draw6(args: argparse.Namespace) -> "Figure":
     differences = {method: pair_scores.reward_differences(run, "test", args.max_pairs) for method, run in runs.items()}
     rows = {method: rows for method, (_, rows) in differences.items()}
     if len({tuple(r) for r in rows.values()}) > 1:
-        raise ReportError(
-            f"figure 6: the {args.model} runs of {', '.join(rows)} used different pairs; train them on the same"
-        )
+        raise ReportError(f"figure 6: the {args.model} runs of {', '.join(rows)} used different pairs")
     judged = pair_scores.judge_differences(runs["rmipo"], "test", rows["rmipo"])
     values = {method: rewards for method, (rewards, _) in differences.items()}
     notes = ["REF: score_chosen minus score_rejected of the same pairs, as their data set has them."]

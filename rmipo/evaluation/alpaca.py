@@ -133,10 +133,7 @@ def judge(
         # A judge that gives no usable verdict at all is found out by its first few answers.
         first = annotator.annotate_head2head(outputs_1=reference[:size], outputs_2=outputs[:size], **requests)
         if not any(map(is_usable, first)):
-            raise EvaluationError(
-                f"none of the judge's first {len(first)} answers could be read as a verdict: the weighted judge is read "
-                "from the log-probs of the first token, which the server has to return"
-            )
+            raise EvaluationError(f"none of its first {len(first)} answers is a verdict: does it return log-probs?")
         leaderboard, annotations = alpaca_eval.evaluate(
             model_outputs=outputs,
             reference_outputs=reference,
@@ -159,10 +156,8 @@ def judge(
 
     missing = sum(not is_usable(row) for row in annotations)
     if missing > settings["max_missing"]:
-        raise EvaluationError(
-            f"{missing} of {len(outputs)} verdicts couldn't be used, max_missing is {settings['max_missing']}. "
-            f"The others are kept in {cache}; the same command asks again for the missing ones"
-        )
+        kept = f"the others are kept in {cache}; the same command asks for these again"
+        raise EvaluationError(f"{missing} of {len(outputs)} verdicts can't be used, more than max_missing; {kept}")
     won = {row["instruction"]: 100 * (row["preference"] - 1) if is_usable(row) else None for row in annotations}
     by_prompts = {"per_prompt": {"alpacaeval2_wr": [won[row["instruction"]] for row in outputs]}}
     rates = leaderboard.iloc[0]
@@ -212,7 +207,7 @@ def find_judge(name: str) -> Path:
         if (folder / "configs.yaml").is_file():
             return (folder / "configs.yaml").resolve()
     raise EvaluationError(
-        f"alpacaeval.annotators_config: {name!r} is no judge of alpaca-eval's, nor has it a configs.yaml"
+        f"alpacaeval.annotators_config: {name!r} is no judge of alpaca-eval's and has no configs.yaml"
     )
 
 

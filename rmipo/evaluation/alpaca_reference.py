@@ -32,10 +32,7 @@ def load_reference(path: str | None) -> tuple[list[dict], Path]:
             for row in found
         ]
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise EvaluationError(
-            f'alpacaeval.reference: {file} isn\'t a JSON list of {{"instruction", "output"}}, nor JSONL of preference '
-            f"pairs as messages ({error!r})"
-        ) from error
+        raise EvaluationError(f"alpacaeval.reference: {file} has none of the two formats ({error!r})") from error
     if len({row["instruction"] for row in rows}) < len(rows):  # alpaca-eval would pair them crosswise
         raise EvaluationError(f"alpacaeval.reference: {file} repeats instructions")
     return rows, file
@@ -48,10 +45,9 @@ def hub_file(name: str, dataset: str = HUB_DATA) -> Path:
     try:
         return Path(hf_hub_download(dataset, name, repo_type="dataset"))
     except Exception as error:  # offline, gated, renamed: the remedy is the same
+        command = f".venv/bin/hf download {dataset} {name} --repo-type dataset"
         raise EvaluationError(
-            f"{name} of the dataset {dataset} is neither cached nor downloadable ({type(error).__name__}). With a "
-            f"network: .venv/bin/hf download {dataset} {name} --repo-type dataset. With alpacaeval.reference set and "
-            "alpacaeval.length_controlled: false nothing is needed from there"
+            f"{name} is neither cached nor downloadable ({type(error).__name__}): {command}"
         ) from error
 
 
@@ -64,6 +60,5 @@ def require_benchmark(reference: list[dict]) -> None:
     ours, theirs = ([row["instruction"] for row in rows] for rows in (reference, load_reference(None)[0]))
     if ours != theirs:
         raise EvaluationError(
-            f"alpacaeval.length_controlled: true needs the benchmark's own {len(theirs)} instructions in their order; "
-            f"reference and first_n give {len(ours)}. Set length_controlled: false, or both to null"
+            f"alpacaeval.length_controlled needs all {len(theirs)} instructions, not these {len(ours)}"
         )

@@ -50,7 +50,6 @@ def ask_judge(annotators_config: str) -> str:
     answer = check_judge(endpoint, model, logprobs=True, top_logprobs=5)
     if answer.choices[0].logprobs is None:
         raise EvaluationError(
-            f"{model} at {shown(endpoint)} returns no log-probs, which AlpacaEval's weighted judge is read from: name a "
-            "judge that does, such as vLLM's server"
+            f"{model} at {shown(endpoint)} returns no log-probs, which AlpacaEval's judge is read from"
         )
     return f"{model} at {shown(endpoint)}, with log-probs"

@@ -82,13 +82,11 @@ def run(model_dir: str | Path, output_dir: str | Path, settings: dict) -> dict:
         counts = {"pairs": report.kept, "dropped": report.dropped_rows, "cut": report.rows_cut}
         metrics |= {f"hh_{name}_{count}": value for count, value in counts.items()}
         torch.save(scores | {"fingerprint": weights}, Path(output_dir) / f"hh_{name}.pt")
-    if len(pairs) == len(SUBSETS):
-        for suffix in ("", "_sum", "_native"):
-            rates = [metrics[f"hh_{name}{suffix}"] for name in SUBSETS if f"hh_{name}{suffix}" in metrics]
-            if len(rates) == len(SUBSETS):
-                metrics[f"hh_average{suffix}"] = sum(rates) / len(rates)
+    if len(pairs) == 2:
+        suffixes = ("", "_sum") if rewards is None else ("", "_sum", "_native")
+        metrics |= {f"hh_average{end}": sum(metrics[f"hh_{name}{end}"] for name in SUBSETS) / 2 for end in suffixes}
         errors = [metrics[f"hh_{name}_standard_error"] for name in SUBSETS]
-        metrics["hh_average_standard_error"] = sum(error**2 for error in errors) ** 0.5 / len(errors)
+        metrics["hh_average_standard_error"] = sum(error**2 for error in errors) ** 0.5 / 2
     settings["other_pairs"] = other_pairs(settings)
     settings["pairs_sha256"] = {name: rows_fingerprint(rows) for name, rows in pairs.items()}
     versions = package_versions("transformers", "torch")

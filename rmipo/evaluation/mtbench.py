@@ -154,8 +154,7 @@ def judge(
         raise EvaluationError(f"the judge at {shown(endpoint)} failed: see mtbench-evaluator's messages above. {kept}")
     if (missing := total - len(ratings)) > settings["max_missing"]:
         raise EvaluationError(
-            f"the judge at {shown(endpoint)} gave no usable rating for {missing} answers, max_missing is "
-            f"{settings['max_missing']}. {kept}"
+            f"no usable rating for {missing} answers, max_missing is {settings['max_missing']}. {kept}"
         )
     return ratings
 

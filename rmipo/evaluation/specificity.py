@@ -47,9 +47,7 @@ def run(model_dir: str | Path, output_dir: str | Path, settings: dict) -> dict:
     dropped: Counter[str] = Counter()
     prompts = read_prompts(settings["prompts"], settings["split"], Path(model_dir), dropped, limit=settings["first_n"])
     if len(prompts) < 2:
-        raise EvaluationError(
-            f"specificity: {settings['prompts']} has too few usable prompts. Dropped: {dict(dropped)}"
-        )
+        raise EvaluationError(f"specificity.prompts: too few are usable. Dropped: {dict(dropped)}")
     requests = [Request(prompt.key, prompt.messages) for prompt in prompts]
     with Generator(model_dir, settings["generation"]) as generator:
         answers = generator.answer(requests, generator.file("specificity", requests))
@@ -92,10 +90,8 @@ def score_answers(frozen: Likelihood, prompts: list[Messages], answers: list[str
     responses = [ids for _, ids in pairs]
     longest = max(len(context) for context, _ in pairs) + max(map(len, responses))
     if longest > frozen.window:  # every answer is scored after every prompt
-        raise EvaluationError(
-            f"specificity: the longest prompt and answer have {longest} tokens together, the frozen model's context "
-            f"{frozen.window}: leave out long prompts, or lower generation.max_new_tokens"
-        )
+        both = "the longest prompt and answer together"
+        raise EvaluationError(f"specificity: {both} have {longest} tokens, the frozen model's context {frozen.window}")
     contexts = tqdm([context for context, _ in pairs], desc="specificity", unit="prompt")
     under = [frozen.sums(context, responses) for context in contexts]  # under[j][i]: answer i under prompt j
     prior = frozen.sums(frozen.prior_context, responses)

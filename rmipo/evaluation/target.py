@@ -159,10 +159,8 @@ def download(name: str, revision: str | None) -> Path:
         files = ["*.json", "*.safetensors", "*.model", "*.jinja"]
         return Path(snapshot_download(name, revision=revision, allow_patterns=files))
     except Exception as error:  # no network, no such model, gated: the remedy is the same
-        raise EvaluationError(
-            f"{name} is neither in the hub's cache nor downloadable ({type(error).__name__}): check the name, the network, "
-            "and `.venv/bin/hf auth login` if the model is gated"
-        ) from error
+        kind = type(error).__name__
+        raise EvaluationError(f"{name} is neither in the hub's cache nor downloadable ({kind})") from error
 
 
 def link_model(source: Path, folder: Path, chat_template: str | None = None) -> None:

@@ -200,6 +200,4 @@ def check_prompts(requests: list[Request], prompts: list[TokenPrompt], chat: Cha
         if chat.bos_id is not None and [token == chat.bos_id for token in prompt.ids[:2]] != [True, False]:
             raise EvaluationError(f"prompt {request.key} doesn't start with exactly one BOS (id {chat.bos_id})")
         if len(prompt.ids) >= context:
-            raise EvaluationError(
-                f"prompt {request.key} has {len(prompt.ids)} tokens, no room in the model's context of {context}"
-            )
+            raise EvaluationError(f"prompt {request.key} has {len(prompt.ids)} tokens, the model's context {context}")

@@ -179,7 +179,6 @@ def choose_engine(name: str) -> str:
         name = "vllm" if torch.cuda.is_available() else "transformers"
     if name == "vllm" and importlib.util.find_spec("vllm") is None:
         raise EvaluationError(
-            "vllm, which answers on a GPU, isn't installed: make install EXTRAS=eval,vllm, or the slower "
-            "--set generation.engine=transformers"
+            "no vllm: make install EXTRAS=eval,vllm, or --set generation.engine=transformers (slower)"
         )
     return name

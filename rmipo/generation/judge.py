@@ -34,9 +34,7 @@ def http_client(endpoint: str):
     def require_json(response) -> None:
         if response.is_success and "json" not in response.headers.get("content-type", ""):
             text = response.read()[:80].decode(errors="replace")
-            raise EvaluationError(
-                f"the judge at {shown(endpoint)} answers {text!r}, not JSON: does its URL end in /v1?"
-            )
+            raise EvaluationError(f"{shown(endpoint)} answers {text!r}, which is no JSON: does the URL end in /v1?")
 
     return DefaultHttpxClient(event_hooks={"response": [require_json]})
 
@@ -56,10 +54,8 @@ def complete(client, model: str, **request):
         return client.chat.completions.create(model=model, **request)
     except OpenAIError as error:  # only its kind: messages may quote requests
         status = getattr(error, "status_code", None)
-        raise EvaluationError(
-            f"the judge {model} at {shown(str(client.base_url).rstrip('/'))} gave no answer "
-            f"({type(error).__name__}{f', status {status}' if status else ''})"
-        ) from error
+        kind, place = type(error).__name__, shown(str(client.base_url).rstrip("/"))
+        raise EvaluationError(f"the judge {model} at {place} gave no answer ({kind}, status {status})") from error
 
 
 def check_judge(endpoint: str, model: str, **request):

@@ -141,10 +141,7 @@ class JudgeOracle:
             rating = re.search(r"\[\[(\d+(?:\.\d+)?)\]\]", text)
             if rating and 1 <= float(rating[1]) <= 10:
                 return {key: float(rating[1])}
-        raise OracleError(
-            f"the judge's reply to answer {key} has no [[rating]] from 1 to 10, asked {len(TEMPERATURES)} times: "
-            f"{text[-200:]!r}. The scores so far are kept"
-        )
+        raise OracleError(f"the judge rated answer {key} in none of {len(TEMPERATURES)} replies: {text[-200:]!r}")
 
 
 ORACLES = {"function": FunctionOracle, "reward_model": RewardModelOracle, "judge": JudgeOracle}

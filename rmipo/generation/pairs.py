@@ -94,9 +94,7 @@ def _make_pairs(model_dir: Path, generation: dict, config: PairsConfig, folder: 
     limits = {"skip": config.skip_prompts, "limit": config.max_prompts, "max_tokens": config.max_prompt_tokens}
     prompts = read_prompts(config.prompts, config.split, model_dir, dropped, **limits)
     if not prompts:
-        raise PairsError(
-            f"{config.prompts}: no usable prompt after the first {config.skip_prompts}. Dropped: {dict(dropped)}"
-        )
+        raise PairsError(f"{config.prompts}: no usable prompt. Dropped: {dict(dropped)}")
     if missing := [name for name in oracle.required if any(name not in prompt.columns for prompt in prompts)]:
         raise PairsError(f"{config.prompts}: rows without {', '.join(missing)}, which the oracle {oracle.name} takes")
 
@@ -139,10 +137,7 @@ def _make_pairs(model_dir: Path, generation: dict, config: PairsConfig, folder: 
     )
     cut = generator.finishes.count("length")
     if not pairs:
-        raise PairsError(
-            f"{folder}: no pair came out of {len(prompts)} prompts: {dict(dropped)}; {cut} of {len(requests)} answers are cut "
-            f"at generation.max_new_tokens ({generator.settings['max_new_tokens']}). See candidates.jsonl"
-        )
+        raise PairsError(f"{folder}: no pair came out: {dict(dropped)}; {cut} of {len(requests)} answers are cut")
     # The hash of its prompt decides whether a pair is held out, and not its place: the shortest prompts come first.
     hashes = sorted(pair["prompt_id"] for pair in pairs)
     held_out = set(hashes[: math.ceil(config.test_share * len(pairs))])

@@ -37,10 +37,7 @@ class RewardModel:
         ]
         window = getattr(self.model.config, "max_position_embeddings", None)
         if window and (longest := max(map(len, encoded), default=0)) > window:
-            raise RewardModelError(
-                f"reward model {self.name}: a dialogue has {longest} tokens and its context is {window}. Drop longer "
-                "prompts (max_prompt_tokens), or lower generation.max_new_tokens"
-            )
+            raise RewardModelError(f"{self.name}: a dialogue has {longest} tokens, its context is {window}")
         order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))
         for start in range(0, len(order), self.batch_size):
             numbers = order[start : start + self.batch_size]

@@ -19,9 +19,7 @@ def fill(path: Path, header: dict, prompts: list[Candidates], score, description
     if found is None:
         path.write_text(json.dumps(header) + "\n")
     elif found != json.loads(json.dumps(header)):
-        raise PairsError(
-            f"{path} holds scores of other answers or of another oracle ({found}). Delete it to score again"
-        )
+        raise PairsError(f"{path} holds scores of other answers or of another oracle: delete it to score again")
     scores = {key: value for line in lines for key, value in line.items()}
     rest = [{key: text for key, text in p.answers.items() if key not in scores} for p in prompts]
     missing = [replace(p, answers=answers) for p, answers in zip(prompts, rest, strict=True) if answers]

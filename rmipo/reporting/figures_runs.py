@@ -53,9 +53,7 @@ def figure5(outputs: Path, model: str) -> Figure:
     if not results:
         own = f"{model}-hh-helpful" if (RECIPES / f"{model}-hh-helpful").is_dir() else model
         commands = f"`{train_command(own, 'rmipo')}`, then `{eval_command(own, 'rmipo', 'hh')}`"
-        raise ReportError(
-            f"figure 5 has no HH results of {model}: run {commands}; likewise for other methods and subsets"
-        )
+        raise ReportError(f"figure 5 has no HH results of {model}: run {commands}, the same for other methods")
     left_out = [method_label(method) for method, found in by_itself.items() if found and method not in results]
     shown = [result for found in results.values() for result in found.values()]
     require_comparable("figure 5", shown)

@@ -36,9 +36,7 @@ def hh_signals(outputs: Path, model: str, method: str) -> tuple[dict[str, dict[s
     for path in sorted((folder / "eval").glob("hh_*.pt"), reverse=True):  # helpful, harmless
         scores = torch.load(path, weights_only=True)
         if has_weights(folder) and scores.get("fingerprint") != trained_fingerprint(folder):
-            raise ReportError(
-                f"{path} is of other weights than those now in {folder}: delete eval/hh*, then run `{command}`"
-            )
+            raise ReportError(f"{path} is of other weights than {folder} now: delete it and hh.json, run `{command}`")
         subset = path.stem.removeprefix("hh_")
         signals[subset] = {"loglik": loglik_difference(scores).numpy(), "pmi": pmi_difference(scores).numpy()}
     if not signals or evaluation is None:
@@ -182,7 +180,6 @@ def rmipo_objective(run: TrainingRun) -> RMiPO:
     follows = isinstance(objective, RMiPO) and (objective.target, objective.signal) == ("gamma", "pmi")
     if not follows or objective.schedule == "constant" or objective.gamma_min == objective.gamma_max:
         raise ReportError(
-            f"figure 8 shows gamma over Delta_pmi, and that of {run.folder} doesn't follow it ({run.objective}): name "
-            "another run, e.g. METHOD=rmipo"
+            f"figure 8 shows gamma over Delta_pmi, which that of {run.folder} doesn't follow: name another run"
         )
     return objective

@@ -48,9 +48,7 @@ class ReportError(UserError):
 def check_model(outputs: Path, model: str) -> None:
     """Raises ReportError unless `model` is a setting, or has a folder in `outputs`."""
     if not ((RECIPES / model / "rmipo.yaml").is_file() or (outputs / model).is_dir()):
-        raise ReportError(
-            f"MODEL={model} is neither a setting nor a folder in {outputs}; the settings are {known_settings()}"
-        )
+        raise ReportError(f"MODEL={model} is neither in {outputs} nor a setting; these are {known_settings()}")
 
 
 @dataclass(frozen=True)
@@ -122,10 +120,8 @@ def load_result(outputs: Path, model: str, method: str, bench: str, name: str = 
     if not content.get("finished"):
         return None
     if has_weights(folder) and content.get("fingerprint") != trained_fingerprint(folder):
-        raise ReportError(
-            f"{path} is of other weights than those now in {folder}: delete it, and {path.with_suffix('')} if there is "
-            f"one, and run `{eval_command(model, method, bench, name)}`"
-        )
+        command = eval_command(model, method, bench, name)
+        raise ReportError(f"{path} is of other weights than {folder} now: delete it, and run `{command}`")
     found = (content[key] for key in ("metrics", "versions", "settings"))
     more = {key: content[key] for key in ("per_prompt", "draws", "commit") if key in content}
     return Result(path, model, bench, *found, **more)

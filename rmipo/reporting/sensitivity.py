@@ -71,8 +71,7 @@ def figure2(outputs: Path, model: str, metric: str = "mt_bench", name: str = "")
                     f", then `{eval_command(model, f'sweep-{method}/<point>', benchmark.name, name)}` for each point"
                 )
             raise ReportError(
-                f"figure 2 needs two finished {method} runs of {model} or more that differ in {key} alone and have {metric} "
-                f"(METRIC, a key of metrics.jsonl or of an evaluation): run {remedy}"
+                f"figure 2 needs {method} runs of {model} with {metric} that differ in {key} alone: run {remedy}"
             )
         kinds |= draw_lines(axis, lines, method_color(method))
         if start is not None and metric in start.metrics:

@@ -159,9 +159,7 @@ def benchmark_table(outputs: Path, model: str, benches: list[str], name: str = "
     """Every evaluated method of a model by the metrics of these benchmarks. Of one alone also the parts of its metrics."""
     methods = evaluated_methods(outputs, model, benches, name)
     if not methods:
-        raise ReportError(
-            f"{outputs / model} has no results of {', '.join(benches)}: run `make eval MODEL={model} ...`"
-        )
+        raise ReportError(f"{model} has no results of {', '.join(benches)}: run `make eval MODEL={model} ...`")
     rows = {(method_label(method),): {"model": model, "method": method} for method in methods}
     columns = {
         (BENCHMARKS[bench].title, metric.label): {"metric": key}

@@ -25,9 +25,7 @@ def win_rates(outputs: Path, model: str, bench: str, name: str = "") -> tuple[pd
     }
     held = {method: result for method, result in results.items() if result and result.per_prompt}
     if len(held) < 2:
-        raise ReportError(
-            f"WINS=1 needs two methods of {model} whose {bench} results hold values per prompt: evaluate again"
-        )
+        raise ReportError(f"WINS=1 needs two methods of {model} with {bench} results that hold values per prompt")
     require_comparable("WINS=1", held.values())
     metric = next(key for key in BENCHMARKS[bench].metrics if all(key in result.per_prompt for result in held.values()))
     rows = []

@@ -58,7 +58,7 @@ def test_reward_models_that_are_none(reward_model):
         RewardModel(str(reward_model(1, num_labels=2)))
     folder = reward_model(1)
     long = [{"role": "user", "content": " ".join(["w1"] * 40)}, DIALOGUES[0][1]]
-    with pytest.raises(RewardModelError, match=r"4\d tokens and its context is 32"):
+    with pytest.raises(RewardModelError, match=r"4\d tokens, its context is 32"):
         next(RewardModel(str(folder), "float32").score([*DIALOGUES, long]))
     torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
