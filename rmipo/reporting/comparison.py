@@ -138,6 +138,7 @@ def search_table(searched: list[dict], rates: list[float], metric: str) -> str:
 
 
 def digits(metric: str) -> int:
+    # Percent and nats per answer are tens; shares and nats per token are below one.
     return 1 if METRICS.get(metric, "").endswith(("(%)", "(nats)")) else 3
 
 
@@ -160,6 +161,7 @@ def findings(rows: list[dict], metric: str) -> str:
     place = f"RMiPO is number {trained.index(ours) + 1} of {len(trained)} by {METRICS[metric]}"
     ahead, behind = [], []  # behind: within noise
     for row in (row for row in trained if row is not ours):
+        # Without sampled answers there is no interval over prompts: the seeds alone say who is ahead.
         within = row["difference_low"] is not None and row["difference_low"] <= 0 <= row["difference_high"]
         if row["difference"] > 0:
             ahead.append(f"{label(row['method'])} ({row['wins']} of {row['seeds']} seeds{', within noise' * within})")

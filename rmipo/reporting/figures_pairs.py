@@ -78,7 +78,7 @@ def figure6(
         reference: (pairs,) judge's score of chosen minus rejected.
         rewards: method -> (pairs,) the method's reward of chosen minus rejected.
     """
-    judged = jitter(reference, seed)
+    judged = jitter(reference, seed)  # scores of few values would be combs beside continuous rewards
     judged = judged / judged.std()
     scaled = {method: values / values.std() for method, values in rewards.items()}
     figure, (axis,) = panels(1, height=2.8)

@@ -45,7 +45,7 @@ def figure5(outputs: Path, model: str) -> Figure:
     """
     on_hh = {method: results_on_hh(outputs, model, method) for method in FIGURE5_METHODS}
     by_itself = {method: load_result(outputs, model, method, "hh") for method in FIGURE5_METHODS}
-    trained_on_hh = any(on_hh.values())
+    trained_on_hh = any(on_hh.values())  # one such model, and models of both kinds would share a figure
     if trained_on_hh:
         results = {method: found for method, found in on_hh.items() if found}
     else:
@@ -79,7 +79,7 @@ def figure5(outputs: Path, model: str) -> Figure:
     if paper:
         axis.plot([], [], color="black", linewidth=1.6, label="the paper's average")
     axis.axhline(50, color=GREY, linewidth=0.8, linestyle="--", label="chance")
-    axis.set_ylim(0, None)
+    axis.set_ylim(0, None)  # a bar's length is its value
     axis.margins(y=0.08)
     axis.set_xticks(range(len(groups)), list(groups.values()))
     axis.grid(axis="x", visible=False)
@@ -128,6 +128,7 @@ def hh_rates(results: dict[str, Result]) -> dict[str, tuple[float, float]]:
             rates[name] = result.metrics[name], 1.96 * result.metrics.get(f"{name}_standard_error", 0.0)
     if len(rates) == 2:
         (first, error1), (second, error2) = rates.values()
+        # The subsets' pairs are independent, also where one model scored both.
         rates["hh_average"] = (first + second) / 2, (error1**2 + error2**2) ** 0.5 / 2
     return rates
 
@@ -148,6 +149,7 @@ def figure7(outputs: Path, model: str) -> Figure:
         for axis, key, scale in curves:
             rows = [row for row in run.log() if key in row]
             values = scale * np.array([row[key] for row in rows])
+            # A twentieth of the run: batches of few pairs jump by more than methods differ.
             smoothed = smooth(values, max(1, len(values) // 20))
             axis.plot(
                 [row["step"] for row in rows], smoothed, color=method_color(method), label=method_label(method), **style
@@ -179,6 +181,7 @@ def draw_costs(axis: Axes, runs: dict[str, TrainingRun], model: str) -> None:
     """
     printed = paper_table("efficiency").set_index("method").to_dict("index") if model in PAPER_MODELS else {}
     kinds = list(dict.fromkeys(hardware_of(run) for run in runs.values()))
+    # Hours of other hardware are no comparison: those of one kind stand together, under its number.
     methods = sorted(runs, key=lambda method: kinds.index(hardware_of(runs[method])))
     in_minutes = max(run.record["seconds"] for run in runs.values()) < 3600
     label = "Minutes of the run" if in_minutes else "Hours of the run"

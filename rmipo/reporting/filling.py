@@ -105,6 +105,7 @@ def fill(
     """
     cells = table.cells.assign(bench=[benchmark_of(metric).name for metric in table.cells["metric"]])
     runs = {model: find_runs(outputs, model) for model in cells["model"].unique()}
+    # Each file is read once, whatever number of cells it fills.
     keys = cells[["model", "method", "bench"]].drop_duplicates().itertuples(index=False, name=None)
     results = {key: load_results(outputs, *key, runs[key[0]], name) for key in keys}
     require_comparable("this table", [result for found in results.values() for result in found])
@@ -121,6 +122,7 @@ def fill(
             return filled | {"commands": () if own else commands_for_metric(found[0], cell, name)}
         values = [result.metrics[cell.metric] for result in having]
         unlike = dict.fromkeys(text for result in having for text in deviations(result))
+        # A table of our own has no paper to stand beside: there only a trial has to be told from the benchmark.
         filled["deviations"] = tuple(text for text in unlike if not own or text.startswith(TRIAL))
         filled["missing"] = tuple(text for result in having for text in missing_verdicts(result))
         filled["ours"] = mean(values)
@@ -131,11 +133,13 @@ def fill(
 
     columns = ["digits", "ours", "error", "results", "difference", "commands", "deviations", "missing"]
     filled = pd.DataFrame([numbers(cell) for cell in cells.itertuples()], columns=columns)
+    # A table without any number would have columns of objects, which can't be compared with NaN.
     filled = filled.astype({"ours": float, "error": float, "difference": float})
     cells = compare_paired(pd.concat([cells, filled], axis=1), against)
     remarks: tuple[str, ...] = ()
     if table.ranked:
         cells, remarks = append_averages(cells)
+    # Averages are no metric of a benchmark, and of a length neither more nor less is better: no best there.
     better = [getattr(BENCHMARKS[c.bench].metrics.get(c.metric), "better", None) for c in cells.itertuples()]
     signed = cells["ours"] * pd.Series([{True: 1, False: -1}.get(kind) for kind in better], index=cells.index)
     cells["best"] = signed == signed.groupby([cells["group"], cells["column"]]).transform("max")
@@ -152,6 +156,7 @@ def compare_paired(cells: pd.DataFrame, against: str) -> pd.DataFrame:
 
     cells = cells.assign(behind=pd.Series([behind(cell) for cell in cells.itertuples()], dtype=object), p=1.0)
     known = cells["behind"].notna()
+    # Whoever looks for the largest difference of a table has compared all of them.
     cells.loc[known, "p"] = holm([found.p for found in cells.loc[known, "behind"]])
     return cells
 
@@ -187,7 +192,7 @@ def append_averages(cells: pd.DataFrame) -> tuple[pd.DataFrame, tuple[str, ...]]
     appended, remarks = [], []
     for model, of_model in cells.groupby("model", sort=False):
         scores = of_model.pivot(index="method", columns="metric", values="ours")
-        complete = scores.dropna()
+        complete = scores.dropna()  # an average over fewer columns would be another number
         averages = {"avg_score": complete.mean(axis=1), "avg_rank": average_ranks(complete)}
         partly = 0 < len(complete) < len(scores)
         if partly:
@@ -197,14 +202,8 @@ def append_averages(cells: pd.DataFrame) -> tuple[pd.DataFrame, tuple[str, ...]]
             for metric, column in (("avg_score", "Avg. Score"), ("avg_rank", "Avg. Rank")):
                 ours, paper = averages[metric].get(method), printed[metric].get((model, method))
                 compared = row["difference"].notna().all() and not (partly and metric == "avg_rank")
-                cell = row.iloc[0].to_dict() | {
-                    "column": column,
-                    "metric": metric,
-                    "error": None,
-                    "behind": None,
-                    "p": 1.0,
-                }
-                cell |= {"ours": ours, "paper": paper, "difference": ours - paper if compared else None}
+                cell = row.iloc[0].to_dict() | {"column": column, "metric": metric, "ours": ours, "paper": paper}
+                cell |= {"error": None, "behind": None, "p": 1.0, "difference": ours - paper if compared else None}
                 for name in ("commands", "missing"):
                     cell[name] = tuple(dict.fromkeys(each for of_cell in row[name] for each in of_cell))
                 appended.append(cell)

@@ -129,6 +129,7 @@ def gamma_readings(run: TrainingRun, split: str, max_pairs: int) -> dict[str, Re
     """
     objective = rmipo_objective(run)
     context = "header" if objective.prior_context == "none" else objective.prior_context
+    # The first two readings differ in what they divide by, and share their log-probabilities.
     matched, _ = run_scores(run, split, max_pairs, prior_context=context)
     released, _ = run_scores(run, split, max_pairs, prior_context="none", header_in_response=True)
     paper = {"fidelity": "paper", "prior_context": context}

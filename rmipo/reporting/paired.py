@@ -16,17 +16,18 @@ def paired_difference(ours: Sequence[Result], theirs: Sequence[Result], metric: 
     """
     if not (ours and theirs):
         return None
+    # Every evaluation drew the same prompts, so draw 17 of one method is about the prompts of draw 17 of the other.
     if all(metric in result.draws for result in (*ours, *theirs)):
         values = [np.mean([result.metrics[metric] for result in results]) for results in (ours, theirs)]
         draws = [np.mean([result.draws[metric] for result in results], axis=0) for results in (ours, theirs)]
         return interval(values[0] - values[1], draws[0] - draws[1])
     columns = [[result.per_prompt.get(metric, []) for result in results] for results in (ours, theirs)]
     lengths = {len(values) for results in columns for values in results}
-    if len(lengths) != 1 or 0 in lengths:
+    if len(lengths) != 1 or 0 in lengths:  # prompts are compared by their place
         return None
     ours_each, theirs_each = (np.array(results, dtype=np.float64).mean(axis=0) for results in columns)  # None is NaN
     differences = ours_each - theirs_each
-    differences = differences[~np.isnan(differences)]
+    differences = differences[~np.isnan(differences)]  # a prompt without a verdict of one method is no pair
     return bootstrap(differences) if len(differences) else None
 
 

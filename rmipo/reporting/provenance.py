@@ -22,11 +22,13 @@ def conflicts(results: Iterable[Result]) -> list[str]:
     for (bench, model), group in sorted(groups.items()):
         benchmark = BENCHMARKS[bench]
         packages = {f"versions.{package}" for result in group for package in result.versions}
+        # Judge, versions and prompts must agree in all of a table; decoding is the model's, as in the paper.
         names = benchmark.same_per_model if model else (*sorted(packages), *benchmark.same)
         for name in names:
             files: dict[str, list[Path]] = defaultdict(list)
             for result in group:
                 value = value_of(result, name)
+                # A setting that older results lack contradicts nothing, where the benchmark says so.
                 if value != ABSENT or name not in benchmark.optional:
                     files[value].append(result.path)
             if len(files) > 1:

@@ -9,6 +9,7 @@ from rmipo.reporting.paired import interval_text, paired_title, stars
 from rmipo.reporting.provenance import made_with, missing_note
 from rmipo.reporting.results import method_label
 
+PAPER_CELLS = "Cells: paper / ours / ours minus paper."
 MAX_NUMBER_COLUMNS = 8  # of one LaTeX table: what fits the text width of an article, 345 pt
 LATEX = {"α": r"$\alpha$", "β": r"$\beta$", "ε": r"$\epsilon$", "γ": r"$\gamma$", "Δ": r"$\Delta$", "±": r"$\pm$"}
 LATEX |= {"✓": r"\checkmark{}", "†": r"$^\dagger$", "–": "--", "<": r"\textless{}", ">": r"\textgreater{}"}
@@ -70,11 +71,7 @@ def markdown(filled: FilledTable) -> str:
     cells = wide(texts)
     rows = [[*table.headers, *(f"{group} {name}".strip() for group, name in cells.columns)]]
     rows += [[*row, *line] for row, line in zip(cells.index, cells.values, strict=True)]
-    title = (
-        f"{table.title}. Best in bold."
-        if own
-        else f"Table {table.number}: {table.title}. Cells: paper / ours / ours minus paper."
-    )
+    title = f"{table.title}. Best in bold." if own else f"Table {table.number}: {table.title}. {PAPER_CELLS}"
     lines = [title, "", markdown_table(rows)]
     if not own and (paired := filled.paired()):
         lines += ["", paired_title(filled.against), "", *(f"- {line}" for line in paired)]
@@ -88,7 +85,7 @@ def markdown(filled: FilledTable) -> str:
 def csv_text(filled: FilledTable) -> str:
     """Long form, one line per cell, numbers unrounded; each line says how its number was made."""
     cells = filled.cells
-    several = cells["results"].map(len) > 1
+    several = cells["results"].map(len) > 1  # then `error` is a deviation over seeds, which has a column of its own
     lines = pd.DataFrame(cells["row"].tolist(), columns=list(filled.table.headers))
     lines["Column"] = (cells["group"] + " " + cells["column"]).str.strip()
     lines[["paper", "ours"]] = cells[["paper", "ours"]]
@@ -130,6 +127,7 @@ def latex(filled: FilledTable) -> str:
     elif filled.cells[["group", "column"]].drop_duplicates().shape[0] > MAX_NUMBER_COLUMNS:
         parts = list(filled.cells.groupby("group", sort=False))
     tables = [latex_table(filled, part, cells, numbers, by_model) for part, cells in parts]
+    # What made the numbers is longer than the table: it goes into comments, for an appendix.
     marks = filled.marks()
     if numbers:
         marks.append("[1], ...: not run yet; the commands are comments in the source.")
@@ -148,7 +146,7 @@ def latex_table(
         for source, text in latex_lines(cell, filled, numbers).items():
             texts.append(((*cell.row[by_model:], source), (cell.group, cell.column), text))
     frame = wide(texts)
-    frame = frame[(frame != "").any(axis=1)]
+    frame = frame[(frame != "").any(axis=1)]  # of a model that the paper doesn't have, the paper's lines are empty
     labels = pd.DataFrame([[latex_escape(label) for label in row[:-1]] + [row[-1]] for row in frame.index])
     labels.loc[labels.duplicated(list(labels.columns[:-1])), labels.columns[:-1]] = ""  # once a row
     labels.columns = pd.MultiIndex.from_tuples([("", header) for header in (*filled.table.headers[by_model:], " ")])

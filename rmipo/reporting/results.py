@@ -91,6 +91,7 @@ class TrainingRun:
 
     def experiment(self) -> dict:
         """Recipe, objective and data without the seed and what has no effect: equal for repetitions of one run."""
+        # Data are compared by content, so a folder that was moved is no other data.
         repeated = {"seed", "data_seed", "output_dir", "logging_steps", "save_steps"}
         repeated |= {key.removeprefix("recipe.") for key in WITHOUT_EFFECT}
         recipe = {name: value for name, value in self.record.get("recipe", {}).items() if name not in repeated}
@@ -123,6 +124,7 @@ def load_result(outputs: Path, model: str, method: str, bench: str, name: str = 
         command = eval_command(model, method, bench, name)
         raise ReportError(f"{path} is of other weights than {folder} now: delete it, and run `{command}`")
     found = (content[key] for key in ("metrics", "versions", "settings"))
+    # Older results have none of these: they fill a table, and are compared with nothing prompt by prompt.
     more = {key: content[key] for key in ("per_prompt", "draws", "commit") if key in content}
     return Result(path, model, bench, *found, **more)
 
@@ -139,6 +141,7 @@ def load_results(
         return [result] if result else []
     results = {own.seed: result}
     for run in runs:
+        # Of two runs with one seed the second says nothing of the spread over seeds.
         if run.finished and run.seed not in results and run.experiment() == own.experiment():
             folder = run.folder.relative_to(outputs / model).as_posix()
             repetition = load_result(outputs, model, folder, bench, name)
@@ -154,6 +157,7 @@ def evaluated_methods(outputs: Path, model: str, benches: list[str], name: str =
     methods: dict[str, str] = {}
     for folder in sorted(folders, key=lambda folder: (order.get(folder, len(order)), folder)):
         run = load_run(outputs, model, folder)
+        # Runs that differ in the seed alone share a row, as `load_results` averages them.
         methods.setdefault(json_fingerprint(run.experiment()) if run else folder, folder)
     return list(methods.values())
 

@@ -49,6 +49,7 @@ def figure2(outputs: Path, model: str, metric: str = "mt_bench", name: str = "")
     `name` is the evaluations' EVAL_NAME.
     """
     runs = {method: measured(outputs, model, method, metric, name) for method in ("dpo", "simpo")}
+    # The paper varies one at a time, the other at its default.
     at_gamma = [point for point in runs["simpo"] if point.run.objective["gamma"] == 1.0]
     at_beta = [point for point in runs["simpo"] if point.run.objective["beta"] == 2.0]
     panel_runs = [
@@ -110,6 +111,7 @@ def measured(outputs: Path, model: str, method: str, metric: str, name: str = ""
         copied = any(run.record == other.run.record for other in found)  # a merged adapter has its run's record and log
         if value is not None and not copied:
             found.append(Measured(run, value, error, result))
+    # A sweep on other pairs, perhaps a trial on few, would move a line for another reason than its hyperparameter.
     data = Counter(str(point.run.record.get("fingerprints")) for point in found)
     return [p for p in found if str(p.run.record.get("fingerprints")) == data.most_common(1)[0][0]]
 

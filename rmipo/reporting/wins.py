@@ -27,6 +27,7 @@ def win_rates(outputs: Path, model: str, bench: str, name: str = "") -> tuple[pd
     if len(held) < 2:
         raise ReportError(f"WINS=1 needs two methods of {model} with {bench} results that hold values per prompt")
     require_comparable("WINS=1", held.values())
+    # A benchmark's first metric is its main one.
     metric = next(key for key in BENCHMARKS[bench].metrics if all(key in result.per_prompt for result in held.values()))
     rows = []
     for row, ours in held.items():
@@ -35,7 +36,7 @@ def win_rates(outputs: Path, model: str, bench: str, name: str = "") -> tuple[pd
                 continue
             won = wins(*(np.array(result.per_prompt[metric], dtype=float) for result in (ours, theirs)))  # None is NaN
             won = won[~np.isnan(won)]
-            found = bootstrap(100 * won - 50)
+            found = bootstrap(100 * won - 50)  # so that p is that of no difference
             rows.append({"row": row, "column": column, "rate": 50 + found.mean, "low": 50 + found.low,
                          "high": 50 + found.high, "n": len(won), "p": found.p})  # fmt: skip
     frame = pd.DataFrame(rows)

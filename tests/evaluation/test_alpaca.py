@@ -102,13 +102,6 @@ def test_killed_run_goes_on_where_it_was(tmp_path, monkeypatch, api_key):
     assert Counter(row["instruction"] for row in verdicts(tmp_path)) == Counter(row["instruction"] for row in REFERENCE)
 
 
-def test_rate_limit_is_waited_out(tmp_path, monkeypatch, api_key):
-    with JudgeServer(fault=lambda number: "429" if number in (2, 7, 8) else None) as server:
-        metrics = ask(server, tmp_path, monkeypatch)
-        assert len(server.requests) == ROWS + 3 and len(server.answered) == ROWS
-    assert metrics["alpacaeval2_wr"] == pytest.approx(expected_win_rate(range(ROWS)), abs=1e-6)
-
-
 @pytest.mark.parametrize("fault", ["malformed", "no_logprobs"])
 def test_unusable_verdicts_are_reported_and_asked_again(tmp_path, monkeypatch, api_key, fault):
     broken = {3, 11, 12}

@@ -298,15 +298,6 @@ def test_eval_command_from_generation_to_result_files(outputs):
     assert not any("sk-secret" in path.read_text() for path in folder.rglob("*.json*"))
 
 
-def test_generate_only_needs_no_key(outputs):
-    options = ["--set", f"alpacaeval.reference={outputs}/pairs/test.jsonl", "--set", "alpacaeval.generate_only=true"]
-    done = run("evaluate.py", outputs, "--bench", "alpacaeval", *options)
-    assert done.returncode == 0 and "nothing was judged" in done.stdout, done.stderr
-    folder = outputs / "tiny/rmipo/eval"
-    assert len(json.loads((folder / "alpacaeval/model_outputs.json").read_text())) == 9
-    assert not (folder / "alpacaeval.json").exists()
-
-
 def test_samples_side_by_side(outputs):
     prompts = ["--prompt", "w1 <b> & w2", "--prompt", "w3 ```"]
     done = run("samples.py", outputs, "--methods", "rmipo,simpo", *prompts)
@@ -325,15 +316,6 @@ def test_samples_side_by_side(outputs):
         markdown.index("w1 <b> & w2") < markdown.index("**rmipo**") < markdown.index(answers["rmipo"][0].split("\n")[0])
     )
     assert "> ````text\n> w3 ```\n> ````" in markdown  # a fence longer than the text's own
-
-
-def test_samples_are_of_what_is_trained_unless_methods_are_named(outputs, tmp_path):
-    (tmp_path / "tiny").mkdir()
-    (tmp_path / "tiny/simpo").symlink_to(outputs / "tiny/simpo")
-    done = run("samples.py", tmp_path, "--prompt", "w1 w2")
-    assert done.returncode == 0, done.stderr
-    text = (tmp_path / "reports/samples-tiny.md").read_text()
-    assert "**simpo**" in text and "**rmipo**" not in text
 
 
 @pytest.mark.parametrize(("first_n", "count"), [({}, 9), ({"first_n": 4}, 4)])

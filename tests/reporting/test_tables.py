@@ -11,7 +11,7 @@ from rmipo import fingerprints
 from rmipo.fingerprints import trained_fingerprint
 from rmipo.generation.answers import DEFAULTS as GENERATION
 from rmipo.reporting.filling import FilledTable, average_ranks, fill
-from rmipo.reporting.results import METHODS, PAPER_MODELS, ReportError, load_result, paper_table
+from rmipo.reporting.results import PAPER_MODELS, ReportError, load_result, paper_table
 from rmipo.reporting.tables import LEADERBOARD, TABLES, benchmark_table, build_table
 from tests.helpers.paths import ROOT
 from tests.helpers.result_files import DECODING, write_result, write_run
@@ -113,12 +113,6 @@ def test_labels_stand_over_and_beside_their_cells():
              "[1.0, 1.2]": "table8-1-1.2"}),
     ):  # fmt: skip
         assert dict(build_table(number).cells[["column", "method"]].values[:4]) == expected
-
-
-def test_papers_table1_covers_every_method_and_model():
-    printed = paper_table("table1")
-    keys = set(zip(printed["method"], printed["setting"], strict=True))
-    assert keys == {(method, model) for method in METHODS for model in PAPER_MODELS}
 
 
 def test_the_papers_decoding_is_that_of_the_recipes():
