@@ -44,9 +44,7 @@ def main() -> None:
     if bench not in (*BENCHMARKS, "all"):
         raise EvaluationError(f"BENCH={bench} is none of {', '.join(BENCHMARKS)}, all (those of the paper)")
     if args.eval_name in (*BENCHMARKS, "answers") or "/" in args.eval_name:
-        raise EvaluationError(
-            f"EVAL_NAME={args.eval_name} can't be a folder beside those of {', '.join(BENCHMARKS)}, answers"
-        )
+        raise EvaluationError(f"EVAL_NAME={args.eval_name} is taken by the evaluation itself")
     benches = [b for b in BENCHMARKS.values() if bench == b.name or (bench == "all" and b.in_paper)]
     try:
         max_cost = float(args.max_cost) if args.max_cost else None

@@ -21,6 +21,7 @@ DEFAULTS = {
     "answers": 1,  # per prompt; standard errors are over prompts
     "generation": {},
 }
+SAMPLING = tuple(f"generation.{key}" for key in ("temperature", "top_p", "max_new_tokens"))
 
 
 def run(model_dir: str | Path, output_dir: str | Path, settings: dict) -> dict:
@@ -51,13 +52,14 @@ def run(model_dir: str | Path, output_dir: str | Path, settings: dict) -> dict:
     write_lines(Path(output_dir) / "constraints.jsonl", results)
     every = [[all(check) for check in row["followed"]] for row in results]
     each = [[sum(check) / len(check) for check in row["followed"]] for row in results]
-    metrics = {}
     own = [row["specific"] for row in results]
+    metrics, by_prompt = {"constraints_cut": generator.cut}, {}
     for name, values in (("constraints_all", every), ("constraints_each", each), ("constraints_specific", own)):
         metrics[name], metrics[f"{name}_standard_error"] = percent(values)
-    metrics["constraints_cut"] = generator.cut
+        by_prompt[name] = [100 * sum(of_prompt) / len(of_prompt) for of_prompt in values]
     return {
         "metrics": metrics,
+        "per_prompt": by_prompt,
         "versions": package_versions("lm_eval") | generator.versions,
         "settings": settings | {"generation": generator.settings, "prompts_sha256": json_fingerprint(prompts)},
         "fingerprint": generator.fingerprint,
@@ -101,19 +103,12 @@ BENCHMARK = Benchmark(
     run=run,
     defaults=DEFAULTS,
     metrics={
-        "constraints_all": Metric("All constraints (%)", standard_error="constraints_all_standard_error"),
-        "constraints_each": Metric("Constraints (%)", standard_error="constraints_each_standard_error"),
-        "constraints_specific": Metric("Own constraints (%)", standard_error="constraints_specific_standard_error"),
+        "constraints_all": Metric("All constraints (%)"),
+        "constraints_each": Metric("Constraints (%)"),
+        "constraints_specific": Metric("Own constraints (%)"),
+        "constraints_cut": Metric("Cut (%)", better=None),
     },
-    same=(
-        "prompts_sha256",
-        "first_n",
-        "skip_n",
-        "answers",
-        "generation.temperature",
-        "generation.top_p",
-        "generation.max_new_tokens",
-    ),
+    same=("prompts_sha256", "first_n", "skip_n", "answers", *SAMPLING),
     trial=("first_n", "skip_n"),
     optional=("prompts_sha256",),  # older results have none
 )

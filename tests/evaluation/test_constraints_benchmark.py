@@ -17,7 +17,8 @@ def test_shares_of_answers_that_follow_all_and_each_of_their_constraints(tmp_pat
     write_model(tmp_path)
     generation = {"temperature": 1.0, "max_new_tokens": 6, "dtype": "float32", "engine": "transformers"}
     settings = {"generation": generation, "first_n": 6, "answers": 2}
-    metrics = BENCHMARKS["constraints"].run(tmp_path, tmp_path / "eval", settings)["metrics"]
+    result = BENCHMARKS["constraints"].run(tmp_path, tmp_path / "eval", settings)
+    metrics = result["metrics"]
     rows = [json.loads(line) for line in (tmp_path / "eval/constraints.jsonl").read_text().splitlines()]
     assert len(rows) == 6 and all(len(row["answers"]) == 2 for row in rows)
     assert sum(len(set(row["answers"])) == 2 for row in rows) > 3  # one seed for each answer
@@ -32,6 +33,7 @@ def test_shares_of_answers_that_follow_all_and_each_of_their_constraints(tmp_pat
     own = [value for row in rows for value in row["specific"]]
     assert metrics["constraints_specific"] == pytest.approx(100 * sum(own) / 12)
     assert per_prompt(tmp_path / "eval") == [sum(answers) / 2 for answers in every]
+    assert result["per_prompt"]["constraints_each"] == pytest.approx([50 * sum(shares) for shares in each])
 
 
 def test_the_first_prompts_are_those_after_the_ones_left_out(tmp_path):

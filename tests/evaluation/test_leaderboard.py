@@ -11,7 +11,6 @@ import yaml
 from rmipo.errors import EvaluationError
 from rmipo.evaluation import leaderboard
 from rmipo.evaluation.leaderboard import BBH_CHOICES, DATA, TASKS, evaluate, ifeval_error, metrics_of, normalize, run
-from rmipo.recipe.settings import merge_settings
 from tests.helpers.paths import ROOT
 from tests.helpers.tiny_model import write_model
 
@@ -87,34 +86,23 @@ def test_ifeval_error_by_leaving_prompts_out():
     assert ifeval_error(samples) == pytest.approx(jackknife, rel=0.01)
 
 
-def test_all_missing_scores_are_named_at_once():
+def test_a_missing_score_is_named():
     results = raw_results()
-    del results["leaderboard_bbh_navigate"], results["leaderboard_bbh_snarks"]
-    with pytest.raises(
-        EvaluationError, match=r"2 scores.*leaderboard_bbh_navigate \(acc_norm\), leaderboard_bbh_snarks"
-    ):
+    del results["leaderboard_bbh_navigate"]
+    with pytest.raises(EvaluationError, match="leaderboard_bbh_navigate"):
         metrics_of("bbh", results)
 
 
-def test_unknown_settings_are_refused_before_anything_loads(tmp_path):
-    with pytest.raises(EvaluationError, match=r"leaderboard: unknown keys \['batchsize'\].*batch_size"):
-        run("no/such/model", tmp_path, {"batchsize": 4})
-    with pytest.raises(EvaluationError, match=r"leaderboard\.tasks: unknown \['ifevl'\] \(did you mean ifeval\?\)"):
+def test_what_is_missing_is_found_before_anything_loads(tmp_path, monkeypatch):
+    with pytest.raises(EvaluationError, match=r"unknown \['ifevl'\]"):
         run("no/such/model", tmp_path, {"tasks": ["ifevl"]})
-
-
-def test_missing_data_is_found_before_generation(tmp_path, monkeypatch):
     pytest.importorskip("nltk")
     monkeypatch.setattr("nltk.data.path", [str(tmp_path)])
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
-    message = r"python -m nltk\.downloader punkt_tab; gpqa is gated: .*datasets/Idavidrein/gpqa, then `.venv/bin/hf auth login`"
-    with pytest.raises(EvaluationError, match=message):
+    with pytest.raises(EvaluationError) as raised:
         run("no/such/model", tmp_path, {})
-    message = (
-        r"nor readable there: bbh \(SaylorTwift/bbh: OfflineModeIsEnabled\), mmlu \(cais/mmlu: .*check the network"
-    )
-    with pytest.raises(EvaluationError, match=message):
-        run("no/such/model", tmp_path, {"tasks": ["bbh", "mmlu"]})
+    for named in ("punkt_tab", "Idavidrein/gpqa", "hf auth login", "SaylorTwift/bbh", "TIGER-Lab/MMLU-Pro"):
+        assert named in str(raised.value)
 
 
 def test_data_that_is_checked_is_what_lm_eval_reads():
@@ -125,18 +113,6 @@ def test_data_that_is_checked_is_what_lm_eval_reads():
     for name, folder in folders.items():
         texts = [file.read_text() for file in folder.glob("*yaml")]
         assert {path for text in texts for path in named.findall(text)} == {DATA[name]}, name
-
-
-def test_what_lm_eval_takes_in_place_of_a_whole_number(tmp_path, monkeypatch):
-    for wrong in ({"batch_size": "auto:0"}, {"batch_size": "automatic"}, {"limit": 1.5}, {"limit": 0.0}):
-        with pytest.raises(
-            EvaluationError, match=r"expected a whole number, 1 or more, or (auto:4|a share, more than 0)"
-        ):
-            merge_settings("leaderboard", leaderboard.DEFAULTS, wrong)
-    with pytest.raises(EvaluationError, match=r"limit is 0\.5, expected a whole number, 1 or more$"):
-        merge_settings("hh", {"limit": None}, {"limit": 0.5})
-    settings = merge_settings("leaderboard", leaderboard.DEFAULTS, {"batch_size": "auto:4", "limit": 0.25})
-    assert (settings["batch_size"], settings["limit"]) == ("auto:4", 0.25)
 
 
 def test_choices_match_lm_evals_tasks():
