@@ -14,10 +14,11 @@ from tqdm import tqdm
 from rmipo.compare.log import Log, execute_all
 from rmipo.compare.study import Study
 from rmipo.compare.trial import Trial
+from rmipo.evaluation.statistics import holm
 from rmipo.launch.choices import choose_stages
 from rmipo.recipe.files import read_yaml
 from rmipo.record import environment
-from rmipo.reporting.spread import contrast, draw_spread, holm
+from rmipo.reporting.spread import contrast, draw_spread
 from rmipo.run.lock import locked
 
 MEAN_GAMMA = "simpo-mean-gamma"
@@ -111,7 +112,8 @@ def report(arms: list[tuple[Trial, dict]], grids: list[tuple[Trial, dict]], metr
             for name, lines in methods.items()
             if name != FIRST
         }
-        adjusted = holm({name: result.p for name, result in contrasts.items() if name != SECOND})
+        secondary = [name for name in contrasts if name != SECOND]
+        adjusted = dict(zip(secondary, holm([contrasts[name].p for name in secondary]), strict=True))
         adjusted[SECOND] = contrasts[SECOND].p  # named beforehand: the one contrast that needs no correction
         text += [f"Label noise {noise:.0%}, {len(methods[FIRST])} seeds:", ""]
         text += [

@@ -7,7 +7,7 @@ import pytest
 
 from rmipo.compare.margins import mean_gamma_arm, points, report, scores
 from rmipo.compare.trial import Trial
-from rmipo.reporting.spread import contrast, holm
+from rmipo.reporting.spread import contrast
 
 
 def test_a_grid_is_every_combination_and_joined_names_move_together():
@@ -18,10 +18,6 @@ def test_a_grid_is_every_combination_and_joined_names_move_together():
         (("beta", 2.0), ("gamma_min", 0.0), ("gamma_max", 2.0)),
         (("beta", 2.0), ("gamma_min", 0.5), ("gamma_max", 1.4)),
     ]
-
-
-def test_holm_multiplies_by_what_is_left_and_never_falls():
-    assert holm({"a": 0.01, "b": 0.04, "c": 0.03}) == pytest.approx({"a": 0.03, "c": 0.06, "b": 0.06})
 
 
 def test_a_contrast_over_seeds():
