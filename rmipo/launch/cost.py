@@ -69,7 +69,7 @@ def plan(env: Mapping[str, str]) -> int:
     else:
         speed = speed_with(positive_number(env, "TFLOPS", A100.tflops))
         for name, (low, high) in duration.hours(recipe, shape, work, hardware.gpus, examples, speed).items():
-            print(f"Hours of the {name}: {low:.1f} to {high:.1f}")
+            print(f"Hours of the {name}: {low:.2f} to {high:.2f}")
         low, high = speed.reached
         fastest = (
             hardware.gpus * speed.tflops * 1e12 / duration.step_flops(shape, work) * duration.typical_tokens(work)[0]

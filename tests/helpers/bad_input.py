@@ -9,8 +9,6 @@ from pathlib import Path
 import yaml
 from transformers import AutoTokenizer
 
-from rmipo.plan.memory import Hardware, Sharding
-from rmipo.plan.preflight import PreflightError, check_disk, check_fit
 from rmipo.recipe.load import load_recipe
 from tests.helpers.families import LLAMA3_TEMPLATE, make_tokenizer, save
 from tests.helpers.paths import ROOT
@@ -117,14 +115,6 @@ def run_program(script: str, arguments: list[str], env: dict[str, str]) -> str:
     return ended.err.partition("error: ")[2].strip()
 
 
-def refused(function: Callable) -> str:
-    try:
-        function()
-    except PreflightError as error:
-        return str(error)
-    raise AssertionError("it was accepted")
-
-
 @dataclass(frozen=True)
 class BadInput:
     area: str
@@ -216,7 +206,6 @@ def world(bench: Bench, changes: dict) -> str:
 
 
 HANDBOOK = yaml.safe_load((ROOT / "tests/recipe/foreign/dpo_mixture.yaml").read_text())
-FIT = {"recipe": "recipes/llama3-8b-instruct/rmipo.yaml", "sharding": ROOT / "configs/accelerate/zero3.yaml"}
 
 CASES = [
     recipe_case("--dataset_name=null", "the data is ambiguous or missing", "expected either dataset_name or datasets"),
@@ -362,20 +351,6 @@ CASES = [
         "a paper setting without a GPU",
         lambda b: b.train(recipe="recipes/llama3-8b-instruct/rmipo.yaml"),
         ("none is visible", "MODEL=tiny trains on a CPU", "DRY=1"),
-    ),
-    BadInput(
-        "device",
-        "a run larger than the GPUs",
-        lambda b: refused(
-            lambda: check_fit(load_recipe(ROOT / FIT["recipe"]), Hardware(1, 4, 24.0), Sharding.load(FIT["sharding"]))
-        ),
-        ("GiB per GPU with zero3 on 4 GPUs", "found 24", "alone do not fit: use more GPUs"),
-    ),
-    BadInput(
-        "device",
-        "a disk smaller than the checkpoints",
-        lambda b: refused(lambda: check_disk(b.folder, 1 << 60)),
-        ("output_dir: ", "are free", "a lower save_total_limit"),
     ),
     BadInput(
         "device",
@@ -619,26 +594,6 @@ CASES = [
     BadInput("checkpoint", "an output folder with other files in it",
              lambda b: b.train(f"--output_dir={b.folder / 'model'}"),
              ("is not empty and has no run.json", "Found: chat_template.jinja", "name another --output_dir")),
-    launch_case("MODEL not given", "MODEL is not set", "llama3-8b-instruct"),
-    launch_case("`MODEL=llama3`", "'llama3' is unknown", "llama3-8b-instruct", MODEL="llama3"),
-    launch_case("`STAGE=sft` where there is none", "The stages of llama3-8b-instruct", MODEL="llama3-8b-instruct", STAGE="sft"),
-    launch_case("`METHOD=grpo`", "'grpo' is unknown", "alpha-dpo", MODEL="tiny", METHOD="grpo"),
-    launch_case("`ARGS` with an open quote", "can't be read: No closing quotation", MODEL="tiny", ARGS="--a 'b"),
-    launch_case("`GPUS=many`", "expected the number of GPUs, such as GPUS=4", MODEL="tiny", GPUS="many"),
-    launch_case("`SHARDING=zero9`", "'zero9' is unknown", "zero3-offload", MODEL="tiny", SHARDING="zero9"),
-    launch_case("`NODES=2` without Slurm", "add SLURM=1", MODEL="tiny", NODES="2"),
-    launch_case("`SLURM=1` where there is no Slurm", "sbatch is not installed here", "or without SLURM=1",
-                MODEL="tiny", STAGE="rmipo", SLURM="1", PATH=""),
-    launch_case("`SLURM=1` without the nodes' GPUS", "GPUS is not set", "such as GPUS=8x80", MODEL="llama3-70b-instruct",
-                SLURM="1", NODES="4"),
-    launch_case("`SBATCH_ARGS` with an open quote", "SBATCH_ARGS", "can't be read: No closing quotation", MODEL="tiny",
-                SLURM="1", SBATCH_ARGS="--qos='a"),
-    launch_case("`make plan NODES=1.5`", "NODES='1.5': expected the number of machines", area="plan", script="plan",
-                MODEL="llama3-8b-instruct", GPUS="8x80", NODES="1.5"),
-    launch_case("`make plan GPUS=8`", "GPUS=8", "expected <GPUs per node>x<GiB of one>", area="plan", script="plan",
-                MODEL="llama3-8b-instruct", GPUS="8"),
-    launch_case("`make plan EXAMPLES=all`", "EXAMPLES=all: expected a whole number, 1 or more", area="plan", script="plan",
-                MODEL="llama3-8b-instruct", GPUS="8x80", EXAMPLES="all"),
     launch_case("`make online ROUNDS=some`", "ROUNDS=some: expected a whole number, 1 or more", area="online", script="online",
                 ROUNDS="some"),
     BadInput("world", "no such file", lambda _: run_program("toy", ["--config", "none.yaml"], {}),
