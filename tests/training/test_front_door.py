@@ -485,14 +485,9 @@ def test_what_is_saved_is_loaded_with_its_tokenizer_and_ends_its_turns(make, mod
 # ------------------------------------------------------------------ arguments of Trainer and TRL that can't be obeyed
 
 
-@pytest.mark.parametrize(
-    "argument",
-    [{"train_sampling_strategy": "sequential"}, {"dataloader_drop_last": True}, {"label_smoothing_factor": 0.1}],
-    ids=str,
-)
-def test_arguments_without_effect_are_refused(argument):
-    with pytest.raises(ConfigError, match=next(iter(argument))):
-        RMiPOConfig("x", **argument)
+def test_arguments_that_spoil_a_run_are_refused():
+    with pytest.raises(ConfigError, match="label_smoothing_factor"):
+        RMiPOConfig("x", label_smoothing_factor=0.1)
 
 
 def test_liger_leaves_the_fused_head_alone():
