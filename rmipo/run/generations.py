@@ -12,22 +12,15 @@ from rmipo.training.loading import positions_of
 
 
 class SampleGenerations(TrainerCallback):
-    """At each evaluation: answers to a few held-out prompts, in `generations.jsonl`.
+    """At each evaluation: answers to a few held-out prompts (token ids), in `generations.jsonl`.
 
-    Args:
-        tokenizer: decodes, and gives end and padding tokens.
-        prompts: lists of prompt token ids.
-        trainer: the `PreferenceTrainer`, for the wrapped model.
-        max_new_tokens: per answer; fewer where the model has no positions for more.
-        stop: the run's `StopOnSignal`: a signal ends the answers too, which are then not kept.
+    Of at most `max_new_tokens`, fewer where the model has no positions for more. `stop`: the run's `StopOnSignal`; a signal
+    ends the answers too, which are then not kept.
     """
 
     def __init__(self, tokenizer, prompts: list[list[int]], trainer, max_new_tokens: int, stop=None):
-        self.tokenizer = tokenizer
-        self.stop = stop
-        self.prompts = prompts
-        self.trainer = trainer
-        self.max_new_tokens = max_new_tokens
+        self.tokenizer, self.prompts, self.trainer = tokenizer, prompts, trainer
+        self.max_new_tokens, self.stop = max_new_tokens, stop
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
         if not self.prompts:

@@ -18,7 +18,7 @@ from rmipo import PreferenceConfig, PreferenceTrainer, RMiPOConfig, RMiPOTrainer
 from rmipo.data.chat import ChatFormat
 from rmipo.errors import CheckpointError, ConfigError, UserError
 from rmipo.record import read_metrics
-from rmipo.run.callbacks import MetricsFile
+from rmipo.run.callbacks import Recorder
 from rmipo.training import attention
 from tests.helpers.launched import launch
 from tests.helpers.tiny_model import write_model
@@ -306,7 +306,7 @@ def test_a_recipe_and_the_trainer_give_the_same_bits(model, tmp_path):
 
     rows = load_dataset(str(data))
     args = PreferenceConfig(str(tmp_path / "api"), objective=objective, **settings)
-    trainer = PreferenceTrainer(model, args, rows["train"], eval_dataset=rows["test"], callbacks=[MetricsFile()])
+    trainer = PreferenceTrainer(model, args, rows["train"], eval_dataset=rows["test"], callbacks=[Recorder()])
     trainer.train()
     trainer.evaluate()
     trainer.save_model()
