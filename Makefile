@@ -5,7 +5,7 @@ PYTHON ?= python3
 RUN := .venv/bin/python
 comma := ,
 .DEFAULT_GOAL := help
-.PHONY: help install train plan doctor smoke bench test test-all lint eval pairs online look table figure compare sweep samples reproduce
+.PHONY: help install train plan doctor smoke bench test test-all lint eval pairs online look table figure compare margins sweep samples reproduce
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' Makefile | while IFS='|' read -r name text; do printf '  make %-10s %s\n' "$$name" "$$text"; done
@@ -24,6 +24,9 @@ smoke: .venv/.installed ## ten steps on the GPUs here, or on the CPU; pass or fa
 
 compare: .venv/.installed ## every method with the same search budget: MODEL=tiny [METHODS=...] [SEEDS=0,1]
 	@$(RUN) scripts/compare.py
+
+margins: .venv/.installed ## whether margins must belong to their pairs, and how much tuning matters: MODEL=tiny [WORKERS=2]
+	@$(RUN) scripts/margins.py
 
 sweep: .venv/.installed ## the paper's hyperparameter search of a method, without an account: METHOD=simpo
 	@$(RUN) scripts/sweep.py

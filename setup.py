@@ -29,7 +29,7 @@ setup(
     extras_require={
         # Runs of recipes, with their plans, figures and tables.
         "recipes": ["deepspeed", "httpx2", "jinja2", "matplotlib", "pandas", "psutil", "wandb"],
-        "gpu": ["bitsandbytes", "kernels"],
+        "gpu": ["bitsandbytes", "kernels", "liger-kernel"],
         "vllm": ["vllm==0.30.0"],  # the release for torch 2.13
         "eval": [
             "alpaca-eval==0.6.6",

@@ -40,6 +40,7 @@ class Setup:
     device: str = "cpu"
     dtype: str = "float32"
     attention: str = "auto"  # of our steps
+    liger: bool = False  # in our steps; its rotary embeddings then replace those of every Llama in the program
 
     @property
     def heads(self) -> int:
@@ -108,7 +109,9 @@ def _arguments(cls: type[TrainingArguments], setup: Setup, **values) -> Training
 
 
 def our_trainer(model: LlamaForCausalLM, setup: Setup, objective: dict) -> PreferenceTrainer:
-    args = _arguments(PreferenceConfig, setup, objective=objective, attention=setup.attention)
+    args = _arguments(
+        PreferenceConfig, setup, objective=objective, attention=setup.attention, use_liger_kernel=setup.liger
+    )
     dataset = Dataset.from_list([{"prompt_ids": [3], "chosen_ids": [4], "rejected_ids": [5], "row": 0}])
     return PreferenceTrainer(model, args, dataset, prior_context=PRIOR_CONTEXT)
 

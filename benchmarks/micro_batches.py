@@ -31,11 +31,13 @@ SCALE = 0.25
 RECIPE_TOKENS = 8192  # max_tokens_per_micro_batch of the 7B and 8B recipes
 
 
-def micro_batches(sizes: list[int], rank: int, ranks: int, pairs: int, max_tokens: int | None = None) -> list:
+def micro_batches(
+    sizes: list[int], rank: int, ranks: int, pairs: int, max_tokens: int | None = None, regroups: str = "nothing"
+) -> list:
     """This rank's micro-batches of one step over all pairs."""
     sampler = StepSampler(
         len(sizes), global_batch_size=len(sizes), micro_batch_size=pairs, rank=rank, world_size=ranks, seed=None,
-        max_tokens=max_tokens, pair_tokens=sizes,
+        max_tokens=max_tokens, pair_tokens=sizes, regroups=regroups,
     )  # fmt: skip
     return next(iter(sampler))
 
@@ -45,8 +47,8 @@ def waiting(ranks: int, pairs: int, steps: int = 30) -> dict[str, tuple[float, f
     source = lengths.from_profile("ultrafeedback", seed=1)
     drawn = [[p - 1 + c + r for p, c, r in itertools.islice(source, 128)] for _ in range(steps)]
 
-    def cost(sizes: list[int], max_tokens: int | None) -> tuple[int, int, float]:
-        cut = [micro_batches(sizes, rank, ranks, pairs, max_tokens) for rank in range(ranks)]
+    def cost(sizes: list[int], max_tokens: int | None, regroups: str = "nothing") -> tuple[int, int, float]:
+        cut = [micro_batches(sizes, rank, ranks, pairs, max_tokens, regroups) for rank in range(ranks)]
         loads = [[sum(sizes[i] for i in batch.indices) for batch in own] for own in cut]
         longest = [max(forward) for forward in zip(*loads, strict=True)]
         return len(longest), max(longest), sum(longest) / (sum(sizes) / ranks)
@@ -55,7 +57,10 @@ def waiting(ranks: int, pairs: int, steps: int = 30) -> dict[str, tuple[float, f
     limit = round(statistics.median(longest for _, longest, _ in by_pairs))
     by_tokens = [cost(sizes, limit) for sizes in drawn]
     by_recipe = [cost(sizes, RECIPE_TOKENS) for sizes in drawn]
-    cuts = {f"{pairs} pairs": by_pairs, f"{limit} tokens": by_tokens, f"{RECIPE_TOKENS} tokens": by_recipe}
+    cuts = {f"{pairs} pairs": by_pairs}
+    for regroups in ("pairs", "micro-batches"):  # methods that count pairs: KTO and alpha-DPO, CPO
+        cuts[f"{pairs}, {regroups}"] = [cost(sizes, None, regroups) for sizes in drawn]
+    cuts |= {f"{limit} tokens": by_tokens, f"{RECIPE_TOKENS} tokens": by_recipe}
     return {name: tuple(map(statistics.median, zip(*costs, strict=True))) for name, costs in cuts.items()}
 
 

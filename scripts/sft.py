@@ -23,7 +23,7 @@ def main() -> None:
     from rmipo.data.report import of_split
     from rmipo.fingerprints import rows_fingerprint, text_fingerprint
     from rmipo.run.frame import training_run
-    from rmipo.training.loading import check_limits, load_model, load_tokenizer, require_untied
+    from rmipo.training.loading import check_adapters, check_limits, load_model, load_tokenizer
     from rmipo.training.sft import SupervisedTrainer
 
     with training_run(recipe, args, model_config) as run:
@@ -73,7 +73,7 @@ def main() -> None:
             peft_config=get_peft_config(model_config),
         )
         if isinstance(trainer.model, PeftModel):
-            require_untied(trainer.model)  # else its adapter could not be merged
+            check_adapters(trainer.model)
         run.say(f"SFT of {model_config.model_name_or_path}: {len(datasets['train'])} dialogues")
         run.train(trainer)
         run.save(trainer, **(trainer.evaluate() if "test" in datasets else {}))

@@ -98,6 +98,9 @@ def execute(study: Study, run: Run) -> dict[str, Any]:
                     result |= train_and_time(frame, trainer, test.select(range(min(CURVE_PAIRS, len(test)))))
                 except NonFiniteLossError:
                     return {**result, "metrics": {"diverged": True}}
+                if isinstance(trainer, PreferenceTrainer) and "gamma" in trainer.window.columns[0]:
+                    # Nothing was logged, so the window holds every pair that was trained.
+                    result["gamma_mean"] = torch.cat([pairs["gamma"] for pairs in trainer.window.columns]).mean().item()
             with precision(args):
                 metrics = judge.preference_metrics(model, test) | study.task.measure(model, chat, run)
     return {**result, "metrics": metrics}

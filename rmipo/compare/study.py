@@ -13,7 +13,7 @@ from rmipo.recipe.load import ConfigError, Recipe
 
 INITIAL, FLOOR = "initial", "sft-chosen"  # the SFT model itself, and more SFT on the chosen responses
 METHODS = ("rmipo", *(name for name in OBJECTIVES if name != "rmipo"), FLOOR)
-READINGS = ("fidelity-sequence", "fidelity-release", "initial-prior")  # of RMiPO, beside the default one
+READINGS = ("fidelity-sequence", "fidelity-release", "initial-prior", "shuffled")  # of RMiPO, beside the default one
 SEARCH_SEED = 1000  # pairs and order of the search; no reported run has them
 
 
@@ -26,10 +26,12 @@ class Run:
     learning_rate: float | None
     seed: int
     noise: float  # share of the training pairs whose labels are swapped
+    objective: tuple[tuple[str, float], ...] = ()  # hyperparameters in place of the method's own
 
     def __str__(self) -> str:
         rate = "" if self.learning_rate is None else f" lr {self.learning_rate:g}"
-        return f"{self.method}{rate} seed {self.seed} noise {self.noise:g}"
+        own = "".join(f" {name} {value:g}" for name, value in self.objective)
+        return f"{self.method}{own}{rate} seed {self.seed} noise {self.noise:g}"
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,7 @@ class Study:
         own |= {"save_strategy": "no", "logging_strategy": "no", "report_to": "none", "disable_tqdm": "true"}
         if run.learning_rate is not None:
             own["learning_rate"] = f"{run.learning_rate:g}"
+        own |= {f"objective.{name}": f"{value:g}" for name, value in run.objective}
         arguments = f"{self.arguments} {shlex.join(f'--{key}={value}' for key, value in own.items())}"
         method = "rmipo" if run.method in (INITIAL, FLOOR) else run.method
         env = {"METHOD": method, "DATA": self.data, "ARGS": arguments}

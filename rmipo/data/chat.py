@@ -33,6 +33,7 @@ class ChatFormat:
         end_id: the token that ends every response.
         header_ids: what the template writes between a prompt and its response, such as the assistant header; empty for
             Mistral, and where the header is scored with the response.
+        added: text that the template itself writes at the start of a response, which is scored with it.
     """
 
     tokenizer: PreTrainedTokenizerBase = field(repr=False)
@@ -42,6 +43,7 @@ class ChatFormat:
     template_writes_bos: bool
     header_in_response: bool
     after_end: str
+    added: str
 
     @classmethod
     def probe(cls, tokenizer: PreTrainedTokenizerBase, header_in_response: bool = False) -> "ChatFormat":
@@ -119,6 +121,7 @@ class ChatFormat:
             template_writes_bos=template_writes_bos,
             header_in_response=header_in_response,
             after_end=after_end,
+            added=fulls[0].removeprefix(prompts[0]).partition(ANSWER["content"])[0].strip(),
         )
 
     def prompt_ids(self, messages: Messages) -> list[int]:

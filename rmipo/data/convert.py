@@ -70,7 +70,7 @@ def convert_rows(
         raise DataError(f"{source}: missing columns {', '.join(missing)}, found {found}.{inside} {describe(formats)}")
     read = {"row", "system", *OUR_COLUMNS, *(column for form in formats for column in form.columns)}
     if unread := [name for name in rows.column_names if name not in read]:
-        warn_once(f"{source}: columns that are not read: {', '.join(unread)}")
+        warn_once(f"{source}: columns that are not read: {', '.join(name or '(unnamed)' for name in unread)}")
     converted = rows.map(
         read_batch,
         batched=True,

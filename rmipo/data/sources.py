@@ -217,7 +217,7 @@ def find_split(folder: Path, name: str, split: str) -> list[Path]:
             f"{folder}: found {listing} for split {name}, expected one file or all shards of one upload. Add what is "
             "missing, or name one file as the dataset"
         )
-    if others := sorted(stem for stem in found if stem.startswith(name) and stem != name):
+    if others := sorted(stem for stem in found if stem.lower().startswith(name.lower()) and stem != name):
         warn_once(f"{folder}: {name} is read, and not: {', '.join(others)}. A mixture reads several splits")
     return found[name]
 
@@ -264,6 +264,9 @@ def read_csv(path: Path) -> list[dict[str, str]]:
     csv.field_size_limit(sys.maxsize)
     with open_text(path) as file:
         reader = csv.DictReader(file, strict=True)
+        names = reader.fieldnames or []
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"it has several columns named {', '.join(map(repr, twice))}")
         rows = []
         for row in reader:
             if None in row or None in row.values():

@@ -122,6 +122,7 @@ class BetaDPO(Objective):
     alpha: float = number(0.6, open_low=False)
     rho: float = number(0.2, high=1.0, open_low=False)
     fidelity: str = choice("release", "paper")
+    regroups = "nothing"  # the draws go by a pair's place
 
     def init_state(self) -> State:
         return _gap_state()

@@ -156,9 +156,18 @@ class Objective:
         raise NotImplementedError
 
     @property
+    def regroups(self) -> str:
+        """What may move between processes without changing a step's loss, so that none waits for a longer sequence.
+
+        "pairs" of the same micro-batch over all processes; whole "micro-batches" of the step, where the loss has a mean over
+        the tokens of one; "nothing" where a pair's place counts.
+        """
+        return "pairs"
+
+    @property
     def micro_batch_matters(self) -> bool:
         """Whether a pair's loss depends on which pairs share its micro-batch: then those are counted by pairs."""
-        return self.min_pairs > 1
+        return self.min_pairs > 1 or self.regroups != "pairs"
 
     def init_state(self) -> State:
         """The state before the first step; saved in checkpoints."""

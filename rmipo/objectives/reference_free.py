@@ -37,8 +37,8 @@ class SimPO(Objective):
     sft_weight: float = number(0.0, open_low=False)
 
     @property
-    def micro_batch_matters(self) -> bool:
-        return self.sft_weight > 0  # its mean is over the tokens of a micro-batch
+    def regroups(self) -> str:
+        return "micro-batches" if self.sft_weight > 0 else "pairs"
 
     def __call__(self, scores: PairScores, state: State | None = None) -> ObjectiveOutput:
         chosen, rejected = scores.logps(self.length_normalization)
@@ -82,8 +82,8 @@ class CPO(Objective):
     sft_normalization: str = choice("token", "sequence")
 
     @property
-    def micro_batch_matters(self) -> bool:
-        return self.sft_normalization == "token"
+    def regroups(self) -> str:
+        return "micro-batches" if self.sft_normalization == "token" else "pairs"
 
     def __call__(self, scores: PairScores, state: State | None = None) -> ObjectiveOutput:
         chosen_rewards, rejected_rewards = self.beta * scores.chosen_logps, self.beta * scores.rejected_logps
@@ -106,8 +106,8 @@ class SLiC(Objective):
     sft_normalization: str = choice("sequence", "token")
 
     @property
-    def micro_batch_matters(self) -> bool:
-        return self.sft_normalization == "token"
+    def regroups(self) -> str:
+        return "micro-batches" if self.sft_normalization == "token" else "pairs"
 
     def __call__(self, scores: PairScores, state: State | None = None) -> ObjectiveOutput:
         chosen, rejected = scores.logps(self.length_normalization)

@@ -96,6 +96,8 @@ def rmipo_loss(
         rejected_pmi = response_pmi(rejected_logps, prior_rejected_logps, rejected_lengths, pmi_normalization, fidelity)
         modulator = delta_pmi(chosen_pmi, rejected_pmi)
     gamma = scheduled_margin(modulator.detach(), gamma_min, gamma_max, schedule, span)
+    if signal == "shuffled":
+        gamma = gamma.roll(1)  # pairs come in random order, so this is a shuffle in which no pair keeps its own margin
     if not length_normalization:
         chosen, rejected = chosen_logps, rejected_logps
     reward_difference = beta * chosen - beta * rejected
@@ -115,8 +117,9 @@ class RMiPO(base.Objective):
     `pmi_normalization="sequence"`: Eq. 7 as printed, with sums. `fidelity="release"`: the authors' code, where beta
     multiplies the margin too, the assistant header belongs to the response, and log pi(y) has no BOS, so that a
     response's first token is not scored and its mean is over |y| - 1 tokens. Table 3: `signal="loglik"` puts A_w - A_l
-    in the place of delta_pmi (Eq. 6), `target="beta"` modulates beta. `length_normalization=False`: beta times the sums.
-    `label_smoothing` and `sft_weight` are SimPO's.
+    in the place of delta_pmi (Eq. 6), `target="beta"` modulates beta. `signal="shuffled"` is a control: each pair of a
+    micro-batch gets the margin of another, so margins are distributed as before but say nothing about their pair.
+    `length_normalization=False`: beta times the sums. `label_smoothing` and `sft_weight` are SimPO's.
     """
 
     name = "rmipo"
@@ -132,7 +135,7 @@ class RMiPO(base.Objective):
     prior_model: str = choice("policy", "initial")  # whose log pi(y); that of the initial policy is scored only once
     length_normalization: bool = flag(True)
     fidelity: str = choice("paper", "release")
-    signal: str = choice("pmi", "loglik")
+    signal: str = choice("pmi", "loglik", "shuffled")
     target: str = choice("gamma", "beta")
     label_smoothing: float = number(0.0, high=0.5, open_low=False)
     sft_weight: float = number(0.0, open_low=False)
@@ -156,15 +159,19 @@ class RMiPO(base.Objective):
     @property
     def needs(self) -> frozenset[str]:
         prior = {"policy": "prior", "initial": "initial_prior"}[self.prior_model]
-        return frozenset({prior} if self.signal == "pmi" and self.schedule != "constant" else ())
+        return frozenset({prior} if self.signal != "loglik" and self.schedule != "constant" else ())
 
     @property
     def header_in_response(self) -> bool:
         return self.fidelity == "release"
 
     @property
-    def micro_batch_matters(self) -> bool:
-        return self.sft_weight > 0  # its mean is over the tokens of a micro-batch
+    def regroups(self) -> str:
+        return "nothing" if self.signal == "shuffled" else "micro-batches" if self.sft_weight > 0 else "pairs"
+
+    @property
+    def min_pairs(self) -> int:
+        return 2 if self.signal == "shuffled" else 1  # a shuffle
 
     def __call__(self, scores: PairScores, state: base.State | None = None) -> base.ObjectiveOutput:
         priors = (scores.prior_chosen_logps, scores.prior_rejected_logps) if self.needs else (None, None)

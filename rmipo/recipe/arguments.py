@@ -1,11 +1,13 @@
 """The arguments of the trainers: `transformers.TrainingArguments` with the paper's defaults, and what pairs add."""
 
+import os
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from pydantic import PositiveInt
 from transformers import SchedulerType, TrainingArguments
+from transformers.utils import is_liger_kernel_available
 
 from rmipo.errors import ConfigError
 from rmipo.objectives import build_objective
@@ -41,6 +43,7 @@ class PairConfig(TrainingArguments):
     num_train_epochs: float = option(1.0, "The paper's.")
     logging_steps: float = option(10, "Steps between two log lines.")
     bf16: bool | None = option(None, "bfloat16 arithmetic; null: where the device has it and fp16 is off.")
+    use_liger_kernel: bool | None = option(None, "Liger's norms, rotary embeddings, MLPs; null: on CUDA, if installed.")
 
     global_batch_size: PositiveInt | None = option(
         None, "Pairs per optimizer step over all processes, in place of gradient_accumulation_steps."
@@ -67,6 +70,12 @@ class PairConfig(TrainingArguments):
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         if self.bf16 is None:
             self.bf16 = not self.fp16 and _has_bf16(self.use_cpu)
+        if (
+            self.torch_compile
+        ):  # layer by layer: one graph serves all of them, and compiling takes a fraction of the time
+            os.environ["ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION"] = "true"
+        if self.use_liger_kernel is None:
+            self.use_liger_kernel = is_liger_kernel_available() and not self.use_cpu and torch.cuda.is_available()
         if self.use_liger_kernel:
             self.liger_kernel_config = LIGER | (self.liger_kernel_config or {})
         if given := [f"{key} can't be set: {why}" for key, why in REFUSED.items() if getattr(self, key)]:

@@ -25,11 +25,13 @@ NO_GPU = (
 class RecipeLoader(yaml.SafeLoader):
     """`yaml.SafeLoader` for everything that people write: recipes, overlays, overrides, settings, sweeps.
 
-    It refuses duplicate keys, reads `2e-5` as a number, leaves dates as text, and is the one place that expands `~/`.
+    It refuses duplicate keys, reads numbers as people write them, leaves dates as text, and is the one place that expands `~/`.
     """
 
     yaml_implicit_resolvers = {
-        first: [(tag, pattern) for tag, pattern in resolvers if tag.rpartition(":")[2] not in ("timestamp", "int")]
+        first: [
+            (tag, pattern) for tag, pattern in resolvers if tag.rpartition(":")[2] not in ("timestamp", "int", "float")
+        ]
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
 
@@ -45,15 +47,13 @@ class RecipeLoader(yaml.SafeLoader):
 
 
 RecipeLoader.add_constructor("tag:yaml.org,2002:str", RecipeLoader.construct_text)
-# YAML 1.1 reads 010 as eight and 1:30 as ninety, and has no number in "2e-5": it wants a dot.
-RecipeLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:int",
-    re.compile(r"^[-+]?(0|[1-9][0-9_]*|0b[01_]+|0x[0-9a-fA-F_]+)$"),
-    list("-+0123456789"),
-)
-RecipeLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
-)
+# YAML 1.1 reads 010 as eight, 1:30 as ninety and 1_6 as sixteen, and finds no number in "2e-5".
+NUMBERS = {
+    "int": r"^[-+]?(0|[1-9][0-9]*|[1-9][0-9]{0,2}(_[0-9]{3})+|0b[01]+|0x[0-9a-fA-F]+)$",  # 1_000, but not 1_6
+    "float": r"^([-+]?([0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN))$",
+}
+for kind, pattern in NUMBERS.items():
+    RecipeLoader.add_implicit_resolver(f"tag:yaml.org,2002:{kind}", re.compile(pattern), list("-+.0123456789"))
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
@@ -168,8 +168,9 @@ def coerce(value: Any, annotation: Any) -> Any:
         typed = _adapter(options).validate_python(value)
     except pydantic.ValidationError as error:
         raise ValueError(" or ".join(dict.fromkeys(each["msg"] for each in error.errors()))) from error
-    if isinstance(value, bool) and not isinstance(typed, bool):  # pydantic takes true for 1
-        raise ValueError("expected a number, not true or false")
+    number = isinstance(typed, int | float) and not isinstance(typed, bool)
+    if number and (isinstance(value, bool) or (isinstance(value, str) and "_" in value)):
+        raise ValueError("expected a number")  # pydantic takes true for 1, and 1_6 for sixteen
     if type(value) is int and isinstance(typed, float):
         return value
     return typed.value if enums and isinstance(typed, enum.Enum) else typed

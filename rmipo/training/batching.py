@@ -40,7 +40,8 @@ class StepSampler(Sampler):
         micro_batch_size: pairs per forward on one process.
         seed: of the order; None keeps the dataset's. The order depends on seed and epoch alone.
         max_tokens: packed positions per forward, in place of `micro_batch_size`; a longer pair goes alone.
-        pair_tokens: packed positions of each pair (`packed_lengths`); read where `max_tokens` is set.
+        pair_tokens: packed positions of each pair (`packed_lengths`).
+        regroups: what moves between processes where micro-batches are counted by pairs; see `Objective.regroups`.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class StepSampler(Sampler):
         seed: int | None,
         max_tokens: int | None = None,
         pair_tokens: Sequence[int] = (),
+        regroups: str = "nothing",
     ):
         self.num_pairs = num_pairs
         self.global_batch_size = global_batch_size
@@ -63,6 +65,7 @@ class StepSampler(Sampler):
         self.seed = seed
         self.max_tokens = max_tokens
         self.pair_tokens = pair_tokens
+        self.regroups = regroups
         self.epoch = 0
 
     @property
@@ -85,17 +88,39 @@ class StepSampler(Sampler):
         for start in range(0, self.num_pairs, self.global_batch_size):
             yield self.micro_batches(order[start : start + self.global_batch_size])
 
+    def _tokens(self, part: list[int]) -> int:
+        return sum(self.pair_tokens[pair] for pair in part)
+
     def micro_batches(self, step: list[int]) -> list[MicroBatch]:
         """This process's micro-batches of the pairs in `step`."""
-        if self.max_tokens is None:
-            share = step[self.rank :: self.world_size]
-            largest_share = math.ceil(len(step) / self.world_size)
-            starts = range(0, largest_share, self.micro_batch_size)
-            parts = [share[start : start + self.micro_batch_size] for start in starts]
-        else:
+        if self.max_tokens is not None:
             parts = split_by_tokens(step, self.pair_tokens, self.max_tokens, self.world_size)
-            parts = parts[self.rank :: self.world_size]
+        else:
+            # A row of `world_size` micro-batches after the other; those of a row run at the same time.
+            starts = range(0, math.ceil(len(step) / self.world_size), self.micro_batch_size)
+            shares = [step[rank :: self.world_size] for rank in range(self.world_size)]
+            parts = [share[start : start + self.micro_batch_size] for start in starts for share in shares]
+            if self.regroups == "micro-batches":
+                parts.sort(key=lambda part: -self._tokens(part))  # of similar length side by side
+            elif self.regroups == "pairs":
+                rows = (parts[row : row + self.world_size] for row in range(0, len(parts), self.world_size))
+                parts = [part for row in rows for part in deal(row, self.pair_tokens)]
+        parts = parts[self.rank :: self.world_size]
         return [MicroBatch(tuple(part) or (step[0],), len(part), len(step)) for part in parts]
+
+
+def deal(parts: list[list[int]], tokens: Sequence[int]) -> list[list[int]]:
+    """The same pairs in parts with the same numbers of pairs, and of tokens as equal as this rule makes them.
+
+    Longest first, each to the part with the fewest tokens that has room.
+    """
+    dealt: list[list[int]] = [[] for _ in parts]
+    loads = [0] * len(parts)
+    for pair in sorted((pair for part in parts for pair in part), key=lambda pair: (-tokens[pair], pair)):
+        place = min((i for i, part in enumerate(parts) if len(dealt[i]) < len(part)), key=lambda i: (loads[i], i))
+        dealt[place].append(pair)
+        loads[place] += tokens[pair]
+    return dealt
 
 
 def packed_lengths(dataset) -> list[int]:

@@ -1,6 +1,7 @@
 """The tokenizer and the model of a recipe: no code from a hub or folder is run, no pickle read unless asked for."""
 
 import json
+import re
 from pathlib import Path
 
 from accelerate import Accelerator, PartialState
@@ -161,19 +162,34 @@ def load_model(model_config: ModelConfig, **options) -> PreTrainedModel:
     return model
 
 
-def require_untied(model: PeftModel) -> None:
-    """Raises LoadingError where an adapter trains one of two embeddings whose weights are one: it can't be merged."""
-    base = model.get_base_model()
+def check_adapters(model: PeftModel) -> None:
+    """Raises LoadingError where adapters would not train, or not give, what their configuration says.
+
+    PEFT wants one name of `target_modules` to match. An adapter of one of two embeddings whose weights are one can't be
+    merged.
+    """
+    config, base, tuner = model.active_peft_config, model.get_base_model(), model.base_model
+    modules = [name for name, _ in base.named_modules()]
+    parameters = [name for name, _ in base.named_parameters()]
+    problems = []
+    for key, known in (("target_modules", modules), ("modules_to_save", modules), ("target_parameters", parameters)):
+        asked = getattr(config, key, None)
+        asked = [] if isinstance(asked, str | None) else asked  # a text is a pattern
+        # Adapters wrap what they match: lm_head.original_module, q_proj.base_layer.weight.
+        bare = [re.sub(r"\.(base_layer|original_module)\b", "", name) for name in known]
+        unknown = sorted(name for name in asked if not any(f".{part}".endswith(f".{name}") for part in bare))
+        problems += [f"lora_{key}: the model has no {name}. Correct or remove it" for name in unknown]
     tied = {key.rpartition(".")[0] for pair in base.all_tied_weights_keys.items() for key in pair}
     saved = [name for name, module in base.named_modules() if isinstance(module, ModulesToSaveWrapper)]
-    modules = getattr(model.base_model, "targeted_module_names", ())
-    parameters = getattr(model.base_model, "targeted_parameter_names", ())  # `lora_target_parameters`
-    targets = {*modules, *saved, *(name.rpartition(".")[0] for name in parameters)}
-    if shared := sorted(tied & targets):
-        raise LoadingError(
-            f"{', '.join(shared)}: the model's input and output embeddings are one (tie_word_embeddings), and an adapter of "
-            "one of them can't be merged. Leave them out, or untie them in a copy of the model"
-        )
+    targets = {*getattr(tuner, "targeted_module_names", ()), *saved}
+    targets |= {name.rpartition(".")[0] for name in getattr(tuner, "targeted_parameter_names", ())}
+    problems += [
+        f"{name}: the model's input and output embeddings are one (tie_word_embeddings), and an adapter of one of them can't "
+        "be merged. Leave it out, or untie them in a copy of the model"
+        for name in sorted(tied & targets)
+    ]
+    if problems:
+        raise LoadingError("\n  ".join(problems))
 
 
 def require_masters(model: PreTrainedModel | PeftModel, accelerator: Accelerator) -> None:

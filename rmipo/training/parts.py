@@ -5,6 +5,7 @@ import dataclasses
 import datetime
 from collections.abc import Callable, Mapping
 
+import numpy as np
 import pyarrow.compute as pc
 import torch
 import trl
@@ -25,7 +26,7 @@ from rmipo.objectives import PRIORS, build_objective
 from rmipo.recipe.arguments import PairConfig
 from rmipo.recipe.schema import ModelConfig
 from rmipo.training.distributed import on_main_process
-from rmipo.training.loading import check_config, check_limits, load_model, load_tokenizer, require_untied
+from rmipo.training.loading import check_adapters, check_config, check_limits, load_model, load_tokenizer
 
 TOKENIZED = tuple(f"{side}_ids" for side in SIDES)
 # Pairs of plain texts under a tokenizer without a template: response after prompt, and the end token, as in TRL.
@@ -108,6 +109,17 @@ class TokenizedPairs:
                 self.chat = ChatFormat.probe(tokenizer, self.objective.header_in_response)
         self.reports: dict[str, DataReport] = {}
         self.splits = {split: self.add(given, split) for split, given in rows.items()}
+        if self.chat is not None and self.chat.added:
+            PartialState().print(
+                f"notice: the chat template starts each response with {self.chat.added!r}; it is scored too"
+            )
+        known = set(prompt_hashes(self.splits["train"])) if len(self.splits) > 1 and "train" in self.splits else set()
+        for split, pairs in self.splits.items():
+            if split != "train" and (count := sum(prompt in known for prompt in prompt_hashes(pairs))):
+                PartialState().print(
+                    f"notice: {count} of {len(pairs)} pairs of {split} have a prompt that training has too; their metrics are "
+                    "not those of new prompts"
+                )
 
     def add(self, rows: Dataset, split: str) -> Dataset:
         """`rows` tokenised."""
@@ -181,6 +193,14 @@ def shortened(texts: list[str], start: int, end: int) -> str:
     return "".join([*texts[:start], f" ... {len(texts) - start - end} more ... ", *texts[len(texts) - end :]])
 
 
+def prompt_hashes(rows: Dataset) -> list[str]:
+    return [
+        xxhash.xxh3_64_hexdigest(np.asarray(ids, dtype=np.int64))
+        for batch in rows.select_columns("prompt_ids").iter(batch_size=1000)
+        for ids in batch["prompt_ids"]
+    ]
+
+
 def longest_pair(rows: Dataset) -> int:
     """Tokens of the longest prompt with one of its responses."""
     table = rows.select_columns(list(TOKENIZED)).with_format("arrow")[:]
@@ -233,7 +253,7 @@ def policy(model: ModelConfig | Loaded, peft_config: PeftConfig | None = None) -
             raise DataError("peft_config is given, and the model has adapters already: pass one of them")
         model = get_peft_model(model, peft_config)
     if isinstance(model, PeftModel):
-        require_untied(model)
+        check_adapters(model)
     return model
 
 

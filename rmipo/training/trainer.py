@@ -73,8 +73,8 @@ class PreferenceTrainer(EndsWithItsLastStep):
             the model without them.
         ref_model: the initial policy, for epsilon-DPO, which needs its logits; a copy of `model` if None. No other
             method keeps a second model: what they need of it is scored beforehand.
-        prior_context: token ids in front of a response when log pi(y) is scored. None: what the objective's
-            `prior_context` stands for in the tokenizer's template.
+        prior_context: token ids in front of a response when log pi(y) is scored, for tokenised pairs without a
+            template. Otherwise the objective's `prior_context` says it.
 
     Raises:
         ConfigError, DataError, LoadingError: before the model is loaded where it is named.
@@ -118,6 +118,11 @@ class PreferenceTrainer(EndsWithItsLastStep):
             processing_class = parts.tokenizer_of(model)
         self.pairs = parts.TokenizedPairs(rows, processing_class, args, model)
         self.prior_context = self.pairs.prior_context() if reads_prior else prior_context
+        if prior_context is not None and self.pairs.chat and prior_context != self.pairs.prior_context():
+            raise ConfigError(
+                f"prior_context is {prior_context}, expected {self.pairs.prior_context()}, which the objective's "
+                f"prior_context {getattr(self.objective, 'prior_context', None)!r} stands for. Leave it out"
+            )
         self.collate = functools.partial(pack_step, needs=self.objective.needs, prior_context=self.prior_context)
         mismatched = "mismatched" in self.objective.needs
         datasets = {split: PairDataset(tokenized, mismatched) for split, tokenized in self.pairs.splits.items()}
@@ -260,7 +265,8 @@ class PreferenceTrainer(EndsWithItsLastStep):
             micro_batch_size=self.args.per_device_train_batch_size,
             seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
             max_tokens=max_tokens,
-            pair_tokens=() if max_tokens is None else packed_lengths(self.train_dataset.tokenized),
+            pair_tokens=packed_lengths(self.train_dataset.tokenized) if max_tokens or self.args.world_size > 1 else (),
+            regroups=self.objective.regroups if self.args.world_size > 1 else "nothing",
         )
 
     def get_eval_dataloader(self, eval_dataset: str | Dataset | PairDataset | None = None) -> DataLoader:

@@ -147,6 +147,16 @@ def test_cells_of_csv_files_are_texts(tmp_path):
         (tmp_path / "train.csv").write_text(f"prompt,chosen,rejected\n{row}\n")
         with pytest.raises(DataError, match=r"train\.csv can't be read as csv: line 2"):
             load_pairs(config(tmp_path), "train")
+    (tmp_path / "train.csv").write_text("prompt,chosen,rejected,chosen\na,b,c,d\n")
+    with pytest.raises(DataError, match=r"train\.csv .*'chosen'"):
+        load_pairs(config(tmp_path), "train")
+
+
+def test_a_file_beside_the_split_that_is_not_read_is_named(tmp_path, caplog):
+    write(tmp_path / "train.jsonl", pairs(1))
+    write(tmp_path / "Train.jsonl", pairs(2))
+    assert questions(load_pairs(config(tmp_path), "train")) == [1]
+    assert "Train" in caplog.text
 
 
 @pytest.mark.parametrize("name", ["train.jsonl", "train.jsonl.gz", "train.json"])

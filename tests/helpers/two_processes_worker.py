@@ -25,6 +25,7 @@ from tests.helpers.small_models import make_model, make_pairs
 from tests.helpers.trainers import make_trainer
 
 WITH_STATISTICS = ("alpha-dpo", "beta-dpo", "epsilon-dpo")
+DEALT = ("kto", "cpo", "alpha-dpo", "simpo")
 PAIRS = make_pairs(13, seed=4, prompt_lengths=(1, 30))
 
 
@@ -92,6 +93,35 @@ def running_statistics(output: Path, name: str) -> dict[str, float]:
     (step,) = trainer.get_train_dataloader()
     trainer.training_step(trainer.model, step)
     return {key: value.item() for key, value in trainer.objective_state.items()}
+
+
+def dealt(output: Path, name: str) -> list:
+    """This process's share of a step with pairs dealt by length and as they come: packed positions, loss and gradient."""
+    found = []
+    for regroups in ("as the objective says", "nothing"):
+        trainer = make_trainer(
+            output, PAIRS, {"name": name, "beta": 0.1}, model=make_model("llama"),
+            global_batch_size=13, per_device_train_batch_size=2 if name == "cpo" else 3,
+        )  # fmt: skip
+        references = (
+            "ref_chosen_logps",
+            "ref_rejected_logps",
+            "ref_mismatched_chosen_logps",
+            "ref_mismatched_rejected_logps",
+        )
+        if "reference" in trainer.objective.needs:
+            trainer.train_dataset.scores = {key: -torch.arange(13.0) for key in references[: 4 if name == "kto" else 2]}
+        loader = trainer.get_train_dataloader()
+        if regroups == "nothing":
+            loader.batch_sampler.regroups = regroups
+        (step,) = loader
+        loss = trainer.training_step(trainer.model, step)
+        gradient = torch.cat([parameter.grad.flatten() for parameter in trainer.model.parameters()])
+        for value in (loss, gradient):
+            torch.distributed.all_reduce(value)
+            value /= 2
+        found.append(([micro_batch.pairs.length for micro_batch in step], loss.item(), gradient))
+    return found
 
 
 def bad_loss_of_one_process(output: Path) -> tuple[str, list[int]]:
@@ -217,6 +247,7 @@ if __name__ == "__main__":
         "gradients": gradients(folder / "gradients", 90),
         "reference": reference_columns(folder / "reference", folder / "model"),
         "statistics": {name: running_statistics(folder / name, name) for name in WITH_STATISTICS},
+        "dealt": {name: dealt(folder / f"dealt-{name}", name) for name in DEALT},
         "tokens": tokens(folder / "tokens"),
         "stop": stop_of_one_process(folder / "stop"),
         "gathered": gathered(),

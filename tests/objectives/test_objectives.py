@@ -684,12 +684,13 @@ def test_a_whole_number_is_read_as_a_number():
 
 
 def test_objectives_that_need_several_pairs_say_so():
-    assert {name: cls.min_pairs for name, cls in OBJECTIVES.items() if cls.min_pairs > 1} == {
+    objectives = {name: build_objective({"name": name}) for name in OBJECTIVES}
+    assert {name: o.min_pairs for name, o in objectives.items() if o.min_pairs > 1} == {
         "kto": 2,
         "alpha-dpo": 2,
         "beta-dpo": 2,
     }
-    objectives = {name: build_objective({"name": name}) for name in OBJECTIVES}
+    assert build_objective({"name": "rmipo", "signal": "shuffled"}).min_pairs == 2
     assert {name for name, o in objectives.items() if o.micro_batch_matters} == {"kto", "alpha-dpo", "beta-dpo", "cpo"}
     assert not any(o.header_in_response for o in objectives.values())  # only in RMiPO's fidelity "release"
     assert {name: build_objective({"name": name}).needs for name in OBJECTIVES} == {
@@ -768,12 +769,16 @@ def test_ablations_are_the_variants_of_the_golden_values(name):
 def test_no_ablation_is_left_untested():
     without_length_normalization = {f"table5-{name}" for name in ("rmipo", "simpo", "alpha-dpo", "simper")}
     files = {path.stem for path in (RECIPES / "ablations").glob("*.yaml")}
-    assert files == ABLATIONS.keys() | without_length_normalization | {"fidelity-sequence", "initial-prior"}
+    assert files == ABLATIONS.keys() | without_length_normalization | {
+        "fidelity-sequence",
+        "initial-prior",
+        "shuffled",
+    }
     for name in files - ABLATIONS.keys():
         overlay = read_recipe(f"ablations/{name}.yaml")
         for values in [{}, *overlay.get("per_setting", {}).values()]:
             objective = build_objective(overlay["objective"] | values.get("objective", {}))
-            if name not in ("table5-simper", "fidelity-sequence", "initial-prior"):
+            if name not in ("table5-simper", "fidelity-sequence", "initial-prior", "shuffled"):
                 assert not objective.length_normalization
             assert ("initial_prior" in objective.needs) == (name == "initial-prior")
 
@@ -790,6 +795,15 @@ def test_alpha_dpo_keeps_its_margin_without_length_normalization():
             )
         torch.testing.assert_close(margins[0].mean(), margins[1].mean())
         torch.testing.assert_close(margins[0].std(), margins[1].std())
+
+
+def test_shuffled_margins_are_those_of_other_pairs():
+    _, scores = batch(count=6)
+    own, shuffled = (build_objective({"name": "rmipo", "signal": signal})(scores) for signal in ("pmi", "shuffled"))
+    assert shuffled.gamma.tolist() == [own.gamma[-1].item(), *own.gamma[:-1].tolist()]
+    assert len(set(own.gamma.tolist())) == 3
+    rewards = shuffled.chosen_rewards - shuffled.rejected_rewards
+    torch.testing.assert_close(shuffled.losses, -torch.nn.functional.logsigmoid(rewards - shuffled.gamma))
 
 
 def test_loglik_signal_is_per_token_whatever_the_reward():

@@ -152,8 +152,11 @@ def test_numbers_are_read_as_people_write_them(write):
     text = text.replace("seed: 0", "seed: 0042").replace("max_length: 0", "max_length: 4_096")
     values = load_recipe(write("rmipo.yaml", text), overrides=["--data_seed=0x10"]).values
     assert (values["seed"], values["max_length"], values["data_seed"]) == (42, 4096, 16)
-    with pytest.raises(ConfigError, match="save_steps is '1:30'"):
-        load_recipe(write("rmipo.yaml", RECIPE), overrides=["--save_steps=1:30"])
+    for text in ("1:30", "1_0", "1_6", "1_6.0", "1_0e3"):
+        with pytest.raises(ConfigError, match=f"save_steps is '{text}'"):
+            load_recipe(write("rmipo.yaml", RECIPE), overrides=[f"--save_steps={text}"])
+        with pytest.raises(ConfigError, match="gamma_max"):
+            load_recipe(write("rmipo.yaml", RECIPE), overrides=[f"--objective.gamma_max={text}"])
 
 
 def test_another_dataset_or_model_voids_what_described_the_first(recipe):

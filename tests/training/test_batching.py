@@ -119,6 +119,19 @@ def test_parts_by_tokens_are_few_and_of_similar_length():
     assert loads == sorted(loads, reverse=True)
 
 
+def test_pairs_are_dealt_to_processes_by_length():
+    """Two processes, micro-batches of two: longest first, each to the process with the fewest tokens that has room."""
+    tokens = [10, 90, 20, 80, 50, 60, 5]
+    options = {"world_size": 2, "micro_batch_size": 2, "num_pairs": 7, "global_batch_size": 7, "seed": None}
+    (came,) = steps(**options)
+    assert [[batch.indices for batch in rank] for rank in came] == [[(0, 2), (4, 6)], [(1, 3), (5,)]]
+    (dealt,) = steps(**options, pair_tokens=tokens, regroups="pairs")
+    assert [[batch.indices for batch in rank] for rank in dealt] == [[(1, 0), (5, 6)], [(3, 2), (4,)]]
+    (rows,) = steps(**options, pair_tokens=tokens, regroups="micro-batches")
+    assert [[batch.indices for batch in rank] for rank in rows] == [[(1, 3), (4, 6)], [(5,), (0, 2)]]
+    assert counted(came) == counted(dealt) == counted(rows) == list(range(7))
+
+
 def test_where_levelling_overflows_the_first_fit_stays():
     assert split_by_tokens([0, 1, 2, 3], [7, 5, 3, 3], limit=10, multiple=1) == [[0, 3], [1, 2]]  # none does: 10 and 8
     # Levelled, the parts would be 6 4 4 and 6 4: 14 is too long.

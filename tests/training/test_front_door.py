@@ -17,6 +17,7 @@ from trl import ModelConfig
 from rmipo import PreferenceConfig, PreferenceTrainer, RMiPOConfig, RMiPOTrainer
 from rmipo.data.chat import ChatFormat
 from rmipo.errors import CheckpointError, ConfigError, UserError
+from rmipo.recipe import arguments
 from rmipo.record import read_metrics
 from rmipo.run.callbacks import Recorder
 from rmipo.training import attention
@@ -444,6 +445,20 @@ def test_an_adapter_of_tied_embeddings_is_refused(make, model, target, made_by):
 
 
 @pytest.mark.parametrize(
+    "target",
+    [
+        {"target_modules": ["q_proj", "v_porj"]},
+        {"target_modules": ["q_proj"], "modules_to_save": ["v_porj"]},
+    ],
+)
+def test_a_module_that_adapters_name_and_the_model_lacks_is_refused(make, target):
+    with pytest.raises(UserError, match="v_porj"):
+        make(peft_config=LoraConfig(task_type="CAUSAL_LM", **target))
+    right = json.loads(json.dumps(target).replace("v_porj", "v_proj"))
+    assert make(peft_config=LoraConfig(task_type="CAUSAL_LM", **right))
+
+
+@pytest.mark.parametrize(
     ("change", "named"),
     [({"rows": TURNS[1:]}, "pairs"), ({"args": {"beta": 3.0}}, "objective"), ({"args": {"seed": 1}}, "seed")],
 )
@@ -494,6 +509,20 @@ def test_liger_leaves_the_fused_head_alone():
     assert RMiPOConfig("x", use_liger_kernel=True).liger_kernel_config["fused_linear_cross_entropy"] is False
 
 
+@pytest.mark.parametrize("installed", [False, True])
+@pytest.mark.parametrize("on_cuda", [False, True])
+def test_liger_is_the_default_on_gpus_where_it_is_installed(monkeypatch, installed, on_cuda):
+    monkeypatch.setattr(arguments, "is_liger_kernel_available", lambda: installed)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: on_cuda)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: on_cuda)
+    args = RMiPOConfig.__new__(RMiPOConfig)
+    monkeypatch.setattr(TrainingArguments, "__post_init__", lambda self: None)  # it would look for the GPU itself
+    monkeypatch.setattr(RMiPOConfig, "pairs_per_step", lambda self: 1)
+    args.__init__("x", bf16=True)
+    assert args.use_liger_kernel is (installed and on_cuda)
+    assert bool(args.liger_kernel_config) is (installed and on_cuda)
+
+
 def test_a_reference_that_would_be_ignored_is_refused(make, model):
     with pytest.raises(ConfigError, match="ref_model"):
         make(DPO, ref_model=AutoModelForCausalLM.from_pretrained(model))
@@ -526,6 +555,35 @@ def test_tokenised_rows_without_a_template_need_a_prior_context(make, model):
     with pytest.raises(UserError, match="prior_context"):
         make(rows=rows, processing_class=tokenizer)
     assert make(rows=rows, processing_class=tokenizer, prior_context=[0]).prior_context == [0]
+    with pytest.raises(ConfigError, match="prior_context"):  # the objective says "header"
+        make(prior_context=[])
+
+
+def test_a_checkpoint_beyond_the_end_of_a_training_is_refused(make):
+    saving = {"save_strategy": "steps", "save_steps": 1}
+    make(args={"max_steps": 3, **saving}).train()
+    with pytest.raises(ConfigError, match="max_steps"):
+        make(args={"max_steps": 2, **saving}).train(resume_from_checkpoint=True)
+
+
+def test_prompts_that_training_has_too_are_counted(make, capsys):
+    make(rows=TURNS[:8], eval_dataset=Dataset.from_list([*TURNS[6:], TURNS[7]]))
+    assert "3 of 7 pairs of test" in capsys.readouterr().out
+    make(rows=TURNS[:8], eval_dataset=Dataset.from_list(TURNS[8:]))
+    assert "pairs of test" not in capsys.readouterr().out
+
+
+def test_text_that_the_template_adds_to_responses_is_named(make, model, capsys):
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    make(processing_class=tokenizer)
+    assert "starts each response" not in capsys.readouterr().out
+    written = "{{ m['content'] }}"
+    tokenizer.chat_template = tokenizer.chat_template.replace(
+        written, "{% if m['role'] == 'assistant' %}w7 {% endif %}" + written
+    )
+    trainer = make(processing_class=tokenizer)
+    assert "starts each response with 'w7'" in capsys.readouterr().out
+    assert ids(trainer)[0][1][0] == tokenizer.convert_tokens_to_ids("w7")
 
 
 def test_models_with_functional_dropout_have_none(make):

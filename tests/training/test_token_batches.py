@@ -12,7 +12,7 @@ from rmipo.objectives import PairScores, build_objective
 from tests.helpers.launched import launch
 from tests.helpers.small_models import make_model
 from tests.helpers.trainers import CONTEXT
-from tests.helpers.two_processes_worker import PAIRS, WITH_STATISTICS, gradients, running_statistics
+from tests.helpers.two_processes_worker import DEALT, PAIRS, WITH_STATISTICS, gradients, running_statistics
 from tests.references.padded import padded_pairs, rmipo_loss
 
 
@@ -83,6 +83,21 @@ def test_statistics_of_two_processes_are_those_of_all_pairs(tmp_path, two_proces
     for found in two_processes:
         assert found["statistics"][name] == pytest.approx(expected, rel=1e-5)
     assert name != "epsilon-dpo" or abs(expected["beta"] - 0.1) > 1e-4
+
+
+@pytest.mark.parametrize("name", DEALT)
+def test_pairs_dealt_by_length_have_the_same_gradient_and_wait_less(two_processes, name):
+    """A forward of a sharded model takes as long as the longest sequence of all processes."""
+    by_length, as_they_come = zip(*(found["dealt"][name] for found in two_processes), strict=True)
+    for dealt, came in zip(by_length, as_they_come, strict=True):
+        assert dealt[1] == pytest.approx(came[1], abs=1e-6)
+        torch.testing.assert_close(dealt[2], came[2], atol=1e-6, rtol=1e-4)
+        assert came[2].abs().max() > 1e-4
+
+    def waited_for(ranks):
+        return sum(max(lengths) for lengths in zip(*(lengths for lengths, *_ in ranks), strict=True))
+
+    assert waited_for(by_length) < waited_for(as_they_come)
 
 
 def test_a_bad_loss_of_one_process_stops_both(two_processes):

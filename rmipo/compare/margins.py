@@ -1,0 +1,145 @@
+"""The program of `make margins`: is it the pair's own margin that helps, and how much do outcomes depend on tuning?
+
+The arms answer the first question: RMiPO, RMiPO whose margins are dealt to other pairs ("shuffled"), and SimPO at the mean of
+RMiPO's margins, all at one learning rate. The grids answer the second: as many settings of each method, same budget.
+"""
+
+import itertools
+from collections import defaultdict
+from pathlib import Path
+from statistics import mean, median, stdev
+
+from tqdm import tqdm
+
+from rmipo.compare.log import Log, execute_all
+from rmipo.compare.study import Run, Study
+from rmipo.launch.choices import choose_stages
+from rmipo.recipe.files import read_yaml
+from rmipo.record import environment
+from rmipo.reporting.spread import contrast, draw_spread, holm
+from rmipo.run.lock import locked
+
+MEAN_GAMMA = "simpo-mean-gamma"
+FIRST, SECOND = "rmipo", "shuffled"  # the primary contrast
+NOTES = """\
+± is the standard deviation over seeds. Brackets: 95% bootstrap interval over seeds and prompts, paired. p: sign flips of whole
+seeds, Holm-corrected but for shuffled, the contrast named beforehand. "Could see": the difference that four of five studies of
+this size would find. Every run of a noise level has the same pairs, order and learning rate."""
+
+
+def margins(env: dict[str, str]) -> int:
+    model, _ = choose_stages({**env, "STAGE": ""})
+    plan = read_yaml(Path(f"recipes/{model}/margins.yaml"))
+    study = Study(model, arguments=env.get("ARGS", ""))
+    folder = Path(f"outputs/{model}/margins")
+    rate, workers = plan["learning_rate"], int(env.get("WORKERS") or study.workers)
+    arms = [
+        Run("report", method, rate, seed, noise)
+        for noise in plan["noise"]
+        for seed in range(plan["arm_seeds"])
+        for method in plan["arms"]
+    ]
+    grids = [
+        Run("report", method, rate, seed, 0.0, point)
+        for seed in range(plan["grid_seeds"])
+        for method, grid in plan["grids"].items()
+        for point in points(grid)
+    ]
+    for run in (*arms, *grids):
+        study.check(run)
+    with locked(folder, "MODEL"):
+        log, facts = Log(folder / "runs.jsonl", study), environment()
+        with tqdm(
+            total=len(arms) + len(grids) + plan["arm_seeds"] * len(plan["noise"]), unit="run", smoothing=0
+        ) as bar:
+
+            def finished(runs: list[Run]) -> list[tuple[Run, dict]]:
+                lines = {}
+                for run, line in execute_all(log, runs, workers, facts):
+                    bar.update()
+                    bar.set_postfix_str(str(run))
+                    lines[run] = line
+                return list(lines.items())
+
+            done = finished(arms)
+            done += finished([mean_gamma_arm(run, line) for run, line in done if run.method == FIRST])
+            spread = finished(grids)
+    metric = study.task.selection_metric
+    text = report(done, spread, metric)
+    print(text)
+    (folder / "report.md").write_text(text)
+    draw_spread(outcomes(spread, metric), metric).savefig(folder / "spread.png")
+    print(folder / "spread.png")
+    return 0
+
+
+def points(grid: dict[str, list]) -> list[tuple[tuple[str, float], ...]]:
+    """Every combination of a grid's values; a key that names several hyperparameters takes them together."""
+    columns = []
+    for names, values in grid.items():
+        names = [name.strip() for name in names.split(",")]
+        rows = [value if isinstance(value, list) else [value] for value in values]
+        columns.append([tuple(zip(names, row, strict=True)) for row in rows])
+    return [sum(choice, ()) for choice in itertools.product(*columns)]
+
+
+def mean_gamma_arm(run: Run, line: dict) -> Run:
+    """SimPO with the mean margin that this run of RMiPO had."""
+    own = (("beta", 2.0), ("gamma", round(line["gamma_mean"], 4)))
+    return Run("report", "simpo", run.learning_rate, run.seed, run.noise, own)
+
+
+def outcomes(lines: list[tuple[Run, dict]], metric: str) -> dict[str, list[float]]:
+    """Method -> the metric's mean over the seeds for each point of its grid; a point with a run that diverged counts as 0."""
+    values: dict = defaultdict(lambda: defaultdict(list))
+    for run, line in lines:
+        values[run.method][run.objective].append(line["metrics"].get(metric, 0.0))
+    return {method: [mean(seeds) for seeds in grid.values()] for method, grid in values.items()}
+
+
+def report(arms: list[tuple[Run, dict]], grids: list[tuple[Run, dict]], metric: str) -> str:
+    """The arms per label noise, the primary contrast first, then the spread over the grids; Markdown."""
+    tables: dict = defaultdict(lambda: defaultdict(dict))
+    for run, line in arms:
+        tables[run.noise][MEAN_GAMMA if run.objective else run.method][run.seed] = line
+    text = []
+    for noise, methods in tables.items():
+        contrasts = {
+            name: contrast(scores(methods[FIRST], metric), scores(lines, metric))
+            for name, lines in methods.items()
+            if name != FIRST
+        }
+        adjusted = holm({name: result.p for name, result in contrasts.items() if name != SECOND})
+        adjusted[SECOND] = contrasts[SECOND].p  # named beforehand: the one contrast that needs no correction
+        text += [f"Label noise {noise:.0%}, {len(methods[FIRST])} seeds:", ""]
+        text += [
+            f"| arm | {metric} | mean gamma | {FIRST} minus arm [95%] | p | could see |",
+            "|---|---:|---:|---:|---:|---:|",
+        ]
+        for name, lines in methods.items():
+            values = [line["metrics"].get(metric, 0.0) for line in lines.values()]
+            gammas = [line["gamma_mean"] for line in lines.values() if "gamma_mean" in line]
+            row = [name, f"{mean(values):.3f} ± {stdev(values):.3f}", f"{mean(gammas):.2f}" if gammas else ""]
+            if name in contrasts:
+                result = contrasts[name]
+                row += [f"{result.mean:+.3f} [{result.low:+.3f}, {result.high:+.3f}]"]
+                row += [f"{adjusted[name]:.3f}", f"{result.detectable:.3f}"]
+            text.append(f"| {' | '.join([*row, *[''] * (6 - len(row))])} |")
+        text.append("")
+    text += [
+        "Spread over the grid, each point a mean over seeds:",
+        "",
+        "| method | points | best | median | worst | std |",
+    ]
+    text.append("|---|---:|---:|---:|---:|---:|")
+    for method, values in outcomes(grids, metric).items():
+        best, middle, worst = max(values), median(values), min(values)
+        text.append(f"| {method} | {len(values)} | {best:.3f} | {middle:.3f} | {worst:.3f} | {stdev(values):.3f} |")
+    text += ["", NOTES]
+    return "\n".join(text) + "\n"
+
+
+def scores(lines: dict[int, dict], metric: str) -> list[list[float]]:
+    """(seeds, prompts) of an arm; one column where a metric isn't known per prompt. A run that diverged scores 0."""
+    known = [line["metrics"].get("per_prompt", {}).get(metric) for _, line in sorted(lines.items())]
+    return known if all(known) else [[line["metrics"].get(metric, 0.0)] for _, line in sorted(lines.items())]

@@ -1,0 +1,30 @@
+"""Does a margin have to belong to its pair, and how much does tuning matter?
+
+    make margins MODEL=tiny [WORKERS=2]
+
+Trains the arms and grids of recipes/<model>/margins.yaml, all from one SFT model: RMiPO against RMiPO with the margins of other
+pairs, and the outcomes over a grid of hyperparameters. `make train MODEL=tiny` comes first. Finished runs are kept in
+outputs/<model>/margins/runs.jsonl; the same command goes on after them and writes report.md and spread.png beside it.
+"""
+
+import os
+from pathlib import Path
+
+os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}  # read when torch is imported
+
+from rmipo import cli
+from rmipo.launch.choices import choose_stages
+
+
+def main() -> int:
+    os.chdir(Path(__file__).parent.parent)
+    options = cli.options(__doc__, "MODEL", "WORKERS", "ARGS").read()
+    env = os.environ | cli.variables(options)
+    choose_stages({**env, "STAGE": ""})
+    from rmipo.compare.margins import margins  # imports torch and TRL, which takes seconds
+
+    return margins(env)
+
+
+if __name__ == "__main__":
+    cli.run(main)
