@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import matplotlib
-import pandas as pd
+import numpy as np
 import torch
 
 from rmipo.record import read_metrics
@@ -12,13 +12,7 @@ from rmipo.training.trainer import PreferenceTrainer
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-WINDOW = 9  # log lines of a point of a smoothed curve
-PANELS = {
-    "rewards/margins": "reward margin",
-    "rewards/accuracies": "win rate",
-    "common/chosen_avg_logp": "log-prob. of chosen (nats/token)",
-    "rmipo/gamma_mean": "gamma",
-}
+HALF_WINDOW = 4  # log lines on each side of a point of a smoothed curve
 
 
 def plot_run(run_dir: str | Path, trainer: PreferenceTrainer) -> dict[str, Path]:
@@ -31,29 +25,62 @@ def plot_run(run_dir: str | Path, trainer: PreferenceTrainer) -> dict[str, Path]
 
 
 def plot_curves(run_dir: str | Path) -> Path | None:
-    """`PANELS` over training steps, as `curves.png` in the run's folder; None if nothing of them was logged."""
-    frame = pd.DataFrame(read_metrics(run_dir))
-    panels = {key: title for key, title in PANELS.items() if key in frame}
+    """Margin, win rate, log-probability of chosen responses and gamma over training steps, as `curves.png` in the run's
+    folder; None if none was logged."""
+    lines = read_metrics(run_dir)
+    panels = [
+        ("reward margin", "rewards/margins"),
+        ("win rate", "rewards/accuracies"),
+        ("log-prob. of chosen (nats/token)", "common/chosen_avg_logp"),
+        ("gamma", "rmipo/gamma_mean"),
+    ]
+    panels = [(title, key) for title, key in panels if any(key in line for line in lines)]
     if not panels:
         return None
     figure, axes = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 3.2), squeeze=False)
-    for axis, (key, title) in zip(axes[0], panels.items(), strict=True):
-        training = frame.dropna(subset=key)
-        axis.plot(training["step"], training[key], color="C0", alpha=0.3, label="training")
-        smooth = training[key].rolling(WINDOW, center=True, min_periods=1).mean()
-        axis.plot(training["step"], smooth, color="C0", label=f"training, mean of {WINDOW} lines")
-        if f"eval_{key}" in frame:
-            held_out = frame.dropna(subset=f"eval_{key}")
-            axis.plot(held_out["step"], held_out[f"eval_{key}"], "o--", color="C1", label="held out", markersize=4)
+    for axis, (title, key) in zip(axes[0], panels, strict=True):
+        steps, values = columns(lines, "step", key)
+        if len(steps):
+            axis.plot(steps, values, color="C0", alpha=0.3, label="training")
+            axis.plot(steps, smooth(values), color="C0", label=f"training, mean of {2 * HALF_WINDOW + 1} lines")
+        steps, values = columns(lines, "step", f"eval_{key}")
+        if len(steps):
+            axis.plot(steps, values, "o--", color="C1", label="held out", markersize=4)
+        if key == "rmipo/gamma_mean":
+            steps, mean, std = columns(lines, "step", key, "rmipo/gamma_std")
+            axis.fill_between(steps, mean - std, mean + std, color="C0", alpha=0.1, label="± 1 std over pairs")
         axis.set(title=title, xlabel="optimizer step")
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
     figure.tight_layout()
-    return _saved(figure, Path(run_dir) / "curves.png")
+    path = Path(run_dir) / "curves.png"
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+    return path
+
+
+def columns(lines: list[dict], *names: str) -> np.ndarray:
+    """`(names, lines)`: these values of the lines that have all of them."""
+    rows = [[line[name] for name in names] for line in lines if all(name in line for name in names)]
+    return np.array(rows, dtype=float).reshape(-1, len(names)).T
+
+
+def smooth(values: np.ndarray) -> np.ndarray:
+    """Running mean, of fewer values at the ends."""
+    window = np.ones(2 * HALF_WINDOW + 1)
+    full = [
+        np.convolve(each, window)[HALF_WINDOW : HALF_WINDOW + len(values)] for each in (values, np.ones(len(values)))
+    ]
+    return full[0] / full[1]
 
 
 def plot_gamma_histogram(gamma: torch.Tensor, bounds: tuple[float, float], path: Path) -> Path:
-    """Histogram of the margin over pairs, `(pairs,)`, the atoms at the two bounds (gamma_min, gamma_max) drawn apart."""
+    """Histogram of the margin over pairs, the atoms at the two bounds drawn apart.
+
+    Args:
+        gamma: `(pairs,)`.
+        bounds: `(gamma_min, gamma_max)`.
+    """
     low, high = bounds
     at_low, at_high = (gamma <= low + 1e-2), (gamma >= high - 1e-6)
     inner = gamma[~at_low & ~at_high]
@@ -69,10 +96,6 @@ def plot_gamma_histogram(gamma: torch.Tensor, bounds: tuple[float, float], path:
         axis.bar(edges[:-1][bin_], fraction, width=edges[1] - edges[0], color=colour, label=label, **place)
     axis.set(xlabel="gamma", ylabel="share of pairs", title=f"margin of {len(gamma)} held-out pairs")
     figure.legend(fontsize=7.5, ncols=3, loc="outside lower center")
-    return _saved(figure, path)
-
-
-def _saved(figure: plt.Figure, path: Path) -> Path:
     figure.savefig(path, dpi=120)
     plt.close(figure)
     return path

@@ -231,8 +231,8 @@ def test_curves_show_training_and_held_out_values_by_step(tmp_path, figures):
     key, chosen, mean = "rmipo/gamma_mean", "common/chosen_avg_logp", "training, mean of 9 lines"
     initial = {"step": 0, "eval_rewards/margins": 0.0}
     training = [
-        {"step": 2, "rewards/margins": 0.1, "rewards/accuracies": 0.6, key: 1.2, chosen: -1.0},
-        {"step": 4, "rewards/margins": 0.3, "rewards/accuracies": 0.7, key: 1.0, chosen: -2.0},
+        {"step": 2, "rewards/margins": 0.1, "rewards/accuracies": 0.6, key: 1.2, "rmipo/gamma_std": 0.2, chosen: -1.0},
+        {"step": 4, "rewards/margins": 0.3, "rewards/accuracies": 0.7, key: 1.0, "rmipo/gamma_std": 0.1, chosen: -2.0},
     ]
     held_out = {"step": 4, "eval_rewards/margins": 0.4, "eval_rewards/accuracies": 0.8, f"eval_{key}": 1.1}
     write_lines(tmp_path, [initial, *training, held_out, {"step": 4, "grad_norm": 1.0}])
@@ -253,6 +253,9 @@ def test_curves_show_training_and_held_out_values_by_step(tmp_path, figures):
         "log-prob. of chosen (nats/token)": {"training": [[2, -1.0], [4, -2.0]], mean: [[2, -1.5], [4, -1.5]]},
         "gamma": {"training": [[2, 1.2], [4, 1.0]], mean: [[2, 1.1], [4, 1.1]], "held out": [[4, 1.1]]},
     }
+    assert [len(axis.collections) for axis in figure.axes] == [0, 0, 0, 1]  # the band of one standard deviation
+    band = figure.axes[3].collections[0].get_paths()[0].vertices
+    assert {(x, round(y, 4)) for x, y in band.tolist()} == {(2, 1.0), (2, 1.4), (4, 0.9), (4, 1.1)}
     assert all(axis.get_xlabel() == "optimizer step" and axis.get_legend() for axis in figure.axes)
 
 
