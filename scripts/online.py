@@ -42,8 +42,8 @@ def main() -> int:
     from rmipo.reporting.online import measure, report
 
     config = OnlineConfig.load(Path(f"recipes/{model}/online.yaml"))
-    sizes = {name: getattr(args, name) for name in ("prompts_per_round", "held_out_prompts")}
-    config = dataclasses.replace(config, **{name: size for name, size in sizes.items() if size is not None})
+    sizes = {name: size for name in ("prompts_per_round", "held_out_prompts") if (size := getattr(args, name))}
+    config = dataclasses.replace(config, **sizes)
     make_first(model)
     start = find_target(model, "initial", Path("outputs"), [])
     generation = start.settings.get("generation", {})

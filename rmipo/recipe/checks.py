@@ -1,6 +1,5 @@
 """What can be found wrong with a recipe without its data: unknown keys, wrong types, and what would go wrong in silence."""
 
-import contextlib
 import difflib
 import glob
 import json
@@ -83,8 +82,6 @@ def check_values(given: Mapping[str, Any], values: Mapping[str, Any], stage: str
         problems.append("the data is ambiguous or missing: expected either dataset_name or datasets (a mixture)")
     if values.get("max_steps") == 0:  # transformers would train one step
         problems.append("max_steps is 0: expected 1 or more, or -1 for num_train_epochs")
-    if (values.get("load_in_4bit") or values.get("load_in_8bit")) and not values.get("use_peft"):
-        problems.append("load_in_4bit and load_in_8bit need use_peft: true: quantized weights can't be trained")
     if not values.get("use_peft") and (lora := [key for key in values if key.startswith("lora_")]):
         problems.append(f"{', '.join(lora)}: all weights would be trained without use_peft: true")
     if (values.get("liger_kernel_config") or {}).get("fused_linear_cross_entropy"):
@@ -98,7 +95,7 @@ def check_values(given: Mapping[str, Any], values: Mapping[str, Any], stage: str
         lambda: template_text(values.get("chat_template")),
     ]
     if stage == "preference":
-        checks.append(lambda: _check_objective(values))
+        checks.append(lambda: build_objective(values.get("objective", {})))
         length, prompt_length = (
             values.get(key, getattr(PreferenceRunConfig, key)) for key in ("max_length", "max_prompt_length")
         )
@@ -110,15 +107,6 @@ def check_values(given: Mapping[str, Any], values: Mapping[str, Any], stage: str
         except ValueError as error:
             problems.append(str(error))
     return problems
-
-
-def _check_objective(values: Mapping[str, Any]) -> None:
-    objective = build_objective(values.get("objective", {}))
-    if values.get("max_tokens_per_micro_batch") and objective.micro_batch_matters:
-        raise ConfigError(
-            f"max_tokens_per_micro_batch: expected null, as a pair's loss under this {objective.name} depends on the pairs in "
-            "its micro-batch. Set per_device_train_batch_size"
-        )
 
 
 def template_text(template: str | None) -> str | None:
@@ -138,16 +126,6 @@ def _annotations(stage: str) -> dict[str, Any]:
     for cls in (ARGUMENTS[stage], DataConfig, ModelConfig):
         types |= typing.get_type_hints(cls, include_extras=True)
     return types
-
-
-def takes_null(key: str) -> bool:
-    """Whether null is a value of this key in a stage; also of keys that there are not, which are refused as such."""
-    annotations = [known[key] for known in map(_annotations, ARGUMENTS) if key in known]
-    for annotation in annotations:
-        with contextlib.suppress(ValueError):
-            coerce(None, annotation)
-            return True
-    return not annotations
 
 
 def _unknown(key: str, known: Mapping[str, Any], stage: str) -> str:

@@ -14,10 +14,9 @@ from transformers import TrainingArguments
 
 from rmipo import cli
 from rmipo.errors import ConfigError
-from rmipo.objectives import build_objective
 from rmipo.recipe import foreign
 from rmipo.recipe.arguments import LIGER
-from rmipo.recipe.checks import check_types, check_values, stage_of, takes_null, template_text
+from rmipo.recipe.checks import check_types, check_values, stage_of, template_text
 from rmipo.recipe.files import NO_GPU, merge, parse_overrides, read_layers
 from rmipo.recipe.schema import ARGUMENTS, DataConfig, ModelConfig
 from rmipo.record import recorded_run
@@ -47,17 +46,8 @@ class Recipe:
         return copy.deepcopy(self.values)
 
     def batch(self, world_size: int) -> tuple[int, int]:
-        """(global batch size, accumulation steps) over `world_size` processes.
-
-        Raises ConfigError: the global batch can't be divided so, or micro-batches are too small for the objective.
-        """
+        """(global batch size, accumulation steps) over `world_size` processes. Raises ConfigError if there is a rest."""
         per_device = self.values.get("per_device_train_batch_size", TrainingArguments.per_device_train_batch_size)
-        least = build_objective(self.values["objective"]).min_pairs if self.stage == "preference" else 1
-        if per_device * world_size < least:
-            raise ConfigError(
-                f"{self.path}: per_device_train_batch_size is {per_device}: {self.values['objective']['name']} needs at least "
-                f"{least} pairs in a micro-batch over all processes, here {world_size}"
-            )
         if "global_batch_size" not in self.values:  # a recipe of the handbook
             steps = self.values["gradient_accumulation_steps"]
             return per_device * steps * world_size, steps
@@ -141,9 +131,7 @@ def load_recipe(path: str | Path, overlays: Iterable[str | Path] = (), overrides
             continue
         notices += layer_notices
         origin |= dict.fromkeys(layer, source)
-        # `model_revision: null` takes back what a layer below says, where null is no value of the key.
-        unset = {key for key in layer.keys() & values.keys() if layer[key] is None and not takes_null(key)}
-        values = {key: value for key, value in merge(values, layer).items() if key not in unset}
+        values = merge(values, layer)
     if "prefer_local" in values and isinstance(values["prefer_local"], str | None):
         notices.append(_take_local(values))
     if values.get("use_cpu") == "auto":

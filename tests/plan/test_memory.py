@@ -7,7 +7,7 @@ import re
 import pytest
 import torch
 from peft import LoraConfig
-from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
+from transformers import AutoModelForCausalLM, LlamaConfig
 from trl.kernels import ChunkedLogProbFunction
 
 from benchmarks.measure import allocated_peak
@@ -56,11 +56,6 @@ SMALL = LlamaConfig(**SMALL_SIZES)
 )
 def test_parameters_of_known_models(name, parameters):
     assert Shape.of(load_config(name)).parameters == parameters
-
-
-def test_heads_may_be_wider_than_the_hidden_state():
-    shape = Shape.of(Qwen3Config(**SMALL_SIZES, head_dim=16))
-    assert (shape.heads_width, shape.kv_width) == (8 * 16, 2 * 16)
 
 
 def test_adapters_train_r_times_inputs_and_outputs():
@@ -206,29 +201,6 @@ def test_frozen_weights_are_divided_where_weights_are_and_quantized_in_blocks():
     # 4 bits, and a float32 scale for each block of 64.
     expected = 4 * shape.trained + (shape.parameters - shape.linear) * 2 + shape.linear * (0.5 + 4 / 64)
     assert states["parameters"] == int(expected)
-
-
-def test_a_second_model_is_divided_as_the_first():
-    shape = Shape.of(SMALL)
-    for kind, share in (("zero3", 4), ("zero2", 1), ("none", 1)):
-        states = model_states(shape, make_work(reference="logits"), Sharding(kind), 4)
-        assert states["reference model"] == 2 * shape.parameters // share, kind
-    assert "reference model" not in model_states(shape, make_work(reference="cached"), ZERO3, 4)
-
-
-def test_scoring_holds_a_layer_or_the_heads_logits():
-    wide = LlamaConfig(**SMALL_SIZES | {"intermediate_size": 50_000})
-    narrow = Shape.of(SMALL)
-    run = make_work(fused_head=False)
-    assert no_gradient_pass(Shape.of(wide), run, 100) == 100 * 2 * (2 * 64 + 3 * 50_000)
-    assert no_gradient_pass(narrow, run, 100) == head_activations(narrow, run, 100, gradient=False)
-
-
-def test_autocast_computes_in_two_bytes():
-    shape, plain = Shape.of(SMALL), make_work(weight_bytes=4)
-    autocast = make_work(weight_bytes=4, autocast=True)
-    assert (plain.compute_bytes, autocast.compute_bytes, make_work().compute_bytes) == (4, 2, 2)
-    assert no_gradient_pass(shape, autocast, 100) == no_gradient_pass(shape, make_work(), 100)
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs/deepspeed").glob("*.json")), ids=lambda path: path.stem)

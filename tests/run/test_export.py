@@ -7,7 +7,6 @@ import pytest
 import torch
 import yaml
 from huggingface_hub import RepoUrl
-from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
@@ -106,18 +105,6 @@ def test_whole_export_is_counted(whole, size):
     assert export.verify_export(folder, config) == len(make_model("llama3").state_dict()) == 21
 
 
-def test_an_export_is_verified_without_a_second_model_in_memory(whole, monkeypatch):
-    devices, state_dict = set(), torch.nn.Module.state_dict
-
-    def watched(module, **options):
-        devices.update(parameter.device.type for parameter in module.parameters())
-        return state_dict(module, **options)
-
-    monkeypatch.setattr(torch.nn.Module, "state_dict", watched)
-    export.verify_export(*whole)
-    assert devices == {"meta"}
-
-
 def test_tied_heads_need_not_be_saved(tmp_path):
     model = make_model("llama3", tie_word_embeddings=True)
     model.save_pretrained(tmp_path)
@@ -174,24 +161,6 @@ def test_card_of_published_adapters_trained_on_a_mixture(tmp_path, monkeypatch):
     assert body.startswith("\n# tiny: sft\n") and "| eval_a | 3 |\n| eval_loss | 1.235 |\n\n" in body
     assert "Trained on 16 x A100, commit abc, with torch 2.13.0, trl 1.0." in body
     assert yaml.safe_load(body.partition("```yaml\n")[2].partition("```")[0]) == recipe
-
-
-def test_card_of_a_run_without_held_out_data(tmp_path):
-    recipe = {"model_name_or_path": str(tmp_path), "dataset_name": "org/pairs", "objective": {"name": "dpo"}}
-    write_record(tmp_path / "tiny/dpo", recipe, parity=None)
-    text = export.write_model_card(tmp_path / "tiny/dpo").read_text()
-    header = {"library_name": "transformers", "datasets": ["org/pairs"], "tags": ["rmipo", "preference-optimization"]}
-    assert yaml.safe_load(text.split("---\n")[1]) == header
-    assert f"DPO (preference optimization) of `{tmp_path}` on `org/pairs`." in text
-    assert PAPERS["dpo"].citation in text and "Intrinsic Mutual" not in text
-
-
-def test_adapters_are_in_float32_whatever_their_model_is_in(tmp_path):
-    lora = LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
-    model = get_peft_model(make_model("llama3").bfloat16(), lora)
-    model.save_pretrained(tmp_path)
-    model.config.architectures, model.config.dtype = ["LlamaForCausalLM"], torch.bfloat16  # as of one that was loaded
-    assert export.verify_export(tmp_path, model.config, model.active_peft_config) == 4  # two in each layer
 
 
 @pytest.mark.parametrize("stage, form", [("rmipo", "on_policy_ultrafeedback"), ("sft", "ultrachat")])

@@ -1,6 +1,5 @@
 """What every run has around it: how it starts, in which order things happen, how it ends."""
 
-import datetime
 import json
 
 import pytest
@@ -124,29 +123,6 @@ def test_a_checkpoint_is_complete_only_with_the_objectives_state(tmp_path, monke
         broken.setattr(trainer, "save_objective_state", fails)
         training.train()
     assert (tmp_path / "checkpoint-1").is_dir() and not (tmp_path / "checkpoint-1" / MARKER).exists()
-
-
-CLOCK_TEMPLATE = """{%- for message in messages %}{% if loop.first %}{{ bos_token }}{{ strftime_now("%d %b %Y") }}{% endif %}\
-<|start_header_id|>{{ message.role }}<|end_header_id|>{{ message.content }}<|eot_id|>{% endfor %}\
-{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>{% endif %}"""
-
-
-def test_a_run_goes_on_with_the_day_of_its_first_start(tmp_path, twin):
-    out, template = tmp_path / "out", tmp_path / "clock.jinja"
-    template.write_text(CLOCK_TEMPLATE)
-    once = flags(twin, chat_template=template, save_strategy="steps", save_steps=1)
-    run = preference(once, out)
-    assert run.wait() == 0 and "the chat template reads the clock: it says" in run.output, run.output[-3000:]
-    today = str(datetime.date.today())
-    assert recorded_run(out)["date"] == today and "strftime_now" not in (out / "chat_template.jinja").read_text()
-    record = recorded_run(out)
-    (out / "run.json").write_text(json.dumps(record | {"date": "2020-02-03", "finished": False}))
-    refused = preference(once, out)  # the rows are those of another day: the fingerprints say so
-    assert refused.wait() == 2 and "it says 2020-02-03 from now on" in refused.output, refused.output[-3000:]
-    assert "fingerprints.train: " in refused.output
-    (out / "run.json").write_text(json.dumps(record | {"finished": False}))
-    again = preference(once, out)
-    assert again.wait() == 0 and f"resuming from {out}/checkpoint-2" in again.output, again.output[-3000:]
 
 
 @pytest.mark.parametrize("end, code", [("well", 0), ("stop", 75), ("error", 2)])

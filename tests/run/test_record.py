@@ -83,17 +83,6 @@ def test_a_line_is_logged_with_each_checkpoint():
         assert control.should_log is save
 
 
-def test_the_evaluation_after_a_run_that_was_killed_before_it_is_written(tmp_path):
-    file, arguments = Recorder(), Arguments(tmp_path)
-    for step in (3, 4, 5):
-        append_metrics(tmp_path, {"step": step, "loss": 1.0})
-    file.on_train_begin(arguments, state_at(4), None)
-    file.on_log(arguments, state_at(4), None, logs={"eval_loss": 1.0})
-    assert [line["step"] for line in read_metrics(tmp_path)] == [3, 4, 4]
-    Recorder().on_log(Arguments(tmp_path), state_at(0), None, logs={"eval_loss": 1.0})  # without training
-    assert read_metrics(tmp_path)[3:] == [{"step": 0, "eval_loss": 1.0}]
-
-
 def test_what_may_change_between_the_starts_of_a_run():
     """Written out a second time: a key that is added there by mistake lets a resumed run go on as another one."""
     free = "ddp_timeout memory_check warn_chosen_logp_drop warn_repetition warn_grad_norm_ratio save_total_limit "

@@ -15,7 +15,6 @@ from rmipo.evaluation.target import check_trained_prompts
 from rmipo.generation.answers import Generator, Request, check_settings
 from rmipo.generation.engines import TransformersEngine
 from rmipo.plan.shapes import load_config
-from rmipo.recipe.load import ConfigError, load_recipe
 from rmipo.recipe.schema import ModelConfig
 from rmipo.run.checkpoints import resume_point
 from rmipo.run.identity import run_identity
@@ -148,29 +147,6 @@ def test_even_then_a_pickle_runs_nothing(tmp_path):
     assert not (tmp_path / "pwned").exists()
     torch.load(tmp_path / "model" / "pytorch_model.bin", weights_only=False)  # it would have
     assert (tmp_path / "pwned").exists()
-
-
-@pytest.mark.parametrize("place", ["recipe", "overlay", "command line"])
-def test_yaml_tags_that_make_objects_are_refused(tmp_path, place):
-    hostile = (
-        f"run_name: !!python/object/apply:pathlib.Path.touch [!!python/object/apply:pathlib.Path ['{tmp_path}/pwned']]"
-    )
-    path = tmp_path / "hostile.yaml"
-    path.write_text(hostile + "\n")
-    recipe = ROOT / "recipes/tiny/rmipo.yaml"
-    if place == "command line":  # stays the text that it is
-        loaded = load_recipe(recipe, overrides=[f"--run_name={hostile.removeprefix('run_name: ')}"])
-        assert loaded.values["run_name"].startswith("!!python/object")
-    else:
-        with pytest.raises(ConfigError, match="is not valid YAML"):
-            load_recipe(path) if place == "recipe" else load_recipe(recipe, [path])
-    assert not (tmp_path / "pwned").exists()
-
-
-def test_the_handbooks_trust_remote_code_is_not_followed():
-    recipe = load_recipe(ROOT / "recipes/tiny/rmipo.yaml", overrides=["--trust_remote_code", "true"])
-    assert any("trust_remote_code" in notice for notice in recipe.notices)
-    assert "trust_remote_code" not in recipe.values
 
 
 # Secrets
