@@ -89,17 +89,15 @@ def load_steps(model: str, stages: list[str], env: Mapping[str, str]) -> list[St
     data, outputs = env.get("DATA", ""), f"outputs/{model}"
     suffix = data and "-" + re.sub(r"[^A-Za-z0-9]+", "-", Path(data).name.split(".")[0]).strip("-")
     world = f"{outputs}/world{suffix}" if Path(f"recipes/{model}/world.yaml").is_file() else None
+    made = {
+        "world": ["--config", f"recipes/{model}/world.yaml", "--output", world, *(["--data", data] if data else [])],
+        "weights": ["--config", f"recipes/{model}/weights.yaml", "--output", f"{outputs}/weights"],
+        "pairs": ["--model", model, "--method", "initial", "--output", f"{outputs}/pairs", "--keep"],
+    }
     steps = []
     for stage in stages:
-        config = ["--config", f"recipes/{model}/{stage}.yaml"]
-        if stage == "world":
-            steps.append(Step(stage, [*config, "--output", world, *(["--data", data] if data else [])]))
-        elif stage == "weights":
-            steps.append(Step(stage, [*config, "--output", f"{outputs}/weights"]))
-        elif stage == "pairs":
-            steps.append(
-                Step(stage, ["--model", model, "--method", "initial", "--output", f"{outputs}/pairs", "--keep"])
-            )
+        if stage in made:
+            steps.append(Step(stage, made[stage]))
         elif stage == "report":
             steps.append(Step(stage, ["--run", steps[-1].output_dir, "--world", world]))
         else:

@@ -82,12 +82,14 @@ class DataConfig:
             yield "dataset_config and dataset_revision have no effect with datasets: use the entries' name and revision"
         if len({entry.get("fraction") is None for entry in self.datasets}) > 1:
             yield "datasets: fraction must be set for every dataset of the mixture or for none"
+        typed = []
         for number, entry in enumerate(self.datasets):
             try:
-                self.datasets[number] = Source(**entry).model_dump(exclude_unset=True)
+                typed.append(Source(**entry).model_dump(exclude_unset=True))
             except pydantic.ValidationError as error:
                 for each in error.errors():
                     yield f"datasets[{number}].{each['loc'][0]} is {each['input']!r}: {each['msg']}"
+        self.datasets = typed  # and not into the recipe's own list, which is recorded as it was written
 
 
 @dataclass

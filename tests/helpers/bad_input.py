@@ -205,7 +205,6 @@ HANDBOOK = yaml.safe_load((ROOT / "tests/recipe/foreign/dpo_mixture.yaml").read_
 
 CASES = [
     recipe_case("--metric_for_best_model=accuracy", "metric_for_best_model", "eval_loss"),
-    recipe_case("--optim_target_modules=[q_proj]", "optim_target_modules"),
     recipe_case("--accelerator_config=none.json", "none.json"),
     BadInput("recipe", "no such overlay", lambda b: b.train(overlay="none.yaml"), ("none.yaml",)),
     BadInput("recipe", "an SFT recipe for preference.py", lambda b: b.train(recipe=SFT_RECIPE), ("scripts/sft.py",)),
@@ -223,21 +222,6 @@ CASES = [
         "a paper setting without a GPU",
         lambda b: b.train(recipe="recipes/llama3-8b-instruct/rmipo.yaml"),
         ("none is visible", "MODEL=tiny trains on a CPU", "DRY=1"),
-    ),
-    BadInput(
-        "device",
-        "`--torch_compile` of packed pairs on a CPU",
-        lambda b: b.train("--torch_compile"),
-        ("torch_compile: True", "compiled again for each length of packed sequences", "Remove it"),
-    ),
-    BadInput(
-        "device",
-        "`--activation_offloading` in SFT on a CPU",
-        lambda b: b.sft(
-            "--activation_offloading", f"--model_name_or_path={b.folder / 'model'}", f"--output_dir={b.folder / 'out'}",
-            recipe=SFT_RECIPE,
-        ),
-        ("activation_offloading: True", "this run is on a CPU", "Remove it"),
     ),
     BadInput("data", "no such file", lambda b: b.train("--dataset_name=x/pairs.jsonl"), ("no such file or folder",)),
     BadInput(
@@ -293,17 +277,6 @@ CASES = [
             recipe=SFT_RECIPE,
         ),
         ("missing columns messages", "found prompt, chosen, rejected", "Accepted formats"),
-    ),
-    BadInput(
-        "model",
-        "an end token of SFT that the tokenizer hasn't",
-        lambda b: b.sft(
-            f"--model_name_or_path={b.folder / 'model'}",
-            f"--dataset_name={dialogues(b, assistant('yes'))}",
-            "--eos_token=<|none|>",
-            recipe="recipes/tiny/sft.yaml",
-        ),
-        ("eos_token: <|none|>: expected a token of", "Remove the key"),
     ),
     BadInput(
         "data",
