@@ -35,20 +35,15 @@ def disk_check(step) -> Check:
     return Check(name, True, f"{free / 2**30:.0f} GiB free, {needed / 2**30:.1f} needed in {step.output_dir}")
 
 
-def access_checks(recipes: list) -> Iterator[Check]:
-    """Models and data; those that a stage of the setting makes are only named."""
+def access_check(kind: str, name: str) -> Check:
     from rmipo.plan import preflight
 
-    wanted = {("model", recipe.values["model_name_or_path"]) for recipe in recipes}
-    wanted |= {("dataset", recipe.values["dataset_name"]) for recipe in recipes if recipe.values.get("dataset_name")}
-    for kind, name in sorted(wanted):
-        if name.startswith("outputs/") and not Path(name).exists():
-            yield Check(kind, None, f"{name} is made by an earlier stage of make train")
-            continue
-        try:
-            yield Check(kind, True, preflight.check_access(name, kind))
-        except preflight.PreflightError as error:
-            yield Check(kind, False, str(error))
+    if name.startswith("outputs/") and not Path(name).exists():
+        return Check(kind, None, f"{name} is made by an earlier stage of make train")
+    try:
+        return Check(kind, True, preflight.check_access(name, kind))
+    except preflight.PreflightError as error:
+        return Check(kind, False, str(error))
 
 
 def all_checks(env: dict[str, str]) -> Iterator[Check]:
@@ -59,12 +54,14 @@ def all_checks(env: dict[str, str]) -> Iterator[Check]:
     from rmipo.launch.pipeline import load_steps
 
     steps = [step for step in load_steps(*choose_stages(env), env) if step.recipe is not None]
-    recipes = [step.recipe for step in steps]
+    values = [step.recipe.values for step in steps]
     yield from machine.gpu_checks(needed=not all(step.on_cpu for step in steps))
     yield from map(disk_check, steps)
     yield machine.hub_login_check()
-    yield from access_checks(recipes)
-    yield machine.tracker_check([recipe.values.get("report_to") for recipe in recipes])
+    for kind, key in (("dataset", "dataset_name"), ("model", "model_name_or_path")):
+        for name in sorted({recipe[key] for recipe in values if recipe.get(key)}):
+            yield access_check(kind, name)
+    yield machine.tracker_check([recipe.get("report_to") for recipe in values])
     if is_on(env, "EVAL"):
         from rmipo.evaluation import doctor
         from rmipo.evaluation.target import load_settings

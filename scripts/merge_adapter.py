@@ -34,10 +34,7 @@ def logps(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
 
 
 def merge(folder: Path, output: Path) -> float:
-    """Write the merged model of the run in `folder` to `output`; returns the largest difference of log-probabilities.
-
-    Raises ConfigError where there is no adapter, or the merged model is not what was trained.
-    """
+    """Write the merged model of the run in `folder` to `output`; returns the largest difference of log-probabilities."""
     run = recorded_run(folder)
     if run is None or not (folder / "adapter_config.json").is_file():
         raise ConfigError(f"{folder} holds no trained adapter: expected run.json and adapter_config.json")
@@ -76,8 +73,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="default: the run's folder with -merged at its end")
     args = parser.parse_args()
     output = args.output or args.folder.with_name(f"{args.folder.name}-merged")
-    difference = merge(args.folder, output)
-    print(f"model: {output} (largest difference from the adapter's log-probabilities: {difference:.1e})")
+    print(f"model: {output} (log-probabilities differ by at most {merge(args.folder, output):.1e} from the adapter's)")
 
 
 if __name__ == "__main__":

@@ -57,7 +57,6 @@ def main() -> int:
         print(f"## round {each.number} of {len(rounds)}: pairs of {each.policy}", flush=True)
         pairs = make_pairs(each.policy, generation, each.pairs_config, each.pairs)
         print(f"{pairs['pairs']} pairs of {pairs['prompts']} prompts, mean score {pairs['mean_score']:.3f}", flush=True)
-        print(f"{pairs['cut']} of {pairs['answers']} answers were cut at their length limit", flush=True)
         release_memory()  # the training is another process
         if code := program.run([sys.executable, "scripts/launch.py"], env=each.environment(env)):
             return code

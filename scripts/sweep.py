@@ -21,8 +21,6 @@ from tqdm import tqdm
 from rmipo import cli
 from rmipo.launch.choices import choose_search, choose_stages, is_on, refuse
 
-SHOWN = 5
-
 
 def main() -> int:
     os.chdir(Path(__file__).parent.parent)
@@ -74,8 +72,7 @@ def main() -> int:
         with open(f"{point.folder}.log", "a") as log:
             code = train(point, stdout=log, stderr=subprocess.STDOUT)
         if code == EXIT_STOPPED:
-            print("stopped; the same command goes on from there")
-            return code
+            return code  # the same command goes on from there
         if code:
             failed += 1
             print(f"failed with exit code {code}: {search.arguments(point.values)}, see {point.folder}.log")
@@ -86,8 +83,8 @@ def main() -> int:
     # The best
     ###################
     ranked = sweep.ranked(search.record(path, points, sweep.metric))
-    print(f"{sweep.metric} of the {min(SHOWN, len(ranked))} best of {len(ranked)} points:")
-    for line in ranked[:SHOWN]:
+    print(f"{sweep.metric} of the {min(5, len(ranked))} best of {len(ranked)} points:")
+    for line in ranked[:5]:
         print(f"  {line[sweep.metric]:.4f}  {search.arguments(line['values'])}  in {line['output_dir']}")
     best = search.arguments(ranked[0]["values"])
     print(f'best: make train MODEL={model} METHOD={method} ARGS="{best} --output_dir ..."')

@@ -26,8 +26,7 @@ LABELS = {
     "preference_accuracy": "preference accuracy",
     "preference_margin": "preference margin (nats/token)",
 }
-SAMPLES = 4  # per question of the world
-SHOWN = 4
+SAMPLES, SHOWN = 4, 4  # per question of the world, and of all of them
 
 
 def main() -> None:

@@ -3,7 +3,7 @@
 import math
 
 import torch
-from transformers import StoppingCriteria, StoppingCriteriaList, TrainerCallback
+from transformers import StoppingCriteriaList, TrainerCallback
 
 from rmipo.record import read_generations, write_generations
 from rmipo.run.trackers import log_answers
@@ -61,7 +61,7 @@ class SampleGenerations(TrainerCallback):
             pad_token_id=self.tokenizer.pad_token_id or 0,
             # All processes go on until the last one has ended, so a signal to some of them hangs nobody.
             synced_gpus=trainer.args.world_size > 1,
-            stopping_criteria=StoppingCriteriaList([Stopped(self)]),
+            stopping_criteria=StoppingCriteriaList([self.stopped]),
         )
         ends = model.generation_config.eos_token_id
         ends = set(ends if isinstance(ends, list) else [ends])
@@ -71,13 +71,9 @@ class SampleGenerations(TrainerCallback):
     def is_stopped(self) -> bool:
         return self.stop is not None and self.stop.requested
 
-
-class Stopped(StoppingCriteria):
-    def __init__(self, generations: SampleGenerations):
-        self.generations = generations
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs) -> torch.Tensor:
-        return torch.full((len(input_ids),), self.generations.is_stopped(), device=input_ids.device)
+    def stopped(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs) -> torch.Tensor:
+        """As transformers asks after each token, of every row."""
+        return torch.full((len(input_ids),), self.is_stopped(), device=input_ids.device)
 
 
 def until(ids: list[int], ends: set[int]) -> list[int]:
