@@ -39,16 +39,16 @@ LINES = {
     "rmipo/data": 1390,  # aim: 800
     "rmipo/evaluation": 2190,  # aim: 1500
     "rmipo/generation": 1250,  # aim: 800
-    "rmipo/launch": 1240,  # aim: 600
+    "rmipo/launch": 870,  # aim: 600
     "rmipo/objectives": 970,  # aim: 600
     "rmipo/page": 310,
-    "rmipo/plan": 890,  # aim: 450
-    "rmipo/recipe": 1300,  # aim: 650
+    "rmipo/plan": 710,  # aim: 450
+    "rmipo/recipe": 990,  # aim: 650
     "rmipo/reporting": 2390,  # aim: 1500
-    "rmipo/run": 1490,  # aim: 800
+    "rmipo/run": 1040,  # aim: 800
     "rmipo/tiny": 700,  # aim: 450
     "rmipo/training": 2450,  # aim: 1700
-    "rmipo": 17650,  # aim: 11000
+    "rmipo": 16680,  # aim: 11000
     "scripts": 1690,  # aim: 1100
     "benchmarks": 1300,  # aim: 800
     "examples": 170,

@@ -59,7 +59,7 @@ class Step:
 
     def command(self, gpus: int) -> list[str]:
         """The command line here: `accelerate launch` on `gpus` GPUs, or plain Python."""
-        programs = Path(os.path.relpath(Path(sys.executable).parent))
+        programs = Path(os.path.relpath(Path(sys.executable).parent))  # as a user would type it
         if self.sharding is None:
             return [str(programs / "python"), *self.program]
         launch = [str(programs / "accelerate"), "launch", "--config_file", str(self.sharding)]
@@ -70,7 +70,7 @@ class Step:
         run = recorded_run(self.output_dir)
         if run is None:
             return False
-        here = json.loads(json.dumps(self.recipe.resolved(), default=str))
+        here = json.loads(json.dumps(self.recipe.resolved(), default=str))  # as run.json has it
         if differing := differences({"recipe": run.get("recipe")}, {"recipe": here}):
             remedy = f"Name another folder (ARGS='--output_dir ...') or remove {self.output_dir}"
             raise ConfigError(
@@ -85,6 +85,7 @@ def load_steps(model: str, stages: list[str], env: Mapping[str, str]) -> list[St
     DATA replaces the pairs of the preference stage. A setting that is made from scratch (with a world.yaml) is then made
     from those pairs altogether: tokenizer, SFT on the chosen responses, with the values of `with-data/<stage>.yaml`.
     """
+    # ARGS are of one recipe: options of the preference stage would be unknown keys in the SFT stage before it.
     last = [stage for stage in stages if stage in ("sft", "rmipo")][-1]
     data, outputs = env.get("DATA", ""), f"outputs/{model}"
     suffix = data and "-" + re.sub(r"[^A-Za-z0-9]+", "-", Path(data).name.split(".")[0]).strip("-")

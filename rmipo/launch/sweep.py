@@ -97,6 +97,7 @@ def make_point(values: Mapping[str, Any], env: Mapping[str, str]) -> Point:
 
     Raises ConfigError: the recipe with these values is wrong, or its folder holds another run.
     """
+    # The run without these values has the name that METHOD, DATA and adapters give it.
     (unchanged,) = load_steps(env["MODEL"], ["rmipo"], env)
     folder = Path(unchanged.recipe.values["output_dir"])
     names = [f"{key.removeprefix('objective.')}-{number(value)}" for key, value in sorted(values.items())]

@@ -49,6 +49,7 @@ def train(env: Mapping[str, str]) -> int:
     if queued:
         return queue(steps, gpus, nodes)
     program, env = Program(), training_environment(env, choose_sharding(env), gpus)
+    # Each program reads its recipe again: one that prefers an SFT model of our own finds what the step before it made.
     for step in steps:
         if program.stopped_at:
             print(f"stopped before {step.stage}; run the same command to go on from there", file=sys.stderr)
@@ -65,7 +66,7 @@ def train(env: Mapping[str, str]) -> int:
 
 def queue(steps: list[Step], gpus: int, nodes: int) -> int:
     """Submit the steps, each to start when the one before has succeeded; what needs no recipe runs here, before."""
-    slurm.require_slurm()
+    slurm.require_slurm()  # before anything is made here
     job = None
     for step in steps:
         if step.recipe is None and job is None:

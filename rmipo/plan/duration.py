@@ -100,6 +100,7 @@ def hours(
     recipe: Recipe, shape: Shape, work: Workload, gpus: int, examples: int, speed: Speed
 ) -> dict[str, tuple[float, float]]:
     """Expected hours (from, to) of each phase of a run on `examples`, evaluations and checkpoints apart."""
+    # An epoch of few examples ends with a smaller step; the estimate takes it for a whole one.
     per_step = work.global_batch * (work.max_length / TYPICAL_DIALOGUE if work.packing else 1)
     flops = {
         "training": steps(recipe, work, examples) * per_step * step_flops(shape, work),

@@ -99,7 +99,7 @@ def disk_needed(recipe: Recipe, shape: Shape, sharding: Sharding) -> int:
 
 def check_disk(folder: str | Path, needed: int) -> int:
     """Free bytes where `folder` is, or will be. Raises PreflightError if it can't grow to `needed` bytes there."""
-    existing = Path(folder).absolute()
+    existing = Path(folder).absolute()  # the folder may not be there yet
     while not existing.exists():
         existing = existing.parent
     free = shutil.disk_usage(existing).free

@@ -54,7 +54,7 @@ def check_types(values: Mapping[str, Any], stage: str, origin: Mapping[str, str]
     problems, sound = [], {}
     for key, value in values.items():
         where = f"{origin[key]}: {key}"
-        if key in refused and value:
+        if key in refused and value:  # false or null asks for what happens anyway
             problems.append(f"{where} can't be set: {refused[key]}")
         elif ACCESS_TOKEN.search(json.dumps(value, default=str)):
             problems.append(f"{where} looks like an access token, which doesn't belong in a recipe")
@@ -73,6 +73,7 @@ def check_types(values: Mapping[str, Any], stage: str, origin: Mapping[str, str]
 
 def check_values(given: Mapping[str, Any], values: Mapping[str, Any], stage: str) -> list[str]:
     """A line for each key missing in `given`, and each contradiction in `values`, those of the right type."""
+    # A key whose value has a wrong type is named already: it is not missing.
     problems = [f"{key} is missing" for key in ("model_name_or_path", "output_dir") if not given.get(key)]
     if glob.has_magic(values.get("output_dir") or ""):  # DeepSpeed and vLLM would read another folder's weights
         problems.append(f"output_dir is {values['output_dir']!r}: libraries read *, ? and [ as patterns")

@@ -87,7 +87,7 @@ class Recipe:
         model = self.values["model_name_or_path"]
         if not Path(model).is_dir() and (model.count("/") > 1 or model.startswith((".", "/"))):
             raise ConfigError(f"{self.path}: model_name_or_path is {model}: no such folder. Has its stage been run?")
-        values = {"run_name": self.name, **self.resolved()}
+        values = {"run_name": self.name, **self.resolved()}  # trackers would show the name of the folder alone
         values["gradient_accumulation_steps"] = accumulation
         if self.stage == "preference":  # whose trainer accumulates by itself
             values |= {"global_batch_size": global_batch_size, "gradient_accumulation_steps": 1}

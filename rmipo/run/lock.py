@@ -33,6 +33,6 @@ def locked(folder: Path, name: str = "output_dir") -> Iterator[None]:
     finally:
         lock.release()
         with contextlib.suppress(OSError):
-            if os.listdir(folder) == [LOCK_FILE]:
+            if os.listdir(folder) == [LOCK_FILE]:  # filelock leaves its file, which holds nothing
                 (folder / LOCK_FILE).unlink()
             folder.rmdir()  # if nothing was written

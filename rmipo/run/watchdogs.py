@@ -50,7 +50,7 @@ class StepWatchdog(TrainerCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not state.is_world_process_zero or not {"common/chosen_avg_logp", "grad_norm"} <= logs.keys():
             return
-        if self.lines is None:
+        if self.lines is None:  # not on_train_begin: the lines of a resumed run are cut to its checkpoint there
             self.lines = [line for line in read_metrics(args.output_dir) if "grad_norm" in line]
         start = (self.lines or [logs])[0]["common/chosen_avg_logp"]
         found = {"chosen_logp_drop": start - logs["common/chosen_avg_logp"]}
@@ -94,6 +94,7 @@ class SilenceWatchdog(TrainerCallback):
     """When nothing ends for a third of `ddp_timeout`, each process prints where it waits, on standard error."""
 
     def _heard(self, args, state, control, **kwargs):
+        # Each call starts the time anew. The stream of the process: tests and notebooks put others in its place.
         faulthandler.dump_traceback_later(args.ddp_timeout * SILENCE, repeat=False, file=sys.__stderr__)
 
     on_train_begin = on_step_end = on_prediction_step = on_evaluate = on_save = _heard
