@@ -391,9 +391,10 @@ def test_micro_batches_of_tokens_where_a_loss_depends_on_its_micro_batch(write, 
     path, overrides = write("rmipo.yaml", RECIPE | {"objective": objective}), ["--max_tokens_per_micro_batch=4096"]
     recipe = load_recipe(path, overrides=overrides)
     if not refused:
-        return recipe.parse(world_size=1)
-    with pytest.raises(ConfigError, match="max_tokens_per_micro_batch"):
-        recipe.parse(world_size=1)
+        assert recipe.parse(world_size=1)[0].max_tokens_per_micro_batch == 4096
+    else:
+        with pytest.raises(ConfigError, match="max_tokens_per_micro_batch"):
+            recipe.parse(world_size=1)
 
 
 def test_a_test_split_and_a_share_to_set_aside_contradict(write):
