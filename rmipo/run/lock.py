@@ -1,7 +1,9 @@
 """One program at a time in a folder of outputs."""
 
 import contextlib
+import errno
 import os
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,28 +13,35 @@ from rmipo.errors import CheckpointError
 
 LOCK_FILE = "run.lock"
 LEASE = 120  # seconds after which a file server has freed the locks of a dead node (NFSv4: 90)
+UNSUPPORTED = (errno.ENOLCK, errno.ENOTSUP)
 
 
 @contextlib.contextmanager
 def locked(folder: Path, name: str = "output_dir") -> Iterator[None]:
     """Hold the lock of a folder, `name` to the user. The kernel frees it when this process ends, however it ends.
 
-    Raises CheckpointError if another process holds it.
+    Raises CheckpointError if another process holds it; the file says which, and alone holds nothing.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    path = folder / LOCK_FILE
     # A requeued job may come before the lock of the node that failed is free.
-    lock = FileLock(folder / LOCK_FILE, timeout=LEASE if "SLURM_JOB_ID" in os.environ else 0)
+    lock = FileLock(path, timeout=LEASE if "SLURM_JOB_ID" in os.environ else 0)
     try:
         lock.acquire()
+        path.write_text(f"process {os.getpid()} on {socket.gethostname()}")
     except Timeout as error:
         raise CheckpointError(
-            f"{name}: another run is active in {folder}. Wait for it, end it, or name another {name}"
+            f"{name}: another run is active in {folder} ({path.read_text()}). Wait for it, end it, or name another {name}"
         ) from error
+    except OSError as error:
+        if error.errno not in UNSUPPORTED:
+            raise
+        print(f"{folder} can't be locked on this file system: see that no other run writes there")
     try:
         yield
     finally:
         lock.release()
         with contextlib.suppress(OSError):
-            if os.listdir(folder) == [LOCK_FILE]:  # filelock leaves its file, which holds nothing
-                (folder / LOCK_FILE).unlink()
+            if os.listdir(folder) == [LOCK_FILE]:  # filelock leaves its file
+                path.unlink()
             folder.rmdir()  # if nothing was written

@@ -1,5 +1,6 @@
 """One run at a time in a folder; what a dead process left there holds nothing."""
 
+import errno
 import signal
 
 import pytest
@@ -17,8 +18,11 @@ def holder(tmp_path):
         yield process
 
 
-def test_a_second_run_is_refused(tmp_path, holder):
-    with pytest.raises(CheckpointError, match=rf"OUTPUT: .*{tmp_path}/out"), locked(tmp_path / "out", "OUTPUT"):
+def test_a_second_run_is_refused_with_who_holds_the_folder(tmp_path, holder):
+    with (
+        pytest.raises(CheckpointError, match=rf"OUTPUT: .*{tmp_path}/out .*{holder.pid}"),
+        locked(tmp_path / "out", "OUTPUT"),
+    ):
         raise AssertionError("locked twice")
     assert (tmp_path / "out" / LOCK_FILE).exists()
 
@@ -47,6 +51,15 @@ class FakeLock:
         pass
 
     release = acquire
+
+
+def test_where_the_file_system_has_no_locks_a_run_says_so_and_goes_on(tmp_path, monkeypatch, capsys):
+    def refuse(lock):
+        raise OSError(errno.ENOLCK, "no locks")
+
+    monkeypatch.setattr(lock.FileLock, "acquire", refuse)
+    with locked(tmp_path):
+        assert str(tmp_path) in capsys.readouterr().out
 
 
 def test_what_was_left_holds_nothing_and_an_empty_folder_is_not_left(tmp_path):
