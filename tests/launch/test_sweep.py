@@ -73,12 +73,6 @@ def test_a_point_is_trained_on_what_the_search_is_told():
     assert (point.recipe.values["dataset_name"], point.recipe.values["seed"]) == ("my/pairs.jsonl", 7)
 
 
-def test_a_setting_has_its_own_learning_rates():
-    assert max(load_sweep("dpo", "tiny").parameters["learning_rate"]) > 1e-5
-    assert load_sweep("dpo", "tiny").parameters["objective.beta"] == [0.01, 0.05, 0.1]
-    assert max(load_sweep("dpo", SETTING).parameters["learning_rate"]) == 1e-6
-
-
 def test_the_best_is_that_of_the_file_s_goal():
     lines = [{"eval_loss": value} for value in (0.5, 0.2, 0.9)]
     assert Sweep({}, "eval_loss", "minimize").ranked(lines)[0] == {"eval_loss": 0.2}
@@ -115,11 +109,6 @@ def test_a_file_that_is_no_search_is_refused(tmp_path, monkeypatch, sweep, own):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError, match="search.yaml" if own else "dpo.yaml"):
         load_sweep("dpo", SETTING)
-
-
-def test_a_value_that_is_also_in_args_is_refused():
-    with pytest.raises(ConfigError, match="learning_rate is given twice"):
-        make_point({"learning_rate": 1e-6}, {"MODEL": SETTING, "METHOD": "dpo", "ARGS": "--learning_rate 1e-5"})
 
 
 # Runs

@@ -59,12 +59,6 @@ def test_handbook_dpo_recipe_with_a_mixture_runs_unchanged():
     assert "attn_implementation: flash_attention_2 ignored" in str(recipe.notices)
 
 
-def test_handbook_recipe_can_be_given_a_global_batch():
-    recipe = handbook("dpo_mixture", "--global_batch_size", "64", "--objective.beta", "0.05")
-    assert recipe.batch(4) == (64, 2)
-    assert recipe.values["objective"] == {"name": "dpo", "beta": 0.05}
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -82,11 +76,6 @@ def test_handbook_recipe_that_cannot_be_translated(write, change, message):
     values = yaml.safe_load((HANDBOOK / "dpo_mixture.yaml").read_text()) | change
     path = write("dpo.yaml", {key: value for key, value in values.items() if value is not None})
     assert message in problems(path)
-
-
-def test_ipo_takes_beta_as_tau(write):
-    values = yaml.safe_load((HANDBOOK / "dpo_mixture.yaml").read_text()) | {"loss_type": "ipo", "beta": 0.2}
-    assert load_recipe(write("ipo.yaml", values)).values["objective"] == {"name": "ipo", "tau": 0.2}
 
 
 # What is published, by kind: the keys that tell it from others, over those that all recipes of its repository have.
@@ -241,11 +230,6 @@ def test_a_batch_that_a_recipe_leaves_out_is_the_libraries_default(write):
 def test_a_prompt_may_be_as_long_as_the_recipes_own_max_length_lets_it(write):
     recipe = load_recipe(published(write, {"loss_type": "sigmoid", "max_length": 512, "max_prompt_length": None}))
     assert recipe.values["max_prompt_length"] == 511
-
-
-def test_a_configuration_of_a_dataset_is_kept(write):
-    recipe = load_recipe(published(write, SFT | {"dataset_splits": ["train"], "dataset_configs": ["tiny"]}))
-    assert recipe.values["datasets"] == [{"path": "some/pairs", "name": "tiny", "split": "train", "weight": 1.0}]
 
 
 def test_what_a_recipe_leaves_out_and_trl_has_otherwise_is_said(write):

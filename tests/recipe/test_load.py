@@ -167,13 +167,6 @@ def test_another_dataset_or_model_voids_what_described_the_first(recipe):
     assert "dataset_name" not in values
 
 
-def test_another_model_voids_the_revision_of_the_first(write):
-    recipe = write("rmipo.yaml", RECIPE | {"model_revision": "v1", "prefer_local": "outputs/mine/sft"})
-    values = load_recipe(recipe, overrides=["--model_name_or_path=other/model"]).values
-    assert values["model_name_or_path"] == "other/model"
-    assert values.keys().isdisjoint({"model_revision", "prefer_local"})
-
-
 def test_liger_replaces_norms_rotary_embeddings_and_mlps_and_not_the_lm_head(recipe):
     liger = load_recipe(recipe, overrides=["--use_liger_kernel=true"]).parse(world_size=1)[0].liger_kernel_config
     assert all(liger[name] for name in ("rope", "rms_norm", "swiglu"))
@@ -372,12 +365,6 @@ def test_device_auto_is_a_gpu_where_there_is_one(recipe, monkeypatch, gpus, use_
     loaded.require_device(gpus)
 
 
-def test_model_folder_that_is_not_there_is_named(recipe):
-    loaded = load_recipe(recipe, overrides=["--model_name_or_path", "outputs/mine/sft"])
-    with pytest.raises(ConfigError, match="model_name_or_path is outputs/mine/sft: no such folder"):
-        loaded.parse(1)
-
-
 @pytest.mark.parametrize(
     ("objective", "refused"),
     [
@@ -395,11 +382,6 @@ def test_micro_batches_of_tokens_where_a_loss_depends_on_its_micro_batch(write, 
     else:
         with pytest.raises(ConfigError, match="max_tokens_per_micro_batch"):
             recipe.parse(world_size=1)
-
-
-def test_a_test_split_and_a_share_to_set_aside_contradict(write):
-    text = problems(write("rmipo.yaml", RECIPE | {"test_split_size": 0.1, "dataset_test_split": "test_prefs"}))
-    assert "dataset_test_split has no effect with test_split_size" in text
 
 
 @pytest.mark.parametrize(
@@ -443,3 +425,11 @@ def test_values_are_brought_to_their_types(value, annotation, expected):
 def test_values_of_another_type_are_refused(value, annotation):
     with pytest.raises(ValueError):
         coerce(value, annotation)
+
+
+def test_keys_of_data_that_contradict_each_other(recipe):
+    for overrides in (
+        ["--test_split_size=0.1", "--dataset_test_split=test_prefs"],
+        ["--datasets=[{path: a}]", "--dataset_config=x"],
+    ):
+        assert overrides[-1].partition("=")[0].strip("-") in problems(recipe, overrides=overrides)

@@ -64,15 +64,6 @@ def test_an_evaluation_is_written_once_and_the_summary_never(tmp_path):
     ]
 
 
-def test_other_processes_than_the_first_write_no_line(tmp_path):
-    file, state = Recorder(), TrainerState(global_step=3, is_world_process_zero=False)
-    append_metrics(tmp_path, {"step": 4, "loss": 1.0})
-    file.on_train_begin(Arguments(tmp_path), state, None)
-    for logs in ({"loss": 1.0}, {"eval_loss": 1.0}):
-        file.on_log(Arguments(tmp_path), state, None, logs=logs)
-    assert read_metrics(tmp_path) == [{"step": 4, "loss": 1.0}]
-
-
 def test_a_line_is_logged_with_each_checkpoint():
     for save in (True, False):
         control = TrainerControl(should_save=save)

@@ -6,7 +6,6 @@ import json
 import signal
 import sys
 import types
-from pathlib import Path
 
 import pytest
 import torch
@@ -147,13 +146,6 @@ def test_a_later_start_keeps_the_first_ones_day(tmp_path, enter):
         (tmp_path / "out/run.json").write_text(json.dumps({"date": "2020-02-03"}))
         run.freeze_date(tokenizer)
     assert run.date == "2020-02-03" and tokenizer.chat_template == '{{ "03 Feb 2020" }}'
-
-
-def test_the_initial_models_revision_is_part_of_what_a_run_is(enter, monkeypatch):
-    monkeypatch.setattr(frame, "model_fingerprint", lambda name, revision: f"{Path(name).name} at {revision}")
-    with enter(model_revision="v2") as run:
-        run.start({"train": "a"})
-    assert run.record.content["fingerprints"] == {"train": "a", "model": "model at v2"}
 
 
 def no_card(folder):
