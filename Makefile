@@ -1,15 +1,9 @@
-# Every action is a target; `make` lists them. All of them make the environment (.venv) first if it is not there.
+# Every action is a target; `make` lists them. All of them make the environment (.venv) first if it is not there. Variables
+# on make's command line (MODEL=... ARGS="...") reach the programs in their environment.
 
 PYTHON ?= python3
-export PYTHON
-
-# What is given on make's command line reaches the programs as environment variables, word for word: neither make nor a
-# shell ever expands it, whatever it holds. (Without this, make would run MODEL='$(shell ...)' when exporting it.)
-GIVEN := $(foreach v,$(.VARIABLES),$(if $(filter command line,$(origin $(v))),$(v)))
-$(foreach v,$(GIVEN),$(eval override $(v) := $$(value $(v)))$(eval export $(v)))
-MAKEOVERRIDES :=
-
 RUN := .venv/bin/python
+comma := ,
 .DEFAULT_GOAL := help
 .PHONY: help install train plan doctor smoke bench test test-all lint eval pairs online look table figure compare margins sweep samples reproduce
 
@@ -78,9 +72,9 @@ install: ## make the environment, or add to it: EXTRAS=gpu (bitsandbytes, kernel
 	@$(MAKE) .venv/.installed
 
 .venv/.installed: setup.py constraints.txt
-	@"$$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-	  { echo "Python 3.11 or newer is needed; $$PYTHON is not. Name another: make PYTHON=python3.12 ..." >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "Python 3.11 or newer is needed; $(PYTHON) is not. Name another: make PYTHON=python3.12 ..." >&2; exit 1; }
 	@echo "Making the environment in .venv: several minutes, once"
-	@"$$PYTHON" -m venv .venv
-	@.venv/bin/python -m pip install --disable-pip-version-check --progress-bar on -c constraints.txt -e ".[dev$${EXTRAS:+,$$EXTRAS}]"
+	@$(PYTHON) -m venv .venv
+	@.venv/bin/python -m pip install --disable-pip-version-check --progress-bar on -c constraints.txt -e ".[dev$(if $(EXTRAS),$(comma)$(EXTRAS))]"
 	@touch $@

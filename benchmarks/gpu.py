@@ -35,7 +35,8 @@ from benchmarks import lengths, measure, report, work
 from benchmarks.contenders import BUILDERS, Contender, Setup, build
 from rmipo.plan import memory
 from rmipo.plan.gpus import speed_of
-from rmipo.plan.memory import Run, Shape
+from rmipo.plan.memory import Workload
+from rmipo.plan.shapes import Shape
 from rmipo.plots import house_style, panels, save
 from rmipo.training import attention
 from rmipo.training.parity import check_parity
@@ -76,11 +77,11 @@ def peak_memory(one: Contender, pairs: list[dict]) -> int:
 
 def planned_memory(name: str, setup: Setup, pairs: list[dict]) -> int:
     """What `rmipo.plan` expects of the same step beyond weights and gradients."""
-    run = Run(
+    run = Workload(
         stage="preference", micro_batch=len(pairs), evaluation_batch=1, global_batch=len(pairs), max_length=2048,
         max_tokens=None, checkpoint_every=int(setup.checkpointing), packing=False, autocast=False, fused_head=True,
         weight_bytes=getattr(torch, setup.dtype).itemsize, prior=name == "rmipo", reference="none", adapters=False,
-        quantized=False, nested_quantization=False,
+        quantized=False,
     )  # fmt: skip
     tokens = sum(len(pair["prompt_ids"]) - 1 + len(pair["chosen_ids"]) + len(pair["rejected_ids"]) for pair in pairs)
     tokens += -tokens % attention.BLOCK  # as flex pads

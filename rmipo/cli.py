@@ -33,7 +33,7 @@ VARIABLES = {
     "METHOD": "file in recipes/methods/ or recipes/ablations/ (default: rmipo)",
     "DATA": "preference pairs to use in place of the recipe's: hub id, folder or file",
     "ARGS": 'overrides of the last recipe that runs, in one text: "--learning_rate 1e-6 --overlay FILE"',
-    "GPUS": "GPUs of each machine, with the GiB of one where they are elsewhere: 4 or 8x80 (default: all that are visible)",
+    "GPUS": "GPUs of each machine, with the GB of one where they are elsewhere: 4 or 8x80 (default: all that are visible)",
     "NODES": "machines (default: 1)",
     "SHARDING": "file in configs/accelerate/ (default: zero3; ddp for LoRA)",
     "SLURM": "1 queues the stages with sbatch",

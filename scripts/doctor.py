@@ -12,58 +12,41 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from rmipo import cli
-from rmipo.launch import doctor as machine
-from rmipo.launch.choices import check_choices, choose_stages
-from rmipo.launch.doctor import Check
+from rmipo.launch import machine
+from rmipo.launch.choices import check_choices, choose_stages, is_on
+from rmipo.launch.machine import Check
 
 
 def disk_check(step) -> Check:
-    from rmipo.launch.pipeline import launch_configuration
+    from rmipo.errors import UserError
     from rmipo.plan import preflight
-    from rmipo.plan.memory import GIB, Sharding
-    from rmipo.recipe.load import ConfigError
+    from rmipo.plan.memory import Sharding
 
-    recipe, folder = step.recipe, step.recipe.values["output_dir"]
-    name = f"disk {Path(folder).name}"
+    name = f"disk {Path(step.output_dir).name}"
     try:
         if step.is_done():
-            return Check(name, None, f"{folder} is trained already")
-    except ConfigError as error:
-        return Check(name, False, str(error))
-    free = preflight.check_disk(folder, 0) / GIB
-    try:
-        shape = preflight.shape_of(recipe)
-    except preflight.PreflightError:
-        return Check(
-            name, None, f"{free:.0f} GiB free; {recipe.values['model_name_or_path']} is not here to compare with"
-        )
-    needed = preflight.disk_needed(recipe, shape, Sharding.load(launch_configuration(recipe)))
-    try:
-        preflight.check_disk(folder, needed)
-    except preflight.PreflightError as error:
-        return Check(name, False, str(error))
-    return Check(name, True, f"{free:.0f} GiB free, {needed / GIB:.1f} needed in {folder}")
+            return Check(name, None, f"{step.output_dir} is trained already")
+        sharding = Sharding.load(step.sharding) if step.sharding else Sharding("none")
+        needed = preflight.disk_needed(step.recipe, preflight.shape_of(step.recipe), sharding)
+        free = preflight.check_disk(step.output_dir, needed)
+    except UserError as error:
+        # A model that isn't here yet is what the check of the models says.
+        return Check(name, None if "config.json" in str(error) else False, str(error))
+    return Check(name, True, f"{free / 2**30:.0f} GiB free, {needed / 2**30:.1f} needed in {step.output_dir}")
 
 
-def access_checks(recipes: list, env: dict[str, str]) -> Iterator[Check]:
-    """Models and data; those that a stage of the setting makes are only named."""
-    from rmipo.launch.pipeline import maker
+def access_check(kind: str, name: str) -> Check:
     from rmipo.plan import preflight
 
-    wanted = {("model", recipe.values["model_name_or_path"]) for recipe in recipes}
-    wanted |= {("dataset", recipe.values["dataset_name"]) for recipe in recipes if recipe.values.get("dataset_name")}
-    for kind, name in sorted(wanted):
-        if command := maker(name, env["MODEL"], env):
-            yield Check(kind, None, f"{name} is made by an earlier stage: {command}")
-            continue
-        try:
-            yield Check(kind, True, preflight.check_access(name, kind))
-        except preflight.PreflightError as error:
-            yield Check(kind, False, str(error))
+    if name.startswith("outputs/") and not Path(name).exists():
+        return Check(kind, None, f"{name} is made by an earlier stage of make train")
+    try:
+        return Check(kind, True, preflight.check_access(name, kind))
+    except preflight.PreflightError as error:
+        return Check(kind, False, str(error))
 
 
 def all_checks(env: dict[str, str]) -> Iterator[Check]:
-    yield machine.python_check()
     packages = list(machine.package_checks())
     yield from packages
     if not all(check.passed for check in packages):
@@ -71,21 +54,20 @@ def all_checks(env: dict[str, str]) -> Iterator[Check]:
     from rmipo.launch.pipeline import load_steps
 
     steps = [step for step in load_steps(*choose_stages(env), env) if step.recipe is not None]
-    recipes = [step.recipe for step in steps]
-    yield from machine.gpu_checks(any(not recipe.values.get("use_cpu") for recipe in recipes))
-    yield machine.quantization_check(any(recipe.values.get("load_in_4bit") for recipe in recipes))
+    values = [step.recipe.values for step in steps]
+    yield from machine.gpu_checks(needed=not all(step.on_cpu for step in steps))
     yield from map(disk_check, steps)
     yield machine.hub_login_check()
-    yield from access_checks(recipes, env)
-    yield machine.tracker_check([recipe.values.get("report_to") for recipe in recipes])
-    if env.get("EVAL", "0") in ("", "0"):
-        yield machine.judge_check()
-        return
-    from rmipo.evaluation import doctor
-    from rmipo.evaluation.target import load_settings
+    for kind, key in (("dataset", "dataset_name"), ("model", "model_name_or_path")):
+        for name in sorted({recipe[key] for recipe in values if recipe.get(key)}):
+            yield access_check(kind, name)
+    yield machine.tracker_check([recipe.get("report_to") for recipe in values])
+    if is_on(env, "EVAL"):
+        from rmipo.evaluation import doctor
+        from rmipo.evaluation.target import load_settings
 
-    named, own = env.get("SETTINGS"), Path("recipes", env["MODEL"], "eval.yaml")
-    yield from doctor.checks(load_settings(Path(named or own), []) if named or own.is_file() else {})
+        named, own = env.get("SETTINGS"), Path("recipes", env["MODEL"], "eval.yaml")
+        yield from doctor.checks(load_settings(Path(named or own), []) if named or own.is_file() else {})
 
 
 def main() -> int:

@@ -46,17 +46,14 @@ def main() -> None:
     if args.eval_name in (*BENCHMARKS, "answers") or "/" in args.eval_name:
         raise EvaluationError(f"EVAL_NAME={args.eval_name} is taken by the evaluation itself")
     benches = [b for b in BENCHMARKS.values() if bench == b.name or (bench == "all" and b.in_paper)]
-    try:
-        max_cost = float(args.max_cost) if args.max_cost else None
-    except ValueError as error:
-        raise EvaluationError(f"MAX_COST={args.max_cost!r}: expected US dollars, such as MAX_COST=5") from error
+    max_cost = float(args.max_cost) if args.max_cost else None
     tasks = args.tasks.replace(",", " ").split()
     overrides = args.set + [f"leaderboard.tasks={json.dumps(tasks)}"] * bool(tasks)
-    settings = Path(args.settings) if args.settings else None
     model, methods = args.model or "tiny", args.method.replace(",", " ").split()
     check_names(model, methods)
     from rmipo.evaluation.target import find_target  # imports torch and TRL, which takes seconds
 
+    settings = Path(args.settings) if args.settings else None
     targets = [find_target(model, method, args.outputs, overrides, settings) for method in methods or [None]]
     failed = []
     for target in targets:
@@ -115,15 +112,8 @@ def evaluate(folder: Path, settings: dict, benchmark: Benchmark, name: str, max_
     if no_number := [name for name, value in result["metrics"].items() if not math.isfinite(value)]:
         raise EvaluationError(f"{', '.join(no_number)} of {folder}: nothing was counted, or the model's scores are NaN")
     made_by = environment()
-    content = {
-        "bench": bench,
-        "model": str(folder),
-        "fingerprint": weights,
-        "prompting": prompting,
-        **{name: made_by[name] for name in ("commit", "hardware")},
-        **result,
-        "finished": True,
-    }
+    content = {"bench": bench, "model": str(folder), "fingerprint": weights, "prompting": prompting}
+    content |= {name: made_by[name] for name in ("commit", "hardware")} | result | {"finished": True}
     write_atomically(path, json.dumps(content, indent=2) + "\n")
     print(f"{bench}: {path}")
     for metric, value in result["metrics"].items():

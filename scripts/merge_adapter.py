@@ -34,32 +34,22 @@ def logps(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
 
 
 def merge(folder: Path, output: Path) -> float:
-    """Write the merged model of the run in `folder` to `output`; returns the largest difference of log-probabilities.
-
-    Raises ConfigError: no adapter there, `output` exists, the base is another one than the adapter was trained on, or
-    the merged model says something else.
-    """
+    """Write the merged model of the run in `folder` to `output`; returns the largest difference of log-probabilities."""
     run = recorded_run(folder)
     if run is None or not (folder / "adapter_config.json").is_file():
-        raise ConfigError(
-            f"{folder} holds no trained adapter: expected run.json and adapter_config.json, of use_peft: true"
-        )
+        raise ConfigError(f"{folder} holds no trained adapter: expected run.json and adapter_config.json")
     if output.exists():
         raise ConfigError(f"{output} exists: remove it, or name another folder with --output")
     recipe = run["recipe"]
-    base_config = ModelConfig(
-        model_name_or_path=recipe["model_name_or_path"],
-        model_revision=recipe.get("model_revision", "main"),
-        dtype=recipe.get("dtype", ModelConfig.dtype),
-    )
+    names = ("model_name_or_path", "model_revision", "dtype")
+    base_config = ModelConfig(**{name: recipe[name] for name in names if name in recipe})
     base = load_model(base_config)  # first: where there is none, this says so
     trained_on = run["fingerprints"]["model"]
     found = model_fingerprint(base_config.model_name_or_path, base_config.model_revision)
     if found != trained_on:
         raise ConfigError(
             f"{folder}: the adapter was trained on a model with fingerprint {trained_on}; "
-            f"{base_config.model_name_or_path} now has {found}: its weights or configuration were changed since. Restore "
-            "the model that it was trained on, or train the adapter again"
+            f"{base_config.model_name_or_path} now has {found}. Restore that model, or train the adapter again"
         )
     dtype = base.dtype
     model = PeftModel.from_pretrained(base.float(), folder).eval()
@@ -83,8 +73,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="default: the run's folder with -merged at its end")
     args = parser.parse_args()
     output = args.output or args.folder.with_name(f"{args.folder.name}-merged")
-    difference = merge(args.folder, output)
-    print(f"model: {output} (largest difference from the adapter's log-probabilities: {difference:.1e})")
+    print(f"model: {output} (log-probabilities differ by at most {merge(args.folder, output):.1e} from the adapter's)")
 
 
 if __name__ == "__main__":

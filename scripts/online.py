@@ -42,8 +42,8 @@ def main() -> int:
     from rmipo.reporting.online import measure, report
 
     config = OnlineConfig.load(Path(f"recipes/{model}/online.yaml"))
-    sizes = {name: getattr(args, name) for name in ("prompts_per_round", "held_out_prompts")}
-    config = dataclasses.replace(config, **{name: size for name, size in sizes.items() if size is not None})
+    sizes = {name: size for name in ("prompts_per_round", "held_out_prompts") if (size := getattr(args, name))}
+    config = dataclasses.replace(config, **sizes)
     make_first(model)
     start = find_target(model, "initial", Path("outputs"), [])
     generation = start.settings.get("generation", {})
@@ -57,7 +57,6 @@ def main() -> int:
         print(f"## round {each.number} of {len(rounds)}: pairs of {each.policy}", flush=True)
         pairs = make_pairs(each.policy, generation, each.pairs_config, each.pairs)
         print(f"{pairs['pairs']} pairs of {pairs['prompts']} prompts, mean score {pairs['mean_score']:.3f}", flush=True)
-        print(f"{pairs['cut']} of {pairs['answers']} answers were cut at their length limit", flush=True)
         release_memory()  # the training is another process
         if code := program.run([sys.executable, "scripts/launch.py"], env=each.environment(env)):
             return code

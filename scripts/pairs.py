@@ -42,9 +42,8 @@ def main() -> None:
     target = find_target(model, method, Path("outputs"), [])
     result = make_pairs(target.folder, target.settings.get("generation", {}), config, output)
     print(f"pairs: {output} with {result['pairs']} pairs of {result['prompts']} prompts")
-    if result["cut"]:
-        use = "used" if config.keep_cut else "dropped (keep_cut: true uses them)"
-        print(f"  cut at generation.max_new_tokens: {result['cut']} of {result['answers']} answers, {use}")
+    use = "used" if config.keep_cut else "dropped (keep_cut: true uses them)"
+    print(f"  cut at generation.max_new_tokens: {result['cut']} of {result['answers']} answers, {use}")
     for reason, count in result["dropped"].items():
         print(f"  without a pair: {count} prompts ({reason})")
     print(f"  mean score {result['mean_score']:.3f}, mean of the best answers {result['best_score']:.3f}")

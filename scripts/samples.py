@@ -12,6 +12,8 @@ all) of a file `reference`, whose own answers are shown too. Writes <outputs>/re
 import html
 from pathlib import Path
 
+import pandas as pd
+
 from rmipo import cli
 from rmipo.errors import EvaluationError
 from rmipo.evaluation.alpaca_reference import load_reference
@@ -21,7 +23,7 @@ from rmipo.recipe.files import coerce
 METHODS = ["rmipo", "simper", "simpo"]  # of Table 6; by default those that are trained
 STYLE = """body { font-family: sans-serif; margin: 2em; } table { border-collapse: collapse; width: 100%; }
 th, td { border: 1px solid #bbb; padding: .6em; vertical-align: top; text-align: left; }
-td { white-space: pre-wrap; overflow-wrap: anywhere; } th { background: #eee; } td.prompt { background: #f6f6f6; }"""
+td { white-space: pre-wrap; overflow-wrap: anywhere; } th { background: #eee; }"""
 
 
 def markdown(model: str, prompts: list[str], answers: dict[str, list[str]]) -> str:
@@ -43,19 +45,11 @@ def quote(text: str) -> list[str]:
 
 def page(model: str, prompts: list[str], answers: dict[str, list[str]]) -> str:
     """A table with a column for each method."""
-    escape = html.escape
-    rows = []
-    for number, prompt in enumerate(prompts):
-        cells = "".join(f"<td>{escape(texts[number])}</td>" for texts in answers.values())
-        rows.append(f'<tr><td class="prompt">{escape(prompt)}</td>{cells}</tr>')
-    head = "".join(f"<th>{escape(method)}</th>" for method in answers)
-    title = f"{escape(model)}: answers side by side"
-    return (
-        f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>\n<style>{STYLE}</style>'
-        f"</head><body>\n<h1>{title}</h1>\n<table><thead><tr><th>Prompt</th>{head}</tr></thead>\n<tbody>\n"
-        + "\n".join(rows)
-        + "\n</tbody></table></body></html>\n"
-    )
+    title = f"{html.escape(model)}: answers side by side"
+    with pd.option_context("display.max_colwidth", None):  # else long answers are cut
+        table = pd.DataFrame({"Prompt": prompts, **answers}).to_html(index=False, border=0)
+    head = f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>{STYLE}</style></head>'
+    return f"{head}\n<body><h1>{title}</h1>\n{table}\n</body></html>\n"
 
 
 def choose_prompts(given: list[str] | None, settings: dict) -> tuple[list[str], dict[str, list[str]]]:

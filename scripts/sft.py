@@ -14,6 +14,7 @@ def main() -> None:
     args, data_config, model_config = recipe.parse()
 
     # Heavy imports come after the recipe has been checked, so that its errors come at once.
+    from peft import PeftModel
     from trl import get_peft_config
 
     from rmipo.data.chat import PROBES, ChatFormat
@@ -22,8 +23,7 @@ def main() -> None:
     from rmipo.data.report import of_split
     from rmipo.fingerprints import rows_fingerprint, text_fingerprint
     from rmipo.run.frame import training_run
-    from rmipo.run.preflight import check_assistant_mask, check_special_tokens
-    from rmipo.training.loading import check_limits, load_model, load_tokenizer
+    from rmipo.training.loading import check_adapters, check_limits, load_model, load_tokenizer
     from rmipo.training.sft import SupervisedTrainer
 
     with training_run(recipe, args, model_config) as run:
@@ -34,8 +34,6 @@ def main() -> None:
         check_limits(tokenizer, model_config, args.max_length)
         run.freeze_date(tokenizer)
         chat = ChatFormat.probe(tokenizer)
-        check_assistant_mask(args, tokenizer)
-        check_special_tokens(args, tokenizer)
         tokenizer.eos_token_id = chat.end_id  # generation stops where the template ends a turn
         datasets, reports = {}, {}
         with run.state.main_process_first():
@@ -74,6 +72,8 @@ def main() -> None:
             processing_class=tokenizer,
             peft_config=get_peft_config(model_config),
         )
+        if isinstance(trainer.model, PeftModel):
+            check_adapters(trainer.model)
         run.say(f"SFT of {model_config.model_name_or_path}: {len(datasets['train'])} dialogues")
         run.train(trainer)
         run.save(trainer, **(trainer.evaluate() if "test" in datasets else {}))

@@ -18,18 +18,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from rmipo import cli
-from rmipo.launch.choices import MADE_FIRST, check_choices, choose_sharding, choose_stages, positive_number, refuse
-from rmipo.launch.doctor import Check
+from rmipo.launch.choices import check_choices, choose_stages, positive_number, refuse
+from rmipo.launch.machine import Check
+from rmipo.record import read_metrics, recorded_run
 
-VARIABLES = ("MODEL", "METHOD", "ARGS", "GPUS", "SHARDING", "TFLOPS")
 STEPS, STOP_AFTER = 10, 3
 TOLERANCE = 1.1  # of the planned memory; no micro-batch is longer than planned for
-
-
-def training_lines(folder: Path) -> list[dict]:
-    from rmipo.record import read_metrics
-
-    return [line for line in read_metrics(folder) if "loss" in line]
+SEE = "see the output above"
 
 
 def own_arguments(env: dict[str, str], folder: Path) -> str:
@@ -41,11 +36,15 @@ def own_arguments(env: dict[str, str], folder: Path) -> str:
     return shlex.join([*start, *shlex.split(env.get("ARGS", "")), *own.split(), *quiet.split()])
 
 
-def run(command: list[str], folder: Path, env: dict[str, str], stop: bool) -> int:
-    """Exit code of the training `command`. With `stop` it gets a SIGTERM once STOP_AFTER steps are logged."""
+def training_lines(folder: Path) -> list[dict]:
+    return [line for line in read_metrics(folder) if "loss" in line]
+
+
+def stopped_run(command: list[str], folder: Path, env: dict[str, str]) -> int:
+    """Exit code of the training `command`, which gets a SIGTERM once STOP_AFTER steps are logged."""
     from rmipo.launch.train import Program
 
-    program, ended = Program(), threading.Event()
+    ended = threading.Event()
 
     def watch() -> None:
         while not ended.wait(0.05):
@@ -53,105 +52,79 @@ def run(command: list[str], folder: Path, env: dict[str, str], stop: bool) -> in
                 os.kill(os.getpid(), signal.SIGTERM)  # `Program` passes it on, as that of a job queue
                 return
 
-    watcher = threading.Thread(target=watch) if stop else None
-    if watcher:
-        watcher.start()
-    print(shlex.join(command), flush=True)
+    program, watcher = Program(), threading.Thread(target=watch)
+    watcher.start()
     code = program.run(command, str(folder), env)
     ended.set()
-    if watcher:
-        watcher.join()
+    watcher.join()
     return code
 
 
 def run_checks(folder: Path, codes: tuple[int, int]) -> Iterator[Check]:
-    """What the folder of the run shows on any machine."""
-    from rmipo.record import recorded_run
-    from rmipo.run.stop import EXIT_STOPPED
-
-    see = "see the output above"
-    record = recorded_run(folder) or {}
-    parity = record.get("results", {}).get("parity")
-    found = "the run did not end" if parity is None else f"packed and plain scores differ by {parity:.1e} nats a token"
-    yield Check("parity", parity is not None, found, see)
-    steps = [line["step"] for line in training_lines(folder)]
-    went_on = codes == (EXIT_STOPPED, 0) and record.get("starts") == 2 and steps == list(range(1, STEPS + 1))
-    found = f"exit codes {codes[0]} when stopped, {codes[1]} when started again; {len(steps)} of {STEPS} steps"
-    yield Check("resume", went_on, found, see)
-    yield export_check(folder)
-
-
-def export_check(folder: Path) -> Check:
+    """What the folder of the run shows on any machine. `codes`: exit codes when stopped, and when started again."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from rmipo.run.stop import EXIT_STOPPED
+
+    record = recorded_run(folder) or {}
+    parity = record.get("results", {}).get("parity")
+    found = "the run did not end" if parity is None else f"packed and plain scores differ by {parity:.1e} nats a token"
+    yield Check("parity", parity is not None, found, SEE)
+    steps = [line["step"] for line in training_lines(folder)]
+    went_on = codes == (EXIT_STOPPED, 0) and record.get("starts") == 2 and steps == list(range(1, STEPS + 1))
+    found = f"exit codes {codes[0]} when stopped, {codes[1]} when started again; {len(steps)} of {STEPS} steps"
+    yield Check("resume", went_on, found, SEE)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        ids = AutoTokenizer.from_pretrained(folder)("Hello, how are you?", return_tensors="pt").input_ids
         model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", trust_remote_code=False)
+        with torch.no_grad():
+            finite = bool(model(ids).logits.isfinite().all())
+        yield Check("export", finite, f"{folder} loads with AutoModelForCausalLM; finite logits: {finite}", SEE)
     except (OSError, ValueError) as error:
-        return Check("export", False, str(error).splitlines()[0], "see the output above")
-    ids = tokenizer("Hello, how are you?", return_tensors="pt").input_ids
-    with torch.no_grad():
-        logps = model(ids).logits.log_softmax(-1)
-    found = f"{folder} loads with AutoModelForCausalLM; its log-probabilities are "
-    finite = bool(logps.isfinite().all())
-    return Check("export", finite, found + ("finite" if finite else "not finite"), "lower learning_rate")
+        yield Check("export", False, str(error).splitlines()[0], SEE)
 
 
-def hardware_checks(recipe, folder: Path, gpus: int, sharding: str, speed_of_one) -> Iterator[Check]:
-    """Memory against the plan, and tokens per second against what the `gpus` that were trained on can do.
+def hardware_checks(step, gpus: int, tflops: float | None) -> Iterator[Check]:
+    """Memory and tokens per second against the plan for `gpus`; `tflops`: the peak of one, where the user says it."""
+    import torch
 
-    `speed_of_one`: `rmipo.plan.gpus.Speed`, None for a GPU that isn't known.
-    """
-    from rmipo.launch.pipeline import launch_configuration
     from rmipo.plan import duration, preflight
+    from rmipo.plan.gpus import speed_of, speed_with
     from rmipo.plan.memory import GIB, Sharding, plan_memory
 
-    lines = training_lines(folder)
-    if recipe.values.get("use_cpu"):
-        yield Check("memory", None, "a CPU's memory is not compared with the plan")
-        yield Check("tokens/s", None, "a CPU has no roofline to compare with")
-        return
-    if len(lines) <= STOP_AFTER:
+    lines = training_lines(Path(step.output_dir))
+    if step.on_cpu or len(lines) <= STOP_AFTER:
         for name in ("memory", "tokens/s"):
-            yield Check(name, False, f"only {len(lines)} steps were made", "see the output above")
+            yield Check(name, None, "not compared with the plan on a CPU, or of a run that did not end")
         return
     hardware = replace(preflight.local_hardware(), gpus_per_node=gpus)
-    shape, planned = preflight.shape_of(recipe), preflight.run_of(recipe)
-    memory = plan_memory(shape, planned, Sharding.load(launch_configuration(recipe, sharding)), hardware)
+    shape, work = preflight.shape_of(step.recipe), preflight.workload_of(step.recipe)
+    memory = plan_memory(shape, work, Sharding.load(step.sharding), hardware)
     needed = (memory.needed - memory.parts["reserve (assumed)"]) / GIB
     peak = max(line["peak_memory_gib"] for line in lines)
-    fix = "lower max_tokens_per_micro_batch, and report both numbers"
+    found = f"{peak:.1f} GiB at most on the first GPU, {needed:.1f} planned"
     yield Check(
-        "memory", peak <= TOLERANCE * needed, f"{peak:.1f} GiB at most on the first GPU, {needed:.1f} planned", fix
+        "memory", peak <= TOLERANCE * needed, found, "lower max_tokens_per_micro_batch, and report both numbers"
     )
 
+    speed_of_one = speed_with(tflops) if tflops else speed_of(torch.cuda.get_device_name())
     if speed_of_one is None:
         yield Check("tokens/s", None, "the peak of this GPU is not known: TFLOPS=... (dense bfloat16) compares with it")
         return
-    peak_flops = gpus * speed_of_one.tflops * 1e12
-    per_token = duration.step_flops(shape, planned) / duration.typical_tokens(planned)[0]
+    per_token = duration.step_flops(shape, work) / duration.typical_tokens(work)[0]
     speed = statistics.median(line["tokens_per_second"] for line in lines[2:])  # the first steps compile
-    used, least = speed * per_token / peak_flops, speed_of_one.reached[0]
-    found = f"{speed:.0f}, {used:.0%} of the roofline of {peak_flops / 1e12:.0f} TFLOP/s; expected {least:.0%}"
+    used, least = speed * per_token / (gpus * speed_of_one.tflops * 1e12), speed_of_one.reached[0]
+    found = f"{speed:.0f}, {used:.0%} of {gpus} x {speed_of_one.tflops:g} TFLOP/s; expected {least:.0%}"
     fix = "look for other jobs on the GPUs, slow links (NCCL_DEBUG=INFO) and short micro-batches"
     yield Check("tokens/s", used >= least, found, fix)
 
 
-def speed_here(tflops: float):
-    """Of a GPU of this machine, by its name; `tflops`: its peak, where the user says it."""
-    import torch
-
-    from rmipo.plan import gpus
-
-    if tflops:
-        return gpus.speed_with(tflops)
-    return gpus.speed_of(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
-
-
 def main() -> int:
     os.chdir(Path(__file__).parent.parent)
-    env = os.environ | cli.variables(cli.options(__doc__, *VARIABLES).read())
+    env = os.environ | cli.variables(
+        cli.options(__doc__, "MODEL", "METHOD", "ARGS", "GPUS", "SHARDING", "TFLOPS").read()
+    )
     if not env.get("MODEL"):
         import torch
 
@@ -160,35 +133,40 @@ def main() -> int:
     refuse(env, ["DRY", "SLURM"], "make smoke trains on this machine; leave it out")
     refuse(env, ["DATA"], "a smoke run trains on the recipe's own data; leave it out, or set --dataset_name in ARGS")
     check_choices(env)
-    given = positive_number(env, "TFLOPS", 0) if env.get("TFLOPS") else 0
+    tflops = positive_number(env, "TFLOPS", 0) if env.get("TFLOPS") else None
     folder = Path("outputs", env["MODEL"], "smoke")
     env["ARGS"] = own_arguments(env, folder)
 
     from rmipo.launch.environment import training_environment
     from rmipo.launch.pipeline import load_steps
-    from rmipo.launch.train import Program, check_hardware, gpu_count
+    from rmipo.launch.train import Program, gpu_count
 
+    ###################
+    # The run, stopped and started again
+    ###################
     model, stages = choose_stages(env)
     *before, step = load_steps(model, [stage for stage in stages if stage != "report"], env)
-    gpus, sharding = gpu_count(env, False, False, step.on_cpu), choose_sharding(env)
-    step.check(gpus, sharding=sharding)
-    if not step.on_cpu:
-        check_hardware(step, env, gpus, 1, sharding)
+    gpus = gpu_count(env, step.on_cpu)
+    step.recipe.batch(step.processes(gpus))
     shutil.rmtree(folder, ignore_errors=True)
     for first in before:
-        assert first.stage in MADE_FIRST
-        if code := Program().run(first.command(gpus, sharding)):
+        if code := Program().run(first.command(gpus)):
             return code
-    command = step.command(gpus, sharding)
-    environment = training_environment(os.environ, sharding, gpus)
-    codes = run(command, folder, environment, stop=True), run(command, folder, environment, stop=False)
-    results = [*run_checks(folder, codes), *hardware_checks(step.recipe, folder, gpus, sharding, speed_here(given))]
-    names = {True: "pass", False: "FAIL", None: "skip"}
-    for check in results:
+    command = step.command(gpus)
+    environment = training_environment(os.environ, env.get("SHARDING", ""), gpus)
+    print(shlex.join(command), flush=True)
+    codes = stopped_run(command, folder, environment), Program().run(command, str(folder), environment)
+
+    ###################
+    # What it shows
+    ###################
+    failed = []
+    for check in (*run_checks(folder, codes), *hardware_checks(step, gpus, tflops)):
+        status = {True: "pass", False: "FAIL", None: "skip"}[check.passed]
+        failed += [check.name] * (check.passed is False)
         fix = f". Fix: {check.fix}" if check.passed is False else ""
-        print(f"{names[check.passed]:5} {check.name:9} {check.found}{fix}", flush=True)
-    failed = [check.name for check in results if check.passed is False]
-    print(f"{env['MODEL']}: {'failed: ' + ', '.join(failed) if failed else 'all checks passed'}")
+        print(f"{status:5} {check.name:9} {check.found}{fix}", flush=True)
+    print(f"{model}: {'failed: ' + ', '.join(failed) if failed else 'all checks passed'}")
     return int(bool(failed))
 
 

@@ -14,15 +14,12 @@ them, before believing the first.
 import os
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 from tqdm import tqdm
 
 from rmipo import cli
 from rmipo.launch.choices import choose_search, choose_stages, is_on, refuse
-
-SHOWN = 5
 
 
 def main() -> int:
@@ -34,11 +31,11 @@ def main() -> int:
     model, _ = choose_stages({**env, "STAGE": "rmipo"})
     method = choose_search(env)
 
+    from rmipo.fingerprints import has_weights
     from rmipo.launch import sweep as search
     from rmipo.launch.train import Program
     from rmipo.run.stop import EXIT_STOPPED
 
-    sweep = search.load_sweep(method, model)
     program = Program()
 
     def train(point: search.Point, **streams) -> int:
@@ -47,8 +44,12 @@ def main() -> int:
         environment = os.environ | {"METHOD": "", "DATA": ""} | tracking | point.environment
         return program.run([sys.executable, "scripts/launch.py"], env=environment, **streams)
 
+    ###################
+    # The points
+    ###################
     if values:
         return train(search.make_point(search.read_point(values), env))
+    sweep = search.load_sweep(method, model)
     points = [search.make_point(point, env) for point in sweep.points]
     search.check_metric(sweep.metric, points[0].recipe)
     path = points[0].folder.parent / search.RECORD
@@ -57,42 +58,37 @@ def main() -> int:
     if is_on(env, "DRY"):
         print("\n".join(search.arguments(point.values) for point in open_points))
         return 0
+    # A finished run that is started again ends at once, or refuses where its data or model have changed since.
+    for point in [point for point in points if point.done and has_weights(point.folder)][:1]:
+        if code := train(point, stdout=subprocess.DEVNULL):
+            return code
 
-    for point in search.distinct(points):
-        with tempfile.TemporaryFile("w+") as output:
-            if code := train(point, stdout=output, stderr=subprocess.STDOUT):
-                output.seek(0)
-                sys.stderr.write(output.read())
-                return code
-
+    ###################
+    # Train those that are not finished
+    ###################
     path.parent.mkdir(parents=True, exist_ok=True)
     failed = 0
-    with tqdm(total=len(points), initial=len(points) - len(open_points), unit="point") as bar:
-        for point in open_points:
-            bar.set_postfix_str(f"{search.arguments(point.values)}, see {point.folder}.log")
-            with open(f"{point.folder}.log", "a") as log:
-                code = train(point, stdout=log, stderr=subprocess.STDOUT)
-            lines = search.record(path, points, sweep.metric)
-            if code == EXIT_STOPPED:
-                bar.write("stopped; the same command goes on from there")
-                return code
-            if code:
-                failed += 1
-                bar.write(f"failed with exit code {code}: {search.arguments(point.values)}, see {point.folder}.log")
-                if not lines:  # most likely no fault of this point
-                    return code
-            bar.update()
-    report(sweep.ranked(search.record(path, points, sweep.metric)), sweep.metric, f"MODEL={model} METHOD={method}")
+    for point in tqdm(open_points, unit="point"):
+        with open(f"{point.folder}.log", "a") as log:
+            code = train(point, stdout=log, stderr=subprocess.STDOUT)
+        if code == EXIT_STOPPED:
+            return code  # the same command goes on from there
+        if code:
+            failed += 1
+            print(f"failed with exit code {code}: {search.arguments(point.values)}, see {point.folder}.log")
+        if not search.record(path, points, sweep.metric):  # the first one failed, most likely by no fault of its own
+            return code
+
+    ###################
+    # The best
+    ###################
+    ranked = sweep.ranked(search.record(path, points, sweep.metric))
+    print(f"{sweep.metric} of the {min(5, len(ranked))} best of {len(ranked)} points:")
+    for line in ranked[:5]:
+        print(f"  {line[sweep.metric]:.4f}  {search.arguments(line['values'])}  in {line['output_dir']}")
+    best = search.arguments(ranked[0]["values"])
+    print(f'best: make train MODEL={model} METHOD={method} ARGS="{best} --output_dir ..."')
     return 1 if failed else 0
-
-
-def report(ranked: list[dict], metric: str, setting: str) -> None:
-    from rmipo.launch.sweep import arguments
-
-    print(f"{metric} of the {min(SHOWN, len(ranked))} best of {len(ranked)} points:")
-    for line in ranked[:SHOWN]:
-        print(f"  {line[metric]:.4f}  {arguments(line['values'])}  in {line['output_dir']}")
-    print(f'best: make train {setting} ARGS="{arguments(ranked[0]["values"])} --output_dir ..."')
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ The run's record (run.json) says which model it started from and on which pairs.
 questions are asked; on other pairs there is no right answer to check, so lengths and repetition are shown.
 """
 
-import argparse
 import json
 from dataclasses import fields
 from pathlib import Path
@@ -27,31 +26,18 @@ LABELS = {
     "preference_accuracy": "preference accuracy",
     "preference_margin": "preference margin (nats/token)",
 }
-SHOWN = 4
+SAMPLES, SHOWN = 4, 4  # per question of the world, and of all of them
 
 
 def main() -> None:
     parser = cli.options(__doc__)
     parser.add_argument("--run", required=True, type=Path, help="folder of the preference run")
     parser.add_argument("--world", default="outputs/tiny/world", type=Path, help="default: %(default)s")
-    parser.add_argument("--output", type=Path, help="JSON file; default: report.json in the run's folder")
-    parser.add_argument("--samples", default=4, type=int, help="per question of the world; default: %(default)s")
-    parser.add_argument("--seed", default=0, type=int, help="of the samples; default: %(default)s")
     options = parser.parse_args()
     run = recorded_run(options.run)
     if run is None or not run["finished"]:
         raise ConfigError(f"{options.run} holds no finished run. Train it with make train MODEL=tiny.")
 
-    report = compare(options, run["recipe"])
-    print_table(report, run["recipe"]["objective"]["name"])
-    output = options.output or options.run / "report.json"
-    output.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n")
-    for what, path in {"curves": options.run / "curves.png", "model": options.run, "report": output}.items():
-        print(f"{what + ':':9}{path}")
-
-
-def compare(options: argparse.Namespace, recipe: dict) -> dict:
-    """Metrics and samples of the model before and after."""
     from rmipo.data.chat import ChatFormat
     from rmipo.data.pairs import load_pairs, tokenize_pairs
     from rmipo.recipe.schema import DataConfig, ModelConfig
@@ -59,43 +45,44 @@ def compare(options: argparse.Namespace, recipe: dict) -> dict:
     from rmipo.tiny.files import read_world
     from rmipo.training.loading import load_model, load_tokenizer
 
-    on_the_world = Path(recipe.get("dataset_name") or "") == options.world / "pairs"  # a mixture has none
-    world = read_world(options.world) if on_the_world else None
-    data_config = DataConfig(**{field.name: recipe[field.name] for field in fields(DataConfig) if field.name in recipe})
+    ###################
+    # Measure both models on the run's held-out pairs
+    ###################
+    recipe = run["recipe"]
+    data = DataConfig(**{field.name: recipe[field.name] for field in fields(DataConfig) if field.name in recipe})
     tokenizer = load_tokenizer(ModelConfig(model_name_or_path=str(options.run)))
-    pairs, _ = tokenize_pairs(
-        load_pairs(data_config, "test"),
-        ChatFormat.probe(tokenizer),
-        max_length=recipe["max_length"],
-        max_prompt_length=recipe["max_prompt_length"],
-        max_dropped_fraction=data_config.max_dropped_fraction,
-        max_truncated_fraction=data_config.max_truncated_fraction,
-    )
+    limits = {key: recipe[key] for key in ("max_length", "max_prompt_length")}
+    limits |= {key: getattr(data, key) for key in ("max_dropped_fraction", "max_truncated_fraction")}
+    pairs, _ = tokenize_pairs(load_pairs(data, "test"), ChatFormat.probe(tokenizer), **limits)
+    on_the_world = Path(recipe.get("dataset_name") or "") == options.world / "pairs"  # a mixture has none
     report = {"pairs": len(pairs)}
     for name, path in {"before": recipe["model_name_or_path"], "after": options.run}.items():
         model = load_model(ModelConfig(model_name_or_path=str(path), dtype="auto"))
-        if world is not None:
-            result = judge.evaluate(model, tokenizer, world, samples_per_question=options.samples, seed=options.seed)
+        if on_the_world:
+            world = read_world(options.world)
+            result = judge.evaluate(model, tokenizer, world, samples_per_question=SAMPLES, seed=0)
         else:
-            result = judge.evaluate_text(model, tokenizer, pairs, seed=options.seed)
+            result = judge.evaluate_text(model, tokenizer, pairs, seed=0)
         report[name] = result | judge.preference_metrics(model, pairs)
-    return report
 
-
-def print_table(report: dict, method: str) -> None:
+    ###################
+    # Print and save
+    ###################
     before, after = report["before"], report["after"]
-    print(f"\n{'':40}{'before':>10}{'after ' + method:>18}")
+    print(f"\n{'':40}{'before':>10}{'after ' + recipe['objective']['name']:>18}")
     for key, label in LABELS.items():
         if key in before:
             print(f"{label:40}{before[key]:10.3f}{after[key]:18.3f}")
-    print(f"\n{len(before['samples'])} samples at temperature 1; {report['pairs']} test pairs. For example:")
+    print(f"\n{len(before['samples'])} samples at temperature 1; {len(pairs)} test pairs. For example:")
     step = max(1, len(before["samples"]) // SHOWN)
     for old, new in list(zip(before["samples"], after["samples"], strict=True))[::step][:SHOWN]:
         print(f"  {old['prompt'][-300:]}")
         for name, entry in (("before", old), ("after", new)):
             verdict = f"   [{entry['class']}]" if "class" in entry else ""
             print(f"    {name + ':':8}{entry['response'][:300]}{verdict}")
-    print()
+    path = options.run / "report.json"
+    path.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n")
+    print(f"\ncurves:  {options.run / 'curves.png'}\nmodel:   {options.run}\nreport:  {path}")
 
 
 if __name__ == "__main__":

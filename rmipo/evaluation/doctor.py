@@ -7,7 +7,7 @@ from rmipo.data.sources import mixture_entries
 from rmipo.errors import EvaluationError, UserError
 from rmipo.evaluation import alpaca, alpaca_reference, hh, leaderboard
 from rmipo.generation.judge import check_judge, judge_endpoint, shown
-from rmipo.launch.doctor import Check
+from rmipo.launch.machine import Check
 from rmipo.plan.preflight import check_access
 from rmipo.recipe.schema import DataConfig
 from rmipo.recipe.settings import merge_settings

@@ -1,12 +1,12 @@
 """What make's variables choose: settings, stages, methods, machines. Wrong choices are refused with the right ones listed.
 
-Nothing heavy is imported here. Paths are relative to the root of the repository, which is the working directory.
+Nothing heavy is imported here, so a refusal comes at once. Paths are relative to the root of the repository, which is the
+working directory.
 """
 
 import argparse
 import importlib.util
 import re
-import shlex
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -32,15 +32,7 @@ def refuse(env: Mapping[str, str], names: Iterable[str], why: str) -> None:
 def check_choices(env: Mapping[str, str]) -> None:
     """Raises ConfigError with all wrong choices at once."""
     problems = []
-    for check in (
-        choose_stages,
-        choose_method,
-        choose_sharding,
-        node_count,
-        gpus_asked_for,
-        split_args,
-        sbatch_options,
-    ):
+    for check in (choose_stages, choose_method, choose_sharding, node_count, gpus_asked_for, split_args):
         try:
             check(env)
         except ConfigError as error:
@@ -77,10 +69,8 @@ def check_weights(model: str, stages: list[str]) -> None:
 
 def choose_stages(env: Mapping[str, str]) -> tuple[str, list[str]]:
     """(setting, its stages in order) as MODEL and STAGE ask for them."""
-    folders = sorted({path.parent.name for name in ("sft", "rmipo") for path in Path("recipes").glob(f"*/{name}.yaml")})
-    model = choose(
-        "MODEL", env.get("MODEL", ""), [name for name in folders if name not in NOT_SETTINGS], "The settings"
-    )
+    folders = {path.parent.name for name in ("sft", "rmipo") for path in Path("recipes").glob(f"*/{name}.yaml")}
+    model = choose("MODEL", env.get("MODEL", ""), sorted(folders - NOT_SETTINGS), "The settings")
     present = [s for s in (*MADE_FIRST, "sft", "rmipo") if Path(f"recipes/{model}/{s}.yaml").is_file()]
     trained = [stage for stage in present if stage not in MADE_FIRST]
     stage = choose("STAGE", env.get("STAGE") or "all", [*trained, "all"], f"The stages of {model}")
@@ -109,24 +99,21 @@ def split_args(env: Mapping[str, str]) -> tuple[list[str], list[str]]:
     """(overlays, overrides) in ARGS."""
     parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False, exit_on_error=False)
     parser.add_argument("--overlay", action="append", default=[])
-    text = env.get("ARGS", "")
     try:
-        known, overrides = parser.parse_known_args(split(text))
+        known, overrides = parser.parse_known_args(split(env.get("ARGS", "")))
     except argparse.ArgumentError as error:
-        raise ConfigError(f"ARGS={text!r} can't be read: {error}") from error
+        raise ConfigError(f"ARGS={env['ARGS']!r} can't be read: {error}") from error
     return known.overlay, overrides
 
 
 def choose_sharding(env: Mapping[str, str]) -> str:
-    """SHARDING, empty if it is not set. Raises ConfigError unless it is a file of configs/accelerate/."""
+    """SHARDING, a file of configs/accelerate/; empty if it is not set."""
     name = env.get("SHARDING", "")
-    if name:
-        choose("SHARDING", name, list(named_files("configs/accelerate")), "Files in configs/accelerate")
-    return name
+    return name and choose("SHARDING", name, list(named_files("configs/accelerate")), "Files in configs/accelerate")
 
 
 def node_count(env: Mapping[str, str]) -> int:
-    """NODES, default 1. Raises ConfigError for what is no number of machines."""
+    """NODES, default 1."""
     given = env.get("NODES") or "1"
     if not given.isdecimal() or int(given) < 1:
         raise ConfigError(f"NODES={given!r}: expected the number of machines, such as NODES=4")
@@ -134,11 +121,11 @@ def node_count(env: Mapping[str, str]) -> int:
 
 
 def gpus_asked_for(env: Mapping[str, str]) -> int | None:
-    """The number in GPUS, which may also have the GiB of one, as in 8x80; None if it is not set."""
+    """The number in GPUS, which may also have the GB of one, as in 8x80; None if it is not set."""
     given = env.get("GPUS", "")
-    match = re.fullmatch(r"(\d+)(x\d+(\.\d+)?)?", given, re.ASCII)
-    if given and (match is None or int(match[1]) < 1):
-        raise ConfigError(f"GPUS={given!r}: expected the number of GPUs, such as GPUS=4, or with their GiB, GPUS=4x80")
+    match = re.fullmatch(r"([1-9]\d*)(x\d+(\.\d+)?)?", given, re.ASCII)
+    if given and match is None:
+        raise ConfigError(f"GPUS={given!r}: expected the number of GPUs, such as GPUS=4, or with their GB, GPUS=4x80")
     return int(match[1]) if match else None
 
 
@@ -148,12 +135,3 @@ def positive_number(env: Mapping[str, str], name: str, default: float) -> float:
     if not text.replace(".", "", 1).isdecimal() or float(text) <= 0:
         raise ConfigError(f"{name}={text}: expected a number above 0")
     return float(text)
-
-
-def sbatch_options(env: Mapping[str, str]) -> list[str]:
-    """The user's own options in SBATCH_ARGS."""
-    text = env.get("SBATCH_ARGS", "")
-    try:
-        return shlex.split(text)
-    except ValueError as error:
-        raise ConfigError(f"SBATCH_ARGS={text!r} can't be read: {error}") from error

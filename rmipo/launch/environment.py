@@ -21,17 +21,11 @@ DEFAULTS = {
 
 
 def training_environment(env: Mapping[str, str], config: str = "", processes: int = 1) -> dict[str, str]:
-    """`env`, and what it leaves unset.
-
-    Args:
-        config: the launch configuration, by name or path; empty for a program that isn't launched with one.
-        processes: of this machine.
-    """
-    defaults = dict(DEFAULTS)
-    if Path(config).stem == "zero3-offload":
-        # CPUAdam runs on as many threads as this says; torch's launcher would say one.
-        defaults["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // max(1, processes)))
-    return defaults | dict(env)
+    """`env` and what it leaves unset, for `processes` of this machine that are launched with the file `config`."""
+    threads = {}
+    if Path(config).stem == "zero3-offload":  # CPUAdam runs on so many threads; torch's launcher would say one
+        threads["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // max(1, processes)))
+    return DEFAULTS | threads | dict(env)
 
 
 if __name__ == "__main__":

@@ -7,21 +7,18 @@ import json
 import shlex
 import subprocess
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 from rmipo.errors import ConfigError
 from rmipo.generation.pairs import PairsConfig
 from rmipo.launch.pipeline import load_steps
-from rmipo.recipe.files import coerce, read_yaml
+from rmipo.recipe.files import read_yaml
 
 
 @dataclass(frozen=True)
 class OnlineConfig:
-    """The keys of an online.yaml, which explains them. `pairs` are those of a pairs.yaml.
-
-    Raises ConfigError, when made, for fewer than one prompt.
-    """
+    """The keys of an online.yaml, which explains them. `pairs` are those of a pairs.yaml."""
 
     prompts_per_round: int
     pairs: dict
@@ -29,30 +26,15 @@ class OnlineConfig:
     held_out_prompts: int
     overrides: list[dict]
 
-    def __post_init__(self) -> None:
-        for key in ("prompts_per_round", "held_out_prompts"):
-            if getattr(self, key) < 1:
-                raise ConfigError(f"online.yaml: {key} is {getattr(self, key)}: expected at least 1")
-
     @classmethod
     def load(cls, path: Path) -> "OnlineConfig":
-        """Raises ConfigError for a file that isn't there or doesn't hold exactly these keys, PairsError for its pairs."""
-        values = read_yaml(path)
-        expected = [field.name for field in fields(cls)]
-        if sorted(values) != sorted(expected):
-            raise ConfigError(f"{path} holds the keys {sorted(values)}: expected {sorted(expected)}")
-        problems = []
-        for field in fields(cls):
-            try:
-                values[field.name] = coerce(values[field.name], field.type)
-            except ValueError as error:
-                problems.append(f"{field.name} is {values[field.name]!r}: {error}")
-        if problems:
-            raise ConfigError("\n  ".join([f"{path}:", *problems]))
-        if not values["overrides"] or not all(isinstance(layer, dict) for layer in values["overrides"]):
-            raise ConfigError(f"{path}: overrides is {values['overrides']!r}: expected a list with one block per round")
-        PairsConfig.load(values["pairs"], f"{path}, pairs")
-        return cls(**values)
+        """Raises ConfigError for a file that doesn't hold exactly these keys, PairsError for its pairs."""
+        try:
+            config = cls(**read_yaml(path))
+        except TypeError as error:
+            raise ConfigError(f"{path}: {error}") from error
+        PairsConfig.load(config.pairs, f"{path}, pairs")
+        return config
 
 
 @dataclass(frozen=True)
@@ -91,9 +73,9 @@ class Round:
 
     def environment(self, env: Mapping[str, str]) -> dict[str, str]:
         """What `scripts/launch.py` is told; ARGS in `env` lie over the overrides of online.yaml."""
-        layers, arguments = self.config.overrides, env.get("ARGS", "")
-        given = {argument.partition("=")[0] for argument in shlex.split(arguments)}
-        values = layers[min(self.number, len(layers)) - 1] | {
+        arguments = shlex.split(env.get("ARGS", ""))
+        given = {argument.partition("=")[0] for argument in arguments}
+        values = self.config.overrides[min(self.number, len(self.config.overrides)) - 1] | {
             "dataset_name": str(self.pairs),
             "model_name_or_path": str(self.policy),
             "output_dir": str(self.folder),
@@ -103,15 +85,9 @@ class Round:
             for key, value in values.items()
             if f"--{key}" not in given
         ]
-        return {
-            **env,
-            "MODEL": self.model,
-            "METHOD": self.method,
-            "STAGE": "rmipo",
-            "DATA": "",
-            "ARGS": f"{shlex.join(own)} {arguments}".strip(),
-            "WANDB_RUN_GROUP": env.get("WANDB_RUN_GROUP") or f"{self.model}-online-{self.method}",
-        }
+        setting = {"MODEL": self.model, "METHOD": self.method, "STAGE": "rmipo", "DATA": ""}
+        group = env.get("WANDB_RUN_GROUP") or f"{self.model}-online-{self.method}"
+        return {**env, **setting, "ARGS": shlex.join([*own, *arguments]), "WANDB_RUN_GROUP": group}
 
     def check(self, env: Mapping[str, str]) -> None:
         """Raises ConfigError if the round's recipe is wrong: before anything is sampled."""
@@ -123,5 +99,5 @@ def make_first(model: str) -> None:
     if not Path(f"recipes/{model}/weights.yaml").is_file() or Path(f"outputs/{model}/weights/weights.json").is_file():
         return
     for step in load_steps(model, ["weights", "rmipo"], {}):
-        if step.stage == "weights" and subprocess.run(step.command(0, None), check=False).returncode:
+        if step.stage == "weights" and subprocess.run(step.command(0), check=False).returncode:
             raise ConfigError(f"the weights of {model} couldn't be made, see above")

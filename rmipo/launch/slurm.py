@@ -1,58 +1,44 @@
-"""`make train ... SLURM=1 NODES=4`: the stages of a setting as Slurm jobs, each waiting for the one before."""
+"""`make train ... SLURM=1 NODES=4`: the steps of a setting as Slurm jobs, each waiting for the one before."""
 
 import os
+import shlex
 import shutil
 import subprocess
 from pathlib import Path
 
 from rmipo.errors import ConfigError
-from rmipo.launch.choices import sbatch_options
+from rmipo.launch.pipeline import Step
 
 SCRIPT = "scripts/launch.slurm"
 
 
-def sbatch_command(
-    config: str, program: list[str], *, nodes: int, gpus: int, name: str, after: str | None = None
-) -> list[str]:
-    """The command line that queues one program.
-
-    Args:
-        config: file of configs/accelerate/, or "cpu".
-        program: script and arguments, e.g. `["scripts/preference.py", "--config", ...]`.
-        gpus: of each node; 0 for "cpu".
-        name: of the job in the queue; it waits for the user's earlier jobs of that name.
-        after: id of the job that has to succeed first.
+def sbatch_command(step: Step, nodes: int, gpus: int, after: str | None = None) -> list[str]:
+    """The command line that queues `step` on `nodes` of `gpus` GPUs, to start when the job `after` has succeeded.
 
     Options in the environment variable SBATCH_ARGS are added.
     """
-    command = ["sbatch", "--parsable", f"--nodes={nodes}", f"--job-name={name}"]
-    command += [f"--gpus-per-node={gpus}"] if gpus else []
+    command = ["sbatch", "--parsable", f"--nodes={nodes}", f"--job-name={step.recipe.name}"]
+    command += [] if step.on_cpu else [f"--gpus-per-node={gpus}"]
     # Two jobs of one name write into one folder: the later one starts when the earlier one has ended.
     command += [f"--dependency=afterok:{after},singleton" if after else "--dependency=singleton"]
     command += ["--kill-on-invalid-dep=yes"] if after else []
-    return [*command, *sbatch_options(os.environ), SCRIPT, config, *program]
+    config = "cpu" if step.on_cpu else str(step.sharding)
+    return [*command, *shlex.split(os.environ.get("SBATCH_ARGS", "")), SCRIPT, config, *step.program]
 
 
 def require_slurm() -> None:
     """Raises ConfigError where jobs can't be queued."""
     if shutil.which("sbatch") is None:
-        raise ConfigError(
-            "SLURM=1: sbatch is not installed here. Run this on a login node of the cluster, or without SLURM=1"
-        )
+        raise ConfigError("SLURM=1: sbatch is not installed here. Run this on a login node of the cluster")
 
 
-def submit(config: str, program: list[str], *, name: str, **options) -> tuple[str, Path]:
-    """Queue one program; (job id, its log file). Arguments: those of `sbatch_command`.
-
-    Raises:
-        ConfigError: no Slurm here, or it refuses the job; quotes Slurm's reason.
-    """
+def submit(step: Step, nodes: int, gpus: int, after: str | None = None) -> tuple[str, Path]:
+    """Queue one step; (job id, its log file). Raises ConfigError with Slurm's reason if it refuses the job."""
     require_slurm()
     logs = Path("outputs/slurm")  # Slurm doesn't make the log's folder and would lose the log
     logs.mkdir(parents=True, exist_ok=True)
-    command = sbatch_command(config, program, name=name, **options)
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(sbatch_command(step, nodes, gpus, after), capture_output=True, text=True)
     if done.returncode:
-        raise ConfigError(f"SLURM=1: sbatch refused {name}: {done.stderr.strip()}")
+        raise ConfigError(f"SLURM=1: sbatch refused {step.recipe.name}: {done.stderr.strip()}")
     job = done.stdout.strip().split(";")[0]
     return job, logs / f"{job}.log"

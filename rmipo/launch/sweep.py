@@ -6,20 +6,18 @@ with the id of the point before.
 """
 
 import itertools
-import json
 import shlex
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rmipo.errors import ConfigError
-from rmipo.files import write_atomically
-from rmipo.fingerprints import has_weights, json_fingerprint
-from rmipo.launch.choices import choose_search
+from rmipo.files import write_lines
+from rmipo.fingerprints import json_fingerprint
 from rmipo.launch.pipeline import load_steps
 from rmipo.objectives import build_objective
-from rmipo.recipe.files import parse_overrides, read_yaml
+from rmipo.recipe.files import override_value, read_yaml
 from rmipo.recipe.load import Recipe
 from rmipo.record import recorded_run
 from rmipo.training.metrics import check_logged, evaluation_metrics
@@ -50,39 +48,26 @@ class Sweep:
 def load_sweep(method: str, model: str) -> Sweep:
     """The search of `method`; `recipes/<model>/search.yaml` has ranges that replace the paper's in that setting.
 
-    Raises:
-        ConfigError: what is wrong with either file, all at once.
+    Raises ConfigError where the points would not be a grid, or nothing on held-out data ranks them.
     """
-    path = Path(f"recipes/sweeps/{choose_search({'METHOD': method})}.yaml")
-    own = Path(f"recipes/{model}/search.yaml")
+    path, own = Path(f"recipes/sweeps/{method}.yaml"), Path(f"recipes/{model}/search.yaml")
     content, replaced = read_yaml(path), read_yaml(own) if own.is_file() else {}
-    parameters, problems = {}, []
-    if unknown := sorted(replaced.keys() - OWN_KEYS):
-        problems.append(f"{', '.join(unknown)} is no key of {own}: expected {' or '.join(sorted(OWN_KEYS))}")
-    for given in (content.get("parameters"), replaced.get("parameters")):
-        if isinstance(given, dict | None):
-            parameters |= given or {}
-        else:
-            problems.append(f"parameters is {given!r}: expected a block with the values of each parameter")
-    metric = content["metric"] if isinstance(content.get("metric"), dict) else {}
-    problems += [
-        f"parameters.{key} is {entry!r}: expected a block with a list of values, such as values: [1, 2]"
-        for key, entry in parameters.items()
-        if not isinstance(entry, dict) or not isinstance(entry.get("values"), list) or not entry["values"]
-    ]
-    if not parameters:
-        problems.append("parameters is missing: nothing is searched")
-    if content.get("method") != "grid":
-        problems.append(f"method is {content.get('method')!r}: expected grid")
-    if not str(metric.get("name")).startswith("eval/"):
-        problems.append(f"metric.name is {metric.get('name')!r}: expected a held-out one, such as eval/loss")
-    if metric.get("goal") not in ("maximize", "minimize"):
-        problems.append(f"metric.goal is {metric.get('goal')!r}: expected maximize or minimize")
-    if problems:
-        raise ConfigError("\n  ".join([f"{path}{f' with {own}' * own.is_file()}:", *problems]))
+    if unknown := replaced.keys() - OWN_KEYS:
+        raise ConfigError(f"{own}: {', '.join(unknown)} is no key of it: expected {' or '.join(sorted(OWN_KEYS))}")
+    try:
+        entries = content["parameters"] | (replaced.get("parameters") or {})
+        parameters = {key: list(entry["values"]) for key, entry in entries.items()}
+        name, goal = content["metric"]["name"], content["metric"]["goal"]
+    except (KeyError, TypeError) as error:
+        raise ConfigError(
+            f"{path}: expected parameters with values, and a metric with name and goal: {error}"
+        ) from error
+    if content.get("method") != "grid" or not name.startswith("eval/") or goal not in ("maximize", "minimize"):
+        raise ConfigError(
+            f"{path}: expected method: grid, a held-out metric (eval/...), and goal: maximize or minimize"
+        )
     # W&B's charts say eval/x for what the trainer logs as eval_x.
-    name = metric["name"].replace("eval/", "eval_", 1)
-    return Sweep({key: entry["values"] for key, entry in parameters.items()}, name, metric["goal"])
+    return Sweep(parameters, name.replace("eval/", "eval_", 1), goal)
 
 
 def check_metric(metric: str, recipe: Recipe) -> None:
@@ -106,18 +91,13 @@ class Point:
     def folder(self) -> Path:
         return Path(self.recipe.values["output_dir"])
 
-    def line(self, run: dict, metric: str) -> dict:
-        """What `sweep.jsonl` has about the finished run, `run` being its run.json."""
-        kept = {"output_dir": str(self.folder), "seconds": run["seconds"], "commit": run["commit"]}
-        return {"values": self.values, metric: run["results"][metric], **kept}
-
 
 def make_point(values: Mapping[str, Any], env: Mapping[str, str]) -> Point:
     """The run of `values` over what MODEL, METHOD, DATA and ARGS in `env` say, in a folder named after the values.
 
-    Raises:
-        ConfigError: the recipe with these values is wrong, or its folder holds another run.
+    Raises ConfigError: the recipe with these values is wrong, or its folder holds another run.
     """
+    # The run without these values has the name that METHOD, DATA and adapters give it.
     (unchanged,) = load_steps(env["MODEL"], ["rmipo"], env)
     folder = Path(unchanged.recipe.values["output_dir"])
     names = [f"{key.removeprefix('objective.')}-{number(value)}" for key, value in sorted(values.items())]
@@ -131,14 +111,8 @@ def make_point(values: Mapping[str, Any], env: Mapping[str, str]) -> Point:
 
 def read_point(overrides: list[str]) -> dict[str, Any]:
     """The values in `["--objective.beta=0.1", "--learning_rate=5e-7"]`, as W&B's agent gives them."""
-
-    def flat(values: dict, prefix: str = "") -> dict[str, Any]:
-        flattened = {}
-        for key, value in values.items():
-            flattened |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-        return flattened
-
-    return flat(parse_overrides(overrides))
+    pairs = [override.removeprefix("--").partition("=") for override in overrides]
+    return {key: override_value(text) for key, _, text in pairs}
 
 
 def arguments(values: Mapping[str, Any]) -> str:
@@ -151,20 +125,16 @@ def number(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def distinct(points: Iterable[Point]) -> list[Point]:
-    """One finished point of each data and initial model. Started again, it ends at once, or refuses where either changed.
-
-    It is one that still has its weights, if any has: without them it would be trained again.
-    """
-    kept: dict[str, Point] = {}
-    for point in sorted((point for point in points if point.done), key=lambda point: has_weights(point.folder)):
-        kept[json_fingerprint(recorded_run(point.folder)["fingerprints"])] = point
-    return list(kept.values())
-
-
 def record(path: Path, points: list[Point], metric: str) -> list[dict]:
-    """Write one line for each finished point; returns the lines."""
-    runs = [(point, recorded_run(point.folder)) for point in points]
-    lines = [point.line(run, metric) for point, run in runs if run and run["finished"]]
-    write_atomically(path, "".join(json.dumps(line) + "\n" for line in lines))
+    """Write one line for each finished point; returns the lines. Raises ConfigError if their data or models differ."""
+    lines, trained_on = [], {}
+    for point in points:
+        run = recorded_run(point.folder)
+        if run and run["finished"]:
+            trained_on[json_fingerprint(run["fingerprints"])] = str(point.folder)
+            about = {"output_dir": str(point.folder), "seconds": run["seconds"], "commit": run["commit"]}
+            lines.append({"values": point.values, metric: run["results"][metric], **about})
+    if len(trained_on) > 1:
+        raise ConfigError(f"{' and '.join(trained_on.values())} were trained on other data or models: remove the old")
+    write_lines(path, lines)
     return lines

@@ -1,7 +1,6 @@
-"""`make train`: the stages of a setting, one program after the other on this machine, or queued as Slurm jobs."""
+"""`make train`: the steps of a setting, one program after the other on this machine, or queued as Slurm jobs."""
 
 import contextlib
-import dataclasses
 import os
 import shlex
 import signal
@@ -18,7 +17,7 @@ from rmipo.errors import ConfigError
 from rmipo.launch import slurm
 from rmipo.launch.choices import choose_sharding, choose_stages, gpus_asked_for, is_on, node_count
 from rmipo.launch.environment import training_environment
-from rmipo.launch.pipeline import Step, launch_configuration, load_steps
+from rmipo.launch.pipeline import Step, load_steps
 from rmipo.run.checkpoints import MARKER, complete_checkpoints
 from rmipo.run.stop import EXIT_STOPPED
 
@@ -26,42 +25,38 @@ DRY_GPUS = 4  # shown where no GPU is visible: the hardware of the paper
 
 
 def train(env: Mapping[str, str]) -> int:
-    """Do what make's variables ask for. Exit code: that of the first stage that fails, 75 of one that was stopped.
+    """Do what make's variables ask for. Exit code: that of the first step that fails, 75 of one that was stopped.
 
-    Raises:
-        ConfigError, PreflightError: a stage can't be trained so; before anything runs.
+    Raises ConfigError if a step can't be trained so, before anything runs.
     """
-    dry, queued = is_on(env, "DRY"), is_on(env, "SLURM")
-    model, stages = choose_stages(env)
-    nodes, sharding = node_count(env), choose_sharding(env)
+    dry, queued, nodes = is_on(env, "DRY"), is_on(env, "SLURM"), node_count(env)
     if nodes > 1 and not queued:
         raise ConfigError(f"NODES={nodes}: several machines are reached through Slurm: add SLURM=1")
-    steps = load_steps(model, stages, env)
-    gpus = gpu_count(env, dry, queued, all(step.on_cpu for step in steps))
+    steps = load_steps(*choose_stages(env), env)
+    gpus = gpu_count(env, all(step.on_cpu for step in steps))
+    trained = [step for step in steps if step.recipe is not None]
+    for step in trained:
+        step.recipe.batch(step.processes(gpus, nodes))  # raises where the global batch can't be divided so
     if dry:
         for step in steps:
-            command = step.command(gpus, sharding)
+            command = step.command(gpus)
             if queued and step.recipe is not None:
-                command = slurm.sbatch_command(**step.job(gpus, nodes, sharding))
-            print(f"## {step.stage}\n{describe(step, step.processes(gpus, nodes, sharding))}{shlex.join(command)}\n")
+                command = slurm.sbatch_command(step, nodes, gpus)
+            print(f"## {step.stage}\n{describe(step, step.processes(gpus, nodes))}{shlex.join(command)}\n")
         return 0
-    for step in steps:
-        step.check(gpus, nodes, sharding)
-        if not step.on_cpu and not step.is_done():
-            check_hardware(step, env, gpus, nodes, sharding)
+    for step in trained:
+        step.is_done()  # raises where the folder holds another run
     if queued:
-        return queue(steps, gpus, nodes, sharding)
-    env = training_environment(env, sharding, gpus)
-    program = Program()
-    for number in range(len(steps)):
+        return queue(steps, gpus, nodes)
+    program, env = Program(), training_environment(env, choose_sharding(env), gpus)
+    # Each program reads its recipe again: one that prefers an SFT model of our own finds what the step before it made.
+    for step in steps:
         if program.stopped_at:
-            print(f"stopped before {steps[number].stage}; run the same command to go on from there", file=sys.stderr)
+            print(f"stopped before {step.stage}; run the same command to go on from there", file=sys.stderr)
             return EXIT_STOPPED
-        # Read again, now that the stage before has finished: a Base setting starts from its own SFT model.
-        step = load_steps(model, stages, env)[number]
-        command = step.command(gpus, sharding)
+        command = step.command(gpus)
         print(f"## {step.stage}\n{shlex.join(command)}", flush=True)
-        if code := program.run(command, step.recipe and step.recipe.values["output_dir"], env):
+        if code := program.run(command, step.output_dir, env):
             print(
                 f"{step.stage} ended with exit code {code}; run the same command to go on from there", file=sys.stderr
             )
@@ -69,61 +64,35 @@ def train(env: Mapping[str, str]) -> int:
     return 0
 
 
-def check_hardware(step: Step, env: Mapping[str, str], gpus: int, nodes: int, sharding: str) -> None:
-    """Raises PreflightError if memory or disk are too small; on Slurm's nodes as far as GPUS describes them."""
-    from rmipo.plan import preflight  # seconds, and DRY=1 needs none of it
-    from rmipo.plan.memory import Hardware, Sharding
-
-    if not is_on(env, "SLURM"):
-        hardware = dataclasses.replace(preflight.local_hardware(), gpus_per_node=gpus)
-    elif "x" in env["GPUS"]:
-        hardware = Hardware.parse(env["GPUS"], nodes)
-    else:
-        print(f"## {step.stage}: memory is not checked before the job starts: GPUS={gpus}x80 (GiB of one) would")
-        return
-    launch = launch_configuration(step.recipe, sharding)
-    preflight.check_launch(step.recipe, hardware, Sharding.load(launch))
-
-
-def queue(steps: list[Step], gpus: int, nodes: int, sharding: str) -> int:
-    """Submit the stages, each to start when the one before has succeeded; what needs no recipe runs here, before."""
-    slurm.require_slurm()
+def queue(steps: list[Step], gpus: int, nodes: int) -> int:
+    """Submit the steps, each to start when the one before has succeeded; what needs no recipe runs here, before."""
+    slurm.require_slurm()  # before anything is made here
     job = None
     for step in steps:
         if step.recipe is None and job is None:
-            if code := Program().run(step.command(gpus, sharding)):
+            if code := Program().run(step.command(gpus)):
                 return code
         elif step.recipe is None:
-            print(f"## {step.stage}: after job {job}: {shlex.join(step.command(gpus, sharding))}")
-        elif step.needs_no_start():
-            folder = step.recipe.values["output_dir"]
-            print(
-                f"## {step.stage}: {folder} holds this recipe's finished run (its data and model are not compared here)"
-            )
+            print(f"## {step.stage}: after job {job}: {shlex.join(step.command(gpus))}")
+        elif step.is_done() and not step.recipe.values.get("push_to_hub"):  # started again it would only upload
+            print(f"## {step.stage}: {step.output_dir} holds this recipe's finished run")
         else:
-            job, log = slurm.submit(**step.job(gpus, nodes, sharding), after=job)
+            job, log = slurm.submit(step, nodes, gpus, after=job)
             print(f"## {step.stage}: job {job}, log {log}")
     return 0
 
 
-def gpu_count(env: Mapping[str, str], dry: bool, queued: bool, on_cpu: bool) -> int:
-    """GPUs to train on, of each node; 0 where none is visible. What the nodes of a cluster have can't be seen here.
-
-    With SHARDING, processes of a recipe for CPUs.
-    """
+def gpu_count(env: Mapping[str, str], on_cpu: bool) -> int:
+    """GPUs to train on, of each node; with SHARDING, processes of a recipe for the CPU. Raises ConfigError."""
+    dry, queued = is_on(env, "DRY"), is_on(env, "SLURM")
     visible, count = torch.cuda.device_count(), gpus_asked_for(env)
-    if on_cpu and choose_sharding(env):
+    if on_cpu:
         return count or 1
-    if count is None and queued and not on_cpu:
-        raise ConfigError(
-            "SLURM=1: GPUS is not set. Name the GPUs of each node and the GiB of one, such as GPUS=8x80: those of this "
-            "machine are not those of the nodes"
-        )
-    if count is None:
-        return visible or DRY_GPUS * dry
-    if visible and count > visible and not (dry or queued):
-        raise ConfigError(f"GPUS={count}: {visible} are visible here")
-    return count if visible or dry or queued else 0
+    if count is None and queued:  # those of a cluster's nodes can't be seen here
+        raise ConfigError("SLURM=1: GPUS is not set. Name the GPUs of each node, such as GPUS=8x80")
+    if not (dry or queued) and (count or 1) > visible:
+        raise ConfigError(f"GPUS={count or 1}: {visible} are visible here. DRY=1 shows the run without starting it")
+    return count or visible or DRY_GPUS
 
 
 def describe(step: Step, processes: int) -> str:
@@ -134,13 +103,8 @@ def describe(step: Step, processes: int) -> str:
     batch = f"{size} = {size // (processes * accumulation)} per device x {processes} processes x {accumulation} steps"
     if tokens := step.recipe.values.get("max_tokens_per_micro_batch"):
         batch = f"{size} over {processes} processes, in packed sequences of at most {tokens} tokens"
-    return "".join(
-        [
-            *(f"# {notice}\n" for notice in step.recipe.notices),
-            yaml.safe_dump(step.recipe.resolved(), sort_keys=False, width=120),
-            f"# batch: {batch}\n",
-        ]
-    )
+    notices = "".join(f"# {notice}\n" for notice in step.recipe.notices)
+    return f"{notices}{yaml.safe_dump(step.recipe.resolved(), sort_keys=False, width=120)}# batch: {batch}\n"
 
 
 class Program:

@@ -18,11 +18,9 @@ def compiler_problem() -> str | None:
         source.write_text("#include <Python.h>\n")
         command = [compiler, "-shared", "-fPIC", f"-I{sysconfig.get_paths()['include']}", str(source)]
         try:
-            done = subprocess.run([*command, "-o", f"{folder}/probe.so"], capture_output=True, text=True)
+            subprocess.run([*command, "-o", f"{folder}/probe.so"], capture_output=True, text=True, check=True)
         except OSError as error:
             return f"{compiler} can't be run ({error.strerror}): install gcc or clang, or name another in CC"
-    if done.returncode == 0:
-        return None
-    first = (done.stderr.strip().splitlines() or ["it says nothing"])[0]
-    fix = "install Python's headers (python3-dev on Debian)" if "Python.h" in done.stderr else "name another in CC"
-    return f"{compiler} can't compile an extension of this Python ({first}): {fix}"
+        except subprocess.CalledProcessError as error:
+            return f"{compiler} can't include Python.h (python3-dev on Debian has it): {error.stderr.strip()[:200]}"
+    return None

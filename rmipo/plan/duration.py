@@ -1,87 +1,110 @@
-"""How long a run takes: its arithmetic over what GPUs reach, and what it reads and writes besides. Estimates.
+"""How long a run is and takes: examples, steps, and its arithmetic over what GPUs reach. Estimates.
 
-The range stands for what is not known without a measurement: the share of a GPU's peak that the step reaches. What is
-assumed is a named constant here, and printed with the plan.
+The range stands for what is not known without a measurement: the share of a GPU's peak that the step reaches.
 """
 
-from rmipo.plan import lengths
+import math
+from dataclasses import fields
+from pathlib import Path
+
+from rmipo.data.sources import load_sources, mix, mixture_entries
 from rmipo.plan.gpus import Speed
-from rmipo.plan.lengths import TYPICAL_DIALOGUE, TYPICAL_PROMPT, TYPICAL_RESPONSE
-from rmipo.plan.memory import GIB, Hardware, Run, Shape, Sharding, checkpoint_bytes
+from rmipo.plan.memory import Workload
+from rmipo.plan.shapes import Shape
 from rmipo.recipe.load import Recipe
-from rmipo.recipe.schema import PreferenceRunConfig
+from rmipo.recipe.schema import ARGUMENTS, DataConfig
 
-GATHER_GIB = {"one node": 100, "several nodes": 20}  # per second and GPU, of weights that a forward gathers
-SAVE_GIB = 1.0  # per second, to disk
-EVALUATION_EXAMPLES = 2000  # UltraFeedback's held-out pairs
+# Tokens, UltraFeedback-like and UltraChat-like: they set the expected hours, never the fit.
+TYPICAL_PROMPT, TYPICAL_RESPONSE, TYPICAL_DIALOGUE = 220, 320, 1_100
+
+# Training rows of the recipes' datasets on the hub, by name and split or folder.
+ROWS = {
+    ("HuggingFaceH4/ultrafeedback_binarized", "train_prefs"): 61_135,
+    ("HuggingFaceH4/ultrachat_200k", "train_sft"): 207_865,
+    ("Anthropic/hh-rlhf", "helpful-base"): 43_835,
+    ("Anthropic/hh-rlhf", "harmless-base"): 42_537,
+}
+# Measured on UltraFeedback's lengths, token packing: share of a step that GPUs wait for the one with the longest pairs.
+WAITING = {2: "43% to 48%", 4: "8% to 11%"}  # by pairs that a GPU has of a step
+ENOUGH_PAIRS = 8
 
 
-def typical_tokens(run: Run) -> tuple[int, int]:
+def training_examples(recipe: Recipe) -> int | None:
+    """Rows of the training data: counted where all of it is here, known of the recipes' datasets, None of others."""
+    config = DataConfig(**{f.name: recipe.values[f.name] for f in fields(DataConfig) if f.name in recipe.values})
+    entries = mixture_entries(config)
+    if all(Path(entry["path"]).exists() for entry in entries):
+        numbers = [rows.select_columns(["row"]) for _, rows in load_sources(config, "train")]
+        return len(mix(numbers, config, "train"))
+    if len(entries) > 1:
+        return None
+    part = entries[0].get("data_dir") or entries[0].get("split") or config.dataset_train_split
+    rows = ROWS.get((entries[0]["path"], part))
+    return rows and min(rows, config.max_train_samples or rows)
+
+
+def steps(recipe: Recipe, work: Workload, examples: int) -> int:
+    """Optimizer steps; `max_steps` takes the place of the epochs."""
+    if recipe.values.get("max_steps", -1) > 0:
+        return recipe.values["max_steps"]
+    rows = math.ceil(examples * TYPICAL_DIALOGUE / work.max_length) if work.packing else examples
+    epochs = recipe.values.get("num_train_epochs", ARGUMENTS[recipe.stage].num_train_epochs)
+    return math.ceil(math.ceil(rows / work.global_batch) * epochs)
+
+
+def waiting(work: Workload, gpus: int) -> str | None:
+    """The share of a step that is waiting where each of `gpus` has few of its pairs; None where it is small."""
+    pairs = work.global_batch / gpus
+    return next((share for most, share in WAITING.items() if work.stage == "preference" and pairs <= most), None)
+
+
+def typical_tokens(work: Workload) -> tuple[int, int]:
     """(tokens through the layers, tokens through the LM head) of one example of typical lengths."""
-    if run.stage == "sft":
+    if work.stage == "sft":
         return TYPICAL_DIALOGUE, TYPICAL_DIALOGUE
     return TYPICAL_PROMPT + 2 * TYPICAL_RESPONSE, 2 * TYPICAL_RESPONSE
 
 
-def forward_flops(shape: Shape, run: Run, prior: bool = False) -> tuple[float, float]:
+def forward_flops(shape: Shape, work: Workload, prior: bool = False) -> tuple[float, float]:
     """(layers, LM head) FLOPs of one forward of a typical example, or of its responses without their prompt.
 
     2 per weight and token; causal attention adds 2 q per layer, token and token of the sequence.
     """
-    tokens, scored = typical_tokens(run)
-    sequence = tokens if run.stage == "sft" else TYPICAL_PROMPT + TYPICAL_RESPONSE
+    tokens, scored = typical_tokens(work)
+    sequence = tokens if work.stage == "sft" else TYPICAL_PROMPT + TYPICAL_RESPONSE
     if prior:
         tokens, sequence = scored, TYPICAL_RESPONSE
     layers = 2 * shape.body * tokens + 2 * shape.layers * shape.heads_width * sequence * tokens
     return float(layers), 2.0 * shape.vocabulary * shape.hidden * scored
 
 
-def scoring_flops(shape: Shape, run: Run) -> float:
-    """FLOPs to score one example without gradient, with what the objective needs besides log pi(y|x)."""
-    return sum(forward_flops(shape, run)) + sum(forward_flops(shape, run, prior=True)) * run.prior
-
-
-def reference_flops(shape: Shape, run: Run) -> float:
+def reference_flops(shape: Shape, work: Workload) -> float:
     """FLOPs to score one example with the initial policy, before training starts."""
-    if run.reference == "cached prior":
-        return sum(forward_flops(shape, run, prior=True))
-    return scoring_flops(shape, run) * (run.reference == "cached")
+    without_prompt = sum(forward_flops(shape, work, prior=True))
+    if work.reference == "cached":
+        return sum(forward_flops(shape, work)) + without_prompt * work.prior
+    return without_prompt * (work.reference == "cached prior")
 
 
-def step_flops(shape: Shape, run: Run) -> float:
+def step_flops(shape: Shape, work: Workload) -> float:
     """FLOPs of one example in a training step: forward 1, backward 2 (frozen weights: 1), and what is computed again."""
-    layers, head = forward_flops(shape, run)
-    backward = 1 if run.adapters else 2
-    again = -(-shape.layers // run.checkpoint_every) / shape.layers if run.checkpoint_every else 0.0
-    total = layers * (1 + backward + again) + head * (1 + backward + run.fused_head)
-    total += sum(forward_flops(shape, run, prior=True)) * run.prior
-    return total + (layers + head) * (run.reference == "logits")
+    layers, head = forward_flops(shape, work)
+    backward = 1 if work.adapters else 2
+    again = -(-shape.layers // work.checkpoint_every) / shape.layers if work.checkpoint_every else 0.0
+    total = layers * (1 + backward + again) + head * (1 + backward + work.fused_head)
+    total += sum(forward_flops(shape, work, prior=True)) * work.prior
+    return total + (layers + head) * (work.reference == "logits")
 
 
 def hours(
-    recipe: Recipe, shape: Shape, run: Run, sharding: Sharding, hardware: Hardware, examples: int, speed: Speed
+    recipe: Recipe, shape: Shape, work: Workload, gpus: int, examples: int, speed: Speed
 ) -> dict[str, tuple[float, float]]:
-    """Expected hours (from, to) of each phase of a run on `examples`, and in all ("total")."""
-    values = recipe.values
-    steps = lengths.steps(values, run, examples)
-    evaluations = (lengths.occasions(values, "eval", steps) or 0) + 1  # and at the end
-    evaluated = evaluations * min(EVALUATION_EXAMPLES, values.get("max_eval_samples") or EVALUATION_EXAMPLES)
+    """Expected hours (from, to) of each phase of a run on `examples`, evaluations and checkpoints apart."""
+    # An epoch of few examples ends with a smaller step; the estimate takes it for a whole one.
+    per_step = work.global_batch * (work.max_length / TYPICAL_DIALOGUE if work.packing else 1)
     flops = {
-        "training": lengths.examples_seen(values, run, examples) * step_flops(shape, run),
-        "reference pass": examples * reference_flops(shape, run),
-        "evaluation": evaluated * scoring_flops(shape, run),
+        "training": steps(recipe, work, examples) * per_step * step_flops(shape, work),
+        "reference pass": examples * reference_flops(shape, work),
     }
-    rate, (low, high) = hardware.gpus * speed.tflops * 1e12 * 3600, speed.reached
-    phases = {name: (work / rate / high, work / rate / low) for name, work in flops.items()}
-    if sharding.divides_weights and hardware.gpus > 1 and run.stage == "preference":
-        # Every new token is a forward of all samples, and every forward gathers all weights.
-        new_tokens = values.get("generation_max_new_tokens", PreferenceRunConfig.generation_max_new_tokens)
-        answering = values.get("generation_samples", PreferenceRunConfig.generation_samples) > 0
-        tokens = new_tokens * evaluations * answering
-        link = GATHER_GIB["one node" if hardware.nodes == 1 else "several nodes"] * GIB
-        phases["sample generations"] = (tokens * 2 * shape.parameters / link / 3600,) * 2
-    saves = lengths.occasions(values, "save", steps) or 0
-    checkpoint = checkpoint_bytes(shape, run, sharding, only_model=values.get("save_only_model", False))
-    phases["saving"] = (saves * checkpoint / (SAVE_GIB * GIB) / 3600,) * 2
-    low, high = map(sum, zip(*phases.values(), strict=True))
-    return {name: span for name, span in phases.items() if span[1] > 0} | {"total": (low, high)}
+    rate, (low, high) = gpus * speed.tflops * 1e12 * 3600, speed.reached
+    return {name: (count / rate / high, count / rate / low) for name, count in flops.items() if count}

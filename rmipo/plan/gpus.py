@@ -1,15 +1,13 @@
-"""How fast GPUs are: peaks from their data sheets, and the share of it that trainings reach."""
+"""GPUs by their data sheets: what they report as memory, their peak, and the share of it that trainings reach."""
 
 from typing import NamedTuple
 
+# GB that a card is sold with -> GiB that CUDA reports of it; of several cards the least. Others: the number as GiB.
+REPORTED_GIB = {24: 22.0, 40: 39.4, 48: 44.4, 80: 79.1, 94: 93.1, 96: 94.5, 141: 139.8}
+
 
 class Speed(NamedTuple):
-    """Of one GPU.
-
-    Attributes:
-        tflops: dense bfloat16 peak, in 1e12 FLOP per second.
-        reached: share of it (from, to) that a training's matrix products reach, those that are computed again included.
-    """
+    """`tflops`: dense bfloat16 peak. `reached`: share of it (from, to) of a training's matrix products, recomputed ones too."""
 
     tflops: float
     reached: tuple[float, float]

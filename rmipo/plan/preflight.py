@@ -22,25 +22,14 @@ from trl import ModelConfig, get_peft_config
 
 from rmipo.errors import UserError
 from rmipo.objectives import build_objective
-from rmipo.plan import lengths
-from rmipo.plan.memory import (
-    GIB,
-    Hardware,
-    Run,
-    Shape,
-    Sharding,
-    checkpoint_bytes,
-    plan_memory,
-)
-from rmipo.plan.shapes import load_config
+from rmipo.plan.memory import GIB, Hardware, Sharding, Workload, checkpoint_bytes, plan_memory
+from rmipo.plan.shapes import Shape, load_config
 from rmipo.recipe.load import Recipe
 from rmipo.recipe.schema import PreferenceRunConfig
 
 CACHED_FILE = {"model": "config.json", "dataset": "README.md"}
-# What an objective needs of the initial policy -> how `Run` calls it.
+# What an objective needs of the initial policy -> how `Workload` calls it.
 REFERENCES = {"reference_logits": "logits", "reference": "cached", "initial_prior": "cached prior"}
-# By inspection of the kernels that are compiled for both: at this size those for GPUs before Hopper spill registers.
-HOPPER, SPILLING_HEAD_DIM = (9, 0), 256
 WEIGHT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "auto": 2}
 
 
@@ -48,14 +37,14 @@ class PreflightError(UserError, ValueError):
     """The run can't work as it is: what was found, what was expected, what to change."""
 
 
-def run_of(recipe: Recipe) -> Run:
+def workload_of(recipe: Recipe) -> Workload:
     """What of a recipe decides memory and time."""
     values = recipe.values
     needs = build_objective(values["objective"]).needs if recipe.stage == "preference" else frozenset()
     weight_bytes = WEIGHT_BYTES[values.get("dtype", ModelConfig.dtype)]
     kwargs = values.get("activation_checkpointing_kwargs") or {}
     flex = values.get("attention", "auto") in ("auto", "flex") and not values.get("use_cpu", False)
-    return Run(
+    return Workload(
         stage=recipe.stage,
         micro_batch=values.get("per_device_train_batch_size", PreferenceRunConfig.per_device_train_batch_size),
         evaluation_batch=values.get("per_device_eval_batch_size", PreferenceRunConfig.per_device_eval_batch_size),
@@ -71,61 +60,46 @@ def run_of(recipe: Recipe) -> Run:
         reference=next((kind for need, kind in REFERENCES.items() if need in needs), "none"),
         adapters=values.get("use_peft", False),
         quantized=values.get("load_in_4bit", False),
-        nested_quantization=values.get("use_bnb_nested_quant", False),
     )
 
 
 def shape_of(recipe: Recipe) -> Shape:
-    """Sizes of the recipe's model, with its adapters. Raises PreflightError if its configuration can't be read."""
+    """Sizes of the recipe's model, with its adapters. Raises ConfigError if its configuration can't be read."""
     names = {f.name for f in fields(ModelConfig)}
-    model_config = ModelConfig(**{key: value for key, value in recipe.values.items() if key in names})
-    try:
-        config = load_config(model_config.model_name_or_path, model_config.model_revision)
-    except ValueError as error:
-        raise PreflightError(f"{recipe.path}: {error}") from error
-    return Shape.of(config, get_peft_config(model_config))
+    model = ModelConfig(**{key: value for key, value in recipe.values.items() if key in names})
+    return Shape.of(load_config(model.model_name_or_path, model.model_revision), get_peft_config(model))
 
 
 def check_fit(recipe: Recipe, hardware: Hardware, sharding: Sharding) -> str | None:
-    """A warning if the estimate of the longest micro-batch exceeds the memory, with what would help; None if it fits.
+    """A warning if the estimate of the longest micro-batch exceeds the memory; None if it fits.
 
     Raises PreflightError if weights and optimizer states alone exceed it, which is no estimate.
     """
-    shape, run = shape_of(recipe), run_of(recipe)
-    memory = plan_memory(shape, run, sharding, hardware)
+    memory = plan_memory(shape_of(recipe), workload_of(recipe), sharding, hardware)
     if memory.fits:
         return None
-    smaller = "use more GPUs, SHARDING=zero3-offload, or an overlay of recipes/adapters"
     largest = sorted(memory.parts.items(), key=lambda part: -part[1])[:3]
     found = (
         f"{recipe.path}: needs {memory.needed / GIB:.0f} GiB per GPU with {sharding.kind} on {hardware.gpus} GPUs, found "
         f"{hardware.gib:.0f} ({', '.join(f'{name} {size / GIB:.0f}' for name, size in largest)})"
     )
+    smaller = "more GPUs, SHARDING=zero3-offload, or an overlay of recipes/adapters"
     if memory.impossible:
-        raise PreflightError(f"{found}. Weights and optimizer states alone do not fit: {smaller}")
-    if memory.needed <= memory.capacity:
-        return (
-            f"{recipe.path}: offloading on {hardware.gpus} GPUs is estimated to need {memory.host / GIB:.0f} GiB of each "
-            f"machine's memory, found {hardware.host_gib:.0f}. Use more machines, or GPUs that hold it all (zero3)"
-        )
-    size = "max_tokens_per_micro_batch" if run.max_tokens else "per_device_train_batch_size"
-    return (
-        f"{found}, by an estimate. To fit, lower {size} or per_device_eval_batch_size, recompute every layer "
-        f"(activation_checkpointing_kwargs.every_n_layers: 1), or {smaller}. `make plan` shows what fits"
-    )
+        raise PreflightError(f"{found}. Weights and optimizer states alone do not fit: use {smaller}")
+    return f"{found}, by an estimate. Smaller are fewer tokens in a micro-batch, {smaller}"
 
 
 def disk_needed(recipe: Recipe, shape: Shape, sharding: Sharding) -> int:
     """Bytes that the run's folder grows to: checkpoints, one more while the newest is written, and the final model."""
-    run = run_of(recipe)
-    final = checkpoint_bytes(shape, run, sharding, only_model=True)
-    one = checkpoint_bytes(shape, run, sharding, only_model=recipe.values.get("save_only_model", False))
-    return final + one * lengths.kept_checkpoints(recipe, run)
+    work = workload_of(recipe)
+    final = checkpoint_bytes(shape, work, sharding, only_model=True)
+    one = checkpoint_bytes(shape, work, sharding, only_model=recipe.values.get("save_only_model", False))
+    return final + one * ((recipe.values.get("save_total_limit") or 1) + 1)
 
 
 def check_disk(folder: str | Path, needed: int) -> int:
     """Free bytes where `folder` is, or will be. Raises PreflightError if it can't grow to `needed` bytes there."""
-    existing = Path(folder).absolute()
+    existing = Path(folder).absolute()  # the folder may not be there yet
     while not existing.exists():
         existing = existing.parent
     free = shutil.disk_usage(existing).free
@@ -133,37 +107,20 @@ def check_disk(folder: str | Path, needed: int) -> int:
     if free + there < needed:
         raise PreflightError(
             f"output_dir: {folder} needs {needed / GIB:.0f} GiB; {there / GIB:.0f} are already written, and {free / GIB:.0f} "
-            "GiB are free. Free some, set a lower save_total_limit or save_only_model: true (such a run can't be resumed), "
-            "or name another output_dir"
+            "GiB are free. Free some, set a lower save_total_limit, or name another output_dir"
         )
     return free
 
 
 def check_masters(recipe: Recipe, sharding: Sharding) -> None:
     """Raises PreflightError where AdamW would update bfloat16 weights in place, with no float32 copy to sum updates in."""
-    run = run_of(recipe)
-    if sharding.kind == "none" and not run.adapters and run.weight_bytes < 4:
+    work = workload_of(recipe)
+    if sharding.kind == "none" and not work.adapters and work.weight_bytes < 4:
         raise PreflightError(
             f"{recipe.path}: dtype: {recipe.values.get('dtype', ModelConfig.dtype)} trains all weights without a float32 "
-            "copy where nothing is sharded (SHARDING=ddp, or one process): most updates at such learning rates round to "
-            "zero. Set dtype: float32 (bf16: true keeps the arithmetic in bfloat16), or use SHARDING=zero3, zero2 or fsdp2"
+            "copy where nothing is sharded: most updates at such learning rates round to zero. Set dtype: float32 (bf16: "
+            "true keeps the arithmetic in bfloat16), or use SHARDING=zero3, zero2 or fsdp2"
         )
-
-
-def slow_attention(recipe: Recipe, hardware: Hardware) -> str | None:
-    """A warning where the backward of compiled flex attention needs more registers than a GPU has, and spills."""
-    flex = recipe.stage == "preference" and recipe.values.get("attention", "auto") in ("auto", "flex")
-    if not flex or hardware.capability is None or hardware.capability >= HOPPER:
-        return None
-    shape = shape_of(recipe)
-    head_dim = shape.heads_width // shape.heads
-    if head_dim < SPILLING_HEAD_DIM:
-        return None
-    return (
-        f"{recipe.path}: attention: flex with heads of {head_dim} dimensions on a GPU of compute capability "
-        f"{'.'.join(map(str, hardware.capability))} (A100: 8.0): the compiled backward runs out of registers and is slow. "
-        "Compare tokens_per_second of a few steps with `attention: segment`, or use an H100"
-    )
 
 
 def check_launch(recipe: Recipe, hardware: Hardware, sharding: Sharding) -> None:
@@ -172,11 +129,9 @@ def check_launch(recipe: Recipe, hardware: Hardware, sharding: Sharding) -> None
     Memory is an estimate, for AdamW: `memory_check: false` leaves it out.
     """
     check_masters(recipe, sharding)
-    warnings = [slow_attention(recipe, hardware)]
     if recipe.values.get("memory_check", True) and "adamw_torch" in recipe.values.get("optim", "adamw_torch"):
-        warnings.append(check_fit(recipe, hardware, sharding))
-    for warning in filter(None, warnings):
-        if os.environ.get("RANK", "0") == "0":
+        warning = check_fit(recipe, hardware, sharding)
+        if warning and os.environ.get("RANK", "0") == "0":
             print(f"warning: {warning}", file=sys.stderr)
     check_disk(recipe.values["output_dir"], disk_needed(recipe, shape_of(recipe), sharding))
 
@@ -186,10 +141,10 @@ def check_run(recipe: Recipe, args: TrainingArguments) -> None:
     here = local_hardware()
     if here is None or args.use_cpu:
         return
-    if args.n_gpu > 1:
+    if args.n_gpu > 1:  # transformers would copy the model to all of them in every step
         raise PreflightError(
-            f"{recipe.path}: one process was started, and it sees {args.n_gpu} GPUs. Start one for each (make train, or "
-            "accelerate launch --config_file configs/accelerate/zero3.yaml), or show it one: CUDA_VISIBLE_DEVICES=0"
+            f"{recipe.path}: one process sees {args.n_gpu} GPUs. Start one for each (make train, or accelerate launch), or "
+            "show it one: CUDA_VISIBLE_DEVICES=0"
         )
     world_size, local = (int(os.environ.get(name, "1")) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
     check_launch(recipe, replace(here, nodes=world_size // local, gpus_per_node=local), sharding_of(args))
@@ -205,15 +160,11 @@ def sharding_of(args: TrainingArguments) -> Sharding:
 
 def local_hardware(use_cpu: bool = False) -> Hardware | None:
     """The GPUs of this machine, None without any; or, with `use_cpu`, the machine as one device with its memory."""
-    memory = psutil.virtual_memory().total / GIB
     if use_cpu:
-        return Hardware(1, 1, memory)
+        return Hardware(1, 1, psutil.virtual_memory().total / GIB)
     count = torch.cuda.device_count()
-    if count == 0:
-        return None
-    gpus = [torch.cuda.get_device_properties(i) for i in range(count)]
-    smallest, oldest = min(gpu.total_memory for gpu in gpus), min((gpu.major, gpu.minor) for gpu in gpus)
-    return Hardware(1, count, smallest / GIB, memory, oldest)
+    smallest = min((torch.cuda.get_device_properties(i).total_memory for i in range(count)), default=0)
+    return Hardware(1, count, smallest / GIB) if count else None
 
 
 def check_access(name: str, kind: str) -> str:

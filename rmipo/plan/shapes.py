@@ -1,6 +1,10 @@
-"""Architectures by model name, so that planning works before a gated model may be downloaded."""
+"""The sizes of a model from its configuration alone, so that a gated model can be planned for before it may be read."""
 
+from dataclasses import dataclass
+
+import torch
 from accelerate import init_empty_weights
+from peft import PeftConfig, get_peft_model
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
@@ -38,10 +42,7 @@ KNOWN = {
 
 
 def load_config(name: str, revision: str | None = None) -> PreTrainedConfig:
-    """The model's configuration: built in for the recipes' models, otherwise from its folder, the cache or the hub.
-
-    Raises ValueError where it can't be had.
-    """
+    """Built in for the recipes' models, otherwise from the model's folder, the cache or the hub. Raises ConfigError."""
     if name in KNOWN:
         cls, sizes = KNOWN[name]
         return cls(**sizes)
@@ -59,3 +60,47 @@ def empty_model(config: PreTrainedConfig) -> PreTrainedModel:
     """
     with init_empty_weights(), no_init_weights():  # drawing random numbers into nothing takes most of the time
         return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A decoder's sizes. `heads_width`, `kv_width`: heads x head dimension, of queries and of keys."""
+
+    parameters: int
+    trained: int
+    linear: int  # parameters of the linear layers that quantization covers
+    body: int  # parameters without embeddings and head: each costs a multiply-add per token
+    layers: int
+    hidden: int
+    heads: int
+    heads_width: int
+    kv_width: int
+    intermediate: int
+    vocabulary: int
+
+    @classmethod
+    def of(cls, config: PreTrainedConfig, peft_config: PeftConfig | None = None) -> "Shape":
+        model = empty_model(config)
+        model.tie_weights()
+        head = {id(model.get_input_embeddings().weight), id(model.get_output_embeddings().weight)}
+        linears = [m.weight for m in model.modules() if isinstance(m, torch.nn.Linear) and id(m.weight) not in head]
+        sizes = [(p.numel(), id(p) in head) for p in model.parameters()]
+        trained = parameters = sum(size for size, _ in sizes)
+        if peft_config is not None:
+            with init_empty_weights():
+                trained = sum(p.numel() for p in get_peft_model(model, peft_config).parameters() if p.requires_grad)
+        text = config.get_text_config()
+        head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        return cls(
+            parameters=parameters,
+            trained=trained,
+            linear=sum(weight.numel() for weight in linears),
+            body=sum(size for size, in_head in sizes if not in_head),
+            layers=text.num_hidden_layers,
+            hidden=text.hidden_size,
+            heads=text.num_attention_heads,
+            heads_width=text.num_attention_heads * head_dim,
+            kv_width=text.num_key_value_heads * head_dim,
+            intermediate=text.intermediate_size,
+            vocabulary=text.vocab_size,
+        )

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from pydantic import PositiveInt
 from transformers import SchedulerType, TrainingArguments
 from transformers.utils import is_liger_kernel_available
 
@@ -17,30 +18,11 @@ def option(default: Any, help: str, **metadata: Any) -> Any:
     return field(default=default, metadata={"help": help, **metadata})
 
 
-# Arguments of `TrainingArguments` that change nothing here: what a training does in any case, and why.
-SAMPLED = "steps are drawn at random, and the last one of an epoch takes the pairs that are left"
-SCORED = "an evaluation keeps the scores of pairs, and no logits"
-FIXED_IN_PREFERENCE = {
-    "dataloader_drop_last": (False, SAMPLED),
-    "train_sampling_strategy": ("random", SAMPLED),
-    "length_column_name": ("length", SAMPLED),
-    "dataloader_persistent_workers": (False, "workers end with their epoch"),
-    "dataloader_prefetch_factor": (None, "workers prefetch what torch has them prefetch"),
-    "dataloader_multiprocessing_context": (None, "workers are started as torch starts them"),
-    "dataloader_in_order": (True, "steps come in their order"),
-    "average_tokens_across_devices": (True, "the loss is the mean over the global batch's pairs"),
-    "include_num_input_tokens_seen": ("no", "tokens_per_second is logged"),
-    "torch_empty_cache_steps": (None, "memory is planned before the run"),
-    "remove_unused_columns": (True, "only token ids are kept"),
-    "label_names": (None, "pairs have no labels"),
-    "prediction_loss_only": (False, SCORED),
-    "eval_accumulation_steps": (None, SCORED),
-    "eval_do_concat_batches": (True, SCORED),
-    "eval_use_gather_object": (False, SCORED),
-    "batch_eval_metrics": (False, SCORED),
-    "include_for_metrics": ([], SCORED),
-    "bf16_full_eval": (False, "an evaluation runs in the precision of the training"),
-    "fp16_full_eval": (False, "an evaluation runs in the precision of the training"),
+# Arguments of `TrainingArguments` that would be ignored in silence, or spoil a run, and what to do in their place.
+REFUSED = {
+    "label_smoothing_factor": "no objective reads it; RMiPO and SimPO have label_smoothing",
+    "bf16_full_eval": "the evaluation after the training would round the weights that are saved",
+    "fp16_full_eval": "the evaluation after the training would round the weights that are saved",
 }
 # What use_liger_kernel stands for: norms, rotary embeddings and MLPs. Liger's own default also replaces the forward of
 # the model, to compute its linear cross-entropy, and would undo the fused LM head.
@@ -63,7 +45,7 @@ class PairConfig(TrainingArguments):
     bf16: bool | None = option(None, "bfloat16 arithmetic; null: where the device has it and fp16 is off.")
     use_liger_kernel: bool | None = option(None, "Liger's norms, rotary embeddings, MLPs; null: on CUDA, if installed.")
 
-    global_batch_size: int | None = option(
+    global_batch_size: PositiveInt | None = option(
         None, "Pairs per optimizer step over all processes, in place of gradient_accumulation_steps."
     )
     max_length: int = option(2048, "Tokens of prompt and response; the response is cut to what fits.")
@@ -96,18 +78,8 @@ class PairConfig(TrainingArguments):
             self.use_liger_kernel = is_liger_kernel_available() and not self.use_cpu and torch.cuda.is_available()
         if self.use_liger_kernel:
             self.liger_kernel_config = LIGER | (self.liger_kernel_config or {})
-        # TRL's parser makes False of the default, "no".
-        self.include_num_input_tokens_seen = self.include_num_input_tokens_seen or "no"
-        given = {name: getattr(self, name) for name in FIXED_IN_PREFERENCE}
-        problems = [
-            f"{name} is {given[name]!r}: it has no effect, {why}. Leave it out"
-            for name, (value, why) in FIXED_IN_PREFERENCE.items()
-            if given[name] != value
-        ]
-        if self.label_smoothing_factor:
-            problems.append("label_smoothing_factor: no objective reads it. RMiPO and SimPO have label_smoothing")
-        if problems:
-            raise ConfigError("\n".join(problems))
+        if given := [f"{key} can't be set: {why}" for key, why in REFUSED.items() if getattr(self, key)]:
+            raise ConfigError("\n".join(given))
         super().__post_init__()
         self.pairs_per_step()
 
@@ -120,22 +92,18 @@ class PairConfig(TrainingArguments):
         objective = build_objective(self.objective)
         if per_forward < objective.min_pairs:
             raise ConfigError(
-                f"objective {objective.name} needs at least {objective.min_pairs} pairs per micro-batch over all "
-                f"processes, found per_device_train_batch_size {self.per_device_train_batch_size} x {self.world_size} "
-                "process(es): raise per_device_train_batch_size"
+                f"per_device_train_batch_size: {objective.name} needs at least {objective.min_pairs} pairs in a micro-batch "
+                f"over all processes, found {per_forward}"
             )
         if self.max_tokens_per_micro_batch and objective.micro_batch_matters:
             raise ConfigError(
-                f"max_tokens_per_micro_batch is {self.max_tokens_per_micro_batch}: expected None, as a pair's loss under "
-                f"this {objective.name} depends on the pairs in its micro-batch. Set per_device_train_batch_size"
+                f"max_tokens_per_micro_batch: a pair's loss under this {objective.name} depends on the pairs in its "
+                "micro-batch. Set per_device_train_batch_size alone"
             )
         if self.global_batch_size is None:
             return per_forward * self.gradient_accumulation_steps
         if self.gradient_accumulation_steps != 1:
-            raise ConfigError(
-                f"gradient_accumulation_steps ({self.gradient_accumulation_steps}) follows from global_batch_size "
-                f"({self.global_batch_size}): set one of them"
-            )
+            raise ConfigError("gradient_accumulation_steps follows from global_batch_size: set one of them")
         return self.global_batch_size
 
 

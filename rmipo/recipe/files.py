@@ -25,8 +25,7 @@ NO_GPU = (
 class RecipeLoader(yaml.SafeLoader):
     """`yaml.SafeLoader` for everything that people write: recipes, overlays, overrides, settings, sweeps.
 
-    It refuses duplicate keys and keys that are no text, reads numbers as people write them, leaves dates as text, and is the
-    one place that expands `~/`.
+    It refuses duplicate keys, reads numbers as people write them, leaves dates as text, and is the one place that expands `~/`.
     """
 
     yaml_implicit_resolvers = {
@@ -37,24 +36,11 @@ class RecipeLoader(yaml.SafeLoader):
     }
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[str, Any]:
-        lines: dict[str, int] = {}
-        for key_node, _ in node.value:
-            key, line = key_node.value, key_node.start_mark.line + 1
-            if not isinstance(key_node, yaml.ScalarNode):
-                raise yaml.MarkedYAMLError(
-                    problem=f"line {line} has a block or list as a key: text with braces, such as a chat template, needs "
-                    "quotes"
-                )
-            if key in lines:
-                raise yaml.MarkedYAMLError(problem=f"{key} is set twice, in line {lines[key]} and in line {line}")
-            lines[key] = line
-        mapping = super().construct_mapping(node, deep)
-        if odd := [key for key in mapping if not isinstance(key, str)]:
-            raise yaml.MarkedYAMLError(
-                problem=f"line {lines.get(str(odd[0]), node.start_mark.line + 1)} has the key {odd[0]!r}, which YAML reads "
-                f"as {type(odd[0]).__name__}: expected text; put quotes around it if that is meant"
-            )
-        return mapping
+        keys = [key.value for key, _ in node.value if isinstance(key.value, str)]
+        if twice := [key for key in keys if keys.count(key) > 1]:
+            line = node.start_mark.line + 1
+            raise yaml.MarkedYAMLError(problem=f"{twice[0]} is set twice in the block that begins in line {line}")
+        return super().construct_mapping(node, deep)
 
     def construct_text(self, node: yaml.ScalarNode) -> str:
         return os.path.expanduser(node.value) if node.value.startswith("~/") else node.value
@@ -71,30 +57,21 @@ for kind, pattern in NUMBERS.items():
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """The mapping in a YAML file.
-
-    Raises:
-        ConfigError: no such file, not YAML, a duplicate key, or not a mapping; with the file's name.
-    """
+    """The mapping in a YAML file. Raises ConfigError with the file's name for anything else."""
     try:
         content = yaml.load(Path(path).read_text(), RecipeLoader)
         json.dumps(content, default=str)  # raises where an anchor holds itself
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
-    except (yaml.YAMLError, ValueError, KeyError, AttributeError) as error:  # the last three: tags such as !!bool maybe
+    except (yaml.YAMLError, ValueError, KeyError, TypeError, AttributeError) as error:  # the last: odd tags and keys
         raise ConfigError(f"{path}: is not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(content, dict):
-        found = "empty" if content is None else f"a {type(content).__name__}"
-        raise ConfigError(f"{path}: is {found}: expected `key: value` lines")
+    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+        raise ConfigError(f"{path}: expected `key: value` lines")
     return content
 
 
 def read_layers(path: str | Path) -> list[tuple[str, dict[str, Any]]]:
-    """(file, values) of a YAML file and of the files under it, lowest first: `base: <path>` names the next one under it.
-
-    Raises:
-        ConfigError: what is wrong with one of them, with its name.
-    """
+    """(file, values) of a YAML file and of the files under it, lowest first: `base: <path>` names the next one under it."""
     layers: list[tuple[str, dict[str, Any]]] = []
     file: Path | None = Path(path)
     while file is not None:
@@ -112,8 +89,7 @@ def read_layers(path: str | Path) -> list[tuple[str, dict[str, Any]]]:
 def parse_overrides(arguments: list[str] | tuple[str, ...]) -> dict[str, Any]:
     """`["--learning_rate", "1e-6", "--objective.beta=2.5"]` as nested values. A key without a value means true.
 
-    Raises:
-        ValueError: something that is neither `--key value` nor `--key=value`, or a key given twice.
+    Raises ValueError for anything else, and for a key given twice.
     """
     values: dict[str, Any] = {}
     rest = list(arguments)
@@ -128,9 +104,7 @@ def parse_overrides(arguments: list[str] | tuple[str, ...]) -> dict[str, Any]:
         block = values
         for parent in parents:
             block = block.setdefault(parent, {})
-            if not isinstance(block, dict):
-                raise ValueError(f"--{key} contradicts --{parent}")
-        if last in block:
+        if not isinstance(block, dict) or last in block:
             raise ValueError(f"--{key} is given twice")
         block[last] = override_value(text)
     return values
@@ -143,13 +117,12 @@ def override_value(text: str) -> Any:
     """
     try:
         loader = RecipeLoader(text if text[:1] in ("[", "{", '"', "'") else "")
-        if loader.check_node():
-            node = loader.get_node()
-            whole = node.end_mark.index == len(text)
-        else:
-            tag = loader.resolve(yaml.ScalarNode, text, (True, False))
-            node, whole = yaml.ScalarNode(tag, text), tag.rpartition(":")[2] in ("bool", "float", "int", "null")
-        return loader.construct_document(node) if whole else os.path.expanduser(text) if text.startswith("~/") else text
+        if not loader.check_node():
+            node = yaml.ScalarNode(loader.resolve(yaml.ScalarNode, text, (True, False)), text)
+            known = node.tag.rpartition(":")[2] in ("bool", "float", "int", "null", "str")
+            return loader.construct_document(node) if known else text
+        node = loader.get_node()
+        return loader.construct_document(node) if node.end_mark.index == len(text) else text
     except (yaml.YAMLError, ValueError):
         return text
 
@@ -180,50 +153,29 @@ def merge(base: Mapping[str, Any], layer: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def coerce(value: Any, annotation: Any) -> Any:
-    """`value` as `annotation` declares it: text as YAML reads it, 3.0 for 3, `no` (YAML's false) for an option "no".
+    """`value` as pydantic reads it for `annotation`, and [value] for a list of texts. Raises ValueError.
 
-    Raises:
-        ValueError: it can't be read so; the message says what was expected.
+    Of `Enum | str`, a value of the enumeration as text; YAML's false is its option "no".
     """
-    options = typing.get_args(annotation) if _is_union(annotation) else (annotation,)
-    enums = [option for option in options if _is_enum(option)]
-    # `Enum | str` only says that the enumeration may be spelt as text.
-    options = tuple(option for option in options if not (enums and option is str))
-    if isinstance(value, str) and str not in options and not enums:
-        lists = any(typing.get_origin(option) is list for option in options)
-        value = [value] if lists else override_value(value)
-    if value is False and enums:
-        value = "no"
+    union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
+    options = typing.get_args(annotation) if union else (annotation,)
+    if enums := [option for option in options if isinstance(option, type) and issubclass(option, enum.Enum)]:
+        options = tuple(option for option in options if option is not str)
+        value = "no" if value is False else value
+    elif isinstance(value, str) and str not in options and any(typing.get_origin(option) is list for option in options):
+        value = [value]
     try:
-        if {int, float} & {*options} and bool not in options:  # pydantic would take True as 1
-            if isinstance(value, bool):
-                raise ValueError
-            if isinstance(value, int):
-                return value
-        if isinstance(value, str) and re.search(r"[0-9]_[0-9]", value) and str not in options and not enums:
-            raise ValueError  # pydantic would read 1_6 as sixteen
         typed = _adapter(options).validate_python(value)
-    except ValueError as error:  # pydantic's ValidationError is one
-        raise ValueError(f"expected {' or '.join(_describe(option) for option in options)}") from error
-    return typed.value if isinstance(typed, enum.Enum) else typed
+    except pydantic.ValidationError as error:
+        raise ValueError(" or ".join(dict.fromkeys(each["msg"] for each in error.errors()))) from error
+    number = isinstance(typed, int | float) and not isinstance(typed, bool)
+    if number and (isinstance(value, bool) or (isinstance(value, str) and "_" in value)):
+        raise ValueError("expected a number")  # pydantic takes true for 1, and 1_6 for sixteen
+    if type(value) is int and isinstance(typed, float):
+        return value
+    return typed.value if enums and isinstance(typed, enum.Enum) else typed
 
 
 @functools.cache
 def _adapter(options: tuple) -> pydantic.TypeAdapter:
     return pydantic.TypeAdapter(typing.Union[options], config=pydantic.ConfigDict(allow_inf_nan=False))  # noqa: UP007
-
-
-def _is_union(annotation: Any) -> bool:
-    return typing.get_origin(annotation) in (typing.Union, types.UnionType)
-
-
-def _is_enum(option: Any) -> bool:
-    return isinstance(option, type) and issubclass(option, enum.Enum)
-
-
-def _describe(option: Any) -> str:
-    if _is_enum(option):
-        return "one of " + ", ".join(str(member.value) for member in option)
-    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text", types.NoneType: "null"}
-    names |= {list: "a list", dict: "a block of `key: value` lines"}
-    return names.get(typing.get_origin(option) or option, str(option))

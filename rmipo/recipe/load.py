@@ -14,11 +14,11 @@ from transformers import TrainingArguments
 
 from rmipo import cli
 from rmipo.errors import ConfigError
-from rmipo.objectives import build_objective
 from rmipo.recipe import foreign
-from rmipo.recipe.checks import check_types, check_values, stage_of, takes_null, template_text
+from rmipo.recipe.arguments import LIGER
+from rmipo.recipe.checks import check_types, check_values, stage_of, template_text
 from rmipo.recipe.files import NO_GPU, merge, parse_overrides, read_layers
-from rmipo.recipe.schema import ARGUMENTS, LIGER, DataConfig, ModelConfig
+from rmipo.recipe.schema import ARGUMENTS, DataConfig, ModelConfig
 from rmipo.record import recorded_run
 
 __all__ = ["ConfigError", "DataConfig", "Recipe", "load_recipe", "parse_command_line"]
@@ -46,31 +46,17 @@ class Recipe:
         return copy.deepcopy(self.values)
 
     def batch(self, world_size: int) -> tuple[int, int]:
-        """(global batch size, accumulation steps) over `world_size` processes.
-
-        Raises:
-            ConfigError: the global batch can't be divided so, or micro-batches are too small for the objective; lists
-                what would work.
-        """
+        """(global batch size, accumulation steps) over `world_size` processes. Raises ConfigError if there is a rest."""
         per_device = self.values.get("per_device_train_batch_size", TrainingArguments.per_device_train_batch_size)
-        least = build_objective(self.values["objective"]).min_pairs if self.stage == "preference" else 1
-        if per_device * world_size < least:
-            raise ConfigError(
-                f"{self.path}: objective {self.values['objective']['name']} needs at least {least} pairs per micro-batch "
-                f"over all processes, found per_device_train_batch_size {per_device} on {world_size}: raise "
-                "per_device_train_batch_size"
-            )
         if "global_batch_size" not in self.values:  # a recipe of the handbook
             steps = self.values["gradient_accumulation_steps"]
             return per_device * steps * world_size, steps
         size = self.values["global_batch_size"]
         if size % (per_device * world_size):
-            per_device_sizes = _listing(n for n in range(1, size + 1) if size % (n * world_size) == 0)
-            world_sizes = _listing(n for n in range(1, size + 1) if size % (n * per_device) == 0)
+            fits = [n for n in range(1, size + 1) if size % (n * world_size) == 0]
             raise ConfigError(
-                f"{self.path}: global_batch_size {size} is not a multiple of per_device_train_batch_size ({per_device})"
-                f" x processes ({world_size}).\n  With {world_size} processes, per_device_train_batch_size can be: "
-                f"{per_device_sizes}\n  With {per_device} per device, the number of processes can be: {world_sizes}"
+                f"{self.path}: global_batch_size {size} is not a multiple of per_device_train_batch_size ({per_device}) x "
+                f"processes ({world_size}); with so many processes it can be one of {fits}"
             )
         return size, size // (per_device * world_size)
 
@@ -92,24 +78,16 @@ class Recipe:
     def parse(self, world_size: int | None = None) -> tuple[TrainingArguments, DataConfig, ModelConfig]:
         """The dataclasses of a real run: `PreferenceRunConfig` or TRL's `SFTConfig`, then data and model.
 
-        `world_size` defaults to the launcher's WORLD_SIZE. `chat_template` comes back as text.
-
-        Raises:
-            ConfigError: an indivisible global batch, no GPU, no such model folder, or what transformers refuses.
+        `world_size` defaults to the launcher's WORLD_SIZE. `chat_template` comes back as text. Raises ConfigError.
         """
         if world_size is None:
             world_size = int(os.environ.get("WORLD_SIZE", "1"))
         global_batch_size, accumulation = self.batch(world_size)
         self.require_device(torch.cuda.device_count())
-        if "RANK" not in os.environ and (keys := [key for key in ("deepspeed", "fsdp") if self.values.get(key)]):
-            raise ConfigError(
-                f"{self.path}: {', '.join(keys)} divides a model over processes that a launcher starts, and this one was "
-                "started alone. Remove it, or start with accelerate launch or torchrun"
-            )
         model = self.values["model_name_or_path"]
         if not Path(model).is_dir() and (model.count("/") > 1 or model.startswith((".", "/"))):
             raise ConfigError(f"{self.path}: model_name_or_path is {model}: no such folder. Has its stage been run?")
-        values = {"run_name": self.name, **self.resolved()}
+        values = {"run_name": self.name, **self.resolved()}  # trackers would show the name of the folder alone
         values["gradient_accumulation_steps"] = accumulation
         if self.stage == "preference":  # whose trainer accumulates by itself
             values |= {"global_batch_size": global_batch_size, "gradient_accumulation_steps": 1}
@@ -137,47 +115,34 @@ def load_recipe(path: str | Path, overlays: Iterable[str | Path] = (), overrides
     """Read a recipe, lay overlays and overrides over it, and check all that needs neither data nor model.
 
     Args:
-        path: the recipe's YAML file. The name of its folder is the setting's name.
-        overlays: YAML files merged over it in turn. A block `per_setting` holds values for single settings.
+        overlays: YAML files merged over it in turn. A block `per_setting` holds values for single settings, which are
+            named after the recipe's folder.
         overrides: `["--learning_rate", "1e-6", "--objective.beta=2.5"]`.
 
-    Raises:
-        ConfigError: listing everything that is wrong.
+    Raises ConfigError that lists everything that is wrong.
     """
     path = Path(path)
     values, notices, problems, origin = {}, [], [], {}
     for number, (source, layer) in enumerate(_layers(path, overlays, overrides, problems)):
-        preference = number == 0 and foreign.is_foreign_preference(layer)
         try:
-            if foreign.is_foreign(layer):
-                layer, layer_notices = foreign.translate(layer)
-                notices += layer_notices
-            if preference:
-                layer, layer_notices = foreign.translate_preference(layer)
-                notices += layer_notices
+            layer, layer_notices = foreign.translate(layer, is_recipe=number == 0)
         except ValueError as error:
             problems += [f"{source}: {line}" for line in str(error).split("\n")]
             continue
+        notices += layer_notices
         origin |= dict.fromkeys(layer, source)
-        # `model_revision: null` takes back what a layer below says, where null is no value of the key.
-        unset = {key for key in layer.keys() & values.keys() if layer[key] is None and not takes_null(key)}
-        values = {key: value for key, value in merge(values, layer).items() if key not in unset}
-    if notice := foreign.accumulation_notice(values):
-        notices.append(notice)
+        values = merge(values, layer)
     if "prefer_local" in values and isinstance(values["prefer_local"], str | None):
         notices.append(_take_local(values))
     if values.get("use_cpu") == "auto":
         values["use_cpu"] = torch.cuda.device_count() == 0
-        notices.append(
-            f"use_cpu: {str(values['use_cpu']).lower()}, as {'no' * values['use_cpu'] or 'a'} GPU is visible"
-        )
+        notices.append(f"use_cpu: {str(values['use_cpu']).lower()}, by the GPUs that are visible")
     stage = stage_of(values)
     type_problems, sound = check_types(values, stage, origin)
     complete = not problems  # otherwise keys would be called missing that a broken file has
     problems += type_problems + (check_values(values, sound, stage) if complete else [])
     if problems:
-        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-        raise ConfigError("\n  ".join([f"{path}: {count}", *problems]))
+        raise ConfigError("\n  ".join([f"{path} can't be used:", *problems]))
     return Recipe(path, stage, sound, notices)
 
 
@@ -200,13 +165,9 @@ def _layers(path: Path, overlays: Iterable[str | Path], overrides: Sequence[str]
             problems.append(str(error))
             continue
         for file, layer in layers:
-            per_setting = layer.pop("per_setting", None) or {} if source != path else {}
-            own = per_setting.get(setting) or {} if isinstance(per_setting, dict) else per_setting
+            own = (layer.pop("per_setting", None) or {}).get(setting)
             yield file, layer
-            if isinstance(own, dict):
-                yield file, own
-            else:
-                problems.append(f"{file}: per_setting is {own!r}: expected a block for each setting")
+            yield file, own or {}
     try:
         yield COMMAND_LINE, parse_overrides(overrides)
     except ValueError as error:
@@ -216,15 +177,9 @@ def _layers(path: Path, overlays: Iterable[str | Path], overrides: Sequence[str]
 def _take_local(values: dict[str, Any]) -> str:
     """Put this repository's own checkpoint in place of the public one if it is finished. Returns the notice."""
     local, public = values.pop("prefer_local"), values.get("model_name_or_path")
-    if local is None:
-        return f"model_name_or_path: {public}, as prefer_local is null"
-    run = recorded_run(local)
+    run = recorded_run(local) if local else None
     if run is None or not run["finished"]:
         return f"model_name_or_path: {public}, because {local} holds no finished run"
     values["model_name_or_path"] = local
     values.pop("model_revision", None)
     return f"model_name_or_path: {local}, this repository's own run, in place of {public}"
-
-
-def _listing(numbers: Iterable[int]) -> str:
-    return ", ".join(map(str, numbers)) or "none"

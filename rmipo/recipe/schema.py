@@ -1,17 +1,20 @@
 """The dataclasses that recipes fill: what a run can be told, with defaults."""
 
-import typing
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Annotated
 
+import pydantic
 import trl
+from pydantic import Field, PositiveInt
 from trl import SFTConfig
 
 from rmipo.errors import ConfigError
-from rmipo.recipe.arguments import LIGER, PairConfig, PreferenceConfig, option
-from rmipo.recipe.files import coerce
+from rmipo.recipe.arguments import PairConfig, PreferenceConfig, option
 
-__all__ = ["ARGUMENTS", "LIGER", "RECIPE_ONLY", "DataConfig", "ModelConfig", "PreferenceRunConfig", "SFTConfig"]
+__all__ = ["ARGUMENTS", "RECIPE_ONLY", "DataConfig", "ModelConfig", "PreferenceRunConfig", "SFTConfig"]
+
+Share = Annotated[float, Field(ge=0, le=1)]
 
 
 @dataclass
@@ -22,34 +25,32 @@ class PreferenceRunConfig(PreferenceConfig):
         "outputs/reference_cache", "Where the reference's log-probs are kept between runs."
     )
     generation_samples: int = option(4, "Held-out prompts that are answered and saved at each evaluation.")
-    generation_max_new_tokens: int = option(128, "Tokens of each such answer.")
+    generation_max_new_tokens: PositiveInt = option(128, "Tokens of each such answer.")
     warn_chosen_logp_drop: float = option(1.0, "Nats per token that chosen responses may lose before a warning.")
-    warn_repetition: float = option(0.5, "Share of repeated n-grams in the sample generations before a warning.")
+    warn_repetition: Share = option(0.5, "Share of repeated n-grams in the sample generations before a warning.")
     warn_grad_norm_ratio: float = option(10.0, "Gradient norm over its running median before a warning.")
 
 
-@dataclass
-class Source:
+class Source(pydantic.BaseModel, extra="forbid"):
     """An entry of the mixture `datasets`: TRL's keys, `revision`, `test_split`, and the handbook's `weight`."""
 
-    path: str
-    name: str | None = option(None, "Configuration of a dataset on the hub.")
+    path: Annotated[str, Field(min_length=1)]
+    name: str | None = None  # configuration of a dataset on the hub
     data_dir: str | None = None
     data_files: str | list | dict | None = None
     revision: str | None = None
-    split: str | None = option(None, "dataset_train_split if null.")
-    test_split: str | None = option(None, "dataset_test_split if null.")
+    split: str | None = None  # dataset_train_split if null
+    test_split: str | None = None  # dataset_test_split if null
     columns: list[str] | None = None  # all others are left out
-    fraction: float | None = option(None, "Share of the mixture.")
-    weight: float | None = option(None, "Share of this dataset's rows that is taken.")
+    fraction: Annotated[float, Field(gt=0)] | None = None  # share of the mixture
+    weight: Annotated[float, Field(gt=0, le=1)] | None = None  # share of this dataset's rows that is taken
 
 
 @dataclass
 class DataConfig:
     """Which data, and how much of it may be unusable. Either `dataset_name` or the mixture `datasets`.
 
-    Raises:
-        ConfigError: when made, with a line for each thing that is wrong in it.
+    Raises ConfigError, when made, with a line for each thing that is wrong in it.
     """
 
     dataset_name: str | None = option(None, "Hub id, local folder, or file: JSON, Parquet, CSV.")
@@ -61,48 +62,34 @@ class DataConfig:
     test_split_size: int | float | None = option(None, "Rows (or share, below 1) set aside if there is no test split.")
     mixture_seed: int = option(0, "Seed of that division, and of the draw from weighted datasets.")
     dataset_num_proc: int | None = None
-    max_train_samples: int | None = option(None, "Keep only the first rows of the training split.")
-    max_eval_samples: int | None = None
-    max_dropped_fraction: float = PairConfig.max_dropped_fraction
-    max_truncated_fraction: float = PairConfig.max_truncated_fraction
+    max_train_samples: PositiveInt | None = option(None, "Keep only the first rows of the training split.")
+    max_eval_samples: PositiveInt | None = None
+    max_dropped_fraction: Share = PairConfig.max_dropped_fraction
+    max_truncated_fraction: Share = PairConfig.max_truncated_fraction
     chat_template: str | None = option(None, "Template text, or path of a .jinja file; the tokenizer's own if null.")
 
     def __post_init__(self) -> None:
-        if problems := [*self._number_problems(), *self._mixture_problems()]:
-            raise ConfigError("\n".join(problems))
+        if problems := list(self._problems()):
+            raise ConfigError("\n  ".join(problems))
 
-    def _number_problems(self) -> Iterator[str]:
+    def _problems(self) -> Iterator[str]:
         size = self.test_split_size
         if size is not None and not (0 < size < 1 if isinstance(size, float) else size >= 1):
             yield f"test_split_size is {size}: expected a share between 0 and 1, or a whole number of rows"
         if size is not None and self.dataset_test_split != DataConfig.dataset_test_split:
             yield "dataset_test_split has no effect with test_split_size, which takes rows of the training split: keep one"
-        if self.datasets:
-            for key in ("dataset_config", "dataset_revision"):
-                if getattr(self, key) is not None:
-                    yield f"{key} has no effect with datasets: use the entries' name and revision"
-
-    def _mixture_problems(self) -> Iterator[str]:
-        types, typed = typing.get_type_hints(Source), []
-        for i, entry in enumerate(self.datasets):
-            if unknown := sorted(entry.keys() - types.keys()):
-                yield f"datasets[{i}]: unknown keys {', '.join(unknown)}; known: {', '.join(sorted(types))}"
-            if not entry.get("path"):
-                yield f"datasets[{i}]: `path` is missing (a hub id, folder or file)"
-            typed.append({})
-            for key in [key for key in types if key in entry]:
-                try:
-                    typed[i][key] = coerce(entry[key], types[key])
-                except ValueError as error:
-                    yield f"datasets[{i}].{key} is {entry[key]!r}: {error}"
-            weight, fraction = typed[i].get("weight"), typed[i].get("fraction")
-            if weight is not None and not 0 < weight <= 1:
-                yield f"datasets[{i}].weight is {weight}: expected above 0, at most 1"
-            if fraction is not None and fraction <= 0:
-                yield f"datasets[{i}].fraction is {fraction}: expected above 0"
+        if self.datasets and (self.dataset_config or self.dataset_revision):
+            yield "dataset_config and dataset_revision have no effect with datasets: use the entries' name and revision"
         if len({entry.get("fraction") is None for entry in self.datasets}) > 1:
-            yield "datasets: `fraction` must be set for every dataset of the mixture or for none"
-        self.datasets = typed
+            yield "datasets: fraction must be set for every dataset of the mixture or for none"
+        typed = []
+        for number, entry in enumerate(self.datasets):
+            try:
+                typed.append(Source(**entry).model_dump(exclude_unset=True))
+            except pydantic.ValidationError as error:
+                for each in error.errors():
+                    yield f"datasets[{number}].{each['loc'][0]} is {each['input']!r}: {each['msg']}"
+        self.datasets = typed  # and not into the recipe's own list, which is recorded as it was written
 
 
 @dataclass
@@ -118,8 +105,5 @@ class ModelConfig(trl.ModelConfig):
 
 
 ARGUMENTS = {"sft": SFTConfig, "preference": PreferenceRunConfig}
-RECIPE_ONLY = {
-    "global_batch_size": int,
-    "prefer_local": str | None,
-    "memory_check": bool,
-}  # used up here: no fields of SFTConfig
+# Used up in the recipe: no fields of the dataclasses.
+RECIPE_ONLY = {"global_batch_size": PositiveInt, "prefer_local": str | None, "memory_check": bool}

@@ -1,33 +1,28 @@
 """The blocks of an eval.yaml, and of other files whose keys have defaults: names, types and ranges."""
 
 import difflib
-import math
-import re
 from collections.abc import Iterable
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 
 from rmipo.errors import EvaluationError
 from rmipo.recipe.files import coerce
 
-# Whole numbers, and the least that each can be. Where the default is null or "auto", so may the value be.
-WHOLE = {
-    "first_n": 1, "limit": 1, "skip_n": 0, "answers": 1, "batch_size": 1, "concurrency": 1, "seed": 0,
-    "max_new_tokens": 1, "max_tokens": 1, "max_length": 2, "max_prompt_length": 1, "top_k": 0, "max_retries": 0,
-    "max_missing": 0,
-}  # fmt: skip
-# What lm-eval takes in place of a whole number.
-LM_EVALS = {
-    "leaderboard.batch_size": ("auto:4", lambda value: re.fullmatch(r"auto:[1-9]\d*", str(value))),
-    "leaderboard.limit": (
-        "a share, more than 0 and less than 1",
-        lambda value: isinstance(value, float) and 0 < value < 1,
-    ),
+# Types of keys whose default does not say all. Where the default is null or "auto", so may the value be.
+TYPES: dict[str, Any] = {
+    **dict.fromkeys(("first_n", "limit", "answers", "batch_size", "concurrency"), PositiveInt),
+    **dict.fromkeys(("max_new_tokens", "max_tokens", "max_prompt_length"), PositiveInt),
+    **dict.fromkeys(("skip_n", "seed", "top_k", "max_retries", "max_missing"), NonNegativeInt),
+    "max_length": Annotated[int, Field(ge=2)],
+    "temperature": Annotated[float, Field(ge=0, le=2)],
+    "top_p": Annotated[float, Field(gt=0, le=1)],
+    "dtype": Literal["auto", "bfloat16", "float16", "float32"],
+    "price": Annotated[list[NonNegativeFloat], Field(min_length=2, max_length=2)],  # per million tokens
+    # What lm-eval takes in place of a whole number.
+    "leaderboard.batch_size": PositiveInt | Annotated[str, Field(pattern=r"^auto:[1-9]\d*$")],
+    "leaderboard.limit": PositiveInt | Annotated[float, Field(gt=0, lt=1)],
 }
-RANGES = {
-    "temperature": (0, 2, "0 (greedy) to 2"),
-    "top_p": (1e-9, 1, "more than 0, at most 1"),
-}
-DTYPES = ("auto", "bfloat16", "float16", "float32")
 
 
 def merge_settings(block: str, defaults: dict, settings: dict, problems: Iterable[str] = ()) -> dict:
@@ -42,7 +37,7 @@ def merge_settings(block: str, defaults: dict, settings: dict, problems: Iterabl
         try:
             sound[key] = checked(block, key, defaults[key], value)
         except ValueError as error:
-            found.append(f"{key} is {value!r}, {error}")
+            found.append(f"{key} is {value!r}: {error}")
     if found := [*found, *problems]:
         raise EvaluationError(f"{block}: {'; '.join(found)}")
     return defaults | sound
@@ -52,30 +47,12 @@ def checked(block: str, key: str, default: Any, value: Any) -> Any:
     """`value` in the type of `default`. Raises ValueError that says what was expected."""
     if type(value) is type(default) and value == default:
         return value
-    if key == "dtype" and value not in DTYPES:
-        raise ValueError(f"expected one of {', '.join(DTYPES)}")
-    other, fits = LM_EVALS.get(f"{block}.{key}", ("", lambda value: False))
-    if fits(value):
-        return value
-    low, high = 0, math.inf
-    if key in WHOLE:
-        kind, low, what = int, WHOLE[key], f"a whole number, {WHOLE[key]} or more{other and f', or {other}'}"
-    elif key in RANGES:
-        kind, (low, high, what) = float, RANGES[key]
-    elif key == "price":
-        kind, what = list[float], "two numbers, dollars per million tokens, such as [10.0, 30.0]"
-    elif type(default) in (int, float):
-        kind, what = float, "a number, 0 or more"
-    else:
+    kind = TYPES.get(f"{block}.{key}", TYPES.get(key))
+    if kind is None and type(default) in (int, float):
+        kind = NonNegativeFloat
+    if kind is None:
         return value if default is None else coerce(value, type(default))
-    try:
-        typed = coerce(value, kind)
-    except ValueError as error:
-        raise ValueError(f"expected {what}") from error
-    numbers = typed if key == "price" else [typed]
-    if not all(low <= number <= high for number in numbers) or (key == "price" and len(numbers) != 2):
-        raise ValueError(f"expected {what}")
-    return typed
+    return coerce(value, kind)
 
 
 def nearest(unknown: list[str], known: Iterable[str]) -> str:

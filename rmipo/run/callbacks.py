@@ -1,6 +1,6 @@
 """Everything that happens beside the optimizer steps of a run, in one order."""
 
-from transformers import DefaultFlowCallback, ProgressCallback, Trainer, TrainerCallback
+from transformers import DefaultFlowCallback, Trainer, TrainerCallback
 from transformers.integrations import WandbCallback
 
 from rmipo.record import append_metrics, keep_metrics
@@ -8,18 +8,26 @@ from rmipo.run.checkpoints import Checkpoints
 from rmipo.run.generations import SampleGenerations
 from rmipo.run.stop import StopOnSignal
 from rmipo.run.trackers import WandbBySteps
-from rmipo.run.watchdogs import FiniteWatchdog, GenerationWatchdog, SilenceWatchdog, StepWatchdog
+from rmipo.run.watchdogs import FiniteWatchdog, SilenceWatchdog, StepWatchdog
 
 
-class LineAtCheckpoint(TrainerCallback):
-    """Logs a line with each checkpoint: one that covers steps on both sides of a kill could not be made again.
+class Recorder(TrainerCallback):
+    """Appends every logged line to `metrics.jsonl`, with its step; one evaluation per step.
 
-    The checkpoint of an epoch's or the run's last step waits for the epoch's end: an evaluation that is due there would
-    be missing after a kill between the two.
+    A resumed run goes on after its checkpoint's step, so that the file is that of an undisturbed run. For that a line is
+    logged with each checkpoint: one that covers steps on both sides of a kill could not be made again. The checkpoint of
+    an epoch's or the run's last step waits for the epoch's end: an evaluation that is due there would be missing after a
+    kill between the two.
     """
 
     def __init__(self):
         self.waiting = False
+        self.evaluated = -1  # the last step with an evaluation in the file
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            kept = keep_metrics(args.output_dir, state.global_step)
+            self.evaluated = max((line["step"] for line in kept if "eval_loss" in line), default=-1)
 
     def on_step_end(self, args, state, control, **kwargs):
         control.should_log |= control.should_save
@@ -30,21 +38,6 @@ class LineAtCheckpoint(TrainerCallback):
         control.should_save |= self.waiting
         control.should_log |= control.should_save
         self.waiting = False
-
-
-class MetricsFile(TrainerCallback):
-    """Appends every logged line to `metrics.jsonl`, with its step; one evaluation per step.
-
-    A resumed run goes on after its checkpoint's step, so that the file is that of an undisturbed run.
-    """
-
-    def __init__(self):
-        self.evaluated = -1  # the last step with an evaluation in the file
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        if state.is_world_process_zero:
-            kept = keep_metrics(args.output_dir, state.global_step)
-            self.evaluated = max((line["step"] for line in kept if "eval_loss" in line), default=-1)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         # The summary at the end of training covers only what came after the last start.
@@ -57,45 +50,23 @@ class MetricsFile(TrainerCallback):
         append_metrics(args.output_dir, {"step": state.global_step, **logs})
 
 
-class Progress(ProgressCallback):
-    """The progress bar with its ETA, and one short line per log instead of every number: those are in `metrics.jsonl`."""
-
-    SHOWN = ("loss", "rewards/margins", "rewards/accuracies", "rmipo/gamma_mean", "entropy", "mean_token_accuracy")
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if not state.is_world_process_zero or self.training_bar is None:
-            return
-        held_out = any(name.startswith("eval_") for name in logs)
-        logs = {name.removeprefix("eval_"): value for name, value in logs.items()}
-        shown = {name.split("/")[-1]: f"{logs[name]:.4g}" for name in self.SHOWN if name in logs}
-        if held_out:
-            values = ", ".join(f"{name} {value}" for name, value in shown.items())
-            self.training_bar.write(f"step {state.global_step}, held out: {values}")
-        elif shown:
-            self.training_bar.set_postfix(shown, refresh=False)
-
-
 ORDER = [
     DefaultFlowCallback,  # decides when to log, evaluate and save
     StopOnSignal,  # asks for a save too
-    LineAtCheckpoint,  # after everything that asks for a save
     StepWatchdog,  # adds to a line before it is written
-    MetricsFile,  # before W&B, which after a kill sends again what this file holds
+    Recorder,  # after everything that asks for a save; before W&B, which after a kill sends again what its file holds
     TrainerCallback,  # the trackers of report_to, and whatever is not named here
-    Progress,
     FiniteWatchdog,  # ends the run once the line that shows why is written
     SampleGenerations,
-    GenerationWatchdog,  # reads what SampleGenerations wrote
     SilenceWatchdog,
     Checkpoints,  # last: its marker says that everything else of this step is written
 ]
 
 
 def set_callbacks(trainer: Trainer, callbacks: list[TrainerCallback]) -> None:
-    """Add `callbacks` to those of `trainer`, put this module's progress bar and W&B rows in place of its own, and sort."""
-    for theirs, ours in ((ProgressCallback, Progress), (WandbCallback, WandbBySteps)):
-        if trainer.pop_callback(theirs) is not None:
-            trainer.add_callback(ours)
+    """Add `callbacks` to those of `trainer`, put W&B rows that survive a kill in place of its own, and sort."""
+    if trainer.pop_callback(WandbCallback) is not None:
+        trainer.add_callback(WandbBySteps)
     for callback in callbacks:
         trainer.add_callback(callback)
     anything = ORDER.index(TrainerCallback)

@@ -3,12 +3,10 @@
 import contextlib
 import errno
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
 from accelerate import PartialState
 from transformers import TrainerCallback
 
@@ -21,6 +19,7 @@ from rmipo.training import state as checkpoints
 from rmipo.training.resuming import STARTED
 
 MARKER = "complete.json"
+FULL = (errno.ENOSPC, errno.EDQUOT)
 FULL_BYTES = 2**20  # less is a full disk: a failed write may have left some blocks free
 
 
@@ -71,61 +70,35 @@ def complete_checkpoints(output_dir: str | Path) -> list[Path]:
     ]
 
 
-@contextlib.contextmanager
-def no_pickled_code(deepspeed: bool) -> Iterator[None]:
-    """Make every torch.load, DeepSpeed's too, take only tensors and plain values: no checkpoint can run code."""
-    variable = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
-    before, os.environ[variable] = os.environ.get(variable), "1"
-    try:
-        with torch.serialization.safe_globals(classes_of_deepspeed() if deepspeed else []):
-            yield
-    finally:
-        if before is None:
-            del os.environ[variable]
-        else:
-            os.environ[variable] = before
-
-
-def classes_of_deepspeed() -> list[type]:
-    """What ZeRO's optimizer states hold besides tensors and plain values."""
-    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler  # seconds, and only runs need them
-    from deepspeed.runtime.zero.config import ZeroStageEnum
-
-    return [DynamicLossScaler, LossScaler, ZeroStageEnum]
-
-
 def resume_point(output_dir: str | Path, identity: dict) -> str | None:
     """The last complete checkpoint of this very run in `output_dir`; None if there is none.
 
-    Raises:
-        CheckpointError: the folder holds another run, or something else.
+    Raises CheckpointError: the folder holds another run, or something else.
     """
     output_dir = Path(output_dir)
     run, complete = recorded_run(output_dir), complete_checkpoints(output_dir)
     if run is not None:
-        _refuse_other({key: run.get(key) for key in identity}, identity, output_dir)
-    elif foreign := [
-        path.name
-        for path in output_dir.glob("*")
-        if path.name != LOCK_FILE and path.suffix != TEMPORARY and path not in complete
-    ]:
-        raise CheckpointError(
-            f"output_dir: {output_dir} is not empty and has no run.json of a run. Found: "
-            f"{', '.join(sorted(foreign)[:5])}. Nothing is overwritten: name another --output_dir"
-        )
+        _refuse_other(run, identity, output_dir)
+    else:
+        ours = {LOCK_FILE, *(folder.name for folder in complete)}
+        names = {path.name for path in output_dir.glob("*") if path.suffix != TEMPORARY}
+        if foreign := sorted(names - ours):
+            raise CheckpointError(
+                f"output_dir: {output_dir} is not empty and has no run.json of a run. Found: {', '.join(foreign[:5])}. "
+                "Nothing is overwritten: name another --output_dir"
+            )
     if complete and identity["recipe"].get("save_only_model"):
         raise CheckpointError(
             f"{complete[-1]} holds the model alone (save_only_model: true), from which a run can't go on. Remove "
-            f"{output_dir} or name another --output_dir to start again, or save_only_model: false for runs that can"
+            f"{output_dir} or name another --output_dir to start again"
         )
     for folder in complete:
-        marker = json.loads((folder / MARKER).read_text())
-        _refuse_other({key: marker.get(key) for key in identity}, identity, folder)
+        _refuse_other(json.loads((folder / MARKER).read_text()), identity, folder)
     return str(complete[-1]) if complete else None
 
 
 def _refuse_other(found: dict, identity: dict, folder: Path) -> None:
-    if lines := differences(found, identity):
+    if lines := differences({key: found.get(key) for key in identity}, identity):
         raise CheckpointError(
             f"{folder} belongs to another run. Name another --output_dir, or remove it. Different there:\n  "
             + "\n  ".join(lines)
@@ -138,20 +111,13 @@ def explained_full_disk(output_dir: str | Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if not _is_full_disk(error, Path(output_dir)):
+        # torch.save says only that its writer failed, with the place in its file.
+        full = "inline_container" in str(error) and shutil.disk_usage(Path(output_dir)).free < FULL_BYTES
+        if not (full or getattr(error, "errno", None) in FULL or "No space left on device" in str(error)):
             raise
         complete = complete_checkpoints(output_dir)
         last = f"{complete[-1].name} is the last good one" if complete else "there is no good one yet"
         raise FullDiskError(
-            f"the disk is full: a checkpoint in {output_dir} could not be saved; {last}. Free some space (make plan "
-            "says how much a checkpoint takes) and run the same command again: it goes on from there."
+            f"the disk is full: a checkpoint in {output_dir} could not be saved; {last}. Free some space and run the same "
+            "command again: it goes on from there."
         ) from error
-
-
-def _is_full_disk(error: Exception, output_dir: Path) -> bool:
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return True
-    if "No space left on device" in str(error):
-        return True
-    # torch.save says only that its writer failed, with the place in its file.
-    return "inline_container" in str(error) and shutil.disk_usage(output_dir).free < FULL_BYTES

@@ -7,7 +7,7 @@ import httpx2
 import transformers
 import yaml
 from accelerate import init_empty_weights
-from huggingface_hub import HfApi, RepoUrl
+from huggingface_hub import HfApi, ModelCardData
 from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors import safe_open
 from transformers import PreTrainedConfig, Trainer, TrainingArguments
@@ -46,13 +46,9 @@ def save(trainer: Trainer) -> None:
 def verify_export(folder: str | Path, config: PreTrainedConfig, peft_config: PeftConfig | None = None) -> int:
     """Compare the saved tensors with those that a model of `config` (or its adapter) has; returns how many there are.
 
-    ZeRO-3 can write empty tensors or leave some out, and loading such a folder only warns.
-
-    Raises:
-        ExportError: tensors are missing, unknown, of another shape, or of another dtype than the configuration says.
+    ZeRO-3 can write empty tensors or leave some out, and loading such a folder only warns. Raises ExportError.
     """
-    folder = Path(folder)
-    found = saved_tensors(folder)
+    found = saved_tensors(Path(folder))
     with init_empty_weights():
         # Not by AutoModel: while ZeRO-3 is on, that divides what it makes over the processes.
         model = getattr(transformers, config.architectures[0])(config)
@@ -60,25 +56,19 @@ def verify_export(folder: str | Path, config: PreTrainedConfig, peft_config: Pef
         state = model.state_dict()
         if peft_config is not None:
             state = get_peft_model_state_dict(get_peft_model(model, peft_config))
-    expected = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    problems = {
-        "missing": sorted(expected.keys() - found.keys() - tied),
-        "not of this model": sorted(found.keys() - expected.keys()),
-        "of another shape": [
-            f"{name} is {shape}, not {expected[name]}"
-            for name, (shape, _) in sorted(found.items())
-            if name in expected and shape != expected[name]
-        ],
-    }
-    if peft_config is None:  # adapters are trained and saved in float32
-        dtype = str(config.dtype).removeprefix("torch.")
-        problems[f"not {dtype}"] = [f"{name} is {kind}" for name, (_, kind) in sorted(found.items()) if kind != dtype]
-    lines = [f"- {len(names)} {kind}: {'; '.join(names[:SHOWN])}" for kind, names in problems.items() if names]
-    if lines:
+    dtype = str(config.dtype).removeprefix("torch.")
+    if peft_config is not None:  # adapters have a dtype of their own
+        found = {name: (shape, dtype) for name, (shape, _) in found.items()}
+    expected = {name: (tuple(tensor.shape), dtype) for name, tensor in state.items()}
+    problems = [f"{name} is missing" for name in sorted(expected.keys() - found.keys() - tied)]
+    for name, tensor in sorted(found.items()):
+        if tensor != expected.get(name):
+            problems.append(f"{name} is {tensor}, expected {expected.get(name, 'none of that name')}")
+    if problems:
         raise ExportError(
-            f"{folder}: the saved weights can't be used. Expected the {len(expected)} tensors of {config.model_type}, "
-            f"found {len(found)}:\n" + "\n".join(lines) + "\nThe weights are whole in the last checkpoint. Under "
-            "ZeRO-3 its zero_to_fp32.py joins them; check stage3_gather_16bit_weights_on_model_save: true"
+            f"{folder}: {len(problems)} of {len(expected)} saved tensors can't be used: {'; '.join(problems[:SHOWN])}. The "
+            "weights are whole in the last checkpoint. Under ZeRO-3 its zero_to_fp32.py joins them; check "
+            "stage3_gather_16bit_weights_on_model_save: true"
         )
     return len(found)
 
@@ -99,42 +89,39 @@ def write_model_card(folder: str | Path) -> Path:
     """`README.md` of a finished run: what was trained on what, how, with which result, and what to cite."""
     folder = Path(folder)
     run = recorded_run(folder)
-    recipe, results = run["recipe"], run["results"]
+    recipe = run["recipe"]
     preference = "objective" in recipe
     paper = PAPERS[recipe["objective"]["name"]] if preference else None
     method = f"{paper.name} (preference optimization)" if preference else "Supervised fine-tuning"
     sources = [recipe["dataset_name"]] if recipe.get("dataset_name") else [d["path"] for d in recipe["datasets"]]
     base = recipe["model_name_or_path"]
     # The hub links names of its own; a folder of this machine means nothing there.
-    header = {
-        "library_name": "peft" if recipe.get("use_peft") else "transformers",
-        "base_model": [name for name in [base] if not Path(name).exists()],
-        "datasets": [name for name in sources if not Path(name).exists()],
-        "tags": ["rmipo", "preference-optimization" if preference else "sft"],
-    }
+    header = ModelCardData(
+        library_name="peft" if recipe.get("use_peft") else "transformers",
+        base_model=[name for name in [base] if not Path(name).exists()] or None,
+        datasets=[name for name in sources if not Path(name).exists()] or None,
+        tags=["rmipo", "preference-optimization" if preference else "sft"],
+    )
     rows = [
         f"| {name} | {value:.4g} |"
-        for name, value in sorted(results.items())
+        for name, value in sorted(run["results"].items())
         if isinstance(value, int | float) and not name.endswith(("_runtime", "_per_second"))
     ]
-    citation = f"\n## Citation\n\n```bibtex\n{paper.citation}\n```\n" if paper else ""
     versions = ", ".join(f"{name} {version}" for name, version in run["versions"].items())
-    text = f"""---
-{yaml.safe_dump({key: value for key, value in header.items() if value}, sort_keys=False)}---
+    citation = f"\n## Citation\n\n```bibtex\n{paper.citation}\n```\n" if paper else ""
+    path = folder / CARD
+    path.write_text(f"""---
+{header.to_yaml()}
+---
 
 # {folder.resolve().parent.name}: {folder.resolve().name}
 
-{method} of `{base}` on {", ".join(f"`{name}`" for name in sources)}.
-
-## Results
-
-{"Held-out data after training, in nats where they are log-probabilities." if rows else "Nothing was held out."}
+{method} of `{base}` on {", ".join(f"`{name}`" for name in sources)}. Held-out data after training, in nats where they are
+log-probabilities:
 
 | metric | value |
 |---|---|
 {chr(10).join(rows)}
-
-## Recipe
 
 Trained on {run["world_size"]} x {run["hardware"][0]}, commit {run["commit"]}, with {versions}.
 
@@ -142,15 +129,8 @@ Trained on {run["world_size"]} x {run["hardware"][0]}, commit {run["commit"]}, w
 {yaml.safe_dump(recipe, sort_keys=False, width=120)}```
 
 Fingerprints of the tokenised data: {json.dumps(run["fingerprints"])}
-{citation}"""
-    path = folder / CARD
-    path.write_text(text)
+{citation}""")
     return path
-
-
-def make_repository(args: TrainingArguments) -> RepoUrl:
-    """The repository that `hub_model_id` names, made if it isn't there. Raises HUB_ERRORS."""
-    return HfApi().create_repo(args.hub_model_id, private=args.hub_private_repo, exist_ok=True)
 
 
 def push(args: TrainingArguments) -> str:
@@ -159,8 +139,9 @@ def push(args: TrainingArguments) -> str:
     Raises ExportError where the hub doesn't take it.
     """
     try:
+        repository = HfApi().create_repo(args.hub_model_id, private=args.hub_private_repo, exist_ok=True)
         return HfApi().upload_folder(
-            repo_id=make_repository(args).repo_id,
+            repo_id=repository.repo_id,
             folder_path=args.output_dir,
             revision=args.hub_revision,
             commit_message="Model, card and record of its training",

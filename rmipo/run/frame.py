@@ -13,20 +13,27 @@ from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, Trai
 from trl import ModelConfig
 
 from rmipo.data.chat import freeze_date
+from rmipo.errors import ConfigError
 from rmipo.fingerprints import has_weights, model_fingerprint
+from rmipo.objectives import build_objective
+from rmipo.plan.compiler import compiler_problem
 from rmipo.plan.preflight import check_run
 from rmipo.recipe.load import Recipe
+from rmipo.recipe.schema import PreferenceRunConfig
 from rmipo.record import RunRecord, recorded_run
 from rmipo.run import export
-from rmipo.run.callbacks import LineAtCheckpoint, MetricsFile, set_callbacks
-from rmipo.run.checkpoints import Checkpoints, explained_full_disk, no_pickled_code, resume_point
+from rmipo.run.callbacks import Recorder, set_callbacks
+from rmipo.run.checkpoints import Checkpoints, explained_full_disk, resume_point
 from rmipo.run.identity import run_identity
 from rmipo.run.lock import locked
-from rmipo.run.preflight import check_parts
 from rmipo.run.stop import EXIT_STOPPED, StopOnSignal
 from rmipo.run.trackers import close_wandb, open_wandb
-from rmipo.run.watchdogs import FiniteWatchdog, SilenceWatchdog, explained_silence
+from rmipo.run.watchdogs import FiniteWatchdog, SilenceWatchdog
+from rmipo.training.attention import resolve_kind
 from rmipo.training.distributed import on_main_process
+from rmipo.training.metrics import check_logged, evaluation_metrics
+
+SFT_METRICS = ("loss", "entropy", "mean_token_accuracy", "num_tokens", "aux_loss")  # TRL's, without their prefix eval_
 
 
 @contextlib.contextmanager
@@ -39,14 +46,12 @@ def training_run(
         recipe: with `args` and `model_config`, as its `parse` returns them.
         keep: False for a run that leaves nothing but its measurements: no lock, record, checkpoint or export.
 
-    Raises:
-        UserError: what can't work, before a model is loaded; a full disk, a silent process, a loss that isn't finite.
+    Raises UserError: what can't work, before a model is loaded; a full disk, a loss that isn't finite.
     """
     run = TrainingRun(recipe, args, model_config)
     for notice in recipe.notices:
         run.say(notice)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(explained_silence(args.ddp_timeout))
         if args.deepspeed_plugin is not None:  # args.deepspeed is None where accelerate launch has the configuration
             import deepspeed  # seconds, and only sharded runs need it
 
@@ -58,14 +63,26 @@ def training_run(
             deepspeed.init_distributed()  # transformers leaves that out on CPUs, and models are sharded as they load
         if keep:
             check_run(recipe, args)
-            check_parts(recipe, args, model_config)
+            check_late_failures(args)
             on_main_process(lambda: stack.enter_context(locked(run.folder)))
             stack.enter_context(run.stop)
-        stack.enter_context(no_pickled_code(deepspeed=args.deepspeed_plugin is not None))
         stack.push(lambda kind, *_: close_wandb(kind))
         stack.callback(run.silence.end)
         set_seed(args.seed)
         yield run
+
+
+def check_late_failures(args: TrainingArguments) -> None:
+    """Raises ConfigError for what would fail after hours, or when a large model is loaded on all GPUs."""
+    preference = isinstance(args, PreferenceRunConfig)
+    if args.metric_for_best_model is not None:  # the Trainer looks for it at the first evaluation
+        known = evaluation_metrics(build_objective(args.objective)) if preference else SFT_METRICS
+        try:
+            check_logged(args.metric_for_best_model, known)
+        except ValueError as error:
+            raise ConfigError(f"metric_for_best_model: {error}") from error
+    if preference and resolve_kind(args.attention, args.device) == "flex" and (problem := compiler_problem()):
+        raise ConfigError(f"attention: flex is compiled at the first step, and {problem}. Or set attention: segment")
 
 
 def compilation_locks() -> list[Path]:
@@ -108,8 +125,7 @@ class TrainingRun:
             fingerprints: of all that decides the training rows.
             facts: what run.json says besides: data report, objective, ...
 
-        Raises:
-            CheckpointError: the folder holds another run, or something else.
+        Raises CheckpointError: the folder holds another run, or something else.
         """
         model = self.model_config
         initial = on_main_process(lambda: model_fingerprint(model.model_name_or_path, model.model_revision))
@@ -129,20 +145,12 @@ class TrainingRun:
         run = recorded_run(self.folder)
         return run is not None and run["finished"] and has_weights(self.folder)
 
-    def train(
-        self,
-        trainer: Trainer,
-        callbacks: Sequence[TrainerCallback] = (),
-    ) -> None:
-        """Train to the end, or to the checkpoint that a signal asks for: then the program ends with EXIT_STOPPED.
-
-        Args:
-            callbacks: in any order; see `callbacks.ORDER`.
-        """
+    def train(self, trainer: Trainer, callbacks: Sequence[TrainerCallback] = ()) -> None:
+        """Train to the end, or to the checkpoint that a signal asks for: then the program ends with EXIT_STOPPED."""
         kept = []
         if self.record is not None:
             identity = {key: self.record.content[key] for key in ("recipe", "fingerprints", "world_size")}
-            kept = [self.stop, LineAtCheckpoint(), MetricsFile(), Checkpoints(identity)]
+            kept = [self.stop, Recorder(), Checkpoints(identity)]
         # Once, where an undisturbed run has it.
         trainer.args.eval_on_start &= self.checkpoint is None and trainer.args.eval_strategy != "no"
         trainer.args.logging_nan_inf_filter = False  # it would log an average in place of a NaN

@@ -3,7 +3,7 @@
 import math
 
 import torch
-from transformers import StoppingCriteria, StoppingCriteriaList, TrainerCallback
+from transformers import StoppingCriteriaList, TrainerCallback
 
 from rmipo.record import read_generations, write_generations
 from rmipo.run.trackers import log_answers
@@ -12,22 +12,15 @@ from rmipo.training.loading import positions_of
 
 
 class SampleGenerations(TrainerCallback):
-    """At each evaluation: answers to a few held-out prompts, in `generations.jsonl`.
+    """At each evaluation: answers to a few held-out prompts (token ids), in `generations.jsonl`.
 
-    Args:
-        tokenizer: decodes, and gives end and padding tokens.
-        prompts: lists of prompt token ids.
-        trainer: the `PreferenceTrainer`, for the wrapped model.
-        max_new_tokens: per answer; fewer where the model has no positions for more.
-        stop: the run's `StopOnSignal`: a signal ends the answers too, which are then not kept.
+    Of at most `max_new_tokens`, fewer where the model has no positions for more. `stop`: the run's `StopOnSignal`; a signal
+    ends the answers too, which are then not kept.
     """
 
     def __init__(self, tokenizer, prompts: list[list[int]], trainer, max_new_tokens: int, stop=None):
-        self.tokenizer = tokenizer
-        self.stop = stop
-        self.prompts = prompts
-        self.trainer = trainer
-        self.max_new_tokens = max_new_tokens
+        self.tokenizer, self.prompts, self.trainer = tokenizer, prompts, trainer
+        self.max_new_tokens, self.stop = max_new_tokens, stop
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
         if not self.prompts:
@@ -68,7 +61,7 @@ class SampleGenerations(TrainerCallback):
             pad_token_id=self.tokenizer.pad_token_id or 0,
             # All processes go on until the last one has ended, so a signal to some of them hangs nobody.
             synced_gpus=trainer.args.world_size > 1,
-            stopping_criteria=StoppingCriteriaList([Stopped(self)]),
+            stopping_criteria=StoppingCriteriaList([self.stopped]),
         )
         ends = model.generation_config.eos_token_id
         ends = set(ends if isinstance(ends, list) else [ends])
@@ -78,13 +71,9 @@ class SampleGenerations(TrainerCallback):
     def is_stopped(self) -> bool:
         return self.stop is not None and self.stop.requested
 
-
-class Stopped(StoppingCriteria):
-    def __init__(self, generations: SampleGenerations):
-        self.generations = generations
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs) -> torch.Tensor:
-        return torch.full((len(input_ids),), self.generations.is_stopped(), device=input_ids.device)
+    def stopped(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs) -> torch.Tensor:
+        """As transformers asks after each token, of every row."""
+        return torch.full((len(input_ids),), self.is_stopped(), device=input_ids.device)
 
 
 def until(ids: list[int], ends: set[int]) -> list[int]:

@@ -22,9 +22,7 @@ def open_wandb(args: TrainingArguments, run_id: str) -> None:
             resume=os.environ.get("WANDB_RESUME", "allow"),
         )
     except wandb.Error as error:  # a wrong key, no network, no such project
-        raise ConfigError(
-            f"report_to: wandb: {error}. Run `.venv/bin/wandb login --relogin`, set WANDB_MODE=offline, or report_to: none"
-        ) from error
+        raise ConfigError(f"report_to: wandb: {error}. Log in, set WANDB_MODE=offline, or report_to: none") from error
 
 
 def close_wandb(error: type[BaseException] | None) -> None:

@@ -11,6 +11,7 @@ import yaml
 from rmipo.errors import EvaluationError
 from rmipo.evaluation import leaderboard
 from rmipo.evaluation.leaderboard import BBH_CHOICES, DATA, TASKS, evaluate, ifeval_error, metrics_of, normalize, run
+from rmipo.recipe.settings import merge_settings
 from tests.helpers.paths import ROOT
 from tests.helpers.tiny_model import write_model
 
@@ -113,6 +114,16 @@ def test_data_that_is_checked_is_what_lm_eval_reads():
     for name, folder in folders.items():
         texts = [file.read_text() for file in folder.glob("*yaml")]
         assert {path for text in texts for path in named.findall(text)} == {DATA[name]}, name
+
+
+def test_what_lm_eval_takes_in_place_of_a_whole_number(tmp_path, monkeypatch):
+    for wrong in ({"batch_size": "auto:0"}, {"batch_size": "automatic"}, {"limit": 1.5}, {"limit": 0.0}):
+        with pytest.raises(EvaluationError, match=next(iter(wrong))):
+            merge_settings("leaderboard", leaderboard.DEFAULTS, wrong)
+    with pytest.raises(EvaluationError, match=r"limit is 0\.5"):
+        merge_settings("hh", {"limit": None}, {"limit": 0.5})
+    settings = merge_settings("leaderboard", leaderboard.DEFAULTS, {"batch_size": "auto:4", "limit": 0.25})
+    assert (settings["batch_size"], settings["limit"]) == ("auto:4", 0.25)
 
 
 def test_choices_match_lm_evals_tasks():

@@ -16,12 +16,11 @@ def main() -> None:
     args, _, _ = load_recipe("recipes/tiny/rmipo.yaml", overrides=sys.argv[1:]).parse()
     silence, state = watchdogs.SilenceWatchdog(), TrainerState()
     silence.on_train_begin(args, state, None)
-    with watchdogs.explained_silence(args.ddp_timeout):
-        for state.global_step in range(5):
-            if state.global_step == 2 and args.process_index == 1:
-                time.sleep(600)
-            torch.distributed.all_reduce(torch.ones(1))
-            silence.on_step_end(args, state, None)
+    for state.global_step in range(5):
+        if state.global_step == 2 and args.process_index == 1:
+            time.sleep(600)
+        torch.distributed.all_reduce(torch.ones(1))
+        silence.on_step_end(args, state, None)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ import torch
 from datasets import Dataset
 
 from rmipo.recipe.schema import PreferenceRunConfig
-from rmipo.run.callbacks import MetricsFile
+from rmipo.run.callbacks import Recorder
 from rmipo.training.trainer import PreferenceTrainer
 from tests.helpers.small_models import make_model
 
@@ -39,7 +39,7 @@ def make_trainer(output_dir, pairs, objective=RMIPO, model=None, eval_pairs=None
         eval_dataset=Dataset.from_list(eval_pairs) if eval_pairs else None,
         prior_context=CONTEXT,
         ref_model=ref_model,
-        callbacks=[MetricsFile()],
+        callbacks=[Recorder()],
     )
 
 

@@ -213,7 +213,7 @@ def start_of_both(output: Path, model_folder: Path) -> dict:
     def does(name, result=None):
         return lambda *arguments, **options: done.append(name) or result
 
-    frame.check_parts = frame.set_callbacks = export.save = lambda *arguments: None
+    frame.set_callbacks = export.save = lambda *arguments: None
     frame.open_wandb, export.push, export.write_model_card = does("W&B"), does("upload", "URL"), does("card")
     frame.RunRecord.start, frame.RunRecord.finish = does("record"), does("finish")
     if args.process_index == 1:

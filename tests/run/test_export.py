@@ -7,18 +7,15 @@ import pytest
 import torch
 import yaml
 from huggingface_hub import RepoUrl
-from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from rmipo.data.chat import ChatFormat
 from rmipo.data.pairs import load_pairs, tokenize_pairs
 from rmipo.objectives.papers import PAPERS
-from rmipo.recipe.load import load_recipe
 from rmipo.recipe.schema import DataConfig, PreferenceRunConfig
 from rmipo.run import export
 from tests.helpers.families import LLAMA3_TEMPLATE, make_model, save
-from tests.helpers.paths import ROOT
 from tests.helpers.small_models import make_pairs
 from tests.helpers.trainers import make_trainer
 from tests.helpers.twins import make_twin, run
@@ -108,18 +105,6 @@ def test_whole_export_is_counted(whole, size):
     assert export.verify_export(folder, config) == len(make_model("llama3").state_dict()) == 21
 
 
-def test_an_export_is_verified_without_a_second_model_in_memory(whole, monkeypatch):
-    devices, state_dict = set(), torch.nn.Module.state_dict
-
-    def watched(module, **options):
-        devices.update(parameter.device.type for parameter in module.parameters())
-        return state_dict(module, **options)
-
-    monkeypatch.setattr(torch.nn.Module, "state_dict", watched)
-    export.verify_export(*whole)
-    assert devices == {"meta"}
-
-
 def test_tied_heads_need_not_be_saved(tmp_path):
     model = make_model("llama3", tie_word_embeddings=True)
     model.save_pretrained(tmp_path)
@@ -127,35 +112,26 @@ def test_tied_heads_need_not_be_saved(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "edit, message",
+    ("edit", "named"),
     [
-        (lambda t: t.update({"model.norm.weight": torch.zeros(0)}),
-         "- 1 of another shape: model.norm.weight is (0,), not (32,)"),
-        (lambda t: t.pop("lm_head.weight"), "- 1 missing: lm_head.weight"),
-        (lambda t: t.update({"model.norm.weight": t["model.norm.weight"].half()}),
-         "- 1 not float32: model.norm.weight is float16"),
-        (lambda t: t.update({"model.norm.weight": t["model.norm.weight"].double()}),
-         "- 1 not float32: model.norm.weight is F64"),
-        (lambda t: t.update({"value_head.weight": torch.ones(2)}),
-         "Expected the 21 tensors of llama, found 22:\n- 1 not of this model: value_head.weight"),
-        (lambda t: t.clear(),
-         "Expected the 21 tensors of llama, found 0:\n- 21 missing: lm_head.weight; model.embed_tokens.weight; "
-         "model.layers.0.input_layernorm.weight; model.layers.0.mlp.down_proj.weight; "
-         "model.layers.0.mlp.gate_proj.weight\n"),
+        (lambda t: t.update({"model.norm.weight": torch.zeros(0)}), "1 of 21 saved .* model.norm.weight is .*(0,)"),
+        (lambda t: t.pop("lm_head.weight"), "1 of 21 saved .* lm_head.weight is missing"),
+        (lambda t: t.update({"model.norm.weight": t["model.norm.weight"].half()}), "model.norm.weight is .*float16"),
+        (lambda t: t.update({"value_head.weight": torch.ones(2)}), "value_head.weight is "),
+        (lambda t: t.clear(), "21 of 21 saved .* lm_head.weight is missing"),
     ],
-)  # fmt: skip
-def test_broken_exports_are_refused_by_tensor(whole, edit, message):
+)
+def test_broken_exports_are_refused_by_tensor(whole, edit, named):
     folder, config = whole
     change(folder, edit)
-    with pytest.raises(export.ExportError) as error:
+    with pytest.raises(export.ExportError, match=named):
         export.verify_export(folder, config)
-    assert message in str(error.value) and "zero_to_fp32.py" in str(error.value)
 
 
 def test_a_run_that_saves_other_tensors_than_its_models_ends_with_an_error(tmp_path):
     trainer = make_trainer(tmp_path, make_pairs(8))
     trainer.model.value_head = torch.nn.Linear(2, 1, bias=False)
-    with pytest.raises(export.ExportError, match="- 1 not of this model: value_head"):
+    with pytest.raises(export.ExportError, match="value_head"):
         export.save(trainer)
 
 
@@ -174,69 +150,17 @@ def test_card_of_published_adapters_trained_on_a_mixture(tmp_path, monkeypatch):
     recipe = {"model_name_or_path": "org/base", "datasets": sources, "use_peft": True}
     write_record(tmp_path / "tiny/sft", recipe, eval_loss=1.23456, eval_a=3, note="none")
     monkeypatch.chdir(tmp_path / "tiny/sft")
-    assert (
-        export.write_model_card(".").read_text()
-        == f"""---
-library_name: peft
-base_model:
-- org/base
-datasets:
-- org/b
-- org/a
-tags:
-- rmipo
-- sft
----
-
-# tiny: sft
-
-Supervised fine-tuning of `org/base` on `org/b`, `org/a`, `{tmp_path}`.
-
-## Results
-
-Held-out data after training, in nats where they are log-probabilities.
-
-| metric | value |
-|---|---|
-| eval_a | 3 |
-| eval_loss | 1.235 |
-
-## Recipe
-
-Trained on 16 x A100, commit abc, with torch 2.13.0, trl 1.0.
-
-```yaml
-model_name_or_path: org/base
-datasets:
-- path: org/b
-  fraction: 0.5
-- path: org/a
-- path: {tmp_path}
-use_peft: true
-```
-
-Fingerprints of the tokenised data: {{"train": "f1", "model": "f2"}}
-"""
-    )
-
-
-def test_card_of_a_run_without_held_out_data(tmp_path):
-    recipe = {"model_name_or_path": str(tmp_path), "dataset_name": "org/pairs", "objective": {"name": "dpo"}}
-    write_record(tmp_path / "tiny/dpo", recipe, parity=None)
-    text = export.write_model_card(tmp_path / "tiny/dpo").read_text()
-    header = {"library_name": "transformers", "datasets": ["org/pairs"], "tags": ["rmipo", "preference-optimization"]}
-    assert yaml.safe_load(text.split("---\n")[1]) == header
-    assert f"\n\nDPO (preference optimization) of `{tmp_path}` on `org/pairs`.\n\n" in text
-    assert PAPERS["dpo"].citation in text and "Intrinsic Mutual" not in text
-    assert "## Results\n\nNothing was held out.\n" in text
-
-
-def test_adapters_are_in_float32_whatever_their_model_is_in(tmp_path):
-    lora = LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
-    model = get_peft_model(make_model("llama3").bfloat16(), lora)
-    model.save_pretrained(tmp_path)
-    model.config.architectures, model.config.dtype = ["LlamaForCausalLM"], torch.bfloat16  # as of one that was loaded
-    assert export.verify_export(tmp_path, model.config, model.active_peft_config) == 4  # two in each layer
+    _, header, body = export.write_model_card(".").read_text().split("---\n", 2)
+    expected = {
+        "library_name": "peft",
+        "base_model": ["org/base"],
+        "datasets": ["org/b", "org/a"],
+        "tags": ["rmipo", "sft"],
+    }
+    assert yaml.safe_load(header) == expected
+    assert body.startswith("\n# tiny: sft\n") and "| eval_a | 3 |\n| eval_loss | 1.235 |\n\n" in body
+    assert "Trained on 16 x A100, commit abc, with torch 2.13.0, trl 1.0." in body
+    assert yaml.safe_load(body.partition("```yaml\n")[2].partition("```")[0]) == recipe
 
 
 @pytest.mark.parametrize("stage, form", [("rmipo", "on_policy_ultrafeedback"), ("sft", "ultrachat")])
@@ -250,15 +174,6 @@ def test_adapters_are_verified_too(tmp_path, stage, form):
     tensors = export.saved_tensors(tmp_path / "out")
     assert tensors["base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"] == ((4, 32), "float32")
     assert yaml.safe_load((tmp_path / "out" / "README.md").read_text().split("---\n")[1])["library_name"] == "peft"
-
-
-def test_nothing_is_uploaded_before_it_is_verified(exported):
-    """The Trainer's own uploads, of each checkpoint, are off; the repository is private unless the recipe says else."""
-    _, folder = exported
-    flags = ["--model_name_or_path", str(folder / "model"), "--dataset_name", str(folder / "data"), "--push_to_hub"]
-    recipe = load_recipe(ROOT / "recipes/tiny/rmipo.yaml", overrides=[*flags, "--hub_model_id", "a/b"])
-    args, *_ = recipe.parse()
-    assert (args.push_to_hub, args.hub_strategy, args.hub_private_repo) == (True, "end", True)
 
 
 def test_upload_leaves_checkpoints_out(tmp_path, monkeypatch):
@@ -289,12 +204,8 @@ def test_an_upload_that_fails_says_what_is_kept(tmp_path, monkeypatch, error):
         raise error("hub down\nrequest 7")
 
     monkeypatch.setattr(export.HfApi, "create_repo", refuse)
-    with pytest.raises(export.ExportError) as raised:
+    with pytest.raises(export.ExportError, match="someone/model failed: hub down"):
         export.push(arguments(tmp_path, hub_model_id="someone/model"))
-    assert str(raised.value) == (
-        f"{tmp_path} holds the finished run, but its upload to someone/model failed: hub down. Check the network and the "
-        "login; the same command then uploads it"
-    )
 
 
 def arguments(folder, **values):
@@ -308,5 +219,5 @@ def test_a_tensor_of_another_precision_than_the_models_is_refused(tmp_path):
     config = AutoConfig.from_pretrained(tmp_path)
     assert export.verify_export(tmp_path, config) == 21
     change(tmp_path, lambda t: t.update({"model.norm.weight": t["model.norm.weight"].float()}))
-    with pytest.raises(export.ExportError, match=r"- 1 not bfloat16: model\.norm\.weight is float32"):
+    with pytest.raises(export.ExportError, match=r"model\.norm\.weight is .*float32"):
         export.verify_export(tmp_path, config)

@@ -1,29 +1,30 @@
 """What every run has around it: how it starts, in which order things happen, how it ends."""
 
-import datetime
 import json
 
 import pytest
 from transformers import (
     AutoTokenizer,
     DefaultFlowCallback,
-    PrinterCallback,
-    ProgressCallback,
     TrainerCallback,
-    TrainerState,
 )
 from transformers.integrations import TensorBoardCallback
 
+from rmipo.errors import ConfigError
+from rmipo.plan.preflight import PreflightError
+from rmipo.recipe.load import load_recipe
 from rmipo.record import read_generations, recorded_run
 from rmipo.run import frame
-from rmipo.run.callbacks import LineAtCheckpoint, MetricsFile, Progress, set_callbacks
+from rmipo.run.callbacks import Recorder, set_callbacks
 from rmipo.run.checkpoints import MARKER, Checkpoints
 from rmipo.run.generations import SampleGenerations
 from rmipo.run.stop import StopOnSignal
 from rmipo.run.trackers import WandbBySteps
-from rmipo.run.watchdogs import FiniteWatchdog, GenerationWatchdog, SilenceWatchdog, StepWatchdog
+from rmipo.run.watchdogs import FiniteWatchdog, SilenceWatchdog, StepWatchdog
 from rmipo.training import trainer
 from tests.helpers.launched import launch
+from tests.helpers.paths import ROOT
+from tests.helpers.programs import run_here
 from tests.helpers.small_models import make_pairs
 from tests.helpers.trainers import make_trainer
 from tests.helpers.twins import make_twin
@@ -96,59 +97,19 @@ class Theirs(TrainerCallback):
 
 def test_callbacks_are_called_in_one_order(tmp_path):
     trainer = make_trainer(tmp_path, make_pairs(8), report_to=["wandb", "tensorboard"])
-    generations = GenerationWatchdog(trainer.args, None)
-    given = [Checkpoints({}), SilenceWatchdog(), FiniteWatchdog(), LineAtCheckpoint(), StopOnSignal(), generations]
-    given += [StepWatchdog(trainer.args, generations), SampleGenerations(None, [], trainer, 1), Theirs()]
-    trainer.pop_callback(PrinterCallback)
-    trainer.add_callback(ProgressCallback)  # as without disable_tqdm
+    trainer.pop_callback(Recorder)
+    given = [Checkpoints({}), SilenceWatchdog(), FiniteWatchdog(), Recorder(), StopOnSignal()]
+    given += [StepWatchdog(trainer.args, None), SampleGenerations(None, [], trainer, 1), Theirs()]
     set_callbacks(trainer, given)
-    assert [type(callback) for callback in trainer.callback_handler.callbacks] == [
-        DefaultFlowCallback,
-        StopOnSignal,  # asks for a save
-        LineAtCheckpoint,  # with a save asks for a line
-        StepWatchdog,  # adds to the line
-        MetricsFile,  # keeps what W&B is sent again
-        TensorBoardCallback,
-        WandbBySteps,
-        Theirs,
-        Progress,
-        FiniteWatchdog,  # once the line is written
-        SampleGenerations,
-        GenerationWatchdog,  # reads the samples
-        SilenceWatchdog,
-        Checkpoints,  # its marker says that all the others are done
-    ]
-
-
-def test_a_run_without_tracker_and_progress_bar_is_given_none(tmp_path):
-    trainer = make_trainer(tmp_path, make_pairs(8))
-    set_callbacks(trainer, [])
     kinds = [type(callback) for callback in trainer.callback_handler.callbacks]
-    assert kinds == [DefaultFlowCallback, MetricsFile, PrinterCallback]
-
-
-def test_the_progress_bar_shows_a_few_numbers(capsys):
-    progress, state = Progress(), TrainerState(max_steps=10, global_step=3, is_world_process_zero=True)
-    line = {"loss": 0.123456, "grad_norm": 2.0, "rewards/margins": 1234.56, "epoch": 0.5}
-    held_out = {f"eval_{name}": value for name, value in line.items()} | {"eval_rmipo/gamma_mean": 1.5}
-    progress.on_log(None, state, None, logs=held_out)  # an evaluation without training
-    progress.on_train_begin(None, state, None)
-    bar = progress.training_bar
-    progress.on_log(None, state, None, logs=line)
-    assert bar.postfix == "loss=0.1235, margins=1235"
-    capsys.readouterr()
-    progress.on_log(None, state, None, logs=held_out)
-    progress.on_log(None, state, None, logs={"num_tokens": 3})
-    assert capsys.readouterr().out == "step 3, held out: loss 0.1235, margins 1235, gamma_mean 1.5\n"
-    assert bar.postfix == "loss=0.1235, margins=1235"
-    progress.on_log(None, TrainerState(is_world_process_zero=False), None, logs=held_out)
-    progress.on_train_end(None, state, None)
-    progress.on_log(None, state, None, logs=held_out)  # the evaluation after training
-    assert "held out" not in capsys.readouterr().out
-    shown = {"loss": 1, "rewards/accuracies": 2, "entropy": 3, "mean_token_accuracy": 4}
-    progress.on_train_begin(None, state, None)
-    progress.on_log(None, state, None, logs=shown)
-    assert progress.training_bar.postfix == "loss=1, accuracies=2, entropy=3, mean_token_accuracy=4"
+    order = {kind: kinds.index(kind) for kind in kinds}
+    assert order[DefaultFlowCallback] == 0 and kinds[-1] == Checkpoints  # whose marker says that all others are done
+    assert order[StopOnSignal] < order[Recorder]  # asks for a save, which asks for a line
+    assert (
+        order[StepWatchdog] < order[Recorder] < order[WandbBySteps]
+    )  # adds to the line; W&B is sent again what is kept
+    assert order[StepWatchdog] < min(order[TensorBoardCallback], order[Theirs])
+    assert order[Recorder] < order[FiniteWatchdog]  # once the line is written
 
 
 def test_a_checkpoint_is_complete_only_with_the_objectives_state(tmp_path, monkeypatch):
@@ -162,29 +123,6 @@ def test_a_checkpoint_is_complete_only_with_the_objectives_state(tmp_path, monke
         broken.setattr(trainer, "save_objective_state", fails)
         training.train()
     assert (tmp_path / "checkpoint-1").is_dir() and not (tmp_path / "checkpoint-1" / MARKER).exists()
-
-
-CLOCK_TEMPLATE = """{%- for message in messages %}{% if loop.first %}{{ bos_token }}{{ strftime_now("%d %b %Y") }}{% endif %}\
-<|start_header_id|>{{ message.role }}<|end_header_id|>{{ message.content }}<|eot_id|>{% endfor %}\
-{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>{% endif %}"""
-
-
-def test_a_run_goes_on_with_the_day_of_its_first_start(tmp_path, twin):
-    out, template = tmp_path / "out", tmp_path / "clock.jinja"
-    template.write_text(CLOCK_TEMPLATE)
-    once = flags(twin, chat_template=template, save_strategy="steps", save_steps=1)
-    run = preference(once, out)
-    assert run.wait() == 0 and "the chat template reads the clock: it says" in run.output, run.output[-3000:]
-    today = str(datetime.date.today())
-    assert recorded_run(out)["date"] == today and "strftime_now" not in (out / "chat_template.jinja").read_text()
-    record = recorded_run(out)
-    (out / "run.json").write_text(json.dumps(record | {"date": "2020-02-03", "finished": False}))
-    refused = preference(once, out)  # the rows are those of another day: the fingerprints say so
-    assert refused.wait() == 2 and "it says 2020-02-03 from now on" in refused.output, refused.output[-3000:]
-    assert "fingerprints.train: " in refused.output
-    (out / "run.json").write_text(json.dumps(record | {"finished": False}))
-    again = preference(once, out)
-    assert again.wait() == 0 and f"resuming from {out}/checkpoint-2" in again.output, again.output[-3000:]
 
 
 @pytest.mark.parametrize("end, code", [("well", 0), ("stop", 75), ("error", 2)])
@@ -204,3 +142,42 @@ def test_a_lock_that_would_be_waited_for_is_named(tmp_path, monkeypatch):
     assert frame.compilation_locks() == []
     lock.touch()
     assert frame.compilation_locks() == [lock]
+
+
+@pytest.mark.parametrize(
+    ("stage", "metric", "known"),
+    [
+        ("rmipo", "eval_rmipo/gamma_mean", True),
+        ("rmipo", "common/acc_logratio", False),  # of methods with a reference
+        ("sft", "eval_entropy", True),
+        ("sft", "rewards/accuracies", False),
+    ],
+)
+def test_a_metric_that_is_not_logged_is_no_measure_of_the_best_model(stage, metric, known):
+    overrides = ["--model_name_or_path=a/b", f"--metric_for_best_model={metric}"]
+    args, *_ = load_recipe(ROOT / f"recipes/tiny/{stage}.yaml", overrides=overrides).parse(world_size=1)
+    if known:
+        frame.check_late_failures(args)
+    else:
+        with pytest.raises(ConfigError, match="metric_for_best_model"):
+            frame.check_late_failures(args)
+
+
+def test_flex_attention_needs_a_compiler(monkeypatch):
+    args, *_ = load_recipe(ROOT / "recipes/tiny/rmipo.yaml", overrides=["--model_name_or_path=a/b"]).parse(world_size=1)
+    monkeypatch.setattr(frame, "resolve_kind", lambda *_: "flex")
+    monkeypatch.setattr(frame, "compiler_problem", lambda: "there is no C compiler")
+    with pytest.raises(ConfigError, match="attention: flex"):
+        frame.check_late_failures(args)
+
+
+@pytest.mark.parametrize("stage", ["sft", "rmipo"])
+def test_training_scripts_check_the_machine_before_they_load_anything(stage, monkeypatch, tmp_path):
+    def refuse(recipe, args):
+        raise PreflightError("too small")
+
+    monkeypatch.setattr(frame, "check_run", refuse)
+    overrides = ["--model_name_or_path=a/b", "--dataset_name=c/d", f"--output_dir={tmp_path / 'run'}"]
+    script = {"sft": "sft", "rmipo": "preference"}[stage]
+    ended = run_here(script, "--config", f"recipes/tiny/{stage}.yaml", *overrides)
+    assert ended.code == 2 and ended.err.endswith("error: too small\n") and not (tmp_path / "run").exists()

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 from transformers import TrainerControl, TrainerState
 
-from rmipo.files import replacing, write_atomically, write_lines
-from rmipo.record import append_metrics, keep_metrics, read_generations, read_metrics, recorded_run, write_generations
-from rmipo.run.callbacks import LineAtCheckpoint, MetricsFile
+from rmipo.files import replacing, write_atomically
+from rmipo.record import append_metrics, keep_metrics, read_metrics
+from rmipo.run.callbacks import Recorder
 from rmipo.run.identity import WITHOUT_EFFECT, differences, run_identity
 
 
@@ -48,26 +48,8 @@ def test_a_file_that_is_not_written_to_its_end_replaces_nothing(tmp_path):
     assert path.read_text() == "old"
 
 
-def test_lines_are_json_each_with_its_end(tmp_path):
-    for rows, text in (([{"a": 1}, {"b": "\n"}], '{"a": 1}\n{"b": "\\n"}\n'), ([], "")):
-        write_lines(tmp_path / "rows.jsonl", rows)
-        assert (tmp_path / "rows.jsonl").read_text() == text
-
-
-def test_generations_replace_those_before(tmp_path):
-    append_metrics(tmp_path, {"step": 1})
-    for step in (1, 2):
-        write_generations(tmp_path, [{"step": step, "answer": "a"}])
-        assert read_generations(tmp_path) == [{"step": step, "answer": "a"}]
-
-
-def test_a_folder_without_lines_has_none(tmp_path):
-    assert read_metrics(tmp_path) == [] == read_generations(tmp_path)
-    assert recorded_run(tmp_path) is None
-
-
 def test_an_evaluation_is_written_once_and_the_summary_never(tmp_path):
-    file, arguments = MetricsFile(), Arguments(tmp_path)
+    file, arguments = Recorder(), Arguments(tmp_path)
     append_metrics(tmp_path, {"step": 4, "eval_loss": 1.0})
     file.on_train_begin(arguments, state_at(4), None)
     file.on_log(arguments, state_at(4), None, logs={"eval_loss": 1.0})  # a resumed run evaluates its checkpoint again
@@ -82,46 +64,14 @@ def test_an_evaluation_is_written_once_and_the_summary_never(tmp_path):
     ]
 
 
-def test_other_processes_than_the_first_write_no_line(tmp_path):
-    file, state = MetricsFile(), TrainerState(global_step=3, is_world_process_zero=False)
-    append_metrics(tmp_path, {"step": 4, "loss": 1.0})
-    file.on_train_begin(Arguments(tmp_path), state, None)
-    for logs in ({"loss": 1.0}, {"eval_loss": 1.0}):
-        file.on_log(Arguments(tmp_path), state, None, logs=logs)
-    assert read_metrics(tmp_path) == [{"step": 4, "loss": 1.0}]
-
-
 def test_a_line_is_logged_with_each_checkpoint():
     for save in (True, False):
         control = TrainerControl(should_save=save)
-        LineAtCheckpoint().on_step_end(None, TrainerState(epoch=0.5), control)
+        Recorder().on_step_end(None, TrainerState(epoch=0.5), control)
         assert control.should_log is save
         control = TrainerControl(should_save=save)
-        LineAtCheckpoint().on_epoch_end(None, None, control)  # save_strategy: epoch
+        Recorder().on_epoch_end(None, None, control)  # save_strategy: epoch
         assert control.should_log is save
-
-
-def test_the_evaluation_after_a_run_that_was_killed_before_it_is_written(tmp_path):
-    file, arguments = MetricsFile(), Arguments(tmp_path)
-    for step in (3, 4, 5):
-        append_metrics(tmp_path, {"step": step, "loss": 1.0})
-    file.on_train_begin(arguments, state_at(4), None)
-    file.on_log(arguments, state_at(4), None, logs={"eval_loss": 1.0})
-    assert [line["step"] for line in read_metrics(tmp_path)] == [3, 4, 4]
-    MetricsFile().on_log(Arguments(tmp_path), state_at(0), None, logs={"eval_loss": 1.0})  # without training
-    assert read_metrics(tmp_path)[3:] == [{"step": 0, "eval_loss": 1.0}]
-
-
-def test_evaluations_before_a_run_and_at_several_steps(tmp_path):
-    file, arguments = MetricsFile(), Arguments(tmp_path)
-    file.on_train_begin(arguments, state_at(0), None)
-    for step in (0, 2, 4):
-        file.on_log(arguments, state_at(step), None, logs={"eval_loss": 1.0})
-    assert [line["step"] for line in read_metrics(tmp_path)] == [0, 2, 4]
-    resumed = MetricsFile()
-    resumed.on_train_begin(arguments, state_at(4), None)
-    resumed.on_log(arguments, state_at(4), None, logs={"eval_loss": 1.0})
-    assert [line["step"] for line in read_metrics(tmp_path)] == [0, 2, 4]
 
 
 def test_what_may_change_between_the_starts_of_a_run():

@@ -1,7 +1,6 @@
 """Nothing from outside is run, no secret gets out, nobody's files are overwritten."""
 
 import json
-import os
 import pickle
 import runpy
 from pathlib import Path
@@ -9,8 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
-from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
-from deepspeed.runtime.zero.config import ZeroStageEnum
 
 from rmipo.errors import CheckpointError
 from rmipo.evaluation.pair_scores import score_model
@@ -18,9 +15,8 @@ from rmipo.evaluation.target import check_trained_prompts
 from rmipo.generation.answers import Generator, Request, check_settings
 from rmipo.generation.engines import TransformersEngine
 from rmipo.plan.shapes import load_config
-from rmipo.recipe.load import ConfigError, load_recipe
 from rmipo.recipe.schema import ModelConfig
-from rmipo.run.checkpoints import no_pickled_code, resume_point
+from rmipo.run.checkpoints import resume_point
 from rmipo.run.identity import run_identity
 from rmipo.training.loading import LoadingError, check_limits, load_model, load_tokenizer
 from tests.helpers.families import make_model, make_tokenizer, save
@@ -153,47 +149,6 @@ def test_even_then_a_pickle_runs_nothing(tmp_path):
     assert (tmp_path / "pwned").exists()
 
 
-def test_a_checkpoint_runs_nothing_even_where_its_reader_would_let_it(tmp_path, monkeypatch):
-    monkeypatch.setenv("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "0")
-    torch.save({"state": Hostile(tmp_path / "pwned")}, tmp_path / "optim_states.pt")
-    scalers = [LossScaler(2.0), DynamicLossScaler(4.0, 2.0, 1000, 1.0, 2)]
-    torch.save({"stage": ZeroStageEnum.weights, "scalers": scalers}, tmp_path / "deepspeed.pt")
-    with no_pickled_code(deepspeed=True):
-        with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
-            torch.load(tmp_path / "optim_states.pt", weights_only=False)  # as DeepSpeed reads its files
-        assert not (tmp_path / "pwned").exists()
-        saved = torch.load(tmp_path / "deepspeed.pt", weights_only=False)
-    assert saved["stage"] == ZeroStageEnum.weights and [scaler.cur_scale for scaler in saved["scalers"]] == [2.0, 4.0]
-    assert os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] == "0"
-    monkeypatch.delenv("TORCH_FORCE_WEIGHTS_ONLY_LOAD")
-    with no_pickled_code(deepspeed=False), pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
-        torch.load(tmp_path / "deepspeed.pt", weights_only=False)
-    assert "TORCH_FORCE_WEIGHTS_ONLY_LOAD" not in os.environ
-
-
-@pytest.mark.parametrize("place", ["recipe", "overlay", "command line"])
-def test_yaml_tags_that_make_objects_are_refused(tmp_path, place):
-    hostile = (
-        f"run_name: !!python/object/apply:pathlib.Path.touch [!!python/object/apply:pathlib.Path ['{tmp_path}/pwned']]"
-    )
-    path = tmp_path / "hostile.yaml"
-    path.write_text(hostile + "\n")
-    recipe = ROOT / "recipes/tiny/rmipo.yaml"
-    if place == "command line":  # stays the text that it is
-        loaded = load_recipe(recipe, overrides=[f"--run_name={hostile.removeprefix('run_name: ')}"])
-        assert loaded.values["run_name"].startswith("!!python/object")
-    else:
-        with pytest.raises(ConfigError, match="is not valid YAML: could not determine a constructor"):
-            load_recipe(path) if place == "recipe" else load_recipe(recipe, [path])
-    assert not (tmp_path / "pwned").exists()
-
-
-def test_the_handbooks_trust_remote_code_is_not_followed():
-    recipe = load_recipe(ROOT / "recipes/tiny/rmipo.yaml", overrides=["--trust_remote_code", "true"])
-    assert "trust_remote_code: true ignored: code from the hub is not run" in recipe.notices
-    assert "trust_remote_code" not in recipe.values
-
-
 # Secrets
 
 
@@ -224,7 +179,5 @@ def test_a_folder_of_something_else_is_not_overwritten(tmp_path):
     (tmp_path / "run.tmp").touch()  # a start that was killed before it had written anything
     assert resume_point(tmp_path, identity) is None
     save("llama3", tmp_path)
-    with pytest.raises(
-        CheckpointError, match=r"is not empty and has no run.json .* Found: chat_template.jinja, config"
-    ):
+    with pytest.raises(CheckpointError, match=r"chat_template\.jinja, config"):
         resume_point(tmp_path, identity)

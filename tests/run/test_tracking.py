@@ -24,7 +24,6 @@ from rmipo.run.curves import plot_curves, plot_run
 from rmipo.run.generations import SampleGenerations
 from rmipo.run.identity import run_identity
 from rmipo.run.trackers import WandbBySteps, close_wandb, open_wandb
-from tests.helpers.isolation import CHECKOUT
 from tests.helpers.launched import launch
 from tests.helpers.small_models import make_pairs
 from tests.helpers.trainers import make_trainer
@@ -131,20 +130,6 @@ def test_a_wandb_run_is_sent_what_it_lost_with_a_kill(tmp_path, first_process, s
     assert callback._wandb.run.summary == (summary if first_process else {})
 
 
-@pytest.mark.parametrize("error, code", [(None, 0), (SystemExit, 0), (ValueError, 1), (KeyboardInterrupt, 1)])
-def test_wandb_is_told_whether_a_run_failed(monkeypatch, error, code):
-    codes = []
-    of_run = types.SimpleNamespace(run=object(), finish=lambda exit_code: codes.append(exit_code))
-    monkeypatch.setitem(sys.modules, "wandb", of_run)
-    close_wandb(error)
-    assert codes == [code]
-    of_run.run = None  # another program's import of it
-    close_wandb(error)
-    monkeypatch.delitem(sys.modules, "wandb")
-    close_wandb(error)
-    assert codes == [code]
-
-
 def test_run_record_is_written_at_start_and_completed_at_the_end(tmp_path):
     identity = run_identity({"learning_rate": 1e-6}, {"train": "abc"}, world_size=1)
     record = RunRecord(tmp_path, identity, data={"rows": 3}, folder=tmp_path)
@@ -176,13 +161,6 @@ def test_run_record_is_written_at_start_and_completed_at_the_end(tmp_path):
     assert finished["finished"] is True and finished["results"] == {"eval_loss": 0.5} and finished["seconds"] >= 5
     assert finished["starts"] == 2 and finished["wandb_run_id"] == started["wandb_run_id"]
     assert RunRecord(tmp_path / "other", identity).content["wandb_run_id"] != started["wandb_run_id"]
-
-
-def test_commit_of_a_repository_is_recorded():
-    commit = environment()["commit"]
-    if not (CHECKOUT / ".git").exists():
-        pytest.skip("not a git checkout")
-    assert len(commit.removesuffix("+modified")) == 40
 
 
 def test_a_modified_file_is_said_beside_the_commit(tmp_path, monkeypatch):
@@ -258,15 +236,6 @@ def test_curves_show_training_and_held_out_values_by_step(tmp_path, figures):
     band = figure.axes[3].collections[0].get_paths()[0].vertices
     assert {(x, round(y, 4)) for x, y in band.tolist()} == {(2, 1.0), (2, 1.4), (4, 0.9), (4, 1.1)}
     assert all(axis.get_xlabel() == "optimizer step" and axis.get_legend() for axis in figure.axes)
-
-
-def test_of_a_run_without_margins_nothing_is_drawn(tmp_path, figures):
-    trainer = types.SimpleNamespace(objective=types.SimpleNamespace(name="rmipo"), eval_columns=None)
-    write_lines(tmp_path, [{"step": 1, "loss": 1.0}])
-    assert plot_run(tmp_path, trainer) == {} and figures == []
-    write_lines(tmp_path, [{"step": 1, "rewards/accuracies": 0.5}, {"step": 2, "loss": 1.0}])
-    assert plot_run(tmp_path, trainer) == {"curves": tmp_path / "curves.png"}
-    assert [axis.get_title() for axis in figures[0].axes] == ["win rate"]
 
 
 def test_the_histogram_counts_every_pair_once_with_the_bounds_apart(tmp_path, figures):

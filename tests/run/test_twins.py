@@ -18,12 +18,10 @@ TWINS = {
     "llama3-8b-base/sft": ("llama3", "ultrachat"),
     "llama3-8b-base/rmipo": ("llama3", "ultrafeedback_binarized"),
     "llama3-8b-instruct/rmipo": ("llama3", "on_policy_ultrafeedback"),
-    "llama3-70b-instruct/rmipo": ("llama3", "ultrafeedback_binarized"),
     "mistral-7b-base/sft": ("zephyr", "ultrachat"),
     "mistral-7b-base/rmipo": ("zephyr", "ultrafeedback_binarized"),
     "mistral-7b-instruct/rmipo": ("mistral-instruct", "on_policy_ultrafeedback"),
     "tiny/sft": ("llama3", "ultrachat"),
-    "tiny/rmipo": ("llama3", "on_policy_ultrafeedback"),
 }
 
 

@@ -1,8 +1,6 @@
 """Early warnings: when they come, once per kind, after recovery again; and that a resumed run remembers."""
 
 import json
-import time
-import types
 
 import pytest
 
@@ -55,8 +53,7 @@ def lines_of(logps, norms):
 
 
 def step_watchdog(tmp_path, **limits):
-    args = arguments(tmp_path, **limits)
-    return watchdogs.StepWatchdog(args, watchdogs.GenerationWatchdog(args, make_tokenizer("llama3")))
+    return watchdogs.StepWatchdog(arguments(tmp_path, **limits), make_tokenizer("llama3"))
 
 
 def test_collapse_of_chosen_logps_warns_once_until_it_recovers(tmp_path, capsys):
@@ -65,10 +62,8 @@ def test_collapse_of_chosen_logps_warns_once_until_it_recovers(tmp_path, capsys)
     drops = [line["watchdog/chosen_logp_drop"] for line in logged]
     assert drops == pytest.approx([0.0, 1.1, 1.4, 1.6, 0.5, 1.3, 1.4])
     output = capsys.readouterr().out.splitlines()
-    assert [line.split(":")[0] for line in output] == ["warning, step 3", "step 5", "warning, step 6"]
-    assert output[1] == "step 5: chosen_logp_drop is back at 0.5 (limit 1.2)"
-    assert "1.40 nats per token less likely" in output[0] and "warn_chosen_logp_drop" in output[0]
-    assert "generations.jsonl" in output[0] and "lower learning_rate" in output[0]
+    assert [line.split(":")[0] for line in output] == ["warning, step 3", "warning, step 6"]
+    assert "1.40 nats" in output[0] and "limit 1.2, warn_chosen_logp_drop" in output[0]
 
 
 def test_gradient_norms_are_compared_with_their_running_median(tmp_path, capsys):
@@ -77,8 +72,8 @@ def test_gradient_norms_are_compared_with_their_running_median(tmp_path, capsys)
     ratios = [line.get("watchdog/grad_norm_ratio") for line in logged]
     assert ratios == [None] * 10 + [25.0, 40.0, 1.0, 15.0]  # not before ten norms are known
     output = capsys.readouterr().out.splitlines()
-    assert [line.split(":")[0] for line in output] == ["warning, step 11", "step 13"]
-    assert "25 times its median (limit 20, warn_grad_norm_ratio)" in output[0]
+    assert [line.split(":")[0] for line in output] == ["warning, step 11"]
+    assert "25 times its median" in output[0] and "limit 20, warn_grad_norm_ratio" in output[0]
 
 
 @pytest.mark.parametrize("killed_after", [0, 80])
@@ -105,14 +100,6 @@ def test_lines_that_are_not_of_training_pairs_get_nothing(tmp_path):
     assert line.keys() == {"loss", "common/chosen_avg_logp", "grad_norm"}
 
 
-def test_a_value_at_its_limit_is_within_it(capsys):
-    alarm = watchdogs.Alarm("repetition", 0.5)
-    alarm.check(0.5, 1)
-    assert capsys.readouterr().out == ""
-    alarm.check(0.51, 2)
-    assert capsys.readouterr().out.startswith("warning, step 2: 51%")
-
-
 def test_a_resumed_run_compares_with_the_runs_own_start(tmp_path, capsys):
     lines = lines_of([-1.0] * 5 + [-1.5] * 7, [2.0] * 12)
     whole = feed(tmp_path, [dict(line) for line in lines], step_watchdog(tmp_path))
@@ -122,49 +109,27 @@ def test_a_resumed_run_compares_with_the_runs_own_start(tmp_path, capsys):
     assert rest == whole[6:] and rest[-1]["watchdog/chosen_logp_drop"] == 0.5
 
 
-def test_repetition_in_the_generations_of_an_evaluation(tmp_path, capsys):
-    args, state, tokenizer = arguments(tmp_path, warn_repetition=0.3), State(), make_tokenizer("llama3")
-    whole = "The capital of France is Paris."  # more 4-grams than
-    loop = "no no no no no no no no no no no no"
-    answers = {2: [whole], 4: [loop, whole], 6: ["Good luck!"]}
-    watchdog = watchdogs.GenerationWatchdog(args, tokenizer)
-    watchdog.on_evaluate(args, state, None)  # nothing was generated
-    assert watchdog.repetition is None
-    written = []
-    for step, texts in answers.items():
-        written += [{"step": step, "prompt": "no no no no no no", "answer": text} for text in texts]
-        (tmp_path / "generations.jsonl").write_text("".join(json.dumps(line) + "\n" for line in written))
-        state.global_step = step
-        watchdog.on_evaluate(args, state, None)
-    ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in answers[4]]
-    share = watchdogs.repeated_share(ids)
-    assert 0.3 < share < 0.5 < watchdogs.repeated_share(ids[:1])
+def test_repetition_in_the_last_sample_generations(tmp_path, capsys):
+    tokenizer, watchdog = make_tokenizer("llama3"), step_watchdog(tmp_path, warn_repetition=0.3)
+    whole, loop = "The capital of France is Paris.", "no no no no no no no no no no no no"
+    written = [
+        {"step": step, "prompt": "no no no no no no", "answer": text}
+        for step, texts in {1: [whole], 3: [loop, whole], 5: ["Good luck!"]}.items()
+        for text in texts
+    ]
+    (tmp_path / "generations.jsonl").write_text("".join(json.dumps(line) + "\n" for line in written))
+    logged = feed(tmp_path, lines_of([-1.0] * 7, [1.0] * 7), watchdog)
+    share = watchdogs.repeated_share([tokenizer(text, add_special_tokens=False)["input_ids"] for text in (loop, whole)])
+    # An evaluation comes after its step's line.
+    assert [line.get("watchdog/repetition") for line in logged] == [None, 0.0, 0.0, share, share, 0.0, 0.0]
+    assert 0.3 < share < 0.5
     output = capsys.readouterr().out.splitlines()
-    told = f"{share:.0%} of the sample generations' 4-grams are repeats (limit 30%, warn_repetition)."
-    assert len(output) == 2 and output[0].startswith(f"warning, step 4: {told} Look at generations.jsonl")
-    assert output[1] == "step 6: repetition is back at 0 (limit 0.3)"
-
-    resumed = watchdogs.GenerationWatchdog(args, tokenizer)
-    state.global_step = 5  # the answers of step 6 were written after the checkpoint
-    resumed.on_train_begin(args, state, None)
-    assert resumed.repetition == share
-    steps = watchdogs.StepWatchdog(args, resumed)
-    for repetition in (share, 0.0):
-        resumed.repetition = repetition
-        (line,) = lines_of([-1.0], [1.0])
-        steps.on_log(args, state, None, logs=line)
-        assert line["watchdog/repetition"] == repetition
-    state.is_world_process_zero, state.global_step = False, 4
-    other = watchdogs.GenerationWatchdog(args, tokenizer)
-    other.on_evaluate(args, state, None)
-    assert other.repetition is None and capsys.readouterr().out == ""
+    assert [line.split(":")[0] for line in output] == ["warning, step 4"] and "warn_repetition" in output[0]
 
 
-def test_a_run_logs_what_the_watchdogs_see(tmp_path):
-    pairs = make_pairs(96, seed=3)
-    trainer = make_trainer(tmp_path, pairs, logging_steps=1)
-    generations = watchdogs.GenerationWatchdog(trainer.args, make_tokenizer("llama3"))
-    set_callbacks(trainer, [watchdogs.StepWatchdog(trainer.args, generations), generations])
+def test_a_run_logs_what_the_watchdog_sees(tmp_path):
+    trainer = make_trainer(tmp_path, make_pairs(96, seed=3), logging_steps=1)
+    set_callbacks(trainer, [watchdogs.StepWatchdog(trainer.args, make_tokenizer("llama3"))])
     trainer.train()
     lines = [line for line in read_metrics(tmp_path) if "loss" in line]
     assert len(lines) == 12
@@ -174,67 +139,7 @@ def test_a_run_logs_what_the_watchdogs_see(tmp_path):
     assert [("watchdog/grad_norm_ratio" in line) for line in lines] == [False] * 10 + [True] * 2
 
 
-def test_silence_is_reported_once_until_something_comes_again(capsys):
-    args = types.SimpleNamespace(ddp_timeout=0.3, process_index=1, local_process_index=0, world_size=4)
-    silence, state, waits = watchdogs.SilenceWatchdog(), State(), []
-    wait = silence.ended.wait
-    silence.ended.wait = lambda seconds: waits.append(seconds) or wait(seconds)
-    told = ""
-    for step, event in enumerate(["train_begin", "step_end", "prediction_step", "evaluate", "save"]):
-        state.global_step = step
-        getattr(silence, f"on_{event}")(args, state, None)
-        deadline = time.monotonic() + 10
-        while f"after step {step} for 0 s" not in told and time.monotonic() < deadline:
-            time.sleep(0.01)
-            told += capsys.readouterr().err
-    time.sleep(0.3)
-    told += capsys.readouterr().err
-    assert told.count("warning, rank 1 of 4: nothing has come after step ") == 5
-    assert "ddp_timeout: 0.3 s" in told and "in test_silence_is_reported_once_until_something_comes_again" in told
-    assert waits[0] == waits[-1] == pytest.approx(0.025) and silence.thread.daemon
-    silence.on_train_end(args, state, None)
-    assert not silence.thread.is_alive()
-
-
-def test_what_is_not_silent_is_not_reported(capsys):
-    args = types.SimpleNamespace(ddp_timeout=1800, process_index=0, world_size=2)
-    silence, waits = watchdogs.SilenceWatchdog(), []
-    silence.end()  # a run that ended before it trained
-    silence = watchdogs.SilenceWatchdog()
-    wait = silence.ended.wait
-    silence.ended.wait = lambda seconds: waits.append(seconds) or wait(0.001)
-    silence.on_train_begin(args, State(), None)
-    while len(waits) < 3:
-        time.sleep(0.001)
-    silence.on_train_end(args, State(), None)
-    assert waits[0] == 1.0 and capsys.readouterr().err == ""
-
-
-@pytest.mark.parametrize(
-    "said",
-    [
-        "[gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 6000ms for recv operation",
-        "wait timed out after 6000ms",
-        "Timeout waiting for key: default_pg/0/0",
-        "\n [gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:21",
-    ],
-)
-def test_a_process_that_does_not_answer_is_told_in_one_line(said):
-    with pytest.raises(watchdogs.SilentRankError) as raised, watchdogs.explained_silence(6.0):
-        raise RuntimeError(f"{said}\nException raised from pair.cc")
-    message = str(raised.value)
-    assert message.startswith(f"another process did not answer: {said.strip()}. Look at the logs")
-    assert "take longer than 6 s, raise ddp_timeout" in message and "Exception raised" not in message
-
-
-def test_other_errors_stay_what_they_are():
-    error = RuntimeError("CUDA out of memory")
-    with pytest.raises(RuntimeError) as raised, watchdogs.explained_silence(6.0):
-        raise error
-    assert raised.value is error
-
-
-def test_a_silent_rank_is_reported_and_the_timeout_ends_the_run(tmp_path):
+def test_a_silent_rank_makes_the_others_say_where_they_wait_and_the_timeout_ends_the_run(tmp_path):
     """The recipe's ddp_timeout holds on the CPU too, where transformers leaves it out."""
     command = ["tests/helpers/silent_rank.py", "--ddp_timeout", "6", "--model_name_or_path", "some/model"]
     run = launch(command, processes=2)
@@ -242,12 +147,9 @@ def test_a_silent_rank_is_reported_and_the_timeout_ends_the_run(tmp_path):
         run.processes[0].join()
     finally:
         run.end()
-    errors = run.output
-    assert run.processes[0].exitcode == 2, errors[-3000:]
-    assert "warning, rank 0 of 2: nothing has come after step 1 for 2 s" in errors
-    assert "all_reduce" in errors.partition("This process is in:")[2]
-    assert "error: another process did not answer: " in errors and "6 s, raise ddp_timeout" in errors
-    assert "Traceback" not in errors
+    assert run.processes[0].exitcode == 1, run.output[-3000:]
+    told = run.output.partition("Timeout (0:00:02)!")[2]
+    assert "all_reduce" in told and "RuntimeError" in told
 
 
 def test_a_gradient_that_is_not_finite_stops_the_run(tmp_path):
@@ -256,9 +158,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run(tmp_path):
     watchdog = watchdogs.FiniteWatchdog()
     watchdog.on_log(arguments(tmp_path), state, None, logs={"loss": 1.0, "grad_norm": 2.0})
     watchdog.on_log(arguments(tmp_path), state, None, logs={"eval_loss": 1.0})
-    with pytest.raises(
-        watchdogs.NonFiniteStepError, match=r"^step 7: grad_norm is nan\. The last checkpoint is from before"
-    ):
+    with pytest.raises(watchdogs.NonFiniteStepError, match=r"^step 7: grad_norm is nan"):
         watchdog.on_log(arguments(tmp_path), state, None, logs={"loss": 1.0, "grad_norm": float("nan")})
     with pytest.raises(watchdogs.NonFiniteStepError, match=r"^step 7: loss is -inf, grad_norm is inf\. "):
         logs = {"loss": float("-inf"), "grad_norm": float("inf")}
