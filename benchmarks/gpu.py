@@ -26,7 +26,6 @@ from datetime import datetime
 from pathlib import Path
 
 import datasets
-import matplotlib
 import torch
 import transformers
 from torch.nn.attention import flex_attention
@@ -38,11 +37,9 @@ from rmipo.plan import memory
 from rmipo.plan.gpus import speed_of
 from rmipo.plan.memory import Workload
 from rmipo.plan.shapes import Shape
+from rmipo.plots import house_style, panels, save
 from rmipo.training import attention
 from rmipo.training.parity import check_parity
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 
 BASES = ("padded-rmipo", "padded-simpo", "simpo")
 OURS = ("rmipo", "simpo", "dpo")
@@ -159,9 +156,10 @@ def run(setup: Setup, micro_batch: int, rounds: int, contenders: dict[str, Conte
     return case
 
 
+@house_style
 def draw(result: dict, path: Path) -> None:
     """Step time, tokens/s and peak memory of every contender, a panel each; our planned memory as a mark."""
-    figure, axes = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
+    figure, axes = panels(3, height=3.0, sharey=True)
     names = list(BUILDERS)
     for number, case in enumerate(result["cases"].values()):
         entries = [case["contenders"].get(name, {}) for name in names]
@@ -183,17 +181,16 @@ def draw(result: dict, path: Path) -> None:
             if "planned_memory" in e
         ]
         axes[2].plot(*zip(*marks, strict=True), "k|", markersize=10, label="planned" if number == 0 else None)
-    titles = ("Step time / padded SimPO", "Thousand tokens per second", "Peak GiB beyond weights and gradients")
+    titles = ("Step time / padded SimPO", "Thousand tokens/s", "GiB beyond weights, gradients")
     for axis, title in zip(axes, titles, strict=True):
-        axis.set_title(title, fontsize=10)
+        axis.set_title(title)
         axis.set_yticks([i + 0.2 * (len(result["cases"]) - 1) for i in range(len(names))], names)
-        axis.invert_yaxis()
-    axes[2].legend(fontsize=8)
+    axes[0].invert_yaxis()
+    figure.legend(*axes[2].get_legend_handles_labels(), ncols=3, loc="outside lower center")
     figure.suptitle(
         f"{result['environment']['gpu'] or 'CPU, small shapes: only a trial'}, {result['setup']['layers']} layers"
     )
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    save(figure, path, (".png",))
 
 
 def main() -> None:

@@ -18,16 +18,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 warnings.filterwarnings("ignore", category=FutureWarning)
 
 import datasets
-import matplotlib
 import torch
 from tqdm import tqdm
 
 from benchmarks import lengths, measure, report, work
 from benchmarks.bench import KEY, SETUP
 from benchmarks.contenders import build
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+from rmipo.plots import house_style, panels, save
 
 BASE = {"response": 96, "prompt": 64, "pairs": 2}
 SWEEPS = {"response": (32, 96, 192, 320, 448), "prompt": (16, 64, 192, 320, 448), "pairs": (1, 2, 4, 6, 8)}
@@ -63,10 +60,11 @@ def points(rounds: int) -> dict:
     return result
 
 
+@house_style
 def plot(result: dict, path: Path) -> None:
     every = [point for sweeps in result.values() for sweep in sweeps.values() for point in sweep]
     speed = statistics.median(point["flops"] / point["seconds"] for point in every)
-    figure, axes = plt.subplots(1, 3, figsize=(13, 4), sharey=True, layout="constrained")
+    figure, axes = panels(3, height=2.6, sharey=True)
     for axis, swept in zip(axes, SWEEPS, strict=True):
         for number, (name, sweeps) in enumerate(result.items()):
             x = [point["value"] for point in sweeps[swept]]
@@ -74,11 +72,10 @@ def plot(result: dict, path: Path) -> None:
             axis.plot(x, [point["flops"] / speed for point in sweeps[swept]], "-", color=f"C{number}", alpha=0.5)
         others = ", ".join(f"{name} {value}" for name, value in BASE.items() if name != swept)
         axis.set(xlabel=LABELS[swept], title=others, xlim=(0, None), ylim=(0, None))
-        axis.grid(alpha=0.3)
     axes[0].set_ylabel("CPU seconds per step")
     axes[0].legend()
     figure.suptitle(f"Points: measured; lines: the work model at {speed / 1e9:.0f} GFLOP/s")
-    figure.savefig(path, dpi=120)
+    save(figure, path, (".png",))
 
 
 def main() -> None:

@@ -44,7 +44,7 @@ def main() -> None:
     if bench not in (*BENCHMARKS, "all"):
         raise EvaluationError(f"BENCH={bench} is none of {', '.join(BENCHMARKS)}, all (those of the paper)")
     if args.eval_name in (*BENCHMARKS, "answers") or "/" in args.eval_name:
-        raise EvaluationError(f"EVAL_NAME={args.eval_name} is taken by another folder of eval/, or no name of one")
+        raise EvaluationError(f"EVAL_NAME={args.eval_name} is taken by the evaluation itself")
     benches = [b for b in BENCHMARKS.values() if bench == b.name or (bench == "all" and b.in_paper)]
     max_cost = float(args.max_cost) if args.max_cost else None
     tasks = args.tasks.replace(",", " ").split()

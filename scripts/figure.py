@@ -25,9 +25,10 @@ from rmipo.reporting.results import (
     PAPER_MODELS,
     RECIPES,
     ReportError,
-    Run,
+    TrainingRun,
     check_model,
     load_run,
+    method_label,
     model_label,
     train_command,
 )
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 NUMBERS = (2, 3, 5, 6, 7, 8)
-ONE_METHOD = (3, 8)
+OPTIONS = {"method": (3, 8), "metric": (2,), "eval_name": (2,), "data": (8,)}  # and the figures that take them
 FIGURE6_METHODS = ("simpo", "simper", "rmipo")
 
 
@@ -65,19 +66,15 @@ def main() -> None:
         check_names(args.model, [])
     if args.number != 8:
         check_model(args.outputs, args.model)
-    if args.method and args.number not in ONE_METHOD:
-        raise ReportError(
-            f"figure {args.number} compares methods; METHOD={args.method} is for figures {ONE_METHOD}: leave it out"
-        )
-    for option, number in (("metric", 2), ("eval_name", 2), ("data", 8)):
-        if getattr(args, option) and args.number != number:
+    for option, numbers in OPTIONS.items():
+        if getattr(args, option) and args.number not in numbers:
             raise ReportError(
-                f"{option.upper()} is for figure {number}, and this is figure {args.number}: leave it out"
+                f"{option.upper()} is for figure {numbers}, and this is figure {args.number}: leave it out"
             )
-    from rmipo.reporting import figures  # imports matplotlib
+    from rmipo.plots import save  # imports matplotlib
 
     figure = draw(args)
-    for file in figures.save(figure, report_file(args, ".png")):
+    for file in save(figure, report_file(args, ".png")):
         print(f"Written to {file}")
 
 
@@ -103,7 +100,6 @@ def draw(args: argparse.Namespace) -> "Figure":
 
 def draw3(args: argparse.Namespace) -> "Figure":
     from rmipo.reporting import figures_pairs, pair_scores  # import torch and transformers
-    from rmipo.reporting.figures import method_label
     from rmipo.reporting.figures_runs import on_other_pairs
 
     method = args.method or "initial"
@@ -119,9 +115,7 @@ def draw6(args: argparse.Namespace) -> "Figure":
     differences = {method: pair_scores.reward_differences(run, "test", args.max_pairs) for method, run in runs.items()}
     rows = {method: rows for method, (_, rows) in differences.items()}
     if len({tuple(r) for r in rows.values()}) > 1:
-        raise ReportError(
-            f"figure 6: the {args.model} runs of {', '.join(rows)} used different pairs; train them on the same"
-        )
+        raise ReportError(f"figure 6: the {args.model} runs of {', '.join(rows)} used different pairs")
     judged = pair_scores.judge_differences(runs["rmipo"], "test", rows["rmipo"])
     values = {method: rewards for method, (rewards, _) in differences.items()}
     notes = ["REF: score_chosen minus score_rejected of the same pairs, as their data set has them."]
@@ -132,7 +126,6 @@ def draw6(args: argparse.Namespace) -> "Figure":
 def draw8(args: argparse.Namespace) -> "Figure":
     """Draws the readings, prints their table and writes it as CSV."""
     from rmipo.reporting import figures_pairs, pair_scores
-    from rmipo.reporting.figures import method_label
 
     method = args.method or "rmipo"
     run = scored_run(args, method)
@@ -159,7 +152,7 @@ def draw8(args: argparse.Namespace) -> "Figure":
     )
 
 
-def scored_run(args: argparse.Namespace, method: str) -> Run:
+def scored_run(args: argparse.Namespace, method: str) -> TrainingRun:
     """What Figure 8 scores with: a finished run, a setting's initial model with its recipe, or any model."""
     from rmipo.evaluation.target import find_target
     from rmipo.recipe.load import load_recipe
@@ -174,7 +167,7 @@ def scored_run(args: argparse.Namespace, method: str) -> Run:
     return initial_run(folder, load_recipe(recipe).values if recipe.is_file() else {})
 
 
-def finished_run(outputs: Path, model: str, method: str) -> Run:
+def finished_run(outputs: Path, model: str, method: str) -> TrainingRun:
     run = load_run(outputs, model, method)
     if run is None or not run.finished:
         raise ReportError(f"{outputs / model / method} holds no finished run: run `{train_command(model, method)}`")

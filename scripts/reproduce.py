@@ -51,7 +51,7 @@ def main() -> int:
 
     for number, step in enumerate(steps, start=1):
         mark = "done" if step.done else "    "
-        print(f"{number:3d} {mark} {step.command}")
+        print(f"{number:3d} {mark} {step.text}")
     print(summary(steps))
     if args.dry:
         return 0
@@ -60,11 +60,9 @@ def main() -> int:
     for number, step in enumerate(steps, start=1):
         if step.done:
             continue
-        print(f"\n[{number}/{len(steps)}] {step.command}", flush=True)
-        if subprocess.run(shlex.split(step.command), env=environment).returncode != 0:
-            print(
-                f"Step {number} failed: {step.command}\nRun the same again: finished steps are skipped", file=sys.stderr
-            )
+        print(f"\n[{number}/{len(steps)}] {step.text}", flush=True)
+        if subprocess.run(shlex.split(step.text), env=environment).returncode != 0:
+            print(f"Step {number} failed: {step.text}\nRun the same again: finished steps are skipped", file=sys.stderr)
             return 1
     table = f"make table N={args.table}" + (f" MODEL={args.model}" if args.model else "")
     return subprocess.run(shlex.split(table), env=environment).returncode

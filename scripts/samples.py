@@ -65,8 +65,7 @@ def choose_prompts(given: list[str] | None, settings: dict) -> tuple[list[str], 
         rows = load_reference(settings["reference"])[0][: settings.get("first_n")]
         return [row["instruction"] for row in rows], {"reference": [row["output"] for row in rows]}
     raise EvaluationError(
-        "no prompts: give one with --prompt (make: ARGS='--prompt \"...\"'), or set the block `samples` in the setting's "
-        "eval.yaml"
+        "no prompts: give one with ARGS='--prompt \"...\"', or set `samples` in the setting's eval.yaml"
     )
 
 

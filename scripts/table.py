@@ -1,50 +1,71 @@
-"""Print one of the paper's tables from result files: the paper's number, ours, and the difference.
+"""Print one of the paper's tables, or one of any benchmark, from result files.
 
     make table N=2
-    make table N=1 MODEL=tiny
-    make table N=1 EVAL_NAME=llama3-70b
-    .venv/bin/python scripts/table.py --number 2 --outputs outputs
+    make table N=1 MODEL=tiny EVAL_NAME=llama3-70b
+    make table BENCH=constraints,specificity MODEL=smollm2-135m-instruct AGAINST=dpo
+    make table BENCH=mtbench MODEL=llama3-8b-instruct          # with its categories
+    make table WINS=1 BENCH=mtbench MODEL=llama3-8b-instruct   # win rates between any two methods
 
-Writes Markdown, CSV and LaTeX to <outputs>/reports/, and prints the Markdown. Runs that differ in the seed alone are
-averaged. Without --differences, a number that was made with another judge or decoding than the paper's, or in a trial,
-is marked and stands without a difference.
+N: the paper's number, ours, and the difference; without --differences, a number that was made with another judge or
+decoding than the paper's, or in a trial, is marked and stands without a difference. BENCH (several with commas, or all):
+every evaluated method by every metric, the best in bold, and how far AGAINST (default: rmipo) is ahead of each on the same
+prompts, with its 95% interval and stars by Holm. Runs that differ in the seed alone are averaged. Writes Markdown, CSV
+and LaTeX to <outputs>/reports/, and prints the Markdown.
 """
 
 import os
 from pathlib import Path
 
 from rmipo import cli
+from rmipo.evaluation import BENCHMARKS
 from rmipo.reporting.filling import fill
 from rmipo.reporting.render import FORMATS
-from rmipo.reporting.results import ReportError, check_model
-from rmipo.reporting.tables import TABLES, build_table
+from rmipo.reporting.results import OURS, ReportError, check_model
+from rmipo.reporting.tables import TABLES, benchmark_table, build_table
+from rmipo.reporting.wins import render, win_rates
 
 
 def main() -> None:
     parser = cli.Parser(__doc__)
     parser.add_argument("--number", type=int, default=os.environ.get("N") or None, help=f"one of {sorted(TABLES)}")
-    parser.add_argument("--model", default=os.environ.get("MODEL"), help="another model than the paper's")
+    parser.add_argument("--bench", default=os.environ.get("BENCH", ""), help=f"all, or some of {', '.join(BENCHMARKS)}")
+    parser.add_argument("--wins", action="store_true", default=os.environ.get("WINS", "0") not in ("", "0"))
+    parser.add_argument(
+        "--against", default=os.environ.get("AGAINST") or OURS, help="the method that others are held to"
+    )
+    parser.add_argument("--model", default=os.environ.get("MODEL"), help="with N: another model than the paper's")
     parser.add_argument("--eval_name", default=os.environ.get("EVAL_NAME", ""), help=cli.VARIABLES["EVAL_NAME"])
     parser.add_argument("--outputs", type=Path, default=Path("outputs"), help="where the runs are")
     parser.add_argument("--differences", action="store_true", help="print all differences to the paper")
-    parser.add_argument(
-        "--allow_mixed_versions", action="store_true", help="print results of mixed versions or settings"
-    )
     args = parser.read()
-    if args.number is None:
-        raise ReportError(f"which table? Say N=..., one of {sorted(TABLES)}")
+    benches = list(BENCHMARKS) if args.bench == "all" else args.bench.replace(",", " ").split()
+    if (args.number is None) == (not benches and not args.wins):
+        raise ReportError(f"which table? Say N=..., one of {sorted(TABLES)}, or BENCH=... and MODEL=...")
+    if unknown := [bench for bench in benches if bench not in BENCHMARKS]:
+        raise ReportError(f"BENCH={args.bench}: {', '.join(unknown)} is none of {', '.join(BENCHMARKS)}, all")
+    if args.number is None and not args.model:
+        raise ReportError("of which model? Say MODEL=...")
     if args.model:
         check_model(args.outputs, args.model)
 
-    table = build_table(args.number, [args.model] if args.model else [])
-    filled = fill(table, args.outputs, args.allow_mixed_versions, args.differences, args.eval_name)
+    if args.wins:
+        bench = benches[0] if benches else "alpacaeval"
+        texts, name = render(*win_rates(args.outputs, args.model, bench, args.eval_name)), f"wins-{bench}"
+    else:
+        if args.number is not None:
+            table, name = build_table(args.number, [args.model] if args.model else []), f"table{args.number}"
+        else:
+            table = benchmark_table(args.outputs, args.model, benches, args.eval_name)
+            name = f"table-{args.bench.replace(',', '-')}"
+        filled = fill(table, args.outputs, args.differences, args.eval_name, args.against)
+        texts = {suffix: form(filled) for suffix, form in FORMATS.items()}
     folder = args.outputs / "reports"
     folder.mkdir(parents=True, exist_ok=True)
-    name = "-".join([f"table{args.number}", *(part for part in (args.model, args.eval_name) if part)])
-    for extension, render in FORMATS.items():
-        (folder / f"{name}.{extension}").write_text(render(filled))
-    print(FORMATS["md"](filled))
-    print(f"Written to {folder}/{name}.{{{','.join(FORMATS)}}}")
+    name = "-".join([name, *(part for part in (args.model, args.eval_name) if part)])
+    for suffix, text in texts.items():
+        (folder / f"{name}.{suffix}").write_text(text)
+    print(texts["md"])
+    print(f"Written to {folder}/{name}.{{{','.join(texts)}}}")
 
 
 if __name__ == "__main__":

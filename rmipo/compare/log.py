@@ -15,7 +15,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from rmipo.compare.run import CURVE_PAIRS, CURVE_STEPS, execute
-from rmipo.compare.study import INITIAL, SEARCH_SEED, Run, Study
+from rmipo.compare.study import Study
+from rmipo.compare.trial import INITIAL, SEARCH_SEED, Trial
 from rmipo.errors import ConfigError, UserError
 from rmipo.fingerprints import json_fingerprint, model_fingerprint
 
@@ -45,23 +46,24 @@ class Log:
             "measured": measured,
         }
 
-    def key(self, run: Run) -> str:
+    def key(self, run: Trial) -> str:
         recipe = {key: value for key, value in self.study.recipe(run).resolved().items() if key not in NOT_THE_RUN}
         content = {"run": asdict(run), "recipe": recipe, **self.common}
         return json_fingerprint(content)
 
-    def find(self, run: Run) -> dict | None:
+    def find(self, run: Trial) -> dict | None:
         return self.lines.get(self.key(run))
 
-    def add(self, run: Run, result: dict, environment: dict) -> dict:
+    def add(self, run: Trial, result: dict, environment: dict) -> dict:
         line = {"key": self.key(run), **asdict(run), **result, **environment}
-        self.lines[line["key"]] = line
+        text = json.dumps(line)
         with open(self.path, "a") as file:
-            file.write(json.dumps(line) + "\n")
-        return line
+            file.write(text + "\n")
+        self.lines[line["key"]] = json.loads(text)  # as the next start will read it
+        return self.lines[line["key"]]
 
 
-def execute_all(log: Log, runs: list[Run], workers: int, environment: dict) -> Iterator[tuple[Run, dict]]:
+def execute_all(log: Log, runs: list[Trial], workers: int, environment: dict) -> Iterator[tuple[Trial, dict]]:
     """(run, line) of every run as it finishes, those in the log first. A run that fails raises."""
     todo = []
     for run in runs:
@@ -105,13 +107,13 @@ def prepare_worker(log: str, scratch: str) -> None:
     tqdm.set_lock(threading.RLock())  # its own holds a semaphore of the operating system
 
 
-def search_runs(methods: Iterable[str], rates: Iterable[float]) -> list[Run]:
-    return [Run("search", method, rate, SEARCH_SEED, 0.0) for method in methods for rate in rates]
+def search_runs(methods: Iterable[str], rates: Iterable[float]) -> list[Trial]:
+    return [Trial("search", method, rate, SEARCH_SEED, 0.0) for method in methods for rate in rates]
 
 
-def report_runs(methods: Iterable[str], rates: dict[str, float], seeds: list[int], noises: list[float]) -> list[Run]:
+def report_runs(methods: Iterable[str], rates: dict[str, float], seeds: list[int], noises: list[float]) -> list[Trial]:
     return [
-        Run("report", method, rates.get(method), seed, noise)
+        Trial("report", method, rates.get(method), seed, noise)
         for noise in noises
         for seed in seeds
         for method in (INITIAL, *methods)

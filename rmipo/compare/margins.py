@@ -12,11 +12,13 @@ from statistics import mean, median, stdev
 from tqdm import tqdm
 
 from rmipo.compare.log import Log, execute_all
-from rmipo.compare.study import Run, Study
+from rmipo.compare.study import Study
+from rmipo.compare.trial import Trial
+from rmipo.evaluation.statistics import holm
 from rmipo.launch.choices import choose_stages
 from rmipo.recipe.files import read_yaml
 from rmipo.record import environment
-from rmipo.reporting.spread import contrast, draw_spread, holm
+from rmipo.reporting.spread import contrast, draw_spread
 from rmipo.run.lock import locked
 
 MEAN_GAMMA = "simpo-mean-gamma"
@@ -32,17 +34,17 @@ def margins(env: dict[str, str]) -> int:
     plan = read_yaml(Path(f"recipes/{model}/margins.yaml"))
     study = Study(model, arguments=env.get("ARGS", ""))
     folder = Path(f"outputs/{model}/margins")
-    rate, workers = plan["learning_rate"], int(env.get("WORKERS") or study.workers)
+    rates, workers = plan["arms"], int(env.get("WORKERS") or study.workers)
     arms = [
-        Run("report", method, rate, seed, noise)
+        Trial("report", method, rate, seed, noise)
         for noise in plan["noise"]
         for seed in range(plan["arm_seeds"])
-        for method in plan["arms"]
+        for method, rate in rates.items()
     ]
     grids = [
-        Run("report", method, rate, seed, 0.0, point)
-        for seed in range(plan["grid_seeds"])
-        for method, grid in plan["grids"].items()
+        Trial("report", method, rates[method], seed, 0.0, point)
+        for seed in range(plan.get("grid_seeds", 0))
+        for method, grid in plan.get("grids", {}).items()
         for point in points(grid)
     ]
     for run in (*arms, *grids):
@@ -53,7 +55,7 @@ def margins(env: dict[str, str]) -> int:
             total=len(arms) + len(grids) + plan["arm_seeds"] * len(plan["noise"]), unit="run", smoothing=0
         ) as bar:
 
-            def finished(runs: list[Run]) -> list[tuple[Run, dict]]:
+            def finished(runs: list[Trial]) -> list[tuple[Trial, dict]]:
                 lines = {}
                 for run, line in execute_all(log, runs, workers, facts):
                     bar.update()
@@ -68,8 +70,9 @@ def margins(env: dict[str, str]) -> int:
     text = report(done, spread, metric)
     print(text)
     (folder / "report.md").write_text(text)
-    draw_spread(outcomes(spread, metric), metric).savefig(folder / "spread.png")
-    print(folder / "spread.png")
+    if spread:
+        draw_spread(outcomes(spread, metric), metric).savefig(folder / "spread.png")
+        print(folder / "spread.png")
     return 0
 
 
@@ -83,13 +86,13 @@ def points(grid: dict[str, list]) -> list[tuple[tuple[str, float], ...]]:
     return [sum(choice, ()) for choice in itertools.product(*columns)]
 
 
-def mean_gamma_arm(run: Run, line: dict) -> Run:
+def mean_gamma_arm(run: Trial, line: dict) -> Trial:
     """SimPO with the mean margin that this run of RMiPO had."""
     own = (("beta", 2.0), ("gamma", round(line["gamma_mean"], 4)))
-    return Run("report", "simpo", run.learning_rate, run.seed, run.noise, own)
+    return Trial("report", "simpo", run.learning_rate, run.seed, run.noise, own)
 
 
-def outcomes(lines: list[tuple[Run, dict]], metric: str) -> dict[str, list[float]]:
+def outcomes(lines: list[tuple[Trial, dict]], metric: str) -> dict[str, list[float]]:
     """Method -> the metric's mean over the seeds for each point of its grid; a point with a run that diverged counts as 0."""
     values: dict = defaultdict(lambda: defaultdict(list))
     for run, line in lines:
@@ -97,7 +100,7 @@ def outcomes(lines: list[tuple[Run, dict]], metric: str) -> dict[str, list[float
     return {method: [mean(seeds) for seeds in grid.values()] for method, grid in values.items()}
 
 
-def report(arms: list[tuple[Run, dict]], grids: list[tuple[Run, dict]], metric: str) -> str:
+def report(arms: list[tuple[Trial, dict]], grids: list[tuple[Trial, dict]], metric: str) -> str:
     """The arms per label noise, the primary contrast first, then the spread over the grids; Markdown."""
     tables: dict = defaultdict(lambda: defaultdict(dict))
     for run, line in arms:
@@ -109,7 +112,8 @@ def report(arms: list[tuple[Run, dict]], grids: list[tuple[Run, dict]], metric: 
             for name, lines in methods.items()
             if name != FIRST
         }
-        adjusted = holm({name: result.p for name, result in contrasts.items() if name != SECOND})
+        secondary = [name for name in contrasts if name != SECOND]
+        adjusted = dict(zip(secondary, holm([contrasts[name].p for name in secondary]), strict=True))
         adjusted[SECOND] = contrasts[SECOND].p  # named beforehand: the one contrast that needs no correction
         text += [f"Label noise {noise:.0%}, {len(methods[FIRST])} seeds:", ""]
         text += [
@@ -126,12 +130,9 @@ def report(arms: list[tuple[Run, dict]], grids: list[tuple[Run, dict]], metric: 
                 row += [f"{adjusted[name]:.3f}", f"{result.detectable:.3f}"]
             text.append(f"| {' | '.join([*row, *[''] * (6 - len(row))])} |")
         text.append("")
-    text += [
-        "Spread over the grid, each point a mean over seeds:",
-        "",
-        "| method | points | best | median | worst | std |",
-    ]
-    text.append("|---|---:|---:|---:|---:|---:|")
+    if grids:
+        text += ["Spread over the grid, each point a mean over seeds:", ""]
+        text += ["| method | points | best | median | worst | std |", "|---|---:|---:|---:|---:|---:|"]
     for method, values in outcomes(grids, metric).items():
         best, middle, worst = max(values), median(values), min(values)
         text.append(f"| {method} | {len(values)} | {best:.3f} | {middle:.3f} | {worst:.3f} | {stdev(values):.3f} |")
@@ -140,6 +141,8 @@ def report(arms: list[tuple[Run, dict]], grids: list[tuple[Run, dict]], metric: 
 
 
 def scores(lines: dict[int, dict], metric: str) -> list[list[float]]:
-    """(seeds, prompts) of an arm; one column where a metric isn't known per prompt. A run that diverged scores 0."""
-    known = [line["metrics"].get("per_prompt", {}).get(metric) for _, line in sorted(lines.items())]
-    return known if all(known) else [[line["metrics"].get(metric, 0.0)] for _, line in sorted(lines.items())]
+    """(seeds, prompts) of an arm; one column where the metric isn't known per prompt. A run that diverged scores 0."""
+    by_seed = [line["metrics"] for _, line in sorted(lines.items())]
+    if all("per_prompt" in metrics for metrics in by_seed):
+        return [[100 * share for share in metrics["per_prompt"]] for metrics in by_seed]  # percent, as the metric
+    return [[metrics.get(metric, 0.0)] for metrics in by_seed]

@@ -7,7 +7,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from rmipo.compare.log import Log, best_rates, execute_all, report_runs, search_runs
-from rmipo.compare.study import METHODS, READINGS, Study
+from rmipo.compare.study import Study
+from rmipo.compare.trial import METHODS, READINGS
 from rmipo.launch.choices import choose_stages
 from rmipo.launch.pipeline import load_steps
 from rmipo.launch.sweep import load_sweep

@@ -13,7 +13,8 @@ from datasets import Dataset, disable_progress_bars
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
-from rmipo.compare.study import FLOOR, INITIAL, Run, Study
+from rmipo.compare.study import Study
+from rmipo.compare.trial import FLOOR, INITIAL, Trial
 from rmipo.data.chat import ChatFormat
 from rmipo.recipe.load import Recipe
 from rmipo.run.frame import TrainingRun, training_run
@@ -74,7 +75,7 @@ class HeldOutCurve(TrainerCallback):
         self.seconds += self.meter.seconds() - start
 
 
-def execute(study: Study, run: Run) -> dict[str, Any]:
+def execute(study: Study, run: Trial) -> dict[str, Any]:
     """Train and measure one run in this process; returns what its line has about the result."""
     torch.set_num_threads(1)
     disable_progress_bars()

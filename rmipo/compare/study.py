@@ -7,31 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rmipo.compare.tasks import PairsTask, task_of
+from rmipo.compare.trial import FLOOR, INITIAL, Trial
 from rmipo.launch.pipeline import load_steps
-from rmipo.objectives import OBJECTIVES
 from rmipo.recipe.load import ConfigError, Recipe
-
-INITIAL, FLOOR = "initial", "sft-chosen"  # the SFT model itself, and more SFT on the chosen responses
-METHODS = ("rmipo", *(name for name in OBJECTIVES if name != "rmipo"), FLOOR)
-READINGS = ("fidelity-sequence", "fidelity-release", "initial-prior", "shuffled")  # of RMiPO, beside the default one
-SEARCH_SEED = 1000  # pairs and order of the search; no reported run has them
-
-
-@dataclass(frozen=True)
-class Run:
-    """One training: which method, how, on which draw of the pairs; `purpose` is "search" or "report"."""
-
-    purpose: str
-    method: str
-    learning_rate: float | None
-    seed: int
-    noise: float  # share of the training pairs whose labels are swapped
-    objective: tuple[tuple[str, float], ...] = ()  # hyperparameters in place of the method's own
-
-    def __str__(self) -> str:
-        rate = "" if self.learning_rate is None else f" lr {self.learning_rate:g}"
-        own = "".join(f" {name} {value:g}" for name, value in self.objective)
-        return f"{self.method}{own}{rate} seed {self.seed} noise {self.noise:g}"
 
 
 @dataclass(frozen=True)
@@ -42,7 +20,7 @@ class Study:
     data: str = ""
     arguments: str = ""
 
-    def recipe(self, run: Run, folder: str | Path = "unused") -> Recipe:
+    def recipe(self, run: Trial, folder: str | Path = "unused") -> Recipe:
         """The recipe of the setting with the method's overlay, as this run trains it.
 
         Raises:
@@ -61,7 +39,7 @@ class Study:
     @functools.cached_property
     def base(self) -> Recipe:
         """RMiPO's, for what all runs share: initial weights, data, device."""
-        return self.recipe(Run("report", "rmipo", None, 0, 0.0))
+        return self.recipe(Trial("report", "rmipo", None, 0, 0.0))
 
     @functools.cached_property
     def task(self) -> PairsTask:
@@ -72,7 +50,7 @@ class Study:
         """Programs at a time: one for each CPU core; on a GPU one, which needs all of it and is timed by the clock."""
         return os.cpu_count() if self.base.values.get("use_cpu") else 1
 
-    def check(self, run: Run) -> None:
+    def check(self, run: Trial) -> None:
         """Raises ConfigError for a wrong recipe, and for one that is meant for several GPUs (it says nothing of a CPU)."""
         if "use_cpu" not in self.recipe(run).values:
             raise ConfigError(

@@ -6,11 +6,12 @@ import tempfile
 from collections.abc import Iterable
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from datasets import Dataset
 from transformers import PreTrainedModel
 
+from rmipo.compare.trial import Trial
 from rmipo.data.chat import ChatFormat
 from rmipo.data.pairs import load_pairs
 from rmipo.evaluation import BENCHMARKS
@@ -23,9 +24,6 @@ from rmipo.recipe.load import Recipe
 from rmipo.tiny import judge
 from rmipo.tiny.files import RECORD, read_world
 from rmipo.tiny.world import World
-
-if TYPE_CHECKING:
-    from rmipo.compare.study import Run
 
 SAMPLES_PER_QUESTION = 4
 
@@ -40,17 +38,17 @@ class PairsTask:
         _, data_config, _ = recipe.parse(world_size=1)
         return {split: rows_fingerprint(load_pairs(data_config, split)) for split in ("train", "test")}
 
-    def train_pairs(self, recipe: Recipe, run: "Run") -> Dataset:
+    def train_pairs(self, recipe: Recipe, run: Trial) -> Dataset:
         return load_pairs(recipe.parse(world_size=1)[1], "train")
 
-    def held_out_pairs(self, recipe: Recipe, run: "Run") -> Dataset:
+    def held_out_pairs(self, recipe: Recipe, run: Trial) -> Dataset:
         """The pairs of the half that is for this run's purpose; a prompt is in one half only."""
         pairs = load_pairs(recipe.parse(world_size=1)[1], "test")
         prompts = sorted({json.dumps(prompt) for prompt in pairs["prompt"]})
         mine = set(half(prompts, run.purpose))
         return pairs.select([i for i, prompt in enumerate(pairs["prompt"]) if json.dumps(prompt) in mine])
 
-    def measure(self, model: PreTrainedModel, chat: ChatFormat, run: "Run") -> dict[str, float]:
+    def measure(self, model: PreTrainedModel, chat: ChatFormat, run: Trial) -> dict[str, float]:
         """Metrics of the model's answers, beside those of the held-out pairs."""
         return {}
 
@@ -67,21 +65,21 @@ class WorldTask(PairsTask):
         made = [list(self.world.pairs("train")), list(self.world.pairs("test")), self.world.held_out_questions]
         return asdict(self.world.config) | {"samples": SAMPLES_PER_QUESTION, "made": json_fingerprint(made)}
 
-    def train_pairs(self, recipe: Recipe, run: "Run") -> Dataset:
+    def train_pairs(self, recipe: Recipe, run: Trial) -> Dataset:
         drawn = copy.copy(self.world)  # the same facts, other questions and answers
         drawn.config = replace(drawn.config, seed=drawn.config.seed + 1 + run.seed, label_noise=run.noise)
         return numbered(drawn.pairs("train"))
 
-    def held_out_pairs(self, recipe: Recipe, run: "Run") -> Dataset:
+    def held_out_pairs(self, recipe: Recipe, run: Trial) -> Dataset:
         asked = [question.prompt for question in self.questions(run)]
         return numbered(row for row in self.world.pairs("test") if row["prompt"] in asked)
 
-    def questions(self, run: "Run") -> list:
+    def questions(self, run: Trial) -> list:
         facts = list(dict.fromkeys(question.fact for question in self.world.held_out_questions))
         mine = set(half(facts, run.purpose))
         return [question for question in self.world.held_out_questions if question.fact in mine]
 
-    def measure(self, model: PreTrainedModel, chat: ChatFormat, run: "Run") -> dict[str, float]:
+    def measure(self, model: PreTrainedModel, chat: ChatFormat, run: Trial) -> dict[str, float]:
         asked = copy.copy(self.world)
         asked.held_out_questions = self.questions(run)
         samples = SAMPLES_PER_QUESTION if run.purpose == "report" else 1
@@ -106,7 +104,7 @@ class ConstraintsTask(PairsTask):
     def identity(self, recipe: Recipe) -> Any:
         return {"pairs": super().identity(recipe), "measured": self.settings}
 
-    def measure(self, model: PreTrainedModel, chat: ChatFormat, run: "Run") -> dict[str, Any]:
+    def measure(self, model: PreTrainedModel, chat: ChatFormat, run: Trial) -> dict[str, Any]:
         metrics: dict[str, Any] = {}
         with tempfile.TemporaryDirectory() as folder:
             model.save_pretrained(folder)

@@ -68,6 +68,7 @@ class ChatFormat:
                 'tokenizer.pad_token = "..." and save the tokenizer'
             )
         try:
+            # Rendered rather than parsed: a template is a program, and only its output says what it does.
             prompts = [render(tokenizer, messages, True) for messages in PROBES]
             bare = [render(tokenizer, messages, False) for messages in PROBES]
             fulls = [render(tokenizer, [*messages, ANSWER], False) for messages in PROBES]
@@ -108,6 +109,7 @@ class ChatFormat:
                     f"the template writes {after_end!r} after the end token {end_token}; end a response there"
                 )
 
+        # In context, as tokens may depend on what stands before them.
         header_ids = difference(tokenizer, prompts[0], bare[0])
         bos_id, template_writes_bos = probe_bos(tokenizer, prompts[0], header_ids, problems)
         if problems:
@@ -170,6 +172,7 @@ class ChatFormat:
             full = render(self.tokenizer, prompt + response, False)
             if not full.startswith(prompt_text):
                 raise DataError("the chat template changes the prompt when a response follows")
+            # Some templates write a newline after the end token; generation stops before it, so it is not trained.
             responses.append(full[len(prompt_text) :].removesuffix(self.after_end))
             require_contents(response, responses[-1])
         # Templates may leave the reasoning out of earlier answers, as generation sees them.
@@ -199,6 +202,7 @@ class ChatFormat:
         bos = [] if self.template_writes_bos or self.bos_id is None else [self.bos_id]
         return [bos + ids for ids in tokenize(self.tokenizer, texts)]
 
+    # The prompt and the response are tokenised as one text, because generation continues the prompt's own tokens.
     def _encode_responses(self, prompts: list[list[int]], texts: list[tuple[str, str]]) -> list[list[int]]:
         fulls = self._encode_prompts([prompt + response for prompt, response in texts])
         responses = [full[len(prompt) :] for prompt, full in zip(prompts, fulls, strict=True)]

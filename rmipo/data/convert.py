@@ -71,6 +71,7 @@ def convert_rows(
     read = {"row", "system", *OUR_COLUMNS, *(column for form in formats for column in form.columns)}
     if unread := [name for name in rows.column_names if name not in read]:
         warn_once(f"{source}: columns that are not read: {', '.join(name or '(unnamed)' for name in unread)}")
+    # In processes of their own (num_proc): a row's problem is returned with it, as an exception would name no other rows.
     converted = rows.map(
         read_batch,
         batched=True,
@@ -82,6 +83,8 @@ def convert_rows(
         num_proc=num_proc,
         desc=f"Reading {source}",
     )
+    # Rows of the wrong type are an error whatever their number: dropping some would hide a wrong column. Rows that are of the
+    # right type but can't be trained on are counted against max_dropped_fraction later.
     problems = rows_by_reason(converted["problem"], converted["row"])
     if problems:
         lines = [f"- {problem}: {name_rows(numbers)}" for problem, numbers in problems.items()]

@@ -45,6 +45,7 @@ def select_dialogues(
             f"completion_only_loss is true, and {len(dataset) - completions} of {len(dataset)} rows are dialogues: expected "
             "rows with the columns prompt and completion. Set assistant_only_loss: true, which trains the answers of any row"
         )
+    # TRL's default: rows with a completion train it alone. Of a mixture only whole dialogues can be trained in one run.
     alone = completions == len(dataset) and args.completion_only_loss is not False
     if not alone:
         dataset = dataset.remove_columns("completion")
@@ -164,6 +165,7 @@ def turn_labels(row: dict, text: str, chat: ChatFormat, answers: bool) -> list[i
         trained |= scored and message["role"] == "assistant"  # prompts alone teach nothing that was meant
         before = render(chat.tokenizer, messages[:place], message["role"] == "assistant") if place else ""
         upto = render(chat.tokenizer, messages[: place + 1], False)
+        # A template that writes a turn differently once another follows has no fixed place for it in the whole text.
         if not (upto.startswith(before) and text.startswith(upto)):
             raise DataError("the chat template renders turns by what follows them: those marked can't be told apart")
         for i, (start, _) in enumerate(encoded["offset_mapping"]):

@@ -51,8 +51,10 @@ def read_shared_turns(row: Row) -> Sides | None:
     rejected = read_turns(row["rejected"], "assistant", "rejected")
     if not is_dialogue(chosen) or not is_dialogue(rejected):
         return None
+    # TRL's rule of what two dialogues share, so that the same file gives the same pairs there and here.
     prompt, chosen, rejected = (extract_prompt({"chosen": chosen, "rejected": rejected})[side] for side in SIDES)
-    if isinstance(row.get("prompt"), list):  # as text it may be anything
+    # As text it may be anything: UltraFeedback repeats the first user turn there.
+    if isinstance(row.get("prompt"), list):
         own = read_turns(row["prompt"], "user", "prompt")
         if prompt[: len(own)] != own:
             raise DataError("`prompt` differs from the turns that `chosen` and `rejected` share: keep one of them")
@@ -172,6 +174,7 @@ def with_system(text: Any, sides: Sides) -> Sides:
 def read_turns(value: Any, role: str, column: str) -> Messages:
     """Messages of a cell: a list of messages, an Anthropic-HH text, or a text spoken by `role`. None is empty text."""
     if value is None or isinstance(value, str):
+        # Marks count after a blank line, and only where the text starts with one: "Human:" may also be quoted.
         turns = re.split(r"\n\n(Human|Assistant):", value or "")
         if turns[0].strip() == "" and len(turns) > 1:
             return read_hh(turns, open_end=column == "prompt")
@@ -237,7 +240,7 @@ def unusable_dialogue(messages: Messages) -> str | None:
         return "the dialogue does not end with an assistant message"
     if not messages[-1]["content"].strip():
         return "the response is empty"
-    if len(messages) == 1:  # a response alone teaches its prior, log pi(y)
+    if len(messages) == 1:  # a response without a prompt is meant: it teaches the prior log pi(y), which RMiPO reads
         return None
     return unusable_prompt(messages[:-1])
 

@@ -108,6 +108,7 @@ def cut_pair(pair: TokenPair, bos_id: int | None, max_length: int, max_prompt_le
     if len(prompt) > max_prompt_length:
         bos = [] if bos_id is None else [bos_id]
         prompt = bos + prompt[len(prompt) - max_prompt_length + len(bos) :]
+    # Per response, not for the longer of the two: otherwise a long rejected response would shorten the chosen one.
     room = max(0, max_length - len(prompt))
     return prompt, chosen[:room], rejected[:room]
 
@@ -118,9 +119,10 @@ def unusable_tokens(whole: TokenPair, cut: TokenPair, chat_format: ChatFormat) -
         return "the prompt fills the window"
     if chat_format.bos_id not in (None, chat_format.end_id) and whole[0].count(chat_format.bos_id) != 1:
         return "the prompt's text has a BOS token in it"
+    # Of the whole responses: a cut one has lost its end token, which is no fault of the text.
     for side, ids in zip(SIDES[1:], whole[1:], strict=True):
         if ids[-1] != chat_format.end_id or ids.count(chat_format.end_id) != 1:
             return f"the text of {side} contains an end token"
-    if cut[1] == cut[2]:
+    if cut[1] == cut[2]:  # the loss would be a constant, and gamma its maximum
         return "chosen and rejected are identical after the cut"
     return None

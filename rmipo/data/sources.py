@@ -45,10 +45,12 @@ def load_sources(data_config: DataConfig, split: str) -> list[tuple[str, Dataset
     A dataset has the columns as they are published, and `row`, which counts through the sources one after the other. With
     `test_split_size` both splits are drawn from the training rows: see `mix`.
     """
+    # `mix` divides the mixture into both splits, so both start from the same rows.
     source_split = "train" if data_config.test_split_size else split
     sources, first_row = [], 0
     for entry in mixture_entries(data_config):
         dataset, divided = load_source(entry, source_split, data_config)
+        # Numbered before anything is dropped or shuffled: messages name rows by their place in the file.
         dataset = number_rows(dataset, first_row)
         first_row += len(dataset)
         if not (divided or data_config.test_split_size):
@@ -73,10 +75,12 @@ def mix(datasets: list[Dataset], data_config: DataConfig, split: str) -> Dataset
     """
     seed, size = data_config.mixture_seed, data_config.test_split_size
     entries = mixture_entries(data_config)
+    # Shares are of training data; a test split is measured whole, so that its metrics do not change with the mixture.
     if split == "train" or size:
         datasets = [take_share(*source, seed) for source in zip(datasets, entries, strict=True)]
         datasets = take_fractions(datasets, entries)
     mixed = concatenate_datasets(datasets)
+    # In the handbook's recipes, where weights come from, the mixture is shuffled too; TRL's fractions leave it in order.
     if any(entry.get("weight") is not None for entry in entries):
         mixed = mixed.shuffle(seed=seed)
     if size:
@@ -104,7 +108,7 @@ def mixture_entries(data_config: DataConfig) -> list[dict]:
 def take_share(dataset: Dataset, entry: dict, seed: int) -> Dataset:
     if (weight := entry.get("weight")) is None:
         return dataset
-    rows = int(len(dataset) * weight)
+    rows = int(len(dataset) * weight)  # rounded down, as in the handbook
     if rows == 0:
         raise DataError(f"{entry['path']}: weight {weight} takes none of its {len(dataset)} rows. Raise it")
     return dataset.shuffle(seed=seed).select(range(rows))
@@ -139,6 +143,7 @@ def load_source(entry: dict, split: str, data_config: DataConfig) -> tuple[Datas
         return load_files(saved_files(folder), entry["path"]), False
     if path.is_dir():
         return load_files(find_split(folder, name, split), entry["path"]), True
+    # A hub id has one slash and no suffix. What can't be one is a path with a mistake, which the hub would blame on a login.
     if path.is_absolute() or entry["path"].startswith((".", "~")) or entry["path"].count("/") > 1 or suffix(path):
         raise DataError(f"{entry['path']}: no such file or folder. Paths are relative to the working directory.")
     return load_hub(entry, name), True
@@ -192,6 +197,7 @@ def find_split(folder: Path, name: str, split: str) -> list[Path]:
     Where no file has the recipe's name of a split, the only split named like `split` ("train...") is taken, so that a
     local copy may call it differently from the hub.
     """
+    # save_to_disk's folders first; loose files can't replace a split of the same name.
     found = {state.parent.name: saved_files(state.parent) for state in folder.glob(f"*/{SAVED}")}
     for path in sorted([*folder.glob("*"), *folder.glob("data/*")]):
         if path.is_file() and (ending := suffix(path)):
@@ -231,9 +237,10 @@ def load_files(paths: list[Path], source: str) -> Dataset:
     if suffix(paths[0]) is None:
         raise DataError(f"{source}: a data file ends in one of {', '.join(BUILDERS)}.")
     builder, files = BUILDERS[suffix(paths[0])], ", ".join(path.name for path in paths)
+    # datasets would turn some columns of dialogues into its own structure.
     options = {"parse_agent_traces": False} if builder == "json" else {}
     try:
-        if builder == "csv":
+        if builder == "csv":  # pandas, behind load_dataset, would read "NA" as missing and "4" as a number
             rows = [row for path in paths for row in read_csv(path)]
             return Dataset.from_list([next(iter(rows)), *rows[1:]])  # StopIteration if there is none, as load_dataset's
         # Escaped: `load_dataset` reads names as patterns, and run[1] would be run1.

@@ -2,7 +2,6 @@
 
 import gzip
 import json
-from collections import Counter
 from pathlib import Path
 
 from rmipo.errors import EvaluationError
@@ -19,27 +18,24 @@ def load_reference(path: str | None) -> tuple[list[dict], Path]:
     chosen responses are the reference, the first one where a prompt is repeated. Raises EvaluationError otherwise.
     """
     file = Path(path).expanduser() if path else hub_file(REFERENCE_FILE)
-    if not file.is_file():
-        raise EvaluationError(f"alpacaeval.reference: {file} doesn't exist")
     try:
         content = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
         if ".jsonl" in file.suffixes:
             chosen: dict[str, str] = {}
-            for line in content.splitlines():
-                pair = json.loads(line)
+            for pair in map(json.loads, content.splitlines()):
                 chosen.setdefault(pair["prompt"][-1]["content"], pair["chosen"][-1]["content"])
-            rows = [{"instruction": instruction, "output": output} for instruction, output in chosen.items()]
+            found = [{"instruction": instruction, "output": output} for instruction, output in chosen.items()]
         else:
-            rows = json.loads(content)
-        return [
+            found = json.loads(content)
+        rows = [
             {"instruction": row["instruction"], "output": row["output"], "generator": row.get("generator", "reference")}
-            for row in rows
-        ], file
-    except (ValueError, TypeError, KeyError, IndexError, EOFError, gzip.BadGzipFile) as error:
-        raise EvaluationError(
-            f'alpacaeval.reference: {file} should be a JSON list of {{"instruction", "output"}}, or JSONL of '
-            f"preference pairs as messages ({error!r})"
-        ) from error
+            for row in found
+        ]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise EvaluationError(f"alpacaeval.reference: {file} has none of the two formats ({error!r})") from error
+    if len({row["instruction"] for row in rows}) < len(rows):  # alpaca-eval would pair them crosswise
+        raise EvaluationError(f"alpacaeval.reference: {file} repeats instructions")
+    return rows, file
 
 
 def hub_file(name: str, dataset: str = HUB_DATA) -> Path:
@@ -49,13 +45,9 @@ def hub_file(name: str, dataset: str = HUB_DATA) -> Path:
     try:
         return Path(hf_hub_download(dataset, name, repo_type="dataset"))
     except Exception as error:  # offline, gated, renamed: the remedy is the same
-        without = (
-            ". Without the length-controlled rate (alpacaeval.length_controlled: false) and with alpacaeval.reference set, "
-            "nothing is needed from there"
-        ) * (dataset == HUB_DATA)
+        command = f".venv/bin/hf download {dataset} {name} --repo-type dataset"
         raise EvaluationError(
-            f"{name} of the dataset {dataset} is neither cached nor downloadable ({type(error).__name__}). With a "
-            f"network: .venv/bin/hf download {dataset} {name} --repo-type dataset{without}"
+            f"{name} is neither cached nor downloadable ({type(error).__name__}): {command}"
         ) from error
 
 
@@ -65,29 +57,8 @@ def require_benchmark(reference: list[dict]) -> None:
     The length-controlled model has learned a difficulty for each of the 805 and joins on row numbers: for others it
     would compute a number without meaning.
     """
-    ours = [row["instruction"] for row in reference]
-    theirs = [row["instruction"] for row in load_reference(None)[0]]
+    ours, theirs = ([row["instruction"] for row in rows] for rows in (reference, load_reference(None)[0]))
     if ours != theirs:
         raise EvaluationError(
-            f"alpacaeval.length_controlled: true needs the benchmark's own {len(theirs)} instructions in their order; "
-            f"reference and first_n give {len(ours)}, {len(set(ours) & set(theirs))} of them in common. Set "
-            "length_controlled: false, or both to null"
-        )
-
-
-def check_same_prompts(outputs: list[dict], reference: list[dict]) -> None:
-    """Raises EvaluationError unless both have the same instructions, in the same order, each once.
-
-    The length-controlled model joins on row numbers, and alpaca-eval pairs repeated instructions crosswise.
-    """
-    ours, theirs = ([row["instruction"] for row in rows] for rows in (outputs, reference))
-    repeated = [text for text, count in Counter(theirs).items() if count > 1]
-    if repeated:
-        raise EvaluationError(f"{len(repeated)} instructions are repeated in the reference: {repeated[0][:100]!r}")
-    if ours != theirs:
-        differs = [i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b]
-        row = differs[0] if differs else min(len(ours), len(theirs))
-        raise EvaluationError(
-            f"these outputs are for other prompts than the benchmark's: {len(ours)} outputs, {len(theirs)} "
-            f"instructions, {len(set(ours) & set(theirs))} in common; the first difference is in row {row}"
+            f"alpacaeval.length_controlled needs all {len(theirs)} instructions, not these {len(ours)}"
         )

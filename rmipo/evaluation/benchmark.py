@@ -17,55 +17,48 @@ WITHOUT_EFFECT = {
     "batch_size", "device", "engine",
 }  # fmt: skip
 
+# How a model is sampled, where each may be sampled in its own way: for `same_per_model`.
+DECODING = tuple(f"generation.{key}" for key in ("temperature", "top_p", "top_k", "max_new_tokens", "dtype"))
+
 
 @dataclass(frozen=True)
 class Metric:
-    """A number of a result that tables and figures show. `standard_error`: the metric that is its standard error."""
+    """A number of a result that tables and figures show; `<name>_standard_error` beside it is its standard error."""
 
     label: str
     digits: int = 1
-    standard_error: str | None = None
+    better: bool | None = True  # whether higher is better; None: neither is, and no best is marked
+    detail: bool = False  # a part of another metric: in a table of this benchmark alone
 
 
 @dataclass(frozen=True)
 class Benchmark:
     """One benchmark; the registry is `rmipo.evaluation.BENCHMARKS`.
 
-    Names of settings may lead into a block with dots, e.g. "generation.temperature".
+    `run` takes (folder of the model, folder of its results, settings) and returns {"metrics", "versions", "settings"}, or
+    None where answers were generated and nothing judged. It raises EvaluationError for wrong settings before a model is
+    loaded. The returned settings hold everything that the numbers depend on. Beside them perhaps "per_prompt": metric ->
+    its value for each prompt, in the order of the prompts, None without one; two methods are then compared prompt by
+    prompt. Or "draws": metric -> its value for each of the same draws of the prompts (`statistics.resamples`), for a
+    metric that is no mean over prompts.
 
-    Args:
-        name: value of BENCH, block of eval.yaml, and name of the result file.
-        title: what reports call it.
-        run: (folder of the model, folder of its results, settings) -> {"metrics", "versions", "settings"}, or None where
-            answers were generated and nothing judged. Raises EvaluationError for wrong settings before a model is
-            loaded. The returned settings hold everything that the numbers depend on. Beside them perhaps "per_prompt":
-            metric -> its value for each prompt, in the order of the prompts, None without one; two methods are then
-            compared prompt by prompt. Or "draws": metric -> its value for each of the same draws of the prompts
-            (`statistics.resamples`), for a metric that is no mean over prompts.
-        defaults: the settings, which eval.yaml and --set override. A block `generation` is the common one of eval.yaml
-            with the benchmark's own over it; `price` (US dollars per million input and output tokens) means a judge.
-        metrics: by name; a result may hold more than these.
-        same: settings that must be equal between results in one table. Package versions must be too.
-        same_per_model: settings that must be equal between the methods of one model.
-        optional: those of `same` that don't contradict anything where they are absent.
-        trial: settings that make another benchmark of it, or a part, wherever they are set.
-        in_paper: whether the paper reports it: BENCH=all means those.
-        paper: settings with which the paper's numbers were made, where results may differ.
-        parts: a setting that lists parts of the benchmark; more of them can be added to a finished result.
+    Names of settings may lead into a block with dots, e.g. "generation.temperature".
     """
 
-    name: str
+    name: str  # value of BENCH, block of eval.yaml, and name of the result file
     title: str
     run: Callable[[Path, Path, dict], dict | None]
+    # Overridden by eval.yaml and --set. `generation` is eval.yaml's common block with the benchmark's own over it; `price`
+    # (US dollars per million input and output tokens) means a judge.
     defaults: dict
-    metrics: dict[str, Metric]
-    same: tuple[str, ...]
-    same_per_model: tuple[str, ...] = ()
-    optional: tuple[str, ...] = ()
-    trial: tuple[str, ...] = ()
-    in_paper: bool = False
-    paper: dict[str, object] = field(default_factory=dict)
-    parts: str | None = None
+    metrics: dict[str, Metric]  # a result may hold more than these
+    same: tuple[str, ...]  # settings that must be equal between results in one table, as package versions must
+    same_per_model: tuple[str, ...] = ()  # settings that must be equal between the methods of one model
+    optional: tuple[str, ...] = ()  # those of `same` that don't contradict anything where they are absent
+    trial: tuple[str, ...] = ()  # settings that make another benchmark of it, or a part, where they aren't the default
+    in_paper: bool = False  # BENCH=all means those
+    paper: dict[str, object] = field(default_factory=dict)  # settings of the paper's numbers, where results may differ
+    parts: str | None = None  # a setting that lists parts; more of them can be added to a finished result
 
 
 def benchmark_settings(settings: dict[str, dict], benchmark: Benchmark) -> dict:

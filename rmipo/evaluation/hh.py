@@ -7,11 +7,9 @@ beside it. A tie counts as a loss.
 
 from __future__ import annotations
 
-from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rmipo.errors import EvaluationError
 from rmipo.evaluation.benchmark import Benchmark, Metric
 from rmipo.evaluation.statistics import standard_error
 from rmipo.fingerprints import rows_fingerprint, trained_fingerprint
@@ -23,8 +21,6 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
     from rmipo.data.report import DataReport
-
-    Rewards = tuple[torch.Tensor, torch.Tensor]  # of chosen and rejected, each (pairs,)
 
 SUBSETS = ("helpful", "harmless")
 HUB_PAIRS = "Anthropic/hh-rlhf"
@@ -44,7 +40,7 @@ def ranked_right(scores: dict[str, torch.Tensor]) -> torch.Tensor:
     return scores["chosen_logps"] / scores["chosen_lengths"] > scores["rejected_logps"] / scores["rejected_lengths"]
 
 
-def win_rates(scores: dict[str, torch.Tensor], rewards: Rewards | None) -> dict[str, float]:
+def win_rates(scores: dict[str, torch.Tensor], rewards: tuple[torch.Tensor, torch.Tensor] | None) -> dict[str, float]:
     """Percent of pairs won: "" by A, "_sum" by S, and "_native" by `rewards` (chosen, rejected) where given.
 
     `_standard_error` is that of the first.
@@ -61,8 +57,6 @@ def run(model_dir: str | Path, output_dir: str | Path, settings: dict) -> dict:
 
     One of the two may be left out; then there is no average. Without both, the hub's pairs are scored. Per-pair scores,
     log pi(y) among them for Figure 3, go to `output_dir`/hh_<subset>.pt, with the `fingerprint` of the weights.
-    Returns {"metrics", "per_prompt", "versions", "settings"}. Raises EvaluationError for wrong settings, before a model
-    is loaded.
     """
     import torch
 
@@ -72,45 +66,31 @@ def run(model_dir: str | Path, output_dir: str | Path, settings: dict) -> dict:
     settings = merge_settings("hh", DEFAULTS, settings)
     if not any(settings[name] for name in SUBSETS):
         settings |= PUBLISHED
-    subsets = [name for name in SUBSETS if settings[name]]
-    known = [field.name for field in fields(DataConfig)]
-    for name in subsets:
-        if wrong := sorted(settings[name].keys() - set(known)):
-            raise EvaluationError(f"hh: {name}: unknown keys {wrong}; a data block has {known}")
-    pairs = {name: load_pairs(DataConfig(**settings[name]), "test") for name in subsets}
+    pairs = {name: load_pairs(DataConfig(**settings[name]), "test") for name in SUBSETS if settings[name]}
     if settings["limit"] is not None:
         pairs = {name: rows.select(range(min(settings["limit"], len(rows)))) for name, rows in pairs.items()}
 
     options = {key: settings[key] for key in ("max_length", "max_prompt_length", "dtype")}
-    output_dir = Path(output_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
+    Path(output_dir).mkdir(parents=True, exist_ok=True)
     metrics: dict[str, float] = {}
     per_prompt: dict[str, list[float]] = {}
     weights = trained_fingerprint(Path(model_dir))
-    for name in subsets:
+    for name in pairs:
         scores, rewards, report = score_subset(model_dir, pairs[name], f"HH {name}", options)
         metrics |= {f"hh_{name}{suffix}": value for suffix, value in win_rates(scores, rewards).items()}
         per_prompt[f"hh_{name}"] = (100.0 * ranked_right(scores)).tolist()
         counts = {"pairs": report.kept, "dropped": report.dropped_rows, "cut": report.rows_cut}
         metrics |= {f"hh_{name}_{count}": value for count, value in counts.items()}
-        torch.save(scores | {"fingerprint": weights}, output_dir / f"hh_{name}.pt")
-    if len(subsets) == len(SUBSETS):
-        for suffix in ("", "_sum", "_native"):
-            rates = [metrics[f"hh_{name}{suffix}"] for name in SUBSETS if f"hh_{name}{suffix}" in metrics]
-            if len(rates) == len(SUBSETS):
-                metrics[f"hh_average{suffix}"] = sum(rates) / len(rates)
+        torch.save(scores | {"fingerprint": weights}, Path(output_dir) / f"hh_{name}.pt")
+    if len(pairs) == 2:
+        suffixes = ("", "_sum") if rewards is None else ("", "_sum", "_native")
+        metrics |= {f"hh_average{end}": sum(metrics[f"hh_{name}{end}"] for name in SUBSETS) / 2 for end in suffixes}
         errors = [metrics[f"hh_{name}_standard_error"] for name in SUBSETS]
-        metrics["hh_average_standard_error"] = sum(error**2 for error in errors) ** 0.5 / len(errors)
-    return {
-        "metrics": metrics,
-        "per_prompt": per_prompt,
-        "versions": package_versions("transformers", "torch"),
-        "settings": settings
-        | {
-            "other_pairs": other_pairs(settings),
-            "pairs_sha256": {name: rows_fingerprint(pairs[name]) for name in subsets},
-        },
-    }
+        metrics["hh_average_standard_error"] = sum(error**2 for error in errors) ** 0.5 / 2
+    settings["other_pairs"] = other_pairs(settings)
+    settings["pairs_sha256"] = {name: rows_fingerprint(rows) for name, rows in pairs.items()}
+    versions = package_versions("transformers", "torch")
+    return {"metrics": metrics, "per_prompt": per_prompt, "versions": versions, "settings": settings}
 
 
 def other_pairs(settings: dict) -> list[str] | None:
@@ -125,7 +105,7 @@ def other_pairs(settings: dict) -> list[str] | None:
 
 def score_subset(
     model_dir: str | Path, pairs: Dataset, description: str, options: dict
-) -> tuple[dict, Rewards | None, DataReport]:
+) -> tuple[dict, tuple[torch.Tensor, torch.Tensor] | None, DataReport]:
     """Per-pair scores (and `row`) of the model, its own rewards if it was trained here, and what was dropped and cut."""
     import torch
 
@@ -157,9 +137,9 @@ BENCHMARK = Benchmark(
     run=run,
     defaults=DEFAULTS,
     metrics={
-        "hh_helpful": Metric("HH helpful (%)", standard_error="hh_helpful_standard_error"),
-        "hh_harmless": Metric("HH harmless (%)", standard_error="hh_harmless_standard_error"),
-        "hh_average": Metric("HH (%)", standard_error="hh_average_standard_error"),
+        "hh_helpful": Metric("HH helpful (%)"),
+        "hh_harmless": Metric("HH harmless (%)"),
+        "hh_average": Metric("HH (%)"),
     },
     same=(*SUBSETS, *HASHES, "limit", "max_length", "max_prompt_length", "dtype"),
     trial=("limit", "other_pairs"),

@@ -68,41 +68,37 @@ def normalize(value: float, choices: int) -> float:
     return 100 * max(0.0, value - guess) / (1 - guess)
 
 
-class RawScores:
-    """Reads `results` of lm-eval (task name -> {"acc_norm,none": ..., "acc_norm_stderr,none": ...}).
+Score = tuple[float, float]  # value and standard error, in percent
 
-    Scores are (value, standard error) in percent. What isn't there is collected in `missing`.
-    """
 
-    def __init__(self, results: dict[str, dict]):
-        self.results, self.missing = results, []
+def score(results: dict[str, dict], task: str, metric: str, filter_: str = "none") -> Score:
+    """From `results` of lm-eval: task name -> {"acc_norm,none": ..., "acc_norm_stderr,none": ...}."""
+    scores = results.get(task, {})
+    if f"{metric},{filter_}" not in scores:
+        raise EvaluationError(f"lm-eval's results have no {metric},{filter_} of {task}")
+    error = scores.get(f"{metric}_stderr,{filter_}")
+    return 100 * float(scores[f"{metric},{filter_}"]), 100 * error if isinstance(error, float) else 0.0
 
-    def score(self, task: str, metric: str, filter_: str = "none") -> tuple[float, float]:
-        scores = self.results.get(task, {})
-        if f"{metric},{filter_}" not in scores:
-            self.missing.append(f"{task} ({metric})")
-            return 0.0, 0.0
-        error = scores.get(f"{metric}_stderr,{filter_}")
-        return 100 * float(scores[f"{metric},{filter_}"]), 100 * error if isinstance(error, float) else 0.0
 
-    def normalized(self, task: str, metric: str, choices: int) -> tuple[float, float]:
-        value, error = self.score(task, metric)
-        return normalize(value / 100, choices), error / (1 - 1 / choices)
+def rescaled(raw: Score, choices: int) -> Score:
+    return normalize(raw[0] / 100, choices), raw[1] / (1 - 1 / choices)
 
-    def mean(self, group: str, choices: dict[str, int]) -> tuple[float, float]:
-        """Over subtasks. lm-eval's own group value is weighted by subtask size; the leaderboard's is not."""
-        scores = [self.normalized(f"leaderboard_{group}_{task}", "acc_norm", n) for task, n in choices.items()]
-        return sum(value for value, _ in scores) / len(scores), sum(e**2 for _, e in scores) ** 0.5 / len(scores)
 
-    def by_size(self, group: str, metric: str) -> tuple[float, float]:
-        """Mean over the examples of all subtasks of a group, named <group>_<subtask>."""
-        prefix = f"{group.removesuffix('_hard')}_"
-        tasks = [name for name in self.results if name.startswith(prefix) and name != group]
-        sizes = np.array([self.results[name]["sample_len"] for name in tasks], dtype=float)
-        scores = np.array([self.score(name, metric) for name in tasks])
-        if not tasks:
-            return self.score(group, metric)
-        return float(sizes @ scores[:, 0] / sizes.sum()), float(np.linalg.norm(sizes * scores[:, 1]) / sizes.sum())
+def unweighted(results: dict[str, dict], group: str, choices: dict[str, int]) -> Score:
+    """Mean over subtasks. lm-eval's own group value is weighted by subtask size; the leaderboard's is not."""
+    scores = [rescaled(score(results, f"{group}_{task}", "acc_norm"), n) for task, n in choices.items()]
+    return sum(value for value, _ in scores) / len(scores), sum(e**2 for _, e in scores) ** 0.5 / len(scores)
+
+
+def by_size(results: dict[str, dict], group: str, metric: str) -> Score:
+    """Mean over the examples of all subtasks of a group, named <group>_<subtask>."""
+    prefix = f"{group.removesuffix('_hard')}_"
+    tasks = [name for name in results if name.startswith(prefix) and name != group]
+    if not tasks:
+        return score(results, group, metric)
+    sizes = np.array([results[name]["sample_len"] for name in tasks], dtype=float)
+    scores = np.array([score(results, name, metric) for name in tasks])
+    return float(sizes @ scores[:, 0] / sizes.sum()), float(np.linalg.norm(sizes * scores[:, 1]) / sizes.sum())
 
 
 def metrics_of(task: str, results: dict[str, dict], samples: list[dict] = ()) -> dict[str, float]:
@@ -110,36 +106,25 @@ def metrics_of(task: str, results: dict[str, dict], samples: list[dict] = ()) ->
 
     MATH has both of lm-eval's scorers: `math` is the leaderboard's first one, `math_verify` the one that lm-eval now
     calls exact_match and the leaderboard changed to in February 2025, which reads more ways to write an answer.
-
-    Raises EvaluationError naming every score that is missing.
     """
-    raw = RawScores(results)
     if task == "ifeval":
-        strict = [raw.score("leaderboard_ifeval", f"{level}_level_strict_acc")[0] for level in ("prompt", "inst")]
+        strict = [score(results, TASKS[task], f"{level}_level_strict_acc")[0] for level in ("prompt", "inst")]
         scores = {"ifeval": (sum(strict) / 2, ifeval_error(samples))}
-    elif task == "bbh":
-        scores = {"bbh": raw.mean("bbh", BBH_CHOICES)}
-    elif task == "musr":
-        scores = {"musr": raw.mean("musr", MUSR_CHOICES)}
+    elif task in ("bbh", "musr"):
+        choices = {"bbh": BBH_CHOICES, "musr": MUSR_CHOICES}[task]
+        scores = {task: unweighted(results, TASKS[task], choices)}
     elif task == "math":
-        scores = {
-            "math": raw.by_size("leaderboard_math_hard", "exact_match_original"),
-            "math_verify": raw.by_size("leaderboard_math_hard", "exact_match"),
-        }
+        metrics = {"math": "exact_match_original", "math_verify": "exact_match"}
+        scores = {name: by_size(results, TASKS[task], metric) for name, metric in metrics.items()}
     elif task == "gpqa":
-        value, error = raw.by_size("leaderboard_gpqa", "acc_norm")
-        scores = {"gpqa": (normalize(value / 100, GPQA_CHOICES), error / (1 - 1 / GPQA_CHOICES))}
+        scores = {"gpqa": rescaled(by_size(results, TASKS[task], "acc_norm"), GPQA_CHOICES)}
     elif task == "mmlu_pro":
-        scores = {"mmlu_pro": raw.normalized("leaderboard_mmlu_pro", "acc", MMLU_PRO_CHOICES)}
+        scores = {"mmlu_pro": rescaled(score(results, TASKS[task], "acc"), MMLU_PRO_CHOICES)}
     elif task == "gsm8k":
-        scores = {
-            "gsm8k": raw.score("gsm8k", "exact_match", "flexible-extract"),
-            "gsm8k_strict": raw.score("gsm8k", "exact_match", "strict-match"),
-        }
+        filters = {"gsm8k": "flexible-extract", "gsm8k_strict": "strict-match"}
+        scores = {name: score(results, task, "exact_match", filter_) for name, filter_ in filters.items()}
     else:
-        scores = {"mmlu": raw.score("mmlu", "acc")}
-    if raw.missing:
-        raise EvaluationError(f"lm-eval's results lack {len(raw.missing)} scores: {', '.join(raw.missing)}")
+        scores = {"mmlu": score(results, "mmlu", "acc")}
     values = {name: value for name, (value, _) in scores.items()}
     return values | {f"{name}_standard_error": error for name, (_, error) in scores.items()}
 
@@ -161,6 +146,8 @@ def ifeval_error(samples: list[dict]) -> float:
 
 def check_data(tasks: list[str]) -> None:
     """Raises EvaluationError, listing all, for data of `tasks` that lm-eval would miss after hours of generation."""
+    from rmipo.plan.preflight import PreflightError, check_access
+
     problems = []
     if "ifeval" in tasks:
         import nltk
@@ -169,24 +156,13 @@ def check_data(tasks: list[str]) -> None:
             nltk.data.find("tokenizers/punkt_tab")
         except LookupError:
             problems.append("ifeval counts sentences with NLTK's data: .venv/bin/python -m nltk.downloader punkt_tab")
-    from rmipo.plan.preflight import PreflightError, check_access
-
-    unread = []
     for task in tasks:
         try:
             check_access(DATA[task], "dataset")
         except PreflightError as error:
-            unread.append(f"{task} ({DATA[task]}: {type(error.__cause__).__name__})")
-            if task == "gpqa":
-                problems.append(
-                    f"gpqa is gated: accept its terms on https://huggingface.co/datasets/{DATA[task]}, then "
-                    "`.venv/bin/hf auth login`"
-                )
-    if unread:
-        problems.append(
-            f"neither in the hub's cache nor readable there: {', '.join(unread)}; check the network (is HF_HUB_OFFLINE "
-            "set?)"
-        )
+            gated = ": accept its terms there, then `.venv/bin/hf auth login`" if task == "gpqa" else ""
+            kind = type(error.__cause__).__name__
+            problems.append(f"{task} can't read https://huggingface.co/datasets/{DATA[task]} ({kind}){gated}")
     if problems:
         raise EvaluationError("leaderboard: " + "; ".join(problems) + ". Or leave those out: TASKS=bbh,math,...")
 
@@ -195,8 +171,7 @@ def run(model_dir: str | Path, output_dir: str | Path, settings: dict) -> dict:
     """Evaluate the model in `model_dir` on `settings["tasks"]`, one after the other.
 
     Each finished task leaves lm-eval's results in `output_dir`/leaderboard/<task>.json and what it was asked and answered
-    in <task>.samples.jsonl; a run that was cut short goes on with the next task. Metrics: see `metrics_of`.
-    Raises EvaluationError for unknown settings, a missing package or missing data, before anything is loaded.
+    in <task>.samples.jsonl; a run that was cut short goes on with the next task.
     """
     settings = merge_settings("leaderboard", DEFAULTS, settings)
     if unknown := [task for task in settings["tasks"] if task not in TASKS]:
@@ -260,9 +235,7 @@ def evaluate(model, task: str, settings: dict, path: Path) -> dict:
     include_path = settings["include_path"]
     manager = TaskManager(include_path=include_path, include_defaults=include_path is None)
     if TASKS[task] not in manager.all_tasks:
-        raise EvaluationError(
-            f"leaderboard.include_path: {include_path} has no {TASKS[task]}, which TASKS={task} needs"
-        )
+        raise EvaluationError(f"leaderboard.include_path: {include_path} has no {TASKS[task]}")
     raw = lm_eval.simple_evaluate(
         model=model,
         tasks=[TASKS[task]],
@@ -279,8 +252,8 @@ def evaluate(model, task: str, settings: dict, path: Path) -> dict:
         for name, rows in raw["samples"].items()
         for sample in rows
     ]
-    lines = "".join(json.dumps(sample, default=str) + "\n" for sample in samples)
-    write_atomically(path.with_suffix(".samples.jsonl"), lines)
+    text = "".join(json.dumps(sample, default=str) + "\n" for sample in samples)
+    write_atomically(path.with_suffix(".samples.jsonl"), text)
     kept = {key: raw[key] for key in ("versions", "n-samples", "n-shot")}
     return {"metrics": metrics_of(task, results, samples), "results": results, **kept}
 
@@ -295,7 +268,7 @@ BENCHMARK = Benchmark(
     in_paper=True,
     run=run,
     defaults=DEFAULTS,
-    metrics={name: Metric(label, 2, f"{name}_standard_error") for name, label in LABELS.items()},
+    metrics={name: Metric(label, 2) for name, label in LABELS.items()},
     same=("include_path", "apply_chat_template", "fewshot_as_multiturn", "dtype", "limit"),
     trial=("limit", "include_path"),
     parts="tasks",

@@ -24,15 +24,9 @@ def check_names(model: str, methods: list[str]) -> None:
         return
     if not (Path(model).expanduser().is_dir() or re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", model)):
         if (ROOT / "recipes" / model / "rmipo.yaml").is_file():
-            raise EvaluationError(
-                f"MODEL={model} has no recipes/{model}/eval.yaml: copy that of another setting and adapt it, or name the "
-                f"folder of a run, MODEL=outputs/{model}/rmipo"
-            )
+            raise EvaluationError(f"MODEL={model} has no recipes/{model}/eval.yaml: copy that of another setting")
         raise EvaluationError(
-            f"MODEL={model} is neither a setting nor a folder nor the id of a model on the hub (owner/name); "
-            f"the settings are {known_settings()}"
+            f"MODEL={model} is no setting, folder or hub id (owner/name); settings are {known_settings()}"
         )
     if methods:
-        raise EvaluationError(
-            f"METHOD={','.join(methods)} belongs to a setting, and MODEL={model} is none; the settings are {known_settings()}"
-        )
+        raise EvaluationError(f"METHOD={','.join(methods)} belongs to a setting, and MODEL={model} is none")

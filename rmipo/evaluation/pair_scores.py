@@ -32,14 +32,12 @@ def score_model(
     """Score every usable pair of `pairs` (columns prompt, chosen, rejected, row) without gradients.
 
     Args:
-        model_dir: a folder or hub id with the model and its tokenizer.
         prior_context: "header", "bos" or "none" to score log pi(y) too (see `ChatFormat.prior_context`), else None.
         header_in_response: whether the assistant header is scored as part of the response (the released code).
         tokenizer_dir: where the tokenizer and its chat template are, if not in `model_dir`.
 
-    Returns:
-        Float32 tensors `(pairs,)` named like the fields of `PairScores`, the source row of each pair, and what was
-        dropped and cut.
+    Returns float32 tensors `(pairs,)` named like the fields of `PairScores`, the source row of each pair, and what was
+    dropped and cut.
     """
     source = ModelConfig(model_name_or_path=str(model_dir), model_revision=revision, dtype=dtype)
     tokenizer = load_tokenizer(source if tokenizer_dir is None else ModelConfig(model_name_or_path=str(tokenizer_dir)))
@@ -64,9 +62,7 @@ def score_model(
     scores = score_pairs(model, by_tokens(progress, pair_length), context)
     for name, values in scores.items():
         if not values.isfinite().all():  # a comparison with NaN is False, which would count as a pair lost
-            raise EvaluationError(
-                f"{description}: {name} is not finite for {(~values.isfinite()).sum()} pairs of {model_dir}"
-            )
+            raise EvaluationError(f"{description}: {name} of {model_dir} is not finite")
     return scores, list(tokenized["row"]), report
 
 

@@ -43,19 +43,17 @@ def run(model_dir: str | Path, output_dir: str | Path, settings: dict) -> dict:
     record = recorded_run(model_dir)
     started_from = record["recipe"]["model_name_or_path"] if record else model_dir
     settings["initial"] = str(settings["initial"] or started_from)
+    settings["initial_fingerprint"] = model_fingerprint(settings["initial"])  # one model may lie in several folders
     dropped: Counter[str] = Counter()
     prompts = read_prompts(settings["prompts"], settings["split"], Path(model_dir), dropped, limit=settings["first_n"])
     if len(prompts) < 2:
-        raise EvaluationError(
-            f"specificity: {settings['prompts']} has {len(prompts)} usable prompts, expected 2 or more. Dropped: "
-            f"{dict(dropped)}"
-        )
+        raise EvaluationError(f"specificity.prompts: too few are usable. Dropped: {dict(dropped)}")
     requests = [Request(prompt.key, prompt.messages) for prompt in prompts]
     with Generator(model_dir, settings["generation"]) as generator:
         answers = generator.answer(requests, generator.file("specificity", requests))
     frozen = Likelihood(settings["initial"], generator.settings["dtype"])
     rows = score_answers(frozen, [prompt.messages for prompt in prompts], answers)
-    if model_fingerprint(settings["initial"]) == generator.fingerprint:
+    if settings["initial_fingerprint"] == generator.fingerprint:
         own = [row["logp"] for row in rows]
     else:
         policy = Likelihood(model_dir, generator.settings["dtype"])
@@ -70,6 +68,7 @@ def run(model_dir: str | Path, output_dir: str | Path, settings: dict) -> dict:
     metrics["specificity_cut"] = generator.cut
     return {
         "metrics": metrics,
+        "per_prompt": per_answer(rows),
         "versions": package_versions("torch", "transformers") | generator.versions,
         "settings": settings | {"generation": generator.settings},
         "fingerprint": generator.fingerprint,
@@ -91,10 +90,8 @@ def score_answers(frozen: Likelihood, prompts: list[Messages], answers: list[str
     responses = [ids for _, ids in pairs]
     longest = max(len(context) for context, _ in pairs) + max(map(len, responses))
     if longest > frozen.window:  # every answer is scored after every prompt
-        raise EvaluationError(
-            f"specificity: the longest prompt and the longest answer have {longest} tokens, and the frozen model's context "
-            f"is {frozen.window}: leave out long prompts, or lower generation.max_new_tokens"
-        )
+        both = "the longest prompt and answer together"
+        raise EvaluationError(f"specificity: {both} have {longest} tokens, the frozen model's context {frozen.window}")
     contexts = tqdm([context for context, _ in pairs], desc="specificity", unit="prompt")
     under = [frozen.sums(context, responses) for context in contexts]  # under[j][i]: answer i under prompt j
     prior = frozen.sums(frozen.prior_context, responses)
@@ -110,18 +107,21 @@ def score_answers(frozen: Likelihood, prompts: list[Messages], answers: list[str
 
 
 def summary(rows: list[dict]) -> dict[str, float]:
-    """Means over the answers, with standard errors of the first two. Per token: sums over sums."""
+    """Means over the answers with their standard errors. Per token: sums over sums."""
     tokens = sum(row["tokens"] for row in rows)
+    metrics = {"pmi_bound": math.log(len(rows)), "tokens": tokens / len(rows)}
+    metrics |= {f"{name}_token": sum(row[name] for row in rows) / tokens for name in ("pmi", "prior_pmi")}
+    for name, values in per_answer(rows).items():
+        metrics |= {name: sum(values) / len(values), f"{name}_standard_error": standard_error(values)}
+    return metrics
 
-    def mean(name: str, scale: float = 1.0) -> tuple[float, float]:
-        values = [scale * row[name] for row in rows]
-        return sum(values) / len(values), standard_error(values)
 
-    metrics = dict(zip(("specificity", "specificity_standard_error"), mean("own", 100), strict=True))
-    metrics |= dict(zip(("pmi", "pmi_standard_error"), mean("pmi"), strict=True))
-    metrics |= {"pmi_bound": math.log(len(rows)), "pmi_token": sum(row["pmi"] for row in rows) / tokens}
-    metrics |= {"prior_pmi_token": sum(row["prior_pmi"] for row in rows) / tokens, "tokens": tokens / len(rows)}
-    return metrics | dict(zip(("kl_initial", "kl_initial_standard_error"), mean("kl"), strict=True))
+def per_answer(rows: list[dict]) -> dict[str, list[float]]:
+    return {
+        "specificity": [100.0 * row["own"] for row in rows],
+        "pmi": [row["pmi"] for row in rows],
+        "kl_initial": [row["kl"] for row in rows],
+    }
 
 
 BENCHMARK = Benchmark(
@@ -130,14 +130,16 @@ BENCHMARK = Benchmark(
     run=run,
     defaults=DEFAULTS,
     metrics={
-        "specificity": Metric("Own prompt most likely (%)", standard_error="specificity_standard_error"),
-        "pmi": Metric("PMI (nats)", 2, "pmi_standard_error"),
+        "specificity": Metric("Own prompt most likely (%)"),
+        "pmi": Metric("PMI (nats)", 2),
         "pmi_token": Metric("PMI (nats per token)", 3),
         "prior_pmi_token": Metric("PMI by log pi(y) (nats per token)", 3),
-        "tokens": Metric("Tokens"),
-        "repetition": Metric("Repeated 4-grams (%)"),
-        "kl_initial": Metric("KL to the initial model (nats)", 2, "kl_initial_standard_error"),
+        "tokens": Metric("Tokens", better=None),
+        "specificity_cut": Metric("Cut (%)", better=None),
+        "repetition": Metric("Repeated 4-grams (%)", better=False),
+        "kl_initial": Metric("KL to the initial model (nats)", 2, better=None),
     },
-    same=("prompts", "split", "first_n", "initial", "generation.temperature", "generation.max_new_tokens"),
+    same=("prompts", "split", "first_n", "initial_fingerprint", "generation.temperature", "generation.max_new_tokens"),
+    optional=("initial_fingerprint",),  # older results have none
     trial=("first_n",),
 )

@@ -1,5 +1,6 @@
-"""Standard errors and intervals of the numbers that evaluations report."""
+"""Standard errors, intervals and p-values of the numbers that evaluations report."""
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -10,12 +11,13 @@ SEED = 0
 
 
 class Interval(NamedTuple):
-    """A mean with its standard error and 95% interval."""
+    """A mean with its standard error, its 95% interval, and the two-sided p-value of its being 0."""
 
     mean: float
     standard_error: float
     low: float
     high: float
+    p: float
 
 
 def standard_error(values: Sequence[float]) -> float:
@@ -30,9 +32,15 @@ def resamples(count: int, draws: int = RESAMPLES) -> Iterator[np.ndarray]:
 
 
 def interval(value: float, draws: Sequence[float]) -> Interval:
-    """`value` with the standard error and the 95% percentile interval of its bootstrap draws."""
+    """`value` with the standard error, the 95% percentile interval and the p-value of its bootstrap draws.
+
+    p takes the draws for normal: counting those beyond 0 could give none below 1 / their number, which a correction for
+    many comparisons would never leave significant.
+    """
     low, high = np.quantile(draws, [0.025, 0.975])
-    return Interval(float(value), float(np.std(draws)), float(low), float(high))
+    error = float(np.std(draws))
+    p = math.erfc(abs(value) / error / 2**0.5) if error > 0 else 1.0
+    return Interval(float(value), error, float(low), float(high), p)
 
 
 def bootstrap(values: Sequence[float]) -> Interval:
@@ -46,5 +54,15 @@ def bootstrap(values: Sequence[float]) -> Interval:
 
 
 def wins(ours: Sequence[float], theirs: Sequence[float]) -> np.ndarray:
-    """Per pair 1 where ours is larger, 0 where theirs is, 0.5 for a tie."""
+    """Per pair 1 where ours is larger, 0 where theirs is, 0.5 for a tie, NaN where one is missing."""
     return (np.sign(np.subtract(ours, theirs)) + 1) / 2
+
+
+def holm(p_values: Sequence[float]) -> np.ndarray:
+    """The p-values corrected for their number by Holm's step-down procedure."""
+    p_values = np.asarray(p_values, dtype=np.float64)
+    order = np.argsort(p_values)
+    stepped = p_values[order] * np.arange(len(p_values), 0, -1)
+    corrected = np.empty(len(p_values))
+    corrected[order] = np.minimum(1, np.maximum.accumulate(stepped))
+    return corrected

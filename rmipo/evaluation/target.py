@@ -15,12 +15,12 @@ from rmipo.recipe.checks import template_text
 from rmipo.recipe.files import override_value, read_yaml
 from rmipo.recipe.load import load_recipe
 from rmipo.recipe.schema import ModelConfig
-from rmipo.recipe.settings import merge_settings, nearest
+from rmipo.recipe.settings import merge_settings
 from rmipo.record import recorded_run
 from rmipo.training.loading import load_tokenizer
 
 SAMPLES = {"prompts": None, "reference": None, "first_n": None}
-BLOCKS = ("generation", *BENCHMARKS, "samples")
+BLOCKS = {"generation": GENERATION, "samples": SAMPLES} | {name: b.defaults for name, b in BENCHMARKS.items()}
 MODEL_FILES = ("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json")
 
 
@@ -35,15 +35,10 @@ class Target:
 def find_target(
     model: str, method: str | None, outputs: Path, overrides: list[str], settings_file: Path | None = None
 ) -> Target:
-    """The model that MODEL and METHOD name.
+    """The model that MODEL and METHOD name: a setting with its method, a folder, or a hub id, perhaps with "@revision".
 
-    Args:
-        model: a setting (folder in recipes/), a folder with a model, or the id of one on the hub, perhaps with
-            "@revision". Only a setting has an eval.yaml; other models are sampled as their own generation_config.json
-            says. A model of the hub is linked into `outputs`/<owner>--<name>/initial.
-        method: of a setting: a folder in `outputs`/<model>, "rmipo" if None. Others have none.
-        settings_file: an eval.yaml to be used instead.
-
+    Only a setting has an eval.yaml (`settings_file` takes its place); other models are sampled as their own
+    generation_config.json says. A model of the hub is linked into `outputs`/<owner>--<name>/initial.
     Raises EvaluationError for a model that isn't there or wasn't trained to its end, and for wrong settings.
     """
     check_names(model, [] if method is None else [method])
@@ -53,7 +48,7 @@ def find_target(
         return Target(model_folder(recipe, outputs, method or "rmipo"), settings)
     folder = Path(model).expanduser()
     if folder.is_dir():
-        check_model(folder, "Expected are config.json, *.safetensors and the tokenizer's files", recorded_run(folder))
+        check_model(folder, "expected are config.json, *.safetensors and the tokenizer's files")
     else:
         name, _, revision = model.partition("@")
         folder = outputs / model.replace("/", "--") / "initial"
@@ -64,10 +59,7 @@ def find_target(
 
 
 def load_settings(path: Path, overrides: list[str]) -> dict[str, dict]:
-    """The blocks of an eval.yaml, with overrides such as "alpacaeval.max_cost=5" over them.
-
-    Raises EvaluationError or ConfigError for a file or an override that isn't of that form.
-    """
+    """The blocks of an eval.yaml, with overrides such as "alpacaeval.max_cost=5" over them."""
     settings = read_yaml(path)
     try:
         return override(settings, overrides)
@@ -86,50 +78,37 @@ def override(settings: dict[str, dict], overrides: list[str]) -> dict[str, dict]
         for block in blocks:
             place[block] = place.get(block) or {}
             place = place[block]
-            if not isinstance(place, dict):
-                raise EvaluationError(f"--set {text}: {block} is {place!r}, no block")
         place[name] = override_value(value)
-    if unknown := sorted(settings.keys() - set(BLOCKS)):
-        raise EvaluationError(f"unknown blocks {unknown}{nearest(unknown, BLOCKS)}")
-    if odd := [block for block, values in settings.items() if not isinstance(values, dict | None)]:
-        raise EvaluationError(f"expected blocks of `key: value` lines, found {', '.join(odd)} with a value")
     settings = {block: values or {} for block, values in settings.items()}
-    known = {"generation": GENERATION, "samples": SAMPLES} | {name: b.defaults for name, b in BENCHMARKS.items()}
-    for block, defaults in known.items():
-        own = settings.get(block, {})
-        merge_settings(block, defaults, own)
-        if "generation" in defaults:
-            merge_settings(f"{block}, generation", GENERATION, own.get("generation", {}))
+    merge_settings("settings", BLOCKS, settings)  # the names of the blocks
+    for block, values in settings.items():
+        merge_settings(block, BLOCKS[block], values)
+        if "generation" in BLOCKS[block]:
+            merge_settings(f"{block}, generation", GENERATION, values.get("generation", {}))
     return settings
 
 
 def model_folder(recipe: Path, outputs: Path, method: str) -> Path:
-    """The folder of the model trained with `method`; "initial" is the one that preference training starts from.
-
-    Raises ConfigError for a name that is none, EvaluationError if it hasn't been trained to its end, and if its tokenizer
-    isn't that of the training.
-    """
+    """The folder of the model trained with `method`; "initial" is the one that preference training starts from."""
     folder = outputs / recipe.parent.name / method
     if method == "initial":
         return link_initial(recipe, folder)
     known = ["rmipo", *named_files(recipe.parents[1] / "methods", recipe.parents[1] / "ablations")]
     if not folder.is_dir():
         choose("METHOD", method, known, f"There is no {folder}. The methods and ablations")
-    train = f"make train MODEL={recipe.parent.name} METHOD={method}" if method in known else "the command that made it"
-    check_model(folder, f"Train it first: {train}", recorded_run(folder), f"Go on with it: {train}")
+    check_model(folder, f"train it first: make train MODEL={recipe.parent.name} METHOD={method}")
     return folder
 
 
-def check_model(folder: Path, absent: str, run: dict | None, unfinished: str = "Go on with it") -> None:
+def check_model(folder: Path, remedy: str) -> None:
     """Raises EvaluationError unless `folder` has a whole model that was trained to its end, if it was trained here."""
+    run = recorded_run(folder)
     if run is not None and not run["finished"]:
-        raise EvaluationError(f"{folder} holds a run that hasn't finished. {unfinished}")
+        raise EvaluationError(f"{folder} holds a run that hasn't finished: go on with it")
     if (folder / "adapter_config.json").is_file():
-        raise EvaluationError(
-            f"{folder} holds an adapter. Merge it first: .venv/bin/python scripts/merge_adapter.py --help"
-        )
+        raise EvaluationError(f"{folder} holds an adapter: merge it first, .venv/bin/python scripts/merge_adapter.py")
     if not (folder / "config.json").is_file():
-        raise EvaluationError(f"{folder} holds no model. {absent}")
+        raise EvaluationError(f"{folder} holds no model: {remedy}")
     check_trained_prompts(folder, run)
 
 
@@ -146,27 +125,25 @@ def check_trained_prompts(folder: Path, run: dict | None) -> None:
         # Training may have scored the assistant header as part of the response; generation always starts after it.
         if now[: len(ids)] != ids or now[len(ids) :] not in ([], list(chat.header_ids)):
             raise EvaluationError(
-                f"{folder} was trained with another chat template or tokenizer than the one now in that folder: "
-                f"{messages!r} was {ids} in training (run.json) and is {now} here. "
-                "Put the tokenizer files of the training back."
+                f"{folder} was trained with another chat template or tokenizer than is now there: {messages!r} was {ids} "
+                f"in training (run.json) and is {now}. Put the tokenizer files of the training back"
             )
 
 
 def link_initial(recipe: Path, folder: Path) -> Path:
     """Fill `folder` with the recipe's initial model: links to its weights, its tokenizer with the recipe's template.
 
-    Raises EvaluationError as `model_folder` does; a model trained here is held to its own run.json.
+    A model trained here is held to its own run.json.
     """
     values = load_recipe(recipe).values
-    name, train = values["model_name_or_path"], f"make train MODEL={recipe.parent.name} STAGE=sft"
-    run = None
+    name, run = values["model_name_or_path"], None
     if Path(name).is_dir():
         source = Path(name).resolve()
         run = recorded_run(source)
         if run is not None and not run["finished"]:
-            raise EvaluationError(f"{name} holds a run that hasn't finished. Go on with it: {train}")
+            raise EvaluationError(f"{name} holds a run that hasn't finished: go on with it")
     elif name.startswith("outputs/"):
-        raise EvaluationError(f"{name} doesn't exist. Train it first: {train}")
+        raise EvaluationError(f"{name} doesn't exist: make train MODEL={recipe.parent.name} STAGE=sft")
     else:
         source = download(name, values.get("model_revision"))
     link_model(source, folder, values.get("chat_template"))
@@ -182,10 +159,8 @@ def download(name: str, revision: str | None) -> Path:
         files = ["*.json", "*.safetensors", "*.model", "*.jinja"]
         return Path(snapshot_download(name, revision=revision, allow_patterns=files))
     except Exception as error:  # no network, no such model, gated: the remedy is the same
-        raise EvaluationError(
-            f"{name} is neither in the hub's cache nor downloadable ({type(error).__name__}): check the name and the "
-            "network (is HF_HUB_OFFLINE set?), and log in with `.venv/bin/hf auth login` if the model is gated"
-        ) from error
+        kind = type(error).__name__
+        raise EvaluationError(f"{name} is neither in the hub's cache nor downloadable ({kind})") from error
 
 
 def link_model(source: Path, folder: Path, chat_template: str | None = None) -> None:

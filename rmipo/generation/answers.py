@@ -15,7 +15,8 @@ from transformers import AutoConfig, PreTrainedTokenizerBase
 from rmipo.data.chat import ChatFormat, freeze_date
 from rmipo.errors import EvaluationError
 from rmipo.fingerprints import has_weights, json_fingerprint, trained_fingerprint
-from rmipo.generation.engines import ENGINES, Prompt, choose_engine
+from rmipo.generation.engines import ENGINES, TokenPrompt, choose_engine
+from rmipo.generation.scores import read_lines
 from rmipo.recipe.schema import ModelConfig
 from rmipo.recipe.settings import merge_settings
 from rmipo.record import package_versions
@@ -58,8 +59,7 @@ def own_settings(model_dir: str | Path) -> dict:
         settings["temperature"] = config.get("temperature") or 1.0
         settings |= {key: config[key] for key in ("top_p", "top_k") if config.get(key) is not None}
     if (penalty := config.get("repetition_penalty") or 1.0) != 1.0:
-        file = f"{model_dir}/generation_config.json"
-        print(f"{file}: repetition_penalty {penalty} is not applied; answers are sampled without it", flush=True)
+        print(f"{model_dir}/generation_config.json: repetition_penalty {penalty} is not applied", flush=True)
     return settings
 
 
@@ -81,8 +81,6 @@ class Generator:
         settings: with the engine that answers, once there are answers.
         versions: of the packages that made the answers, which may have been others than those installed now.
         fingerprint: of the weights that made the answers.
-
-    Raises EvaluationError for wrong settings.
     """
 
     def __init__(self, model_dir: str | Path, settings: dict):
@@ -107,49 +105,6 @@ class Generator:
         """Percent of the answers so far that were cut at `max_new_tokens` or the end of the context."""
         return 100 * self.finishes.count("length") / max(1, len(self.finishes))
 
-    def answer(self, requests: list[Request], path: str | Path) -> list[str]:
-        """Answer `requests`; answers that are in `path` already are not made again.
-
-        An answer depends on the model, its prompt and `settings["seed"]` alone. A file that transformers was
-        interrupted in ends as that of an uninterrupted run.
-
-        Returns the answers in the order of `requests`, stripped of surrounding space.
-        Raises EvaluationError, before the model is loaded, for prompts that don't fit the model, for a file made by
-        another model, other settings or, if it has to be continued, other package versions, and for missing weights.
-        """
-        path = Path(path)
-        tokenizer = load_tokenizer(ModelConfig(model_name_or_path=str(self.model_dir)))
-        date = (read_answers(path)[0] or {}).get("date", str(datetime.date.today()))
-        reads_clock = freeze_date(tokenizer, datetime.date.fromisoformat(date))
-        chat = ChatFormat.probe(tokenizer)
-        prompts = [
-            Prompt(
-                ids,
-                self.settings["temperature"] if request.temperature is None else request.temperature,
-                seed_of(self.settings["seed"] if request.seed is None else request.seed, ids),
-            )
-            for request, ids in ((request, chat.prompt_ids(request.messages)) for request in requests)
-        ]
-        config = AutoConfig.from_pretrained(self.model_dir, trust_remote_code=False)
-        check_prompts(requests, prompts, chat, config.max_position_embeddings)
-
-        stops = stop_ids(self.model_dir, tokenizer, chat)
-        answers = self.open(path, prompts, stops, {"date": date} if reads_clock else {})
-        wanted = [i for i, request in enumerate(requests) if request.key not in answers]
-        if wanted and self.engine is None:
-            self.engine = ENGINES[self.settings["engine"]](self.model_dir, self.settings, stops)
-        with path.open("a") as file, tqdm(total=len(prompts), initial=len(answers), unit="answer") as progress:
-            progress.set_description(f"answers of {self.model_dir.name}")
-            for i, answer in self.engine.answers(prompts, wanted) if wanted else ():
-                text = tokenizer.decode(answer.ids, skip_special_tokens=True).strip()
-                row = {"key": requests[i].key, "output": text, "tokens": len(answer.ids), "finish": answer.finish}
-                file.write(json.dumps(row) + "\n")
-                file.flush()
-                answers[requests[i].key] = row
-                progress.update()
-        self.finishes += [answers[request.key]["finish"] for request in requests]
-        return [answers[request.key]["output"] for request in requests]
-
     def file(self, name: str, requests: list[Request]) -> Path:
         """The file for the answers to `requests`; other prompts or another decoding have another one beside it.
 
@@ -159,24 +114,66 @@ class Generator:
         key = json_fingerprint([decoding, [asdict(request) for request in requests]])[:8]
         return self.model_dir / "eval/answers" / f"{name}-{key}.jsonl"
 
-    def open(self, path: Path, prompts: list[Prompt], stops: list[int], date: dict[str, str]) -> dict[str, dict]:
-        """Answers in `path` by key; takes engine and versions from there, or writes those of this machine there.
+    def answer(self, requests: list[Request], path: str | Path) -> list[str]:
+        """The answers, in the order of `requests`; those that are in `path` already are not made again.
 
-        `date`: the day that the chat template of a model from elsewhere is told, if it reads the clock.
+        An answer depends on the model, its prompt and the seed alone. A file that transformers was interrupted in ends
+        as that of an uninterrupted run.
+
+        Raises EvaluationError, before the model is loaded, for prompts that don't fit the model, for missing weights,
+        and for a file made by another model, other settings or, if it has to be continued, other package versions.
         """
-        found, answers = read_answers(path)
+        path = Path(path)
+        tokenizer = load_tokenizer(ModelConfig(model_name_or_path=str(self.model_dir)))
+        found = read_lines(path)
+        # A chat template may tell the model which day it is: an answer of tomorrow is told today's.
+        date = found[0].get("date") if found else None
+        reads_clock = freeze_date(tokenizer, datetime.date.fromisoformat(date or str(datetime.date.today())))
+        chat = ChatFormat.probe(tokenizer)
+        prompts = [self.prompt(request, chat) for request in requests]
+        check_prompts(requests, prompts, chat, self.model_dir)
+
+        stops = stop_ids(self.model_dir, tokenizer, chat)
+        header = {"date": date or str(datetime.date.today())} if reads_clock else {}
+        self.open(path, found, prompts, stops, header)
+        answers = {row["key"]: row for row in found[1:]}
+        wanted = [i for i, request in enumerate(requests) if request.key not in answers]
+        if wanted and self.engine is None:
+            self.engine = ENGINES[self.settings["engine"]](self.model_dir, self.settings, stops)
+        with path.open("a") as file, tqdm(total=len(prompts), initial=len(answers), unit="answer") as progress:
+            progress.set_description(f"answers of {self.model_dir.name}")
+            for i, (ids, finish) in self.engine.answers(prompts, wanted) if wanted else ():
+                text = tokenizer.decode(ids, skip_special_tokens=True).strip()
+                row = {"key": requests[i].key, "output": text, "tokens": len(ids), "finish": finish}
+                file.write(json.dumps(row) + "\n")
+                file.flush()
+                answers[requests[i].key] = row
+                progress.update()
+        self.finishes += [answers[request.key]["finish"] for request in requests]
+        return [answers[request.key]["output"] for request in requests]
+
+    def prompt(self, request: Request, chat: ChatFormat) -> TokenPrompt:
+        ids = chat.prompt_ids(request.messages)
+        temperature = self.settings["temperature"] if request.temperature is None else request.temperature
+        seed = self.settings["seed"] if request.seed is None else request.seed
+        return TokenPrompt(
+            ids, temperature, int(json_fingerprint([seed, ids])[:15], 16)
+        )  # each prompt has its own stream
+
+    def open(self, path: Path, lines: list[dict], prompts: list[TokenPrompt], stops: list[int], header: dict) -> None:
+        """Hold the file's first line to this model and these settings, or write it; engine and versions come from there."""
+        found = lines[0] if lines else None
         versions = self.versions or (found or {}).get("versions")
         if self.settings["engine"] == "auto" and found is not None:
             self.settings["engine"] = found["decoding"]["engine"]
-        if found is None or len(answers) < len(prompts):
+        if len(lines) <= len(prompts):  # something is left to answer
             self.fingerprint = trained_fingerprint(self.model_dir)
             self.settings["engine"] = choose_engine(self.settings["engine"])
             here = package_versions(*sorted({self.settings["engine"], "torch", "transformers"}))
             if versions not in (None, here):
                 raise EvaluationError(
-                    f"{path} can't be {'begun' if found is None else 'continued'}: the answers there are were made "
-                    f"with {versions}, installed here is {here}. Install those versions (or go on where they are), or "
-                    f"delete the *.jsonl files in {path.parent}."
+                    f"{path} can't be filled: its answers were made with {versions}, installed here is {here}. Install "
+                    f"those versions, or delete the *.jsonl files in {path.parent}"
                 )
             versions = here
         keys = ("top_p", "top_k", "max_new_tokens", "seed", "batch_size", "dtype", "engine")
@@ -185,55 +182,22 @@ class Generator:
             "versions": versions,
             "model": self.fingerprint or found["model"],
             "prompts": json_fingerprint([asdict(prompt) for prompt in prompts]),
-            **date,
+            **header,
         }
         if found is None:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(header) + "\n")
         elif different := [key for key in header if key not in found or found[key] != header[key]]:
-            raise EvaluationError(
-                f"{path} holds answers made with another {', another '.join(different)}: its first line has "
-                f"{ {key: found.get(key) for key in different} }, this run { {key: header[key] for key in different} }."
-                " Move or delete that file, or take its settings back."
-            )
+            before, now = ({key: of.get(key) for key in different} for of in (found, header))
+            raise EvaluationError(f"{path} holds answers made otherwise: with {before}, now {now}. Move or delete it")
         self.versions, self.fingerprint = versions, header["model"]
-        return answers
 
 
-def seed_of(seed: int, ids: list[int]) -> int:
-    """A seed for one prompt, from the run's seed and the prompt itself."""
-    return int(json_fingerprint([seed, ids])[:15], 16)
-
-
-def check_prompts(requests: list[Request], prompts: list[Prompt], chat: ChatFormat, context: int) -> None:
-    """Raises EvaluationError, listing all that is wrong: repeated keys, BOS, lengths."""
-    problems = []
-    keys = [request.key for request in requests]
-    repeated = sorted({key for key in keys if keys.count(key) > 1})
-    if repeated:
-        problems.append(f"keys that occur more than once: {repeated[:5]}")
-    if chat.bos_id is not None:
-        starts = [[token == chat.bos_id for token in prompt.ids[:2]] for prompt in prompts]
-        wrong = [request.key for request, start in zip(requests, starts, strict=True) if start != [True, False]]
-        if wrong:
-            problems.append(f"{len(wrong)} prompts don't start with exactly one BOS (id {chat.bos_id}): {wrong[:5]}")
-    long = [f"{r.key} ({len(p.ids)} tokens)" for r, p in zip(requests, prompts, strict=True) if len(p.ids) >= context]
-    if long:
-        problems.append(f"prompts that leave no room in the model's context of {context} tokens: {long[:5]}")
-    if problems:
-        raise EvaluationError("; ".join(problems))
-
-
-def read_answers(path: Path) -> tuple[dict | None, dict[str, dict]]:
-    """(first line or None, answers by key) of an answers file; a line that a kill cut short is removed from it."""
-    if not path.is_file():
-        return None, {}
-    content = path.read_bytes()
-    end = content.rfind(b"\n") + 1
-    if end < len(content):
-        with path.open("r+b") as file:
-            file.truncate(end)
-    if end == 0:
-        return None, {}
-    header, *answers = [json.loads(line) for line in content[:end].splitlines()]
-    return header, {answer["key"]: answer for answer in answers}
+def check_prompts(requests: list[Request], prompts: list[TokenPrompt], chat: ChatFormat, model_dir: Path) -> None:
+    """Raises EvaluationError for prompts that don't start with one BOS, or leave no room for an answer."""
+    context = AutoConfig.from_pretrained(model_dir, trust_remote_code=False).max_position_embeddings
+    for request, prompt in zip(requests, prompts, strict=True):
+        if chat.bos_id is not None and [token == chat.bos_id for token in prompt.ids[:2]] != [True, False]:
+            raise EvaluationError(f"prompt {request.key} doesn't start with exactly one BOS (id {chat.bos_id})")
+        if len(prompt.ids) >= context:
+            raise EvaluationError(f"prompt {request.key} has {len(prompt.ids)} tokens, the model's context {context}")

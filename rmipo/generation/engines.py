@@ -18,7 +18,7 @@ from rmipo.training.loading import load_model
 
 
 @dataclass(frozen=True)
-class Prompt:
+class TokenPrompt:
     """One prompt to answer. `temperature` 0 is greedy decoding."""
 
     ids: list[int]
@@ -26,12 +26,7 @@ class Prompt:
     seed: int
 
 
-@dataclass(frozen=True)
-class Answer:
-    """Token ids of an answer without its end token; `finish` is "stop" or "length"."""
-
-    ids: list[int]
-    finish: str
+Answer = tuple[list[int], str]  # token ids without the end token, and "stop" or "length"
 
 
 class SeededSampling(LogitsProcessor):
@@ -71,49 +66,46 @@ class TransformersEngine:
             do_sample=False, eos_token_id=stop_ids, pad_token_id=stop_ids[0]
         )
         self.context = self.model.config.max_position_embeddings
-        self.top_p, self.top_k, self.stop_ids = settings["top_p"], settings["top_k"], stop_ids
-        self.max_new_tokens, self.batch_size = settings["max_new_tokens"], settings["batch_size"]
+        self.settings, self.stop_ids = settings, stop_ids
 
-    def answers(self, prompts: list[Prompt], wanted: list[int]) -> Iterator[tuple[int, Answer]]:
+    def answers(self, prompts: list[TokenPrompt], wanted: list[int]) -> Iterator[tuple[int, Answer]]:
         """(number of a prompt, its answer) for each number in `wanted`, in order.
 
         Batches are cut from all prompts, whatever is wanted of them: the padding beside an answer, and with it the
         last bits of its logits, are the same in a run that goes on from an interrupted one.
         """
-        for start in range(0, len(prompts), self.batch_size):
-            numbers = range(start, min(start + self.batch_size, len(prompts)))
+        size = self.settings["batch_size"]
+        for start in range(0, len(prompts), size):
+            numbers = range(start, min(start + size, len(prompts)))
             if not any(number in wanted for number in numbers):
                 continue
             # How much room is left in the context would depend on the longest neighbour: those short of it go alone.
-            roomy = [n for n in numbers if len(prompts[n].ids) + self.max_new_tokens <= self.context]
+            roomy = [n for n in numbers if len(prompts[n].ids) + self.settings["max_new_tokens"] <= self.context]
             answers = dict(zip(roomy, self.batch([prompts[n] for n in roomy]), strict=True)) if roomy else {}
             for number in numbers:
                 if number in wanted:
                     yield number, answers[number] if number in answers else self.batch([prompts[number]])[0]
 
     @torch.no_grad()
-    def batch(self, prompts: list[Prompt]) -> list[Answer]:
+    def batch(self, prompts: list[TokenPrompt]) -> list[Answer]:
         width = max(len(prompt.ids) for prompt in prompts)
         padding = [[self.stop_ids[0]] * (width - len(prompt.ids)) for prompt in prompts]
-        sampling = SeededSampling(
-            [prompt.temperature for prompt in prompts], self.top_p, [prompt.seed for prompt in prompts], self.top_k
-        )
         ids = [pad + prompt.ids for pad, prompt in zip(padding, prompts, strict=True)]
         mask = [[0] * len(pad) + [1] * len(prompt.ids) for pad, prompt in zip(padding, prompts, strict=True)]
+        temperatures, seeds = [prompt.temperature for prompt in prompts], [prompt.seed for prompt in prompts]
         output = self.model.generate(
             input_ids=torch.tensor(ids, device=self.device),
             attention_mask=torch.tensor(mask, device=self.device),
-            max_new_tokens=min(self.max_new_tokens, self.context - width),
-            logits_processor=[sampling],
+            max_new_tokens=min(self.settings["max_new_tokens"], self.context - width),
+            logits_processor=[SeededSampling(temperatures, self.settings["top_p"], seeds, self.settings["top_k"])],
         )
         return [self.until_stop(row) for row in output[:, width:].tolist()]
 
     def until_stop(self, ids: list[int]) -> Answer:
         end = next((i for i, token in enumerate(ids) if token in self.stop_ids), None)
-        return Answer(ids, "length") if end is None else Answer(ids[:end], "stop")
+        return (ids, "length") if end is None else (ids[:end], "stop")
 
     def close(self) -> None:
-        """Give the memory back: other benchmarks load the model again."""
         del self.model
         release_memory()
 
@@ -130,10 +122,9 @@ class VllmEngine:
             model=str(model_dir), dtype=vllm_dtype(model_dir, settings["dtype"]), seed=settings["seed"],
             generation_config="vllm", trust_remote_code=False, load_format="safetensors",
         )  # fmt: skip
-        self.top_p, self.top_k, self.stop_ids = settings["top_p"], settings["top_k"], stop_ids
-        self.max_new_tokens = settings["max_new_tokens"]
+        self.settings, self.stop_ids = settings, stop_ids
 
-    def answers(self, prompts: list[Prompt], wanted: list[int]) -> Iterator[tuple[int, Answer]]:
+    def answers(self, prompts: list[TokenPrompt], wanted: list[int]) -> Iterator[tuple[int, Answer]]:
         """(number of a prompt, its answer) for each number in `wanted`, as they are finished.
 
         All are handed over at once and yielded one by one: the engine is never drained for the sake of a batch.
@@ -143,26 +134,25 @@ class VllmEngine:
 
         engine = self.model.llm_engine
         for number in wanted:
-            prompt = prompts[number]
+            prompt = {"type": "token", "prompt_token_ids": prompts[number].ids}
             parameters = SamplingParams(
-                temperature=prompt.temperature,
-                top_p=self.top_p,
-                top_k=self.top_k,
-                max_tokens=self.max_new_tokens,  # vLLM ends an answer where its context ends
-                seed=prompt.seed,
+                temperature=prompts[number].temperature,
+                top_p=self.settings["top_p"],
+                top_k=self.settings["top_k"],
+                max_tokens=self.settings["max_new_tokens"],  # vLLM ends an answer where its context ends
+                seed=prompts[number].seed,
                 stop_token_ids=self.stop_ids,
                 detokenize=False,
                 output_kind=RequestOutputKind.FINAL_ONLY,
             )
-            engine.add_request(str(number), {"type": "token", "prompt_token_ids": prompt.ids}, parameters)
+            engine.add_request(str(number), prompt, parameters)
         while engine.has_unfinished_requests():
             for output in engine.step():
                 ids = [token for token in output.outputs[0].token_ids if token not in self.stop_ids]
-                yield int(output.request_id), Answer(ids, output.outputs[0].finish_reason)
+                yield int(output.request_id), (ids, output.outputs[0].finish_reason)
 
     def close(self) -> None:
-        """Give the GPU back: vLLM takes nearly all of its memory, in a process of its own."""
-        self.model.llm_engine.engine_core.shutdown()
+        self.model.llm_engine.engine_core.shutdown()  # vLLM holds the GPU in a process of its own
         del self.model
         release_memory()
 
@@ -189,7 +179,6 @@ def choose_engine(name: str) -> str:
         name = "vllm" if torch.cuda.is_available() else "transformers"
     if name == "vllm" and importlib.util.find_spec("vllm") is None:
         raise EvaluationError(
-            "answers are generated by vLLM on a GPU, and vllm isn't installed: make install EXTRAS=eval,vllm, or "
-            "generation.engine: transformers in eval.yaml (--set generation.engine=transformers), which is slower"
+            "no vllm: make install EXTRAS=eval,vllm, or --set generation.engine=transformers (slower)"
         )
     return name

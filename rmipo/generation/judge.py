@@ -1,4 +1,4 @@
-"""What every use of a judge needs: any OpenAI-compatible endpoint, its address checked, its cost stated beforehand."""
+"""What every use of a judge needs: any OpenAI-compatible endpoint, a client for it, its cost stated beforehand."""
 
 import os
 from urllib.parse import urlsplit
@@ -12,71 +12,56 @@ PROBE = 'Which is better? {"instruction": """a""", "output": """a""", "output": 
 
 
 def judge_endpoint() -> str:
-    """The judge's URL, from OPENAI_BASE_URL; the key is read by the packages.
-
-    Raises EvaluationError without OPENAI_API_KEY, with something that isn't a URL, and with variables that would send
-    alpaca-eval elsewhere.
-    """
-    url = os.environ.get("OPENAI_BASE_URL", f"https://{OPENAI}").rstrip("/")
-    problems = []
+    """The judge's URL, from OPENAI_BASE_URL; the key is read by the packages. Raises EvaluationError without a key."""
     if not os.environ.get("OPENAI_API_KEY"):
-        problems.append("the judge needs OPENAI_API_KEY in the environment (any text for a server that asks for none)")
-    try:
-        parts = urlsplit(url)
-        is_url = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
-    except ValueError:  # what `port` raises
-        is_url = False
-    if not is_url:
-        problems.append("OPENAI_BASE_URL is not a URL such as http://127.0.0.1:8000/v1")
-    overriding = [name for name in ("OPENAI_API_BASE", "OPENAI_CLIENT_CONFIG_PATH") if os.environ.get(name)]
-    if overriding:
-        problems.append(
-            f"{' and '.join(overriding)} would send alpaca-eval to another judge than OPENAI_BASE_URL does: unset it, "
-            "and name the endpoint in OPENAI_BASE_URL"
-        )
-    if problems:
-        raise EvaluationError("; ".join(problems))
-    return url
+        raise EvaluationError("the judge needs OPENAI_API_KEY (any text for a server that asks for none)")
+    for name in ("OPENAI_API_BASE", "OPENAI_CLIENT_CONFIG_PATH"):
+        if os.environ.get(name):
+            raise EvaluationError(f"{name} would send alpaca-eval to another judge than OPENAI_BASE_URL does: unset it")
+    return os.environ.get("OPENAI_BASE_URL", f"https://{OPENAI}").rstrip("/")
 
 
 def shown(url: str) -> str:
     """The part of an endpoint's URL that may be written down: without a user name and password."""
     parts = urlsplit(url)
-    return parts.hostname + (f":{parts.port}" if parts.port else "") + parts.path
+    return parts.netloc.rpartition("@")[2] + parts.path
+
+
+def http_client(endpoint: str):
+    """For `openai.OpenAI`, which would hand over a web page in place of a completion: it raises EvaluationError then."""
+    from openai import DefaultHttpxClient
+
+    def require_json(response) -> None:
+        if response.is_success and "json" not in response.headers.get("content-type", ""):
+            text = response.read()[:80].decode(errors="replace")
+            raise EvaluationError(f"{shown(endpoint)} answers {text!r}, which is no JSON: does the URL end in /v1?")
+
+    return DefaultHttpxClient(event_hooks={"response": [require_json]})
+
+
+def open_client(endpoint: str, **options):
+    require_package("openai")
+    from openai import OpenAI
+
+    return OpenAI(base_url=endpoint, http_client=http_client(endpoint), **options)
 
 
 def complete(client, model: str, **request):
-    """One chat completion of the judge. Raises EvaluationError, which names the kind of failure.
-
-    Args:
-        client: an `openai.OpenAI`.
-    """
+    """One chat completion of the judge. Raises EvaluationError, which names the kind of failure."""
     from openai import OpenAIError
 
-    server = f"the judge {model} at {shown(str(client.base_url).rstrip('/'))}"
     try:
-        answer = client.chat.completions.create(model=model, **request)
+        return client.chat.completions.create(model=model, **request)
     except OpenAIError as error:  # only its kind: messages may quote requests
         status = getattr(error, "status_code", None)
-        raise EvaluationError(
-            f"{server} gave no answer ({type(error).__name__}{f', status {status}' if status else ''}): check OPENAI_BASE_URL, "
-            "OPENAI_API_KEY, its limits, and whether it has this model"
-        ) from error
-    if isinstance(answer, str):  # the client hands over what isn't JSON
-        raise EvaluationError(
-            f"{server} answers with {answer[:80]!r}, not with JSON: OPENAI_BASE_URL ends in /v1 mostly"
-        )
-    return answer
+        kind, place = type(error).__name__, shown(str(client.base_url).rstrip("/"))
+        raise EvaluationError(f"the judge {model} at {place} gave no answer ({kind}, status {status})") from error
 
 
 def check_judge(endpoint: str, model: str, **request):
     """Ask the judge for one token, before anything is loaded. Returns its completion; raises EvaluationError."""
-    require_package("openai")
-    from openai import OpenAI
-
-    client = OpenAI(base_url=endpoint, api_key=os.environ["OPENAI_API_KEY"], max_retries=1, timeout=30)
-    question = {"role": "user", "content": PROBE}
-    return complete(client, model, messages=[question], max_tokens=1, **request)
+    client = open_client(endpoint, max_retries=1, timeout=30)
+    return complete(client, model, messages=[{"role": "user", "content": PROBE}], max_tokens=1, **request)
 
 
 def check_cost(
@@ -102,6 +87,5 @@ def check_cost(
     if cost > settings["max_cost"]:
         raise EvaluationError(
             f"{what}: the judge would cost about ${cost:.2f}, more than max_cost {settings['max_cost']}; nothing was "
-            "asked. Raise it (make eval: MAX_COST=..., make pairs: ARGS='--oracle.max_cost ...'), or choose another judge and "
-            "its price."
+            "asked. Raise it (make eval: MAX_COST=...; make pairs: --oracle.max_cost), or name another judge"
         )

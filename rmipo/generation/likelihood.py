@@ -1,10 +1,12 @@
 """log pi(y|x) and log pi(y) of answers under a saved model: what PMI selection and the specificity benchmark are made of."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
 from rmipo.data.chat import ChatFormat, Messages
+from rmipo.generation.oracles import Candidates
 from rmipo.recipe.schema import ModelConfig
 from rmipo.training.loading import load_model, load_tokenizer
 from rmipo.training.packing import pack
@@ -32,9 +34,11 @@ class Likelihood:
         with self.scorer as scorer:
             return [value for group in by_tokens(responses) for value in scorer.sums(pack([(context, group)])).tolist()]
 
-    def pmi(self, messages: Messages, answers: list[str]) -> list[float]:
-        """log pi(y|x) - log pi(y) per token of each answer to one prompt, in nats."""
-        pairs = [self.ids(messages, answer) for answer in answers]
-        prompt, responses = pairs[0][0], [ids for _, ids in pairs]
-        given, prior = self.sums(prompt, responses), self.sums(self.prior_context, responses)
-        return [(a - b) / len(ids) for a, b, ids in zip(given, prior, responses, strict=True)]
+    def pmi(self, prompts: list[Candidates]) -> Iterator[dict[str, float]]:
+        """log pi(y|x) - log pi(y) per token of each answer, in nats, by key of the answer; called as an oracle is."""
+        for prompt in prompts:
+            pairs = [self.ids(prompt.messages, answer) for answer in prompt.answers.values()]
+            context, responses = pairs[0][0], [ids for _, ids in pairs]
+            given, prior = self.sums(context, responses), self.sums(self.prior_context, responses)
+            values = [(a - b) / len(ids) for a, b, ids in zip(given, prior, responses, strict=True)]
+            yield dict(zip(prompt.answers, values, strict=True))

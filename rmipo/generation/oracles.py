@@ -14,11 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from rmipo.data.chat import Messages
-from rmipo.errors import EvaluationError, UserError
+from rmipo.errors import UserError
 from rmipo.fingerprints import text_fingerprint
 from rmipo.generation import judge
 from rmipo.recipe.settings import merge_settings
-from rmipo.record import require_package
 
 QUESTION = """Rate the response to the user's last message for its helpfulness, relevance, accuracy, depth and clarity. \
 Be objective. End with the rating from 1 to 10 in double brackets, such as: Rating: [[5]].
@@ -65,15 +64,8 @@ class FunctionOracle:
             raise OracleError(f"oracle.function is {settings['function']!r}: expected <file.py>:<function>")
         spec = importlib.util.spec_from_file_location(f"oracle_{Path(file).stem}", file)
         module = importlib.util.module_from_spec(spec)
-        try:
-            spec.loader.exec_module(module)
-        except ImportError as error:
-            raise OracleError(
-                f"oracle.function is {settings['function']!r}, which can't be imported: {error}"
-            ) from error
-        self.function, self.name = getattr(module, name, None), settings["function"]
-        if not callable(self.function):
-            raise OracleError(f"oracle.function is {settings['function']!r}: {file} has no function {name!r}")
+        spec.loader.exec_module(module)
+        self.function, self.name = getattr(module, name), settings["function"]
         columns = list(inspect.signature(self.function).parameters.values())[2:]
         self.columns = [column.name for column in columns]
         starred = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
@@ -86,12 +78,11 @@ class FunctionOracle:
             columns = {name: prompt.columns[name] for name in self.columns if name in prompt.columns}
             where = f"oracle {self.name}, prompt {prompt.key} ({prompt.messages[-1]['content'][:60]!r})"
             try:
-                scores = list(self.function(prompt.messages, list(prompt.answers.values()), **columns))
+                scores = self.function(prompt.messages, list(prompt.answers.values()), **columns)
+                by_key = dict(zip(prompt.answers, scores, strict=True))
             except Exception as error:
-                raise OracleError(f"{where} raised {type(error).__name__}: {error}") from error
-            if len(scores) != len(prompt.answers):
-                raise OracleError(f"{where} returned {len(scores)} scores for {len(prompt.answers)} answers")
-            yield checked(dict(zip(prompt.answers, scores, strict=True)), where)
+                raise OracleError(f"{where}: {type(error).__name__}: {error}") from error
+            yield checked(by_key, where)
 
 
 class RewardModelOracle:
@@ -121,52 +112,36 @@ class JudgeOracle:
     required = ()
 
     def __init__(self, settings: dict):
-        require_package("openai")
         self.settings = settings
+        self.client = judge.open_client(judge.judge_endpoint())
         self.identity = {"judge": settings["judge"], "endpoint": judge.shown(judge.judge_endpoint())}
 
     def score(self, prompts: list[Candidates]) -> Scored:
-        from openai import OpenAI
-
-        asked = {
+        questions = {
             key: QUESTION.format(
                 conversation="\n\n".join(f"{m['role']}: {m['content']}" for m in prompt.messages), answer=text
             )
             for prompt in prompts
             for key, text in prompt.answers.items()
         }
-        limit = self.settings["max_tokens"]
-        characters = sum(map(len, asked.values()))
-        judge.check_cost("judge", len(asked), characters, limit * len(asked), self.settings, len(TEMPERATURES))
-        client = OpenAI(base_url=judge.judge_endpoint())
-
-        def ask(key: str, temperature: float) -> str:
-            message = {"role": "user", "content": asked[key]}
-            try:
-                reply = judge.complete(
-                    client, self.settings["judge"], messages=[message], temperature=temperature, max_tokens=limit
-                )
-            except EvaluationError as error:
-                raise OracleError(f"{error}. The scores so far are kept") from error
-            return reply.choices[0].message.content or ""
-
-        def rate(key: str) -> dict[str, float]:
-            for temperature in TEMPERATURES:
-                text = ask(key, temperature)
-                rating = re.search(r"\[\[(\d+(?:\.\d+)?)\]\]", text)
-                if rating and 1 <= float(rating[1]) <= 10:
-                    return {key: float(rating[1])}
-            raise OracleError(
-                f"the judge's reply to answer {key} has no [[rating]] from 1 to 10, asked {len(TEMPERATURES)} times: "
-                f"{text[-200:]!r}. The scores so far are kept"
-            )
-
+        characters, tokens = sum(map(len, questions.values())), self.settings["max_tokens"] * len(questions)
+        judge.check_cost("judge", len(questions), characters, tokens, self.settings, len(TEMPERATURES))
         pool = ThreadPoolExecutor(self.settings["concurrency"])
         try:
-            for done in as_completed([pool.submit(rate, key) for key in asked]):
+            for done in as_completed([pool.submit(self.rate, *question) for question in questions.items()]):
                 yield done.result()
         finally:
             pool.shutdown(cancel_futures=True)
+
+    def rate(self, key: str, question: str) -> dict[str, float]:
+        request = {"messages": [{"role": "user", "content": question}], "max_tokens": self.settings["max_tokens"]}
+        for temperature in TEMPERATURES:
+            reply = judge.complete(self.client, self.settings["judge"], temperature=temperature, **request)
+            text = reply.choices[0].message.content or ""
+            rating = re.search(r"\[\[(\d+(?:\.\d+)?)\]\]", text)
+            if rating and 1 <= float(rating[1]) <= 10:
+                return {key: float(rating[1])}
+        raise OracleError(f"the judge rated answer {key} in none of {len(TEMPERATURES)} replies: {text[-200:]!r}")
 
 
 ORACLES = {"function": FunctionOracle, "reward_model": RewardModelOracle, "judge": JudgeOracle}
@@ -185,12 +160,13 @@ def make_oracle(settings: dict):
 
 
 def checked(scores: dict[str, Any], where: str) -> dict[str, float]:
-    """`scores` as floats. Raises OracleError if one is no finite number."""
-    for score in scores.values():
+    """`scores` as floats. Raises OracleError if one is no finite number: a NaN would be neither best nor worst."""
+    numbers = {}
+    for key, score in scores.items():
         try:
-            finite = math.isfinite(score)
-        except TypeError:
-            finite = False
-        if not finite:
+            numbers[key] = float(score)  # also of a NumPy or torch scalar
+        except (TypeError, ValueError):
+            numbers[key] = math.nan
+        if not math.isfinite(numbers[key]):
             raise OracleError(f"{where} gave the score {score!r}: expected a finite number")
-    return {key: float(score) for key, score in scores.items()}
+    return numbers

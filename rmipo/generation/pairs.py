@@ -12,85 +12,57 @@ import json
 import math
 import random
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, field
 from pathlib import Path
+from typing import Annotated, Literal
+
+import pydantic
+from pydantic.dataclasses import dataclass
 
 from rmipo.errors import PairsError
 from rmipo.files import write_atomically, write_lines
 from rmipo.fingerprints import json_fingerprint
-from rmipo.generation.answers import Generator, Request, read_answers
+from rmipo.generation.answers import Generator, Request
 from rmipo.generation.oracles import Candidates, make_oracle
 from rmipo.generation.prompts import Prompt, read_prompts
-from rmipo.generation.scores import PmiScores, fill
-from rmipo.recipe.files import coerce, parse_overrides, read_yaml
+from rmipo.generation.scores import fill, read_lines
+from rmipo.recipe.files import parse_overrides, read_yaml
 from rmipo.run.lock import locked
 
 RECORD = "pairs.json"
-SELECTIONS = ("best-worst", "best-random", "pmi")
-LOWEST = {"answers": 2, "min_gap": 0, "skip_prompts": 0, "max_prompts": 1, "max_prompt_tokens": 1, "test_share": 0}
+Positive = Annotated[int, pydantic.Field(ge=1)]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config={"extra": "forbid"})
 class PairsConfig:
-    """The keys of a pairs.yaml.
+    """The keys of a pairs.yaml."""
 
-    Args:
-        prompts: hub id, folder or file; rows with `prompt` or `messages`, or preference pairs, whose prompts are taken.
-        split: of a hub id or folder.
-        oracle: see `oracles.ORACLES`.
-        answers: per prompt.
-        selection: best-worst: the answers with the highest and the lowest score. best-random: the best against a random
-            one with a lower score. pmi: as best-worst, and among answers of equal score the chosen one has the highest
-            PMI, the rejected one the lowest, by the policy's own scores; all answers may have the same score.
-        min_gap: between the scores of a pair. Ties are dropped whatever it is, except by pmi.
-        skip_prompts, max_prompts: usable prompts that are left out at the start, and how many are then taken; None: all.
-        max_prompt_tokens: longer prompts are dropped; None: those without room for an answer in the model's window.
-        test_share: of the pairs that become test.jsonl; which, a hash of their prompt decides.
-        keep_cut: use answers that were cut at `max_new_tokens` too. A model that is trained on them learns to end there.
-        seed: of the answers and of best-random.
-        generation: over the settings of eval.yaml's block of that name.
-    """
-
-    prompts: str
-    oracle: dict
-    split: str = "train"
-    answers: int = 8
-    selection: str = "best-worst"
-    min_gap: float = 0.0
-    skip_prompts: int = 0
-    max_prompts: int | None = None
-    max_prompt_tokens: int | None = None
-    test_share: float = 0.1
-    keep_cut: bool = False
-    seed: int = 42
-    generation: dict = field(default_factory=dict)
+    prompts: (
+        str  # hub id, folder or file; rows with `prompt` or `messages`, or preference pairs, whose prompts are taken
+    )
+    oracle: dict  # see `oracles.ORACLES`
+    split: str = "train"  # of a hub id or folder
+    answers: Annotated[int, pydantic.Field(ge=2)] = 8  # per prompt
+    # best-random: the best against a random one with a lower score. pmi: as best-worst, and among answers of equal score
+    # the chosen one has the highest PMI by the policy's own scores, the rejected one the lowest.
+    selection: Literal["best-worst", "best-random", "pmi"] = "best-worst"
+    min_gap: Annotated[float, pydantic.Field(ge=0)] = 0.0  # between the scores of a pair; ties are kept by pmi alone
+    skip_prompts: Annotated[int, pydantic.Field(ge=0)] = 0  # usable prompts left out at the start
+    max_prompts: Positive | None = None  # that are taken after those; None: all
+    max_prompt_tokens: Positive | None = None  # None: what leaves room for an answer in the model's window
+    test_share: Annotated[float, pydantic.Field(ge=0, lt=1)] = 0.1  # of the pairs
+    keep_cut: bool = False  # use answers cut at `max_new_tokens` too: a model trained on them learns to end there
+    seed: int = 42  # of the answers and of best-random
+    generation: dict = field(default_factory=dict)  # over the settings of eval.yaml's block of that name
 
     @classmethod
     def load(cls, values: dict, where: str) -> "PairsConfig":
         """Raises PairsError that lists everything that is wrong."""
-        annotations = cls.__annotations__
-        problems = [
-            f"{key} is not a key of it; keys are {', '.join(annotations)}" for key in values if key not in annotations
-        ]
-        problems += [f"{key} is missing" for key in ("prompts", "oracle") if not values.get(key)]
-        sound = {}
-        for key in [key for key in values if key in annotations]:
-            try:
-                sound[key] = coerce(values[key], annotations[key])
-            except ValueError as error:
-                problems.append(f"{key} is {values[key]!r}: {error}")
-        if sound.get("selection", "best-worst") not in SELECTIONS:
-            problems.append(f"selection is {sound['selection']!r}: expected one of {', '.join(SELECTIONS)}")
-        problems += [
-            f"{key} is {sound[key]}: expected at least {low}"
-            for key, low in LOWEST.items()
-            if sound.get(key) is not None and sound[key] < low
-        ]
-        if sound.get("test_share", 0) >= 1:
-            problems.append(f"test_share is {sound['test_share']}: expected less than 1")
-        if problems:
-            raise PairsError("\n  ".join([f"{where}:", *problems]))
-        return cls(**sound)
+        try:
+            return pydantic.TypeAdapter(cls).validate_python(values)
+        except pydantic.ValidationError as error:
+            problems = [f"{'.'.join(map(str, e['loc']))} is {e['input']!r}: {e['msg']}" for e in error.errors()]
+            raise PairsError("\n  ".join([f"{where}:", *problems])) from error
 
 
 def load_pairs_config(path: Path, arguments: list[str], prompts: str | None = None) -> PairsConfig:
@@ -104,61 +76,55 @@ def load_pairs_config(path: Path, arguments: list[str], prompts: str | None = No
 
 
 def make_pairs(model_dir: Path, generation: dict, config: PairsConfig, folder: Path) -> dict:
-    """Make the pairs of the model in `model_dir`; what is in `folder` already is not made again.
+    """Make the pairs of the model in `model_dir`, and return the content of pairs.json.
 
-    Args:
-        generation: settings of the answers, see `answers.DEFAULTS`; the config's own lie over them.
-
-    Returns:
-        The content of pairs.json: `settings`, `prompts`, `pairs`, `answers`, `cut` (how many of them), `dropped` (reason ->
-        count of prompts), `mean_score`, `best_score`.
-
-    Raises:
-        PairsError: no pair comes out, or `folder` holds others. OracleError, EvaluationError, DataError: of the parts.
-        CheckpointError: another program makes pairs there.
+    What is in `folder` already is not made again. `generation`: settings of the answers, see `answers.DEFAULTS`; the
+    config's own lie over them. Raises PairsError where no pair comes out or `folder` holds others.
     """
     with locked(folder, "OUTPUT"):
         return _make_pairs(model_dir, generation, config, folder)
 
 
 def _make_pairs(model_dir: Path, generation: dict, config: PairsConfig, folder: Path) -> dict:
+    #########
+    # Prompts
+    #########
     oracle = make_oracle(config.oracle)
     dropped: Counter[str] = Counter()
-    prompts = read_prompts(
-        config.prompts,
-        config.split,
-        model_dir,
-        dropped,
-        skip=config.skip_prompts,
-        limit=config.max_prompts,
-        max_tokens=config.max_prompt_tokens,
-    )
+    limits = {"skip": config.skip_prompts, "limit": config.max_prompts, "max_tokens": config.max_prompt_tokens}
+    prompts = read_prompts(config.prompts, config.split, model_dir, dropped, **limits)
     if not prompts:
-        skipped = f" after the first {config.skip_prompts}" * bool(config.skip_prompts)
-        raise PairsError(f"{config.prompts}: no usable prompt{skipped}. Dropped: {dict(dropped)}")
+        raise PairsError(f"{config.prompts}: no usable prompt. Dropped: {dict(dropped)}")
     if missing := [name for name in oracle.required if any(name not in prompt.columns for prompt in prompts)]:
-        raise PairsError(
-            f"{config.prompts}: rows without {', '.join(missing)}, which the oracle {oracle.name} takes. Add the column, "
-            "or name another oracle, such as --oracle.function my_oracle.py:score"
-        )
+        raise PairsError(f"{config.prompts}: rows without {', '.join(missing)}, which the oracle {oracle.name} takes")
+
+    ####################
+    # Answers and scores
+    ####################
     settings = generation | config.generation | {"seed": config.seed}
     requests = [
         Request(f"{p.key}-{n}", p.messages, seed=config.seed + n) for p in prompts for n in range(config.answers)
     ]
     with Generator(model_dir, settings) as generator:
         generator.answer(requests, folder / "answers.jsonl")
-    header, answers = read_answers(folder / "answers.jsonl")
+    header, *rows = read_lines(folder / "answers.jsonl")
+    answers = {row["key"]: row for row in rows}
     candidates = [Candidates(p.key, p.messages, distinct_answers(p, config, answers), p.columns) for p in prompts]
     several = [c for c in candidates if len(c.answers) > 1]
     made_of = {"answers": json_fingerprint(header)}
-
     scores = fill(
         folder / "scores.jsonl", made_of | {"oracle": oracle.identity}, several, oracle.score, "scores of the oracle"
     )
     pmi: dict[str, float] = {}
     if config.selection == "pmi":
-        own = PmiScores(model_dir, generator.settings["dtype"])
-        pmi = fill(folder / "pmi.jsonl", made_of, several, own.score, "PMI")
+        from rmipo.generation.likelihood import Likelihood
+
+        own = Likelihood(model_dir, generator.settings["dtype"])
+        pmi = fill(folder / "pmi.jsonl", made_of, several, own.pmi, "PMI")
+
+    #######
+    # Pairs
+    #######
     pairs = []
     for prompt in candidates:
         chosen_rejected = select(prompt, scores, pmi, config)
@@ -171,12 +137,10 @@ def _make_pairs(model_dir: Path, generation: dict, config: PairsConfig, folder: 
     )
     cut = generator.finishes.count("length")
     if not pairs:
-        raise PairsError(
-            f"{folder}: no pair came out of {len(prompts)} prompts: {dict(dropped)}; {cut} of {len(requests)} answers are cut "
-            f"at generation.max_new_tokens ({generator.settings['max_new_tokens']}). See candidates.jsonl"
-        )
-    by_hash = sorted(pairs, key=lambda pair: pair["prompt_id"])
-    held_out = {pair["prompt_id"] for pair in by_hash[: math.ceil(config.test_share * len(pairs))]}
+        raise PairsError(f"{folder}: no pair came out: {dict(dropped)}; {cut} of {len(requests)} answers are cut")
+    # The hash of its prompt decides whether a pair is held out, and not its place: the shortest prompts come first.
+    hashes = sorted(pair["prompt_id"] for pair in pairs)
+    held_out = set(hashes[: math.ceil(config.test_share * len(pairs))])
     for split in ("train", "test"):
         chosen = [pair for pair in pairs if (pair["prompt_id"] in held_out) == (split == "test")]
         write_lines(folder / f"{split}.jsonl", chosen)
@@ -217,14 +181,13 @@ def select(
         return "fewer than two answers differ and are neither empty nor cut"
     best = max(keys, key=lambda key: (scores[key], pmi.get(key, 0)))
     worst = min(keys, key=lambda key: (scores[key], pmi.get(key, 0)))
-    lower = [k for k in keys if scores[k] < scores[best] and scores[best] - scores[k] >= config.min_gap]
-    if config.selection == "pmi":
-        enough = scores[best] - scores[worst] >= config.min_gap and best != worst
-        return (best, worst) if enough else f"the scores differ by less than {config.min_gap}"
-    if not lower:
-        tie = scores[best] == scores[worst]
-        return "all answers have the same score" if tie else f"the scores differ by less than {config.min_gap}"
+    gap = scores[best] - scores[worst]
+    if gap == 0 and config.selection != "pmi":
+        return "all answers have the same score"
+    if gap < config.min_gap or best == worst:
+        return f"the scores differ by less than {config.min_gap}"
     if config.selection == "best-random":
+        lower = [k for k in keys if scores[k] < scores[best] and scores[best] - scores[k] >= config.min_gap]
         return best, random.Random(f"{config.seed} {prompt.key}").choice(lower)
     return best, worst
 

@@ -4,13 +4,11 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from datasets import Dataset
 from transformers import AutoConfig
 
 from rmipo.data.chat import ChatFormat, DataError, Messages
 from rmipo.data.formats import PAIRS, PROMPTS, read_row, unusable_prompt
 from rmipo.data.sources import load_source
-from rmipo.errors import PairsError
 from rmipo.fingerprints import json_fingerprint
 from rmipo.recipe.schema import DataConfig, ModelConfig
 from rmipo.training.loading import load_tokenizer
@@ -45,11 +43,12 @@ def read_prompts(
     window = AutoConfig.from_pretrained(model_dir, trust_remote_code=False).max_position_embeddings
     longest = min(max_tokens or window, window - 1)
     prompts: dict[str, Prompt] = {}
-    for row in prompt_columns(rows, name):
+    for row in rows:
         if limit is not None and len(prompts) == skip + limit:
             break
+        is_pair = row.get("chosen") is not None and row.get("rejected") is not None
         try:
-            messages = prompt_of(row)
+            messages = read_row(row, PAIRS if is_pair else PROMPTS)[0]
         except DataError as error:
             dropped[f"malformed: {error}"] += 1
             continue
@@ -63,19 +62,3 @@ def read_prompts(
         else:
             prompts[key] = Prompt(key, messages, tokens, row)
     return sorted(list(prompts.values())[skip:], key=lambda prompt: (prompt.tokens, prompt.key))
-
-
-def prompt_columns(rows: Dataset, source: str) -> Dataset:
-    found = set(rows.column_names)
-    if not (found & {"prompt", "messages"} or found >= {"chosen", "rejected"}):
-        raise PairsError(
-            f"{source}: found the columns {', '.join(sorted(found))}: expected `prompt`, `messages`, or `chosen` and "
-            "`rejected`"
-        )
-    return rows
-
-
-def prompt_of(row: dict) -> Messages:
-    """The prompt of a row: of a pair, of a `prompt`, or of `messages` without the response at their end."""
-    is_pair = row.get("chosen") is not None and row.get("rejected") is not None
-    return read_row(row, PAIRS if is_pair else PROMPTS)[0]

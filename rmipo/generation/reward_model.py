@@ -10,28 +10,19 @@ from rmipo.errors import UserError
 
 
 class RewardModelError(UserError, ValueError):
-    """A reward model that can't be loaded, or can't score these dialogues."""
+    """A reward model that isn't one, or can't score these dialogues."""
 
 
 class RewardModel:
     """Args: name: hub id or folder, of safetensors; no code of theirs is run. dtype: as in recipes."""
 
     def __init__(self, name: str, dtype: str = "bfloat16", batch_size: int = 16):
-        try:
-            self.tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-            model = AutoModelForSequenceClassification.from_pretrained(
-                name, dtype=dtype, use_safetensors=True, trust_remote_code=False
-            )
-        except (OSError, ValueError) as error:
-            first = str(error).strip().partition("\n")[0]
-            raise RewardModelError(f"reward model {name} can't be loaded: {first}") from error
-        problems = []
+        self.tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        model = AutoModelForSequenceClassification.from_pretrained(
+            name, dtype=dtype, use_safetensors=True, trust_remote_code=False
+        )
         if model.config.num_labels != 1:
-            problems.append(f"it has {model.config.num_labels} outputs, expected 1")
-        if self.tokenizer.chat_template is None:
-            problems.append("its tokenizer has no chat template")
-        if problems:
-            raise RewardModelError(f"reward model {name}: {' and '.join(problems)}. Name another")
+            raise RewardModelError(f"reward model {name} has {model.config.num_labels} outputs, expected 1")
         self.name, self.batch_size = name, batch_size
         self.model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
@@ -46,10 +37,7 @@ class RewardModel:
         ]
         window = getattr(self.model.config, "max_position_embeddings", None)
         if window and (longest := max(map(len, encoded), default=0)) > window:
-            raise RewardModelError(
-                f"reward model {self.name}: a dialogue has {longest} tokens and its context is {window}. Drop longer "
-                "prompts (max_prompt_tokens), or lower generation.max_new_tokens"
-            )
+            raise RewardModelError(f"{self.name}: a dialogue has {longest} tokens, its context is {window}")
         order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))
         for start in range(0, len(order), self.batch_size):
             numbers = order[start : start + self.batch_size]

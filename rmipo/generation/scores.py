@@ -1,7 +1,7 @@
 """Scores of answers, kept in a file as they come, so that no answer is scored twice."""
 
 import json
-from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from tqdm import tqdm
@@ -15,53 +15,31 @@ def fill(path: Path, header: dict, prompts: list[Candidates], score, description
 
     Raises PairsError if the file holds scores of other answers or another oracle.
     """
-    lines = list(read_lines(path))
-    if lines and lines[0] != json.loads(json.dumps(header)):
-        raise PairsError(
-            f"{path} holds scores of other answers or of another oracle ({lines[0]}). Delete it to score again"
-        )
-    if not lines:
+    found, *lines = read_lines(path) or [None]
+    if found is None:
         path.write_text(json.dumps(header) + "\n")
-    scores = {key: value for line in lines[1:] for key, value in line.items()}
-    missing = [
-        Candidates(p.key, p.messages, rest, p.columns)
-        for p in prompts
-        if (rest := {key: text for key, text in p.answers.items() if key not in scores})
-    ]
+    elif found != json.loads(json.dumps(header)):
+        raise PairsError(f"{path} holds scores of other answers or of another oracle: delete it to score again")
+    scores = {key: value for line in lines for key, value in line.items()}
+    rest = [{key: text for key, text in p.answers.items() if key not in scores} for p in prompts]
+    missing = [replace(p, answers=answers) for p, answers in zip(prompts, rest, strict=True) if answers]
     total = sum(len(p.answers) for p in prompts)
-    if missing:
-        with (
-            path.open("a") as file,
-            tqdm(total=total, initial=len(scores), desc=description, unit="answer") as progress,
-        ):
-            for some in score(missing):
-                file.write(json.dumps(some) + "\n")
-                file.flush()
-                scores |= some
-                progress.update(len(some))
+    with path.open("a") as file, tqdm(total=total, initial=len(scores), desc=description, unit="answer") as progress:
+        for some in score(missing) if missing else ():
+            file.write(json.dumps(some) + "\n")
+            file.flush()
+            scores |= some
+            progress.update(len(some))
     return scores
 
 
-class PmiScores:
-    """The policy's own PMI, as an oracle is called."""
-
-    def __init__(self, model_dir: Path, dtype: str):
-        self.source = model_dir, dtype
-
-    def score(self, prompts: list[Candidates]) -> Iterator[dict[str, float]]:
-        from rmipo.generation.likelihood import Likelihood
-
-        likelihood = Likelihood(*self.source)
-        for prompt in prompts:
-            yield dict(zip(prompt.answers, likelihood.pmi(prompt.messages, list(prompt.answers.values())), strict=True))
-
-
-def read_lines(path: Path) -> Iterator[dict]:
+def read_lines(path: Path) -> list[dict]:
     """The lines of a JSONL file; one that a kill cut short is removed from it."""
-    if path.is_file():
-        content = path.read_bytes()
-        end = content.rfind(b"\n") + 1
-        if end < len(content):
-            with path.open("r+b") as file:
-                file.truncate(end)
-        yield from map(json.loads, content[:end].splitlines())
+    if not path.is_file():
+        return []
+    content = path.read_bytes()
+    end = content.rfind(b"\n") + 1
+    if end < len(content):
+        with path.open("r+b") as file:
+            file.truncate(end)
+    return [json.loads(line) for line in content[:end].splitlines()]

@@ -10,8 +10,10 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
+import pydantic
+
 from rmipo.objectives.adaptive import AlphaDPO, BetaDPO, EpsilonDPO
-from rmipo.objectives.base import PRIORS, Objective, ObjectiveOutput, PairScores, explain
+from rmipo.objectives.base import PRIORS, Objective, ObjectiveOutput, PairScores
 from rmipo.objectives.reference_based import DPO, IPO, KTO
 from rmipo.objectives.reference_free import CPO, SimPER, SimPO, SLiC
 from rmipo.objectives.rmipo import RMiPO
@@ -36,12 +38,19 @@ def build_objective(block: Mapping[str, Any]) -> Objective:
     if not isinstance(name, str) or name not in OBJECTIVES:
         raise ValueError(f"objective.name is {name!r}: expected one of {', '.join(OBJECTIVES)}")
     cls = OBJECTIVES[name]
-    defaults = {f.name: f.default for f in fields(cls)}
+    keys = [field.name for field in fields(cls)]
     problems = []
-    for key in block.keys() - defaults.keys():
-        near = difflib.get_close_matches(str(key), defaults, n=1)
-        hint = cls.hints.get(key) or (f"did you mean {near[0]}?" if near else "")
-        problems.append(f"objective.{key} is not a key of {name}" + (f": {hint}" if hint else ""))
-    if problems := sorted(problems) + cls.problems(defaults | block):
-        raise ValueError(explain(cls, problems))
-    return cls(**block)
+    for key in sorted(block.keys() - set(keys)):
+        near = difflib.get_close_matches(str(key), keys, n=1)
+        hint = cls.hints.get(key) or (f"did you mean {near[0]}?" if near else f"its keys: {', '.join(keys)}")
+        problems.append(f"objective.{key} is not a key of {name}: {hint}")
+    try:
+        objective = cls(**{key: value for key, value in block.items() if key in keys})
+    except pydantic.ValidationError as error:
+        for one in error.errors():
+            told = one["msg"].removeprefix("Value error, ")
+            key = one["loc"][0] if one["loc"] else None  # a check of several keys names them itself
+            problems.append(f"objective.{key} is {one['input']!r}: {told}" if key else f"objective.{told}")
+    if problems:
+        raise ValueError("\n  ".join([f"The recipe's objective block does not fit {name}:", *problems]))
+    return objective

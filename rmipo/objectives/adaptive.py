@@ -4,23 +4,25 @@ Notation: S is a summed log-prob, A = S / |y| its mean per token, r = S - S_ref 
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from rmipo.objectives.base import (
+    Flag,
     Gather,
+    NotNegative,
     Objective,
     ObjectiveOutput,
+    OpenShare,
     PairScores,
+    Positive,
+    Share,
     State,
-    choice,
-    flag,
+    hyperparameters,
     make_output,
     margin_loss,
-    number,
     one_process,
 )
 
@@ -54,7 +56,7 @@ def _gap_statistics(state: State | None, gap: Tensor) -> tuple[Tensor, Tensor]:
     return state["gap_mean"] / weight, (state["gap_std"] / weight).clamp(min=STD_FLOOR)
 
 
-@dataclass(frozen=True)
+@hyperparameters
 class AlphaDPO(Objective):
     """-log sigmoid(beta (A_w - A_l - sg[gamma_beta_ratio + alpha z(M)])), z the z-score of the log-ratio gap M.
 
@@ -68,11 +70,11 @@ class AlphaDPO(Objective):
     hints: ClassVar[dict[str, str]] = {"gamma": "use gamma_beta_ratio, which is gamma / beta"}
     logged = ("gap_mean", "gap_std", "alpha_over_std")
 
-    beta: float = number(2.5)
-    gamma_beta_ratio: float = number(0.6, open_low=False)
-    alpha: float = number(0.2, open_low=False)
-    fidelity: str = choice("release", "paper")
-    length_normalization: bool = flag(True)
+    beta: Positive = 2.5
+    gamma_beta_ratio: NotNegative = 0.6
+    alpha: NotNegative = 0.2
+    fidelity: Literal["release", "paper"] = "release"
+    length_normalization: Flag = True
 
     def _gap(self, scores: PairScores) -> Tensor:
         if self.fidelity == "paper":
@@ -103,7 +105,7 @@ class AlphaDPO(Objective):
         )
 
 
-@dataclass(frozen=True)
+@hyperparameters
 class BetaDPO(Objective):
     """-log sigmoid(sg[beta_b] (r_w - r_l)) on the pairs kept by a random selection that disfavours outlying gaps.
 
@@ -118,10 +120,10 @@ class BetaDPO(Objective):
     hints: ClassVar[dict[str, str]] = {"a": "use alpha", "mode_weight": "use rho"}
     logged = ("gap_mean", "gap_std", "kept", "beta")
 
-    beta: float = number(0.1)
-    alpha: float = number(0.6, open_low=False)
-    rho: float = number(0.2, high=1.0, open_low=False)
-    fidelity: str = choice("release", "paper")
+    beta: Positive = 0.1
+    alpha: NotNegative = 0.6
+    rho: Share = 0.2
+    fidelity: Literal["release", "paper"] = "release"
     regroups = "nothing"  # the draws go by a pair's place
 
     def init_state(self) -> State:
@@ -160,7 +162,7 @@ class BetaDPO(Objective):
         return make_output(losses, self.beta * chosen, self.beta * rejected, **diagnostics)
 
 
-@dataclass(frozen=True)
+@hyperparameters
 class EpsilonDPO(Objective):
     """-log sigmoid(beta_i (r_w - r_l)), beta_i = beta / (1 + epsilon k), k in {-1, 0, 1}.
 
@@ -173,9 +175,9 @@ class EpsilonDPO(Objective):
     needs = frozenset({"reference", "reference_logits"})
     hints: ClassVar[dict[str, str]] = {"eps": "use epsilon"}
 
-    beta: float = number(0.01)
-    epsilon: float = number(0.01, high=1.0)
-    fidelity: str = choice("release", "paper")
+    beta: Positive = 0.01
+    epsilon: OpenShare = 0.01
+    fidelity: Literal["release", "paper"] = "release"
 
     def init_state(self) -> State:
         return {"beta": torch.tensor(self.beta, dtype=torch.float64)}

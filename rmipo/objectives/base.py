@@ -1,14 +1,15 @@
-"""What all objectives share: the scores they are called on, what they return, their hyperparameters' domains.
+"""What all objectives share: the scores they are called on, what they return, the types of their hyperparameters.
 
 Notation: S is a summed log-prob, A = S / |y| its mean per token, r = S - S_ref a log-ratio, w/l chosen/rejected.
 """
 
-import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, dataclass_transform
 
+import pydantic
 import torch
+from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
@@ -97,30 +98,22 @@ def make_output(
     return ObjectiveOutput(losses, chosen_rewards.detach(), rejected_rewards.detach(), gamma, columns)
 
 
-def number(default: float, low: float = 0.0, high: float = math.inf, *, open_low: bool = True) -> Any:
-    """A float hyperparameter in (low, high), or [low, high) with `open_low=False`."""
-    domain = f"a number {'>' if open_low else '>='} {low:g}" + (f" and < {high:g}" if high < math.inf else "")
-
-    def accepts(value: Any) -> bool:
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            return False
-        return (low < value or (not open_low and value == low)) and value < high
-
-    return field(default=default, metadata={"domain": domain, "accepts": accepts, "convert": float})
+# Types of hyperparameters. pydantic checks them; a whole number is a number, text and booleans are not.
+Positive = Annotated[float, Field(gt=0, strict=True, allow_inf_nan=False)]
+NotNegative = Annotated[float, Field(ge=0, strict=True, allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, lt=1, strict=True)]
+OpenShare = Annotated[float, Field(gt=0, lt=1, strict=True)]
+Smoothing = Annotated[float, Field(ge=0, lt=0.5, strict=True)]
+Flag = Annotated[bool, Field(strict=True)]
 
 
-def flag(default: bool) -> Any:
-    return field(
-        default=default, metadata={"domain": "true or false", "accepts": lambda value: isinstance(value, bool)}
-    )
+@dataclass_transform(frozen_default=True)
+def hyperparameters(cls: type) -> type:
+    """A frozen dataclass whose fields are checked as it is made."""
+    return pydantic.dataclasses.dataclass(frozen=True, config=pydantic.ConfigDict(extra="forbid"))(cls)
 
 
-def choice(*values: str) -> Any:
-    """One of `values`; the first is the default."""
-    return field(default=values[0], metadata={"domain": " | ".join(values), "accepts": lambda value: value in values})
-
-
-@dataclass(frozen=True)
+@hyperparameters
 class Objective:
     """What all objectives share; the defaults are those of a stateless objective without a second model."""
 
@@ -132,24 +125,6 @@ class Objective:
     header_in_response: ClassVar[bool] = False  # whether the generation header is scored as part of the response
     hints: ClassVar[dict[str, str]] = {}  # keys that other code bases use -> what to write here
     logged: ClassVar[tuple[str, ...]] = ()  # columns whose means are logged
-
-    def __post_init__(self) -> None:
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        if problems := self.problems(values):
-            raise ValueError(explain(type(self), problems))
-        for f in fields(self):
-            if convert := f.metadata.get("convert"):
-                object.__setattr__(self, f.name, convert(values[f.name]))
-
-    @classmethod
-    def problems(cls, values: Mapping[str, Any]) -> list[str]:
-        """One line for each of the hyperparameters `values` with a wrong type or outside its domain."""
-        triples = [(f.name, values[f.name], f.metadata) for f in fields(cls)]
-        return [
-            f"objective.{name} is {value!r} ({type(value).__name__}): expected {rule['domain']}"
-            for name, value, rule in triples
-            if not rule["accepts"](value)
-        ]
 
     def __call__(self, scores: PairScores, state: State | None = None) -> ObjectiveOutput:
         """Losses and rewards of a micro-batch. `state=None`: those of a first micro-batch on one process."""
@@ -235,8 +210,3 @@ def summarize_margin(name: str, columns: Mapping[str, Tensor], gamma_min: float,
         if signal.min() < signal.max() and length_difference.min() < length_difference.max():  # undefined otherwise
             summary["corr_delta_pmi_length"] = torch.corrcoef(torch.stack([signal, length_difference]))[0, 1]
     return {f"{name}/{key}": value.item() for key, value in summary.items()}
-
-
-def explain(cls: type[Objective], problems: list[str]) -> str:
-    domains = ", ".join(f"{f.name} ({f.metadata['domain']})" for f in fields(cls))
-    return "\n  ".join([f"The recipe's objective block does not fit {cls.name}:", *problems, f"Its keys: {domains}"])

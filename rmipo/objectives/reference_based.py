@@ -3,34 +3,34 @@
 Notation: S is a summed log-prob, A = S / |y| its mean per token, r = S - S_ref a log-ratio, w/l chosen/rejected.
 """
 
-from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 
 from rmipo.objectives.base import (
+    Flag,
     Gather,
     Objective,
     ObjectiveOutput,
     PairScores,
+    Positive,
     State,
-    flag,
+    hyperparameters,
     make_output,
     margin_loss,
-    number,
     one_process,
 )
 
 
-@dataclass(frozen=True)
+@hyperparameters
 class DPO(Objective):
     """-log sigmoid(beta (r_w - r_l)) with summed log-ratios (Eq. 2)."""
 
     name = "dpo"
     needs = frozenset({"reference"})
 
-    beta: float = number(0.01)
-    length_normalization: bool = flag(False)
+    beta: Positive = 0.01
+    length_normalization: Flag = False
 
     def __call__(self, scores: PairScores, state: State | None = None) -> ObjectiveOutput:
         chosen, rejected = scores.logratios(self.length_normalization)
@@ -38,7 +38,7 @@ class DPO(Objective):
         return make_output(margin_loss(chosen_rewards - rejected_rewards), chosen_rewards, rejected_rewards)
 
 
-@dataclass(frozen=True)
+@hyperparameters
 class IPO(Objective):
     """((r_w - r_l) - 1 / (2 tau))^2 with log-ratios per token, as its authors meant it (TRL); printed with sums."""
 
@@ -46,8 +46,8 @@ class IPO(Objective):
     needs = frozenset({"reference"})
     hints: ClassVar[dict[str, str]] = {"beta": "use tau (TRL calls it beta)"}
 
-    tau: float = number(0.5)
-    length_normalization: bool = flag(True)
+    tau: Positive = 0.5
+    length_normalization: Flag = True
 
     def __call__(self, scores: PairScores, state: State | None = None) -> ObjectiveOutput:
         chosen, rejected = scores.logratios(self.length_normalization)
@@ -55,7 +55,7 @@ class IPO(Objective):
         return make_output(losses, self.tau * chosen, self.tau * rejected)
 
 
-@dataclass(frozen=True)
+@hyperparameters
 class KTO(Objective):
     """Mean of w_w (1 - sigmoid(beta r_w - z)) and w_l (1 - sigmoid(z - beta r_l)), z = beta max(0, KL), detached.
 
@@ -69,9 +69,9 @@ class KTO(Objective):
     hints: ClassVar[dict[str, str]] = {"lambda_w": "use desirable_weight", "lambda_l": "use undesirable_weight"}
     logged = ("z_ref",)
 
-    beta: float = number(0.01)
-    desirable_weight: float = number(1.0)
-    undesirable_weight: float = number(1.0)
+    beta: Positive = 0.01
+    desirable_weight: Positive = 1.0
+    undesirable_weight: Positive = 1.0
 
     def observe(self, state: State, scores: PairScores, gather: Gather = one_process, rank: int = 0) -> State:
         chosen = scores.mismatched_chosen_logps - scores.ref_mismatched_chosen_logps

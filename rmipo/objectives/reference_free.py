@@ -3,24 +3,25 @@
 Notation: S is a summed log-prob, A = S / |y| its mean per token, r = S - S_ref a log-ratio, w/l chosen/rejected.
 """
 
-from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from rmipo.objectives.base import (
+    Flag,
+    NotNegative,
     Objective,
     ObjectiveOutput,
     PairScores,
+    Positive,
+    Smoothing,
     State,
-    choice,
-    flag,
+    hyperparameters,
     make_output,
     margin_loss,
-    number,
     sft_loss,
 )
 
 
-@dataclass(frozen=True)
+@hyperparameters
 class SimPO(Objective):
     """-log sigmoid(beta (A_w - A_l) - gamma). `length_normalization=False` rewards with beta * S.
 
@@ -30,11 +31,11 @@ class SimPO(Objective):
     name = "simpo"
     hints: ClassVar[dict[str, str]] = {"gamma_beta_ratio": "use gamma, which is beta * gamma_beta_ratio"}
 
-    beta: float = number(2.0)
-    gamma: float = number(1.0, open_low=False)
-    length_normalization: bool = flag(True)
-    label_smoothing: float = number(0.0, high=0.5, open_low=False)
-    sft_weight: float = number(0.0, open_low=False)
+    beta: Positive = 2.0
+    gamma: NotNegative = 1.0
+    length_normalization: Flag = True
+    label_smoothing: Smoothing = 0.0
+    sft_weight: NotNegative = 0.0
 
     @property
     def regroups(self) -> str:
@@ -49,7 +50,7 @@ class SimPO(Objective):
         return make_output(losses, chosen_rewards, rejected_rewards, self.gamma)
 
 
-@dataclass(frozen=True)
+@hyperparameters
 class SimPER(Objective):
     """-exp(A_w) + exp(A_l): inverse perplexities, no hyperparameter.
 
@@ -59,7 +60,7 @@ class SimPER(Objective):
 
     name = "simper"
 
-    constant_length: float = number(0.0, open_low=False)
+    constant_length: NotNegative = 0.0
 
     def __call__(self, scores: PairScores, state: State | None = None) -> ObjectiveOutput:
         if self.constant_length:
@@ -69,7 +70,7 @@ class SimPER(Objective):
         return make_output(rejected.exp() - chosen.exp(), chosen, rejected)
 
 
-@dataclass(frozen=True)
+@hyperparameters
 class CPO(Objective):
     """-log sigmoid(beta (S_w - S_l)) - sft_weight * log pi(w), the last term a mean over tokens as in TRL."""
 
@@ -77,9 +78,9 @@ class CPO(Objective):
     hints: ClassVar[dict[str, str]] = dict.fromkeys(("alpha", "cpo_alpha", "lambda"), "use sft_weight")
     logged = ("nll",)
 
-    beta: float = number(0.01)
-    sft_weight: float = number(1.0, open_low=False)
-    sft_normalization: str = choice("token", "sequence")
+    beta: Positive = 0.01
+    sft_weight: NotNegative = 1.0
+    sft_normalization: Literal["token", "sequence"] = "token"
 
     @property
     def regroups(self) -> str:
@@ -92,7 +93,7 @@ class CPO(Objective):
         return make_output(losses, chosen_rewards, rejected_rewards, nll=nll)
 
 
-@dataclass(frozen=True)
+@hyperparameters
 class SLiC(Objective):
     """max(0, delta - (S_w - S_l)) - sft_weight * log pi(w): the hinge of SLiC-HF with the chosen as SFT target."""
 
@@ -100,10 +101,10 @@ class SLiC(Objective):
     hints: ClassVar[dict[str, str]] = {"beta": "use delta (Table 4 prints it as beta)", "lambda": "use sft_weight"}
     logged = ("nll",)
 
-    delta: float = number(1.0)
-    sft_weight: float = number(1.0, open_low=False)
-    length_normalization: bool = flag(False)
-    sft_normalization: str = choice("sequence", "token")
+    delta: Positive = 1.0
+    sft_weight: NotNegative = 1.0
+    length_normalization: Flag = False
+    sft_normalization: Literal["sequence", "token"] = "sequence"
 
     @property
     def regroups(self) -> str:

@@ -6,14 +6,13 @@ nats; `*_lengths` are token counts.
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from rmipo.objectives import base
-from rmipo.objectives.base import PairScores, choice, flag, margin_loss, number
+from rmipo.objectives.base import Flag, NotNegative, PairScores, Positive, Smoothing, hyperparameters, margin_loss
 
 
 def pmi(
@@ -110,7 +109,7 @@ def rmipo_loss(
     return losses, gamma
 
 
-@dataclass(frozen=True)
+@hyperparameters
 class RMiPO(base.Objective):
     """`rmipo_loss` with hyperparameters, diagnostics, and the switches of the paper's ablations.
 
@@ -125,36 +124,33 @@ class RMiPO(base.Objective):
     name = "rmipo"
     hints: ClassVar[dict[str, str]] = dict.fromkeys(("gamma", "gamma_beta_ratio"), "use gamma_min and gamma_max")
 
-    beta: float = number(2.0)
-    gamma_min: float = number(0.3, open_low=False)
-    gamma_max: float = number(1.6)
-    schedule: str = choice(*SCHEDULES)
-    span: float = number(2.0)
-    pmi_normalization: str = choice("token", "sequence")
-    prior_context: str = choice("header", "bos", "none")  # what log pi(y) is conditioned on
-    prior_model: str = choice("policy", "initial")  # whose log pi(y); that of the initial policy is scored only once
-    length_normalization: bool = flag(True)
-    fidelity: str = choice("paper", "release")
-    signal: str = choice("pmi", "loglik", "shuffled")
-    target: str = choice("gamma", "beta")
-    label_smoothing: float = number(0.0, high=0.5, open_low=False)
-    sft_weight: float = number(0.0, open_low=False)
+    beta: Positive = 2.0
+    gamma_min: NotNegative = 0.3
+    gamma_max: Positive = 1.6
+    schedule: Literal["exponential", "linear", "cosine", "constant"] = "exponential"
+    span: Positive = 2.0
+    pmi_normalization: Literal["token", "sequence"] = "token"
+    prior_context: Literal["header", "bos", "none"] = "header"  # what log pi(y) is conditioned on
+    prior_model: Literal["policy", "initial"] = (
+        "policy"  # whose log pi(y); that of the initial policy is scored only once
+    )
+    length_normalization: Flag = True
+    fidelity: Literal["paper", "release"] = "paper"
+    signal: Literal["pmi", "loglik", "shuffled"] = "pmi"
+    target: Literal["gamma", "beta"] = "gamma"
+    label_smoothing: Smoothing = 0.0
+    sft_weight: NotNegative = 0.0
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        if self.gamma_min > self.gamma_max:
+            raise ValueError(f"gamma_min is {self.gamma_min}: expected at most gamma_max, which is {self.gamma_max}")
         if self.fidelity == "release":
+            for key in ("pmi_normalization", "prior_context"):
+                if getattr(self, key) in ("sequence", "bos"):
+                    raise ValueError(f"{key} is {getattr(self, key)!r}: not with fidelity 'release'; remove it")
             object.__setattr__(self, "prior_context", "none")
-
-    @classmethod
-    def problems(cls, values: Mapping[str, Any]) -> list[str]:
-        if problems := super().problems(values):
-            return problems
-        low, high = values["gamma_min"], values["gamma_max"]
-        problems = [f"objective.gamma_min is {low}: expected at most gamma_max, which is {high}"] * (low > high)
-        excluded = {"paper": ["none"], "release": ["bos", "sequence"]}[values["fidelity"]]
-        wrong = [key for key in ("prior_context", "pmi_normalization") if values[key] in excluded]
-        ending = f"not with fidelity {values['fidelity']!r}; remove it"
-        return problems + [f"objective.{key} is {values[key]!r}: {ending}" for key in wrong]
+        elif self.prior_context == "none":
+            raise ValueError("prior_context is 'none': not with fidelity 'paper'; expected header or bos")
 
     @property
     def needs(self) -> frozenset[str]:

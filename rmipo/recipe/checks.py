@@ -8,7 +8,9 @@ import typing
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field, PositiveInt
 
 from rmipo.errors import ConfigError
 from rmipo.objectives import OBJECTIVES, build_objective
@@ -29,6 +31,13 @@ REFUSED = {
 REFUSED_IN_PREFERENCE = arguments.REFUSED | {
     "attn_implementation": "packed pairs have their own kernels: use attention"
 }
+# Numbers that the libraries take and that would train nothing, train without clipping, or save nothing, without a word.
+MEANINGFUL = dict.fromkeys(("learning_rate", "num_train_epochs", "save_steps"), Annotated[float, Field(gt=0)])
+MEANINGFUL |= {"eval_steps": Annotated[float, Field(gt=0)] | None}
+MEANINGFUL |= {"max_grad_norm": Annotated[float, Field(ge=0)]}
+MEANINGFUL |= dict.fromkeys(
+    ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"), PositiveInt
+)
 ACCESS_TOKEN = re.compile(r"\b(hf_[A-Za-z0-9]{20,}|wandb_v1_\w+)")
 
 
@@ -126,7 +135,7 @@ def _annotations(stage: str) -> dict[str, Any]:
     types = dict(RECIPE_ONLY)
     for cls in (ARGUMENTS[stage], DataConfig, ModelConfig):
         types |= typing.get_type_hints(cls, include_extras=True)
-    return types
+    return types | MEANINGFUL
 
 
 def _unknown(key: str, known: Mapping[str, Any], stage: str) -> str:

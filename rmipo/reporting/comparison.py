@@ -1,18 +1,19 @@
 """The result of `make compare`: a table per label noise, what it says about RMiPO, CSV files, curves like Figure 7."""
 
-import csv
 from collections.abc import Iterable
 from pathlib import Path
 from statistics import mean, stdev
 
 import numpy as np
+import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from rmipo.evaluation.statistics import bootstrap
-from rmipo.reporting.figures import house_style, method_color, method_label, panel_letter, panels, save
-from rmipo.reporting.paired import OURS
+from rmipo.plots import house_style, method_color, panel_letter, panels, save
+from rmipo.reporting.render import markdown_table
+from rmipo.reporting.results import OURS, method_label
 
 METRICS = {
     "right_probability": "P(right)",
@@ -91,11 +92,7 @@ def spread(name: str, values: list[float]) -> dict:
 
 
 def report(rows: list[dict], lines: list[dict], searched: list[dict], metric: str) -> str:
-    """Markdown: a table per noise, the methods before RMiPO, the search, and what the numbers are.
-
-    Args:
-        searched: the lines of the search, every method at every learning rate.
-    """
+    """Markdown: a table per noise, the methods before RMiPO, the search (`searched`: its lines), and what numbers are."""
     rates = sorted({line["learning_rate"] for line in searched})
     parts = []
     for noise in dict.fromkeys(row["noise"] for row in rows):
@@ -116,11 +113,6 @@ def made_with(lines: list[dict]) -> str:
     return f"Commit {commits}; {versions}; {listing(', '.join(line['hardware']) for line in lines)}."
 
 
-def markdown(lines: list[list[str]]) -> str:
-    head, *body = lines
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in [head, ["---", *["---:"] * (len(head) - 1)], *body])
-
-
 def table(rows: list[dict], rates: list[float], metric: str) -> str:
     beside = BESIDE[metric]
     lines = [["method", "lr", METRICS[metric], f"Δ {METRICS[metric]}", METRICS[beside], COSTS["seconds_per_step"]]]
@@ -132,7 +124,7 @@ def table(rows: list[dict], rates: list[float], metric: str) -> str:
             difference = f"{row['difference']:+z.1f} [{row['difference_low']:+z.1f}, {row['difference_high']:+z.1f}]"
         cells = [number(row, metric), difference, number(row, beside), number(row, "seconds_per_step")]
         lines.append([label(row["method"]), "" if rate is None else f"{rate:g}{edge}", *cells])
-    return markdown(lines)
+    return markdown_table(lines)
 
 
 def search_table(searched: list[dict], rates: list[float], metric: str) -> str:
@@ -140,16 +132,13 @@ def search_table(searched: list[dict], rates: list[float], metric: str) -> str:
     lines = [["method", *(f"{rate:g}" for rate in rates)]]
     for method, group in by_method(searched):
         values = {line["learning_rate"]: line["metrics"].get(metric) for line in group}
-        lines.append(
-            [
-                label(method),
-                *("diverged" if values[rate] is None else f"{values[rate]:.{digits(metric)}f}" for rate in rates),
-            ]
-        )
-    return markdown(lines)
+        texts = ["diverged" if values[rate] is None else f"{values[rate]:.{digits(metric)}f}" for rate in rates]
+        lines.append([label(method), *texts])
+    return markdown_table(lines)
 
 
 def digits(metric: str) -> int:
+    # Percent and nats per answer are tens; shares and nats per token are below one.
     return 1 if METRICS.get(metric, "").endswith(("(%)", "(nats)")) else 3
 
 
@@ -172,6 +161,7 @@ def findings(rows: list[dict], metric: str) -> str:
     place = f"RMiPO is number {trained.index(ours) + 1} of {len(trained)} by {METRICS[metric]}"
     ahead, behind = [], []  # behind: within noise
     for row in (row for row in trained if row is not ours):
+        # Without sampled answers there is no interval over prompts: the seeds alone say who is ahead.
         within = row["difference_low"] is not None and row["difference_low"] <= 0 <= row["difference_high"]
         if row["difference"] > 0:
             ahead.append(f"{label(row['method'])} ({row['wins']} of {row['seeds']} seeds{', within noise' * within})")
@@ -183,24 +173,13 @@ def findings(rows: list[dict], metric: str) -> str:
 
 def write(folder: Path, text: str, rows: list[dict], lines: list[dict]) -> list[Path]:
     """table.md, table.csv (a row per noise and method), curves.csv (a row per run and step), compare.png and .pdf."""
-    (folder / "table.md").write_text(text + "\n")
-    write_csv(folder / "table.csv", rows)
+    files = [folder / name for name in ("table.md", "table.csv", "curves.csv")]
+    files[0].write_text(text + "\n")
+    pd.DataFrame(rows).to_csv(files[1], index=False)
     run = ("noise", "method", "seed", "learning_rate")
     points = [{**{key: line[key] for key in run}, **point} for line in lines for point in line["curve"]]
-    write_csv(folder / "curves.csv", points)
-    return [
-        folder / "table.md",
-        folder / "table.csv",
-        folder / "curves.csv",
-        *save(draw(rows, lines), folder / "compare"),
-    ]
-
-
-def write_csv(path: Path, rows: list[dict]) -> None:
-    with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+    pd.DataFrame(points).to_csv(files[2], index=False)
+    return [*files, *save(draw(rows, lines), folder / "compare")]
 
 
 @house_style
@@ -268,15 +247,17 @@ def draw_curves(axis: Axes, lines: list[dict], name: str) -> None:
 
 def draw_against_kl(axis: Axes, rows: list[dict], metric: str, ylabel: str) -> None:
     """A metric against the distance from the initial model, with the standard deviation over seeds."""
-    rows = [row for row in rows if row[metric] is not None]
-    for row in rows:
+    rows = sorted((row for row in rows if row[metric] is not None), key=lambda row: row[metric])
+    for place, row in enumerate(rows):
         error = {"xerr": row["kl_initial_std"], "yerr": row[f"{metric}_std"], "elinewidth": 0.8}
         at, color = (row["kl_initial"], row[metric]), method_color(row["method"])
         axis.errorbar(*at, fmt="o", markersize=4, color=color, **error)
-        above = sum(other[metric] > row[metric] and abs(other["kl_initial"] - at[0]) < 2 for other in rows)
-        offset = (5, -8) if above % 2 else (5, 3)  # of neighbours, every other name stands below its point
-        axis.annotate(label(row["method"]), at, offset, textcoords="offset points", fontsize=6.5)
-    axis.margins(x=0.2, y=0.15)
+        # In a column beside the panel, in the order of the points: beside the points, names would lie on each other.
+        beside = (1.06, (place + 0.5) / len(rows))
+        line = {"arrowstyle": "-", "color": color, "linewidth": 0.4, "alpha": 0.7}
+        axis.annotate(label(row["method"]), at, beside, textcoords="axes fraction", va="center", fontsize=6.5, color=color,
+                      arrowprops=line)  # fmt: skip
+    axis.margins(x=0.1, y=0.15)
     axis.set_xlabel("KL to the initial model (nats per answer)")
     axis.set_ylabel(ylabel)
 

@@ -1,95 +1,11 @@
-"""What all figures share: print style, colours, densities, and how a file is saved."""
+"""What several figures compute and say: densities, distances, smoothing, notes under a figure."""
 
 import textwrap
 from collections.abc import Iterable
-from pathlib import Path
 
-import matplotlib
 import numpy as np
 import pandas as pd
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-
-from rmipo.reporting.results import METHODS
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-
-PAGE_WIDTH = 6.75  # inches: two columns of the paper's style
-
-# Okabe and Ito's palette, told apart by colour-blind readers and in grey.
-BLUE, ORANGE, GREEN, RED, PURPLE, SKY, YELLOW, GREY = (
-    "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#F0E442", "#777777",
-)  # fmt: skip
-METHOD_COLORS = {
-    "initial": GREY,
-    "dpo": BLUE,
-    "simpo": ORANGE,
-    "simper": GREEN,
-    "rmipo": RED,
-    "alpha-dpo": PURPLE,
-    "beta-dpo": SKY,
-    "epsilon-dpo": "#8C564B",
-    "ipo": "#B2B200",
-    "kto": "#004D40",
-    "cpo": "#6A3D9A",
-    "slic": "#A0A0A0",
-}
-
-STYLE = {
-    "font.family": "serif",
-    "font.serif": ["STIXGeneral", "DejaVu Serif"],
-    "mathtext.fontset": "stix",
-    "font.size": 9,
-    "axes.titlesize": 9,
-    "axes.labelsize": 9,
-    "legend.fontsize": 7.5,
-    "xtick.labelsize": 8,
-    "ytick.labelsize": 8,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.linewidth": 0.7,
-    "axes.grid": True,
-    "grid.linewidth": 0.4,
-    "grid.alpha": 0.35,
-    "axes.axisbelow": True,
-    "lines.linewidth": 1.4,
-    "legend.frameon": False,
-    "legend.handlelength": 1.4,
-    "figure.dpi": 200,
-    "savefig.dpi": 300,
-    "pdf.fonttype": 42,  # TrueType: editable, and accepted by conferences
-}
-
-
-house_style = plt.rc_context(STYLE)  # decorates every function that draws: artists read the style when created
-
-
-def panels(columns: int, height: float = 2.2, rows: int = 1, **kwargs) -> tuple[Figure, np.ndarray]:
-    """A page-wide figure with rows x columns axes, `height` inches each; axes come as a flat array."""
-    figure, axes = plt.subplots(
-        rows, columns, figsize=(PAGE_WIDTH, height * rows), layout="constrained", squeeze=False, **kwargs
-    )
-    return figure, axes.ravel()
-
-
-@house_style
-def save(figure: Figure, path: Path) -> list[Path]:
-    """Write `path` as PNG and PDF; returns the files."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    files = [path.with_suffix(suffix) for suffix in (".png", ".pdf")]
-    for file in files:
-        figure.savefig(file)
-    plt.close(figure)
-    return files
-
-
-def method_label(method: str) -> str:
-    return METHODS.get(method, method)
-
-
-def method_color(method: str) -> str:
-    return METHOD_COLORS.get(method, "black")
 
 
 def density(
@@ -140,7 +56,3 @@ def footnotes(figure: Figure, lines: Iterable[str]) -> None:
     text = "\n".join(textwrap.fill(line, 165) for line in lines)
     if text:
         figure.supxlabel(text, fontsize=5.5, x=0.01, ha="left")
-
-
-def panel_letter(axes: Axes, letter: str, title: str) -> None:
-    axes.set_title(f"({letter}) {title}", loc="left")

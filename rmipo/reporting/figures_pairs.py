@@ -11,24 +11,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from rmipo.objectives.rmipo import SCHEDULES, scheduled_margin
-from rmipo.reporting.figures import (
-    BLUE,
-    GREEN,
-    GREY,
-    ORANGE,
-    PURPLE,
-    RED,
-    density,
-    footnotes,
-    house_style,
-    jitter,
-    method_color,
-    method_label,
-    panel_letter,
-    panels,
-    wasserstein,
-)
+from rmipo.plots import BLUE, GREEN, GREY, ORANGE, PURPLE, RED, house_style, method_color, panel_letter, panels
+from rmipo.reporting.figures import density, footnotes, jitter, wasserstein
 from rmipo.reporting.pair_scores import AT_MAX, AT_MIN, Reading
+from rmipo.reporting.results import method_label
 
 BEHIND_TEXT = {"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 0.5}
 PAPER_GAMMA_PEAKS = {"mistral-7b-instruct": 0.4, "llama3-8b-instruct": 1.4}  # App. D, Figure 8 right
@@ -43,30 +29,34 @@ def window(samples: list[np.ndarray], share: float = 0.99) -> np.ndarray:
     return np.linspace(min(low, 0) - margin, max(high, 0) + margin, 401)
 
 
+def draw_density(
+    axis: Axes, grid: np.ndarray, curve: np.ndarray, color: str, label: str = "", shade: float = 0.13
+) -> None:
+    axis.plot(grid, curve, color=color, label=label)
+    axis.fill_between(grid, curve, color=color, alpha=shade, linewidth=0)
+
+
+def mark_zero(axis: Axes) -> None:
+    axis.axvline(0, color=GREY, linewidth=0.8, linestyle="--")
+    axis.set_ylim(0, None)
+    axis.margins(x=0)
+
+
 @house_style
 def figure3(signals: dict[str, dict[str, np.ndarray]], title: str, notes: Iterable[str] = ()) -> Figure:
     """Density of the log-likelihood and PMI differences of a pair, one panel per HH subset.
 
-    Args:
-        signals: subset -> {"loglik": (pairs,), "pmi": (pairs,)}, in nats per token.
-        notes: how they were made.
+    `signals`: subset -> {"loglik": (pairs,), "pmi": (pairs,)}, in nats per token.
     """
-    names = {
-        "loglik": (r"$\Delta\log\pi(y|x)/|y|$", BLUE),
-        "pmi": (r"$\Delta$pmi$/|y|$", RED),
-    }
+    names = {"loglik": (r"$\Delta\log\pi(y|x)/|y|$", BLUE), "pmi": (r"$\Delta$pmi$/|y|$", RED)}
     figure, axes = panels(len(signals), height=3.0)
     for axis, letter, (subset, values) in zip(axes, "abc", signals.items(), strict=False):
         grid = window(list(values.values()))
         for key, (label, color) in names.items():
             sample = values[key]
-            curve = density(sample, grid)
             summary = f"{100 * np.mean(sample > 0):.0f}% > 0, mean/std {sample.mean() / sample.std():+z.2f}"
-            axis.plot(grid, curve, color=color, label=f"{label}: {summary}")
-            axis.fill_between(grid, curve, color=color, alpha=0.12, linewidth=0)
-        axis.axvline(0, color=GREY, linewidth=0.8, linestyle="--")
-        axis.set_ylim(0, None)
-        axis.margins(x=0)
+            draw_density(axis, grid, density(sample, grid), color, f"{label}: {summary}")
+        mark_zero(axis)
         axis.set_xlabel("Chosen minus rejected (nats per token)")
         axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.3))
         panel_letter(axis, letter, f"{subset.capitalize()}, {title} ({len(values['pmi'])} pairs)")
@@ -85,25 +75,21 @@ def figure6(
     gives the 1-Wasserstein distance to REF in that unit, W1, with its 95% bootstrap interval over pairs.
 
     Args:
-        reference: (pairs,) judge's score of chosen minus rejected, made continuous with bounded jitter.
+        reference: (pairs,) judge's score of chosen minus rejected.
         rewards: method -> (pairs,) the method's reward of chosen minus rejected.
-        notes: how they were made.
     """
-    judged = jitter(reference, seed)
+    judged = jitter(reference, seed)  # scores of few values would be combs beside continuous rewards
     judged = judged / judged.std()
     scaled = {method: values / values.std() for method, values in rewards.items()}
     figure, (axis,) = panels(1, height=2.8)
     grid = window([judged, *scaled.values()])
-    curve = density(judged, grid)
-    axis.fill_between(grid, curve, color=GREY, alpha=0.25, linewidth=0)
-    axis.plot(grid, curve, color=GREY, label="REF (judge's score)")
+    draw_density(axis, grid, density(judged, grid), GREY, "REF (judge's score)", shade=0.25)
     for method, values in scaled.items():
         low, high = distance_interval(values, judged)
         label = f"{method_label(method)}: $W_1$ to REF {wasserstein(values, judged):.2f} [{low:.2f}, {high:.2f}]"
         axis.plot(grid, density(values, grid), color=method_color(method), label=label)
-    axis.axvline(0, color=GREY, linewidth=0.8, linestyle="--")
+    mark_zero(axis)
     axis.set_ylim(0, 1.3 * axis.get_ylim()[1])  # headroom for the legend
-    axis.margins(x=0)
     axis.set_xlabel("Reward of chosen minus rejected (standard deviations)")
     axis.set_ylabel("Density")
     axis.set_title(f"{title}, {len(judged)} pairs", loc="left")
@@ -135,10 +121,6 @@ def figure8(
 
     The curve of gamma is the density of the pairs strictly between the bounds (left scale); the pins are the shares of
     pairs at the two bounds (right scale), which a density estimate would smear into peaks that aren't there.
-
-    Args:
-        schedule, span: those of `readings`, drawn thick.
-        notes: how they were made.
     """
     figure, axes = panels(3, height=1.25, rows=len(readings), width_ratios=(1, 1, 1.2))
     specs = axes[0].get_gridspec()
@@ -147,12 +129,8 @@ def figure8(
     draw_schedules(figure.add_subplot(specs[:, 0]), gamma_min, gamma_max, schedule, span)
     for signal, gamma, letter, (name, reading) in zip(axes[1::3], axes[2::3], "bcd", readings.items(), strict=False):
         grid = window([reading.delta_pmi], 0.98)
-        curve = density(reading.delta_pmi, grid)
-        signal.plot(grid, curve, color=BLUE)
-        signal.fill_between(grid, curve, color=BLUE, alpha=0.15, linewidth=0)
-        signal.axvline(0, color=GREY, linewidth=0.8, linestyle="--")
-        signal.set_ylim(0, None)
-        signal.margins(x=0)
+        draw_density(signal, grid, density(reading.delta_pmi, grid), BLUE)
+        mark_zero(signal)
         signal.set_yticks([])
         panel_letter(signal, letter, name)
         draw_gamma(gamma, reading.gamma, gamma_min, gamma_max, paper_peak)
@@ -170,14 +148,9 @@ def draw_schedules(axis: Axes, gamma_min: float, gamma_max: float, own: str, spa
     signal = torch.linspace(-1, 4, 501)
     colors = {"exponential": RED, "linear": BLUE, "cosine": GREEN, "constant": ORANGE}
     for schedule in SCHEDULES:
-        axis.plot(
-            signal,
-            scheduled_margin(signal, gamma_min, gamma_max, schedule, span),
-            color=colors[schedule],
-            linewidth=2 if schedule == own else 1,
-            linestyle="-" if schedule == own else "--",
-            label=schedule,
-        )
+        margin = scheduled_margin(signal, gamma_min, gamma_max, schedule, span)
+        width, line = (2, "-") if schedule == own else (1, "--")
+        axis.plot(signal, margin, color=colors[schedule], linewidth=width, linestyle=line, label=schedule)
     axis.set_yticks(sorted({gamma_min, gamma_max, round((gamma_min + gamma_max) / 2, 4)}))
     axis.set_xlabel(r"$\Delta$pmi")
     axis.set_ylabel(r"$\gamma$")
@@ -192,9 +165,7 @@ def draw_gamma(axis: Axes, values: np.ndarray, low: float, high: float, paper_pe
     span = high - low
     if len(inner) > 1:
         grid = np.linspace(low, high, 401)
-        curve = density(inner, grid, low, high)
-        axis.plot(grid, curve, color=PURPLE)
-        axis.fill_between(grid, curve, color=PURPLE, alpha=0.15, linewidth=0)
+        draw_density(axis, grid, density(inner, grid, low, high), PURPLE)
     axis.set_ylim(0, None)
     pins = axis.twinx()
     pins.grid(False)

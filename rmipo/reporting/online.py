@@ -4,7 +4,6 @@ import json
 from collections import Counter
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import pandas as pd
 
 from rmipo.evaluation import BENCHMARKS
@@ -15,7 +14,8 @@ from rmipo.generation.oracles import Candidates, make_oracle
 from rmipo.generation.prompts import read_prompts
 from rmipo.generation.scores import fill, read_lines
 from rmipo.launch.online import OnlineConfig
-from rmipo.reporting import figures
+from rmipo.plots import BLUE, house_style, panels, save
+from rmipo.reporting.render import markdown_table
 
 COLUMNS = {
     "reward": "reward, held out",
@@ -55,24 +55,23 @@ def report(rows: list[dict], home: Path) -> str:
     """Write rounds.jsonl, rounds.md and rounds.png in `home`; the table as text."""
     write_lines(home / "rounds.jsonl", rows)
     frame = pd.DataFrame(rows)
-    texts = {"round": frame["round"].astype(str)}
-    for name, label in COLUMNS.items():
+    table = [["round", *COLUMNS.values()]]
+    for row in rows:
+        errors = {name: row.get(f"{name}_standard_error") for name in COLUMNS}
+        cells = [f"{row[name]:.2f}" + ("" if e is None else f" ± {e:.2f}") for name, e in errors.items()]
+        table.append([str(row["round"]), *cells])
+    text = markdown_table(table) + "\n"
+    write_atomically(home / "rounds.md", text)
+    draw(frame, home / "rounds.png")
+    return text
+
+
+@house_style
+def draw(frame: pd.DataFrame, path: Path) -> None:
+    figure, axes = panels(len(COLUMNS), height=1.9)
+    for axis, (name, label) in zip(axes, COLUMNS.items(), strict=True):
         error = frame.get(f"{name}_standard_error")
-        texts[label] = [
-            f"{value:.2f}" + ("" if error is None else f" ± {error[i]:.2f}") for i, value in enumerate(frame[name])
-        ]
-    header = "| " + " | ".join(texts) + " |"
-    lines = [header, "|" + "---|" * len(texts)]
-    lines += ["| " + " | ".join(cells) + " |" for cells in zip(*texts.values(), strict=True)]
-    table = "\n".join(lines) + "\n"
-    write_atomically(home / "rounds.md", table)
-    with plt.rc_context(figures.STYLE):
-        figure, axes = plt.subplots(1, len(COLUMNS), figsize=(figures.PAGE_WIDTH, 1.9), layout="constrained")
-        for axis, (name, label) in zip(axes, COLUMNS.items(), strict=True):
-            error = frame.get(f"{name}_standard_error")
-            axis.errorbar(frame["round"], frame[name], yerr=error, marker="o", color=figures.BLUE, capsize=2)
-            axis.set(xlabel="round", title=label, xticks=frame["round"])
-            axis.title.set_size(7)
-        figure.savefig(home / "rounds.png", dpi=200)
-        plt.close(figure)
-    return table
+        axis.errorbar(frame["round"], frame[name], yerr=error, marker="o", color=BLUE, capsize=2)
+        axis.set(xlabel="round", xticks=frame["round"])
+        axis.set_title(label, fontsize=7)
+    save(figure, path, (".png",))

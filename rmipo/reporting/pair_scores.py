@@ -17,7 +17,7 @@ from rmipo.objectives.rmipo import delta_pmi, pmi
 from rmipo.page.look import sample
 from rmipo.recipe.schema import DataConfig
 from rmipo.record import package_versions
-from rmipo.reporting.results import ReportError, Result, Run, eval_command, load_result
+from rmipo.reporting.results import ReportError, Result, TrainingRun, eval_command, load_result
 
 SCORE_COLUMNS = ("score_chosen", "score_rejected")
 SCORED_BY = ("torch", "transformers")
@@ -32,22 +32,15 @@ def hh_signals(outputs: Path, model: str, method: str) -> tuple[dict[str, dict[s
     Raises ReportError without any, and for scores of other weights than the folder holds now.
     """
     signals, folder = {}, outputs / model / method
-    for subset in ("helpful", "harmless"):
-        path = folder / "eval" / f"hh_{subset}.pt"
-        if path.is_file():
-            scores = torch.load(path, weights_only=True)
-            if has_weights(folder) and scores.get("fingerprint") != trained_fingerprint(folder):
-                raise ReportError(
-                    f"{path} is of other weights than those now in {folder}: delete it and {folder}/eval/hh.json, then run "
-                    f"`{eval_command(model, method, 'hh')}`"
-                )
-            signals[subset] = {"loglik": loglik_difference(scores).numpy(), "pmi": pmi_difference(scores).numpy()}
-    evaluation = load_result(outputs, model, method, "hh")
+    evaluation, command = load_result(outputs, model, method, "hh"), eval_command(model, method, "hh")
+    for path in sorted((folder / "eval").glob("hh_*.pt"), reverse=True):  # helpful, harmless
+        scores = torch.load(path, weights_only=True)
+        if has_weights(folder) and scores.get("fingerprint") != trained_fingerprint(folder):
+            raise ReportError(f"{path} is of other weights than {folder} now: delete it and hh.json, run `{command}`")
+        subset = path.stem.removeprefix("hh_")
+        signals[subset] = {"loglik": loglik_difference(scores).numpy(), "pmi": pmi_difference(scores).numpy()}
     if not signals or evaluation is None:
-        raise ReportError(
-            f"figure 3 has no HH scores of {model} {method} (looked for {folder}/eval/hh_helpful.pt, "
-            f"hh_harmless.pt and a finished hh.json): run `{eval_command(model, method, 'hh')}`"
-        )
+        raise ReportError(f"figure 3 has no HH scores of {model} {method} in {folder}/eval: run `{command}`")
     return signals, evaluation
 
 
@@ -65,20 +58,16 @@ def pmi_difference(scores: dict[str, torch.Tensor]) -> torch.Tensor:
     return delta_pmi(*sides)
 
 
-def data_config(run: Run) -> DataConfig:
+def data_config(run: TrainingRun) -> DataConfig:
     """The data part of the recipe that a run was trained with."""
     recipe = run.record["recipe"]
     return DataConfig(**{field.name: recipe[field.name] for field in fields(DataConfig) if field.name in recipe})
 
 
 def run_scores(
-    run: Run, split: str, max_pairs: int, prior_context: str | None, header_in_response: bool = False
+    run: TrainingRun, split: str, max_pairs: int, prior_context: str | None, header_in_response: bool = False
 ) -> tuple[dict[str, torch.Tensor], list[int]]:
     """Scores of a run's own pairs under its final policy, and their source rows: the pairs that `make look` draws."""
-    if not has_weights(run.folder):
-        raise ReportError(
-            f"{run.folder} has no model (*.safetensors): the run didn't finish, or its weights were moved"
-        )
     pairs = sample(load_pairs(data_config(run), split), max_pairs)
     options = {"prior_context": prior_context, "header_in_response": header_in_response, **scoring_options(run)}
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -87,13 +76,13 @@ def run_scores(
     return scores, rows
 
 
-def scoring_options(run: Run) -> dict:
+def scoring_options(run: TrainingRun) -> dict:
     """Those of the run's own recipe: its pairs are scored as they were in training."""
     recipe = run.record["recipe"]
     return {name: recipe[name] for name in ("max_length", "max_prompt_length", "dtype") if name in recipe}
 
 
-def scored_with(run: Run, split: str) -> str:
+def scored_with(run: TrainingRun, split: str) -> str:
     """For a note under figures 6 and 8: pairs, arithmetic and versions behind `run_scores`."""
     sources = ", ".join(entry["path"] for entry in mixture_entries(data_config(run)))
     options = scoring_options(run) | ({"bf16": "autocast"} if run.record["recipe"].get("bf16") else {})
@@ -102,17 +91,12 @@ def scored_with(run: Run, split: str) -> str:
     return f"Log-probabilities of given responses, {split} pairs of {sources}: {settings}; {versions}."
 
 
-def judge_differences(run: Run, split: str, rows: list[int]) -> np.ndarray:
+def judge_differences(run: TrainingRun, split: str, rows: list[int]) -> np.ndarray:
     """Figure 6's REF: the judge's score of chosen minus rejected for the given source rows."""
 
     def scores_only(name: str, dataset: Dataset) -> Dataset:
-        missing = [column for column in SCORE_COLUMNS if column not in dataset.column_names]
-        if missing:
-            raise ReportError(
-                f"figure 6 needs the judge's scores: {name} has no column {', '.join(missing)} (it has "
-                f"{', '.join(dataset.column_names)}); train on pairs that have them, e.g. HuggingFaceH4/"
-                "ultrafeedback_binarized"
-            )
+        if missing := [column for column in SCORE_COLUMNS if column not in dataset.column_names]:
+            raise ReportError(f"figure 6 needs the judge's scores: {name} has no column {', '.join(missing)}")
         return dataset.select_columns([*SCORE_COLUMNS, "row"])
 
     config = data_config(run)
@@ -121,7 +105,7 @@ def judge_differences(run: Run, split: str, rows: list[int]) -> np.ndarray:
     return np.array([by_row[row] for row in rows], dtype=np.float64)
 
 
-def reward_differences(run: Run, split: str, max_pairs: int) -> tuple[np.ndarray, list[int]]:
+def reward_differences(run: TrainingRun, split: str, max_pairs: int) -> tuple[np.ndarray, list[int]]:
     """Figure 6: the run's own reward of chosen minus rejected, and the source rows."""
     scores, rows = run_scores(run, split, max_pairs, prior_context=None)
     chosen, rejected = native_rewards(run.objective, scores)
@@ -137,15 +121,15 @@ class Reading:
     length_difference: np.ndarray
 
 
-def gamma_readings(run: Run, split: str, max_pairs: int) -> dict[str, Reading]:
+def gamma_readings(run: TrainingRun, split: str, max_pairs: int) -> dict[str, Reading]:
     """Figure 8: margins of a run's pairs under its final policy, by three readings of the formula.
 
     Bounds, schedule and what the prior of the first two is conditioned on are the run's; the rest is what each reading
     says, since the paper doesn't (docs/FIDELITY.md). "as in the recipe" marks the run's own.
-    Raises ReportError for a run whose gamma doesn't follow Delta_pmi.
     """
     objective = rmipo_objective(run)
     context = "header" if objective.prior_context == "none" else objective.prior_context
+    # The first two readings differ in what they divide by, and share their log-probabilities.
     matched, _ = run_scores(run, split, max_pairs, prior_context=context)
     released, _ = run_scores(run, split, max_pairs, prior_context="none", header_in_response=True)
     paper = {"fidelity": "paper", "prior_context": context}
@@ -186,25 +170,17 @@ def summarize(readings: dict[str, Reading], gamma_min: float, gamma_max: float) 
     return pd.DataFrame.from_dict(rows, orient="index")
 
 
-def initial_run(folder: Path, recipe: dict) -> Run:
+def initial_run(folder: Path, recipe: dict) -> TrainingRun:
     """A model as if `recipe` had trained it and left it unchanged: its pairs and objective can be looked at with it."""
-    return Run(folder, {"recipe": recipe, "objective": {"name": "rmipo"} | recipe.get("objective", {})})
+    return TrainingRun(folder, {"recipe": recipe, "objective": {"name": "rmipo"} | recipe.get("objective", {})})
 
 
-def rmipo_objective(run: Run) -> RMiPO:
-    """The objective of a run whose gamma Figure 8 can show; ReportError with the reason for any other."""
+def rmipo_objective(run: TrainingRun) -> RMiPO:
+    """The objective of a run whose gamma Figure 8 can show; ReportError for any other."""
     objective = build_objective(run.objective) if run.objective else None
-    if not isinstance(objective, RMiPO):
-        reason = f"its objective is {run.objective.get('name')!r}, which has no gamma bounds"
-    elif objective.target != "gamma":
-        reason = f"it modulates {objective.target} (objective.target), and its gamma is the same for every pair"
-    elif objective.signal != "pmi":
-        reason = f"its gamma follows A_w - A_l (objective.signal: {objective.signal}), not Delta_pmi"
-    elif objective.schedule == "constant" or objective.gamma_min == objective.gamma_max:
-        reason = "its gamma is constant"
-    else:
-        return objective
-    raise ReportError(
-        f"figure 8 shows gamma over Delta_pmi, and {run.folder} has nothing to show: {reason}. Name a run that has, e.g. "
-        "METHOD=rmipo"
-    )
+    follows = isinstance(objective, RMiPO) and (objective.target, objective.signal) == ("gamma", "pmi")
+    if not follows or objective.schedule == "constant" or objective.gamma_min == objective.gamma_max:
+        raise ReportError(
+            f"figure 8 shows gamma over Delta_pmi, which that of {run.folder} doesn't follow: name another run"
+        )
+    return objective

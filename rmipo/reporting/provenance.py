@@ -3,46 +3,37 @@
 import json
 from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 
 from rmipo.evaluation import BENCHMARKS
 from rmipo.reporting.results import ReportError, Result, model_label, paper_table
 
 ABSENT = "absent"
+TRIAL = "TRIAL, not the benchmark itself"
 
 
-@dataclass(frozen=True)
-class Conflict:
-    """One package or setting that differs between the result files `paths`; `text` names a file for each value."""
-
-    text: str
-    paths: frozenset[Path]
-
-
-def conflicts(results: Iterable[Result]) -> list[Conflict]:
-    """What differs between results of one benchmark, or of one benchmark and model, and mustn't."""
+def conflicts(results: Iterable[Result]) -> list[str]:
+    """What differs between results of one benchmark, or of one benchmark and model, and mustn't: with a file for each."""
     groups: dict[tuple[str, str], list[Result]] = defaultdict(list)
     for result in results:
         groups[result.bench, ""].append(result)
         groups[result.bench, result.model].append(result)
     found = []
     for (bench, model), group in sorted(groups.items()):
-        if model:
-            title, names = f"{bench} of {model}", BENCHMARKS[bench].same_per_model
-        else:
-            packages = {f"versions.{package}" for result in group for package in result.versions}
-            title, names = bench, (*sorted(packages), *BENCHMARKS[bench].same)
+        benchmark = BENCHMARKS[bench]
+        packages = {f"versions.{package}" for result in group for package in result.versions}
+        # Judge, versions and prompts must agree in all of a table; decoding is the model's, as in the paper.
+        names = benchmark.same_per_model if model else (*sorted(packages), *benchmark.same)
         for name in names:
             files: dict[str, list[Path]] = defaultdict(list)
             for result in group:
                 value = value_of(result, name)
-                if value != ABSENT or name not in BENCHMARKS[bench].optional:
+                # A setting that older results lack contradicts nothing, where the benchmark says so.
+                if value != ABSENT or name not in benchmark.optional:
                     files[value].append(result.path)
             if len(files) > 1:
                 listing = "; ".join(f"{value} in {paths[0]} ({len(paths)} files)" for value, paths in files.items())
-                paths = frozenset(path for paths in files.values() for path in paths)
-                found.append(Conflict(f"{title}: {name.removeprefix('versions.')} {listing}", paths))
+                found.append(f"{bench}{of([model])}: {name.removeprefix('versions.')} {listing}")
     return found
 
 
@@ -64,16 +55,15 @@ def as_text(value: object) -> str:
 def require_comparable(what: str, results: Iterable[Result]) -> None:
     """Raises ReportError if `results` were made by different packages, by different judges or in different ways."""
     if found := conflicts(results):
-        listing = "\n  ".join(conflict.text for conflict in found)
         raise ReportError(
-            f"{what}: result files of mixed versions or settings aren't comparable:\n  {listing}\nDelete those that are "
-            "wrong and evaluate these runs again."
+            "\n  ".join([f"{what}: these results aren't comparable, evaluate the wrong ones again:", *found])
         )
 
 
 def made_with(results: Iterable[Result]) -> list[str]:
-    """Judge, decoding and versions behind `results`: a line for each benchmark and each different way, models named."""
+    """Judge, decoding, versions, prompts and commits behind `results`: a line for each different way, models named."""
     models: dict[tuple[str, str], dict[str, None]] = defaultdict(dict)  # (benchmark, what) -> ordered set
+    commits: dict[str, None] = {}
     for result in results:
         benchmark = BENCHMARKS[result.bench]
         shared, own = (
@@ -81,10 +71,16 @@ def made_with(results: Iterable[Result]) -> list[str]:
             for names in (benchmark.same, benchmark.same_per_model)
         )
         versions = ", ".join(f"{package} {version}" for package, version in sorted(result.versions.items()))
-        models[benchmark.title, "; ".join(filter(None, (shared, versions)))][""] = None
+        counts = {len(values) for values in result.per_prompt.values()}
+        n = f"n {' and '.join(map(str, sorted(counts)))}" if counts else ""
+        models[benchmark.title, "; ".join(filter(None, (shared, n, versions)))][""] = None
         if own:
             models[benchmark.title, own][model_label(result.model)] = None
-    return [f"{title}{of(list(names))}: {text}." for (title, text), names in models.items() if text]
+        if result.commit:
+            commit, _, modified = result.commit.partition("+")
+            commits[commit[:12] + f"+{modified}" * bool(modified)] = None
+    lines = [f"{title}{of(list(names))}: {text}." for (title, text), names in models.items() if text]
+    return lines + ([f"Evaluated at commit {', '.join(commits)}."] if commits else [])
 
 
 def of(models: list[str]) -> str:
@@ -94,8 +90,9 @@ def of(models: list[str]) -> str:
 def deviations(result: Result) -> list[str]:
     """Why the result can't stand beside the paper's: it is a trial, or another judge or decoding was used."""
     benchmark = BENCHMARKS[result.bench]
-    trial = [f"{name}={value}" for name in benchmark.trial if (value := value_of(result, name)) != ABSENT]
-    found = [f"TRIAL, not the benchmark itself: {benchmark.title} with {', '.join(trial)}."] if trial else []
+    usual = {name: as_text(benchmark.defaults.get(name)) for name in benchmark.trial}
+    trial = [f"{name}={value}" for name in usual if (value := value_of(result, name)) not in (ABSENT, usual[name])]
+    found = [f"{TRIAL}: {benchmark.title} with {', '.join(trial)}."] if trial else []
     decoding = paper_table("decoding").astype(str).set_index("setting")
     paper = {name: as_text(value) for name, value in benchmark.paper.items()}
     if result.model in decoding.index:
@@ -118,9 +115,14 @@ def missing_verdicts(result: Result) -> list[str]:
     ]
 
 
+def missing_note(texts: Iterable[str]) -> list[str]:
+    """A line of `missing_verdicts`, each once; nothing without any."""
+    each = list(dict.fromkeys(texts))
+    return [f"MISSING verdicts: {'; '.join(each)}."] if each else []
+
+
 def figure_notes(results: Iterable[Result]) -> list[str]:
     """What has to be said under a figure of these results: how they were made, in what unlike the paper's, what lacks."""
     results = list(results)
     unlike = dict.fromkeys(text for result in results for text in deviations(result))
-    lacking = [text for result in results for text in missing_verdicts(result)]
-    return [*made_with(results), *unlike, *([f"MISSING verdicts: {'; '.join(lacking)}."] if lacking else [])]
+    return [*made_with(results), *unlike, *missing_note(text for r in results for text in missing_verdicts(r))]

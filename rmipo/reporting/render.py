@@ -1,13 +1,15 @@
 """A filled table as Markdown, CSV or LaTeX."""
 
+import textwrap
+
 import pandas as pd
 
-from rmipo.reporting.filling import Entry, FilledTable, notes_text
-from rmipo.reporting.paired import PAIRED_TITLE
+from rmipo.reporting.filling import FilledTable
+from rmipo.reporting.paired import interval_text, paired_title, stars
+from rmipo.reporting.provenance import made_with, missing_note
+from rmipo.reporting.results import method_label
 
-LINES_OF_A_PAGE = 55  # of a LaTeX table, with its notes, in the larger print
-CHARACTERS_OF_A_LINE = 100  # of a note, about
-PAIRED = {"": "mean", "_low": "low", "_high": "high"}  # columns of the CSV
+PAPER_CELLS = "Cells: paper / ours / ours minus paper."
 MAX_NUMBER_COLUMNS = 8  # of one LaTeX table: what fits the text width of an article, 345 pt
 LATEX = {"α": r"$\alpha$", "β": r"$\beta$", "ε": r"$\epsilon$", "γ": r"$\gamma$", "Δ": r"$\Delta$", "±": r"$\pm$"}
 LATEX |= {"✓": r"\checkmark{}", "†": r"$^\dagger$", "–": "--", "<": r"\textless{}", ">": r"\textgreater{}"}
@@ -17,51 +19,63 @@ LATEX |= {"_": r"\_\allowbreak{}", "/": r"/\allowbreak{}"}  # paths and settings
 
 
 def number_text(value: float | None, digits: int, signed: bool = False) -> str:
-    return "–" if value is None else f"{value:{'+' if signed else ''}z.{digits}f}"
+    return "–" if pd.isna(value) else f"{value:{'+' if signed else ''}z.{digits}f}"
+
+
+def markdown_table(rows: list[list[str]]) -> str:
+    """The first of `rows` is the header; all columns but the first are numbers."""
+    head, *body = rows
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in [head, ["---", *["---:"] * (len(head) - 1)], *body])
 
 
 def missing_numbers(filled: FilledTable) -> dict[tuple[str, ...], int]:
     """A number for each distinct list of commands that missing cells wait for, in reading order."""
-    commands = dict.fromkeys(entry.commands for entry in filled.entries if entry.commands)
+    commands = dict.fromkeys(names for names in filled.cells["commands"] if names)
     return {names: number for number, names in enumerate(commands, start=1)}
 
 
-def ours_text(entry: Entry, numbers: dict[tuple[str, ...], int]) -> str:
+def ours_text(cell, numbers: dict[tuple[str, ...], int]) -> str:
     """Our number with its marks, e.g. `36.6†(3)` of 3 seeds; a missing one points at its commands, as `[3]`, or is n/a."""
-    if entry.ours is None:
-        return f"[{numbers[entry.commands]}]" if entry.commands else "n/a"
-    seeds = f"({len(entry.results)})" if len(entry.results) > 1 else ""
-    return number_text(entry.ours, entry.digits) + "†" * bool(entry.deviations) + seeds
+    if pd.isna(cell.ours):
+        return f"[{numbers[cell.commands]}]" if cell.commands else "n/a"
+    seeds = f"({len(cell.results)})" if len(cell.results) > 1 else ""
+    return number_text(cell.ours, cell.digits) + "†" * bool(cell.deviations) + seeds
 
 
-def cell_text(entry: Entry, numbers: dict[tuple[str, ...], int]) -> str:
+def cell_text(cell, numbers: dict[tuple[str, ...], int], bold: bool) -> str:
     """`paper / ours / difference`, without what there is none of."""
-    paper = [] if entry.cell.paper is None else [number_text(entry.cell.paper, entry.digits)]
-    difference = [] if entry.difference is None else [number_text(entry.difference, entry.digits, signed=True)]
-    error = "" if entry.error is None else f" ±{number_text(entry.error, entry.digits)}"
-    return " / ".join([*paper, ours_text(entry, numbers) + error, *difference])
+    paper = [] if pd.isna(cell.paper) else [number_text(cell.paper, cell.digits)]
+    difference = [] if pd.isna(cell.difference) else [number_text(cell.difference, cell.digits, signed=True)]
+    error = "" if pd.isna(cell.error) else f" ±{number_text(cell.error, cell.digits)}"
+    ours = ours_text(cell, numbers)
+    return " / ".join([*paper, (f"**{ours}**" if bold and cell.best else ours) + error, *difference])
 
 
-def grid_of(entries: list[Entry], text) -> pd.DataFrame:
-    """A frame of texts, rows and columns in the order of the table; column labels are (group, name)."""
-    frame = pd.DataFrame([(entry.cell.row, entry.cell.column, text(entry)) for entry in entries])
-    columns = list(dict.fromkeys(frame[1]))
-    wide = frame.pivot(index=0, columns=1, values=2).reindex(frame[0].unique())[columns]
-    return wide.set_axis(pd.MultiIndex.from_tuples(columns), axis=1)
+def wide(texts: list[tuple[tuple, tuple, str]]) -> pd.DataFrame:
+    """(row, column, text) as a frame, rows and columns in the order in which they come."""
+    rows, columns, _ = zip(*texts, strict=True)
+    frame = pd.Series({(row, *column): text for row, column, text in texts}).unstack([1, 2], fill_value="")
+    return frame.loc[list(dict.fromkeys(rows)), list(dict.fromkeys(columns))]
 
 
 def markdown(filled: FilledTable) -> str:
     table, numbers = filled.table, missing_numbers(filled)
-    cells = grid_of(filled.entries, lambda entry: cell_text(entry, numbers))
-    header = [*table.headers, *(f"{group} {name}".strip() for group, name in cells.columns)]
-    lines = [f"Table {table.number}: {table.title}. Cells: paper / ours / ours minus paper.", ""]
-    lines += ["| " + " | ".join(header) + " |"]
-    lines += ["|" + "|".join(["---"] * len(table.headers) + ["---:"] * len(cells.columns)) + "|"]
-    lines += ["| " + " | ".join([*row, *texts]) + " |" for row, texts in zip(cells.index, cells.values, strict=True)]
-    if paired := filled.paired():
-        lines += ["", PAIRED_TITLE, "", *(f"- {line}" for line in paired)]
-    if notes := filled.notes():
-        lines += ["", *(f"- {note}" for note in notes)]
+    own = table.number is None
+    compared = set(filled.cells.dropna(subset="behind")["metric"]) if own else ()
+    texts = []
+    for cell in filled.cells.itertuples():
+        texts.append((cell.row, (cell.group, cell.column), cell_text(cell, numbers, bold=own)))
+        if cell.metric in compared:
+            delta = "" if cell.behind is None else interval_text(cell.behind, cell.digits, cell.p)
+            texts.append((cell.row, (cell.group, f"{method_label(filled.against)} − row, {cell.column}"), delta))
+    cells = wide(texts)
+    rows = [[*table.headers, *(f"{group} {name}".strip() for group, name in cells.columns)]]
+    rows += [[*row, *line] for row, line in zip(cells.index, cells.values, strict=True)]
+    title = f"{table.title}. Best in bold." if own else f"Table {table.number}: {table.title}. {PAPER_CELLS}"
+    lines = [title, "", markdown_table(rows)]
+    if not own and (paired := filled.paired()):
+        lines += ["", paired_title(filled.against), "", *(f"- {line}" for line in paired)]
+    lines += ["", *(f"- {note}" for note in filled.notes())]
     if numbers:
         lines += ["", "Missing cells, and what fills them:", ""]
         lines += [f"- [{n}] " + ", then ".join(f"`{c}`" for c in commands) for commands, n in numbers.items()]
@@ -70,108 +84,101 @@ def markdown(filled: FilledTable) -> str:
 
 def csv_text(filled: FilledTable) -> str:
     """Long form, one line per cell, numbers unrounded; each line says how its number was made."""
-    lines = []
-    for entry in filled.entries:
-        of_seeds = len(entry.results) > 1
-        lines.append(
-            dict(zip(filled.table.headers, entry.cell.row, strict=True))
-            | {"Column": " ".join(entry.cell.column).strip(), "paper": entry.cell.paper, "ours": entry.ours}
-            | {"standard_error": None if of_seeds else entry.error, "seeds": len(entry.results) or None}
-            | {"seed_deviation": entry.error if of_seeds else None, "difference": entry.difference}
-            | {f"behind_rmipo{end}": entry.behind and getattr(entry.behind, name) for end, name in PAIRED.items()}
-            | {"command": " && ".join(entry.commands), "unlike_the_paper": " ".join(entry.deviations)}
-            | {
-                "note": " ".join(notes_text(entry.notes)),
-                "made_with": " ".join(FilledTable(filled.table, [entry]).made_with()),
-            }
-        )
-    return pd.DataFrame(lines).astype({"seeds": "Int64"}).to_csv(index=False)
+    cells = filled.cells
+    several = cells["results"].map(len) > 1  # then `error` is a deviation over seeds, which has a column of its own
+    lines = pd.DataFrame(cells["row"].tolist(), columns=list(filled.table.headers))
+    lines["Column"] = (cells["group"] + " " + cells["column"]).str.strip()
+    lines[["paper", "ours"]] = cells[["paper", "ours"]]
+    lines["standard_error"] = cells["error"].mask(several)
+    lines["seeds"] = cells["results"].map(len).replace(0, pd.NA).astype("Int64")
+    lines["seed_deviation"] = cells["error"].where(several)
+    lines["difference"] = cells["difference"]
+    for end, name in {"": "mean", "_low": "low", "_high": "high"}.items():
+        values = [getattr(found, name, None) for found in cells["behind"]]
+        lines[f"behind_{filled.against}{end}"] = pd.Series(values, dtype=float)
+    lines["p_holm"] = cells["p"].where(cells["behind"].notna())
+    lines["command"] = cells["commands"].map(" && ".join)
+    lines["unlike_the_paper"] = cells["deviations"].map(" ".join)
+    lines["note"] = [" ".join(missing_note(texts)) for texts in cells["missing"]]
+    lines["made_with"] = [" ".join(made_with(results)) for results in cells["results"]]
+    return lines.to_csv(index=False)
 
 
 def latex_escape(text: str) -> str:
     return "".join(LATEX.get(character, character if ord(character) < 256 else "?") for character in text)
 
 
+def latex_header(name: str) -> str:
+    """Broken into short lines: eight columns have to fit a page."""
+    lines = [latex_escape(line) for line in textwrap.wrap(name, 10)]
+    return lines[0] if len(lines) == 1 else r"\shortstack[r]{" + r"\\".join(lines) + "}"
+
+
 def latex(filled: FilledTable) -> str:
-    """booktabs tables with their notes; a row has a line each for the paper's numbers, ours, errors and differences.
+    """A longtable for each model where models are rows, and for each group of columns where all don't fit the text width.
 
-    A table for each model where models are rows, and for as many groups of columns as fit the text width of an article.
-    A missing cell is a number in brackets, whose commands are in comments at the end.
+    A missing cell is a number in brackets. Its commands, and how each number was made, are in comments.
     """
-    numbers, parts = missing_numbers(filled), []
-    for block in filled.blocks():
-        fitting: list[list[str]] = []
-        sizes = block.column_groups()
-        for group, size in sizes.items():
-            if fitting and sum(sizes[name] for name in fitting[-1]) + size <= MAX_NUMBER_COLUMNS:
-                fitting[-1].append(group)
-            else:
-                fitting.append([group])
-        parts += [block.only(groups) for groups in fitting]
-    tables = [latex_table(part, numbers, several=len(parts) > 1) for part in parts]
-    if paired := filled.paired():  # under a table of twelve methods they would not fit the page
-        caption = rf"\caption{{{latex_escape(f'{filled.table.title}. {PAIRED_TITLE}')}}}"
-        tables += [r"\begin{table*}\raggedright", caption, r"\scriptsize"]
-        lines = [*paired, *filled.made_with()]  # it may stand on another page than the table
-        tables += [*(latex_escape(line) + r"\par" for line in lines), r"\end{table*}"]
-    comments = [f"% [{n}] " + ", then ".join(commands) for commands, n in numbers.items()]
-    return "\n".join([r"% needs \usepackage{booktabs,amssymb}", *tables, *comments]) + "\n"
-
-
-def latex_table(filled: FilledTable, numbers: dict[tuple[str, ...], int], several: bool) -> str:
-    table, groups = filled.table, filled.column_groups()
+    table, numbers = filled.table, missing_numbers(filled)
     by_model = len(table.headers) > 1  # then the model is in the caption, not beside each row
-    headers, body = table.headers[by_model:], []
-    for row in dict.fromkeys(entry.cell.row for entry in filled.entries):
-        labels = [latex_escape(label) for label in row[by_model:]]
-        lines = latex_lines([entry for entry in filled.entries if entry.cell.row == row], numbers)
-        body += [r"\addlinespace[2pt]"] if body and len(lines) > 1 else []
-        for source, cells in lines.items():
-            body.append(" & ".join([*labels, source, *cells]) + r" \\")
-            labels = [""] * len(labels)  # once a row
-    names = dict.fromkeys(entry.cell.column for entry in filled.entries)
-    part = filled.entries[0].cell.row[0] if by_model else ", ".join(groups) if several else ""
-    heads = [rf"\multicolumn{{{size}}}{{c}}{{{latex_escape(group)}}}" for group, size in groups.items()]
-    notes = filled.notes()
-    if any(entry.commands for entry in filled.entries):
-        notes.append("[1], ...: not run yet; the commands are comments in the source.")
-    lines = len(body) + sum(1 + len(note) // CHARACTERS_OF_A_LINE for note in notes)
-    size = r"\scriptsize" if lines > LINES_OF_A_PAGE else r"\footnotesize"
-    return "\n".join(
-        [
-            rf"\begin{{table*}}\centering{size}" r"\setlength{\tabcolsep}{2pt}\renewcommand{\arraystretch}{0.85}",
-            rf"\caption{{{latex_escape(table.title + (f' ({part})' if part else ''))}.}}",
-            rf"\begin{{tabular}}{{@{{}}{'l' * (len(headers) + 1)}{'r' * len(names)}@{{}}}}",
-            r"\toprule",
-            *([" & ".join([*[""] * (len(headers) + 1), *heads]) + r" \\"] if any(groups) else []),
-            " & ".join([*headers, "", *(rf"\scriptsize {latex_escape(name)}" for _, name in names)]) + r" \\",
-            r"\midrule",
-            *body,
-            r"\bottomrule",
-            r"\end{tabular}",
-            *(["", r"\smallskip\raggedright\scriptsize"] if notes else []),
-            *(latex_escape(note) + r"\par" for note in notes),
-            r"\end{table*}",
-        ]
+    parts = [("", filled.cells)]
+    if by_model:
+        parts = [(cells["row"].iloc[0][0], cells) for _, cells in filled.cells.groupby("model", sort=False)]
+    elif filled.cells[["group", "column"]].drop_duplicates().shape[0] > MAX_NUMBER_COLUMNS:
+        parts = list(filled.cells.groupby("group", sort=False))
+    tables = [latex_table(filled, part, cells, numbers, by_model) for part, cells in parts]
+    # What made the numbers is longer than the table: it goes into comments, for an appendix.
+    marks = filled.marks()
+    if numbers:
+        marks.append("[1], ...: not run yet; the commands are comments in the source.")
+    notes = r"\par\noindent{\scriptsize " + latex_escape(" ".join(marks)) + r"\par}"
+    paired = [] if table.number is None else [paired_title(filled.against), *filled.paired()]
+    comments = [f"% {line}" for line in (*paired, *filled.notes())] if filled.made_with() else []
+    comments += [f"% [{n}] " + ", then ".join(commands) for commands, n in numbers.items()]
+    return "\n".join([r"% needs \usepackage{booktabs,longtable,amssymb}", *tables, notes, *comments]) + "\n"
+
+
+def latex_table(
+    filled: FilledTable, part: str, cells: pd.DataFrame, numbers: dict[tuple[str, ...], int], by_model: bool
+) -> str:
+    texts = []
+    for cell in cells.itertuples():
+        for source, text in latex_lines(cell, filled, numbers).items():
+            texts.append(((*cell.row[by_model:], source), (cell.group, cell.column), text))
+    frame = wide(texts)
+    frame = frame[(frame != "").any(axis=1)]  # of a model that the paper doesn't have, the paper's lines are empty
+    labels = pd.DataFrame([[latex_escape(label) for label in row[:-1]] + [row[-1]] for row in frame.index])
+    labels.loc[labels.duplicated(list(labels.columns[:-1])), labels.columns[:-1]] = ""  # once a row
+    labels.columns = pd.MultiIndex.from_tuples([("", header) for header in (*filled.table.headers[by_model:], " ")])
+    frame.columns = frame.columns.map(lambda column: (latex_escape(column[0]), latex_header(column[1])))
+    whole = pd.concat([labels, frame.reset_index(drop=True)], axis=1)
+    if not cells["group"].any():
+        whole.columns = whole.columns.droplevel(0)
+    caption = latex_escape(filled.table.title + (f" ({part})" if part else "") + ".")
+    columns = f"@{{}}{'l' * labels.shape[1]}{'r' * frame.shape[1]}@{{}}"
+    text = whole.to_latex(
+        index=False, longtable=True, escape=False, caption=caption, column_format=columns, multicolumn_format="c"
     )
+    return r"{\scriptsize\setlength{\tabcolsep}{2pt}\renewcommand{\arraystretch}{0.85}" + f"\n{text}}}"
 
 
-def latex_lines(entries: list[Entry], numbers: dict[tuple[str, ...], int]) -> dict[str, list[str]]:
-    """The lines of one row, by what they are; those without any number are left out, except ours."""
+def latex_lines(cell, filled: FilledTable, numbers: dict[tuple[str, ...], int]) -> dict[str, str]:
+    """The lines of one cell, by what they are."""
 
-    def line(*values: float | None, signed: bool = False) -> list[str]:
-        texts = [
-            (value, number_text(value, entry.digits, signed)) for value, entry in zip(values, entries, strict=True)
-        ]
-        return ["" if value is None else f"${text}$" if signed else text for value, text in texts]
+    def line(value: float, signed: bool = False) -> str:
+        text = number_text(value, cell.digits, signed)
+        return "" if pd.isna(value) else f"${text}$" if signed else text
 
-    lines = {
-        "paper": line(*(entry.cell.paper for entry in entries)),
-        "ours": [latex_escape(ours_text(entry, numbers)) for entry in entries],
-        r"\hfill$\pm$": line(*(entry.error for entry in entries)),
-        r"\hfill diff.": line(*(entry.difference for entry in entries), signed=True),
-    }
-    return {source: cells for source, cells in lines.items() if any(cells)}
+    ours, lines = latex_escape(ours_text(cell, numbers)), {"paper": line(cell.paper)}
+    own = filled.table.number is None
+    lines["ours"] = rf"\textbf{{{ours}}}" if own and cell.best else ours
+    lines |= {r"\hfill$\pm$": line(cell.error), r"\hfill diff.": line(cell.difference, signed=True)}
+    if own:
+        against, found = latex_escape(method_label(filled.against)), cell.behind
+        lines[rf"\hfill {against} $-$ row"] = "" if found is None else line(found.mean, True) + stars(cell.p)
+        low_high = "" if found is None else f"[{found.low:+z.{cell.digits}f}, {found.high:+z.{cell.digits}f}]"
+        lines[r"\hfill 95\%"] = low_high
+    return lines
 
 
 FORMATS = {"md": markdown, "csv": csv_text, "tex": latex}

@@ -13,7 +13,8 @@ import pandas as pd
 
 from rmipo.errors import UserError
 from rmipo.evaluation.models import known_settings
-from rmipo.fingerprints import has_weights, trained_fingerprint
+from rmipo.fingerprints import has_weights, json_fingerprint, trained_fingerprint
+from rmipo.record import read_metrics
 from rmipo.run.identity import WITHOUT_EFFECT
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -37,6 +38,7 @@ METHODS = {
     "simper": "SimPER",
     "rmipo": "RMiPO",
 }
+OURS = "rmipo"
 
 
 class ReportError(UserError):
@@ -46,9 +48,7 @@ class ReportError(UserError):
 def check_model(outputs: Path, model: str) -> None:
     """Raises ReportError unless `model` is a setting, or has a folder in `outputs`."""
     if not ((RECIPES / model / "rmipo.yaml").is_file() or (outputs / model).is_dir()):
-        raise ReportError(
-            f"MODEL={model} is neither a setting nor a folder in {outputs}; the settings are {known_settings()}"
-        )
+        raise ReportError(f"MODEL={model} is neither in {outputs} nor a setting; these are {known_settings()}")
 
 
 @dataclass(frozen=True)
@@ -66,10 +66,11 @@ class Result:
     settings: dict
     per_prompt: dict[str, list[float | None]] = field(default_factory=dict)
     draws: dict[str, list[float]] = field(default_factory=dict)
+    commit: str | None = None
 
 
 @dataclass(frozen=True)
-class Run:
+class TrainingRun:
     """One training run's folder; `record` is its run.json."""
 
     folder: Path
@@ -90,6 +91,7 @@ class Run:
 
     def experiment(self) -> dict:
         """Recipe, objective and data without the seed and what has no effect: equal for repetitions of one run."""
+        # Data are compared by content, so a folder that was moved is no other data.
         repeated = {"seed", "data_seed", "output_dir", "logging_steps", "save_steps"}
         repeated |= {key.removeprefix("recipe.") for key in WITHOUT_EFFECT}
         recipe = {name: value for name, value in self.record.get("recipe", {}).items() if name not in repeated}
@@ -97,56 +99,39 @@ class Run:
 
     def log(self) -> list[dict]:
         """The lines of metrics.jsonl, in the order of training."""
-        path = self.folder / "metrics.jsonl"
-        if not path.is_file():
-            raise ReportError(f"{path} doesn't exist: the run logged nothing, or its folder was copied without it")
-        rows = []
-        for number, line in enumerate(path.read_text().splitlines(), start=1):
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError as error:
-                raise ReportError(f"{path} line {number} isn't JSON ({error}); delete that line") from error
-        return rows
+        return read_metrics(self.folder)
 
 
 def read_json(path: Path) -> dict:
     try:
-        content = json.loads(path.read_text())
+        return json.loads(path.read_text())
     except json.JSONDecodeError as error:
-        raise ReportError(f"{path} isn't JSON ({error}); delete it and run the command that makes it again") from error
-    if not isinstance(content, dict):
-        raise ReportError(f"{path} holds a {type(content).__name__}, expected an object; make it again")
-    return content
+        raise ReportError(f"{path} isn't JSON ({error}): run the command that makes it again") from error
 
 
 def load_result(outputs: Path, model: str, method: str, bench: str, name: str = "") -> Result | None:
     """The finished result of one benchmark of a run, or None (file absent, or its `finished` is false).
 
     `name`: EVAL_NAME of the evaluation.
-    Raises ReportError for a file that can't be read, or is of other weights than the run's folder holds now.
+    Raises ReportError for a file that isn't JSON, or is of other weights than the run's folder holds now.
     """
     folder = outputs / model / method
     path = folder / "eval" / name / f"{bench}.json"
-    if not path.is_file():
-        return None
-    content = read_json(path)
+    content = read_json(path) if path.is_file() else {}
     if not content.get("finished"):
         return None
-    missing = [key for key in ("bench", "metrics", "versions", "settings") if key not in content]
-    if missing:
-        raise ReportError(f"{path} lacks {missing}; delete it and run `{eval_command(model, method, bench, name)}`")
-    if content["bench"] != bench:
-        raise ReportError(f"{path} holds results of {content['bench']!r}, its name says {bench!r}; rename or remove it")
     if has_weights(folder) and content.get("fingerprint") != trained_fingerprint(folder):
-        raise ReportError(
-            f"{path} is of other weights than those now in {folder}; delete it, and {path.with_suffix('')} if that is "
-            f"there, and run `{eval_command(model, method, bench, name)}`"
-        )
+        command = eval_command(model, method, bench, name)
+        raise ReportError(f"{path} is of other weights than {folder} now: delete it, and run `{command}`")
     found = (content[key] for key in ("metrics", "versions", "settings"))
-    return Result(path, model, bench, *found, content.get("per_prompt", {}), content.get("draws", {}))
+    # Older results have none of these: they fill a table, and are compared with nothing prompt by prompt.
+    more = {key: content[key] for key in ("per_prompt", "draws", "commit") if key in content}
+    return Result(path, model, bench, *found, **more)
 
 
-def load_results(outputs: Path, model: str, method: str, bench: str, runs: list[Run], name: str = "") -> list[Result]:
+def load_results(
+    outputs: Path, model: str, method: str, bench: str, runs: list[TrainingRun], name: str = ""
+) -> list[Result]:
     """The result of a run, and those of finished runs among `runs` that differ from it in the seed alone.
 
     One for each seed; [] if the run itself has no result.
@@ -154,13 +139,27 @@ def load_results(outputs: Path, model: str, method: str, bench: str, runs: list[
     result, own = load_result(outputs, model, method, bench, name), load_run(outputs, model, method)
     if result is None or own is None:
         return [result] if result else []
-    results, others = {own.seed: result}, [run for run in runs if run.finished and run.seed != own.seed]
-    for run in others:
-        if run.seed not in results and run.experiment() == own.experiment():
+    results = {own.seed: result}
+    for run in runs:
+        # Of two runs with one seed the second says nothing of the spread over seeds.
+        if run.finished and run.seed not in results and run.experiment() == own.experiment():
             folder = run.folder.relative_to(outputs / model).as_posix()
             repetition = load_result(outputs, model, folder, bench, name)
             results |= {run.seed: repetition} if repetition else {}
     return list(results.values())
+
+
+def evaluated_methods(outputs: Path, model: str, benches: list[str], name: str = "") -> list[str]:
+    """The folders of `model` with a result of one of `benches`, the paper's methods first; of repetitions the first."""
+    files = [file for bench in benches for file in (outputs / model).glob(f"**/eval/{name}/{bench}.json")]
+    folders = {file.parents[2 if name else 1].relative_to(outputs / model).as_posix() for file in files}
+    order = {method: place for place, method in enumerate(METHODS)}
+    methods: dict[str, str] = {}
+    for folder in sorted(folders, key=lambda folder: (order.get(folder, len(order)), folder)):
+        run = load_run(outputs, model, folder)
+        # Runs that differ in the seed alone share a row, as `load_results` averages them.
+        methods.setdefault(json_fingerprint(run.experiment()) if run else folder, folder)
+    return list(methods.values())
 
 
 def eval_command(model: str, method: str, bench: str, name: str = "") -> str:
@@ -181,19 +180,23 @@ def is_trained(outputs: Path, model: str, method: str) -> bool:
     return run is not None and run.finished
 
 
-def load_run(outputs: Path, model: str, method: str) -> Run | None:
+def load_run(outputs: Path, model: str, method: str) -> TrainingRun | None:
     """The run folder of one training, or None if it isn't there."""
     path = outputs / model / method / "run.json"
-    return Run(path.parent, read_json(path)) if path.is_file() else None
+    return TrainingRun(path.parent, read_json(path)) if path.is_file() else None
 
 
-def find_runs(outputs: Path, model: str) -> list[Run]:
+def find_runs(outputs: Path, model: str) -> list[TrainingRun]:
     """Every run folder below outputs/<model>, sweeps included, sorted by path."""
-    return [Run(path.parent, read_json(path)) for path in sorted((outputs / model).rglob("run.json"))]
+    return [TrainingRun(path.parent, read_json(path)) for path in sorted((outputs / model).rglob("run.json"))]
 
 
 def model_label(model: str) -> str:
     return PAPER_MODELS.get(model, model)
+
+
+def method_label(method: str) -> str:
+    return METHODS.get(method, method)
 
 
 def paper_table(name: str) -> pd.DataFrame:

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 from matplotlib.figure import Figure
 
-from rmipo.reporting.figures import house_style, method_color, method_label, panels
+from rmipo.plots import house_style, method_color, panels
+from rmipo.reporting.results import method_label
 
 DRAWS = 10_000
 POWER = 2.8  # standard errors of a difference that is found at 5% in four of five studies: 1.96 + 0.84
@@ -45,15 +46,6 @@ def contrast(ours: list[list[float]], theirs: list[list[float]]) -> Contrast:
     flipped = np.array([np.mean(signs * by_seed) for signs in itertools.product([1, -1], repeat=seeds)])
     p = np.mean(np.abs(flipped) >= abs(mean) - 1e-12)
     return Contrast(mean, low, high, p, POWER * scale * means.std())
-
-
-def holm(p_values: dict[str, float]) -> dict[str, float]:
-    """Holm's step-down correction of several p-values."""
-    adjusted, largest = {}, 0.0
-    for rank, (name, p) in enumerate(sorted(p_values.items(), key=lambda item: item[1])):
-        largest = max(largest, min(1.0, p * (len(p_values) - rank)))
-        adjusted[name] = largest
-    return adjusted
 
 
 @house_style

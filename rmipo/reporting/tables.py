@@ -1,15 +1,18 @@
-"""The paper's tables: their rows and columns, the run and metric behind each cell, and the number that it prints."""
+"""The rows and columns of tables: the run and metric behind each cell, and the number that the paper prints there."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 import pandas as pd
 
-from rmipo.evaluation import benchmark_of, metric_label
+from rmipo.evaluation import BENCHMARKS, metric_label
 from rmipo.reporting.results import (
     METHODS,
     PAPER_MODELS,
     ReportError,
+    evaluated_methods,
+    method_label,
     model_label,
     paper_table,
 )
@@ -35,51 +38,34 @@ TABLE8_RUNS = {"[0,2]": "table8-0-2", "[0.3,1.6]": "rmipo", "[0.5,1.4]": "table8
 
 
 @dataclass(frozen=True)
-class Cell:
-    """One number of a table.
-
-    `row` are the labels of its row; `column` is (group, name), the group "" where the paper has none. `paper` is what
-    the paper prints, None where it prints nothing.
+class Table:
+    """`cells` has a line for each number, row by row: `row`, the labels of its row, as a tuple; `group` ("" for none) and
+    `column`; `model`, `method`, `metric`; and `paper`, what the paper prints, NaN where it prints nothing.
     """
 
-    row: tuple[str, ...]
-    column: tuple[str, str]
-    model: str
-    method: str
-    metric: str
-    paper: float | None = None
-
-    @property
-    def bench(self) -> str:
-        return benchmark_of(self.metric).name
-
-
-@dataclass(frozen=True)
-class Table:
-    """`ranked`: average score and rank within each model are appended (Table 2)."""
-
-    number: int
+    number: int | None  # None: not one of the paper's
     title: str
     headers: tuple[str, ...]  # of the row labels
-    cells: list[Cell]
-    ranked: bool = False
+    cells: pd.DataFrame
+    ranked: bool = False  # average score and rank within each model are appended (Table 2)
     notes: tuple[str, ...] = ()
 
 
-def grid(rows: dict[tuple[str, ...], dict], columns: dict[tuple[str, str], dict], printed: pd.DataFrame) -> list[Cell]:
-    """A cell for each row and column, row by row.
+def grid(
+    rows: dict[tuple[str, ...], dict], columns: dict[tuple[str, str], dict], printed: pd.DataFrame
+) -> pd.DataFrame:
+    """A cell for each row and column. Both map labels to what they say of a cell: model, method, metric.
 
-    `rows` and `columns` map labels to what they say of a cell: model, method, metric. `printed` is the paper's table
-    with the columns setting, method, and one for each metric.
+    `printed` is the paper's table with the columns setting, method, and one for each metric.
     """
     paper = printed.set_index(["setting", "method"]).to_dict("index")
     cells = []
     for row, of_row in rows.items():
-        for column, of_column in columns.items():
+        for (group, column), of_column in columns.items():
             named = of_row | of_column
-            number = paper.get((named["model"], named["method"]), {}).get(named["metric"])
-            cells.append(Cell(row, column, **named, paper=number))
-    return cells
+            number = paper.get((named["model"], named["method"]), {}).get(named["metric"], float("nan"))
+            cells.append({"row": row, "group": group, "column": column, **named, "paper": number})
+    return pd.DataFrame(cells)
 
 
 def metrics_of_models(models: Iterable[str], metrics: Iterable[str]) -> dict[tuple[str, str], dict]:
@@ -167,3 +153,19 @@ def build_table(number: int, models: Iterable[str] = ()) -> Table:
         raise ReportError(f"there is no table {number} to rebuild; the ones there are: {sorted(TABLES)}")
     build, paper_models = TABLES[number]
     return build(tuple(models) or paper_models)
+
+
+def benchmark_table(outputs: Path, model: str, benches: list[str], name: str = "") -> Table:
+    """Every evaluated method of a model by the metrics of these benchmarks. Of one alone also the parts of its metrics."""
+    methods = evaluated_methods(outputs, model, benches, name)
+    if not methods:
+        raise ReportError(f"{model} has no results of {', '.join(benches)}: run `make eval MODEL={model} ...`")
+    rows = {(method_label(method),): {"model": model, "method": method} for method in methods}
+    columns = {
+        (BENCHMARKS[bench].title, metric.label): {"metric": key}
+        for bench in benches
+        for key, metric in BENCHMARKS[bench].metrics.items()
+        if len(benches) == 1 or not metric.detail
+    }
+    printed = pd.DataFrame(columns=["setting", "method"])  # nothing: the paper has no such table
+    return Table(None, f"{', '.join(benches)} of {model_label(model)}", ("Method",), grid(rows, columns, printed))

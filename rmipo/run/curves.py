@@ -2,15 +2,12 @@
 
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import torch
 
+from rmipo.plots import BLUE, GREEN, ORANGE, house_style, panels, save
 from rmipo.record import read_metrics
 from rmipo.training.trainer import PreferenceTrainer
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 
 HALF_WINDOW = 4  # log lines on each side of a point of a smoothed curve
 
@@ -24,39 +21,37 @@ def plot_run(run_dir: str | Path, trainer: PreferenceTrainer) -> dict[str, Path]
     return {name: path for name, path in pictures.items() if path is not None}
 
 
+@house_style
 def plot_curves(run_dir: str | Path) -> Path | None:
     """Margin, win rate, log-probability of chosen responses and gamma over training steps, as `curves.png` in the run's
     folder; None if none was logged."""
     lines = read_metrics(run_dir)
-    panels = [
+    shown = [
         ("reward margin", "rewards/margins"),
         ("win rate", "rewards/accuracies"),
         ("log-prob. of chosen (nats/token)", "common/chosen_avg_logp"),
         ("gamma", "rmipo/gamma_mean"),
     ]
-    panels = [(title, key) for title, key in panels if any(key in line for line in lines)]
-    if not panels:
+    shown = [(title, key) for title, key in shown if any(key in line for line in lines)]
+    if not shown:
         return None
-    figure, axes = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 3.2), squeeze=False)
-    for axis, (title, key) in zip(axes[0], panels, strict=True):
+    figure, axes = panels(min(2, len(shown)), rows=(len(shown) + 1) // 2)
+    for axis, (title, key) in zip(axes, shown, strict=False):
         steps, values = columns(lines, "step", key)
         if len(steps):
-            axis.plot(steps, values, color="C0", alpha=0.3, label="training")
-            axis.plot(steps, smooth(values), color="C0", label=f"training, mean of {2 * HALF_WINDOW + 1} lines")
+            axis.plot(steps, values, color=BLUE, alpha=0.3, label="training")
+            axis.plot(steps, smooth(values), color=BLUE, label=f"training, mean of {2 * HALF_WINDOW + 1} lines")
         steps, values = columns(lines, "step", f"eval_{key}")
         if len(steps):
-            axis.plot(steps, values, "o--", color="C1", label="held out", markersize=4)
+            axis.plot(steps, values, "o--", color=ORANGE, label="held out", markersize=4)
         if key == "rmipo/gamma_mean":
             steps, mean, std = columns(lines, "step", key, "rmipo/gamma_std")
-            axis.fill_between(steps, mean - std, mean + std, color="C0", alpha=0.1, label="± 1 std over pairs")
+            axis.fill_between(steps, mean - std, mean + std, color=BLUE, alpha=0.1, label="± 1 std over pairs")
         axis.set(title=title, xlabel="optimizer step")
-        axis.grid(alpha=0.3)
-        axis.legend(fontsize=8)
-    figure.tight_layout()
-    path = Path(run_dir) / "curves.png"
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
-    return path
+        axis.legend()
+    for axis in axes[len(shown) :]:
+        axis.set_axis_off()
+    return save(figure, Path(run_dir) / "curves.png", (".png",))[0]
 
 
 def columns(lines: list[dict], *names: str) -> np.ndarray:
@@ -74,6 +69,7 @@ def smooth(values: np.ndarray) -> np.ndarray:
     return full[0] / full[1]
 
 
+@house_style
 def plot_gamma_histogram(gamma: torch.Tensor, bounds: tuple[float, float], path: Path) -> Path:
     """Histogram of the margin over pairs, the atoms at the two bounds drawn apart.
 
@@ -84,18 +80,16 @@ def plot_gamma_histogram(gamma: torch.Tensor, bounds: tuple[float, float], path:
     low, high = bounds
     at_low, at_high = (gamma <= low + 1e-2), (gamma >= high - 1e-6)
     inner = gamma[~at_low & ~at_high]
-    figure, axis = plt.subplots(figsize=(5.4, 3.4), layout="constrained")
+    figure, (axis,) = panels(1, height=3.0)
     weights = torch.full_like(inner, 1 / len(gamma))
     between, edges, _ = axis.hist(
         inner.numpy(), bins=30, range=(low, high), weights=weights.numpy(), label="between the bounds"
     )
     # The atoms stand on the outermost bins, within the bounds.
-    for bin_, share, side, colour in ((0, at_low, "lower", "C2"), (-1, at_high, "upper", "C1")):
+    for bin_, share, side, colour in ((0, at_low, "lower", GREEN), (-1, at_high, "upper", ORANGE)):
         fraction, place = share.double().mean().item(), {"align": "edge", "bottom": between[bin_]}
         label = f"{side} bound: {fraction:.0%}"
         axis.bar(edges[:-1][bin_], fraction, width=edges[1] - edges[0], color=colour, label=label, **place)
     axis.set(xlabel="gamma", ylabel="share of pairs", title=f"margin of {len(gamma)} held-out pairs")
-    figure.legend(fontsize=7.5, ncols=3, loc="outside lower center")
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
-    return path
+    figure.legend(ncols=3, loc="outside lower center")
+    return save(figure, path, (".png",))[0]

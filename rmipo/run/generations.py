@@ -1,6 +1,7 @@
 """Sample answers during training, in `generations.jsonl`."""
 
 import math
+import os
 
 import torch
 from transformers import StoppingCriteriaList, TrainerCallback
@@ -11,16 +12,21 @@ from rmipo.training import attention
 from rmipo.training.loading import positions_of
 
 
+def default_tokens(world_size: int) -> int:
+    """Of an answer. Under ZeRO-3 each token gathers all weights; between machines that takes longer than the training."""
+    return 128 if int(os.environ.get("LOCAL_WORLD_SIZE", world_size)) == world_size else 32
+
+
 class SampleGenerations(TrainerCallback):
     """At each evaluation: answers to a few held-out prompts (token ids), in `generations.jsonl`.
 
-    Of at most `max_new_tokens`, fewer where the model has no positions for more. `stop`: the run's `StopOnSignal`; a signal
-    ends the answers too, which are then not kept.
+    `max_new_tokens`: of an answer, `default_tokens` if None; fewer where the model has no positions for more. `stop`: the run's
+    `StopOnSignal`; a signal ends the answers too, which are then not kept.
     """
 
-    def __init__(self, tokenizer, prompts: list[list[int]], trainer, max_new_tokens: int, stop=None):
+    def __init__(self, tokenizer, prompts: list[list[int]], trainer, max_new_tokens: int | None, stop=None):
         self.tokenizer, self.prompts, self.trainer = tokenizer, prompts, trainer
-        self.max_new_tokens, self.stop = max_new_tokens, stop
+        self.max_new_tokens, self.stop = max_new_tokens or default_tokens(trainer.args.world_size), stop
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
         if not self.prompts:

@@ -216,7 +216,7 @@ class PreferenceTrainer(EndsWithItsLastStep):
             logps = scoring.response_logps(model, pairs, self.attention_kind, self.model.config)
         scored["chosen_logps"], scored["rejected_logps"] = split_pairs(logps)
         scored["chosen_lengths"], scored["rejected_lengths"] = split_pairs(pairs.response_lengths)
-        # Of a repeated pair without weight nothing is real: its gradient is zero, yet this process ran its forward.
+        # A process with no pairs left runs a forward for ZeRO-3, on a repeated pair; `real` is then 0 and no score counts.
         return PairScores(**{name: value[: micro_batch.cut.real] for name, value in scored.items()})
 
     def score_without_gradient(self, model, micro_batches: list[PackedMicroBatch]) -> list[dict[str, torch.Tensor]]:

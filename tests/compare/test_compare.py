@@ -24,8 +24,9 @@ from rmipo.compare import run as compared
 from rmipo.compare.log import Log, best_rates, execute_all, report_runs, search_runs
 from rmipo.compare.program import read_choices
 from rmipo.compare.run import execute
-from rmipo.compare.study import FLOOR, INITIAL, METHODS, Run, Study
+from rmipo.compare.study import Study
 from rmipo.compare.tasks import PairsTask
+from rmipo.compare.trial import FLOOR, INITIAL, METHODS, Trial
 from rmipo.errors import UserError
 from rmipo.objectives import OBJECTIVES
 from rmipo.recipe.load import ConfigError
@@ -65,7 +66,7 @@ def study(repository, monkeypatch):
 
 
 def run_of(method="rmipo", purpose="report", rate=1e-3, seed=0, noise=0.0):
-    return Run(purpose, method, rate, seed, noise)
+    return Trial(purpose, method, rate, seed, noise)
 
 
 # What is compared

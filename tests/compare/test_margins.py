@@ -5,8 +5,9 @@ import math
 import numpy as np
 import pytest
 
-from rmipo.compare.margins import points
-from rmipo.reporting.spread import contrast, holm
+from rmipo.compare.margins import mean_gamma_arm, points, report, scores
+from rmipo.compare.trial import Trial
+from rmipo.reporting.spread import contrast
 
 
 def test_a_grid_is_every_combination_and_joined_names_move_together():
@@ -17,10 +18,6 @@ def test_a_grid_is_every_combination_and_joined_names_move_together():
         (("beta", 2.0), ("gamma_min", 0.0), ("gamma_max", 2.0)),
         (("beta", 2.0), ("gamma_min", 0.5), ("gamma_max", 1.4)),
     ]
-
-
-def test_holm_multiplies_by_what_is_left_and_never_falls():
-    assert holm({"a": 0.01, "b": 0.04, "c": 0.03}) == pytest.approx({"a": 0.03, "c": 0.06, "b": 0.06})
 
 
 def test_a_contrast_over_seeds():
@@ -41,3 +38,43 @@ def test_a_contrast_counts_prompts_and_seeds():
     half_width = 1.96 * by_prompt.std() / 10
     assert (result.high - result.low) / 2 == pytest.approx(half_width, rel=0.1)
     assert not math.isclose(result.mean, 0.0)
+
+
+def lines(method, values, noise=0.0, objective=(), gamma=None):
+    for seed, value in enumerate(values):
+        result = {"metrics": {"right_probability": value}} | ({} if gamma is None else {"gamma_mean": gamma})
+        yield Trial("report", method, 2e-4, seed, noise, objective), result
+
+
+def test_the_report_names_the_arm_at_the_mean_margin_and_corrects_all_but_the_first_contrast():
+    arms = [
+        *lines("rmipo", [0.5, 0.6, 0.7, 0.8], gamma=1.25),
+        *lines("shuffled", [0.4, 0.5, 0.6, 0.7], gamma=1.25),
+        *lines("simpo", [0.5, 0.5, 0.7, 0.7]),
+        *lines("simpo", [0.4, 0.5, 0.6, 0.7], objective=(("beta", 2.0), ("gamma", 1.25))),
+    ]
+    grids = [
+        *lines("simpo", [0.2, 0.4], objective=(("beta", 1.0),)),
+        *lines("simpo", [0.5, 0.7], objective=(("beta", 2.0),)),
+    ]
+    text = report(arms, grids, "right_probability")
+    rows = {line.split(" | ")[0].removeprefix("| "): line.strip("| ").split(" | ") for line in text.splitlines()}
+    assert rows["rmipo"][1:3] == ["0.650 ± 0.129", "1.25"]
+    # Every seed differs by 0.1: 2 of 16 sign flips are as far from 0. Of two secondary contrasts the smaller p doubles.
+    assert rows["shuffled"][3:5] == ["+0.100 [+0.100, +0.100]", "0.125"]
+    assert rows["simpo-mean-gamma"][3:5] == ["+0.100 [+0.100, +0.100]", "0.250"]
+    (grid,) = (line for line in text.partition("Spread")[2].splitlines() if line.startswith("| simpo "))
+    assert grid.split(" | ")[1:5] == ["2", "0.600", "0.450", "0.300"]
+
+
+def test_an_arm_at_the_mean_margin_has_that_of_its_seed():
+    ((run, line), *_) = lines("rmipo", [0.5], noise=0.15, gamma=1.23456)
+    assert mean_gamma_arm(run, line) == Trial("report", "simpo", 2e-4, 0, 0.15, (("beta", 2.0), ("gamma", 1.2346)))
+
+
+def test_per_prompt_results_are_compared_by_prompt():
+    assert scores({1: {"metrics": {"per_prompt": [0.5, 1.0]}}, 0: {"metrics": {"per_prompt": [0.0, 0.25]}}}, "x") == [
+        [0.0, 25.0],
+        [50.0, 100.0],
+    ]
+    assert scores({0: {"metrics": {"x": 0.5}}, 1: {"metrics": {"diverged": True}}}, "x") == [[0.5], [0.0]]

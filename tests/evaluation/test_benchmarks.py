@@ -32,6 +32,7 @@ def test_settings_that_are_compared_exist():
         "prompts_sha256",
         "other_pairs",
         "model_fingerprint",
+        "initial_fingerprint",
     }  # added to a result by `run`
     for benchmark in BENCHMARKS.values():
         named = {*benchmark.same, *benchmark.same_per_model, *benchmark.trial, *benchmark.paper}

@@ -9,7 +9,7 @@ pytest.importorskip("lm_eval", reason="needs the extra `eval`")
 from rmipo.constraints.instructions import followed
 from rmipo.constraints.prompts import read_prompts
 from rmipo.evaluation import BENCHMARKS
-from rmipo.evaluation.constraints import per_prompt
+from rmipo.evaluation.constraints import per_prompt, specific
 from tests.helpers.tiny_model import write_model
 
 
@@ -17,7 +17,8 @@ def test_shares_of_answers_that_follow_all_and_each_of_their_constraints(tmp_pat
     write_model(tmp_path)
     generation = {"temperature": 1.0, "max_new_tokens": 6, "dtype": "float32", "engine": "transformers"}
     settings = {"generation": generation, "first_n": 6, "answers": 2}
-    metrics = BENCHMARKS["constraints"].run(tmp_path, tmp_path / "eval", settings)["metrics"]
+    result = BENCHMARKS["constraints"].run(tmp_path, tmp_path / "eval", settings)
+    metrics = result["metrics"]
     rows = [json.loads(line) for line in (tmp_path / "eval/constraints.jsonl").read_text().splitlines()]
     assert len(rows) == 6 and all(len(row["answers"]) == 2 for row in rows)
     assert sum(len(set(row["answers"])) == 2 for row in rows) > 3  # one seed for each answer
@@ -29,7 +30,10 @@ def test_shares_of_answers_that_follow_all_and_each_of_their_constraints(tmp_pat
     assert metrics["constraints_each"] == pytest.approx(100 * sum(map(sum, each)) / 12)
     (answers,) = (tmp_path / "eval/answers").glob("*.jsonl")
     assert metrics["constraints_cut"] == pytest.approx(100 * answers.read_text().count('"finish": "length"') / 12)
+    own = [value for row in rows for value in row["specific"]]
+    assert metrics["constraints_specific"] == pytest.approx(100 * sum(own) / 12)
     assert per_prompt(tmp_path / "eval") == [sum(answers) / 2 for answers in every]
+    assert result["per_prompt"]["constraints_each"] == pytest.approx([50 * sum(shares) for shares in each])
 
 
 def test_the_first_prompts_are_those_after_the_ones_left_out(tmp_path):
@@ -39,3 +43,18 @@ def test_the_first_prompts_are_those_after_the_ones_left_out(tmp_path):
     BENCHMARKS["constraints"].run(tmp_path, tmp_path / "eval", settings)
     rows = [json.loads(line) for line in (tmp_path / "eval/constraints.jsonl").read_text().splitlines()]
     assert [row["prompt"] for row in rows] == [row["prompt"] for row in read_prompts("test")[2:5]]
+
+
+def test_a_fixed_text_gets_nothing_and_own_constraints_count():
+    rows = read_prompts("test")[100:140]
+    boilerplate = "<<A>> *a* *b* *c* *d* [x] [y] [z] [w] [v]\nSection 1\nSECTION 1\nok\nP.S. ok\nP.P.S ok"
+    fixed = specific([{**row, "answers": [boilerplate], "whole": [True]} for row in rows])
+    assert sum(value > 0 for (value,) in fixed) > 3 and sum(value for (value,) in fixed) == pytest.approx(0, abs=1e-9)
+    title = {"id": "detectable_format:title", "arguments": {}}
+    comma = {"id": "punctuation:no_comma", "arguments": {}}
+    asked = [{"constraints": [title]}, {"constraints": [comma]}, {"constraints": [comma, title]}]
+    answers = [["<<A>> a, b", "a"], ["a", "a, b"], ["<<A>> a", "<<A>> a"]]
+    whole = [[True, True], [True, True], [True, False]]
+    values = specific([{**row, "answers": a, "whole": w} for row, a, w in zip(asked, answers, whole, strict=True)])
+    # Own constraints less the share of the two other prompts; the last answer was cut.
+    assert values == [[1 - 0, 0 - 1 / 2], [1 - 0, 0 - 0], [1 - 1, 0 - 0]]

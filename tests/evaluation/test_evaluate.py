@@ -21,7 +21,7 @@ from rmipo.errors import EvaluationError, UserError
 from rmipo.evaluation.benchmark import contradictions
 from rmipo.evaluation.target import find_target, load_settings, model_folder
 from rmipo.fingerprints import trained_fingerprint
-from rmipo.generation.answers import Generator, Request, check_settings
+from rmipo.generation.answers import check_settings
 from rmipo.record import environment
 from tests.helpers.judge_server import JudgeServer
 from tests.helpers.lock_holder import held
@@ -65,22 +65,6 @@ def run(script: str, outputs: Path, *arguments: str, **environment: str) -> subp
     return subprocess.CompletedProcess(script, code, stdout.getvalue(), stderr.getvalue())
 
 
-def test_every_setting_has_the_paper_s_decoding():
-    settings = {path.parent.name: yaml.safe_load(path.read_text()) for path in SETTINGS}
-    decoding = {name: blocks["generation"] for name, blocks in settings.items() if "generation" in blocks}  # not HH
-    found = {
-        name: (block["temperature"], block["max_new_tokens"])
-        for name, block in decoding.items()
-        if name not in ("tiny", "smollm2-135m-instruct")
-    }
-    assert found == {
-        "mistral-7b-base": (0.7, 2048),
-        "mistral-7b-instruct": (0.5, 2048),
-        "llama3-8b-base": (0.9, 4096),
-        "llama3-8b-instruct": (0.9, 4096),
-    }
-
-
 @pytest.mark.parametrize("path", SETTINGS, ids=lambda path: path.parent.name)
 def test_every_eval_yaml_has_known_keys_alone(path):
     settings = load_settings(path, [])
@@ -96,17 +80,14 @@ def test_settings_are_read_as_recipes_are(tmp_path, monkeypatch):
     expected = {"alpacaeval": {"max_cost": 10.0, "reference": "/users/me/x.jsonl"}, "hh": {}}
     assert load_settings(path, []) == expected
     assert load_settings(path, ["hh.max_length=2e1"])["hh"] == {"max_length": 20.0}
-    for text, message in (("hh: 3\n", "found hh with a value"), ("hh: {a: 1, a: 2}\n", "a is set twice")):
+    for text in ("hh: 3\n", "hh: {a: 1, a: 2}\n"):
         path.write_text(text)
-        with pytest.raises(UserError, match=message):
+        with pytest.raises(UserError, match=r"eval\.yaml.*\b(hh|a)\b"):
             load_settings(path, [])
-    with pytest.raises(EvaluationError, match="hh is 3, no block"):
-        path.write_text("hh: 3\n")
-        load_settings(path, ["hh.x=1"])
 
 
 @pytest.mark.parametrize(
-    ("override", "message"),
+    ("override", "named"),
     [
         ("generation.temperature=hot", "generation: temperature is 'hot'"),
         ("constraints.first_n=0", "constraints: first_n is 0"),
@@ -126,39 +107,29 @@ def test_settings_are_read_as_recipes_are(tmp_path, monkeypatch):
         ("mtbench.temperatures=0.7", "temperatures is 0.7"),
     ],
 )
-def test_values_of_another_type_are_refused(tmp_path, override, message):
+def test_wrong_keys_and_values_of_another_type_are_refused(tmp_path, override, named):
     path = tmp_path / "eval.yaml"
     path.write_text("leaderboard: {batch_size: auto, limit: null}\nconstraints: {first_n: 4.0}\n")
     assert load_settings(path, [])["leaderboard"] == {"batch_size": "auto", "limit": None}
-    with pytest.raises(EvaluationError, match=message):
+    with pytest.raises(EvaluationError, match=re.escape(named)):
         load_settings(path, [override])
 
 
-def test_wrong_settings_and_folders(outputs):
-    with pytest.raises(EvaluationError, match=r"MODEL=none is neither .*; the settings are llama3-8b-base, .*tiny"):
-        find_target("none", None, outputs, [])
-    with pytest.raises(
-        EvaluationError, match=r"MODEL=llama3-70b-instruct has no recipes/llama3-70b-instruct/eval.yaml: copy"
-    ):
-        find_target("llama3-70b-instruct", None, outputs, [])
-    with pytest.raises(EvaluationError, match=f"METHOD=dpo belongs to a setting, and MODEL={outputs} is none"):
-        find_target(str(outputs), "dpo", outputs, [])
-    with pytest.raises(EvaluationError, match=r"no/such is neither in the hub's cache nor downloadable"):
-        find_target("no/such", None, outputs, [])
-    with pytest.raises(EvaluationError, match=r"holds no model\. Expected are config.json"):
-        find_target(str(outputs), None, outputs, [])
-    with pytest.raises(EvaluationError, match="--set max_cost: expected <block>"):
-        load_settings(TINY.with_name("eval.yaml"), ["max_cost"])
-    with pytest.raises(EvaluationError, match=r"unknown blocks \['mtbnch'\] \(did you mean mtbench\?\)"):
-        load_settings(TINY.with_name("eval.yaml"), ["mtbnch.first_n=3"])
-    with pytest.raises(EvaluationError, match=r"leaderboard: unknown keys \['limt'\] \(did you mean limit\?\)"):
-        load_settings(TINY.with_name("eval.yaml"), ["leaderboard.limt=3"])
-    with pytest.raises(EvaluationError, match="make train MODEL=tiny METHOD=dpo"):
-        model_folder(TINY, outputs, "dpo")
+def test_models_that_are_none(outputs):
     (outputs / "tiny/lora").mkdir()
     (outputs / "tiny/lora/adapter_config.json").write_text("{}")
-    with pytest.raises(EvaluationError, match="Merge it first"):
-        model_folder(TINY, outputs, "lora")
+    for model, method, named in (
+        ("none", None, "MODEL=none "),
+        ("llama3-70b-instruct", None, "recipes/llama3-70b-instruct/eval.yaml"),
+        (str(outputs), "dpo", "METHOD=dpo"),
+        ("no/such", None, "no/such"),
+        (str(outputs), None, str(outputs)),
+        ("tiny", "lora", "adapter"),
+    ):
+        with pytest.raises(EvaluationError, match=named):
+            find_target(model, method, outputs, [])
+    with pytest.raises(EvaluationError, match="make train MODEL=tiny METHOD=dpo"):
+        model_folder(TINY, outputs, "dpo")
 
 
 def test_initial_model_is_linked_with_the_recipe_s_template(outputs, tmp_path):
@@ -200,7 +171,7 @@ def test_model_trained_with_another_template_is_refused(outputs):
     assert record(folder, header_in_response=True) != probe
     assert model_folder(TINY, outputs, "rmipo") == folder
     change_template(folder)
-    with pytest.raises(EvaluationError, match="rmipo was trained with another chat template or tokenizer"):
+    with pytest.raises(EvaluationError, match="rmipo was trained with another chat template"):
         model_folder(TINY, outputs, "rmipo")
     done = run("evaluate.py", outputs, "--bench", "hh")
     assert done.returncode == 2 and done.stderr.startswith(f"error: {folder} was trained with another chat template")
@@ -216,14 +187,14 @@ def test_a_longer_header_than_that_of_the_training_is_refused(outputs):
         "<assistant> {% endif %}", "<assistant> w3 {% endif %}"
     )
     tokenizer.save_pretrained(folder)
-    with pytest.raises(EvaluationError, match="rmipo was trained with another chat template or tokenizer"):
+    with pytest.raises(EvaluationError, match="rmipo was trained with another chat template"):
         model_folder(TINY, outputs, "rmipo")
 
 
 def test_unfinished_runs_are_not_evaluated(outputs):
     folder = outputs / "tiny/rmipo"
     record(folder, finished=False)
-    with pytest.raises(EvaluationError, match=r"hasn't finished\. Go on with it: make train MODEL=tiny METHOD=rmipo"):
+    with pytest.raises(EvaluationError, match=f"{folder} holds a run that hasn't finished"):
         model_folder(TINY, outputs, "rmipo")
 
 
@@ -234,7 +205,7 @@ def test_initial_model_is_held_to_its_own_training(outputs, tmp_path):
     values = yaml.safe_load(TINY.read_text()) | {"model_name_or_path": str(source), "chat_template": None}
     recipe.write_text(yaml.safe_dump(values))
     record(source, finished=False)
-    with pytest.raises(EvaluationError, match=r"hasn't finished\. Go on with it: make train MODEL=small STAGE=sft"):
+    with pytest.raises(EvaluationError, match=f"{source} holds a run that hasn't finished"):
         model_folder(recipe, outputs, "initial")
     record(source)
     model_folder(recipe, outputs, "initial")
@@ -320,23 +291,12 @@ def test_eval_command_from_generation_to_result_files(outputs):
             "fingerprint",
             "prompting",
             "finished",
-            "commit",
-            "hardware",
         }
-        assert result.keys() == keys
+        assert result.keys() == keys | {"commit", "hardware"}
         assert result["bench"] == bench and result["finished"] and result["model"].endswith("tiny/rmipo")
         assert metrics <= result["metrics"].keys() and {"transformers", "torch"} <= result["versions"].keys()
         assert "sk-secret" not in text
     assert not any("sk-secret" in path.read_text() for path in folder.rglob("*.json*"))
-
-
-def test_generate_only_needs_no_key(outputs):
-    options = ["--set", f"alpacaeval.reference={outputs}/pairs/test.jsonl", "--set", "alpacaeval.generate_only=true"]
-    done = run("evaluate.py", outputs, "--bench", "alpacaeval", *options)
-    assert done.returncode == 0 and "nothing was judged" in done.stdout, done.stderr
-    folder = outputs / "tiny/rmipo/eval"
-    assert len(json.loads((folder / "alpacaeval/model_outputs.json").read_text())) == 9
-    assert not (folder / "alpacaeval.json").exists()
 
 
 def test_samples_side_by_side(outputs):
@@ -359,28 +319,6 @@ def test_samples_side_by_side(outputs):
     assert "> ````text\n> w3 ```\n> ````" in markdown  # a fence longer than the text's own
 
 
-def test_samples_are_of_what_is_trained_unless_methods_are_named(outputs, tmp_path):
-    (tmp_path / "tiny").mkdir()
-    (tmp_path / "tiny/simpo").symlink_to(outputs / "tiny/simpo")
-    done = run("samples.py", tmp_path, "--prompt", "w1 w2")
-    assert done.returncode == 0, done.stderr
-    text = (tmp_path / "reports/samples-tiny.md").read_text()
-    assert "**simpo**" in text and "**rmipo**" not in text
-
-
-def test_samples_of_a_folder_without_a_recipe(outputs, tmp_path):
-    shutil.copytree(outputs / "tiny/rmipo", tmp_path / "elsewhere/model")
-    options = ["--model", str(tmp_path / "elsewhere/model"), "--prompt", "w1 w2"]
-    done = run("samples.py", outputs, *options)
-    assert done.returncode == 0, done.stderr
-    (file,) = (tmp_path / "elsewhere/model/eval/answers").glob("samples-*.jsonl")
-    answer = json.loads(file.read_text().splitlines()[1])["output"]
-    page = (outputs / "reports/samples-model.md").read_text()
-    assert "**model**" in page and answer.split("\n")[0] in page
-    done = run("samples.py", outputs, *options, "--methods", "rmipo")
-    assert done.returncode == 2 and "METHOD=rmipo belongs to a setting" in done.stderr
-
-
 @pytest.mark.parametrize(("first_n", "count"), [({}, 9), ({"first_n": 4}, 4)])
 def test_samples_of_a_reference_show_its_answers(outputs, first_n, count):
     choose = runpy.run_path(str(ROOT / "scripts/samples.py"))["choose_prompts"]
@@ -388,34 +326,9 @@ def test_samples_of_a_reference_show_its_answers(outputs, first_n, count):
     assert prompts == [f"w{i} w{i + 1}" for i in range(count)] and known == {"reference": ["w1 w2 w3"] * count}
 
 
-def test_generation_settings_of_one_benchmark(outputs):
-    """`generation` of a benchmark's own block is laid over the common one."""
-    options = ["alpacaeval.generate_only=true", f"alpacaeval.reference={outputs}/pairs/test.jsonl"]
-    options += ["alpacaeval.generation={batch_size: 3}"]
-    done = run("evaluate.py", outputs, "--bench", "alpacaeval", *(text for o in options for text in ("--set", o)))
-    assert done.returncode == 0, done.stderr
-    (file,) = (outputs / "tiny/rmipo/eval/answers").glob("alpacaeval-*.jsonl")
-    header = file.read_text().splitlines()[0]
-    decoding = json.loads(header)["decoding"]
-    assert (decoding["batch_size"], decoding["max_new_tokens"]) == (3, 48)  # the recipe's are 16 and 48
-
-
-def test_another_decoding_has_answers_of_its_own(outputs):
-    """Beside the others, which stay: not refused as those of another decoding."""
-    requests = [Request("0", [{"role": "user", "content": "w1 w2"}])]
-    files = []
-    for changes in ({}, {"temperature": 0.5}, {"seed": 1}, {"engine": "transformers"}):
-        settings = {"dtype": "float32", "max_new_tokens": 4, **changes}
-        with Generator(outputs / "tiny/rmipo", settings) as generator:
-            files.append(generator.file("samples", requests))
-            generator.answer(requests, files[-1])
-    assert len({*files[:3]}) == 3 and files[3] == files[0]  # the engine doesn't shape them
-    assert {path.name for path in files[0].parent.iterdir()} == {path.name for path in files}
-
-
 def test_samples_need_trained_models(outputs):
     done = run("samples.py", outputs, "--methods", "rmipo,dpo", "--prompt", "w1")
-    assert done.returncode == 2 and "Train it first: make train MODEL=tiny METHOD=dpo" in done.stderr
+    assert done.returncode == 2 and "make train MODEL=tiny METHOD=dpo" in done.stderr
     done = run("samples.py", outputs, "--methods", "rmipo,nosuch", "--prompt", "w1")
     assert done.returncode == 2 and "METHOD='nosuch'" in done.stderr and "make train" not in done.stderr
 
@@ -447,13 +360,6 @@ def test_a_hub_model_is_linked_below_outputs(tmp_path, monkeypatch):
     assert target.folder == tmp_path / "outputs/owner--name/initial"
     assert (target.folder / "model.safetensors").resolve() == snapshot / "model.safetensors"
     assert "chat_template.jinja" in {path.name for path in target.folder.iterdir()}
-
-
-def test_one_prompt_of_samples_is_one_text():
-    choose = runpy.run_path(str(ROOT / "scripts/samples.py"))["choose_prompts"]
-    assert choose(None, {"prompts": "What does Ada eat?"}) == (["What does Ada eat?"], {})
-    with pytest.raises(EvaluationError, match="samples: prompts is 3: expected a list of texts"):
-        choose(None, {"prompts": 3})
 
 
 def test_settings_that_contradict_a_result(monkeypatch):

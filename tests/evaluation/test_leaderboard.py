@@ -87,34 +87,23 @@ def test_ifeval_error_by_leaving_prompts_out():
     assert ifeval_error(samples) == pytest.approx(jackknife, rel=0.01)
 
 
-def test_all_missing_scores_are_named_at_once():
+def test_a_missing_score_is_named():
     results = raw_results()
-    del results["leaderboard_bbh_navigate"], results["leaderboard_bbh_snarks"]
-    with pytest.raises(
-        EvaluationError, match=r"2 scores.*leaderboard_bbh_navigate \(acc_norm\), leaderboard_bbh_snarks"
-    ):
+    del results["leaderboard_bbh_navigate"]
+    with pytest.raises(EvaluationError, match="leaderboard_bbh_navigate"):
         metrics_of("bbh", results)
 
 
-def test_unknown_settings_are_refused_before_anything_loads(tmp_path):
-    with pytest.raises(EvaluationError, match=r"leaderboard: unknown keys \['batchsize'\].*batch_size"):
-        run("no/such/model", tmp_path, {"batchsize": 4})
-    with pytest.raises(EvaluationError, match=r"leaderboard\.tasks: unknown \['ifevl'\] \(did you mean ifeval\?\)"):
+def test_what_is_missing_is_found_before_anything_loads(tmp_path, monkeypatch):
+    with pytest.raises(EvaluationError, match=r"unknown \['ifevl'\]"):
         run("no/such/model", tmp_path, {"tasks": ["ifevl"]})
-
-
-def test_missing_data_is_found_before_generation(tmp_path, monkeypatch):
     pytest.importorskip("nltk")
     monkeypatch.setattr("nltk.data.path", [str(tmp_path)])
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
-    message = r"python -m nltk\.downloader punkt_tab; gpqa is gated: .*datasets/Idavidrein/gpqa, then `.venv/bin/hf auth login`"
-    with pytest.raises(EvaluationError, match=message):
+    with pytest.raises(EvaluationError) as raised:
         run("no/such/model", tmp_path, {})
-    message = (
-        r"nor readable there: bbh \(SaylorTwift/bbh: OfflineModeIsEnabled\), mmlu \(cais/mmlu: .*check the network"
-    )
-    with pytest.raises(EvaluationError, match=message):
-        run("no/such/model", tmp_path, {"tasks": ["bbh", "mmlu"]})
+    for named in ("punkt_tab", "Idavidrein/gpqa", "hf auth login", "SaylorTwift/bbh", "TIGER-Lab/MMLU-Pro"):
+        assert named in str(raised.value)
 
 
 def test_data_that_is_checked_is_what_lm_eval_reads():

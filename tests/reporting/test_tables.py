@@ -7,11 +7,12 @@ import pandas as pd
 import pytest
 import yaml
 
+from rmipo import fingerprints
 from rmipo.fingerprints import trained_fingerprint
 from rmipo.generation.answers import DEFAULTS as GENERATION
-from rmipo.reporting.filling import Entry, FilledTable, average_ranks, fill
-from rmipo.reporting.results import METHODS, PAPER_MODELS, ReportError, load_result, paper_table
-from rmipo.reporting.tables import LEADERBOARD, TABLES, build_table
+from rmipo.reporting.filling import FilledTable, average_ranks, fill
+from rmipo.reporting.results import PAPER_MODELS, ReportError, load_result, paper_table
+from rmipo.reporting.tables import LEADERBOARD, TABLES, benchmark_table, build_table
 from tests.helpers.paths import ROOT
 from tests.helpers.result_files import DECODING, write_result, write_run
 
@@ -19,9 +20,9 @@ PAPER_TEXT = Path(__file__).with_name("paper_tables.txt")
 LLAMA = "llama3-8b-instruct"
 
 
-def entry_of(filled: FilledTable, *labels: str) -> Entry:
-    """The one entry whose row and column labels hold all of `labels`."""
-    (found,) = [e for e in filled.entries if set(labels) <= {*e.cell.row, *e.cell.column}]
+def cell_of(filled: FilledTable, *labels: str):
+    """The one cell whose row and column labels hold all of `labels`."""
+    (found,) = [c for c in filled.cells.itertuples() if set(labels) <= {*c.row, c.group, c.column}]
     return found
 
 
@@ -36,8 +37,8 @@ def transcribed(number: int) -> list[list[str]]:
 def test_numbers_and_labels_are_those_of_the_papers_text(number):
     """Against a second transcription: a number or row that is swapped in the CSV or in the code is found."""
     rows: dict[tuple[str, ...], list[float]] = defaultdict(list)
-    for cell in build_table(number).cells:
-        rows[cell.row] += [] if cell.paper is None else [cell.paper]
+    for cell in build_table(number).cells.itertuples():
+        rows[cell.row] += [] if pd.isna(cell.paper) else [cell.paper]
     labels = {1: 1, 2: 2, 3: 3, 5: 1, 7: 1, 8: 1}[number]
     width = {1: 12, 2: 6, 3: 6, 5: 4, 7: 4, 8: 4}[number]
     for (row, numbers), text in zip(rows.items(), transcribed(number), strict=True):
@@ -65,38 +66,28 @@ def test_ranks_by_hand():
 @pytest.mark.parametrize("number", sorted(TABLES))
 def test_a_table_filled_with_the_papers_numbers_differs_nowhere(number, tmp_path):
     """Each cell reads its own file and metric; the averages of Table 2 follow from its rows."""
-    table = build_table(number)
     by_file: dict[tuple[str, str, str], dict[str, float]] = defaultdict(dict)
-    for cell in table.cells:
-        key = (cell.model, cell.method, cell.bench)
-        assert by_file[key].setdefault(cell.metric, cell.paper) == cell.paper
+    table = build_table(number)
+    for cell in fill(table, tmp_path).cells.itertuples():
+        if not cell.metric.startswith("avg_"):
+            by_file[cell.model, cell.method, cell.bench][cell.metric] = 1000.0 if pd.isna(cell.paper) else cell.paper
     for key, metrics in by_file.items():
-        write_result(tmp_path, *key, {name: 1000.0 if value is None else value for name, value in metrics.items()})
-    entries = fill(table, tmp_path).entries
-    compared = [entry for entry in entries if entry.cell.metric != "alpacaeval2_length"]
+        write_result(tmp_path, *key, metrics)
+    cells = fill(table, tmp_path).cells
+    compared = cells[cells["metric"] != "alpacaeval2_length"]
     assert len(compared) == {1: 144, 2: 112, 3: 36, 5: 20, 7: 8, 8: 8}[number]
-    assert len(entries) - len(compared) == (48 if number == 1 else 0)
-    assert all(abs(entry.difference) < 0.005 + 1e-9 for entry in compared)
+    assert (compared["difference"].abs() < 0.005 + 1e-9).all() and not compared["difference"].isna().any()
 
 
 @pytest.mark.parametrize(
     ("number", "model", "method", "metric", "printed"),
     [  # read in the paper's text
-        (1, "mistral-7b-base", "initial", "alpacaeval2_lc", 8.4),
         (1, "mistral-7b-instruct", "epsilon-dpo", "alpacaeval2_wr", 29.6),
-        (1, "llama3-8b-base", "rmipo", "mt_bench", 7.8),
-        (1, "llama3-8b-instruct", "cpo", "alpacaeval2_wr", 32.2),
-        (2, "mistral-7b-instruct", "simper", "musr", 9.47),
         (2, "llama3-8b-instruct", "rmipo", "gpqa", 3.50),
         (3, "llama3-8b-instruct", "table3-row1", "ifeval", 66.14),
-        (3, "llama3-8b-instruct", "table3-row2", "bbh", 26.94),
         (3, "llama3-8b-instruct", "table7-linear", "math", 8.74),
-        (3, "llama3-8b-instruct", "table3-row4", "mmlu_pro", 28.91),
         (3, "llama3-8b-instruct", "table3-row5", "gpqa", 4.18),
-        (3, "llama3-8b-instruct", "rmipo", "musr", 8.41),
         (5, "mistral-7b-instruct", "table5-alpha-dpo", "alpacaeval2_wr", 38.4),
-        (5, "llama3-8b-instruct", "dpo", "alpacaeval2_lc", 40.2),
-        (5, "llama3-8b-instruct", "table5-simper", "alpacaeval2_lc", 41.7),
         (7, "mistral-7b-instruct", "table7-cosine", "alpacaeval2_lc", 35.5),
         (7, "llama3-8b-instruct", "table7-constant", "alpacaeval2_lc", 47.2),
         (8, "mistral-7b-instruct", "table8-1-1.2", "alpacaeval2_lc", 36.9),
@@ -104,33 +95,24 @@ def test_a_table_filled_with_the_papers_numbers_differs_nowhere(number, tmp_path
     ],
 )
 def test_the_papers_numbers_stand_at_their_runs(number, model, method, metric, printed):
-    found = [c.paper for c in build_table(number).cells if (c.model, c.method, c.metric) == (model, method, metric)]
-    assert found == [printed]
+    cells = build_table(number).cells.itertuples()
+    assert [c.paper for c in cells if (c.model, c.method, c.metric) == (model, method, metric)] == [printed]
 
 
 def test_labels_stand_over_and_beside_their_cells():
     """The labels of a cell, and the run and metric that is read there."""
-    cell = build_table(5).cells[-5]
-    assert (cell.row, cell.column) == (("SimPER",), ("Llama3-8B-Instruct", "WR (%)"))
+    cell = build_table(5).cells.iloc[-5]
+    assert (cell.row, cell.group, cell.column) == (("SimPER",), "Llama3-8B-Instruct", "WR (%)")
     assert (cell.model, cell.method, cell.metric) == (LLAMA, "table5-simper", "alpacaeval2_wr")
-    cell = build_table(3).cells[6 + 4]
-    assert (cell.row, cell.column) == (("Llama3-8B-Instruct", "", "✓", ""), ("", "MUSR"))
+    cell = build_table(3).cells.iloc[6 + 4]
+    assert (cell.row, cell.column) == (("Llama3-8B-Instruct", "", "✓", ""), "MUSR")
     assert (cell.method, cell.metric) == ("table3-row2", "musr")
-    columns = [(cell.column, cell.method) for cell in build_table(8).cells[:4]]
-    assert columns[2] == (("", "[0.5, 1.4]"), "table8-0.5-1.4") and columns[0] == (("", "[0, 2]"), "table8-0-2")
-    columns = [(cell.column[1], cell.method) for cell in build_table(7).cells[:4]]
-    assert columns == [
-        ("Exponential", "rmipo"),
-        ("Linear", "table7-linear"),
-        ("Cosine", "table7-cosine"),
-        ("w/o", "table7-constant"),
-    ]
-
-
-def test_papers_table1_covers_every_method_and_model():
-    printed = paper_table("table1")
-    keys = set(zip(printed["method"], printed["setting"], strict=True))
-    assert keys == {(method, model) for method in METHODS for model in PAPER_MODELS}
+    for number, expected in (
+        (7, {"Exponential": "rmipo", "Linear": "table7-linear", "Cosine": "table7-cosine", "w/o": "table7-constant"}),
+        (8, {"[0, 2]": "table8-0-2", "[0.3, 1.6]": "rmipo", "[0.5, 1.4]": "table8-0.5-1.4",
+             "[1.0, 1.2]": "table8-1-1.2"}),
+    ):  # fmt: skip
+        assert dict(build_table(number).cells[["column", "method"]].values[:4]) == expected
 
 
 def test_the_papers_decoding_is_that_of_the_recipes():
@@ -145,61 +127,53 @@ def test_difference_and_missing_cells(tmp_path):
     write_result(tmp_path, LLAMA, "rmipo", "alpacaeval", {"alpacaeval2_lc": 36.64, "alpacaeval2_wr": 30.0})
     write_run(tmp_path / LLAMA / "dpo", {"name": "dpo"}, [])
     filled = fill(build_table(1, [LLAMA]), tmp_path)
-    assert entry_of(filled, "RMiPO", "LC (%)").difference == pytest.approx(36.64 - 49.1)
-    assert entry_of(filled, "RMiPO", "WR (%)").difference == pytest.approx(30.0 - 46.3)
+    assert cell_of(filled, "RMiPO", "LC (%)").difference == pytest.approx(36.64 - 49.1)
     # dpo is trained, so only its evaluation is missing; simpo has to be trained first.
-    assert entry_of(filled, "DPO", "LC (%)").commands == (f"make eval MODEL={LLAMA} METHOD=dpo BENCH=alpacaeval",)
-    assert entry_of(filled, "SimPO", "MT-Bench").commands == (
+    assert cell_of(filled, "DPO", "LC (%)").commands == (f"make eval MODEL={LLAMA} METHOD=dpo BENCH=alpacaeval",)
+    assert cell_of(filled, "SimPO", "MT-Bench").commands == (
         f"make train MODEL={LLAMA} METHOD=simpo",
         f"make eval MODEL={LLAMA} METHOD=simpo BENCH=mtbench",
     )
     # Nothing has to be trained for the first row of an Instruct setting, SFT for that of a Base setting.
     initial = "make eval MODEL=llama3-8b-{} METHOD=initial BENCH=alpacaeval"
-    assert entry_of(filled, "Initial", "LC (%)").commands == (initial.format("instruct"),)
+    assert cell_of(filled, "Initial", "LC (%)").commands == (initial.format("instruct"),)
     base = fill(build_table(1, ["llama3-8b-base"]), tmp_path)
     sft = "make train MODEL=llama3-8b-base STAGE=sft"
-    assert entry_of(base, "Initial", "LC (%)").commands == (sft, initial.format("base"))
+    assert cell_of(base, "Initial", "LC (%)").commands == (sft, initial.format("base"))
 
 
 def test_unfinished_results_and_runs_count_as_missing(tmp_path):
     write_result(tmp_path, LLAMA, "rmipo", "leaderboard", dict.fromkeys(LEADERBOARD, 10.0), finished=False)
     write_run(tmp_path / LLAMA / "rmipo", {"name": "rmipo"}, [], finished=False)
-    entry = entry_of(fill(build_table(2, [LLAMA]), tmp_path), "RMiPO", "IFEval")
-    assert entry.ours is None and entry.cell.paper == 69.07 and len(entry.commands) == 2
+    cell = cell_of(fill(build_table(2, [LLAMA]), tmp_path), "RMiPO", "IFEval")
+    assert pd.isna(cell.ours) and cell.paper == 69.07 and len(cell.commands) == 2
 
 
 def test_ranks_among_fewer_methods_are_not_compared(tmp_path):
     for method, score in (("rmipo", 30.0), ("dpo", 20.0)):
         write_result(tmp_path, LLAMA, method, "leaderboard", dict.fromkeys(LEADERBOARD, score))
     filled = fill(build_table(2, [LLAMA]), tmp_path)
-    score, rank = entry_of(filled, "RMiPO", "Avg. Score"), entry_of(filled, "RMiPO", "Avg. Rank")
+    score, rank = cell_of(filled, "RMiPO", "Avg. Score"), cell_of(filled, "RMiPO", "Avg. Rank")
     assert score.ours == 30.0 and score.difference == pytest.approx(30.0 - 24.9)
-    assert rank.ours == 1.0 and rank.difference is None
-    assert entry_of(filled, "DPO", "Avg. Rank").ours == 2.0 and entry_of(filled, "SimPO", "Avg. Rank").ours is None
+    assert rank.ours == 1.0 and pd.isna(rank.difference)
+    assert cell_of(filled, "DPO", "Avg. Rank").ours == 2.0 and pd.isna(cell_of(filled, "SimPO", "Avg. Rank").ours)
     assert any("2 of 7 methods" in note for note in filled.notes())
 
 
-def test_a_length_controlled_rate_that_was_left_out_can_be_added(tmp_path):
+def test_a_length_controlled_rate_that_was_left_out_can_be_added_unless_it_is_of_a_stand_in(tmp_path):
     path = write_result(tmp_path, "tiny", "rmipo", "alpacaeval", {"alpacaeval2_wr": 40.0})
-    filled = fill(build_table(1, ["tiny"]), tmp_path)
-    assert entry_of(filled, "RMiPO", "WR (%)").ours == 40.0
-    lc = entry_of(filled, "RMiPO", "LC (%)")
-    evaluate = "make eval MODEL=tiny METHOD=rmipo BENCH=alpacaeval ARGS='--set alpacaeval.length_controlled=true'"
-    assert lc.ours is None and lc.commands == (f"rm {path}", evaluate)
-
-
-def test_a_stand_in_has_no_length_controlled_rate(tmp_path):
     settings = {"reference": "pairs/test.jsonl", "length_controlled": False}
-    write_result(tmp_path, "tiny", "rmipo", "alpacaeval", {"alpacaeval2_wr": 40.0}, settings=settings)
+    write_result(tmp_path, "tiny", "dpo", "alpacaeval", {"alpacaeval2_wr": 40.0}, settings=settings)
     filled = fill(build_table(1, ["tiny"]), tmp_path)
-    assert entry_of(filled, "RMiPO", "LC (%)").commands == () and entry_of(filled, "SimPER", "LC (%)").commands
-    assert "n/a: the length-controlled model knows AlpacaEval's own instructions alone." in filled.notes()
+    assert cell_of(filled, "RMiPO", "WR (%)").ours == 40.0
+    evaluate = "make eval MODEL=tiny METHOD=rmipo BENCH=alpacaeval ARGS='--set alpacaeval.length_controlled=true'"
+    assert cell_of(filled, "RMiPO", "LC (%)").commands == (f"rm {path}", evaluate)
+    assert cell_of(filled, "DPO", "LC (%)").commands == () and any("n/a" in note for note in filled.notes())
 
 
 @pytest.mark.parametrize(
     ("model", "bench", "settings", "text"),
     [
-        (LLAMA, "mtbench", {"judge_model": "qwen"}, "MT-Bench: judge_model is qwen, the paper's is gpt-4."),
         ("tiny", "mtbench", {"judge_endpoint": "::1"}, "MT-Bench: judge_endpoint is ::1, the paper's is api.openai.com/v1."),
         (LLAMA, "mtbench", {"first_n": 4}, "TRIAL, not the benchmark itself: MT-Bench with first_n=4."),
         (
@@ -208,12 +182,6 @@ def test_a_stand_in_has_no_length_controlled_rate(tmp_path):
             {"generation": DECODING[LLAMA] | {"temperature": 0.7}},
             "AlpacaEval 2 of Llama3-8B-Instruct: generation.temperature is 0.7, the paper's is 0.9.",
         ),
-        (
-            "mistral-7b-base",
-            "alpacaeval",
-            {"annotators_config": "/judges/qwen"},
-            "AlpacaEval 2: annotators_config is /judges/qwen, the paper's is weighted_alpaca_eval_gpt4_turbo.",
-        ),
     ],
 )  # fmt: skip
 def test_a_result_that_was_made_otherwise_gets_no_difference_unless_asked_for(tmp_path, model, bench, settings, text):
@@ -221,25 +189,28 @@ def test_a_result_that_was_made_otherwise_gets_no_difference_unless_asked_for(tm
     write_result(tmp_path, model, "rmipo", bench, metrics, settings=settings)
     table = build_table(1, [model])
     filled = fill(table, tmp_path)
-    entries = [entry for entry in filled.entries if entry.ours is not None]
-    assert entries and all(entry.deviations == (text,) and entry.difference is None for entry in entries)
-    assert f"† {text}" in filled.notes()
-    asked = [entry for entry in fill(table, tmp_path, all_differences=True).entries if entry.ours is not None]
-    compared = [entry for entry in asked if entry.cell.paper is not None]
-    assert all(entry.difference == pytest.approx(entry.ours - entry.cell.paper) for entry in compared)
-    assert bool(compared) == (model in PAPER_MODELS) and all(entry.deviations == (text,) for entry in asked)
+    cells = filled.cells.dropna(subset="ours")
+    assert len(cells) and all(deviations == (text,) for deviations in cells["deviations"])
+    assert cells["difference"].isna().all() and f"† {text}" in filled.notes()
+    asked = fill(table, tmp_path, all_differences=True).cells.dropna(subset=["ours", "paper"])
+    assert (asked["difference"] == asked["ours"] - asked["paper"]).all()
+    assert bool(len(asked)) == (model in PAPER_MODELS) and all(
+        deviations == (text,) for deviations in asked["deviations"]
+    )
 
 
-def test_judge_decoding_and_versions_are_named(tmp_path):
+def test_judge_decoding_prompts_versions_and_commit_are_named(tmp_path):
     lc = {"alpacaeval2_lc": 40.0, "alpacaeval2_wr": 40.0}
+    more = {"commit": "0123456789abcdef+modified", "per_prompt": {"alpacaeval2_wr": [1.0, 2.0]}}
     for method in ("dpo", "rmipo"):
-        write_result(tmp_path, LLAMA, method, "alpacaeval", lc, versions={"vllm": "0.30.0", "alpaca_eval": "0.6.6"})
+        write_result(tmp_path, LLAMA, method, "alpacaeval", lc, versions={"vllm": "0.30.0"}, **more)
     judge = "annotators_config weighted_alpaca_eval_gpt4_turbo, judge_sha256 595455fc9cc923f5"
     judge += ", judge_endpoint api.openai.com/v1"
     decoding = "temperature 0.9, generation.top_p 1.0, generation.top_k 0, generation.max_new_tokens 4096"
-    assert fill(build_table(1, [LLAMA]), tmp_path).notes()[:2] == [
-        f"AlpacaEval 2: {judge}; alpaca_eval 0.6.6, vllm 0.30.0.",
+    assert fill(build_table(1, [LLAMA]), tmp_path).made_with() == [
+        f"AlpacaEval 2: {judge}; n 2; vllm 0.30.0.",
         f"AlpacaEval 2 of Llama3-8B-Instruct: generation.{decoding}.",
+        "Evaluated at commit 0123456789ab+modified.",
     ]
 
 
@@ -251,43 +222,25 @@ def write_seed(outputs: Path, folder: str, seed: int, value: float, **more) -> N
 
 def test_seeds_are_averaged_and_nothing_else_is(tmp_path):
     write_seed(tmp_path, "rmipo", 42, 7.0)
-    filled = fill(build_table(1, [LLAMA]), tmp_path)
-    entry = entry_of(filled, "RMiPO", "MT-Bench")
-    assert (entry.ours, len(entry.results)) == (7.0, 1)
+    cell = cell_of(fill(build_table(1, [LLAMA]), tmp_path), "RMiPO", "MT-Bench")
+    assert (cell.ours, cell.error, len(cell.results)) == (7.0, 0.25, 1)
     write_seed(tmp_path, "rmipo-seed43", 43, 8.0, save_steps=5)
     write_seed(tmp_path, "again", 42, 1.0)  # the same seed once more
     write_seed(tmp_path, "other-rate", 44, 1.0, learning_rate=1e-6)
     write_seed(tmp_path, "other-pairs", 45, 1.0, fingerprints={"train": "0b"})
     write_seed(tmp_path, "open", 46, 1.0, finished=False)
-    filled = fill(build_table(1, [LLAMA]), tmp_path)
-    entry = entry_of(filled, "RMiPO", "MT-Bench")
-    assert (entry.ours, len(entry.results)) == (7.5, 2)
-    assert entry.error == pytest.approx(0.5**0.5) and entry.difference == pytest.approx(7.5 - 8.3)
-    assert "Mean ± standard deviation over 2 seeds where (n) says so." in filled.notes()
+    cell = cell_of(fill(build_table(1, [LLAMA]), tmp_path), "RMiPO", "MT-Bench")
+    assert (cell.ours, len(cell.results)) == (7.5, 2)
+    assert cell.error == pytest.approx(0.5**0.5) and cell.difference == pytest.approx(7.5 - 8.3)
+    own = fill(benchmark_table(tmp_path, LLAMA, ["mtbench"]), tmp_path)
+    assert [row for (row,) in own.cells["row"].unique()] == ["RMiPO", "other-pairs", "other-rate"]  # once each
+    assert own.cells["ours"].dropna().tolist() == [7.5, 1.0, 1.0]
 
 
-def test_the_standard_error_of_an_evaluation(tmp_path):
-    metrics = {"alpacaeval2_lc": 40.0, "alpacaeval2_wr": 41.0, "alpacaeval2_wr_standard_error": 1.6}
-    write_result(tmp_path, LLAMA, "rmipo", "alpacaeval", metrics | {"alpacaeval2_length": 1834.0})
-    filled = fill(build_table(1, [LLAMA]), tmp_path)
-    assert entry_of(filled, "RMiPO", "WR (%)").error == 1.6 and entry_of(filled, "RMiPO", "LC (%)").error is None
-    assert entry_of(filled, "RMiPO", "Length").ours == 1834.0
-    assert "±: standard error of the evaluation." in filled.notes()
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ("{", "isn't JSON"),
-        ("[]", "holds a list"),
-        ('{"finished": true, "bench": "leaderboard"}', r"lacks \['metrics', 'versions', 'settings'\]"),
-        ('{"finished": true, "bench": "hh", "metrics": {}, "versions": {}, "settings": {}}', "its name says"),
-    ],
-)
-def test_broken_result_files_are_named(tmp_path, content, message):
+def test_a_broken_result_file_is_named(tmp_path):
     path = write_result(tmp_path, "tiny", "rmipo", "leaderboard", {})
-    path.write_text(content)
-    with pytest.raises(ReportError, match=message) as raised:
+    path.write_text("{")
+    with pytest.raises(ReportError) as raised:
         fill(build_table(2, ["tiny"]), tmp_path)
     assert str(path) in str(raised.value)
 
@@ -299,16 +252,26 @@ def test_a_result_of_other_weights_is_refused(tmp_path):
     (folder / "model.safetensors").write_bytes(b"weights")
     with pytest.raises(ReportError) as raised:
         load_result(tmp_path, "tiny", "initial", "leaderboard")
-    assert str(raised.value) == (
-        f"{path} is of other weights than those now in {folder}; delete it, and {folder}/eval/leaderboard if that is "
-        "there, and run `make eval MODEL=tiny METHOD=initial BENCH=leaderboard`"
-    )
+    assert str(path) in str(raised.value) and str(folder) in str(raised.value)
     path.write_text(path.read_text().replace("0a", trained_fingerprint(folder)))
     assert load_result(tmp_path, "tiny", "initial", "leaderboard") is not None
 
 
+def test_weights_are_read_once_for_all_tables_until_they_change(tmp_path, monkeypatch):
+    weights, read = tmp_path / "model.safetensors", []
+    fingerprint = fingerprints.model_fingerprint
+    monkeypatch.setattr(fingerprints, "model_fingerprint", lambda *given: (read.append(1), fingerprint(*given))[1])
+    weights.write_bytes(b"one")
+    found = {trained_fingerprint(tmp_path) for _ in range(3)}
+    assert len(found) == 1 and len(read) == 1
+    weights.write_bytes(b"two")  # as long as before
+    assert trained_fingerprint(tmp_path) not in found and len(read) == 2
+    (tmp_path / "config.json").write_text("{}")
+    assert trained_fingerprint(tmp_path) == fingerprint(tmp_path) and len(read) == 3
+
+
 def test_an_average_carries_what_is_said_of_its_row(tmp_path):
     write_result(tmp_path, "tiny", "rmipo", "leaderboard", dict.fromkeys(LEADERBOARD, 10.0), settings={"limit": 5})
-    row = [entry for entry in fill(build_table(2, ["tiny"]), tmp_path).entries if "RMiPO" in entry.cell.row]
-    assert len(row) == 8 and all(entry.deviations == row[0].deviations for entry in row)
+    row = [cell for cell in fill(build_table(2, ["tiny"]), tmp_path).cells.itertuples() if "RMiPO" in cell.row]
+    assert len(row) == 8 and all(cell.deviations == row[0].deviations for cell in row)
     assert "limit=5" in row[0].deviations[0]

@@ -17,9 +17,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import TrainerState
 
 from rmipo import record
+from rmipo.plots import plt
 from rmipo.record import RunRecord, append_metrics, environment, read_generations, read_metrics
 from rmipo.run.callbacks import set_callbacks
-from rmipo.run.curves import plot_curves, plot_run, plt
+from rmipo.run.curves import plot_curves, plot_run
 from rmipo.run.generations import SampleGenerations
 from rmipo.run.identity import run_identity
 from rmipo.run.trackers import WandbBySteps, close_wandb, open_wandb
