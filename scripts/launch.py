@@ -13,12 +13,11 @@ from pathlib import Path
 from rmipo import cli
 from rmipo.launch.choices import check_choices, check_machine
 
-VARIABLES = ("MODEL", "STAGE", "METHOD", "DATA", "ARGS", "GPUS", "NODES", "SHARDING", "SLURM", "DRY")
-
 
 def main() -> int:
     os.chdir(Path(__file__).parent.parent)
-    env = os.environ | cli.variables(cli.options(__doc__, *VARIABLES).read())
+    names = ("MODEL", "STAGE", "METHOD", "DATA", "ARGS", "GPUS", "NODES", "SHARDING", "SLURM", "DRY")
+    env = os.environ | cli.variables(cli.options(__doc__, *names).read())
     check_choices(env)
     check_machine(env)
     from rmipo.launch.train import train  # imports torch and DeepSpeed, which takes seconds

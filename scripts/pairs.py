@@ -46,7 +46,7 @@ def main() -> None:
     print(f"  cut at generation.max_new_tokens: {result['cut']} of {result['answers']} answers, {use}")
     for reason, count in result["dropped"].items():
         print(f"  without a pair: {count} prompts ({reason})")
-    print(f"  mean score {result['mean_score']:.3f}, mean of the best answers {result['best_score']:.3f}")
+    print(f"  mean score {result['mean_score']:.3f}, of the best answers {result['best_score']:.3f}")
 
 
 if __name__ == "__main__":

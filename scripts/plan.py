@@ -13,12 +13,11 @@ from rmipo import cli
 from rmipo.errors import ConfigError
 from rmipo.launch.choices import check_choices, choose_stages, node_count, positive_number
 
-VARIABLES = ("MODEL", "STAGE", "METHOD", "DATA", "ARGS", "GPUS", "NODES", "SHARDING", "EXAMPLES", "TFLOPS")
-
 
 def main() -> int:
     os.chdir(Path(__file__).parent.parent)
-    options = cli.options(__doc__, *VARIABLES, STAGE="sft or rmipo (default: rmipo)").read()
+    names = ("MODEL", "STAGE", "METHOD", "DATA", "ARGS", "GPUS", "NODES", "SHARDING", "EXAMPLES", "TFLOPS")
+    options = cli.options(__doc__, *names, STAGE="sft or rmipo (default: rmipo)").read()
     env = {**os.environ, "STAGE": "rmipo"} | cli.variables(options)
     check_choices(env)
 
@@ -78,9 +77,8 @@ def main() -> int:
             min(known, recipe.values.get("max_train_samples") or known),
             "assumed; EXAMPLES= says otherwise",
         )
-    cut = f"x {work.micro_batch} x {recipe.batch(hardware.gpus)[1]}"
-    if work.max_tokens:
-        cut = f"in sequences of at most {work.max_tokens} tokens"
+    pairs = f"x {work.micro_batch} x {recipe.batch(hardware.gpus)[1]}"
+    cut = f"in sequences of at most {work.max_tokens} tokens" if work.max_tokens else pairs
     steps = duration.steps(recipe, work, examples)
     print(f"\nExamples: {examples}, {source}")
     print(f"Steps: {steps}, each {work.global_batch} examples = {'CPU' if on_cpu else f'{hardware.gpus} GPUs'} {cut}")

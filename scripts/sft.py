@@ -45,9 +45,7 @@ def main() -> None:
                     run.say(f"{split}: {line}")
         shared = set(datasets["train"]["ids"]) & set(datasets["test"]["ids"]) if "test" in datasets else ()
         if shared:
-            run.say(
-                f"notice: {len(shared)} dialogues of the test split are in training too; eval_loss is not that of new ones"
-            )
+            run.say(f"notice: {len(shared)} dialogues of the test split are in training too, which eval_loss favours")
         if args.max_length is None:  # dialogues are whole
             longest = max(report.lengths["messages"]["max"] for report in reports.values())
             check_limits(tokenizer, model_config, longest, "the length of the longest dialogue (max_length: null)")

@@ -27,8 +27,7 @@ def main() -> None:
     pairs = None
     if options.data:
         pairs = {split: load_pairs(DataConfig(dataset_name=options.data), split) for split in SPLITS}
-    made = write_world(options.output, config, pairs)
-    print(f"world: {options.output} {'made' if made else 'already exists and is kept'}")
+    print(f"world: {options.output} {'made' if write_world(options.output, config, pairs) else 'exists and is kept'}")
 
 
 if __name__ == "__main__":

@@ -8,9 +8,9 @@ import typing
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-from pydantic import Field, PositiveInt
+from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 
 from rmipo.errors import ConfigError
 from rmipo.objectives import OBJECTIVES, build_objective
@@ -23,7 +23,6 @@ REFUSED = {
     "hub_token": "log in with `.venv/bin/hf auth login` or set HF_TOKEN: recipes are saved beside models and sent to trackers",
     "chat_template_path": "use chat_template",
     "auto_find_batch_size": "it would change the batch size behind global_batch_size",
-    "parallelism_config": "SHARDING sets how a model is distributed",
     "resume_from_checkpoint": "the same command goes on from its last complete checkpoint",
     "bf16_full_eval": arguments.REFUSED["bf16_full_eval"],
     "fp16_full_eval": arguments.REFUSED["fp16_full_eval"],
@@ -32,12 +31,10 @@ REFUSED_IN_PREFERENCE = arguments.REFUSED | {
     "attn_implementation": "packed pairs have their own kernels: use attention"
 }
 # Numbers that the libraries take and that would train nothing, train without clipping, or save nothing, without a word.
-MEANINGFUL = dict.fromkeys(("learning_rate", "num_train_epochs", "save_steps"), Annotated[float, Field(gt=0)])
-MEANINGFUL |= {"eval_steps": Annotated[float, Field(gt=0)] | None}
-MEANINGFUL |= {"max_grad_norm": Annotated[float, Field(ge=0)]}
-MEANINGFUL |= dict.fromkeys(
-    ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"), PositiveInt
-)
+BATCHES = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
+MEANINGFUL = dict.fromkeys(("learning_rate", "num_train_epochs", "save_steps"), PositiveFloat)
+MEANINGFUL |= dict.fromkeys(BATCHES, PositiveInt)
+MEANINGFUL |= {"eval_steps": PositiveFloat | None, "max_grad_norm": NonNegativeFloat}
 ACCESS_TOKEN = re.compile(r"\b(hf_[A-Za-z0-9]{20,}|wandb_v1_\w+)")
 
 

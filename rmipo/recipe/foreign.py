@@ -34,8 +34,8 @@ IGNORED = (
 MIXED = ("dataset_mixer", "dataset_mixture", "use_flash_attention_2")
 ENTRY = {"id": "path", "config": "name", "split": "split", "columns": "columns", "weight": "weight"}
 MIXTURE = {"test_split_size": "test_split_size", "seed": "mixture_seed"}
-# Keys of an objective -> loss_type. Where the values left out are another run's in TRL.
 LOSSES = ("sigmoid", "ipo", "simpo", "simper", "alpha-dpo", "epsilon-dpo", "rmipo")
+# What trains another run than TRL's where a recipe leaves it out.
 OTHER_DEFAULTS = ("num_train_epochs", "lr_scheduler_type", "warmup_steps", "max_length")
 
 

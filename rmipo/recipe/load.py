@@ -22,7 +22,6 @@ from rmipo.recipe.schema import ARGUMENTS, DataConfig, ModelConfig
 from rmipo.record import recorded_run
 
 __all__ = ["ConfigError", "DataConfig", "Recipe", "load_recipe", "parse_command_line"]
-
 COMMAND_LINE = "command line"
 
 
@@ -61,7 +60,6 @@ class Recipe:
         return size, size // (per_device * world_size)
 
     def require_device(self, gpus: int) -> None:
-        """Raises ConfigError unless there is a GPU or the recipe is for the CPU."""
         if gpus == 0 and not self.values.get("use_cpu"):
             raise ConfigError(f"{self.path}: {NO_GPU}")
 
@@ -136,7 +134,6 @@ def load_recipe(path: str | Path, overlays: Iterable[str | Path] = (), overrides
         notices.append(_take_local(values))
     if values.get("use_cpu") == "auto":
         values["use_cpu"] = torch.cuda.device_count() == 0
-        notices.append(f"use_cpu: {str(values['use_cpu']).lower()}, by the GPUs that are visible")
     stage = stage_of(values)
     type_problems, sound = check_types(values, stage, origin)
     complete = not problems  # otherwise keys would be called missing that a broken file has

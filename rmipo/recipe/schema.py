@@ -12,8 +12,6 @@ from trl import SFTConfig
 from rmipo.errors import ConfigError
 from rmipo.recipe.arguments import PairConfig, PreferenceConfig, option
 
-__all__ = ["ARGUMENTS", "RECIPE_ONLY", "DataConfig", "ModelConfig", "PreferenceRunConfig", "SFTConfig"]
-
 Share = Annotated[float, Field(ge=0, le=1)]
 
 

@@ -40,8 +40,7 @@ def locked(folder: Path, name: str = "output_dir") -> Iterator[None]:
     try:
         yield
     finally:
+        path.unlink(missing_ok=True)  # while it is held: filelock tries again where it locked a file that is gone
         lock.release()
         with contextlib.suppress(OSError):
-            if os.listdir(folder) == [LOCK_FILE]:  # filelock leaves its file
-                path.unlink()
             folder.rmdir()  # if nothing was written

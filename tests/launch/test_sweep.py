@@ -8,7 +8,7 @@ import pytest
 from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args, load_sweep_config
 
 from rmipo.launch.pipeline import load_steps
-from rmipo.launch.sweep import Sweep, check_metric, load_sweep, make_point, read_point
+from rmipo.launch.sweep import check_metric, load_sweep, make_point, read_point
 from rmipo.recipe.load import ConfigError
 from tests.helpers.families import save
 from tests.helpers.launched import launch
@@ -71,13 +71,6 @@ def test_a_point_is_trained_on_what_the_search_is_told():
     point = make_point({"learning_rate": 3e-7}, told | {"ARGS": "--seed 7"})
     assert told.items() <= point.environment.items()
     assert (point.recipe.values["dataset_name"], point.recipe.values["seed"]) == ("my/pairs.jsonl", 7)
-
-
-def test_the_best_is_that_of_the_file_s_goal():
-    lines = [{"eval_loss": value} for value in (0.5, 0.2, 0.9)]
-    assert Sweep({}, "eval_loss", "minimize").ranked(lines)[0] == {"eval_loss": 0.2}
-    assert Sweep({}, "eval_loss", "maximize").ranked(lines)[0] == {"eval_loss": 0.9}
-    assert load_sweep("dpo", SETTING).metric == "eval_common/acc_avg_logp"
 
 
 def test_what_ranks_the_points_is_logged():

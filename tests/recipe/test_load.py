@@ -105,13 +105,6 @@ def test_overlay_has_values_of_its_own_for_a_setting(write, recipe):
     assert "per_setting" not in values
 
 
-@pytest.mark.parametrize("text", ["per_setting:\n", "per_setting: {mine: }\n", "per_setting: {}\n"])
-def test_empty_per_setting_changes_nothing(write, recipe, text):
-    assert load_recipe(recipe, [write("empty.yaml", text + "seed: 7\n")]).values == load_recipe(recipe).values | {
-        "seed": 7
-    }
-
-
 def test_base_is_the_file_underneath(write, tmp_path):
     write("rmipo.yaml", RECIPE)
     (tmp_path / "other").mkdir()

@@ -77,7 +77,7 @@ def test_a_finished_run_says_what_it_did_and_is_not_trained_again(tmp_path, twin
     assert third.wait() == 0 and (out / "model.safetensors").exists() and recorded_run(out)["starts"] == 2
 
 
-@pytest.mark.parametrize("changes", [{"logging_steps": 500}, {"num_train_epochs": 0, "max_steps": -1}], ids=str)
+@pytest.mark.parametrize("changes", [{"logging_steps": 500}], ids=str)
 def test_a_run_in_which_nothing_is_logged_ends_well(tmp_path, twin, changes):
     out = tmp_path / "out"
     run = preference([*flags(twin, **changes), "--objective.fidelity", "release"], out)

@@ -70,4 +70,4 @@ def test_what_was_left_holds_nothing_and_an_empty_folder_is_not_left(tmp_path):
     assert not (tmp_path / "out").exists()
     with locked(tmp_path / "out"):
         (tmp_path / "out/run.json").touch()
-    assert (tmp_path / "out/run.json").exists()
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["run.json"]

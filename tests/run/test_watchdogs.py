@@ -86,11 +86,6 @@ def test_the_median_is_that_of_the_last_fifty_lines(tmp_path, killed_after):
     assert killed_after or lines[60]["watchdog/grad_norm_ratio"] == 9.0
 
 
-def test_a_gradient_that_was_zero_is_no_measure(tmp_path):
-    lines = feed(tmp_path, lines_of([-1.0] * 12, [0.0] * 11 + [1.0]), step_watchdog(tmp_path))
-    assert not [line for line in lines if "watchdog/grad_norm_ratio" in line]
-
-
 def test_lines_that_are_not_of_training_pairs_get_nothing(tmp_path):
     lines = [{"loss": 1.0, "grad_norm": 2.0}, {"common/chosen_avg_logp": -1.0}, {"eval_loss": 1.0}]
     assert feed(tmp_path, [dict(line) for line in lines], step_watchdog(tmp_path)) == lines
