@@ -21,6 +21,7 @@ def option(default: Any, help: str, **metadata: Any) -> Any:
 # Arguments of `TrainingArguments` that would be ignored in silence, or spoil a run, and what to do in their place.
 REFUSED = {
     "label_smoothing_factor": "no objective reads it; RMiPO and SimPO have label_smoothing",
+    "dataloader_drop_last": "the last step of an epoch takes the pairs that are left",
     "bf16_full_eval": "the evaluation after the training would round the weights that are saved",
     "fp16_full_eval": "the evaluation after the training would round the weights that are saved",
 }
@@ -70,15 +71,19 @@ class PairConfig(TrainingArguments):
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         if self.bf16 is None:
             self.bf16 = not self.fp16 and _has_bf16(self.use_cpu)
-        if (
-            self.torch_compile
-        ):  # layer by layer: one graph serves all of them, and compiling takes a fraction of the time
+        if self.torch_compile:
+            # Layer by layer: one graph serves all of them, and compiling takes a fraction of the time.
             os.environ["ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION"] = "true"
         if self.use_liger_kernel is None:
             self.use_liger_kernel = is_liger_kernel_available() and not self.use_cpu and torch.cuda.is_available()
         if self.use_liger_kernel:
             self.liger_kernel_config = LIGER | (self.liger_kernel_config or {})
-        if given := [f"{key} can't be set: {why}" for key, why in REFUSED.items() if getattr(self, key)]:
+        given = [f"{key} can't be set: {why}" for key, why in REFUSED.items() if getattr(self, key)]
+        if self.train_sampling_strategy != "random":
+            given.append(
+                f"train_sampling_strategy is {self.train_sampling_strategy}: expected random, as steps are drawn here"
+            )
+        if given:
             raise ConfigError("\n".join(given))
         super().__post_init__()
         self.pairs_per_step()

@@ -10,7 +10,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from rmipo.errors import ConfigError
 from rmipo.objectives import OBJECTIVES, build_objective
@@ -30,11 +30,14 @@ REFUSED = {
 REFUSED_IN_PREFERENCE = arguments.REFUSED | {
     "attn_implementation": "packed pairs have their own kernels: use attention"
 }
+ADAPTERS = ("lora_", "use_rslora", "use_dora")
 # Numbers that the libraries take and that would train nothing, train without clipping, or save nothing, without a word.
 BATCHES = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
 MEANINGFUL = dict.fromkeys(("learning_rate", "num_train_epochs", "save_steps"), PositiveFloat)
 MEANINGFUL |= dict.fromkeys(BATCHES, PositiveInt)
 MEANINGFUL |= {"eval_steps": PositiveFloat | None, "max_grad_norm": NonNegativeFloat}
+MEANINGFUL |= {"max_tokens_per_micro_batch": PositiveInt | None, "max_length": PositiveInt | None}
+MEANINGFUL |= {"max_prompt_length": PositiveInt, "generation_samples": NonNegativeInt}
 ACCESS_TOKEN = re.compile(r"\b(hf_[A-Za-z0-9]{20,}|wandb_v1_\w+)")
 
 
@@ -89,8 +92,12 @@ def check_values(given: Mapping[str, Any], values: Mapping[str, Any], stage: str
         problems.append("the data is ambiguous or missing: expected either dataset_name or datasets (a mixture)")
     if values.get("max_steps") == 0:  # transformers would train one step
         problems.append("max_steps is 0: expected 1 or more, or -1 for num_train_epochs")
-    if not values.get("use_peft") and (lora := [key for key in values if key.startswith("lora_")]):
+    if not values.get("use_peft") and (lora := [key for key in values if key.startswith(ADAPTERS)]):
         problems.append(f"{', '.join(lora)}: all weights would be trained without use_peft: true")
+    if values.get("optim_args") and str(values.get("optim", "adamw_torch")).startswith(("adamw_torch", "adafactor")):
+        problems.append(
+            f"optim_args is {values['optim_args']!r}: this optimizer doesn't read it. Use the keys adam_..."
+        )
     if (values.get("liger_kernel_config") or {}).get("fused_linear_cross_entropy"):
         problems.append(
             "liger_kernel_config.fused_linear_cross_entropy would undo the fused LM head of this repository"

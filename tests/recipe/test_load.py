@@ -432,9 +432,11 @@ def test_keys_of_data_that_contradict_each_other(recipe):
     "override",
     [
         "learning_rate=0", "learning_rate=-1e-6", "num_train_epochs=0", "num_train_epochs=-1", "save_steps=0", "eval_steps=0",
-        "max_grad_norm=-1", "per_device_train_batch_size=0", "per_device_eval_batch_size=0",
+        "max_grad_norm=-1", "per_device_train_batch_size=0", "per_device_eval_batch_size=0", "generation_samples=-1",
+        "max_tokens_per_micro_batch=0", "max_prompt_length=0", "use_dora=true", "optim_args=rank=64",
+        "dataloader_drop_last=true",
     ],
 )  # fmt: skip
-def test_numbers_that_would_train_or_save_nothing_are_refused(write, override):
+def test_values_that_would_do_nothing_or_something_else_are_refused(write, override):
     with pytest.raises(ConfigError, match=override.partition("=")[0]):
         load_recipe(write("rmipo.yaml", RECIPE), overrides=[f"--{override}"])

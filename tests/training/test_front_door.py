@@ -505,6 +505,12 @@ def test_arguments_that_spoil_a_run_are_refused():
         RMiPOConfig("x", label_smoothing_factor=0.1)
 
 
+@pytest.mark.parametrize("key", [{"dataloader_drop_last": True}, {"train_sampling_strategy": "sequential"}])
+def test_arguments_that_the_trainer_does_not_follow_are_refused(key):
+    with pytest.raises(ConfigError, match=next(iter(key))):
+        RMiPOConfig("x", **key)
+
+
 def test_liger_leaves_the_fused_head_alone():
     assert RMiPOConfig("x", use_liger_kernel=True).liger_kernel_config["fused_linear_cross_entropy"] is False
 
