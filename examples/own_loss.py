@@ -4,7 +4,6 @@ python examples/own_loss.py MODEL DATASET
 """
 
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 from datasets import load_dataset
@@ -12,17 +11,17 @@ from torch import Tensor
 
 from rmipo import OBJECTIVES, PairScores, PreferenceConfig, PreferenceTrainer
 from rmipo.objectives import Objective, ObjectiveOutput
-from rmipo.objectives.base import make_output, number
+from rmipo.objectives.base import Positive, hyperparameters, make_output
 
 
-@dataclass(frozen=True)
+@hyperparameters
 class Hinge(Objective):
     """max(0, delta - (A_w - A_l)), A the mean log-probability of a response's tokens."""
 
     name = "hinge"
     # needs = frozenset({"reference"}) would give `scores.logratios(...)`, {"prior"} the scores without their prompts.
 
-    delta: float = number(1.0)
+    delta: Positive = 1.0
 
     def __call__(self, scores: PairScores, state: dict[str, Tensor] | None = None) -> ObjectiveOutput:
         chosen, rejected = scores.logps(per_token=True)

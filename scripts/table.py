@@ -29,7 +29,12 @@ def main() -> None:
     parser = cli.Parser(__doc__)
     parser.add_argument("--number", type=int, default=os.environ.get("N") or None, help=f"one of {sorted(TABLES)}")
     parser.add_argument("--bench", default=os.environ.get("BENCH", ""), help=f"all, or some of {', '.join(BENCHMARKS)}")
-    parser.add_argument("--wins", action="store_true", default=os.environ.get("WINS", "0") not in ("", "0"))
+    parser.add_argument(
+        "--wins",
+        action="store_true",
+        help="win rates of any two methods",
+        default=os.environ.get("WINS", "0") not in ("", "0"),
+    )
     parser.add_argument(
         "--against", default=os.environ.get("AGAINST") or OURS, help="the method that others are held to"
     )

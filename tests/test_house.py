@@ -43,16 +43,16 @@ LINES = {
     "rmipo/objectives": 960,  # aim: 600
     "rmipo/page": 300,
     "rmipo/plan": 710,  # aim: 450
-    "rmipo/recipe": 990,  # aim: 650
+    "rmipo/recipe": 1010,  # aim: 650
     "rmipo/reporting": 2320,  # aim: 1500
     "rmipo/run": 1040,  # aim: 800
     "rmipo/tiny": 690,  # aim: 450
     "rmipo/training": 2520,  # aim: 1700
-    "rmipo": 16270,  # aim: 11000
-    "scripts": 1700,  # aim: 1100
+    "rmipo": 16290,  # aim: 11000
+    "scripts": 1710,  # aim: 1100
     "benchmarks": 1660,  # aim: 800
     "examples": 160,
-    "tests": 22180,  # aim: 14000
+    "tests": 22190,  # aim: 14000
 }
 
 

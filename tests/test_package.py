@@ -57,8 +57,8 @@ def python(code: str, *arguments: str, path: Path, cwd: Path) -> str:
     return done.stdout
 
 
-def test_the_package_imports_nothing_and_the_loss_torch_alone(tmp_path):
-    environment_of(["torch"], tmp_path / "site-packages")
+def test_the_package_imports_nothing_and_the_loss_torch_and_pydantic(tmp_path):
+    environment_of(["torch", "pydantic"], tmp_path / "site-packages")
     (tmp_path / "site-packages/rmipo").symlink_to(CHECKOUT / "rmipo")
     code = "import sys, rmipo; print('torch' in sys.modules); from rmipo import rmipo_loss; print(rmipo_loss.__name__)"
     assert python(code, path=tmp_path / "site-packages", cwd=tmp_path) == "False\nrmipo_loss\n"

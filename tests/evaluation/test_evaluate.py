@@ -98,7 +98,7 @@ def test_settings_are_read_as_recipes_are(tmp_path, monkeypatch):
         ("alpacaeval.max_cost=.nan", "max_cost is nan"),
         ("constraints.generation.seed=x", "constraints, generation: seed is 'x'"),
         ("samples.first_n=0", "samples: first_n is 0"),
-        ("samples.prompt=x", r"samples: unknown keys \['prompt'\] \(did you mean prompts"),
+        ("samples.prompt=x", "samples: unknown keys ['prompt'] (did you mean prompts"),
         ("generation.dtype=float99", "dtype is 'float99'"),
         ("generation.seed=.inf", "seed is inf"),
         ("leaderboard.tasks=ifeval", "tasks is 'ifeval'"),
