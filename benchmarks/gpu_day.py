@@ -76,7 +76,8 @@ def missing(needed: dict[str, str], there: Path | None) -> dict[str, str]:
 
 def pack(output: Path, there: Path | None) -> None:
     stock = output / "stock"
-    shutil.rmtree(output, ignore_errors=True)
+    for folder in (stock, *output.glob("part-*")):
+        shutil.rmtree(folder, ignore_errors=True)
     stock.mkdir(parents=True)
     platforms = [text for platform in PLATFORMS for text in ("--platform", platform)]
     download = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", str(stock)]
@@ -184,8 +185,8 @@ def environment(output: Path, root: Path) -> dict[str, str]:
 
 def run(output: Path, minutes: float, only: Iterable[str], dry: bool) -> int:
     """Exit code 0 once every leg has passed."""
+    output = (output / "dry" if dry else output).resolve()  # a trial's results are not those of the day
     output.mkdir(parents=True, exist_ok=True)
-    output = output.resolve()
     root = copy_of_checkout(output / "checkout") if dry else ROOT  # a trial leaves the outputs of real runs alone
     deadline, env, ended = time.monotonic() + 60 * minutes, environment(output, root), {}
     for name, commands in legs(output, dry).items():
@@ -193,6 +194,7 @@ def run(output: Path, minutes: float, only: Iterable[str], dry: bool) -> int:
         if only and name not in only:
             continue
         if path.is_file() and json.loads(path.read_text())["passed"]:
+            print(f"{name}: has passed, see {path}", flush=True)
             ended[name] = True
             continue
         results = []

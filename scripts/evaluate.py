@@ -46,7 +46,10 @@ def main() -> None:
     if args.eval_name in (*BENCHMARKS, "answers") or "/" in args.eval_name:
         raise EvaluationError(f"EVAL_NAME={args.eval_name} is taken by the evaluation itself")
     benches = [b for b in BENCHMARKS.values() if bench == b.name or (bench == "all" and b.in_paper)]
-    max_cost = float(args.max_cost) if args.max_cost else None
+    try:
+        max_cost = float(args.max_cost) if args.max_cost else None
+    except ValueError as error:
+        raise EvaluationError(f"MAX_COST is {args.max_cost!r}: expected US dollars, such as MAX_COST=5") from error
     tasks = args.tasks.replace(",", " ").split()
     overrides = args.set + [f"leaderboard.tasks={json.dumps(tasks)}"] * bool(tasks)
     model, methods = args.model or "tiny", args.method.replace(",", " ").split()

@@ -42,7 +42,9 @@ def main() -> int:
     from rmipo.reporting.online import measure, report
 
     config = OnlineConfig.load(Path(f"recipes/{model}/online.yaml"))
-    sizes = {name: size for name in ("prompts_per_round", "held_out_prompts") if (size := getattr(args, name))}
+    sizes = {n: size for n in ("prompts_per_round", "held_out_prompts") if (size := getattr(args, n)) is not None}
+    if wrong := [name for name, size in sizes.items() if size < 1]:
+        raise ConfigError(f"{', '.join(wrong)}: expected 1 or more")
     config = dataclasses.replace(config, **sizes)
     make_first(model)
     start = find_target(model, "initial", Path("outputs"), [])

@@ -70,7 +70,7 @@ def main() -> int:
     ###################
     examples, source = duration.training_examples(recipe), "in the training data"
     if env.get("EXAMPLES"):
-        examples, source = int(positive_number(env, "EXAMPLES", 1)), "as EXAMPLES says"
+        examples, source = max(1, int(positive_number(env, "EXAMPLES", 1))), "as EXAMPLES says"
     elif examples is None:  # the recipes' on-policy sets have about as many as UltraFeedback
         known = duration.ROWS["HuggingFaceH4/ultrafeedback_binarized", "train_prefs"]
         examples, source = (

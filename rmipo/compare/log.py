@@ -48,7 +48,8 @@ class Log:
 
     def key(self, run: Trial) -> str:
         recipe = {key: value for key, value in self.study.recipe(run).resolved().items() if key not in NOT_THE_RUN}
-        content = {"run": asdict(run), "recipe": recipe, **self.common}
+        trial = {key: value for key, value in asdict(run).items() if key != "objective" or value}
+        content = {"run": trial, "recipe": recipe, **self.common}
         return json_fingerprint(content)
 
     def find(self, run: Trial) -> dict | None:

@@ -18,6 +18,7 @@ from rmipo.evaluation.statistics import holm
 from rmipo.launch.choices import choose_stages
 from rmipo.recipe.files import read_yaml
 from rmipo.record import environment
+from rmipo.reporting.comparison import METRICS
 from rmipo.reporting.spread import contrast, draw_spread
 from rmipo.run.lock import locked
 
@@ -64,14 +65,16 @@ def margins(env: dict[str, str]) -> int:
                 return list(lines.items())
 
             done = finished(arms)
-            done += finished([mean_gamma_arm(run, line) for run, line in done if run.method == FIRST])
+            done += finished(
+                [mean_gamma_arm(run, line) for run, line in done if run.method == FIRST and "gamma_mean" in line]
+            )
             spread = finished(grids)
     metric = study.task.selection_metric
     text = report(done, spread, metric)
     print(text)
     (folder / "report.md").write_text(text)
     if spread:
-        draw_spread(outcomes(spread, metric), metric).savefig(folder / "spread.png")
+        draw_spread(outcomes(spread, metric), METRICS[metric]).savefig(folder / "spread.png")
         print(folder / "spread.png")
     return 0
 
@@ -123,7 +126,7 @@ def report(arms: list[tuple[Trial, dict]], grids: list[tuple[Trial, dict]], metr
         for name, lines in methods.items():
             values = [line["metrics"].get(metric, 0.0) for line in lines.values()]
             gammas = [line["gamma_mean"] for line in lines.values() if "gamma_mean" in line]
-            row = [name, f"{mean(values):.3f} ± {stdev(values):.3f}", f"{mean(gammas):.2f}" if gammas else ""]
+            row = [name, f"{mean(values):.3f} ± {deviation(values):.3f}", f"{mean(gammas):.2f}" if gammas else ""]
             if name in contrasts:
                 result = contrasts[name]
                 row += [f"{result.mean:+.3f} [{result.low:+.3f}, {result.high:+.3f}]"]
@@ -135,9 +138,13 @@ def report(arms: list[tuple[Trial, dict]], grids: list[tuple[Trial, dict]], metr
         text += ["| method | points | best | median | worst | std |", "|---|---:|---:|---:|---:|---:|"]
     for method, values in outcomes(grids, metric).items():
         best, middle, worst = max(values), median(values), min(values)
-        text.append(f"| {method} | {len(values)} | {best:.3f} | {middle:.3f} | {worst:.3f} | {stdev(values):.3f} |")
+        text.append(f"| {method} | {len(values)} | {best:.3f} | {middle:.3f} | {worst:.3f} | {deviation(values):.3f} |")
     text += ["", NOTES]
     return "\n".join(text) + "\n"
+
+
+def deviation(values: list[float]) -> float:
+    return stdev(values) if len(values) > 1 else 0.0
 
 
 def scores(lines: dict[int, dict], metric: str) -> list[list[float]]:

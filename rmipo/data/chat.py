@@ -179,6 +179,19 @@ class ChatFormat:
         require_contents([message for message in prompt if message["role"] != "assistant"], prompt_text)
         return prompt_text, *responses
 
+    def alters(self, prompt: Messages, chosen: Messages, rejected: Messages, rendered: tuple[str, str, str]) -> bool:
+        """Whether the template leaves out part of an earlier answer, or adds more to a response than to the probes' one."""
+        prompt_text, *responses = rendered
+        earlier = [message["content"].strip() for message in prompt if message["role"] == "assistant"]
+        if any(content not in prompt_text for content in earlier):
+            return True
+        end = self.tokenizer.convert_ids_to_tokens(self.end_id)
+        for (message,), text in zip((chosen, rejected), responses, strict=True):
+            around = text.replace(message["content"].strip(), "", 1).removesuffix(end).strip()
+            if not self.header_in_response and around != self.added:
+                return True
+        return False
+
     def encode(self, rendered: list[tuple[str, str, str]]) -> list[TokenPair]:
         """Tokenise what `render_pair` returned, many pairs at a time."""
         prompts = self._encode_prompts([prompt for prompt, _, _ in rendered])

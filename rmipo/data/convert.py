@@ -68,7 +68,9 @@ def convert_rows(
         found = ", ".join(name for name in rows.column_names if name != "row")
         inside = " It has one row: if the rows are inside of it, write them one per line." if len(rows) == 1 else ""
         raise DataError(f"{source}: missing columns {', '.join(missing)}, found {found}.{inside} {describe(formats)}")
-    read = {"row", "system", *OUR_COLUMNS, *(column for form in formats for column in form.columns)}
+    # Rows are read by the first format that fits. Of pairs, a `prompt` beside dialogues is compared with them.
+    fitting = next(form.columns for form in formats if set(form.columns) <= set(rows.column_names))
+    read = {"row", "system", *OUR_COLUMNS, *fitting, *(("prompt",) if "chosen" in fitting else ())}
     if unread := [name for name in rows.column_names if name not in read]:
         warn_once(f"{source}: columns that are not read: {', '.join(name or '(unnamed)' for name in unread)}")
     # In processes of their own (num_proc): a row's problem is returned with it, as an exception would name no other rows.
@@ -113,7 +115,11 @@ def unread_keys(row: dict, sides: Sequence[str]) -> list[str]:
     """The keys of a row's messages that say something and are not read."""
     read = {"role", "content", *(("weight", "train") if "untrained" in sides else ())}
     messages = [item for value in row.values() if isinstance(value, list) for item in value if isinstance(item, dict)]
-    unread = (key for message in messages if "role" in message for key in message if message[key] is not None)
+    unread = [key for message in messages if "role" in message for key in message if message[key] is not None]
+    prompt = row.get("prompt")
+    if isinstance(prompt, str) and isinstance(row.get("chosen"), list):
+        said = {str(message.get("content")).strip() for message in row["chosen"]}
+        unread += ["prompt (a text that is no turn of the dialogue)"] * (prompt.strip() not in said)
     return [key for key in dict.fromkeys(unread) if key not in read]
 
 

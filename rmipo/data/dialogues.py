@@ -65,6 +65,8 @@ def select_dialogues(
         report.loss_on = (
             f"whole dialogues, prompts included, as only {completions} of {len(dataset)} rows have a completion"
         )
+    elif not args.assistant_only_loss:
+        report.loss_on = "whole dialogues, users' turns included (assistant_only_loss: true trains the answers alone)"
     rows = zip(dataset["row"], dataset["messages"], strict=True)
     report.note_markers([row for row, messages in rows if has_markers(messages)])
     marked = "untrained" in dataset.column_names

@@ -103,7 +103,7 @@ def untrained_turns(value: Any, turns: Messages) -> list[bool]:
             raise DataError(f"messages have {key} {odd[0]!r}, expected one of 0, 1, true, false")
         asked = [turn["role"] for message, turn in zip(value, turns, strict=True) if message.get(key)]
         if others := [role for role in asked if role != "assistant"]:
-            raise DataError(f"a {others[0]} turn has {key} 1; only assistant turns are trained. Remove the mark")
+            raise DataError(f"a {others[0]} turn has {key} 1: marks are read on assistant turns alone. Remove it")
     return [0 in (message.get("weight"), message.get("train")) for message in value]
 
 

@@ -55,7 +55,7 @@ def tokenize_pairs(
             {"row": Value("int64")}
             | {f"{side}_ids": TOKEN_IDS for side in SIDES}
             | {f"{side}_cut": Value("bool") for side in SIDES}
-            | {"reason": Value("string"), "marked": Value("bool")}
+            | {"reason": Value("string"), "marked": Value("bool"), "altered": Value("bool")}
         ),
         num_proc=num_proc,
         desc="Tokenising pairs",
@@ -65,6 +65,10 @@ def tokenize_pairs(
     lengths = {side: pc.list_value_length(tokenized.data[f"{side}_ids"]).to_numpy()[keep] for side in SIDES}
     report = DataReport(rows=len(tokenized), dropped=rows_by_reason(tokenized["reason"], tokenized["row"]))
     report.note_markers(np.array(tokenized["row"])[np.array(tokenized["marked"])].tolist())
+    if count := int(np.array(tokenized["altered"]).sum()):
+        report.notes.append(
+            f"of {count} rows the chat template leaves out part of an earlier answer, or adds text of its own to a response"
+        )
     report.check_dropped(max_dropped_fraction)
     report.measure(lengths, cut)
     report.check_cut(max_truncated_fraction, f"max_length ({max_length}) or max_prompt_length ({max_prompt_length})")
@@ -75,7 +79,7 @@ def tokenize_pairs(
 def tokenize_batch(batch: dict, chat_format: ChatFormat, max_length: int, max_prompt_length: int, code: str) -> dict:
     """Called by `Dataset.map`; `code` is only there for its cache, see `code_digest`."""
     reasons: list[str | None] = []
-    rendered = []
+    rendered, altered = [], []
     for prompt, chosen, rejected in zip(*(batch[side] for side in SIDES), strict=True):
         reason = unusable_pair(prompt, chosen, rejected)
         if reason is None:
@@ -84,10 +88,11 @@ def tokenize_batch(batch: dict, chat_format: ChatFormat, max_length: int, max_pr
             except DataError as error:
                 reason = str(error)
         reasons.append(reason)
+        altered.append(reason is None and chat_format.alters(prompt, chosen, rejected, rendered[-1]))
     encoded = iter(chat_format.encode(rendered))
     turns = zip(*(batch[side] for side in SIDES), strict=True)
     out: dict[str, list] = {"row": batch["row"], "marked": [any(map(has_markers, row)) for row in turns], "reason": []}
-    out |= {f"{side}_{what}": [] for side in SIDES for what in ("ids", "cut")}
+    out |= {f"{side}_{what}": [] for side in SIDES for what in ("ids", "cut")} | {"altered": []}
     for reason in reasons:
         ids = cut = ([], [], [])
         if reason is None:
@@ -96,6 +101,7 @@ def tokenize_batch(batch: dict, chat_format: ChatFormat, max_length: int, max_pr
             cut = tuple(len(short) < len(long) for short, long in zip(ids, whole, strict=True))
             reason = unusable_tokens(whole, ids, chat_format)
         out["reason"].append(reason)
+        out["altered"].append(altered[len(out["altered"])])
         for i, side in enumerate(SIDES):
             out[f"{side}_ids"].append(ids[i])
             out[f"{side}_cut"].append(bool(cut[i]))

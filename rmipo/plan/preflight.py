@@ -1,5 +1,6 @@
 """What can be checked before a GPU hour is spent: does the run fit, is there a disk for it, may the model be read."""
 
+import math
 import os
 import shutil
 import sys
@@ -94,7 +95,10 @@ def disk_needed(recipe: Recipe, shape: Shape, sharding: Sharding) -> int:
     work = workload_of(recipe)
     final = checkpoint_bytes(shape, work, sharding, only_model=True)
     one = checkpoint_bytes(shape, work, sharding, only_model=recipe.values.get("save_only_model", False))
-    return final + one * ((recipe.values.get("save_total_limit") or 1) + 1)
+    # Shares of a run say how many checkpoints it makes; numbers of steps don't, without the number of rows.
+    every, limit = recipe.values.get("save_steps", 500), recipe.values.get("save_total_limit")
+    made = math.ceil(1 / every) if 0 < every < 1 else None
+    return final + one * min(count for count in (made, limit and limit + 1, None if made or limit else 2) if count)
 
 
 def check_disk(folder: str | Path, needed: int) -> int:

@@ -86,6 +86,8 @@ class PairConfig(TrainingArguments):
         if given:
             raise ConfigError("\n".join(given))
         super().__post_init__()
+        # ACCELERATE_MIXED_PRECISION, which accelerate launch sets, would win over `bf16: false`.
+        self.mixed_precision = "bf16" if self.bf16 else "fp16" if self.fp16 else "no"
         self.pairs_per_step()
 
     def pairs_per_step(self) -> int:

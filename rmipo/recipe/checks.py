@@ -35,7 +35,8 @@ ADAPTERS = ("lora_", "use_rslora", "use_dora")
 BATCHES = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
 MEANINGFUL = dict.fromkeys(("learning_rate", "num_train_epochs", "save_steps"), PositiveFloat)
 MEANINGFUL |= dict.fromkeys(BATCHES, PositiveInt)
-MEANINGFUL |= {"eval_steps": PositiveFloat | None, "max_grad_norm": NonNegativeFloat}
+MEANINGFUL |= {"eval_steps": PositiveFloat | None, "max_grad_norm": NonNegativeFloat, "weight_decay": NonNegativeFloat}
+MEANINGFUL |= {"lora_r": PositiveInt, "lora_alpha": PositiveInt}
 MEANINGFUL |= {"max_tokens_per_micro_batch": PositiveInt | None, "max_length": PositiveInt | None}
 MEANINGFUL |= {"max_prompt_length": PositiveInt, "generation_samples": NonNegativeInt}
 ACCESS_TOKEN = re.compile(r"\b(hf_[A-Za-z0-9]{20,}|wandb_v1_\w+)")
@@ -73,7 +74,8 @@ def check_types(values: Mapping[str, Any], stage: str, origin: Mapping[str, str]
             try:
                 sound[key] = coerce(value, annotations[key])
             except ValueError as error:
-                problems.append(f"{where} is {value!r}: {error}")
+                if value is not None:  # null takes back what a layer below says
+                    problems.append(f"{where} is {value!r}: {error}")
             else:
                 if choices.get(key) and sound[key] not in (None, *choices[key]):
                     problems.append(f"{where} is {value!r}: expected one of {', '.join(choices[key])}")
@@ -90,14 +92,22 @@ def check_values(given: Mapping[str, Any], values: Mapping[str, Any], stage: str
         problems.append("global_batch_size is missing, or gradient_accumulation_steps contradicts it: set one of them")
     if bool(given.get("dataset_name")) == bool(given.get("datasets")):
         problems.append("the data is ambiguous or missing: expected either dataset_name or datasets (a mixture)")
-    if values.get("max_steps") == 0:  # transformers would train one step
-        problems.append("max_steps is 0: expected 1 or more, or -1 for num_train_epochs")
+    steps = values.get("max_steps", -1)
+    if steps < 1 and steps != -1:  # transformers would train one step for 0
+        problems.append(f"max_steps is {steps}: expected 1 or more, or -1 for num_train_epochs")
+    if values.get("fp16") and values.get("use_cpu"):
+        problems.append("fp16: a CPU computes in float32 all the same. Remove it")
+    if Path(values.get("model_name_or_path") or "").is_dir() and values.get("model_revision", "main") != "main":
+        problems.append(f"model_revision is {values['model_revision']}: model_name_or_path is a folder. Remove it")
     if not values.get("use_peft") and (lora := [key for key in values if key.startswith(ADAPTERS)]):
         problems.append(f"{', '.join(lora)}: all weights would be trained without use_peft: true")
     if values.get("optim_args") and str(values.get("optim", "adamw_torch")).startswith(("adamw_torch", "adafactor")):
         problems.append(
             f"optim_args is {values['optim_args']!r}: this optimizer doesn't read it. Use the keys adam_..."
         )
+    optimizer = str(values.get("optim", "adamw_torch"))
+    if values.get("optim_target_modules") and not optimizer.startswith(("galore", "apollo")):
+        problems.append("optim_target_modules: only galore and apollo read it. Remove it")
     if (values.get("liger_kernel_config") or {}).get("fused_linear_cross_entropy"):
         problems.append(
             "liger_kernel_config.fused_linear_cross_entropy would undo the fused LM head of this repository"

@@ -145,6 +145,10 @@ def _mixer(values: Values) -> Values:
     shares, splits = values.pop("dataset_mixer"), values.pop("dataset_splits", ["train", "test"])
     configs = values.pop("dataset_configs", [None] * len(shares))
     test = [split for split in splits if "test" in split]
+    if len(test) > 1 or len(set(splits) - set(test)) != 1:
+        raise ValueError(
+            f"dataset_splits is {splits}: expected one split to train on, and at most one with test in its name"
+        )
     (train,) = set(splits) - set(test)
     common = {"split": train} | ({"test_split": test[0]} if test else {})
     return {

@@ -54,7 +54,8 @@ class Checkpoints(TrainerCallback):
         if not state.is_world_process_zero:
             return
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        write_atomically(folder / MARKER, json.dumps({"step": state.global_step, **self.identity}))
+        content = {"step": state.global_step, "files": checkpoints.files_of(folder), **self.identity}
+        write_atomically(folder / MARKER, json.dumps(content))
         if self.limit is not None and self.limit > 0:  # below 1 the Trainer keeps all, too
             complete = complete_checkpoints(args.output_dir)
             checkpoints.rotate(complete, MARKER, self.limit, keep=state.best_model_checkpoint)

@@ -13,7 +13,7 @@ from rmipo.errors import CheckpointError
 
 LOCK_FILE = "run.lock"
 LEASE = 120  # seconds after which a file server has freed the locks of a dead node (NFSv4: 90)
-UNSUPPORTED = (errno.ENOLCK, errno.ENOTSUP)
+UNSUPPORTED = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
 
 
 @contextlib.contextmanager
@@ -25,7 +25,7 @@ def locked(folder: Path, name: str = "output_dir") -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / LOCK_FILE
     # A requeued job may come before the lock of the node that failed is free.
-    lock = FileLock(path, timeout=LEASE if "SLURM_JOB_ID" in os.environ else 0)
+    lock = FileLock(path, timeout=LEASE if "SLURM_JOB_ID" in os.environ else 0, fallback_to_soft=False)
     try:
         lock.acquire()
         path.write_text(f"process {os.getpid()} on {socket.gethostname()}")

@@ -168,10 +168,18 @@ def check_adapters(model: PeftModel) -> None:
     PEFT wants one name of `target_modules` to match. An adapter of one of two embeddings whose weights are one can't be
     merged.
     """
+    if any(getattr(module, "disable_adapters", False) is True for module in model.modules()):
+        raise LoadingError("the adapters are switched off (disable_adapter_layers): they would not be trained")
     config, base, tuner = model.active_peft_config, model.get_base_model(), model.base_model
     modules = [name for name, _ in base.named_modules()]
     parameters = [name for name, _ in base.named_parameters()]
     problems = []
+    if getattr(config, "lora_alpha", 1) <= 0:
+        problems.append(f"lora_alpha is {config.lora_alpha}: adapters are scaled by it. Expected more than 0")
+    layers = getattr(config, "layers_to_transform", None) or []
+    count = getattr(base.config.get_text_config(), "num_hidden_layers", None)
+    if count and (missing := [layer for layer in ([layers] if isinstance(layers, int) else layers) if layer >= count]):
+        problems.append(f"layers_to_transform: the model has {count} layers, and no layer {missing[0]}")
     for key, known in (("target_modules", modules), ("modules_to_save", modules), ("target_parameters", parameters)):
         asked = getattr(config, key, None)
         asked = [] if isinstance(asked, str | None) else asked  # a text is a pattern

@@ -16,7 +16,12 @@ OBJECTIVE_STATE = "objective_state.json"
 def save_objective_state(checkpoint: str | Path, state: dict[str, torch.Tensor], decisive: dict) -> None:
     """Write the 0-dimensional tensors of `state` beside the weights of a checkpoint, and what a resume must agree with."""
     values = {name: value.tolist() for name, value in state.items()}
-    write_atomically(Path(checkpoint) / OBJECTIVE_STATE, json.dumps({"state": values, "run": decisive}))
+    content = {"state": values, "run": decisive, "files": files_of(Path(checkpoint))}
+    write_atomically(Path(checkpoint) / OBJECTIVE_STATE, json.dumps(content))
+
+
+def files_of(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
 
 
 def load_objective_state(checkpoint: str | Path, decisive: dict) -> dict[str, torch.Tensor]:
@@ -36,8 +41,16 @@ def load_objective_state(checkpoint: str | Path, decisive: dict) -> dict[str, to
 
 
 def complete_checkpoints(output_dir: str | Path, marker: str) -> list[Path]:
-    """The folders of checkpoints that have the file `marker`, which is written last; earliest step first."""
-    return [folder for folder in numbered_checkpoints(output_dir) if (folder / marker).exists()]
+    """The folders of checkpoints that have the file `marker`, which is written last; earliest step first.
+
+    Raises CheckpointError for one that has lost a file since: the Trainer would start its optimizer anew in silence.
+    """
+    complete = [folder for folder in numbered_checkpoints(output_dir) if (folder / marker).exists()]
+    for folder in complete:
+        files = json.loads((folder / marker).read_text() or "{}").get("files", ())
+        if lost := [name for name in files if not (folder / name).exists()]:
+            raise CheckpointError(f"{folder} has lost {', '.join(lost)}: restore it, or remove the folder")
+    return complete
 
 
 def numbered_checkpoints(output_dir: str | Path) -> list[Path]:

@@ -311,6 +311,15 @@ class PreferenceTrainer(EndsWithItsLastStep):
 
     def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
         require_masters(self.model, self.accelerator)
+        trained = {id(parameter) for parameter in self.model.parameters() if parameter.requires_grad}
+        if not trained:
+            raise ConfigError(
+                "no parameter of the model has requires_grad (PeftModel.from_pretrained: is_trainable=True)"
+            )
+        if self.optimizer is not None:
+            given = {id(parameter) for group in self.optimizer.param_groups for parameter in group["params"]}
+            if not given & trained and not self.is_deepspeed_enabled and not self.is_fsdp_enabled:
+                raise ConfigError("optimizers: the optimizer holds no parameter of this trainer's model")
         prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         if self.args.get_warmup_steps(max_steps) >= max_steps and self.is_world_process_zero():
             print(
@@ -371,6 +380,10 @@ class PreferenceTrainer(EndsWithItsLastStep):
         some = rows.select(range(0, len(rows), -(-len(rows) // SAMPLED_ROWS)))  # all of a large dataset: minutes
         objective = vars(self.objective) | {"name": self.objective.name}
         decisive = {"objective": objective, "pairs": f"{len(rows)}, fingerprint {rows_fingerprint(some)}"}
+        if isinstance(self.model, PeftModel):  # an adapter of one base is another one on another
+            adapter = self.model.active_peft_config
+            decisive["base model"] = self.model.get_base_model().config._name_or_path
+            decisive |= {f"adapter's {key}": getattr(adapter, key, None) for key in ("r", "lora_alpha")}
         names = ("seed", "data_seed", "learning_rate")
         decisive |= {name: getattr(self.args, name) for name in names} | {"global_batch_size": self.global_batch_size}
         return json.loads(json.dumps(decisive))

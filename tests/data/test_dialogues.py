@@ -83,7 +83,7 @@ def test_the_loss_is_on_completions_alone_as_with_trl(tmp_path, chat):
 
 def test_the_loss_is_on_prompts_too_where_the_recipe_says_so(tmp_path, chat):
     kept, report = select(completions(tmp_path), chat, tmp_path, max_length=WINDOW, completion_only_loss=False)
-    assert kept.column_names == ["messages", "row", "ids"] and report.loss_on is None
+    assert kept.column_names == ["messages", "row", "ids"] and "users' turns included" in report.loss_on
     texts = trained_texts(kept, chat, tmp_path, completion_only_loss=False)
     assert texts == [chat.tokenizer.apply_chat_template(messages, tokenize=False) for messages in kept["messages"]]
 
@@ -273,7 +273,11 @@ def test_dialogues_that_are_cut_are_counted_as_tokens_of_the_template(tmp_path, 
     )
     exactly = select(rows, chat, tmp_path, max_length=lengths[1])[1]
     assert (exactly.rows_cut, exactly.lengths["messages"]["max"]) == (0, lengths[1])
-    assert [line.split(":")[0] for line in exactly.lines()] == ["3 of 3 rows used", "messages tokens"]
+    assert [line.split(":")[0] for line in exactly.lines()] == [
+        "3 of 3 rows used",
+        "- the loss is on whole dialogues, users' turns included (assistant_only_loss",
+        "messages tokens",
+    ]
     assert select(rows, chat, tmp_path, max_length=lengths[1] - 1)[1].rows_cut == 2
     assert select(rows, chat, tmp_path, max_length=None)[1].rows_cut == 0
 

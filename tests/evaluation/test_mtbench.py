@@ -60,7 +60,7 @@ ask(sys.argv[1], Path(sys.argv[2]))
 def test_killed_run_goes_on_over_a_rate_limit_and_a_malformed_verdict(tmp_path):
     with JudgeServer(delay=0.4) as server:
         run = launch(["-c", JUDGE, server.url, str(tmp_path)])
-        wait_until(lambda: any(path.read_text() for path in tmp_path.rglob("*_single.jsonl")), run)
+        wait_until(lambda: any(path.read_text() for path in tmp_path.rglob("first_3/judgements/*_single.jsonl")), run)
         run.end()  # with the evaluator and its children
         time.sleep(0.5)
         path = verdict_file(tmp_path, 3)
@@ -135,3 +135,11 @@ def test_both_turns_are_generated_with_the_category_s_temperature(tmp_path, monk
     # The second prompt goes on from the first one and the model's own answer: id 3 is <user>, id 4 <assistant>.
     for first, second in zip(prompts[:2], prompts[2:], strict=True):
         assert second.ids[: len(first.ids)] == first.ids and second.ids.count(4) >= 2 and second.ids.count(0) == 1
+
+
+@pytest.mark.slow
+def test_a_judge_without_ratings_is_asked_about_few_questions(tmp_path):
+    with JudgeServer(fault=lambda number: "malformed") as server:
+        with pytest.raises(EvaluationError, match="no rating to the first 2 questions"):
+            ask(server.url, tmp_path)
+        assert len(server.requests) <= 4 * 5 + 1  # and one that asks whether it is there

@@ -38,7 +38,7 @@ def test_a_killed_run_holds_nothing(tmp_path, holder, monkeypatch):
 
 def test_only_a_job_waits_for_the_lease_of_a_dead_node(tmp_path, monkeypatch):
     waits = []
-    monkeypatch.setattr(lock, "FileLock", lambda path, timeout: waits.append(timeout) or FakeLock())
+    monkeypatch.setattr(lock, "FileLock", lambda path, timeout, **options: waits.append(timeout) or FakeLock())
     for job in ("", "7"):
         monkeypatch.setenv("SLURM_JOB_ID", job) if job else monkeypatch.delenv("SLURM_JOB_ID", raising=False)
         with locked(tmp_path):
