@@ -48,11 +48,11 @@ LINES = {
     "rmipo/run": 1050,  # aim: 800
     "rmipo/tiny": 690,  # aim: 450
     "rmipo/training": 2550,  # aim: 1700
-    "rmipo": 16400,  # aim: 11000
+    "rmipo": 16410,  # aim: 11000
     "scripts": 1710,  # aim: 1100
     "benchmarks": 1660,  # aim: 800
     "examples": 160,
-    "tests": 22210,  # aim: 14000
+    "tests": 22290,  # aim: 14000
 }
 
 

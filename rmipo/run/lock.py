@@ -13,6 +13,7 @@ from rmipo.errors import CheckpointError
 
 LOCK_FILE = "run.lock"
 LEASE = 120  # seconds after which a file server has freed the locks of a dead node (NFSv4: 90)
+MOMENT = 1  # second in which the kernel has freed the lock of a process that was killed just now
 UNSUPPORTED = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
 
 
@@ -25,7 +26,7 @@ def locked(folder: Path, name: str = "output_dir") -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / LOCK_FILE
     # A requeued job may come before the lock of the node that failed is free.
-    lock = FileLock(path, timeout=LEASE if "SLURM_JOB_ID" in os.environ else 0, fallback_to_soft=False)
+    lock = FileLock(path, timeout=LEASE if "SLURM_JOB_ID" in os.environ else MOMENT, fallback_to_soft=False)
     try:
         lock.acquire()
         path.write_text(f"process {os.getpid()} on {socket.gethostname()}")

@@ -467,3 +467,17 @@ def test_missing_columns(tmp_path):
     assert text.endswith("Rename the columns of your data.")
     with pytest.raises(DataError, match="missing columns messages, found question, chosen, reject"):
         load_dialogues(config(tmp_path), "train")
+
+
+def test_a_path_that_holds_other_rows_now_is_read_again(tmp_path):
+    """With the same time, as `cp -p`, archives and links leave it: the cache of datasets goes by that."""
+    for number in (1, 2):
+        write(tmp_path / "train.jsonl", pairs(number))
+        os.utime(tmp_path / "train.jsonl", (10**9, 10**9))
+        assert questions(load_pairs(config(tmp_path), "train")) == [number]
+
+
+def test_one_file_has_no_other_split(tmp_path):
+    write(tmp_path / "all.jsonl", pairs(*range(40)))
+    with pytest.raises(DataError, match="validation"):
+        load_pairs(config(tmp_path / "all.jsonl", dataset_train_split="validation"), "train")

@@ -112,7 +112,12 @@ def test_what_a_run_has_already_written_needs_no_room_again(tmp_path):
 
 def test_disk_holds_the_checkpoints_that_are_kept_one_being_written_and_the_model():
     shape = Shape.of(load_config(LLAMA3_8B))
-    for changes, checkpoints in (([], 3), (["--save_total_limit=null"], 2), (["--save_total_limit=1"], 2)):
+    for changes, checkpoints in (
+        ([], 2),  # it makes two, at each half
+        (["--save_total_limit=null", "--save_steps=0.05"], 20),
+        (["--save_total_limit=3", "--save_steps=0.05"], 4),
+        (["--save_steps=100"], 3),  # two are kept, one is being written
+    ):
         recipe = load_recipe(ROOT / "recipes/llama3-8b-base/rmipo.yaml", overrides=changes)
         # The model in bfloat16; a checkpoint also has the float32 weights and Adam's two moments.
         assert preflight.disk_needed(recipe, shape, ZERO3) == 8_030_261_248 * (2 + checkpoints * (2 + 12)), changes

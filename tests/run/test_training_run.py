@@ -174,6 +174,7 @@ def test_a_run_is_stopped_goes_on_is_finished_and_started_once_more(tmp_path, en
     assert not trainer.args.logging_nan_inf_filter
     assert watching.record["starts"] == 1 and not watching.record["finished"] and not uploads
     marker = json.loads((out / "checkpoint-1" / MARKER).read_text())
+    assert {"config.json", "optimizer.pt", "scheduler.pt"} <= set(marker.pop("files"))
     assert marker == {key: run.record.content[key] for key in ("recipe", "fingerprints", "world_size")} | {"step": 1}
 
     # Gone on with, and finished

@@ -604,3 +604,54 @@ def test_models_with_functional_dropout_have_none(make):
 def test_workers_that_are_spawned_load_steps(make):
     trainer = make()
     assert len(pickle.dumps(trainer.data_collator)) < 10_000  # and not the trainer with its model
+
+
+def test_a_training_of_nothing_is_refused(make, model):
+    base = AutoModelForCausalLM.from_pretrained(model)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    other = torch.optim.SGD(AutoModelForCausalLM.from_pretrained(model).parameters(), lr=0.1)
+    with pytest.raises(ConfigError, match="optimizer"):
+        make(args={"max_steps": 1}, optimizers=(other, None)).train()
+    with pytest.raises(UserError, match="lora_alpha"):
+        make(peft_config=LoraConfig(task_type="CAUSAL_LM", lora_alpha=0))
+    with pytest.raises(UserError, match="layers_to_transform"):
+        make(peft_config=LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], layers_to_transform=[0, 7]))
+    adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(model), LoraConfig(task_type="CAUSAL_LM"))
+    adapted.disable_adapter_layers()
+    with pytest.raises(UserError, match="switched off"):
+        make(model=adapted, processing_class=tokenizer)
+    base.requires_grad_(False)
+    with pytest.raises(ConfigError, match="requires_grad"):
+        make(model=base, args={"max_steps": 1}, processing_class=tokenizer).train()
+
+
+def test_an_adapter_does_not_go_on_with_another_scale(make):
+    saving = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
+    make(args=saving, peft_config=LoraConfig(task_type="CAUSAL_LM", lora_alpha=8)).train()
+    with pytest.raises(CheckpointError, match="lora_alpha"):
+        make(args=saving, peft_config=LoraConfig(task_type="CAUSAL_LM", lora_alpha=64)).train(
+            resume_from_checkpoint=True
+        )
+
+
+def test_the_launchers_precision_does_not_win_over_the_arguments(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    assert RMiPOConfig("x", bf16=False, use_cpu=True).mixed_precision == "no"
+
+
+def test_rows_whose_earlier_answers_the_template_alters_are_counted(make, model, capsys):
+    turns = [
+        {"role": "user", "content": "w1"},
+        {"role": "assistant", "content": "w2 w3"},
+        {"role": "user", "content": "w4"},
+    ]
+    rows = [{**row, "prompt": turns} for row in TURNS[:3]]
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    make(rows=rows, processing_class=tokenizer)
+    assert "earlier answer" not in capsys.readouterr().out
+    tokenizer.chat_template = tokenizer.chat_template.replace(
+        "{{ m['content'] }}",
+        "{% if m['role'] == 'assistant' and not loop.last %}w2{% else %}{{ m['content'] }}{% endif %}",
+    )
+    make(rows=rows, processing_class=tokenizer)
+    assert "of 3 rows the chat template leaves out part of an earlier answer" in capsys.readouterr().out
