@@ -54,8 +54,10 @@ def complete_checkpoints(output_dir: str | Path, marker: str) -> list[Path]:
 
 
 def numbered_checkpoints(output_dir: str | Path) -> list[Path]:
-    """The folders that the Trainer names `checkpoint-<step>`, earliest first; `checkpoint-best` is somebody else's."""
-    named = [path for path in Path(output_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-[0-9]+", path.name)]
+    """The folders that the Trainer names `checkpoint-<step>`, earliest first; `checkpoint-best` and `checkpoint-04` are somebody else's."""
+    named = [
+        path for path in Path(output_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-(0|[1-9][0-9]*)", path.name)
+    ]
     return sorted((path for path in named if path.is_dir() and not path.is_symlink()), key=step_of)
 
 

@@ -1,6 +1,7 @@
 """The file with the running statistics of an objective."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -32,6 +33,7 @@ def test_a_checkpoint_that_has_lost_a_file_is_refused(tmp_path):
     folder.mkdir()
     (folder / "optimizer.pt").touch()
     save_objective_state(folder, {}, {})
+    shutil.copytree(folder, tmp_path / "checkpoint-03")  # a user's copy
     assert complete_checkpoints(tmp_path, OBJECTIVE_STATE) == [folder]
     (folder / "optimizer.pt").unlink()
     with pytest.raises(CheckpointError, match=r"optimizer\.pt"):
