@@ -54,7 +54,7 @@ def complete_checkpoints(output_dir: str | Path, marker: str) -> list[Path]:
 
 
 def numbered_checkpoints(output_dir: str | Path) -> list[Path]:
-    """The folders that the Trainer names `checkpoint-<step>`, earliest first; checkpoint-best and checkpoint-04 are not ours."""
+    """The folders that the Trainer names `checkpoint-<step>`, earliest first. `checkpoint-04` is somebody else's."""
     named = [
         path for path in Path(output_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-(0|[1-9][0-9]*)", path.name)
     ]
