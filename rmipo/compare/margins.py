@@ -15,7 +15,8 @@ from rmipo.compare.log import Log, execute_all
 from rmipo.compare.study import Study
 from rmipo.compare.trial import Trial
 from rmipo.evaluation.statistics import holm
-from rmipo.launch.choices import choose_stages
+from rmipo.launch.choices import choose_stages, positive_number
+from rmipo.objectives import OBJECTIVES
 from rmipo.recipe.files import read_yaml
 from rmipo.record import environment
 from rmipo.reporting.comparison import METRICS
@@ -35,7 +36,7 @@ def margins(env: dict[str, str]) -> int:
     plan = read_yaml(Path(f"recipes/{model}/margins.yaml"))
     study = Study(model, arguments=env.get("ARGS", ""))
     folder = Path(f"outputs/{model}/margins")
-    rates, workers = plan["arms"], int(env.get("WORKERS") or study.workers)
+    rates, workers = plan["arms"], int(positive_number(env, "WORKERS", study.workers))
     arms = [
         Trial("report", method, rate, seed, noise)
         for noise in plan["noise"]
@@ -91,7 +92,7 @@ def points(grid: dict[str, list]) -> list[tuple[tuple[str, float], ...]]:
 
 def mean_gamma_arm(run: Trial, line: dict) -> Trial:
     """SimPO with the mean margin that this run of RMiPO had."""
-    own = (("beta", 2.0), ("gamma", round(line["gamma_mean"], 4)))
+    own = (("beta", OBJECTIVES["rmipo"]().beta), ("gamma", round(line["gamma_mean"], 4)))
     return Trial("report", "simpo", run.learning_rate, run.seed, run.noise, own)
 
 

@@ -182,13 +182,14 @@ class ChatFormat:
     def alters(self, prompt: Messages, chosen: Messages, rejected: Messages, rendered: tuple[str, str, str]) -> bool:
         """Whether the template leaves out part of an earlier answer, or adds more to a response than to the probes' one."""
         prompt_text, *responses = rendered
-        earlier = [message["content"].strip() for message in prompt if message["role"] == "assistant"]
-        if any(content not in prompt_text for content in earlier):
+        if any(turn["role"] == "assistant" and turn["content"].strip() not in prompt_text for turn in prompt):
             return True
+        if self.header_in_response:  # there is no telling it from what else the template adds
+            return False
         end = self.tokenizer.convert_ids_to_tokens(self.end_id)
         for (message,), text in zip((chosen, rejected), responses, strict=True):
             around = text.replace(message["content"].strip(), "", 1).removesuffix(end).strip()
-            if not self.header_in_response and around != self.added:
+            if around != self.added:
                 return True
         return False
 
@@ -215,8 +216,8 @@ class ChatFormat:
         bos = [] if self.template_writes_bos or self.bos_id is None else [self.bos_id]
         return [bos + ids for ids in tokenize(self.tokenizer, texts)]
 
-    # The prompt and the response are tokenised as one text, because generation continues the prompt's own tokens.
     def _encode_responses(self, prompts: list[list[int]], texts: list[tuple[str, str]]) -> list[list[int]]:
+        # Prompt and response as one text, because generation continues the prompt's own tokens.
         fulls = self._encode_prompts([prompt + response for prompt, response in texts])
         responses = [full[len(prompt) :] for prompt, full in zip(prompts, fulls, strict=True)]
         merged = [i for i, full in enumerate(fulls) if full[: len(prompts[i])] != prompts[i]]

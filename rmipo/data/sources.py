@@ -16,7 +16,7 @@ from datasets import Dataset, concatenate_datasets, load_dataset
 from datasets.exceptions import DatasetGenerationError
 
 from rmipo.data.chat import DataError
-from rmipo.fingerprints import text_fingerprint
+from rmipo.fingerprints import file_digest, text_fingerprint
 from rmipo.recipe.schema import DataConfig
 
 logger = logging.getLogger(__name__)
@@ -55,8 +55,9 @@ def load_sources(data_config: DataConfig, split: str) -> list[tuple[str, Dataset
         dataset = number_rows(dataset, first_row)
         first_row += len(dataset)
         if divided and data_config.test_split_size and split == "test":
-            warn_once(f"{entry['path']}: test_split_size is set, so rows of its training split are held out, and no test "
-                      "split of its own is read")  # fmt: skip
+            warn_once(
+                f"{entry['path']}: test_split_size holds out rows of its training split; a test split is not read"
+            )
         if not (divided or data_config.test_split_size):
             dataset = hold_out(dataset, split, entry["path"])
         if columns := entry.get("columns"):
@@ -96,9 +97,9 @@ def mix(datasets: list[Dataset], data_config: DataConfig, split: str) -> Dataset
                 "testing"
             ) from error
     limit = data_config.max_train_samples if split == "train" else data_config.max_eval_samples
-    if limit is not None and limit < len(mixed) and len(entries) > 1 and limit <= len(datasets[0]):
-        warn_once(f"max_{'train' if split == 'train' else 'eval'}_samples: the first {limit} rows of the mixture are taken, "
-                  "which come from its first dataset unless it is shuffled (weight)")  # fmt: skip
+    if limit is not None and len(entries) > 1 and limit < len(mixed):
+        key = "max_train_samples" if split == "train" else "max_eval_samples"
+        warn_once(f"{key}: {limit} rows of the mixture are taken, its first datasets first unless weights shuffle it")
     return mixed if limit is None else mixed.select(range(min(limit, len(mixed))))
 
 
@@ -256,7 +257,7 @@ def load_files(paths: list[Path], source: str) -> Dataset:
         # Escaped: `load_dataset` reads names as patterns, and run[1] would be run1.
         names = [glob.escape(str(path)) for path in paths]
         # The cache of datasets goes by path and time: the same path may hold other rows by now (a link, cp -p, rsync -t).
-        content = text_fingerprint("".join(text_fingerprint(path.read_bytes()) for path in paths))
+        content = text_fingerprint(b"".join(map(file_digest, paths)))
         dataset = load_dataset(builder, f"content-{content}", data_files=names, split="train", **options)
         dataset.data.validate(full=True)  # that texts are UTF-8
         if builder == "json" and "timestamp" in str(dataset.features):  # Arrow has made dates of texts

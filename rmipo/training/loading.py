@@ -4,6 +4,7 @@ import json
 import re
 from pathlib import Path
 
+import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType
 from peft import PeftModel
@@ -198,6 +199,22 @@ def check_adapters(model: PeftModel) -> None:
     ]
     if problems:
         raise LoadingError("\n  ".join(problems))
+
+
+def require_trained(model: torch.nn.Module, optimizer: torch.optim.Optimizer | None, accelerator: Accelerator) -> None:
+    """Raises LoadingError where a training would change nothing: all is frozen, or a user's optimizer holds other weights."""
+    trained = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
+    if not trained:
+        raise LoadingError("no parameter of the model has requires_grad (PeftModel.from_pretrained: is_trainable=True)")
+    shards = accelerator.distributed_type in (
+        DistributedType.DEEPSPEED,
+        DistributedType.FSDP,
+    )  # their optimizers hold those
+    given = (
+        {id(parameter) for group in optimizer.param_groups for parameter in group["params"]} if optimizer else trained
+    )
+    if not trained & given and not shards:
+        raise LoadingError("optimizers: the optimizer holds no parameter of the model that is trained")
 
 
 def require_masters(model: PreTrainedModel | PeftModel, accelerator: Accelerator) -> None:

@@ -5,7 +5,6 @@ import dataclasses
 import datetime
 from collections.abc import Callable, Mapping
 
-import numpy as np
 import pyarrow.compute as pc
 import torch
 import trl
@@ -109,17 +108,18 @@ class TokenizedPairs:
                 self.chat = ChatFormat.probe(tokenizer, self.objective.header_in_response)
         self.reports: dict[str, DataReport] = {}
         self.splits = {split: self.add(given, split) for split, given in rows.items()}
-        if self.chat is not None and self.chat.added:
-            PartialState().print(
-                f"notice: the chat template starts each response with {self.chat.added!r}; it is scored too"
-            )
-        known = set(prompt_hashes(self.splits["train"])) if len(self.splits) > 1 and "train" in self.splits else set()
-        for split, pairs in self.splits.items():
-            if split != "train" and (count := sum(prompt in known for prompt in prompt_hashes(pairs))):
-                PartialState().print(
-                    f"notice: {count} of {len(pairs)} pairs of {split} have a prompt that training has too; their metrics are "
-                    "not those of new prompts"
-                )
+        if self.reports:  # a script's pairs are tokenised when its trainer gets them, and were spoken of
+            self._notices()
+
+    def _notices(self) -> None:
+        say = PartialState().print
+        if self.chat.added:
+            say(f"notice: the chat template starts each response with {self.chat.added!r}, which is scored too")
+        hashes = {split: prompt_hashes(pairs) for split, pairs in self.splits.items()}
+        known = set(hashes.pop("train", ()))
+        for split, prompts in hashes.items():
+            if count := sum(prompt in known for prompt in prompts):
+                say(f"notice: {count} of {len(prompts)} pairs of {split} have a prompt that training has too")
 
     def add(self, rows: Dataset, split: str) -> Dataset:
         """`rows` tokenised."""
@@ -194,11 +194,7 @@ def shortened(texts: list[str], start: int, end: int) -> str:
 
 
 def prompt_hashes(rows: Dataset) -> list[str]:
-    return [
-        xxhash.xxh3_64_hexdigest(np.asarray(ids, dtype=np.int64))
-        for batch in rows.select_columns("prompt_ids").iter(batch_size=1000)
-        for ids in batch["prompt_ids"]
-    ]
+    return [json_fingerprint(ids) for batch in rows.iter(batch_size=1000) for ids in batch["prompt_ids"]]
 
 
 def longest_pair(rows: Dataset) -> int:

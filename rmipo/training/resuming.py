@@ -21,10 +21,8 @@ class EndsWithItsLastStep(Trainer):
     def _init_training_state(self, max_steps, num_update_steps_per_epoch, num_train_epochs, *rest):
         begin = super()._init_training_state(max_steps, num_update_steps_per_epoch, num_train_epochs, *rest)
         if self.state.global_step > max_steps:  # its weights would pass for those of a shorter training
-            raise ConfigError(
-                f"the checkpoint is of step {self.state.global_step}, beyond the {max_steps} steps of this training: raise "
-                "max_steps or num_train_epochs, or start in another output_dir"
-            )
+            steps = f"{self.state.global_step}, beyond the {max_steps} steps of this training"
+            raise ConfigError(f"the checkpoint is of step {steps}: raise max_steps or num_train_epochs")
         return (num_train_epochs, 0) if self.state.global_step >= max_steps else begin
 
     def _save_checkpoint(self, model, trial) -> None:

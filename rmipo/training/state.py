@@ -11,6 +11,7 @@ from rmipo.errors import CheckpointError
 from rmipo.files import write_atomically
 
 OBJECTIVE_STATE = "objective_state.json"
+NAME = re.compile(r"checkpoint-(0|[1-9][0-9]*)")
 
 
 def save_objective_state(checkpoint: str | Path, state: dict[str, torch.Tensor], decisive: dict) -> None:
@@ -55,9 +56,7 @@ def complete_checkpoints(output_dir: str | Path, marker: str) -> list[Path]:
 
 def numbered_checkpoints(output_dir: str | Path) -> list[Path]:
     """The folders that the Trainer names `checkpoint-<step>`, earliest first. `checkpoint-04` is somebody else's."""
-    named = [
-        path for path in Path(output_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-(0|[1-9][0-9]*)", path.name)
-    ]
+    named = [path for path in Path(output_dir).glob("checkpoint-*") if NAME.fullmatch(path.name)]
     return sorted((path for path in named if path.is_dir() and not path.is_symlink()), key=step_of)
 
 

@@ -36,7 +36,7 @@ from rmipo.training.batching import (
 )
 from rmipo.training.distributed import Processes
 from rmipo.training.finite import raise_if_not_finite
-from rmipo.training.loading import require_masters
+from rmipo.training.loading import require_masters, require_trained
 from rmipo.training.metrics import LogWindow, columns_of, num_non_embedding_parameters, peak_memory_gib, step_metrics
 from rmipo.training.packing import concatenate, split_pairs
 from rmipo.training.parity import MAX_PAIRS, check_parity
@@ -119,10 +119,8 @@ class PreferenceTrainer(EndsWithItsLastStep):
         self.pairs = parts.TokenizedPairs(rows, processing_class, args, model)
         self.prior_context = self.pairs.prior_context() if reads_prior else prior_context
         if prior_context is not None and self.pairs.chat and prior_context != self.pairs.prior_context():
-            raise ConfigError(
-                f"prior_context is {prior_context}, expected {self.pairs.prior_context()}, which the objective's "
-                f"prior_context {getattr(self.objective, 'prior_context', None)!r} stands for. Leave it out"
-            )
+            stands_for = f"the objective's stands for {self.pairs.prior_context()}"
+            raise ConfigError(f"prior_context is {prior_context}, and {stands_for}. Leave it out")
         self.collate = functools.partial(pack_step, needs=self.objective.needs, prior_context=self.prior_context)
         mismatched = "mismatched" in self.objective.needs
         datasets = {split: PairDataset(tokenized, mismatched) for split, tokenized in self.pairs.splits.items()}
@@ -311,15 +309,7 @@ class PreferenceTrainer(EndsWithItsLastStep):
 
     def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
         require_masters(self.model, self.accelerator)
-        trained = {id(parameter) for parameter in self.model.parameters() if parameter.requires_grad}
-        if not trained:
-            raise ConfigError(
-                "no parameter of the model has requires_grad (PeftModel.from_pretrained: is_trainable=True)"
-            )
-        if self.optimizer is not None:
-            given = {id(parameter) for group in self.optimizer.param_groups for parameter in group["params"]}
-            if not given & trained and not self.is_deepspeed_enabled and not self.is_fsdp_enabled:
-                raise ConfigError("optimizers: the optimizer holds no parameter of this trainer's model")
+        require_trained(self.model, self.optimizer, self.accelerator)
         prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         if self.args.get_warmup_steps(max_steps) >= max_steps and self.is_world_process_zero():
             print(
