@@ -19,7 +19,7 @@ from rmipo.launch.choices import choose_stages, positive_number
 from rmipo.objectives import OBJECTIVES
 from rmipo.recipe.files import read_yaml
 from rmipo.record import environment
-from rmipo.reporting.comparison import METRICS
+from rmipo.reporting.comparison import BESIDE, METRICS
 from rmipo.reporting.spread import contrast, draw_spread
 from rmipo.run.lock import locked
 
@@ -43,6 +43,9 @@ def margins(env: dict[str, str]) -> int:
         for seed in range(plan["arm_seeds"])
         for method, rate in rates.items()
     ]
+    arms.sort(
+        key=lambda run: run.method not in (FIRST, SECOND)
+    )  # a study that is stopped early has its primary contrast
     grids = [
         Trial("report", method, rates[method], seed, 0.0, point)
         for seed in range(plan.get("grid_seeds", 0))
@@ -71,7 +74,7 @@ def margins(env: dict[str, str]) -> int:
             )
             spread = finished(grids)
     metric = study.task.selection_metric
-    text = report(done, spread, metric)
+    text = "\n".join(report(done, spread, name) for name in plan.get("metrics", [metric]))
     print(text)
     (folder / "report.md").write_text(text)
     if spread:
@@ -107,6 +110,7 @@ def outcomes(lines: list[tuple[Trial, dict]], metric: str) -> dict[str, list[flo
 def report(arms: list[tuple[Trial, dict]], grids: list[tuple[Trial, dict]], metric: str) -> str:
     """The arms per label noise, the primary contrast first, then the spread over the grids; Markdown."""
     tables: dict = defaultdict(lambda: defaultdict(dict))
+    beside = BESIDE.get(metric, "constraints_cut")
     for run, line in arms:
         tables[run.noise][MEAN_GAMMA if run.objective else run.method][run.seed] = line
     text = []
@@ -121,18 +125,20 @@ def report(arms: list[tuple[Trial, dict]], grids: list[tuple[Trial, dict]], metr
         adjusted[SECOND] = contrasts[SECOND].p  # named beforehand: the one contrast that needs no correction
         text += [f"Label noise {noise:.0%}, {len(methods[FIRST])} seeds:", ""]
         text += [
-            f"| arm | {metric} | mean gamma | {FIRST} minus arm [95%] | p | could see |",
-            "|---|---:|---:|---:|---:|---:|",
+            f"| arm | {metric} | {FIRST} minus arm [95%] | p | could see | mean gamma | {beside} |",
+            "|---|---:|---:|---:|---:|---:|---:|",
         ]
         for name, lines in methods.items():
             values = [line["metrics"].get(metric, 0.0) for line in lines.values()]
             gammas = [line["gamma_mean"] for line in lines.values() if "gamma_mean" in line]
-            row = [name, f"{mean(values):.3f} ± {deviation(values):.3f}", f"{mean(gammas):.2f}" if gammas else ""]
+            others = [line["metrics"][beside] for line in lines.values() if beside in line["metrics"]]
+            row = [name, f"{mean(values):.3f} ± {deviation(values):.3f}", "", "", ""]
             if name in contrasts:
                 result = contrasts[name]
-                row += [f"{result.mean:+.3f} [{result.low:+.3f}, {result.high:+.3f}]"]
-                row += [f"{adjusted[name]:.3f}", f"{result.detectable:.3f}"]
-            text.append(f"| {' | '.join([*row, *[''] * (6 - len(row))])} |")
+                row[2:] = f"{result.mean:+.3f} [{result.low:+.3f}, {result.high:+.3f}]", f"{adjusted[name]:.3f}"
+                row += [f"{result.detectable:.3f}"]
+            row += [f"{mean(numbers):.2f}" if numbers else "" for numbers in (gammas, others)]
+            text.append(f"| {' | '.join(row)} |")
         text.append("")
     if grids:
         text += ["Spread over the grid, each point a mean over seeds:", ""]
@@ -151,6 +157,6 @@ def deviation(values: list[float]) -> float:
 def scores(lines: dict[int, dict], metric: str) -> list[list[float]]:
     """(seeds, prompts) of an arm; one column where the metric isn't known per prompt. A run that diverged scores 0."""
     by_seed = [line["metrics"] for _, line in sorted(lines.items())]
-    if all("per_prompt" in metrics for metrics in by_seed):
-        return [[100 * share for share in metrics["per_prompt"]] for metrics in by_seed]  # percent, as the metric
+    if all(metric in metrics.get("per_prompt", {}) for metrics in by_seed):
+        return [metrics["per_prompt"][metric] for metrics in by_seed]
     return [[metrics.get(metric, 0.0)] for metrics in by_seed]

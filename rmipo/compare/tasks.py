@@ -16,7 +16,6 @@ from rmipo.data.chat import ChatFormat
 from rmipo.data.pairs import load_pairs
 from rmipo.evaluation import BENCHMARKS
 from rmipo.evaluation.benchmark import benchmark_settings
-from rmipo.evaluation.constraints import per_prompt
 from rmipo.evaluation.target import load_settings
 from rmipo.fingerprints import json_fingerprint, rows_fingerprint
 from rmipo.recipe.files import read_yaml
@@ -105,14 +104,15 @@ class ConstraintsTask(PairsTask):
         return {"pairs": super().identity(recipe), "measured": self.settings}
 
     def measure(self, model: PreTrainedModel, chat: ChatFormat, run: Trial) -> dict[str, Any]:
-        metrics: dict[str, Any] = {}
+        metrics: dict[str, Any] = {"per_prompt": {}}
         with tempfile.TemporaryDirectory() as folder:
             model.save_pretrained(folder)
             chat.tokenizer.save_pretrained(folder)
             results = Path(folder) / "eval"
             for name, settings in self.settings[run.purpose].items():
-                metrics |= BENCHMARKS[name].run(Path(folder), results, settings)["metrics"]
-            metrics["per_prompt"] = per_prompt(results)
+                result = BENCHMARKS[name].run(Path(folder), results, settings)
+                metrics |= result["metrics"]
+                metrics["per_prompt"] |= result["per_prompt"]
         return metrics
 
 

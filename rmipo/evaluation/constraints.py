@@ -5,7 +5,6 @@ constraints whatever is asked does well by the plain shares: one string of boile
 off what an answer would get under the other prompts, so that every fixed text gets 0.
 """
 
-import json
 from pathlib import Path
 
 from rmipo.evaluation.benchmark import Benchmark, Metric
@@ -83,12 +82,6 @@ def specific(results: list[dict]) -> list[list[float]]:
             others = (sum(follows) - follows[number]) / max(1, len(asked) - 1)
             values[-1].append(follows[number] - others)
     return values
-
-
-def per_prompt(output_dir: Path) -> list[float]:
-    """Of the last run there: for each prompt the share of its answers that satisfy all constraints."""
-    rows = [json.loads(line) for line in (output_dir / "constraints.jsonl").read_text().splitlines()]
-    return [sum(map(all, row["followed"])) / len(row["followed"]) for row in rows]
 
 
 def percent(values: list[list[float]]) -> tuple[float, float]:

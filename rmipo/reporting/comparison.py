@@ -72,17 +72,17 @@ def summarize(lines: list[dict], metric: str) -> list[dict]:
         pairs = [(line["metrics"].get(metric), ours[seed]["metrics"].get(metric)) for seed, line in finished.items()]
         differences = [theirs - mine for theirs, mine in pairs if mine is not None]
         row |= spread("difference", differences) | {"wins": sum(value > 0 for value in differences)}
-        row |= interval([(line, ours[seed]) for seed, line in finished.items()])
+        row |= interval([(line, ours[seed]) for seed, line in finished.items()], metric)
         rows.append(row)
     return rows
 
 
-def interval(pairs: list[tuple[dict, dict]]) -> dict:
-    """95% interval of the difference over prompts in percent, from (theirs, ours) per seed; None without answers."""
-    answers = [[line["metrics"].get("per_prompt") for line in pair] for pair in pairs]
+def interval(pairs: list[tuple[dict, dict]], metric: str) -> dict:
+    """95% interval of the metric's difference over prompts, from (theirs, ours) per seed; None where prompts aren't known."""
+    answers = [[line["metrics"].get("per_prompt", {}).get(metric) for line in pair] for pair in pairs]
     if not answers or None in [part for pair in answers for part in pair]:
         return {"difference_low": None, "difference_high": None}
-    found = bootstrap(100 * np.mean([np.subtract(theirs, ours) for theirs, ours in answers], axis=0))
+    found = bootstrap(np.mean([np.subtract(theirs, ours) for theirs, ours in answers], axis=0))
     return {"difference_low": found.low, "difference_high": found.high}
 
 

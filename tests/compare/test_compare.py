@@ -169,7 +169,7 @@ def test_answers_to_constraints_are_measured_as_eval_yaml_and_search_yaml_say(re
     }
     metrics = execute(study, run_of())["metrics"]
     assert study.task.selection_metric in metrics
-    assert len(metrics["per_prompt"]) == 2
+    assert len(metrics["per_prompt"]["constraints_all"]) == 2
 
 
 def test_a_recipe_for_gpus_is_refused(study):
@@ -294,10 +294,9 @@ def test_means_spreads_and_paired_differences():
 
 
 def test_the_interval_of_a_difference_is_paired_by_prompt_and_mean_over_seeds():
-    def with_answers(line, per_prompt):
-        return line | {
-            "metrics": line["metrics"] | {"per_prompt": per_prompt, "constraints_all": 100 * mean(per_prompt)}
-        }
+    def with_answers(line, shares):
+        own = {"per_prompt": {"constraints_all": [100 * share for share in shares]}}
+        return line | {"metrics": line["metrics"] | own | {"constraints_all": 100 * mean(shares)}}
 
     draw = np.random.default_rng(0)
     answers = draw.integers(0, 3, (2, 2, 60)) / 2  # method, seed, prompt

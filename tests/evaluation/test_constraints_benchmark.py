@@ -9,7 +9,7 @@ pytest.importorskip("lm_eval", reason="needs the extra `eval`")
 from rmipo.constraints.instructions import followed
 from rmipo.constraints.prompts import read_prompts
 from rmipo.evaluation import BENCHMARKS
-from rmipo.evaluation.constraints import per_prompt, specific
+from rmipo.evaluation.constraints import specific
 from tests.helpers.tiny_model import write_model
 
 
@@ -32,7 +32,7 @@ def test_shares_of_answers_that_follow_all_and_each_of_their_constraints(tmp_pat
     assert metrics["constraints_cut"] == pytest.approx(100 * answers.read_text().count('"finish": "length"') / 12)
     own = [value for row in rows for value in row["specific"]]
     assert metrics["constraints_specific"] == pytest.approx(100 * sum(own) / 12)
-    assert per_prompt(tmp_path / "eval") == [sum(answers) / 2 for answers in every]
+    assert result["per_prompt"]["constraints_all"] == [50 * sum(answers) for answers in every]
     assert result["per_prompt"]["constraints_each"] == pytest.approx([50 * sum(shares) for shares in each])
 
 
