@@ -1,10 +1,12 @@
 """Dialogues for SFT: loaded, the unusable ones dropped, and measured as TRL will cut them."""
 
+import re
+
 import numpy as np
 from datasets import Dataset, Features, List, Value
 from trl import SFTConfig
 
-from rmipo.data.chat import ChatFormat, DataError, render, require_contents, tokenize
+from rmipo.data.chat import ANSWER, QUESTION, ChatFormat, DataError, render, require_contents, tokenize
 from rmipo.data.convert import MESSAGES, code_digest, load_converted
 from rmipo.data.formats import DIALOGUES, has_markers, unusable_dialogue
 from rmipo.data.report import DataReport, rows_by_reason
@@ -39,6 +41,8 @@ def select_dialogues(
     Raises:
         DataError: more are unusable or cut than the recipe allows, or none is left; `completion_only_loss` of dialogues.
     """
+    if args.assistant_only_loss:
+        check_generation_marks(chat)
     completions = sum(bool(completion) for completion in dataset["completion"])
     if args.completion_only_loss and completions < len(dataset):
         raise DataError(
@@ -105,16 +109,32 @@ def select_dialogues(
     return measured.remove_columns(["tokens", "start", "problem"]), report
 
 
+def check_generation_marks(chat: ChatFormat) -> None:
+    """Raises DataError where `{% generation %}` in the template, from which TRL takes the answers, is around other text."""
+    if not re.search(r"\{%-?\s*generation\b", chat.tokenizer.chat_template):
+        return  # TRL adds the marks, or refuses the template
+    encoded = chat.tokenizer.apply_chat_template(
+        [QUESTION, ANSWER], tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+    )
+    marked = [token for token, mark in zip(encoded["input_ids"], encoded["assistant_masks"], strict=True) if mark]
+    text = chat.tokenizer.decode(marked)
+    if ANSWER["content"] not in text or QUESTION["content"] in text:
+        raise DataError(
+            f"chat_template: {{% generation %}} marks {text!r}: expected it around the assistant's text alone"
+        )
+
+
 def count_tokens(batch: dict, chat: ChatFormat, answers: bool, code: str) -> dict:
     """Called by `Dataset.map`; `code` is only there for its cache, see `code_digest`.
 
-    `start`: tokens in front of the first that the loss is on. `answers`: it is on what the assistant says alone.
+    `start`: tokens in front of the first answer: a window without one would train what users say. `answers`: the loss is on
+    what the assistant says alone.
     `problem`: why the template doesn't render the dialogue, if it doesn't.
     """
     texts, prompts, problems = [], [], []
     for number, messages in enumerate(batch["messages"]):
         first = len(messages) - len(batch["completion"][number]) if "completion" in batch else 0
-        while answers and messages[first]["role"] != "assistant":
+        while messages[first]["role"] != "assistant":
             first += 1
         text, prompt, problem = "", "", None
         try:

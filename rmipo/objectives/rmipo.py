@@ -86,7 +86,19 @@ def rmipo_loss(
     (`schedule="constant"`, `signal="loglik"`). The margin carries no gradient (App. B). `label_smoothing` is the share
     of pairs whose labels are taken to be flipped, `sft_weight` the weight of the chosen responses' negative
     log-likelihood, a mean over the tokens of the batch; both as in SimPO's code. The last three are `RMiPO`'s ablations.
+
+    Raises ValueError for a hyperparameter outside its domain, and for priors that are None where a margin reads them.
     """
+    # A misspelt reading would be another loss in silence. The fields of `RMiPO` say what there is.
+    objective = RMiPO(
+        beta=beta, gamma_min=gamma_min, gamma_max=gamma_max, schedule=schedule, span=span,
+        pmi_normalization=pmi_normalization, length_normalization=length_normalization, label_smoothing=label_smoothing,
+        sft_weight=sft_weight, fidelity=fidelity, signal=signal, target=target,
+    )  # fmt: skip
+    if prior_chosen_logps is None and objective.needs:
+        raise ValueError(
+            f"prior_chosen_logps is None: the margin of schedule {schedule!r} and signal {signal!r} reads it"
+        )
     chosen, rejected = base.normalized(chosen_logps, rejected_logps, chosen_lengths, rejected_lengths)
     if prior_chosen_logps is None or signal == "loglik":
         modulator = chosen - rejected  # Eq. 6; the constant schedule reads its shape alone

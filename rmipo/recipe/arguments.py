@@ -83,6 +83,8 @@ class PairConfig(TrainingArguments):
             given.append(
                 f"train_sampling_strategy is {self.train_sampling_strategy}: expected random, as steps are drawn here"
             )
+        if self.max_prompt_length < 1:  # a slice from the end: it would cut another part of the prompts
+            given.append(f"max_prompt_length is {self.max_prompt_length}: expected 1 or more")
         if given:
             raise ConfigError("\n".join(given))
         super().__post_init__()

@@ -110,6 +110,8 @@ def write_model_card(folder: str | Path) -> Path:
     versions = ", ".join(f"{name} {version}" for name, version in run["versions"].items())
     citation = f"\n## Citation\n\n```bibtex\n{paper.citation}\n```\n" if paper else ""
     path = folder / CARD
+    if path.exists():  # a user's own, written while the run was stopped
+        path.rename(folder / f"before-{CARD}")
     path.write_text(f"""---
 {header.to_yaml()}
 ---

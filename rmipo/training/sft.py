@@ -10,3 +10,6 @@ class SupervisedTrainer(EndsWithItsLastStep, SFTTrainer):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         require_masters(self.model, self.accelerator)
+
+    def create_model_card(self, *args, **kwargs) -> None:
+        """Nothing: TRL writes one with each checkpoint, and the run writes its own at its end."""

@@ -133,6 +133,41 @@ def test_a_row_is_kept_from_its_first_token_in_the_window_on(tmp_path, chat, ans
         select(loaded, chat, tmp_path, max_length=start, assistant_only_loss=answers)
 
 
+def test_a_dialogue_whose_answer_is_cut_away_is_dropped_whatever_the_loss_is_on(tmp_path, chat):
+    """Else the users' text would be all that is trained."""
+    rows = load(tmp_path, [DIALOGUE, [user("long " * 120), assistant("b")]])
+    kept, report = select(rows, chat, tmp_path, {"max_dropped_fraction": 0.5}, max_length=WINDOW)
+    assert report.dropped == {"the prompt fills the window": [1]} and len(kept) == 1
+
+
+@pytest.mark.parametrize("around", ["every turn", "the assistant's turn"])
+def test_generation_marks_are_around_the_answers_alone(tmp_path, around):
+    body = "{{ '<|start_header_id|>' + message['role']"
+    assert body in LLAMA3_TEMPLATE
+    ends = LLAMA3_TEMPLATE.replace("{% endfor %}", "{% endgeneration %}{% endfor %}")
+    template = ends.replace(body, "{% generation %}" + body)
+    if around != "every turn":
+        header, content = (
+            "message['role'] + '<|end_header_id|>\\n\\n'",
+            "{{ message['content'] | trim + '<|eot_id|>' }}",
+        )
+        template = (
+            "{{ bos_token }}{% for message in messages %}{{ '<|start_header_id|>' + " + header + " }}"
+            "{% if message['role'] == 'assistant' %}{% generation %}" + content + "{% endgeneration %}"
+            "{% else %}" + content + "{% endif %}{% endfor %}"
+            "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}"
+        )
+    marked = ChatFormat.probe(make_tokenizer("llama3", template))
+    rows = load(tmp_path, [DIALOGUE])
+    if around == "every turn":
+        with pytest.raises(DataError, match="chat_template"):
+            select(rows, marked, tmp_path, max_length=WINDOW, assistant_only_loss=True)
+        select(rows, marked, tmp_path, max_length=WINDOW)  # nothing reads the marks
+    else:
+        kept, _ = select(rows, marked, tmp_path, max_length=WINDOW, assistant_only_loss=True)
+        assert trained_texts(kept, marked, tmp_path, assistant_only_loss=True) == ["b<|eot_id|>d<|eot_id|>"]
+
+
 MARKED = [user("a"), assistant("bad") | {"weight": 0}, user("c"), assistant("d") | {"weight": 1}]
 
 

@@ -196,11 +196,12 @@ def test_test_split_size_divides_the_training_rows(tmp_path):
     assert questions(load_pairs(config(path, test_split_size=0.25, mixture_seed=5), "test")) != questions(test)
 
 
-def test_test_split_size_leaves_the_test_file_of_a_folder_alone(tmp_path):
+def test_test_split_size_leaves_the_test_file_of_a_folder_alone(tmp_path, caplog):
     write(tmp_path / "train.jsonl", pairs(*range(40)))
     write(tmp_path / "test.jsonl", pairs(900, 901, 902))
     train, test = (questions(load_pairs(config(tmp_path, test_split_size=0.25), split)) for split in ("train", "test"))
     assert sorted(train + test) == list(range(40)) and len(test) == 10
+    assert "test_split_size" in caplog.text
 
 
 def test_a_named_split_comes_before_one_that_is_only_named_alike(tmp_path):
@@ -235,6 +236,11 @@ def mixture(tmp_path, **values):
     second = {"path": str(tmp_path / "b"), "data_dir": "sub", "split": "train_prefs", "test_split": "test_prefs"}
     entries = [{"path": str(tmp_path / "a")}, second | {"columns": ["chosen", "rejected"]}]
     return entries, lambda split: load_pairs(DataConfig(datasets=entries, **values), split)
+
+
+def test_a_limit_that_takes_the_first_datasets_of_a_mixture_is_named(tmp_path, caplog):
+    _, load_split = mixture(tmp_path, max_train_samples=12)
+    assert len(load_split("train")) == 12 and "max_train_samples" in caplog.text
 
 
 def test_a_mixture_is_concatenated(tmp_path):

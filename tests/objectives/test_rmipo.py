@@ -108,6 +108,18 @@ def test_label_smoothing_and_sft_by_hand():
     assert rmipo_loss(**PAIRS, sft_weight=0.5)[0].mean().item() == pytest.approx(plain.mean().item() + 0.5 * 10 / 6)
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"gamma_min": 2.0}, {"beta": -1.0}, {"schedule": "exp"}, {"pmi_normalization": "tokens"}, {"fidelity": "Release"},
+        {"signal": "loglikelihood"}, {"target": "Beta"}, {"label_smoothing": 0.7}, {"prior_chosen_logps": None},
+    ],
+)  # fmt: skip
+def test_what_would_be_another_loss_is_refused(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        rmipo_loss(**PAIRS | wrong)
+
+
 def test_simpo_takes_both_too():
     names = ("chosen_logps", "rejected_logps", "chosen_lengths", "rejected_lengths")
     scores = PairScores(**{name: PAIRS[name] for name in names})

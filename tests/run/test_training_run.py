@@ -189,9 +189,11 @@ def test_a_run_is_stopped_goes_on_is_finished_and_started_once_more(tmp_path, en
         with pytest.raises(ValueError, match="no card"), monkeypatch.context() as broken:
             broken.setattr(export, "write_model_card", no_card)
             run.save(trainer, eval_loss=0.25)
+        (out / "README.md").write_text("a user's")
         assert recorded_run(out)["results"] == {"eval_loss": 0.25} and not recorded_run(out)["finished"] and not uploads
         run.save(trainer, eval_loss=0.5)
     assert "| eval_loss | 0.5 |" in (out / "README.md").read_text()
+    assert (out / "before-README.md").read_text() == "a user's"
     assert f"model: {out}\nuploaded: the URL\n" in capsys.readouterr().out
     ((name, record),) = uploads
     assert name == "me/a" and record["finished"] and record["starts"] == 2

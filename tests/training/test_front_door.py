@@ -501,6 +501,8 @@ def test_what_is_saved_is_loaded_with_its_tokenizer_and_ends_its_turns(make, mod
 
 
 def test_arguments_that_spoil_a_run_are_refused():
+    with pytest.raises(ConfigError, match="max_prompt_length"):
+        RMiPOConfig(output_dir="unused", max_prompt_length=-5)
     with pytest.raises(ConfigError, match="label_smoothing_factor"):
         RMiPOConfig("x", label_smoothing_factor=0.1)
 
