@@ -2,7 +2,6 @@
 
     make bench                            all cases, under ten minutes on two cores
     make bench ARGS="--cases main"        the case that the targets are set for
-    make bench DATA=pairs.jsonl           lengths of your pairs
 
 One thread. Lengths are divided by 4: attention's share of the work grows with length / width, and a model of width 512
 at full length would spend on it six times the share that the 8B does. The case "full-lengths" doesn't divide them.
@@ -65,9 +64,9 @@ CASES = (
 )
 
 
-def draw(case: Case, rounds: int, data: str | None, tokenizer: str | None) -> list[list[dict]]:
+def draw(case: Case, rounds: int) -> list[list[dict]]:
     """A batch of pairs per round, the same for all contenders."""
-    source = lengths.from_file(data, tokenizer, seed=0) if data else lengths.from_profile(case.profile, seed=0)
+    source = lengths.from_profile(case.profile, seed=0)
     return lengths.batches(source, rounds, case.micro_batch, case.scale, case.setup.vocabulary)
 
 
@@ -97,8 +96,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", choices=[case.name for case in CASES], default=[c.name for c in CASES])
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--data", default=os.environ.get("DATA") or None, help="JSONL of pairs; only lengths count")
-    parser.add_argument("--tokenizer", help="counts the tokens of --data; default: 4 characters a token")
     stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
     parser.add_argument("--output", type=Path, default=Path(f"outputs/bench/{stamp}.json"))
     options = parser.parse_args(sys.argv[1:] or shlex.split(os.environ.get("ARGS", "")))
@@ -110,15 +107,14 @@ def main() -> None:
     transformers.logging.set_verbosity_error()
     datasets.disable_progress_bars()
     cases = [case for case in CASES if case.name in options.cases]
-    batches = {case: draw(case, options.rounds, options.data, options.tokenizer) for case in cases}
-    result = {"environment": report.environment(), "rounds": options.rounds, "data": options.data, "cases": {}}
+    batches = {case: draw(case, options.rounds) for case in cases}
+    result = {"environment": report.environment(), "rounds": options.rounds, "cases": {}}
     progress = tqdm(total=sum(len(case.contenders) for case in cases) * options.rounds, unit="step")
     for case in cases:
         result["cases"][case.name] = run(case, batches[case], progress)
-        source = options.data or case.profile
         s = case.setup
         progress.write(
-            f"\n{case.name}: {case.micro_batch} pairs, lengths of {source} x {case.scale}, width {s.hidden}, "
+            f"\n{case.name}: {case.micro_batch} pairs, lengths of {case.profile} x {case.scale}, width {s.hidden}, "
             f"{s.layers} layers, vocabulary {s.vocabulary}, checkpointing {'on' if s.checkpointing else 'off'}; "
             f"CPU seconds, ratios min median max of {options.rounds} rounds"
         )

@@ -1,16 +1,11 @@
-"""Pairs of random tokens with the lengths of real ones: built-in profiles, or a file of pairs."""
+"""Pairs of random tokens with the lengths of real ones."""
 
-import gzip
 import itertools
-import json
 import math
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
-# Where a file has text, not token ids, and no tokenizer is named.
-CHARACTERS_PER_TOKEN = 4
 MAX_LENGTH, MAX_PROMPT_LENGTH = 2048, 1800
 
 
@@ -47,43 +42,6 @@ def from_profile(name: str, seed: int) -> Iterator[tuple[int, int, int]]:
         normals = (a, b, profile.correlation * b + rest * c)
         parts = (profile.prompt, profile.chosen, profile.rejected)
         yield truncated(*(round(median * math.exp(sd * z)) for (median, sd), z in zip(parts, normals, strict=True)))
-
-
-def from_file(path: str, tokenizer: str | None, seed: int) -> Iterator[tuple[int, int, int]]:
-    """Endless lengths of the pairs of a JSONL file (plain or gzip), in random order.
-
-    Each line has `prompt`, `chosen`, `rejected`: text, lists of messages, or lists of token ids.
-    """
-    if not Path(path).is_file():
-        raise SystemExit(f"DATA: no such file: {path}")
-    count = _counter(tokenizer)
-    lengths = []
-    with (gzip.open if path.endswith(".gz") else open)(path, "rt", encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            row = json.loads(line)
-            missing = {"prompt", "chosen", "rejected"} - row.keys()
-            if missing:
-                raise SystemExit(f"{path}, line {number}: no {', '.join(sorted(missing))}; found {', '.join(row)}")
-            lengths.append(truncated(*(count(row[name]) for name in ("prompt", "chosen", "rejected"))))
-    rng = random.Random(seed)
-    while True:
-        yield from rng.sample(lengths, len(lengths))
-
-
-def _counter(tokenizer: str | None):
-    encode = None
-    if tokenizer:
-        from transformers import AutoTokenizer
-
-        encode = AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False).encode
-
-    def count(value) -> int:
-        if value and isinstance(value, list) and isinstance(value[0], int):
-            return len(value)
-        text = value if isinstance(value, str) else "".join(message["content"] for message in value)
-        return len(encode(text, add_special_tokens=False)) if encode else round(len(text) / CHARACTERS_PER_TOKEN)
-
-    return count
 
 
 def make_pairs(lengths: list[tuple[int, int, int]], vocabulary: int, seed: int) -> list[dict]:

@@ -1,8 +1,6 @@
 """The steps that the benchmark times compute what they claim to, and its work model counts right."""
 
-import gzip
 import itertools
-import json
 
 import pytest
 import torch
@@ -83,17 +81,6 @@ def test_work_equals_the_counted_matrix_products(name, checkpointing, pairs):
     counted = sum(value for op, value in counter.get_flop_counts()["Global"].items() if "mm" in str(op))
     expected = work.step_work(name, pairs, setup)
     assert counted == expected.linear + expected.head
-
-
-def test_lengths_of_a_file(tmp_path):
-    path = tmp_path / "pairs.jsonl.gz"
-    message = [{"role": "user", "content": "x" * 40}]
-    with gzip.open(path, "wt") as file:
-        file.write(json.dumps({"prompt": message, "chosen": "y" * 9000, "rejected": [1, 2, 3]}) + "\n")
-    assert next(lengths.from_file(str(path), None, seed=0)) == (10, 2038, 3)
-    path.write_bytes(gzip.compress(b'{"prompt": "a", "chosen": "b"}\n'))
-    with pytest.raises(SystemExit, match="line 1: no rejected; found prompt, chosen"):
-        next(lengths.from_file(str(path), None, seed=0))
 
 
 def test_profiles_have_the_stated_means():
