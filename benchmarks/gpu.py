@@ -6,7 +6,7 @@
     python -m benchmarks.gpu --dry            the same program on the CPU with small shapes
 
 Nothing is downloaded: weights are random. All contenders train the same weights, each through the model that its own
-trainer has made. Writes a JSON and a PNG. MFU counts the work of a step without recomputation (HFU with it) over the
+trainer has made. Writes a JSON. MFU counts the work of a step without recomputation (HFU with it) over the
 GPU's dense bf16 peak; tokens are those of prompt, chosen and rejected, so that padding earns nothing.
 """
 
@@ -37,7 +37,6 @@ from rmipo.plan import memory
 from rmipo.plan.gpus import speed_of
 from rmipo.plan.memory import Workload
 from rmipo.plan.shapes import Shape
-from rmipo.plots import house_style, panels, save
 from rmipo.training import attention
 from rmipo.training.parity import check_parity
 
@@ -156,43 +155,6 @@ def run(setup: Setup, micro_batch: int, rounds: int, contenders: dict[str, Conte
     return case
 
 
-@house_style
-def draw(result: dict, path: Path) -> None:
-    """Step time, tokens/s and peak memory of every contender, a panel each; our planned memory as a mark."""
-    figure, axes = panels(3, height=3.0, sharey=True)
-    names = list(BUILDERS)
-    for number, case in enumerate(result["cases"].values()):
-        entries = [case["contenders"].get(name, {}) for name in names]
-        places = [i + 0.4 * number for i in range(len(names))]
-        label = f"{case['micro_batch']} pairs"
-        ratios = [entry["ratios"]["padded-simpo"]["time"] if "ratios" in entry else None for entry in entries]
-        values = (
-            [r["median"] if r else 0 for r in ratios],
-            [entry.get("tokens_per_second", 0) / 1000 for entry in entries],
-            [entry.get("memory", 0) / 2**30 for entry in entries],
-        )
-        for axis, heights in zip(axes, values, strict=True):
-            axis.barh(places, heights, height=0.38, label=label)
-        spans = [(r["median"] - r["min"], r["max"] - r["median"]) if r else (0, 0) for r in ratios]
-        axes[0].errorbar(values[0], places, xerr=list(zip(*spans, strict=True)), fmt="none", color="black", lw=0.8)
-        marks = [
-            (e["planned_memory"] / 2**30, place)
-            for e, place in zip(entries, places, strict=True)
-            if "planned_memory" in e
-        ]
-        axes[2].plot(*zip(*marks, strict=True), "k|", markersize=10, label="planned" if number == 0 else None)
-    titles = ("Step time / padded SimPO", "Thousand tokens/s", "GiB beyond weights, gradients")
-    for axis, title in zip(axes, titles, strict=True):
-        axis.set_title(title)
-        axis.set_yticks([i + 0.2 * (len(result["cases"]) - 1) for i in range(len(names))], names)
-    axes[0].invert_yaxis()
-    figure.legend(*axes[2].get_legend_handles_labels(), ncols=3, loc="outside lower center")
-    figure.suptitle(
-        f"{result['environment']['gpu'] or 'CPU, small shapes: only a trial'}, {result['setup']['layers']} layers"
-    )
-    save(figure, path, (".png",))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int)
@@ -230,8 +192,7 @@ def main() -> None:
         print(f"out of memory: {', '.join(case['out_of_memory']) or 'none'}")
         print(f"parity {case['parity_nats_per_token']} nats per token, {case['compiled_graphs']} compiled graphs")
         report.save(result, options.output)
-        draw(result, options.output.with_suffix(".png"))
-    print(f"\nsaved {options.output} and {options.output.with_suffix('.png')}")
+    print(f"\nsaved {options.output}")
 
 
 if __name__ == "__main__":

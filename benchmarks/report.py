@@ -1,42 +1,19 @@
 """What was measured, where and with what; ratios; the printed table."""
 
-import importlib.metadata
 import json
-import os
-import platform
+import re
 import statistics
-import subprocess
-from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
 
-PACKAGES = ("torch", "transformers", "trl", "accelerate")
+from rmipo import record
 
 
 def environment() -> dict:
-    """Hardware, versions and commit of this run."""
-    cpu = platform.processor()
-    if Path("/proc/cpuinfo").is_file():
-        info = dict(line.split(":", 1) for line in Path("/proc/cpuinfo").read_text().splitlines() if ":" in line)
-        cpu = {key.strip(): value.strip() for key, value in info.items()}["model name"]
-    return {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": _git("rev-parse", "HEAD"),
-        "uncommitted_changes": bool(_git("status", "--porcelain", "--untracked-files=no", "--", "rmipo", "benchmarks")),
-        "cpu": cpu,
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "python": platform.python_version(),
-        "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
-    }
-
-
-def _git(*arguments: str) -> str:
-    root = Path(__file__).resolve().parents[1]
-    result = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=False)
-    return result.stdout.strip() if result.returncode == 0 else "unknown"
+    """Hardware, versions and commit of this run. Times mean little without the name of the CPU."""
+    names = re.findall(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())
+    return record.environment() | {"cpu": names[0], "threads": torch.get_num_threads()}
 
 
 def ratio(values: list[float], base: list[float]) -> dict[str, float]:

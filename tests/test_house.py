@@ -50,7 +50,7 @@ LINES = {
     "rmipo/training": 2560,  # aim: 1700
     "rmipo": 16450,  # aim: 11000
     "scripts": 1710,  # aim: 1100
-    "benchmarks": 1410,  # aim: 800
+    "benchmarks": 1350,  # aim: 800
     "examples": 160,
     "tests": 22310,  # aim: 14000
 }

@@ -32,7 +32,6 @@ def test_dry_run_writes_what_a_gpu_run_would(monkeypatch, tmp_path):
         assert entry["memory"] > 0 and entry["tokens_per_second"] > 0 and len(entry["rounds"]) == 1
         if name in ("rmipo", "simpo", "dpo"):  # of this size, nearly all of it is a tile of the fused head
             assert entry["planned_memory"] == pytest.approx(entry["memory"], rel=0.2)
-    assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_contender_that_does_not_fit_is_named_and_left_out():
