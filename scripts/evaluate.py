@@ -24,6 +24,7 @@ from rmipo.errors import EvaluationError, UserError
 from rmipo.evaluation import BENCHMARKS
 from rmipo.evaluation.benchmark import Benchmark, benchmark_settings, contradictions
 from rmipo.evaluation.models import check_names
+from rmipo.evaluation.publish import publish
 from rmipo.files import write_atomically
 from rmipo.fingerprints import has_weights, prompting_fingerprint, trained_fingerprint
 from rmipo.record import environment
@@ -119,6 +120,7 @@ def evaluate(folder: Path, settings: dict, benchmark: Benchmark, name: str, max_
     content |= {name: made_by[name] for name in ("commit", "hardware")} | result | {"finished": True}
     write_atomically(path, json.dumps(content, indent=2) + "\n")
     print(f"{bench}: {path}")
+    publish(folder, benchmark, result, name)
     for metric, value in result["metrics"].items():
         print(f"  {metric:30s} {value:.2f}")
 

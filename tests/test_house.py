@@ -37,7 +37,7 @@ LINES = {
     "rmipo/compare": 810,  # aim: 400
     "rmipo/constraints": 120,  # aim: 110
     "rmipo/data": 1480,  # aim: 800
-    "rmipo/evaluation": 1960,  # aim: 1500
+    "rmipo/evaluation": 2020,  # aim: 1500
     "rmipo/generation": 1070,  # aim: 800
     "rmipo/launch": 870,  # aim: 600
     "rmipo/objectives": 970,  # aim: 600
@@ -48,11 +48,11 @@ LINES = {
     "rmipo/run": 1050,  # aim: 800
     "rmipo/tiny": 690,  # aim: 450
     "rmipo/training": 2560,  # aim: 1700
-    "rmipo": 16450,  # aim: 11000
-    "scripts": 1710,  # aim: 1100
+    "rmipo": 16520,  # aim: 11000
+    "scripts": 1720,  # aim: 1100
     "benchmarks": 1350,  # aim: 800
     "examples": 160,
-    "tests": 22310,  # aim: 14000
+    "tests": 22370,  # aim: 14000
 }
 
 

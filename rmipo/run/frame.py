@@ -138,7 +138,7 @@ class TrainingRun:
             sys.exit()
         self.record = RunRecord(self.folder, identity, date=self.date, **facts)
         if "wandb" in self.args.report_to:
-            on_main_process(lambda: open_wandb(self.args, self.record.content["wandb_run_id"]))
+            on_main_process(lambda: open_wandb(self.args.run_name, self.record.content["wandb_run_id"]))
         self.say(f"resuming from {self.checkpoint}" if self.checkpoint else f"starting in {self.folder}")
 
     def _is_finished(self) -> bool:

@@ -3,21 +3,21 @@
 import os
 import sys
 
-from transformers import TrainerCallback, TrainingArguments
+from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback, WandbCallback, rewrite_logs
 
 from rmipo.errors import ConfigError
 from rmipo.record import read_metrics
 
 
-def open_wandb(args: TrainingArguments, run_id: str) -> None:
+def open_wandb(name: str | None, run_id: str) -> None:
     """Open the W&B run `run_id`, or continue it where an earlier start of this run opened it. Raises ConfigError."""
     import wandb  # a second, and only runs that report to it need it
 
     try:
         wandb.init(
             project=os.environ.get("WANDB_PROJECT", "huggingface"),
-            name=args.run_name,
+            name=name,
             id=os.environ.get("WANDB_RUN_ID", run_id),
             resume=os.environ.get("WANDB_RESUME", "allow"),
         )

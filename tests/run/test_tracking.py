@@ -42,7 +42,7 @@ def test_wandb_offline_run_holds_what_was_logged(tmp_path, monkeypatch):
     trainer.args.run_name = "first"
     tokenizer = types.SimpleNamespace(pad_token_id=0, decode=lambda ids: f"<{' '.join(map(str, list(ids)))}>")
     set_callbacks(trainer, [SampleGenerations(tokenizer, [[5, 6], [7]], trainer, 3)])
-    open_wandb(trainer.args, "id-of-run")
+    open_wandb(trainer.args.run_name, "id-of-run")
     trainer.train()
     close_wandb(None)
     wandb.teardown()  # its process has ended then: before, the file may be incomplete
@@ -95,7 +95,7 @@ def test_an_earlier_starts_wandb_run_is_continued(monkeypatch, given, opened):
         monkeypatch.setenv(name, value)
     asked = {}
     monkeypatch.setattr(wandb, "init", asked.update)
-    open_wandb(types.SimpleNamespace(run_name="n"), "ours")
+    open_wandb("n", "ours")
     assert asked == {"name": "n", **opened}
 
 
