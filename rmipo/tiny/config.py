@@ -1,114 +1,64 @@
 """The knobs of the tiny world, read from `recipes/tiny/world.yaml`."""
 
-from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Annotated
+
+import pydantic
+from pydantic import Field
 
 from rmipo.errors import ConfigError
-from rmipo.recipe.files import coerce, read_yaml
+from rmipo.recipe.files import read_yaml
 
-SHARES = (
-    "held_out_facts",
-    "sft_boilerplate",
-    "sft_off_topic",
-    "sft_prompt_dropped",
-    "rejected_boilerplate",
-    "label_noise",
-)
-BYTES_AND_SPECIAL_TOKENS = 262
-# Smallest and largest whole numbers. There are 40 names, 12 values of each attribute and 8 phrasings in the world.
-RANGES = {
-    "seed": (0, 2**63 - 1),
-    "names": (2, 40),
-    "values_per_attribute": (2, 12),
-    "held_out_phrasings": (1, 7),
-    "sft_train": (1, 10**7),
-    "sft_test": (1, 10**7),
-    "pairs_train": (1, 10**7),
-    "pairs_test": (1, 10**7),
-    "vocab_size": (BYTES_AND_SPECIAL_TOKENS, 2**20),
-    "text_vocab_size": (BYTES_AND_SPECIAL_TOKENS, 2**20),
-    "hidden_size": (2, 2**14),
-    "intermediate_size": (1, 2**16),
-    "num_hidden_layers": (1, 100),
-    "num_attention_heads": (1, 2**10),
-    "max_position_embeddings": (64, 2**20),
-}
+BYTES_AND_SPECIAL_TOKENS = 262  # what the tokenizer starts from
+Share = Annotated[float, Field(ge=0, le=1)]
+Rows = Annotated[int, Field(ge=1, le=10**7)]
+Vocabulary = Annotated[int, Field(ge=BYTES_AND_SPECIAL_TOKENS, le=2**20)]
 
 
-@dataclass(frozen=True)
+@pydantic.dataclasses.dataclass(frozen=True, config=pydantic.ConfigDict(extra="forbid"))
 class WorldConfig:
-    """Every knob; the recipe explains them. Shares are in 0..1.
+    """Every knob; the recipe explains them. Raises pydantic's ValidationError that lists every value out of range."""
 
-    Raises:
-        ValueError: when made; lists every value out of range.
-    """
-
-    seed: int
-    names: int
-    values_per_attribute: int
-    held_out_facts: float
-    held_out_phrasings: int
-    sft_train: int
-    sft_test: int
-    sft_boilerplate: float
-    sft_off_topic: float
-    sft_prompt_dropped: float
-    pairs_train: int
-    pairs_test: int
-    rejected_boilerplate: float
-    label_noise: float
-    vocab_size: int
-    text_vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    max_position_embeddings: int
+    seed: Annotated[int, Field(ge=0)]
+    names: Annotated[int, Field(ge=2, le=40)]  # there are 40 in `world.NAMES`
+    values_per_attribute: Annotated[int, Field(ge=2, le=12)]
+    held_out_facts: Share
+    held_out_phrasings: Annotated[int, Field(ge=1, le=7)]  # of 8: SFT asks in the others
+    sft_train: Rows
+    sft_test: Rows
+    sft_boilerplate: Share
+    sft_off_topic: Share
+    sft_prompt_dropped: Share
+    pairs_train: Rows
+    pairs_test: Rows
+    rejected_boilerplate: Share
+    label_noise: Share
+    vocab_size: Vocabulary
+    text_vocab_size: Vocabulary
+    hidden_size: Annotated[int, Field(ge=2)]
+    intermediate_size: Annotated[int, Field(ge=1)]
+    num_hidden_layers: Annotated[int, Field(ge=1, le=100)]
+    num_attention_heads: Annotated[int, Field(ge=1)]
+    max_position_embeddings: Annotated[int, Field(ge=64)]
 
     def __post_init__(self):
-        ranges = dict.fromkeys(SHARES, (0, 1)) | RANGES
-        problems = [
-            f"{key} is {getattr(self, key)}: expected {low} to {high}"
-            for key, (low, high) in ranges.items()
-            if not low <= getattr(self, key) <= high
-        ]
         if self.sft_boilerplate + self.sft_off_topic > 1:
-            problems.append("sft_boilerplate + sft_off_topic is above 1: the other SFT responses are the right ones")
+            raise ValueError("sft_boilerplate + sft_off_topic is above 1: the other SFT responses are the right ones")
         facts = self.names * 6
         if not 0 < round(self.held_out_facts * facts) < facts:
-            problems.append(f"held_out_facts is {self.held_out_facts}: of {facts} facts some must be held out, not all")
-        if self.num_attention_heads > 0 and self.hidden_size % (2 * self.num_attention_heads):
-            problems.append(
-                f"hidden_size is {self.hidden_size}: expected a multiple of {2 * self.num_attention_heads}, so that "
-                f"num_attention_heads {self.num_attention_heads} have one even width"
-            )
-        if problems:
-            raise ConfigError("; ".join(problems))
+            raise ValueError(f"held_out_facts is {self.held_out_facts}: of {facts} facts hold out some, not all")
+        if self.hidden_size % (2 * self.num_attention_heads):  # rotary embeddings need heads of an even width
+            raise ValueError(f"hidden_size is {self.hidden_size}: no multiple of 2 x num_attention_heads")
 
 
 def load_world_config(path: str | Path) -> WorldConfig:
     """Read the knobs.
 
     Raises:
-        ValueError: names the file and every key that is unknown, missing, of a wrong type or out of range.
+        ConfigError: names the file and every key that is unknown, missing, of a wrong type or out of range.
     """
-    values = read_yaml(path)
     try:
-        return make_world_config(values)
-    except ValueError as error:
-        raise ConfigError(f"{path}: {error}") from error
-
-
-def make_world_config(values: dict) -> WorldConfig:
-    types = {field.name: field.type for field in fields(WorldConfig)}
-    problems = [f"{key} is not a knob of the world" for key in values if key not in types]
-    problems += [f"{key} is missing" for key in types if key not in values]
-    knobs = {}
-    for key in [key for key in types if key in values]:
-        try:
-            knobs[key] = coerce(values[key], types[key])
-        except ValueError as error:
-            problems.append(f"{key} is {values[key]!r}: {error}")
-    if problems:
-        raise ConfigError(f"{'; '.join(problems)}. The knobs: {', '.join(types)}")
-    return WorldConfig(**knobs)
+        return WorldConfig(**read_yaml(path))
+    except pydantic.ValidationError as error:
+        found = [": ".join([*map(str, one["loc"]), f"{one['msg']}, found {one['input']!r}"]) for one in error.errors()]
+        raise ConfigError("\n  ".join([f"{path}:", *found])) from error

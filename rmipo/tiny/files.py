@@ -10,7 +10,7 @@ from rmipo.data.formats import unusable_pair
 from rmipo.data.report import DataReport, of_split, rows_by_reason
 from rmipo.errors import ConfigError
 from rmipo.fingerprints import code_fingerprint, rows_fingerprint
-from rmipo.tiny.config import WorldConfig, make_world_config
+from rmipo.tiny.config import WorldConfig
 from rmipo.tiny.model import make_model, train_tokenizer
 from rmipo.tiny.world import World, deal
 
@@ -87,7 +87,7 @@ def read_world(folder: Path) -> World | None:
             f"{folder}: this world was made by other code than today's. Make it again with scripts/toy.py, as make train "
             "does; runs that started from another world are then refused"
         )
-    return None if record["pairs"] else World(make_world_config(record["config"]))
+    return None if record["pairs"] else World(WorldConfig(**record["config"]))
 
 
 def todays_code() -> str:

@@ -18,7 +18,7 @@ from rmipo.data.pairs import load_pairs, tokenize_pairs
 from rmipo.errors import ConfigError
 from rmipo.recipe.schema import DataConfig
 from rmipo.tiny import judge
-from rmipo.tiny.config import load_world_config, make_world_config
+from rmipo.tiny.config import WorldConfig, load_world_config
 from rmipo.tiny.files import read_world, write_world
 from rmipo.tiny.model import make_model, train_tokenizer
 from rmipo.tiny.world import ANSWERS, BOILERPLATE, Fact, World
@@ -298,12 +298,12 @@ def test_a_world_that_other_code_made_is_made_again(folder, tmp_path, monkeypatc
             read_world(tmp_path / "world")
         with monkeypatch.context() as killed, pytest.raises(KeyboardInterrupt):
             killed.setattr("rmipo.tiny.files.train_tokenizer", mock.Mock(side_effect=KeyboardInterrupt))
-            write_world(tmp_path / "world", make_world_config(record["config"]))
+            write_world(tmp_path / "world", WorldConfig(**record["config"]))
         with pytest.raises(ValueError, match=r"no world\.json"):
             read_world(tmp_path / "world")
-        assert write_world(tmp_path / "world", make_world_config(record["config"]))
+        assert write_world(tmp_path / "world", WorldConfig(**record["config"]))
         assert digests(tmp_path / "world") == digests(folder)
-        assert write_world(tmp_path / "world", make_world_config(record["config"])) is False
+        assert write_world(tmp_path / "world", WorldConfig(**record["config"])) is False
 
 
 def test_the_hub_form_is_read_by_the_data_code(folder):
@@ -398,24 +398,23 @@ def test_all_wrong_knobs_are_named_at_once(tmp_path):
     path.write_text("".join(f"{key}: {value}\n" for key, value in values.items()))
     with pytest.raises(ValueError) as error:
         load_world_config(path)
-    message = str(error.value)
-    assert message.startswith(str(path))
-    assert "label_nois is not a knob" in message and "label_noise is missing" in message
-    assert "names is 'many'" in message and "sft_train is 2.5" in message
+    found = str(error.value).splitlines()
+    assert str(path) in found[0]
+    assert [line.split(":")[0].strip() for line in found[1:]] == ["names", "sft_train", "label_noise", "label_nois"]
 
 
 @pytest.mark.parametrize(
-    ("changes", "expected"),
+    "changes",
     [
-        ({"label_noise": 1.5, "names": 41}, "label_noise is 1.5: expected 0 to 1; names is 41: expected 2 to 40"),
-        ({"sft_boilerplate": 0.8, "sft_off_topic": 0.3}, "sft_boilerplate + sft_off_topic is above 1"),
-        ({"held_out_facts": 0.0}, "held_out_facts is 0.0: of 240 facts some must be held out"),
-        ({"hidden_size": 100, "num_attention_heads": 8}, "hidden_size is 100: expected a multiple of 16"),
-        ({"pairs_test": 0}, "pairs_test is 0: expected 1 to"),
-        ({"vocab_size": 100}, "vocab_size is 100: expected 262"),
+        {"label_noise": 1.5},
+        {"names": 41},
+        {"sft_boilerplate": 0.8, "sft_off_topic": 0.3},
+        {"held_out_facts": 0.0},
+        {"hidden_size": 100, "num_attention_heads": 8},
+        {"pairs_test": 0},
+        {"vocab_size": 100},
     ],
 )
-def test_values_out_of_range(changes, expected):
-    with pytest.raises(ValueError) as error:
-        make_world_config(asdict(CONFIG) | changes)
-    assert expected in str(error.value)
+def test_values_out_of_range(changes):
+    with pytest.raises(ValueError, match=next(iter(changes))):
+        WorldConfig(**asdict(CONFIG) | changes)
