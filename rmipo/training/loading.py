@@ -18,15 +18,10 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import cached_file
 from trl import get_quantization_config
 
 from rmipo.errors import UserError
 from rmipo.recipe.schema import ModelConfig
-
-# Of the keys that training and evaluation read; transformers takes some of them as they are.
-GENERATION_TYPES = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id", "top_k"), int)
-GENERATION_TYPES |= dict.fromkeys(("temperature", "top_p", "repetition_penalty"), float | int) | {"do_sample": bool}
 
 
 class LoadingError(UserError, ValueError):
@@ -39,7 +34,6 @@ def load_tokenizer(model_config: ModelConfig, chat_template: str | None = None) 
     Of several named templates it keeps the one named "default", which is saved with the model.
     """
     name = model_config.model_name_or_path
-    read_generation_config(name, model_config.model_revision)  # every program comes by here before the weights
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, revision=model_config.model_revision, trust_remote_code=False)
     except (OSError, ValueError) as error:
@@ -57,37 +51,13 @@ def load_tokenizer(model_config: ModelConfig, chat_template: str | None = None) 
     return tokenizer
 
 
-def read_generation_config(name: str | Path, revision: str = "main") -> dict:
-    """What a model's generation_config.json says; empty if it has none.
-
-    Raises LoadingError for one that isn't JSON, that transformers refuses as it loads a model, or with values of a wrong type.
-    """
+def read_generation_config(folder: str | Path) -> dict:
+    """What a model's generation_config.json says; empty if it has none. Raises LoadingError for one that isn't JSON."""
+    path = Path(folder) / "generation_config.json"
     try:
-        path = cached_file(
-            name, "generation_config.json", revision=revision,
-            _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_gated_repo=False,
-            _raise_exceptions_for_connection_errors=False,
-        )  # fmt: skip
-    except OSError as error:  # a name that can be neither a folder nor a hub id
-        raise LoadingError(_explained(name, "generation configuration", error)) from error
-    if path is None:
-        return {}
-    try:
-        content = json.loads(Path(path).read_text("utf-8"))
-        if not isinstance(content, dict):
-            raise TypeError(f"it holds {content!r}, expected an object with keys")
-        for key, kinds in GENERATION_TYPES.items():
-            values = content.get(key) if key == "eos_token_id" else [content.get(key)]
-            for value in values if isinstance(values, list) else [values]:
-                if not isinstance(value, kinds | None) or (isinstance(value, bool) and kinds is not bool):
-                    raise TypeError(f"{key} is {content[key]!r}")
-        GenerationConfig.from_dict(content)
-    except (AttributeError, TypeError, ValueError) as error:
-        raise LoadingError(
-            f"model_name_or_path: {path} can't be used ({str(error).strip()}): expected what transformers' GenerationConfig "
-            "takes. Correct the file, or remove it"
-        ) from error
-    return content
+        return json.loads(path.read_text("utf-8")) if path.is_file() else {}
+    except ValueError as error:
+        raise LoadingError(f"{path} can't be read ({error}). Correct the file, or remove it") from error
 
 
 def check_limits(

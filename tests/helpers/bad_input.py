@@ -190,12 +190,6 @@ def without_weights(bench: Bench) -> Path:
     return folder
 
 
-def generation_config(bench: Bench, text: str) -> str:
-    shutil.copytree(bench.folder / "model", bench.folder / "model-b")
-    bench.write("model-b/generation_config.json", text)
-    return bench.train(f"--model_name_or_path={bench.folder / 'model-b'}")
-
-
 def world(bench: Bench, changes: dict) -> str:
     knobs = yaml.safe_load((ROOT / "recipes/tiny/world.yaml").read_text()) | changes
     return run_program("toy", ["--config", bench.write("world.yaml", knobs)], {})
@@ -404,11 +398,6 @@ CASES = [
              ("several chat templates, chat, tool_use, and none is named default", "Set chat_template")),
     BadInput("model", "an empty folder", lambda b: b.train(f"--model_name_or_path={empty(b)}"),
              ("the tokenizer of", "can't be loaded", "Check the name or folder")),
-    BadInput("model", "a generation_config.json that is no JSON", lambda b: generation_config(b, '{"eos_token_id": '),
-             ("generation_config.json can't be used (Expecting value", "Correct the file, or remove it")),
-    BadInput("model", "a watermarking_config without a block",
-             lambda b: generation_config(b, '{"watermarking_config": 3}'),
-             ("generation_config.json can't be used ('int' object", "what transformers' GenerationConfig takes")),
     BadInput("model", "a folder without weights", lambda b: b.train(f"--model_name_or_path={without_weights(b)}"),
              ("the model of", "no file named model.safetensors", "Weights have to be safetensors")),
     BadInput("checkpoint", "the folder of a run with another learning rate",
