@@ -418,5 +418,5 @@ CASES = [
                 ROUNDS="some"),
     BadInput("world", "no such file", lambda _: run_program("toy", ["--config", "none.yaml"], {}),
              ("none.yaml: cannot be read: No such file",)),
-    BadInput("world", "a share above 1", lambda b: world(b, {"label_noise": 2}), ("label_noise is 2", "expected 0 to 1")),
+    BadInput("world", "a share above 1", lambda b: world(b, {"label_noise": 2}), ("label_noise", "world.yaml")),
 ]  # fmt: skip

@@ -123,7 +123,7 @@ def test_a_model_has_the_type_and_the_options_that_are_asked_for(tmp_path):
 def test_a_generation_configuration_that_cannot_be_read_is_named(tmp_path):
     (tmp_path / "generation_config.json").write_text('{"do_sample": ')
     for read in (own_settings, lambda folder: stop_ids(folder, None, None)):
-        with pytest.raises(LoadingError, match="generation_config.json"):
+        with pytest.raises(LoadingError, match=r"generation_config\.json"):
             read(tmp_path)
 
 
