@@ -41,6 +41,7 @@ def build_objective(block: Mapping[str, Any]) -> Objective:
     keys = [field.name for field in fields(cls)]
     problems = []
     for key in sorted(block.keys() - set(keys)):
+        # A misspelt key would leave the default in its place.
         near = difflib.get_close_matches(str(key), keys, n=1)
         hint = cls.hints.get(key) or (f"did you mean {near[0]}?" if near else f"its keys: {', '.join(keys)}")
         problems.append(f"objective.{key} is not a key of {name}: {hint}")

@@ -39,6 +39,7 @@ def _gap_state() -> State:
 
 
 def _observe_gap(state: State, gap: Tensor) -> State:
+    # One pair has no deviation: torch would give NaN, for good in a running mean.
     std = gap.std() if len(gap) > 1 else torch.zeros_like(state["gap_std"])
     return {
         **state,
@@ -194,6 +195,7 @@ class EpsilonDPO(Objective):
         return make_output(losses, chosen_rewards, rejected_rewards, running_beta=running_beta, k=k)
 
     def end_step(self, state: State, columns: Mapping[str, Tensor]) -> State:
+        # After the step, so that all micro-batches of it share one beta.
         return {"beta": state["beta"] / (1 + self.epsilon * columns["k"].double().mean().cpu())}
 
     def summarize(self, columns: Mapping[str, Tensor]) -> dict[str, float]:

@@ -171,6 +171,7 @@ def margin_loss(reward_difference: Tensor, gamma: Tensor | float = 0.0, label_sm
 
     With `label_smoothing` s, (1 - s) times that plus s times the loss of the flipped pair, -log sigmoid(-(...)).
     """
+    # logsigmoid, as the logarithm of a sigmoid is -inf for differences below -90 or so.
     losses = -logsigmoid(reward_difference - gamma)
     if label_smoothing:
         losses = (1 - label_smoothing) * losses - label_smoothing * logsigmoid(gamma - reward_difference)
@@ -195,6 +196,7 @@ def summarize_margin(name: str, columns: Mapping[str, Tensor], gamma_min: float,
     summary = {
         "gamma_mean": gamma.mean(),
         "gamma_std": gamma.std(unbiased=False),
+        # Pairs that the model ranks wrongly by PMI; often most of them.
         "gamma_at_max": (gamma > gamma_max - 1e-6).double().mean(),
         "gamma_at_min": (gamma <= gamma_min + 0.01).double().mean(),
     }

@@ -76,6 +76,7 @@ class KTO(Objective):
     def observe(self, state: State, scores: PairScores, gather: Gather = one_process, rank: int = 0) -> State:
         chosen = scores.mismatched_chosen_logps - scores.ref_mismatched_chosen_logps
         rejected = scores.mismatched_rejected_logps - scores.ref_mismatched_rejected_logps
+        # Of all processes, or the loss would depend on how many there are. Below 0 it is noise: a KL is not.
         return {"batch_kl": gather(torch.cat([chosen, rejected]).detach()).mean().clamp(min=0)}
 
     def __call__(self, scores: PairScores, state: State | None = None) -> ObjectiveOutput:

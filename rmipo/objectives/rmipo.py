@@ -106,10 +106,11 @@ def rmipo_loss(
         chosen_pmi = response_pmi(chosen_logps, prior_chosen_logps, chosen_lengths, pmi_normalization, fidelity)
         rejected_pmi = response_pmi(rejected_logps, prior_rejected_logps, rejected_lengths, pmi_normalization, fidelity)
         modulator = delta_pmi(chosen_pmi, rejected_pmi)
+    # Without detach the model could lower the loss by lowering its own margins.
     gamma = scheduled_margin(modulator.detach(), gamma_min, gamma_max, schedule, span)
     if signal == "shuffled":
         gamma = gamma.roll(1)  # pairs come in random order, so this is a shuffle in which no pair keeps its own margin
-    if not length_normalization:
+    if not length_normalization:  # of the reward alone: the margin keeps its reading of PMI
         chosen, rejected = chosen_logps, rejected_logps
     reward_difference = beta * chosen - beta * rejected
     if target == "beta":  # Table 3 without GM: the same modulation, relative to the middle of the bounds
@@ -160,7 +161,7 @@ class RMiPO(base.Objective):
             for key in ("pmi_normalization", "prior_context"):
                 if getattr(self, key) in ("sequence", "bos"):
                     raise ValueError(f"{key} is {getattr(self, key)!r}: not with fidelity 'release'; remove it")
-            object.__setattr__(self, "prior_context", "none")
+            object.__setattr__(self, "prior_context", "none")  # the class is frozen
         elif self.prior_context == "none":
             raise ValueError("prior_context is 'none': not with fidelity 'paper'; expected header or bos")
 

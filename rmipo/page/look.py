@@ -77,6 +77,7 @@ def sample(rows: Dataset, count: int) -> Dataset:
     """At most `count` of the rows, in their order."""
     if len(rows) <= count:
         return rows
+    # Always the same ones, so that two models' pages show the same pairs.
     drawn = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[:count]
     return rows.select(sorted(drawn.tolist()))
 
@@ -123,6 +124,7 @@ class Scored:
                 packed = {"given": pack_pairs(rows), "prior": pack_priors(rows, self.context)}
                 if partners and total > 1:
                     packed["other"] = pack([self.under(partner(number, total), row) for number, row in batch])
+                # As in training: rounding is part of the margin.
                 with torch.autocast(model.device.type, torch.bfloat16, enabled=self.args.bf16):
                     scored = {name: scorer.token_logps(sequence) for name, sequence in packed.items()}
                 for number, row in enumerate(rows):

@@ -41,6 +41,7 @@ def write_world(folder: Path, config: WorldConfig, pairs: dict | None = None) ->
         if found == record:
             return False
         differing = [key for key, value in record["config"].items() if found["config"].get(key) != value]
+        # Runs may have started from it: another world is never written over it.
         differing += ["the pairs (--data)"] * (found["pairs"] != record["pairs"])
         if differing:
             raise ConfigError(

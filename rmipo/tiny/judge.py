@@ -117,11 +117,12 @@ def sample(
     )
     responses = []
     model.eval()
-    with torch.random.fork_rng():
+    with torch.random.fork_rng():  # sampling amid a training must not change its dropout and order
         torch.manual_seed(seed)
         for start in tqdm(range(0, len(prompts), PROMPTS), desc="Sampling", disable=None):
             batch = prompts[start : start + PROMPTS]
             width = max(map(len, batch))
+            # Padded on the left: generation goes on at the right.
             ids = torch.tensor([[pad_id] * (width - len(prompt)) + prompt for prompt in batch])
             mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in batch])
             output = model.generate(

@@ -116,7 +116,7 @@ class World:
         for fact in self.facts:
             questions = [Question(fact, phrasing) for phrasing in range(len(PHRASINGS))]
             if fact in held_out_facts:
-                draw.shuffle(questions)
+                draw.shuffle(questions)  # else SFT would never hear the last phrasings
                 self.held_out_questions += questions[: config.held_out_phrasings]
                 self.train_questions += questions[config.held_out_phrasings :]
             else:
@@ -190,6 +190,7 @@ class World:
         if kind == "boilerplate":
             return draw.choice(BOILERPLATE)
         if kind == "off_topic":
+            # Not merely another fact: two people may share a home town.
             fact = draw.choice([other for other in self.facts if other.value != fact.value])
         return draw.choice(fact.answers)
 

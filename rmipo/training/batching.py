@@ -83,6 +83,7 @@ class StepSampler(Sampler):
         if self.seed is None:
             order = list(range(self.num_pairs))
         else:
+            # Every process draws the same order, so nothing has to be exchanged.
             generator = torch.Generator().manual_seed(self.seed + self.epoch)
             order = torch.randperm(self.num_pairs, generator=generator).tolist()
         for start in range(0, self.num_pairs, self.global_batch_size):
@@ -105,7 +106,7 @@ class StepSampler(Sampler):
             elif self.regroups == "pairs":
                 rows = (parts[row : row + self.world_size] for row in range(0, len(parts), self.world_size))
                 parts = [part for row in rows for part in deal(row, self.pair_tokens)]
-        parts = parts[self.rank :: self.world_size]
+        parts = parts[self.rank :: self.world_size]  # parts of one forward stand side by side
         return [MicroBatch(tuple(part) or (step[0],), len(part), len(step)) for part in parts]
 
 
@@ -179,6 +180,7 @@ class PairDataset(Dataset):
     def __getitem__(self, micro_batch: MicroBatch) -> tuple[list[dict], MicroBatch]:
         rows = self._rows(micro_batch.indices)
         if self.mismatched:
+            # The next row, not a random one: KTO's reference terms are scored once, before training.
             partners = self._rows([(i + 1) % len(self) for i in micro_batch.indices])
             for row, partner in zip(rows, partners, strict=True):
                 row |= {f"mismatched_{side}_ids": partner[f"{side}_ids"] for side in SIDES}

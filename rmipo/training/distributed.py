@@ -21,6 +21,7 @@ class Processes:
         if self.count == 1:
             return values
         sizes = self.accelerator.gather(torch.tensor([len(values)], device=values.device)).tolist()
+        # accelerate gathers tensors of one shape only.
         padded = values.new_zeros((max(sizes), *values.shape[1:]))
         padded[: len(values)] = values
         parts = self.accelerator.gather(padded).split(max(sizes))
@@ -28,6 +29,7 @@ class Processes:
 
     def gather_columns(self, batches: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
         """Per-pair columns of all micro-batches and processes: `{name: (pairs,)}` on the CPU."""
+        # One table and one exchange; sorted, as processes must agree on the order of its columns.
         names = sorted(batches[0])
         table = torch.cat([torch.stack([batch[name] for name in names], dim=1) for batch in batches])
         return dict(zip(names, self.gather(table).cpu().unbind(1), strict=True))

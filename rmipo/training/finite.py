@@ -38,6 +38,7 @@ def raise_if_not_finite(
         for row, value, finite in zip(micro_batch.rows, loss.tolist(), loss.isfinite().tolist(), strict=False)
         if not finite
     ]
+    # Each process writes its own: the pairs are on different machines.
     path = Path(output_dir) / f"non_finite_rank{processes.rank}.json"
     rows = [micro_batch.rows for micro_batch in micro_batches]
     path.write_text(json.dumps({"step": step, "pairs": pairs, "rows": rows}, indent=1))

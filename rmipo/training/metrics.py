@@ -62,6 +62,7 @@ def step_metrics(columns: dict[str, torch.Tensor], objective: Objective) -> dict
         chosen_ratio = columns["chosen_logps"] - columns["ref_chosen_logps"]
         rejected_ratio = columns["rejected_logps"] - columns["ref_rejected_logps"]
         means["common/acc_logratio"] = chosen_ratio > rejected_ratio
+    # float64: the mean of thousands of equal values is then that value.
     metrics = {name: value.double().mean().item() for name, value in means.items()}
     return metrics | objective.summarize(columns)
 

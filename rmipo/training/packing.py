@@ -78,6 +78,7 @@ class PackedSequence(TensorFields):
 
     def sum_by_response(self, values: Tensor) -> Tensor:
         """Sum `(R,)` per-token values over each response: `(S,)` float32, accumulated in float64."""
+        # float64: the loss is of small differences between sums of a thousand terms.
         sums = torch.zeros(self.num_responses, dtype=torch.float64, device=values.device)
         return sums.index_add(0, self.owner, values.double()).float()
 
@@ -101,14 +102,14 @@ def pack(groups: list[tuple[list[int], list[list[int]]]]) -> PackedSequence:
         assert prefix, "a group needs at least one context token"
         shared = len(prefix) - 1
         prefix_start = len(input_ids)
-        input_ids += prefix[:-1]
+        input_ids += prefix[:-1]  # nothing is scored here, and all branches see it
         position_ids += range(shared)
         branch_of += [-1] * shared
         for response in responses:
             if response:
                 start, length = len(input_ids), len(response)
-                input_ids.append(prefix[-1])
-                input_ids += response[:-1]
+                input_ids.append(prefix[-1])  # each branch has a copy: its output predicts the first response token
+                input_ids += response[:-1]  # the last token predicts nothing
                 position_ids += range(shared, shared + length)
                 scored += range(start, start + length)
                 labels += response

@@ -46,7 +46,7 @@ def check_parity(model: torch.nn.Module, unwrapped: PreTrainedModel, rows: list[
     rows = first_rows(rows)
     with torch.no_grad():
         plain, other = (_plain(model, unwrapped, rows, implementation) for implementation in ("sdpa", "eager"))
-        attention.attach(unwrapped, kind)
+        attention.attach(unwrapped, kind)  # last: the model is left as it trains
         packed = _packed(model, unwrapped, rows, kind)
 
     noise = (other.logps - plain.logps).abs().mean().item()

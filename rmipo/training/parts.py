@@ -104,6 +104,7 @@ class TokenizedPairs:
             raw = [given for given in rows.values() if not is_tokenized(given)]
             if raw or tokenizer.chat_template is not None:
                 tokenizer = for_plain_text(tokenizer) if raw and all(map(is_plain_text, raw)) else tokenizer
+                # A run over midnight would otherwise have two kinds of prompts.
                 freeze_date(tokenizer, datetime.date.today())
                 self.chat = ChatFormat.probe(tokenizer, self.objective.header_in_response)
         self.reports: dict[str, DataReport] = {}
@@ -258,7 +259,7 @@ def weights_of(model: ModelConfig | Loaded) -> Callable[[], str]:
 
     Those of a loaded model may differ from what its folder holds, so they are read now.
     """
-    if isinstance(model, ModelConfig):
+    if isinstance(model, ModelConfig):  # its files stay as they are, and are read only if a score is wanted
         return lambda: on_main_process(lambda: model_fingerprint(model.model_name_or_path, model.model_revision))
     fingerprint = _fingerprint_in_memory(model)
     return lambda: fingerprint
@@ -267,6 +268,7 @@ def weights_of(model: ModelConfig | Loaded) -> Callable[[], str]:
 def _fingerprint_in_memory(model: Loaded) -> str:
     digest = xxhash.xxh3_128()
     for name, parameter in model.named_parameters():
+        # Bytes, as numpy has no bfloat16.
         own = getattr(parameter, "ds_tensor", parameter)  # under ZeRO-3 a process has a part of each
         digest.update(name.encode())
         digest.update(own.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())

@@ -65,6 +65,7 @@ class ReferenceCache:
         if content != self.content or any(len(values) != num_pairs for values in columns.values()):
             print(f"reference cache {self.path} holds {content}, expected {self.content}: scored anew")
             return None
+        # A resumed run keeps its scores: half of its steps were trained against them.
         if not resuming and metadata.get("code") != code_digest():
             print(f"reference cache {self.path} was made by another version of this code or its libraries: scored anew")
             return None
@@ -118,6 +119,7 @@ class Reference:
         cache = self.cache(dataset)
         scores = on_main_process(lambda: cache.load(len(dataset), resuming))
         if scores is None:
+            # With adapters off the base model is still the initial one; other weights have moved.
             if resuming and not isinstance(trainer.model, PeftModel):
                 raise CheckpointError(
                     f"resuming {trainer.objective.name} needs the log-probabilities of the initial policy, but "
@@ -166,6 +168,7 @@ class Reference:
                 values |= {f"{prefix}chosen_logps": chosen, f"{prefix}rejected_logps": rejected}
             scored.append({name: value[: cut.real].double() for name, value in values.items()})
         columns = trainer.processes.gather_columns(scored)
+        # Processes scored every n-th pair: back in the order of the dataset.
         order = columns.pop("index").argsort()
         return {name: values[order].float() for name, values in columns.items()}
 

@@ -44,6 +44,7 @@ def response_logps(model: torch.nn.Module, packed: PackedSequence, kind: str, co
 def forward_inputs(packed: PackedSequence, kind: str, config) -> dict:
     """Arguments of the model's forward that lay out `packed`."""
     packed = packed.padded(attention.BLOCK) if kind == "flex" else packed
+    # Positions restart in every group and branch; without them a branch would continue the one before.
     layout = {"input_ids": packed.input_ids, "position_ids": packed.position_ids, "use_cache": False}
     return layout | attention.forward_kwargs(kind, packed, config)
 
@@ -64,7 +65,7 @@ class Scorer:
         return self
 
     def __exit__(self, *error) -> None:
-        attention.attach(self.model, "plain")
+        attention.attach(self.model, "plain")  # so that the model can generate again
 
     @torch.no_grad()
     def token_logps(self, packed: PackedSequence) -> list[torch.Tensor]:
@@ -138,6 +139,7 @@ def perturbed_logratios(
         policy, reference = (z[start : start + chunk].float() for z in (logits, reference_logits))
         labels = packed.labels[start : start + chunk]
         for sign, values in parts.items():
+            # (1 + e) z - e z_ref = z + e (z - z_ref), and with -e the other one.
             values.append(-F.cross_entropy(policy + sign * (policy - reference), labels, reduction="none"))
     plus, minus = (split_pairs(packed.sum_by_response(torch.cat(values))) for values in parts.values())
     return plus[0] - plus[1], minus[0] - minus[1]

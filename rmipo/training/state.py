@@ -68,5 +68,6 @@ def rotate(complete: list[Path], marker: str, limit: int, keep: str | None = Non
     """Delete the `complete` checkpoints but the `limit` newest and `keep`; the marker goes first."""
     for folder in complete[:-limit]:
         if keep is None or folder != Path(keep):
+            # Killed in between, the folder counts as incomplete and not as a checkpoint with files missing.
             (folder / marker).unlink()
             shutil.rmtree(folder)

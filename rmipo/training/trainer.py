@@ -173,6 +173,7 @@ class PreferenceTrainer(EndsWithItsLastStep):
         """
         # Line 3: a batch of preference pairs.
         micro_batches = [micro_batch.to(self.args.device) for micro_batch in inputs]
+        # Once per step: delta_pmi needs no gradient (App. B), and the weights don't change within a step.
         # Line 5, without gradient: log pi(y_w), log pi(y_l).
         hoisted = self.score_without_gradient(model, micro_batches)
         model.train()
@@ -194,6 +195,7 @@ class PreferenceTrainer(EndsWithItsLastStep):
             losses.append(output.losses.detach())
             columns.append(columns_of(scores, output))
             self.window.add(columns[-1], tokens=micro_batch.pairs.length)
+        # Before the optimizer: a NaN would be in every weight after its step.
         raise_if_not_finite(losses, micro_batches, processes, self.args.output_dir, self.state.global_step + 1)
         if self.objective_state:
             self.objective_state = self.objective.end_step(self.objective_state, processes.gather_columns(columns))
@@ -283,6 +285,7 @@ class PreferenceTrainer(EndsWithItsLastStep):
 
     def _loader(self, dataset: PairDataset, **cut) -> DataLoader:
         sampler = StepSampler(len(dataset), rank=self.args.process_index, world_size=self.args.world_size, **cut)
+        # Not prepared by accelerate: the sampler gives each process its own share already.
         return DataLoader(
             dataset,
             batch_sampler=sampler,
@@ -292,6 +295,7 @@ class PreferenceTrainer(EndsWithItsLastStep):
         )
 
     def get_total_train_batch_size(self, args: PairConfig) -> int:
+        # The Trainer would multiply by its own accumulation, which is 1 here.
         return self.global_batch_size
 
     # ------------------------------------------------------------------ start, checkpoints, evaluation, logging
@@ -318,11 +322,13 @@ class PreferenceTrainer(EndsWithItsLastStep):
             )
         if self.pairs.chat is not None and self.is_world_process_zero():
             print(self.pairs.example())
+        # Parity first: scoring the reference takes minutes to hours, and would use the same kernels.
         self._check_parity(self.train_dataset)
         for dataset in (self.train_dataset, *self._eval_datasets()):
             self.reference.add_scores(dataset, resuming=resume_from_checkpoint is not None)
         if resume_from_checkpoint is not None:
             self.objective_state = load_objective_state(resume_from_checkpoint, self._decisive())
+        # Loading and scoring are no part of the first line's tokens per second.
         self.window = LogWindow()
         return prepared
 
@@ -408,7 +414,7 @@ class PreferenceTrainer(EndsWithItsLastStep):
             micro_batches = [micro_batch.to(self.args.device) for micro_batch in inputs]
             hoisted = self.score_without_gradient(model, micro_batches)
             for micro_batch, known in zip(micro_batches, hoisted, strict=True):
-                with torch.no_grad():
+                with torch.no_grad():  # and no `observe`: running statistics are those of training
                     scores = self.score(model, micro_batch, known)
                     columns.append(columns_of(scores, self.objective(scores, self.objective_state)))
             self.callback_handler.on_prediction_step(self.args, self.state, self.control)
@@ -427,11 +433,12 @@ class PreferenceTrainer(EndsWithItsLastStep):
             tokens = self.processes.gather(torch.tensor([self.window.tokens], device=self.args.device)).sum().item()
             logs |= step_metrics(self.processes.gather_columns(self.window.columns), self.objective)
             logs |= {"tokens_per_second": tokens / seconds, "peak_memory_gib": peak_memory_gib(self.args.device)}
-            self.window = LogWindow()
+            self.window = LogWindow()  # the next line is about the pairs after this one
         super().log(logs, start_time)
 
     def floating_point_ops(self, inputs: list[PackedMicroBatch]) -> int:
         """Of the matrix products: 6 per parameter and token with gradients, 2 without."""
+        # A shared prompt is computed once, so packed positions count and not tokens of the pairs.
         with_gradient = sum(micro_batch.pairs.length for micro_batch in inputs)
         others = [packed for micro_batch in inputs for packed in (micro_batch.prior, micro_batch.mismatched) if packed]
         return self.num_non_embedding_parameters * (6 * with_gradient + 2 * sum(packed.length for packed in others))
