@@ -52,7 +52,7 @@ LINES = {
     "scripts": 1720,  # aim: 1100
     "benchmarks": 1350,  # aim: 800
     "examples": 160,
-    "tests": 22330,  # aim: 14000
+    "tests": 22270,  # aim: 14000
 }
 
 
