@@ -19,10 +19,10 @@ from pathlib import Path
 from rmipo import cli
 from rmipo.evaluation import BENCHMARKS
 from rmipo.reporting.filling import fill
-from rmipo.reporting.render import FORMATS
+from rmipo.reporting.paired import win_rates
+from rmipo.reporting.render import FORMATS, render_wins
 from rmipo.reporting.results import OURS, ReportError, check_model
 from rmipo.reporting.tables import TABLES, benchmark_table, build_table
-from rmipo.reporting.wins import render, win_rates
 
 
 def main() -> None:
@@ -55,7 +55,7 @@ def main() -> None:
 
     if args.wins:
         bench = benches[0] if benches else "alpacaeval"
-        texts, name = render(*win_rates(args.outputs, args.model, bench, args.eval_name)), f"wins-{bench}"
+        texts, name = render_wins(*win_rates(args.outputs, args.model, bench, args.eval_name)), f"wins-{bench}"
     else:
         if args.number is not None:
             table, name = build_table(args.number, [args.model] if args.model else []), f"table{args.number}"

@@ -1,10 +1,9 @@
-"""What several figures compute and say: densities, distances, smoothing, notes under a figure."""
+"""What several figures compute and say: densities, distances, notes under a figure."""
 
 import textwrap
 from collections.abc import Iterable
 
 import numpy as np
-import pandas as pd
 from matplotlib.figure import Figure
 
 
@@ -20,12 +19,9 @@ def density(
         quartiles = np.quantile(values, [0.25, 0.75])
         spreads = [spread for spread in (values.std(), (quartiles[1] - quartiles[0]) / 1.34) if spread > 0]
         bandwidth = 0.9 * min(spreads, default=1e-3) * len(values) ** -0.2
-    result = np.zeros(len(grid))
-    images = [values] + [2 * bound - values for bound in (low, high) if np.isfinite(bound)]
-    for image in images:
-        for chunk in np.array_split(image, max(1, len(image) // 4096)):  # bounds memory at grid x 4096
-            result += np.exp(-0.5 * ((grid[:, None] - chunk[None, :]) / bandwidth) ** 2).sum(axis=1)
-    result /= len(values) * bandwidth * np.sqrt(2 * np.pi)
+    images = np.concatenate([values, *(2 * bound - values for bound in (low, high) if np.isfinite(bound))])
+    kernels = [np.exp(-0.5 * ((point - images) / bandwidth) ** 2).sum() for point in grid]
+    result = np.array(kernels) / (len(values) * bandwidth * np.sqrt(2 * np.pi))
     return np.where((grid >= low) & (grid <= high), result, 0.0)
 
 
@@ -38,11 +34,6 @@ def jitter(differences: np.ndarray, seed: int = 0) -> np.ndarray:
     distinct = np.unique(np.round(differences, 6))  # 0.3 - 0.2 and 0.2 - 0.1 are the same step
     step = np.diff(distinct).min() if len(distinct) > 1 else 1.0
     return differences + np.random.default_rng(seed).uniform(-step / 2, step / 2, size=len(differences))
-
-
-def smooth(values: np.ndarray, window: int) -> np.ndarray:
-    """Mean of the last `window` values at each step (fewer at the start)."""
-    return pd.Series(values).rolling(window, min_periods=1).mean().to_numpy()
 
 
 def wasserstein(a: np.ndarray, b: np.ndarray, points: int = 2001) -> float:

@@ -10,6 +10,7 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from rmipo.objectives import RMiPO
 from rmipo.objectives.rmipo import SCHEDULES, scheduled_margin
 from rmipo.plots import BLUE, GREEN, GREY, ORANGE, PURPLE, RED, house_style, method_color, panel_letter, panels
 from rmipo.reporting.figures import density, footnotes, jitter, wasserstein
@@ -17,7 +18,6 @@ from rmipo.reporting.pair_scores import AT_MAX, AT_MIN, Reading
 from rmipo.reporting.results import method_label
 
 BEHIND_TEXT = {"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 0.5}
-PAPER_GAMMA_PEAKS = {"mistral-7b-instruct": 0.4, "llama3-8b-instruct": 1.4}  # App. D, Figure 8 right
 
 
 def window(samples: list[np.ndarray], share: float = 0.99) -> np.ndarray:
@@ -109,11 +109,8 @@ def distance_interval(values: np.ndarray, judged: np.ndarray, resamples: int = 2
 @house_style
 def figure8(
     readings: dict[str, Reading],
-    gamma_min: float,
-    gamma_max: float,
+    objective: RMiPO,
     title: str,
-    schedule: str = "exponential",
-    span: float = 2.0,
     paper_peak: float | None = None,
     notes: Iterable[str] = (),
 ) -> Figure:
@@ -126,14 +123,14 @@ def figure8(
     specs = axes[0].get_gridspec()
     for axis in axes[0::3]:
         axis.remove()
-    draw_schedules(figure.add_subplot(specs[:, 0]), gamma_min, gamma_max, schedule, span)
+    draw_schedules(figure.add_subplot(specs[:, 0]), objective)
     for signal, gamma, letter, (name, reading) in zip(axes[1::3], axes[2::3], "bcd", readings.items(), strict=False):
         grid = window([reading.delta_pmi], 0.98)
         draw_density(signal, grid, density(reading.delta_pmi, grid), BLUE)
         mark_zero(signal)
         signal.set_yticks([])
         panel_letter(signal, letter, name)
-        draw_gamma(gamma, reading.gamma, gamma_min, gamma_max, paper_peak)
+        draw_gamma(gamma, reading.gamma, objective.gamma_min, objective.gamma_max, paper_peak)
         gamma.set_title(f"mean {reading.gamma.mean():.2f}", loc="right")
     for axis in axes[2:-1:3]:
         axis.tick_params(labelbottom=False)
@@ -144,14 +141,14 @@ def figure8(
     return figure
 
 
-def draw_schedules(axis: Axes, gamma_min: float, gamma_max: float, own: str, span: float) -> None:
-    signal = torch.linspace(-1, 4, 501)
+def draw_schedules(axis: Axes, objective: RMiPO) -> None:
+    signal, low, high = torch.linspace(-1, 4, 501), objective.gamma_min, objective.gamma_max
     colors = {"exponential": RED, "linear": BLUE, "cosine": GREEN, "constant": ORANGE}
     for schedule in SCHEDULES:
-        margin = scheduled_margin(signal, gamma_min, gamma_max, schedule, span)
-        width, line = (2, "-") if schedule == own else (1, "--")
+        margin = scheduled_margin(signal, low, high, schedule, objective.span)
+        width, line = (2, "-") if schedule == objective.schedule else (1, "--")
         axis.plot(signal, margin, color=colors[schedule], linewidth=width, linestyle=line, label=schedule)
-    axis.set_yticks(sorted({gamma_min, gamma_max, round((gamma_min + gamma_max) / 2, 4)}))
+    axis.set_yticks(sorted({low, high, round((low + high) / 2, 4)}))
     axis.set_xlabel(r"$\Delta$pmi")
     axis.set_ylabel(r"$\gamma$")
     axis.margins(x=0)

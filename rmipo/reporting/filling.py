@@ -1,22 +1,15 @@
-"""A table filled with our results: each number with its error and notes, or the commands that make it."""
+"""A table filled with our results: each number with its error, or the commands that make it."""
 
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from statistics import mean, stdev
 
 import pandas as pd
 
-from rmipo.evaluation import BENCHMARKS, benchmark_of, metric_label
+from rmipo.evaluation import BENCHMARKS, benchmark_of
 from rmipo.evaluation.statistics import holm
-from rmipo.reporting.paired import interval_text, paired_difference, paired_line
-from rmipo.reporting.provenance import (
-    TRIAL,
-    deviations,
-    made_with,
-    missing_note,
-    missing_verdicts,
-    require_comparable,
-)
+from rmipo.reporting.paired import paired_difference
+from rmipo.reporting.provenance import TRIAL, deviations, require_comparable
 from rmipo.reporting.results import (
     OURS,
     Result,
@@ -31,154 +24,98 @@ from rmipo.reporting.results import (
 )
 from rmipo.reporting.tables import Table
 
-
-@dataclass(frozen=True)
-class FilledTable:
-    """`cells` are the table's with these columns more:
-
-    digits      to be printed
-    ours        NaN where `commands` (in this order) have yet to be run, or where nothing fills it (no commands)
-    error       standard error of the evaluation; with several seeds, their standard deviation
-    results     what `ours` is the mean of, one for each seed
-    difference  ours minus the paper's, where both were made in the same way
-    behind      the number of the method `against` minus this one, paired by prompts, where both have values per prompt;
-                `p` is its p-value, corrected by Holm for all of the table
-    deviations  why ours can't stand beside the paper's
-    missing     how many verdicts it leaves out, and where
-    best        whether it is the best of its column
-    """
-
-    table: Table
-    cells: pd.DataFrame
-    against: str
-    remarks: tuple[str, ...] = ()  # of this filling, beside the table's own notes
-
-    def made_with(self) -> list[str]:
-        return made_with({result.path: result for results in self.cells["results"] for result in results}.values())
-
-    def paired(self) -> list[str]:
-        """The method `against` and each other prompt by prompt, a line for each model and metric; nothing without any."""
-        lines = []
-        for (model, metric), alike in self.cells.dropna(subset="behind").groupby(["model", "metric"], sort=False):
-            texts = [(cell.method, interval_text(cell.behind, cell.digits, cell.p)) for cell in alike.itertuples()]
-            lines += paired_line(f"{metric_label(metric)} of {model_label(model)}", texts)
-        return lines
-
-    def marks(self) -> list[str]:
-        """What the marks in the cells mean."""
-        counts = self.cells["results"].map(len)
-        notes = []
-        if (self.cells["error"].notna() & (counts == 1)).any():
-            notes.append("±: standard error of the evaluation.")
-        if seeds := sorted({count for count in counts if count > 1}):
-            notes.append(f"Mean ± standard deviation over {' or '.join(map(str, seeds))} seeds where (n) says so.")
-        if self.cells["behind"].notna().any():
-            notes.append("*, **, ***: a difference with p below 0.05, 0.01, 0.001, by Holm for all of the table.")
-        if self.cells["deviations"].map(len).any():
-            unlike = "not evaluated as in the paper, so no difference is printed unless asked for"
-            notes.append(f"†: {'a trial' if self.table.number is None else unlike}.")
-        if (self.cells["ours"].isna() & (self.cells["commands"].map(len) == 0)).any():
-            notes.append("n/a: no such number. The length-controlled model knows AlpacaEval's own instructions alone.")
-        return notes
-
-    def notes(self) -> list[str]:
-        """What has to be said under the table, each once."""
-        unlike = dict.fromkeys(text for texts in self.cells["deviations"] for text in texts)
-        said = missing_note(text for texts in self.cells["missing"] for text in texts)
-        return [
-            *self.marks(),
-            *(f"† {text}" for text in unlike),
-            *said,
-            *self.made_with(),
-            *self.remarks,
-            *self.table.notes,
-        ]
+LC = "alpacaeval2_lc"
 
 
-def fill(
-    table: Table, outputs: Path, all_differences: bool = False, name: str = "", against: str = OURS
-) -> FilledTable:
-    """Read the result files behind every cell, of the evaluations with the EVAL_NAME `name`.
+def fill(table: Table, outputs: Path, all_differences: bool = False, name: str = "", against: str = OURS) -> Table:
+    """The table from the evaluations with the EVAL_NAME `name`; its cells then have these columns too:
 
-    Raises ReportError where result files can't be compared (see `provenance`). `all_differences`: also to numbers that the
-    paper made in another way.
+    bench, digits  the benchmark of the metric, and how many digits are printed
+    results        what `ours` is the mean of, one for each seed
+    ours           NaN where `commands` (in this order) have yet to be run, or where nothing fills it (no commands)
+    error          standard error of the evaluation; with several seeds, their standard deviation
+    deviations     why ours can't stand beside the paper's
+    difference     ours minus the paper's, where both were made in the same way, or of all with `all_differences`
+    behind         the number of the method `against` minus this one, paired by prompts, where both have values per
+                   prompt; `p` is its p-value, corrected by Holm for all of the table
+    best           whether it is the best of its column
+
+    Raises ReportError if the results can't be compared with each other (see `provenance`).
     """
     cells = table.cells.assign(bench=[benchmark_of(metric).name for metric in table.cells["metric"]])
     runs = {model: find_runs(outputs, model) for model in cells["model"].unique()}
     # Each file is read once, whatever number of cells it fills.
     keys = cells[["model", "method", "bench"]].drop_duplicates().itertuples(index=False, name=None)
-    results = {key: load_results(outputs, *key, runs[key[0]], name) for key in keys}
-    require_comparable("this table", [result for found in results.values() for result in found])
-    own = table.number is None
+    found = {key: load_results(outputs, *key, runs[key[0]], name) for key in keys}
+    require_comparable("this table", [result for results in found.values() for result in results])
 
-    def numbers(cell) -> dict:
-        metric = BENCHMARKS[cell.bench].metrics[cell.metric]
-        found = results[cell.model, cell.method, cell.bench]
-        having = [result for result in found if cell.metric in result.metrics]
-        filled = {"digits": metric.digits, "results": having, "commands": (), "deviations": (), "missing": ()}
-        if not having:
-            if not found:
-                return filled | {"commands": missing_commands(outputs, cell, name)}
-            return filled | {"commands": () if own else commands_for_metric(found[0], cell, name)}
-        values = [result.metrics[cell.metric] for result in having]
-        unlike = dict.fromkeys(text for result in having for text in deviations(result))
+    def with_metric(cell) -> list[Result]:
+        return [r for r in found[cell.model, cell.method, cell.bench] if cell.metric in r.metrics]
+
+    def unlike(results: list[Result]) -> tuple[str, ...]:
+        texts = dict.fromkeys(text for result in results for text in deviations(result))
         # A table of our own has no paper to stand beside: there only a trial has to be told from the benchmark.
-        filled["deviations"] = tuple(text for text in unlike if not own or text.startswith(TRIAL))
-        filled["missing"] = tuple(text for result in having for text in missing_verdicts(result))
-        filled["ours"] = mean(values)
-        filled["error"] = stdev(values) if len(values) > 1 else having[0].metrics.get(f"{cell.metric}_standard_error")
-        if all_differences or not filled["deviations"]:
-            filled["difference"] = filled["ours"] - cell.paper  # NaN where the paper prints nothing
-        return filled
+        return tuple(text for text in texts if not table.own or text.startswith(TRIAL))
 
-    columns = ["digits", "ours", "error", "results", "difference", "commands", "deviations", "missing"]
-    filled = pd.DataFrame([numbers(cell) for cell in cells.itertuples()], columns=columns)
-    # A table without any number would have columns of objects, which can't be compared with NaN.
-    filled = filled.astype({"ours": float, "error": float, "difference": float})
-    cells = compare_paired(pd.concat([cells, filled], axis=1), against)
-    remarks: tuple[str, ...] = ()
+    def commands(cell) -> tuple[str, ...]:
+        return () if cell.results else missing_commands(outputs, cell, found[cell.model, cell.method, cell.bench], name)
+
+    cells["digits"] = [BENCHMARKS[c.bench].metrics[c.metric].digits for c in cells.itertuples()]
+    cells["results"] = [with_metric(c) for c in cells.itertuples()]
+    cells["ours"] = [mean(r.metrics[c.metric] for r in c.results) if c.results else None for c in cells.itertuples()]
+    cells["error"] = [error_of(c.results, c.metric) for c in cells.itertuples()]
+    cells["deviations"] = [unlike(results) for results in cells["results"]]
+    cells["commands"] = [commands(c) for c in cells.itertuples()]
+    # Without any number these would be columns of objects, which can't be subtracted.
+    cells = cells.astype({"ours": float, "error": float})
+    compared = cells["deviations"].map(len).eq(0) | all_differences
+    cells["difference"] = (cells["ours"] - cells["paper"]).where(compared)
+    cells["behind"], cells["p"] = compare_paired(cells, against)
+    notes = table.notes
     if table.ranked:
-        cells, remarks = append_averages(cells)
+        cells, more = append_averages(cells)
+        notes = (*more, *notes)
     # Averages are no metric of a benchmark, and of a length neither more nor less is better: no best there.
     better = [getattr(BENCHMARKS[c.bench].metrics.get(c.metric), "better", None) for c in cells.itertuples()]
     signed = cells["ours"] * pd.Series([{True: 1, False: -1}.get(kind) for kind in better], index=cells.index)
     cells["best"] = signed == signed.groupby([cells["group"], cells["column"]]).transform("max")
-    return FilledTable(table, cells, against, remarks)
+    return replace(table, cells=cells, notes=notes, against=against)
 
 
-def compare_paired(cells: pd.DataFrame, against: str) -> pd.DataFrame:
-    """The cells with `behind` and `p`."""
-    ours = {(c.model, c.metric): c.results for c in cells.itertuples() if c.method == against}
-
-    def behind(cell):
-        reference = ours.get((cell.model, cell.metric), [])
-        return None if cell.method == against else paired_difference(reference, cell.results, cell.metric)
-
-    cells = cells.assign(behind=pd.Series([behind(cell) for cell in cells.itertuples()], dtype=object), p=1.0)
-    known = cells["behind"].notna()
-    # Whoever looks for the largest difference of a table has compared all of them.
-    cells.loc[known, "p"] = holm([found.p for found in cells.loc[known, "behind"]])
-    return cells
+def error_of(results: list[Result], metric: str) -> float | None:
+    if len(results) > 1:
+        return stdev(result.metrics[metric] for result in results)
+    return results[0].metrics.get(f"{metric}_standard_error") if results else None
 
 
-def commands_for_metric(result: Result, cell, name: str) -> tuple[str, ...]:
-    """What adds a metric to a finished result: LC where it was switched off; nothing does for a stand-in's prompts."""
-    evaluate = eval_command(cell.model, cell.method, result.bench, name)
-    if cell.metric == "alpacaeval2_lc":
-        if result.settings.get("reference") is not None:
-            return ()
-        evaluate += " ARGS='--set alpacaeval.length_controlled=true'"
-    return f"rm {result.path}", evaluate
-
-
-def missing_commands(outputs: Path, cell, name: str) -> tuple[str, ...]:
-    """What to run for a result that isn't there: first the training, where that isn't finished either."""
+def missing_commands(outputs: Path, cell, found: list[Result], name: str) -> tuple[str, ...]:
+    """What fills a cell without a number; `found` are the results of its evaluation, which may lack this metric."""
     model, method = cell.model, cell.method
+    evaluate = eval_command(model, method, cell.bench, name)
+    if found and cell.metric == LC:  # it was switched off; of a stand-in's prompts there is none
+        again = (f"rm {found[0].path}", f"{evaluate} ARGS='--set alpacaeval.length_controlled=true'")
+        return () if found[0].settings.get("reference") else again
+    if found:
+        return (evaluate,) if BENCHMARKS[cell.bench].parts else ()  # only parts can be added to a result
     if method == "initial":
         train, trained = sft_command(model), is_trained(outputs, model, "sft")
     else:
         train, trained = train_command(model, method), is_trained(outputs, model, method)
-    return ((train,) if train and not trained else ()) + (eval_command(model, method, cell.bench, name),)
+    return (train, evaluate) if train and not trained else (evaluate,)
+
+
+def compare_paired(cells: pd.DataFrame, against: str) -> tuple[pd.Series, pd.Series]:
+    """The columns `behind` and `p`."""
+    ours = {(c.model, c.metric): c.results for c in cells.itertuples() if c.method == against}
+    found = [
+        None if c.method == against else paired_difference(ours.get((c.model, c.metric), []), c.results, c.metric)
+        for c in cells.itertuples()
+    ]
+    behind, p = pd.Series(found, index=cells.index, dtype=object), pd.Series(1.0, index=cells.index)
+    known = behind.notna()
+    # Whoever looks for the largest difference of a table has compared all of them.
+    p[known] = holm([difference.p for difference in behind[known]])
+    return behind, p
 
 
 def average_ranks(scores: pd.DataFrame) -> pd.Series:
@@ -186,26 +123,28 @@ def average_ranks(scores: pd.DataFrame) -> pd.Series:
     return scores.rank(ascending=False, method="min").mean(axis=1)
 
 
-def append_averages(cells: pd.DataFrame) -> tuple[pd.DataFrame, tuple[str, ...]]:
-    """Table 2's average score and average rank of each row; ranks among fewer methods get no difference."""
+def append_averages(cells: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
+    """Table 2's average score and average rank of each row, and notes; ranks among fewer methods get no difference."""
     printed = paper_table("table2").set_index(["setting", "method"])
-    appended, remarks = [], []
+    parts, notes = [cells], []
     for model, of_model in cells.groupby("model", sort=False):
         scores = of_model.pivot(index="method", columns="metric", values="ours")
         complete = scores.dropna()  # an average over fewer columns would be another number
-        averages = {"avg_score": complete.mean(axis=1), "avg_rank": average_ranks(complete)}
         partly = 0 < len(complete) < len(scores)
         if partly:
             many = f"{len(complete)} of {len(scores)}"
-            remarks.append(f"{model_label(model)}: ranks among {many} methods, so no difference is printed.")
-        for method, row in of_model.groupby("method", sort=False):
-            for metric, column in (("avg_score", "Avg. Score"), ("avg_rank", "Avg. Rank")):
-                ours, paper = averages[metric].get(method), printed[metric].get((model, method))
-                compared = row["difference"].notna().all() and not (partly and metric == "avg_rank")
-                cell = row.iloc[0].to_dict() | {"column": column, "metric": metric, "ours": ours, "paper": paper}
-                cell |= {"error": None, "behind": None, "p": 1.0, "difference": ours - paper if compared else None}
-                for name in ("commands", "missing"):
-                    cell[name] = tuple(dict.fromkeys(each for of_cell in row[name] for each in of_cell))
-                appended.append(cell)
-    numbers = dict.fromkeys(("ours", "error", "paper", "difference"), float)
-    return pd.concat([cells, pd.DataFrame(appended).astype(numbers)], ignore_index=True), tuple(remarks)
+            notes.append(f"{model_label(model)}: ranks among {many} methods, so no difference is printed.")
+        by_method = of_model.groupby("method", sort=False)
+        comparable = by_method["difference"].count() == scores.shape[1]
+        averages = (
+            ("avg_score", "Avg. Score", complete.mean(axis=1), comparable),
+            ("avg_rank", "Avg. Rank", average_ranks(complete), comparable & (not partly)),
+        )
+        for metric, column, ours, compared in averages:
+            rows = of_model.drop_duplicates("method").set_index("method")
+            rows = rows.assign(metric=metric, column=column, ours=ours, error=float("nan"), behind=None, p=1.0)
+            rows["paper"] = [printed[metric].get((model, method), float("nan")) for method in rows.index]
+            rows["difference"] = (rows["ours"] - rows["paper"]).where(compared)
+            rows["commands"] = by_method["commands"].agg(max)  # () is the least
+            parts.append(rows.reset_index())
+    return pd.concat(parts, ignore_index=True), notes

@@ -282,7 +282,7 @@ LINES = [
 
 
 def test_means_spreads_and_paired_differences():
-    rows = {row["method"]: row for row in comparison.summarize(LINES, "right_probability")}
+    rows = comparison.summarize(LINES, "right_probability").set_index("method").to_dict("index")
     assert rows["rmipo"]["right_probability"] == pytest.approx(0.6)
     assert rows["rmipo"]["right_probability_std"] == pytest.approx(0.1)
     assert rows["rmipo"]["seconds_per_step"] == pytest.approx(1.1)
@@ -302,25 +302,24 @@ def test_the_interval_of_a_difference_is_paired_by_prompt_and_mean_over_seeds():
     answers = draw.integers(0, 3, (2, 2, 60)) / 2  # method, seed, prompt
     lines = [with_answers(line_of("rmipo", seed, 0.5), list(answers[0, seed])) for seed in (0, 1)]
     lines += [with_answers(line_of("dpo", seed, 0.5), list(answers[1, seed])) for seed in (0, 1)]
-    row = next(row for row in comparison.summarize(lines, "constraints_all") if row["method"] == "dpo")
+    row = comparison.summarize(lines, "constraints_all").set_index("method").loc["dpo"]
     difference = 100 * (answers[1] - answers[0]).mean(axis=0)
     means = sorted(draw.choice(difference, 60).mean() for _ in range(4000))
     assert row["difference"] == pytest.approx(difference.mean())
     assert row["difference_low"] == pytest.approx(means[100], abs=1.0)
     assert row["difference_high"] == pytest.approx(means[-100], abs=1.0)
-    assert comparison.summarize(LINES, "right_probability")[1]["difference_low"] is None
+    assert comparison.summarize(LINES, "right_probability")["difference_low"].isna().all()
 
 
 def test_a_method_ahead_by_less_than_its_interval_is_ahead_within_noise():
-    rows = comparison.summarize(LINES, "right_probability")  # DPO is ahead
-    for low, said in ((0.01, "seeds)."), (0.0, "seeds, within noise)."), (-0.01, "seeds, within noise).")):
-        rows = [row | {"difference_low": low, "difference_high": 0.2} for row in rows]
-        assert f"Ahead of it: DPO (2 of 3 {said}" in comparison.findings(rows, "right_probability")
-    (simpo,) = [row for row in rows if row["method"] == "simpo"]
-    for high, said in ((-0.01, "."), (0.01, ". Behind it within noise: SimPO.")):
-        of_simpo = simpo | {"difference_low": -0.2, "difference_high": high}
-        found = comparison.findings([row for row in rows if row != simpo] + [of_simpo], "right_probability")
-        assert found.endswith(f"Ahead of it: DPO (2 of 3 seeds, within noise){said}")
+    rows = comparison.summarize(LINES, "right_probability").sort_values("right_probability", ascending=False)
+    for dpo, simpo, said in (
+        ((0.01, 0.2), (-0.2, -0.01), "seeds)."),
+        ((0.0, 0.2), (-0.2, -0.01), "seeds, within noise)."),
+        ((-0.01, 0.2), (-0.2, 0.01), "seeds, within noise). Behind it within noise: SimPO."),
+    ):
+        rows[["difference_low", "difference_high"]] = [dpo, (0.0, 0.0), simpo]  # DPO is ahead, SimPO behind
+        assert comparison.findings(rows, "right_probability").endswith(f"Ahead of it: DPO (2 of 3 {said}")
 
 
 def test_the_table_says_who_is_ahead_and_marks_ends_of_the_range():

@@ -91,7 +91,7 @@ def test_figures_of_pairs_say_how_they_were_made(outputs, monkeypatch, number):
     monkeypatch.chdir(outputs.parent)
     script = runpy.run_path(str(ROOT / "scripts/figure.py"))
     given = {"number": number, "model": "tiny", "method": None, "data": None, "split": "test", "max_pairs": 4000}
-    notes = script["draw"](
+    notes = script["FIGURES"][number](
         argparse.Namespace(outputs=Path("outputs"), metric=None, eval_name="", **given)
     ).get_supxlabel()
     for package in ("torch", "transformers"):
