@@ -37,9 +37,8 @@ Positive = Annotated[int, pydantic.Field(ge=1)]
 class PairsConfig:
     """The keys of a pairs.yaml."""
 
-    prompts: (
-        str  # hub id, folder or file; rows with `prompt` or `messages`, or preference pairs, whose prompts are taken
-    )
+    # Hub id, folder or file; rows with `prompt` or `messages`, or preference pairs, whose prompts are taken.
+    prompts: str
     oracle: dict  # see `oracles.ORACLES`
     split: str = "train"  # of a hub id or folder
     answers: Annotated[int, pydantic.Field(ge=2)] = 8  # per prompt
@@ -61,8 +60,7 @@ class PairsConfig:
         try:
             return pydantic.TypeAdapter(cls).validate_python(values)
         except pydantic.ValidationError as error:
-            problems = [f"{'.'.join(map(str, e['loc']))} is {e['input']!r}: {e['msg']}" for e in error.errors()]
-            raise PairsError("\n  ".join([f"{where}:", *problems])) from error
+            raise PairsError(f"{where}: {error}") from error
 
 
 def load_pairs_config(path: Path, arguments: list[str], prompts: str | None = None) -> PairsConfig:
@@ -102,9 +100,8 @@ def _make_pairs(model_dir: Path, generation: dict, config: PairsConfig, folder: 
     # Answers and scores
     ####################
     settings = generation | config.generation | {"seed": config.seed}
-    requests = [
-        Request(f"{p.key}-{n}", p.messages, seed=config.seed + n) for p in prompts for n in range(config.answers)
-    ]
+    numbers = range(config.answers)
+    requests = [Request(f"{p.key}-{n}", p.messages, seed=config.seed + n) for p in prompts for n in numbers]
     with Generator(model_dir, settings) as generator:
         generator.answer(requests, folder / "answers.jsonl")
     header, *rows = read_lines(folder / "answers.jsonl")
@@ -112,9 +109,8 @@ def _make_pairs(model_dir: Path, generation: dict, config: PairsConfig, folder: 
     candidates = [Candidates(p.key, p.messages, distinct_answers(p, config, answers), p.columns) for p in prompts]
     several = [c for c in candidates if len(c.answers) > 1]
     made_of = {"answers": json_fingerprint(header)}
-    scores = fill(
-        folder / "scores.jsonl", made_of | {"oracle": oracle.identity}, several, oracle.score, "scores of the oracle"
-    )
+    scored_by = made_of | {"oracle": oracle.identity}
+    scores = fill(folder / "scores.jsonl", scored_by, several, oracle.score, "scores of the oracle")
     pmi: dict[str, float] = {}
     if config.selection == "pmi":
         from rmipo.generation.likelihood import Likelihood
@@ -132,9 +128,14 @@ def _make_pairs(model_dir: Path, generation: dict, config: PairsConfig, folder: 
             dropped[chosen_rejected] += 1
         else:
             pairs.append(pair_row(prompt, *chosen_rejected, scores))
-    write_lines(
-        folder / "candidates.jsonl", (candidate_row(c, config.answers, answers, scores, pmi) for c in candidates)
-    )
+    every = [
+        {"prompt_id": c.key, "prompt": c.messages, "answers": [
+            row | {"score": scores.get(row["key"]), "pmi": pmi.get(row["key"])}
+            for row in (answers[f"{c.key}-{n}"] for n in numbers)
+        ]}
+        for c in candidates
+    ]  # fmt: skip
+    write_lines(folder / "candidates.jsonl", every)
     cut = generator.finishes.count("length")
     if not pairs:
         raise PairsError(f"{folder}: no pair came out: {dict(dropped)}; {cut} of {len(requests)} answers are cut")
@@ -197,11 +198,3 @@ def pair_row(prompt: Candidates, chosen: str, rejected: str, scores: dict[str, f
     responses = {side: [{"role": "assistant", "content": prompt.answers[key]}] for side, key in sides.items()}
     numbers = {f"score_{side}": scores[key] for side, key in sides.items()}
     return {"prompt_id": prompt.key, "prompt": prompt.messages, **responses, **numbers}
-
-
-def candidate_row(
-    prompt: Candidates, number: int, answers: dict, scores: dict[str, float], pmi: dict[str, float]
-) -> dict:
-    rows = [answers[f"{prompt.key}-{n}"] for n in range(number)]
-    rows = [{**row, "score": scores.get(row["key"]), "pmi": pmi.get(row["key"])} for row in rows]
-    return {"prompt_id": prompt.key, "prompt": prompt.messages, "answers": rows}

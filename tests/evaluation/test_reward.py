@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForSequenceClassificat
 from rmipo.errors import EvaluationError
 from rmipo.evaluation import reward
 from rmipo.evaluation.statistics import bootstrap, standard_error, wins
-from rmipo.generation.reward_model import RewardModel, RewardModelError
+from rmipo.generation.oracles import OracleError, RewardModelOracle
 from tests.helpers.tiny_model import write_model
 
 PROMPTS = 12
@@ -106,14 +106,14 @@ def test_rewards_are_not_taken_from_other_answers(outputs):
 
 
 def test_equal_answers_are_ties_whatever_padding_does_to_their_rewards(outputs, monkeypatch):
-    score = RewardModel.score
+    batch, calls = RewardModelOracle.batch, []
 
-    def uneven(self, dialogues):
+    def uneven(self, sequences):
         """Beside other answers, the last bits of a reward are others."""
-        self.scored = getattr(self, "scored", 0) + 1
-        return [(number, reward + 1e-6 * self.scored) for number, reward in score(self, dialogues)]
+        calls.append(1)
+        return [reward + 1e-6 * len(calls) for reward in batch(self, sequences)]
 
-    monkeypatch.setattr(RewardModel, "score", uneven)
+    monkeypatch.setattr(RewardModelOracle, "batch", uneven)
     evaluate(outputs, "dpo")
     (file,) = (outputs / "dpo/eval/answers").glob("*.jsonl")
     evaluate(outputs, "rmipo")
@@ -134,7 +134,7 @@ def test_a_reward_model_has_to_be_named_and_one(outputs, tmp_path):
     with pytest.raises(EvaluationError, match=r"reward\.model"):
         evaluate(outputs, "rmipo", model=None)
     write_reward_model(tmp_path / "two", num_labels=2)
-    with pytest.raises(RewardModelError, match="2 outputs"):
+    with pytest.raises(OracleError, match="2 outputs"):
         evaluate(outputs, "rmipo", model=str(tmp_path / "two"))
 
 

@@ -7,7 +7,6 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForSequenceClassificat
 
 from rmipo.errors import EvaluationError
 from rmipo.generation.oracles import Candidates, OracleError, make_oracle
-from rmipo.generation.reward_model import RewardModel, RewardModelError
 from rmipo.generation.scores import fill
 from tests.helpers.judge_server import JudgeServer
 from tests.helpers.tiny_model import write_model
@@ -16,6 +15,13 @@ DIALOGUES = [
     [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
     for question, answer in (("w1 w2 w3 w4", "w5"), ("w1", "w6 w7 w8 w9 w10 w11"), ("w2", ""), ("w2", "w3"))
 ]
+
+
+CANDIDATES = [Candidates(str(i), [asked], {str(i): told["content"]}) for i, (asked, told) in enumerate(DIALOGUES)]
+
+
+def oracle_of(folder, **settings):
+    return make_oracle({"reward_model": str(folder), "dtype": "float32", **settings})
 
 
 @pytest.fixture
@@ -49,21 +55,23 @@ def one_by_one(folder) -> list[float]:
 @pytest.mark.parametrize("pad_token_id", [None, 1, 7], ids=["none", "eos", "another"])
 def test_reward_is_that_of_the_last_token_whatever_the_pad_token(reward_model, pad_token_id):
     folder = reward_model(pad_token_id)
-    scores = dict(RewardModel(str(folder), "float32", batch_size=4).score(DIALOGUES))
-    assert [scores[i] for i in range(4)] == pytest.approx(one_by_one(folder), abs=1e-5)
+    scores = {}
+    for some in oracle_of(folder, batch_size=4).score(CANDIDATES):
+        scores |= some
+    assert [scores[str(i)] for i in range(4)] == pytest.approx(one_by_one(folder), abs=1e-5)
 
 
 def test_reward_models_that_are_none(reward_model):
-    with pytest.raises(RewardModelError, match="2 outputs"):
-        RewardModel(str(reward_model(1, num_labels=2)))
+    with pytest.raises(OracleError, match="2 outputs"):
+        next(oracle_of(reward_model(1, num_labels=2)).score(CANDIDATES))
     folder = reward_model(1)
-    long = [{"role": "user", "content": " ".join(["w1"] * 40)}, DIALOGUES[0][1]]
-    with pytest.raises(RewardModelError, match=r"4\d tokens, its context is 32"):
-        next(RewardModel(str(folder), "float32").score([*DIALOGUES, long]))
+    long = Candidates("k", [{"role": "user", "content": " ".join(["w1"] * 40)}], {"k": "w1"})
+    with pytest.raises(OracleError, match=r"4\d tokens, its context is 32"):
+        next(oracle_of(folder).score([*CANDIDATES, long]))
     torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
     with pytest.raises(OSError):  # pickles are not loaded
-        RewardModel(str(folder))
+        next(oracle_of(folder).score(CANDIDATES))
 
 
 def test_reward_model_as_oracle_names_a_score_that_is_no_number(reward_model, tmp_path):
@@ -73,7 +81,7 @@ def test_reward_model_as_oracle_names_a_score_that_is_no_number(reward_model, tm
               metadata={"format": "pt"})  # fmt: skip
     prompts = [Candidates("k", DIALOGUES[0][:1], {"k-0": "w1", "k-1": "w2"})]
     oracle = make_oracle({"reward_model": str(folder), "dtype": "float32"})
-    with pytest.raises(OracleError, match=r"answer k-\d gave the score nan"):
+    with pytest.raises(OracleError, match=r"answer k-\d.* nan"):
         list(oracle.score(prompts))
 
 
