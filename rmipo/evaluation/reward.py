@@ -13,7 +13,6 @@ from rmipo.evaluation.benchmark import DECODING, Benchmark, Metric
 from rmipo.evaluation.statistics import bootstrap, standard_error, wins
 from rmipo.fingerprints import has_weights, json_fingerprint, model_fingerprint, text_fingerprint, trained_fingerprint
 from rmipo.recipe.settings import merge_settings
-from rmipo.record import package_versions
 
 DEFAULTS = {
     "generation": {},
@@ -48,9 +47,8 @@ def run(model_dir: str | Path, output_dir: str | Path, settings: dict) -> dict:
     with Generator(model_dir, settings["generation"]) as generator:
         file = generator.file("alpacaeval", requests)
         texts = generator.answer(requests, file)
-    oracle = RewardModelOracle(
-        {"reward_model": settings["model"], "dtype": settings["dtype"], "batch_size": settings["batch_size"]}
-    )
+    oracle = RewardModelOracle({"reward_model": settings["model"], "dtype": settings["dtype"],
+                                "batch_size": settings["batch_size"]})  # fmt: skip
 
     def rewards(path: Path, answers: list[str]) -> list[float]:
         """Rewards of a file of answers, kept beside it under a name for this reward model and these answers."""
@@ -82,18 +80,9 @@ def run(model_dir: str | Path, output_dir: str | Path, settings: dict) -> dict:
         key = f"reward_wr_vs_{folder.name}"
         metrics |= {key: rate.mean, f"{key}_low": rate.low, f"{key}_high": rate.high}
         metrics[f"{key}_standard_error"] = rate.standard_error
-    settings |= {
-        "generation": generator.settings,
-        "model_fingerprint": scorer["fingerprint"],
-        "reference_sha256": text_fingerprint(reference_path.read_bytes()),
-    }
-    return {
-        "metrics": metrics,
-        "per_prompt": {"reward": ours},
-        "versions": generator.versions | package_versions("transformers", "torch"),
-        "settings": settings,
-        "fingerprint": generator.fingerprint,
-    }
+    settings["model_fingerprint"] = scorer["fingerprint"]
+    settings["reference_sha256"] = text_fingerprint(reference_path.read_bytes())
+    return generator.result(metrics, settings, per_prompt={"reward": ours})
 
 
 BENCHMARK = Benchmark(

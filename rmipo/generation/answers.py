@@ -157,6 +157,20 @@ class Generator:
         self.finishes += [answers[request.key]["finish"] for request in requests]
         return [answers[request.key]["output"] for request in requests]
 
+    def ask(self, name: str, requests: list[Request]) -> list[str]:
+        """The answers to `requests`, kept in the model's own file for them."""
+        return self.answer(requests, self.file(name, requests))
+
+    def result(self, metrics: dict, settings: dict, packages: Iterable[str] = (), **more) -> dict:
+        """What a benchmark returns, with what the answers were made with."""
+        return {
+            "metrics": metrics,
+            "versions": package_versions(*packages) | self.versions,
+            "settings": settings | {"generation": dict(self.settings)},
+            "fingerprint": self.fingerprint,
+            **more,
+        }
+
     def prompt(self, request: Request, chat: ChatFormat) -> TokenPrompt:
         ids = chat.prompt_ids(request.messages)
         temperature = self.settings["temperature"] if request.temperature is None else request.temperature

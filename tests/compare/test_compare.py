@@ -18,6 +18,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from tqdm import tqdm
 from transformers import TrainerState
 
 from rmipo.compare import run as compared
@@ -385,7 +386,7 @@ def test_a_run_that_is_killed_ends_the_comparison_with_the_way_out(study, tmp_pa
     """As Linux kills a process when memory runs out."""
     monkeypatch.setattr("rmipo.compare.log.execute", kill_itself)
     with pytest.raises(UserError, match=r"a run was killed.* the same command goes on.* WORKERS=1"):
-        list(execute_all(Log(tmp_path / "runs.jsonl", study), [run_of()], 2, {}))
+        execute_all(Log(tmp_path / "runs.jsonl", study), [run_of()], 2, tqdm(total=1))
 
 
 def kill_itself(study, run):
@@ -422,27 +423,25 @@ def test_ctrl_c_ends_a_comparison_and_its_workers_at_once(repository):
                 process.kill()
 
 
-def test_wrong_choices_are_reported_together():
-    wrong = {"METHODS": "dpo,ppo", "SEEDS": "a", "NOISE": "0.7", "WORKERS": "0"}
-    done = run_here("compare", env={"MODEL": "tiny", **wrong})
-    assert done.code == 2
-    for part in ("'ppo' is not one of", "SEEDS='a'", "NOISE='0.7'", "WORKERS='0'"):
-        assert part in done.err
+@pytest.mark.parametrize(
+    ("env", "named"),
+    [
+        ({"METHODS": "dpo,ppo"}, "METHODS='dpo,ppo'"),
+        ({"METHODS": ","}, "METHODS=','"),
+        ({"SEEDS": "a"}, "SEEDS='a'"),
+        ({"NOISE": "0.7"}, "NOISE='0.7'"),
+        ({"NOISE": "0,0.15"}, "NOISE='0,0.15'"),  # elsewhere a run "with noise" would be trained on clean labels
+    ],
+)
+def test_wrong_choices_are_named(env, named):
+    with pytest.raises(ConfigError, match=named):
+        read_choices(env, swaps_labels=False)
 
 
-def test_labels_are_swapped_in_the_tiny_world_alone():
-    """Elsewhere a run "with noise" would be trained on clean labels."""
-    assert read_choices({}, 2, swaps_labels=True)[2] == [0.0, 0.15]
-    assert read_choices({"METHODS": "simpo dpo"}, 2, swaps_labels=False) == (
-        ["rmipo", "dpo", "simpo"],
-        [0, 1, 2],
-        [0.0],
-        2,
-    )
-    with pytest.raises(ConfigError, match="METHODS=',' names none of"):
-        read_choices({"METHODS": ","}, 2, swaps_labels=False)
-    with pytest.raises(ConfigError, match=r"NOISE='0,0.15': only the labels of the tiny world are swapped"):
-        read_choices({"NOISE": "0,0.15"}, 2, swaps_labels=False)
+def test_choices_and_their_defaults():
+    assert read_choices({}, swaps_labels=True) == (list(METHODS), [0, 1, 2], [0.0, 0.15])
+    chosen = read_choices({"METHODS": "simpo dpo", "SEEDS": "3"}, swaps_labels=False)
+    assert chosen == (["rmipo", "dpo", "simpo"], [3], [0.0])
 
 
 @pytest.mark.parametrize(("given", "used"), [(None, "0"), ("2,3", "2"), ("", "")])
