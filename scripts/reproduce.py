@@ -1,8 +1,8 @@
 """Run everything behind one of the paper's tables: trainings, evaluations, the table. What is done is skipped.
 
-make reproduce TABLE=1 DRY=1      # list the steps
-make reproduce TABLE=1
-make reproduce TABLE=2 MODEL=tiny
+    make reproduce TABLE=1 DRY=1      # list the steps
+    make reproduce TABLE=1
+    make reproduce TABLE=2 MODEL=tiny
 
 What else is given to make (GPUS, SHARDING, MAX_COST) reaches every step.
 """
@@ -28,21 +28,14 @@ REFUSED_VARIABLES = ("ARGS", "DATA", "SLURM")
 
 
 def main() -> int:
-    parser = cli.Parser(__doc__)
+    parser = cli.options(__doc__, "MODEL", MODEL="another model than the paper's")
+    listed = os.environ.get("DRY", "0") not in ("", "0")
     parser.add_argument("--table", type=int, default=os.environ.get("TABLE") or None, help=f"one of {sorted(TABLES)}")
-    parser.add_argument("--model", default=os.environ.get("MODEL"), help="another model than the paper's")
-    parser.add_argument(
-        "--dry", action="store_true", default=os.environ.get("DRY", "0") not in ("", "0"), help="list the steps"
-    )
+    parser.add_argument("--dry", action="store_true", default=listed, help="list the steps")
     args = parser.parse_args()
-
     if args.table is None:
         raise ReportError(f"which table? Say TABLE=..., one of {sorted(TABLES)}")
-    refuse(
-        os.environ,
-        REFUSED_VARIABLES,
-        "not for the whole chain. Run the step that it is for by itself (DRY=1 lists them); what is done is skipped here",
-    )
+    refuse(os.environ, REFUSED_VARIABLES, "it is for one step of the chain alone: run that step by itself")
     if args.model and not is_setting(args.model):
         raise ReportError(
             f"MODEL={args.model} has no recipes/{args.model}/eval.yaml; those that have: {known_settings()}"
@@ -50,8 +43,7 @@ def main() -> int:
     steps = chain(build_table(args.table, [args.model] if args.model else []), OUTPUTS)
 
     for number, step in enumerate(steps, start=1):
-        mark = "done" if step.done else "    "
-        print(f"{number:3d} {mark} {step.text}")
+        print(f"{number:3d} {'done' if step.done else '    '} {step.text}")
     print(summary(steps))
     if args.dry:
         return 0
@@ -64,8 +56,8 @@ def main() -> int:
         if subprocess.run(shlex.split(step.text), env=environment).returncode != 0:
             print(f"Step {number} failed: {step.text}\nRun the same again: finished steps are skipped", file=sys.stderr)
             return 1
-    table = f"make table N={args.table}" + (f" MODEL={args.model}" if args.model else "")
-    return subprocess.run(shlex.split(table), env=environment).returncode
+    table = ["make", "table", f"N={args.table}", *([f"MODEL={args.model}"] if args.model else [])]
+    return subprocess.run(table, env=environment).returncode
 
 
 if __name__ == "__main__":
