@@ -1,4 +1,4 @@
-"""The result of `make compare`: a table per label noise, what it says about RMiPO, CSV files, curves like Figure 7."""
+"""The result of `make compare`: a table per label noise, CSV files, curves like Figure 7."""
 
 from pathlib import Path
 
@@ -97,12 +97,12 @@ def interval(lines: list[dict], noise: float, method: str, metric: str) -> tuple
 
 
 def report(rows: pd.DataFrame, lines: list[dict], searched: list[dict], metric: str) -> str:
-    """Markdown: a table per noise, the methods before RMiPO, the search (`searched`: its lines), and what numbers are."""
+    """Markdown: a table per noise, the search (`searched`: its lines), and what numbers are."""
     rates = sorted({line["learning_rate"] for line in searched})
     parts = []
     for noise, here in rows.groupby("noise", sort=False):
         here = here.sort_values(metric, ascending=False, kind="stable")
-        parts += [f"Label noise {noise:.0%}", table(here, rates, metric), findings(here, metric)]
+        parts += [f"Label noise {noise:.0%}", table(here, rates, metric)]
     chosen = f"Search: {METRICS[metric]} at each learning rate, on other held-out prompts. * marks an end of the range."
     return "\n\n".join([*parts, chosen, search_table(searched, metric), UNITS, made_with(lines)])
 
@@ -152,28 +152,6 @@ def number(row: dict, name: str, unit: str, sign: str = "") -> str:
         return "diverged" if row["diverged"] else ""
     text = f"{row[name]:{sign}z.{digits(unit)}f}"
     return text if np.isnan(row[f"{name}_std"]) else f"{text} ± {row[f'{name}_std']:.{digits(unit)}f}"
-
-
-def findings(rows: pd.DataFrame, metric: str) -> str:
-    """Which methods are ahead of RMiPO by `metric`, in how many seeds, and which differences their intervals don't show.
-
-    `rows`: those of one noise, best first.
-    """
-    trained = rows[rows[metric].notna() & (rows["method"] != "initial")]
-    methods = trained["method"].tolist()
-    if OURS not in methods:
-        return "RMiPO diverged."
-    ahead, behind = [], []  # behind: within noise
-    for row in trained[trained["method"] != OURS].itertuples():
-        # Without sampled answers there is no interval over prompts: the seeds alone say who is ahead.
-        within = row.difference_low <= 0 <= row.difference_high
-        if row.difference > 0:
-            ahead.append(f"{label(row.method)} ({row.wins} of {row.seeds} seeds{', within noise' * within})")
-        elif within:
-            behind.append(label(row.method))
-    text = f"RMiPO is number {methods.index(OURS) + 1} of {len(methods)} by {METRICS[metric]}"
-    text += f". Ahead of it: {', '.join(ahead)}." if ahead else ": none is ahead of it."
-    return text + (f" Behind it within noise: {', '.join(behind)}." if behind else "")
 
 
 def write(folder: Path, text: str, rows: pd.DataFrame, lines: list[dict]) -> list[Path]:

@@ -16,6 +16,11 @@ LATEX |= {"✓": r"\checkmark{}", "†": r"$^\dagger$", "–": "--", "−": "$-$
 LATEX |= {character: f"\\{character}" for character in "%&#${}"}
 LATEX |= {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
 LATEX |= {"_": r"\_\allowbreak{}", "/": r"/\allowbreak{}"}  # paths and settings may break there
+MARKS = (
+    "±: standard error of the evaluation; of a mean of (n) seeds their standard deviation. †: a trial, or not evaluated as in "
+    "the paper, so no difference is printed unless asked for. *, **, ***: a difference with p below 0.05, 0.01, 0.001, by Holm "
+    "for all of the table. [n]: not run yet. n/a: no such number."
+)
 HEAD = r"% needs \usepackage{booktabs,longtable,amssymb}"
 
 
@@ -78,29 +83,11 @@ def results_of(table: Table) -> list[Result]:
     return list({result.path: result for results in table.cells["results"] for result in results}.values())
 
 
-def marks(table: Table) -> list[str]:
-    """What the marks in the cells mean."""
-    cells, notes = table.cells, []
-    counts = cells["results"].map(len)
-    if (cells["error"].notna() & (counts == 1)).any():
-        notes.append("±: standard error of the evaluation.")
-    if seeds := sorted({count for count in counts if count > 1}):
-        notes.append(f"Mean ± standard deviation over {' or '.join(map(str, seeds))} seeds where (n) says so.")
-    if cells["behind"].notna().any():
-        notes.append("*, **, ***: a difference with p below 0.05, 0.01, 0.001, by Holm for all of the table.")
-    if cells["deviations"].map(len).any():
-        unlike = "not evaluated as in the paper, so no difference is printed unless asked for"
-        notes.append(f"†: {'a trial' if table.own else unlike}.")
-    if (cells["ours"].isna() & (cells["commands"].map(len) == 0)).any():
-        notes.append("n/a: no such number. The length-controlled model knows AlpacaEval's own instructions alone.")
-    return notes
-
-
 def notes_of(table: Table) -> list[str]:
     """What has to be said under the table, each once."""
     unlike = dict.fromkeys(f"† {text}" for texts in table.cells["deviations"] for text in texts)
     results = results_of(table)
-    return [*marks(table), *unlike, *missing_verdicts(results), *made_with(results), *table.notes]
+    return [MARKS, *unlike, *missing_verdicts(results), *made_with(results), *table.notes]
 
 
 def paired(table: Table) -> list[str]:
@@ -169,12 +156,9 @@ def latex(table: Table) -> str:
         latex_table(table.title + f" ({name})" * bool(name), headers, part.droplevel(0, axis="columns"))
         for name, part in parts.items()
     ]
-    said, numbers = marks(table), missing_numbers(table)
-    if not table.own:
-        said.insert(0, "Cells: paper, ours, ours minus paper.")
-    if numbers:
-        said.append("[1], ...: not run yet; the commands are comments in the source.")
-    notes = r"\par\noindent{\scriptsize " + latex_escape(" ".join(said)) + r"\par}"
+    cells_are = "" if table.own else "Cells: paper, ours, ours minus paper. "
+    notes = r"\par\noindent{\scriptsize " + latex_escape(cells_are + MARKS) + r"\par}"
+    numbers = missing_numbers(table)
     comments = [f"% {line}" for line in (*paired(table), *notes_of(table))]
     comments += [f"% [{n}] " + ", then ".join(commands) for commands, n in numbers.items()]
     return "\n".join([HEAD, *tables, notes, *comments]) + "\n"
