@@ -73,10 +73,6 @@ def run_of(method="rmipo", purpose="report", rate=1e-3, seed=0, noise=0.0):
 # What is compared
 
 
-def test_all_methods_of_the_paper_and_the_floor_are_compared():
-    assert {*OBJECTIVES, FLOOR} == set(METHODS) and len(METHODS) == 12
-
-
 def test_every_method_has_the_same_start_pairs_order_and_length(study):
     recipes = {method: study.recipe(run_of(method, rate=2e-4, seed=7)).values for method in METHODS}
     for method, values in recipes.items():
@@ -345,12 +341,6 @@ def compare(repository):
     return program.output
 
 
-def test_two_comparisons_never_run_in_one_folder(repository):
-    with held(repository / "outputs/tiny/compare"):
-        second = run_here("compare", env=CHOICES, root=repository)
-    assert second.code == 2 and "another run is active in outputs/tiny/compare" in second.err
-
-
 @pytest.mark.slow
 def test_a_comparison_is_finished_where_it_was_interrupted(repository):
     output = compare(repository)
@@ -442,3 +432,9 @@ def test_a_comparison_sees_one_gpu(monkeypatch, given, used):
         monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     runpy.run_path(str(ROOT / "scripts/compare.py"))
     assert os.environ["CUDA_VISIBLE_DEVICES"] == used
+
+
+def test_two_comparisons_never_run_in_one_folder(repository):
+    with held(repository / "outputs/tiny/compare"):
+        second = run_here("compare", env=CHOICES, root=repository)
+    assert second.code == 2 and "another run is active in outputs/tiny/compare" in second.err

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import os
 import statistics
 import subprocess
@@ -50,11 +51,13 @@ def verdicts(folder: Path) -> list[dict]:
 
 
 def test_weighted_judge_gives_the_mean_probability(tmp_path, monkeypatch, api_key):
+    before = logging.getLogger().level
     with JudgeServer() as server:
         metrics = ask(server, tmp_path, monkeypatch)
         assert metrics["alpacaeval2_wr"] == pytest.approx(expected_win_rate(range(ROWS)), abs=1e-6)
         assert metrics["alpacaeval2_length"] == sum(len(row["output"]) for row in OUTPUTS) / ROWS
         assert metrics["alpacaeval2_missing"] == 0 and "alpacaeval2_lc" not in metrics
+        assert logging.getLogger().level == before  # alpaca-eval is quiet, and nobody else
         assert len(server.requests) == len(set(server.requests)) == ROWS
         _, by_prompts, sha256 = alpaca.judge(OUTPUTS, REFERENCE, tmp_path, server.url, SETTINGS)
         assert sha256 == alpaca.PAPERS_JUDGE
@@ -102,10 +105,9 @@ def test_killed_run_goes_on_where_it_was(tmp_path, monkeypatch, api_key):
     assert Counter(row["instruction"] for row in verdicts(tmp_path)) == Counter(row["instruction"] for row in REFERENCE)
 
 
-@pytest.mark.parametrize("fault", ["malformed", "no_logprobs"])
-def test_unusable_verdicts_are_reported_and_asked_again(tmp_path, monkeypatch, api_key, fault):
+def test_unusable_verdicts_are_reported_and_asked_again(tmp_path, monkeypatch, api_key):
     broken = {3, 11, 12}
-    with JudgeServer(fault=lambda number: fault if number in broken else None) as server:
+    with JudgeServer(fault=lambda number: "malformed" if number in broken else None) as server:
         with pytest.raises(EvaluationError, match="3 of 20 verdicts"):
             ask(server, tmp_path, monkeypatch)
         assert len(server.requests) == ROWS
@@ -160,7 +162,6 @@ def test_another_prompt_file_is_another_judge(tmp_path, monkeypatch, api_key):
     ("fault", "said", "last"),
     [
         ("drop", "APIConnectionError", 99),
-        ("html", "'<html>Bad gateway</html>'", 99),
         ("html", "'<html>Bad gateway</html>'", 10),  # once: the server then answers as before
     ],
 )
@@ -188,13 +189,9 @@ def test_cost_is_printed_and_bounded_before_the_first_request(tmp_path, monkeypa
             ask(server, tmp_path, monkeypatch, max_cost=0.001)
         assert server.requests == []
         printed = capsys.readouterr().out
-        template = (
-            Path(alpaca_eval.__file__).parent / "evaluators_configs/alpaca_eval_clf_gpt4_turbo/alpaca_eval_clf.txt"
-        )
-        texts = [text for row in (*REFERENCE, *OUTPUTS) for text in row["output"]] + [
-            r["instruction"] for r in REFERENCE
-        ]
-        tokens = (ROWS * len(template.read_text()) + len("".join(texts))) / 4
+        folder = Path(alpaca_eval.__file__).parent / "evaluators_configs/alpaca_eval_clf_gpt4_turbo"
+        texts = [row["output"] for row in (*REFERENCE, *OUTPUTS)] + [row["instruction"] for row in REFERENCE]
+        tokens = (ROWS * len((folder / "alpaca_eval_clf.txt").read_text()) + len("".join(texts))) / 4
         cost = (10 * tokens + 30 * ROWS) / 1e6  # a verdict is one token
         assert f"20 verdicts to ask for, about {tokens / 1e3:.0f}k + 0k tokens, ${cost:.2f} at" in printed
         ask(server, tmp_path, monkeypatch)

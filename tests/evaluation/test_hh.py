@@ -138,18 +138,13 @@ def test_wrong_settings_are_refused_before_a_model_is_loaded(tmp_path, settings,
         run(tmp_path / "no-model", tmp_path, settings)
 
 
-@pytest.mark.parametrize(
-    ("change", "named"), [("positions", "3 positions"), ("vocabulary", "than the model has embeddings")]
-)
-def test_what_a_model_has_no_position_or_embedding_for_is_refused(tmp_path, change, named):
+def test_pairs_that_a_model_has_no_positions_for_are_refused(tmp_path):
     """Rotary embeddings would score positions beyond the model's in silence."""
     write_model(tmp_path / "model")
     write_pairs(tmp_path / "pairs", 0)
     path = tmp_path / "model/config.json"
-    config = json.loads(path.read_text())
-    changes = {"positions": {"max_position_embeddings": 3}, "vocabulary": {"vocab_size": config["vocab_size"] - 1}}
-    path.write_text(json.dumps(config | changes[change]))
-    with pytest.raises(LoadingError, match=named):
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"max_position_embeddings": 3}))
+    with pytest.raises(LoadingError, match="3 positions"):
         run(tmp_path / "model", tmp_path / "eval", {"helpful": {"dataset_name": str(tmp_path / "pairs")}})
 
 

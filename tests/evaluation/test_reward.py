@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForSequenceClassificat
 from rmipo.errors import EvaluationError
 from rmipo.evaluation import reward
 from rmipo.evaluation.statistics import bootstrap, standard_error, wins
-from rmipo.generation.oracles import OracleError, RewardModelOracle
+from rmipo.generation.oracles import RewardModelOracle
 from tests.helpers.tiny_model import write_model
 
 PROMPTS = 12
@@ -128,14 +128,6 @@ def test_unfinished_answers_of_others_are_left_out(outputs):
     (file,) = (outputs / "dpo/eval/answers").glob("*.jsonl")
     file.write_text("".join(file.read_text().splitlines(keepends=True)[:5]))
     assert not any("dpo" in name for name in evaluate(outputs, "rmipo")["metrics"])
-
-
-def test_a_reward_model_has_to_be_named_and_one(outputs, tmp_path):
-    with pytest.raises(EvaluationError, match=r"reward\.model"):
-        evaluate(outputs, "rmipo", model=None)
-    write_reward_model(tmp_path / "two", num_labels=2)
-    with pytest.raises(OracleError, match="2 outputs"):
-        evaluate(outputs, "rmipo", model=str(tmp_path / "two"))
 
 
 def test_statistics_by_hand():

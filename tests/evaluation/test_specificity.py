@@ -2,13 +2,12 @@
 
 import json
 import math
-import re
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rmipo.errors import EvaluationError, UserError
+from rmipo.errors import EvaluationError
 from rmipo.evaluation import BENCHMARKS, specificity
 from rmipo.generation.likelihood import Likelihood
 from tests.helpers.rows import user
@@ -40,22 +39,11 @@ def test_specific_answers_generic_answers_and_exchanged_answers(smollm2):
     assert all(row["prior_pmi"] < other["prior_pmi"] for row, other in zip(generic, specific, strict=True))
 
 
-@pytest.mark.parametrize(
-    "name, rows, reason",
-    [
-        (
-            "prompts.jsonl",
-            '{"prompt": " ", "n": 1}\n{"prompt": "", "n": 2}\n',
-            "Dropped: {'the prompt has an empty message': 2}",
-        ),
-        ("prompts.txt", "w1\n", "a data file ends in one of .jsonl"),
-    ],
-)
-def test_prompts_that_can_not_be_used_are_refused_with_the_reason(tmp_path, name, rows, reason):
+def test_prompts_that_can_not_be_used_are_counted(tmp_path):
     write_model(tmp_path / "model")
-    (tmp_path / name).write_text(rows)
-    with pytest.raises(UserError, match=re.escape(reason)):
-        BENCHMARKS["specificity"].run(tmp_path / "model", tmp_path, {"prompts": str(tmp_path / name)})
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": " ", "n": 1}\n{"prompt": "", "n": 2}\n')
+    with pytest.raises(EvaluationError, match="an empty message': 2"):
+        BENCHMARKS["specificity"].run(tmp_path / "model", tmp_path, {"prompts": str(tmp_path / "prompts.jsonl")})
 
 
 def test_an_answer_too_long_to_follow_the_longest_prompt(tmp_path):

@@ -71,19 +71,6 @@ def test_answers_end_at_every_eos_of_the_generation_config(model_dir, tmp_path):
     assert any("w3" in row["output"] for row in rows)
 
 
-def test_temperature_zero_is_greedy(model_dir):
-    engine = TransformersEngine(model_dir, check_settings(SETTINGS), [1])
-    prompt = [0, 3, 7, 9, 4]
-    answer = engine.batch([TokenPrompt(prompt, 0.0, seed=5)])[0][0]
-    model = AutoModelForCausalLM.from_pretrained(model_dir)
-    ids = list(prompt)
-    for _ in range(12):
-        with torch.no_grad():
-            ids.append(model(torch.tensor([ids])).logits[0, -1].argmax().item())
-    expected = ids[len(prompt) :]
-    assert answer == (expected[: expected.index(1)] if 1 in expected else expected)
-
-
 def test_answers_do_not_depend_on_batch_or_order(model_dir, tmp_path):
     asked = requests(11)
     together = generate(model_dir, asked, tmp_path / "a.jsonl", SETTINGS)
@@ -184,12 +171,6 @@ def test_killed_process_loses_nothing(model_dir, tmp_path):
     assert collections.Counter(keys) == collections.Counter(f"q{i}" for i in range(40))
 
 
-def test_finished_file_needs_no_model(model_dir, tmp_path, monkeypatch):
-    answers = generate(model_dir, requests(5), tmp_path / "a.jsonl", SETTINGS)
-    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", None)
-    assert generate(model_dir, requests(5), tmp_path / "a.jsonl", SETTINGS) == answers
-
-
 def test_finished_answers_of_another_machine_are_taken_with_its_engine_and_versions(model_dir, tmp_path):
     path = tmp_path / "a.jsonl"
     answers = generate(model_dir, requests(5), path, SETTINGS)
@@ -285,3 +266,16 @@ def test_bad_settings_are_listed_together():
         check_settings({"topk": 5})
     with pytest.raises(EvaluationError, match=r"batch_size is 0.*temperature is -1.*top_p is 0.*engine is 'tgi'"):
         check_settings({"batch_size": 0, "temperature": -1, "top_p": 0, "engine": "tgi"})
+
+
+def test_temperature_zero_is_greedy(model_dir):
+    engine = TransformersEngine(model_dir, check_settings(SETTINGS), [1])
+    prompt = [0, 3, 7, 9, 4]
+    answer = engine.batch([TokenPrompt(prompt, 0.0, seed=5)])[0][0]
+    model = AutoModelForCausalLM.from_pretrained(model_dir)
+    ids = list(prompt)
+    for _ in range(12):
+        with torch.no_grad():
+            ids.append(model(torch.tensor([ids])).logits[0, -1].argmax().item())
+    expected = ids[len(prompt) :]
+    assert answer == (expected[: expected.index(1)] if 1 in expected else expected)

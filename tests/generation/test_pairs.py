@@ -204,12 +204,6 @@ def test_prompts_of_a_preference_set(setup):
         setup.make("none")
 
 
-def test_a_function_may_ask_for_columns_of_the_prompts_row(setup):
-    setup.prompts([f"w{i}" for i in range(6)], bonus=10, unused=1)
-    setup.make()
-    assert all(pair["score_rejected"] >= 10 for pair in setup.rows())
-
-
 @pytest.mark.parametrize(
     ("body", "message"),
     [
@@ -327,3 +321,9 @@ def test_two_programs_make_no_pairs_in_one_folder(tmp_path):
     with held(tmp_path / "pairs"), pytest.raises(CheckpointError, match=r"OUTPUT: another run is active in .*/pairs"):
         setup.make()
     assert setup.make()["pairs"] > 0 and not (tmp_path / "pairs" / LOCK_FILE).exists()
+
+
+def test_a_function_may_ask_for_columns_of_the_prompts_row(setup):
+    setup.prompts([f"w{i}" for i in range(6)], bonus=10, unused=1)
+    setup.make()
+    assert all(pair["score_rejected"] >= 10 for pair in setup.rows())

@@ -9,7 +9,7 @@ import torch
 from matplotlib.image import imread
 
 from rmipo.objectives import build_objective
-from rmipo.plots import method_color, save
+from rmipo.plots import save
 from rmipo.reporting.figures import density, jitter, wasserstein
 from rmipo.reporting.figures_pairs import distance_interval, figure3, figure6, figure8
 from rmipo.reporting.figures_runs import figure5, figure7
@@ -223,18 +223,6 @@ def test_figure5_shows_the_interval_of_each_rate(tmp_path):
     assert np.allclose(ends, expected)
 
 
-def test_figure5_s_legend_covers_nothing(tmp_path):
-    """With many lines of notes the axes get low, and a legend that hangs below them would lie on the subsets' names."""
-    per_prompt = {f"hh_{subset}": [0.0, 100.0, 100.0] for subset in ("helpful", "harmless")}
-    for method in ("dpo", "simpo", "simper", "rmipo"):
-        write_result(tmp_path, "tiny", method, "hh", hh(64.0, 66.0), per_prompt=per_prompt)
-    figure = figure5(tmp_path, "tiny")
-    figure.canvas.draw()
-    (legend,) = (one.get_window_extent() for one in figure.legends)
-    axis = figure.axes[0]
-    assert not any(legend.overlaps(one.get_window_extent()) for one in (axis, *axis.get_xticklabels()))
-
-
 def test_figure7_curves_and_costs(tmp_path):
     for method, scale in (("dpo", 1.0), ("rmipo", 2.0)):
         log = [
@@ -288,15 +276,6 @@ def test_figure7_keeps_hours_of_different_hardware_apart(tmp_path):
         and "torch 2.12.0" in notes
     )
     assert "The paper's hours are of four A800" in notes
-
-
-def test_rmipos_line_hides_no_other(tmp_path):
-    log = [{"step": s, "common/margin_avg_logp": s, "common/acc_avg_logp": 0.5, "peak_memory_gib": 1} for s in (1, 2)]
-    for method in ("simpo", "rmipo"):
-        write_run(tmp_path / "tiny" / method, {"name": method}, log, seconds=60, starts=1)
-    simpo, ours = figure7(tmp_path, "tiny").axes[1].lines
-    assert ours.get_color() == method_color("rmipo")
-    assert ours.is_dashed() and not simpo.is_dashed()
 
 
 def reading(gamma: np.ndarray) -> Reading:
