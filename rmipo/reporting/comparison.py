@@ -10,6 +10,7 @@ from matplotlib.ticker import PercentFormatter
 
 from rmipo.evaluation.statistics import bootstrap
 from rmipo.plots import house_style, method_color, panel_letter, panels, save
+from rmipo.reporting.figures import draw_costs, draw_curves
 from rmipo.reporting.render import markdown_table
 from rmipo.reporting.results import OURS, method_label
 
@@ -172,9 +173,11 @@ def draw(rows: pd.DataFrame, points: pd.DataFrame, runs: pd.DataFrame) -> Figure
     """
     noise = rows["noise"].min()
     figure, axes = panels(2, height=2.9, rows=2)
-    draw_cost(axes[0], rows[(rows["noise"] == noise) & (rows["method"] != "initial")])
+    timed = rows[rows["noise"] == noise].dropna(subset="seconds_per_step").set_index("method")
+    memory = [f"{mib:.0f} MiB" for mib in timed["peak_memory_mib"]]
+    draw_costs(axes[0], timed["seconds_per_step"].to_dict(), memory, list(map(label, timed.index)), "seconds per step")
     points = points[points["noise"] == noise]
-    draw_curves(axes[1], points, "preference_margin")
+    draw_curves(axes[1], points, "preference_margin", label)
     axes[1].set_ylabel("$A(y_w|x)-A(y_l|x)$, held out (nats per token)")
     panel_letter(axes[1], "b", f"Margin, label noise {noise:.0%}")
     if rows["kl_initial"].notna().any():
@@ -183,7 +186,7 @@ def draw(rows: pd.DataFrame, points: pd.DataFrame, runs: pd.DataFrame) -> Figure
         panel_letter(axes[2], "c", "Repetition against KL")
         panel_letter(axes[3], "d", "Reward against KL")
     else:
-        draw_curves(axes[2], points, "preference_accuracy")
+        draw_curves(axes[2], points, "preference_accuracy", label)
         axes[2].set_ylabel("Held-out pairs with $A(y_w|x)>A(y_l|x)$")
         axes[2].yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
         panel_letter(axes[2], "c", f"Win rate, label noise {noise:.0%}")
@@ -194,32 +197,6 @@ def draw(rows: pd.DataFrame, points: pd.DataFrame, runs: pd.DataFrame) -> Figure
     handles, labels = axes[1].get_legend_handles_labels()
     figure.legend(handles, labels, ncols=6, loc="outside lower center")
     return figure
-
-
-def draw_cost(axis: Axes, rows: pd.DataFrame) -> None:
-    rows = rows.dropna(subset="seconds_per_step")
-    bars = axis.barh(range(len(rows)), rows["seconds_per_step"], 0.7, color=rows["method"].map(method_color))
-    axis.bar_label(bars, [f"{memory:.0f} MiB" for memory in rows["peak_memory_mib"]], padding=3, fontsize=6.5)
-    axis.set_yticks(range(len(rows)), rows["method"].map(label))
-    axis.invert_yaxis()
-    axis.margins(x=0.25)
-    axis.set_xlim(left=0)
-    axis.grid(axis="y", visible=False)
-    axis.set_xlabel("seconds per step")
-    panel_letter(axis, "a", "Time and peak memory")
-
-
-def draw_curves(axis: Axes, points: pd.DataFrame, name: str) -> None:
-    """Held-out curves: means over seeds, a line per method, with the range over seeds as a band; RMiPO with dots, on top."""
-    for method, of_method in points.groupby("method", sort=False):
-        over_seeds = of_method.groupby("step")[name].agg(["mean", "min", "max"])
-        ours = {"linewidth": 0.8, "marker": "o", "markersize": 3.5, "markeredgecolor": "black", "markeredgewidth": 0.5}
-        style = {**ours, "zorder": 4} if method == OURS else {"linewidth": 1.0, "zorder": 3}
-        color = method_color(method)
-        axis.plot(over_seeds.index, over_seeds["mean"], color=color, label=label(method), **style)
-        axis.fill_between(over_seeds.index, over_seeds["min"], over_seeds["max"], color=color, alpha=0.12, lw=0)
-    axis.set_xlabel("Step")
-    axis.margins(x=0.02)
 
 
 def draw_against_kl(axis: Axes, rows: pd.DataFrame, metric: str, ylabel: str) -> None:

@@ -6,12 +6,11 @@ from pathlib import Path
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.patheffects import withStroke
 from matplotlib.ticker import PercentFormatter
 
 from rmipo.evaluation import metric_label
 from rmipo.plots import GREY, house_style, method_color, panel_letter, panels
-from rmipo.reporting.figures import footnotes
+from rmipo.reporting.figures import draw_costs, draw_curves, footnotes
 from rmipo.reporting.paired import interval_text, paired_difference, paired_line, paired_title
 from rmipo.reporting.provenance import figure_notes, require_comparable
 from rmipo.reporting.results import (
@@ -33,7 +32,6 @@ from rmipo.reporting.results import (
 FIGURE5_METHODS = ("dpo", "simpo", "simper", "rmipo")
 HH_SUBSETS = ("helpful", "harmless")
 FIGURE7_METHODS = ("dpo", "beta-dpo", "epsilon-dpo", "alpha-dpo", "simpo", "simper", "rmipo")
-SMALL = {"textcoords": "offset points", "fontsize": 6.5}
 
 HHResults = dict[str, dict[str, Result]]  # method -> subset -> the result that scored it
 
@@ -70,7 +68,8 @@ def figure5(outputs: Path, model: str) -> Figure:
             axis.hlines(printed[method], *ends, color="black", linewidth=1.6, zorder=3)
         # At the foot of the bar: at its top the paper's line or another bar's error would be read with it.
         for x, value in zip(positions, values, strict=True):
-            axis.annotate(f"{value:.1f}", (x, 0), (0, 3), ha="center", color="white", fontweight="bold", **SMALL)
+            style = {"textcoords": "offset points", "fontsize": 6.5, "color": "white", "fontweight": "bold"}
+            axis.annotate(f"{value:.1f}", (x, 0), (0, 3), ha="center", **style)
     if len(printed):
         axis.plot([], [], color="black", linewidth=1.6, label="the paper's average")
     axis.axhline(50, color=GREY, linewidth=0.8, linestyle="--", label="chance")
@@ -139,17 +138,15 @@ def figure7(outputs: Path, model: str) -> Figure:
     if not runs:
         raise ReportError(f"figure 7 has no finished runs of {model}: run `{train_command(model, 'rmipo')}`")
     figure, (cost, margin, accuracy) = panels(3, height=3.1, width_ratios=(1.15, 1, 1))
-    kinds = draw_costs(cost, runs, model)
-    for method, run in runs.items():
-        # Dashed on top of the others: where two lines coincide, both are seen.
-        style = {"linewidth": 1.8, "linestyle": (0, (3, 2)), "zorder": 4} if method == OURS else {"linewidth": 1.1}
-        for axis, key, scale in ((margin, "common/margin_avg_logp", 1.0), (accuracy, "common/acc_avg_logp", 100.0)):
+    kinds = draw_hours(cost, runs, model)
+    for axis, key, scale in ((margin, "common/margin_avg_logp", 1.0), (accuracy, "common/acc_avg_logp", 100.0)):
+        curves = []
+        for method, run in runs.items():
             values = scale * pd.Series({row["step"]: row[key] for row in run.log() if key in row})
             # A twentieth of the run: batches of few pairs jump by more than methods differ.
             smoothed = values.rolling(max(1, len(values) // 20), min_periods=1).mean()
-            axis.plot(values.index, smoothed, color=method_color(method), label=method_label(method), **style)
-            axis.set_xlabel("Step")
-            axis.margins(x=0.02)
+            curves.append(pd.DataFrame({"method": method, "step": values.index, "value": smoothed.values}))
+        draw_curves(axis, pd.concat(curves), "value", method_label)
     margin.set_ylabel("$A(y_w|x)-A(y_l|x)$\n(nats per token)")
     accuracy.set_ylabel("Pairs with $A(y_w|x)>A(y_l|x)$")
     accuracy.yaxis.set_major_formatter(PercentFormatter(decimals=0))
@@ -167,7 +164,7 @@ def figure7(outputs: Path, model: str) -> Figure:
     return figure
 
 
-def draw_costs(axis: Axes, runs: dict[str, TrainingRun], model: str) -> list[str]:
+def draw_hours(axis: Axes, runs: dict[str, TrainingRun], model: str) -> list[str]:
     """Bars of a run's hours, start to saved model, with peak memory on them; returns the kinds of hardware.
 
     Hours of other hardware are no comparison, so runs of one kind stand together under its number. The paper's hours are
@@ -177,27 +174,21 @@ def draw_costs(axis: Axes, runs: dict[str, TrainingRun], model: str) -> list[str
     hardware = {method: hardware_of(run) for method, run in runs.items()}
     kinds = list(dict.fromkeys(hardware.values()))
     in_minutes = max(run.record["seconds"] for run in runs.values()) < 3600
-    xlabel, names = "Minutes of the run" if in_minutes else "Hours of the run", []
+    xlabel, lengths, names, memory = "Minutes of the run" if in_minutes else "Hours of the run", {}, [], []
     for place, method in enumerate(sorted(runs, key=lambda method: kinds.index(hardware[method]))):
         run, paper = runs[method], printed.get(method, {})
-        axis.barh(place, run.record["seconds"] / (60 if in_minutes else 3600), 0.7, color=method_color(method))
-        memory = f"{max(row.get('peak_memory_gib', 0.0) for row in run.log()):.1f} GiB"
+        lengths[method] = run.record["seconds"] / (60 if in_minutes else 3600)
+        memory.append(f"{max(row.get('peak_memory_gib', 0.0) for row in run.log()):.1f} GiB")
         if paper.get("peak_memory_percent", 0) > 0:
-            memory += f" (paper {paper['peak_memory_percent']:.0f}%)"
-        behind = [withStroke(linewidth=2, foreground="white")]
-        axis.annotate(memory, (0, place), (3, 0), va="center", path_effects=behind, **SMALL)
+            memory[-1] += f" (paper {paper['peak_memory_percent']:.0f}%)"
         if paper and is_papers(hardware[method]) and not in_minutes:
             axis.plot(paper["hours"], place, "D", markersize=4, mfc="white", mec="black", mew=0.8)
         number = f" [{kinds.index(hardware[method]) + 1}]" if len(kinds) > 1 else ""  # explained under the figure
         names.append(method_label(method) + "*" * (run.record["starts"] > 1) + number)
     xlabel += r" ($\diamond$: paper)" * bool(axis.lines)
-    xlabel += "\n(paper %): of its 80 GB" * any("paper" in text.get_text() for text in axis.texts)
-    axis.set_xlabel(xlabel + "\n*: since its last start" * any(run.record["starts"] > 1 for run in runs.values()))
-    axis.set_yticks(range(len(names)), names)
-    axis.invert_yaxis()
-    axis.grid(axis="y", visible=False)
-    axis.set_xlim(left=0)
-    panel_letter(axis, "a", "Time and peak memory")
+    xlabel += "\n(paper %): of its 80 GB" * any("paper" in text for text in memory)
+    xlabel += "\n*: since its last start" * any(run.record["starts"] > 1 for run in runs.values())
+    draw_costs(axis, lengths, memory, names, xlabel)
     return kinds
 
 

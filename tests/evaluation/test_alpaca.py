@@ -7,7 +7,6 @@ import os
 import statistics
 import subprocess
 import sys
-import time
 from collections import Counter
 from pathlib import Path
 
@@ -22,7 +21,6 @@ from rmipo.record import package_versions
 from tests.helpers.alpaca_answers import OUTPUTS, REFERENCE, ROWS, SETTINGS
 from tests.helpers.answer_files import other_versions
 from tests.helpers.judge_server import JudgeServer, probability_of_first
-from tests.helpers.launched import launch, wait_until
 from tests.helpers.paths import ROOT
 from tests.helpers.tiny_model import write_model
 
@@ -77,32 +75,6 @@ def test_another_endpoint_is_another_judge(tmp_path, monkeypatch, api_key):
 
 
 # A judge that fails
-
-JUDGE = """
-import sys
-from pathlib import Path
-from rmipo.evaluation import alpaca
-from tests.helpers.alpaca_answers import OUTPUTS, REFERENCE, SETTINGS
-alpaca.judge(OUTPUTS, REFERENCE, Path(sys.argv[1]), sys.argv[2], SETTINGS)
-"""
-
-
-def test_killed_run_goes_on_where_it_was(tmp_path, monkeypatch, api_key):
-    with JudgeServer(delay=0.15) as server:
-        monkeypatch.setenv("OPENAI_BASE_URL", server.url)
-        process = launch(["-c", JUDGE, str(tmp_path), server.url])
-        wait_until(lambda: len(server.answered) >= 10, process)
-        process.end()
-        time.sleep(0.5)  # requests under way are answered
-        kept = verdicts(tmp_path)
-        assert 4 <= len(kept) < ROWS
-        asked_before = len(server.requests)
-        metrics = ask(server, tmp_path, monkeypatch)
-        assert len(server.requests) - asked_before == ROWS - len(kept)  # only the others are asked for
-        # No more is asked for twice than was under way together.
-        assert len(server.requests) <= ROWS + SETTINGS["concurrency"]
-    assert metrics["alpacaeval2_wr"] == pytest.approx(expected_win_rate(range(ROWS)), abs=1e-6)
-    assert Counter(row["instruction"] for row in verdicts(tmp_path)) == Counter(row["instruction"] for row in REFERENCE)
 
 
 def test_unusable_verdicts_are_reported_and_asked_again(tmp_path, monkeypatch, api_key):
