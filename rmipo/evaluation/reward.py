@@ -34,7 +34,7 @@ def run(model_dir: str | Path, output_dir: str | Path, settings: dict) -> dict:
     """
     from rmipo.generation.answers import Generator, check_settings, questions
     from rmipo.generation.oracles import Candidates, RewardModelOracle
-    from rmipo.generation.scores import fill, read_lines
+    from rmipo.generation.scores import keep_scores, read_lines
 
     settings = merge_settings("reward", DEFAULTS, settings)
     settings["generation"] = check_settings(settings["generation"])
@@ -55,7 +55,7 @@ def run(model_dir: str | Path, output_dir: str | Path, settings: dict) -> dict:
         of = scorer | {"answers": text_fingerprint(path.read_bytes())}
         kept = path.with_name(f"{path.stem}-{json_fingerprint(of)[:8]}.rewards")
         candidates = [Candidates(r.key, r.messages, {r.key: a}) for r, a in zip(requests, answers, strict=True)]
-        scores = fill(kept, of, candidates, oracle.score, "rewards")
+        scores = keep_scores(kept, of, candidates, oracle.score, "rewards")
         return [scores[request.key] for request in requests]
 
     ours = rewards(file, texts)

@@ -25,7 +25,7 @@ from rmipo.fingerprints import json_fingerprint
 from rmipo.generation.answers import Generator, Request
 from rmipo.generation.oracles import Candidates, make_oracle
 from rmipo.generation.prompts import Prompt, read_prompts
-from rmipo.generation.scores import fill, read_lines
+from rmipo.generation.scores import keep_scores, read_lines
 from rmipo.recipe.files import parse_overrides, read_yaml
 from rmipo.run.lock import locked
 
@@ -110,13 +110,13 @@ def _make_pairs(model_dir: Path, generation: dict, config: PairsConfig, folder: 
     several = [c for c in candidates if len(c.answers) > 1]
     made_of = {"answers": json_fingerprint(header)}
     scored_by = made_of | {"oracle": oracle.identity}
-    scores = fill(folder / "scores.jsonl", scored_by, several, oracle.score, "scores of the oracle")
+    scores = keep_scores(folder / "scores.jsonl", scored_by, several, oracle.score, "scores of the oracle")
     pmi: dict[str, float] = {}
     if config.selection == "pmi":
         from rmipo.generation.likelihood import Likelihood
 
         own = Likelihood(model_dir, generator.settings["dtype"])
-        pmi = fill(folder / "pmi.jsonl", made_of, several, own.pmi, "PMI")
+        pmi = keep_scores(folder / "pmi.jsonl", made_of, several, own.pmi, "PMI")
 
     #######
     # Pairs

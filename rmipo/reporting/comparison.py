@@ -68,6 +68,7 @@ def summarize(lines: list[dict], metric: str) -> pd.DataFrame:
     `difference_low` and `difference_high` its 95% interval over prompts. `diverged` counts the runs without a result.
     """
     runs = runs_of(lines)
+    # A seed has its own pairs and order, which all methods share: a difference within it is not due to them.
     ours = runs[runs["method"] == OURS].set_index(["noise", "seed"])[metric]
     runs["difference"] = runs[metric] - ours.reindex(pd.MultiIndex.from_frame(runs[["noise", "seed"]])).to_numpy()
     groups = runs.groupby(["noise", "method"], sort=False)
@@ -87,6 +88,7 @@ def interval(lines: list[dict], noise: float, method: str, metric: str) -> tuple
     differences = []
     for (name, seed), metrics in found.items():
         if name == method and "diverged" not in metrics:
+            # Only where answers were sampled to the same prompts.
             both = [each.get("per_prompt", {}).get(metric) for each in (metrics, found[OURS, seed])]
             if None in both:
                 return np.nan, np.nan
@@ -171,7 +173,7 @@ def draw(rows: pd.DataFrame, points: pd.DataFrame, runs: pd.DataFrame) -> Figure
 
     Where answers were sampled, reward and repetition against KL take the place of the win rate and P(right).
     """
-    noise = rows["noise"].min()
+    noise = rows["noise"].min()  # the other noises are in panel d and in the CSV
     figure, axes = panels(2, height=2.9, rows=2)
     timed = rows[rows["noise"] == noise].dropna(subset="seconds_per_step").set_index("method")
     memory = [f"{mib:.0f} MiB" for mib in timed["peak_memory_mib"]]

@@ -71,8 +71,7 @@ def figure6(
 ) -> Figure:
     """Density of reward differences of each method beside that of the judge's (REF).
 
-    All are divided by their own standard deviation, since no two have the same unit; zero stays zero. The legend
-    gives the 1-Wasserstein distance to REF in that unit, W1, with its 95% bootstrap interval over pairs.
+    The legend gives the 1-Wasserstein distance to REF, W1, with its 95% bootstrap interval over pairs.
 
     Args:
         reference: (pairs,) judge's score of chosen minus rejected.
@@ -80,6 +79,7 @@ def figure6(
     """
     judged = jitter(reference, seed)  # scores of few values would be combs beside continuous rewards
     judged = judged / judged.std()
+    # No two rewards have the same unit; divided by the standard deviation alone, zero stays zero.
     scaled = {method: values / values.std() for method, values in rewards.items()}
     figure, (axis,) = panels(1, height=2.8)
     grid = window([judged, *scaled.values()])
@@ -117,12 +117,12 @@ def figure8(
     """Gamma over Delta_pmi; then the distributions of Delta_pmi and gamma, a row for each reading of the formula.
 
     The curve of gamma is the density of the pairs strictly between the bounds (left scale); the pins are the shares of
-    pairs at the two bounds (right scale), which a density estimate would smear into peaks that aren't there.
+    pairs at the two bounds (right scale).
     """
     figure, axes = panels(3, height=1.25, rows=len(readings), width_ratios=(1, 1, 1.2))
     specs = axes[0].get_gridspec()
     for axis in axes[0::3]:
-        axis.remove()
+        axis.remove()  # the schedules are one panel beside all rows
     draw_schedules(figure.add_subplot(specs[:, 0]), objective)
     for signal, gamma, letter, (name, reading) in zip(axes[1::3], axes[2::3], "bcd", readings.items(), strict=False):
         grid = window([reading.delta_pmi], 0.98)
@@ -157,6 +157,7 @@ def draw_schedules(axis: Axes, objective: RMiPO) -> None:
 
 
 def draw_gamma(axis: Axes, values: np.ndarray, low: float, high: float, paper_peak: float | None) -> None:
+    # A density estimate would smear the pairs at a bound into a peak that isn't there.
     at_low, at_high = values <= low + AT_MIN, values >= high - AT_MAX
     inner = values[~at_low & ~at_high]
     span = high - low

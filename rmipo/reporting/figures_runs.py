@@ -38,11 +38,9 @@ HHResults = dict[str, dict[str, Result]]  # method -> subset -> the result that 
 
 @house_style
 def figure5(outputs: Path, model: str) -> Figure:
-    """HH win rates (share of test pairs with A(w) > A(l)) by method; black lines: the paper's averages.
-
-    As in the paper each subset is judged by the model trained on it, <model>-hh-helpful and <model>-hh-harmless, where
-    any of those was evaluated; otherwise both, of every method, by <model> itself, without the paper's numbers.
-    """
+    """HH win rates (share of test pairs with A(w) > A(l)) by method; black lines: the paper's averages."""
+    # As in the paper each subset is judged by the model trained on it, where any of those was evaluated. Otherwise <model>
+    # itself judges both, for every method, and the paper has no number to stand beside.
     on_hh = hh_results(outputs, {subset: f"{model}-hh-{subset}" for subset in HH_SUBSETS})
     by_itself = hh_results(outputs, dict.fromkeys(HH_SUBSETS, model))
     results = on_hh or by_itself  # models of both kinds in one figure would be no comparison
@@ -51,6 +49,7 @@ def figure5(outputs: Path, model: str) -> Figure:
         commands = f"`{train_command(own, 'rmipo')}`, then `{eval_command(own, 'rmipo', 'hh')}`"
         raise ReportError(f"figure 5 has no HH results of {model}: run {commands}, the same for other methods")
     shown = [result for found in results.values() for result in found.values()]
+    # A bar of another judge of pairs, or of other pairs, would look like a better method.
     require_comparable("figure 5", shown)
     printed = paper_table("figure5").query("setting == @model").set_index("method")["average_win_rate"] if on_hh else {}
 
@@ -123,7 +122,7 @@ def hh_rates(results: dict[str, Result]) -> dict[str, tuple[float, float]]:
     for subset, result in results.items():
         name = f"hh_{subset}"
         rates[name] = result.metrics[name], 1.96 * result.metrics.get(f"{name}_standard_error", 0.0)
-    if len(rates) == 2:
+    if len(rates) == 2:  # an average of one subset would be another number
         (first, error1), (second, error2) = rates.values()
         # The subsets' pairs are independent, also where one model scored both.
         rates["hh_average"] = (first + second) / 2, (error1**2 + error2**2) ** 0.5 / 2
@@ -167,15 +166,16 @@ def figure7(outputs: Path, model: str) -> Figure:
 def draw_hours(axis: Axes, runs: dict[str, TrainingRun], model: str) -> list[str]:
     """Bars of a run's hours, start to saved model, with peak memory on them; returns the kinds of hardware.
 
-    Hours of other hardware are no comparison, so runs of one kind stand together under its number. The paper's hours are
-    open diamonds where the hardware is the paper's; its memory is in brackets for the paper's models.
+    The paper's hours are open diamonds, its memory is in brackets.
     """
     printed = paper_table("efficiency").set_index("method").to_dict("index") if model in PAPER_MODELS else {}
     hardware = {method: hardware_of(run) for method, run in runs.items()}
     kinds = list(dict.fromkeys(hardware.values()))
+    # Hours of other hardware are no comparison: runs of one kind stand together, under its number.
+    in_order = sorted(runs, key=lambda method: kinds.index(hardware[method]))
     in_minutes = max(run.record["seconds"] for run in runs.values()) < 3600
     xlabel, lengths, names, memory = "Minutes of the run" if in_minutes else "Hours of the run", {}, [], []
-    for place, method in enumerate(sorted(runs, key=lambda method: kinds.index(hardware[method]))):
+    for place, method in enumerate(in_order):
         run, paper = runs[method], printed.get(method, {})
         lengths[method] = run.record["seconds"] / (60 if in_minutes else 3600)
         memory.append(f"{max(row.get('peak_memory_gib', 0.0) for row in run.log()):.1f} GiB")

@@ -61,6 +61,7 @@ def fill(table: Table, outputs: Path, all_differences: bool = False, name: str =
         return () if cell.results else missing_commands(outputs, cell, found[cell.model, cell.method, cell.bench], name)
 
     cells["digits"] = [BENCHMARKS[c.bench].metrics[c.metric].digits for c in cells.itertuples()]
+    # A benchmark that was evaluated in part has a result without some of its metrics.
     cells["results"] = [with_metric(c) for c in cells.itertuples()]
     cells["ours"] = [mean(r.metrics[c.metric] for r in c.results) if c.results else None for c in cells.itertuples()]
     cells["error"] = [error_of(c.results, c.metric) for c in cells.itertuples()]
@@ -75,7 +76,7 @@ def fill(table: Table, outputs: Path, all_differences: bool = False, name: str =
     if table.ranked:
         cells, more = append_averages(cells)
         notes = (*more, *notes)
-    # Averages are no metric of a benchmark, and of a length neither more nor less is better: no best there.
+    # Neither more nor less of a length is better, and averages are no metric of a benchmark: no best there.
     better = [getattr(BENCHMARKS[c.bench].metrics.get(c.metric), "better", None) for c in cells.itertuples()]
     signed = cells["ours"] * pd.Series([{True: 1, False: -1}.get(kind) for kind in better], index=cells.index)
     cells["best"] = signed == signed.groupby([cells["group"], cells["column"]]).transform("max")

@@ -12,7 +12,7 @@ from rmipo.files import write_atomically, write_lines
 from rmipo.fingerprints import json_fingerprint, model_fingerprint
 from rmipo.generation.oracles import Candidates, make_oracle
 from rmipo.generation.prompts import read_prompts
-from rmipo.generation.scores import fill, read_lines
+from rmipo.generation.scores import keep_scores, read_lines
 from rmipo.launch.online import OnlineConfig
 from rmipo.plots import BLUE, house_style, panels, save
 from rmipo.reporting.render import markdown_table
@@ -43,7 +43,7 @@ def measure(model_dir: Path, start: Path, config: OnlineConfig, generation: dict
     for row in read_lines(folder / "specificity.jsonl"):
         key = json_fingerprint(row["prompt"])
         candidates.append(Candidates(key, row["prompt"], {key: row["answer"]}, columns[key]))
-    scores = fill(folder / "scores.jsonl", header, candidates, oracle.score, "scores of the oracle")
+    scores = keep_scores(folder / "scores.jsonl", header, candidates, oracle.score, "scores of the oracle")
     values = list(scores.values())
     reward = {"reward": sum(values) / len(values), "reward_standard_error": standard_error(values)}
     metrics = result["metrics"] | reward

@@ -31,6 +31,7 @@ def hh_signals(outputs: Path, model: str, method: str) -> tuple[dict[str, dict[s
     evaluation, command = load_result(outputs, model, method, "hh"), eval_command(model, method, "hh")
     for path in sorted((folder / "eval").glob("hh_*.pt"), reverse=True):  # helpful, harmless
         scores = torch.load(path, weights_only=True)
+        # Density of a model that is gone, under the name of the new one.
         if has_weights(folder) and scores.get("fingerprint") != trained_fingerprint(folder):
             raise ReportError(f"{path} is of other weights than {folder} now: delete it and hh.json, run `{command}`")
         signals[path.stem.removeprefix("hh_")] = differences(scores)
@@ -113,9 +114,10 @@ class Reading:
 def gamma_readings(run: TrainingRun, split: str, max_pairs: int) -> dict[str, Reading]:
     """Figure 8: margins of a run's pairs under its final policy, by three readings of the formula.
 
-    Bounds, schedule and what the prior of the first two is conditioned on are the run's; the rest is what each reading
-    says, since the paper doesn't (docs/FIDELITY.md). "as in the recipe" marks the run's own.
+    "as in the recipe" marks the run's own.
     """
+    # Bounds, schedule and what the prior of the first two is conditioned on are the run's; the rest is what each reading
+    # says, since the paper doesn't (docs/FIDELITY.md).
     objective = rmipo_objective(run)
     context = "header" if objective.prior_context == "none" else objective.prior_context
     # The first two readings differ in what they divide by, and share their log-probabilities.
@@ -161,6 +163,7 @@ def summarize(readings: dict[str, Reading], gamma_min: float, gamma_max: float) 
 
 def rmipo_objective(run: TrainingRun) -> RMiPO:
     """The objective of a run whose gamma Figure 8 can show; ReportError for any other."""
+    # A constant margin, or one that another signal drives, would be drawn as if Delta_pmi had made it.
     objective = build_objective(run.objective) if run.objective else None
     follows = isinstance(objective, RMiPO) and (objective.target, objective.signal) == ("gamma", "pmi")
     if not follows or objective.schedule == "constant" or objective.gamma_min == objective.gamma_max:

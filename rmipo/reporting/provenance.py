@@ -24,11 +24,12 @@ def conflicts(results: Iterable[Result]) -> list[str]:
     for result in results:
         groups[result.bench, ""].append(result)
         groups[result.bench, result.model].append(result)
+    # By benchmark, and within it by model. Judge, versions and prompts must agree in all of a table; decoding is the
+    # model's, as in the paper.
     found = []
     for (bench, model), group in sorted(groups.items()):
         benchmark = BENCHMARKS[bench]
         packages = sorted({f"versions.{package}" for result in group for package in result.versions})
-        # Judge, versions and prompts must agree in all of a table; decoding is the model's, as in the paper.
         for name in benchmark.same_per_model if model else (*packages, *benchmark.same):
             files: dict[str, list[Path]] = defaultdict(list)
             for result in group:
@@ -76,7 +77,7 @@ def made_with(results: Iterable[Result]) -> list[str]:
         ]
         models[benchmark.title, "; ".join(filter(None, shared))][""] = None
         models[benchmark.title, named(result, benchmark.same_per_model)][model_label(result.model)] = None
-        if result.commit:
+        if result.commit:  # twelve digits tell commits apart; whether files were modified has to stay visible
             commit, _, modified = result.commit.partition("+")
             commits[commit[:12] + f"+{modified}" * bool(modified)] = None
     lines = [f"{title}{of(names)}: {text}." for (title, text), names in models.items() if text]
@@ -94,6 +95,7 @@ def deviations(result: Result) -> list[str]:
     usual = {name: as_text(benchmark.defaults.get(name)) for name in benchmark.trial}
     trial = [f"{name}={value}" for name in usual if (value := value_of(result, name)) not in (ABSENT, usual[name])]
     found = [f"{TRIAL}: {benchmark.title} with {', '.join(trial)}."] if trial else []
+    # The paper has one judge, and a decoding for each of its models; others have none to differ from.
     paper = {name: as_text(value) for name, value in benchmark.paper.items()}
     decoding = paper_table("decoding").astype(str).set_index("setting")
     if result.model in decoding.index:

@@ -61,11 +61,8 @@ def cell_parts(cell, table: Table, numbers: dict[tuple[str, ...], int]) -> list[
 
 
 def layout(table: Table) -> pd.DataFrame:
-    """Lists of the parts of each cell. Rows are tuples of labels, columns (group, column), as they come.
-
-    In a table of our own a column says how far the method `against` is ahead of the row, for each metric where that is
-    known. A table of the paper has no room for it.
-    """
+    """Lists of the parts of each cell. Rows are tuples of labels, columns (group, column), as they come."""
+    # How far the method `against` is ahead of a row has a column of its own. A table of the paper has no room for it.
     numbers, texts = missing_numbers(table), {}
     compared = set(table.cells.dropna(subset="behind")["metric"]) if table.own else ()
     for cell in table.cells.itertuples():
@@ -117,7 +114,7 @@ def markdown(table: Table) -> str:
 
 
 def csv_text(table: Table) -> str:
-    """Long form, one line per cell, numbers unrounded; each line says how its number was made."""
+    """Long form, one line per cell, numbers unrounded."""
     cells = table.cells
     several = cells["results"].map(len) > 1  # then `error` is a deviation over seeds, which has a column of its own
     lines = pd.DataFrame(cells["row"].tolist(), columns=list(table.headers))
@@ -134,16 +131,15 @@ def csv_text(table: Table) -> str:
     lines["command"] = cells["commands"].map(" && ".join)
     lines["unlike_the_paper"] = cells["deviations"].map(" ".join)
     lines["note"] = [" ".join(missing_verdicts(results)) for results in cells["results"]]
+    # A line that is copied elsewhere still says how its number was made.
     lines["made_with"] = [" ".join(made_with(results)) for results in cells["results"]]
     return lines.to_csv(index=False)
 
 
 def latex(table: Table) -> str:
-    """A longtable for each model or, where models are no rows, for each group of columns: what fits a page's width.
-
-    A missing cell is a number in brackets. Its commands, and how each number was made, are in comments for an appendix.
-    """
+    """A longtable for each model or, where models are no rows, for each group of columns."""
     cells, headers = layout(table), table.headers
+    # Four models side by side would not fit the width of a page.
     if len(headers) > 1:
         headers = headers[1:]
         models = dict.fromkeys(row[0] for row in cells.index)
@@ -159,13 +155,14 @@ def latex(table: Table) -> str:
     cells_are = "" if table.own else "Cells: paper, ours, ours minus paper. "
     notes = r"\par\noindent{\scriptsize " + latex_escape(cells_are + MARKS) + r"\par}"
     numbers = missing_numbers(table)
+    # How each number was made is longer than the table: comments, from which an appendix can be written.
     comments = [f"% {line}" for line in (*paired(table), *notes_of(table))]
     comments += [f"% [{n}] " + ", then ".join(commands) for commands, n in numbers.items()]
     return "\n".join([HEAD, *tables, notes, *comments]) + "\n"
 
 
 def latex_table(title: str, headers: tuple[str, ...], cells: pd.DataFrame) -> str:
-    """A longtable of lists of parts, which stand one below the other: side by side, eight columns would not fit a page."""
+    """A longtable of lists of parts."""
     rows = [
         [*map(latex_escape, row), *(stacked(parts) for parts in line)]
         for row, line in zip(cells.index, cells.values, strict=True)
@@ -182,6 +179,7 @@ def latex_table(title: str, headers: tuple[str, ...], cells: pd.DataFrame) -> st
 
 
 def stacked(parts: list[str]) -> str:
+    """One below the other: side by side, eight columns would not fit a page."""
     # An interval gets a line of its own. Without the braces LaTeX would take [1] for the height of a line.
     lines = [line for part in parts for line in part.replace(" [", "\n[").split("\n")]
     lines = [re.sub(r"\*\*(.+)\*\*", r"\\textbf{\1}", latex_escape(line)) for line in lines]

@@ -91,7 +91,7 @@ class TrainingRun:
 
     def experiment(self) -> dict:
         """Recipe, objective and data without the seed and what has no effect: equal for repetitions of one run."""
-        # Data are compared by content, so a folder that was moved is no other data.
+        # What may differ between repetitions. Data are compared by content: a folder that was moved is no other data.
         repeated = {"seed", "data_seed", "output_dir", "logging_steps", "save_steps"}
         repeated |= {key.removeprefix("recipe.") for key in WITHOUT_EFFECT}
         recipe = {name: value for name, value in self.record.get("recipe", {}).items() if name not in repeated}
@@ -127,6 +127,7 @@ def load_results(
 
     One for each seed; [] if the run itself has no result.
     """
+    # The run says what a repetition repeats: without its run.json (a copied result) there is none.
     result, own = load_result(outputs, model, method, bench, name), load_run(outputs, model, method)
     if result is None or own is None:
         return [result] if result else []
@@ -144,6 +145,7 @@ def evaluated_methods(outputs: Path, model: str, benches: list[str], name: str =
     """The folders of `model` with a result of one of `benches`, the paper's methods first; of repetitions the first."""
     files = [file for bench in benches for file in (outputs / model).glob(f"**/eval/{name}/{bench}.json")]
     folders = {file.parents[2 if name else 1].relative_to(outputs / model).as_posix() for file in files}
+    # Without EVAL_NAME the result lies one folder higher.
     order = {method: place for place, method in enumerate(METHODS)}
     methods: dict[str, str] = {}
     for folder in sorted(folders, key=lambda folder: (order.get(folder, len(order)), folder)):

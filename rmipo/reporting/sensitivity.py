@@ -32,10 +32,8 @@ Lines = dict[str, dict[float, list[Measured]]]  # label -> value of the hyperpar
 def figure2(outputs: Path, model: str, metric: str = "mt_bench", name: str = "") -> Figure:
     """`metric` over DPO's beta, SimPO's beta at gamma 1.0, and SimPO's gamma at beta 2.0; dashed: before training.
 
-    Every finished run below outputs/<model> counts, whatever its folder is called: hyperparameters are read from
-    run.json. A line joins runs that differ in one hyperparameter; of runs that differ in the seed alone it shows the
-    mean, with a bar from the lowest to the highest; of single ones the standard error. Runs on other pairs than most
-    are left out.
+    A line joins runs that differ in one hyperparameter; of runs that differ in the seed alone it shows the mean, with a
+    bar from the lowest to the highest; of single ones the standard error.
     `metric` is one of an evaluation (mt_bench, ...) or the last value of a logged one (eval_common/acc_avg_logp, ...);
     `name` is the evaluations' EVAL_NAME.
     """
@@ -58,6 +56,7 @@ def figure2(outputs: Path, model: str, metric: str = "mt_bench", name: str = "")
     benchmark = benchmark_of(metric)
     start = load_result(outputs, model, "initial", benchmark.name, name) if benchmark else None
     evaluations = [point.result for point in (*dpo, *simpo) if point.result] + [start] * bool(start)
+    # The judge must not change along a line, nor between a line and its start.
     require_comparable("figure 2", evaluations)
     figure, axes = panels(len(panel_runs), sharey=True)
     for axis, letter, (title, method, key, points) in zip(axes, "abc", panel_runs, strict=True):
@@ -83,6 +82,7 @@ def figure2(outputs: Path, model: str, metric: str = "mt_bench", name: str = "")
 def measured(outputs: Path, model: str, method: str, metric: str, name: str = "") -> list[Measured]:
     """The finished runs of `method` that have the metric, on the data that most of them were trained on."""
     found, benchmark = [], benchmark_of(metric)
+    # Whatever a folder is called, the hyperparameters are those in its run.json.
     for run in find_runs(outputs, model):
         copied = any(run.record == other.run.record for other in found)  # a merged adapter has its run's record
         if run.objective.get("name") != method or not run.finished or copied:
@@ -112,6 +112,7 @@ def lines_over(key: str, points: list[Measured]) -> Lines:
         line = json_fingerprint(fixed)
         settings[line] = fixed
         lines[line][point.run.objective[key]].append(point)
+    # One value alone is no line, and says nothing of the hyperparameter.
     drawn = {line: dict(sorted(values.items())) for line, values in lines.items() if len(values) > 1}
     names = dict.fromkeys(["learning_rate", *(name for line in drawn for name in settings[line])])
     varying = [name for name in names if len({str(settings[line].get(name)) for line in drawn}) > 1]

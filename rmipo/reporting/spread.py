@@ -28,11 +28,11 @@ class Contrast:
 def contrast(ours: list[list[float]], theirs: list[list[float]]) -> Contrast:
     """Compare two arms, (seeds, prompts) each, paired by seed and prompt.
 
-    The interval resamples seeds and prompts together. p is from flipping the signs of whole seeds, which assumes nothing
-    about how they are distributed; with s seeds it can't fall below 2 / 2^s.
+    With s seeds p can't fall below 2 / 2^s.
     """
     differences = np.asarray(ours) - np.asarray(theirs)
     seeds, prompts = differences.shape
+    # Seeds and prompts are resampled together: another study would have others of both.
     draw = np.random.default_rng(0)
     means = np.empty(DRAWS)
     for i in range(DRAWS):
@@ -42,6 +42,7 @@ def contrast(ours: list[list[float]], theirs: list[list[float]]) -> Contrast:
     scale = np.sqrt(seeds / max(seeds - 1, 1))
     mean = differences.mean()
     low, high = mean + scale * (np.quantile(means, [0.025, 0.975]) - mean)
+    # Flipping the signs of whole seeds assumes nothing about how they are distributed.
     by_seed = differences.mean(axis=1)
     flipped = np.array([np.mean(signs * by_seed) for signs in itertools.product([1, -1], repeat=seeds)])
     p = np.mean(np.abs(flipped) >= abs(mean) - 1e-12)

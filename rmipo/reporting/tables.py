@@ -65,6 +65,7 @@ def labels(*methods: str) -> dict[str, tuple[str, ...]]:
 TABLES = {
     1: PaperTable(
         "AlpacaEval 2 and MT-Bench", tuple(PAPER_MODELS), labels(*METHODS),
+        # The paper prints no length; a win rate says little without it.
         ("alpacaeval2_lc", "alpacaeval2_wr", "alpacaeval2_length", "mt_bench"), ("method",), ("model", "metric"), ("Method",),
         ("The paper's baselines are other papers' published numbers, not re-runs: see docs/REPRODUCE.md.",),
     ),
@@ -138,7 +139,7 @@ def build_table(number: int, models: Iterable[str] = ()) -> Table:
 def benchmark_table(outputs: Path, model: str, benches: list[str], name: str = "") -> Table:
     """Every evaluated method of a model by the metrics of these benchmarks. Of one alone also the parts of its metrics."""
     methods = evaluated_methods(outputs, model, benches, name)
-    if not methods:
+    if not methods:  # an empty table would look like a benchmark without methods
         raise ReportError(f"{model} has no results of {', '.join(benches)}: run `make eval MODEL={model} ...`")
     metrics = [
         {"group": BENCHMARKS[bench].title, "column": metric.label, "metric": key}

@@ -7,7 +7,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForSequenceClassificat
 
 from rmipo.errors import EvaluationError
 from rmipo.generation.oracles import Candidates, OracleError, make_oracle
-from rmipo.generation.scores import fill
+from rmipo.generation.scores import keep_scores
 from tests.helpers.judge_server import JudgeServer
 from tests.helpers.tiny_model import write_model
 
@@ -105,7 +105,7 @@ def judged(tmp_path, monkeypatch):
 
     def run(**settings):
         oracle = make_oracle({"judge": "test", "concurrency": 2, "price": [0, 0], **settings})
-        return fill(tmp_path / "scores.jsonl", oracle.identity, PROMPTS, oracle.score, "scores")
+        return keep_scores(tmp_path / "scores.jsonl", oracle.identity, PROMPTS, oracle.score, "scores")
 
     with JudgeServer(fault=fault) as server:
         monkeypatch.setenv("OPENAI_BASE_URL", server.url)
