@@ -10,7 +10,7 @@ import yaml
 
 from rmipo.errors import EvaluationError
 from rmipo.evaluation import leaderboard
-from rmipo.evaluation.leaderboard import BBH_CHOICES, DATA, TASKS, evaluate, ifeval_error, metrics_of, normalize, run
+from rmipo.evaluation.leaderboard import BBH_CHOICES, TASKS, evaluate, ifeval_error, metrics_of, normalize, run
 from rmipo.recipe.settings import merge_settings
 from tests.helpers.paths import ROOT
 from tests.helpers.tiny_model import write_model
@@ -101,12 +101,12 @@ def test_what_is_missing_is_found_before_anything_loads(tmp_path, monkeypatch):
 
 def test_data_that_is_checked_is_what_lm_eval_reads():
     tasks = Path(pytest.importorskip("lm_eval.tasks").__path__[0])
-    folders = {name: tasks / "leaderboard" / name for name in DATA} | {"gsm8k": tasks / "gsm8k"}
+    folders = {name: tasks / "leaderboard" / name for name in TASKS} | {"gsm8k": tasks / "gsm8k"}
     folders |= {name: tasks / path for name, path in {"bbh": "leaderboard/bbh_mc", "mmlu": "mmlu/default"}.items()}
     named = re.compile(r"^dataset_path: (\S+)", re.MULTILINE)
     for name, folder in folders.items():
         texts = [file.read_text() for file in folder.glob("*yaml")]
-        assert {path for text in texts for path in named.findall(text)} == {DATA[name]}, name
+        assert {path for text in texts for path in named.findall(text)} == {TASKS[name].data}, name
 
 
 def test_what_lm_eval_takes_in_place_of_a_whole_number():
