@@ -33,7 +33,8 @@ def run(model_dir: str | Path, output_dir: str | Path, settings: dict) -> dict:
     interval and `_standard_error`.
     """
     from rmipo.generation.answers import Generator, check_settings, questions
-    from rmipo.generation.oracles import Candidates, RewardModelOracle
+    from rmipo.generation.oracles import RewardModelOracle
+    from rmipo.generation.prompts import Prompt
     from rmipo.generation.scores import keep_scores, read_lines
 
     settings = merge_settings("reward", DEFAULTS, settings)
@@ -54,8 +55,8 @@ def run(model_dir: str | Path, output_dir: str | Path, settings: dict) -> dict:
         """Rewards of a file of answers, kept beside it under a name for this reward model and these answers."""
         of = scorer | {"answers": text_fingerprint(path.read_bytes())}
         kept = path.with_name(f"{path.stem}-{json_fingerprint(of)[:8]}.rewards")
-        candidates = [Candidates(r.key, r.messages, {r.key: a}) for r, a in zip(requests, answers, strict=True)]
-        scores = keep_scores(kept, of, candidates, oracle.score, "rewards")
+        answered = [Prompt(r.key, r.messages, {r.key: a}) for r, a in zip(requests, answers, strict=True)]
+        scores = keep_scores(kept, of, answered, oracle.score, "rewards")
         return [scores[request.key] for request in requests]
 
     ours = rewards(file, texts)

@@ -10,7 +10,6 @@ import math
 import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +21,10 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from rmipo.data.chat import Messages
 from rmipo.errors import UserError
 from rmipo.fingerprints import text_fingerprint
 from rmipo.generation import judge
+from rmipo.generation.prompts import Prompt
 from rmipo.recipe.settings import merge_settings
 
 QUESTION = """Rate the response to the user's last message for its helpfulness, relevance, accuracy, depth and clarity. \
@@ -43,16 +42,6 @@ TEMPERATURES = (0, 1, 1)  # of the attempts at one rating: a reply without any w
 
 class OracleError(UserError, ValueError):
     """An oracle that can't be used, or whose scores can't."""
-
-
-@dataclass(frozen=True)
-class Candidates:
-    """The answers to one prompt, by key; `columns`: what else the prompt's row holds."""
-
-    key: str
-    messages: Messages
-    answers: dict[str, str]
-    columns: dict[str, Any] = field(default_factory=dict)
 
 
 Scored = Iterator[dict[str, float]]  # by key of the answer, some at a time
@@ -82,7 +71,7 @@ class FunctionOracle:
         # Scores of a function that was changed since are scores of another oracle.
         self.identity = {**settings, "fingerprint": text_fingerprint(Path(file).read_bytes())}
 
-    def score(self, prompts: list[Candidates]) -> Scored:
+    def score(self, prompts: list[Prompt]) -> Scored:
         for prompt in prompts:
             columns = {name: prompt.columns[name] for name in self.columns if name in prompt.columns}
             where = f"oracle {self.name}, prompt {prompt.key} ({prompt.messages[-1]['content'][:60]!r})"
@@ -116,7 +105,7 @@ class RewardModelOracle:
             raise OracleError(f"reward model {self.name} has {model.config.num_labels} outputs, expected 1")
         return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
-    def score(self, prompts: list[Candidates]) -> Scored:
+    def score(self, prompts: list[Prompt]) -> Scored:
         """Raises OracleError, before anything is scored, for dialogues longer than the model's context."""
         encoded = {}
         for prompt in prompts:
@@ -155,7 +144,7 @@ class JudgeOracle:
         self.client = judge.open_client(judge.judge_endpoint())
         self.identity = {"judge": settings["judge"], "endpoint": judge.shown(judge.judge_endpoint())}
 
-    def score(self, prompts: list[Candidates]) -> Scored:
+    def score(self, prompts: list[Prompt]) -> Scored:
         questions = {}
         for prompt in prompts:
             conversation = "\n\n".join(f"{message['role']}: {message['content']}" for message in prompt.messages)

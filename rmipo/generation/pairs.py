@@ -12,7 +12,7 @@ import json
 import math
 import random
 from collections import Counter
-from dataclasses import asdict, field
+from dataclasses import asdict, field, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -23,7 +23,7 @@ from rmipo.errors import PairsError
 from rmipo.files import write_atomically, write_lines
 from rmipo.fingerprints import json_fingerprint
 from rmipo.generation.answers import Generator, Request
-from rmipo.generation.oracles import Candidates, make_oracle
+from rmipo.generation.oracles import make_oracle
 from rmipo.generation.prompts import Prompt, read_prompts
 from rmipo.generation.scores import keep_scores, read_lines
 from rmipo.recipe.files import parse_overrides, read_yaml
@@ -106,7 +106,7 @@ def _make_pairs(model_dir: Path, generation: dict, config: PairsConfig, folder: 
         generator.answer(requests, folder / "answers.jsonl")
     header, *rows = read_lines(folder / "answers.jsonl")
     answers = {row["key"]: row for row in rows}
-    candidates = [Candidates(p.key, p.messages, distinct_answers(p, config, answers), p.columns) for p in prompts]
+    candidates = [replace(p, answers=distinct_answers(p, config, answers)) for p in prompts]
     several = [c for c in candidates if len(c.answers) > 1]
     made_of = {"answers": json_fingerprint(header)}
     scored_by = made_of | {"oracle": oracle.identity}
@@ -174,7 +174,7 @@ def distinct_answers(prompt: Prompt, config: PairsConfig, answers: dict[str, dic
 
 
 def select(
-    prompt: Candidates, scores: dict[str, float], pmi: dict[str, float], config: PairsConfig
+    prompt: Prompt, scores: dict[str, float], pmi: dict[str, float], config: PairsConfig
 ) -> tuple[str, str] | str:
     """Keys of the chosen and the rejected answer, or why there is no pair."""
     keys = list(prompt.answers)
@@ -193,7 +193,7 @@ def select(
     return best, worst
 
 
-def pair_row(prompt: Candidates, chosen: str, rejected: str, scores: dict[str, float]) -> dict:
+def pair_row(prompt: Prompt, chosen: str, rejected: str, scores: dict[str, float]) -> dict:
     sides = {"chosen": chosen, "rejected": rejected}
     responses = {side: [{"role": "assistant", "content": prompt.answers[key]}] for side, key in sides.items()}
     numbers = {f"score_{side}": scores[key] for side, key in sides.items()}

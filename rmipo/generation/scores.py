@@ -7,10 +7,10 @@ from pathlib import Path
 from tqdm import tqdm
 
 from rmipo.errors import PairsError
-from rmipo.generation.oracles import Candidates
+from rmipo.generation.prompts import Prompt
 
 
-def keep_scores(path: Path, header: dict, prompts: list[Candidates], score, description: str) -> dict[str, float]:
+def keep_scores(path: Path, header: dict, prompts: list[Prompt], score, description: str) -> dict[str, float]:
     """Scores by answer key, kept in `path`; those that are there are not asked for again.
 
     Raises PairsError if the file holds scores of other answers or another oracle.

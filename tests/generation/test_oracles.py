@@ -6,7 +6,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
 
 from rmipo.errors import EvaluationError
-from rmipo.generation.oracles import Candidates, OracleError, make_oracle
+from rmipo.generation.oracles import OracleError, make_oracle
+from rmipo.generation.prompts import Prompt
 from rmipo.generation.scores import keep_scores
 from tests.helpers.judge_server import JudgeServer
 from tests.helpers.tiny_model import write_model
@@ -17,7 +18,7 @@ DIALOGUES = [
 ]
 
 
-CANDIDATES = [Candidates(str(i), [asked], {str(i): told["content"]}) for i, (asked, told) in enumerate(DIALOGUES)]
+CANDIDATES = [Prompt(str(i), [asked], {str(i): told["content"]}) for i, (asked, told) in enumerate(DIALOGUES)]
 
 
 def oracle_of(folder, **settings):
@@ -65,7 +66,7 @@ def test_reward_models_that_are_none(reward_model):
     with pytest.raises(OracleError, match="2 outputs"):
         next(oracle_of(reward_model(1, num_labels=2)).score(CANDIDATES))
     folder = reward_model(1)
-    long = Candidates("k", [{"role": "user", "content": " ".join(["w1"] * 40)}], {"k": "w1"})
+    long = Prompt("k", [{"role": "user", "content": " ".join(["w1"] * 40)}], {"k": "w1"})
     with pytest.raises(OracleError, match=r"4\d tokens, its context is 32"):
         next(oracle_of(folder).score([*CANDIDATES, long]))
     torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
@@ -79,16 +80,14 @@ def test_reward_model_as_oracle_names_a_score_that_is_no_number(reward_model, tm
     weights = load_file(folder / "model.safetensors")
     save_file(weights | {"score.weight": weights["score.weight"] * float("nan")}, folder / "model.safetensors",
               metadata={"format": "pt"})  # fmt: skip
-    prompts = [Candidates("k", DIALOGUES[0][:1], {"k-0": "w1", "k-1": "w2"})]
+    prompts = [Prompt("k", DIALOGUES[0][:1], {"k-0": "w1", "k-1": "w2"})]
     oracle = make_oracle({"reward_model": str(folder), "dtype": "float32"})
     with pytest.raises(OracleError, match=r"answer k-\d.* nan"):
         list(oracle.score(prompts))
 
 
 PROMPTS = [
-    Candidates(
-        f"p{i}", [{"role": "user", "content": f"question {i}"}], {f"p{i}-{n}": "word " * (n + i) for n in (1, 2)}
-    )
+    Prompt(f"p{i}", [{"role": "user", "content": f"question {i}"}], {f"p{i}-{n}": "word " * (n + i) for n in (1, 2)})
     for i in range(8)
 ]
 

@@ -13,9 +13,9 @@ import torch
 
 from rmipo.errors import CheckpointError, EvaluationError, PairsError
 from rmipo.fingerprints import json_fingerprint
-from rmipo.generation.oracles import Candidates, OracleError, make_oracle
+from rmipo.generation.oracles import OracleError, make_oracle
 from rmipo.generation.pairs import PairsConfig, load_pairs_config, make_pairs, select
-from rmipo.generation.prompts import read_prompts
+from rmipo.generation.prompts import Prompt, read_prompts
 from rmipo.run.lock import LOCK_FILE
 from tests.helpers.launched import launch
 from tests.helpers.lock_holder import held
@@ -256,7 +256,7 @@ def test_settings_that_are_wrong_are_listed_at_once(setup, tmp_path):
 
 # Selection, by hand
 
-ANSWERS = Candidates("k", [{"role": "user", "content": "q"}], {f"k-{i}": f"answer {i}" for i in range(4)})
+ANSWERS = Prompt("k", [{"role": "user", "content": "q"}], {f"k-{i}": f"answer {i}" for i in range(4)})
 
 
 @pytest.mark.parametrize(
