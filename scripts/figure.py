@@ -80,10 +80,13 @@ def report_file(args: argparse.Namespace, suffix: str) -> Path:
     return args.outputs / "reports" / f"{name}{suffix}"
 
 
-def draw2(args: argparse.Namespace) -> "Figure":
-    from rmipo.reporting.sensitivity import figure2
+def draw_runs(args: argparse.Namespace) -> "Figure":
+    """Figures 2, 5 and 7, from files alone."""
+    from rmipo.reporting import figures_runs, sensitivity
 
-    return figure2(args.outputs, args.model, args.metric or "mt_bench", args.eval_name)
+    if args.number == 2:
+        return sensitivity.figure2(args.outputs, args.model, args.metric or "mt_bench", args.eval_name)
+    return {5: figures_runs.figure5, 7: figures_runs.figure7}[args.number](args.outputs, args.model)
 
 
 def draw3(args: argparse.Namespace) -> "Figure":
@@ -94,12 +97,6 @@ def draw3(args: argparse.Namespace) -> "Figure":
     signals, evaluation = pair_scores.hh_signals(args.outputs, args.model, method)
     title = f"{model_label(args.model)} {method_label(method)}{on_other_pairs([evaluation])}"
     return figures_pairs.figure3(signals, title, figure_notes([evaluation]))
-
-
-def draw5(args: argparse.Namespace) -> "Figure":
-    from rmipo.reporting.figures_runs import figure5
-
-    return figure5(args.outputs, args.model)
 
 
 def draw6(args: argparse.Namespace) -> "Figure":
@@ -115,12 +112,6 @@ def draw6(args: argparse.Namespace) -> "Figure":
     notes = ["REF: score_chosen minus score_rejected of the same pairs, as their data set has them."]
     notes += dict.fromkeys(pair_scores.scored_with(run, "test") for run in runs.values())
     return figures_pairs.figure6(judged, values, model_label(args.model), notes)
-
-
-def draw7(args: argparse.Namespace) -> "Figure":
-    from rmipo.reporting.figures_runs import figure7
-
-    return figure7(args.outputs, args.model)
 
 
 def draw8(args: argparse.Namespace) -> "Figure":
@@ -168,7 +159,7 @@ def finished_run(outputs: Path, model: str, method: str) -> TrainingRun:
     return run
 
 
-FIGURES = {2: draw2, 3: draw3, 5: draw5, 6: draw6, 7: draw7, 8: draw8}
+FIGURES = {2: draw_runs, 3: draw3, 5: draw_runs, 6: draw6, 7: draw_runs, 8: draw8}
 
 if __name__ == "__main__":
     cli.run(main)

@@ -6,27 +6,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
+from transformers import AutoTokenizer, LlamaForSequenceClassification
 
 from rmipo.errors import EvaluationError
 from rmipo.evaluation import reward
 from rmipo.evaluation.statistics import bootstrap, standard_error, wins
 from rmipo.generation.oracles import RewardModelOracle
+from tests.helpers.reward_models import write_reward_model
 from tests.helpers.tiny_model import write_model
 
 PROMPTS = 12
 GENERATION = {"dtype": "float32", "engine": "transformers", "max_new_tokens": 8, "temperature": 1.0}
-
-
-def write_reward_model(folder: Path, seed: int = 0, **config) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    write_model(folder)
-    for weights in folder.glob("*.safetensors"):
-        weights.unlink()
-    torch.manual_seed(seed)
-    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    config = {"vocab_size": 25, "max_position_embeddings": 128, "num_labels": 1, "pad_token_id": None} | sizes | config
-    LlamaForSequenceClassification(LlamaConfig(**config)).save_pretrained(folder)
 
 
 def reward_alone(folder: Path, prompt: str, answer: str) -> float:

@@ -3,14 +3,14 @@
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
+from transformers import AutoTokenizer, LlamaForSequenceClassification
 
 from rmipo.errors import EvaluationError
 from rmipo.generation.oracles import OracleError, make_oracle
 from rmipo.generation.prompts import Prompt
 from rmipo.generation.scores import keep_scores
 from tests.helpers.judge_server import JudgeServer
-from tests.helpers.tiny_model import write_model
+from tests.helpers.reward_models import write_reward_model
 
 DIALOGUES = [
     [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
@@ -25,23 +25,6 @@ def oracle_of(folder, **settings):
     return make_oracle({"reward_model": str(folder), "dtype": "float32", **settings})
 
 
-@pytest.fixture
-def reward_model(tmp_path):
-    """reward_model(pad id, labels) -> folder of a random reward model whose chat template ends in the EOS token."""
-
-    def write(pad_token_id, num_labels=1):
-        write_model(tmp_path)  # for its tokenizer
-        config = LlamaConfig(
-            vocab_size=25, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
-            max_position_embeddings=32, pad_token_id=pad_token_id, num_labels=num_labels,
-        )  # fmt: skip
-        torch.manual_seed(3)
-        LlamaForSequenceClassification(config).save_pretrained(tmp_path)
-        return tmp_path
-
-    return write
-
-
 def one_by_one(folder) -> list[float]:
     """The reward at the last token of each dialogue, from the layers themselves."""
     model, tokenizer = LlamaForSequenceClassification.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
@@ -54,18 +37,18 @@ def one_by_one(folder) -> list[float]:
 
 
 @pytest.mark.parametrize("pad_token_id", [None, 1, 7], ids=["none", "eos", "another"])
-def test_reward_is_that_of_the_last_token_whatever_the_pad_token(reward_model, pad_token_id):
-    folder = reward_model(pad_token_id)
+def test_reward_is_that_of_the_last_token_whatever_the_pad_token(tmp_path, pad_token_id):
+    folder = write_reward_model(tmp_path, pad_token_id=pad_token_id)
     scores = {}
     for some in oracle_of(folder, batch_size=4).score(CANDIDATES):
         scores |= some
     assert [scores[str(i)] for i in range(4)] == pytest.approx(one_by_one(folder), abs=1e-5)
 
 
-def test_reward_models_that_are_none(reward_model):
+def test_reward_models_that_are_none(tmp_path):
     with pytest.raises(OracleError, match="2 outputs"):
-        next(oracle_of(reward_model(1, num_labels=2)).score(CANDIDATES))
-    folder = reward_model(1)
+        next(oracle_of(write_reward_model(tmp_path / "two", num_labels=2)).score(CANDIDATES))
+    folder = write_reward_model(tmp_path / "one", max_position_embeddings=32)
     long = Prompt("k", [{"role": "user", "content": " ".join(["w1"] * 40)}], {"k": "w1"})
     with pytest.raises(OracleError, match=r"4\d tokens, its context is 32"):
         next(oracle_of(folder).score([*CANDIDATES, long]))
@@ -75,8 +58,8 @@ def test_reward_models_that_are_none(reward_model):
         next(oracle_of(folder).score(CANDIDATES))
 
 
-def test_reward_model_as_oracle_names_a_score_that_is_no_number(reward_model, tmp_path):
-    folder = reward_model(None)
+def test_reward_model_as_oracle_names_a_score_that_is_no_number(tmp_path):
+    folder = write_reward_model(tmp_path)
     weights = load_file(folder / "model.safetensors")
     save_file(weights | {"score.weight": weights["score.weight"] * float("nan")}, folder / "model.safetensors",
               metadata={"format": "pt"})  # fmt: skip
