@@ -350,6 +350,17 @@ def test_settings_that_contradict_a_result(monkeypatch):
     assert contradictions({}, {"judge_endpoint": "127.0.0.1:8000/v1"}) == []
 
 
+def test_max_cost_is_that_of_the_judges(outputs):
+    pytest.importorskip("alpaca_eval", reason="needs the extra `eval`")
+    arguments = ("--bench", "alpacaeval", "--set", f"alpacaeval.reference={outputs}/pairs/test.jsonl")
+    arguments += ("--set", "alpacaeval.price=[10, 30]")  # tiny's own is free
+    with JudgeServer() as server:
+        judge = {"OPENAI_API_KEY": "none", "OPENAI_BASE_URL": server.url}
+        done = run("evaluate.py", outputs, *arguments, MAX_COST="1e-6", **judge)
+        assert done.returncode == 2 and "max_cost 1e-06" in done.stderr, done.stderr
+        assert len(server.requests) == 1  # whether it is there
+
+
 def test_one_evaluation_at_a_time_of_a_model_and_a_benchmark(outputs):
     """A second one would do all work twice, pay its judge twice, and write each answer twice."""
     arguments = ("--bench", "hh", "--method", "rmipo", "--set", f"hh.helpful={{dataset_name: {outputs}/pairs}}")

@@ -259,6 +259,12 @@ def test_weights_are_read_once_for_all_tables_until_they_change(tmp_path, monkey
     assert trained_fingerprint(tmp_path) == fingerprint(tmp_path) and len(read) == 3
 
 
+def test_tasks_that_a_result_lacks_are_added_to_it(tmp_path):
+    path = write_result(tmp_path, "tiny", "rmipo", "leaderboard", {"ifeval": 50.0})
+    cell = cell_of(fill(build_table(2, ["tiny"]), tmp_path), "RMiPO", "BBH")
+    assert cell.commands == ("make eval MODEL=tiny METHOD=rmipo BENCH=leaderboard",) and path.exists()
+
+
 def test_an_average_carries_what_is_said_of_its_row(tmp_path):
     write_result(tmp_path, "tiny", "rmipo", "leaderboard", dict.fromkeys(LEADERBOARD, 10.0), settings={"limit": 5})
     row = [cell for cell in fill(build_table(2, ["tiny"]), tmp_path).cells.itertuples() if "RMiPO" in cell.row]
