@@ -82,10 +82,10 @@ def report_file(args: argparse.Namespace, suffix: str) -> Path:
 
 def draw_runs(args: argparse.Namespace) -> "Figure":
     """Figures 2, 5 and 7, from files alone."""
-    from rmipo.reporting import figures_runs, sensitivity
+    from rmipo.reporting import figures_runs
 
     if args.number == 2:
-        return sensitivity.figure2(args.outputs, args.model, args.metric or "mt_bench", args.eval_name)
+        return figures_runs.figure2(args.outputs, args.model, args.metric or "mt_bench", args.eval_name)
     return {5: figures_runs.figure5, 7: figures_runs.figure7}[args.number](args.outputs, args.model)
 
 

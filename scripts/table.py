@@ -19,11 +19,10 @@ from pathlib import Path
 from rmipo import cli
 from rmipo.evaluation import BENCHMARKS
 from rmipo.files import write_atomically
-from rmipo.reporting.filling import fill
 from rmipo.reporting.paired import win_rates
 from rmipo.reporting.render import FORMATS, render_wins
 from rmipo.reporting.results import OURS, ReportError, check_model
-from rmipo.reporting.tables import TABLES, benchmark_table, build_table
+from rmipo.reporting.tables import TABLES, benchmark_table, build_table, fill
 
 
 def main() -> None:

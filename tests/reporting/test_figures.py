@@ -12,10 +12,9 @@ from rmipo.objectives import build_objective
 from rmipo.plots import save
 from rmipo.reporting.figures import density, jitter, wasserstein
 from rmipo.reporting.figures_pairs import distance_interval, figure3, figure6, figure8
-from rmipo.reporting.figures_runs import figure5, figure7
+from rmipo.reporting.figures_runs import figure2, figure5, figure7, lines_over, measured
 from rmipo.reporting.pair_scores import Reading, differences
 from rmipo.reporting.results import ReportError
-from rmipo.reporting.sensitivity import figure2, lines_over, measured
 from tests.helpers.result_files import write_result, write_run
 
 RANDOM = np.random.default_rng(0)

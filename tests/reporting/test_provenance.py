@@ -3,10 +3,9 @@
 import pytest
 
 from rmipo.evaluation import BENCHMARKS
-from rmipo.reporting.filling import fill
 from rmipo.reporting.provenance import conflicts, deviations, missing_verdicts
 from rmipo.reporting.results import ReportError, load_result
-from rmipo.reporting.tables import LEADERBOARD, build_table
+from rmipo.reporting.tables import LEADERBOARD, build_table, fill
 from tests.helpers.result_files import DECODING, write_result
 
 SCORES = dict.fromkeys(LEADERBOARD, 10.0)

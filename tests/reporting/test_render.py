@@ -12,11 +12,10 @@ from pathlib import Path
 import pytest
 
 from rmipo.evaluation.statistics import holm
-from rmipo.reporting.filling import fill
 from rmipo.reporting.paired import stars, win_rates
 from rmipo.reporting.render import FORMATS, csv_text, latex, markdown, number_text, render_wins
 from rmipo.reporting.results import ReportError
-from rmipo.reporting.tables import TABLES, benchmark_table, build_table
+from rmipo.reporting.tables import TABLES, benchmark_table, build_table, fill
 from tests.helpers.result_files import write_result
 
 LLAMA = "llama3-8b-instruct"

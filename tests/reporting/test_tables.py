@@ -10,11 +10,10 @@ import yaml
 from rmipo import fingerprints
 from rmipo.fingerprints import trained_fingerprint
 from rmipo.generation.answers import DEFAULTS as GENERATION
-from rmipo.reporting.filling import average_ranks, fill
 from rmipo.reporting.provenance import made_with
 from rmipo.reporting.render import notes_of, results_of
 from rmipo.reporting.results import PAPER_MODELS, ReportError, load_result, paper_table
-from rmipo.reporting.tables import LEADERBOARD, TABLES, Table, benchmark_table, build_table
+from rmipo.reporting.tables import LEADERBOARD, TABLES, Table, average_ranks, benchmark_table, build_table, fill
 from tests.helpers.paths import ROOT
 from tests.helpers.result_files import DECODING, write_result, write_run
 
