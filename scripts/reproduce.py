@@ -1,6 +1,6 @@
 """Run everything behind one of the paper's tables: trainings, evaluations, the table. What is done is skipped.
 
-    make reproduce TABLE=1 DRY=1      # list the steps
+    make reproduce TABLE=1 DRY=1      # list what is left to do
     make reproduce TABLE=1
     make reproduce TABLE=2 MODEL=tiny
 
@@ -16,9 +16,8 @@ from pathlib import Path
 from rmipo import cli
 from rmipo.evaluation.models import is_setting, known_settings
 from rmipo.launch.choices import refuse
-from rmipo.reporting.reproduce import chain, summary
 from rmipo.reporting.results import ReportError
-from rmipo.reporting.tables import TABLES, build_table
+from rmipo.reporting.tables import TABLES, build_table, fill
 
 OUTPUTS = Path("outputs")  # where trainings and evaluations write
 OWN_VARIABLES = ("TABLE", "MODEL", "METHOD", "STAGE", "BENCH", "DRY")  # each step says its own
@@ -40,21 +39,24 @@ def main() -> int:
         raise ReportError(
             f"MODEL={args.model} has no recipes/{args.model}/eval.yaml; those that have: {known_settings()}"
         )
-    steps = chain(build_table(args.table, [args.model] if args.model else []), OUTPUTS)
+    cells = fill(build_table(args.table, [args.model] if args.model else []), OUTPUTS).cells
+    # Row by row, each once. A finished result that lacks a number is deleted by the user alone (`make table` says how).
+    needed = [commands for commands in cells["commands"] if not any(text.startswith("rm ") for text in commands)]
+    steps = list(dict.fromkeys(text for commands in needed for text in commands))
 
     for number, step in enumerate(steps, start=1):
-        print(f"{number:3d} {'done' if step.done else '    '} {step.text}")
-    print(summary(steps))
+        print(f"{number:3d} {step}")
+    trainings = sum(step.startswith("make train") for step in steps)
+    print(f"{len(steps)} steps left: {trainings} trainings, {len(steps) - trainings} evaluations")
+    print("By the paper's Figure 7 a training of an 8B model takes 6 to 10 hours on 4 A800")
     if args.dry:
         return 0
 
     environment = {name: value for name, value in os.environ.items() if name not in OWN_VARIABLES}
     for number, step in enumerate(steps, start=1):
-        if step.done:
-            continue
-        print(f"\n[{number}/{len(steps)}] {step.text}", flush=True)
-        if subprocess.run(shlex.split(step.text), env=environment).returncode != 0:
-            print(f"Step {number} failed: {step.text}\nRun the same again: finished steps are skipped", file=sys.stderr)
+        print(f"\n[{number}/{len(steps)}] {step}", flush=True)
+        if subprocess.run(shlex.split(step), env=environment).returncode != 0:
+            print(f"Step {number} failed: {step}\nRun the same again: finished steps are skipped", file=sys.stderr)
             return 1
     table = ["make", "table", f"N={args.table}", *([f"MODEL={args.model}"] if args.model else [])]
     return subprocess.run(table, env=environment).returncode
