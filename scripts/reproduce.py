@@ -48,7 +48,6 @@ def main() -> int:
         print(f"{number:3d} {step}")
     trainings = sum(step.startswith("make train") for step in steps)
     print(f"{len(steps)} steps left: {trainings} trainings, {len(steps) - trainings} evaluations")
-    print("By the paper's Figure 7 a training of an 8B model takes 6 to 10 hours on 4 A800")
     if args.dry:
         return 0
 

@@ -72,16 +72,6 @@ def test_killed_run_goes_on_over_a_rate_limit_and_a_malformed_verdict(tmp_path):
 
 
 @pytest.mark.slow
-def test_server_that_dies_leaves_the_verdicts_so_far(tmp_path):
-    with JudgeServer(fault=lambda number: "drop" if number > 3 else None) as server:
-        with pytest.raises(EvaluationError, match=r"judge at 127\.0\.0\.1:.* 3 of 4 verdicts"):
-            ask(server.url, tmp_path, first_n=2, concurrency=1, max_retries=1)
-        server.fault = lambda number: None
-        assert ask(server.url, tmp_path, first_n=2)["mt_bench_missing"] == 0
-    assert len(verdicts(tmp_path, 2)) == 4
-
-
-@pytest.mark.slow
 def test_other_answers_or_judges_do_not_meet_old_verdicts(tmp_path):
     with JudgeServer() as server:
         ask(server.url, tmp_path, first_n=1)

@@ -1,4 +1,4 @@
-"""Specificity: the numbers against one sequence at a time, and answers that are specific, generic, or exchanged."""
+"""Specificity: the numbers against one sequence at a time, and what is refused."""
 
 import json
 import math
@@ -12,31 +12,6 @@ from rmipo.evaluation import BENCHMARKS, specificity
 from rmipo.generation.likelihood import Likelihood
 from tests.helpers.rows import user
 from tests.helpers.tiny_model import write_model
-
-QUESTIONS = {
-    "What is the capital of France?": "The capital of France is Paris.",
-    "How do I boil an egg?": "Put the egg into boiling water for eight minutes, then cool it.",
-    "Who wrote Hamlet?": "Hamlet was written by William Shakespeare.",
-    "Why is the sky blue?": "Air scatters blue light from the sun more than red light, so the sky looks blue.",
-    "Name a large animal of Africa.": "The elephant is a large animal that lives in Africa.",
-    "What do bees make?": "Bees make honey and wax in their hive.",
-}
-BOILERPLATE = "That is a great question. It depends on many things, and I am happy to help."
-
-
-def test_specific_answers_generic_answers_and_exchanged_answers(smollm2):
-    frozen = Likelihood(smollm2, "float32")
-    prompts, right = [[user(text)] for text in QUESTIONS], list(QUESTIONS.values())
-    specific = specificity.score_answers(frozen, prompts, right)
-    assert all(row["own"] for row in specific)
-    bound = math.log(len(prompts))
-    assert all(0.9 * bound < row["pmi"] <= bound for row in specific)
-    generic = specificity.score_answers(frozen, prompts, [BOILERPLATE] * len(prompts))
-    assert sum(row["own"] for row in generic) == 1  # one text has one most likely prompt
-    assert sum(row["pmi"] for row in generic) / len(prompts) < 0
-    exchanged = specificity.score_answers(frozen, prompts, right[1:] + right[:1])
-    assert not any(row["own"] for row in exchanged)
-    assert all(row["prior_pmi"] < other["prior_pmi"] for row, other in zip(generic, specific, strict=True))
 
 
 def test_prompts_that_can_not_be_used_are_counted(tmp_path):
