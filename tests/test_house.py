@@ -34,7 +34,7 @@ def test_an_import_against_the_order_is_found(tmp_path):
 # Lines of Python that a folder may have. They hold what there is: raising one is a decision to defend, lowering one is the way
 # to the aim.
 LINES = {
-    "rmipo/compare": 750,  # aim: 400
+    "rmipo/compare": 810,  # aim: 400
     "rmipo/constraints": 120,  # aim: 110
     "rmipo/data": 1460,  # aim: 800
     "rmipo/evaluation": 1880,  # aim: 1500
@@ -44,15 +44,15 @@ LINES = {
     "rmipo/page": 300,
     "rmipo/plan": 710,  # aim: 450
     "rmipo/recipe": 1020,  # aim: 650
-    "rmipo/reporting": 2130,  # aim: 1500
+    "rmipo/reporting": 2000,  # aim: 1500
     "rmipo/run": 1050,  # aim: 800
     "rmipo/tiny": 690,  # aim: 450
     "rmipo/training": 2550,  # aim: 1700
-    "rmipo": 16070,  # aim: 11000
+    "rmipo": 16000,  # aim: 11000
     "scripts": 1660,  # aim: 1100
     "benchmarks": 1660,  # aim: 800
     "examples": 160,
-    "tests": 22040,  # aim: 14000
+    "tests": 21990,  # aim: 14000
 }
 
 

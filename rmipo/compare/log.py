@@ -48,6 +48,7 @@ class Log:
         }
 
     def key(self, run: Trial) -> str:
+        # Two recipes that write elsewhere train the same model.
         recipe = {key: value for key, value in self.study.recipe(run).resolved().items() if key not in NOT_THE_RUN}
         trial = {key: value for key, value in asdict(run).items() if key != "objective" or value}
         return json_fingerprint({"run": trial, "recipe": recipe, **self.common})
@@ -70,6 +71,7 @@ def execute_all(log: Log, runs: list[Trial], workers: int, bar: tqdm) -> list[di
     todo = [run for run in runs if lines[run] is None]
     bar.initial += len(runs) - len(todo)  # so that the ETA is that of a run, not of a line read
     bar.update(len(runs) - len(todo))
+    # One process per run: memory is measured from a clean start, and a run can't leave anything to the next.
     context = get_context("forkserver")
     context.set_forkserver_preload(["rmipo.compare.run"])  # imported once for all workers
     output = str(log.path.with_name("workers.log"))
@@ -97,6 +99,7 @@ def execute_all(log: Log, runs: list[Trial], workers: int, bar: tqdm) -> list[di
 
 def prepare_worker(log: str, scratch: str) -> None:
     """Send what a worker and its libraries print to a file; let it be killed without leaving anything behind."""
+    # File descriptors, not sys.stdout: libraries in C print too.
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for stream in (1, 2):
         os.dup2(file, stream)

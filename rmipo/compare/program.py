@@ -34,7 +34,8 @@ def compare(env: dict[str, str]) -> int:
     (ours,) = load_steps(model, ["rmipo"], {**env, "METHOD": "rmipo"})
     make_sft_model(model, ours.recipe, env)
     ours.recipe.parse(world_size=1)
-    suffix = Path(ours.recipe.values["output_dir"]).name.removeprefix("rmipo")  # tells other people's pairs apart
+    # Runs on other people's pairs are another comparison.
+    suffix = Path(ours.recipe.values["output_dir"]).name.removeprefix("rmipo")
     folder = Path(f"outputs/{model}/compare{suffix}")
 
     ###################

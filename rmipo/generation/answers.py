@@ -111,10 +111,8 @@ class Generator:
         return 100 * self.finishes.count("length") / max(1, len(self.finishes))
 
     def file(self, name: str, requests: list[Request]) -> Path:
-        """The file for the answers to `requests`; other prompts or another decoding have another one beside it.
-
-        It is beside the model, not the evaluation: another judge or another benchmark finds the answers there.
-        """
+        """The file for the answers to `requests`; other prompts or another decoding have another one beside it."""
+        # Beside the model, not the evaluation: another judge or another benchmark finds the answers there.
         decoding = {key: value for key, value in self.settings.items() if key != "engine"}
         key = json_fingerprint([decoding, [asdict(request) for request in requests]])[:8]
         return self.model_dir / "eval/answers" / f"{name}-{key}.jsonl"
@@ -194,6 +192,7 @@ class Generator:
                     f"those versions, or delete the *.jsonl files in {path.parent}"
                 )
             versions = here
+        # Temperatures and seeds are in the prompts: a benchmark may have its own for each.
         keys = ("top_p", "top_k", "max_new_tokens", "seed", "batch_size", "dtype", "engine")
         header = {
             "decoding": {key: self.settings[key] for key in keys} | {"stop_ids": stops},
@@ -214,6 +213,7 @@ class Generator:
 def check_prompts(requests: list[Request], prompts: list[TokenPrompt], chat: ChatFormat, model_dir: Path) -> None:
     """Raises EvaluationError for prompts that don't start with one BOS, or leave no room for an answer."""
     context = AutoConfig.from_pretrained(model_dir, trust_remote_code=False).max_position_embeddings
+    # A second BOS makes worse answers in silence; a prompt without room would end the run after hours.
     for request, prompt in zip(requests, prompts, strict=True):
         if chat.bos_id is not None and [token == chat.bos_id for token in prompt.ids[:2]] != [True, False]:
             raise EvaluationError(f"prompt {request.key} doesn't start with exactly one BOS (id {chat.bos_id})")

@@ -152,6 +152,7 @@ class JudgeOracle:
                 questions[key] = QUESTION.format(conversation=conversation, answer=text)
         characters, tokens = sum(map(len, questions.values())), self.settings["max_tokens"] * len(questions)
         judge.check_cost("judge", len(questions), characters, tokens, self.settings, len(TEMPERATURES))
+        # Ratings are yielded as they come, so that those that are paid for are kept when one fails.
         pool = ThreadPoolExecutor(self.settings["concurrency"])
         try:
             for done in as_completed([pool.submit(self.rate, *question) for question in questions.items()]):

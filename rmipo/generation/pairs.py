@@ -107,7 +107,7 @@ def _make_pairs(model_dir: Path, generation: dict, config: PairsConfig, folder: 
     header, *rows = read_lines(folder / "answers.jsonl")
     answers = {row["key"]: row for row in rows}
     candidates = [replace(p, answers=distinct_answers(p, config, answers)) for p in prompts]
-    several = [c for c in candidates if len(c.answers) > 1]
+    several = [c for c in candidates if len(c.answers) > 1]  # a judge is not paid for an answer that can't be in a pair
     made_of = {"answers": json_fingerprint(header)}
     scored_by = made_of | {"oracle": oracle.identity}
     scores = keep_scores(folder / "scores.jsonl", scored_by, several, oracle.score, "scores of the oracle")
@@ -180,6 +180,7 @@ def select(
     keys = list(prompt.answers)
     if len(keys) < 2:
         return "fewer than two answers differ and are neither empty nor cut"
+    # Without PMI the first of equal scores is taken.
     best = max(keys, key=lambda key: (scores[key], pmi.get(key, 0)))
     worst = min(keys, key=lambda key: (scores[key], pmi.get(key, 0)))
     gap = scores[best] - scores[worst]

@@ -15,6 +15,7 @@ def keep_scores(path: Path, header: dict, prompts: list[Prompt], score, descript
 
     Raises PairsError if the file holds scores of other answers or another oracle.
     """
+    # The first line says what the scores are of, so that those of an older oracle are not taken for these.
     found, *lines = read_lines(path) or [None]
     if found is None:
         path.write_text(json.dumps(header) + "\n")
