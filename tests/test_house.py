@@ -52,7 +52,7 @@ LINES = {
     "scripts": 1660,  # aim: 1100
     "benchmarks": 1660,  # aim: 800
     "examples": 160,
-    "tests": 21990,  # aim: 14000
+    "tests": 22010,  # aim: 14000
 }
 
 

@@ -246,6 +246,15 @@ def test_a_line_is_found_by_everything_that_defines_its_run(study, tmp_path):
     assert Log(path, longer).find(run_of()) is None
 
 
+def test_lines_come_in_the_order_of_their_runs(study, tmp_path):
+    """The study of margins takes them by their place."""
+    log, runs = Log(tmp_path / "runs.jsonl", study), [run_of(seed=seed) for seed in range(3)]
+    for run in (runs[1], runs[2], runs[0]):
+        log.add(run, {"metrics": {"right_probability": run.seed / 10}}, {})
+    lines = execute_all(log, runs[::-1], 1, tqdm(total=3))
+    assert [line["metrics"]["right_probability"] for line in lines] == [0.2, 0.1, 0.0]
+
+
 def test_the_best_rate_of_each_method_is_chosen():
     values = {("dpo", 1e-4): 0.5, ("dpo", 2e-4): 0.7, ("kto", 1e-4): 0.6, ("kto", 2e-4): 0.2}
     lines = [

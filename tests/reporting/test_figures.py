@@ -4,13 +4,14 @@ import shutil
 
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from matplotlib.image import imread
 
 from rmipo.objectives import build_objective
 from rmipo.plots import save
-from rmipo.reporting.figures import density, jitter, wasserstein
+from rmipo.reporting.figures import density, draw_curves, jitter, wasserstein
 from rmipo.reporting.figures_pairs import distance_interval, figure3, figure6, figure8
 from rmipo.reporting.figures_runs import figure2, figure5, figure7, lines_over, measured
 from rmipo.reporting.pair_scores import Reading, differences
@@ -43,6 +44,16 @@ def test_jitter_is_bounded_by_half_a_step_and_keeps_the_order():
     assert moved[:500].max() <= moved[500:1000].min()
     halves = jitter(np.array([0.1 + 0.2, 0.3, 0.8]))  # 0.30000000000000004 is no step of its own
     assert np.abs(halves - [0.3, 0.3, 0.8]).max() > 1e-3
+
+
+def test_curves_are_means_with_their_range():
+    axis = plt.figure().add_subplot()
+    points = [("dpo", 0, 1.0), ("dpo", 0, 4.0), ("dpo", 10, 2.0), ("dpo", 10, 2.0), ("rmipo", 0, 7.0)]
+    draw_curves(axis, pd.DataFrame(points, columns=["method", "step", "value"]), "value", str.upper)
+    assert [line.get_ydata().tolist() for line in axis.lines] == [[2.5, 2.0], [7.0]]
+    assert [line.get_label() for line in axis.lines] == ["DPO", "RMIPO"] and axis.lines[1].is_dashed()
+    band = axis.collections[0].get_paths()[0].vertices
+    assert {tuple(point) for point in band} >= {(0, 1.0), (0, 4.0), (10, 2.0)}
 
 
 def test_wasserstein_by_hand():
