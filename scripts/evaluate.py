@@ -13,6 +13,7 @@ Results go to <model's folder>/eval/<bench>.json, with EVAL_NAME to eval/<EVAL_N
 unfinished one is continued, and one of other weights, another tokenizer or other settings than these is refused.
 """
 
+import itertools
 import json
 import math
 import sys
@@ -32,10 +33,7 @@ from rmipo.run.lock import locked
 
 
 def main() -> None:
-    meanings = {
-        "MODEL": "setting, folder with a model, or hub id",
-        "METHOD": "folders of a setting's runs (default: rmipo)",
-    }
+    meanings = {"MODEL": "setting, folder with a model, or hub id", "METHOD": "folders of runs (default: rmipo)"}
     variables = ("MODEL", "METHOD", "BENCH", "TASKS", "EVAL_NAME", "SETTINGS", "MAX_COST")
     parser = cli.options(__doc__, *variables, **meanings)
     parser.add_argument("--set", action="append", default=[], metavar="BLOCK.KEY=VALUE", help="over the eval.yaml")
@@ -47,12 +45,12 @@ def main() -> None:
     if args.eval_name in (*BENCHMARKS, "answers") or "/" in args.eval_name:
         raise EvaluationError(f"EVAL_NAME={args.eval_name} is taken by the evaluation itself")
     benches = [b for b in BENCHMARKS.values() if bench == b.name or (bench == "all" and b.in_paper)]
-    try:
-        max_cost = float(args.max_cost) if args.max_cost else None
-    except ValueError as error:
-        raise EvaluationError(f"MAX_COST is {args.max_cost!r}: expected US dollars, such as MAX_COST=5") from error
-    tasks = args.tasks.replace(",", " ").split()
-    overrides = args.set + [f"leaderboard.tasks={json.dumps(tasks)}"] * bool(tasks)
+    overrides, tasks = args.set, args.tasks.replace(",", " ").split()
+    if tasks:
+        overrides = [*overrides, f"leaderboard.tasks={json.dumps(tasks)}"]
+    if args.max_cost:
+        judged = [benchmark.name for benchmark in benches if "max_cost" in benchmark.defaults]
+        overrides = [*overrides, *(f"{name}.max_cost={args.max_cost}" for name in judged)]
     model, methods = args.model or "tiny", args.method.replace(",", " ").split()
     check_names(model, methods)
     from rmipo.evaluation.target import find_target  # imports torch and TRL, which takes seconds
@@ -60,50 +58,43 @@ def main() -> None:
     settings = Path(args.settings) if args.settings else None
     targets = [find_target(model, method, args.outputs, overrides, settings) for method in methods or [None]]
     failed = []
-    for target in targets:
-        for benchmark in benches:
-            try:
-                # Also another EVAL_NAME waits: it may take the same answers.
-                with locked(target.folder / "eval" / f"{benchmark.name}.lock", "eval"):
-                    evaluate(target.folder, target.settings, benchmark, args.eval_name, max_cost)
-            except Exception as error:  # one benchmark's failure, such as a missing key, doesn't stop the others
-                if not isinstance(error, UserError):
-                    traceback.print_exc()
-                print(f"{benchmark.title}: {error}", file=sys.stderr)
-                failed.append(f"{benchmark.name} of {target.folder}")
+    for target, benchmark in itertools.product(targets, benches):
+        try:
+            # Also another EVAL_NAME waits: it may take the same answers.
+            with locked(target.folder / "eval" / f"{benchmark.name}.lock", "eval"):
+                evaluate(target.folder, benchmark_settings(target.settings, benchmark), benchmark, args.eval_name)
+        except Exception as error:  # one benchmark's failure, such as a missing key, doesn't stop the others
+            if not isinstance(error, UserError):
+                traceback.print_exc()
+            print(f"{benchmark.title}: {error}", file=sys.stderr)
+            failed.append(f"{benchmark.name} of {target.folder}")
     if failed:
         raise EvaluationError(f"not finished: {', '.join(failed)}")
 
 
-def evaluate(folder: Path, settings: dict, benchmark: Benchmark, name: str, max_cost: float | None) -> None:
+def evaluate(folder: Path, settings: dict, benchmark: Benchmark, name: str) -> None:
     """Run one benchmark, unless its result is there. Raises EvaluationError for one that may not be taken for this."""
-    bench, settings = benchmark.name, benchmark_settings(settings, benchmark)
-    if "max_cost" in benchmark.defaults and max_cost is not None:
-        settings["max_cost"] = max_cost
-    path = folder / "eval" / name / f"{bench}.json"
+    bench, path = benchmark.name, folder / "eval" / name / f"{benchmark.name}.json"
     weights = trained_fingerprint(folder) if has_weights(folder) else None
     prompting = prompting_fingerprint(folder)
     if path.is_file():
         found = json.loads(path.read_text())
-        changed = {
-            "other weights": weights not in (None, found.get("fingerprint")),
-            "another tokenizer, chat template or generation_config.json": found.get("prompting", prompting)
-            != prompting,
-        }
-        if any(changed.values()):
-            what = " and ".join(part for part, differs in changed.items() if differs)
+        changed = ["other weights"] * (weights not in (None, found.get("fingerprint")))
+        if found.get("prompting") != prompting:
+            changed.append("another tokenizer, chat template or generation_config.json")
+        if changed:
             raise EvaluationError(
-                f"{path} is of {what} than those now in {folder}. Delete it, and the folder {path.with_suffix('')} if there "
-                "is one, to evaluate these"
+                f"{path} is of {' and '.join(changed)} than those now in {folder}. Delete it, and the folder "
+                f"{path.with_suffix('')} if there is one, to evaluate these"
             )
-        asked, done = (values.get(benchmark.parts, []) for values in (settings, found["settings"]))
-        added = [part for part in asked if part not in done]
         others = {key: value for key, value in settings.items() if key != benchmark.parts}
         if different := contradictions(others, found["settings"]):
             raise EvaluationError(
                 f"{path} is finished with other settings: {'; '.join(different)}. Give this evaluation a name of its "
                 "own (EVAL_NAME=...), take the settings back, or delete that file"
             )
+        asked, done = (values.get(benchmark.parts, []) for values in (settings, found["settings"]))
+        added = [part for part in asked if part not in done]
         if not added:
             print(f"{bench}: finished before, see {path}; delete it to evaluate again")
             return

@@ -36,46 +36,41 @@ from rmipo.reporting.results import (
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-NUMBERS = (2, 3, 5, 6, 7, 8)
 OPTIONS = {"method": (3, 8), "metric": (2,), "eval_name": (2,), "data": (8,)}  # and the figures that take them
 FIGURE6_METHODS = ("simpo", "simper", "rmipo")
+PAPER_GAMMA_PEAKS = {"mistral-7b-instruct": 0.4, "llama3-8b-instruct": 1.4}  # App. D, Figure 8 right
 
 
 def main() -> None:
-    parser = cli.Parser(__doc__)
-    parser.add_argument("--number", type=int, default=os.environ.get("N") or None, help=f"one of {NUMBERS}")
-    parser.add_argument("--model", default=os.environ.get("MODEL"), help="folder below outputs; figure 8: any model's")
-    parser.add_argument("--method", default=os.environ.get("METHOD"), help="figure 3: initial; figure 8: rmipo")
-    parser.add_argument(
-        "--metric", default=os.environ.get("METRIC") or None, help="figure 2: evaluation or log key; default mt_bench"
-    )
-    parser.add_argument(
-        "--eval_name", default=os.environ.get("EVAL_NAME", ""), help=f"figure 2: {cli.VARIABLES['EVAL_NAME']}"
-    )
-    parser.add_argument("--data", default=os.environ.get("DATA") or None, help="figure 8: other pairs than the run's")
+    meanings = {"MODEL": "folder below outputs; figure 8: any model's", "DATA": "figure 8: other pairs than the run's"}
+    meanings |= {"METHOD": "figure 3 (initial), figure 8 (rmipo)", "METRIC": "figure 2: evaluation or log key"}
+    parser = cli.options(__doc__, "MODEL", "METHOD", "METRIC", "EVAL_NAME", "DATA", **meanings)
+    parser.add_argument("--number", type=int, default=os.environ.get("N") or None, help=f"one of {tuple(FIGURES)}")
     parser.add_argument("--split", choices=["train", "test"], default="train", help="figure 8: of these pairs")
     parser.add_argument("--max_pairs", type=int, default=4000, help="figures 6 and 8: pairs scored per model")
     parser.add_argument("--outputs", type=Path, default=Path("outputs"), help="where the runs are")
     args = parser.read()
 
-    if args.number not in NUMBERS:
-        raise ReportError(f"there is no figure {args.number} to draw; say N=..., one of {NUMBERS}")
+    if args.number not in FIGURES:
+        raise ReportError(f"there is no figure {args.number} to draw; say N=..., one of {tuple(FIGURES)}")
     if not args.model:
         raise ReportError(f"of which model? Say MODEL=..., e.g. {', '.join(PAPER_MODELS)} or tiny")
-    if args.number == 8 and not (RECIPES / args.model / "rmipo.yaml").is_file():
-        check_names(args.model, [])
     if args.number != 8:
         check_model(args.outputs, args.model)
+    elif not has_recipe(args.model):
+        check_names(args.model, [])
     for option, numbers in OPTIONS.items():
         if getattr(args, option) and args.number not in numbers:
-            raise ReportError(
-                f"{option.upper()} is for figure {numbers}, and this is figure {args.number}: leave it out"
-            )
+            raise ReportError(f"{option.upper()} is for figure {numbers}: leave it out for figure {args.number}")
+    figure = FIGURES[args.number](args)
     from rmipo.plots import save  # imports matplotlib
 
-    figure = draw(args)
     for file in save(figure, report_file(args, ".png")):
         print(f"Written to {file}")
+
+
+def has_recipe(model: str) -> bool:
+    return (RECIPES / model / "rmipo.yaml").is_file()
 
 
 def report_file(args: argparse.Namespace, suffix: str) -> Path:
@@ -85,17 +80,13 @@ def report_file(args: argparse.Namespace, suffix: str) -> Path:
     return args.outputs / "reports" / f"{name}{suffix}"
 
 
-def draw(args: argparse.Namespace) -> "Figure":
-    from rmipo.reporting import figures_runs, sensitivity
+def draw_runs(args: argparse.Namespace) -> "Figure":
+    """Figures 2, 5 and 7, from files alone."""
+    from rmipo.reporting import figures_runs
 
-    outputs, model = args.outputs, args.model
     if args.number == 2:
-        return sensitivity.figure2(outputs, model, args.metric or "mt_bench", args.eval_name)
-    if args.number == 5:
-        return figures_runs.figure5(outputs, model)
-    if args.number == 7:
-        return figures_runs.figure7(outputs, model)
-    return {3: draw3, 6: draw6, 8: draw8}[args.number](args)
+        return figures_runs.figure2(args.outputs, args.model, args.metric or "mt_bench", args.eval_name)
+    return {5: figures_runs.figure5, 7: figures_runs.figure7}[args.number](args.outputs, args.model)
 
 
 def draw3(args: argparse.Namespace) -> "Figure":
@@ -112,12 +103,12 @@ def draw6(args: argparse.Namespace) -> "Figure":
     from rmipo.reporting import figures_pairs, pair_scores
 
     runs = {method: finished_run(args.outputs, args.model, method) for method in FIGURE6_METHODS}
-    differences = {method: pair_scores.reward_differences(run, "test", args.max_pairs) for method, run in runs.items()}
-    rows = {method: rows for method, (_, rows) in differences.items()}
-    if len({tuple(r) for r in rows.values()}) > 1:
+    found = {method: pair_scores.reward_differences(run, "test", args.max_pairs) for method, run in runs.items()}
+    rows = {method: rows for method, (_, rows) in found.items()}
+    if any(others != rows["rmipo"] for others in rows.values()):
         raise ReportError(f"figure 6: the {args.model} runs of {', '.join(rows)} used different pairs")
     judged = pair_scores.judge_differences(runs["rmipo"], "test", rows["rmipo"])
-    values = {method: rewards for method, (rewards, _) in differences.items()}
+    values = {method: rewards for method, (rewards, _) in found.items()}
     notes = ["REF: score_chosen minus score_rejected of the same pairs, as their data set has them."]
     notes += dict.fromkeys(pair_scores.scored_with(run, "test") for run in runs.values())
     return figures_pairs.figure6(judged, values, model_label(args.model), notes)
@@ -140,31 +131,25 @@ def draw8(args: argparse.Namespace) -> "Figure":
     pairs = len(next(iter(readings.values())).gamma)
     kind = f"{args.split} pairs" + (f" of {Path(args.data).name}" if args.data else "")
     policy = "final policy" if (run.folder / "run.json").is_file() else "initial policy"
-    return figures_pairs.figure8(
-        readings,
-        objective.gamma_min,
-        objective.gamma_max,
-        f"{model_label(Path(args.model).name)} {method_label(method)}: {pairs} {kind}, {policy}",
-        objective.schedule,
-        objective.span,
-        figures_pairs.PAPER_GAMMA_PEAKS.get(args.model) if method == "rmipo" and not args.data else None,
-        [pair_scores.scored_with(run, args.split)],
-    )
+    title = f"{model_label(Path(args.model).name)} {method_label(method)}: {pairs} {kind}, {policy}"
+    # The paper's peak is that of its own run on its own pairs.
+    peak = PAPER_GAMMA_PEAKS.get(args.model) if method == "rmipo" and not args.data else None
+    return figures_pairs.figure8(readings, objective, title, peak, [pair_scores.scored_with(run, args.split)])
 
 
 def scored_run(args: argparse.Namespace, method: str) -> TrainingRun:
-    """What Figure 8 scores with: a finished run, a setting's initial model with its recipe, or any model."""
+    """What Figure 8 scores with: a finished run; or a model as if the setting's recipe had left it unchanged."""
     from rmipo.evaluation.target import find_target
     from rmipo.recipe.load import load_recipe
-    from rmipo.reporting.pair_scores import initial_run
 
-    recipe = RECIPES / args.model / "rmipo.yaml"
-    if method != "initial" and recipe.is_file():
+    known = has_recipe(args.model)
+    if known and method != "initial":
         return finished_run(args.outputs, args.model, method)
-    if not (args.data or recipe.is_file()):
+    if not (args.data or known):
         raise ReportError(f"MODEL={args.model} has no recipe that names its pairs: say which, DATA=<folder>")
-    folder = find_target(args.model, method if recipe.is_file() else args.method, args.outputs, []).folder
-    return initial_run(folder, load_recipe(recipe).values if recipe.is_file() else {})
+    folder = find_target(args.model, method if known else args.method or None, args.outputs, []).folder
+    recipe = load_recipe(RECIPES / args.model / "rmipo.yaml").values if known else {}
+    return TrainingRun(folder, {"recipe": recipe, "objective": {"name": "rmipo"} | recipe.get("objective", {})})
 
 
 def finished_run(outputs: Path, model: str, method: str) -> TrainingRun:
@@ -173,6 +158,8 @@ def finished_run(outputs: Path, model: str, method: str) -> TrainingRun:
         raise ReportError(f"{outputs / model / method} holds no finished run: run `{train_command(model, method)}`")
     return run
 
+
+FIGURES = {2: draw_runs, 3: draw3, 5: draw_runs, 6: draw6, 7: draw_runs, 8: draw8}
 
 if __name__ == "__main__":
     cli.run(main)

@@ -1,8 +1,8 @@
 """Run everything behind one of the paper's tables: trainings, evaluations, the table. What is done is skipped.
 
-make reproduce TABLE=1 DRY=1      # list the steps
-make reproduce TABLE=1
-make reproduce TABLE=2 MODEL=tiny
+    make reproduce TABLE=1 DRY=1      # list what is left to do
+    make reproduce TABLE=1
+    make reproduce TABLE=2 MODEL=tiny
 
 What else is given to make (GPUS, SHARDING, MAX_COST) reaches every step.
 """
@@ -16,9 +16,8 @@ from pathlib import Path
 from rmipo import cli
 from rmipo.evaluation.models import is_setting, known_settings
 from rmipo.launch.choices import refuse
-from rmipo.reporting.reproduce import chain, summary
 from rmipo.reporting.results import ReportError
-from rmipo.reporting.tables import TABLES, build_table
+from rmipo.reporting.tables import TABLES, build_table, fill
 
 OUTPUTS = Path("outputs")  # where trainings and evaluations write
 OWN_VARIABLES = ("TABLE", "MODEL", "METHOD", "STAGE", "BENCH", "DRY")  # each step says its own
@@ -28,44 +27,38 @@ REFUSED_VARIABLES = ("ARGS", "DATA", "SLURM")
 
 
 def main() -> int:
-    parser = cli.Parser(__doc__)
+    parser = cli.options(__doc__, "MODEL", MODEL="another model than the paper's")
+    listed = os.environ.get("DRY", "0") not in ("", "0")
     parser.add_argument("--table", type=int, default=os.environ.get("TABLE") or None, help=f"one of {sorted(TABLES)}")
-    parser.add_argument("--model", default=os.environ.get("MODEL"), help="another model than the paper's")
-    parser.add_argument(
-        "--dry", action="store_true", default=os.environ.get("DRY", "0") not in ("", "0"), help="list the steps"
-    )
+    parser.add_argument("--dry", action="store_true", default=listed, help="list the steps")
     args = parser.parse_args()
-
     if args.table is None:
         raise ReportError(f"which table? Say TABLE=..., one of {sorted(TABLES)}")
-    refuse(
-        os.environ,
-        REFUSED_VARIABLES,
-        "not for the whole chain. Run the step that it is for by itself (DRY=1 lists them); what is done is skipped here",
-    )
+    refuse(os.environ, REFUSED_VARIABLES, "it is for one step of the chain alone: run that step by itself")
     if args.model and not is_setting(args.model):
         raise ReportError(
             f"MODEL={args.model} has no recipes/{args.model}/eval.yaml; those that have: {known_settings()}"
         )
-    steps = chain(build_table(args.table, [args.model] if args.model else []), OUTPUTS)
+    cells = fill(build_table(args.table, [args.model] if args.model else []), OUTPUTS).cells
+    # Row by row, each once. A finished result that lacks a number is deleted by the user alone (`make table` says how).
+    needed = [commands for commands in cells["commands"] if not any(text.startswith("rm ") for text in commands)]
+    steps = list(dict.fromkeys(text for commands in needed for text in commands))
 
     for number, step in enumerate(steps, start=1):
-        mark = "done" if step.done else "    "
-        print(f"{number:3d} {mark} {step.text}")
-    print(summary(steps))
+        print(f"{number:3d} {step}")
+    trainings = sum(step.startswith("make train") for step in steps)
+    print(f"{len(steps)} steps left: {trainings} trainings, {len(steps) - trainings} evaluations")
     if args.dry:
         return 0
 
     environment = {name: value for name, value in os.environ.items() if name not in OWN_VARIABLES}
     for number, step in enumerate(steps, start=1):
-        if step.done:
-            continue
-        print(f"\n[{number}/{len(steps)}] {step.text}", flush=True)
-        if subprocess.run(shlex.split(step.text), env=environment).returncode != 0:
-            print(f"Step {number} failed: {step.text}\nRun the same again: finished steps are skipped", file=sys.stderr)
+        print(f"\n[{number}/{len(steps)}] {step}", flush=True)
+        if subprocess.run(shlex.split(step), env=environment).returncode != 0:
+            print(f"Step {number} failed: {step}\nRun the same again: finished steps are skipped", file=sys.stderr)
             return 1
-    table = f"make table N={args.table}" + (f" MODEL={args.model}" if args.model else "")
-    return subprocess.run(shlex.split(table), env=environment).returncode
+    table = ["make", "table", f"N={args.table}", *([f"MODEL={args.model}"] if args.model else [])]
+    return subprocess.run(table, env=environment).returncode
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from rmipo import cli
 from rmipo.errors import EvaluationError
 from rmipo.evaluation.alpaca_reference import load_reference
 from rmipo.evaluation.models import check_names, is_setting
-from rmipo.recipe.files import coerce
+from rmipo.files import write_atomically
 
 METHODS = ["rmipo", "simper", "simpo"]  # of Table 6; by default those that are trained
 STYLE = """body { font-family: sans-serif; margin: 2em; } table { border-collapse: collapse; width: 100%; }
@@ -48,25 +48,18 @@ def page(model: str, prompts: list[str], answers: dict[str, list[str]]) -> str:
     title = f"{html.escape(model)}: answers side by side"
     with pd.option_context("display.max_colwidth", None):  # else long answers are cut
         table = pd.DataFrame({"Prompt": prompts, **answers}).to_html(index=False, border=0)
-    head = f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>{STYLE}</style></head>'
-    return f"{head}\n<body><h1>{title}</h1>\n{table}\n</body></html>\n"
+    head = f'<meta charset="utf-8"><title>{title}</title><style>{STYLE}</style>'
+    return f'<!DOCTYPE html>\n<html lang="en"><head>{head}</head>\n<body><h1>{title}</h1>\n{table}\n</body></html>\n'
 
 
 def choose_prompts(given: list[str] | None, settings: dict) -> tuple[list[str], dict[str, list[str]]]:
     """The prompts, and answers to them that are known already, by who gave them. Raises EvaluationError without any."""
-    if given:
-        return given, {}
-    if settings.get("prompts"):
-        try:
-            return coerce(settings["prompts"], list[str]), {}
-        except ValueError as error:
-            raise EvaluationError(f"samples: prompts is {settings['prompts']!r}: expected a list of texts") from error
+    if isinstance(prompts := given or settings.get("prompts"), list):
+        return prompts, {}
     if settings.get("reference"):
         rows = load_reference(settings["reference"])[0][: settings.get("first_n")]
         return [row["instruction"] for row in rows], {"reference": [row["output"] for row in rows]}
-    raise EvaluationError(
-        "no prompts: give one with ARGS='--prompt \"...\"', or set `samples` in the setting's eval.yaml"
-    )
+    raise EvaluationError("no prompts: give one with ARGS='--prompt \"...\"', or set `samples` in the eval.yaml")
 
 
 def main() -> None:
@@ -77,7 +70,7 @@ def main() -> None:
     model, methods = args.model or "tiny", args.methods.replace(",", " ").split()
     check_names(model, methods)
     from rmipo.evaluation.target import find_target  # imports torch and TRL, which takes seconds
-    from rmipo.generation.answers import Generator, Request
+    from rmipo.generation.answers import Generator, questions
 
     if is_setting(model):
         trained = [method for method in METHODS if (args.outputs / model / method / "config.json").is_file()]
@@ -88,16 +81,12 @@ def main() -> None:
         targets = {name: find_target(model, None, args.outputs, [])}
     settings = next(iter(targets.values())).settings
     prompts, answers = choose_prompts(args.prompt, settings.get("samples", {}))
-    requests = [Request(str(i), [{"role": "user", "content": prompt}]) for i, prompt in enumerate(prompts)]
     for method, target in targets.items():
         with Generator(target.folder, settings.get("generation", {})) as generator:
-            answers[method] = generator.answer(requests, generator.file("samples", requests))
-
-    reports = args.outputs / "reports"
-    reports.mkdir(parents=True, exist_ok=True)
+            answers[method] = generator.ask("samples", questions(prompts))
     for extension, render in (("md", markdown), ("html", page)):
-        path = reports / f"samples-{name}.{extension}"
-        path.write_text(render(name, prompts, answers))
+        path = args.outputs / "reports" / f"samples-{name}.{extension}"
+        write_atomically(path, render(name, prompts, answers))
         print(path)
 
 

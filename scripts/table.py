@@ -18,28 +18,20 @@ from pathlib import Path
 
 from rmipo import cli
 from rmipo.evaluation import BENCHMARKS
-from rmipo.reporting.filling import fill
-from rmipo.reporting.render import FORMATS
+from rmipo.files import write_atomically
+from rmipo.reporting.paired import win_rates
+from rmipo.reporting.render import FORMATS, render_wins
 from rmipo.reporting.results import OURS, ReportError, check_model
-from rmipo.reporting.tables import TABLES, benchmark_table, build_table
-from rmipo.reporting.wins import render, win_rates
+from rmipo.reporting.tables import TABLES, benchmark_table, build_table, fill
 
 
 def main() -> None:
-    parser = cli.Parser(__doc__)
-    parser.add_argument("--number", type=int, default=os.environ.get("N") or None, help=f"one of {sorted(TABLES)}")
-    parser.add_argument("--bench", default=os.environ.get("BENCH", ""), help=f"all, or some of {', '.join(BENCHMARKS)}")
-    parser.add_argument(
-        "--wins",
-        action="store_true",
-        help="win rates of any two methods",
-        default=os.environ.get("WINS", "0") not in ("", "0"),
-    )
-    parser.add_argument(
-        "--against", default=os.environ.get("AGAINST") or OURS, help="the method that others are held to"
-    )
-    parser.add_argument("--model", default=os.environ.get("MODEL"), help="with N: another model than the paper's")
-    parser.add_argument("--eval_name", default=os.environ.get("EVAL_NAME", ""), help=cli.VARIABLES["EVAL_NAME"])
+    meanings = {"MODEL": "with N: another model than the paper's", "BENCH": f"all, or some of {', '.join(BENCHMARKS)}"}
+    parser = cli.options(__doc__, "MODEL", "BENCH", "EVAL_NAME", **meanings)
+    given = os.environ.get
+    parser.add_argument("--number", type=int, default=given("N") or None, help=f"one of {sorted(TABLES)}")
+    parser.add_argument("--wins", action="store_true", default=given("WINS", "0") not in ("", "0"), help="win rates")
+    parser.add_argument("--against", default=given("AGAINST") or OURS, help="the method that others are held to")
     parser.add_argument("--outputs", type=Path, default=Path("outputs"), help="where the runs are")
     parser.add_argument("--differences", action="store_true", help="print all differences to the paper")
     args = parser.read()
@@ -55,7 +47,7 @@ def main() -> None:
 
     if args.wins:
         bench = benches[0] if benches else "alpacaeval"
-        texts, name = render(*win_rates(args.outputs, args.model, bench, args.eval_name)), f"wins-{bench}"
+        texts, name = render_wins(*win_rates(args.outputs, args.model, bench, args.eval_name)), f"wins-{bench}"
     else:
         if args.number is not None:
             table, name = build_table(args.number, [args.model] if args.model else []), f"table{args.number}"
@@ -64,13 +56,11 @@ def main() -> None:
             name = f"table-{args.bench.replace(',', '-')}"
         filled = fill(table, args.outputs, args.differences, args.eval_name, args.against)
         texts = {suffix: form(filled) for suffix, form in FORMATS.items()}
-    folder = args.outputs / "reports"
-    folder.mkdir(parents=True, exist_ok=True)
-    name = "-".join([name, *(part for part in (args.model, args.eval_name) if part)])
+    name = "-".join(filter(None, [name, args.model, args.eval_name]))
     for suffix, text in texts.items():
-        (folder / f"{name}.{suffix}").write_text(text)
+        write_atomically(args.outputs / "reports" / f"{name}.{suffix}", text)
     print(texts["md"])
-    print(f"Written to {folder}/{name}.{{{','.join(texts)}}}")
+    print(f"Written to {args.outputs}/reports/{name}.{{{','.join(texts)}}}")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
 """The runs of a comparison, several at a time, each in a process of its own and kept as a line of `runs.jsonl`."""
 
 import functools
+import itertools
 import json
 import os
 import tempfile
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
@@ -19,6 +20,7 @@ from rmipo.compare.study import Study
 from rmipo.compare.trial import INITIAL, SEARCH_SEED, Trial
 from rmipo.errors import ConfigError, UserError
 from rmipo.fingerprints import json_fingerprint, model_fingerprint
+from rmipo.record import environment
 
 NOT_THE_RUN = ("output_dir", "reference_cache_dir", "run_name")
 
@@ -39,18 +41,17 @@ class Log:
         """What defines every run beside its own recipe: initial weights, data, measurement."""
         recipe = self.study.base
         model = recipe.parse(world_size=1)[2]
-        measured = {"curve": [CURVE_STEPS, CURVE_PAIRS]}
         return {
             "model": model_fingerprint(model.model_name_or_path, model.model_revision),
             "data": self.study.task.identity(recipe),
-            "measured": measured,
+            "measured": {"curve": [CURVE_STEPS, CURVE_PAIRS]},
         }
 
     def key(self, run: Trial) -> str:
+        # Two recipes that write elsewhere train the same model.
         recipe = {key: value for key, value in self.study.recipe(run).resolved().items() if key not in NOT_THE_RUN}
         trial = {key: value for key, value in asdict(run).items() if key != "objective" or value}
-        content = {"run": trial, "recipe": recipe, **self.common}
-        return json_fingerprint(content)
+        return json_fingerprint({"run": trial, "recipe": recipe, **self.common})
 
     def find(self, run: Trial) -> dict | None:
         return self.lines.get(self.key(run))
@@ -64,43 +65,41 @@ class Log:
         return self.lines[line["key"]]
 
 
-def execute_all(log: Log, runs: list[Trial], workers: int, environment: dict) -> Iterator[tuple[Trial, dict]]:
-    """(run, line) of every run as it finishes, those in the log first. A run that fails raises."""
-    todo = []
-    for run in runs:
-        line = log.find(run)
-        if line is None:
-            todo.append(run)
-        else:
-            yield run, line
+def execute_all(log: Log, runs: list[Trial], workers: int, bar: tqdm) -> list[dict]:
+    """The line of every run, in the order of `runs`; those in the log are not run again. A run that fails raises."""
+    facts, lines = environment(), {run: log.find(run) for run in runs}
+    todo = [run for run in runs if lines[run] is None]
+    bar.initial += len(runs) - len(todo)  # so that the ETA is that of a run, not of a line read
+    bar.update(len(runs) - len(todo))
+    # One process per run: memory is measured from a clean start, and a run can't leave anything to the next.
     context = get_context("forkserver")
     context.set_forkserver_preload(["rmipo.compare.run"])  # imported once for all workers
     output = str(log.path.with_name("workers.log"))
-    with (
-        tempfile.TemporaryDirectory() as scratch,
-        ProcessPoolExecutor(
-            workers, mp_context=context, initializer=prepare_worker, initargs=(output, scratch), max_tasks_per_child=1
-        ) as pool,
-    ):
-        futures = {pool.submit(execute, log.study, run): run for run in todo}
-        try:
-            for future in as_completed(futures):
-                try:
-                    result = future.result()
-                except BrokenProcessPool as error:
-                    raise UserError(
-                        f"a run was killed, as Linux does when memory runs out. {log.path} keeps those that have finished: "
-                        f"the same command goes on after them. If it happens again, give WORKERS={max(1, workers - 1)}"
-                    ) from error
-                yield futures[future], log.add(futures[future], result, environment)
-        except BaseException:  # Ctrl-C, or a run that failed: leaving the pool would wait for the others' training
-            for worker in active_children():
-                worker.kill()
-            raise
+    with tempfile.TemporaryDirectory() as scratch:
+        options = {"initializer": prepare_worker, "initargs": (output, scratch), "max_tasks_per_child": 1}
+        with ProcessPoolExecutor(workers, mp_context=context, **options) as pool:
+            futures = {pool.submit(execute, log.study, run): run for run in todo}
+            try:
+                for future in as_completed(futures):
+                    run = futures[future]
+                    lines[run] = log.add(run, future.result(), facts)
+                    bar.update()
+                    bar.set_postfix_str(str(run))
+            except BrokenProcessPool as error:
+                raise UserError(
+                    f"a run was killed, as Linux does when memory runs out. {log.path} keeps those that have finished: the "
+                    f"same command goes on after them. If it happens again, give WORKERS={max(1, workers - 1)}"
+                ) from error
+            except BaseException:  # Ctrl-C, or a run that failed: leaving the pool would wait for the others' training
+                for worker in active_children():
+                    worker.kill()
+                raise
+    return [lines[run] for run in runs]
 
 
 def prepare_worker(log: str, scratch: str) -> None:
     """Send what a worker and its libraries print to a file; let it be killed without leaving anything behind."""
+    # File descriptors, not sys.stdout: libraries in C print too.
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for stream in (1, 2):
         os.dup2(file, stream)
@@ -113,23 +112,18 @@ def search_runs(methods: Iterable[str], rates: Iterable[float]) -> list[Trial]:
 
 
 def report_runs(methods: Iterable[str], rates: dict[str, float], seeds: list[int], noises: list[float]) -> list[Trial]:
-    return [
-        Trial("report", method, rates.get(method), seed, noise)
-        for noise in noises
-        for seed in seeds
-        for method in (INITIAL, *methods)
-    ]
+    combinations = itertools.product(noises, seeds, (INITIAL, *methods))
+    return [Trial("report", method, rates.get(method), seed, noise) for noise, seed, method in combinations]
 
 
 def best_rates(lines: Iterable[dict], metric: str) -> dict[str, float]:
-    """Method -> the learning rate of its search run with the highest `metric`; a run that diverged has none.
+    """Method -> the learning rate of its search run with the highest `metric`, of equal ones the highest rate.
 
-    Raises:
-        ConfigError: every run of some method diverged.
+    Raises ConfigError if every run of some method diverged.
     """
     best: dict[str, tuple[float, float]] = {}
     for line in lines:
-        value = line["metrics"].get(metric, float("-inf"))
+        value = line["metrics"].get(metric, float("-inf"))  # a run that diverged has none
         best[line["method"]] = max(best.get(line["method"], (float("-inf"), 0.0)), (value, line["learning_rate"]))
     if lost := [method for method, (value, _) in best.items() if value == float("-inf")]:
         raise ConfigError(f"every learning rate made {', '.join(lost)} diverge: add lower ones to search.yaml")

@@ -6,9 +6,12 @@ RMiPO's margins, all at one learning rate. The grids answer the second: as many 
 
 import itertools
 from collections import defaultdict
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, median, stdev
 
+import numpy as np
+from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from rmipo.compare.log import Log, execute_all
@@ -17,12 +20,15 @@ from rmipo.compare.trial import Trial
 from rmipo.evaluation.statistics import holm
 from rmipo.launch.choices import choose_stages, positive_number
 from rmipo.objectives import OBJECTIVES
+from rmipo.plots import house_style, method_color, panels
 from rmipo.recipe.files import read_yaml
-from rmipo.record import environment
 from rmipo.reporting.comparison import BESIDE, METRICS
-from rmipo.reporting.spread import contrast, draw_spread
+from rmipo.reporting.render import markdown_table
+from rmipo.reporting.results import method_label
 from rmipo.run.lock import locked
 
+DRAWS = 10_000
+POWER = 2.8  # standard errors of a difference that is found at 5% in four of five studies: 1.96 + 0.84
 MEAN_GAMMA = "simpo-mean-gamma"
 FIRST, SECOND = "rmipo", "shuffled"  # the primary contrast
 NOTES = """\
@@ -35,8 +41,8 @@ def margins(env: dict[str, str]) -> int:
     model, _ = choose_stages({**env, "STAGE": ""})
     plan = read_yaml(Path(f"recipes/{model}/margins.yaml"))
     study = Study(model, arguments=env.get("ARGS", ""))
-    folder = Path(f"outputs/{model}/margins")
-    rates, workers = plan["arms"], int(positive_number(env, "WORKERS", study.workers))
+    folder, rates = Path(f"outputs/{model}/margins"), plan["arms"]
+    workers = int(positive_number(env, "WORKERS", study.workers))
     arms = [
         Trial("report", method, rate, seed, noise)
         for noise in plan["noise"]
@@ -55,31 +61,20 @@ def margins(env: dict[str, str]) -> int:
     for run in (*arms, *grids):
         study.check(run)
     with locked(folder, "MODEL"):
-        log, facts = Log(folder / "runs.jsonl", study), environment()
-        with tqdm(
-            total=len(arms) + len(grids) + plan["arm_seeds"] * len(plan["noise"]), unit="run", smoothing=0
-        ) as bar:
-
-            def finished(runs: list[Trial]) -> list[tuple[Trial, dict]]:
-                lines = {}
-                for run, line in execute_all(log, runs, workers, facts):
-                    bar.update()
-                    bar.set_postfix_str(str(run))
-                    lines[run] = line
-                return list(lines.items())
-
-            done = finished(arms)
-            done += finished(
-                [mean_gamma_arm(run, line) for run, line in done if run.method == FIRST and "gamma_mean" in line]
-            )
-            spread = finished(grids)
-    metric = study.task.selection_metric
-    text = "\n".join(report(done, spread, name) for name in plan.get("metrics", [metric]))
-    print(text)
-    (folder / "report.md").write_text(text)
-    if spread:
-        draw_spread(outcomes(spread, metric), METRICS[metric]).savefig(folder / "spread.png")
-        print(folder / "spread.png")
+        log = Log(folder / "runs.jsonl", study)
+        total = len(arms) + len(grids) + plan["arm_seeds"] * len(plan["noise"])
+        with tqdm(total=total, unit="run", smoothing=0) as bar:
+            done = list(zip(arms, execute_all(log, arms, workers, bar), strict=True))
+            means = [mean_gamma_arm(run, line) for run, line in done if run.method == FIRST and "gamma_mean" in line]
+            done += zip(means, execute_all(log, means, workers, bar), strict=True)
+            spread = list(zip(grids, execute_all(log, grids, workers, bar), strict=True))
+        metric = study.task.selection_metric
+        text = "\n".join(report(done, spread, name) for name in plan.get("metrics", [metric]))
+        print(text)
+        (folder / "report.md").write_text(text)
+        if spread:
+            draw_spread(outcomes(spread, metric), METRICS[metric]).savefig(folder / "spread.png")
+            print(folder / "spread.png")
     return 0
 
 
@@ -109,45 +104,42 @@ def outcomes(lines: list[tuple[Trial, dict]], metric: str) -> dict[str, list[flo
 
 def report(arms: list[tuple[Trial, dict]], grids: list[tuple[Trial, dict]], metric: str) -> str:
     """The arms per label noise, the primary contrast first, then the spread over the grids; Markdown."""
-    tables: dict = defaultdict(lambda: defaultdict(dict))
-    beside = BESIDE.get(metric, "constraints_cut")
+    by_noise: dict = defaultdict(lambda: defaultdict(dict))
     for run, line in arms:
-        tables[run.noise][MEAN_GAMMA if run.objective else run.method][run.seed] = line
+        by_noise[run.noise][MEAN_GAMMA if run.objective else run.method][run.seed] = line
     text = []
-    for noise, methods in tables.items():
-        contrasts = {
-            name: contrast(scores(methods[FIRST], metric), scores(lines, metric))
-            for name, lines in methods.items()
-            if name != FIRST
-        }
-        secondary = [name for name in contrasts if name != SECOND]
-        adjusted = dict(zip(secondary, holm([contrasts[name].p for name in secondary]), strict=True))
-        adjusted[SECOND] = contrasts[SECOND].p  # named beforehand: the one contrast that needs no correction
-        text += [f"Label noise {noise:.0%}, {len(methods[FIRST])} seeds:", ""]
-        text += [
-            f"| arm | {metric} | {FIRST} minus arm [95%] | p | could see | mean gamma | {beside} |",
-            "|---|---:|---:|---:|---:|---:|---:|",
-        ]
-        for name, lines in methods.items():
-            values = [line["metrics"].get(metric, 0.0) for line in lines.values()]
-            gammas = [line["gamma_mean"] for line in lines.values() if "gamma_mean" in line]
-            others = [line["metrics"][beside] for line in lines.values() if beside in line["metrics"]]
-            row = [name, f"{mean(values):.3f} ± {deviation(values):.3f}", "", "", ""]
-            if name in contrasts:
-                result = contrasts[name]
-                row[2:] = f"{result.mean:+.3f} [{result.low:+.3f}, {result.high:+.3f}]", f"{adjusted[name]:.3f}"
-                row += [f"{result.detectable:.3f}"]
-            row += [f"{mean(numbers):.2f}" if numbers else "" for numbers in (gammas, others)]
-            text.append(f"| {' | '.join(row)} |")
-        text.append("")
+    for noise, methods in by_noise.items():
+        text += [f"Label noise {noise:.0%}, {len(methods[FIRST])} seeds:", "", arms_table(methods, metric), ""]
     if grids:
-        text += ["Spread over the grid, each point a mean over seeds:", ""]
-        text += ["| method | points | best | median | worst | std |", "|---|---:|---:|---:|---:|---:|"]
-    for method, values in outcomes(grids, metric).items():
-        best, middle, worst = max(values), median(values), min(values)
-        text.append(f"| {method} | {len(values)} | {best:.3f} | {middle:.3f} | {worst:.3f} | {deviation(values):.3f} |")
-    text += ["", NOTES]
-    return "\n".join(text) + "\n"
+        rows = [["method", "points", "best", "median", "worst", "std"]]
+        for method, values in outcomes(grids, metric).items():
+            numbers = (max(values), median(values), min(values), deviation(values))
+            rows.append([method, str(len(values)), *(f"{number:.3f}" for number in numbers)])
+        text += ["Spread over the grid, each point a mean over seeds:", "", markdown_table(rows), ""]
+    return "\n".join([*text, NOTES]) + "\n"
+
+
+def arms_table(methods: dict[str, dict[int, dict]], metric: str) -> str:
+    """`methods`: arm -> seed -> its line."""
+    ours, beside = scores(methods[FIRST], metric), BESIDE.get(metric, "constraints_cut")
+    contrasts = {name: contrast(ours, scores(lines, metric)) for name, lines in methods.items() if name != FIRST}
+    secondary = [name for name in contrasts if name != SECOND]
+    adjusted = dict(zip(secondary, holm([contrasts[name].p for name in secondary]), strict=True))
+    adjusted[SECOND] = contrasts[SECOND].p  # named beforehand: the one contrast that needs no correction
+    rows = [["arm", metric, f"{FIRST} minus arm [95%]", "p", "could see", "mean gamma", beside]]
+    for name, lines in methods.items():
+        values = [line["metrics"].get(metric, 0.0) for line in lines.values()]
+        row = [name, f"{mean(values):.3f} ± {deviation(values):.3f}"]
+        if name == FIRST:
+            row += ["", "", ""]
+        else:
+            found = contrasts[name]
+            row.append(f"{found.mean:+.3f} [{found.low:+.3f}, {found.high:+.3f}]")
+            row += [f"{adjusted[name]:.3f}", f"{found.detectable:.3f}"]
+        gammas = [line["gamma_mean"] for line in lines.values() if "gamma_mean" in line]
+        others = [line["metrics"][beside] for line in lines.values() if beside in line["metrics"]]
+        rows.append([*row, *(f"{mean(numbers):.2f}" if numbers else "" for numbers in (gammas, others))])
+    return markdown_table(rows)
 
 
 def deviation(values: list[float]) -> float:
@@ -160,3 +152,53 @@ def scores(lines: dict[int, dict], metric: str) -> list[list[float]]:
     if all(metric in metrics.get("per_prompt", {}) for metrics in by_seed):
         return [metrics["per_prompt"][metric] for metrics in by_seed]
     return [[metrics.get(metric, 0.0)] for metrics in by_seed]
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """First arm minus second: mean, bounds of the 95% interval, two-sided p, and the smallest difference that 80% of studies
+    of this size would find."""
+
+    mean: float
+    low: float
+    high: float
+    p: float
+    detectable: float
+
+
+def contrast(ours: list[list[float]], theirs: list[list[float]]) -> Contrast:
+    """Compare two arms, (seeds, prompts) each, paired by seed and prompt.
+
+    With s seeds p can't fall below 2 / 2^s.
+    """
+    differences = np.asarray(ours) - np.asarray(theirs)
+    seeds, prompts = differences.shape
+    # Seeds and prompts are resampled together: another study would have others of both.
+    draw = np.random.default_rng(0)
+    means = np.empty(DRAWS)
+    for i in range(DRAWS):
+        drawn = differences[draw.integers(seeds, size=seeds)]
+        means[i] = drawn[:, draw.integers(prompts, size=prompts)].mean()
+    # A mean of s resampled seeds varies by (s - 1) / s of what a mean of s new ones would.
+    scale = np.sqrt(seeds / max(seeds - 1, 1))
+    mean = differences.mean()
+    low, high = mean + scale * (np.quantile(means, [0.025, 0.975]) - mean)
+    # Flipping the signs of whole seeds assumes nothing about how they are distributed.
+    by_seed = differences.mean(axis=1)
+    flipped = np.array([np.mean(signs * by_seed) for signs in itertools.product([1, -1], repeat=seeds)])
+    p = np.mean(np.abs(flipped) >= abs(mean) - 1e-12)
+    return Contrast(mean, low, high, p, POWER * scale * means.std())
+
+
+@house_style
+def draw_spread(outcomes: dict[str, list[float]], label: str) -> Figure:
+    """One strip per method: each point a setting of its grid, the bar their median."""
+    figure, (axis,) = panels(1, height=1.0 + 0.5 * len(outcomes))
+    for row, (method, values) in enumerate(outcomes.items()):
+        offsets = np.linspace(-0.18, 0.18, len(values))  # so that equal outcomes stay visible
+        axis.scatter(np.sort(values), row + offsets, color=method_color(method), s=14, alpha=0.8)
+        axis.vlines(np.median(values), row - 0.3, row + 0.3, color=method_color(method), linewidth=1.5)
+    axis.set_yticks(range(len(outcomes)), [f"{method_label(name)}\n{len(v)} settings" for name, v in outcomes.items()])
+    axis.set_ylim(len(outcomes) - 0.5, -0.5)
+    axis.set_xlabel(label)
+    return figure

@@ -81,6 +81,7 @@ class WorldTask(PairsTask):
     def measure(self, model: PreTrainedModel, chat: ChatFormat, run: Trial) -> dict[str, float]:
         asked = copy.copy(self.world)
         asked.held_out_questions = self.questions(run)
+        # The search has the most runs, and selects by the exact probability: its samples decide nothing.
         samples = SAMPLES_PER_QUESTION if run.purpose == "report" else 1
         metrics = judge.evaluate(model, chat.tokenizer, asked, samples_per_question=samples, seed=run.seed)
         metrics.pop("samples")
@@ -140,6 +141,7 @@ def task_of(model: str, recipe: Recipe) -> PairsTask:
 
 def half(values: list, purpose: str) -> list:
     """The first half for the search, the second for what is reported."""
+    # What selects a learning rate must not be what is reported: the best of several would look better than it is.
     return values[: len(values) // 2] if purpose == "search" else values[len(values) // 2 :]
 
 

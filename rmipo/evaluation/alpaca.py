@@ -1,11 +1,13 @@
 """AlpacaEval 2 through the alpaca-eval package: length-controlled and raw win rate against the reference outputs."""
 
+import contextlib
 import functools
 import importlib.util
 import json
 import logging
+from collections.abc import Iterator
 from pathlib import Path
-from statistics import stdev
+from statistics import mean, stdev
 
 import yaml
 
@@ -18,7 +20,7 @@ from rmipo.fingerprints import text_fingerprint
 from rmipo.generation.judge import OPENAI, check_cost, check_judge, http_client, judge_endpoint, shown
 from rmipo.recipe.files import read_yaml
 from rmipo.recipe.settings import merge_settings
-from rmipo.record import package_versions, require_package
+from rmipo.record import require_package
 
 DEFAULTS = {
     "generation": {},
@@ -46,7 +48,7 @@ def run(model_dir: str | Path, output_dir: str | Path, settings: dict) -> dict |
     from them. Metrics in percent: `alpacaeval2_lc`, `alpacaeval2_wr`; `alpacaeval2_length`, mean characters of an
     answer; `alpacaeval2_missing`, verdicts that couldn't be used; `alpacaeval2_cut`, percent of answers that were cut.
     """
-    from rmipo.generation.answers import Generator, Request, check_settings
+    from rmipo.generation.answers import Generator, check_settings, questions
 
     settings = merge_settings("alpacaeval", DEFAULTS, settings)
     settings["generation"] = check_settings(settings["generation"])
@@ -61,9 +63,9 @@ def run(model_dir: str | Path, output_dir: str | Path, settings: dict) -> dict |
         check_judge(endpoint, judge_model(settings["annotators_config"]))
     folder = Path(output_dir) / "alpacaeval"
 
-    requests = [Request(str(i), [{"role": "user", "content": row["instruction"]}]) for i, row in enumerate(reference)]
+    requests = questions(row["instruction"] for row in reference)
     with Generator(model_dir, settings["generation"]) as generator:
-        answers = generator.answer(requests, generator.file("alpacaeval", requests))
+        answers = generator.ask("alpacaeval", requests)
     outputs = [
         {"instruction": row["instruction"], "output": answer, "generator": Path(model_dir).name}
         for row, answer in zip(reference, answers, strict=True)
@@ -73,21 +75,30 @@ def run(model_dir: str | Path, output_dir: str | Path, settings: dict) -> dict |
         return None
 
     metrics, by_prompts, judge_sha256 = judge(outputs, reference, folder, endpoint, settings)
-    settings |= {
-        "generation": generator.settings,
-        "judge_endpoint": shown(endpoint),
-        "judge_sha256": judge_sha256,
-        "reference_sha256": text_fingerprint(reference_path.read_bytes()),
-    }
-    return {
-        "metrics": metrics | {"alpacaeval2_cut": generator.cut},
-        **by_prompts,
-        "versions": generator.versions | package_versions("alpaca_eval", "scikit-learn"),
-        "settings": settings,
-        "fingerprint": generator.fingerprint,
-    }
+    settings |= {"judge_endpoint": shown(endpoint), "judge_sha256": judge_sha256}
+    settings["reference_sha256"] = text_fingerprint(reference_path.read_bytes())
+    metrics["alpacaeval2_cut"] = generator.cut
+    return generator.result(metrics, settings, ["alpaca_eval", "scikit-learn"], **by_prompts)
 
 
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without alpaca-eval's log: it warns with every request, and prints the traceback of an error that is raised here.
+
+    Importing it sets the root logger's level, so that is done inside.
+    """
+    root = logging.getLogger()
+    level = root.level
+    import alpaca_eval  # noqa: F401
+
+    root.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        root.setLevel(level)
+
+
+@quiet()
 def judge(
     outputs: list[dict], reference: list[dict], folder: Path, endpoint: str, settings: dict
 ) -> tuple[dict, dict, str]:
@@ -99,9 +110,6 @@ def judge(
     """
     import alpaca_eval
     from alpaca_eval.annotators import PairwiseAnnotator
-
-    # Importing alpaca-eval sets INFO. It warns with every request, and prints the traceback of an error that is told below.
-    logging.getLogger().setLevel(logging.CRITICAL)
 
     class AtomicAnnotator(PairwiseAnnotator):
         """A kill while verdicts are written leaves the older file whole: they have been paid for."""
@@ -122,8 +130,7 @@ def judge(
     estimate_cost(annotator, outputs, reference, known, settings)
 
     size = settings["concurrency"]
-    client = {"http_client": http_client(endpoint)}
-    client |= {"max_retries": settings["max_retries"], "timeout": settings["timeout"]}
+    client = {"http_client": http_client(endpoint)} | {key: settings[key] for key in ("max_retries", "timeout")}
     requests = {"chunksize": size, "num_procs": size, "client_kwargs": client}
     if settings["length_controlled"]:
         metric = {"metric_kwargs": {"save_weights_dir": None}}  # its default writes into site-packages
@@ -148,9 +155,8 @@ def judge(
             **metric,
         )
     except Exception as error:  # whatever a broken endpoint makes of alpaca-eval, the verdicts so far are on disk
-        kind = "" if isinstance(error, EvaluationError) else f"{type(error).__name__}: "
         raise EvaluationError(
-            f"the judge at {shown(endpoint)} failed: {kind}{str(error).rstrip('.')}. {len(keep_usable(cache))} of "
+            f"the judge at {shown(endpoint)} failed: {type(error).__name__}: {error} {len(keep_usable(cache))} of "
             f"{len(outputs)} verdicts are kept in {cache}; the same command asks for the others"
         ) from error
 
@@ -164,7 +170,7 @@ def judge(
     metrics = {
         "alpacaeval2_wr": float(rates["win_rate"]),
         "alpacaeval2_wr_standard_error": float(rates["standard_error"]),
-        "alpacaeval2_length": sum(len(output["output"]) for output in outputs) / len(outputs),
+        "alpacaeval2_length": mean(len(output["output"]) for output in outputs),
         "alpacaeval2_missing": missing,
     }
     if settings["length_controlled"]:
@@ -206,9 +212,7 @@ def find_judge(name: str) -> Path:
     for folder in (Path(name).expanduser(), packaged_judges() / name):
         if (folder / "configs.yaml").is_file():
             return (folder / "configs.yaml").resolve()
-    raise EvaluationError(
-        f"alpacaeval.annotators_config: {name!r} is no judge of alpaca-eval's and has no configs.yaml"
-    )
+    raise EvaluationError(f"alpacaeval.annotators_config: {name!r} is no judge of alpaca-eval's, nor a folder of one")
 
 
 def judge_model(name: str) -> str:
@@ -217,17 +221,15 @@ def judge_model(name: str) -> str:
 
 
 def judge_config(name: str, folder: Path) -> Path:
-    """The YAML of a judge: one of alpaca-eval's, or a copy in `folder` of a user's own, its prompt file found.
+    """The YAML of a judge as alpaca-eval reads it: a copy in `folder`, with the paths of the prompt files.
 
-    A prompt file is beside the YAML's folder, or one of alpaca-eval's. Without it alpaca-eval itself would show the judge
-    the file's name in place of its text.
+    A prompt file is beside the YAML's folder, or one of alpaca-eval's. Where there is none, alpaca-eval itself would show
+    the judge the file's name in place of its text.
     """
-    config, packaged = find_judge(name), packaged_judges()
-    if config.is_relative_to(packaged.resolve()):
-        return config
+    config = find_judge(name)
     judges = read_yaml(config)
     for judge in judges.values():
-        places = [place / judge["prompt_template"] for place in (config.parents[1], packaged)]
+        places = [place / judge["prompt_template"] for place in (config.parents[1], packaged_judges())]
         prompt = next((place for place in places if place.is_file()), None)
         if prompt is None:
             raise EvaluationError(f"{config}: there is no prompt file {judge['prompt_template']} ({places[0]})")

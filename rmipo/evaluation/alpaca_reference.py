@@ -18,24 +18,22 @@ def load_reference(path: str | None) -> tuple[list[dict], Path]:
     chosen responses are the reference, the first one where a prompt is repeated. Raises EvaluationError otherwise.
     """
     file = Path(path).expanduser() if path else hub_file(REFERENCE_FILE)
+    rows: dict[str, dict] = {}  # by instruction
     try:
         content = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
         if ".jsonl" in file.suffixes:
-            chosen: dict[str, str] = {}
-            for pair in map(json.loads, content.splitlines()):
-                chosen.setdefault(pair["prompt"][-1]["content"], pair["chosen"][-1]["content"])
-            found = [{"instruction": instruction, "output": output} for instruction, output in chosen.items()]
+            pairs = map(json.loads, content.splitlines())
+            found = [{"instruction": p["prompt"][-1]["content"], "output": p["chosen"][-1]["content"]} for p in pairs]
         else:
             found = json.loads(content)
-        rows = [
-            {"instruction": row["instruction"], "output": row["output"], "generator": row.get("generator", "reference")}
-            for row in found
-        ]
+            if len({row["instruction"] for row in found}) < len(found):  # alpaca-eval would pair them crosswise
+                raise ValueError("it repeats instructions")
+        for row in found:
+            made_by = {"generator": row.get("generator", "reference")}
+            rows.setdefault(row["instruction"], {key: row[key] for key in ("instruction", "output")} | made_by)
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise EvaluationError(f"alpacaeval.reference: {file} has none of the two formats ({error!r})") from error
-    if len({row["instruction"] for row in rows}) < len(rows):  # alpaca-eval would pair them crosswise
-        raise EvaluationError(f"alpacaeval.reference: {file} repeats instructions")
-    return rows, file
+    return list(rows.values()), file
 
 
 def hub_file(name: str, dataset: str = HUB_DATA) -> Path:

@@ -6,13 +6,14 @@ off what an answer would get under the other prompts, so that every fixed text g
 """
 
 from pathlib import Path
+from statistics import mean
 
 from rmipo.evaluation.benchmark import Benchmark, Metric
 from rmipo.evaluation.statistics import standard_error
 from rmipo.files import write_lines
 from rmipo.fingerprints import json_fingerprint
 from rmipo.recipe.settings import merge_settings
-from rmipo.record import package_versions, require_package
+from rmipo.record import require_package
 
 DEFAULTS = {
     "first_n": None,  # of the 300 prompts
@@ -39,30 +40,27 @@ def run(model_dir: str | Path, output_dir: str | Path, settings: dict) -> dict:
         for n in range(settings["answers"])
     ]
     with Generator(model_dir, settings["generation"]) as generator:
-        answers = generator.answer(requests, generator.file("constraints", requests))
-    results = []
-    for number, prompt in enumerate(prompts):
-        of_prompt = answers[number * settings["answers"] : (number + 1) * settings["answers"]]
+        answers = generator.ask("constraints", requests)
+    results, each = [], settings["answers"]
+    for start, prompt in zip(range(0, len(answers), each), prompts, strict=True):
+        of_prompt, finishes = answers[start : start + each], generator.finishes[start : start + each]
         checks = [followed(prompt["constraints"], answer) for answer in of_prompt]
-        whole = [finish != "length" for finish in generator.finishes[number * settings["answers"] :][: len(of_prompt)]]
+        whole = [finish != "length" for finish in finishes]
         results.append({**prompt, "answers": of_prompt, "followed": checks, "whole": whole})
     for row, values in zip(results, specific(results), strict=True):
         row["specific"] = values
     write_lines(Path(output_dir) / "constraints.jsonl", results)
-    every = [[all(check) for check in row["followed"]] for row in results]
-    each = [[sum(check) / len(check) for check in row["followed"]] for row in results]
-    own = [row["specific"] for row in results]
-    metrics, by_prompt = {"constraints_cut": generator.cut}, {}
-    for name, values in (("constraints_all", every), ("constraints_each", each), ("constraints_specific", own)):
-        metrics[name], metrics[f"{name}_standard_error"] = percent(values)
-        by_prompt[name] = [100 * sum(of_prompt) / len(of_prompt) for of_prompt in values]
-    return {
-        "metrics": metrics,
-        "per_prompt": by_prompt,
-        "versions": package_versions("lm_eval") | generator.versions,
-        "settings": settings | {"generation": generator.settings, "prompts_sha256": json_fingerprint(prompts)},
-        "fingerprint": generator.fingerprint,
+    values = {  # per prompt and answer
+        "constraints_all": [[all(check) for check in row["followed"]] for row in results],
+        "constraints_each": [[mean(check) for check in row["followed"]] for row in results],
+        "constraints_specific": [row["specific"] for row in results],
     }
+    by_prompt = {name: [100 * mean(of_prompt) for of_prompt in rows] for name, rows in values.items()}
+    metrics = {"constraints_cut": generator.cut}
+    for name, percents in by_prompt.items():
+        metrics |= {name: mean(percents), f"{name}_standard_error": standard_error(percents)}
+    settings["prompts_sha256"] = json_fingerprint(prompts)
+    return generator.result(metrics, settings, ["lm_eval"], per_prompt=by_prompt)
 
 
 def specific(results: list[dict]) -> list[list[float]]:
@@ -82,12 +80,6 @@ def specific(results: list[dict]) -> list[list[float]]:
             others = (sum(follows) - follows[number]) / max(1, len(asked) - 1)
             values[-1].append(follows[number] - others)
     return values
-
-
-def percent(values: list[list[float]]) -> tuple[float, float]:
-    """Mean over prompts of the mean over their answers, and its standard error, both in percent."""
-    means = [sum(of_prompt) / len(of_prompt) for of_prompt in values]
-    return 100 * sum(means) / len(means), 100 * standard_error(means)
 
 
 BENCHMARK = Benchmark(

@@ -34,22 +34,14 @@ DEFAULTS = {
     "dtype": "auto",
 }
 
-
-def ranked_right(scores: dict[str, torch.Tensor]) -> torch.Tensor:
-    """(pairs,), True where A(w) > A(l)."""
-    return scores["chosen_logps"] / scores["chosen_lengths"] > scores["rejected_logps"] / scores["rejected_lengths"]
+Rewards = "tuple[torch.Tensor, torch.Tensor]"  # of chosen and rejected responses, (pairs,) each
 
 
-def win_rates(scores: dict[str, torch.Tensor], rewards: tuple[torch.Tensor, torch.Tensor] | None) -> dict[str, float]:
-    """Percent of pairs won: "" by A, "_sum" by S, and "_native" by `rewards` (chosen, rejected) where given.
-
-    `_standard_error` is that of the first.
-    """
-    won = {"": ranked_right(scores), "_sum": scores["chosen_logps"] > scores["rejected_logps"]}
-    if rewards is not None:
-        won["_native"] = rewards[0] > rewards[1]
-    rates = {name: 100 * values.double().mean().item() for name, values in won.items()}
-    return rates | {"_standard_error": 100 * standard_error(won[""].double().tolist())}
+def won(scores: dict[str, torch.Tensor], rewards: Rewards | None) -> dict[str, torch.Tensor]:
+    """(pairs,) each, True for a pair won: "" by A, "_sum" by S, and "_native" by `rewards` where given."""
+    logps, lengths = ([scores[f"{side}_{name}"] for side in ("chosen", "rejected")] for name in ("logps", "lengths"))
+    found = {"": logps[0] / lengths[0] > logps[1] / lengths[1], "_sum": logps[0] > logps[1]}
+    return found if rewards is None else found | {"_native": rewards[0] > rewards[1]}
 
 
 def run(model_dir: str | Path, output_dir: str | Path, settings: dict) -> dict:
@@ -61,51 +53,45 @@ def run(model_dir: str | Path, output_dir: str | Path, settings: dict) -> dict:
     import torch
 
     from rmipo.data.pairs import load_pairs
+    from rmipo.data.sources import mixture_entries
     from rmipo.recipe.schema import DataConfig
 
     settings = merge_settings("hh", DEFAULTS, settings)
     if not any(settings[name] for name in SUBSETS):
         settings |= PUBLISHED
-    pairs = {name: load_pairs(DataConfig(**settings[name]), "test") for name in SUBSETS if settings[name]}
+    blocks = {name: DataConfig(**settings[name]) for name in SUBSETS if settings[name]}
+    pairs = {name: load_pairs(block, "test") for name, block in blocks.items()}
     if settings["limit"] is not None:
         pairs = {name: rows.select(range(min(settings["limit"], len(rows)))) for name, rows in pairs.items()}
 
     options = {key: settings[key] for key in ("max_length", "max_prompt_length", "dtype")}
     Path(output_dir).mkdir(parents=True, exist_ok=True)
-    metrics: dict[str, float] = {}
-    per_prompt: dict[str, list[float]] = {}
-    weights = trained_fingerprint(Path(model_dir))
+    metrics, per_prompt, weights = {}, {}, trained_fingerprint(Path(model_dir))
     for name in pairs:
         scores, rewards, report = score_subset(model_dir, pairs[name], f"HH {name}", options)
-        metrics |= {f"hh_{name}{suffix}": value for suffix, value in win_rates(scores, rewards).items()}
-        per_prompt[f"hh_{name}"] = (100.0 * ranked_right(scores)).tolist()
+        wins = won(scores, rewards)
+        metrics |= {f"hh_{name}{end}": 100 * values.double().mean().item() for end, values in wins.items()}
+        per_prompt[f"hh_{name}"] = (100.0 * wins[""]).tolist()
+        metrics[f"hh_{name}_standard_error"] = standard_error(per_prompt[f"hh_{name}"])
         counts = {"pairs": report.kept, "dropped": report.dropped_rows, "cut": report.rows_cut}
         metrics |= {f"hh_{name}_{count}": value for count, value in counts.items()}
         torch.save(scores | {"fingerprint": weights}, Path(output_dir) / f"hh_{name}.pt")
     if len(pairs) == 2:
-        suffixes = ("", "_sum") if rewards is None else ("", "_sum", "_native")
-        metrics |= {f"hh_average{end}": sum(metrics[f"hh_{name}{end}"] for name in SUBSETS) / 2 for end in suffixes}
+        for end in wins:
+            metrics[f"hh_average{end}"] = sum(metrics[f"hh_{name}{end}"] for name in SUBSETS) / 2
         errors = [metrics[f"hh_{name}_standard_error"] for name in SUBSETS]
         metrics["hh_average_standard_error"] = sum(error**2 for error in errors) ** 0.5 / 2
-    settings["other_pairs"] = other_pairs(settings)
+    # What is scored in place of Anthropic's pairs is another benchmark, and is said under every number.
+    sources = {entry["path"] for block in blocks.values() for entry in mixture_entries(block)}
+    settings["other_pairs"] = sorted(sources - {HUB_PAIRS}) or None
     settings["pairs_sha256"] = {name: rows_fingerprint(rows) for name, rows in pairs.items()}
     versions = package_versions("transformers", "torch")
     return {"metrics": metrics, "per_prompt": per_prompt, "versions": versions, "settings": settings}
 
 
-def other_pairs(settings: dict) -> list[str] | None:
-    """What is scored in place of Anthropic's pairs; None where these are."""
-    from rmipo.data.sources import mixture_entries
-    from rmipo.recipe.schema import DataConfig
-
-    blocks = [DataConfig(**settings[name]) for name in SUBSETS if settings[name]]
-    sources = {entry["path"] for block in blocks for entry in mixture_entries(block)}
-    return sorted(sources - {HUB_PAIRS}) or None
-
-
 def score_subset(
     model_dir: str | Path, pairs: Dataset, description: str, options: dict
-) -> tuple[dict, tuple[torch.Tensor, torch.Tensor] | None, DataReport]:
+) -> tuple[dict, Rewards | None, DataReport]:
     """Per-pair scores (and `row`) of the model, its own rewards if it was trained here, and what was dropped and cut."""
     import torch
 

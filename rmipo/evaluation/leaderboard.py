@@ -7,6 +7,7 @@ and a perfect run is 100, subtask by subtask where the number of answer choices 
 import gc
 import json
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -30,25 +31,26 @@ BBH_CHOICES = {
 MUSR_CHOICES = {"murder_mysteries": 2, "object_placements": 5, "team_allocation": 3}
 GPQA_CHOICES = 4
 MMLU_PRO_CHOICES = 10
-# TASKS=... -> lm-eval's name
-TASKS = {
-    "ifeval": "leaderboard_ifeval",
-    "bbh": "leaderboard_bbh",
-    "math": "leaderboard_math_hard",
-    "gpqa": "leaderboard_gpqa",
-    "musr": "leaderboard_musr",
-    "mmlu_pro": "leaderboard_mmlu_pro",
-    "gsm8k": "gsm8k",  # these two aren't the leaderboard's: what preference training costs elsewhere
-    "mmlu": "mmlu",
+
+
+class Task(NamedTuple):
+    name: str  # lm-eval's
+    label: str
+    data: str  # on the hub
+
+
+TASKS = {  # by their names in TASKS=...
+    "ifeval": Task("leaderboard_ifeval", "IFEval", "wis-k/instruction-following-eval"),
+    "bbh": Task("leaderboard_bbh", "BBH", "SaylorTwift/bbh"),
+    "math": Task("leaderboard_math_hard", "MATH", "DigitalLearningGmbH/MATH-lighteval"),
+    "gpqa": Task("leaderboard_gpqa", "GPQA", "Idavidrein/gpqa"),
+    "musr": Task("leaderboard_musr", "MUSR", "TAUR-Lab/MuSR"),
+    "mmlu_pro": Task("leaderboard_mmlu_pro", "MMLU-PRO", "TIGER-Lab/MMLU-Pro"),
+    "gsm8k": Task("gsm8k", "GSM8K", "openai/gsm8k"),  # these two aren't the leaderboard's: what preference training
+    "mmlu": Task("mmlu", "MMLU", "cais/mmlu"),  # costs elsewhere
 }
 # lm-eval's "auto" begins with 64 prompts as long as the model's context: more than a CPU's memory, and no error ends it.
 CPU_BATCH = 8
-DATA = {  # on the hub
-    "ifeval": "wis-k/instruction-following-eval", "bbh": "SaylorTwift/bbh", "math": "DigitalLearningGmbH/MATH-lighteval",
-    "gpqa": "Idavidrein/gpqa", "musr": "TAUR-Lab/MuSR", "mmlu_pro": "TIGER-Lab/MMLU-Pro", "gsm8k": "openai/gsm8k",
-    "mmlu": "cais/mmlu",
-}  # fmt: skip
-
 DEFAULTS = {
     "tasks": list(TASKS)[:6],
     "include_path": None,  # a folder of task YAMLs used instead of lm-eval's own (offline runs)
@@ -107,24 +109,24 @@ def metrics_of(task: str, results: dict[str, dict], samples: list[dict] = ()) ->
     MATH has both of lm-eval's scorers: `math` is the leaderboard's first one, `math_verify` the one that lm-eval now
     calls exact_match and the leaderboard changed to in February 2025, which reads more ways to write an answer.
     """
+    name = TASKS[task].name
     if task == "ifeval":
-        strict = [score(results, TASKS[task], f"{level}_level_strict_acc")[0] for level in ("prompt", "inst")]
+        strict = [score(results, name, f"{level}_level_strict_acc")[0] for level in ("prompt", "inst")]
         scores = {"ifeval": (sum(strict) / 2, ifeval_error(samples))}
     elif task in ("bbh", "musr"):
-        choices = {"bbh": BBH_CHOICES, "musr": MUSR_CHOICES}[task]
-        scores = {task: unweighted(results, TASKS[task], choices)}
+        scores = {task: unweighted(results, name, {"bbh": BBH_CHOICES, "musr": MUSR_CHOICES}[task])}
     elif task == "math":
-        metrics = {"math": "exact_match_original", "math_verify": "exact_match"}
-        scores = {name: by_size(results, TASKS[task], metric) for name, metric in metrics.items()}
+        scorers = {"math": "exact_match_original", "math_verify": "exact_match"}
+        scores = {key: by_size(results, name, metric) for key, metric in scorers.items()}
     elif task == "gpqa":
-        scores = {"gpqa": rescaled(by_size(results, TASKS[task], "acc_norm"), GPQA_CHOICES)}
+        scores = {"gpqa": rescaled(by_size(results, name, "acc_norm"), GPQA_CHOICES)}
     elif task == "mmlu_pro":
-        scores = {"mmlu_pro": rescaled(score(results, TASKS[task], "acc"), MMLU_PRO_CHOICES)}
+        scores = {"mmlu_pro": rescaled(score(results, name, "acc"), MMLU_PRO_CHOICES)}
     elif task == "gsm8k":
         filters = {"gsm8k": "flexible-extract", "gsm8k_strict": "strict-match"}
-        scores = {name: score(results, task, "exact_match", filter_) for name, filter_ in filters.items()}
+        scores = {key: score(results, name, "exact_match", filter_) for key, filter_ in filters.items()}
     else:
-        scores = {"mmlu": score(results, "mmlu", "acc")}
+        scores = {"mmlu": score(results, name, "acc")}
     values = {name: value for name, (value, _) in scores.items()}
     return values | {f"{name}_standard_error": error for name, (_, error) in scores.items()}
 
@@ -158,11 +160,11 @@ def check_data(tasks: list[str]) -> None:
             problems.append("ifeval counts sentences with NLTK's data: .venv/bin/python -m nltk.downloader punkt_tab")
     for task in tasks:
         try:
-            check_access(DATA[task], "dataset")
+            check_access(TASKS[task].data, "dataset")
         except PreflightError as error:
             gated = ": accept its terms there, then `.venv/bin/hf auth login`" if task == "gpqa" else ""
             kind = type(error.__cause__).__name__
-            problems.append(f"{task} can't read https://huggingface.co/datasets/{DATA[task]} ({kind}){gated}")
+            problems.append(f"{task} can't read https://huggingface.co/datasets/{TASKS[task].data} ({kind}){gated}")
     if problems:
         raise EvaluationError("leaderboard: " + "; ".join(problems) + ". Or leave those out: TASKS=bbh,math,...")
 
@@ -234,11 +236,12 @@ def evaluate(model, task: str, settings: dict, path: Path) -> dict:
 
     include_path = settings["include_path"]
     manager = TaskManager(include_path=include_path, include_defaults=include_path is None)
-    if TASKS[task] not in manager.all_tasks:
-        raise EvaluationError(f"leaderboard.include_path: {include_path} has no {TASKS[task]}")
+    name = TASKS[task].name
+    if name not in manager.all_tasks:
+        raise EvaluationError(f"leaderboard.include_path: {include_path} has no {name}")
     raw = lm_eval.simple_evaluate(
         model=model,
-        tasks=[TASKS[task]],
+        tasks=[name],
         task_manager=manager,
         limit=settings["limit"],
         apply_chat_template=settings["apply_chat_template"],
@@ -246,10 +249,10 @@ def evaluate(model, task: str, settings: dict, path: Path) -> dict:
         log_samples=True,
     )
     # A task that is written inside its group's file is called "group::task".
-    results = {name.rpartition("::")[2]: scores for name, scores in raw["results"].items()}
+    results = {task.rpartition("::")[2]: scores for task, scores in raw["results"].items()}
     samples = [
-        {"task": name.rpartition("::")[2], **{key: value for key, value in sample.items() if key != "arguments"}}
-        for name, rows in raw["samples"].items()
+        {"task": task.rpartition("::")[2], **{key: value for key, value in sample.items() if key != "arguments"}}
+        for task, rows in raw["samples"].items()
         for sample in rows
     ]
     text = "".join(json.dumps(sample, default=str) + "\n" for sample in samples)
@@ -258,17 +261,13 @@ def evaluate(model, task: str, settings: dict, path: Path) -> dict:
     return {"metrics": metrics_of(task, results, samples), "results": results, **kept}
 
 
-LABELS = {
-    "ifeval": "IFEval", "bbh": "BBH", "math": "MATH", "gpqa": "GPQA", "musr": "MUSR", "mmlu_pro": "MMLU-PRO",
-    "gsm8k": "GSM8K", "mmlu": "MMLU",
-}  # fmt: skip
 BENCHMARK = Benchmark(
     name="leaderboard",
     title="Open LLM Leaderboard v2",
     in_paper=True,
     run=run,
     defaults=DEFAULTS,
-    metrics={name: Metric(label, 2) for name, label in LABELS.items()},
+    metrics={name: Metric(task.label, 2) for name, task in TASKS.items()},
     same=("include_path", "apply_chat_template", "fewshot_as_multiturn", "dtype", "limit"),
     trial=("limit", "include_path"),
     parts="tasks",

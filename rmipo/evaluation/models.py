@@ -23,10 +23,9 @@ def check_names(model: str, methods: list[str]) -> None:
     if is_setting(model):
         return
     if not (Path(model).expanduser().is_dir() or re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", model)):
-        if (ROOT / "recipes" / model / "rmipo.yaml").is_file():
-            raise EvaluationError(f"MODEL={model} has no recipes/{model}/eval.yaml: copy that of another setting")
         raise EvaluationError(
-            f"MODEL={model} is no setting, folder or hub id (owner/name); settings are {known_settings()}"
+            f"MODEL={model} is no folder, no hub id (owner/name), and there is no recipes/{model}/eval.yaml. Settings that "
+            f"have one: {known_settings()}"
         )
     if methods:
         raise EvaluationError(f"METHOD={','.join(methods)} belongs to a setting, and MODEL={model} is none")

@@ -12,6 +12,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from statistics import mean
 from typing import TYPE_CHECKING
 
 from rmipo.errors import EvaluationError
@@ -21,7 +22,7 @@ from rmipo.files import write_atomically, write_lines
 from rmipo.fingerprints import text_fingerprint
 from rmipo.generation.judge import OPENAI, check_cost, check_judge, judge_endpoint, shown
 from rmipo.recipe.settings import merge_settings
-from rmipo.record import package_versions, require_package
+from rmipo.record import require_package
 
 if TYPE_CHECKING:
     from rmipo.generation.answers import Generator
@@ -46,7 +47,6 @@ DEFAULTS = {
     "max_cost": 20.0,  # US dollars
     "max_missing": 0,  # verdicts that may be missing from a finished result
 }  # fmt: skip
-PROBED = 2  # questions that are judged first, to find out a judge that gives no ratings
 ATTEMPTS = 5  # the evaluator asks again, this often at most, where it can't read a rating
 TEMPLATE_CHARACTERS = 1500  # of the judge's instructions, about
 VERDICT_TOKENS = 250  # about
@@ -75,15 +75,13 @@ def run(model_dir: str | Path, output_dir: str | Path, settings: dict) -> dict |
     if endpoint is None:
         return None
     ratings = judge(questions, answers, Path(output_dir) / "mtbench", Path(model_dir).name, endpoint, settings)
-    unused = ("temperature", "max_new_tokens")  # the settings' own are in their place
-    generation = {key: value for key, value in generator.settings.items() if key not in unused}
-    return {
-        "metrics": metrics_of(ratings, questions) | {"mt_bench_cut": generator.cut},
-        "per_prompt": {"mt_bench": per_question(ratings, questions)},
-        "versions": generator.versions | package_versions("nvidia-mtbench-evaluator"),
-        "settings": settings | {"generation": generation, "judge_endpoint": shown(endpoint)},
-        "fingerprint": generator.fingerprint,
-    }
+    metrics = metrics_of(ratings, questions) | {"mt_bench_cut": generator.cut}
+    by_prompt = {"mt_bench": per_question(ratings, questions)}
+    settings["judge_endpoint"] = shown(endpoint)
+    result = generator.result(metrics, settings, ["nvidia-mtbench-evaluator"], per_prompt=by_prompt)
+    for unused in ("temperature", "max_new_tokens"):  # the benchmark's own are in their place
+        del result["settings"]["generation"][unused]
+    return result
 
 
 def load_questions() -> list[dict]:
@@ -106,8 +104,7 @@ def generate_turns(generator: Generator, questions: list[dict], temperatures: di
                 messages += [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]
             messages.append({"role": "user", "content": question["turns"][turn]})
             requests.append(Request(str(question["question_id"]), messages, temperatures[question["category"]]))
-        path = generator.file(f"mtbench-turn{turn + 1}", requests)
-        for given, answer in zip(answers, generator.answer(requests, path), strict=True):
+        for given, answer in zip(answers, generator.ask(f"mtbench-turn{turn + 1}", requests), strict=True):
             given.append(answer)
     return answers
 
@@ -126,9 +123,8 @@ def judge(
     place = folder / "mtbench" / name / (f"first_{first_n}" if first_n else "")  # where the evaluator reads and writes
     verdicts = place / "judgements" / f"{settings['judge_model'].strip('/').replace('/', '--')}_single.jsonl"
     rows = [{**q, "choices": [{"index": 0, "turns": turns}]} for q, turns in zip(questions, answers, strict=True)]
-    ratings = read_verdicts(verdicts)
+    ratings, total = read_verdicts(verdicts), 2 * len(questions)
     estimate_cost(rows, ratings, settings)
-    total = 2 * len(questions)
     if len(ratings) == total:
         return ratings
 
@@ -148,31 +144,13 @@ def judge(
         # It decodes its children's output in blocks of 1024 bytes and fails where one cuts a character in two.
         "PYTHONIOENCODING": "ascii:backslashreplace",
     }
-    code = 0
-    if not ratings and len(questions) > PROBED:  # a judge that gives no ratings costs a few requests, not all of them
-        first = folder / "mtbench" / name / f"first_{PROBED}"
-        write_lines(first / "responses" / f"{name}.jsonl", rows[:PROBED])
-        probed = first / "judgements" / verdicts.name
-        read_verdicts(probed)  # the evaluator can't read a line that a kill cut
-        probe = command[: command.index("--first_n")] if "--first_n" in command else command
-        code = subprocess.run([*probe, "--first_n", str(PROBED)], env=environment, check=False).returncode
-        if code == 0 and not read_verdicts(probed):
-            raise EvaluationError(
-                f"the judge at {shown(endpoint)} gave no rating to the first {PROBED} questions: expected [[a number]]"
-            )
-        if probed.is_file():
-            verdicts.parent.mkdir(parents=True, exist_ok=True)
-            verdicts.write_text(probed.read_text())
-    if code == 0:
-        code = subprocess.run(command, env=environment, check=False).returncode
+    code = subprocess.run(command, env=environment, check=False).returncode
     ratings = read_verdicts(verdicts)
     kept = f"{len(ratings)} of {total} verdicts are kept in {verdicts}; the same command asks for the others"
     if code != 0:
         raise EvaluationError(f"the judge at {shown(endpoint)} failed: see mtbench-evaluator's messages above. {kept}")
     if (missing := total - len(ratings)) > settings["max_missing"]:
-        raise EvaluationError(
-            f"no usable rating for {missing} answers, max_missing is {settings['max_missing']}. {kept}"
-        )
+        raise EvaluationError(f"no usable rating for {missing} answers, more than max_missing. {kept}")
     return ratings
 
 
@@ -204,16 +182,16 @@ def metrics_of(ratings: Ratings, questions: list[dict]) -> dict[str, float]:
         for group in ("mt_bench", f"mt_bench_turn{turn}", f"mt_bench_{category[question_id]}"):
             groups.setdefault(group, []).append(rating)
         of_question.setdefault(question_id, []).append(rating)
-    metrics = {group: sum(values) / len(values) for group, values in groups.items()}
+    metrics = {group: mean(values) for group, values in groups.items()}
     # Both turns of a question are one conversation: the question is what was drawn.
-    metrics["mt_bench_standard_error"] = standard_error([sum(r) / len(r) for r in of_question.values()])
+    metrics["mt_bench_standard_error"] = standard_error(list(map(mean, of_question.values())))
     return metrics | {"mt_bench_missing": 2 * len(questions) - len(ratings)}
 
 
 def per_question(ratings: Ratings, questions: list[dict]) -> list[float | None]:
     """The mean rating of each question's two turns, None where one is missing."""
     turns = [[ratings.get((question["question_id"], turn)) for turn in (1, 2)] for question in questions]
-    return [None if None in pair else sum(pair) / 2 for pair in turns]
+    return [None if None in pair else mean(pair) for pair in turns]
 
 
 def estimate_cost(rows: list[dict], ratings: Ratings, settings: dict) -> None:

@@ -3,11 +3,7 @@
 Free and deterministic, and no stand-in for AlpacaEval: it says what this reward model prefers.
 """
 
-from __future__ import annotations
-
-import json
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -15,13 +11,8 @@ from rmipo.errors import EvaluationError
 from rmipo.evaluation.alpaca_reference import load_reference
 from rmipo.evaluation.benchmark import DECODING, Benchmark, Metric
 from rmipo.evaluation.statistics import bootstrap, standard_error, wins
-from rmipo.files import write_atomically
 from rmipo.fingerprints import has_weights, json_fingerprint, model_fingerprint, text_fingerprint, trained_fingerprint
 from rmipo.recipe.settings import merge_settings
-from rmipo.record import package_versions
-
-if TYPE_CHECKING:
-    from rmipo.generation.reward_model import RewardModel
 
 DEFAULTS = {
     "generation": {},
@@ -41,24 +32,34 @@ def run(model_dir: str | Path, output_dir: str | Path, settings: dict) -> dict:
     percent of prompts whose reward is higher (a tie is half), with `_low` and `_high` of its 95% paired bootstrap
     interval and `_standard_error`.
     """
-    from rmipo.generation.answers import Generator, Request, check_settings
-    from rmipo.generation.scores import read_lines
+    from rmipo.generation.answers import Generator, check_settings, questions
+    from rmipo.generation.oracles import RewardModelOracle
+    from rmipo.generation.prompts import Prompt
+    from rmipo.generation.scores import keep_scores, read_lines
 
     settings = merge_settings("reward", DEFAULTS, settings)
     settings["generation"] = check_settings(settings["generation"])
     if settings["model"] is None:
         raise EvaluationError("reward: name one, e.g. --set reward.model=Skywork/Skywork-Reward-V2-Llama-3.1-8B")
     # Before answers are made: a model that isn't there is found out.
-    scorer = {"model": settings["model"], "fingerprint": model_fingerprint(settings["model"])}
+    scorer = {"fingerprint": model_fingerprint(settings["model"]), "dtype": settings["dtype"]}
     reference, reference_path = load_reference(settings["reference"])
-    prompts = [row["instruction"] for row in reference[: settings["first_n"]]]
-    requests = [Request(str(i), [{"role": "user", "content": prompt}]) for i, prompt in enumerate(prompts)]
+    requests = questions(row["instruction"] for row in reference[: settings["first_n"]])
     with Generator(model_dir, settings["generation"]) as generator:
         file = generator.file("alpacaeval", requests)
         texts = generator.answer(requests, file)
+    oracle = RewardModelOracle({"reward_model": settings["model"], "dtype": settings["dtype"],
+                                "batch_size": settings["batch_size"]})  # fmt: skip
 
-    rewards = Rewards(settings, scorer | {"dtype": settings["dtype"]}, prompts)
-    ours = rewards.of(file, texts)
+    def rewards(path: Path, answers: list[str]) -> list[float]:
+        """Rewards of a file of answers, kept beside it under a name for this reward model and these answers."""
+        of = scorer | {"answers": text_fingerprint(path.read_bytes())}
+        kept = path.with_name(f"{path.stem}-{json_fingerprint(of)[:8]}.rewards")
+        answered = [Prompt(r.key, r.messages, {r.key: a}) for r, a in zip(requests, answers, strict=True)]
+        scores = keep_scores(kept, of, answered, oracle.score, "rewards")
+        return [scores[request.key] for request in requests]
+
+    ours = rewards(file, texts)
     metrics = {
         "reward": sum(ours) / len(ours),
         "reward_standard_error": standard_error(ours),
@@ -68,55 +69,21 @@ def run(model_dir: str | Path, output_dir: str | Path, settings: dict) -> dict:
     for other in sorted(Path(model_dir).resolve().parent.glob(f"*/eval/answers/{file.name}")):
         header, *rows = read_lines(other)
         folder = other.parents[2]
-        if folder == Path(model_dir).resolve() or len(rows) < len(prompts):
+        if folder == Path(model_dir).resolve() or len(rows) < len(requests):
             continue
         if has_weights(folder) and header["model"] != trained_fingerprint(folder):
             raise EvaluationError(f"{other} has answers of other weights than those now in {folder}. Delete it")
         answers = {row["key"]: row["output"] for row in rows}
-        other_texts = [answers[request.key] for request in requests]
+        theirs = [answers[request.key] for request in requests]
         # Padding moves the last bits of a reward: the same answer is a tie whatever they are.
-        same = [a == b for a, b in zip(texts, other_texts, strict=True)]
-        rate = bootstrap(100 * np.where(same, 0.5, wins(ours, rewards.of(other, other_texts))))
+        same = [a == b for a, b in zip(texts, theirs, strict=True)]
+        rate = bootstrap(100 * np.where(same, 0.5, wins(ours, rewards(other, theirs))))
         key = f"reward_wr_vs_{folder.name}"
         metrics |= {key: rate.mean, f"{key}_low": rate.low, f"{key}_high": rate.high}
         metrics[f"{key}_standard_error"] = rate.standard_error
-    settings |= {
-        "generation": generator.settings,
-        "model_fingerprint": scorer["fingerprint"],
-        "reference_sha256": text_fingerprint(reference_path.read_bytes()),
-    }
-    return {
-        "metrics": metrics,
-        "per_prompt": {"reward": ours},
-        "versions": generator.versions | package_versions("transformers", "torch"),
-        "settings": settings,
-        "fingerprint": generator.fingerprint,
-    }
-
-
-class Rewards:
-    """Rewards of files of answers, kept in a file beside each; the reward model is loaded for the first that needs it."""
-
-    def __init__(self, settings: dict, scorer: dict, prompts: list[str]):
-        self.settings, self.scorer, self.prompts = settings, scorer, prompts
-        self.model: RewardModel | None = None
-
-    def of(self, file: Path, answers: list[str]) -> list[float]:
-        from rmipo.generation.reward_model import RewardModel
-
-        identity = self.scorer | {"answers": text_fingerprint(file.read_bytes())}
-        kept = file.with_name(f"{file.stem}.rewards-{json_fingerprint(self.scorer)[:8]}.json")
-        found = json.loads(kept.read_text()) if kept.is_file() else None
-        if found is None or found["identity"] != identity:
-            options = (self.settings[key] for key in ("model", "dtype", "batch_size"))
-            self.model = self.model or RewardModel(*options)
-            dialogues = [
-                [{"role": "user", "content": prompt}, {"role": "assistant", "content": text}]
-                for prompt, text in zip(self.prompts, answers, strict=True)
-            ]
-            found = {"identity": identity, "rewards": [reward for _, reward in sorted(self.model.score(dialogues))]}
-            write_atomically(kept, json.dumps(found) + "\n")
-        return found["rewards"]
+    settings["model_fingerprint"] = scorer["fingerprint"]
+    settings["reference_sha256"] = text_fingerprint(reference_path.read_bytes())
+    return generator.result(metrics, settings, per_prompt={"reward": ours})
 
 
 BENCHMARK = Benchmark(

@@ -17,7 +17,7 @@ from rmipo.evaluation.statistics import standard_error
 from rmipo.files import write_lines
 from rmipo.fingerprints import model_fingerprint
 from rmipo.recipe.settings import merge_settings
-from rmipo.record import package_versions, recorded_run
+from rmipo.record import recorded_run
 
 if TYPE_CHECKING:
     from rmipo.data.chat import Messages
@@ -50,7 +50,7 @@ def run(model_dir: str | Path, output_dir: str | Path, settings: dict) -> dict:
         raise EvaluationError(f"specificity.prompts: too few are usable. Dropped: {dict(dropped)}")
     requests = [Request(prompt.key, prompt.messages) for prompt in prompts]
     with Generator(model_dir, settings["generation"]) as generator:
-        answers = generator.answer(requests, generator.file("specificity", requests))
+        answers = generator.ask("specificity", requests)
     frozen = Likelihood(settings["initial"], generator.settings["dtype"])
     rows = score_answers(frozen, [prompt.messages for prompt in prompts], answers)
     if settings["initial_fingerprint"] == generator.fingerprint:
@@ -66,13 +66,7 @@ def run(model_dir: str | Path, output_dir: str | Path, settings: dict) -> dict:
     metrics = summary(rows)
     metrics["repetition"] = 100 * repeated_share([frozen.chat.tokenizer(a)["input_ids"] for a in answers])
     metrics["specificity_cut"] = generator.cut
-    return {
-        "metrics": metrics,
-        "per_prompt": per_answer(rows),
-        "versions": package_versions("torch", "transformers") | generator.versions,
-        "settings": settings | {"generation": generator.settings},
-        "fingerprint": generator.fingerprint,
-    }
+    return generator.result(metrics, settings, per_prompt=per_answer(rows))
 
 
 def score_answers(frozen: Likelihood, prompts: list[Messages], answers: list[str]) -> list[dict]:

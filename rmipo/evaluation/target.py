@@ -60,15 +60,14 @@ def find_target(
 
 def load_settings(path: Path, overrides: list[str]) -> dict[str, dict]:
     """The blocks of an eval.yaml, with overrides such as "alpacaeval.max_cost=5" over them."""
-    settings = read_yaml(path)
     try:
-        return override(settings, overrides)
+        return override(read_yaml(path), overrides)
     except EvaluationError as error:
         raise EvaluationError(f"{path}: {error}") from error
 
 
 def override(settings: dict[str, dict], overrides: list[str]) -> dict[str, dict]:
-    """`settings` with "block.key=value" over them, the value as `override_value` reads it; dots lead further into a block."""
+    """`settings` with "block.key=value" over them; dots lead further into a block. Raises EvaluationError for wrong ones."""
     for text in overrides:
         key, equals, value = text.partition("=")
         *blocks, name = key.split(".")
@@ -102,14 +101,20 @@ def model_folder(recipe: Path, outputs: Path, method: str) -> Path:
 
 def check_model(folder: Path, remedy: str) -> None:
     """Raises EvaluationError unless `folder` has a whole model that was trained to its end, if it was trained here."""
-    run = recorded_run(folder)
-    if run is not None and not run["finished"]:
-        raise EvaluationError(f"{folder} holds a run that hasn't finished: go on with it")
+    run = finished_run(folder)
     if (folder / "adapter_config.json").is_file():
         raise EvaluationError(f"{folder} holds an adapter: merge it first, .venv/bin/python scripts/merge_adapter.py")
     if not (folder / "config.json").is_file():
         raise EvaluationError(f"{folder} holds no model: {remedy}")
     check_trained_prompts(folder, run)
+
+
+def finished_run(folder: Path) -> dict | None:
+    """The run.json in `folder`, None without one. Raises EvaluationError for a run that hasn't finished."""
+    run = recorded_run(folder)
+    if run is not None and not run["finished"]:
+        raise EvaluationError(f"{folder} holds a run that hasn't finished: go on with it")
+    return run
 
 
 def check_trained_prompts(folder: Path, run: dict | None) -> None:
@@ -139,9 +144,7 @@ def link_initial(recipe: Path, folder: Path) -> Path:
     name, run = values["model_name_or_path"], None
     if Path(name).is_dir():
         source = Path(name).resolve()
-        run = recorded_run(source)
-        if run is not None and not run["finished"]:
-            raise EvaluationError(f"{name} holds a run that hasn't finished: go on with it")
+        run = finished_run(Path(name))
     elif name.startswith("outputs/"):
         raise EvaluationError(f"{name} doesn't exist: make train MODEL={recipe.parent.name} STAGE=sft")
     else:
@@ -158,9 +161,8 @@ def download(name: str, revision: str | None) -> Path:
     try:
         files = ["*.json", "*.safetensors", "*.model", "*.jinja"]
         return Path(snapshot_download(name, revision=revision, allow_patterns=files))
-    except Exception as error:  # no network, no such model, gated: the remedy is the same
-        kind = type(error).__name__
-        raise EvaluationError(f"{name} is neither in the hub's cache nor downloadable ({kind})") from error
+    except Exception as error:  # no network, no such model, gated
+        raise EvaluationError(f"{name} is neither cached nor downloadable ({type(error).__name__})") from error
 
 
 def link_model(source: Path, folder: Path, chat_template: str | None = None) -> None:

@@ -6,6 +6,7 @@ engine that is given text may write a second BOS.
 
 import datetime
 import json
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -44,6 +45,11 @@ class Request:
     seed: int | None = None
 
 
+def questions(texts: Iterable[str]) -> list[Request]:
+    """Requests of one user message each, numbered."""
+    return [Request(str(i), [{"role": "user", "content": text}]) for i, text in enumerate(texts)]
+
+
 def check_settings(settings: dict) -> dict:
     """The settings with defaults filled in. Raises EvaluationError naming every wrong value."""
     engine, engines = settings.get("engine", "auto"), ["auto", *ENGINES]
@@ -65,9 +71,8 @@ def own_settings(model_dir: str | Path) -> dict:
 
 def stop_ids(model_dir: Path, tokenizer: PreTrainedTokenizerBase, chat: ChatFormat) -> list[int]:
     """Where an answer ends: at the end of turn, and at every EOS token that tokenizer, model and generation config name."""
-    configs = [read_generation_config(model_dir)]
-    if (model_dir / "config.json").is_file():
-        configs.append(json.loads((model_dir / "config.json").read_text()))
+    config = model_dir / "config.json"
+    configs = [read_generation_config(model_dir), json.loads(config.read_text()) if config.is_file() else {}]
     named = [chat.end_id, tokenizer.eos_token_id, *(config.get("eos_token_id") for config in configs)]
     return sorted({token for ids in named for token in (ids if isinstance(ids, list) else [ids]) if token is not None})
 
@@ -106,10 +111,8 @@ class Generator:
         return 100 * self.finishes.count("length") / max(1, len(self.finishes))
 
     def file(self, name: str, requests: list[Request]) -> Path:
-        """The file for the answers to `requests`; other prompts or another decoding have another one beside it.
-
-        It is beside the model, not the evaluation: another judge or another benchmark finds the answers there.
-        """
+        """The file for the answers to `requests`; other prompts or another decoding have another one beside it."""
+        # Beside the model, not the evaluation: another judge or another benchmark finds the answers there.
         decoding = {key: value for key, value in self.settings.items() if key != "engine"}
         key = json_fingerprint([decoding, [asdict(request) for request in requests]])[:8]
         return self.model_dir / "eval/answers" / f"{name}-{key}.jsonl"
@@ -127,44 +130,57 @@ class Generator:
         tokenizer = load_tokenizer(ModelConfig(model_name_or_path=str(self.model_dir)))
         found = read_lines(path)
         # A chat template may tell the model which day it is: an answer of tomorrow is told today's.
-        date = found[0].get("date") if found else None
-        reads_clock = freeze_date(tokenizer, datetime.date.fromisoformat(date or str(datetime.date.today())))
+        date = (found[0].get("date") if found else None) or str(datetime.date.today())
+        reads_clock = freeze_date(tokenizer, datetime.date.fromisoformat(date))
         chat = ChatFormat.probe(tokenizer)
         prompts = [self.prompt(request, chat) for request in requests]
         check_prompts(requests, prompts, chat, self.model_dir)
 
         stops = stop_ids(self.model_dir, tokenizer, chat)
-        header = {"date": date or str(datetime.date.today())} if reads_clock else {}
-        self.open(path, found, prompts, stops, header)
+        self.open(path, found, prompts, stops, {"date": date} if reads_clock else {})
         answers = {row["key"]: row for row in found[1:]}
         wanted = [i for i, request in enumerate(requests) if request.key not in answers]
         if wanted and self.engine is None:
             self.engine = ENGINES[self.settings["engine"]](self.model_dir, self.settings, stops)
-        with path.open("a") as file, tqdm(total=len(prompts), initial=len(answers), unit="answer") as progress:
-            progress.set_description(f"answers of {self.model_dir.name}")
+        description = f"answers of {self.model_dir.name}"
+        progress = tqdm(desc=description, total=len(prompts), initial=len(answers), unit="answer")
+        with path.open("a") as file, progress:
             for i, (ids, finish) in self.engine.answers(prompts, wanted) if wanted else ():
                 text = tokenizer.decode(ids, skip_special_tokens=True).strip()
                 row = {"key": requests[i].key, "output": text, "tokens": len(ids), "finish": finish}
                 file.write(json.dumps(row) + "\n")
-                file.flush()
+                file.flush()  # a kill loses the answer that is being made, and no other
                 answers[requests[i].key] = row
                 progress.update()
         self.finishes += [answers[request.key]["finish"] for request in requests]
         return [answers[request.key]["output"] for request in requests]
 
+    def ask(self, name: str, requests: list[Request]) -> list[str]:
+        """The answers to `requests`, kept in the model's own file for them."""
+        return self.answer(requests, self.file(name, requests))
+
+    def result(self, metrics: dict, settings: dict, packages: Iterable[str] = (), **more) -> dict:
+        """What a benchmark returns, with what the answers were made with."""
+        return {
+            "metrics": metrics,
+            "versions": package_versions(*packages) | self.versions,
+            "settings": settings | {"generation": dict(self.settings)},
+            "fingerprint": self.fingerprint,
+            **more,
+        }
+
     def prompt(self, request: Request, chat: ChatFormat) -> TokenPrompt:
         ids = chat.prompt_ids(request.messages)
         temperature = self.settings["temperature"] if request.temperature is None else request.temperature
         seed = self.settings["seed"] if request.seed is None else request.seed
-        return TokenPrompt(
-            ids, temperature, int(json_fingerprint([seed, ids])[:15], 16)
-        )  # each prompt has its own stream
+        own_stream = int(json_fingerprint([seed, ids])[:15], 16)  # whatever the place of the prompt
+        return TokenPrompt(ids, temperature, own_stream)
 
     def open(self, path: Path, lines: list[dict], prompts: list[TokenPrompt], stops: list[int], header: dict) -> None:
         """Hold the file's first line to this model and these settings, or write it; engine and versions come from there."""
-        found = lines[0] if lines else None
-        versions = self.versions or (found or {}).get("versions")
-        if self.settings["engine"] == "auto" and found is not None:
+        found = lines[0] if lines else {}
+        versions = self.versions or found.get("versions")
+        if self.settings["engine"] == "auto" and found:
             self.settings["engine"] = found["decoding"]["engine"]
         if len(lines) <= len(prompts):  # something is left to answer
             self.fingerprint = trained_fingerprint(self.model_dir)
@@ -176,6 +192,7 @@ class Generator:
                     f"those versions, or delete the *.jsonl files in {path.parent}"
                 )
             versions = here
+        # Temperatures and seeds are in the prompts: a benchmark may have its own for each.
         keys = ("top_p", "top_k", "max_new_tokens", "seed", "batch_size", "dtype", "engine")
         header = {
             "decoding": {key: self.settings[key] for key in keys} | {"stop_ids": stops},
@@ -184,10 +201,10 @@ class Generator:
             "prompts": json_fingerprint([asdict(prompt) for prompt in prompts]),
             **header,
         }
-        if found is None:
+        if not found:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(header) + "\n")
-        elif different := [key for key in header if key not in found or found[key] != header[key]]:
+        elif different := [key for key in header if found.get(key) != header[key]]:
             before, now = ({key: of.get(key) for key in different} for of in (found, header))
             raise EvaluationError(f"{path} holds answers made otherwise: with {before}, now {now}. Move or delete it")
         self.versions, self.fingerprint = versions, header["model"]
@@ -196,6 +213,7 @@ class Generator:
 def check_prompts(requests: list[Request], prompts: list[TokenPrompt], chat: ChatFormat, model_dir: Path) -> None:
     """Raises EvaluationError for prompts that don't start with one BOS, or leave no room for an answer."""
     context = AutoConfig.from_pretrained(model_dir, trust_remote_code=False).max_position_embeddings
+    # A second BOS makes worse answers in silence; a prompt without room would end the run after hours.
     for request, prompt in zip(requests, prompts, strict=True):
         if chat.bos_id is not None and [token == chat.bos_id for token in prompt.ids[:2]] != [True, False]:
             raise EvaluationError(f"prompt {request.key} doesn't start with exactly one BOS (id {chat.bos_id})")

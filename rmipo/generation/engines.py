@@ -30,12 +30,10 @@ Answer = tuple[list[int], str]  # token ids without the end token, and "stop" or
 
 
 class SeededSampling(LogitsProcessor):
-    """Turns greedy decoding into sampling with one random stream per prompt.
+    """Turns greedy decoding into sampling with one random stream per prompt."""
 
-    The argmax of logits / temperature + Gumbel noise is a sample of the softmax. `generate(do_sample=True)` draws the
-    whole batch from one stream, so that an answer would change with its neighbours.
-    """
-
+    # `generate(do_sample=True)` draws the whole batch from one stream, so that an answer would change with its neighbours.
+    # The argmax of logits / temperature + Gumbel noise is a sample of the softmax.
     def __init__(self, temperatures: list[float], top_p: float, seeds: list[int], top_k: int = 0):
         self.temperatures = temperatures
         self.warpers = ([TopKLogitsWarper(top_k)] if top_k else []) + ([TopPLogitsWarper(top_p)] if top_p < 1 else [])
@@ -69,11 +67,9 @@ class TransformersEngine:
         self.settings, self.stop_ids = settings, stop_ids
 
     def answers(self, prompts: list[TokenPrompt], wanted: list[int]) -> Iterator[tuple[int, Answer]]:
-        """(number of a prompt, its answer) for each number in `wanted`, in order.
-
-        Batches are cut from all prompts, whatever is wanted of them: the padding beside an answer, and with it the
-        last bits of its logits, are the same in a run that goes on from an interrupted one.
-        """
+        """(number of a prompt, its answer) for each number in `wanted`, in order."""
+        # Batches are cut from all prompts, whatever is wanted of them: the padding beside an answer, and with it the last
+        # bits of its logits, are the same in a run that goes on from an interrupted one.
         size = self.settings["batch_size"]
         for start in range(0, len(prompts), size):
             numbers = range(start, min(start + size, len(prompts)))
@@ -125,10 +121,8 @@ class VllmEngine:
         self.settings, self.stop_ids = settings, stop_ids
 
     def answers(self, prompts: list[TokenPrompt], wanted: list[int]) -> Iterator[tuple[int, Answer]]:
-        """(number of a prompt, its answer) for each number in `wanted`, as they are finished.
-
-        All are handed over at once and yielded one by one: the engine is never drained for the sake of a batch.
-        """
+        """(number of a prompt, its answer) for each number in `wanted`, as they are finished."""
+        # All are handed over at once and yielded one by one: the engine is never drained for the sake of a batch.
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
@@ -158,15 +152,16 @@ class VllmEngine:
 
 
 def release_memory() -> None:
-    """Give the GPU memory of models that are no longer used back to other processes; torch would keep it for this one."""
-    gc.collect()
+    """Give the GPU memory of models that are no longer used back to other processes."""
+    gc.collect()  # models refer to themselves; torch would keep what is freed for this process
     torch.cuda.empty_cache()
 
 
 def vllm_dtype(model_dir: str | Path, dtype: str) -> str | torch.dtype:
-    """`dtype`, with "auto" the weights' own as for transformers: vLLM's "auto" makes bfloat16 of float32."""
+    """`dtype`, with "auto" the weights' own, as for transformers."""
     if dtype != "auto":
         return dtype
+    # vLLM's own "auto" makes bfloat16 of float32: answers would differ from those of transformers.
     return AutoConfig.from_pretrained(model_dir, trust_remote_code=False).dtype or dtype
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from rmipo.data.chat import ChatFormat, Messages
-from rmipo.generation.oracles import Candidates
+from rmipo.generation.prompts import Prompt
 from rmipo.recipe.schema import ModelConfig
 from rmipo.training.loading import load_model, load_tokenizer
 from rmipo.training.packing import pack
@@ -34,7 +34,7 @@ class Likelihood:
         with self.scorer as scorer:
             return [value for group in by_tokens(responses) for value in scorer.sums(pack([(context, group)])).tolist()]
 
-    def pmi(self, prompts: list[Candidates]) -> Iterator[dict[str, float]]:
+    def pmi(self, prompts: list[Prompt]) -> Iterator[dict[str, float]]:
         """log pi(y|x) - log pi(y) per token of each answer, in nats, by key of the answer; called as an oracle is."""
         for prompt in prompts:
             pairs = [self.ids(prompt.messages, answer) for answer in prompt.answers.values()]

@@ -3,20 +3,28 @@
 An oracle's `score` yields scores as they come, so that a run that is cut short keeps those there are.
 """
 
+import functools
 import importlib.util
 import inspect
 import math
 import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rmipo.data.chat import Messages
+import torch
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
 from rmipo.errors import UserError
 from rmipo.fingerprints import text_fingerprint
 from rmipo.generation import judge
+from rmipo.generation.prompts import Prompt
 from rmipo.recipe.settings import merge_settings
 
 QUESTION = """Rate the response to the user's last message for its helpfulness, relevance, accuracy, depth and clarity. \
@@ -34,16 +42,6 @@ TEMPERATURES = (0, 1, 1)  # of the attempts at one rating: a reply without any w
 
 class OracleError(UserError, ValueError):
     """An oracle that can't be used, or whose scores can't."""
-
-
-@dataclass(frozen=True)
-class Candidates:
-    """The answers to one prompt, by key; `columns`: what else the prompt's row holds."""
-
-    key: str
-    messages: Messages
-    answers: dict[str, str]
-    columns: dict[str, Any] = field(default_factory=dict)
 
 
 Scored = Iterator[dict[str, float]]  # by key of the answer, some at a time
@@ -66,14 +64,14 @@ class FunctionOracle:
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         self.function, self.name = getattr(module, name), settings["function"]
-        columns = list(inspect.signature(self.function).parameters.values())[2:]
-        self.columns = [column.name for column in columns]
         starred = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-        needed = [column for column in columns if column.default is column.empty and column.kind not in starred]
-        self.required = [column.name for column in needed]
+        columns = [p for p in inspect.signature(self.function).parameters.values() if p.kind not in starred][2:]
+        self.columns = [column.name for column in columns]
+        self.required = [column.name for column in columns if column.default is column.empty]
+        # Scores of a function that was changed since are scores of another oracle.
         self.identity = {**settings, "fingerprint": text_fingerprint(Path(file).read_bytes())}
 
-    def score(self, prompts: list[Candidates]) -> Scored:
+    def score(self, prompts: list[Prompt]) -> Scored:
         for prompt in prompts:
             columns = {name: prompt.columns[name] for name in self.columns if name in prompt.columns}
             where = f"oracle {self.name}, prompt {prompt.key} ({prompt.messages[-1]['content'][:60]!r})"
@@ -86,23 +84,53 @@ class FunctionOracle:
 
 
 class RewardModelOracle:
-    """A sequence-classification model: hub id or folder."""
+    """Any sequence classifier with one output and a chat template: hub id or folder. No code of its repository is run."""
 
     defaults = {"reward_model": None, "dtype": "bfloat16", "batch_size": 16}
     required = ()
 
     def __init__(self, settings: dict):
         self.settings = self.identity = settings
+        self.name = settings["reward_model"]
 
-    def score(self, prompts: list[Candidates]) -> Scored:
-        from rmipo.generation.reward_model import RewardModel
+    @functools.cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return AutoTokenizer.from_pretrained(self.name, trust_remote_code=False)
 
-        model = RewardModel(self.settings["reward_model"], self.settings["dtype"], self.settings["batch_size"])
-        answers = [(prompt, key, text) for prompt in prompts for key, text in prompt.answers.items()]
-        dialogues = [[*p.messages, {"role": "assistant", "content": text}] for p, _, text in answers]
-        for number, reward in model.score(dialogues):
-            key = answers[number][1]
-            yield checked({key: reward}, f"reward model {model.name}, answer {key}")
+    @functools.cached_property
+    def model(self) -> PreTrainedModel:
+        options = {"dtype": self.settings["dtype"], "use_safetensors": True, "trust_remote_code": False}
+        model = AutoModelForSequenceClassification.from_pretrained(self.name, **options)
+        if model.config.num_labels != 1:
+            raise OracleError(f"reward model {self.name} has {model.config.num_labels} outputs, expected 1")
+        return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+
+    def score(self, prompts: list[Prompt]) -> Scored:
+        """Raises OracleError, before anything is scored, for dialogues longer than the model's context."""
+        encoded = {}
+        for prompt in prompts:
+            for key, text in prompt.answers.items():
+                dialogue = [*prompt.messages, {"role": "assistant", "content": text}]
+                encoded[key] = self.tokenizer.apply_chat_template(dialogue, return_dict=True)["input_ids"]
+        window = getattr(self.model.config, "max_position_embeddings", None)
+        if window and (longest := max(map(len, encoded.values()), default=0)) > window:
+            raise OracleError(f"{self.name}: a dialogue has {longest} tokens, its context is {window}")
+        # The shortest first: dialogues of a batch are padded to the longest of them.
+        order, size = sorted(encoded, key=lambda key: len(encoded[key])), self.settings["batch_size"]
+        for start in range(0, len(order), size):
+            keys = order[start : start + size]
+            rewards = dict(zip(keys, self.batch([encoded[key] for key in keys]), strict=True))
+            yield checked(rewards, f"reward model {self.name}")
+
+    @torch.no_grad()
+    def batch(self, sequences: list[list[int]]) -> list[float]:
+        # transformers takes the reward at the last token that isn't the pad token. Where that is the EOS token, or is not
+        # set at all, it would look in the wrong place: any token that occurs in none of the sequences will do.
+        pad = next(token for token in range(self.model.config.vocab_size) if not any(token in ids for ids in sequences))
+        self.model.config.get_text_config().pad_token_id = pad
+        width = max(map(len, sequences))
+        ids = torch.tensor([s + [pad] * (width - len(s)) for s in sequences], device=self.model.device)
+        return self.model(input_ids=ids, attention_mask=ids != pad).logits[:, 0].float().tolist()
 
 
 class JudgeOracle:
@@ -116,16 +144,15 @@ class JudgeOracle:
         self.client = judge.open_client(judge.judge_endpoint())
         self.identity = {"judge": settings["judge"], "endpoint": judge.shown(judge.judge_endpoint())}
 
-    def score(self, prompts: list[Candidates]) -> Scored:
-        questions = {
-            key: QUESTION.format(
-                conversation="\n\n".join(f"{m['role']}: {m['content']}" for m in prompt.messages), answer=text
-            )
-            for prompt in prompts
-            for key, text in prompt.answers.items()
-        }
+    def score(self, prompts: list[Prompt]) -> Scored:
+        questions = {}
+        for prompt in prompts:
+            conversation = "\n\n".join(f"{message['role']}: {message['content']}" for message in prompt.messages)
+            for key, text in prompt.answers.items():
+                questions[key] = QUESTION.format(conversation=conversation, answer=text)
         characters, tokens = sum(map(len, questions.values())), self.settings["max_tokens"] * len(questions)
         judge.check_cost("judge", len(questions), characters, tokens, self.settings, len(TEMPERATURES))
+        # Ratings are yielded as they come, so that those that are paid for are kept when one fails.
         pool = ThreadPoolExecutor(self.settings["concurrency"])
         try:
             for done in as_completed([pool.submit(self.rate, *question) for question in questions.items()]):
@@ -161,12 +188,11 @@ def make_oracle(settings: dict):
 
 def checked(scores: dict[str, Any], where: str) -> dict[str, float]:
     """`scores` as floats. Raises OracleError if one is no finite number: a NaN would be neither best nor worst."""
-    numbers = {}
     for key, score in scores.items():
         try:
-            numbers[key] = float(score)  # also of a NumPy or torch scalar
+            finite = math.isfinite(float(score))  # also a NumPy or torch scalar
         except (TypeError, ValueError):
-            numbers[key] = math.nan
-        if not math.isfinite(numbers[key]):
-            raise OracleError(f"{where} gave the score {score!r}: expected a finite number")
-    return numbers
+            finite = False
+        if not finite:
+            raise OracleError(f"{where}, answer {key}: the score is {score!r}, expected a finite number")
+    return {key: float(score) for key, score in scores.items()}

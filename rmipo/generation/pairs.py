@@ -12,7 +12,7 @@ import json
 import math
 import random
 from collections import Counter
-from dataclasses import asdict, field
+from dataclasses import asdict, field, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -23,9 +23,9 @@ from rmipo.errors import PairsError
 from rmipo.files import write_atomically, write_lines
 from rmipo.fingerprints import json_fingerprint
 from rmipo.generation.answers import Generator, Request
-from rmipo.generation.oracles import Candidates, make_oracle
+from rmipo.generation.oracles import make_oracle
 from rmipo.generation.prompts import Prompt, read_prompts
-from rmipo.generation.scores import fill, read_lines
+from rmipo.generation.scores import keep_scores, read_lines
 from rmipo.recipe.files import parse_overrides, read_yaml
 from rmipo.run.lock import locked
 
@@ -37,9 +37,8 @@ Positive = Annotated[int, pydantic.Field(ge=1)]
 class PairsConfig:
     """The keys of a pairs.yaml."""
 
-    prompts: (
-        str  # hub id, folder or file; rows with `prompt` or `messages`, or preference pairs, whose prompts are taken
-    )
+    # Hub id, folder or file; rows with `prompt` or `messages`, or preference pairs, whose prompts are taken.
+    prompts: str
     oracle: dict  # see `oracles.ORACLES`
     split: str = "train"  # of a hub id or folder
     answers: Annotated[int, pydantic.Field(ge=2)] = 8  # per prompt
@@ -61,8 +60,7 @@ class PairsConfig:
         try:
             return pydantic.TypeAdapter(cls).validate_python(values)
         except pydantic.ValidationError as error:
-            problems = [f"{'.'.join(map(str, e['loc']))} is {e['input']!r}: {e['msg']}" for e in error.errors()]
-            raise PairsError("\n  ".join([f"{where}:", *problems])) from error
+            raise PairsError(f"{where}: {error}") from error
 
 
 def load_pairs_config(path: Path, arguments: list[str], prompts: str | None = None) -> PairsConfig:
@@ -102,25 +100,23 @@ def _make_pairs(model_dir: Path, generation: dict, config: PairsConfig, folder: 
     # Answers and scores
     ####################
     settings = generation | config.generation | {"seed": config.seed}
-    requests = [
-        Request(f"{p.key}-{n}", p.messages, seed=config.seed + n) for p in prompts for n in range(config.answers)
-    ]
+    numbers = range(config.answers)
+    requests = [Request(f"{p.key}-{n}", p.messages, seed=config.seed + n) for p in prompts for n in numbers]
     with Generator(model_dir, settings) as generator:
         generator.answer(requests, folder / "answers.jsonl")
     header, *rows = read_lines(folder / "answers.jsonl")
     answers = {row["key"]: row for row in rows}
-    candidates = [Candidates(p.key, p.messages, distinct_answers(p, config, answers), p.columns) for p in prompts]
-    several = [c for c in candidates if len(c.answers) > 1]
+    candidates = [replace(p, answers=distinct_answers(p, config, answers)) for p in prompts]
+    several = [c for c in candidates if len(c.answers) > 1]  # a judge is not paid for an answer that can't be in a pair
     made_of = {"answers": json_fingerprint(header)}
-    scores = fill(
-        folder / "scores.jsonl", made_of | {"oracle": oracle.identity}, several, oracle.score, "scores of the oracle"
-    )
+    scored_by = made_of | {"oracle": oracle.identity}
+    scores = keep_scores(folder / "scores.jsonl", scored_by, several, oracle.score, "scores of the oracle")
     pmi: dict[str, float] = {}
     if config.selection == "pmi":
         from rmipo.generation.likelihood import Likelihood
 
         own = Likelihood(model_dir, generator.settings["dtype"])
-        pmi = fill(folder / "pmi.jsonl", made_of, several, own.pmi, "PMI")
+        pmi = keep_scores(folder / "pmi.jsonl", made_of, several, own.pmi, "PMI")
 
     #######
     # Pairs
@@ -132,9 +128,14 @@ def _make_pairs(model_dir: Path, generation: dict, config: PairsConfig, folder: 
             dropped[chosen_rejected] += 1
         else:
             pairs.append(pair_row(prompt, *chosen_rejected, scores))
-    write_lines(
-        folder / "candidates.jsonl", (candidate_row(c, config.answers, answers, scores, pmi) for c in candidates)
-    )
+    every = [
+        {"prompt_id": c.key, "prompt": c.messages, "answers": [
+            row | {"score": scores.get(row["key"]), "pmi": pmi.get(row["key"])}
+            for row in (answers[f"{c.key}-{n}"] for n in numbers)
+        ]}
+        for c in candidates
+    ]  # fmt: skip
+    write_lines(folder / "candidates.jsonl", every)
     cut = generator.finishes.count("length")
     if not pairs:
         raise PairsError(f"{folder}: no pair came out: {dict(dropped)}; {cut} of {len(requests)} answers are cut")
@@ -173,12 +174,13 @@ def distinct_answers(prompt: Prompt, config: PairsConfig, answers: dict[str, dic
 
 
 def select(
-    prompt: Candidates, scores: dict[str, float], pmi: dict[str, float], config: PairsConfig
+    prompt: Prompt, scores: dict[str, float], pmi: dict[str, float], config: PairsConfig
 ) -> tuple[str, str] | str:
     """Keys of the chosen and the rejected answer, or why there is no pair."""
     keys = list(prompt.answers)
     if len(keys) < 2:
         return "fewer than two answers differ and are neither empty nor cut"
+    # Without PMI the first of equal scores is taken.
     best = max(keys, key=lambda key: (scores[key], pmi.get(key, 0)))
     worst = min(keys, key=lambda key: (scores[key], pmi.get(key, 0)))
     gap = scores[best] - scores[worst]
@@ -192,16 +194,8 @@ def select(
     return best, worst
 
 
-def pair_row(prompt: Candidates, chosen: str, rejected: str, scores: dict[str, float]) -> dict:
+def pair_row(prompt: Prompt, chosen: str, rejected: str, scores: dict[str, float]) -> dict:
     sides = {"chosen": chosen, "rejected": rejected}
     responses = {side: [{"role": "assistant", "content": prompt.answers[key]}] for side, key in sides.items()}
     numbers = {f"score_{side}": scores[key] for side, key in sides.items()}
     return {"prompt_id": prompt.key, "prompt": prompt.messages, **responses, **numbers}
-
-
-def candidate_row(
-    prompt: Candidates, number: int, answers: dict, scores: dict[str, float], pmi: dict[str, float]
-) -> dict:
-    rows = [answers[f"{prompt.key}-{n}"] for n in range(number)]
-    rows = [{**row, "score": scores.get(row["key"]), "pmi": pmi.get(row["key"])} for row in rows]
-    return {"prompt_id": prompt.key, "prompt": prompt.messages, "answers": rows}

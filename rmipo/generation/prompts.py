@@ -1,8 +1,9 @@
 """The prompts that a model answers: those of a hub id, folder or file that are usable, each under a hash of its content."""
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from transformers import AutoConfig
 
@@ -16,12 +17,12 @@ from rmipo.training.loading import load_tokenizer
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt with the other columns of its row."""
+    """A prompt with the other columns of its row, and answers to it by key."""
 
-    key: str
+    key: str  # a hash of the messages
     messages: Messages
-    tokens: int
-    columns: dict
+    answers: dict[str, str] = field(default_factory=dict)
+    columns: dict[str, Any] = field(default_factory=dict)
 
 
 def read_prompts(
@@ -42,7 +43,7 @@ def read_prompts(
     chat = ChatFormat.probe(load_tokenizer(ModelConfig(model_name_or_path=str(model_dir))))
     window = AutoConfig.from_pretrained(model_dir, trust_remote_code=False).max_position_embeddings
     longest = min(max_tokens or window, window - 1)
-    prompts: dict[str, Prompt] = {}
+    prompts: dict[str, tuple[int, Prompt]] = {}  # with its tokens
     for row in rows:
         if limit is not None and len(prompts) == skip + limit:
             break
@@ -60,5 +61,6 @@ def read_prompts(
         elif (tokens := len(chat.prompt_ids(messages))) > longest:
             dropped[f"longer than {longest} tokens"] += 1
         else:
-            prompts[key] = Prompt(key, messages, tokens, row)
-    return sorted(list(prompts.values())[skip:], key=lambda prompt: (prompt.tokens, prompt.key))
+            prompts[key] = tokens, Prompt(key, messages, columns=row)
+    taken = sorted(list(prompts.values())[skip:], key=lambda each: (each[0], each[1].key))
+    return [prompt for _, prompt in taken]

@@ -7,14 +7,15 @@ from pathlib import Path
 from tqdm import tqdm
 
 from rmipo.errors import PairsError
-from rmipo.generation.oracles import Candidates
+from rmipo.generation.prompts import Prompt
 
 
-def fill(path: Path, header: dict, prompts: list[Candidates], score, description: str) -> dict[str, float]:
+def keep_scores(path: Path, header: dict, prompts: list[Prompt], score, description: str) -> dict[str, float]:
     """Scores by answer key, kept in `path`; those that are there are not asked for again.
 
     Raises PairsError if the file holds scores of other answers or another oracle.
     """
+    # The first line says what the scores are of, so that those of an older oracle are not taken for these.
     found, *lines = read_lines(path) or [None]
     if found is None:
         path.write_text(json.dumps(header) + "\n")

@@ -10,6 +10,7 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from rmipo.objectives import RMiPO
 from rmipo.objectives.rmipo import SCHEDULES, scheduled_margin
 from rmipo.plots import BLUE, GREEN, GREY, ORANGE, PURPLE, RED, house_style, method_color, panel_letter, panels
 from rmipo.reporting.figures import density, footnotes, jitter, wasserstein
@@ -17,7 +18,6 @@ from rmipo.reporting.pair_scores import AT_MAX, AT_MIN, Reading
 from rmipo.reporting.results import method_label
 
 BEHIND_TEXT = {"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 0.5}
-PAPER_GAMMA_PEAKS = {"mistral-7b-instruct": 0.4, "llama3-8b-instruct": 1.4}  # App. D, Figure 8 right
 
 
 def window(samples: list[np.ndarray], share: float = 0.99) -> np.ndarray:
@@ -71,8 +71,7 @@ def figure6(
 ) -> Figure:
     """Density of reward differences of each method beside that of the judge's (REF).
 
-    All are divided by their own standard deviation, since no two have the same unit; zero stays zero. The legend
-    gives the 1-Wasserstein distance to REF in that unit, W1, with its 95% bootstrap interval over pairs.
+    The legend gives the 1-Wasserstein distance to REF, W1, with its 95% bootstrap interval over pairs.
 
     Args:
         reference: (pairs,) judge's score of chosen minus rejected.
@@ -80,6 +79,7 @@ def figure6(
     """
     judged = jitter(reference, seed)  # scores of few values would be combs beside continuous rewards
     judged = judged / judged.std()
+    # No two rewards have the same unit; divided by the standard deviation alone, zero stays zero.
     scaled = {method: values / values.std() for method, values in rewards.items()}
     figure, (axis,) = panels(1, height=2.8)
     grid = window([judged, *scaled.values()])
@@ -109,31 +109,28 @@ def distance_interval(values: np.ndarray, judged: np.ndarray, resamples: int = 2
 @house_style
 def figure8(
     readings: dict[str, Reading],
-    gamma_min: float,
-    gamma_max: float,
+    objective: RMiPO,
     title: str,
-    schedule: str = "exponential",
-    span: float = 2.0,
     paper_peak: float | None = None,
     notes: Iterable[str] = (),
 ) -> Figure:
     """Gamma over Delta_pmi; then the distributions of Delta_pmi and gamma, a row for each reading of the formula.
 
     The curve of gamma is the density of the pairs strictly between the bounds (left scale); the pins are the shares of
-    pairs at the two bounds (right scale), which a density estimate would smear into peaks that aren't there.
+    pairs at the two bounds (right scale).
     """
     figure, axes = panels(3, height=1.25, rows=len(readings), width_ratios=(1, 1, 1.2))
     specs = axes[0].get_gridspec()
     for axis in axes[0::3]:
-        axis.remove()
-    draw_schedules(figure.add_subplot(specs[:, 0]), gamma_min, gamma_max, schedule, span)
+        axis.remove()  # the schedules are one panel beside all rows
+    draw_schedules(figure.add_subplot(specs[:, 0]), objective)
     for signal, gamma, letter, (name, reading) in zip(axes[1::3], axes[2::3], "bcd", readings.items(), strict=False):
         grid = window([reading.delta_pmi], 0.98)
         draw_density(signal, grid, density(reading.delta_pmi, grid), BLUE)
         mark_zero(signal)
         signal.set_yticks([])
         panel_letter(signal, letter, name)
-        draw_gamma(gamma, reading.gamma, gamma_min, gamma_max, paper_peak)
+        draw_gamma(gamma, reading.gamma, objective.gamma_min, objective.gamma_max, paper_peak)
         gamma.set_title(f"mean {reading.gamma.mean():.2f}", loc="right")
     for axis in axes[2:-1:3]:
         axis.tick_params(labelbottom=False)
@@ -144,14 +141,14 @@ def figure8(
     return figure
 
 
-def draw_schedules(axis: Axes, gamma_min: float, gamma_max: float, own: str, span: float) -> None:
-    signal = torch.linspace(-1, 4, 501)
+def draw_schedules(axis: Axes, objective: RMiPO) -> None:
+    signal, low, high = torch.linspace(-1, 4, 501), objective.gamma_min, objective.gamma_max
     colors = {"exponential": RED, "linear": BLUE, "cosine": GREEN, "constant": ORANGE}
     for schedule in SCHEDULES:
-        margin = scheduled_margin(signal, gamma_min, gamma_max, schedule, span)
-        width, line = (2, "-") if schedule == own else (1, "--")
+        margin = scheduled_margin(signal, low, high, schedule, objective.span)
+        width, line = (2, "-") if schedule == objective.schedule else (1, "--")
         axis.plot(signal, margin, color=colors[schedule], linewidth=width, linestyle=line, label=schedule)
-    axis.set_yticks(sorted({gamma_min, gamma_max, round((gamma_min + gamma_max) / 2, 4)}))
+    axis.set_yticks(sorted({low, high, round((low + high) / 2, 4)}))
     axis.set_xlabel(r"$\Delta$pmi")
     axis.set_ylabel(r"$\gamma$")
     axis.margins(x=0)
@@ -160,6 +157,7 @@ def draw_schedules(axis: Axes, gamma_min: float, gamma_max: float, own: str, spa
 
 
 def draw_gamma(axis: Axes, values: np.ndarray, low: float, high: float, paper_peak: float | None) -> None:
+    # A density estimate would smear the pairs at a bound into a peak that isn't there.
     at_low, at_high = values <= low + AT_MIN, values >= high - AT_MAX
     inner = values[~at_low & ~at_high]
     span = high - low

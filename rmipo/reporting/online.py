@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -10,9 +11,9 @@ from rmipo.evaluation import BENCHMARKS
 from rmipo.evaluation.statistics import standard_error
 from rmipo.files import write_atomically, write_lines
 from rmipo.fingerprints import json_fingerprint, model_fingerprint
-from rmipo.generation.oracles import Candidates, make_oracle
+from rmipo.generation.oracles import make_oracle
 from rmipo.generation.prompts import read_prompts
-from rmipo.generation.scores import fill, read_lines
+from rmipo.generation.scores import keep_scores, read_lines
 from rmipo.launch.online import OnlineConfig
 from rmipo.plots import BLUE, house_style, panels, save
 from rmipo.reporting.render import markdown_table
@@ -38,12 +39,10 @@ def measure(model_dir: Path, start: Path, config: OnlineConfig, generation: dict
     if kept.is_file() and (found := json.loads(kept.read_text()))["of"] == header:
         return found["metrics"]
     result = BENCHMARKS["specificity"].run(model_dir, folder, settings | {"generation": generation})
-    columns = {p.key: p.columns for p in read_prompts(config.held_out, "test", model_dir, Counter())}
-    candidates = []
-    for row in read_lines(folder / "specificity.jsonl"):
-        key = json_fingerprint(row["prompt"])
-        candidates.append(Candidates(key, row["prompt"], {key: row["answer"]}, columns[key]))
-    scores = fill(folder / "scores.jsonl", header, candidates, oracle.score, "scores of the oracle")
+    answers = {json_fingerprint(row["prompt"]): row["answer"] for row in read_lines(folder / "specificity.jsonl")}
+    prompts = read_prompts(config.held_out, "test", model_dir, Counter())
+    answered = [replace(p, answers={p.key: answers[p.key]}) for p in prompts if p.key in answers]
+    scores = keep_scores(folder / "scores.jsonl", header, answered, oracle.score, "scores of the oracle")
     values = list(scores.values())
     reward = {"reward": sum(values) / len(values), "reward_standard_error": standard_error(values)}
     metrics = result["metrics"] | reward

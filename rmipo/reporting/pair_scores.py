@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from datasets import Dataset
 
 from rmipo.data.pairs import load_pairs
 from rmipo.data.sources import load_sources, mix, mixture_entries
@@ -19,43 +18,37 @@ from rmipo.recipe.schema import DataConfig
 from rmipo.record import package_versions
 from rmipo.reporting.results import ReportError, Result, TrainingRun, eval_command, load_result
 
-SCORE_COLUMNS = ("score_chosen", "score_rejected")
-SCORED_BY = ("torch", "transformers")
+SCORE_COLUMNS = ["score_chosen", "score_rejected"]
 AT_MAX = 1e-6
 AT_MIN = 0.01  # gamma this close counts as at gamma_min: the exponential reaches it only in the limit
 
 
 def hh_signals(outputs: Path, model: str, method: str) -> tuple[dict[str, dict[str, np.ndarray]], Result]:
     """Figure 3: subset -> log-likelihood and PMI differences in nats per token, from eval/hh_<subset>.pt; and the result
-    that those belong to.
-
-    Raises ReportError without any, and for scores of other weights than the folder holds now.
+    that those belong to. Raises ReportError without any, and for scores of other weights than the folder holds now.
     """
     signals, folder = {}, outputs / model / method
     evaluation, command = load_result(outputs, model, method, "hh"), eval_command(model, method, "hh")
     for path in sorted((folder / "eval").glob("hh_*.pt"), reverse=True):  # helpful, harmless
         scores = torch.load(path, weights_only=True)
+        # Density of a model that is gone, under the name of the new one.
         if has_weights(folder) and scores.get("fingerprint") != trained_fingerprint(folder):
             raise ReportError(f"{path} is of other weights than {folder} now: delete it and hh.json, run `{command}`")
-        subset = path.stem.removeprefix("hh_")
-        signals[subset] = {"loglik": loglik_difference(scores).numpy(), "pmi": pmi_difference(scores).numpy()}
+        signals[path.stem.removeprefix("hh_")] = differences(scores)
     if not signals or evaluation is None:
         raise ReportError(f"figure 3 has no HH scores of {model} {method} in {folder}/eval: run `{command}`")
     return signals, evaluation
 
 
-def loglik_difference(scores: dict[str, torch.Tensor]) -> torch.Tensor:
-    """A(w) - A(l), (pairs,), nats per token."""
-    return scores["chosen_logps"] / scores["chosen_lengths"] - scores["rejected_logps"] / scores["rejected_lengths"]
-
-
-def pmi_difference(scores: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Delta_pmi per token (Eq. 7), (pairs,)."""
-    sides = [
-        pmi(scores[f"{side}_logps"], scores[f"prior_{side}_logps"], scores[f"{side}_lengths"])
-        for side in ("chosen", "rejected")
-    ]
-    return delta_pmi(*sides)
+def differences(scores: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
+    """A(w) - A(l), and Delta_pmi (Eq. 7), (pairs,), in nats per token."""
+    logps, priors, lengths = (
+        [scores[name.format(side)] for side in ("chosen", "rejected")]
+        for name in ("{}_logps", "prior_{}_logps", "{}_lengths")
+    )
+    chosen, rejected = map(pmi, logps, priors, lengths)
+    loglik = logps[0] / lengths[0] - logps[1] / lengths[1]
+    return {"loglik": loglik.numpy(), "pmi": delta_pmi(chosen, rejected).numpy()}
 
 
 def data_config(run: TrainingRun) -> DataConfig:
@@ -86,22 +79,19 @@ def scored_with(run: TrainingRun, split: str) -> str:
     """For a note under figures 6 and 8: pairs, arithmetic and versions behind `run_scores`."""
     sources = ", ".join(entry["path"] for entry in mixture_entries(data_config(run)))
     options = scoring_options(run) | ({"bf16": "autocast"} if run.record["recipe"].get("bf16") else {})
-    settings = ", ".join(f"{name} {value}" for name, value in options.items())
-    versions = ", ".join(f"{name} {version}" for name, version in package_versions(*SCORED_BY).items())
-    return f"Log-probabilities of given responses, {split} pairs of {sources}: {settings}; {versions}."
+    facts = options | package_versions("torch", "transformers")
+    made = ", ".join(f"{name} {value}" for name, value in facts.items())
+    return f"Log-probabilities of given responses, {split} pairs of {sources}: {made}."
 
 
 def judge_differences(run: TrainingRun, split: str, rows: list[int]) -> np.ndarray:
     """Figure 6's REF: the judge's score of chosen minus rejected for the given source rows."""
-
-    def scores_only(name: str, dataset: Dataset) -> Dataset:
-        if missing := [column for column in SCORE_COLUMNS if column not in dataset.column_names]:
-            raise ReportError(f"figure 6 needs the judge's scores: {name} has no column {', '.join(missing)}")
-        return dataset.select_columns([*SCORE_COLUMNS, "row"])
-
-    config = data_config(run)
-    scored = mix([scores_only(*source) for source in load_sources(config, split)], config, split)
-    by_row = {row["row"]: row["score_chosen"] - row["score_rejected"] for row in scored}
+    config, scored = data_config(run), []
+    for name, dataset in load_sources(config, split):
+        if not {*SCORE_COLUMNS} <= {*dataset.column_names}:
+            raise ReportError(f"figure 6 needs the judge's scores: {name} has no columns {', '.join(SCORE_COLUMNS)}")
+        scored.append(dataset.select_columns([*SCORE_COLUMNS, "row"]))
+    by_row = {row["row"]: row["score_chosen"] - row["score_rejected"] for row in mix(scored, config, split)}
     return np.array([by_row[row] for row in rows], dtype=np.float64)
 
 
@@ -124,9 +114,10 @@ class Reading:
 def gamma_readings(run: TrainingRun, split: str, max_pairs: int) -> dict[str, Reading]:
     """Figure 8: margins of a run's pairs under its final policy, by three readings of the formula.
 
-    Bounds, schedule and what the prior of the first two is conditioned on are the run's; the rest is what each reading
-    says, since the paper doesn't (docs/FIDELITY.md). "as in the recipe" marks the run's own.
+    "as in the recipe" marks the run's own.
     """
+    # Bounds, schedule and what the prior of the first two is conditioned on are the run's; the rest is what each reading
+    # says, since the paper doesn't (docs/FIDELITY.md).
     objective = rmipo_objective(run)
     context = "header" if objective.prior_context == "none" else objective.prior_context
     # The first two readings differ in what they divide by, and share their log-probabilities.
@@ -141,10 +132,10 @@ def gamma_readings(run: TrainingRun, split: str, max_pairs: int) -> dict[str, Re
     readings = {}
     for name, (choice, scores) in choices.items():
         reading = build_objective(run.objective | choice)
-        title = f"{name}, as in the recipe" if reading == objective else name
         output = reading(PairScores(**scores))
         lengths = scores["chosen_lengths"] - scores["rejected_lengths"]
         arrays = (output.diagnostics["delta_pmi"], output.gamma, lengths)
+        title = name + ", as in the recipe" * (reading == objective)
         readings[title] = Reading(*(array.double().numpy() for array in arrays))
     return readings
 
@@ -170,17 +161,11 @@ def summarize(readings: dict[str, Reading], gamma_min: float, gamma_max: float) 
     return pd.DataFrame.from_dict(rows, orient="index")
 
 
-def initial_run(folder: Path, recipe: dict) -> TrainingRun:
-    """A model as if `recipe` had trained it and left it unchanged: its pairs and objective can be looked at with it."""
-    return TrainingRun(folder, {"recipe": recipe, "objective": {"name": "rmipo"} | recipe.get("objective", {})})
-
-
 def rmipo_objective(run: TrainingRun) -> RMiPO:
     """The objective of a run whose gamma Figure 8 can show; ReportError for any other."""
+    # A constant margin, or one that another signal drives, would be drawn as if Delta_pmi had made it.
     objective = build_objective(run.objective) if run.objective else None
     follows = isinstance(objective, RMiPO) and (objective.target, objective.signal) == ("gamma", "pmi")
     if not follows or objective.schedule == "constant" or objective.gamma_min == objective.gamma_max:
-        raise ReportError(
-            f"figure 8 shows gamma over Delta_pmi, which that of {run.folder} doesn't follow: name another run"
-        )
+        raise ReportError(f"figure 8 shows gamma over Delta_pmi, which that of {run.folder} doesn't follow")
     return objective

@@ -12,23 +12,28 @@ ABSENT = "absent"
 TRIAL = "TRIAL, not the benchmark itself"
 
 
+def require_comparable(what: str, results: Iterable[Result]) -> None:
+    """Raises ReportError if `results` were made by different packages, by different judges or in different ways."""
+    if found := conflicts(results):
+        raise ReportError("\n  ".join([f"{what}: these results aren't comparable, evaluate some again:", *found]))
+
+
 def conflicts(results: Iterable[Result]) -> list[str]:
     """What differs between results of one benchmark, or of one benchmark and model, and mustn't: with a file for each."""
     groups: dict[tuple[str, str], list[Result]] = defaultdict(list)
     for result in results:
         groups[result.bench, ""].append(result)
         groups[result.bench, result.model].append(result)
+    # By benchmark, and within it by model. Judge, versions and prompts must agree in all of a table; decoding is the
+    # model's, as in the paper.
     found = []
     for (bench, model), group in sorted(groups.items()):
         benchmark = BENCHMARKS[bench]
-        packages = {f"versions.{package}" for result in group for package in result.versions}
-        # Judge, versions and prompts must agree in all of a table; decoding is the model's, as in the paper.
-        names = benchmark.same_per_model if model else (*sorted(packages), *benchmark.same)
-        for name in names:
+        packages = sorted({f"versions.{package}" for result in group for package in result.versions})
+        for name in benchmark.same_per_model if model else (*packages, *benchmark.same):
             files: dict[str, list[Path]] = defaultdict(list)
             for result in group:
                 value = value_of(result, name)
-                # A setting that older results lack contradicts nothing, where the benchmark says so.
                 if value != ABSENT or name not in benchmark.optional:
                     files[value].append(result.path)
             if len(files) > 1:
@@ -38,7 +43,7 @@ def conflicts(results: Iterable[Result]) -> list[str]:
 
 
 def value_of(result: Result, name: str) -> str:
-    """`name` of the result as text: `versions.<package>`, or a setting with dots; "absent" without a value."""
+    """`versions.<package>` of the result, or a setting with dots, as text."""
     block, _, package = name.partition(".")
     if block == "versions":
         return result.versions.get(package, ABSENT)
@@ -52,12 +57,9 @@ def as_text(value: object) -> str:
     return value if isinstance(value, str) else json.dumps(value, sort_keys=True)
 
 
-def require_comparable(what: str, results: Iterable[Result]) -> None:
-    """Raises ReportError if `results` were made by different packages, by different judges or in different ways."""
-    if found := conflicts(results):
-        raise ReportError(
-            "\n  ".join([f"{what}: these results aren't comparable, evaluate the wrong ones again:", *found])
-        )
+def of(models: Iterable[str]) -> str:
+    named = ", ".join(filter(None, models))
+    return f" of {named}" if named else ""
 
 
 def made_with(results: Iterable[Result]) -> list[str]:
@@ -66,25 +68,25 @@ def made_with(results: Iterable[Result]) -> list[str]:
     commits: dict[str, None] = {}
     for result in results:
         benchmark = BENCHMARKS[result.bench]
-        shared, own = (
-            ", ".join(f"{name} {value}" for name in names if (value := value_of(result, name)) != ABSENT)
-            for names in (benchmark.same, benchmark.same_per_model)
-        )
-        versions = ", ".join(f"{package} {version}" for package, version in sorted(result.versions.items()))
-        counts = {len(values) for values in result.per_prompt.values()}
-        n = f"n {' and '.join(map(str, sorted(counts)))}" if counts else ""
-        models[benchmark.title, "; ".join(filter(None, (shared, n, versions)))][""] = None
-        if own:
-            models[benchmark.title, own][model_label(result.model)] = None
-        if result.commit:
+        counts = sorted({len(values) for values in result.per_prompt.values()})
+        versions = [f"{package} {version}" for package, version in sorted(result.versions.items())]
+        shared = [
+            named(result, benchmark.same),
+            "n " * bool(counts) + " and ".join(map(str, counts)),
+            ", ".join(versions),
+        ]
+        models[benchmark.title, "; ".join(filter(None, shared))][""] = None
+        models[benchmark.title, named(result, benchmark.same_per_model)][model_label(result.model)] = None
+        if result.commit:  # twelve digits tell commits apart; whether files were modified has to stay visible
             commit, _, modified = result.commit.partition("+")
             commits[commit[:12] + f"+{modified}" * bool(modified)] = None
-    lines = [f"{title}{of(list(names))}: {text}." for (title, text), names in models.items() if text]
+    lines = [f"{title}{of(names)}: {text}." for (title, text), names in models.items() if text]
     return lines + ([f"Evaluated at commit {', '.join(commits)}."] if commits else [])
 
 
-def of(models: list[str]) -> str:
-    return "" if models == [""] else f" of {', '.join(models)}"
+def named(result: Result, names: Iterable[str]) -> str:
+    """The settings of these names that the result has."""
+    return ", ".join(f"{name} {value}" for name in names if (value := value_of(result, name)) != ABSENT)
 
 
 def deviations(result: Result) -> list[str]:
@@ -93,36 +95,32 @@ def deviations(result: Result) -> list[str]:
     usual = {name: as_text(benchmark.defaults.get(name)) for name in benchmark.trial}
     trial = [f"{name}={value}" for name in usual if (value := value_of(result, name)) not in (ABSENT, usual[name])]
     found = [f"{TRIAL}: {benchmark.title} with {', '.join(trial)}."] if trial else []
-    decoding = paper_table("decoding").astype(str).set_index("setting")
+    # The paper has one judge, and a decoding for each of its models; others have none to differ from.
     paper = {name: as_text(value) for name, value in benchmark.paper.items()}
+    decoding = paper_table("decoding").astype(str).set_index("setting")
     if result.model in decoding.index:
         own = {f"generation.{key}": value for key, value in decoding.loc[result.model].items()}
         paper |= {name: value for name, value in own.items() if name in benchmark.same_per_model}
-    of_model = {name: of([model_label(result.model)]) for name in benchmark.same_per_model}
-    return found + [
-        f"{benchmark.title}{of_model.get(name, '')}: {name} is {value_of(result, name)}, the paper's is {expected}."
-        for name, expected in paper.items()
-        if value_of(result, name) != expected
-    ]
+    for name, expected in paper.items():
+        if (value := value_of(result, name)) != expected:
+            model = of([model_label(result.model)] if name in benchmark.same_per_model else [])
+            found.append(f"{benchmark.title}{model}: {name} is {value}, the paper's is {expected}.")
+    return found
 
 
-def missing_verdicts(result: Result) -> list[str]:
-    """How many verdicts the result's numbers leave out, each with where, e.g. "7 in tiny/rmipo/eval/mtbench.json"."""
-    return [
-        f"{count:g} in {'/'.join(result.path.parts[-4:])}"
+def missing_verdicts(results: Iterable[Result]) -> list[str]:
+    """A line with the verdicts that the numbers leave out, e.g. "7 in tiny/rmipo/eval/mtbench.json"; [] without any."""
+    found = {
+        f"{count:g} in {'/'.join(result.path.parts[-4:])}": None
+        for result in results
         for name, count in result.metrics.items()
         if name.endswith("_missing") and count > 0
-    ]
-
-
-def missing_note(texts: Iterable[str]) -> list[str]:
-    """A line of `missing_verdicts`, each once; nothing without any."""
-    each = list(dict.fromkeys(texts))
-    return [f"MISSING verdicts: {'; '.join(each)}."] if each else []
+    }
+    return [f"MISSING verdicts: {'; '.join(found)}."] if found else []
 
 
 def figure_notes(results: Iterable[Result]) -> list[str]:
     """What has to be said under a figure of these results: how they were made, in what unlike the paper's, what lacks."""
     results = list(results)
     unlike = dict.fromkeys(text for result in results for text in deviations(result))
-    return [*made_with(results), *unlike, *missing_note(text for r in results for text in missing_verdicts(r))]
+    return [*made_with(results), *unlike, *missing_verdicts(results)]

@@ -14,7 +14,7 @@ import pandas as pd
 from rmipo.errors import UserError
 from rmipo.evaluation.models import known_settings
 from rmipo.fingerprints import has_weights, json_fingerprint, trained_fingerprint
-from rmipo.record import read_metrics
+from rmipo.record import read_metrics, recorded_run
 from rmipo.run.identity import WITHOUT_EFFECT
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -91,7 +91,7 @@ class TrainingRun:
 
     def experiment(self) -> dict:
         """Recipe, objective and data without the seed and what has no effect: equal for repetitions of one run."""
-        # Data are compared by content, so a folder that was moved is no other data.
+        # What may differ between repetitions. Data are compared by content: a folder that was moved is no other data.
         repeated = {"seed", "data_seed", "output_dir", "logging_steps", "save_steps"}
         repeated |= {key.removeprefix("recipe.") for key in WITHOUT_EFFECT}
         recipe = {name: value for name, value in self.record.get("recipe", {}).items() if name not in repeated}
@@ -102,31 +102,22 @@ class TrainingRun:
         return read_metrics(self.folder)
 
 
-def read_json(path: Path) -> dict:
-    try:
-        return json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ReportError(f"{path} isn't JSON ({error}): run the command that makes it again") from error
-
-
 def load_result(outputs: Path, model: str, method: str, bench: str, name: str = "") -> Result | None:
-    """The finished result of one benchmark of a run, or None (file absent, or its `finished` is false).
+    """The finished result of one benchmark of a run, or None. `name`: EVAL_NAME of the evaluation.
 
-    `name`: EVAL_NAME of the evaluation.
-    Raises ReportError for a file that isn't JSON, or is of other weights than the run's folder holds now.
+    Raises ReportError for a result of other weights than the run's folder holds now.
     """
     folder = outputs / model / method
     path = folder / "eval" / name / f"{bench}.json"
-    content = read_json(path) if path.is_file() else {}
+    content = json.loads(path.read_text()) if path.is_file() else {}
     if not content.get("finished"):
         return None
+    # Results may be copied to another machine without the weights.
     if has_weights(folder) and content.get("fingerprint") != trained_fingerprint(folder):
         command = eval_command(model, method, bench, name)
         raise ReportError(f"{path} is of other weights than {folder} now: delete it, and run `{command}`")
-    found = (content[key] for key in ("metrics", "versions", "settings"))
-    # Older results have none of these: they fill a table, and are compared with nothing prompt by prompt.
-    more = {key: content[key] for key in ("per_prompt", "draws", "commit") if key in content}
-    return Result(path, model, bench, *found, **more)
+    fields = ("metrics", "versions", "settings", "per_prompt", "draws", "commit")
+    return Result(path, model, bench, **{key: content[key] for key in fields if key in content})
 
 
 def load_results(
@@ -136,6 +127,7 @@ def load_results(
 
     One for each seed; [] if the run itself has no result.
     """
+    # The run says what a repetition repeats: without its run.json (a copied result) there is none.
     result, own = load_result(outputs, model, method, bench, name), load_run(outputs, model, method)
     if result is None or own is None:
         return [result] if result else []
@@ -153,6 +145,7 @@ def evaluated_methods(outputs: Path, model: str, benches: list[str], name: str =
     """The folders of `model` with a result of one of `benches`, the paper's methods first; of repetitions the first."""
     files = [file for bench in benches for file in (outputs / model).glob(f"**/eval/{name}/{bench}.json")]
     folders = {file.parents[2 if name else 1].relative_to(outputs / model).as_posix() for file in files}
+    # Without EVAL_NAME the result lies one folder higher.
     order = {method: place for place, method in enumerate(METHODS)}
     methods: dict[str, str] = {}
     for folder in sorted(folders, key=lambda folder: (order.get(folder, len(order)), folder)):
@@ -182,13 +175,14 @@ def is_trained(outputs: Path, model: str, method: str) -> bool:
 
 def load_run(outputs: Path, model: str, method: str) -> TrainingRun | None:
     """The run folder of one training, or None if it isn't there."""
-    path = outputs / model / method / "run.json"
-    return TrainingRun(path.parent, read_json(path)) if path.is_file() else None
+    record = recorded_run(outputs / model / method)
+    return TrainingRun(outputs / model / method, record) if record else None
 
 
 def find_runs(outputs: Path, model: str) -> list[TrainingRun]:
     """Every run folder below outputs/<model>, sweeps included, sorted by path."""
-    return [TrainingRun(path.parent, read_json(path)) for path in sorted((outputs / model).rglob("run.json"))]
+    folders = sorted(path.parent for path in (outputs / model).rglob("run.json"))
+    return [TrainingRun(folder, recorded_run(folder)) for folder in folders]
 
 
 def model_label(model: str) -> str:

@@ -5,9 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from rmipo.compare.margins import mean_gamma_arm, points, report, scores
+from rmipo.compare.margins import contrast, mean_gamma_arm, points, report, scores
 from rmipo.compare.trial import Trial
-from rmipo.reporting.spread import contrast
 
 
 def test_a_grid_is_every_combination_and_joined_names_move_together():

@@ -9,7 +9,6 @@ pytest.importorskip("lm_eval")
 
 from rmipo.constraints.instructions import DRAWN, followed, score
 from rmipo.constraints.prompts import make_prompts, read_prompts
-from rmipo.evaluation.constraints import percent
 from tests.helpers.paths import ROOT
 
 
@@ -70,11 +69,6 @@ def test_hand_made_answers(name, arguments, right, wrong):
 def test_score_is_the_share_of_constraints():
     constraints = [{"id": "punctuation:no_comma", "arguments": {}}, {"id": "detectable_format:title", "arguments": {}}]
     assert score([], ["<<Both>>", "One.", "None, here", ""], constraints) == [1.0, 0.5, 0.0, 0.0]
-
-
-def test_percent_is_over_prompts():
-    # Prompts with means 1, 0.5, 0: their mean is 50 %, the standard error 50 / sqrt(3).
-    assert percent([[1, 1], [1, 0], [0, 0]]) == pytest.approx((50, 50 / 3**0.5))
 
 
 def test_nothing_is_said_of_a_download():

@@ -2,11 +2,11 @@
 
 import hashlib
 import json
+import logging
 import os
 import statistics
 import subprocess
 import sys
-import time
 from collections import Counter
 from pathlib import Path
 
@@ -21,7 +21,6 @@ from rmipo.record import package_versions
 from tests.helpers.alpaca_answers import OUTPUTS, REFERENCE, ROWS, SETTINGS
 from tests.helpers.answer_files import other_versions
 from tests.helpers.judge_server import JudgeServer, probability_of_first
-from tests.helpers.launched import launch, wait_until
 from tests.helpers.paths import ROOT
 from tests.helpers.tiny_model import write_model
 
@@ -50,11 +49,13 @@ def verdicts(folder: Path) -> list[dict]:
 
 
 def test_weighted_judge_gives_the_mean_probability(tmp_path, monkeypatch, api_key):
+    before = logging.getLogger().level
     with JudgeServer() as server:
         metrics = ask(server, tmp_path, monkeypatch)
         assert metrics["alpacaeval2_wr"] == pytest.approx(expected_win_rate(range(ROWS)), abs=1e-6)
         assert metrics["alpacaeval2_length"] == sum(len(row["output"]) for row in OUTPUTS) / ROWS
         assert metrics["alpacaeval2_missing"] == 0 and "alpacaeval2_lc" not in metrics
+        assert logging.getLogger().level == before  # alpaca-eval is quiet, and nobody else
         assert len(server.requests) == len(set(server.requests)) == ROWS
         _, by_prompts, sha256 = alpaca.judge(OUTPUTS, REFERENCE, tmp_path, server.url, SETTINGS)
         assert sha256 == alpaca.PAPERS_JUDGE
@@ -75,37 +76,10 @@ def test_another_endpoint_is_another_judge(tmp_path, monkeypatch, api_key):
 
 # A judge that fails
 
-JUDGE = """
-import sys
-from pathlib import Path
-from rmipo.evaluation import alpaca
-from tests.helpers.alpaca_answers import OUTPUTS, REFERENCE, SETTINGS
-alpaca.judge(OUTPUTS, REFERENCE, Path(sys.argv[1]), sys.argv[2], SETTINGS)
-"""
 
-
-def test_killed_run_goes_on_where_it_was(tmp_path, monkeypatch, api_key):
-    with JudgeServer(delay=0.15) as server:
-        monkeypatch.setenv("OPENAI_BASE_URL", server.url)
-        process = launch(["-c", JUDGE, str(tmp_path), server.url])
-        wait_until(lambda: len(server.answered) >= 10, process)
-        process.end()
-        time.sleep(0.5)  # requests under way are answered
-        kept = verdicts(tmp_path)
-        assert 4 <= len(kept) < ROWS
-        asked_before = len(server.requests)
-        metrics = ask(server, tmp_path, monkeypatch)
-        assert len(server.requests) - asked_before == ROWS - len(kept)  # only the others are asked for
-        # No more is asked for twice than was under way together.
-        assert len(server.requests) <= ROWS + SETTINGS["concurrency"]
-    assert metrics["alpacaeval2_wr"] == pytest.approx(expected_win_rate(range(ROWS)), abs=1e-6)
-    assert Counter(row["instruction"] for row in verdicts(tmp_path)) == Counter(row["instruction"] for row in REFERENCE)
-
-
-@pytest.mark.parametrize("fault", ["malformed", "no_logprobs"])
-def test_unusable_verdicts_are_reported_and_asked_again(tmp_path, monkeypatch, api_key, fault):
+def test_unusable_verdicts_are_reported_and_asked_again(tmp_path, monkeypatch, api_key):
     broken = {3, 11, 12}
-    with JudgeServer(fault=lambda number: fault if number in broken else None) as server:
+    with JudgeServer(fault=lambda number: "malformed" if number in broken else None) as server:
         with pytest.raises(EvaluationError, match="3 of 20 verdicts"):
             ask(server, tmp_path, monkeypatch)
         assert len(server.requests) == ROWS
@@ -160,7 +134,6 @@ def test_another_prompt_file_is_another_judge(tmp_path, monkeypatch, api_key):
     ("fault", "said", "last"),
     [
         ("drop", "APIConnectionError", 99),
-        ("html", "'<html>Bad gateway</html>'", 99),
         ("html", "'<html>Bad gateway</html>'", 10),  # once: the server then answers as before
     ],
 )
@@ -188,13 +161,9 @@ def test_cost_is_printed_and_bounded_before_the_first_request(tmp_path, monkeypa
             ask(server, tmp_path, monkeypatch, max_cost=0.001)
         assert server.requests == []
         printed = capsys.readouterr().out
-        template = (
-            Path(alpaca_eval.__file__).parent / "evaluators_configs/alpaca_eval_clf_gpt4_turbo/alpaca_eval_clf.txt"
-        )
-        texts = [text for row in (*REFERENCE, *OUTPUTS) for text in row["output"]] + [
-            r["instruction"] for r in REFERENCE
-        ]
-        tokens = (ROWS * len(template.read_text()) + len("".join(texts))) / 4
+        folder = Path(alpaca_eval.__file__).parent / "evaluators_configs/alpaca_eval_clf_gpt4_turbo"
+        texts = [row["output"] for row in (*REFERENCE, *OUTPUTS)] + [row["instruction"] for row in REFERENCE]
+        tokens = (ROWS * len((folder / "alpaca_eval_clf.txt").read_text()) + len("".join(texts))) / 4
         cost = (10 * tokens + 30 * ROWS) / 1e6  # a verdict is one token
         assert f"20 verdicts to ask for, about {tokens / 1e3:.0f}k + 0k tokens, ${cost:.2f} at" in printed
         ask(server, tmp_path, monkeypatch)

@@ -11,7 +11,7 @@ import pytest
 from rmipo.errors import EvaluationError
 from rmipo.evaluation import alpaca, leaderboard, mtbench
 from rmipo.evaluation.alpaca_reference import load_reference
-from tests.helpers.tiny_model import write_model
+from tests.helpers.rows import assistant, user, write
 
 ROWS = [{"instruction": f"tell me {i} things", "output": f"thing {i}"} for i in range(20)]
 
@@ -19,13 +19,7 @@ ROWS = [{"instruction": f"tell me {i} things", "output": f"thing {i}"} for i in 
 def test_preference_pairs_as_reference(tmp_path):
     file = tmp_path / "pairs.jsonl"
     pairs = [("b", "1"), ("a", "2"), ("b", "3"), ("c", "4")]
-    file.write_text(
-        "".join(
-            json.dumps({"prompt": [{"role": "user", "content": q}], "chosen": [{"role": "assistant", "content": c}]})
-            + "\n"
-            for q, c in pairs
-        )
-    )
+    write(file, [{"prompt": [user(q)], "chosen": [assistant(c)]} for q, c in pairs])
     zipped = tmp_path / "pairs.jsonl.gz"
     zipped.write_bytes(gzip.compress(file.read_bytes()))
     for path in (file, zipped):
@@ -42,7 +36,6 @@ def test_preference_pairs_as_reference(tmp_path):
     [
         ({}, {}, "OPENAI_API_KEY"),
         ({"OPENAI_API_KEY": "none", "OPENAI_API_BASE": "http://h/v1"}, {}, "OPENAI_API_BASE"),
-        ({"OPENAI_API_KEY": "none", "OPENAI_CLIENT_CONFIG_PATH": "c.yaml"}, {}, "OPENAI_CLIENT_CONFIG_PATH"),
         ({"OPENAI_API_KEY": "none"}, {"judge": "gpt-4"}, "judge"),
         ({"OPENAI_API_KEY": "none"}, {"reference": "absent.json"}, "absent.json"),
         ({"OPENAI_API_KEY": "none"}, {"reference": __file__}, "alpacaeval.reference"),
@@ -68,18 +61,6 @@ def test_missing_package_is_named_before_a_model_is_loaded(tmp_path, monkeypatch
         monkeypatch.setitem(sys.modules, module, None)  # as if it weren't installed
         with pytest.raises(EvaluationError, match=f"{module} isn't installed: make install EXTRAS=eval$"):
             bench.run(tmp_path / "no model", tmp_path, given)
-
-
-def test_answers_are_generated_without_the_judges_package(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "alpaca_eval", None)
-    (tmp_path / "model").mkdir()
-    write_model(tmp_path / "model")
-    (tmp_path / "reference.json").write_text(json.dumps([{"instruction": "w1 w2", "output": "w3"}]))
-    settings = {"reference": str(tmp_path / "reference.json"), "length_controlled": False, "generate_only": True}
-    generation = {"dtype": "float32", "max_new_tokens": 4}
-    assert alpaca.run(tmp_path / "model", tmp_path, settings | {"generation": generation}) is None
-    (output,) = json.loads((tmp_path / "alpacaeval/model_outputs.json").read_text())
-    assert output["instruction"] == "w1 w2" and output["generator"] == "model"
 
 
 def test_unusable_verdicts_are_dropped_and_an_empty_file_with_them(tmp_path):

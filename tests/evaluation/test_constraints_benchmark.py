@@ -1,6 +1,7 @@
 """The benchmark of verifiable constraints on a small model: what is sampled, and what is made of it."""
 
 import json
+import statistics
 
 import pytest
 
@@ -28,11 +29,14 @@ def test_shares_of_answers_that_follow_all_and_each_of_their_constraints(tmp_pat
     assert any(0 < share < 1 for shares in each for share in shares)  # else all and each were the same
     assert metrics["constraints_all"] == pytest.approx(100 * sum(map(sum, every)) / 12)
     assert metrics["constraints_each"] == pytest.approx(100 * sum(map(sum, each)) / 12)
+    of_prompts = [50 * sum(answers) for answers in every]  # the error is over prompts
+    error = statistics.stdev(of_prompts) / 6**0.5
+    assert metrics["constraints_all_standard_error"] == pytest.approx(error)
     (answers,) = (tmp_path / "eval/answers").glob("*.jsonl")
     assert metrics["constraints_cut"] == pytest.approx(100 * answers.read_text().count('"finish": "length"') / 12)
     own = [value for row in rows for value in row["specific"]]
     assert metrics["constraints_specific"] == pytest.approx(100 * sum(own) / 12)
-    assert result["per_prompt"]["constraints_all"] == [50 * sum(answers) for answers in every]
+    assert result["per_prompt"]["constraints_all"] == of_prompts
     assert result["per_prompt"]["constraints_each"] == pytest.approx([50 * sum(shares) for shares in each])
 
 

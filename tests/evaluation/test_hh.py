@@ -7,8 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from rmipo.errors import EvaluationError
-from rmipo.evaluation import hh
-from rmipo.evaluation.hh import other_pairs, run, win_rates
+from rmipo.evaluation.hh import run, won
 from rmipo.evaluation.pair_scores import native_rewards, needs_reference
 from rmipo.objectives import OBJECTIVES
 from rmipo.reporting.provenance import deviations
@@ -27,9 +26,12 @@ SCORES = {
 def test_win_rates_by_hand():
     # Per token 3 of 4 are won and one is tied; summed 1 of 4 is; by these rewards 2 of 4.
     rewards = (torch.tensor([1.0, 1.0, 0.0, 0.0]), torch.tensor([0.0, 0.0, 1.0, 0.0]))
-    error = {"_standard_error": pytest.approx(100 * (0.1875 / 3) ** 0.5)}  # p(1 - p) / (n - 1)
-    assert win_rates(SCORES, rewards) == {"": 75.0, "_sum": 25.0, "_native": 50.0} | error
-    assert win_rates(SCORES, None) == {"": 75.0, "_sum": 25.0} | error
+    assert {end: share(values) for end, values in won(SCORES, rewards).items()} == {
+        "": 75.0,
+        "_sum": 25.0,
+        "_native": 50.0,
+    }
+    assert won(SCORES, None).keys() == {"", "_sum"}
 
 
 def test_native_rewards_of_every_objective_have_the_order_of_their_definition():
@@ -100,6 +102,8 @@ def test_run_against_unpacked_scoring(tmp_path):
     rates = [metrics[f"hh_{name}{suffix}"] for name in subsets for suffix in ("", "_sum", "_native")]
     assert len(set(rates)) > 2 and all(0 < rate < 100 for rate in rates)
     assert metrics["hh_average"] == (metrics["hh_helpful"] + metrics["hh_harmless"]) / 2
+    rate = metrics["hh_helpful"] / 100
+    assert metrics["hh_helpful_standard_error"] == pytest.approx(100 * (rate * (1 - rate) / 11) ** 0.5)
     squares = [metrics[f"hh_{name}_standard_error"] ** 2 for name in subsets]
     assert metrics["hh_average_standard_error"] == pytest.approx(sum(squares) ** 0.5 / 2)
 
@@ -134,18 +138,13 @@ def test_wrong_settings_are_refused_before_a_model_is_loaded(tmp_path, settings,
         run(tmp_path / "no-model", tmp_path, settings)
 
 
-@pytest.mark.parametrize(
-    ("change", "named"), [("positions", "3 positions"), ("vocabulary", "than the model has embeddings")]
-)
-def test_what_a_model_has_no_position_or_embedding_for_is_refused(tmp_path, change, named):
+def test_pairs_that_a_model_has_no_positions_for_are_refused(tmp_path):
     """Rotary embeddings would score positions beyond the model's in silence."""
     write_model(tmp_path / "model")
     write_pairs(tmp_path / "pairs", 0)
     path = tmp_path / "model/config.json"
-    config = json.loads(path.read_text())
-    changes = {"positions": {"max_position_embeddings": 3}, "vocabulary": {"vocab_size": config["vocab_size"] - 1}}
-    path.write_text(json.dumps(config | changes[change]))
-    with pytest.raises(LoadingError, match=named):
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"max_position_embeddings": 3}))
+    with pytest.raises(LoadingError, match="3 positions"):
         run(tmp_path / "model", tmp_path / "eval", {"helpful": {"dataset_name": str(tmp_path / "pairs")}})
 
 
@@ -157,7 +156,6 @@ def test_other_pairs_than_anthropics_make_it_a_trial(tmp_path):
     assert settings["other_pairs"] == [str(tmp_path / "pairs")]
     (trial,) = deviations(Result(tmp_path / "hh.json", "tiny", "hh", found["metrics"], found["versions"], settings))
     assert "TRIAL" in trial and str(tmp_path / "pairs") in trial
-    assert other_pairs(hh.DEFAULTS | hh.PUBLISHED) is None
 
 
 def test_a_model_whose_scores_are_no_numbers_has_no_win_rate(tmp_path):

@@ -6,27 +6,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
+from transformers import AutoTokenizer, LlamaForSequenceClassification
 
 from rmipo.errors import EvaluationError
 from rmipo.evaluation import reward
 from rmipo.evaluation.statistics import bootstrap, standard_error, wins
-from rmipo.generation.reward_model import RewardModel, RewardModelError
+from rmipo.generation.oracles import RewardModelOracle
+from tests.helpers.reward_models import write_reward_model
 from tests.helpers.tiny_model import write_model
 
 PROMPTS = 12
 GENERATION = {"dtype": "float32", "engine": "transformers", "max_new_tokens": 8, "temperature": 1.0}
-
-
-def write_reward_model(folder: Path, seed: int = 0, **config) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    write_model(folder)
-    for weights in folder.glob("*.safetensors"):
-        weights.unlink()
-    torch.manual_seed(seed)
-    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    config = {"vocab_size": 25, "max_position_embeddings": 128, "num_labels": 1, "pad_token_id": None} | sizes | config
-    LlamaForSequenceClassification(LlamaConfig(**config)).save_pretrained(folder)
 
 
 def reward_alone(folder: Path, prompt: str, answer: str) -> float:
@@ -106,14 +96,14 @@ def test_rewards_are_not_taken_from_other_answers(outputs):
 
 
 def test_equal_answers_are_ties_whatever_padding_does_to_their_rewards(outputs, monkeypatch):
-    score = RewardModel.score
+    batch, calls = RewardModelOracle.batch, []
 
-    def uneven(self, dialogues):
+    def uneven(self, sequences):
         """Beside other answers, the last bits of a reward are others."""
-        self.scored = getattr(self, "scored", 0) + 1
-        return [(number, reward + 1e-6 * self.scored) for number, reward in score(self, dialogues)]
+        calls.append(1)
+        return [reward + 1e-6 * len(calls) for reward in batch(self, sequences)]
 
-    monkeypatch.setattr(RewardModel, "score", uneven)
+    monkeypatch.setattr(RewardModelOracle, "batch", uneven)
     evaluate(outputs, "dpo")
     (file,) = (outputs / "dpo/eval/answers").glob("*.jsonl")
     evaluate(outputs, "rmipo")
@@ -128,14 +118,6 @@ def test_unfinished_answers_of_others_are_left_out(outputs):
     (file,) = (outputs / "dpo/eval/answers").glob("*.jsonl")
     file.write_text("".join(file.read_text().splitlines(keepends=True)[:5]))
     assert not any("dpo" in name for name in evaluate(outputs, "rmipo")["metrics"])
-
-
-def test_a_reward_model_has_to_be_named_and_one(outputs, tmp_path):
-    with pytest.raises(EvaluationError, match=r"reward\.model"):
-        evaluate(outputs, "rmipo", model=None)
-    write_reward_model(tmp_path / "two", num_labels=2)
-    with pytest.raises(RewardModelError, match="2 outputs"):
-        evaluate(outputs, "rmipo", model=str(tmp_path / "two"))
 
 
 def test_statistics_by_hand():

@@ -1,61 +1,24 @@
-"""Specificity: the numbers against one sequence at a time, and answers that are specific, generic, or exchanged."""
+"""Specificity: the numbers against one sequence at a time, and what is refused."""
 
 import json
 import math
-import re
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rmipo.errors import EvaluationError, UserError
+from rmipo.errors import EvaluationError
 from rmipo.evaluation import BENCHMARKS, specificity
 from rmipo.generation.likelihood import Likelihood
 from tests.helpers.rows import user
 from tests.helpers.tiny_model import write_model
 
-QUESTIONS = {
-    "What is the capital of France?": "The capital of France is Paris.",
-    "How do I boil an egg?": "Put the egg into boiling water for eight minutes, then cool it.",
-    "Who wrote Hamlet?": "Hamlet was written by William Shakespeare.",
-    "Why is the sky blue?": "Air scatters blue light from the sun more than red light, so the sky looks blue.",
-    "Name a large animal of Africa.": "The elephant is a large animal that lives in Africa.",
-    "What do bees make?": "Bees make honey and wax in their hive.",
-}
-BOILERPLATE = "That is a great question. It depends on many things, and I am happy to help."
 
-
-def test_specific_answers_generic_answers_and_exchanged_answers(smollm2):
-    frozen = Likelihood(smollm2, "float32")
-    prompts, right = [[user(text)] for text in QUESTIONS], list(QUESTIONS.values())
-    specific = specificity.score_answers(frozen, prompts, right)
-    assert all(row["own"] for row in specific)
-    bound = math.log(len(prompts))
-    assert all(0.9 * bound < row["pmi"] <= bound for row in specific)
-    generic = specificity.score_answers(frozen, prompts, [BOILERPLATE] * len(prompts))
-    assert sum(row["own"] for row in generic) == 1  # one text has one most likely prompt
-    assert sum(row["pmi"] for row in generic) / len(prompts) < 0
-    exchanged = specificity.score_answers(frozen, prompts, right[1:] + right[:1])
-    assert not any(row["own"] for row in exchanged)
-    assert all(row["prior_pmi"] < other["prior_pmi"] for row, other in zip(generic, specific, strict=True))
-
-
-@pytest.mark.parametrize(
-    "name, rows, reason",
-    [
-        (
-            "prompts.jsonl",
-            '{"prompt": " ", "n": 1}\n{"prompt": "", "n": 2}\n',
-            "Dropped: {'the prompt has an empty message': 2}",
-        ),
-        ("prompts.txt", "w1\n", "a data file ends in one of .jsonl"),
-    ],
-)
-def test_prompts_that_can_not_be_used_are_refused_with_the_reason(tmp_path, name, rows, reason):
+def test_prompts_that_can_not_be_used_are_counted(tmp_path):
     write_model(tmp_path / "model")
-    (tmp_path / name).write_text(rows)
-    with pytest.raises(UserError, match=re.escape(reason)):
-        BENCHMARKS["specificity"].run(tmp_path / "model", tmp_path, {"prompts": str(tmp_path / name)})
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": " ", "n": 1}\n{"prompt": "", "n": 2}\n')
+    with pytest.raises(EvaluationError, match="an empty message': 2"):
+        BENCHMARKS["specificity"].run(tmp_path / "model", tmp_path, {"prompts": str(tmp_path / "prompts.jsonl")})
 
 
 def test_an_answer_too_long_to_follow_the_longest_prompt(tmp_path):

@@ -1,6 +1,5 @@
 """Answers don't depend on neighbours or interruptions, and come from the distribution and the prompts they should."""
 
-import collections
 import datetime
 import importlib.util
 import json
@@ -16,7 +15,6 @@ from rmipo.errors import EvaluationError
 from rmipo.generation.answers import Generator, Request, check_settings
 from rmipo.generation.engines import SeededSampling, TokenPrompt, TransformersEngine
 from tests.helpers.answer_files import SETTINGS, generate, other_versions, requests
-from tests.helpers.launched import launch, wait_until
 from tests.helpers.tiny_model import write_model
 
 
@@ -69,19 +67,6 @@ def test_answers_end_at_every_eos_of_the_generation_config(model_dir, tmp_path):
         end = next((i for i, word in enumerate(words) if word in ("w3", "w7")), None)
         assert after["output"].split() == words[:end] and (end is None or after["finish"] == "stop")
     assert any("w3" in row["output"] for row in rows)
-
-
-def test_temperature_zero_is_greedy(model_dir):
-    engine = TransformersEngine(model_dir, check_settings(SETTINGS), [1])
-    prompt = [0, 3, 7, 9, 4]
-    answer = engine.batch([TokenPrompt(prompt, 0.0, seed=5)])[0][0]
-    model = AutoModelForCausalLM.from_pretrained(model_dir)
-    ids = list(prompt)
-    for _ in range(12):
-        with torch.no_grad():
-            ids.append(model(torch.tensor([ids])).logits[0, -1].argmax().item())
-    expected = ids[len(prompt) :]
-    assert answer == (expected[: expected.index(1)] if 1 in expected else expected)
 
 
 def test_answers_do_not_depend_on_batch_or_order(model_dir, tmp_path):
@@ -160,36 +145,6 @@ def test_answers_go_on_with_the_day_that_a_template_was_told_first(model_dir, tm
     assert len(seen) == 12 and all(prompt.ids[1] == told for prompt in seen)
 
 
-KILLED = """
-import sys, time
-from rmipo.generation import engines
-from tests.helpers.answer_files import SETTINGS, generate, requests
-slow = engines.TransformersEngine.batch
-engines.TransformersEngine.batch = lambda self, prompts: (time.sleep(0.2), slow(self, prompts))[1]
-generate(sys.argv[1], requests(40), sys.argv[2], SETTINGS)
-"""
-
-
-def test_killed_process_loses_nothing(model_dir, tmp_path):
-    path = tmp_path / "killed.jsonl"
-    process = launch(["-c", KILLED, str(model_dir), str(path)])
-    wait_until(lambda: path.is_file() and path.read_bytes().count(b"\n") >= 9, process)
-    process.end()
-    kept = path.read_bytes()
-    assert 9 <= kept.count(b"\n") < 41
-    generate(model_dir, requests(40), path, SETTINGS)
-    generate(model_dir, requests(40), tmp_path / "whole.jsonl", SETTINGS)
-    assert path.read_bytes().startswith(kept) and path.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
-    keys = [json.loads(line)["key"] for line in path.read_text().splitlines()[1:]]
-    assert collections.Counter(keys) == collections.Counter(f"q{i}" for i in range(40))
-
-
-def test_finished_file_needs_no_model(model_dir, tmp_path, monkeypatch):
-    answers = generate(model_dir, requests(5), tmp_path / "a.jsonl", SETTINGS)
-    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", None)
-    assert generate(model_dir, requests(5), tmp_path / "a.jsonl", SETTINGS) == answers
-
-
 def test_finished_answers_of_another_machine_are_taken_with_its_engine_and_versions(model_dir, tmp_path):
     path = tmp_path / "a.jsonl"
     answers = generate(model_dir, requests(5), path, SETTINGS)
@@ -231,18 +186,16 @@ def test_gpu_without_vllm(model_dir, tmp_path, monkeypatch):
     assert not (tmp_path / "a.jsonl").exists()
 
 
-@pytest.mark.parametrize(
-    "change", [{"settings": {"seed": 1}}, {"settings": {"max_new_tokens": 5}}, {"count": 6}, {"weights": 1}]
-)
-def test_other_answers_are_not_taken_for_these(model_dir, tmp_path, change):
+def test_other_answers_are_not_taken_for_these(model_dir, tmp_path):
     path = tmp_path / "a.jsonl"
     generate(model_dir, requests(5), path, SETTINGS)
     before = path.read_bytes()
-    if "weights" in change:
-        write_model(model_dir, seed=change["weights"])
-    with pytest.raises(EvaluationError, match=r"a\.jsonl"):
-        generate(model_dir, requests(change.get("count", 5)), path, {**SETTINGS, **change.get("settings", {})})
-    assert path.read_bytes() == before
+    for count, changes in ((5, {"seed": 1}), (5, {"max_new_tokens": 5}), (6, {}), (5, {})):
+        if (count, changes) == (5, {}):
+            write_model(model_dir, seed=1)  # other weights
+        with pytest.raises(EvaluationError, match=r"a\.jsonl"):
+            generate(model_dir, requests(count), path, SETTINGS | changes)
+        assert path.read_bytes() == before
 
 
 def test_prompts_reach_the_model_as_training_tokenised_them(model_dir, tmp_path, monkeypatch):
@@ -285,3 +238,16 @@ def test_bad_settings_are_listed_together():
         check_settings({"topk": 5})
     with pytest.raises(EvaluationError, match=r"batch_size is 0.*temperature is -1.*top_p is 0.*engine is 'tgi'"):
         check_settings({"batch_size": 0, "temperature": -1, "top_p": 0, "engine": "tgi"})
+
+
+def test_temperature_zero_is_greedy(model_dir):
+    engine = TransformersEngine(model_dir, check_settings(SETTINGS), [1])
+    prompt = [0, 3, 7, 9, 4]
+    answer = engine.batch([TokenPrompt(prompt, 0.0, seed=5)])[0][0]
+    model = AutoModelForCausalLM.from_pretrained(model_dir)
+    ids = list(prompt)
+    for _ in range(12):
+        with torch.no_grad():
+            ids.append(model(torch.tensor([ids])).logits[0, -1].argmax().item())
+    expected = ids[len(prompt) :]
+    assert answer == (expected[: expected.index(1)] if 1 in expected else expected)

@@ -3,14 +3,14 @@
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
+from transformers import AutoTokenizer, LlamaForSequenceClassification
 
 from rmipo.errors import EvaluationError
-from rmipo.generation.oracles import Candidates, OracleError, make_oracle
-from rmipo.generation.reward_model import RewardModel, RewardModelError
-from rmipo.generation.scores import fill
+from rmipo.generation.oracles import OracleError, make_oracle
+from rmipo.generation.prompts import Prompt
+from rmipo.generation.scores import keep_scores
 from tests.helpers.judge_server import JudgeServer
-from tests.helpers.tiny_model import write_model
+from tests.helpers.reward_models import write_reward_model
 
 DIALOGUES = [
     [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
@@ -18,21 +18,11 @@ DIALOGUES = [
 ]
 
 
-@pytest.fixture
-def reward_model(tmp_path):
-    """reward_model(pad id, labels) -> folder of a random reward model whose chat template ends in the EOS token."""
+CANDIDATES = [Prompt(str(i), [asked], {str(i): told["content"]}) for i, (asked, told) in enumerate(DIALOGUES)]
 
-    def write(pad_token_id, num_labels=1):
-        write_model(tmp_path)  # for its tokenizer
-        config = LlamaConfig(
-            vocab_size=25, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
-            max_position_embeddings=32, pad_token_id=pad_token_id, num_labels=num_labels,
-        )  # fmt: skip
-        torch.manual_seed(3)
-        LlamaForSequenceClassification(config).save_pretrained(tmp_path)
-        return tmp_path
 
-    return write
+def oracle_of(folder, **settings):
+    return make_oracle({"reward_model": str(folder), "dtype": "float32", **settings})
 
 
 def one_by_one(folder) -> list[float]:
@@ -47,40 +37,40 @@ def one_by_one(folder) -> list[float]:
 
 
 @pytest.mark.parametrize("pad_token_id", [None, 1, 7], ids=["none", "eos", "another"])
-def test_reward_is_that_of_the_last_token_whatever_the_pad_token(reward_model, pad_token_id):
-    folder = reward_model(pad_token_id)
-    scores = dict(RewardModel(str(folder), "float32", batch_size=4).score(DIALOGUES))
-    assert [scores[i] for i in range(4)] == pytest.approx(one_by_one(folder), abs=1e-5)
+def test_reward_is_that_of_the_last_token_whatever_the_pad_token(tmp_path, pad_token_id):
+    folder = write_reward_model(tmp_path, pad_token_id=pad_token_id)
+    scores = {}
+    for some in oracle_of(folder, batch_size=4).score(CANDIDATES):
+        scores |= some
+    assert [scores[str(i)] for i in range(4)] == pytest.approx(one_by_one(folder), abs=1e-5)
 
 
-def test_reward_models_that_are_none(reward_model):
-    with pytest.raises(RewardModelError, match="2 outputs"):
-        RewardModel(str(reward_model(1, num_labels=2)))
-    folder = reward_model(1)
-    long = [{"role": "user", "content": " ".join(["w1"] * 40)}, DIALOGUES[0][1]]
-    with pytest.raises(RewardModelError, match=r"4\d tokens, its context is 32"):
-        next(RewardModel(str(folder), "float32").score([*DIALOGUES, long]))
+def test_reward_models_that_are_none(tmp_path):
+    with pytest.raises(OracleError, match="2 outputs"):
+        next(oracle_of(write_reward_model(tmp_path / "two", num_labels=2)).score(CANDIDATES))
+    folder = write_reward_model(tmp_path / "one", max_position_embeddings=32)
+    long = Prompt("k", [{"role": "user", "content": " ".join(["w1"] * 40)}], {"k": "w1"})
+    with pytest.raises(OracleError, match=r"4\d tokens, its context is 32"):
+        next(oracle_of(folder).score([*CANDIDATES, long]))
     torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
     with pytest.raises(OSError):  # pickles are not loaded
-        RewardModel(str(folder))
+        next(oracle_of(folder).score(CANDIDATES))
 
 
-def test_reward_model_as_oracle_names_a_score_that_is_no_number(reward_model, tmp_path):
-    folder = reward_model(None)
+def test_reward_model_as_oracle_names_a_score_that_is_no_number(tmp_path):
+    folder = write_reward_model(tmp_path)
     weights = load_file(folder / "model.safetensors")
     save_file(weights | {"score.weight": weights["score.weight"] * float("nan")}, folder / "model.safetensors",
               metadata={"format": "pt"})  # fmt: skip
-    prompts = [Candidates("k", DIALOGUES[0][:1], {"k-0": "w1", "k-1": "w2"})]
+    prompts = [Prompt("k", DIALOGUES[0][:1], {"k-0": "w1", "k-1": "w2"})]
     oracle = make_oracle({"reward_model": str(folder), "dtype": "float32"})
-    with pytest.raises(OracleError, match=r"answer k-\d gave the score nan"):
+    with pytest.raises(OracleError, match=r"answer k-\d.* nan"):
         list(oracle.score(prompts))
 
 
 PROMPTS = [
-    Candidates(
-        f"p{i}", [{"role": "user", "content": f"question {i}"}], {f"p{i}-{n}": "word " * (n + i) for n in (1, 2)}
-    )
+    Prompt(f"p{i}", [{"role": "user", "content": f"question {i}"}], {f"p{i}-{n}": "word " * (n + i) for n in (1, 2)})
     for i in range(8)
 ]
 
@@ -97,7 +87,7 @@ def judged(tmp_path, monkeypatch):
 
     def run(**settings):
         oracle = make_oracle({"judge": "test", "concurrency": 2, "price": [0, 0], **settings})
-        return fill(tmp_path / "scores.jsonl", oracle.identity, PROMPTS, oracle.score, "scores")
+        return keep_scores(tmp_path / "scores.jsonl", oracle.identity, PROMPTS, oracle.score, "scores")
 
     with JudgeServer(fault=fault) as server:
         monkeypatch.setenv("OPENAI_BASE_URL", server.url)

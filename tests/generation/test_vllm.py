@@ -45,10 +45,7 @@ def test_auto_is_the_dtype_of_the_weights(start):
     assert start(torch.float32, "bfloat16")[0]["dtype"] == "bfloat16"
 
 
-def test_no_code_and_no_pickle_is_loaded(start):
-    arguments, _ = start(torch.float32, "float32")
+def test_no_code_and_no_pickle_is_loaded_and_memory_is_released_before(start):
+    arguments, done = start(torch.float32, "float32")
     assert arguments["trust_remote_code"] is False and arguments["load_format"] == "safetensors"
-
-
-def test_memory_that_other_models_have_left_is_released_before(start):
-    assert start(torch.float32, "float32")[1] == ["memory released"]
+    assert done == ["memory released"]

@@ -17,10 +17,8 @@ import pytest
 import torch
 from matplotlib.image import imread
 
-from rmipo.reporting.figures_runs import figure5, figure7
 from rmipo.reporting.pair_scores import gamma_readings, hh_signals
 from rmipo.reporting.results import load_run
-from rmipo.reporting.sensitivity import figure2
 from rmipo.reporting.tables import LEADERBOARD, TABLES
 from rmipo.tiny.config import load_world_config
 from rmipo.tiny.files import write_world
@@ -91,7 +89,7 @@ def test_figures_of_pairs_say_how_they_were_made(outputs, monkeypatch, number):
     monkeypatch.chdir(outputs.parent)
     script = runpy.run_path(str(ROOT / "scripts/figure.py"))
     given = {"number": number, "model": "tiny", "method": None, "data": None, "split": "test", "max_pairs": 4000}
-    notes = script["draw"](
+    notes = script["FIGURES"][number](
         argparse.Namespace(outputs=Path("outputs"), metric=None, eval_name="", **given)
     ).get_supxlabel()
     for package in ("torch", "transformers"):
@@ -100,42 +98,11 @@ def test_figures_of_pairs_say_how_they_were_made(outputs, monkeypatch, number):
     assert ("REF: score_chosen minus score_rejected" in notes) == (number == 6)
 
 
-def logged(outputs: Path, run: str, key: str) -> list[float]:
-    rows = map(json.loads, (outputs / "tiny" / run / "metrics.jsonl").read_text().splitlines())
-    return [row[key] for row in rows if key in row]
-
-
-def test_figure2_shows_what_was_logged(outputs):
-    axes = figure2(outputs, "tiny", METRIC).axes
-    pairs = (("dpo", "sweep-dpo/beta-1"), ("simpo", "sweep-simpo/beta-8"), ("simpo", "sweep-simpo/gamma-1.6"))
-    for axis, runs in zip(axes, pairs, strict=True):
-        assert axis.lines[0].get_ydata().tolist() == [logged(outputs, run, METRIC)[-1] for run in runs]
-
-
 def test_figure3_shows_the_scores_of_the_evaluation(outputs):
     signals, _ = hh_signals(outputs, "tiny", "initial")
     scores = torch.load(outputs / "tiny/initial/eval/hh_harmless.pt", weights_only=True)
     sides = [scores[f"{side}_logps"] / scores[f"{side}_lengths"] for side in ("chosen", "rejected")]
     assert np.allclose(signals["harmless"]["loglik"], sides[0] - sides[1]) and len(sides[0]) == SMALL["pairs_test"]
-
-
-def test_figure5_shows_the_evaluations_rates(outputs):
-    heights = [patch.get_height() for patch in figure5(outputs, "tiny").axes[0].patches]
-    rates = []
-    for method in ("dpo", "simpo", "simper", "rmipo"):
-        metrics = json.loads((outputs / f"tiny/{method}/eval/hh.json").read_text())["metrics"]
-        rates += [metrics["hh_helpful"], metrics["hh_harmless"], metrics["hh_average"]]
-    assert heights == pytest.approx(rates) and len(set(rates)) > 1
-
-
-def test_figure7_shows_what_was_logged(outputs):
-    cost, margin, accuracy = figure7(outputs, "tiny").axes[:3]
-    assert [label.get_text() for label in cost.get_yticklabels()] == ["DPO", "SimPO", "SimPER", "RMiPO"]
-    seconds = json.loads((outputs / "tiny/simper/run.json").read_text())["seconds"]
-    assert cost.patches[2].get_width() == pytest.approx(seconds / 60)
-    assert margin.lines[3].get_ydata().tolist() == logged(outputs, "rmipo", "common/margin_avg_logp")
-    expected = [100 * value for value in logged(outputs, "dpo", "common/acc_avg_logp")]
-    assert accuracy.lines[0].get_ydata().tolist() == expected and len(expected) == 6
 
 
 def test_figure8_shows_the_trained_models_gamma(outputs, monkeypatch):

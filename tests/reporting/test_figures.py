@@ -4,20 +4,22 @@ import shutil
 
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from matplotlib.image import imread
 
-from rmipo.plots import method_color, save
-from rmipo.reporting.figures import density, jitter, smooth, wasserstein
+from rmipo.objectives import build_objective
+from rmipo.plots import save
+from rmipo.reporting.figures import density, draw_curves, jitter, wasserstein
 from rmipo.reporting.figures_pairs import distance_interval, figure3, figure6, figure8
-from rmipo.reporting.figures_runs import figure5, figure7
-from rmipo.reporting.pair_scores import Reading, loglik_difference, pmi_difference
+from rmipo.reporting.figures_runs import figure2, figure5, figure7, lines_over, measured
+from rmipo.reporting.pair_scores import Reading, differences
 from rmipo.reporting.results import ReportError
-from rmipo.reporting.sensitivity import axis_label, figure2, lines_over, measured
 from tests.helpers.result_files import write_result, write_run
 
 RANDOM = np.random.default_rng(0)
+OBJECTIVE = build_objective({"name": "rmipo", "gamma_min": 0.3, "gamma_max": 1.6})
 
 
 @pytest.fixture(autouse=True)
@@ -44,8 +46,17 @@ def test_jitter_is_bounded_by_half_a_step_and_keeps_the_order():
     assert np.abs(halves - [0.3, 0.3, 0.8]).max() > 1e-3
 
 
-def test_smooth_and_wasserstein_by_hand():
-    assert smooth(np.array([1.0, 3.0, 5.0, 7.0]), 2).tolist() == [1.0, 2.0, 4.0, 6.0]
+def test_curves_are_means_with_their_range():
+    axis = plt.figure().add_subplot()
+    points = [("dpo", 0, 1.0), ("dpo", 0, 4.0), ("dpo", 10, 2.0), ("dpo", 10, 2.0), ("rmipo", 0, 7.0)]
+    draw_curves(axis, pd.DataFrame(points, columns=["method", "step", "value"]), "value", str.upper)
+    assert [line.get_ydata().tolist() for line in axis.lines] == [[2.5, 2.0], [7.0]]
+    assert [line.get_label() for line in axis.lines] == ["DPO", "RMIPO"] and axis.lines[1].is_dashed()
+    band = axis.collections[0].get_paths()[0].vertices
+    assert {tuple(point) for point in band} >= {(0, 1.0), (0, 4.0), (10, 2.0)}
+
+
+def test_wasserstein_by_hand():
     sample = RANDOM.normal(size=500)
     assert wasserstein(sample, sample + 0.25) == pytest.approx(0.25)
     assert wasserstein(np.zeros(10), np.array([0.0] * 5 + [1.0] * 5)) == pytest.approx(0.5, abs=1e-3)
@@ -69,8 +80,9 @@ def test_signals_of_figure3_by_hand():
         "chosen_lengths": torch.tensor([3.0]),
         "rejected_lengths": torch.tensor([2.0]),
     }
-    assert loglik_difference(scores).item() == pytest.approx(0.4)  # -0.4 + 0.8
-    assert pmi_difference(scores).item() == pytest.approx(0.2)  # 0.6 - 0.4
+    found = differences(scores)
+    assert found["loglik"].item() == pytest.approx(0.4)  # -0.4 + 0.8
+    assert found["pmi"].item() == pytest.approx(0.2)  # 0.6 - 0.4
 
 
 def test_figure2_reads_hyperparameters_from_every_run_below_the_model(tmp_path):
@@ -114,33 +126,19 @@ def test_figure2_by_an_evaluation_shows_the_start(tmp_path):
     assert all(set(axis.lines[1].get_ydata()) == {4.5} for axis in axes)
 
 
-def test_figure2_shows_repetitions_as_mean_and_range(tmp_path):
-    write_figure2(tmp_path)
-    write_run(tmp_path / "tiny" / "again", FIGURE2_RUNS[0], [], seed=7)
-    write_result(tmp_path, "tiny", "again", "mtbench", {"mt_bench": 4.0})
-    figure = figure2(tmp_path, "tiny")
-    axis = figure.axes[0]
-    assert axis.lines[0].get_ydata().tolist() == [4.5, 6.0] and len(axis.lines) == 1
-    assert [segment[:, 1].tolist() for bar in axis.collections for segment in bar.get_segments()] == [[4.0, 5.0]]
-    assert figure.get_supxlabel().startswith("Bars: lowest and highest of several seeds.\nMT-Bench: judge_model gpt-4,")
-
-
-def test_figure2_shows_standard_errors_and_calls_equal_seeds_runs(tmp_path):
+def test_figure2_shows_repetitions_as_mean_and_range_and_single_runs_with_their_error(tmp_path):
     rates = [{"alpacaeval2_wr": 5.0 + i, "alpacaeval2_wr_standard_error": 0.25} for i in range(len(FIGURE2_RUNS))]
-    write_figure2(tmp_path, metrics=rates.__getitem__, bench="alpacaeval")
-    write_run(tmp_path / "tiny" / "again", FIGURE2_RUNS[0], [], save_steps=5)
-    write_result(tmp_path, "tiny", "again", "alpacaeval", {"alpacaeval2_wr": 4.0})
+    changes = {"judge_endpoint": "127.0.0.1:8000/v1", "first_n": 4}
+    write_figure2(tmp_path, metrics=rates.__getitem__, bench="alpacaeval", settings=changes)
+    write_run(tmp_path / "tiny" / "again", FIGURE2_RUNS[0], [], seed=7)
+    write_result(tmp_path, "tiny", "again", "alpacaeval", {"alpacaeval2_wr": 4.0}, settings=changes)
     figure = figure2(tmp_path, "tiny", "alpacaeval2_wr")
-    bars = [segment[:, 1].tolist() for bar in figure.axes[0].collections for segment in bar.get_segments()]
+    axis, notes = figure.axes[0], figure.get_supxlabel().replace("\n", " ")
+    assert axis.lines[0].get_ydata().tolist() == [4.5, 6.0] and len(axis.lines) == 1
+    bars = [segment[:, 1].tolist() for bar in axis.collections for segment in bar.get_segments()]
     assert bars == [[4.0, 5.0], [5.75, 6.25]]
-    assert "Bars: lowest and highest of several runs, ± 1 standard error of the evaluation." in figure.get_supxlabel()
-
-
-def test_figures_name_another_judge_and_a_trial(tmp_path):
-    write_figure2(tmp_path, settings={"judge_endpoint": "127.0.0.1:8000/v1", "first_n": 4})
-    notes = figure2(tmp_path, "tiny").get_supxlabel()
-    assert "MT-Bench: judge_endpoint is 127.0.0.1:8000/v1, the paper's is api.openai.com/v1." in notes
-    assert "TRIAL, not the benchmark itself: MT-Bench with first_n=4." in notes
+    assert "judge_endpoint is 127.0.0.1:8000/v1, the paper's is api.openai.com/v1." in notes
+    assert "TRIAL, not the benchmark itself: AlpacaEval 2 with first_n=4." in notes
 
 
 def test_figure2_counts_a_merged_adapter_once(tmp_path):
@@ -157,13 +155,7 @@ def test_figure2_has_a_line_for_each_other_setting(tmp_path):
         write_run(tmp_path / "tiny" / f"short-{beta}", {"name": "dpo", "beta": beta}, [], max_steps=50)
         write_result(tmp_path, "tiny", f"short-{beta}", "mtbench", {"mt_bench": score})
     lines = values_over("beta", tmp_path, "mt_bench")
-    assert lines == {"steps 50": {0.01: [1.0], 0.1: [2.0]}, "steps default": {0.01: [5.0], 0.1: [6.0]}}
-
-
-def test_axes_have_no_raw_keys():
-    assert axis_label("mt_bench") == "MT-Bench"
-    assert axis_label("eval_common/acc_avg_logp") == "Pairs ranked right, held out"
-    assert axis_label("rewards/margins_of_all") == "margins of all"
+    assert lines == {"max_steps 50": {0.01: [1.0], 0.1: [2.0]}, "max_steps default": {0.01: [5.0], 0.1: [6.0]}}
 
 
 def test_figure2_leaves_out_unfinished_runs_and_results_without_the_metric(tmp_path):
@@ -228,18 +220,6 @@ def test_figure5_shows_the_interval_of_each_rate(tmp_path):
     assert np.allclose(ends, expected)
 
 
-def test_figure5_s_legend_covers_nothing(tmp_path):
-    """With many lines of notes the axes get low, and a legend that hangs below them would lie on the subsets' names."""
-    per_prompt = {f"hh_{subset}": [0.0, 100.0, 100.0] for subset in ("helpful", "harmless")}
-    for method in ("dpo", "simpo", "simper", "rmipo"):
-        write_result(tmp_path, "tiny", method, "hh", hh(64.0, 66.0), per_prompt=per_prompt)
-    figure = figure5(tmp_path, "tiny")
-    figure.canvas.draw()
-    (legend,) = (one.get_window_extent() for one in figure.legends)
-    axis = figure.axes[0]
-    assert not any(legend.overlaps(one.get_window_extent()) for one in (axis, *axis.get_xticklabels()))
-
-
 def test_figure7_curves_and_costs(tmp_path):
     for method, scale in (("dpo", 1.0), ("rmipo", 2.0)):
         log = [
@@ -257,51 +237,32 @@ def test_figure7_curves_and_costs(tmp_path):
     assert set(accuracy.lines[0].get_ydata()) == {50.0}
 
 
+def figure7_of(outputs, model, **facts_by_method):
+    log = [
+        {"step": s, "common/margin_avg_logp": s, "common/acc_avg_logp": 0.5, "peak_memory_gib": 50.0} for s in (1, 2)
+    ]
+    for method, facts in facts_by_method.items():
+        write_run(outputs / model / method.replace("_", "-"), {"name": method}, log, seconds=7200, starts=1, **facts)
+    return figure7(outputs, model)
+
+
 def test_figure7_has_the_papers_cost_beside_ours(tmp_path):
-    for method in ("dpo", "alpha-dpo", "rmipo"):
-        log = [{"step": s, "common/margin_avg_logp": s, "common/acc_avg_logp": 0.5} for s in (1, 2)]
-        log = [row | {"peak_memory_gib": 50.0} for row in log]
-        facts = {"seconds": 7200, "starts": 1, "hardware": ["NVIDIA A800-SXM4-80GB"] * 4}
-        write_run(tmp_path / "llama3-8b-instruct" / method, {"name": method}, log, **facts)
-    figure = figure7(tmp_path, "llama3-8b-instruct")
+    hardware = {"hardware": ["NVIDIA A800-SXM4-80GB"] * 4}
+    figure = figure7_of(tmp_path, "llama3-8b-instruct", dpo=hardware, alpha_dpo=hardware, rmipo=hardware)
     cost = figure.axes[0]
     memory = [text.get_text() for text in cost.texts]
     assert memory == ["50.0 GiB (paper 82%)", "50.0 GiB", "50.0 GiB (paper 62%)"]
     assert [float(line.get_xdata()[0]) for line in cost.lines] == [8.0, 10.0, 6.75]
-    assert cost.get_xlabel().endswith("paper)\n(paper %): of its 80 GB")
-    assert figure.axes[1].get_ylabel().endswith("\n(nats per token)")
-    assert figure.get_supxlabel() == (
-        "Llama3-8B-Instruct. Hardware: 4 x NVIDIA A800-SXM4-80GB.\nTrained with torch 2.13.0."
-    )
+    assert "Hardware: 4 x NVIDIA A800-SXM4-80GB.\nTrained with torch 2.13.0." in figure.get_supxlabel()
 
 
 def test_figure7_keeps_hours_of_different_hardware_apart(tmp_path):
-    log = [{"step": s, "common/margin_avg_logp": s, "common/acc_avg_logp": 0.5, "peak_memory_gib": 50} for s in (1, 2)]
-    for method, hardware in (("dpo", ["H100"]), ("simpo", ["L4", "L4"]), ("rmipo", ["H100"])):
-        folder = tmp_path / "llama3-8b-instruct" / method
-        versions = {"torch": "2.12.0" if method == "simpo" else "2.13.0"}
-        write_run(folder, {"name": method}, log, seconds=7200, starts=1, hardware=hardware, versions=versions)
-    figure = figure7(tmp_path, "llama3-8b-instruct")
-    cost = figure.axes[0]
-    names = [label.get_text() for label in cost.get_yticklabels()]
-    assert names == ["DPO [1]", "RMiPO [1]", "SimPO [2]"]
-    notes = figure.get_supxlabel().replace("\n", " ")
-    assert (
-        len(cost.lines) == 0
-        and "[1] 1 x H100; [2] 2 x L4" in notes
-        and "torch 2.13.0" in notes
-        and "torch 2.12.0" in notes
-    )
-    assert "The paper's hours are of four A800" in notes
-
-
-def test_rmipos_line_hides_no_other(tmp_path):
-    log = [{"step": s, "common/margin_avg_logp": s, "common/acc_avg_logp": 0.5, "peak_memory_gib": 1} for s in (1, 2)]
-    for method in ("simpo", "rmipo"):
-        write_run(tmp_path / "tiny" / method, {"name": method}, log, seconds=60, starts=1)
-    simpo, ours = figure7(tmp_path, "tiny").axes[1].lines
-    assert ours.get_color() == method_color("rmipo")
-    assert ours.is_dashed() and not simpo.is_dashed()
+    h100, l4 = {"hardware": ["H100"]}, {"hardware": ["L4", "L4"], "versions": {"torch": "2.12.0"}}
+    figure = figure7_of(tmp_path, "llama3-8b-instruct", dpo=h100, simpo=l4, rmipo=h100)
+    cost, notes = figure.axes[0], figure.get_supxlabel().replace("\n", " ")
+    assert [label.get_text() for label in cost.get_yticklabels()] == ["DPO [1]", "RMiPO [1]", "SimPO [2]"]
+    assert len(cost.lines) == 0 and "[1] 1 x H100; [2] 2 x L4" in notes
+    assert "torch 2.13.0" in notes and "torch 2.12.0" in notes and "The paper's hours are of four A800" in notes
 
 
 def reading(gamma: np.ndarray) -> Reading:
@@ -310,7 +271,9 @@ def reading(gamma: np.ndarray) -> Reading:
 
 def test_figure8_shows_the_atoms_apart_from_the_density():
     inner = RANDOM.uniform(0.8, 1.5, 600)
-    axes = figure8({"token": reading(np.concatenate([inner, np.full(300, 1.6), np.full(100, 0.3)]))}, 0.3, 1.6, "").axes
+    axes = figure8(
+        {"token": reading(np.concatenate([inner, np.full(300, 1.6), np.full(100, 0.3)]))}, OBJECTIVE, ""
+    ).axes
     density_axis = next(axis for axis in axes if axis.get_ylabel() == "Density")
     grid, curve = density_axis.lines[0].get_data()
     assert np.trapezoid(curve, grid) == pytest.approx(1.0, abs=0.01)
@@ -326,7 +289,7 @@ def test_figures_are_saved_as_print_quality_files(tmp_path):
         "figure3": figure3(signals, "tiny"),
         "figure6": figure6(RANDOM.choice([1.0, 2.0], 200), rewards, "tiny"),
         "figure8": figure8(
-            {"a": reading(RANDOM.uniform(0.3, 1.6, 200)), "b": reading(np.full(200, 0.3))}, 0.3, 1.6, "tiny"
+            {"a": reading(RANDOM.uniform(0.3, 1.6, 200)), "b": reading(np.full(200, 0.3))}, OBJECTIVE, "tiny"
         ),
     }.items():
         png, pdf = save(figure, tmp_path / f"{name}.png")

@@ -6,6 +6,7 @@ import random
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -132,28 +133,25 @@ def test_figure8_is_of_the_runs_own_schedule_and_prior(outputs):
 
 
 @pytest.mark.parametrize(
-    "objective",
+    "changes",
     [
-        OBJECTIVES["simpo"],
         {"target": "beta"},
         {"signal": "loglik"},
         {"schedule": "constant"},
         {"gamma_min": 1.1, "gamma_max": 1.1},
     ],
 )
-def test_figure8_refuses_runs_whose_gamma_does_not_follow_delta_pmi(outputs, objective):
-    run = load_run(outputs, "tiny", "rmipo")
-    changed = objective if "name" in objective else run.objective | objective
-    run = dataclasses.replace(run, record=run.record | {"objective": changed})
-    with pytest.raises(ReportError, match=str(run.folder)):
-        gamma_readings(run, "train", 100)
+def test_figure8_refuses_runs_whose_gamma_does_not_follow_delta_pmi(outputs, changes):
+    for run in (load_run(outputs, "tiny", "simpo"), with_objective(load_run(outputs, "tiny", "rmipo"), **changes)):
+        with pytest.raises(ReportError, match=str(run.folder)):
+            gamma_readings(run, "train", 100)
 
 
 def test_pairs_without_judge_scores_are_refused(outputs, tmp_path):
     write_pairs(tmp_path / "pairs", judged=False)
     run = load_run(outputs, "tiny", "rmipo")
     run.record["recipe"]["dataset_name"] = str(tmp_path / "pairs")
-    with pytest.raises(ReportError, match="score_chosen, score_rejected"):
+    with pytest.raises(ReportError, match="score_chosen"):
         judge_differences(run, "test", [0])
 
 
@@ -166,3 +164,30 @@ def test_figure3_without_scores_of_these_weights_names_the_command(tmp_path):
     torch.save({"fingerprint": "of another model"}, folder / "eval/hh_helpful.pt")
     with pytest.raises(ReportError, match=r"hh_helpful\.pt is of other weights"):
         hh_signals(tmp_path, "tiny", "initial")
+
+
+def test_figure8_of_any_model_and_any_pairs(outputs, tmp_path, run_script, capsys):
+    """A folder without a recipe: RMiPO's own bounds, and the pairs that are named."""
+    write_model(tmp_path / "own", 5)
+    given = {"N": "8", "MODEL": str(tmp_path / "own"), "DATA": str(outputs / "pairs")}
+    assert run_script("figure.py", "--split", "test", folder=tmp_path, **given) == 0
+    table = pd.read_csv(tmp_path / "outputs/reports/figure8-own-pairs.csv", index_col="reading")
+    naive = naive_scores(tmp_path / "own", pairs_of(outputs))
+    pmi = [(naive[f"{s}_logps"] - naive[f"prior_{s}_logps"]) / naive[f"{s}_lengths"] for s in ("chosen", "rejected")]
+    assert table["delta_pmi mean"].iloc[0] == pytest.approx((pmi[0] - pmi[1]).mean().item(), abs=1e-4)
+    assert "at gamma_max" in capsys.readouterr().out
+    assert run_script("figure.py", folder=tmp_path, **(given | {"DATA": ""})) == 2  # no recipe that names its pairs
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ({"N": "9", "MODEL": "tiny"}, "9"),
+        ({"N": "7"}, "MODEL"),
+        ({"N": "7", "MODEL": "tiny", "METHOD": "dpo"}, "METHOD"),  # else a figure of all methods would have its name
+        ({"N": "6", "MODEL": "tiny"}, "make train MODEL=tiny METHOD=simpo"),
+    ],
+)
+def test_figures_that_cannot_be_drawn_are_refused(tmp_path, run_script, capsys, given, named):
+    assert run_script("figure.py", folder=tmp_path, **given) == 2
+    assert named in capsys.readouterr().err

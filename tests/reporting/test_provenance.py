@@ -3,10 +3,9 @@
 import pytest
 
 from rmipo.evaluation import BENCHMARKS
-from rmipo.reporting.filling import fill
 from rmipo.reporting.provenance import conflicts, deviations, missing_verdicts
 from rmipo.reporting.results import ReportError, load_result
-from rmipo.reporting.tables import LEADERBOARD, build_table
+from rmipo.reporting.tables import LEADERBOARD, build_table, fill
 from tests.helpers.result_files import DECODING, write_result
 
 SCORES = dict.fromkeys(LEADERBOARD, 10.0)
@@ -58,18 +57,6 @@ def test_results_that_differ_in_what_decides_them_are_a_mix(tmp_path, bench):
         assert any(text.startswith(f"{bench}: {name} {files(bench, 'a', 'b')}") for text in texts), name
 
 
-def test_every_number_that_draws_tokens_is_compared(tmp_path):
-    for bench, keys in {
-        "alpacaeval": "temperature top_p top_k max_new_tokens dtype",
-        "reward": "temperature top_p top_k max_new_tokens dtype",
-        "mtbench": "top_p top_k dtype",
-    }.items():
-        for key in keys.split():
-            first, second = ({"settings": {"generation": {key: value}}} for value in ("a", "b"))
-            text = f"{bench} of tiny: generation.{key} {files(bench, 'a', 'b')}"
-            assert compare(tmp_path, bench, first, second) == [text]
-
-
 @pytest.mark.parametrize(
     ("bench", "change"),
     [
@@ -77,10 +64,8 @@ def test_every_number_that_draws_tokens_is_compared(tmp_path):
         ("alpacaeval", {"judge_sha256": "0a"}),
         ("alpacaeval", {"judge_endpoint": "127.0.0.1:8000/v1"}),
         ("alpacaeval", {"generation": DECODING["llama3-8b-base"] | {"top_p": 0.5}}),
-        ("alpacaeval", {"generation": DECODING["llama3-8b-base"] | {"top_k": 40}}),
         ("mtbench", {"judge_model": "gpt-5"}),
         ("mtbench", {"judge_reference_model": "gpt-5"}),
-        ("mtbench", {"temperatures": {"writing": 0.0}}),
         ("mtbench", {"max_new_tokens": 64}),
         ("mtbench", {"generation": DECODING["llama3-8b-base"] | {"top_k": 40}}),
     ],
@@ -120,4 +105,5 @@ def test_tables_refuse_mixes(tmp_path):
 def test_missing_verdicts_are_counted(tmp_path):
     metrics = {"mt_bench": 5.0, "mt_bench_missing": 7, "other_missing": 0}
     write_result(tmp_path, "tiny", "rmipo", "mtbench", metrics)
-    assert missing_verdicts(load_result(tmp_path, "tiny", "rmipo", "mtbench")) == ["7 in tiny/rmipo/eval/mtbench.json"]
+    (line,) = missing_verdicts([load_result(tmp_path, "tiny", "rmipo", "mtbench")] * 2)
+    assert line.count("7 in tiny/rmipo/eval/mtbench.json") == 1
