@@ -39,11 +39,11 @@ LINES = {
     "rmipo/data": 1460,  # aim: 800
     "rmipo/evaluation": 1970,  # aim: 1500
     "rmipo/generation": 1070,  # aim: 800
-    "rmipo/launch": 870,  # aim: 600
+    "rmipo/launch": 780,  # aim: 600
     "rmipo/objectives": 960,  # aim: 600
     "rmipo/page": 300,
-    "rmipo/plan": 710,  # aim: 450
-    "rmipo/recipe": 1020,  # aim: 650
+    "rmipo/plan": 680,  # aim: 450
+    "rmipo/recipe": 940,  # aim: 650
     "rmipo/reporting": 2320,  # aim: 1500
     "rmipo/run": 1050,  # aim: 800
     "rmipo/tiny": 690,  # aim: 450

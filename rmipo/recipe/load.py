@@ -15,7 +15,6 @@ from transformers import TrainingArguments
 from rmipo import cli
 from rmipo.errors import ConfigError
 from rmipo.recipe import foreign
-from rmipo.recipe.arguments import LIGER
 from rmipo.recipe.checks import check_types, check_values, stage_of, template_text
 from rmipo.recipe.files import NO_GPU, merge, parse_overrides, read_layers
 from rmipo.recipe.schema import ARGUMENTS, DataConfig, ModelConfig
@@ -52,25 +51,16 @@ class Recipe:
             return per_device * steps * world_size, steps
         size = self.values["global_batch_size"]
         if size % (per_device * world_size):
-            fits = [n for n in range(1, size + 1) if size % (n * world_size) == 0]
             raise ConfigError(
                 f"{self.path}: global_batch_size {size} is not a multiple of per_device_train_batch_size ({per_device}) x "
-                f"processes ({world_size}); with so many processes it can be one of {fits}"
+                f"processes ({world_size})"
             )
         return size, size // (per_device * world_size)
-
-    def require_device(self, gpus: int) -> None:
-        if gpus == 0 and not self.values.get("use_cpu"):
-            raise ConfigError(f"{self.path}: {NO_GPU}")
 
     def require_stage(self, stage: str) -> "Recipe":
         """This recipe, if it is one of `stage`; else ConfigError."""
         if self.stage != stage:
-            found = "no objective" if self.stage == "sft" else "keys of preference training"
-            raise ConfigError(
-                f"{self.path}: expected a recipe of stage {stage}, found one of stage {self.stage}: it has {found}. "
-                f"scripts/{self.stage}.py trains it"
-            )
+            raise ConfigError(f"{self.path} is a recipe of stage {self.stage}: scripts/{self.stage}.py trains it")
         return self
 
     def parse(self, world_size: int | None = None) -> tuple[TrainingArguments, DataConfig, ModelConfig]:
@@ -81,7 +71,8 @@ class Recipe:
         if world_size is None:
             world_size = int(os.environ.get("WORLD_SIZE", "1"))
         global_batch_size, accumulation = self.batch(world_size)
-        self.require_device(torch.cuda.device_count())
+        if torch.cuda.device_count() == 0 and not self.values.get("use_cpu"):
+            raise ConfigError(f"{self.path}: {NO_GPU}")
         model = self.values["model_name_or_path"]
         if not Path(model).is_dir() and (model.count("/") > 1 or model.startswith((".", "/"))):
             raise ConfigError(f"{self.path}: model_name_or_path is {model}: no such folder. Has its stage been run?")
@@ -90,8 +81,6 @@ class Recipe:
         if self.stage == "preference":  # whose trainer accumulates by itself
             values |= {"global_batch_size": global_batch_size, "gradient_accumulation_steps": 1}
         values["use_cache"] = True  # in the saved configuration, for generation; training forwards say False themselves
-        if values.get("use_liger_kernel"):
-            values["liger_kernel_config"] = LIGER | (values.get("liger_kernel_config") or {})
         values["chat_template"] = template_text(values.get("chat_template"))
         # `export.push` uploads; under the default strategy the Trainer would upload each checkpoint as it is.
         values |= {"hub_strategy": "end", "hub_private_repo": values.get("hub_private_repo", True)}
@@ -130,7 +119,7 @@ def load_recipe(path: str | Path, overlays: Iterable[str | Path] = (), overrides
         notices += layer_notices
         origin |= dict.fromkeys(layer, source)
         values = merge(values, layer)
-    if "prefer_local" in values and isinstance(values["prefer_local"], str | None):
+    if "prefer_local" in values:
         notices.append(_take_local(values))
     if values.get("use_cpu") == "auto":
         values["use_cpu"] = torch.cuda.device_count() == 0
