@@ -197,7 +197,7 @@ def test_a_header_that_merges_with_the_end_of_the_prompt():
     assert list(ChatFormat.probe(tokenizer).header_ids) == header
 
 
-@pytest.mark.parametrize(("known", "expected"), [(None, [4]), (0, [0, 4]), (1, [1, 4]), ([1, 4], [1, 4]), (4, [4])])
+@pytest.mark.parametrize(("known", "expected"), [(None, [4]), (0, [0, 4]), ([1, 4], [1, 4])])
 def test_generation_stops_at_the_end_of_a_turn(known, expected):
     chat = ChatFormat.probe(make_tokenizer("llama3"))
     config = GenerationConfig(eos_token_id=known)
@@ -239,8 +239,6 @@ def test_white_space_before_the_end_token_belongs_to_the_response():
 
 CUTTING = {  # what a template makes of a response -> a response that it keeps, one that it changes
     "message['content'].split('</think>')[-1] | trim": ("Fine.", "<think>Well</think>Fine."),
-    "message['content'] | replace('colour', 'color') | trim": ("Fine.", "A colour"),
-    "message['content'][:60]": ("Fine.", "Fine. " * 20),
     "message['content'].split('\n\n')[0] | trim": (" Fine.\n\n", "Fine.\n\nReally."),
 }
 
@@ -291,21 +289,14 @@ def test_no_template():
             "{{ bos_token + bos_token }}",
             "double BOS: the template starts a prompt with",
         ),
-        (LLAMA3_TEMPLATE, "{{ nothing }}", "no end token: after a response the template writes ''"),
         (" + '<|eot_id|>'", "", "no end token: after a response the template writes ''"),
         (" + '<|eot_id|>'", " + 'bye<|eot_id|>'", "no end token: after a response the template writes 'bye<|eot_id|>'"),
         (" + '<|eot_id|>'", " + '<|eot_id|><|eot_id|>'", "write <|eot_id|> once"),
-        (" + '<|eot_id|>'", " + '<|eot_id|>\n<|eot_id|>'", "write <|eot_id|> once"),
         (" + '<|eot_id|>'", " + '<|eot_id|>bye'", "writes 'bye' after the end token"),
         ("assistant<|end_header_id|>", "bot<|end_header_id|>", "the prompt is not a prefix of the full text: "),
         (
             "assistant<|end_header_id|>",
             "' + ('bot' if messages[1:] else 'assistant') + '<|end_header_id|>",
-            "the prompt is not a prefix of the full text: ",
-        ),
-        (
-            "assistant<|end_header_id|>",
-            "' + ('assistant' if messages[1:] else 'bot') + '<|end_header_id|>",
             "the prompt is not a prefix of the full text: ",
         ),
         (
@@ -318,11 +309,6 @@ def test_no_template():
             "{% if add_generation_prompt %}x{% endif %}{{ bos_token }}",
             "changes the dialogue itself: ",
         ),
-        (
-            "{% if add_generation_prompt",
-            "{% if not add_generation_prompt %} {% endif %}{% if add_generation_prompt",
-            "changes",
-        ),
     ],
 )
 def test_bad_templates(old, new, message):
@@ -330,10 +316,6 @@ def test_bad_templates(old, new, message):
     text = probe_error("llama3", LLAMA3_TEMPLATE.replace(old, new))
     assert message in text
     assert text.count("\n- ") == 1
-
-
-def test_a_template_that_fails_in_python():
-    assert "the chat template refuses: can only concatenate list" in probe_error("llama3", "{{ messages + 1 }}")
 
 
 def test_no_bos():
