@@ -116,9 +116,8 @@ def explained_full_disk(output_dir: str | Path) -> Iterator[None]:
         full = "inline_container" in str(error) and shutil.disk_usage(Path(output_dir)).free < FULL_BYTES
         if not (full or getattr(error, "errno", None) in FULL or "No space left on device" in str(error)):
             raise
-        complete = complete_checkpoints(output_dir)
-        last = f"{complete[-1].name} is the last good one" if complete else "there is no good one yet"
+        names = [folder.name for folder in complete_checkpoints(output_dir)]
+        last = f"{names[-1]} is the last good one" if names else "there is no good one yet"
         raise FullDiskError(
-            f"the disk is full: a checkpoint in {output_dir} could not be saved; {last}. Free some space and run the same "
-            "command again: it goes on from there."
+            f"the disk of {output_dir} is full; {last}. Free some space: the same command goes on from there"
         ) from error

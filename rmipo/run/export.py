@@ -24,8 +24,6 @@ DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 CARD = "README.md"
 NOT_UPLOADED = ["checkpoint-*", f"*{TEMPORARY}", LOCK_FILE, "non_finite_rank*.json"]
 
-HUB_ERRORS = (OSError, ValueError, httpx2.TransportError)  # no login, no such name, no network
-
 
 class ExportError(UserError, RuntimeError):
     """The saved weights are not the model's, or can't be uploaded; the message says which, or why."""
@@ -67,8 +65,7 @@ def verify_export(folder: str | Path, config: PreTrainedConfig, peft_config: Pef
     if problems:
         raise ExportError(
             f"{folder}: {len(problems)} of {len(expected)} saved tensors can't be used: {'; '.join(problems[:SHOWN])}. The "
-            "weights are whole in the last checkpoint. Under ZeRO-3 its zero_to_fp32.py joins them; check "
-            "stage3_gather_16bit_weights_on_model_save: true"
+            "weights are whole in the last checkpoint; under ZeRO-3 its zero_to_fp32.py joins them"
         )
     return len(found)
 
@@ -147,7 +144,7 @@ def push(args: TrainingArguments) -> str:
             commit_message="Model, card and record of its training",
             ignore_patterns=NOT_UPLOADED,
         )
-    except HUB_ERRORS as error:
+    except (OSError, ValueError, httpx2.TransportError) as error:  # no login, no such name, no network
         raise ExportError(
             f"{args.output_dir} holds the finished run, but its upload to {args.hub_model_id} failed: "
             f"{str(error).splitlines()[0]}. Check the network and the login; the same command then uploads it"

@@ -118,7 +118,6 @@ def test_tied_heads_need_not_be_saved(tmp_path):
         (lambda t: t.pop("lm_head.weight"), "1 of 21 saved .* lm_head.weight is missing"),
         (lambda t: t.update({"model.norm.weight": t["model.norm.weight"].half()}), "model.norm.weight is .*float16"),
         (lambda t: t.update({"value_head.weight": torch.ones(2)}), "value_head.weight is "),
-        (lambda t: t.clear(), "21 of 21 saved .* lm_head.weight is missing"),
     ],
 )
 def test_broken_exports_are_refused_by_tensor(whole, edit, named):
@@ -198,7 +197,7 @@ def test_upload_leaves_checkpoints_out(tmp_path, monkeypatch):
     ]
 
 
-@pytest.mark.parametrize("error", [ConnectionError, ValueError, httpx2.ConnectError])
+@pytest.mark.parametrize("error", [ValueError, httpx2.ConnectError])
 def test_an_upload_that_fails_says_what_is_kept(tmp_path, monkeypatch, error):
     def refuse(self, name, **options):
         raise error("hub down\nrequest 7")
@@ -212,12 +211,3 @@ def arguments(folder, **values):
     return PreferenceRunConfig(
         objective={"name": "rmipo"}, output_dir=str(folder), use_cpu=True, bf16=False, report_to="none", **values
     )
-
-
-def test_a_tensor_of_another_precision_than_the_models_is_refused(tmp_path):
-    make_model("llama3").bfloat16().save_pretrained(tmp_path)
-    config = AutoConfig.from_pretrained(tmp_path)
-    assert export.verify_export(tmp_path, config) == 21
-    change(tmp_path, lambda t: t.update({"model.norm.weight": t["model.norm.weight"].float()}))
-    with pytest.raises(export.ExportError, match=r"model\.norm\.weight is .*float32"):
-        export.verify_export(tmp_path, config)
