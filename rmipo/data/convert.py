@@ -104,7 +104,7 @@ def read_batch(batch: dict, formats: Sequence[Format], sides: Sequence[str], cod
         number = row.pop("row")
         try:
             messages, problem = read_row(row, formats), None
-        except DataError as error:
+        except DataError as error:  # kept with the row: all rows with one reason are named together
             messages, problem = [[] for _ in sides], str(error)
         for name, value in zip(out, [*messages, problem, unread_keys(row, sides), number], strict=True):
             out[name].append(value)

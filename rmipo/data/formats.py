@@ -146,13 +146,13 @@ def with_system(text: Any, sides: Sides) -> Sides:
         raise DataError(f"`system` is {type(text).__name__}, expected text")
     if first and first[0]["role"] == "system" and first[0]["content"] != text:
         raise DataError("`system` differs from the system message of the row: keep one of them")
-    rest = first[1:] if first and first[0]["role"] == "system" else first
+    rest = first[1:] if first and first[0]["role"] == "system" else first  # the column repeats it
     return ([{"role": "system", "content": text}, *rest], *sides[1:])
 
 
 def read_turns(value: Any, role: str, column: str) -> Messages:
     """Messages of a cell: a list of messages, an Anthropic-HH text, or a text spoken by `role`. None is empty text."""
-    if value is None or isinstance(value, str):
+    if value is None or isinstance(value, str):  # an empty text is dropped later, with its reason
         # Marks count after a blank line, and only where the text starts with one: "Human:" may also be quoted.
         turns = re.split(r"\n\n(Human|Assistant):", value or "")
         if turns[0].strip() == "" and len(turns) > 1:
@@ -228,15 +228,10 @@ def unusable_prompt(prompt: Messages) -> str | None:
     """An empty system message is no fault: templates render it as they do."""
     turns = prompt[1:] if prompt and prompt[0]["role"] == "system" else prompt
     if not turns:
-        return "the prompt is empty (chosen and rejected share no turns)"
-    previous = "assistant"
-    for message in turns:
-        if message["role"] == previous or message["role"] == "system":
-            where = f"{message['role']} after {previous}" if message is not turns[0] else f"{message['role']} first"
-            return f"roles out of order: {where}"
-        previous = message["role"]
-    if previous != "user":
-        return "roles out of order: the prompt does not end with a user message"
+        return "the prompt is empty"
+    roles = [message["role"] for message in turns]  # templates raise for other orders, or render them in silence
+    if roles != ["user", "assistant"] * (len(roles) // 2) + ["user"]:
+        return "roles out of order"
     if any(not message["content"].strip() for message in turns):
         return "the prompt has an empty message"
     return None

@@ -60,6 +60,7 @@ def tokenize_pairs(
         num_proc=num_proc,
         desc="Tokenising pairs",
     )
+    # The dropped rows are named in the report, so they are dropped only after all have been tokenised.
     keep = np.array([reason is None for reason in tokenized["reason"]])
     cut = {side: np.array(tokenized[f"{side}_cut"])[keep] for side in SIDES}
     lengths = {side: pc.list_value_length(tokenized.data[f"{side}_ids"]).to_numpy()[keep] for side in SIDES}
@@ -89,6 +90,7 @@ def tokenize_batch(batch: dict, chat_format: ChatFormat, max_length: int, max_pr
                 reason = str(error)
         texts.append(text)
         reasons.append(reason)
+    # All at once: fast tokenizers take a batch in parallel.
     encoded = iter(chat_format.encode([text for text in texts if text is not None]))
     out: dict[str, list] = {f"{side}_{what}": [] for side in SIDES for what in ("ids", "cut")}
     out |= {"row": batch["row"], "reason": []}

@@ -8,7 +8,7 @@ import numpy as np
 
 from rmipo.data.chat import DataError
 
-SHOWN_ROWS = 5
+SHOWN_ROWS = 5  # numbers named per reason
 
 
 @contextlib.contextmanager
@@ -58,7 +58,7 @@ class DataReport:
 
     @property
     def dropped_rows(self) -> int:
-        return sum(len(rows) for rows in self.dropped.values())
+        return sum(map(len, self.dropped.values()))
 
     @property
     def kept(self) -> int:

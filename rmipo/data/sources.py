@@ -60,7 +60,7 @@ def load_sources(data_config: DataConfig, split: str) -> list[tuple[str, Dataset
             )
         if not (divided or data_config.test_split_size):
             dataset = hold_out(dataset, split, entry["path"])
-        if columns := entry.get("columns"):
+        if columns := entry.get("columns"):  # TRL's key: sources of a mixture have to have the same ones
             dataset = dataset.select_columns([*columns, "row"])
         sources.append((entry["path"], dataset))
     return sources
@@ -118,6 +118,7 @@ def take_fractions(datasets: list[Dataset], entries: list[dict]) -> list[Dataset
     fractions = [entry.get("fraction") for entry in entries]
     if fractions[0] is None:
         return datasets
+    # The source that is scarcest for its share decides how large the mixture is.
     total = min(len(dataset) / fraction for dataset, fraction in zip(datasets, fractions, strict=True))
     sizes = [round(fraction * total) for fraction in fractions]
     if 0 in sizes:
@@ -163,10 +164,7 @@ def hold_out(dataset: Dataset, split: str, source: str) -> Dataset:
             warn_once(f"{source}: it has no splits, so {test_rows} of its {len(dataset)} rows are the test split")
         return parts[split]
     if split == "test":
-        raise MissingSplitError(
-            f"{source}: {len(dataset)} rows are too few to set some aside as test split. Give a folder with a train "
-            "and a test file, or set `test_split_size`."
-        )
+        raise MissingSplitError(f"{source}: {len(dataset)} rows are too few for a test split. Set `test_split_size`.")
     return dataset
 
 
@@ -190,10 +188,8 @@ def find_split(folder: Path, name: str, split: str) -> list[Path]:
         name = alike[0]
     if name not in found:
         listing = ", ".join(sorted(path.name for path in folder.glob("*"))[:20]) or "nothing"
-        raise MissingSplitError(
-            f"{folder}: no file of the {split} split {name!r}, such as {name}.jsonl or data/{name}-00000-of-00001.parquet. "
-            f"Found: {listing}. Rename a file, or set `dataset_{split}_split`."
-        )
+        missing = f"{folder}: no file of the {split} split {name!r}, such as {name}.jsonl"
+        raise MissingSplitError(f"{missing}. Found: {listing}. Rename a file, or set `dataset_{split}_split`.")
     # Anything else would train rows twice, or leave rows out.
     shards = [SHARD.search(path.name.removesuffix(suffix(path))) for path in found[name]]
     numbers = [0] if shards == [None] else sorted(int(shard[1]) if shard else -1 for shard in shards)
@@ -225,7 +221,7 @@ def load_files(paths: list[Path], source: str) -> Dataset:
         # The cache of datasets goes by path and time: the same path may hold other rows by now (a link, cp -p, rsync -t).
         content = text_fingerprint(b"".join(map(file_digest, paths)))
         dataset = load_dataset(builder, f"content-{content}", data_files=names, split="train", **options)
-        dataset.data.validate(full=True)  # that texts are UTF-8
+        dataset.data.validate(full=True)  # that texts are UTF-8, which Parquet files don't ensure
     except StopIteration as error:
         raise DataError(f"{source}: {files} has no rows.") from error
     except (csv.Error, DatasetGenerationError, EOFError, OSError, ValueError) as error:
@@ -235,7 +231,7 @@ def load_files(paths: list[Path], source: str) -> Dataset:
 
 def read_csv(path: Path) -> list[dict[str, str]]:
     """Every cell as text, "4" and "NA" too. (pandas takes a cell too many for an index, and moves the others.)"""
-    csv.field_size_limit(sys.maxsize)
+    csv.field_size_limit(sys.maxsize)  # its default of 128 KiB is less than a long dialogue
     with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig", newline="") as file:
         names, *rows = [row for row in csv.reader(file, strict=True) if row]
     if odd := [number for number, row in enumerate(rows, 1) if len(row) != len(names)]:
@@ -251,11 +247,8 @@ def load_hub(entry: dict, split: str) -> Dataset:
     try:
         return load_dataset(path, split=split, **arguments)
     except OSError as error:
-        raise DataError(
-            f"{path}: the dataset can't be reached on the hub ({error}). Check the id, the network and, if it is gated, the "
-            "login (`.venv/bin/hf auth login`); or download it (`.venv/bin/hf download --repo-type dataset ...`) and give "
-            "that folder instead"
-        ) from error
+        fix = "Check the id, the network and the login (`.venv/bin/hf auth login`), or download it and name its folder"
+        raise DataError(f"{path}: the dataset can't be reached on the hub ({error}). {fix}") from error
     except ValueError as error:  # an unknown split or configuration; the message lists those that exist
         raise MissingSplitError(f"{path}: {error} See the recipe's `dataset_*_split`, `dataset_config`.") from error
 

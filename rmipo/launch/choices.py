@@ -13,7 +13,7 @@ from rmipo.cli import choose, split
 from rmipo.errors import ConfigError
 
 MADE_FIRST = ("world", "weights", "pairs")  # what a setting makes before its first training
-NOT_SETTINGS = {"ablations", "adapters", "methods", "sweeps", "templates"}
+NOT_SETTINGS = {"ablations", "adapters", "methods", "sweeps", "templates"}  # folders of overlays and other parts
 
 
 def is_on(env: Mapping[str, str], name: str) -> bool:
@@ -40,6 +40,7 @@ def choose_stages(env: Mapping[str, str]) -> tuple[str, list[str]]:
     present = [s for s in (*MADE_FIRST, "sft", "rmipo") if Path(f"recipes/{model}/{s}.yaml").is_file()]
     trained = [stage for stage in present if stage not in MADE_FIRST]
     stage = choose("STAGE", env.get("STAGE") or "all", [*trained, "all"], f"The stages of {model}")
+    # What is made first is made whatever stage is asked for: its program keeps what is there.
     stages = present if stage == "all" else [name for name in present if name in (*MADE_FIRST, stage)]
     return model, stages + ["report"] * ("world" in present and "rmipo" in stages)
 
@@ -81,7 +82,7 @@ def node_count(env: Mapping[str, str]) -> int:
 def gpus_asked_for(env: Mapping[str, str]) -> int | None:
     """The number in GPUS, which may also have the GB of one, as in 8x80; None if it is not set."""
     given = env.get("GPUS", "")
-    match = re.fullmatch(r"([1-9]\d*)(x\d+(\.\d+)?)?", given, re.ASCII)
+    match = re.fullmatch(r"([1-9]\d*)(x\d+(\.\d+)?)?", given, re.ASCII)  # one variable serves make plan and make train
     if given and match is None:
         raise ConfigError(f"GPUS={given!r}: expected the number of GPUs, such as GPUS=4, or with their GB, GPUS=4x80")
     return int(match[1]) if match else None

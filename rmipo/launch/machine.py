@@ -69,6 +69,7 @@ def driver_check(built_for: str | None, driver: str, needed: bool) -> Check:
 
 def driver_version() -> str | None:
     """As nvidia-smi says it; None where that doesn't answer."""
+    # Not by torch: where the driver is too old for it, torch says only that there is no GPU.
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"]
     try:
         return subprocess.run(query, capture_output=True, text=True, timeout=10, check=True).stdout.strip()

@@ -63,6 +63,7 @@ class Round:
         """What `scripts/launch.py` is told: `env` with the round's overrides under those in ARGS, which win."""
         arguments = shlex.split(env.get("ARGS", ""))
         given = {argument.partition("=")[0] for argument in arguments}
+        # The last entry holds for all rounds after it.
         overrides = self.config.overrides[min(self.number, len(self.config.overrides)) - 1]
         paths = {"dataset_name": self.pairs, "model_name_or_path": self.policy, "output_dir": self.folder}
         texts = {

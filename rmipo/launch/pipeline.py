@@ -89,6 +89,7 @@ def load_steps(model: str, stages: list[str], env: Mapping[str, str]) -> list[St
     # ARGS are of one recipe: options of the preference stage would be unknown keys in the SFT stage before it.
     last = [stage for stage in stages if stage in ("sft", "rmipo")][-1]
     data, outputs = env.get("DATA", ""), f"outputs/{model}"
+    # The folder of a run is named after its data, so that the runs of two files don't meet in one.
     suffix = data and "-" + re.sub(r"[^A-Za-z0-9]+", "-", Path(data).name.split(".")[0]).strip("-")
     world = f"{outputs}/world{suffix}" if Path(f"recipes/{model}/world.yaml").is_file() else None
     made = {
@@ -125,7 +126,7 @@ def _training_step(model, stage, folder, overlays, own, args, sharding) -> Step:
     folder = "-".join([folder, *(path.stem for path in map(Path, overlays) if path.parent.name == "adapters")])
     if folder != stage:
         own["--output_dir"] = f"outputs/{model}/{folder}"
-    keys = {argument.partition("=")[0] for argument in given}
+    keys = {argument.partition("=")[0] for argument in given}  # a key that is given twice would be refused
     overrides = [text for key, value in own.items() if key not in keys for text in (key, value)] + given
     path = f"recipes/{model}/{stage}.yaml"
     recipe = load_recipe(path, overlays, overrides)

@@ -126,7 +126,7 @@ def record(path: Path, points: list[Point], metric: str) -> list[dict]:
     for point in points:
         run = recorded_run(point.folder)
         if run and run["finished"]:
-            trained_on[json_fingerprint(run["fingerprints"])] = str(point.folder)
+            trained_on[json_fingerprint(run["fingerprints"])] = str(point.folder)  # one entry, if all are alike
             about = {"output_dir": str(point.folder), "seconds": run["seconds"], "commit": run["commit"]}
             lines.append({"values": point.values, metric: run["results"][metric], **about})
     if len(trained_on) > 1:

@@ -67,10 +67,7 @@ def check_run(recipe: Recipe, args: TrainingArguments) -> None:
     if here is None or args.use_cpu:
         return
     if args.n_gpu > 1:  # transformers would copy the model to all of them in every step
-        raise PreflightError(
-            f"{recipe.path}: one process sees {args.n_gpu} GPUs. Start one for each (make train, or accelerate launch), or "
-            "show it one: CUDA_VISIBLE_DEVICES=0"
-        )
+        raise PreflightError(f"one process sees {args.n_gpu} GPUs: start one for each (make train, accelerate launch)")
     world_size, local = (int(os.environ.get(name, "1")) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
     check_launch(recipe, replace(here, nodes=world_size // local, gpus_per_node=local), sharding_of(args))
 
@@ -90,10 +87,9 @@ def check_masters(recipe: Recipe, sharding: Sharding) -> None:
     """Raises PreflightError where AdamW would update bfloat16 weights in place, with no float32 copy to sum updates in."""
     work = workload_of(recipe)
     if sharding.kind == "none" and not work.adapters and work.weight_bytes < 4:
-        raise PreflightError(
-            f"{recipe.path}: dtype: {recipe.values.get('dtype', ModelConfig.dtype)}: without float32 weights most updates "
-            "round to zero. Set dtype: float32 (with bf16: true), or use SHARDING=zero3, zero2 or fsdp2, which keep a copy"
-        )
+        dtype = recipe.values.get("dtype", ModelConfig.dtype)
+        fix = "Set dtype: float32 (with bf16: true), or use SHARDING=zero3, zero2 or fsdp2, which keep float32 copies"
+        raise PreflightError(f"{recipe.path}: dtype: {dtype}: most updates would round to zero. {fix}")
 
 
 def check_memory(recipe: Recipe, hardware: Hardware, sharding: Sharding) -> None:
@@ -133,10 +129,8 @@ def check_disk(folder: str | Path, needed: int) -> int:
     free = shutil.disk_usage(existing).free
     there = sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())  # of a run that goes on
     if free + there < needed:
-        raise PreflightError(
-            f"output_dir: {folder} needs {needed / GIB:.0f} GiB: {there / GIB:.0f} are written, {free / GIB:.0f} are "
-            "free. Free some, set a lower save_total_limit, or name another output_dir"
-        )
+        found = f"{there / GIB:.0f} are written, {free / GIB:.0f} are free"
+        raise PreflightError(f"output_dir: {folder} needs {needed / GIB:.0f} GiB: {found}. See save_total_limit")
     return free
 
 
@@ -162,7 +156,5 @@ def check_access(name: str, kind: str) -> str:
         file = {"model": "config.json", "dataset": "README.md"}[kind]
         if isinstance(try_to_load_from_cache(name, file, repo_type=kind), str):
             return f"{name} is in the cache"
-        raise PreflightError(
-            f"{name} can't be read on the hub ({type(error).__name__}). Fix: check the name and the network; if it is gated, "
-            "accept its licence on its page, then `.venv/bin/hf auth login` or set HF_TOKEN; or name a local folder"
-        ) from error
+        fix = "check the name and the network; accept the licence of a gated one, then `.venv/bin/hf auth login`"
+        raise PreflightError(f"{name} can't be read on the hub ({type(error).__name__}). Fix: {fix}") from error

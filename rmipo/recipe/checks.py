@@ -27,7 +27,7 @@ REFUSED = {
 REFUSED_IN_PREFERENCE = arguments.REFUSED | {
     "attn_implementation": "packed pairs have their own kernels: use attention"
 }
-ADAPTERS = ("lora_", "use_rslora", "use_dora")
+ADAPTERS = ("lora_", "use_rslora", "use_dora")  # how keys begin that only adapters read
 # Numbers that the libraries take and that would train nothing, train without clipping, or save nothing, without a word.
 MEANINGFUL = {
     **dict.fromkeys(("learning_rate", "num_train_epochs", "save_steps"), PositiveFloat),

@@ -69,7 +69,7 @@ def read_layers(path: str | Path) -> list[tuple[str, dict[str, Any]]]:
         if str(file) in dict(layers):
             raise ConfigError(f"{file}: is its own base")
         base = values.pop("base", None)
-        layers.insert(0, (str(file), values))
+        layers.insert(0, (str(file), values))  # the base is merged before what builds on it
         file = base and Path(os.path.normpath(file.parent / base))
     return layers
 
@@ -153,10 +153,11 @@ def coerce(value: Any, annotation: Any) -> Any:
     try:
         typed = _adapter(options).validate_python(value)
     except pydantic.ValidationError as error:
+        # Pydantic has an error for each option of a union, some of them with the same words.
         raise ValueError(" or ".join(dict.fromkeys(each["msg"] for each in error.errors()))) from error
     if isinstance(value, bool) and not isinstance(typed, bool):  # `--max_steps --bf16` would be one step
         raise ValueError("expected a number")
-    if type(value) is int and isinstance(typed, float):
+    if type(value) is int and isinstance(typed, float):  # run.json has numbers as they were written
         return value
     return typed.value if enums and isinstance(typed, enum.Enum) else typed
 

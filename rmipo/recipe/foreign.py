@@ -60,7 +60,7 @@ def translate(values: Mapping[str, Any], is_recipe: bool) -> tuple[Values, list[
 
 def _is_preference(values: Values) -> bool:
     """Whether a recipe is another repository's for preference training, perhaps with an objective block added to it."""
-    if "global_batch_size" in values:
+    if "global_batch_size" in values:  # a key that only this repository has
         return False
     if "objective" in values:
         return "gradient_accumulation_steps" in values
@@ -74,7 +74,7 @@ def _translate_keys(values: Values, notices: list[str]) -> None:
         return
     new = {RENAMED[key]: values.pop(key) for key in RENAMED if key in values}
     if new.get("dtype", "") is None:
-        new["dtype"] = "float32"
+        new["dtype"] = "float32"  # what transformers loaded for null, before "auto" was its default
     if "use_flash_attention_2" in values:
         new["attn_implementation"] = "flash_attention_2" if values.pop("use_flash_attention_2") else "sdpa"
     try:
@@ -98,10 +98,8 @@ def _objective(values: Values) -> Values:
     given = values.pop("loss_type", None)
     loss = given[0] if isinstance(given, list) and len(given) == 1 else given
     if loss not in LOSSES:
-        raise ValueError(
-            f"loss_type is {loss!r}: expected one of {', '.join(LOSSES)}, or an objective block, such as "
-            "objective: {name: dpo, beta: 0.01}, that says which method it trains"
-        )
+        own = "an objective block, such as objective: {name: dpo, beta: 0.01}"
+        raise ValueError(f"loss_type is {loss!r}: expected one of {', '.join(LOSSES)}, or {own}")
     try:
         if loss == "sigmoid":
             return {"name": "dpo", "beta": values.pop("beta", DPOConfig.beta)}

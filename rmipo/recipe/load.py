@@ -51,10 +51,8 @@ class Recipe:
             return per_device * steps * world_size, steps
         size = self.values["global_batch_size"]
         if size % (per_device * world_size):
-            raise ConfigError(
-                f"{self.path}: global_batch_size {size} is not a multiple of per_device_train_batch_size ({per_device}) x "
-                f"processes ({world_size})"
-            )
+            factors = f"per_device_train_batch_size ({per_device}) x processes ({world_size})"
+            raise ConfigError(f"{self.path}: global_batch_size {size} is not a multiple of {factors}")
         return size, size // (per_device * world_size)
 
     def require_stage(self, stage: str) -> "Recipe":
@@ -77,7 +75,7 @@ class Recipe:
         if not Path(model).is_dir() and (model.count("/") > 1 or model.startswith((".", "/"))):
             raise ConfigError(f"{self.path}: model_name_or_path is {model}: no such folder. Has its stage been run?")
         values = {"run_name": self.name, **self.resolved()}  # trackers would show the name of the folder alone
-        values["gradient_accumulation_steps"] = accumulation
+        values["gradient_accumulation_steps"] = accumulation  # TRL's SFTTrainer knows no global batch
         if self.stage == "preference":  # whose trainer accumulates by itself
             values |= {"global_batch_size": global_batch_size, "gradient_accumulation_steps": 1}
         values["use_cache"] = True  # in the saved configuration, for generation; training forwards say False themselves

@@ -84,14 +84,11 @@ def resume_point(output_dir: str | Path, identity: dict) -> str | None:
         ours = {LOCK_FILE, *(folder.name for folder in complete)}
         names = {path.name for path in output_dir.glob("*") if path.suffix != TEMPORARY}
         if foreign := sorted(names - ours):
-            raise CheckpointError(
-                f"output_dir: {output_dir} is not empty and has no run.json of a run. Found: {', '.join(foreign[:5])}. "
-                "Nothing is overwritten: name another --output_dir"
-            )
+            found = f"{output_dir} is not empty and has no run.json of a run. Found: {', '.join(foreign[:5])}"
+            raise CheckpointError(f"output_dir: {found}. Nothing is overwritten: name another --output_dir")
     if complete and identity["recipe"].get("save_only_model"):
         raise CheckpointError(
-            f"{complete[-1]} holds the model alone (save_only_model: true), from which a run can't go on. Remove "
-            f"{output_dir} or name another --output_dir to start again"
+            f"{complete[-1]} holds the model alone (save_only_model: true): a run can't go on from it"
         )
     for folder in complete:
         _refuse_other(json.loads((folder / MARKER).read_text()), identity, folder)
@@ -100,10 +97,8 @@ def resume_point(output_dir: str | Path, identity: dict) -> str | None:
 
 def _refuse_other(found: dict, identity: dict, folder: Path) -> None:
     if lines := differences({key: found.get(key) for key in identity}, identity):
-        raise CheckpointError(
-            f"{folder} belongs to another run. Name another --output_dir, or remove it. Different there:\n  "
-            + "\n  ".join(lines)
-        )
+        found = f"{folder} belongs to another run. Name another --output_dir, or remove it. Different there:"
+        raise CheckpointError("\n  ".join([found, *lines]))
 
 
 @contextlib.contextmanager

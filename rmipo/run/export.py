@@ -19,7 +19,7 @@ from rmipo.record import recorded_run
 from rmipo.run.lock import LOCK_FILE
 from rmipo.training.resuming import gather_at_the_end
 
-SHOWN = 5  # tensors named per kind of mistake
+SHOWN = 5  # tensors named in the message
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 CARD = "README.md"
 NOT_UPLOADED = ["checkpoint-*", f"*{TEMPORARY}", LOCK_FILE, "non_finite_rank*.json"]
@@ -63,10 +63,8 @@ def verify_export(folder: str | Path, config: PreTrainedConfig, peft_config: Pef
         if tensor != expected.get(name):
             problems.append(f"{name} is {tensor}, expected {expected.get(name, 'none of that name')}")
     if problems:
-        raise ExportError(
-            f"{folder}: {len(problems)} of {len(expected)} saved tensors can't be used: {'; '.join(problems[:SHOWN])}. The "
-            "weights are whole in the last checkpoint; under ZeRO-3 its zero_to_fp32.py joins them"
-        )
+        found = f"{len(problems)} of {len(expected)} saved tensors can't be used: {'; '.join(problems[:SHOWN])}"
+        raise ExportError(f"{folder}: {found}. The last checkpoint is whole; under ZeRO-3 zero_to_fp32.py joins it")
     return len(found)
 
 
@@ -145,7 +143,5 @@ def push(args: TrainingArguments) -> str:
             ignore_patterns=NOT_UPLOADED,
         )
     except (OSError, ValueError, httpx2.TransportError) as error:  # no login, no such name, no network
-        raise ExportError(
-            f"{args.output_dir} holds the finished run, but its upload to {args.hub_model_id} failed: "
-            f"{str(error).splitlines()[0]}. Check the network and the login; the same command then uploads it"
-        ) from error
+        failed = f"the upload of {args.output_dir} to {args.hub_model_id} failed: {str(error).splitlines()[0]}"
+        raise ExportError(f"{failed}. Check the network and the login; the same command then uploads it") from error

@@ -95,7 +95,7 @@ def test_dialogues_among_completions_are_named(tmp_path, chat):
         "messages" in kept.column_names and "whole dialogues, prompts included, as only 2 of 3 rows" in report.loss_on
     )
     assert select(loaded, chat, tmp_path, assistant_only_loss=True, max_length=WINDOW)[1].loss_on is None
-    with pytest.raises(DataError, match=r"completion_only_loss is true, and 1 of 3 rows are dialogues"):
+    with pytest.raises(DataError, match="completion_only_loss: 1 of 3 rows"):
         select(loaded, chat, tmp_path, completion_only_loss=True, max_length=WINDOW)
 
 
@@ -193,14 +193,6 @@ def test_markers_of_turns_inside_of_texts_are_told(tmp_path, chat):
     assert report.notes[0].startswith("1 have") and report.notes[0].endswith("row 1")
 
 
-def test_a_completion_needs_a_prompt(tmp_path, chat):
-    rows = completions(tmp_path, {"prompt": [], "completion": "b"})
-    assert select(rows, chat, tmp_path, {"max_dropped_fraction": 0.5}, max_length=WINDOW)[1].dropped == {
-        "the prompt is empty": [2]
-    }
-    assert select(rows, chat, tmp_path, completion_only_loss=False, max_length=WINDOW)[1].dropped == {}
-
-
 def test_rows_are_told_apart_by_their_token_ids(tmp_path, chat):
     """A run that goes on, or is found finished, with an edited tokenizer is another run."""
     rows = load(tmp_path, [[user("A"), assistant("B")]])
@@ -218,7 +210,7 @@ def test_rows_are_told_apart_by_their_token_ids(tmp_path, chat):
     [
         ([user("a"), assistant("")], "the response is empty"),
         ([user("a")], "the dialogue does not end with an assistant message"),
-        ([user("a"), user("b"), assistant("c")], "roles out of order: user after user"),
+        ([user("a"), user("b"), assistant("c")], "roles out of order"),
     ],
 )
 def test_unusable_dialogues_are_dropped_and_named(tmp_path, chat, messages, reason):
@@ -268,15 +260,6 @@ def test_dialogues_that_are_cut_are_counted_as_tokens_of_the_template(tmp_path, 
     ]
     assert select(rows, chat, tmp_path, max_length=lengths[1] - 1)[1].rows_cut == 2
     assert select(rows, chat, tmp_path, max_length=None)[1].rows_cut == 0
-
-
-def test_a_bos_that_the_template_leaves_out_is_not_counted(tmp_path):
-    """TRL adds none."""
-    zephyr = ChatFormat.probe(make_tokenizer("zephyr"))
-    text = zephyr.tokenizer.apply_chat_template(DIALOGUE, tokenize=False)
-    length = len(zephyr.tokenizer(text, add_special_tokens=False)["input_ids"])
-    report = select(load(tmp_path, [DIALOGUE]), zephyr, tmp_path, max_length=length)[1]
-    assert (report.tokens, report.rows_cut) == ({"messages": length}, 0)
 
 
 def test_dialogues_are_measured_again_by_other_code(tmp_path, chat, monkeypatch):

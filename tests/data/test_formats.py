@@ -81,12 +81,6 @@ def test_an_anthropic_hh_prompt_ends_where_its_text_ends(prompt, messages):
     assert formats.read_row({"prompt": prompt}, formats.PROMPTS) == (messages,)
 
 
-def test_a_text_with_speakers_in_it_is_not_of_anthropic_hh(tmp_path):
-    text = "Go on with this:\n\nHuman: Hello\n\nAssistant: Hi!\n\nHuman:"
-    (row,) = load(tmp_path, [{**pair(0), "prompt": text}])
-    assert row["prompt"] == [user(text)]
-
-
 def test_responses_without_a_prompt(tmp_path):
     rows = [{"chosen": "b", "rejected": "c"}] * 7
     with pytest.raises(DataError, match=r"no prompt, and the other columns .*: rows 0, 1, 2, 3, 4 and 2 more"):
@@ -266,7 +260,7 @@ def test_values_that_are_not_messages(bad, message):
 
 SYSTEM = {"role": "system", "content": "Be brief"}
 NO_ANSWER = "the dialogue does not end with an assistant message"
-NO_TURNS = "the prompt is empty (chosen and rejected share no turns)"
+NO_TURNS = "the prompt is empty"
 
 
 @pytest.mark.parametrize(
@@ -277,21 +271,15 @@ NO_TURNS = "the prompt is empty (chosen and rejected share no turns)"
         ([user("a"), assistant("b"), user("c")], NO_ANSWER),
         ([user("a"), assistant(" \n")], "the response is empty"),
         ([SYSTEM, assistant("b")], NO_TURNS),
-        ([SYSTEM, assistant("a"), user("b"), assistant("c")], "roles out of order: assistant first"),
-        ([SYSTEM, SYSTEM, user("b"), assistant("c")], "roles out of order: system first"),
-        ([user("a"), user("a"), assistant("c")], "roles out of order: user after user"),
-        ([user("a"), assistant("b"), SYSTEM, user("b"), assistant("c")], "roles out of order: system after assistant"),
+        ([SYSTEM, assistant("a"), user("b"), assistant("c")], "roles out of order"),
+        ([SYSTEM, SYSTEM, user("b"), assistant("c")], "roles out of order"),
+        ([user("a"), user("a"), assistant("c")], "roles out of order"),
+        ([user("a"), assistant("b"), SYSTEM, user("b"), assistant("c")], "roles out of order"),
         ([user("a"), assistant(""), user("b"), assistant("c")], "the prompt has an empty message"),
     ],
 )
 def test_why_a_dialogue_is_unusable(messages, reason):
     assert formats.unusable_dialogue(messages) == reason
-
-
-def test_responses_that_differ_in_case_or_inner_spaces_are_a_pair():
-    for chosen, rejected in (("Yes", "yes"), ("a  b", "a b")):
-        assert formats.unusable_pair([user("q")], [assistant(chosen)], [assistant(rejected)]) is None
-    assert formats.unusable_pair([user("q")], [assistant("")], [assistant(" ")]) == "chosen is empty"
 
 
 @pytest.mark.parametrize(
@@ -303,17 +291,8 @@ def test_responses_that_differ_in_case_or_inner_spaces_are_a_pair():
             1800,
             {
                 "chosen is 2 messages after the shared prompt, not one": [58, 118, 762, 886],
-                "roles out of order: assistant after assistant": [152, 853, 1054],
+                "roles out of order": [152, 853, 1054],
                 "chosen is empty": [512, 954, 1311, 1500],
-            },
-        ),
-        (
-            "hh-harmless",
-            "test",
-            300,
-            {
-                "roles out of order: assistant after assistant": [52],
-                "rejected is 2 messages after the shared prompt, not one": [104],
             },
         ),
         ("judged-pairs", "test", 208, {}),

@@ -142,13 +142,6 @@ def test_cells_of_csv_files_are_texts(tmp_path):
             load_pairs(config(tmp_path), "train")
 
 
-def test_a_file_beside_the_split_that_is_not_read_is_named(tmp_path, caplog):
-    write(tmp_path / "train.jsonl", pairs(1))
-    write(tmp_path / "Train.jsonl", pairs(2))
-    assert questions(load_pairs(config(tmp_path), "train")) == [1]
-    assert "Train" in caplog.text
-
-
 def test_texts_that_arrow_takes_for_dates_are_refused(tmp_path):
     """Their spelling is lost."""
     write(
@@ -215,13 +208,6 @@ def test_fractions_are_shares_of_the_mixture(tmp_path):
     entries[0]["fraction"], entries[1]["fraction"] = 3, 2  # 10 rows are three fifths of 16.7
     assert questions(load_split("train")) == [*range(10), *range(100, 107)]
     assert questions(load_split("test")) == [50, 100, 101]
-
-
-def test_fractions_are_of_the_rows_that_weights_leave(tmp_path):
-    entries, load_split = mixture(tmp_path)
-    entries[0] |= {"weight": 0.5, "fraction": 1}
-    entries[1] |= {"weight": 0.25, "fraction": 1}
-    assert sorted(number < 100 for number in questions(load_split("train"))) == [False] * 5 + [True] * 5
 
 
 def test_weights_are_shares_of_a_source_drawn_with_a_seed(tmp_path):
@@ -356,12 +342,6 @@ def test_files_that_are_not_data(tmp_path):
     notes = write(tmp_path / "notes.jsonl.txt", pairs(0))
     with pytest.raises(DataError, match=rf"{notes}: a data file ends in one of \.jsonl"):
         load_pairs(config(notes), "train")
-
-
-def test_a_table_without_rows(tmp_path):
-    Dataset.from_list(pairs(0)).select([]).to_parquet(tmp_path / "train.parquet")
-    with pytest.raises(DataError, match=r"train\.parquet can't be read as parquet: .*corresponds to no data"):
-        load_pairs(config(tmp_path), "train")
 
 
 ROW = b'{"prompt": "a", "chosen": "b", "rejected": "c"}\n'

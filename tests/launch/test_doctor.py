@@ -92,7 +92,6 @@ def test_a_missing_package_is_named_before_anything_imports_it(doctor, monkeypat
     [
         ("13.0", "580.65.06", True),
         ("13.0", "570.86.15", False),
-        ("12.6", "570.86.15", True),
         (None, "580.65.06", False),
     ],
 )

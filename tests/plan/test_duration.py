@@ -58,13 +58,6 @@ def test_hours_are_the_arithmetic_over_what_gpus_reach(shape):
     assert of_packed == pytest.approx(2 * of_plain)
 
 
-def test_a_prior_of_the_initial_policy_is_one_pass_over_the_responses(shape):
-    work = workload_of(load_recipe(RECIPE, overrides=["--objective.prior_model", "initial"]))
-    assert not work.prior  # in the step there is none
-    flops = 2 * (shape.body + HEAD) * 640  # attention among the responses adds 2%
-    assert duration.reference_flops(shape, work) == pytest.approx(flops, rel=0.02)
-
-
 @pytest.mark.parametrize(("tflops", "least"), [(989.0, 4.0), (312.0, 9.3)])
 def test_a_step_on_four_gpus_takes_at_least_what_a_review_says(shape, tflops, least):
     """Independent figures for 4 x 80 GB with every layer computed again: 4.0 s on H100, 9.3 s on A800."""

@@ -7,7 +7,6 @@ import yaml
 from transformers.trainer_utils import IntervalStrategy
 
 from rmipo.errors import ConfigError
-from rmipo.recipe.checks import template_text
 from rmipo.recipe.files import coerce, parse_overrides
 from rmipo.recipe.load import load_recipe
 from tests.helpers.recipes import problems
@@ -123,14 +122,6 @@ def test_tilde_is_the_home_folder_in_every_layer(write, monkeypatch):
     assert values["datasets"] == [{"path": "/users/me/pairs"}]
     assert (values["output_dir"], values["chat_template"]) == ("/users/me/out", "/users/me/t.jinja {{")
     assert load_recipe(recipe, overrides=["--run_name=~root"]).values["run_name"] == "~root"
-
-
-def test_a_template_s_file_may_begin_with_a_mark_of_its_encoding(write, tmp_path):
-    (tmp_path / "bom.jinja").write_text("{{ bos_token }}", "utf-8-sig")
-    (tmp_path / "latin.jinja").write_text("é", "latin-1")
-    assert template_text(f"{tmp_path}/bom.jinja") == "{{ bos_token }}"
-    with pytest.raises(ConfigError, match=r"chat_template is '.*latin\.jinja'"):
-        load_recipe(write("rmipo.yaml", RECIPE), overrides=[f"--chat_template={tmp_path}/latin.jinja"])
 
 
 def test_another_dataset_or_model_voids_what_described_the_first(recipe):
