@@ -116,6 +116,10 @@ def unread_keys(row: dict, sides: Sequence[str]) -> list[str]:
     read = {"role", "content", *(("weight", "train") if "untrained" in sides else ())}
     messages = [item for value in row.values() if isinstance(value, list) for item in value if isinstance(item, dict)]
     unread = {key for message in messages if "role" in message for key in message if message[key] is not None}
+    prompt, dialogue = row.get("prompt"), row.get("chosen")
+    if isinstance(prompt, str) and isinstance(dialogue, list):  # UltraFeedback repeats its first turn there
+        said = {str(message.get("content")).strip() for message in dialogue}
+        unread |= set() if prompt.strip() in said else {"prompt (a text that is no turn of the dialogue)"}
     return sorted(unread - read)
 
 

@@ -1,6 +1,9 @@
 """What can be found wrong with a recipe without its data: unknown keys, wrong types, and what would go wrong in silence."""
 
 import difflib
+import glob
+import json
+import re
 import typing
 from collections.abc import Mapping
 from dataclasses import fields
@@ -27,6 +30,8 @@ REFUSED = {
 REFUSED_IN_PREFERENCE = arguments.REFUSED | {
     "attn_implementation": "packed pairs have their own kernels: use attention"
 }
+# Recipes are saved beside models, logged and sent to trackers.
+ACCESS_TOKEN = re.compile(r"\b(hf_[A-Za-z0-9]{20,}|wandb_v1_\w+)")
 ADAPTERS = ("lora_", "use_rslora", "use_dora")  # how keys begin that only adapters read
 # Numbers that the libraries take and that would train nothing, train without clipping, or save nothing, without a word.
 MEANINGFUL = {
@@ -67,6 +72,8 @@ def check_types(values: Mapping[str, Any], stage: str, origin: Mapping[str, str]
         where = f"{origin[key]}: {key}"
         if key in refused and value:  # false or null asks for what happens anyway
             problems.append(f"{where} can't be set: {refused[key]}")
+        elif ACCESS_TOKEN.search(json.dumps(value, default=str)):
+            problems.append(f"{where} looks like an access token, which doesn't belong in a recipe")
         elif key not in annotations:
             near = difflib.get_close_matches(key, annotations, n=1)
             hint = f"; did you mean {near[0]}?" if near else ""
@@ -90,10 +97,27 @@ def check_values(given: Mapping[str, Any], values: Mapping[str, Any], stage: str
     for keys in (("global_batch_size", "gradient_accumulation_steps"), ("dataset_name", "datasets")):
         if bool(given.get(keys[0])) == bool(given.get(keys[1])):
             problems.append(f"{' and '.join(keys)}: set one of them, and not both")
-    if not values.get("use_peft") and (lora := [key for key in values if key.startswith(ADAPTERS)]):
-        problems.append(f"{', '.join(lora)}: all weights would be trained without use_peft: true")
-    if values.get("push_to_hub") and not values.get("hub_model_id"):
-        problems.append("push_to_hub needs hub_model_id, the repository to upload to, such as name/llama3-8b-rmipo")
+    steps, optimizer = values.get("max_steps", -1), str(values.get("optim", "adamw_torch"))
+    lora = [key for key in values if key.startswith(ADAPTERS)]
+    in_folder = Path(values.get("model_name_or_path") or "").is_dir()
+    # Each would do nothing, or something else than it says, without a word; the last after the training.
+    silent = {
+        "output_dir: libraries read *, ? and [ as patterns": glob.has_magic(values.get("output_dir") or ""),
+        "max_steps: expected 1 or more, or -1 for num_train_epochs": steps < 1 and steps != -1,
+        "fp16: a CPU computes in float32 all the same": values.get("fp16") and values.get("use_cpu"),
+        "model_revision: model_name_or_path is a folder": in_folder and values.get("model_revision", "main") != "main",
+        "optim_args: this optimizer doesn't read it. Use the keys adam_...": values.get("optim_args")
+        and optimizer.startswith(("adamw_torch", "adafactor")),
+        "optim_target_modules: only galore and apollo read it": values.get("optim_target_modules")
+        and not optimizer.startswith(("galore", "apollo")),
+        "liger_kernel_config.fused_linear_cross_entropy would undo the fused LM head": (
+            values.get("liger_kernel_config") or {}
+        ).get("fused_linear_cross_entropy"),
+        f"{', '.join(lora)}: all weights would be trained without use_peft: true": lora and not values.get("use_peft"),
+        "push_to_hub needs hub_model_id, such as name/model": values.get("push_to_hub")
+        and not values.get("hub_model_id"),
+    }
+    problems += [what for what, found in silent.items() if found]
     checks = [
         lambda: DataConfig(**{f.name: values[f.name] for f in fields(DataConfig) if f.name in values}),
         lambda: template_text(values.get("chat_template")),

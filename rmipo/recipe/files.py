@@ -24,11 +24,11 @@ NO_GPU = (
 class RecipeLoader(yaml.SafeLoader):
     """`yaml.SafeLoader` for everything that people write: recipes, overlays, overrides, settings, sweeps.
 
-    It refuses duplicate keys, takes 2e-5 for a number, leaves dates as text, and is the one place that expands `~/`.
+    It refuses duplicate keys, reads numbers as people write them, leaves dates as text, and is the one place that expands `~/`.
     """
 
     yaml_implicit_resolvers = {
-        first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith(":timestamp")]
+        first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":timestamp", ":int", ":float"))]
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
 
@@ -44,9 +44,13 @@ class RecipeLoader(yaml.SafeLoader):
 
 
 RecipeLoader.add_constructor("tag:yaml.org,2002:str", RecipeLoader.construct_text)
-# YAML 1.1 finds no number in 2e-5.
-SCIENTIFIC = re.compile(r"^[-+]?([0-9]+(\.[0-9]*)?|\.[0-9]+)[eE][-+]?[0-9]+$")
-RecipeLoader.add_implicit_resolver("tag:yaml.org,2002:float", SCIENTIFIC, list("-+.0123456789"))
+# YAML 1.1 reads 010 as eight, 1:30 as ninety and 1_6 as sixteen, and finds no number in "2e-5".
+NUMBERS = {
+    "int": r"^[-+]?(0|[1-9][0-9]*|[1-9][0-9]{0,2}(_[0-9]{3})+|0b[01]+|0x[0-9a-fA-F]+)$",  # 1_000, but not 1_6
+    "float": r"^([-+]?([0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN))$",
+}
+for kind, pattern in NUMBERS.items():
+    RecipeLoader.add_implicit_resolver(f"tag:yaml.org,2002:{kind}", re.compile(pattern), list("-+.0123456789"))
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
@@ -105,7 +109,9 @@ def override_value(text: str) -> Any:
     """
     try:
         if text[:1] in ("[", "{", '"', "'"):
-            return yaml.load(text, RecipeLoader)
+            loader = RecipeLoader(text)
+            node = loader.get_single_node()
+            return loader.construct_document(node) if node.end_mark.index == len(text) else text
         loader = RecipeLoader("")
         tag = loader.resolve(yaml.ScalarNode, text, (True, False))
         return loader.construct_document(yaml.ScalarNode(tag, text))
@@ -155,7 +161,9 @@ def coerce(value: Any, annotation: Any) -> Any:
     except pydantic.ValidationError as error:
         # Pydantic has an error for each option of a union, some of them with the same words.
         raise ValueError(" or ".join(dict.fromkeys(each["msg"] for each in error.errors()))) from error
-    if isinstance(value, bool) and not isinstance(typed, bool):  # `--max_steps --bf16` would be one step
+    # Pydantic takes true for 1, so that `--max_steps --bf16` would be one step, and 1_6 for sixteen.
+    number = isinstance(typed, int | float) and not isinstance(typed, bool)
+    if number and (isinstance(value, bool) or (isinstance(value, str) and "_" in value)):
         raise ValueError("expected a number")
     if type(value) is int and isinstance(typed, float):  # run.json has numbers as they were written
         return value

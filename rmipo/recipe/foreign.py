@@ -9,6 +9,8 @@ from typing import Any
 
 from trl import DPOConfig
 
+from rmipo.recipe.schema import PreferenceRunConfig
+
 Values = dict[str, Any]
 
 RENAMED = {
@@ -31,6 +33,8 @@ IGNORED = (
 MIXED = ("dataset_mixer", "dataset_mixture", "use_flash_attention_2")
 ENTRY = {"id": "path", "config": "name", "split": "split", "columns": "columns", "weight": "weight"}
 MIXTURE = {"test_split_size": "test_split_size", "seed": "mixture_seed"}
+# What trains another run than TRL's where a recipe leaves it out.
+OTHER_DEFAULTS = ("num_train_epochs", "lr_scheduler_type", "warmup_steps", "max_length")
 LOSSES = ("sigmoid", "ipo", "simpo", "simper", "alpha-dpo", "epsilon-dpo", "rmipo")
 
 
@@ -50,6 +54,9 @@ def translate(values: Mapping[str, Any], is_recipe: bool) -> tuple[Values, list[
             notices.append(f"attn_implementation: {values.pop('attn_implementation')} ignored: pairs have own kernels")
         if isinstance(length := values.get("max_length"), int):
             values.setdefault("max_prompt_length", length - 1)  # TRL has no limit of its own for prompts
+        if left_out := [key for key in OTHER_DEFAULTS if key not in values]:
+            ours = ", ".join(f"{key}: {getattr(PreferenceRunConfig, key)}" for key in left_out)
+            notices.append(f"left out, so as in this repository and not as in TRL: {ours}")
     if is_recipe and "gradient_accumulation_steps" in values and "global_batch_size" not in values:
         steps, pairs = values["gradient_accumulation_steps"], values.get("per_device_train_batch_size", 8)
         notices.append(

@@ -15,6 +15,7 @@ from transformers import TrainingArguments
 from rmipo import cli
 from rmipo.errors import ConfigError
 from rmipo.recipe import foreign
+from rmipo.recipe.arguments import LIGER
 from rmipo.recipe.checks import check_types, check_values, stage_of, template_text
 from rmipo.recipe.files import NO_GPU, merge, parse_overrides, read_layers
 from rmipo.recipe.schema import ARGUMENTS, DataConfig, ModelConfig
@@ -79,6 +80,8 @@ class Recipe:
         if self.stage == "preference":  # whose trainer accumulates by itself
             values |= {"global_batch_size": global_batch_size, "gradient_accumulation_steps": 1}
         values["use_cache"] = True  # in the saved configuration, for generation; training forwards say False themselves
+        if values.get("use_liger_kernel"):
+            values["liger_kernel_config"] = LIGER | (values.get("liger_kernel_config") or {})
         values["chat_template"] = template_text(values.get("chat_template"))
         # `export.push` uploads; under the default strategy the Trainer would upload each checkpoint as it is.
         values |= {"hub_strategy": "end", "hub_private_repo": values.get("hub_private_repo", True)}

@@ -150,8 +150,11 @@ def test_a_system_column_is_a_message_in_front(tmp_path):
         formats.read_row({**rows[0], "system": 3}, formats.PAIRS)
 
 
-COLUMNS = "system_prompt history tools documents images chat_template_kwargs"
-KEYS = "tools tool_calls tool_call_id function_call reasoning_content thinking images"
+COLUMNS = "system_prompt system_message history tools functions documents images chat_template_kwargs"
+KEYS = (
+    "tools functions tool_calls tool_call_id tool_plan function_call function_calls reasoning_content reasoning thinking "
+    "thought images"
+)
 
 
 def test_each_column_and_key_that_shapes_a_prompt_is_refused():
@@ -210,6 +213,12 @@ def test_keys_of_messages_that_are_not_read_are_named(tmp_path, caplog):
     turn = {**assistant("Right"), "weight": 0, "name": "Ada"}
     load(tmp_path, [pair(0), pair(1, chosen=[{**turn, "cached": None}])])
     assert f"{tmp_path}: keys of messages that are not read: name, weight\n" in caplog.text
+    caplog.clear()
+    dialogues = {"chosen": [user("a"), assistant("b")], "rejected": [user("a"), assistant("c")]}
+    load(tmp_path, [{"prompt": "a", **dialogues}])
+    assert "not read" not in caplog.text
+    load(tmp_path, [{"prompt": "Be brief. a", **dialogues}])
+    assert "not read: prompt (a text" in caplog.text
     caplog.clear()
     write(tmp_path / "train.jsonl", [{"messages": [user("a"), turn, user("b"), assistant("c")]}])
     load_dialogues(config(tmp_path), "train")

@@ -202,6 +202,11 @@ def test_a_prompt_may_be_as_long_as_the_recipes_own_max_length_lets_it(write):
     assert recipe.values["max_prompt_length"] == 511
 
 
+def test_what_a_recipe_leaves_out_and_trl_has_otherwise_is_said(write):
+    recipe = load_recipe(published(write, {"loss_type": "sigmoid", "max_length": None}))
+    assert "max_length: 2048" in "\n".join(recipe.notices) and "max_length" not in recipe.values
+
+
 def test_a_recipe_of_this_repository_is_not_translated(write):
     own = {"model_name_or_path": "a/b", "dataset_name": "c/d", "output_dir": "outputs/x/rmipo", "global_batch_size": 8}
     assert load_recipe(write("sft.yaml", own)).notices == []

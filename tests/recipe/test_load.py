@@ -59,7 +59,22 @@ def test_overrides_in_both_spellings_reach_the_dataclasses(recipe):
 
 
 @pytest.mark.parametrize(
-    "text", ["out/exp #2", "a: b", "*x", "- a", "true #2", "[a] b", "[a", "{{ bos_token }}", "=", "2026-11-29", "a, b"]
+    "text",
+    [
+        "out/exp #2",
+        "a: b",
+        "*x",
+        "true #2",
+        "[a] b",
+        "[a",
+        "[a] # b",
+        '"a" # b',
+        "{{ bos_token }}",
+        "=",
+        "2026-11-29",
+        "010",
+        "1:30",
+    ],
 )
 def test_values_of_the_command_line_are_no_yaml_documents(text):
     assert parse_overrides([f"--output_dir={text}"]) == {"output_dir": text}
@@ -124,6 +139,34 @@ def test_tilde_is_the_home_folder_in_every_layer(write, monkeypatch):
     assert load_recipe(recipe, overrides=["--run_name=~root"]).values["run_name"] == "~root"
 
 
+def test_numbers_are_read_as_people_write_them(write):
+    text = yaml.safe_dump(RECIPE | {"seed": 0, "max_length": 0})
+    text = text.replace("seed: 0", "seed: 0042").replace("max_length: 0", "max_length: 4_096")
+    values = load_recipe(write("rmipo.yaml", text), overrides=["--data_seed=0x10"]).values
+    assert (values["seed"], values["max_length"], values["data_seed"]) == (42, 4096, 16)
+    for text in ("1:30", "1_0", "1_6.0"):
+        for key in ("save_steps", "objective.gamma_max"):
+            assert key in problems(write("rmipo.yaml", RECIPE), overrides=[f"--{key}={text}"])
+
+
+def test_a_revision_of_a_folder_and_tokens_are_refused(write, tmp_path):
+    own = RECIPE | {"model_name_or_path": str(tmp_path), "model_revision": "v2"}
+    assert "model_revision" in problems(write("rmipo.yaml", own))
+    secret = "hf_" + "a1B2" * 8
+    for override in (f"--hub_token={secret}", f"--run_name={secret}", f"--lr_scheduler_kwargs={{token: {secret}}}"):
+        text = problems(write("rmipo.yaml", RECIPE), overrides=[override])
+        assert secret not in text and "token" in text
+
+
+def test_liger_replaces_norms_rotary_embeddings_and_mlps_and_not_the_lm_head(recipe):
+    liger = load_recipe(recipe, overrides=["--use_liger_kernel=true"]).parse(world_size=1)[0].liger_kernel_config
+    assert all(liger[name] for name in ("rope", "rms_norm", "swiglu"))
+    assert not liger["fused_linear_cross_entropy"] and not liger["cross_entropy"]
+    own = ["--use_liger_kernel=true", "--liger_kernel_config.rope=false"]
+    assert load_recipe(recipe, overrides=own).parse(world_size=1)[0].liger_kernel_config == liger | {"rope": False}
+    assert load_recipe(recipe).parse(world_size=1)[0].liger_kernel_config is None
+
+
 def test_another_dataset_or_model_voids_what_described_the_first(recipe):
     values = load_recipe(recipe, overrides=["--dataset_name", "data/mine.jsonl"]).values
     assert values["dataset_name"] == "data/mine.jsonl"
@@ -180,6 +223,8 @@ def test_numbers_without_a_dot_and_dates_are_read_as_meant(write):
         "--model_name_or_path=null", "--datasets=[]", "--max_length=1800", "--gradient_accumulation_steps=4",
         "--attn_implementation=sdpa", "--auto_find_batch_size", "--bf16_full_eval", "--lora_r=8", "--resume_from_checkpoint=x",
         "--hub_token=anything", "--label_smoothing_factor=0.1", "--push_to_hub", "--dataloader_drop_last=true",
+        "--output_dir=out/run[1]", "--max_steps=0", "--fp16", "--optim_args=rank=64", "--optim_target_modules=[q_proj]",
+        "--use_dora=true", "--liger_kernel_config.fused_linear_cross_entropy=true",
         # Out of range, most of them taken by the libraries without a word
         "--max_dropped_fraction=2", "--global_batch_size=0", "--learning_rate=0", "--num_train_epochs=0", "--save_steps=0",
         "--eval_steps=0", "--max_grad_norm=-1", "--per_device_train_batch_size=0", "--per_device_eval_batch_size=0",

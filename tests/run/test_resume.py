@@ -16,9 +16,10 @@ from transformers import AutoTokenizer, TrainerState
 from rmipo.errors import CheckpointError
 from rmipo.record import read_metrics
 from rmipo.run import checkpoints
-from rmipo.run.checkpoints import MARKER, Checkpoints, resume_point
+from rmipo.run.checkpoints import MARKER, Checkpoints, complete_checkpoints, resume_point
 from rmipo.run.identity import run_identity
 from rmipo.run.stop import EXIT_STOPPED
+from rmipo.training.state import rotate
 from tests.helpers.checkpoints import IDENTITY, make_checkpoints
 from tests.helpers.interrupted_runs import assert_same_run, finish, kill_when, last_step, start
 from tests.helpers.launched import wait_until
@@ -246,6 +247,16 @@ def test_a_checkpoint_of_the_model_alone_is_none_to_go_on_from(tmp_path):
     make_checkpoints(tmp_path, complete=(4,))
     with pytest.raises(CheckpointError, match=r"checkpoint-4 holds the model alone \(save_only_model: true\)"):
         resume_point(tmp_path, identity)
+
+
+def test_old_checkpoints_go_only_when_the_new_one_is_complete(tmp_path):
+    """Torn ones don't count: with a limit of 1, the only complete one stays until another has its marker."""
+    make_checkpoints(tmp_path, complete=(6,), torn=(7, 8))
+    rotate(complete_checkpoints(tmp_path), MARKER, 1)
+    assert [path.name for path in complete_checkpoints(tmp_path)] == ["checkpoint-6"]
+    make_checkpoints(tmp_path, complete=(9, 10))
+    rotate(complete_checkpoints(tmp_path), MARKER, 1, keep=str(tmp_path / "checkpoint-9"))
+    assert [path.name for path in complete_checkpoints(tmp_path)] == ["checkpoint-9", "checkpoint-10"]
 
 
 def test_the_trainer_is_left_no_limit_to_delete_by(tmp_path):
