@@ -43,7 +43,7 @@ LINES = {
     "rmipo/objectives": 960,  # aim: 600
     "rmipo/page": 300,
     "rmipo/plan": 670,  # aim: 450
-    "rmipo/recipe": 970,  # aim: 650
+    "rmipo/recipe": 960,  # aim: 650
     "rmipo/reporting": 2320,  # aim: 1500
     "rmipo/run": 990,  # aim: 800
     "rmipo/tiny": 690,  # aim: 450

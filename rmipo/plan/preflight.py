@@ -130,7 +130,7 @@ def check_disk(folder: str | Path, needed: int) -> int:
     there = sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())  # of a run that goes on
     if free + there < needed:
         found = f"{there / GIB:.0f} are written, {free / GIB:.0f} are free"
-        raise PreflightError(f"output_dir: {folder} needs {needed / GIB:.0f} GiB: {found}. See save_total_limit")
+        raise PreflightError(f"output_dir: {folder} needs {needed / GIB:.0f} GiB: {found}. Free some, or lower save_total_limit")
     return free
 
 

@@ -98,24 +98,21 @@ def check_values(given: Mapping[str, Any], values: Mapping[str, Any], stage: str
         if bool(given.get(keys[0])) == bool(given.get(keys[1])):
             problems.append(f"{' and '.join(keys)}: set one of them, and not both")
     steps, optimizer = values.get("max_steps", -1), str(values.get("optim", "adamw_torch"))
-    lora = [key for key in values if key.startswith(ADAPTERS)]
+    plain, projecting = optimizer.startswith(("adamw_torch", "adafactor")), optimizer.startswith(("galore", "apollo"))
     in_folder = Path(values.get("model_name_or_path") or "").is_dir()
+    lora = "" if values.get("use_peft") else ", ".join(key for key in values if key.startswith(ADAPTERS))
+    fused = (values.get("liger_kernel_config") or {}).get("fused_linear_cross_entropy")
     # Each would do nothing, or something else than it says, without a word; the last after the training.
     silent = {
         "output_dir: libraries read *, ? and [ as patterns": glob.has_magic(values.get("output_dir") or ""),
         "max_steps: expected 1 or more, or -1 for num_train_epochs": steps < 1 and steps != -1,
         "fp16: a CPU computes in float32 all the same": values.get("fp16") and values.get("use_cpu"),
         "model_revision: model_name_or_path is a folder": in_folder and values.get("model_revision", "main") != "main",
-        "optim_args: this optimizer doesn't read it. Use the keys adam_...": values.get("optim_args")
-        and optimizer.startswith(("adamw_torch", "adafactor")),
-        "optim_target_modules: only galore and apollo read it": values.get("optim_target_modules")
-        and not optimizer.startswith(("galore", "apollo")),
-        "liger_kernel_config.fused_linear_cross_entropy would undo the fused LM head": (
-            values.get("liger_kernel_config") or {}
-        ).get("fused_linear_cross_entropy"),
-        f"{', '.join(lora)}: all weights would be trained without use_peft: true": lora and not values.get("use_peft"),
-        "push_to_hub needs hub_model_id, such as name/model": values.get("push_to_hub")
-        and not values.get("hub_model_id"),
+        "optim_args: this optimizer reads the keys adam_... alone": values.get("optim_args") and plain,
+        "optim_target_modules: only galore and apollo read it": values.get("optim_target_modules") and not projecting,
+        "liger_kernel_config.fused_linear_cross_entropy: it would undo our fused LM head": fused,
+        f"{lora}: all weights would be trained without use_peft: true": lora,
+        "push_to_hub needs hub_model_id": values.get("push_to_hub") and not values.get("hub_model_id"),
     }
     problems += [what for what, found in silent.items() if found]
     checks = [

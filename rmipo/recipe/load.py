@@ -2,7 +2,7 @@
 
 import copy
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from datetime import timedelta
 from pathlib import Path
@@ -111,7 +111,7 @@ def load_recipe(path: str | Path, overlays: Iterable[str | Path] = (), overrides
     """
     path = Path(path)
     values, notices, problems, origin = {}, [], [], {}
-    for number, (source, layer) in enumerate(_layers(path, overlays, overrides, problems)):
+    for number, (source, layer) in enumerate(_layers(path, overlays, overrides)):
         try:
             layer, layer_notices = foreign.translate(layer, is_recipe=number == 0)
         except ValueError as error:
@@ -126,7 +126,7 @@ def load_recipe(path: str | Path, overlays: Iterable[str | Path] = (), overrides
         values["use_cpu"] = torch.cuda.device_count() == 0
     stage = stage_of(values)
     type_problems, sound = check_types(values, stage, origin)
-    complete = not problems  # otherwise keys would be called missing that a broken file has
+    complete = not problems  # otherwise keys would be called missing that a layer has
     problems += type_problems + (check_values(values, sound, stage) if complete else [])
     if problems:
         raise ConfigError("\n  ".join([f"{path} can't be used:", *problems]))
@@ -142,23 +142,18 @@ def parse_command_line(description: str) -> tuple[str, list[str], list[str]]:
     return known.config, known.overlay, overrides
 
 
-def _layers(path: Path, overlays: Iterable[str | Path], overrides: Sequence[str], problems: list[str]):
-    """(source, values) of each layer, lowest first; what can't be read is added to `problems`."""
+def _layers(path: Path, overlays: Iterable[str | Path], overrides: Sequence[str]) -> Iterator[tuple[str, dict]]:
+    """(source, values) of each layer, lowest first. Raises ConfigError for what can't be read."""
     setting = path.resolve().parent.name
     for source in (path, *overlays):
-        try:
-            layers = read_layers(source)
-        except ValueError as error:
-            problems.append(str(error))
-            continue
-        for file, layer in layers:
+        for file, layer in read_layers(source):
             own = (layer.pop("per_setting", None) or {}).get(setting)
             yield file, layer
             yield file, own or {}
     try:
         yield COMMAND_LINE, parse_overrides(overrides)
     except ValueError as error:
-        problems.append(f"{COMMAND_LINE}: {error}")
+        raise ConfigError(f"{COMMAND_LINE}: {error}") from error
 
 
 def _take_local(values: dict[str, Any]) -> str:

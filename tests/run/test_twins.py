@@ -17,6 +17,8 @@ from tests.helpers.twins import make_twin, run
 TWINS = {
     "llama3-8b-base/sft": ("llama3", "ultrachat"),
     "llama3-8b-base/rmipo": ("llama3", "ultrafeedback_binarized"),
+    "llama3-8b-instruct/rmipo": ("llama3", "on_policy_ultrafeedback"),
+    "mistral-7b-base/sft": ("zephyr", "ultrachat"),
     "mistral-7b-base/rmipo": ("zephyr", "ultrafeedback_binarized"),
     "mistral-7b-instruct/rmipo": ("mistral-instruct", "on_policy_ultrafeedback"),
     "tiny/sft": ("llama3", "ultrachat"),
