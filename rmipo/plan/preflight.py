@@ -129,8 +129,8 @@ def check_disk(folder: str | Path, needed: int) -> int:
     free = shutil.disk_usage(existing).free
     there = sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())  # of a run that goes on
     if free + there < needed:
-        found = f"{there / GIB:.0f} are written, {free / GIB:.0f} are free"
-        raise PreflightError(f"output_dir: {folder} needs {needed / GIB:.0f} GiB: {found}. Free some, or lower save_total_limit")
+        found = f"{there / GIB:.0f} are written, {free / GIB:.0f} are free. Free some, or lower save_total_limit"
+        raise PreflightError(f"output_dir: {folder} needs {needed / GIB:.0f} GiB: {found}")
     return free
 
 
