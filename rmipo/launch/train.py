@@ -92,6 +92,7 @@ def show(step: Step, gpus: int, nodes: int, queued: bool) -> None:
 
 def queue(steps: list[Step], gpus: int, nodes: int) -> int:
     """Submit the steps, each to start when the one before has succeeded; what needs no recipe runs here, before."""
+    slurm.require_slurm()  # before anything is made here
     job = None
     for step in steps:
         if step.recipe is None and job is None:

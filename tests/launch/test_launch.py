@@ -255,13 +255,19 @@ def test_programs_have_the_training_environment(monkeypatch, sharding, threads):
         ({"MODEL": "llama3-70b-instruct", "SLURM": "1", "NODES": "4"}, "GPUS is not set"),
         ({"MODEL": "tiny", "NODES": "2"}, "NODES=2"),
         ({"MODEL": "tiny", "SHARDING": "zero9"}, "SHARDING='zero9'"),
-        ({"MODEL": "tiny", "STAGE": "rmipo", "SLURM": "1", "PATH": ""}, "SLURM=1"),
         ({"MODEL": "tiny", "ARGS": "--seed x", "DRY": "1"}, "seed is 'x'"),
     ],
 )
 def test_mistakes_end_with_one_message_and_exit_code_2(env, named):
     code, output, errors = launch(**env)
     assert (code, output) == (2, "") and named in errors
+
+
+def test_without_slurm_nothing_is_made_first(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setattr(train, "Program", lambda: pytest.fail("its world would be made"))
+    with pytest.raises(ConfigError, match="SLURM=1"):
+        train.train({"MODEL": "tiny", "SLURM": "1"})
 
 
 # The real thing, through make
@@ -299,6 +305,7 @@ def test_a_finished_run_is_started_again_to_compare_data_and_model_and_queued_on
     monkeypatch.setattr(pipeline.Step, "is_done", lambda self: True)
     monkeypatch.setattr(train, "load_steps", lambda *_: [pipeline.Step("rmipo", [], recipe)])
     monkeypatch.setattr(train, "Program", Program)
+    monkeypatch.setattr(train.slurm, "require_slurm", lambda: None)
     monkeypatch.setattr(train.slurm, "submit", lambda *job, after: started.append(job) or ("7", "log"))
     assert train.train({"MODEL": "tiny", "STAGE": "rmipo", "SLURM": queued}) == 0
     assert len(started) == (push or queued == "0")
