@@ -144,3 +144,10 @@ def test_a_file_moved_or_another_configuration_is_another_model(large):
     assert len(found) == 5
     shutil.copytree(large, large / "checkpoint-4", copy_function=shutil.copyfile)
     assert model_fingerprint(large) == model_fingerprint(large / "checkpoint-4") == trained_fingerprint(large)
+
+
+def test_the_order_in_which_a_folder_lists_its_files_does_not_matter(large, monkeypatch):
+    (large / "model-2.safetensors").write_bytes(b"more")
+    expected, listed = model_fingerprint(large), Path.glob
+    monkeypatch.setattr(Path, "glob", lambda folder, pattern: reversed(list(listed(folder, pattern))))
+    assert model_fingerprint(large) == expected

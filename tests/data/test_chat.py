@@ -375,3 +375,9 @@ def test_a_clock_whose_format_is_not_written_out_is_refused():
     tokenizer = make_tokenizer("llama3", "{{ strftime_now(style) }}")
     with pytest.raises(DataError, match="strftime_now"):
         freeze_date(tokenizer, datetime.date(2026, 2, 3))
+
+
+def test_white_space_before_the_end_token_belongs_to_the_response():
+    chat = ChatFormat.probe(make_tokenizer("llama3", LLAMA3_TEMPLATE.replace("'<|eot_id|>'", "'\n<|eot_id|>'")))
+    assert chat.end_id == 4
+    assert chat.render_pair(PROMPT, CHOSEN, REJECTED)[1] == "I am fine.\n<|eot_id|>"

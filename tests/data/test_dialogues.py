@@ -285,3 +285,11 @@ def test_packing_cuts_or_goes_on_in_the_next_block(tmp_path, chat, packing, stra
 
 def test_real_dialogues(shared_data):
     assert len(load_dialogues(config(shared_data / "instruct-sft"), "test")) == 400
+
+
+def test_a_completion_needs_a_prompt(tmp_path, chat):
+    rows = completions(tmp_path, {"prompt": [], "completion": "b"})
+    assert select(rows, chat, tmp_path, {"max_dropped_fraction": 0.5}, max_length=WINDOW)[1].dropped == {
+        "the prompt is empty": [2]
+    }
+    assert select(rows, chat, tmp_path, completion_only_loss=False, max_length=WINDOW)[1].dropped == {}

@@ -322,3 +322,23 @@ def test_real_pairs(shared_data, name, split, rows, dropped):
     for prompt, chosen in zip(tokenized["prompt_ids"][:20], tokenized["chosen_ids"][:20], strict=True):
         assert prompt[0] == 1
         assert len(prompt) + len(chosen) <= 2048
+
+
+def test_an_anthropic_hh_response_that_is_empty():
+    start = "\n\nHuman: Hello\n\nAssistant:"
+    for texts in ((f"{start} Hi!", start), (start, f"{start} Hi!")):
+        row = dict(zip(("chosen", "rejected"), texts, strict=True))
+        answers = ([assistant(text.removeprefix(start).strip())] for text in texts)
+        assert formats.read_row(row, formats.PAIRS) == ([user("Hello")], *answers)
+
+
+def test_a_text_with_speakers_in_it_is_not_of_anthropic_hh(tmp_path):
+    text = "Go on with this:\n\nHuman: Hello\n\nAssistant: Hi!\n\nHuman:"
+    (row,) = load(tmp_path, [{**pair(0), "prompt": text}])
+    assert row["prompt"] == [user(text)]
+
+
+def test_responses_that_differ_in_case_or_inner_spaces_are_a_pair():
+    for chosen, rejected in (("Yes", "yes"), ("a  b", "a b")):
+        assert formats.unusable_pair([user("q")], [assistant(chosen)], [assistant(rejected)]) is None
+    assert formats.unusable_pair([user("q")], [assistant("")], [assistant(" ")]) == "chosen is empty"

@@ -198,3 +198,9 @@ def test_two_processes_give_the_same(capfd):
     assert "Tokenising pairs (num_proc=2)" in capfd.readouterr().err
     assert one.to_list() == two.to_list()
     assert report_one == report_two
+
+
+def test_lengths_are_those_of_the_rows_kept():
+    rows = [pair(i, chosen=[assistant("word" * i)]) for i in range(1, 4)]
+    unusable = [pair(i, chosen=[assistant("")]) for i in range(4, 9)]
+    assert tokenize(rows + unusable)[1].lengths == tokenize(rows)[1].lengths

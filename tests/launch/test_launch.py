@@ -343,3 +343,20 @@ def test_an_open_quote_in_args_is_named(script):
 def test_a_variable_that_a_command_cannot_follow_is_refused(script, variable):
     done = run_here(script, env={"MODEL": "tiny", "METHOD": "simpo", variable: "1"})
     assert done.code == 2 and done.err.startswith(f"error: {variable}: ")
+
+
+def test_output_dir_of_the_user_wins():
+    words = command({"MODEL": "llama3-8b-instruct", "METHOD": "dpo", "ARGS": "--output_dir=elsewhere"})
+    assert [word for word in words if "output_dir" in word] == ["--output_dir=elsewhere"]
+
+
+def test_cpu_stages_are_queued_without_gpus():
+    code, output, _ = launch(MODEL="tiny", STAGE="rmipo", DRY="1", SLURM="1", NODES="2")
+    assert code == 0 and "# batch: 32 = 16 per device x 2 processes x 1 steps" in output
+    assert "--nodes=2 --job-name=tiny-rmipo --dependency=singleton scripts/launch.slurm cpu scripts/pref" in output
+
+
+def test_a_stop_before_the_program_runs_reaches_it():
+    program = train.Program()
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert program.run([sys.executable, "-c", "import time; time.sleep(60)"]) == 128 + signal.SIGTERM

@@ -101,3 +101,10 @@ def test_the_peak_follows_from_the_name():
     assert speed_of("NVIDIA A100-SXM4-80GB") == speed_with(312.0) and speed_of("NVIDIA B300") is None
     assert speed_of("NVIDIA H200").tflops == 989 and speed_of("NVIDIA H100 PCIe").tflops == 756
     assert speed_with(989.0).reached[0] == 0.2 and speed_with(312.0).reached[0] == 0.35
+
+
+def test_a_prior_of_the_initial_policy_is_one_pass_over_the_responses(shape):
+    work = workload_of(load_recipe(RECIPE, overrides=["--objective.prior_model", "initial"]))
+    assert not work.prior  # in the step there is none
+    flops = 2 * (shape.body + HEAD) * 640  # attention among the responses adds 2%
+    assert duration.reference_flops(shape, work) == pytest.approx(flops, rel=0.02)

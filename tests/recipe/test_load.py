@@ -7,6 +7,7 @@ import yaml
 from transformers.trainer_utils import IntervalStrategy
 
 from rmipo.errors import ConfigError
+from rmipo.recipe.checks import template_text
 from rmipo.recipe.files import coerce, parse_overrides
 from rmipo.recipe.load import load_recipe
 from tests.helpers.recipes import problems
@@ -393,3 +394,11 @@ def test_keys_of_data_that_contradict_each_other(recipe):
         ["--datasets=[{path: a}]", "--dataset_config=x"],
     ):
         assert overrides[-1].partition("=")[0].strip("-") in problems(recipe, overrides=overrides)
+
+
+def test_a_template_s_file_may_begin_with_a_mark_of_its_encoding(write, tmp_path):
+    (tmp_path / "bom.jinja").write_text("{{ bos_token }}", "utf-8-sig")
+    (tmp_path / "latin.jinja").write_text("é", "latin-1")
+    assert template_text(f"{tmp_path}/bom.jinja") == "{{ bos_token }}"
+    with pytest.raises(ConfigError, match=r"chat_template is '.*latin\.jinja'"):
+        load_recipe(write("rmipo.yaml", RECIPE), overrides=[f"--chat_template={tmp_path}/latin.jinja"])
