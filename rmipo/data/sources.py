@@ -10,6 +10,7 @@ import os
 import re
 import sys
 from pathlib import Path
+from typing import IO
 
 from datasets import Dataset, concatenate_datasets, load_dataset
 from datasets.exceptions import DatasetGenerationError
@@ -221,6 +222,8 @@ def load_files(paths: list[Path], source: str) -> Dataset:
         # The cache of datasets goes by path and time: the same path may hold other rows by now (a link, cp -p, rsync -t).
         content = text_fingerprint(b"".join(map(file_digest, paths)))
         dataset = load_dataset(builder, f"content-{content}", data_files=names, split="train", **options)
+        if builder == "json" and "timestamp" in str(dataset.features):  # Arrow has made dates of texts
+            return Dataset.from_list([row for path in paths for row in read_json(path)])
         dataset.data.validate(full=True)  # that texts are UTF-8, which Parquet files don't ensure
     except StopIteration as error:
         raise DataError(f"{source}: {files} has no rows.") from error
@@ -229,10 +232,20 @@ def load_files(paths: list[Path], source: str) -> Dataset:
     return dataset
 
 
+def open_text(path: Path) -> IO[str]:
+    return (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig", newline="")
+
+
+def read_json(path: Path) -> list[dict]:
+    with open_text(path) as file:
+        text = file.read().lstrip()
+    return json.loads(text) if text.startswith("[") else [json.loads(line) for line in text.split("\n") if line.strip()]
+
+
 def read_csv(path: Path) -> list[dict[str, str]]:
     """Every cell as text, "4" and "NA" too. (pandas takes a cell too many for an index, and moves the others.)"""
     csv.field_size_limit(sys.maxsize)  # its default of 128 KiB is less than a long dialogue
-    with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig", newline="") as file:
+    with open_text(path) as file:
         names, *rows = [row for row in csv.reader(file, strict=True) if row]
     if odd := [number for number, row in enumerate(rows, 1) if len(row) != len(names)]:
         raise ValueError(f"row {odd[0]} has another number of cells than the first line")

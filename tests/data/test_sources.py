@@ -1,6 +1,7 @@
 """Files, folders, hub ids and mixtures: which rows come, and what is said when they can't."""
 
 import gzip
+import json
 import os
 import re
 
@@ -142,13 +143,14 @@ def test_cells_of_csv_files_are_texts(tmp_path):
             load_pairs(config(tmp_path), "train")
 
 
-def test_texts_that_arrow_takes_for_dates_are_refused(tmp_path):
-    """Their spelling is lost."""
-    write(
-        tmp_path / "train.jsonl", [{"prompt": "When?", "chosen": "2020-01-01", "rejected": "2020-01-01T10:00:00Z"}] * 2
-    )
-    with pytest.raises(DataError, match="`chosen` is datetime"):
-        load_pairs(config(tmp_path), "train")
+@pytest.mark.parametrize("name", ["train.jsonl.gz", "train.json"])
+def test_texts_that_are_dates_stay_texts(tmp_path, name):
+    rows = [{"prompt": "When?", "chosen": "2020-01-01", "rejected": "2020-01-01T10:00:00Z"}] * 2
+    write(tmp_path / name, rows)
+    if name == "train.json":
+        (tmp_path / name).write_text(json.dumps(rows, indent=1))
+    row, _ = load_pairs(config(tmp_path), "train")
+    assert [row[side][0]["content"] for side in ("chosen", "rejected")] == ["2020-01-01", "2020-01-01T10:00:00Z"]
 
 
 def test_test_split_size_divides_the_training_rows(tmp_path):
