@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from rmipo.errors import EvaluationError
-from rmipo.files import write_atomically
+from rmipo.files import write_atomically, write_lines
 
 RUN_FILE = "run.json"
 METRICS_FILE = "metrics.jsonl"
@@ -78,7 +78,7 @@ def append_metrics(run_dir: str | Path, line: dict) -> None:
 def keep_metrics(run_dir: str | Path, step: int) -> list[dict]:
     """Drop the lines after `step`, which a resumed run makes again; returns those that stay. Step 0 drops all."""
     kept = [line for line in read_metrics(run_dir) if line["step"] <= step] if step else []
-    _write_lines(Path(run_dir) / METRICS_FILE, kept)
+    write_lines(Path(run_dir) / METRICS_FILE, kept)
     return kept
 
 
@@ -88,16 +88,12 @@ def read_generations(run_dir: str | Path) -> list[dict]:
 
 
 def write_generations(run_dir: str | Path, lines: list[dict]) -> None:
-    _write_lines(Path(run_dir) / GENERATIONS_FILE, lines)
+    write_lines(Path(run_dir) / GENERATIONS_FILE, lines)
 
 
 def _read_lines(path: Path) -> list[dict]:
     texts = path.read_text().splitlines(keepends=True) if path.exists() else []
     return [json.loads(text) for text in texts if text.endswith("\n")]  # a kill can cut the last line short
-
-
-def _write_lines(path: Path, lines: list[dict]) -> None:
-    write_atomically(path, "".join(json.dumps(line) + "\n" for line in lines))
 
 
 class RunRecord:

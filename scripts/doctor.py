@@ -12,13 +12,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from rmipo import cli
+from rmipo.errors import UserError
 from rmipo.launch import machine
 from rmipo.launch.choices import check_choices, choose_stages, is_on
 from rmipo.launch.machine import Check
 
 
 def disk_check(step) -> Check:
-    from rmipo.errors import UserError
     from rmipo.plan import preflight
     from rmipo.plan.memory import Sharding
 
@@ -42,7 +42,7 @@ def access_check(kind: str, name: str) -> Check:
         return Check(kind, None, f"{name} is made by an earlier stage of make train")
     try:
         return Check(kind, True, preflight.check_access(name, kind))
-    except preflight.PreflightError as error:
+    except UserError as error:
         return Check(kind, False, str(error))
 
 
@@ -54,20 +54,19 @@ def all_checks(env: dict[str, str]) -> Iterator[Check]:
     from rmipo.launch.pipeline import load_steps
 
     steps = [step for step in load_steps(*choose_stages(env), env) if step.recipe is not None]
-    values = [step.recipe.values for step in steps]
+    recipes = [step.recipe.values for step in steps]
     yield from machine.gpu_checks(needed=not all(step.on_cpu for step in steps))
     yield from map(disk_check, steps)
-    yield machine.hub_login_check()
     for kind, key in (("dataset", "dataset_name"), ("model", "model_name_or_path")):
-        for name in sorted({recipe[key] for recipe in values if recipe.get(key)}):
+        for name in sorted({recipe[key] for recipe in recipes if recipe.get(key)}):
             yield access_check(kind, name)
-    yield machine.tracker_check([recipe.get("report_to") for recipe in values])
+    yield machine.tracker_check([recipe.get("report_to") for recipe in recipes])
     if is_on(env, "EVAL"):
         from rmipo.evaluation import doctor
         from rmipo.evaluation.target import load_settings
 
-        named, own = env.get("SETTINGS"), Path("recipes", env["MODEL"], "eval.yaml")
-        yield from doctor.checks(load_settings(Path(named or own), []) if named or own.is_file() else {})
+        settings = Path(env.get("SETTINGS") or f"recipes/{env['MODEL']}/eval.yaml")
+        yield from doctor.checks(load_settings(settings, []) if env.get("SETTINGS") or settings.is_file() else {})
 
 
 def main() -> int:

@@ -47,10 +47,8 @@ def merge(folder: Path, output: Path) -> float:
     trained_on = run["fingerprints"]["model"]
     found = model_fingerprint(base_config.model_name_or_path, base_config.model_revision)
     if found != trained_on:
-        raise ConfigError(
-            f"{folder}: the adapter was trained on a model with fingerprint {trained_on}; "
-            f"{base_config.model_name_or_path} now has {found}. Restore that model, or train the adapter again"
-        )
+        now = f"{base_config.model_name_or_path} now has fingerprint {found}"
+        raise ConfigError(f"{folder}: {now}, and the adapter was trained on one with {trained_on}. Restore that model")
     dtype = base.dtype
     model = PeftModel.from_pretrained(base.float(), folder).eval()
     tokenizer = load_tokenizer(ModelConfig(model_name_or_path=str(folder)))

@@ -16,8 +16,7 @@ import sys
 from pathlib import Path
 
 from rmipo import cli
-from rmipo.errors import ConfigError
-from rmipo.launch.choices import check_weights, choose_method, choose_stages, refuse
+from rmipo.launch.choices import choose_method, choose_stages, positive_number, refuse
 
 
 def main() -> int:
@@ -28,43 +27,39 @@ def main() -> int:
     os.chdir(Path(__file__).parent.parent)
     refuse(os.environ, ["DRY", "SLURM"], "make online runs its rounds on this machine, at once; leave it out")
     refuse(os.environ, ["DATA"], "make online samples its data from the prompts of online.yaml; leave it out")
-    model, stages = choose_stages({"MODEL": args.model or "smollm2-135m-instruct"})
-    method = choose_method({"METHOD": args.method})[0]
-    if not (args.rounds or "3").isdecimal() or int(args.rounds or 3) < 1:
-        raise ConfigError(f"ROUNDS={args.rounds}: expected a whole number, 1 or more")
-    check_weights(model, stages)
+    model, _ = choose_stages({"MODEL": args.model or "smollm2-135m-instruct"})
+    method, _ = choose_method({"METHOD": args.method})
+    count = int(positive_number({"ROUNDS": args.rounds}, "ROUNDS", 3))
 
     from rmipo.evaluation.target import find_target
     from rmipo.generation.engines import release_memory
     from rmipo.generation.pairs import make_pairs
-    from rmipo.launch.online import OnlineConfig, Round, make_first
+    from rmipo.launch.online import OnlineConfig, Round
+    from rmipo.launch.pipeline import load_steps, make_weights
     from rmipo.launch.train import Program
     from rmipo.reporting.online import measure, report
 
     config = OnlineConfig.load(Path(f"recipes/{model}/online.yaml"))
-    sizes = {n: size for n in ("prompts_per_round", "held_out_prompts") if (size := getattr(args, n)) is not None}
-    if wrong := [name for name, size in sizes.items() if size < 1]:
-        raise ConfigError(f"{', '.join(wrong)}: expected 1 or more")
+    sizes = {name: getattr(args, name) for name in ("prompts_per_round", "held_out_prompts") if getattr(args, name)}
     config = dataclasses.replace(config, **sizes)
-    make_first(model)
+    make_weights(model)
     start = find_target(model, "initial", Path("outputs"), [])
     generation = start.settings.get("generation", {})
-    env = {**os.environ, "ARGS": shlex.join(overrides)}
-    rounds = [Round(config, model, method, start.folder, n) for n in range(1, int(args.rounds or 3) + 1)]
+    env = {**os.environ, "MODEL": model, "METHOD": method, "ARGS": shlex.join(overrides)}
+    home, program = Path(f"outputs/{model}/online-{method}"), Program()
+    rounds = [Round(config, home, start.folder, number + 1) for number in range(count)]
     for each in rounds:
-        each.check(env)
-    home, program = rounds[0].home, Program()
+        load_steps(model, ["rmipo"], each.environment(env))  # its recipe is refused before anything is sampled
     rows = [{"round": 0, **measure(start.folder, start.folder, config, generation, home / "round-0")}]
     for each in rounds:
-        print(f"## round {each.number} of {len(rounds)}: pairs of {each.policy}", flush=True)
+        print(f"## round {each.number} of {count}: pairs of {each.policy}", flush=True)
         pairs = make_pairs(each.policy, generation, each.pairs_config, each.pairs)
         print(f"{pairs['pairs']} pairs of {pairs['prompts']} prompts, mean score {pairs['mean_score']:.3f}", flush=True)
         release_memory()  # the training is another process
         if code := program.run([sys.executable, "scripts/launch.py"], env=each.environment(env)):
             return code
-        rows.append(
-            {"round": each.number, **measure(each.folder, start.folder, config, generation, each.folder / "eval")}
-        )
+        measured = measure(each.folder, start.folder, config, generation, each.folder / "eval")
+        rows.append({"round": each.number, **measured})
         print(report(rows, home), flush=True)
     print(f"online: {home}/rounds.md and rounds.png")
     return 0

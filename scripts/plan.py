@@ -31,15 +31,14 @@ def main() -> int:
     ###################
     # The run and its hardware
     ###################
-    model, stages = choose_stages(env)
-    step = [step for step in load_steps(model, stages, env) if step.recipe is not None][-1]
+    step = [step for step in load_steps(*choose_stages(env), env) if step.recipe is not None][-1]
     recipe, on_cpu = step.recipe, step.on_cpu
     for key in ("model_name_or_path", "dataset_name"):
         name = recipe.values.get(key) or ""
         if name.startswith("outputs/") and name not in KNOWN and not Path(name).exists():
-            raise ConfigError(f"{key}: {name} is made by an earlier stage of make train MODEL={model}: run that first")
+            raise ConfigError(f"{key}: {name} is made by an earlier stage of make train: run that first")
     nodes = node_count(env)
-    hardware = Hardware.parse(env["GPUS"], nodes) if env.get("GPUS") else preflight.local_hardware(on_cpu)
+    hardware = Hardware.parse(env["GPUS"], nodes) if env.get("GPUS") else Hardware.here(on_cpu)
     if hardware is None or hardware.nodes != nodes:
         raise ConfigError("name the GPUs of each machine and the GB of one, such as GPUS=8x80")
     sharding = Sharding("none") if on_cpu else Sharding.load(step.sharding)
@@ -50,20 +49,16 @@ def main() -> int:
     ###################
     work, shape = preflight.workload_of(recipe), preflight.shape_of(recipe)
     memory = plan_memory(shape, work, sharding, hardware)
+    place = "CPU" if on_cpu else f"{hardware.gpus} GPUs"
     trained = f", {shape.trained / 1e6:.1f} M of them trained" if work.adapters else ""
     print(f"{recipe.path}: {recipe.values['model_name_or_path']}, {shape.parameters / 1e9:.3g} B parameters{trained}")
-    if on_cpu:
-        print(f"This machine's CPU with {hardware.gib:.0f} GiB of memory")
-    else:
-        print(f"{nodes} node(s) x {hardware.gpus_per_node} GPUs x {hardware.gib:g} GiB, {step.sharding.stem}")
+    print(f"{place} with {hardware.gib:g} GiB{'' if on_cpu else f', {step.sharding.stem} over {nodes} node(s)'}")
     print(f"\nMemory at the longest micro-batch that the recipe allows ({work.longest_micro_batch} tokens)")
     for name, size in memory.parts.items():
         if size:
             print(f"  {name:36} {size / GIB:8.1f} GiB")
     verdict = "fits" if memory.fits else "DOES NOT FIT"
     print(f"  {'total':36} {memory.needed / GIB:8.1f} GiB of {hardware.gib:g}: {verdict}")
-    if memory.offloaded:
-        print(f"  offloaded to each node's memory: {memory.offloaded / GIB:.0f} GiB")
 
     ###################
     # Steps
@@ -73,20 +68,13 @@ def main() -> int:
         examples, source = max(1, int(positive_number(env, "EXAMPLES", 1))), "as EXAMPLES says"
     elif examples is None:  # the recipes' on-policy sets have about as many as UltraFeedback
         known = duration.ROWS["HuggingFaceH4/ultrafeedback_binarized", "train_prefs"]
-        examples, source = (
-            min(known, recipe.values.get("max_train_samples") or known),
-            "assumed; EXAMPLES= says otherwise",
-        )
+        examples = min(known, recipe.values.get("max_train_samples") or known)
+        source = "assumed; EXAMPLES= says otherwise"
+    steps = duration.steps(recipe, work, examples)
     pairs = f"x {work.micro_batch} x {recipe.batch(hardware.gpus)[1]}"
     cut = f"in sequences of at most {work.max_tokens} tokens" if work.max_tokens else pairs
-    steps = duration.steps(recipe, work, examples)
     print(f"\nExamples: {examples}, {source}")
-    print(f"Steps: {steps}, each {work.global_batch} examples = {'CPU' if on_cpu else f'{hardware.gpus} GPUs'} {cut}")
-    if waiting := duration.waiting(work, hardware.gpus):
-        print(
-            f"  {work.global_batch // hardware.gpus} pairs a GPU: {waiting} of a step is waiting for the GPU with the longest. "
-            f"global_batch_size: {hardware.gpus * duration.ENOUGH_PAIRS} would use all of them; that is another run"
-        )
+    print(f"Steps: {steps}, each {work.global_batch} examples = {place} {cut}")
 
     ###################
     # Time and disk
@@ -94,16 +82,14 @@ def main() -> int:
     if on_cpu:
         print("Hours: not estimated for a CPU; the progress bar of a trial shows them: ARGS='--max_steps 20'")
     else:
-        speed = speed_with(positive_number(env, "TFLOPS", A100.tflops))
-        for name, (low, high) in duration.hours(recipe, shape, work, hardware.gpus, examples, speed).items():
-            print(f"Hours of the {name}: {low:.2f} to {high:.2f}")
-        low, high = speed.reached
-        per_token = duration.step_flops(shape, work) / duration.typical_tokens(work)[0]
-        peak = hardware.gpus * speed.tflops * 1e12 / per_token
+        speed = speed_with(positive_number(env, "TFLOPS", A100))
+        low, high = duration.hours(shape, work, hardware.gpus, examples, steps, speed)
+        print(f"Hours of the training: {low:.2f} to {high:.2f}")
+        peak, (low, high) = duration.peak_tokens(shape, work, hardware.gpus, speed), speed.reached
         print(f"Tokens per second: {low * peak:.0f} to {high * peak:.0f} in training steps")
         print(
-            f"  assumed, not measured on a GPU: matrix products at {low:.0%} to {high:.0%} of {speed.tflops:g} TFLOP/s per GPU "
-            "(A100: 312, H100: 989; TFLOPS=); evaluations and checkpoints come on top"
+            f"  assumed, not measured on a GPU: {low:.0%} to {high:.0%} of {speed.tflops:g} TFLOP/s per GPU (TFLOPS=; A100: "
+            "312, H100: 989); evaluations and checkpoints come on top"
         )
     needed = preflight.disk_needed(recipe, shape, sharding)
     print(f"Disk: {needed / GIB:.1f} GiB in {recipe.values['output_dir']} (checkpoints, one being written, the model)")

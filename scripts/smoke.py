@@ -40,24 +40,11 @@ def training_lines(folder: Path) -> list[dict]:
     return [line for line in read_metrics(folder) if "loss" in line]
 
 
-def stopped_run(command: list[str], folder: Path, env: dict[str, str]) -> int:
-    """Exit code of the training `command`, which gets a SIGTERM once STOP_AFTER steps are logged."""
-    from rmipo.launch.train import Program
-
-    ended = threading.Event()
-
-    def watch() -> None:
-        while not ended.wait(0.05):
-            if len(training_lines(folder)) >= STOP_AFTER:
-                os.kill(os.getpid(), signal.SIGTERM)  # `Program` passes it on, as that of a job queue
-                return
-
-    program, watcher = Program(), threading.Thread(target=watch)
-    watcher.start()
-    code = program.run(command, str(folder), env)
-    ended.set()
-    watcher.join()
-    return code
+def stop_once_started(folder: Path, ended: threading.Event) -> None:
+    """Send this process a SIGTERM, as a job queue does, once STOP_AFTER steps are logged. `Program` passes it on."""
+    while not ended.wait(0.05):
+        if len(training_lines(folder)) >= STOP_AFTER:
+            return os.kill(os.getpid(), signal.SIGTERM)
 
 
 def run_checks(folder: Path, codes: tuple[int, int]) -> Iterator[Check]:
@@ -91,41 +78,35 @@ def hardware_checks(step, gpus: int, tflops: float | None) -> Iterator[Check]:
 
     from rmipo.plan import duration, preflight
     from rmipo.plan.gpus import speed_of, speed_with
-    from rmipo.plan.memory import GIB, Sharding, plan_memory
+    from rmipo.plan.memory import GIB, Hardware, Sharding, plan_memory
 
     lines = training_lines(Path(step.output_dir))
     if step.on_cpu or len(lines) <= STOP_AFTER:
         for name in ("memory", "tokens/s"):
             yield Check(name, None, "not compared with the plan on a CPU, or of a run that did not end")
         return
-    hardware = replace(preflight.local_hardware(), gpus_per_node=gpus)
     shape, work = preflight.shape_of(step.recipe), preflight.workload_of(step.recipe)
-    memory = plan_memory(shape, work, Sharding.load(step.sharding), hardware)
+    memory = plan_memory(shape, work, Sharding.load(step.sharding), replace(Hardware.here(), gpus_per_node=gpus))
     needed = (memory.needed - memory.parts["reserve (assumed)"]) / GIB
     peak = max(line["peak_memory_gib"] for line in lines)
     found = f"{peak:.1f} GiB at most on the first GPU, {needed:.1f} planned"
-    yield Check(
-        "memory", peak <= TOLERANCE * needed, found, "lower max_tokens_per_micro_batch, and report both numbers"
-    )
+    yield Check("memory", peak <= TOLERANCE * needed, found, "lower max_tokens_per_micro_batch, report both numbers")
 
-    speed_of_one = speed_with(tflops) if tflops else speed_of(torch.cuda.get_device_name())
-    if speed_of_one is None:
+    speed = speed_with(tflops) if tflops else speed_of(torch.cuda.get_device_name())
+    if speed is None:
         yield Check("tokens/s", None, "the peak of this GPU is not known: TFLOPS=... (dense bfloat16) compares with it")
         return
-    per_token = duration.step_flops(shape, work) / duration.typical_tokens(work)[0]
-    speed = statistics.median(line["tokens_per_second"] for line in lines[2:])  # the first steps compile
-    used, least = speed * per_token / (gpus * speed_of_one.tflops * 1e12), speed_of_one.reached[0]
-    found = f"{speed:.0f}, {used:.0%} of {gpus} x {speed_of_one.tflops:g} TFLOP/s; expected {least:.0%}"
-    yield Check(
-        "tokens/s", used >= least, found, "look for other jobs, slow links (NCCL_DEBUG=INFO), short micro-batches"
-    )
+    tokens = statistics.median(line["tokens_per_second"] for line in lines[2:])  # the first steps compile
+    used, least = tokens / duration.peak_tokens(shape, work, gpus, speed), speed.reached[0]
+    found = f"{tokens:.0f}, {used:.0%} of {gpus} x {speed.tflops:g} TFLOP/s; expected {least:.0%}"
+    fix = "look for other jobs, slow links (NCCL_DEBUG=INFO), short micro-batches"
+    yield Check("tokens/s", used >= least, found, fix)
 
 
 def main() -> int:
     os.chdir(Path(__file__).parent.parent)
-    env = os.environ | cli.variables(
-        cli.options(__doc__, "MODEL", "METHOD", "ARGS", "GPUS", "SHARDING", "TFLOPS").read()
-    )
+    options = cli.options(__doc__, "MODEL", "METHOD", "ARGS", "GPUS", "SHARDING", "TFLOPS").read()
+    env = os.environ | cli.variables(options)
     if not env.get("MODEL"):
         import torch
 
@@ -156,7 +137,13 @@ def main() -> int:
     command = step.command(gpus)
     environment = training_environment(os.environ, env.get("SHARDING", ""), gpus)
     print(shlex.join(command), flush=True)
-    codes = stopped_run(command, folder, environment), Program().run(command, str(folder), environment)
+    ended, program = threading.Event(), Program()
+    watcher = threading.Thread(target=stop_once_started, args=(folder, ended))
+    watcher.start()
+    stopped = program.run(command, str(folder), environment)
+    ended.set()
+    watcher.join()
+    codes = stopped, Program().run(command, str(folder), environment)
 
     ###################
     # What it shows

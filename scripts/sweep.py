@@ -19,7 +19,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from rmipo import cli
-from rmipo.launch.choices import choose_search, choose_stages, is_on, refuse
+from rmipo.launch.choices import choose_stages, is_on, named_files, refuse
 
 
 def main() -> int:
@@ -29,11 +29,12 @@ def main() -> int:
     env = os.environ | cli.variables(given)
     refuse(env, ["SLURM"], "a sweep trains its points on this machine; leave it out, and run make sweep inside a job")
     model, _ = choose_stages({**env, "STAGE": "rmipo"})
-    method = choose_search(env)
+    method = cli.choose("METHOD", env.get("METHOD", ""), list(named_files("recipes/sweeps")), "The searches")
 
     from rmipo.fingerprints import has_weights
     from rmipo.launch import sweep as search
     from rmipo.launch.train import Program
+    from rmipo.recipe.files import override_value
     from rmipo.run.stop import EXIT_STOPPED
 
     program = Program()
@@ -48,13 +49,14 @@ def main() -> int:
     # The points
     ###################
     if values:
-        return train(search.make_point(search.read_point(values), env))
+        pairs = [value.removeprefix("--").partition("=") for value in values]
+        return train(search.make_point({key: override_value(text) for key, _, text in pairs}, env))
     sweep = search.load_sweep(method, model)
     points = [search.make_point(point, env) for point in sweep.points]
-    search.check_metric(sweep.metric, points[0].recipe)
+    sweep.check_metric(points[0].recipe)
     path = points[0].folder.parent / search.RECORD
     open_points = [point for point in points if not point.done]
-    print(f"{len(points)} points, {len(open_points)} of them not finished; by {sweep.metric} ({sweep.goal}): {path}")
+    print(f"{len(points)} points, {len(open_points)} not finished; by {sweep.logged} ({sweep.metric.goal}): {path}")
     if is_on(env, "DRY"):
         print("\n".join(search.arguments(point.values) for point in open_points))
         return 0
@@ -76,16 +78,16 @@ def main() -> int:
         if code:
             failed += 1
             print(f"failed with exit code {code}: {search.arguments(point.values)}, see {point.folder}.log")
-        if not search.record(path, points, sweep.metric):  # the first one failed, most likely by no fault of its own
+        if not search.record(path, points, sweep.logged):  # the first one failed, most likely by no fault of its own
             return code
 
     ###################
     # The best
     ###################
-    ranked = sweep.ranked(search.record(path, points, sweep.metric))
-    print(f"{sweep.metric} of the {min(5, len(ranked))} best of {len(ranked)} points:")
+    ranked = sweep.ranked(search.record(path, points, sweep.logged))
+    print(f"{sweep.logged} of the {min(5, len(ranked))} best of {len(ranked)} points:")
     for line in ranked[:5]:
-        print(f"  {line[sweep.metric]:.4f}  {search.arguments(line['values'])}  in {line['output_dir']}")
+        print(f"  {line[sweep.logged]:.4f}  {search.arguments(line['values'])}  in {line['output_dir']}")
     best = search.arguments(ranked[0]["values"])
     print(f'best: make train MODEL={model} METHOD={method} ARGS="{best} --output_dir ..."')
     return 1 if failed else 0

@@ -57,10 +57,7 @@ class ChatFormat:
         """
         name = tokenizer.name_or_path or type(tokenizer).__name__
         if tokenizer.chat_template is None:
-            raise DataError(
-                f"{name}: the tokenizer has no chat template. Set `chat_template` in the recipe, or train from a model "
-                "whose tokenizer has one."
-            )
+            raise DataError(f"{name}: the tokenizer has no chat template. Set `chat_template` in the recipe")
         problems = []
         if tokenizer.pad_token_id is None and tokenizer.eos_token_id is None:
             problems.append(
@@ -154,10 +151,7 @@ class ChatFormat:
         if kind == "header" and not context:  # plain text of a model without BOS, whose documents follow an end token
             context = [self.end_id]
         if not context:
-            raise DataError(
-                f"prior_context: {kind} leaves nothing in front of a response, as this tokenizer has no BOS token. "
-                f"Set objective.prior_context to {'header or ' if kind == 'bos' else ''}none."
-            )
+            raise DataError(f"prior_context: {kind} is empty, as this tokenizer has no BOS token. Set another one")
         return context
 
     def render_pair(self, prompt: Messages, chosen: Messages, rejected: Messages) -> tuple[str, str, str]:
@@ -240,10 +234,7 @@ def freeze_date(tokenizer: PreTrainedTokenizerBase, date: datetime.date) -> bool
     frozen = CLOCK.sub(lambda call: json.dumps(date.strftime(call["format"])), template)
     frozen = frozen.replace("strftime_now is defined", "true")
     if "strftime_now" in frozen:
-        raise DataError(
-            "the chat template reads the clock (strftime_now) in a way that can't be replaced by a date: expected "
-            'strftime_now("...") with the format written out. Write the date into the template (chat_template)'
-        )
+        raise DataError("the chat template reads the clock (strftime_now) in a format that isn't written out in it")
     tokenizer.chat_template = frozen or None
     return frozen != template
 

@@ -9,7 +9,7 @@ import pyarrow.compute as pc
 from datasets import Dataset, Features, List, Value
 
 from rmipo.data.chat import DataError
-from rmipo.data.formats import OUR_COLUMNS, Format, describe, missing_columns, read_row
+from rmipo.data.formats import OUR_COLUMNS, Format, missing_columns, read_row
 from rmipo.data.report import name_rows, of_split, rows_by_reason
 from rmipo.data.sources import MissingSplitError, load_sources, mix, warn_once
 from rmipo.fingerprints import code_fingerprint
@@ -18,6 +18,7 @@ from rmipo.recipe.schema import DataConfig
 logger = logging.getLogger(__name__)
 
 MESSAGES = List({"role": Value("string"), "content": Value("string")})
+FORMATS = "docs/DATA.md shows the accepted formats"
 SHAPING = ("transformers", "tokenizers", "jinja2", "trl", "datasets")  # libraries that token ids depend on
 
 
@@ -66,8 +67,7 @@ def convert_rows(
     """Read every row by one of `formats`; all rows that can't be read make one DataError."""
     if missing := missing_columns(rows.column_names, formats):
         found = ", ".join(name for name in rows.column_names if name != "row")
-        inside = " It has one row: if the rows are inside of it, write them one per line." if len(rows) == 1 else ""
-        raise DataError(f"{source}: missing columns {', '.join(missing)}, found {found}.{inside} {describe(formats)}")
+        raise DataError(f"{source}: missing columns {', '.join(missing)}, found {found}. {FORMATS}")
     # Rows are read by the first format that fits. Of pairs, a `prompt` beside dialogues is compared with them.
     fitting = next(form.columns for form in formats if set(form.columns) <= set(rows.column_names))
     read = {"row", "system", *OUR_COLUMNS, *fitting, *(("prompt",) if "chosen" in fitting else ())}
@@ -90,7 +90,7 @@ def convert_rows(
     problems = rows_by_reason(converted["problem"], converted["row"])
     if problems:
         lines = [f"- {problem}: {name_rows(numbers)}" for problem, numbers in problems.items()]
-        raise DataError("\n".join([f"{source}: rows that can't be read", *lines, describe(formats)]))
+        raise DataError("\n".join([f"{source}: rows that can't be read. {FORMATS}", *lines]))
     if unread := pc.unique(pc.list_flatten(converted.data["unread"])).to_pylist():
         warn_once(f"{source}: keys of messages that are not read: {', '.join(unread)}")
     return converted.remove_columns(["problem", "unread"])
@@ -104,7 +104,7 @@ def read_batch(batch: dict, formats: Sequence[Format], sides: Sequence[str], cod
         number = row.pop("row")
         try:
             messages, problem = read_row(row, formats), None
-        except DataError as error:
+        except DataError as error:  # kept with the row: all rows with one reason are named together
             messages, problem = [[] for _ in sides], str(error)
         for name, value in zip(out, [*messages, problem, unread_keys(row, sides), number], strict=True):
             out[name].append(value)
@@ -115,12 +115,12 @@ def unread_keys(row: dict, sides: Sequence[str]) -> list[str]:
     """The keys of a row's messages that say something and are not read."""
     read = {"role", "content", *(("weight", "train") if "untrained" in sides else ())}
     messages = [item for value in row.values() if isinstance(value, list) for item in value if isinstance(item, dict)]
-    unread = [key for message in messages if "role" in message for key in message if message[key] is not None]
-    prompt = row.get("prompt")
-    if isinstance(prompt, str) and isinstance(row.get("chosen"), list):
-        said = {str(message.get("content")).strip() for message in row["chosen"]}
-        unread += ["prompt (a text that is no turn of the dialogue)"] * (prompt.strip() not in said)
-    return [key for key in dict.fromkeys(unread) if key not in read]
+    unread = {key for message in messages if "role" in message for key in message if message[key] is not None}
+    prompt, dialogue = row.get("prompt"), row.get("chosen")
+    if isinstance(prompt, str) and isinstance(dialogue, list):  # UltraFeedback repeats its first turn there
+        said = {str(message.get("content")).strip() for message in dialogue}
+        unread |= set() if prompt.strip() in said else {"prompt (a text that is no turn of the dialogue)"}
+    return sorted(unread - read)
 
 
 @functools.cache

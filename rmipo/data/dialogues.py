@@ -45,9 +45,9 @@ def select_dialogues(
         check_generation_marks(chat)
     completions = sum(bool(completion) for completion in dataset["completion"])
     if args.completion_only_loss and completions < len(dataset):
+        count = f"{len(dataset) - completions} of {len(dataset)} rows"
         raise DataError(
-            f"completion_only_loss is true, and {len(dataset) - completions} of {len(dataset)} rows are dialogues: expected "
-            "rows with the columns prompt and completion. Set assistant_only_loss: true, which trains the answers of any row"
+            f"completion_only_loss: {count} are dialogues. assistant_only_loss trains the answers of any row"
         )
     # TRL's default: rows with a completion train it alone. Of a mixture only whole dialogues can be trained in one run.
     alone = completions == len(dataset) and args.completion_only_loss is not False

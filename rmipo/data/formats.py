@@ -5,8 +5,7 @@ A new format is a function that reads a row, and its line in `PAIRS` or `DIALOGU
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from trl import extract_prompt
 
@@ -33,17 +32,13 @@ MARKERS = re.compile(
     r"<\|(?:start|end)_header_id\|>|<\|(?:system|user|assistant)\|>|\[/?INST\]|<(?:start|end)_of_turn>|"
     r"\A\s*\[\s*\{\s*['\"](?:role|content)['\"]"
 )
-MESSAGES = """Messages are lists of {"role": "system" | "user" | "assistant", "content": text}. A column `system` is the text of
-a system message in front. Rename the columns of your data."""
 
 
-@dataclass(frozen=True)
-class Format:
+class Format(NamedTuple):
     """`read` turns a row with these `columns` into messages, one list per side; None if it is of another format."""
 
     columns: tuple[str, ...]
     read: Callable[[Row], Sides | None]
-    description: str
 
 
 def read_shared_turns(row: Row) -> Sides | None:
@@ -83,10 +78,8 @@ def read_messages(row: Row) -> Sides | None:
 
 
 def read_prompt_and_completion(row: Row) -> Sides | None:
-    prompt, completion = (
-        read_turns(row["prompt"], "user", "prompt"),
-        read_turns(row["completion"], "assistant", "completion"),
-    )
+    prompt = read_turns(row["prompt"], "user", "prompt")
+    completion = read_turns(row["completion"], "assistant", "completion")
     untrained = untrained_turns(row["prompt"], prompt) + untrained_turns(row["completion"], completion)
     return prompt + completion, completion, from_the_end(untrained)
 
@@ -114,31 +107,17 @@ def from_the_end(marks: list[bool]) -> list[int]:
 
 # In the order in which they are tried.
 PAIRS = (
-    Format(
-        ("chosen", "rejected"),
-        read_shared_turns,
-        "full dialogues whose shared turns are the prompt: messages (UltraFeedback-binarized), or Anthropic-HH texts "
-        '"\\n\\nHuman: ...\\n\\nAssistant: ..."',
-    ),
-    Format(
-        ("prompt", "chosen", "rejected"),
-        read_prompt_and_responses,
-        "the prompt a text or messages, the responses texts or one assistant message each",
-    ),
+    Format(("chosen", "rejected"), read_shared_turns),  # dialogues, UltraFeedback-binarized's or Anthropic-HH texts
+    Format(("prompt", "chosen", "rejected"), read_prompt_and_responses),
 )
 DIALOGUES = (
-    Format(("messages",), read_messages, "a dialogue that ends with an assistant message"),
-    Format(("prompt", "completion"), read_prompt_and_completion, "texts or messages; the loss is on completions alone"),
+    Format(("messages",), read_messages),
+    Format(("prompt", "completion"), read_prompt_and_completion),
 )
 PROMPTS = (
-    Format(("prompt",), read_prompt, "a text or messages"),
-    Format(("messages",), read_prompt_of_messages, "messages, without the response at their end"),
+    Format(("prompt",), read_prompt),
+    Format(("messages",), read_prompt_of_messages),
 )
-
-
-def describe(formats: Sequence[Format]) -> str:
-    lines = [f"- {', '.join(f'`{column}`' for column in f.columns)}: {f.description}" for f in formats]
-    return "\n".join(["Accepted formats:", *lines, MESSAGES])
 
 
 def missing_columns(columns: Sequence[str], formats: Sequence[Format]) -> list[str]:
@@ -167,13 +146,13 @@ def with_system(text: Any, sides: Sides) -> Sides:
         raise DataError(f"`system` is {type(text).__name__}, expected text")
     if first and first[0]["role"] == "system" and first[0]["content"] != text:
         raise DataError("`system` differs from the system message of the row: keep one of them")
-    rest = first[1:] if first and first[0]["role"] == "system" else first
+    rest = first[1:] if first and first[0]["role"] == "system" else first  # the column repeats it
     return ([{"role": "system", "content": text}, *rest], *sides[1:])
 
 
 def read_turns(value: Any, role: str, column: str) -> Messages:
     """Messages of a cell: a list of messages, an Anthropic-HH text, or a text spoken by `role`. None is empty text."""
-    if value is None or isinstance(value, str):
+    if value is None or isinstance(value, str):  # an empty text is dropped later, with its reason
         # Marks count after a blank line, and only where the text starts with one: "Human:" may also be quoted.
         turns = re.split(r"\n\n(Human|Assistant):", value or "")
         if turns[0].strip() == "" and len(turns) > 1:
@@ -249,15 +228,10 @@ def unusable_prompt(prompt: Messages) -> str | None:
     """An empty system message is no fault: templates render it as they do."""
     turns = prompt[1:] if prompt and prompt[0]["role"] == "system" else prompt
     if not turns:
-        return "the prompt is empty (chosen and rejected share no turns)"
-    previous = "assistant"
-    for message in turns:
-        if message["role"] == previous or message["role"] == "system":
-            where = f"{message['role']} after {previous}" if message is not turns[0] else f"{message['role']} first"
-            return f"roles out of order: {where}"
-        previous = message["role"]
-    if previous != "user":
-        return "roles out of order: the prompt does not end with a user message"
+        return "the prompt is empty"
+    roles = [message["role"] for message in turns]  # templates raise for other orders, or render them in silence
+    if roles != ["user", "assistant"] * (len(roles) // 2) + ["user"]:
+        return "roles out of order"
     if any(not message["content"].strip() for message in turns):
         return "the prompt has an empty message"
     return None

@@ -60,6 +60,7 @@ def tokenize_pairs(
         num_proc=num_proc,
         desc="Tokenising pairs",
     )
+    # The dropped rows are named in the report, so they are dropped only after all have been tokenised.
     keep = np.array([reason is None for reason in tokenized["reason"]])
     cut = {side: np.array(tokenized[f"{side}_cut"])[keep] for side in SIDES}
     lengths = {side: pc.list_value_length(tokenized.data[f"{side}_ids"]).to_numpy()[keep] for side in SIDES}
@@ -78,33 +79,35 @@ def tokenize_pairs(
 
 def tokenize_batch(batch: dict, chat_format: ChatFormat, max_length: int, max_prompt_length: int, code: str) -> dict:
     """Called by `Dataset.map`; `code` is only there for its cache, see `code_digest`."""
-    reasons: list[str | None] = []
-    rendered, altered = [], []
-    for prompt, chosen, rejected in zip(*(batch[side] for side in SIDES), strict=True):
-        reason = unusable_pair(prompt, chosen, rejected)
+    rows = list(zip(*(batch[side] for side in SIDES), strict=True))
+    texts, reasons = [], []
+    for row in rows:
+        text, reason = None, unusable_pair(*row)
         if reason is None:
             try:
-                rendered.append(chat_format.render_pair(prompt, chosen, rejected))
+                text = chat_format.render_pair(*row)
             except DataError as error:
                 reason = str(error)
+        texts.append(text)
         reasons.append(reason)
-        altered.append(reason is None and chat_format.alters(prompt, chosen, rejected, rendered[-1]))
-    encoded = iter(chat_format.encode(rendered))
-    turns = zip(*(batch[side] for side in SIDES), strict=True)
-    out: dict[str, list] = {"row": batch["row"], "marked": [any(map(has_markers, row)) for row in turns], "reason": []}
-    out |= {f"{side}_{what}": [] for side in SIDES for what in ("ids", "cut")} | {"altered": []}
-    for reason in reasons:
-        ids = cut = ([], [], [])
-        if reason is None:
+    # All at once: fast tokenizers take a batch in parallel.
+    encoded = iter(chat_format.encode([text for text in texts if text is not None]))
+    out: dict[str, list] = {f"{side}_{what}": [] for side in SIDES for what in ("ids", "cut")}
+    out |= {"row": batch["row"], "reason": []}
+    out["marked"] = [any(map(has_markers, row)) for row in rows]
+    out["altered"] = [
+        text is not None and chat_format.alters(*row, text) for row, text in zip(rows, texts, strict=True)
+    ]
+    for text, reason in zip(texts, reasons, strict=True):
+        whole = ids = ([], [], [])
+        if text is not None:
             whole = next(encoded)
             ids = cut_pair(whole, chat_format.bos_id, max_length, max_prompt_length)
-            cut = tuple(len(short) < len(long) for short, long in zip(ids, whole, strict=True))
             reason = unusable_tokens(whole, ids, chat_format)
         out["reason"].append(reason)
-        out["altered"].append(altered[len(out["altered"])])
-        for i, side in enumerate(SIDES):
-            out[f"{side}_ids"].append(ids[i])
-            out[f"{side}_cut"].append(bool(cut[i]))
+        for side, kept, all_ids in zip(SIDES, ids, whole, strict=True):
+            out[f"{side}_ids"].append(kept)
+            out[f"{side}_cut"].append(len(kept) < len(all_ids))
     return out
 
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from rmipo.data.chat import DataError
 
-SHOWN_ROWS = 5
+SHOWN_ROWS = 5  # numbers named per reason
 
 
 @contextlib.contextmanager
@@ -53,14 +53,12 @@ class DataReport:
 
     def note_markers(self, rows: Sequence[int]) -> None:
         if rows:
-            self.notes.append(
-                f"{len(rows)} have markers of turns inside of a text (Human:, <|im_start|>, [INST], ...), which are trained "
-                f"as text: {name_rows(rows)}"
-            )
+            found = f"{len(rows)} have markers of turns inside of a text (Human:, <|im_start|>, [INST], ...)"
+            self.notes.append(f"{found}, which are trained as text: {name_rows(rows)}")
 
     @property
     def dropped_rows(self) -> int:
-        return sum(len(rows) for rows in self.dropped.values())
+        return sum(map(len, self.dropped.values()))
 
     @property
     def kept(self) -> int:
@@ -68,19 +66,15 @@ class DataReport:
 
     def check_dropped(self, max_dropped_fraction: float) -> None:
         if self.kept == 0 or self.dropped_rows > max_dropped_fraction * self.rows:
-            raise DataError(
-                f"{self.dropped_rows} of {self.rows} rows can't be used, more than max_dropped_fraction: "
-                f"{max_dropped_fraction} allows. Repair or remove them, or raise max_dropped_fraction.\n"
-                + "\n".join(self.dropped_lines())
-            )
+            found = f"{self.dropped_rows} of {self.rows} rows can't be used"
+            allowed = f"more than max_dropped_fraction: {max_dropped_fraction} allows. Repair or remove them"
+            raise DataError("\n".join([f"{found}, {allowed}", *self.dropped_lines()]))
 
     def check_cut(self, max_truncated_fraction: float, limits: str) -> None:
         if self.rows_cut > max_truncated_fraction * self.kept:
-            raise DataError(
-                f"{self.rows_cut} of {self.kept} rows are cut, more than max_truncated_fraction: "
-                f"{max_truncated_fraction} allows. Raise {limits}, or max_truncated_fraction.\n"
-                + "\n".join(self.lines())
-            )
+            found = f"{self.rows_cut} of {self.kept} rows are cut"
+            allowed = f"more than max_truncated_fraction: {max_truncated_fraction} allows. Raise {limits}"
+            raise DataError("\n".join([f"{found}, {allowed}", *self.lines()]))
 
     def dropped_lines(self) -> list[str]:
         return [f"- {len(rows)} dropped, {reason}: {name_rows(rows)}" for reason, rows in self.dropped.items()]

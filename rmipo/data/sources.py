@@ -52,21 +52,16 @@ def load_sources(data_config: DataConfig, split: str) -> list[tuple[str, Dataset
     for entry in mixture_entries(data_config):
         dataset, divided = load_source(entry, source_split, data_config)
         # Numbered before anything is dropped or shuffled: messages name rows by their place in the file.
-        dataset = number_rows(dataset, first_row)
+        dataset = dataset.remove_columns([name for name in dataset.column_names if name == "row"])
+        dataset = dataset.add_column("row", list(range(first_row, first_row + len(dataset))))
         first_row += len(dataset)
-        if divided and data_config.test_split_size and split == "test":
+        if data_config.test_split_size and divided and split == "test":
             warn_once(
                 f"{entry['path']}: test_split_size holds out rows of its training split; a test split is not read"
             )
         if not (divided or data_config.test_split_size):
             dataset = hold_out(dataset, split, entry["path"])
-        if columns := entry.get("columns"):
-            found = [name for name in dataset.column_names if name != "row"]
-            if missing := [name for name in columns if name not in found]:
-                raise DataError(
-                    f"{entry['path']}: missing columns {', '.join(missing)}, found {', '.join(found)}. Correct the "
-                    "mixture's `columns`"
-                )
+        if columns := entry.get("columns"):  # TRL's key: sources of a mixture have to have the same ones
             dataset = dataset.select_columns([*columns, "row"])
         sources.append((entry["path"], dataset))
     return sources
@@ -92,13 +87,10 @@ def mix(datasets: list[Dataset], data_config: DataConfig, split: str) -> Dataset
         try:
             mixed = mixed.train_test_split(test_size=size, seed=seed)[split]
         except ValueError as error:  # one part would be empty
-            raise DataError(
-                f"test_split_size is {size}: {len(mixed)} rows can't be divided so that there are rows for training and for "
-                "testing"
-            ) from error
-    limit = data_config.max_train_samples if split == "train" else data_config.max_eval_samples
+            raise DataError(f"test_split_size is {size}: {len(mixed)} rows can't be divided so: {error}") from error
+    key = "max_train_samples" if split == "train" else "max_eval_samples"
+    limit = getattr(data_config, key)
     if limit is not None and len(entries) > 1 and limit < len(mixed):
-        key = "max_train_samples" if split == "train" else "max_eval_samples"
         warn_once(f"{key}: {limit} rows of the mixture are taken, its first datasets first unless weights shuffle it")
     return mixed if limit is None else mixed.select(range(min(limit, len(mixed))))
 
@@ -127,11 +119,11 @@ def take_fractions(datasets: list[Dataset], entries: list[dict]) -> list[Dataset
     fractions = [entry.get("fraction") for entry in entries]
     if fractions[0] is None:
         return datasets
+    # The source that is scarcest for its share decides how large the mixture is.
     total = min(len(dataset) / fraction for dataset, fraction in zip(datasets, fractions, strict=True))
     sizes = [round(fraction * total) for fraction in fractions]
-    for entry, size in zip(entries, sizes, strict=True):
-        if size == 0:
-            raise DataError(f"{entry['path']}: fraction {entry['fraction']} takes none of its rows. Raise it")
+    if 0 in sizes:
+        raise DataError(f"{entries[sizes.index(0)]['path']}: its fraction takes none of its rows. Raise it")
     return [dataset.select(range(size)) for dataset, size in zip(datasets, sizes, strict=True)]
 
 
@@ -141,40 +133,24 @@ def load_source(entry: dict, split: str, data_config: DataConfig) -> tuple[Datas
         name = entry.get("split") or data_config.dataset_train_split
     else:
         name = entry.get("test_split") or data_config.dataset_test_split
-    path = Path(entry["path"])
-    folder = path / (entry.get("data_dir") or "")
+    source, path = entry["path"], Path(entry["path"])
     if path.exists():
-        check_local(entry, name, split)
+        # What only datasets of the hub have would have no effect, in silence.
+        if unread := [key for key in ("name", "revision", "data_files") if entry.get(key)]:
+            raise DataError(f"{source} is local: {', '.join(unread)} would have no effect. Remove them")
+        if "[" in name or (path.is_file() and name not in ("train", "test")):
+            raise DataError(f"{source} is local: there is no split {name!r} of it. Set max_train_samples for a part")
+    folder = path / (entry.get("data_dir") or "")
     if path.is_file():
-        return load_files([path], entry["path"]), False
+        return load_files([path], source), False
     if (folder / SAVED).is_file():
-        return load_files(saved_files(folder), entry["path"]), False
+        return load_files(saved_files(folder), source), False
     if path.is_dir():
-        return load_files(find_split(folder, name, split), entry["path"]), True
+        return load_files(find_split(folder, name, split), source), True
     # A hub id has one slash and no suffix. What can't be one is a path with a mistake, which the hub would blame on a login.
-    if path.is_absolute() or entry["path"].startswith((".", "~")) or entry["path"].count("/") > 1 or suffix(path):
-        raise DataError(f"{entry['path']}: no such file or folder. Paths are relative to the working directory.")
+    if path.is_absolute() or source.startswith((".", "~")) or source.count("/") > 1 or suffix(path):
+        raise DataError(f"{source}: no such file or folder. Paths are relative to the working directory.")
     return load_hub(entry, name), True
-
-
-def check_local(entry: dict, name: str, split: str) -> None:
-    """Raises DataError for what only datasets of the hub have: it would have no effect on a local file or folder."""
-    keys = {"name": "name (dataset_config)", "revision": "revision (dataset_revision)", "data_files": "data_files"}
-    if unread := [keys[key] for key in keys if entry.get(key)]:
-        raise DataError(f"{entry['path']} is local: {', '.join(unread)} would have no effect. Remove them")
-    if "[" in name:
-        limit = "max_train_samples" if split == "train" else "max_eval_samples"
-        raise DataError(
-            f"{entry['path']} is local: its split {name!r} can't be a slice. Name the split, and set {limit}"
-        )
-    asked = entry.get("split" if split == "train" else "test_split") or name
-    if Path(entry["path"]).is_file() and asked not in ("train", "test"):
-        raise DataError(f"{entry['path']} is one file, without splits: found split {asked!r}. Remove it")
-
-
-def number_rows(dataset: Dataset, first_row: int) -> Dataset:
-    dataset = dataset.remove_columns([name for name in dataset.column_names if name == "row"])
-    return dataset.add_column("row", list(range(first_row, first_row + len(dataset))))
 
 
 def hold_out(dataset: Dataset, split: str, source: str) -> Dataset:
@@ -186,16 +162,10 @@ def hold_out(dataset: Dataset, split: str, source: str) -> Dataset:
     if test_rows:
         parts = dataset.train_test_split(test_size=test_rows, seed=0)
         if split == "test":
-            warn_once(
-                f"{source}: it has no splits, so {test_rows} of its {len(dataset)} rows, drawn at random but always the "
-                "same, are the test split"
-            )
+            warn_once(f"{source}: it has no splits, so {test_rows} of its {len(dataset)} rows are the test split")
         return parts[split]
     if split == "test":
-        raise MissingSplitError(
-            f"{source}: {len(dataset)} rows are too few to set some aside as test split. Give a folder with a train "
-            "and a test file, or set `test_split_size`."
-        )
+        raise MissingSplitError(f"{source}: {len(dataset)} rows are too few for a test split. Set `test_split_size`.")
     return dataset
 
 
@@ -219,21 +189,15 @@ def find_split(folder: Path, name: str, split: str) -> list[Path]:
         name = alike[0]
     if name not in found:
         listing = ", ".join(sorted(path.name for path in folder.glob("*"))[:20]) or "nothing"
-        raise MissingSplitError(
-            f"{folder}: no file of the {split} split {name!r}, such as {name}.jsonl, {name}.jsonl.gz or "
-            f"data/{name}-00000-of-00001.parquet. Found: {listing}. Rename a file, or set "
-            f"`dataset_{split}_split` (in a mixture `{'split' if split == 'train' else 'test_split'}`)."
-        )
+        missing = f"{folder}: no file of the {split} split {name!r}, such as {name}.jsonl"
+        raise MissingSplitError(f"{missing}. Found: {listing}. Rename a file, or set `dataset_{split}_split`.")
     # Anything else would train rows twice, or leave rows out.
     shards = [SHARD.search(path.name.removesuffix(suffix(path))) for path in found[name]]
     numbers = [0] if shards == [None] else sorted(int(shard[1]) if shard else -1 for shard in shards)
     total = 1 if None in shards else int(shards[0][2])
     if numbers != list(range(total)):
         listing = ", ".join(path.name for path in found[name])
-        raise DataError(
-            f"{folder}: found {listing} for split {name}, expected one file or all shards of one upload. Add what is "
-            "missing, or name one file as the dataset"
-        )
+        raise DataError(f"{folder}: found {listing} for split {name}, expected one file or all shards of one upload")
     if others := sorted(stem for stem in found if stem.lower().startswith(name.lower()) and stem != name):
         warn_once(f"{folder}: {name} is read, and not: {', '.join(others)}. A mixture reads several splits")
     return found[name]
@@ -251,26 +215,25 @@ def load_files(paths: list[Path], source: str) -> Dataset:
     # datasets would turn some columns of dialogues into its own structure.
     options = {"parse_agent_traces": False} if builder == "json" else {}
     try:
-        if builder == "csv":  # pandas, behind load_dataset, would read "NA" as missing and "4" as a number
-            rows = [row for path in paths for row in read_csv(path)]
-            return Dataset.from_list([next(iter(rows)), *rows[1:]])  # StopIteration if there is none, as load_dataset's
+        if builder == "csv":
+            return Dataset.from_list([row for path in paths for row in read_csv(path)])
         # Escaped: `load_dataset` reads names as patterns, and run[1] would be run1.
         names = [glob.escape(str(path)) for path in paths]
         # The cache of datasets goes by path and time: the same path may hold other rows by now (a link, cp -p, rsync -t).
         content = text_fingerprint(b"".join(map(file_digest, paths)))
         dataset = load_dataset(builder, f"content-{content}", data_files=names, split="train", **options)
-        dataset.data.validate(full=True)  # that texts are UTF-8
         if builder == "json" and "timestamp" in str(dataset.features):  # Arrow has made dates of texts
-            dataset = Dataset.from_list([row for path in paths for row in read_json(path)])
+            return Dataset.from_list([row for path in paths for row in read_json(path)])
+        dataset.data.validate(full=True)  # that texts are UTF-8, which Parquet files don't ensure
     except StopIteration as error:
         raise DataError(f"{source}: {files} has no rows.") from error
     except (csv.Error, DatasetGenerationError, EOFError, OSError, ValueError) as error:
-        if (other := getattr(error, "filename", None)) and Path(other) not in paths:
-            raise DataError(
-                f"{source}: the cache of datasets can't be used ({error}). Set HF_HOME to a folder to write in"
-            ) from error
         raise DataError(f"{source}: {files} can't be read as {builder}: {error.__cause__ or error}") from error
     return dataset
+
+
+def open_text(path: Path) -> IO[str]:
+    return (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig", newline="")
 
 
 def read_json(path: Path) -> list[dict]:
@@ -281,23 +244,14 @@ def read_json(path: Path) -> list[dict]:
 
 def read_csv(path: Path) -> list[dict[str, str]]:
     """Every cell as text, "4" and "NA" too. (pandas takes a cell too many for an index, and moves the others.)"""
-    csv.field_size_limit(sys.maxsize)
+    csv.field_size_limit(sys.maxsize)  # its default of 128 KiB is less than a long dialogue
     with open_text(path) as file:
-        reader = csv.DictReader(file, strict=True)
-        names = reader.fieldnames or []
-        if twice := sorted({name for name in names if names.count(name) > 1}):
-            raise ValueError(f"it has several columns named {', '.join(map(repr, twice))}")
-        rows = []
-        for row in reader:
-            if None in row or None in row.values():
-                raise ValueError(f"line {reader.line_num} has another number of cells than the first line")
-            rows.append(row)
-    return rows
-
-
-def open_text(path: Path) -> IO[str]:
-    opened = gzip.open if path.suffix == ".gz" else open
-    return opened(path, "rt", encoding="utf-8-sig", newline="")
+        names, *rows = [row for row in csv.reader(file, strict=True) if row]
+    if odd := [number for number, row in enumerate(rows, 1) if len(row) != len(names)]:
+        raise ValueError(f"row {odd[0]} has another number of cells than the first line")
+    if len(set(names)) < len(names) or not rows:
+        raise ValueError(f"expected rows, and columns of different names, found {', '.join(names)}")
+    return [dict(zip(names, row, strict=True)) for row in rows]
 
 
 def load_hub(entry: dict, split: str) -> Dataset:
@@ -306,12 +260,8 @@ def load_hub(entry: dict, split: str) -> Dataset:
     try:
         return load_dataset(path, split=split, **arguments)
     except OSError as error:
-        raise DataError(
-            f"{path}: the dataset can't be reached on the hub ({error}). Check the id and the network (HF_HUB_OFFLINE "
-            "is not set?); log in with `.venv/bin/hf auth login` if it is gated; or download it where there is a network, "
-            f"`.venv/bin/hf download --repo-type dataset {path} --local-dir {path.split('/')[-1]}`, and give that folder "
-            "instead of the id."
-        ) from error
+        fix = "Check the id, the network and the login (`.venv/bin/hf auth login`), or download it and name its folder"
+        raise DataError(f"{path}: the dataset can't be reached on the hub ({error}). {fix}") from error
     except ValueError as error:  # an unknown split or configuration; the message lists those that exist
         raise MissingSplitError(f"{path}: {error} See the recipe's `dataset_*_split`, `dataset_config`.") from error
 

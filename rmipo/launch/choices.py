@@ -5,7 +5,6 @@ working directory.
 """
 
 import argparse
-import importlib.util
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -14,8 +13,7 @@ from rmipo.cli import choose, split
 from rmipo.errors import ConfigError
 
 MADE_FIRST = ("world", "weights", "pairs")  # what a setting makes before its first training
-GPU_FILES = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")  # of NVIDIA, of AMD, of Linux in Windows
-NOT_SETTINGS = {"ablations", "adapters", "methods", "sweeps", "templates"}
+NOT_SETTINGS = {"ablations", "adapters", "methods", "sweeps", "templates"}  # folders of overlays and other parts
 
 
 def is_on(env: Mapping[str, str], name: str) -> bool:
@@ -30,41 +28,9 @@ def refuse(env: Mapping[str, str], names: Iterable[str], why: str) -> None:
 
 
 def check_choices(env: Mapping[str, str]) -> None:
-    """Raises ConfigError with all wrong choices at once."""
-    problems = []
+    """Raises ConfigError if one of make's variables is wrong: before torch is imported, which takes seconds."""
     for check in (choose_stages, choose_method, choose_sharding, node_count, gpus_asked_for, split_args):
-        try:
-            check(env)
-        except ConfigError as error:
-            problems.append(str(error))
-    if problems:
-        raise ConfigError("\n".join(problems))
-
-
-def check_machine(env: Mapping[str, str]) -> None:
-    """Refuse what this machine surely can't do before torch and transformers are imported, which takes seconds.
-
-    Raises ConfigError: no GPU and no word of a CPU in a recipe; weights to make without the package that reads them.
-    """
-    model, stages = choose_stages(env)
-    if is_on(env, "DRY"):
-        return
-    check_weights(model, stages)
-    if is_on(env, "SLURM") or any(Path(file).exists() for file in GPU_FILES):
-        return
-    from rmipo.recipe.files import NO_GPU, read_layers
-
-    for path in (f"recipes/{model}/{stage}.yaml" for stage in stages if stage in ("sft", "rmipo")):
-        files = [Path(name) for file in (path, *split_args(env)[0]) for name, _ in read_layers(file)]
-        if "use_cpu" not in env.get("ARGS", "") and not any("use_cpu" in file.read_text() for file in files):
-            raise ConfigError(f"{path}: {NO_GPU}")
-
-
-def check_weights(model: str, stages: list[str]) -> None:
-    """Raises ConfigError where a setting's weights are to be made and the package that reads them is missing."""
-    made = Path(f"outputs/{model}/weights").is_dir()
-    if "weights" in stages and not made and importlib.util.find_spec("gguf") is None:
-        raise ConfigError(f"the weights of {model} are read with the package gguf: make install EXTRAS=smollm2")
+        check(env)
 
 
 def choose_stages(env: Mapping[str, str]) -> tuple[str, list[str]]:
@@ -74,6 +40,7 @@ def choose_stages(env: Mapping[str, str]) -> tuple[str, list[str]]:
     present = [s for s in (*MADE_FIRST, "sft", "rmipo") if Path(f"recipes/{model}/{s}.yaml").is_file()]
     trained = [stage for stage in present if stage not in MADE_FIRST]
     stage = choose("STAGE", env.get("STAGE") or "all", [*trained, "all"], f"The stages of {model}")
+    # What is made first is made whatever stage is asked for: its program keeps what is there.
     stages = present if stage == "all" else [name for name in present if name in (*MADE_FIRST, stage)]
     return model, stages + ["report"] * ("world" in present and "rmipo" in stages)
 
@@ -83,11 +50,6 @@ def choose_method(env: Mapping[str, str]) -> tuple[str, list[str]]:
     methods = named_files("recipes/methods", "recipes/ablations")
     name = choose("METHOD", env.get("METHOD") or "rmipo", ["rmipo", *methods], "The methods and ablations")
     return name, [] if name == "rmipo" else [methods[name]]
-
-
-def choose_search(env: Mapping[str, str]) -> str:
-    """METHOD, whose hyperparameters a file in recipes/sweeps/ has."""
-    return choose("METHOD", env.get("METHOD", ""), list(named_files("recipes/sweeps")), "The searches")
 
 
 def named_files(*folders: str) -> dict[str, str]:
@@ -114,16 +76,13 @@ def choose_sharding(env: Mapping[str, str]) -> str:
 
 def node_count(env: Mapping[str, str]) -> int:
     """NODES, default 1."""
-    given = env.get("NODES") or "1"
-    if not given.isdecimal() or int(given) < 1:
-        raise ConfigError(f"NODES={given!r}: expected the number of machines, such as NODES=4")
-    return int(given)
+    return int(positive_number(env, "NODES", 1))
 
 
 def gpus_asked_for(env: Mapping[str, str]) -> int | None:
     """The number in GPUS, which may also have the GB of one, as in 8x80; None if it is not set."""
     given = env.get("GPUS", "")
-    match = re.fullmatch(r"([1-9]\d*)(x\d+(\.\d+)?)?", given, re.ASCII)
+    match = re.fullmatch(r"([1-9]\d*)(x\d+(\.\d+)?)?", given, re.ASCII)  # one variable serves make plan and make train
     if given and match is None:
         raise ConfigError(f"GPUS={given!r}: expected the number of GPUs, such as GPUS=4, or with their GB, GPUS=4x80")
     return int(match[1]) if match else None
@@ -133,5 +92,5 @@ def positive_number(env: Mapping[str, str], name: str, default: float) -> float:
     """The variable `name`, `default` if it is not set. Raises ConfigError unless it is a number above 0."""
     text = env.get(name) or str(default)
     if not text.replace(".", "", 1).isdecimal() or float(text) <= 0:
-        raise ConfigError(f"{name}={text}: expected a number above 0")
+        raise ConfigError(f"{name}={text!r}: expected a number above 0")
     return float(text)

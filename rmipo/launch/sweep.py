@@ -10,14 +10,16 @@ import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+
+import pydantic
 
 from rmipo.errors import ConfigError
 from rmipo.files import write_lines
 from rmipo.fingerprints import json_fingerprint
 from rmipo.launch.pipeline import load_steps
 from rmipo.objectives import build_objective
-from rmipo.recipe.files import override_value, read_yaml
+from rmipo.recipe.files import read_yaml
 from rmipo.recipe.load import Recipe
 from rmipo.record import recorded_run
 from rmipo.training.metrics import check_logged, evaluation_metrics
@@ -26,13 +28,22 @@ RECORD = "sweep.jsonl"
 OWN_KEYS = {"parameters", "measure"}  # of a setting's search.yaml; `measure` is read by make compare
 
 
-@dataclass(frozen=True)
-class Sweep:
-    """What a sweep file says: the values of each parameter, and what is to be `goal`d ("maximize" or "minimize")."""
+class Metric(pydantic.BaseModel):
+    name: Annotated[str, pydantic.Field(pattern="^eval/")]  # on training data the best point would be the largest step
+    goal: Literal["maximize", "minimize"]
 
+
+class Sweep(pydantic.BaseModel):
+    """What a sweep file says that is read here; W&B reads the rest."""
+
+    method: Literal["grid"]
+    metric: Metric
     parameters: dict[str, list]
-    metric: str  # as in run.json: eval_common/acc_avg_logp
-    goal: str
+
+    @property
+    def logged(self) -> str:
+        """The metric as in run.json: W&B's charts say eval/x for what the trainer logs as eval_x."""
+        return self.metric.name.replace("eval/", "eval_", 1)
 
     @property
     def points(self) -> list[dict[str, Any]]:
@@ -40,9 +51,16 @@ class Sweep:
         combinations = itertools.product(*self.parameters.values())
         return [dict(zip(self.parameters, values, strict=True)) for values in combinations]
 
+    def check_metric(self, recipe: Recipe) -> None:
+        """Raises ConfigError if the runs of the sweep don't log what they are to be ranked by."""
+        try:
+            check_logged(self.logged, evaluation_metrics(build_objective(recipe.values["objective"])))
+        except ValueError as error:
+            raise ConfigError(f"metric.name: the sweep would rank its points by {self.logged}: {error}") from error
+
     def ranked(self, lines: list[dict]) -> list[dict]:
         """The lines of `sweep.jsonl`, the best first."""
-        return sorted(lines, key=lambda line: line[self.metric], reverse=self.goal == "maximize")
+        return sorted(lines, key=lambda line: line[self.logged], reverse=self.metric.goal == "maximize")
 
 
 def load_sweep(method: str, model: str) -> Sweep:
@@ -52,30 +70,13 @@ def load_sweep(method: str, model: str) -> Sweep:
     """
     path, own = Path(f"recipes/sweeps/{method}.yaml"), Path(f"recipes/{model}/search.yaml")
     content, replaced = read_yaml(path), read_yaml(own) if own.is_file() else {}
-    if unknown := replaced.keys() - OWN_KEYS:
+    if unknown := replaced.keys() - OWN_KEYS:  # the paper's ranges would be searched in silence
         raise ConfigError(f"{own}: {', '.join(unknown)} is no key of it: expected {' or '.join(sorted(OWN_KEYS))}")
+    entries = content["parameters"] | (replaced.get("parameters") or {})
     try:
-        entries = content["parameters"] | (replaced.get("parameters") or {})
-        parameters = {key: list(entry["values"]) for key, entry in entries.items()}
-        name, goal = content["metric"]["name"], content["metric"]["goal"]
-    except (KeyError, TypeError) as error:
-        raise ConfigError(
-            f"{path}: expected parameters with values, and a metric with name and goal: {error}"
-        ) from error
-    if content.get("method") != "grid" or not name.startswith("eval/") or goal not in ("maximize", "minimize"):
-        raise ConfigError(
-            f"{path}: expected method: grid, a held-out metric (eval/...), and goal: maximize or minimize"
-        )
-    # W&B's charts say eval/x for what the trainer logs as eval_x.
-    return Sweep(parameters, name.replace("eval/", "eval_", 1), goal)
-
-
-def check_metric(metric: str, recipe: Recipe) -> None:
-    """Raises ConfigError if the runs of a sweep don't log what they are to be ranked by."""
-    try:
-        check_logged(metric, evaluation_metrics(build_objective(recipe.values["objective"])))
-    except ValueError as error:
-        raise ConfigError(f"metric.name: the sweep would rank its points by {metric}: {error}") from error
+        return Sweep(**content | {"parameters": {key: entry["values"] for key, entry in entries.items()}})
+    except pydantic.ValidationError as error:
+        raise ConfigError(f"{path}: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -109,12 +110,6 @@ def make_point(values: Mapping[str, Any], env: Mapping[str, str]) -> Point:
     return Point(dict(values), environment, step.recipe, step.is_done())
 
 
-def read_point(overrides: list[str]) -> dict[str, Any]:
-    """The values in `["--objective.beta=0.1", "--learning_rate=5e-7"]`, as W&B's agent gives them."""
-    pairs = [override.removeprefix("--").partition("=") for override in overrides]
-    return {key: override_value(text) for key, _, text in pairs}
-
-
 def arguments(values: Mapping[str, Any]) -> str:
     """The overrides of a point as they are written in ARGS."""
     return shlex.join(f"--{key}={number(value)}" for key, value in values.items())
@@ -131,7 +126,7 @@ def record(path: Path, points: list[Point], metric: str) -> list[dict]:
     for point in points:
         run = recorded_run(point.folder)
         if run and run["finished"]:
-            trained_on[json_fingerprint(run["fingerprints"])] = str(point.folder)
+            trained_on[json_fingerprint(run["fingerprints"])] = str(point.folder)  # one entry, if all are alike
             about = {"output_dir": str(point.folder), "seconds": run["seconds"], "commit": run["commit"]}
             lines.append({"values": point.values, metric: run["results"][metric], **about})
     if len(trained_on) > 1:

@@ -18,6 +18,7 @@ from rmipo.launch import slurm
 from rmipo.launch.choices import choose_sharding, choose_stages, gpus_asked_for, is_on, node_count
 from rmipo.launch.environment import training_environment
 from rmipo.launch.pipeline import Step, load_steps
+from rmipo.recipe.files import NO_GPU
 from rmipo.run.checkpoints import MARKER, complete_checkpoints
 from rmipo.run.stop import EXIT_STOPPED
 
@@ -29,7 +30,7 @@ def train(env: Mapping[str, str]) -> int:
 
     Raises ConfigError if a step can't be trained so, before anything runs.
     """
-    dry, queued, nodes = is_on(env, "DRY"), is_on(env, "SLURM"), node_count(env)
+    queued, nodes = is_on(env, "SLURM"), node_count(env)
     if nodes > 1 and not queued:
         raise ConfigError(f"NODES={nodes}: several machines are reached through Slurm: add SLURM=1")
     steps = load_steps(*choose_stages(env), env)
@@ -37,12 +38,9 @@ def train(env: Mapping[str, str]) -> int:
     trained = [step for step in steps if step.recipe is not None]
     for step in trained:
         step.recipe.batch(step.processes(gpus, nodes))  # raises where the global batch can't be divided so
-    if dry:
+    if is_on(env, "DRY"):
         for step in steps:
-            command = step.command(gpus)
-            if queued and step.recipe is not None:
-                command = slurm.sbatch_command(step, nodes, gpus)
-            print(f"## {step.stage}\n{describe(step, step.processes(gpus, nodes))}{shlex.join(command)}\n")
+            show(step, gpus, nodes, queued)
         return 0
     for step in trained:
         step.is_done()  # raises where the folder holds another run
@@ -57,11 +55,39 @@ def train(env: Mapping[str, str]) -> int:
         command = step.command(gpus)
         print(f"## {step.stage}\n{shlex.join(command)}", flush=True)
         if code := program.run(command, step.output_dir, env):
-            print(
-                f"{step.stage} ended with exit code {code}; run the same command to go on from there", file=sys.stderr
-            )
+            print(f"{step.stage} ended with exit code {code}; the same command goes on from there", file=sys.stderr)
             return code
     return 0
+
+
+def gpu_count(env: Mapping[str, str], on_cpu: bool) -> int:
+    """GPUs to train on, of each node; with SHARDING, processes of a recipe for the CPU. Raises ConfigError."""
+    dry, queued = is_on(env, "DRY"), is_on(env, "SLURM")
+    visible, count = torch.cuda.device_count(), gpus_asked_for(env)
+    if on_cpu:
+        return count or 1
+    if count is None and queued:  # those of a cluster's nodes can't be seen here
+        raise ConfigError("SLURM=1: GPUS is not set. Name the GPUs of each node, such as GPUS=8")
+    if not (dry or queued) and (count or 1) > visible:
+        raise ConfigError(f"GPUS={count}: {visible} are visible here" if visible else NO_GPU)
+    return count or visible or DRY_GPUS
+
+
+def show(step: Step, gpus: int, nodes: int, queued: bool) -> None:
+    """Print the recipe as it would be trained, its notices, how the global batch comes about, and the command."""
+    print(f"## {step.stage}")
+    command = step.command(gpus)
+    if (recipe := step.recipe) is not None:
+        command = slurm.sbatch_command(step, nodes, gpus) if queued else command
+        processes = step.processes(gpus, nodes)
+        size, accumulation = recipe.batch(processes)
+        each = f"{size // (processes * accumulation)} per device x {processes} processes x {accumulation} steps"
+        tokens = recipe.values.get("max_tokens_per_micro_batch")
+        packed = f"{size} over {processes} processes, in packed sequences of at most {tokens} tokens"
+        print("".join(f"# {notice}\n" for notice in recipe.notices), end="")
+        print(yaml.safe_dump(recipe.values, sort_keys=False, width=120), end="")
+        print(f"# batch: {packed if tokens else f'{size} = {each}'}")
+    print(f"{shlex.join(command)}\n")
 
 
 def queue(steps: list[Step], gpus: int, nodes: int) -> int:
@@ -80,31 +106,6 @@ def queue(steps: list[Step], gpus: int, nodes: int) -> int:
             job, log = slurm.submit(step, nodes, gpus, after=job)
             print(f"## {step.stage}: job {job}, log {log}")
     return 0
-
-
-def gpu_count(env: Mapping[str, str], on_cpu: bool) -> int:
-    """GPUs to train on, of each node; with SHARDING, processes of a recipe for the CPU. Raises ConfigError."""
-    dry, queued = is_on(env, "DRY"), is_on(env, "SLURM")
-    visible, count = torch.cuda.device_count(), gpus_asked_for(env)
-    if on_cpu:
-        return count or 1
-    if count is None and queued:  # those of a cluster's nodes can't be seen here
-        raise ConfigError("SLURM=1: GPUS is not set. Name the GPUs of each node, such as GPUS=8")
-    if not (dry or queued) and (count or 1) > visible:
-        raise ConfigError(f"GPUS={count or 1}: {visible} are visible here. DRY=1 shows the run without starting it")
-    return count or visible or DRY_GPUS
-
-
-def describe(step: Step, processes: int) -> str:
-    """The recipe as it is trained, its notices, and how the global batch comes about."""
-    if step.recipe is None:
-        return ""
-    size, accumulation = step.recipe.batch(processes)
-    batch = f"{size} = {size // (processes * accumulation)} per device x {processes} processes x {accumulation} steps"
-    if tokens := step.recipe.values.get("max_tokens_per_micro_batch"):
-        batch = f"{size} over {processes} processes, in packed sequences of at most {tokens} tokens"
-    notices = "".join(f"# {notice}\n" for notice in step.recipe.notices)
-    return f"{notices}{yaml.safe_dump(step.recipe.resolved(), sort_keys=False, width=120)}# batch: {batch}\n"
 
 
 class Program:
@@ -131,7 +132,7 @@ class Program:
             self.process.send_signal(number)
 
     def _kill(self) -> None:
-        """On a second Ctrl-C: the program and all that it started, in whatever group or session."""
+        """On a second Ctrl-C: the program and all that it started. (torch's launcher starts each in its own session.)"""
         program = psutil.Process(self.process.pid)
         for process in (*program.children(recursive=True), program):
             with contextlib.suppress(psutil.NoSuchProcess):
@@ -141,10 +142,9 @@ class Program:
         self, command: list[str], output_dir: str | None = None, env: Mapping[str, str] | None = None, **streams
     ) -> int:
         """Exit code of `command`; 75 if it saved in `output_dir` after a signal."""
+        env = env or training_environment(os.environ)
         # A group of its own: Ctrl-C reaches it once, through us, and what it started can be ended with it.
-        self.process = subprocess.Popen(
-            command, env=env or training_environment(os.environ), process_group=0, **streams
-        )
+        self.process = subprocess.Popen(command, env=env, process_group=0, **streams)
         if self.stopped_at:  # the signal came before there was a process to pass it on to
             self.process.terminate()
         code = self.process.wait()

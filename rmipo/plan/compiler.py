@@ -15,12 +15,19 @@ def compiler_problem() -> str | None:
         return "there is no C compiler: install gcc or clang, or name one in CC"
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "probe.c")
-        source.write_text("#include <Python.h>\n")
-        command = [compiler, "-shared", "-fPIC", f"-I{sysconfig.get_paths()['include']}", str(source)]
+        source.write_text("#include <Python.h>\n")  # its headers are a package of their own, python3-dev on Debian
+        command = [
+            compiler,
+            "-shared",
+            "-fPIC",
+            f"-I{sysconfig.get_paths()['include']}",
+            source,
+            "-o",
+            f"{folder}/a.so",
+        ]
         try:
-            subprocess.run([*command, "-o", f"{folder}/probe.so"], capture_output=True, text=True, check=True)
-        except OSError as error:
-            return f"{compiler} can't be run ({error.strerror}): install gcc or clang, or name another in CC"
-        except subprocess.CalledProcessError as error:
-            return f"{compiler} can't include Python.h (python3-dev on Debian has it): {error.stderr.strip()[:200]}"
+            subprocess.run(command, capture_output=True, text=True, check=True)
+        except (OSError, subprocess.CalledProcessError) as error:
+            reason = getattr(error, "stderr", None) or str(error)
+            return f"{compiler} can't compile Python.h (in python3-dev on Debian): {reason.strip()[:200]}"
     return None

@@ -24,9 +24,6 @@ ROWS = {
     ("Anthropic/hh-rlhf", "helpful-base"): 43_835,
     ("Anthropic/hh-rlhf", "harmless-base"): 42_537,
 }
-# Measured on UltraFeedback's lengths, token packing: share of a step that GPUs wait for the one with the longest pairs.
-WAITING = {2: "43% to 48%", 4: "8% to 11%"}  # by pairs that a GPU has of a step
-ENOUGH_PAIRS = 8
 
 
 def training_examples(recipe: Recipe) -> int | None:
@@ -50,12 +47,6 @@ def steps(recipe: Recipe, work: Workload, examples: int) -> int:
     rows = math.ceil(examples * TYPICAL_DIALOGUE / work.max_length) if work.packing else examples
     epochs = recipe.values.get("num_train_epochs", ARGUMENTS[recipe.stage].num_train_epochs)
     return math.ceil(math.ceil(rows / work.global_batch) * epochs)
-
-
-def waiting(work: Workload, gpus: int) -> str | None:
-    """The share of a step that is waiting where each of `gpus` has few of its pairs; None where it is small."""
-    pairs = work.global_batch / gpus
-    return next((share for most, share in WAITING.items() if work.stage == "preference" and pairs <= most), None)
 
 
 def typical_tokens(work: Workload) -> tuple[int, int]:
@@ -90,21 +81,21 @@ def step_flops(shape: Shape, work: Workload) -> float:
     """FLOPs of one example in a training step: forward 1, backward 2 (frozen weights: 1), and what is computed again."""
     layers, head = forward_flops(shape, work)
     backward = 1 if work.adapters else 2
-    again = -(-shape.layers // work.checkpoint_every) / shape.layers if work.checkpoint_every else 0.0
+    again = math.ceil(shape.layers / work.checkpoint_every) / shape.layers if work.checkpoint_every else 0.0
     total = layers * (1 + backward + again) + head * (1 + backward + work.fused_head)
     total += sum(forward_flops(shape, work, prior=True)) * work.prior
     return total + (layers + head) * (work.reference == "logits")
 
 
-def hours(
-    recipe: Recipe, shape: Shape, work: Workload, gpus: int, examples: int, speed: Speed
-) -> dict[str, tuple[float, float]]:
-    """Expected hours (from, to) of each phase of a run on `examples`, evaluations and checkpoints apart."""
+def hours(shape: Shape, work: Workload, gpus: int, examples: int, steps: int, speed: Speed) -> tuple[float, float]:
+    """Expected hours (from, to) of a run, with its pass of the reference; evaluations and checkpoints apart."""
     # An epoch of few examples ends with a smaller step; the estimate takes it for a whole one.
     per_step = work.global_batch * (work.max_length / TYPICAL_DIALOGUE if work.packing else 1)
-    flops = {
-        "training": steps(recipe, work, examples) * per_step * step_flops(shape, work),
-        "reference pass": examples * reference_flops(shape, work),
-    }
-    rate, (low, high) = gpus * speed.tflops * 1e12 * 3600, speed.reached
-    return {name: (count / rate / high, count / rate / low) for name, count in flops.items() if count}
+    flops = steps * per_step * step_flops(shape, work) + examples * reference_flops(shape, work)
+    low, high = (flops / (gpus * speed.tflops * 1e12 * share) / 3600 for share in speed.reached[::-1])
+    return low, high
+
+
+def peak_tokens(shape: Shape, work: Workload, gpus: int, speed: Speed) -> float:
+    """Tokens per second of training steps if `gpus` reached their whole peak."""
+    return gpus * speed.tflops * 1e12 * typical_tokens(work)[0] / step_flops(shape, work)

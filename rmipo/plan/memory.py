@@ -10,6 +10,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
+import torch
 import yaml
 
 from rmipo.errors import ConfigError
@@ -33,8 +35,6 @@ STATE_BYTES = {
     "fsdp2": lambda n: (4 / n, 12 / n),
     "none": lambda n: (4, 12),
 }
-# Per trained parameter, over all nodes: the same 18 in pinned buffers (DeepSpeed's estimator: x 1.5).
-OFFLOADED_BYTES = 27
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,14 @@ class Hardware:
         if match is None:
             raise ConfigError(f"GPUS={text}: expected <GPUs per node>x<GB of one>, e.g. GPUS=8x80")
         return cls(nodes, int(match[1]), REPORTED_GIB.get(float(match[2]), float(match[2])))
+
+    @classmethod
+    def here(cls, use_cpu: bool = False) -> "Hardware | None":
+        """The GPUs of this machine, None without any; or, with `use_cpu`, the machine as one device with its memory."""
+        if use_cpu:
+            return cls(1, 1, psutil.virtual_memory().total / GIB)
+        sizes = [torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count())]
+        return cls(1, len(sizes), min(sizes) / GIB) if sizes else None  # the smallest one decides what fits
 
 
 @dataclass(frozen=True)
@@ -186,7 +194,6 @@ def model_states(shape: Shape, work: Workload, sharding: Sharding, gpus: int) ->
 @dataclass(frozen=True)
 class MemoryPlan:
     parts: dict[str, int]  # bytes per GPU; they add up to `needed`
-    offloaded: int  # bytes per node of states in its own memory
     capacity: int
 
     @property
@@ -214,8 +221,7 @@ def plan_memory(shape: Shape, work: Workload, sharding: Sharding, hardware: Hard
     parts = model_states(shape, work, sharding, hardware.gpus) | step
     parts["prior or evaluation beyond these"] = max(no_gradient_pass(shape, work, scored) - sum(step.values()), 0)
     parts["reserve (assumed)"] = int(RESERVED_FRACTION * capacity)
-    offloaded = OFFLOADED_BYTES * shape.trained // hardware.nodes if sharding.offload else 0
-    return MemoryPlan(parts, offloaded, capacity)
+    return MemoryPlan(parts, capacity)
 
 
 def checkpoint_bytes(shape: Shape, work: Workload, sharding: Sharding, only_model: bool) -> int:

@@ -1,4 +1,4 @@
-"""What can be checked before a GPU hour is spent: does the run fit, is there a disk for it, may the model be read."""
+"""What is checked before a GPU hour is spent: does the run fit, is there a disk for it, may the model be read."""
 
 import math
 import os
@@ -8,16 +8,8 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 import httpx2
-import psutil
-import torch
 from huggingface_hub import HfApi, try_to_load_from_cache
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-)
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 from transformers import TrainingArguments
 from trl import ModelConfig, get_peft_config
 
@@ -28,10 +20,8 @@ from rmipo.plan.shapes import Shape, load_config
 from rmipo.recipe.load import Recipe
 from rmipo.recipe.schema import PreferenceRunConfig
 
-CACHED_FILE = {"model": "config.json", "dataset": "README.md"}
 # What an objective needs of the initial policy -> how `Workload` calls it.
 REFERENCES = {"reference_logits": "logits", "reference": "cached", "initial_prior": "cached prior"}
-WEIGHT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "auto": 2}
 
 
 class PreflightError(UserError, ValueError):
@@ -42,7 +32,7 @@ def workload_of(recipe: Recipe) -> Workload:
     """What of a recipe decides memory and time."""
     values = recipe.values
     needs = build_objective(values["objective"]).needs if recipe.stage == "preference" else frozenset()
-    weight_bytes = WEIGHT_BYTES[values.get("dtype", ModelConfig.dtype)]
+    weight_bytes = 4 if values.get("dtype", ModelConfig.dtype) == "float32" else 2
     kwargs = values.get("activation_checkpointing_kwargs") or {}
     flex = values.get("attention", "auto") in ("auto", "flex") and not values.get("use_cpu", False)
     return Workload(
@@ -71,23 +61,53 @@ def shape_of(recipe: Recipe) -> Shape:
     return Shape.of(load_config(model.model_name_or_path, model.model_revision), get_peft_config(model))
 
 
-def check_fit(recipe: Recipe, hardware: Hardware, sharding: Sharding) -> str | None:
-    """A warning if the estimate of the longest micro-batch exceeds the memory; None if it fits.
+def check_run(recipe: Recipe, args: TrainingArguments) -> None:
+    """In a training process, however it was launched. Where it trains on the CPU nothing is checked."""
+    here = Hardware.here()
+    if here is None or args.use_cpu:
+        return
+    if args.n_gpu > 1:  # transformers would copy the model to all of them in every step
+        raise PreflightError(f"one process sees {args.n_gpu} GPUs: start one for each (make train, accelerate launch)")
+    world_size, local = (int(os.environ.get(name, "1")) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+    check_launch(recipe, replace(here, nodes=world_size // local, gpus_per_node=local), sharding_of(args))
+
+
+def check_launch(recipe: Recipe, hardware: Hardware, sharding: Sharding) -> None:
+    """Raises PreflightError where a run on GPUs can't work; warns where memory is likely too small.
+
+    Memory is an estimate, for AdamW: `memory_check: false` leaves it out.
+    """
+    check_masters(recipe, sharding)
+    if recipe.values.get("memory_check", True) and "adamw_torch" in recipe.values.get("optim", "adamw_torch"):
+        check_memory(recipe, hardware, sharding)
+    check_disk(recipe.values["output_dir"], disk_needed(recipe, shape_of(recipe), sharding))
+
+
+def check_masters(recipe: Recipe, sharding: Sharding) -> None:
+    """Raises PreflightError where AdamW would update bfloat16 weights in place, with no float32 copy to sum updates in."""
+    work = workload_of(recipe)
+    if sharding.kind == "none" and not work.adapters and work.weight_bytes < 4:
+        dtype = recipe.values.get("dtype", ModelConfig.dtype)
+        fix = "Set dtype: float32 (with bf16: true), or use SHARDING=zero3, zero2 or fsdp2, which keep float32 copies"
+        raise PreflightError(f"{recipe.path}: dtype: {dtype}: most updates would round to zero. {fix}")
+
+
+def check_memory(recipe: Recipe, hardware: Hardware, sharding: Sharding) -> None:
+    """Warns if the estimate of the longest micro-batch exceeds the memory.
 
     Raises PreflightError if weights and optimizer states alone exceed it, which is no estimate.
     """
     memory = plan_memory(shape_of(recipe), workload_of(recipe), sharding, hardware)
-    if memory.fits:
-        return None
     largest = sorted(memory.parts.items(), key=lambda part: -part[1])[:3]
     found = (
         f"{recipe.path}: needs {memory.needed / GIB:.0f} GiB per GPU with {sharding.kind} on {hardware.gpus} GPUs, found "
-        f"{hardware.gib:.0f} ({', '.join(f'{name} {size / GIB:.0f}' for name, size in largest)})"
+        f"{hardware.gib:.0f} ({', '.join(f'{name} {size / GIB:.0f}' for name, size in largest)}). "
+        "Use more GPUs, SHARDING=zero3-offload, or an overlay of recipes/adapters"
     )
-    smaller = "more GPUs, SHARDING=zero3-offload, or an overlay of recipes/adapters"
     if memory.impossible:
-        raise PreflightError(f"{found}. Weights and optimizer states alone do not fit: use {smaller}")
-    return f"{found}, by an estimate. Smaller are fewer tokens in a micro-batch, {smaller}"
+        raise PreflightError(found)
+    if not memory.fits and os.environ.get("RANK", "0") == "0":
+        print(f"warning: by an estimate, {found}", file=sys.stderr)
 
 
 def disk_needed(recipe: Recipe, shape: Shape, sharding: Sharding) -> int:
@@ -109,49 +129,9 @@ def check_disk(folder: str | Path, needed: int) -> int:
     free = shutil.disk_usage(existing).free
     there = sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())  # of a run that goes on
     if free + there < needed:
-        raise PreflightError(
-            f"output_dir: {folder} needs {needed / GIB:.0f} GiB; {there / GIB:.0f} are already written, and {free / GIB:.0f} "
-            "GiB are free. Free some, set a lower save_total_limit, or name another output_dir"
-        )
+        found = f"{there / GIB:.0f} are written, {free / GIB:.0f} are free. Free some, or lower save_total_limit"
+        raise PreflightError(f"output_dir: {folder} needs {needed / GIB:.0f} GiB: {found}")
     return free
-
-
-def check_masters(recipe: Recipe, sharding: Sharding) -> None:
-    """Raises PreflightError where AdamW would update bfloat16 weights in place, with no float32 copy to sum updates in."""
-    work = workload_of(recipe)
-    if sharding.kind == "none" and not work.adapters and work.weight_bytes < 4:
-        raise PreflightError(
-            f"{recipe.path}: dtype: {recipe.values.get('dtype', ModelConfig.dtype)} trains all weights without a float32 "
-            "copy where nothing is sharded: most updates at such learning rates round to zero. Set dtype: float32 (bf16: "
-            "true keeps the arithmetic in bfloat16), or use SHARDING=zero3, zero2 or fsdp2"
-        )
-
-
-def check_launch(recipe: Recipe, hardware: Hardware, sharding: Sharding) -> None:
-    """Before a run on GPUs starts; raises PreflightError where it can't work, warns where memory is likely too small.
-
-    Memory is an estimate, for AdamW: `memory_check: false` leaves it out.
-    """
-    check_masters(recipe, sharding)
-    if recipe.values.get("memory_check", True) and "adamw_torch" in recipe.values.get("optim", "adamw_torch"):
-        warning = check_fit(recipe, hardware, sharding)
-        if warning and os.environ.get("RANK", "0") == "0":
-            print(f"warning: {warning}", file=sys.stderr)
-    check_disk(recipe.values["output_dir"], disk_needed(recipe, shape_of(recipe), sharding))
-
-
-def check_run(recipe: Recipe, args: TrainingArguments) -> None:
-    """The same in a training process, however it was launched. Where it trains on the CPU nothing is checked."""
-    here = local_hardware()
-    if here is None or args.use_cpu:
-        return
-    if args.n_gpu > 1:  # transformers would copy the model to all of them in every step
-        raise PreflightError(
-            f"{recipe.path}: one process sees {args.n_gpu} GPUs. Start one for each (make train, or accelerate launch), or "
-            "show it one: CUDA_VISIBLE_DEVICES=0"
-        )
-    world_size, local = (int(os.environ.get(name, "1")) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
-    check_launch(recipe, replace(here, nodes=world_size // local, gpus_per_node=local), sharding_of(args))
 
 
 def sharding_of(args: TrainingArguments) -> Sharding:
@@ -162,37 +142,19 @@ def sharding_of(args: TrainingArguments) -> Sharding:
     return Sharding("fsdp2" if fsdp else "none")
 
 
-def local_hardware(use_cpu: bool = False) -> Hardware | None:
-    """The GPUs of this machine, None without any; or, with `use_cpu`, the machine as one device with its memory."""
-    if use_cpu:
-        return Hardware(1, 1, psutil.virtual_memory().total / GIB)
-    count = torch.cuda.device_count()
-    smallest = min((torch.cuda.get_device_properties(i).total_memory for i in range(count)), default=0)
-    return Hardware(1, count, smallest / GIB) if count else None
-
-
 def check_access(name: str, kind: str) -> str:
     """Whether a model or dataset (`kind`) can be read, in words: a local file or folder, or a hub repository.
 
-    Raises PreflightError where it doesn't exist, is gated, or the hub can't be reached.
+    Raises PreflightError with the hub's reason: it doesn't exist, is gated, or can't be reached.
     """
     if Path(name).exists():
         return f"{name} is here"
     try:
         HfApi().auth_check(name, repo_type=kind)
-    except GatedRepoError as error:
-        raise PreflightError(
-            f"{name} is gated. Fix: accept its licence on its hub page, then `.venv/bin/hf auth login` or set HF_TOKEN"
-        ) from error
-    except (RepositoryNotFoundError, HFValidationError) as error:
-        raise PreflightError(
-            f"{name} is neither a local path nor a {kind} on the hub that this login sees. Fix: check the recipe's name"
-        ) from error
-    except (OfflineModeIsEnabled, HfHubHTTPError, httpx2.TransportError) as error:
-        if isinstance(try_to_load_from_cache(name, CACHED_FILE[kind], repo_type=kind), str):
+        return f"{name} can be read"
+    except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, httpx2.TransportError) as error:
+        file = {"model": "config.json", "dataset": "README.md"}[kind]
+        if isinstance(try_to_load_from_cache(name, file, repo_type=kind), str):
             return f"{name} is in the cache"
-        raise PreflightError(
-            f"{name}: hub unreachable ({type(error).__name__}). Fix: download it where there is a network, or name a "
-            "local folder"
-        ) from error
-    return f"{name} can be read"
+        fix = "check the name and the network; accept the licence of a gated one, then `.venv/bin/hf auth login`"
+        raise PreflightError(f"{name} can't be read on the hub ({type(error).__name__}). Fix: {fix}") from error

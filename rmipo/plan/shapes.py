@@ -17,27 +17,21 @@ from transformers.initialization import no_init_weights
 
 from rmipo.errors import ConfigError
 
+# Sizes as the model cards of the recipes' gated models, and of those made from them, state them.
+SIZES_8B = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32}
+SIZES_70B = {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64}
 LLAMA3 = {"vocab_size": 128256, "num_key_value_heads": 8, "max_position_embeddings": 8192}
-LLAMA3_8B = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32}
-LLAMA3_70B = {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64}
-MISTRAL_7B = {**LLAMA3_8B, "vocab_size": 32000, "num_key_value_heads": 8}
-SMOLLM2_135M = {
-    "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
-    "num_key_value_heads": 3, "vocab_size": 49152, "max_position_embeddings": 8192, "tie_word_embeddings": True,
-}  # fmt: skip
-
-# The models of the recipes and the sizes that their model cards state.
+MISTRAL_7B = (MistralConfig, SIZES_8B | {"vocab_size": 32000, "num_key_value_heads": 8})
+LLAMA3_8B, LLAMA3_70B = (LlamaConfig, LLAMA3 | SIZES_8B), (LlamaConfig, LLAMA3 | SIZES_70B)
 KNOWN = {
-    "meta-llama/Meta-Llama-3-8B": (LlamaConfig, LLAMA3 | LLAMA3_8B),
-    "meta-llama/Meta-Llama-3-8B-Instruct": (LlamaConfig, LLAMA3 | LLAMA3_8B),
-    "princeton-nlp/Llama-3-Base-8B-SFT": (LlamaConfig, LLAMA3 | LLAMA3_8B),
-    "meta-llama/Meta-Llama-3-70B-Instruct": (LlamaConfig, LLAMA3 | LLAMA3_70B),
-    "meta-llama/Llama-3.3-70B-Instruct": (LlamaConfig, LLAMA3 | LLAMA3_70B),
-    "mistralai/Mistral-7B-v0.1": (MistralConfig, MISTRAL_7B),
-    "mistralai/Mistral-7B-Instruct-v0.2": (MistralConfig, MISTRAL_7B),
-    "alignment-handbook/zephyr-7b-sft-full": (MistralConfig, MISTRAL_7B),
-    "HuggingFaceTB/SmolLM2-135M-Instruct": (LlamaConfig, SMOLLM2_135M),
-    "outputs/smollm2-135m-instruct/weights": (LlamaConfig, SMOLLM2_135M),
+    "meta-llama/Meta-Llama-3-8B": LLAMA3_8B,
+    "meta-llama/Meta-Llama-3-8B-Instruct": LLAMA3_8B,
+    "princeton-nlp/Llama-3-Base-8B-SFT": LLAMA3_8B,
+    "meta-llama/Meta-Llama-3-70B-Instruct": LLAMA3_70B,
+    "meta-llama/Llama-3.3-70B-Instruct": LLAMA3_70B,
+    "mistralai/Mistral-7B-v0.1": MISTRAL_7B,
+    "mistralai/Mistral-7B-Instruct-v0.2": MISTRAL_7B,
+    "alignment-handbook/zephyr-7b-sft-full": MISTRAL_7B,
 }
 
 

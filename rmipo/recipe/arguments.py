@@ -69,7 +69,7 @@ class PairConfig(TrainingArguments):
             self.activation_checkpointing = True
         # transformers takes bfloat16 on a CPU from those who ask for the CPU.
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
-        if self.bf16 is None:
+        if self.bf16 is None:  # decided here: transformers takes it wherever torch can imitate it
             self.bf16 = not self.fp16 and _has_bf16(self.use_cpu)
         if self.torch_compile:
             # Layer by layer: one graph serves all of them, and compiling takes a fraction of the time.
@@ -100,15 +100,11 @@ class PairConfig(TrainingArguments):
         per_forward = self.per_device_train_batch_size * self.world_size
         objective = build_objective(self.objective)
         if per_forward < objective.min_pairs:
-            raise ConfigError(
-                f"per_device_train_batch_size: {objective.name} needs at least {objective.min_pairs} pairs in a micro-batch "
-                f"over all processes, found {per_forward}"
-            )
+            needed = f"{objective.name} needs at least {objective.min_pairs} pairs in a micro-batch over all processes"
+            raise ConfigError(f"per_device_train_batch_size: {needed}, found {per_forward}")
         if self.max_tokens_per_micro_batch and objective.micro_batch_matters:
-            raise ConfigError(
-                f"max_tokens_per_micro_batch: a pair's loss under this {objective.name} depends on the pairs in its "
-                "micro-batch. Set per_device_train_batch_size alone"
-            )
+            why = f"a pair's loss under this {objective.name} depends on the others in its micro-batch"
+            raise ConfigError(f"max_tokens_per_micro_batch: {why}. Set per_device_train_batch_size alone")
         if self.global_batch_size is None:
             return per_forward * self.gradient_accumulation_steps
         if self.gradient_accumulation_steps != 1:

@@ -13,7 +13,7 @@ from typing import Any
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from rmipo.errors import ConfigError
-from rmipo.objectives import OBJECTIVES, build_objective
+from rmipo.objectives import build_objective
 from rmipo.recipe import arguments
 from rmipo.recipe.files import coerce
 from rmipo.recipe.schema import ARGUMENTS, RECIPE_ONLY, DataConfig, ModelConfig, PreferenceRunConfig, SFTConfig
@@ -30,16 +30,19 @@ REFUSED = {
 REFUSED_IN_PREFERENCE = arguments.REFUSED | {
     "attn_implementation": "packed pairs have their own kernels: use attention"
 }
-ADAPTERS = ("lora_", "use_rslora", "use_dora")
-# Numbers that the libraries take and that would train nothing, train without clipping, or save nothing, without a word.
-BATCHES = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
-MEANINGFUL = dict.fromkeys(("learning_rate", "num_train_epochs", "save_steps"), PositiveFloat)
-MEANINGFUL |= dict.fromkeys(BATCHES, PositiveInt)
-MEANINGFUL |= {"eval_steps": PositiveFloat | None, "max_grad_norm": NonNegativeFloat, "weight_decay": NonNegativeFloat}
-MEANINGFUL |= {"lora_r": PositiveInt, "lora_alpha": PositiveInt}
-MEANINGFUL |= {"max_tokens_per_micro_batch": PositiveInt | None, "max_length": PositiveInt | None}
-MEANINGFUL |= {"max_prompt_length": PositiveInt, "generation_samples": NonNegativeInt}
+# Recipes are saved beside models, logged and sent to trackers.
 ACCESS_TOKEN = re.compile(r"\b(hf_[A-Za-z0-9]{20,}|wandb_v1_\w+)")
+ADAPTERS = ("lora_", "use_rslora", "use_dora")  # how keys begin that only adapters read
+# Numbers that the libraries take and that would train nothing, train without clipping, or save nothing, without a word.
+MEANINGFUL = {
+    **dict.fromkeys(("learning_rate", "num_train_epochs", "save_steps"), PositiveFloat),
+    **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size"), PositiveInt),
+    **dict.fromkeys(("gradient_accumulation_steps", "max_prompt_length", "lora_r", "lora_alpha"), PositiveInt),
+    **dict.fromkeys(("max_grad_norm", "weight_decay"), NonNegativeFloat),
+    **dict.fromkeys(("max_tokens_per_micro_batch", "max_length"), PositiveInt | None),
+    "eval_steps": PositiveFloat | None,
+    "generation_samples": NonNegativeInt,
+}
 
 
 def stage_of(values: Mapping[str, Any]) -> str:
@@ -58,8 +61,11 @@ def check_types(values: Mapping[str, Any], stage: str, origin: Mapping[str, str]
     Returns:
         A line for each unknown or refused key and each wrong type; the values without those.
     """
-    annotations = _annotations(stage)
-    choices = {f.name: f.metadata.get("choices") for cls in (ARGUMENTS[stage], ModelConfig) for f in fields(cls)}
+    annotations, choices = dict(RECIPE_ONLY), {}
+    for cls in (ARGUMENTS[stage], DataConfig, ModelConfig):
+        annotations |= typing.get_type_hints(cls, include_extras=True)
+        choices |= {f.name: f.metadata["choices"] for f in fields(cls) if "choices" in f.metadata}
+    annotations |= MEANINGFUL
     refused = REFUSED | (REFUSED_IN_PREFERENCE if stage == "preference" else {})
     problems, sound = [], {}
     for key, value in values.items():
@@ -69,7 +75,9 @@ def check_types(values: Mapping[str, Any], stage: str, origin: Mapping[str, str]
         elif ACCESS_TOKEN.search(json.dumps(value, default=str)):
             problems.append(f"{where} looks like an access token, which doesn't belong in a recipe")
         elif key not in annotations:
-            problems.append(f"{where} {_unknown(key, annotations, stage)}")
+            near = difflib.get_close_matches(key, annotations, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            problems.append(f"{where} is not a key of {stage} recipes{hint}")
         else:
             try:
                 sound[key] = coerce(value, annotations[key])
@@ -86,34 +94,27 @@ def check_values(given: Mapping[str, Any], values: Mapping[str, Any], stage: str
     """A line for each key missing in `given`, and each contradiction in `values`, those of the right type."""
     # A key whose value has a wrong type is named already: it is not missing.
     problems = [f"{key} is missing" for key in ("model_name_or_path", "output_dir") if not given.get(key)]
-    if glob.has_magic(values.get("output_dir") or ""):  # DeepSpeed and vLLM would read another folder's weights
-        problems.append(f"output_dir is {values['output_dir']!r}: libraries read *, ? and [ as patterns")
-    if (given.get("global_batch_size") is None) == (given.get("gradient_accumulation_steps") is None):
-        problems.append("global_batch_size is missing, or gradient_accumulation_steps contradicts it: set one of them")
-    if bool(given.get("dataset_name")) == bool(given.get("datasets")):
-        problems.append("the data is ambiguous or missing: expected either dataset_name or datasets (a mixture)")
-    steps = values.get("max_steps", -1)
-    if steps < 1 and steps != -1:  # transformers would train one step for 0
-        problems.append(f"max_steps is {steps}: expected 1 or more, or -1 for num_train_epochs")
-    if values.get("fp16") and values.get("use_cpu"):
-        problems.append("fp16: a CPU computes in float32 all the same. Remove it")
-    if Path(values.get("model_name_or_path") or "").is_dir() and values.get("model_revision", "main") != "main":
-        problems.append(f"model_revision is {values['model_revision']}: model_name_or_path is a folder. Remove it")
-    if not values.get("use_peft") and (lora := [key for key in values if key.startswith(ADAPTERS)]):
-        problems.append(f"{', '.join(lora)}: all weights would be trained without use_peft: true")
-    if values.get("optim_args") and str(values.get("optim", "adamw_torch")).startswith(("adamw_torch", "adafactor")):
-        problems.append(
-            f"optim_args is {values['optim_args']!r}: this optimizer doesn't read it. Use the keys adam_..."
-        )
-    optimizer = str(values.get("optim", "adamw_torch"))
-    if values.get("optim_target_modules") and not optimizer.startswith(("galore", "apollo")):
-        problems.append("optim_target_modules: only galore and apollo read it. Remove it")
-    if (values.get("liger_kernel_config") or {}).get("fused_linear_cross_entropy"):
-        problems.append(
-            "liger_kernel_config.fused_linear_cross_entropy would undo the fused LM head of this repository"
-        )
-    if values.get("push_to_hub") and not values.get("hub_model_id"):
-        problems.append("push_to_hub needs hub_model_id, the repository to upload to, such as name/llama3-8b-rmipo")
+    for keys in (("global_batch_size", "gradient_accumulation_steps"), ("dataset_name", "datasets")):
+        if bool(given.get(keys[0])) == bool(given.get(keys[1])):
+            problems.append(f"{' and '.join(keys)}: set one of them, and not both")
+    steps, optimizer = values.get("max_steps", -1), str(values.get("optim", "adamw_torch"))
+    plain, projecting = optimizer.startswith(("adamw_torch", "adafactor")), optimizer.startswith(("galore", "apollo"))
+    in_folder = Path(values.get("model_name_or_path") or "").is_dir()
+    lora = "" if values.get("use_peft") else ", ".join(key for key in values if key.startswith(ADAPTERS))
+    fused = (values.get("liger_kernel_config") or {}).get("fused_linear_cross_entropy")
+    # Each would do nothing, or something else than it says, without a word; the last after the training.
+    silent = {
+        "output_dir: libraries read *, ? and [ as patterns": glob.has_magic(values.get("output_dir") or ""),
+        "max_steps: expected 1 or more, or -1 for num_train_epochs": steps < 1 and steps != -1,
+        "fp16: a CPU computes in float32 all the same": values.get("fp16") and values.get("use_cpu"),
+        "model_revision: model_name_or_path is a folder": in_folder and values.get("model_revision", "main") != "main",
+        "optim_args: this optimizer reads the keys adam_... alone": values.get("optim_args") and plain,
+        "optim_target_modules: only galore and apollo read it": values.get("optim_target_modules") and not projecting,
+        "liger_kernel_config.fused_linear_cross_entropy: it would undo our fused LM head": fused,
+        f"{lora}: all weights would be trained without use_peft: true": lora,
+        "push_to_hub needs hub_model_id": values.get("push_to_hub") and not values.get("hub_model_id"),
+    }
+    problems += [what for what, found in silent.items() if found]
     checks = [
         lambda: DataConfig(**{f.name: values[f.name] for f in fields(DataConfig) if f.name in values}),
         lambda: template_text(values.get("chat_template")),
@@ -137,27 +138,7 @@ def template_text(template: str | None) -> str | None:
     """The chat template itself, read from its file if `template` is a path. Raises ConfigError if it is neither."""
     if template is None or "{%" in template or "{{" in template:
         return template
-    if not template.endswith(".jinja"):
-        raise ConfigError(f"chat_template is {template!r}: expected template text or the path of a .jinja file")
     try:
         return Path(template).read_text("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"chat_template is {template!r}: {error}") from error
-
-
-def _annotations(stage: str) -> dict[str, Any]:
-    types = dict(RECIPE_ONLY)
-    for cls in (ARGUMENTS[stage], DataConfig, ModelConfig):
-        types |= typing.get_type_hints(cls, include_extras=True)
-    return types | MEANINGFUL
-
-
-def _unknown(key: str, known: Mapping[str, Any], stage: str) -> str:
-    other = "preference" if stage == "sft" else "sft"
-    if key in _annotations(other):
-        return f"is a key of {other} recipes, and this is one of stage {stage}"
-    hyperparameters = {name for cls in OBJECTIVES.values() for name in [f.name for f in fields(cls)] + list(cls.hints)}
-    if stage == "preference" and key in hyperparameters:
-        return f"belongs in the objective block (objective.{key})"
-    near = difflib.get_close_matches(key, known, n=1)
-    return f"is not a key of recipes{f'; did you mean {near[0]}?' if near else ''}"
+        raise ConfigError(f"chat_template is {template!r}, neither template text nor a file: {error}") from error

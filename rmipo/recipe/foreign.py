@@ -5,12 +5,11 @@ built on it: SimPO, SimPER, alpha-DPO, epsilon-DPO and the RMiPO authors' own.
 """
 
 from collections.abc import Mapping
-from dataclasses import fields
 from typing import Any
 
 from trl import DPOConfig
 
-from rmipo.recipe.schema import DataConfig, ModelConfig, PreferenceRunConfig
+from rmipo.recipe.schema import PreferenceRunConfig
 
 Values = dict[str, Any]
 
@@ -34,9 +33,9 @@ IGNORED = (
 MIXED = ("dataset_mixer", "dataset_mixture", "use_flash_attention_2")
 ENTRY = {"id": "path", "config": "name", "split": "split", "columns": "columns", "weight": "weight"}
 MIXTURE = {"test_split_size": "test_split_size", "seed": "mixture_seed"}
-LOSSES = ("sigmoid", "ipo", "simpo", "simper", "alpha-dpo", "epsilon-dpo", "rmipo")
 # What trains another run than TRL's where a recipe leaves it out.
 OTHER_DEFAULTS = ("num_train_epochs", "lr_scheduler_type", "warmup_steps", "max_length")
+LOSSES = ("sigmoid", "ipo", "simpo", "simper", "alpha-dpo", "epsilon-dpo", "rmipo")
 
 
 def translate(values: Mapping[str, Any], is_recipe: bool) -> tuple[Values, list[str]]:
@@ -48,7 +47,16 @@ def translate(values: Mapping[str, Any], is_recipe: bool) -> tuple[Values, list[
     preference = is_recipe and _is_preference(values)
     _translate_keys(values, notices)
     if preference:
-        _translate_preference(values, notices)
+        if "objective" not in values:
+            values["objective"] = _objective(values)
+            notices.append(f"objective: {values['objective']} (translated from loss_type and its keys)")
+        if "attn_implementation" in values:
+            notices.append(f"attn_implementation: {values.pop('attn_implementation')} ignored: pairs have own kernels")
+        if isinstance(length := values.get("max_length"), int):
+            values.setdefault("max_prompt_length", length - 1)  # TRL has no limit of its own for prompts
+        if left_out := [key for key in OTHER_DEFAULTS if key not in values]:
+            ours = ", ".join(f"{key}: {getattr(PreferenceRunConfig, key)}" for key in left_out)
+            notices.append(f"left out, so as in this repository and not as in TRL: {ours}")
     if is_recipe and "gradient_accumulation_steps" in values and "global_batch_size" not in values:
         steps, pairs = values["gradient_accumulation_steps"], values.get("per_device_train_batch_size", 8)
         notices.append(
@@ -59,7 +67,7 @@ def translate(values: Mapping[str, Any], is_recipe: bool) -> tuple[Values, list[
 
 def _is_preference(values: Values) -> bool:
     """Whether a recipe is another repository's for preference training, perhaps with an objective block added to it."""
-    if "global_batch_size" in values:
+    if "global_batch_size" in values:  # a key that only this repository has
         return False
     if "objective" in values:
         return "gradient_accumulation_steps" in values
@@ -73,7 +81,7 @@ def _translate_keys(values: Values, notices: list[str]) -> None:
         return
     new = {RENAMED[key]: values.pop(key) for key in RENAMED if key in values}
     if new.get("dtype", "") is None:
-        new["dtype"] = "float32"
+        new["dtype"] = "float32"  # what transformers loaded for null, before "auto" was its default
     if "use_flash_attention_2" in values:
         new["attn_implementation"] = "flash_attention_2" if values.pop("use_flash_attention_2") else "sdpa"
     try:
@@ -89,24 +97,6 @@ def _translate_keys(values: Values, notices: list[str]) -> None:
     notices += [f"{key}: {values.pop(key)} ignored: it has no effect here" for key in IGNORED if key in values]
 
 
-def _translate_preference(values: Values, notices: list[str]) -> None:
-    """The objective of a preference recipe, and what TRL's DPOConfig has that is of no use here; in place."""
-    if "objective" not in values:
-        values["objective"] = _objective(values)
-        notices.append(f"objective: {values['objective']} (translated from loss_type and its keys)")
-    # Our own kernels, and what a recipe spells out although it is TRL's default.
-    known = {f.name for cls in (PreferenceRunConfig, DataConfig, ModelConfig) for f in fields(cls)}
-    repeated = [f.name for f in fields(DPOConfig) if f.name not in known and values.get(f.name, ...) == f.default]
-    for key in ("attn_implementation", *repeated):
-        if key in values:
-            notices.append(f"{key}: {values.pop(key)} ignored: it has no effect here")
-    if isinstance(length := values.get("max_length"), int):
-        values.setdefault("max_prompt_length", length - 1)  # TRL has no limit of its own for prompts
-    if left_out := [key for key in OTHER_DEFAULTS if key not in values]:
-        ours = ", ".join(f"{key}: {getattr(PreferenceRunConfig, key)}" for key in left_out)
-        notices.append(f"left out, so as in this repository and not as in TRL: {ours}")
-
-
 def _objective(values: Values) -> Values:
     """The block that `loss_type` and its keys mean; takes them out of `values`.
 
@@ -115,10 +105,8 @@ def _objective(values: Values) -> Values:
     given = values.pop("loss_type", None)
     loss = given[0] if isinstance(given, list) and len(given) == 1 else given
     if loss not in LOSSES:
-        raise ValueError(
-            f"loss_type is {loss!r}: expected one of {', '.join(LOSSES)}, or an objective block, such as "
-            "objective: {name: dpo, beta: 0.01}, that says which method it trains"
-        )
+        own = "an objective block, such as objective: {name: dpo, beta: 0.01}"
+        raise ValueError(f"loss_type is {loss!r}: expected one of {', '.join(LOSSES)}, or {own}")
     try:
         if loss == "sigmoid":
             return {"name": "dpo", "beta": values.pop("beta", DPOConfig.beta)}
@@ -145,11 +133,7 @@ def _mixer(values: Values) -> Values:
     shares, splits = values.pop("dataset_mixer"), values.pop("dataset_splits", ["train", "test"])
     configs = values.pop("dataset_configs", [None] * len(shares))
     test = [split for split in splits if "test" in split]
-    if len(test) > 1 or len(set(splits) - set(test)) != 1:
-        raise ValueError(
-            f"dataset_splits is {splits}: expected one split to train on, and at most one with test in its name"
-        )
-    (train,) = set(splits) - set(test)
+    (train,) = set(splits) - set(test)  # ValueError for several
     common = {"split": train} | ({"test_split": test[0]} if test else {})
     return {
         "datasets": [

@@ -2,7 +2,7 @@
 
 import copy
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from datetime import timedelta
 from pathlib import Path
@@ -52,25 +52,14 @@ class Recipe:
             return per_device * steps * world_size, steps
         size = self.values["global_batch_size"]
         if size % (per_device * world_size):
-            fits = [n for n in range(1, size + 1) if size % (n * world_size) == 0]
-            raise ConfigError(
-                f"{self.path}: global_batch_size {size} is not a multiple of per_device_train_batch_size ({per_device}) x "
-                f"processes ({world_size}); with so many processes it can be one of {fits}"
-            )
+            factors = f"per_device_train_batch_size ({per_device}) x processes ({world_size})"
+            raise ConfigError(f"{self.path}: global_batch_size {size} is not a multiple of {factors}")
         return size, size // (per_device * world_size)
-
-    def require_device(self, gpus: int) -> None:
-        if gpus == 0 and not self.values.get("use_cpu"):
-            raise ConfigError(f"{self.path}: {NO_GPU}")
 
     def require_stage(self, stage: str) -> "Recipe":
         """This recipe, if it is one of `stage`; else ConfigError."""
         if self.stage != stage:
-            found = "no objective" if self.stage == "sft" else "keys of preference training"
-            raise ConfigError(
-                f"{self.path}: expected a recipe of stage {stage}, found one of stage {self.stage}: it has {found}. "
-                f"scripts/{self.stage}.py trains it"
-            )
+            raise ConfigError(f"{self.path} is a recipe of stage {self.stage}: scripts/{self.stage}.py trains it")
         return self
 
     def parse(self, world_size: int | None = None) -> tuple[TrainingArguments, DataConfig, ModelConfig]:
@@ -81,12 +70,13 @@ class Recipe:
         if world_size is None:
             world_size = int(os.environ.get("WORLD_SIZE", "1"))
         global_batch_size, accumulation = self.batch(world_size)
-        self.require_device(torch.cuda.device_count())
+        if torch.cuda.device_count() == 0 and not self.values.get("use_cpu"):
+            raise ConfigError(f"{self.path}: {NO_GPU}")
         model = self.values["model_name_or_path"]
         if not Path(model).is_dir() and (model.count("/") > 1 or model.startswith((".", "/"))):
             raise ConfigError(f"{self.path}: model_name_or_path is {model}: no such folder. Has its stage been run?")
         values = {"run_name": self.name, **self.resolved()}  # trackers would show the name of the folder alone
-        values["gradient_accumulation_steps"] = accumulation
+        values["gradient_accumulation_steps"] = accumulation  # TRL's SFTTrainer knows no global batch
         if self.stage == "preference":  # whose trainer accumulates by itself
             values |= {"global_batch_size": global_batch_size, "gradient_accumulation_steps": 1}
         values["use_cache"] = True  # in the saved configuration, for generation; training forwards say False themselves
@@ -121,7 +111,7 @@ def load_recipe(path: str | Path, overlays: Iterable[str | Path] = (), overrides
     """
     path = Path(path)
     values, notices, problems, origin = {}, [], [], {}
-    for number, (source, layer) in enumerate(_layers(path, overlays, overrides, problems)):
+    for number, (source, layer) in enumerate(_layers(path, overlays, overrides)):
         try:
             layer, layer_notices = foreign.translate(layer, is_recipe=number == 0)
         except ValueError as error:
@@ -130,13 +120,13 @@ def load_recipe(path: str | Path, overlays: Iterable[str | Path] = (), overrides
         notices += layer_notices
         origin |= dict.fromkeys(layer, source)
         values = merge(values, layer)
-    if "prefer_local" in values and isinstance(values["prefer_local"], str | None):
+    if "prefer_local" in values:
         notices.append(_take_local(values))
     if values.get("use_cpu") == "auto":
         values["use_cpu"] = torch.cuda.device_count() == 0
     stage = stage_of(values)
     type_problems, sound = check_types(values, stage, origin)
-    complete = not problems  # otherwise keys would be called missing that a broken file has
+    complete = not problems  # otherwise keys would be called missing that a layer has
     problems += type_problems + (check_values(values, sound, stage) if complete else [])
     if problems:
         raise ConfigError("\n  ".join([f"{path} can't be used:", *problems]))
@@ -152,23 +142,18 @@ def parse_command_line(description: str) -> tuple[str, list[str], list[str]]:
     return known.config, known.overlay, overrides
 
 
-def _layers(path: Path, overlays: Iterable[str | Path], overrides: Sequence[str], problems: list[str]):
-    """(source, values) of each layer, lowest first; what can't be read is added to `problems`."""
+def _layers(path: Path, overlays: Iterable[str | Path], overrides: Sequence[str]) -> Iterator[tuple[str, dict]]:
+    """(source, values) of each layer, lowest first. Raises ConfigError for what can't be read."""
     setting = path.resolve().parent.name
     for source in (path, *overlays):
-        try:
-            layers = read_layers(source)
-        except ValueError as error:
-            problems.append(str(error))
-            continue
-        for file, layer in layers:
+        for file, layer in read_layers(source):
             own = (layer.pop("per_setting", None) or {}).get(setting)
             yield file, layer
             yield file, own or {}
     try:
         yield COMMAND_LINE, parse_overrides(overrides)
     except ValueError as error:
-        problems.append(f"{COMMAND_LINE}: {error}")
+        raise ConfigError(f"{COMMAND_LINE}: {error}") from error
 
 
 def _take_local(values: dict[str, Any]) -> str:

@@ -32,7 +32,7 @@ def merge_settings(block: str, defaults: dict, settings: dict, problems: Iterabl
     """
     if unknown := sorted(settings.keys() - defaults.keys()):
         raise EvaluationError(f"{block}: unknown keys {unknown}{nearest(unknown, defaults)}")
-    found, sound = [], {}
+    sound, found = {}, []
     for key, value in settings.items():
         try:
             sound[key] = checked(block, key, defaults[key], value)
@@ -48,11 +48,9 @@ def checked(block: str, key: str, default: Any, value: Any) -> Any:
     if type(value) is type(default) and value == default:
         return value
     kind = TYPES.get(f"{block}.{key}", TYPES.get(key))
-    if kind is None and type(default) in (int, float):
-        kind = NonNegativeFloat
-    if kind is None:
-        return value if default is None else coerce(value, type(default))
-    return coerce(value, kind)
+    if kind is None and default is None:
+        return value
+    return coerce(value, kind or (NonNegativeFloat if type(default) in (int, float) else type(default)))
 
 
 def nearest(unknown: list[str], known: Iterable[str]) -> str:

@@ -84,14 +84,11 @@ def resume_point(output_dir: str | Path, identity: dict) -> str | None:
         ours = {LOCK_FILE, *(folder.name for folder in complete)}
         names = {path.name for path in output_dir.glob("*") if path.suffix != TEMPORARY}
         if foreign := sorted(names - ours):
-            raise CheckpointError(
-                f"output_dir: {output_dir} is not empty and has no run.json of a run. Found: {', '.join(foreign[:5])}. "
-                "Nothing is overwritten: name another --output_dir"
-            )
+            found = f"{output_dir} is not empty and has no run.json of a run. Found: {', '.join(foreign[:5])}"
+            raise CheckpointError(f"output_dir: {found}. Nothing is overwritten: name another --output_dir")
     if complete and identity["recipe"].get("save_only_model"):
         raise CheckpointError(
-            f"{complete[-1]} holds the model alone (save_only_model: true), from which a run can't go on. Remove "
-            f"{output_dir} or name another --output_dir to start again"
+            f"{complete[-1]} holds the model alone (save_only_model: true): a run can't go on from it"
         )
     for folder in complete:
         _refuse_other(json.loads((folder / MARKER).read_text()), identity, folder)
@@ -100,10 +97,8 @@ def resume_point(output_dir: str | Path, identity: dict) -> str | None:
 
 def _refuse_other(found: dict, identity: dict, folder: Path) -> None:
     if lines := differences({key: found.get(key) for key in identity}, identity):
-        raise CheckpointError(
-            f"{folder} belongs to another run. Name another --output_dir, or remove it. Different there:\n  "
-            + "\n  ".join(lines)
-        )
+        found = f"{folder} belongs to another run. Name another --output_dir, or remove it. Different there:"
+        raise CheckpointError("\n  ".join([found, *lines]))
 
 
 @contextlib.contextmanager
@@ -116,9 +111,8 @@ def explained_full_disk(output_dir: str | Path) -> Iterator[None]:
         full = "inline_container" in str(error) and shutil.disk_usage(Path(output_dir)).free < FULL_BYTES
         if not (full or getattr(error, "errno", None) in FULL or "No space left on device" in str(error)):
             raise
-        complete = complete_checkpoints(output_dir)
-        last = f"{complete[-1].name} is the last good one" if complete else "there is no good one yet"
+        names = [folder.name for folder in complete_checkpoints(output_dir)]
+        last = f"{names[-1]} is the last good one" if names else "there is no good one yet"
         raise FullDiskError(
-            f"the disk is full: a checkpoint in {output_dir} could not be saved; {last}. Free some space and run the same "
-            "command again: it goes on from there."
+            f"the disk of {output_dir} is full; {last}. Free some space: the same command goes on from there"
         ) from error

@@ -2,14 +2,14 @@
 
 from pathlib import Path
 
-import numpy as np
+import pandas as pd
 import torch
 
 from rmipo.plots import BLUE, GREEN, ORANGE, house_style, panels, save
 from rmipo.record import read_metrics
 from rmipo.training.trainer import PreferenceTrainer
 
-HALF_WINDOW = 4  # log lines on each side of a point of a smoothed curve
+WINDOW = 9  # log lines around each point of a smoothed curve
 
 
 def plot_run(run_dir: str | Path, trainer: PreferenceTrainer) -> dict[str, Path]:
@@ -23,50 +23,35 @@ def plot_run(run_dir: str | Path, trainer: PreferenceTrainer) -> dict[str, Path]
 
 @house_style
 def plot_curves(run_dir: str | Path) -> Path | None:
-    """Margin, win rate, log-probability of chosen responses and gamma over training steps, as `curves.png` in the run's
-    folder; None if none was logged."""
-    lines = read_metrics(run_dir)
-    shown = [
-        ("reward margin", "rewards/margins"),
-        ("win rate", "rewards/accuracies"),
-        ("log-prob. of chosen (nats/token)", "common/chosen_avg_logp"),
-        ("gamma", "rmipo/gamma_mean"),
-    ]
-    shown = [(title, key) for title, key in shown if any(key in line for line in lines)]
+    """Margin, win rate, log-prob. of chosen responses and gamma over steps, as `curves.png`; None if none was logged."""
+    shown = {
+        "reward margin": "rewards/margins",
+        "win rate": "rewards/accuracies",
+        "log-prob. of chosen (nats/token)": "common/chosen_avg_logp",
+        "gamma": "rmipo/gamma_mean",
+    }
+    lines = pd.DataFrame(read_metrics(run_dir))
+    shown = {title: key for title, key in shown.items() if key in lines}
     if not shown:
         return None
     figure, axes = panels(min(2, len(shown)), rows=(len(shown) + 1) // 2)
-    for axis, (title, key) in zip(axes, shown, strict=False):
-        steps, values = columns(lines, "step", key)
-        if len(steps):
-            axis.plot(steps, values, color=BLUE, alpha=0.3, label="training")
-            axis.plot(steps, smooth(values), color=BLUE, label=f"training, mean of {2 * HALF_WINDOW + 1} lines")
-        steps, values = columns(lines, "step", f"eval_{key}")
-        if len(steps):
-            axis.plot(steps, values, "o--", color=ORANGE, label="held out", markersize=4)
+    for axis, (title, key) in zip(axes, shown.items(), strict=False):
+        training = lines.dropna(subset=key)  # a line has the metrics of training or of an evaluation
+        smooth = training[key].rolling(WINDOW, center=True, min_periods=1).mean()
+        axis.plot(training["step"], training[key], color=BLUE, alpha=0.3, label="training")
+        axis.plot(training["step"], smooth, color=BLUE, label=f"training, mean of {WINDOW} lines")
+        if f"eval_{key}" in lines:
+            held_out = lines.dropna(subset=f"eval_{key}")
+            axis.plot(held_out["step"], held_out[f"eval_{key}"], "o--", color=ORANGE, label="held out", markersize=4)
         if key == "rmipo/gamma_mean":
-            steps, mean, std = columns(lines, "step", key, "rmipo/gamma_std")
-            axis.fill_between(steps, mean - std, mean + std, color=BLUE, alpha=0.1, label="± 1 std over pairs")
+            std = training["rmipo/gamma_std"]
+            band = (training[key] - std, training[key] + std)
+            axis.fill_between(training["step"], *band, color=BLUE, alpha=0.1, label="± 1 std over pairs")
         axis.set(title=title, xlabel="optimizer step")
         axis.legend()
     for axis in axes[len(shown) :]:
         axis.set_axis_off()
     return save(figure, Path(run_dir) / "curves.png", (".png",))[0]
-
-
-def columns(lines: list[dict], *names: str) -> np.ndarray:
-    """`(names, lines)`: these values of the lines that have all of them."""
-    rows = [[line[name] for name in names] for line in lines if all(name in line for name in names)]
-    return np.array(rows, dtype=float).reshape(-1, len(names)).T
-
-
-def smooth(values: np.ndarray) -> np.ndarray:
-    """Running mean, of fewer values at the ends."""
-    window = np.ones(2 * HALF_WINDOW + 1)
-    full = [
-        np.convolve(each, window)[HALF_WINDOW : HALF_WINDOW + len(values)] for each in (values, np.ones(len(values)))
-    ]
-    return full[0] / full[1]
 
 
 @house_style

@@ -19,12 +19,10 @@ from rmipo.record import recorded_run
 from rmipo.run.lock import LOCK_FILE
 from rmipo.training.resuming import gather_at_the_end
 
-SHOWN = 5  # tensors named per kind of mistake
+SHOWN = 5  # tensors named in the message
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 CARD = "README.md"
 NOT_UPLOADED = ["checkpoint-*", f"*{TEMPORARY}", LOCK_FILE, "non_finite_rank*.json"]
-
-HUB_ERRORS = (OSError, ValueError, httpx2.TransportError)  # no login, no such name, no network
 
 
 class ExportError(UserError, RuntimeError):
@@ -65,11 +63,8 @@ def verify_export(folder: str | Path, config: PreTrainedConfig, peft_config: Pef
         if tensor != expected.get(name):
             problems.append(f"{name} is {tensor}, expected {expected.get(name, 'none of that name')}")
     if problems:
-        raise ExportError(
-            f"{folder}: {len(problems)} of {len(expected)} saved tensors can't be used: {'; '.join(problems[:SHOWN])}. The "
-            "weights are whole in the last checkpoint. Under ZeRO-3 its zero_to_fp32.py joins them; check "
-            "stage3_gather_16bit_weights_on_model_save: true"
-        )
+        found = f"{len(problems)} of {len(expected)} saved tensors can't be used: {'; '.join(problems[:SHOWN])}"
+        raise ExportError(f"{folder}: {found}. The last checkpoint is whole; under ZeRO-3 zero_to_fp32.py joins it")
     return len(found)
 
 
@@ -149,8 +144,6 @@ def push(args: TrainingArguments) -> str:
             commit_message="Model, card and record of its training",
             ignore_patterns=NOT_UPLOADED,
         )
-    except HUB_ERRORS as error:
-        raise ExportError(
-            f"{args.output_dir} holds the finished run, but its upload to {args.hub_model_id} failed: "
-            f"{str(error).splitlines()[0]}. Check the network and the login; the same command then uploads it"
-        ) from error
+    except (OSError, ValueError, httpx2.TransportError) as error:  # no login, no such name, no network
+        failed = f"the upload of {args.output_dir} to {args.hub_model_id} failed: {str(error).splitlines()[0]}"
+        raise ExportError(f"{failed}. Check the network and the login; the same command then uploads it") from error

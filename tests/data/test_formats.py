@@ -6,7 +6,6 @@ from rmipo.data import formats
 from rmipo.data.chat import ChatFormat, DataError
 from rmipo.data.dialogues import load_dialogues
 from rmipo.data.pairs import load_pairs, tokenize_pairs
-from rmipo.recipe.schema import DataConfig
 from tests.helpers.families import make_tokenizer
 from tests.helpers.rows import assistant, config, pair, pairs, tokenize, user, write
 
@@ -21,11 +20,6 @@ def test_conversational_rows_stay_as_they_are(tmp_path):
     rows[1]["prompt"] = [{"role": "system", "content": "Be brief\n"}, user("  a"), assistant("b "), user("c\n\n")]
     rows[1]["chosen"] = [assistant("    indented()\n")]
     assert load(tmp_path, rows) == [{**row, "row": i} for i, row in enumerate(rows)]
-
-
-def test_prompt_and_responses_as_text(tmp_path):
-    rows = [{"prompt": "Question 0", "chosen": "Right 0", "rejected": "Wrong 0"}]
-    assert load(tmp_path, rows) == [{**pair(0), "row": 0}]
 
 
 def test_full_dialogues_whose_shared_turns_are_the_prompt(tmp_path):
@@ -52,9 +46,7 @@ def test_full_dialogues_whose_shared_turns_are_the_prompt(tmp_path):
         ([user("a"), assistant("b")], [assistant("c")]),
         ([assistant("b")], [user("a"), assistant("c")]),
         ([user("a"), assistant("b")], []),
-        ([], [user("a"), assistant("c")]),
         ("b", [user("a"), assistant("c")]),
-        ([user("a"), assistant("b")], "c"),
     ],
 )
 def test_one_dialogue_and_one_response_are_not_a_pair_of_dialogues(chosen, rejected):
@@ -76,14 +68,6 @@ def test_anthropic_hh_texts(tmp_path):
     assert report.dropped == {"chosen is 3 messages after the shared prompt, not one": [1]}
 
 
-def test_an_anthropic_hh_response_that_is_empty():
-    start = "\n\nHuman: Hello\n\nAssistant:"
-    for texts in ((f"{start} Hi!", start), (start, f"{start} Hi!")):
-        row = dict(zip(("chosen", "rejected"), texts, strict=True))
-        answers = ([assistant(text.removeprefix(start).strip())] for text in texts)
-        assert formats.read_row(row, formats.PAIRS) == ([user("Hello")], *answers)
-
-
 @pytest.mark.parametrize(
     ("prompt", "messages"),
     [
@@ -95,19 +79,6 @@ def test_an_anthropic_hh_response_that_is_empty():
 )
 def test_an_anthropic_hh_prompt_ends_where_its_text_ends(prompt, messages):
     assert formats.read_row({"prompt": prompt}, formats.PROMPTS) == (messages,)
-
-
-def test_a_text_with_speakers_in_it_is_not_of_anthropic_hh(tmp_path):
-    text = "Go on with this:\n\nHuman: Hello\n\nAssistant: Hi!\n\nHuman:"
-    (row,) = load(tmp_path, [{**pair(0), "prompt": text}])
-    assert row["prompt"] == [user(text)]
-
-
-def test_an_anthropic_hh_prompt_column(tmp_path):
-    rows = [{"prompt": "\n\nHuman: Hello\n\nAssistant:", "chosen": " Hi!", "rejected": " Go away."}]
-    (row,) = load(tmp_path, rows)
-    assert row["prompt"] == [user("Hello")]
-    assert row["chosen"] == [assistant(" Hi!")]
 
 
 def test_responses_without_a_prompt(tmp_path):
@@ -180,29 +151,17 @@ def test_a_system_column_is_a_message_in_front(tmp_path):
 
 
 COLUMNS = "system_prompt system_message history tools functions documents images chat_template_kwargs"
-KEYS = "tools functions tool_calls tool_call_id tool_plan function_call function_calls reasoning_content reasoning thinking"
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"tools": [{"name": "search"}]}, "`tools` is part of the prompt, but is not supported"),
-        (
-            {"prompt": [{"role": "system", "content": "s", "tools": "[f]", "thinking": "hm"}, user("a")]},
-            "`prompt` has messages with tools, thinking, which are not supported",
-        ),
-    ],
+KEYS = (
+    "tools functions tool_calls tool_call_id tool_plan function_call function_calls reasoning_content reasoning thinking "
+    "thought images"
 )
-def test_what_shapes_a_prompt_and_is_not_read_is_refused(tmp_path, changes, message):
-    with pytest.raises(DataError, match=f"{message}.*: row 1"):
-        load(tmp_path, [pair(0), {**pair(1), **changes}])
 
 
 def test_each_column_and_key_that_shapes_a_prompt_is_refused():
     for name in COLUMNS.split():
         with pytest.raises(DataError, match=f"`{name}` is part of the prompt, but is not supported"):
             formats.read_row({**pair(0), name: ["x"]}, formats.PAIRS)
-    for name in [*KEYS.split(), "thought", "images"]:
+    for name in KEYS.split():
         for side in pair(0):
             turns = [{**message, name: "x"} for message in pair(0)[side]]
             with pytest.raises(DataError, match=f"`{side}` has messages with {name}, which are not supported"):
@@ -219,10 +178,8 @@ def test_a_prompt_that_is_not_the_one_of_the_dialogues_is_refused(tmp_path):
     pirate = {"role": "system", "content": "Answer like a pirate."}
     turns = {"chosen": [user("q"), assistant("yes")], "rejected": [user("q"), assistant("no")]}
     assert load(tmp_path, [{"prompt": [user("q")], **turns}])[0]["prompt"] == [user("q")]
-    for prompt in ([pirate, user("q")], [user("p")], [user("q"), assistant("a"), user("q")]):
-        with pytest.raises(
-            DataError, match=r"`prompt` differs from the turns that `chosen` and `rejected` share.*: row 0"
-        ):
+    for prompt in ([pirate, user("q")], [user("p")]):
+        with pytest.raises(DataError, match=r"`prompt` differs.*: row 0"):
             load(tmp_path, [{"prompt": prompt, **turns}])
 
 
@@ -255,17 +212,17 @@ def test_markers_of_turns_inside_of_texts_are_told():
 def test_keys_of_messages_that_are_not_read_are_named(tmp_path, caplog):
     turn = {**assistant("Right"), "weight": 0, "name": "Ada"}
     load(tmp_path, [pair(0), pair(1, chosen=[{**turn, "cached": None}])])
-    assert f"{tmp_path}: keys of messages that are not read: weight, name\n" in caplog.text
+    assert f"{tmp_path}: keys of messages that are not read: name, weight\n" in caplog.text
+    caplog.clear()
+    dialogues = {"chosen": [user("a"), assistant("b")], "rejected": [user("a"), assistant("c")]}
+    load(tmp_path, [{"prompt": "a", **dialogues}])
+    assert "not read" not in caplog.text
+    load(tmp_path, [{"prompt": "Be brief. a", **dialogues}])
+    assert "not read: prompt (a text" in caplog.text
     caplog.clear()
     write(tmp_path / "train.jsonl", [{"messages": [user("a"), turn, user("b"), assistant("c")]}])
     load_dialogues(config(tmp_path), "train")
     assert caplog.text.count("not read: name\n") == 1
-
-
-def test_a_column_can_be_left_out_of_a_mixture(tmp_path):
-    write(tmp_path / "train.jsonl", [{**pair(0), "tools": [{"name": "search"}]}])
-    entries = [{"path": str(tmp_path), "columns": ["prompt", "chosen", "rejected"]}]
-    assert load_pairs(DataConfig(datasets=entries), "train").to_list() == [{**pair(0), "row": 0}]
 
 
 @pytest.mark.parametrize("other", ['"c"', '[{"role": "assistant", "content": "c"}]'])
@@ -282,7 +239,7 @@ def test_a_format_is_a_function_and_a_line(tmp_path, monkeypatch):
     def read_best_and_worst(row):
         return ([user(row["question"])], [assistant(row["best"])], [assistant(row["worst"])])
 
-    best = formats.Format(("question", "best", "worst"), read_best_and_worst, "texts")
+    best = formats.Format(("question", "best", "worst"), read_best_and_worst)
     write(tmp_path / "train.jsonl", [{"question": "Question 0", "best": "Right 0", "worst": "Wrong 0"}])
     monkeypatch.setattr("rmipo.data.pairs.PAIRS", (*formats.PAIRS, best))
     assert load_pairs(config(tmp_path), "train").to_list() == [{**pair(0), "row": 0}]
@@ -300,14 +257,9 @@ def test_a_format_is_a_function_and_a_line(tmp_path, monkeypatch):
             "`chosen` holds keys .*from, value.*, expected messages",
         ),
         ({"rejected": [{"role": "assistant", "content": 5}]}, "`rejected` has content of type int, expected text"),
-        ({"rejected": 7}, "`rejected` is int, expected messages or text"),
         ({"prompt": ["a"]}, "`prompt` holds str, expected messages"),
         ({"prompt": user("a")}, "`prompt` is dict, expected messages or text"),
         ({"prompt": [{"role": "user"}]}, "`prompt` holds keys role, expected messages"),
-        (
-            {"chosen": [{"role": "tool", "content": "a"}]},
-            "`chosen` has the role 'tool', expected system, user, assistant",
-        ),
     ],
 )
 def test_values_that_are_not_messages(bad, message):
@@ -317,7 +269,7 @@ def test_values_that_are_not_messages(bad, message):
 
 SYSTEM = {"role": "system", "content": "Be brief"}
 NO_ANSWER = "the dialogue does not end with an assistant message"
-NO_TURNS = "the prompt is empty (chosen and rejected share no turns)"
+NO_TURNS = "the prompt is empty"
 
 
 @pytest.mark.parametrize(
@@ -328,21 +280,15 @@ NO_TURNS = "the prompt is empty (chosen and rejected share no turns)"
         ([user("a"), assistant("b"), user("c")], NO_ANSWER),
         ([user("a"), assistant(" \n")], "the response is empty"),
         ([SYSTEM, assistant("b")], NO_TURNS),
-        ([SYSTEM, assistant("a"), user("b"), assistant("c")], "roles out of order: assistant first"),
-        ([SYSTEM, SYSTEM, user("b"), assistant("c")], "roles out of order: system first"),
-        ([user("a"), user("a"), assistant("c")], "roles out of order: user after user"),
-        ([user("a"), assistant("b"), SYSTEM, user("b"), assistant("c")], "roles out of order: system after assistant"),
+        ([SYSTEM, assistant("a"), user("b"), assistant("c")], "roles out of order"),
+        ([SYSTEM, SYSTEM, user("b"), assistant("c")], "roles out of order"),
+        ([user("a"), user("a"), assistant("c")], "roles out of order"),
+        ([user("a"), assistant("b"), SYSTEM, user("b"), assistant("c")], "roles out of order"),
         ([user("a"), assistant(""), user("b"), assistant("c")], "the prompt has an empty message"),
     ],
 )
 def test_why_a_dialogue_is_unusable(messages, reason):
     assert formats.unusable_dialogue(messages) == reason
-
-
-def test_responses_that_differ_in_case_or_inner_spaces_are_a_pair():
-    for chosen, rejected in (("Yes", "yes"), ("a  b", "a b")):
-        assert formats.unusable_pair([user("q")], [assistant(chosen)], [assistant(rejected)]) is None
-    assert formats.unusable_pair([user("q")], [assistant("")], [assistant(" ")]) == "chosen is empty"
 
 
 @pytest.mark.parametrize(
@@ -354,17 +300,8 @@ def test_responses_that_differ_in_case_or_inner_spaces_are_a_pair():
             1800,
             {
                 "chosen is 2 messages after the shared prompt, not one": [58, 118, 762, 886],
-                "roles out of order: assistant after assistant": [152, 853, 1054],
+                "roles out of order": [152, 853, 1054],
                 "chosen is empty": [512, 954, 1311, 1500],
-            },
-        ),
-        (
-            "hh-harmless",
-            "test",
-            300,
-            {
-                "roles out of order: assistant after assistant": [52],
-                "rejected is 2 messages after the shared prompt, not one": [104],
             },
         ),
         ("judged-pairs", "test", 208, {}),
@@ -385,3 +322,23 @@ def test_real_pairs(shared_data, name, split, rows, dropped):
     for prompt, chosen in zip(tokenized["prompt_ids"][:20], tokenized["chosen_ids"][:20], strict=True):
         assert prompt[0] == 1
         assert len(prompt) + len(chosen) <= 2048
+
+
+def test_an_anthropic_hh_response_that_is_empty():
+    start = "\n\nHuman: Hello\n\nAssistant:"
+    for texts in ((f"{start} Hi!", start), (start, f"{start} Hi!")):
+        row = dict(zip(("chosen", "rejected"), texts, strict=True))
+        answers = ([assistant(text.removeprefix(start).strip())] for text in texts)
+        assert formats.read_row(row, formats.PAIRS) == ([user("Hello")], *answers)
+
+
+def test_a_text_with_speakers_in_it_is_not_of_anthropic_hh(tmp_path):
+    text = "Go on with this:\n\nHuman: Hello\n\nAssistant: Hi!\n\nHuman:"
+    (row,) = load(tmp_path, [{**pair(0), "prompt": text}])
+    assert row["prompt"] == [user(text)]
+
+
+def test_responses_that_differ_in_case_or_inner_spaces_are_a_pair():
+    for chosen, rejected in (("Yes", "yes"), ("a  b", "a b")):
+        assert formats.unusable_pair([user("q")], [assistant(chosen)], [assistant(rejected)]) is None
+    assert formats.unusable_pair([user("q")], [assistant("")], [assistant(" ")]) == "chosen is empty"

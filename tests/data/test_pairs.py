@@ -8,7 +8,6 @@ from datasets import enable_progress_bars
 
 from rmipo.data.chat import ChatFormat, DataError
 from rmipo.data.pairs import cut_pair
-from rmipo.data.report import name_rows
 from tests.helpers.families import LLAMA3_TEMPLATE, make_tokenizer
 from tests.helpers.rows import assistant, pair, pairs, tokenize, user
 
@@ -19,12 +18,9 @@ UNUSABLE = {
     "chosen is 2 messages after the shared prompt, not one": {"chosen": [assistant("a"), assistant("b")]},
     "rejected is a user message": {"rejected": [user("a")]},
     "chosen is a system message": {"chosen": [{"role": "system", "content": "a"}]},
-    "the prompt is empty (chosen and rejected share no turns)": {"prompt": []},
+    "the prompt is empty": {"prompt": []},
     "the prompt has an empty message": {"prompt": [user("a"), assistant(" \n"), user("c")]},
-    "roles out of order: user after user": {"prompt": [user("a"), user("b")]},
-    "roles out of order: assistant first": {"prompt": [assistant("a"), user("b")]},
-    "roles out of order: system after user": {"prompt": [user("a"), {"role": "system", "content": "b"}]},
-    "roles out of order: the prompt does not end with a user message": {"prompt": [user("a"), assistant("b")]},
+    "roles out of order": {"prompt": [user("a"), assistant("b")]},
     "the text of chosen contains an end token": {"chosen": [assistant("a<|eot_id|>b")]},
     "the text of rejected contains an end token": {"rejected": [assistant("a<|eot_id|>b")]},
     "the prompt's text has a BOS token in it": {"prompt": [user("<|begin_of_text|>")]},
@@ -47,20 +43,6 @@ def test_a_bos_token_in_the_text_is_found_where_the_cut_removes_it():
     rows = [pair(0), pair(1, prompt=[user("<|begin_of_text|>" + "long " * 60)])]
     report = tokenize(rows, max_length=90, max_prompt_length=60)[1]
     assert report.dropped == {"the prompt's text has a BOS token in it": [1]}
-
-
-def test_an_empty_system_message_is_rendered_as_the_template_does():
-    empty = {"role": "system", "content": ""}
-    tokenized, report = tokenize([pair(0, prompt=[empty, user("a")])])
-    chat = ChatFormat.probe(make_tokenizer("llama3"))
-    assert report.dropped == {}
-    assert tokenized["prompt_ids"][0] == chat.prompt_ids([empty, user("a")]) != chat.prompt_ids([user("a")])
-
-
-def test_a_template_that_refuses_a_row():
-    rows = [pair(0), pair(1, prompt=[{"role": "system", "content": "Be brief"}, user("a")])]
-    _, report = tokenize(rows, "gemma")
-    assert report.dropped == {"the chat template refuses: System role not supported": [1]}
 
 
 def test_a_template_that_changes_the_prompt_for_a_response():
@@ -121,7 +103,6 @@ def test_cut_by_hand():
     assert cut_pair(whole, 1, max_length=7, max_prompt_length=3) == ([1, 13, 14], chosen, rejected)
     assert cut_pair(whole, None, max_length=7, max_prompt_length=3) == ([12, 13, 14], chosen, rejected)
     assert cut_pair(whole, 1, max_length=5, max_prompt_length=5) == (prompt, [], [])
-    assert cut_pair(whole, 1, max_length=4, max_prompt_length=5) == (prompt, [], [])
     assert cut_pair(whole, 1, max_length=7, max_prompt_length=1) == ([1], chosen, rejected)
 
 
@@ -152,7 +133,7 @@ def test_cuts_are_counted():
     )
     with pytest.raises(
         DataError,
-        match=r"(?s)4 of 5 .*_fraction: 0.7 .*max_length \(90\) or max_prompt_length \(60\),.*\n- 4 pairs cut",
+        match=r"(?s)4 of 5 .*_fraction: 0.7 .*max_length \(90\) or max_prompt_length \(60\).*\n- 4 pairs cut",
     ):
         tokenize(rows, max_length=90, max_prompt_length=60, max_truncated_fraction=0.7)
 
@@ -186,12 +167,6 @@ def test_responses_that_differ_only_after_the_cut():
     assert tokenize(rows, max_length=start + differ + 1)[1].cut == {"prompt": 0, "chosen": 1, "rejected": 1}
 
 
-def test_lengths_are_those_of_the_rows_kept():
-    rows = [pair(i, chosen=[assistant("word" * i)]) for i in range(1, 4)]
-    unusable = [pair(i, chosen=[assistant("")]) for i in range(4, 9)]
-    assert tokenize(rows + unusable)[1].lengths == tokenize(rows)[1].lengths
-
-
 def test_tokens_and_report():
     rows = [pair(i, chosen=[assistant("word" + " word" * (i - 1))]) for i in range(1, 21)]
     tokenized, report = tokenize(rows)
@@ -215,14 +190,6 @@ def test_tokens_and_report():
     assert "chosen tokens: 1,208 (median 3, p95 1020, max 1200)" in report.lines()
 
 
-@pytest.mark.parametrize(
-    ("count", "named"),
-    [(1, "row 0"), (2, "rows 0, 1"), (5, "rows 0, 1, 2, 3, 4"), (6, "rows 0, 1, 2, 3, 4 and 1 more")],
-)
-def test_the_first_rows_are_named(count, named):
-    assert name_rows(range(count)) == named
-
-
 def test_two_processes_give_the_same(capfd):
     rows = [*pairs(*range(9)), pair(9, chosen=[assistant("")])]
     enable_progress_bars()  # which name the number of processes; other tests may have disabled them
@@ -231,3 +198,9 @@ def test_two_processes_give_the_same(capfd):
     assert "Tokenising pairs (num_proc=2)" in capfd.readouterr().err
     assert one.to_list() == two.to_list()
     assert report_one == report_two
+
+
+def test_lengths_are_those_of_the_rows_kept():
+    rows = [pair(i, chosen=[assistant("word" * i)]) for i in range(1, 4)]
+    unusable = [pair(i, chosen=[assistant("")]) for i in range(4, 9)]
+    assert tokenize(rows + unusable)[1].lengths == tokenize(rows)[1].lengths

@@ -4,8 +4,6 @@ import gzip
 import json
 import os
 import re
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -26,8 +24,6 @@ from tests.helpers.rows import config, pairs, questions, write
         ("train.jsonl", "train"),
         ("train.jsonl.gz", "train"),
         ("train.json", "train"),
-        ("train.json.gz", "train"),
-        ("train_prefs.jsonl", "train_prefs"),
         ("train_prefs.jsonl", "train"),  # the only file whose name starts with the split
         ("train.jsonl", "train_prefs"),
         ("data/train-00000-of-00001.parquet", "train"),
@@ -80,22 +76,16 @@ def test_rows_twice_or_missing_shards_are_refused(tmp_path, files):
 def test_a_folder_without_the_split(tmp_path):
     for name in ("train", "latest", "validation", "train_old"):
         write(tmp_path / f"{name}.jsonl", pairs(1))
-    (tmp_path / "data").mkdir()
-    listing = "data, latest.jsonl, train.jsonl, train_old.jsonl, validation.jsonl"
     with pytest.raises(
-        MissingSplitError,
-        match=rf"{tmp_path}: no file of the test split 'dev', such as dev.jsonl, .*Found: {listing}\. Rename a file, or set "
-        r"`dataset_test_split` \(in a mixture `test_split`\)",
+        MissingSplitError, match=r"'dev'.*Found: latest.jsonl, train.jsonl, train_old.jsonl, validation"
     ):
         load_pairs(config(tmp_path, dataset_test_split="dev"), "test")
     assert questions(load_pairs(config(tmp_path, dataset_test_split="validation"), "test")) == [1]
-    with pytest.raises(MissingSplitError, match=r"the train split 'trian'.* set `dataset_train_split` \(.* `split`\)"):
+    with pytest.raises(MissingSplitError, match="`dataset_train_split`"):
         load_pairs(config(tmp_path, dataset_train_split="trian"), "train")  # two start with train
-    with pytest.raises(MissingSplitError, match=r"Found: nothing\."):
-        load_pairs(config(tmp_path / "data"), "train")
 
 
-@pytest.mark.parametrize("name", ["run[1]", "run?", "run*", "[!a]un1"])
+@pytest.mark.parametrize("name", ["run[1]", "run*"])
 def test_names_are_not_patterns(tmp_path, name):
     for number, other in enumerate([name, "run1", "run2"]):
         write(tmp_path / other / "train.jsonl", pairs(number))
@@ -145,46 +135,22 @@ def test_cells_of_csv_files_are_texts(tmp_path):
     assert texts == [["1, or 2?", "1", "02"], ["Which?", "NA", "null\nor so"]]
     for row in ("a,b,c,d", "a,b"):
         (tmp_path / "train.csv").write_text(f"prompt,chosen,rejected\n{row}\n")
-        with pytest.raises(DataError, match=r"train\.csv can't be read as csv: line 2"):
+        with pytest.raises(DataError, match=r"train\.csv can't be read as csv"):
             load_pairs(config(tmp_path), "train")
-    (tmp_path / "train.csv").write_text("prompt,chosen,rejected,chosen\na,b,c,d\n")
-    with pytest.raises(DataError, match=r"train\.csv .*'chosen'"):
-        load_pairs(config(tmp_path), "train")
+    for text in ("prompt,chosen,rejected,chosen\na,b,c,d\n", "prompt,chosen,rejected\n", ""):
+        (tmp_path / "train.csv").write_text(text)
+        with pytest.raises(DataError, match=r"train\.csv can't be read as csv"):
+            load_pairs(config(tmp_path), "train")
 
 
-def test_a_file_beside_the_split_that_is_not_read_is_named(tmp_path, caplog):
-    write(tmp_path / "train.jsonl", pairs(1))
-    write(tmp_path / "Train.jsonl", pairs(2))
-    assert questions(load_pairs(config(tmp_path), "train")) == [1]
-    assert "Train" in caplog.text
-
-
-@pytest.mark.parametrize("name", ["train.jsonl", "train.jsonl.gz", "train.json"])
+@pytest.mark.parametrize("name", ["train.jsonl.gz", "train.json"])
 def test_texts_that_are_dates_stay_texts(tmp_path, name):
     rows = [{"prompt": "When?", "chosen": "2020-01-01", "rejected": "2020-01-01T10:00:00Z"}] * 2
     write(tmp_path / name, rows)
     if name == "train.json":
         (tmp_path / name).write_text(json.dumps(rows, indent=1))
-    texts = [
-        row[side][0]["content"] for row in load_pairs(config(tmp_path), "train") for side in ("chosen", "rejected")
-    ]
-    assert texts == ["2020-01-01", "2020-01-01T10:00:00Z"] * 2
-
-
-def test_rows_inside_of_an_object_are_not_called_too_few(tmp_path):
-    path = tmp_path / "mine.json"
-    path.write_text(json.dumps({"version": 1, "data": pairs(*range(30))}))
-    with pytest.raises(DataError, match=f"{path}: missing columns .* found version, data.*one row"):
-        load_pairs(config(path), "train")
-
-
-def test_a_cache_that_cannot_be_used_is_not_blamed_on_the_data(tmp_path):
-    write(tmp_path / "train.jsonl", pairs(1))
-    (tmp_path / "file").write_text("")
-    program = f"from rmipo.data.sources import load_files, Path; load_files([Path('{tmp_path}/train.jsonl')], 'mine')"
-    environment = os.environ | {"HF_HOME": str(tmp_path / "file/hf"), "HF_DATASETS_CACHE": str(tmp_path / "file/hf")}
-    ended = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
-    assert "HF_HOME" in ended.stderr.splitlines()[-1] and "as json" not in ended.stderr.splitlines()[-1]
+    row, _ = load_pairs(config(tmp_path), "train")
+    assert [row[side][0]["content"] for side in ("chosen", "rejected")] == ["2020-01-01", "2020-01-01T10:00:00Z"]
 
 
 def test_test_split_size_divides_the_training_rows(tmp_path):
@@ -202,12 +168,6 @@ def test_test_split_size_leaves_the_test_file_of_a_folder_alone(tmp_path, caplog
     train, test = (questions(load_pairs(config(tmp_path, test_split_size=0.25), split)) for split in ("train", "test"))
     assert sorted(train + test) == list(range(40)) and len(test) == 10
     assert "test_split_size" in caplog.text
-
-
-def test_a_named_split_comes_before_one_that_is_only_named_alike(tmp_path):
-    write(tmp_path / "test.jsonl", pairs(1))
-    write(tmp_path / "validation.jsonl", pairs(2))
-    assert questions(load_pairs(config(tmp_path, dataset_test_split="validation"), "test")) == [2]
 
 
 def test_sample_limits(tmp_path):
@@ -251,25 +211,11 @@ def test_a_mixture_is_concatenated(tmp_path):
     assert questions(load_split("test")) == [50, 100, 101]
 
 
-def test_rows_are_counted_through_all_sources(tmp_path):
-    for number, count in enumerate((2, 3, 4)):
-        write(tmp_path / f"{number}/train.jsonl", pairs(*range(count)))
-    entries = [{"path": str(tmp_path / str(number))} for number in range(3)]
-    assert load_pairs(DataConfig(datasets=entries), "train")["row"][:] == list(range(9))
-
-
 def test_fractions_are_shares_of_the_mixture(tmp_path):
     entries, load_split = mixture(tmp_path)
     entries[0]["fraction"], entries[1]["fraction"] = 3, 2  # 10 rows are three fifths of 16.7
     assert questions(load_split("train")) == [*range(10), *range(100, 107)]
     assert questions(load_split("test")) == [50, 100, 101]
-
-
-def test_fractions_are_of_the_rows_that_weights_leave(tmp_path):
-    entries, load_split = mixture(tmp_path)
-    entries[0] |= {"weight": 0.5, "fraction": 1}
-    entries[1] |= {"weight": 0.25, "fraction": 1}
-    assert sorted(number < 100 for number in questions(load_split("train"))) == [False] * 5 + [True] * 5
 
 
 def test_weights_are_shares_of_a_source_drawn_with_a_seed(tmp_path):
@@ -314,41 +260,20 @@ def test_no_data_is_named():
         load_pairs(DataConfig(), "train")
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"weight": 0.001}, "/a: weight 0.001 takes none of its 10 rows"),
-        (
-            {"columns": ["prompt", "chosen", "reward"]},
-            r"/a: missing columns reward, found prompt, chosen, rejected\. Correct",
-        ),
-    ],
-)
-def test_a_source_that_gives_nothing(tmp_path, changes, message):
-    entries, load_split = mixture(tmp_path)
-    entries[0] |= changes
-    with pytest.raises(DataError, match=message):
-        load_split("train")
+def test_a_source_that_gives_nothing(tmp_path):
+    for changes in ({"weight": 0.001}, {"fraction": 0.001}):
+        entries, load_split = mixture(tmp_path)
+        entries[1]["fraction"] = 1 if "fraction" in changes else None
+        entries[0] |= changes
+        with pytest.raises(DataError, match=f"/a: .*{next(iter(changes))}.* takes none"):
+            load_split("train")
 
 
-def test_a_fraction_too_small_to_take_a_row(tmp_path):
-    entries, load_split = mixture(tmp_path)
-    entries[0]["fraction"], entries[1]["fraction"] = 1, 0.001
-    with pytest.raises(DataError, match=r"/b: fraction 0\.001 takes none of its rows"):
-        load_split("train")
-
-
-@pytest.mark.parametrize("size", [0.999, 12, 40])
+@pytest.mark.parametrize("size", [0.999, 12])
 def test_a_division_that_leaves_a_part_empty(tmp_path, size):
     path = write(tmp_path / "mine.jsonl", pairs(*range(12)))
     with pytest.raises(DataError, match=f"test_split_size is {size}: 12 rows can't be divided"):
         load_pairs(config(path, test_split_size=size), "train")
-
-
-def test_a_division_larger_than_a_mixture(tmp_path):
-    _, load_split = mixture(tmp_path, test_split_size=40)
-    with pytest.raises(DataError, match="test_split_size is 40: 30 rows can't be divided"):
-        load_split("test")
 
 
 def test_a_configuration_and_revision_reach_the_hub(monkeypatch):
@@ -391,27 +316,21 @@ def test_a_split_or_configuration_that_a_dataset_of_the_hub_has_not(tmp_path):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"dataset_config": "tiny"}, r"name \(dataset_config\) would have no effect"),
-        ({"dataset_revision": "v2"}, r"revision \(dataset_revision\) would have no effect"),
-        (
-            {"dataset_config": "tiny", "dataset_revision": "v2"},
-            r"name \(dataset_config\), revision \(dataset_revision\) would have no effect\. Remove them",
-        ),
-        ({"dataset_train_split": "train[:2]"}, r"its split 'train\[:2\]' can't be a slice. .* set max_train_samples"),
-        ({"dataset_test_split": "test[:2]"}, r"its split 'test\[:2\]' can't be a slice. .* set max_eval_samples"),
+        ({"dataset_config": "tiny", "dataset_revision": "v2"}, "name, revision would have no effect"),
+        ({"dataset_train_split": "train[:2]"}, r".*'train\[:2\]'"),
     ],
 )
 def test_what_only_the_hub_has_is_refused_for_local_data(tmp_path, values, message):
     path = write(tmp_path / "train.jsonl", pairs(*range(12)))
     for place in (tmp_path, path):
         with pytest.raises(DataError, match=f"^{place} is local: {message}"):
-            load_pairs(config(place, **values), "test" if "dataset_test_split" in values else "train")
+            load_pairs(config(place, **values), "train")
         with pytest.raises(DataError, match=f"^{place} is local: data_files would have no effect"):
             load_pairs(DataConfig(datasets=[{"path": str(place), "data_files": "a.jsonl"}]), "train")
 
 
 def test_missing_file():
-    for path in ("/no/such/folder", "/nothing", "nothing.jsonl", "./nothing", "~/nothing", "data/of/mine"):
+    for path in ("/nothing", "nothing.jsonl", "./nothing", "data/of/mine"):
         with pytest.raises(DataError, match=f"{path}: no such file or folder"):
             load_pairs(config(path), "train")
 
@@ -420,10 +339,7 @@ def test_unreachable_hub():
     with pytest.raises(DataError) as error:
         load_pairs(config("some-owner/some-pairs", dataset_revision="main"), "train")
     assert not isinstance(error.value, MissingSplitError)  # it may have the split
-    text = str(error.value)
-    assert text.startswith("some-owner/some-pairs: the dataset can't be reached on the hub (")
-    assert str(error.value.__cause__) in text
-    assert "hf download --repo-type dataset some-owner/some-pairs --local-dir some-pairs" in text
+    assert str(error.value).startswith("some-owner/some-pairs: ") and str(error.value.__cause__) in str(error.value)
 
 
 def test_files_that_are_not_data(tmp_path):
@@ -436,12 +352,6 @@ def test_files_that_are_not_data(tmp_path):
         load_pairs(config(notes), "train")
 
 
-def test_a_table_without_rows(tmp_path):
-    Dataset.from_list(pairs(0)).select([]).to_parquet(tmp_path / "train.parquet")
-    with pytest.raises(DataError, match=r"train\.parquet can't be read as parquet: .*corresponds to no data"):
-        load_pairs(config(tmp_path), "train")
-
-
 ROW = b'{"prompt": "a", "chosen": "b", "rejected": "c"}\n'
 
 
@@ -450,9 +360,7 @@ ROW = b'{"prompt": "a", "chosen": "b", "rejected": "c"}\n'
     [
         ("train.jsonl", b" \n\n", "corresponds to no data"),
         ("train.jsonl", ROW + ROW.replace(b"b", "é".encode("latin-1")), "Invalid UTF8"),
-        ("train.jsonl.gz", ROW, "Not a gzipped file"),
         ("train.jsonl.gz", gzip.compress(ROW * 9, mtime=0)[:-12], "Compressed file ended before"),
-        ("train.parquet", b"", "Parquet file size is 0 bytes"),
         ("train.parquet", ROW, "Parquet"),
     ],
 )
@@ -465,12 +373,8 @@ def test_a_file_that_is_not_what_its_name_says(tmp_path, name, content, message)
 
 def test_missing_columns(tmp_path):
     write(tmp_path / "train.jsonl", [{"question": "a", "chosen": "b", "reject": "c"}])
-    with pytest.raises(DataError) as error:
+    with pytest.raises(DataError, match=f"{tmp_path}: missing columns rejected, found question, chosen, reject"):
         load_pairs(config(tmp_path), "train")
-    text = str(error.value)
-    assert f"{tmp_path}: missing columns rejected, found question, chosen, reject." in text
-    assert text.count("\n- `") == 2  # the accepted formats
-    assert text.endswith("Rename the columns of your data.")
     with pytest.raises(DataError, match="missing columns messages, found question, chosen, reject"):
         load_dialogues(config(tmp_path), "train")
 

@@ -45,17 +45,15 @@ class Bench:
 
     def train(self, *overrides, recipe=RECIPE, overlay=None, script="preference", env=None) -> str:
         """What scripts/preference.py prints on standard error before it ends with exit code 2."""
-        flags = {
-            "--model_name_or_path": str(self.folder / "model"),
-            "--dataset_name": str(self.folder / "data"),
-            "--output_dir": str(self.folder / "out"),
-        }
         given = {override.partition("=")[0] for override in overrides}
-        if "--datasets" in given:
-            flags.pop("--dataset_name")
-        arguments = [f"{key}={value}" for key, value in flags.items() if key not in given and recipe == RECIPE]
+        own = [*self.own(), f"--dataset_name={self.folder / 'data'}"] if recipe == RECIPE else []
+        arguments = [flag for flag in own if flag.partition("=")[0] not in given]
         arguments += ["--overlay", overlay] if overlay else []
         return run_program(script, ["--config", recipe, *arguments, *overrides], env or {})
+
+    def own(self) -> tuple[str, str]:
+        """Overrides of the SFT recipe: the folder's model and output."""
+        return f"--model_name_or_path={self.folder / 'model'}", f"--output_dir={self.folder / 'out'}"
 
     def sft(self, *overrides, **keywords) -> str:
         return self.train(*overrides, script="sft", **keywords)
@@ -84,21 +82,10 @@ class Bench:
         AutoTokenizer.from_pretrained(folder)
         return self.train(f"--model_name_or_path={folder}", *overrides)
 
-    def launch(self, script="launch", **env) -> str:
-        return run_program(script, [], env)
-
     def earlier_run(self, place: str, **changes) -> str:
         """The run after one that differed in `changes` has left `place` (run.json, or a checkpoint's marker)."""
         flags = [f"--{key}={value}" for key, value in changes.get("recipe", {}).items()]
-        recipe = load_recipe(
-            ROOT / RECIPE,
-            overrides=[
-                f"--model_name_or_path={self.folder / 'model'}",
-                f"--dataset_name={self.folder / 'data'}",
-                f"--output_dir={self.folder / 'out'}",
-                *flags,
-            ],
-        )
+        recipe = load_recipe(ROOT / RECIPE, overrides=[*self.own(), f"--dataset_name={self.folder / 'data'}", *flags])
         identity = {
             "recipe": recipe.resolved(),
             "fingerprints": changes.get("fingerprints", {"train": "fc", "test": "fc"}),
@@ -136,10 +123,6 @@ def file_case(what: str, content, *said: str) -> BadInput:
     return BadInput("recipe", what, lambda bench: bench.train(recipe=bench.write("mine/rmipo.yaml", content)), said)
 
 
-def launch_case(what: str, *said: str, area: str = "launch", script: str = "launch", **env: str) -> BadInput:
-    return BadInput(area, what, lambda bench: bench.launch(script, **env), said)
-
-
 def only_train(bench: Bench) -> str:
     folder = Path(bench.write("train-only/train.jsonl", GOOD)).parent
     return bench.train(f"--dataset_name={folder}", "--eval_strategy=epoch")
@@ -156,13 +139,7 @@ def dialogues(bench: Bench, *end: dict) -> Path:
 def long_dialogues(bench: Bench, *overrides: str, words: int = 300) -> str:
     for split in ("train", "test"):
         path = bench.write(f"long/{split}.jsonl", [{"messages": [user("a"), assistant("yes " * words)]}] * 12)
-    return bench.sft(
-        f"--model_name_or_path={bench.folder / 'model'}",
-        f"--dataset_name={Path(path).parent}",
-        f"--output_dir={bench.folder / 'out'}",
-        *overrides,
-        recipe=SFT_RECIPE,
-    )
+    return bench.sft(*bench.own(), f"--dataset_name={Path(path).parent}", *overrides, recipe=SFT_RECIPE)
 
 
 def added_tokens(bench: Bench, script: str) -> str:
@@ -172,16 +149,14 @@ def added_tokens(bench: Bench, script: str) -> str:
     vocabulary = json.loads((folder / "config.json").read_text())["vocab_size"]
     tokenizer.add_tokens([f"<|mine-{number}|>" for number in range(vocabulary - len(tokenizer) + 2)])
     tokenizer.save_pretrained(folder)
-    data = (
-        [] if script == "preference" else [f"--dataset_name={dialogues(bench)}", f"--output_dir={bench.folder / 'out'}"]
+    if script == "preference":
+        return bench.train(f"--model_name_or_path={folder}")
+    own = (
+        f"--model_name_or_path={folder}",
+        f"--dataset_name={dialogues(bench)}",
+        f"--output_dir={bench.folder / 'out'}",
     )
-    recipe = RECIPE if script == "preference" else SFT_RECIPE
-    return bench.train(f"--model_name_or_path={folder}", *data, recipe=recipe, script=script)
-
-
-def empty(bench: Bench) -> Path:
-    (bench.folder / "empty").mkdir()
-    return bench.folder / "empty"
+    return bench.sft(*own, recipe=SFT_RECIPE)
 
 
 def without_weights(bench: Bench) -> Path:
@@ -199,224 +174,76 @@ HANDBOOK = yaml.safe_load((ROOT / "tests/recipe/foreign/dpo_mixture.yaml").read_
 
 CASES = [
     recipe_case("--metric_for_best_model=accuracy", "metric_for_best_model", "eval_loss"),
-    recipe_case("--accelerator_config=none.json", "none.json"),
     BadInput("recipe", "no such overlay", lambda b: b.train(overlay="none.yaml"), ("none.yaml",)),
     BadInput("recipe", "an SFT recipe for preference.py", lambda b: b.train(recipe=SFT_RECIPE), ("scripts/sft.py",)),
     BadInput("recipe", "a preference recipe for sft.py", lambda b: b.sft(), ("scripts/preference.py",)),
     file_case("handbook: no loss_type, as ORPO's and KTO's recipes have none",
-              {key: value for key, value in HANDBOOK.items() if key != "loss_type"}, "loss_type", "objective: {name: dpo"),
-    BadInput(
-        "batch",
-        "a global batch that three processes can't divide",
-        lambda b: b.train(env={"WORLD_SIZE": "3"}),
-        ("global_batch_size", "processes (3)"),
-    ),
-    BadInput(
-        "device",
-        "a paper setting without a GPU",
-        lambda b: b.train(recipe="recipes/llama3-8b-instruct/rmipo.yaml"),
-        ("none is visible", "MODEL=tiny trains on a CPU", "DRY=1"),
-    ),
-    BadInput("data", "no such file", lambda b: b.train("--dataset_name=x/pairs.jsonl"), ("no such file or folder",)),
-    BadInput(
-        "data",
-        "a hub id without a network",
-        lambda b: b.train("--dataset_name=some/pairs"),
-        ("some/pairs: the dataset can't be reached", "hf auth login", "give that folder instead"),
-    ),
-    BadInput(
-        "data",
-        "a folder without a training file",
-        lambda b: b.train(f"--dataset_name={b.folder / 'model'}"),
-        ("no file of the train split 'train'", "Found: ", "Rename a file, or set"),
-    ),
-    BadInput(
-        "data",
-        "no test split, with evaluation on",
-        only_train,
-        ("no file of the test split 'test'", "Or train without evaluation: eval_strategy: no"),
-    ),
-    BadInput(
-        "data",
-        "a file of another kind",
-        lambda b: b.train(f"--dataset_name={b.write('pairs.txt', 'a')}"),
-        ("a data file ends in one of .jsonl",),
-    ),
-    BadInput(
-        "data",
-        "one file too small to divide",
-        lambda b: b.train(f"--dataset_name={b.write('few.jsonl', GOOD[:3])}"),
-        ("3 rows are too few to set some aside", "test_split_size"),
-    ),
-    BadInput("data", "broken JSON", lambda b: b.data('{"prompt": \n'), ("train.jsonl can't be read as json",)),
+              {key: value for key, value in HANDBOOK.items() if key != "loss_type"}, "loss_type"),
+    BadInput("batch", "a global batch that three processes can't divide", lambda b: b.train(env={"WORLD_SIZE": "3"}),
+             ("global_batch_size", "(3)")),
+    BadInput("device", "a paper setting without a GPU", lambda b: b.train(recipe="recipes/llama3-8b-instruct/rmipo.yaml"),
+             ("none is visible", "MODEL=tiny")),
+    BadInput("data", "no such file", lambda b: b.train("--dataset_name=x/pairs.jsonl"), ("x/pairs.jsonl",)),
+    BadInput("data", "a hub id without a network", lambda b: b.train("--dataset_name=some/pairs"),
+             ("some/pairs", "hf auth login")),
+    BadInput("data", "a folder without a training file", lambda b: b.train(f"--dataset_name={b.folder / 'model'}"),
+             ("'train'", "Found: ")),
+    BadInput("data", "no test split, with evaluation on", only_train, ("'test'", "eval_strategy: no")),
+    BadInput("data", "one file too small to divide",
+             lambda b: b.train(f"--dataset_name={b.write('few.jsonl', GOOD[:3])}"), ("3 rows", "test_split_size")),
+    BadInput("data", "broken JSON", lambda b: b.data('{"prompt": \n'), ("train.jsonl",)),
     BadInput("data", "no rows", lambda b: b.data(""), ("train.jsonl has no rows",)),
-    BadInput(
-        "data",
-        "misnamed columns",
-        lambda b: b.data([{"prompt": "a", "good": "b", "bad": "c"}] * 12),
-        ("missing columns chosen, rejected", "found prompt, good, bad", "Rename the columns"),
-    ),
-    BadInput(
-        "data",
-        "dialogues in place of pairs",
-        lambda b: b.data([{"messages": [user("a"), assistant("b")]}] * 12),
-        ("missing columns chosen, rejected", "found messages", "Accepted formats"),
-    ),
-    BadInput(
-        "data",
-        "pairs for SFT",
-        lambda b: b.sft(
-            f"--model_name_or_path={b.folder / 'model'}",
-            f"--dataset_name={b.folder / 'data'}",
-            recipe=SFT_RECIPE,
-        ),
-        ("missing columns messages", "found prompt, chosen, rejected", "Accepted formats"),
-    ),
-    BadInput(
-        "data",
-        "SFT dialogues that end with the user",
-        lambda b: b.sft(
-            f"--model_name_or_path={b.folder / 'model'}",
-            f"--dataset_name={dialogues(b)}",
-            recipe=SFT_RECIPE,
-        ),
-        ("train: 12 of 12 rows can't be used", "does not end with an assistant message", "max_dropped_fraction"),
-    ),
-    BadInput(
-        "data",
-        "`--completion_only_loss` of dialogues",
-        lambda b: b.sft(
-            f"--model_name_or_path={b.folder / 'model'}",
-            f"--dataset_name={dialogues(b, assistant('yes'))}",
-            f"--output_dir={b.folder / 'out'}",
-            "--completion_only_loss",
-            recipe=SFT_RECIPE,
-        ),
-        ("completion_only_loss is true", "12 of 12 rows are dialogues", "prompt and completion", "assistant_only_loss"),
-    ),
+    BadInput("data", "misnamed columns", lambda b: b.data([{"prompt": "a", "good": "b", "bad": "c"}] * 12),
+             ("missing columns chosen, rejected", "found prompt, good, bad")),
+    BadInput("data", "SFT dialogues that end with the user",
+             lambda b: b.sft(*b.own(), f"--dataset_name={dialogues(b)}", recipe=SFT_RECIPE),
+             ("train: 12 of 12 rows", "max_dropped_fraction")),
+    BadInput("data", "`--completion_only_loss` of dialogues",
+             lambda b: b.sft(*b.own(), f"--dataset_name={dialogues(b, assistant('yes'))}", "--completion_only_loss",
+                             recipe=SFT_RECIPE), ("completion_only_loss", "12 of 12 rows")),
     row_case("responses without a prompt", "no prompt", "rows 0, 1, 2, 3, 4 and 7 more", prompt=None, count=12),
-    row_case("tools in a column", "`tools` is part of the prompt, but is not supported: remove the column", "row 0",
-             tools=[{"name": "search"}]),
-    row_case("a system prompt in a column of another name", "`system_prompt` is part of the prompt", "row 0",
-             system_prompt="Be brief"),
-    row_case("a prompt that is not the one of the dialogues", "`prompt` differs from the turns that `chosen` and", "row 0",
-             prompt=[{"role": "system", "content": "Be brief"}, user("a")], chosen=[user("a"), assistant("b")],
-             rejected=[user("a"), assistant("c")]),
-    row_case("arguments of the template in a column", "`chat_template_kwargs` is part of the prompt",
-             chat_template_kwargs={"enable_thinking": False}, count=12),
-    row_case("calls of tools in messages", "`prompt` has messages with tool_calls, which are not supported",
-             "put them into content",
-             prompt=[{**user("a"), "tool_calls": [{"name": "f"}]}], count=12),
-    row_case("reasoning apart from the content", "`chosen` has messages with reasoning_content, which are not supported",
+    row_case("tools in a column", "`tools`", "row 0", tools=[{"name": "search"}]),
+    row_case("reasoning apart from the content", "`chosen` has messages with reasoning_content",
              chosen=[{**assistant("a"), "reasoning_content": "hm"}], count=12),
-    row_case("two system messages", "`system` differs from the system message of the row", system="Be brief",
-             prompt=[{"role": "system", "content": "Be long"}, user("a")], count=12),
-    BadInput("data", "a lone surrogate, in a column of mixed types",
-             lambda b: b.data('{"prompt": "a", "chosen": "b\\udc00", "rejected": "c"}\n'
-                              '{"prompt": "a", "chosen": [{"role": "assistant", "content": "b"}], "rejected": "c"}\n'),
-             ("train.jsonl can't be read as json", "surrogate")),
-    BadInput("data", "a slice of a local split",
-             lambda b: b.train(f"--dataset_name={b.folder / 'data'}", "--dataset_train_split=train[:5]"),
-             ("its split 'train[:5]' can't be a slice", "set max_train_samples")),
-    BadInput("data", "a test split larger than the data",
-             lambda b: b.train(f"--dataset_name={b.folder / 'data'}", "--test_split_size=12"),
-             ("test_split_size is 12: 12 rows can't be divided",)),
-    BadInput("data", "a test split that leaves nothing to train on",
-             lambda b: b.train(f"--dataset_name={b.folder / 'data'}", "--test_split_size=0.999"),
-             ("test_split_size is 0.999: 12 rows can't be divided",)),
-    BadInput("data", "a weight too small to take a row",
-             lambda b: b.train(f"--datasets=[{{path: {b.folder / 'data'}, weight: 0.001}}]"),
-             ("weight 0.001 takes none of its 12 rows", "Raise it")),
-    BadInput("data", "SFT dialogues that are mostly cut",
-             lambda b: long_dialogues(b, "--max_truncated_fraction=0.5"),
-             ("train: 12 of 12 rows are cut, more than max_truncated_fraction: 0.5", "Raise max_length (128)")),
-    row_case("an unknown role", "the role 'human'", "expected system, user, assistant", "row 0",
-             prompt=[{"role": "human", "content": "a"}]),
-    row_case("messages with other keys", "expected messages with role and content", "rows 0, 1",
-             chosen=[{"from": "gpt", "value": "a"}], count=12),
-    row_case("numbers for text", "`chosen` has content of type int, expected text",
-             chosen=[{"role": "assistant", "content": 5}], count=12),
-    row_case("empty responses", "train: 1 of 12 rows can't be used", "max_dropped_fraction: 0.02", "chosen is empty: row 0",
+    row_case("an unknown role", "the role 'human'", "row 0", prompt=[{"role": "human", "content": "a"}]),
+    row_case("empty responses", "train: 1 of 12 rows", "max_dropped_fraction: 0.02", "chosen is empty: row 0",
              chosen=[assistant(" ")]),
     BadInput("data", "empty responses in the test split",
              lambda b: b.data(GOOD, test=[pair(0, chosen=[assistant(" ")]), *GOOD[1:4]]),
-             ("test: 1 of 4 rows can't be used", "chosen is empty: row 0")),
-    BadInput("data", "numbers for text in the test split",
-             lambda b: b.data(GOOD, test=[pair(0, chosen=[{"role": "assistant", "content": 5}])] * 4),
-             ("test: ", "rows that can't be read", "content of type int")),
-    row_case("identical responses", "chosen and rejected are identical: row 0", chosen=[assistant("no")]),
-    row_case("roles out of order", "roles out of order: user after user: rows 0, 1",
-             prompt=[user("a"), user("b")], count=2),
-    row_case("a prompt that leaves room for one token", "chosen and rejected are identical after the cut: row 0",
-             prompt=[user("why " * 300)], chosen=[assistant("no 1")],
-             overrides=("--max_prompt_length=127", "--max_length=128")),
-    row_case("the end token in a response", "the text of chosen contains an end token: row 0",
-             chosen=[assistant("yes<|eot_id|>no")]),
-    row_case("responses that are mostly cut", "12 of 12 rows are cut, more than max_truncated_fraction: 0.5",
-             "Raise max_length (128)", chosen=[assistant("yes " * 300)], count=12,
-             overrides=("--max_truncated_fraction=0.5",)),
-    BadInput("template", "none", lambda b: b.tokenizer(chat_template=None),
-             ("the tokenizer has no chat template", "Set `chat_template` in the recipe")),
-    BadInput("template", "two BOS tokens", lambda b: b.template("{{ bos_token }}", "{{ bos_token + bos_token }}"),
-             ("double BOS", "twice", "write it once")),
-    BadInput("template", "no end token", lambda b: b.template(" + '<|eot_id|>'", ""),
-             ("no end token: after a response the template writes ''", "write {{ eos_token }}")),
-    BadInput("template", "two end tokens", lambda b: b.template(" + '<|eot_id|>'", " + '<|eot_id|><|eot_id|>'"),
-             ("doubled end token", "write <|eot_id|> once")),
-    BadInput("template", "a response twice", lambda b: b.template(" + '<|eot_id|>'", " + message['content'] + '<|eot_id|>'"),
-             ("more than once", "write its content once")),
-    BadInput("template", "text after the end token", lambda b: b.template(" + '<|eot_id|>'", " + '<|eot_id|>bye'"),
-             ("writes 'bye' after the end token", "end a response there")),
-    BadInput("template", "a prompt that is not a prefix of the full text",
-             lambda b: b.template("assistant<|end_header_id|>", "bot<|end_header_id|>"),
-             ("the prompt is not a prefix of the full text", "change the template")),
-    BadInput("template", "refuses a dialogue",
-             lambda b: b.template("{% for message in messages %}", "{{ raise_exception('no') }}{% for message in messages %}"),
-             ("the chat template refuses: no",)),
-    BadInput("template", "neither pad nor end of text", lambda b: b.tokenizer(eos_token=None),
-             ("neither a pad token nor an EOS token", "set one: tokenizer.pad_token")),
-    BadInput("template", "a BOS token that nothing writes", lambda b: b.tokenizer("qwen3", bos_token="<think>"),
-             ("no BOS: neither the template nor the tokenizer writes <think>", "start the template with {{ bos_token }}")),
+             ("test: 1 of 4 rows", "chosen is empty: row 0")),
+    row_case("responses that are mostly cut", "12 of 12 rows", "max_truncated_fraction: 0.5", "max_length (128)",
+             chosen=[assistant("yes " * 300)], count=12, overrides=("--max_truncated_fraction=0.5",)),
+    BadInput("data", "SFT dialogues that are mostly cut", lambda b: long_dialogues(b, "--max_truncated_fraction=0.5"),
+             ("train: 12 of 12 rows", "max_truncated_fraction: 0.5")),
+    BadInput("template", "none", lambda b: b.tokenizer(chat_template=None), ("chat template", "`chat_template`")),
+    BadInput("template", "no end token", lambda b: b.template(" + '<|eot_id|>'", ""), ("no end token",)),
+    BadInput("template", "neither pad nor end of text", lambda b: b.tokenizer(eos_token=None), ("tokenizer.pad_token",)),
     BadInput("template", "prior_context: bos without a BOS token",
-             lambda b: b.tokenizer("qwen3", "--objective.prior_context=bos"),
-             ("prior_context: bos leaves nothing in front of a response", "header or none")),
+             lambda b: b.tokenizer("qwen3", "--objective.prior_context=bos"), ("prior_context",)),
     BadInput("model", "no such folder", lambda b: b.train("--model_name_or_path=outputs/mine/sft"),
-             ("model_name_or_path is outputs/mine/sft: no such folder", "Has its stage been run?")),
+             ("model_name_or_path is outputs/mine/sft",)),
     BadInput("model", "a hub id without a network", lambda b: b.train("--model_name_or_path=some/model"),
-             ("the tokenizer of some/model can't be loaded", "HF_HUB_OFFLINE", "`.venv/bin/hf auth login`")),
+             ("some/model", "HF_HUB_OFFLINE")),
     BadInput("model", "a tokenizer with more tokens than embeddings", lambda b: added_tokens(b, "preference"),
-             ("its tokenizer has 2 tokens more than the model has embeddings", "Remove them, or enlarge the model")),
-    BadInput("model", "the same in SFT", lambda b: added_tokens(b, "sft"),
-             ("its tokenizer has 2 tokens more than the model has embeddings", "Remove them, or enlarge the model")),
-    BadInput("model", "sequences longer than its positions", lambda b: b.train("--max_length=1000000"),
-             ("max_length is 1000000", "set max_length to")),
+             ("2 tokens more",)),
+    BadInput("model", "the same in SFT", lambda b: added_tokens(b, "sft"), ("2 tokens more",)),
+    BadInput("model", "sequences longer than its positions", lambda b: b.train("--max_length=1000000"), ("max_length",)),
     BadInput("model", "dialogues longer than its positions, in SFT that cuts none",
-             lambda b: long_dialogues(b, "--max_length=null", words=3000),
-             ("the length of the longest dialogue (max_length: null) is ", "set max_length to 2048 or less")),
+             lambda b: long_dialogues(b, "--max_length=null", words=3000), ("max_length", "2048")),
     BadInput("model", "several chat templates, none of them the default",
              lambda b: b.tokenizer(chat_template={"chat": LLAMA3_TEMPLATE, "tool_use": LLAMA3_TEMPLATE}),
-             ("several chat templates, chat, tool_use, and none is named default", "Set chat_template")),
-    BadInput("model", "an empty folder", lambda b: b.train(f"--model_name_or_path={empty(b)}"),
-             ("the tokenizer of", "can't be loaded", "Check the name or folder")),
+             ("chat, tool_use", "chat_template")),
     BadInput("model", "a folder without weights", lambda b: b.train(f"--model_name_or_path={without_weights(b)}"),
-             ("the model of", "no file named model.safetensors", "Weights have to be safetensors")),
-    BadInput("checkpoint", "the folder of a run with another learning rate",
-             lambda b: b.earlier_run("run.json", recipe={"learning_rate": "1e-6"}),
-             ("belongs to another run", "recipe.learning_rate: 1e-06, now ", "Name another --output_dir")),
+             ("model.safetensors",)),
     BadInput("checkpoint", "the folder of a run with another objective",
-             lambda b: b.earlier_run("run.json", recipe={"objective.beta": "2.5"}),
-             ("recipe.objective.beta: 2.5, now 2.0", "or remove it")),
+             lambda b: b.earlier_run("run.json", recipe={"objective.beta": "2.5"}), ("recipe.objective.beta: 2.5, now 2.0",)),
     BadInput("checkpoint", "a checkpoint of other data",
              lambda b: b.earlier_run("checkpoint-4/complete.json", fingerprints={"train": "x", "test": "x"}),
-             ("checkpoint-4 belongs to another run", "fingerprints.train: x, now")),
+             ("checkpoint-4", "fingerprints.train: x, now")),
     BadInput("checkpoint", "a checkpoint of eight processes",
              lambda b: b.earlier_run("checkpoint-4/complete.json", world_size=8), ("world_size: 8, now 1",)),
-    BadInput("checkpoint", "an output folder with other files in it",
-             lambda b: b.train(f"--output_dir={b.folder / 'model'}"),
-             ("is not empty and has no run.json", "Found: chat_template.jinja", "name another --output_dir")),
-    launch_case("`make online ROUNDS=some`", "ROUNDS=some: expected a whole number, 1 or more", area="online", script="online",
-                ROUNDS="some"),
-    BadInput("world", "no such file", lambda _: run_program("toy", ["--config", "none.yaml"], {}),
-             ("none.yaml: cannot be read: No such file",)),
-    BadInput("world", "a share above 1", lambda b: world(b, {"label_noise": 2}), ("label_noise", "world.yaml")),
+    BadInput("checkpoint", "an output folder with other files in it", lambda b: b.train(f"--output_dir={b.folder / 'model'}"),
+             ("--output_dir", "chat_template.jinja")),
+    BadInput("online", "`make online ROUNDS=some`", lambda _: run_program("online", [], {"ROUNDS": "some"}), ("ROUNDS",)),
+    BadInput("world", "a share above 1", lambda b: world(b, {"label_noise": 2}), ("label_noise",)),
 ]  # fmt: skip

@@ -30,7 +30,6 @@ def test_tiny_needs_no_gpu_network_or_login(doctor):
     assert code == 0
     assert not [line for line in lines.values() if line.startswith("FAIL")]
     assert lines["deepspeed"] == f"ok    deepspeed    {importlib.metadata.version('deepspeed')}"
-    assert lines["hub login"].startswith("note ") and "hf auth login" in lines["hub login"]
     assert lines["disk rmipo"].startswith("note ")  # the SFT model is not here to compare with
 
 
@@ -42,7 +41,7 @@ def test_an_8b_setting_fails_here_and_every_line_names_its_fix(doctor):
     assert {"GPU", "model", "dataset", "W&B login"} <= {line[6:].split("  ")[0].strip() for line in failed}
     for line in failed:
         assert "Fix: " in line or "Free some" in line, line
-    assert "hub unreachable (OfflineModeIsEnabled)" in lines["model"]
+    assert "OfflineModeIsEnabled" in lines["model"]
 
 
 @pytest.mark.parametrize(
@@ -67,11 +66,9 @@ def test_what_is_trained_already_needs_no_disk_and_another_run_is_named(doctor, 
     assert code == 1 and "holds a run of another recipe" in lines["disk run"]
 
 
-def test_tokens_are_never_shown(doctor, monkeypatch):
-    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")  # nothing listens there
-    _, lines = doctor(MODEL="llama3-8b-instruct", **SECRETS, WANDB_MODE="offline")
+def test_tokens_are_never_shown(doctor):
+    _, lines = doctor(MODEL="llama3-8b-instruct", **SECRETS)
     text = "\n".join(lines.values())
-    assert "unreachable or refused (OfflineModeIsEnabled)" in lines["hub login"]
     assert not [name for name, value in SECRETS.items() if value[:12] in text]
 
 
@@ -95,14 +92,9 @@ def test_a_missing_package_is_named_before_anything_imports_it(doctor, monkeypat
     [
         ("13.0", "580.65.06", True),
         ("13.0", "570.86.15", False),
-        ("12.6", "570.86.15", True),
         (None, "580.65.06", False),
     ],
 )
 def test_driver_and_build_are_compared(built_for, driver, passed):
     check = driver_check(built_for, driver, needed=True)
     assert check.passed is passed and driver in check.found
-
-
-def test_no_driver_is_no_failure_of_its_own():
-    assert driver_check("13.0", None, needed=True) is None

@@ -8,7 +8,8 @@ import pytest
 from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args, load_sweep_config
 
 from rmipo.launch.pipeline import load_steps
-from rmipo.launch.sweep import check_metric, load_sweep, make_point, read_point
+from rmipo.launch.sweep import load_sweep, make_point
+from rmipo.recipe.files import override_value
 from rmipo.recipe.load import ConfigError
 from tests.helpers.families import save
 from tests.helpers.launched import launch
@@ -32,7 +33,7 @@ def wandb_command(path, values):
 # Points
 
 
-@pytest.mark.parametrize(("method", "count"), [("simpo", 4 * 6 * 4), ("dpo", 3 * 4), ("rmipo", 4), ("slic", 4 * 4 * 4)])
+@pytest.mark.parametrize(("method", "count"), [("simpo", 4 * 6 * 4), ("rmipo", 4)])
 def test_the_grid_is_table_4_s(method, count):
     points = load_sweep(method, SETTING).points
     assert len(points) == count == len({str(point) for point in points})
@@ -41,14 +42,16 @@ def test_the_grid_is_table_4_s(method, count):
 @pytest.mark.parametrize("method", METHODS)
 def test_every_point_has_its_own_folder_and_wandb_means_the_same_one(method):
     points = load_sweep(method, SETTING).points
-    points = points[:: max(1, len(points) // 10)]
+    points = points[:: max(1, len(points) // 4)]
     env = {"MODEL": SETTING, "METHOD": method}
     folders = set()
     for values in points:
         point = make_point(values, env)
         command = wandb_command(ROOT / f"recipes/sweeps/{method}.yaml", values)
         assert command[:7] == ["/usr/bin/env", "python", "scripts/sweep.py", "--model", SETTING, "--method", method]
-        assert make_point(read_point(command[7:]), env).recipe.values == point.recipe.values
+        given = dict(word.removeprefix("--").split("=", 1) for word in command[7:])
+        given = {key: override_value(text) for key, text in given.items()}
+        assert make_point(given, env).recipe.values == point.recipe.values
         folders.add(point.folder)
         for key, value in values.items():
             name = key.removeprefix("objective.")
@@ -75,13 +78,12 @@ def test_a_point_is_trained_on_what_the_search_is_told():
 
 def test_what_ranks_the_points_is_logged():
     for method in METHODS:
-        points = load_sweep(method, SETTING).points
-        check_metric(
-            load_sweep(method, SETTING).metric, make_point(points[0], {"MODEL": SETTING, "METHOD": method}).recipe
-        )
-    recipe = make_point({"learning_rate": 1e-6}, {"MODEL": SETTING, "METHOD": "simpo"}).recipe
+        sweep = load_sweep(method, SETTING)
+        recipe = make_point(sweep.points[0], {"MODEL": SETTING, "METHOD": method}).recipe
+        sweep.check_metric(recipe)
+    sweep.metric.name = "eval/common/acc_logratio"
     with pytest.raises(ConfigError, match="eval_common/acc_logratio"):
-        check_metric("eval_common/acc_logratio", recipe)
+        sweep.check_metric(recipe)
 
 
 @pytest.mark.parametrize(
@@ -90,7 +92,7 @@ def test_what_ranks_the_points_is_logged():
         ("method: grid\nmetric: {name: rewards/margins, goal: maximize}\nparameters: {beta: {values: [1]}}\n", ""),
         ("method: grid\nmetric: {name: eval/loss, goal: most}\nparameters: {beta: {values: [1]}}\n", ""),
         ("method: grid\nmetric: eval/loss\nparameters: {beta: {values: [1]}}\n", ""),
-        ("method: grid\nmetric: {name: eval/loss, goal: minimize}\nparameters: {beta: {min: 1}}\n", ""),
+        ("method: random\nmetric: {name: eval/loss, goal: minimize}\nparameters: {beta: {values: [1]}}\n", ""),
         (None, "paramters: {learning_rate: {values: [1e-4]}}\n"),
     ],
 )
@@ -145,7 +147,7 @@ def test_a_grid_is_trained_once_and_the_best_is_named(repository, monkeypatch):
     assert trained.wait() == 0, trained.output
     record = (repository / point.folder / "run.json").read_text()
     first = run_here("sweep", env=env, root=repository)
-    assert first.code == 0 and "2 points, 1 of them not finished" in first.out, first.out + first.err
+    assert first.code == 0 and "2 points, 1 not finished" in first.out, first.out + first.err
     folder = repository / "outputs/tiny/sweep-rmipo"
     lines = [json.loads(line) for line in (folder / "sweep.jsonl").read_text().splitlines()]
     assert [line["values"]["learning_rate"] for line in lines] == [1e-4, 1e-2]

@@ -1,7 +1,5 @@
 """Triton's compiler is tried before a run needs it."""
 
-import sysconfig
-
 import pytest
 
 from rmipo.plan.compiler import compiler_problem
@@ -19,10 +17,3 @@ def test_a_compiler_that_does_not_work_is_named(monkeypatch, compiler, named):
     if not compiler:
         monkeypatch.setenv("PATH", "/nonexistent")
     assert named in compiler_problem()
-
-
-def test_missing_headers_of_python_are_named(monkeypatch, tmp_path):
-    monkeypatch.delenv("CC", raising=False)
-    monkeypatch.setattr(sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
-    monkeypatch.setenv("C_INCLUDE_PATH", "")
-    assert "python3-dev" in compiler_problem()

@@ -18,22 +18,28 @@ def make_plan(**variables):
 def test_plan_prints_every_part():
     code, text = make_plan(GPUS="8x80")
     assert code == 0
-    for part in ("parameters", "gradients and optimizer", "gathered", "activations", "LM head", "Disk"):
+    for part in (
+        "parameters",
+        "gradients and optimizer",
+        "gathered",
+        "activations",
+        "LM head",
+        "Disk",
+        "GiB of 79.1: fits",
+    ):
         assert part in text
-    assert "GiB of 79.1: fits" in text and "8 GPUs in sequences of at most 8192 tokens" in text
-    assert "Steps: 478" in text  # 61135 pairs, 128 at a time
+    assert "8 GPUs in sequences of at most 8192 tokens" in text and "Steps: 478" in text  # 61135 pairs, 128 at a time
     hours = re.search(r"^Hours of the training: (\S+) to (\S+)$", text, re.MULTILINE)
     assert 0.5 < float(hours[1]) < float(hours[2]) < 2
     # Eight A100 at 35% to 50% of their peak, and about 3.5 forwards of 2 x 8e9 FLOPs a token.
     speed = re.search(r"^Tokens per second: (\d+) to (\d+) in training steps$", text, re.MULTILINE)
     assert [int(each) for each in speed.groups()] == pytest.approx([15600, 22300], rel=0.15)
-    assert "reference pass" not in text and "reference pass" in make_plan(GPUS="8x80", METHOD="dpo")[1]
 
 
 def test_plan_of_a_cpu_setting_speaks_of_the_cpu(tmp_path):
     make_rows = make_twin(tmp_path, "tiny/rmipo", "llama3", "on_policy_ultrafeedback")
     code, text = make_plan(MODEL="tiny", ARGS=shlex.join(make_rows))
-    assert code == 0 and "This machine's CPU with" in text and "= CPU x" in text
+    assert code == 0 and "CPU with" in text and "Hours: not estimated" in text
 
 
 def test_plan_fails_when_the_run_cannot_fit():
@@ -57,8 +63,8 @@ def test_plan_follows_the_length_that_the_recipe_asks_for():
     [
         ({"GPUS": "8"}, "GPUS=8"),
         ({"NODES": "2"}, "GPUS=8x80"),
-        ({"GPUS": "8x80", "EXAMPLES": "all"}, "EXAMPLES=all"),
-        ({"GPUS": "8x80", "TFLOPS": "fast"}, "TFLOPS=fast"),
+        ({"GPUS": "8x80", "EXAMPLES": "all"}, "EXAMPLES='all'"),
+        ({"GPUS": "8x80", "TFLOPS": "fast"}, "TFLOPS='fast'"),
         ({"GPUS": "8x80", "SHARDING": "ddp"}, "dtype: bfloat16"),
         ({"MODEL": "tiny", "DATA": "never-trained.jsonl"}, "outputs/tiny/sft-never-trained"),
     ],
@@ -67,12 +73,3 @@ def test_plan_refuses_what_it_cannot_plan_for(variables, named):
     assert not (ROOT / "outputs/tiny/sft-never-trained").exists()
     code, text = make_plan(**variables)
     assert code == 2 and named in text
-
-
-@pytest.mark.parametrize(("nodes", "said"), [("8", "43% to 48%"), ("4", "8% to 11%"), ("1", None)])
-def test_plan_says_what_many_gpus_wait_for(nodes, said):
-    """128 pairs on 64, 32 and 8 GPUs."""
-    _, text = make_plan(GPUS="8x80", NODES=nodes)
-    assert ("is waiting" in text) == (said is not None) and (said or "") in text
-    if said:
-        assert f"global_batch_size: {int(nodes) * 64}" in text

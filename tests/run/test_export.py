@@ -94,12 +94,11 @@ def change(folder, edit):
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-@pytest.mark.parametrize("size", ["1GB", "20KB"])
-def test_whole_export_is_counted(whole, size):
+def test_whole_export_is_counted(whole):
     folder, config = whole
     (folder / "model.safetensors").unlink()
-    make_model("llama3").save_pretrained(folder, max_shard_size=size)
-    assert len(list(folder.glob("*.safetensors"))) == (1 if size == "1GB" else 6)
+    make_model("llama3").save_pretrained(folder, max_shard_size="20KB")
+    assert len(list(folder.glob("*.safetensors"))) == 6
     (folder / "checkpoint-2").mkdir()
     save_file({"other": torch.ones(1)}, folder / "checkpoint-2/model.safetensors")
     assert export.verify_export(folder, config) == len(make_model("llama3").state_dict()) == 21
@@ -118,7 +117,6 @@ def test_tied_heads_need_not_be_saved(tmp_path):
         (lambda t: t.pop("lm_head.weight"), "1 of 21 saved .* lm_head.weight is missing"),
         (lambda t: t.update({"model.norm.weight": t["model.norm.weight"].half()}), "model.norm.weight is .*float16"),
         (lambda t: t.update({"value_head.weight": torch.ones(2)}), "value_head.weight is "),
-        (lambda t: t.clear(), "21 of 21 saved .* lm_head.weight is missing"),
     ],
 )
 def test_broken_exports_are_refused_by_tensor(whole, edit, named):
@@ -198,7 +196,7 @@ def test_upload_leaves_checkpoints_out(tmp_path, monkeypatch):
     ]
 
 
-@pytest.mark.parametrize("error", [ConnectionError, ValueError, httpx2.ConnectError])
+@pytest.mark.parametrize("error", [ValueError, httpx2.ConnectError])
 def test_an_upload_that_fails_says_what_is_kept(tmp_path, monkeypatch, error):
     def refuse(self, name, **options):
         raise error("hub down\nrequest 7")
@@ -212,12 +210,3 @@ def arguments(folder, **values):
     return PreferenceRunConfig(
         objective={"name": "rmipo"}, output_dir=str(folder), use_cpu=True, bf16=False, report_to="none", **values
     )
-
-
-def test_a_tensor_of_another_precision_than_the_models_is_refused(tmp_path):
-    make_model("llama3").bfloat16().save_pretrained(tmp_path)
-    config = AutoConfig.from_pretrained(tmp_path)
-    assert export.verify_export(tmp_path, config) == 21
-    change(tmp_path, lambda t: t.update({"model.norm.weight": t["model.norm.weight"].float()}))
-    with pytest.raises(export.ExportError, match=r"model\.norm\.weight is .*float32"):
-        export.verify_export(tmp_path, config)

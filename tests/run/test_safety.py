@@ -79,11 +79,6 @@ def answer_with(folder: Path) -> None:
         generator.answer([Request("q", [{"role": "user", "content": "a"}])], folder / "answers.jsonl")
 
 
-def answer_with_plain_tokenizer(folder: Path) -> None:
-    make_tokenizer("llama3").save_pretrained(folder)
-    answer_with(folder)
-
-
 def load_engine(folder: Path) -> None:
     TransformersEngine(folder, check_settings({}), [1])
 
@@ -106,15 +101,7 @@ def merge_adapter_of(folder: Path) -> None:
 
 @pytest.mark.parametrize(
     "use",
-    [
-        plan_for,
-        answer_with,
-        answer_with_plain_tokenizer,
-        load_engine,
-        score_with,
-        check_template_of,
-        merge_adapter_of,
-    ],
+    [plan_for, answer_with, load_engine, score_with, check_template_of, merge_adapter_of],
 )
 def test_code_of_a_model_folder_is_not_run_by_evaluation_and_planning(model_with_code, tmp_path, monkeypatch, use):
     monkeypatch.setattr("builtins.input", lambda *question: "y")  # transformers would ask, and somebody says yes

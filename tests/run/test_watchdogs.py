@@ -5,13 +5,9 @@ import json
 import pytest
 
 from rmipo.recipe.schema import PreferenceRunConfig
-from rmipo.record import read_metrics
 from rmipo.run import watchdogs
-from rmipo.run.callbacks import set_callbacks
 from tests.helpers.families import make_tokenizer
 from tests.helpers.launched import launch
-from tests.helpers.small_models import make_pairs
-from tests.helpers.trainers import make_trainer
 from tests.helpers.twins import make_twin
 
 
@@ -120,18 +116,6 @@ def test_repetition_in_the_last_sample_generations(tmp_path, capsys):
     assert 0.3 < share < 0.5
     output = capsys.readouterr().out.splitlines()
     assert [line.split(":")[0] for line in output] == ["warning, step 4"] and "warn_repetition" in output[0]
-
-
-def test_a_run_logs_what_the_watchdog_sees(tmp_path):
-    trainer = make_trainer(tmp_path, make_pairs(96, seed=3), logging_steps=1)
-    set_callbacks(trainer, [watchdogs.StepWatchdog(trainer.args, make_tokenizer("llama3"))])
-    trainer.train()
-    lines = [line for line in read_metrics(tmp_path) if "loss" in line]
-    assert len(lines) == 12
-    start = lines[0]["common/chosen_avg_logp"]
-    for line in lines:
-        assert line["watchdog/chosen_logp_drop"] == pytest.approx(start - line["common/chosen_avg_logp"])
-    assert [("watchdog/grad_norm_ratio" in line) for line in lines] == [False] * 10 + [True] * 2
 
 
 def test_a_silent_rank_makes_the_others_say_where_they_wait_and_the_timeout_ends_the_run(tmp_path):
