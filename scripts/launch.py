@@ -11,7 +11,7 @@ import os
 from pathlib import Path
 
 from rmipo import cli
-from rmipo.launch.choices import check_choices
+from rmipo.launch.choices import check_choices, check_machine
 
 
 def main() -> int:
@@ -19,6 +19,7 @@ def main() -> int:
     names = ("MODEL", "STAGE", "METHOD", "DATA", "ARGS", "GPUS", "NODES", "SHARDING", "SLURM", "DRY")
     env = os.environ | cli.variables(cli.options(__doc__, *names).read())
     check_choices(env)
+    check_machine(env)
     from rmipo.launch.train import train  # imports torch and DeepSpeed, which takes seconds
 
     return train(env)

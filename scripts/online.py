@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 
 from rmipo import cli
-from rmipo.launch.choices import choose_method, choose_stages, positive_number, refuse
+from rmipo.launch.choices import check_weights, choose_method, choose_stages, refuse, whole_number
 
 
 def main() -> int:
@@ -27,9 +27,11 @@ def main() -> int:
     os.chdir(Path(__file__).parent.parent)
     refuse(os.environ, ["DRY", "SLURM"], "make online runs its rounds on this machine, at once; leave it out")
     refuse(os.environ, ["DATA"], "make online samples its data from the prompts of online.yaml; leave it out")
-    model, _ = choose_stages({"MODEL": args.model or "smollm2-135m-instruct"})
+    model, stages = choose_stages({"MODEL": args.model or "smollm2-135m-instruct"})
     method, _ = choose_method({"METHOD": args.method})
-    count = int(positive_number({"ROUNDS": args.rounds}, "ROUNDS", 3))
+    count = whole_number({"ROUNDS": args.rounds}, "ROUNDS", 3)
+
+    check_weights(model, stages)
 
     from rmipo.evaluation.target import find_target
     from rmipo.generation.engines import release_memory
@@ -40,7 +42,7 @@ def main() -> int:
     from rmipo.reporting.online import measure, report
 
     config = OnlineConfig.load(Path(f"recipes/{model}/online.yaml"))
-    sizes = {name: getattr(args, name) for name in ("prompts_per_round", "held_out_prompts") if getattr(args, name)}
+    sizes = {n: size for n in ("prompts_per_round", "held_out_prompts") if (size := getattr(args, n)) is not None}
     config = dataclasses.replace(config, **sizes)
     make_weights(model)
     start = find_target(model, "initial", Path("outputs"), [])

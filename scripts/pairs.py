@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 from rmipo import cli
-from rmipo.launch.choices import choose_stages, refuse
+from rmipo.launch.choices import check_weights, choose_stages, refuse
 
 
 def main() -> None:
@@ -26,11 +26,12 @@ def main() -> None:
     os.chdir(Path(__file__).parent.parent)
     own_job = ["SLURM"] * (not args.keep)  # --keep: a stage of `make train`, which may be in a job
     refuse(os.environ, ["DRY", *own_job], "make pairs samples and scores on this machine, at once; leave it out")
-    (model, _), method = choose_stages({"MODEL": args.model or "tiny"}), args.method or "initial"
+    (model, stages), method = choose_stages({"MODEL": args.model or "tiny"}), args.method or "initial"
     output = Path(args.output or f"outputs/{model}/pairs" + f"-{method}" * (method != "initial"))
     if args.keep and (output / "pairs.json").is_file():
         print(f"pairs: {output} already exists and is kept")
         return
+    check_weights(model, stages)
 
     from rmipo.evaluation.target import find_target
     from rmipo.generation.pairs import load_pairs_config, make_pairs

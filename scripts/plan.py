@@ -11,7 +11,7 @@ from pathlib import Path
 
 from rmipo import cli
 from rmipo.errors import ConfigError
-from rmipo.launch.choices import check_choices, choose_stages, node_count, positive_number
+from rmipo.launch.choices import check_choices, choose_stages, node_count, positive_number, whole_number
 
 
 def main() -> int:
@@ -65,7 +65,7 @@ def main() -> int:
     ###################
     examples, source = duration.training_examples(recipe), "in the training data"
     if env.get("EXAMPLES"):
-        examples, source = max(1, int(positive_number(env, "EXAMPLES", 1))), "as EXAMPLES says"
+        examples, source = whole_number(env, "EXAMPLES", 1), "as EXAMPLES says"
     elif examples is None:  # the recipes' on-policy sets have about as many as UltraFeedback
         known = duration.ROWS["HuggingFaceH4/ultrafeedback_binarized", "train_prefs"]
         examples = min(known, recipe.values.get("max_train_samples") or known)

@@ -18,7 +18,7 @@ from rmipo.compare.log import Log, execute_all
 from rmipo.compare.study import Study
 from rmipo.compare.trial import Trial
 from rmipo.evaluation.statistics import holm
-from rmipo.launch.choices import choose_stages, positive_number
+from rmipo.launch.choices import choose_stages, whole_number
 from rmipo.objectives import OBJECTIVES
 from rmipo.plots import house_style, method_color, panels
 from rmipo.recipe.files import read_yaml
@@ -42,7 +42,7 @@ def margins(env: dict[str, str]) -> int:
     plan = read_yaml(Path(f"recipes/{model}/margins.yaml"))
     study = Study(model, arguments=env.get("ARGS", ""))
     folder, rates = Path(f"outputs/{model}/margins"), plan["arms"]
-    workers = int(positive_number(env, "WORKERS", study.workers))
+    workers = whole_number(env, "WORKERS", study.workers)
     arms = [
         Trial("report", method, rate, seed, noise)
         for noise in plan["noise"]

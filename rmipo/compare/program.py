@@ -9,7 +9,7 @@ from tqdm import tqdm
 from rmipo.compare.log import Log, best_rates, execute_all, report_runs, search_runs
 from rmipo.compare.study import Study
 from rmipo.compare.trial import METHODS, READINGS
-from rmipo.launch.choices import choose_stages, positive_number
+from rmipo.launch.choices import choose_stages, whole_number
 from rmipo.launch.pipeline import load_steps
 from rmipo.launch.sweep import load_sweep
 from rmipo.recipe.load import ConfigError, Recipe
@@ -27,7 +27,7 @@ def compare(env: dict[str, str]) -> int:
     study = Study(model, env.get("DATA", ""), env.get("ARGS", ""))
     swaps_labels = not study.data and Path(f"recipes/{model}/world.yaml").is_file()
     methods, seeds, noises = read_choices(env, swaps_labels)
-    workers = int(positive_number(env, "WORKERS", study.workers))
+    workers = whole_number(env, "WORKERS", study.workers)
     searches = search_runs(methods, rates)
     for run in (*searches, *report_runs(methods, {}, seeds, noises)):
         study.check(run)

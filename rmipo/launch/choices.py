@@ -5,6 +5,7 @@ working directory.
 """
 
 import argparse
+import importlib.util
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -12,6 +13,7 @@ from pathlib import Path
 from rmipo.cli import choose, split
 from rmipo.errors import ConfigError
 
+GPU_FILES = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")  # of NVIDIA, of AMD, of Linux in Windows
 MADE_FIRST = ("world", "weights", "pairs")  # what a setting makes before its first training
 NOT_SETTINGS = {"ablations", "adapters", "methods", "sweeps", "templates"}  # folders of overlays and other parts
 
@@ -28,9 +30,41 @@ def refuse(env: Mapping[str, str], names: Iterable[str], why: str) -> None:
 
 
 def check_choices(env: Mapping[str, str]) -> None:
-    """Raises ConfigError if one of make's variables is wrong: before torch is imported, which takes seconds."""
+    """Raises ConfigError with all of make's variables that are wrong: before torch is imported, which takes seconds."""
+    problems = []
     for check in (choose_stages, choose_method, choose_sharding, node_count, gpus_asked_for, split_args):
-        check(env)
+        try:
+            check(env)
+        except ConfigError as error:
+            problems.append(str(error))
+    if problems:
+        raise ConfigError("\n".join(problems))
+
+
+def check_machine(env: Mapping[str, str]) -> None:
+    """Refuse what this machine surely can't do, also before torch is imported.
+
+    Raises ConfigError: no GPU and no word of a CPU in a recipe; weights to make without the package that reads them.
+    """
+    model, stages = choose_stages(env)
+    if is_on(env, "DRY"):
+        return
+    check_weights(model, stages)
+    if is_on(env, "SLURM") or any(Path(file).exists() for file in GPU_FILES):
+        return
+    from rmipo.recipe.files import NO_GPU, read_layers
+
+    for path in (f"recipes/{model}/{stage}.yaml" for stage in stages if stage in ("sft", "rmipo")):
+        files = [Path(name) for file in (path, *split_args(env)[0]) for name, _ in read_layers(file)]
+        if "use_cpu" not in env.get("ARGS", "") and not any("use_cpu" in file.read_text() for file in files):
+            raise ConfigError(f"{path}: {NO_GPU}")
+
+
+def check_weights(model: str, stages: list[str]) -> None:
+    """Raises ConfigError where a setting's weights are to be made and the package that reads them is missing."""
+    made = Path(f"outputs/{model}/weights").is_dir()
+    if "weights" in stages and not made and importlib.util.find_spec("gguf") is None:
+        raise ConfigError(f"the weights of {model} are read with the package gguf: make install EXTRAS=smollm2")
 
 
 def choose_stages(env: Mapping[str, str]) -> tuple[str, list[str]]:
@@ -76,7 +110,7 @@ def choose_sharding(env: Mapping[str, str]) -> str:
 
 def node_count(env: Mapping[str, str]) -> int:
     """NODES, default 1."""
-    return int(positive_number(env, "NODES", 1))
+    return whole_number(env, "NODES", 1)
 
 
 def gpus_asked_for(env: Mapping[str, str]) -> int | None:
@@ -86,6 +120,14 @@ def gpus_asked_for(env: Mapping[str, str]) -> int | None:
     if given and match is None:
         raise ConfigError(f"GPUS={given!r}: expected the number of GPUs, such as GPUS=4, or with their GB, GPUS=4x80")
     return int(match[1]) if match else None
+
+
+def whole_number(env: Mapping[str, str], name: str, default: int) -> int:
+    """The variable `name`, `default` if it is not set. Raises ConfigError unless it is 1, 2, ..."""
+    text = env.get(name) or str(default)
+    if not text.isdecimal() or int(text) < 1:
+        raise ConfigError(f"{name}={text!r}: expected a whole number, 1 or more")
+    return int(text)
 
 
 def positive_number(env: Mapping[str, str], name: str, default: float) -> float:

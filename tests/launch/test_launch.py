@@ -62,11 +62,17 @@ def test_method_data_and_args_become_arguments():
     assert load_recipe(words[8], [words[10], words[12]], words[13:]).values["learning_rate"] == 1e-6
 
 
+def test_output_dir_of_the_user_wins():
+    words = command({"MODEL": "llama3-8b-instruct", "METHOD": "dpo", "ARGS": "--output_dir=elsewhere"})
+    assert [word for word in words if "output_dir" in word] == ["--output_dir=elsewhere"]
+
+
 @pytest.mark.parametrize(
     ("env", "folder"),
     [
         ({"MODEL": "llama3-8b-instruct"}, "llama3-8b-instruct/rmipo-lora"),
         ({"MODEL": "llama3-8b-instruct", "METHOD": "dpo"}, "llama3-8b-instruct/dpo-lora"),
+        ({"MODEL": "llama3-8b-instruct-hh-helpful"}, "llama3-8b-instruct-hh-helpful/rmipo-lora"),
         ({"MODEL": "mistral-7b-instruct", "DATA": "my.jsonl"}, "mistral-7b-instruct/rmipo-my-lora"),
     ],
 )
@@ -90,13 +96,21 @@ def test_args_belong_to_the_last_recipe():
     assert "1e-6" in command(env | {"STAGE": "sft"}, stage="sft")
 
 
+def test_stages_of_each_kind_of_setting():
+    chosen = {name: choices.choose_stages({"MODEL": name})[1] for name in ("llama3-8b-base", "llama3-8b-instruct")}
+    assert chosen == {"llama3-8b-base": ["sft", "rmipo"], "llama3-8b-instruct": ["rmipo"]}
+    assert choices.choose_stages({"MODEL": "llama3-8b-base", "STAGE": "sft"})[1] == ["sft"]
+
+
 @pytest.mark.parametrize(
     ("env", "named"),
     [
         ({}, ("MODEL", "llama3-8b-instruct")),
+        ({"MODEL": "methods"}, ("MODEL='methods'", "llama3-8b-instruct")),
         ({"MODEL": "llama3-8b-instruct", "STAGE": "sft"}, ("STAGE='sft'", "rmipo\n  all")),
         ({"MODEL": "tiny", "METHOD": "grpo"}, ("METHOD='grpo'", "beta-dpo")),
         ({"MODEL": "tiny", "ARGS": "--overlay"}, ("ARGS='--overlay'",)),
+        ({"MODEL": "tiny", "ARGS": "--overlay none.yaml"}, ("none.yaml",)),
         ({"MODEL": "tiny", "ARGS": "--learning_rat 1"}, ("learning_rate",)),
     ],
 )
@@ -125,9 +139,7 @@ def test_finished_run_is_kept_and_another_recipe_refused(tmp_path):
         step.is_done()
 
 
-@pytest.mark.parametrize(
-    ("visible", "gpus", "named"), [(4, "3", "processes"), (2, "4", "GPUS=4"), (0, "", "none is visible")]
-)
+@pytest.mark.parametrize(("visible", "gpus", "named"), [(4, "3", "3"), (2, "4", "GPUS=4"), (0, "", "none is visible")])
 def test_gpus_that_do_not_divide_the_batch_or_are_absent_stop_before_anything_runs(monkeypatch, visible, gpus, named):
     monkeypatch.setattr("torch.cuda.device_count", lambda: visible)
     monkeypatch.setattr(train, "Program", lambda: pytest.fail("it went on"))
@@ -145,12 +157,17 @@ def own_signals():
     signal.signal(signal.SIGTERM, before)
 
 
-def launch(**env):
-    """(exit code, standard output, standard error) of `make train` with these variables."""
-    return run_here("launch", env=env)
+@pytest.fixture
+def launch():
+    """launch(MODEL=...) -> (exit code, standard output, standard error)."""
+
+    def launch(**env):
+        return tuple(run_here("launch", env=env))
+
+    return launch
 
 
-def test_dry_run_prints_recipe_batch_and_command_and_starts_nothing():
+def test_dry_run_prints_recipe_batch_and_command_and_starts_nothing(launch):
     code, output, _ = launch(MODEL="llama3-8b-instruct", DRY="1", GPUS="8", METHOD="simpo")
     lines = output.splitlines()
     assert code == 0
@@ -162,13 +179,13 @@ def test_dry_run_prints_recipe_batch_and_command_and_starts_nothing():
     )
 
 
-def test_dry_run_of_a_base_setting_says_which_sft_model_it_takes():
+def test_dry_run_of_a_base_setting_says_which_sft_model_it_takes(launch):
     code, output, _ = launch(MODEL="mistral-7b-base", DRY="1")
     assert code == 0 and [line for line in output.splitlines() if line.startswith("## ")] == ["## sft", "## rmipo"]
     assert "# model_name_or_path: alignment-handbook/zephyr-7b-sft-full, because outputs/mistral-7b-base/sft" in output
 
 
-def test_dry_run_prints_the_slurm_submission_over_nodes():
+def test_dry_run_prints_the_slurm_submission_over_nodes(launch):
     given = {"NODES": "4", "GPUS": "8x80", "SBATCH_ARGS": "--qos=long --comment='a b'"}
     code, output, _ = launch(MODEL="llama3-70b-instruct", DRY="1", SLURM="1", **given)
     lines = output.splitlines()
@@ -181,6 +198,12 @@ def test_dry_run_prints_the_slurm_submission_over_nodes():
     )
 
 
+def test_cpu_stages_are_queued_without_gpus(launch):
+    code, output, _ = launch(MODEL="tiny", STAGE="rmipo", DRY="1", SLURM="1", NODES="2")
+    assert code == 0 and "# batch: 32 = 16 per device x 2 processes x 1 steps" in output
+    assert "--nodes=2 --job-name=tiny-rmipo --dependency=singleton scripts/launch.slurm cpu scripts/pref" in output
+
+
 @pytest.fixture
 def jobs(tmp_path, monkeypatch):
     """Of a stand-in for sbatch, which writes down what it was given and hands out job ids."""
@@ -191,7 +214,7 @@ def jobs(tmp_path, monkeypatch):
     return tmp_path / "jobs"
 
 
-def test_stages_are_queued_one_after_the_other(jobs):
+def test_stages_are_queued_one_after_the_other(launch, jobs):
     code, output, errors = launch(MODEL="llama3-8b-base", SLURM="1", GPUS="8", METHOD="dpo")
     assert code == 0, errors
     first, second = jobs.read_text().splitlines()
@@ -204,8 +227,9 @@ def test_stages_are_queued_one_after_the_other(jobs):
     assert "## rmipo: job 2, log outputs/slurm/2.log" in output
 
 
-def test_a_stop_that_saved_ends_with_code_75(tmp_path):
-    """Also where the launcher in between turns the program's code into 1."""
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_stop_that_saved_ends_with_code_75(tmp_path, processes):
+    """`processes` > 1: the launcher in between turns the program's code into 1."""
     program = tmp_path / "program.py"
     program.write_text(
         "import os, pathlib, signal, sys, time\n"
@@ -213,7 +237,7 @@ def test_a_stop_that_saved_ends_with_code_75(tmp_path):
         f"    marker = pathlib.Path({str(tmp_path)!r}) / 'checkpoint-3' / 'complete.json'\n"
         "    marker.parent.mkdir()\n"
         "    marker.write_text('{\"step\": 3}')\n"
-        "    sys.exit(1)\n"
+        f"    sys.exit(75 if {processes} == 1 else 1)\n"
         "signal.signal(signal.SIGTERM, stop)\n"
         "os.kill(os.getppid(), signal.SIGTERM)\n"
         "time.sleep(60)\n"
@@ -221,7 +245,7 @@ def test_a_stop_that_saved_ends_with_code_75(tmp_path):
     assert train.Program().run([sys.executable, str(program)], str(tmp_path)) == 75
 
 
-def test_a_stop_during_the_last_moments_of_a_stage_keeps_the_next_from_starting(monkeypatch):
+def test_a_stop_during_the_last_moments_of_a_stage_keeps_the_next_from_starting(launch, monkeypatch):
     """The first stage of tiny gets no time to end differently: its program is one that ends well after a SIGTERM."""
     ending_well = (
         "import os, signal, sys, time\n"
@@ -233,7 +257,13 @@ def test_a_stop_during_the_last_moments_of_a_stage_keeps_the_next_from_starting(
     code, output, errors = launch(MODEL="tiny")
     assert code == 75
     assert [line for line in output.splitlines() if line.startswith("## ")] == ["## world"]
-    assert "sft" in errors
+    assert errors.startswith("stopped before sft;")
+
+
+def test_a_stop_before_the_program_runs_reaches_it():
+    program = train.Program()
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert program.run([sys.executable, "-c", "import time; time.sleep(60)"]) == 128 + signal.SIGTERM
 
 
 @pytest.mark.parametrize(("sharding", "threads"), [("zero3-offload", "4"), ("zero3", None)])
@@ -252,22 +282,18 @@ def test_programs_have_the_training_environment(monkeypatch, sharding, threads):
     ("env", "named"),
     [
         ({"MODEL": "tiny", "GPUS": "many"}, "GPUS='many'"),
+        ({"MODEL": "tiny", "GPUS": "4x"}, "GPUS='4x'"),
         ({"MODEL": "llama3-70b-instruct", "SLURM": "1", "NODES": "4"}, "GPUS is not set"),
         ({"MODEL": "tiny", "NODES": "2"}, "NODES=2"),
+        ({"MODEL": "tiny", "NODES": "two", "SLURM": "1"}, "NODES='two'"),
         ({"MODEL": "tiny", "SHARDING": "zero9"}, "SHARDING='zero9'"),
+        ({"MODEL": "tiny", "STAGE": "rmipo", "SLURM": "1", "PATH": ""}, "SLURM=1"),
         ({"MODEL": "tiny", "ARGS": "--seed x", "DRY": "1"}, "seed is 'x'"),
     ],
 )
-def test_mistakes_end_with_one_message_and_exit_code_2(env, named):
+def test_mistakes_end_with_one_message_and_exit_code_2(launch, env, named):
     code, output, errors = launch(**env)
     assert (code, output) == (2, "") and named in errors
-
-
-def test_without_slurm_nothing_is_made_first(monkeypatch):
-    monkeypatch.setenv("PATH", "")
-    monkeypatch.setattr(train, "Program", lambda: pytest.fail("its world would be made"))
-    with pytest.raises(ConfigError, match="SLURM=1"):
-        train.train({"MODEL": "tiny", "SLURM": "1"})
 
 
 # The real thing, through make
@@ -276,7 +302,8 @@ def test_without_slurm_nothing_is_made_first(monkeypatch):
 def test_make_lists_its_targets(repository):
     listing = make(repository)
     assert listing.returncode == 0
-    assert "  make train " in listing.stdout and "  make bench " in listing.stdout
+    for target in ("train", "test", "plan", "doctor", "eval", "table", "figure", "compare", "sweep", "bench"):
+        assert f"  make {target} " in listing.stdout
 
 
 def test_what_is_given_to_make_reaches_the_recipe(repository):
@@ -288,7 +315,8 @@ def test_what_is_given_to_make_reaches_the_recipe(repository):
     assert not (repository / "outputs").exists()
 
 
-@pytest.mark.parametrize(("push", "queued"), [(False, "0"), (False, "1"), (True, "1")])
+@pytest.mark.parametrize("queued", ["0", "1"])
+@pytest.mark.parametrize("push", [False, True])
 def test_a_finished_run_is_started_again_to_compare_data_and_model_and_queued_only_to_upload(monkeypatch, push, queued):
     started = []
 
@@ -311,26 +339,36 @@ def test_a_finished_run_is_started_again_to_compare_data_and_model_and_queued_on
     assert len(started) == (push or queued == "0")
 
 
-SCRIPTS = ("launch", "plan", "doctor", "compare", "sweep", "smoke", "pairs", "online")
-SCRIPTS += ("evaluate", "samples", "table", "figure", "reproduce")  # these also take a folder
+ALL_CHOICES = ("launch", "plan", "doctor")  # scripts that check METHOD, GPUS and NODES beside MODEL
+SETTING_ALONE = ("compare", "sweep", "smoke", "pairs", "online")
+MODEL_OR_FOLDER = ("evaluate", "samples", "table", "figure", "reproduce")  # these know benchmarks, which read YAML
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", ALL_CHOICES + SETTING_ALONE + MODEL_OR_FOLDER)
 def test_wrong_choices_are_refused_before_anything_heavy_is_imported(script):
-    heavy = {"torch", "transformers", "matplotlib"}
+    heavy = {"torch", "transformers", "matplotlib"} | ({"yaml"} if script not in MODEL_OR_FOLDER else set())
     code = (
         "import runpy, sys\n"
         f"try: runpy.run_path('scripts/{script}.py', run_name='__main__')\n"
         f"except SystemExit as end: print(end.code, {heavy} & sys.modules.keys())"
     )
-    environment = os.environ | {"MODEL": "llama3", "METHOD": "simp0", "N": "7", "TABLE": "7"}
+    environment = os.environ | {
+        "MODEL": "llama3",
+        "METHOD": "simp0",
+        "GPUS": "four",
+        "NODES": "0",
+        "N": "7",
+        "TABLE": "7",
+    }
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
     exit_code, imported = done.stdout.split()
     assert (exit_code, imported) == ("2", "set()")
     assert re.search("MODEL='?llama3'? (is|has no)", done.stderr) and "llama3-8b-instruct" in done.stderr, done.stderr
+    for name in ("METHOD='simp0'", "GPUS='four'", "NODES='0'") if script in ALL_CHOICES else ():
+        assert name in done.stderr, done.stderr
 
 
-@pytest.mark.parametrize("script", ["evaluate", "pairs", "online", "launch"])
+@pytest.mark.parametrize("script", ["evaluate", "samples", "table", "pairs", "online", "launch"])
 def test_an_open_quote_in_args_is_named(script):
     done = run_here(script, env={"MODEL": "tiny", "ARGS": "--prompt What's"})
     assert done.code == 2 and "ARGS=" in done.err
@@ -338,25 +376,15 @@ def test_an_open_quote_in_args_is_named(script):
 
 @pytest.mark.parametrize(
     ("script", "variable"),
-    [("online", "DATA"), ("pairs", "DRY"), ("compare", "SLURM"), ("sweep", "SLURM"), ("smoke", "DATA")],
+    [
+        ("online", "DATA"),
+        ("pairs", "DRY"),
+        ("compare", "SLURM"),
+        ("sweep", "SLURM"),
+        ("smoke", "DATA"),
+        ("smoke", "DRY"),
+    ],
 )
 def test_a_variable_that_a_command_cannot_follow_is_refused(script, variable):
     done = run_here(script, env={"MODEL": "tiny", "METHOD": "simpo", variable: "1"})
     assert done.code == 2 and done.err.startswith(f"error: {variable}: ")
-
-
-def test_output_dir_of_the_user_wins():
-    words = command({"MODEL": "llama3-8b-instruct", "METHOD": "dpo", "ARGS": "--output_dir=elsewhere"})
-    assert [word for word in words if "output_dir" in word] == ["--output_dir=elsewhere"]
-
-
-def test_cpu_stages_are_queued_without_gpus():
-    code, output, _ = launch(MODEL="tiny", STAGE="rmipo", DRY="1", SLURM="1", NODES="2")
-    assert code == 0 and "# batch: 32 = 16 per device x 2 processes x 1 steps" in output
-    assert "--nodes=2 --job-name=tiny-rmipo --dependency=singleton scripts/launch.slurm cpu scripts/pref" in output
-
-
-def test_a_stop_before_the_program_runs_reaches_it():
-    program = train.Program()
-    os.kill(os.getpid(), signal.SIGTERM)
-    assert program.run([sys.executable, "-c", "import time; time.sleep(60)"]) == 128 + signal.SIGTERM
