@@ -169,7 +169,9 @@ def test_liger_replaces_norms_rotary_embeddings_and_mlps_and_not_the_lm_head(rec
 
 
 def test_another_dataset_or_model_voids_what_described_the_first(recipe, write):
-    divided = load_recipe(write("named.yaml", RECIPE | {"dataset_test_split": "dev"}), overrides=["--test_split_size=9"])
+    divided = load_recipe(
+        write("named.yaml", RECIPE | {"dataset_test_split": "dev"}), overrides=["--test_split_size=9"]
+    )
     assert divided.values["test_split_size"] == 9 and "dataset_test_split" not in divided.values
     values = load_recipe(recipe, overrides=["--dataset_name", "data/mine.jsonl"]).values
     assert values["dataset_name"] == "data/mine.jsonl"
