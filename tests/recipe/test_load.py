@@ -168,7 +168,11 @@ def test_liger_replaces_norms_rotary_embeddings_and_mlps_and_not_the_lm_head(rec
     assert load_recipe(recipe).parse(world_size=1)[0].liger_kernel_config is None
 
 
-def test_another_dataset_or_model_voids_what_described_the_first(recipe):
+def test_another_dataset_or_model_voids_what_described_the_first(recipe, write):
+    divided = load_recipe(
+        write("named.yaml", RECIPE | {"dataset_test_split": "dev"}), overrides=["--test_split_size=9"]
+    )
+    assert divided.values["test_split_size"] == 9 and "dataset_test_split" not in divided.values
     values = load_recipe(recipe, overrides=["--dataset_name", "data/mine.jsonl"]).values
     assert values["dataset_name"] == "data/mine.jsonl"
     assert values.keys().isdisjoint({"dataset_train_split", "dataset_revision"})
