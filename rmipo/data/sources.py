@@ -228,6 +228,8 @@ def load_files(paths: list[Path], source: str) -> Dataset:
     except StopIteration as error:
         raise DataError(f"{source}: {files} has no rows.") from error
     except (csv.Error, DatasetGenerationError, EOFError, OSError, ValueError) as error:
+        if (other := getattr(error, "filename", None)) and Path(other) not in paths:
+            raise DataError(f"{source}: the cache of datasets can't be used ({error}). Set HF_HOME") from error
         raise DataError(f"{source}: {files} can't be read as {builder}: {error.__cause__ or error}") from error
     return dataset
 

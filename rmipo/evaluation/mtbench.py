@@ -47,6 +47,7 @@ DEFAULTS = {
     "max_cost": 20.0,  # US dollars
     "max_missing": 0,  # verdicts that may be missing from a finished result
 }  # fmt: skip
+PROBED = 2  # questions that are judged first, to find out a judge that gives no ratings
 ATTEMPTS = 5  # the evaluator asks again, this often at most, where it can't read a rating
 TEMPLATE_CHARACTERS = 1500  # of the judge's instructions, about
 VERDICT_TOKENS = 250  # about
@@ -144,7 +145,21 @@ def judge(
         # It decodes its children's output in blocks of 1024 bytes and fails where one cuts a character in two.
         "PYTHONIOENCODING": "ascii:backslashreplace",
     }
-    code = subprocess.run(command, env=environment, check=False).returncode
+    code = 0
+    if not ratings and len(questions) > PROBED:  # a judge that gives no ratings costs a few requests, not all of them
+        first = folder / "mtbench" / name / f"first_{PROBED}"
+        write_lines(first / "responses" / f"{name}.jsonl", rows[:PROBED])
+        probed = first / "judgements" / verdicts.name
+        read_verdicts(probed)  # the evaluator can't read a line that a kill cut
+        probe = command[: command.index("--first_n")] if "--first_n" in command else command
+        code = subprocess.run([*probe, "--first_n", str(PROBED)], env=environment, check=False).returncode
+        if code == 0 and not read_verdicts(probed):
+            raise EvaluationError(f"the judge at {shown(endpoint)} gave no rating to the first {PROBED} questions")
+        if probed.is_file():
+            verdicts.parent.mkdir(parents=True, exist_ok=True)
+            verdicts.write_text(probed.read_text())
+    if code == 0:
+        code = subprocess.run(command, env=environment, check=False).returncode
     ratings = read_verdicts(verdicts)
     kept = f"{len(ratings)} of {total} verdicts are kept in {verdicts}; the same command asks for the others"
     if code != 0:

@@ -13,7 +13,7 @@ from typing import Any
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from rmipo.errors import ConfigError
-from rmipo.objectives import build_objective
+from rmipo.objectives import OBJECTIVES, build_objective
 from rmipo.recipe import arguments
 from rmipo.recipe.files import coerce
 from rmipo.recipe.schema import ARGUMENTS, RECIPE_ONLY, DataConfig, ModelConfig, PreferenceRunConfig, SFTConfig
@@ -77,6 +77,8 @@ def check_types(values: Mapping[str, Any], stage: str, origin: Mapping[str, str]
         elif key not in annotations:
             near = difflib.get_close_matches(key, annotations, n=1)
             hint = f"; did you mean {near[0]}?" if near else ""
+            if stage == "preference" and any(key in cls.hints or hasattr(cls, key) for cls in OBJECTIVES.values()):
+                hint = f": it belongs in the objective block (objective.{key})"
             problems.append(f"{where} is not a key of {stage} recipes{hint}")
         else:
             try:

@@ -5,11 +5,12 @@ built on it: SimPO, SimPER, alpha-DPO, epsilon-DPO and the RMiPO authors' own.
 """
 
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any
 
 from trl import DPOConfig
 
-from rmipo.recipe.schema import PreferenceRunConfig
+from rmipo.recipe.schema import DataConfig, ModelConfig, PreferenceRunConfig
 
 Values = dict[str, Any]
 
@@ -50,8 +51,12 @@ def translate(values: Mapping[str, Any], is_recipe: bool) -> tuple[Values, list[
         if "objective" not in values:
             values["objective"] = _objective(values)
             notices.append(f"objective: {values['objective']} (translated from loss_type and its keys)")
-        if "attn_implementation" in values:
-            notices.append(f"attn_implementation: {values.pop('attn_implementation')} ignored: pairs have own kernels")
+        # Our own kernels, and what a recipe spells out although it is TRL's default.
+        known = {f.name for cls in (PreferenceRunConfig, DataConfig, ModelConfig) for f in fields(cls)}
+        repeated = [f.name for f in fields(DPOConfig) if f.name not in known and values.get(f.name, ...) == f.default]
+        for key in ("attn_implementation", *repeated):
+            if key in values:
+                notices.append(f"{key}: {values.pop(key)} ignored: it has no effect here")
         if isinstance(length := values.get("max_length"), int):
             values.setdefault("max_prompt_length", length - 1)  # TRL has no limit of its own for prompts
         if left_out := [key for key in OTHER_DEFAULTS if key not in values]:

@@ -328,3 +328,33 @@ def test_a_completion_needs_a_prompt(tmp_path, chat):
         "the prompt is empty": [2]
     }
     assert select(rows, chat, tmp_path, completion_only_loss=False, max_length=WINDOW)[1].dropped == {}
+
+
+def test_a_weight_that_is_neither_all_nor_nothing_is_refused(tmp_path):
+    with pytest.raises(DataError, match=r"weight 0\.5.*: row 1"):
+        load(tmp_path, [MARKED, [user("a"), assistant("b") | {"weight": 0.5}]])
+
+
+def test_a_dialogue_that_the_template_refuses_is_dropped_and_named(tmp_path):
+    chat = ChatFormat.probe(make_tokenizer("mistral-instruct"))
+    rows = load(tmp_path, [DIALOGUE, [SYSTEM, *DIALOGUE]])
+    _, report = select(rows, chat, tmp_path, {"max_dropped_fraction": 0.5})
+    assert list(report.dropped.values()) == [[1]]
+
+
+def test_a_bos_that_the_template_leaves_out_is_not_counted(tmp_path):
+    """TRL adds none."""
+    zephyr = ChatFormat.probe(make_tokenizer("zephyr"))
+    text = zephyr.tokenizer.apply_chat_template(DIALOGUE, tokenize=False)
+    length = len(zephyr.tokenizer(text, add_special_tokens=False)["input_ids"])
+    report = select(load(tmp_path, [DIALOGUE]), zephyr, tmp_path, max_length=length)[1]
+    assert (report.tokens, report.rows_cut) == ({"messages": length}, 0)
+
+
+def test_too_many_cut_dialogues(tmp_path, chat):
+    rows = load(tmp_path, [DIALOGUE, LONG])
+    assert select(rows, chat, tmp_path, {"max_truncated_fraction": 0.5})[1].rows_cut == 1
+    with pytest.raises(
+        DataError, match=r"1 of 2 rows are cut, more than max_truncated_fraction: 0.4 .*max_length \(50\)"
+    ):
+        select(rows, chat, tmp_path, {"max_truncated_fraction": 0.4})

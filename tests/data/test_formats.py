@@ -6,6 +6,7 @@ from rmipo.data import formats
 from rmipo.data.chat import ChatFormat, DataError
 from rmipo.data.dialogues import load_dialogues
 from rmipo.data.pairs import load_pairs, tokenize_pairs
+from rmipo.recipe.schema import DataConfig
 from tests.helpers.families import make_tokenizer
 from tests.helpers.rows import assistant, config, pair, pairs, tokenize, user, write
 
@@ -342,3 +343,36 @@ def test_responses_that_differ_in_case_or_inner_spaces_are_a_pair():
     for chosen, rejected in (("Yes", "yes"), ("a  b", "a b")):
         assert formats.unusable_pair([user("q")], [assistant(chosen)], [assistant(rejected)]) is None
     assert formats.unusable_pair([user("q")], [assistant("")], [assistant(" ")]) == "chosen is empty"
+
+
+def test_prompt_and_responses_as_text(tmp_path):
+    rows = [{"prompt": "Question 0", "chosen": "Right 0", "rejected": "Wrong 0"}]
+    assert load(tmp_path, rows) == [{**pair(0), "row": 0}]
+
+
+def test_an_anthropic_hh_prompt_column(tmp_path):
+    rows = [{"prompt": "\n\nHuman: Hello\n\nAssistant:", "chosen": " Hi!", "rejected": " Go away."}]
+    (row,) = load(tmp_path, rows)
+    assert row["prompt"] == [user("Hello")]
+    assert row["chosen"] == [assistant(" Hi!")]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tools": [{"name": "search"}]}, "`tools` is part of the prompt, but is not supported"),
+        (
+            {"prompt": [{"role": "system", "content": "s", "tools": "[f]", "thinking": "hm"}, user("a")]},
+            "`prompt` has messages with tools, thinking, which are not supported",
+        ),
+    ],
+)
+def test_what_shapes_a_prompt_and_is_not_read_is_refused(tmp_path, changes, message):
+    with pytest.raises(DataError, match=f"{message}.*: row 1"):
+        load(tmp_path, [pair(0), {**pair(1), **changes}])
+
+
+def test_a_column_can_be_left_out_of_a_mixture(tmp_path):
+    write(tmp_path / "train.jsonl", [{**pair(0), "tools": [{"name": "search"}]}])
+    entries = [{"path": str(tmp_path), "columns": ["prompt", "chosen", "rejected"]}]
+    assert load_pairs(DataConfig(datasets=entries), "train").to_list() == [{**pair(0), "row": 0}]

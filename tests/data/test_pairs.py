@@ -204,3 +204,17 @@ def test_lengths_are_those_of_the_rows_kept():
     rows = [pair(i, chosen=[assistant("word" * i)]) for i in range(1, 4)]
     unusable = [pair(i, chosen=[assistant("")]) for i in range(4, 9)]
     assert tokenize(rows + unusable)[1].lengths == tokenize(rows)[1].lengths
+
+
+def test_an_empty_system_message_is_rendered_as_the_template_does():
+    empty = {"role": "system", "content": ""}
+    tokenized, report = tokenize([pair(0, prompt=[empty, user("a")])])
+    chat = ChatFormat.probe(make_tokenizer("llama3"))
+    assert report.dropped == {}
+    assert tokenized["prompt_ids"][0] == chat.prompt_ids([empty, user("a")]) != chat.prompt_ids([user("a")])
+
+
+def test_a_template_that_refuses_a_row():
+    rows = [pair(0), pair(1, prompt=[{"role": "system", "content": "Be brief"}, user("a")])]
+    _, report = tokenize(rows, "gemma")
+    assert report.dropped == {"the chat template refuses: System role not supported": [1]}

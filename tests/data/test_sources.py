@@ -4,6 +4,8 @@ import gzip
 import json
 import os
 import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -391,3 +393,39 @@ def test_one_file_has_no_other_split(tmp_path):
     write(tmp_path / "all.jsonl", pairs(*range(40)))
     with pytest.raises(DataError, match="validation"):
         load_pairs(config(tmp_path / "all.jsonl", dataset_train_split="validation"), "train")
+
+
+def test_a_file_beside_the_split_that_is_not_read_is_named(tmp_path, caplog):
+    write(tmp_path / "train.jsonl", pairs(1))
+    write(tmp_path / "Train.jsonl", pairs(2))
+    assert questions(load_pairs(config(tmp_path), "train")) == [1]
+    assert "Train" in caplog.text
+
+
+def test_a_cache_that_cannot_be_used_is_not_blamed_on_the_data(tmp_path):
+    write(tmp_path / "train.jsonl", pairs(1))
+    (tmp_path / "file").write_text("")
+    program = f"from rmipo.data.sources import load_files, Path; load_files([Path('{tmp_path}/train.jsonl')], 'mine')"
+    environment = os.environ | {"HF_HOME": str(tmp_path / "file/hf"), "HF_DATASETS_CACHE": str(tmp_path / "file/hf")}
+    ended = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    assert "HF_HOME" in ended.stderr.splitlines()[-1] and "as json" not in ended.stderr.splitlines()[-1]
+
+
+def test_a_named_split_comes_before_one_that_is_only_named_alike(tmp_path):
+    write(tmp_path / "test.jsonl", pairs(1))
+    write(tmp_path / "validation.jsonl", pairs(2))
+    assert questions(load_pairs(config(tmp_path, dataset_test_split="validation"), "test")) == [2]
+
+
+def test_rows_are_counted_through_all_sources(tmp_path):
+    for number, count in enumerate((2, 3, 4)):
+        write(tmp_path / f"{number}/train.jsonl", pairs(*range(count)))
+    entries = [{"path": str(tmp_path / str(number))} for number in range(3)]
+    assert load_pairs(DataConfig(datasets=entries), "train")["row"][:] == list(range(9))
+
+
+def test_fractions_are_of_the_rows_that_weights_leave(tmp_path):
+    entries, load_split = mixture(tmp_path)
+    entries[0] |= {"weight": 0.5, "fraction": 1}
+    entries[1] |= {"weight": 0.25, "fraction": 1}
+    assert sorted(number < 100 for number in questions(load_split("train"))) == [False] * 5 + [True] * 5

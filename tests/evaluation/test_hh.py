@@ -169,3 +169,18 @@ def test_a_model_whose_scores_are_no_numbers_has_no_win_rate(tmp_path):
     )
     with pytest.raises(EvaluationError, match="chosen_logps"):
         run(tmp_path / "model", tmp_path / "eval", {"helpful": {"dataset_name": str(tmp_path / "pairs")}})
+
+
+@pytest.mark.parametrize(
+    ("change", "named"), [("positions", "3 positions"), ("vocabulary", "than the model has embeddings")]
+)
+def test_what_a_model_has_no_position_or_embedding_for_is_refused(tmp_path, change, named):
+    """Rotary embeddings would score positions beyond the model's in silence."""
+    write_model(tmp_path / "model")
+    write_pairs(tmp_path / "pairs", 0)
+    path = tmp_path / "model/config.json"
+    config = json.loads(path.read_text())
+    changes = {"positions": {"max_position_embeddings": 3}, "vocabulary": {"vocab_size": config["vocab_size"] - 1}}
+    path.write_text(json.dumps(config | changes[change]))
+    with pytest.raises(LoadingError, match=named):
+        run(tmp_path / "model", tmp_path / "eval", {"helpful": {"dataset_name": str(tmp_path / "pairs")}})

@@ -115,3 +115,21 @@ def test_both_turns_are_generated_with_the_category_s_temperature(tmp_path, monk
     # The second prompt goes on from the first one and the model's own answer: id 3 is <user>, id 4 <assistant>.
     for first, second in zip(prompts[:2], prompts[2:], strict=True):
         assert second.ids[: len(first.ids)] == first.ids and second.ids.count(4) >= 2 and second.ids.count(0) == 1
+
+
+@pytest.mark.slow
+def test_missing_verdicts_are_reported_and_asked_again(tmp_path):
+    with JudgeServer(fault=lambda number: "malformed" if number else None) as server:
+        with pytest.raises(EvaluationError, match=r"rating for 2 answers.* 0 of 2 verdicts"):
+            ask(server.url, tmp_path, first_n=1)
+        server.fault = lambda number: None
+        metrics = ask(server.url, tmp_path, first_n=1)
+    assert metrics["mt_bench_missing"] == 0 and len(verdicts(tmp_path, 1)) == 2
+
+
+@pytest.mark.slow
+def test_a_judge_without_ratings_is_asked_about_few_questions(tmp_path):
+    with JudgeServer(fault=lambda number: "malformed") as server:
+        with pytest.raises(EvaluationError, match="no rating to the first 2 questions"):
+            ask(server.url, tmp_path)
+        assert len(server.requests) <= 4 * 5 + 1  # and one that asks whether it is there

@@ -406,3 +406,23 @@ def test_a_template_s_file_may_begin_with_a_mark_of_its_encoding(write, tmp_path
     assert template_text(f"{tmp_path}/bom.jinja") == "{{ bos_token }}"
     with pytest.raises(ConfigError, match=r"chat_template is '.*latin\.jinja'"):
         load_recipe(write("rmipo.yaml", RECIPE), overrides=[f"--chat_template={tmp_path}/latin.jinja"])
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "learning_rate=0", "learning_rate=-1e-6", "num_train_epochs=0", "num_train_epochs=-1", "save_steps=0", "eval_steps=0",
+        "max_grad_norm=-1", "per_device_train_batch_size=0", "per_device_eval_batch_size=0", "generation_samples=-1",
+        "max_tokens_per_micro_batch=0", "max_prompt_length=0", "use_dora=true", "optim_args=rank=64",
+        "dataloader_drop_last=true",
+    ],
+)  # fmt: skip
+def test_values_that_would_do_nothing_or_something_else_are_refused(write, override):
+    with pytest.raises(ConfigError, match=override.partition("=")[0]):
+        load_recipe(write("rmipo.yaml", RECIPE), overrides=[f"--{override}"])
+
+
+@pytest.mark.parametrize("key", ["beta", "gamma_beta_ratio"])
+def test_a_hyperparameter_at_the_top_is_sent_to_the_objective(write, key):
+    with pytest.raises(ConfigError, match=rf"objective\.{key}"):
+        load_recipe(write("rmipo.yaml", RECIPE), overrides=[f"--{key}=1"])

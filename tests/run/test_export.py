@@ -210,3 +210,12 @@ def arguments(folder, **values):
     return PreferenceRunConfig(
         objective={"name": "rmipo"}, output_dir=str(folder), use_cpu=True, bf16=False, report_to="none", **values
     )
+
+
+def test_a_tensor_of_another_precision_than_the_models_is_refused(tmp_path):
+    make_model("llama3").bfloat16().save_pretrained(tmp_path)
+    config = AutoConfig.from_pretrained(tmp_path)
+    assert export.verify_export(tmp_path, config) == 21
+    change(tmp_path, lambda t: t.update({"model.norm.weight": t["model.norm.weight"].float()}))
+    with pytest.raises(export.ExportError, match=r"model\.norm\.weight is .*float32"):
+        export.verify_export(tmp_path, config)

@@ -6,10 +6,14 @@ import random
 
 import pytest
 
-from rmipo.data.pairs import load_pairs
+from rmipo.data.chat import ChatFormat
+from rmipo.data.pairs import load_pairs, tokenize_pairs
 from rmipo.launch.choices import choose_stages
 from rmipo.recipe.load import load_recipe
 from rmipo.recipe.schema import DataConfig
+from rmipo.record import read_metrics
+from tests.helpers.families import make_tokenizer, save
+from tests.helpers.launched import launch
 
 SUBSETS = ("helpful", "harmless")
 WORDS = ("how", "do", "I", "learn", "this", "well", "please", "tell", "me", "more", "of", "course", "here")
@@ -67,3 +71,45 @@ def test_rows_of_the_hub_become_dialogues(tmp_path, subset):
         third[side].rpartition("\n\nAssistant: ")[2] for side in ("chosen", "rejected")
     ]
     assert len(pairs) == 40 and pairs["row"] == list(range(40))
+
+
+def test_recipe_trains_a_twin_on_hub_rows(tmp_path, subset="helpful"):
+    save("llama3", tmp_path / "model")
+    write_hub(tmp_path / "hh", subset)
+    overrides = {
+        "model_name_or_path": tmp_path / "model",
+        "datasets": json.dumps([{"path": str(tmp_path / "hh"), "data_dir": f"{subset}-base"}]),
+        "dataset_num_proc": 2,  # processes of their own, as in the recipes
+        "output_dir": tmp_path / "run",
+        "dtype": "float32",
+        "bf16": "false",
+        "use_cpu": "true",
+        "max_steps": 2,
+        "global_batch_size": 16,
+        "warmup_steps": 0,
+        "learning_rate": 1e-3,
+        "eval_strategy": "no",
+        "save_strategy": "no",
+        "report_to": "none",
+        "generation_samples": 1,
+        "generation_max_new_tokens": 2,
+    }
+    arguments = [text for key, value in overrides.items() for text in (f"--{key}", str(value))]
+    training = launch(["scripts/preference.py", "--config", f"recipes/{setting(subset)}/rmipo.yaml", *arguments])
+    assert training.wait() == 0, training.output[-4000:]
+    losses = [line["loss"] for line in read_metrics(tmp_path / "run") if "loss" in line]
+    run = json.loads((tmp_path / "run/run.json").read_text())
+    assert len(losses) == 2 and losses[1] != losses[0]
+    assert run["finished"] and run["data"]["train"]["kept"] == 40 and run["data"]["test"]["kept"] == 3
+    assert 0 <= run["results"]["eval_common/acc_avg_logp"] <= 1
+
+
+def test_real_harmless_pairs_pass_the_recipes_limits(shared_data):
+    values = load_recipe("recipes/llama3-8b-instruct-hh-harmless/rmipo.yaml").values
+    data = DataConfig(dataset_name=str(shared_data / "hh-harmless"))
+    limits = {key: values[key] for key in ("max_length", "max_prompt_length", "max_dropped_fraction")}
+    chat = ChatFormat.probe(make_tokenizer("llama3"))
+    tokenized, report = tokenize_pairs(load_pairs(data, "test"), chat, max_truncated_fraction=1.0, **limits)
+    assert report.rows == 300 and len(tokenized) == report.kept >= 294
+    multi_turn = [ids for ids in tokenized["prompt_ids"] if ids.count(chat.end_id) > 2]
+    assert len(multi_turn) > 100  # these are dialogues, not single questions

@@ -7,6 +7,7 @@ import shutil
 import signal
 import time
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from rmipo.errors import CheckpointError
 from rmipo.record import read_metrics
 from rmipo.run import checkpoints
 from rmipo.run.checkpoints import MARKER, Checkpoints, complete_checkpoints, resume_point
-from rmipo.run.identity import run_identity
+from rmipo.run.identity import differences, run_identity
 from rmipo.run.stop import EXIT_STOPPED
 from rmipo.training.state import rotate
 from tests.helpers.checkpoints import IDENTITY, make_checkpoints
@@ -270,3 +271,21 @@ def test_the_trainer_is_left_no_limit_to_delete_by(tmp_path):
     (tmp_path / "checkpoint-8").mkdir()
     callback.on_save(arguments, state, None)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-8"]
+
+
+def test_the_last_complete_checkpoint_is_taken(tmp_path):
+    assert resume_point(tmp_path, IDENTITY) is None
+    (tmp_path / "run.json").write_text(json.dumps(IDENTITY))
+    make_checkpoints(tmp_path, complete=(2, 10, 4), torn=(12,))
+    assert Path(resume_point(tmp_path, IDENTITY)).name == "checkpoint-10"
+    assert differences(IDENTITY, IDENTITY) == []
+
+
+def test_what_changes_no_result_may_change_between_starts(tmp_path):
+    recipe = {"ddp_timeout": 1800, "save_total_limit": 2, "report_to": ["none"], "learning_rate": 1e-6}
+    before = run_identity(recipe, {"train": "a"}, 2)
+    after = run_identity(recipe | {"ddp_timeout": 60, "save_total_limit": 1, "report_to": ["wandb"]}, {"train": "a"}, 2)
+    (tmp_path / "run.json").write_text(json.dumps(before))
+    assert resume_point(tmp_path, after) is None
+    with pytest.raises(CheckpointError, match=r"recipe\.learning_rate: 1e-06, now 2e-06$"):
+        resume_point(tmp_path, run_identity(recipe | {"learning_rate": 2e-6}, {"train": "a"}, 2))
