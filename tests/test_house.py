@@ -40,7 +40,7 @@ LINES = {
     "rmipo/evaluation": 1950,  # aim: 1500
     "rmipo/generation": 1050,  # aim: 800
     "rmipo/launch": 820,  # aim: 600
-    "rmipo/objectives": 980,  # aim: 600
+    "rmipo/objectives": 1000,  # aim: 600
     "rmipo/page": 300,
     "rmipo/plan": 670,  # aim: 450
     "rmipo/recipe": 970,  # aim: 650
@@ -48,11 +48,11 @@ LINES = {
     "rmipo/run": 990,  # aim: 800
     "rmipo/tiny": 640,  # aim: 450
     "rmipo/training": 2550,  # aim: 1700
-    "rmipo": 15780,  # aim: 11000
+    "rmipo": 15800,  # aim: 11000
     "scripts": 1640,  # aim: 1100
     "benchmarks": 1350,  # aim: 800
     "examples": 160,
-    "tests": 21560,  # aim: 14000
+    "tests": 21570,  # aim: 14000
 }
 
 

@@ -77,8 +77,12 @@ def mix(datasets: list[Dataset], data_config: DataConfig, split: str) -> Dataset
     entries = mixture_entries(data_config)
     # Shares are of training data; a test split is measured whole, so that its metrics do not change with the mixture.
     if split == "train" or size:
+        whole = datasets
         datasets = [take_share(*source, seed) for source in zip(datasets, entries, strict=True)]
         datasets = take_fractions(datasets, entries)
+        for entry, rows, taken in zip(entries, whole, datasets, strict=True):
+            if len(taken) < len(rows):
+                warn_once(f"{entry['path']}: {len(taken)} of its {len(rows)} rows are taken, by weight or fraction")
     mixed = concatenate_datasets(datasets)
     # In the handbook's recipes, where weights come from, the mixture is shuffled too; TRL's fractions leave it in order.
     if any(entry.get("weight") is not None for entry in entries):

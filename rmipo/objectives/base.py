@@ -4,7 +4,7 @@ Notation: S is a summed log-prob, A = S / |y| its mean per token, r = S - S_ref 
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Annotated, Any, ClassVar, dataclass_transform
 
 import pydantic
@@ -164,6 +164,14 @@ class Objective:
     def summarize(self, columns: Mapping[str, Tensor]) -> dict[str, float]:
         """The method's diagnostics over the pairs of a whole optimizer step (or evaluation)."""
         return {f"{self.name}/{key}": columns[key].double().mean().item() for key in self.logged}
+
+
+def refuse_unread(objective: Objective, keys: list[str], under: str) -> None:
+    """Raises ValueError for a key that was set, and that nothing reads `under` the other ones."""
+    defaults = {field.name: field.default for field in fields(objective)}
+    for key in keys:
+        if getattr(objective, key) != defaults[key]:
+            raise ValueError(f"{key} is {getattr(objective, key)!r}: it has no effect under {under}; remove it")
 
 
 def margin_loss(reward_difference: Tensor, gamma: Tensor | float = 0.0, label_smoothing: float = 0.0) -> Tensor:

@@ -17,6 +17,7 @@ from rmipo.objectives.base import (
     hyperparameters,
     make_output,
     margin_loss,
+    refuse_unread,
     sft_loss,
 )
 
@@ -82,6 +83,10 @@ class CPO(Objective):
     sft_weight: NotNegative = 1.0
     sft_normalization: Literal["token", "sequence"] = "token"
 
+    def __post_init__(self) -> None:
+        if self.sft_weight == 0:
+            refuse_unread(self, ["sft_normalization"], "sft_weight 0")
+
     @property
     def regroups(self) -> str:
         return "micro-batches" if self.sft_normalization == "token" else "pairs"
@@ -105,6 +110,10 @@ class SLiC(Objective):
     sft_weight: NotNegative = 1.0
     length_normalization: Flag = False
     sft_normalization: Literal["sequence", "token"] = "sequence"
+
+    def __post_init__(self) -> None:
+        if self.sft_weight == 0:
+            refuse_unread(self, ["sft_normalization"], "sft_weight 0")
 
     @property
     def regroups(self) -> str:

@@ -164,6 +164,11 @@ class RMiPO(base.Objective):
             object.__setattr__(self, "prior_context", "none")  # the class is frozen
         elif self.prior_context == "none":
             raise ValueError("prior_context is 'none': not with fidelity 'paper'; expected header or bos")
+        if self.schedule in ("exponential", "constant"):
+            base.refuse_unread(self, ["span"], f"schedule {self.schedule!r}")
+        if not self.needs:
+            keys = ["pmi_normalization", "prior_model"] + ["prior_context"] * (self.fidelity == "paper")
+            base.refuse_unread(self, keys, f"schedule {self.schedule!r} and signal {self.signal!r}")
 
     @property
     def needs(self) -> frozenset[str]:

@@ -213,6 +213,13 @@ def test_a_mixture_is_concatenated(tmp_path):
     assert questions(load_split("test")) == [50, 100, 101]
 
 
+def test_a_mixture_says_how_many_rows_of_each_source_it_takes(tmp_path, caplog):
+    entries, load_split = mixture(tmp_path)
+    entries[1]["weight"] = 0.25
+    load_split("train")
+    assert "/b: 5 of its 20 rows" in caplog.text and "/a: " not in caplog.text
+
+
 def test_fractions_are_shares_of_the_mixture(tmp_path):
     entries, load_split = mixture(tmp_path)
     entries[0]["fraction"], entries[1]["fraction"] = 3, 2  # 10 rows are three fifths of 16.7
