@@ -166,9 +166,6 @@ class RMiPO(base.Objective):
             raise ValueError("prior_context is 'none': not with fidelity 'paper'; expected header or bos")
         if self.schedule in ("exponential", "constant"):
             base.refuse_unread(self, ["span"], f"schedule {self.schedule!r}")
-        if not self.needs:
-            keys = ["pmi_normalization", "prior_model"] + ["prior_context"] * (self.fidelity == "paper")
-            base.refuse_unread(self, keys, f"schedule {self.schedule!r} and signal {self.signal!r}")
 
     @property
     def needs(self) -> frozenset[str]:
