@@ -43,16 +43,16 @@ LINES = {
     "rmipo/objectives": 1000,  # aim: 600
     "rmipo/page": 300,
     "rmipo/plan": 670,  # aim: 450
-    "rmipo/recipe": 970,  # aim: 650
+    "rmipo/recipe": 990,  # aim: 650
     "rmipo/reporting": 2000,  # aim: 1500
-    "rmipo/run": 990,  # aim: 800
+    "rmipo/run": 1000,  # aim: 800
     "rmipo/tiny": 640,  # aim: 450
     "rmipo/training": 2550,  # aim: 1700
-    "rmipo": 15800,  # aim: 11000
+    "rmipo": 15830,  # aim: 11000
     "scripts": 1640,  # aim: 1100
     "benchmarks": 1350,  # aim: 800
     "examples": 160,
-    "tests": 21570,  # aim: 14000
+    "tests": 21590,  # aim: 14000
 }
 
 

@@ -120,6 +120,7 @@ def load_recipe(path: str | Path, overlays: Iterable[str | Path] = (), overrides
         notices += layer_notices
         origin |= dict.fromkeys(layer, source)
         values = merge(values, layer)
+    notices += _left_out(path, overlays) if not problems else []
     if "prefer_local" in values:
         notices.append(_take_local(values))
     if values.get("use_cpu") == "auto":
@@ -154,6 +155,22 @@ def _layers(path: Path, overlays: Iterable[str | Path], overrides: Sequence[str]
         yield COMMAND_LINE, parse_overrides(overrides)
     except ValueError as error:
         raise ConfigError(f"{COMMAND_LINE}: {error}") from error
+
+
+def _left_out(path: Path, overlays: Iterable[str | Path]) -> list[str]:
+    """A notice for each overlay with values for the setting that the recipe builds on, and none for its own."""
+    setting, *bases = [Path(file).resolve().parent.name for file, _ in reversed(read_layers(path))]
+    notices = []
+    for overlay in overlays:
+        for file, layer in read_layers(overlay):
+            for_settings = layer.get("per_setting") or {}
+            base = next((name for name in bases if name in for_settings), None)
+            if base and setting not in for_settings:
+                keys = ", ".join(for_settings[base])
+                notices.append(
+                    f"{file}: its {keys} for {base} are not those of {setting}, which takes the common values"
+                )
+    return notices
 
 
 def _take_local(values: dict[str, Any]) -> str:

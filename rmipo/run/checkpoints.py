@@ -80,6 +80,13 @@ def resume_point(output_dir: str | Path, identity: dict) -> str | None:
     run, complete = recorded_run(output_dir), complete_checkpoints(output_dir)
     if run is not None:
         _refuse_other(run, identity, output_dir)
+        step = checkpoints.step_of(complete[-1]) if complete else 0
+        for folder in checkpoints.numbered_checkpoints(output_dir):
+            torn = (folder / STARTED).exists() and not (folder / MARKER).exists()
+            if folder not in complete and not torn and checkpoints.step_of(folder) > step:
+                raise CheckpointError(
+                    f"{folder} is not of this run, which would save into it and delete it: move it away"
+                )
     else:
         ours = {LOCK_FILE, *(folder.name for folder in complete)}
         names = {path.name for path in output_dir.glob("*") if path.suffix != TEMPORARY}

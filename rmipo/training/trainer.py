@@ -320,8 +320,10 @@ class PreferenceTrainer(EndsWithItsLastStep):
                 f"warning: all {max_steps} optimizer step(s) are warm-up, and the first has a learning rate of 0. "
                 "Set warmup_steps: 0, or train on more pairs"
             )
-        if self.pairs.chat is not None and self.is_world_process_zero():
-            print(self.pairs.example())
+        if self.is_world_process_zero():
+            print(f"{self.global_batch_size} pairs per optimizer step")
+            if self.pairs.chat is not None:
+                print(self.pairs.example())
         # Parity first: scoring the reference takes minutes to hours, and would use the same kernels.
         self._check_parity(self.train_dataset)
         for dataset in (self.train_dataset, *self._eval_datasets()):

@@ -426,3 +426,12 @@ def test_values_that_would_do_nothing_or_something_else_are_refused(write, overr
 def test_a_hyperparameter_at_the_top_is_sent_to_the_objective(write, key):
     with pytest.raises(ConfigError, match=rf"objective\.{key}"):
         load_recipe(write("rmipo.yaml", RECIPE), overrides=[f"--{key}=1"])
+
+
+def test_values_for_the_setting_that_a_recipe_builds_on_are_named(write, tmp_path):
+    write("../base/rmipo.yaml", RECIPE)
+    write("rmipo.yaml", {"base": "../base/rmipo.yaml", "output_dir": "out"})
+    overlay = write("dpo.yaml", {"seed": 1, "per_setting": {"base": {"learning_rate": 3e-5}}})
+    mine, base = (load_recipe(tmp_path / name / "rmipo.yaml", [overlay]) for name in ("mine", "base"))
+    assert base.values["learning_rate"] == 3e-5 != mine.values["learning_rate"]
+    assert not base.notices and any("learning_rate" in notice for notice in mine.notices)

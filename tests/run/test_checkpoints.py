@@ -150,7 +150,22 @@ def test_a_users_own_folders_are_neither_checkpoints_nor_deleted(tmp_path):
     own = set(names(tmp_path)) - {"checkpoint-2", "checkpoint-4"}
     assert [path.name for path in complete_checkpoints(tmp_path)] == ["checkpoint-2", "checkpoint-4"]
     (tmp_path / "run.json").write_text(json.dumps(IDENTITY))
-    assert Path(resume_point(tmp_path, IDENTITY)).name == "checkpoint-4"
+    with pytest.raises(CheckpointError, match="checkpoint-9"):  # the run would save into it
+        resume_point(tmp_path, IDENTITY)
     (tmp_path / "run.json").unlink()
     save(tmp_path, 6, limit=1)
     assert set(names(tmp_path)) == own | {"checkpoint-6"}
+
+
+def test_a_users_folder_that_the_run_would_save_into_is_refused(tmp_path):
+    (tmp_path / "run.json").write_text(json.dumps(IDENTITY))
+    make_checkpoints(tmp_path, complete=(4,), torn=(6,))
+    (tmp_path / "checkpoint-2").mkdir()  # an earlier one: the run never comes there again
+    assert resume_point(tmp_path, IDENTITY).endswith("checkpoint-4")
+    (tmp_path / "checkpoint-10").mkdir()
+    with pytest.raises(CheckpointError, match="checkpoint-10"):
+        resume_point(tmp_path, IDENTITY)
+    (tmp_path / "checkpoint-10").rmdir()
+    shutil.copytree(tmp_path / "checkpoint-4", tmp_path / "checkpoint-20")
+    with pytest.raises(CheckpointError, match="checkpoint-20"):
+        resume_point(tmp_path, IDENTITY)
