@@ -52,7 +52,7 @@ LINES = {
     "scripts": 1630,  # aim: 1100
     "benchmarks": 1350,  # aim: 800
     "examples": 160,
-    "tests": 21210,  # aim: 14000
+    "tests": 21270,  # aim: 14000
 }
 
 
