@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import lengths, references, report, work
+from benchmarks import lengths, micro_batches, references, report, work
 from benchmarks.contenders import BUILDERS, PRIOR_CONTEXT, RMIPO, SAME_LOSS, SIMPO, Setup, build
 from benchmarks.measure import peak_activations
 from tests.references.padded import padded_pairs, rmipo_loss
@@ -99,3 +99,17 @@ def test_peak_memory_sees_a_larger_batch():
 
 def test_ratio_is_taken_round_by_round():
     assert report.ratio([1.0, 4.0, 3.0], [2.0, 4.0, 4.0]) == {"min": 0.5, "median": 0.75, "max": 1.0}
+
+
+def test_the_rate_is_of_all_rounds():
+    work_done = {"positions": 8, "flops": 24e9}  # in all three rounds
+    entry = {"name": "simpo", "work": work_done, "rounds": [{"cpu": seconds} for seconds in (1.0, 2.0, 3.0)]}
+    case = {"contenders": {"simpo": entry}}
+    report.add_ratios(case, ("simpo",), clock="cpu")
+    assert report.table(case, clock="cpu").splitlines()[1].split()[:5] == ["simpo", "2.000", "8", "24", "4"]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_ranks_that_wait_for_each_other_take_longer_than_those_that_never_do(ranks):
+    times = {cut: time for cut, (_, _, time) in micro_batches.waiting(ranks, pairs=4, steps=3).items()}
+    assert (min(times.values()) == max(times.values()) == 1) if ranks == 1 else 1 <= min(times.values()) < 2

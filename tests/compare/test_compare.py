@@ -308,7 +308,9 @@ def test_the_interval_of_a_difference_is_paired_by_prompt_and_mean_over_seeds():
     answers = draw.integers(0, 3, (2, 2, 60)) / 2  # method, seed, prompt
     lines = [with_answers(line_of("rmipo", seed, 0.5), list(answers[0, seed])) for seed in (0, 1)]
     lines += [with_answers(line_of("dpo", seed, 0.5), list(answers[1, seed])) for seed in (0, 1)]
-    row = comparison.summarize(lines, "constraints_all").set_index("method").loc["dpo"]
+    others = [line_of(method, seed, 0.5, noise=0.15) for method in ("rmipo", "dpo") for seed in (0, 1)]
+    lines += [with_answers(line, [0.5] * 60) for line in others]
+    row = comparison.summarize(lines, "constraints_all").set_index(["noise", "method"]).loc[0.0, "dpo"]
     difference = 100 * (answers[1] - answers[0]).mean(axis=0)
     means = sorted(draw.choice(difference, 60).mean() for _ in range(4000))
     assert row["difference"] == pytest.approx(difference.mean())

@@ -1,6 +1,7 @@
 """`make eval` and `make samples` from the command line, on a random model."""
 
 import contextlib
+import dataclasses
 import io
 import json
 import os
@@ -18,6 +19,7 @@ from transformers import AutoTokenizer
 
 from rmipo.data.chat import PROBES, ChatFormat
 from rmipo.errors import EvaluationError, UserError
+from rmipo.evaluation import BENCHMARKS
 from rmipo.evaluation.benchmark import contradictions
 from rmipo.evaluation.target import find_target, load_settings, model_folder
 from rmipo.fingerprints import trained_fingerprint
@@ -239,6 +241,18 @@ def test_result_of_other_weights_is_refused(outputs):
     assert done.returncode == 2
     assert f"Anthropic-HH: {path} is of other weights than those now in {folder}. Delete it" in done.stderr
     assert path.read_bytes() == before
+
+
+def test_tasks_are_added_to_those_of_a_finished_result(outputs):
+    def run_tasks(model_dir, output_dir, settings):
+        return {"metrics": dict.fromkeys(settings["tasks"], 1.0), "versions": {}, "settings": settings}
+
+    benchmark = dataclasses.replace(BENCHMARKS["leaderboard"], run=run_tasks)
+    evaluate = runpy.run_path(str(ROOT / "scripts/evaluate.py"))["evaluate"]
+    for tasks in (["bbh"], ["math", "bbh"]):
+        evaluate(outputs / "tiny/rmipo", {"tasks": tasks}, benchmark, "")
+    result = json.loads((outputs / "tiny/rmipo/eval/leaderboard.json").read_text())
+    assert list(result["metrics"]) == result["settings"]["tasks"] == ["bbh", "math"]
 
 
 @pytest.mark.slow

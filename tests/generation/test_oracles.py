@@ -128,6 +128,6 @@ def test_a_judge_that_cannot_be_reached_is_named(judged, monkeypatch):
 
 
 def test_judge_costs_are_stated_and_limited_before_anything_is_asked(judged, capsys):
-    with pytest.raises(ValueError, match=r"more than max_cost 0.001; nothing was asked"):
-        judged(price=[10, 30], max_cost=0.001)
+    with pytest.raises(ValueError, match=r"about \$0.25, more than max_cost 0.001; nothing was asked"):
+        judged(price=[0, 30], max_cost=0.001)  # 16 replies of 512 tokens
     assert judged.asked == [] and "judge: 16 verdicts to ask for" in capsys.readouterr().out

@@ -104,6 +104,10 @@ def test_pairs_are_the_best_against_the_worst_answer_of_their_own_prompt(setup):
         assert pair["score_rejected"] == scores[rejected] == min(scores.values()) < pair["score_chosen"]
         words = chosen.split()
         assert pair["score_chosen"] == words.count("w1") + len(words) / 100
+    scored = [[a["score"] for a in row["answers"] if a["score"] is not None] for row in candidates]
+    best = [max(scores) for scores in scored if scores]
+    assert result["best_score"] == pytest.approx(sum(best) / len(best)) != result["mean_score"]
+    assert result["mean_score"] == pytest.approx(sum(map(sum, scored)) / sum(map(len, scored)))
 
 
 def test_the_hash_of_its_prompt_decides_whether_a_pair_is_held_out(setup):

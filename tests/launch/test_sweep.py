@@ -157,6 +157,13 @@ def test_a_grid_is_trained_once_and_the_best_is_named(repository, monkeypatch):
     assert (repository / lines[0]["output_dir"] / "run.json").read_text() == record
     assert json.loads((repository / lines[1]["output_dir"] / "run.json").read_text())["finished"]
 
+    shutil.rmtree(repository / lines[1]["output_dir"])
+    codes = iter((0, 1))  # of the finished point, which is started again, and of the other one
+    with monkeypatch.context() as patched:
+        patched.setattr("rmipo.launch.train.Program.run", lambda *given, **streams: next(codes))
+        failed = run_here("sweep", env=env, root=repository)
+    assert failed.code == 1 and "failed with exit code 1: --learning_rate=0.01" in failed.out and "best:" in failed.out
+
     other = run_here("sweep", env=env | {"ARGS": "--max_steps 3"}, root=repository)
     assert other.code == 2 and "holds a run of another recipe" in other.err
 

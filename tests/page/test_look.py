@@ -95,6 +95,15 @@ def test_what_is_dropped_cut_and_alike_is_counted(page, pairs):
             assert whole == [*row[name].split(), "</s>"] and len(whole) == len(side["tokens"]) + side["lost"]
 
 
+def test_every_pair_has_its_own_way_to_the_second_model(models, pairs, args, tmp_path):
+    args = dataclasses.replace(args, max_dropped_fraction=1.0)
+    rows = Dataset.from_list([pairs[-1], *pairs[:8]])  # the first can't be used
+    _, both = read(look(models[0], rows, args, after=models[1], output=tmp_path / "both.html"))
+    _, second = read(look(models[1], rows, args, output=tmp_path / "second.html"))
+    for line, wanted in zip(both["pairs"], second["pairs"], strict=True):
+        np.testing.assert_allclose(line["after"], wanted["sides"], atol=1e-3)
+
+
 @pytest.mark.parametrize("fidelity", ["paper", "release"])
 def test_every_reading_is_what_training_reads(models, pairs, args, tmp_path, fidelity):
     """The sums of the page, against those of the trainer's own evaluation."""
@@ -188,6 +197,8 @@ def test_make_look_by_folder_and_file(models, pairs, tmp_path):
         and summary["after"] == models[1]
         and str(tmp_path / "reports") in ended.out
     )
+    ended = run_here("look", "--outputs", str(tmp_path), "--max_length", "40", "--split", "test", env=env)
+    assert ended.code == 0 and len(read(tmp_path / "reports/look-before.html")[0]) == 8, ended.err  # 5% of 151
 
 
 @pytest.mark.parametrize(

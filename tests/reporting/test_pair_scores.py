@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import random
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -177,6 +178,16 @@ def test_figure8_of_any_model_and_any_pairs(outputs, tmp_path, run_script, capsy
     assert table["delta_pmi mean"].iloc[0] == pytest.approx((pmi[0] - pmi[1]).mean().item(), abs=1e-4)
     assert "at gamma_max" in capsys.readouterr().out
     assert run_script("figure.py", folder=tmp_path, **(given | {"DATA": ""})) == 2  # no recipe that names its pairs
+
+
+def test_figure8_of_other_pairs_has_none_of_the_runs_own(outputs, tmp_path, run_script):
+    shutil.copytree(outputs / "tiny/rmipo", tmp_path / "outputs/tiny/rmipo")
+    path = tmp_path / "outputs/tiny/rmipo/run.json"
+    run = json.loads(path.read_text())
+    run["recipe"] |= {"dataset_name": None, "datasets": [{"path": "of the run, and gone"}], "test_split_size": 2}
+    path.write_text(json.dumps(run))
+    given = {"N": "8", "MODEL": "tiny", "DATA": str(outputs / "pairs")}
+    assert run_script("figure.py", folder=tmp_path, **given) == 0
 
 
 @pytest.mark.parametrize(

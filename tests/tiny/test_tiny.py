@@ -19,7 +19,7 @@ from rmipo.errors import ConfigError
 from rmipo.recipe.schema import DataConfig
 from rmipo.tiny import judge
 from rmipo.tiny.config import WorldConfig, load_world_config
-from rmipo.tiny.files import read_world, write_world
+from rmipo.tiny.files import SPLITS, read_world, write_world
 from rmipo.tiny.model import make_model, train_tokenizer
 from rmipo.tiny.world import ANSWERS, BOILERPLATE, Fact, World
 from tests.helpers.paths import ROOT
@@ -316,6 +316,12 @@ def test_the_hub_form_is_read_by_the_data_code(folder):
     assert pairs["rejected"][:] == [row["rejected"] for row in source]
     questions = rows(folder / "questions.jsonl")
     assert [row["right"] for row in questions] == [q.fact.answers for q in read_world(folder).held_out_questions]
+
+
+def test_the_tokenizer_of_other_pairs_has_the_size_for_texts(folder, tmp_path):
+    pairs = {split: load_pairs(DataConfig(dataset_name=str(folder / "pairs")), split) for split in SPLITS}
+    write_world(tmp_path, replace(SMALL, vocab_size=300, text_vocab_size=320), pairs)
+    assert len(AutoTokenizer.from_pretrained(tmp_path / "model")) == 320
 
 
 def test_chat_template(tokenizer):
