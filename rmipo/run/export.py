@@ -107,6 +107,7 @@ def write_model_card(folder: str | Path) -> Path:
     path = folder / CARD
     if path.exists():  # a user's own, written while the run was stopped
         path.rename(folder / f"before-{CARD}")
+        print(f"{path} was there before the model's card: it is before-{CARD} now")
     path.write_text(f"""---
 {header.to_yaml()}
 ---

@@ -126,12 +126,12 @@ class PreferenceTrainer(EndsWithItsLastStep):
         datasets = {split: PairDataset(tokenized, mismatched) for split, tokenized in self.pairs.splits.items()}
 
         # Model, adapters, and a frozen copy where the reference's logits are needed.
-        self.initial_weights = parts.weights_of(model) if self.objective.needs & BEFOREHAND.keys() else None
+        self.initial_weights = parts.weights_of(model)
         policy = parts.policy(model, peft_config)
         needs_logits = "reference_logits" in self.objective.needs
         if ref_model is not None and not needs_logits:
             raise ConfigError(f"ref_model is given, but {self.objective.name} keeps no second model. Leave it out")
-        if isinstance(model, PeftModel) and (needs_logits or self.initial_weights):
+        if isinstance(model, PeftModel) and (needs_logits or self.objective.needs & BEFOREHAND.keys()):
             print(
                 "notice: the reference is the model without its adapters; merge trained ones first (merge_and_unload)"
             )
@@ -314,6 +314,7 @@ class PreferenceTrainer(EndsWithItsLastStep):
     def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
         require_masters(self.model, self.accelerator)
         require_trained(self.model, self.optimizer, self.accelerator)
+        self.decisive = self._decisive()  # by all processes together, as one of them reads the initial weights
         prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         if self.args.get_warmup_steps(max_steps) >= max_steps and self.is_world_process_zero():
             print(
@@ -329,7 +330,7 @@ class PreferenceTrainer(EndsWithItsLastStep):
         for dataset in (self.train_dataset, *self._eval_datasets()):
             self.reference.add_scores(dataset, resuming=resume_from_checkpoint is not None)
         if resume_from_checkpoint is not None:
-            self.objective_state = load_objective_state(resume_from_checkpoint, self._decisive())
+            self.objective_state = load_objective_state(resume_from_checkpoint, self.decisive)
         # Loading and scoring are no part of the first line's tokens per second.
         self.window = LogWindow()
         return prepared
@@ -365,7 +366,7 @@ class PreferenceTrainer(EndsWithItsLastStep):
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             checkpoint = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-            save_objective_state(checkpoint, self.objective_state, self._decisive())
+            save_objective_state(checkpoint, self.objective_state, self.decisive)
             if limit is not None and limit > 0:  # below 1 the Trainer keeps all, too
                 complete = complete_checkpoints(self.args.output_dir, OBJECTIVE_STATE)
                 # Checkpoints of later steps were left by an earlier training: not ours to delete.
@@ -378,11 +379,13 @@ class PreferenceTrainer(EndsWithItsLastStep):
         some = rows.select(range(0, len(rows), -(-len(rows) // SAMPLED_ROWS)))  # all of a large dataset: minutes
         objective = vars(self.objective) | {"name": self.objective.name}
         decisive = {"objective": objective, "pairs": f"{len(rows)}, fingerprint {rows_fingerprint(some)}"}
+        decisive["initial model"] = self.reference.model_key
         if isinstance(self.model, PeftModel):  # an adapter of one base is another one on another
             adapter = self.model.active_peft_config
             decisive["base model"] = self.model.get_base_model().config._name_or_path
             decisive |= {f"adapter's {key}": getattr(adapter, key, None) for key in ("r", "lora_alpha")}
-        names = ("seed", "data_seed", "learning_rate")
+        names = ("seed", "data_seed", "learning_rate", "lr_scheduler_type", "warmup_steps", "max_grad_norm", "optim")
+        names += ("weight_decay", "adam_beta1", "adam_beta2")
         decisive |= {name: getattr(self.args, name) for name in names} | {"global_batch_size": self.global_batch_size}
         return json.loads(json.dumps(decisive))
 

@@ -460,9 +460,15 @@ def test_a_module_that_adapters_name_and_the_model_lacks_is_refused(make, target
 
 @pytest.mark.parametrize(
     ("change", "named"),
-    [({"rows": TURNS[1:]}, "pairs"), ({"args": {"beta": 3.0}}, "objective"), ({"args": {"seed": 1}}, "seed")],
-)
-def test_a_training_does_not_go_on_from_another_ones_checkpoint(make, change, named):
+    [
+        ({"rows": TURNS[1:]}, "pairs"), ({"args": {"beta": 3.0}}, "objective"), ({"args": {"seed": 1}}, "seed"),
+        ({"args": {"weight_decay": 0.5}}, "weight_decay"), ({"model": "another"}, "initial model"),
+    ],
+)  # fmt: skip
+def test_a_training_does_not_go_on_from_another_ones_checkpoint(make, change, named, tmp_path):
+    if "model" in change:
+        write_model(tmp_path / "another", 1)
+        change = {"model": str(tmp_path / "another")}
     saving = {"save_strategy": "steps", "save_steps": 1}
     make(args={"max_steps": 1, **saving}).train()
     changed = {**change, "args": {"max_steps": 1, **saving, **change.get("args", {})}}
