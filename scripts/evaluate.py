@@ -111,9 +111,9 @@ def evaluate(folder: Path, settings: dict, benchmark: Benchmark, name: str) -> N
     content |= {name: made_by[name] for name in ("commit", "hardware")} | result | {"finished": True}
     write_atomically(path, json.dumps(content, indent=2) + "\n")
     print(f"{bench}: {path}")
-    publish(folder, benchmark, result, name)
     for metric, value in result["metrics"].items():
         print(f"  {metric:30s} {value:.2f}")
+    publish(folder, benchmark, result, name)  # last: W&B may not be reached
 
 
 if __name__ == "__main__":

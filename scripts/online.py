@@ -30,7 +30,6 @@ def main() -> int:
     model, stages = choose_stages({"MODEL": args.model or "smollm2-135m-instruct"})
     method, _ = choose_method({"METHOD": args.method})
     count = whole_number({"ROUNDS": args.rounds}, "ROUNDS", 3)
-
     check_weights(model, stages)
 
     from rmipo.evaluation.target import find_target

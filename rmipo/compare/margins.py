@@ -49,9 +49,8 @@ def margins(env: dict[str, str]) -> int:
         for seed in range(plan["arm_seeds"])
         for method, rate in rates.items()
     ]
-    arms.sort(
-        key=lambda run: run.method not in (FIRST, SECOND)
-    )  # a study that is stopped early has its primary contrast
+    # A study that is stopped early has its primary contrast.
+    arms.sort(key=lambda run: run.method not in (FIRST, SECOND))
     grids = [
         Trial("report", method, rates[method], seed, 0.0, point)
         for seed in range(plan.get("grid_seeds", 0))

@@ -62,7 +62,10 @@ def load_sources(data_config: DataConfig, split: str) -> list[tuple[str, Dataset
         if not (divided or data_config.test_split_size):
             dataset = hold_out(dataset, split, entry["path"])
         if columns := entry.get("columns"):  # TRL's key: sources of a mixture have to have the same ones
-            dataset = dataset.select_columns([*columns, "row"])
+            try:
+                dataset = dataset.select_columns([*columns, "row"])
+            except ValueError as error:
+                raise DataError(f"{entry['path']}: columns: {error}") from error
         sources.append((entry["path"], dataset))
     return sources
 

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from rmipo.errors import ConfigError
 from rmipo.generation.pairs import PairsConfig
 from rmipo.recipe.files import read_yaml
 
@@ -25,8 +26,11 @@ class OnlineConfig:
 
     @classmethod
     def load(cls, path: Path) -> "OnlineConfig":
-        """Raises TypeError for a file that doesn't hold exactly these keys, PairsError for its pairs."""
-        config = cls(**read_yaml(path))
+        """Raises ConfigError for a file that doesn't hold exactly these keys, PairsError for its pairs."""
+        try:
+            config = cls(**read_yaml(path))
+        except TypeError as error:
+            raise ConfigError(f"{path}: {error}") from error
         PairsConfig.load(config.pairs, f"{path}, pairs")
         return config
 
@@ -66,10 +70,10 @@ class Round:
         # The last entry holds for all rounds after it.
         overrides = self.config.overrides[min(self.number, len(self.config.overrides)) - 1]
         paths = {"dataset_name": self.pairs, "model_name_or_path": self.policy, "output_dir": self.folder}
-        texts = {
-            key: value if isinstance(value, str) else json.dumps(value) for key, value in overrides.items()
-        } | paths
-        own = [f"--{key}={text}" for key, text in texts.items() if f"--{key}" not in given]
+        own = [
+            f"--{key}={json.dumps(value) if not isinstance(value, str | Path) else value}"
+            for key, value in (overrides | paths).items()
+            if f"--{key}" not in given
+        ]
         group = env.get("WANDB_RUN_GROUP") or f"{self.home.parent.name}-{self.home.name}"
-        own_env = {"STAGE": "rmipo", "DATA": "", "ARGS": shlex.join([*own, *arguments]), "WANDB_RUN_GROUP": group}
-        return {**env, **own_env}
+        return {**env, "STAGE": "rmipo", "DATA": "", "ARGS": shlex.join([*own, *arguments]), "WANDB_RUN_GROUP": group}

@@ -73,10 +73,8 @@ class Step:
             return False
         here = json.loads(json.dumps(self.recipe.values, default=str))  # as run.json has it
         if lines := differences({"recipe": run.get("recipe")}, {"recipe": here}):
-            found = (
-                f"{self.output_dir} holds a run of another recipe. Remove it, or name another --output_dir. Different:"
-            )
-            raise ConfigError("\n  ".join([found, *lines]))
+            found = f"{self.output_dir} holds a run of another recipe: remove it, or name another --output_dir"
+            raise ConfigError("\n  ".join([f"{found}. Different:", *lines]))
         return run["finished"]
 
 

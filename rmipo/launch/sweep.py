@@ -38,7 +38,7 @@ class Sweep(pydantic.BaseModel):
 
     method: Literal["grid"]
     metric: Metric
-    parameters: dict[str, list]
+    parameters: Annotated[dict[str, list], pydantic.Field(min_length=1)]
 
     @property
     def logged(self) -> str:
@@ -72,9 +72,10 @@ def load_sweep(method: str, model: str) -> Sweep:
     content, replaced = read_yaml(path), read_yaml(own) if own.is_file() else {}
     if unknown := replaced.keys() - OWN_KEYS:  # the paper's ranges would be searched in silence
         raise ConfigError(f"{own}: {', '.join(unknown)} is no key of it: expected {' or '.join(sorted(OWN_KEYS))}")
-    entries = content["parameters"] | (replaced.get("parameters") or {})
-    try:
-        return Sweep(**content | {"parameters": {key: entry["values"] for key, entry in entries.items()}})
+    entries = (content.get("parameters") or {}) | (replaced.get("parameters") or {})
+    try:  # pydantic names what is no list of values
+        values = {key: entry.get("values") if isinstance(entry, dict) else entry for key, entry in entries.items()}
+        return Sweep(**content | {"parameters": values})
     except pydantic.ValidationError as error:
         raise ConfigError(f"{path}: {error}") from error
 

@@ -167,7 +167,7 @@ class Objective:
 
 
 def refuse_unread(objective: Objective, keys: list[str], under: str) -> None:
-    """Raises ValueError for a key that was set, and that nothing reads `under` the other ones."""
+    """Raises ValueError for a key that was set although nothing reads it. `under`: the setting that makes it so."""
     defaults = {field.name: field.default for field in fields(objective)}
     for key in keys:
         if getattr(objective, key) != defaults[key]:

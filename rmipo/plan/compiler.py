@@ -16,15 +16,8 @@ def compiler_problem() -> str | None:
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "probe.c")
         source.write_text("#include <Python.h>\n")  # its headers are a package of their own, python3-dev on Debian
-        command = [
-            compiler,
-            "-shared",
-            "-fPIC",
-            f"-I{sysconfig.get_paths()['include']}",
-            source,
-            "-o",
-            f"{folder}/a.so",
-        ]
+        headers = f"-I{sysconfig.get_paths()['include']}"
+        command = [compiler, "-shared", "-fPIC", headers, source, "-o", f"{folder}/a.so"]
         try:
             subprocess.run(command, capture_output=True, text=True, check=True)
         except (OSError, subprocess.CalledProcessError) as error:

@@ -167,9 +167,7 @@ def _left_out(path: Path, overlays: Iterable[str | Path]) -> list[str]:
             base = next((name for name in bases if name in for_settings), None)
             if base and setting not in for_settings:
                 keys = ", ".join(for_settings[base])
-                notices.append(
-                    f"{file}: its {keys} for {base} are not those of {setting}, which takes the common values"
-                )
+                notices.append(f"{file}: its values for {base} ({keys}) do not apply to {setting}; the common ones do")
     return notices
 
 

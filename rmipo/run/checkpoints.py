@@ -84,9 +84,7 @@ def resume_point(output_dir: str | Path, identity: dict) -> str | None:
         for folder in checkpoints.numbered_checkpoints(output_dir):
             torn = (folder / STARTED).exists() and not (folder / MARKER).exists()
             if folder not in complete and not torn and checkpoints.step_of(folder) > step:
-                raise CheckpointError(
-                    f"{folder} is not of this run, which would save into it and delete it: move it away"
-                )
+                raise CheckpointError(f"{folder} is not this run's, and the run would overwrite it. Move it away")
     else:
         ours = {LOCK_FILE, *(folder.name for folder in complete)}
         names = {path.name for path in output_dir.glob("*") if path.suffix != TEMPORARY}

@@ -4,11 +4,13 @@ import json
 
 # Keys of a recipe that may change between the starts of a run: no weight, metric or checkpoint depends on them.
 WITHOUT_EFFECT = {
-    *("recipe.ddp_timeout", "recipe.memory_check", "recipe.save_total_limit"),
-    *("recipe.warn_chosen_logp_drop", "recipe.warn_repetition", "recipe.warn_grad_norm_ratio"),
-    *("recipe.dataset_num_proc", "recipe.dataloader_num_workers", "recipe.report_to", "recipe.run_name"),
-    *("recipe.push_to_hub", "recipe.hub_model_id", "recipe.hub_private_repo", "recipe.hub_revision"),
-}
+    f"recipe.{key}"
+    for key in (
+        "ddp_timeout", "memory_check", "save_total_limit", "warn_chosen_logp_drop", "warn_repetition",
+        "warn_grad_norm_ratio", "dataset_num_proc", "dataloader_num_workers", "report_to", "run_name", "push_to_hub",
+        "hub_model_id", "hub_private_repo", "hub_revision",
+    )
+}  # fmt: skip
 
 
 def run_identity(recipe: dict, fingerprints: dict[str, str], world_size: int) -> dict:

@@ -23,6 +23,8 @@ from trl import get_quantization_config
 from rmipo.errors import UserError
 from rmipo.recipe.schema import ModelConfig
 
+SHARDED = (DistributedType.DEEPSPEED, DistributedType.FSDP)
+
 
 class LoadingError(UserError, ValueError):
     """A model or tokenizer that isn't there, isn't complete, or wants code or pickles to be run."""
@@ -176,14 +178,9 @@ def require_trained(model: torch.nn.Module, optimizer: torch.optim.Optimizer | N
     trained = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
     if not trained:
         raise LoadingError("no parameter of the model has requires_grad (PeftModel.from_pretrained: is_trainable=True)")
-    shards = accelerator.distributed_type in (
-        DistributedType.DEEPSPEED,
-        DistributedType.FSDP,
-    )  # their optimizers hold those
-    given = (
-        {id(parameter) for group in optimizer.param_groups for parameter in group["params"]} if optimizer else trained
-    )
-    if not trained & given and not shards:
+    if optimizer is None or accelerator.distributed_type in SHARDED:  # whose optimizers hold shards
+        return
+    if not trained & {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}:
         raise LoadingError("optimizers: the optimizer holds no parameter of the model that is trained")
 
 
@@ -192,8 +189,7 @@ def require_masters(model: PreTrainedModel | PeftModel, accelerator: Accelerator
 
     DeepSpeed and FSDP keep such a copy.
     """
-    kind = accelerator.distributed_type
-    if kind in (DistributedType.DEEPSPEED, DistributedType.FSDP):
+    if accelerator.distributed_type in SHARDED:
         return
     for name, weight in model.named_parameters():
         if weight.requires_grad and weight.is_floating_point() and weight.element_size() < 4:

@@ -259,7 +259,7 @@ def weights_of(model: ModelConfig | Loaded) -> Callable[[], str]:
 
     Those of a loaded model may differ from what its folder holds, so they are read now.
     """
-    if isinstance(model, ModelConfig):  # its files stay as they are, and are read only if a score is wanted
+    if isinstance(model, ModelConfig):  # its files stay as they are
         return lambda: on_main_process(lambda: model_fingerprint(model.model_name_or_path, model.model_revision))
     fingerprint = _fingerprint_in_memory(model)
     return lambda: fingerprint

@@ -1,11 +1,18 @@
 """What transformers' Trainer lacks around checkpoints."""
 
+import json
 from pathlib import Path
 
+from peft import PeftModel
 from transformers import Trainer
 
 from rmipo.errors import ConfigError
+from rmipo.fingerprints import rows_fingerprint
 
+SAMPLED_ROWS = 256  # of the training data, by which a resumed run knows it again
+# Arguments that the Trainer would take from the checkpoint, or half from it, without a word.
+ARGUMENTS = ("seed", "data_seed", "learning_rate", "lr_scheduler_type", "warmup_steps", "max_grad_norm", "optim")
+ARGUMENTS += ("weight_decay", "adam_beta1", "adam_beta2")
 STARTED = "started"  # the first file of a checkpoint: a folder without it is somebody else's, whatever its name
 
 
@@ -29,6 +36,22 @@ class EndsWithItsLastStep(Trainer):
         if self.is_world_process_zero():
             start_checkpoint(self.args.output_dir, self.state.global_step)
         super()._save_checkpoint(model, trial)
+
+
+def decisive(trainer: Trainer) -> dict:
+    """What a resumed preference training must have in common with the one that saved its checkpoint, in plain values."""
+    rows = trainer.train_dataset.tokenized
+    some = rows.select(range(0, len(rows), -(-len(rows) // SAMPLED_ROWS)))  # all of a large dataset: minutes
+    objective = vars(trainer.objective) | {"name": trainer.objective.name}
+    values = {"objective": objective, "pairs": f"{len(rows)}, fingerprint {rows_fingerprint(some)}"}
+    if trainer.named:
+        values["initial model"] = trainer.reference.model_key
+    if isinstance(trainer.model, PeftModel):  # an adapter of one base is another one on another
+        adapter = trainer.model.active_peft_config
+        values["base model"] = trainer.model.get_base_model().config._name_or_path
+        values |= {f"adapter's {key}": getattr(adapter, key, None) for key in ("r", "lora_alpha")}
+    values |= {name: getattr(trainer.args, name) for name in ARGUMENTS}
+    return json.loads(json.dumps(values | {"global_batch_size": trainer.global_batch_size}))
 
 
 def gather_at_the_end(trainer: Trainer) -> None:

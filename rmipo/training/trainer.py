@@ -4,7 +4,6 @@ import contextlib
 import copy
 import dataclasses
 import functools
-import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,10 +20,10 @@ from trl.trainer.utils import generate_model_card
 
 from rmipo.data.chat import DataError
 from rmipo.errors import ConfigError
-from rmipo.fingerprints import rows_fingerprint
 from rmipo.objectives import PRIORS, PairScores, build_objective
 from rmipo.objectives.papers import PAPERS
 from rmipo.recipe.arguments import PairConfig, RMiPOConfig
+from rmipo.recipe.schema import ModelConfig
 from rmipo.training import attention, parts, scoring
 from rmipo.training.batching import (
     HOISTED_MICRO_BATCHES,
@@ -41,7 +40,7 @@ from rmipo.training.metrics import LogWindow, columns_of, num_non_embedding_para
 from rmipo.training.packing import concatenate, split_pairs
 from rmipo.training.parity import MAX_PAIRS, check_parity
 from rmipo.training.reference import BEFOREHAND, Reference
-from rmipo.training.resuming import EndsWithItsLastStep, gather_at_the_end
+from rmipo.training.resuming import EndsWithItsLastStep, decisive, gather_at_the_end
 from rmipo.training.state import (
     OBJECTIVE_STATE,
     complete_checkpoints,
@@ -50,8 +49,6 @@ from rmipo.training.state import (
     save_objective_state,
     step_of,
 )
-
-SAMPLED_ROWS = 256  # of the training data, by which a resumed run knows it again
 
 
 class PreferenceTrainer(EndsWithItsLastStep):
@@ -126,15 +123,15 @@ class PreferenceTrainer(EndsWithItsLastStep):
         datasets = {split: PairDataset(tokenized, mismatched) for split, tokenized in self.pairs.splits.items()}
 
         # Model, adapters, and a frozen copy where the reference's logits are needed.
-        self.initial_weights = parts.weights_of(model)
+        scored_before = bool(self.objective.needs & BEFOREHAND.keys())
+        self.named = isinstance(model, ModelConfig)  # a model in memory may have been trained since, in this process
+        self.initial_weights = parts.weights_of(model) if self.named or scored_before else None
         policy = parts.policy(model, peft_config)
         needs_logits = "reference_logits" in self.objective.needs
         if ref_model is not None and not needs_logits:
             raise ConfigError(f"ref_model is given, but {self.objective.name} keeps no second model. Leave it out")
-        if isinstance(model, PeftModel) and (needs_logits or self.objective.needs & BEFOREHAND.keys()):
-            print(
-                "notice: the reference is the model without its adapters; merge trained ones first (merge_and_unload)"
-            )
+        if isinstance(model, PeftModel) and (needs_logits or scored_before):
+            print("notice: the reference is the model without its adapters; merge_and_unload merges trained ones")
         if needs_logits and ref_model is None and not isinstance(policy, PeftModel):
             ref_model = copy.deepcopy(policy) if isinstance(model, PreTrainedModel) else parts.policy(model, None)
         if self.pairs.chat is not None:
@@ -314,7 +311,7 @@ class PreferenceTrainer(EndsWithItsLastStep):
     def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
         require_masters(self.model, self.accelerator)
         require_trained(self.model, self.optimizer, self.accelerator)
-        self.decisive = self._decisive()  # by all processes together, as one of them reads the initial weights
+        self.decisive = decisive(self)  # by all processes together, as one of them reads the initial weights
         prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         if self.args.get_warmup_steps(max_steps) >= max_steps and self.is_world_process_zero():
             print(
@@ -322,7 +319,7 @@ class PreferenceTrainer(EndsWithItsLastStep):
                 "Set warmup_steps: 0, or train on more pairs"
             )
         if self.is_world_process_zero():
-            print(f"{self.global_batch_size} pairs per optimizer step")
+            print(f"{min(self.global_batch_size, len(self.train_dataset))} pairs per optimizer step")
             if self.pairs.chat is not None:
                 print(self.pairs.example())
         # Parity first: scoring the reference takes minutes to hours, and would use the same kernels.
@@ -372,22 +369,6 @@ class PreferenceTrainer(EndsWithItsLastStep):
                 # Checkpoints of later steps were left by an earlier training: not ours to delete.
                 earlier = [folder for folder in complete if step_of(folder) <= self.state.global_step]
                 rotate(earlier, OBJECTIVE_STATE, limit, keep=self.state.best_model_checkpoint)
-
-    def _decisive(self) -> dict:
-        """What a resumed training must have in common with the one that saved its checkpoint, in plain values."""
-        rows = self.train_dataset.tokenized
-        some = rows.select(range(0, len(rows), -(-len(rows) // SAMPLED_ROWS)))  # all of a large dataset: minutes
-        objective = vars(self.objective) | {"name": self.objective.name}
-        decisive = {"objective": objective, "pairs": f"{len(rows)}, fingerprint {rows_fingerprint(some)}"}
-        decisive["initial model"] = self.reference.model_key
-        if isinstance(self.model, PeftModel):  # an adapter of one base is another one on another
-            adapter = self.model.active_peft_config
-            decisive["base model"] = self.model.get_base_model().config._name_or_path
-            decisive |= {f"adapter's {key}": getattr(adapter, key, None) for key in ("r", "lora_alpha")}
-        names = ("seed", "data_seed", "learning_rate", "lr_scheduler_type", "warmup_steps", "max_grad_norm", "optim")
-        names += ("weight_decay", "adam_beta1", "adam_beta2")
-        decisive |= {name: getattr(self.args, name) for name in names} | {"global_batch_size": self.global_batch_size}
-        return json.loads(json.dumps(decisive))
 
     def _prepare_for_evaluation(self, dataset: PairDataset) -> None:
         """What training does before its first step, where an evaluation comes first."""

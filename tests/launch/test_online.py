@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from rmipo.errors import PairsError
+from rmipo.errors import ConfigError, PairsError
 from rmipo.fingerprints import model_fingerprint
 from rmipo.generation.pairs import make_pairs
 from rmipo.launch.online import OnlineConfig, Round
@@ -41,7 +41,7 @@ def test_shipped_file_is_sound_and_mistakes_are_named(tmp_path):
     path = ROOT / f"recipes/{MODEL}/online.yaml"
     assert read_yaml(ROOT / f"recipes/{MODEL}/pairs.yaml")["oracle"] == OnlineConfig.load(path).pairs["oracle"]
     (tmp_path / "online.yaml").write_text(path.read_text().replace("held_out:", "heldout:"))
-    with pytest.raises(TypeError, match="heldout"):
+    with pytest.raises(ConfigError, match="heldout"):
         OnlineConfig.load(tmp_path / "online.yaml")
     (tmp_path / "online.yaml").write_text(path.read_text().replace("selection: best-worst", "selection: best"))
     with pytest.raises(PairsError, match=r"selection\n.*'best'"):

@@ -667,3 +667,13 @@ def test_rows_whose_earlier_answers_the_template_alters_are_counted(make, model,
     )
     make(rows=rows, processing_class=tokenizer)
     assert "of 3 rows the chat template leaves out part of an earlier answer" in capsys.readouterr().out
+
+
+def test_a_model_in_memory_may_have_been_trained_before_it_is_resumed(make, model):
+    """As in a notebook, whose model is still the one of the training that was interrupted."""
+    loaded = AutoModelForCausalLM.from_pretrained(model, dtype="float32")
+    saving = {"save_strategy": "steps", "save_steps": 1}
+    make(model=loaded, args={"max_steps": 1, **saving}).train()
+    again = make(model=loaded, args={"max_steps": 2, **saving})
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == 2
