@@ -22,6 +22,14 @@ RUN_FILE = "run.json"
 METRICS_FILE = "metrics.jsonl"
 GENERATIONS_FILE = "generations.jsonl"
 PACKAGES = ("torch", "transformers", "trl", "datasets", "accelerate", "deepspeed", "wandb")
+# Keys of a recipe that may change between the starts of a run: no weight, metric or checkpoint depends on them.
+WITHOUT_EFFECT = {
+    f"recipe.{key}"
+    for key in (
+        "ddp_timeout", "memory_check", "save_total_limit", "dataset_num_proc", "dataloader_num_workers", "report_to",
+        "run_name", "push_to_hub", "hub_model_id", "hub_private_repo", "hub_revision",
+    )
+}  # fmt: skip
 
 
 def package_versions(*packages: str) -> dict[str, str]:
@@ -96,12 +104,33 @@ def _read_lines(path: Path) -> list[dict]:
     return [json.loads(text) for text in texts if text.endswith("\n")]  # a kill can cut the last line short
 
 
+def run_identity(recipe: dict, fingerprints: dict[str, str], world_size: int) -> dict:
+    """The resolved recipe, the fingerprints of data and initial model, and the number of processes, as JSON has them."""
+    identity = {"recipe": recipe, "fingerprints": fingerprints, "world_size": world_size}
+    return json.loads(json.dumps(identity, default=str))
+
+
+def differences(found: dict, expected: dict, prefix: str = "") -> list[str]:
+    """`key: found, now expected` for every leaf in which two identities differ and that could change a run's results."""
+    lines = []
+    # A recipe's difference explains more than the data's fingerprint.
+    for key in sorted(found.keys() | expected.keys(), key=lambda key: (key == "fingerprints", key)):
+        there, here = found.get(key), expected.get(key)
+        if f"{prefix}{key}" in WITHOUT_EFFECT:
+            continue
+        if isinstance(there, dict) and isinstance(here, dict):
+            lines += differences(there, here, f"{prefix}{key}.")
+        elif there != here:
+            lines.append(f"{prefix}{key}: {there}, now {here}")
+    return lines
+
+
 class RunRecord:
     """`run.json` of one output folder: written when training starts, completed when it ends.
 
     Args:
         output_dir: folder of the run.
-        identity: from `identity.run_identity`; its keys are at the top of the file.
+        identity: from `run_identity`; its keys are at the top of the file.
         facts: anything else to record: data report, objective, ...
     """
 

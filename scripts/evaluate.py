@@ -26,10 +26,9 @@ from rmipo.evaluation import BENCHMARKS
 from rmipo.evaluation.benchmark import Benchmark, benchmark_settings, contradictions
 from rmipo.evaluation.models import check_names
 from rmipo.evaluation.publish import publish
-from rmipo.files import write_atomically
+from rmipo.files import locked, write_atomically
 from rmipo.fingerprints import has_weights, prompting_fingerprint, trained_fingerprint
 from rmipo.record import environment
-from rmipo.run.lock import locked
 
 
 def main() -> None:

@@ -21,7 +21,6 @@ def main() -> None:
     from rmipo.run.curves import plot_run
     from rmipo.run.frame import training_run
     from rmipo.run.generations import SampleGenerations
-    from rmipo.run.watchdogs import StepWatchdog
     from rmipo.training.loading import load_tokenizer
     from rmipo.training.parts import TokenizedPairs
     from rmipo.training.trainer import PreferenceTrainer
@@ -42,7 +41,7 @@ def main() -> None:
             processing_class=tokenizer,
             peft_config=get_peft_config(model_config),
         )
-        callbacks = [StepWatchdog(args, tokenizer)]
+        callbacks = []
         if "test" in pairs.splits:
             prompts = pairs.splits["test"]["prompt_ids"][: args.generation_samples]
             callbacks.append(SampleGenerations(tokenizer, prompts, trainer, args.generation_max_new_tokens, run.stop))

@@ -18,6 +18,7 @@ from rmipo.compare.log import Log, execute_all
 from rmipo.compare.study import Study
 from rmipo.compare.trial import Trial
 from rmipo.evaluation.statistics import holm
+from rmipo.files import locked
 from rmipo.launch.choices import choose_stages, whole_number
 from rmipo.objectives import OBJECTIVES
 from rmipo.plots import house_style, method_color, panels
@@ -25,7 +26,6 @@ from rmipo.recipe.files import read_yaml
 from rmipo.reporting.comparison import BESIDE, METRICS
 from rmipo.reporting.render import markdown_table
 from rmipo.reporting.results import method_label
-from rmipo.run.lock import locked
 
 DRAWS = 10_000
 POWER = 2.8  # standard errors of a difference that is found at 5% in four of five studies: 1.96 + 0.84

@@ -9,13 +9,13 @@ from tqdm import tqdm
 from rmipo.compare.log import Log, best_rates, execute_all, report_runs, search_runs
 from rmipo.compare.study import Study
 from rmipo.compare.trial import METHODS, READINGS
+from rmipo.files import locked
 from rmipo.launch.choices import choose_stages, whole_number
 from rmipo.launch.pipeline import load_steps
 from rmipo.launch.sweep import load_sweep
 from rmipo.recipe.load import ConfigError, Recipe
 from rmipo.record import recorded_run
 from rmipo.reporting import comparison
-from rmipo.run.lock import locked
 
 
 def compare(env: dict[str, str]) -> int:

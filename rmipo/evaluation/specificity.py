@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from rmipo.errors import EvaluationError
 from rmipo.evaluation.benchmark import Benchmark, Metric
-from rmipo.evaluation.statistics import standard_error
+from rmipo.evaluation.statistics import repeated_share, standard_error
 from rmipo.files import write_lines
 from rmipo.fingerprints import model_fingerprint
 from rmipo.recipe.settings import merge_settings
@@ -38,7 +38,6 @@ def run(model_dir: str | Path, output_dir: str | Path, settings: dict) -> dict:
     from rmipo.generation.answers import Generator, Request
     from rmipo.generation.likelihood import Likelihood
     from rmipo.generation.prompts import read_prompts
-    from rmipo.run.watchdogs import repeated_share
 
     record = recorded_run(model_dir)
     started_from = record["recipe"]["model_name_or_path"] if record else model_dir

@@ -66,3 +66,13 @@ def holm(p_values: Sequence[float]) -> np.ndarray:
     corrected = np.empty(len(p_values))
     corrected[order] = np.minimum(1, np.maximum.accumulate(stepped))
     return corrected
+
+
+def repeated_share(sequences: Sequence[Sequence[int]], n: int = 4) -> float:
+    """Share of n-grams of tokens that occurred before in the same sequence, over all n-grams; 0 where there is none."""
+    total = repeated = 0
+    for ids in sequences:
+        ngrams = list(zip(*(ids[i:] for i in range(n)), strict=False))
+        total += len(ngrams)
+        repeated += len(ngrams) - len(set(ngrams))
+    return repeated / total if total else 0.0

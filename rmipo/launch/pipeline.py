@@ -15,8 +15,7 @@ from pathlib import Path
 from rmipo.errors import ConfigError
 from rmipo.launch.choices import choose_method, choose_sharding, split_args
 from rmipo.recipe.load import Recipe, load_recipe
-from rmipo.record import recorded_run
-from rmipo.run.identity import differences
+from rmipo.record import differences, recorded_run
 
 SCRIPTS = {
     "world": "toy.py",

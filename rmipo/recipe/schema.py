@@ -26,9 +26,6 @@ class PreferenceRunConfig(PreferenceConfig):
     generation_max_new_tokens: PositiveInt | None = option(
         None, "Tokens of each such answer; null: 128, or 32 on several machines, where each gathers all weights."
     )
-    warn_chosen_logp_drop: float = option(1.0, "Nats per token that chosen responses may lose before a warning.")
-    warn_repetition: Share = option(0.5, "Share of repeated n-grams in the sample generations before a warning.")
-    warn_grad_norm_ratio: float = option(10.0, "Gradient norm over its running median before a warning.")
 
 
 class Source(pydantic.BaseModel, extra="forbid"):

@@ -14,8 +14,7 @@ import pandas as pd
 from rmipo.errors import UserError
 from rmipo.evaluation.models import known_settings
 from rmipo.fingerprints import has_weights, json_fingerprint, trained_fingerprint
-from rmipo.record import read_metrics, recorded_run
-from rmipo.run.identity import WITHOUT_EFFECT
+from rmipo.record import WITHOUT_EFFECT, read_metrics, recorded_run
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 PAPER_MODELS = {

@@ -6,9 +6,8 @@ from transformers.integrations import WandbCallback
 from rmipo.record import append_metrics, keep_metrics
 from rmipo.run.checkpoints import Checkpoints
 from rmipo.run.generations import SampleGenerations
-from rmipo.run.stop import StopOnSignal
+from rmipo.run.stop import FiniteWatchdog, SilenceWatchdog, StopOnSignal
 from rmipo.run.trackers import WandbBySteps
-from rmipo.run.watchdogs import FiniteWatchdog, SilenceWatchdog, StepWatchdog
 
 
 class Recorder(TrainerCallback):
@@ -53,7 +52,6 @@ class Recorder(TrainerCallback):
 ORDER = [
     DefaultFlowCallback,  # decides when to log, evaluate and save
     StopOnSignal,  # asks for a save too
-    StepWatchdog,  # adds to a line before it is written
     Recorder,  # after everything that asks for a save; before W&B, which after a kill sends again what its file holds
     TrainerCallback,  # the trackers of report_to, and whatever is not named here
     FiniteWatchdog,  # ends the run once the line that shows why is written

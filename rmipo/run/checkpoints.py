@@ -11,10 +11,8 @@ from accelerate import PartialState
 from transformers import TrainerCallback
 
 from rmipo.errors import CheckpointError, UserError
-from rmipo.files import TEMPORARY, write_atomically
-from rmipo.record import recorded_run
-from rmipo.run.identity import differences
-from rmipo.run.lock import LOCK_FILE
+from rmipo.files import LOCK_FILE, TEMPORARY, write_atomically
+from rmipo.record import differences, recorded_run
 from rmipo.training import state as checkpoints
 from rmipo.training.resuming import STARTED
 

@@ -13,10 +13,9 @@ from safetensors import safe_open
 from transformers import PreTrainedConfig, Trainer, TrainingArguments
 
 from rmipo.errors import UserError
-from rmipo.files import TEMPORARY
+from rmipo.files import LOCK_FILE, TEMPORARY
 from rmipo.objectives.papers import PAPERS
 from rmipo.record import recorded_run
-from rmipo.run.lock import LOCK_FILE
 from rmipo.training.resuming import gather_at_the_end
 
 SHOWN = 5  # tensors named in the message

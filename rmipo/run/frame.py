@@ -12,21 +12,19 @@ from trl import ModelConfig
 
 from rmipo.data.chat import freeze_date
 from rmipo.errors import ConfigError
+from rmipo.files import locked
 from rmipo.fingerprints import has_weights, model_fingerprint
 from rmipo.objectives import build_objective
 from rmipo.plan.compiler import compiler_problem
 from rmipo.plan.preflight import check_run
 from rmipo.recipe.load import Recipe
 from rmipo.recipe.schema import PreferenceRunConfig
-from rmipo.record import RunRecord, recorded_run
+from rmipo.record import RunRecord, recorded_run, run_identity
 from rmipo.run import export
 from rmipo.run.callbacks import Recorder, set_callbacks
 from rmipo.run.checkpoints import Checkpoints, explained_full_disk, resume_point
-from rmipo.run.identity import run_identity
-from rmipo.run.lock import locked
-from rmipo.run.stop import EXIT_STOPPED, StopOnSignal
+from rmipo.run.stop import EXIT_STOPPED, FiniteWatchdog, SilenceWatchdog, StopOnSignal
 from rmipo.run.trackers import close_wandb, open_wandb
-from rmipo.run.watchdogs import FiniteWatchdog, SilenceWatchdog
 from rmipo.training.attention import resolve_kind
 from rmipo.training.distributed import on_main_process
 from rmipo.training.metrics import check_logged, evaluation_metrics

@@ -1,14 +1,20 @@
-"""A run that is asked to stop saves first."""
+"""What ends a run early: a signal, after a save; a loss that is not finite, before one. And where a hanging process waits."""
 
+import faulthandler
+import math
 import os
 import signal
+import sys
 
 import torch
 from accelerate.utils import gather
 from transformers import TrainerCallback
 
+from rmipo.errors import UserError
+
 EXIT_STOPPED = 75  # of a run that a signal stopped after it saved: start it again (EX_TEMPFAIL)
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+SILENCE = 1 / 3  # of ddp_timeout, after which a step that does not end is reported
 
 
 class StopOnSignal(TrainerCallback):
@@ -54,3 +60,35 @@ class StopOnSignal(TrainerCallback):
     def on_epoch_end(self, args, state, control, **kwargs):
         if self.stopped and state.epoch != int(state.epoch) and state.global_step < state.max_steps:
             control.should_evaluate = False  # no epoch ends here; an undisturbed run has no such line
+
+
+class NonFiniteStepError(UserError, RuntimeError):
+    """A logged loss or gradient norm is NaN or infinite."""
+
+
+class FiniteWatchdog(TrainerCallback):
+    """Stops a run whose loss or gradient norm is NaN or infinite, before the step can be saved."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        names = ("loss",) if args.fp16 else ("loss", "grad_norm")  # float16's loss scaling skips steps that overflow
+        found = {name: logs[name] for name in names if not math.isfinite(logs.get(name, 0.0))}
+        if found:
+            what = ", ".join(f"{name} is {value}" for name, value in found.items())
+            fix = "Lower learning_rate or max_grad_norm, or look for a broken row; train into another output_dir"
+            raise NonFiniteStepError(f"step {state.global_step}: {what}. The last checkpoint is from before. {fix}")
+
+
+class SilenceWatchdog(TrainerCallback):
+    """When nothing ends for a third of `ddp_timeout`, each process prints where it waits, on standard error."""
+
+    def _heard(self, args, state, control, **kwargs):
+        # Each call starts the time anew. The stream of the process: tests and notebooks put others in its place.
+        faulthandler.dump_traceback_later(args.ddp_timeout * SILENCE, repeat=False, file=sys.__stderr__)
+
+    on_train_begin = on_step_end = on_prediction_step = on_evaluate = on_save = _heard
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.end()
+
+    def end(self) -> None:
+        faulthandler.cancel_dump_traceback_later()

@@ -8,6 +8,7 @@ from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from rmipo.data.chat import ChatFormat
+from rmipo.evaluation.statistics import repeated_share
 from rmipo.tiny.world import CLASSES, Question, World, assistant
 from rmipo.training import scoring
 from rmipo.training.packing import pack
@@ -161,10 +162,8 @@ def text_metrics(responses: list[dict]) -> dict[str, float]:
 
     `repetition` is the share of 4-grams of tokens that occurred before in the same response, over all responses.
     """
-    grams = [list(zip(*(response["ids"][i:] for i in range(4)), strict=False)) for response in responses]
-    total = sum(map(len, grams))
     return {
         "mean_length": sum(len(response["ids"]) for response in responses) / len(responses),
         "ended": sum(response["ended"] for response in responses) / len(responses),
-        "repetition": 1 - sum(len(set(grams_of_one)) for grams_of_one in grams) / total if total else 0.0,
+        "repetition": repeated_share([response["ids"] for response in responses]),
     }

@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rmipo.errors import EvaluationError
 from rmipo.evaluation import BENCHMARKS, specificity
+from rmipo.evaluation.statistics import repeated_share
 from rmipo.generation.likelihood import Likelihood
 from tests.helpers.rows import user
 from tests.helpers.tiny_model import write_model
@@ -76,3 +77,10 @@ def test_benchmark_against_one_sequence_at_a_time(tmp_path):
     assert [row["pmi"] for row in twice] == pytest.approx([0, 0], abs=1e-6)
     itself = BENCHMARKS["specificity"].run(model, tmp_path, settings | {"initial": str(model)})
     assert itself["metrics"]["kl_initial"] == 0
+
+
+def test_repeated_share_by_hand():
+    # 1 2 3 4 | 2 3 4 1 | 3 4 1 2 | 4 1 2 3 | 1 2 3 4: five 4-grams, the last a repeat of the first.
+    assert repeated_share([[1, 2, 3, 4, 1, 2, 3, 4]]) == pytest.approx(1 / 5)
+    assert repeated_share([[7] * 10, [1, 2, 3, 4, 5, 6]]) == pytest.approx(6 / 10)
+    assert repeated_share([[1, 2, 3], []]) == 0

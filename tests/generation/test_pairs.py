@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from rmipo.errors import CheckpointError, EvaluationError, PairsError
+from rmipo.files import LOCK_FILE
 from rmipo.fingerprints import json_fingerprint
 from rmipo.generation.oracles import OracleError, make_oracle
 from rmipo.generation.pairs import PairsConfig, load_pairs_config, make_pairs, select
 from rmipo.generation.prompts import Prompt, read_prompts
-from rmipo.run.lock import LOCK_FILE
 from tests.helpers.launched import launch
 from tests.helpers.lock_holder import held
 from tests.helpers.tiny_model import naive_scores, write_model

@@ -12,7 +12,7 @@ from tests.helpers.paths import ROOT
 HOLDER = """
 import os, sys, time
 from pathlib import Path
-from rmipo.run.lock import locked
+from rmipo.files import locked
 with locked(Path(sys.argv[1])):
     if os.fork() == 0:  # as data loaders are; it outlives its parent
         time.sleep(5)

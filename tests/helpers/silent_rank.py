@@ -1,4 +1,4 @@
-"""One of two processes of test_watchdogs.py: they meet in every step, until rank 1 falls silent in the third."""
+"""One of two processes of test_stop.py: they meet in every step, until rank 1 falls silent in the third."""
 
 import sys
 import time
@@ -8,13 +8,13 @@ from transformers import TrainerState
 
 from rmipo import cli
 from rmipo.recipe.load import load_recipe
-from rmipo.run import watchdogs
+from rmipo.run.stop import SilenceWatchdog
 
 
 @cli.program()
 def main() -> None:
     args, _, _ = load_recipe("recipes/tiny/rmipo.yaml", overrides=sys.argv[1:]).parse()
-    silence, state = watchdogs.SilenceWatchdog(), TrainerState()
+    silence, state = SilenceWatchdog(), TrainerState()
     silence.on_train_begin(args, state, None)
     for state.global_step in range(5):
         if state.global_step == 2 and args.process_index == 1:

@@ -11,6 +11,7 @@ import pytest
 from transformers import TrainerState
 
 from rmipo.errors import CheckpointError
+from rmipo.files import LOCK_FILE
 from rmipo.run.checkpoints import (
     MARKER,
     Checkpoints,
@@ -19,7 +20,6 @@ from rmipo.run.checkpoints import (
     explained_full_disk,
     resume_point,
 )
-from rmipo.run.lock import LOCK_FILE
 from rmipo.training.state import rotate
 from tests.helpers.checkpoints import IDENTITY, make_checkpoints
 

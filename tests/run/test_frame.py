@@ -8,7 +8,6 @@ from transformers import (
     DefaultFlowCallback,
     TrainerCallback,
 )
-from transformers.integrations import TensorBoardCallback
 
 from rmipo.errors import ConfigError
 from rmipo.plan.preflight import PreflightError
@@ -18,9 +17,8 @@ from rmipo.run import frame
 from rmipo.run.callbacks import Recorder, set_callbacks
 from rmipo.run.checkpoints import MARKER, Checkpoints
 from rmipo.run.generations import SampleGenerations
-from rmipo.run.stop import StopOnSignal
+from rmipo.run.stop import FiniteWatchdog, SilenceWatchdog, StopOnSignal
 from rmipo.run.trackers import WandbBySteps
-from rmipo.run.watchdogs import FiniteWatchdog, SilenceWatchdog, StepWatchdog
 from rmipo.training import trainer
 from tests.helpers.launched import launch
 from tests.helpers.paths import ROOT
@@ -98,16 +96,13 @@ def test_callbacks_are_called_in_one_order(tmp_path):
     trainer = make_trainer(tmp_path, make_pairs(8), report_to=["wandb", "tensorboard"])
     trainer.pop_callback(Recorder)
     given = [Checkpoints({}), SilenceWatchdog(), FiniteWatchdog(), Recorder(), StopOnSignal()]
-    given += [StepWatchdog(trainer.args, None), SampleGenerations(None, [], trainer, 1), Theirs()]
+    given += [SampleGenerations(None, [], trainer, 1), Theirs()]
     set_callbacks(trainer, given)
     kinds = [type(callback) for callback in trainer.callback_handler.callbacks]
     order = {kind: kinds.index(kind) for kind in kinds}
     assert order[DefaultFlowCallback] == 0 and kinds[-1] == Checkpoints  # whose marker says that all others are done
     assert order[StopOnSignal] < order[Recorder]  # asks for a save, which asks for a line
-    assert (
-        order[StepWatchdog] < order[Recorder] < order[WandbBySteps]
-    )  # adds to the line; W&B is sent again what is kept
-    assert order[StepWatchdog] < min(order[TensorBoardCallback], order[Theirs])
+    assert order[Recorder] < order[WandbBySteps]  # which is sent again what is kept
     assert order[Recorder] < order[FiniteWatchdog]  # once the line is written
 
 

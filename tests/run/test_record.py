@@ -7,9 +7,8 @@ import pytest
 from transformers import TrainerControl, TrainerState
 
 from rmipo.files import replacing, write_atomically
-from rmipo.record import append_metrics, keep_metrics, read_metrics
+from rmipo.record import WITHOUT_EFFECT, append_metrics, differences, keep_metrics, read_metrics, run_identity
 from rmipo.run.callbacks import Recorder
-from rmipo.run.identity import WITHOUT_EFFECT, differences, run_identity
 
 
 class Arguments:
@@ -76,7 +75,7 @@ def test_a_line_is_logged_with_each_checkpoint():
 
 def test_what_may_change_between_the_starts_of_a_run():
     """Written out a second time: a key that is added there by mistake lets a resumed run go on as another one."""
-    free = "ddp_timeout memory_check warn_chosen_logp_drop warn_repetition warn_grad_norm_ratio save_total_limit "
+    free = "ddp_timeout memory_check save_total_limit "
     free += "dataset_num_proc dataloader_num_workers report_to run_name push_to_hub hub_model_id hub_private_repo "
     free += "hub_revision"
     assert {key.removeprefix("recipe.") for key in WITHOUT_EFFECT} == set(free.split())

@@ -16,8 +16,8 @@ from rmipo.generation.answers import Generator, Request, check_settings
 from rmipo.generation.engines import TransformersEngine
 from rmipo.plan.shapes import load_config
 from rmipo.recipe.schema import ModelConfig
+from rmipo.record import run_identity
 from rmipo.run.checkpoints import resume_point
-from rmipo.run.identity import run_identity
 from rmipo.training.loading import LoadingError, check_limits, load_model, load_tokenizer
 from tests.helpers.families import make_model, make_tokenizer, save
 from tests.helpers.launched import launch

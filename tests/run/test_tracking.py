@@ -18,11 +18,10 @@ from transformers import TrainerState
 
 from rmipo import record
 from rmipo.plots import plt
-from rmipo.record import RunRecord, append_metrics, environment, read_generations, read_metrics
+from rmipo.record import RunRecord, append_metrics, environment, read_generations, read_metrics, run_identity
 from rmipo.run.callbacks import set_callbacks
 from rmipo.run.curves import plot_curves, plot_run
 from rmipo.run.generations import SampleGenerations
-from rmipo.run.identity import run_identity
 from rmipo.run.trackers import WandbBySteps, close_wandb, open_wandb
 from tests.helpers.launched import launch
 from tests.helpers.small_models import make_pairs

@@ -12,15 +12,14 @@ import torch
 from transformers import DefaultFlowCallback, PrinterCallback, TrainerCallback
 
 from rmipo.errors import CheckpointError
+from rmipo.files import LOCK_FILE
 from rmipo.recipe.load import load_recipe
 from rmipo.record import read_metrics, recorded_run
 from rmipo.run import checkpoints, export, frame
 from rmipo.run.callbacks import Recorder
 from rmipo.run.checkpoints import MARKER, Checkpoints, FullDiskError
 from rmipo.run.frame import training_run
-from rmipo.run.lock import LOCK_FILE
-from rmipo.run.stop import EXIT_STOPPED, StopOnSignal
-from rmipo.run.watchdogs import FiniteWatchdog, SilenceWatchdog
+from rmipo.run.stop import EXIT_STOPPED, FiniteWatchdog, SilenceWatchdog, StopOnSignal
 from tests.helpers.paths import ROOT
 from tests.helpers.small_models import make_pairs
 from tests.helpers.trainers import make_trainer

@@ -5,9 +5,9 @@ import signal
 
 import pytest
 
+from rmipo import files
 from rmipo.errors import CheckpointError
-from rmipo.run import lock
-from rmipo.run.lock import LOCK_FILE, locked
+from rmipo.files import LOCK_FILE, locked
 from tests.helpers.lock_holder import held
 
 
@@ -38,7 +38,7 @@ def test_a_killed_run_holds_nothing(tmp_path, holder, monkeypatch):
 
 def test_only_a_job_waits_for_the_lease_of_a_dead_node(tmp_path, monkeypatch):
     waits = []
-    monkeypatch.setattr(lock, "FileLock", lambda path, timeout, **options: waits.append(timeout) or FakeLock())
+    monkeypatch.setattr(files, "FileLock", lambda path, timeout, **options: waits.append(timeout) or FakeLock())
     for job in ("", "7"):
         monkeypatch.setenv("SLURM_JOB_ID", job) if job else monkeypatch.delenv("SLURM_JOB_ID", raising=False)
         with locked(tmp_path):
@@ -57,7 +57,7 @@ def test_where_the_file_system_has_no_locks_a_run_says_so_and_goes_on(tmp_path, 
     def refuse(lock):
         raise OSError(errno.ENOLCK, "no locks")
 
-    monkeypatch.setattr(lock.FileLock, "acquire", refuse)
+    monkeypatch.setattr(files.FileLock, "acquire", refuse)
     with locked(tmp_path):
         assert str(tmp_path) in capsys.readouterr().out
 
