@@ -106,14 +106,14 @@ def read_batch(batch: dict, formats: Sequence[Format], sides: Sequence[str], cod
             messages, problem = read_row(row, formats), None
         except DataError as error:  # kept with the row: all rows with one reason are named together
             messages, problem = [[] for _ in sides], str(error)
-        for name, value in zip(out, [*messages, problem, unread_keys(row, sides), number], strict=True):
+        for name, value in zip(out, [*messages, problem, unread_keys(row), number], strict=True):
             out[name].append(value)
     return out
 
 
-def unread_keys(row: dict, sides: Sequence[str]) -> list[str]:
+def unread_keys(row: dict) -> list[str]:
     """The keys of a row's messages that say something and are not read."""
-    read = {"role", "content", *(("weight", "train") if "untrained" in sides else ())}
+    read = {"role", "content"}
     messages = [item for value in row.values() if isinstance(value, list) for item in value if isinstance(item, dict)]
     unread = {key for message in messages if "role" in message for key in message if message[key] is not None}
     prompt, dialogue = row.get("prompt"), row.get("chosen")

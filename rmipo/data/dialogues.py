@@ -3,7 +3,7 @@
 import re
 
 import numpy as np
-from datasets import Dataset, Features, List, Value
+from datasets import Dataset, Features, Value
 from trl import SFTConfig
 
 from rmipo.data.chat import ANSWER, QUESTION, ChatFormat, DataError, render, require_contents, tokenize
@@ -13,20 +13,16 @@ from rmipo.data.report import DataReport, rows_by_reason
 from rmipo.fingerprints import json_fingerprint
 from rmipo.recipe.schema import DataConfig
 
-SIDES = {"messages": MESSAGES, "completion": MESSAGES, "untrained": List(Value("int64"))}
+SIDES = {"messages": MESSAGES, "completion": MESSAGES}
 TEXTS = dict.fromkeys(("ids", "problem"), Value("string"))
-LABELS = dict.fromkeys(("input_ids", "labels"), List(Value("int64")))
-UNTRAINED = -100  # the label of tokens that the loss is not on
 
 
 def load_dialogues(data_config: DataConfig, split: str) -> Dataset:
     """Column `messages`, which may still be unusable, and `row`; see `load_converted`.
 
     `completion` has the last of the messages where a row is a prompt and its completion; it is empty for dialogues.
-    `untrained` has the places, from the end, of turns that are marked not to be trained, where there are any.
     """
-    dataset = load_converted(data_config, split, DIALOGUES, SIDES)
-    return dataset if any(dataset["untrained"]) else dataset.remove_columns("untrained")
+    return load_converted(data_config, split, DIALOGUES, SIDES)
 
 
 def select_dialogues(
@@ -35,8 +31,7 @@ def select_dialogues(
     """Drop the dialogues that can't be trained on, and count those that TRL cuts to `max_length` tokens.
 
     TRL tokenises the same text once more: it takes messages, or where the loss is on completions alone `prompt` and
-    `completion`. Where turns are marked not to be trained, it takes `input_ids` and `labels` as they are made here. A column
-    `ids` has a fingerprint of each dialogue's token ids.
+    `completion`. A column `ids` has a fingerprint of each dialogue's token ids.
 
     Raises:
         DataError: more are unusable or cut than the recipe allows, or none is left; `completion_only_loss` of dialogues.
@@ -73,19 +68,13 @@ def select_dialogues(
         report.loss_on = "whole dialogues, users' turns included (assistant_only_loss: true trains the answers alone)"
     rows = zip(dataset["row"], dataset["messages"], strict=True)
     report.note_markers([row for row, messages in rows if has_markers(messages)])
-    marked = "untrained" in dataset.column_names
-    if marked:
-        count = sum(bool(turns) for turns in dataset["untrained"])
-        report.notes.append(f"turns of {count} rows are marked not to be trained (weight: 0, train: false)")
     report.check_dropped(data_config.max_dropped_fraction)
     kept = dataset.select([i for i, reason in enumerate(reasons) if reason is None])
     measured = kept.map(
         count_tokens,
         batched=True,
-        fn_kwargs={"chat": chat, "answers": args.assistant_only_loss, "code": code_digest()},
-        features=Features(
-            kept.features | dict.fromkeys(("tokens", "start"), Value("int64")) | TEXTS | (LABELS if marked else {})
-        ),
+        fn_kwargs={"chat": chat, "code": code_digest()},
+        features=Features(kept.features | dict.fromkeys(("tokens", "start"), Value("int64")) | TEXTS),
         num_proc=data_config.dataset_num_proc,
         desc="Measuring dialogues",
     )
@@ -102,9 +91,7 @@ def select_dialogues(
     lengths = np.array(measured["tokens"])
     report.measure({"messages": np.minimum(lengths, limit)}, {"messages": (lengths > limit) & (not split)})
     report.check_cut(data_config.max_truncated_fraction, f"max_length ({args.max_length})")
-    if marked:
-        measured = measured.remove_columns({"completion", "untrained"} & {*measured.column_names})
-    elif alone:
+    if alone:
         measured = measured.map(divide, remove_columns="messages", desc="Dividing prompts and completions")
     return measured.remove_columns(["tokens", "start", "problem"]), report
 
@@ -124,11 +111,10 @@ def check_generation_marks(chat: ChatFormat) -> None:
         )
 
 
-def count_tokens(batch: dict, chat: ChatFormat, answers: bool, code: str) -> dict:
+def count_tokens(batch: dict, chat: ChatFormat, code: str) -> dict:
     """Called by `Dataset.map`; `code` is only there for its cache, see `code_digest`.
 
-    `start`: tokens in front of the first answer: a window without one would train what users say. `answers`: the loss is on
-    what the assistant says alone.
+    `start`: tokens in front of the first answer: a window without one would train what users say.
     `problem`: why the template doesn't render the dialogue, if it doesn't.
     """
     texts, prompts, problems = [], [], []
@@ -147,55 +133,12 @@ def count_tokens(batch: dict, chat: ChatFormat, answers: bool, code: str) -> dic
             values.append(value)
     encoded = tokenize(chat.tokenizer, texts)
     starts = [len(ids) for ids in tokenize(chat.tokenizer, prompts)]
-    labels = {}
-    if "untrained" in batch:
-        labels = {"input_ids": encoded, "labels": [[] for _ in texts]}
-        for number, text in enumerate(texts):
-            try:
-                row = {key: values[number] for key, values in batch.items()}
-                labels["labels"][number] = problems[number] or turn_labels(row, text, chat, answers)
-            except DataError as error:
-                problems[number] = str(error)
-            starts[number] = next((i for i, label in enumerate(labels["labels"][number]) if label != UNTRAINED), 0)
     return {
         "tokens": [len(ids) for ids in encoded],
         "start": starts,
         "ids": [json_fingerprint(ids) for ids in encoded],
         "problem": problems,
-        **labels,
     }
-
-
-def turn_labels(row: dict, text: str, chat: ChatFormat, answers: bool) -> list[int]:
-    """The labels of a dialogue, rendered as `text`, of which turns are marked not to be trained.
-
-    Raises DataError where no turn is left, or where the template renders the start of a dialogue unlike the whole.
-    """
-    messages, marked = row["messages"], row["untrained"]
-    first = len(messages) - len(row.get("completion", messages))
-    encoded = chat.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    ids = encoded["input_ids"]
-    some = answers or first > 0  # the loss is on these turns alone; else also on what the template writes around them
-    if not (some or marked):
-        return ids
-    labels = [UNTRAINED] * len(ids) if some else [*ids]
-    trained = False
-    for place, message in enumerate(messages):
-        scored = (
-            place - len(messages) not in marked and place >= first and not (answers and message["role"] != "assistant")
-        )
-        trained |= scored and message["role"] == "assistant"  # prompts alone teach nothing that was meant
-        before = render(chat.tokenizer, messages[:place], message["role"] == "assistant") if place else ""
-        upto = render(chat.tokenizer, messages[: place + 1], False)
-        # A template that writes a turn differently once another follows has no fixed place for it in the whole text.
-        if not (upto.startswith(before) and text.startswith(upto)):
-            raise DataError("the chat template renders turns by what follows them: those marked can't be told apart")
-        for i, (start, _) in enumerate(encoded["offset_mapping"]):
-            if len(before) <= start < len(upto):
-                labels[i] = ids[i] if scored else UNTRAINED
-    if not trained:
-        raise DataError("all its answers are marked not to be trained")
-    return labels
 
 
 def divide(row: dict) -> dict:

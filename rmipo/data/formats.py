@@ -24,6 +24,8 @@ UNREAD_KEYS = (
     "tools", "functions", "tool_calls", "tool_call_id", "tool_plan", "function_call", "function_calls",
     "reasoning_content", "reasoning", "thinking", "thought", "images",
 )  # fmt: skip
+# Which turns to train, in OpenAI's and Axolotl's formats: TRL has no such mask, and every turn would be trained.
+MARKS = ("weight", "train")
 # What this repository writes into its own rows for people to look at.
 OUR_COLUMNS = ("kind", "flipped", "prompt_id", "score_chosen", "score_rejected")
 # How other templates and formats write turns. In a text they are nothing but text.
@@ -73,36 +75,13 @@ def read_prompt_of_messages(row: Row) -> Sides | None:
 
 
 def read_messages(row: Row) -> Sides | None:
-    messages = read_turns(row["messages"], "user", "messages")
-    return messages, [], from_the_end(untrained_turns(row["messages"], messages))
+    return read_turns(row["messages"], "user", "messages"), []
 
 
 def read_prompt_and_completion(row: Row) -> Sides | None:
     prompt = read_turns(row["prompt"], "user", "prompt")
     completion = read_turns(row["completion"], "assistant", "completion")
-    untrained = untrained_turns(row["prompt"], prompt) + untrained_turns(row["completion"], completion)
-    return prompt + completion, completion, from_the_end(untrained)
-
-
-def untrained_turns(value: Any, turns: Messages) -> list[bool]:
-    """Which turns say that they are not to be trained: `weight: 0` (OpenAI's format) or `train: false` (Axolotl's).
-
-    Raises DataError where a mark is neither, or asks for a user's turn.
-    """
-    if not isinstance(value, list):
-        return [False] * len(turns)
-    for key in ("weight", "train"):
-        if odd := [message[key] for message in value if message.get(key) not in (None, 0, 1)]:
-            raise DataError(f"messages have {key} {odd[0]!r}, expected one of 0, 1, true, false")
-        asked = [turn["role"] for message, turn in zip(value, turns, strict=True) if message.get(key)]
-        if others := [role for role in asked if role != "assistant"]:
-            raise DataError(f"a {others[0]} turn has {key} 1: marks are read on assistant turns alone. Remove it")
-    return [0 in (message.get("weight"), message.get("train")) for message in value]
-
-
-def from_the_end(marks: list[bool]) -> list[int]:
-    """The places of what is marked, the last is -1: they hold when a system message comes in front."""
-    return [place - len(marks) for place, mark in enumerate(marks) if mark]
+    return prompt + completion, completion
 
 
 # In the order in which they are tried.
@@ -169,9 +148,10 @@ def read_turns(value: Any, role: str, column: str) -> Messages:
             raise DataError(f"`{column}` has the role {message['role']!r}, expected {', '.join(ROLES)}")
         if not isinstance(message["content"], str | None):
             raise DataError(f"`{column}` has content of type {type(message['content']).__name__}, expected text")
-        if unread := [key for key in UNREAD_KEYS if message.get(key)]:
+        marks = [key for key in MARKS if message.get(key) is not None]
+        if unread := [key for key in UNREAD_KEYS if message.get(key)] + marks:
             raise DataError(
-                f"`{column}` has messages with {', '.join(unread)}, which are not supported: put them into content"
+                f"`{column}` has messages with {', '.join(unread)}, which are not supported: remove them, or use content"
             )
         messages.append({"role": message["role"], "content": message["content"] or ""})
     return messages

@@ -1,6 +1,5 @@
 """Where rows come from: hub datasets, local folders and files, and mixtures of them."""
 
-import csv
 import functools
 import glob
 import gzip
@@ -8,9 +7,7 @@ import json
 import logging
 import os
 import re
-import sys
 from pathlib import Path
-from typing import IO
 
 from datasets import Dataset, concatenate_datasets, load_dataset
 from datasets.exceptions import DatasetGenerationError
@@ -21,8 +18,10 @@ from rmipo.recipe.schema import DataConfig
 
 logger = logging.getLogger(__name__)
 
-BUILDERS = {".jsonl": "json", ".json": "json", ".jsonl.gz": "json", ".json.gz": "json", ".parquet": "parquet"}
-BUILDERS |= {".csv": "csv", ".csv.gz": "csv", ".arrow": "arrow"}
+BUILDERS = dict.fromkeys((".jsonl", ".json", ".jsonl.gz", ".json.gz"), "json") | {
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+}
 SHARD = re.compile(r"-(\d+)-of-(\d+)(-[0-9a-f]+)?$")  # at the end of a file's name without its suffix
 SAVED = "state.json"  # in a folder that `Dataset.save_to_disk` wrote; a `DatasetDict` has one for each split
 HELD_OUT = 0.05  # share of local data without splits that becomes its test split
@@ -222,8 +221,6 @@ def load_files(paths: list[Path], source: str) -> Dataset:
     # datasets would turn some columns of dialogues into its own structure.
     options = {"parse_agent_traces": False} if builder == "json" else {}
     try:
-        if builder == "csv":
-            return Dataset.from_list([row for path in paths for row in read_csv(path)])
         # Escaped: `load_dataset` reads names as patterns, and run[1] would be run1.
         names = [glob.escape(str(path)) for path in paths]
         # The cache of datasets goes by path and time: the same path may hold other rows by now (a link, cp -p, rsync -t).
@@ -234,33 +231,17 @@ def load_files(paths: list[Path], source: str) -> Dataset:
         dataset.data.validate(full=True)  # that texts are UTF-8, which Parquet files don't ensure
     except StopIteration as error:
         raise DataError(f"{source}: {files} has no rows.") from error
-    except (csv.Error, DatasetGenerationError, EOFError, OSError, ValueError) as error:
+    except (DatasetGenerationError, EOFError, OSError, ValueError) as error:
         if (other := getattr(error, "filename", None)) and Path(other) not in paths:
             raise DataError(f"{source}: the cache of datasets can't be used ({error}). Set HF_HOME") from error
         raise DataError(f"{source}: {files} can't be read as {builder}: {error.__cause__ or error}") from error
     return dataset
 
 
-def open_text(path: Path) -> IO[str]:
-    return (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig", newline="")
-
-
 def read_json(path: Path) -> list[dict]:
-    with open_text(path) as file:
+    with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig") as file:
         text = file.read().lstrip()
     return json.loads(text) if text.startswith("[") else [json.loads(line) for line in text.split("\n") if line.strip()]
-
-
-def read_csv(path: Path) -> list[dict[str, str]]:
-    """Every cell as text, "4" and "NA" too. (pandas takes a cell too many for an index, and moves the others.)"""
-    csv.field_size_limit(sys.maxsize)  # its default of 128 KiB is less than a long dialogue
-    with open_text(path) as file:
-        names, *rows = [row for row in csv.reader(file, strict=True) if row]
-    if odd := [number for number, row in enumerate(rows, 1) if len(row) != len(names)]:
-        raise ValueError(f"row {odd[0]} has another number of cells than the first line")
-    if len(set(names)) < len(names) or not rows:
-        raise ValueError(f"expected rows, and columns of different names, found {', '.join(names)}")
-    return [dict(zip(names, row, strict=True)) for row in rows]
 
 
 def load_hub(entry: dict, split: str) -> Dataset:

@@ -50,7 +50,7 @@ class DataConfig:
     Raises ConfigError, when made, with a line for each thing that is wrong in it.
     """
 
-    dataset_name: str | None = option(None, "Hub id, local folder, or file: JSON, Parquet, CSV.")
+    dataset_name: str | None = option(None, "Hub id, local folder, or file: JSON, Parquet.")
     dataset_config: str | None = None
     dataset_train_split: str = "train"
     dataset_test_split: str = "test"

@@ -168,59 +168,13 @@ def test_generation_marks_are_around_the_answers_alone(tmp_path, around):
         assert trained_texts(kept, marked, tmp_path, assistant_only_loss=True) == ["b<|eot_id|>d<|eot_id|>"]
 
 
-MARKED = [user("a"), assistant("bad") | {"weight": 0}, user("c"), assistant("d") | {"weight": 1}]
-
-
-@pytest.mark.parametrize("mark", [{"weight": 0}, {"train": False}])
-@pytest.mark.parametrize("packing", [False, True])
-def test_turns_that_are_marked_are_not_trained(tmp_path, chat, mark, packing):
-    marked = [message if "weight" not in message else {**assistant("bad"), **mark} for message in MARKED[:2]]
-    dialogues = [[SYSTEM, *marked, *MARKED[2:]], DIALOGUE, [*MARKED[2:], user("e"), {**assistant("bad"), **mark}]]
-    rows = load(tmp_path, dialogues)
-    kept, report = select(rows, chat, tmp_path, {"max_dropped_fraction": 0.1}, max_length=2 * WINDOW)
-    texts = [chat.tokenizer.apply_chat_template(messages, tokenize=False) for messages in dialogues]
-    header = "<|start_header_id|>assistant<|end_header_id|>\n\n"
-    expected = [text.replace("bad<|eot_id|>", "") for text in texts]
-    assert trained_texts(kept, chat, tmp_path, max_length=2 * WINDOW) == expected
-    assert any("turns of 2 rows are marked" in line for line in report.lines())
-    kept, _ = select(rows, chat, tmp_path, max_length=2 * WINDOW, assistant_only_loss=True)
-    arguments = {"max_length": 4 * WINDOW, "assistant_only_loss": True, "packing": packing}
-    marks = LLAMA3_TEMPLATE.replace("{{ '<|start", "{% generation %}{{ '<|start", 1).replace(
-        "{% endfor %}", "{% endgeneration %}{% endfor %}"
-    )
-    generating = ChatFormat.probe(make_tokenizer("llama3", marks))  # TRL asks for the marks, and the labels stay ours
-    trained = "".join(trained_texts(kept, generating, tmp_path, **arguments))
-    assert sorted(trained.split("<|eot_id|>")[:-1]) == ["b", "d", "d", "d"] and header not in trained
-
-
-def test_marked_turns_of_prompts_and_completions(tmp_path, chat):
-    rows = completions(
-        tmp_path, {"prompt": MARKED[:1], "completion": MARKED[1:]}, {"prompt": "a", "completion": MARKED[1:2]}
-    )
-    kept, report = select(rows, chat, tmp_path, {"max_dropped_fraction": 0.3}, max_length=WINDOW)
-    assert list(report.dropped.values()) == [[3]]
-    *texts, several = trained_texts(kept, chat, tmp_path)
-    assert texts == ["b<|eot_id|>", "d<|eot_id|>"] and "bad" not in several and several.endswith("d<|eot_id|>")
-
-
-def test_a_dialogue_without_an_answer_to_train_is_dropped(tmp_path, chat):
-    """Else its user's text would be all that is trained."""
-    rows = [MARKED] * 60 + [[user("a"), assistant("bad") | {"weight": 0}]]
-    _, report = select(load(tmp_path, rows), chat, tmp_path)
-    assert list(report.dropped.values()) == [[60]]
-
-
-def test_a_mark_that_asks_for_a_user_turn_to_be_trained_is_refused(tmp_path):
-    with pytest.raises(DataError, match=r"user turn has train.*: row 0"):
-        load(tmp_path, [[user("a") | {"train": True}, assistant("b") | {"train": True}]])
-    with pytest.raises(DataError, match=r"weight 0\.5.*: row 1"):
-        load(tmp_path, [MARKED, [user("a"), assistant("b") | {"weight": 0.5}]])
-
-
-def test_a_template_by_which_marked_turns_cannot_be_told_apart(tmp_path):
-    chat = ChatFormat.probe(make_tokenizer("qwen3"))
-    _, report = select(load(tmp_path, [MARKED, DIALOGUE]), chat, tmp_path, {"max_dropped_fraction": 0.5})
-    assert list(report.dropped.values()) == [[0]]
+@pytest.mark.parametrize("mark", [{"weight": 0}, {"weight": 1}, {"train": False}])
+def test_marks_of_single_turns_are_refused(tmp_path, mark):
+    """TRL would train the turn all the same."""
+    with pytest.raises(DataError, match=rf"{next(iter(mark))}.*: row 1"):
+        load(tmp_path, [DIALOGUE, [user("a"), assistant("b") | mark]])
+    with pytest.raises(DataError, match=rf"{next(iter(mark))}.*: row 2"):
+        completions(tmp_path, {"prompt": [user("a")], "completion": [assistant("b") | mark]})
 
 
 def test_markers_of_turns_inside_of_texts_are_told(tmp_path, chat):
@@ -328,11 +282,6 @@ def test_a_completion_needs_a_prompt(tmp_path, chat):
         "the prompt is empty": [2]
     }
     assert select(rows, chat, tmp_path, completion_only_loss=False, max_length=WINDOW)[1].dropped == {}
-
-
-def test_a_weight_that_is_neither_all_nor_nothing_is_refused(tmp_path):
-    with pytest.raises(DataError, match=r"weight 0\.5.*: row 1"):
-        load(tmp_path, [MARKED, [user("a"), assistant("b") | {"weight": 0.5}]])
 
 
 def test_a_dialogue_that_the_template_refuses_is_dropped_and_named(tmp_path):

@@ -4,7 +4,6 @@ import pytest
 
 from rmipo.data import formats
 from rmipo.data.chat import ChatFormat, DataError
-from rmipo.data.dialogues import load_dialogues
 from rmipo.data.pairs import load_pairs, tokenize_pairs
 from rmipo.recipe.schema import DataConfig
 from tests.helpers.families import make_tokenizer
@@ -123,7 +122,7 @@ def test_the_prompt_of_a_row(row, prompt):
     ],
 )
 def test_the_dialogue_of_a_row(row, messages):
-    assert formats.read_row(row, formats.DIALOGUES) == (messages, [], [])
+    assert formats.read_row(row, formats.DIALOGUES) == (messages, [])
 
 
 def test_a_system_column_in_front_of_no_turns():
@@ -211,19 +210,15 @@ def test_markers_of_turns_inside_of_texts_are_told():
 
 
 def test_keys_of_messages_that_are_not_read_are_named(tmp_path, caplog):
-    turn = {**assistant("Right"), "weight": 0, "name": "Ada"}
+    turn = {**assistant("Right"), "language": "en", "name": "Ada"}
     load(tmp_path, [pair(0), pair(1, chosen=[{**turn, "cached": None}])])
-    assert f"{tmp_path}: keys of messages that are not read: name, weight\n" in caplog.text
+    assert f"{tmp_path}: keys of messages that are not read: language, name\n" in caplog.text
     caplog.clear()
     dialogues = {"chosen": [user("a"), assistant("b")], "rejected": [user("a"), assistant("c")]}
     load(tmp_path, [{"prompt": "a", **dialogues}])
     assert "not read" not in caplog.text
     load(tmp_path, [{"prompt": "Be brief. a", **dialogues}])
     assert "not read: prompt (a text" in caplog.text
-    caplog.clear()
-    write(tmp_path / "train.jsonl", [{"messages": [user("a"), turn, user("b"), assistant("c")]}])
-    load_dialogues(config(tmp_path), "train")
-    assert caplog.text.count("not read: name\n") == 1
 
 
 @pytest.mark.parametrize("other", ['"c"', '[{"role": "assistant", "content": "c"}]'])

@@ -129,22 +129,6 @@ def test_what_save_to_disk_wrote(tmp_path):
     assert sorted(tmp_path.rglob("*")) == before  # nothing is cached in the user's folder
 
 
-def test_cells_of_csv_files_are_texts(tmp_path):
-    (tmp_path / "train.csv").write_text('prompt,chosen,rejected\n"1, or 2?",1,02\nWhich?,NA,"null\nor so"\n')
-    texts = [
-        [row[side][0]["content"] for side in row if side != "row"] for row in load_pairs(config(tmp_path), "train")
-    ]
-    assert texts == [["1, or 2?", "1", "02"], ["Which?", "NA", "null\nor so"]]
-    for row in ("a,b,c,d", "a,b"):
-        (tmp_path / "train.csv").write_text(f"prompt,chosen,rejected\n{row}\n")
-        with pytest.raises(DataError, match=r"train\.csv can't be read as csv"):
-            load_pairs(config(tmp_path), "train")
-    for text in ("prompt,chosen,rejected,chosen\na,b,c,d\n", "prompt,chosen,rejected\n", ""):
-        (tmp_path / "train.csv").write_text(text)
-        with pytest.raises(DataError, match=r"train\.csv can't be read as csv"):
-            load_pairs(config(tmp_path), "train")
-
-
 @pytest.mark.parametrize("name", ["train.jsonl.gz", "train.json"])
 def test_texts_that_are_dates_stay_texts(tmp_path, name):
     rows = [{"prompt": "When?", "chosen": "2020-01-01", "rejected": "2020-01-01T10:00:00Z"}] * 2
