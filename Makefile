@@ -16,7 +16,7 @@ train: .venv/.installed ## train a setting: MODEL=tiny [STAGE=sft|rmipo] [METHOD
 plan: .venv/.installed ## memory, time and disk of a run before you launch it: MODEL=... GPUS=8x80
 	@$(RUN) scripts/plan.py
 
-doctor: .venv/.installed ## check Python, CUDA, DeepSpeed, disk, hub and W&B logins, each with its fix
+doctor: .venv/.installed ## check GPUs, disk, access to model and data, W&B login, each with its fix
 	@$(RUN) scripts/doctor.py
 
 smoke: .venv/.installed ## ten steps on the GPUs here, or on the CPU; pass or fail per check: MODEL=... [METHOD=dpo]

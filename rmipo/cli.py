@@ -49,7 +49,6 @@ VARIABLES = {
     "TASKS": "of the leaderboard: ifeval,bbh,math,gpqa,musr,mmlu_pro,gsm8k,mmlu (default: the first six)",
     "EVAL_NAME": "of an evaluation with other settings, kept beside the usual one",
     "SETTINGS": "eval.yaml in place of the setting's own",
-    "EVAL": "1 checks what make eval needs too, and asks the judge for one token",
     "N": "number of the table or figure",
     "METRIC": "what a figure shows",
     "TABLE": "number of the table",

@@ -1,7 +1,6 @@
 """Check what training MODEL needs: one line per check, with its fix. Prints no token and works without a network.
 
-    make doctor [MODEL=llama3-8b-instruct] [EVAL=1, what make eval needs too; asks the judge for one token]
-    make doctor EVAL=1 SETTINGS=my-eval.yaml    # of another judge or other data than the setting's
+    make doctor [MODEL=llama3-8b-instruct]
 
 `ok`: as it should be. `note`: something else will be used, or nothing needs it. `FAIL`: MODEL can't be trained so; the
 exit code is then 1.
@@ -14,7 +13,7 @@ from pathlib import Path
 from rmipo import cli
 from rmipo.errors import UserError
 from rmipo.launch import machine
-from rmipo.launch.choices import check_choices, choose_stages, is_on
+from rmipo.launch.choices import check_choices, choose_stages
 from rmipo.launch.machine import Check
 
 
@@ -47,10 +46,6 @@ def access_check(kind: str, name: str) -> Check:
 
 
 def all_checks(env: dict[str, str]) -> Iterator[Check]:
-    packages = list(machine.package_checks())
-    yield from packages
-    if not all(check.passed for check in packages):
-        return
     from rmipo.launch.pipeline import load_steps
 
     steps = [step for step in load_steps(*choose_stages(env), env) if step.recipe is not None]
@@ -61,17 +56,11 @@ def all_checks(env: dict[str, str]) -> Iterator[Check]:
         for name in sorted({recipe[key] for recipe in recipes if recipe.get(key)}):
             yield access_check(kind, name)
     yield machine.tracker_check([recipe.get("report_to") for recipe in recipes])
-    if is_on(env, "EVAL"):
-        from rmipo.evaluation import doctor
-        from rmipo.evaluation.target import load_settings
-
-        settings = Path(env.get("SETTINGS") or f"recipes/{env['MODEL']}/eval.yaml")
-        yield from doctor.checks(load_settings(settings, []) if env.get("SETTINGS") or settings.is_file() else {})
 
 
 def main() -> int:
     os.chdir(Path(__file__).parent.parent)
-    options = cli.options(__doc__, "MODEL", "STAGE", "METHOD", "DATA", "ARGS", "SHARDING", "EVAL", "SETTINGS").read()
+    options = cli.options(__doc__, "MODEL", "STAGE", "METHOD", "DATA", "ARGS", "SHARDING").read()
     env = {**os.environ, "MODEL": "tiny"} | cli.variables(options)
     check_choices(env)
     os.environ["WANDB_SILENT"] = "true"

@@ -24,7 +24,6 @@ def main() -> int:
     # These import torch and TRL, which takes seconds.
     from rmipo.launch.pipeline import load_steps
     from rmipo.plan import duration, preflight
-    from rmipo.plan.gpus import A100, speed_with
     from rmipo.plan.memory import GIB, Hardware, Sharding, plan_memory
     from rmipo.plan.shapes import KNOWN
 
@@ -82,14 +81,12 @@ def main() -> int:
     if on_cpu:
         print("Hours: not estimated for a CPU; the progress bar of a trial shows them: ARGS='--max_steps 20'")
     else:
-        speed = speed_with(positive_number(env, "TFLOPS", A100))
-        low, high = duration.hours(shape, work, hardware.gpus, examples, steps, speed)
-        print(f"Hours of the training: {low:.2f} to {high:.2f}")
-        peak, (low, high) = duration.peak_tokens(shape, work, hardware.gpus, speed), speed.reached
-        print(f"Tokens per second: {low * peak:.0f} to {high * peak:.0f} in training steps")
+        tflops = positive_number(env, "TFLOPS", duration.A100)
+        low, high = duration.hours(shape, work, hardware.gpus, examples, steps, tflops)
+        print(f"Hours of the training: {low:.2f} to {high:.2f}, evaluations and checkpoints apart")
+        low, high = duration.reached(tflops)
         print(
-            f"  assumed, not measured on a GPU: {low:.0%} to {high:.0%} of {speed.tflops:g} TFLOP/s per GPU (TFLOPS=; A100: "
-            "312, H100: 989); evaluations and checkpoints come on top"
+            f"  not measured: assumed are {low:.0%} to {high:.0%} of {tflops:g} TFLOP/s (TFLOPS=; A100 312, H100 989)"
         )
     needed = preflight.disk_needed(recipe, shape, sharding)
     print(f"Disk: {needed / GIB:.1f} GiB in {recipe.values['output_dir']} (checkpoints, one being written, the model)")

@@ -15,12 +15,13 @@ import torch
 import yaml
 
 from rmipo.errors import ConfigError
-from rmipo.plan.gpus import REPORTED_GIB
 from rmipo.plan.shapes import Shape
 from rmipo.training.batching import HOISTED_MICRO_BATCHES
 from rmipo.training.logprobs import CHUNK
 
 GIB = 2**30
+# GB that a card is sold with -> GiB that CUDA reports of it; of several cards the least. Others: the number as GiB.
+REPORTED_GIB = {24: 22.0, 40: 39.4, 48: 44.4, 80: 79.1, 94: 93.1, 96: 94.5, 141: 139.8}
 RESERVED_FRACTION = 0.06  # of the GPU: CUDA context, NCCL, fragmentation
 LIVE_PARAMETERS = 10**9  # that ZeRO-3 has gathered at once: DeepSpeed's stage3_max_live_parameters
 FUSED_HEAD_TILE = (4096, 32768)  # logits that TRL's fused LM head has at once: tokens x entries of the vocabulary

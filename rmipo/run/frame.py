@@ -15,7 +15,6 @@ from rmipo.errors import ConfigError
 from rmipo.files import locked
 from rmipo.fingerprints import has_weights, model_fingerprint
 from rmipo.objectives import build_objective
-from rmipo.plan.compiler import compiler_problem
 from rmipo.plan.preflight import check_run
 from rmipo.recipe.load import Recipe
 from rmipo.recipe.schema import PreferenceRunConfig
@@ -25,7 +24,6 @@ from rmipo.run.callbacks import Recorder, set_callbacks
 from rmipo.run.checkpoints import Checkpoints, explained_full_disk, resume_point
 from rmipo.run.stop import EXIT_STOPPED, FiniteWatchdog, SilenceWatchdog, StopOnSignal
 from rmipo.run.trackers import close_wandb, open_wandb
-from rmipo.training.attention import resolve_kind
 from rmipo.training.distributed import on_main_process
 from rmipo.training.metrics import check_logged, evaluation_metrics
 
@@ -54,7 +52,7 @@ def training_run(
             deepspeed.init_distributed()  # transformers leaves that out on CPUs, and models are sharded as they load
         if keep:
             check_run(recipe, args)
-            check_late_failures(args)
+            check_best_metric(args)
             on_main_process(lambda: stack.enter_context(locked(run.folder)))
             stack.enter_context(run.stop)
         stack.push(lambda kind, *_: close_wandb(kind))
@@ -63,17 +61,15 @@ def training_run(
         yield run
 
 
-def check_late_failures(args: TrainingArguments) -> None:
-    """Raises ConfigError for what would fail after hours, or when a large model is loaded on all GPUs."""
-    preference = isinstance(args, PreferenceRunConfig)
-    if args.metric_for_best_model is not None:  # the Trainer looks for it at the first evaluation
+def check_best_metric(args: TrainingArguments) -> None:
+    """Raises ConfigError where the Trainer would look in vain for `metric_for_best_model`, at the first evaluation."""
+    if args.metric_for_best_model is not None:
+        preference = isinstance(args, PreferenceRunConfig)
         known = evaluation_metrics(build_objective(args.objective)) if preference else SFT_METRICS
         try:
             check_logged(args.metric_for_best_model, known)
         except ValueError as error:
             raise ConfigError(f"metric_for_best_model: {error}") from error
-    if preference and resolve_kind(args.attention, args.device) == "flex" and (problem := compiler_problem()):
-        raise ConfigError(f"attention: flex is compiled at the first step, and {problem}. Or set attention: segment")
 
 
 class TrainingRun:

@@ -3,7 +3,7 @@
 import pytest
 
 from rmipo.plan import duration
-from rmipo.plan.gpus import A100, speed_of, speed_with
+from rmipo.plan.duration import A100
 from rmipo.plan.preflight import workload_of
 from rmipo.plan.shapes import Shape, load_config
 from rmipo.recipe.load import load_recipe
@@ -50,11 +50,11 @@ def test_hours_are_the_arithmetic_over_what_gpus_reach(shape):
     work = workload_of(load_recipe(RECIPE, [DPO]))
     # 469 steps of 128 pairs, and the reference, which is scored once, on all 60,000.
     flops = 469 * 128 * duration.step_flops(shape, work) + 60_000 * sum(duration.forward_flops(shape, work))
-    low, high = duration.hours(shape, work, 4, 60_000, 469, speed_with(A100))
+    low, high = duration.hours(shape, work, 4, 60_000, 469, A100)
     assert (low, high) == pytest.approx((flops / (4 * 312e12 * 0.5) / 3600, flops / (4 * 312e12 * 0.35) / 3600))
     # Two dialogues of 1,100 tokens to a packed row.
     packed, plain = (make_work(stage="sft", packing=packing, max_length=2200, prior=False) for packing in (True, False))
-    of_packed, of_plain = (duration.hours(shape, each, 4, 1, 10, speed_with(A100))[0] for each in (packed, plain))
+    of_packed, of_plain = (duration.hours(shape, each, 4, 1, 10, A100)[0] for each in (packed, plain))
     assert of_packed == pytest.approx(2 * of_plain)
 
 
@@ -62,7 +62,7 @@ def test_hours_are_the_arithmetic_over_what_gpus_reach(shape):
 def test_a_step_on_four_gpus_takes_at_least_what_a_review_says(shape, tflops, least):
     """Independent figures for 4 x 80 GB with every layer computed again: 4.0 s on H100, 9.3 s on A800."""
     work = make_work(max_tokens=8192)
-    low, high = (hours * 3600 for hours in duration.hours(shape, work, 4, 128, 1, speed_with(tflops)))
+    low, high = (hours * 3600 for hours in duration.hours(shape, work, 4, 128, 1, tflops))
     assert least * 0.95 < low < high < 3 * least
 
 
@@ -95,12 +95,6 @@ def test_examples_that_are_here_are_counted(tmp_path):
     path, data = ROOT / "recipes/llama3-8b-base/rmipo.yaml", f"--dataset_name={tmp_path / 'data'}"
     assert duration.training_examples(load_recipe(path, overrides=[data])) == 40
     assert duration.training_examples(load_recipe(path, overrides=[data, "--max_train_samples=7"])) == 7
-
-
-def test_the_peak_follows_from_the_name():
-    assert speed_of("NVIDIA A100-SXM4-80GB") == speed_with(312.0) and speed_of("NVIDIA B300") is None
-    assert speed_of("NVIDIA H200").tflops == 989 and speed_of("NVIDIA H100 PCIe").tflops == 756
-    assert speed_with(989.0).reached[0] == 0.2 and speed_with(312.0).reached[0] == 0.35
 
 
 def test_a_prior_of_the_initial_policy_is_one_pass_over_the_responses(shape):

@@ -29,11 +29,8 @@ def test_plan_prints_every_part():
     ):
         assert part in text
     assert "8 GPUs in sequences of at most 8192 tokens" in text and "Steps: 478" in text  # 61135 pairs, 128 at a time
-    hours = re.search(r"^Hours of the training: (\S+) to (\S+)$", text, re.MULTILINE)
+    hours = re.search(r"^Hours of the training: (\S+) to (\S+),", text, re.MULTILINE)
     assert 0.5 < float(hours[1]) < float(hours[2]) < 2
-    # Eight A100 at 35% to 50% of their peak, and about 3.5 forwards of 2 x 8e9 FLOPs a token.
-    speed = re.search(r"^Tokens per second: (\d+) to (\d+) in training steps$", text, re.MULTILINE)
-    assert [int(each) for each in speed.groups()] == pytest.approx([15600, 22300], rel=0.15)
 
 
 def test_plan_of_a_cpu_setting_speaks_of_the_cpu(tmp_path):

@@ -142,18 +142,10 @@ def test_a_metric_that_is_not_logged_is_no_measure_of_the_best_model(stage, metr
     overrides = ["--model_name_or_path=a/b", f"--metric_for_best_model={metric}"]
     args, *_ = load_recipe(ROOT / f"recipes/tiny/{stage}.yaml", overrides=overrides).parse(world_size=1)
     if known:
-        frame.check_late_failures(args)
+        frame.check_best_metric(args)
     else:
         with pytest.raises(ConfigError, match="metric_for_best_model"):
-            frame.check_late_failures(args)
-
-
-def test_flex_attention_needs_a_compiler(monkeypatch):
-    args, *_ = load_recipe(ROOT / "recipes/tiny/rmipo.yaml", overrides=["--model_name_or_path=a/b"]).parse(world_size=1)
-    monkeypatch.setattr(frame, "resolve_kind", lambda *_: "flex")
-    monkeypatch.setattr(frame, "compiler_problem", lambda: "there is no C compiler")
-    with pytest.raises(ConfigError, match="attention: flex"):
-        frame.check_late_failures(args)
+            frame.check_best_metric(args)
 
 
 @pytest.mark.parametrize("stage", ["sft", "rmipo"])
