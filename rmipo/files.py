@@ -38,6 +38,18 @@ def write_lines(path: Path, rows: Iterable[dict]) -> None:
     write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
+def read_lines(path: Path) -> list[dict]:
+    """The lines of a JSONL file; one that a kill cut short is removed from it."""
+    if not path.is_file():
+        return []
+    content = path.read_bytes()
+    end = content.rfind(b"\n") + 1
+    if end < len(content):
+        with path.open("r+b") as file:
+            file.truncate(end)
+    return [json.loads(line) for line in content[:end].splitlines()]
+
+
 @contextlib.contextmanager
 def locked(folder: Path, name: str = "output_dir") -> Iterator[None]:
     """Hold the lock of a folder, `name` to the user. The kernel frees it when this process ends, however it ends.

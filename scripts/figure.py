@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rmipo import cli
-from rmipo.evaluation.models import check_names
+from rmipo.launch.choices import check_names
 from rmipo.recipe.files import merge
 from rmipo.reporting.provenance import figure_notes
 from rmipo.reporting.results import (

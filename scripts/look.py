@@ -15,7 +15,7 @@ from pathlib import Path
 
 from rmipo import cli
 from rmipo.errors import ConfigError
-from rmipo.evaluation.models import ROOT, check_names, is_setting
+from rmipo.launch.choices import ROOT, check_names, is_setting
 from rmipo.recipe.files import merge
 from rmipo.record import recorded_run
 

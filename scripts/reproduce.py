@@ -14,8 +14,7 @@ import sys
 from pathlib import Path
 
 from rmipo import cli
-from rmipo.evaluation.models import is_setting, known_settings
-from rmipo.launch.choices import refuse
+from rmipo.launch.choices import is_setting, known_settings, refuse
 from rmipo.reporting.results import ReportError
 from rmipo.reporting.tables import TABLES, build_table, fill
 

@@ -17,8 +17,8 @@ import pandas as pd
 from rmipo import cli
 from rmipo.errors import EvaluationError
 from rmipo.evaluation.alpaca_reference import load_reference
-from rmipo.evaluation.models import check_names, is_setting
 from rmipo.files import write_atomically
+from rmipo.launch.choices import check_names, is_setting
 
 METHODS = ["rmipo", "simper", "simpo"]  # of Table 6; by default those that are trained
 STYLE = """body { font-family: sans-serif; margin: 2em; } table { border-collapse: collapse; width: 100%; }

@@ -20,8 +20,8 @@ from rmipo.recipe.load import Recipe
 from rmipo.run.frame import TrainingRun, training_run
 from rmipo.tiny import judge
 from rmipo.training import attention
-from rmipo.training.finite import NonFiniteLossError
 from rmipo.training.loading import load_tokenizer
+from rmipo.training.metrics import NonFiniteLossError
 from rmipo.training.parts import TokenizedPairs, policy
 from rmipo.training.trainer import PreferenceTrainer
 

@@ -11,6 +11,7 @@ from rmipo.errors import EvaluationError
 from rmipo.evaluation.alpaca_reference import load_reference
 from rmipo.evaluation.benchmark import DECODING, Benchmark, Metric
 from rmipo.evaluation.statistics import bootstrap, standard_error, wins
+from rmipo.files import read_lines
 from rmipo.fingerprints import has_weights, json_fingerprint, model_fingerprint, text_fingerprint, trained_fingerprint
 from rmipo.recipe.settings import merge_settings
 
@@ -33,9 +34,8 @@ def run(model_dir: str | Path, output_dir: str | Path, settings: dict) -> dict:
     interval and `_standard_error`.
     """
     from rmipo.generation.answers import Generator, check_settings, questions
-    from rmipo.generation.oracles import RewardModelOracle
+    from rmipo.generation.oracles import RewardModelOracle, keep_scores
     from rmipo.generation.prompts import Prompt
-    from rmipo.generation.scores import keep_scores, read_lines
 
     settings = merge_settings("reward", DEFAULTS, settings)
     settings["generation"] = check_settings(settings["generation"])

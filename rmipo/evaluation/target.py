@@ -7,10 +7,9 @@ from rmipo.cli import choose
 from rmipo.data.chat import PROBES, ChatFormat
 from rmipo.errors import EvaluationError
 from rmipo.evaluation import BENCHMARKS
-from rmipo.evaluation.models import ROOT, check_names, is_setting
 from rmipo.generation.answers import DEFAULTS as GENERATION
 from rmipo.generation.answers import own_settings
-from rmipo.launch.choices import named_files
+from rmipo.launch.choices import ROOT, check_names, is_setting, named_files
 from rmipo.recipe.checks import template_text
 from rmipo.recipe.files import override_value, read_yaml
 from rmipo.recipe.load import load_recipe

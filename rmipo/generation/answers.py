@@ -15,9 +15,9 @@ from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from rmipo.data.chat import ChatFormat, freeze_date
 from rmipo.errors import EvaluationError
+from rmipo.files import read_lines
 from rmipo.fingerprints import has_weights, json_fingerprint, trained_fingerprint
 from rmipo.generation.engines import ENGINES, TokenPrompt, choose_engine
-from rmipo.generation.scores import read_lines
 from rmipo.recipe.schema import ModelConfig
 from rmipo.recipe.settings import merge_settings
 from rmipo.record import package_versions

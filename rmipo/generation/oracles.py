@@ -6,14 +6,17 @@ An oracle's `score` yields scores as they come, so that a run that is cut short 
 import functools
 import importlib.util
 import inspect
+import json
 import math
 import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -21,7 +24,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from rmipo.errors import UserError
+from rmipo.errors import PairsError, UserError
+from rmipo.files import read_lines
 from rmipo.fingerprints import text_fingerprint
 from rmipo.generation import judge
 from rmipo.generation.prompts import Prompt
@@ -196,3 +200,27 @@ def checked(scores: dict[str, Any], where: str) -> dict[str, float]:
         if not finite:
             raise OracleError(f"{where}, answer {key}: the score is {score!r}, expected a finite number")
     return {key: float(score) for key, score in scores.items()}
+
+
+def keep_scores(path: Path, header: dict, prompts: list[Prompt], score, description: str) -> dict[str, float]:
+    """Scores by answer key, kept in `path`; those that are there are not asked for again.
+
+    Raises PairsError if the file holds scores of other answers or another oracle.
+    """
+    # The first line says what the scores are of, so that those of an older oracle are not taken for these.
+    found, *lines = read_lines(path) or [None]
+    if found is None:
+        path.write_text(json.dumps(header) + "\n")
+    elif found != json.loads(json.dumps(header)):
+        raise PairsError(f"{path} holds scores of other answers or of another oracle: delete it to score again")
+    scores = {key: value for line in lines for key, value in line.items()}
+    rest = [{key: text for key, text in p.answers.items() if key not in scores} for p in prompts]
+    missing = [replace(p, answers=answers) for p, answers in zip(prompts, rest, strict=True) if answers]
+    total = sum(len(p.answers) for p in prompts)
+    with path.open("a") as file, tqdm(total=total, initial=len(scores), desc=description, unit="answer") as progress:
+        for some in score(missing) if missing else ():
+            file.write(json.dumps(some) + "\n")
+            file.flush()
+            scores |= some
+            progress.update(len(some))
+    return scores

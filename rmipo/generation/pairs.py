@@ -20,12 +20,11 @@ import pydantic
 from pydantic.dataclasses import dataclass
 
 from rmipo.errors import PairsError
-from rmipo.files import locked, write_atomically, write_lines
+from rmipo.files import locked, read_lines, write_atomically, write_lines
 from rmipo.fingerprints import json_fingerprint
 from rmipo.generation.answers import Generator, Request
-from rmipo.generation.oracles import make_oracle
+from rmipo.generation.oracles import keep_scores, make_oracle
 from rmipo.generation.prompts import Prompt, read_prompts
-from rmipo.generation.scores import keep_scores, read_lines
 from rmipo.recipe.files import parse_overrides, read_yaml
 
 RECORD = "pairs.json"

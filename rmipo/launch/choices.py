@@ -11,8 +11,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from rmipo.cli import choose, split
-from rmipo.errors import ConfigError
+from rmipo.errors import ConfigError, EvaluationError
 
+ROOT = Path(__file__).parents[2]
 GPU_FILES = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")  # of NVIDIA, of AMD, of Linux in Windows
 MADE_FIRST = ("world", "weights", "pairs")  # what a setting makes before its first training
 NOT_SETTINGS = {"ablations", "adapters", "methods", "sweeps", "templates"}  # folders of overlays and other parts
@@ -136,3 +137,26 @@ def positive_number(env: Mapping[str, str], name: str, default: float) -> float:
     if not text.replace(".", "", 1).isdecimal() or float(text) <= 0:
         raise ConfigError(f"{name}={text!r}: expected a number above 0")
     return float(text)
+
+
+def is_setting(model: str) -> bool:
+    """Whether MODEL names a folder in recipes/, whose models have METHODs."""
+    return (ROOT / "recipes" / model / "eval.yaml").is_file()
+
+
+def known_settings() -> str:
+    """For an error message."""
+    return ", ".join(sorted(path.parent.name for path in ROOT.glob("recipes/*/eval.yaml")))
+
+
+def check_names(model: str, methods: list[str]) -> None:
+    """Raises EvaluationError unless `model` is a setting, or a folder or the id of a model on the hub without methods."""
+    if is_setting(model):
+        return
+    if not (Path(model).expanduser().is_dir() or re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", model)):
+        raise EvaluationError(
+            f"MODEL={model} is no folder, no hub id (owner/name), and there is no recipes/{model}/eval.yaml. Settings that "
+            f"have one: {known_settings()}"
+        )
+    if methods:
+        raise EvaluationError(f"METHOD={','.join(methods)} belongs to a setting, and MODEL={model} is none")

@@ -3,18 +3,19 @@
 import contextlib
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from pathlib import Path
 
 import psutil
 import torch
 import yaml
 
 from rmipo.errors import ConfigError
-from rmipo.launch import slurm
 from rmipo.launch.choices import choose_sharding, choose_stages, gpus_asked_for, is_on, node_count
 from rmipo.launch.environment import training_environment
 from rmipo.launch.pipeline import Step, load_steps
@@ -22,6 +23,7 @@ from rmipo.recipe.files import NO_GPU
 from rmipo.run.checkpoints import MARKER, complete_checkpoints
 from rmipo.run.stop import EXIT_STOPPED
 
+SLURM_SCRIPT = "scripts/launch.slurm"
 DRY_GPUS = 4  # shown where no GPU is visible: the hardware of the paper
 
 
@@ -78,7 +80,7 @@ def show(step: Step, gpus: int, nodes: int, queued: bool) -> None:
     print(f"## {step.stage}")
     command = step.command(gpus)
     if (recipe := step.recipe) is not None:
-        command = slurm.sbatch_command(step, nodes, gpus) if queued else command
+        command = sbatch_command(step, nodes, gpus) if queued else command
         processes = step.processes(gpus, nodes)
         size, accumulation = recipe.batch(processes)
         each = f"{size // (processes * accumulation)} per device x {processes} processes x {accumulation} steps"
@@ -92,7 +94,7 @@ def show(step: Step, gpus: int, nodes: int, queued: bool) -> None:
 
 def queue(steps: list[Step], gpus: int, nodes: int) -> int:
     """Submit the steps, each to start when the one before has succeeded; what needs no recipe runs here, before."""
-    slurm.require_slurm()  # before anything is made here
+    require_slurm()  # before anything is made here
     job = None
     for step in steps:
         if step.recipe is None and job is None:
@@ -103,9 +105,41 @@ def queue(steps: list[Step], gpus: int, nodes: int) -> int:
         elif step.is_done() and not step.recipe.values.get("push_to_hub"):  # started again it would only upload
             print(f"## {step.stage}: {step.output_dir} holds this recipe's finished run")
         else:
-            job, log = slurm.submit(step, nodes, gpus, after=job)
+            job, log = submit(step, nodes, gpus, after=job)
             print(f"## {step.stage}: job {job}, log {log}")
     return 0
+
+
+def sbatch_command(step: Step, nodes: int, gpus: int, after: str | None = None) -> list[str]:
+    """The command line that queues `step` on `nodes` of `gpus` GPUs, to start when the job `after` has succeeded.
+
+    Options in the environment variable SBATCH_ARGS are added.
+    """
+    command = ["sbatch", "--parsable", f"--nodes={nodes}", f"--job-name={step.recipe.name}"]
+    command += [] if step.on_cpu else [f"--gpus-per-node={gpus}"]
+    # Two jobs of one name write into one folder: the later one starts when the earlier one has ended.
+    command += [f"--dependency=afterok:{after},singleton" if after else "--dependency=singleton"]
+    command += ["--kill-on-invalid-dep=yes"] if after else []
+    config = "cpu" if step.on_cpu else str(step.sharding)
+    return [*command, *shlex.split(os.environ.get("SBATCH_ARGS", "")), SLURM_SCRIPT, config, *step.program]
+
+
+def require_slurm() -> None:
+    """Raises ConfigError where jobs can't be queued."""
+    if shutil.which("sbatch") is None:
+        raise ConfigError("SLURM=1: sbatch is not installed here. Run this on a login node of the cluster")
+
+
+def submit(step: Step, nodes: int, gpus: int, after: str | None = None) -> tuple[str, Path]:
+    """Queue one step; (job id, its log file). Raises ConfigError with Slurm's reason if it refuses the job."""
+    require_slurm()
+    logs = Path("outputs/slurm")  # Slurm doesn't make the log's folder and would lose the log
+    logs.mkdir(parents=True, exist_ok=True)
+    done = subprocess.run(sbatch_command(step, nodes, gpus, after), capture_output=True, text=True)
+    if done.returncode:
+        raise ConfigError(f"SLURM=1: sbatch refused {step.recipe.name}: {done.stderr.strip()}")
+    job = done.stdout.strip().split(";")[0]
+    return job, logs / f"{job}.log"
 
 
 class Program:

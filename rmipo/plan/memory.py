@@ -17,7 +17,7 @@ import yaml
 from rmipo.errors import ConfigError
 from rmipo.plan.shapes import Shape
 from rmipo.training.batching import HOISTED_MICRO_BATCHES
-from rmipo.training.logprobs import CHUNK
+from rmipo.training.scoring import CHUNK
 
 GIB = 2**30
 # GB that a card is sold with -> GiB that CUDA reports of it; of several cards the least. Others: the number as GiB.
@@ -143,7 +143,7 @@ def head_activations(shape: Shape, work: Workload, scored: int, gradient: bool =
     """Peak bytes of LM head and log-probabilities over `scored` positions.
 
     Fused: one tile of logits; in backward the gradients of the head's weight and input, summed in float32 and then cast.
-    Else: all logits, overwritten by their gradient (`training.logprobs`), and a chunk of them in float32; where the
+    Else: all logits, overwritten by their gradient (`training.scoring`), and a chunk of them in float32; where the
     reference's are needed, those as well.
     """
     inputs = scored * shape.hidden * work.compute_bytes

@@ -9,11 +9,10 @@ import pandas as pd
 
 from rmipo.evaluation import BENCHMARKS
 from rmipo.evaluation.statistics import standard_error
-from rmipo.files import write_atomically, write_lines
+from rmipo.files import read_lines, write_atomically, write_lines
 from rmipo.fingerprints import json_fingerprint, model_fingerprint
-from rmipo.generation.oracles import make_oracle
+from rmipo.generation.oracles import keep_scores, make_oracle
 from rmipo.generation.prompts import read_prompts
-from rmipo.generation.scores import keep_scores, read_lines
 from rmipo.launch.online import OnlineConfig
 from rmipo.plots import BLUE, house_style, panels, save
 from rmipo.reporting.render import markdown_table

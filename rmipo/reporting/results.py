@@ -12,8 +12,8 @@ from pathlib import Path
 import pandas as pd
 
 from rmipo.errors import UserError
-from rmipo.evaluation.models import known_settings
 from rmipo.fingerprints import has_weights, json_fingerprint, trained_fingerprint
+from rmipo.launch.choices import known_settings
 from rmipo.record import WITHOUT_EFFECT, read_metrics, recorded_run
 
 RECIPES = Path(__file__).parents[2] / "recipes"

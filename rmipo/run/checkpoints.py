@@ -13,8 +13,8 @@ from transformers import TrainerCallback
 from rmipo.errors import CheckpointError, UserError
 from rmipo.files import LOCK_FILE, TEMPORARY, write_atomically
 from rmipo.record import differences, recorded_run
-from rmipo.training import state as checkpoints
-from rmipo.training.resuming import STARTED
+from rmipo.training import checkpoints
+from rmipo.training.checkpoints import STARTED
 
 MARKER = "complete.json"
 FULL = (errno.ENOSPC, errno.EDQUOT)

@@ -16,7 +16,7 @@ from rmipo.errors import UserError
 from rmipo.files import LOCK_FILE, TEMPORARY
 from rmipo.objectives.papers import PAPERS
 from rmipo.record import recorded_run
-from rmipo.training.resuming import gather_at_the_end
+from rmipo.training.checkpoints import gather_at_the_end
 
 SHOWN = 5  # tensors named in the message
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}

@@ -1,13 +1,18 @@
-"""The numbers that are logged: from the per-pair columns of an optimizer step, by the same names for every method."""
+"""The numbers that are logged, by the same names for every method, and the end of a run whose loss is no number."""
 
+import json
 import time
 from collections.abc import Collection
 from dataclasses import fields
+from pathlib import Path
 
 import psutil
 import torch
 
+from rmipo.errors import UserError
 from rmipo.objectives import Objective, ObjectiveOutput, PairScores
+from rmipo.training.batching import PackedMicroBatch
+from rmipo.training.distributed import Processes
 
 
 class LogWindow:
@@ -93,3 +98,41 @@ def peak_memory_gib(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return psutil.Process().memory_info().rss / 2**30
+
+
+class NonFiniteLossError(UserError, RuntimeError):
+    """The loss of some pair is NaN or infinite; the message names the file with the row numbers."""
+
+
+def raise_if_not_finite(
+    losses: list[torch.Tensor],
+    micro_batches: list[PackedMicroBatch],
+    processes: Processes,
+    output_dir: str | Path,
+    step: int,
+) -> None:
+    """Stop all processes together if a loss of this step is NaN or infinite: one synchronisation per optimizer step.
+
+    Args:
+        losses: `(real pairs,)` of each micro-batch of this process.
+
+    Raises:
+        NonFiniteLossError: with those pairs written to a file in `output_dir`.
+    """
+    bad = torch.stack([~loss.isfinite().all() for loss in losses]).any()
+    if not processes.gather(bad.reshape(1)).any():
+        return
+    pairs = [
+        {"row": row, "loss": str(value)}
+        for micro_batch, loss in zip(micro_batches, losses, strict=True)
+        for row, value, finite in zip(micro_batch.rows, loss.tolist(), loss.isfinite().tolist(), strict=False)
+        if not finite
+    ]
+    # Each process writes its own: the pairs are on different machines.
+    path = Path(output_dir) / f"non_finite_rank{processes.rank}.json"
+    rows = [micro_batch.rows for micro_batch in micro_batches]
+    path.write_text(json.dumps({"step": step, "pairs": pairs, "rows": rows}, indent=1))
+    raise NonFiniteLossError(
+        f"the loss of step {step} is not finite; the rows of its pairs are in {path}. Look at those rows, or lower "
+        "learning_rate, and train into another output_dir"
+    )

@@ -14,8 +14,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from rmipo.errors import UserError
 from rmipo.training import attention, scoring
-from rmipo.training.logprobs import label_logps
 from rmipo.training.packing import pack_pairs
+from rmipo.training.scoring import label_logps
 
 MAX_PAIRS = 8
 MAX_POSITIONS = 4096  # of the padded batch: bounds memory and time

@@ -2,8 +2,8 @@
 
 from trl import SFTTrainer
 
+from rmipo.training.checkpoints import EndsWithItsLastStep
 from rmipo.training.loading import require_masters
-from rmipo.training.resuming import EndsWithItsLastStep
 
 
 class SupervisedTrainer(EndsWithItsLastStep, SFTTrainer):

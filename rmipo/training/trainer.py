@@ -33,22 +33,30 @@ from rmipo.training.batching import (
     pack_step,
     packed_lengths,
 )
-from rmipo.training.distributed import Processes
-from rmipo.training.finite import raise_if_not_finite
-from rmipo.training.loading import require_masters, require_trained
-from rmipo.training.metrics import LogWindow, columns_of, num_non_embedding_parameters, peak_memory_gib, step_metrics
-from rmipo.training.packing import concatenate, split_pairs
-from rmipo.training.parity import MAX_PAIRS, check_parity
-from rmipo.training.reference import BEFOREHAND, Reference
-from rmipo.training.resuming import EndsWithItsLastStep, decisive, gather_at_the_end
-from rmipo.training.state import (
+from rmipo.training.checkpoints import (
     OBJECTIVE_STATE,
+    EndsWithItsLastStep,
     complete_checkpoints,
+    decisive,
+    gather_at_the_end,
     load_objective_state,
     rotate,
     save_objective_state,
     step_of,
 )
+from rmipo.training.distributed import Processes
+from rmipo.training.loading import require_masters, require_trained
+from rmipo.training.metrics import (
+    LogWindow,
+    columns_of,
+    num_non_embedding_parameters,
+    peak_memory_gib,
+    raise_if_not_finite,
+    step_metrics,
+)
+from rmipo.training.packing import concatenate, split_pairs
+from rmipo.training.parity import MAX_PAIRS, check_parity
+from rmipo.training.reference import BEFOREHAND, Reference
 
 
 class PreferenceTrainer(EndsWithItsLastStep):

@@ -6,9 +6,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, LlamaForSequenceClassification
 
 from rmipo.errors import EvaluationError
-from rmipo.generation.oracles import OracleError, make_oracle
+from rmipo.generation.oracles import OracleError, keep_scores, make_oracle
 from rmipo.generation.prompts import Prompt
-from rmipo.generation.scores import keep_scores
 from tests.helpers.judge_server import JudgeServer
 from tests.helpers.reward_models import write_reward_model
 

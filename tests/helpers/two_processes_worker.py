@@ -20,7 +20,7 @@ from rmipo.recipe.load import load_recipe
 from rmipo.run import checkpoints, export, frame
 from rmipo.run.stop import StopOnSignal
 from rmipo.training.distributed import Processes, on_main_process
-from rmipo.training.finite import NonFiniteLossError
+from rmipo.training.metrics import NonFiniteLossError
 from tests.helpers.small_models import make_model, make_pairs
 from tests.helpers.trainers import make_trainer
 

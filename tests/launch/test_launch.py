@@ -333,8 +333,8 @@ def test_a_finished_run_is_started_again_to_compare_data_and_model_and_queued_on
     monkeypatch.setattr(pipeline.Step, "is_done", lambda self: True)
     monkeypatch.setattr(train, "load_steps", lambda *_: [pipeline.Step("rmipo", [], recipe)])
     monkeypatch.setattr(train, "Program", Program)
-    monkeypatch.setattr(train.slurm, "require_slurm", lambda: None)
-    monkeypatch.setattr(train.slurm, "submit", lambda *job, after: started.append(job) or ("7", "log"))
+    monkeypatch.setattr(train, "require_slurm", lambda: None)
+    monkeypatch.setattr(train, "submit", lambda *job, after: started.append(job) or ("7", "log"))
     assert train.train({"MODEL": "tiny", "STAGE": "rmipo", "SLURM": queued}) == 0
     assert len(started) == (push or queued == "0")
 

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from rmipo.launch.environment import DEFAULTS, training_environment
 from rmipo.launch.pipeline import Step
-from rmipo.launch.slurm import submit
+from rmipo.launch.train import submit
 from rmipo.recipe.load import ConfigError, load_recipe
 from rmipo.record import read_metrics
 from rmipo.run.checkpoints import MARKER

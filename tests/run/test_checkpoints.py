@@ -20,7 +20,7 @@ from rmipo.run.checkpoints import (
     explained_full_disk,
     resume_point,
 )
-from rmipo.training.state import rotate
+from rmipo.training.checkpoints import rotate
 from tests.helpers.checkpoints import IDENTITY, make_checkpoints
 
 

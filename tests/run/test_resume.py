@@ -19,7 +19,7 @@ from rmipo.record import differences, read_metrics, run_identity
 from rmipo.run import checkpoints
 from rmipo.run.checkpoints import MARKER, Checkpoints, complete_checkpoints, resume_point
 from rmipo.run.stop import EXIT_STOPPED
-from rmipo.training.state import rotate
+from rmipo.training.checkpoints import rotate
 from tests.helpers.checkpoints import IDENTITY, make_checkpoints
 from tests.helpers.interrupted_runs import assert_same_run, finish, kill_when, last_step, start
 from tests.helpers.launched import wait_until

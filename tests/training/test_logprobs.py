@@ -4,14 +4,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from rmipo.training import logprobs
+from rmipo.training import scoring
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-6), (torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
 @pytest.mark.parametrize("rows", [0, 1, 7])
 @pytest.mark.parametrize("chunk", [1, 300, 10**6])
 def test_values_and_gradients_equal_cross_entropy(monkeypatch, dtype, tolerance, rows, chunk):
-    monkeypatch.setitem(logprobs.CHUNK, "cpu", chunk)
+    monkeypatch.setitem(scoring.CHUNK, "cpu", chunk)
     torch.manual_seed(rows)
     leaf = (5 * torch.randn(rows, 101)).to(dtype)
     labels, weights = torch.randint(0, 101, (rows,)), torch.randn(rows)
@@ -20,7 +20,7 @@ def test_values_and_gradients_equal_cross_entropy(monkeypatch, dtype, tolerance,
     expected = -F.cross_entropy(expected_leaf.float(), labels, reduction="none")
     (expected * weights).sum().backward()
     actual_leaf = leaf.clone().requires_grad_()
-    actual = logprobs.label_logps(actual_leaf * 1.0, labels)
+    actual = scoring.label_logps(actual_leaf * 1.0, labels)
     (actual * weights).sum().backward()
 
     assert actual.dtype == torch.float32
@@ -31,7 +31,7 @@ def test_values_and_gradients_equal_cross_entropy(monkeypatch, dtype, tolerance,
 
 def test_extreme_logits_stay_finite():
     logits = torch.tensor([[1e4, -1e4, 0.0], [-1e4, -1e4, -1e4]], requires_grad=True)
-    actual = logprobs.label_logps(logits * 1.0, torch.tensor([1, 2]))
+    actual = scoring.label_logps(logits * 1.0, torch.tensor([1, 2]))
     actual.sum().backward()
     assert actual.tolist() == pytest.approx([-2e4, -1.0986123])
     assert logits.grad.isfinite().all()
@@ -39,7 +39,7 @@ def test_extreme_logits_stay_finite():
 
 def test_a_second_backward_is_refused():
     leaf = torch.randn(3, 5, requires_grad=True)
-    loss = logprobs.label_logps(leaf * 1.0, torch.tensor([0, 1, 2])).sum()
+    loss = scoring.label_logps(leaf * 1.0, torch.tensor([0, 1, 2])).sum()
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
@@ -52,7 +52,7 @@ def test_the_gradient_takes_the_place_of_the_logits():
     expected = F.one_hot(labels, 5) - logits.detach().softmax(-1)
     places = []
     logits.register_hook(lambda gradient: places.append(gradient.data_ptr()))
-    logprobs.label_logps(logits, labels).sum().backward()
+    scoring.label_logps(logits, labels).sum().backward()
     torch.testing.assert_close(logits.detach(), expected)
     assert places == [logits.data_ptr()]
 
@@ -60,12 +60,12 @@ def test_the_gradient_takes_the_place_of_the_logits():
 def test_a_gradient_of_the_gradient_is_refused():
     """It would be that of a constant."""
     leaf = torch.randn(3, 5, requires_grad=True)
-    loss = (logprobs.label_logps(leaf * 1.0, torch.tensor([0, 1, 2])) ** 2).sum()
+    loss = (scoring.label_logps(leaf * 1.0, torch.tensor([0, 1, 2])) ** 2).sum()
     (gradient,) = torch.autograd.grad(loss, leaf, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         gradient.sum().backward()
 
 
 def test_rows_at_a_time_are_as_many_as_fit():
-    assert [logprobs._rows(torch.empty(5, width)) for width in (2**14, 3 * 2**14, 2**16, 2**17)] == [4, 1, 1, 1]
-    assert logprobs.CHUNK.keys() == {"cpu", "cuda"}
+    assert [scoring._rows(torch.empty(5, width)) for width in (2**14, 3 * 2**14, 2**16, 2**17)] == [4, 1, 1, 1]
+    assert scoring.CHUNK.keys() == {"cpu", "cuda"}

@@ -13,8 +13,14 @@ from transformers import TrainerCallback
 from rmipo.objectives import build_objective
 from rmipo.record import read_metrics
 from rmipo.training.batching import PairDataset
-from rmipo.training.finite import NonFiniteLossError, raise_if_not_finite
-from rmipo.training.metrics import evaluation_metrics, num_non_embedding_parameters, peak_memory_gib, step_metrics
+from rmipo.training.metrics import (
+    NonFiniteLossError,
+    evaluation_metrics,
+    num_non_embedding_parameters,
+    peak_memory_gib,
+    raise_if_not_finite,
+    step_metrics,
+)
 from tests.helpers.small_models import make_model, make_pairs
 from tests.helpers.trainers import make_trainer, rows_per_step
 

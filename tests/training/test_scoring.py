@@ -5,8 +5,8 @@ import torch
 
 from rmipo.objectives import PairScores, build_objective
 from rmipo.training import attention, scoring
-from rmipo.training.logprobs import label_logps
 from rmipo.training.packing import concatenate, pack, pack_pairs, pack_priors, split_pairs
+from rmipo.training.scoring import label_logps
 from tests.helpers.small_models import CONFIGS, make_model, make_pairs
 from tests.references.padded import padded_pairs, padded_token_logps, rmipo_loss
 

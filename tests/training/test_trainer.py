@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rmipo.record import read_metrics
-from rmipo.training.finite import NonFiniteLossError
+from rmipo.training.metrics import NonFiniteLossError
 from rmipo.training.parity import ParityError
 from tests.helpers.small_models import make_model, make_pairs
 from tests.helpers.trainers import CONTEXT, make_trainer, recorded_forwards, rows_per_step

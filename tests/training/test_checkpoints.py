@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from rmipo.errors import CheckpointError
-from rmipo.training.state import OBJECTIVE_STATE, complete_checkpoints, load_objective_state, save_objective_state
+from rmipo.training.checkpoints import OBJECTIVE_STATE, complete_checkpoints, load_objective_state, save_objective_state
 
 
 def test_statistics_are_kept_in_float64_in_a_file_that_later_versions_read(tmp_path):
