@@ -64,6 +64,7 @@ def model_fingerprint(name: str | Path, revision: str = "main") -> str:
         return text_fingerprint(f"{name} {Path(config).parent.name}")  # the cache's folders are named after commits
     digest = xxhash.xxh3_128()
     for path in sorted(path for pattern in FILES for path in source.glob(pattern)):
+        # Names and sizes keep files apart: their bytes alone could be split elsewhere.
         digest.update(f"{path.name} {path.stat().st_size}".encode())
         digest.update(file_digest(path))
     return digest.hexdigest()[:LENGTH]

@@ -51,6 +51,7 @@ def environment() -> dict:
         "versions": package_versions(*PACKAGES),
         "python": platform.python_version(),
         "commit": _commit(),
+        # Times and memory mean nothing without it.
         "hardware": gpus or [f"{os.cpu_count()} CPU cores ({platform.machine()})"],
     }
 
@@ -62,6 +63,7 @@ def _commit() -> str | None:
         ).stdout.strip()
 
     try:
+        # With uncommitted changes the commit alone says less than it seems to.
         return git("rev-parse", "HEAD") + ("+modified" if git("status", "--porcelain", "--untracked-files=no") else "")
     except (subprocess.CalledProcessError, FileNotFoundError):
         return None  # installed without its repository
@@ -136,6 +138,7 @@ class RunRecord:
 
     def __init__(self, output_dir: str | Path, identity: dict, **facts):
         self.path = Path(output_dir) / RUN_FILE
+        # Chosen once and kept: a restart continues this W&B run.
         before = recorded_run(output_dir) or {"starts": 0, "wandb_run_id": secrets.token_hex(4)}
         self.content = {
             "finished": False,

@@ -71,12 +71,14 @@ class HeldOutCurve(TrainerCallback):
     def _measure(self, step: int, model) -> None:
         start = self.meter.seconds()
         self.points.append({"step": step, **judge.preference_metrics(model, self.pairs)})
+        # Scoring has left it attached to ordinary sequences.
         attention.attach(model, self.kind)
         self.seconds += self.meter.seconds() - start
 
 
 def execute(study: Study, run: Trial) -> dict[str, Any]:
     """Train and measure one run in this process; returns what its line has about the result."""
+    # CPU seconds then measure the work, and runs beside each other don't disturb one another.
     torch.set_num_threads(1)
     disable_progress_bars()
     with tempfile.TemporaryDirectory() as folder:
@@ -97,6 +99,7 @@ def execute(study: Study, run: Trial) -> dict[str, Any]:
                     trainer = PreferenceTrainer(model, args, train, processing_class=tokenizer)
                 try:
                     result |= train_and_time(frame, trainer, test.select(range(min(CURVE_PAIRS, len(test)))))
+                # A result of this learning rate, and no reason to end the others' runs.
                 except NonFiniteLossError:
                     return {**result, "metrics": {"diverged": True}}
                 if isinstance(trainer, PreferenceTrainer) and "gamma" in trainer.window.columns[0]:

@@ -43,6 +43,7 @@ class PairsTask:
     def held_out_pairs(self, recipe: Recipe, run: Trial) -> Dataset:
         """The pairs of the half that is for this run's purpose; a prompt is in one half only."""
         pairs = load_pairs(recipe.parse(world_size=1)[1], "test")
+        # Sorted by text: the halves don't depend on the order of the rows.
         prompts = sorted({json.dumps(prompt) for prompt in pairs["prompt"]})
         mine = set(half(prompts, run.purpose))
         return pairs.select([i for i, prompt in enumerate(pairs["prompt"]) if json.dumps(prompt) in mine])
@@ -84,6 +85,7 @@ class WorldTask(PairsTask):
         # The search has the most runs, and selects by the exact probability: its samples decide nothing.
         samples = SAMPLES_PER_QUESTION if run.purpose == "report" else 1
         metrics = judge.evaluate(model, chat.tokenizer, asked, samples_per_question=samples, seed=run.seed)
+        # Thousands of texts would fill runs.jsonl.
         metrics.pop("samples")
         return metrics
 
@@ -107,6 +109,7 @@ class ConstraintsTask(PairsTask):
     def measure(self, model: PreTrainedModel, chat: ChatFormat, run: Trial) -> dict[str, Any]:
         metrics: dict[str, Any] = {"per_prompt": {}}
         with tempfile.TemporaryDirectory() as folder:
+            # Benchmarks take folders, as in `make eval`.
             model.save_pretrained(folder)
             chat.tokenizer.save_pretrained(folder)
             results = Path(folder) / "eval"

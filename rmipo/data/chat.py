@@ -176,6 +176,7 @@ class ChatFormat:
     def alters(self, prompt: Messages, chosen: Messages, rejected: Messages, rendered: tuple[str, str, str]) -> bool:
         """Whether the template leaves out part of an earlier answer, or adds more to a response than to the probes' one."""
         prompt_text, *responses = rendered
+        # Reasoning models leave earlier thoughts out: trained as generation will see it, but worth a word.
         if any(turn["role"] == "assistant" and turn["content"].strip() not in prompt_text for turn in prompt):
             return True
         if self.header_in_response:  # there is no telling it from what else the template adds
@@ -207,6 +208,7 @@ class ChatFormat:
         return texts
 
     def _encode_prompts(self, texts: list[str]) -> list[list[int]]:
+        # Templates that write BOS themselves would otherwise give two.
         bos = [] if self.template_writes_bos or self.bos_id is None else [self.bos_id]
         return [bos + ids for ids in tokenize(self.tokenizer, texts)]
 

@@ -53,6 +53,7 @@ def load_splits(
     """
     splits = {"train": load(data_config, "train")}
     try:
+        # A missing test split is no mistake where nothing is evaluated.
         splits["test"] = load(data_config, "test")
     except MissingSplitError as error:
         if evaluating:

@@ -48,6 +48,7 @@ def select_dialogues(
     alone = completions == len(dataset) and args.completion_only_loss is not False
     if not alone:
         dataset = dataset.remove_columns("completion")
+    # Before anything is rendered: templates raise on some of these, or write them in silence.
     reasons = [unusable_dialogue(messages) for messages in dataset["messages"]]
     if alone:
         columns = zip(reasons, dataset["messages"], dataset["completion"], strict=True)
@@ -120,6 +121,7 @@ def count_tokens(batch: dict, chat: ChatFormat, code: str) -> dict:
     texts, prompts, problems = [], [], []
     for number, messages in enumerate(batch["messages"]):
         first = len(messages) - len(batch["completion"][number]) if "completion" in batch else 0
+        # A usable dialogue ends with an answer, so there is one.
         while messages[first]["role"] != "assistant":
             first += 1
         text, prompt, problem = "", "", None

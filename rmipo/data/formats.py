@@ -166,6 +166,7 @@ def read_hh(turns: list[str], open_end: bool) -> Messages:
     speakers, texts = turns[1::2], turns[2::2]
     messages = [{"role": roles[s], "content": text.strip()} for s, text in zip(speakers, texts, strict=True)]
     if open_end and messages[-1] == {"role": "assistant", "content": ""}:
+        # Generation would have to continue it.
         messages.pop()
     return messages
 

@@ -125,8 +125,10 @@ def cut_pair(pair: TokenPair, bos_id: int | None, max_length: int, max_prompt_le
 def unusable_tokens(whole: TokenPair, cut: TokenPair, chat_format: ChatFormat) -> str | None:
     """Why a tokenised pair can't be trained on, None if it can."""
     if not cut[1]:
+        # Nothing is left of the chosen response to learn.
         return "the prompt fills the window"
     if chat_format.bos_id not in (None, chat_format.end_id) and whole[0].count(chat_format.bos_id) != 1:
+        # For the model that is the start of another document.
         return "the prompt's text has a BOS token in it"
     # Of the whole responses: a cut one has lost its end token, which is no fault of the text.
     for side, ids in zip(SIDES[1:], whole[1:], strict=True):

@@ -44,6 +44,7 @@ class DataReport:
     def measure(self, lengths: Mapping[str, np.ndarray], cut: Mapping[str, np.ndarray]) -> None:
         """Note the tokens of each kept row and whether it was cut, both per side."""
         self.cut = {side: int(values.sum()) for side, values in cut.items()}
+        # A row counts once, however many of its sides are cut.
         self.rows_cut = int(np.any([*cut.values()], axis=0).sum())
         self.tokens = {side: int(values.sum()) for side, values in lengths.items()}
         self.lengths = {
@@ -65,6 +66,7 @@ class DataReport:
         return self.rows - self.dropped_rows
 
     def check_dropped(self, max_dropped_fraction: float) -> None:
+        # A run on a tenth of its rows would look like any other.
         if self.kept == 0 or self.dropped_rows > max_dropped_fraction * self.rows:
             found = f"{self.dropped_rows} of {self.rows} rows can't be used"
             allowed = f"more than max_dropped_fraction: {max_dropped_fraction} allows. Repair or remove them"
@@ -99,6 +101,7 @@ class DataReport:
         return lines
 
     def as_dict(self) -> dict:
+        # For run.json: a property is no field.
         return {**asdict(self), "kept": self.kept}
 
 

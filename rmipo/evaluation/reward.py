@@ -66,6 +66,7 @@ def run(model_dir: str | Path, output_dir: str | Path, settings: dict) -> dict:
         "reward_length": sum(map(len, texts)) / len(texts),
         "reward_cut": generator.cut,
     }
+    # Every method of this setting that answered the same prompts in the same way: the file's name says so.
     for other in sorted(Path(model_dir).resolve().parent.glob(f"*/eval/answers/{file.name}")):
         header, *rows = read_lines(other)
         folder = other.parents[2]

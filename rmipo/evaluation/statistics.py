@@ -27,6 +27,7 @@ def standard_error(values: Sequence[float]) -> float:
 
 def resamples(count: int, draws: int = RESAMPLES) -> Iterator[np.ndarray]:
     """Row numbers of `count` prompts drawn with replacement, `draws` times; for the same count always the same."""
+    # Always the same draws: two methods resampled alike are paired draw by draw.
     generator = np.random.default_rng(SEED)
     return (generator.integers(0, count, count) for _ in range(draws))
 
@@ -38,6 +39,7 @@ def interval(value: float, draws: Sequence[float]) -> Interval:
     many comparisons would never leave significant.
     """
     low, high = np.quantile(draws, [0.025, 0.975])
+    # The spread of the draws is the standard error itself: no division by their number.
     error = float(np.std(draws))
     p = math.erfc(abs(value) / error / 2**0.5) if error > 0 else 1.0
     return Interval(float(value), error, float(low), float(high), p)
@@ -61,6 +63,7 @@ def wins(ours: Sequence[float], theirs: Sequence[float]) -> np.ndarray:
 def holm(p_values: Sequence[float]) -> np.ndarray:
     """The p-values corrected for their number by Holm's step-down procedure."""
     p_values = np.asarray(p_values, dtype=np.float64)
+    # From the smallest: each is multiplied by the number of those not yet rejected.
     order = np.argsort(p_values)
     stepped = p_values[order] * np.arange(len(p_values), 0, -1)
     corrected = np.empty(len(p_values))

@@ -41,6 +41,7 @@ def find_target(
     Raises EvaluationError for a model that isn't there or wasn't trained to its end, and for wrong settings.
     """
     check_names(model, [] if method is None else [method])
+    # A setting's name wins over a folder of that name.
     if is_setting(model):
         recipe = ROOT / "recipes" / model / "rmipo.yaml"
         settings = load_settings(settings_file or recipe.with_name("eval.yaml"), overrides)
@@ -74,6 +75,7 @@ def override(settings: dict[str, dict], overrides: list[str]) -> dict[str, dict]
             raise EvaluationError(f"--set {text}: expected <block>.<key>=<value>, e.g. alpacaeval.max_cost=5")
         place = settings
         for block in blocks:
+            # A block without keys is null in YAML.
             place[block] = place.get(block) or {}
             place = place[block]
         place[name] = override_value(value)
@@ -143,6 +145,7 @@ def link_initial(recipe: Path, folder: Path) -> Path:
     name, run = values["model_name_or_path"], None
     if Path(name).is_dir():
         source = Path(name).resolve()
+        # Half-trained weights would pass for the start of preference training.
         run = finished_run(Path(name))
     elif name.startswith("outputs/"):
         raise EvaluationError(f"{name} doesn't exist: make train MODEL={recipe.parent.name} STAGE=sft")
@@ -158,6 +161,7 @@ def download(name: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
+        # Neither pickles nor code are even downloaded.
         files = ["*.json", "*.safetensors", "*.model", "*.jinja"]
         return Path(snapshot_download(name, revision=revision, allow_patterns=files))
     except Exception as error:  # no network, no such model, gated
@@ -169,6 +173,7 @@ def link_model(source: Path, folder: Path, chat_template: str | None = None) -> 
     tokenizer = load_tokenizer(ModelConfig(model_name_or_path=str(source)))
     if chat_template:
         tokenizer.chat_template = template_text(chat_template)
+    # Written and not linked: the template may be the recipe's.
     tokenizer.save_pretrained(folder)
     for pattern in MODEL_FILES:
         for link in folder.glob(pattern):  # perhaps of another source: a public checkpoint before our own SFT

@@ -60,6 +60,7 @@ def complete(client, model: str, **request):
 
 def check_judge(endpoint: str, model: str, **request):
     """Ask the judge for one token, before anything is loaded. Returns its completion; raises EvaluationError."""
+    # A wrong key or name is found out for one token, and not after hours of answers.
     client = open_client(endpoint, max_retries=1, timeout=30)
     return complete(client, model, messages=[{"role": "user", "content": PROBE}], max_tokens=1, **request)
 
@@ -77,6 +78,7 @@ def check_cost(
     """
     price_in, price_out = settings["price"]
     input_tokens = input_characters / CHARACTERS_PER_TOKEN
+    # Rough on purpose: it tells five dollars from five hundred.
     cost = (input_tokens * price_in + output_tokens * price_out) / 1e6
     worst = f"; ${attempts * cost:.2f} if each has to be asked for {attempts} times" if attempts > 1 else ""
     print(

@@ -38,6 +38,7 @@ class Likelihood:
         """log pi(y|x) - log pi(y) per token of each answer, in nats, by key of the answer; called as an oracle is."""
         for prompt in prompts:
             pairs = [self.ids(prompt.messages, answer) for answer in prompt.answers.values()]
+            # All answers of a prompt share its forward.
             context, responses = pairs[0][0], [ids for _, ids in pairs]
             given, prior = self.sums(context, responses), self.sums(self.prior_context, responses)
             values = [(a - b) / len(ids) for a, b, ids in zip(given, prior, responses, strict=True)]

@@ -66,6 +66,7 @@ class FunctionOracle:
             raise OracleError(f"oracle.function is {settings['function']!r}: expected <file.py>:<function>")
         spec = importlib.util.spec_from_file_location(f"oracle_{Path(file).stem}", file)
         module = importlib.util.module_from_spec(spec)
+        # The user's own file: nothing of a model's repository is run.
         spec.loader.exec_module(module)
         self.function, self.name = getattr(module, name), settings["function"]
         starred = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
@@ -105,6 +106,7 @@ class RewardModelOracle:
     def model(self) -> PreTrainedModel:
         options = {"dtype": self.settings["dtype"], "use_safetensors": True, "trust_remote_code": False}
         model = AutoModelForSequenceClassification.from_pretrained(self.name, **options)
+        # A classifier's first class would be taken for a reward.
         if model.config.num_labels != 1:
             raise OracleError(f"reward model {self.name} has {model.config.num_labels} outputs, expected 1")
         return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
@@ -184,6 +186,7 @@ def make_oracle(settings: dict):
     Raises OracleError, before anything is scored, for a block that names none or several, and for wrong settings.
     """
     named = [name for name in ORACLES if settings.get(name)]
+    # Of two oracles one would be left out without a word.
     if len(named) != 1:
         raise OracleError(f"oracle is {settings!r}: expected exactly one of {', '.join(ORACLES)}")
     cls = ORACLES[named[0]]

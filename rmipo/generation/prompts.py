@@ -42,11 +42,14 @@ def read_prompts(
     rows, _ = load_source({"path": name}, "train", DataConfig(dataset_name=name, dataset_train_split=split))
     chat = ChatFormat.probe(load_tokenizer(ModelConfig(model_name_or_path=str(model_dir))))
     window = AutoConfig.from_pretrained(model_dir, trust_remote_code=False).max_position_embeddings
+    # Room for one token of an answer at least.
     longest = min(max_tokens or window, window - 1)
     prompts: dict[str, tuple[int, Prompt]] = {}  # with its tokens
     for row in rows:
+        # Early: a hub dataset may have millions of rows.
         if limit is not None and len(prompts) == skip + limit:
             break
+        # The prompts of preference data are the usual source of on-policy pairs.
         is_pair = row.get("chosen") is not None and row.get("rejected") is not None
         try:
             messages = read_row(row, PAIRS if is_pair else PROMPTS)[0]

@@ -64,6 +64,7 @@ def check_machine(env: Mapping[str, str]) -> None:
 def check_weights(model: str, stages: list[str]) -> None:
     """Raises ConfigError where a setting's weights are to be made and the package that reads them is missing."""
     made = Path(f"outputs/{model}/weights").is_dir()
+    # find_spec imports nothing: the answer comes at once.
     if "weights" in stages and not made and importlib.util.find_spec("gguf") is None:
         raise ConfigError(f"the weights of {model} are read with the package gguf: make install EXTRAS=smollm2")
 

@@ -75,5 +75,6 @@ class Round:
             for key, value in (overrides | paths).items()
             if f"--{key}" not in given
         ]
+        # In one group W&B draws the rounds over each other.
         group = env.get("WANDB_RUN_GROUP") or f"{self.home.parent.name}-{self.home.name}"
         return {**env, "STAGE": "rmipo", "DATA": "", "ARGS": shlex.join([*own, *arguments]), "WANDB_RUN_GROUP": group}

@@ -33,6 +33,7 @@ def build_objective(block: Mapping[str, Any]) -> Objective:
     """
     if not isinstance(block, Mapping):
         raise ValueError(f"objective is {block!r}: expected a block, such as {{'name': 'simpo', 'gamma': 1.0}}")
+    # The recipe's own is recorded as it was written.
     block = dict(block)
     name = block.pop("name", None)
     if not isinstance(name, str) or name not in OBJECTIVES:

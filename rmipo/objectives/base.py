@@ -67,6 +67,7 @@ def normalized(
     chosen: Tensor, rejected: Tensor, chosen_lengths: Tensor, rejected_lengths: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Sums over response tokens, divided by their numbers; a length of 0 counts as 1."""
+    # Responses may be empty where a process has no pairs of its own.
     return chosen / chosen_lengths.clamp(min=1), rejected / rejected_lengths.clamp(min=1)
 
 

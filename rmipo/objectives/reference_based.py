@@ -51,6 +51,7 @@ class IPO(Objective):
 
     def __call__(self, scores: PairScores, state: State | None = None) -> ObjectiveOutput:
         chosen, rejected = scores.logratios(self.length_normalization)
+        # A pair that is too far ahead is pulled back, where DPO would push on.
         losses = (chosen - rejected - 1 / (2 * self.tau)) ** 2
         return make_output(losses, self.tau * chosen, self.tau * rejected)
 
@@ -81,10 +82,12 @@ class KTO(Objective):
 
     def __call__(self, scores: PairScores, state: State | None = None) -> ObjectiveOutput:
         if not state:
+            # An evaluation before any step: its own pairs give the KL.
             state = self.observe({}, scores)
         z_ref = self.beta * state["batch_kl"]
         chosen, rejected = scores.logratios(per_token=False)
         chosen_rewards, rejected_rewards = self.beta * chosen, self.beta * rejected
+        # Each side by itself: KTO needs no pairs, and takes both responses as single examples.
         desirable = self.desirable_weight * (1 - torch.sigmoid(chosen_rewards - z_ref))
         undesirable = self.undesirable_weight * (1 - torch.sigmoid(z_ref - rejected_rewards))
         return make_output((desirable + undesirable) / 2, chosen_rewards, rejected_rewards, z_ref=z_ref)

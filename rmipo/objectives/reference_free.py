@@ -40,6 +40,7 @@ class SimPO(Objective):
 
     @property
     def regroups(self) -> str:
+        # The SFT term is a mean over a micro-batch's tokens, so its pairs stay together.
         return "micro-batches" if self.sft_weight > 0 else "pairs"
 
     def __call__(self, scores: PairScores, state: State | None = None) -> ObjectiveOutput:
@@ -47,6 +48,7 @@ class SimPO(Objective):
         chosen_rewards, rejected_rewards = self.beta * chosen, self.beta * rejected
         losses = margin_loss(chosen_rewards - rejected_rewards, self.gamma, self.label_smoothing)
         if self.sft_weight:
+            # Its weight is SimPO's own option: most of its published runs have 0.
             losses = losses + self.sft_weight * sft_loss(scores, "token")
         return make_output(losses, chosen_rewards, rejected_rewards, self.gamma)
 
@@ -68,6 +70,7 @@ class SimPER(Objective):
             chosen, rejected = scores.chosen_logps / self.constant_length, scores.rejected_logps / self.constant_length
         else:
             chosen, rejected = scores.logps(per_token=True)
+        # exp keeps the order of A: as a reward A itself compares with SimPO's.
         return make_output(rejected.exp() - chosen.exp(), chosen, rejected)
 
 
@@ -92,6 +95,7 @@ class CPO(Objective):
         return "micro-batches" if self.sft_normalization == "token" else "pairs"
 
     def __call__(self, scores: PairScores, state: State | None = None) -> ObjectiveOutput:
+        # Sums, as in DPO without its reference: CPO does not normalise by length.
         chosen_rewards, rejected_rewards = self.beta * scores.chosen_logps, self.beta * scores.rejected_logps
         nll = sft_loss(scores, self.sft_normalization)
         losses = margin_loss(chosen_rewards - rejected_rewards) + self.sft_weight * nll
@@ -122,5 +126,6 @@ class SLiC(Objective):
     def __call__(self, scores: PairScores, state: State | None = None) -> ObjectiveOutput:
         chosen, rejected = scores.logps(self.length_normalization)
         nll = sft_loss(scores, self.sft_normalization)
+        # Beyond delta a pair has no gradient but that of the SFT term.
         losses = (self.delta - (chosen - rejected)).clamp(min=0) + self.sft_weight * nll
         return make_output(losses, chosen, rejected, nll=nll)

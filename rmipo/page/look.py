@@ -65,10 +65,12 @@ def look(
 
 def write(output: Path, pairs: Iterable[dict], summary: Callable[[], dict]) -> None:
     """Fill the template. `summary` is called behind the last of `pairs`."""
+    # Texts of pairs are shown as text, whatever HTML is in them.
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(FOLDER), autoescape=True)
     environment.filters["hash"] = content_hash
     script, style = ((FOLDER / name).read_text("utf-8") for name in ("look.js", "look.css"))
     with replacing(output) as temporary:
+        # Streamed: a page of thousands of pairs is never whole in memory.
         template = environment.get_template("look.html.jinja")
         template.stream(pairs=pairs, summary=summary, script=script, style=style).dump(str(temporary), "utf-8")
 
@@ -134,6 +136,7 @@ class Scored:
     def under(self, other: int, row: dict) -> tuple[list[int], list[list[int]]]:
         """The responses of `row` after the prompt of row `other`, of which the end is taken where not all fits."""
         prompt, responses = self.rows[other]["prompt_ids"], [row[f"{side}_ids"] for side in SIDES[1:]]
+        # The same room as for the pair's own prompt, or positions would run out.
         return prompt[-(self.args.max_length - max(map(len, responses))) :], responses
 
     def sums(self) -> dict[int, list[list[float]]]:
@@ -158,6 +161,7 @@ class Page:
         for number, (row, values) in enumerate(scored.values(partners=True)):
             cut = tuple(row[f"{side}_ids"] for side in SIDES)
             messages = None if self.messages is None else self.rows[self.messages[row["row"]]]
+            # Tokenised pairs come without their texts: nothing is known of what was cut off.
             whole = cut if messages is None else scored.chat.pair_ids(*(messages[side] for side in SIDES))
             self.lines.append(
                 {

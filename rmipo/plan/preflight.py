@@ -98,6 +98,7 @@ def check_memory(recipe: Recipe, hardware: Hardware, sharding: Sharding) -> None
     Raises PreflightError if weights and optimizer states alone exceed it, which is no estimate.
     """
     memory = plan_memory(shape_of(recipe), workload_of(recipe), sharding, hardware)
+    # What to save on first.
     largest = sorted(memory.parts.items(), key=lambda part: -part[1])[:3]
     found = (
         f"{recipe.path}: needs {memory.needed / GIB:.0f} GiB per GPU with {sharding.kind} on {hardware.gpus} GPUs, found "
@@ -106,6 +107,7 @@ def check_memory(recipe: Recipe, hardware: Hardware, sharding: Sharding) -> None
     )
     if memory.impossible:
         raise PreflightError(found)
+    # A warning and no error: the longest micro-batch may never come.
     if not memory.fits and os.environ.get("RANK", "0") == "0":
         print(f"warning: by an estimate, {found}", file=sys.stderr)
 

@@ -75,6 +75,7 @@ class Shape:
     @classmethod
     def of(cls, config: PreTrainedConfig, peft_config: PeftConfig | None = None) -> "Shape":
         model = empty_model(config)
+        # Tied weights are one parameter, and counted once.
         model.tie_weights()
         head = {id(model.get_input_embeddings().weight), id(model.get_output_embeddings().weight)}
         linears = [m.weight for m in model.modules() if isinstance(m, torch.nn.Linear) and id(m.weight) not in head]
@@ -84,6 +85,7 @@ class Shape:
             with init_empty_weights():
                 trained = sum(p.numel() for p in get_peft_model(model, peft_config).parameters() if p.requires_grad)
         text = config.get_text_config()
+        # Some, such as Gemma, state it; for others it follows.
         head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         return cls(
             parameters=parameters,

@@ -95,6 +95,7 @@ def _translate_keys(values: Values, notices: list[str]) -> None:
                 new |= translated(values)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{key}: not in the handbook's form: {error}") from error
+    # Which of the two was meant can't be known.
     if twice := new.keys() & values.keys():
         raise ValueError(f"{', '.join(twice)}: set under another repository's name too; keep one of them")
     values |= new

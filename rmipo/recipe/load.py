@@ -118,13 +118,16 @@ def load_recipe(path: str | Path, overlays: Iterable[str | Path] = (), overrides
             problems += [f"{source}: {line}" for line in str(error).split("\n")]
             continue
         notices += layer_notices
+        # So that a message can name the file that set a key.
         origin |= dict.fromkeys(layer, source)
         values = merge(values, layer)
     notices += _left_out(path, overlays) if not problems else []
     if "prefer_local" in values:
         notices.append(_take_local(values))
+    # For small models: a GPU where there is one.
     if values.get("use_cpu") == "auto":
         values["use_cpu"] = torch.cuda.device_count() == 0
+    # From the merged keys: an overlay may be what makes it a preference recipe.
     stage = stage_of(values)
     type_problems, sound = check_types(values, stage, origin)
     complete = not problems  # otherwise keys would be called missing that a layer has

@@ -45,6 +45,7 @@ def merge_settings(block: str, defaults: dict, settings: dict, problems: Iterabl
 
 def checked(block: str, key: str, default: Any, value: Any) -> Any:
     """`value` in the type of `default`. Raises ValueError that says what was expected."""
+    # A default need not pass the checks: null and "auto" have types of their own.
     if type(value) is type(default) and value == default:
         return value
     kind = TYPES.get(f"{block}.{key}", TYPES.get(key))

@@ -58,6 +58,7 @@ def runs_of(lines: list[dict]) -> pd.DataFrame:
         | {"diverged": "diverged" in line["metrics"]}
         for line in lines
     ]
+    # A column of nothing but None would have no mean.
     return pd.DataFrame(rows).astype(dict.fromkeys((*METRICS, *COSTS), float))
 
 
@@ -95,6 +96,7 @@ def interval(lines: list[dict], noise: float, method: str, metric: str) -> tuple
             differences.append(np.subtract(*both))
     if not differences:
         return np.nan, np.nan
+    # Seeds are averaged first: prompts are what is resampled.
     over_prompts = bootstrap(np.mean(differences, axis=0))
     return over_prompts.low, over_prompts.high
 
@@ -104,6 +106,7 @@ def report(rows: pd.DataFrame, lines: list[dict], searched: list[dict], metric: 
     rates = sorted({line["learning_rate"] for line in searched})
     parts = []
     for noise, here in rows.groupby("noise", sort=False):
+        # Equal ones keep the order in which methods are listed.
         here = here.sort_values(metric, ascending=False, kind="stable")
         parts += [f"Label noise {noise:.0%}", table(here, rates, metric)]
     chosen = f"Search: {METRICS[metric]} at each learning rate, on other held-out prompts. * marks an end of the range."
@@ -176,6 +179,7 @@ def draw(rows: pd.DataFrame, points: pd.DataFrame, runs: pd.DataFrame) -> Figure
     noise = rows["noise"].min()  # the other noises are in panel d and in the CSV
     figure, axes = panels(2, height=2.9, rows=2)
     timed = rows[rows["noise"] == noise].dropna(subset="seconds_per_step").set_index("method")
+    # Runs that diverged have no time, and no bar.
     memory = [f"{mib:.0f} MiB" for mib in timed["peak_memory_mib"]]
     draw_costs(axes[0], timed["seconds_per_step"].to_dict(), memory, list(map(label, timed.index)), "seconds per step")
     points = points[points["noise"] == noise]

@@ -25,6 +25,7 @@ def density(
         quartiles = np.quantile(values, [0.25, 0.75])
         spreads = [spread for spread in (values.std(), (quartiles[1] - quartiles[0]) / 1.34) if spread > 0]
         bandwidth = 0.9 * min(spreads, default=1e-3) * len(values) ** -0.2
+    # Mirrored at each bound: what would leak over it comes back.
     images = np.concatenate([values, *(2 * bound - values for bound in (low, high) if np.isfinite(bound))])
     kernels = [np.exp(-0.5 * ((point - images) / bandwidth) ** 2).sum() for point in grid]
     result = np.array(kernels) / (len(values) * bandwidth * np.sqrt(2 * np.pi))
@@ -44,6 +45,7 @@ def jitter(differences: np.ndarray, seed: int = 0) -> np.ndarray:
 
 def wasserstein(a: np.ndarray, b: np.ndarray, points: int = 2001) -> float:
     """1-Wasserstein distance of two samples, from their quantile functions."""
+    # On a line the distance is the area between the two quantile functions.
     levels = (np.arange(points) + 0.5) / points
     return float(np.abs(np.quantile(a, levels) - np.quantile(b, levels)).mean())
 

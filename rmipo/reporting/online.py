@@ -35,8 +35,10 @@ def measure(model_dir: Path, start: Path, config: OnlineConfig, generation: dict
     header = {"model": model_fingerprint(model_dir), "settings": settings | {"generation": generation}}
     header |= {"start": model_fingerprint(start), "oracle": oracle.identity}
     kept = folder / "online.json"
+    # More ROUNDS come back to rounds that are measured already.
     if kept.is_file() and (found := json.loads(kept.read_text()))["of"] == header:
         return found["metrics"]
+    # Its answers serve the oracle too: every policy answers once.
     result = BENCHMARKS["specificity"].run(model_dir, folder, settings | {"generation": generation})
     answers = {json_fingerprint(row["prompt"]): row["answer"] for row in read_lines(folder / "specificity.jsonl")}
     prompts = read_prompts(config.held_out, "test", model_dir, Counter())

@@ -23,6 +23,7 @@ PAPER_MODELS = {
     "llama3-8b-base": "Llama3-8B-Base",
     "llama3-8b-instruct": "Llama3-8B-Instruct",
 }
+# In the order of the paper's tables.
 METHODS = {
     "initial": "Initial",
     "dpo": "DPO",

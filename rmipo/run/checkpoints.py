@@ -40,6 +40,7 @@ class Checkpoints(TrainerCallback):
         self.limit: int | None = None
 
     def on_train_begin(self, args, state, control, **kwargs):
+        # The Trainer's own rotation is switched off; `on_save` rotates.
         self.limit, args.save_total_limit = args.save_total_limit, None
         if state.is_world_process_zero:
             for folder in checkpoints.numbered_checkpoints(args.output_dir):
@@ -48,6 +49,7 @@ class Checkpoints(TrainerCallback):
                     shutil.rmtree(folder)
 
     def on_save(self, args, state, control, **kwargs):
+        # Under ZeRO-3 each process writes a share: the marker waits for the slowest.
         PartialState().wait_for_everyone()
         if not state.is_world_process_zero:
             return
@@ -86,6 +88,7 @@ def resume_point(output_dir: str | Path, identity: dict) -> str | None:
     else:
         ours = {LOCK_FILE, *(folder.name for folder in complete)}
         names = {path.name for path in output_dir.glob("*") if path.suffix != TEMPORARY}
+        # Results that no run of ours wrote may lie here.
         if foreign := sorted(names - ours):
             found = f"{output_dir} is not empty and has no run.json of a run. Found: {', '.join(foreign[:5])}"
             raise CheckpointError(f"output_dir: {found}. Nothing is overwritten: name another --output_dir")
@@ -93,6 +96,7 @@ def resume_point(output_dir: str | Path, identity: dict) -> str | None:
         raise CheckpointError(
             f"{complete[-1]} holds the model alone (save_only_model: true): a run can't go on from it"
         )
+    # All of them, as any may be the one that a user goes back to.
     for folder in complete:
         _refuse_other(json.loads((folder / MARKER).read_text()), identity, folder)
     return str(complete[-1]) if complete else None

@@ -30,6 +30,7 @@ def plot_curves(run_dir: str | Path) -> Path | None:
         "log-prob. of chosen (nats/token)": "common/chosen_avg_logp",
         "gamma": "rmipo/gamma_mean",
     }
+    # From the file and not from memory: a resumed run's picture shows all of it.
     lines = pd.DataFrame(read_metrics(run_dir))
     shown = {title: key for title, key in shown.items() if key in lines}
     if not shown:

@@ -45,10 +45,12 @@ def verify_export(folder: str | Path, config: PreTrainedConfig, peft_config: Pef
 
     ZeRO-3 can write empty tensors or leave some out, and loading such a folder only warns. Raises ExportError.
     """
+    # Headers alone are read: an 8B model is checked in a second.
     found = saved_tensors(Path(folder))
     with init_empty_weights():
         # Not by AutoModel: while ZeRO-3 is on, that divides what it makes over the processes.
         model = getattr(transformers, config.architectures[0])(config)
+        # Tied weights are saved under one of their names.
         tied = set(model.all_tied_weights_keys)
         state = model.state_dict()
         if peft_config is not None:

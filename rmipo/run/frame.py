@@ -55,8 +55,10 @@ def training_run(
             check_best_metric(args)
             on_main_process(lambda: stack.enter_context(locked(run.folder)))
             stack.enter_context(run.stop)
+        # With the kind of an error, so that W&B shows the run as failed.
         stack.push(lambda kind, *_: close_wandb(kind))
         stack.callback(run.silence.end)
+        # New adapters and dropout are drawn from here on.
         set_seed(args.seed)
         yield run
 
@@ -152,6 +154,7 @@ class TrainingRun:
             if self.state.is_main_process:
                 self.record.results(**results)
                 export.write_model_card(self.folder)
+                # Last of what is needed: a kill before it makes the next start finish the run.
                 self.record.finish()
                 self.say(f"model: {self.folder}")
                 if self.args.push_to_hub:

@@ -38,6 +38,7 @@ class SampleGenerations(TrainerCallback):
             {"step": state.global_step, "prompt": self.tokenizer.decode(prompt), "answer": text}
             for prompt, text in zip(self.prompts, texts, strict=True)
         ]
+        # A resumed run evaluates this step again: its answers take the place of those before the kill.
         lines = [line for line in read_generations(args.output_dir) if line["step"] < state.global_step]
         write_generations(args.output_dir, lines + answers)
         log_answers(self.trainer.callback_handler.callbacks, answers, state.global_step)
@@ -50,6 +51,7 @@ class SampleGenerations(TrainerCallback):
         """
         trainer = self.trainer
         model = trainer.accelerator.unwrap_model(trainer.model_wrapped).eval()
+        # Packed attention has no cache of keys, which generation needs.
         attention.attach(model, "plain")
         # One batch, padded on the left: under ZeRO-3 and FSDP2 every forward gathers all weights, for one row or for many.
         longest = max(map(len, self.prompts))
@@ -71,6 +73,7 @@ class SampleGenerations(TrainerCallback):
         )
         ends = model.generation_config.eos_token_id
         ends = set(ends if isinstance(ends, list) else [ends])
+        # Back to how it trains.
         attention.attach(model, trainer.attention_kind)
         return [self.tokenizer.decode(until(row, ends)) for row in output[:, longest:].tolist()]
 

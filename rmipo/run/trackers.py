@@ -54,6 +54,7 @@ class WandbBySteps(WandbCallback):
         super().on_train_begin(args, state, control, model=model, **kwargs)
         if state.is_world_process_zero and state.global_step > 0:
             for line in read_metrics(args.output_dir):
+                # W&B refuses steps that it has passed.
                 if line["step"] >= self._wandb.run.step:
                     self._log(line.pop("step"), line)
 

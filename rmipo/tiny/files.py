@@ -34,6 +34,7 @@ def write_world(folder: Path, config: WorldConfig, pairs: dict | None = None) ->
     record = {
         "config": asdict(config),
         "pairs": pairs and {split: rows_fingerprint(pairs[split]) for split in SPLITS},
+        # The same knobs under other code draw other facts.
         "code": todays_code(),
     }
     if (folder / RECORD).exists():
@@ -60,6 +61,7 @@ def write_world(folder: Path, config: WorldConfig, pairs: dict | None = None) ->
             ({"prompt": question.prompt, "right": question.fact.answers} for question in world.held_out_questions),
         )
         texts = [message["content"] for row in dialogues["train"] for message in row["messages"]]
+        # On what SFT trains, so that its words are few tokens.
         tokenizer = train_tokenizer(texts, config.vocab_size)
     else:
         dialogues = {split: chosen_dialogues(pairs[split], config, split) for split in SPLITS}
@@ -68,6 +70,7 @@ def write_world(folder: Path, config: WorldConfig, pairs: dict | None = None) ->
         tokenizer = train_tokenizer(texts, config.text_vocab_size)
     for split in SPLITS:
         write_rows(folder / "sft" / f"{split}.jsonl", dialogues[split])
+    # The model is written as any checkpoint is: the recipes load it like one from the hub.
     make_model(config, tokenizer).save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
     (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n")
@@ -106,6 +109,7 @@ def chosen_dialogues(pairs: Iterable[dict], config: WorldConfig, split: str) -> 
         with of_split(split):
             report.check_dropped(1.0)
     draw = random.Random(f"{config.seed} dialogues {split}")
+    # An answer without its prompt teaches log pi(y), which RMiPO's margin reads.
     prompts = deal(draw, len(usable), dropped=config.sft_prompt_dropped, rest="kept")
     return [
         {"messages": chosen if label == "dropped" else prompt + chosen}

@@ -38,6 +38,7 @@ def evaluate(
     """
     questions = world.held_out_questions[:n_questions]
     chat = ChatFormat.probe(tokenizer)
+    # Exact, so it tells apart what samples of this number can't.
     probabilities = right_probabilities(model, chat, questions)
     asked = [question for question in questions for _ in range(samples_per_question)]
     prompts = [chat.prompt_ids(question.prompt) for question in asked]
@@ -46,6 +47,7 @@ def evaluate(
         {
             "prompt": question.prompt[-1]["content"],
             "response": response["text"],
+            # What never ended can't be judged by what it would have said.
             "class": world.classify(question.fact, response["text"]) if response["ended"] else "garbled",
         }
         for question, response in zip(asked, responses, strict=True)
@@ -88,6 +90,7 @@ def right_probabilities(model: PreTrainedModel, chat: ChatFormat, questions: lis
     for question in questions:
         answers = [assistant(answer) for answer in question.fact.answers]
         encoded = [chat.pair_ids(question.prompt, answer, answer) for answer in answers]
+        # All answers of a question share its prompt, which is computed once.
         groups.append((encoded[0][0], [answer_ids for _, answer_ids, _ in encoded]))
     totals = []
     with scoring.Scorer(model) as scorer:

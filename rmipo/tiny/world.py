@@ -111,6 +111,7 @@ class World:
             for name in self.names
             for attribute, values in VALUES.items()
         ]
+        # Pairs never ask for these: what they teach about them is to answer at all, and not the answer.
         held_out_facts = set(draw.sample(self.facts, round(config.held_out_facts * len(self.facts))))
         self.train_questions, self.pair_questions, self.held_out_questions = [], [], []
         for fact in self.facts:
@@ -139,6 +140,7 @@ class World:
 
         "right"; "boilerplate"; "wrong": a well-formed answer with another value or to another question; else "garbled".
         """
+        # By exact text: a near miss counts as garbled, so that a collapse shows.
         if response in fact.answers:
             return "right"
         if response in BOILERPLATE:
@@ -153,6 +155,7 @@ class World:
         config, draw = self.config, self._random(f"sft {split}")
         size = {"train": config.sft_train, "test": config.sft_test}[split]
         questions = {"train": self.train_questions, "test": self.held_out_questions}[split]
+        # Dealt and not drawn: every seed has exactly the shares of the recipe.
         kinds = deal(draw, size, boilerplate=config.sft_boilerplate, off_topic=config.sft_off_topic, rest="right")
         prompts = deal(draw, size, dropped=config.sft_prompt_dropped, rest="kept")
         for question, kind, prompt in zip(cycle(draw, questions), kinds, prompts, strict=False):
@@ -192,6 +195,7 @@ class World:
         if kind == "off_topic":
             # Not merely another fact: two people may share a home town.
             fact = draw.choice([other for other in self.facts if other.value != fact.value])
+        # A right answer to another question: well formed, fluent and of no use.
         return draw.choice(fact.answers)
 
     def _random(self, part: str) -> random.Random:

@@ -23,6 +23,7 @@ from trl import get_quantization_config
 from rmipo.errors import UserError
 from rmipo.recipe.schema import ModelConfig
 
+# These keep float32 masters of their own, and optimizers over shards.
 SHARDED = (DistributedType.DEEPSPEED, DistributedType.FSDP)
 
 
@@ -42,6 +43,7 @@ def load_tokenizer(model_config: ModelConfig, chat_template: str | None = None) 
         raise LoadingError(_explained(name, "tokenizer", error)) from error
     if chat_template is not None:
         tokenizer.chat_template = chat_template
+    # Cohere's and a few others have one template for tools, one for RAG, and a default.
     elif isinstance(tokenizer.chat_template, dict):
         if "default" not in tokenizer.chat_template:
             raise LoadingError(
@@ -89,8 +91,10 @@ def check_config(
 
     Without this, tokens end in an IndexError, and positions in one or, on rotary embeddings, in silence.
     """
+    # Checkpoints with vision keep the decoder's sizes in a part of their configuration.
     config = config.get_text_config()
     problems = []
+    # Of ids and not of their count: there may be gaps between them.
     beyond = [token for token, number in tokenizer.get_vocab().items() if number >= config.vocab_size]
     if beyond:
         problems.append(

@@ -69,6 +69,7 @@ def step_metrics(columns: dict[str, torch.Tensor], objective: Objective) -> dict
         means["common/acc_logratio"] = chosen_ratio > rejected_ratio
     # float64: the mean of thousands of equal values is then that value.
     metrics = {name: value.double().mean().item() for name, value in means.items()}
+    # The method's own diagnostics have its name in front, so they can't meet these.
     return metrics | objective.summarize(columns)
 
 
@@ -120,6 +121,7 @@ def raise_if_not_finite(
         NonFiniteLossError: with those pairs written to a file in `output_dir`.
     """
     bad = torch.stack([~loss.isfinite().all() for loss in losses]).any()
+    # All or none raise: a process that goes on alone would wait for the others in its next forward.
     if not processes.gather(bad.reshape(1)).any():
         return
     pairs = [

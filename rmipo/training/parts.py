@@ -103,6 +103,7 @@ class TokenizedPairs:
                 check_config(tokenizer, model.config, args.max_length, name_of(model) or type(model).__name__)
             raw = [given for given in rows.values() if not is_tokenized(given)]
             if raw or tokenizer.chat_template is not None:
+                # TRL's standard format has no roles: a base model's tokenizer has no template for them.
                 tokenizer = for_plain_text(tokenizer) if raw and all(map(is_plain_text, raw)) else tokenizer
                 # A run over midnight would otherwise have two kinds of prompts.
                 freeze_date(tokenizer, datetime.date.today())
@@ -119,6 +120,7 @@ class TokenizedPairs:
         hashes = {split: prompt_hashes(pairs) for split, pairs in self.splits.items()}
         known = set(hashes.pop("train", ()))
         for split, prompts in hashes.items():
+            # Its metrics would look better than they are.
             if count := sum(prompt in known for prompt in prompts):
                 say(f"notice: {count} of {len(prompts)} pairs of {split} have a prompt that training has too")
 
@@ -126,6 +128,7 @@ class TokenizedPairs:
         """`rows` tokenised."""
         args = self.args
         if is_tokenized(rows):
+            # Taken as they are, so nothing cuts them to the window.
             longest = longest_pair(rows)
             if longest > args.max_length:
                 raise DataError(

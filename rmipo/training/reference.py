@@ -134,6 +134,7 @@ class Reference:
         """Where the scores of `dataset` are kept."""
         args, parts = self.trainer.args, self._parts()
         model = self.trainer.model
+        # Precision too: bfloat16 moves the sum over a long response by nats.
         content = f"model {self.model_key} in {model.dtype}, bf16 {args.bf16}, fp16 {args.fp16}, "
         if quantization := getattr(model.config, "quantization_config", None):
             content += f"quantized by {quantization}, "
@@ -150,6 +151,7 @@ class Reference:
         trainer, args, parts, scored = self.trainer, self.trainer.args, self._parts(), []
         trainer.model_wrapped.eval()
         size = args.per_device_eval_batch_size
+        # Every process takes its share, as in training.
         cuts = StepSampler(
             len(dataset), global_batch_size=size * args.world_size, micro_batch_size=size, rank=args.process_index,
             world_size=args.world_size, seed=None,
@@ -166,6 +168,7 @@ class Reference:
                     )
                 chosen, rejected = split_pairs(logps)
                 values |= {f"{prefix}chosen_logps": chosen, f"{prefix}rejected_logps": rejected}
+            # The index travels in the same table, and float32 counts exactly only to 16 million.
             scored.append({name: value[: cut.real].double() for name, value in values.items()})
         columns = trainer.processes.gather_columns(scored)
         # Processes scored every n-th pair: back in the order of the dataset.

@@ -62,6 +62,7 @@ def token_logps(model: torch.nn.Module, packed: PackedSequence, kind: str, confi
             the wrapper, as ZeRO-3 needs to gather parameters.
         config: of the unwrapped model.
     """
+    # The fused head goes from hidden states to log-probabilities; only kinds without it make logits.
     if kind != "flex":
         return label_logps(response_logits(model, packed, kind, config), packed.labels)
     shift_labels = packed.padded(attention.BLOCK).shift_labels
@@ -132,6 +133,7 @@ def by_tokens(items: Iterable, length: Callable[[Any], int] = len, limit: int = 
     """`items` in order, cut into batches whose lengths add up to about `limit`."""
     batch, total = [], 0
     for item in items:
+        # An item beyond the limit goes alone, and is not refused.
         if batch and total + length(item) > limit:
             yield batch
             batch, total = [], 0
