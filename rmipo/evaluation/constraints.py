@@ -5,8 +5,11 @@ constraints whatever is asked does well by the plain shares: one string of boile
 off what an answer would get under the other prompts, so that every fixed text gets 0.
 """
 
+from __future__ import annotations
+
 from pathlib import Path
 from statistics import mean
+from typing import TYPE_CHECKING
 
 from rmipo.evaluation.benchmark import Benchmark, Metric
 from rmipo.evaluation.statistics import standard_error
@@ -14,6 +17,9 @@ from rmipo.files import write_lines
 from rmipo.fingerprints import json_fingerprint
 from rmipo.recipe.settings import merge_settings
 from rmipo.record import require_package
+
+if TYPE_CHECKING:
+    from rmipo.generation.answers import Request
 
 DEFAULTS = {
     "first_n": None,  # of the 300 prompts
@@ -29,16 +35,9 @@ def run(model_dir: str | Path, output_dir: str | Path, settings: dict) -> dict:
     settings = merge_settings("constraints", DEFAULTS, settings)
     require_package("lm_eval")
     from rmipo.constraints.instructions import followed
-    from rmipo.constraints.prompts import read_prompts
-    from rmipo.generation.answers import Generator, Request
+    from rmipo.generation.answers import Generator
 
-    prompts = read_prompts("test")[settings["skip_n"] :][: settings["first_n"]]
-    seed = settings["generation"].get("seed", 42)
-    requests = [
-        Request(f"{number}-{n}", [{"role": "user", "content": prompt["prompt"]}], seed=seed + n)
-        for number, prompt in enumerate(prompts)
-        for n in range(settings["answers"])
-    ]
+    prompts, requests = held_out(settings)
     with Generator(model_dir, settings["generation"]) as generator:
         answers = generator.ask("constraints", requests)
     results, each = [], settings["answers"]
@@ -61,6 +60,21 @@ def run(model_dir: str | Path, output_dir: str | Path, settings: dict) -> dict:
         metrics |= {name: mean(percents), f"{name}_standard_error": standard_error(percents)}
     settings["prompts_sha256"] = json_fingerprint(prompts)
     return generator.result(metrics, settings, ["lm_eval"], per_prompt=by_prompt)
+
+
+def held_out(settings: dict) -> tuple[list[dict], list[Request]]:
+    """The prompts that `settings` take, and a request for each answer, a prompt's side by side, each with its own seed."""
+    from rmipo.constraints.prompts import read_prompts
+    from rmipo.generation.answers import Request
+
+    prompts = read_prompts("test")[settings["skip_n"] :][: settings["first_n"]]
+    seed = settings["generation"].get("seed", 42)
+    requests = [
+        Request(f"{number}-{n}", [{"role": "user", "content": prompt["prompt"]}], seed=seed + n)
+        for number, prompt in enumerate(prompts)
+        for n in range(settings["answers"])
+    ]
+    return prompts, requests
 
 
 def specific(results: list[dict]) -> list[list[float]]:

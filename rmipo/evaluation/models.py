@@ -1,9 +1,10 @@
-"""Which models MODEL and METHOD can name where any model is taken. Nothing heavy is imported here."""
+"""Which models MODEL and METHOD can name where any model is taken, and what a model was trained from. Imports nothing heavy."""
 
 import re
 from pathlib import Path
 
 from rmipo.errors import EvaluationError
+from rmipo.record import recorded_run
 
 ROOT = Path(__file__).parents[2]
 
@@ -29,3 +30,9 @@ def check_names(model: str, methods: list[str]) -> None:
         )
     if methods:
         raise EvaluationError(f"METHOD={','.join(methods)} belongs to a setting, and MODEL={model} is none")
+
+
+def initial_model(model_dir: str | Path, named: str | None) -> str:
+    """Where the model is that preference training started from: `named`, else that of the run's recipe, else `model_dir`."""
+    record = recorded_run(model_dir)
+    return str(named or (record["recipe"]["model_name_or_path"] if record else model_dir))
