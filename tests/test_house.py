@@ -48,11 +48,11 @@ LINES = {
     "rmipo/run": 1000,  # aim: 800
     "rmipo/tiny": 640,  # aim: 450
     "rmipo/training": 2550,  # aim: 1700
-    "rmipo": 15978,  # aim: 11000
+    "rmipo": 15979,  # aim: 11000
     "scripts": 1640,  # aim: 1100
     "benchmarks": 1350,  # aim: 800
     "examples": 160,
-    "tests": 21773,  # aim: 14000
+    "tests": 21778,  # aim: 14000
 }
 
 
