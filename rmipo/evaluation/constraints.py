@@ -7,6 +7,7 @@ off what an answer would get under the other prompts, so that every fixed text g
 
 from __future__ import annotations
 
+from collections import defaultdict
 from pathlib import Path
 from statistics import mean
 from typing import TYPE_CHECKING
@@ -27,6 +28,10 @@ DEFAULTS = {
     "answers": 1,  # per prompt; standard errors are over prompts
     "generation": {},
 }
+FAMILIES = (  # of `instructions.DRAWN`, which only machines with lm-eval can import
+    "frequency", "letter_frequency", "number_paragraphs", "number_placeholders", "postscript", "number_bullet_lists",
+    "number_highlighted_sections", "multiple_sections", "title", "no_comma",
+)  # fmt: skip
 SAMPLING = tuple(f"generation.{key}" for key in ("temperature", "top_p", "max_new_tokens"))
 
 
@@ -55,7 +60,7 @@ def run(model_dir: str | Path, output_dir: str | Path, settings: dict) -> dict:
         "constraints_specific": [row["specific"] for row in results],
     }
     by_prompt = {name: [100 * mean(of_prompt) for of_prompt in rows] for name, rows in values.items()}
-    metrics = {"constraints_cut": generator.cut}
+    metrics = {"constraints_cut": generator.cut} | by_family(results)
     for name, percents in by_prompt.items():
         metrics |= {name: mean(percents), f"{name}_standard_error": standard_error(percents)}
     settings["prompts_sha256"] = json_fingerprint(prompts)
@@ -96,6 +101,16 @@ def specific(results: list[dict]) -> list[list[float]]:
     return values
 
 
+def by_family(results: list[dict]) -> dict[str, float]:
+    """Percent of the constraints of each family that the answers follow; only families that were asked for."""
+    checks: dict[str, list[bool]] = defaultdict(list)
+    for row in results:
+        for number, constraint in enumerate(row["constraints"]):
+            family = constraint["id"].partition(":")[2]
+            checks[f"constraints_{family}"] += [check[number] for check in row["followed"]]
+    return {name: 100 * mean(values) for name, values in checks.items()}
+
+
 BENCHMARK = Benchmark(
     name="constraints",
     title="Verifiable constraints",
@@ -106,6 +121,10 @@ BENCHMARK = Benchmark(
         "constraints_each": Metric("Constraints (%)"),
         "constraints_specific": Metric("Own constraints (%)"),
         "constraints_cut": Metric("Cut (%)", better=None),
+        **{
+            f"constraints_{name}": Metric(name.removeprefix("number_").replace("_", " ").capitalize(), detail=True)
+            for name in FAMILIES
+        },
     },
     same=("prompts_sha256", "first_n", "skip_n", "answers", *SAMPLING),
     trial=("first_n", "skip_n"),
