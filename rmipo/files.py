@@ -51,15 +51,17 @@ def read_lines(path: Path) -> list[dict]:
 
 
 @contextlib.contextmanager
-def locked(folder: Path, name: str = "output_dir") -> Iterator[None]:
+def locked(folder: Path, name: str = "output_dir", wait: float | None = None) -> Iterator[None]:
     """Hold the lock of a folder, `name` to the user. The kernel frees it when this process ends, however it ends.
 
-    Raises CheckpointError if another process holds it; the file says which, and alone holds nothing.
+    Raises CheckpointError if another process holds it for `wait` seconds (None: a moment; -1: waits as long as it takes);
+    the file says which, and alone holds nothing.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / LOCK_FILE
     # A requeued job may come before the lock of the node that failed is free.
-    lock = FileLock(path, timeout=LEASE if "SLURM_JOB_ID" in os.environ else MOMENT, fallback_to_soft=False)
+    moment = LEASE if "SLURM_JOB_ID" in os.environ else MOMENT
+    lock = FileLock(path, timeout=moment if wait is None else wait, fallback_to_soft=False)
     try:
         lock.acquire()
         path.write_text(f"process {os.getpid()} on {socket.gethostname()}")

@@ -37,7 +37,7 @@ LINES = {
     "rmipo/compare": 810,  # aim: 400
     "rmipo/constraints": 120,  # aim: 110
     "rmipo/data": 1400,  # aim: 800
-    "rmipo/evaluation": 1950,  # aim: 1500
+    "rmipo/evaluation": 2109,  # aim: 1500
     "rmipo/generation": 1050,  # aim: 800
     "rmipo/launch": 820,  # aim: 600
     "rmipo/objectives": 1000,  # aim: 600
@@ -48,11 +48,11 @@ LINES = {
     "rmipo/run": 1000,  # aim: 800
     "rmipo/tiny": 640,  # aim: 450
     "rmipo/training": 2550,  # aim: 1700
-    "rmipo": 15830,  # aim: 11000
+    "rmipo": 15998,  # aim: 11000
     "scripts": 1640,  # aim: 1100
     "benchmarks": 1350,  # aim: 800
     "examples": 160,
-    "tests": 21660,  # aim: 14000
+    "tests": 21789,  # aim: 14000
 }
 
 

@@ -166,11 +166,12 @@ class Contrast:
 
 
 def contrast(ours: list[list[float]], theirs: list[list[float]]) -> Contrast:
-    """Compare two arms, (seeds, prompts) each, paired by seed and prompt.
+    """Compare two arms, (seeds, prompts) each, paired by seed and prompt. Prompts for which a run has None are left out.
 
     With s seeds p can't fall below 2 / 2^s.
     """
-    differences = np.asarray(ours) - np.asarray(theirs)
+    differences = np.asarray(ours, dtype=float) - np.asarray(theirs, dtype=float)  # None is NaN
+    differences = differences[:, ~np.isnan(differences).any(axis=0)]
     seeds, prompts = differences.shape
     # Seeds and prompts are resampled together: another study would have others of both.
     draw = np.random.default_rng(0)

@@ -1,6 +1,6 @@
 """Benchmarks, each a thin adapter to the field's own package. The registry is light: importing it loads no library."""
 
-from rmipo.evaluation import alpaca, constraints, hh, leaderboard, mtbench, reward, specificity
+from rmipo.evaluation import alpaca, constraints, hh, leaderboard, mtbench, ranking, reward, specificity
 from rmipo.evaluation.benchmark import Benchmark
 
 BENCHMARKS: dict[str, Benchmark] = {
@@ -13,6 +13,7 @@ BENCHMARKS: dict[str, Benchmark] = {
         reward.BENCHMARK,
         constraints.BENCHMARK,
         specificity.BENCHMARK,
+        ranking.BENCHMARK,
     )
 }
 

@@ -5,8 +5,12 @@ constraints whatever is asked does well by the plain shares: one string of boile
 off what an answer would get under the other prompts, so that every fixed text gets 0.
 """
 
+from __future__ import annotations
+
+from collections import defaultdict
 from pathlib import Path
 from statistics import mean
+from typing import TYPE_CHECKING
 
 from rmipo.evaluation.benchmark import Benchmark, Metric
 from rmipo.evaluation.statistics import standard_error
@@ -15,12 +19,19 @@ from rmipo.fingerprints import json_fingerprint
 from rmipo.recipe.settings import merge_settings
 from rmipo.record import require_package
 
+if TYPE_CHECKING:
+    from rmipo.generation.answers import Request
+
 DEFAULTS = {
     "first_n": None,  # of the 300 prompts
     "skip_n": 0,  # prompts left out before those
     "answers": 1,  # per prompt; standard errors are over prompts
     "generation": {},
 }
+FAMILIES = (  # of `instructions.DRAWN`, which only machines with lm-eval can import
+    "frequency", "letter_frequency", "number_paragraphs", "number_placeholders", "postscript", "number_bullet_lists",
+    "number_highlighted_sections", "multiple_sections", "title", "no_comma",
+)  # fmt: skip
 SAMPLING = tuple(f"generation.{key}" for key in ("temperature", "top_p", "max_new_tokens"))
 
 
@@ -29,16 +40,9 @@ def run(model_dir: str | Path, output_dir: str | Path, settings: dict) -> dict:
     settings = merge_settings("constraints", DEFAULTS, settings)
     require_package("lm_eval")
     from rmipo.constraints.instructions import followed
-    from rmipo.constraints.prompts import read_prompts
-    from rmipo.generation.answers import Generator, Request
+    from rmipo.generation.answers import Generator
 
-    prompts = read_prompts("test")[settings["skip_n"] :][: settings["first_n"]]
-    seed = settings["generation"].get("seed", 42)
-    requests = [
-        Request(f"{number}-{n}", [{"role": "user", "content": prompt["prompt"]}], seed=seed + n)
-        for number, prompt in enumerate(prompts)
-        for n in range(settings["answers"])
-    ]
+    prompts, requests = held_out(settings)
     with Generator(model_dir, settings["generation"]) as generator:
         answers = generator.ask("constraints", requests)
     results, each = [], settings["answers"]
@@ -56,11 +60,26 @@ def run(model_dir: str | Path, output_dir: str | Path, settings: dict) -> dict:
         "constraints_specific": [row["specific"] for row in results],
     }
     by_prompt = {name: [100 * mean(of_prompt) for of_prompt in rows] for name, rows in values.items()}
-    metrics = {"constraints_cut": generator.cut}
+    metrics = {"constraints_cut": generator.cut} | by_family(results)
     for name, percents in by_prompt.items():
         metrics |= {name: mean(percents), f"{name}_standard_error": standard_error(percents)}
     settings["prompts_sha256"] = json_fingerprint(prompts)
     return generator.result(metrics, settings, ["lm_eval"], per_prompt=by_prompt)
+
+
+def held_out(settings: dict) -> tuple[list[dict], list[Request]]:
+    """The prompts that `settings` take, and a request for each answer, a prompt's side by side, each with its own seed."""
+    from rmipo.constraints.prompts import read_prompts
+    from rmipo.generation.answers import Request
+
+    prompts = read_prompts("test")[settings["skip_n"] :][: settings["first_n"]]
+    seed = settings["generation"].get("seed", 42)
+    requests = [
+        Request(f"{number}-{n}", [{"role": "user", "content": prompt["prompt"]}], seed=seed + n)
+        for number, prompt in enumerate(prompts)
+        for n in range(settings["answers"])
+    ]
+    return prompts, requests
 
 
 def specific(results: list[dict]) -> list[list[float]]:
@@ -82,6 +101,16 @@ def specific(results: list[dict]) -> list[list[float]]:
     return values
 
 
+def by_family(results: list[dict]) -> dict[str, float]:
+    """Percent of the constraints of each family that the answers follow; only families that were asked for."""
+    checks: dict[str, list[bool]] = defaultdict(list)
+    for row in results:
+        for number, constraint in enumerate(row["constraints"]):
+            family = constraint["id"].partition(":")[2]
+            checks[f"constraints_{family}"] += [check[number] for check in row["followed"]]
+    return {name: 100 * mean(values) for name, values in checks.items()}
+
+
 BENCHMARK = Benchmark(
     name="constraints",
     title="Verifiable constraints",
@@ -92,6 +121,10 @@ BENCHMARK = Benchmark(
         "constraints_each": Metric("Constraints (%)"),
         "constraints_specific": Metric("Own constraints (%)"),
         "constraints_cut": Metric("Cut (%)", better=None),
+        **{
+            f"constraints_{name}": Metric(name.removeprefix("number_").replace("_", " ").capitalize(), detail=True)
+            for name in FAMILIES
+        },
     },
     same=("prompts_sha256", "first_n", "skip_n", "answers", *SAMPLING),
     trial=("first_n", "skip_n"),

@@ -16,8 +16,8 @@ from rmipo.evaluation.benchmark import Benchmark, Metric
 from rmipo.evaluation.statistics import repeated_share, standard_error
 from rmipo.files import write_lines
 from rmipo.fingerprints import model_fingerprint
+from rmipo.launch.choices import initial_model
 from rmipo.recipe.settings import merge_settings
-from rmipo.record import recorded_run
 
 if TYPE_CHECKING:
     from rmipo.data.chat import Messages
@@ -39,9 +39,7 @@ def run(model_dir: str | Path, output_dir: str | Path, settings: dict) -> dict:
     from rmipo.generation.likelihood import Likelihood
     from rmipo.generation.prompts import read_prompts
 
-    record = recorded_run(model_dir)
-    started_from = record["recipe"]["model_name_or_path"] if record else model_dir
-    settings["initial"] = str(settings["initial"] or started_from)
+    settings["initial"] = initial_model(model_dir, settings["initial"])
     settings["initial_fingerprint"] = model_fingerprint(settings["initial"])  # one model may lie in several folders
     dropped: Counter[str] = Counter()
     prompts = read_prompts(settings["prompts"], settings["split"], Path(model_dir), dropped, limit=settings["first_n"])

@@ -1,4 +1,4 @@
-"""log pi(y|x) and log pi(y) of answers under a saved model: what PMI selection and the specificity benchmark are made of."""
+"""log pi(y|x) and log pi(y) of answers under a saved model: what PMI selection and two benchmarks are made of."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -34,12 +34,15 @@ class Likelihood:
         with self.scorer as scorer:
             return [value for group in by_tokens(responses) for value in scorer.sums(pack([(context, group)])).tolist()]
 
+    def scores(self, prompt: Prompt) -> dict[str, tuple[float, float]]:
+        """log pi(y|x) and log pi(y|x) - log pi(y) of each of the prompt's answers, by its key; both per token, in nats."""
+        pairs = [self.ids(prompt.messages, answer) for answer in prompt.answers.values()]
+        context, responses = pairs[0][0], [ids for _, ids in pairs]
+        given, prior = self.sums(context, responses), self.sums(self.prior_context, responses)
+        values = [(a / len(ids), (a - b) / len(ids)) for a, b, ids in zip(given, prior, responses, strict=True)]
+        return dict(zip(prompt.answers, values, strict=True))
+
     def pmi(self, prompts: list[Prompt]) -> Iterator[dict[str, float]]:
-        """log pi(y|x) - log pi(y) per token of each answer, in nats, by key of the answer; called as an oracle is."""
+        """The PMI of each answer of each prompt; called as an oracle is."""
         for prompt in prompts:
-            pairs = [self.ids(prompt.messages, answer) for answer in prompt.answers.values()]
-            # All answers of a prompt share its forward.
-            context, responses = pairs[0][0], [ids for _, ids in pairs]
-            given, prior = self.sums(context, responses), self.sums(self.prior_context, responses)
-            values = [(a - b) / len(ids) for a, b, ids in zip(given, prior, responses, strict=True)]
-            yield dict(zip(prompt.answers, values, strict=True))
+            yield {key: pmi for key, (_, pmi) in self.scores(prompt).items()}

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from rmipo.cli import choose, split
 from rmipo.errors import ConfigError, EvaluationError
+from rmipo.record import recorded_run
 
 ROOT = Path(__file__).parents[2]
 GPU_FILES = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")  # of NVIDIA, of AMD, of Linux in Windows
@@ -161,3 +162,9 @@ def check_names(model: str, methods: list[str]) -> None:
         )
     if methods:
         raise EvaluationError(f"METHOD={','.join(methods)} belongs to a setting, and MODEL={model} is none")
+
+
+def initial_model(model_dir: str | Path, named: str | None) -> str:
+    """Where the model is that preference training started from: `named`, else that of the run's recipe, else `model_dir`."""
+    record = recorded_run(model_dir)
+    return str(named or (record["recipe"]["model_name_or_path"] if record else model_dir))

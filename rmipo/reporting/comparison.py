@@ -24,6 +24,8 @@ METRICS = {
     "preference_margin": "margin",
     "constraints_all": "all constraints (%)",
     "constraints_each": "constraints (%)",
+    "ranking_auc": "AUC by log pi(y|x) (%)",
+    "ranking_pmi_auc": "AUC by PMI (%)",
     "specificity": "own prompt most likely (%)",
     "pmi_token": "PMI (nats/token)",
     "kl_initial": "KL to the start (nats)",

@@ -77,3 +77,8 @@ def test_per_prompt_results_are_compared_by_prompt():
     }
     assert scores(lines, "x") == [[0.0, 25.0], [50.0, 100.0]]
     assert scores({0: {"metrics": {"x": 0.5}}, 1: {"metrics": {"diverged": True}}}, "x") == [[0.5], [0.0]]
+
+
+def test_a_prompt_that_says_nothing_of_a_run_is_left_out():
+    some = contrast([[50.0, None, 75.0], [25.0, None, 75.0]], [[25.0, None, 50.0], [None, None, 50.0]])
+    assert some == contrast([[75.0], [75.0]], [[50.0], [50.0]]) and some.mean == 25.0

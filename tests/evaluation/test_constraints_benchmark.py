@@ -7,10 +7,10 @@ import pytest
 
 pytest.importorskip("lm_eval", reason="needs the extra `eval`")
 
-from rmipo.constraints.instructions import followed
+from rmipo.constraints.instructions import DRAWN, followed
 from rmipo.constraints.prompts import read_prompts
 from rmipo.evaluation import BENCHMARKS
-from rmipo.evaluation.constraints import specific
+from rmipo.evaluation.constraints import FAMILIES, by_family, specific
 from tests.helpers.tiny_model import write_model
 
 
@@ -32,6 +32,7 @@ def test_shares_of_answers_that_follow_all_and_each_of_their_constraints(tmp_pat
     of_prompts = [50 * sum(answers) for answers in every]  # the error is over prompts
     error = statistics.stdev(of_prompts) / 6**0.5
     assert metrics["constraints_all_standard_error"] == pytest.approx(error)
+    assert by_family(rows).items() <= metrics.items()
     (answers,) = (tmp_path / "eval/answers").glob("*.jsonl")
     assert metrics["constraints_cut"] == pytest.approx(100 * answers.read_text().count('"finish": "length"') / 12)
     own = [value for row in rows for value in row["specific"]]
@@ -62,3 +63,13 @@ def test_a_fixed_text_gets_nothing_and_own_constraints_count():
     values = specific([{**row, "answers": a, "whole": w} for row, a, w in zip(asked, answers, whole, strict=True)])
     # Own constraints less the share of the two other prompts; the last answer was cut.
     assert values == [[1 - 0, 0 - 1 / 2], [1 - 0, 0 - 0], [1 - 1, 0 - 0]]
+
+
+def test_constraints_are_counted_by_family():
+    title, comma = ({"id": name} for name in ("detectable_format:title", "punctuation:no_comma"))
+    rows = [
+        {"constraints": [title, comma], "followed": [[True, False], [True, True]]},
+        {"constraints": [comma], "followed": [[False], [False]]},
+    ]
+    assert by_family(rows) == {"constraints_title": 100.0, "constraints_no_comma": 25.0}
+    assert [name.partition(":")[2] for name in DRAWN] == list(FAMILIES)

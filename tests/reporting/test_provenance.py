@@ -40,6 +40,7 @@ DECISIVE = {
     "hh": "helpful harmless pairs_sha256.helpful pairs_sha256.harmless limit max_length max_prompt_length dtype",
     "reward": "model model_fingerprint reference_sha256 first_n dtype",
     "specificity": "prompts split first_n initial_fingerprint generation.temperature generation.max_new_tokens",
+    "ranking": "prompts_sha256 first_n skip_n answers initial_fingerprint generation.temperature generation.seed",
     "constraints": "first_n skip_n answers generation.temperature generation.top_p generation.max_new_tokens",
 }
 
