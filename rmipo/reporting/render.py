@@ -175,15 +175,18 @@ def latex_table(title: str, headers: tuple[str, ...], cells: pd.DataFrame) -> st
         caption=latex_escape(title + "."),
         column_format=f"@{{}}{'l' * len(headers)}{'r' * cells.shape[1]}@{{}}",
     )
-    return r"{\scriptsize\setlength{\tabcolsep}{3pt}" + f"\n{text}}}"
+    # Rows of several lines need a gap to be told apart.
+    head, foot, body = text.partition("\\endlastfoot\n")
+    body = body.replace(" \\\\\n", " \\\\ \\addlinespace\n")
+    return r"{\scriptsize\setlength{\tabcolsep}{3pt}" + f"\n{head}{foot}{body}}}"
 
 
 def stacked(parts: list[str]) -> str:
     """One below the other: side by side, eight columns would not fit a page."""
-    # An interval gets a line of its own. Without the braces LaTeX would take [1] for the height of a line.
-    lines = [line for part in parts for line in part.replace(" [", "\n[").split("\n")]
+    # An interval and an error get lines of their own. Without the braces LaTeX would take [1] for the height of a line.
+    lines = [line for part in parts for line in part.replace(" [", "\n[").replace(" ±", "\n±").split("\n")]
     lines = [re.sub(r"\*\*(.+)\*\*", r"\\textbf{\1}", latex_escape(line)) for line in lines]
-    return lines[0] if len(lines) == 1 else r"\shortstack[r]{\strut " + r"\\{}".join(lines) + "}"
+    return lines[0] if len(lines) == 1 else r"\begin{tabular}[t]{@{}r@{}}" + r"\\{}".join(lines) + r"\end{tabular}"
 
 
 def latex_escape(text: str) -> str:

@@ -58,11 +58,14 @@ def test_csv(filled):
 
 def test_latex(filled):
     text = latex(filled)
-    lc = r"$\alpha$-DPO & \shortstack[r]{\strut 46.6\\{}47.2 $\pm$1.4\\{}+0.6} & "
-    assert lc in text and r"\\{}40.0\\{}+1.9} & 1834 & \shortstack[r]{\strut 8.1\\{}[15]} \\" in text
+    lc = r"$\alpha$-DPO & \begin{tabular}[t]{@{}r@{}}46.6\\{}47.2\\{}$\pm$1.4\\{}+0.6\end{tabular} & "
+    assert (
+        lc in text
+        and r"\\{}40.0\\{}+1.9\end{tabular} & 1834 & \begin{tabular}[t]{@{}r@{}}8.1\\{}[15]\end{tabular} \\" in text
+    )
     assert r"\caption{AlpacaEval 2 and MT-Bench (Llama3-8B-Instruct).}" in text and r"LC (\%)" in text
     # The first cell without a number points at the first command; what has to be said is shorter than the table.
-    assert r"Initial & \shortstack[r]{\strut 26.0\\{}[1]} &" in text
+    assert r"Initial & \begin{tabular}[t]{@{}r@{}}26.0\\{}[1]\end{tabular} &" in text
     comments = [line for line in text.splitlines() if line.startswith("% [")]
     assert comments[0] == f"% [1] make eval MODEL={LLAMA} METHOD=initial BENCH=alpacaeval" and len(comments) == 12 + 11
     notes = text.partition(r"\end{longtable}")[2]
@@ -83,7 +86,7 @@ def test_another_judge_is_said_in_all_three_formats(tmp_path):
     assert line["unlike_the_paper"] == f"{trial} {judge}" and line["difference"] == "" and line["note"] == missing
     assert "judge_endpoint 127.0.0.1:8000/v1" in line["made_with"] and "lm_eval 0.4.13" in line["made_with"]
     plain = latex(filled)
-    assert r"6.0$^\dagger$} \\" in plain and f"% † {trial}\n" in plain and f"% † {judge}\n" in plain
+    assert r"6.0$^\dagger$\end{tabular} \\" in plain and f"% † {trial}\n" in plain and f"% † {judge}\n" in plain
 
 
 # Tables of any benchmark
