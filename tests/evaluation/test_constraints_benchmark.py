@@ -10,7 +10,7 @@ pytest.importorskip("lm_eval", reason="needs the extra `eval`")
 from rmipo.constraints.instructions import DRAWN, followed
 from rmipo.constraints.prompts import read_prompts
 from rmipo.evaluation import BENCHMARKS
-from rmipo.evaluation.constraints import FAMILIES, by_family, specific
+from rmipo.evaluation.constraints import BOILERPLATE, FAMILIES, by_family, specific
 from tests.helpers.tiny_model import write_model
 
 
@@ -33,6 +33,9 @@ def test_shares_of_answers_that_follow_all_and_each_of_their_constraints(tmp_pat
     error = statistics.stdev(of_prompts) / 6**0.5
     assert metrics["constraints_all_standard_error"] == pytest.approx(error)
     assert by_family(rows).items() <= metrics.items()
+    baselines = (("constraints_fixed", lambda row: BOILERPLATE), ("constraints_repeated", lambda row: row["prompt"]))
+    for name, text in baselines:
+        assert metrics[name] == pytest.approx(100 / 6 * sum(all(followed(r["constraints"], text(r))) for r in rows))
     (answers,) = (tmp_path / "eval/answers").glob("*.jsonl")
     assert metrics["constraints_cut"] == pytest.approx(100 * answers.read_text().count('"finish": "length"') / 12)
     own = [value for row in rows for value in row["specific"]]
@@ -52,8 +55,7 @@ def test_the_first_prompts_are_those_after_the_ones_left_out(tmp_path):
 
 def test_a_fixed_text_gets_nothing_and_own_constraints_count():
     rows = read_prompts("test")[100:140]
-    boilerplate = "<<A>> *a* *b* *c* *d* [x] [y] [z] [w] [v]\nSection 1\nSECTION 1\nok\nP.S. ok\nP.P.S ok"
-    fixed = specific([{**row, "answers": [boilerplate], "whole": [True]} for row in rows])
+    fixed = specific([{**row, "answers": [BOILERPLATE], "whole": [True]} for row in rows])
     assert sum(value > 0 for (value,) in fixed) > 3 and sum(value for (value,) in fixed) == pytest.approx(0, abs=1e-9)
     title = {"id": "detectable_format:title", "arguments": {}}
     comma = {"id": "punctuation:no_comma", "arguments": {}}
@@ -63,6 +65,16 @@ def test_a_fixed_text_gets_nothing_and_own_constraints_count():
     values = specific([{**row, "answers": a, "whole": w} for row, a, w in zip(asked, answers, whole, strict=True)])
     # Own constraints less the share of the two other prompts; the last answer was cut.
     assert values == [[1 - 0, 0 - 1 / 2], [1 - 0, 0 - 0], [1 - 1, 0 - 0]]
+
+
+def test_what_a_text_that_knows_nothing_gets_of_the_reported_prompts():
+    """docs/RESULTS.md has these beside the models' numbers."""
+    reported = read_prompts("test")[100:]
+    shares = [
+        sum(all(followed(row["constraints"], text or row["prompt"])) for row in reported)
+        for text in (BOILERPLATE, None)
+    ]
+    assert len(reported) == 200 and shares == [84, 39]
 
 
 def test_constraints_are_counted_by_family():
