@@ -19,8 +19,6 @@ from rmipo.launch.choices import ROOT, check_names, is_setting
 from rmipo.recipe.files import merge
 from rmipo.record import recorded_run
 
-LIMITS = ("max_length", "max_prompt_length", "attention", "dataset_num_proc")
-
 
 def main() -> None:
     parser = cli.options(
@@ -41,7 +39,7 @@ def main() -> None:
         raise ConfigError(f"MODEL={model} has no recipe that names its pairs: say which, DATA=<folder or file>")
 
     from rmipo import RMiPOConfig, look  # imports torch, which takes seconds
-    from rmipo.data.pairs import load_pairs
+    from rmipo.data.pairs import LIMITS, load_pairs
     from rmipo.evaluation.target import find_target
     from rmipo.recipe.load import load_recipe
     from rmipo.recipe.schema import DataConfig, ModelConfig
@@ -58,9 +56,10 @@ def main() -> None:
         recipe = load_recipe(ROOT / "recipes" / model / "rmipo.yaml").values
     recipe = merge(recipe, {"dataset_name": args.data} if args.data else {})
     data = DataConfig(**{field.name: recipe[field.name] for field in fields(DataConfig) if field.name in recipe})
-    given = {name: value for name in LIMITS if (value := getattr(args, name, None))}
+    names = (*LIMITS, "attention", "dataset_num_proc")
+    given = {name: value for name in names if (value := getattr(args, name, None))}
     values = recipe | recipe.get("objective", {}) | given
-    known = {name: values[name] for name in (*LIMITS, *RMiPOConfig.__annotations__) if name in values}
+    known = {name: values[name] for name in (*names, *RMiPOConfig.__annotations__) if name in values}
     page = look(
         ModelConfig(model_name_or_path=str(folder), dtype=recipe.get("dtype", "auto")),
         load_pairs(data, args.split),

@@ -39,7 +39,7 @@ def main() -> None:
         raise ConfigError(f"{options.run} holds no finished run. Train it with make train MODEL=tiny.")
 
     from rmipo.data.chat import ChatFormat
-    from rmipo.data.pairs import load_pairs, tokenize_pairs
+    from rmipo.data.pairs import LIMITS, load_pairs, tokenize_pairs
     from rmipo.recipe.schema import DataConfig, ModelConfig
     from rmipo.tiny import judge
     from rmipo.tiny.files import read_world
@@ -51,7 +51,7 @@ def main() -> None:
     recipe = run["recipe"]
     data = DataConfig(**{field.name: recipe[field.name] for field in fields(DataConfig) if field.name in recipe})
     tokenizer = load_tokenizer(ModelConfig(model_name_or_path=str(options.run)))
-    limits = {key: recipe[key] for key in ("max_length", "max_prompt_length")}
+    limits = {key: recipe[key] for key in LIMITS if key in recipe}
     limits |= {key: getattr(data, key) for key in ("max_dropped_fraction", "max_truncated_fraction")}
     pairs, _ = tokenize_pairs(load_pairs(data, "test"), ChatFormat.probe(tokenizer), **limits)
     on_the_world = Path(recipe.get("dataset_name") or "") == options.world / "pairs"  # a mixture has none

@@ -8,7 +8,6 @@ import json
 import random
 from pathlib import Path
 
-from rmipo.constraints.instructions import DRAWN, registry
 from rmipo.recipe.files import read_yaml
 
 FOLDER = Path(__file__).parent
@@ -20,6 +19,8 @@ SINGLE = 0.5  # share of the training prompts with one constraint
 
 def make_prompts() -> dict[str, list[dict]]:
     """Per split: rows of `prompt` (text) and `constraints` (`{"id", "arguments"}`)."""
+    from rmipo.constraints.instructions import DRAWN, registry  # needs lm-eval; reading the prompts doesn't
+
     draw = random.Random(SEED)
     conflicts = registry().conflict_make(registry().INSTRUCTION_CONFLICTS)
     pairs = [pair for pair in itertools.combinations(DRAWN, 2) if pair[1] not in conflicts[pair[0]]]

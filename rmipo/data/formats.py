@@ -112,7 +112,8 @@ def read_row(row: Row, formats: Sequence[Format]) -> Sides:
     for form in formats:
         if all(name in row for name in form.columns) and (sides := form.read(row)) is not None:
             return with_system(row.get("system"), sides)
-    missing = [name for name in formats[-1].columns if row.get(name) is None]
+    lacking = ([name for name in form.columns if row.get(name) is None] for form in formats)
+    missing = min(filter(None, lacking), key=len, default=[])  # of the nearest format
     raise DataError(f"no {' or '.join(missing)}, and the other columns match no accepted format")
 
 

@@ -11,6 +11,8 @@ from rmipo.data.report import DataReport, rows_by_reason
 from rmipo.recipe.schema import DataConfig
 
 TOKEN_IDS = List(Value("int32"))
+# Keys that decide what becomes of a pair. Whoever scores the pairs of a run later takes the run's own.
+LIMITS = ("max_length", "max_prompt_length")
 
 
 def load_pairs(data_config: DataConfig, split: str) -> Dataset:
@@ -25,8 +27,8 @@ def tokenize_pairs(
     dataset: Dataset,
     chat_format: ChatFormat,
     *,
-    max_length: int,
-    max_prompt_length: int,
+    max_length: int = 2048,
+    max_prompt_length: int = 1800,
     max_dropped_fraction: float,
     max_truncated_fraction: float,
     num_proc: int | None = None,

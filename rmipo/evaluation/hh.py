@@ -52,7 +52,7 @@ def run(model_dir: str | Path, output_dir: str | Path, settings: dict) -> dict:
     """
     import torch
 
-    from rmipo.data.pairs import load_pairs
+    from rmipo.data.pairs import LIMITS, load_pairs
     from rmipo.data.sources import mixture_entries
     from rmipo.recipe.schema import DataConfig
 
@@ -64,7 +64,7 @@ def run(model_dir: str | Path, output_dir: str | Path, settings: dict) -> dict:
     if settings["limit"] is not None:
         pairs = {name: rows.select(range(min(settings["limit"], len(rows)))) for name, rows in pairs.items()}
 
-    options = {key: settings[key] for key in ("max_length", "max_prompt_length", "dtype")}
+    options = {key: settings[key] for key in (*LIMITS, "dtype")}
     Path(output_dir).mkdir(parents=True, exist_ok=True)
     metrics, per_prompt, weights = {}, {}, trained_fingerprint(Path(model_dir))
     for name in pairs:

@@ -22,12 +22,11 @@ def score_model(
     *,
     prior_context: str | None = None,
     header_in_response: bool = False,
-    max_length: int = 2048,
-    max_prompt_length: int = 1800,
     dtype: str = "auto",
     revision: str = "main",
     tokenizer_dir: str | Path | None = None,
     description: str = "scoring",
+    **limits: int,
 ) -> tuple[dict[str, torch.Tensor], list[int], DataReport]:
     """Score every usable pair of `pairs` (columns prompt, chosen, rejected, row) without gradients.
 
@@ -35,6 +34,7 @@ def score_model(
         prior_context: "header", "bos" or "none" to score log pi(y) too (see `ChatFormat.prior_context`), else None.
         header_in_response: whether the assistant header is scored as part of the response (the released code).
         tokenizer_dir: where the tokenizer and its chat template are, if not in `model_dir`.
+        limits: `data.pairs.LIMITS`, where they are not `tokenize_pairs`' own.
 
     Returns float32 tensors `(pairs,)` named like the fields of `PairScores`, the source row of each pair, and what was
     dropped and cut.
@@ -46,10 +46,9 @@ def score_model(
     tokenized, report = tokenize_pairs(
         pairs,
         chat,
-        max_length=max_length,
-        max_prompt_length=max_prompt_length,
         max_dropped_fraction=1.0,  # an evaluation counts what it can't use instead of refusing
         max_truncated_fraction=1.0,
+        **limits,
     )
     for line in report.lines():
         tqdm.write(f"{description}: {line}")

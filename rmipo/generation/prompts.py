@@ -50,7 +50,7 @@ def read_prompts(
         if limit is not None and len(prompts) == skip + limit:
             break
         # The prompts of preference data are the usual source of on-policy pairs.
-        is_pair = row.get("chosen") is not None and row.get("rejected") is not None
+        is_pair = any(all(row.get(name) is not None for name in form.columns) for form in PAIRS)
         try:
             messages = read_row(row, PAIRS if is_pair else PROMPTS)[0]
         except DataError as error:

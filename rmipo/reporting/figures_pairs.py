@@ -1,6 +1,6 @@
 """Figures drawn from per-pair scores: 3 (two signals on HH), 6 (reward differences), 8 (the margin gamma).
 
-Functions of plain arrays; `pair_scores` says where the arrays come from.
+Functions of plain arrays; `pair_arrays` says where the arrays come from.
 """
 
 from collections.abc import Iterable
@@ -14,7 +14,7 @@ from rmipo.objectives import RMiPO
 from rmipo.objectives.rmipo import SCHEDULES, scheduled_margin
 from rmipo.plots import BLUE, GREEN, GREY, ORANGE, PURPLE, RED, house_style, method_color, panel_letter, panels
 from rmipo.reporting.figures import density, footnotes, jitter, wasserstein
-from rmipo.reporting.pair_scores import AT_MAX, AT_MIN, Reading
+from rmipo.reporting.pair_arrays import AT_MAX, AT_MIN, Reading
 from rmipo.reporting.results import method_label
 
 BEHIND_TEXT = {"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 0.5}

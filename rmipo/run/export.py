@@ -87,8 +87,9 @@ def write_model_card(folder: str | Path) -> Path:
     run = recorded_run(folder)
     recipe = run["recipe"]
     preference = "objective" in recipe
-    paper = PAPERS[recipe["objective"]["name"]] if preference else None
-    method = f"{paper.name} (preference optimization)" if preference else "Supervised fine-tuning"
+    name = recipe["objective"]["name"] if preference else None
+    paper = PAPERS.get(name)  # none for a loss of one's own
+    method = f"{paper.name if paper else name} (preference optimization)" if preference else "Supervised fine-tuning"
     sources = [recipe["dataset_name"]] if recipe.get("dataset_name") else [d["path"] for d in recipe["datasets"]]
     base = recipe["model_name_or_path"]
     # The hub links names of its own; a folder of this machine means nothing there.

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rmipo.data.chat import PROBES, ChatFormat, DataError, freeze_date
 from rmipo.data.convert import MESSAGES, convert_rows
 from rmipo.data.formats import PAIRS, SIDES
-from rmipo.data.pairs import tokenize_pairs
+from rmipo.data.pairs import LIMITS, tokenize_pairs
 from rmipo.data.report import DataReport, of_split
 from rmipo.fingerprints import json_fingerprint, model_fingerprint, rows_fingerprint
 from rmipo.objectives import PRIORS, build_objective
@@ -144,11 +144,10 @@ class TokenizedPairs:
             dataset, self.reports[split] = tokenize_pairs(
                 rows,
                 self.chat,
-                max_length=args.max_length,
-                max_prompt_length=args.max_prompt_length,
                 max_dropped_fraction=args.max_dropped_fraction,
                 max_truncated_fraction=args.max_truncated_fraction,
                 num_proc=args.dataset_num_proc,
+                **{name: getattr(args, name) for name in LIMITS},
             )
         for line in self.reports[split].lines():
             PartialState().print(f"{split}: {line}")

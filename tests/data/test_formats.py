@@ -125,6 +125,12 @@ def test_the_dialogue_of_a_row(row, messages):
     assert formats.read_row(row, formats.DIALOGUES) == (messages, [])
 
 
+def test_a_row_of_no_format_is_told_what_the_nearest_one_has():
+    asked = formats.Format(("question", "good", "bad"), lambda row: None)
+    with pytest.raises(DataError, match="no prompt, and"):
+        formats.read_row({"chosen": "a", "rejected": "b"}, (*formats.PAIRS, asked))
+
+
 def test_a_system_column_in_front_of_no_turns():
     row = {"system": "Be brief", "chosen": [user("a"), assistant("b")], "rejected": [user("c"), assistant("d")]}
     prompt, *_ = formats.read_row(row, formats.PAIRS)

@@ -1,5 +1,7 @@
 """Tokenised pairs: unusable rows and their reasons, cutting, the report, the fingerprint."""
 
+import dataclasses
+import inspect
 import json
 
 import numpy as np
@@ -7,7 +9,8 @@ import pytest
 from datasets import enable_progress_bars
 
 from rmipo.data.chat import ChatFormat, DataError
-from rmipo.data.pairs import cut_pair
+from rmipo.data.pairs import LIMITS, cut_pair, tokenize_pairs
+from rmipo.recipe.arguments import PairConfig
 from tests.helpers.families import LLAMA3_TEMPLATE, make_tokenizer
 from tests.helpers.rows import assistant, pair, pairs, tokenize, user
 
@@ -218,3 +221,10 @@ def test_a_template_that_refuses_a_row():
     rows = [pair(0), pair(1, prompt=[{"role": "system", "content": "Be brief"}, user("a")])]
     _, report = tokenize(rows, "gemma")
     assert report.dropped == {"the chat template refuses: System role not supported": [1]}
+
+
+def test_every_limit_of_pairs_is_a_key_that_later_scores_take_over():
+    """Figures would otherwise show other pairs than the run was trained on."""
+    others = {"dataset", "chat_format", "max_dropped_fraction", "max_truncated_fraction", "num_proc"}
+    assert {*inspect.signature(tokenize_pairs).parameters} - others == {*LIMITS}
+    assert {*LIMITS} <= {field.name for field in dataclasses.fields(PairConfig)}

@@ -14,7 +14,7 @@ from rmipo.plots import save
 from rmipo.reporting.figures import density, draw_curves, jitter, wasserstein
 from rmipo.reporting.figures_pairs import distance_interval, figure3, figure6, figure8
 from rmipo.reporting.figures_runs import figure2, figure5, figure7, lines_over, measured
-from rmipo.reporting.pair_scores import Reading, differences
+from rmipo.reporting.pair_arrays import Reading, differences
 from rmipo.reporting.results import ReportError
 from tests.helpers.result_files import write_result, write_run
 

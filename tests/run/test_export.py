@@ -161,6 +161,16 @@ def test_card_of_published_adapters_trained_on_a_mixture(tmp_path, monkeypatch):
     assert yaml.safe_load(body.partition("```yaml\n")[2].partition("```")[0]) == recipe
 
 
+def test_card_of_a_loss_without_a_paper(tmp_path):
+    """It is written at the end of the training, which would be lost."""
+    recipe = {"model_name_or_path": "org/base", "dataset_name": "org/pairs", "objective": {"name": "my-loss"}}
+    write_record(tmp_path / "tiny/my-loss", recipe)
+    assert (
+        "my-loss (preference optimization) of `org/base`"
+        in export.write_model_card(tmp_path / "tiny/my-loss").read_text()
+    )
+
+
 @pytest.mark.parametrize("stage, form", [("rmipo", "on_policy_ultrafeedback"), ("sft", "ultrachat")])
 def test_adapters_are_verified_too(tmp_path, stage, form):
     overrides = make_twin(tmp_path, f"tiny/{stage}", "llama3", form)

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from rmipo.data.pairs import load_pairs
+from rmipo.data.pairs import LIMITS, load_pairs
 from rmipo.data.sources import load_sources, mix, mixture_entries
 from rmipo.evaluation.pair_scores import native_rewards, score_model
 from rmipo.fingerprints import has_weights, trained_fingerprint
@@ -72,7 +72,7 @@ def run_scores(
 def scoring_options(run: TrainingRun) -> dict:
     """Those of the run's own recipe: its pairs are scored as they were in training."""
     recipe = run.record["recipe"]
-    return {name: recipe[name] for name in ("max_length", "max_prompt_length", "dtype") if name in recipe}
+    return {name: recipe[name] for name in (*LIMITS, "dtype") if name in recipe}
 
 
 def scored_with(run: TrainingRun, split: str) -> str:
