@@ -25,7 +25,7 @@ from rmipo.reporting.results import (
     PAPER_MODELS,
     RECIPES,
     ReportError,
-    TrainingRun,
+    RunFolder,
     check_model,
     load_run,
     method_label,
@@ -137,7 +137,7 @@ def draw8(args: argparse.Namespace) -> "Figure":
     return figures_pairs.figure8(readings, objective, title, peak, [pair_arrays.scored_with(run, args.split)])
 
 
-def scored_run(args: argparse.Namespace, method: str) -> TrainingRun:
+def scored_run(args: argparse.Namespace, method: str) -> RunFolder:
     """What Figure 8 scores with: a finished run; or a model as if the setting's recipe had left it unchanged."""
     from rmipo.evaluation.target import find_target
     from rmipo.recipe.load import load_recipe
@@ -149,10 +149,10 @@ def scored_run(args: argparse.Namespace, method: str) -> TrainingRun:
         raise ReportError(f"MODEL={args.model} has no recipe that names its pairs: say which, DATA=<folder>")
     folder = find_target(args.model, method if known else args.method or None, args.outputs, []).folder
     recipe = load_recipe(RECIPES / args.model / "rmipo.yaml").values if known else {}
-    return TrainingRun(folder, {"recipe": recipe, "objective": {"name": "rmipo"} | recipe.get("objective", {})})
+    return RunFolder(folder, {"recipe": recipe, "objective": {"name": "rmipo"} | recipe.get("objective", {})})
 
 
-def finished_run(outputs: Path, model: str, method: str) -> TrainingRun:
+def finished_run(outputs: Path, model: str, method: str) -> RunFolder:
     run = load_run(outputs, model, method)
     if run is None or not run.finished:
         raise ReportError(f"{outputs / model / method} holds no finished run: run `{train_command(model, method)}`")

@@ -13,7 +13,7 @@ from rmipo.data.report import DataReport, rows_by_reason
 from rmipo.fingerprints import json_fingerprint
 from rmipo.recipe.schema import DataConfig
 
-SIDES = {"messages": MESSAGES, "completion": MESSAGES}
+COLUMNS = {"messages": MESSAGES, "completion": MESSAGES}
 TEXTS = dict.fromkeys(("ids", "problem"), Value("string"))
 
 
@@ -22,7 +22,7 @@ def load_dialogues(data_config: DataConfig, split: str) -> Dataset:
 
     `completion` has the last of the messages where a row is a prompt and its completion; it is empty for dialogues.
     """
-    return load_converted(data_config, split, DIALOGUES, SIDES)
+    return load_converted(data_config, split, DIALOGUES, COLUMNS)
 
 
 def select_dialogues(

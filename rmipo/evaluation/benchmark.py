@@ -12,7 +12,7 @@ from pathlib import Path
 from rmipo.generation.judge import shown
 
 # Settings that change what an evaluation costs or how it goes on, and not what it measures.
-WITHOUT_EFFECT = {
+COSTS_ALONE = {
     "price", "max_cost", "concurrency", "max_retries", "retry_wait", "timeout", "max_missing", "generate_only",
     "batch_size", "device", "engine",
 }  # fmt: skip
@@ -76,7 +76,7 @@ def contradictions(asked: dict, recorded: dict, prefix: str = "") -> list[str]:
     """
     found = []
     for key, value in asked.items():
-        if key in WITHOUT_EFFECT or key not in recorded:  # what isn't recorded had no part in it
+        if key in COSTS_ALONE or key not in recorded:  # what isn't recorded had no part in it
             continue
         if isinstance(value, dict) and isinstance(recorded[key], dict):
             found += contradictions(value, recorded[key], f"{prefix}{key}.")

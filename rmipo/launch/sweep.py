@@ -28,7 +28,7 @@ RECORD = "sweep.jsonl"
 OWN_KEYS = {"parameters", "measure"}  # of a setting's search.yaml; `measure` is read by make compare
 
 
-class Metric(pydantic.BaseModel):
+class Goal(pydantic.BaseModel):
     name: Annotated[str, pydantic.Field(pattern="^eval/")]  # on training data the best point would be the largest step
     goal: Literal["maximize", "minimize"]
 
@@ -37,7 +37,7 @@ class Sweep(pydantic.BaseModel):
     """What a sweep file says that is read here; W&B reads the rest."""
 
     method: Literal["grid"]
-    metric: Metric
+    metric: Goal
     parameters: Annotated[dict[str, list], pydantic.Field(min_length=1)]
 
     @property

@@ -19,7 +19,7 @@ def option(default: Any, help: str, **metadata: Any) -> Any:
 
 
 # Arguments of `TrainingArguments` that would be ignored in silence, or spoil a run, and what to do in their place.
-REFUSED = {
+UNUSABLE = {
     "label_smoothing_factor": "no objective reads it; RMiPO and SimPO have label_smoothing",
     "dataloader_drop_last": "the last step of an epoch takes the pairs that are left",
     "bf16_full_eval": "the evaluation after the training would round the weights that are saved",
@@ -78,7 +78,7 @@ class PairConfig(TrainingArguments):
             self.use_liger_kernel = is_liger_kernel_available() and not self.use_cpu and torch.cuda.is_available()
         if self.use_liger_kernel:
             self.liger_kernel_config = LIGER | (self.liger_kernel_config or {})
-        given = [f"{key} can't be set: {why}" for key, why in REFUSED.items() if getattr(self, key)]
+        given = [f"{key} can't be set: {why}" for key, why in UNUSABLE.items() if getattr(self, key)]
         if self.train_sampling_strategy != "random":
             given.append(
                 f"train_sampling_strategy is {self.train_sampling_strategy}: expected random, as steps are drawn here"

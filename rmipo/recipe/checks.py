@@ -24,10 +24,10 @@ REFUSED = {
     "chat_template_path": "use chat_template",
     "auto_find_batch_size": "it would change the batch size behind global_batch_size",
     "resume_from_checkpoint": "the same command goes on from its last complete checkpoint",
-    "bf16_full_eval": arguments.REFUSED["bf16_full_eval"],
-    "fp16_full_eval": arguments.REFUSED["fp16_full_eval"],
+    "bf16_full_eval": arguments.UNUSABLE["bf16_full_eval"],
+    "fp16_full_eval": arguments.UNUSABLE["fp16_full_eval"],
 }
-REFUSED_IN_PREFERENCE = arguments.REFUSED | {
+REFUSED_IN_PREFERENCE = arguments.UNUSABLE | {
     "attn_implementation": "packed pairs have their own kernels: use attention"
 }
 # Recipes are saved beside models, logged and sent to trackers.

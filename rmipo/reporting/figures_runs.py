@@ -22,7 +22,7 @@ from rmipo.reporting.results import (
     RECIPES,
     ReportError,
     Result,
-    TrainingRun,
+    RunFolder,
     eval_command,
     find_runs,
     load_result,
@@ -41,7 +41,7 @@ FIGURE7_METHODS = ("dpo", "beta-dpo", "epsilon-dpo", "alpha-dpo", "simpo", "simp
 class Measured(NamedTuple):
     """A finished run with its value of the metric, and the evaluation that it was read from, if it was."""
 
-    run: TrainingRun
+    run: RunFolder
     value: float
     error: float | None  # standard error of the evaluation
     result: Result | None
@@ -292,7 +292,7 @@ def figure7(outputs: Path, model: str) -> Figure:
     return figure
 
 
-def draw_hours(axis: Axes, runs: dict[str, TrainingRun], model: str) -> list[str]:
+def draw_hours(axis: Axes, runs: dict[str, RunFolder], model: str) -> list[str]:
     """Bars of a run's hours, start to saved model, with peak memory on them; returns the kinds of hardware.
 
     The paper's hours are open diamonds, its memory is in brackets.
@@ -321,7 +321,7 @@ def draw_hours(axis: Axes, runs: dict[str, TrainingRun], model: str) -> list[str
     return kinds
 
 
-def hardware_of(run: TrainingRun) -> str:
+def hardware_of(run: RunFolder) -> str:
     """E.g. "4 x NVIDIA A800-SXM4-80GB", from run.json."""
     counts = Counter(run.record.get("hardware", ["unknown hardware"]))
     return ", ".join(f"{count} x {name}" for name, count in counts.items())

@@ -16,7 +16,7 @@ from rmipo.objectives.rmipo import delta_pmi, pmi
 from rmipo.page.look import sample
 from rmipo.recipe.schema import DataConfig
 from rmipo.record import package_versions
-from rmipo.reporting.results import ReportError, Result, TrainingRun, eval_command, load_result
+from rmipo.reporting.results import ReportError, Result, RunFolder, eval_command, load_result
 
 SCORE_COLUMNS = ["score_chosen", "score_rejected"]
 AT_MAX = 1e-6
@@ -51,14 +51,14 @@ def differences(scores: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
     return {"loglik": loglik.numpy(), "pmi": delta_pmi(chosen, rejected).numpy()}
 
 
-def data_config(run: TrainingRun) -> DataConfig:
+def data_config(run: RunFolder) -> DataConfig:
     """The data part of the recipe that a run was trained with."""
     recipe = run.record["recipe"]
     return DataConfig(**{field.name: recipe[field.name] for field in fields(DataConfig) if field.name in recipe})
 
 
 def run_scores(
-    run: TrainingRun, split: str, max_pairs: int, prior_context: str | None, header_in_response: bool = False
+    run: RunFolder, split: str, max_pairs: int, prior_context: str | None, header_in_response: bool = False
 ) -> tuple[dict[str, torch.Tensor], list[int]]:
     """Scores of a run's own pairs under its final policy, and their source rows: the pairs that `make look` draws."""
     pairs = sample(load_pairs(data_config(run), split), max_pairs)
@@ -69,13 +69,13 @@ def run_scores(
     return scores, rows
 
 
-def scoring_options(run: TrainingRun) -> dict:
+def scoring_options(run: RunFolder) -> dict:
     """Those of the run's own recipe: its pairs are scored as they were in training."""
     recipe = run.record["recipe"]
     return {name: recipe[name] for name in (*LIMITS, "dtype") if name in recipe}
 
 
-def scored_with(run: TrainingRun, split: str) -> str:
+def scored_with(run: RunFolder, split: str) -> str:
     """For a note under figures 6 and 8: pairs, arithmetic and versions behind `run_scores`."""
     sources = ", ".join(entry["path"] for entry in mixture_entries(data_config(run)))
     options = scoring_options(run) | ({"bf16": "autocast"} if run.record["recipe"].get("bf16") else {})
@@ -84,7 +84,7 @@ def scored_with(run: TrainingRun, split: str) -> str:
     return f"Log-probabilities of given responses, {split} pairs of {sources}: {made}."
 
 
-def judge_differences(run: TrainingRun, split: str, rows: list[int]) -> np.ndarray:
+def judge_differences(run: RunFolder, split: str, rows: list[int]) -> np.ndarray:
     """Figure 6's REF: the judge's score of chosen minus rejected for the given source rows."""
     config, scored = data_config(run), []
     for name, dataset in load_sources(config, split):
@@ -95,7 +95,7 @@ def judge_differences(run: TrainingRun, split: str, rows: list[int]) -> np.ndarr
     return np.array([by_row[row] for row in rows], dtype=np.float64)
 
 
-def reward_differences(run: TrainingRun, split: str, max_pairs: int) -> tuple[np.ndarray, list[int]]:
+def reward_differences(run: RunFolder, split: str, max_pairs: int) -> tuple[np.ndarray, list[int]]:
     """Figure 6: the run's own reward of chosen minus rejected, and the source rows."""
     scores, rows = run_scores(run, split, max_pairs, prior_context=None)
     chosen, rejected = native_rewards(run.objective, scores)
@@ -111,7 +111,7 @@ class Reading:
     length_difference: np.ndarray
 
 
-def gamma_readings(run: TrainingRun, split: str, max_pairs: int) -> dict[str, Reading]:
+def gamma_readings(run: RunFolder, split: str, max_pairs: int) -> dict[str, Reading]:
     """Figure 8: margins of a run's pairs under its final policy, by three readings of the formula.
 
     "as in the recipe" marks the run's own.
@@ -161,7 +161,7 @@ def summarize(readings: dict[str, Reading], gamma_min: float, gamma_max: float) 
     return pd.DataFrame.from_dict(rows, orient="index")
 
 
-def rmipo_objective(run: TrainingRun) -> RMiPO:
+def rmipo_objective(run: RunFolder) -> RMiPO:
     """The objective of a run whose gamma Figure 8 can show; ReportError for any other."""
     # A constant margin, or one that another signal drives, would be drawn as if Delta_pmi had made it.
     objective = build_objective(run.objective) if run.objective else None

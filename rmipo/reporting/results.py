@@ -70,7 +70,7 @@ class Result:
 
 
 @dataclass(frozen=True)
-class TrainingRun:
+class RunFolder:
     """One training run's folder; `record` is its run.json."""
 
     folder: Path
@@ -121,7 +121,7 @@ def load_result(outputs: Path, model: str, method: str, bench: str, name: str = 
 
 
 def load_results(
-    outputs: Path, model: str, method: str, bench: str, runs: list[TrainingRun], name: str = ""
+    outputs: Path, model: str, method: str, bench: str, runs: list[RunFolder], name: str = ""
 ) -> list[Result]:
     """The result of a run, and those of finished runs among `runs` that differ from it in the seed alone.
 
@@ -173,16 +173,16 @@ def is_trained(outputs: Path, model: str, method: str) -> bool:
     return run is not None and run.finished
 
 
-def load_run(outputs: Path, model: str, method: str) -> TrainingRun | None:
+def load_run(outputs: Path, model: str, method: str) -> RunFolder | None:
     """The run folder of one training, or None if it isn't there."""
     record = recorded_run(outputs / model / method)
-    return TrainingRun(outputs / model / method, record) if record else None
+    return RunFolder(outputs / model / method, record) if record else None
 
 
-def find_runs(outputs: Path, model: str) -> list[TrainingRun]:
+def find_runs(outputs: Path, model: str) -> list[RunFolder]:
     """Every run folder below outputs/<model>, sweeps included, sorted by path."""
     folders = sorted(path.parent for path in (outputs / model).rglob("run.json"))
-    return [TrainingRun(folder, recorded_run(folder)) for folder in folders]
+    return [RunFolder(folder, recorded_run(folder)) for folder in folders]
 
 
 def model_label(model: str) -> str:

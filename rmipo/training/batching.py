@@ -22,7 +22,7 @@ from rmipo.training.packing import PackedSequence, TensorFields, pack_pairs, pac
 # Micro-batches in one forward without gradient: under ZeRO-3 the parameters are gathered that much less often than for
 # one at a time, while the logits of a whole step would not fit (32 long pairs of Llama-3: 34 GB).
 HOISTED_MICRO_BATCHES = 4
-SIDES = ("chosen", "rejected")
+RESPONSES = ("chosen", "rejected")
 
 
 class MicroBatch(NamedTuple):
@@ -183,7 +183,7 @@ class PairDataset(Dataset):
             # The next row, not a random one: KTO's reference terms are scored once, before training.
             partners = self._rows([(i + 1) % len(self) for i in micro_batch.indices])
             for row, partner in zip(rows, partners, strict=True):
-                row |= {f"mismatched_{side}_ids": partner[f"{side}_ids"] for side in SIDES}
+                row |= {f"mismatched_{side}_ids": partner[f"{side}_ids"] for side in RESPONSES}
         for name, values in self.scores.items():
             for row, index in zip(rows, micro_batch.indices, strict=True):
                 row[name] = values[index].item()

@@ -27,7 +27,7 @@ class ParityError(UserError, RuntimeError):
     """The packed forward disagrees with the plain one: training would optimise something else."""
 
 
-class Scored(NamedTuple):
+class Scores(NamedTuple):
     logps: Tensor  # (R,) of the response tokens
     hidden: Tensor  # (R, ...) behind the first layer of each kind, where those tokens are predicted
 
@@ -86,15 +86,15 @@ def first_rows(rows: list[dict]) -> list[dict]:
     return rows[:count]
 
 
-def _packed(model: torch.nn.Module, unwrapped: PreTrainedModel, rows: list[dict], kind: str) -> Scored:
+def _packed(model: torch.nn.Module, unwrapped: PreTrainedModel, rows: list[dict], kind: str) -> Scores:
     pairs = pack_pairs(rows).to(unwrapped.device)
     inputs = scoring.forward_inputs(pairs, kind, unwrapped.config)
     output = model(**inputs, logits_to_keep=pairs.scored, output_hidden_states=True)
     hidden = _behind_first_layers(output, unwrapped.config)[0, pairs.scored]
-    return Scored(scoring.token_logps(model, pairs, kind, unwrapped.config), hidden)
+    return Scores(scoring.token_logps(model, pairs, kind, unwrapped.config), hidden)
 
 
-def _plain(model: torch.nn.Module, unwrapped: PreTrainedModel, rows: list[dict], implementation: str) -> Scored:
+def _plain(model: torch.nn.Module, unwrapped: PreTrainedModel, rows: list[dict], implementation: str) -> Scores:
     """The responses as an ordinary batch, padded on the right."""
     unwrapped.set_attn_implementation(implementation)
     sequences = [(row["prompt_ids"], row[f"{side}_ids"]) for row in rows for side in ("chosen", "rejected")]
@@ -112,7 +112,7 @@ def _plain(model: torch.nn.Module, unwrapped: PreTrainedModel, rows: list[dict],
         labels = batch["input_ids"][number, len(prompt) : len(prompt) + len(response)]
         logps.append(label_logps(output.logits[number, scored], labels))
         states.append(hidden[number, scored])
-    return Scored(torch.cat(logps), torch.cat(states))
+    return Scores(torch.cat(logps), torch.cat(states))
 
 
 def _behind_first_layers(output, config: PreTrainedConfig) -> Tensor:

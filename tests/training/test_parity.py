@@ -196,7 +196,7 @@ def compare(monkeypatch):
         def scored(logps, hidden):
             def score(model, unwrapped, rows, *options):
                 calls.append((len(rows), torch.is_grad_enabled()))
-                return parity.Scored(plain + torch.zeros(100) + logps, torch.tensor([1.0, -3.0]) + hidden)
+                return parity.Scores(plain + torch.zeros(100) + logps, torch.tensor([1.0, -3.0]) + hidden)
 
             return score
 
