@@ -40,7 +40,8 @@ from rmipo.training import attention
 from rmipo.training.parity import check_parity
 
 # Part of the name that a GPU reports -> dense bfloat16 peak in FLOP/s; the first that fits. Others have no MFU.
-PEAKS = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "A100": 312e12, "A800": 312e12}
+PEAKS = {"H100 PCIe": 756e12, "H100 NVL": 835e12} | dict.fromkeys(("H100", "H200", "H800"), 989e12)
+PEAKS |= dict.fromkeys(("A100", "A800"), 312e12)
 BASES = ("padded-rmipo", "padded-simpo", "simpo")
 OURS = ("rmipo", "simpo", "dpo")
 MINUTES = 8.0  # after which no further round starts

@@ -140,7 +140,7 @@ def program() -> Iterator[None]:
     except BrokenPipeError:  # its reader has seen enough, such as `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except SystemExit as end:
-        # A text is an error of somebody else's: Python prints it.
+        # A library called sys.exit with a message: Python prints it.
         if not isinstance(end.code, int | None):
             raise
         code = end.code or 0

@@ -173,6 +173,8 @@ def contrast(ours: list[list[float]], theirs: list[list[float]]) -> Contrast:
     differences = np.asarray(ours, dtype=float) - np.asarray(theirs, dtype=float)  # None is NaN
     differences = differences[:, ~np.isnan(differences).any(axis=0)]
     seeds, prompts = differences.shape
+    if not prompts:  # nothing that both were measured on
+        return Contrast(np.nan, np.nan, np.nan, 1.0, np.nan)
     # Seeds and prompts are resampled together: another study would have others of both.
     draw = np.random.default_rng(0)
     means = np.empty(DRAWS)

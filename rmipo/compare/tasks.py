@@ -91,7 +91,7 @@ class WorldTask(PairsTask):
 
 
 class ConstraintsTask(PairsTask):
-    """Pairs from the model's own answers; measured by `BENCH=constraints` and `BENCH=specificity`, which need no judge.
+    """Pairs from the model's own answers; measured by the benchmarks of search.yaml, which need no judge.
 
     Args:
         settings: per purpose ("search", "report") the settings of each benchmark: those of the setting's eval.yaml with

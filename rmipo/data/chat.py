@@ -176,7 +176,7 @@ class ChatFormat:
     def alters(self, prompt: Messages, chosen: Messages, rejected: Messages, rendered: tuple[str, str, str]) -> bool:
         """Whether the template leaves out part of an earlier answer, or adds more to a response than to the probes' one."""
         prompt_text, *responses = rendered
-        # Reasoning models leave earlier thoughts out: trained as generation will see it, but worth a word.
+        # Templates of reasoning models leave earlier thoughts out, as generation will see them: reported, not refused.
         if any(turn["role"] == "assistant" and turn["content"].strip() not in prompt_text for turn in prompt):
             return True
         if self.header_in_response:  # there is no telling it from what else the template adds

@@ -149,10 +149,11 @@ def read_turns(value: Any, role: str, column: str) -> Messages:
             raise DataError(f"`{column}` has the role {message['role']!r}, expected {', '.join(ROLES)}")
         if not isinstance(message["content"], str | None):
             raise DataError(f"`{column}` has content of type {type(message['content']).__name__}, expected text")
-        marks = [key for key in MARKS if message.get(key) is not None]
-        if unread := [key for key in UNREAD_KEYS if message.get(key)] + marks:
+        if marks := [key for key in MARKS if message.get(key) is not None]:
+            raise DataError(f"`{column}` has messages with {', '.join(marks)}, which is not supported: remove the key")
+        if unread := [key for key in UNREAD_KEYS if message.get(key)]:
             raise DataError(
-                f"`{column}` has messages with {', '.join(unread)}, which are not supported: remove them, or use content"
+                f"`{column}` has messages with {', '.join(unread)}, which are not supported: put them into content"
             )
         messages.append({"role": message["role"], "content": message["content"] or ""})
     return messages

@@ -8,11 +8,12 @@ from rmipo.data.chat import ChatFormat, DataError, TokenPair
 from rmipo.data.convert import MESSAGES, code_digest, load_converted
 from rmipo.data.formats import PAIRS, SIDES, has_markers, unusable_pair
 from rmipo.data.report import DataReport, rows_by_reason
+from rmipo.recipe.arguments import PairConfig
 from rmipo.recipe.schema import DataConfig
 
 TOKEN_IDS = List(Value("int32"))
 # Keys that decide what becomes of a pair. Whoever scores the pairs of a run later takes the run's own.
-LIMITS = ("max_length", "max_prompt_length")
+LIMITS = {name: getattr(PairConfig, name) for name in ("max_length", "max_prompt_length")}  # with their defaults
 
 
 def load_pairs(data_config: DataConfig, split: str) -> Dataset:
@@ -27,8 +28,8 @@ def tokenize_pairs(
     dataset: Dataset,
     chat_format: ChatFormat,
     *,
-    max_length: int = 2048,
-    max_prompt_length: int = 1800,
+    max_length: int = LIMITS["max_length"],
+    max_prompt_length: int = LIMITS["max_prompt_length"],
     max_dropped_fraction: float,
     max_truncated_fraction: float,
     num_proc: int | None = None,

@@ -29,7 +29,7 @@ DEFAULTS = {
     "answers": 1,  # per prompt; standard errors are over prompts
     "generation": {},
 }
-FAMILIES = (  # of `instructions.DRAWN`, which only machines with lm-eval can import
+FAMILIES = (  # of `instructions.DRAWN`, whose import needs lm-eval
     "frequency", "letter_frequency", "number_paragraphs", "number_placeholders", "postscript", "number_bullet_lists",
     "number_highlighted_sections", "multiple_sections", "title", "no_comma",
 )  # fmt: skip
@@ -67,7 +67,7 @@ def run(model_dir: str | Path, output_dir: str | Path, settings: dict) -> dict:
     }
     by_prompt = {name: [100 * mean(of_prompt) for of_prompt in rows] for name, rows in values.items()}
     metrics = {"constraints_cut": generator.cut} | by_family(results)
-    # What a text gets that knows nothing: below these a method has learned nothing that counts.
+    # What texts get that know nothing. A share below these does not show that constraints were read.
     metrics["constraints_fixed"] = 100 * mean(all(followed(row["constraints"], BOILERPLATE)) for row in prompts)
     metrics["constraints_repeated"] = 100 * mean(all(followed(row["constraints"], row["prompt"])) for row in prompts)
     for name, percents in by_prompt.items():
@@ -133,7 +133,9 @@ BENCHMARK = Benchmark(
         "constraints_fixed": Metric("A fixed text (%)", better=None, detail=True),
         "constraints_repeated": Metric("The prompt itself (%)", better=None, detail=True),
         **{
-            f"constraints_{name}": Metric(name.removeprefix("number_").replace("_", " ").capitalize(), detail=True)
+            f"constraints_{name}": Metric(
+                f"{name.removeprefix('number_').replace('_', ' ').capitalize()} (%)", detail=True
+            )
             for name in FAMILIES
         },
     },

@@ -64,7 +64,7 @@ def run(model_dir: str | Path, output_dir: str | Path, settings: dict) -> dict:
     if settings["limit"] is not None:
         pairs = {name: rows.select(range(min(settings["limit"], len(rows)))) for name, rows in pairs.items()}
 
-    options = {key: settings[key] for key in (*LIMITS, "dtype")}
+    options = {key: settings[key] for key in (*LIMITS, "dtype") if key in settings}
     Path(output_dir).mkdir(parents=True, exist_ok=True)
     metrics, per_prompt, weights = {}, {}, trained_fingerprint(Path(model_dir))
     for name in pairs:

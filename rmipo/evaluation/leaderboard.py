@@ -33,23 +33,22 @@ GPQA_CHOICES = 4
 MMLU_PRO_CHOICES = 10
 
 
-class LeaderboardTask(NamedTuple):
+class Part(NamedTuple):
     name: str  # lm-eval's
     label: str
     data: str  # on the hub
 
 
 TASKS = {  # by their names in TASKS=...
-    "ifeval": LeaderboardTask("leaderboard_ifeval", "IFEval", "wis-k/instruction-following-eval"),
-    "bbh": LeaderboardTask("leaderboard_bbh", "BBH", "SaylorTwift/bbh"),
-    "math": LeaderboardTask("leaderboard_math_hard", "MATH", "DigitalLearningGmbH/MATH-lighteval"),
-    "gpqa": LeaderboardTask("leaderboard_gpqa", "GPQA", "Idavidrein/gpqa"),
-    "musr": LeaderboardTask("leaderboard_musr", "MUSR", "TAUR-Lab/MuSR"),
-    "mmlu_pro": LeaderboardTask("leaderboard_mmlu_pro", "MMLU-PRO", "TIGER-Lab/MMLU-Pro"),
-    "gsm8k": LeaderboardTask(
-        "gsm8k", "GSM8K", "openai/gsm8k"
-    ),  # these two aren't the leaderboard's: what preference training
-    "mmlu": LeaderboardTask("mmlu", "MMLU", "cais/mmlu"),  # costs elsewhere
+    "ifeval": Part("leaderboard_ifeval", "IFEval", "wis-k/instruction-following-eval"),
+    "bbh": Part("leaderboard_bbh", "BBH", "SaylorTwift/bbh"),
+    "math": Part("leaderboard_math_hard", "MATH", "DigitalLearningGmbH/MATH-lighteval"),
+    "gpqa": Part("leaderboard_gpqa", "GPQA", "Idavidrein/gpqa"),
+    "musr": Part("leaderboard_musr", "MUSR", "TAUR-Lab/MuSR"),
+    "mmlu_pro": Part("leaderboard_mmlu_pro", "MMLU-PRO", "TIGER-Lab/MMLU-Pro"),
+    # Not the leaderboard's: what preference training costs elsewhere.
+    "gsm8k": Part("gsm8k", "GSM8K", "openai/gsm8k"),
+    "mmlu": Part("mmlu", "MMLU", "cais/mmlu"),
 }
 # lm-eval's "auto" begins with 64 prompts as long as the model's context: more than a CPU's memory, and no error ends it.
 CPU_BATCH = 8

@@ -1,8 +1,8 @@
 """How well a model ranks answers that are there already, right ones above wrong ones to the same prompt: no sampling.
 
 The initial model answers the held-out prompts of `constraints`, once for all models trained from it, and a program says which
-answers are right. Every model then scores the same answers, in two forwards per prompt. Chance has 50% of the couples in order.
-Answers that were cut are left out: PMI per token tells short from long better than right from wrong.
+answers are right. Every model then scores the same answers, in a few forwards per prompt. Chance has 50% of couples in order.
+Answers that were cut are left out: nearly all of them are wrong and long, and PMI per token ranks by length.
 """
 
 from collections.abc import Sequence
@@ -49,6 +49,7 @@ def run(model_dir: str | Path, output_dir: str | Path, settings: dict) -> dict:
     settings["initial_fingerprint"] = model_fingerprint(settings["initial"])
     prompts, requests = held_out(settings)
     # Of models that are measured side by side the first one has the answers made, and the others wait for them.
+    print(f"ranking: answers of {settings['initial']}, made once or waited for", flush=True)
     kept = Path(settings["initial"]) / "eval/answers"
     with locked(kept, wait=-1), Generator(settings["initial"], settings["generation"]) as generator:
         answers = generator.ask("ranking", requests)
@@ -75,7 +76,7 @@ def run(model_dir: str | Path, output_dir: str | Path, settings: dict) -> dict:
     for name, percents in values.items():
         known = [percent for percent in percents if percent is not None]
         metrics |= {name: mean(known), f"{name}_standard_error": standard_error(known), "ranking_prompts": len(known)}
-    settings["prompts_sha256"] = json_fingerprint(prompts)
+    settings |= {"prompts_sha256": json_fingerprint(prompts), "answers_sha256": json_fingerprint(answers)}
     weights = trained_fingerprint(Path(model_dir))  # the generator's are the initial model's
     return generator.result(metrics, settings, ["lm_eval"], per_prompt=values, fingerprint=weights)
 
@@ -89,7 +90,7 @@ def verified(constraints: list[dict], answers: list[str], finishes: list[str]) -
 
 
 def auc(scores: Sequence[float], right: Sequence[bool]) -> float | None:
-    """Percent of the couples of a right and a wrong answer that the scores order, a tie is half; None without a couple."""
+    """Percent of the couples of a right and a wrong answer that the scores order; a tie counts half. None without a couple."""
     scores, right = np.asarray(scores), np.asarray(right, dtype=bool)
     won = wins(scores[right, None], scores[~right])
     return 100 * float(won.mean()) if won.size else None
@@ -111,10 +112,13 @@ BENCHMARK = Benchmark(
         "ranking_auc": Metric("AUC by log pi(y|x) (%)"),
         "ranking_pmi_auc": Metric("AUC by PMI (%)"),
         "ranking_prompts": Metric("Prompts", 0, better=None),
-        "ranking_right": Metric("Right, of whole answers (%)", better=None),
+        "ranking_right": Metric("Right, of different whole answers (%)", better=None),
         "ranking_cut": Metric("Cut (%)", better=None),
     },
-    # All models of a table rank the same answers.
-    same=("prompts_sha256", "first_n", "skip_n", "answers", "initial_fingerprint", *DECODING, "generation.seed"),
+    # All models of a table rank the same answers, whatever template and sampling they were made with.
+    same=(
+        "answers_sha256", "prompts_sha256", "first_n", "skip_n", "answers", "initial_fingerprint", *DECODING,
+        "generation.seed",
+    ),
     trial=("first_n", "skip_n"),
-)
+)  # fmt: skip

@@ -27,7 +27,6 @@ def standard_error(values: Sequence[float]) -> float:
 
 def resamples(count: int, draws: int = RESAMPLES) -> Iterator[np.ndarray]:
     """Row numbers of `count` prompts drawn with replacement, `draws` times; for the same count always the same."""
-    # Always the same draws: two methods resampled alike are paired draw by draw.
     generator = np.random.default_rng(SEED)
     return (generator.integers(0, count, count) for _ in range(draws))
 

@@ -165,6 +165,6 @@ def check_names(model: str, methods: list[str]) -> None:
 
 
 def initial_model(model_dir: str | Path, named: str | None) -> str:
-    """Where the model is that preference training started from: `named`, else that of the run's recipe, else `model_dir`."""
+    """The model that a training started from: `named`, else that of the run's recipe, else `model_dir` itself."""
     record = recorded_run(model_dir)
     return str(named or (record["recipe"]["model_name_or_path"] if record else model_dir))

@@ -87,7 +87,7 @@ class PairConfig(TrainingArguments):
             given.append(f"max_prompt_length is {self.max_prompt_length}: expected 1 or more")
         if given:
             raise ConfigError("\n".join(given))
-        # Which connects the processes, so what is wrong has been said before.
+        # It connects the processes, so errors are reported first.
         super().__post_init__()
         # ACCELERATE_MIXED_PRECISION, which accelerate launch sets, would win over `bf16: false`.
         self.mixed_precision = "bf16" if self.bf16 else "fp16" if self.fp16 else "no"

@@ -128,7 +128,7 @@ def check_values(given: Mapping[str, Any], values: Mapping[str, Any], stage: str
         )
         if prompt_length >= length:
             problems.append(f"max_prompt_length is {prompt_length}: expected less than max_length ({length})")
-    # Each says all that it finds; the next one is asked all the same.
+    # Every check runs, even if one fails.
     for check in checks:
         try:
             check()

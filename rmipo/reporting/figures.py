@@ -45,7 +45,6 @@ def jitter(differences: np.ndarray, seed: int = 0) -> np.ndarray:
 
 def wasserstein(a: np.ndarray, b: np.ndarray, points: int = 2001) -> float:
     """1-Wasserstein distance of two samples, from their quantile functions."""
-    # On a line the distance is the area between the two quantile functions.
     levels = (np.arange(points) + 0.5) / points
     return float(np.abs(np.quantile(a, levels) - np.quantile(b, levels)).mean())
 

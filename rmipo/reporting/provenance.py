@@ -69,7 +69,7 @@ def made_with(results: Iterable[Result]) -> list[str]:
     for result in results:
         benchmark = BENCHMARKS[result.bench]
         # How many prompts a number is a mean of.
-        counts = sorted({len(values) for values in result.per_prompt.values()})
+        counts = sorted({sum(value is not None for value in values) for values in result.per_prompt.values()})
         versions = [f"{package} {version}" for package, version in sorted(result.versions.items())]
         shared = [
             named(result, benchmark.same),

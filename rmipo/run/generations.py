@@ -73,7 +73,6 @@ class SampleGenerations(TrainerCallback):
         )
         ends = model.generation_config.eos_token_id
         ends = set(ends if isinstance(ends, list) else [ends])
-        # Back to how it trains.
         attention.attach(model, trainer.attention_kind)
         return [self.tokenizer.decode(until(row, ends)) for row in output[:, longest:].tolist()]
 

@@ -1,4 +1,4 @@
-"""What ends a run early: a signal, after a save; a loss that is not finite, before one. And where a hanging process waits."""
+"""What ends a run early: a signal, once the step is saved, and a loss that is not finite. And where a hanging process waits."""
 
 import faulthandler
 import math

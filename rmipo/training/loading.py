@@ -94,7 +94,7 @@ def check_config(
     # Checkpoints with vision keep the decoder's sizes in a part of their configuration.
     config = config.get_text_config()
     problems = []
-    # Of ids and not of their count: there may be gaps between them.
+    # Compare ids, not their count: there may be gaps.
     beyond = [token for token, number in tokenizer.get_vocab().items() if number >= config.vocab_size]
     if beyond:
         problems.append(

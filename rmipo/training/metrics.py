@@ -1,4 +1,4 @@
-"""The numbers that are logged, by the same names for every method, and the end of a run whose loss is no number."""
+"""The numbers that are logged, by the same names for every method, and the end of a run whose loss is not finite."""
 
 import json
 import time

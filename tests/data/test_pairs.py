@@ -10,6 +10,7 @@ from datasets import enable_progress_bars
 
 from rmipo.data.chat import ChatFormat, DataError
 from rmipo.data.pairs import LIMITS, cut_pair, tokenize_pairs
+from rmipo.evaluation import BENCHMARKS
 from rmipo.recipe.arguments import PairConfig
 from tests.helpers.families import LLAMA3_TEMPLATE, make_tokenizer
 from tests.helpers.rows import assistant, pair, pairs, tokenize, user
@@ -228,3 +229,4 @@ def test_every_limit_of_pairs_is_a_key_that_later_scores_take_over():
     others = {"dataset", "chat_format", "max_dropped_fraction", "max_truncated_fraction", "num_proc"}
     assert {*inspect.signature(tokenize_pairs).parameters} - others == {*LIMITS}
     assert {*LIMITS} <= {field.name for field in dataclasses.fields(PairConfig)}
+    assert LIMITS.items() <= BENCHMARKS["hh"].defaults.items()  # which can't import them: it has to be light

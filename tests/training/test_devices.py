@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from rmipo.training import attention, logprobs, parity
+from rmipo.training import attention, parity, scoring
 from rmipo.training.batching import MicroBatch, pack_micro_batch
 from rmipo.training.packing import TensorFields, pack_pairs
 from tests.helpers.small_models import make_model, make_pairs
@@ -56,7 +56,7 @@ def test_what_is_derived_from_packed_sequences(micro_batch):
 
 
 def test_the_check_at_the_start(monkeypatch):
-    monkeypatch.setitem(logprobs.CHUNK, "meta", 2**16)
+    monkeypatch.setitem(scoring.CHUNK, "meta", 2**16)
     model, pairs = make_model("llama").to(META), make_pairs(2)
     responses = pack_pairs(pairs).labels.shape
     with torch.no_grad():
