@@ -28,6 +28,7 @@ from rmipo.record import environment
 from tests.helpers.judge_server import JudgeServer
 from tests.helpers.lock_holder import held
 from tests.helpers.paths import ROOT
+from tests.helpers.rows import assistant, pair, user, write
 from tests.helpers.tiny_model import write_model
 
 TINY = ROOT / "recipes/tiny/rmipo.yaml"
@@ -41,11 +42,8 @@ def outputs(tmp_path) -> Path:
     for method, seed in (("rmipo", 0), ("simpo", 1)):
         (folder / "tiny" / method).mkdir(parents=True)
         write_model(folder / "tiny" / method, seed)
-    texts = [{"prompt": f"w{i} w{i + 1}", "chosen": "w1 w2 w3", "rejected": "w4"} for i in range(9)]
-    roles = {"prompt": "user", "chosen": "assistant", "rejected": "assistant"}
-    pairs = [{side: [{"role": roles[side], "content": text}] for side, text in row.items()} for row in texts]
-    (folder / "pairs").mkdir()
-    (folder / "pairs/test.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    answers = [assistant("w1 w2 w3")], [assistant("w4")]
+    write(folder / "pairs/test.jsonl", [pair(i, [user(f"w{i} w{i + 1}")], *answers) for i in range(9)])
     return folder
 
 
@@ -125,14 +123,20 @@ def test_models_that_are_none(outputs):
         model_folder(TINY, outputs, "dpo")
 
 
+def small_recipe(tmp_path: Path, source: Path, template: Path | None = None) -> Path:
+    """Tiny's recipe of the setting `small`, from the model in `source`."""
+    recipe = tmp_path / "recipes/small/rmipo.yaml"
+    recipe.parent.mkdir(parents=True, exist_ok=True)
+    changes = {"model_name_or_path": str(source), "chat_template": template and str(template)}
+    recipe.write_text(yaml.safe_dump(yaml.safe_load(TINY.read_text()) | changes))
+    return recipe
+
+
 def test_initial_model_is_linked_with_the_recipe_s_template(outputs, tmp_path):
     source = outputs / "tiny/simpo"
     template = tmp_path / "template.jinja"
     template.write_text((source / "chat_template.jinja").read_text().replace(" </s>", " w0 </s>"))
-    recipe = tmp_path / "recipes/small/rmipo.yaml"
-    recipe.parent.mkdir(parents=True)
-    values = yaml.safe_load(TINY.read_text()) | {"model_name_or_path": str(source), "chat_template": str(template)}
-    recipe.write_text(yaml.safe_dump(values))
+    recipe = small_recipe(tmp_path, source, template)
     for _ in range(2):  # once more: as before
         folder = model_folder(recipe, outputs, "initial")
         assert folder == outputs / "small/initial"
@@ -150,9 +154,10 @@ def record(folder: Path, finished: bool = True, header_in_response: bool = False
     return probe
 
 
-def change_template(folder: Path) -> None:
+def change_template(folder: Path, *replaced: tuple[str, str]) -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    tokenizer.chat_template = tokenizer.chat_template.replace("{{ m['content'] }}", "w0 {{ m['content'] }}")
+    for old, new in replaced:
+        tokenizer.chat_template = tokenizer.chat_template.replace(old, new)
     tokenizer.save_pretrained(folder)
 
 
@@ -163,9 +168,7 @@ def test_model_trained_with_another_template_is_refused(outputs):
     # The released code's way: the assistant header is scored with the response, and isn't in the training prompt.
     assert record(folder, header_in_response=True) != probe
     assert model_folder(TINY, outputs, "rmipo") == folder
-    change_template(folder)
-    with pytest.raises(EvaluationError, match="rmipo was trained with another chat template"):
-        model_folder(TINY, outputs, "rmipo")
+    change_template(folder, ("{{ m['content'] }}", "w0 {{ m['content'] }}"))
     done = run("evaluate.py", outputs, "--bench", "hh")
     assert done.returncode == 2 and done.stderr.startswith(f"error: {folder} was trained with another chat template")
 
@@ -174,29 +177,15 @@ def test_a_longer_header_than_that_of_the_training_is_refused(outputs):
     """As of templates that open and close a thought in front of the last answer alone: no earlier turn shows it."""
     folder = outputs / "tiny/rmipo"
     record(folder)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    template, last = tokenizer.chat_template, "{% if loop.last and m['role'] == 'assistant' %} w3{% endif %}"
-    tokenizer.chat_template = template.replace("<{{ m['role'] }}>", "<{{ m['role'] }}>" + last).replace(
-        "<assistant> {% endif %}", "<assistant> w3 {% endif %}"
-    )
-    tokenizer.save_pretrained(folder)
+    role, last = "<{{ m['role'] }}>", "{% if loop.last and m['role'] == 'assistant' %} w3{% endif %}"
+    change_template(folder, (role, role + last), ("<assistant> {% endif %}", "<assistant> w3 {% endif %}"))
     with pytest.raises(EvaluationError, match="rmipo was trained with another chat template"):
-        model_folder(TINY, outputs, "rmipo")
-
-
-def test_unfinished_runs_are_not_evaluated(outputs):
-    folder = outputs / "tiny/rmipo"
-    record(folder, finished=False)
-    with pytest.raises(EvaluationError, match=f"{folder} holds a run that hasn't finished"):
         model_folder(TINY, outputs, "rmipo")
 
 
 def test_initial_model_is_held_to_its_own_training(outputs, tmp_path):
     source = outputs / "tiny/simpo"
-    recipe = tmp_path / "recipes/small/rmipo.yaml"
-    recipe.parent.mkdir(parents=True)
-    values = yaml.safe_load(TINY.read_text()) | {"model_name_or_path": str(source), "chat_template": None}
-    recipe.write_text(yaml.safe_dump(values))
+    recipe = small_recipe(tmp_path, source)
     record(source, finished=False)
     with pytest.raises(EvaluationError, match=f"{source} holds a run that hasn't finished"):
         model_folder(recipe, outputs, "initial")
@@ -206,10 +195,8 @@ def test_initial_model_is_held_to_its_own_training(outputs, tmp_path):
     model_folder(recipe, outputs, "initial")  # without what another source has left
     assert [path.name for path in (outputs / "small/initial").glob("*.safetensors")] == ["model.safetensors"]
     template = tmp_path / "template.jinja"
-    template.write_text(
-        (source / "chat_template.jinja").read_text().replace("{{ m['content'] }}", "w0 {{ m['content'] }}")
-    )
-    recipe.write_text(yaml.safe_dump(values | {"chat_template": str(template)}))
+    template.write_text((source / "chat_template.jinja").read_text().replace("{{ m['c", "w0 {{ m['c"))
+    small_recipe(tmp_path, source, template)
     with pytest.raises(EvaluationError, match="initial was trained with another chat template"):
         model_folder(recipe, outputs, "initial")
 
@@ -221,8 +208,8 @@ def test_result_of_other_weights_is_refused(outputs):
     before = path.read_bytes()
     weights = trained_fingerprint(folder)
     assert json.loads(before)["fingerprint"] == weights
-    scores = {name: torch.load(path.with_name(f"hh_{name}.pt"), weights_only=True) for name in ("helpful", "harmless")}
-    assert {name: values["fingerprint"] for name, values in scores.items()} == dict.fromkeys(scores, weights)
+    for name in ("helpful", "harmless"):
+        assert torch.load(path.with_name(f"hh_{name}.pt"), weights_only=True)["fingerprint"] == weights
     again = run("evaluate.py", outputs, "--bench", "hh", *options)
     assert again.returncode == 0 and "finished before" in again.stdout
     other = (*options, "--set", "hh.max_length=64")
@@ -308,9 +295,8 @@ def test_samples_side_by_side(outputs):
     expected = [["w1 &lt;b&gt; &amp; w2", "w3 ```"], *answers.values()]
     assert cells == [column[row].replace("<", "&lt;").replace(">", "&gt;") for row in (0, 1) for column in expected]
     markdown = (outputs / "reports/samples-tiny.md").read_text()
-    assert (
-        markdown.index("w1 <b> & w2") < markdown.index("**rmipo**") < markdown.index(answers["rmipo"][0].split("\n")[0])
-    )
+    in_order = ["w1 <b> & w2", "**rmipo**", answers["rmipo"][0].split("\n")[0]]
+    assert [markdown.index(text) for text in in_order] == sorted(markdown.index(text) for text in in_order)
     assert "> ````text\n> w3 ```\n> ````" in markdown  # a fence longer than the text's own
 
 
