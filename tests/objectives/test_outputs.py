@@ -107,11 +107,6 @@ def test_the_margin_of_margin_methods_is_a_column():
     assert gammas["simpo"].tolist() == [1, 1] and gammas["dpo"] is None and gammas["cpo"] is None
 
 
-def test_the_span_of_a_schedule_is_the_recipes():
-    block = {"name": "rmipo", "signal": "loglik", "schedule": "linear", "span": 4}
-    assert build_objective(block)(SCORES).gamma.tolist() == pytest.approx([0.3 + 1.3 * 0.75, 1.6])  # A_w - A_l: 1, -1
-
-
 def test_the_release_multiplies_a_constant_margin_too():
     block = {"name": "rmipo", "signal": "loglik", "target": "beta", "fidelity": "release"}
     output = build_objective(block)(SCORES)
@@ -210,6 +205,7 @@ def test_beta_dpo_on_a_rank_that_keeps_no_pair():
     assert build_objective({"name": "beta-dpo"})(gaps(1, 2), state).losses.tolist() == [0, 0]
 
 
-def test_beta_dpo_has_no_ceiling():
-    output = build_objective({"name": "beta-dpo"})(gaps(100, 100), settled(0, 1))
-    assert output.diagnostics["beta"].tolist() == pytest.approx([0.1 * (1 + 0.6 * 100)] * 2)
+def test_beta_dpo_has_a_floor_and_no_ceiling():
+    for gap, beta in ((-100, 1e-3), (100, 0.1 * (1 + 0.6 * 100))):
+        output = build_objective({"name": "beta-dpo"})(gaps(gap, gap), settled(0, 1))
+        assert output.diagnostics["beta"].tolist() == pytest.approx([beta] * 2)
