@@ -107,6 +107,7 @@ def test_only_names_of_other_files_are_told_and_five_of_them(tmp_path):
 
 @pytest.mark.parametrize("foreign", [2, 10])
 def test_every_checkpoint_of_a_folder_has_to_be_of_this_run(tmp_path, foreign):
+    (tmp_path / "run.json").write_text(json.dumps(IDENTITY))
     make_checkpoints(tmp_path, complete={2, 4, 10} - {foreign}, torn=(12,))
     assert Path(resume_point(tmp_path, IDENTITY)).name == f"checkpoint-{10 if foreign != 10 else 4}"
     make_checkpoints(tmp_path, complete=(foreign,), identity=IDENTITY | {"world_size": 4})

@@ -100,8 +100,8 @@ def test_an_earlier_starts_wandb_run_is_continued(monkeypatch, given, opened):
 @pytest.mark.parametrize("first_process, step, sent", [(True, 7, [5, 5, 6]), (True, 0, []), (False, 7, [])])
 def test_a_wandb_run_is_sent_what_it_lost_with_a_kill(tmp_path, first_process, step, sent):
     """Of a run that W&B has up to step 4: what its server would be sent."""
-    for step, name in ((4, "loss"), (5, "loss"), (5, "eval_loss"), (6, "loss")):
-        append_metrics(tmp_path, {"step": step, name: step + 0.5 * (name == "eval_loss")})
+    for number, name in ((4, "loss"), (5, "loss"), (5, "eval_loss"), (6, "loss")):
+        append_metrics(tmp_path, {"step": number, name: number + 0.5 * (name == "eval_loss")})
     rows = []
     callback = WandbBySteps()
     callback._initialized = True
