@@ -114,7 +114,7 @@ def test_the_prompt_of_a_row(row, prompt):
 
 def test_the_dialogue_of_a_row():
     turns = [user("a"), assistant("b")]
-    assert formats.read_row({"messages": turns, "prompt": "c"}, formats.DIALOGUES) == (turns, [], [])
+    assert formats.read_row({"messages": turns, "prompt": "c", "completion": "d"}, formats.DIALOGUES) == (turns, [], [])
     assert formats.read_row({"messages": "a"}, formats.DIALOGUES) == ([user("a")], [], [])
 
 

@@ -168,6 +168,10 @@ def test_model_trained_with_another_template_is_refused(outputs):
     # The released code's way: the assistant header is scored with the response, and isn't in the training prompt.
     assert record(folder, header_in_response=True) != probe
     assert model_folder(TINY, outputs, "rmipo") == folder
+    record(folder, finished=False)
+    with pytest.raises(EvaluationError, match=f"{folder} holds a run that hasn't finished"):
+        model_folder(TINY, outputs, "rmipo")
+    record(folder)
     change_template(folder, ("{{ m['content'] }}", "w0 {{ m['content'] }}"))
     done = run("evaluate.py", outputs, "--bench", "hh")
     assert done.returncode == 2 and done.stderr.startswith(f"error: {folder} was trained with another chat template")

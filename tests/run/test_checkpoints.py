@@ -30,6 +30,7 @@ def save(folder, step, limit=None, best=None, first_process=True):
     state = TrainerState(global_step=step, is_world_process_zero=first_process, best_model_checkpoint=best)
     callback = Checkpoints(IDENTITY)
     callback.on_train_begin(arguments, state, None)
+    assert not arguments.save_total_limit  # else the trainer would delete before the new one has its marker
     (folder / f"checkpoint-{step}").mkdir()
     callback.on_save(arguments, state, None)
 

@@ -6,15 +6,14 @@ import random
 import shutil
 import signal
 import time
-import types
 
 import pytest
-from transformers import AutoTokenizer, TrainerState
+from transformers import AutoTokenizer
 
 from rmipo.errors import CheckpointError
 from rmipo.record import read_metrics
 from rmipo.run import checkpoints
-from rmipo.run.checkpoints import MARKER, Checkpoints, complete_checkpoints, resume_point
+from rmipo.run.checkpoints import MARKER, complete_checkpoints, resume_point
 from rmipo.run.identity import run_identity
 from rmipo.run.stop import EXIT_STOPPED
 from rmipo.training.state import rotate
@@ -221,16 +220,3 @@ def test_old_checkpoints_go_only_when_the_new_one_is_complete(tmp_path):
     make_checkpoints(tmp_path, complete=(9, 10))
     rotate(complete_checkpoints(tmp_path), MARKER, 1, keep=str(tmp_path / "checkpoint-9"))
     assert [path.name for path in complete_checkpoints(tmp_path)] == ["checkpoint-9", "checkpoint-10"]
-
-
-def test_the_trainer_is_left_no_limit_to_delete_by(tmp_path):
-    """It would delete the last complete checkpoint before the new one has its marker."""
-    make_checkpoints(tmp_path, complete=(4, 6))
-    arguments = types.SimpleNamespace(output_dir=str(tmp_path), save_total_limit=1)
-    state = TrainerState(global_step=8, is_world_process_zero=True)
-    callback = Checkpoints(IDENTITY)
-    callback.on_train_begin(arguments, state, None)
-    assert arguments.save_total_limit is None
-    (tmp_path / "checkpoint-8").mkdir()
-    callback.on_save(arguments, state, None)
-    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-8"]

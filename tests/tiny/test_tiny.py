@@ -287,6 +287,13 @@ def test_a_world_that_other_code_made_is_made_again(folder, tmp_path, monkeypatc
         assert write_world(tmp_path / "world", WorldConfig(**record["config"])) is False
 
 
+def test_the_files_hold_the_world(folder):
+    assert [len(row["messages"]) for row in rows(folder / "sft/train.jsonl")].count(1) == 30
+    assert sum(row["flipped"] for row in rows(folder / "pairs/train.jsonl")) == 30
+    right = [row["right"] for row in rows(folder / "questions.jsonl")]
+    assert right == [question.fact.answers for question in read_world(folder).held_out_questions]
+
+
 def test_chat_template(tokenizer):
     chat = ChatFormat.probe(tokenizer)
     bos, end, pad = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id

@@ -13,7 +13,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 from rmipo.errors import UserError
 from rmipo.generation.answers import own_settings, stop_ids
 from rmipo.recipe.schema import ModelConfig
-from rmipo.training.loading import LoadingError, _explained, check_limits, load_model, load_tokenizer
+from rmipo.training.loading import LoadingError, check_limits, load_model, load_tokenizer
 from rmipo.training.parts import policy
 from tests.helpers.families import make_model, make_tokenizer, save
 
@@ -72,10 +72,6 @@ def test_what_cannot_be_loaded_is_named_with_the_reason(tmp_path, what, content)
     assert isinstance(error.value, UserError) and "\n" not in str(error.value)
     with pytest.raises(LoadingError, match=expected.format("nobody/nothing", "We couldn't ")):
         use("nobody/nothing")
-
-
-def test_the_reason_is_the_first_line_of_the_error():
-    assert "(first)." in _explained("m", "model", OSError("\n first\nsecond"))
 
 
 def test_weights_are_quantized_where_the_recipe_says_so(tmp_path):

@@ -73,6 +73,7 @@ def test_flex_block_mask_covers_the_dense_mask(window):
     mask = attention.block_mask(packed, window)
     index = torch.arange(len(dense))
     assert torch.equal(mask.mask_mod(0, 0, index[:, None], index[None, :]), dense)
+    assert mask.seq_lengths == (len(dense), len(dense))
     blocks = mask.to_dense()[0, 0].bool()
     per_block = dense.view(len(blocks), attention.BLOCK, len(blocks), attention.BLOCK).any(3).any(1)
     assert not (per_block & ~blocks).any(), "no block that holds something may be skipped"
@@ -224,9 +225,3 @@ def test_sums_accumulate_in_float64():
     values = torch.full((30000,), -0.1, dtype=torch.float32)
     exact = float(values.double().sum())
     assert packed.sum_by_response(values).item() == pytest.approx(exact, rel=1e-7)
-
-
-@pytest.mark.parametrize("kind", ["flash", "sdpa", "plain"])
-def test_unknown_attention_kind(kind):
-    with pytest.raises(ValueError, match=f"found {kind!r}, expected one of auto, segment, flex, dense"):
-        attention.resolve_kind(kind, torch.device("cpu"))
