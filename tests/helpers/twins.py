@@ -38,23 +38,12 @@ def make_twin(folder, recipe, family, form):
         name = values.get(f"dataset_{split}_split", split)
         write(folder / f"data/{name}.jsonl", [row(form, random_state, number) for number in range(count)])
     overrides = {
-        "model_name_or_path": folder / "model",
-        "dataset_name": folder / "data",
-        "dataset_num_proc": "null",
-        "dtype": "float32",
-        "bf16": "false",
-        "use_cpu": "true",
-        "max_steps": 2,
-        "global_batch_size": 16,
-        "per_device_train_batch_size": 4,
-        "eval_strategy": "no",
-        "save_strategy": "no",
-        "report_to": "none",
+        "model_name_or_path": folder / "model", "dataset_name": folder / "data", "dataset_num_proc": "null",
+        "dtype": "float32", "bf16": "false", "use_cpu": "true", "max_steps": 2, "global_batch_size": 16,
+        "per_device_train_batch_size": 4, "eval_strategy": "no", "save_strategy": "no", "report_to": "none",
         # The first step of a warm-up has learning rate 0; here every step moves the weights.
-        "warmup_steps": 0,
-        "learning_rate": 1e-3,
-        "logging_steps": 1,
-    }
+        "warmup_steps": 0, "learning_rate": 1e-3, "logging_steps": 1,
+    }  # fmt: skip
     if recipe.endswith("/rmipo"):
         overrides |= {"generation_samples": 1, "generation_max_new_tokens": 2}
     elif values.get("packing"):

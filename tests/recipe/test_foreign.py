@@ -78,37 +78,19 @@ def test_handbook_recipe_that_cannot_be_translated(write, change, message):
 # What is published, by kind: the keys that tell it from others, over those that all recipes of its repository have.
 
 COMMON = {
-    "model_name_or_path": "some/sft-model",
-    "torch_dtype": None,
-    "dataset_mixer": {"some/pairs": 1.0},
-    "dataset_splits": ["train", "test"],
-    "preprocessing_num_workers": 12,
-    "do_eval": True,
-    "evaluation_strategy": "steps",
-    "eval_steps": 400,
-    "gradient_accumulation_steps": 16,
-    "gradient_checkpointing": True,
-    "gradient_checkpointing_kwargs": {"use_reentrant": False},
-    "learning_rate": 1.0e-6,
-    "max_length": 2048,
-    "max_prompt_length": 1800,
-    "output_dir": "outputs/run",
-    "per_device_train_batch_size": 2,
-    "warmup_ratio": 0.1,
-}
+    "model_name_or_path": "some/sft-model", "torch_dtype": None, "dataset_mixer": {"some/pairs": 1.0},
+    "dataset_splits": ["train", "test"], "preprocessing_num_workers": 12, "do_eval": True, "evaluation_strategy": "steps",
+    "eval_steps": 400, "gradient_accumulation_steps": 16, "gradient_checkpointing": True,
+    "gradient_checkpointing_kwargs": {"use_reentrant": False}, "learning_rate": 1.0e-6, "max_length": 2048,
+    "max_prompt_length": 1800, "output_dir": "outputs/run", "per_device_train_batch_size": 2, "warmup_ratio": 0.1,
+}  # fmt: skip
 MIXED = {"id": "some/mix", "config": "Preference", "split": "a_no_think", "columns": ["chosen"], "weight": 0.5}
 MIXTURE = {"dataset_mixture": {"datasets": [MIXED], "seed": 0}, "eval_strategy": "no"}
 MIXTURE |= dict.fromkeys(("dataset_mixer", "dataset_splits", "evaluation_strategy", "max_prompt_length"))
 SFT = {"max_length": None, "max_prompt_length": None, "max_seq_length": 2048, "output_dir": "data/run-sft"}
 SIMPO = {"loss_type": "simpo", "beta": 2.5, "gamma_beta_ratio": 0.55, "output_dir": "outputs/llama-3-8b-instruct-simpo"}
-ALPHA = {
-    "beta": 2.5,
-    "gamma_beta_ratio": 0.6,
-    "alpha": 0.2,
-    "ln": True,
-    "trainer_type": "dpo",
-    "loss_type": "alpha-dpo",
-}
+ALPHA = {"beta": 2.5, "gamma_beta_ratio": 0.6, "alpha": 0.2, "ln": True}
+ALPHA |= {"trainer_type": "dpo", "loss_type": "alpha-dpo", "run_name": "llama-3-8b-instruct-alpha-dpo"}
 RMIPO = {"beta": 2.0, "gamma_beta_ratio": 0.1, "loss_type": "rmipo", "output_dir": "outputs/mistral-7b-instruct-rmipo"}
 
 
