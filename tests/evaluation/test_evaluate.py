@@ -1,15 +1,10 @@
 """`make eval` and `make samples` from the command line, on a random model."""
 
-import contextlib
 import dataclasses
-import io
 import json
-import os
 import re
 import runpy
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -28,6 +23,7 @@ from rmipo.record import environment
 from tests.helpers.judge_server import JudgeServer
 from tests.helpers.lock_holder import held
 from tests.helpers.paths import ROOT
+from tests.helpers.programs import Ended, run_here
 from tests.helpers.rows import assistant, pair, user, write
 from tests.helpers.tiny_model import write_model
 
@@ -47,22 +43,8 @@ def outputs(tmp_path) -> Path:
     return folder
 
 
-def run(script: str, outputs: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
-    """What the script does with these arguments and this environment, in this process: libraries are loaded already."""
-    stdout, stderr, code = io.StringIO(), io.StringIO(), 0
-    with pytest.MonkeyPatch.context() as patch:
-        for name in [name for name in os.environ if name.startswith("OPENAI")]:
-            patch.delenv(name)
-        for name, value in environment.items():
-            patch.setenv(name, value)
-        patch.setattr(sys, "argv", [script, "--model", "tiny", "--outputs", str(outputs), *arguments])
-        patch.chdir(ROOT)
-        with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
-            try:
-                runpy.run_path(str(ROOT / "scripts" / script), run_name="__main__")
-            except SystemExit as end:
-                code = end.code or 0
-    return subprocess.CompletedProcess(script, code, stdout.getvalue(), stderr.getvalue())
+def run(script: str, outputs: Path, *arguments: str, **environment: str) -> Ended:
+    return run_here(script, "--model", "tiny", "--outputs", str(outputs), *arguments, env=environment)
 
 
 @pytest.mark.parametrize("path", SETTINGS, ids=lambda path: path.parent.name)
@@ -173,8 +155,8 @@ def test_model_trained_with_another_template_is_refused(outputs):
         model_folder(TINY, outputs, "rmipo")
     record(folder)
     change_template(folder, ("{{ m['content'] }}", "w0 {{ m['content'] }}"))
-    done = run("evaluate.py", outputs, "--bench", "hh")
-    assert done.returncode == 2 and done.stderr.startswith(f"error: {folder} was trained with another chat template")
+    done = run("evaluate", outputs, "--bench", "hh")
+    assert done.code == 2 and done.err.startswith(f"error: {folder} was trained with another chat template")
 
 
 def test_a_longer_header_than_that_of_the_training_is_refused(outputs):
@@ -208,29 +190,29 @@ def test_initial_model_is_held_to_its_own_training(outputs, tmp_path):
 def test_result_of_other_weights_is_refused(outputs):
     options = [f"--set=hh.{subset}={{dataset_name: {outputs}/pairs}}" for subset in ("helpful", "harmless")]
     folder, path = outputs / "tiny/rmipo", outputs / "tiny/rmipo/eval/hh.json"
-    assert run("evaluate.py", outputs, "--bench", "hh", *options).returncode == 0
+    assert run("evaluate", outputs, "--bench", "hh", *options).code == 0
     before = path.read_bytes()
     weights = trained_fingerprint(folder)
     assert json.loads(before)["fingerprint"] == weights
     for name in ("helpful", "harmless"):
         assert torch.load(path.with_name(f"hh_{name}.pt"), weights_only=True)["fingerprint"] == weights
-    again = run("evaluate.py", outputs, "--bench", "hh", *options)
-    assert again.returncode == 0 and "finished before" in again.stdout
+    again = run("evaluate", outputs, "--bench", "hh", *options)
+    assert again.code == 0 and "finished before" in again.out
     other = (*options, "--set", "hh.max_length=64")
-    again = run("evaluate.py", outputs, "--bench", "hh", *other)
-    assert again.returncode == 2 and "finished with other settings: max_length is 128 there, 64 here" in again.stderr
-    again = run("evaluate.py", outputs, "--bench", "hh", "--eval_name", "short", *other)
-    assert again.returncode == 0 and path.read_bytes() == before
+    again = run("evaluate", outputs, "--bench", "hh", *other)
+    assert again.code == 2 and "finished with other settings: max_length is 128 there, 64 here" in again.err
+    again = run("evaluate", outputs, "--bench", "hh", "--eval_name", "short", *other)
+    assert again.code == 0 and path.read_bytes() == before
     assert json.loads((path.parent / "short/hh.json").read_text())["settings"]["max_length"] == 64
     kept = (folder / "generation_config.json").read_text()
     (folder / "generation_config.json").write_text(json.dumps(json.loads(kept) | {"eos_token_id": [1, 2]}))
-    done = run("evaluate.py", outputs, "--bench", "hh", *options)
-    assert done.returncode == 2 and f"{path} is of another tokenizer, chat template or generation_config" in done.stderr
+    done = run("evaluate", outputs, "--bench", "hh", *options)
+    assert done.code == 2 and f"{path} is of another tokenizer, chat template or generation_config" in done.err
     (folder / "generation_config.json").write_text(kept)
     write_model(folder, seed=7)
-    done = run("evaluate.py", outputs, "--bench", "hh", *options)
-    assert done.returncode == 2
-    assert f"Anthropic-HH: {path} is of other weights than those now in {folder}. Delete it" in done.stderr
+    done = run("evaluate", outputs, "--bench", "hh", *options)
+    assert done.code == 2
+    assert f"Anthropic-HH: {path} is of other weights than those now in {folder}. Delete it" in done.err
     assert path.read_bytes() == before
 
 
@@ -257,23 +239,23 @@ def test_eval_command_from_generation_to_result_files(outputs):
         "--set", "leaderboard.include_path=/absent",
     ]  # fmt: skip
     # Without a key the judged benchmarks stop, and the others go on.
-    done = run("evaluate.py", outputs, "--method", "rmipo", "--bench", "all", *options)
-    assert done.returncode == 2 and done.stderr.count(" of ") == 3, done.stderr
-    assert done.stderr.count("the judge needs OPENAI_API_KEY") == 2
+    done = run("evaluate", outputs, "--method", "rmipo", "--bench", "all", *options)
+    assert done.code == 2 and done.err.count(" of ") == 3, done.err
+    assert done.err.count("the judge needs OPENAI_API_KEY") == 2
     folder = outputs / "tiny/rmipo/eval"
     assert sorted(path.name for path in folder.glob("*.json")) == ["hh.json"]
 
     with JudgeServer() as server:
         judge = {"OPENAI_API_KEY": "sk-secret", "OPENAI_BASE_URL": server.url}
         for bench in ("alpacaeval", "mtbench"):
-            done = run("evaluate.py", outputs, "--method", "rmipo", "--bench", bench, *options, **judge)
-            assert done.returncode == 0, done.stderr
+            done = run("evaluate", outputs, "--method", "rmipo", "--bench", bench, *options, **judge)
+            assert done.code == 0, done.err
         asked = len(server.requests)
         # six pairs, the evaluator's trial request, two turns, and the token that each benchmark asks its judge for first
         assert asked == 6 + 1 + 2 + 2
         # The environment is as good as the command line (make); what is finished isn't done again.
-        again = run("evaluate.py", outputs, *options, BENCH="alpacaeval", METHOD="rmipo", **judge)
-        assert again.returncode == 0 and "finished before" in again.stdout and len(server.requests) == asked
+        again = run("evaluate", outputs, *options, BENCH="alpacaeval", METHOD="rmipo", **judge)
+        assert again.code == 0 and "finished before" in again.out and len(server.requests) == asked
     for bench, metrics in (("alpacaeval", {"alpacaeval2_wr", "alpacaeval2_length"}), ("mtbench", {"mt_bench"})):
         text = (folder / f"{bench}.json").read_text()
         result = json.loads(text)
@@ -287,8 +269,8 @@ def test_eval_command_from_generation_to_result_files(outputs):
 
 def test_samples_side_by_side(outputs):
     prompts = ["--prompt", "w1 <b> & w2", "--prompt", "w3 ```"]
-    done = run("samples.py", outputs, "--methods", "rmipo,simpo", *prompts)
-    assert done.returncode == 0, done.stderr
+    done = run("samples", outputs, "--methods", "rmipo,simpo", *prompts)
+    assert done.code == 0, done.err
     answers = {}
     for method in ("rmipo", "simpo"):
         (file,) = (outputs / f"tiny/{method}/eval/answers").glob("samples-*.jsonl")
@@ -360,8 +342,8 @@ def test_max_cost_is_that_of_the_judges(outputs):
     arguments += ("--set", "alpacaeval.price=[10, 30]")  # tiny's own is free
     with JudgeServer() as server:
         judge = {"OPENAI_API_KEY": "none", "OPENAI_BASE_URL": server.url}
-        done = run("evaluate.py", outputs, *arguments, MAX_COST="1e-6", **judge)
-        assert done.returncode == 2 and "max_cost 1e-06" in done.stderr, done.stderr
+        done = run("evaluate", outputs, *arguments, MAX_COST="1e-6", **judge)
+        assert done.code == 2 and "max_cost 1e-06" in done.err, done.err
         assert len(server.requests) == 1  # whether it is there
 
 
@@ -371,11 +353,11 @@ def test_one_evaluation_at_a_time_of_a_model_and_a_benchmark(outputs):
     arguments += ("--set", "hh.harmless=null", "--set", "hh.dtype=float32")
     lock = outputs / "tiny/rmipo/eval/hh.lock"
     with held(lock):
-        refused = run("evaluate.py", outputs, *arguments)
-        assert refused.returncode == 2 and str(lock) in refused.stderr
+        refused = run("evaluate", outputs, *arguments)
+        assert refused.code == 2 and str(lock) in refused.err
     shutil.rmtree(lock)
-    done = run("evaluate.py", outputs, *arguments)
-    assert done.returncode == 0, done.stderr
+    done = run("evaluate", outputs, *arguments)
+    assert done.code == 0, done.err
     result = json.loads((outputs / "tiny/rmipo/eval/hh.json").read_text())
     assert result["commit"] == environment()["commit"] and result["hardware"] and not lock.exists()
 
@@ -388,7 +370,7 @@ def test_a_judge_that_cannot_work_is_named_before_anything_is_loaded(outputs, be
     pytest.importorskip("alpaca_eval", reason="needs the extra `eval`")
     arguments = ("--bench", bench, "--method", "rmipo", "--set", f"alpacaeval.reference={outputs}/pairs/test.jsonl")
     with JudgeServer(fault=lambda number: fault) as server:
-        done = run("evaluate.py", outputs, *arguments, OPENAI_BASE_URL=server.url, OPENAI_API_KEY="none")
-        assert done.returncode == 2 and named in done.stderr and "Traceback" not in done.stderr, done.stderr
+        done = run("evaluate", outputs, *arguments, OPENAI_BASE_URL=server.url, OPENAI_API_KEY="none")
+        assert done.code == 2 and named in done.err and "Traceback" not in done.err, done.err
         assert len(server.requests) <= 2
     assert not (outputs / "tiny/rmipo/eval/answers").exists()
