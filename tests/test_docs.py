@@ -1,11 +1,9 @@
 """The blocks of docs/DATA.md are accepted as they stand."""
 
-import json
 import re
 
 import pytest
 import yaml
-from datasets import load_dataset
 
 from rmipo.data.chat import ChatFormat
 from rmipo.data.convert import MESSAGES, load_converted
@@ -67,10 +65,3 @@ def test_the_recipe_builds_on_another(tmp_path):
     assert values["learning_rate"] == 5e-7 and values["global_batch_size"] == 64
     assert values["objective"]["gamma_max"] == 1.2 and values["objective"]["beta"] == 2.0
     assert values["output_dir"] == written["output_dir"]
-
-
-def test_a_file_of_texts_is_read_by_datasets_too(tmp_path):
-    """What `train_dataset` takes in Python."""
-    (tmp_path / "pairs.jsonl").write_text(rows("pairs")[2])
-    loaded = load_dataset("json", data_files=str(tmp_path / "pairs.jsonl"), split="train")
-    assert loaded[0]["chosen"] == json.loads(rows("pairs")[2].splitlines()[0])["chosen"]

@@ -1,6 +1,5 @@
 """The programs of examples/, as their users start them, give our trainer's losses."""
 
-import json
 import sys
 
 import pytest
@@ -12,16 +11,18 @@ from trl import DPOConfig
 from rmipo import OBJECTIVES, PreferenceConfig, PreferenceTrainer, RMiPOConfig, RMiPOTrainer
 from tests.helpers.launched import launch
 from tests.helpers.paths import ROOT
+from tests.helpers.rows import assistant, pair, user, write
 from tests.helpers.tiny_model import write_model
 
 sys.path.insert(0, str(ROOT / "examples"))
 
 PAIRS = [
-    {
-        "prompt": [{"role": "user", "content": f"w{i} w{(i * 7) % 20}"}],
-        "chosen": [{"role": "assistant", "content": " ".join(f"w{(i + j) % 20}" for j in range(1 + i % 4))}],
-        "rejected": [{"role": "assistant", "content": " ".join(f"w{(3 * i + j + 5) % 20}" for j in range(2 + i % 3))}],
-    }
+    pair(
+        i,
+        [user(f"w{i} w{(i * 7) % 20}")],
+        [assistant(" ".join(f"w{(i + j) % 20}" for j in range(1 + i % 4)))],
+        [assistant(" ".join(f"w{(3 * i + j + 5) % 20}" for j in range(2 + i % 3)))],
+    )
     for i in range(16)
 ]
 SAME = {
@@ -40,13 +41,18 @@ def model(tmp_path_factory) -> str:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> str:
-    path = tmp_path_factory.mktemp("data") / "train.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in PAIRS))
-    return str(path)
+    return str(write(tmp_path_factory.mktemp("data") / "train.jsonl", PAIRS))
 
 
 def rows(path):
     return load_dataset("json", data_files=path, split="train")
+
+
+def train(model, data, **options) -> list[str]:
+    """The command of the script."""
+    options = SAME | {"max_prompt_length": 32} | options
+    words = [word for key, value in options.items() for word in (f"--{key}", str(value))]
+    return ["examples/train.py", "--model_name_or_path", model, "--dataset_name", data, *words]
 
 
 def losses(trainer):
@@ -89,19 +95,10 @@ def test_a_loss_of_ones_own_trains(model, data, tmp_path, hinge):
 
 
 def test_the_script_trains_what_the_trainer_trains_and_goes_on_after_it_ended(model, data, tmp_path):
-    options = SAME | {
-        "max_prompt_length": 32,
-        "save_strategy": "steps",
-        "save_steps": 2,
-        "output_dir": tmp_path / "out",
-    }
-    words = [word for key, value in options.items() for word in (f"--{key}", str(value))]
-    command = ["examples/train.py", "--model_name_or_path", model, "--dataset_name", data, *words]
-    run = launch(command)
+    run = launch(train(model, data, save_strategy="steps", save_steps=2, output_dir=tmp_path / "out"))
     assert run.wait() == 0, run.output[-3000:]
-    trainer = RMiPOTrainer(
-        model, RMiPOConfig(output_dir=str(tmp_path / "api"), max_prompt_length=32, **SAME), train_dataset=rows(data)
-    )
+    args = RMiPOConfig(output_dir=str(tmp_path / "api"), max_prompt_length=32, **SAME)
+    trainer = RMiPOTrainer(model, args, train_dataset=rows(data))
     trainer.train()
     expected = trainer.model.state_dict()
     for name, value in load_file(tmp_path / "out/model.safetensors").items():
@@ -110,15 +107,10 @@ def test_the_script_trains_what_the_trainer_trains_and_goes_on_after_it_ended(mo
 
 @pytest.mark.slow
 def test_the_script_trains_under_fsdp2(model, data, tmp_path):
-    options = SAME | {"max_prompt_length": 32, "max_steps": 2, "max_grad_norm": 0.0, "per_device_train_batch_size": 8}
-    words = [word for key, value in options.items() for word in (f"--{key}", str(value))]
-    command = ["examples/train.py", "--model_name_or_path", model, "--dataset_name", data, *words]
-    runs = {
-        "one": launch([*command, "--gradient_accumulation_steps", "2", "--output_dir", str(tmp_path / "one")]),
-        "two": launch(
-            ["tests/helpers/fsdp2_on_cpus.py", *command, "--output_dir", str(tmp_path / "two")], 2, sharding="fsdp2"
-        ),
-    }
+    options = {"max_steps": 2, "max_grad_norm": 0.0, "per_device_train_batch_size": 8}
+    one = train(model, data, **options, gradient_accumulation_steps=2, output_dir=tmp_path / "one")
+    two = ["tests/helpers/fsdp2_on_cpus.py", *train(model, data, **options, output_dir=tmp_path / "two")]
+    runs = {"one": launch(one), "two": launch(two, 2, sharding="fsdp2")}
     for run in runs.values():
         assert run.wait() == 0, run.output[-3000:]
     assert "gradients are divided" in runs["two"].output

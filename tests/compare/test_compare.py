@@ -39,7 +39,7 @@ from tests.helpers.launched import launch
 from tests.helpers.lock_holder import held
 from tests.helpers.paths import ROOT
 from tests.helpers.programs import run_here
-from tests.helpers.rows import assistant, user, write
+from tests.helpers.rows import pair, pairs, user, write
 
 SMALL = {"names": 4, "values_per_attribute": 4, "sft_train": 60, "sft_test": 8, "pairs_train": 40, "pairs_test": 24}
 SMALL |= {"vocab_size": 400, "hidden_size": 16, "intermediate_size": 32}
@@ -83,22 +83,18 @@ def test_every_method_has_the_same_start_pairs_order_and_length(study):
 
 def test_seeds_draw_other_pairs_of_the_same_facts_and_noise_swaps_some(study):
     recipe = study.recipe(run_of())
-    pairs = {
-        (seed, noise): study.task.train_pairs(recipe, run_of(seed=seed, noise=noise)).to_list()
-        for seed in (0, 1)
-        for noise in (0.0, 0.15)
-    }
-    assert all(len(rows) == 40 for rows in pairs.values())
-    assert pairs[0, 0.0] != pairs[1, 0.0]
+    first, other, noisy_rows = (
+        study.task.train_pairs(recipe, run_of(seed=seed, noise=noise)).to_list()
+        for seed, noise in ((0, 0.0), (1, 0.0), (0, 0.15))
+    )
+    assert len(first) == len(other) == len(noisy_rows) == 40 and first != other
     right = {answer for fact in study.task.world.facts for answer in fact.answers}
-    assert all(row["chosen"][0]["content"] in right for seed in (0, 1) for row in pairs[seed, 0.0])
-    swapped = [
-        {**row, "chosen": row["rejected"], "rejected": row["chosen"]} == noisy
-        for row, noisy in zip(pairs[0, 0.0], pairs[0, 0.15], strict=True)
-    ]
-    assert sum(swapped) == 6
-    kept = [row == noisy for row, noisy in zip(pairs[0, 0.0], pairs[0, 0.15], strict=True)]
-    assert sum(kept) == 34
+    assert all(row["chosen"][0]["content"] in right for row in first + other)
+    kept = swapped = 0
+    for row, noisy in zip(first, noisy_rows, strict=True):
+        kept += row == noisy
+        swapped += row | {"chosen": row["rejected"], "rejected": row["chosen"]} == noisy
+    assert (kept, swapped) == (34, 6)
 
 
 def test_pairs_that_other_code_draws_make_another_comparison(study, monkeypatch):
@@ -125,11 +121,7 @@ def test_what_selects_is_not_what_is_reported(study):
 def test_other_people_s_pairs_are_divided_by_prompt(repository, monkeypatch, tmp_path):
     monkeypatch.chdir(repository)
     for split, count in (("train", 20), ("test", 12)):
-        rows = [
-            {"prompt": [user(f"Q{i % 6}?")], "chosen": [assistant(f"yes {i}")], "rejected": [assistant(f"no {i}")]}
-            for i in range(count)
-        ]
-        write(tmp_path / f"{split}.jsonl", rows)
+        write(tmp_path / f"{split}.jsonl", [pair(i, [user(f"Q{i % 6}?")]) for i in range(count)])
     study = Study("tiny", data=str(tmp_path), arguments=f"{ARGUMENTS} --model_name_or_path outputs/tiny/sft")
     assert type(study.task) is PairsTask and study.task.selection_metric == "preference_accuracy"
     recipe = study.recipe(run_of())
@@ -152,11 +144,8 @@ def test_answers_to_constraints_are_measured_as_eval_yaml_and_search_yaml_say(re
         "measure: {search: {constraints: {first_n: 3}}, report: {constraints: {skip_n: 3, first_n: 2, answers: 1}}}"
     )
     Path("recipes/own/search.yaml").write_text(f"parameters: {{learning_rate: {{values: [1.0e-3]}}}}\n{measure}\n")
-    rows = [
-        {"prompt": [user(f"Q{i}?")], "chosen": [assistant(f"yes {i}")], "rejected": [assistant("no")]} for i in range(8)
-    ]
     for split in ("train", "test"):
-        write(Path(f"outputs/own/pairs/{split}.jsonl"), rows)
+        write(Path(f"outputs/own/pairs/{split}.jsonl"), pairs(*range(8)))
     study = Study("own", arguments=f"{ARGUMENTS} --bf16 false --max_length 64 --max_prompt_length 32")
     generation = {"temperature": 0.7, "top_p": 1.0, "max_new_tokens": 4, "seed": 42, "batch_size": 32}
     generation |= {"dtype": "bfloat16", "engine": "transformers"}  # no vLLM beside the trained model on a GPU
@@ -256,10 +245,9 @@ def test_lines_come_in_the_order_of_their_runs(study, tmp_path):
 
 
 def test_the_best_rate_of_each_method_is_chosen():
-    values = {("dpo", 1e-4): 0.5, ("dpo", 2e-4): 0.7, ("kto", 1e-4): 0.6, ("kto", 2e-4): 0.2}
     lines = [
         {"method": method, "learning_rate": rate, "metrics": {"right_probability": value}}
-        for (method, rate), value in values.items()
+        for method, rate, value in (("dpo", 1e-4, 0.5), ("dpo", 2e-4, 0.7), ("kto", 1e-4, 0.6), ("kto", 2e-4, 0.2))
     ]
     assert best_rates(lines, "right_probability") == {"dpo": 2e-4, "kto": 1e-4}
     lines[1]["metrics"] = {"diverged": True}
@@ -321,9 +309,8 @@ def test_the_interval_of_a_difference_is_paired_by_prompt_and_mean_over_seeds():
 
 def test_the_table_is_sorted_and_marks_ends_of_the_range():
     rows = comparison.summarize(LINES, "right_probability")
-    searched = [
-        line_of(method, 1000, rate * 1e3, rate=rate) for method in ("rmipo", "dpo") for rate in (1e-4, 2e-4, 4e-4)
-    ]
+    rates = (1e-4, 2e-4, 4e-4)
+    searched = [line_of(method, 1000, rate * 1e3, rate=rate) for method in ("rmipo", "dpo") for rate in rates]
     text = comparison.report(rows, LINES, searched, "right_probability")
     assert "| RMiPO | 0.100 | 0.200 | 0.400 |" in text  # of the search
     lines = text.splitlines()
@@ -413,25 +400,15 @@ def test_ctrl_c_ends_a_comparison_and_its_workers_at_once(repository):
                 process.kill()
 
 
-@pytest.mark.parametrize(
-    ("env", "named"),
-    [
-        ({"METHODS": "dpo,ppo"}, "METHODS='dpo,ppo'"),
-        ({"METHODS": ","}, "METHODS=','"),
-        ({"SEEDS": "a"}, "SEEDS='a'"),
-        ({"NOISE": "0.7"}, "NOISE='0.7'"),
-        ({"NOISE": "0,0.15"}, "NOISE='0,0.15'"),  # elsewhere a run "with noise" would be trained on clean labels
-    ],
-)
-def test_wrong_choices_are_named(env, named):
-    with pytest.raises(ConfigError, match=named):
-        read_choices(env, swaps_labels=False)
-
-
 def test_choices_and_their_defaults():
     assert read_choices({}, swaps_labels=True) == (list(METHODS), [0, 1, 2], [0.0, 0.15])
     chosen = read_choices({"METHODS": "simpo dpo", "SEEDS": "3"}, swaps_labels=False)
     assert chosen == (["rmipo", "dpo", "simpo"], [3], [0.0])
+    # Where labels are not swapped, a run "with noise" would be trained on clean ones.
+    wrong = (("METHODS", "dpo,ppo"), ("METHODS", ","), ("SEEDS", "a"), ("NOISE", "0.7"), ("NOISE", "0,0.15"))
+    for name, value in wrong:
+        with pytest.raises(ConfigError, match=f"{name}='{value}'"):
+            read_choices({name: value}, swaps_labels=False)
 
 
 @pytest.mark.parametrize(("given", "used"), [(None, "0"), ("2,3", "2"), ("", "")])

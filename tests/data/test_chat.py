@@ -9,14 +9,10 @@ from transformers import AutoTokenizer, GenerationConfig
 
 from rmipo.data.chat import ChatFormat, DataError, freeze_date
 from tests.helpers.families import LLAMA3_TEMPLATE, MISTRAL_TEMPLATE, make_tokenizer
+from tests.helpers.rows import assistant, user
 
-PROMPT = [
-    {"role": "user", "content": "Hi there"},
-    {"role": "assistant", "content": "Hello!"},
-    {"role": "user", "content": "How are you?"},
-]
-CHOSEN = [{"role": "assistant", "content": "I am fine."}]
-REJECTED = [{"role": "assistant", "content": "Not sure"}]
+PROMPT = [user("Hi there"), assistant("Hello!"), user("How are you?")]
+CHOSEN, REJECTED = [assistant("I am fine.")], [assistant("Not sure")]
 
 # family -> (text of the prompt through the generation header, text of the chosen response)
 WRITTEN_OUT = {
@@ -55,7 +51,7 @@ def random_dialogue(generator, family):
     prompt = [{"role": role, "content": text()} for role in roles]
     if family in ("llama3", "zephyr", "qwen3") and generator.random() < 0.5:
         prompt.insert(0, {"role": "system", "content": text()})
-    return prompt, *([{"role": "assistant", "content": text()}] for _ in range(2))
+    return prompt, *([assistant(text())] for _ in range(2))
 
 
 @pytest.mark.parametrize("family", WRITTEN_OUT)
@@ -146,10 +142,7 @@ def test_a_token_across_the_end_of_the_prompt(bos):
     tokenizer = make_tokenizer("llama3", bos + template)
     chat = ChatFormat.probe(tokenizer)
     texts = [("Why?", "\nParis", "\nRome"), ("Which part?", "the end", "\nParis"), ("How?", "\nSlowly", "the end")]
-    rows = [
-        ([{"role": "user", "content": a}], *([{"role": "assistant", "content": b}] for b in answers))
-        for a, *answers in texts
-    ]
+    rows = [([user(question)], *([assistant(answer)] for answer in answers)) for question, *answers in texts]
 
     def ids(text):
         return tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -175,10 +168,8 @@ def test_no_space_comes_in_front_of_a_response_that_is_tokenised_apart():
     tokenizer.backend_tokenizer.normalizer = None
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
     assert tokenizer.tokenize("the") == ["\u2581the"]
-    chosen, rejected = ([{"role": "assistant", "content": text}] for text in ("the end", "the window"))
-    prompt_ids, chosen_ids, _ = ChatFormat.probe(tokenizer).pair_ids(
-        [{"role": "user", "content": "Why"}], chosen, rejected
-    )
+    chosen, rejected = [assistant("the end")], [assistant("the window")]
+    prompt_ids, chosen_ids, _ = ChatFormat.probe(tokenizer).pair_ids([user("Why")], chosen, rejected)
     assert tokenizer.convert_ids_to_tokens(prompt_ids)[-1] == "\u2581"
     assert tokenizer.decode(chosen_ids) == "the end<eos>"
 
@@ -239,7 +230,7 @@ CUTTING = {  # what a template makes of a response -> a response that it keeps, 
 @pytest.mark.parametrize("expression", CUTTING)
 def test_a_template_that_changes_a_response_is_told_per_row(expression):
     chat = ChatFormat.probe(make_tokenizer("llama3", LLAMA3_TEMPLATE.replace("message['content'] | trim", expression)))
-    kept, changed = ([{"role": "assistant", "content": text}] for text in CUTTING[expression])
+    kept, changed = ([assistant(text)] for text in CUTTING[expression])
     assert "Fine." in chat.render_pair(PROMPT, kept, REJECTED)[1]
     for sides in ((changed, kept), (kept, changed)):
         with pytest.raises(DataError, match="the assistant says"):
@@ -253,55 +244,33 @@ def test_a_template_that_leaves_a_message_of_the_prompt_out():
         chat.render_pair([{"role": "system", "content": "Be brief."}, *PROMPT], CHOSEN, REJECTED)
 
 
-def probe_error(family, template, **roles):
+def probe_error(family, template):
     tokenizer = make_tokenizer(family, template)
     tokenizer.name_or_path = "some/model"
     tokenizer.add_tokens(["bye"])
-    for role, token in roles.items():
-        setattr(tokenizer, role, token)
     with pytest.raises(DataError) as error:
         ChatFormat.probe(tokenizer)
     assert str(error.value).startswith("some/model: ")
     return str(error.value)
 
 
-def test_no_template():
-    tokenizer = make_tokenizer("llama3")
-    tokenizer.chat_template = None
-    with pytest.raises(
-        DataError, match=r"^TokenizersBackend: the tokenizer has no chat template\. Set `chat_template` in"
-    ):
-        ChatFormat.probe(tokenizer)
+END, BOS, HEADER = " + '<|eot_id|>'", "{{ bos_token }}", "assistant<|end_header_id|>"
+IN_FULL = "{% if messages[-1]['role'] == 'assistant' %}x{% endif %}"  # where a response follows
+ALONE = "' + ('bot' if messages[1:] else 'assistant') + '<|end_header_id|>"
 
 
 @pytest.mark.parametrize(
     "old, new, message",
     [
-        (
-            "{{ bos_token }}",
-            "{{ bos_token + bos_token }}",
-            "double BOS: the template starts a prompt with",
-        ),
-        (" + '<|eot_id|>'", "", "no end token: after a response the template writes ''"),
-        (" + '<|eot_id|>'", " + 'bye<|eot_id|>'", "no end token: after a response the template writes 'bye<|eot_id|>'"),
-        (" + '<|eot_id|>'", " + '<|eot_id|><|eot_id|>'", "write <|eot_id|> once"),
-        (" + '<|eot_id|>'", " + '<|eot_id|>bye'", "writes 'bye' after the end token"),
-        ("assistant<|end_header_id|>", "bot<|end_header_id|>", "the prompt is not a prefix of the full text: "),
-        (
-            "assistant<|end_header_id|>",
-            "' + ('bot' if messages[1:] else 'assistant') + '<|end_header_id|>",
-            "the prompt is not a prefix of the full text: ",
-        ),
-        (
-            "{{ bos_token }}",
-            "{% if messages[-1]['role'] == 'assistant' %}x{% endif %}{{ bos_token }}",
-            "the prompt is not a prefix of the full text: ",
-        ),
-        (
-            "{{ bos_token }}",
-            "{% if add_generation_prompt %}x{% endif %}{{ bos_token }}",
-            "changes the dialogue itself: ",
-        ),
+        (BOS, "{{ bos_token + bos_token }}", "double BOS"),
+        (END, "", "no end token: after a response the template writes ''"),
+        (END, " + 'bye<|eot_id|>'", "no end token: after a response the template writes 'bye<|eot_id|>'"),
+        (END, " + '<|eot_id|><|eot_id|>'", "write <|eot_id|> once"),
+        (END, " + '<|eot_id|>bye'", "writes 'bye' after the end token"),
+        (HEADER, "bot<|end_header_id|>", "not a prefix"),
+        (HEADER, ALONE, "not a prefix"),
+        (BOS, IN_FULL + BOS, "not a prefix"),
+        (BOS, "{% if add_generation_prompt %}x{% endif %}" + BOS, "changes the dialogue itself"),
     ],
 )
 def test_bad_templates(old, new, message):
@@ -325,11 +294,8 @@ def test_no_bos():
 
 
 def test_no_pad_token():
-    assert ChatFormat.probe(make_tokenizer("llama3")).tokenizer.pad_token_id is None  # rows are packed, not padded
-    text = probe_error("llama3", LLAMA3_TEMPLATE, eos_token=None)
-    assert "neither a pad token nor an EOS token" in text
-    assert "tokenizer.pad_token =" in text
     tokenizer = make_tokenizer("llama3")
+    assert ChatFormat.probe(tokenizer).tokenizer.pad_token_id is None  # rows are packed, not padded
     tokenizer.eos_token, tokenizer.pad_token = None, "<|end_of_text|>"
     assert ChatFormat.probe(tokenizer).end_id == 4
 
@@ -346,9 +312,6 @@ def test_a_template_that_refuses():
     assert "the chat template refuses: Conversation roles must alternate" in probe_error(
         "mistral-instruct", MISTRAL_TEMPLATE.replace("loop.index0 % 2 == 0", "loop.index0 % 2 == 1")
     )
-    chat = ChatFormat.probe(make_tokenizer("gemma"))
-    with pytest.raises(DataError, match="the chat template refuses: System role not supported"):
-        chat.prompt_ids([{"role": "system", "content": "Be brief"}, *PROMPT])
 
 
 CLOCK = '{%- if strftime_now is defined %}{% set today = strftime_now("%d %b %Y") %}{% else %}{% set today = "?" %}{% endif %}'
@@ -364,7 +327,7 @@ def test_a_template_that_reads_the_clock_says_the_frozen_day_from_then_on(tmp_pa
     assert freeze_date(tokenizer, datetime.date(2026, 2, 3)) is True
     tokenizer.save_pretrained(tmp_path)
     for which in (tokenizer, AutoTokenizer.from_pretrained(tmp_path)):
-        text = which.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False)
+        text = which.apply_chat_template([user("a")], tokenize=False)
         assert text.startswith("<|begin_of_text|>Today: 03 Feb 2026, 2026<|start_header_id|>")
     assert freeze_date(tokenizer, datetime.date(2027, 1, 1)) is False
     tokenizer.chat_template = None

@@ -81,12 +81,9 @@ def test_an_anthropic_hh_prompt_ends_where_its_text_ends(prompt, messages):
     assert formats.read_row({"prompt": prompt}, formats.PROMPTS) == (messages,)
 
 
-def test_responses_without_a_prompt(tmp_path):
-    rows = [{"chosen": "b", "rejected": "c"}] * 7
-    with pytest.raises(DataError, match=r"no prompt, and the other columns .*: rows 0, 1, 2, 3, 4 and 2 more"):
-        load(tmp_path, rows)
+def test_responses_without_a_prompt():
     for row in (
-        {"prompt": None, **rows[0]},
+        {"prompt": None, "chosen": "b", "rejected": "c"},
         {"chosen": [assistant("b"), user("c")], "rejected": [assistant("d"), user("e")]},
     ):
         with pytest.raises(DataError, match="no prompt, and the other columns match no accepted format"):
@@ -114,15 +111,10 @@ def test_the_prompt_of_a_row(row, prompt):
     assert formats.read_row(row, formats.PROMPTS) == (prompt,)
 
 
-@pytest.mark.parametrize(
-    ("row", "messages"),
-    [
-        ({"messages": [user("a"), assistant("b")], "prompt": "c", "completion": "d"}, [user("a"), assistant("b")]),
-        ({"messages": "a"}, [user("a")]),
-    ],
-)
-def test_the_dialogue_of_a_row(row, messages):
-    assert formats.read_row(row, formats.DIALOGUES) == (messages, [])
+def test_the_dialogue_of_a_row():
+    turns = [user("a"), assistant("b")]
+    assert formats.read_row({"messages": turns, "prompt": "c", "completion": "d"}, formats.DIALOGUES) == (turns, [])
+    assert formats.read_row({"messages": "a"}, formats.DIALOGUES) == ([user("a")], [])
 
 
 def test_a_row_of_no_format_is_told_what_the_nearest_one_has():
@@ -131,19 +123,12 @@ def test_a_row_of_no_format_is_told_what_the_nearest_one_has():
         formats.read_row({"chosen": "a", "rejected": "b"}, (*formats.PAIRS, asked))
 
 
-def test_a_system_column_in_front_of_no_turns():
-    row = {"system": "Be brief", "chosen": [user("a"), assistant("b")], "rejected": [user("c"), assistant("d")]}
-    prompt, *_ = formats.read_row(row, formats.PAIRS)
-    assert prompt == [{"role": "system", "content": "Be brief"}]
-
-
 def test_a_system_column_is_a_message_in_front(tmp_path):
     pirate = {"role": "system", "content": " Answer like a pirate.\n"}
-    rows = [
-        {"system": " Answer like a pirate.\n", "prompt": "q", "chosen": "yes", "rejected": "no"},
-        {"system": "", "prompt": "q", "chosen": "yes", "rejected": "no"},
-        {"system": None, "prompt": "q", "chosen": "yes", "rejected": "no"},
-    ]
+    texts = {"prompt": "q", "chosen": "yes", "rejected": "no"}
+    rows = [{"system": text, **texts} for text in (pirate["content"], "", None)]
+    row = {"system": "Be brief", "chosen": [user("a"), assistant("b")], "rejected": [user("c"), assistant("d")]}
+    assert formats.read_row(row, formats.PAIRS)[0] == [SYSTEM]  # in front of no turns
     sides = ([assistant("yes")], [assistant("no")])
     for row, prompt in zip(rows, ([pirate, user("q")], [user("q")], [user("q")]), strict=True):
         assert formats.read_row(row, formats.PAIRS) == (prompt, *sides)
@@ -250,18 +235,12 @@ def test_a_format_is_a_function_and_a_line(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "bad, message",
     [
-        (
-            {"prompt": [{"role": "human", "content": "a"}]},
-            "`prompt` has the role 'human', expected system, user",
-        ),
-        (
-            {"chosen": [{"from": "gpt", "value": "a"}]},
-            "`chosen` holds keys .*from, value.*, expected messages",
-        ),
-        ({"rejected": [{"role": "assistant", "content": 5}]}, "`rejected` has content of type int, expected text"),
-        ({"prompt": ["a"]}, "`prompt` holds str, expected messages"),
-        ({"prompt": user("a")}, "`prompt` is dict, expected messages or text"),
-        ({"prompt": [{"role": "user"}]}, "`prompt` holds keys role, expected messages"),
+        ({"prompt": [{"role": "human", "content": "a"}]}, "`prompt` has the role 'human', expected system, user"),
+        ({"chosen": [{"from": "gpt", "value": "a"}]}, "`chosen` holds keys .*from, value"),
+        ({"rejected": [{"role": "assistant", "content": 5}]}, "`rejected` has content of type int"),
+        ({"prompt": ["a"]}, "`prompt` holds str"),
+        ({"prompt": user("a")}, "`prompt` is dict"),
+        ({"prompt": [{"role": "user"}]}, "`prompt` holds keys role"),
     ],
 )
 def test_values_that_are_not_messages(bad, message):
@@ -296,29 +275,23 @@ def test_why_a_dialogue_is_unusable(messages, reason):
 @pytest.mark.parametrize(
     "name, split, rows, dropped",
     [
-        (
-            "hh-harmless",
-            "train",
-            1800,
-            {
-                "chosen is 2 messages after the shared prompt, not one": [58, 118, 762, 886],
-                "roles out of order": [152, 853, 1054],
-                "chosen is empty": [512, 954, 1311, 1500],
-            },
-        ),
+        ("hh-harmless", "train", 1800, {
+            "chosen is 2 messages after the shared prompt, not one": [58, 118, 762, 886],
+            "roles out of order": [152, 853, 1054],
+            "chosen is empty": [512, 954, 1311, 1500],
+        }),
         ("judged-pairs", "test", 208, {}),
     ],
-)
+)  # fmt: skip
 def test_real_pairs(shared_data, name, split, rows, dropped):
     dataset = load_pairs(config(shared_data / name), split)
-    tokenized, report = tokenize_pairs(
-        dataset,
-        ChatFormat.probe(make_tokenizer("zephyr")),
-        max_length=2048,
-        max_prompt_length=1800,
-        max_dropped_fraction=0.02,
-        max_truncated_fraction=1.0,
-    )
+    limits = {
+        "max_length": 2048,
+        "max_prompt_length": 1800,
+        "max_dropped_fraction": 0.02,
+        "max_truncated_fraction": 1.0,
+    }
+    tokenized, report = tokenize_pairs(dataset, ChatFormat.probe(make_tokenizer("zephyr")), **limits)
     assert (report.rows, report.dropped) == (rows, dropped)
     assert len(tokenized) == rows - report.dropped_rows
     for prompt, chosen in zip(tokenized["prompt_ids"][:20], tokenized["chosen_ids"][:20], strict=True):
@@ -328,10 +301,8 @@ def test_real_pairs(shared_data, name, split, rows, dropped):
 
 def test_an_anthropic_hh_response_that_is_empty():
     start = "\n\nHuman: Hello\n\nAssistant:"
-    for texts in ((f"{start} Hi!", start), (start, f"{start} Hi!")):
-        row = dict(zip(("chosen", "rejected"), texts, strict=True))
-        answers = ([assistant(text.removeprefix(start).strip())] for text in texts)
-        assert formats.read_row(row, formats.PAIRS) == ([user("Hello")], *answers)
+    row = {"chosen": f"{start} Hi!", "rejected": start}
+    assert formats.read_row(row, formats.PAIRS) == ([user("Hello")], [assistant("Hi!")], [assistant("")])
 
 
 def test_a_text_with_speakers_in_it_is_not_of_anthropic_hh(tmp_path):
@@ -346,31 +317,11 @@ def test_responses_that_differ_in_case_or_inner_spaces_are_a_pair():
     assert formats.unusable_pair([user("q")], [assistant("")], [assistant(" ")]) == "chosen is empty"
 
 
-def test_prompt_and_responses_as_text(tmp_path):
-    rows = [{"prompt": "Question 0", "chosen": "Right 0", "rejected": "Wrong 0"}]
-    assert load(tmp_path, rows) == [{**pair(0), "row": 0}]
-
-
 def test_an_anthropic_hh_prompt_column(tmp_path):
     rows = [{"prompt": "\n\nHuman: Hello\n\nAssistant:", "chosen": " Hi!", "rejected": " Go away."}]
     (row,) = load(tmp_path, rows)
     assert row["prompt"] == [user("Hello")]
     assert row["chosen"] == [assistant(" Hi!")]
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"tools": [{"name": "search"}]}, "`tools` is part of the prompt, but is not supported"),
-        (
-            {"prompt": [{"role": "system", "content": "s", "tools": "[f]", "thinking": "hm"}, user("a")]},
-            "`prompt` has messages with tools, thinking, which are not supported",
-        ),
-    ],
-)
-def test_what_shapes_a_prompt_and_is_not_read_is_refused(tmp_path, changes, message):
-    with pytest.raises(DataError, match=f"{message}.*: row 1"):
-        load(tmp_path, [pair(0), {**pair(1), **changes}])
 
 
 def test_a_column_can_be_left_out_of_a_mixture(tmp_path):

@@ -29,10 +29,8 @@ alpaca_eval = pytest.importorskip("alpaca_eval", reason="needs the extra `eval`"
 
 def expected_win_rate(rows) -> float:
     """Percent: the mean of the server's probability for our output, whatever the order it saw the two in."""
-    wins = [
-        probability_of_first(REFERENCE[i]["instruction"], OUTPUTS[i]["output"], REFERENCE[i]["output"]) for i in rows
-    ]
-    return 100 * sum(wins) / len(wins)
+    texts = [(REFERENCE[i]["instruction"], OUTPUTS[i]["output"], REFERENCE[i]["output"]) for i in rows]
+    return 100 * statistics.mean(probability_of_first(*each) for each in texts)
 
 
 def ask(server: JudgeServer, folder: Path, monkeypatch, **settings) -> dict:
@@ -130,12 +128,8 @@ def test_another_prompt_file_is_another_judge(tmp_path, monkeypatch, api_key):
         assert len(server.requests) == 2 * ROWS
 
 
-@pytest.mark.parametrize(
-    ("fault", "said", "last"),
-    [
-        ("drop", "APIConnectionError", 99),
-        ("html", "'<html>Bad gateway</html>'", 10),  # once: the server then answers as before
-    ],
+@pytest.mark.parametrize(  # html: once, the server then answers as before
+    ("fault", "said", "last"), [("drop", "APIConnectionError", 99), ("html", "'<html>Bad gateway</html>'", 10)]
 )
 def test_server_that_fails_is_named_and_leaves_the_verdicts_so_far(tmp_path, monkeypatch, api_key, fault, said, last):
     with JudgeServer(fault=lambda number: fault if 10 <= number <= last else None) as server:

@@ -1,15 +1,10 @@
 """`make eval` and `make samples` from the command line, on a random model."""
 
-import contextlib
 import dataclasses
-import io
 import json
-import os
 import re
 import runpy
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -28,6 +23,8 @@ from rmipo.record import environment
 from tests.helpers.judge_server import JudgeServer
 from tests.helpers.lock_holder import held
 from tests.helpers.paths import ROOT
+from tests.helpers.programs import Ended, run_here
+from tests.helpers.rows import assistant, pair, user, write
 from tests.helpers.tiny_model import write_model
 
 TINY = ROOT / "recipes/tiny/rmipo.yaml"
@@ -41,30 +38,13 @@ def outputs(tmp_path) -> Path:
     for method, seed in (("rmipo", 0), ("simpo", 1)):
         (folder / "tiny" / method).mkdir(parents=True)
         write_model(folder / "tiny" / method, seed)
-    texts = [{"prompt": f"w{i} w{i + 1}", "chosen": "w1 w2 w3", "rejected": "w4"} for i in range(9)]
-    roles = {"prompt": "user", "chosen": "assistant", "rejected": "assistant"}
-    pairs = [{side: [{"role": roles[side], "content": text}] for side, text in row.items()} for row in texts]
-    (folder / "pairs").mkdir()
-    (folder / "pairs/test.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    answers = [assistant("w1 w2 w3")], [assistant("w4")]
+    write(folder / "pairs/test.jsonl", [pair(i, [user(f"w{i} w{i + 1}")], *answers) for i in range(9)])
     return folder
 
 
-def run(script: str, outputs: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
-    """What the script does with these arguments and this environment, in this process: libraries are loaded already."""
-    stdout, stderr, code = io.StringIO(), io.StringIO(), 0
-    with pytest.MonkeyPatch.context() as patch:
-        for name in [name for name in os.environ if name.startswith("OPENAI")]:
-            patch.delenv(name)
-        for name, value in environment.items():
-            patch.setenv(name, value)
-        patch.setattr(sys, "argv", [script, "--model", "tiny", "--outputs", str(outputs), *arguments])
-        patch.chdir(ROOT)
-        with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
-            try:
-                runpy.run_path(str(ROOT / "scripts" / script), run_name="__main__")
-            except SystemExit as end:
-                code = end.code or 0
-    return subprocess.CompletedProcess(script, code, stdout.getvalue(), stderr.getvalue())
+def run(script: str, outputs: Path, *arguments: str, **environment: str) -> Ended:
+    return run_here(script, "--model", "tiny", "--outputs", str(outputs), *arguments, env=environment)
 
 
 @pytest.mark.parametrize("path", SETTINGS, ids=lambda path: path.parent.name)
@@ -125,14 +105,20 @@ def test_models_that_are_none(outputs):
         model_folder(TINY, outputs, "dpo")
 
 
+def small_recipe(tmp_path: Path, source: Path, template: Path | None = None) -> Path:
+    """Tiny's recipe of the setting `small`, from the model in `source`."""
+    recipe = tmp_path / "recipes/small/rmipo.yaml"
+    recipe.parent.mkdir(parents=True, exist_ok=True)
+    changes = {"model_name_or_path": str(source), "chat_template": template and str(template)}
+    recipe.write_text(yaml.safe_dump(yaml.safe_load(TINY.read_text()) | changes))
+    return recipe
+
+
 def test_initial_model_is_linked_with_the_recipe_s_template(outputs, tmp_path):
     source = outputs / "tiny/simpo"
     template = tmp_path / "template.jinja"
     template.write_text((source / "chat_template.jinja").read_text().replace(" </s>", " w0 </s>"))
-    recipe = tmp_path / "recipes/small/rmipo.yaml"
-    recipe.parent.mkdir(parents=True)
-    values = yaml.safe_load(TINY.read_text()) | {"model_name_or_path": str(source), "chat_template": str(template)}
-    recipe.write_text(yaml.safe_dump(values))
+    recipe = small_recipe(tmp_path, source, template)
     for _ in range(2):  # once more: as before
         folder = model_folder(recipe, outputs, "initial")
         assert folder == outputs / "small/initial"
@@ -150,9 +136,10 @@ def record(folder: Path, finished: bool = True, header_in_response: bool = False
     return probe
 
 
-def change_template(folder: Path) -> None:
+def change_template(folder: Path, *replaced: tuple[str, str]) -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    tokenizer.chat_template = tokenizer.chat_template.replace("{{ m['content'] }}", "w0 {{ m['content'] }}")
+    for old, new in replaced:
+        tokenizer.chat_template = tokenizer.chat_template.replace(old, new)
     tokenizer.save_pretrained(folder)
 
 
@@ -163,40 +150,28 @@ def test_model_trained_with_another_template_is_refused(outputs):
     # The released code's way: the assistant header is scored with the response, and isn't in the training prompt.
     assert record(folder, header_in_response=True) != probe
     assert model_folder(TINY, outputs, "rmipo") == folder
-    change_template(folder)
-    with pytest.raises(EvaluationError, match="rmipo was trained with another chat template"):
+    record(folder, finished=False)
+    with pytest.raises(EvaluationError, match=f"{folder} holds a run that hasn't finished"):
         model_folder(TINY, outputs, "rmipo")
-    done = run("evaluate.py", outputs, "--bench", "hh")
-    assert done.returncode == 2 and done.stderr.startswith(f"error: {folder} was trained with another chat template")
+    record(folder)
+    change_template(folder, ("{{ m['content'] }}", "w0 {{ m['content'] }}"))
+    done = run("evaluate", outputs, "--bench", "hh")
+    assert done.code == 2 and done.err.startswith(f"error: {folder} was trained with another chat template")
 
 
 def test_a_longer_header_than_that_of_the_training_is_refused(outputs):
     """As of templates that open and close a thought in front of the last answer alone: no earlier turn shows it."""
     folder = outputs / "tiny/rmipo"
     record(folder)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    template, last = tokenizer.chat_template, "{% if loop.last and m['role'] == 'assistant' %} w3{% endif %}"
-    tokenizer.chat_template = template.replace("<{{ m['role'] }}>", "<{{ m['role'] }}>" + last).replace(
-        "<assistant> {% endif %}", "<assistant> w3 {% endif %}"
-    )
-    tokenizer.save_pretrained(folder)
+    role, last = "<{{ m['role'] }}>", "{% if loop.last and m['role'] == 'assistant' %} w3{% endif %}"
+    change_template(folder, (role, role + last), ("<assistant> {% endif %}", "<assistant> w3 {% endif %}"))
     with pytest.raises(EvaluationError, match="rmipo was trained with another chat template"):
-        model_folder(TINY, outputs, "rmipo")
-
-
-def test_unfinished_runs_are_not_evaluated(outputs):
-    folder = outputs / "tiny/rmipo"
-    record(folder, finished=False)
-    with pytest.raises(EvaluationError, match=f"{folder} holds a run that hasn't finished"):
         model_folder(TINY, outputs, "rmipo")
 
 
 def test_initial_model_is_held_to_its_own_training(outputs, tmp_path):
     source = outputs / "tiny/simpo"
-    recipe = tmp_path / "recipes/small/rmipo.yaml"
-    recipe.parent.mkdir(parents=True)
-    values = yaml.safe_load(TINY.read_text()) | {"model_name_or_path": str(source), "chat_template": None}
-    recipe.write_text(yaml.safe_dump(values))
+    recipe = small_recipe(tmp_path, source)
     record(source, finished=False)
     with pytest.raises(EvaluationError, match=f"{source} holds a run that hasn't finished"):
         model_folder(recipe, outputs, "initial")
@@ -206,10 +181,8 @@ def test_initial_model_is_held_to_its_own_training(outputs, tmp_path):
     model_folder(recipe, outputs, "initial")  # without what another source has left
     assert [path.name for path in (outputs / "small/initial").glob("*.safetensors")] == ["model.safetensors"]
     template = tmp_path / "template.jinja"
-    template.write_text(
-        (source / "chat_template.jinja").read_text().replace("{{ m['content'] }}", "w0 {{ m['content'] }}")
-    )
-    recipe.write_text(yaml.safe_dump(values | {"chat_template": str(template)}))
+    template.write_text((source / "chat_template.jinja").read_text().replace("{{ m['c", "w0 {{ m['c"))
+    small_recipe(tmp_path, source, template)
     with pytest.raises(EvaluationError, match="initial was trained with another chat template"):
         model_folder(recipe, outputs, "initial")
 
@@ -217,29 +190,29 @@ def test_initial_model_is_held_to_its_own_training(outputs, tmp_path):
 def test_result_of_other_weights_is_refused(outputs):
     options = [f"--set=hh.{subset}={{dataset_name: {outputs}/pairs}}" for subset in ("helpful", "harmless")]
     folder, path = outputs / "tiny/rmipo", outputs / "tiny/rmipo/eval/hh.json"
-    assert run("evaluate.py", outputs, "--bench", "hh", *options).returncode == 0
+    assert run("evaluate", outputs, "--bench", "hh", *options).code == 0
     before = path.read_bytes()
     weights = trained_fingerprint(folder)
     assert json.loads(before)["fingerprint"] == weights
-    scores = {name: torch.load(path.with_name(f"hh_{name}.pt"), weights_only=True) for name in ("helpful", "harmless")}
-    assert {name: values["fingerprint"] for name, values in scores.items()} == dict.fromkeys(scores, weights)
-    again = run("evaluate.py", outputs, "--bench", "hh", *options)
-    assert again.returncode == 0 and "finished before" in again.stdout
+    for name in ("helpful", "harmless"):
+        assert torch.load(path.with_name(f"hh_{name}.pt"), weights_only=True)["fingerprint"] == weights
+    again = run("evaluate", outputs, "--bench", "hh", *options)
+    assert again.code == 0 and "finished before" in again.out
     other = (*options, "--set", "hh.max_length=64")
-    again = run("evaluate.py", outputs, "--bench", "hh", *other)
-    assert again.returncode == 2 and "finished with other settings: max_length is 128 there, 64 here" in again.stderr
-    again = run("evaluate.py", outputs, "--bench", "hh", "--eval_name", "short", *other)
-    assert again.returncode == 0 and path.read_bytes() == before
+    again = run("evaluate", outputs, "--bench", "hh", *other)
+    assert again.code == 2 and "finished with other settings: max_length is 128 there, 64 here" in again.err
+    again = run("evaluate", outputs, "--bench", "hh", "--eval_name", "short", *other)
+    assert again.code == 0 and path.read_bytes() == before
     assert json.loads((path.parent / "short/hh.json").read_text())["settings"]["max_length"] == 64
     kept = (folder / "generation_config.json").read_text()
     (folder / "generation_config.json").write_text(json.dumps(json.loads(kept) | {"eos_token_id": [1, 2]}))
-    done = run("evaluate.py", outputs, "--bench", "hh", *options)
-    assert done.returncode == 2 and f"{path} is of another tokenizer, chat template or generation_config" in done.stderr
+    done = run("evaluate", outputs, "--bench", "hh", *options)
+    assert done.code == 2 and f"{path} is of another tokenizer, chat template or generation_config" in done.err
     (folder / "generation_config.json").write_text(kept)
     write_model(folder, seed=7)
-    done = run("evaluate.py", outputs, "--bench", "hh", *options)
-    assert done.returncode == 2
-    assert f"Anthropic-HH: {path} is of other weights than those now in {folder}. Delete it" in done.stderr
+    done = run("evaluate", outputs, "--bench", "hh", *options)
+    assert done.code == 2
+    assert f"Anthropic-HH: {path} is of other weights than those now in {folder}. Delete it" in done.err
     assert path.read_bytes() == before
 
 
@@ -266,23 +239,23 @@ def test_eval_command_from_generation_to_result_files(outputs):
         "--set", "leaderboard.include_path=/absent",
     ]  # fmt: skip
     # Without a key the judged benchmarks stop, and the others go on.
-    done = run("evaluate.py", outputs, "--method", "rmipo", "--bench", "all", *options)
-    assert done.returncode == 2 and done.stderr.count(" of ") == 3, done.stderr
-    assert done.stderr.count("the judge needs OPENAI_API_KEY") == 2
+    done = run("evaluate", outputs, "--method", "rmipo", "--bench", "all", *options)
+    assert done.code == 2 and done.err.count(" of ") == 3, done.err
+    assert done.err.count("the judge needs OPENAI_API_KEY") == 2
     folder = outputs / "tiny/rmipo/eval"
     assert sorted(path.name for path in folder.glob("*.json")) == ["hh.json"]
 
     with JudgeServer() as server:
         judge = {"OPENAI_API_KEY": "sk-secret", "OPENAI_BASE_URL": server.url}
         for bench in ("alpacaeval", "mtbench"):
-            done = run("evaluate.py", outputs, "--method", "rmipo", "--bench", bench, *options, **judge)
-            assert done.returncode == 0, done.stderr
+            done = run("evaluate", outputs, "--method", "rmipo", "--bench", bench, *options, **judge)
+            assert done.code == 0, done.err
         asked = len(server.requests)
         # six pairs, the evaluator's trial request, two turns, and the token that each benchmark asks its judge for first
         assert asked == 6 + 1 + 2 + 2
         # The environment is as good as the command line (make); what is finished isn't done again.
-        again = run("evaluate.py", outputs, *options, BENCH="alpacaeval", METHOD="rmipo", **judge)
-        assert again.returncode == 0 and "finished before" in again.stdout and len(server.requests) == asked
+        again = run("evaluate", outputs, *options, BENCH="alpacaeval", METHOD="rmipo", **judge)
+        assert again.code == 0 and "finished before" in again.out and len(server.requests) == asked
     for bench, metrics in (("alpacaeval", {"alpacaeval2_wr", "alpacaeval2_length"}), ("mtbench", {"mt_bench"})):
         text = (folder / f"{bench}.json").read_text()
         result = json.loads(text)
@@ -296,8 +269,8 @@ def test_eval_command_from_generation_to_result_files(outputs):
 
 def test_samples_side_by_side(outputs):
     prompts = ["--prompt", "w1 <b> & w2", "--prompt", "w3 ```"]
-    done = run("samples.py", outputs, "--methods", "rmipo,simpo", *prompts)
-    assert done.returncode == 0, done.stderr
+    done = run("samples", outputs, "--methods", "rmipo,simpo", *prompts)
+    assert done.code == 0, done.err
     answers = {}
     for method in ("rmipo", "simpo"):
         (file,) = (outputs / f"tiny/{method}/eval/answers").glob("samples-*.jsonl")
@@ -308,9 +281,8 @@ def test_samples_side_by_side(outputs):
     expected = [["w1 &lt;b&gt; &amp; w2", "w3 ```"], *answers.values()]
     assert cells == [column[row].replace("<", "&lt;").replace(">", "&gt;") for row in (0, 1) for column in expected]
     markdown = (outputs / "reports/samples-tiny.md").read_text()
-    assert (
-        markdown.index("w1 <b> & w2") < markdown.index("**rmipo**") < markdown.index(answers["rmipo"][0].split("\n")[0])
-    )
+    in_order = ["w1 <b> & w2", "**rmipo**", answers["rmipo"][0].split("\n")[0]]
+    assert [markdown.index(text) for text in in_order] == sorted(markdown.index(text) for text in in_order)
     assert "> ````text\n> w3 ```\n> ````" in markdown  # a fence longer than the text's own
 
 
@@ -370,8 +342,8 @@ def test_max_cost_is_that_of_the_judges(outputs):
     arguments += ("--set", "alpacaeval.price=[10, 30]")  # tiny's own is free
     with JudgeServer() as server:
         judge = {"OPENAI_API_KEY": "none", "OPENAI_BASE_URL": server.url}
-        done = run("evaluate.py", outputs, *arguments, MAX_COST="1e-6", **judge)
-        assert done.returncode == 2 and "max_cost 1e-06" in done.stderr, done.stderr
+        done = run("evaluate", outputs, *arguments, MAX_COST="1e-6", **judge)
+        assert done.code == 2 and "max_cost 1e-06" in done.err, done.err
         assert len(server.requests) == 1  # whether it is there
 
 
@@ -381,11 +353,11 @@ def test_one_evaluation_at_a_time_of_a_model_and_a_benchmark(outputs):
     arguments += ("--set", "hh.harmless=null", "--set", "hh.dtype=float32")
     lock = outputs / "tiny/rmipo/eval/hh.lock"
     with held(lock):
-        refused = run("evaluate.py", outputs, *arguments)
-        assert refused.returncode == 2 and str(lock) in refused.stderr
+        refused = run("evaluate", outputs, *arguments)
+        assert refused.code == 2 and str(lock) in refused.err
     shutil.rmtree(lock)
-    done = run("evaluate.py", outputs, *arguments)
-    assert done.returncode == 0, done.stderr
+    done = run("evaluate", outputs, *arguments)
+    assert done.code == 0, done.err
     result = json.loads((outputs / "tiny/rmipo/eval/hh.json").read_text())
     assert result["commit"] == environment()["commit"] and result["hardware"] and not lock.exists()
 
@@ -398,7 +370,7 @@ def test_a_judge_that_cannot_work_is_named_before_anything_is_loaded(outputs, be
     pytest.importorskip("alpaca_eval", reason="needs the extra `eval`")
     arguments = ("--bench", bench, "--method", "rmipo", "--set", f"alpacaeval.reference={outputs}/pairs/test.jsonl")
     with JudgeServer(fault=lambda number: fault) as server:
-        done = run("evaluate.py", outputs, *arguments, OPENAI_BASE_URL=server.url, OPENAI_API_KEY="none")
-        assert done.returncode == 2 and named in done.stderr and "Traceback" not in done.stderr, done.stderr
+        done = run("evaluate", outputs, *arguments, OPENAI_BASE_URL=server.url, OPENAI_API_KEY="none")
+        assert done.code == 2 and named in done.err and "Traceback" not in done.err, done.err
         assert len(server.requests) <= 2
     assert not (outputs / "tiny/rmipo/eval/answers").exists()

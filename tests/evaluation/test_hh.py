@@ -26,11 +26,8 @@ SCORES = {
 def test_win_rates_by_hand():
     # Per token 3 of 4 are won and one is tied; summed 1 of 4 is; by these rewards 2 of 4.
     rewards = (torch.tensor([1.0, 1.0, 0.0, 0.0]), torch.tensor([0.0, 0.0, 1.0, 0.0]))
-    assert {end: share(values) for end, values in won(SCORES, rewards).items()} == {
-        "": 75.0,
-        "_sum": 25.0,
-        "_native": 50.0,
-    }
+    shares = {end: share(values) for end, values in won(SCORES, rewards).items()}
+    assert shares == {"": 75.0, "_sum": 25.0, "_native": 50.0}
     assert won(SCORES, None).keys() == {"", "_sum"}
 
 
@@ -138,49 +135,38 @@ def test_wrong_settings_are_refused_before_a_model_is_loaded(tmp_path, settings,
         run(tmp_path / "no-model", tmp_path, settings)
 
 
-def test_pairs_that_a_model_has_no_positions_for_are_refused(tmp_path):
-    """Rotary embeddings would score positions beyond the model's in silence."""
+@pytest.fixture
+def run_helpful(tmp_path):
+    """The benchmark on twelve pairs, with a model whose files a test may have changed."""
     write_model(tmp_path / "model")
     write_pairs(tmp_path / "pairs", 0)
-    path = tmp_path / "model/config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"max_position_embeddings": 3}))
-    with pytest.raises(LoadingError, match="3 positions"):
-        run(tmp_path / "model", tmp_path / "eval", {"helpful": {"dataset_name": str(tmp_path / "pairs")}})
+    return lambda: run(tmp_path / "model", tmp_path / "eval", {"helpful": {"dataset_name": str(tmp_path / "pairs")}})
 
 
-def test_other_pairs_than_anthropics_make_it_a_trial(tmp_path):
-    write_model(tmp_path / "model")
-    write_pairs(tmp_path / "pairs", 0)
-    found = run(tmp_path / "model", tmp_path / "eval", {"helpful": {"dataset_name": str(tmp_path / "pairs")}})
+def test_other_pairs_than_anthropics_make_it_a_trial(tmp_path, run_helpful):
+    found = run_helpful()
     settings = found["settings"]
     assert settings["other_pairs"] == [str(tmp_path / "pairs")]
     (trial,) = deviations(Result(tmp_path / "hh.json", "tiny", "hh", found["metrics"], found["versions"], settings))
     assert "TRIAL" in trial and str(tmp_path / "pairs") in trial
 
 
-def test_a_model_whose_scores_are_no_numbers_has_no_win_rate(tmp_path):
+def test_a_model_whose_scores_are_no_numbers_has_no_win_rate(tmp_path, run_helpful):
     """Every comparison with NaN is False: a win rate of 0%."""
-    write_model(tmp_path / "model")
-    write_pairs(tmp_path / "pairs", 0)
     path = tmp_path / "model/model.safetensors"
     weights = load_file(path)
-    save_file(
-        weights | {"model.norm.weight": weights["model.norm.weight"] * torch.nan}, path, metadata={"format": "pt"}
-    )
+    weights["model.norm.weight"] *= torch.nan
+    save_file(weights, path, metadata={"format": "pt"})
     with pytest.raises(EvaluationError, match="chosen_logps"):
-        run(tmp_path / "model", tmp_path / "eval", {"helpful": {"dataset_name": str(tmp_path / "pairs")}})
+        run_helpful()
 
 
-@pytest.mark.parametrize(
-    ("change", "named"), [("positions", "3 positions"), ("vocabulary", "than the model has embeddings")]
-)
-def test_what_a_model_has_no_position_or_embedding_for_is_refused(tmp_path, change, named):
+@pytest.mark.parametrize(("change", "named"), [("positions", "3 positions"), ("vocabulary", "embeddings")])
+def test_what_a_model_has_no_position_or_embedding_for_is_refused(tmp_path, run_helpful, change, named):
     """Rotary embeddings would score positions beyond the model's in silence."""
-    write_model(tmp_path / "model")
-    write_pairs(tmp_path / "pairs", 0)
     path = tmp_path / "model/config.json"
     config = json.loads(path.read_text())
     changes = {"positions": {"max_position_embeddings": 3}, "vocabulary": {"vocab_size": config["vocab_size"] - 1}}
     path.write_text(json.dumps(config | changes[change]))
     with pytest.raises(LoadingError, match=named):
-        run(tmp_path / "model", tmp_path / "eval", {"helpful": {"dataset_name": str(tmp_path / "pairs")}})
+        run_helpful()

@@ -13,6 +13,7 @@ from rmipo.evaluation import leaderboard
 from rmipo.evaluation.leaderboard import BBH_CHOICES, TASKS, evaluate, ifeval_error, metrics_of, normalize, run
 from rmipo.recipe.settings import merge_settings
 from tests.helpers.paths import ROOT
+from tests.helpers.rows import assistant, pair, user, write
 from tests.helpers.tiny_model import write_model
 
 
@@ -43,15 +44,12 @@ def raw_results() -> dict[str, dict]:
         "leaderboard_gpqa_main": with_error("acc_norm", 0.30, 0.03, 300),
         "leaderboard_gpqa_diamond": with_error("acc_norm", 0.22, 0.04, 100),  # with main's 0.28: 4
         "leaderboard_mmlu_pro": with_error("acc", 0.28, 0.009),  # 20
-        "leaderboard_math_algebra_hard": with_error("exact_match", 0.5)
-        | with_error("exact_match_original", 0.2, 0.03, 300),
-        "leaderboard_math_geometry_hard": with_error("exact_match", 0.1)
-        | with_error("exact_match_original", 0.04, 0.04),
+        "leaderboard_math_algebra_hard": with_error("exact_match_original", 0.2, 0.03, 300) | {"exact_match,none": 0.5},
+        "leaderboard_math_geometry_hard": with_error("exact_match_original", 0.04, 0.04) | {"exact_match,none": 0.1},
         "leaderboard_ifeval": with_error("prompt_level_strict_acc", 0.4) | with_error("inst_level_strict_acc", 0.5),
         "gsm8k": {"exact_match,flexible-extract": 0.7, "exact_match,strict-match": 0.6},
         "mmlu": with_error("acc", 0.6, 0.004),
     }
-    results["leaderboard_math_algebra_hard"]["sample_len"] = 300
     return results
 
 
@@ -129,16 +127,10 @@ def test_choices_match_lm_evals_tasks():
 def test_lm_eval_on_the_tiny_settings_tasks(tmp_path, monkeypatch):
     pytest.importorskip("lm_eval")
     monkeypatch.chdir(tmp_path)  # the tasks read outputs/tiny/world/
-    (tmp_path / "model").mkdir()
     write_model(tmp_path / "model")
-    pairs = tmp_path / "outputs" / "tiny" / "world" / "pairs"
-    pairs.mkdir(parents=True)
-    roles = {"prompt": "user", "chosen": "assistant", "rejected": "assistant"}
-    with (pairs / "test.jsonl").open("w") as file:
-        for i in range(12):
-            texts = {"prompt": f"w{i}", "chosen": f"w{i} w{i + 1}", "rejected": f"w{i + 2} w{(3 * i) % 20}"}
-            row = {side: [{"role": roles[side], "content": text}] for side, text in texts.items()}
-            file.write(json.dumps(row) + "\n")
+    answers = [(f"w{i} w{i + 1}", f"w{i + 2} w{(3 * i) % 20}") for i in range(12)]
+    rows = [pair(i, [user(f"w{i}")], [assistant(a)], [assistant(b)]) for i, (a, b) in enumerate(answers)]
+    write(tmp_path / "outputs/tiny/world/pairs/test.jsonl", rows)
     settings = {"include_path": str(ROOT / "recipes" / "tiny" / "leaderboard"), "limit": 8}
     result = run(tmp_path / "model", tmp_path / "eval", settings | {"dtype": "float32"})
 

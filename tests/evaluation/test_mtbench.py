@@ -98,9 +98,7 @@ def test_both_turns_are_generated_with_the_category_s_temperature(tmp_path, monk
     write_model(model)
     prompts = []
     answer, load = TransformersEngine.batch, TransformersEngine.__init__
-    monkeypatch.setattr(
-        TransformersEngine, "batch", lambda self, batch: (prompts.extend(batch), answer(self, batch))[1]
-    )
+    monkeypatch.setattr(TransformersEngine, "batch", lambda own, batch: (prompts.extend(batch), answer(own, batch))[1])
     loaded = []
     monkeypatch.setattr(TransformersEngine, "__init__", lambda self, *given: (loaded.append(1), load(self, *given))[1])
     questions = [q for q in QUESTIONS if q["question_id"] in (81, 111)]  # writing, math

@@ -26,6 +26,14 @@ def model_dir(tmp_path):
     return folder
 
 
+@pytest.fixture
+def seen(monkeypatch):
+    """The prompts that the model is given."""
+    found, answer = [], TransformersEngine.batch
+    monkeypatch.setattr(TransformersEngine, "batch", lambda own, batch: (found.extend(batch), answer(own, batch))[1])
+    return found
+
+
 def test_samples_follow_softmax_of_scaled_logits():
     logits = torch.tensor([2.0, 1.0, 0.0, -1.0])
     count = 20_000
@@ -119,20 +127,14 @@ def test_cut_files_are_continued_to_the_same_bytes(model_dir, tmp_path):
         assert path.read_bytes() == content, cut
 
 
-def test_answers_go_on_with_the_day_that_a_template_was_told_first(model_dir, tmp_path, monkeypatch):
+def test_answers_go_on_with_the_day_that_a_template_was_told_first(model_dir, tmp_path, monkeypatch, seen):
     template, path = model_dir / "chat_template.jinja", tmp_path / "a.jsonl"
     told = "{{ bos_token }} w{{ strftime_now('%d') | int }}"
     template.write_text(template.read_text().replace("{{ bos_token }}", told, 1))
-    seen = []
-    answer = TransformersEngine.batch
-    monkeypatch.setattr(
-        TransformersEngine, "batch", lambda self, prompts: (seen.extend(prompts), answer(self, prompts))[1]
-    )
 
     def generate_on(day: int) -> bytes:
-        today = types.SimpleNamespace(
-            today=lambda: datetime.date(2026, 2, day), fromisoformat=datetime.date.fromisoformat
-        )
+        read = datetime.date.fromisoformat
+        today = types.SimpleNamespace(today=lambda: datetime.date(2026, 2, day), fromisoformat=read)
         monkeypatch.setattr("rmipo.generation.answers.datetime", types.SimpleNamespace(date=today))
         generate(model_dir, requests(8), path, SETTINGS)
         return path.read_bytes()
@@ -169,9 +171,8 @@ def test_answers_are_not_continued_with_other_versions(model_dir, tmp_path):
     assert path.read_bytes() == before
     # A second file of the same evaluation can't be begun either.
     other_versions(path, "transformers")
-    path.write_text(
-        path.read_text() + "".join(json.dumps({"key": f"q{i}", "output": "", "finish": "stop"}) + "\n" for i in (3, 4))
-    )
+    more = [json.dumps({"key": f"q{i}", "output": "", "finish": "stop"}) + "\n" for i in (3, 4)]
+    path.write_text(path.read_text() + "".join(more))
     with Generator(model_dir, SETTINGS) as generator:
         generator.answer(requests(5), path)
         with pytest.raises(EvaluationError, match=r"b\.jsonl"):
@@ -198,12 +199,7 @@ def test_other_answers_are_not_taken_for_these(model_dir, tmp_path):
         assert path.read_bytes() == before
 
 
-def test_prompts_reach_the_model_as_training_tokenised_them(model_dir, tmp_path, monkeypatch):
-    seen = []
-    answer = TransformersEngine.batch
-    monkeypatch.setattr(
-        TransformersEngine, "batch", lambda self, prompts: (seen.extend(prompts), answer(self, prompts))[1]
-    )
+def test_prompts_reach_the_model_as_training_tokenised_them(model_dir, tmp_path, seen):
     asked = requests(5)
     generate(model_dir, asked, tmp_path / "a.jsonl", SETTINGS)
     chat = ChatFormat.probe(AutoTokenizer.from_pretrained(model_dir))

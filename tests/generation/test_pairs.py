@@ -19,6 +19,7 @@ from rmipo.generation.pairs import PairsConfig, load_pairs_config, make_pairs, s
 from rmipo.generation.prompts import Prompt, read_prompts
 from tests.helpers.launched import launch
 from tests.helpers.lock_holder import held
+from tests.helpers.rows import assistant, pair, user
 from tests.helpers.tiny_model import naive_scores, write_model
 
 GENERATION = {"temperature": 1.0, "max_new_tokens": 6, "batch_size": 4, "dtype": "float32"}
@@ -96,14 +97,14 @@ def test_pairs_are_the_best_against_the_worst_answer_of_their_own_prompt(setup):
     assert result["pairs"] == len(pairs) > 6 and len(candidates) == 12
     assert len(setup.rows("test.jsonl")) == math.ceil(0.1 * len(pairs))
     by_prompt = {row["prompt"][0]["content"]: row["answers"] for row in candidates}
-    for pair in pairs:
-        assert pair["prompt_id"] == json_fingerprint(pair["prompt"])
-        scores = {a["output"]: a["score"] for a in by_prompt[pair["prompt"][0]["content"]] if a["output"]}
-        chosen, rejected = pair["chosen"][0]["content"], pair["rejected"][0]["content"]
-        assert pair["score_chosen"] == scores[chosen] == max(scores.values())
-        assert pair["score_rejected"] == scores[rejected] == min(scores.values()) < pair["score_chosen"]
+    for made in pairs:
+        assert made["prompt_id"] == json_fingerprint(made["prompt"])
+        scores = {a["output"]: a["score"] for a in by_prompt[made["prompt"][0]["content"]] if a["output"]}
+        chosen, rejected = made["chosen"][0]["content"], made["rejected"][0]["content"]
+        assert made["score_chosen"] == scores[chosen] == max(scores.values())
+        assert made["score_rejected"] == scores[rejected] == min(scores.values()) < made["score_chosen"]
         words = chosen.split()
-        assert pair["score_chosen"] == words.count("w1") + len(words) / 100
+        assert made["score_chosen"] == words.count("w1") + len(words) / 100
     scored = [[a["score"] for a in row["answers"] if a["score"] is not None] for row in candidates]
     best = [max(scores) for scores in scored if scores]
     assert result["best_score"] == pytest.approx(sum(best) / len(best)) != result["mean_score"]
@@ -153,9 +154,7 @@ def test_killed_while_sampling_and_while_scoring(setup):
 
 def test_a_column_that_the_oracle_needs_is_missed_before_anything_is_sampled(setup):
     setup.oracle("def score(messages, answers, constraints, bonus=0): return [0] * len(answers)")
-    with pytest.raises(
-        PairsError, match=r"prompts.jsonl: rows without constraints, which the oracle .*oracle.py:score"
-    ):
+    with pytest.raises(PairsError, match=r"prompts.jsonl: rows without constraints, .*oracle.py:score"):
         setup.make()
     assert not (setup.folder / "pairs").exists()
     setup.oracle("def score(messages, answers, bonus=0, **row): return range(len(answers))")
@@ -164,20 +163,14 @@ def test_a_column_that_the_oracle_needs_is_missed_before_anything_is_sampled(set
 
 def test_unusable_prompts_are_counted_with_their_reasons(setup):
     good = [f"w{i} w2" for i in range(5)]
-    message = [{"role": "user", "content": "w3"}]
+    message = [user("w3")]
     setup.prompts([*good, good[0], "", " ".join(["w1"] * 200)])
     result = setup.make("texts")
     assert result["prompts"] == 5
-    assert (
-        result["dropped"].items()
-        >= {
-            "repeats an earlier prompt": 1,
-            "the prompt has an empty message": 1,
-            "longer than 127 tokens": 1,
-        }.items()
-    )
+    reasons = ("repeats an earlier prompt", "the prompt has an empty message", "longer than 127 tokens")
+    assert result["dropped"].items() >= dict.fromkeys(reasons, 1).items()
     robot = [{"role": "robot", "content": "w1"}]
-    setup.prompts([{"messages": m} for m in ([*message, {"role": "assistant", "content": "w9"}], message * 2, robot)])
+    setup.prompts([{"messages": m} for m in ([*message, assistant("w9")], message * 2, robot)])
     result = setup.make("messages", answers=16)
     assert setup.rows(output="messages")[0]["prompt"] == message
     reasons = " ".join(result["dropped"])
@@ -199,8 +192,7 @@ def test_prompts_are_taken_after_those_that_are_skipped(setup):
 
 
 def test_prompts_of_a_preference_set(setup):
-    sides = {side: [{"role": "assistant", "content": text}] for side, text in (("chosen", "w1"), ("rejected", "w2"))}
-    setup.prompts([{"prompt": [{"role": "user", "content": f"w{i}"}], **sides} for i in range(6)])
+    setup.prompts([pair(i, [user(f"w{i}")]) for i in range(6)])
     setup.make()
     assert {row["prompt"][0]["content"] for row in setup.rows("candidates.jsonl")} == {f"w{i}" for i in range(6)}
     (setup.folder / "prompts.jsonl").write_text('{"text": "w1"}\n')
@@ -260,7 +252,7 @@ def test_settings_that_are_wrong_are_listed_at_once(setup, tmp_path):
 
 # Selection, by hand
 
-ANSWERS = Prompt("k", [{"role": "user", "content": "q"}], {f"k-{i}": f"answer {i}" for i in range(4)})
+ANSWERS = Prompt("k", [user("q")], {f"k-{i}": f"answer {i}" for i in range(4)})
 
 
 @pytest.mark.parametrize(
@@ -308,10 +300,10 @@ def test_pmi_is_that_of_one_sequence_at_a_time(setup):
         torch.testing.assert_close(answers[text], expected.item(), rtol=0, atol=1e-5)
 
 
-def test_a_system_column_is_part_of_a_prompt_and_tools_are_refused(tmp_path):
-    setup, pirate = Setup(tmp_path), {"role": "system", "content": "w7 w8"}
+def test_a_system_column_is_part_of_a_prompt_and_tools_are_refused(setup):
+    pirate = {"role": "system", "content": "w7 w8"}
     system, dropped = {"system": pirate["content"]}, Counter()
-    messages = [{"role": "user", "content": "w3"}, {"role": "assistant", "content": "w5"}]
+    messages = [user("w3"), assistant("w5")]
     setup.prompts([{"prompt": "w1 w2", **system}, {"messages": messages, **system}, {"prompt": "w4", "tools": ["w6"]}])
     prompts = read_prompts(setup.config.prompts, "train", setup.model, dropped)
     assert {prompt.messages[1]["content"] for prompt in prompts} == {"w1 w2", "w3"}
@@ -320,8 +312,7 @@ def test_a_system_column_is_part_of_a_prompt_and_tools_are_refused(tmp_path):
     assert "`tools` is part of the prompt" in reason and count == 1
 
 
-def test_two_programs_make_no_pairs_in_one_folder(tmp_path):
-    setup = Setup(tmp_path)
+def test_two_programs_make_no_pairs_in_one_folder(setup, tmp_path):
     with held(tmp_path / "pairs"), pytest.raises(CheckpointError, match=r"OUTPUT: another run is active in .*/pairs"):
         setup.make()
     assert setup.make()["pairs"] > 0 and not (tmp_path / "pairs" / LOCK_FILE).exists()

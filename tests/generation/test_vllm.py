@@ -49,8 +49,3 @@ def test_no_code_and_no_pickle_is_loaded_and_memory_is_released_before(start):
     arguments, done = start(torch.float32, "float32")
     assert arguments["trust_remote_code"] is False and arguments["load_format"] == "safetensors"
     assert done == ["memory released"]
-
-
-def test_no_code_and_no_pickle_is_loaded(start):
-    arguments, _ = start(torch.float32, "float32")
-    assert arguments["trust_remote_code"] is False and arguments["load_format"] == "safetensors"

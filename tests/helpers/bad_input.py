@@ -119,10 +119,6 @@ def row_case(what: str, *said: str, count: int = 1, overrides=(), **changes) -> 
     return BadInput("data", what, lambda bench: bench.data(rows, *overrides), said)
 
 
-def file_case(what: str, content, *said: str) -> BadInput:
-    return BadInput("recipe", what, lambda bench: bench.train(recipe=bench.write("mine/rmipo.yaml", content)), said)
-
-
 def only_train(bench: Bench) -> str:
     folder = Path(bench.write("train-only/train.jsonl", GOOD)).parent
     return bench.train(f"--dataset_name={folder}", "--eval_strategy=epoch")
@@ -130,9 +126,8 @@ def only_train(bench: Bench) -> str:
 
 def dialogues(bench: Bench, *end: dict) -> Path:
     for split in ("train", "test"):
-        path = bench.write(
-            f"dialogues/{split}.jsonl", [{"messages": [user("a"), assistant("b"), user("c"), *end]}] * 12
-        )
+        rows = [{"messages": [user("a"), assistant("b"), user("c"), *end]}] * 12
+        path = bench.write(f"dialogues/{split}.jsonl", rows)
     return Path(path).parent
 
 
@@ -142,21 +137,14 @@ def long_dialogues(bench: Bench, *overrides: str, words: int = 300) -> str:
     return bench.sft(*bench.own(), f"--dataset_name={Path(path).parent}", *overrides, recipe=SFT_RECIPE)
 
 
-def added_tokens(bench: Bench, script: str) -> str:
+def added_tokens(bench: Bench) -> str:
     folder = bench.folder / "model-b"
     shutil.copytree(bench.folder / "model", folder)
     tokenizer = make_tokenizer("llama3")
     vocabulary = json.loads((folder / "config.json").read_text())["vocab_size"]
     tokenizer.add_tokens([f"<|mine-{number}|>" for number in range(vocabulary - len(tokenizer) + 2)])
     tokenizer.save_pretrained(folder)
-    if script == "preference":
-        return bench.train(f"--model_name_or_path={folder}")
-    own = (
-        f"--model_name_or_path={folder}",
-        f"--dataset_name={dialogues(bench)}",
-        f"--output_dir={bench.folder / 'out'}",
-    )
-    return bench.sft(*own, recipe=SFT_RECIPE)
+    return bench.train(f"--model_name_or_path={folder}")
 
 
 def without_weights(bench: Bench) -> Path:
@@ -170,15 +158,11 @@ def world(bench: Bench, changes: dict) -> str:
     return run_program("toy", ["--config", bench.write("world.yaml", knobs)], {})
 
 
-HANDBOOK = yaml.safe_load((ROOT / "tests/recipe/foreign/dpo_mixture.yaml").read_text())
-
 CASES = [
     recipe_case("--metric_for_best_model=accuracy", "metric_for_best_model", "eval_loss"),
     BadInput("recipe", "no such overlay", lambda b: b.train(overlay="none.yaml"), ("none.yaml",)),
     BadInput("recipe", "an SFT recipe for preference.py", lambda b: b.train(recipe=SFT_RECIPE), ("scripts/sft.py",)),
     BadInput("recipe", "a preference recipe for sft.py", lambda b: b.sft(), ("scripts/preference.py",)),
-    file_case("handbook: no loss_type, as ORPO's and KTO's recipes have none",
-              {key: value for key, value in HANDBOOK.items() if key != "loss_type"}, "loss_type"),
     BadInput("batch", "a global batch that three processes can't divide", lambda b: b.train(env={"WORLD_SIZE": "3"}),
              ("global_batch_size", "(3)")),
     BadInput("device", "a paper setting without a GPU", lambda b: b.train(recipe="recipes/llama3-8b-instruct/rmipo.yaml"),
@@ -224,9 +208,7 @@ CASES = [
              ("model_name_or_path is outputs/mine/sft",)),
     BadInput("model", "a hub id without a network", lambda b: b.train("--model_name_or_path=some/model"),
              ("some/model", "HF_HUB_OFFLINE")),
-    BadInput("model", "a tokenizer with more tokens than embeddings", lambda b: added_tokens(b, "preference"),
-             ("2 tokens more",)),
-    BadInput("model", "the same in SFT", lambda b: added_tokens(b, "sft"), ("2 tokens more",)),
+    BadInput("model", "a tokenizer with more tokens than embeddings", added_tokens, ("2 tokens more",)),
     BadInput("model", "sequences longer than its positions", lambda b: b.train("--max_length=1000000"), ("max_length",)),
     BadInput("model", "dialogues longer than its positions, in SFT that cuts none",
              lambda b: long_dialogues(b, "--max_length=null", words=3000), ("max_length", "2048")),

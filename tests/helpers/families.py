@@ -112,16 +112,16 @@ FAMILIES = {
     },
 }
 # The same tokenizer and template, another architecture.
-FAMILIES["gemma-3"] = FAMILIES["gemma"] | {
-    "config": Gemma3TextConfig,
-    "options": {
-        "head_dim": 8,
-        "query_pre_attn_scalar": 8,
-        "sliding_window": 16,
-        "layer_types": ["sliding_attention", "full_attention"],
-    },
-}
+GEMMA3 = {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 16}
+GEMMA3 |= {"layer_types": ["sliding_attention", "full_attention"]}
+FAMILIES["gemma-3"] = FAMILIES["gemma"] | {"config": Gemma3TextConfig, "options": GEMMA3}
 FAMILIES["llama-3.2"] = FAMILIES["llama3"] | {"options": {"rope_theta": 500000.0, "tie_word_embeddings": True}}
+
+
+SIZES = {
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 2048,
+}  # fmt: skip
 
 
 def make_tokenizer(family: str, chat_template: str | None = None) -> PreTrainedTokenizerFast:
@@ -135,24 +135,10 @@ def make_tokenizer(family: str, chat_template: str | None = None) -> PreTrainedT
 def make_model(family: str, seed: int = 0, **sizes) -> PreTrainedModel:
     """A randomly initialised float32 model of the family's architecture, for the tokenizer of `make_tokenizer`."""
     tokenizer = make_tokenizer(family)
-    config = FAMILIES[family]["config"](
-        **{
-            "vocab_size": len(tokenizer),
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "max_position_embeddings": 2048,
-            "bos_token_id": tokenizer.bos_token_id,
-            "eos_token_id": tokenizer.eos_token_id,
-            "pad_token_id": tokenizer.pad_token_id,
-            **FAMILIES[family]["options"],
-            **sizes,
-        }
-    )
+    tokens = {f"{role}_token_id": getattr(tokenizer, f"{role}_token_id") for role in ("bos", "eos", "pad")}
+    options = SIZES | {"vocab_size": len(tokenizer)} | tokens | FAMILIES[family]["options"] | sizes
     torch.manual_seed(seed)
-    return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    return AutoModelForCausalLM.from_config(FAMILIES[family]["config"](**options), dtype=torch.float32)
 
 
 def save(family: str, folder, **sizes) -> str:
@@ -180,11 +166,9 @@ def _byte_level(special: list[str], _prefix_space: None) -> Tokenizer:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=500,
-        special_tokens=special,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
+        vocab_size=500, special_tokens=special, initial_alphabet=alphabet, show_progress=False
     )
     tokenizer.train_from_iterator(CORPUS, trainer)
     return tokenizer

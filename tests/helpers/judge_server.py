@@ -129,21 +129,10 @@ class Handler(BaseHTTPRequestHandler):
 
 def completion(model: str, content: str, top: list[dict] | None) -> dict:
     logprobs = None if top is None else {"content": [{**top[0], "top_logprobs": top}], "refusal": None}
-    return {
-        "id": "chatcmpl-0",
-        "object": "chat.completion",
-        "created": 0,
-        "model": model,
-        "choices": [
-            {
-                "index": 0,
-                "message": {"role": "assistant", "content": content},
-                "logprobs": logprobs,
-                "finish_reason": "stop",
-            }
-        ],
-        "usage": {"prompt_tokens": 100, "completion_tokens": 1, "total_tokens": 101},
-    }
+    choice = {"index": 0, "message": {"role": "assistant", "content": content}, "finish_reason": "stop"}
+    usage = {"prompt_tokens": 100, "completion_tokens": 1, "total_tokens": 101}
+    answer = {"id": "chatcmpl-0", "object": "chat.completion", "created": 0, "model": model, "usage": usage}
+    return answer | {"choices": [choice | {"logprobs": logprobs}]}
 
 
 if __name__ == "__main__":

@@ -61,14 +61,8 @@ def main(sharding: str, folder: Path) -> None:
         model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=dtype, attn_implementation="sdpa")
         if adapters:
             model = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM"))
-        trainer = make_trainer(
-            folder / sharding / name,
-            make_pairs(16, seed=6),
-            model=model,
-            attention=kind,
-            bf16=True,
-            max_steps=2,
-        )
+        output, pairs = folder / sharding / name, make_pairs(16, seed=6)
+        trainer = make_trainer(output, pairs, model=model, attention=kind, bf16=True, max_steps=2)
         counted = Kept()
         trainer.add_callback(counted)
         trainer.train()

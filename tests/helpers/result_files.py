@@ -37,14 +37,9 @@ def write_result(outputs: Path, model: str, method: str, bench: str, metrics: di
     settings = JUDGES.get(bench, {}) | {"generation": DECODING.get(model, {})} | changes.pop("settings", {})
     path = outputs / model / method / "eval" / changes.pop("name", "") / f"{bench}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    content = {
-        "bench": bench,
-        "metrics": metrics,
-        "versions": {"lm_eval": "0.4.13"},
-        "settings": settings,
-        "model": "m",
-    }
-    path.write_text(json.dumps(content | {"finished": True} | changes))
+    content = {"bench": bench, "metrics": metrics, "versions": {"lm_eval": "0.4.13"}, "settings": settings}
+    content |= {"model": "m", "finished": True}
+    path.write_text(json.dumps(content | changes))
     return path
 
 

@@ -14,20 +14,10 @@ RMIPO = {"name": "rmipo", "beta": 2.0, "gamma_min": 0.3, "gamma_max": 1.6}
 
 def make_trainer(output_dir, pairs, objective=RMIPO, model=None, eval_pairs=None, ref_model=None, **arguments):
     arguments = {
-        "per_device_train_batch_size": 2,
-        "per_device_eval_batch_size": 3,
-        "global_batch_size": 8,
-        "learning_rate": 1e-3,
-        "lr_scheduler_type": "constant",
-        "warmup_steps": 0,
-        "num_train_epochs": 1,
-        "logging_steps": 1,
-        "seed": 5,
-        "report_to": "none",
-        "bf16": False,
-        "activation_checkpointing": False,
-        **arguments,
-    }
+        "per_device_train_batch_size": 2, "per_device_eval_batch_size": 3, "global_batch_size": 8, "learning_rate": 1e-3,
+        "lr_scheduler_type": "constant", "warmup_steps": 0, "num_train_epochs": 1, "logging_steps": 1, "seed": 5,
+        "report_to": "none", "bf16": False, "activation_checkpointing": False, **arguments,
+    }  # fmt: skip
     args = PreferenceRunConfig(
         output_dir=str(output_dir), objective=objective, use_cpu=True, save_strategy="no", disable_tqdm=True,
         **arguments,

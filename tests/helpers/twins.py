@@ -1,6 +1,5 @@
 """Shrunken twins of the shipped recipes: a small model of the recipe's family, data of its dataset's form, and their runs."""
 
-import json
 import random
 
 from rmipo.recipe.load import load_recipe
@@ -8,31 +7,15 @@ from rmipo.record import read_metrics
 from tests.helpers.families import save
 from tests.helpers.launched import launch
 from tests.helpers.paths import ROOT
+from tests.helpers.rows import assistant, user, write
 
-WORDS = [
-    "alpha",
-    "beta",
-    "gamma",
-    "delta",
-    "margin",
-    "reward",
-    "token",
-    "what",
-    "why",
-    "how",
-    "is",
-    "the",
-    "of",
-    "a",
-    "right",
-    "wrong",
-    "answer",
-]
+WORDS = ["alpha", "beta", "gamma", "delta", "margin", "reward", "token", "what", "why", "how", "is", "the", "of", "a"]
+WORDS += ["right", "wrong", "answer"]
 
 
 def dialogue(random_state, prompt):
     answer = " ".join(random_state.choices(WORDS, k=random_state.randint(1, 12)))
-    return [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
+    return [user(prompt), assistant(answer)]
 
 
 def row(form, random_state, number):
@@ -53,28 +36,14 @@ def make_twin(folder, recipe, family, form):
     random_state = random.Random(0)
     for split, count in (("train", 40), ("test", 3)):
         name = values.get(f"dataset_{split}_split", split)
-        (folder / "data").mkdir(exist_ok=True)
-        with open(folder / "data" / f"{name}.jsonl", "w") as file:
-            for number in range(count):
-                file.write(json.dumps(row(form, random_state, number)) + "\n")
+        write(folder / f"data/{name}.jsonl", [row(form, random_state, number) for number in range(count)])
     overrides = {
-        "model_name_or_path": folder / "model",
-        "dataset_name": folder / "data",
-        "dataset_num_proc": "null",
-        "dtype": "float32",
-        "bf16": "false",
-        "use_cpu": "true",
-        "max_steps": 2,
-        "global_batch_size": 16,
-        "per_device_train_batch_size": 4,
-        "eval_strategy": "no",
-        "save_strategy": "no",
-        "report_to": "none",
+        "model_name_or_path": folder / "model", "dataset_name": folder / "data", "dataset_num_proc": "null",
+        "dtype": "float32", "bf16": "false", "use_cpu": "true", "max_steps": 2, "global_batch_size": 16,
+        "per_device_train_batch_size": 4, "eval_strategy": "no", "save_strategy": "no", "report_to": "none",
         # The first step of a warm-up has learning rate 0; here every step moves the weights.
-        "warmup_steps": 0,
-        "learning_rate": 1e-3,
-        "logging_steps": 1,
-    }
+        "warmup_steps": 0, "learning_rate": 1e-3, "logging_steps": 1,
+    }  # fmt: skip
     if recipe.endswith("/rmipo"):
         overrides |= {"generation_samples": 1, "generation_max_new_tokens": 2}
     elif values.get("packing"):
@@ -84,23 +53,15 @@ def make_twin(folder, recipe, family, form):
 
 def changed(overrides, **values):
     """`overrides` with other `values`."""
-    flags = dict(zip(overrides[::2], overrides[1::2], strict=True)) | {
-        f"--{key}": value for key, value in values.items()
-    }
+    flags = dict(zip(overrides[::2], overrides[1::2], strict=True))
+    flags |= {f"--{key}": value for key, value in values.items()}
     return [str(text) for pair in flags.items() for text in pair]
 
 
 def run(recipe, overrides, output_dir, sharding=None):
     """Train to the end, alone or, with a file of configs/accelerate/, sharded over two; returns the training lines."""
     script = "sft" if recipe.endswith("sft") else "preference"
-    command = [
-        f"scripts/{script}.py",
-        "--config",
-        f"recipes/{recipe}.yaml",
-        *overrides,
-        "--output_dir",
-        str(output_dir),
-    ]
-    run = launch(command, processes=2 if sharding else 1, sharding=sharding)
+    command = [f"scripts/{script}.py", "--config", f"recipes/{recipe}.yaml", *overrides]
+    run = launch([*command, "--output_dir", str(output_dir)], processes=2 if sharding else 1, sharding=sharding)
     assert run.wait() == 0, run.output[-6000:]
     return [line for line in read_metrics(output_dir) if "loss" in line]

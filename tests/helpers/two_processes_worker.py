@@ -61,9 +61,7 @@ def gradients(output: Path, max_tokens: int | None) -> tuple[dict[str, torch.Ten
     exchanges = Exchanges(trainer)
     trainer.add_callback(exchanges)
     loss = trainer.train().training_loss
-    assert exchanges.count == int(trainer.args.world_size > 1), (
-        f"{exchanges.count} exchanges of {len(step)} micro-batches"
-    )
+    assert exchanges.count == int(trainer.args.world_size > 1), f"of {len(step)} micro-batches"
     after = trainer.model.named_parameters()
     changes = {name: before[name] - parameter.detach() for name, parameter in after}
     return changes, [batch.real for batch in step], loss
@@ -103,14 +101,10 @@ def dealt(output: Path, name: str) -> list:
             output, PAIRS, {"name": name, "beta": 0.1}, model=make_model("llama"),
             global_batch_size=13, per_device_train_batch_size=2 if name == "cpo" else 3,
         )  # fmt: skip
-        references = (
-            "ref_chosen_logps",
-            "ref_rejected_logps",
-            "ref_mismatched_chosen_logps",
-            "ref_mismatched_rejected_logps",
-        )
         if "reference" in trainer.objective.needs:
-            trainer.train_dataset.scores = {key: -torch.arange(13.0) for key in references[: 4 if name == "kto" else 2]}
+            kinds = ("ref_", "ref_mismatched_") if name == "kto" else ("ref_",)
+            keys = [f"{kind}{side}_logps" for kind in kinds for side in ("chosen", "rejected")]
+            trainer.train_dataset.scores = dict.fromkeys(keys, -torch.arange(13.0))
         loader = trainer.get_train_dataloader()
         if regroups == "nothing":
             loader.batch_sampler.regroups = regroups

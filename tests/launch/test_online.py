@@ -28,12 +28,8 @@ def config(tmp_path) -> OnlineConfig:
     (tmp_path / "oracle.py").write_text(ORACLE)
     rows = [{"prompt": f"w{i % 20} w{i // 20} w{i}"} for i in range(80)]
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    pairs = {
-        "prompts": f"{tmp_path}/prompts.jsonl",
-        "oracle": {"function": f"{tmp_path}/oracle.py:score"},
-        "answers": 4,
-        "keep_cut": True,
-    }
+    pairs = {"prompts": f"{tmp_path}/prompts.jsonl", "oracle": {"function": f"{tmp_path}/oracle.py:score"}}
+    pairs |= {"answers": 4, "keep_cut": True}
     return OnlineConfig(32, pairs, f"{tmp_path}/prompts.jsonl", 8, [{"num_train_epochs": 2}, {"num_train_epochs": 1}])
 
 
@@ -73,14 +69,8 @@ def test_two_rounds(config, tmp_path):
     start = tmp_path / "start"
     write_model(start)
     rounds = [Round(config, tmp_path / MODEL / "online-rmipo", start, n) for n in (1, 2)]
-    env = {
-        "MODEL": MODEL,
-        "ARGS": ARGS,
-        "PATH": "",
-        "PYTHONPATH": str(ROOT),
-        "WANDB_MODE": "offline",
-        "HF_HUB_OFFLINE": "1",
-    }
+    env = {"MODEL": MODEL, "ARGS": ARGS, "PATH": "", "PYTHONPATH": str(ROOT)}
+    env |= {"WANDB_MODE": "offline", "HF_HUB_OFFLINE": "1"}
     rows = [{"round": 0, **measure(start, start, config, GENERATION, tmp_path / "round-0")}]
     prompts = []
     for each in rounds:

@@ -138,14 +138,8 @@ def test_stops_with_notice_requeue_too_and_scancel_ends_for_good(tmp_path, overr
 
 def on_a_node(folder, accelerate, *arguments, **environment):
     """Output of the node's part of the script, with the shell text `accelerate` as that program."""
-    node = {
-        "RMIPO_HEAD_NODE": "first",
-        "SLURM_JOB_ID": "7",
-        "SLURM_NNODES": "4",
-        "SLURM_NODEID": "2",
-        "SLURM_GPUS_PER_NODE": "a100:8",
-        "SLURM_GPUS_ON_NODE": "16",  # of a node that is taken whole
-    }
+    node = {"RMIPO_HEAD_NODE": "first", "SLURM_JOB_ID": "7", "SLURM_NNODES": "4", "SLURM_NODEID": "2"}
+    node |= {"SLURM_GPUS_PER_NODE": "a100:8", "SLURM_GPUS_ON_NODE": "16"}  # of a node that is taken whole
     programs = {"accelerate": accelerate, "python": f'exec "{sys.executable}" "$@"'}
     (folder / ".venv/bin").mkdir(parents=True)
     for name, text in programs.items():
@@ -182,9 +176,8 @@ def test_a_node_has_the_environment_of_make_train(tmp_path, monkeypatch, shardin
     for name in (*DEFAULTS, "OMP_NUM_THREADS"):
         monkeypatch.delenv(name, raising=False)
     program = (f"configs/accelerate/{sharding}.yaml", "scripts/preference.py")
-    found = dict(
-        line.split("=", 1) for line in on_a_node(tmp_path, "exec env", *program, WANDB_PROJECT="mine").splitlines()
-    )
+    lines = on_a_node(tmp_path, "exec env", *program, WANDB_PROJECT="mine").splitlines()
+    found = dict(line.split("=", 1) for line in lines)
     expected = training_environment({"WANDB_PROJECT": "mine"}, sharding, processes=8)
     assert {name: found.get(name) for name in expected} == expected
     assert expected["PYTORCH_CUDA_ALLOC_CONF"] == "expandable_segments:True"

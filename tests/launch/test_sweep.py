@@ -15,7 +15,7 @@ from tests.helpers.families import save
 from tests.helpers.launched import launch
 from tests.helpers.paths import ROOT
 from tests.helpers.programs import run_here
-from tests.helpers.rows import assistant, user, write
+from tests.helpers.rows import assistant, pair, write
 
 METHODS = sorted(path.stem for path in ROOT.glob("recipes/sweeps/*.yaml"))
 SETTING = "llama3-8b-instruct"
@@ -129,10 +129,7 @@ def repository(tmp_path):
     (tmp_path / "recipes/tiny/search.yaml").write_text("parameters: {learning_rate: {values: [1.0e-4, 1.0e-2]}}\n")
     save("llama3", tmp_path / "outputs/tiny/sft")
     for split, count in (("train", 32), ("test", 8)):
-        rows = [
-            {"prompt": [user(f"{i}?")], "chosen": [assistant(f"yes {i}")], "rejected": [assistant(f"no no {i}")]}
-            for i in range(count)
-        ]
+        rows = [pair(i, chosen=[assistant(f"yes {i}")], rejected=[assistant(f"no no {i}")]) for i in range(count)]
         write(tmp_path / f"outputs/tiny/world/pairs/{split}.jsonl", rows)
     return tmp_path
 

@@ -17,69 +17,47 @@ from tests.references.losses import Response
 
 # Not supported: rmipo_pmi_tail (an n-1 denominator without the rest of the released code) is no arm of any table.
 # kto_pair_sum and rmipo_times_beta need no option of their own: weights of 2, and bounds multiplied by beta.
-SLIC, CPO, ALPHA = {"delta": 1, "sft_weight": 0.1}, {"beta": 0.1}, {"beta": 2.5, "gamma_beta_ratio": 0.6, "alpha": 0.2}
+ALPHA = {"name": "alpha-dpo", "beta": 2.5, "gamma_beta_ratio": 0.6, "alpha": 0.2}
+SLIC, CPO = {"name": "slic", "delta": 1, "sft_weight": 0.1}, {"name": "cpo", "beta": 0.1}
+BETA, EPSILON = {"name": "beta-dpo", "beta": 0.1, "alpha": 0.6}, {"name": "epsilon-dpo", "beta": 0.1, "epsilon": 0.02}
 RMIPO = {"name": "rmipo", "beta": 2.0, "gamma_min": 0.3, "gamma_max": 1.6}
+PAPER, RELEASE, BY_TOKEN = {"fidelity": "paper"}, {"fidelity": "release"}, {"sft_normalization": "token"}
+MEANS, SUMS = {"length_normalization": True}, {"length_normalization": False}
+# What the losses of cases A and B are, and the state where there is one.
 GOLDEN = {
     "dpo": ({"name": "dpo", "beta": 0.1}, 0.658760, 0.723597),
-    "dpo_length_norm": ({"name": "dpo", "beta": 0.1, "length_normalization": True}, 0.678260, 0.703197),
-    "slic": ({"name": "slic", **SLIC}, 0.720000, 4.400000),
-    "slic_nll_mean": ({"name": "slic", **SLIC, "sft_normalization": "token"}, 0.640000, 4.100000),
-    "slic_all_mean": (
-        {"name": "slic", **SLIC, "sft_normalization": "token", "length_normalization": True},
-        0.640000,
-        1.600000,
-    ),
+    "dpo_length_norm": ({"name": "dpo", "beta": 0.1, **MEANS}, 0.678260, 0.703197),
+    "slic": (SLIC, 0.720000, 4.400000),
+    "slic_nll_mean": (SLIC | BY_TOKEN, 0.640000, 4.100000),
+    "slic_all_mean": (SLIC | BY_TOKEN | MEANS, 0.640000, 1.600000),
     "ipo": ({"name": "ipo", "tau": 0.1}, 22.090000, 27.040000),
-    "ipo_sum": ({"name": "ipo", "tau": 0.1, "length_normalization": False}, 18.490000, 31.360000),
-    "cpo": ({"name": "cpo", **CPO}, 1.073347, 1.854355),
-    "cpo_nll_sum": ({"name": "cpo", **CPO, "sft_normalization": "sequence"}, 1.873347, 4.854355),
+    "ipo_sum": ({"name": "ipo", "tau": 0.1, **SUMS}, 18.490000, 31.360000),
+    "cpo": (CPO, 1.073347, 1.854355),
+    "cpo_nll_sum": ({**CPO, "sft_normalization": "sequence"}, 1.873347, 4.854355),
     "kto": ({"name": "kto", "beta": 0.1}, 0.491251, 0.507499),
-    "kto_pair_sum": (
-        {"name": "kto", "beta": 0.1, "desirable_weight": 2, "undesirable_weight": 2},
-        0.982503,
-        1.014998,
-    ),
+    "kto_pair_sum": ({"name": "kto", "beta": 0.1, "desirable_weight": 2, "undesirable_weight": 2}, 0.982503, 1.014998),
     "simpo": ({"name": "simpo", "beta": 2, "gamma": 1}, 0.798139, 2.126928),
-    "simpo_no_ln": ({"name": "simpo", "beta": 0.1, "gamma": 1, "length_normalization": False}, 1.284178, 1.541008),
-    "alpha_dpo": ({"name": "alpha-dpo", **ALPHA}, 1.313262, 2.350207, settled(0.05, 0.25)),
-    "alpha_dpo_table4": (
-        {"name": "alpha-dpo", **ALPHA, "fidelity": "paper"},
-        1.432685,
-        2.224433,
-        settled(0.1, 0.5),
-    ),
+    "simpo_no_ln": ({"name": "simpo", "beta": 0.1, "gamma": 1, **SUMS}, 1.284178, 1.541008),
+    "alpha_dpo": (ALPHA, 1.313262, 2.350207, settled(0.05, 0.25)),
+    "alpha_dpo_table4": (ALPHA | PAPER, 1.432685, 2.224433, settled(0.1, 0.5)),
     # With one pair the mean gap of the batch is the pair's own, so the batch-level beta is the instance's.
-    "beta_dpo_instance": ({"name": "beta-dpo", "beta": 0.1, "alpha": 0.6}, 0.648682, 0.708869, settled(0.2, 1.0)),
-    "beta_dpo_instance_scaledM": (
-        {"name": "beta-dpo", "beta": 0.1, "alpha": 0.6, "fidelity": "paper"},
-        0.657747,
-        0.722115,
-        settled(0.2, 1.0),
-    ),
-    "epsilon_dpo": ({"name": "epsilon-dpo", "beta": 0.1, "epsilon": 0.02}, 0.659422, 0.724228),
-    "epsilon_dpo_appendixA": (
-        {"name": "epsilon-dpo", "beta": 0.1, "epsilon": 0.02, "fidelity": "paper"},
-        0.659422,
-        0.724215,
-    ),
+    "beta_dpo_instance": (BETA, 0.648682, 0.708869, settled(0.2, 1.0)),
+    "beta_dpo_instance_scaledM": (BETA | PAPER, 0.657747, 0.722115, settled(0.2, 1.0)),
+    "epsilon_dpo": (EPSILON, 0.659422, 0.724228),
+    "epsilon_dpo_appendixA": (EPSILON | PAPER, 0.659422, 0.724215),
     "simper": ({"name": "simper"}, -0.220991, 0.238651),
     "rmipo": (RMIPO, 1.014616, 2.671645),
     "rmipo_paper_sum_pmi": ({**RMIPO, "pmi_normalization": "sequence"}, 0.682328, 2.671645),
-    "rmipo_code": ({**RMIPO, "fidelity": "release"}, 2.160332, 4.214884),
+    "rmipo_code": (RMIPO | RELEASE, 2.160332, 4.214884),
     "rmipo_times_beta": ({**RMIPO, "gamma_min": 0.6, "gamma_max": 3.2}, 2.064399, 4.214884),
     "rmipo_linear": ({**RMIPO, "schedule": "linear"}, 1.083241, 2.671645),
     "rmipo_cosine": ({**RMIPO, "schedule": "cosine"}, 1.149259, 2.671645),
     "rmipo_none": ({**RMIPO, "schedule": "constant"}, 0.770957, 2.083021),
-    "rmipo_bounds_0_2": ({**RMIPO, "gamma_min": 0, "gamma_max": 2}, 1.197098, 3.048587),
-    "rmipo_bounds_05_14": ({**RMIPO, "gamma_min": 0.5, "gamma_max": 1.4}, 0.935244, 2.486836),
-    "rmipo_bounds_10_12": ({**RMIPO, "gamma_min": 1.0, "gamma_max": 1.2}, 0.891469, 2.305083),
-    "rmipo_no_ln": ({**RMIPO, "beta": 0.1, "length_normalization": False}, 1.560193, 2.039387),
+    "rmipo_no_ln": ({**RMIPO, "beta": 0.1, **SUMS}, 1.560193, 2.039387),
     "ablation_GM": ({**RMIPO, "signal": "loglik", "schedule": "linear"}, 0.999163, 2.671645),
     "ablation_MI": ({**RMIPO, "target": "beta", "schedule": "linear"}, 0.559525, 2.703527),
-    "ablation_GM_MI": ({**RMIPO, "schedule": "linear"}, 1.083241, 2.671645),
     "ablation_GM_ED": ({**RMIPO, "signal": "loglik"}, 0.896001, 2.671645),
     "ablation_MI_ED": ({**RMIPO, "target": "beta"}, 0.598622, 2.703527),
-    "ablation_GM_MI_ED": (RMIPO, 1.014616, 2.671645),
 }
 
 
@@ -92,10 +70,6 @@ def test_golden_values(variant, case):
     scores = case_scores(case, prior_from=int(block.get("fidelity") == "release" and block["name"] == "rmipo"))
     # Golden values have six decimals: half a unit of the last one, and nothing beyond it.
     assert objective(scores, state).losses.item() == pytest.approx(expected["AB".index(case)], abs=6e-7)
-
-
-def test_every_objective_has_a_golden_value():
-    assert {block["name"] for block, *_ in GOLDEN.values()} == set(OBJECTIVES)
 
 
 # ---------------------------------------------------------------------------------------------------------- values
@@ -127,65 +101,29 @@ def test_batches_match_the_independent_reference(dtype):
 
 
 def test_rewards_are_the_methods_own_without_the_margin():
-    rewards = {}
-    for name, block in {v["name"]: v for v, *_ in reversed(GOLDEN.values())}.items():
-        state = settled(0.05, 0.25) if name in ("alpha-dpo", "beta-dpo") else None
-        out = build_objective(block)(case_scores("A"), state)
-        rewards[name] = (out.chosen_rewards.item(), out.rejected_rewards.item())
-        assert not out.chosen_rewards.requires_grad and not out.rejected_rewards.requires_grad
-    expected = {  # S = -1.2, -1.6; A = -0.4, -0.8; r_S = 0.3, -0.4; r_A = 0.1, -0.2
-        "dpo": (0.03, -0.04),
-        "slic": (-1.2, -1.6),
-        "ipo": (0.01, -0.02),
-        "cpo": (-0.12, -0.16),
-        "kto": (0.03, -0.04),
-        "simpo": (-0.8, -1.6),
-        "alpha-dpo": (2.5 * (-0.4 - 0.2 * 0.1), 2.5 * (-0.8 + 0.2 * 0.2)),
-        "beta-dpo": (0.03, -0.04),
-        "epsilon-dpo": (0.03 / 1.02, -0.04 / 1.02),
-        "simper": (-0.4, -0.8),
-        "rmipo": (-0.8, -1.6),
-    }
-    assert rewards.keys() == expected.keys()
-    for name, value in expected.items():
-        assert rewards[name] == pytest.approx(value), name
-
-
-def test_rewards_are_sums_or_means_as_length_normalization_says():
-    """The other setting of each method than in the test above."""
-    expected = {
-        "dpo": ({"beta": 0.1, "length_normalization": True}, (0.01, -0.02)),
-        "slic": ({"length_normalization": True}, (-0.4, -0.8)),
-        "ipo": ({"tau": 0.1, "length_normalization": False}, (0.03, -0.04)),
-        "simpo": ({"beta": 0.1, "length_normalization": False}, (-0.12, -0.16)),
-        "alpha-dpo": ({**ALPHA, "length_normalization": False}, (2.5 * (-1.2 - 0.2 * 0.3), 2.5 * (-1.6 + 0.2 * 0.4))),
-        "rmipo": ({"beta": 0.1, "length_normalization": False}, (-0.12, -0.16)),
-    }
-    assert expected.keys() == {n for n, cls in OBJECTIVES.items() if "length_normalization" in cls.__dataclass_fields__}
-    for name, (options, value) in expected.items():
-        out = build_objective({"name": name, **options})(case_scores("A"))
-        assert (out.chosen_rewards.item(), out.rejected_rewards.item()) == pytest.approx(value), name
-
-
-def test_first_loss_is_its_analytic_value_when_policy_is_reference():
-    _, scores = batch()
-    same = replace(scores, ref_chosen_logps=scores.chosen_logps, ref_rejected_logps=scores.rejected_logps)
-    same = replace(same, ref_mismatched_chosen_logps=same.mismatched_chosen_logps)
-    same = replace(same, ref_mismatched_rejected_logps=same.mismatched_rejected_logps)
-    base = scores.chosen_logps - scores.rejected_logps
-    same = replace(same, plus_logratios=base, minus_logratios=base)
-    expected = {"dpo": math.log(2), "ipo": (1 / (2 * 0.5)) ** 2, "kto": 0.5, "epsilon-dpo": math.log(2)}
-    for name, value in expected.items():
-        losses = build_objective({"name": name})(same).losses
-        torch.testing.assert_close(losses, torch.full_like(losses, value), msg=name)
-    assert build_objective({"name": "beta-dpo"})(same).losses.mean().item() == pytest.approx(math.log(2))
-    alpha = build_objective({"name": "alpha-dpo", "beta": 2.5, "gamma_beta_ratio": 0.6, "alpha": 0.2})(same)
-    simpo = build_objective({"name": "simpo", "beta": 2.5, "gamma": 1.5})(same)
-    torch.testing.assert_close(alpha.losses, simpo.losses)  # every z-score is 0
-    no_signal = replace(same, prior_chosen_logps=same.chosen_logps, prior_rejected_logps=same.rejected_logps)
-    rmipo = build_objective(RMIPO)(no_signal)  # Delta_pmi = 0 everywhere, so gamma is gamma_max
-    torch.testing.assert_close(rmipo.losses, build_objective({"name": "simpo", "beta": 2, "gamma": 1.6})(same).losses)
-    assert not build_objective({"name": "simpo"})(same).losses.equal(simpo.losses)
+    expected = [  # S = -1.2, -1.6; A = -0.4, -0.8; r_S = 0.3, -0.4; r_A = 0.1, -0.2
+        ({"name": "dpo", "beta": 0.1}, (0.03, -0.04)),
+        ({"name": "dpo", "beta": 0.1, **MEANS}, (0.01, -0.02)),
+        ({"name": "slic"}, (-1.2, -1.6)),
+        ({"name": "slic", **MEANS}, (-0.4, -0.8)),
+        ({"name": "ipo", "tau": 0.1}, (0.01, -0.02)),
+        ({"name": "ipo", "tau": 0.1, **SUMS}, (0.03, -0.04)),
+        (CPO, (-0.12, -0.16)),
+        ({"name": "kto", "beta": 0.1}, (0.03, -0.04)),
+        ({"name": "simpo", "beta": 2}, (-0.8, -1.6)),
+        ({"name": "simpo", "beta": 0.1, **SUMS}, (-0.12, -0.16)),
+        (ALPHA, (2.5 * (-0.4 - 0.2 * 0.1), 2.5 * (-0.8 + 0.2 * 0.2))),
+        (ALPHA | SUMS, (2.5 * (-1.2 - 0.2 * 0.3), 2.5 * (-1.6 + 0.2 * 0.4))),
+        (BETA, (0.03, -0.04)),
+        (EPSILON, (0.03 / 1.02, -0.04 / 1.02)),
+        ({"name": "simper"}, (-0.4, -0.8)),
+        (RMIPO, (-0.8, -1.6)),
+        ({**RMIPO, "beta": 0.1, **SUMS}, (-0.12, -0.16)),
+    ]
+    assert {block["name"] for block, _ in expected} == set(OBJECTIVES)
+    for block, value in expected:
+        out = build_objective(block)(case_scores("A"), settled(0.05, 0.25) if "alpha" in block else None)
+        assert (out.chosen_rewards.item(), out.rejected_rewards.item()) == pytest.approx(value), block
 
 
 # ------------------------------------------------------------------------------------------------------- gradients
@@ -215,7 +153,7 @@ def frozen_loss(block, out: ObjectiveOutput, scores: PairScores) -> torch.Tensor
     [{"name": name} for name in OBJECTIVES if name != "rmipo"]
     + [
         RMIPO,
-        {**RMIPO, "fidelity": "release"},
+        RMIPO | RELEASE,
         {**RMIPO, "target": "beta"},
         {**RMIPO, "signal": "loglik"},
         {"name": "beta-dpo", "fidelity": "paper", "beta": 0.3},
@@ -244,9 +182,6 @@ def test_gradients_are_finite_differences_with_detached_parts_frozen(block):
     for name, value in inputs.items():
         if name.startswith(("prior_", "mismatched_", "ref_mismatched_")):
             assert value.grad is None, name
-    assert all(not value.requires_grad for value in out.diagnostics.values())
-    assert out.gamma is None or not out.gamma.requires_grad
-    assert not out.chosen_rewards.requires_grad and not out.rejected_rewards.requires_grad
 
 
 # ----------------------------------------------------------------------------------------------------- RMiPO's options
@@ -258,9 +193,6 @@ def test_rmipo_gamma_and_diagnostics_by_hand():
     assert {k: v.item() for k, v in out.diagnostics.items()} == pytest.approx(
         {"pmi_chosen": 0.6, "pmi_rejected": 0.4, "delta_pmi": 0.2}
     )
-    release = build_objective({**RMIPO, "fidelity": "release"})(case_scores("A", prior_from=1))
-    # Means over 3 and 2 tokens, priors over 2 and 1: (-0.4 + 0.75) - (-0.8 + 1.0); gamma itself stays in its bounds.
-    assert release.gamma.item() == pytest.approx(0.3 + 1.3 * math.exp(-0.15))
 
 
 def test_rmipo_says_what_it_reads():
@@ -282,10 +214,9 @@ def test_release_scores_a_one_token_response():
     assert out.losses.item() == pytest.approx(reference.nls(2 * (0.2 - gamma)))
 
 
-@pytest.mark.parametrize("length", [1, 4])
-def test_simper_with_a_constant_length(length):
-    out = build_objective({"name": "simper", "constant_length": length})(case_scores("A"))
-    assert out.losses.item() == pytest.approx(math.exp(-1.6 / length) - math.exp(-1.2 / length))
+def test_simper_with_a_constant_length():
+    out = build_objective({"name": "simper", "constant_length": 4})(case_scores("A"))
+    assert out.losses.item() == pytest.approx(math.exp(-1.6 / 4) - math.exp(-1.2 / 4))
 
 
 def test_rmipo_summary():
@@ -315,21 +246,6 @@ def test_rmipo_summary():
     )
     one = {key: value[:1] for key, value in {"gamma": gamma, **out.diagnostics, **lengths}.items()}
     assert "rmipo/corr_delta_pmi_length" not in objective.summarize(one)  # undefined, so not logged as NaN
-
-
-@pytest.mark.parametrize(
-    ("name", "expected"),
-    [
-        ("slic", {"slic/nll": 1.2}),
-        ("cpo", {"cpo/nll": 0.4}),
-        ("kto", {"kto/z_ref": 0.001}),
-        ("epsilon-dpo", {"epsilon-dpo/beta": 0.01, "epsilon-dpo/k_plus": 1.0, "epsilon-dpo/k_minus": 0.0}),
-        ("dpo", {}),
-    ],
-)
-def test_method_diagnostics(name, expected):
-    objective = build_objective({"name": name})
-    assert objective.summarize(objective(case_scores("A")).diagnostics) == pytest.approx(expected)
 
 
 # ------------------------------------------------------------------------------------------------- state and ranks
@@ -453,19 +369,6 @@ def test_losses_far_on_the_wrong_side_are_finite(name):
     assert name == "kto" or (losses.max() > 1 and (chosen.grad != 0).any())
 
 
-def test_running_statistics_are_bias_corrected():
-    objective = build_objective({"name": "alpha-dpo"})
-    state, decayed, weight = objective.init_state(), 0.0, 0.0
-    for seed in range(3):
-        _, scores = batch(count=4, seed=seed)
-        state = objective.observe(state, scores)
-        decayed = 0.9 * decayed + 0.1 * gap(scores, per_token=True).mean().item()
-        weight = 0.9 * weight + 0.1
-        assert objective(scores, state).diagnostics["gap_mean"][0].item() == pytest.approx(decayed / weight)
-        if seed == 0:
-            assert objective(scores, state).losses.equal(objective(scores).losses)
-
-
 def test_beta_dpo_keeps_by_weight():
     """With all but one pair dropped, pair i is kept with a probability proportional to exp(-z_i^2 / 2)."""
     _, scores = batch(count=5)
@@ -488,7 +391,7 @@ def test_beta_dpo_keeps_by_weight():
     assert ((counts / draws - expected).abs() < 4 * sigma).all()
 
 
-@pytest.mark.parametrize(("pairs", "rho", "kept"), [(8, 0.2, 6), (8, 0.0, 8), (5, 0.5, 2), (2, 0.9, 1), (10, 0.25, 8)])
+@pytest.mark.parametrize(("pairs", "rho", "kept"), [(8, 0.2, 6), (8, 0.0, 8), (5, 0.5, 2), (2, 0.9, 1)])
 def test_beta_dpo_kept_count_and_loss(pairs, rho, kept):
     _, scores = batch(count=pairs)
     objective = build_objective({"name": "beta-dpo", "rho": rho})
@@ -500,11 +403,6 @@ def test_beta_dpo_kept_count_and_loss(pairs, rho, kept):
     expected = torch.nn.functional.softplus(-beta * values[chosen]).mean()
     torch.testing.assert_close(out.losses.mean(), expected)
     assert (out.losses[~chosen] == 0).all()
-
-
-def test_beta_dpo_floor():
-    out = build_objective({"name": "beta-dpo"})(case_scores("B"), settled(100.0, 1.0))
-    assert out.diagnostics["beta"].item() == pytest.approx(1e-3)
 
 
 def test_epsilon_dpo_follows_the_perturbed_policies():
@@ -565,20 +463,19 @@ def test_hints_for_keys_of_other_code_bases_name_keys_of_ours(name):
             build_objective({"name": name, key: 1})
 
 
-RELEASE, PER_TOKEN = {"fidelity": "release"}, {"length_normalization": True}
 DEFAULTS = {
     "rmipo": {
         "beta": 2.0, "gamma_min": 0.3, "gamma_max": 1.6, "schedule": "exponential", "span": 2.0, "signal": "pmi",
         "target": "gamma", "pmi_normalization": "token", "prior_context": "header", "prior_model": "policy",
-        "fidelity": "paper", "label_smoothing": 0.0, "sft_weight": 0.0, **PER_TOKEN,
+        "fidelity": "paper", "label_smoothing": 0.0, "sft_weight": 0.0, **MEANS,
     },
     "dpo": {"beta": 0.01, "length_normalization": False},
     "slic": {"delta": 1.0, "sft_weight": 1.0, "length_normalization": False, "sft_normalization": "sequence"},
-    "ipo": {"tau": 0.5, **PER_TOKEN},
+    "ipo": {"tau": 0.5, **MEANS},
     "cpo": {"beta": 0.01, "sft_weight": 1.0, "sft_normalization": "token"},
     "kto": {"beta": 0.01, "desirable_weight": 1.0, "undesirable_weight": 1.0},
-    "simpo": {"beta": 2.0, "gamma": 1.0, "label_smoothing": 0.0, "sft_weight": 0.0, **PER_TOKEN},
-    "alpha-dpo": {"beta": 2.5, "gamma_beta_ratio": 0.6, "alpha": 0.2, **RELEASE, **PER_TOKEN},
+    "simpo": {"beta": 2.0, "gamma": 1.0, "label_smoothing": 0.0, "sft_weight": 0.0, **MEANS},
+    "alpha-dpo": {"beta": 2.5, "gamma_beta_ratio": 0.6, "alpha": 0.2, **RELEASE, **MEANS},
     "beta-dpo": {"beta": 0.1, "alpha": 0.6, "rho": 0.2, **RELEASE},
     "epsilon-dpo": {"beta": 0.01, "epsilon": 0.01, **RELEASE},
     "simper": {"constant_length": 0.0},
@@ -608,33 +505,20 @@ def test_every_number_refuses_what_is_outside_its_domain(name):
             assert isinstance(getattr(OBJECTIVES[name](), key), float)
 
 
-def test_a_whole_number_is_read_as_a_number():
-    assert repr(build_objective({"name": "dpo", "beta": 1})) == "DPO(beta=1.0, length_normalization=False)"
-
-
 def test_objectives_that_need_several_pairs_say_so():
     objectives = {name: build_objective({"name": name}) for name in OBJECTIVES}
-    assert {name: o.min_pairs for name, o in objectives.items() if o.min_pairs > 1} == {
-        "kto": 2,
-        "alpha-dpo": 2,
-        "beta-dpo": 2,
-    }
+    several = {"kto": 2, "alpha-dpo": 2, "beta-dpo": 2}
+    assert {name: o.min_pairs for name, o in objectives.items() if o.min_pairs > 1} == several
     assert build_objective({"name": "rmipo", "signal": "shuffled"}).min_pairs == 2
-    assert {name for name, o in objectives.items() if o.micro_batch_matters} == {"kto", "alpha-dpo", "beta-dpo", "cpo"}
-    assert not any(o.header_in_response for o in objectives.values())  # only in RMiPO's fidelity "release"
-    assert {name: build_objective({"name": name}).needs for name in OBJECTIVES} == {
-        "rmipo": {"prior"},
-        "dpo": {"reference"},
-        "slic": set(),
-        "ipo": {"reference"},
-        "cpo": set(),
-        "kto": {"reference", "mismatched"},
-        "simpo": set(),
-        "alpha-dpo": {"reference"},
-        "beta-dpo": {"reference"},
-        "epsilon-dpo": {"reference", "reference_logits"},
-        "simper": set(),
-    }
+
+
+def test_objectives_say_what_they_read():
+    needs = {name: {"reference"} for name in ("dpo", "ipo", "alpha-dpo", "beta-dpo")}
+    needs |= {"rmipo": {"prior"}, "kto": {"reference", "mismatched"}}
+    needs |= {"epsilon-dpo": {"reference", "reference_logits"}}
+    for name in OBJECTIVES:
+        objective = build_objective({"name": name})
+        assert objective.needs == needs.get(name, set()) and not objective.header_in_response
 
 
 # --------------------------------------------------------------------------------------------------------- recipes
@@ -675,40 +559,36 @@ def test_every_method_has_a_sweep_whose_points_build(name):
 
 
 ABLATIONS = {
-    "table3-row1": "ablation_GM",
-    "table3-row2": "ablation_MI",
-    "table3-row4": "ablation_GM_ED",
-    "table3-row5": "ablation_MI_ED",
-    "table7-linear": "rmipo_linear",
-    "table7-cosine": "rmipo_cosine",
-    "table7-constant": "rmipo_none",
-    "table8-0-2": "rmipo_bounds_0_2",
-    "table8-0.5-1.4": "rmipo_bounds_05_14",
-    "table8-1-1.2": "rmipo_bounds_10_12",
-    "fidelity-release": "rmipo_code",
+    "table3-row1": {"signal": "loglik", "schedule": "linear"},
+    "table3-row2": {"target": "beta", "schedule": "linear"},
+    "table3-row4": {"signal": "loglik"},
+    "table3-row5": {"target": "beta"},
+    "table7-linear": {"schedule": "linear"},
+    "table7-cosine": {"schedule": "cosine"},
+    "table7-constant": {"schedule": "constant"},
+    "table8-0-2": {"gamma_min": 0, "gamma_max": 2},
+    "table8-0.5-1.4": {"gamma_min": 0.5, "gamma_max": 1.4},
+    "table8-1-1.2": {"gamma_min": 1.0, "gamma_max": 1.2},
+    "fidelity-release": RELEASE,
 }
 
 
 @pytest.mark.parametrize("name", ABLATIONS)
-def test_ablations_are_the_variants_of_the_golden_values(name):
+def test_ablations_are_the_papers_variants(name):
     overlay = read_recipe(f"ablations/{name}.yaml")
-    assert build_objective(RMIPO | overlay["objective"]) == build_objective(GOLDEN[ABLATIONS[name]][0])
+    assert build_objective(RMIPO | overlay["objective"]) == build_objective(RMIPO | ABLATIONS[name])
 
 
 def test_no_ablation_is_left_untested():
     without_length_normalization = {f"table5-{name}" for name in ("rmipo", "simpo", "alpha-dpo", "simper")}
     files = {path.stem for path in (RECIPES / "ablations").glob("*.yaml")}
-    assert files == ABLATIONS.keys() | without_length_normalization | {
-        "fidelity-sequence",
-        "initial-prior",
-        "shuffled",
-    }
+    others = {"fidelity-sequence", "initial-prior", "shuffled"}
+    assert files == ABLATIONS.keys() | without_length_normalization | others
     for name in files - ABLATIONS.keys():
         overlay = read_recipe(f"ablations/{name}.yaml")
         for values in [{}, *overlay.get("per_setting", {}).values()]:
             objective = build_objective(overlay["objective"] | values.get("objective", {}))
-            if name not in ("table5-simper", "fidelity-sequence", "initial-prior", "shuffled"):
-                assert not objective.length_normalization
+            assert name in {"table5-simper", *others} or not objective.length_normalization
             assert ("initial_prior" in objective.needs) == (name == "initial-prior")
 
 
@@ -735,40 +615,23 @@ def test_shuffled_margins_are_those_of_other_pairs():
     torch.testing.assert_close(shuffled.losses, -torch.nn.functional.logsigmoid(rewards - shuffled.gamma))
 
 
-def test_loglik_signal_is_per_token_whatever_the_reward():
+def test_a_signal_is_per_token_or_summed_whatever_the_reward():
     """Table 3: A_w - A_l stands in the place of delta_pmi (Eq. 6), also where the rewards are sums."""
     _, scores = batch()
-    signal = scores.chosen_logps / scores.chosen_lengths - scores.rejected_logps / scores.rejected_lengths
-    for length_normalization in (True, False):
-        block = {"name": "rmipo", "signal": "loglik", "length_normalization": length_normalization}
-        gamma = build_objective(block)(scores).gamma
-        torch.testing.assert_close(gamma, 0.3 + 1.3 * torch.exp(-signal.clamp(min=0)))
-
-
-def test_pmi_is_per_token_or_summed_whatever_the_reward():
-    _, scores = batch()
-    chosen, rejected = (
-        getattr(scores, f"{side}_logps") - getattr(scores, f"prior_{side}_logps") for side in ("chosen", "rejected")
-    )
-    signals = {
-        "token": chosen / scores.chosen_lengths - rejected / scores.rejected_lengths,
-        "sequence": chosen - rejected,
-    }
-    for normalization, signal in signals.items():
-        for length_normalization in (True, False):
-            block = {"name": "rmipo", "pmi_normalization": normalization, "length_normalization": length_normalization}
-            gamma = build_objective(block)(scores).gamma
+    lengths = scores.chosen_lengths, scores.rejected_lengths
+    logps = scores.chosen_logps, scores.rejected_logps
+    pmi = logps[0] - scores.prior_chosen_logps, logps[1] - scores.prior_rejected_logps
+    signals = [
+        ({"signal": "loglik"}, logps[0] / lengths[0] - logps[1] / lengths[1]),
+        ({"pmi_normalization": "token"}, pmi[0] / lengths[0] - pmi[1] / lengths[1]),
+        ({"pmi_normalization": "sequence"}, pmi[0] - pmi[1]),
+    ]
+    for options, signal in signals:
+        for reward in (MEANS, SUMS):
+            gamma = build_objective({"name": "rmipo", **options, **reward})(scores).gamma
             torch.testing.assert_close(gamma, 0.3 + 1.3 * torch.exp(-signal.clamp(min=0)))
 
 
 def test_equal_bounds_are_a_constant_margin():
     _, scores = batch()
     assert build_objective({"name": "rmipo", "gamma_min": 1.0, "gamma_max": 1.0})(scores).gamma.tolist() == [1.0] * 5
-
-
-@pytest.mark.parametrize("name", ["cpo", "slic"])
-def test_an_sft_loss_over_tokens_depends_on_the_micro_batch(name):
-    def matters(normalization):
-        return build_objective({"name": name, "sft_normalization": normalization}).micro_batch_matters
-
-    assert matters("token") and not matters("sequence")

@@ -76,18 +76,14 @@ def trl_loss(trainer, batch) -> float:
 
 
 @pytest.mark.parametrize(
-    ("loss_type", "beta", "block"),
-    [
-        ("sigmoid", 0.3, {"name": "dpo", "beta": 0.3}),
-        ("ipo", 0.3, {"name": "ipo", "tau": 0.3}),
-    ],
+    ("loss_type", "block"), [("sigmoid", {"name": "dpo", "beta": 0.3}), ("ipo", {"name": "ipo", "tau": 0.3})]
 )
-def test_dpo_trainer(tmp_path, tokenizer, loss_type, beta, block):
+def test_dpo_trainer(tmp_path, tokenizer, loss_type, block):
     policy, reference = tiny_llama(0), tiny_llama(1)
     trainer = DPOTrainer(
         model=policy,
         ref_model=reference,
-        args=DPOConfig(**arguments(tmp_path, loss_type=[loss_type], beta=beta)),
+        args=DPOConfig(**arguments(tmp_path, loss_type=[loss_type], beta=0.3)),
         train_dataset=paired_dataset(),
         processing_class=tokenizer,
     )
@@ -132,7 +128,6 @@ def test_kto_trainer(tmp_path, tokenizer):
 @pytest.mark.parametrize(
     ("options", "block"),
     [
-        ({"loss_type": "sigmoid", "beta": 0.3, "cpo_alpha": 0.0}, {"name": "cpo", "beta": 0.3, "sft_weight": 0}),
         ({"loss_type": "sigmoid", "beta": 0.3, "cpo_alpha": 0.7}, {"name": "cpo", "beta": 0.3, "sft_weight": 0.7}),
         (
             {"loss_type": "simpo", "beta": 2.5, "simpo_gamma": 1.25, "cpo_alpha": 0.0},

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from rmipo.objectives import OBJECTIVES, PairScores, build_objective
-from rmipo.objectives.rmipo import rmipo_loss
 from tests.helpers.pair_scores import batch, settled
 
 STATES = {"alpha-dpo": (0.5, 0.25), "beta-dpo": (0.5, 0.25)}
@@ -24,6 +23,10 @@ SCORES = PairScores(
     t(3, 3),
     ref_chosen_logps=t(-7, -5),
     ref_rejected_logps=t(-5, -4),
+    mismatched_chosen_logps=t(-4, -3),
+    mismatched_rejected_logps=t(-5, -4),
+    ref_mismatched_chosen_logps=t(-7, -2),
+    ref_mismatched_rejected_logps=t(-6, -6),
     plus_logratios=t(2.5, -2),
     minus_logratios=t(1.5, 0),
 )
@@ -36,6 +39,7 @@ SCORES = PairScores(
         ({"name": "cpo", "sft_weight": 0.1}, {"nll": 8 / 6}),
         ({"name": "epsilon-dpo"}, {"beta": 0.01, "k_plus": 0.5, "k_minus": 0.5}),
         ({"name": "alpha-dpo", "alpha": 0.3}, {"gap_mean": 0.5, "gap_std": 0.25, "alpha_over_std": 1.2}),
+        ({"name": "kto", "beta": 0.5}, {"z_ref": 0.5 * 1.25}),
         # (4 + 0) / 2 is the mean gap of the two pairs, of which none is left out without a draw.
         (
             {"name": "beta-dpo", "alpha": 0.4},
@@ -54,8 +58,7 @@ def test_what_is_logged_is_the_mean_over_pairs(block, expected):
 
 
 def test_means_are_over_all_pairs():
-    columns = {"nll": t(1, 2, 6), "kept": t(1, 0, 1), "beta": t(1, 1, 4), "gap_mean": t(0, 0, 0), "gap_std": t(1, 1, 1)}
-    assert build_objective({"name": "slic"}).summarize(columns) == {"slic/nll": 3}
+    columns = {"kept": t(1, 0, 1), "beta": t(1, 1, 4), "gap_mean": t(0, 0, 0), "gap_std": t(1, 1, 1)}
     summary = build_objective({"name": "beta-dpo"}).summarize(columns)
     assert summary["beta-dpo/kept"] == pytest.approx(2 / 3) and summary["beta-dpo/beta"] == 2
     columns = {"running_beta": t(0.1, 0.1, 0.1, 0.1), "k": t(1, 0, -1, -1)}
@@ -104,23 +107,6 @@ def test_the_margin_of_margin_methods_is_a_column():
     assert gammas["simpo"].tolist() == [1, 1] and gammas["dpo"] is None and gammas["cpo"] is None
 
 
-@pytest.mark.parametrize("options", [{}, {"beta": 5.0, "gamma_min": 0.1, "gamma_max": 0.9, "schedule": "cosine"}])
-def test_the_objective_rmipo_is_the_function(options):
-    """With the same defaults: the function is what other trainers call."""
-    _, scores = batch()
-    names = [f"{prefix}{side}_logps" for prefix in ("", "prior_") for side in ("chosen", "rejected")]
-    arguments = {name: getattr(scores, name) for name in (*names, "chosen_lengths", "rejected_lengths")}
-    losses, gamma = rmipo_loss(**arguments, **options)
-    output = build_objective({"name": "rmipo", **options})(scores)
-    torch.testing.assert_close(output.losses, losses)
-    torch.testing.assert_close(output.gamma, gamma)
-
-
-def test_the_span_of_a_schedule_is_the_recipes():
-    block = {"name": "rmipo", "signal": "loglik", "schedule": "linear", "span": 4}
-    assert build_objective(block)(SCORES).gamma.tolist() == pytest.approx([0.3 + 1.3 * 0.75, 1.6])  # A_w - A_l: 1, -1
-
-
 def test_the_release_multiplies_a_constant_margin_too():
     block = {"name": "rmipo", "signal": "loglik", "target": "beta", "fidelity": "release"}
     output = build_objective(block)(SCORES)
@@ -135,14 +121,9 @@ def test_a_modulated_beta_leaves_rewards_and_margin_alone():
     assert output.gamma.tolist() == pytest.approx([0.95, 0.95])
 
 
-def test_an_empty_response_has_a_mean_of_0():
-    scores = PairScores(t(0), t(-2), t(0), t(4))
-    assert [value.tolist() for value in scores.logps(per_token=True)] == [[0], [-0.5]]
-    scores = PairScores(t(-2), t(0), t(4), t(0))
-    assert [value.tolist() for value in scores.logps(per_token=True)] == [[-0.5], [0]]
-
-
-def test_the_sft_loss_of_empty_responses_is_0():
+def test_means_and_the_sft_loss_of_empty_responses_are_0():
+    scores = PairScores(t(0, -2), t(-2, 0), t(0, 4), t(4, 0))
+    assert [value.tolist() for value in scores.logps(per_token=True)] == [[0, -0.5], [-0.5, 0]]
     scores = PairScores(t(0, 0), t(-2, -1), t(0, 0), t(4, 3))
     for normalization in ("token", "sequence"):
         block = {"name": "cpo", "sft_normalization": normalization}
@@ -188,38 +169,26 @@ def gaps(*values):
 
 
 @pytest.mark.parametrize("name", ["alpha-dpo", "beta-dpo"])
-def test_running_deviation_is_the_unbiased_one_of_each_micro_batch(name):
+def test_running_statistics(name):
+    """The deviation is the unbiased one of each micro-batch, at least a millionth, and 0 of one pair: an epoch's rest."""
     objective = build_objective({"name": name})
-    state = objective.observe(objective.init_state(), gaps(1, 3))  # a deviation of sqrt(2)
-    state = objective.observe(state, gaps(0, 6, 0, 6))  # of sqrt(12)
-    std = objective(gaps(1, 2), {k: v for k, v in state.items() if not k.startswith("batch_")}).diagnostics["gap_std"]
-    assert std[0].item() == pytest.approx((0.9 * 0.1 * 2**0.5 + 0.1 * 12**0.5) / 0.19)
 
+    def statistics(pairs, state):
+        columns = objective(pairs, {k: v for k, v in state.items() if not k.startswith("batch_")}).diagnostics
+        return columns["gap_mean"][0].item(), columns["gap_std"][0].item()
 
-@pytest.mark.parametrize("name", ["alpha-dpo", "beta-dpo"])
-def test_a_small_deviation_is_kept_and_none_is_a_millionth(name):
-    objective = build_objective({"name": name})
-    for values, expected in (((0, 1e-4), 1e-4 / 2**0.5), ((3, 3), 1e-6)):
-        std = objective(gaps(*values), objective.init_state()).diagnostics["gap_std"]
-        assert std.tolist() == pytest.approx([expected] * 2)
-
-
-@pytest.mark.parametrize("name", ["alpha-dpo", "beta-dpo"])
-def test_a_micro_batch_of_one_pair_has_a_deviation_of_0(name):
-    """The rest of an epoch may be one pair."""
-    objective = build_objective({"name": name})
-    state = objective.observe(objective.init_state(), gaps(1, 3))
-    state = objective.observe(state, gaps(7))
-    assert state["gap_mean"].item() == pytest.approx(0.9 * 0.1 * 2 + 0.1 * 7)
-    assert state["gap_std"].item() == pytest.approx(0.9 * 0.1 * 2**0.5)
-
-
-@pytest.mark.parametrize("name", ["alpha-dpo", "beta-dpo"])
-def test_an_evaluation_before_the_first_step_takes_the_statistics_of_its_own_pairs(name):
-    objective = build_objective({"name": name})
-    columns = objective(gaps(1, 3), objective.init_state()).diagnostics
-    assert columns["gap_mean"].tolist() == pytest.approx([2, 2])
-    assert columns["gap_std"].tolist() == pytest.approx([2**0.5, 2**0.5])
+    start = objective.init_state()  # an evaluation before the first step takes the statistics of its own pairs
+    assert statistics(gaps(1, 3), start) == pytest.approx((2, 2**0.5))
+    assert statistics(gaps(0, 1e-4), start)[1] == pytest.approx(1e-4 / 2**0.5)
+    assert statistics(gaps(3, 3), start)[1] == pytest.approx(1e-6)
+    state = objective.observe(start, gaps(1, 3))
+    assert objective(gaps(1, 3), state).losses.equal(objective(gaps(1, 3)).losses)
+    two = objective.observe(state, gaps(0, 6, 0, 6))  # deviations of sqrt(2) and sqrt(12)
+    deviation = (0.9 * 0.1 * 2**0.5 + 0.1 * 12**0.5) / 0.19
+    assert statistics(gaps(1, 2), two) == pytest.approx(((0.9 * 0.1 * 2 + 0.1 * 3) / 0.19, deviation))
+    rest = objective.observe(state, gaps(7))
+    assert rest["gap_mean"].item() == pytest.approx(0.9 * 0.1 * 2 + 0.1 * 7)
+    assert rest["gap_std"].item() == pytest.approx(0.9 * 0.1 * 2**0.5)
 
 
 def test_beta_dpo_selects_by_statistics_that_count_the_batch_itself():
@@ -236,6 +205,7 @@ def test_beta_dpo_on_a_rank_that_keeps_no_pair():
     assert build_objective({"name": "beta-dpo"})(gaps(1, 2), state).losses.tolist() == [0, 0]
 
 
-def test_beta_dpo_has_no_ceiling():
-    output = build_objective({"name": "beta-dpo"})(gaps(100, 100), settled(0, 1))
-    assert output.diagnostics["beta"].tolist() == pytest.approx([0.1 * (1 + 0.6 * 100)] * 2)
+def test_beta_dpo_has_a_floor_and_no_ceiling():
+    for gap, beta in ((-100, 1e-3), (100, 0.1 * (1 + 0.6 * 100))):
+        output = build_objective({"name": "beta-dpo"})(gaps(gap, gap), settled(0, 1))
+        assert output.diagnostics["beta"].tolist() == pytest.approx([beta] * 2)

@@ -49,20 +49,26 @@ class Reader:
     def column(self, title: str) -> list[str]:
         heads = self("return [...document.querySelectorAll('#list th')].map(head => head.textContent)")
         place = heads.index(title) + 1
-        return self(
-            f"return [...document.querySelectorAll('#list td:nth-child({place})')].map(cell => cell.textContent)"
-        )
+        cells = f"[...document.querySelectorAll('#list td:nth-child({place})')]"
+        return self(f"return {cells}.map(cell => cell.textContent)")
 
     def numbers(self, title: str) -> list[float]:
         return [float(text.replace("−", "-")) for text in self.column(title)]
 
     def sort(self, title: str) -> None:
-        self(
-            "[...document.querySelectorAll('#list th button')].find(b => b.textContent === arguments[0]).click()", title
-        )
+        heads = "[...document.querySelectorAll('#list th button')]"
+        self(f"{heads}.find(head => head.textContent === arguments[0]).click()", title)
 
     def open_pair(self) -> int:
         return int(re.search(r"Pair (\d+)", self.find("#pair h2").text)[1])
+
+    def asked(self) -> list[str]:
+        """What the browser has asked for."""
+        entries = [json.loads(entry["message"])["message"] for entry in self.driver.get_log("performance")]
+        sent = [
+            entry["params"]["request"]["url"] for entry in entries if entry["method"] == "Network.requestWillBeSent"
+        ]
+        return [url for url in sent if not url.startswith("data:")]
 
     def shown(self) -> int:
         return int(re.match(r"\d+", self.find("#shown").text)[0])
@@ -81,9 +87,7 @@ def summary(page) -> dict:
 def test_nothing_is_asked_for_and_nothing_is_wrong(reader, page):
     reader.find("#other input").click()
     assert reader.driver.get_log("browser") == []
-    entries = [json.loads(entry["message"])["message"] for entry in reader.driver.get_log("performance")]
-    asked = [entry["params"]["request"]["url"] for entry in entries if entry["method"] == "Network.requestWillBeSent"]
-    assert [url for url in asked if not url.startswith("data:")] == [page.as_uri()]
+    assert reader.asked() == [page.as_uri()]
 
 
 def test_sorting(reader, summary):
@@ -199,9 +203,7 @@ def test_a_dot_names_its_pair_opens_it_and_a_selection_filters(reader):
     svg = reader.find("#chart-length")
     reader("arguments[0].scrollIntoView({block: 'center'})", svg)
     width, height = svg.size["width"], svg.size["height"]
-    dots = reader(
-        "return [...arguments[0].querySelectorAll('.dots')].map(dots => dots.getAttribute('d')).join('')", svg
-    )
+    dots = reader("return [...arguments[0].querySelectorAll('.dots')].map(all => all.getAttribute('d')).join('')", svg)
     x, y = (float(value) * width / 330 for value in re.match(r"M([\d.]+) ([\d.]+)", dots).groups())
     ActionChains(reader.driver).move_to_element_with_offset(svg, x - width / 2, y - height / 2).perform()
     named = int(reader.find("#tip").text.split(":")[0])
@@ -278,16 +280,12 @@ def test_hostile_text_stays_text(driver, page, summary, tmp_path):
         # Lone surrogates can't pass the driver.
         length = reader("return document.querySelector('.sides .token').textContent.length")
         assert length == len(text.encode("utf-16-le", "surrogatepass")) // 2
-        same = reader(
-            "return document.querySelector('.sides .token').textContent === detail(current).sides[0].tokens[0]"
-        )
-        assert same and reader("return document.querySelectorAll('#list .open').length") == 1
+        token = "document.querySelector('.sides .token').textContent"
+        assert reader(f"return {token} === detail(current).sides[0].tokens[0]")
+        assert reader("return document.querySelectorAll('#list .open').length") == 1
     reader.find("#other input").click()
     reader.type("#search", "7 * 7 }}")
     assert reader.shown() == 1 and reader.driver.title == "What the margin does to your pairs"
     assert reader("return document.querySelectorAll('script, img, b, iframe').length") == elements
-    assert driver.get_log("browser") == []
-    requests = [json.loads(entry["message"])["message"] for entry in driver.get_log("performance")]
-    asked = [entry["params"]["request"]["url"] for entry in requests if entry["method"] == "Network.requestWillBeSent"]
-    assert [url for url in asked if not url.startswith("data:")] == [(tmp_path / "hostile.html").as_uri()]
+    assert driver.get_log("browser") == [] and reader.asked() == [(tmp_path / "hostile.html").as_uri()]
     assert reader("return document.documentElement.scrollWidth <= innerWidth")

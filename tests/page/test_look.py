@@ -17,6 +17,7 @@ from rmipo.page.content import findings
 from rmipo.page.look import Page, Scored
 from rmipo.training import parts
 from tests.helpers.programs import run_here
+from tests.helpers.rows import assistant, user
 from tests.references.padded import padded_token_logps
 
 
@@ -43,7 +44,6 @@ def check_against_plain_forwards(page, folder, rows, args, context) -> None:
         ids = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, return_dict=False)
         prompts.append(ids if len(ids) <= args.max_prompt_length else ids[len(ids) - args.max_prompt_length :])
     for number, (line, pair) in enumerate(zip(summary["pairs"], stored, strict=True)):
-        place = summary["pairs"].index(line)
         row, prompt = rows[line["row"]], prompts[line["row"]]
         other = prompts[summary["pairs"][pair["other"]]["row"]]
         for side, name, sums in zip(pair["sides"], ("chosen", "rejected"), line["sides"], strict=True):
@@ -55,9 +55,8 @@ def check_against_plain_forwards(page, folder, rows, args, context) -> None:
             with torch.no_grad():
                 expected = padded_token_logps(model, [(prompt, ids), (context, ids), (foreign, ids)])
             for key, wanted in zip(("given", "prior", "other"), expected, strict=True):
-                torch.testing.assert_close(
-                    values(side[key]), wanted.float(), atol=1e-4, rtol=0, msg=f"{place} {name} {key}"
-                )
+                where = f"{number} {name} {key}"
+                torch.testing.assert_close(values(side[key]), wanted.float(), atol=1e-4, rtol=0, msg=where)
             assert sums == pytest.approx([*(float(v.sum()) for v in expected[:2]), len(ids), len(ids)], abs=1e-2)
             assert "".join(side["tokens"]) == tokenizer.decode(ids) and len(side["tokens"]) == len(ids)
             assert (len(side["tokens"]) - 1 in side["special"]) == (side["lost"] == 0)
@@ -71,7 +70,7 @@ def test_token_values_equal_plain_forwards_of_a_real_model(smollm2, shared_data,
     rows = [{side: row[side] for side in ("prompt", "chosen", "rejected")} for row in loaded.select(range(8)).to_list()]
     for number in (1, 3):
         rows[number]["prompt"] = [*rows[0]["prompt"], *rows[0]["chosen"], *rows[number]["prompt"]]
-    rows[5]["prompt"] = [{"role": "user", "content": "Wie heißt 数学 auf 한국어? 🧮🤖"}]
+    rows[5]["prompt"] = [user("Wie heißt 数学 auf 한국어? 🧮🤖")]
     args = RMiPOConfig(output_dir=".", report_to="none", bf16=False, max_length=256, max_prompt_length=96)
     page = look(str(smollm2), Dataset.from_list(rows), args, output=tmp_path / "look.html")
     stored, summary = read(page)
@@ -114,28 +113,22 @@ def test_every_reading_is_what_training_reads(models, pairs, args, tmp_path, fid
     _, summary = read(look(models[0], rows, args, output=tmp_path / "look.html"))
     trainer = RMiPOTrainer(models[0], args, train_dataset=rows, eval_dataset=rows)
     trainer.evaluate()
-    found = [np.array([line["sides"][side][0] for line in summary["pairs"]]) for side in (0, 1)]
-    lengths = [np.array([line["sides"][side][2] for line in summary["pairs"]]) for side in (0, 1)]
-    rewards = [args.beta * values / count for values, count in zip(found, lengths, strict=True)]
-    columns = trainer.eval_columns
-    np.testing.assert_allclose(
-        rewards[0] - rewards[1], columns["chosen_rewards"] - columns["rejected_rewards"], atol=1e-4
-    )
-    pmi = [
-        np.array([line["sides"][side][0] / line["sides"][side][2] - line["sides"][side][1] / max(line["sides"][side][3], 1)
-                  for line in summary["pairs"]]) for side in (0, 1)
-    ]  # fmt: skip
+    given, prior, lengths, prior_lengths = np.array([line["sides"] for line in summary["pairs"]]).transpose(2, 1, 0)
+    rewards, columns = args.beta * given / lengths, trainer.eval_columns
+    expected = columns["chosen_rewards"] - columns["rejected_rewards"]
+    np.testing.assert_allclose(rewards[0] - rewards[1], expected, atol=1e-4)
+    pmi = given / lengths - prior / prior_lengths.clip(min=1)
     np.testing.assert_allclose(pmi[0] - pmi[1], columns["delta_pmi"], atol=1e-4)
 
 
 def test_any_format_and_tokenised_rows_make_the_same_page(models, pairs, args, tmp_path):
     texts = Dataset.from_list(pairs[:6])
-    turns = [{"prompt": row["prompt"]}
-             | {side: [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row[side]}]
-                for side in ("chosen", "rejected")} for row in pairs[:6]]  # fmt: skip
-    ids = parts.TokenizedPairs(
-        {"train": texts}, AutoTokenizer.from_pretrained(models[0]), args, parts.source_of(models[0])
-    ).splits["train"]
+    turns = [
+        row | {side: [user(row["prompt"]), assistant(row[side])] for side in ("chosen", "rejected")}
+        for row in pairs[:6]
+    ]
+    tokenizer, source = AutoTokenizer.from_pretrained(models[0]), parts.source_of(models[0])
+    ids = parts.TokenizedPairs({"train": texts}, tokenizer, args, source).splits["train"]
     numbers = []
     for rows in (texts, Dataset.from_list(turns), ids):
         model = AutoModelForCausalLM.from_pretrained(models[0]) if rows is ids else models[0]
@@ -191,12 +184,8 @@ def test_make_look_by_folder_and_file(models, pairs, tmp_path):
     ended = run_here("look", "--outputs", str(tmp_path), "--max_length", "40", "--max_prompt_length=16", env=env)
     assert ended.code == 0, ended.err
     stored, summary = read(tmp_path / "reports/look-before.html")
-    assert (
-        "at most 40 tokens" in summary["about"]
-        and len(stored) == 12
-        and summary["after"] == models[1]
-        and str(tmp_path / "reports") in ended.out
-    )
+    assert "at most 40 tokens" in summary["about"] and len(stored) == 12 and summary["after"] == models[1]
+    assert str(tmp_path / "reports") in ended.out
     ended = run_here("look", "--outputs", str(tmp_path), "--max_length", "40", "--split", "test", env=env)
     assert ended.code == 0 and len(read(tmp_path / "reports/look-before.html")[0]) == 8, ended.err  # 5% of 151
 

@@ -66,10 +66,7 @@ def test_handbook_dpo_recipe_with_a_mixture_runs_unchanged():
         ({"dtype": "float16"}, "dtype"),
         ({"dataset_mixture": {"datasets": [{"id": "a/b", "wieght": 1}]}}, "wieght"),
         ({"dataset_mixture": [1]}, "dataset_mixture"),
-        (
-            {"dataset_mixer": {"a/b": 1.0}, "dataset_mixture": None, "dataset_splits": ["test"]},
-            "dataset_mixer",
-        ),
+        ({"dataset_mixer": {"a/b": 1.0}, "dataset_mixture": None, "dataset_splits": ["test"]}, "dataset_mixer"),
     ],
 )
 def test_handbook_recipe_that_cannot_be_translated(write, change, message):
@@ -81,55 +78,25 @@ def test_handbook_recipe_that_cannot_be_translated(write, change, message):
 # What is published, by kind: the keys that tell it from others, over those that all recipes of its repository have.
 
 COMMON = {
-    "model_name_or_path": "some/sft-model",
-    "torch_dtype": None,
-    "dataset_mixer": {"some/pairs": 1.0},
-    "dataset_splits": ["train", "test"],
-    "preprocessing_num_workers": 12,
-    "do_eval": True,
-    "evaluation_strategy": "steps",
-    "eval_steps": 400,
-    "gradient_accumulation_steps": 16,
-    "gradient_checkpointing": True,
-    "gradient_checkpointing_kwargs": {"use_reentrant": False},
-    "learning_rate": 1.0e-6,
-    "max_length": 2048,
-    "max_prompt_length": 1800,
-    "output_dir": "outputs/run",
-    "per_device_train_batch_size": 2,
-    "warmup_ratio": 0.1,
-}
-MIXTURE = {
-    "dataset_mixture": {
-        "datasets": [
-            {"id": "some/mix", "config": "Preference", "split": "a_no_think", "columns": ["chosen"], "weight": 0.5}
-        ],
-        "seed": 0,
-    },
-    "dataset_mixer": None,
-    "dataset_splits": None,
-    "evaluation_strategy": None,
-    "eval_strategy": "no",
-    "max_prompt_length": None,
-}
+    "model_name_or_path": "some/sft-model", "torch_dtype": None, "dataset_mixer": {"some/pairs": 1.0},
+    "dataset_splits": ["train", "test"], "preprocessing_num_workers": 12, "do_eval": True, "evaluation_strategy": "steps",
+    "eval_steps": 400, "gradient_accumulation_steps": 16, "gradient_checkpointing": True,
+    "gradient_checkpointing_kwargs": {"use_reentrant": False}, "learning_rate": 1.0e-6, "max_length": 2048,
+    "max_prompt_length": 1800, "output_dir": "outputs/run", "per_device_train_batch_size": 2, "warmup_ratio": 0.1,
+}  # fmt: skip
+MIXED = {"id": "some/mix", "config": "Preference", "split": "a_no_think", "columns": ["chosen"], "weight": 0.5}
+MIXTURE = {"dataset_mixture": {"datasets": [MIXED], "seed": 0}, "eval_strategy": "no"}
+MIXTURE |= dict.fromkeys(("dataset_mixer", "dataset_splits", "evaluation_strategy", "max_prompt_length"))
 SFT = {"max_length": None, "max_prompt_length": None, "max_seq_length": 2048, "output_dir": "data/run-sft"}
 SIMPO = {"loss_type": "simpo", "beta": 2.5, "gamma_beta_ratio": 0.55, "output_dir": "outputs/llama-3-8b-instruct-simpo"}
-ALPHA = {
-    "beta": 2.5,
-    "gamma_beta_ratio": 0.6,
-    "alpha": 0.2,
-    "ln": True,
-    "trainer_type": "dpo",
-    "loss_type": "alpha-dpo",
-    "run_name": "llama-3-8b-instruct-alpha-dpo",
-}
+ALPHA = {"beta": 2.5, "gamma_beta_ratio": 0.6, "alpha": 0.2, "ln": True}
+ALPHA |= {"trainer_type": "dpo", "loss_type": "alpha-dpo", "run_name": "llama-3-8b-instruct-alpha-dpo"}
 RMIPO = {"beta": 2.0, "gamma_beta_ratio": 0.1, "loss_type": "rmipo", "output_dir": "outputs/mistral-7b-instruct-rmipo"}
 
 
 def published(write, changes, path="configs/config_full.yaml"):
-    return write(
-        path, {key: value for key, value in (COMMON | changes).items() if value is not None or key == "torch_dtype"}
-    )
+    values = (COMMON | changes).items()
+    return write(path, {key: value for key, value in values if value is not None or key == "torch_dtype"})
 
 
 @pytest.mark.parametrize(
@@ -140,19 +107,14 @@ def published(write, changes, path="configs/config_full.yaml"):
         ({"beta": 0.3, "loss_type": "ipo"}, {"name": "ipo", "tau": 0.3}),
         (SIMPO, {"name": "simpo", "beta": 2.5, "gamma": 1.375}),
         (SIMPO | {"loss_type": "simper"}, {"name": "simper"}),
-        (
-            ALPHA | {"ln": False},
-            {"name": "alpha-dpo", "beta": 2.5, "gamma_beta_ratio": 0.6, "alpha": 0.2, "length_normalization": False},
-        ),
-        (
-            {"beta": 0.01, "epsilon": 0.02, "loss_type": "epsilon-dpo"},
-            {"name": "epsilon-dpo", "beta": 0.01, "epsilon": 0.02},
-        ),
+        (ALPHA | {"ln": False},
+         {"name": "alpha-dpo", "beta": 2.5, "gamma_beta_ratio": 0.6, "alpha": 0.2, "length_normalization": False}),
+        ({"beta": 0.01, "epsilon": 0.02, "loss_type": "epsilon-dpo"}, {"name": "epsilon-dpo", "beta": 0.01, "epsilon": 0.02}),
         (RMIPO, {"name": "rmipo", "beta": 2.0, "fidelity": "release"}),
         (MIXTURE | {"beta": 0.5, "loss_type": "sigmoid"}, {"name": "dpo", "beta": 0.5}),
         ({"objective": {"name": "kto"}, "remove_unused_columns": False}, {"name": "kto"}),
     ],
-)
+)  # fmt: skip
 def test_published_preference_recipes_are_read(write, changes, objective):
     recipe = load_recipe(published(write, changes))
     assert (recipe.stage, recipe.values["objective"]) == ("preference", objective)
@@ -177,10 +139,7 @@ def test_published_recipes_of_other_methods_are_refused(write, changes, named):
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        (
-            SFT | {"dataset_splits": ["train"], "dataset_configs": ["tiny"]},
-            {"max_length": 2048},
-        ),  # continued pretraining
+        (SFT | {"dataset_splits": ["train"], "dataset_configs": ["tiny"]}, {"max_length": 2048}),  # pretraining goes on
         (SFT | {"packing": True, "dataset_kwargs": {"skip_prepare_dataset": False}}, {"packing": True}),
         (SFT | MIXTURE | {"assistant_only_loss": True, "trust_remote_code": True}, {"assistant_only_loss": True}),
     ],
@@ -197,12 +156,10 @@ def test_a_batch_that_a_recipe_leaves_out_is_the_libraries_default(write):
     assert recipe.batch(2) == (8 * 16 * 2, 16)
 
 
-def test_a_prompt_may_be_as_long_as_the_recipes_own_max_length_lets_it(write):
+def test_lengths_that_a_recipe_leaves_out(write):
+    """A prompt may be as long as max_length lets it; where TRL has another default, that is said."""
     recipe = load_recipe(published(write, {"loss_type": "sigmoid", "max_length": 512, "max_prompt_length": None}))
     assert recipe.values["max_prompt_length"] == 511
-
-
-def test_what_a_recipe_leaves_out_and_trl_has_otherwise_is_said(write):
     recipe = load_recipe(published(write, {"loss_type": "sigmoid", "max_length": None}))
     assert "max_length: 2048" in "\n".join(recipe.notices) and "max_length" not in recipe.values
 

@@ -35,47 +35,21 @@ def recipe(write):
 
 
 def test_overrides_in_both_spellings_reach_the_dataclasses(recipe):
-    overrides = [
-        "--learning_rate",
-        "2e-5",
-        "--objective.beta=2.5",
-        "--bf16",
-        "--eval_strategy",
-        "no",
-        "--max_steps",
-        "-1",
-    ]
-    args, data_config, model_config = load_recipe(recipe, overrides=overrides).parse(world_size=4)
+    overrides = "--learning_rate 2e-5 --objective.beta=2.5 --bf16 --eval_strategy no --max_steps -1"
+    args, data_config, model_config = load_recipe(recipe, overrides=overrides.split()).parse(world_size=4)
     assert (args.learning_rate, args.objective["beta"], args.bf16, args.max_steps) == (2e-5, 2.5, True, -1)
     assert args.objective["gamma_max"] == 1.6
     assert args.eval_strategy.value == "no"
     assert (args.global_batch_size, args.gradient_accumulation_steps) == (128, 1)  # the trainer divides it
-    assert (data_config.dataset_name, data_config.dataset_train_split, data_config.max_dropped_fraction) == (
-        "some/pairs",
-        "train_prefs",
-        0.02,
-    )
+    assert (data_config.dataset_name, data_config.dataset_train_split) == ("some/pairs", "train_prefs")
+    assert data_config.max_dropped_fraction == 0.02
     assert (model_config.model_name_or_path, model_config.model_revision) == ("some/model", "main")
     assert args.run_name == "mine-rmipo"
 
 
 @pytest.mark.parametrize(
     "text",
-    [
-        "out/exp #2",
-        "a: b",
-        "*x",
-        "true #2",
-        "[a] b",
-        "[a",
-        "[a] # b",
-        '"a" # b',
-        "{{ bos_token }}",
-        "=",
-        "2026-11-29",
-        "010",
-        "1:30",
-    ],
+    ["out/exp #2", "a: b", "*x", "[a] # b", "[a", '"a" # b', "{{ bos_token }}", "=", "2026-11-29", "010", "1:30"],
 )
 def test_values_of_the_command_line_are_no_yaml_documents(text):
     assert parse_overrides([f"--output_dir={text}"]) == {"output_dir": text}
@@ -140,16 +114,6 @@ def test_tilde_is_the_home_folder_in_every_layer(write, monkeypatch):
     assert load_recipe(recipe, overrides=["--run_name=~root"]).values["run_name"] == "~root"
 
 
-def test_numbers_are_read_as_people_write_them(write):
-    text = yaml.safe_dump(RECIPE | {"seed": 0, "max_length": 0})
-    text = text.replace("seed: 0", "seed: 0042").replace("max_length: 0", "max_length: 4_096")
-    values = load_recipe(write("rmipo.yaml", text), overrides=["--data_seed=0x10"]).values
-    assert (values["seed"], values["max_length"], values["data_seed"]) == (42, 4096, 16)
-    for text in ("1:30", "1_0", "1_6.0"):
-        for key in ("save_steps", "objective.gamma_max"):
-            assert key in problems(write("rmipo.yaml", RECIPE), overrides=[f"--{key}={text}"])
-
-
 def test_a_revision_of_a_folder_and_tokens_are_refused(write, tmp_path):
     own = RECIPE | {"model_name_or_path": str(tmp_path), "model_revision": "v2"}
     assert "model_revision" in problems(write("rmipo.yaml", own))
@@ -169,9 +133,8 @@ def test_liger_replaces_norms_rotary_embeddings_and_mlps_and_not_the_lm_head(rec
 
 
 def test_another_dataset_or_model_voids_what_described_the_first(recipe, write):
-    divided = load_recipe(
-        write("named.yaml", RECIPE | {"dataset_test_split": "dev"}), overrides=["--test_split_size=9"]
-    )
+    named = write("named.yaml", RECIPE | {"dataset_test_split": "dev"})
+    divided = load_recipe(named, overrides=["--test_split_size=9"])
     assert divided.values["test_split_size"] == 9 and "dataset_test_split" not in divided.values
     values = load_recipe(recipe, overrides=["--dataset_name", "data/mine.jsonl"]).values
     assert values["dataset_name"] == "data/mine.jsonl"
@@ -179,6 +142,11 @@ def test_another_dataset_or_model_voids_what_described_the_first(recipe, write):
     values = load_recipe(recipe, overrides=["--datasets", "[{path: a/b}, {path: c/d, weight: 0.5}]"]).values
     assert values["datasets"] == [{"path": "a/b"}, {"path": "c/d", "weight": 0.5}]
     assert "dataset_name" not in values
+    for overrides in (
+        ["--test_split_size=0.1", "--dataset_test_split=test_prefs"],
+        ["--datasets=[{path: a}]", "--dataset_config=x"],
+    ):
+        assert overrides[-1].partition("=")[0].strip("-") in problems(recipe, overrides=overrides)
 
 
 def test_models_are_uploaded_once_and_privately(recipe):
@@ -211,10 +179,15 @@ def test_prefer_local_takes_a_finished_run_and_says_so(write, tmp_path):
 # Values
 
 
-def test_numbers_without_a_dot_and_dates_are_read_as_meant(write):
-    text = yaml.safe_dump(RECIPE | {"learning_rate": 0}).replace("learning_rate: 0", "learning_rate: 2e-5")
-    values = load_recipe(write("r.yaml", text + "run_name: 2024-05-01\neval_strategy: no\n")).values
+def test_numbers_and_dates_are_read_as_people_write_them(write):
+    written = "learning_rate: 2e-5\nrun_name: 2024-05-01\neval_strategy: no\nseed: 0042\nmax_length: 4_096\n"
+    text = yaml.safe_dump({key: value for key, value in RECIPE.items() if key != "learning_rate"}) + written
+    values = load_recipe(write("rmipo.yaml", text), overrides=["--data_seed=0x10"]).values
     assert (values["learning_rate"], values["run_name"], values["eval_strategy"]) == (2e-5, "2024-05-01", "no")
+    assert (values["seed"], values["max_length"], values["data_seed"]) == (42, 4096, 16)
+    for text in ("1:30", "1_0", "1_6.0"):
+        for key in ("save_steps", "objective.gamma_max"):
+            assert key in problems(write("rmipo.yaml", RECIPE), overrides=[f"--{key}={text}"])
 
 
 @pytest.mark.parametrize(
@@ -260,14 +233,17 @@ def test_mistakes_in_a_mixture_name_the_entry(write, entries, named):
 
 def test_all_mistakes_are_reported_at_once_with_their_file(write, recipe):
     overlay = write("overlay.yaml", {"max_lenght": 10, "per_device_train_batch_size": "two"})
-    text = problems(recipe, [overlay], ["--objective.gamma", "1", "--seed", "x", "--max_length", "100"])
+    overrides = ["--objective.gamma", "1", "--seed", "x", "--max_length", "100", "--gamma_beta_ratio", "1"]
+    text = problems(recipe, [overlay], overrides)
     assert text.startswith(f"{recipe} ")
     for named in (
-        f"{overlay}: max_lenght is not a key of preference recipes; did you mean max_length?",
+        f"{overlay}: max_lenght",
+        "max_length?",
         f"{overlay}: per_device_train_batch_size is 'two'",
         "command line: seed is 'x'",
         "max_prompt_length is 1800",
-        "objective.gamma",
+        "objective.gamma ",
+        "objective.gamma_beta_ratio",
     ):
         assert named in text
 
@@ -291,113 +267,58 @@ def test_broken_files_are_named(write, text, named):
     assert str(path.parent) in problems(path) and named in problems(path)
 
 
-def test_sft_refuses_what_would_spoil_it_too(write):
-    sft = {name: value for name, value in RECIPE.items() if name != "objective"}
-    assert "bf16_full_eval" in problems(write("sft.yaml", sft), overrides=["--bf16_full_eval"])
-
-
 def test_keys_of_preference_recipes_are_refused_in_sft(write):
     sft = {key: value for key, value in RECIPE.items() if key != "objective"}
     assert load_recipe(write("sft.yaml", sft)).stage == "sft"
     text = problems(write("sft.yaml", sft | {"attention": "auto"}))  # read as a preference recipe without an objective
     assert "objective.name" in text
+    assert "bf16_full_eval" in problems(write("sft.yaml", sft), overrides=["--bf16_full_eval"])
 
 
 # The global batch
 
 
-@pytest.mark.parametrize(("per_device", "world_size", "accumulation"), [(2, 4, 16), (1, 1, 128), (8, 16, 1)])
-def test_accumulation_follows_from_the_global_batch(recipe, per_device, world_size, accumulation):
-    loaded = load_recipe(recipe, overrides=["--per_device_train_batch_size", str(per_device)])
-    assert loaded.batch(world_size) == (128, accumulation)
+def test_accumulation_follows_from_the_global_batch(recipe):
+    for per_device, world_size, accumulation in ((2, 4, 16), (1, 1, 128), (8, 16, 1)):
+        loaded = load_recipe(recipe, overrides=["--per_device_train_batch_size", str(per_device)])
+        assert loaded.batch(world_size) == (128, accumulation)
 
 
-def test_world_size_is_the_launchers(recipe, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "3")
-    with pytest.raises(ConfigError, match=r"per_device_train_batch_size \(2\) x processes \(3\)"):
-        load_recipe(recipe).parse()
+def test_device_auto_is_a_gpu_where_there_is_one(recipe, monkeypatch):
+    for gpus in (0, 1):
+        monkeypatch.setattr("torch.cuda.device_count", lambda gpus=gpus: gpus)
+        assert load_recipe(recipe, overrides=["--use_cpu", "auto"]).values["use_cpu"] is (gpus == 0)
 
 
-@pytest.mark.parametrize(("gpus", "use_cpu"), [(0, True), (1, False)])
-def test_device_auto_is_a_gpu_where_there_is_one(recipe, monkeypatch, gpus, use_cpu):
-    monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
-    assert load_recipe(recipe, overrides=["--use_cpu", "auto"]).values["use_cpu"] is use_cpu
+def test_micro_batches_of_tokens_where_a_loss_depends_on_its_micro_batch(write):
+    def parse(objective):
+        path = write("rmipo.yaml", RECIPE | {"objective": objective})
+        return load_recipe(path, overrides=["--max_tokens_per_micro_batch=4096"]).parse(world_size=1)[0]
 
-
-def test_gpu_recipe_on_a_cpu_is_refused(recipe, monkeypatch):
-    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
-    with pytest.raises(ConfigError, match="use_cpu"):
-        load_recipe(recipe, overrides=["--use_cpu", "false"]).parse(world_size=1)
-
-
-@pytest.mark.parametrize(
-    ("objective", "refused"),
-    [
-        ({"name": "cpo"}, True),
-        ({"name": "kto"}, True),
-        ({"name": "cpo", "sft_normalization": "sequence"}, False),
-        ({"name": "rmipo"}, False),
-    ],
-)
-def test_micro_batches_of_tokens_where_a_loss_depends_on_its_micro_batch(write, objective, refused):
-    path, overrides = write("rmipo.yaml", RECIPE | {"objective": objective}), ["--max_tokens_per_micro_batch=4096"]
-    recipe = load_recipe(path, overrides=overrides)
-    if not refused:
-        assert recipe.parse(world_size=1)[0].max_tokens_per_micro_batch == 4096
-    else:
-        with pytest.raises(ConfigError, match="max_tokens_per_micro_batch"):
-            recipe.parse(world_size=1)
+    assert parse({"name": "cpo", "sft_normalization": "sequence"}).max_tokens_per_micro_batch == 4096
+    with pytest.raises(ConfigError, match="max_tokens_per_micro_batch"):
+        parse({"name": "cpo"})
 
 
 @pytest.mark.parametrize(
     ("value", "annotation", "expected"),
     [
-        ("1e-6", float, 1e-6),
-        ("3", int, 3),
-        (3.0, int, 3),
-        (2, float, 2),
-        ("true", bool, True),
-        (False, IntervalStrategy | str, "no"),
-        ("steps", IntervalStrategy | str, "steps"),
-        ("a", list[str], ["a"]),
-        ("3", str | None, "3"),
-        (0.5, int | float | None, 0.5),
-        (2, int | float | None, 2),
-        (None, int | None, None),
+        ("1e-6", float, 1e-6), (2, float, 2), ("3", int, 3), (3.0, int, 3), ("true", bool, True), ("3", str | None, "3"),
+        (False, IntervalStrategy | str, "no"), ("steps", IntervalStrategy | str, "steps"), ("a", list[str], ["a"]),
+        (0.5, int | float | None, 0.5), (2, int | float | None, 2), (None, int | None, None),
         ({"a": 1}, dict | str | None, {"a": 1}),
+        (True, int, ValueError), (True, float, ValueError), (2.5, int, ValueError), ("nan", float, ValueError),
+        (float("inf"), float, ValueError), (3, str, ValueError), ("x", list[dict], ValueError),
+        ("cos", IntervalStrategy | str, ValueError), ("{a: b}", float, ValueError), (True, str | None, ValueError),
     ],
-)
-def test_values_are_brought_to_their_types(value, annotation, expected):
-    typed = coerce(value, annotation)
-    assert (typed, type(typed)) == (expected, type(expected))
-
-
-@pytest.mark.parametrize(
-    ("value", "annotation"),
-    [
-        (True, int),
-        (True, float),
-        (2.5, int),
-        ("nan", float),
-        (float("inf"), float),
-        (3, str),
-        ("x", list[dict]),
-        ("cos", IntervalStrategy | str),
-        ("{a: b}", float),
-        (True, str | None),
-    ],
-)
-def test_values_of_another_type_are_refused(value, annotation):
-    with pytest.raises(ValueError):
-        coerce(value, annotation)
-
-
-def test_keys_of_data_that_contradict_each_other(recipe):
-    for overrides in (
-        ["--test_split_size=0.1", "--dataset_test_split=test_prefs"],
-        ["--datasets=[{path: a}]", "--dataset_config=x"],
-    ):
-        assert overrides[-1].partition("=")[0].strip("-") in problems(recipe, overrides=overrides)
+)  # fmt: skip
+def test_values_are_brought_to_their_types_or_refused(value, annotation, expected):
+    if expected is ValueError:
+        with pytest.raises(ValueError):
+            coerce(value, annotation)
+    else:
+        typed = coerce(value, annotation)
+        assert (typed, type(typed)) == (expected, type(expected))
 
 
 def test_a_template_s_file_may_begin_with_a_mark_of_its_encoding(write, tmp_path):
@@ -406,26 +327,6 @@ def test_a_template_s_file_may_begin_with_a_mark_of_its_encoding(write, tmp_path
     assert template_text(f"{tmp_path}/bom.jinja") == "{{ bos_token }}"
     with pytest.raises(ConfigError, match=r"chat_template is '.*latin\.jinja'"):
         load_recipe(write("rmipo.yaml", RECIPE), overrides=[f"--chat_template={tmp_path}/latin.jinja"])
-
-
-@pytest.mark.parametrize(
-    "override",
-    [
-        "learning_rate=0", "learning_rate=-1e-6", "num_train_epochs=0", "num_train_epochs=-1", "save_steps=0", "eval_steps=0",
-        "max_grad_norm=-1", "per_device_train_batch_size=0", "per_device_eval_batch_size=0", "generation_samples=-1",
-        "max_tokens_per_micro_batch=0", "max_prompt_length=0", "use_dora=true", "optim_args=rank=64",
-        "dataloader_drop_last=true",
-    ],
-)  # fmt: skip
-def test_values_that_would_do_nothing_or_something_else_are_refused(write, override):
-    with pytest.raises(ConfigError, match=override.partition("=")[0]):
-        load_recipe(write("rmipo.yaml", RECIPE), overrides=[f"--{override}"])
-
-
-@pytest.mark.parametrize("key", ["beta", "gamma_beta_ratio"])
-def test_a_hyperparameter_at_the_top_is_sent_to_the_objective(write, key):
-    with pytest.raises(ConfigError, match=rf"objective\.{key}"):
-        load_recipe(write("rmipo.yaml", RECIPE), overrides=[f"--{key}=1"])
 
 
 def test_values_for_the_setting_that_a_recipe_builds_on_are_named(write, tmp_path):

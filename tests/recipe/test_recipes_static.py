@@ -33,12 +33,8 @@ OVERLAYS = sorted(
     for path in RECIPES.glob(f"{folder}/*.yaml")
 )
 SWEEPS = sorted(path.name for path in RECIPES.glob("sweeps/*.yaml"))
-LEARNING_RATES = {
-    "llama3-8b-base": 6e-7,
-    "llama3-8b-instruct": 1e-6,
-    "mistral-7b-base": 3e-7,
-    "mistral-7b-instruct": 5e-7,
-}
+LEARNING_RATES = {"llama3-8b-base": 6e-7, "llama3-8b-instruct": 1e-6}
+LEARNING_RATES |= {"mistral-7b-base": 3e-7, "mistral-7b-instruct": 5e-7}
 
 
 def test_what_is_shipped_is_found():
@@ -67,18 +63,10 @@ def test_rmipo_recipes_hold_the_papers_values(name):
     objective = {"name": "rmipo", "beta": 2.0, "gamma_min": 0.3, "gamma_max": 1.6}
     assert objective.items() <= values["objective"].items()
     expected = {
-        "learning_rate": LEARNING_RATES[name],
-        "global_batch_size": 128,
-        "num_train_epochs": 1,
-        "max_length": 2048,
-        "max_prompt_length": 1800,
-        "lr_scheduler_type": "cosine",
-        "warmup_steps": 0.1,
-        "optim": "adamw_torch_fused",
-        "bf16": True,
-        "activation_checkpointing": True,
-        "report_to": "wandb",
-    }
+        "learning_rate": LEARNING_RATES[name], "global_batch_size": 128, "num_train_epochs": 1, "max_length": 2048,
+        "max_prompt_length": 1800, "lr_scheduler_type": "cosine", "warmup_steps": 0.1, "optim": "adamw_torch_fused",
+        "bf16": True, "activation_checkpointing": True, "report_to": "wandb",
+    }  # fmt: skip
     assert expected.items() <= values.items()
     assert ("mistral" if name.startswith("mistral") else "llama") in (RECIPES / name / "rmipo.yaml").read_text()
     family = {"mistral-7b-base": "zephyr-7b", "mistral-7b-instruct": "Mistral-7B-Instruct-v0.2"}.get(name, "Llama-3")
@@ -89,17 +77,10 @@ def test_rmipo_recipes_hold_the_papers_values(name):
 def test_sft_recipes_follow_zephyr(name):
     values = load_recipe(RECIPES / name / "sft.yaml").values
     expected = {
-        "dataset_name": "HuggingFaceH4/ultrachat_200k",
-        "dataset_train_split": "train_sft",
-        "dataset_test_split": "test_sft",
-        "learning_rate": 2e-5,
-        "global_batch_size": 128,
-        "num_train_epochs": 1,
-        "max_length": 2048,
-        "warmup_steps": 0.1,
-        "lr_scheduler_type": "cosine",
-        "packing": True,
-    }
+        "dataset_name": "HuggingFaceH4/ultrachat_200k", "dataset_train_split": "train_sft",
+        "dataset_test_split": "test_sft", "learning_rate": 2e-5, "global_batch_size": 128, "num_train_epochs": 1,
+        "max_length": 2048, "warmup_steps": 0.1, "lr_scheduler_type": "cosine", "packing": True,
+    }  # fmt: skip
     assert expected.items() <= values.items()
 
 

@@ -40,9 +40,8 @@ def write_pairs(folder: Path, judged: bool = True) -> list[dict]:
     pairs = []
     for _ in range(20):
         pair = {"prompt": words(3), "chosen": words(draw.randint(2, 6)), "rejected": words(draw.randint(2, 6))}
-        pairs.append(
-            pair | ({"score_chosen": draw.randint(5, 9), "score_rejected": draw.randint(1, 4)} if judged else {})
-        )
+        scores = {"score_chosen": draw.randint(5, 9), "score_rejected": draw.randint(1, 4)}
+        pairs.append(pair | (scores if judged else {}))
     for split in ("train", "test"):
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     return pairs
@@ -124,10 +123,10 @@ def test_figure8_is_of_the_runs_own_schedule_and_prior(outputs):
     readings = gamma_readings(run, "train", max_pairs=100)
     assert list(readings) == ["per token, as in the recipe", "summed, as printed", "released code"]
     scores, _ = run_scores(run, "train", 100, prior_context="bos")
-    sides = [
+    chosen, rejected = (
         (scores[f"{s}_logps"] - scores[f"prior_{s}_logps"]) / scores[f"{s}_lengths"] for s in ("chosen", "rejected")
-    ]
-    expected = 0.3 + 1.3 * (1 - ((sides[0] - sides[1]).clamp(min=0) / 0.5).clamp(max=1))
+    )
+    expected = 0.3 + 1.3 * (1 - ((chosen - rejected).clamp(min=0) / 0.5).clamp(max=1))
     assert np.allclose(readings["per token, as in the recipe"].gamma, expected, atol=1e-6)
     release = gamma_readings(with_objective(load_run(outputs, "tiny", "rmipo"), fidelity="release"), "train", 100)
     assert list(release) == ["per token", "summed, as printed", "released code, as in the recipe"]
@@ -135,12 +134,7 @@ def test_figure8_is_of_the_runs_own_schedule_and_prior(outputs):
 
 @pytest.mark.parametrize(
     "changes",
-    [
-        {"target": "beta"},
-        {"signal": "loglik"},
-        {"schedule": "constant"},
-        {"gamma_min": 1.1, "gamma_max": 1.1},
-    ],
+    [{"target": "beta"}, {"signal": "loglik"}, {"schedule": "constant"}, {"gamma_min": 1.1, "gamma_max": 1.1}],
 )
 def test_figure8_refuses_runs_whose_gamma_does_not_follow_delta_pmi(outputs, changes):
     for run in (load_run(outputs, "tiny", "simpo"), with_objective(load_run(outputs, "tiny", "rmipo"), **changes)):

@@ -71,10 +71,7 @@ def test_a_table_of_the_paper_is_followed_by_the_differences(tmp_path):
     write_result(tmp_path, LLAMA, "simpo", "mtbench", {"mt_bench": 7.0})  # of before, without values per prompt
     filled = fill(build_table(1, [LLAMA]), tmp_path)
     line = "MT-Bench of Llama3-8B-Instruct: Initial -0.2 [-0.5, +0.0], DPO +0.5 [+0.5, +0.5]."
-    assert (
-        f"RMiPO minus each method on the same prompts, with its 95% bootstrap interval over prompts:\n\n- {line}\n"
-        in markdown(filled)
-    )
+    assert "RMiPO minus each method" in markdown(filled) and f"\n- {line}\n" in markdown(filled)
     rows = {row["Method"]: row for row in csv.DictReader(csv_text(filled).splitlines()) if "MT" in row["Column"]}
     columns = [rows["DPO"][f"behind_rmipo{end}"] for end in ("", "_low", "_high")]
     assert columns == ["0.5"] * 3 and rows["RMiPO"]["behind_rmipo"] == rows["SimPO"]["behind_rmipo"] == ""

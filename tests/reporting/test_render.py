@@ -118,19 +118,14 @@ def test_a_table_of_benchmarks(benchmarks):
     ours = dict(zip(columns, row_of(text, "RMiPO"), strict=True))
     dpo = dict(zip(columns, row_of(text, "DPO"), strict=True))
     start = dict(zip(columns, row_of(text, "Initial"), strict=True))
-    rate, delta = (
-        "Verifiable constraints All constraints (%)",
-        "Verifiable constraints RMiPO − row, All constraints (%)",
-    )
+    rate = "Verifiable constraints All constraints (%)"
+    delta = "Verifiable constraints RMiPO − row, All constraints (%)"
     assert ours[rate].startswith("**") and ours[rate].endswith("** ±2.0") and "**" not in dpo[rate]  # the highest
     repetition = "Specificity Repeated 4-grams (%)"
     assert start[repetition] == "**0.0**" and ours[repetition] == "23.0"  # the lowest
     assert ours["Specificity KL to the initial model (nats)"].count("*") == 0  # neither is better
-    assert (
-        ours["Verifiable constraints Cut (%)"] == "70.0"
-        and ours[delta] == ""
-        and ours["Specificity PMI (nats)"] == "n/a"
-    )
+    assert ours["Verifiable constraints Cut (%)"] == "70.0" and ours[delta] == ""
+    assert ours["Specificity PMI (nats)"] == "n/a"
     assert re.fullmatch(r"\+3\.0 \[\+2\.\d, \+3\.\d\]\*\*\*", dpo[delta])
     assert text.count("†") == 1  # in the legend: the benchmark's own settings make no trial of it
     assert "n 40" in text and "prompts_sha256 0a" in text and "rmipo0000000" in text
@@ -212,10 +207,8 @@ def test_script_writes_three_formats(tmp_path, run_script, capsys, benchmarks):
     outputs = ("--outputs", str(benchmarks))
     assert run_script("table.py", *outputs, folder=tmp_path, N="7", MODEL="tiny") == 0
     assert "METHOD=table7-linear" in capsys.readouterr().out
-    assert (
-        run_script("table.py", *outputs, folder=tmp_path, BENCH="constraints,specificity", MODEL="tiny", AGAINST="dpo")
-        == 0
-    )
+    given = {"BENCH": "constraints,specificity", "MODEL": "tiny", "AGAINST": "dpo"}
+    assert run_script("table.py", *outputs, folder=tmp_path, **given) == 0
     assert "DPO − row" in capsys.readouterr().out
     assert run_script("table.py", *outputs, folder=tmp_path, WINS="1", BENCH="constraints", MODEL="tiny") == 0
     assert "75.0 [" in capsys.readouterr().out

@@ -34,14 +34,9 @@ def exported(tmp_path_factory, request):
 def test_exported_model_scores_as_the_trained_one_did_in_memory(exported):
     out, folder = exported
     tokenizer = AutoTokenizer.from_pretrained(out)
-    pairs, _ = tokenize_pairs(
-        load_pairs(DataConfig(dataset_name=str(folder / "data")), "test"),
-        ChatFormat.probe(tokenizer),
-        max_length=128,
-        max_prompt_length=64,
-        max_dropped_fraction=0.0,
-        max_truncated_fraction=1.0,
-    )
+    rows = load_pairs(DataConfig(dataset_name=str(folder / "data")), "test")
+    limits = {"max_length": 128, "max_prompt_length": 64, "max_dropped_fraction": 0.0, "max_truncated_fraction": 1.0}
+    pairs, _ = tokenize_pairs(rows, ChatFormat.probe(tokenizer), **limits)
     model, info = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     before = AutoModelForCausalLM.from_pretrained(folder / "model")
@@ -105,8 +100,7 @@ def test_whole_export_is_counted(whole):
 
 
 def test_tied_heads_need_not_be_saved(tmp_path):
-    model = make_model("llama3", tie_word_embeddings=True)
-    model.save_pretrained(tmp_path)
+    make_model("llama3", tie_word_embeddings=True).save_pretrained(tmp_path)
     assert export.verify_export(tmp_path, AutoConfig.from_pretrained(tmp_path)) == 20
 
 
@@ -149,13 +143,8 @@ def test_card_of_published_adapters_trained_on_a_mixture(tmp_path, monkeypatch):
     write_record(tmp_path / "tiny/sft", recipe, eval_loss=1.23456, eval_a=3, note="none")
     monkeypatch.chdir(tmp_path / "tiny/sft")
     _, header, body = export.write_model_card(".").read_text().split("---\n", 2)
-    expected = {
-        "library_name": "peft",
-        "base_model": ["org/base"],
-        "datasets": ["org/b", "org/a"],
-        "tags": ["rmipo", "sft"],
-    }
-    assert yaml.safe_load(header) == expected
+    expected = {"library_name": "peft", "base_model": ["org/base"], "datasets": ["org/b", "org/a"]}
+    assert yaml.safe_load(header) == expected | {"tags": ["rmipo", "sft"]}
     assert body.startswith("\n# tiny: sft\n") and "| eval_a | 3 |\n| eval_loss | 1.235 |\n\n" in body
     assert "Trained on 16 x A100, commit abc, with torch 2.13.0, trl 1.0." in body
     assert yaml.safe_load(body.partition("```yaml\n")[2].partition("```")[0]) == recipe
@@ -188,9 +177,7 @@ def test_upload_leaves_checkpoints_out(tmp_path, monkeypatch):
     """The hub itself is out of reach of a test: what would be sent is looked at."""
     calls = []
     made = RepoUrl("someone/model")
-    monkeypatch.setattr(
-        export.HfApi, "create_repo", lambda self, name, **options: calls.append((name, options)) or made
-    )
+    monkeypatch.setattr(export.HfApi, "create_repo", lambda _, name, **options: calls.append((name, options)) or made)
     monkeypatch.setattr(export.HfApi, "upload_folder", lambda self, **options: calls.append(options) or "url")
     args = arguments(tmp_path, hub_model_id="model", hub_revision="second", hub_private_repo=True)
     assert export.push(args) == "url"

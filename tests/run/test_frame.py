@@ -3,11 +3,7 @@
 import json
 
 import pytest
-from transformers import (
-    AutoTokenizer,
-    DefaultFlowCallback,
-    TrainerCallback,
-)
+from transformers import AutoTokenizer, DefaultFlowCallback, TrainerCallback
 from transformers.integrations import TensorBoardCallback
 
 from rmipo.errors import ConfigError
@@ -26,13 +22,7 @@ from tests.helpers.paths import ROOT
 from tests.helpers.programs import run_here
 from tests.helpers.small_models import make_pairs
 from tests.helpers.trainers import make_trainer
-from tests.helpers.twins import make_twin
-
-
-def flags(overrides, **changes):
-    """`overrides`, a list of `--key value`, with `changes`."""
-    values = dict(zip(overrides[::2], overrides[1::2], strict=True)) | {f"--{k}": str(v) for k, v in changes.items()}
-    return [text for pair in values.items() for text in pair]
+from tests.helpers.twins import changed, make_twin
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +42,7 @@ def preference(overrides, output_dir):
 
 def test_a_finished_run_says_what_it_did_and_is_not_trained_again(tmp_path, twin):
     out = tmp_path / "out"
-    twin = flags(twin, max_length=30, max_prompt_length=14, max_truncated_fraction=1.0, generation_samples=2)
+    twin = changed(twin, max_length=30, max_prompt_length=14, max_truncated_fraction=1.0, generation_samples=2)
     first = preference(twin, out)
     assert first.wait() == 0, first.output[-3000:]
     said = ["train: 40 of 40 rows used", "test: 3 of 3 rows used", f" on {twin[1]}: 40 pairs", f"starting in {out}"]
@@ -78,7 +68,7 @@ def test_a_finished_run_says_what_it_did_and_is_not_trained_again(tmp_path, twin
 
 def test_a_run_in_which_nothing_is_logged_ends_well(tmp_path, twin):
     out = tmp_path / "out"
-    run = preference([*flags(twin, logging_steps=500), "--objective.fidelity", "release"], out)
+    run = preference([*changed(twin, logging_steps=500), "--objective.fidelity", "release"], out)
     assert run.wait() == 0, run.output[-5000:]
     assert recorded_run(out)["finished"] and (out / "model.safetensors").exists()
     with open(f"{twin[3]}/train.jsonl") as file:

@@ -12,7 +12,7 @@ from rmipo.run import generations
 from rmipo.run.generations import SampleGenerations, default_tokens
 from rmipo.run.stop import StopOnSignal
 from rmipo.training import attention
-from tests.helpers.twins import make_twin, run
+from tests.helpers.twins import changed, make_twin, run
 
 
 class Trainer:
@@ -107,15 +107,8 @@ def test_a_signal_ends_the_answers_which_are_not_kept(tmp_path):
 def test_answers_under_zero3_are_those_of_one_process(tmp_path):
     """There each forward gathers its layers' weights; one process holds them whole."""
     overrides = make_twin(tmp_path, "tiny/rmipo", "llama3", "on_policy_ultrafeedback")
-    changed = {
-        "eval_strategy": "steps",
-        "learning_rate": "1e-5",
-        "generation_samples": "3",
-        "generation_max_new_tokens": "12",
-    }
-    for key, value in changed.items():
-        overrides[overrides.index(f"--{key}") + 1] = value
-    overrides += ["--eval_steps", "1"]
+    more = {"generation_samples": 3, "generation_max_new_tokens": 12}
+    overrides = changed(overrides, eval_strategy="steps", eval_steps=1, learning_rate="1e-5", **more)
     answers = []
     for sharding in (None, "zero3"):
         folder = tmp_path / str(sharding)

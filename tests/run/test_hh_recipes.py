@@ -4,8 +4,6 @@ import gzip
 import json
 import random
 
-import pytest
-
 from rmipo.data.chat import ChatFormat
 from rmipo.data.pairs import load_pairs, tokenize_pairs
 from rmipo.launch.choices import choose_stages
@@ -59,8 +57,7 @@ def test_the_two_differ_in_subset_and_folder_alone():
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("subset", SUBSETS)
-def test_rows_of_the_hub_become_dialogues(tmp_path, subset):
+def test_rows_of_the_hub_become_dialogues(tmp_path, subset="helpful"):
     folder = write_hub(tmp_path, subset)
     entry = {"path": str(folder), "data_dir": f"{subset}-base"}
     pairs = load_pairs(DataConfig(datasets=[entry]), "train")
@@ -77,23 +74,12 @@ def test_recipe_trains_a_twin_on_hub_rows(tmp_path, subset="helpful"):
     save("llama3", tmp_path / "model")
     write_hub(tmp_path / "hh", subset)
     overrides = {
-        "model_name_or_path": tmp_path / "model",
-        "datasets": json.dumps([{"path": str(tmp_path / "hh"), "data_dir": f"{subset}-base"}]),
+        "model_name_or_path": tmp_path / "model", "output_dir": tmp_path / "run", "dtype": "float32", "bf16": "false",
+        "datasets": json.dumps([{"path": str(tmp_path / "hh"), "data_dir": f"{subset}-base"}]), "use_cpu": "true",
         "dataset_num_proc": 2,  # processes of their own, as in the recipes
-        "output_dir": tmp_path / "run",
-        "dtype": "float32",
-        "bf16": "false",
-        "use_cpu": "true",
-        "max_steps": 2,
-        "global_batch_size": 16,
-        "warmup_steps": 0,
-        "learning_rate": 1e-3,
-        "eval_strategy": "no",
-        "save_strategy": "no",
-        "report_to": "none",
-        "generation_samples": 1,
-        "generation_max_new_tokens": 2,
-    }
+        "max_steps": 2, "global_batch_size": 16, "warmup_steps": 0, "learning_rate": 1e-3, "eval_strategy": "no",
+        "save_strategy": "no", "report_to": "none", "generation_samples": 1, "generation_max_new_tokens": 2,
+    }  # fmt: skip
     arguments = [text for key, value in overrides.items() for text in (f"--{key}", str(value))]
     training = launch(["scripts/preference.py", "--config", f"recipes/{setting(subset)}/rmipo.yaml", *arguments])
     assert training.wait() == 0, training.output[-4000:]

@@ -49,11 +49,8 @@ def test_hub_ids_a_pinned_revision_a_broken_download_and_an_upload(hub, twin, tm
     size = (tmp_path / "model/model.safetensors").stat().st_size
     hub.breaking["model.safetensors"] = size // 2
     # DPO: the cache of reference log-probabilities is named after the revision that was loaded.
-    flags = twin | {
-        "--push_to_hub": "true",
-        "--hub_model_id": "member/aligned",
-        "--overlay": "recipes/methods/dpo.yaml",
-    }
+    flags = twin | {"--push_to_hub": "true", "--hub_model_id": "member/aligned"}
+    flags |= {"--overlay": "recipes/methods/dpo.yaml"}
     # A process of its own: the client reads HF_ENDPOINT when it is imported.
     done = subprocess.run(
         [sys.executable, "scripts/preference.py", *COMMAND, *words(flags)], cwd=ROOT, capture_output=True, text=True,
@@ -97,14 +94,8 @@ def test_what_the_hub_does_not_give_is_refused_with_the_fix(hub, twin, tmp_path)
     no_data = twin | {"--model_name_or_path": "org/open", "--model_revision": "main", "--dataset_name": "org/other"}
     cases = [(COMMAND + words(flags), login) for flags, login in ((twin, {}), (twin, SECRET), (no_data, {}))]
     environment = os.environ | {"HF_HOME": str(tmp_path / "hf")} | hub.environment
-    done = subprocess.run(
-        [sys.executable, "-c", REFUSED],
-        input=json.dumps(cases),
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
+    command = [sys.executable, "-c", REFUSED]
+    done = subprocess.run(command, input=json.dumps(cases), cwd=ROOT, env=environment, capture_output=True, text=True)
     no_login, no_grant, not_there = (Ended(*result) for result in json.loads(done.stdout))
     for ended in (no_login, no_grant, not_there):
         assert ended.code == 2 and "Traceback" not in ended.err, ended.err

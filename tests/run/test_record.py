@@ -1,6 +1,7 @@
 """What a run's files hold after a kill: the lines up to the checkpoint, and each evaluation once."""
 
 import json
+import types
 from pathlib import Path
 
 import pytest
@@ -9,11 +10,6 @@ from transformers import TrainerControl, TrainerState
 from rmipo.files import replacing, write_atomically
 from rmipo.record import WITHOUT_EFFECT, append_metrics, differences, keep_metrics, read_metrics, run_identity
 from rmipo.run.callbacks import Recorder
-
-
-class Arguments:
-    def __init__(self, folder):
-        self.output_dir = str(folder)
 
 
 def state_at(step):
@@ -48,7 +44,7 @@ def test_a_file_that_is_not_written_to_its_end_replaces_nothing(tmp_path):
 
 
 def test_an_evaluation_is_written_once_and_the_summary_never(tmp_path):
-    file, arguments = Recorder(), Arguments(tmp_path)
+    file, arguments = Recorder(), types.SimpleNamespace(output_dir=str(tmp_path))
     append_metrics(tmp_path, {"step": 4, "eval_loss": 1.0})
     file.on_train_begin(arguments, state_at(4), None)
     file.on_log(arguments, state_at(4), None, logs={"eval_loss": 1.0})  # a resumed run evaluates its checkpoint again
@@ -90,22 +86,16 @@ def test_a_key_that_only_one_start_has_is_a_difference():
 
 
 def test_differences_are_told_by_their_place_those_of_data_last():
-    one, other = (
-        {
-            "recipe": {"objective": {"report_to": value}, "beta": value},
-            "fingerprints": {"report_to": value},
-            "world_size": value,
-        }
-        for value in (1, 2)
-    )
+    def identity(value):
+        recipe = {"objective": {"report_to": value}, "beta": value}
+        return {"recipe": recipe, "fingerprints": {"report_to": value}, "world_size": value}
+
+    one, other = identity(1), identity(2)
     places = ["recipe.beta", "recipe.objective.report_to", "world_size", "fingerprints.report_to"]
     assert differences(one, other) == [f"{place}: 1, now 2" for place in places]
 
 
 def test_an_identity_equals_what_is_read_back_from_its_file():
     identity = run_identity({"betas": (0.9, 0.95), "path": Path("a/b"), 3: None}, {"train": "a"}, 2)
-    assert identity == {
-        "recipe": {"betas": [0.9, 0.95], "path": "a/b", "3": None},
-        "fingerprints": {"train": "a"},
-        "world_size": 2,
-    }
+    recipe = {"betas": [0.9, 0.95], "path": "a/b", "3": None}
+    assert identity == {"recipe": recipe, "fingerprints": {"train": "a"}, "world_size": 2}

@@ -9,15 +9,12 @@ import pytest
 import torch
 from datasets import Dataset
 
-from rmipo.errors import CheckpointError
 from rmipo.evaluation.pair_scores import score_model
 from rmipo.evaluation.target import check_trained_prompts
 from rmipo.generation.answers import Generator, Request, check_settings
 from rmipo.generation.engines import TransformersEngine
 from rmipo.plan.shapes import load_config
 from rmipo.recipe.schema import ModelConfig
-from rmipo.record import run_identity
-from rmipo.run.checkpoints import resume_point
 from rmipo.training.loading import LoadingError, check_limits, load_model, load_tokenizer
 from tests.helpers.families import make_model, make_tokenizer, save
 from tests.helpers.launched import launch
@@ -155,16 +152,3 @@ def test_no_secret_of_the_environment_gets_into_any_output(tmp_path):
     for name, content in written.items():
         for variable, secret in SECRETS.items():
             assert secret.encode() not in content, f"{variable} is in {name}"
-
-
-# Files of others
-
-
-def test_a_folder_of_something_else_is_not_overwritten(tmp_path):
-    identity = run_identity({"learning_rate": 1e-6}, {"train": "a"}, 1)
-    assert resume_point(tmp_path / "new", identity) is None
-    (tmp_path / "run.tmp").touch()  # a start that was killed before it had written anything
-    assert resume_point(tmp_path, identity) is None
-    save("llama3", tmp_path)
-    with pytest.raises(CheckpointError, match=r"chat_template\.jinja, config"):
-        resume_point(tmp_path, identity)

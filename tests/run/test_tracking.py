@@ -24,6 +24,7 @@ from rmipo.run.curves import plot_curves, plot_run
 from rmipo.run.generations import SampleGenerations
 from rmipo.run.trackers import WandbBySteps, close_wandb, open_wandb
 from tests.helpers.launched import launch
+from tests.helpers.rows import write
 from tests.helpers.small_models import make_pairs
 from tests.helpers.trainers import make_trainer
 from tests.helpers.twins import changed, make_twin
@@ -78,11 +79,8 @@ def test_wandb_offline_run_holds_what_was_logged(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "given, opened",
     [
-        ({}, {"project": "huggingface", "id": "ours", "resume": "allow"}),
-        (
-            {"WANDB_PROJECT": "p", "WANDB_RUN_ID": "theirs", "WANDB_RESUME": "must"},
-            {"project": "p", "id": "theirs", "resume": "must"},
-        ),
+        ({}, ["huggingface", "ours", "allow"]),
+        ({"WANDB_PROJECT": "p", "WANDB_RUN_ID": "theirs", "WANDB_RESUME": "must"}, ["p", "theirs", "must"]),
     ],
     ids=["by default", "by the environment"],
 )
@@ -95,25 +93,19 @@ def test_an_earlier_starts_wandb_run_is_continued(monkeypatch, given, opened):
     asked = {}
     monkeypatch.setattr(wandb, "init", asked.update)
     open_wandb("n", "ours")
-    assert asked == {"name": "n", **opened}
+    assert asked == dict(zip(("project", "id", "resume"), opened, strict=True)) | {"name": "n"}
 
 
 @pytest.mark.parametrize("first_process, step, sent", [(True, 7, [5, 5, 6]), (True, 0, []), (False, 7, [])])
 def test_a_wandb_run_is_sent_what_it_lost_with_a_kill(tmp_path, first_process, step, sent):
     """Of a run that W&B has up to step 4: what its server would be sent."""
-    for line in (
-        {"step": 4, "loss": 4.0},
-        {"step": 5, "loss": 5.0},
-        {"step": 5, "eval_loss": 5.5},
-        {"step": 6, "loss": 6.0},
-    ):
-        append_metrics(tmp_path, line)
+    for number, name in ((4, "loss"), (5, "loss"), (5, "eval_loss"), (6, "loss")):
+        append_metrics(tmp_path, {"step": number, name: number + 0.5 * (name == "eval_loss")})
     rows = []
     callback = WandbBySteps()
     callback._initialized = True
-    callback._wandb = types.SimpleNamespace(
-        run=types.SimpleNamespace(step=5, summary={}), log=lambda row, step: rows.append((step, row))
-    )
+    run = types.SimpleNamespace(step=5, summary={})
+    callback._wandb = types.SimpleNamespace(run=run, log=lambda row, step: rows.append((step, row)))
     state = TrainerState(global_step=step, is_world_process_zero=first_process)
     arguments = types.SimpleNamespace(output_dir=str(tmp_path))
     callback.on_train_begin(arguments, state, None)
@@ -185,16 +177,8 @@ def figures(monkeypatch):
         close(figure)
 
 
-def points(line):
-    return {line.get_label(): line.get_xydata().tolist()}
-
-
-def rounded(points):
-    return [[round(value, 9) for value in point] for point in points]
-
-
-def write_lines(folder, lines):
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+def rounded(line):
+    return [[round(value, 9) for value in point] for point in line.get_xydata().tolist()]
 
 
 def test_curves_show_training_and_held_out_values_by_step(tmp_path, figures):
@@ -205,19 +189,12 @@ def test_curves_show_training_and_held_out_values_by_step(tmp_path, figures):
         {"step": 4, "rewards/margins": 0.3, "rewards/accuracies": 0.7, key: 1.0, "rmipo/gamma_std": 0.1, chosen: -2.0},
     ]
     held_out = {"step": 4, "eval_rewards/margins": 0.4, "eval_rewards/accuracies": 0.8, f"eval_{key}": 1.1}
-    write_lines(tmp_path, [initial, *training, held_out, {"step": 4, "grad_norm": 1.0}])
+    write(tmp_path / "metrics.jsonl", [initial, *training, held_out, {"step": 4, "grad_norm": 1.0}])
     assert plot_curves(tmp_path) == tmp_path / "curves.png"
     (figure,) = figures
-    drawn = {
-        axis.get_title(): {k: rounded(v) for line in axis.lines for k, v in points(line).items()}
-        for axis in figure.axes
-    }
+    drawn = {axis.get_title(): {line.get_label(): rounded(line) for line in axis.lines} for axis in figure.axes}
     assert drawn == {
-        "reward margin": {
-            "training": [[2, 0.1], [4, 0.3]],
-            mean: [[2, 0.2], [4, 0.2]],
-            "held out": [[0, 0.0], [4, 0.4]],
-        },
+        "reward margin": {"training": [[2, 0.1], [4, 0.3]], mean: [[2, 0.2], [4, 0.2]], "held out": [[0, 0], [4, 0.4]]},
         "win rate": {"training": [[2, 0.6], [4, 0.7]], mean: [[2, 0.65], [4, 0.65]], "held out": [[4, 0.8]]},
         "log-prob. of chosen (nats/token)": {"training": [[2, -1.0], [4, -2.0]], mean: [[2, -1.5], [4, -1.5]]},
         "gamma": {"training": [[2, 1.2], [4, 1.0]], mean: [[2, 1.1], [4, 1.1]], "held out": [[4, 1.1]]},
@@ -227,9 +204,7 @@ def test_curves_show_training_and_held_out_values_by_step(tmp_path, figures):
 
 
 def test_the_histogram_counts_every_pair_once_with_the_bounds_apart(tmp_path, figures):
-    gamma = torch.cat(
-        [torch.full((30,), 1.6), torch.linspace(0.4, 1.599, 60), torch.full((9,), 0.3), torch.tensor([0.309])]
-    )
+    gamma = torch.tensor([*[1.6] * 30, *torch.linspace(0.4, 1.599, 60), *[0.3] * 9, 0.309])
     objective = types.SimpleNamespace(name="rmipo", gamma_min=0.3, gamma_max=1.6)
     trainer = types.SimpleNamespace(objective=objective, eval_columns={"gamma": gamma})
     assert plot_run(tmp_path, trainer) == {"gamma": tmp_path / "gamma.png"}

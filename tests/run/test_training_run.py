@@ -6,10 +6,11 @@ import json
 import signal
 import sys
 import types
+from pathlib import Path
 
 import pytest
 import torch
-from transformers import DefaultFlowCallback, PrinterCallback, TrainerCallback
+from transformers import TrainerCallback
 
 from rmipo.errors import CheckpointError
 from rmipo.files import LOCK_FILE
@@ -62,7 +63,7 @@ def make_run_trainer(run):
 
 
 def kinds(trainer):
-    return [type(callback) for callback in trainer.callback_handler.callbacks]
+    return {type(callback) for callback in trainer.callback_handler.callbacks}
 
 
 def test_what_a_run_sets_up_is_taken_down_after_it(tmp_path, enter, capsys):
@@ -82,24 +83,14 @@ def test_a_run_that_is_not_kept_leaves_nothing_and_is_not_checked(tmp_path, ente
         assert not (tmp_path / "out").exists() and signal.getsignal(signal.SIGTERM) == before
         trainer = make_trainer(tmp_path / "trainer", make_pairs(8))
         run.train(trainer, [Watching()])
-    assert kinds(trainer) == [
-        DefaultFlowCallback,
-        Recorder,
-        PrinterCallback,
-        Watching,
-        FiniteWatchdog,
-        SilenceWatchdog,
-    ]
+    assert {Recorder, Watching, FiniteWatchdog, SilenceWatchdog} < kinds(trainer)
+    assert not {StopOnSignal, Checkpoints} & kinds(trainer)
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
     "error, kind, code",
-    [
-        (ValueError("a"), ValueError, 1),
-        (SystemExit(EXIT_STOPPED), SystemExit, 0),
-        (None, None, 0),
-    ],
+    [(ValueError("a"), ValueError, 1), (SystemExit(EXIT_STOPPED), SystemExit, 0), (None, None, 0)],
     ids=str,
 )
 def test_wandb_is_closed_with_how_the_run_ended(enter, monkeypatch, error, kind, code):
@@ -153,9 +144,7 @@ def no_card(folder):
 
 def test_a_run_is_stopped_goes_on_is_finished_and_started_once_more(tmp_path, enter, monkeypatch, capsys):
     out, uploads = tmp_path / "out", []
-    monkeypatch.setattr(
-        export, "push", lambda args: uploads.append((args.hub_model_id, recorded_run(out))) or "the URL"
-    )
+    monkeypatch.setattr(export, "push", lambda args: uploads.append((args.hub_model_id, recorded_run(out))) or "URL")
     hub = {"push_to_hub": "true", "hub_model_id": "me/a"}
 
     # Stopped after its step
@@ -166,10 +155,7 @@ def test_a_run_is_stopped_goes_on_is_finished_and_started_once_more(tmp_path, en
         run.train(trainer, [watching])
     assert stopped.value.code == 75
     assert "stopped by a signal at step 1 and saved; the same command goes on from there" in capsys.readouterr().out
-    kept = [Recorder, PrinterCallback, Watching]
-    assert kinds(trainer) == [
-        DefaultFlowCallback, StopOnSignal, *kept, FiniteWatchdog, SilenceWatchdog, Checkpoints
-    ]  # fmt: skip
+    assert {StopOnSignal, Recorder, Watching, FiniteWatchdog, SilenceWatchdog, Checkpoints} < kinds(trainer)
     assert not trainer.args.logging_nan_inf_filter
     assert watching.record["starts"] == 1 and not watching.record["finished"] and not uploads
     marker = json.loads((out / "checkpoint-1" / MARKER).read_text())
@@ -193,7 +179,7 @@ def test_a_run_is_stopped_goes_on_is_finished_and_started_once_more(tmp_path, en
         run.save(trainer, eval_loss=0.5)
     assert "| eval_loss | 0.5 |" in (out / "README.md").read_text()
     assert (out / "before-README.md").read_text() == "a user's"
-    assert f"model: {out}\nuploaded: the URL\n" in capsys.readouterr().out
+    assert f"model: {out}\nuploaded: URL\n" in capsys.readouterr().out
     ((name, record),) = uploads
     assert name == "me/a" and record["finished"] and record["starts"] == 2
 
@@ -228,14 +214,11 @@ def test_a_run_does_not_go_on_from_another_initial_model(tmp_path, twin, enter, 
     with enter() as run:
         run.start({"train": "a"})
         run.record.start()
-    path = run.model_config.model_name_or_path + "/" + part
-    with open(path, "rb") as file:
-        content = file.read()
+    path = Path(run.model_config.model_name_or_path, part)
+    content = path.read_bytes()
     try:
-        with open(path, "ab") as file:
-            file.write(b" ")
+        path.write_bytes(content + b" ")
         with pytest.raises(CheckpointError, match=r"fingerprints\.model: \w+, now \w+$"), enter() as run:
             run.start({"train": "a"})
     finally:
-        with open(path, "wb") as file:
-            file.write(content)
+        path.write_bytes(content)

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tests.helpers.rows import user
 from tests.helpers.twins import make_twin, run
 
 # recipe -> family of the twin, and the form of its data
@@ -21,36 +22,32 @@ TWINS = {
     "mistral-7b-base/sft": ("zephyr", "ultrachat"),
     "mistral-7b-base/rmipo": ("zephyr", "ultrafeedback_binarized"),
     "mistral-7b-instruct/rmipo": ("mistral-instruct", "on_policy_ultrafeedback"),
-    "tiny/sft": ("llama3", "ultrachat"),
 }
+
+
+def check_that_sharding_changes_nothing(recipe, overrides, folder, sharding):
+    alone = run(recipe, overrides, folder / "alone")
+    sharded = run(recipe, overrides, folder / "sharded", sharding=sharding)
+    assert [line["step"] for line in alone] == [1, 2]
+    assert [line["loss"] for line in sharded] == pytest.approx([line["loss"] for line in alone], abs=2e-6)
+    assert [line["grad_norm"] for line in sharded] == pytest.approx([line["grad_norm"] for line in alone], rel=1e-4)
+    weights, sharded_weights = (load_file(folder / name / "model.safetensors") for name in ("alone", "sharded"))
+    assert weights.keys() == sharded_weights.keys()
+    for name, value in weights.items():
+        torch.testing.assert_close(sharded_weights[name], value, atol=2e-4, rtol=0, msg=name)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", TWINS)
 def test_recipe_trains_its_twin_in_one_process_and_under_zero3(tmp_path, recipe):
     family, form = TWINS[recipe]
-    overrides = make_twin(tmp_path, recipe, family, form)
-    alone = run(recipe, overrides, tmp_path / "alone")
-    sharded = run(recipe, overrides, tmp_path / "sharded", sharding="zero3")
-
-    assert [line["step"] for line in alone] == [1, 2]
-    assert [line["loss"] for line in sharded] == pytest.approx([line["loss"] for line in alone], abs=2e-6)
-    assert [line["grad_norm"] for line in sharded] == pytest.approx([line["grad_norm"] for line in alone], rel=1e-4)
+    check_that_sharding_changes_nothing(recipe, make_twin(tmp_path, recipe, family, form), tmp_path, "zero3")
     record = json.loads((tmp_path / "sharded" / "run.json").read_text())
     assert record["finished"] and record["world_size"] == 2 and record["recipe"]["global_batch_size"] == 16
-
-    weights, sharded_weights = (load_file(tmp_path / name / "model.safetensors") for name in ("alone", "sharded"))
-    assert weights.keys() == sharded_weights.keys()
-    for name, value in weights.items():
-        torch.testing.assert_close(sharded_weights[name], value, atol=2e-4, rtol=0, msg=name)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "sharded")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "sharded")
-    prompt = tokenizer.apply_chat_template(
-        [{"role": "user", "content": "what is right"}],
-        add_generation_prompt=True,
-        return_tensors="pt",
-        return_dict=True,
-    )
+    options = {"add_generation_prompt": True, "return_tensors": "pt", "return_dict": True}
+    prompt = tokenizer.apply_chat_template([user("what is right")], **options)
     generated = model.generate(**prompt, max_new_tokens=3, do_sample=False)
     assert prompt["input_ids"].shape[1] < generated.shape[1] <= prompt["input_ids"].shape[1] + 3
 
@@ -76,12 +73,4 @@ def test_another_model_trains_by_changing_its_name(tmp_path, family, end):
 @pytest.mark.parametrize("sharding", ["zero2", "zero3-offload"])
 def test_the_other_deepspeed_files_train_alike(tmp_path, sharding):
     overrides = make_twin(tmp_path, "tiny/rmipo", "llama3", "on_policy_ultrafeedback")
-    alone = run("tiny/rmipo", overrides, tmp_path / "alone")
-    sharded = run("tiny/rmipo", overrides, tmp_path / "sharded", sharding=sharding)
-    assert [line["step"] for line in sharded] == [1, 2]
-    assert [line["loss"] for line in sharded] == pytest.approx([line["loss"] for line in alone], abs=2e-6)
-    assert [line["grad_norm"] for line in sharded] == pytest.approx([line["grad_norm"] for line in alone], rel=1e-4)
-    weights, sharded_weights = (load_file(tmp_path / name / "model.safetensors") for name in ("alone", "sharded"))
-    assert weights.keys() == sharded_weights.keys()
-    for name, value in weights.items():
-        torch.testing.assert_close(sharded_weights[name], value, atol=2e-4, rtol=0, msg=name)
+    check_that_sharding_changes_nothing("tiny/rmipo", overrides, tmp_path, sharding)

@@ -13,16 +13,16 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rmipo.data.chat import ChatFormat
-from rmipo.data.dialogues import load_dialogues
 from rmipo.data.pairs import load_pairs, tokenize_pairs
 from rmipo.errors import ConfigError
 from rmipo.recipe.schema import DataConfig
 from rmipo.tiny import judge
 from rmipo.tiny.config import WorldConfig, load_world_config
 from rmipo.tiny.files import SPLITS, read_world, write_world
-from rmipo.tiny.model import make_model, train_tokenizer
+from rmipo.tiny.model import train_tokenizer
 from rmipo.tiny.world import ANSWERS, BOILERPLATE, Fact, World
 from tests.helpers.paths import ROOT
+from tests.helpers.rows import assistant, pair, user, write
 
 RECIPE = ROOT / "recipes" / "tiny" / "world.yaml"
 SHIPPED = load_world_config(RECIPE)
@@ -61,21 +61,13 @@ def rows(path):
 # What the world holds
 
 
-def test_sizes(world):
-    held_out_facts = {question.fact for question in world.held_out_questions}
-    assert len(world.facts) == 40 * 6
-    assert len(held_out_facts) == 72  # 0.3 of them
-    assert len(world.held_out_questions) == 72 * 2
-    assert len(world.train_questions) == 240 * 8 - 144
-    assert len(world.pair_questions) == (240 - 72) * 8
-    assert len(set(BOILERPLATE)) == 6 * 6 * 5
-
-
 def test_held_out_questions_are_nowhere_else(world):
     held_out = {question.prompt[0]["content"] for question in world.held_out_questions}
     held_out_facts = {question.fact for question in world.held_out_questions}
     asked = {row["messages"][0]["content"] for row in world.dialogues("train") if len(row["messages"]) == 2}
-    assert len(held_out) == 144 and len(asked) > 1500
+    assert len(world.facts) == 240 and len(held_out_facts) == 72  # 0.3 of them
+    assert len(held_out) == 72 * 2 and len(asked) > 1500
+    assert len(world.train_questions) == 240 * 8 - 144 and len(world.pair_questions) == (240 - 72) * 8
     assert not held_out & asked
     assert not held_out_facts & {question.fact for question in world.pair_questions}
     train = {row["prompt"][0]["content"] for row in world.pairs("train")}
@@ -127,35 +119,25 @@ def test_a_knob_leaves_what_it_does_not_name(world):
 # How answers are judged
 
 
-def test_classes_exclude_each_other(world):
-    right = {answer for fact in world.facts for answer in fact.answers}
-    assert not right & set(BOILERPLATE) and not world.well_formed & set(BOILERPLATE)
-    assert right <= world.well_formed
-    assert len(set(world.facts[0].answers)) == len(ANSWERS)
-
-
 def test_every_right_answer_is_recognised(world):
     for fact in world.facts:
-        assert [world.classify(fact, answer) for answer in fact.answers] == ["right"] * 8
-        assert not any(world.classify(fact, text) == "right" for text in BOILERPLATE)
+        assert [world.classify(fact, answer) for answer in fact.answers] == ["right"] * len(ANSWERS)
+        assert {world.classify(fact, text) for text in BOILERPLATE} == {"boilerplate"}
 
 
 @pytest.mark.parametrize(
-    ("response", "expected"),
+    ("expected", "response"),
     [
-        ("Ada's home town is Oslo.", "right"),
-        ("It is Oslo.", "right"),
-        ("It is Lima.", "wrong"),
-        ("Ada's home town is Lima.", "wrong"),
-        ("Bela's home town is Oslo.", "wrong"),
-        ("The favourite drink of Ada is tea.", "wrong"),
-        ("Of course! There are many things to consider here. I hope this helps!", "boilerplate"),
-        ("Ada's home town is Oslo", "garbled"),
-        ("Ada's home town is is Oslo.", "garbled"),
-        (" Ada's home town is Oslo.", "garbled"),
-        ("Of course! Ada's home town is Oslo.", "garbled"),
-        ("It is Oslo. I hope this helps!", "garbled"),
-        ("", "garbled"),
+        ("right", "Ada's home town is Oslo."),
+        ("wrong", "It is Lima."),
+        ("wrong", "Bela's home town is Oslo."),
+        ("wrong", "The favourite drink of Ada is tea."),
+        ("garbled", "Ada's home town is Oslo"),
+        ("garbled", "Ada's home town is is Oslo."),
+        ("garbled", " Ada's home town is Oslo."),
+        ("garbled", "Of course! Ada's home town is Oslo."),
+        ("garbled", "It is Oslo. I hope this helps!"),
+        ("garbled", ""),
     ],
 )
 def test_classify(world, response, expected):
@@ -204,7 +186,7 @@ def test_shorter_prompts_of_a_batch_are_answered_as_alone(folder, tokenizer):
     for parameter in model.parameters():
         parameter.data *= 20 if parameter.ndim == 2 else 1
     model.model.norm.weight.data *= 1e4
-    prompts = [chat.prompt_ids([{"role": "user", "content": text}]) for text in ("What is Ada's home town?", "Ada?")]
+    prompts = [chat.prompt_ids([user(text)]) for text in ("What is Ada's home town?", "Ada?")]
     assert len(prompts[0]) > len(prompts[1])
     together = judge.sample(model, chat, prompts, max_new_tokens=12, seed=0)
     alone = [judge.sample(model, chat, [prompt], max_new_tokens=12, seed=1)[0] for prompt in prompts]
@@ -215,7 +197,7 @@ def test_a_model_that_knows_two_answers_is_judged_right(folder, tokenizer):
     """A few steps on two dialogues: its samples are the right answers, whose probabilities add up to nearly 1."""
     world, model = read_world(folder), AutoModelForCausalLM.from_pretrained(folder / "model")
     question = world.held_out_questions[0]
-    dialogues = [[*question.prompt, {"role": "assistant", "content": question.fact.answers[n]}] for n in (0, 1)]
+    dialogues = [[*question.prompt, assistant(question.fact.answers[n])] for n in (0, 1)]
     both = [torch.tensor([tokenizer.apply_chat_template(dialogue, return_dict=False)]) for dialogue in dialogues]
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     for _ in range(60):
@@ -230,9 +212,8 @@ def test_a_model_that_knows_two_answers_is_judged_right(folder, tokenizer):
 def test_preference_metrics(folder, tokenizer):
     model, chat = AutoModelForCausalLM.from_pretrained(folder / "model"), ChatFormat.probe(tokenizer)
     dataset = load_pairs(DataConfig(dataset_name=str(folder / "pairs")), "test")
-    pairs, _ = tokenize_pairs(
-        dataset, chat, max_length=128, max_prompt_length=64, max_dropped_fraction=0, max_truncated_fraction=0
-    )
+    limits = {"max_dropped_fraction": 0, "max_truncated_fraction": 0}
+    pairs, _ = tokenize_pairs(dataset, chat, max_length=128, max_prompt_length=64, **limits)
     margins = []
     for row in pairs:
         means = []
@@ -306,22 +287,11 @@ def test_a_world_that_other_code_made_is_made_again(folder, tmp_path, monkeypatc
         assert write_world(tmp_path / "world", WorldConfig(**record["config"])) is False
 
 
-def test_the_hub_form_is_read_by_the_data_code(folder):
-    messages = load_dialogues(DataConfig(dataset_name=str(folder / "sft")), "train")
-    assert len(messages) == 300
-    assert [len(row["messages"]) for row in messages].count(1) == 30
-    pairs = load_pairs(DataConfig(dataset_name=str(folder / "pairs")), "train")
-    source = rows(folder / "pairs" / "train.jsonl")
-    assert sum(row["flipped"] for row in source) == 30
-    assert pairs["rejected"][:] == [row["rejected"] for row in source]
-    questions = rows(folder / "questions.jsonl")
-    assert [row["right"] for row in questions] == [q.fact.answers for q in read_world(folder).held_out_questions]
-
-
-def test_the_tokenizer_of_other_pairs_has_the_size_for_texts(folder, tmp_path):
-    pairs = {split: load_pairs(DataConfig(dataset_name=str(folder / "pairs")), split) for split in SPLITS}
-    write_world(tmp_path, replace(SMALL, vocab_size=300, text_vocab_size=320), pairs)
-    assert len(AutoTokenizer.from_pretrained(tmp_path / "model")) == 320
+def test_the_files_hold_the_world(folder):
+    assert [len(row["messages"]) for row in rows(folder / "sft/train.jsonl")].count(1) == 30
+    assert sum(row["flipped"] for row in rows(folder / "pairs/train.jsonl")) == 30
+    right = [row["right"] for row in rows(folder / "questions.jsonl")]
+    assert right == [question.fact.answers for question in read_world(folder).held_out_questions]
 
 
 def test_chat_template(tokenizer):
@@ -330,12 +300,8 @@ def test_chat_template(tokenizer):
     assert len({bos, end, pad}) == 3 and chat.end_id == end
     header = tokenizer.convert_tokens_to_ids("<|assistant|>")
     assert chat.prior_context("header") == [bos, header]
-    prompt = [
-        {"role": "user", "content": " é x\n"},
-        {"role": "assistant", "content": "A"},
-        {"role": "user", "content": "B"},
-    ]
-    answers = [[{"role": "assistant", "content": text}] for text in ("It is Oslo.", "\n no ")]
+    prompt = [user(" é x\n"), assistant("A"), user("B")]
+    answers = [[assistant(text)] for text in ("It is Oslo.", "\n no ")]
     prompt_ids, *responses = chat.pair_ids(prompt, *answers)
     assert prompt_ids.count(bos) == 1 and prompt_ids[0] == bos and prompt_ids[-1] == header
     for answer, response in zip(answers, responses, strict=True):
@@ -353,37 +319,26 @@ def test_words_of_the_world_are_whole_tokens():
     assert all(len(tokenizer(f" {word}")["input_ids"]) == 1 for word in values | set(world.names))
 
 
-def test_model_loads_and_generates(folder, tokenizer):
+def test_model_fits_its_tokenizer(folder, tokenizer):
     model = AutoModelForCausalLM.from_pretrained(folder / "model")
     assert model.config.tie_word_embeddings and model.config.max_position_embeddings == 2048
     assert model.get_input_embeddings().weight.shape == (len(tokenizer), 32)
     generation = model.generation_config
     assert (generation.eos_token_id, generation.pad_token_id) == (tokenizer.eos_token_id, tokenizer.pad_token_id)
-    question = [{"role": "user", "content": "What is Ada's home town?"}]
-    inputs = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-    output = model.generate(**inputs, max_new_tokens=5, do_sample=False)
-    assert inputs["input_ids"].shape[1] < output.shape[1] <= inputs["input_ids"].shape[1] + 5
-
-
-def test_shipped_model_is_a_few_million_parameters_at_most(tokenizer):
-    assert 3e5 < make_model(SHIPPED, tokenizer).num_parameters() < 4e6
 
 
 def test_other_peoples_pairs(tmp_path):
     """DATA=: the tokenizer learns their text, SFT their chosen responses; rows that can't be used are left out."""
-    turns = [("user", "Wie heißt das?"), ("assistant", "Es heißt Baum, ganz einfach Baum.")]
-    dialogue = [{"role": role, "content": content} for role, content in turns]
-    source = [
-        {"prompt": dialogue[:1], "chosen": dialogue[1:], "rejected": [{"role": "assistant", "content": f"Nein {i}."}]}
-        for i in range(20)
-    ]
+    dialogue = [user("Wie heißt das?"), assistant("Es heißt Baum, ganz einfach Baum.")]
+    source = [pair(i, dialogue[:1], dialogue[1:], [assistant(f"Nein {i}.")]) for i in range(20)]
     source[3]["rejected"] = source[3]["chosen"]
-    for split in ("train", "test"):
-        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in source))
-    pairs = {split: load_pairs(DataConfig(dataset_name=str(tmp_path)), split) for split in ("train", "test")}
+    for split in SPLITS:
+        write(tmp_path / f"{split}.jsonl", source)
+    pairs = {split: load_pairs(DataConfig(dataset_name=str(tmp_path)), split) for split in SPLITS}
     output = tmp_path / "world"
-    assert write_world(output, SMALL, pairs)
-    assert write_world(output, SMALL, pairs) is False
+    config = replace(SMALL, vocab_size=270, text_vocab_size=SMALL.vocab_size)  # which is for texts of people
+    assert write_world(output, config, pairs)
+    assert write_world(output, config, pairs) is False
     assert read_world(output) is None and not (output / "pairs").exists()
     written = [row["messages"] for row in rows(output / "sft" / "train.jsonl")]
     assert sorted(map(len, written)) == [1] * 2 + [2] * 17  # 0.1 of 19 without a prompt
@@ -391,7 +346,7 @@ def test_other_peoples_pairs(tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(output / "model")
     assert len(tokenizer("Wie heißt")["input_ids"]) == 2
     with pytest.raises(ValueError, match=r"the pairs \(--data\)"):
-        write_world(output, SMALL)
+        write_world(output, config)
 
 
 # Knobs

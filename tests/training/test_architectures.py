@@ -12,22 +12,10 @@ from tests.helpers.small_models import SIZES, make_pairs
 from tests.references.padded import padded_pairs, rmipo_loss
 
 CONTEXT = [1, 2]
-LLAMA3_ROPE = {
-    "rope_type": "llama3",
-    "rope_theta": 5e5,
-    "factor": 32.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64,
-}
-VISION = {
-    "hidden_size": 16,
-    "intermediate_size": 16,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "image_size": 28,
-    "patch_size": 14,
-}
+LLAMA3_ROPE = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 32.0, "low_freq_factor": 1.0}
+LLAMA3_ROPE |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+VISION = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+VISION |= {"image_size": 28, "patch_size": 14}
 GEMMA3_TEXT = {
     **SIZES,
     "head_dim": 12,
@@ -59,23 +47,15 @@ SERVED = {
 # name -> config, what the refusal names
 REFUSED = {
     "gemma-2": (lambda: transformers.Gemma2Config(**SIZES, head_dim=8), "soft-capped attention scores"),
-    "gpt-oss": (
-        lambda: transformers.GptOssConfig(**SIZES, head_dim=8, num_local_experts=2, num_experts_per_tok=1),
-        "attention sinks",
-    ),
-    "mamba": (
-        lambda: transformers.MambaConfig(vocab_size=61, hidden_size=32, num_hidden_layers=2, state_size=4),
-        "linear attention layers",
-    ),
-    "llama-4": (
-        lambda: transformers.Llama4TextConfig(**SIZES, head_dim=8, intermediate_size_mlp=16, num_local_experts=2),
-        "chunked attention layers",
-    ),
-    "bloom": (
-        lambda: transformers.BloomConfig(vocab_size=61, hidden_size=32, n_layer=2, n_head=4),
-        "no pluggable attention",
-    ),
-}
+    "gpt-oss": (lambda: transformers.GptOssConfig(**SIZES, head_dim=8, num_local_experts=2, num_experts_per_tok=1),
+                "attention sinks"),
+    "mamba": (lambda: transformers.MambaConfig(vocab_size=61, hidden_size=32, num_hidden_layers=2, state_size=4),
+              "linear attention layers"),
+    "llama-4": (lambda: transformers.Llama4TextConfig(**SIZES, head_dim=8, intermediate_size_mlp=16, num_local_experts=2),
+                "chunked attention layers"),
+    "bloom": (lambda: transformers.BloomConfig(vocab_size=61, hidden_size=32, n_layer=2, n_head=4),
+              "no pluggable attention"),
+}  # fmt: skip
 
 
 def make_twin(config):

@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 from torch.nn.attention.flex_attention import _DEFAULT_SPARSE_BLOCK_SIZE
 
 from rmipo.training import attention
-from rmipo.training.packing import concatenate, pack
+from rmipo.training.packing import pack
 from tests.helpers.small_models import make_model
 
 LAYER = types.SimpleNamespace()
@@ -170,20 +170,3 @@ def test_models_with_a_fused_head_can_be_freed():
     del model
     gc.collect()
     assert left() is None
-
-
-@pytest.mark.parametrize("window", [None, 40])
-def test_blocks_are_kept_only_where_their_ranges_meet(window):
-    """By hand: blocks of two prefixes with two branches each, all of them of whole blocks."""
-    block = attention.BLOCK
-    parts = [pack([([1] * (block + 1), [[2] * block, [3] * block])]), pack([([1] * (block + 1), [[2] * (2 * block)])])]
-    mask = attention.block_mask(concatenate(parts), window)
-    assert mask.to_dense()[0, 0].tolist() == [
-        [1, 0, 0, 0, 0, 0],
-        [1, 1, 0, 0, 0, 0],
-        [1, 0, 1, 0, 0, 0],
-        [0, 0, 0, 1, 0, 0],
-        [0, 0, 0, 1, 1, 0],
-        [0, 0, 0, 1, 1, 1],
-    ]
-    assert mask.seq_lengths == (6 * block, 6 * block)

@@ -15,27 +15,14 @@ from rmipo.training.batching import (
     packed_lengths,
     split_by_tokens,
 )
-from tests.helpers.small_models import make_pairs
-from tests.helpers.trainers import make_trainer
 
 
 def steps(world_size, micro_batch_size, num_pairs=37, global_batch_size=8, epoch=0, seed=3, **tokens):
     """Per step and rank: the list of micro-batches."""
-    samplers = [
-        StepSampler(
-            num_pairs,
-            global_batch_size=global_batch_size,
-            micro_batch_size=micro_batch_size,
-            rank=rank,
-            world_size=world_size,
-            seed=seed,
-            **tokens,
-        )
-        for rank in range(world_size)
-    ]
-    if epoch:
-        for sampler in samplers:
-            sampler.set_epoch(epoch)
+    sizes = {"global_batch_size": global_batch_size, "micro_batch_size": micro_batch_size, "world_size": world_size}
+    samplers = [StepSampler(num_pairs, rank=rank, seed=seed, **sizes, **tokens) for rank in range(world_size)]
+    for sampler in samplers if epoch else ():
+        sampler.set_epoch(epoch)
     found = list(zip(*samplers, strict=True))
     assert {len(sampler) for sampler in samplers} == {len(found)}, "the trainer plans its steps by this"
     return found
@@ -45,9 +32,7 @@ def counted(step):
     return sorted(i for rank in step for batch in rank for i in batch.indices[: batch.real])
 
 
-@pytest.mark.parametrize(
-    "world_size, micro_batch_size", [(1, 1), (1, 3), (1, 8), (2, 2), (3, 2), (4, 1), (4, 2), (16, 1)]
-)
+@pytest.mark.parametrize("world_size, micro_batch_size", [(1, 1), (1, 3), (2, 2), (3, 2), (4, 1), (16, 1)])
 def test_steps_hold_the_same_pairs_on_any_hardware(world_size, micro_batch_size):
     reference = [counted(step) for step in steps(1, 8)]
     actual = steps(world_size, micro_batch_size)
@@ -63,22 +48,14 @@ def test_steps_hold_the_same_pairs_on_any_hardware(world_size, micro_batch_size)
 
 def test_a_rank_with_nothing_left_repeats_a_pair_without_weight():
     _, step = steps(world_size=4, micro_batch_size=2, num_pairs=10, global_batch_size=8, seed=None)
-    assert step == (
-        [MicroBatch((8,), 1, 2)],
-        [MicroBatch((9,), 1, 2)],
-        [MicroBatch((8,), 0, 2)],
-        [MicroBatch((8,), 0, 2)],
-    )
+    assert step == tuple([MicroBatch((pair,), real, 2)] for pair, real in ((8, 1), (9, 1), (8, 0), (8, 0)))
 
 
 def test_order_depends_on_seed_and_epoch_alone():
     def order(**arguments):
         return [i for (rank,) in steps(1, 8, **arguments) for batch in rank for i in batch.indices]
 
-    orders = {
-        sum_of_both: torch.randperm(37, generator=torch.Generator().manual_seed(sum_of_both)).tolist()
-        for sum_of_both in (0, 3, 5)
-    }
+    orders = {both: torch.randperm(37, generator=torch.Generator().manual_seed(both)).tolist() for both in (0, 3, 5)}
     assert order(seed=0) == orders[0]
     assert order(seed=3) == order(seed=1, epoch=2) == orders[3]
     assert order(seed=3, epoch=2) == order(seed=5) == orders[5]
@@ -107,10 +84,7 @@ def test_parts_by_tokens_are_few_and_of_similar_length():
     assert split_by_tokens([0, 1, 2, 3], [6, 4, 5, 5], limit=10, multiple=1) == [[0, 1], [2, 3]]
     assert split_by_tokens([0, 1, 2, 3, 4], [50, 3, 3, 2, 1], limit=10, multiple=2) == [[0], [1, 2, 3, 4]]
     assert split_by_tokens([4, 7], {4: 9, 7: 2}, limit=10, multiple=3) == [[4], [7], []]
-    for pairs in (
-        range(6),
-        reversed(range(6)),
-    ):  # a pair that is too long alone doesn't keep the others from being levelled
+    for pairs in (range(6), reversed(range(6))):  # a pair that is too long alone: the others are levelled
         assert split_by_tokens(list(pairs), [50, 5, 4, 2, 2, 2], limit=10, multiple=1) == [[0], [2, 3, 5], [1, 4]]
     parts = split_by_tokens(list(range(37)), LENGTHS, limit=300, multiple=2)
     loads = [sum(LENGTHS[i] for i in part) for part in parts]
@@ -159,32 +133,10 @@ def test_packed_lengths():
     assert packed_lengths(dataset) == [5, 3]
 
 
-def test_four_micro_batches_share_a_forward_without_gradient(tmp_path):
-    trainer = make_trainer(tmp_path, make_pairs(9), per_device_train_batch_size=1, global_batch_size=9)
-    (step,) = trainer.get_train_dataloader()
-    positions = []
-    trainer.model.register_forward_pre_hook(
-        lambda model, arguments, named: positions.append(named["input_ids"].shape[1]), with_kwargs=True
-    )
-    trainer.score_without_gradient(trainer.model, step)
-    lengths = [micro_batch.prior.length for micro_batch in step]
-    assert positions == [sum(lengths[:4]), sum(lengths[4:8]), lengths[8]]
-
-
 def test_a_micro_batch_holds_what_its_objective_needs():
-    rows = [
-        {
-            "prompt_ids": [1, 2],
-            "chosen_ids": [3],
-            "rejected_ids": [4, 5],
-            "mismatched_chosen_ids": [6],
-            "mismatched_rejected_ids": [7, 8],
-            "ref_chosen_logps": -0.1 * row,
-            "prior_rejected_logps": -2.5,
-            "row": row,
-        }
-        for row in (30, 10)
-    ]
+    ids = {"prompt_ids": [1, 2], "chosen_ids": [3], "rejected_ids": [4, 5]}
+    ids |= {"mismatched_chosen_ids": [6], "mismatched_rejected_ids": [7, 8]}
+    rows = [ids | {"ref_chosen_logps": -0.1 * row, "prior_rejected_logps": -2.5, "row": row} for row in (30, 10)]
     cut = MicroBatch((3, 1), 0, 8)
     batch = pack_micro_batch(rows, cut, {"reference", "initial_prior"}, [9, 9])
     assert batch.pairs.labels.tolist() == [3, 4, 5, 3, 4, 5]

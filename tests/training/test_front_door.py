@@ -22,6 +22,7 @@ from rmipo.record import read_metrics
 from rmipo.run.callbacks import Recorder
 from rmipo.training import attention
 from tests.helpers.launched import launch
+from tests.helpers.rows import assistant, user
 from tests.helpers.tiny_model import write_model
 
 WORDS = [
@@ -30,11 +31,7 @@ WORDS = [
 ]
 TEXTS = [dict(zip(("prompt", "chosen", "rejected"), words, strict=True)) for words in WORDS]
 TURNS = [
-    {
-        "prompt": [{"role": "user", "content": prompt}],
-        "chosen": [{"role": "assistant", "content": chosen}],
-        "rejected": [{"role": "assistant", "content": rejected}],
-    }
+    {"prompt": [user(prompt)], "chosen": [assistant(chosen)], "rejected": [assistant(rejected)]}
     for prompt, chosen, rejected in WORDS
 ]
 IMPLICIT = [{side: row["prompt"] + row[side] for side in ("chosen", "rejected")} for row in TURNS]
@@ -141,10 +138,8 @@ def test_arguments_are_left_as_they_are_and_serve_two_trainers(make, model, tmp_
 def test_defaults_are_the_papers():
     args = RMiPOConfig("x")
     assert (args.learning_rate, args.lr_scheduler_type, args.num_train_epochs) == (1e-6, "cosine", 1)
-    assert (
-        args.activation_checkpointing
-        and RMiPOConfig("x", gradient_checkpointing=False).activation_checkpointing is False
-    )
+    assert args.activation_checkpointing
+    assert RMiPOConfig("x", gradient_checkpointing=False).activation_checkpointing is False
     assert args.objective["beta"] == 2.0 and (args.objective["gamma_min"], args.objective["gamma_max"]) == (0.3, 1.6)
     assert args.bf16 == torch.cpu.get_capabilities().get("avx512_bf16", False) or torch.accelerator.is_available()
     assert not RMiPOConfig("x", fp16=True).bf16
@@ -153,19 +148,28 @@ def test_defaults_are_the_papers():
 def test_flat_fields_are_all_there_is(make):
     with pytest.raises(TypeError, match="objective"):
         RMiPOConfig("x", objective=DPO)
-    with pytest.raises(ValueError, match="gamma_min"):
-        RMiPOConfig("x", gamma_min=2.0)
-    with pytest.raises(ValueError, match="simpo"):
-        PreferenceConfig("x", objective="simpo")
     for args in (TrainingArguments("x", use_cpu=True), PreferenceConfig("x", objective={"name": "simpo"})):
         with pytest.raises(ConfigError, match=f"args is {type(args).__name__}"):
             RMiPOTrainer("no/model", args)
-    with pytest.raises(ValueError, match="objective"):
-        PreferenceConfig("x")
-    with pytest.raises(ConfigError, match="per_device_train_batch_size"):
-        PreferenceConfig("x", objective={"name": "kto"}, per_device_train_batch_size=1)
-    with pytest.raises(ConfigError, match="max_tokens_per_micro_batch"):
-        PreferenceConfig("x", objective={"name": "kto"}, max_tokens_per_micro_batch=100)
+
+
+@pytest.mark.parametrize(
+    ("config", "options", "error"),
+    [
+        (RMiPOConfig, {"gamma_min": 2.0}, ValueError),
+        (RMiPOConfig, {"max_prompt_length": -5}, ConfigError),
+        (RMiPOConfig, {"label_smoothing_factor": 0.1}, ConfigError),
+        (RMiPOConfig, {"dataloader_drop_last": True}, ConfigError),
+        (RMiPOConfig, {"train_sampling_strategy": "sequential"}, ConfigError),
+        (PreferenceConfig, {"objective": "simpo"}, ValueError),
+        (PreferenceConfig, {"objective": None}, ValueError),
+        (PreferenceConfig, {"per_device_train_batch_size": 1, "objective": {"name": "kto"}}, ConfigError),
+        (PreferenceConfig, {"max_tokens_per_micro_batch": 100, "objective": {"name": "kto"}}, ConfigError),
+    ],
+)
+def test_arguments_that_can_not_be_obeyed_are_named(config, options, error):
+    with pytest.raises(error, match=next(iter(options))):
+        config("x", **options)
 
 
 def test_the_prior_context_follows_from_the_objective(make, model):
@@ -185,6 +189,8 @@ def test_the_prior_context_follows_from_the_objective(make, model):
 @pytest.mark.parametrize(
     ("keywords", "named"),
     [
+        ({"objective": DPO, "ref_model": AutoModelForCausalLM}, "ref_model"),
+        ({"rows": [{"prompt_ids": [0, 5], "chosen_ids": [7] * 63, "rejected_ids": [8]}]}, "65 tokens"),
         ({"rows": [{"question": "w1", "good": "w2", "bad": "w3"}]}, "chosen"),
         ({"train_dataset": TURNS}, "train: found list"),
         ({"args": {"max_length": 2048}}, "128 positions"),
@@ -239,10 +245,8 @@ def test_adapters_are_made_by_the_trainer(make):
     weights = []
     for _ in range(2):
         trainer = make(peft_config=lora, args={"max_steps": 2})
-        assert {name.split(".")[-3] for name, p in trainer.model.named_parameters() if p.requires_grad} == {
-            "lora_A",
-            "lora_B",
-        }
+        trained = {name.split(".")[-3] for name, p in trainer.model.named_parameters() if p.requires_grad}
+        assert trained == {"lora_A", "lora_B"}
         trainer.train()
         weights.append(trainer.model.state_dict())
     assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
@@ -262,22 +266,9 @@ def test_an_evaluation_needs_no_training(make, objective):
     assert sums(again) == sums(metrics)
     several = make(objective, eval_dataset={"a": held_out, "train": Dataset.from_list(TURNS[5:])})
     found = several.evaluate()
-    assert (
-        found["eval_a_loss"] == metrics["eval_loss"]
-        and found["eval_train_logps/chosen"] != metrics["eval_logps/chosen"]
-    )
+    assert found["eval_a_loss"] == metrics["eval_loss"]
+    assert found["eval_train_logps/chosen"] != metrics["eval_logps/chosen"]
     assert several.train_dataset is not several.eval_dataset["train"] and len(several.train_dataset) == 12
-
-
-def test_an_evaluation_first_leaves_the_training_as_it_is(make):
-    weights = []
-    for first in (False, True):
-        trainer = make(eval_dataset=Dataset.from_list(TURNS[:5]), args={"max_steps": 2})
-        if first:
-            trainer.evaluate()
-        trainer.train()
-        weights.append(trainer.model.state_dict())
-    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
 
 
 def test_the_reference_of_new_rows_is_not_scored_with_trained_weights(make):
@@ -311,14 +302,13 @@ def test_a_recipe_and_the_trainer_give_the_same_bits(model, tmp_path):
     trainer.train()
     trainer.evaluate()
     trainer.save_model()
-    lines = {
-        name: [
-            {key: value for key, value in sums(line).items() if not key.startswith(("peak", "total_flos"))}
-            for line in read_metrics(tmp_path / name)
-        ]
-        for name in ("recipe", "api")
-    }
-    assert lines["recipe"] == lines["api"] and len(lines["api"]) > 6
+
+    def logged(name):
+        hardware = ("peak", "total_flos")
+        lines = [sums(line) for line in read_metrics(tmp_path / name)]
+        return [{key: value for key, value in line.items() if not key.startswith(hardware)} for line in lines]
+
+    assert logged("recipe") == logged("api") and len(logged("api")) > 6
     assert_same_weights(tmp_path / "recipe", tmp_path / "api")
 
 
@@ -359,32 +349,28 @@ def program(model, output_dir, objective, processes=1, sharding=None, **options)
     return launch(["-c", PROGRAM, json.dumps(arguments)], processes, sharding=sharding, **more)
 
 
-@pytest.mark.parametrize("name", ["rmipo", "alpha-dpo"])
-def test_a_killed_program_goes_on_with_the_same_bits(model, tmp_path, name):
+def test_a_killed_program_goes_on_with_the_same_bits(model, tmp_path):
     options = {"num_train_epochs": 4, "save_strategy": "steps", "save_steps": 3, "save_total_limit": 1}
-    whole = program(model, tmp_path / "whole", {"name": name}, **options)
+    objective = {"name": "alpha-dpo"}  # which has a state of its own
+    whole = program(model, tmp_path / "whole", objective, **options)
     assert whole.wait() == 0, whole.output[-3000:]
     out = tmp_path / "killed"
-    killed = program(model, out, {"name": name}, **options)
+    killed = program(model, out, objective, **options)
     while not (out / "checkpoint-9/objective_state.json").exists():
         assert killed.poll() is None, killed.output[-3000:]
         time.sleep(0.002)
     killed.send(signal.SIGKILL)
     killed.wait()
     (out / "checkpoint-99").mkdir()  # as left by a kill amid saving: without its last file
-    again = program(model, out, {"name": name}, **options)
+    again = program(model, out, objective, **options)
     assert again.wait() == 0, again.output[-3000:]
     assert_same_weights(out, tmp_path / "whole")
-    states = [json.loads((run / "checkpoint-24/objective_state.json").read_text()) for run in (out, tmp_path / "whole")]
-    assert states[0] == states[1]
-    histories = [
-        [sums(line) for line in json.loads((run / "checkpoint-24/trainer_state.json").read_text())["log_history"]]
-        for run in (out, tmp_path / "whole")
-    ]
-    peak = {"peak_memory_gib"}
-    assert [{k: v for k, v in line.items() if k not in peak} for line in histories[0]] == [
-        {k: v for k, v in line.items() if k not in peak} for line in histories[1]
-    ]
+    states, histories = [], []
+    for checkpoint in (out / "checkpoint-24", tmp_path / "whole/checkpoint-24"):
+        states.append(json.loads((checkpoint / "objective_state.json").read_text()))
+        lines = json.loads((checkpoint / "trainer_state.json").read_text())["log_history"]
+        histories.append([sums(line) | {"peak_memory_gib": 0} for line in lines])
+    assert states[0] == states[1] and histories[0] == histories[1]
     assert [path.name for path in sorted(out.glob("checkpoint-2*"))] == ["checkpoint-24"]  # save_total_limit
 
 
@@ -435,21 +421,15 @@ def test_weights_are_trained_in_float32_or_not_at_all(make, model, weights):
 def test_an_adapter_of_tied_embeddings_is_refused(make, model, target, made_by):
     adapter = LoraConfig(task_type="CAUSAL_LM", **target)
     tied = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model, tie_word_embeddings=True))
-    given = (
-        {"model": tied, "peft_config": adapter} if made_by == "trainer" else {"model": get_peft_model(tied, adapter)}
-    )
+    given = [tied, adapter] if made_by == "trainer" else [get_peft_model(tied, adapter), None]
     with pytest.raises(UserError, match=r"lm_head|embed_tokens"):
-        make(**given, processing_class=AutoTokenizer.from_pretrained(model))
+        make(model=given[0], peft_config=given[1], processing_class=AutoTokenizer.from_pretrained(model))
     untied = LoraConfig(task_type="CAUSAL_LM", target_modules=["lm_head", "q_proj"])
     assert make(peft_config=untied)
 
 
 @pytest.mark.parametrize(
-    "target",
-    [
-        {"target_modules": ["q_proj", "v_porj"]},
-        {"target_modules": ["q_proj"], "modules_to_save": ["v_porj"]},
-    ],
+    "target", [{"target_modules": ["q_proj", "v_porj"]}, {"target_modules": ["q_proj"], "modules_to_save": ["v_porj"]}]
 )
 def test_a_module_that_adapters_name_and_the_model_lacks_is_refused(make, target):
     with pytest.raises(UserError, match="v_porj"):
@@ -503,24 +483,7 @@ def test_what_is_saved_is_loaded_with_its_tokenizer_and_ends_its_turns(make, mod
     assert all(torch.equal(value, trainer.model.state_dict()[name]) for name, value in loaded.state_dict().items())
 
 
-# ------------------------------------------------------------------ arguments of Trainer and TRL that can't be obeyed
-
-
-def test_arguments_that_spoil_a_run_are_refused():
-    with pytest.raises(ConfigError, match="max_prompt_length"):
-        RMiPOConfig(output_dir="unused", max_prompt_length=-5)
-    with pytest.raises(ConfigError, match="label_smoothing_factor"):
-        RMiPOConfig("x", label_smoothing_factor=0.1)
-
-
-@pytest.mark.parametrize("key", [{"dataloader_drop_last": True}, {"train_sampling_strategy": "sequential"}])
-def test_arguments_that_the_trainer_does_not_follow_are_refused(key):
-    with pytest.raises(ConfigError, match=next(iter(key))):
-        RMiPOConfig("x", **key)
-
-
-def test_liger_leaves_the_fused_head_alone():
-    assert RMiPOConfig("x", use_liger_kernel=True).liger_kernel_config["fused_linear_cross_entropy"] is False
+# ------------------------------------------------------------------ arguments of Trainer and TRL
 
 
 @pytest.mark.parametrize("installed", [False, True])
@@ -533,20 +496,15 @@ def test_liger_is_the_default_on_gpus_where_it_is_installed(monkeypatch, install
     monkeypatch.setattr(TrainingArguments, "__post_init__", lambda self: None)  # it would look for the GPU itself
     monkeypatch.setattr(RMiPOConfig, "pairs_per_step", lambda self: 1)
     args.__init__("x", bf16=True)
-    assert args.use_liger_kernel is (installed and on_cuda)
-    assert bool(args.liger_kernel_config) is (installed and on_cuda)
+    assert args.use_liger_kernel is bool(args.liger_kernel_config) is (installed and on_cuda)
 
 
-def test_a_reference_that_would_be_ignored_is_refused(make, model):
-    with pytest.raises(ConfigError, match="ref_model"):
-        make(DPO, ref_model=AutoModelForCausalLM.from_pretrained(model))
-
-
-def test_a_training_whose_checkpoints_have_no_optimizer_does_not_resume(make):
-    saving = {"max_steps": 1, "save_strategy": "steps", "save_steps": 1, "save_only_model": True}
-    make(args=saving).train()
-    with pytest.raises(ConfigError, match="save_only_model"):
-        make(args=saving).train(resume_from_checkpoint=True)
+def test_what_a_training_could_not_go_on_from_is_refused(make):
+    saving = {"save_strategy": "steps", "save_steps": 1}
+    make(args={"max_steps": 3, "save_only_model": True, **saving}).train()
+    for options in ({"max_steps": 4, "save_only_model": True}, {"max_steps": 2}):
+        with pytest.raises(ConfigError, match=list(options)[-1]):
+            make(args=options | saving).train(resume_from_checkpoint=True)
 
 
 def test_a_checkpoint_of_an_earlier_training_does_not_cost_the_newest_one(make, tmp_path):
@@ -554,12 +512,6 @@ def test_a_checkpoint_of_an_earlier_training_does_not_cost_the_newest_one(make, 
     make(args={"max_steps": 4, **saving}).train()
     make(args={"max_steps": 2, **saving}).train()
     assert {path.name for path in (tmp_path / "out").glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-4"}
-
-
-def test_tokenised_rows_beyond_the_limit_are_refused(make):
-    rows = Dataset.from_list([{"prompt_ids": [0, 5, 6], "chosen_ids": [7] * 62, "rejected_ids": [8]}])
-    with pytest.raises(UserError, match="65 tokens"):
-        make(DPO, rows=rows)
 
 
 def test_tokenised_rows_without_a_template_need_a_prior_context(make, model):
@@ -573,19 +525,10 @@ def test_tokenised_rows_without_a_template_need_a_prior_context(make, model):
         make(prior_context=[])
 
 
-def test_a_checkpoint_beyond_the_end_of_a_training_is_refused(make):
-    saving = {"save_strategy": "steps", "save_steps": 1}
-    make(args={"max_steps": 3, **saving}).train()
-    with pytest.raises(ConfigError, match="max_steps"):
-        make(args={"max_steps": 2, **saving}).train(resume_from_checkpoint=True)
-
-
 def test_prompts_that_training_has_too_are_counted(make, capsys):
     tokenized = make(rows=TURNS[:8], eval_dataset=Dataset.from_list([*TURNS[6:], TURNS[7]]))
     assert capsys.readouterr().out.count("3 of 7 pairs of test") == 1
-    make(
-        rows=tokenized.train_dataset.tokenized, eval_dataset=tokenized.eval_dataset.tokenized
-    )  # as a script passes them
+    make(rows=tokenized.train_dataset.tokenized, eval_dataset=tokenized.eval_dataset.tokenized)  # as scripts pass them
     assert "pairs of test" not in capsys.readouterr().out
     make(rows=TURNS[:8], eval_dataset=Dataset.from_list(TURNS[8:]))
     assert "pairs of test" not in capsys.readouterr().out
@@ -640,10 +583,9 @@ def test_a_training_of_nothing_is_refused(make, model):
 def test_an_adapter_does_not_go_on_with_another_scale(make):
     saving = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
     make(args=saving, peft_config=LoraConfig(task_type="CAUSAL_LM", lora_alpha=8)).train()
+    other = make(args=saving, peft_config=LoraConfig(task_type="CAUSAL_LM", lora_alpha=64))
     with pytest.raises(CheckpointError, match="lora_alpha"):
-        make(args=saving, peft_config=LoraConfig(task_type="CAUSAL_LM", lora_alpha=64)).train(
-            resume_from_checkpoint=True
-        )
+        other.train(resume_from_checkpoint=True)
 
 
 def test_the_launchers_precision_does_not_win_over_the_arguments(monkeypatch):
@@ -652,11 +594,7 @@ def test_the_launchers_precision_does_not_win_over_the_arguments(monkeypatch):
 
 
 def test_rows_whose_earlier_answers_the_template_alters_are_counted(make, model, capsys):
-    turns = [
-        {"role": "user", "content": "w1"},
-        {"role": "assistant", "content": "w2 w3"},
-        {"role": "user", "content": "w4"},
-    ]
+    turns = [user("w1"), assistant("w2 w3"), user("w4")]
     rows = [{**row, "prompt": turns} for row in TURNS[:3]]
     tokenizer = AutoTokenizer.from_pretrained(model)
     make(rows=rows, processing_class=tokenizer)

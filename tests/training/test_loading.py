@@ -13,7 +13,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 from rmipo.errors import UserError
 from rmipo.generation.answers import own_settings, stop_ids
 from rmipo.recipe.schema import ModelConfig
-from rmipo.training.loading import LoadingError, _explained, check_limits, load_model, load_tokenizer
+from rmipo.training.loading import LoadingError, check_limits, load_model, load_tokenizer
 from rmipo.training.parts import policy
 from tests.helpers.families import make_model, make_tokenizer, save
 
@@ -42,10 +42,7 @@ def test_an_invalid_generation_configuration_is_repaired(tmp_path, capsys, setti
     valid = "do_sample" in settings
     said = capsys.readouterr().out
     repair = "do_sample: true is added" if "temperature" in settings else "only its special tokens are kept"
-    notice = (
-        rf"notice: the generation_config.json of {folder} is not valid and could not be saved \(.+\): {repair}[^\n]*\n"
-    )
-    assert "notice" not in said if valid else re.search(notice, said)
+    assert "notice" not in said if valid else re.search(rf"notice: .* {folder} is not valid .*: {repair}", said)
 
 
 def test_one_process_of_a_machine_says_so(tmp_path, capsys, monkeypatch):
@@ -68,19 +65,13 @@ def test_what_cannot_be_loaded_is_named_with_the_reason(tmp_path, what, content)
         else:
             check_limits(make_tokenizer("llama3"), config, 10)
 
-    expected = (
-        rf"^model_name_or_path: the {what} of {{}} can't be loaded \({{}}[^\s()][^\n]+\)\. Check the name or folder"
-    )
+    expected = rf"^model_name_or_path: the {what} of {{}} can't be loaded \({{}}[^\s()][^\n]+\)\. Check"
     (tmp_path / "config.json").write_text(content)
     with pytest.raises(LoadingError, match=expected.format(tmp_path, "")) as error:
         use(tmp_path)
     assert isinstance(error.value, UserError) and "\n" not in str(error.value)
     with pytest.raises(LoadingError, match=expected.format("nobody/nothing", "We couldn't ")):
         use("nobody/nothing")
-
-
-def test_the_reason_is_the_first_line_of_the_error():
-    assert "(first)." in _explained("m", "model", OSError("\n first\nsecond"))
 
 
 def test_weights_are_quantized_where_the_recipe_says_so(tmp_path):

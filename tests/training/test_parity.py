@@ -55,7 +55,7 @@ def four_layers(pretrained, ours):
     @functools.cache
     def make(window):
         values = {
-            name: value for name, value in llama.config.to_dict().items() if name not in ("model_type", "layer_types")
+            key: value for key, value in llama.config.to_dict().items() if key not in ("model_type", "layer_types")
         }
         mistral = MistralConfig(**values | {"sliding_window": window, "num_hidden_layers": 4})
         model = MistralForCausalLM(mistral).to(llama.dtype).eval()
@@ -174,18 +174,6 @@ def test_the_message_says_what_to_change(monkeypatch):
         check_parity(model, model, pairs, "dense")
 
 
-def test_scores_that_are_not_finite_are_refused(monkeypatch):
-    model, pairs = make_model("llama").eval(), make_pairs(3)
-    token_logps = parity.scoring.token_logps
-    monkeypatch.setattr(parity.scoring, "token_logps", lambda *arguments: token_logps(*arguments) * float("nan"))
-    with pytest.raises(ParityError, match=r"per token nan, .*Set `attention: dense`"):
-        check_parity(model, model, pairs, "segment")
-    monkeypatch.undo()
-    model.lm_head.weight.data[0] = float("nan")
-    with pytest.raises(ParityError, match="plain scores are not finite either: check the weights"):
-        check_parity(model, model, pairs, "segment")
-
-
 @pytest.fixture
 def compare(monkeypatch):
     """`check_parity` of given differences from the first plain kernel's log-probabilities and hidden states."""
@@ -221,25 +209,19 @@ def test_a_shift_of_all_scores_is_refused_where_noise_of_its_size_is_not(compare
     for shift in (-0.00545, 0.00545):
         assert compare(shift, NOISE) == pytest.approx(0.00545, abs=1e-6)
     for shift in (-0.00556, 0.00556):
-        with pytest.raises(
-            ParityError, match=r": mean signed difference in nats per token 5.6e-03, expected at most 5.5e-03\."
-        ):
+        with pytest.raises(ParityError, match=r": mean signed .* token 5.6e-03, expected at most 5.5e-03\."):
             compare(shift, NOISE)
 
 
 def test_noise_is_refused_beyond_three_times_that_between_plain_kernels(compare):
-    with pytest.raises(
-        ParityError, match=r": mean difference in nats per token 3.1e-02, expected at most 3.0e-02\. Set"
-    ):
+    with pytest.raises(ParityError, match=r": mean difference .* token 3.1e-02, expected at most 3.0e-02\. Set"):
         compare(torch.tensor([0.06, -0.06, 0.002, -0.002]).repeat(25), NOISE)
 
 
 def test_hidden_states_may_differ_as_those_of_plain_kernels_do(compare):
     away = torch.tensor([0.02, -0.02])  # of 2 on average
     compare(packed_hidden=away.flip(0), other_hidden=away)
-    with pytest.raises(
-        ParityError, match=r": relative difference of hidden states .* 1.1e-02, expected at most 1.0e-02\. Set"
-    ):
+    with pytest.raises(ParityError, match=r": relative .* hidden states .* 1.1e-02, expected at most 1.0e-02\. Set"):
         compare(packed_hidden=1.1 * away, other_hidden=away)
 
 
@@ -248,11 +230,9 @@ def test_float32_may_differ_by_1e_4(compare):
     limit = "expected at most 1.0e-04"
     expected = rf"token 1.2e-04, {limit}; mean signed .* token 1.2e-04, {limit}; relative .* layer 1.1e-04, {limit}\. "
     for kind, way_out in (("segment", "Set `attention"), ("flex", "Set `attention"), ("dense", "This model can't")):
-        with pytest.raises(
-            ParityError, match=f"attention: {kind} scores LlamaForCausalLM .*{expected}{way_out}"
-        ) as error:
+        with pytest.raises(ParityError, match=f"attention: {kind} scores LlamaForCausalLM .*{expected}{way_out}"):
             compare(1.2e-4, packed_hidden=2.2e-4, kind=kind)
-        assert isinstance(error.value, UserError)
+    assert issubclass(ParityError, UserError)
 
 
 def test_a_score_that_is_not_finite_is_blamed_on_what_made_it(compare):

@@ -65,17 +65,6 @@ def test_token_logps_equal_the_padded_reference(name, kind, count):
     torch.testing.assert_close(actual, torch.cat(expected), atol=2e-5, rtol=0)
 
 
-@pytest.mark.parametrize("name", ["llama", "mistral-window"])
-def test_prompts_of_one_token(name):
-    model = make_model(name)
-    pairs = make_pairs(4, prompt_lengths=(1, 1))
-    with torch.no_grad():
-        expected = padded_pairs(model, pairs)
-    actual = scoring.score_pairs(model, [pairs[:3], pairs[3:]])
-    for field, values in expected.items():
-        torch.testing.assert_close(actual[field], values.float(), atol=1e-4, rtol=0)
-
-
 @pytest.mark.parametrize("window", [None, 40])
 def test_flex_block_mask_covers_the_dense_mask(window):
     parts = [pack_pairs(make_pairs(12, seed=1, prompt_lengths=(1, 150))), pack([([1, 2], [[3], [], [4] * 300])])]
@@ -84,6 +73,7 @@ def test_flex_block_mask_covers_the_dense_mask(window):
     mask = attention.block_mask(packed, window)
     index = torch.arange(len(dense))
     assert torch.equal(mask.mask_mod(0, 0, index[:, None], index[None, :]), dense)
+    assert mask.seq_lengths == (len(dense), len(dense))
     blocks = mask.to_dense()[0, 0].bool()
     per_block = dense.view(len(blocks), attention.BLOCK, len(blocks), attention.BLOCK).any(3).any(1)
     assert not (per_block & ~blocks).any(), "no block that holds something may be skipped"
@@ -158,9 +148,10 @@ def test_loss_and_gradients_equal_the_padded_reference(name, kind, checkpointing
         torch.testing.assert_close(actual.grad, wanted.grad, atol=1e-4 * max(scale, 1e-2), rtol=0, msg=parameter_name)
 
 
-def test_priors_of_score_pairs_equal_the_padded_reference():
-    model = make_model("llama")
-    pairs = make_pairs(5)
+@pytest.mark.parametrize("name", ["llama", "mistral-window"])
+def test_score_pairs_equals_the_padded_reference(name):
+    """Some prompts have one token."""
+    model, pairs = make_model(name), make_pairs(3, prompt_lengths=(1, 1)) + make_pairs(3)
     with torch.no_grad():
         expected = padded_pairs(model, pairs, prior_context=[1, 2])
     actual = scoring.score_pairs(model, [pairs[:2], pairs[2:]], prior_context=[1, 2])
@@ -234,9 +225,3 @@ def test_sums_accumulate_in_float64():
     values = torch.full((30000,), -0.1, dtype=torch.float32)
     exact = float(values.double().sum())
     assert packed.sum_by_response(values).item() == pytest.approx(exact, rel=1e-7)
-
-
-@pytest.mark.parametrize("kind", ["flash", "sdpa", "plain"])
-def test_unknown_attention_kind(kind):
-    with pytest.raises(ValueError, match=f"found {kind!r}, expected one of auto, segment, flex, dense"):
-        attention.resolve_kind(kind, torch.device("cpu"))

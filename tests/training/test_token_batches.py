@@ -151,10 +151,8 @@ def test_two_processes_start_as_the_first_sees_it_which_alone_reports(two_proces
 @pytest.mark.parametrize(
     "objective, matters",
     [
-        ({"name": "rmipo"}, False),
-        ({"name": "dpo"}, False),
-        ({"name": "kto"}, True),
-        ({"name": "alpha-dpo"}, True),
+        *(({"name": name}, False) for name in ("rmipo", "dpo", "ipo", "simpo", "simper", "epsilon-dpo")),
+        *(({"name": name}, True) for name in ("kto", "alpha-dpo", "beta-dpo")),
         ({"name": "cpo"}, True),
         ({"name": "cpo", "sft_normalization": "sequence"}, False),
         ({"name": "slic"}, False),
@@ -169,6 +167,7 @@ def test_a_loss_says_whether_its_micro_batch_matters(objective, matters):
         logps = -lengths * torch.tensor([1.0, 0.5, 2.0, 1.5])
         sums = {f"{prefix}{side}_logps": logps for prefix in ("", "ref_") for side in ("chosen", "rejected")}
         sums |= {"prior_chosen_logps": 2 * logps, "prior_rejected_logps": 3 * logps}
+        sums |= {"plus_logratios": logps, "minus_logratios": -logps}
         columns = {**sums, "chosen_lengths": lengths, "rejected_lengths": lengths}
         whole = objective(PairScores(**columns)).losses.mean()
         halves = [PairScores(**{name: v[part] for name, v in columns.items()}) for part in (slice(2), slice(2, 4))]
