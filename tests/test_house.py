@@ -34,25 +34,25 @@ def test_an_import_against_the_order_is_found(tmp_path):
 # Lines of Python that a folder may have. They hold what there is: raising one is a decision to defend, lowering one is the way
 # to the aim.
 LINES = {
-    "rmipo/compare": 810,  # aim: 400
+    "rmipo/compare": 820,  # aim: 400
     "rmipo/constraints": 120,  # aim: 110
-    "rmipo/data": 1400,  # aim: 800
-    "rmipo/evaluation": 2109,  # aim: 1500
-    "rmipo/generation": 1050,  # aim: 800
-    "rmipo/launch": 820,  # aim: 600
-    "rmipo/objectives": 1000,  # aim: 600
+    "rmipo/data": 1320,  # aim: 800
+    "rmipo/evaluation": 2050,  # aim: 1500
+    "rmipo/generation": 1040,  # aim: 800
+    "rmipo/launch": 800,  # aim: 600
+    "rmipo/objectives": 950,  # aim: 600
     "rmipo/page": 300,
-    "rmipo/plan": 670,  # aim: 450
+    "rmipo/plan": 610,  # aim: 450
     "rmipo/recipe": 990,  # aim: 650
-    "rmipo/reporting": 2000,  # aim: 1500
-    "rmipo/run": 1000,  # aim: 800
-    "rmipo/tiny": 640,  # aim: 450
-    "rmipo/training": 2550,  # aim: 1700
-    "rmipo": 15998,  # aim: 11000
-    "scripts": 1640,  # aim: 1100
+    "rmipo/reporting": 2010,  # aim: 1500
+    "rmipo/run": 850,  # aim: 800
+    "rmipo/tiny": 650,  # aim: 450
+    "rmipo/training": 2560,  # aim: 1700
+    "rmipo": 15690,  # aim: 11000
+    "scripts": 1600,  # aim: 1100
     "benchmarks": 1350,  # aim: 800
     "examples": 160,
-    "tests": 20390,  # aim: 14000
+    "tests": 20250,  # aim: 14000
 }
 
 
