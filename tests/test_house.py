@@ -52,7 +52,7 @@ LINES = {
     "scripts": 1640,  # aim: 1100
     "benchmarks": 1350,  # aim: 800
     "examples": 160,
-    "tests": 20390,  # aim: 14000
+    "tests": 20400,  # aim: 14000
 }
 
 
