@@ -52,7 +52,7 @@ LINES = {
     "scripts": 1600,  # aim: 1100
     "benchmarks": 1350,  # aim: 800
     "examples": 160,
-    "tests": 20250,  # aim: 14000
+    "tests": 20260,  # aim: 14000
 }
 
 

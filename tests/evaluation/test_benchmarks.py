@@ -26,7 +26,7 @@ def test_a_metric_belongs_to_one_benchmark():
 def test_settings_that_are_compared_exist():
     # Added to a result by `run`.
     recorded = {"judge_endpoint", "other_pairs", "model_fingerprint", "initial_fingerprint"}
-    recorded |= {f"{name}_sha256" for name in ("judge", "reference", "pairs", "prompts")}
+    recorded |= {f"{name}_sha256" for name in ("judge", "reference", "pairs", "prompts", "answers")}
     for benchmark in BENCHMARKS.values():
         named = {*benchmark.same, *benchmark.same_per_model, *benchmark.trial, *benchmark.paper}
         assert {name.partition(".")[0] for name in named} <= benchmark.defaults.keys() | recorded, benchmark.name

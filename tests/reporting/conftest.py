@@ -9,12 +9,17 @@ import pytest
 
 from tests.helpers.paths import ROOT
 
+VARIABLES = ("N", "TABLE", "MODEL", "METHOD", "METRIC", "ARGS", "DATA", "SLURM", "DRY", "STAGE", "BENCH")
+VARIABLES += ("WINS", "AGAINST", "EVAL_NAME")
+
 
 @pytest.fixture
 def run_script(monkeypatch) -> Callable[..., int]:
     """(name, *arguments, folder, **environment) -> exit code of scripts/<name>, run in `folder`."""
 
     def run(name: str, *arguments: str, folder: Path, **environment: str) -> int:
+        for variable in VARIABLES:
+            monkeypatch.delenv(variable, raising=False)
         for variable, value in environment.items():
             monkeypatch.setenv(variable, value)
         monkeypatch.chdir(folder)
