@@ -48,7 +48,7 @@ class SimPO(Objective):
         chosen_rewards, rejected_rewards = self.beta * chosen, self.beta * rejected
         losses = margin_loss(chosen_rewards - rejected_rewards, self.gamma, self.label_smoothing)
         if self.sft_weight:
-            # Its weight is SimPO's own option: most of its published runs have 0.
+            # An option of SimPO's own trainer; the paper's loss is without it.
             losses = losses + self.sft_weight * sft_loss(scores, "token")
         return make_output(losses, chosen_rewards, rejected_rewards, self.gamma)
 

@@ -45,7 +45,7 @@ def verify_export(folder: str | Path, config: PreTrainedConfig, peft_config: Pef
 
     ZeRO-3 can write empty tensors or leave some out, and loading such a folder only warns. Raises ExportError.
     """
-    # Headers alone are read: an 8B model is checked in a second.
+    # Reads the headers of the files, not the weights.
     found = saved_tensors(Path(folder))
     with init_empty_weights():
         # Not by AutoModel: while ZeRO-3 is on, that divides what it makes over the processes.
