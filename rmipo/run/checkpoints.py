@@ -14,7 +14,6 @@ from rmipo.errors import CheckpointError, UserError
 from rmipo.files import LOCK_FILE, TEMPORARY, write_atomically
 from rmipo.record import differences, recorded_run
 from rmipo.training import checkpoints
-from rmipo.training.checkpoints import STARTED
 
 MARKER = "complete.json"
 FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -44,9 +43,9 @@ class Checkpoints(TrainerCallback):
         self.limit, args.save_total_limit = args.save_total_limit, None
         if state.is_world_process_zero:
             for folder in checkpoints.numbered_checkpoints(args.output_dir):
-                if (folder / STARTED).exists() and not (folder / MARKER).exists():
+                if checkpoints.is_torn(folder, MARKER):
+                    checkpoints.delete(folder, MARKER)
                     print(f"{folder} is incomplete: deleted")
-                    shutil.rmtree(folder)
 
     def on_save(self, args, state, control, **kwargs):
         # Under ZeRO-3 each process writes a share: the marker waits for the slowest.
@@ -82,8 +81,8 @@ def resume_point(output_dir: str | Path, identity: dict) -> str | None:
         _refuse_other(run, identity, output_dir)
         step = checkpoints.step_of(complete[-1]) if complete else 0
         for folder in checkpoints.numbered_checkpoints(output_dir):
-            torn = (folder / STARTED).exists() and not (folder / MARKER).exists()
-            if folder not in complete and not torn and checkpoints.step_of(folder) > step:
+            unsafe = folder not in complete and not checkpoints.is_torn(folder, MARKER)
+            if unsafe and checkpoints.step_of(folder) > step:
                 raise CheckpointError(f"{folder} is not this run's, and the run would overwrite it. Move it away")
     else:
         ours = {LOCK_FILE, *(folder.name for folder in complete)}

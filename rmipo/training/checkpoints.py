@@ -76,9 +76,24 @@ def rotate(complete: list[Path], marker: str, limit: int, keep: str | None = Non
     """Delete the `complete` checkpoints but the `limit` newest and `keep`; the marker goes first."""
     for folder in complete[:-limit]:
         if keep is None or folder != Path(keep):
-            # Killed in between, the folder counts as incomplete and not as a checkpoint with files missing.
-            (folder / marker).unlink()
-            shutil.rmtree(folder)
+            delete(folder, marker)
+
+
+def delete(folder: Path, marker: str) -> None:
+    """Delete a checkpoint so that what a kill leaves of it `is_torn`: its marker first, the file STARTED last."""
+    (folder / marker).unlink(missing_ok=True)
+    for path in folder.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name != STARTED:
+            path.unlink()
+    shutil.rmtree(folder)
+
+
+def is_torn(folder: Path, marker: str) -> bool:
+    """Whether a kill left it, in a save that didn't reach its marker or in a deletion. Both begin or end empty."""
+    names = {path.name for path in folder.iterdir()}
+    return marker not in names and (STARTED in names or not names)
 
 
 def start_checkpoint(output_dir: str | Path, step: int) -> None:

@@ -1,7 +1,9 @@
 """What counts as a checkpoint, which are deleted when, and what a full disk leaves."""
 
+import contextlib
 import errno
 import json
+import os
 import shutil
 import types
 from collections import namedtuple
@@ -72,15 +74,32 @@ def test_the_best_checkpoint_stays_beyond_the_limit(tmp_path):
     assert names(tmp_path) == ["checkpoint-2", "checkpoint-6"]
 
 
-def test_a_checkpoint_that_is_deleted_halfway_is_none(tmp_path, monkeypatch):
-    def killed(folder, **options):
-        raise OSError("killed here")
-
+@pytest.mark.parametrize("calls", range(1, 6))
+def test_what_a_kill_leaves_of_a_deletion_is_deleted_by_the_next_start(tmp_path, monkeypatch, calls):
+    """Killed before the n-th call that removes a file or folder, of six."""
     make_checkpoints(tmp_path, complete=(2, 4))
-    monkeypatch.setattr(shutil, "rmtree", killed)
-    with pytest.raises(OSError, match="killed here"):
+    (tmp_path / "checkpoint-2/global_step2").mkdir()
+    (tmp_path / "checkpoint-2/global_step2/share").touch()
+    left = [calls]
+
+    def until_killed(function):
+        def call(*arguments, **options):
+            left[0] -= 1
+            if left[0] < 0:
+                raise SystemExit("killed here")
+            return function(*arguments, **options)
+
+        return call
+
+    with monkeypatch.context() as patch, contextlib.suppress(SystemExit):
+        for name in ("unlink", "rmdir"):
+            patch.setattr(os, name, until_killed(getattr(os, name)))
         rotate(complete_checkpoints(tmp_path), MARKER, 1)
     assert [path.name for path in complete_checkpoints(tmp_path)] == ["checkpoint-4"]
+    (tmp_path / "run.json").write_text(json.dumps(IDENTITY))
+    assert resume_point(tmp_path, IDENTITY).endswith("checkpoint-4")
+    save(tmp_path, 6)
+    assert names(tmp_path) == ["checkpoint-4", "checkpoint-6", "run.json"]
 
 
 def test_a_marker_that_is_written_halfway_is_none(tmp_path, monkeypatch):
@@ -164,10 +183,12 @@ def test_a_users_folder_that_the_run_would_save_into_is_refused(tmp_path):
     make_checkpoints(tmp_path, complete=(4,), torn=(6,))
     (tmp_path / "checkpoint-2").mkdir()  # an earlier one: the run never comes there again
     assert resume_point(tmp_path, IDENTITY).endswith("checkpoint-4")
-    (tmp_path / "checkpoint-10").mkdir()
+    (tmp_path / "checkpoint-10").mkdir()  # empty: there is nothing to lose
+    assert resume_point(tmp_path, IDENTITY).endswith("checkpoint-4")
+    (tmp_path / "checkpoint-10/notes").touch()
     with pytest.raises(CheckpointError, match="checkpoint-10"):
         resume_point(tmp_path, IDENTITY)
-    (tmp_path / "checkpoint-10").rmdir()
+    shutil.rmtree(tmp_path / "checkpoint-10")
     shutil.copytree(tmp_path / "checkpoint-4", tmp_path / "checkpoint-20")
     with pytest.raises(CheckpointError, match="checkpoint-20"):
         resume_point(tmp_path, IDENTITY)
