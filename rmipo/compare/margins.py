@@ -1,7 +1,8 @@
 """The program of `make margins`: is it the pair's own margin that helps, and how much do outcomes depend on tuning?
 
 The arms answer the first question: RMiPO, RMiPO whose margins are dealt to other pairs ("shuffled"), and SimPO at the mean of
-RMiPO's margins, all at one learning rate. The grids answer the second: as many settings of each method, same budget.
+RMiPO's margins. They share the learning rate at which RMiPO is best in a search; methods without margins have searches of their
+own. The grids answer the second: as many settings of each method, same budget.
 """
 
 import itertools
@@ -14,7 +15,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from rmipo.compare.log import Log, execute_all
+from rmipo.compare.log import Log, best_rates, execute_all, search_runs
 from rmipo.compare.study import Study
 from rmipo.compare.trial import Trial
 from rmipo.evaluation.statistics import holm
@@ -41,33 +42,35 @@ def margins(env: dict[str, str]) -> int:
     model, _ = choose_stages({**env, "STAGE": ""})
     plan = read_yaml(Path(f"recipes/{model}/margins.yaml"))
     study = Study(model, arguments=env.get("ARGS", ""))
-    folder, rates = Path(f"outputs/{model}/margins"), plan["arms"]
+    folder, metric, rates = Path(f"outputs/{model}/margins"), study.task.selection_metric, {}
     workers = whole_number(env, "WORKERS", study.workers)
-    arms = [
-        Trial("report", method, rate, seed, noise)
-        for noise in plan["noise"]
-        for seed in range(plan["arm_seeds"])
-        for method, rate in rates.items()
-    ]
-    # A study that is stopped early has its primary contrast.
-    arms.sort(key=lambda run: run.method not in (FIRST, SECOND))
-    grids = [
-        Trial("report", method, rates[method], seed, 0.0, point)
-        for seed in range(plan.get("grid_seeds", 0))
-        for method, grid in plan.get("grids", {}).items()
-        for point in points(grid)
-    ]
-    for run in (*arms, *grids):
+    searches = {
+        name: search_runs([name], arms["learning_rate"])
+        for name, arms in plan["arms"].items()
+        if isinstance(arms["learning_rate"], list)
+    }
+    draws = [(seed, noise) for noise in plan["noise"] for seed in range(plan["arm_seeds"])]
+    methods = [method for arms in plan["arms"].values() for method in arms["methods"]]
+    for run in [Trial("report", method, None, 0, 0.0) for method in methods] + grid_runs(plan, rates):
         study.check(run)
     with locked(folder, "MODEL"):
         log = Log(folder / "runs.jsonl", study)
-        total = len(arms) + len(grids) + plan["arm_seeds"] * len(plan["noise"])
+        total = sum(map(len, searches.values())) + (len(methods) + 1) * len(draws) + len(grid_runs(plan, rates))
         with tqdm(total=total, unit="run", smoothing=0) as bar:
-            done = list(zip(arms, execute_all(log, arms, workers, bar), strict=True))
+            done: list[tuple[Trial, dict]] = []
+            for name, arms in plan["arms"].items():
+                rate = arms["learning_rate"]
+                if name in searches:
+                    rate = best_rates(execute_all(log, searches[name], workers, bar), metric)[name]
+                rates |= dict.fromkeys(arms["methods"], rate)
+                runs = [Trial("report", method, rate, *draw) for draw in draws for method in arms["methods"]]
+                # A study that is stopped early has its primary contrast.
+                runs.sort(key=lambda run: run.method not in (FIRST, SECOND))
+                done += zip(runs, execute_all(log, runs, workers, bar), strict=True)
             means = [mean_gamma_arm(run, line) for run, line in done if run.method == FIRST and "gamma_mean" in line]
             done += zip(means, execute_all(log, means, workers, bar), strict=True)
+            grids = grid_runs(plan, rates)
             spread = list(zip(grids, execute_all(log, grids, workers, bar), strict=True))
-        metric = study.task.selection_metric
         text = "\n".join(report(done, spread, name) for name in plan.get("metrics", [metric]))
         print(text)
         (folder / "report.md").write_text(text)
@@ -75,6 +78,15 @@ def margins(env: dict[str, str]) -> int:
             draw_spread(outcomes(spread, metric), METRICS[metric]).savefig(folder / "spread.png")
             print(folder / "spread.png")
     return 0
+
+
+def grid_runs(plan: dict, rates: dict[str, float]) -> list[Trial]:
+    return [
+        Trial("report", method, rates.get(method), seed, 0.0, point)
+        for seed in range(plan.get("grid_seeds", 0))
+        for method, grid in plan.get("grids", {}).items()
+        for point in points(grid)
+    ]
 
 
 def points(grid: dict[str, list]) -> list[tuple[tuple[str, float], ...]]:

@@ -98,7 +98,7 @@ class ConstraintsTask(PairsTask):
             those of its search.yaml over them.
     """
 
-    selection_metric = "constraints_all"
+    selection_metric = "constraints_solved"
 
     def __init__(self, settings: dict[str, dict[str, dict]]):
         self.settings = settings

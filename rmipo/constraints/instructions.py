@@ -1,4 +1,4 @@
-"""IFEval's instructions as lm-eval has them: which of them are drawn, and whether an answer follows them.
+"""IFEval's instructions as lm-eval has them: which of them are drawn, and whether an answer does what its prompt asks.
 
 Left out: `number_sentences` and `capital_word_frequency` (need NLTK's data, a download), `response_language` and the two of
 `change_case` (guess a language, and differently from call to call), `constrained_response`, `json_format`, `two_responses`
@@ -10,8 +10,10 @@ every one).
 import contextlib
 import functools
 import io
+import re
 from unittest import mock
 
+from rmipo.constraints.prompts import WORDS
 from rmipo.record import require_package
 
 require_package("lm_eval")  # here: an oracle's file is imported before hours of sampling
@@ -54,7 +56,23 @@ def followed(constraints: list[dict], answer: str) -> list[bool]:
     return results
 
 
-def score(messages: list[dict], answers: list[str], constraints: list[dict]) -> list[float]:
-    """An oracle for `make pairs`: the share of the prompt's constraints that each answer follows."""
-    results = [followed(constraints, answer) for answer in answers]
+def answered(row: dict, answer: str) -> bool:
+    """Whether `answer` has a keyword of a prompt's row and a word of its subject, or one that begins so, in as many words as
+    were allowed.
+    """
+    words = [rf"\b({'|'.join(map(re.escape, row['keywords']))})\b", rf"\b({'|'.join(row['subject'])})"]
+    return len(answer.split()) <= WORDS and all(re.search(pattern, answer, re.IGNORECASE) for pattern in words)
+
+
+def solved(row: dict, answer: str) -> bool:
+    """Whether `answer` answers the task of a prompt's row and follows all its constraints."""
+    return answered(row, answer) and all(followed(row["constraints"], answer))
+
+
+def score(
+    messages: list, answers: list[str], constraints: list[dict], keywords: list[str], subject: list[str]
+) -> list[float]:
+    """An oracle for `make pairs`: of the task and the prompt's constraints the share that each answer does."""
+    row = {"keywords": keywords, "subject": subject}
+    results = [[answered(row, answer), *followed(constraints, answer)] for answer in answers]
     return [sum(result) / len(result) for result in results]

@@ -1,45 +1,47 @@
-"""Prompts with verifiable constraints, written beside this file: `python -m rmipo.constraints.prompts` makes them again.
+"""Short tasks with a verifiable constraint, written beside this file: `python -m rmipo.constraints.prompts` makes them again.
 
-The test prompts have other tasks than the training prompts, and pairs of constraints that never occur together there.
+tasks.txt has a task per line with the keywords of which a right answer has one. It also has a word of the question's subject:
+without that a text could name the keywords of many tasks. No task is in both splits.
 """
 
 import itertools
 import json
 import random
+import re
+from collections import Counter
 from pathlib import Path
 
-from rmipo.recipe.files import read_yaml
-
 FOLDER = Path(__file__).parent
-SIZES = {"train": 600, "test": 300}
+SIZES = {"train": 600, "test": 600}
 SEED = 42
-TEST_COMBINATIONS = 0.4  # share of the pairs of constraints that only the test prompts have
-SINGLE = 0.5  # share of the training prompts with one constraint
+WORDS = 60  # of an answer, at most
+COMMON = 6  # tasks; a word of more says nothing about which of them was answered
 
 
 def make_prompts() -> dict[str, list[dict]]:
-    """Per split: rows of `prompt` (text) and `constraints` (`{"id", "arguments"}`)."""
+    """Rows per split: `prompt`, `keywords` and `subject` (a right answer has one of each) and `constraints`."""
     from rmipo.constraints.instructions import DRAWN, registry  # needs lm-eval; reading the prompts doesn't
 
-    draw = random.Random(SEED)
-    conflicts = registry().conflict_make(registry().INSTRUCTION_CONFLICTS)
-    pairs = [pair for pair in itertools.combinations(DRAWN, 2) if pair[1] not in conflicts[pair[0]]]
-    draw.shuffle(pairs)
-    held_out = round(TEST_COMBINATIONS * len(pairs))
-    combinations = {"test": pairs[:held_out], "train": pairs[held_out:]}
+    tasks = [line.split(" | ") for line in (FOLDER / "tasks.txt").read_text().splitlines()]
     random.seed(SEED)  # the instructions draw their arguments from the module's own stream
-    rows = {}
-    for split, tasks in read_yaml(FOLDER / "tasks.yaml").items():
-        texts = [form.format(topic=topic) for form in tasks["forms"] for topic in tasks["topics"]]
+    random.shuffle(tasks)
+    words = [{*re.findall(r"[a-z]{3,}", question.lower())} for question, _ in tasks]
+    tasks_with = Counter(word for some in words for word in some)
+    rows, start = {}, 0
+    for split, size in SIZES.items():
         rows[split] = []
-        for text in draw.sample(texts, SIZES[split]):
-            single = split == "train" and draw.random() < SINGLE
-            names = (draw.choice(DRAWN),) if single else draw.choice(combinations[split])
-            instructions = [registry().INSTRUCTION_DICT[name](name) for name in names]
-            descriptions = [instruction.build_description() for instruction in instructions]
-            arguments = [instruction.get_instruction_args() or {} for instruction in instructions]
-            constraints = [{"id": n, "arguments": a} for n, a in zip(names, arguments, strict=True)]
-            rows[split].append({"prompt": "\n".join([text, *descriptions]), "constraints": constraints})
+        for (question, keywords), some in itertools.islice(zip(tasks, words, strict=True), start, start + size):
+            name = random.choice(DRAWN)
+            instruction = registry().INSTRUCTION_DICT[name](name)
+            description = instruction.build_description()
+            # The question comes last: a small model answers it more often than one before the constraint.
+            prompt = f"{description}\nAnswer in at most {WORDS} words: {question}"
+            constraints = [{"id": name, "arguments": instruction.get_instruction_args() or {}}]
+            rarest = min(tasks_with[word] for word in some)
+            subject = sorted(word for word in some if tasks_with[word] <= max(COMMON, rarest))
+            row = {"prompt": prompt, "keywords": keywords.split(" / "), "subject": subject, "constraints": constraints}
+            rows[split].append(row)
+        start += size
     return rows
 
 

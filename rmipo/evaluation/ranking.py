@@ -22,7 +22,7 @@ from rmipo.recipe.settings import merge_settings
 from rmipo.record import require_package
 
 DEFAULTS = {
-    "first_n": 150,  # of the 300 prompts
+    "first_n": 150,  # of the 600 prompts
     "skip_n": 0,  # prompts left out before those
     "answers": 8,  # of the initial model to each
     "initial": None,  # folder of the model that answers; that of the training's recipe if null, else the model itself
@@ -56,7 +56,7 @@ def run(model_dir: str | Path, output_dir: str | Path, settings: dict) -> dict:
     each, rows, tasks, verdicts = settings["answers"], [], [], []
     for number, prompt in enumerate(prompts):
         own = slice(number * each, (number + 1) * each)
-        right = verified(prompt["constraints"], answers[own], generator.finishes[own])
+        right = verified(prompt, answers[own], generator.finishes[own])
         verdicts += right.values()
         if len({*right.values()}) == 2:  # others have no couple to rank
             rows += [{"prompt": number, "answer": answer, "right": verdict} for answer, verdict in right.items()]
@@ -81,12 +81,12 @@ def run(model_dir: str | Path, output_dir: str | Path, settings: dict) -> dict:
     return generator.result(metrics, settings, ["lm_eval"], per_prompt=values, fingerprint=weights)
 
 
-def verified(constraints: list[dict], answers: list[str], finishes: list[str]) -> dict[str, bool]:
-    """The whole answers to one prompt, each text once, and whether it follows all constraints."""
-    from rmipo.constraints.instructions import followed  # needs lm-eval
+def verified(prompt: dict, answers: list[str], finishes: list[str]) -> dict[str, bool]:
+    """The whole answers to one prompt, each text once, and whether it is right and follows all constraints."""
+    from rmipo.constraints.instructions import solved  # needs lm-eval
 
     whole = [answer for answer, finish in zip(answers, finishes, strict=True) if finish != "length"]
-    return {answer: all(followed(constraints, answer)) for answer in whole}
+    return {answer: solved(prompt, answer) for answer in whole}
 
 
 def auc(scores: Sequence[float], right: Sequence[bool]) -> float | None:

@@ -359,6 +359,29 @@ def test_a_comparison_is_finished_where_it_was_interrupted(repository):
     assert json.loads(path.read_text().splitlines()[-1])["metrics"] == lines[-1]["metrics"]
 
 
+@pytest.mark.slow
+def test_a_study_of_margins_searches_a_rate_for_all_arms_of_a_kind(repository):
+    (repository / "recipes/tiny/margins.yaml").write_text(
+        "arms: {rmipo: {learning_rate: [1.0e-3, 2.0e-2], methods: [simpo, rmipo, shuffled]},"
+        " dpo: {learning_rate: 3.0e-3, methods: [dpo]}}\n"
+        "arm_seeds: 2\nnoise: [0.0]\ngrids: {simpo: {beta: [1.0, 2.0]}}\ngrid_seeds: 1\n"
+    )
+    run = launch(["scripts/margins.py"], root=repository, MODEL="tiny", ARGS=ARGUMENTS)
+    assert run.wait() == 0, run.output
+    lines = [json.loads(line) for line in (repository / "outputs/tiny/margins/runs.jsonl").read_text().splitlines()]
+    searched = {line["learning_rate"]: line for line in lines if line["purpose"] == "search"}
+    best = max(searched, key=lambda rate: searched[rate]["metrics"]["right_probability"])
+    assert searched.keys() == {1e-3, 2e-2} and {line["method"] for line in searched.values()} == {"rmipo"}
+    reported = [line for line in lines if line["purpose"] == "report"]
+    assert {line["method"] for line in reported[:4]} == {"rmipo", "shuffled"}  # the primary contrast comes first
+    rates = {"rmipo": best, "shuffled": best, "simpo": best, "dpo": 3e-3}
+    assert all(line["learning_rate"] == rates[line["method"]] for line in reported)
+    assert len(reported) == 4 * 2 + 2 + 2
+    mean_gammas = [line["gamma_mean"] for line in reported if line["method"] == "rmipo"]
+    own = [dict(line["objective"])["gamma"] for line in reported if "gamma" in dict(line["objective"])]
+    assert sorted(own) == pytest.approx(sorted(mean_gammas), abs=1e-4)
+
+
 def test_a_run_that_is_killed_ends_the_comparison_with_the_way_out(study, tmp_path, monkeypatch):
     """As Linux kills a process when memory runs out."""
     monkeypatch.setattr("rmipo.compare.log.execute", kill_itself)
