@@ -7,27 +7,40 @@ import pytest
 
 pytest.importorskip("lm_eval")
 
-from rmipo.constraints.instructions import DRAWN, followed, score
+from rmipo.constraints.instructions import DRAWN, answered, followed, score, solved
 from rmipo.constraints.prompts import make_prompts, read_prompts
 from tests.helpers.paths import ROOT
-
-
-def names(row: dict) -> tuple[str, ...]:
-    return tuple(sorted(constraint["id"] for constraint in row["constraints"]))
 
 
 def test_the_shipped_prompts_are_what_the_program_makes():
     assert make_prompts() == {split: read_prompts(split) for split in ("train", "test")}
 
 
-def test_test_prompts_share_neither_tasks_nor_combinations_with_training():
+def test_no_task_is_in_two_splits_and_no_prompt_has_its_keywords():
     splits = {split: read_prompts(split) for split in ("train", "test")}
-    tasks = {split: {row["prompt"].split("\n")[0] for row in rows} for split, rows in splits.items()}
-    pairs = {split: {names(row) for row in rows} for split, rows in splits.items()}
-    assert len(tasks["train"]) == 600 and len(tasks["test"]) == 300
-    assert not tasks["train"] & tasks["test"] and not pairs["train"] & pairs["test"]
-    assert all(len(combination) == 2 for combination in pairs["test"])
-    assert {name for combination in pairs["test"] for name in combination} == set(DRAWN)
+    tasks = {split: {row["prompt"].split("\n")[-1].lower() for row in rows} for split, rows in splits.items()}
+    assert len(tasks["train"]) == len(tasks["test"]) == 600 and not tasks["train"] & tasks["test"]
+    for row in (*splits["train"], *splits["test"]):
+        question = row["prompt"].split(" words: ")[1]
+        assert not answered({**row, "subject": [""]}, question) and row["keywords"] and row["subject"]
+        assert all(word in question.lower() for word in row["subject"])
+    assert {row["constraints"][0]["id"] for row in splits["test"]} == set(DRAWN)
+
+
+@pytest.mark.parametrize(
+    ("answer", "right"),
+    [
+        ("Honey is what bees make.", True),
+        ("A bee's syrup", True),
+        ("bees make HONEYCOMBS", False),  # another word
+        ("Honey", False),  # names no bees: as good for any question
+        ("Bees make wax", False),
+        (" ".join(["bees honey", *["x"] * 58]), True),
+        (" ".join(["bees honey", *["x"] * 59]), False),  # 61 words
+    ],
+)
+def test_an_answer_has_a_keyword_and_a_word_of_the_subject_in_sixty_words(answer, right):
+    assert answered({"keywords": ["honey", "a bee's syrup"], "subject": ["bee", "make"]}, answer) is right
 
 
 @pytest.mark.parametrize(
@@ -66,9 +79,11 @@ def test_hand_made_answers(name, arguments, right, wrong):
     assert [followed([filled_up], answer) for answer in (right, wrong, "", "  ")] == [[True], [False], [False], [False]]
 
 
-def test_score_is_the_share_of_constraints():
-    constraints = [{"id": "punctuation:no_comma", "arguments": {}}, {"id": "detectable_format:title", "arguments": {}}]
-    assert score([], ["<<Both>>", "One.", "None, here", ""], constraints) == [1.0, 0.5, 0.0, 0.0]
+def test_score_is_the_share_of_what_is_asked_and_solved_is_all_of_it():
+    row = {"keywords": ["honey"], "subject": ["bees"], "constraints": [{"id": "punctuation:no_comma", "arguments": {}}]}
+    answers = ["Bees: honey", "Bees, honey", "Honey", "honey, yes", ""]
+    assert score([], answers, row["constraints"], row["keywords"], row["subject"]) == [1.0, 0.5, 0.5, 0.0, 0.0]
+    assert [solved(row, answer) for answer in answers] == [True, False, False, False, False]
 
 
 def test_nothing_is_said_of_a_download():

@@ -1,4 +1,4 @@
-"""The benchmark of verifiable constraints on a small model: what is sampled, and what is made of it."""
+"""The benchmark of short tasks with constraints on a small model: what is sampled, and what is made of it."""
 
 import json
 import statistics
@@ -7,74 +7,76 @@ import pytest
 
 pytest.importorskip("lm_eval", reason="needs the extra `eval`")
 
-from rmipo.constraints.instructions import DRAWN, followed
-from rmipo.constraints.prompts import read_prompts
+from rmipo.constraints import prompts as prompts_module
+from rmipo.constraints.instructions import DRAWN, answered, followed, solved
 from rmipo.evaluation import BENCHMARKS
-from rmipo.evaluation.constraints import BOILERPLATE, FAMILIES, by_family, specific
+from rmipo.evaluation.constraints import BOILERPLATE, FAMILIES, by_family, fixed_text
 from tests.helpers.tiny_model import write_model
 
+GENERATION = {"temperature": 1.0, "max_new_tokens": 12, "dtype": "float32", "engine": "transformers"}
+COMMA, TITLE = ({"id": name, "arguments": {}} for name in ("punctuation:no_comma", "detectable_format:title"))
+TASKS = [
+    {"prompt": f"w{i} w{2 * i}", "keywords": [f"w{i}{n}" for n in range(5)], "subject": ["w"], "constraints": [asked]}
+    for i, asked in enumerate([COMMA] * 7 + [TITLE] * 2)
+]
 
-def test_shares_of_answers_that_follow_all_and_each_of_their_constraints(tmp_path):
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """The benchmark with `settings` on tasks that a small model solves by chance: its result and the rows it wrote."""
+    monkeypatch.setattr(prompts_module, "read_prompts", {"test": TASKS}.get)
     write_model(tmp_path)
-    generation = {"temperature": 1.0, "max_new_tokens": 6, "dtype": "float32", "engine": "transformers"}
-    settings = {"generation": generation, "first_n": 6, "answers": 2}
-    result = BENCHMARKS["constraints"].run(tmp_path, tmp_path / "eval", settings)
+
+    def call(**settings):
+        result = BENCHMARKS["constraints"].run(tmp_path, tmp_path / "eval", {"generation": GENERATION, **settings})
+        return result, [json.loads(line) for line in (tmp_path / "eval/constraints.jsonl").read_text().splitlines()]
+
+    return call
+
+
+def test_shares_of_answers_that_solve_answer_and_follow(run, tmp_path):
+    result, rows = run(answers=8)
     metrics = result["metrics"]
-    rows = [json.loads(line) for line in (tmp_path / "eval/constraints.jsonl").read_text().splitlines()]
-    assert len(rows) == 6 and all(len(row["answers"]) == 2 for row in rows)
-    assert sum(len(set(row["answers"])) == 2 for row in rows) > 3  # one seed for each answer
-    checks = [[followed(row["constraints"], answer) for answer in row["answers"]] for row in rows]
-    every = [[all(check) for check in of_prompt] for of_prompt in checks]
-    each = [[sum(check) / len(check) for check in of_prompt] for of_prompt in checks]
-    assert any(0 < share < 1 for shares in each for share in shares)  # else all and each were the same
-    assert metrics["constraints_all"] == pytest.approx(100 * sum(map(sum, every)) / 12)
-    assert metrics["constraints_each"] == pytest.approx(100 * sum(map(sum, each)) / 12)
-    of_prompts = [50 * sum(answers) for answers in every]  # the error is over prompts
-    error = statistics.stdev(of_prompts) / 6**0.5
-    assert metrics["constraints_all_standard_error"] == pytest.approx(error)
+    assert len(rows) == 9 and all(len(row["answers"]) == 8 for row in rows)
+    assert sum(len(set(row["answers"])) > 4 for row in rows) > 6  # one seed for each answer
+    (path,) = (tmp_path / "eval/answers").glob("*.jsonl")
+    sampled = sorted((json.loads(line) for line in path.read_text().splitlines()[1:]), key=lambda row: row["key"])
+    ends = [answer["finish"] != "length" for answer in sampled]
+    assert [answer for row in rows for answer in row["answers"]] == [answer["output"] for answer in sampled]
+    expected = {"constraints_solved": [], "constraints_answered": [], "constraints_all": []}
+    for number, row in enumerate(rows):
+        whole = ends[8 * number : 8 * number + 8]
+        good = [solved(row, answer) and ended for answer, ended in zip(row["answers"], whole, strict=True)]
+        expected["constraints_solved"].append(100 * statistics.mean(good))
+        expected["constraints_answered"].append(100 * statistics.mean(answered(row, a) for a in row["answers"]))
+        follows = [all(followed(row["constraints"], answer)) for answer in row["answers"]]
+        expected["constraints_all"].append(100 * statistics.mean(follows))
+    assert len({statistics.mean(values) for values in expected.values()}) == 3 and 0 < sum(ends) < 72
+    assert result["per_prompt"] == expected
+    for name, values in expected.items():
+        assert metrics[name] == pytest.approx(statistics.mean(values))
+        # The error is over prompts.
+        assert metrics[f"{name}_standard_error"] == pytest.approx(statistics.stdev(values) / 3)
+    assert metrics["constraints_cut"] == pytest.approx(100 * (72 - sum(ends)) / 72)
     assert by_family(rows).items() <= metrics.items()
-    baselines = (("constraints_fixed", lambda row: BOILERPLATE), ("constraints_repeated", lambda row: row["prompt"]))
-    for name, text in baselines:
-        assert metrics[name] == pytest.approx(100 / 6 * sum(all(followed(r["constraints"], text(r))) for r in rows))
-    (answers,) = (tmp_path / "eval/answers").glob("*.jsonl")
-    assert metrics["constraints_cut"] == pytest.approx(100 * answers.read_text().count('"finish": "length"') / 12)
-    own = [value for row in rows for value in row["specific"]]
-    assert metrics["constraints_specific"] == pytest.approx(100 * sum(own) / 12)
-    assert result["per_prompt"]["constraints_all"] == of_prompts
-    assert result["per_prompt"]["constraints_each"] == pytest.approx([50 * sum(shares) for shares in each])
+    fixed = fixed_text(TASKS)
+    assert metrics["constraints_fixed"] == pytest.approx(100 / 9 * sum(solved(row, fixed) for row in TASKS))
+    assert metrics["constraints_repeated"] == pytest.approx(100 / 9 * sum(solved(row, row["prompt"]) for row in TASKS))
 
 
-def test_the_first_prompts_are_those_after_the_ones_left_out(tmp_path):
-    write_model(tmp_path)
-    generation = {"temperature": 0.0, "max_new_tokens": 2, "dtype": "float32", "engine": "transformers"}
-    settings = {"generation": generation, "first_n": 3, "skip_n": 2}
-    BENCHMARKS["constraints"].run(tmp_path, tmp_path / "eval", settings)
-    rows = [json.loads(line) for line in (tmp_path / "eval/constraints.jsonl").read_text().splitlines()]
-    assert [row["prompt"] for row in rows] == [row["prompt"] for row in read_prompts("test")[2:5]]
+def test_the_first_prompts_are_those_after_the_ones_left_out(run):
+    _, rows = run(first_n=3, skip_n=2)
+    assert [row["prompt"] for row in rows] == [row["prompt"] for row in TASKS[2:5]]
 
 
-def test_a_fixed_text_gets_nothing_and_own_constraints_count():
-    rows = read_prompts("test")[100:140]
-    fixed = specific([{**row, "answers": [BOILERPLATE], "whole": [True]} for row in rows])
-    assert sum(value > 0 for (value,) in fixed) > 3 and sum(value for (value,) in fixed) == pytest.approx(0, abs=1e-9)
-    title = {"id": "detectable_format:title", "arguments": {}}
-    comma = {"id": "punctuation:no_comma", "arguments": {}}
-    asked = [{"constraints": [title]}, {"constraints": [comma]}, {"constraints": [comma, title]}]
-    answers = [["<<A>> a, b", "a"], ["a", "a, b"], ["<<A>> a", "<<A>> a"]]
-    whole = [[True, True], [True, True], [True, False]]
-    values = specific([{**row, "answers": a, "whole": w} for row, a, w in zip(asked, answers, whole, strict=True)])
-    # Own constraints less the share of the two other prompts; the last answer was cut.
-    assert values == [[1 - 0, 0 - 1 / 2], [1 - 0, 0 - 0], [1 - 1, 0 - 0]]
-
-
-def test_what_a_text_that_knows_nothing_gets_of_the_reported_prompts():
-    """docs/RESULTS.md has these beside the models' numbers."""
-    reported = read_prompts("test")[100:]
-    shares = [
-        sum(all(followed(row["constraints"], text or row["prompt"])) for row in reported)
-        for text in (BOILERPLATE, None)
-    ]
-    assert len(reported) == 200 and shares == [84, 39]
+def test_the_fixed_text_solves_more_than_boilerplate_and_few_tasks():
+    """docs/RESULTS.md has its share beside the models'."""
+    reported = prompts_module.read_prompts("test")[100:]
+    share, boilerplate = (
+        sum(solved(row, text) for row in reported) / 5 for text in (fixed_text(reported), "\n".join(BOILERPLATE))
+    )
+    assert (share, boilerplate) == (7.0, 0.0)
+    assert sum(all(followed(row["constraints"], "\n".join(BOILERPLATE))) for row in reported) > 250
 
 
 def test_constraints_are_counted_by_family():

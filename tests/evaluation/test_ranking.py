@@ -20,7 +20,10 @@ COMMA, TITLE = ({"id": name, "arguments": {}} for name in ("punctuation:no_comma
 LETTERS = {"let_frequency": 8, "let_relation": "at least", "letter": "w"}
 BOTH = [{"id": "keywords:letter_frequency", "arguments": LETTERS}, COMMA]
 ASKED = [[TITLE], [COMMA], [COMMA], [TITLE], BOTH, [TITLE], [COMMA]]
-PROMPTS = [{"prompt": f"w{i} w{2 * i}", "constraints": asked} for i, asked in enumerate(ASKED)]
+PROMPTS = [
+    {"prompt": f"w{i} w{2 * i}", "keywords": [f"w{n}" for n in range(30)], "subject": ["w"], "constraints": asked}
+    for i, asked in enumerate(ASKED)
+]
 
 
 @pytest.fixture
@@ -66,7 +69,7 @@ def test_the_benchmark_against_one_sequence_at_a_time(models, tmp_path, monkeypa
     for number, prompt in enumerate(PROMPTS[1:7]):
         mine = [row for row in rows if row["prompt"] == number]
         own = sampled[5 * number : 5 * number + 5]
-        found = verified(prompt["constraints"], [row["output"] for row in own], [row["finish"] for row in own])
+        found = verified(prompt, [row["output"] for row in own], [row["finish"] for row in own])
         verdicts += found.values()
         if len({*found.values()}) < 2:
             assert not mine
@@ -100,8 +103,10 @@ def test_the_benchmark_against_one_sequence_at_a_time(models, tmp_path, monkeypa
 
 
 def test_a_whole_text_counts_once_and_is_right_if_it_follows_all():
-    answers, finishes = ["a", "<<b>>, c", "<<a>>", "<<d>>", "<<d>>"], ["stop", "stop", "length", "stop", "stop"]
-    assert verified([COMMA, TITLE], answers, finishes) == {"a": False, "<<b>>, c": False, "<<d>>": True}
+    prompt = {"keywords": ["a", "d"], "subject": ["a", "d"], "constraints": [COMMA, TITLE]}
+    answers = ["a", "<<a>>, d", "<<a>>", "<<d>>", "<<d>>", "<<b>>"]
+    finishes = ["stop", "stop", "length", "stop", "stop", "stop"]
+    assert verified(prompt, answers, finishes) == {"a": False, "<<a>>, d": False, "<<d>>": True, "<<b>>": False}
 
 
 def test_prompts_of_one_kind_say_what_to_do(models, tmp_path):
