@@ -4,7 +4,6 @@ tasks.txt has a task per line with the keywords of which a right answer has one.
 without that a text could name the keywords of many tasks. No task is in both splits.
 """
 
-import itertools
 import json
 import random
 import re
@@ -12,37 +11,42 @@ from collections import Counter
 from pathlib import Path
 
 FOLDER = Path(__file__).parent
-SIZES = {"train": 600, "test": 600}
+TRAIN = 600
 SEED = 42
 WORDS = 60  # of an answer, at most
-COMMON = 6  # tasks; a word of more says nothing about which of them was answered
+COMMON = 4  # tasks; a word of more says nothing about which of them was answered
 
 
 def make_prompts() -> dict[str, list[dict]]:
     """Rows per split: `prompt`, `keywords` and `subject` (a right answer has one of each) and `constraints`."""
     from rmipo.constraints.instructions import DRAWN, registry  # needs lm-eval; reading the prompts doesn't
 
-    tasks = [line.split(" | ") for line in (FOLDER / "tasks.txt").read_text().splitlines()]
+    lines = (FOLDER / "tasks.txt").read_text().splitlines()
+    tasks = [(question, keywords.split(" / ")) for question, _, keywords in (line.partition(" | ") for line in lines)]
     random.seed(SEED)  # the instructions draw their arguments from the module's own stream
     random.shuffle(tasks)
-    words = [{*re.findall(r"[a-z]{3,}", question.lower())} for question, _ in tasks]
-    tasks_with = Counter(word for some in words for word in some)
-    rows, start = {}, 0
-    for split, size in SIZES.items():
-        rows[split] = []
-        for (question, keywords), some in itertools.islice(zip(tasks, words, strict=True), start, start + size):
+    trained = {keywords[0] for _, keywords in tasks[:TRAIN]}
+    # A task with the keyword of a training task may be the same in other words.
+    splits = {"train": tasks[:TRAIN], "test": [task for task in tasks[TRAIN:] if task[1][0] not in trained]}
+    tasks_with = Counter(word for question, _ in tasks for word in words_of(question))
+    rows: dict[str, list[dict]] = {split: [] for split in splits}
+    for split, some in splits.items():
+        for question, keywords in some:
             name = random.choice(DRAWN)
             instruction = registry().INSTRUCTION_DICT[name](name)
             description = instruction.build_description()
             # The question comes last: a small model answers it more often than one before the constraint.
             prompt = f"{description}\nAnswer in at most {WORDS} words: {question}"
             constraints = [{"id": name, "arguments": instruction.get_instruction_args() or {}}]
-            rarest = min(tasks_with[word] for word in some)
-            subject = sorted(word for word in some if tasks_with[word] <= max(COMMON, rarest))
-            row = {"prompt": prompt, "keywords": keywords.split(" / "), "subject": subject, "constraints": constraints}
+            rarest = min(tasks_with[word] for word in words_of(question))
+            subject = sorted(word for word in words_of(question) if tasks_with[word] <= max(COMMON, rarest))
+            row = {"prompt": prompt, "keywords": keywords, "subject": subject, "constraints": constraints}
             rows[split].append(row)
-        start += size
     return rows
+
+
+def words_of(question: str) -> set[str]:
+    return {*re.findall(r"[a-z]{3,}", question.lower())}
 
 
 def read_prompts(split: str) -> list[dict]:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from rmipo.generation.answers import Request
 
 DEFAULTS = {
-    "first_n": None,  # of the 600 prompts
+    "first_n": None,  # of the 573 prompts
     "skip_n": 0,  # prompts left out before those
     "answers": 1,  # per prompt; standard errors are over prompts
     "generation": {},

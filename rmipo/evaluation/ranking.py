@@ -22,7 +22,7 @@ from rmipo.recipe.settings import merge_settings
 from rmipo.record import require_package
 
 DEFAULTS = {
-    "first_n": 150,  # of the 600 prompts
+    "first_n": 150,  # of the 573 prompts
     "skip_n": 0,  # prompts left out before those
     "answers": 8,  # of the initial model to each
     "initial": None,  # folder of the model that answers; that of the training's recipe if null, else the model itself
