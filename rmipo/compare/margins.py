@@ -24,7 +24,7 @@ from rmipo.launch.choices import choose_stages, whole_number
 from rmipo.objectives import OBJECTIVES
 from rmipo.plots import house_style, method_color, panels
 from rmipo.recipe.files import read_yaml
-from rmipo.reporting.comparison import BESIDE, METRICS
+from rmipo.reporting.comparison import BESIDE, METRICS, search_table
 from rmipo.reporting.render import markdown_table
 from rmipo.reporting.results import method_label
 
@@ -58,10 +58,12 @@ def margins(env: dict[str, str]) -> int:
         total = sum(map(len, searches.values())) + (len(methods) + 1) * len(draws) + len(grid_runs(plan, rates))
         with tqdm(total=total, unit="run", smoothing=0) as bar:
             done: list[tuple[Trial, dict]] = []
+            searched: list[dict] = []
             for name, arms in plan["arms"].items():
                 rate = arms["learning_rate"]
                 if name in searches:
-                    rate = best_rates(execute_all(log, searches[name], workers, bar), metric)[name]
+                    found = execute_all(log, searches[name], workers, bar)
+                    searched, rate = searched + found, best_rates(found, metric)[name]
                 rates |= dict.fromkeys(arms["methods"], rate)
                 runs = [Trial("report", method, rate, *draw) for draw in draws for method in arms["methods"]]
                 # A study that is stopped early has its primary contrast.
@@ -72,6 +74,11 @@ def margins(env: dict[str, str]) -> int:
             grids = grid_runs(plan, rates)
             spread = list(zip(grids, execute_all(log, grids, workers, bar), strict=True))
         text = "\n".join(report(done, spread, name) for name in plan.get("metrics", [metric]))
+        if searched:  # rewards at like distances from the initial model can be read off it
+            tables = [
+                f"Search, {METRICS[name]}:\n\n{search_table(searched, name)}" for name in (metric, BESIDE[metric])
+            ]
+            text = "\n".join([text, *tables, ""])
         print(text)
         (folder / "report.md").write_text(text)
         if spread:

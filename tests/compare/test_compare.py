@@ -380,6 +380,10 @@ def test_a_study_of_margins_searches_a_rate_for_all_arms_of_a_kind(repository):
     assert all(line["learning_rate"] == rates[line["method"]] for line in reported)
     assert len(reported) == 4 * 2 + 2 + 2
     mean_gammas = [line["gamma_mean"] for line in reported if line["method"] == "rmipo"]
+    report = (repository / "outputs/tiny/margins/report.md").read_text()
+    for metric in ("right_probability", "preference_accuracy"):
+        values = " | ".join(f"{searched[rate]['metrics'][metric]:.3f}" for rate in (1e-3, 2e-2))
+        assert f"| RMiPO | {values} |" in report
     own = [dict(line["objective"])["gamma"] for line in reported if "gamma" in dict(line["objective"])]
     assert sorted(own) == pytest.approx(sorted(mean_gammas), abs=1e-4)
 
