@@ -9,8 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from rmipo.evaluation.statistics import bootstrap
-from rmipo.plots import house_style, method_color, panel_letter, panels, save
-from rmipo.reporting.figures import draw_costs, draw_curves
+from rmipo.plots import draw_costs, draw_curves, house_style, method_color, panel_letter, panels, save
 from rmipo.reporting.render import markdown_table
 from rmipo.reporting.results import OURS, method_label
 

@@ -12,8 +12,7 @@ from matplotlib.ticker import PercentFormatter
 
 from rmipo.evaluation import benchmark_of, metric_label
 from rmipo.fingerprints import json_fingerprint
-from rmipo.plots import GREY, house_style, method_color, panel_letter, panels
-from rmipo.reporting.figures import draw_costs, draw_curves, footnotes
+from rmipo.plots import GREY, draw_costs, draw_curves, footnotes, house_style, method_color, panel_letter, panels
 from rmipo.reporting.paired import interval_text, paired_difference, paired_line, paired_title
 from rmipo.reporting.provenance import figure_notes, require_comparable
 from rmipo.reporting.results import (
@@ -298,7 +297,9 @@ def draw_hours(axis: Axes, runs: dict[str, RunFolder], model: str) -> list[str]:
     The paper's hours are open diamonds, its memory is in brackets.
     """
     printed = paper_table("efficiency").set_index("method").to_dict("index") if model in PAPER_MODELS else {}
-    hardware = {method: hardware_of(run) for method, run in runs.items()}
+    devices = {method: Counter(run.record.get("hardware", ["unknown hardware"])) for method, run in runs.items()}
+    # E.g. "4 x NVIDIA A800-SXM4-80GB".
+    hardware = {m: ", ".join(f"{count} x {name}" for name, count in found.items()) for m, found in devices.items()}
     kinds = list(dict.fromkeys(hardware.values()))
     # Hours of other hardware are no comparison: runs of one kind stand together, under its number.
     in_order = sorted(runs, key=lambda method: kinds.index(hardware[method]))
@@ -319,12 +320,6 @@ def draw_hours(axis: Axes, runs: dict[str, RunFolder], model: str) -> list[str]:
     xlabel += "\n*: since its last start" * any(run.record["starts"] > 1 for run in runs.values())
     draw_costs(axis, lengths, memory, names, xlabel)
     return kinds
-
-
-def hardware_of(run: RunFolder) -> str:
-    """E.g. "4 x NVIDIA A800-SXM4-80GB", from run.json."""
-    counts = Counter(run.record.get("hardware", ["unknown hardware"]))
-    return ", ".join(f"{count} x {name}" for name, count in counts.items())
 
 
 def is_papers(hardware: str) -> bool:

@@ -31,15 +31,6 @@ def command(env, stage="rmipo", gpus=4):
 # Commands
 
 
-def test_paper_setting_is_launched_with_zero3_on_all_gpus():
-    words = command({"MODEL": "llama3-8b-instruct"})
-    assert Path(words[0]).name == "accelerate"
-    assert words[1:] == [
-        *("launch", "--config_file", "configs/accelerate/zero3.yaml", "--num_processes", "4"),
-        *("scripts/preference.py", "--config", "recipes/llama3-8b-instruct/rmipo.yaml"),
-    ]
-
-
 def test_method_data_and_args_become_arguments():
     env = {"MODEL": "mistral-7b-base", "STAGE": "rmipo", "METHOD": "dpo", "DATA": "data/my pairs.jsonl.gz"}
     env["ARGS"] = "--learning_rate 1e-6 --overlay recipes/ablations/table5-simpo.yaml --run_name 'a b'"
@@ -251,16 +242,13 @@ def test_programs_have_the_training_environment(monkeypatch, sharding, threads):
         ({}, ("MODEL", "llama3-8b-instruct")),
         ({"MODEL": "methods"}, ("MODEL='methods'", "llama3-8b-instruct")),
         ({"MODEL": "llama3-8b-instruct", "STAGE": "sft"}, ("STAGE='sft'", "rmipo\n  all")),
-        ({"MODEL": "tiny", "METHOD": "grpo"}, ("METHOD='grpo'", "beta-dpo")),
         ({"MODEL": "tiny", "ARGS": "--overlay"}, ("ARGS='--overlay'",)),
         ({"MODEL": "tiny", "ARGS": "--overlay none.yaml"}, ("none.yaml",)),
         ({"MODEL": "tiny", "ARGS": "--learning_rat 1"}, ("learning_rate",)),
         ({"MODEL": "tiny", "ARGS": "--seed x", "DRY": "1"}, ("seed is 'x'",)),
-        ({"MODEL": "tiny", "GPUS": "many"}, ("GPUS='many'",)),
         ({"MODEL": "tiny", "GPUS": "4x"}, ("GPUS='4x'",)),
         ({"MODEL": "llama3-70b-instruct", "SLURM": "1", "NODES": "4"}, ("GPUS is not set",)),
         ({"MODEL": "tiny", "NODES": "2"}, ("NODES=2",)),
-        ({"MODEL": "tiny", "NODES": "two", "SLURM": "1"}, ("NODES='two'",)),
         ({"MODEL": "tiny", "SHARDING": "zero9"}, ("SHARDING='zero9'",)),
         ({"MODEL": "tiny", "STAGE": "rmipo", "SLURM": "1", "PATH": ""}, ("SLURM=1",)),
     ],
@@ -271,13 +259,6 @@ def test_mistakes_end_with_one_message_and_exit_code_2(launch, env, named):
 
 
 # The real thing, through make
-
-
-def test_make_lists_its_targets(repository):
-    listing = make(repository)
-    assert listing.returncode == 0
-    for target in ("train", "test", "plan", "doctor", "eval", "table", "figure", "compare", "sweep", "bench"):
-        assert f"  make {target} " in listing.stdout
 
 
 def test_what_is_given_to_make_reaches_the_recipe(repository):
@@ -306,7 +287,7 @@ def test_a_finished_run_is_started_again_to_compare_data_and_model_and_queued_on
     monkeypatch.setattr(pipeline.Step, "is_done", lambda self: True)
     monkeypatch.setattr(train, "load_steps", lambda *_: [pipeline.Step("rmipo", [], recipe)])
     monkeypatch.setattr(train, "Program", Program)
-    monkeypatch.setattr(train, "require_slurm", lambda: None)
+    monkeypatch.setattr("shutil.which", lambda name: name)
     monkeypatch.setattr(train, "submit", lambda *job, after: started.append(job) or ("7", "log"))
     assert train.train({"MODEL": "tiny", "STAGE": "rmipo", "SLURM": queued}) == 0
     assert len(started) == (push or queued == "0")

@@ -13,8 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rmipo import RMiPOConfig, look
 from rmipo.data.chat import ChatFormat
-from rmipo.page.content import findings
-from rmipo.page.look import Page, Scored
+from rmipo.page.look import Page, Scored, findings
 from rmipo.training import parts
 from tests.helpers.programs import run_here
 from tests.helpers.rows import assistant, user

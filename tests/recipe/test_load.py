@@ -7,9 +7,8 @@ import yaml
 from transformers.trainer_utils import IntervalStrategy
 
 from rmipo.errors import ConfigError
-from rmipo.recipe.checks import template_text
 from rmipo.recipe.files import coerce, parse_overrides
-from rmipo.recipe.load import load_recipe
+from rmipo.recipe.load import load_recipe, template_text
 from tests.helpers.recipes import problems
 
 RECIPE = {

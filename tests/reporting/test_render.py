@@ -13,7 +13,7 @@ import pytest
 
 from rmipo.evaluation.statistics import holm
 from rmipo.reporting.paired import stars, win_rates
-from rmipo.reporting.render import FORMATS, csv_text, latex, markdown, number_text, render_wins
+from rmipo.reporting.render import FORMATS, csv_text, latex, markdown, render_wins
 from rmipo.reporting.results import ReportError
 from rmipo.reporting.tables import TABLES, benchmark_table, build_table, fill
 from tests.helpers.result_files import write_result
@@ -30,11 +30,6 @@ def row_of(text: str, label: str) -> list[str]:
     return [cell.strip() for cell in line.split("|")[2:-1]]
 
 
-def test_numbers():
-    assert number_text(-0.04, 1, signed=True) == "+0.0" and number_text(-0.04, 1) == "0.0"
-    assert number_text(-12.46, 1, signed=True) == "-12.5"
-
-
 @pytest.fixture
 def filled(tmp_path):
     metrics = {"alpacaeval2_lc": 47.25, "alpacaeval2_lc_standard_error": 1.44, "alpacaeval2_wr": 40.0}
@@ -42,30 +37,23 @@ def filled(tmp_path):
     return fill(build_table(1, [LLAMA]), tmp_path)
 
 
-def test_markdown(filled):
+def test_the_three_formats(filled):
     text = markdown(filled)
     assert "| Method | Llama3-8B-Instruct LC (%) | Llama3-8B-Instruct WR (%) | Llama3-8B-Instruct Length |" in text
     assert "| α-DPO | 46.6 / 47.2 ±1.4 / +0.6 | 38.1 / 40.0 / +1.9 | 1834 | 8.1 / [15] |" in text
     assert f"- [15] `make train MODEL={LLAMA} METHOD=alpha-dpo`, then `make eval" in text
-
-
-def test_csv(filled):
     line = lines_of_csv(filled)["α-DPO", "Llama3-8B-Instruct LC (%)"]
     assert (line["paper"], line["ours"], line["standard_error"], line["seeds"]) == ("46.6", "47.25", "1.44", "1")
     assert float(line["difference"]) == pytest.approx(0.65) and line["command"] == line["note"] == ""
     assert "judge_endpoint api.openai.com/v1" in line["made_with"] and line["unlike_the_paper"] == ""
-
-
-def test_latex(filled):
-    text = latex(filled)
-    lc = r"$\alpha$-DPO & \begin{tabular}[t]{@{}r@{}}46.6\\{}47.2\\{}$\pm$1.4\\{}+0.6\end{tabular} & "
+    text, stacked = latex(filled), r"\begin{tabular}[t]{@{}r@{}}"
+    lc = rf"$\alpha$-DPO & {stacked}46.6\\{{}}47.2\\{{}}$\pm$1.4\\{{}}+0.6\end{{tabular}} & "
     assert (
-        lc in text
-        and r"\\{}40.0\\{}+1.9\end{tabular} & 1834 & \begin{tabular}[t]{@{}r@{}}8.1\\{}[15]\end{tabular} \\" in text
+        lc in text and rf"\\{{}}40.0\\{{}}+1.9\end{{tabular}} & 1834 & {stacked}8.1\\{{}}[15]\end{{tabular}} \\" in text
     )
     assert r"\caption{AlpacaEval 2 and MT-Bench (Llama3-8B-Instruct).}" in text and r"LC (\%)" in text
     # The first cell without a number points at the first command; what has to be said is shorter than the table.
-    assert r"Initial & \begin{tabular}[t]{@{}r@{}}26.0\\{}[1]\end{tabular} &" in text
+    assert rf"Initial & {stacked}26.0\\{{}}[1]\end{{tabular}} &" in text
     comments = [line for line in text.splitlines() if line.startswith("% [")]
     assert comments[0] == f"% [1] make eval MODEL={LLAMA} METHOD=initial BENCH=alpacaeval" and len(comments) == 12 + 11
     notes = text.partition(r"\end{longtable}")[2]

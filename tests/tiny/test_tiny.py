@@ -18,9 +18,8 @@ from rmipo.errors import ConfigError
 from rmipo.recipe.schema import DataConfig
 from rmipo.tiny import judge
 from rmipo.tiny.config import WorldConfig, load_world_config
-from rmipo.tiny.files import SPLITS, read_world, write_world
-from rmipo.tiny.model import train_tokenizer
-from rmipo.tiny.world import ANSWERS, BOILERPLATE, Fact, World
+from rmipo.tiny.files import SPLITS, read_world, train_tokenizer, write_world
+from rmipo.tiny.world import Fact, World
 from tests.helpers.paths import ROOT
 from tests.helpers.rows import assistant, pair, user, write
 
@@ -117,12 +116,6 @@ def test_a_knob_leaves_what_it_does_not_name(world):
 
 
 # How answers are judged
-
-
-def test_every_right_answer_is_recognised(world):
-    for fact in world.facts:
-        assert [world.classify(fact, answer) for answer in fact.answers] == ["right"] * len(ANSWERS)
-        assert {world.classify(fact, text) for text in BOILERPLATE} == {"boilerplate"}
 
 
 @pytest.mark.parametrize(
@@ -227,16 +220,6 @@ def test_preference_metrics(folder, tokenizer):
     assert len(margins) == 40 and 0 < metrics["preference_accuracy"] < 1
     assert metrics["preference_accuracy"] == sum(margin > 0 for margin in margins) / 40
     assert metrics["preference_margin"] == pytest.approx(sum(margins) / 40, abs=1e-5)
-
-
-def test_text_metrics():
-    responses = [
-        {"ids": [1, 2, 1, 2, 1, 2, 1], "ended": False},  # 4-grams 1212 2121 1212 2121: half of them seen before
-        {"ids": [1, 2, 3], "ended": True},
-        {"ids": [1, 2, 3, 4, 5, 6, 7, 8], "ended": True},  # 5 four-grams, all new
-    ]
-    expected = {"mean_length": 6.0, "ended": pytest.approx(2 / 3), "repetition": pytest.approx(2 / 9)}
-    assert judge.text_metrics(responses) == expected
 
 
 # Tokenizer, model, files
@@ -372,8 +355,6 @@ def test_all_wrong_knobs_are_named_at_once(tmp_path):
         {"sft_boilerplate": 0.8, "sft_off_topic": 0.3},
         {"held_out_facts": 0.0},
         {"hidden_size": 100, "num_attention_heads": 8},
-        {"pairs_test": 0},
-        {"vocab_size": 100},
     ],
 )
 def test_values_out_of_range(changes):
