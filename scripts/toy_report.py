@@ -60,7 +60,7 @@ def main() -> None:
             world = read_world(options.world)
             result = judge.evaluate(model, tokenizer, world, samples_per_question=SAMPLES, seed=0)
         else:
-            result = judge.evaluate_text(model, tokenizer, pairs, seed=0)
+            result = judge.evaluate_text(model, tokenizer, pairs)
         report[name] = result | judge.preference_metrics(model, pairs)
 
     # ------------------ Print and save

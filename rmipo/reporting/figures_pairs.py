@@ -185,18 +185,15 @@ def rmipo_objective(run: RunFolder) -> RMiPO:
     return objective
 
 
-def density(
-    values: np.ndarray, grid: np.ndarray, low: float = -np.inf, high: float = np.inf, bandwidth: float | None = None
-) -> np.ndarray:
+def density(values: np.ndarray, grid: np.ndarray, low: float = -np.inf, high: float = np.inf) -> np.ndarray:
     """Gaussian kernel density of `values` at `grid`, reflected at the bounds so that no mass leaks over them.
 
-    `bandwidth` defaults to Silverman's rule: 0.9 * min(std, IQR / 1.34) * n^(-1/5).
+    The bandwidth is Silverman's: 0.9 * min(std, IQR / 1.34) * n^(-1/5).
     """
     values = np.asarray(values, dtype=np.float64)
-    if bandwidth is None:
-        quartiles = np.quantile(values, [0.25, 0.75])
-        spreads = [spread for spread in (values.std(), (quartiles[1] - quartiles[0]) / 1.34) if spread > 0]
-        bandwidth = 0.9 * min(spreads, default=1e-3) * len(values) ** -0.2
+    quartiles = np.quantile(values, [0.25, 0.75])
+    spreads = [spread for spread in (values.std(), (quartiles[1] - quartiles[0]) / 1.34) if spread > 0]
+    bandwidth = 0.9 * min(spreads, default=1e-3) * len(values) ** -0.2
     # Mirrored at each bound: what would leak over it comes back.
     images = np.concatenate([values, *(2 * bound - values for bound in (low, high) if np.isfinite(bound))])
     kernels = [np.exp(-0.5 * ((point - images) / bandwidth) ** 2).sum() for point in grid]
@@ -204,7 +201,7 @@ def density(
     return np.where((grid >= low) & (grid <= high), result, 0.0)
 
 
-def jitter(differences: np.ndarray, seed: int = 0) -> np.ndarray:
+def jitter(differences: np.ndarray) -> np.ndarray:
     """Spread discrete differences uniformly over half a step to either side, as the paper does for Figure 6.
 
     Bounded by half the smallest step between distinct values, so that no two values change their order. Continuous
@@ -212,12 +209,12 @@ def jitter(differences: np.ndarray, seed: int = 0) -> np.ndarray:
     """
     distinct = np.unique(np.round(differences, 6))  # 0.3 - 0.2 and 0.2 - 0.1 are the same step
     step = np.diff(distinct).min() if len(distinct) > 1 else 1.0
-    return differences + np.random.default_rng(seed).uniform(-step / 2, step / 2, size=len(differences))
+    return differences + np.random.default_rng(0).uniform(-step / 2, step / 2, size=len(differences))
 
 
-def wasserstein(a: np.ndarray, b: np.ndarray, points: int = 2001) -> float:
-    """1-Wasserstein distance of two samples, from their quantile functions."""
-    levels = (np.arange(points) + 0.5) / points
+def wasserstein(a: np.ndarray, b: np.ndarray) -> float:
+    """1-Wasserstein distance of two samples, from their quantile functions at 2001 levels."""
+    levels = (np.arange(2001) + 0.5) / 2001
     return float(np.abs(np.quantile(a, levels) - np.quantile(b, levels)).mean())
 
 
@@ -267,9 +264,7 @@ def figure3(signals: dict[str, dict[str, np.ndarray]], title: str, notes: Iterab
 
 
 @house_style
-def figure6(
-    reference: np.ndarray, rewards: dict[str, np.ndarray], title: str, notes: Iterable[str] = (), seed: int = 0
-) -> Figure:
+def figure6(reference: np.ndarray, rewards: dict[str, np.ndarray], title: str, notes: Iterable[str] = ()) -> Figure:
     """Density of reward differences of each method beside that of the judge's (REF).
 
     The legend gives the 1-Wasserstein distance to REF, W1, with its 95% bootstrap interval over pairs.
@@ -278,7 +273,7 @@ def figure6(
         reference: (pairs,) judge's score of chosen minus rejected.
         rewards: method -> (pairs,) the method's reward of chosen minus rejected.
     """
-    judged = jitter(reference, seed)  # scores of few values would be combs beside continuous rewards
+    judged = jitter(reference)  # scores of few values would be combs beside continuous rewards
     judged = judged / judged.std()
     # No two rewards have the same unit; divided by the standard deviation alone, zero stays zero.
     scaled = {method: values / values.std() for method, values in rewards.items()}
@@ -299,10 +294,10 @@ def figure6(
     return figure
 
 
-def distance_interval(values: np.ndarray, judged: np.ndarray, resamples: int = 200) -> tuple[float, float]:
+def distance_interval(values: np.ndarray, judged: np.ndarray) -> tuple[float, float]:
     """95% interval of the distance by the bootstrap over pairs: each draw takes the same pairs of both."""
     draws = np.random.default_rng(0)
-    rows = (draws.integers(0, len(values), len(values)) for _ in range(resamples))
+    rows = (draws.integers(0, len(values), len(values)) for _ in range(200))
     low, high = np.quantile([wasserstein(values[drawn], judged[drawn]) for drawn in rows], [0.025, 0.975])
     return float(low), float(high)
 

@@ -59,20 +59,14 @@ def figure2(outputs: Path, model: str, metric: str = "mt_bench", name: str = "")
     `name` is the evaluations' EVAL_NAME.
     """
     dpo, simpo = (measured(outputs, model, method, metric, name) for method in ("dpo", "simpo"))
-    panel_runs = [  # the paper varies one at a time, the other at its default
+    # The paper varies one at a time, the other at its default.
+    over_beta, over_gamma = (
+        [p for p in simpo if p.run.objective[key] == value] for key, value in (("gamma", 1.0), ("beta", 2.0))
+    )
+    panel_runs = [
         ("DPO, varying $\\beta$", "dpo", "beta", dpo),
-        (
-            "SimPO, varying $\\beta$ ($\\gamma=1.0$)",
-            "simpo",
-            "beta",
-            [p for p in simpo if p.run.objective["gamma"] == 1.0],
-        ),
-        (
-            "SimPO, varying $\\gamma$ ($\\beta=2.0$)",
-            "simpo",
-            "gamma",
-            [p for p in simpo if p.run.objective["beta"] == 2.0],
-        ),
+        ("SimPO, varying $\\beta$ ($\\gamma=1.0$)", "simpo", "beta", over_beta),
+        ("SimPO, varying $\\gamma$ ($\\beta=2.0$)", "simpo", "gamma", over_gamma),
     ]
     benchmark = benchmark_of(metric)
     start = load_result(outputs, model, "initial", benchmark.name, name) if benchmark else None
@@ -112,9 +106,8 @@ def measured(outputs: Path, model: str, method: str, metric: str, name: str = ""
             values = [row[metric] for row in run.log() if metric in row]
             found += [Measured(run, value, None, None) for value in values[-1:]]
         else:
-            result = load_result(
-                outputs, model, run.folder.relative_to(outputs / model).as_posix(), benchmark.name, name
-            )
+            folder = run.folder.relative_to(outputs / model).as_posix()
+            result = load_result(outputs, model, folder, benchmark.name, name)
             if result is not None and metric in result.metrics:
                 error = result.metrics.get(f"{metric}_standard_error")
                 found.append(Measured(run, result.metrics[metric], error, result))

@@ -183,7 +183,6 @@ def test_judge_with_a_packaged_prompt_of_our_own(tmp_path, monkeypatch, api_key)
 
 def test_answers_of_a_gpu_node_are_judged_where_there_is_a_network(tmp_path, monkeypatch, api_key):
     model = tmp_path / "model"
-    model.mkdir()
     write_model(model)
     reference = tmp_path / "reference.json"
     reference.write_text(json.dumps(REFERENCE))
@@ -237,7 +236,6 @@ print("RESULT" + json.dumps([results, [float(rate["length_controlled_winrate"]) 
 def test_run_with_length_control_on_made_up_regularisation(tmp_path):
     """The length-controlled path from end to end. df_gamed.csv is made up here: its number says nothing."""
     model = tmp_path / "model"
-    model.mkdir()
     write_model(model)
     # The hub's cache, with a made-up benchmark in it.
     rows = [{"instruction": f"w{i % 20} w{i // 3}", "output": "w1 " * (1 + i % 7)} for i in range(40)]

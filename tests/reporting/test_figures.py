@@ -175,10 +175,14 @@ def hh(helpful, harmless):
 
 
 def test_figure5_of_models_that_were_not_trained_on_hh(tmp_path):
-    settings = {"other_pairs": ["mine"]}
-    write_result(tmp_path, "llama3-8b-instruct", "rmipo", "hh", hh(64.0, 66.0), settings=settings)
+    settings, errors = {"other_pairs": ["mine"]}, {"hh_helpful_standard_error": 1.0, "hh_harmless_standard_error": 2.0}
+    write_result(tmp_path, "llama3-8b-instruct", "rmipo", "hh", hh(64.0, 66.0) | errors, settings=settings)
     write_result(tmp_path, "llama3-8b-instruct", "dpo", "hh", hh(61.0, 63.0), settings=settings)
     axis = figure5(tmp_path, "llama3-8b-instruct").axes[0]
+    bars = axis.collections[1].get_segments()
+    average = 1.96 * 5**0.5 / 2
+    expected = [(64 - 1.96, 64 + 1.96), (66 - 3.92, 66 + 3.92), (65 - average, 65 + average)]
+    assert np.allclose([(segment[0][1], segment[1][1]) for segment in bars], expected)
     assert [patch.get_height() for patch in axis.patches] == [61.0, 63.0, 62.0, 64.0, 66.0, 65.0]
     assert [text.get_text() for text in axis.texts] == ["61.0", "63.0", "62.0", "64.0", "66.0", "65.0"]
     assert "the paper's average" not in axis.get_legend_handles_labels()[1]  # it is of models trained on HH
@@ -199,16 +203,6 @@ def test_figure5_takes_each_subset_from_the_model_trained_on_it_for_all_methods_
     assert axis.get_title(loc="left") == "Llama3-8B-Instruct, trained on the HH subset (average: one model each)"
     assert "Not trained on HH, left out: DPO." in figure.get_supxlabel()
     assert {text.get_position()[1] for text in axis.texts} == {3}  # at the foot of our bars, away from the line
-
-
-def test_figure5_shows_the_interval_of_each_rate(tmp_path):
-    errors = {"hh_helpful_standard_error": 1.0, "hh_harmless_standard_error": 2.0}
-    write_result(tmp_path, "tiny", "rmipo", "hh", hh(64.0, 66.0) | errors)
-    (bars,) = figure5(tmp_path, "tiny").axes[0].collections
-    ends = [(segment[0][1], segment[1][1]) for segment in bars.get_segments()]
-    average = 1.96 * 5**0.5 / 2
-    expected = [(64 - 1.96, 64 + 1.96), (66 - 3.92, 66 + 3.92), (65 - average, 65 + average)]
-    assert np.allclose(ends, expected)
 
 
 def test_figure7_curves_and_costs(tmp_path):

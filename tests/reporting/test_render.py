@@ -16,6 +16,7 @@ from rmipo.reporting.paired import stars, win_rates
 from rmipo.reporting.render import FORMATS, csv_text, latex, markdown, render_wins
 from rmipo.reporting.results import ReportError
 from rmipo.reporting.tables import TABLES, benchmark_table, build_table, fill
+from tests.helpers.programs import run_here
 from tests.helpers.result_files import write_result
 
 LLAMA = "llama3-8b-instruct"
@@ -191,34 +192,32 @@ def test_latex_fits_an_article(tmp_path, number):
     assert re.findall(r"Overfull \\[hv]box.*", compiled(tmp_path, "\n".join(sources))) == []
 
 
-def test_script_writes_three_formats(tmp_path, run_script, capsys, benchmarks):
-    outputs = ("--outputs", str(benchmarks))
-    assert run_script("table.py", *outputs, folder=tmp_path, N="7", MODEL="tiny") == 0
-    assert "METHOD=table7-linear" in capsys.readouterr().out
-    given = {"BENCH": "constraints,specificity", "MODEL": "tiny", "AGAINST": "dpo"}
-    assert run_script("table.py", *outputs, folder=tmp_path, **given) == 0
-    assert "DPO − row" in capsys.readouterr().out
-    assert run_script("table.py", *outputs, folder=tmp_path, WINS="1", BENCH="constraints", MODEL="tiny") == 0
-    assert "75.0 [" in capsys.readouterr().out
+def test_script_writes_three_formats(tmp_path, benchmarks):
+    for given, shown in (
+        ({"N": "7"}, "METHOD=table7-linear"),
+        ({"BENCH": "constraints,specificity", "AGAINST": "dpo"}, "DPO − row"),
+        ({"WINS": "1", "BENCH": "constraints"}, "75.0 ["),
+    ):
+        ended = run_here("table", "--outputs", str(benchmarks), folder=tmp_path, env={"MODEL": "tiny"} | given)
+        assert ended.code == 0 and shown in ended.out
     names = ("table7-tiny", "table-constraints-specificity-tiny", "wins-constraints-tiny")
     files = {path.name for path in (benchmarks / "reports").iterdir()}
     assert files == {f"{name}.{suffix}" for name in names for suffix in FORMATS}
 
 
 @pytest.mark.parametrize("given", [{"N": "4"}, {}, {"BENCH": "chess", "MODEL": "tiny"}, {"BENCH": "hh"}])
-def test_script_refuses_other_tables_in_one_line(tmp_path, run_script, capsys, given):
-    assert run_script("table.py", folder=tmp_path, **given) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: ") and error.count("\n") == 1
+def test_script_refuses_other_tables_in_one_line(tmp_path, given):
+    ended = run_here("table", folder=tmp_path, env=given)
+    assert ended.code == 2 and ended.err.startswith("error: ") and ended.err.count("\n") == 1
 
 
-def test_a_table_of_another_evaluation(tmp_path, run_script):
+def test_a_table_of_another_evaluation(tmp_path):
     """By EVAL_NAME, in files of its own: results of the usual one have no part in it."""
     open_judge = {"name": "open", "settings": {"judge_endpoint": "127.0.0.1:8000/v1"}}
     write_result(tmp_path / "outputs", LLAMA, "dpo", "mtbench", {"mt_bench": 7.0}, **open_judge)
     for method in ("dpo", "simpo"):
         write_result(tmp_path / "outputs", LLAMA, method, "mtbench", {"mt_bench": 8.0})
-    assert run_script("table.py", folder=tmp_path, N="1", MODEL=LLAMA, EVAL_NAME="open") == 0
+    assert run_here("table", folder=tmp_path, env={"N": "1", "MODEL": LLAMA, "EVAL_NAME": "open"}).code == 0
     lines = csv.DictReader((tmp_path / f"outputs/reports/table1-{LLAMA}-open.csv").open())
     ours = {line["Method"]: (line["ours"], line["command"]) for line in lines if "MT-Bench" in line["Column"]}
     assert ours["DPO"] == ("7.0", "")
