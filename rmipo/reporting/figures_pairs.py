@@ -38,7 +38,6 @@ from rmipo.record import package_versions
 from rmipo.reporting.results import ReportError, Result, RunFolder, eval_command, load_result, method_label
 
 BEHIND_TEXT = {"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 0.5}
-SCORE_COLUMNS = ["score_chosen", "score_rejected"]
 AT_MAX = 1e-6
 AT_MIN = 0.01  # gamma this close counts as at gamma_min: the exponential reaches it only in the limit
 
@@ -100,11 +99,8 @@ def scored_with(run: RunFolder, split: str) -> str:
 
 def judge_differences(run: RunFolder, split: str, rows: list[int]) -> np.ndarray:
     """Figure 6's REF: the judge's score of chosen minus rejected for the given source rows."""
-    config, scored = of_recipe(DataConfig, run.record["recipe"]), []
-    for name, dataset in load_sources(config, split):
-        if not {*SCORE_COLUMNS} <= {*dataset.column_names}:
-            raise ReportError(f"figure 6 needs the judge's scores: {name} has no columns {', '.join(SCORE_COLUMNS)}")
-        scored.append(dataset.select_columns([*SCORE_COLUMNS, "row"]))
+    config = of_recipe(DataConfig, run.record["recipe"])
+    scored = [rows.select_columns(["score_chosen", "score_rejected", "row"]) for _, rows in load_sources(config, split)]
     by_row = {row["row"]: row["score_chosen"] - row["score_rejected"] for row in mix(scored, config, split)}
     return np.array([by_row[row] for row in rows], dtype=np.float64)
 

@@ -21,8 +21,8 @@ from rmipo.reporting.results import (
     eval_command,
     evaluated_methods,
     find_runs,
-    is_trained,
     load_results,
+    load_run,
     method_label,
     model_label,
     paper_table,
@@ -233,11 +233,10 @@ def missing_commands(outputs: Path, cell, name: str) -> tuple[str, ...]:
         return () if found[0].settings.get("reference") else again
     if found:
         return (evaluate,) if BENCHMARKS[cell.bench].parts else ()  # only parts can be added to a result
-    if method == "initial":
-        train, trained = sft_command(model), is_trained(outputs, model, "sft")
-    else:
-        train, trained = train_command(model, method), is_trained(outputs, model, method)
-    return (train, evaluate) if train and not trained else (evaluate,)
+    # The model before preference training is the SFT stage's, or is not trained here.
+    stage, train = ("sft", sft_command(model)) if method == "initial" else (method, train_command(model, method))
+    run = load_run(outputs, model, stage)
+    return (evaluate,) if train is None or (run and run.finished) else (train, evaluate)
 
 
 def compare_paired(cells: pd.DataFrame, against: str) -> tuple[pd.Series, pd.Series]:

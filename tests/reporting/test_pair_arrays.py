@@ -31,7 +31,7 @@ OBJECTIVES = {
 }
 
 
-def write_pairs(folder: Path, judged: bool = True) -> list[dict]:
+def write_pairs(folder: Path) -> None:
     folder.mkdir()
     draw = random.Random(0)
 
@@ -41,11 +41,9 @@ def write_pairs(folder: Path, judged: bool = True) -> list[dict]:
     pairs = []
     for _ in range(20):
         pair = {"prompt": words(3), "chosen": words(draw.randint(2, 6)), "rejected": words(draw.randint(2, 6))}
-        scores = {"score_chosen": draw.randint(5, 9), "score_rejected": draw.randint(1, 4)}
-        pairs.append(pair | (scores if judged else {}))
+        pairs.append(pair | {"score_chosen": draw.randint(5, 9), "score_rejected": draw.randint(1, 4)})
     for split in ("train", "test"):
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
-    return pairs
 
 
 @pytest.fixture(scope="module")
@@ -135,14 +133,6 @@ def test_figure8_refuses_runs_whose_gamma_does_not_follow_delta_pmi(outputs, cha
     for run in (load_run(outputs, "tiny", "simpo"), with_objective(load_run(outputs, "tiny", "rmipo"), **changes)):
         with pytest.raises(ReportError, match=str(run.folder)):
             gamma_readings(run, "train", 100)
-
-
-def test_pairs_without_judge_scores_are_refused(outputs, tmp_path):
-    write_pairs(tmp_path / "pairs", judged=False)
-    run = load_run(outputs, "tiny", "rmipo")
-    run.record["recipe"]["dataset_name"] = str(tmp_path / "pairs")
-    with pytest.raises(ReportError, match="score_chosen"):
-        judge_differences(run, "test", [0])
 
 
 def test_figure3_without_scores_of_these_weights_names_the_command(tmp_path):

@@ -18,7 +18,7 @@ from rmipo.errors import ConfigError
 from rmipo.recipe.schema import DataConfig
 from rmipo.tiny import judge
 from rmipo.tiny.config import WorldConfig, load_world_config
-from rmipo.tiny.files import SPLITS, read_world, train_tokenizer, write_world
+from rmipo.tiny.files import SPLITS, read_world, write_world
 from rmipo.tiny.world import Fact, World
 from tests.helpers.paths import ROOT
 from tests.helpers.rows import assistant, pair, user, write
@@ -291,15 +291,6 @@ def test_chat_template(tokenizer):
         assert response[-1] == end and response.count(end) == 1
         assert tokenizer.apply_chat_template(prompt + answer, return_dict=False) == prompt_ids + response
         assert tokenizer.decode(response[:-1]) == answer[0]["content"]
-
-
-def test_words_of_the_world_are_whole_tokens():
-    world = World(CONFIG)
-    texts = [message["content"] for row in world.dialogues("train") for message in row["messages"]]
-    tokenizer = train_tokenizer(texts, CONFIG.vocab_size)
-    values = {fact.value for fact in world.facts}
-    assert len(tokenizer) <= CONFIG.vocab_size
-    assert all(len(tokenizer(f" {word}")["input_ids"]) == 1 for word in values | set(world.names))
 
 
 def test_model_fits_its_tokenizer(folder, tokenizer):
