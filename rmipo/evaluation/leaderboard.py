@@ -65,11 +65,8 @@ Score = tuple[float, float]  # value and standard error, in percent
 
 def score(results: dict[str, dict], task: str, metric: str, filter_: str = "none") -> Score:
     """From `results` of lm-eval: task name -> {"acc_norm,none": ..., "acc_norm_stderr,none": ...}."""
-    scores = results.get(task, {})
-    if f"{metric},{filter_}" not in scores:
-        raise EvaluationError(f"lm-eval's results have no {metric},{filter_} of {task}")
-    error = scores.get(f"{metric}_stderr,{filter_}")
-    return 100 * float(scores[f"{metric},{filter_}"]), 100 * error if isinstance(error, float) else 0.0
+    error = results[task].get(f"{metric}_stderr,{filter_}")
+    return 100 * float(results[task][f"{metric},{filter_}"]), 100 * error if isinstance(error, float) else 0.0
 
 
 def rescaled(raw: Score, choices: int) -> Score:

@@ -68,8 +68,8 @@ def look(
     first = Scored(model, rows, args, processing_class)
     second = None if after is None else Scored(after, rows, args, processing_class)
     moved = {} if second is None else second.sums()  # one model after the other: two may not fit
-    page = Page(first, rows, moved)
-    write(Path(output), page.pairs(), lambda: page.summary() | {"after": second and second.name})
+    lines: list[dict] = []
+    write(Path(output), shown_pairs(first, rows, moved, lines), lambda: summary(first, second and second.name, lines))
     return Path(output)
 
 
@@ -154,51 +154,46 @@ class Scored:
         return {row["row"]: sums(values["given"], values["prior"]) for row, values in self.values(partners=False)}
 
 
-class Page:
-    """What the template asks for: the pairs one by one, then what is known of all of them."""
+def shown_pairs(
+    scored: Scored, rows: Dataset, moved: dict[int, list[list[float]]], lines: list[dict]
+) -> Iterator[dict]:
+    """Each pair's content, none of which is kept: memory does not grow with texts and tokens. Its line goes to `lines`."""
+    places = None if parts.is_tokenized(rows) else {row: at for at, row in enumerate(rows["row"])}
+    for number, (row, values) in enumerate(scored.values(partners=True)):
+        cut = tuple(row[f"{side}_ids"] for side in SIDES)
+        # Tokenised pairs come without their texts: nothing is known of what was cut off.
+        messages = None if places is None else rows[places[row["row"]]]
+        whole = cut if messages is None else scored.chat.pair_ids(*(messages[side] for side in SIDES))
+        lines.append(
+            {
+                "index": number,
+                "row": row["row"],
+                "title": title(scored.chat, messages and messages["prompt"], cut[0]),
+                "sides": sums(values["given"], values["prior"]),
+                "after": moved.get(row["row"]),
+                "cut": [*map(len, cut)] != [*map(len, whole)],
+                "alike": alike(*cut[1:]),
+            }
+        )
+        other = partner(number, len(scored.rows)) if "other" in values else None
+        yield shown_pair(scored.chat, whole, cut, values, other)
 
-    def __init__(self, scored: Scored, rows: Dataset, moved: dict[int, list[list[float]]]):
-        self.scored, self.moved = scored, moved
-        self.messages = None if parts.is_tokenized(rows) else {row: at for at, row in enumerate(rows["row"])}
-        self.rows = rows
-        self.lines: list[dict] = []
 
-    def pairs(self) -> Iterator[dict]:
-        """Each pair's content, none of which is kept: memory does not grow with texts and tokens."""
-        scored, total = self.scored, len(self.scored.rows)
-        for number, (row, values) in enumerate(scored.values(partners=True)):
-            cut = tuple(row[f"{side}_ids"] for side in SIDES)
-            messages = None if self.messages is None else self.rows[self.messages[row["row"]]]
-            # Tokenised pairs come without their texts: nothing is known of what was cut off.
-            whole = cut if messages is None else scored.chat.pair_ids(*(messages[side] for side in SIDES))
-            self.lines.append(
-                {
-                    "index": number,
-                    "row": row["row"],
-                    "title": title(scored.chat, messages and messages["prompt"], cut[0]),
-                    "sides": sums(values["given"], values["prior"]),
-                    "after": self.moved.get(row["row"]),
-                    "cut": [*map(len, cut)] != [*map(len, whole)],
-                    "alike": alike(*cut[1:]),
-                }
-            )
-            other = partner(number, total) if "other" in values else None
-            yield shown_pair(scored.chat, whole, cut, values, other)
-
-    def summary(self) -> dict:
-        objective = build_objective(self.scored.args.objective)
-        report, name = self.scored.report, self.scored.name
-        dropped = {} if report is None else report.dropped
-        arithmetic = "bfloat16" if self.scored.args.bf16 else "float32"
-        return {
-            "about": f"{len(self.lines)} pairs under {name}, {arithmetic}, at most {self.scored.args.max_length} tokens",
-            "model": name,
-            "objective": vars(objective),
-            "dropped": sum(map(len, dropped.values())),
-            "reasons": "; ".join(f"{len(rows)} dropped, {reason}" for reason, rows in dropped.items()),
-            "findings": findings([line["sides"] for line in self.lines], objective.fidelity),
-            "pairs": self.lines,
-        }
+def summary(scored: Scored, after: str | None, lines: list[dict]) -> dict:
+    """What is known of all pairs once they are shown. `after`: name of the second model."""
+    args, objective = scored.args, build_objective(scored.args.objective)
+    dropped = {} if scored.report is None else scored.report.dropped
+    arithmetic = "bfloat16" if args.bf16 else "float32"
+    return {
+        "about": f"{len(lines)} pairs under {scored.name}, {arithmetic}, at most {args.max_length} tokens",
+        "model": scored.name,
+        "objective": vars(objective),
+        "dropped": sum(map(len, dropped.values())),
+        "reasons": "; ".join(f"{len(rows)} dropped, {reason}" for reason, rows in dropped.items()),
+        "findings": findings([line["sides"] for line in lines], objective.fidelity),
+        "pairs": lines,
+        "after": after,
+    }
 
 
 # What the page holds of one pair: texts of its tokens, what the limits cut off, and log-probabilities

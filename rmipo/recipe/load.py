@@ -128,8 +128,7 @@ class Recipe:
             PartialState(cpu=True, timeout=timedelta(seconds=values.get("ddp_timeout", TrainingArguments.ddp_timeout)))
 
         try:
-            args, data, model = (of_recipe(cls, values) for cls in (ARGUMENTS[self.stage], DataConfig, ModelConfig))
-            return args, data, model
+            return tuple(of_recipe(cls, values) for cls in (ARGUMENTS[self.stage], DataConfig, ModelConfig))
         except (OSError, TypeError, ValueError) as error:
             raise ConfigError(f"{self.path}: {error}") from error
 
@@ -145,8 +144,8 @@ def load_recipe(path: str | Path, overlays: Iterable[str | Path] = (), overrides
     Raises ConfigError that lists everything that is wrong.
     """
     path = Path(path)
-    values, notices, problems, origin = {}, [], [], {}
-    for number, (source, layer) in enumerate(_layers(path, overlays, overrides)):
+    values, notices, problems, origin, left_out = {}, [], [], {}, []
+    for number, (source, layer) in enumerate(_layers(path, overlays, overrides, left_out)):
         try:
             layer, layer_notices = foreign.translate(layer, is_recipe=number == 0)
         except ValueError as error:
@@ -156,7 +155,7 @@ def load_recipe(path: str | Path, overlays: Iterable[str | Path] = (), overrides
         # So that a message can name the file that set a key.
         origin |= dict.fromkeys(layer, source)
         values = merge(values, layer)
-    notices += _left_out(path, overlays) if not problems else []
+    notices += left_out
     if "prefer_local" in values:
         notices.append(_take_local(values))
     # For small models: a GPU where there is one.
@@ -181,32 +180,27 @@ def parse_command_line(description: str) -> tuple[str, list[str], list[str]]:
     return known.config, known.overlay, overrides
 
 
-def _layers(path: Path, overlays: Iterable[str | Path], overrides: Sequence[str]) -> Iterator[tuple[str, dict]]:
-    """(source, values) of each layer, lowest first. Raises ConfigError for what can't be read."""
-    setting = path.resolve().parent.name
+def _layers(
+    path: Path, overlays: Iterable[str | Path], overrides: Sequence[str], left_out: list[str]
+) -> Iterator[tuple[str, dict]]:
+    """(source, values) of each layer, lowest first. Raises ConfigError for what can't be read.
+
+    `left_out` gets a notice for each overlay with values for the setting that the recipe builds on, and none for its own.
+    """
+    setting, *bases = [Path(file).resolve().parent.name for file, _ in reversed(read_layers(path))]
     for source in (path, *overlays):
         for file, layer in read_layers(source):
-            own = (layer.pop("per_setting", None) or {}).get(setting)
+            for_settings = layer.pop("per_setting", None) or {}
             yield file, layer
-            yield file, own or {}
+            yield file, for_settings.get(setting) or {}
+            base = next((name for name in bases if name in for_settings), None)
+            if base and setting not in for_settings:
+                keys = ", ".join(for_settings[base])
+                left_out.append(f"{file}: its values for {base} ({keys}) do not apply to {setting}; the common ones do")
     try:
         yield COMMAND_LINE, parse_overrides(overrides)
     except ValueError as error:
         raise ConfigError(f"{COMMAND_LINE}: {error}") from error
-
-
-def _left_out(path: Path, overlays: Iterable[str | Path]) -> list[str]:
-    """A notice for each overlay with values for the setting that the recipe builds on, and none for its own."""
-    setting, *bases = [Path(file).resolve().parent.name for file, _ in reversed(read_layers(path))]
-    notices = []
-    for overlay in overlays:
-        for file, layer in read_layers(overlay):
-            for_settings = layer.get("per_setting") or {}
-            base = next((name for name in bases if name in for_settings), None)
-            if base and setting not in for_settings:
-                keys = ", ".join(for_settings[base])
-                notices.append(f"{file}: its values for {base} ({keys}) do not apply to {setting}; the common ones do")
-    return notices
 
 
 def _take_local(values: dict[str, Any]) -> str:

@@ -82,10 +82,6 @@ def test_peak_memory_sees_a_larger_batch():
     assert extra > 3000 * 2000 * 4 * 2  # logits and their log-softmax
 
 
-def test_ratio_is_taken_round_by_round():
-    assert report.ratio([1.0, 4.0, 3.0], [2.0, 4.0, 4.0]) == {"min": 0.5, "median": 0.75, "max": 1.0}
-
-
 def test_the_rate_is_of_all_rounds():
     work_done = {"positions": 8, "flops": 24e9}  # in all three rounds
     entry = {"name": "simpo", "work": work_done, "rounds": [{"cpu": seconds} for seconds in (1.0, 2.0, 3.0)]}

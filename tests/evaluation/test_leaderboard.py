@@ -151,10 +151,3 @@ def test_lm_eval_on_the_tiny_settings_tasks(tmp_path, monkeypatch):
     write_model(tmp_path / "model", seed=1)  # other weights
     run(tmp_path / "model", tmp_path / "eval", settings | {"dtype": "float32", "tasks": ["mmlu_pro"]})
     assert asked[4:] == ["mmlu_pro"]
-
-
-def test_a_missing_score_is_named():
-    results = raw_results()
-    del results["leaderboard_bbh_navigate"]
-    with pytest.raises(EvaluationError, match="leaderboard_bbh_navigate"):
-        metrics_of("bbh", results)

@@ -36,13 +36,6 @@ def test_help_says_what_a_script_does_and_every_option_means(script):
     assert max(map(len, shown.splitlines())) <= 128
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_a_wrong_option_is_an_error_like_any_other(script):
-    ended = run_here(script, "--no_such_option=1" if script not in ("sft", "preference", "sweep") else "stray")
-    assert (ended.code, ended.out) == (2, "")
-    assert ended.err.startswith("error: ") and ended.err.count("\n") < 30, ended.err
-
-
 def test_options_default_to_makes_variables(monkeypatch):
     monkeypatch.setenv("MODEL", "tiny")
     monkeypatch.setenv("METHOD", "dpo")

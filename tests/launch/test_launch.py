@@ -294,12 +294,6 @@ def test_wrong_choices_are_refused_before_anything_heavy_is_imported(script):
         assert name in done.stderr, done.stderr
 
 
-@pytest.mark.parametrize("script", ["evaluate", "samples", "table", "pairs", "online", "launch"])
-def test_an_open_quote_in_args_is_named(script):
-    done = run_here(script, env={"MODEL": "tiny", "ARGS": "--prompt What's"})
-    assert done.code == 2 and "ARGS=" in done.err
-
-
 @pytest.mark.parametrize(
     ("script", "variable"),
     [("online", "DATA"), ("pairs", "DRY"), ("compare", "SLURM"), ("sweep", "SLURM"), ("smoke", "DATA")],

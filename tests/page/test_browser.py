@@ -186,28 +186,6 @@ def test_keys_scrolling_and_search(reader, pairs):
     assert reader.driver.switch_to.active_element.tag_name == "body"
 
 
-def test_a_dot_names_its_pair_opens_it_and_a_selection_filters(reader):
-    from selenium.webdriver import ActionChains
-
-    svg = reader.find("#chart-length")
-    reader("arguments[0].scrollIntoView({block: 'center'})", svg)
-    width, height = svg.size["width"], svg.size["height"]
-    dots = reader("return [...arguments[0].querySelectorAll('.dots')].map(all => all.getAttribute('d')).join('')", svg)
-    x, y = (float(value) * width / 330 for value in re.match(r"M([\d.]+) ([\d.]+)", dots).groups())
-    ActionChains(reader.driver).move_to_element_with_offset(svg, x - width / 2, y - height / 2).perform()
-    named = int(reader.find("#tip").text.split(":")[0])
-    ActionChains(reader.driver).move_to_element_with_offset(svg, x - width / 2, y - height / 2).click().perform()
-    assert reader.open_pair() == named
-    drag = ActionChains(reader.driver).move_to_element_with_offset(svg, 0, -height / 2 + 2).click_and_hold()
-    drag.move_to_element_with_offset(svg, width / 2 - 2, height / 2 - 2).release().perform()
-    differences = [a - b for a, b in zip(reader.numbers("|y| chosen"), reader.numbers("|y| rejected"), strict=True)]
-    assert 0 < reader.shown() < 150 and len(differences) == reader.shown()
-    edge = min(differences)
-    reader.press("\ue00c")
-    everything = reader("return pairs.map(pair => pair.length)")
-    assert sum(value >= edge for value in everything) == len(differences)
-
-
 def test_one_pair_shows_its_tokens_its_cuts_and_another_prompt(reader, page, summary):
     stored = [json.loads(text) for text in re.findall(r'class="pair">(.*?)</script>', page.read_text("utf-8"))]
     number = next(i for i, pair in enumerate(stored) if pair["sides"][1]["lost"] and not pair["sides"][0]["lost"])

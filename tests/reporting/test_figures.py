@@ -7,17 +7,14 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from matplotlib.image import imread
 
 from rmipo.objectives import build_objective
-from rmipo.plots import draw_curves, save
+from rmipo.plots import draw_curves
 from rmipo.reporting.figures_pairs import (
     Reading,
     density,
     differences,
     distance_interval,
-    figure3,
-    figure6,
     figure8,
     jitter,
     wasserstein,
@@ -263,21 +260,6 @@ def test_figure8_shows_the_atoms_apart_from_the_density():
     assert curve[grid > 1.59].max() < 0.3 and curve[grid < 0.4].max() < 0.01
     pins = next(axis for axis in axes if axis.get_ylabel() == "At a bound")
     assert {text.get_text() for text in pins.texts} == {"30%", "10%"}
-
-
-def test_figures_are_saved_as_print_quality_files(tmp_path):
-    signals = {"helpful": {"loglik": RANDOM.normal(size=300), "pmi": RANDOM.normal(0.3, 1, 300)}}
-    rewards = {method: RANDOM.normal(size=200) for method in ("simpo", "rmipo")}
-    readings = {"a": reading(RANDOM.uniform(0.3, 1.6, 200)), "b": reading(np.full(200, 0.3))}
-    for name, figure in {
-        "figure3": figure3(signals, "tiny"),
-        "figure6": figure6(RANDOM.choice([1.0, 2.0], 200), rewards, "tiny"),
-        "figure8": figure8(readings, OBJECTIVE, "tiny"),
-    }.items():
-        png, pdf = save(figure, tmp_path / f"{name}.png")
-        pixels = imread(png)
-        assert pixels.shape[1] == 1350 and pixels[..., :3].std() > 0.02  # 6.75 inches at 200 dpi, not blank
-        assert pdf.read_bytes().startswith(b"%PDF")
 
 
 def test_missing_inputs_name_the_command_and_mixed_versions_make_no_figure(tmp_path):

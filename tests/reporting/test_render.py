@@ -205,12 +205,6 @@ def test_script_writes_three_formats(tmp_path, benchmarks):
     assert files == {f"{name}.{suffix}" for name in names for suffix in FORMATS}
 
 
-@pytest.mark.parametrize("given", [{"N": "4"}, {}, {"BENCH": "chess", "MODEL": "tiny"}, {"BENCH": "hh"}])
-def test_script_refuses_other_tables_in_one_line(tmp_path, given):
-    ended = run_here("table", folder=tmp_path, env=given)
-    assert ended.code == 2 and ended.err.startswith("error: ") and ended.err.count("\n") == 1
-
-
 def test_a_table_of_another_evaluation(tmp_path):
     """By EVAL_NAME, in files of its own: results of the usual one have no part in it."""
     open_judge = {"name": "open", "settings": {"judge_endpoint": "127.0.0.1:8000/v1"}}
