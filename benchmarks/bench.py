@@ -86,7 +86,7 @@ def run(case: Case, batches: list[list[dict]], progress: tqdm) -> dict:
     result = dataclasses.asdict(case) | {"contenders": {}}
     for name in case.contenders:
         total = work.total(name, batches, case.setup)
-        entry = {"name": name, "work": dataclasses.asdict(total) | {"flops": total.flops}, "rounds": rounds[name]}
+        entry = {"name": name, "work": total._asdict() | {"flops": total.flops}, "rounds": rounds[name]}
         result["contenders"][name] = entry | memory.get(name, {})
     report.add_ratios(result, BASES, clock="cpu")
     return result

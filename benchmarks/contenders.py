@@ -4,6 +4,7 @@ A step takes tokenised pairs, does all that a trainer does from collating to gra
 """
 
 import copy
+import functools
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -108,38 +109,30 @@ def _arguments(cls: type[TrainingArguments], setup: Setup, **values) -> Training
     )
 
 
-def our_trainer(model: LlamaForCausalLM, setup: Setup, objective: dict) -> PreferenceTrainer:
+def _ours(model: LlamaForCausalLM, setup: Setup, **objective) -> Step:
     args = _arguments(
         PreferenceConfig, setup, objective=objective, attention=setup.attention, use_liger_kernel=setup.liger
     )
     dataset = Dataset.from_list([{"prompt_ids": [3], "chosen_ids": [4], "rejected_ids": [5], "row": 0}])
-    return PreferenceTrainer(model, args, dataset, prior_context=PRIOR_CONTEXT)
+    trainer = PreferenceTrainer(model, args, dataset, prior_context=PRIOR_CONTEXT)
+
+    def step(pairs: list[dict]) -> float:
+        count = len(pairs)
+        batch = trainer.collate([(pairs, MicroBatch(tuple(range(count)), count, count))])
+        return trainer.training_step(model, batch).item()
+
+    return step
 
 
-def _ours(objective: dict) -> Callable[[LlamaForCausalLM, Setup], Step]:
-    def build_step(model: LlamaForCausalLM, setup: Setup) -> Step:
-        trainer = our_trainer(model, setup, objective)
+def _padded(
+    model: LlamaForCausalLM, setup: Setup, loss_function: Callable[..., torch.Tensor], **hyperparameters
+) -> Step:
+    def step(pairs: list[dict]) -> float:
+        loss = loss_function(model, pairs, **hyperparameters)
+        loss.backward()
+        return loss.item()
 
-        def step(pairs: list[dict]) -> float:
-            count = len(pairs)
-            batch = trainer.collate([(pairs, MicroBatch(tuple(range(count)), count, count))])
-            return trainer.training_step(model, batch).item()
-
-        return step
-
-    return build_step
-
-
-def _padded(loss_function: Callable[..., torch.Tensor], **hyperparameters):
-    def build_step(model: LlamaForCausalLM, setup: Setup) -> Step:
-        def step(pairs: list[dict]) -> float:
-            loss = loss_function(model, pairs, **hyperparameters)
-            loss.backward()
-            return loss.item()
-
-        return step
-
-    return build_step
+    return step
 
 
 def _tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
@@ -187,15 +180,16 @@ def _trl_simpo(model: LlamaForCausalLM, setup: Setup) -> Step:
     return step
 
 
+_with = functools.partial
 BUILDERS = {
-    "padded-rmipo": _padded(references.rmipo_loss, prior_context=PRIOR_CONTEXT, **RMIPO),
-    "padded-simpo": _padded(references.simpo_loss, **SIMPO),
+    "padded-rmipo": _with(_padded, loss_function=references.rmipo_loss, prior_context=PRIOR_CONTEXT, **RMIPO),
+    "padded-simpo": _with(_padded, loss_function=references.simpo_loss, **SIMPO),
     "trl-simpo": _trl_simpo,
     "trl-dpo": _trl_dpo,
-    "rmipo": _ours({"name": "rmipo", **RMIPO}),
-    "rmipo-initial-prior": _ours({"name": "rmipo", "prior_model": "initial", **RMIPO}),
-    "simpo": _ours({"name": "simpo", **SIMPO}),
-    "dpo": _ours({"name": "dpo", **DPO}),
+    "rmipo": _with(_ours, name="rmipo", **RMIPO),
+    "rmipo-initial-prior": _with(_ours, name="rmipo", prior_model="initial", **RMIPO),
+    "simpo": _with(_ours, name="simpo", **SIMPO),
+    "dpo": _with(_ours, name="dpo", **DPO),
 }
 # The same loss in two or three ways: their values must agree.
 SAME_LOSS = [("padded-rmipo", "rmipo"), ("padded-simpo", "trl-simpo", "simpo"), ("trl-dpo", "dpo")]

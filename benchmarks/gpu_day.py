@@ -19,6 +19,7 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -168,11 +169,6 @@ def legs(output: Path, dry: bool) -> dict[str, list[list[str]]]:
     }
 
 
-def copy_of_checkout(folder: Path) -> Path:
-    ignored = shutil.ignore_patterns("outputs", ".*", "*.egg-info", "__pycache__")
-    return Path(shutil.copytree(ROOT, folder, ignore=ignored, dirs_exist_ok=True))
-
-
 def environment(output: Path, root: Path) -> dict[str, str]:
     """With the wheels that were taken along in front of what the machine has, and no network."""
     site, stock = (output / "site").resolve(), output / "stock"
@@ -190,7 +186,10 @@ def run(output: Path, minutes: float, only: Iterable[str], dry: bool) -> int:
     """Exit code 0 once every leg has passed."""
     output = (output / "dry" if dry else output).resolve()  # a trial's results are not those of the day
     output.mkdir(parents=True, exist_ok=True)
-    root = copy_of_checkout(output / "checkout") if dry else ROOT  # a trial leaves the outputs of real runs alone
+    root = output / "checkout" if dry else ROOT  # a trial leaves the outputs of real runs alone
+    if dry:
+        ignored = shutil.ignore_patterns("outputs", ".*", "*.egg-info", "__pycache__")
+        shutil.copytree(ROOT, root, ignore=ignored, dirs_exist_ok=True)
     deadline, env, ended = time.monotonic() + 60 * minutes, environment(output, root), {}
     for name, commands in legs(output, dry).items():
         path = output / f"{name}.json"
@@ -218,21 +217,15 @@ def run_command(command: list[str], root: Path, env: dict[str, str], seconds: fl
     print(" ".join(command), flush=True)
     start, lines = time.monotonic(), []
     program = subprocess.Popen(command, cwd=root, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    stopper = subprocess.Popen(  # ends it in time even while it prints nothing
-        [
-            sys.executable,
-            "-c",
-            f"import os, signal, time; time.sleep({seconds}); os.kill({program.pid}, signal.SIGTERM)",
-        ]
-    )
+    stopper = threading.Timer(seconds, program.terminate)  # ends it in time even while it prints nothing
+    stopper.start()
     for line in program.stdout:
         print(line, end="", flush=True)
         lines.append(line)
     code = program.wait()
-    if stopper.poll() is not None:
+    if stopper.finished.is_set():
         code = "out of time"
-    stopper.kill()
-    stopper.wait()
+    stopper.cancel()
     return {"command": command, "code": code, "seconds": time.monotonic() - start, "output": "".join(lines)[-4000:]}
 
 

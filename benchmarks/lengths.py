@@ -4,44 +4,28 @@ import itertools
 import math
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass
 
-MAX_LENGTH, MAX_PROMPT_LENGTH = 2048, 1800
-
-
-@dataclass(frozen=True)
-class Profile:
-    """Log-normal lengths in tokens: (median, standard deviation of the logarithm)."""
-
-    prompt: tuple[float, float]
-    chosen: tuple[float, float]
-    rejected: tuple[float, float]
-    correlation: float  # of the logarithms of a pair's two response lengths
-
-
+MAX_LENGTH, MAX_PROMPT_LENGTH = 2048, 1800  # the recipes' limits
+# Log-normal lengths in tokens of prompt, chosen and rejected, each as (median, standard deviation of the logarithm); then the
+# correlation of the logarithms of a pair's two response lengths.
 PROFILES = {
     # Means of about 165, 315 and 270: the bytes per row of ultrafeedback_binarized's columns at 4 characters a token.
-    "ultrafeedback": Profile((80, 1.2), (250, 0.7), (205, 0.75), 0.6),
+    "ultrafeedback": ((80, 1.2), (250, 0.7), (205, 0.75), 0.6),
     # Fitted to 2799 pairs of published AlpacaEval outputs at 4 characters a token, and a chat template's 10 tokens.
-    "alpacaeval": Profile((42, 0.7), (286, 1.0), (153, 1.0), 0.62),
+    "alpacaeval": ((42, 0.7), (286, 1.0), (153, 1.0), 0.62),
 }
 
 
-def truncated(prompt: int, chosen: int, rejected: int) -> tuple[int, int, int]:
-    """What is left of a pair's lengths under the recipes' limits."""
-    prompt = max(1, min(prompt, MAX_PROMPT_LENGTH))
-    return prompt, *(max(1, min(length, MAX_LENGTH - prompt)) for length in (chosen, rejected))
-
-
 def from_profile(name: str, seed: int) -> Iterator[tuple[int, int, int]]:
-    """Endless (prompt, chosen, rejected) lengths."""
-    profile, rng = PROFILES[name], random.Random(seed)
-    rest = math.sqrt(1 - profile.correlation**2)
+    """Endless (prompt, chosen, rejected) lengths, cut by the limits."""
+    *parts, correlation = PROFILES[name]
+    rng = random.Random(seed)
     while True:
         a, b, c = (rng.gauss(0, 1) for _ in range(3))
-        normals = (a, b, profile.correlation * b + rest * c)
-        parts = (profile.prompt, profile.chosen, profile.rejected)
-        yield truncated(*(round(median * math.exp(sd * z)) for (median, sd), z in zip(parts, normals, strict=True)))
+        normals = (a, b, correlation * b + math.sqrt(1 - correlation**2) * c)
+        drawn = [round(median * math.exp(sd * z)) for (median, sd), z in zip(parts, normals, strict=True)]
+        prompt = max(1, min(drawn[0], MAX_PROMPT_LENGTH))
+        yield prompt, *(max(1, min(length, MAX_LENGTH - prompt)) for length in drawn[1:])
 
 
 def make_pairs(lengths: list[tuple[int, int, int]], vocabulary: int, seed: int) -> list[dict]:

@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 
 from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
@@ -55,16 +56,12 @@ def timed_rounds(
             one.model.zero_grad()
             results[name].append({"cpu": cpu, "wall": wall, "loss": loss})
             progress.update()
-        _raise_if_losses_differ(results, tolerance)
+        for names in SAME_LOSS:
+            losses = {name: results[name][-1]["loss"] for name in names if name in results}
+            values = losses.values()
+            if losses and max(values) - min(values) > tolerance * max(map(abs, values)):
+                raise RuntimeError(f"these should have the same loss: {losses}")
     return results
-
-
-def _raise_if_losses_differ(results: dict[str, list[dict]], tolerance: float) -> None:
-    for names in SAME_LOSS:
-        losses = {name: results[name][-1]["loss"] for name in names if name in results}
-        values = losses.values()
-        if losses and max(values) - min(values) > tolerance * max(map(abs, values)):
-            raise RuntimeError(f"these should have the same loss: {losses}")
 
 
 def peak_activations(name: str, setup: Setup, warm_up: list[dict], pairs: list[dict]) -> int:
@@ -73,23 +70,15 @@ def peak_activations(name: str, setup: Setup, warm_up: list[dict], pairs: list[d
     Counted is what torch's allocator hands out, so that the number is exact and the same each time.
     """
     context = multiprocessing.get_context("fork")  # a child that need not import everything again
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_measure_peak, args=(sender, name, setup, warm_up, pairs))
-    process.start()
-    sender.close()
-    try:
-        return receiver.recv()
-    except EOFError:
-        raise RuntimeError(f"the process that measures the memory of {name} died") from None
-    finally:
-        process.join()
+    with ProcessPoolExecutor(1, context) as process:
+        return process.submit(_measure_peak, name, setup, warm_up, pairs).result()
 
 
-def _measure_peak(sender, name: str, setup: Setup, warm_up: list[dict], pairs: list[dict]) -> None:
+def _measure_peak(name: str, setup: Setup, warm_up: list[dict], pairs: list[dict]) -> int:
     with contextlib.redirect_stderr(io.StringIO()):  # TRL's own progress bars
         step = build(name, setup).step
     step(warm_up)  # allocates the gradients
-    sender.send(allocated_peak(lambda: step(pairs)))
+    return allocated_peak(lambda: step(pairs))
 
 
 def allocated_peak(call: Callable[[], object]) -> int:

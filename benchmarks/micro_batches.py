@@ -16,24 +16,15 @@ from rmipo.training.batching import StepSampler
 RECIPE_TOKENS = 8192  # max_tokens_per_micro_batch of the 7B and 8B recipes
 
 
-def micro_batches(
-    sizes: list[int], rank: int, ranks: int, pairs: int, max_tokens: int | None = None, regroups: str = "nothing"
-) -> list:
-    """This rank's micro-batches of one step over all pairs."""
-    sampler = StepSampler(
-        len(sizes), global_batch_size=len(sizes), micro_batch_size=pairs, rank=rank, world_size=ranks, seed=None,
-        max_tokens=max_tokens, pair_tokens=sizes, regroups=regroups,
-    )  # fmt: skip
-    return next(iter(sampler))
-
-
 def waiting(ranks: int, pairs: int, steps: int = 30) -> dict[str, tuple[float, float, float]]:
     """By pairs and by tokens: forwards per step, longest row, and time relative to ranks that never wait (medians)."""
     source = lengths.from_profile("ultrafeedback", seed=1)
     drawn = [[p - 1 + c + r for p, c, r in itertools.islice(source, 128)] for _ in range(steps)]
 
     def cost(sizes: list[int], max_tokens: int | None, regroups: str = "nothing") -> tuple[int, int, float]:
-        cut = [micro_batches(sizes, rank, ranks, pairs, max_tokens, regroups) for rank in range(ranks)]
+        step = {"global_batch_size": len(sizes), "micro_batch_size": pairs, "world_size": ranks, "seed": None}
+        step |= {"max_tokens": max_tokens, "pair_tokens": sizes, "regroups": regroups}
+        cut = [next(iter(StepSampler(len(sizes), rank=rank, **step))) for rank in range(ranks)]
         loads = [[sum(sizes[i] for i in batch.indices) for batch in own] for own in cut]
         longest = [max(forward) for forward in zip(*loads, strict=True)]
         return len(longest), max(longest), sum(longest) / (sum(sizes) / ranks)

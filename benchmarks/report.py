@@ -5,6 +5,7 @@ import re
 import statistics
 from pathlib import Path
 
+import pandas as pd
 import torch
 
 from rmipo import record
@@ -39,10 +40,9 @@ def add_ratios(case: dict, bases: tuple[str, ...], clock: str) -> None:
 
 def table(case: dict, clock: str) -> str:
     """One case as text: measured ratios beside those of the work model."""
-    first = next(iter(case["contenders"].values()))
-    bases = list(first["ratios"])
+    bases = list(next(iter(case["contenders"].values()))["ratios"])
     header = ["step", "s", "positions", "GFLOP", "GFLOP/s", *(f"/ {base} (work)" for base in bases), "MiB", "MiB /"]
-    lines = [header]
+    lines = []
     for entry in case["contenders"].values():
         seconds = [round_[clock] for round_ in entry["rounds"]]
         total, flops = sum(seconds), entry["work"]["flops"]
@@ -54,9 +54,7 @@ def table(case: dict, clock: str) -> str:
         memory = entry["ratios"][bases[0]].get("memory") if bases else None
         cells += [f"{entry['memory'] / 2**20:.0f}", f"{memory:.2f}"] if memory else ["", ""]
         lines.append(cells)
-    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
-    text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
-    return "\n".join(text)
+    return pd.DataFrame(lines, columns=header).to_string(index=False)
 
 
 def save(result: dict, path: Path) -> None:

@@ -4,7 +4,8 @@ Units: a forward costs 1, its backward 2 (of attention 2.5: it computes the scor
 the forward of the layers once more, up to the last product that backward needs: all but the MLP's down projection.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+from typing import NamedTuple
 
 from benchmarks.contenders import PRIOR_CONTEXT, Setup
 
@@ -19,8 +20,7 @@ class Pass:
     gradient: bool = True
 
 
-@dataclass
-class Work:
+class Work(NamedTuple):
     positions: int
     linear: float  # FLOPs of the layers' matrix products
     head: float
@@ -29,9 +29,6 @@ class Work:
     @property
     def flops(self) -> float:
         return self.linear + self.head + self.attention
-
-    def __add__(self, other: "Work") -> "Work":
-        return Work(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
 
 
 def step_work(name: str, pairs: list[dict], setup: Setup) -> Work:
@@ -51,11 +48,15 @@ def step_work(name: str, pairs: list[dict], setup: Setup) -> Work:
         if name == "trl-dpo":  # its fused head leaves the last position out
             passes[0].scored -= len(responses)
     head_units = 4 if name == "trl-dpo" else 3  # that head computes the logits again in backward
-    return sum((_work(part, setup, head_units) for part in passes), Work(0, 0, 0, 0))
+    return _sum(_work(part, setup, head_units) for part in passes)
 
 
 def total(name: str, batches: list[list[dict]], setup: Setup) -> Work:
-    return sum((step_work(name, pairs, setup) for pairs in batches), Work(0, 0, 0, 0))
+    return _sum(step_work(name, pairs, setup) for pairs in batches)
+
+
+def _sum(parts) -> Work:
+    return Work(*map(sum, zip(*parts, strict=True)))
 
 
 def _packed(groups: list[tuple[int, list[int]]], gradient: bool = True) -> Pass:

@@ -1,11 +1,9 @@
 """The one manner of all scripts: options that default to make's variables, and how a program ends.
 
+    @cli.main
     def main() -> int | None:
         options = cli.options(__doc__, "MODEL", "METHOD").read()
         ...
-
-    if __name__ == "__main__":
-        cli.run(main)
 
 Nothing heavy is imported here: a mistyped name is refused before torch and transformers are, which takes seconds.
 """
@@ -19,6 +17,7 @@ import shlex
 import sys
 import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import NoReturn
 
 from rmipo.errors import ConfigError, UserError
@@ -110,6 +109,12 @@ def variables(options: argparse.Namespace) -> dict[str, str]:
     return {name: value for name in VARIABLES if (value := getattr(options, name.lower(), ""))}
 
 
+def environment(script: str, doc: str, *names: str, **meanings: str) -> dict[str, str]:
+    """The environment with make's variables as the command line gives them. The repository becomes the working directory."""
+    os.chdir(Path(script).parent.parent)
+    return os.environ | variables(options(doc, *names, **meanings).read())
+
+
 def choose(variable: str, value: str, known: list[str], title: str) -> str:
     """`value` if it is one of `known`, else ConfigError with all of them."""
     if value in known:
@@ -173,3 +178,9 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     with program():
         sys.exit(main())
     sys.exit(0)
+
+
+def main(function: Callable[[], int | None]) -> None:
+    """Decorates a script's `main`, its last definition: runs it where the script is the program, and not an import."""
+    if function.__module__ == "__main__":
+        run(function)

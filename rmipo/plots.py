@@ -1,14 +1,18 @@
-"""The one style of every plot: print sizes, colours, panels, and how a figure is saved."""
+"""The one style of every plot: print sizes, colours, panels, what several figures draw, and how a figure is saved."""
 
+import textwrap
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import matplotlib
 import numpy as np
+import pandas as pd
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
 
 PAGE_WIDTH = 6.75  # inches: two columns of the paper's style
 
@@ -85,3 +89,38 @@ def method_color(method: str) -> str:
 
 def panel_letter(axes: Axes, letter: str, title: str) -> None:
     axes.set_title(f"({letter}) {title}", loc="left")
+
+
+def draw_costs(axis: Axes, lengths: dict[str, float], memory: list[str], labels: list[str], xlabel: str) -> None:
+    """Horizontal bars of time, method -> length, with the peak memory written at the foot of each."""
+    axis.barh(range(len(lengths)), list(lengths.values()), 0.7, color=list(map(method_color, lengths)))
+    behind = [withStroke(linewidth=2, foreground="white")]  # the text lies over bars and marks
+    for place, text in enumerate(memory):
+        style = {"textcoords": "offset points", "fontsize": 6.5, "path_effects": behind}
+        axis.annotate(text, (0, place), (3, 0), va="center", **style)
+    axis.set_yticks(range(len(labels)), labels)
+    axis.invert_yaxis()
+    axis.set_xlim(left=0)
+    axis.grid(axis="y", visible=False)
+    axis.set_xlabel(xlabel)
+    panel_letter(axis, "a", "Time and peak memory")
+
+
+def draw_curves(axis: Axes, points: pd.DataFrame, name: str, label: Callable[[str], str]) -> None:
+    """The column `name` over the step, a line per method: the mean over its runs, with their range as a band."""
+    for method, of_method in points.groupby("method", sort=False):
+        over_runs = of_method.groupby("step")[name].agg(["mean", "min", "max"])
+        # Dashed on top of the others: where two lines coincide, both are seen.
+        style = {"linewidth": 1.8, "linestyle": (0, (3, 2)), "zorder": 4} if method == "rmipo" else {"linewidth": 1.1}
+        color = method_color(method)
+        axis.plot(over_runs.index, over_runs["mean"], color=color, label=label(method), **style)
+        axis.fill_between(over_runs.index, over_runs["min"], over_runs["max"], color=color, alpha=0.12, lw=0)
+    axis.set_xlabel("Step")
+    axis.margins(x=0.02)
+
+
+def footnotes(figure: Figure, lines: Iterable[str]) -> None:
+    """What has to be said under a figure, in small print; call it last."""
+    text = "\n".join(textwrap.fill(line, 165) for line in lines)
+    if text:
+        figure.supxlabel(text, fontsize=5.5, x=0.01, ha="left")

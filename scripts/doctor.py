@@ -9,12 +9,41 @@ exit code is then 1.
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 from rmipo import cli
 from rmipo.errors import UserError
-from rmipo.launch import machine
 from rmipo.launch.choices import check_choices, choose_stages
-from rmipo.launch.machine import Check
+
+
+class Check(NamedTuple):
+    """`passed`: None where the check says something that nothing depends on. `needed`: MODEL fails without it."""
+
+    name: str
+    passed: bool | None
+    found: str
+    fix: str = ""
+    needed: bool = True
+
+    @property
+    def failed(self) -> bool:
+        return self.passed is False and self.needed
+
+    def line(self) -> str:
+        status = "FAIL" if self.failed else "ok" if self.passed else "note"
+        fix = f". Fix: {self.fix}" if self.fix and not self.passed else ""
+        return f"{status:5} {self.name:12} {self.found}{fix}"
+
+
+def gpu_check(needed: bool) -> Check:
+    import torch
+
+    count = torch.cuda.device_count()
+    if count == 0:
+        fix = "a machine with an NVIDIA GPU; on a login node make train ... SLURM=1 GPUS=8x80. MODEL=tiny needs none"
+        return Check("GPU", False, f"none visible, torch is built for CUDA {torch.version.cuda}", fix, needed)
+    properties = torch.cuda.get_device_properties(0)
+    return Check("GPU", True, f"{count} x {properties.name}, {properties.total_memory / 2**30:.0f} GiB")
 
 
 def disk_check(step) -> Check:
@@ -45,32 +74,40 @@ def access_check(kind: str, name: str) -> Check:
         return Check(kind, False, str(error))
 
 
+def tracker_check(report_to: list[list[str] | str | None]) -> Check:
+    """`report_to`: that of each recipe, which is one tracker, several, or none."""
+    trackers = {name for given in report_to for name in ([given] if isinstance(given, str) else given or [])}
+    if not trackers & {"wandb", "all"} or os.environ.get("WANDB_MODE") in ("offline", "disabled"):
+        return Check("W&B login", None, "not needed: report_to is not wandb, or WANDB_MODE is offline")
+    import wandb
+
+    found = wandb.login(prompt=False, verify=False)  # not over the network: a run opens W&B before it loads its model
+    fix = "`.venv/bin/wandb login`, or WANDB_MODE=offline, or ARGS='--report_to none'"
+    return Check("W&B login", found, "a key is here" if found else "no credentials", fix)
+
+
 def all_checks(env: dict[str, str]) -> Iterator[Check]:
     from rmipo.launch.pipeline import load_steps
 
     steps = [step for step in load_steps(*choose_stages(env), env) if step.recipe is not None]
     recipes = [step.recipe.values for step in steps]
-    yield from machine.gpu_checks(needed=not all(step.on_cpu for step in steps))
+    yield gpu_check(needed=not all(step.on_cpu for step in steps))
     yield from map(disk_check, steps)
     for kind, key in (("dataset", "dataset_name"), ("model", "model_name_or_path")):
         for name in sorted({recipe[key] for recipe in recipes if recipe.get(key)}):
             yield access_check(kind, name)
-    yield machine.tracker_check([recipe.get("report_to") for recipe in recipes])
+    yield tracker_check([recipe.get("report_to") for recipe in recipes])
 
 
+@cli.main
 def main() -> int:
-    os.chdir(Path(__file__).parent.parent)
-    options = cli.options(__doc__, "MODEL", "STAGE", "METHOD", "DATA", "ARGS", "SHARDING").read()
-    env = {**os.environ, "MODEL": "tiny"} | cli.variables(options)
+    env = cli.environment(__file__, __doc__, "MODEL", "STAGE", "METHOD", "DATA", "ARGS", "SHARDING")
+    env["MODEL"] = env.get("MODEL") or "tiny"
     check_choices(env)
     os.environ["WANDB_SILENT"] = "true"
     failed = False
     for check in all_checks(env):
         print(check.line(), flush=True)
-        failed |= check.passed is False and check.needed
+        failed |= check.failed
     print(f"{env['MODEL']}: {'see FAIL above' if failed else 'ready'}")
     return int(failed)
-
-
-if __name__ == "__main__":
-    cli.run(main)

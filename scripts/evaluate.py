@@ -31,46 +31,6 @@ from rmipo.launch.choices import check_names
 from rmipo.record import environment
 
 
-def main() -> None:
-    meanings = {"MODEL": "setting, folder with a model, or hub id", "METHOD": "folders of runs (default: rmipo)"}
-    variables = ("MODEL", "METHOD", "BENCH", "TASKS", "EVAL_NAME", "SETTINGS", "MAX_COST")
-    parser = cli.options(__doc__, *variables, **meanings)
-    parser.add_argument("--set", action="append", default=[], metavar="BLOCK.KEY=VALUE", help="over the eval.yaml")
-    parser.add_argument("--outputs", type=Path, default=Path("outputs"), help="where the runs are")
-    args = parser.read()
-    bench = args.bench or "all"
-    if bench not in (*BENCHMARKS, "all"):
-        raise EvaluationError(f"BENCH={bench} is none of {', '.join(BENCHMARKS)}, all (those of the paper)")
-    if args.eval_name in (*BENCHMARKS, "answers") or "/" in args.eval_name:
-        raise EvaluationError(f"EVAL_NAME={args.eval_name} is taken by the evaluation itself")
-    benches = [b for b in BENCHMARKS.values() if bench == b.name or (bench == "all" and b.in_paper)]
-    overrides, tasks = args.set, args.tasks.replace(",", " ").split()
-    if tasks:
-        overrides = [*overrides, f"leaderboard.tasks={json.dumps(tasks)}"]
-    if args.max_cost:
-        judged = [benchmark.name for benchmark in benches if "max_cost" in benchmark.defaults]
-        overrides = [*overrides, *(f"{name}.max_cost={args.max_cost}" for name in judged)]
-    model, methods = args.model or "tiny", args.method.replace(",", " ").split()
-    check_names(model, methods)
-    from rmipo.evaluation.target import find_target  # imports torch and TRL, which takes seconds
-
-    settings = Path(args.settings) if args.settings else None
-    targets = [find_target(model, method, args.outputs, overrides, settings) for method in methods or [None]]
-    failed = []
-    for target, benchmark in itertools.product(targets, benches):
-        try:
-            # Also another EVAL_NAME waits: it may take the same answers.
-            with locked(target.folder / "eval" / f"{benchmark.name}.lock", "eval"):
-                evaluate(target.folder, benchmark_settings(target.settings, benchmark), benchmark, args.eval_name)
-        except Exception as error:  # one benchmark's failure, such as a missing key, doesn't stop the others
-            if not isinstance(error, UserError):
-                traceback.print_exc()
-            print(f"{benchmark.title}: {error}", file=sys.stderr)
-            failed.append(f"{benchmark.name} of {target.folder}")
-    if failed:
-        raise EvaluationError(f"not finished: {', '.join(failed)}")
-
-
 def evaluate(folder: Path, settings: dict, benchmark: Benchmark, name: str) -> None:
     """Run one benchmark, unless its result is there. Raises EvaluationError for one that may not be taken for this."""
     bench, path = benchmark.name, folder / "eval" / name / f"{benchmark.name}.json"
@@ -115,5 +75,42 @@ def evaluate(folder: Path, settings: dict, benchmark: Benchmark, name: str) -> N
     publish(folder, benchmark, result, name)  # last: W&B may not be reached
 
 
-if __name__ == "__main__":
-    cli.run(main)
+@cli.main
+def main() -> None:
+    meanings = {"MODEL": "setting, folder with a model, or hub id", "METHOD": "folders of runs (default: rmipo)"}
+    variables = ("MODEL", "METHOD", "BENCH", "TASKS", "EVAL_NAME", "SETTINGS", "MAX_COST")
+    parser = cli.options(__doc__, *variables, **meanings)
+    parser.add_argument("--set", action="append", default=[], metavar="BLOCK.KEY=VALUE", help="over the eval.yaml")
+    parser.add_argument("--outputs", type=Path, default=Path("outputs"), help="where the runs are")
+    args = parser.read()
+    bench = args.bench or "all"
+    if bench not in (*BENCHMARKS, "all"):
+        raise EvaluationError(f"BENCH={bench} is none of {', '.join(BENCHMARKS)}, all (those of the paper)")
+    if args.eval_name in (*BENCHMARKS, "answers") or "/" in args.eval_name:
+        raise EvaluationError(f"EVAL_NAME={args.eval_name} is taken by the evaluation itself")
+    benches = [b for b in BENCHMARKS.values() if bench == b.name or (bench == "all" and b.in_paper)]
+    overrides, tasks = args.set, args.tasks.replace(",", " ").split()
+    if tasks:
+        overrides = [*overrides, f"leaderboard.tasks={json.dumps(tasks)}"]
+    if args.max_cost:
+        judged = [benchmark.name for benchmark in benches if "max_cost" in benchmark.defaults]
+        overrides = [*overrides, *(f"{name}.max_cost={args.max_cost}" for name in judged)]
+    model, methods = args.model or "tiny", args.method.replace(",", " ").split()
+    check_names(model, methods)
+    from rmipo.evaluation.target import find_target  # imports torch and TRL, which takes seconds
+
+    settings = Path(args.settings) if args.settings else None
+    targets = [find_target(model, method, args.outputs, overrides, settings) for method in methods or [None]]
+    failed = []
+    for target, benchmark in itertools.product(targets, benches):
+        try:
+            # Also another EVAL_NAME waits: it may take the same answers.
+            with locked(target.folder / "eval" / f"{benchmark.name}.lock", "eval"):
+                evaluate(target.folder, benchmark_settings(target.settings, benchmark), benchmark, args.eval_name)
+        except Exception as error:  # one benchmark's failure, such as a missing key, doesn't stop the others
+            if not isinstance(error, UserError):
+                traceback.print_exc()
+            print(f"{benchmark.title}: {error}", file=sys.stderr)
+            failed.append(f"{benchmark.name} of {target.folder}")
+    if failed:
+        raise EvaluationError(f"not finished: {', '.join(failed)}")

@@ -15,7 +15,6 @@ or MODEL=<folder or hub id>) and any pairs (DATA).
 import argparse
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from rmipo import cli
 from rmipo.launch.choices import check_names
@@ -33,40 +32,9 @@ from rmipo.reporting.results import (
     train_command,
 )
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
 OPTIONS = {"method": (3, 8), "metric": (2,), "eval_name": (2,), "data": (8,)}  # and the figures that take them
 FIGURE6_METHODS = ("simpo", "simper", "rmipo")
 PAPER_GAMMA_PEAKS = {"mistral-7b-instruct": 0.4, "llama3-8b-instruct": 1.4}  # App. D, Figure 8 right
-
-
-def main() -> None:
-    meanings = {"MODEL": "folder below outputs; figure 8: any model's", "DATA": "figure 8: other pairs than the run's"}
-    meanings |= {"METHOD": "figure 3 (initial), figure 8 (rmipo)", "METRIC": "figure 2: evaluation or log key"}
-    parser = cli.options(__doc__, "MODEL", "METHOD", "METRIC", "EVAL_NAME", "DATA", **meanings)
-    parser.add_argument("--number", type=int, default=os.environ.get("N") or None, help=f"one of {tuple(FIGURES)}")
-    parser.add_argument("--split", choices=["train", "test"], default="train", help="figure 8: of these pairs")
-    parser.add_argument("--max_pairs", type=int, default=4000, help="figures 6 and 8: pairs scored per model")
-    parser.add_argument("--outputs", type=Path, default=Path("outputs"), help="where the runs are")
-    args = parser.read()
-
-    if args.number not in FIGURES:
-        raise ReportError(f"there is no figure {args.number} to draw; say N=..., one of {tuple(FIGURES)}")
-    if not args.model:
-        raise ReportError(f"of which model? Say MODEL=..., e.g. {', '.join(PAPER_MODELS)} or tiny")
-    if args.number != 8:
-        check_model(args.outputs, args.model)
-    elif not has_recipe(args.model):
-        check_names(args.model, [])
-    for option, numbers in OPTIONS.items():
-        if getattr(args, option) and args.number not in numbers:
-            raise ReportError(f"{option.upper()} is for figure {numbers}: leave it out for figure {args.number}")
-    figure = FIGURES[args.number](args)
-    from rmipo.plots import save  # imports matplotlib
-
-    for file in save(figure, report_file(args, ".png")):
-        print(f"Written to {file}")
 
 
 def has_recipe(model: str) -> bool:
@@ -80,7 +48,7 @@ def report_file(args: argparse.Namespace, suffix: str) -> Path:
     return args.outputs / "reports" / f"{name}{suffix}"
 
 
-def draw_runs(args: argparse.Namespace) -> "Figure":
+def draw_runs(args: argparse.Namespace):
     """Figures 2, 5 and 7, from files alone."""
     from rmipo.reporting import figures_runs
 
@@ -89,42 +57,42 @@ def draw_runs(args: argparse.Namespace) -> "Figure":
     return {5: figures_runs.figure5, 7: figures_runs.figure7}[args.number](args.outputs, args.model)
 
 
-def draw3(args: argparse.Namespace) -> "Figure":
-    from rmipo.reporting import figures_pairs, pair_arrays  # import torch and transformers
+def draw3(args: argparse.Namespace):
+    from rmipo.reporting import figures_pairs  # imports torch and transformers
     from rmipo.reporting.figures_runs import on_other_pairs
 
     method = args.method or "initial"
-    signals, evaluation = pair_arrays.hh_signals(args.outputs, args.model, method)
+    signals, evaluation = figures_pairs.hh_signals(args.outputs, args.model, method)
     title = f"{model_label(args.model)} {method_label(method)}{on_other_pairs([evaluation])}"
     return figures_pairs.figure3(signals, title, figure_notes([evaluation]))
 
 
-def draw6(args: argparse.Namespace) -> "Figure":
-    from rmipo.reporting import figures_pairs, pair_arrays
+def draw6(args: argparse.Namespace):
+    from rmipo.reporting import figures_pairs
 
     runs = {method: finished_run(args.outputs, args.model, method) for method in FIGURE6_METHODS}
-    found = {method: pair_arrays.reward_differences(run, "test", args.max_pairs) for method, run in runs.items()}
+    found = {method: figures_pairs.reward_differences(run, "test", args.max_pairs) for method, run in runs.items()}
     rows = {method: rows for method, (_, rows) in found.items()}
     if any(others != rows["rmipo"] for others in rows.values()):
         raise ReportError(f"figure 6: the {args.model} runs of {', '.join(rows)} used different pairs")
-    judged = pair_arrays.judge_differences(runs["rmipo"], "test", rows["rmipo"])
+    judged = figures_pairs.judge_differences(runs["rmipo"], "test", rows["rmipo"])
     values = {method: rewards for method, (rewards, _) in found.items()}
     notes = ["REF: score_chosen minus score_rejected of the same pairs, as their data set has them."]
-    notes += dict.fromkeys(pair_arrays.scored_with(run, "test") for run in runs.values())
+    notes += dict.fromkeys(figures_pairs.scored_with(run, "test") for run in runs.values())
     return figures_pairs.figure6(judged, values, model_label(args.model), notes)
 
 
-def draw8(args: argparse.Namespace) -> "Figure":
+def draw8(args: argparse.Namespace):
     """Draws the readings, prints their table and writes it as CSV."""
-    from rmipo.reporting import figures_pairs, pair_arrays
+    from rmipo.reporting import figures_pairs
 
     method = args.method or "rmipo"
     run = scored_run(args, method)
     if args.data:
         run.record["recipe"] = merge(run.record["recipe"], {"dataset_name": args.data})
-    objective = pair_arrays.rmipo_objective(run)
-    readings = pair_arrays.gamma_readings(run, args.split, args.max_pairs)
-    table = pair_arrays.summarize(readings, objective.gamma_min, objective.gamma_max)
+    objective = figures_pairs.rmipo_objective(run)
+    readings = figures_pairs.gamma_readings(run, args.split, args.max_pairs)
+    table = figures_pairs.summarize(readings, objective.gamma_min, objective.gamma_max)
     print(table.T.to_string(float_format=lambda value: f"{value:z.3f}"))
     report_file(args, ".csv").parent.mkdir(parents=True, exist_ok=True)
     table.to_csv(report_file(args, ".csv"), index_label="reading")
@@ -134,7 +102,7 @@ def draw8(args: argparse.Namespace) -> "Figure":
     title = f"{model_label(Path(args.model).name)} {method_label(method)}: {pairs} {kind}, {policy}"
     # The paper's peak is that of its own run on its own pairs.
     peak = PAPER_GAMMA_PEAKS.get(args.model) if method == "rmipo" and not args.data else None
-    return figures_pairs.figure8(readings, objective, title, peak, [pair_arrays.scored_with(run, args.split)])
+    return figures_pairs.figure8(readings, objective, title, peak, [figures_pairs.scored_with(run, args.split)])
 
 
 def scored_run(args: argparse.Namespace, method: str) -> RunFolder:
@@ -161,5 +129,31 @@ def finished_run(outputs: Path, model: str, method: str) -> RunFolder:
 
 FIGURES = {2: draw_runs, 3: draw3, 5: draw_runs, 6: draw6, 7: draw_runs, 8: draw8}
 
-if __name__ == "__main__":
-    cli.run(main)
+
+@cli.main
+def main() -> None:
+    meanings = {"MODEL": "folder below outputs; figure 8: any model's", "DATA": "figure 8: other pairs than the run's"}
+    meanings |= {"METHOD": "figure 3 (initial), figure 8 (rmipo)", "METRIC": "figure 2: evaluation or log key"}
+    parser = cli.options(__doc__, "MODEL", "METHOD", "METRIC", "EVAL_NAME", "DATA", **meanings)
+    parser.add_argument("--number", type=int, default=os.environ.get("N") or None, help=f"one of {tuple(FIGURES)}")
+    parser.add_argument("--split", choices=["train", "test"], default="train", help="figure 8: of these pairs")
+    parser.add_argument("--max_pairs", type=int, default=4000, help="figures 6 and 8: pairs scored per model")
+    parser.add_argument("--outputs", type=Path, default=Path("outputs"), help="where the runs are")
+    args = parser.read()
+
+    if args.number not in FIGURES:
+        raise ReportError(f"there is no figure {args.number} to draw; say N=..., one of {tuple(FIGURES)}")
+    if not args.model:
+        raise ReportError(f"of which model? Say MODEL=..., e.g. {', '.join(PAPER_MODELS)} or tiny")
+    if args.number != 8:
+        check_model(args.outputs, args.model)
+    elif not has_recipe(args.model):
+        check_names(args.model, [])
+    for option, numbers in OPTIONS.items():
+        if getattr(args, option) and args.number not in numbers:
+            raise ReportError(f"{option.upper()} is for figure {numbers}: leave it out for figure {args.number}")
+    figure = FIGURES[args.number](args)
+    from rmipo.plots import save  # imports matplotlib
+
+    for file in save(figure, report_file(args, ".png")):
+        print(f"Written to {file}")

@@ -7,23 +7,15 @@ A finished stage is not trained again. A stage that a signal stops saves first a
 command goes on from there. SLURM=1 adds the options of sbatch in SBATCH_ARGS.
 """
 
-import os
-from pathlib import Path
-
 from rmipo import cli
-from rmipo.launch.choices import check_choices, check_machine
+from rmipo.launch.choices import check_choices
 
 
+@cli.main
 def main() -> int:
-    os.chdir(Path(__file__).parent.parent)
     names = ("MODEL", "STAGE", "METHOD", "DATA", "ARGS", "GPUS", "NODES", "SHARDING", "SLURM", "DRY")
-    env = os.environ | cli.variables(cli.options(__doc__, *names).read())
+    env = cli.environment(__file__, __doc__, *names)
     check_choices(env)
-    check_machine(env)
     from rmipo.launch.train import train  # imports torch and DeepSpeed, which takes seconds
 
     return train(env)
-
-
-if __name__ == "__main__":
-    cli.run(main)

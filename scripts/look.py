@@ -10,16 +10,16 @@ the setting trains on. AFTER is a second model, or of a setting another METHOD: 
 Writes OUTPUT, by default <outputs>/reports/look-<model>.html. docs/LOOK.md explains the page.
 """
 
-from dataclasses import fields
 from pathlib import Path
 
 from rmipo import cli
 from rmipo.errors import ConfigError
-from rmipo.launch.choices import ROOT, check_names, is_setting
+from rmipo.launch.choices import ROOT, check_names, is_setting, whole_number
 from rmipo.recipe.files import merge
 from rmipo.record import recorded_run
 
 
+@cli.main
 def main() -> None:
     parser = cli.options(
         __doc__, "MODEL", "METHOD", "DATA", "PAIRS", "AFTER", "OUTPUT",
@@ -33,8 +33,7 @@ def main() -> None:
     args = parser.read()
     model, setting = args.model or "tiny", is_setting(args.model or "tiny")
     check_names(model, [args.method] if args.method else [])
-    if args.pairs and (not args.pairs.isdecimal() or int(args.pairs) == 0):
-        raise ConfigError(f"PAIRS={args.pairs}: expected how many pairs to show, 1 or more")
+    count = whole_number({"PAIRS": args.pairs}, "PAIRS", 200)
     if not (setting or args.data or recorded_run(model)):
         raise ConfigError(f"MODEL={model} has no recipe that names its pairs: say which, DATA=<folder or file>")
 
@@ -42,7 +41,7 @@ def main() -> None:
     from rmipo.data.pairs import LIMITS, load_pairs
     from rmipo.evaluation.target import find_target
     from rmipo.recipe.load import load_recipe
-    from rmipo.recipe.schema import DataConfig, ModelConfig
+    from rmipo.recipe.schema import DataConfig, ModelConfig, of_recipe
 
     method = args.method or "initial" if setting else None
     folder = find_target(model, method, args.outputs, []).folder
@@ -55,21 +54,16 @@ def main() -> None:
     if setting and recipe.get("objective", {}).get("name") != "rmipo":
         recipe = load_recipe(ROOT / "recipes" / model / "rmipo.yaml").values
     recipe = merge(recipe, {"dataset_name": args.data} if args.data else {})
-    data = DataConfig(**{field.name: recipe[field.name] for field in fields(DataConfig) if field.name in recipe})
     names = (*LIMITS, "attention", "dataset_num_proc")
     given = {name: value for name in names if (value := getattr(args, name, None))}
     values = recipe | recipe.get("objective", {}) | given
     known = {name: values[name] for name in (*names, *RMiPOConfig.__annotations__) if name in values}
     page = look(
         ModelConfig(model_name_or_path=str(folder), dtype=recipe.get("dtype", "auto")),
-        load_pairs(data, args.split),
+        load_pairs(of_recipe(DataConfig, recipe), args.split),
         RMiPOConfig(output_dir=".", report_to="none", **known),
         after=after and ModelConfig(model_name_or_path=str(after), dtype=recipe.get("dtype", "auto")),
-        **({"pairs": int(args.pairs)} if args.pairs else {}),
+        pairs=count,
         output=args.output or args.outputs / "reports" / f"look-{Path(model).name}.html",
     )
     print(f"Written to {page}: open it in a browser")
-
-
-if __name__ == "__main__":
-    cli.run(main)

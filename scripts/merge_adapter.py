@@ -65,6 +65,7 @@ def merge(folder: Path, output: Path) -> float:
     return difference
 
 
+@cli.main
 def main() -> None:
     parser = cli.options(__doc__)
     parser.add_argument("folder", type=Path, help="the run's folder, with adapter_config.json")
@@ -72,7 +73,3 @@ def main() -> None:
     args = parser.parse_args()
     output = args.output or args.folder.with_name(f"{args.folder.name}-merged")
     print(f"model: {output} (log-probabilities differ by at most {merge(args.folder, output):.1e} from the adapter's)")
-
-
-if __name__ == "__main__":
-    cli.run(main)

@@ -16,9 +16,10 @@ import sys
 from pathlib import Path
 
 from rmipo import cli
-from rmipo.launch.choices import check_weights, choose_method, choose_stages, refuse, whole_number
+from rmipo.launch.choices import choose_method, choose_stages, refuse, whole_number
 
 
+@cli.main
 def main() -> int:
     parser = cli.options(__doc__, "MODEL", "METHOD", "ROUNDS")
     parser.add_argument("--prompts_per_round", type=int, help="in place of that of online.yaml")
@@ -27,10 +28,9 @@ def main() -> int:
     os.chdir(Path(__file__).parent.parent)
     refuse(os.environ, ["DRY", "SLURM"], "make online runs its rounds on this machine, at once; leave it out")
     refuse(os.environ, ["DATA"], "make online samples its data from the prompts of online.yaml; leave it out")
-    model, stages = choose_stages({"MODEL": args.model or "smollm2-135m-instruct"})
+    model, _ = choose_stages({"MODEL": args.model or "smollm2-135m-instruct"})
     method, _ = choose_method({"METHOD": args.method})
     count = whole_number({"ROUNDS": args.rounds}, "ROUNDS", 3)
-    check_weights(model, stages)
 
     from rmipo.evaluation.target import find_target
     from rmipo.generation.engines import release_memory
@@ -64,7 +64,3 @@ def main() -> int:
         print(report(rows, home), flush=True)
     print(f"online: {home}/rounds.md and rounds.png")
     return 0
-
-
-if __name__ == "__main__":
-    cli.run(main)

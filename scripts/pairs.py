@@ -15,9 +15,10 @@ import sys
 from pathlib import Path
 
 from rmipo import cli
-from rmipo.launch.choices import check_weights, choose_stages, refuse
+from rmipo.launch.choices import choose_stages, refuse
 
 
+@cli.main
 def main() -> None:
     method = "folder of a run, or initial (the default)"
     parser = cli.options(__doc__, "MODEL", "METHOD", "PROMPTS", "OUTPUT", METHOD=method)
@@ -26,12 +27,11 @@ def main() -> None:
     os.chdir(Path(__file__).parent.parent)
     own_job = ["SLURM"] * (not args.keep)  # --keep: a stage of `make train`, which may be in a job
     refuse(os.environ, ["DRY", *own_job], "make pairs samples and scores on this machine, at once; leave it out")
-    (model, stages), method = choose_stages({"MODEL": args.model or "tiny"}), args.method or "initial"
+    (model, _), method = choose_stages({"MODEL": args.model or "tiny"}), args.method or "initial"
     output = Path(args.output or f"outputs/{model}/pairs" + f"-{method}" * (method != "initial"))
     if args.keep and (output / "pairs.json").is_file():
         print(f"pairs: {output} already exists and is kept")
         return
-    check_weights(model, stages)
 
     from rmipo.evaluation.target import find_target
     from rmipo.generation.pairs import load_pairs_config, make_pairs
@@ -47,7 +47,3 @@ def main() -> None:
     for reason, count in result["dropped"].items():
         print(f"  without a pair: {count} prompts ({reason})")
     print(f"  mean score {result['mean_score']:.3f}, of the best answers {result['best_score']:.3f}")
-
-
-if __name__ == "__main__":
-    cli.run(main)

@@ -6,7 +6,6 @@ GPUS is <GPUs of each machine>x<GB of one>, by default what this machine has; ST
 The exit code is 1 if the estimate of the memory exceeds the GPU's.
 """
 
-import os
 from pathlib import Path
 
 from rmipo import cli
@@ -14,27 +13,24 @@ from rmipo.errors import ConfigError
 from rmipo.launch.choices import check_choices, choose_stages, node_count, positive_number, whole_number
 
 
+@cli.main
 def main() -> int:
-    os.chdir(Path(__file__).parent.parent)
     names = ("MODEL", "STAGE", "METHOD", "DATA", "ARGS", "GPUS", "NODES", "SHARDING", "EXAMPLES", "TFLOPS")
-    options = cli.options(__doc__, *names, STAGE="sft or rmipo (default: rmipo)").read()
-    env = {**os.environ, "STAGE": "rmipo"} | cli.variables(options)
+    env = cli.environment(__file__, __doc__, *names, STAGE="sft or rmipo (default: rmipo)")
+    env["STAGE"] = env.get("STAGE") or "rmipo"
     check_choices(env)
 
     # These import torch and TRL, which takes seconds.
     from rmipo.launch.pipeline import load_steps
     from rmipo.plan import duration, preflight
     from rmipo.plan.memory import GIB, Hardware, Sharding, plan_memory
-    from rmipo.plan.shapes import KNOWN
 
-    ###################
-    # The run and its hardware
-    ###################
+    # ------------------ The run and its hardware
     step = [step for step in load_steps(*choose_stages(env), env) if step.recipe is not None][-1]
     recipe, on_cpu = step.recipe, step.on_cpu
     for key in ("model_name_or_path", "dataset_name"):
         name = recipe.values.get(key) or ""
-        if name.startswith("outputs/") and name not in KNOWN and not Path(name).exists():
+        if name.startswith("outputs/") and not Path(name).exists():
             raise ConfigError(f"{key}: {name} is made by an earlier stage of make train: run that first")
     nodes = node_count(env)
     hardware = Hardware.parse(env["GPUS"], nodes) if env.get("GPUS") else Hardware.here(on_cpu)
@@ -43,9 +39,7 @@ def main() -> int:
     sharding = Sharding("none") if on_cpu else Sharding.load(step.sharding)
     preflight.check_masters(recipe, sharding)
 
-    ###################
-    # Memory
-    ###################
+    # ------------------ Memory
     work, shape = preflight.workload_of(recipe), preflight.shape_of(recipe)
     memory = plan_memory(shape, work, sharding, hardware)
     place = "CPU" if on_cpu else f"{hardware.gpus} GPUs"
@@ -59,9 +53,7 @@ def main() -> int:
     verdict = "fits" if memory.fits else "DOES NOT FIT"
     print(f"  {'total':36} {memory.needed / GIB:8.1f} GiB of {hardware.gib:g}: {verdict}")
 
-    ###################
-    # Steps
-    ###################
+    # ------------------ Steps
     examples, source = duration.training_examples(recipe), "in the training data"
     if env.get("EXAMPLES"):
         examples, source = whole_number(env, "EXAMPLES", 1), "as EXAMPLES says"
@@ -75,9 +67,7 @@ def main() -> int:
     print(f"\nExamples: {examples}, {source}")
     print(f"Steps: {steps}, each {work.global_batch} examples = {place} {cut}")
 
-    ###################
-    # Time and disk
-    ###################
+    # ------------------ Time and disk
     if on_cpu:
         print("Hours: not estimated for a CPU; the progress bar of a trial shows them: ARGS='--max_steps 20'")
     else:
@@ -91,7 +81,3 @@ def main() -> int:
     needed = preflight.disk_needed(recipe, shape, sharding)
     print(f"Disk: {needed / GIB:.1f} GiB in {recipe.values['output_dir']} (checkpoints, one being written, the model)")
     return 0 if memory.fits else 1
-
-
-if __name__ == "__main__":
-    cli.run(main)

@@ -9,6 +9,7 @@ from rmipo import cli
 from rmipo.recipe.load import load_recipe, parse_command_line
 
 
+@cli.main
 def main() -> None:
     recipe = load_recipe(*parse_command_line(__doc__)).require_stage("preference")
     args, data_config, model_config = recipe.parse()
@@ -53,7 +54,3 @@ def main() -> None:
             for name, path in plot_run(args.output_dir, trainer).items():
                 run.say(f"{name}: {path}")
         run.save(trainer, **metrics, parity=trainer.parity)
-
-
-if __name__ == "__main__":
-    cli.run(main)

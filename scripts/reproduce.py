@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 from rmipo import cli
-from rmipo.launch.choices import is_setting, known_settings, refuse
+from rmipo.launch.choices import is_on, is_setting, known_settings, refuse
 from rmipo.reporting.results import ReportError
 from rmipo.reporting.tables import TABLES, build_table, fill
 
@@ -25,11 +25,11 @@ OWN_VARIABLES = ("TABLE", "MODEL", "METHOD", "STAGE", "BENCH", "DRY")  # each st
 REFUSED_VARIABLES = ("ARGS", "DATA", "SLURM")
 
 
+@cli.main
 def main() -> int:
     parser = cli.options(__doc__, "MODEL", MODEL="another model than the paper's")
-    listed = os.environ.get("DRY", "0") not in ("", "0")
     parser.add_argument("--table", type=int, default=os.environ.get("TABLE") or None, help=f"one of {sorted(TABLES)}")
-    parser.add_argument("--dry", action="store_true", default=listed, help="list the steps")
+    parser.add_argument("--dry", action="store_true", default=is_on(os.environ, "DRY"), help="list the steps")
     args = parser.parse_args()
     if args.table is None:
         raise ReportError(f"which table? Say TABLE=..., one of {sorted(TABLES)}")
@@ -58,7 +58,3 @@ def main() -> int:
             return 1
     table = ["make", "table", f"N={args.table}", *([f"MODEL={args.model}"] if args.model else [])]
     return subprocess.run(table, env=environment).returncode
-
-
-if __name__ == "__main__":
-    cli.run(main)

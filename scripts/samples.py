@@ -16,7 +16,7 @@ import pandas as pd
 
 from rmipo import cli
 from rmipo.errors import EvaluationError
-from rmipo.evaluation.alpaca_reference import load_reference
+from rmipo.evaluation.alpaca import load_reference
 from rmipo.files import write_atomically
 from rmipo.launch.choices import check_names, is_setting
 
@@ -62,6 +62,7 @@ def choose_prompts(given: list[str] | None, settings: dict) -> tuple[list[str], 
     raise EvaluationError("no prompts: give one with ARGS='--prompt \"...\"', or set `samples` in the eval.yaml")
 
 
+@cli.main
 def main() -> None:
     parser = cli.options(__doc__, "MODEL", "METHODS", MODEL="setting, folder with a model, or hub id")
     parser.add_argument("--prompt", action="append", help="may be given more than once")
@@ -88,7 +89,3 @@ def main() -> None:
         path = args.outputs / "reports" / f"samples-{name}.{extension}"
         write_atomically(path, render(name, prompts, answers))
         print(path)
-
-
-if __name__ == "__main__":
-    cli.run(main)

@@ -9,6 +9,7 @@ from rmipo import cli
 from rmipo.recipe.load import load_recipe, parse_command_line
 
 
+@cli.main
 def main() -> None:
     recipe = load_recipe(*parse_command_line(__doc__)).require_stage("sft")
     args, data_config, model_config = recipe.parse()
@@ -27,9 +28,7 @@ def main() -> None:
     from rmipo.training.sft import SupervisedTrainer
 
     with training_run(recipe, args, model_config) as run:
-        ###################
-        # Data
-        ###################
+        # ------------------ Data
         tokenizer = load_tokenizer(model_config, data_config.chat_template)
         check_limits(tokenizer, model_config, args.max_length)
         run.freeze_date(tokenizer)
@@ -57,15 +56,11 @@ def main() -> None:
             data={split: report.as_dict() for split, report in reports.items()},
         )
 
-        ###################
-        # Model
-        ###################
+        # ------------------ Model
         model = load_model(model_config, attn_implementation=model_config.attn_implementation)
         chat.set_end_of_turn(model.generation_config)
 
-        ###################
-        # Train, evaluate, save
-        ###################
+        # ------------------ Train, evaluate, save
         rows = {split: dataset.remove_columns(["row", "ids"]) for split, dataset in datasets.items()}
         trainer = SupervisedTrainer(
             model,
@@ -80,7 +75,3 @@ def main() -> None:
         run.say(f"SFT of {model_config.model_name_or_path}: {len(datasets['train'])} dialogues")
         run.train(trainer)
         run.save(trainer, **(trainer.evaluate() if "test" in datasets else {}))
-
-
-if __name__ == "__main__":
-    cli.run(main)

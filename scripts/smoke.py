@@ -18,7 +18,6 @@ from pathlib import Path
 
 from rmipo import cli
 from rmipo.launch.choices import check_choices, choose_stages, refuse
-from rmipo.launch.machine import Check
 from rmipo.record import read_metrics, recorded_run
 
 STEPS, STOP_AFTER = 10, 3
@@ -46,6 +45,9 @@ def stop_once_started(folder: Path, ended: threading.Event) -> None:
             return os.kill(os.getpid(), signal.SIGTERM)
 
 
+Check = tuple[str, bool | None, str, str]  # name, passed (None: nothing to check), what was found, what to do
+
+
 def run_checks(folder: Path, codes: tuple[int, int]) -> Iterator[Check]:
     """What the folder of the run shows on any machine. `codes`: exit codes when stopped, and when started again."""
     import torch
@@ -56,19 +58,19 @@ def run_checks(folder: Path, codes: tuple[int, int]) -> Iterator[Check]:
     record = recorded_run(folder) or {}
     parity = record.get("results", {}).get("parity")
     found = "the run did not end" if parity is None else f"packed and plain scores differ by {parity:.1e} nats a token"
-    yield Check("parity", parity is not None, found, SEE)
+    yield "parity", parity is not None, found, SEE
     steps = [line["step"] for line in training_lines(folder)]
     went_on = codes == (EXIT_STOPPED, 0) and record.get("starts") == 2 and steps == list(range(1, STEPS + 1))
     found = f"exit codes {codes[0]} when stopped, {codes[1]} when started again; {len(steps)} of {STEPS} steps"
-    yield Check("resume", went_on, found, SEE)
+    yield "resume", went_on, found, SEE
     try:
         ids = AutoTokenizer.from_pretrained(folder)("Hello, how are you?", return_tensors="pt").input_ids
         model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", trust_remote_code=False)
         with torch.no_grad():
             finite = bool(model(ids).logits.isfinite().all())
-        yield Check("export", finite, f"{folder} loads with AutoModelForCausalLM; finite logits: {finite}", SEE)
+        yield "export", finite, f"{folder} loads with AutoModelForCausalLM; finite logits: {finite}", SEE
     except (OSError, ValueError) as error:
-        yield Check("export", False, str(error).splitlines()[0], SEE)
+        yield "export", False, str(error).splitlines()[0], SEE
 
 
 def memory_check(step, gpus: int) -> Check:
@@ -78,19 +80,18 @@ def memory_check(step, gpus: int) -> Check:
 
     lines = training_lines(Path(step.output_dir))
     if step.on_cpu or len(lines) <= STOP_AFTER:
-        return Check("memory", None, "not compared with the plan on a CPU, or of a run that did not end")
+        return "memory", None, "not compared with the plan on a CPU, or of a run that did not end", ""
     shape, work = preflight.shape_of(step.recipe), preflight.workload_of(step.recipe)
     memory = plan_memory(shape, work, Sharding.load(step.sharding), replace(Hardware.here(), gpus_per_node=gpus))
     needed = (memory.needed - memory.parts["reserve (assumed)"]) / GIB
     peak = max(line["peak_memory_gib"] for line in lines)
     found = f"{peak:.1f} GiB at most on the first GPU, {needed:.1f} planned"
-    return Check("memory", peak <= TOLERANCE * needed, found, "lower max_tokens_per_micro_batch, report both numbers")
+    return "memory", peak <= TOLERANCE * needed, found, "lower max_tokens_per_micro_batch, report both numbers"
 
 
+@cli.main
 def main() -> int:
-    os.chdir(Path(__file__).parent.parent)
-    options = cli.options(__doc__, "MODEL", "METHOD", "ARGS", "GPUS", "SHARDING").read()
-    env = os.environ | cli.variables(options)
+    env = cli.environment(__file__, __doc__, "MODEL", "METHOD", "ARGS", "GPUS", "SHARDING")
     if not env.get("MODEL"):
         import torch
 
@@ -106,9 +107,7 @@ def main() -> int:
     from rmipo.launch.pipeline import load_steps
     from rmipo.launch.train import Program, gpu_count
 
-    ###################
-    # The run, stopped and started again
-    ###################
+    # ------------------ The run, stopped and started again
     model, stages = choose_stages(env)
     *before, step = load_steps(model, [stage for stage in stages if stage != "report"], env)
     gpus = gpu_count(env, step.on_cpu)
@@ -128,18 +127,11 @@ def main() -> int:
     watcher.join()
     codes = stopped, Program().run(command, str(folder), environment)
 
-    ###################
-    # What it shows
-    ###################
+    # ------------------ What it shows
     failed = []
-    for check in (*run_checks(folder, codes), memory_check(step, gpus)):
-        status = {True: "pass", False: "FAIL", None: "skip"}[check.passed]
-        failed += [check.name] * (check.passed is False)
-        fix = f". Fix: {check.fix}" if check.passed is False else ""
-        print(f"{status:5} {check.name:9} {check.found}{fix}", flush=True)
+    for name, passed, found, fix in (*run_checks(folder, codes), memory_check(step, gpus)):
+        failed += [name] * (passed is False)
+        status = {True: "pass", False: "FAIL", None: "skip"}[passed]
+        print(f"{status:5} {name:9} {found}" + f". Fix: {fix}" * (passed is False), flush=True)
     print(f"{model}: {'failed: ' + ', '.join(failed) if failed else 'all checks passed'}")
     return int(bool(failed))
-
-
-if __name__ == "__main__":
-    cli.run(main)

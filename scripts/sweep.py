@@ -22,6 +22,7 @@ from rmipo import cli
 from rmipo.launch.choices import choose_stages, is_on, named_files, refuse
 
 
+@cli.main
 def main() -> int:
     os.chdir(Path(__file__).parent.parent)
     options = cli.options(__doc__, "MODEL", "METHOD", "DATA", "ARGS", "GPUS", "SHARDING", "DRY")
@@ -45,9 +46,7 @@ def main() -> int:
         environment = os.environ | {"METHOD": "", "DATA": ""} | tracking | point.environment
         return program.run([sys.executable, "scripts/launch.py"], env=environment, **streams)
 
-    ###################
-    # The points
-    ###################
+    # ------------------ The points
     if values:
         pairs = [value.removeprefix("--").partition("=") for value in values]
         return train(search.make_point({key: override_value(text) for key, _, text in pairs}, env))
@@ -65,9 +64,7 @@ def main() -> int:
         if code := train(point, stdout=subprocess.DEVNULL):
             return code
 
-    ###################
-    # Train those that are not finished
-    ###################
+    # ------------------ Train those that are not finished
     path.parent.mkdir(parents=True, exist_ok=True)
     failed = 0
     for point in tqdm(open_points, unit="point"):
@@ -81,9 +78,7 @@ def main() -> int:
         if not search.record(path, points, sweep.logged):  # the first one failed, most likely by no fault of its own
             return code
 
-    ###################
-    # The best
-    ###################
+    # ------------------ The best
     ranked = sweep.ranked(search.record(path, points, sweep.logged))
     print(f"{sweep.logged} of the {min(5, len(ranked))} best of {len(ranked)} points:")
     for line in ranked[:5]:
@@ -91,7 +86,3 @@ def main() -> int:
     best = search.arguments(ranked[0]["values"])
     print(f'best: make train MODEL={model} METHOD={method} ARGS="{best} --output_dir ..."')
     return 1 if failed else 0
-
-
-if __name__ == "__main__":
-    cli.run(main)

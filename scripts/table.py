@@ -19,18 +19,20 @@ from pathlib import Path
 from rmipo import cli
 from rmipo.evaluation import BENCHMARKS
 from rmipo.files import write_atomically
+from rmipo.launch.choices import is_on
 from rmipo.reporting.paired import win_rates
 from rmipo.reporting.render import FORMATS, render_wins
 from rmipo.reporting.results import OURS, ReportError, check_model
 from rmipo.reporting.tables import TABLES, benchmark_table, build_table, fill
 
 
+@cli.main
 def main() -> None:
     meanings = {"MODEL": "with N: another model than the paper's", "BENCH": f"all, or some of {', '.join(BENCHMARKS)}"}
     parser = cli.options(__doc__, "MODEL", "BENCH", "EVAL_NAME", **meanings)
     given = os.environ.get
     parser.add_argument("--number", type=int, default=given("N") or None, help=f"one of {sorted(TABLES)}")
-    parser.add_argument("--wins", action="store_true", default=given("WINS", "0") not in ("", "0"), help="win rates")
+    parser.add_argument("--wins", action="store_true", default=is_on(os.environ, "WINS"), help="win rates")
     parser.add_argument("--against", default=given("AGAINST") or OURS, help="the method that others are held to")
     parser.add_argument("--outputs", type=Path, default=Path("outputs"), help="where the runs are")
     parser.add_argument("--differences", action="store_true", help="print all differences to the paper")
@@ -61,7 +63,3 @@ def main() -> None:
         write_atomically(args.outputs / "reports" / f"{name}.{suffix}", text)
     print(texts["md"])
     print(f"Written to {args.outputs}/reports/{name}.{{{','.join(texts)}}}")
-
-
-if __name__ == "__main__":
-    cli.run(main)

@@ -12,6 +12,7 @@ from rmipo import cli
 from rmipo.tiny.config import load_world_config
 
 
+@cli.main
 def main() -> None:
     parser = cli.options(__doc__)
     parser.add_argument("--config", required=True, help="the knobs, such as recipes/tiny/world.yaml")
@@ -28,7 +29,3 @@ def main() -> None:
     if options.data:
         pairs = {split: load_pairs(DataConfig(dataset_name=options.data), split) for split in SPLITS}
     print(f"world: {options.output} {'made' if write_world(options.output, config, pairs) else 'exists and is kept'}")
-
-
-if __name__ == "__main__":
-    cli.run(main)

@@ -7,7 +7,6 @@ questions are asked; on other pairs there is no right answer to check, so length
 """
 
 import json
-from dataclasses import fields
 from pathlib import Path
 
 from rmipo import cli
@@ -29,6 +28,7 @@ LABELS = {
 SAMPLES, SHOWN = 4, 4  # per question of the world, and of all of them
 
 
+@cli.main
 def main() -> None:
     parser = cli.options(__doc__)
     parser.add_argument("--run", required=True, type=Path, help="folder of the preference run")
@@ -40,16 +40,14 @@ def main() -> None:
 
     from rmipo.data.chat import ChatFormat
     from rmipo.data.pairs import LIMITS, load_pairs, tokenize_pairs
-    from rmipo.recipe.schema import DataConfig, ModelConfig
+    from rmipo.recipe.schema import DataConfig, ModelConfig, of_recipe
     from rmipo.tiny import judge
     from rmipo.tiny.files import read_world
     from rmipo.training.loading import load_model, load_tokenizer
 
-    ###################
-    # Measure both models on the run's held-out pairs
-    ###################
+    # ------------------ Measure both models on the run's held-out pairs
     recipe = run["recipe"]
-    data = DataConfig(**{field.name: recipe[field.name] for field in fields(DataConfig) if field.name in recipe})
+    data = of_recipe(DataConfig, recipe)
     tokenizer = load_tokenizer(ModelConfig(model_name_or_path=str(options.run)))
     limits = {key: recipe[key] for key in LIMITS if key in recipe}
     limits |= {key: getattr(data, key) for key in ("max_dropped_fraction", "max_truncated_fraction")}
@@ -62,12 +60,10 @@ def main() -> None:
             world = read_world(options.world)
             result = judge.evaluate(model, tokenizer, world, samples_per_question=SAMPLES, seed=0)
         else:
-            result = judge.evaluate_text(model, tokenizer, pairs, seed=0)
+            result = judge.evaluate_text(model, tokenizer, pairs)
         report[name] = result | judge.preference_metrics(model, pairs)
 
-    ###################
-    # Print and save
-    ###################
+    # ------------------ Print and save
     before, after = report["before"], report["after"]
     print(f"\n{'':40}{'before':>10}{'after ' + recipe['objective']['name']:>18}")
     for key, label in LABELS.items():
@@ -83,7 +79,3 @@ def main() -> None:
     path = options.run / "report.json"
     path.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n")
     print(f"\ncurves:  {options.run / 'curves.png'}\nmodel:   {options.run}\nreport:  {path}")
-
-
-if __name__ == "__main__":
-    cli.run(main)

@@ -10,6 +10,7 @@ from pathlib import Path
 from rmipo import cli
 
 
+@cli.main
 def main() -> None:
     parser = cli.Parser(__doc__)
     parser.add_argument("--config", required=True, help="such as recipes/smollm2-135m-instruct/weights.yaml")
@@ -21,7 +22,3 @@ def main() -> None:
     source = PackagedWeights.load(options.config)
     made = make_weights(source, options.output)
     print(f"weights: {options.output} {'made from ' + source.package if made else 'already exists and is kept'}")
-
-
-if __name__ == "__main__":
-    cli.run(main)

@@ -105,20 +105,6 @@ def test_the_script_trains_what_the_trainer_trains_and_goes_on_after_it_ended(mo
         assert torch.equal(value, expected[name]), name
 
 
-@pytest.mark.slow
-def test_the_script_trains_under_fsdp2(model, data, tmp_path):
-    options = {"max_steps": 2, "max_grad_norm": 0.0, "per_device_train_batch_size": 8}
-    one = train(model, data, **options, gradient_accumulation_steps=2, output_dir=tmp_path / "one")
-    two = ["tests/helpers/fsdp2_on_cpus.py", *train(model, data, **options, output_dir=tmp_path / "two")]
-    runs = {"one": launch(one), "two": launch(two, 2, sharding="fsdp2")}
-    for run in runs.values():
-        assert run.wait() == 0, run.output[-3000:]
-    assert "gradients are divided" in runs["two"].output
-    one, two = (load_file(tmp_path / name / "model.safetensors") for name in runs)
-    for name, value in one.items():
-        torch.testing.assert_close(two[name], value, atol=2e-4, rtol=0, msg=name)
-
-
 @pytest.mark.parametrize("program", ["own_loss.py", "trl_dpo_trainer.py"])
 def test_the_programs_start_as_their_first_lines_say(model, data, program):
     run = launch([f"examples/{program}", model, data])

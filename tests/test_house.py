@@ -2,7 +2,6 @@
 
 import os
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -20,39 +19,28 @@ def test_import_order_holds():
     assert done.returncode == 0, done.stdout
 
 
-def test_an_import_against_the_order_is_found(tmp_path):
-    shutil.copytree(ROOT / "rmipo", tmp_path / "rmipo", ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(ROOT / "pyproject.toml", tmp_path)
-    with open(tmp_path / "rmipo/objectives/base.py", "a") as file:
-        file.write("import rmipo.training.packing\n")
-    command = [Path(sys.executable).with_name("lint-imports"), "--no-cache"]
-    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert done.returncode == 1 and "rmipo.objectives.base -> rmipo.training.packing" in done.stdout, done.stdout
-
-
 # Lines of Python that a folder may have. They hold what there is: raising one is a decision to defend, lowering one is the way
 # to the aim.
 LINES = {
     "rmipo/compare": 820,  # aim: 400
     "rmipo/constraints": 120,  # aim: 110
     "rmipo/data": 1320,  # aim: 800
-    "rmipo/evaluation": 2050,  # aim: 1500
+    "rmipo/evaluation": 2010,  # aim: 1500
     "rmipo/generation": 1040,  # aim: 800
-    "rmipo/launch": 800,  # aim: 600
+    "rmipo/launch": 720,  # aim: 600
     "rmipo/objectives": 950,  # aim: 600
     "rmipo/page": 300,
-    "rmipo/plan": 610,  # aim: 450
-    "rmipo/recipe": 990,  # aim: 650
-    "rmipo/reporting": 2010,  # aim: 1500
+    "rmipo/plan": 580,  # aim: 450
+    "rmipo/recipe": 980,  # aim: 650
+    "rmipo/reporting": 1920,  # aim: 1500
     "rmipo/run": 850,  # aim: 800
-    "rmipo/tiny": 650,  # aim: 450
+    "rmipo/tiny": 620,  # aim: 450
     "rmipo/training": 2560,  # aim: 1700
-    "rmipo": 15690,  # aim: 11000
-    "scripts": 1600,  # aim: 1100
-    "benchmarks": 1350,  # aim: 800
+    "rmipo": 15460,  # aim: 11000
+    "scripts": 1540,  # aim: 1100
+    "benchmarks": 1290,  # aim: 800
     "examples": 160,
-    "tests": 20260,  # aim: 14000
+    "tests": 19710,  # aim: 14000
 }
 
 
@@ -80,12 +68,6 @@ def test_no_test_imports_from_another_test():
     """What two tests need stands in tests/helpers or in a conftest.py. Programs that tests write count too."""
     imports = re.compile(r"^\s*(from|import) tests(\.\w+)*(\.| import )(test_|conftest)", re.MULTILINE)
     assert [path for path in ROOT.glob("tests/**/*.py") if imports.search(path.read_text())] == []
-    for line in (
-        "from tests.run.test_twins import x",
-        "    import tests.test_house",
-        "from tests.run import test_twins",
-    ):
-        assert imports.search(line)
 
 
 def test_a_clone_named_as_the_package_does_not_hide_it(tmp_path):

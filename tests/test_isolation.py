@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.helpers.isolation import CHECKOUT, files_in_checkout
+from tests.helpers.isolation import CHECKOUT
 from tests.helpers.paths import ROOT
 
 USERS = {"WANDB_API_KEY": "w", "WANDB_PROJECT": "p", "OPENAI_API_KEY": "o", "OPENAI_BASE_URL": "u", "HF_TOKEN": "h"}
@@ -27,23 +27,3 @@ def test_the_environment_is_the_tests_own():
 def test_programs_run_beside_the_checkout():
     assert Path.cwd() == ROOT != CHECKOUT and (ROOT / "scripts/launch.py").is_file()
     assert not (ROOT / "outputs").exists() and not (ROOT / ".git").exists()
-
-
-LITTERING = """
-from tests.helpers.paths import ROOT
-def test_littering():
-    (ROOT / "outputs/tiny").mkdir(parents=True)
-    (ROOT / "stray.txt").touch()
-def test_clean():
-    assert not (ROOT / "outputs").exists() and not (ROOT / "stray.txt").exists()
-"""
-
-
-def test_a_test_that_leaves_files_fails(tmp_path):
-    (tmp_path / "test_litter.py").write_text(LITTERING)
-    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "tests.conftest", f"--rootdir={tmp_path}"]
-    environment = os.environ | {"PYTHONPATH": str(CHECKOUT)}
-    done = subprocess.run([*command, str(tmp_path)], cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert "2 passed, 1 error" in done.stdout, done.stdout[-3000:]
-    assert "test_littering left stray.txt in the checkout" in done.stdout
-    assert str(CHECKOUT / "recipes/tiny/rmipo.yaml") in files_in_checkout()

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import gzip
 import importlib.util
 import json
 import logging
@@ -12,7 +13,6 @@ from statistics import mean, stdev
 import yaml
 
 from rmipo.errors import EvaluationError
-from rmipo.evaluation.alpaca_reference import GAMED_FILE, hub_file, load_reference, require_benchmark
 from rmipo.evaluation.benchmark import DECODING, Benchmark, Metric
 from rmipo.evaluation.statistics import resamples
 from rmipo.files import replacing, write_atomically
@@ -37,8 +37,43 @@ DEFAULTS = {
     "max_missing": 0,  # verdicts that may be unusable in a finished result
 }
 
+HUB_DATA = "tatsu-lab/alpaca_eval"
+REFERENCE_FILE = "alpaca_eval_gpt4_baseline.json"
+GAMED_FILE = "df_gamed.csv"  # instruction difficulties and regularisation rows of the length-controlled model
 PAPERS_JUDGE = "595455fc9cc923f5"  # `judge_sha256` of alpaca-eval's own weighted_alpaca_eval_gpt4_turbo
 DRAWS = 1000  # resamples of the prompts for the length-controlled rate; a fit each, a tenth of a second for 805 prompts
+
+
+def load_reference(path: str | None) -> tuple[list[dict], Path]:
+    """The reference outputs, which are the benchmark's prompts too, and their file: the hub's if `path` is None.
+
+    A JSON list of {"instruction", "output"}; or preference pairs as JSONL ({"prompt", "chosen"} as messages), whose
+    chosen responses are the reference, the first one where a prompt is repeated. Raises EvaluationError otherwise.
+    """
+    file = Path(path).expanduser() if path else hub_file(REFERENCE_FILE)
+    rows: dict[str, dict] = {}  # by instruction
+    try:
+        content = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
+        if ".jsonl" in file.suffixes:
+            pairs = map(json.loads, content.splitlines())
+            found = [{"instruction": p["prompt"][-1]["content"], "output": p["chosen"][-1]["content"]} for p in pairs]
+        else:
+            found = json.loads(content)
+            if len({row["instruction"] for row in found}) < len(found):  # alpaca-eval would pair them crosswise
+                raise ValueError("it repeats instructions")
+        for row in found:
+            made_by = {"generator": row.get("generator", "reference")}
+            rows.setdefault(row["instruction"], {key: row[key] for key in ("instruction", "output")} | made_by)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise EvaluationError(f"alpacaeval.reference: {file} has none of the two formats ({error!r})") from error
+    return list(rows.values()), file
+
+
+def hub_file(name: str) -> Path:
+    """A file of AlpacaEval's dataset on the hub, downloaded or from the cache."""
+    from huggingface_hub import hf_hub_download
+
+    return Path(hf_hub_download(HUB_DATA, name, repo_type="dataset"))
 
 
 def run(model_dir: str | Path, output_dir: str | Path, settings: dict) -> dict | None:
@@ -59,8 +94,14 @@ def run(model_dir: str | Path, output_dir: str | Path, settings: dict) -> dict |
         require_package("alpaca_eval")
         if settings["length_controlled"]:
             hub_file(GAMED_FILE)
-            require_benchmark(reference)
-        check_judge(endpoint, judge_model(settings["annotators_config"]))
+            # Its model has learned a difficulty for each of the 805 and joins on row numbers: for others it would compute a
+            # number without meaning.
+            ours, theirs = ([row["instruction"] for row in rows] for rows in (reference, load_reference(None)[0]))
+            if ours != theirs:
+                needed = f"all {len(theirs)} instructions, not these {len(ours)}"
+                raise EvaluationError(f"alpacaeval.length_controlled needs {needed}")
+        (judge_file, *_) = read_yaml(find_judge(settings["annotators_config"])).values()
+        check_judge(endpoint, judge_file["completions_kwargs"]["model_name"])
     folder = Path(output_dir) / "alpacaeval"
 
     requests = questions(row["instruction"] for row in reference)
@@ -213,11 +254,6 @@ def find_judge(name: str) -> Path:
         if (folder / "configs.yaml").is_file():
             return (folder / "configs.yaml").resolve()
     raise EvaluationError(f"alpacaeval.annotators_config: {name!r} is no judge of alpaca-eval's, nor a folder of one")
-
-
-def judge_model(name: str) -> str:
-    """The name that the judge's server knows it by. Raises EvaluationError."""
-    return next(iter(read_yaml(find_judge(name)).values()))["completions_kwargs"]["model_name"]
 
 
 def judge_config(name: str, folder: Path) -> Path:

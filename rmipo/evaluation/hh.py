@@ -95,13 +95,14 @@ def score_subset(
     """Per-pair scores (and `row`) of the model, its own rewards if it was trained here, and what was dropped and cut."""
     import torch
 
-    from rmipo.evaluation.pair_scores import known_objective, native_rewards, needs_reference, score_model
+    from rmipo.evaluation.pair_scores import native_rewards, needs_reference, score_model
+    from rmipo.objectives import OBJECTIVES
 
-    run_record = recorded_run(model_dir)
-    objective = known_objective(run_record)
+    record = recorded_run(model_dir) or {}
+    objective = record["objective"] if record.get("objective", {}).get("name") in OBJECTIVES else None
     scores, rows, report = score_model(model_dir, pairs, prior_context="header", description=description, **options)
     if objective is not None and needs_reference(objective):
-        recipe = run_record["recipe"]
+        recipe = record["recipe"]
         reference, _, _ = score_model(
             recipe["model_name_or_path"],
             pairs,

@@ -6,8 +6,8 @@ and a perfect run is 100, subtask by subtask where the number of answer choices 
 
 import gc
 import json
+from collections import namedtuple
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
@@ -33,12 +33,7 @@ GPQA_CHOICES = 4
 MMLU_PRO_CHOICES = 10
 
 
-class Part(NamedTuple):
-    name: str  # lm-eval's
-    label: str
-    data: str  # on the hub
-
-
+Part = namedtuple("Part", ["name", "label", "data"])  # lm-eval's name of it; its data on the hub
 TASKS = {  # by their names in TASKS=...
     "ifeval": Part("leaderboard_ifeval", "IFEval", "wis-k/instruction-following-eval"),
     "bbh": Part("leaderboard_bbh", "BBH", "SaylorTwift/bbh"),
@@ -65,26 +60,19 @@ DEFAULTS = {
 }
 
 
-def normalize(value: float, choices: int) -> float:
-    """Percent above guessing among `choices` answers: 100 * max(0, v - 1/n) / (1 - 1/n)."""
-    guess = 1 / choices
-    return 100 * max(0.0, value - guess) / (1 - guess)
-
-
 Score = tuple[float, float]  # value and standard error, in percent
 
 
 def score(results: dict[str, dict], task: str, metric: str, filter_: str = "none") -> Score:
     """From `results` of lm-eval: task name -> {"acc_norm,none": ..., "acc_norm_stderr,none": ...}."""
-    scores = results.get(task, {})
-    if f"{metric},{filter_}" not in scores:
-        raise EvaluationError(f"lm-eval's results have no {metric},{filter_} of {task}")
-    error = scores.get(f"{metric}_stderr,{filter_}")
-    return 100 * float(scores[f"{metric},{filter_}"]), 100 * error if isinstance(error, float) else 0.0
+    error = results[task].get(f"{metric}_stderr,{filter_}")
+    return 100 * float(results[task][f"{metric},{filter_}"]), 100 * error if isinstance(error, float) else 0.0
 
 
 def rescaled(raw: Score, choices: int) -> Score:
-    return normalize(raw[0] / 100, choices), raw[1] / (1 - 1 / choices)
+    """Percent above guessing among `choices` answers: 100 * max(0, v - 1/n) / (1 - 1/n)."""
+    guess = 1 / choices
+    return 100 * max(0.0, raw[0] / 100 - guess) / (1 - guess), raw[1] / (1 - guess)
 
 
 def unweighted(results: dict[str, dict], group: str, choices: dict[str, int]) -> Score:

@@ -11,6 +11,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import defaultdict
 from pathlib import Path
 from statistics import mean
 from typing import TYPE_CHECKING
@@ -191,16 +192,15 @@ def read_verdicts(path: Path) -> Ratings:
 def metrics_of(ratings: Ratings, questions: list[dict]) -> dict[str, float]:
     """Means of `ratings`; a group without any has no metric."""
     category = {question["question_id"]: question["category"] for question in questions}
-    groups: dict[str, list[float]] = {}
-    of_question: dict[int, list[float]] = {}
+    groups, of_question = defaultdict(list), defaultdict(list)
     for (question_id, turn), rating in sorted(ratings.items()):
         for group in ("mt_bench", f"mt_bench_turn{turn}", f"mt_bench_{category[question_id]}"):
-            groups.setdefault(group, []).append(rating)
-        of_question.setdefault(question_id, []).append(rating)
-    metrics = {group: mean(values) for group, values in groups.items()}
+            groups[group].append(rating)
+        of_question[question_id].append(rating)
     # Both turns of a question are one conversation: the question is what was drawn.
-    metrics["mt_bench_standard_error"] = standard_error(list(map(mean, of_question.values())))
-    return metrics | {"mt_bench_missing": 2 * len(questions) - len(ratings)}
+    error = {"mt_bench_standard_error": standard_error(list(map(mean, of_question.values())))}
+    missing = {"mt_bench_missing": 2 * len(questions) - len(ratings)}
+    return {group: mean(values) for group, values in groups.items()} | error | missing
 
 
 def per_question(ratings: Ratings, questions: list[dict]) -> list[float | None]:

@@ -10,7 +10,7 @@ from rmipo.data.chat import ChatFormat
 from rmipo.data.pairs import tokenize_pairs
 from rmipo.data.report import DataReport
 from rmipo.errors import EvaluationError
-from rmipo.objectives import OBJECTIVES, PRIORS, PairScores, build_objective
+from rmipo.objectives import PRIORS, PairScores, build_objective
 from rmipo.recipe.schema import ModelConfig
 from rmipo.training.loading import check_limits, load_model, load_tokenizer
 from rmipo.training.scoring import by_tokens, pair_length, score_pairs
@@ -88,9 +88,3 @@ def native_rewards(objective_config: dict, scores: dict[str, torch.Tensor]) -> t
 
 def needs_reference(objective_config: dict) -> bool:
     return bool({"reference", "reference_logits"} & build_objective(objective_config).needs)
-
-
-def known_objective(run: dict | None) -> dict | None:
-    """The objective a model was trained with, or None (no run.json, or a stage without one)."""
-    objective = (run or {}).get("objective")
-    return objective if objective and objective.get("name") in OBJECTIVES else None

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from rmipo.errors import EvaluationError
-from rmipo.evaluation.alpaca_reference import load_reference
+from rmipo.evaluation.alpaca import load_reference
 from rmipo.evaluation.benchmark import DECODING, Benchmark, Metric
 from rmipo.evaluation.statistics import bootstrap, standard_error, wins
 from rmipo.files import read_lines

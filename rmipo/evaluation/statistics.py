@@ -70,11 +70,11 @@ def holm(p_values: Sequence[float]) -> np.ndarray:
     return corrected
 
 
-def repeated_share(sequences: Sequence[Sequence[int]], n: int = 4) -> float:
-    """Share of n-grams of tokens that occurred before in the same sequence, over all n-grams; 0 where there is none."""
+def repeated_share(sequences: Sequence[Sequence[int]]) -> float:
+    """Share of 4-grams of tokens that occurred before in the same sequence, over all 4-grams; 0 where there is none."""
     total = repeated = 0
     for ids in sequences:
-        ngrams = list(zip(*(ids[i:] for i in range(n)), strict=False))
+        ngrams = list(zip(*(ids[i:] for i in range(4)), strict=False))
         total += len(ngrams)
         repeated += len(ngrams) - len(set(ngrams))
     return repeated / total if total else 0.0

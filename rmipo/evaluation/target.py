@@ -1,7 +1,7 @@
 """Which model an evaluation is of, and its settings."""
 
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from rmipo.cli import choose
 from rmipo.data.chat import PROBES, ChatFormat
@@ -10,9 +10,8 @@ from rmipo.evaluation import BENCHMARKS
 from rmipo.generation.answers import DEFAULTS as GENERATION
 from rmipo.generation.answers import own_settings
 from rmipo.launch.choices import ROOT, check_names, is_setting, named_files
-from rmipo.recipe.checks import template_text
 from rmipo.recipe.files import override_value, read_yaml
-from rmipo.recipe.load import load_recipe
+from rmipo.recipe.load import load_recipe, template_text
 from rmipo.recipe.schema import ModelConfig
 from rmipo.recipe.settings import merge_settings
 from rmipo.record import recorded_run
@@ -23,12 +22,9 @@ BLOCKS = {"generation": GENERATION, "samples": SAMPLES} | {name: b.defaults for 
 MODEL_FILES = ("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json")
 
 
-@dataclass(frozen=True)
-class Target:
-    """A model to evaluate: its folder, and the blocks of settings."""
-
+class Target(NamedTuple):
     folder: Path
-    settings: dict[str, dict]
+    settings: dict[str, dict]  # the blocks of an eval.yaml
 
 
 def find_target(

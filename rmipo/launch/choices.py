@@ -5,7 +5,6 @@ working directory.
 """
 
 import argparse
-import importlib.util
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -15,7 +14,6 @@ from rmipo.errors import ConfigError, EvaluationError
 from rmipo.record import recorded_run
 
 ROOT = Path(__file__).parents[2]
-GPU_FILES = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")  # of NVIDIA, of AMD, of Linux in Windows
 MADE_FIRST = ("world", "weights", "pairs")  # what a setting makes before its first training
 NOT_SETTINGS = {"ablations", "adapters", "methods", "sweeps", "templates"}  # folders of overlays and other parts
 
@@ -41,33 +39,6 @@ def check_choices(env: Mapping[str, str]) -> None:
             problems.append(str(error))
     if problems:
         raise ConfigError("\n".join(problems))
-
-
-def check_machine(env: Mapping[str, str]) -> None:
-    """Refuse what this machine surely can't do, also before torch is imported.
-
-    Raises ConfigError: no GPU and no word of a CPU in a recipe; weights to make without the package that reads them.
-    """
-    model, stages = choose_stages(env)
-    if is_on(env, "DRY"):
-        return
-    check_weights(model, stages)
-    if is_on(env, "SLURM") or any(Path(file).exists() for file in GPU_FILES):
-        return
-    from rmipo.recipe.files import NO_GPU, read_layers
-
-    for path in (f"recipes/{model}/{stage}.yaml" for stage in stages if stage in ("sft", "rmipo")):
-        files = [Path(name) for file in (path, *split_args(env)[0]) for name, _ in read_layers(file)]
-        if "use_cpu" not in env.get("ARGS", "") and not any("use_cpu" in file.read_text() for file in files):
-            raise ConfigError(f"{path}: {NO_GPU}")
-
-
-def check_weights(model: str, stages: list[str]) -> None:
-    """Raises ConfigError where a setting's weights are to be made and the package that reads them is missing."""
-    made = Path(f"outputs/{model}/weights").is_dir()
-    # find_spec imports nothing: the answer comes at once.
-    if "weights" in stages and not made and importlib.util.find_spec("gguf") is None:
-        raise ConfigError(f"the weights of {model} are read with the package gguf: make install EXTRAS=smollm2")
 
 
 def choose_stages(env: Mapping[str, str]) -> tuple[str, list[str]]:

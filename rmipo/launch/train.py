@@ -94,7 +94,8 @@ def show(step: Step, gpus: int, nodes: int, queued: bool) -> None:
 
 def queue(steps: list[Step], gpus: int, nodes: int) -> int:
     """Submit the steps, each to start when the one before has succeeded; what needs no recipe runs here, before."""
-    require_slurm()  # before anything is made here
+    if shutil.which("sbatch") is None:  # before anything is made here
+        raise ConfigError("SLURM=1: sbatch is not installed here. Run this on a login node of the cluster")
     job = None
     for step in steps:
         if step.recipe is None and job is None:
@@ -124,15 +125,8 @@ def sbatch_command(step: Step, nodes: int, gpus: int, after: str | None = None) 
     return [*command, *shlex.split(os.environ.get("SBATCH_ARGS", "")), SLURM_SCRIPT, config, *step.program]
 
 
-def require_slurm() -> None:
-    """Raises ConfigError where jobs can't be queued."""
-    if shutil.which("sbatch") is None:
-        raise ConfigError("SLURM=1: sbatch is not installed here. Run this on a login node of the cluster")
-
-
 def submit(step: Step, nodes: int, gpus: int, after: str | None = None) -> tuple[str, Path]:
     """Queue one step; (job id, its log file). Raises ConfigError with Slurm's reason if it refuses the job."""
-    require_slurm()
     logs = Path("outputs/slurm")  # Slurm doesn't make the log's folder and would lose the log
     logs.mkdir(parents=True, exist_ok=True)
     done = subprocess.run(sbatch_command(step, nodes, gpus, after), capture_output=True, text=True)

@@ -3,19 +3,25 @@
 import base64
 import copy
 import hashlib
+import itertools
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import jinja2
+import numpy as np
 import torch
 from datasets import Dataset
+from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from rmipo.data.chat import ChatFormat, TokenPair
 from rmipo.data.formats import SIDES
+from rmipo.evaluation.statistics import bootstrap, interval, resamples
 from rmipo.files import replacing
 from rmipo.objectives import build_objective
-from rmipo.page import content
+from rmipo.objectives.rmipo import delta_pmi, response_pmi
 from rmipo.recipe.arguments import RMiPOConfig
 from rmipo.recipe.schema import ModelConfig
 from rmipo.training import parts
@@ -24,6 +30,10 @@ from rmipo.training.packing import pack, pack_pairs, pack_priors
 from rmipo.training.scoring import Scorer, by_tokens, pair_length
 
 FOLDER = Path(__file__).parent
+TITLE = 100  # characters of a prompt that name its pair in the table
+CUT = 2000  # characters of a cut text that are shown
+DRAWS = 2000  # of the bootstrap of a correlation
+ALIKE = 0.9  # share of bigrams that near-duplicates have in common
 
 
 def look(
@@ -58,8 +68,8 @@ def look(
     first = Scored(model, rows, args, processing_class)
     second = None if after is None else Scored(after, rows, args, processing_class)
     moved = {} if second is None else second.sums()  # one model after the other: two may not fit
-    page = Page(first, rows, moved)
-    write(Path(output), page.pairs(), lambda: page.summary() | {"after": second and second.name})
+    lines: list[dict] = []
+    write(Path(output), shown_pairs(first, rows, moved, lines), lambda: summary(first, second and second.name, lines))
     return Path(output)
 
 
@@ -110,8 +120,8 @@ class Scored:
         self.chat, self.rows, self.report = tokenized.chat, tokenized.splits["pairs"], tokenized.reports.get("pairs")
         self.context = self.chat.prior_context(tokenized.objective.prior_context)
 
-    def values(self, partners: bool) -> Iterator[tuple[dict, dict[str, list[torch.Tensor]]]]:
-        """Each row with the log-probabilities of its tokens, in the names of `content.shown_pair`.
+    def values(self, partners: bool) -> Iterator[tuple[dict, dict[str, list[Tensor]]]]:
+        """Each row with the log-probabilities of its tokens, in the names of `shown_pair`.
 
         Args:
             partners: also those under the prompt of the pair half the data set away, where there are several.
@@ -140,54 +150,137 @@ class Scored:
         return prompt[-(self.args.max_length - max(map(len, responses))) :], responses
 
     def sums(self) -> dict[int, list[list[float]]]:
-        """Row -> `content.sums`."""
-        return {
-            row["row"]: content.sums(values["given"], values["prior"]) for row, values in self.values(partners=False)
-        }
+        """Row -> `sums`."""
+        return {row["row"]: sums(values["given"], values["prior"]) for row, values in self.values(partners=False)}
 
 
-class Page:
-    """What the template asks for: the pairs one by one, then what is known of all of them."""
+def shown_pairs(
+    scored: Scored, rows: Dataset, moved: dict[int, list[list[float]]], lines: list[dict]
+) -> Iterator[dict]:
+    """Each pair's content, none of which is kept: memory does not grow with texts and tokens. Its line goes to `lines`."""
+    places = None if parts.is_tokenized(rows) else {row: at for at, row in enumerate(rows["row"])}
+    for number, (row, values) in enumerate(scored.values(partners=True)):
+        cut = tuple(row[f"{side}_ids"] for side in SIDES)
+        # Tokenised pairs come without their texts: nothing is known of what was cut off.
+        messages = None if places is None else rows[places[row["row"]]]
+        whole = cut if messages is None else scored.chat.pair_ids(*(messages[side] for side in SIDES))
+        lines.append(
+            {
+                "index": number,
+                "row": row["row"],
+                "title": title(scored.chat, messages and messages["prompt"], cut[0]),
+                "sides": sums(values["given"], values["prior"]),
+                "after": moved.get(row["row"]),
+                "cut": [*map(len, cut)] != [*map(len, whole)],
+                "alike": alike(*cut[1:]),
+            }
+        )
+        other = partner(number, len(scored.rows)) if "other" in values else None
+        yield shown_pair(scored.chat, whole, cut, values, other)
 
-    def __init__(self, scored: Scored, rows: Dataset, moved: dict[int, list[list[float]]]):
-        self.scored, self.moved = scored, moved
-        self.messages = None if parts.is_tokenized(rows) else {row: at for at, row in enumerate(rows["row"])}
-        self.rows = rows
-        self.lines: list[dict] = []
 
-    def pairs(self) -> Iterator[dict]:
-        """Each pair's content, none of which is kept: memory does not grow with texts and tokens."""
-        scored, total = self.scored, len(self.scored.rows)
-        for number, (row, values) in enumerate(scored.values(partners=True)):
-            cut = tuple(row[f"{side}_ids"] for side in SIDES)
-            messages = None if self.messages is None else self.rows[self.messages[row["row"]]]
-            # Tokenised pairs come without their texts: nothing is known of what was cut off.
-            whole = cut if messages is None else scored.chat.pair_ids(*(messages[side] for side in SIDES))
-            self.lines.append(
-                {
-                    "index": number,
-                    "row": row["row"],
-                    "title": content.title(scored.chat, messages and messages["prompt"], cut[0]),
-                    "sides": content.sums(values["given"], values["prior"]),
-                    "after": self.moved.get(row["row"]),
-                    "cut": [*map(len, cut)] != [*map(len, whole)],
-                    "alike": content.alike(*cut[1:]),
-                }
-            )
-            other = partner(number, total) if "other" in values else None
-            yield content.shown_pair(scored.chat, whole, cut, values, other)
+def summary(scored: Scored, after: str | None, lines: list[dict]) -> dict:
+    """What is known of all pairs once they are shown. `after`: name of the second model."""
+    args, objective = scored.args, build_objective(scored.args.objective)
+    dropped = {} if scored.report is None else scored.report.dropped
+    arithmetic = "bfloat16" if args.bf16 else "float32"
+    return {
+        "about": f"{len(lines)} pairs under {scored.name}, {arithmetic}, at most {args.max_length} tokens",
+        "model": scored.name,
+        "objective": vars(objective),
+        "dropped": sum(map(len, dropped.values())),
+        "reasons": "; ".join(f"{len(rows)} dropped, {reason}" for reason, rows in dropped.items()),
+        "findings": findings([line["sides"] for line in lines], objective.fidelity),
+        "pairs": lines,
+        "after": after,
+    }
 
-    def summary(self) -> dict:
-        objective = build_objective(self.scored.args.objective)
-        report, name = self.scored.report, self.scored.name
-        dropped = {} if report is None else report.dropped
-        arithmetic = "bfloat16" if self.scored.args.bf16 else "float32"
-        return {
-            "about": f"{len(self.lines)} pairs under {name}, {arithmetic}, at most {self.scored.args.max_length} tokens",
-            "model": name,
-            "objective": vars(objective),
-            "dropped": sum(map(len, dropped.values())),
-            "reasons": "; ".join(f"{len(rows)} dropped, {reason}" for reason, rows in dropped.items()),
-            "findings": content.findings([line["sides"] for line in self.lines], objective.fidelity),
-            "pairs": self.lines,
-        }
+
+# What the page holds of one pair: texts of its tokens, what the limits cut off, and log-probabilities
+
+
+def shown_pair(
+    chat: ChatFormat, whole: TokenPair, cut: TokenPair, values: dict[str, list[Tensor]], other: int | None
+) -> dict:
+    """What opening a pair shows.
+
+    Args:
+        whole, cut: the token ids before and after the cut.
+        values: log-probabilities of the tokens of chosen and rejected: "given" the prompt, "prior", and under the prompt
+            of another pair, whose place on the page is `other`.
+    """
+    lost = len(whole[0]) - len(cut[0])
+    bos = int(lost > 0 and chat.bos_id is not None)  # it stays in front of what is left
+    sides = []
+    for number in (0, 1):
+        ids, special = cut[1 + number], set(chat.tokenizer.all_special_ids)
+        side = {"tokens": chat.pieces(ids), "special": [t for t, token in enumerate(ids) if token in special]}
+        sides.append(side | cut_off(chat, whole[1 + number][len(ids) :])
+                     | {name: packed(of_both[number]) for name, of_both in values.items()})  # fmt: skip
+    prompt = {"text": chat.tokenizer.decode(cut[0])} | cut_off(chat, whole[0][bos : bos + lost])
+    return {"prompt": prompt, "sides": sides, "other": other}
+
+
+def cut_off(chat: ChatFormat, ids: list[int]) -> dict:
+    return {"lost": len(ids), "cut": chat.tokenizer.decode(ids)[:CUT]}
+
+
+def packed(values: Tensor) -> str:
+    """Little-endian float32 in base64: exact, and shorter than digits."""
+    return base64.b64encode(values.numpy().astype("<f4").tobytes()).decode()
+
+
+def sums(given: list[Tensor], prior: list[Tensor]) -> list[list[float]]:
+    """For chosen and rejected: log pi(y|x), log pi(y), and the numbers of tokens that these sum over."""
+    return [
+        [a.double().sum().item(), b.double().sum().item(), len(a), len(b)] for a, b in zip(given, prior, strict=True)
+    ]
+
+
+def alike(chosen: list[int], rejected: list[int]) -> bool:
+    """Whether the responses are nearly the same: their margin is about little else than chance."""
+    one, other = (Counter(itertools.pairwise(ids)) for ids in (chosen, rejected))
+    return 2 * (one & other).total() >= ALIKE * max(1, one.total() + other.total())
+
+
+def title(chat: ChatFormat, messages: list[dict] | None, prompt_ids: list[int]) -> str:
+    """The last question, in one line."""
+    text = messages[-1]["content"] if messages else chat.tokenizer.decode(prompt_ids, skip_special_tokens=True)
+    return " ".join(text[: 10 * TITLE].split())[:TITLE]
+
+
+def findings(sides: list[list[list[float]]], fidelity: str) -> dict[str, list[dict]]:
+    """For both readings of PMI, what `sums` of all pairs say beyond noise, with 95% intervals, in words and numbers."""
+    given, prior, lengths, _ = torch.tensor(sides, dtype=torch.float64).unbind(2)
+    longer = (lengths[:, 0] - lengths[:, 1]).numpy()
+    found = {}
+    for reading in ("token", "sequence"):
+        delta = delta_pmi(*response_pmi(given, prior, lengths, reading, fidelity).unbind(1)).numpy()
+        higher = bootstrap(delta > 0)
+        related = interval(
+            correlation(delta, longer),
+            [correlation(delta[rows], longer[rows]) for rows in resamples(len(delta), DRAWS)],
+        )
+        coin, unrelated = higher.low <= 0.5 <= higher.high, related.low <= 0 <= related.high
+        agrees, smaller = "agrees with" if higher.low > 0.5 else "opposes", "smaller" if related.mean > 0 else "larger"
+        claims = (
+            (higher, "{:z.0%}", coin, "of chosen responses have the higher PMI: ", f"the signal {agrees} the labels."),
+            (related, "{:z.2f}", unrelated, "correlation of ΔPMI with the difference in length: ",
+             f"longer chosen responses get a {smaller} margin."),
+        )  # fmt: skip
+        found[reading] = [
+            {
+                "number": form.format(value.mean).replace("-", "−"),
+                "range": f"95%: {form.format(value.low)} to {form.format(value.high)}".replace("-", "−"),
+                "text": what + ("no telling from noise." if noise else claim),
+                "noise": noise,
+            }
+            for value, form, noise, what, claim in claims
+        ]
+    return found
+
+
+def correlation(xs: np.ndarray, ys: np.ndarray) -> float:
+    """0 where one doesn't vary, as in some draws of few pairs."""
+    spread = xs.std() * ys.std()
+    return float(np.mean((xs - xs.mean()) * (ys - ys.mean())) / spread) if spread > 0 else 0.0

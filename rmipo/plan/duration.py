@@ -4,14 +4,13 @@ The range stands for what is not known without a measurement: the share of a GPU
 """
 
 import math
-from dataclasses import fields
 from pathlib import Path
 
 from rmipo.data.sources import load_sources, mix, mixture_entries
 from rmipo.plan.memory import Workload
 from rmipo.plan.shapes import Shape
 from rmipo.recipe.load import Recipe
-from rmipo.recipe.schema import ARGUMENTS, DataConfig
+from rmipo.recipe.schema import ARGUMENTS, DataConfig, of_recipe
 
 # Tokens, UltraFeedback-like and UltraChat-like: they set the expected hours, never the fit.
 TYPICAL_PROMPT, TYPICAL_RESPONSE, TYPICAL_DIALOGUE = 220, 320, 1_100
@@ -36,7 +35,7 @@ ROWS = {
 
 def training_examples(recipe: Recipe) -> int | None:
     """Rows of the training data: counted where all of it is here, known of the recipes' datasets, None of others."""
-    config = DataConfig(**{f.name: recipe.values[f.name] for f in fields(DataConfig) if f.name in recipe.values})
+    config = of_recipe(DataConfig, recipe.values)
     entries = mixture_entries(config)
     if all(Path(entry["path"]).exists() for entry in entries):
         numbers = [rows.select_columns(["row"]) for _, rows in load_sources(config, "train")]
@@ -57,20 +56,16 @@ def steps(recipe: Recipe, work: Workload, examples: int) -> int:
     return math.ceil(math.ceil(rows / work.global_batch) * epochs)
 
 
-def typical_tokens(work: Workload) -> tuple[int, int]:
-    """(tokens through the layers, tokens through the LM head) of one example of typical lengths."""
-    if work.stage == "sft":
-        return TYPICAL_DIALOGUE, TYPICAL_DIALOGUE
-    return TYPICAL_PROMPT + 2 * TYPICAL_RESPONSE, 2 * TYPICAL_RESPONSE
-
-
 def forward_flops(shape: Shape, work: Workload, prior: bool = False) -> tuple[float, float]:
     """(layers, LM head) FLOPs of one forward of a typical example, or of its responses without their prompt.
 
     2 per weight and token; causal attention adds 2 q per layer, token and token of the sequence.
     """
-    tokens, scored = typical_tokens(work)
-    sequence = tokens if work.stage == "sft" else TYPICAL_PROMPT + TYPICAL_RESPONSE
+    if work.stage == "sft":
+        tokens = scored = sequence = TYPICAL_DIALOGUE
+    else:  # through the layers, through the head, and what one token may attend to
+        scored = 2 * TYPICAL_RESPONSE
+        tokens, sequence = TYPICAL_PROMPT + scored, TYPICAL_PROMPT + TYPICAL_RESPONSE
     if prior:
         tokens, sequence = scored, TYPICAL_RESPONSE
     layers = 2 * shape.body * tokens + 2 * shape.layers * shape.heads_width * sequence * tokens

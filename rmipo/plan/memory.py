@@ -72,10 +72,6 @@ class Sharding:
     kind: str
     offload: bool = False  # to host memory
 
-    @property
-    def divides_weights(self) -> bool:
-        return self.kind in ("zero3", "fsdp2")
-
     @classmethod
     def load(cls, path: str | Path) -> "Sharding":
         """Read a launch configuration of configs/accelerate/."""
@@ -178,7 +174,7 @@ def no_gradient_pass(shape: Shape, work: Workload, tokens: int) -> int:
 
 def model_states(shape: Shape, work: Workload, sharding: Sharding, gpus: int) -> dict[str, int]:
     """Bytes on each of `gpus` of parameters, gradients and optimizer, and of weights that a forward gathers."""
-    divided = gpus if sharding.divides_weights else 1
+    divided = gpus if sharding.kind in ("zero3", "fsdp2") else 1
     weights, rest = (0, 0) if sharding.offload else STATE_BYTES[sharding.kind](gpus)
     frozen = 0
     if work.adapters:
@@ -204,11 +200,6 @@ class MemoryPlan:
     @property
     def fits(self) -> bool:
         return self.needed <= self.capacity
-
-    @property
-    def impossible(self) -> bool:
-        """Weights and optimizer states alone exceed the memory: that is certain, where the rest is an estimate."""
-        return self.parts["parameters"] + self.parts["gradients and optimizer"] > self.capacity
 
 
 def plan_memory(shape: Shape, work: Workload, sharding: Sharding, hardware: Hardware) -> MemoryPlan:

@@ -4,7 +4,7 @@ import math
 import os
 import shutil
 import sys
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 
 import httpx2
@@ -18,7 +18,7 @@ from rmipo.objectives import build_objective
 from rmipo.plan.memory import GIB, Hardware, Sharding, Workload, checkpoint_bytes, plan_memory
 from rmipo.plan.shapes import Shape, load_config
 from rmipo.recipe.load import Recipe
-from rmipo.recipe.schema import PreferenceRunConfig
+from rmipo.recipe.schema import PreferenceRunConfig, of_recipe
 
 # What an objective needs of the initial policy -> how `Workload` calls it.
 REFERENCES = {"reference_logits": "logits", "reference": "cached", "initial_prior": "cached prior"}
@@ -56,8 +56,7 @@ def workload_of(recipe: Recipe) -> Workload:
 
 def shape_of(recipe: Recipe) -> Shape:
     """Sizes of the recipe's model, with its adapters. Raises ConfigError if its configuration can't be read."""
-    names = {f.name for f in fields(ModelConfig)}
-    model = ModelConfig(**{key: value for key, value in recipe.values.items() if key in names})
+    model = of_recipe(ModelConfig, recipe.values)
     return Shape.of(load_config(model.model_name_or_path, model.model_revision), get_peft_config(model))
 
 
@@ -105,7 +104,8 @@ def check_memory(recipe: Recipe, hardware: Hardware, sharding: Sharding) -> None
         f"{hardware.gib:.0f} ({', '.join(f'{name} {size / GIB:.0f}' for name, size in largest)}). "
         "Use more GPUs, SHARDING=zero3-offload, or an overlay of recipes/adapters"
     )
-    if memory.impossible:
+    # That is certain, where the rest is an estimate.
+    if memory.parts["parameters"] + memory.parts["gradients and optimizer"] > memory.capacity:
         raise PreflightError(found)
     # A warning and no error: the longest micro-batch may never come.
     if not memory.fits and os.environ.get("RANK", "0") == "0":

@@ -5,14 +5,7 @@ from dataclasses import dataclass
 import torch
 from accelerate import init_empty_weights
 from peft import PeftConfig, get_peft_model
-from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    AutoConfig,
-    LlamaConfig,
-    MistralConfig,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, LlamaConfig, MistralConfig, PreTrainedConfig
 from transformers.initialization import no_init_weights
 
 from rmipo.errors import ConfigError
@@ -47,15 +40,6 @@ def load_config(name: str, revision: str | None = None) -> PreTrainedConfig:
         raise ConfigError(f"model_name_or_path: {name} has no readable config.json ({reason})") from error
 
 
-def empty_model(config: PreTrainedConfig) -> PreTrainedModel:
-    """The model's modules without weights; what is tied is not.
-
-    Not by AutoModel: in a training process under ZeRO-3 that divides what it makes over the processes.
-    """
-    with init_empty_weights(), no_init_weights():  # drawing random numbers into nothing takes most of the time
-        return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
-
-
 @dataclass(frozen=True)
 class Shape:
     """A decoder's sizes. `heads_width`, `kv_width`: heads x head dimension, of queries and of keys."""
@@ -74,7 +58,9 @@ class Shape:
 
     @classmethod
     def of(cls, config: PreTrainedConfig, peft_config: PeftConfig | None = None) -> "Shape":
-        model = empty_model(config)
+        # Not by AutoModel: in a training process under ZeRO-3 that divides what it makes over the processes.
+        with init_empty_weights(), no_init_weights():  # drawing random numbers into nothing takes most of the time
+            model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
         # Tied weights are one parameter, and counted once.
         model.tie_weights()
         head = {id(model.get_input_embeddings().weight), id(model.get_output_embeddings().weight)}

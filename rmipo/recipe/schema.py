@@ -1,8 +1,8 @@
 """The dataclasses that recipes fill: what a run can be told, with defaults."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import Annotated
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Annotated, Any
 
 import pydantic
 import trl
@@ -99,6 +99,11 @@ class ModelConfig(trl.ModelConfig):
         super().__post_init__()  # makes a text of a list of one: a pattern, which the name of a module doesn't match
         if isinstance(self.lora_target_modules, str) and self.lora_target_modules.isidentifier():
             self.lora_target_modules = [self.lora_target_modules]
+
+
+def of_recipe(cls: type, values: Mapping[str, Any]) -> Any:
+    """A `cls` from those of a recipe's values that are its fields."""
+    return cls(**{f.name: values[f.name] for f in fields(cls) if f.name in values})
 
 
 ARGUMENTS = {"sft": SFTConfig, "preference": PreferenceRunConfig}

@@ -9,8 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from rmipo.evaluation.statistics import bootstrap
-from rmipo.plots import house_style, method_color, panel_letter, panels, save
-from rmipo.reporting.figures import draw_costs, draw_curves
+from rmipo.plots import draw_costs, draw_curves, house_style, method_color, panel_letter, panels, save
 from rmipo.reporting.render import markdown_table
 from rmipo.reporting.results import OURS, method_label
 
@@ -90,18 +89,14 @@ def summarize(lines: list[dict], metric: str) -> pd.DataFrame:
 def interval(lines: list[dict], noise: float, method: str, metric: str) -> tuple[float, float]:
     """95% interval of the metric minus RMiPO's over prompts, mean over seeds; NaN where a prompt's own value isn't known."""
     found = {(line["method"], line["seed"]): line["metrics"] for line in lines if line["noise"] == noise}
-    differences = []
-    for (name, seed), metrics in found.items():
-        if name == method and "diverged" not in metrics:
-            # Only where answers were sampled to the same prompts.
-            both = [each.get("per_prompt", {}).get(metric) for each in (metrics, found[OURS, seed])]
-            if None in both:
-                return np.nan, np.nan
-            differences.append(np.subtract(*both))
-    if not differences:
+    pairs = [
+        (own, found[OURS, seed]) for (name, seed), own in found.items() if name == method and "diverged" not in own
+    ]
+    values = [[each.get("per_prompt", {}).get(metric) for each in pair] for pair in pairs]
+    if not values or any(None in both for both in values):  # only where answers were sampled to the same prompts
         return np.nan, np.nan
     # Seeds are averaged first: prompts are what is resampled.
-    over_prompts = bootstrap(np.mean(differences, axis=0))
+    over_prompts = bootstrap(np.mean([np.subtract(*both) for both in values], axis=0))
     return over_prompts.low, over_prompts.high
 
 

@@ -12,8 +12,7 @@ from matplotlib.ticker import PercentFormatter
 
 from rmipo.evaluation import benchmark_of, metric_label
 from rmipo.fingerprints import json_fingerprint
-from rmipo.plots import GREY, house_style, method_color, panel_letter, panels
-from rmipo.reporting.figures import draw_costs, draw_curves, footnotes
+from rmipo.plots import GREY, draw_costs, draw_curves, footnotes, house_style, method_color, panel_letter, panels
 from rmipo.reporting.paired import interval_text, paired_difference, paired_line, paired_title
 from rmipo.reporting.provenance import figure_notes, require_comparable
 from rmipo.reporting.results import (
@@ -60,20 +59,14 @@ def figure2(outputs: Path, model: str, metric: str = "mt_bench", name: str = "")
     `name` is the evaluations' EVAL_NAME.
     """
     dpo, simpo = (measured(outputs, model, method, metric, name) for method in ("dpo", "simpo"))
-    panel_runs = [  # the paper varies one at a time, the other at its default
+    # The paper varies one at a time, the other at its default.
+    over_beta, over_gamma = (
+        [p for p in simpo if p.run.objective[key] == value] for key, value in (("gamma", 1.0), ("beta", 2.0))
+    )
+    panel_runs = [
         ("DPO, varying $\\beta$", "dpo", "beta", dpo),
-        (
-            "SimPO, varying $\\beta$ ($\\gamma=1.0$)",
-            "simpo",
-            "beta",
-            [p for p in simpo if p.run.objective["gamma"] == 1.0],
-        ),
-        (
-            "SimPO, varying $\\gamma$ ($\\beta=2.0$)",
-            "simpo",
-            "gamma",
-            [p for p in simpo if p.run.objective["beta"] == 2.0],
-        ),
+        ("SimPO, varying $\\beta$ ($\\gamma=1.0$)", "simpo", "beta", over_beta),
+        ("SimPO, varying $\\gamma$ ($\\beta=2.0$)", "simpo", "gamma", over_gamma),
     ]
     benchmark = benchmark_of(metric)
     start = load_result(outputs, model, "initial", benchmark.name, name) if benchmark else None
@@ -113,9 +106,8 @@ def measured(outputs: Path, model: str, method: str, metric: str, name: str = ""
             values = [row[metric] for row in run.log() if metric in row]
             found += [Measured(run, value, None, None) for value in values[-1:]]
         else:
-            result = load_result(
-                outputs, model, run.folder.relative_to(outputs / model).as_posix(), benchmark.name, name
-            )
+            folder = run.folder.relative_to(outputs / model).as_posix()
+            result = load_result(outputs, model, folder, benchmark.name, name)
             if result is not None and metric in result.metrics:
                 error = result.metrics.get(f"{metric}_standard_error")
                 found.append(Measured(run, result.metrics[metric], error, result))
@@ -298,7 +290,9 @@ def draw_hours(axis: Axes, runs: dict[str, RunFolder], model: str) -> list[str]:
     The paper's hours are open diamonds, its memory is in brackets.
     """
     printed = paper_table("efficiency").set_index("method").to_dict("index") if model in PAPER_MODELS else {}
-    hardware = {method: hardware_of(run) for method, run in runs.items()}
+    devices = {method: Counter(run.record.get("hardware", ["unknown hardware"])) for method, run in runs.items()}
+    # E.g. "4 x NVIDIA A800-SXM4-80GB".
+    hardware = {m: ", ".join(f"{count} x {name}" for name, count in found.items()) for m, found in devices.items()}
     kinds = list(dict.fromkeys(hardware.values()))
     # Hours of other hardware are no comparison: runs of one kind stand together, under its number.
     in_order = sorted(runs, key=lambda method: kinds.index(hardware[method]))
@@ -319,12 +313,6 @@ def draw_hours(axis: Axes, runs: dict[str, RunFolder], model: str) -> list[str]:
     xlabel += "\n*: since its last start" * any(run.record["starts"] > 1 for run in runs.values())
     draw_costs(axis, lengths, memory, names, xlabel)
     return kinds
-
-
-def hardware_of(run: RunFolder) -> str:
-    """E.g. "4 x NVIDIA A800-SXM4-80GB", from run.json."""
-    counts = Counter(run.record.get("hardware", ["unknown hardware"]))
-    return ", ".join(f"{count} x {name}" for name, count in counts.items())
 
 
 def is_papers(hardware: str) -> bool:

@@ -168,11 +168,6 @@ def sft_command(model: str) -> str | None:
     return f"make train MODEL={model} STAGE=sft" if (RECIPES / model / "sft.yaml").is_file() else None
 
 
-def is_trained(outputs: Path, model: str, method: str) -> bool:
-    run = load_run(outputs, model, method)
-    return run is not None and run.finished
-
-
 def load_run(outputs: Path, model: str, method: str) -> RunFolder | None:
     """The run folder of one training, or None if it isn't there."""
     record = recorded_run(outputs / model / method)

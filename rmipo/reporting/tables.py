@@ -21,8 +21,8 @@ from rmipo.reporting.results import (
     eval_command,
     evaluated_methods,
     find_runs,
-    is_trained,
     load_results,
+    load_run,
     method_label,
     model_label,
     paper_table,
@@ -170,7 +170,8 @@ def fill(table: Table, outputs: Path, all_differences: bool = False, name: str =
     """The table from the evaluations with the EVAL_NAME `name`; its cells then have these columns too:
 
     bench, digits  the benchmark of the metric, and how many digits are printed
-    results        what `ours` is the mean of, one for each seed
+    found          the results of its evaluation, one for each seed
+    results        those of them that have the metric: `ours` is their mean
     ours           NaN where `commands` (in this order) have yet to be run, or where nothing fills it (no commands)
     error          standard error of the evaluation; with several seeds, their standard deviation
     deviations     why ours can't stand beside the paper's
@@ -188,24 +189,19 @@ def fill(table: Table, outputs: Path, all_differences: bool = False, name: str =
     found = {key: load_results(outputs, *key, runs[key[0]], name) for key in keys}
     require_comparable("this table", [result for results in found.values() for result in results])
 
-    def with_metric(cell) -> list[Result]:
-        return [r for r in found[cell.model, cell.method, cell.bench] if cell.metric in r.metrics]
-
     def unlike(results: list[Result]) -> tuple[str, ...]:
         texts = dict.fromkeys(text for result in results for text in deviations(result))
         # A table of our own has no paper to stand beside: there only a trial has to be told from the benchmark.
         return tuple(text for text in texts if not table.own or text.startswith(TRIAL))
 
-    def commands(cell) -> tuple[str, ...]:
-        return () if cell.results else missing_commands(outputs, cell, found[cell.model, cell.method, cell.bench], name)
-
+    cells["found"] = [found[c.model, c.method, c.bench] for c in cells.itertuples()]
     cells["digits"] = [BENCHMARKS[c.bench].metrics[c.metric].digits for c in cells.itertuples()]
     # A benchmark that was evaluated in part has a result without some of its metrics.
-    cells["results"] = [with_metric(c) for c in cells.itertuples()]
+    cells["results"] = [[r for r in c.found if c.metric in r.metrics] for c in cells.itertuples()]
     cells["ours"] = [mean(r.metrics[c.metric] for r in c.results) if c.results else None for c in cells.itertuples()]
     cells["error"] = [error_of(c.results, c.metric) for c in cells.itertuples()]
     cells["deviations"] = [unlike(results) for results in cells["results"]]
-    cells["commands"] = [commands(c) for c in cells.itertuples()]
+    cells["commands"] = [() if c.results else missing_commands(outputs, c, name) for c in cells.itertuples()]
     # Without any number these would be columns of objects, which can't be subtracted.
     cells = cells.astype({"ours": float, "error": float})
     compared = cells["deviations"].map(len).eq(0) | all_differences
@@ -228,20 +224,19 @@ def error_of(results: list[Result], metric: str) -> float | None:
     return results[0].metrics.get(f"{metric}_standard_error") if results else None
 
 
-def missing_commands(outputs: Path, cell, found: list[Result], name: str) -> tuple[str, ...]:
-    """What fills a cell without a number; `found` are the results of its evaluation, which may lack this metric."""
-    model, method = cell.model, cell.method
+def missing_commands(outputs: Path, cell, name: str) -> tuple[str, ...]:
+    """What fills a cell without a number; its evaluation may have results (`cell.found`) that lack this metric."""
+    model, method, found = cell.model, cell.method, cell.found
     evaluate = eval_command(model, method, cell.bench, name)
     if found and cell.metric == LC:  # it was switched off; of a stand-in's prompts there is none
         again = (f"rm {found[0].path}", f"{evaluate} ARGS='--set alpacaeval.length_controlled=true'")
         return () if found[0].settings.get("reference") else again
     if found:
         return (evaluate,) if BENCHMARKS[cell.bench].parts else ()  # only parts can be added to a result
-    if method == "initial":
-        train, trained = sft_command(model), is_trained(outputs, model, "sft")
-    else:
-        train, trained = train_command(model, method), is_trained(outputs, model, method)
-    return (train, evaluate) if train and not trained else (evaluate,)
+    # The model before preference training is the SFT stage's, or is not trained here.
+    stage, train = ("sft", sft_command(model)) if method == "initial" else (method, train_command(model, method))
+    run = load_run(outputs, model, stage)
+    return (evaluate,) if train is None or (run and run.finished) else (train, evaluate)
 
 
 def compare_paired(cells: pd.DataFrame, against: str) -> tuple[pd.Series, pd.Series]:
@@ -258,11 +253,6 @@ def compare_paired(cells: pd.DataFrame, against: str) -> tuple[pd.Series, pd.Ser
     return behind, p
 
 
-def average_ranks(scores: pd.DataFrame) -> pd.Series:
-    """Mean over columns of each row's rank within its column: 1 is the largest, ties share the best rank ("1224")."""
-    return scores.rank(ascending=False, method="min").mean(axis=1)
-
-
 def append_averages(cells: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
     """Table 2's average score and average rank of each row, and notes; ranks among fewer methods get no difference."""
     printed = paper_table("table2").set_index(["setting", "method"])
@@ -274,11 +264,12 @@ def append_averages(cells: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
         if partly:
             many = f"{len(complete)} of {len(scores)}"
             notes.append(f"{model_label(model)}: ranks among {many} methods, so no difference is printed.")
+        ranks = complete.rank(ascending=False, method="min")  # 1 is the largest, ties share the best rank ("1224")
         by_method = of_model.groupby("method", sort=False)
         comparable = by_method["difference"].count() == scores.shape[1]
         averages = (
             ("avg_score", "Avg. Score", complete.mean(axis=1), comparable),
-            ("avg_rank", "Avg. Rank", average_ranks(complete), comparable & (not partly)),
+            ("avg_rank", "Avg. Rank", ranks.mean(axis=1), comparable & (not partly)),
         )
         for metric, column, ours, compared in averages:
             rows = of_model.drop_duplicates("method").set_index("method")

@@ -1,1 +1,1 @@
-"""The embedded preference world of the tiny setting: `world` makes data, `model` what is trained, `judge` measures."""
+"""The embedded preference world of the tiny setting: `world` makes data, `files` what is trained, `judge` measures."""

@@ -1,4 +1,4 @@
-"""The folder of a world: its data in JSONL, the untrained model, and `world.json`, which describes it."""
+"""The folder of a world: its data in JSONL, the untrained tokenizer and model, and `world.json`, which describes it."""
 
 import json
 import random
@@ -6,16 +6,30 @@ from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
 from rmipo.data.formats import unusable_pair
 from rmipo.data.report import DataReport, of_split, rows_by_reason
 from rmipo.errors import ConfigError
+from rmipo.files import write_lines
 from rmipo.fingerprints import code_fingerprint, rows_fingerprint
 from rmipo.tiny.config import WorldConfig
-from rmipo.tiny.model import make_model, train_tokenizer
 from rmipo.tiny.world import World, deal
 
 RECORD = "world.json"  # written last: a folder without it is incomplete
 SPLITS = ("train", "test")
+BOS, END, PAD = "<|begin|>", "<|end|>", "<|pad|>"
+ROLES = ("system", "user", "assistant")
+# Only special tokens stand between texts, so that no token spans the end of a prompt.
+CHAT_TEMPLATE = (
+    "{{ bos_token }}"
+    "{% for message in messages %}"
+    "{{ '<|' + message['role'] + '|>' + message['content'] + eos_token }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
 
 
 def write_world(folder: Path, config: WorldConfig, pairs: dict | None = None) -> bool:
@@ -55,8 +69,8 @@ def write_world(folder: Path, config: WorldConfig, pairs: dict | None = None) ->
         world = World(config)
         dialogues = {split: list(world.dialogues(split)) for split in SPLITS}
         for split in SPLITS:
-            write_rows(folder / "pairs" / f"{split}.jsonl", world.pairs(split))
-        write_rows(
+            write_lines(folder / "pairs" / f"{split}.jsonl", world.pairs(split))
+        write_lines(
             folder / "questions.jsonl",
             ({"prompt": question.prompt, "right": question.fact.answers} for question in world.held_out_questions),
         )
@@ -69,7 +83,7 @@ def write_world(folder: Path, config: WorldConfig, pairs: dict | None = None) ->
         texts = (message["content"] for messages in sides for message in messages)
         tokenizer = train_tokenizer(texts, config.text_vocab_size)
     for split in SPLITS:
-        write_rows(folder / "sft" / f"{split}.jsonl", dialogues[split])
+        write_lines(folder / "sft" / f"{split}.jsonl", dialogues[split])
     # The model is written as any checkpoint is: the recipes load it like one from the hub.
     make_model(config, tokenizer).save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
@@ -117,7 +131,46 @@ def chosen_dialogues(pairs: Iterable[dict], config: WorldConfig, split: str) -> 
     ]
 
 
-def write_rows(path: Path, rows: Iterable[dict]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows)
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """Byte-level BPE of at most `vocab_size` tokens, special tokens included; any text can be encoded."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    headers = [f"<|{role}|>" for role in ROLES]
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[PAD, BOS, END, *headers],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=BOS,
+        eos_token=END,
+        pad_token=PAD,
+        extra_special_tokens=headers,
+        chat_template=CHAT_TEMPLATE,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def make_model(config: WorldConfig, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    """A Llama with random weights, drawn from the world's seed; the global random state is left as it was."""
+    llama = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        num_hidden_layers=config.num_hidden_layers,
+        num_attention_heads=config.num_attention_heads,
+        max_position_embeddings=config.max_position_embeddings,
+        tie_word_embeddings=True,
+        initializer_range=config.hidden_size**-0.5,  # with the usual 0.02 so narrow a model learns to recall late
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        model = LlamaForCausalLM(llama)
+    return model

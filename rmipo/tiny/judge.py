@@ -57,27 +57,25 @@ def evaluate(
     return {"right_probability": probabilities.mean().item(), **shares, "samples": samples}
 
 
-def evaluate_text(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    pairs: Dataset,
-    n_prompts: int = 64,
-    max_new_tokens: int = 128,
-    seed: int = 0,
-) -> dict:
-    """Answer prompts whose right answer is not known: the metrics of `text_metrics`, and `samples`.
+def evaluate_text(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pairs: Dataset) -> dict:
+    """Answer 64 prompts whose right answer is not known. `pairs`: rows of `data.tokenize_pairs`.
 
-    Args:
-        pairs: rows of `data.tokenize_pairs`; the first `n_prompts` are asked.
+    Returns:
+        `mean_length` in tokens; `ended`: the share that ended; `repetition`: the share of 4-grams of tokens that occurred
+        before in the same response, over all responses; `samples`: `{"prompt", "response"}` for every sample.
     """
-    chat = ChatFormat.probe(tokenizer)
-    prompts = pairs["prompt_ids"][:n_prompts]
-    responses = sample(model, chat, prompts, max_new_tokens=max_new_tokens, seed=seed)
+    prompts = pairs["prompt_ids"][:64]
+    responses = sample(model, ChatFormat.probe(tokenizer), prompts, max_new_tokens=128, seed=0)
     samples = [
         {"prompt": tokenizer.decode(prompt), "response": response["text"]}
         for prompt, response in zip(prompts, responses, strict=True)
     ]
-    return {**text_metrics(responses), "samples": samples}
+    return {
+        "mean_length": sum(len(response["ids"]) for response in responses) / len(responses),
+        "ended": sum(response["ended"] for response in responses) / len(responses),
+        "repetition": repeated_share([response["ids"] for response in responses]),
+        "samples": samples,
+    }
 
 
 def right_probabilities(model: PreTrainedModel, chat: ChatFormat, questions: list[Question]) -> torch.Tensor:
@@ -157,16 +155,4 @@ def preference_metrics(model: PreTrainedModel, pairs: Dataset) -> dict[str, floa
     return {
         "preference_accuracy": (chosen > rejected).double().mean().item(),
         "preference_margin": (chosen - rejected).double().mean().item(),
-    }
-
-
-def text_metrics(responses: list[dict]) -> dict[str, float]:
-    """Of responses from `sample`: mean length in tokens, share that ended, and how repetitive they are.
-
-    `repetition` is the share of 4-grams of tokens that occurred before in the same response, over all responses.
-    """
-    return {
-        "mean_length": sum(len(response["ids"]) for response in responses) / len(responses),
-        "ended": sum(response["ended"] for response in responses) / len(responses),
-        "repetition": repeated_share([response["ids"] for response in responses]),
     }

@@ -89,7 +89,7 @@ class Question:
 
     @property
     def prompt(self) -> Messages:
-        return user(PHRASINGS[self.phrasing].format(**vars(self.fact)))
+        return [{"role": "user", "content": PHRASINGS[self.phrasing].format(**vars(self.fact))}]
 
 
 class World:
@@ -215,10 +215,6 @@ def cycle(draw: random.Random, questions: list[Question]) -> Iterator[Question]:
     """The questions over and over, each round in a new order."""
     while True:
         yield from draw.sample(questions, len(questions))
-
-
-def user(content: str) -> Messages:
-    return [{"role": "user", "content": content}]
 
 
 def assistant(content: str) -> Messages:

@@ -14,7 +14,7 @@ import pytest
 
 from rmipo.errors import EvaluationError
 from rmipo.evaluation import alpaca
-from rmipo.evaluation.alpaca_reference import GAMED_FILE, REFERENCE_FILE
+from rmipo.evaluation.alpaca import GAMED_FILE, REFERENCE_FILE
 from rmipo.fingerprints import trained_fingerprint
 from rmipo.generation.answers import check_settings
 from rmipo.record import package_versions
@@ -60,8 +60,9 @@ def test_weighted_judge_gives_the_mean_probability(tmp_path, monkeypatch, api_ke
         wins = by_prompts["per_prompt"]["alpacaeval2_wr"]
         assert wins == pytest.approx([expected_win_rate([i]) for i in range(ROWS)], abs=1e-6)
         assert "draws" not in by_prompts
-        # Once more: everything is known, nothing is asked.
-        assert ask(server, tmp_path, monkeypatch) == pytest.approx(metrics, abs=1e-8)  # JSON rounds verdicts to 1e-10
+        # Once more: everything is known, nothing is asked, and that costs nothing.
+        again = ask(server, tmp_path, monkeypatch, max_cost=0.0)
+        assert again == pytest.approx(metrics, abs=1e-8)  # JSON rounds verdicts to 1e-10
         assert len(server.requests) == ROWS
 
 
@@ -75,27 +76,23 @@ def test_another_endpoint_is_another_judge(tmp_path, monkeypatch, api_key):
 # A judge that fails
 
 
-def test_unusable_verdicts_are_reported_and_asked_again(tmp_path, monkeypatch, api_key):
+def test_unusable_verdicts_are_reported_counted_and_asked_again(tmp_path, monkeypatch, api_key):
     broken = {3, 11, 12}
     with JudgeServer(fault=lambda number: "malformed" if number in broken else None) as server:
         with pytest.raises(EvaluationError, match="3 of 20 verdicts"):
             ask(server, tmp_path, monkeypatch)
         assert len(server.requests) == ROWS
+        broken.add(ROWS)  # the first that is asked again
+        metrics = ask(server, tmp_path, monkeypatch, max_missing=1)
+        assert metrics["alpacaeval2_missing"] == 1
+        known = {row["instruction"] for row in verdicts(tmp_path) if row["preference"] > 0}
+        rows = [i for i, row in enumerate(REFERENCE) if row["instruction"] in known]
+        assert len(rows) == ROWS - 1 and metrics["alpacaeval2_wr"] == pytest.approx(expected_win_rate(rows), abs=1e-6)
         metrics = ask(server, tmp_path, monkeypatch)
-        assert len(server.requests) == ROWS + 3
+        assert len(server.requests) == ROWS + 3 + 1
     assert metrics["alpacaeval2_missing"] == 0
     assert metrics["alpacaeval2_wr"] == pytest.approx(expected_win_rate(range(ROWS)), abs=1e-6)
     assert Counter(row["instruction"] for row in verdicts(tmp_path)) == Counter(row["instruction"] for row in REFERENCE)
-
-
-def test_allowed_missing_verdicts_are_counted(tmp_path, monkeypatch, api_key):
-    with JudgeServer(fault=lambda number: "malformed" if number == 15 else None) as server:
-        metrics = ask(server, tmp_path, monkeypatch, max_missing=1, concurrency=1)
-    assert metrics["alpacaeval2_missing"] == 1
-    known = {row["instruction"] for row in verdicts(tmp_path) if row["preference"] > 0}
-    rows = [i for i, row in enumerate(REFERENCE) if row["instruction"] in known]
-    assert len(rows) == ROWS - 1
-    assert metrics["alpacaeval2_wr"] == pytest.approx(expected_win_rate(rows), abs=1e-6)
 
 
 @pytest.mark.parametrize("fault", ["malformed", "no_logprobs"])
@@ -160,10 +157,6 @@ def test_cost_is_printed_and_bounded_before_the_first_request(tmp_path, monkeypa
         tokens = (ROWS * len((folder / "alpaca_eval_clf.txt").read_text()) + len("".join(texts))) / 4
         cost = (10 * tokens + 30 * ROWS) / 1e6  # a verdict is one token
         assert f"20 verdicts to ask for, about {tokens / 1e3:.0f}k + 0k tokens, ${cost:.2f} at" in printed
-        ask(server, tmp_path, monkeypatch)
-        capsys.readouterr()
-        ask(server, tmp_path, monkeypatch, max_cost=0.0)  # what is known costs nothing
-        assert "0 verdicts to ask for" in capsys.readouterr().out
 
 
 def test_judge_with_a_packaged_prompt_of_our_own(tmp_path, monkeypatch, api_key):
@@ -190,7 +183,6 @@ def test_judge_with_a_packaged_prompt_of_our_own(tmp_path, monkeypatch, api_key)
 
 def test_answers_of_a_gpu_node_are_judged_where_there_is_a_network(tmp_path, monkeypatch, api_key):
     model = tmp_path / "model"
-    model.mkdir()
     write_model(model)
     reference = tmp_path / "reference.json"
     reference.write_text(json.dumps(REFERENCE))
@@ -244,7 +236,6 @@ print("RESULT" + json.dumps([results, [float(rate["length_controlled_winrate"]) 
 def test_run_with_length_control_on_made_up_regularisation(tmp_path):
     """The length-controlled path from end to end. df_gamed.csv is made up here: its number says nothing."""
     model = tmp_path / "model"
-    model.mkdir()
     write_model(model)
     # The hub's cache, with a made-up benchmark in it.
     rows = [{"instruction": f"w{i % 20} w{i // 3}", "output": "w1 " * (1 + i % 7)} for i in range(40)]

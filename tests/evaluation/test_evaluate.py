@@ -36,7 +36,6 @@ def outputs(tmp_path) -> Path:
     """A random model as tiny's rmipo run, and pairs to ask it about."""
     folder = tmp_path / "outputs"
     for method, seed in (("rmipo", 0), ("simpo", 1)):
-        (folder / "tiny" / method).mkdir(parents=True)
         write_model(folder / "tiny" / method, seed)
     answers = [assistant("w1 w2 w3")], [assistant("w4")]
     write(folder / "pairs/test.jsonl", [pair(i, [user(f"w{i} w{i + 1}")], *answers) for i in range(9)])
@@ -91,14 +90,8 @@ def test_wrong_keys_and_values_of_another_type_are_refused(tmp_path, override, n
 def test_models_that_are_none(outputs):
     (outputs / "tiny/lora").mkdir()
     (outputs / "tiny/lora/adapter_config.json").write_text("{}")
-    for model, method, named in (
-        ("none", None, "MODEL=none "),
-        ("llama3-70b-instruct", None, "recipes/llama3-70b-instruct/eval.yaml"),
-        (str(outputs), "dpo", "METHOD=dpo"),
-        ("no/such", None, "no/such"),
-        (str(outputs), None, str(outputs)),
-        ("tiny", "lora", "adapter"),
-    ):
+    cases = [("none", None, "MODEL=none "), (str(outputs), "dpo", "METHOD=dpo"), ("no/such", None, "no/such")]
+    for model, method, named in (*cases, (str(outputs), None, str(outputs)), ("tiny", "lora", "adapter")):
         with pytest.raises(EvaluationError, match=named):
             find_target(model, method, outputs, [])
     with pytest.raises(EvaluationError, match="make train MODEL=tiny METHOD=dpo"):
@@ -296,7 +289,6 @@ def test_samples_of_a_reference_show_its_answers(outputs):
 
 def test_a_folder_is_evaluated_as_its_own_generation_config_says(tmp_path):
     model = tmp_path / "somewhere/model"
-    model.mkdir(parents=True)
     write_model(model)
     own = {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "top_k": 7, "eos_token_id": [1, 9]}
     (model / "generation_config.json").write_text(json.dumps(own))
@@ -311,7 +303,6 @@ def test_a_folder_is_evaluated_as_its_own_generation_config_says(tmp_path):
 
 def test_a_hub_model_is_linked_below_outputs(tmp_path, monkeypatch):
     snapshot = tmp_path / "hub/models--owner--name/snapshots/0"
-    snapshot.mkdir(parents=True)
     write_model(snapshot)
     refs = snapshot.parents[1] / "refs"
     refs.mkdir()

@@ -70,7 +70,6 @@ def share(won: torch.Tensor) -> float:
 def test_run_against_unpacked_scoring(tmp_path):
     model, reference = tmp_path / "dpo", tmp_path / "reference"
     for seed, folder in enumerate((model, reference)):
-        folder.mkdir()
         write_model(folder, seed)
     (reference / "chat_template.jinja").unlink()  # as where the recipe brings the template
     record = {"objective": {"name": "dpo", "beta": 0.1}, "recipe": {"model_name_or_path": str(reference)}}
@@ -106,7 +105,6 @@ def test_run_against_unpacked_scoring(tmp_path):
 
 
 def test_one_subset_alone_has_no_average(tmp_path):
-    (tmp_path / "model").mkdir()
     write_model(tmp_path / "model")
     write_pairs(tmp_path / "harmless", 0)
     with (tmp_path / "harmless/test.jsonl").open("a") as file:

@@ -94,7 +94,6 @@ def test_cost_is_bounded_before_the_first_request(tmp_path, capsys):
 
 def test_both_turns_are_generated_with_the_category_s_temperature(tmp_path, monkeypatch):
     model = tmp_path / "model"
-    model.mkdir()
     write_model(model)
     prompts = []
     answer, load = TransformersEngine.batch, TransformersEngine.__init__

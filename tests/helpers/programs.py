@@ -20,10 +20,12 @@ class Ended(NamedTuple):
     err: str
 
 
-def run_here(script: str, *arguments: str, env: Mapping[str, str] | None = None, root: Path = ROOT) -> Ended:
+def run_here(
+    script: str, *arguments: str, env: Mapping[str, str] | None = None, root: Path = ROOT, folder: Path | None = None
+) -> Ended:
     """`python scripts/<script>.py ...` inside this process: no import is paid for again, and monkeypatches reach it.
 
-    For programs that print and refuse. What trains changes global state: use `start` for it.
+    It runs in `root`, whose script it is, or in `folder`. For programs that print and refuse: what trains changes global state.
     """
     out, err = io.StringIO(), io.StringIO()
     handler = signal.getsignal(signal.SIGTERM)
@@ -32,7 +34,7 @@ def run_here(script: str, *arguments: str, env: Mapping[str, str] | None = None,
         mock.patch.dict(os.environ, env or {}),
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(err),
-        contextlib.chdir(root),
+        contextlib.chdir(folder or root),
     ):
         try:
             runpy.run_path(str(root / f"scripts/{script}.py"), run_name="__main__")

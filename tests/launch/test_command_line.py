@@ -5,14 +5,13 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import transformers.integrations.integration_utils  # noqa: F401  (it prints a line where W&B is offline, once)
 
 from rmipo import cli
 from rmipo.errors import UserError
-from rmipo.launch.choices import GPU_FILES, split_args
+from rmipo.launch.choices import split_args
 from tests.helpers.launched import launch, wait_until
 from tests.helpers.paths import ROOT
 from tests.helpers.programs import run_here
@@ -35,42 +34,6 @@ def test_help_says_what_a_script_does_and_every_option_means(script):
     ]  # fmt: skip
     assert undocumented == []
     assert max(map(len, shown.splitlines())) <= 128
-
-
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_a_wrong_option_is_an_error_like_any_other(script):
-    ended = run_here(script, "--no_such_option=1" if script not in ("sft", "preference", "sweep") else "stray")
-    assert (ended.code, ended.out) == (2, "")
-    assert ended.err.startswith("error: ") and ended.err.count("\n") < 30, ended.err
-
-
-WITHOUT = """
-import importlib.util, runpy, sys
-found = importlib.util.find_spec
-importlib.util.find_spec = lambda name, *more: None if name == "gguf" else found(name, *more)
-sys.modules["torch"] = None  # its import is an ImportError
-sys.argv = sys.argv[1:]
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
-
-
-@pytest.mark.parametrize(
-    ("script", "env", "named"),
-    [
-        ("launch", {"MODEL": "llama3-8b-base"}, "recipes/llama3-8b-base/sft.yaml: this recipe trains on GPUs"),
-        ("launch", {"MODEL": "llama3-8b-instruct", "METHOD": "dpo"}, "recipes/llama3-8b-instruct/rmipo.yaml: "),
-        ("launch", {"MODEL": "tiny", "METHOD": "nosuch"}, "METHOD='nosuch'"),
-        ("launch", {"MODEL": "smollm2-135m-instruct"}, "EXTRAS=smollm2"),
-        ("pairs", {"MODEL": "smollm2-135m-instruct"}, "EXTRAS=smollm2"),
-        ("online", {"MODEL": "smollm2-135m-instruct"}, "EXTRAS=smollm2"),
-    ],
-)
-def test_what_needs_no_library_is_refused_before_one_is_imported(repository, script, env, named):
-    if script == "launch" and any(Path(file).exists() for file in GPU_FILES):
-        pytest.skip("a GPU is here")
-    command = [sys.executable, "-c", WITHOUT, f"scripts/{script}.py"]
-    ended = subprocess.run(command, cwd=repository, env=os.environ | env, capture_output=True, text=True)
-    assert ended.returncode == 2 and ended.stderr.startswith("error: ") and named in ended.stderr, ended.stderr
 
 
 def test_options_default_to_makes_variables(monkeypatch):

@@ -9,7 +9,6 @@ import re
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,7 +18,7 @@ from safetensors.torch import load_file
 from rmipo.launch.environment import DEFAULTS, training_environment
 from rmipo.launch.pipeline import Step
 from rmipo.launch.train import submit
-from rmipo.recipe.load import ConfigError, load_recipe
+from rmipo.recipe.load import load_recipe
 from rmipo.record import read_metrics
 from rmipo.run.checkpoints import MARKER
 from tests.helpers.launched import launch
@@ -187,11 +186,3 @@ def test_a_node_has_the_environment_of_make_train(tmp_path, monkeypatch, shardin
 def test_there_is_time_to_save_before_the_time_limit():
     notice = re.search(r"--signal=B:USR1@(\d+)", (ROOT / "scripts/launch.slurm").read_text())
     assert int(DEFAULTS["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"]) < int(notice[1])
-
-
-def test_without_slurm_the_way_out_is_named(monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(ConfigError, match="SLURM=1"):
-        submit(step_of([]), nodes=2, gpus=0)
-    assert not list(Path(tmp_path).iterdir())

@@ -90,8 +90,6 @@ def test_what_ranks_the_points_is_logged():
     ("sweep", "own"),
     [
         ("method: grid\nmetric: {name: rewards/margins, goal: maximize}\nparameters: {beta: {values: [1]}}\n", ""),
-        ("method: grid\nmetric: {name: eval/loss, goal: most}\nparameters: {beta: {values: [1]}}\n", ""),
-        ("method: grid\nmetric: eval/loss\nparameters: {beta: {values: [1]}}\n", ""),
         ("method: random\nmetric: {name: eval/loss, goal: minimize}\nparameters: {beta: {values: [1]}}\n", ""),
         (None, "paramters: {learning_rate: {values: [1e-4]}}\n"),
     ],

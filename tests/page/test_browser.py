@@ -102,15 +102,6 @@ def test_sorting(reader, summary):
     assert int(falling[0]) != len(summary["pairs"])
 
 
-def test_the_table_grows_as_it_is_scrolled(reader):
-    assert len(reader.column("pair")) == 100
-    reader.driver.execute_async_script(
-        "const list = document.querySelector('#list'); list.scrollTop = list.scrollHeight;"
-        "requestAnimationFrame(() => requestAnimationFrame(() => arguments[0]()))"
-    )
-    assert len(reader.column("pair")) == 150
-
-
 def test_filters_and_their_combination(reader, summary):
     pairs = summary["pairs"]
     delta = [difference(pair["sides"], "token") for pair in pairs]
@@ -131,20 +122,6 @@ def test_filters_and_their_combination(reader, summary):
         reader.find(f"#filters [name={name}]").click()
     assert reader.shown() == sum(a and b for a, b in zip(holds["max"], holds["cut"], strict=True))
     assert reader.open_pair() - 1 in [i for i in range(150) if holds["max"][i] and holds["cut"][i]]
-
-
-def test_search_finds_every_text_of_a_pair(reader, pairs):
-    reader.press("/")
-    for field in ("prompt", "chosen", "rejected"):
-        wanted = " ".join(pairs[7][field].split()[:4])
-        reader.type("#search", wanted)
-        found = [int(text.split()[0]) for text in reader.column("pair")]
-        texts = [" \n ".join(pair.values()) for pair in pairs[:150]]
-        assert found == [i + 1 for i, text in enumerate(texts) if wanted in text] and 8 in found
-    reader.type("#search", "no such text")
-    assert reader.shown() == 0 and not reader.find("#pair").is_displayed()
-    reader.press("\ue00c")  # Escape
-    assert reader.driver.switch_to.active_element.tag_name == "body"
 
 
 def difference(sides, reading, fidelity="paper"):
@@ -182,41 +159,31 @@ def test_the_controls_recompute_what_training_would(reader, summary, schedule, r
     assert reader("return settings") == summary["objective"]
 
 
-def test_arrow_keys_go_through_the_pairs_that_are_shown(reader):
-    right, left = "\ue014", "\ue012"
-    reader.press(right)
-    reader.press(right)
+def test_keys_scrolling_and_search(reader, pairs):
+    right, left, escape = "\ue014", "\ue012", "\ue00c"
+    reader.press(right, right)
     assert reader.open_pair() == 3
     reader.press(left, left, left)
     assert reader.open_pair() == 150 and "150" in reader.find("#list .open").text.split()[0]
+    reader.driver.execute_async_script(
+        "const list = document.querySelector('#list'); list.scrollTop = list.scrollHeight;"
+        "requestAnimationFrame(() => requestAnimationFrame(() => arguments[0]()))"
+    )
+    assert len(reader.column("pair")) == 150  # the table grows as it is scrolled
     reader.press("/")
-    reader.press("w1", right)  # moves the cursor in the text
-    assert reader.open_pair() != 1 or reader.shown() < 150
+    for field in ("prompt", "chosen", "rejected"):
+        wanted = " ".join(pairs[7][field].split()[:4])
+        reader.type("#search", wanted)
+        found = [int(text.split()[0]) for text in reader.column("pair")]
+        texts = [" \n ".join(pair.values()) for pair in pairs[:150]]
+        assert found == [i + 1 for i, text in enumerate(texts) if wanted in text] and 8 in found
     before = reader.open_pair()
-    reader.press(left)
+    reader.press(left)  # moves the cursor in the text
     assert reader.open_pair() == before
-
-
-def test_a_dot_names_its_pair_opens_it_and_a_selection_filters(reader):
-    from selenium.webdriver import ActionChains
-
-    svg = reader.find("#chart-length")
-    reader("arguments[0].scrollIntoView({block: 'center'})", svg)
-    width, height = svg.size["width"], svg.size["height"]
-    dots = reader("return [...arguments[0].querySelectorAll('.dots')].map(all => all.getAttribute('d')).join('')", svg)
-    x, y = (float(value) * width / 330 for value in re.match(r"M([\d.]+) ([\d.]+)", dots).groups())
-    ActionChains(reader.driver).move_to_element_with_offset(svg, x - width / 2, y - height / 2).perform()
-    named = int(reader.find("#tip").text.split(":")[0])
-    ActionChains(reader.driver).move_to_element_with_offset(svg, x - width / 2, y - height / 2).click().perform()
-    assert reader.open_pair() == named
-    drag = ActionChains(reader.driver).move_to_element_with_offset(svg, 0, -height / 2 + 2).click_and_hold()
-    drag.move_to_element_with_offset(svg, width / 2 - 2, height / 2 - 2).release().perform()
-    differences = [a - b for a, b in zip(reader.numbers("|y| chosen"), reader.numbers("|y| rejected"), strict=True)]
-    assert 0 < reader.shown() < 150 and len(differences) == reader.shown()
-    edge = min(differences)
-    reader.press("\ue00c")
-    everything = reader("return pairs.map(pair => pair.length)")
-    assert sum(value >= edge for value in everything) == len(differences)
+    reader.type("#search", "no such text")
+    assert reader.shown() == 0 and not reader.find("#pair").is_displayed()
+    reader.press(escape)
+    assert reader.driver.switch_to.active_element.tag_name == "body"
 
 
 def test_one_pair_shows_its_tokens_its_cuts_and_another_prompt(reader, page, summary):

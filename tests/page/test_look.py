@@ -13,8 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rmipo import RMiPOConfig, look
 from rmipo.data.chat import ChatFormat
-from rmipo.page.content import findings
-from rmipo.page.look import Page, Scored
+from rmipo.page.look import Scored, findings, shown_pairs
 from rmipo.training import parts
 from tests.helpers.programs import run_here
 from tests.helpers.rows import assistant, user
@@ -151,9 +150,9 @@ def test_pairs_are_scored_as_they_are_written(models, pairs, args):
     """No more than a batch is in memory."""
     args = dataclasses.replace(args, max_dropped_fraction=1.0)
     rows = parts.as_messages(Dataset.from_list(pairs[:150] * 3), None)
-    page = Page(Scored(models[0], rows, args, None), rows, {})
-    next(page.pairs())
-    assert len(page.lines) == 1
+    lines = []
+    next(shown_pairs(Scored(models[0], rows, args, None), rows, {}, lines))
+    assert len(lines) == 1
 
 
 def test_every_character_is_the_text_of_one_token(smollm2):
@@ -188,17 +187,3 @@ def test_make_look_by_folder_and_file(models, pairs, tmp_path):
     assert str(tmp_path / "reports") in ended.out
     ended = run_here("look", "--outputs", str(tmp_path), "--max_length", "40", "--split", "test", env=env)
     assert ended.code == 0 and len(read(tmp_path / "reports/look-before.html")[0]) == 8, ended.err  # 5% of 151
-
-
-@pytest.mark.parametrize(
-    "env, named",
-    [
-        ({"MODEL": "smollm2-135m-instruct", "PAIRS": "0"}, "PAIRS"),
-        ({"MODEL": "owner/name"}, "DATA"),
-        ({"MODEL": "no-such-setting"}, "MODEL"),
-        ({"MODEL": "tiny", "METHOD": "no-such-run"}, "METHOD"),
-    ],
-)
-def test_what_cannot_be_shown_is_named(env, named):
-    ended = run_here("look", env=env)
-    assert ended.code == 2 and f"{named}=" in ended.err

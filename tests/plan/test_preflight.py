@@ -92,17 +92,13 @@ def test_bfloat16_weights_without_float32_masters_are_refused(setting, monkeypat
         preflight.check_launch(load_recipe(path, [ROOT / "recipes/adapters/lora.yaml"]), large, Sharding("none"))
 
 
-def test_disk_is_checked_before_a_run(tmp_path):
+def test_disk_is_checked_and_what_a_run_has_already_written_needs_no_room_again(tmp_path):
     free = preflight.check_disk(tmp_path / "not" / "there", 1)
     with pytest.raises(preflight.PreflightError, match="output_dir: "):
         preflight.check_disk(tmp_path / "not" / "there", free * 2)
-
-
-def test_what_a_run_has_already_written_needs_no_room_again(tmp_path):
     (tmp_path / "checkpoint-1").mkdir()
     with open(tmp_path / "checkpoint-1" / "optimizer.pt", "wb") as file:
         file.truncate(2**40)  # a hole: takes no room
-    free = preflight.check_disk(tmp_path, 0)
     preflight.check_disk(tmp_path, 2**40 + free // 2)
     with pytest.raises(preflight.PreflightError, match="output_dir: "):
         preflight.check_disk(tmp_path, 2**40 + 2 * free)
@@ -156,16 +152,7 @@ def test_a_training_process_sees_how_it_was_launched(name):
     assert re.search(said, done.stdout + done.stderr, re.MULTILINE), done
 
 
-def test_one_process_that_sees_several_gpus_is_refused(recipe_8b, monkeypatch, tmp_path):
-    """transformers would copy the model to all of them in every step."""
-    args = TrainingArguments(str(tmp_path))
-    monkeypatch.setattr(Hardware, "here", lambda: Hardware(1, 4, 80))
-    args._n_gpu = 4
-    with pytest.raises(preflight.PreflightError, match="4 GPUs"):
-        preflight.check_run(recipe_8b, args)
-
-
-def test_a_training_process_that_cannot_fit_is_refused(recipe_8b, monkeypatch, tmp_path):
+def test_what_a_training_process_cannot_do_is_refused(recipe_8b, monkeypatch, tmp_path):
     args, on_cpu = TrainingArguments(str(tmp_path)), TrainingArguments(str(tmp_path), use_cpu=True)
     monkeypatch.setattr(Hardware, "here", lambda: Hardware(1, 2, 24))  # there is no GPU to look at
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -173,6 +160,9 @@ def test_a_training_process_that_cannot_fit_is_refused(recipe_8b, monkeypatch, t
     with pytest.raises(preflight.PreflightError, match="dtype: bfloat16"):
         preflight.check_run(recipe_8b, args)
     preflight.check_run(recipe_8b, on_cpu)
+    args._n_gpu = 4  # transformers would copy the model to all of them in every step
+    with pytest.raises(preflight.PreflightError, match="4 GPUs"):
+        preflight.check_run(recipe_8b, args)
 
 
 @pytest.mark.parametrize("change", ["--memory_check=false", "--optim=adamw_8bit"])

@@ -1,14 +1,13 @@
 """Every recipe, overlay, sweep and launch configuration that is shipped loads, and holds the paper's values."""
 
 import json
-import re
 from pathlib import Path
 
 import pytest
 import yaml
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from rmipo.launch.choices import NOT_SETTINGS, choose_stages
+from rmipo.launch.choices import NOT_SETTINGS
 from rmipo.recipe.files import read_yaml
 from rmipo.recipe.load import load_recipe
 from tests.helpers.paths import ROOT
@@ -126,13 +125,3 @@ def test_templates_write_one_bos_and_one_end_token(name, rendered):
     prompt = template.render(messages=messages[:2], add_generation_prompt=True, **tokens)
     end = "</s>" if name == "zephyr" else "<|eot_id|>"
     assert rendered == f"{prompt}4{end}"
-
-
-def test_commands_in_headers_name_settings_that_exist():
-    lines = [
-        line for path in RECIPES.glob("*/*.yaml") for line in path.read_text().splitlines() if "make train" in line
-    ]
-    assert len(lines) >= 30
-    for line in lines:
-        words = dict(re.findall(r"\b(MODEL|STAGE)=([\w-]+)", line))
-        assert choose_stages(words)[0] == words["MODEL"]

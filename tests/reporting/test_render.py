@@ -13,9 +13,10 @@ import pytest
 
 from rmipo.evaluation.statistics import holm
 from rmipo.reporting.paired import stars, win_rates
-from rmipo.reporting.render import FORMATS, csv_text, latex, markdown, number_text, render_wins
+from rmipo.reporting.render import FORMATS, csv_text, latex, markdown, render_wins
 from rmipo.reporting.results import ReportError
 from rmipo.reporting.tables import TABLES, benchmark_table, build_table, fill
+from tests.helpers.programs import run_here
 from tests.helpers.result_files import write_result
 
 LLAMA = "llama3-8b-instruct"
@@ -30,11 +31,6 @@ def row_of(text: str, label: str) -> list[str]:
     return [cell.strip() for cell in line.split("|")[2:-1]]
 
 
-def test_numbers():
-    assert number_text(-0.04, 1, signed=True) == "+0.0" and number_text(-0.04, 1) == "0.0"
-    assert number_text(-12.46, 1, signed=True) == "-12.5"
-
-
 @pytest.fixture
 def filled(tmp_path):
     metrics = {"alpacaeval2_lc": 47.25, "alpacaeval2_lc_standard_error": 1.44, "alpacaeval2_wr": 40.0}
@@ -42,30 +38,23 @@ def filled(tmp_path):
     return fill(build_table(1, [LLAMA]), tmp_path)
 
 
-def test_markdown(filled):
+def test_the_three_formats(filled):
     text = markdown(filled)
     assert "| Method | Llama3-8B-Instruct LC (%) | Llama3-8B-Instruct WR (%) | Llama3-8B-Instruct Length |" in text
     assert "| α-DPO | 46.6 / 47.2 ±1.4 / +0.6 | 38.1 / 40.0 / +1.9 | 1834 | 8.1 / [15] |" in text
     assert f"- [15] `make train MODEL={LLAMA} METHOD=alpha-dpo`, then `make eval" in text
-
-
-def test_csv(filled):
     line = lines_of_csv(filled)["α-DPO", "Llama3-8B-Instruct LC (%)"]
     assert (line["paper"], line["ours"], line["standard_error"], line["seeds"]) == ("46.6", "47.25", "1.44", "1")
     assert float(line["difference"]) == pytest.approx(0.65) and line["command"] == line["note"] == ""
     assert "judge_endpoint api.openai.com/v1" in line["made_with"] and line["unlike_the_paper"] == ""
-
-
-def test_latex(filled):
-    text = latex(filled)
-    lc = r"$\alpha$-DPO & \begin{tabular}[t]{@{}r@{}}46.6\\{}47.2\\{}$\pm$1.4\\{}+0.6\end{tabular} & "
+    text, stacked = latex(filled), r"\begin{tabular}[t]{@{}r@{}}"
+    lc = rf"$\alpha$-DPO & {stacked}46.6\\{{}}47.2\\{{}}$\pm$1.4\\{{}}+0.6\end{{tabular}} & "
     assert (
-        lc in text
-        and r"\\{}40.0\\{}+1.9\end{tabular} & 1834 & \begin{tabular}[t]{@{}r@{}}8.1\\{}[15]\end{tabular} \\" in text
+        lc in text and rf"\\{{}}40.0\\{{}}+1.9\end{{tabular}} & 1834 & {stacked}8.1\\{{}}[15]\end{{tabular}} \\" in text
     )
     assert r"\caption{AlpacaEval 2 and MT-Bench (Llama3-8B-Instruct).}" in text and r"LC (\%)" in text
     # The first cell without a number points at the first command; what has to be said is shorter than the table.
-    assert r"Initial & \begin{tabular}[t]{@{}r@{}}26.0\\{}[1]\end{tabular} &" in text
+    assert rf"Initial & {stacked}26.0\\{{}}[1]\end{{tabular}} &" in text
     comments = [line for line in text.splitlines() if line.startswith("% [")]
     assert comments[0] == f"% [1] make eval MODEL={LLAMA} METHOD=initial BENCH=alpacaeval" and len(comments) == 12 + 11
     notes = text.partition(r"\end{longtable}")[2]
@@ -203,34 +192,26 @@ def test_latex_fits_an_article(tmp_path, number):
     assert re.findall(r"Overfull \\[hv]box.*", compiled(tmp_path, "\n".join(sources))) == []
 
 
-def test_script_writes_three_formats(tmp_path, run_script, capsys, benchmarks):
-    outputs = ("--outputs", str(benchmarks))
-    assert run_script("table.py", *outputs, folder=tmp_path, N="7", MODEL="tiny") == 0
-    assert "METHOD=table7-linear" in capsys.readouterr().out
-    given = {"BENCH": "constraints,specificity", "MODEL": "tiny", "AGAINST": "dpo"}
-    assert run_script("table.py", *outputs, folder=tmp_path, **given) == 0
-    assert "DPO − row" in capsys.readouterr().out
-    assert run_script("table.py", *outputs, folder=tmp_path, WINS="1", BENCH="constraints", MODEL="tiny") == 0
-    assert "75.0 [" in capsys.readouterr().out
+def test_script_writes_three_formats(tmp_path, benchmarks):
+    for given, shown in (
+        ({"N": "7"}, "METHOD=table7-linear"),
+        ({"BENCH": "constraints,specificity", "AGAINST": "dpo"}, "DPO − row"),
+        ({"WINS": "1", "BENCH": "constraints"}, "75.0 ["),
+    ):
+        ended = run_here("table", "--outputs", str(benchmarks), folder=tmp_path, env={"MODEL": "tiny"} | given)
+        assert ended.code == 0 and shown in ended.out
     names = ("table7-tiny", "table-constraints-specificity-tiny", "wins-constraints-tiny")
     files = {path.name for path in (benchmarks / "reports").iterdir()}
     assert files == {f"{name}.{suffix}" for name in names for suffix in FORMATS}
 
 
-@pytest.mark.parametrize("given", [{"N": "4"}, {}, {"BENCH": "chess", "MODEL": "tiny"}, {"BENCH": "hh"}])
-def test_script_refuses_other_tables_in_one_line(tmp_path, run_script, capsys, given):
-    assert run_script("table.py", folder=tmp_path, **given) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: ") and error.count("\n") == 1
-
-
-def test_a_table_of_another_evaluation(tmp_path, run_script):
+def test_a_table_of_another_evaluation(tmp_path):
     """By EVAL_NAME, in files of its own: results of the usual one have no part in it."""
     open_judge = {"name": "open", "settings": {"judge_endpoint": "127.0.0.1:8000/v1"}}
     write_result(tmp_path / "outputs", LLAMA, "dpo", "mtbench", {"mt_bench": 7.0}, **open_judge)
     for method in ("dpo", "simpo"):
         write_result(tmp_path / "outputs", LLAMA, method, "mtbench", {"mt_bench": 8.0})
-    assert run_script("table.py", folder=tmp_path, N="1", MODEL=LLAMA, EVAL_NAME="open") == 0
+    assert run_here("table", folder=tmp_path, env={"N": "1", "MODEL": LLAMA, "EVAL_NAME": "open"}).code == 0
     lines = csv.DictReader((tmp_path / f"outputs/reports/table1-{LLAMA}-open.csv").open())
     ours = {line["Method"]: (line["ours"], line["command"]) for line in lines if "MT-Bench" in line["Column"]}
     assert ours["DPO"] == ("7.0", "")

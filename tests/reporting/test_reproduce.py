@@ -10,6 +10,7 @@ import pytest
 
 from rmipo.reporting.tables import TABLES, build_table
 from tests.helpers.paths import ROOT
+from tests.helpers.programs import run_here
 from tests.helpers.result_files import write_result, write_run
 
 
@@ -63,20 +64,13 @@ def write_make(monkeypatch, tools: Path, log: Path, fails_on: str = "nothing") -
     monkeypatch.setenv("PATH", str(tools), prepend=os.pathsep)
 
 
-def test_dry_run_starts_nothing(tmp_path, run_script, monkeypatch, capfd):
-    write_make(monkeypatch, tmp_path / "bin", tmp_path / "log")
-    assert run_script("reproduce.py", folder=tmp_path, TABLE="7", MODEL="tiny", DRY="1") == 0
-    assert "make train MODEL=tiny METHOD=table7-cosine" in capfd.readouterr().out
-    assert not (tmp_path / "log").exists()
-
-
-def test_runs_what_is_left_in_order_then_the_table(tmp_path, run_script, monkeypatch):
+def test_runs_what_is_left_in_order_then_the_table(tmp_path, monkeypatch):
     write_make(monkeypatch, tmp_path / "bin", tmp_path / "log")
     for method in ("sft", "rmipo", "table7-linear"):
         write_run(tmp_path / "outputs" / "tiny" / method, {"name": "rmipo"}, [])
     # Without the number that the table wants: nothing is deleted unasked.
     write_result(tmp_path / "outputs", "tiny", "rmipo", "alpacaeval", {"alpacaeval2_wr": 41.0})
-    assert run_script("reproduce.py", folder=tmp_path, TABLE="7", MODEL="tiny") == 0
+    assert run_here("reproduce", folder=tmp_path, env={"TABLE": "7", "MODEL": "tiny"}).code == 0
     assert (tmp_path / "log").read_text().splitlines() == [
         "eval MODEL=tiny METHOD=table7-linear BENCH=alpacaeval",
         "train MODEL=tiny METHOD=table7-cosine",
@@ -87,11 +81,11 @@ def test_runs_what_is_left_in_order_then_the_table(tmp_path, run_script, monkeyp
     ]
 
 
-def test_stops_at_the_first_failure(tmp_path, run_script, monkeypatch, capfd):
+def test_stops_at_the_first_failure(tmp_path, monkeypatch):
     write_make(monkeypatch, tmp_path / "bin", tmp_path / "log", fails_on="table7-linear")
     write_run(tmp_path / "outputs" / "tiny" / "sft", {}, [])
-    assert run_script("reproduce.py", folder=tmp_path, TABLE="7", MODEL="tiny") == 1
-    assert "Step 3 failed: make train MODEL=tiny METHOD=table7-linear" in capfd.readouterr().err
+    ended = run_here("reproduce", folder=tmp_path, env={"TABLE": "7", "MODEL": "tiny"})
+    assert ended.code == 1 and "Step 3 failed: make train MODEL=tiny METHOD=table7-linear" in ended.err
     assert len((tmp_path / "log").read_text().splitlines()) == 3
 
 
@@ -99,7 +93,6 @@ def test_stops_at_the_first_failure(tmp_path, run_script, monkeypatch, capfd):
     ("environment", "named"),
     [({"ARGS": "--learning_rate 1e-6"}, "ARGS"), ({"MODEL": "llama4"}, "MODEL=llama4"), ({"TABLE": "4"}, "table 4")],
 )
-def test_what_it_cannot_pass_on_is_refused(tmp_path, run_script, capfd, environment, named):
-    assert run_script("reproduce.py", folder=tmp_path, **({"TABLE": "7", "DRY": "1"} | environment)) == 2
-    captured = capfd.readouterr()
-    assert captured.err.startswith("error: ") and named in captured.err and captured.out == ""
+def test_what_it_cannot_pass_on_is_refused(tmp_path, environment, named):
+    ended = run_here("reproduce", folder=tmp_path, env={"TABLE": "7", "DRY": "1"} | environment)
+    assert ended.code == 2 and ended.err.startswith("error: ") and named in ended.err and ended.out == ""

