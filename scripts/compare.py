@@ -16,7 +16,6 @@ interrupted comparison goes on where it was.
 """
 
 import os
-from pathlib import Path
 
 # Before anything reads them. One GPU: transformers would copy the model to all that one process sees.
 os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -26,16 +25,11 @@ from rmipo import cli
 from rmipo.launch.choices import choose_stages, refuse
 
 
+@cli.main
 def main() -> int:
-    os.chdir(Path(__file__).parent.parent)
-    options = cli.options(__doc__, "MODEL", "METHODS", "SEEDS", "NOISE", "WORKERS", "DATA", "ARGS").read()
-    env = os.environ | cli.variables(options)
+    env = cli.environment(__file__, __doc__, "MODEL", "METHODS", "SEEDS", "NOISE", "WORKERS", "DATA", "ARGS")
     refuse(env, ["DRY", "SLURM"], "make compare trains its runs on this machine, at once; leave it out")
     choose_stages({**env, "STAGE": ""})
     from rmipo.compare.program import compare  # imports torch and TRL, which takes seconds
 
     return compare(env)
-
-
-if __name__ == "__main__":
-    cli.run(main)

@@ -8,7 +8,6 @@ outputs/<model>/margins/runs.jsonl; the same command goes on after them and writ
 """
 
 import os
-from pathlib import Path
 
 os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}  # read when torch is imported
 
@@ -16,15 +15,10 @@ from rmipo import cli
 from rmipo.launch.choices import choose_stages
 
 
+@cli.main
 def main() -> int:
-    os.chdir(Path(__file__).parent.parent)
-    options = cli.options(__doc__, "MODEL", "WORKERS", "ARGS").read()
-    env = os.environ | cli.variables(options)
+    env = cli.environment(__file__, __doc__, "MODEL", "WORKERS", "ARGS")
     choose_stages({**env, "STAGE": ""})
     from rmipo.compare.margins import margins  # imports torch and TRL, which takes seconds
 
     return margins(env)
-
-
-if __name__ == "__main__":
-    cli.run(main)
