@@ -442,7 +442,6 @@ def test_epsilon_dpo_follows_the_perturbed_policies():
         ({"name": "rmipo", "fidelity": "release", "prior_context": "bos"}, ["objective.prior_context is 'bos'"]),
         ({"name": "rmipo", "fidelity": "release", "pmi_normalization": "sequence"}, ["objective.pmi_normalization"]),
         ({"name": "rmipo", "span": 4.0}, ["objective.span is 4.0"]),
-        ({"name": "slic", "sft_weight": 0, "sft_normalization": "token"}, ["objective.sft_normalization"]),
         ({"name": "dpo", "beta": float("nan")}, ["objective.beta is nan"]),
         ({"name": "dpo", "beta": True}, ["objective.beta is True"]),
     ],
