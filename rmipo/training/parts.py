@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import datetime
+import functools
 from collections.abc import Callable, Mapping
 
 import pyarrow.compute as pc
@@ -262,7 +263,8 @@ def weights_of(model: ModelConfig | Loaded) -> Callable[[], str]:
     Those of a loaded model may differ from what its folder holds, so they are read now.
     """
     if isinstance(model, ModelConfig):  # its files stay as they are
-        return lambda: on_main_process(lambda: model_fingerprint(model.model_name_or_path, model.model_revision))
+        name, revision = model.model_name_or_path, model.model_revision
+        return functools.cache(lambda: on_main_process(lambda: model_fingerprint(name, revision)))
     fingerprint = _fingerprint_in_memory(model)
     return lambda: fingerprint
 

@@ -95,11 +95,6 @@ class Reference:
             else:
                 self.model = trainer.accelerator.prepare_model(model, evaluation_mode=True)
 
-    @functools.cached_property
-    def model_key(self) -> str:
-        """Fingerprint of the initial weights."""
-        return self.trainer.initial_weights()
-
     def logits(self, packed: PackedSequence) -> torch.Tensor:
         """The reference's logits at the response positions, `(R, vocabulary)`."""
         trainer = self.trainer
@@ -135,7 +130,7 @@ class Reference:
         args, parts = self.trainer.args, self._parts()
         model = self.trainer.model
         # Precision too: bfloat16 moves the sum over a long response by nats.
-        content = f"model {self.model_key} in {model.dtype}, bf16 {args.bf16}, fp16 {args.fp16}, "
+        content = f"model {self.trainer.initial_weights()} in {model.dtype}, bf16 {args.bf16}, fp16 {args.fp16}, "
         if quantization := getattr(model.config, "quantization_config", None):
             content += f"quantized by {quantization}, "
         content += f"data {rows_fingerprint(dataset.tokenized)}, {' '.join(parts)}"

@@ -34,15 +34,11 @@ from rmipo.training.batching import (
     packed_lengths,
 )
 from rmipo.training.checkpoints import (
-    OBJECTIVE_STATE,
-    EndsWithItsLastStep,
+    ResumableTrainer,
     complete_checkpoints,
     decisive,
     gather_at_the_end,
-    load_objective_state,
-    rotate,
-    save_objective_state,
-    step_of,
+    objective_state,
 )
 from rmipo.training.distributed import Processes
 from rmipo.training.loading import require_masters, require_trained
@@ -59,7 +55,7 @@ from rmipo.training.parity import MAX_PAIRS, check_parity
 from rmipo.training.reference import BEFOREHAND, Reference
 
 
-class PreferenceTrainer(EndsWithItsLastStep):
+class PreferenceTrainer(ResumableTrainer):
     """Trains a causal LM on preference pairs with any objective of `rmipo.objectives`.
 
     An item of the training dataloader is one optimizer step: this process's share of the global batch, cut into packed
@@ -312,7 +308,7 @@ class PreferenceTrainer(EndsWithItsLastStep):
                 "save_only_model: checkpoints have no optimizer state, so this training can't go on from one"
             )
         if resume_from_checkpoint is True:
-            complete = complete_checkpoints(self.args.output_dir, OBJECTIVE_STATE)
+            complete = complete_checkpoints(self.args.output_dir)
             resume_from_checkpoint = str(complete[-1]) if complete else None
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
@@ -335,7 +331,7 @@ class PreferenceTrainer(EndsWithItsLastStep):
         for dataset in (self.train_dataset, *self._eval_datasets()):
             self.reference.add_scores(dataset, resuming=resume_from_checkpoint is not None)
         if resume_from_checkpoint is not None:
-            self.objective_state = load_objective_state(resume_from_checkpoint, self.decisive)
+            self.objective_state = objective_state(resume_from_checkpoint, self.decisive)
         # Loading and scoring are no part of the first line's tokens per second.
         self.window = LogWindow()
         return prepared
@@ -358,25 +354,10 @@ class PreferenceTrainer(EndsWithItsLastStep):
             gather_at_the_end(self)
         super().save_model(output_dir, _internal_call)
 
-    def _save_checkpoint(self, model, trial) -> None:
-        """Also the objective's state, written last: a checkpoint without it is not complete.
-
-        Older ones are deleted after that. `Trainer` would delete the last complete one before.
-        """
-        limit, self.args.save_total_limit = self.args.save_total_limit, None
-        try:
-            super()._save_checkpoint(model, trial)
-        finally:
-            self.args.save_total_limit = limit
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            checkpoint = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-            save_objective_state(checkpoint, self.objective_state, self.decisive)
-            if limit is not None and limit > 0:  # below 1 the Trainer keeps all, too
-                complete = complete_checkpoints(self.args.output_dir, OBJECTIVE_STATE)
-                # Checkpoints of later steps were left by an earlier training: not ours to delete.
-                earlier = [folder for folder in complete if step_of(folder) <= self.state.global_step]
-                rotate(earlier, OBJECTIVE_STATE, limit, keep=self.state.best_model_checkpoint)
+    def complete_checkpoint(self) -> None:
+        state = {name: value.tolist() for name, value in self.objective_state.items()}
+        self.marks |= {"state": state, "training": self.decisive}
+        super().complete_checkpoint()
 
     def _prepare_for_evaluation(self, dataset: PairDataset) -> None:
         """What training does before its first step, where an evaluation comes first."""

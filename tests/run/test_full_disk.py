@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from rmipo.run.checkpoints import MARKER
+from rmipo.training.checkpoints import MARKER
 from tests.helpers.interrupted_runs import assert_same_run, finish, start
 
 

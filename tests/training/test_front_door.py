@@ -356,7 +356,7 @@ def test_a_killed_program_goes_on_with_the_same_bits(model, tmp_path):
     assert whole.wait() == 0, whole.output[-3000:]
     out = tmp_path / "killed"
     killed = program(model, out, objective, **options)
-    while not (out / "checkpoint-9/objective_state.json").exists():
+    while not (out / "checkpoint-9/complete.json").exists():
         assert killed.poll() is None, killed.output[-3000:]
         time.sleep(0.002)
     killed.send(signal.SIGKILL)
@@ -367,7 +367,7 @@ def test_a_killed_program_goes_on_with_the_same_bits(model, tmp_path):
     assert_same_weights(out, tmp_path / "whole")
     states, histories = [], []
     for checkpoint in (out / "checkpoint-24", tmp_path / "whole/checkpoint-24"):
-        states.append(json.loads((checkpoint / "objective_state.json").read_text()))
+        states.append(json.loads((checkpoint / "complete.json").read_text()))
         lines = json.loads((checkpoint / "trainer_state.json").read_text())["log_history"]
         histories.append([sums(line) | {"peak_memory_gib": 0} for line in lines])
     assert states[0] == states[1] and histories[0] == histories[1]
