@@ -3,7 +3,7 @@
 import json
 import time
 from collections.abc import Collection
-from dataclasses import fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import psutil
@@ -15,31 +15,20 @@ from rmipo.training.batching import PackedMicroBatch
 from rmipo.training.distributed import Processes
 
 
+@dataclass
 class LogWindow:
     """The pairs of this process since the last log line, and the time since then."""
 
-    def __init__(self):
-        self.columns: list[dict[str, torch.Tensor]] = []  # of each micro-batch, from `columns_of`
-        self.tokens = 0  # packed positions with a gradient
-        self.start = time.perf_counter()
-
-    def add(self, columns: dict[str, torch.Tensor], tokens: int) -> None:
-        self.columns.append(columns)
-        self.tokens += tokens
+    columns: list[dict[str, torch.Tensor]] = field(default_factory=list)  # of each micro-batch, from `columns_of`
+    tokens: int = 0  # packed positions with a gradient
+    start: float = field(default_factory=time.perf_counter)
 
 
 def columns_of(scores: PairScores, output: ObjectiveOutput) -> dict[str, torch.Tensor]:
     """Everything known per pair, detached: `{name: (pairs,)}`, named as the fields of both plus the diagnostics."""
-    columns = {name: value for name, value in vars(scores).items() if value is not None}
-    columns |= {
-        "losses": output.losses,
-        "chosen_rewards": output.chosen_rewards,
-        "rejected_rewards": output.rejected_rewards,
-        **output.diagnostics,
-    }
-    if output.gamma is not None:
-        columns["gamma"] = output.gamma
-    return {name: value.detach() for name, value in columns.items()}
+    columns = vars(scores) | vars(output) | output.diagnostics
+    del columns["diagnostics"]
+    return {name: value.detach() for name, value in columns.items() if value is not None}
 
 
 def step_metrics(columns: dict[str, torch.Tensor], objective: Objective) -> dict[str, float]:

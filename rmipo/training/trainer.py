@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, send_to_device
 from datasets import Dataset
 from peft import PeftConfig, PeftModel
 from torch.utils.data import DataLoader
@@ -157,7 +157,7 @@ class PreferenceTrainer(ResumableTrainer):
             plugin = self.accelerator.state.fsdp_plugin
             if plugin.mixed_precision_policy is not None:  # None in float32
                 plugin.mixed_precision_policy = dataclasses.replace(plugin.mixed_precision_policy, output_dtype=None)
-        self.processes = Processes(self.accelerator)
+        self.processes = Processes()
         self.reference = Reference(self, ref_model)
         self.num_non_embedding_parameters = num_non_embedding_parameters(policy)
         self.parity: float | None = None
@@ -173,7 +173,7 @@ class PreferenceTrainer(ResumableTrainer):
         The gradients of the micro-batches add up, as each has its share of the mean.
         """
         # Line 3: a batch of preference pairs.
-        micro_batches = [micro_batch.to(self.args.device) for micro_batch in inputs]
+        micro_batches = send_to_device(inputs, self.args.device)
         # Once per step: delta_pmi needs no gradient (App. B), and the weights don't change within a step.
         # Line 5, without gradient: log pi(y_w), log pi(y_l).
         hoisted = self.score_without_gradient(model, micro_batches)
@@ -195,7 +195,8 @@ class PreferenceTrainer(ResumableTrainer):
                 self.accelerator.backward(loss, **self._backward_kwargs)
             losses.append(output.losses.detach())
             columns.append(columns_of(scores, output))
-            self.window.add(columns[-1], tokens=micro_batch.pairs.length)
+            self.window.columns.append(columns[-1])
+            self.window.tokens += micro_batch.pairs.length
         # Before the optimizer: a NaN would be in every weight after its step.
         raise_if_not_finite(losses, micro_batches, processes, self.args.output_dir, self.state.global_step + 1)
         if self.objective_state:
@@ -386,7 +387,7 @@ class PreferenceTrainer(ResumableTrainer):
         model = self.model_wrapped
         columns = []
         for inputs in dataloader:
-            micro_batches = [micro_batch.to(self.args.device) for micro_batch in inputs]
+            micro_batches = send_to_device(inputs, self.args.device)
             hoisted = self.score_without_gradient(model, micro_batches)
             for micro_batch, known in zip(micro_batches, hoisted, strict=True):
                 with torch.no_grad():  # and no `observe`: running statistics are those of training

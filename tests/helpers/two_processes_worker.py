@@ -12,7 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-from accelerate import Accelerator, PartialState
+from accelerate import PartialState
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from transformers import TrainerCallback, TrainerControl
 
@@ -158,7 +158,7 @@ def stop_of_one_process(output: Path) -> list[bool]:
 
 def gathered() -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
     """Values of which process 0 has two and process 1 three, and columns of two micro-batches, named in another order."""
-    processes = Processes(Accelerator(cpu=True))
+    processes = Processes()
     values = torch.arange(2 + processes.rank, dtype=torch.float64)[:, None] / 3 + processes.rank
     names = ["a", "b"] if processes.rank == 0 else ["b", "a"]
     batches = [{name: torch.full((size,), processes.rank + ord(name)) for name in names} for size in (1, 2)]

@@ -2,21 +2,20 @@
 
 import pytest
 import torch
-from accelerate import Accelerator, PartialState
+from accelerate import PartialState
 
 from rmipo.training.distributed import Processes, on_main_process
 
 
 def place(monkeypatch, rank: int, local_rank: int) -> None:
     """This process as one of several machines' processes."""
-    for state in (PartialState(), Accelerator(cpu=True).state):
-        monkeypatch.setitem(state.__dict__, "process_index", rank)
-        monkeypatch.setitem(state.__dict__, "local_process_index", local_rank)
+    monkeypatch.setitem(PartialState().__dict__, "process_index", rank)
+    monkeypatch.setitem(PartialState().__dict__, "local_process_index", local_rank)
 
 
 def test_the_rank_is_that_among_the_processes_of_all_machines(monkeypatch):
     place(monkeypatch, rank=9, local_rank=1)
-    assert Processes(Accelerator(cpu=True)).rank == 9
+    assert Processes().rank == 9
 
 
 def test_the_first_process_of_another_machine_leaves_it_to_the_main_process(monkeypatch):
@@ -40,5 +39,5 @@ def test_columns_of_micro_batches_are_joined_by_name():
         {"b": torch.tensor([1.0, 2.0]), "a": torch.tensor([3.0, 4.0])},
         {"a": torch.ones(1), "b": torch.zeros(1)},
     ]
-    columns = Processes(Accelerator(cpu=True)).gather_columns(batches)
+    columns = Processes().gather_columns(batches)
     assert {name: values.tolist() for name, values in columns.items()} == {"a": [3, 4, 1], "b": [1, 2, 0]}

@@ -1,7 +1,6 @@
 """The check at start-up, with real pretrained weights: right layouts pass in every precision, wrong ones are refused."""
 
 import contextlib
-import dataclasses
 import functools
 import types
 import weakref
@@ -141,7 +140,7 @@ def shorter_window(packed, window):
 def positions_off_by_one(rows):
     packed = pack_pairs(rows)
     moved = torch.where(packed.branches >= 0, packed.position_ids + 1, packed.position_ids)
-    return dataclasses.replace(packed, position_ids=moved)
+    return packed._replace(position_ids=moved)
 
 
 dense_mask, pack_pairs = attention.dense_mask, parity.pack_pairs

@@ -45,7 +45,7 @@ def test_concatenated_sequences_equal_those_packed_together(make):
     joined = concatenate([make(pairs[:2]), make(pairs[2:3]), make(pairs[3:])])
     together = make(pairs)
     assert (0 in together.response_lengths) == (make is without_context)
-    for name, value in vars(together).items():
+    for name, value in together._asdict().items():
         other = getattr(joined, name)
         assert torch.equal(other, value) if torch.is_tensor(value) else other == value, name
 
