@@ -58,12 +58,7 @@ class ChatFormat:
         name = tokenizer.name_or_path or type(tokenizer).__name__
         if tokenizer.chat_template is None:
             raise DataError(f"{name}: the tokenizer has no chat template. Set `chat_template` in the recipe")
-        problems = []
-        if tokenizer.pad_token_id is None and tokenizer.eos_token_id is None:
-            problems.append(
-                "it has neither a pad token nor an EOS token, which generation would pad with; set one: "
-                'tokenizer.pad_token = "..." and save the tokenizer'
-            )
+        problems: list[str] = []
         try:
             # Rendered rather than parsed: a template is a program, and only its output says what it does.
             prompts = [render(tokenizer, messages, True) for messages in PROBES]
@@ -89,7 +84,11 @@ class ChatFormat:
 
         end_id, after_end = None, ""
         tail = fulls[0].rpartition(ANSWER["content"])[2]  # the whole text if the answer is not in it
-        end_token = next((token for token in special_tokens(tokenizer) if tail.lstrip().startswith(token)), None)
+        # Also those such as <|eot_id|> that have no role in the tokenizer; the longest first.
+        special = sorted(
+            (t.content for t in tokenizer.added_tokens_decoder.values() if t.special), key=len, reverse=True
+        )
+        end_token = next((token for token in special if tail.lstrip().startswith(token)), None)
         if end_token is None:
             problems.append(
                 f"no end token: after a response the template writes {tail!r}, which does not start with a special "
@@ -106,8 +105,11 @@ class ChatFormat:
                     f"the template writes {after_end!r} after the end token {end_token}; end a response there"
                 )
 
-        # In context, as tokens may depend on what stands before them.
-        header_ids = difference(tokenizer, prompts[0], bare[0])
+        # In context, as tokens may depend on what stands before them, but where one spans the boundary.
+        prompt_ids, bare_ids = tokenize(tokenizer, [prompts[0], bare[0]])
+        header_ids = prompt_ids[len(bare_ids) :]
+        if prompt_ids[: len(bare_ids)] != bare_ids:
+            header_ids = tokenize(tokenizer, [prompts[0].removeprefix(bare[0])])[0]
         bos_id, template_writes_bos = probe_bos(tokenizer, prompts[0], header_ids, problems)
         if problems:
             listing = "\n".join(f"- {problem}" for problem in problems)
@@ -257,21 +259,6 @@ def require_contents(messages: Messages, text: str) -> None:
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
     return tokenizer(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"] if texts else []
-
-
-def special_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Special tokens, also those such as <|eot_id|> that have no role in the tokenizer; the longest first."""
-    return sorted(
-        (token.content for token in tokenizer.added_tokens_decoder.values() if token.special), key=len, reverse=True
-    )
-
-
-def difference(tokenizer: PreTrainedTokenizerBase, longer: str, shorter: str) -> list[int]:
-    """Token ids that `longer` adds after `shorter`, tokenised in context where no token spans the boundary."""
-    longer_ids, shorter_ids = tokenize(tokenizer, [longer, shorter])
-    if longer_ids[: len(shorter_ids)] == shorter_ids:
-        return longer_ids[len(shorter_ids) :]
-    return tokenize(tokenizer, [longer.removeprefix(shorter)])[0]
 
 
 def probe_bos(

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from accelerate.utils import DistributedType, send_to_device
+from accelerate.utils import send_to_device
 from datasets import Dataset
 from peft import PeftConfig, PeftModel
 from torch.utils.data import DataLoader
@@ -178,13 +178,12 @@ class PreferenceTrainer(ResumableTrainer):
         # Line 5, without gradient: log pi(y_w), log pi(y_l).
         hoisted = self.score_without_gradient(model, micro_batches)
         model.train()
-        losses, columns = [], []
+        losses, columns, processes = [], [], self.processes
         for number, (micro_batch, known) in enumerate(zip(micro_batches, hoisted, strict=True), start=1):
             last = number == len(micro_batches)
             with self._accumulation(model, last):
                 # Line 5, with gradient: log pi(y_w|x), log pi(y_l|x).
                 scores = self.score(model, micro_batch, known)
-                processes = self.processes
                 self.objective_state = self.objective.observe(
                     self.objective_state, scores, processes.gather, processes.rank
                 )
@@ -192,7 +191,9 @@ class PreferenceTrainer(ResumableTrainer):
                 output = self.objective(scores, self.objective_state)
                 # Line 13: the gradient. It is averaged over processes, so this sums to the mean over the step's pairs.
                 loss = output.losses.sum() * processes.count / micro_batch.cut.step_pairs
-                self.accelerator.backward(loss, **self._backward_kwargs)
+                # It is already a share of the mean: DeepSpeed must not divide by its own accumulation steps.
+                deepspeed = {"scale_wrt_gas": False} if self.is_deepspeed_enabled else {}
+                self.accelerator.backward(loss, **deepspeed)
             losses.append(output.losses.detach())
             columns.append(columns_of(scores, output))
             self.window.columns.append(columns[-1])
@@ -246,20 +247,13 @@ class PreferenceTrainer(ResumableTrainer):
         FSDP2 would otherwise keep the whole, undivided gradient on every process until the last one.
         """
         self.accelerator.gradient_state._set_sync_gradients(last)
-        each = self.accelerator.distributed_type == DistributedType.DEEPSPEED or self.accelerator.is_fsdp2
+        each = self.is_deepspeed_enabled or self.accelerator.is_fsdp2
         with contextlib.nullcontext() if last or each else self.accelerator.no_sync(model):
             yield
-
-    @property
-    def _backward_kwargs(self) -> dict:
-        # The loss is already a share of the mean, so DeepSpeed must not divide by its own accumulation steps.
-        return {"scale_wrt_gas": False} if self.accelerator.distributed_type == DistributedType.DEEPSPEED else {}
 
     # ------------------------------------------------------------------ data
 
     def get_train_dataloader(self) -> DataLoader:
-        if self.train_dataset is None:
-            raise DataError("there is no train_dataset: pass one to train; evaluate() works without")
         max_tokens = self.args.max_tokens_per_micro_batch
         return self._loader(
             self.train_dataset,
@@ -278,14 +272,14 @@ class PreferenceTrainer(ResumableTrainer):
             eval_dataset = self.eval_dataset[eval_dataset]
         elif not isinstance(eval_dataset, PairDataset):
             eval_dataset = PairDataset(self.pairs.add(eval_dataset, "test"), "mismatched" in self.objective.needs)
-        if eval_dataset is None:
-            raise DataError("there is no eval_dataset: pass one to evaluate")
         size = self.args.per_device_eval_batch_size
         return self._loader(
             eval_dataset, global_batch_size=size * self.args.world_size, micro_batch_size=size, seed=None
         )
 
-    def _loader(self, dataset: PairDataset, **cut) -> DataLoader:
+    def _loader(self, dataset: PairDataset | None, **cut) -> DataLoader:
+        if dataset is None:
+            raise DataError("there are no such pairs: pass train_dataset to train, eval_dataset to evaluate")
         sampler = StepSampler(len(dataset), rank=self.args.process_index, world_size=self.args.world_size, **cut)
         # Not prepared by accelerate: the sampler gives each process its own share already.
         return DataLoader(
@@ -366,15 +360,13 @@ class PreferenceTrainer(ResumableTrainer):
             if self.is_deepspeed_enabled:
                 deepspeed_init(self, num_training_steps=0, inference=True)
             sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
-            prepare = self.accelerator.prepare if sharded else self._prepare_unsharded
-            self.model_wrapped = prepare(self.model)
+            options = {} if sharded else {"evaluation_mode": True}
+            prepare = self.accelerator.prepare if sharded else self.accelerator.prepare_model
+            self.model_wrapped = prepare(self.model, **options)
         if self.parity is None:
             self._check_parity(dataset)
         if not dataset.scores:
             self.reference.add_scores(dataset, resuming=self.state.global_step > 0)
-
-    def _prepare_unsharded(self, model):
-        return self.accelerator.prepare_model(model, evaluation_mode=True)
 
     def evaluation_loop(
         self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"

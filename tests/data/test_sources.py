@@ -156,14 +156,6 @@ def test_test_split_size_leaves_the_test_file_of_a_folder_alone(tmp_path, caplog
     assert "test_split_size" in caplog.text
 
 
-def test_sample_limits(tmp_path):
-    write(tmp_path / "train.jsonl", pairs(*range(5)))
-    write(tmp_path / "test.jsonl", pairs(*range(5)))
-    data_config = config(tmp_path, max_train_samples=3, max_eval_samples=9)
-    assert questions(load_pairs(data_config, "train")) == [0, 1, 2]
-    assert len(load_pairs(data_config, "test")) == 5
-
-
 def test_a_column_named_row_is_replaced(tmp_path):
     write(tmp_path / "train.jsonl", [{"row": "a", **row} for row in pairs(3, 4)])
     assert load_pairs(config(tmp_path), "train")["row"][:] == [0, 1]
@@ -184,24 +176,12 @@ def mixture(tmp_path, **values):
     return entries, lambda split: load_pairs(DataConfig(datasets=entries, **values), split)
 
 
-def test_a_limit_that_takes_the_first_datasets_of_a_mixture_is_named(tmp_path, caplog):
-    _, load_split = mixture(tmp_path, max_train_samples=12)
-    assert len(load_split("train")) == 12 and "max_train_samples" in caplog.text
-
-
 def test_a_mixture_is_concatenated(tmp_path):
     _, load_split = mixture(tmp_path)
     train = load_split("train")
     assert questions(train) == [*range(10), *range(100, 120)]
     assert train["row"][:] == list(range(30))
     assert questions(load_split("test")) == [50, 100, 101]
-
-
-def test_a_mixture_says_how_many_rows_of_each_source_it_takes(tmp_path, caplog):
-    entries, load_split = mixture(tmp_path)
-    entries[1]["weight"] = 0.25
-    load_split("train")
-    assert "/b: 5 of its 20 rows" in caplog.text and "/a: " not in caplog.text
 
 
 def test_fractions_are_shares_of_the_mixture(tmp_path):
@@ -211,7 +191,7 @@ def test_fractions_are_shares_of_the_mixture(tmp_path):
     assert questions(load_split("test")) == [50, 100, 101]
 
 
-def test_weights_are_shares_of_a_source_drawn_with_a_seed(tmp_path):
+def test_weights_are_shares_of_a_source_drawn_with_a_seed(tmp_path, caplog):
     entries, load_split = mixture(tmp_path, mixture_seed=3)
     entries[0]["weight"], entries[1]["weight"] = 1.0, 0.28
     train = load_split("train")
@@ -223,14 +203,16 @@ def test_weights_are_shares_of_a_source_drawn_with_a_seed(tmp_path):
     assert questions(load_split("train")) == numbers
     assert train["row"][:] == [n if n < 10 else n - 90 for n in numbers]
     assert len(load_split("test")) == 3  # test rows are never drawn
+    assert "/b: 5 of its 20 rows" in caplog.text and "/a: " not in caplog.text
 
 
 def shuffled(numbers, seed):
     return [numbers[i] for i in np.random.default_rng(seed).permutation(len(numbers))]
 
 
-def test_sample_limits_are_of_the_shuffled_rows(tmp_path):
+def test_sample_limits_are_of_the_shuffled_rows(tmp_path, caplog):
     entries, load_split = mixture(tmp_path, max_train_samples=7)
+    assert questions(load_split("train")) == [*range(7)] and "max_train_samples" in caplog.text
     entries[1]["weight"] = 0.5
     sources = [*range(10), *shuffled(range(100, 120), 0)[:10]]
     assert questions(load_split("train")) == shuffled(sources, 0)[:7]
@@ -246,11 +228,6 @@ def test_the_two_parts_of_a_mixture_are_of_the_rows_that_were_drawn(tmp_path, sh
     train, test = (questions(load_split(split)) for split in ("train", "test"))
     count = 10 if share == "weight" else 20
     assert len(test) == 4 and len(train) == count - 4 and len({*train, *test}) == count
-
-
-def test_no_data_is_named():
-    with pytest.raises(DataError, match="names no data: set `dataset_name`"):
-        load_pairs(DataConfig(), "train")
 
 
 def test_a_source_that_gives_nothing(tmp_path):
@@ -315,6 +292,8 @@ def test_a_split_or_configuration_that_a_dataset_of_the_hub_has_not(tmp_path):
 )
 def test_what_only_the_hub_has_is_refused_for_local_data(tmp_path, values, message):
     path = write(tmp_path / "train.jsonl", pairs(*range(12)))
+    with pytest.raises(DataError, match="validation"):  # one file has no other split
+        load_pairs(config(path, dataset_train_split="validation"), "train")
     for place in (tmp_path, path):
         with pytest.raises(DataError, match=f"^{place} is local: {message}"):
             load_pairs(config(place, **values), "train")
@@ -335,11 +314,7 @@ def test_unreachable_hub():
     assert str(error.value).startswith("some-owner/some-pairs: ") and str(error.value.__cause__) in str(error.value)
 
 
-def test_files_that_are_not_data(tmp_path):
-    path = write(tmp_path / "train.jsonl", pairs(0))
-    path.write_text(path.read_text() + '{"prompt": \n')
-    with pytest.raises(DataError, match=r"train\.jsonl can't be read as json: JSON parse error"):
-        load_pairs(config(tmp_path), "train")
+def test_a_file_that_is_not_data(tmp_path):
     notes = write(tmp_path / "notes.jsonl.txt", pairs(0))
     with pytest.raises(DataError, match=rf"{notes}: a data file ends in one of \.jsonl"):
         load_pairs(config(notes), "train")
@@ -352,6 +327,7 @@ ROW = b'{"prompt": "a", "chosen": "b", "rejected": "c"}\n'
     "name, content, message",
     [
         ("train.jsonl", b" \n\n", "corresponds to no data"),
+        ("train.jsonl", ROW + b'{"prompt": \n', "JSON parse error"),
         ("train.jsonl", ROW + ROW.replace(b"b", "é".encode("latin-1")), "Invalid UTF8"),
         ("train.jsonl.gz", gzip.compress(ROW * 9, mtime=0)[:-12], "Compressed file ended before"),
         ("train.parquet", ROW, "Parquet"),
@@ -378,19 +354,6 @@ def test_a_path_that_holds_other_rows_now_is_read_again(tmp_path):
         write(tmp_path / "train.jsonl", pairs(number))
         os.utime(tmp_path / "train.jsonl", (10**9, 10**9))
         assert questions(load_pairs(config(tmp_path), "train")) == [number]
-
-
-def test_one_file_has_no_other_split(tmp_path):
-    write(tmp_path / "all.jsonl", pairs(*range(40)))
-    with pytest.raises(DataError, match="validation"):
-        load_pairs(config(tmp_path / "all.jsonl", dataset_train_split="validation"), "train")
-
-
-def test_a_file_beside_the_split_that_is_not_read_is_named(tmp_path, caplog):
-    write(tmp_path / "train.jsonl", pairs(1))
-    write(tmp_path / "Train.jsonl", pairs(2))
-    assert questions(load_pairs(config(tmp_path), "train")) == [1]
-    assert "Train" in caplog.text
 
 
 def test_a_cache_that_cannot_be_used_is_not_blamed_on_the_data(tmp_path):

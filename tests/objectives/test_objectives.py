@@ -2,7 +2,6 @@
 
 import itertools
 import math
-import re
 from dataclasses import asdict, fields, replace
 
 import pytest
@@ -328,16 +327,6 @@ def test_a_restored_state_continues_exactly(name):
         assert not all(a.equal(b) for a, b in zip(after, fresh, strict=True))
 
 
-def test_evaluation_uses_the_state_and_leaves_it():
-    for name in ("alpha-dpo", "beta-dpo", "epsilon-dpo"):
-        objective = build_objective({"name": name})
-        state = objective.init_state() | ({} if name == "epsilon-dpo" else settled(0.3, 0.7))
-        before = {key: value.clone() for key, value in state.items()}
-        first, second = (objective(batch(count=3)[1], state).losses for _ in range(2))
-        assert first.equal(second)
-        assert state.keys() == before.keys() and all(state[key].equal(before[key]) for key in state)
-
-
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_an_evaluation_before_the_first_step_is_a_first_micro_batch(name):
     """But beta-DPO leaves nothing out; what it adapts carries no gradient there either."""
@@ -452,16 +441,6 @@ def test_errors_name_every_wrong_key_at_once(block, named):
     assert [part for part in named if part not in str(error.value)] == []
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
-def test_hints_for_keys_of_other_code_bases_name_keys_of_ours(name):
-    cls = OBJECTIVES[name]
-    ours = {field.name for field in fields(cls)}
-    for key, hint in cls.hints.items():
-        assert key not in ours and ours & set(hint.replace(",", "").split())
-        with pytest.raises(ValueError, match=rf"objective\.{key} .*{re.escape(hint)}"):
-            build_objective({"name": name, key: 1})
-
-
 DEFAULTS = {
     "rmipo": {
         "beta": 2.0, "gamma_min": 0.3, "gamma_max": 1.6, "schedule": "exponential", "span": 2.0, "signal": "pmi",
@@ -486,38 +465,11 @@ def test_every_key_has_its_default(name):
     assert {f.name: f.default for f in fields(OBJECTIVES[name])} == DEFAULTS[name]
 
 
-ZERO_IS_ALLOWED = {"gamma_min", "gamma", "gamma_beta_ratio", "rho", "label_smoothing", "sft_weight", "constant_length"}
-ZERO_IS_ALLOWED |= {"alpha"}
-HIGHEST = {"rho": 1, "epsilon": 1, "label_smoothing": 0.5}  # not included
-
-
-@pytest.mark.parametrize("name", OBJECTIVES)
-def test_every_number_refuses_what_is_outside_its_domain(name):
-    for key, default in DEFAULTS[name].items():
-        if isinstance(default, float):
-            outside = [-1, float("inf"), "1", None, *([HIGHEST[key]] if key in HIGHEST else [])]
-            for value in outside + [0] * (key not in ZERO_IS_ALLOWED):
-                with pytest.raises(ValueError, match=rf"objective\.{key} is"):
-                    build_objective({"name": name, key: value})
-            if key in ZERO_IS_ALLOWED:
-                assert getattr(OBJECTIVES[name](**{key: 0}), key) == 0
-            assert isinstance(getattr(OBJECTIVES[name](), key), float)
-
-
 def test_objectives_that_need_several_pairs_say_so():
     objectives = {name: build_objective({"name": name}) for name in OBJECTIVES}
     several = {"kto": 2, "alpha-dpo": 2, "beta-dpo": 2}
     assert {name: o.min_pairs for name, o in objectives.items() if o.min_pairs > 1} == several
     assert build_objective({"name": "rmipo", "signal": "shuffled"}).min_pairs == 2
-
-
-def test_objectives_say_what_they_read():
-    needs = {name: {"reference"} for name in ("dpo", "ipo", "alpha-dpo", "beta-dpo")}
-    needs |= {"rmipo": {"prior"}, "kto": {"reference", "mismatched"}}
-    needs |= {"epsilon-dpo": {"reference", "reference_logits"}}
-    for name in OBJECTIVES:
-        objective = build_objective({"name": name})
-        assert objective.needs == needs.get(name, set()) and not objective.header_in_response
 
 
 # --------------------------------------------------------------------------------------------------------- recipes
@@ -629,8 +581,3 @@ def test_a_signal_is_per_token_or_summed_whatever_the_reward():
         for reward in (MEANS, SUMS):
             gamma = build_objective({"name": "rmipo", **options, **reward})(scores).gamma
             torch.testing.assert_close(gamma, 0.3 + 1.3 * torch.exp(-signal.clamp(min=0)))
-
-
-def test_equal_bounds_are_a_constant_margin():
-    _, scores = batch()
-    assert build_objective({"name": "rmipo", "gamma_min": 1.0, "gamma_max": 1.0})(scores).gamma.tolist() == [1.0] * 5
