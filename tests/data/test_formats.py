@@ -283,7 +283,7 @@ def test_real_pairs(shared_data, name, split, rows, dropped):
     }
     tokenized, report = tokenize_pairs(dataset, ChatFormat.probe(make_tokenizer("zephyr")), **limits)
     assert (report.rows, report.dropped) == (rows, dropped)
-    assert len(tokenized) == rows - report.dropped_rows
+    assert len(tokenized) == report.kept
     for prompt, chosen in zip(tokenized["prompt_ids"][:20], tokenized["chosen_ids"][:20], strict=True):
         assert prompt[0] == 1
         assert len(prompt) + len(chosen) <= 2048

@@ -37,7 +37,7 @@ def test_unusable_rows_are_counted_with_their_reasons():
     assert report.dropped == {reason: [100 - i] for i, reason in enumerate(UNUSABLE, start=1)}
     last = len(UNUSABLE) + 1
     assert tokenized["row"][:] == [100, 100 - last]
-    assert (report.rows, report.kept, report.dropped_rows) == (last + 1, 2, last - 1)
+    assert (report.rows, report.kept) == (last + 1, 2)
     assert report.as_dict()["kept"] == 2
     assert report.lines()[0] == f"2 of {last + 1} rows used"
     assert "- 1 dropped, chosen is empty: row 99" in report.lines()
