@@ -169,14 +169,6 @@ def test_answers_are_not_continued_with_other_versions(model_dir, tmp_path):
         with pytest.raises(EvaluationError, match=re.escape(str(versions))):
             generate(model_dir, requests(5), path, {**SETTINGS, "engine": engine})
     assert path.read_bytes() == before
-    # A second file of the same evaluation can't be begun either.
-    other_versions(path, "transformers")
-    more = [json.dumps({"key": f"q{i}", "output": "", "finish": "stop"}) + "\n" for i in (3, 4)]
-    path.write_text(path.read_text() + "".join(more))
-    with Generator(model_dir, SETTINGS) as generator:
-        generator.answer(requests(5), path)
-        with pytest.raises(EvaluationError, match=r"b\.jsonl"):
-            generator.answer(requests(5), tmp_path / "b.jsonl")
 
 
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vllm is installed")

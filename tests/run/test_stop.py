@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import TrainerControl, TrainerState
 
-from rmipo.run.stop import EXIT_STOPPED, FiniteWatchdog, NonFiniteStepError, StopOnSignal
+from rmipo.run.stop import FiniteWatchdog, NonFiniteStepError, StopOnSignal
 from tests.helpers.launched import launch
 from tests.helpers.twins import make_twin
 
@@ -53,10 +53,6 @@ def test_a_second_ctrl_c_ends_at_once():
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-def test_the_exit_code_asks_for_another_start():
-    assert EXIT_STOPPED == os.EX_TEMPFAIL == 75
 
 
 def test_a_silent_rank_makes_the_others_say_where_they_wait_and_the_timeout_ends_the_run(tmp_path):

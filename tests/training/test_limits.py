@@ -104,16 +104,6 @@ def test_the_default_of_several_templates_is_taken(tmp_path):
         assert load_tokenizer(config, template).chat_template == template
 
 
-def test_the_default_template_need_not_be_the_first(tmp_path):
-    """As older files list them."""
-    make_tokenizer("llama3").save_pretrained(tmp_path)
-    (tmp_path / "chat_template.jinja").unlink()
-    path = tmp_path / "tokenizer_config.json"
-    templates = [{"name": name, "template": f"{{# {name} #}}"} for name in ("agent", "default", "tool_use")]
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_template": templates}))
-    assert load_tokenizer(ModelConfig(model_name_or_path=str(tmp_path))).chat_template == "{# default #}"
-
-
 def test_an_adapter_is_no_model_to_start_from(model, tmp_path):
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(LoadingError, match=rf"{tmp_path} holds an adapter\. .*scripts/merge_adapter\.py {tmp_path}$"):

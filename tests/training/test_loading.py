@@ -7,7 +7,6 @@ import re
 
 import pytest
 import torch
-from accelerate import PartialState
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 
 from rmipo.errors import UserError
@@ -43,14 +42,6 @@ def test_an_invalid_generation_configuration_is_repaired(tmp_path, capsys, setti
     said = capsys.readouterr().out
     repair = "do_sample: true is added" if "temperature" in settings else "only its special tokens are kept"
     assert "notice" not in said if valid else re.search(rf"notice: .* {folder} is not valid .*: {repair}", said)
-
-
-def test_one_process_of_a_machine_says_so(tmp_path, capsys, monkeypatch):
-    folder = save("llama3", tmp_path)
-    (tmp_path / "generation_config.json").write_text('{"temperature": 0.6}')
-    monkeypatch.setitem(PartialState().__dict__, "local_process_index", 1)
-    assert load_model(ModelConfig(model_name_or_path=folder)).generation_config.do_sample
-    assert "notice" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("content", ["not JSON", '{"model_type": "of another library"}'])

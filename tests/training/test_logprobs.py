@@ -64,8 +64,3 @@ def test_a_gradient_of_the_gradient_is_refused():
     (gradient,) = torch.autograd.grad(loss, leaf, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         gradient.sum().backward()
-
-
-def test_rows_at_a_time_are_as_many_as_fit():
-    assert [scoring._rows(torch.empty(5, width)) for width in (2**14, 3 * 2**14, 2**16, 2**17)] == [4, 1, 1, 1]
-    assert scoring.CHUNK.keys() == {"cpu", "cuda"}
