@@ -39,13 +39,13 @@ def load_tokenizer(model_config: ModelConfig, chat_template: str | None = None) 
     name = model_config.model_name_or_path
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, revision=model_config.model_revision, trust_remote_code=False)
+        if chat_template is not None:
+            tokenizer.chat_template = chat_template
+        # Cohere's and a few others have one template for tools, one for RAG, and a default.
+        elif isinstance(tokenizer.chat_template, dict):
+            tokenizer.chat_template = tokenizer.get_chat_template()
     except (OSError, ValueError) as error:
         raise LoadingError(_explained(name, "tokenizer", error)) from error
-    if chat_template is not None:
-        tokenizer.chat_template = chat_template
-    # Cohere's and a few others have one template for tools, one for RAG, and a default.
-    elif isinstance(tokenizer.chat_template, dict):
-        tokenizer.chat_template = tokenizer.get_chat_template()
     return tokenizer
 
 

@@ -98,7 +98,7 @@ def test_the_default_of_several_templates_is_taken(tmp_path):
     tokenizer.chat_template = {"chat": LLAMA3_TEMPLATE, "tool_use": "{{ tools }}"}
     tokenizer.save_pretrained(tmp_path / "none")
     config = ModelConfig(model_name_or_path=str(tmp_path / "none"))
-    with pytest.raises(ValueError, match="no default specified"):
+    with pytest.raises(LoadingError, match="no default specified"):
         load_tokenizer(config)
     for template in (LLAMA3_TEMPLATE, ""):
         assert load_tokenizer(config, template).chat_template == template
