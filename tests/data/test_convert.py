@@ -3,16 +3,12 @@
 from pathlib import Path
 
 import pytest
-from datasets import enable_progress_bars
-from trl import SFTConfig
 
-from rmipo.data.chat import ChatFormat, DataError
+from rmipo.data.chat import DataError
 from rmipo.data.convert import code_digest, load_splits
-from rmipo.data.dialogues import load_dialogues, select_dialogues
 from rmipo.data.pairs import load_pairs
 from rmipo.recipe.schema import DataConfig
-from tests.helpers.families import make_tokenizer
-from tests.helpers.rows import assistant, config, pairs, questions, tokenize, user, write
+from tests.helpers.rows import config, pairs, questions, tokenize, write
 
 
 def digests_with(monkeypatch, target, value):
@@ -82,14 +78,3 @@ def test_rows_that_cannot_be_read_are_named_by_source_reason_and_number(tmp_path
     assert title.startswith(f"train: {second}: rows that can't be read")
     assert lines[0].startswith("- `tools` is part of the prompt") and lines[0].endswith(": rows 7, 9")
     assert lines[1] == "- `prompt` holds str, expected messages with role and content: row 8"
-
-
-def test_rows_are_read_and_measured_by_several_processes(tmp_path, capfd):
-    write(tmp_path / "train.jsonl", [{"messages": [user("a"), assistant("b")]}] * 2)
-    enable_progress_bars()  # which name the number of processes; other tests may have disabled them
-    data_config = config(tmp_path, dataset_num_proc=2)
-    rows = load_dialogues(data_config, "train")
-    args = SFTConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False)
-    select_dialogues(rows, ChatFormat.probe(make_tokenizer("llama3")), data_config, args)
-    shown = capfd.readouterr().err
-    assert f"Reading {tmp_path} (num_proc=2)" in shown and "Measuring dialogues (num_proc=2)" in shown

@@ -57,19 +57,6 @@ def test_the_two_differ_in_subset_and_folder_alone():
     }  # fmt: skip
 
 
-def test_rows_of_the_hub_become_dialogues(tmp_path, subset="helpful"):
-    folder = write_hub(tmp_path, subset)
-    entry = {"path": str(folder), "data_dir": f"{subset}-base"}
-    pairs = load_pairs(DataConfig(datasets=[entry]), "train")
-    published = gzip.decompress((folder / f"{subset}-base/train.jsonl.gz").read_bytes()).decode().splitlines()
-    third = json.loads(published[2])  # three questions
-    assert [message["role"] for message in pairs[2]["prompt"]] == ["user", "assistant", "user", "assistant", "user"]
-    assert [pairs[2][side][0]["content"] for side in ("chosen", "rejected")] == [
-        third[side].rpartition("\n\nAssistant: ")[2] for side in ("chosen", "rejected")
-    ]
-    assert len(pairs) == 40 and pairs["row"] == list(range(40))
-
-
 def test_recipe_trains_a_twin_on_hub_rows(tmp_path, subset="helpful"):
     save("llama3", tmp_path / "model")
     write_hub(tmp_path / "hh", subset)
