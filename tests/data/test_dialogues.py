@@ -1,7 +1,5 @@
 """Dialogues for SFT: their formats, the unusable ones, and those that TRL cuts."""
 
-from pathlib import Path
-
 import pytest
 from datasets import concatenate_datasets
 from tokenizers import normalizers
@@ -226,18 +224,6 @@ def test_dialogues_that_are_cut_are_counted_as_tokens_of_the_template(tmp_path, 
     ]
     assert select(rows, chat, tmp_path, max_length=lengths[1] - 1)[1].rows_cut == 2
     assert select(rows, chat, tmp_path, max_length=None)[1].rows_cut == 0
-
-
-def test_dialogues_are_measured_again_by_other_code(tmp_path, chat, monkeypatch):
-    """As for pairs, see test_convert.py; here the measured rows are only in datasets' cache."""
-    rows = load(tmp_path, [DIALOGUE, LONG])
-    folder = Path(rows.cache_files[0]["filename"]).parent
-    counts = []
-    for code in ("before", "before", "after a git pull"):
-        monkeypatch.setattr("rmipo.data.dialogues.code_digest", lambda code=code: code)
-        select(rows, chat, tmp_path)
-        counts.append(len([*folder.glob("cache-*.arrow")]))
-    assert counts[0] == counts[1] == counts[2] - 1
 
 
 @pytest.mark.parametrize(

@@ -221,13 +221,6 @@ def test_a_prompt_as_long_as_the_context_is_refused(model_dir, tmp_path):
         assert not (tmp_path / "a.jsonl").exists()
 
 
-def test_bad_settings_are_listed_together():
-    with pytest.raises(EvaluationError, match=r"unknown keys \['topk'\] \(did you mean top_[kp]\?\)"):
-        check_settings({"topk": 5})
-    with pytest.raises(EvaluationError, match=r"batch_size is 0.*temperature is -1.*top_p is 0.*engine is 'tgi'"):
-        check_settings({"batch_size": 0, "temperature": -1, "top_p": 0, "engine": "tgi"})
-
-
 def test_temperature_zero_is_greedy(model_dir):
     engine = TransformersEngine(model_dir, check_settings(SETTINGS), [1])
     prompt = [0, 3, 7, 9, 4]

@@ -1,7 +1,5 @@
 """What an objective gives beside its losses: columns per pair, their summary, its state."""
 
-import math
-
 import pytest
 import torch
 
@@ -66,24 +64,6 @@ def test_means_are_over_all_pairs():
     assert (summary["epsilon-dpo/k_plus"], summary["epsilon-dpo/k_minus"]) == (0.25, 0.5)
 
 
-def test_means_of_float32_columns_are_taken_in_float64():
-    """2^24 + 1 is no number in float32."""
-    column = torch.tensor([2.0**24, 1, 0])
-    mean = (2**24 + 1) / 3
-    assert build_objective({"name": "slic"}).summarize({"nll": column}) == {"slic/nll": mean}
-    summary = build_objective({"name": "epsilon-dpo"}).summarize({"running_beta": column, "k": column})
-    assert summary["epsilon-dpo/beta"] == mean
-    names = ("gamma", "delta_pmi", "pmi_chosen", "pmi_rejected", "chosen_lengths", "rejected_lengths")
-    summary = build_objective({"name": "rmipo"}).summarize(dict.fromkeys(names, column))
-    assert [summary[f"rmipo/{name}_mean"] for name in names[:4]] == [mean] * 4
-    for name in ("alpha-dpo", "beta-dpo"):
-        zeros, ones = torch.zeros(3), torch.ones(3)
-        scores = PairScores(column, zeros, ones, ones, ref_chosen_logps=zeros, ref_rejected_logps=zeros)
-        objective = build_objective({"name": name})
-        state = objective.observe(objective.init_state(), scores)
-        assert state["gap_mean"].item() == pytest.approx(0.1 * mean, rel=1e-12)
-
-
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_columns_are_detached_and_of_one_type(name):
     """The trainer stacks all columns of a micro-batch into one table and gathers that."""
@@ -100,19 +80,6 @@ def test_columns_are_detached_and_of_one_type(name):
     after = objective.end_step(state, output.diagnostics)
     for states in (objective.init_state(), after):
         assert all((v.shape, v.dtype, v.requires_grad) == ((), torch.float64, False) for v in states.values())
-
-
-def test_the_margin_of_margin_methods_is_a_column():
-    gammas = {name: build_objective({"name": name})(SCORES).gamma for name in ("simpo", "dpo", "cpo")}
-    assert gammas["simpo"].tolist() == [1, 1] and gammas["dpo"] is None and gammas["cpo"] is None
-
-
-def test_the_release_multiplies_a_constant_margin_too():
-    block = {"name": "rmipo", "signal": "loglik", "target": "beta", "fidelity": "release"}
-    output = build_objective(block)(SCORES)
-    modulated = torch.tensor([0.3 + 1.3 * math.exp(-1), 1.6], dtype=torch.float64)
-    differences = 2 * t(1, -1) * modulated / 0.95
-    torch.testing.assert_close(output.losses, torch.nn.functional.softplus(2 * 0.95 - differences))
 
 
 def test_a_modulated_beta_leaves_rewards_and_margin_alone():

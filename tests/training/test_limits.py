@@ -77,17 +77,6 @@ def test_positions_that_a_model_is_made_for(config, positions):
     assert positions_of(config) == getattr(config, "max_position_embeddings", None)
 
 
-def test_scaled_positions_count(model):
-    scaled = {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}
-    limits(model, 128, max_position_embeddings=64, rope_parameters=scaled)
-    with pytest.raises(LoadingError, match="it has 128 positions"):
-        limits(model, 129, max_position_embeddings=64, rope_parameters=scaled)
-    yarn = scaled | {"rope_type": "yarn", "original_max_position_embeddings": 32}
-    limits(model, 64, max_position_embeddings=64, rope_parameters=yarn)
-    with pytest.raises(LoadingError, match="it has 64 positions"):
-        limits(model, 65, max_position_embeddings=64, rope_parameters=yarn)
-
-
 def test_the_default_of_several_templates_is_taken(tmp_path):
     tokenizer = make_tokenizer("llama3")
     tokenizer.chat_template = {"default": LLAMA3_TEMPLATE, "tool_use": "{{ tools }}"}

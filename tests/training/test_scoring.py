@@ -50,21 +50,6 @@ def test_concatenated_sequences_equal_those_packed_together(make):
         assert torch.equal(other, value) if torch.is_tensor(value) else other == value, name
 
 
-@pytest.mark.parametrize("kind", ["segment", "dense"])
-@pytest.mark.parametrize("name", CONFIGS)
-@pytest.mark.parametrize("count", [1, 2, 3, 8])
-def test_token_logps_equal_the_padded_reference(name, kind, count):
-    model = make_model(name)
-    pairs = make_pairs(count, seed=count)
-    with torch.no_grad():
-        expected = padded_token_logps(
-            model, [(p["prompt_ids"], p[side]) for p in pairs for side in ("chosen_ids", "rejected_ids")]
-        )
-        attention.attach(model, kind)
-        actual = scoring.token_logps(model, pack_pairs(pairs), kind, model.config)
-    torch.testing.assert_close(actual, torch.cat(expected), atol=2e-5, rtol=0)
-
-
 @pytest.mark.parametrize("window", [None, 40])
 def test_flex_block_mask_covers_the_dense_mask(window):
     parts = [pack_pairs(make_pairs(12, seed=1, prompt_lengths=(1, 150))), pack([([1, 2], [[3], [], [4] * 300])])]
@@ -200,13 +185,6 @@ def test_perturbed_ratios_do_not_depend_on_the_rows_at_a_time():
     assert not any(values.requires_grad for values in at_once)
     for chunk in (1, 7):
         torch.testing.assert_close(scoring.perturbed_logratios(logits, reference, packed, 0.1, chunk), at_once)
-
-
-def test_perturbed_ratios_of_bfloat16_logits_are_computed_in_float32():
-    packed, generator = pack_pairs(make_pairs(4)), torch.Generator().manual_seed(0)
-    rounded = [torch.randn(len(packed.labels), 61, generator=generator).bfloat16() for _ in range(2)]
-    expected = scoring.perturbed_logratios(*(values.float() for values in rounded), packed, epsilon=0.01)
-    torch.testing.assert_close(scoring.perturbed_logratios(*rounded, packed, 0.01), expected, atol=1e-5, rtol=0)
 
 
 def test_pairs_are_scored_without_dropout():
