@@ -24,38 +24,16 @@ from rmipo.objectives import PRIORS, PairScores, build_objective
 from rmipo.objectives.papers import PAPERS
 from rmipo.recipe.arguments import PairConfig, RMiPOConfig
 from rmipo.recipe.schema import ModelConfig
-from rmipo.training import attention, parts, scoring
-from rmipo.training.batching import (
-    HOISTED_MICRO_BATCHES,
-    PackedMicroBatch,
-    PairDataset,
-    StepSampler,
-    pack_step,
-    packed_lengths,
-)
-from rmipo.training.checkpoints import (
-    ResumableTrainer,
-    complete_checkpoints,
-    decisive,
-    gather_at_the_end,
-    objective_state,
-)
+from rmipo.training import attention, batching, checkpoints, metrics, parts, scoring
+from rmipo.training.batching import PackedMicroBatch, PairDataset
 from rmipo.training.distributed import Processes
 from rmipo.training.loading import require_masters, require_trained
-from rmipo.training.metrics import (
-    LogWindow,
-    columns_of,
-    num_non_embedding_parameters,
-    peak_memory_gib,
-    raise_if_not_finite,
-    step_metrics,
-)
 from rmipo.training.packing import concatenate, split_pairs
 from rmipo.training.parity import MAX_PAIRS, check_parity
 from rmipo.training.reference import BEFOREHAND, Reference
 
 
-class PreferenceTrainer(ResumableTrainer):
+class PreferenceTrainer(checkpoints.ResumableTrainer):
     """Trains a causal LM on preference pairs with any objective of `rmipo.objectives`.
 
     An item of the training dataloader is one optimizer step: this process's share of the global batch, cut into packed
@@ -122,9 +100,12 @@ class PreferenceTrainer(ResumableTrainer):
         if prior_context is not None and self.pairs.chat and prior_context != self.pairs.prior_context():
             stands_for = f"the objective's stands for {self.pairs.prior_context()}"
             raise ConfigError(f"prior_context is {prior_context}, and {stands_for}. Leave it out")
-        self.collate = functools.partial(pack_step, needs=self.objective.needs, prior_context=self.prior_context)
+        self.collate = functools.partial(
+            batching.pack_step, needs=self.objective.needs, prior_context=self.prior_context
+        )
         mismatched = "mismatched" in self.objective.needs
         datasets = {split: PairDataset(tokenized, mismatched) for split, tokenized in self.pairs.splits.items()}
+        self.datasets = [*datasets.values()]
 
         # Model, adapters, and a frozen copy where the reference's logits are needed.
         scored_before = bool(self.objective.needs & BEFOREHAND.keys())
@@ -159,10 +140,10 @@ class PreferenceTrainer(ResumableTrainer):
                 plugin.mixed_precision_policy = dataclasses.replace(plugin.mixed_precision_policy, output_dtype=None)
         self.processes = Processes()
         self.reference = Reference(self, ref_model)
-        self.num_non_embedding_parameters = num_non_embedding_parameters(policy)
+        self.num_non_embedding_parameters = metrics.num_non_embedding_parameters(policy)
         self.parity: float | None = None
         self.eval_columns: dict[str, torch.Tensor] | None = None  # per pair, of the last evaluation
-        self.window = LogWindow()
+        self.window = metrics.LogWindow()
 
     # ------------------------------------------------------------------ Algorithm 1
     # Line 1 is loading the model, lines 2 and 14 are the loop in `Trainer.train`, which calls `training_step`.
@@ -195,11 +176,11 @@ class PreferenceTrainer(ResumableTrainer):
                 deepspeed = {"scale_wrt_gas": False} if self.is_deepspeed_enabled else {}
                 self.accelerator.backward(loss, **deepspeed)
             losses.append(output.losses.detach())
-            columns.append(columns_of(scores, output))
+            columns.append(metrics.columns_of(scores, output))
             self.window.columns.append(columns[-1])
             self.window.tokens += micro_batch.pairs.length
         # Before the optimizer: a NaN would be in every weight after its step.
-        raise_if_not_finite(losses, micro_batches, processes, self.args.output_dir, self.state.global_step + 1)
+        metrics.raise_if_not_finite(losses, micro_batches, processes, self.args.output_dir, self.state.global_step + 1)
         if self.objective_state:
             self.objective_state = self.objective.end_step(self.objective_state, processes.gather_columns(columns))
         return torch.cat(losses).sum() * processes.count / micro_batches[0].cut.step_pairs
@@ -231,8 +212,8 @@ class PreferenceTrainer(ResumableTrainer):
         model.eval()
         for kind in ("prior", "mismatched"):
             packed = [part for micro_batch in micro_batches if (part := getattr(micro_batch, kind)) is not None]
-            for start in range(0, len(packed), HOISTED_MICRO_BATCHES):
-                group = packed[start : start + HOISTED_MICRO_BATCHES]
+            for start in range(0, len(packed), batching.HOISTED_MICRO_BATCHES):
+                group = packed[start : start + batching.HOISTED_MICRO_BATCHES]
                 with torch.no_grad():
                     logps = scoring.response_logps(model, concatenate(group), self.attention_kind, self.model.config)
                 for scored, part in zip(known[start:], logps.split([p.num_responses for p in group]), strict=False):
@@ -261,7 +242,9 @@ class PreferenceTrainer(ResumableTrainer):
             micro_batch_size=self.args.per_device_train_batch_size,
             seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
             max_tokens=max_tokens,
-            pair_tokens=packed_lengths(self.train_dataset.tokenized) if max_tokens or self.args.world_size > 1 else (),
+            pair_tokens=batching.packed_lengths(self.train_dataset.tokenized)
+            if max_tokens or self.args.world_size > 1
+            else (),
             regroups=self.objective.regroups if self.args.world_size > 1 else "nothing",
         )
 
@@ -280,7 +263,9 @@ class PreferenceTrainer(ResumableTrainer):
     def _loader(self, dataset: PairDataset | None, **cut) -> DataLoader:
         if dataset is None:
             raise DataError("there are no such pairs: pass train_dataset to train, eval_dataset to evaluate")
-        sampler = StepSampler(len(dataset), rank=self.args.process_index, world_size=self.args.world_size, **cut)
+        sampler = batching.StepSampler(
+            len(dataset), rank=self.args.process_index, world_size=self.args.world_size, **cut
+        )
         # Not prepared by accelerate: the sampler gives each process its own share already.
         return DataLoader(
             dataset,
@@ -303,14 +288,16 @@ class PreferenceTrainer(ResumableTrainer):
                 "save_only_model: checkpoints have no optimizer state, so this training can't go on from one"
             )
         if resume_from_checkpoint is True:
-            complete = complete_checkpoints(self.args.output_dir)
+            complete = checkpoints.complete_checkpoints(self.args.output_dir)
             resume_from_checkpoint = str(complete[-1]) if complete else None
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
         require_masters(self.model, self.accelerator)
         require_trained(self.model, self.optimizer, self.accelerator)
-        self.decisive = decisive(self)  # by all processes together, as one of them reads the initial weights
+        self.decisive = checkpoints.decisive(
+            self
+        )  # by all processes together, as one of them reads the initial weights
         prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         if self.args.get_warmup_steps(max_steps) >= max_steps and self.is_world_process_zero():
             print(
@@ -323,18 +310,13 @@ class PreferenceTrainer(ResumableTrainer):
                 print(self.pairs.example())
         # Parity first: scoring the reference takes minutes to hours, and would use the same kernels.
         self._check_parity(self.train_dataset)
-        for dataset in (self.train_dataset, *self._eval_datasets()):
+        for dataset in self.datasets:
             self.reference.add_scores(dataset, resuming=resume_from_checkpoint is not None)
         if resume_from_checkpoint is not None:
-            self.objective_state = objective_state(resume_from_checkpoint, self.decisive)
+            self.objective_state = checkpoints.objective_state(resume_from_checkpoint, self.decisive)
         # Loading and scoring are no part of the first line's tokens per second.
-        self.window = LogWindow()
+        self.window = metrics.LogWindow()
         return prepared
-
-    def _eval_datasets(self) -> list[PairDataset]:
-        if isinstance(self.eval_dataset, dict):
-            return [*self.eval_dataset.values()]
-        return [] if self.eval_dataset is None else [self.eval_dataset]
 
     def _check_parity(self, dataset: PairDataset) -> None:
         if self.is_deepspeed_enabled:
@@ -346,7 +328,7 @@ class PreferenceTrainer(ResumableTrainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As `Trainer.save_model`; under FSDP2 the whole model, but for checkpoints."""
         if output_dir is None or not _internal_call:
-            gather_at_the_end(self)
+            checkpoints.gather_at_the_end(self)
         super().save_model(output_dir, _internal_call)
 
     def complete_checkpoint(self) -> None:
@@ -384,24 +366,27 @@ class PreferenceTrainer(ResumableTrainer):
             for micro_batch, known in zip(micro_batches, hoisted, strict=True):
                 with torch.no_grad():  # and no `observe`: running statistics are those of training
                     scores = self.score(model, micro_batch, known)
-                    columns.append(columns_of(scores, self.objective(scores, self.objective_state)))
+                    columns.append(metrics.columns_of(scores, self.objective(scores, self.objective_state)))
             self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         if self.is_deepspeed_enabled:
             model.empty_partition_cache()  # ZeRO-3 prefetches beyond the last forward; saving fails on what is in flight
         self.eval_columns = self.processes.gather_columns(columns)
         losses = self.eval_columns["losses"]
-        metrics = {"loss": losses.mean().item(), **step_metrics(self.eval_columns, self.objective)}
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
-        return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=len(losses))
+        means = {"loss": losses.mean().item(), **metrics.step_metrics(self.eval_columns, self.objective)}
+        logged = {f"{metric_key_prefix}_{name}": value for name, value in means.items()}
+        return EvalLoopOutput(predictions=None, label_ids=None, metrics=logged, num_samples=len(losses))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the metrics of the pairs since the last log line to a training line."""
         if "loss" in logs and self.window.columns:
             seconds = time.perf_counter() - self.window.start
             tokens = self.processes.gather(torch.tensor([self.window.tokens], device=self.args.device)).sum().item()
-            logs |= step_metrics(self.processes.gather_columns(self.window.columns), self.objective)
-            logs |= {"tokens_per_second": tokens / seconds, "peak_memory_gib": peak_memory_gib(self.args.device)}
-            self.window = LogWindow()  # the next line is about the pairs after this one
+            logs |= metrics.step_metrics(self.processes.gather_columns(self.window.columns), self.objective)
+            logs |= {
+                "tokens_per_second": tokens / seconds,
+                "peak_memory_gib": metrics.peak_memory_gib(self.args.device),
+            }
+            self.window = metrics.LogWindow()  # the next line is about the pairs after this one
         super().log(logs, start_time)
 
     def floating_point_ops(self, inputs: list[PackedMicroBatch]) -> int:
