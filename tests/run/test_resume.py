@@ -1,10 +1,14 @@
 """Killed with SIGKILL anywhere and started again, a run ends where the undisturbed one does: bit for bit, on the CPU."""
 
+import contextlib
 import json
 import os
 import random
+import re
 import shutil
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
@@ -189,3 +193,36 @@ def test_running_statistics_survive(tmp_path, twin, method):
     first, *_, last = [line["rewards/margins"] for line in read_metrics(killed) if "rewards/margins" in line]
     if method == "epsilon-dpo":  # whose reference is the initial policy, not the trained one
         assert abs(first) < 1e-4 < 1e-3 < abs(last)
+
+
+# -------------------------------------------------------------------------------------------------------- a full disk
+
+
+@contextlib.contextmanager
+def small_disk(folder, kib):
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={kib}k", "tmpfs", str(folder)]
+    if sys.platform != "linux" or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mounting a file system needs root")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+@pytest.mark.parametrize("kib", [1000, pytest.param(1500, marks=pytest.mark.slow)])
+def test_a_full_disk_leaves_the_last_good_checkpoint_and_says_so(tmp_path, twin, whole, kib):
+    out = tmp_path / "disk" / "out"
+    with small_disk(tmp_path / "disk", kib):
+        run = start(twin, out, 1)
+        assert run.wait() == 2, run.output[-6000:]
+        output = run.output
+        assert "Traceback" not in output
+        good = sorted(int(marker.parent.name.split("-")[1]) for marker in out.glob(f"checkpoint-*/{MARKER}"))
+        named = re.search(r"error: the disk of .* is full; (\S+) is", output)
+        assert named and named[1] == (f"checkpoint-{good[-1]}" if good else "there"), output[-3000:]
+
+        subprocess.run(["mount", "-o", "remount,size=64m", str(tmp_path / "disk")], check=True)
+        output = finish(twin, out, 1)
+        assert not good or f"resuming from {out}/checkpoint-{good[-1]}" in output
+        assert_same_run(out, whole(1))

@@ -2,11 +2,13 @@
 
 import pytest
 import torch
+from accelerate import PartialState
 from accelerate.utils import send_to_device
 from torch.utils.data._utils.pin_memory import pin_memory
 
 from rmipo.training import attention, parity, scoring
 from rmipo.training.batching import MicroBatch, pack_micro_batch
+from rmipo.training.distributed import Processes, on_main_process
 from rmipo.training.packing import pack_pairs
 from tests.helpers.small_models import make_model, make_pairs
 
@@ -67,3 +69,23 @@ def test_the_check_at_the_start(monkeypatch):
         found.append(parity._packed(model, model, pairs, "segment"))
     for scored in found:
         assert scored.logps.device == scored.hidden.device == META and scored.logps.shape == responses
+
+
+# ---------------------------------------------------------------------------------------------------------- processes
+
+
+def place(monkeypatch, rank: int, local_rank: int) -> None:
+    """This process as one of several machines' processes."""
+    monkeypatch.setitem(PartialState().__dict__, "process_index", rank)
+    monkeypatch.setitem(PartialState().__dict__, "local_process_index", local_rank)
+
+
+def test_the_rank_is_that_among_the_processes_of_all_machines(monkeypatch):
+    place(monkeypatch, rank=9, local_rank=1)
+    assert Processes().rank == 9
+
+
+def test_the_first_process_of_another_machine_leaves_it_to_the_main_process(monkeypatch):
+    assert on_main_process(lambda: "done") == "done"
+    place(monkeypatch, rank=8, local_rank=0)
+    assert on_main_process(lambda: "done") is None  # what it is told by the main process, which there isn't here
