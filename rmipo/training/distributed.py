@@ -1,4 +1,4 @@
-"""Gathering per-pair values over processes."""
+"""What processes tell each other."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,23 +8,20 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 
 
-class Processes:
-    """What objectives with batch statistics, and the metrics, need to know of the other processes."""
+def gather(values: torch.Tensor) -> torch.Tensor:
+    """Concatenate `values` of all processes along dim 0, in the order of their ranks; the lengths may differ."""
+    if PartialState().num_processes == 1:
+        return values
+    # As objects: accelerate gathers tensors of one shape only.
+    return torch.cat(gather_object([values.cpu()])).to(values.device)
 
-    def __init__(self):
-        self.rank, self.count = PartialState().process_index, PartialState().num_processes
 
-    def gather(self, values: torch.Tensor) -> torch.Tensor:
-        """Concatenate `values` of all processes along dim 0, in the order of their ranks; the lengths may differ."""
-        # As objects: accelerate gathers tensors of one shape only.
-        return values if self.count == 1 else torch.cat(gather_object([values.cpu()])).to(values.device)
-
-    def gather_columns(self, batches: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-        """Per-pair columns of all micro-batches and processes: `{name: (pairs,)}` on the CPU."""
-        # One table and one exchange; sorted, as processes must agree on the order of its columns.
-        names = sorted(batches[0])
-        table = torch.cat([torch.stack([batch[name] for name in names], dim=1) for batch in batches])
-        return dict(zip(names, self.gather(table).cpu().unbind(1), strict=True))
+def gather_columns(batches: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Per-pair columns of all micro-batches and processes: `{name: (pairs,)}` on the CPU."""
+    # One table and one exchange; sorted, as processes must agree on the order of its columns.
+    names = sorted(batches[0])
+    table = torch.cat([torch.stack([batch[name] for name in names], dim=1) for batch in batches])
+    return dict(zip(names, gather(table).cpu().unbind(1), strict=True))
 
 
 def on_main_process(function: Callable[[], Any]) -> Any:

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import psutil
 import torch
+from accelerate import PartialState
 
 from rmipo.errors import UserError
 from rmipo.objectives import Objective, ObjectiveOutput, PairScores
 from rmipo.training.batching import PackedMicroBatch
-from rmipo.training.distributed import Processes
+from rmipo.training.distributed import gather
 
 
 @dataclass
@@ -95,11 +96,7 @@ class NonFiniteLossError(UserError, RuntimeError):
 
 
 def raise_if_not_finite(
-    losses: list[torch.Tensor],
-    micro_batches: list[PackedMicroBatch],
-    processes: Processes,
-    output_dir: str | Path,
-    step: int,
+    losses: list[torch.Tensor], micro_batches: list[PackedMicroBatch], output_dir: str | Path, step: int
 ) -> None:
     """Stop all processes together if a loss of this step is NaN or infinite: one synchronisation per optimizer step.
 
@@ -111,7 +108,7 @@ def raise_if_not_finite(
     """
     bad = torch.stack([~loss.isfinite().all() for loss in losses]).any()
     # All or none raise: a process that goes on alone would wait for the others in its next forward.
-    if not processes.gather(bad.reshape(1)).any():
+    if not gather(bad.reshape(1)).any():
         return
     pairs = [
         {"row": row, "loss": str(value)}
@@ -120,7 +117,7 @@ def raise_if_not_finite(
         if not finite
     ]
     # Each process writes its own: the pairs are on different machines.
-    path = Path(output_dir) / f"non_finite_rank{processes.rank}.json"
+    path = Path(output_dir) / f"non_finite_rank{PartialState().process_index}.json"
     rows = [micro_batch.rows for micro_batch in micro_batches]
     path.write_text(json.dumps({"step": step, "pairs": pairs, "rows": rows}, indent=1))
     raise NonFiniteLossError(

@@ -26,7 +26,7 @@ from rmipo.recipe.arguments import PairConfig, RMiPOConfig
 from rmipo.recipe.schema import ModelConfig
 from rmipo.training import attention, batching, checkpoints, metrics, parts, scoring
 from rmipo.training.batching import PackedMicroBatch, PairDataset
-from rmipo.training.distributed import Processes
+from rmipo.training.distributed import gather, gather_columns
 from rmipo.training.loading import require_masters, require_trained
 from rmipo.training.packing import concatenate, split_pairs
 from rmipo.training.parity import MAX_PAIRS, check_parity
@@ -138,7 +138,6 @@ class PreferenceTrainer(checkpoints.ResumableTrainer):
             plugin = self.accelerator.state.fsdp_plugin
             if plugin.mixed_precision_policy is not None:  # None in float32
                 plugin.mixed_precision_policy = dataclasses.replace(plugin.mixed_precision_policy, output_dtype=None)
-        self.processes = Processes()
         self.reference = Reference(self, ref_model)
         self.num_non_embedding_parameters = metrics.num_non_embedding_parameters(policy)
         self.parity: float | None = None
@@ -159,19 +158,19 @@ class PreferenceTrainer(checkpoints.ResumableTrainer):
         # Line 5, without gradient: log pi(y_w), log pi(y_l).
         hoisted = self.score_without_gradient(model, micro_batches)
         model.train()
-        losses, columns, processes = [], [], self.processes
+        losses, columns, count = [], [], self.args.world_size
         for number, (micro_batch, known) in enumerate(zip(micro_batches, hoisted, strict=True), start=1):
             last = number == len(micro_batches)
             with self._accumulation(model, last):
                 # Line 5, with gradient: log pi(y_w|x), log pi(y_l|x).
                 scores = self.score(model, micro_batch, known)
                 self.objective_state = self.objective.observe(
-                    self.objective_state, scores, processes.gather, processes.rank
+                    self.objective_state, scores, gather, self.args.process_index
                 )
                 # Lines 6 to 12: delta_pmi, the reward difference, the margin gamma, the loss of each pair (Eq. 8).
                 output = self.objective(scores, self.objective_state)
                 # Line 13: the gradient. It is averaged over processes, so this sums to the mean over the step's pairs.
-                loss = output.losses.sum() * processes.count / micro_batch.cut.step_pairs
+                loss = output.losses.sum() * count / micro_batch.cut.step_pairs
                 # It is already a share of the mean: DeepSpeed must not divide by its own accumulation steps.
                 deepspeed = {"scale_wrt_gas": False} if self.is_deepspeed_enabled else {}
                 self.accelerator.backward(loss, **deepspeed)
@@ -180,10 +179,10 @@ class PreferenceTrainer(checkpoints.ResumableTrainer):
             self.window.columns.append(columns[-1])
             self.window.tokens += micro_batch.pairs.length
         # Before the optimizer: a NaN would be in every weight after its step.
-        metrics.raise_if_not_finite(losses, micro_batches, processes, self.args.output_dir, self.state.global_step + 1)
+        metrics.raise_if_not_finite(losses, micro_batches, self.args.output_dir, self.state.global_step + 1)
         if self.objective_state:
-            self.objective_state = self.objective.end_step(self.objective_state, processes.gather_columns(columns))
-        return torch.cat(losses).sum() * processes.count / micro_batches[0].cut.step_pairs
+            self.objective_state = self.objective.end_step(self.objective_state, gather_columns(columns))
+        return torch.cat(losses).sum() * count / micro_batches[0].cut.step_pairs
 
     def score(self, model, micro_batch: PackedMicroBatch, known: dict[str, torch.Tensor]) -> PairScores:
         """Log-probabilities of both responses given their prompt, beside what is `known`: tensors over the real pairs."""
@@ -370,7 +369,7 @@ class PreferenceTrainer(checkpoints.ResumableTrainer):
             self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         if self.is_deepspeed_enabled:
             model.empty_partition_cache()  # ZeRO-3 prefetches beyond the last forward; saving fails on what is in flight
-        self.eval_columns = self.processes.gather_columns(columns)
+        self.eval_columns = gather_columns(columns)
         losses = self.eval_columns["losses"]
         means = {"loss": losses.mean().item(), **metrics.step_metrics(self.eval_columns, self.objective)}
         logged = {f"{metric_key_prefix}_{name}": value for name, value in means.items()}
@@ -380,8 +379,8 @@ class PreferenceTrainer(checkpoints.ResumableTrainer):
         """Add the metrics of the pairs since the last log line to a training line."""
         if "loss" in logs and self.window.columns:
             seconds = time.perf_counter() - self.window.start
-            tokens = self.processes.gather(torch.tensor([self.window.tokens], device=self.args.device)).sum().item()
-            logs |= metrics.step_metrics(self.processes.gather_columns(self.window.columns), self.objective)
+            tokens = gather(torch.tensor([self.window.tokens], device=self.args.device)).sum().item()
+            logs |= metrics.step_metrics(gather_columns(self.window.columns), self.objective)
             logs |= {
                 "tokens_per_second": tokens / seconds,
                 "peak_memory_gib": metrics.peak_memory_gib(self.args.device),

@@ -20,7 +20,7 @@ from rmipo.recipe.load import load_recipe
 from rmipo.run import export, frame
 from rmipo.run.stop import StopOnSignal
 from rmipo.training import checkpoints
-from rmipo.training.distributed import Processes, on_main_process
+from rmipo.training.distributed import gather, gather_columns, on_main_process
 from rmipo.training.metrics import NonFiniteLossError
 from tests.helpers.small_models import make_model, make_pairs
 from tests.helpers.trainers import make_trainer
@@ -158,11 +158,11 @@ def stop_of_one_process(output: Path) -> list[bool]:
 
 def gathered() -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
     """Values of which process 0 has two and process 1 three, and columns of two micro-batches, named in another order."""
-    processes = Processes()
-    values = torch.arange(2 + processes.rank, dtype=torch.float64)[:, None] / 3 + processes.rank
-    names = ["a", "b"] if processes.rank == 0 else ["b", "a"]
-    batches = [{name: torch.full((size,), processes.rank + ord(name)) for name in names} for size in (1, 2)]
-    return [processes.gather(values), processes.gather(values > 1)], processes.gather_columns(batches)
+    rank = PartialState().process_index
+    values = torch.arange(2 + rank, dtype=torch.float64)[:, None] / 3 + rank
+    names = ["a", "b"] if rank == 0 else ["b", "a"]
+    batches = [{name: torch.full((size,), rank + ord(name)) for name in names} for size in (1, 2)]
+    return [gather(values), gather(values > 1)], gather_columns(batches)
 
 
 def told_by_the_main_process() -> list:

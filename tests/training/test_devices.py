@@ -8,7 +8,7 @@ from torch.utils.data._utils.pin_memory import pin_memory
 
 from rmipo.training import attention, parity, scoring
 from rmipo.training.batching import MicroBatch, pack_micro_batch
-from rmipo.training.distributed import Processes, on_main_process
+from rmipo.training.distributed import on_main_process
 from rmipo.training.packing import pack_pairs
 from tests.helpers.small_models import make_model, make_pairs
 
@@ -78,11 +78,6 @@ def place(monkeypatch, rank: int, local_rank: int) -> None:
     """This process as one of several machines' processes."""
     monkeypatch.setitem(PartialState().__dict__, "process_index", rank)
     monkeypatch.setitem(PartialState().__dict__, "local_process_index", local_rank)
-
-
-def test_the_rank_is_that_among_the_processes_of_all_machines(monkeypatch):
-    place(monkeypatch, rank=9, local_rank=1)
-    assert Processes().rank == 9
 
 
 def test_the_first_process_of_another_machine_leaves_it_to_the_main_process(monkeypatch):

@@ -166,15 +166,14 @@ def test_held_out_pairs_are_scored_with_the_statistics_of_training(tmp_path):
 
 def test_an_infinite_loss_stops_the_run(tmp_path):
     micro_batches = [types.SimpleNamespace(rows=[7, 9]), types.SimpleNamespace(rows=[4])]
-    alone = types.SimpleNamespace(gather=lambda values: values, rank=0)
     finite = [torch.tensor([1.0, 2.0]), torch.tensor([3.0])]
-    raise_if_not_finite(finite, micro_batches, alone, tmp_path, step=3)
+    raise_if_not_finite(finite, micro_batches, tmp_path, step=3)
     path = tmp_path / "non_finite_rank0.json"
     for number, place, value in ((0, 1, "inf"), (1, 0, "-inf"), (1, 0, "nan")):
         losses = [values.clone() for values in finite]
         losses[number][place] = float(value)
         with pytest.raises(NonFiniteLossError) as error:
-            raise_if_not_finite(losses, micro_batches, alone, tmp_path, step=3)
+            raise_if_not_finite(losses, micro_batches, tmp_path, step=3)
         assert "step 3" in str(error.value) and str(path) in str(error.value)
         row = micro_batches[number].rows[place]
         report = json.loads(path.read_text())

@@ -14,7 +14,7 @@ from rmipo.objectives import PairScores, build_objective
 from rmipo.record import read_metrics
 from rmipo.training import reference
 from rmipo.training.packing import pack_pairs, split_pairs
-from rmipo.training.reference import ReferenceCache
+from rmipo.training.reference import load_scores, save_scores
 from rmipo.training.scoring import label_logps, response_logits
 from tests.helpers.small_models import make_model, make_pairs
 from tests.helpers.trainers import CONTEXT, make_trainer, recorded_forwards, rows_per_step
@@ -64,7 +64,7 @@ def cache_reference(trainer, initial, pairs, objective):
     prefixes = [prefix for need, prefix in known.items() if need in objective.needs]
     names = [f"{prefix}{side}_logps" for prefix in prefixes for side in ("chosen", "rejected")]
     if names:
-        trainer.reference.cache(trainer.train_dataset).save({name: getattr(everything, name) for name in names})
+        save_scores(trainer.reference.cache(trainer.train_dataset), {name: getattr(everything, name) for name in names})
 
 
 def naive_scores(model, initial, pairs, rows, objective):
@@ -185,19 +185,19 @@ def test_reference_is_scored_once_and_a_changed_file_is_not_used(tmp_path, pairs
 
 
 def test_a_cache_of_other_code_is_scored_anew_unless_a_run_goes_on(tmp_path, capsys, monkeypatch):
-    cache = ReferenceCache(tmp_path, "model m")
-    cache.save({"ref_chosen_logps": torch.zeros(3)})
-    assert cache.load()["ref_chosen_logps"].tolist() == [0, 0, 0]
+    path = tmp_path / "scores"
+    save_scores(path, {"ref_chosen_logps": torch.zeros(3)})
+    assert load_scores(path)["ref_chosen_logps"].tolist() == [0, 0, 0]
     monkeypatch.setattr("rmipo.training.reference.code_digest", lambda: "after a git pull")
-    assert cache.load() is None and "made by another version of this code" in capsys.readouterr().out
-    assert cache.load(resuming=True)["ref_chosen_logps"].tolist() == [0, 0, 0]
+    assert load_scores(path) is None and "made by another version of this code" in capsys.readouterr().out
+    assert load_scores(path, resuming=True)["ref_chosen_logps"].tolist() == [0, 0, 0]
 
 
 def test_a_cache_is_named_after_all_that_shapes_it(tmp_path, pairs, saved_model):
     def path(name="dpo", rows=pairs, change=lambda trainer: None):
         trainer = make_trainer(tmp_path, rows, BLOCKS[name], model=saved_model(), reference_cache_dir=str(tmp_path))
         change(trainer)
-        return trainer.reference.cache(trainer.train_dataset).path.name
+        return trainer.reference.cache(trainer.train_dataset).name
 
     other_rows = [*pairs[:-1], {**pairs[-1], "rejected_ids": [1, 2, 3]}]
     paths = [
@@ -231,7 +231,7 @@ def test_with_adapters_the_base_model_is_the_reference(tmp_path, pairs, saved_mo
     with torch.no_grad():
         expected = padded_pairs(make_model("llama"), pairs, CONTEXT)[column.removeprefix("ref_")]
     torch.testing.assert_close(columns[column], expected.float(), atol=1e-4, rtol=0)
-    trainer.reference.cache(trainer.train_dataset).path.unlink()  # it is still there to be scored again
+    trainer.reference.cache(trainer.train_dataset).unlink()  # it is still there to be scored again
     trainer.reference.add_scores(trainer.train_dataset, resuming=True)
     torch.testing.assert_close(trainer.train_dataset.scores[column], columns[column])
 
@@ -286,7 +286,7 @@ def test_a_resumed_run_never_scores_its_reference_with_trained_weights(tmp_path,
     trainer.reference.add_scores(trainer.train_dataset, resuming=True)
     for column, values in before.items():
         assert torch.equal(trainer.train_dataset.scores[column], values), column
-    trainer.reference.cache(trainer.train_dataset).path.unlink()
+    trainer.reference.cache(trainer.train_dataset).unlink()
     folder, method = re.escape(str(tmp_path / "cache")), BLOCKS[name]["name"]
     with pytest.raises(
         CheckpointError, match=rf"resuming {method} .* initial policy, but {folder}/\w+\.safetensors is"
