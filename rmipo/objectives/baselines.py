@@ -225,6 +225,8 @@ def _gap_statistics(state: State, gap: Tensor) -> tuple[Tensor, Tensor]:
 
 @hyperparameters
 class GapObjective(Objective):
+    """What alpha-DPO and beta-DPO share."""
+
     needs = frozenset({"reference"})
     min_pairs = 2  # a standard deviation
 
