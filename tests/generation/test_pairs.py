@@ -239,7 +239,7 @@ def test_scores_of_another_oracle_or_of_other_answers_are_refused(setup):
 
 def test_settings_that_are_wrong_are_listed_at_once(setup, tmp_path):
     (tmp_path / "pairs.yaml").write_text("prompts: x\nanswer: 3\n")
-    with pytest.raises(PairsError, match=r"answer\n(?s:.*)oracle\n"):
+    with pytest.raises(PairsError, match=r"oracle\n(?s:.*)answer\n"):
         load_pairs_config(tmp_path / "pairs.yaml", [])
     config = load_pairs_config(tmp_path / "none.yaml", ["--oracle.judge", "gpt", "--answers=3"], "mine.jsonl")
     assert (config.prompts, config.oracle, config.answers) == ("mine.jsonl", {"judge": "gpt"}, 3)
