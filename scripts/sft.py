@@ -24,8 +24,8 @@ def main() -> None:
     from rmipo.data.report import of_split
     from rmipo.fingerprints import rows_fingerprint, text_fingerprint
     from rmipo.run.frame import training_run
+    from rmipo.training.checkpoints import SupervisedTrainer
     from rmipo.training.loading import check_adapters, check_limits, load_model, load_tokenizer
-    from rmipo.training.sft import SupervisedTrainer
 
     with training_run(recipe, args, model_config) as run:
         # ------------------ Data

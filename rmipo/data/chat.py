@@ -53,75 +53,14 @@ class ChatFormat:
             header_in_response: render prompts without the generation prompt, so that the assistant header is scored as
                 part of the response, as the authors' released code does for Llama-3 and Zephyr.
 
-        Raises DataError that lists everything that is wrong with the tokenizer and its template.
+        Raises DataError if the tokenizer and its template can't be trained with.
         """
-        name = tokenizer.name_or_path or type(tokenizer).__name__
-        if tokenizer.chat_template is None:
-            raise DataError(f"{name}: the tokenizer has no chat template. Set `chat_template` in the recipe")
-        problems = []
-        if tokenizer.pad_token_id is None and tokenizer.eos_token_id is None:
-            problems.append(
-                "it has neither a pad token nor an EOS token, which generation would pad with; set one: "
-                'tokenizer.pad_token = "..." and save the tokenizer'
-            )
         try:
-            # Rendered rather than parsed: a template is a program, and only its output says what it does.
-            prompts = [render(tokenizer, messages, True) for messages in PROBES]
-            bare = [render(tokenizer, messages, False) for messages in PROBES]
-            fulls = [render(tokenizer, [*messages, ANSWER], False) for messages in PROBES]
-        except DataError as error:
-            raise DataError(f"{name}: {error}") from error
-
-        for messages, prompt, without_header, full in zip(PROBES, prompts, bare, fulls, strict=True):
-            if not prompt.startswith(without_header):
-                problems.append(
-                    f"add_generation_prompt changes the dialogue itself: {without_header!r} does not start {prompt!r}"
-                )
-            elif not full.startswith(prompt):
-                problems.append(
-                    f"the prompt is not a prefix of the full text: {prompt!r} does not start {full!r}; change the "
-                    "template so that its generation prompt is what it writes in front of an assistant message"
-                )
-            elif any(full.count(turn["content"]) > [*messages, ANSWER].count(turn) for turn in (QUESTION, ANSWER)):
-                problems.append(f"the template writes a turn more than once: {full!r}; write its content once")
-            if problems:
-                break
-
-        end_id, after_end = None, ""
-        tail = fulls[0].rpartition(ANSWER["content"])[2]  # the whole text if the answer is not in it
-        end_token = next((token for token in special_tokens(tokenizer) if tail.lstrip().startswith(token)), None)
-        if end_token is None:
-            problems.append(
-                f"no end token: after a response the template writes {tail!r}, which does not start with a special "
-                "token; write {{ eos_token }} after assistant messages"
+            return cls(
+                tokenizer=tokenizer, header_in_response=header_in_response, **_probed(tokenizer, header_in_response)
             )
-        else:
-            end_id, after_end = tokenizer.convert_tokens_to_ids(end_token), tail.partition(end_token)[2]
-            if end_token in after_end:
-                problems.append(
-                    f"doubled end token: after a response the template writes {tail!r}; write {end_token} once"
-                )
-            elif after_end.strip():
-                problems.append(
-                    f"the template writes {after_end!r} after the end token {end_token}; end a response there"
-                )
-
-        # In context, as tokens may depend on what stands before them.
-        header_ids = difference(tokenizer, prompts[0], bare[0])
-        bos_id, template_writes_bos = probe_bos(tokenizer, prompts[0], header_ids, problems)
-        if problems:
-            listing = "\n".join(f"- {problem}" for problem in problems)
-            raise DataError(f"{name}: the tokenizer and its chat template can't be trained with:\n{listing}")
-        return cls(
-            tokenizer=tokenizer,
-            bos_id=bos_id,
-            end_id=end_id,
-            header_ids=() if header_in_response else tuple(header_ids),
-            template_writes_bos=template_writes_bos,
-            header_in_response=header_in_response,
-            after_end=after_end,
-            added=fulls[0].removeprefix(prompts[0]).partition(ANSWER["content"])[0].strip(),
-        )
+        except DataError as error:
+            raise DataError(f"{tokenizer.name_or_path or type(tokenizer).__name__}: {error}") from error
 
     def prompt_ids(self, messages: Messages) -> list[int]:
         """Token ids of a prompt as generation continues it: one BOS, where the family has one, to the header."""
@@ -259,39 +198,64 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[
     return tokenizer(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"] if texts else []
 
 
-def special_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Special tokens, also those such as <|eot_id|> that have no role in the tokenizer; the longest first."""
-    return sorted(
-        (token.content for token in tokenizer.added_tokens_decoder.values() if token.special), key=len, reverse=True
-    )
+def _probed(tokenizer: PreTrainedTokenizerBase, header_in_response: bool) -> dict:
+    """The fields of a `ChatFormat` that its probe finds out."""
+    if tokenizer.chat_template is None:
+        raise DataError("the tokenizer has no chat template. Set `chat_template` in the recipe")
+    # Rendered rather than parsed: a template is a program, and only its output says what it does.
+    prompts = [render(tokenizer, messages, True) for messages in PROBES]
+    bare = [render(tokenizer, messages, False) for messages in PROBES]
+    fulls = [render(tokenizer, [*messages, ANSWER], False) for messages in PROBES]
+    for messages, prompt, without_header, full in zip(PROBES, prompts, bare, fulls, strict=True):
+        if not prompt.startswith(without_header):
+            raise DataError(
+                f"add_generation_prompt changes the dialogue itself: {without_header!r} does not start {prompt!r}"
+            )
+        if not full.startswith(prompt):
+            raise DataError(
+                f"the prompt is not a prefix of the full text: {prompt!r} does not start {full!r}; change the template so "
+                "that its generation prompt is what it writes in front of an assistant message"
+            )
+        if any(full.count(turn["content"]) > [*messages, ANSWER].count(turn) for turn in (QUESTION, ANSWER)):
+            raise DataError(f"the template writes a turn more than once: {full!r}; write its content once")
 
+    tail = fulls[0].rpartition(ANSWER["content"])[2]  # the whole text if the answer is not in it
+    # Also those such as <|eot_id|> that have no role in the tokenizer; the longest first.
+    special = sorted((t.content for t in tokenizer.added_tokens_decoder.values() if t.special), key=len, reverse=True)
+    end_token = next((token for token in special if tail.lstrip().startswith(token)), None)
+    if end_token is None:
+        raise DataError(
+            f"no end token: after a response the template writes {tail!r}, which does not start with a special token; "
+            "write {{ eos_token }} after assistant messages"
+        )
+    after_end = tail.partition(end_token)[2]
+    if after_end.strip():
+        raise DataError(f"after a response the template writes {tail!r}: end it with one {end_token} and nothing more")
 
-def difference(tokenizer: PreTrainedTokenizerBase, longer: str, shorter: str) -> list[int]:
-    """Token ids that `longer` adds after `shorter`, tokenised in context where no token spans the boundary."""
-    longer_ids, shorter_ids = tokenize(tokenizer, [longer, shorter])
-    if longer_ids[: len(shorter_ids)] == shorter_ids:
-        return longer_ids[len(shorter_ids) :]
-    return tokenize(tokenizer, [longer.removeprefix(shorter)])[0]
+    # In context, as tokens may depend on what stands before them, but where one spans the boundary.
+    prompt_ids, bare_ids = tokenize(tokenizer, [prompts[0], bare[0]])
+    header_ids = prompt_ids[len(bare_ids) :]
+    if prompt_ids[: len(bare_ids)] != bare_ids:
+        header_ids = tokenize(tokenizer, [prompts[0].removeprefix(bare[0])])[0]
 
-
-def probe_bos(
-    tokenizer: PreTrainedTokenizerBase, prompt: str, header_ids: list[int], problems: list[str]
-) -> tuple[int | None, bool]:
-    """Return (BOS id or None, whether the template writes it); append to `problems` what is wrong."""
     bos_id = tokenizer.bos_token_id
-    if bos_id is None or bos_id in header_ids:  # ChatML tokenizers name their turn marker <|im_start|> as BOS
-        return None, False
-    ids = tokenize(tokenizer, [prompt])[0]
-    if ids[:2] == [bos_id, bos_id]:
-        problems.append(f"double BOS: the template starts a prompt with {tokenizer.bos_token} twice; write it once")
-    if ids[:1] == [bos_id]:
-        return bos_id, True
-    if tokenizer("a")["input_ids"][0] == bos_id:
-        return bos_id, False
-    if bos_id == tokenizer.eos_token_id:  # one token for the ends of documents, not a start that the model expects
-        return None, False
-    problems.append(
-        f"no BOS: neither the template nor the tokenizer writes {tokenizer.bos_token}; start the template with "
-        "{{ bos_token }}, or set the tokenizer's bos_token to null if the model was trained without"
-    )
-    return bos_id, False
+    template_writes_bos = bos_id is not None and prompt_ids[:1] == [bos_id]
+    if bos_id in header_ids:  # ChatML tokenizers name their turn marker <|im_start|> as BOS
+        bos_id, template_writes_bos = None, False
+    elif template_writes_bos and prompt_ids[1:2] == [bos_id]:
+        raise DataError(f"double BOS: the template starts a prompt with {tokenizer.bos_token} twice; write it once")
+    elif bos_id is not None and not template_writes_bos and tokenizer("a")["input_ids"][0] != bos_id:
+        if bos_id != tokenizer.eos_token_id:
+            raise DataError(
+                f"no BOS: neither the template nor the tokenizer writes {tokenizer.bos_token}; start the template with "
+                "{{ bos_token }}, or set the tokenizer's bos_token to null if the model was trained without"
+            )
+        bos_id = None  # one token for the ends of documents, not a start that the model expects
+    return {
+        "bos_id": bos_id,
+        "end_id": tokenizer.convert_tokens_to_ids(end_token),
+        "header_ids": () if header_in_response else tuple(header_ids),
+        "template_writes_bos": template_writes_bos,
+        "after_end": after_end,
+        "added": fulls[0].removeprefix(prompts[0]).partition(ANSWER["content"])[0].strip(),
+    }

@@ -14,7 +14,7 @@ from rmipo.fingerprints import json_fingerprint
 from rmipo.recipe.schema import DataConfig
 
 COLUMNS = {"messages": MESSAGES, "completion": MESSAGES}
-TEXTS = dict.fromkeys(("ids", "problem"), Value("string"))
+MEASURED = {"tokens": Value("int64"), "start": Value("int64"), "problem": Value("string"), "marked": Value("bool")}
 
 
 def load_dialogues(data_config: DataConfig, split: str) -> Dataset:
@@ -38,7 +38,7 @@ def select_dialogues(
     """
     if args.assistant_only_loss:
         check_generation_marks(chat)
-    completions = sum(bool(completion) for completion in dataset["completion"])
+    completions = sum(map(bool, dataset["completion"]))
     if args.completion_only_loss and completions < len(dataset):
         count = f"{len(dataset) - completions} of {len(dataset)} rows"
         raise DataError(
@@ -46,36 +46,21 @@ def select_dialogues(
         )
     # TRL's default: rows with a completion train it alone. Of a mixture only whole dialogues can be trained in one run.
     alone = completions == len(dataset) and args.completion_only_loss is not False
-    if not alone:
-        dataset = dataset.remove_columns("completion")
-    # Before anything is rendered: templates raise on some of these, or write them in silence.
-    reasons = [unusable_dialogue(messages) for messages in dataset["messages"]]
     if alone:
-        columns = zip(reasons, dataset["messages"], dataset["completion"], strict=True)
-        reasons = [
-            reason or ("the prompt is empty" if messages == completion else None)
-            for reason, messages, completion in columns
-        ]
-    report = DataReport(rows=len(dataset), dropped=rows_by_reason(reasons, dataset["row"]))
-    if alone:
-        report.loss_on = (
+        loss_on = (
             "completions alone, as rows have a prompt and a completion (completion_only_loss: false puts it on both)"
         )
-    elif completions and args.completion_only_loss is None and not args.assistant_only_loss:
-        report.loss_on = (
-            f"whole dialogues, prompts included, as only {completions} of {len(dataset)} rows have a completion"
-        )
-    elif not args.assistant_only_loss:
-        report.loss_on = "whole dialogues, users' turns included (assistant_only_loss: true trains the answers alone)"
-    rows = zip(dataset["row"], dataset["messages"], strict=True)
-    report.note_markers([row for row, messages in rows if has_markers(messages)])
-    report.check_dropped(data_config.max_dropped_fraction)
-    kept = dataset.select([i for i, reason in enumerate(reasons) if reason is None])
-    measured = kept.map(
-        count_tokens,
+    elif args.assistant_only_loss:
+        loss_on = None
+    elif completions and args.completion_only_loss is None:
+        loss_on = f"whole dialogues, prompts included, as only {completions} of {len(dataset)} rows have a completion"
+    else:
+        loss_on = "whole dialogues, users' turns included (assistant_only_loss: true trains the answers alone)"
+    measured = dataset.map(
+        measure,
         batched=True,
-        fn_kwargs={"chat": chat, "code": code_digest()},
-        features=Features(kept.features | dict.fromkeys(("tokens", "start"), Value("int64")) | TEXTS),
+        fn_kwargs={"chat": chat, "alone": alone, "code": code_digest()},
+        features=Features(dataset.features | MEASURED | {"ids": Value("string")}),
         num_proc=data_config.dataset_num_proc,
         desc="Measuring dialogues",
     )
@@ -85,16 +70,16 @@ def select_dialogues(
     if not split and args.truncation_mode == "keep_start":  # TRL would drop them in silence
         filled = ["the prompt fills the window" if start >= limit else None for start in measured["start"]]
         reasons = [reason or full for reason, full in zip(reasons, filled, strict=True)]
-    report.dropped |= rows_by_reason(reasons, measured["row"])
+    report = DataReport(len(dataset), rows_by_reason(reasons, measured["row"]), loss_on)
+    report.note_markers(np.array(measured["row"])[np.array(measured["marked"])].tolist())
     report.check_dropped(data_config.max_dropped_fraction)
-    measured = measured.select([i for i, reason in enumerate(reasons) if reason is None])
-    report.lost_start = args.truncation_mode == "keep_end"
-    lengths = np.array(measured["tokens"])
+    kept = measured.select([i for i, reason in enumerate(reasons) if reason is None])
+    lengths = np.array(kept["tokens"])
     report.measure({"messages": np.minimum(lengths, limit)}, {"messages": (lengths > limit) & (not split)})
     report.check_cut(data_config.max_truncated_fraction, f"max_length ({args.max_length})")
     if alone:
-        measured = measured.map(divide, remove_columns="messages", desc="Dividing prompts and completions")
-    return measured.remove_columns(["tokens", "start", "problem"]), report
+        kept = kept.map(divide, desc="Dividing prompts and completions")
+    return kept.remove_columns(["messages" if alone else "completion", *MEASURED]), report
 
 
 def check_generation_marks(chat: ChatFormat) -> None:
@@ -112,34 +97,40 @@ def check_generation_marks(chat: ChatFormat) -> None:
         )
 
 
-def count_tokens(batch: dict, chat: ChatFormat, code: str) -> dict:
+def measure(batch: dict, chat: ChatFormat, alone: bool, code: str) -> dict:
     """Called by `Dataset.map`; `code` is only there for its cache, see `code_digest`.
 
-    `start`: tokens in front of the first answer: a window without one would train what users say.
-    `problem`: why the template doesn't render the dialogue, if it doesn't.
+    `problem`: why the dialogue can't be trained on. `start`: tokens in front of the first answer that is trained: a
+    window without one would train what users say.
     """
     texts, prompts, problems = [], [], []
-    for number, messages in enumerate(batch["messages"]):
-        first = len(messages) - len(batch["completion"][number]) if "completion" in batch else 0
-        # A usable dialogue ends with an answer, so there is one.
-        while messages[first]["role"] != "assistant":
-            first += 1
-        text, prompt, problem = "", "", None
-        try:
-            text = render(chat.tokenizer, messages, False)
-            prompt = render(chat.tokenizer, messages[:first], True) if first else ""
-            require_contents(messages, text)
-        except DataError as error:
-            problem = str(error)
-        for values, value in zip((texts, prompts, problems), (text, prompt, problem), strict=True):
-            values.append(value)
+    for messages, completion in zip(batch["messages"], batch["completion"], strict=True):
+        text = prompt = ""
+        # Before it is rendered: templates raise on some of these, or write them in silence.
+        problem = unusable_dialogue(messages)
+        if alone and messages == completion:
+            problem = problem or "the prompt is empty"
+        if problem is None:
+            # A usable dialogue ends with an answer, so there is one.
+            first = len(messages) - len(completion) if alone else 0
+            while messages[first]["role"] != "assistant":
+                first += 1
+            try:
+                text = render(chat.tokenizer, messages, False)
+                prompt = render(chat.tokenizer, messages[:first], True) if first else ""
+                require_contents(messages, text)
+            except DataError as error:
+                problem = str(error)
+        texts.append(text)
+        prompts.append(prompt)
+        problems.append(problem)
     encoded = tokenize(chat.tokenizer, texts)
-    starts = [len(ids) for ids in tokenize(chat.tokenizer, prompts)]
     return {
         "tokens": [len(ids) for ids in encoded],
-        "start": starts,
-        "ids": [json_fingerprint(ids) for ids in encoded],
+        "start": [len(ids) for ids in tokenize(chat.tokenizer, prompts)],
         "problem": problems,
+        "marked": [has_markers(messages) for messages in batch["messages"]],
+        "ids": [json_fingerprint(ids) for ids in encoded],
     }
 
 

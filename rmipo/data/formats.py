@@ -25,7 +25,7 @@ UNREAD_KEYS = (
     "reasoning_content", "reasoning", "thinking", "thought", "images",
 )  # fmt: skip
 # Which turns to train, in OpenAI's and Axolotl's formats: TRL has no such mask, and every turn would be trained.
-MARKS = ("weight", "train")
+UNREAD_KEYS += ("weight", "train")
 # What this repository writes into its own rows for people to look at.
 OUR_COLUMNS = ("kind", "flipped", "prompt_id", "score_chosen", "score_rejected")
 # How other templates and formats write turns. In a text they are nothing but text.
@@ -149,11 +149,9 @@ def read_turns(value: Any, role: str, column: str) -> Messages:
             raise DataError(f"`{column}` has the role {message['role']!r}, expected {', '.join(ROLES)}")
         if not isinstance(message["content"], str | None):
             raise DataError(f"`{column}` has content of type {type(message['content']).__name__}, expected text")
-        if marks := [key for key in MARKS if message.get(key) is not None]:
-            raise DataError(f"`{column}` has messages with {', '.join(marks)}, which is not supported: remove the key")
-        if unread := [key for key in UNREAD_KEYS if message.get(key)]:
+        if unread := [key for key in UNREAD_KEYS if message.get(key) not in (None, "", [], {})]:
             raise DataError(
-                f"`{column}` has messages with {', '.join(unread)}, which are not supported: put them into content"
+                f"`{column}` has messages with {', '.join(unread)}: not supported, put it into content or remove the key"
             )
         messages.append({"role": message["role"], "content": message["content"] or ""})
     return messages

@@ -27,7 +27,6 @@ class DataReport:
     rows_cut: rows of which any side is cut; `cut` has the number per side.
     notes: what else there is to know about the rows.
     loss_on: the part of the rows that TRL's loss is on, where the recipe doesn't say it.
-    lost_start: whether a dialogue that is cut loses its start, and not its end.
     tokens: total per side, after the cut. `lengths`: median, p95 and max tokens per side.
     """
 
@@ -35,11 +34,14 @@ class DataReport:
     dropped: dict[str, list[int]]
     loss_on: str | None = None
     notes: list[str] = field(default_factory=list)
-    lost_start: bool = False
     rows_cut: int = 0
     cut: dict[str, int] = field(default_factory=dict)
     tokens: dict[str, int] = field(default_factory=dict)
     lengths: dict[str, dict[str, int]] = field(default_factory=dict)
+    kept: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.kept = self.rows - sum(map(len, self.dropped.values()))
 
     def measure(self, lengths: Mapping[str, np.ndarray], cut: Mapping[str, np.ndarray]) -> None:
         """Note the tokens of each kept row and whether it was cut, both per side."""
@@ -59,24 +61,19 @@ class DataReport:
 
     @property
     def dropped_rows(self) -> int:
-        return sum(map(len, self.dropped.values()))
-
-    @property
-    def kept(self) -> int:
-        return self.rows - self.dropped_rows
+        return self.rows - self.kept
 
     def check_dropped(self, max_dropped_fraction: float) -> None:
         # A run on a tenth of its rows would look like any other.
         if self.kept == 0 or self.dropped_rows > max_dropped_fraction * self.rows:
-            found = f"{self.dropped_rows} of {self.rows} rows can't be used"
             allowed = f"more than max_dropped_fraction: {max_dropped_fraction} allows. Repair or remove them"
-            raise DataError("\n".join([f"{found}, {allowed}", *self.dropped_lines()]))
+            found = f"{self.dropped_rows} of {self.rows} rows can't be used, {allowed}"
+            raise DataError("\n".join([found, *self.dropped_lines()]))
 
     def check_cut(self, max_truncated_fraction: float, limits: str) -> None:
         if self.rows_cut > max_truncated_fraction * self.kept:
-            found = f"{self.rows_cut} of {self.kept} rows are cut"
             allowed = f"more than max_truncated_fraction: {max_truncated_fraction} allows. Raise {limits}"
-            raise DataError("\n".join([f"{found}, {allowed}", *self.lines()]))
+            raise DataError("\n".join([f"{self.rows_cut} of {self.kept} rows are cut, {allowed}", *self.lines()]))
 
     def dropped_lines(self) -> list[str]:
         return [f"- {len(rows)} dropped, {reason}: {name_rows(rows)}" for reason, rows in self.dropped.items()]
@@ -88,8 +85,7 @@ class DataReport:
             lines.append(f"- the loss is on {self.loss_on}")
         lines += [f"- {note}" for note in self.notes]
         if self.rows_cut and "messages" in self.cut:
-            lost = "start" if self.lost_start else "end and end token"
-            lines.append(f"- {self.rows_cut} dialogues cut: they lost their {lost}")
+            lines.append(f"- {self.rows_cut} dialogues cut to the window")
         elif self.rows_cut:
             lines.append(
                 f"- {self.rows_cut} pairs cut: {self.cut['prompt']} prompts lost their start, {self.cut['chosen']} chosen "
@@ -101,8 +97,7 @@ class DataReport:
         return lines
 
     def as_dict(self) -> dict:
-        # For run.json: a property is no field.
-        return {**asdict(self), "kept": self.kept}
+        return asdict(self)
 
 
 def rows_by_reason(reasons: Iterable[str | None], rows: Iterable[int]) -> dict[str, list[int]]:

@@ -18,10 +18,8 @@ from rmipo.recipe.schema import DataConfig
 
 logger = logging.getLogger(__name__)
 
-BUILDERS = dict.fromkeys((".jsonl", ".json", ".jsonl.gz", ".json.gz"), "json") | {
-    ".parquet": "parquet",
-    ".arrow": "arrow",
-}
+BUILDERS = dict.fromkeys((".jsonl", ".json", ".jsonl.gz", ".json.gz"), "json")
+BUILDERS |= {".parquet": "parquet", ".arrow": "arrow"}
 SHARD = re.compile(r"-(\d+)-of-(\d+)(-[0-9a-f]+)?$")  # at the end of a file's name without its suffix
 SAVED = "state.json"  # in a folder that `Dataset.save_to_disk` wrote; a `DatasetDict` has one for each split
 HELD_OUT = 0.05  # share of local data without splits that becomes its test split
@@ -79,12 +77,7 @@ def mix(datasets: list[Dataset], data_config: DataConfig, split: str) -> Dataset
     entries = mixture_entries(data_config)
     # Shares are of training data; a test split is measured whole, so that its metrics do not change with the mixture.
     if split == "train" or size:
-        whole = datasets
-        datasets = [take_share(*source, seed) for source in zip(datasets, entries, strict=True)]
-        datasets = take_fractions(datasets, entries)
-        for entry, rows, taken in zip(entries, whole, datasets, strict=True):
-            if len(taken) < len(rows):
-                warn_once(f"{entry['path']}: {len(taken)} of its {len(rows)} rows are taken, by weight or fraction")
+        datasets = take_shares(datasets, entries, seed)
     mixed = concatenate_datasets(datasets)
     # In the handbook's recipes, where weights come from, the mixture is shuffled too; TRL's fractions leave it in order.
     if any(entry.get("weight") is not None for entry in entries):
@@ -111,26 +104,24 @@ def mixture_entries(data_config: DataConfig) -> list[dict]:
     raise DataError("The recipe names no data: set `dataset_name` (a hub id, folder or file) or `datasets`.")
 
 
-def take_share(dataset: Dataset, entry: dict, seed: int) -> Dataset:
-    if (weight := entry.get("weight")) is None:
-        return dataset
-    rows = int(len(dataset) * weight)  # rounded down, as in the handbook
-    if rows == 0:
-        raise DataError(f"{entry['path']}: weight {weight} takes none of its {len(dataset)} rows. Raise it")
-    return dataset.shuffle(seed=seed).select(range(rows))
-
-
-def take_fractions(datasets: list[Dataset], entries: list[dict]) -> list[Dataset]:
-    """TRL's meaning of `fraction`: shares of the mixture, which is as large as it can be with no row used twice."""
-    fractions = [entry.get("fraction") for entry in entries]
-    if fractions[0] is None:
-        return datasets
-    # The source that is scarcest for its share decides how large the mixture is.
-    total = min(len(dataset) / fraction for dataset, fraction in zip(datasets, fractions, strict=True))
-    sizes = [round(fraction * total) for fraction in fractions]
-    if 0 in sizes:
-        raise DataError(f"{entries[sizes.index(0)]['path']}: its fraction takes none of its rows. Raise it")
-    return [dataset.select(range(size)) for dataset, size in zip(datasets, sizes, strict=True)]
+def take_shares(datasets: list[Dataset], entries: list[dict], seed: int) -> list[Dataset]:
+    """The part of each source that its `weight` and `fraction` ask for."""
+    taken = list(datasets)
+    for number, entry in enumerate(entries):
+        if weight := entry.get("weight"):
+            rows = int(len(taken[number]) * weight)  # rounded down, as in the handbook
+            taken[number] = taken[number].shuffle(seed=seed).select(range(rows))
+    if entries[0].get("fraction"):  # of all sources, or of none
+        # TRL's meaning: shares of the mixture, which is as large as the source that is scarcest for its share allows.
+        total = min(len(rows) / entry["fraction"] for rows, entry in zip(taken, entries, strict=True))
+        sizes = [round(entry["fraction"] * total) for entry in entries]
+        taken = [rows.select(range(size)) for rows, size in zip(taken, sizes, strict=True)]
+    for entry, whole, rows in zip(entries, datasets, taken, strict=True):
+        if not len(rows):
+            raise DataError(f"{entry['path']}: weight or fraction takes none of its {len(whole)} rows. Raise it")
+        if len(rows) < len(whole):
+            warn_once(f"{entry['path']}: {len(rows)} of its {len(whole)} rows are taken, by weight or fraction")
+    return taken
 
 
 def load_source(entry: dict, split: str, data_config: DataConfig) -> tuple[Dataset, bool]:

@@ -4,11 +4,11 @@ An oracle's `score` yields scores as they come, so that a run that is cut short 
 """
 
 import functools
-import importlib.util
 import inspect
 import json
 import math
 import re
+import runpy
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import replace
@@ -64,11 +64,8 @@ class FunctionOracle:
         file, _, name = str(settings["function"]).rpartition(":")
         if not Path(file).is_file():
             raise OracleError(f"oracle.function is {settings['function']!r}: expected <file.py>:<function>")
-        spec = importlib.util.spec_from_file_location(f"oracle_{Path(file).stem}", file)
-        module = importlib.util.module_from_spec(spec)
         # The user's own file: nothing of a model's repository is run.
-        spec.loader.exec_module(module)
-        self.function, self.name = getattr(module, name), settings["function"]
+        self.function, self.name = runpy.run_path(file)[name], settings["function"]
         starred = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
         columns = [p for p in inspect.signature(self.function).parameters.values() if p.kind not in starred][2:]
         self.columns = [column.name for column in columns]

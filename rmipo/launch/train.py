@@ -20,8 +20,8 @@ from rmipo.launch.choices import choose_sharding, choose_stages, gpus_asked_for,
 from rmipo.launch.environment import training_environment
 from rmipo.launch.pipeline import Step, load_steps
 from rmipo.recipe.files import NO_GPU
-from rmipo.run.checkpoints import MARKER, complete_checkpoints
 from rmipo.run.stop import EXIT_STOPPED
+from rmipo.training.checkpoints import MARKER, complete_checkpoints
 
 SLURM_SCRIPT = "scripts/launch.slurm"
 DRY_GPUS = 4  # shown where no GPU is visible: the hardware of the paper

@@ -1,7 +1,7 @@
 """The method and its rivals: every objective of the paper's Table 4, called on the scores of pairs.
 
-`rmipo.py` comes first: the loss of the paper as pure functions. A new objective is one frozen dataclass in the module of
-its kind, listed in `OBJECTIVES`. Where print and published code of a method disagree, docs/METHODS.md says how, and
+`rmipo.py` comes first: the loss of the paper as pure functions. A new objective is one frozen dataclass in
+`baselines.py`, listed in `OBJECTIVES`. Where print and published code of a method disagree, docs/METHODS.md says how, and
 `fidelity` chooses between them where both are worth running.
 """
 
@@ -12,10 +12,8 @@ from typing import Any
 
 import pydantic
 
-from rmipo.objectives.adaptive import AlphaDPO, BetaDPO, EpsilonDPO
 from rmipo.objectives.base import PRIORS, Objective, ObjectiveOutput, PairScores
-from rmipo.objectives.reference_based import DPO, IPO, KTO
-from rmipo.objectives.reference_free import CPO, SimPER, SimPO, SLiC
+from rmipo.objectives.baselines import CPO, DPO, IPO, KTO, AlphaDPO, BetaDPO, EpsilonDPO, SimPER, SimPO, SLiC
 from rmipo.objectives.rmipo import RMiPO
 
 __all__ = ["OBJECTIVES", "PRIORS", "Objective", "ObjectiveOutput", "PairScores", "build_objective"]
@@ -50,9 +48,9 @@ def build_objective(block: Mapping[str, Any]) -> Objective:
         objective = cls(**{key: value for key, value in block.items() if key in keys})
     except pydantic.ValidationError as error:
         for one in error.errors():
-            told = one["msg"].removeprefix("Value error, ")
-            key = one["loc"][0] if one["loc"] else None  # a check of several keys names them itself
-            problems.append(f"objective.{key} is {one['input']!r}: {told}" if key else f"objective.{told}")
+            # A check of several keys names them itself.
+            named = f"{one['loc'][0]} is {one['input']!r}: " if one["loc"] else ""
+            problems.append(f"objective.{named}{one['msg'].removeprefix('Value error, ')}")
     if problems:
         raise ValueError("\n  ".join([f"The recipe's objective block does not fit {name}:", *problems]))
     return objective

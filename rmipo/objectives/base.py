@@ -4,7 +4,7 @@ Notation: S is a summed log-prob, A = S / |y| its mean per token, r = S - S_ref 
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, dataclass_transform
 
 import pydantic
@@ -15,7 +15,6 @@ from torch.nn.functional import logsigmoid
 
 Gather = Callable[[Tensor], Tensor]
 State = dict[str, Tensor]  # 0-dimensional float64 tensors on the CPU; transient keys start with "batch_"
-
 
 PRIORS = frozenset({"prior", "initial_prior"})  # needs: log pi(y) of the policy, or of the initial policy
 
@@ -51,24 +50,18 @@ class PairScores:
 
     def logps(self, per_token: bool) -> tuple[Tensor, Tensor]:
         """(A(w), A(l)) if `per_token`, else (S(w), S(l))."""
-        if not per_token:
-            return self.chosen_logps, self.rejected_logps
-        return normalized(self.chosen_logps, self.rejected_logps, self.chosen_lengths, self.rejected_lengths)
+        return self._per_token(self.chosen_logps, self.rejected_logps, per_token)
 
     def logratios(self, per_token: bool) -> tuple[Tensor, Tensor]:
         """(r(w), r(l)) against the reference, per token or summed."""
         chosen, rejected = self.chosen_logps - self.ref_chosen_logps, self.rejected_logps - self.ref_rejected_logps
-        if not per_token:
+        return self._per_token(chosen, rejected, per_token)
+
+    def _per_token(self, chosen: Tensor, rejected: Tensor, wanted: bool) -> tuple[Tensor, Tensor]:
+        if not wanted:
             return chosen, rejected
-        return normalized(chosen, rejected, self.chosen_lengths, self.rejected_lengths)
-
-
-def normalized(
-    chosen: Tensor, rejected: Tensor, chosen_lengths: Tensor, rejected_lengths: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Sums over response tokens, divided by their numbers; a length of 0 counts as 1."""
-    # Responses may be empty where a process has no pairs of its own.
-    return chosen / chosen_lengths.clamp(min=1), rejected / rejected_lengths.clamp(min=1)
+        # Responses may be empty where a process has no pairs of its own.
+        return chosen / self.chosen_lengths.clamp(min=1), rejected / self.rejected_lengths.clamp(min=1)
 
 
 @dataclass(frozen=True)
@@ -136,9 +129,9 @@ class Objective:
         """What may move between processes without changing a step's loss, so that none waits for a longer sequence.
 
         "pairs" of the same micro-batch over all processes; whole "micro-batches" of the step, where the loss has a mean over
-        the tokens of one; "nothing" where a pair's place counts.
+        the tokens of one (`token_nll`); "nothing" where a pair's place counts.
         """
-        return "pairs"
+        return "micro-batches" if getattr(self, "sft_weight", 0) > 0 else "pairs"
 
     @property
     def micro_batch_matters(self) -> bool:
@@ -167,14 +160,6 @@ class Objective:
         return {f"{self.name}/{key}": columns[key].double().mean().item() for key in self.logged}
 
 
-def refuse_unread(objective: Objective, keys: list[str], under: str) -> None:
-    """Raises ValueError for a key that was set although nothing reads it. `under`: the setting that makes it so."""
-    defaults = {field.name: field.default for field in fields(objective)}
-    for key in keys:
-        if getattr(objective, key) != defaults[key]:
-            raise ValueError(f"{key} is {getattr(objective, key)!r}: it has no effect under {under}; remove it")
-
-
 def margin_loss(reward_difference: Tensor, gamma: Tensor | float = 0.0, label_smoothing: float = 0.0) -> Tensor:
     """-log sigmoid(reward difference - gamma) (Eq. 8; without a margin Eq. 2).
 
@@ -187,37 +172,6 @@ def margin_loss(reward_difference: Tensor, gamma: Tensor | float = 0.0, label_sm
     return losses
 
 
-def token_nll(chosen_logps: Tensor, chosen_lengths: Tensor) -> Tensor:
-    """-log pi(w), (pairs,), scaled so that its mean over pairs is the mean over all tokens of the batch."""
-    return -chosen_logps * len(chosen_logps) / chosen_lengths.sum().clamp(min=1)
-
-
-def sft_loss(scores: PairScores, normalization: str) -> Tensor:
-    """-log pi(w), (pairs,): summed over each response ("sequence"), or `token_nll` ("token")."""
-    if normalization == "sequence":
-        return -scores.chosen_logps
-    return token_nll(scores.chosen_logps, scores.chosen_lengths)
-
-
-def summarize_margin(name: str, columns: Mapping[str, Tensor], gamma_min: float, gamma_max: float) -> dict[str, float]:
-    """Distribution of gamma over the pairs of a step and, where PMI was scored, of delta_pmi and its two terms."""
-    gamma = columns["gamma"].double()
-    summary = {
-        "gamma_mean": gamma.mean(),
-        "gamma_std": gamma.std(unbiased=False),
-        # Pairs that the model ranks wrongly by PMI; often most of them.
-        "gamma_at_max": (gamma > gamma_max - 1e-6).double().mean(),
-        "gamma_at_min": (gamma <= gamma_min + 0.01).double().mean(),
-    }
-    if "delta_pmi" in columns:
-        signal = columns["delta_pmi"].double()
-        length_difference = (columns["chosen_lengths"] - columns["rejected_lengths"]).double()
-        summary |= {
-            "delta_pmi_mean": signal.mean(),
-            "delta_pmi_std": signal.std(unbiased=False),
-            "pmi_chosen_mean": columns["pmi_chosen"].double().mean(),
-            "pmi_rejected_mean": columns["pmi_rejected"].double().mean(),
-        }
-        if signal.min() < signal.max() and length_difference.min() < length_difference.max():  # undefined otherwise
-            summary["corr_delta_pmi_length"] = torch.corrcoef(torch.stack([signal, length_difference]))[0, 1]
-    return {f"{name}/{key}": value.item() for key, value in summary.items()}
+def token_nll(scores: PairScores) -> Tensor:
+    """-log pi(w), (pairs,), scaled so that its mean over pairs is the mean over all chosen tokens of the batch."""
+    return -scores.chosen_logps * len(scores.chosen_logps) / scores.chosen_lengths.sum().clamp(min=1)

@@ -99,7 +99,8 @@ def rmipo_loss(
         raise ValueError(
             f"prior_chosen_logps is None: the margin of schedule {schedule!r} and signal {signal!r} reads it"
         )
-    chosen, rejected = base.normalized(chosen_logps, rejected_logps, chosen_lengths, rejected_lengths)
+    scores = PairScores(chosen_logps, rejected_logps, chosen_lengths, rejected_lengths)
+    chosen, rejected = scores.logps(per_token=True)
     if prior_chosen_logps is None or signal == "loglik":
         modulator = chosen - rejected  # Eq. 6; the constant schedule reads its shape alone
     else:
@@ -110,15 +111,14 @@ def rmipo_loss(
     gamma = scheduled_margin(modulator.detach(), gamma_min, gamma_max, schedule, span)
     if signal == "shuffled":
         gamma = gamma.roll(1)  # pairs come in random order, so this is a shuffle in which no pair keeps its own margin
-    if not length_normalization:  # of the reward alone: the margin keeps its reading of PMI
-        chosen, rejected = chosen_logps, rejected_logps
+    chosen, rejected = scores.logps(length_normalization)  # the margin keeps its reading of PMI
     reward_difference = beta * chosen - beta * rejected
     if target == "beta":  # Table 3 without GM: the same modulation, relative to the middle of the bounds
         middle = torch.full_like(gamma, (gamma_min + gamma_max) / 2)
         reward_difference, gamma = reward_difference * gamma / middle, middle
     losses = margin_loss(reward_difference, gamma * beta if fidelity == "release" else gamma, label_smoothing)  # Eq. 8
     if sft_weight:
-        losses = losses + sft_weight * base.token_nll(chosen_logps, chosen_lengths)
+        losses = losses + sft_weight * base.token_nll(scores)
     return losses, gamma
 
 
@@ -164,8 +164,8 @@ class RMiPO(base.Objective):
             object.__setattr__(self, "prior_context", "none")  # the class is frozen
         elif self.prior_context == "none":
             raise ValueError("prior_context is 'none': not with fidelity 'paper'; expected header or bos")
-        if self.schedule in ("exponential", "constant"):
-            base.refuse_unread(self, ["span"], f"schedule {self.schedule!r}")
+        if self.schedule in ("exponential", "constant") and self.span != type(self).span:
+            raise ValueError(f"span is {self.span}: it has no effect under schedule {self.schedule!r}; remove it")
 
     @property
     def needs(self) -> frozenset[str]:
@@ -178,7 +178,7 @@ class RMiPO(base.Objective):
 
     @property
     def regroups(self) -> str:
-        return "nothing" if self.signal == "shuffled" else "micro-batches" if self.sft_weight > 0 else "pairs"
+        return "nothing" if self.signal == "shuffled" else super().regroups
 
     @property
     def min_pairs(self) -> int:
@@ -206,4 +206,24 @@ class RMiPO(base.Objective):
         return {"pmi_chosen": chosen, "pmi_rejected": rejected, "delta_pmi": delta_pmi(chosen, rejected)}
 
     def summarize(self, columns: Mapping[str, Tensor]) -> dict[str, float]:
-        return base.summarize_margin(self.name, columns, self.gamma_min, self.gamma_max)
+        """Distribution of gamma over the pairs of a step and, where PMI was scored, of delta_pmi and its two terms."""
+        gamma = columns["gamma"].double()
+        summary = {
+            "gamma_mean": gamma.mean(),
+            "gamma_std": gamma.std(unbiased=False),
+            # Pairs that the model ranks wrongly by PMI; often most of them.
+            "gamma_at_max": (gamma > self.gamma_max - 1e-6).double().mean(),
+            "gamma_at_min": (gamma <= self.gamma_min + 0.01).double().mean(),
+        }
+        if "delta_pmi" in columns:
+            signal = columns["delta_pmi"].double()
+            length_difference = (columns["chosen_lengths"] - columns["rejected_lengths"]).double()
+            summary |= {
+                "delta_pmi_mean": signal.mean(),
+                "delta_pmi_std": signal.std(unbiased=False),
+                "pmi_chosen_mean": columns["pmi_chosen"].double().mean(),
+                "pmi_rejected_mean": columns["pmi_rejected"].double().mean(),
+            }
+            if signal.min() < signal.max() and length_difference.min() < length_difference.max():  # else undefined
+                summary["corr_delta_pmi_length"] = torch.corrcoef(torch.stack([signal, length_difference]))[0, 1]
+        return {f"{self.name}/{key}": value.item() for key, value in summary.items()}

@@ -4,7 +4,6 @@ from transformers import DefaultFlowCallback, Trainer, TrainerCallback
 from transformers.integrations import WandbCallback
 
 from rmipo.record import append_metrics, keep_metrics
-from rmipo.run.checkpoints import Checkpoints
 from rmipo.run.generations import SampleGenerations
 from rmipo.run.stop import FiniteWatchdog, SilenceWatchdog, StopOnSignal
 from rmipo.run.trackers import WandbBySteps
@@ -57,7 +56,6 @@ ORDER = [
     FiniteWatchdog,  # ends the run once the line that shows why is written
     SampleGenerations,
     SilenceWatchdog,
-    Checkpoints,  # last: its marker says that everything else of this step is written
 ]
 
 

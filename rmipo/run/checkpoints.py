@@ -1,73 +1,22 @@
-"""Checkpoints that can be trusted: a marker written last, and the identity of the run they belong to."""
+"""Where a run goes on from, what it must not overwrite, and what a full disk leaves."""
 
 import contextlib
 import errno
-import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from accelerate import PartialState
-from transformers import TrainerCallback
-
 from rmipo.errors import CheckpointError, UserError
-from rmipo.files import LOCK_FILE, TEMPORARY, write_atomically
+from rmipo.files import LOCK_FILE, TEMPORARY
 from rmipo.record import differences, recorded_run
-from rmipo.training import checkpoints
+from rmipo.training.checkpoints import complete_checkpoints, delete, is_torn, marked, numbered_checkpoints, step_of
 
-MARKER = "complete.json"
 FULL = (errno.ENOSPC, errno.EDQUOT)
 FULL_BYTES = 2**20  # less is a full disk: a failed write may have left some blocks free
 
 
 class FullDiskError(UserError, RuntimeError):
     """No room for a checkpoint; the message names the last good one."""
-
-
-class Checkpoints(TrainerCallback):
-    """Completes each checkpoint with a marker, when all processes have written.
-
-    Only then are older ones deleted, down to `save_total_limit` complete ones: the Trainer would delete the last complete
-    one before the new one has its marker.
-
-    Args:
-        identity: what a checkpoint must agree with to be resumed from; see `differences`.
-    """
-
-    def __init__(self, identity: dict):
-        self.identity = identity
-        self.limit: int | None = None
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        # The Trainer's own rotation is switched off; `on_save` rotates.
-        self.limit, args.save_total_limit = args.save_total_limit, None
-        if state.is_world_process_zero:
-            for folder in checkpoints.numbered_checkpoints(args.output_dir):
-                if checkpoints.is_torn(folder, MARKER):
-                    checkpoints.delete(folder, MARKER)
-                    print(f"{folder} is incomplete: deleted")
-
-    def on_save(self, args, state, control, **kwargs):
-        # Under ZeRO-3 each process writes a share: the marker waits for the slowest.
-        PartialState().wait_for_everyone()
-        if not state.is_world_process_zero:
-            return
-        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        content = {"step": state.global_step, "files": checkpoints.files_of(folder), **self.identity}
-        write_atomically(folder / MARKER, json.dumps(content))
-        if self.limit is not None and self.limit > 0:  # below 1 the Trainer keeps all, too
-            complete = complete_checkpoints(args.output_dir)
-            checkpoints.rotate(complete, MARKER, self.limit, keep=state.best_model_checkpoint)
-
-
-def complete_checkpoints(output_dir: str | Path) -> list[Path]:
-    """The folders of complete checkpoints, earliest step first. A copy under another step's name is not one."""
-    complete = checkpoints.complete_checkpoints(output_dir, MARKER)
-    return [
-        folder
-        for folder in complete
-        if json.loads((folder / MARKER).read_text())["step"] == checkpoints.step_of(folder)
-    ]
 
 
 def resume_point(output_dir: str | Path, identity: dict) -> str | None:
@@ -79,10 +28,10 @@ def resume_point(output_dir: str | Path, identity: dict) -> str | None:
     run, complete = recorded_run(output_dir), complete_checkpoints(output_dir)
     if run is not None:
         _refuse_other(run, identity, output_dir)
-        step = checkpoints.step_of(complete[-1]) if complete else 0
-        for folder in checkpoints.numbered_checkpoints(output_dir):
-            unsafe = folder not in complete and not checkpoints.is_torn(folder, MARKER)
-            if unsafe and checkpoints.step_of(folder) > step:
+        step = step_of(complete[-1]) if complete else 0
+        for folder in numbered_checkpoints(output_dir):
+            unsafe = folder not in complete and not is_torn(folder)
+            if unsafe and step_of(folder) > step:
                 raise CheckpointError(f"{folder} is not this run's, and the run would overwrite it. Move it away")
     else:
         ours = {LOCK_FILE, *(folder.name for folder in complete)}
@@ -97,8 +46,15 @@ def resume_point(output_dir: str | Path, identity: dict) -> str | None:
         )
     # All of them, as any may be the one that a user goes back to.
     for folder in complete:
-        _refuse_other(json.loads((folder / MARKER).read_text()), identity, folder)
+        _refuse_other(marked(folder), identity, folder)
     return str(complete[-1]) if complete else None
+
+
+def delete_torn(output_dir: Path) -> None:
+    for folder in numbered_checkpoints(output_dir):
+        if is_torn(folder):
+            delete(folder)
+            print(f"{folder} is incomplete: deleted")
 
 
 def _refuse_other(found: dict, identity: dict, folder: Path) -> None:

@@ -21,7 +21,7 @@ from rmipo.recipe.schema import PreferenceRunConfig
 from rmipo.record import RunRecord, recorded_run, run_identity
 from rmipo.run import export
 from rmipo.run.callbacks import Recorder, set_callbacks
-from rmipo.run.checkpoints import Checkpoints, explained_full_disk, resume_point
+from rmipo.run.checkpoints import delete_torn, explained_full_disk, resume_point
 from rmipo.run.stop import EXIT_STOPPED, FiniteWatchdog, SilenceWatchdog, StopOnSignal
 from rmipo.run.trackers import close_wandb, open_wandb
 from rmipo.training.distributed import on_main_process
@@ -132,14 +132,15 @@ class TrainingRun:
         """Train to the end, or to the checkpoint that a signal asks for: then the program ends with EXIT_STOPPED."""
         kept = []
         if self.record is not None:
-            identity = {key: self.record.content[key] for key in ("recipe", "fingerprints", "world_size")}
-            kept = [self.stop, Recorder(), Checkpoints(identity)]
+            trainer.marks |= {key: self.record.content[key] for key in ("recipe", "fingerprints", "world_size")}
+            kept = [self.stop, Recorder()]
         # Once, where an undisturbed run has it.
         trainer.args.eval_on_start &= self.checkpoint is None and trainer.args.eval_strategy != "no"
         trainer.args.logging_nan_inf_filter = False  # it would log an average in place of a NaN
         set_callbacks(trainer, [FiniteWatchdog(), self.silence, *callbacks, *kept])
         with explained_full_disk(self.folder):
             if self.record is not None and self.state.is_main_process:
+                delete_torn(self.folder)
                 self.record.start()
             trainer.train(resume_from_checkpoint=self.checkpoint)
         if self.stop.stopped:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
-from rmipo.training.packing import PackedSequence, TensorFields, pack_pairs, pack_priors
+from rmipo.training.packing import PackedSequence, pack_pairs, pack_priors
 
 # Micro-batches in one forward without gradient: under ZeRO-3 the parameters are gathered that much less often than for
 # one at a time, while the logits of a whole step would not fit (32 long pairs of Llama-3: 34 GB).
@@ -31,10 +31,11 @@ class MicroBatch(NamedTuple):
     step_pairs: int  # pairs in the whole optimizer step, over all processes
 
 
+@dataclass(eq=False)
 class StepSampler(Sampler):
     """Yields one optimizer step at a time: the list of this process's micro-batches.
 
-    Args:
+    Attributes:
         num_pairs: rows in the dataset; the last step takes what is left.
         global_batch_size: pairs per optimizer step over all processes.
         micro_batch_size: pairs per forward on one process.
@@ -44,29 +45,16 @@ class StepSampler(Sampler):
         regroups: what moves between processes where micro-batches are counted by pairs; see `Objective.regroups`.
     """
 
-    def __init__(
-        self,
-        num_pairs: int,
-        *,
-        global_batch_size: int,
-        micro_batch_size: int,
-        rank: int,
-        world_size: int,
-        seed: int | None,
-        max_tokens: int | None = None,
-        pair_tokens: Sequence[int] = (),
-        regroups: str = "nothing",
-    ):
-        self.num_pairs = num_pairs
-        self.global_batch_size = global_batch_size
-        self.micro_batch_size = micro_batch_size
-        self.rank = rank
-        self.world_size = world_size
-        self.seed = seed
-        self.max_tokens = max_tokens
-        self.pair_tokens = pair_tokens
-        self.regroups = regroups
-        self.epoch = 0
+    num_pairs: int
+    global_batch_size: int
+    micro_batch_size: int
+    rank: int
+    world_size: int
+    seed: int | None
+    max_tokens: int | None = None
+    pair_tokens: Sequence[int] = ()
+    regroups: str = "nothing"
+    epoch: int = 0
 
     @property
     def batch_sampler(self) -> "StepSampler":
@@ -194,8 +182,7 @@ class PairDataset(Dataset):
         return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
 
-@dataclass(frozen=True)
-class PackedMicroBatch(TensorFields):
+class PackedMicroBatch(NamedTuple):
     """A micro-batch as the model and the objective read it."""
 
     pairs: PackedSequence

@@ -1,38 +1,27 @@
-"""Gathering per-pair values over processes."""
+"""What processes tell each other."""
 
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from accelerate import Accelerator, PartialState
-from accelerate.utils import broadcast_object_list
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list, gather_object
 
 
-class Processes:
-    """What objectives with batch statistics, and the metrics, need to know of the other processes."""
+def gather(values: torch.Tensor) -> torch.Tensor:
+    """Concatenate `values` of all processes along dim 0, in the order of their ranks; the lengths may differ."""
+    if PartialState().num_processes == 1:
+        return values
+    # As objects: accelerate gathers tensors of one shape only.
+    return torch.cat(gather_object([values.cpu()])).to(values.device)
 
-    def __init__(self, accelerator: Accelerator):
-        self.accelerator = accelerator
-        self.rank = accelerator.process_index
-        self.count = accelerator.num_processes
 
-    def gather(self, values: torch.Tensor) -> torch.Tensor:
-        """Concatenate `values` of all processes along dim 0, in the order of their ranks; the lengths may differ."""
-        if self.count == 1:
-            return values
-        sizes = self.accelerator.gather(torch.tensor([len(values)], device=values.device)).tolist()
-        # accelerate gathers tensors of one shape only.
-        padded = values.new_zeros((max(sizes), *values.shape[1:]))
-        padded[: len(values)] = values
-        parts = self.accelerator.gather(padded).split(max(sizes))
-        return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
-
-    def gather_columns(self, batches: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-        """Per-pair columns of all micro-batches and processes: `{name: (pairs,)}` on the CPU."""
-        # One table and one exchange; sorted, as processes must agree on the order of its columns.
-        names = sorted(batches[0])
-        table = torch.cat([torch.stack([batch[name] for name in names], dim=1) for batch in batches])
-        return dict(zip(names, self.gather(table).cpu().unbind(1), strict=True))
+def gather_columns(batches: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Per-pair columns of all micro-batches and processes: `{name: (pairs,)}` on the CPU."""
+    # One table and one exchange; sorted, as processes must agree on the order of its columns.
+    names = sorted(batches[0])
+    table = torch.cat([torch.stack([batch[name] for name in names], dim=1) for batch in batches])
+    return dict(zip(names, gather(table).cpu().unbind(1), strict=True))
 
 
 def on_main_process(function: Callable[[], Any]) -> Any:

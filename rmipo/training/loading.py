@@ -39,19 +39,13 @@ def load_tokenizer(model_config: ModelConfig, chat_template: str | None = None) 
     name = model_config.model_name_or_path
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, revision=model_config.model_revision, trust_remote_code=False)
+        if chat_template is not None:
+            tokenizer.chat_template = chat_template
+        # Cohere's and a few others have one template for tools, one for RAG, and a default.
+        elif isinstance(tokenizer.chat_template, dict):
+            tokenizer.chat_template = tokenizer.get_chat_template()
     except (OSError, ValueError) as error:
         raise LoadingError(_explained(name, "tokenizer", error)) from error
-    if chat_template is not None:
-        tokenizer.chat_template = chat_template
-    # Cohere's and a few others have one template for tools, one for RAG, and a default.
-    elif isinstance(tokenizer.chat_template, dict):
-        if "default" not in tokenizer.chat_template:
-            raise LoadingError(
-                f"model_name_or_path: the tokenizer of {name} has several chat templates, "
-                f"{', '.join(tokenizer.chat_template)}, and none is named default. Set chat_template to the text of one, or "
-                "to a .jinja file with it"
-            )
-        tokenizer.chat_template = tokenizer.chat_template["default"]
     return tokenizer
 
 
@@ -65,32 +59,31 @@ def read_generation_config(folder: str | Path) -> dict:
 
 
 def check_limits(
-    tokenizer: PreTrainedTokenizerBase, model_config: ModelConfig, length: int | None, of: str = "max_length"
+    tokenizer: PreTrainedTokenizerBase,
+    model: ModelConfig | PreTrainedModel | PeftModel,
+    length: int | None,
+    of: str = "max_length",
 ) -> None:
     """Raises LoadingError where the model has no embedding for one of the tokens, or no position for one of `length`.
 
-    `of`: what has that length. An adapter is refused, too: it is no model.
+    Without this, tokens end in an IndexError, and positions in one or, on rotary embeddings, in silence. An adapter's
+    folder is refused, too: it is no model.
+
+    Args:
+        of: what has that length.
     """
-    name = model_config.model_name_or_path
-    if (Path(name) / "adapter_config.json").is_file():
-        raise LoadingError(
-            f"model_name_or_path: {name} holds an adapter. Merge it first: "
-            f".venv/bin/python scripts/merge_adapter.py {name}"
-        )
-    try:
-        config = AutoConfig.from_pretrained(name, revision=model_config.model_revision, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise LoadingError(_explained(name, "configuration", error)) from error
-    check_config(tokenizer, config, length, name, of)
-
-
-def check_config(
-    tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig, length: int | None, name: str, of: str = "max_length"
-) -> None:
-    """`check_limits` of a model's configuration.
-
-    Without this, tokens end in an IndexError, and positions in one or, on rotary embeddings, in silence.
-    """
+    if isinstance(model, ModelConfig):
+        name = model.model_name_or_path
+        if (Path(name) / "adapter_config.json").is_file():
+            merge = f".venv/bin/python scripts/merge_adapter.py {name}"
+            raise LoadingError(f"model_name_or_path: {name} holds an adapter. Merge it first: {merge}")
+        try:
+            config = AutoConfig.from_pretrained(name, revision=model.model_revision, trust_remote_code=False)
+        except (OSError, ValueError) as error:
+            raise LoadingError(_explained(name, "configuration", error)) from error
+    else:
+        config = model.config
+        name = config._name_or_path or type(model).__name__
     # Checkpoints with vision keep the decoder's sizes in a part of their configuration.
     config = config.get_text_config()
     problems = []
@@ -153,10 +146,6 @@ def check_adapters(model: PeftModel) -> None:
     problems = []
     if getattr(config, "lora_alpha", 1) <= 0:
         problems.append(f"lora_alpha is {config.lora_alpha}: adapters are scaled by it. Expected more than 0")
-    layers = getattr(config, "layers_to_transform", None) or []
-    count = getattr(base.config.get_text_config(), "num_hidden_layers", None)
-    if count and (missing := [layer for layer in ([layers] if isinstance(layers, int) else layers) if layer >= count]):
-        problems.append(f"layers_to_transform: the model has {count} layers, and no layer {missing[0]}")
     for key, known in (("target_modules", modules), ("modules_to_save", modules), ("target_parameters", parameters)):
         asked = getattr(config, key, None)
         asked = [] if isinstance(asked, str | None) else asked  # a text is a pattern

@@ -3,43 +3,33 @@
 import json
 import time
 from collections.abc import Collection
-from dataclasses import fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import psutil
 import torch
+from accelerate import PartialState
 
 from rmipo.errors import UserError
 from rmipo.objectives import Objective, ObjectiveOutput, PairScores
 from rmipo.training.batching import PackedMicroBatch
-from rmipo.training.distributed import Processes
+from rmipo.training.distributed import gather
 
 
+@dataclass
 class LogWindow:
     """The pairs of this process since the last log line, and the time since then."""
 
-    def __init__(self):
-        self.columns: list[dict[str, torch.Tensor]] = []  # of each micro-batch, from `columns_of`
-        self.tokens = 0  # packed positions with a gradient
-        self.start = time.perf_counter()
-
-    def add(self, columns: dict[str, torch.Tensor], tokens: int) -> None:
-        self.columns.append(columns)
-        self.tokens += tokens
+    columns: list[dict[str, torch.Tensor]] = field(default_factory=list)  # of each micro-batch, from `columns_of`
+    tokens: int = 0  # packed positions with a gradient
+    start: float = field(default_factory=time.perf_counter)
 
 
 def columns_of(scores: PairScores, output: ObjectiveOutput) -> dict[str, torch.Tensor]:
     """Everything known per pair, detached: `{name: (pairs,)}`, named as the fields of both plus the diagnostics."""
-    columns = {name: value for name, value in vars(scores).items() if value is not None}
-    columns |= {
-        "losses": output.losses,
-        "chosen_rewards": output.chosen_rewards,
-        "rejected_rewards": output.rejected_rewards,
-        **output.diagnostics,
-    }
-    if output.gamma is not None:
-        columns["gamma"] = output.gamma
-    return {name: value.detach() for name, value in columns.items()}
+    columns = vars(scores) | vars(output) | output.diagnostics
+    del columns["diagnostics"]
+    return {name: value.detach() for name, value in columns.items() if value is not None}
 
 
 def step_metrics(columns: dict[str, torch.Tensor], objective: Objective) -> dict[str, float]:
@@ -106,11 +96,7 @@ class NonFiniteLossError(UserError, RuntimeError):
 
 
 def raise_if_not_finite(
-    losses: list[torch.Tensor],
-    micro_batches: list[PackedMicroBatch],
-    processes: Processes,
-    output_dir: str | Path,
-    step: int,
+    losses: list[torch.Tensor], micro_batches: list[PackedMicroBatch], output_dir: str | Path, step: int
 ) -> None:
     """Stop all processes together if a loss of this step is NaN or infinite: one synchronisation per optimizer step.
 
@@ -122,7 +108,7 @@ def raise_if_not_finite(
     """
     bad = torch.stack([~loss.isfinite().all() for loss in losses]).any()
     # All or none raise: a process that goes on alone would wait for the others in its next forward.
-    if not processes.gather(bad.reshape(1)).any():
+    if not gather(bad.reshape(1)).any():
         return
     pairs = [
         {"row": row, "loss": str(value)}
@@ -131,7 +117,7 @@ def raise_if_not_finite(
         if not finite
     ]
     # Each process writes its own: the pairs are on different machines.
-    path = Path(output_dir) / f"non_finite_rank{processes.rank}.json"
+    path = Path(output_dir) / f"non_finite_rank{PartialState().process_index}.json"
     rows = [micro_batch.rows for micro_batch in micro_batches]
     path.write_text(json.dumps({"step": step, "pairs": pairs, "rows": rows}, indent=1))
     raise NonFiniteLossError(

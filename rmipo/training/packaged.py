@@ -7,7 +7,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
@@ -34,12 +34,7 @@ class PackagedWeights:
 
     @classmethod
     def load(cls, path: str | Path) -> "PackagedWeights":
-        """Raises ConfigError or WeightsError if the file doesn't hold exactly these knobs."""
-        knobs = read_yaml(path)
-        expected = [field.name for field in fields(cls)]
-        if sorted(knobs) != sorted(expected):
-            raise WeightsError(f"{path} holds the keys {sorted(knobs)}: expected {sorted(expected)}")
-        return cls(**knobs)
+        return cls(**read_yaml(path))
 
 
 def make_weights(source: PackagedWeights, folder: Path) -> bool:

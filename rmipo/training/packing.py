@@ -4,9 +4,7 @@ A pair becomes `[x[:-1] | x[-1] y_w[:-1] | x[-1] y_l[:-1]]`: the prompt is compu
 prompt's last token, and the labels are already shifted, so a branch's first position predicts the first response token.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, Self
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,26 +20,7 @@ class Segment(NamedTuple):
     length: int
 
 
-class TensorFields:
-    """A dataclass whose tensors, and those in its dicts and dataclasses, move together."""
-
-    def _map(self, change: Callable[[Any], Any]) -> Self:
-        def changed(value: Any) -> Any:
-            if isinstance(value, dict):
-                return {key: changed(part) for key, part in value.items()}
-            return change(value) if isinstance(value, Tensor | TensorFields) else value
-
-        return replace(self, **{name: changed(value) for name, value in vars(self).items()})
-
-    def to(self, device: torch.device) -> Self:
-        return self._map(lambda value: value.to(device))
-
-    def pin_memory(self) -> Self:  # called by the DataLoader
-        return self._map(lambda value: value.pin_memory())
-
-
-@dataclass(frozen=True)
-class PackedSequence(TensorFields):
+class PackedSequence(NamedTuple):
     """T positions that hold S responses with R scored tokens in all. Made by `pack`.
 
     A group is a prefix with its branches, one per response. A position sees its group's prefix and its own branch,
@@ -57,6 +36,9 @@ class PackedSequence(TensorFields):
     owner: Tensor  # (R,) the response that each belongs to, in 0..S-1
     segments: tuple[Segment, ...]  # of the non-empty responses, in order
     num_responses: int  # S
+
+    def to(self, device: torch.device) -> "PackedSequence":
+        return PackedSequence(*(part.to(device) if isinstance(part, Tensor) else part for part in self))
 
     @property
     def length(self) -> int:
@@ -86,7 +68,7 @@ class PackedSequence(TensorFields):
         """Lengthened to a multiple of `multiple` by positions that score nothing and form a group of their own."""
         extra = (0, -self.length % multiple)
         fill = {"input_ids": 0, "position_ids": 0, "groups": self.length, "branches": -1}
-        return replace(self, **{name: F.pad(getattr(self, name), extra, value=value) for name, value in fill.items()})
+        return self._replace(**{name: F.pad(getattr(self, name), extra, value=value) for name, value in fill.items()})
 
 
 def pack(groups: list[tuple[list[int], list[list[int]]]]) -> PackedSequence:
@@ -118,14 +100,9 @@ def pack(groups: list[tuple[list[int], list[list[int]]]]) -> PackedSequence:
                 segments.append(Segment(prefix_start, shared, start, length))
             num_responses += 1
         group_of += [prefix_start] * (len(input_ids) - prefix_start)
-    columns = (group_of, branch_of, scored, labels, owner)
-    return PackedSequence(
-        torch.tensor([input_ids], dtype=torch.long),
-        torch.tensor([position_ids], dtype=torch.long),
-        *(torch.tensor(values, dtype=torch.long) for values in columns),
-        segments=tuple(segments),
-        num_responses=num_responses,
-    )
+    columns = ([input_ids], [position_ids], group_of, branch_of, scored, labels, owner)
+    tensors = (torch.tensor(values, dtype=torch.long) for values in columns)
+    return PackedSequence(*tensors, segments=tuple(segments), num_responses=num_responses)
 
 
 def pack_pairs(pairs: list[dict], chosen: str = "chosen_ids", rejected: str = "rejected_ids") -> PackedSequence:
@@ -156,8 +133,7 @@ def concatenate(parts: list[PackedSequence]) -> PackedSequence:
     shifted, segments, positions, responses = [], [], 0, 0
     for part in parts:
         shifted.append(
-            replace(
-                part,
+            part._replace(
                 groups=part.groups + positions,
                 branches=torch.where(part.branches < 0, -1, part.branches + positions),
                 scored=part.scored + positions,
@@ -168,6 +144,5 @@ def concatenate(parts: list[PackedSequence]) -> PackedSequence:
                      for s in part.segments]  # fmt: skip
         positions += part.length
         responses += part.num_responses
-    tensors = [name for name, value in vars(parts[0]).items() if isinstance(value, Tensor)]
-    joined = {name: torch.cat([getattr(part, name) for part in shifted], dim=-1) for name in tensors}
-    return PackedSequence(**joined, segments=tuple(segments), num_responses=responses)
+    *columns, _, _ = zip(*shifted, strict=True)
+    return PackedSequence(*(torch.cat(column, dim=-1) for column in columns), tuple(segments), responses)

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import datetime
+import functools
 from collections.abc import Callable, Mapping
 
 import pyarrow.compute as pc
@@ -25,7 +26,7 @@ from rmipo.objectives import PRIORS, build_objective
 from rmipo.recipe.arguments import PairConfig
 from rmipo.recipe.schema import ModelConfig
 from rmipo.training.distributed import on_main_process
-from rmipo.training.loading import check_adapters, check_config, check_limits, load_model, load_tokenizer
+from rmipo.training.loading import check_adapters, check_limits, load_model, load_tokenizer
 
 TOKENIZED = tuple(f"{side}_ids" for side in SIDES)
 # Pairs of plain texts under a tokenizer without a template: response after prompt, and the end token, as in TRL.
@@ -97,10 +98,7 @@ class TokenizedPairs:
         self.args, self.objective = args, build_objective(args.objective)
         self.chat: ChatFormat | None = None
         if tokenizer is not None:
-            if isinstance(model, ModelConfig):
-                check_limits(tokenizer, model, args.max_length)
-            else:
-                check_config(tokenizer, model.config, args.max_length, name_of(model) or type(model).__name__)
+            check_limits(tokenizer, model, args.max_length)
             raw = [given for given in rows.values() if not is_tokenized(given)]
             if raw or tokenizer.chat_template is not None:
                 # TRL's standard format has no roles: a base model's tokenizer has no template for them.
@@ -169,12 +167,15 @@ class TokenizedPairs:
         (rows, *_) = self.splits.values()
         pair = rows[0]
 
-        def shown(ids: list[int], form: str) -> list[str]:
-            return [form.format(text.replace("\n", "\\n")) for text in self.chat.pieces(ids)]
+        def shown(ids: list[int], form: str, start: int, end: int) -> str:
+            texts = [form.format(text.replace("\n", "\\n")) for text in self.chat.pieces(ids)]
+            if (more := len(texts) - start - end) > 0:
+                texts[start : start + more] = [f" ... {more} more ... "]
+            return "".join(texts)
 
-        lines = ["prompt    " + shortened(shown(pair["prompt_ids"], "{}"), 0, EXAMPLE_TOKENS)]
+        lines = ["prompt    " + shown(pair["prompt_ids"], "{}", 0, EXAMPLE_TOKENS)]
         for side in SIDES[1:]:
-            lines.append(f"{side:<10}" + shortened(shown(pair[f"{side}_ids"], "[{}]"), EXAMPLE_TOKENS - 6, 6))
+            lines.append(f"{side:<10}" + shown(pair[f"{side}_ids"], "[{}]", EXAMPLE_TOKENS - 6, 6))
         return "\n  ".join([f"row {pair['row']} in tokens, [scored] ones in brackets:", *lines])
 
     def fingerprints(self) -> dict[str, str]:
@@ -187,13 +188,6 @@ class TokenizedPairs:
             "prompt_probe": [self.chat.prompt_ids(messages) for messages in PROBES],
             "data": {split: report.as_dict() for split, report in self.reports.items()},
         }
-
-
-def shortened(texts: list[str], start: int, end: int) -> str:
-    """The first and last of `texts`, joined."""
-    if len(texts) <= start + end:
-        return "".join(texts)
-    return "".join([*texts[:start], f" ... {len(texts) - start - end} more ... ", *texts[len(texts) - end :]])
 
 
 def prompt_hashes(rows: Dataset) -> list[str]:
@@ -262,16 +256,13 @@ def weights_of(model: ModelConfig | Loaded) -> Callable[[], str]:
     Those of a loaded model may differ from what its folder holds, so they are read now.
     """
     if isinstance(model, ModelConfig):  # its files stay as they are
-        return lambda: on_main_process(lambda: model_fingerprint(model.model_name_or_path, model.model_revision))
-    fingerprint = _fingerprint_in_memory(model)
-    return lambda: fingerprint
-
-
-def _fingerprint_in_memory(model: Loaded) -> str:
+        name, revision = model.model_name_or_path, model.model_revision
+        return functools.cache(lambda: on_main_process(lambda: model_fingerprint(name, revision)))
     digest = xxhash.xxh3_128()
-    for name, parameter in model.named_parameters():
-        # Bytes, as numpy has no bfloat16.
+    for key, parameter in model.named_parameters():
         own = getattr(parameter, "ds_tensor", parameter)  # under ZeRO-3 a process has a part of each
-        digest.update(name.encode())
+        digest.update(key.encode())
+        # Bytes, as numpy has no bfloat16.
         digest.update(own.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return json_fingerprint(gather_object([digest.hexdigest()]))
+    fingerprint = json_fingerprint(gather_object([digest.hexdigest()]))
+    return lambda: fingerprint

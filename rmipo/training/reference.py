@@ -9,6 +9,7 @@ import functools
 from pathlib import Path
 
 import torch
+from accelerate.utils import send_to_device
 from peft import PeftModel
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -21,7 +22,7 @@ from rmipo.files import replacing
 from rmipo.fingerprints import code_fingerprint, rows_fingerprint, text_fingerprint
 from rmipo.training import attention, scoring
 from rmipo.training.batching import PairDataset, StepSampler, pack_micro_batch
-from rmipo.training.distributed import on_main_process
+from rmipo.training.distributed import gather_columns, on_main_process
 from rmipo.training.packing import PackedSequence, split_pairs
 
 # What is scored beforehand: need of the objective -> part of a micro-batch, prefix of its columns in PairScores.
@@ -39,41 +40,31 @@ def code_digest() -> str:
     return code_fingerprint(Path(__file__).parent, SCORING)
 
 
-class ReferenceCache:
-    """Columns of sums for one tokenised dataset, in a file of `folder` (recipe key `reference_cache_dir`).
+def load_scores(path: Path, resuming: bool = False) -> dict[str, torch.Tensor] | None:
+    """The columns in a file of `Reference.cache`, `(pairs,)` each; None, with a notice, where they are scored anew.
 
-    The file is named after `content`, which says what the columns are: model, precision, data, names. It also says which
-    code scored them: a run that begins has them scored by the code that is there, one that goes on keeps its own.
+    The file says which code scored them: a run that begins has them scored by the code that is there, one that goes on
+    keeps its own.
     """
+    if not path.exists():
+        return None
+    try:
+        with safe_open(path, "pt") as file:
+            columns = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            code = (file.metadata() or {}).get("code")
+    except SafetensorError as error:
+        print(f"reference cache {path} can't be read ({error}): scored anew")
+        return None
+    # A resumed run keeps its scores: half of its steps were trained against them.
+    if not resuming and code != code_digest():
+        print(f"reference cache {path} was made by another version of this code or its libraries: scored anew")
+        return None
+    return columns
 
-    def __init__(self, folder: str | Path, content: str):
-        self.content = content
-        self.path = Path(folder) / f"{text_fingerprint(self.content)}.safetensors"
 
-    def load(self, num_pairs: int, resuming: bool = False) -> dict[str, torch.Tensor] | None:
-        """The columns, `(num_pairs,)` each; None, with a notice, where the file is not what its name promises."""
-        if not self.path.exists():
-            return None
-        try:
-            with safe_open(self.path, "pt") as file:
-                columns = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-                metadata = file.metadata() or {}
-        except SafetensorError as error:
-            print(f"reference cache {self.path} can't be read ({error}): scored anew")
-            return None
-        content = metadata.get("content")
-        if content != self.content or any(len(values) != num_pairs for values in columns.values()):
-            print(f"reference cache {self.path} holds {content}, expected {self.content}: scored anew")
-            return None
-        # A resumed run keeps its scores: half of its steps were trained against them.
-        if not resuming and metadata.get("code") != code_digest():
-            print(f"reference cache {self.path} was made by another version of this code or its libraries: scored anew")
-            return None
-        return columns
-
-    def save(self, columns: dict[str, torch.Tensor]) -> None:
-        with replacing(self.path) as temporary:
-            save_file(columns, temporary, metadata={"content": self.content, "code": code_digest()})
+def save_scores(path: Path, columns: dict[str, torch.Tensor]) -> None:
+    with replacing(path) as temporary:
+        save_file(columns, temporary, metadata={"code": code_digest()})
 
 
 class Reference:
@@ -88,17 +79,13 @@ class Reference:
     def __init__(self, trainer, model: PreTrainedModel | None = None):
         self.trainer = trainer
         self.model = model
+        self.parts = dict(part for need, part in BEFOREHAND.items() if need in trainer.objective.needs)
         if model is not None:
             attention.attach(model.requires_grad_(False).eval(), trainer.attention_kind)
             if trainer.is_deepspeed_enabled:
                 self.model = prepare_deepspeed(model, trainer.accelerator)
             else:
                 self.model = trainer.accelerator.prepare_model(model, evaluation_mode=True)
-
-    @functools.cached_property
-    def model_key(self) -> str:
-        """Fingerprint of the initial weights."""
-        return self.trainer.initial_weights()
 
     def logits(self, packed: PackedSequence) -> torch.Tensor:
         """The reference's logits at the response positions, `(R, vocabulary)`."""
@@ -114,41 +101,37 @@ class Reference:
             CheckpointError: the weights are no longer the initial ones, and the cache is gone.
         """
         trainer = self.trainer
-        if not self._parts():
+        if not self.parts:
             return
-        cache = self.cache(dataset)
-        scores = on_main_process(lambda: cache.load(len(dataset), resuming))
+        path = self.cache(dataset)
+        scores = on_main_process(lambda: load_scores(path, resuming))
         if scores is None:
             # With adapters off the base model is still the initial one; other weights have moved.
             if resuming and not isinstance(trainer.model, PeftModel):
                 raise CheckpointError(
                     f"resuming {trainer.objective.name} needs the log-probabilities of the initial policy, but "
-                    f"{cache.path} is gone: restore it, or start the run again from its beginning"
+                    f"{path} is gone: restore it, or start the run again from its beginning"
                 )
             scores = self._score(dataset)
             if trainer.is_world_process_zero():
-                cache.save(scores)
+                save_scores(path, scores)
         dataset.scores = scores
 
-    def cache(self, dataset: PairDataset) -> ReferenceCache:
-        """Where the scores of `dataset` are kept."""
-        args, parts = self.trainer.args, self._parts()
-        model = self.trainer.model
+    def cache(self, dataset: PairDataset) -> Path:
+        """The file of the scores of `dataset`, named after what they are: model, precision, data, columns."""
+        args, model, parts = self.trainer.args, self.trainer.model, self.parts
         # Precision too: bfloat16 moves the sum over a long response by nats.
-        content = f"model {self.model_key} in {model.dtype}, bf16 {args.bf16}, fp16 {args.fp16}, "
+        content = f"model {self.trainer.initial_weights()} in {model.dtype}, bf16 {args.bf16}, fp16 {args.fp16}, "
         if quantization := getattr(model.config, "quantization_config", None):
             content += f"quantized by {quantization}, "
         content += f"data {rows_fingerprint(dataset.tokenized)}, {' '.join(parts)}"
         if "prior" in parts:
             content += f" after {self.trainer.prior_context}"
-        return ReferenceCache(args.reference_cache_dir or Path(args.output_dir) / "reference", content)
-
-    def _parts(self) -> dict[str, str]:
-        """Parts of a micro-batch that the objective needs scored beforehand, with the prefix of their columns."""
-        return dict(part for need, part in BEFOREHAND.items() if need in self.trainer.objective.needs)
+        folder = args.reference_cache_dir or Path(args.output_dir) / "reference"
+        return Path(folder) / f"{text_fingerprint(content)}.safetensors"
 
     def _score(self, dataset: PairDataset) -> dict[str, torch.Tensor]:
-        trainer, args, parts, scored = self.trainer, self.trainer.args, self._parts(), []
+        trainer, args, parts, scored = self.trainer, self.trainer.args, self.parts, []
         trainer.model_wrapped.eval()
         size = args.per_device_eval_batch_size
         # Every process takes its share, as in training.
@@ -159,7 +142,7 @@ class Reference:
         for (cut,) in tqdm(
             cuts, "log-probabilities of the initial policy", disable=not trainer.is_local_process_zero()
         ):
-            batch = pack_micro_batch(*dataset[cut], parts.keys(), trainer.prior_context).to(args.device)
+            batch = send_to_device(pack_micro_batch(*dataset[cut], parts.keys(), trainer.prior_context), args.device)
             values = {"index": torch.tensor(cut.indices, device=args.device)}
             for part, prefix in parts.items():
                 with torch.no_grad(), self._adapters_off():
@@ -170,7 +153,7 @@ class Reference:
                 values |= {f"{prefix}chosen_logps": chosen, f"{prefix}rejected_logps": rejected}
             # The index travels in the same table, and float32 counts exactly only to 16 million.
             scored.append({name: value[: cut.real].double() for name, value in values.items()})
-        columns = trainer.processes.gather_columns(scored)
+        columns = gather_columns(scored)
         # Processes scored every n-th pair: back in the order of the dataset.
         order = columns.pop("index").argsort()
         return {name: values[order].float() for name, values in columns.items()}

@@ -117,17 +117,6 @@ class Scorer:
         """Log-probability of every response, `(S,)` float32, on the CPU."""
         return response_logps(self.model, packed.to(self.model.device), self.kind, self.model.config).cpu()
 
-    def pairs(self, rows: list[dict], prior_context: list[int] | None = None) -> dict[str, torch.Tensor]:
-        """What `score_pairs` returns, of one batch."""
-        packed = {"": pack_pairs(rows)}
-        if prior_context is not None:
-            packed["prior_"] = pack_priors(rows, prior_context)
-        columns = {}
-        for prefix, sequence in packed.items():
-            columns[f"{prefix}chosen_logps"], columns[f"{prefix}rejected_logps"] = split_pairs(self.sums(sequence))
-        columns["chosen_lengths"], columns["rejected_lengths"] = split_pairs(packed[""].response_lengths)
-        return columns
-
 
 def by_tokens(items: Iterable, length: Callable[[Any], int] = len, limit: int = TOKENS) -> Iterator[list]:
     """`items` in order, cut into batches whose lengths add up to about `limit`."""
@@ -160,9 +149,17 @@ def score_pairs(
     Returns:
         CPU float32 tensors `(pairs,)` named like the fields of `PairScores`: sums of log-probabilities and lengths.
     """
+    scored: dict[str, list[torch.Tensor]] = {}
     with Scorer(model, kind) as scorer:
-        scored = [scorer.pairs(batch, prior_context) for batch in batches]
-    return {name: torch.cat([columns[name] for columns in scored]) for name in scored[0]}
+        for rows in batches:
+            packed = pack_pairs(rows)
+            columns = {"{}_logps": scorer.sums(packed), "{}_lengths": packed.response_lengths}
+            if prior_context is not None:
+                columns["prior_{}_logps"] = scorer.sums(pack_priors(rows, prior_context))
+            for name, values in columns.items():
+                for side, part in zip(("chosen", "rejected"), split_pairs(values), strict=True):
+                    scored.setdefault(name.format(side), []).append(part)
+    return {name: torch.cat(parts) for name, parts in scored.items()}
 
 
 @torch.no_grad()

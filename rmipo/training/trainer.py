@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from accelerate.utils import DistributedType
+from accelerate.utils import send_to_device
 from datasets import Dataset
 from peft import PeftConfig, PeftModel
 from torch.utils.data import DataLoader
@@ -24,42 +24,16 @@ from rmipo.objectives import PRIORS, PairScores, build_objective
 from rmipo.objectives.papers import PAPERS
 from rmipo.recipe.arguments import PairConfig, RMiPOConfig
 from rmipo.recipe.schema import ModelConfig
-from rmipo.training import attention, parts, scoring
-from rmipo.training.batching import (
-    HOISTED_MICRO_BATCHES,
-    PackedMicroBatch,
-    PairDataset,
-    StepSampler,
-    pack_step,
-    packed_lengths,
-)
-from rmipo.training.checkpoints import (
-    OBJECTIVE_STATE,
-    EndsWithItsLastStep,
-    complete_checkpoints,
-    decisive,
-    gather_at_the_end,
-    load_objective_state,
-    rotate,
-    save_objective_state,
-    step_of,
-)
-from rmipo.training.distributed import Processes
+from rmipo.training import attention, batching, checkpoints, metrics, parts, scoring
+from rmipo.training.batching import PackedMicroBatch, PairDataset
+from rmipo.training.distributed import gather, gather_columns
 from rmipo.training.loading import require_masters, require_trained
-from rmipo.training.metrics import (
-    LogWindow,
-    columns_of,
-    num_non_embedding_parameters,
-    peak_memory_gib,
-    raise_if_not_finite,
-    step_metrics,
-)
 from rmipo.training.packing import concatenate, split_pairs
 from rmipo.training.parity import MAX_PAIRS, check_parity
 from rmipo.training.reference import BEFOREHAND, Reference
 
 
-class PreferenceTrainer(EndsWithItsLastStep):
+class PreferenceTrainer(checkpoints.ResumableTrainer):
     """Trains a causal LM on preference pairs with any objective of `rmipo.objectives`.
 
     An item of the training dataloader is one optimizer step: this process's share of the global batch, cut into packed
@@ -126,9 +100,12 @@ class PreferenceTrainer(EndsWithItsLastStep):
         if prior_context is not None and self.pairs.chat and prior_context != self.pairs.prior_context():
             stands_for = f"the objective's stands for {self.pairs.prior_context()}"
             raise ConfigError(f"prior_context is {prior_context}, and {stands_for}. Leave it out")
-        self.collate = functools.partial(pack_step, needs=self.objective.needs, prior_context=self.prior_context)
+        self.collate = functools.partial(
+            batching.pack_step, needs=self.objective.needs, prior_context=self.prior_context
+        )
         mismatched = "mismatched" in self.objective.needs
         datasets = {split: PairDataset(tokenized, mismatched) for split, tokenized in self.pairs.splits.items()}
+        self.datasets = [*datasets.values()]
 
         # Model, adapters, and a frozen copy where the reference's logits are needed.
         scored_before = bool(self.objective.needs & BEFOREHAND.keys())
@@ -161,12 +138,11 @@ class PreferenceTrainer(EndsWithItsLastStep):
             plugin = self.accelerator.state.fsdp_plugin
             if plugin.mixed_precision_policy is not None:  # None in float32
                 plugin.mixed_precision_policy = dataclasses.replace(plugin.mixed_precision_policy, output_dtype=None)
-        self.processes = Processes(self.accelerator)
         self.reference = Reference(self, ref_model)
-        self.num_non_embedding_parameters = num_non_embedding_parameters(policy)
+        self.num_non_embedding_parameters = metrics.num_non_embedding_parameters(policy)
         self.parity: float | None = None
         self.eval_columns: dict[str, torch.Tensor] | None = None  # per pair, of the last evaluation
-        self.window = LogWindow()
+        self.window = metrics.LogWindow()
 
     # ------------------------------------------------------------------ Algorithm 1
     # Line 1 is loading the model, lines 2 and 14 are the loop in `Trainer.train`, which calls `training_step`.
@@ -177,34 +153,36 @@ class PreferenceTrainer(EndsWithItsLastStep):
         The gradients of the micro-batches add up, as each has its share of the mean.
         """
         # Line 3: a batch of preference pairs.
-        micro_batches = [micro_batch.to(self.args.device) for micro_batch in inputs]
+        micro_batches = send_to_device(inputs, self.args.device)
         # Once per step: delta_pmi needs no gradient (App. B), and the weights don't change within a step.
         # Line 5, without gradient: log pi(y_w), log pi(y_l).
         hoisted = self.score_without_gradient(model, micro_batches)
         model.train()
-        losses, columns = [], []
+        losses, columns, count = [], [], self.args.world_size
         for number, (micro_batch, known) in enumerate(zip(micro_batches, hoisted, strict=True), start=1):
             last = number == len(micro_batches)
             with self._accumulation(model, last):
                 # Line 5, with gradient: log pi(y_w|x), log pi(y_l|x).
                 scores = self.score(model, micro_batch, known)
-                processes = self.processes
                 self.objective_state = self.objective.observe(
-                    self.objective_state, scores, processes.gather, processes.rank
+                    self.objective_state, scores, gather, self.args.process_index
                 )
                 # Lines 6 to 12: delta_pmi, the reward difference, the margin gamma, the loss of each pair (Eq. 8).
                 output = self.objective(scores, self.objective_state)
                 # Line 13: the gradient. It is averaged over processes, so this sums to the mean over the step's pairs.
-                loss = output.losses.sum() * processes.count / micro_batch.cut.step_pairs
-                self.accelerator.backward(loss, **self._backward_kwargs)
+                loss = output.losses.sum() * count / micro_batch.cut.step_pairs
+                # It is already a share of the mean: DeepSpeed must not divide by its own accumulation steps.
+                deepspeed = {"scale_wrt_gas": False} if self.is_deepspeed_enabled else {}
+                self.accelerator.backward(loss, **deepspeed)
             losses.append(output.losses.detach())
-            columns.append(columns_of(scores, output))
-            self.window.add(columns[-1], tokens=micro_batch.pairs.length)
+            columns.append(metrics.columns_of(scores, output))
+            self.window.columns.append(columns[-1])
+            self.window.tokens += micro_batch.pairs.length
         # Before the optimizer: a NaN would be in every weight after its step.
-        raise_if_not_finite(losses, micro_batches, processes, self.args.output_dir, self.state.global_step + 1)
+        metrics.raise_if_not_finite(losses, micro_batches, self.args.output_dir, self.state.global_step + 1)
         if self.objective_state:
-            self.objective_state = self.objective.end_step(self.objective_state, processes.gather_columns(columns))
-        return torch.cat(losses).sum() * processes.count / micro_batches[0].cut.step_pairs
+            self.objective_state = self.objective.end_step(self.objective_state, gather_columns(columns))
+        return torch.cat(losses).sum() * count / micro_batches[0].cut.step_pairs
 
     def score(self, model, micro_batch: PackedMicroBatch, known: dict[str, torch.Tensor]) -> PairScores:
         """Log-probabilities of both responses given their prompt, beside what is `known`: tensors over the real pairs."""
@@ -233,8 +211,8 @@ class PreferenceTrainer(EndsWithItsLastStep):
         model.eval()
         for kind in ("prior", "mismatched"):
             packed = [part for micro_batch in micro_batches if (part := getattr(micro_batch, kind)) is not None]
-            for start in range(0, len(packed), HOISTED_MICRO_BATCHES):
-                group = packed[start : start + HOISTED_MICRO_BATCHES]
+            for start in range(0, len(packed), batching.HOISTED_MICRO_BATCHES):
+                group = packed[start : start + batching.HOISTED_MICRO_BATCHES]
                 with torch.no_grad():
                     logps = scoring.response_logps(model, concatenate(group), self.attention_kind, self.model.config)
                 for scored, part in zip(known[start:], logps.split([p.num_responses for p in group]), strict=False):
@@ -249,20 +227,13 @@ class PreferenceTrainer(EndsWithItsLastStep):
         FSDP2 would otherwise keep the whole, undivided gradient on every process until the last one.
         """
         self.accelerator.gradient_state._set_sync_gradients(last)
-        each = self.accelerator.distributed_type == DistributedType.DEEPSPEED or self.accelerator.is_fsdp2
+        each = self.is_deepspeed_enabled or self.accelerator.is_fsdp2
         with contextlib.nullcontext() if last or each else self.accelerator.no_sync(model):
             yield
-
-    @property
-    def _backward_kwargs(self) -> dict:
-        # The loss is already a share of the mean, so DeepSpeed must not divide by its own accumulation steps.
-        return {"scale_wrt_gas": False} if self.accelerator.distributed_type == DistributedType.DEEPSPEED else {}
 
     # ------------------------------------------------------------------ data
 
     def get_train_dataloader(self) -> DataLoader:
-        if self.train_dataset is None:
-            raise DataError("there is no train_dataset: pass one to train; evaluate() works without")
         max_tokens = self.args.max_tokens_per_micro_batch
         return self._loader(
             self.train_dataset,
@@ -270,7 +241,9 @@ class PreferenceTrainer(EndsWithItsLastStep):
             micro_batch_size=self.args.per_device_train_batch_size,
             seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
             max_tokens=max_tokens,
-            pair_tokens=packed_lengths(self.train_dataset.tokenized) if max_tokens or self.args.world_size > 1 else (),
+            pair_tokens=batching.packed_lengths(self.train_dataset.tokenized)
+            if max_tokens or self.args.world_size > 1
+            else (),
             regroups=self.objective.regroups if self.args.world_size > 1 else "nothing",
         )
 
@@ -281,15 +254,17 @@ class PreferenceTrainer(EndsWithItsLastStep):
             eval_dataset = self.eval_dataset[eval_dataset]
         elif not isinstance(eval_dataset, PairDataset):
             eval_dataset = PairDataset(self.pairs.add(eval_dataset, "test"), "mismatched" in self.objective.needs)
-        if eval_dataset is None:
-            raise DataError("there is no eval_dataset: pass one to evaluate")
         size = self.args.per_device_eval_batch_size
         return self._loader(
             eval_dataset, global_batch_size=size * self.args.world_size, micro_batch_size=size, seed=None
         )
 
-    def _loader(self, dataset: PairDataset, **cut) -> DataLoader:
-        sampler = StepSampler(len(dataset), rank=self.args.process_index, world_size=self.args.world_size, **cut)
+    def _loader(self, dataset: PairDataset | None, **cut) -> DataLoader:
+        if dataset is None:
+            raise DataError("there are no such pairs: pass train_dataset to train, eval_dataset to evaluate")
+        sampler = batching.StepSampler(
+            len(dataset), rank=self.args.process_index, world_size=self.args.world_size, **cut
+        )
         # Not prepared by accelerate: the sampler gives each process its own share already.
         return DataLoader(
             dataset,
@@ -312,14 +287,16 @@ class PreferenceTrainer(EndsWithItsLastStep):
                 "save_only_model: checkpoints have no optimizer state, so this training can't go on from one"
             )
         if resume_from_checkpoint is True:
-            complete = complete_checkpoints(self.args.output_dir, OBJECTIVE_STATE)
+            complete = checkpoints.complete_checkpoints(self.args.output_dir)
             resume_from_checkpoint = str(complete[-1]) if complete else None
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
         require_masters(self.model, self.accelerator)
         require_trained(self.model, self.optimizer, self.accelerator)
-        self.decisive = decisive(self)  # by all processes together, as one of them reads the initial weights
+        self.decisive = checkpoints.decisive(
+            self
+        )  # by all processes together, as one of them reads the initial weights
         prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         if self.args.get_warmup_steps(max_steps) >= max_steps and self.is_world_process_zero():
             print(
@@ -332,18 +309,13 @@ class PreferenceTrainer(EndsWithItsLastStep):
                 print(self.pairs.example())
         # Parity first: scoring the reference takes minutes to hours, and would use the same kernels.
         self._check_parity(self.train_dataset)
-        for dataset in (self.train_dataset, *self._eval_datasets()):
+        for dataset in self.datasets:
             self.reference.add_scores(dataset, resuming=resume_from_checkpoint is not None)
         if resume_from_checkpoint is not None:
-            self.objective_state = load_objective_state(resume_from_checkpoint, self.decisive)
+            self.objective_state = checkpoints.objective_state(resume_from_checkpoint, self.decisive)
         # Loading and scoring are no part of the first line's tokens per second.
-        self.window = LogWindow()
+        self.window = metrics.LogWindow()
         return prepared
-
-    def _eval_datasets(self) -> list[PairDataset]:
-        if isinstance(self.eval_dataset, dict):
-            return [*self.eval_dataset.values()]
-        return [] if self.eval_dataset is None else [self.eval_dataset]
 
     def _check_parity(self, dataset: PairDataset) -> None:
         if self.is_deepspeed_enabled:
@@ -355,28 +327,13 @@ class PreferenceTrainer(EndsWithItsLastStep):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As `Trainer.save_model`; under FSDP2 the whole model, but for checkpoints."""
         if output_dir is None or not _internal_call:
-            gather_at_the_end(self)
+            checkpoints.gather_at_the_end(self)
         super().save_model(output_dir, _internal_call)
 
-    def _save_checkpoint(self, model, trial) -> None:
-        """Also the objective's state, written last: a checkpoint without it is not complete.
-
-        Older ones are deleted after that. `Trainer` would delete the last complete one before.
-        """
-        limit, self.args.save_total_limit = self.args.save_total_limit, None
-        try:
-            super()._save_checkpoint(model, trial)
-        finally:
-            self.args.save_total_limit = limit
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            checkpoint = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-            save_objective_state(checkpoint, self.objective_state, self.decisive)
-            if limit is not None and limit > 0:  # below 1 the Trainer keeps all, too
-                complete = complete_checkpoints(self.args.output_dir, OBJECTIVE_STATE)
-                # Checkpoints of later steps were left by an earlier training: not ours to delete.
-                earlier = [folder for folder in complete if step_of(folder) <= self.state.global_step]
-                rotate(earlier, OBJECTIVE_STATE, limit, keep=self.state.best_model_checkpoint)
+    def complete_checkpoint(self) -> None:
+        state = {name: value.tolist() for name, value in self.objective_state.items()}
+        self.marks |= {"state": state, "training": self.decisive}
+        super().complete_checkpoint()
 
     def _prepare_for_evaluation(self, dataset: PairDataset) -> None:
         """What training does before its first step, where an evaluation comes first."""
@@ -384,15 +341,13 @@ class PreferenceTrainer(EndsWithItsLastStep):
             if self.is_deepspeed_enabled:
                 deepspeed_init(self, num_training_steps=0, inference=True)
             sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
-            prepare = self.accelerator.prepare if sharded else self._prepare_unsharded
-            self.model_wrapped = prepare(self.model)
+            options = {} if sharded else {"evaluation_mode": True}
+            prepare = self.accelerator.prepare if sharded else self.accelerator.prepare_model
+            self.model_wrapped = prepare(self.model, **options)
         if self.parity is None:
             self._check_parity(dataset)
         if not dataset.scores:
             self.reference.add_scores(dataset, resuming=self.state.global_step > 0)
-
-    def _prepare_unsharded(self, model):
-        return self.accelerator.prepare_model(model, evaluation_mode=True)
 
     def evaluation_loop(
         self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
@@ -405,29 +360,32 @@ class PreferenceTrainer(EndsWithItsLastStep):
         model = self.model_wrapped
         columns = []
         for inputs in dataloader:
-            micro_batches = [micro_batch.to(self.args.device) for micro_batch in inputs]
+            micro_batches = send_to_device(inputs, self.args.device)
             hoisted = self.score_without_gradient(model, micro_batches)
             for micro_batch, known in zip(micro_batches, hoisted, strict=True):
                 with torch.no_grad():  # and no `observe`: running statistics are those of training
                     scores = self.score(model, micro_batch, known)
-                    columns.append(columns_of(scores, self.objective(scores, self.objective_state)))
+                    columns.append(metrics.columns_of(scores, self.objective(scores, self.objective_state)))
             self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         if self.is_deepspeed_enabled:
             model.empty_partition_cache()  # ZeRO-3 prefetches beyond the last forward; saving fails on what is in flight
-        self.eval_columns = self.processes.gather_columns(columns)
+        self.eval_columns = gather_columns(columns)
         losses = self.eval_columns["losses"]
-        metrics = {"loss": losses.mean().item(), **step_metrics(self.eval_columns, self.objective)}
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
-        return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=len(losses))
+        means = {"loss": losses.mean().item(), **metrics.step_metrics(self.eval_columns, self.objective)}
+        logged = {f"{metric_key_prefix}_{name}": value for name, value in means.items()}
+        return EvalLoopOutput(predictions=None, label_ids=None, metrics=logged, num_samples=len(losses))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the metrics of the pairs since the last log line to a training line."""
         if "loss" in logs and self.window.columns:
             seconds = time.perf_counter() - self.window.start
-            tokens = self.processes.gather(torch.tensor([self.window.tokens], device=self.args.device)).sum().item()
-            logs |= step_metrics(self.processes.gather_columns(self.window.columns), self.objective)
-            logs |= {"tokens_per_second": tokens / seconds, "peak_memory_gib": peak_memory_gib(self.args.device)}
-            self.window = LogWindow()  # the next line is about the pairs after this one
+            tokens = gather(torch.tensor([self.window.tokens], device=self.args.device)).sum().item()
+            logs |= metrics.step_metrics(gather_columns(self.window.columns), self.objective)
+            logs |= {
+                "tokens_per_second": tokens / seconds,
+                "peak_memory_gib": metrics.peak_memory_gib(self.args.device),
+            }
+            self.window = metrics.LogWindow()  # the next line is about the pairs after this one
         super().log(logs, start_time)
 
     def floating_point_ops(self, inputs: list[PackedMicroBatch]) -> int:

@@ -8,7 +8,7 @@ from tokenizers import pre_tokenizers, processors
 from transformers import AutoTokenizer, GenerationConfig
 
 from rmipo.data.chat import ChatFormat, DataError, freeze_date
-from tests.helpers.families import LLAMA3_TEMPLATE, MISTRAL_TEMPLATE, make_tokenizer
+from tests.helpers.families import LLAMA3_TEMPLATE, make_tokenizer
 from tests.helpers.rows import assistant, user
 
 PROMPT = [user("Hi there"), assistant("Hello!"), user("How are you?")]
@@ -96,13 +96,7 @@ def test_random_dialogues(family):
 
 
 @pytest.mark.parametrize(
-    "family, header",
-    [
-        ("llama3", "<|start_header_id|>assistant<|end_header_id|>\n\n"),
-        ("zephyr", "<|assistant|>\n"),
-        ("qwen3", "<|im_start|>assistant\n"),
-        ("mistral-instruct", ""),
-    ],
+    "family, header", [("llama3", "<|start_header_id|>assistant<|end_header_id|>\n\n"), ("mistral-instruct", "")]
 )
 def test_the_header_belongs_to_the_prompt_or_to_the_response(family, header):
     tokenizer = make_tokenizer(family)
@@ -195,15 +189,6 @@ def test_generation_stops_at_the_end_of_a_turn(known, expected):
     assert (chat.end_id, config.eos_token_id) == (4, expected)
 
 
-@pytest.mark.parametrize("header_in_response", [False, True])
-def test_a_bos_that_is_a_turn_marker_is_not_put_in_front(header_in_response):
-    tokenizer = make_tokenizer("qwen3")
-    tokenizer.bos_token = "<|im_start|>"
-    chat = ChatFormat.probe(tokenizer, header_in_response)
-    assert chat.bos_id is None
-    assert chat.prompt_ids(PROMPT[:1])[:2] != [1, 1]
-
-
 @pytest.mark.parametrize(("written", "in_front"), [("$A", False), ("<|im_end|> $A", True)])
 def test_a_bos_that_is_the_end_token_is_put_in_front_where_the_tokenizer_writes_it(written, in_front):
     tokenizer = make_tokenizer("qwen3")
@@ -221,16 +206,11 @@ def test_an_end_token_is_not_taken_for_another_that_it_starts_with():
     assert ChatFormat.probe(tokenizer).end_id == tokenizer.convert_tokens_to_ids("<|eot_id|>") == 4
 
 
-CUTTING = {  # what a template makes of a response -> a response that it keeps, one that it changes
-    "message['content'].split('</think>')[-1] | trim": ("Fine.", "<think>Well</think>Fine."),
-    "message['content'].split('\n\n')[0] | trim": (" Fine.\n\n", "Fine.\n\nReally."),
-}
-
-
-@pytest.mark.parametrize("expression", CUTTING)
-def test_a_template_that_changes_a_response_is_told_per_row(expression):
-    chat = ChatFormat.probe(make_tokenizer("llama3", LLAMA3_TEMPLATE.replace("message['content'] | trim", expression)))
-    kept, changed = ([assistant(text)] for text in CUTTING[expression])
+def test_a_template_that_changes_a_response_is_told_per_row():
+    first_paragraph = "message['content'].split('\n\n')[0] | trim"
+    template = LLAMA3_TEMPLATE.replace("message['content'] | trim", first_paragraph)
+    chat = ChatFormat.probe(make_tokenizer("llama3", template))
+    kept, changed = [assistant(" Fine.\n\n")], [assistant("Fine.\n\nReally.")]
     assert "Fine." in chat.render_pair(PROMPT, kept, REJECTED)[1]
     for sides in ((changed, kept), (kept, changed)):
         with pytest.raises(DataError, match="the assistant says"):
@@ -244,16 +224,6 @@ def test_a_template_that_leaves_a_message_of_the_prompt_out():
         chat.render_pair([{"role": "system", "content": "Be brief."}, *PROMPT], CHOSEN, REJECTED)
 
 
-def probe_error(family, template):
-    tokenizer = make_tokenizer(family, template)
-    tokenizer.name_or_path = "some/model"
-    tokenizer.add_tokens(["bye"])
-    with pytest.raises(DataError) as error:
-        ChatFormat.probe(tokenizer)
-    assert str(error.value).startswith("some/model: ")
-    return str(error.value)
-
-
 END, BOS, HEADER = " + '<|eot_id|>'", "{{ bos_token }}", "assistant<|end_header_id|>"
 IN_FULL = "{% if messages[-1]['role'] == 'assistant' %}x{% endif %}"  # where a response follows
 ALONE = "' + ('bot' if messages[1:] else 'assistant') + '<|end_header_id|>"
@@ -265,8 +235,8 @@ ALONE = "' + ('bot' if messages[1:] else 'assistant') + '<|end_header_id|>"
         (BOS, "{{ bos_token + bos_token }}", "double BOS"),
         (END, "", "no end token: after a response the template writes ''"),
         (END, " + 'bye<|eot_id|>'", "no end token: after a response the template writes 'bye<|eot_id|>'"),
-        (END, " + '<|eot_id|><|eot_id|>'", "write <|eot_id|> once"),
-        (END, " + '<|eot_id|>bye'", "writes 'bye' after the end token"),
+        (END, " + '<|eot_id|><|eot_id|>'", "end it with one <|eot_id|>"),
+        (END, " + '<|eot_id|>bye'", "end it with one <|eot_id|>"),
         (HEADER, "bot<|end_header_id|>", "not a prefix"),
         (HEADER, ALONE, "not a prefix"),
         (BOS, IN_FULL + BOS, "not a prefix"),
@@ -275,9 +245,11 @@ ALONE = "' + ('bot' if messages[1:] else 'assistant') + '<|end_header_id|>"
 )
 def test_bad_templates(old, new, message):
     assert old in LLAMA3_TEMPLATE
-    text = probe_error("llama3", LLAMA3_TEMPLATE.replace(old, new))
-    assert message in text
-    assert text.count("\n- ") == 1
+    tokenizer = make_tokenizer("llama3", LLAMA3_TEMPLATE.replace(old, new))
+    tokenizer.add_tokens(["bye"])
+    with pytest.raises(DataError) as error:
+        ChatFormat.probe(tokenizer)
+    assert message in str(error.value)
 
 
 def test_no_bos():
@@ -291,27 +263,6 @@ def test_no_bos():
     tokenizer.bos_token = "<think>"  # a BOS that nothing writes
     with pytest.raises(DataError, match="no BOS: neither the template nor the tokenizer writes <think>"):
         ChatFormat.probe(tokenizer)
-
-
-def test_no_pad_token():
-    tokenizer = make_tokenizer("llama3")
-    assert ChatFormat.probe(tokenizer).tokenizer.pad_token_id is None  # rows are packed, not padded
-    tokenizer.eos_token, tokenizer.pad_token = None, "<|end_of_text|>"
-    assert ChatFormat.probe(tokenizer).end_id == 4
-
-
-def test_everything_wrong_is_listed_at_once():
-    template = LLAMA3_TEMPLATE.replace("{{ bos_token }}", "{{ bos_token + bos_token }}").replace(" + '<|eot_id|>'", "")
-    text = probe_error("llama3", template.replace("assistant<|end", "bot<|end"))
-    for part in ("double BOS", "no end token", "the prompt is not a prefix"):
-        assert part in text
-    assert text.count("\n- ") == 3
-
-
-def test_a_template_that_refuses():
-    assert "the chat template refuses: Conversation roles must alternate" in probe_error(
-        "mistral-instruct", MISTRAL_TEMPLATE.replace("loop.index0 % 2 == 0", "loop.index0 % 2 == 1")
-    )
 
 
 CLOCK = '{%- if strftime_now is defined %}{% set today = strftime_now("%d %b %Y") %}{% else %}{% set today = "?" %}{% endif %}'

@@ -66,6 +66,8 @@ def test_anthropic_hh_texts(tmp_path):
     assert (first["chosen"], first["rejected"]) == ([assistant("Now.\n\nThen.")], [assistant("No")])
     _, report = tokenize([first, second])
     assert report.dropped == {"chosen is 3 messages after the shared prompt, not one": [1]}
+    row = {"chosen": "\n\nHuman: Hello\n\nAssistant: Hi!", "rejected": "\n\nHuman: Hello\n\nAssistant:"}
+    assert formats.read_row(row, formats.PAIRS) == ([user("Hello")], [assistant("Hi!")], [assistant("")])
 
 
 @pytest.mark.parametrize(
@@ -111,18 +113,6 @@ def test_the_prompt_of_a_row(row, prompt):
     assert formats.read_row(row, formats.PROMPTS) == (prompt,)
 
 
-def test_the_dialogue_of_a_row():
-    turns = [user("a"), assistant("b")]
-    assert formats.read_row({"messages": turns, "prompt": "c", "completion": "d"}, formats.DIALOGUES) == (turns, [])
-    assert formats.read_row({"messages": "a"}, formats.DIALOGUES) == ([user("a")], [])
-
-
-def test_a_row_of_no_format_is_told_what_the_nearest_one_has():
-    asked = formats.Format(("question", "good", "bad"), lambda row: None)
-    with pytest.raises(DataError, match="no prompt, and"):
-        formats.read_row({"chosen": "a", "rejected": "b"}, (*formats.PAIRS, asked))
-
-
 def test_a_system_column_is_a_message_in_front(tmp_path):
     pirate = {"role": "system", "content": " Answer like a pirate.\n"}
     texts = {"prompt": "q", "chosen": "yes", "rejected": "no"}
@@ -155,7 +145,7 @@ def test_each_column_and_key_that_shapes_a_prompt_is_refused():
     for name in KEYS.split():
         for side in pair(0):
             turns = [{**message, name: "x"} for message in pair(0)[side]]
-            with pytest.raises(DataError, match=f"`{side}` has messages with {name}, which are not supported"):
+            with pytest.raises(DataError, match=f"`{side}` has messages with {name}: "):
                 formats.read_row({**pair(0), side: turns}, formats.PAIRS)
 
 
@@ -293,16 +283,10 @@ def test_real_pairs(shared_data, name, split, rows, dropped):
     }
     tokenized, report = tokenize_pairs(dataset, ChatFormat.probe(make_tokenizer("zephyr")), **limits)
     assert (report.rows, report.dropped) == (rows, dropped)
-    assert len(tokenized) == rows - report.dropped_rows
+    assert len(tokenized) == report.kept
     for prompt, chosen in zip(tokenized["prompt_ids"][:20], tokenized["chosen_ids"][:20], strict=True):
         assert prompt[0] == 1
         assert len(prompt) + len(chosen) <= 2048
-
-
-def test_an_anthropic_hh_response_that_is_empty():
-    start = "\n\nHuman: Hello\n\nAssistant:"
-    row = {"chosen": f"{start} Hi!", "rejected": start}
-    assert formats.read_row(row, formats.PAIRS) == ([user("Hello")], [assistant("Hi!")], [assistant("")])
 
 
 def test_a_text_with_speakers_in_it_is_not_of_anthropic_hh(tmp_path):
@@ -315,13 +299,6 @@ def test_responses_that_differ_in_case_or_inner_spaces_are_a_pair():
     for chosen, rejected in (("Yes", "yes"), ("a  b", "a b")):
         assert formats.unusable_pair([user("q")], [assistant(chosen)], [assistant(rejected)]) is None
     assert formats.unusable_pair([user("q")], [assistant("")], [assistant(" ")]) == "chosen is empty"
-
-
-def test_an_anthropic_hh_prompt_column(tmp_path):
-    rows = [{"prompt": "\n\nHuman: Hello\n\nAssistant:", "chosen": " Hi!", "rejected": " Go away."}]
-    (row,) = load(tmp_path, rows)
-    assert row["prompt"] == [user("Hello")]
-    assert row["chosen"] == [assistant(" Hi!")]
 
 
 def test_a_column_can_be_left_out_of_a_mixture(tmp_path):

@@ -37,7 +37,7 @@ def test_unusable_rows_are_counted_with_their_reasons():
     assert report.dropped == {reason: [100 - i] for i, reason in enumerate(UNUSABLE, start=1)}
     last = len(UNUSABLE) + 1
     assert tokenized["row"][:] == [100, 100 - last]
-    assert (report.rows, report.kept, report.dropped_rows) == (last + 1, 2, last - 1)
+    assert (report.rows, report.kept) == (last + 1, 2)
     assert report.as_dict()["kept"] == 2
     assert report.lines()[0] == f"2 of {last + 1} rows used"
     assert "- 1 dropped, chosen is empty: row 99" in report.lines()
@@ -53,13 +53,6 @@ def test_a_template_that_changes_the_prompt_for_a_response():
     changes = "{% if messages[-1]['content'] == 'Wrong 1' %}{{ 'Be brief' }}{% endif %}"
     _, report = tokenize(pairs(0, 1, 2), make_tokenizer("llama3", changes + LLAMA3_TEMPLATE))
     assert report.dropped == {"the chat template changes the prompt when a response follows": [1]}
-
-
-def test_a_template_that_leaves_out_the_end_token():
-    end = "('' if '<|eot_id|>' in message['content'] else '<|eot_id|>')"
-    tokenizer = make_tokenizer("llama3", LLAMA3_TEMPLATE.replace("'<|eot_id|>'", end))
-    _, report = tokenize([pair(0), pair(1, chosen=[assistant("a<|eot_id|>b")])], tokenizer)
-    assert report.dropped == {"the text of chosen contains an end token": [1]}
 
 
 TURNS = [user("a " * 20), assistant("b"), user("c")]
@@ -196,12 +189,6 @@ def test_two_processes_give_the_same(capfd):
     assert "Tokenising pairs (num_proc=2)" in capfd.readouterr().err
     assert one.to_list() == two.to_list()
     assert report_one == report_two
-
-
-def test_lengths_are_those_of_the_rows_kept():
-    rows = [pair(i, chosen=[assistant("word" * i)]) for i in range(1, 4)]
-    unusable = [pair(i, chosen=[assistant("")]) for i in range(4, 9)]
-    assert tokenize(rows + unusable)[1].lengths == tokenize(rows)[1].lengths
 
 
 def test_an_empty_system_message_is_rendered_as_the_template_does():

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,11 +14,12 @@ from datasets import Dataset, DatasetDict
 
 from rmipo.data import sources
 from rmipo.data.chat import DataError
+from rmipo.data.convert import code_digest, load_splits
 from rmipo.data.dialogues import load_dialogues
 from rmipo.data.pairs import load_pairs
 from rmipo.data.sources import MissingSplitError
 from rmipo.recipe.schema import DataConfig
-from tests.helpers.rows import config, pairs, questions, write
+from tests.helpers.rows import config, pairs, questions, tokenize, write
 
 
 @pytest.mark.parametrize(
@@ -156,14 +158,6 @@ def test_test_split_size_leaves_the_test_file_of_a_folder_alone(tmp_path, caplog
     assert "test_split_size" in caplog.text
 
 
-def test_sample_limits(tmp_path):
-    write(tmp_path / "train.jsonl", pairs(*range(5)))
-    write(tmp_path / "test.jsonl", pairs(*range(5)))
-    data_config = config(tmp_path, max_train_samples=3, max_eval_samples=9)
-    assert questions(load_pairs(data_config, "train")) == [0, 1, 2]
-    assert len(load_pairs(data_config, "test")) == 5
-
-
 def test_a_column_named_row_is_replaced(tmp_path):
     write(tmp_path / "train.jsonl", [{"row": "a", **row} for row in pairs(3, 4)])
     assert load_pairs(config(tmp_path), "train")["row"][:] == [0, 1]
@@ -184,24 +178,12 @@ def mixture(tmp_path, **values):
     return entries, lambda split: load_pairs(DataConfig(datasets=entries, **values), split)
 
 
-def test_a_limit_that_takes_the_first_datasets_of_a_mixture_is_named(tmp_path, caplog):
-    _, load_split = mixture(tmp_path, max_train_samples=12)
-    assert len(load_split("train")) == 12 and "max_train_samples" in caplog.text
-
-
 def test_a_mixture_is_concatenated(tmp_path):
     _, load_split = mixture(tmp_path)
     train = load_split("train")
     assert questions(train) == [*range(10), *range(100, 120)]
     assert train["row"][:] == list(range(30))
     assert questions(load_split("test")) == [50, 100, 101]
-
-
-def test_a_mixture_says_how_many_rows_of_each_source_it_takes(tmp_path, caplog):
-    entries, load_split = mixture(tmp_path)
-    entries[1]["weight"] = 0.25
-    load_split("train")
-    assert "/b: 5 of its 20 rows" in caplog.text and "/a: " not in caplog.text
 
 
 def test_fractions_are_shares_of_the_mixture(tmp_path):
@@ -211,7 +193,7 @@ def test_fractions_are_shares_of_the_mixture(tmp_path):
     assert questions(load_split("test")) == [50, 100, 101]
 
 
-def test_weights_are_shares_of_a_source_drawn_with_a_seed(tmp_path):
+def test_weights_are_shares_of_a_source_drawn_with_a_seed(tmp_path, caplog):
     entries, load_split = mixture(tmp_path, mixture_seed=3)
     entries[0]["weight"], entries[1]["weight"] = 1.0, 0.28
     train = load_split("train")
@@ -223,14 +205,16 @@ def test_weights_are_shares_of_a_source_drawn_with_a_seed(tmp_path):
     assert questions(load_split("train")) == numbers
     assert train["row"][:] == [n if n < 10 else n - 90 for n in numbers]
     assert len(load_split("test")) == 3  # test rows are never drawn
+    assert "/b: 5 of its 20 rows" in caplog.text and "/a: " not in caplog.text
 
 
 def shuffled(numbers, seed):
     return [numbers[i] for i in np.random.default_rng(seed).permutation(len(numbers))]
 
 
-def test_sample_limits_are_of_the_shuffled_rows(tmp_path):
+def test_sample_limits_are_of_the_shuffled_rows(tmp_path, caplog):
     entries, load_split = mixture(tmp_path, max_train_samples=7)
+    assert questions(load_split("train")) == [*range(7)] and "max_train_samples" in caplog.text
     entries[1]["weight"] = 0.5
     sources = [*range(10), *shuffled(range(100, 120), 0)[:10]]
     assert questions(load_split("train")) == shuffled(sources, 0)[:7]
@@ -246,11 +230,6 @@ def test_the_two_parts_of_a_mixture_are_of_the_rows_that_were_drawn(tmp_path, sh
     train, test = (questions(load_split(split)) for split in ("train", "test"))
     count = 10 if share == "weight" else 20
     assert len(test) == 4 and len(train) == count - 4 and len({*train, *test}) == count
-
-
-def test_no_data_is_named():
-    with pytest.raises(DataError, match="names no data: set `dataset_name`"):
-        load_pairs(DataConfig(), "train")
 
 
 def test_a_source_that_gives_nothing(tmp_path):
@@ -315,6 +294,8 @@ def test_a_split_or_configuration_that_a_dataset_of_the_hub_has_not(tmp_path):
 )
 def test_what_only_the_hub_has_is_refused_for_local_data(tmp_path, values, message):
     path = write(tmp_path / "train.jsonl", pairs(*range(12)))
+    with pytest.raises(DataError, match="validation"):  # one file has no other split
+        load_pairs(config(path, dataset_train_split="validation"), "train")
     for place in (tmp_path, path):
         with pytest.raises(DataError, match=f"^{place} is local: {message}"):
             load_pairs(config(place, **values), "train")
@@ -335,11 +316,7 @@ def test_unreachable_hub():
     assert str(error.value).startswith("some-owner/some-pairs: ") and str(error.value.__cause__) in str(error.value)
 
 
-def test_files_that_are_not_data(tmp_path):
-    path = write(tmp_path / "train.jsonl", pairs(0))
-    path.write_text(path.read_text() + '{"prompt": \n')
-    with pytest.raises(DataError, match=r"train\.jsonl can't be read as json: JSON parse error"):
-        load_pairs(config(tmp_path), "train")
+def test_a_file_that_is_not_data(tmp_path):
     notes = write(tmp_path / "notes.jsonl.txt", pairs(0))
     with pytest.raises(DataError, match=rf"{notes}: a data file ends in one of \.jsonl"):
         load_pairs(config(notes), "train")
@@ -352,6 +329,7 @@ ROW = b'{"prompt": "a", "chosen": "b", "rejected": "c"}\n'
     "name, content, message",
     [
         ("train.jsonl", b" \n\n", "corresponds to no data"),
+        ("train.jsonl", ROW + b'{"prompt": \n', "JSON parse error"),
         ("train.jsonl", ROW + ROW.replace(b"b", "é".encode("latin-1")), "Invalid UTF8"),
         ("train.jsonl.gz", gzip.compress(ROW * 9, mtime=0)[:-12], "Compressed file ended before"),
         ("train.parquet", ROW, "Parquet"),
@@ -378,19 +356,6 @@ def test_a_path_that_holds_other_rows_now_is_read_again(tmp_path):
         write(tmp_path / "train.jsonl", pairs(number))
         os.utime(tmp_path / "train.jsonl", (10**9, 10**9))
         assert questions(load_pairs(config(tmp_path), "train")) == [number]
-
-
-def test_one_file_has_no_other_split(tmp_path):
-    write(tmp_path / "all.jsonl", pairs(*range(40)))
-    with pytest.raises(DataError, match="validation"):
-        load_pairs(config(tmp_path / "all.jsonl", dataset_train_split="validation"), "train")
-
-
-def test_a_file_beside_the_split_that_is_not_read_is_named(tmp_path, caplog):
-    write(tmp_path / "train.jsonl", pairs(1))
-    write(tmp_path / "Train.jsonl", pairs(2))
-    assert questions(load_pairs(config(tmp_path), "train")) == [1]
-    assert "Train" in caplog.text
 
 
 def test_a_cache_that_cannot_be_used_is_not_blamed_on_the_data(tmp_path):
@@ -420,3 +385,75 @@ def test_fractions_are_of_the_rows_that_weights_leave(tmp_path):
     entries[0] |= {"weight": 0.5, "fraction": 1}
     entries[1] |= {"weight": 0.25, "fraction": 1}
     assert sorted(number < 100 for number in questions(load_split("train"))) == [False] * 5 + [True] * 5
+
+
+# ----------------------------------------------------------------------------------------------------- converted rows
+
+
+def digests_with(monkeypatch, target, value):
+    code_digest.cache_clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(target, value)
+        digest = code_digest()
+    code_digest.cache_clear()
+    return digest
+
+
+def test_the_digest_is_of_code_and_versions(monkeypatch, tmp_path):
+    now = code_digest()
+    found = [now]
+    for text in ("", "x = 1"):
+        (tmp_path / "chat.py").write_text(text)
+        found.append(digests_with(monkeypatch, "rmipo.data.convert.__file__", str(tmp_path / "convert.py")))
+    for library in ("", "transformers", "tokenizers", "jinja2", "trl", "datasets"):
+        versions = {library: "2"}
+        found.append(digests_with(monkeypatch, "importlib.metadata.version", lambda name, v=versions: v.get(name, "1")))
+    assert len({*found}) == 9
+    assert code_digest() == now
+
+
+def test_rows_of_other_code_are_prepared_again(monkeypatch, tmp_path):
+    """datasets names its cache after this fingerprint."""
+    write(tmp_path / "train.jsonl", pairs(0, 1))
+
+    def fingerprints():
+        loaded, tokenized = load_pairs(config(tmp_path), "train"), tokenize(pairs(0, 1))[0]
+        written = Path(loaded.cache_files[0]["filename"]).stat().st_mtime_ns
+        return loaded._fingerprint, tokenized._fingerprint, written
+
+    before = fingerprints()
+    assert fingerprints() == before
+    for module in ("convert", "pairs"):
+        monkeypatch.setattr(f"rmipo.data.{module}.code_digest", lambda: "after a git pull")
+    assert not {*fingerprints()} & {*before}
+
+
+def test_a_missing_test_split_is_said_or_refused(tmp_path, caplog):
+    write(tmp_path / "train.jsonl", pairs(0, 1))
+    caplog.set_level("WARNING")
+    assert load_splits(load_pairs, config(tmp_path), evaluating=False).keys() == {"train"}
+    assert f"no evaluation, since there is no test split: {tmp_path}: no file of the test split" in caplog.text
+    with pytest.raises(DataError, match=r"no file of the test .* Or train without evaluation: eval_strategy: no"):
+        load_splits(load_pairs, config(tmp_path), evaluating=True)
+
+
+def test_a_test_split_that_is_there_is_loaded_or_its_mistake_said(tmp_path):
+    write(tmp_path / "train.jsonl", pairs(0, 1))
+    write(tmp_path / "test.jsonl", pairs(2))
+    splits = load_splits(load_pairs, config(tmp_path), evaluating=False)
+    assert {split: questions(rows) for split, rows in splits.items()} == {"train": [0, 1], "test": [2]}
+    write(tmp_path / "test.jsonl", [{"question": "a"}])
+    with pytest.raises(DataError, match="missing columns"):
+        load_splits(load_pairs, config(tmp_path), evaluating=False)
+
+
+def test_rows_that_cannot_be_read_are_named_by_source_reason_and_number(tmp_path):
+    first, second = (write(tmp_path / name / "train.jsonl", pairs(*range(6))).parent for name in "ab")
+    bad = [pairs(0)[0] | changes for changes in ({"tools": ["f"]}, {"prompt": ["q"]}, {"tools": ["g"]})]
+    write(second / "train.jsonl", [*pairs(0), *bad])
+    with pytest.raises(DataError) as error:
+        load_pairs(DataConfig(datasets=[{"path": str(first)}, {"path": str(second)}]), "train")
+    title, *lines = str(error.value).split("\n")
+    assert title.startswith(f"train: {second}: rows that can't be read")
+    assert lines[0].startswith("- `tools` is part of the prompt") and lines[0].endswith(": rows 7, 9")
+    assert lines[1] == "- `prompt` holds str, expected messages with role and content: row 8"

@@ -4,6 +4,7 @@ import datetime
 import importlib.util
 import json
 import re
+import sys
 import types
 
 import pytest
@@ -12,8 +13,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rmipo.data.chat import ChatFormat
 from rmipo.errors import EvaluationError
+from rmipo.evaluation import leaderboard
 from rmipo.generation.answers import Generator, Request, check_settings
-from rmipo.generation.engines import SeededSampling, TokenPrompt, TransformersEngine
+from rmipo.generation.engines import SeededSampling, TokenPrompt, TransformersEngine, VllmEngine
 from tests.helpers.answer_files import SETTINGS, generate, other_versions, requests
 from tests.helpers.tiny_model import write_model
 
@@ -169,14 +171,6 @@ def test_answers_are_not_continued_with_other_versions(model_dir, tmp_path):
         with pytest.raises(EvaluationError, match=re.escape(str(versions))):
             generate(model_dir, requests(5), path, {**SETTINGS, "engine": engine})
     assert path.read_bytes() == before
-    # A second file of the same evaluation can't be begun either.
-    other_versions(path, "transformers")
-    more = [json.dumps({"key": f"q{i}", "output": "", "finish": "stop"}) + "\n" for i in (3, 4)]
-    path.write_text(path.read_text() + "".join(more))
-    with Generator(model_dir, SETTINGS) as generator:
-        generator.answer(requests(5), path)
-        with pytest.raises(EvaluationError, match=r"b\.jsonl"):
-            generator.answer(requests(5), tmp_path / "b.jsonl")
 
 
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vllm is installed")
@@ -229,13 +223,6 @@ def test_a_prompt_as_long_as_the_context_is_refused(model_dir, tmp_path):
         assert not (tmp_path / "a.jsonl").exists()
 
 
-def test_bad_settings_are_listed_together():
-    with pytest.raises(EvaluationError, match=r"unknown keys \['topk'\] \(did you mean top_[kp]\?\)"):
-        check_settings({"topk": 5})
-    with pytest.raises(EvaluationError, match=r"batch_size is 0.*temperature is -1.*top_p is 0.*engine is 'tgi'"):
-        check_settings({"batch_size": 0, "temperature": -1, "top_p": 0, "engine": "tgi"})
-
-
 def test_temperature_zero_is_greedy(model_dir):
     engine = TransformersEngine(model_dir, check_settings(SETTINGS), [1])
     prompt = [0, 3, 7, 9, 4]
@@ -247,3 +234,44 @@ def test_temperature_zero_is_greedy(model_dir):
             ids.append(model(torch.tensor([ids])).logits[0, -1].argmax().item())
     expected = ids[len(prompt) :]
     assert answer == (expected[: expected.index(1)] if 1 in expected else expected)
+
+
+# --------------------------------------------------------------------------------------------------------------- vLLM
+
+
+@pytest.fixture(params=["answers", "leaderboard"])
+def start(request, tmp_path, monkeypatch):
+    """start(dtype of the weights, dtype asked for) -> what vLLM is started with, and what was done with the GPU before."""
+    done = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: done.append("memory released"))
+
+    class LLM:
+        def __init__(self, **arguments):
+            self.arguments, self.done = arguments, list(done)
+
+    def run(weights, dtype):
+        write_model(tmp_path)
+        AutoModelForCausalLM.from_pretrained(tmp_path, dtype=weights).save_pretrained(tmp_path)
+        if request.param == "answers":
+            monkeypatch.setitem(sys.modules, "vllm", types.SimpleNamespace(LLM=LLM))
+            model = VllmEngine(tmp_path, check_settings({"dtype": dtype}), [1]).model
+        else:
+            registry = pytest.importorskip("lm_eval.api.registry")
+            model = types.SimpleNamespace(create_from_arg_obj=lambda arguments, more: LLM(**arguments))
+            monkeypatch.setattr(registry, "get_model", {"vllm": model}.get)
+            model = leaderboard.load(tmp_path, leaderboard.DEFAULTS | {"engine": "vllm", "dtype": dtype})
+        return model.arguments, model.done
+
+    return run
+
+
+def test_auto_is_the_dtype_of_the_weights(start):
+    for weights in (torch.float32, torch.bfloat16):
+        assert start(weights, "auto")[0]["dtype"] == weights
+    assert start(torch.float32, "bfloat16")[0]["dtype"] == "bfloat16"
+
+
+def test_no_code_and_no_pickle_is_loaded_and_memory_is_released_before(start):
+    arguments, done = start(torch.float32, "float32")
+    assert arguments["trust_remote_code"] is False and arguments["load_format"] == "safetensors"
+    assert done == ["memory released"]

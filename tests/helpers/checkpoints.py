@@ -3,8 +3,7 @@
 import json
 
 from rmipo.record import run_identity
-from rmipo.run.checkpoints import MARKER
-from rmipo.training.checkpoints import start_checkpoint
+from rmipo.training.checkpoints import MARKER, start_checkpoint
 
 IDENTITY = run_identity({"learning_rate": 1e-6, "objective": {"name": "rmipo", "beta": 2.0}}, {"train": "a"}, 2)
 

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from rmipo.record import read_metrics
-from rmipo.run import checkpoints
+from rmipo.training.checkpoints import complete_checkpoints
 from tests.helpers.launched import launch
 
 NOT_COMPARED = ("tokens_per_second", "peak_memory_gib", "num_tokens", "eval_num_tokens")  # TRL counts from each start
@@ -64,7 +64,7 @@ def assert_same_run(one, other):
     assert comparable_metrics(one) == comparable_metrics(other)
     if (other / "generations.jsonl").exists():
         assert (one / "generations.jsonl").read_text() == (other / "generations.jsonl").read_text()
-    last = checkpoints.complete_checkpoints(other)[-1].name
+    last = complete_checkpoints(other)[-1].name
     files = [path for ending in ("pt", "bin") for path in (other / last).rglob(f"*.{ending}")]
     names = [path.relative_to(other / last) for path in files if path.name != "training_args.bin"]
     assert list((other / last).rglob("*optim*")) and Path("scheduler.pt") in names

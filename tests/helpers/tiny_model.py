@@ -5,8 +5,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 
-def write_model(folder, seed: int = 0) -> None:
-    """A random Llama of a few thousand weights with a word-level tokenizer and a chat template."""
+def write_model(folder, seed: int = 0):
+    """A random Llama of a few thousand weights with a word-level tokenizer and a chat template. Returns the folder."""
     words = ["<s>", "</s>", "<unk>", "<user>", "<assistant>", *(f"w{i}" for i in range(20))]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -24,6 +24,7 @@ def write_model(folder, seed: int = 0) -> None:
         max_position_embeddings=128, bos_token_id=0, eos_token_id=1, pad_token_id=1,
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
 
 
 def naive_scores(model_dir, pairs: list[dict], release: bool = False) -> dict[str, torch.Tensor]:

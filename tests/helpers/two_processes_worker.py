@@ -12,14 +12,15 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-from accelerate import Accelerator, PartialState
+from accelerate import PartialState
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
-from transformers import TrainerCallback, TrainerControl, TrainerState
+from transformers import TrainerCallback, TrainerControl
 
 from rmipo.recipe.load import load_recipe
-from rmipo.run import checkpoints, export, frame
+from rmipo.run import export, frame
 from rmipo.run.stop import StopOnSignal
-from rmipo.training.distributed import Processes, on_main_process
+from rmipo.training import checkpoints
+from rmipo.training.distributed import gather, gather_columns, on_main_process
 from rmipo.training.metrics import NonFiniteLossError
 from tests.helpers.small_models import make_model, make_pairs
 from tests.helpers.trainers import make_trainer
@@ -157,11 +158,11 @@ def stop_of_one_process(output: Path) -> list[bool]:
 
 def gathered() -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
     """Values of which process 0 has two and process 1 three, and columns of two micro-batches, named in another order."""
-    processes = Processes(Accelerator(cpu=True))
-    values = torch.arange(2 + processes.rank, dtype=torch.float64)[:, None] / 3 + processes.rank
-    names = ["a", "b"] if processes.rank == 0 else ["b", "a"]
-    batches = [{name: torch.full((size,), processes.rank + ord(name)) for name in names} for size in (1, 2)]
-    return [processes.gather(values), processes.gather(values > 1)], processes.gather_columns(batches)
+    rank = PartialState().process_index
+    values = torch.arange(2 + rank, dtype=torch.float64)[:, None] / 3 + rank
+    names = ["a", "b"] if rank == 0 else ["b", "a"]
+    batches = [{name: torch.full((size,), rank + ord(name)) for name in names} for size in (1, 2)]
+    return [gather(values), gather(values > 1)], gather_columns(batches)
 
 
 def told_by_the_main_process() -> list:
@@ -182,15 +183,15 @@ def told_by_the_main_process() -> list:
 
 def marker_of_a_late_process(output: Path) -> list[bool]:
     """Whether what process 1 writes last was there when process 0 completed the checkpoint."""
-    args, state = make_trainer(output, PAIRS).args, TrainerState(global_step=3)
-    state.is_world_process_zero = args.process_index == 0
+    trainer = make_trainer(output, PAIRS)
+    trainer.state.global_step, trainer.decisive = 3, {}
     (output / "checkpoint-3").mkdir(parents=True, exist_ok=True)
-    if args.process_index == 1:
+    if trainer.args.process_index == 1:
         time.sleep(0.3)
         (output / "share").touch()
     found, write = [], checkpoints.write_atomically
     checkpoints.write_atomically = lambda path, text: found.append((output / "share").exists())
-    checkpoints.Checkpoints({}).on_save(args, state, None)
+    trainer.complete_checkpoint()
     checkpoints.write_atomically = write
     return found
 
@@ -216,7 +217,9 @@ def start_of_both(output: Path, model_folder: Path) -> dict:
         frame.has_weights = lambda folder: True
     tokenizer = SimpleNamespace(chat_template=None)
     trainer = SimpleNamespace(
-        args=SimpleNamespace(eval_on_start=False, eval_strategy="no"), train=lambda resume_from_checkpoint: None
+        args=SimpleNamespace(eval_on_start=False, eval_strategy="no"),
+        train=lambda resume_from_checkpoint: None,
+        marks={},
     )
     with frame.training_run(recipe, args, model_config) as run:
         run.freeze_date(tokenizer)

@@ -20,7 +20,7 @@ from rmipo.launch.pipeline import Step
 from rmipo.launch.train import submit
 from rmipo.recipe.load import load_recipe
 from rmipo.record import read_metrics
-from rmipo.run.checkpoints import MARKER
+from rmipo.training.checkpoints import MARKER
 from tests.helpers.launched import launch
 from tests.helpers.paths import ROOT
 from tests.helpers.slurm_cluster import cluster, installed, slurm, wait_for

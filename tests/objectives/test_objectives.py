@@ -2,7 +2,6 @@
 
 import itertools
 import math
-import re
 from dataclasses import asdict, fields, replace
 
 import pytest
@@ -10,10 +9,9 @@ import torch
 
 from rmipo.objectives import OBJECTIVES, ObjectiveOutput, PairScores, build_objective
 from rmipo.recipe.files import merge, read_layers
-from tests.helpers.pair_scores import CASES, batch, case_scores, scores_of, settled
+from tests.helpers.pair_scores import CASES, batch, case_scores, settled
 from tests.helpers.paths import ROOT
 from tests.references import losses as reference
-from tests.references.losses import Response
 
 # Not supported: rmipo_pmi_tail (an n-1 denominator without the rest of the released code) is no arm of any table.
 # kto_pair_sum and rmipo_times_beta need no option of their own: weights of 2, and bounds multiplied by beta.
@@ -187,14 +185,6 @@ def test_gradients_are_finite_differences_with_detached_parts_frozen(block):
 # ----------------------------------------------------------------------------------------------------- RMiPO's options
 
 
-def test_rmipo_gamma_and_diagnostics_by_hand():
-    out = build_objective(RMIPO)(case_scores("A"))
-    assert out.gamma.item() == pytest.approx(0.3 + 1.3 * math.exp(-0.2))
-    assert {k: v.item() for k, v in out.diagnostics.items()} == pytest.approx(
-        {"pmi_chosen": 0.6, "pmi_rejected": 0.4, "delta_pmi": 0.2}
-    )
-
-
 def test_rmipo_says_what_it_reads():
     default = build_objective(RMIPO)
     assert (default.needs, default.prior_context, default.header_in_response) == ({"prior"}, "header", False)
@@ -206,46 +196,9 @@ def test_rmipo_says_what_it_reads():
     assert build_objective({**RMIPO, "prior_context": "bos"}).prior_context == "bos"
 
 
-def test_release_scores_a_one_token_response():
-    one = (Response((-0.5,), (-1.0,), (-0.5,)), Response((-0.7,), (-0.9,), (-0.7,)))
-    out = build_objective({**RMIPO, "fidelity": "release"})(scores_of([one], prior_from=1))
-    # No token of log pi(y) is scored, so both prior means count as 0 and Delta_pmi is A_w - A_l = 0.2.
-    gamma = 0.3 + 1.3 * math.exp(-0.2)
-    assert out.losses.item() == pytest.approx(reference.nls(2 * (0.2 - gamma)))
-
-
 def test_simper_with_a_constant_length():
     out = build_objective({"name": "simper", "constant_length": 4})(case_scores("A"))
     assert out.losses.item() == pytest.approx(math.exp(-1.6 / 4) - math.exp(-1.2 / 4))
-
-
-def test_rmipo_summary():
-    _, scores = batch(count=40)
-    objective = build_objective({**RMIPO, "schedule": "linear", "span": 0.8})
-    out = objective(scores)
-    lengths = {"chosen_lengths": scores.chosen_lengths, "rejected_lengths": scores.rejected_lengths}
-    summary = objective.summarize({"gamma": out.gamma, **out.diagnostics, **lengths})
-    signal, gamma = out.diagnostics["delta_pmi"], out.gamma
-    at_max = (signal <= 0).double().mean().item()
-    assert 0 < at_max < 1 and 0 < summary["rmipo/gamma_at_min"] < 1
-    difference = scores.chosen_lengths - scores.rejected_lengths
-    centred = [v - v.mean() for v in (signal, difference)]
-    correlation = (centred[0] * centred[1]).sum() / (centred[0].norm() * centred[1].norm())
-    assert summary == pytest.approx(
-        {
-            "rmipo/gamma_mean": gamma.mean().item(),
-            "rmipo/gamma_std": ((gamma - gamma.mean()) ** 2).mean().sqrt().item(),
-            "rmipo/gamma_at_max": at_max,
-            "rmipo/gamma_at_min": (gamma <= 0.31).double().mean().item(),
-            "rmipo/delta_pmi_mean": signal.mean().item(),
-            "rmipo/delta_pmi_std": ((signal - signal.mean()) ** 2).mean().sqrt().item(),
-            "rmipo/pmi_chosen_mean": out.diagnostics["pmi_chosen"].mean().item(),
-            "rmipo/pmi_rejected_mean": out.diagnostics["pmi_rejected"].mean().item(),
-            "rmipo/corr_delta_pmi_length": correlation.item(),
-        }
-    )
-    one = {key: value[:1] for key, value in {"gamma": gamma, **out.diagnostics, **lengths}.items()}
-    assert "rmipo/corr_delta_pmi_length" not in objective.summarize(one)  # undefined, so not logged as NaN
 
 
 # ------------------------------------------------------------------------------------------------- state and ranks
@@ -302,40 +255,6 @@ def test_two_ranks_see_the_statistics_of_all_pairs(name, at):
 def _kl_log_ratios(scores):
     chosen = scores.mismatched_chosen_logps - scores.ref_mismatched_chosen_logps
     return chosen, scores.mismatched_rejected_logps - scores.ref_mismatched_rejected_logps
-
-
-@pytest.mark.parametrize("name", ["alpha-dpo", "beta-dpo", "epsilon-dpo", "kto"])
-def test_a_restored_state_continues_exactly(name):
-    def train(objective, state, steps):
-        losses = []
-        for step in steps:
-            _, scores = batch(count=8, seed=step)
-            state = objective.observe(state, scores)
-            out = objective(scores, state)
-            losses.append(out.losses)
-            state = objective.end_step(state, out.diagnostics)
-        return state, losses
-
-    objective = build_objective({"name": name})
-    _, uninterrupted = train(objective, objective.init_state(), range(6))
-    state, before = train(objective, objective.init_state(), range(3))
-    assert not any(key.startswith("batch_") for key in state)
-    restored = {key: torch.tensor(value.item(), dtype=torch.float64) for key, value in state.items()}
-    _, after = train(build_objective({"name": name}), restored, range(3, 6))
-    assert all(a.equal(b) for a, b in zip(before + after, uninterrupted, strict=True))
-    if name != "kto":  # which keeps nothing between steps
-        _, fresh = train(objective, objective.init_state(), range(3, 6))
-        assert not all(a.equal(b) for a, b in zip(after, fresh, strict=True))
-
-
-def test_evaluation_uses_the_state_and_leaves_it():
-    for name in ("alpha-dpo", "beta-dpo", "epsilon-dpo"):
-        objective = build_objective({"name": name})
-        state = objective.init_state() | ({} if name == "epsilon-dpo" else settled(0.3, 0.7))
-        before = {key: value.clone() for key, value in state.items()}
-        first, second = (objective(batch(count=3)[1], state).losses for _ in range(2))
-        assert first.equal(second)
-        assert state.keys() == before.keys() and all(state[key].equal(before[key]) for key in state)
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
@@ -442,7 +361,6 @@ def test_epsilon_dpo_follows_the_perturbed_policies():
         ({"name": "rmipo", "fidelity": "release", "prior_context": "bos"}, ["objective.prior_context is 'bos'"]),
         ({"name": "rmipo", "fidelity": "release", "pmi_normalization": "sequence"}, ["objective.pmi_normalization"]),
         ({"name": "rmipo", "span": 4.0}, ["objective.span is 4.0"]),
-        ({"name": "slic", "sft_weight": 0, "sft_normalization": "token"}, ["objective.sft_normalization"]),
         ({"name": "dpo", "beta": float("nan")}, ["objective.beta is nan"]),
         ({"name": "dpo", "beta": True}, ["objective.beta is True"]),
     ],
@@ -451,16 +369,6 @@ def test_errors_name_every_wrong_key_at_once(block, named):
     with pytest.raises(ValueError) as error:
         build_objective(block)
     assert [part for part in named if part not in str(error.value)] == []
-
-
-@pytest.mark.parametrize("name", OBJECTIVES)
-def test_hints_for_keys_of_other_code_bases_name_keys_of_ours(name):
-    cls = OBJECTIVES[name]
-    ours = {field.name for field in fields(cls)}
-    for key, hint in cls.hints.items():
-        assert key not in ours and ours & set(hint.replace(",", "").split())
-        with pytest.raises(ValueError, match=rf"objective\.{key} .*{re.escape(hint)}"):
-            build_objective({"name": name, key: 1})
 
 
 DEFAULTS = {
@@ -487,38 +395,11 @@ def test_every_key_has_its_default(name):
     assert {f.name: f.default for f in fields(OBJECTIVES[name])} == DEFAULTS[name]
 
 
-ZERO_IS_ALLOWED = {"gamma_min", "gamma", "gamma_beta_ratio", "rho", "label_smoothing", "sft_weight", "constant_length"}
-ZERO_IS_ALLOWED |= {"alpha"}
-HIGHEST = {"rho": 1, "epsilon": 1, "label_smoothing": 0.5}  # not included
-
-
-@pytest.mark.parametrize("name", OBJECTIVES)
-def test_every_number_refuses_what_is_outside_its_domain(name):
-    for key, default in DEFAULTS[name].items():
-        if isinstance(default, float):
-            outside = [-1, float("inf"), "1", None, *([HIGHEST[key]] if key in HIGHEST else [])]
-            for value in outside + [0] * (key not in ZERO_IS_ALLOWED):
-                with pytest.raises(ValueError, match=rf"objective\.{key} is"):
-                    build_objective({"name": name, key: value})
-            if key in ZERO_IS_ALLOWED:
-                assert getattr(OBJECTIVES[name](**{key: 0}), key) == 0
-            assert isinstance(getattr(OBJECTIVES[name](), key), float)
-
-
 def test_objectives_that_need_several_pairs_say_so():
     objectives = {name: build_objective({"name": name}) for name in OBJECTIVES}
     several = {"kto": 2, "alpha-dpo": 2, "beta-dpo": 2}
     assert {name: o.min_pairs for name, o in objectives.items() if o.min_pairs > 1} == several
     assert build_objective({"name": "rmipo", "signal": "shuffled"}).min_pairs == 2
-
-
-def test_objectives_say_what_they_read():
-    needs = {name: {"reference"} for name in ("dpo", "ipo", "alpha-dpo", "beta-dpo")}
-    needs |= {"rmipo": {"prior"}, "kto": {"reference", "mismatched"}}
-    needs |= {"epsilon-dpo": {"reference", "reference_logits"}}
-    for name in OBJECTIVES:
-        objective = build_objective({"name": name})
-        assert objective.needs == needs.get(name, set()) and not objective.header_in_response
 
 
 # --------------------------------------------------------------------------------------------------------- recipes
@@ -630,8 +511,3 @@ def test_a_signal_is_per_token_or_summed_whatever_the_reward():
         for reward in (MEANS, SUMS):
             gamma = build_objective({"name": "rmipo", **options, **reward})(scores).gamma
             torch.testing.assert_close(gamma, 0.3 + 1.3 * torch.exp(-signal.clamp(min=0)))
-
-
-def test_equal_bounds_are_a_constant_margin():
-    _, scores = batch()
-    assert build_objective({"name": "rmipo", "gamma_min": 1.0, "gamma_max": 1.0})(scores).gamma.tolist() == [1.0] * 5

@@ -7,45 +7,38 @@ packing has a part in this.
 import pytest
 import torch
 from datasets import Dataset
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
 from trl.experimental.cpo import CPOConfig, CPOTrainer
 
 from rmipo.objectives import PairScores, build_objective
+from tests.helpers.tiny_model import write_model
 
-WORDS = list("abcdefghijklmnop")
 PAIRS = [  # prompt, chosen, rejected; lengths differ on purpose
-    ("a b c", "d e f g", "h i"),
-    ("d e", "a", "b c d e f"),
-    ("f g h i j", "k l m", "n o"),
-    ("p", "o n m l k", "a b c d"),
+    ("w1 w2 w3", "w4 w5 w6 w7", "w8 w9"),
+    ("w4 w5", "w1", "w2 w3 w4 w5 w6"),
+    ("w6 w7 w8 w9 w10", "w11 w12 w13", "w14 w15"),
+    ("w16", "w15 w14 w13 w12 w11", "w1 w2 w3 w4"),
 ]
 
 
 @pytest.fixture(scope="module")
-def tokenizer():
-    vocabulary = {word: index for index, word in enumerate(["<pad>", "<unk>", "<s>", "</s>", *WORDS])}
-    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    special = {"pad_token": "<pad>", "unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
-    return PreTrainedTokenizerFast(tokenizer_object=words, **special)
+def folders(tmp_path_factory):
+    """Of two models, with the same tokenizer."""
+    return [write_model(tmp_path_factory.mktemp("model"), seed) for seed in (0, 1)]
 
 
-def tiny_llama(seed: int) -> LlamaForCausalLM:
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=4 + len(WORDS),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        initializer_range=0.3,  # far from uniform, so that log-probs differ
-        pad_token_id=0,
-        bos_token_id=2,
-        eos_token_id=3,
-    )
-    return LlamaForCausalLM(config).eval()
+@pytest.fixture(scope="module")
+def tokenizer(folders):
+    return AutoTokenizer.from_pretrained(folders[0])
+
+
+@pytest.fixture
+def models(folders):
+    found = [AutoModelForCausalLM.from_pretrained(folder).eval() for folder in folders]
+    for parameter in (parameter for model in found for parameter in model.parameters() if parameter.ndim == 2):
+        parameter.data *= 15  # far from uniform, so that log-probs differ
+    return found
 
 
 def arguments(tmp_path, **options) -> dict:
@@ -78,8 +71,8 @@ def trl_loss(trainer, batch) -> float:
 @pytest.mark.parametrize(
     ("loss_type", "block"), [("sigmoid", {"name": "dpo", "beta": 0.3}), ("ipo", {"name": "ipo", "tau": 0.3})]
 )
-def test_dpo_trainer(tmp_path, tokenizer, loss_type, block):
-    policy, reference = tiny_llama(0), tiny_llama(1)
+def test_dpo_trainer(tmp_path, tokenizer, models, loss_type, block):
+    policy, reference = models
     trainer = DPOTrainer(
         model=policy,
         ref_model=reference,
@@ -96,8 +89,8 @@ def test_dpo_trainer(tmp_path, tokenizer, loss_type, block):
     assert build_objective(block)(scores).losses.mean().item() == pytest.approx(trl_loss(trainer, batch), rel=1e-5)
 
 
-def test_kto_trainer(tmp_path, tokenizer):
-    policy, reference = tiny_llama(1), tiny_llama(0)  # this way round the KL estimate is positive
+def test_kto_trainer(tmp_path, tokenizer, models):
+    policy, reference = models  # this way round the KL estimate is positive
     # TRL samples in order; both labels in one batch.
     examples = [{"prompt": p, "completion": f" {w}", "label": True} for p, w, _ in PAIRS]
     examples += [{"prompt": p, "completion": f" {r}", "label": False} for p, _, r in PAIRS]
@@ -135,8 +128,8 @@ def test_kto_trainer(tmp_path, tokenizer):
         ),
     ],
 )
-def test_cpo_trainer(tmp_path, tokenizer, options, block):
-    policy = tiny_llama(0)
+def test_cpo_trainer(tmp_path, tokenizer, models, options, block):
+    policy = models[0]
     trainer = CPOTrainer(
         model=policy,
         args=CPOConfig(**arguments(tmp_path, **options)),

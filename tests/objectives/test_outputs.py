@@ -1,4 +1,4 @@
-"""What an objective gives beside its losses: columns per pair, their summary, its state."""
+"""What an objective gives beside its losses: columns per pair, their summary, its state; and its parts by hand."""
 
 import math
 
@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from rmipo.objectives import OBJECTIVES, PairScores, build_objective
+from rmipo.objectives.rmipo import delta_pmi, pmi, rmipo_loss, scheduled_margin
 from tests.helpers.pair_scores import batch, settled
 
 STATES = {"alpha-dpo": (0.5, 0.25), "beta-dpo": (0.5, 0.25)}
@@ -66,24 +67,6 @@ def test_means_are_over_all_pairs():
     assert (summary["epsilon-dpo/k_plus"], summary["epsilon-dpo/k_minus"]) == (0.25, 0.5)
 
 
-def test_means_of_float32_columns_are_taken_in_float64():
-    """2^24 + 1 is no number in float32."""
-    column = torch.tensor([2.0**24, 1, 0])
-    mean = (2**24 + 1) / 3
-    assert build_objective({"name": "slic"}).summarize({"nll": column}) == {"slic/nll": mean}
-    summary = build_objective({"name": "epsilon-dpo"}).summarize({"running_beta": column, "k": column})
-    assert summary["epsilon-dpo/beta"] == mean
-    names = ("gamma", "delta_pmi", "pmi_chosen", "pmi_rejected", "chosen_lengths", "rejected_lengths")
-    summary = build_objective({"name": "rmipo"}).summarize(dict.fromkeys(names, column))
-    assert [summary[f"rmipo/{name}_mean"] for name in names[:4]] == [mean] * 4
-    for name in ("alpha-dpo", "beta-dpo"):
-        zeros, ones = torch.zeros(3), torch.ones(3)
-        scores = PairScores(column, zeros, ones, ones, ref_chosen_logps=zeros, ref_rejected_logps=zeros)
-        objective = build_objective({"name": name})
-        state = objective.observe(objective.init_state(), scores)
-        assert state["gap_mean"].item() == pytest.approx(0.1 * mean, rel=1e-12)
-
-
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_columns_are_detached_and_of_one_type(name):
     """The trainer stacks all columns of a micro-batch into one table and gathers that."""
@@ -100,19 +83,6 @@ def test_columns_are_detached_and_of_one_type(name):
     after = objective.end_step(state, output.diagnostics)
     for states in (objective.init_state(), after):
         assert all((v.shape, v.dtype, v.requires_grad) == ((), torch.float64, False) for v in states.values())
-
-
-def test_the_margin_of_margin_methods_is_a_column():
-    gammas = {name: build_objective({"name": name})(SCORES).gamma for name in ("simpo", "dpo", "cpo")}
-    assert gammas["simpo"].tolist() == [1, 1] and gammas["dpo"] is None and gammas["cpo"] is None
-
-
-def test_the_release_multiplies_a_constant_margin_too():
-    block = {"name": "rmipo", "signal": "loglik", "target": "beta", "fidelity": "release"}
-    output = build_objective(block)(SCORES)
-    modulated = torch.tensor([0.3 + 1.3 * math.exp(-1), 1.6], dtype=torch.float64)
-    differences = 2 * t(1, -1) * modulated / 0.95
-    torch.testing.assert_close(output.losses, torch.nn.functional.softplus(2 * 0.95 - differences))
 
 
 def test_a_modulated_beta_leaves_rewards_and_margin_alone():
@@ -209,3 +179,110 @@ def test_beta_dpo_has_a_floor_and_no_ceiling():
     for gap, beta in ((-100, 1e-3), (100, 0.1 * (1 + 0.6 * 100))):
         output = build_objective({"name": "beta-dpo"})(gaps(gap, gap), settled(0, 1))
         assert output.diagnostics["beta"].tolist() == pytest.approx([beta] * 2)
+
+
+# -------------------------------------------------------------------------------------------------- PMI and schedules
+
+
+def test_pmi_of_sequences_and_of_tokens():
+    logps, prior, lengths = t(-1.2, -4.0), t(-3.0, -4.8), t(3, 4)
+    torch.testing.assert_close(pmi(logps, prior), t(1.8, 0.8))
+    torch.testing.assert_close(pmi(logps, prior, lengths), t(0.6, 0.2))
+    torch.testing.assert_close(pmi(logps, prior, lengths, lengths - 1), t(-0.4 + 1.5, -1.0 + 1.6))
+    torch.testing.assert_close(delta_pmi(t(0.6), t(0.4)), t(0.2))
+    torch.testing.assert_close(pmi(t(-0.5, 0.0), t(0.0, 0.0), t(1, 0), t(0, 0)), t(-0.5, 0.0))  # of nothing
+
+
+@pytest.mark.parametrize(
+    ("schedule", "span", "expected"),  # the kept share of the range at d = -1, 0, 0.5, 1, 2, 3
+    [
+        ("exponential", {}, [1, 1, math.exp(-0.5), math.exp(-1), math.exp(-2), math.exp(-3)]),
+        ("exponential", {"span": 4.0}, [1, 1, math.exp(-0.5), math.exp(-1), math.exp(-2), math.exp(-3)]),
+        ("linear", {}, [1, 1, 0.75, 0.5, 0, 0]),
+        ("linear", {"span": 1.0}, [1, 1, 0.5, 0, 0, 0]),
+        ("cosine", {}, [1, 1, (1 + math.sqrt(0.5)) / 2, 0.5, 0, 0]),
+        ("cosine", {"span": 1.0}, [1, 1, 0.5, 0, 0, 0]),
+        ("constant", {}, [0.5] * 6),
+    ],
+)
+def test_schedules(schedule, span, expected):
+    """With the default span, 2, the three decays keep the same area: Table 7 compares shapes, not mean margins."""
+    gamma = scheduled_margin(t(-1, 0, 0.5, 1, 2, 3), 0.3, 1.6, schedule, **span)
+    torch.testing.assert_close(gamma, 0.3 + 1.3 * t(*expected))
+
+
+def test_loss_of_one_pair_by_hand():
+    logps = [t(-6.0).requires_grad_(), t(-10.0).requires_grad_()]  # 3 and 4 tokens
+    losses, gamma = rmipo_loss(*logps, t(-9.0), t(-12.0), t(3), t(4))
+    margin = 0.3 + 1.3 * math.exp(-0.5)  # PMI: 1.0 and 0.5 nats per token
+    difference = 2 * (-2.0 + 2.5) - margin
+    torch.testing.assert_close(gamma, t(margin))
+    torch.testing.assert_close(losses, t(math.log1p(math.exp(-difference))))
+    losses.sum().backward()
+    slope = -1 / (1 + math.exp(difference))  # of -log sigmoid; the margin has none
+    torch.testing.assert_close(logps[0].grad, t(slope * 2 / 3))
+    torch.testing.assert_close(logps[1].grad, t(-slope * 2 / 4))
+
+
+# Two pairs by hand: A_w = -1, -2; A_l = -2, -1; the first has delta_pmi ln 2, the second -1, with lengths 2, 4 and 3, 5.
+PAIRS = {
+    "chosen_logps": t(-2, -8),
+    "rejected_logps": t(-6, -5),
+    "prior_chosen_logps": t(-2 - 2 * math.log(2), -8),
+    "prior_rejected_logps": t(-6, -10),
+    "chosen_lengths": t(2, 4),
+    "rejected_lengths": t(3, 5),
+}
+
+
+def sigmoid(x):
+    return 1 / (1 + math.exp(-x))
+
+
+def test_label_smoothing_and_sft_by_hand():
+    """beta 2: reward differences 2 and -2; gamma 0.3 + 1.3 / 2 = 0.95 and 1.6, so margins of 1.05 and -3.6."""
+    plain = t(-math.log(sigmoid(1.05)), -math.log(sigmoid(-3.6)))
+    losses, gamma = rmipo_loss(**PAIRS)
+    torch.testing.assert_close(losses, plain)
+    torch.testing.assert_close(gamma, t(0.95, 1.6))
+    flipped = t(-math.log(sigmoid(-1.05)), -math.log(sigmoid(3.6)))
+    torch.testing.assert_close(rmipo_loss(**PAIRS, label_smoothing=0.1)[0], 0.9 * plain + 0.1 * flipped)
+    # 10 nats over the batch's 6 chosen tokens, of which 2 and 8 are the pairs'.
+    torch.testing.assert_close(rmipo_loss(**PAIRS, sft_weight=0.5)[0], plain + 0.5 * t(2, 8) * 2 / 6)
+    assert rmipo_loss(**PAIRS, sft_weight=0.5)[0].mean().item() == pytest.approx(plain.mean().item() + 0.5 * 10 / 6)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"gamma_min": 2.0}, {"beta": -1.0}, {"schedule": "exp"}, {"pmi_normalization": "tokens"}, {"fidelity": "Release"},
+        {"signal": "loglikelihood"}, {"target": "Beta"}, {"label_smoothing": 0.7}, {"prior_chosen_logps": None},
+    ],
+)  # fmt: skip
+def test_what_would_be_another_loss_is_refused(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        rmipo_loss(**PAIRS | wrong)
+
+
+def test_simpo_takes_both_too():
+    names = ("chosen_logps", "rejected_logps", "chosen_lengths", "rejected_lengths")
+    scores = PairScores(**{name: PAIRS[name] for name in names})
+    block = {"name": "simpo", "beta": 2.0, "gamma": 0.5, "label_smoothing": 0.2, "sft_weight": 3.0}
+    objective = build_objective(block)
+    plain = t(-math.log(sigmoid(1.5)), -math.log(sigmoid(-2.5)))
+    flipped = t(-math.log(sigmoid(-1.5)), -math.log(sigmoid(2.5)))
+    torch.testing.assert_close(objective(scores).losses, 0.8 * plain + 0.2 * flipped + 3 * t(2, 8) * 2 / 6)
+    assert objective.micro_batch_matters and not build_objective({"name": "simpo"}).micro_batch_matters
+    assert build_objective({"name": "rmipo", "sft_weight": 1e-3}).micro_batch_matters
+
+
+def test_the_objective_of_a_recipe_calls_the_function():
+    scores = PairScores(**PAIRS)
+    for options in ({}, {"schedule": "cosine", "span": 1.0}, {"pmi_normalization": "sequence", "label_smoothing": 0.1}):
+        losses, gamma = rmipo_loss(**PAIRS, **options)
+        output = build_objective({"name": "rmipo", **options})(scores)
+        assert torch.equal(output.losses, losses) and torch.equal(output.gamma, gamma.to(losses))
+    losses, gamma = rmipo_loss(
+        **PAIRS | {"prior_chosen_logps": None, "prior_rejected_logps": None}, schedule="constant"
+    )
+    torch.testing.assert_close(gamma, t(0.95, 0.95))

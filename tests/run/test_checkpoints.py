@@ -10,31 +10,26 @@ from collections import namedtuple
 from pathlib import Path
 
 import pytest
+from accelerate import PartialState
 from transformers import TrainerState
 
 from rmipo.errors import CheckpointError
 from rmipo.files import LOCK_FILE
-from rmipo.run.checkpoints import (
-    MARKER,
-    Checkpoints,
-    FullDiskError,
-    complete_checkpoints,
-    explained_full_disk,
-    resume_point,
-)
-from rmipo.training.checkpoints import rotate
+from rmipo.run.checkpoints import FullDiskError, delete_torn, explained_full_disk, resume_point
+from rmipo.training.checkpoints import ResumableTrainer, complete, complete_checkpoints, rotate
 from tests.helpers.checkpoints import IDENTITY, make_checkpoints
 
 
 def save(folder, step, limit=None, best=None, first_process=True):
     """Start a run in `folder` and save its checkpoint of `step`."""
-    arguments = types.SimpleNamespace(output_dir=str(folder), save_total_limit=limit)
-    state = TrainerState(global_step=step, is_world_process_zero=first_process, best_model_checkpoint=best)
-    callback = Checkpoints(IDENTITY)
-    callback.on_train_begin(arguments, state, None)
-    assert not arguments.save_total_limit  # else the trainer would delete before the new one has its marker
+    if first_process:
+        delete_torn(folder)
     (folder / f"checkpoint-{step}").mkdir()
-    callback.on_save(arguments, state, None)
+    trainer = types.SimpleNamespace(
+        args=types.SimpleNamespace(output_dir=str(folder), should_save=first_process), marks=IDENTITY, limit=limit,
+        state=TrainerState(global_step=step, best_model_checkpoint=best), accelerator=PartialState(),
+    )  # fmt: skip
+    ResumableTrainer.complete_checkpoint(trainer)
 
 
 def names(folder):
@@ -61,17 +56,16 @@ def test_other_processes_than_the_first_delete_and_mark_nothing(tmp_path):
     assert [path.name for path in complete_checkpoints(tmp_path)] == ["checkpoint-2", "checkpoint-3"]
 
 
-@pytest.mark.parametrize("limit, kept", [(None, (2, 10, 4, 12)), (0, (2, 10, 4, 12)), (1, (12,)), (3, (10, 4, 12))])
-def test_as_many_checkpoints_stay_as_the_limit_says(tmp_path, limit, kept):
+@pytest.mark.parametrize(
+    "limit, best, kept",
+    [(None, 2, (2, 10, 4, 12)), (0, 2, (2, 10, 4, 12)), (1, None, (12,)), (1, 2, (2, 12)), (3, 12, (10, 4, 12))],
+)
+def test_as_many_checkpoints_stay_as_the_limit_says_and_the_best(tmp_path, limit, best, kept):
+    """Torn ones don't count."""
     make_checkpoints(tmp_path, complete=(2, 10, 4))
-    save(tmp_path, 12, limit)
+    (tmp_path / "checkpoint-11").mkdir()
+    save(tmp_path, 12, limit, best=best and str(tmp_path / f"checkpoint-{best}"))
     assert names(tmp_path) == sorted(f"checkpoint-{step}" for step in kept)
-
-
-def test_the_best_checkpoint_stays_beyond_the_limit(tmp_path):
-    make_checkpoints(tmp_path, complete=(2, 4))
-    save(tmp_path, 6, limit=1, best=str(tmp_path / "checkpoint-2"))
-    assert names(tmp_path) == ["checkpoint-2", "checkpoint-6"]
 
 
 @pytest.mark.parametrize("calls", range(1, 6))
@@ -94,7 +88,7 @@ def test_what_a_kill_leaves_of_a_deletion_is_deleted_by_the_next_start(tmp_path,
     with monkeypatch.context() as patch, contextlib.suppress(SystemExit):
         for name in ("unlink", "rmdir"):
             patch.setattr(os, name, until_killed(getattr(os, name)))
-        rotate(complete_checkpoints(tmp_path), MARKER, 1)
+        rotate(complete_checkpoints(tmp_path), 1)
     assert [path.name for path in complete_checkpoints(tmp_path)] == ["checkpoint-4"]
     (tmp_path / "run.json").write_text(json.dumps(IDENTITY))
     assert resume_point(tmp_path, IDENTITY).endswith("checkpoint-4")
@@ -102,27 +96,32 @@ def test_what_a_kill_leaves_of_a_deletion_is_deleted_by_the_next_start(tmp_path,
     assert names(tmp_path) == ["checkpoint-4", "checkpoint-6", "run.json"]
 
 
-def test_a_marker_that_is_written_halfway_is_none(tmp_path, monkeypatch):
-    def killed(path, text):
-        with open(path, "w") as file:
-            file.write(text[:9])
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    make_checkpoints(tmp_path, complete=(2,))
-    monkeypatch.setattr(Path, "write_text", killed)
-    with pytest.raises(OSError):
-        save(tmp_path, 4)
-    assert [path.name for path in complete_checkpoints(tmp_path)] == ["checkpoint-2"]
-
-
-def test_only_names_of_other_files_are_told_and_five_of_them(tmp_path):
+def test_files_of_somebody_else_are_not_overwritten(tmp_path):
     (tmp_path / LOCK_FILE).touch()
     (tmp_path / "metrics.jsonl.tmp").touch()
     assert resume_point(tmp_path, IDENTITY) is None
-    for name in "gfedcba":
-        (tmp_path / name).touch()
-    with pytest.raises(CheckpointError, match=r"Found: a, b, c, d, e\. Nothing is overwritten"):
+    make_checkpoints(tmp_path, complete=(), torn=(500,))  # of a plain Trainer, without our marker
+    with pytest.raises(CheckpointError, match="Found: checkpoint-500"):
         resume_point(tmp_path, IDENTITY)
+
+
+def test_a_checkpoint_that_has_lost_a_file_is_refused(tmp_path):
+    (tmp_path / "checkpoint-6").mkdir()
+    (tmp_path / "checkpoint-6/optimizer.pt").touch()
+    complete(tmp_path, 6, IDENTITY)
+    assert complete_checkpoints(tmp_path) == [tmp_path / "checkpoint-6"]
+    (tmp_path / "checkpoint-6/optimizer.pt").unlink()
+    with pytest.raises(CheckpointError, match=r"checkpoint-6 has lost optimizer\.pt"):
+        complete_checkpoints(tmp_path)
+
+
+def test_a_checkpoint_of_the_model_alone_is_none_to_go_on_from(tmp_path):
+    identity = IDENTITY | {"recipe": IDENTITY["recipe"] | {"save_only_model": True}}
+    (tmp_path / "run.json").write_text(json.dumps(identity))
+    assert resume_point(tmp_path, identity) is None
+    make_checkpoints(tmp_path, complete=(4,))
+    with pytest.raises(CheckpointError, match=r"checkpoint-4 holds the model alone"):
+        resume_point(tmp_path, identity)
 
 
 @pytest.mark.parametrize("foreign", [2, 10])

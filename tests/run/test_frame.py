@@ -12,11 +12,9 @@ from rmipo.recipe.load import load_recipe
 from rmipo.record import read_generations, recorded_run
 from rmipo.run import frame
 from rmipo.run.callbacks import Recorder, set_callbacks
-from rmipo.run.checkpoints import MARKER, Checkpoints
 from rmipo.run.generations import SampleGenerations
 from rmipo.run.stop import FiniteWatchdog, SilenceWatchdog, StopOnSignal
 from rmipo.run.trackers import WandbBySteps
-from rmipo.training import trainer
 from tests.helpers.launched import launch
 from tests.helpers.paths import ROOT
 from tests.helpers.programs import run_here
@@ -86,29 +84,16 @@ class Theirs(TrainerCallback):
 def test_callbacks_are_called_in_one_order(tmp_path):
     trainer = make_trainer(tmp_path, make_pairs(8), report_to=["wandb", "tensorboard"])
     trainer.pop_callback(Recorder)
-    given = [Checkpoints({}), SilenceWatchdog(), FiniteWatchdog(), Recorder(), StopOnSignal()]
+    given = [SilenceWatchdog(), FiniteWatchdog(), Recorder(), StopOnSignal()]
     given += [SampleGenerations(None, [], trainer, 1), Theirs()]
     set_callbacks(trainer, given)
     kinds = [type(callback) for callback in trainer.callback_handler.callbacks]
     order = {kind: kinds.index(kind) for kind in kinds}
-    assert order[DefaultFlowCallback] == 0 and kinds[-1] == Checkpoints  # whose marker says that all others are done
+    assert order[DefaultFlowCallback] == 0
     assert order[StopOnSignal] < order[Recorder]  # asks for a save, which asks for a line
     # W&B is sent again what the file holds.
     assert order[Recorder] < min(order[WandbBySteps], order[TensorBoardCallback], order[Theirs])
     assert order[Recorder] < order[FiniteWatchdog]  # once the line is written
-
-
-def test_a_checkpoint_is_complete_only_with_the_objectives_state(tmp_path, monkeypatch):
-    def fails(*arguments):
-        raise OSError("killed here")
-
-    training = make_trainer(tmp_path, make_pairs(8))
-    training.args.save_strategy, training.args.save_steps = "steps", 1
-    training.add_callback(Checkpoints({"world_size": 1}))
-    with pytest.raises(OSError, match="killed here"), monkeypatch.context() as broken:
-        broken.setattr(trainer, "save_objective_state", fails)
-        training.train()
-    assert (tmp_path / "checkpoint-1").is_dir() and not (tmp_path / "checkpoint-1" / MARKER).exists()
 
 
 @pytest.mark.parametrize("end, code", [("well", 0), ("stop", 75), ("error", 2)])

@@ -9,7 +9,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from rmipo.record import read_generations, write_generations
 from rmipo.run import generations
-from rmipo.run.generations import SampleGenerations, default_tokens
+from rmipo.run.generations import SampleGenerations
 from rmipo.run.stop import StopOnSignal
 from rmipo.training import attention
 from tests.helpers.twins import changed, make_twin, run
@@ -120,10 +120,3 @@ def test_answers_under_zero3_are_those_of_one_process(tmp_path):
     held_out = [json.loads(line) for line in (tmp_path / "data/test.jsonl").read_text().splitlines()]
     for line, row in zip(alone[:3], held_out, strict=True):
         assert row["prompt"] in line["prompt"]
-
-
-def test_answers_are_shorter_between_machines(monkeypatch):
-    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
-    assert default_tokens(1) == 128
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    assert (default_tokens(4), default_tokens(8)) == (128, 32)

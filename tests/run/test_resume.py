@@ -1,22 +1,22 @@
 """Killed with SIGKILL anywhere and started again, a run ends where the undisturbed one does: bit for bit, on the CPU."""
 
+import contextlib
 import json
 import os
 import random
+import re
 import shutil
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
 from transformers import AutoTokenizer
 
-from rmipo.errors import CheckpointError
-from rmipo.record import read_metrics, run_identity
-from rmipo.run import checkpoints
-from rmipo.run.checkpoints import MARKER, complete_checkpoints, resume_point
+from rmipo.record import read_metrics
 from rmipo.run.stop import EXIT_STOPPED
-from rmipo.training.checkpoints import rotate
-from tests.helpers.checkpoints import IDENTITY, make_checkpoints
+from rmipo.training.checkpoints import MARKER, complete_checkpoints, marked
 from tests.helpers.interrupted_runs import assert_same_run, finish, kill_when, last_step, start
 from tests.helpers.launched import wait_until
 from tests.helpers.twins import changed, make_twin
@@ -127,12 +127,12 @@ def test_nothing_is_trained_beyond_the_last_step(tmp_path, twin, end):
     """Killed once the last checkpoint is complete: in the last evaluation, or in the export."""
     overrides, whole, killed = changed(twin, **end), tmp_path / "whole", tmp_path / "killed"
     finish(overrides, whole, 1)
-    last = checkpoints.complete_checkpoints(whole)[-1].name
+    last = complete_checkpoints(whole)[-1].name
     state = json.loads((whole / last / "trainer_state.json").read_text())
     assert any("eval_loss" in line and line["step"] == state["global_step"] for line in state["log_history"])
     assert kill_when(start(overrides, killed, 1), lambda: (killed / last / MARKER).exists())
     assert f"resuming from {killed / last}" in finish(overrides, killed, 1)
-    assert [path.name for path in checkpoints.complete_checkpoints(killed)] == [last]
+    assert [path.name for path in complete_checkpoints(killed)] == [last]
     assert_same_run(killed, whole)
     ours, theirs = (json.loads((run / "run.json").read_text())["results"] for run in (killed, whole))
     measured = {"parity", "eval_runtime", "eval_samples_per_second", "eval_steps_per_second"}  # at each start anew
@@ -152,7 +152,7 @@ def test_a_signal_saves_and_the_run_goes_on_from_there(tmp_path, twin, sft_twin,
     wait_until(lambda: last_step(stopped) >= 1, run)
     os.kill(run.processes[0].pid, by)
     assert run.wait() == EXIT_STOPPED, run.output[-3000:]
-    (saved,) = checkpoints.complete_checkpoints(stopped)
+    (saved,) = complete_checkpoints(stopped)
     assert f"stopped by a signal at step {saved.name.split('-')[1]} and saved; the same command goes on" in run.output
     finish(overrides, stopped, 1, stage=stage)
     assert_same_run(stopped, whole)
@@ -188,34 +188,41 @@ def test_running_statistics_survive(tmp_path, twin, method):
     assert kill_when(start(twin, killed, 1, *overlay), lambda: last_step(killed) >= 5)
     finish(twin, killed, 1, *overlay)
     assert_same_run(killed, tmp_path / "whole")
-    saved = [(run / "checkpoint-14" / "objective_state.json").read_text() for run in (killed, tmp_path / "whole")]
-    assert saved[0] == saved[1] and len(json.loads(saved[0])) >= 1
+    saved = [marked(run / "checkpoint-14")["state"] for run in (killed, tmp_path / "whole")]
+    assert saved[0] == saved[1] and len(saved[0]) >= 1
     first, *_, last = [line["rewards/margins"] for line in read_metrics(killed) if "rewards/margins" in line]
     if method == "epsilon-dpo":  # whose reference is the initial policy, not the trained one
         assert abs(first) < 1e-4 < 1e-3 < abs(last)
 
 
-def test_checkpoints_of_something_else_are_nobodys_to_delete(tmp_path):
-    """Those of a plain Trainer, without our marker, in a folder without our run.json."""
-    make_checkpoints(tmp_path, complete=(), torn=(500,))
-    with pytest.raises(CheckpointError, match=r"is not empty and has no run\.json of a run. Found: checkpoint-500"):
-        resume_point(tmp_path, IDENTITY)
+# -------------------------------------------------------------------------------------------------------- a full disk
 
 
-def test_a_checkpoint_of_the_model_alone_is_none_to_go_on_from(tmp_path):
-    identity = run_identity(IDENTITY["recipe"] | {"save_only_model": True}, IDENTITY["fingerprints"], 2)
-    (tmp_path / "run.json").write_text(json.dumps(identity))
-    assert resume_point(tmp_path, identity) is None
-    make_checkpoints(tmp_path, complete=(4,))
-    with pytest.raises(CheckpointError, match=r"checkpoint-4 holds the model alone \(save_only_model: true\)"):
-        resume_point(tmp_path, identity)
+@contextlib.contextmanager
+def small_disk(folder, kib):
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={kib}k", "tmpfs", str(folder)]
+    if sys.platform != "linux" or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mounting a file system needs root")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
-def test_old_checkpoints_go_only_when_the_new_one_is_complete(tmp_path):
-    """Torn ones don't count: with a limit of 1, the only complete one stays until another has its marker."""
-    make_checkpoints(tmp_path, complete=(6,), torn=(7, 8))
-    rotate(complete_checkpoints(tmp_path), MARKER, 1)
-    assert [path.name for path in complete_checkpoints(tmp_path)] == ["checkpoint-6"]
-    make_checkpoints(tmp_path, complete=(9, 10))
-    rotate(complete_checkpoints(tmp_path), MARKER, 1, keep=str(tmp_path / "checkpoint-9"))
-    assert [path.name for path in complete_checkpoints(tmp_path)] == ["checkpoint-9", "checkpoint-10"]
+@pytest.mark.parametrize("kib", [1000, pytest.param(1500, marks=pytest.mark.slow)])
+def test_a_full_disk_leaves_the_last_good_checkpoint_and_says_so(tmp_path, twin, whole, kib):
+    out = tmp_path / "disk" / "out"
+    with small_disk(tmp_path / "disk", kib):
+        run = start(twin, out, 1)
+        assert run.wait() == 2, run.output[-6000:]
+        output = run.output
+        assert "Traceback" not in output
+        good = sorted(int(marker.parent.name.split("-")[1]) for marker in out.glob(f"checkpoint-*/{MARKER}"))
+        named = re.search(r"error: the disk of .* is full; (\S+) is", output)
+        assert named and named[1] == (f"checkpoint-{good[-1]}" if good else "there"), output[-3000:]
+
+        subprocess.run(["mount", "-o", "remount,size=64m", str(tmp_path / "disk")], check=True)
+        output = finish(twin, out, 1)
+        assert not good or f"resuming from {out}/checkpoint-{good[-1]}" in output
+        assert_same_run(out, whole(1))

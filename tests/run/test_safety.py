@@ -19,7 +19,7 @@ from rmipo.training.loading import LoadingError, check_limits, load_model, load_
 from tests.helpers.families import make_model, make_tokenizer, save
 from tests.helpers.launched import launch
 from tests.helpers.paths import ROOT
-from tests.helpers.twins import make_twin
+from tests.helpers.twins import changed, make_twin
 
 SECRETS = {
     "HF_TOKEN": "hf_" + "Zq7" * 11,
@@ -138,12 +138,10 @@ def test_even_then_a_pickle_runs_nothing(tmp_path):
 
 def test_no_secret_of_the_environment_gets_into_any_output(tmp_path):
     overrides = make_twin(tmp_path, "tiny/rmipo", "llama3", "on_policy_ultrafeedback")
-    flags = dict(zip(overrides[::2], overrides[1::2], strict=True))
-    flags |= {"--report_to": "[wandb, tensorboard]", "--save_strategy": "steps", "--save_steps": "1"}
-    flags |= {"--output_dir": str(tmp_path / "out"), "--dataset_num_proc": "null"}
+    overrides = changed(overrides, report_to="[wandb, tensorboard]", save_strategy="steps", save_steps=1)
     command = ["scripts/preference.py", "--config", "recipes/tiny/rmipo.yaml"]
     folders = {"WANDB_DIR": str(tmp_path), "TENSORBOARD_LOGGING_DIR": str(tmp_path / "tensorboard")}
-    training = launch([*command, *(text for pair in flags.items() for text in pair)], **SECRETS, **folders)
+    training = launch([*command, *overrides, "--output_dir", str(tmp_path / "out")], **SECRETS, **folders)
     assert training.wait() == 0, training.output[-3000:]
     files = [path for path in tmp_path.rglob("*") if path.is_file() and "data" not in path.parts]
     written = {str(path): path.read_bytes() for path in files} | {"output": training.output.encode()}

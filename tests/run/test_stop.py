@@ -8,9 +8,9 @@ import pytest
 import torch
 from transformers import TrainerControl, TrainerState
 
-from rmipo.run.stop import EXIT_STOPPED, FiniteWatchdog, NonFiniteStepError, StopOnSignal
+from rmipo.run.stop import FiniteWatchdog, NonFiniteStepError, StopOnSignal
 from tests.helpers.launched import launch
-from tests.helpers.twins import make_twin
+from tests.helpers.twins import changed, make_twin
 
 ARGUMENTS = types.SimpleNamespace(device=torch.device("cpu"))
 
@@ -55,10 +55,6 @@ def test_a_second_ctrl_c_ends_at_once():
         signal.signal(signal.SIGINT, before)
 
 
-def test_the_exit_code_asks_for_another_start():
-    assert EXIT_STOPPED == os.EX_TEMPFAIL == 75
-
-
 def test_a_silent_rank_makes_the_others_say_where_they_wait_and_the_timeout_ends_the_run(tmp_path):
     """The recipe's ddp_timeout holds on the CPU too, where transformers leaves it out."""
     command = ["tests/helpers/silent_rank.py", "--ddp_timeout", "6", "--model_name_or_path", "some/model"]
@@ -91,9 +87,8 @@ def test_a_gradient_that_is_not_finite_stops_the_run():
 
 def test_sft_that_diverges_stops_before_it_is_saved(tmp_path):
     overrides = make_twin(tmp_path, "tiny/sft", "llama3", "ultrachat")
-    flags = dict(zip(overrides[::2], overrides[1::2], strict=True))
-    flags |= {"--learning_rate": "1e30", "--save_strategy": "steps", "--save_steps": "1", "--max_steps": "4"}
+    overrides = changed(overrides, learning_rate=1e30, save_strategy="steps", save_steps=1, max_steps=4)
     command = ["scripts/sft.py", "--config", "recipes/tiny/sft.yaml", "--output_dir", str(tmp_path / "out")]
-    training = launch([*command, *(text for pair in flags.items() for text in pair)])
+    training = launch([*command, *overrides])
     assert training.wait() == 2 and "error: step 2: grad_norm is nan" in training.output, training.output[-3000:]
     assert [path.parent.name for path in (tmp_path / "out").glob("checkpoint-*/complete.json")] == ["checkpoint-1"]

@@ -4,9 +4,7 @@ import json
 import os
 import subprocess
 import sys
-import threading
 import types
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
@@ -17,17 +15,16 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import TrainerState
 
 from rmipo import record
+from rmipo.errors import ConfigError
 from rmipo.plots import plt
 from rmipo.record import RunRecord, append_metrics, environment, read_generations, read_metrics, run_identity
 from rmipo.run.callbacks import set_callbacks
 from rmipo.run.curves import plot_curves, plot_run
 from rmipo.run.generations import SampleGenerations
 from rmipo.run.trackers import WandbBySteps, close_wandb, open_wandb
-from tests.helpers.launched import launch
 from tests.helpers.rows import write
 from tests.helpers.small_models import make_pairs
 from tests.helpers.trainers import make_trainer
-from tests.helpers.twins import changed, make_twin
 from tests.helpers.wandb_file import read_config, read_history, read_records
 
 
@@ -76,24 +73,14 @@ def test_wandb_offline_run_holds_what_was_logged(tmp_path, monkeypatch):
     assert not {name.removeprefix("train/") for row in history for name in row} & {*WandbBySteps.SUMMARY}
 
 
-@pytest.mark.parametrize(
-    "given, opened",
-    [
-        ({}, ["huggingface", "ours", "allow"]),
-        ({"WANDB_PROJECT": "p", "WANDB_RUN_ID": "theirs", "WANDB_RESUME": "must"}, ["p", "theirs", "must"]),
-    ],
-    ids=["by default", "by the environment"],
-)
-def test_an_earlier_starts_wandb_run_is_continued(monkeypatch, given, opened):
+def test_a_wandb_run_is_the_one_that_the_environment_names(monkeypatch):
     """W&B itself can only be asked to, offline."""
-    for name in ("WANDB_PROJECT", "WANDB_RUN_ID", "WANDB_RESUME"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in given.items():
-        monkeypatch.setenv(name, value)
     asked = {}
     monkeypatch.setattr(wandb, "init", asked.update)
+    for name, value in {"WANDB_PROJECT": "p", "WANDB_RUN_ID": "theirs", "WANDB_RESUME": "must"}.items():
+        monkeypatch.setenv(name, value)
     open_wandb("n", "ours")
-    assert asked == dict(zip(("project", "id", "resume"), opened, strict=True)) | {"name": "n"}
+    assert asked == {"project": "p", "id": "theirs", "resume": "must", "name": "n"}
 
 
 @pytest.mark.parametrize("first_process, step, sent", [(True, 7, [5, 5, 6]), (True, 0, []), (False, 7, [])])
@@ -221,31 +208,10 @@ def test_the_histogram_counts_every_pair_once_with_the_bounds_apart(tmp_path, fi
     assert plot_run(tmp_path, trainer) == {}
 
 
-class Refusing(BaseHTTPRequestHandler):
-    """A W&B server that knows no key."""
+def test_what_wandb_refuses_is_told(monkeypatch):
+    def refuse(**options):
+        raise wandb.Error("invalid API key")
 
-    def do_POST(self):
-        self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        body = b'{"errors": [{"message": "invalid API key"}]}'
-        self.send_response(401)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, *arguments):
-        pass
-
-
-@pytest.mark.slow
-def test_a_key_that_wandb_refuses_is_told_before_a_model_is_loaded(tmp_path):
-    overrides = make_twin(tmp_path, "tiny/rmipo", "llama3", "on_policy_ultrafeedback")
-    overrides = changed(overrides, report_to="wandb", output_dir=tmp_path / "out")
-    with ThreadingHTTPServer(("127.0.0.1", 0), Refusing) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        environment = {"WANDB_BASE_URL": f"http://127.0.0.1:{server.server_address[1]}", "WANDB_API_KEY": "0" * 40}
-        command = ["scripts/preference.py", "--config", "recipes/tiny/rmipo.yaml", *overrides]
-        run = launch(command, WANDB_MODE="online", WANDB_DIR=str(tmp_path), **environment)
-        code = run.wait()
-        server.shutdown()
-    assert code == 2 and "error: report_to: wandb: " in run.output and "Traceback" not in run.output, run.output
-    assert "Loading weights" not in run.output
+    monkeypatch.setattr(wandb, "init", refuse)
+    with pytest.raises(ConfigError, match="report_to: wandb: invalid API key"):
+        open_wandb("n", "ours")

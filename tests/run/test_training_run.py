@@ -16,11 +16,13 @@ from rmipo.errors import CheckpointError
 from rmipo.files import LOCK_FILE
 from rmipo.recipe.load import load_recipe
 from rmipo.record import read_metrics, recorded_run
-from rmipo.run import checkpoints, export, frame
+from rmipo.run import export, frame
 from rmipo.run.callbacks import Recorder
-from rmipo.run.checkpoints import MARKER, Checkpoints, FullDiskError
+from rmipo.run.checkpoints import FullDiskError
 from rmipo.run.frame import training_run
 from rmipo.run.stop import EXIT_STOPPED, FiniteWatchdog, SilenceWatchdog, StopOnSignal
+from rmipo.training import checkpoints
+from rmipo.training.checkpoints import marked
 from tests.helpers.paths import ROOT
 from tests.helpers.small_models import make_pairs
 from tests.helpers.trainers import make_trainer
@@ -84,7 +86,7 @@ def test_a_run_that_is_not_kept_leaves_nothing_and_is_not_checked(tmp_path, ente
         trainer = make_trainer(tmp_path / "trainer", make_pairs(8))
         run.train(trainer, [Watching()])
     assert {Recorder, Watching, FiniteWatchdog, SilenceWatchdog} < kinds(trainer)
-    assert not {StopOnSignal, Checkpoints} & kinds(trainer)
+    assert StopOnSignal not in kinds(trainer)
     assert not (tmp_path / "out").exists()
 
 
@@ -155,12 +157,12 @@ def test_a_run_is_stopped_goes_on_is_finished_and_started_once_more(tmp_path, en
         run.train(trainer, [watching])
     assert stopped.value.code == 75
     assert "stopped by a signal at step 1 and saved; the same command goes on from there" in capsys.readouterr().out
-    assert {StopOnSignal, Recorder, Watching, FiniteWatchdog, SilenceWatchdog, Checkpoints} < kinds(trainer)
+    assert {StopOnSignal, Recorder, Watching, FiniteWatchdog, SilenceWatchdog} < kinds(trainer)
     assert not trainer.args.logging_nan_inf_filter
     assert watching.record["starts"] == 1 and not watching.record["finished"] and not uploads
-    marker = json.loads((out / "checkpoint-1" / MARKER).read_text())
-    assert {"config.json", "optimizer.pt", "scheduler.pt"} <= set(marker.pop("files"))
-    assert marker == {key: run.record.content[key] for key in ("recipe", "fingerprints", "world_size")} | {"step": 1}
+    marker = marked(out / "checkpoint-1")
+    assert {"config.json", "optimizer.pt", "scheduler.pt"} <= set(marker["files"]) and marker["step"] == 1
+    assert all(marker[key] == run.record.content[key] for key in ("recipe", "fingerprints", "world_size"))
 
     # Gone on with, and finished
     capsys.readouterr()

@@ -5,7 +5,6 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM
 
-from rmipo.errors import UserError
 from rmipo.training import attention, scoring
 from rmipo.training.packing import pack_pairs, split_pairs
 from tests.helpers.small_models import SIZES, make_pairs
@@ -105,19 +104,6 @@ def test_architectures_that_packing_cannot_serve_are_refused(name):
     model = AutoModelForCausalLM.from_config(make_config())
     with pytest.raises(ValueError, match=f"{type(model).__name__} can't run on packed pairs: it has {reason}\\. Use"):
         attention.attach(model, "segment")
-
-
-def test_several_features_are_named_together():
-    model = AutoModelForCausalLM.from_config(REFUSED["gpt-oss"][0]())
-    model.config.attn_logit_softcapping = 50.0
-    model.config.layer_types = ["full_attention", "linear_attention", "mamba", "chunked_attention", "moe", "conv"]
-    kinds = ("chunked attention", "conv", "linear attention", "mamba", "moe")
-    found = (*(f"{kind} layers" for kind in kinds), "soft-capped attention scores")
-    expected = rf"it has {' and '.join(found)} and attention sinks\. Use a decoder"
-    for kind in attention.IMPLEMENTATIONS:
-        with pytest.raises(attention.ArchitectureError, match=expected) as error:
-            attention.attach(model, kind)
-        assert isinstance(error.value, UserError)
 
 
 def test_encoders_and_recurrent_layers_are_refused():

@@ -2,10 +2,14 @@
 
 import pytest
 import torch
+from accelerate import PartialState
+from accelerate.utils import send_to_device
+from torch.utils.data._utils.pin_memory import pin_memory
 
 from rmipo.training import attention, parity, scoring
 from rmipo.training.batching import MicroBatch, pack_micro_batch
-from rmipo.training.packing import TensorFields, pack_pairs
+from rmipo.training.distributed import on_main_process
+from rmipo.training.packing import pack_pairs
 from tests.helpers.small_models import make_model, make_pairs
 
 META = torch.device("meta")
@@ -27,21 +31,21 @@ def micro_batch():
 def tensors(value):
     if isinstance(value, torch.Tensor):
         return [value]
-    parts = vars(value) if isinstance(value, TensorFields) else value
-    return [tensor for part in parts.values() for tensor in tensors(part)] if isinstance(parts, dict) else []
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, tuple | list) else ()
+    return [tensor for part in parts for tensor in tensors(part)]
 
 
 def test_a_micro_batch_moves_as_a_whole(micro_batch, monkeypatch):
     assert len(tensors(micro_batch)) == 3 * 7 + 2
-    assert {tensor.device for tensor in tensors(micro_batch.to(META))} == {META}
+    assert {tensor.device for tensor in tensors(send_to_device(micro_batch, META))} == {META}
     assert {tensor.device.type for tensor in tensors(micro_batch)} == {"cpu"}
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor + 1)  # only beside a GPU is there such memory
-    for pinned, tensor in zip(tensors(micro_batch.pin_memory()), tensors(micro_batch), strict=True):
+    for pinned, tensor in zip(tensors(pin_memory([micro_batch])), tensors(micro_batch), strict=True):
         assert torch.equal(pinned, tensor + 1)
 
 
 def test_what_is_derived_from_packed_sequences(micro_batch):
-    packed = micro_batch.to(META).pairs.padded(attention.BLOCK)
+    packed = send_to_device(micro_batch, META).pairs.padded(attention.BLOCK)
     mask = attention.block_mask(packed, 5)
     derived = [
         packed.shift_labels,
@@ -65,3 +69,18 @@ def test_the_check_at_the_start(monkeypatch):
         found.append(parity._packed(model, model, pairs, "segment"))
     for scored in found:
         assert scored.logps.device == scored.hidden.device == META and scored.logps.shape == responses
+
+
+# ---------------------------------------------------------------------------------------------------------- processes
+
+
+def place(monkeypatch, rank: int, local_rank: int) -> None:
+    """This process as one of several machines' processes."""
+    monkeypatch.setitem(PartialState().__dict__, "process_index", rank)
+    monkeypatch.setitem(PartialState().__dict__, "local_process_index", local_rank)
+
+
+def test_the_first_process_of_another_machine_leaves_it_to_the_main_process(monkeypatch):
+    assert on_main_process(lambda: "done") == "done"
+    place(monkeypatch, rank=8, local_rank=0)
+    assert on_main_process(lambda: "done") is None  # what it is told by the main process, which there isn't here

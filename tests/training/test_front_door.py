@@ -5,6 +5,7 @@ import pickle
 import re
 import signal
 import time
+import types
 
 import pytest
 import torch
@@ -15,7 +16,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, OPTCon
 from trl import ModelConfig
 
 from rmipo import PreferenceConfig, PreferenceTrainer, RMiPOConfig, RMiPOTrainer
-from rmipo.data.chat import ChatFormat
 from rmipo.errors import CheckpointError, ConfigError, UserError
 from rmipo.recipe import arguments
 from rmipo.record import read_metrics
@@ -356,7 +356,7 @@ def test_a_killed_program_goes_on_with_the_same_bits(model, tmp_path):
     assert whole.wait() == 0, whole.output[-3000:]
     out = tmp_path / "killed"
     killed = program(model, out, objective, **options)
-    while not (out / "checkpoint-9/objective_state.json").exists():
+    while not (out / "checkpoint-9/complete.json").exists():
         assert killed.poll() is None, killed.output[-3000:]
         time.sleep(0.002)
     killed.send(signal.SIGKILL)
@@ -367,18 +367,15 @@ def test_a_killed_program_goes_on_with_the_same_bits(model, tmp_path):
     assert_same_weights(out, tmp_path / "whole")
     states, histories = [], []
     for checkpoint in (out / "checkpoint-24", tmp_path / "whole/checkpoint-24"):
-        states.append(json.loads((checkpoint / "objective_state.json").read_text()))
+        states.append(json.loads((checkpoint / "complete.json").read_text()))
         lines = json.loads((checkpoint / "trainer_state.json").read_text())["log_history"]
         histories.append([sums(line) | {"peak_memory_gib": 0} for line in lines])
     assert states[0] == states[1] and histories[0] == histories[1]
     assert [path.name for path in sorted(out.glob("checkpoint-2*"))] == ["checkpoint-24"]  # save_total_limit
 
 
-@pytest.mark.parametrize(
-    "sharding", ["ddp", pytest.param("zero3", marks=pytest.mark.slow), pytest.param("zero2", marks=pytest.mark.slow)]
-)
-@pytest.mark.parametrize("name", ["rmipo", "dpo"])
-def test_two_processes_train_what_one_trains(model, tmp_path, sharding, name):
+@pytest.mark.parametrize("sharding", ["ddp", pytest.param("zero3", marks=pytest.mark.slow)])
+def test_two_processes_train_what_one_trains(model, tmp_path, sharding, name="dpo"):
     options = {"max_steps": 3, "global_batch_size": 8, "max_grad_norm": 0.0}
     one = program(model, tmp_path / "one", {"name": name}, **options)
     two = program(model, tmp_path / "two", {"name": name}, 2, sharding, **options)
@@ -410,10 +407,8 @@ def test_weights_are_trained_in_float32_or_not_at_all(make, model, weights):
     [
         {"target_modules": r".*(lm_head|q_proj)"},
         {"target_modules": ["model.embed_tokens", "q_proj"]},
-        {"target_modules": ["embed_tokens"], "ensure_weight_tying": True},
         {"target_modules": "all-linear", "modules_to_save": ["lm_head"]},
         {"target_modules": ["q_proj"], "target_parameters": ["lm_head.weight"]},
-        {"target_modules": ["q_proj"], "target_parameters": ["embed_tokens.weight"]},
     ],
     ids=str,
 )
@@ -459,28 +454,24 @@ def test_a_training_does_not_go_on_from_another_ones_checkpoint(make, change, na
 # ------------------------------------------------------------------ saved and shared
 
 
-def test_the_card_names_method_and_paper(make, tmp_path):
+def test_an_upload_has_a_card_that_names_method_and_paper(make, tmp_path, monkeypatch):
+    """The hub itself is out of reach of a test."""
+    sent = {}
+    api = types.SimpleNamespace(upload_folder=lambda **options: sent.update(options))
+    monkeypatch.setattr("transformers.trainer.hf_api", lambda: api)
+    monkeypatch.setattr(PreferenceTrainer, "init_hf_repo", lambda self, **_: setattr(self, "hub_model_id", "me/a"))
     for objective, named, paper in (
         (None, "RMiPO", "2604.24804"),
         (DPO, "DPO", "2305.18290"),
         ({"name": "simpo"}, "SimPO", "2405.14734"),
     ):
         trainer = make(objective)
-        trainer.create_model_card(dataset_name="org/pairs")
+        trainer.push_to_hub(dataset_name="org/pairs")
+        assert (sent["repo_id"], sent["folder_path"]) == ("me/a", str(tmp_path / "out"))
+        assert (tmp_path / "out/model.safetensors").exists() and any("checkpoint" in p for p in sent["ignore_patterns"])
         card = (tmp_path / "out/README.md").read_text()
         assert f"trained with {named}, a method introduced in" in card and f"/papers/{paper}" in card
         assert "org/pairs" in card and (paper == "2604.24804" or "2604.24804" not in card)
-
-
-def test_what_is_saved_is_loaded_with_its_tokenizer_and_ends_its_turns(make, model, tmp_path):
-    trainer = make(args={"max_steps": 1})
-    trainer.train()
-    trainer.save_model()
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    chat = ChatFormat.probe(AutoTokenizer.from_pretrained(tmp_path / "out"))
-    ends = loaded.generation_config.eos_token_id
-    assert chat.end_id in (ends if isinstance(ends, list) else [ends])
-    assert all(torch.equal(value, trainer.model.state_dict()[name]) for name, value in loaded.state_dict().items())
 
 
 # ------------------------------------------------------------------ arguments of Trainer and TRL
@@ -569,8 +560,6 @@ def test_a_training_of_nothing_is_refused(make, model):
         make(args={"max_steps": 1}, optimizers=(other, None)).train()
     with pytest.raises(UserError, match="lora_alpha"):
         make(peft_config=LoraConfig(task_type="CAUSAL_LM", lora_alpha=0))
-    with pytest.raises(UserError, match="layers_to_transform"):
-        make(peft_config=LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], layers_to_transform=[0, 7]))
     adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(model), LoraConfig(task_type="CAUSAL_LM"))
     adapted.disable_adapter_layers()
     with pytest.raises(UserError, match="switched off"):

@@ -4,7 +4,6 @@ import json
 import time
 import types
 
-import psutil
 import pytest
 import torch
 from datasets import Dataset
@@ -16,8 +15,6 @@ from rmipo.training.batching import PairDataset
 from rmipo.training.metrics import (
     NonFiniteLossError,
     evaluation_metrics,
-    num_non_embedding_parameters,
-    peak_memory_gib,
     raise_if_not_finite,
     step_metrics,
 )
@@ -47,11 +44,6 @@ def test_ties_are_no_wins_and_ratios_have_their_own_accuracy():
     columns["chosen_logps"][0] = -(2.0**24)  # with which float32 could not add the other numbers up
     found = step_metrics({name: torch.tensor(v) for name, v in columns.items()}, build_objective({"name": "dpo"}))
     assert found["common/acc_logratio"] == 0.5 and found["logps/chosen"] == -(2**24 + 17) / 4
-
-
-def test_memory_of_a_cpu_run_is_the_resident_one_in_gib():
-    resident = psutil.Process().memory_info().rss
-    assert peak_memory_gib(torch.device("cpu")) == pytest.approx(resident / 2**30, rel=0.01)
 
 
 @pytest.mark.parametrize("name", ["rmipo", "dpo", "kto", "beta-dpo", "epsilon-dpo", "cpo"])
@@ -113,33 +105,12 @@ def test_tokens_and_operations_are_those_of_all_micro_batches(tmp_path):
     assert "tokens_per_second" not in line
 
 
-def test_frozen_and_sharded_weights_count_whole():
-    """ZeRO-3 leaves a share of a weight in each process, and says how many numbers the whole has."""
-    model = make_model("llama").requires_grad_(False)
-    weights = sum(p.numel() for p in model.parameters()) - model.model.embed_tokens.weight.numel()
-    assert num_non_embedding_parameters(model) == weights
-    model.lm_head.weight.ds_numel = 2 * model.lm_head.weight.numel()
-    assert num_non_embedding_parameters(model) == weights + model.lm_head.weight.numel()
-
-
-def test_the_responses_to_other_prompts_count_as_operations(tmp_path):
-    trainer = make_trainer(tmp_path, make_pairs(8, seed=3), {"name": "kto"})
-    (step,) = trainer.get_train_dataloader()
-    pairs, mismatched = (sum(getattr(part, kind).length for part in step) for kind in ("pairs", "mismatched"))
-    assert trainer.floating_point_ops(step) == trainer.num_non_embedding_parameters * (6 * pairs + 2 * mismatched)
-
-
 def test_the_order_of_pairs_follows_the_seed_of_the_data(tmp_path):
     def order(**seeds):
         return rows_per_step(make_trainer(tmp_path, make_pairs(16, seed=3), **seeds))
 
     assert order(seed=5) == order(seed=6, data_seed=5) != order(seed=5, data_seed=6)
     assert order(seed=0) == order(seed=5, data_seed=0)
-
-
-def test_as_many_workers_load_pairs_as_the_recipe_says(tmp_path):
-    trainer = make_trainer(tmp_path, make_pairs(8), eval_pairs=make_pairs(2), dataloader_num_workers=2)
-    assert [trainer.get_train_dataloader().num_workers, trainer.get_eval_dataloader().num_workers] == [2, 2]
 
 
 def test_held_out_pairs_are_scored_in_their_order(tmp_path):
@@ -180,15 +151,14 @@ def test_held_out_pairs_are_scored_with_the_statistics_of_training(tmp_path):
 
 def test_an_infinite_loss_stops_the_run(tmp_path):
     micro_batches = [types.SimpleNamespace(rows=[7, 9]), types.SimpleNamespace(rows=[4])]
-    alone = types.SimpleNamespace(gather=lambda values: values, rank=0)
     finite = [torch.tensor([1.0, 2.0]), torch.tensor([3.0])]
-    raise_if_not_finite(finite, micro_batches, alone, tmp_path, step=3)
+    raise_if_not_finite(finite, micro_batches, tmp_path, step=3)
     path = tmp_path / "non_finite_rank0.json"
     for number, place, value in ((0, 1, "inf"), (1, 0, "-inf"), (1, 0, "nan")):
         losses = [values.clone() for values in finite]
         losses[number][place] = float(value)
         with pytest.raises(NonFiniteLossError) as error:
-            raise_if_not_finite(losses, micro_batches, alone, tmp_path, step=3)
+            raise_if_not_finite(losses, micro_batches, tmp_path, step=3)
         assert "step 3" in str(error.value) and str(path) in str(error.value)
         row = micro_batches[number].rows[place]
         report = json.loads(path.read_text())

