@@ -146,6 +146,11 @@ def check_adapters(model: PeftModel) -> None:
     problems = []
     if getattr(config, "lora_alpha", 1) <= 0:
         problems.append(f"lora_alpha is {config.lora_alpha}: adapters are scaled by it. Expected more than 0")
+    # PEFT raises only if no layer of the list is there.
+    layers = getattr(config, "layers_to_transform", None) or []
+    count = getattr(base.config.get_text_config(), "num_hidden_layers", None)
+    if count and (missing := [layer for layer in ([layers] if isinstance(layers, int) else layers) if layer >= count]):
+        problems.append(f"layers_to_transform: the model has {count} layers, and no layer {missing[0]}")
     for key, known in (("target_modules", modules), ("modules_to_save", modules), ("target_parameters", parameters)):
         asked = getattr(config, key, None)
         asked = [] if isinstance(asked, str | None) else asked  # a text is a pattern

@@ -4,7 +4,9 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import types
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
@@ -15,16 +17,17 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import TrainerState
 
 from rmipo import record
-from rmipo.errors import ConfigError
 from rmipo.plots import plt
 from rmipo.record import RunRecord, append_metrics, environment, read_generations, read_metrics, run_identity
 from rmipo.run.callbacks import set_callbacks
 from rmipo.run.curves import plot_curves, plot_run
 from rmipo.run.generations import SampleGenerations
 from rmipo.run.trackers import WandbBySteps, close_wandb, open_wandb
+from tests.helpers.launched import launch
 from tests.helpers.rows import write
 from tests.helpers.small_models import make_pairs
 from tests.helpers.trainers import make_trainer
+from tests.helpers.twins import changed, make_twin
 from tests.helpers.wandb_file import read_config, read_history, read_records
 
 
@@ -208,10 +211,31 @@ def test_the_histogram_counts_every_pair_once_with_the_bounds_apart(tmp_path, fi
     assert plot_run(tmp_path, trainer) == {}
 
 
-def test_what_wandb_refuses_is_told(monkeypatch):
-    def refuse(**options):
-        raise wandb.Error("invalid API key")
+class Refusing(BaseHTTPRequestHandler):
+    """A W&B server that knows no key."""
 
-    monkeypatch.setattr(wandb, "init", refuse)
-    with pytest.raises(ConfigError, match="report_to: wandb: invalid API key"):
-        open_wandb("n", "ours")
+    def do_POST(self):
+        self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        body = b'{"errors": [{"message": "invalid API key"}]}'
+        self.send_response(401)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *arguments):
+        pass
+
+
+@pytest.mark.slow
+def test_a_key_that_wandb_refuses_is_told_before_a_model_is_loaded(tmp_path):
+    overrides = make_twin(tmp_path, "tiny/rmipo", "llama3", "on_policy_ultrafeedback")
+    overrides = changed(overrides, report_to="wandb", output_dir=tmp_path / "out")
+    with ThreadingHTTPServer(("127.0.0.1", 0), Refusing) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        environment = {"WANDB_BASE_URL": f"http://127.0.0.1:{server.server_address[1]}", "WANDB_API_KEY": "0" * 40}
+        command = ["scripts/preference.py", "--config", "recipes/tiny/rmipo.yaml", *overrides]
+        run = launch(command, WANDB_MODE="online", WANDB_DIR=str(tmp_path), **environment)
+        code = run.wait()
+        server.shutdown()
+    assert code == 2 and "error: report_to: wandb: " in run.output and "Traceback" not in run.output, run.output
+    assert "Loading weights" not in run.output
