@@ -22,25 +22,25 @@ def test_import_order_holds():
 # Lines of Python that a folder may have. They hold what there is: raising one is a decision to defend, lowering one is the way
 # to the aim.
 LINES = {
-    "rmipo/compare": 820,  # aim: 400
-    "rmipo/constraints": 120,  # aim: 110
+    "rmipo/compare": 790,  # aim: 400
+    "rmipo/constraints": 140,  # aim: 110
     "rmipo/data": 1260,  # aim: 800
-    "rmipo/evaluation": 2010,  # aim: 1500
+    "rmipo/evaluation": 2050,  # aim: 1500
     "rmipo/generation": 1040,  # aim: 800
     "rmipo/launch": 720,  # aim: 600
     "rmipo/objectives": 860,  # aim: 600
-    "rmipo/page": 300,
+    "rmipo/page": 290,
     "rmipo/plan": 580,  # aim: 450
     "rmipo/recipe": 980,  # aim: 650
     "rmipo/reporting": 1920,  # aim: 1500
     "rmipo/run": 800,  # aim: 800
     "rmipo/tiny": 620,  # aim: 450
     "rmipo/training": 2450,  # aim: 1700
-    "rmipo": 15380,  # aim: 11000
-    "scripts": 1540,  # aim: 1100
+    "rmipo": 15180,  # aim: 11000
+    "scripts": 1520,  # aim: 1100
     "benchmarks": 1290,  # aim: 800
     "examples": 160,
-    "tests": 18970,  # aim: 14000
+    "tests": 18870,  # aim: 14000
 }
 
 

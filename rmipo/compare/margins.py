@@ -7,7 +7,6 @@ own. The grids answer the second: as many settings of each method, same budget.
 
 import itertools
 from collections import defaultdict
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, median, stdev
 
@@ -18,17 +17,16 @@ from tqdm import tqdm
 from rmipo.compare.log import Log, best_rates, execute_all, search_runs
 from rmipo.compare.study import Study
 from rmipo.compare.trial import Trial
-from rmipo.evaluation.statistics import holm
+from rmipo.evaluation.statistics import contrast, holm
 from rmipo.files import locked
 from rmipo.launch.choices import choose_stages, whole_number
 from rmipo.objectives import OBJECTIVES
 from rmipo.plots import house_style, method_color, panels
 from rmipo.recipe.files import read_yaml
-from rmipo.reporting.comparison import BESIDE, METRICS, search_table
+from rmipo.reporting.comparison import BESIDE, METRICS, scores, search_table
 from rmipo.reporting.render import markdown_table
 from rmipo.reporting.results import method_label
 
-DRAWS = 10_000
 POWER = 2.8  # standard errors of a difference that is found at 5% in four of five studies: 1.96 + 0.84
 MEAN_GAMMA = "simpo-mean-gamma"
 FIRST, SECOND = "rmipo", "shuffled"  # the primary contrast
@@ -153,7 +151,7 @@ def arms_table(methods: dict[str, dict[int, dict]], metric: str) -> str:
         else:
             found = contrasts[name]
             row.append(f"{found.mean:+.3f} [{found.low:+.3f}, {found.high:+.3f}]")
-            row += [f"{adjusted[name]:.3f}", f"{found.detectable:.3f}"]
+            row += [f"{adjusted[name]:.3f}", f"{POWER * found.standard_error:.3f}"]
         gammas = [line["gamma_mean"] for line in lines.values() if "gamma_mean" in line]
         others = [line["metrics"][beside] for line in lines.values() if beside in line["metrics"]]
         rows.append([*row, *(f"{mean(numbers):.2f}" if numbers else "" for numbers in (gammas, others))])
@@ -162,53 +160,6 @@ def arms_table(methods: dict[str, dict[int, dict]], metric: str) -> str:
 
 def deviation(values: list[float]) -> float:
     return stdev(values) if len(values) > 1 else 0.0
-
-
-def scores(lines: dict[int, dict], metric: str) -> list[list[float]]:
-    """(seeds, prompts) of an arm; one column where the metric isn't known per prompt. A run that diverged scores 0."""
-    by_seed = [line["metrics"] for _, line in sorted(lines.items())]
-    if all(metric in metrics.get("per_prompt", {}) for metrics in by_seed):
-        return [metrics["per_prompt"][metric] for metrics in by_seed]
-    return [[metrics.get(metric, 0.0)] for metrics in by_seed]
-
-
-@dataclass(frozen=True)
-class Contrast:
-    """First arm minus second: mean, bounds of the 95% interval, two-sided p, and the smallest difference that 80% of studies
-    of this size would find."""
-
-    mean: float
-    low: float
-    high: float
-    p: float
-    detectable: float
-
-
-def contrast(ours: list[list[float]], theirs: list[list[float]]) -> Contrast:
-    """Compare two arms, (seeds, prompts) each, paired by seed and prompt. Prompts for which a run has None are left out.
-
-    With s seeds p can't fall below 2 / 2^s.
-    """
-    differences = np.asarray(ours, dtype=float) - np.asarray(theirs, dtype=float)  # None is NaN
-    differences = differences[:, ~np.isnan(differences).any(axis=0)]
-    seeds, prompts = differences.shape
-    if not prompts:  # nothing that both were measured on
-        return Contrast(np.nan, np.nan, np.nan, 1.0, np.nan)
-    # Seeds and prompts are resampled together: another study would have others of both.
-    draw = np.random.default_rng(0)
-    means = np.empty(DRAWS)
-    for i in range(DRAWS):
-        drawn = differences[draw.integers(seeds, size=seeds)]
-        means[i] = drawn[:, draw.integers(prompts, size=prompts)].mean()
-    # A mean of s resampled seeds varies by (s - 1) / s of what a mean of s new ones would.
-    scale = np.sqrt(seeds / max(seeds - 1, 1))
-    mean = differences.mean()
-    low, high = mean + scale * (np.quantile(means, [0.025, 0.975]) - mean)
-    # Flipping the signs of whole seeds assumes nothing about how they are distributed.
-    by_seed = differences.mean(axis=1)
-    flipped = np.array([np.mean(signs * by_seed) for signs in itertools.product([1, -1], repeat=seeds)])
-    p = np.mean(np.abs(flipped) >= abs(mean) - 1e-12)
-    return Contrast(mean, low, high, p, POWER * scale * means.std())
 
 
 @house_style

@@ -1,5 +1,6 @@
 """Standard errors, intervals and p-values of the numbers that evaluations report."""
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -52,6 +53,31 @@ def bootstrap(values: Sequence[float]) -> Interval:
     """
     values = np.asarray(values, dtype=np.float64)
     return interval(values.mean(), [values[draw].mean() for draw in resamples(len(values))])
+
+
+def contrast(ours: Sequence[Sequence[float]], theirs: Sequence[Sequence[float]]) -> Interval:
+    """Our mean minus theirs, (seeds, prompts) each, paired by both. Prompts for which a run has None are left out.
+
+    p comes from flipping the signs of whole seeds: with s of them it can't fall below 2 / 2^s.
+    """
+    differences = np.atleast_2d(np.asarray(ours, dtype=float) - np.asarray(theirs, dtype=float))  # None is NaN
+    differences = differences[:, ~np.isnan(differences).any(axis=0)]
+    seeds, prompts = differences.shape
+    if not prompts:  # nothing that both were measured on
+        return Interval(np.nan, np.nan, np.nan, np.nan, 1.0)
+    # Seeds and prompts are resampled together: another study would have others of both.
+    draw, means = np.random.default_rng(SEED), np.empty(RESAMPLES)
+    for i in range(RESAMPLES):
+        drawn = differences[draw.integers(seeds, size=seeds)]
+        means[i] = drawn[:, draw.integers(prompts, size=prompts)].mean()
+    # A mean of s resampled seeds varies by (s - 1) / s of what a mean of s new ones would.
+    scale = np.sqrt(seeds / max(seeds - 1, 1))
+    mean = differences.mean()
+    low, high = mean + scale * (np.quantile(means, [0.025, 0.975]) - mean)
+    # Flipping signs assumes nothing about how the seeds are distributed.
+    by_seed = differences.mean(axis=1)
+    flipped = np.array([np.mean(signs * by_seed) for signs in itertools.product([1, -1], repeat=seeds)])
+    return Interval(mean, scale * means.std(), low, high, np.mean(np.abs(flipped) >= abs(mean) - 1e-12))
 
 
 def wins(ours: Sequence[float], theirs: Sequence[float]) -> np.ndarray:

@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from rmipo.evaluation.statistics import bootstrap
+from rmipo.evaluation.statistics import Interval, contrast
 from rmipo.plots import draw_costs, draw_curves, house_style, method_color, panel_letter, panels, save
 from rmipo.reporting.render import markdown_table
 from rmipo.reporting.results import OURS, method_label
@@ -43,10 +43,10 @@ COSTS = ("seconds_per_step", "peak_memory_mib")
 LABELS = {"initial": "initial model", "sft-chosen": "SFT on chosen"}
 UNITS = """\
 P(right): exact total probability of the right answers, mean over the held-out questions. Accuracy, margin: held-out pairs
-with A(chosen) > A(rejected), and the mean difference, A in nats per token. All constraints: share of sampled answers that
-satisfy every constraint of their prompt. s/step: on a CPU seconds of one core, on a GPU by the clock; a reference's scoring
-included. Mean ± standard deviation over seeds. Δ is paired by seed; in brackets, where answers were sampled, its 95%
-bootstrap interval over prompts. table.csv has all metrics and the peak memory."""
+with A(chosen) > A(rejected), and the mean difference, A in nats per token. Solved: share of sampled answers that end, answer
+their task and satisfy every constraint of their prompt. s/step: on a CPU seconds of one core, on a GPU by the clock; a
+reference's scoring included. Mean ± standard deviation over seeds. Δ is paired by seed and, where answers were sampled, by
+prompt; in brackets its 95% bootstrap interval over both. table.csv has all metrics and the peak memory."""
 
 
 def label(method: str) -> str:
@@ -68,36 +68,37 @@ def runs_of(lines: list[dict]) -> pd.DataFrame:
 def summarize(lines: list[dict], metric: str) -> pd.DataFrame:
     """A row per noise and method: `<name>` and `<name>_std` of each metric and cost over the seeds.
 
-    `difference` is of `metric` minus RMiPO's of the same seed, `wins` in how many seeds that is positive,
-    `difference_low` and `difference_high` its 95% interval over prompts. `diverged` counts the runs without a result.
+    `difference` is of `metric` minus RMiPO's, with its 95% interval `difference_low` to `difference_high`. `diverged` counts
+    the runs without a result.
     """
     runs = runs_of(lines)
-    # A seed has its own pairs and order, which all methods share: a difference within it is not due to them.
-    ours = runs[runs["method"] == OURS].set_index(["noise", "seed"])[metric]
-    runs["difference"] = runs[metric] - ours.reindex(pd.MultiIndex.from_frame(runs[["noise", "seed"]])).to_numpy()
     groups = runs.groupby(["noise", "method"], sort=False)
     rows = groups.agg(learning_rate=("learning_rate", "first"), seeds=("seed", "size"), diverged=("diverged", "sum"))
     columns = {}
-    for name in (*METRICS, *COSTS, "difference"):
+    for name in (*METRICS, *COSTS):
         columns |= {name: groups[name].mean(), f"{name}_std": groups[name].std()}
-    columns["wins"] = (runs["difference"] > 0).groupby([runs["noise"], runs["method"]], sort=False).sum()
-    bounds = pd.DataFrame([interval(lines, *group, metric) for group in rows.index], index=rows.index)
-    columns |= {"difference_low": bounds[0], "difference_high": bounds[1]}
+    found = pd.DataFrame([difference(lines, *group, metric) for group in rows.index], index=rows.index)
+    columns |= {"difference": found["mean"], "difference_low": found["low"], "difference_high": found["high"]}
     return rows.assign(**columns).reset_index()
 
 
-def interval(lines: list[dict], noise: float, method: str, metric: str) -> tuple[float, float]:
-    """95% interval of the metric minus RMiPO's over prompts, mean over seeds; NaN where a prompt's own value isn't known."""
-    found = {(line["method"], line["seed"]): line["metrics"] for line in lines if line["noise"] == noise}
-    pairs = [
-        (own, found[OURS, seed]) for (name, seed), own in found.items() if name == method and "diverged" not in own
-    ]
-    values = [[each.get("per_prompt", {}).get(metric) for each in pair] for pair in pairs]
-    if not values or any(None in both for both in values):  # only where answers were sampled to the same prompts
-        return np.nan, np.nan
-    # Seeds are averaged first: prompts are what is resampled.
-    over_prompts = bootstrap(np.mean([np.subtract(*both) for both in values], axis=0))
-    return over_prompts.low, over_prompts.high
+def difference(lines: list[dict], noise: float, method: str, metric: str) -> Interval:
+    """The metric minus RMiPO's, paired by seed and, where answers were sampled, by prompt."""
+    # A seed has its own pairs and order, which all methods share: a difference within it is not due to them.
+    theirs, ours = (
+        {line["seed"]: line for line in lines if (line["noise"], line["method"]) == (noise, name)}
+        for name in (method, OURS)
+    )
+    both = [seed for seed in theirs if not {"diverged"} & {*theirs[seed]["metrics"], *ours[seed]["metrics"]}]
+    return contrast(*(scores({seed: runs[seed] for seed in both}, metric) for runs in (theirs, ours)))
+
+
+def scores(lines: dict[int, dict], metric: str) -> list[list[float]]:
+    """(seeds, prompts) of an arm; one column where the metric isn't known per prompt. A run that diverged scores 0."""
+    by_seed = [line["metrics"] for _, line in sorted(lines.items())]
+    if all(metric in metrics.get("per_prompt", {}) for metrics in by_seed):
+        return [metrics["per_prompt"][metric] for metrics in by_seed]
+    return [[metrics.get(metric, 0.0)] for metrics in by_seed]
 
 
 def report(rows: pd.DataFrame, lines: list[dict], searched: list[dict], metric: str) -> str:
@@ -126,13 +127,13 @@ def table(rows: pd.DataFrame, rates: list[float], metric: str) -> str:
     beside = BESIDE[metric]
     lines = [["method", "lr", METRICS[metric], f"Δ {METRICS[metric]}", METRICS[beside], "s/step"]]
     for row in rows.to_dict("records"):
-        rate, difference = row["learning_rate"], number(row, "difference", metric, "+")
-        if not np.isnan(row["difference_low"]):
-            difference = f"{row['difference']:+z.1f} [{row['difference_low']:+z.1f}, {row['difference_high']:+z.1f}]"
+        rate, low, high = row["learning_rate"], row["difference_low"], row["difference_high"]
+        behind, *bounds = (f"{value:+z.{digits(metric)}f}" for value in (row["difference"], low, high))
+        behind += f" [{', '.join(bounds)}]" if low < high else ""  # one seed alone has no interval
         rate_text = "" if pd.isna(rate) else f"{rate:g}" + "*" * (rate in (rates[0], rates[-1]))
-        cells = [rate_text, number(row, metric, metric), "" if row["method"] == OURS else difference]
-        seconds = number(row, "seconds_per_step", "seconds_per_step")
-        lines.append([label(row["method"]), *cells, number(row, beside, beside), seconds])
+        cells = [rate_text, number(row, metric), "" if row["method"] == OURS or np.isnan(low) else behind]
+        seconds = number(row, "seconds_per_step")
+        lines.append([label(row["method"]), *cells, number(row, beside), seconds])
     return markdown_table(lines)
 
 
@@ -151,12 +152,11 @@ def digits(metric: str) -> int:
     return 1 if METRICS.get(metric, "").endswith(("(%)", "(nats)")) else 3
 
 
-def number(row: dict, name: str, unit: str, sign: str = "") -> str:
-    """`unit`: the metric whose digits are printed."""
+def number(row: dict, name: str) -> str:
     if np.isnan(row[name]):
         return "diverged" if row["diverged"] else ""
-    text = f"{row[name]:{sign}z.{digits(unit)}f}"
-    return text if np.isnan(row[f"{name}_std"]) else f"{text} ± {row[f'{name}_std']:.{digits(unit)}f}"
+    text = f"{row[name]:z.{digits(name)}f}"
+    return text if np.isnan(row[f"{name}_std"]) else f"{text} ± {row[f'{name}_std']:.{digits(name)}f}"
 
 
 def write(folder: Path, text: str, rows: pd.DataFrame, lines: list[dict]) -> list[Path]:
@@ -187,7 +187,7 @@ def draw(rows: pd.DataFrame, points: pd.DataFrame, runs: pd.DataFrame) -> Figure
     panel_letter(axes[1], "b", f"Margin, label noise {noise:.0%}")
     if rows["kl_initial"].notna().any():
         draw_against_kl(axes[2], rows, "repetition", "Repeated 4-grams (%)")
-        draw_against_kl(axes[3], rows, "constraints_all", "Answers with all constraints (%)")
+        draw_against_kl(axes[3], rows, "constraints_solved", "Solved tasks (%)")
         panel_letter(axes[2], "c", "Repetition against KL")
         panel_letter(axes[3], "d", "Reward against KL")
     else:

@@ -5,8 +5,10 @@ import math
 import numpy as np
 import pytest
 
-from rmipo.compare.margins import contrast, mean_gamma_arm, points, report, scores
+from rmipo.compare.margins import mean_gamma_arm, points, report
 from rmipo.compare.trial import Trial
+from rmipo.evaluation.statistics import contrast
+from rmipo.reporting.comparison import scores
 
 
 def test_a_grid_is_every_combination_and_joined_names_move_together():
@@ -24,8 +26,7 @@ def test_a_contrast_over_seeds():
     result = contrast(ours, theirs)
     assert result.mean == pytest.approx(0.175)
     assert result.p == 2 / 16  # all signs, or none, turned
-    # 2.8 standard errors of a mean of four: sd 0.0957 / sqrt(4)
-    assert result.detectable == pytest.approx(2.8 * 0.0957 / 2, rel=0.03)
+    assert result.standard_error == pytest.approx(0.0957 / 2, rel=0.03)  # of a mean of four: sd 0.0957
     assert result.low < 0.1 and result.high > 0.25
 
 
