@@ -14,7 +14,7 @@ setup(
     license="Apache-2.0",
     package_dir={"": "."},  # an editable install is then a path: a clone named `rmipo` beside a script does not hide it
     packages=find_packages(include=["rmipo", "rmipo.*"]),
-    package_data={"rmipo": ["**/*.csv", "**/*.jsonl", "**/*.yaml", "page/look.*"]},
+    package_data={"rmipo": ["**/*.csv", "**/*.jsonl", "**/*.txt", "**/*.yaml", "page/look.*"]},
     python_requires=">=3.11",
     # What the loss and the trainers need, with all that these bring along (numpy, pyyaml, safetensors, tqdm, xxhash, ...).
     install_requires=[
