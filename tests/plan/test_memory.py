@@ -142,6 +142,8 @@ def test_model_states_by_the_byte(kind, weights, rest):
     logits = model_states(shape, make_work(reference="logits"), Sharding(kind), 4)
     assert logits["reference model"] == 2 * shape.parameters / (4 if kind in ("zero3", "fsdp2") else 1)
     assert "reference model" not in model_states(shape, make_work(reference="logits", adapters=True), Sharding(kind), 4)
+    whole = model_states(shape, make_work(reference="logits", weight_bytes=4), Sharding(kind), 4)
+    assert whole["reference model"] == logits["reference model"] * (1 if kind.startswith("zero") else 2)
 
 
 def test_longest_micro_batch_is_bounded_by_the_recipe():
