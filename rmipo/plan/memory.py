@@ -182,7 +182,8 @@ def model_states(shape: Shape, work: Workload, sharding: Sharding, gpus: int) ->
         frozen = ((shape.parameters - quantized) * work.weight_bytes + quantized * NF4_BYTES) / divided
     parts = {"parameters": int(weights * shape.trained + frozen), "gradients and optimizer": int(rest * shape.trained)}
     if work.reference == "logits" and not work.adapters:
-        parts["reference model"] = 2 * shape.parameters // divided
+        size = 2 if sharding.kind.startswith("zero") else work.weight_bytes  # DeepSpeed makes bfloat16 of it
+        parts["reference model"] = size * shape.parameters // divided
     if divided > 1 or sharding.offload:
         parts["gathered parameters"] = 2 * min(LIVE_PARAMETERS, shape.parameters)
     return parts

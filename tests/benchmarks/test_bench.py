@@ -1,14 +1,16 @@
 """The steps that the benchmark times compute what they claim to, and its work model counts right."""
 
 import itertools
+import types
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
 
 from benchmarks import lengths, micro_batches, report, work
 from benchmarks.contenders import BUILDERS, SAME_LOSS, Setup, build
-from benchmarks.measure import peak_activations
+from benchmarks.measure import peak_activations, timed_rounds
 
 TINY = Setup(hidden=32, layers=2, head_dim=8, vocabulary=61)
 
@@ -80,6 +82,18 @@ def test_peak_memory_sees_a_larger_batch():
     small, large = (lengths.make_pairs([(4, n, n)], 2000, seed=0) for n in (8, 1500))
     extra = peak_activations("padded-simpo", setup, small, large)
     assert extra > 3000 * 2000 * 4 * 2  # logits and their log-softmax
+
+
+def test_contenders_take_turns_in_being_first():
+    called = []
+    contenders = {
+        name: types.SimpleNamespace(
+            model=torch.nn.Linear(1, 1), step=lambda pairs, name=name: called.append(name) or 1.0
+        )
+        for name in ("rmipo", "simpo")
+    }
+    timed_rounds(contenders, [[], [], []], tqdm(disable=True), tolerance=0.0)
+    assert called == ["rmipo", "simpo", "simpo", "rmipo", "rmipo", "simpo"]
 
 
 def test_the_rate_is_of_all_rounds():

@@ -356,6 +356,11 @@ def test_a_path_that_holds_other_rows_now_is_read_again(tmp_path):
         write(tmp_path / "train.jsonl", pairs(number))
         os.utime(tmp_path / "train.jsonl", (10**9, 10**9))
         assert questions(load_pairs(config(tmp_path), "train")) == [number]
+    for number in (3, 4):  # only the second shard is another one
+        for shard, rows in enumerate((pairs(1), pairs(number))):
+            write(path := tmp_path / f"shards/train-0000{shard}-of-00002.jsonl", rows)
+            os.utime(path, (10**9, 10**9))
+        assert questions(load_pairs(config(tmp_path / "shards"), "train")) == [1, number]
 
 
 def test_a_cache_that_cannot_be_used_is_not_blamed_on_the_data(tmp_path):

@@ -299,6 +299,9 @@ def test_a_folder_is_evaluated_as_its_own_generation_config_says(tmp_path):
     (model / "generation_config.json").write_text(json.dumps(own | {"do_sample": False}))
     greedy = find_target(str(model), None, tmp_path / "outputs", [])
     assert greedy.settings == {"generation": {"dtype": "auto", "temperature": 0.0}}
+    (model / "generation_config.json").write_text(json.dumps({"do_sample": True}))  # at transformers' own temperature
+    sampled = find_target(str(model), None, tmp_path / "outputs", [])
+    assert sampled.settings == {"generation": {"dtype": "auto", "temperature": 1.0}}
 
 
 def test_a_hub_model_is_linked_below_outputs(tmp_path, monkeypatch):

@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from rmipo.errors import EvaluationError
 from rmipo.evaluation.hh import run, won
-from rmipo.evaluation.pair_scores import native_rewards, needs_reference
+from rmipo.evaluation.pair_scores import native_rewards, needs_reference, score_model
 from rmipo.objectives import OBJECTIVES
 from rmipo.reporting.provenance import deviations
 from rmipo.reporting.results import Result
@@ -102,6 +102,22 @@ def test_run_against_unpacked_scoring(tmp_path):
     assert metrics["hh_helpful_standard_error"] == pytest.approx(100 * (rate * (1 - rate) / 11) ** 0.5)
     squares = [metrics[f"hh_{name}_standard_error"] ** 2 for name in subsets]
     assert metrics["hh_average_standard_error"] == pytest.approx(sum(squares) ** 0.5 / 2)
+
+
+def test_the_reference_is_of_the_recipes_revision(tmp_path, monkeypatch):
+    model, scored = tmp_path / "dpo", []
+    write_model(model)
+    recipe = {"model_name_or_path": "owner/base", "model_revision": "abc"}
+    (model / "run.json").write_text(json.dumps({"objective": {"name": "dpo"}, "recipe": recipe}))
+    write_pairs(tmp_path / "helpful", 0)
+
+    def score(folder, pairs, *, revision="main", **options):
+        scored.append((folder, revision))
+        return score_model(model, pairs, **options)
+
+    monkeypatch.setattr("rmipo.evaluation.pair_scores.score_model", score)
+    run(model, tmp_path / "eval", {"helpful": {"dataset_name": str(tmp_path / "helpful")}})
+    assert scored == [(model, "main"), ("owner/base", "abc")]
 
 
 def test_one_subset_alone_has_no_average(tmp_path):

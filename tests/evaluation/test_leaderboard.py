@@ -73,7 +73,7 @@ def test_ifeval_error_by_leaving_prompts_out():
 
     left_out = [mean(samples[:i] + samples[i + 1 :]) for i in range(len(samples))]
     jackknife = ((len(samples) - 1) * np.var(left_out)) ** 0.5
-    assert ifeval_error(samples) == pytest.approx(jackknife, rel=0.01)
+    assert ifeval_error(samples) == pytest.approx(jackknife, rel=1e-3)
 
 
 def test_what_is_missing_is_found_before_anything_loads(tmp_path, monkeypatch):

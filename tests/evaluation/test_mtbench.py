@@ -2,6 +2,7 @@
 
 import json
 import re
+import subprocess
 import time
 from pathlib import Path
 
@@ -79,6 +80,22 @@ def test_other_answers_or_judges_do_not_meet_old_verdicts(tmp_path):
         changed = [[*turns[:1], "changed"] for turns in ANSWERS[:1]]
         mtbench.judge(QUESTIONS[:1], changed, tmp_path, "ours", server.url, SETTINGS | {"first_n": 1})
         assert len(asked(server)) == 6
+
+
+def test_verdicts_are_kept_under_all_that_decides_them(tmp_path, monkeypatch):
+    names = []
+
+    def evaluator(command, **options):
+        names.append(command[command.index("--model") + 1])
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(subprocess, "run", evaluator)
+    changed = [[*turns[:1], "changed"] for turns in ANSWERS[:1]]
+    judges = [{}, {"judge_model": "other"}, {"judge_reference_model": "other"}, {}, {}]
+    for settings, answers, url in zip(judges, [*[ANSWERS[:1]] * 4, changed], "aaaba", strict=True):
+        with pytest.raises(EvaluationError, match="no usable rating"):
+            mtbench.judge(QUESTIONS[:1], answers, tmp_path, "ours", url, SETTINGS | {"first_n": 1} | settings)
+    assert len({*names}) == 5
 
 
 def test_cost_is_bounded_before_the_first_request(tmp_path, capsys):

@@ -66,3 +66,12 @@ def test_the_wandb_run_is_continued_with_summary_and_table(folder, monkeypatch):
     content = json.loads(table.read_text())
     assert content["columns"] == ["prompt", "constraints_all", "constraints_each"]
     assert content["data"] == [[0, 100.0, 100.0], [1, None, 50.0]]
+
+
+def test_a_named_evaluation_stands_beside_the_usual_one_in_wandb(folder, monkeypatch):
+    (folder / "run.json").write_text(json.dumps({"recipe": {"report_to": ["wandb"]}, "wandb_run_id": "abc123"}))
+    written = []
+    monkeypatch.setattr("rmipo.evaluation.publish.write_to_wandb", lambda *given: written.append(given[:2]))
+    publish(folder, CONSTRAINTS, RESULT)
+    publish(folder, CONSTRAINTS, RESULT, name="other-judge")
+    assert written == [("abc123", "eval/constraints"), ("abc123", "eval/constraints-other-judge")]

@@ -4,6 +4,7 @@ import json
 import math
 import signal
 import time
+import types
 from collections import Counter
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from rmipo.generation.pairs import PairsConfig, load_pairs_config, make_pairs, s
 from rmipo.generation.prompts import Prompt, read_prompts
 from tests.helpers.launched import launch
 from tests.helpers.lock_holder import held
+from tests.helpers.programs import run_here
 from tests.helpers.rows import assistant, pair, user
 from tests.helpers.tiny_model import naive_scores, write_model
 
@@ -320,3 +322,22 @@ def test_a_function_may_ask_for_columns_of_the_prompts_row(setup):
     setup.prompts([f"w{i}" for i in range(6)], bonus=10, unused=1)
     setup.make()
     assert all(pair["score_rejected"] >= 10 for pair in setup.rows())
+
+
+def test_what_the_setting_and_the_user_say_reaches_the_pairs(monkeypatch):
+    made, targets = [], []
+
+    def find(*given):
+        targets.append(given)
+        return types.SimpleNamespace(folder=Path("policy"), settings={"generation": GENERATION})
+
+    result = {"pairs": 1, "prompts": 2, "cut": 0, "answers": 6, "dropped": {}, "mean_score": 0.0, "best_score": 1.0}
+    monkeypatch.setattr("rmipo.evaluation.target.find_target", find)
+    monkeypatch.setattr("rmipo.launch.pipeline.make_weights", lambda model: None)
+    monkeypatch.setattr("rmipo.generation.pairs.make_pairs", lambda *given: made.append(given) or result)
+    given = ["--model", "tiny", "--method", "sft", "--prompts", "mine.jsonl", "--answers", "3", "--oracle.judge", "gpt"]
+    assert run_here("pairs", *given).code == run_here("pairs", *given, "--method", "", "--output", "there").code == 0
+    config = PairsConfig("mine.jsonl", {"judge": "gpt"}, answers=3)
+    folders = [Path("outputs/tiny/pairs-sft"), Path("there")]
+    assert made == [(Path("policy"), GENERATION, config, folder) for folder in folders]
+    assert targets == [("tiny", method, Path("outputs"), []) for method in ("sft", "initial")]

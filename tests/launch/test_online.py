@@ -1,6 +1,7 @@
 """Online rounds: each trains the policy before it on that policy's own answers, and goes on where it stopped."""
 
 import json
+import types
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from rmipo.recipe.files import read_yaml
 from rmipo.record import recorded_run
 from rmipo.reporting.online import measure, report
 from tests.helpers.paths import ROOT
+from tests.helpers.programs import run_here
 from tests.helpers.tiny_model import write_model
 
 MODEL = "smollm2-135m-instruct"  # its recipe makes nothing in outputs/ when it is given other weights and pairs
@@ -97,3 +99,47 @@ def test_two_rounds(config, tmp_path):
     assert train(rounds[1].environment(env)) == 0
     assert rows[2] == {"round": 2, **measure(rounds[1].folder, start, config, GENERATION, rounds[1].folder / "eval")}
     assert {path: path.stat().st_mtime_ns for path in files} == before
+
+
+def test_a_reward_is_of_the_oracle_that_is_asked(config, tmp_path):
+    start, folder = tmp_path / "start", tmp_path / "round-0"
+    write_model(start)
+    first = measure(start, start, config, GENERATION, folder)
+    (tmp_path / "oracle.py").write_text(ORACLE.replace("len(", "1 + len("))
+    with pytest.raises(PairsError, match="another oracle"):
+        measure(start, start, config, GENERATION, folder)
+    (folder / "scores.jsonl").unlink()
+    assert measure(start, start, config, GENERATION, folder)["reward"] == pytest.approx(first["reward"] + 1)
+
+
+def test_what_the_setting_and_the_user_say_reaches_every_round(monkeypatch):
+    home, start = Path(f"outputs/{MODEL}/online-dpo"), Path("start")
+    made, measured, trained = [], [], []
+
+    def sample(model_dir, generation, config, folder):
+        made.append((model_dir, generation, config.skip_prompts, config.max_prompts, folder))
+        return {"pairs": 1, "prompts": 3, "mean_score": 0.0}
+
+    def evaluate(model_dir, start, config, generation, folder):
+        measured.append((model_dir, start, config.held_out_prompts, generation, folder))
+        return {}
+
+    target = types.SimpleNamespace(folder=start, settings={"generation": GENERATION})
+    program = types.SimpleNamespace(run=lambda command, env: trained.append((env["METHOD"], env["ARGS"])))
+    monkeypatch.setattr("rmipo.evaluation.target.find_target", lambda *given: target)
+    monkeypatch.setattr("rmipo.launch.pipeline.make_weights", lambda model: None)
+    monkeypatch.setattr("rmipo.launch.train.Program", lambda: program)
+    monkeypatch.setattr("rmipo.generation.pairs.make_pairs", sample)
+    monkeypatch.setattr("rmipo.reporting.online.measure", evaluate)
+    monkeypatch.setattr("rmipo.reporting.online.report", lambda rows, home: [row["round"] for row in rows])
+    given = ["--rounds", "2", "--prompts_per_round", "3", "--held_out_prompts", "5", "--seed", "7"]
+    done = run_here("online", "--model", MODEL, "--method", "dpo", *given)
+    assert done.code == 0 and "[0, 1]" in done.out and "[0, 1, 2]" in done.out, done.err
+    policies, folders = [start, home / "round-1"], [home / "pairs-1", home / "pairs-2"]
+    assert made == [(policies[n], GENERATION, 3 * n, 3, folders[n]) for n in (0, 1)]
+    after = [(home / f"round-{n}", start, 5, GENERATION, home / f"round-{n}/eval") for n in (1, 2)]
+    assert measured == [(start, start, 5, GENERATION, home / "round-0"), *after]
+    assert [method for method, _ in trained] == ["dpo", "dpo"]
+    assert all(
+        f"--output_dir={home}/round-{n}" in text and "--seed 7" in text for n, (_, text) in enumerate(trained, 1)
+    )

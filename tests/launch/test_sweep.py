@@ -8,7 +8,7 @@ import pytest
 from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args, load_sweep_config
 
 from rmipo.launch.pipeline import load_steps
-from rmipo.launch.sweep import load_sweep, make_point
+from rmipo.launch.sweep import Sweep, load_sweep, make_point
 from rmipo.recipe.files import override_value
 from rmipo.recipe.load import ConfigError
 from tests.helpers.families import save
@@ -86,6 +86,12 @@ def test_what_ranks_the_points_is_logged():
         sweep.check_metric(recipe)
 
 
+@pytest.mark.parametrize(("goal", "first"), [("maximize", 3.0), ("minimize", 1.0)])
+def test_the_best_point_is_the_first(goal, first):
+    sweep = Sweep(method="grid", metric={"name": "eval/loss", "goal": goal}, parameters={"objective.beta": [1.0]})
+    assert sweep.ranked([{"eval_loss": loss} for loss in (2.0, 3.0, 1.0)])[0] == {"eval_loss": first}
+
+
 @pytest.mark.parametrize(
     ("sweep", "own"),
     [
@@ -130,6 +136,14 @@ def repository(tmp_path):
         rows = [pair(i, chosen=[assistant(f"yes {i}")], rejected=[assistant(f"no no {i}")]) for i in range(count)]
         write(tmp_path / f"outputs/tiny/world/pairs/{split}.jsonl", rows)
     return tmp_path
+
+
+def test_a_sweep_that_is_stopped_trains_no_further_point(repository, monkeypatch):
+    codes = iter((75,))
+    monkeypatch.setattr("rmipo.launch.train.Program.run", lambda *given, **streams: next(codes))
+    monkeypatch.setattr("rmipo.launch.sweep.record", lambda *given: [{"values": {}}])  # one was finished before
+    stopped = run_here("sweep", env={"MODEL": "tiny", "METHOD": "rmipo"}, root=repository)
+    assert stopped.code == 75 and "failed" not in stopped.out
 
 
 def test_a_grid_is_trained_once_and_the_best_is_named(repository, monkeypatch):

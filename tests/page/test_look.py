@@ -120,6 +120,14 @@ def test_every_reading_is_what_training_reads(models, pairs, args, tmp_path, fid
     np.testing.assert_allclose(pmi[0] - pmi[1], columns["delta_pmi"], atol=1e-4)
 
 
+def test_pairs_are_scored_in_the_precision_of_the_training(models, pairs, args, tmp_path):
+    rows, sides = Dataset.from_list(pairs[:4]), []
+    for bf16 in (False, True):
+        _, summary = read(look(models[0], rows, dataclasses.replace(args, bf16=bf16), output=tmp_path / "look.html"))
+        sides.append(np.array([line["sides"] for line in summary["pairs"]]))
+    assert 1e-3 < np.abs(sides[0] - sides[1]).max() < 1
+
+
 def test_any_format_and_tokenised_rows_make_the_same_page(models, pairs, args, tmp_path):
     texts = Dataset.from_list(pairs[:6])
     turns = [

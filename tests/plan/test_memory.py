@@ -138,6 +138,12 @@ def test_model_states_by_the_byte(kind, weights, rest):
     assert states["gradients and optimizer"] == rest * shape.parameters
     assert states.get("gathered parameters", 0) == (2e9 if kind in ("zero3", "fsdp2") else 0)
     assert sum(model_states(shape, make_work(), Sharding(kind, offload=True), 4).values()) == 2e9  # in host memory
+    # epsilon-DPO's second model; with adapters it is the model without them.
+    logits = model_states(shape, make_work(reference="logits"), Sharding(kind), 4)
+    assert logits["reference model"] == 2 * shape.parameters / (4 if kind in ("zero3", "fsdp2") else 1)
+    assert "reference model" not in model_states(shape, make_work(reference="logits", adapters=True), Sharding(kind), 4)
+    whole = model_states(shape, make_work(reference="logits", weight_bytes=4), Sharding(kind), 4)
+    assert whole["reference model"] == logits["reference model"] * (1 if kind.startswith("zero") else 2)
 
 
 def test_longest_micro_batch_is_bounded_by_the_recipe():

@@ -14,6 +14,7 @@ from rmipo.data.chat import ChatFormat
 from rmipo.data.pairs import load_pairs, tokenize_pairs
 from rmipo.objectives.papers import PAPERS
 from rmipo.recipe.schema import DataConfig, PreferenceRunConfig
+from rmipo.record import read_generations
 from rmipo.run import export
 from tests.helpers.families import LLAMA3_TEMPLATE, make_model, save
 from tests.helpers.small_models import make_pairs
@@ -61,6 +62,13 @@ def test_exported_folder_has_what_generation_needs_and_no_pickle(exported):
     tensors = export.saved_tensors(out)
     reference = make_model("llama3").state_dict()
     assert tensors == {name: (tuple(tensor.shape), "float32") for name, tensor in reference.items()}
+
+
+def test_answers_are_as_many_and_as_long_as_the_recipe_says(exported):
+    out, _ = exported
+    (line,) = read_generations(out)
+    # Of two tokens; each byte that is no whole character may become three.
+    assert len(AutoTokenizer.from_pretrained(out)(line["answer"], add_special_tokens=False)["input_ids"]) <= 6
 
 
 def test_card_names_recipe_data_metrics_and_paper(exported):

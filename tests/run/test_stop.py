@@ -40,6 +40,11 @@ def test_a_run_stops_after_the_step_in_which_a_signal_comes(number):
         signal.signal(number, before)
 
 
+def test_a_signal_to_one_process_stops_all(monkeypatch):
+    monkeypatch.setattr("rmipo.run.stop.gather", lambda own: torch.stack([own, torch.ones_like(own)]))
+    assert after_a_step(StopOnSignal()) == (True, True, True)
+
+
 def test_a_second_ctrl_c_ends_at_once():
     stop = StopOnSignal()
     before = signal.signal(signal.SIGINT, signal.default_int_handler)

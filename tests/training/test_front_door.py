@@ -436,7 +436,8 @@ def test_a_module_that_adapters_name_and_the_model_lacks_is_refused(make, target
     ("change", "named"),
     [
         ({"rows": TURNS[1:]}, "pairs"), ({"args": {"beta": 3.0}}, "objective"), ({"args": {"seed": 1}}, "seed"),
-        ({"args": {"weight_decay": 0.5}}, "weight_decay"), ({"model": "another"}, "initial model"),
+        ({"args": {"weight_decay": 0.5}}, "weight_decay"), ({"args": {"max_grad_norm": 0.5}}, "max_grad_norm"),
+        ({"model": "another"}, "initial model"),
     ],
 )  # fmt: skip
 def test_a_training_does_not_go_on_from_another_ones_checkpoint(make, change, named, tmp_path):
