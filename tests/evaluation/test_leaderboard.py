@@ -88,6 +88,18 @@ def test_what_is_missing_is_found_before_anything_loads(tmp_path, monkeypatch):
         assert named in str(raised.value)
 
 
+def test_a_trials_tasks_are_not_taken_for_the_benchmarks(tmp_path, monkeypatch):
+    pytest.importorskip("lm_eval")
+    write_model(tmp_path / "model")
+    asked = []
+    monkeypatch.setattr(leaderboard, "load", lambda *arguments: "model")
+    monkeypatch.setattr(leaderboard, "evaluate", lambda model, task, *rest: asked.append(task) or {"metrics": {}})
+    settings = {"include_path": str(tmp_path), "engine": "transformers", "device": "cpu", "tasks": ["gsm8k"]}
+    for limit, count in ((2, 1), (2, 1), (None, 2), (None, 2)):
+        run(tmp_path / "model", tmp_path, settings | {"limit": limit})
+        assert len(asked) == count
+
+
 def test_data_that_is_checked_is_what_lm_eval_reads():
     tasks = Path(pytest.importorskip("lm_eval.tasks").__path__[0])
     folders = {name: tasks / "leaderboard" / name for name in TASKS} | {"gsm8k": tasks / "gsm8k"}
