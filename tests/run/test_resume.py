@@ -164,7 +164,7 @@ def test_a_wandb_run_is_continued_row_by_row(tmp_path, twin, monkeypatch):
     tracked += ("--report_to", "wandb")
     assert kill_when(start(tracked, killed, 1), lambda: last_step(killed) >= 7)
     finish(tracked, killed, 1)
-    first, second = sorted(tmp_path.glob("wandb/offline-run-*/*.wandb"), key=lambda path: path.stat().st_mtime)
+    first, second = sorted(tmp_path.glob("wandb/offline-run-*/*.wandb"))  # by the time at which they started
     ids = {r.run.run_id for file in (first, second) for r in read_records(file) if r.HasField("run")}
     assert ids == {json.loads((killed / "run.json").read_text())["wandb_run_id"]}
     rows = [{row["_step"]: row for row in read_history(file)} for file in (first, second)]
