@@ -13,6 +13,7 @@ import json
 from pathlib import Path
 
 import torch
+from accelerate.utils import send_to_device
 from torch.nn.attention import flex_attention
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import is_liger_kernel_available
@@ -57,7 +58,7 @@ class Case:
         (rows,) = lengths.batches(
             lengths.from_profile("ultrafeedback", seed=0), 1, 4, 1.0 if device == "cuda" else 0.05, 512
         )
-        self.packed = pack_pairs(rows).to(torch.device(device))
+        self.packed = send_to_device(pack_pairs(rows), device)
         self.model = copy.deepcopy(exact).to(dtype)
         self.expected = scores_and_gradient(exact, self.packed, "dense")
         self.errors: dict[str, list[float]] = {}

@@ -58,41 +58,41 @@ def draw_runs(args: argparse.Namespace):
 
 
 def draw3(args: argparse.Namespace):
-    from rmipo.reporting import figures_pairs  # imports torch and transformers
+    from rmipo.reporting import figures_pairs, pair_arrays  # imports torch and transformers
     from rmipo.reporting.figures_runs import on_other_pairs
 
     method = args.method or "initial"
-    signals, evaluation = figures_pairs.hh_signals(args.outputs, args.model, method)
+    signals, evaluation = pair_arrays.hh_signals(args.outputs, args.model, method)
     title = f"{model_label(args.model)} {method_label(method)}{on_other_pairs([evaluation])}"
     return figures_pairs.figure3(signals, title, figure_notes([evaluation]))
 
 
 def draw6(args: argparse.Namespace):
-    from rmipo.reporting import figures_pairs
+    from rmipo.reporting import figures_pairs, pair_arrays
 
     runs = {method: finished_run(args.outputs, args.model, method) for method in FIGURE6_METHODS}
-    found = {method: figures_pairs.reward_differences(run, "test", args.max_pairs) for method, run in runs.items()}
+    found = {method: pair_arrays.reward_differences(run, "test", args.max_pairs) for method, run in runs.items()}
     rows = {method: rows for method, (_, rows) in found.items()}
     if any(others != rows["rmipo"] for others in rows.values()):
         raise ReportError(f"figure 6: the {args.model} runs of {', '.join(rows)} used different pairs")
-    judged = figures_pairs.judge_differences(runs["rmipo"], "test", rows["rmipo"])
+    judged = pair_arrays.judge_differences(runs["rmipo"], "test", rows["rmipo"])
     values = {method: rewards for method, (rewards, _) in found.items()}
     notes = ["REF: score_chosen minus score_rejected of the same pairs, as their data set has them."]
-    notes += dict.fromkeys(figures_pairs.scored_with(run, "test") for run in runs.values())
+    notes += dict.fromkeys(pair_arrays.scored_with(run, "test") for run in runs.values())
     return figures_pairs.figure6(judged, values, model_label(args.model), notes)
 
 
 def draw8(args: argparse.Namespace):
     """Draws the readings, prints their table and writes it as CSV."""
-    from rmipo.reporting import figures_pairs
+    from rmipo.reporting import figures_pairs, pair_arrays
 
     method = args.method or "rmipo"
     run = scored_run(args, method)
     if args.data:
         run.record["recipe"] = merge(run.record["recipe"], {"dataset_name": args.data})
-    objective = figures_pairs.rmipo_objective(run)
-    readings = figures_pairs.gamma_readings(run, args.split, args.max_pairs)
-    table = figures_pairs.summarize(readings, objective.gamma_min, objective.gamma_max)
+    objective = pair_arrays.rmipo_objective(run)
+    readings = pair_arrays.gamma_readings(run, args.split, args.max_pairs)
+    table = pair_arrays.summarize(readings, objective.gamma_min, objective.gamma_max)
     print(table.T.to_string(float_format=lambda value: f"{value:z.3f}"))
     report_file(args, ".csv").parent.mkdir(parents=True, exist_ok=True)
     table.to_csv(report_file(args, ".csv"), index_label="reading")
@@ -102,7 +102,7 @@ def draw8(args: argparse.Namespace):
     title = f"{model_label(Path(args.model).name)} {method_label(method)}: {pairs} {kind}, {policy}"
     # The paper's peak is that of its own run on its own pairs.
     peak = PAPER_GAMMA_PEAKS.get(args.model) if method == "rmipo" and not args.data else None
-    return figures_pairs.figure8(readings, objective, title, peak, [figures_pairs.scored_with(run, args.split)])
+    return figures_pairs.figure8(readings, objective, title, peak, [pair_arrays.scored_with(run, args.split)])
 
 
 def scored_run(args: argparse.Namespace, method: str) -> RunFolder:

@@ -38,10 +38,6 @@ class DataReport:
     cut: dict[str, int] = field(default_factory=dict)
     tokens: dict[str, int] = field(default_factory=dict)
     lengths: dict[str, dict[str, int]] = field(default_factory=dict)
-    kept: int = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.kept = self.rows - sum(map(len, self.dropped.values()))
 
     def measure(self, lengths: Mapping[str, np.ndarray], cut: Mapping[str, np.ndarray]) -> None:
         """Note the tokens of each kept row and whether it was cut, both per side."""
@@ -61,7 +57,11 @@ class DataReport:
 
     @property
     def dropped_rows(self) -> int:
-        return self.rows - self.kept
+        return sum(map(len, self.dropped.values()))
+
+    @property
+    def kept(self) -> int:
+        return self.rows - self.dropped_rows
 
     def check_dropped(self, max_dropped_fraction: float) -> None:
         # A run on a tenth of its rows would look like any other.
@@ -97,7 +97,7 @@ class DataReport:
         return lines
 
     def as_dict(self) -> dict:
-        return asdict(self)
+        return {**asdict(self), "kept": self.kept}  # a property is no field
 
 
 def rows_by_reason(reasons: Iterable[str | None], rows: Iterable[int]) -> dict[str, list[int]]:

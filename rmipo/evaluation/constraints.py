@@ -1,8 +1,8 @@
 """Short tasks with IFEval's instructions on top: answers are checked exactly, without a judge.
 
-An answer counts if it ends, has at most 60 words, has a keyword that answers its task, and follows all constraints. No task
-occurs in a training prompt; see `rmipo.constraints.prompts`. Boilerplate alone follows many
-constraints but answers hardly any task: `constraints_fixed` is what the best fixed text gets.
+An answer is solved if it ends, answers its task in at most 60 words, and follows all constraints. No task occurs in a training
+prompt; see `rmipo.constraints.prompts`. Boilerplate alone follows many constraints but answers no task: `constraints_fixed` is
+what the best fixed text gets.
 """
 
 from __future__ import annotations

@@ -145,7 +145,7 @@ def objective_state(checkpoint: str | Path, decisive: dict) -> dict[str, torch.T
     Raises CheckpointError, naming the differences to `decisive`, where another training wrote it.
     """
     saved = marked(checkpoint)
-    then = saved["training"]
+    then = saved.get("training", {})  # SFT's and older ones have none
     if lines := [f"{key}: {then.get(key)}, now {now}" for key, now in decisive.items() if then.get(key) != now]:
         raise CheckpointError(
             f"{checkpoint} is of another training. Name another output_dir, or remove it. Different there:\n  "

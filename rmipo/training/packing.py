@@ -37,9 +37,6 @@ class PackedSequence(NamedTuple):
     segments: tuple[Segment, ...]  # of the non-empty responses, in order
     num_responses: int  # S
 
-    def to(self, device: torch.device) -> "PackedSequence":
-        return PackedSequence(*(part.to(device) if isinstance(part, Tensor) else part for part in self))
-
     @property
     def length(self) -> int:
         """T."""

@@ -9,6 +9,7 @@ the hidden states behind the first layer, where rounding has hardly begun.
 from typing import NamedTuple
 
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -87,7 +88,7 @@ def first_rows(rows: list[dict]) -> list[dict]:
 
 
 def _packed(model: torch.nn.Module, unwrapped: PreTrainedModel, rows: list[dict], kind: str) -> Scores:
-    pairs = pack_pairs(rows).to(unwrapped.device)
+    pairs = send_to_device(pack_pairs(rows), unwrapped.device)
     inputs = scoring.forward_inputs(pairs, kind, unwrapped.config)
     output = model(**inputs, logits_to_keep=pairs.scored, output_hidden_states=True)
     hidden = _behind_first_layers(output, unwrapped.config)[0, pairs.scored]
@@ -103,7 +104,7 @@ def _plain(model: torch.nn.Module, unwrapped: PreTrainedModel, rows: list[dict],
         "input_ids": torch.nn.utils.rnn.pad_sequence(ids, batch_first=True),
         "attention_mask": torch.nn.utils.rnn.pad_sequence([torch.ones_like(one) for one in ids], batch_first=True),
     }
-    batch = {name: values.to(unwrapped.device) for name, values in batch.items()}
+    batch = send_to_device(batch, unwrapped.device)
     output = model(**batch, use_cache=False, output_hidden_states=True)
     hidden = _behind_first_layers(output, unwrapped.config)
     logps, states = [], []

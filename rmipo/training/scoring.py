@@ -5,6 +5,7 @@ from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
+from accelerate.utils import send_to_device
 from peft import PeftModel
 from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
@@ -109,13 +110,13 @@ class Scorer:
     @torch.no_grad()
     def token_logps(self, packed: PackedSequence) -> list[torch.Tensor]:
         """Log-probability of every token of each response: `(tokens,)` float32, on the CPU."""
-        values = token_logps(self.model, packed.to(self.model.device), self.kind, self.model.config)
+        values = token_logps(self.model, send_to_device(packed, self.model.device), self.kind, self.model.config)
         return [*values.cpu().split(packed.response_lengths.int().tolist())]
 
     @torch.no_grad()
     def sums(self, packed: PackedSequence) -> torch.Tensor:
         """Log-probability of every response, `(S,)` float32, on the CPU."""
-        return response_logps(self.model, packed.to(self.model.device), self.kind, self.model.config).cpu()
+        return response_logps(self.model, send_to_device(packed, self.model.device), self.kind, self.model.config).cpu()
 
 
 def by_tokens(items: Iterable, length: Callable[[Any], int] = len, limit: int = TOKENS) -> Iterator[list]:

@@ -234,16 +234,16 @@ class PreferenceTrainer(checkpoints.ResumableTrainer):
     # ------------------------------------------------------------------ data
 
     def get_train_dataloader(self) -> DataLoader:
-        max_tokens = self.args.max_tokens_per_micro_batch
+        max_tokens, lengths = self.args.max_tokens_per_micro_batch, ()
+        if self.train_dataset is not None and (max_tokens or self.args.world_size > 1):
+            lengths = batching.packed_lengths(self.train_dataset.tokenized)
         return self._loader(
             self.train_dataset,
             global_batch_size=self.global_batch_size,
             micro_batch_size=self.args.per_device_train_batch_size,
             seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
             max_tokens=max_tokens,
-            pair_tokens=batching.packed_lengths(self.train_dataset.tokenized)
-            if max_tokens or self.args.world_size > 1
-            else (),
+            pair_tokens=lengths,
             regroups=self.objective.regroups if self.args.world_size > 1 else "nothing",
         )
 
@@ -294,9 +294,8 @@ class PreferenceTrainer(checkpoints.ResumableTrainer):
     def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
         require_masters(self.model, self.accelerator)
         require_trained(self.model, self.optimizer, self.accelerator)
-        self.decisive = checkpoints.decisive(
-            self
-        )  # by all processes together, as one of them reads the initial weights
+        # By all processes together, as one of them reads the initial weights.
+        self.decisive = checkpoints.decisive(self)
         prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         if self.args.get_warmup_steps(max_steps) >= max_steps and self.is_world_process_zero():
             print(

@@ -10,16 +10,9 @@ import torch
 
 from rmipo.objectives import build_objective
 from rmipo.plots import draw_curves
-from rmipo.reporting.figures_pairs import (
-    Reading,
-    density,
-    differences,
-    distance_interval,
-    figure8,
-    jitter,
-    wasserstein,
-)
+from rmipo.reporting.figures_pairs import density, distance_interval, figure8, jitter, wasserstein
 from rmipo.reporting.figures_runs import figure2, figure5, figure7, lines_over, measured
+from rmipo.reporting.pair_arrays import Reading, differences
 from rmipo.reporting.results import ReportError
 from tests.helpers.result_files import write_result, write_run
 

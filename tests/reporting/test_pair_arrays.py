@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 import torch
 
-from rmipo.reporting.figures_pairs import (
+from rmipo.reporting.pair_arrays import (
     Reading,
     gamma_readings,
     hh_signals,

@@ -451,6 +451,14 @@ def test_a_training_does_not_go_on_from_another_ones_checkpoint(make, change, na
         make(**changed).train(resume_from_checkpoint=True)
 
 
+def test_a_checkpoint_of_no_preference_training_is_refused(make, tmp_path):
+    make(args={"max_steps": 1, "save_strategy": "steps", "save_steps": 1}).train()
+    marker = tmp_path / "out/checkpoint-1/complete.json"
+    marker.write_text(json.dumps({key: json.loads(marker.read_text())[key] for key in ("step", "files")}))
+    with pytest.raises(CheckpointError, match="learning_rate"):
+        make(args={"max_steps": 2}).train(resume_from_checkpoint=True)
+
+
 # ------------------------------------------------------------------ saved and shared
 
 
