@@ -4,6 +4,7 @@ What torchrun gives its workers (ranks, a meeting point) is given here, and what
 accelerate; a few tests start the real launchers.
 """
 
+import atexit
 import contextlib
 import multiprocessing
 import os
@@ -103,19 +104,17 @@ def _run(command: list[str], environment: dict[str, str], output: str, root: Pat
     os.chdir(root)
     os.environ.clear()
     os.environ.update(environment)
-    if (
-        "wandb" in sys.modules
-    ):  # its folder for tables is the server's, and the first forked process that ends removes it
-        from wandb.sdk.data_types._private import MEDIA_TMP
-
-        MEDIA_TMP._finalizer.detach()
-        MEDIA_TMP.name = tempfile.mkdtemp(prefix="wandb-media-")
-    if command[0] == "-c":
-        sys.argv = ["-c", *command[2:]]
-        exec(command[1], {"__name__": "__main__"})
-    else:
-        sys.argv = command
-        runpy.run_path(command[0], run_name="__main__")
+    atexit._clear()  # what the server registered is its own to run, such as the removal of W&B's folder for tables
+    try:
+        if command[0] == "-c":
+            sys.argv = ["-c", *command[2:]]
+            exec(command[1], {"__name__": "__main__"})
+        else:
+            sys.argv = command
+            runpy.run_path(command[0], run_name="__main__")
+    finally:
+        # As an interpreter does at its end, and multiprocessing doesn't: W&B waits here until its own process has written.
+        atexit._run_exitfuncs()
 
 
 def wait_until(condition, launched: Launched, timeout: float = 3600) -> None:

@@ -63,12 +63,11 @@ class Reader:
         return int(re.search(r"Pair (\d+)", self.find("#pair h2").text)[1])
 
     def asked(self) -> list[str]:
-        """What the browser has asked for."""
+        """What pages have asked for, but for those of the browser itself, such as its new tab."""
         entries = [json.loads(entry["message"])["message"] for entry in self.driver.get_log("performance")]
-        sent = [
-            entry["params"]["request"]["url"] for entry in entries if entry["method"] == "Network.requestWillBeSent"
-        ]
-        return [url for url in sent if not url.startswith("data:")]
+        sent = [entry["params"] for entry in entries if entry["method"] == "Network.requestWillBeSent"]
+        urls = [request["request"]["url"] for request in sent if not request["documentURL"].startswith("chrome:")]
+        return [url for url in urls if not url.startswith("data:")]
 
     def shown(self) -> int:
         return int(re.match(r"\d+", self.find("#shown").text)[0])
