@@ -10,7 +10,6 @@ from rmipo.data.chat import ChatFormat
 from rmipo.data.pairs import tokenize_pairs
 from rmipo.data.report import DataReport
 from rmipo.errors import EvaluationError
-from rmipo.objectives import PRIORS, PairScores, build_objective
 from rmipo.recipe.schema import ModelConfig
 from rmipo.training.loading import check_limits, load_model, load_tokenizer
 from rmipo.training.scoring import by_tokens, pair_length, score_pairs
@@ -63,28 +62,3 @@ def score_model(
         if not values.isfinite().all():  # a comparison with NaN is False, which would count as a pair lost
             raise EvaluationError(f"{description}: {name} of {model_dir} is not finite")
     return scores, list(tokenized["row"]), report
-
-
-def native_rewards(objective_config: dict, scores: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """The rewards of chosen and rejected responses in the objective's own definition, each `(pairs,)`.
-
-    What the losses of KTO and epsilon-DPO need beyond a reference doesn't change the order of their rewards; neutral
-    values stand in for it: mismatched pairs with KL 0, perturbed policies that agree with the policy.
-    """
-    objective = build_objective(objective_config)
-    inputs = dict(scores)
-    if "mismatched" in objective.needs:
-        zeros = torch.zeros_like(inputs["chosen_logps"])
-        names = ("mismatched_chosen_logps", "mismatched_rejected_logps")
-        inputs |= dict.fromkeys((*names, *(f"ref_{name}" for name in names)), zeros)
-    if "reference_logits" in objective.needs:
-        logratios = inputs["chosen_logps"] - inputs["rejected_logps"]
-        inputs |= {"plus_logratios": logratios, "minus_logratios": logratios}
-    if objective.needs & PRIORS and "prior_chosen_logps" not in inputs:  # the margin isn't part of a reward
-        inputs |= {f"prior_{side}_logps": inputs[f"{side}_logps"] for side in ("chosen", "rejected")}
-    output = objective(PairScores(**inputs))
-    return output.chosen_rewards, output.rejected_rewards
-
-
-def needs_reference(objective_config: dict) -> bool:
-    return bool({"reference", "reference_logits"} & build_objective(objective_config).needs)

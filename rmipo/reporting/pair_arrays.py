@@ -9,7 +9,7 @@ import torch
 
 from rmipo.data.pairs import LIMITS, load_pairs
 from rmipo.data.sources import load_sources, mix, mixture_entries
-from rmipo.evaluation.pair_scores import native_rewards, score_model
+from rmipo.evaluation.pair_scores import score_model
 from rmipo.fingerprints import has_weights, trained_fingerprint
 from rmipo.objectives import PairScores, RMiPO, build_objective
 from rmipo.objectives.rmipo import delta_pmi, pmi
@@ -88,8 +88,10 @@ def judge_differences(run: RunFolder, split: str, rows: list[int]) -> np.ndarray
 def reward_differences(run: RunFolder, split: str, max_pairs: int) -> tuple[np.ndarray, list[int]]:
     """Figure 6: the run's own reward of chosen minus rejected, and the source rows."""
     scores, rows = run_scores(run, split, max_pairs, prior_context=None)
-    chosen, rejected = native_rewards(run.objective, scores)
-    return (chosen - rejected).numpy(), rows
+    # Margins, which read log pi(y), are no part of rewards: any values serve.
+    scores |= {f"prior_{side}_logps": scores[f"{side}_logps"] for side in ("chosen", "rejected")}
+    output = build_objective(run.objective)(PairScores(**scores))
+    return (output.chosen_rewards - output.rejected_rewards).numpy(), rows
 
 
 @dataclass(frozen=True)

@@ -7,49 +7,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from rmipo.errors import EvaluationError
-from rmipo.evaluation.hh import run, won
-from rmipo.evaluation.pair_scores import native_rewards, needs_reference, score_model
-from rmipo.objectives import OBJECTIVES
+from rmipo.evaluation.hh import run
 from rmipo.reporting.provenance import deviations
 from rmipo.reporting.results import Result
 from rmipo.training.loading import LoadingError
 from tests.helpers.tiny_model import naive_scores, write_model
-
-SCORES = {
-    "chosen_logps": torch.tensor([-4.0, -9.0, -2.0, -6.0]),
-    "rejected_logps": torch.tensor([-5.0, -4.0, -2.0, -3.0]),
-    "chosen_lengths": torch.tensor([4.0, 9.0, 2.0, 8.0]),  # per token: -1, -1, -1, -0.75
-    "rejected_lengths": torch.tensor([4.0, 2.0, 2.0, 2.0]),  # per token: -1.25, -2, -1, -1.5
-}
-
-
-def test_win_rates_by_hand():
-    # Per token 3 of 4 are won and one is tied; summed 1 of 4 is; by these rewards 2 of 4.
-    rewards = (torch.tensor([1.0, 1.0, 0.0, 0.0]), torch.tensor([0.0, 0.0, 1.0, 0.0]))
-    shares = {end: share(values) for end, values in won(SCORES, rewards).items()}
-    assert shares == {"": 75.0, "_sum": 25.0, "_native": 50.0}
-    assert won(SCORES, None).keys() == {"", "_sum"}
-
-
-def test_native_rewards_of_every_objective_have_the_order_of_their_definition():
-    reference = {"ref_chosen_logps": torch.tensor([-5.0, -9.0, -1.0, -5.0])}
-    reference["ref_rejected_logps"] = torch.tensor([-5.0, -5.0, -2.5, -3.0])
-    per_token = torch.tensor([True, True, False, True])
-    summed = torch.tensor([True, False, False, False])
-    log_ratio = torch.tensor([True, False, False, False])  # 1 > 0, 0 > 1, -1 > 0.5, -1 > 0
-    expected = {
-        **dict.fromkeys(("rmipo", "simpo", "simper"), per_token),
-        "alpha-dpo": torch.tensor([True] * 4),  # its reward subtracts a share of the log-ratio, which breaks the tie
-        **dict.fromkeys(("slic", "cpo"), summed),
-        **dict.fromkeys(("dpo", "kto", "ipo", "beta-dpo", "epsilon-dpo"), log_ratio),
-    }
-    assert expected.keys() == OBJECTIVES.keys()
-    for name, order in expected.items():
-        scores = SCORES | (reference if needs_reference({"name": name}) else {})
-        chosen, rejected = native_rewards({"name": name}, scores)
-        assert torch.equal(chosen > rejected, order), name
-    chosen, rejected = native_rewards({"name": "rmipo", "prior_model": "initial"}, SCORES)
-    assert torch.equal(chosen > rejected, per_token)
 
 
 def write_pairs(folder, offset: int) -> list[dict]:
@@ -68,12 +30,8 @@ def share(won: torch.Tensor) -> float:
 
 
 def test_run_against_unpacked_scoring(tmp_path):
-    model, reference = tmp_path / "dpo", tmp_path / "reference"
-    for seed, folder in enumerate((model, reference)):
-        write_model(folder, seed)
-    (reference / "chat_template.jinja").unlink()  # as where the recipe brings the template
-    record = {"objective": {"name": "dpo", "beta": 0.1}, "recipe": {"model_name_or_path": str(reference)}}
-    (model / "run.json").write_text(json.dumps(record))
+    model = tmp_path / "model"
+    write_model(model)
     subsets = {"helpful": write_pairs(tmp_path / "helpful", 0), "harmless": write_pairs(tmp_path / "harmless", 100)}
     settings = {name: {"dataset_name": str(tmp_path / name)} for name in subsets}
 
@@ -83,41 +41,23 @@ def test_run_against_unpacked_scoring(tmp_path):
     assert result["settings"]["pairs_sha256"].keys() == subsets.keys()
     assert len(set(result["settings"]["pairs_sha256"].values())) == 2  # other pairs, another hash
     for name, pairs in subsets.items():
-        naive, ref = naive_scores(model, pairs), naive_scores(reference, pairs)
+        naive = naive_scores(model, pairs)
         saved = torch.load(tmp_path / "eval" / f"hh_{name}.pt")
         assert saved["row"].tolist() == list(range(12))
         for column, values in naive.items():
             assert torch.allclose(saved[column].double(), values, atol=1e-4), column
         averages = {side: naive[f"{side}_logps"] / naive[f"{side}_lengths"] for side in ("chosen", "rejected")}
-        ratios = {side: naive[f"{side}_logps"] - ref[f"{side}_logps"] for side in ("chosen", "rejected")}
         assert metrics[f"hh_{name}"] == share(averages["chosen"] > averages["rejected"])
         assert metrics[f"hh_{name}_sum"] == share(naive["chosen_logps"] > naive["rejected_logps"])
-        assert metrics[f"hh_{name}_native"] == share(ratios["chosen"] > ratios["rejected"])
         assert result["per_prompt"][f"hh_{name}"] == (100.0 * (averages["chosen"] > averages["rejected"])).tolist()
         assert metrics[f"hh_{name}_pairs"] == 12
-    rates = [metrics[f"hh_{name}{suffix}"] for name in subsets for suffix in ("", "_sum", "_native")]
-    assert len(set(rates)) > 2 and all(0 < rate < 100 for rate in rates)
+    rates = [metrics[f"hh_{name}{suffix}"] for name in subsets for suffix in ("", "_sum")]
+    assert len(set(rates)) > 1 and all(0 < rate < 100 for rate in rates)
     assert metrics["hh_average"] == (metrics["hh_helpful"] + metrics["hh_harmless"]) / 2
     rate = metrics["hh_helpful"] / 100
     assert metrics["hh_helpful_standard_error"] == pytest.approx(100 * (rate * (1 - rate) / 11) ** 0.5)
     squares = [metrics[f"hh_{name}_standard_error"] ** 2 for name in subsets]
     assert metrics["hh_average_standard_error"] == pytest.approx(sum(squares) ** 0.5 / 2)
-
-
-def test_the_reference_is_of_the_recipes_revision(tmp_path, monkeypatch):
-    model, scored = tmp_path / "dpo", []
-    write_model(model)
-    recipe = {"model_name_or_path": "owner/base", "model_revision": "abc"}
-    (model / "run.json").write_text(json.dumps({"objective": {"name": "dpo"}, "recipe": recipe}))
-    write_pairs(tmp_path / "helpful", 0)
-
-    def score(folder, pairs, *, revision="main", **options):
-        scored.append((folder, revision))
-        return score_model(model, pairs, **options)
-
-    monkeypatch.setattr("rmipo.evaluation.pair_scores.score_model", score)
-    run(model, tmp_path / "eval", {"helpful": {"dataset_name": str(tmp_path / "helpful")}})
-    assert scored == [(model, "main"), ("owner/base", "abc")]
 
 
 def test_one_subset_alone_has_no_average(tmp_path):
