@@ -3,12 +3,10 @@
     make compare MODEL=tiny
     make compare MODEL=tiny METHODS=dpo,simpo SEEDS=0,1,2 NOISE=0,0.15 WORKERS=2 ARGS="--num_train_epochs 1"
     make compare MODEL=smollm2-135m-instruct METHODS=rmipo,simpo,dpo,simper,sft-chosen SEEDS=0,1 NOISE=0
-    make compare MODEL=tiny DATA=my_pairs.jsonl.gz
 
 METHODS are some of the eleven, sft-chosen (SFT on the chosen responses), fidelity-sequence, fidelity-release and
 initial-prior (other readings of RMiPO); rmipo is always among them; by default the eleven and sft-chosen. ARGS override
-every recipe. With DATA there are no right answers, only preference accuracy and margin. NOISE is for tiny alone: only its
-labels can be swapped.
+every recipe. NOISE is for tiny alone: only its labels can be swapped.
 
 Every method tries the learning rates of recipes/<model>/search.yaml with a seed of its own and is measured on one part of the
 held-out prompts; the table is about the others. Finished runs are kept in outputs/<model>/compare/runs.jsonl, so that an
@@ -27,8 +25,9 @@ from rmipo.launch.choices import choose_stages, refuse
 
 @cli.main
 def main() -> int:
-    env = cli.environment(__file__, __doc__, "MODEL", "METHODS", "SEEDS", "NOISE", "WORKERS", "DATA", "ARGS")
+    env = cli.environment(__file__, __doc__, "MODEL", "METHODS", "SEEDS", "NOISE", "WORKERS", "ARGS")
     refuse(env, ["DRY", "SLURM"], "make compare trains its runs on this machine, at once; leave it out")
+    refuse(env, ["DATA"], "make compare trains on the setting's own pairs; leave it out, or set --dataset_name in ARGS")
     choose_stages({**env, "STAGE": ""})
     from rmipo.compare.program import compare  # imports torch and TRL, which takes seconds
 

@@ -2,8 +2,8 @@
 
     .venv/bin/python scripts/toy_report.py --run outputs/tiny/rmipo
 
-The run's record (run.json) says which model it started from and on which pairs. On the world's own pairs the world's
-questions are asked; on other pairs there is no right answer to check, so lengths and repetition are shown.
+The run's record (run.json) says which model it started from and on which pairs. Both models answer the world's questions,
+and rank the held-out ones of these pairs.
 """
 
 import json
@@ -19,9 +19,6 @@ LABELS = {
     "boilerplate": "samples: boilerplate",
     "wrong": "samples: wrong",
     "garbled": "samples: garbled",
-    "mean_length": "samples: tokens",
-    "ended": "samples: ended by themselves",
-    "repetition": "samples: repeated 4-grams",
     "preference_accuracy": "preference accuracy",
     "preference_margin": "preference margin (nats/token)",
 }
@@ -52,30 +49,23 @@ def main() -> None:
     limits = {key: recipe[key] for key in LIMITS if key in recipe}
     limits |= {key: getattr(data, key) for key in ("max_dropped_fraction", "max_truncated_fraction")}
     pairs, _ = tokenize_pairs(load_pairs(data, "test"), ChatFormat.probe(tokenizer), **limits)
-    on_the_world = Path(recipe.get("dataset_name") or "") == options.world / "pairs"  # a mixture has none
-    report = {"pairs": len(pairs)}
+    world, report = read_world(options.world), {"pairs": len(pairs)}
     for name, path in {"before": recipe["model_name_or_path"], "after": options.run}.items():
         model = load_model(ModelConfig(model_name_or_path=str(path), dtype="auto"))
-        if on_the_world:
-            world = read_world(options.world)
-            result = judge.evaluate(model, tokenizer, world, samples_per_question=SAMPLES, seed=0)
-        else:
-            result = judge.evaluate_text(model, tokenizer, pairs)
-        report[name] = result | judge.preference_metrics(model, pairs)
+        answers = judge.evaluate(model, tokenizer, world, samples_per_question=SAMPLES, seed=0)
+        report[name] = answers | judge.preference_metrics(model, pairs)
 
     # ------------------ Print and save
     before, after = report["before"], report["after"]
     print(f"\n{'':40}{'before':>10}{'after ' + recipe['objective']['name']:>18}")
     for key, label in LABELS.items():
-        if key in before:
-            print(f"{label:40}{before[key]:10.3f}{after[key]:18.3f}")
+        print(f"{label:40}{before[key]:10.3f}{after[key]:18.3f}")
     print(f"\n{len(before['samples'])} samples at temperature 1; {len(pairs)} test pairs. For example:")
     step = max(1, len(before["samples"]) // SHOWN)
     for old, new in list(zip(before["samples"], after["samples"], strict=True))[::step][:SHOWN]:
         print(f"  {old['prompt'][-300:]}")
         for name, entry in (("before", old), ("after", new)):
-            verdict = f"   [{entry['class']}]" if "class" in entry else ""
-            print(f"    {name + ':':8}{entry['response'][:300]}{verdict}")
+            print(f"    {name + ':':8}{entry['response'][:300]}   [{entry['class']}]")
     path = options.run / "report.json"
     path.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n")
     print(f"\ncurves:  {options.run / 'curves.png'}\nmodel:   {options.run}\nreport:  {path}")

@@ -39,7 +39,7 @@ this size would find. Every run of a noise level has the same pairs, order and l
 def margins(env: dict[str, str]) -> int:
     model, _ = choose_stages({**env, "STAGE": ""})
     plan = read_yaml(Path(f"recipes/{model}/margins.yaml"))
-    study = Study(model, arguments=env.get("ARGS", ""))
+    study = Study(model, env.get("ARGS", ""))
     folder, metric, rates = Path(f"outputs/{model}/margins"), study.task.selection_metric, {}
     workers = whole_number(env, "WORKERS", study.workers)
     searches = {

@@ -24,8 +24,8 @@ def compare(env: dict[str, str]) -> int:
     ###################
     model, _ = choose_stages({**env, "STAGE": ""})
     rates = load_sweep("rmipo", model).parameters["learning_rate"]
-    study = Study(model, env.get("DATA", ""), env.get("ARGS", ""))
-    swaps_labels = not study.data and Path(f"recipes/{model}/world.yaml").is_file()
+    study = Study(model, env.get("ARGS", ""))
+    swaps_labels = Path(f"recipes/{model}/world.yaml").is_file()
     methods, seeds, noises = read_choices(env, swaps_labels)
     workers = whole_number(env, "WORKERS", study.workers)
     searches = search_runs(methods, rates)
@@ -34,7 +34,7 @@ def compare(env: dict[str, str]) -> int:
     (ours,) = load_steps(model, ["rmipo"], {**env, "METHOD": "rmipo"})
     make_sft_model(model, ours.recipe, env)
     ours.recipe.parse(world_size=1)
-    # Runs on other people's pairs are another comparison.
+    # Runs with adapters are another comparison.
     suffix = Path(ours.recipe.values["output_dir"]).name.removeprefix("rmipo")
     folder = Path(f"outputs/{model}/compare{suffix}")
 
@@ -68,7 +68,7 @@ def make_sft_model(model: str, recipe: Recipe, env: dict[str, str]) -> None:
     start = recipe.values["model_name_or_path"]
     if not Path(f"recipes/{model}/sft.yaml").is_file():
         return
-    (sft,) = load_steps(model, ["sft"], {"DATA": env.get("DATA", "")})
+    (sft,) = load_steps(model, ["sft"], {})
     run = recorded_run(start)
     if start == sft.recipe.values["output_dir"] and not (run and run["finished"]):
         print("the SFT model comes first", flush=True)

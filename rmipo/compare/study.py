@@ -14,10 +14,9 @@ from rmipo.recipe.load import ConfigError, Recipe
 
 @dataclass(frozen=True)
 class Study:
-    """What all runs have in common. `arguments` are overrides of every recipe, `data` pairs in place of the world's."""
+    """What all runs have in common. `arguments` are overrides of every recipe."""
 
     model: str
-    data: str = ""
     arguments: str = ""
 
     def recipe(self, run: Trial, folder: str | Path = "unused") -> Recipe:
@@ -33,7 +32,7 @@ class Study:
         own |= {f"objective.{name}": f"{value:g}" for name, value in run.objective}
         arguments = f"{self.arguments} {shlex.join(f'--{key}={value}' for key, value in own.items())}"
         method = "rmipo" if run.method in (INITIAL, FLOOR) else run.method
-        env = {"METHOD": method, "DATA": self.data, "ARGS": arguments}
+        env = {"METHOD": method, "ARGS": arguments}
         return load_steps(self.model, ["rmipo"], env)[0].recipe
 
     @functools.cached_property

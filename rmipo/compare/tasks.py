@@ -121,10 +121,10 @@ class ConstraintsTask(PairsTask):
 
 
 def task_of(model: str, recipe: Recipe) -> PairsTask:
-    """The task that a setting's data belong to; other people's pairs (DATA) are no more than pairs."""
+    """The task that a setting's data belong to."""
     data = Path(recipe.values.get("dataset_name", ""))
-    if (data.parent / RECORD).exists() and (world := read_world(data.parent)):
-        return WorldTask(world)
+    if (data.parent / RECORD).exists():
+        return WorldTask(read_world(data.parent))
     search = Path(f"recipes/{model}/search.yaml")
     measure = read_yaml(search).get("measure") if search.is_file() else None
     if not measure or data != Path(f"outputs/{model}/pairs"):

@@ -78,19 +78,15 @@ class Step:
 
 
 def load_steps(model: str, stages: list[str], env: Mapping[str, str]) -> list[Step]:
-    """The programs of `stages`, as DATA, METHOD (of the preference stage) and ARGS (of the last recipe) in `env` say.
+    """The programs of `stages`, as DATA and METHOD (of the preference stage) and ARGS (of the last recipe) in `env` say.
 
-    DATA replaces the pairs of the preference stage. A setting that is made from scratch (with a world.yaml) is then made
-    from those pairs altogether: tokenizer, SFT on the chosen responses, with the values of `with-data/<stage>.yaml`.
+    DATA replaces the pairs of the preference stage; recipes/<model>/with-data.yaml, if there is one, goes with it.
     """
     # ARGS are of one recipe: options of the preference stage would be unknown keys in the SFT stage before it.
     last = [stage for stage in stages if stage in ("sft", "rmipo")][-1]
     data, outputs = env.get("DATA", ""), f"outputs/{model}"
-    # The folder of a run is named after its data, so that the runs of two files don't meet in one.
-    suffix = data and "-" + re.sub(r"[^A-Za-z0-9]+", "-", Path(data).name.split(".")[0]).strip("-")
-    world = f"{outputs}/world{suffix}" if Path(f"recipes/{model}/world.yaml").is_file() else None
     made = {
-        "world": ["--config", f"recipes/{model}/world.yaml", "--output", world, *(["--data", data] if data else [])],
+        "world": ["--config", f"recipes/{model}/world.yaml", "--output", f"{outputs}/world"],
         "weights": ["--config", f"recipes/{model}/weights.yaml", "--output", f"{outputs}/weights"],
         "pairs": ["--model", model, "--method", "initial", "--output", f"{outputs}/pairs", "--keep"],
     }
@@ -99,15 +95,17 @@ def load_steps(model: str, stages: list[str], env: Mapping[str, str]) -> list[St
         if stage in made:
             steps.append(Step(stage, made[stage]))
         elif stage == "report":
-            steps.append(Step(stage, ["--run", steps[-1].output_dir, "--world", world]))
+            steps.append(Step(stage, ["--run", steps[-1].output_dir, "--world", f"{outputs}/world"]))
         else:
             name, overlays = choose_method(env) if stage == "rmipo" else (stage, [])
-            own = {"--dataset_name": f"{world}/sft" if world and stage == "sft" else data} if data else {}
-            if data and world:
-                overlays = [f"recipes/{model}/with-data/{stage}.yaml", *overlays]
-                own["--model_name_or_path"] = f"{world}/model" if stage == "sft" else f"{outputs}/sft{suffix}"
+            own = {}
+            if data and stage == "rmipo":
+                # The folder of a run is named after its data, so that the runs of two files don't meet in one.
+                name += "-" + re.sub(r"[^A-Za-z0-9]+", "-", Path(data).name.split(".")[0]).strip("-")
+                own["--dataset_name"] = data
+                overlays = [*filter(os.path.isfile, [f"recipes/{model}/with-data.yaml"]), *overlays]
             args = split_args(env) if stage == last else ([], [])
-            steps.append(_training_step(model, stage, f"{name}{suffix}", overlays, own, args, choose_sharding(env)))
+            steps.append(_training_step(model, stage, name, overlays, own, args, choose_sharding(env)))
     # Weights and pairs are made for a recipe that uses them.
     recipe = steps[-1].recipe.values if steps[-1].recipe else {}
     used = {"weights": recipe.get("model_name_or_path"), "pairs": recipe.get("dataset_name")}

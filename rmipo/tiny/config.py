@@ -12,7 +12,6 @@ from rmipo.recipe.files import read_yaml
 BYTES_AND_SPECIAL_TOKENS = 262  # what the tokenizer starts from
 Share = Annotated[float, Field(ge=0, le=1)]
 Rows = Annotated[int, Field(ge=1, le=10**7)]
-Vocabulary = Annotated[int, Field(ge=BYTES_AND_SPECIAL_TOKENS, le=2**20)]
 
 
 @pydantic.dataclasses.dataclass(frozen=True, config=pydantic.ConfigDict(extra="forbid"))
@@ -33,8 +32,7 @@ class WorldConfig:
     pairs_test: Rows
     rejected_boilerplate: Share
     label_noise: Share
-    vocab_size: Vocabulary
-    text_vocab_size: Vocabulary
+    vocab_size: Annotated[int, Field(ge=BYTES_AND_SPECIAL_TOKENS, le=2**20)]
     hidden_size: Annotated[int, Field(ge=2)]
     intermediate_size: Annotated[int, Field(ge=1)]
     num_hidden_layers: Annotated[int, Field(ge=1, le=100)]

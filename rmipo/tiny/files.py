@@ -1,7 +1,6 @@
 """The folder of a world: its data in JSONL, the untrained tokenizer and model, and `world.json`, which describes it."""
 
 import json
-import random
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
@@ -10,13 +9,11 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from rmipo.data.formats import unusable_pair
-from rmipo.data.report import DataReport, of_split, rows_by_reason
 from rmipo.errors import ConfigError
 from rmipo.files import write_lines
-from rmipo.fingerprints import code_fingerprint, rows_fingerprint
+from rmipo.fingerprints import code_fingerprint
 from rmipo.tiny.config import WorldConfig
-from rmipo.tiny.world import World, deal
+from rmipo.tiny.world import World
 
 RECORD = "world.json"  # written last: a folder without it is incomplete
 SPLITS = ("train", "test")
@@ -32,58 +29,40 @@ CHAT_TEMPLATE = (
 )
 
 
-def write_world(folder: Path, config: WorldConfig, pairs: dict | None = None) -> bool:
+def write_world(folder: Path, config: WorldConfig) -> bool:
     """Write data, tokenizer and untrained model; a world that other code made is made again.
-
-    Args:
-        pairs: `{"train", "test"}: rows of data.load_pairs` to take the place of the world's: the tokenizer is trained
-            on them and their chosen responses are the SFT dialogues. They are not copied.
 
     Returns:
         False if this very world was there already and has been kept.
 
     Raises:
-        ValueError: the folder holds another world.
+        ConfigError: the folder holds another world.
     """
-    record = {
-        "config": asdict(config),
-        "pairs": pairs and {split: rows_fingerprint(pairs[split]) for split in SPLITS},
-        # The same knobs under other code draw other facts.
-        "code": todays_code(),
-    }
+    record = {"config": asdict(config), "code": todays_code()}  # the same knobs under other code draw other facts
     if (folder / RECORD).exists():
         found = json.loads((folder / RECORD).read_text())
         if found == record:
             return False
-        differing = [key for key, value in record["config"].items() if found["config"].get(key) != value]
         # Runs may have started from it: another world is never written over it.
-        differing += ["the pairs (--data)"] * (found["pairs"] != record["pairs"])
-        if differing:
+        if differing := [key for key, value in record["config"].items() if found["config"].get(key) != value]:
             raise ConfigError(
                 f"{folder} holds another world. Remove it, with the runs that started from it, or name another --output. "
                 f"Different: {', '.join(differing)}"
             )
         print(f"world: {folder} was made by other code than today's and is made again")
         (folder / RECORD).unlink()
-    if pairs is None:
-        world = World(config)
-        dialogues = {split: list(world.dialogues(split)) for split in SPLITS}
-        for split in SPLITS:
-            write_lines(folder / "pairs" / f"{split}.jsonl", world.pairs(split))
-        write_lines(
-            folder / "questions.jsonl",
-            ({"prompt": question.prompt, "right": question.fact.answers} for question in world.held_out_questions),
-        )
-        texts = [message["content"] for row in dialogues["train"] for message in row["messages"]]
-        # On what SFT trains, so that its words are few tokens.
-        tokenizer = train_tokenizer(texts, config.vocab_size)
-    else:
-        dialogues = {split: chosen_dialogues(pairs[split], config, split) for split in SPLITS}
-        sides = (row["prompt"] + row["chosen"] + row["rejected"] for row in pairs["train"])
-        texts = (message["content"] for messages in sides for message in messages)
-        tokenizer = train_tokenizer(texts, config.text_vocab_size)
+    world = World(config)
+    dialogues = {split: list(world.dialogues(split)) for split in SPLITS}
     for split in SPLITS:
+        write_lines(folder / "pairs" / f"{split}.jsonl", world.pairs(split))
         write_lines(folder / "sft" / f"{split}.jsonl", dialogues[split])
+    write_lines(
+        folder / "questions.jsonl",
+        ({"prompt": question.prompt, "right": question.fact.answers} for question in world.held_out_questions),
+    )
+    # On what SFT trains, so that its words are few tokens.
+    texts = [message["content"] for row in dialogues["train"] for message in row["messages"]]
+    tokenizer = train_tokenizer(texts, config.vocab_size)
     # The model is written as any checkpoint is: the recipes load it like one from the hub.
     make_model(config, tokenizer).save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
@@ -91,8 +70,8 @@ def write_world(folder: Path, config: WorldConfig, pairs: dict | None = None) ->
     return True
 
 
-def read_world(folder: Path) -> World | None:
-    """The world that a folder holds; None if it was made on other people's pairs.
+def read_world(folder: Path) -> World:
+    """The world that a folder holds.
 
     Raises:
         ConfigError: there is no complete world in the folder, or one that other code made.
@@ -105,30 +84,11 @@ def read_world(folder: Path) -> World | None:
             f"{folder}: this world was made by other code than today's. Make it again with scripts/toy.py, as make train "
             "does; runs that started from another world are then refused"
         )
-    return None if record["pairs"] else World(WorldConfig(**record["config"]))
+    return World(WorldConfig(**record["config"]))
 
 
 def todays_code() -> str:
     return code_fingerprint(Path(__file__).parent, libraries=())
-
-
-def chosen_dialogues(pairs: Iterable[dict], config: WorldConfig, split: str) -> list[dict]:
-    """SFT rows: the chosen responses of the usable pairs, some of them without their prompts."""
-    usable, unusable = [], []
-    for row in pairs:
-        reason = unusable_pair(row["prompt"], row["chosen"], row["rejected"])
-        usable.append((row["prompt"], row["chosen"])) if reason is None else unusable.append((reason, row["row"]))
-    if not usable:
-        report = DataReport(rows=len(unusable), dropped=rows_by_reason(*zip(*unusable, strict=True)))
-        with of_split(split):
-            report.check_dropped(1.0)
-    draw = random.Random(f"{config.seed} dialogues {split}")
-    # An answer without its prompt teaches log pi(y), which RMiPO's margin reads.
-    prompts = deal(draw, len(usable), dropped=config.sft_prompt_dropped, rest="kept")
-    return [
-        {"messages": chosen if label == "dropped" else prompt + chosen}
-        for (prompt, chosen), label in zip(usable, prompts, strict=True)
-    ]
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:

@@ -8,7 +8,6 @@ from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from rmipo.data.chat import ChatFormat
-from rmipo.evaluation.statistics import repeated_share
 from rmipo.tiny.world import CLASSES, Question, World, assistant
 from rmipo.training import scoring
 from rmipo.training.packing import pack
@@ -55,27 +54,6 @@ def evaluate(
     counts = Counter(entry["class"] for entry in samples)
     shares = {name: counts[name] / len(samples) for name in CLASSES}
     return {"right_probability": probabilities.mean().item(), **shares, "samples": samples}
-
-
-def evaluate_text(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pairs: Dataset) -> dict:
-    """Answer 64 prompts whose right answer is not known. `pairs`: rows of `data.tokenize_pairs`.
-
-    Returns:
-        `mean_length` in tokens; `ended`: the share that ended; `repetition`: the share of 4-grams of tokens that occurred
-        before in the same response, over all responses; `samples`: `{"prompt", "response"}` for every sample.
-    """
-    prompts = pairs["prompt_ids"][:64]
-    responses = sample(model, ChatFormat.probe(tokenizer), prompts, max_new_tokens=128, seed=0)
-    samples = [
-        {"prompt": tokenizer.decode(prompt), "response": response["text"]}
-        for prompt, response in zip(prompts, responses, strict=True)
-    ]
-    return {
-        "mean_length": sum(len(response["ids"]) for response in responses) / len(responses),
-        "ended": sum(response["ended"] for response in responses) / len(responses),
-        "repetition": repeated_share([response["ids"] for response in responses]),
-        "samples": samples,
-    }
 
 
 def right_probabilities(model: PreTrainedModel, chat: ChatFormat, questions: list[Question]) -> torch.Tensor:

@@ -123,7 +123,7 @@ def test_other_people_s_pairs_are_divided_by_prompt(repository, monkeypatch, tmp
     monkeypatch.chdir(repository)
     for split, count in (("train", 20), ("test", 12)):
         write(tmp_path / f"{split}.jsonl", [pair(i, [user(f"Q{i % 6}?")]) for i in range(count)])
-    study = Study("tiny", data=str(tmp_path), arguments=f"{ARGUMENTS} --model_name_or_path outputs/tiny/sft")
+    study = Study("tiny", f"{ARGUMENTS} --dataset_name {tmp_path}")
     assert type(study.task) is PairsTask and study.task.selection_metric == "preference_accuracy"
     recipe = study.recipe(run_of())
     parts = [study.task.held_out_pairs(recipe, run_of(purpose=purpose)) for purpose in ("search", "report")]

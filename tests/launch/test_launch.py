@@ -47,6 +47,18 @@ def test_method_data_and_args_become_arguments():
     assert [word for word in words if "output_dir" in word] == ["--output_dir=elsewhere"]
 
 
+@pytest.mark.parametrize("model", ["mistral-7b-base", "tiny"])
+def test_data_are_the_pairs_of_the_preference_stage_alone(model):
+    env = {"MODEL": model, "DATA": "my_pairs.jsonl"}
+    steps = {step.stage: step for step in pipeline.load_steps(*choices.choose_stages(env), env)}
+    plain = {step.stage: step for step in pipeline.load_steps(*choices.choose_stages(env), {"MODEL": model})}
+    assert steps["sft"] == plain["sft"] and steps.get("world") == plain.get("world")
+    values = steps["rmipo"].recipe.values
+    assert (values["dataset_name"], values["output_dir"]) == ("my_pairs.jsonl", f"outputs/{model}/rmipo-my-pairs")
+    if model == "tiny":  # whose own texts are short
+        assert values["max_length"] == 512 and plain["rmipo"].recipe.values["max_length"] == 128
+
+
 @pytest.mark.parametrize(
     ("env", "folder"),
     [

@@ -18,10 +18,10 @@ from rmipo.errors import ConfigError
 from rmipo.recipe.schema import DataConfig
 from rmipo.tiny import judge
 from rmipo.tiny.config import WorldConfig, load_world_config
-from rmipo.tiny.files import SPLITS, read_world, write_world
+from rmipo.tiny.files import read_world, write_world
 from rmipo.tiny.world import Fact, World
 from tests.helpers.paths import ROOT
-from tests.helpers.rows import assistant, pair, user, write
+from tests.helpers.rows import assistant, user
 
 RECIPE = ROOT / "recipes" / "tiny" / "world.yaml"
 SHIPPED = load_world_config(RECIPE)
@@ -296,28 +296,6 @@ def test_model_fits_its_tokenizer(folder, tokenizer):
     assert model.get_input_embeddings().weight.shape == (len(tokenizer), 32)
     generation = model.generation_config
     assert (generation.eos_token_id, generation.pad_token_id) == (tokenizer.eos_token_id, tokenizer.pad_token_id)
-
-
-def test_other_peoples_pairs(tmp_path):
-    """DATA=: the tokenizer learns their text, SFT their chosen responses; rows that can't be used are left out."""
-    dialogue = [user("Wie heißt das?"), assistant("Es heißt Baum, ganz einfach Baum.")]
-    source = [pair(i, dialogue[:1], dialogue[1:], [assistant(f"Nein {i}.")]) for i in range(20)]
-    source[3]["rejected"] = source[3]["chosen"]
-    for split in SPLITS:
-        write(tmp_path / f"{split}.jsonl", source)
-    pairs = {split: load_pairs(DataConfig(dataset_name=str(tmp_path)), split) for split in SPLITS}
-    output = tmp_path / "world"
-    config = replace(SMALL, vocab_size=270, text_vocab_size=SMALL.vocab_size)  # which is for texts of people
-    assert write_world(output, config, pairs)
-    assert write_world(output, config, pairs) is False
-    assert read_world(output) is None and not (output / "pairs").exists()
-    written = [row["messages"] for row in rows(output / "sft" / "train.jsonl")]
-    assert sorted(map(len, written)) == [1] * 2 + [2] * 17  # 0.1 of 19 without a prompt
-    assert all(messages == dialogue[-len(messages) :] for messages in written)
-    tokenizer = AutoTokenizer.from_pretrained(output / "model")
-    assert len(tokenizer("Wie heißt")["input_ids"]) == 2
-    with pytest.raises(ValueError, match=r"the pairs \(--data\)"):
-        write_world(output, config)
 
 
 @pytest.mark.parametrize(
