@@ -56,47 +56,21 @@ def steps(recipe: Recipe, work: Workload, examples: int) -> int:
     return math.ceil(math.ceil(rows / work.global_batch) * epochs)
 
 
-def forward_flops(shape: Shape, work: Workload, prior: bool = False) -> tuple[float, float]:
-    """(layers, LM head) FLOPs of one forward of a typical example, or of its responses without their prompt.
-
-    2 per weight and token; causal attention adds 2 q per layer, token and token of the sequence.
-    """
-    if work.stage == "sft":
-        tokens = scored = sequence = TYPICAL_DIALOGUE
-    else:  # through the layers, through the head, and what one token may attend to
-        scored = 2 * TYPICAL_RESPONSE
-        tokens, sequence = TYPICAL_PROMPT + scored, TYPICAL_PROMPT + TYPICAL_RESPONSE
-    if prior:
-        tokens, sequence = scored, TYPICAL_RESPONSE
-    layers = 2 * shape.body * tokens + 2 * shape.layers * shape.heads_width * sequence * tokens
-    return float(layers), 2.0 * shape.vocabulary * shape.hidden * scored
-
-
-def reference_flops(shape: Shape, work: Workload) -> float:
-    """FLOPs to score one example with the initial policy, before training starts."""
-    without_prompt = sum(forward_flops(shape, work, prior=True))
-    if work.reference == "cached":
-        return sum(forward_flops(shape, work)) + without_prompt * work.prior
-    return without_prompt * (work.reference == "cached prior")
-
-
-def step_flops(shape: Shape, work: Workload) -> float:
-    """FLOPs of one example in a training step: forward 1, backward 2 (frozen weights: 1), and what is computed again."""
-    layers, head = forward_flops(shape, work)
-    backward = 1 if work.adapters else 2
-    again = math.ceil(shape.layers / work.checkpoint_every) / shape.layers if work.checkpoint_every else 0.0
-    total = layers * (1 + backward + again) + head * (1 + backward + work.fused_head)
-    total += sum(forward_flops(shape, work, prior=True)) * work.prior
-    return total + (layers + head) * (work.reference == "logits")
-
-
 def hours(shape: Shape, work: Workload, gpus: int, examples: int, steps: int, tflops: float) -> tuple[float, float]:
-    """Expected hours (from, to) of a run, with its pass of the reference; evaluations and checkpoints apart.
+    """Expected hours (from, to) of a run of typical lengths, with its pass of the reference; evaluations apart.
 
-    `tflops`: dense bfloat16 peak of one GPU.
+    FLOPs per weight and token: 2 forward, 4 backward (2 where weights are frozen), 2 for a layer that is computed again.
+    Embeddings count as if they were multiplied at each token, which stands for attention. `tflops`: dense bfloat16 peak of
+    one GPU.
     """
-    # An epoch of few examples ends with a smaller step; the estimate takes it for a whole one.
+    responses = 2 * TYPICAL_RESPONSE
+    tokens = TYPICAL_DIALOGUE if work.stage == "sft" else TYPICAL_PROMPT + responses
+    gradient = 2 + (2 if work.adapters else 4) + (2 / work.checkpoint_every if work.checkpoint_every else 0)
+    forwards = tokens * (work.reference == "logits") + responses * work.prior
+    # Scored once, before training starts.
+    cached = {"cached": tokens + responses * work.prior, "cached prior": responses}.get(work.reference, 0)
+    # A packed row holds several dialogues. An epoch that ends with a smaller step is taken for whole ones.
     per_step = work.global_batch * (work.max_length / TYPICAL_DIALOGUE if work.packing else 1)
-    flops = steps * per_step * step_flops(shape, work) + examples * reference_flops(shape, work)
+    flops = shape.parameters * (steps * per_step * (gradient * tokens + 2 * forwards) + examples * 2 * cached)
     low, high = (flops / (gpus * tflops * 1e12 * share) / 3600 for share in reached(tflops)[::-1])
     return low, high

@@ -47,7 +47,6 @@ class Shape:
     parameters: int
     trained: int
     linear: int  # parameters of the linear layers that quantization covers
-    body: int  # parameters without embeddings and head: each costs a multiply-add per token
     layers: int
     hidden: int
     heads: int
@@ -65,8 +64,7 @@ class Shape:
         model.tie_weights()
         head = {id(model.get_input_embeddings().weight), id(model.get_output_embeddings().weight)}
         linears = [m.weight for m in model.modules() if isinstance(m, torch.nn.Linear) and id(m.weight) not in head]
-        sizes = [(p.numel(), id(p) in head) for p in model.parameters()]
-        trained = parameters = sum(size for size, _ in sizes)
+        trained = parameters = sum(p.numel() for p in model.parameters())
         if peft_config is not None:
             with init_empty_weights():
                 trained = sum(p.numel() for p in get_peft_model(model, peft_config).parameters() if p.requires_grad)
@@ -77,7 +75,6 @@ class Shape:
             parameters=parameters,
             trained=trained,
             linear=sum(weight.numel() for weight in linears),
-            body=sum(size for size, in_head in sizes if not in_head),
             layers=text.num_hidden_layers,
             hidden=text.hidden_size,
             heads=text.num_attention_heads,

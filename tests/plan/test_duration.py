@@ -1,10 +1,9 @@
-"""Hours by hand: FLOPs of the step, of what is computed again, of the pass around it; steps and examples."""
+"""Hours by hand; steps and examples."""
 
 import pytest
 
 from rmipo.plan import duration
 from rmipo.plan.duration import A100
-from rmipo.plan.preflight import workload_of
 from rmipo.plan.shapes import Shape, load_config
 from rmipo.recipe.load import load_recipe
 from tests.helpers.paths import ROOT
@@ -12,9 +11,8 @@ from tests.helpers.plans import make_work
 from tests.helpers.twins import make_twin
 
 LLAMA3_8B = "meta-llama/Meta-Llama-3-8B-Instruct"
-HEAD = 128256 * 4096
-RECIPE, DPO = ROOT / "recipes/llama3-8b-instruct/rmipo.yaml", ROOT / "recipes/methods/dpo.yaml"
-PLAIN = {"prior": False, "checkpoint_every": 0, "fused_head": False}
+RECIPE = ROOT / "recipes/llama3-8b-instruct/rmipo.yaml"
+PLAIN = {"prior": False, "checkpoint_every": 0}
 
 
 @pytest.fixture(scope="module")
@@ -22,40 +20,26 @@ def shape():
     return Shape.of(load_config(LLAMA3_8B))
 
 
-def test_a_plain_step_is_six_flops_per_weight_and_token(shape):
-    weights = 6 * (shape.body * (220 + 640) + HEAD * 640)
-    attention = 6 * 32 * 4096 * (220 + 320) * (220 + 640)
-    assert duration.step_flops(shape, make_work(**PLAIN)) == weights + attention
-    dialogue = 6 * (shape.body + HEAD) * 1100 + 6 * 32 * 4096 * 1100 * 1100
-    assert duration.step_flops(shape, make_work(stage="sft", **PLAIN)) == dialogue
-
-
-def test_what_is_computed_again_or_besides(shape):
-    plain = make_work(**PLAIN)
-    layers, head = duration.forward_flops(shape, plain)
-
-    def extra(**changes):
-        return duration.step_flops(shape, make_work(**{**PLAIN, **changes})) - duration.step_flops(shape, plain)
-
-    assert extra(checkpoint_every=1) == pytest.approx(layers)
-    assert extra(checkpoint_every=5) == pytest.approx(layers * 7 / 32)  # layers 0, 5, ..., 30
-    assert extra(fused_head=True) == pytest.approx(head)
-    assert extra(reference="logits") == pytest.approx(layers + head)
-    # Responses attend to themselves alone, 320 tokens each.
-    assert extra(prior=True) == pytest.approx(2 * (shape.body + HEAD) * 640 + 2 * 32 * 4096 * 320 * 640)
-    assert extra(adapters=True) == pytest.approx(-(layers + head))
-
-
-def test_hours_are_the_arithmetic_over_what_gpus_reach(shape):
-    work = workload_of(load_recipe(RECIPE, [DPO]))
-    # 469 steps of 128 pairs, and the reference, which is scored once, on all 60,000.
-    flops = 469 * 128 * duration.step_flops(shape, work) + 60_000 * sum(duration.forward_flops(shape, work))
-    low, high = duration.hours(shape, work, 4, 60_000, 469, A100)
-    assert (low, high) == pytest.approx((flops / (4 * 312e12 * 0.5) / 3600, flops / (4 * 312e12 * 0.35) / 3600))
-    # Two dialogues of 1,100 tokens to a packed row.
-    packed, plain = (make_work(stage="sft", packing=packing, max_length=2200, prior=False) for packing in (True, False))
-    of_packed, of_plain = (duration.hours(shape, each, 4, 1, 10, A100)[0] for each in (packed, plain))
-    assert of_packed == pytest.approx(2 * of_plain)
+@pytest.mark.parametrize(
+    ("changes", "of_a_pair", "once"),
+    [
+        ({}, 6 * 860, 0),
+        ({"checkpoint_every": 1}, 8 * 860, 0),
+        ({"checkpoint_every": 4}, 6.5 * 860, 0),
+        ({"prior": True}, 6 * 860 + 2 * 640, 0),
+        ({"adapters": True}, 4 * 860, 0),
+        ({"reference": "logits"}, 8 * 860, 0),
+        ({"reference": "cached"}, 6 * 860, 2 * 860),
+        ({"reference": "cached prior"}, 6 * 860, 2 * 640),
+        ({"stage": "sft"}, 6 * 1100, 0),
+        ({"stage": "sft", "packing": True, "max_length": 2200}, 2 * 6 * 1100, 0),  # two dialogues to a row
+    ],
+)
+def test_hours_are_the_flops_per_weight_over_what_gpus_reach(shape, changes, of_a_pair, once):
+    """Ten steps of 128 pairs of 220 + 2 x 320 tokens on four A100, of 1,000 pairs."""
+    flops = shape.parameters * (10 * 128 * of_a_pair + 1000 * once)
+    found = duration.hours(shape, make_work(**PLAIN | changes), 4, 1000, 10, A100)
+    assert found == pytest.approx((flops / (4 * 312e12 * 0.5) / 3600, flops / (4 * 312e12 * 0.35) / 3600))
 
 
 @pytest.mark.parametrize(("tflops", "least"), [(989.0, 4.0), (312.0, 9.3)])
@@ -95,10 +79,3 @@ def test_examples_that_are_here_are_counted(tmp_path):
     path, data = ROOT / "recipes/llama3-8b-base/rmipo.yaml", f"--dataset_name={tmp_path / 'data'}"
     assert duration.training_examples(load_recipe(path, overrides=[data])) == 40
     assert duration.training_examples(load_recipe(path, overrides=[data, "--max_train_samples=7"])) == 7
-
-
-def test_a_prior_of_the_initial_policy_is_one_pass_over_the_responses(shape):
-    work = workload_of(load_recipe(RECIPE, overrides=["--objective.prior_model", "initial"]))
-    assert not work.prior  # in the step there is none
-    flops = 2 * (shape.body + HEAD) * 640  # attention among the responses adds 2%
-    assert duration.reference_flops(shape, work) == pytest.approx(flops, rel=0.02)
