@@ -15,6 +15,9 @@ from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 
 PAGE_WIDTH = 6.75  # inches: two columns of the paper's style
+AT_MAX = 1e-6
+AT_MIN = 0.01  # gamma this close counts as at gamma_min: the exponential reaches it only in the limit
+BEHIND_TEXT = {"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 0.5}
 
 # Okabe and Ito's palette, told apart by colour-blind readers and in grey.
 BLUE, ORANGE, GREEN, RED, PURPLE, SKY, YELLOW, GREY = (
@@ -117,6 +120,61 @@ def draw_curves(axis: Axes, points: pd.DataFrame, name: str, label: Callable[[st
         axis.fill_between(over_runs.index, over_runs["min"], over_runs["max"], color=color, alpha=0.12, lw=0)
     axis.set_xlabel("Step")
     axis.margins(x=0.02)
+
+
+def density(values: np.ndarray, grid: np.ndarray, low: float = -np.inf, high: float = np.inf) -> np.ndarray:
+    """Gaussian kernel density of `values` at `grid`, reflected at the bounds so that no mass leaks over them.
+
+    The bandwidth is Silverman's: 0.9 * min(std, IQR / 1.34) * n^(-1/5).
+    """
+    values = np.asarray(values, dtype=np.float64)
+    quartiles = np.quantile(values, [0.25, 0.75])
+    spreads = [spread for spread in (values.std(), (quartiles[1] - quartiles[0]) / 1.34) if spread > 0]
+    bandwidth = 0.9 * min(spreads, default=1e-3) * len(values) ** -0.2
+    # Mirrored at each bound: what would leak over it comes back.
+    images = np.concatenate([values, *(2 * bound - values for bound in (low, high) if np.isfinite(bound))])
+    kernels = [np.exp(-0.5 * ((point - images) / bandwidth) ** 2).sum() for point in grid]
+    result = np.array(kernels) / (len(values) * bandwidth * np.sqrt(2 * np.pi))
+    return np.where((grid >= low) & (grid <= high), result, 0.0)
+
+
+def draw_density(
+    axis: Axes, grid: np.ndarray, curve: np.ndarray, color: str, label: str = "", shade: float = 0.13
+) -> None:
+    axis.plot(grid, curve, color=color, label=label)
+    axis.fill_between(grid, curve, color=color, alpha=shade, linewidth=0)
+
+
+def draw_gamma(axis: Axes, values: np.ndarray, bounds: tuple[float, float], paper_peak: float | None = None) -> None:
+    """Density of the margins strictly between the bounds (left scale), and pins with the shares at the two (right scale)."""
+    low, high = bounds
+    # A density estimate would smear the pairs at a bound into a peak that isn't there.
+    at_low, at_high = values <= low + AT_MIN, values >= high - AT_MAX
+    inner = values[~at_low & ~at_high]
+    span = high - low
+    if len(inner) > 1:
+        grid = np.linspace(low, high, 401)
+        draw_density(axis, grid, density(inner, grid, low, high), PURPLE)
+    axis.set_ylim(0, None)
+    pins = axis.twinx()
+    pins.grid(False)
+    pins.spines["right"].set_visible(True)
+    for x, share in ((low, at_low.mean()), (high, at_high.mean())):
+        if share < 0.005:  # would read 0%
+            continue
+        pins.plot([x, x], [0, share], color="black", linewidth=2)
+        pins.plot(x, share, "o", color="black", markersize=4)
+        side = "left" if x == low else "right"
+        offset = 0.03 * span if x == low else -0.03 * span
+        height = max(share, 0.2)  # clear of the axis and of the curve's tail
+        pins.text(x + offset, height, f"{100 * share:.0f}%", ha=side, va="center", fontsize=7.5, bbox=BEHIND_TEXT)
+    pins.set_ylim(0, 1.08)
+    pins.set_ylabel("At a bound")
+    pins.set_yticks([0, 0.5, 1], ["0", "50%", "100%"])
+    if paper_peak is not None:
+        axis.axvline(paper_peak, color=GREY, linewidth=0.8, linestyle=":")
+    axis.set_xlim(low - 0.06 * span, high + 0.06 * span)
+    axis.set_ylabel("Density")
 
 
 def footnotes(figure: Figure, lines: Iterable[str]) -> None:

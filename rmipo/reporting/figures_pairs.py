@@ -13,27 +13,22 @@ from matplotlib.figure import Figure
 from rmipo import plots
 from rmipo.objectives import RMiPO
 from rmipo.objectives.rmipo import SCHEDULES, scheduled_margin
-from rmipo.plots import BLUE, GREEN, GREY, ORANGE, PURPLE, RED, house_style, method_color, panel_letter, panels
-from rmipo.reporting.pair_arrays import AT_MAX, AT_MIN, Reading
+from rmipo.plots import (
+    BLUE,
+    GREEN,
+    GREY,
+    ORANGE,
+    RED,
+    density,
+    draw_density,
+    draw_gamma,
+    house_style,
+    method_color,
+    panel_letter,
+    panels,
+)
+from rmipo.reporting.pair_arrays import Reading
 from rmipo.reporting.results import method_label
-
-BEHIND_TEXT = {"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 0.5}
-
-
-def density(values: np.ndarray, grid: np.ndarray, low: float = -np.inf, high: float = np.inf) -> np.ndarray:
-    """Gaussian kernel density of `values` at `grid`, reflected at the bounds so that no mass leaks over them.
-
-    The bandwidth is Silverman's: 0.9 * min(std, IQR / 1.34) * n^(-1/5).
-    """
-    values = np.asarray(values, dtype=np.float64)
-    quartiles = np.quantile(values, [0.25, 0.75])
-    spreads = [spread for spread in (values.std(), (quartiles[1] - quartiles[0]) / 1.34) if spread > 0]
-    bandwidth = 0.9 * min(spreads, default=1e-3) * len(values) ** -0.2
-    # Mirrored at each bound: what would leak over it comes back.
-    images = np.concatenate([values, *(2 * bound - values for bound in (low, high) if np.isfinite(bound))])
-    kernels = [np.exp(-0.5 * ((point - images) / bandwidth) ** 2).sum() for point in grid]
-    result = np.array(kernels) / (len(values) * bandwidth * np.sqrt(2 * np.pi))
-    return np.where((grid >= low) & (grid <= high), result, 0.0)
 
 
 def jitter(differences: np.ndarray) -> np.ndarray:
@@ -60,13 +55,6 @@ def window(samples: list[np.ndarray], share: float = 0.99) -> np.ndarray:
     high = max(np.quantile(sample, 1 - tail) for sample in samples)
     margin = 0.05 * (high - low)
     return np.linspace(min(low, 0) - margin, max(high, 0) + margin, 401)
-
-
-def draw_density(
-    axis: Axes, grid: np.ndarray, curve: np.ndarray, color: str, label: str = "", shade: float = 0.13
-) -> None:
-    axis.plot(grid, curve, color=color, label=label)
-    axis.fill_between(grid, curve, color=color, alpha=shade, linewidth=0)
 
 
 def mark_zero(axis: Axes) -> None:
@@ -161,7 +149,7 @@ def figure8(
         mark_zero(signal)
         signal.set_yticks([])
         panel_letter(signal, letter, name)
-        draw_gamma(gamma, reading.gamma, objective.gamma_min, objective.gamma_max, paper_peak)
+        draw_gamma(gamma, reading.gamma, (objective.gamma_min, objective.gamma_max), paper_peak)
         gamma.set_title(f"mean {reading.gamma.mean():.2f}", loc="right")
     for axis in axes[2:-1:3]:
         axis.tick_params(labelbottom=False)
@@ -185,33 +173,3 @@ def draw_schedules(axis: Axes, objective: RMiPO) -> None:
     axis.margins(x=0)
     axis.legend(loc="upper right")
     panel_letter(axis, "a", "Schedules (Table 7)")
-
-
-def draw_gamma(axis: Axes, values: np.ndarray, low: float, high: float, paper_peak: float | None) -> None:
-    # A density estimate would smear the pairs at a bound into a peak that isn't there.
-    at_low, at_high = values <= low + AT_MIN, values >= high - AT_MAX
-    inner = values[~at_low & ~at_high]
-    span = high - low
-    if len(inner) > 1:
-        grid = np.linspace(low, high, 401)
-        draw_density(axis, grid, density(inner, grid, low, high), PURPLE)
-    axis.set_ylim(0, None)
-    pins = axis.twinx()
-    pins.grid(False)
-    pins.spines["right"].set_visible(True)
-    for x, share in ((low, at_low.mean()), (high, at_high.mean())):
-        if share < 0.005:  # would read 0%
-            continue
-        pins.plot([x, x], [0, share], color="black", linewidth=2)
-        pins.plot(x, share, "o", color="black", markersize=4)
-        side = "left" if x == low else "right"
-        offset = 0.03 * span if x == low else -0.03 * span
-        height = max(share, 0.2)  # clear of the axis and of the curve's tail
-        pins.text(x + offset, height, f"{100 * share:.0f}%", ha=side, va="center", fontsize=7.5, bbox=BEHIND_TEXT)
-    pins.set_ylim(0, 1.08)
-    pins.set_ylabel("At a bound")
-    pins.set_yticks([0, 0.5, 1], ["0", "50%", "100%"])
-    if paper_peak is not None:
-        axis.axvline(paper_peak, color=GREY, linewidth=0.8, linestyle=":")
-    axis.set_xlim(low - 0.06 * span, high + 0.06 * span)
-    axis.set_ylabel("Density")

@@ -14,12 +14,10 @@ from rmipo.fingerprints import has_weights, trained_fingerprint
 from rmipo.objectives import PairScores, RMiPO, build_objective
 from rmipo.objectives.rmipo import delta_pmi, pmi
 from rmipo.page.look import sample
+from rmipo.plots import AT_MAX, AT_MIN
 from rmipo.recipe.schema import DataConfig, of_recipe
 from rmipo.record import package_versions
 from rmipo.reporting.results import ReportError, Result, RunFolder, eval_command, load_result
-
-AT_MAX = 1e-6
-AT_MIN = 0.01  # gamma this close counts as at gamma_min: the exponential reaches it only in the limit
 
 
 def hh_signals(outputs: Path, model: str, method: str) -> tuple[dict[str, dict[str, np.ndarray]], Result]:

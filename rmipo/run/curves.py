@@ -1,11 +1,11 @@
-"""The pictures that every run leaves: curves of its metrics, and the histogram of its margins."""
+"""The pictures that every run leaves: curves of its metrics, and the distribution of its margins."""
 
 from pathlib import Path
 
 import pandas as pd
 import torch
 
-from rmipo.plots import BLUE, GREEN, ORANGE, house_style, panels, save
+from rmipo.plots import BLUE, ORANGE, draw_gamma, house_style, panels, save
 from rmipo.record import read_metrics
 from rmipo.training.trainer import PreferenceTrainer
 
@@ -17,7 +17,7 @@ def plot_run(run_dir: str | Path, trainer: PreferenceTrainer) -> dict[str, Path]
     pictures = {"curves": plot_curves(run_dir)}
     if trainer.objective.name == "rmipo" and trainer.eval_columns is not None:
         bounds = (trainer.objective.gamma_min, trainer.objective.gamma_max)
-        pictures["gamma"] = plot_gamma_histogram(trainer.eval_columns["gamma"], bounds, Path(run_dir) / "gamma.png")
+        pictures["gamma"] = plot_gamma(trainer.eval_columns["gamma"], bounds, Path(run_dir) / "gamma.png")
     return {name: path for name, path in pictures.items() if path is not None}
 
 
@@ -56,26 +56,9 @@ def plot_curves(run_dir: str | Path) -> Path | None:
 
 
 @house_style
-def plot_gamma_histogram(gamma: torch.Tensor, bounds: tuple[float, float], path: Path) -> Path:
-    """Histogram of the margin over pairs, the atoms at the two bounds drawn apart.
-
-    Args:
-        gamma: `(pairs,)`.
-        bounds: `(gamma_min, gamma_max)`.
-    """
-    low, high = bounds
-    at_low, at_high = (gamma <= low + 1e-2), (gamma >= high - 1e-6)
-    inner = gamma[~at_low & ~at_high]
+def plot_gamma(gamma: torch.Tensor, bounds: tuple[float, float], path: Path) -> Path:
+    """Distribution of the margin over pairs. `gamma`: (pairs,); `bounds`: (gamma_min, gamma_max)."""
     figure, (axis,) = panels(1, height=3.0)
-    weights = torch.full_like(inner, 1 / len(gamma))
-    between, edges, _ = axis.hist(
-        inner.numpy(), bins=30, range=(low, high), weights=weights.numpy(), label="between the bounds"
-    )
-    # The atoms stand on the outermost bins, within the bounds.
-    for bin_, share, side, colour in ((0, at_low, "lower", GREEN), (-1, at_high, "upper", ORANGE)):
-        fraction, place = share.double().mean().item(), {"align": "edge", "bottom": between[bin_]}
-        label = f"{side} bound: {fraction:.0%}"
-        axis.bar(edges[:-1][bin_], fraction, width=edges[1] - edges[0], color=colour, label=label, **place)
-    axis.set(xlabel="gamma", ylabel="share of pairs", title=f"margin of {len(gamma)} held-out pairs")
-    figure.legend(ncols=3, loc="outside lower center")
+    draw_gamma(axis, gamma.double().numpy(), bounds)
+    axis.set(xlabel="gamma", title=f"margin of {len(gamma)} held-out pairs")
     return save(figure, path, (".png",))[0]

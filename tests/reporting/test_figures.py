@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from rmipo.objectives import build_objective
-from rmipo.plots import draw_curves
-from rmipo.reporting.figures_pairs import density, distance_interval, figure8, jitter, wasserstein
+from rmipo.plots import density, draw_curves
+from rmipo.reporting.figures_pairs import distance_interval, figure8, jitter, wasserstein
 from rmipo.reporting.figures_runs import figure2, figure5, figure7, lines_over, measured
 from rmipo.reporting.pair_arrays import Reading, differences
 from rmipo.reporting.results import ReportError

@@ -8,6 +8,7 @@ import threading
 import types
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import numpy as np
 import pytest
 import torch
 import trl
@@ -193,20 +194,17 @@ def test_curves_show_training_and_held_out_values_by_step(tmp_path, figures):
     assert {(x, round(y, 4)) for x, y in band.tolist()} == {(2, 1.0), (2, 1.4), (4, 0.9), (4, 1.1)}
 
 
-def test_the_histogram_counts_every_pair_once_with_the_bounds_apart(tmp_path, figures):
+def test_the_bounds_of_gamma_are_shown_apart_from_its_density(tmp_path, figures):
     gamma = torch.tensor([*[1.6] * 30, *torch.linspace(0.4, 1.599, 60), *[0.3] * 9, 0.309])
     objective = types.SimpleNamespace(name="rmipo", gamma_min=0.3, gamma_max=1.6)
     trainer = types.SimpleNamespace(objective=objective, eval_columns={"gamma": gamma})
     assert plot_run(tmp_path, trainer) == {"gamma": tmp_path / "gamma.png"}
     assert len(Image.open(tmp_path / "gamma.png").convert("RGB").getcolors(maxcolors=2**24)) > 50
-    (axis,) = figures[0].axes
-    *bins, lower, upper = axis.patches
-    assert len(bins) == 30 and sum(bar.get_height() for bar in bins) == pytest.approx(0.6)
-    assert (bins[0].get_x(), bins[-1].get_x() + bins[-1].get_width()) == pytest.approx((0.3, 1.6))
-    for bar, under, share in ((lower, bins[0], 0.1), (upper, bins[-1], 0.3)):
-        assert bar.get_height() == pytest.approx(share)
-        assert (bar.get_x(), bar.get_width()) == pytest.approx((under.get_x(), under.get_width()), abs=1e-6)
-        assert bar.get_y() == under.get_height()
+    axis, pins = figures[0].axes
+    grid, curve = axis.lines[0].get_data()
+    assert np.trapezoid(curve, grid) == pytest.approx(1, abs=1e-3)  # of the pairs between the bounds
+    assert [line.get_ydata()[-1] for line in pins.lines[::2]] == pytest.approx([0.1, 0.3])
+    assert [line.get_xdata()[0] for line in pins.lines[::2]] == [0.3, 1.6]
     objective.name = "dpo"
     assert plot_run(tmp_path, trainer) == {}
 
