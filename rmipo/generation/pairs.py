@@ -25,7 +25,7 @@ from rmipo.fingerprints import json_fingerprint
 from rmipo.generation.answers import Generator, Request
 from rmipo.generation.oracles import keep_scores, make_oracle
 from rmipo.generation.prompts import Prompt, read_prompts
-from rmipo.recipe.files import parse_overrides, read_yaml
+from rmipo.recipe.files import parse_overrides, read_yaml, typed
 
 RECORD = "pairs.json"
 Positive = Annotated[int, pydantic.Field(ge=1)]
@@ -52,14 +52,6 @@ class PairsConfig:
     seed: int = 42  # of the answers and of best-random
     generation: dict = field(default_factory=dict)  # over the settings of eval.yaml's block of that name
 
-    @classmethod
-    def load(cls, values: dict, where: str) -> "PairsConfig":
-        """Raises PairsError that lists everything that is wrong."""
-        try:
-            return pydantic.TypeAdapter(cls).validate_python(values)
-        except pydantic.ValidationError as error:
-            raise PairsError(f"{where}: {error}") from error
-
 
 def load_pairs_config(path: Path, arguments: list[str], prompts: str | None = None) -> PairsConfig:
     """A setting's pairs.yaml, if there is one, with `--key value` arguments and other prompts over it."""
@@ -68,7 +60,7 @@ def load_pairs_config(path: Path, arguments: list[str], prompts: str | None = No
         values |= parse_overrides(arguments)
     except ValueError as error:
         raise PairsError(f"{path}: {error}") from error
-    return PairsConfig.load(values | ({"prompts": prompts} if prompts else {}), str(path))
+    return typed(PairsConfig, values | ({"prompts": prompts} if prompts else {}), path)
 
 
 def make_pairs(model_dir: Path, generation: dict, config: PairsConfig, folder: Path) -> dict:

@@ -6,33 +6,30 @@ outputs/<model>/online-<method>/ holds pairs-1, round-1, pairs-2, ...: folders o
 import json
 import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Annotated
 
-from rmipo.errors import ConfigError
+import pydantic
+
 from rmipo.generation.pairs import PairsConfig
-from rmipo.recipe.files import read_yaml
+from rmipo.recipe.files import read_yaml, typed
 
 
-@dataclass(frozen=True)
+@pydantic.dataclasses.dataclass(frozen=True, config={"extra": "forbid"})
 class OnlineConfig:
-    """The keys of an online.yaml, which explains them. `pairs` are those of a pairs.yaml."""
+    """The keys of an online.yaml, which explains them."""
 
     prompts_per_round: int
-    pairs: dict
+    pairs: PairsConfig
     held_out: str
     held_out_prompts: int
-    overrides: list[dict]
+    overrides: Annotated[list[dict], pydantic.Field(min_length=1)]
 
     @classmethod
     def load(cls, path: Path) -> "OnlineConfig":
-        """Raises ConfigError for a file that doesn't hold exactly these keys, PairsError for its pairs."""
-        try:
-            config = cls(**read_yaml(path))
-        except TypeError as error:
-            raise ConfigError(f"{path}: {error}") from error
-        PairsConfig.load(config.pairs, f"{path}, pairs")
-        return config
+        """Raises ConfigError that names the file and every wrong key."""
+        return typed(cls, read_yaml(path), path)
 
 
 @dataclass(frozen=True)
@@ -60,8 +57,8 @@ class Round:
     @property
     def pairs_config(self) -> PairsConfig:
         size = self.config.prompts_per_round
-        own = {"skip_prompts": (self.number - 1) * size, "max_prompts": size}  # no prompt is answered twice
-        return PairsConfig.load(self.config.pairs | own, f"round {self.number}")
+        # No prompt is answered twice.
+        return replace(self.config.pairs, skip_prompts=(self.number - 1) * size, max_prompts=size)
 
     def environment(self, env: Mapping[str, str]) -> dict[str, str]:
         """What `scripts/launch.py` is told: `env` with the round's overrides under those in ARGS, which win."""

@@ -19,7 +19,7 @@ from rmipo.files import write_lines
 from rmipo.fingerprints import json_fingerprint
 from rmipo.launch.pipeline import load_steps
 from rmipo.objectives import build_objective
-from rmipo.recipe.files import read_yaml
+from rmipo.recipe.files import read_yaml, typed
 from rmipo.recipe.load import Recipe
 from rmipo.record import recorded_run
 from rmipo.training.metrics import check_logged, evaluation_metrics
@@ -73,11 +73,9 @@ def load_sweep(method: str, model: str) -> Sweep:
     if unknown := replaced.keys() - OWN_KEYS:  # the paper's ranges would be searched in silence
         raise ConfigError(f"{own}: {', '.join(unknown)} is no key of it: expected {' or '.join(sorted(OWN_KEYS))}")
     entries = (content.get("parameters") or {}) | (replaced.get("parameters") or {})
-    try:  # pydantic names what is no list of values
-        values = {key: entry.get("values") if isinstance(entry, dict) else entry for key, entry in entries.items()}
-        return Sweep(**content | {"parameters": values})
-    except pydantic.ValidationError as error:
-        raise ConfigError(f"{path}: {error}") from error
+    # What is no list of values is named.
+    values = {key: entry.get("values") if isinstance(entry, dict) else entry for key, entry in entries.items()}
+    return typed(Sweep, content | {"parameters": values}, path)
 
 
 @dataclass(frozen=True)

@@ -170,6 +170,18 @@ def coerce(value: Any, annotation: Any) -> Any:
     return typed.value if enums and isinstance(typed, enum.Enum) else typed
 
 
+def typed(cls: type, values: Any, where: str | Path) -> Any:
+    """A `cls`, which is a dataclass or model of pydantic's. Raises ConfigError that names every wrong key of `where`."""
+    try:
+        return pydantic.TypeAdapter(cls).validate_python(values)
+    except pydantic.ValidationError as error:
+        lines = []
+        for each in error.errors():
+            found = "" if each["type"] == "missing" else f" ({each['input']!r})"
+            lines.append(f"{'.'.join(map(str, each['loc'])) or 'values'}{found}: {each['msg']}")
+        raise ConfigError("\n  ".join([f"{where}:", *lines])) from error
+
+
 @functools.cache
 def _adapter(options: tuple) -> pydantic.TypeAdapter:
     return pydantic.TypeAdapter(typing.Union[options], config=pydantic.ConfigDict(allow_inf_nan=False))  # noqa: UP007

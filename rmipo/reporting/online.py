@@ -31,7 +31,7 @@ def measure(model_dir: Path, start: Path, config: OnlineConfig, generation: dict
     What is in `folder` of the same policy and settings is not measured again.
     """
     settings = {"prompts": config.held_out, "first_n": config.held_out_prompts, "initial": str(start)}
-    oracle = make_oracle(config.pairs["oracle"])
+    oracle = make_oracle(config.pairs.oracle)
     header = {"model": model_fingerprint(model_dir), "settings": settings | {"generation": generation}}
     header |= {"start": model_fingerprint(start), "oracle": oracle.identity}
     kept = folder / "online.json"

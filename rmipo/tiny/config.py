@@ -6,8 +6,7 @@ from typing import Annotated
 import pydantic
 from pydantic import Field
 
-from rmipo.errors import ConfigError
-from rmipo.recipe.files import read_yaml
+from rmipo.recipe.files import read_yaml, typed
 
 BYTES_AND_SPECIAL_TOKENS = 262  # what the tokenizer starts from
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -50,13 +49,5 @@ class WorldConfig:
 
 
 def load_world_config(path: str | Path) -> WorldConfig:
-    """Read the knobs.
-
-    Raises:
-        ConfigError: names the file and every key that is unknown, missing, of a wrong type or out of range.
-    """
-    try:
-        return WorldConfig(**read_yaml(path))
-    except pydantic.ValidationError as error:
-        found = [": ".join([*map(str, one["loc"]), f"{one['msg']}, found {one['input']!r}"]) for one in error.errors()]
-        raise ConfigError("\n  ".join([f"{path}:", *found])) from error
+    """Read the knobs. Raises ConfigError that names the file and every wrong key."""
+    return typed(WorldConfig, read_yaml(path), path)

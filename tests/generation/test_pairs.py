@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from rmipo.errors import CheckpointError, EvaluationError, PairsError
+from rmipo.errors import CheckpointError, ConfigError, EvaluationError, PairsError
 from rmipo.files import LOCK_FILE
 from rmipo.fingerprints import json_fingerprint
 from rmipo.generation.oracles import OracleError, make_oracle
@@ -241,7 +241,7 @@ def test_scores_of_another_oracle_or_of_other_answers_are_refused(setup):
 
 def test_settings_that_are_wrong_are_listed_at_once(setup, tmp_path):
     (tmp_path / "pairs.yaml").write_text("prompts: x\nanswer: 3\n")
-    with pytest.raises(PairsError, match=r"oracle\n(?s:.*)answer\n"):
+    with pytest.raises(ConfigError, match=r"pairs\.yaml:\n  oracle: (?s:.*)answer \(3\)"):
         load_pairs_config(tmp_path / "pairs.yaml", [])
     config = load_pairs_config(tmp_path / "none.yaml", ["--oracle.judge", "gpt", "--answers=3"], "mine.jsonl")
     assert (config.prompts, config.oracle, config.answers) == ("mine.jsonl", {"judge": "gpt"}, 3)

@@ -8,7 +8,7 @@ import pytest
 
 from rmipo.errors import ConfigError, PairsError
 from rmipo.fingerprints import model_fingerprint
-from rmipo.generation.pairs import make_pairs
+from rmipo.generation.pairs import PairsConfig, make_pairs
 from rmipo.launch.online import OnlineConfig, Round
 from rmipo.launch.pipeline import load_steps
 from rmipo.launch.train import train
@@ -32,17 +32,18 @@ def config(tmp_path) -> OnlineConfig:
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     pairs = {"prompts": f"{tmp_path}/prompts.jsonl", "oracle": {"function": f"{tmp_path}/oracle.py:score"}}
     pairs |= {"answers": 4, "keep_cut": True}
-    return OnlineConfig(32, pairs, f"{tmp_path}/prompts.jsonl", 8, [{"num_train_epochs": 2}, {"num_train_epochs": 1}])
+    overrides = [{"num_train_epochs": 2}, {"num_train_epochs": 1}]
+    return OnlineConfig(32, PairsConfig(**pairs), f"{tmp_path}/prompts.jsonl", 8, overrides)
 
 
 def test_shipped_file_is_sound_and_mistakes_are_named(tmp_path):
     path = ROOT / f"recipes/{MODEL}/online.yaml"
-    assert read_yaml(ROOT / f"recipes/{MODEL}/pairs.yaml")["oracle"] == OnlineConfig.load(path).pairs["oracle"]
+    assert read_yaml(ROOT / f"recipes/{MODEL}/pairs.yaml")["oracle"] == OnlineConfig.load(path).pairs.oracle
     (tmp_path / "online.yaml").write_text(path.read_text().replace("held_out:", "heldout:"))
     with pytest.raises(ConfigError, match="heldout"):
         OnlineConfig.load(tmp_path / "online.yaml")
     (tmp_path / "online.yaml").write_text(path.read_text().replace("selection: best-worst", "selection: best"))
-    with pytest.raises(PairsError, match=r"selection\n.*'best'"):
+    with pytest.raises(ConfigError, match=r"pairs\.selection \('best'\)"):
         OnlineConfig.load(tmp_path / "online.yaml")
 
 

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from rmipo.errors import ConfigError
 from rmipo.launch.choices import choose_stages
 from rmipo.launch.pipeline import load_steps
 from rmipo.training.packaged import RECORD, PackagedWeights, WeightsError, fetch, make_weights
@@ -115,6 +116,12 @@ def test_converted_model_answers(smollm2):
     answer = model.generate(**ids, max_new_tokens=16, do_sample=False)[0, ids["input_ids"].shape[1] :]
     assert tokenizer.decode(answer, skip_special_tokens=True) == "The capital of France is Paris."
     assert model.dtype == torch.bfloat16
+
+
+def test_a_wrong_key_is_named_with_its_file(tmp_path):
+    (tmp_path / "weights.yaml").write_text(CONFIG.read_text().replace("dtype:", "dtypes:"))
+    with pytest.raises(ConfigError, match=r"weights\.yaml:\n  dtype: (?s:.*)dtypes \("):
+        PackagedWeights.load(tmp_path / "weights.yaml")
 
 
 def test_overrides_of_a_training_are_not_those_of_its_weights(tmp_path, monkeypatch):
