@@ -80,11 +80,14 @@ class Step:
 def load_steps(model: str, stages: list[str], env: Mapping[str, str]) -> list[Step]:
     """The programs of `stages`, as DATA and METHOD (of the preference stage) and ARGS (of the last recipe) in `env` say.
 
-    DATA replaces the pairs of the preference stage; recipes/<model>/with-data.yaml, if there is one, goes with it.
+    DATA replaces the pairs of the preference stage; recipes/<model>/with-data.yaml, if there is one, goes with it. Raises
+    ConfigError for a wrong recipe.
     """
     # ARGS are of one recipe: options of the preference stage would be unknown keys in the SFT stage before it.
     last = [stage for stage in stages if stage in ("sft", "rmipo")][-1]
     data, outputs = env.get("DATA", ""), f"outputs/{model}"
+    if data and "rmipo" not in stages:  # it would have no effect
+        raise ConfigError(f"DATA={data}: these are preference pairs. For this stage set ARGS='--dataset_name {data}'")
     made = {
         "world": ["--config", f"recipes/{model}/world.yaml", "--output", f"{outputs}/world"],
         "weights": ["--config", f"recipes/{model}/weights.yaml", "--output", f"{outputs}/weights"],
