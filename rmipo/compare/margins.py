@@ -17,23 +17,16 @@ from tqdm import tqdm
 from rmipo.compare.log import Log, best_rates, execute_all, search_runs
 from rmipo.compare.study import Study
 from rmipo.compare.trial import Trial
-from rmipo.evaluation.statistics import contrast, holm
 from rmipo.files import locked
 from rmipo.launch.choices import choose_stages, whole_number
 from rmipo.objectives import OBJECTIVES
 from rmipo.plots import house_style, method_color, panels
 from rmipo.recipe.files import read_yaml
-from rmipo.reporting.comparison import BESIDE, METRICS, scores, search_table
+from rmipo.reporting import comparison
 from rmipo.reporting.render import markdown_table
-from rmipo.reporting.results import method_label
+from rmipo.reporting.results import OURS, method_label
 
-POWER = 2.8  # standard errors of a difference that is found at 5% in four of five studies: 1.96 + 0.84
-MEAN_GAMMA = "simpo-mean-gamma"
-FIRST, SECOND = "rmipo", "shuffled"  # the primary contrast
-NOTES = """\
-± is the standard deviation over seeds. Brackets: 95% bootstrap interval over seeds and prompts, paired. p: sign flips of whole
-seeds, Holm-corrected but for shuffled, the contrast named beforehand. "Could see": the difference that four of five studies of
-this size would find. Every run of a noise level has the same pairs, order and learning rate."""
+PRIMARY = ("rmipo", "shuffled")  # the contrast that was named beforehand
 
 
 def margins(env: dict[str, str]) -> int:
@@ -65,22 +58,17 @@ def margins(env: dict[str, str]) -> int:
                 rates |= dict.fromkeys(arms["methods"], rate)
                 runs = [Trial("report", method, rate, *draw) for draw in draws for method in arms["methods"]]
                 # A study that is stopped early has its primary contrast.
-                runs.sort(key=lambda run: run.method not in (FIRST, SECOND))
+                runs.sort(key=lambda run: run.method not in PRIMARY)
                 done += zip(runs, execute_all(log, runs, workers, bar), strict=True)
-            means = [mean_gamma_arm(run, line) for run, line in done if run.method == FIRST and "gamma_mean" in line]
+            means = [mean_gamma_arm(run, line) for run, line in done if run.method == OURS and "gamma_mean" in line]
             done += zip(means, execute_all(log, means, workers, bar), strict=True)
             grids = grid_runs(plan, rates)
             spread = list(zip(grids, execute_all(log, grids, workers, bar), strict=True))
-        text = "\n".join(report(done, spread, name) for name in plan.get("metrics", [metric]))
-        if searched:  # rewards at like distances from the initial model can be read off it
-            tables = [
-                f"Search, {METRICS[name]}:\n\n{search_table(searched, name)}" for name in (metric, BESIDE[metric])
-            ]
-            text = "\n".join([text, *tables, ""])
+        text = report(done, spread, searched, plan.get("metrics", [metric]))
         print(text)
         (folder / "report.md").write_text(text)
         if spread:
-            draw_spread(outcomes(spread, metric), METRICS[metric]).savefig(folder / "spread.png")
+            draw_spread(outcomes(spread, metric), comparison.METRICS[metric]).savefig(folder / "spread.png")
             print(folder / "spread.png")
     return 0
 
@@ -118,48 +106,24 @@ def outcomes(lines: list[tuple[Trial, dict]], metric: str) -> dict[str, list[flo
     return {method: [mean(seeds) for seeds in grid.values()] for method, grid in values.items()}
 
 
-def report(arms: list[tuple[Trial, dict]], grids: list[tuple[Trial, dict]], metric: str) -> str:
-    """The arms per label noise, the primary contrast first, then the spread over the grids; Markdown."""
-    by_noise: dict = defaultdict(lambda: defaultdict(dict))
-    for run, line in arms:
-        by_noise[run.noise][MEAN_GAMMA if run.objective else run.method][run.seed] = line
-    text = []
-    for noise, methods in by_noise.items():
-        text += [f"Label noise {noise:.0%}, {len(methods[FIRST])} seeds:", "", arms_table(methods, metric), ""]
+def report(
+    arms: list[tuple[Trial, dict]], grids: list[tuple[Trial, dict]], searched: list[dict], metrics: list[str]
+) -> str:
+    """Markdown: per metric the arms of each label noise; the spread over the grids and the search by the first metric."""
+    lines = [line | {"method": comparison.MEAN_GAMMA} if run.objective else line for run, line in arms]
+    parts = []
+    for metric in metrics:
+        parts += comparison.tables(comparison.summarize(lines, metric, primary=PRIMARY[1]), [], metric)
     if grids:
         rows = [["method", "points", "best", "median", "worst", "std"]]
-        for method, values in outcomes(grids, metric).items():
-            numbers = (max(values), median(values), min(values), deviation(values))
+        for method, values in outcomes(grids, metrics[0]).items():
+            numbers = (max(values), median(values), min(values), stdev(values) if len(values) > 1 else 0.0)
             rows.append([method, str(len(values)), *(f"{number:.3f}" for number in numbers)])
-        text += ["Spread over the grid, each point a mean over seeds:", "", markdown_table(rows), ""]
-    return "\n".join([*text, NOTES]) + "\n"
-
-
-def arms_table(methods: dict[str, dict[int, dict]], metric: str) -> str:
-    """`methods`: arm -> seed -> its line."""
-    ours, beside = scores(methods[FIRST], metric), BESIDE.get(metric, "constraints_cut")
-    contrasts = {name: contrast(ours, scores(lines, metric)) for name, lines in methods.items() if name != FIRST}
-    secondary = [name for name in contrasts if name != SECOND]
-    adjusted = dict(zip(secondary, holm([contrasts[name].p for name in secondary]), strict=True))
-    adjusted[SECOND] = contrasts[SECOND].p  # named beforehand: the one contrast that needs no correction
-    rows = [["arm", metric, f"{FIRST} minus arm [95%]", "p", "could see", "mean gamma", beside]]
-    for name, lines in methods.items():
-        values = [line["metrics"].get(metric, 0.0) for line in lines.values()]
-        row = [name, f"{mean(values):.3f} ± {deviation(values):.3f}"]
-        if name == FIRST:
-            row += ["", "", ""]
-        else:
-            found = contrasts[name]
-            row.append(f"{found.mean:+.3f} [{found.low:+.3f}, {found.high:+.3f}]")
-            row += [f"{adjusted[name]:.3f}", f"{POWER * found.standard_error:.3f}"]
-        gammas = [line["gamma_mean"] for line in lines.values() if "gamma_mean" in line]
-        others = [line["metrics"][beside] for line in lines.values() if beside in line["metrics"]]
-        rows.append([*row, *(f"{mean(numbers):.2f}" if numbers else "" for numbers in (gammas, others))])
-    return markdown_table(rows)
-
-
-def deviation(values: list[float]) -> float:
-    return stdev(values) if len(values) > 1 else 0.0
+        parts += ["Spread over the grid, each point a mean over seeds:", markdown_table(rows)]
+    if searched:  # rewards at like distances from the initial model can be read off it
+        for metric in (metrics[0], comparison.BESIDE[metrics[0]]):
+            parts += [f"Search, {comparison.METRICS[metric]}:", comparison.search_table(searched, metric)]
+    return "\n\n".join([*parts, comparison.UNITS, comparison.made_with(lines)]) + "\n"
 
 
 @house_style

@@ -1,4 +1,4 @@
-"""The result of `make compare`: a table per label noise, CSV files, curves like Figure 7."""
+"""The results of `make compare` and `make margins`: a table per label noise, CSV files, curves like Figure 7."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from rmipo.evaluation.statistics import Interval, contrast
+from rmipo.evaluation.statistics import Interval, contrast, holm
 from rmipo.plots import draw_costs, draw_curves, house_style, method_color, panel_letter, panels, save
 from rmipo.reporting.render import markdown_table
 from rmipo.reporting.results import OURS, method_label
@@ -39,14 +39,17 @@ BESIDE = {  # the metric that a table shows beside the one that selects; all oth
     "preference_accuracy": "preference_margin",
 }
 RUN = ("noise", "method", "seed", "learning_rate")
-COSTS = ("seconds_per_step", "peak_memory_mib")
-LABELS = {"initial": "initial model", "sft-chosen": "SFT on chosen"}
+BY_RUN = ("seconds_per_step", "peak_memory_mib", "gamma_mean")
+MEAN_GAMMA = "simpo-mean-gamma"
+LABELS = {"initial": "initial model", "sft-chosen": "SFT on chosen", MEAN_GAMMA: "SimPO at RMiPO's mean γ"}
+POWER = 2.8  # standard errors of a difference that is found at 5% in four of five studies: 1.96 + 0.84
 UNITS = """\
 P(right): exact total probability of the right answers, mean over the held-out questions. Accuracy, margin: held-out pairs
 with A(chosen) > A(rejected), and the mean difference, A in nats per token. Solved: share of sampled answers that end, answer
 their task and satisfy every constraint of their prompt. s/step: on a CPU seconds of one core, on a GPU by the clock; a
 reference's scoring included. Mean ± standard deviation over seeds. Δ is paired by seed and, where answers were sampled, by
-prompt; in brackets its 95% bootstrap interval over both. table.csv has all metrics and the peak memory."""
+prompt; in brackets its 95% bootstrap interval over both. p: sign flips of whole seeds, of six or more, Holm-corrected but for a
+contrast named beforehand. Could see: the difference that four of five studies of this size would find."""
 
 
 def label(method: str) -> str:
@@ -56,30 +59,34 @@ def label(method: str) -> str:
 def runs_of(lines: list[dict]) -> pd.DataFrame:
     """A row per run: what it is, its metrics and costs, NaN without one; `diverged`: a run without a result."""
     rows = [
-        {name: line[name] for name in (*RUN, *COSTS)}
+        {name: line.get(name) for name in (*RUN, *BY_RUN)}
         | {name: line["metrics"].get(name) for name in METRICS}
         | {"diverged": "diverged" in line["metrics"]}
         for line in lines
     ]
     # A column of nothing but None would have no mean.
-    return pd.DataFrame(rows).astype(dict.fromkeys((*METRICS, *COSTS), float))
+    return pd.DataFrame(rows).astype(dict.fromkeys((*METRICS, *BY_RUN), float))
 
 
-def summarize(lines: list[dict], metric: str) -> pd.DataFrame:
+def summarize(lines: list[dict], metric: str, primary: str | None = None) -> pd.DataFrame:
     """A row per noise and method: `<name>` and `<name>_std` of each metric and cost over the seeds.
 
-    `difference` is of `metric` minus RMiPO's, with its 95% interval `difference_low` to `difference_high`. `diverged` counts
-    the runs without a result.
+    `difference` is of `metric` minus RMiPO's, with its 95% interval `difference_low` to `difference_high`, its `p` and the
+    difference that the study `could_see`. `diverged` counts the runs without a result. `primary`: the method whose contrast was
+    named beforehand.
     """
     runs = runs_of(lines)
     groups = runs.groupby(["noise", "method"], sort=False)
     rows = groups.agg(learning_rate=("learning_rate", "first"), seeds=("seed", "size"), diverged=("diverged", "sum"))
     columns = {}
-    for name in (*METRICS, *COSTS):
+    for name in (*METRICS, *BY_RUN):
         columns |= {name: groups[name].mean(), f"{name}_std": groups[name].std()}
     found = pd.DataFrame([difference(lines, *group, metric) for group in rows.index], index=rows.index)
     columns |= {"difference": found["mean"], "difference_low": found["low"], "difference_high": found["high"]}
-    return rows.assign(**columns).reset_index()
+    rows = rows.assign(**columns, p=found["p"], could_see=POWER * found["standard_error"]).reset_index()
+    for _, others in rows[~rows["method"].isin([OURS, primary])].groupby("noise"):
+        rows.loc[others.index, "p"] = holm(others["p"])
+    return rows
 
 
 def difference(lines: list[dict], noise: float, method: str, metric: str) -> Interval:
@@ -101,16 +108,22 @@ def scores(lines: dict[int, dict], metric: str) -> list[list[float]]:
     return [[metrics.get(metric, 0.0)] for metrics in by_seed]
 
 
-def report(rows: pd.DataFrame, lines: list[dict], searched: list[dict], metric: str) -> str:
-    """Markdown: a table per noise, the search (`searched`: its lines), and what numbers are."""
-    rates = sorted({line["learning_rate"] for line in searched})
+def tables(rows: pd.DataFrame, rates: list[float], metric: str) -> list[str]:
+    """Markdown: a title and a table for each noise, the best method first."""
     parts = []
     for noise, here in rows.groupby("noise", sort=False):
         # Equal ones keep the order in which methods are listed.
         here = here.sort_values(metric, ascending=False, kind="stable")
-        parts += [f"Label noise {noise:.0%}", table(here, rates, metric)]
+        parts += [f"Label noise {noise:.0%}, {here['seeds'].max()} seeds:", table(here, rates, metric)]
+    return parts
+
+
+def report(rows: pd.DataFrame, lines: list[dict], searched: list[dict], metric: str) -> str:
+    """Markdown: the tables, the search (`searched`: its lines), and what numbers are."""
+    rates = sorted({line["learning_rate"] for line in searched})
     chosen = f"Search: {METRICS[metric]} at each learning rate, on other held-out prompts. * marks an end of the range."
-    return "\n\n".join([*parts, chosen, search_table(searched, metric), UNITS, made_with(lines)])
+    parts = [*tables(rows, rates, metric), chosen, search_table(searched, metric), UNITS, made_with(lines)]
+    return "\n\n".join(parts)
 
 
 def made_with(lines: list[dict]) -> str:
@@ -124,17 +137,26 @@ def made_with(lines: list[dict]) -> str:
 
 
 def table(rows: pd.DataFrame, rates: list[float], metric: str) -> str:
-    beside = BESIDE[metric]
-    lines = [["method", "lr", METRICS[metric], f"Δ {METRICS[metric]}", METRICS[beside], "s/step"]]
+    """Without the columns in which nothing would stand. `rates`: those of a search, whose ends are marked."""
+    beside, cells = BESIDE.get(metric, "constraints_cut"), []
     for row in rows.to_dict("records"):
         rate, low, high = row["learning_rate"], row["difference_low"], row["difference_high"]
+        compared = row["method"] != OURS and not np.isnan(low)
         behind, *bounds = (f"{value:+z.{digits(metric)}f}" for value in (row["difference"], low, high))
         behind += f" [{', '.join(bounds)}]" if low < high else ""  # one seed alone has no interval
-        rate_text = "" if pd.isna(rate) else f"{rate:g}" + "*" * (rate in (rates[0], rates[-1]))
-        cells = [rate_text, number(row, metric), "" if row["method"] == OURS or np.isnan(low) else behind]
-        seconds = number(row, "seconds_per_step")
-        lines.append([label(row["method"]), *cells, number(row, beside), seconds])
-    return markdown_table(lines)
+        flips = 2 / 2 ** row["seeds"] < 0.05  # with fewer seeds no p could be small
+        line = {
+            "method": label(row["method"]),
+            "lr": "" if pd.isna(rate) else f"{rate:g}" + "*" * (rate in (*rates[:1], *rates[-1:])),
+            METRICS[metric]: number(row, metric),
+            f"Δ {METRICS[metric]}": behind if compared else "",
+            "p": f"{row['p']:.3f}" if compared and flips else "",
+            "could see": f"{row['could_see']:.{digits(metric)}f}" if compared else "",
+        }
+        columns = {METRICS[beside]: beside, "mean γ": "gamma_mean", "s/step": "seconds_per_step"}
+        cells.append(line | {head: number(row, name) for head, name in columns.items()})
+    heads = [head for head in cells[0] if any(line[head] for line in cells)]
+    return markdown_table([heads, *([line[head] for head in heads] for line in cells)])
 
 
 def search_table(searched: list[dict], metric: str) -> str:

@@ -1,6 +1,7 @@
 """The study of margins: its grids, and the statistics of its contrasts, against values worked out by hand."""
 
 import math
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -42,29 +43,32 @@ def test_a_contrast_counts_prompts_and_seeds():
 
 def lines(method, values, noise=0.0, objective=(), gamma=None):
     for seed, value in enumerate(values):
-        result = {"metrics": {"right_probability": value}} | ({} if gamma is None else {"gamma_mean": gamma})
-        yield Trial("report", method, 2e-4, seed, noise, objective), result
+        run = Trial("report", method, 2e-4, seed, noise, objective)
+        result = {"metrics": {"right_probability": value}, "seconds_per_step": 0.1, "peak_memory_mib": 1.0}
+        made_with = {"commit": "abc", "versions": {"torch": "2"}, "hardware": ["2 CPU cores"]}
+        yield run, asdict(run) | result | made_with | ({} if gamma is None else {"gamma_mean": gamma})
 
 
 def test_the_report_names_the_arm_at_the_mean_margin_and_corrects_all_but_the_first_contrast():
     arms = [
-        *lines("rmipo", [0.5, 0.6, 0.7, 0.8], gamma=1.25),
-        *lines("shuffled", [0.4, 0.5, 0.6, 0.7], gamma=1.25),
-        *lines("simpo", [0.5, 0.5, 0.7, 0.7]),
-        *lines("simpo", [0.4, 0.5, 0.6, 0.7], objective=(("beta", 2.0), ("gamma", 1.25))),
+        *lines("rmipo", [0.5, 0.6, 0.7, 0.8, 0.5, 0.8], gamma=1.25),
+        *lines("shuffled", [0.4, 0.5, 0.6, 0.7, 0.4, 0.7], gamma=1.25),
+        *lines("simpo", [0.5, 0.5, 0.7, 0.7, 0.5, 0.8]),
+        *lines("simpo", [0.4, 0.5, 0.6, 0.7, 0.4, 0.7], objective=(("beta", 2.0), ("gamma", 1.25))),
     ]
     grids = [
         *lines("simpo", [0.2, 0.4], objective=(("beta", 1.0),)),
         *lines("simpo", [0.5, 0.7], objective=(("beta", 2.0),)),
     ]
-    text = report(arms, grids, "right_probability")
+    text = report(arms, grids, [], ["right_probability"])
     rows = {line.split(" | ")[0].removeprefix("| "): line.strip("| ").split(" | ") for line in text.splitlines()}
-    assert rows["rmipo"][1] == "0.650 ± 0.129" and rows["rmipo"][5] == "1.25"
-    # Every seed differs by 0.1: 2 of 16 sign flips are as far from 0. Of two secondary contrasts the smaller p doubles.
-    assert rows["shuffled"][2:4] == ["+0.100 [+0.100, +0.100]", "0.125"]
-    assert rows["simpo-mean-gamma"][2:4] == ["+0.100 [+0.100, +0.100]", "0.250"]
+    assert rows["RMiPO"][2] == "0.650 ± 0.138" and rows["RMiPO"][7] == "1.250 ± 0.000"
+    # Every seed differs by 0.1: 2 of 64 sign flips are as far from 0. Of two secondary contrasts the smaller p doubles.
+    assert rows["shuffled"][3:5] == ["-0.100 [-0.100, -0.100]", "0.031"]
+    assert rows["SimPO at RMiPO's mean γ"][3:5] == ["-0.100 [-0.100, -0.100]", "0.062"]
     (grid,) = (line for line in text.partition("Spread")[2].splitlines() if line.startswith("| simpo "))
     assert grid.split(" | ")[1:5] == ["2", "0.600", "0.450", "0.300"]
+    assert text.endswith("Commit abc; torch 2; 2 CPU cores.\n")
 
 
 def test_an_arm_at_the_mean_margin_has_that_of_its_seed():
