@@ -3,6 +3,7 @@
 import itertools
 import types
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -75,6 +76,9 @@ def test_profiles_have_the_stated_means():
     means = [sum(part) / len(drawn) for part in zip(*drawn, strict=True)]
     assert means == pytest.approx([165, 315, 270], rel=0.06)
     assert max(sum(pair[:2]) for pair in drawn) <= 2048
+    # Of the prompt the responses know nothing, but long ones, which the limits cut.
+    related = np.corrcoef(np.log(np.array([pair for pair in drawn if sum(pair[:2]) < 2000])).T)
+    assert related[1, 2] == pytest.approx(0.6, abs=0.05) and np.abs(related[0, 1:]).max() < 0.1
 
 
 def test_peak_memory_sees_a_larger_batch():

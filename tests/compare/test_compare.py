@@ -23,7 +23,7 @@ from transformers import TrainerState
 
 from rmipo.compare import run as compared
 from rmipo.compare.log import Log, best_rates, execute_all, report_runs, search_runs
-from rmipo.compare.program import read_choices
+from rmipo.compare.program import make_sft_model, read_choices
 from rmipo.compare.run import execute
 from rmipo.compare.study import Study
 from rmipo.compare.tasks import PairsTask
@@ -435,6 +435,28 @@ def test_choices_and_their_defaults():
     for name, value in wrong:
         with pytest.raises(ConfigError, match=f"{name}='{value}'"):
             read_choices({name: value}, swaps_labels=False)
+
+
+def test_the_sft_stage_has_none_of_the_comparisons_overrides(repository, monkeypatch):
+    """They are of the preference recipes, whose keys it doesn't know."""
+    monkeypatch.chdir(repository)
+    started, record = [], Path("outputs/tiny/sft/run.json")
+
+    def start(command, env, check):
+        started.append(env)
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(subprocess, "run", start)
+    recipe, env = Study("tiny", arguments=ARGUMENTS).base, {"MODEL": "tiny", "METHOD": "dpo", "ARGS": "--beta 1.0"}
+    make_sft_model("tiny", recipe, env)
+    assert started == []  # it is there
+    finished = record.read_text()
+    record.unlink()
+    try:
+        make_sft_model("tiny", recipe, env)
+    finally:
+        record.write_text(finished)
+    assert started == [{"MODEL": "tiny", "STAGE": "sft", "METHOD": "", "ARGS": ""}]
 
 
 @pytest.mark.parametrize(("given", "used"), [(None, "0"), ("2,3", "2"), ("", "")])

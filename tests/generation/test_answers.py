@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from rmipo.data.chat import ChatFormat
 from rmipo.errors import EvaluationError
 from rmipo.evaluation import leaderboard
-from rmipo.generation.answers import Generator, Request, check_settings
+from rmipo.generation.answers import Generator, Request, check_settings, stop_ids
 from rmipo.generation.engines import SeededSampling, TokenPrompt, TransformersEngine, VllmEngine
 from tests.helpers.answer_files import SETTINGS, generate, other_versions, requests
 from tests.helpers.tiny_model import write_model
@@ -77,6 +77,13 @@ def test_answers_end_at_every_eos_of_the_generation_config(model_dir, tmp_path):
         end = next((i for i, word in enumerate(words) if word in ("w3", "w7")), None)
         assert after["output"].split() == words[:end] and (end is None or after["finish"] == "stop")
     assert any("w3" in row["output"] for row in rows)
+
+
+def test_answers_end_at_the_eos_of_the_models_configuration_too(model_dir):
+    config = json.loads((model_dir / "config.json").read_text())
+    (model_dir / "config.json").write_text(json.dumps(config | {"eos_token_id": [7, 9]}))
+    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    assert stop_ids(model_dir, tokenizer, ChatFormat.probe(tokenizer)) == [1, 7, 9]
 
 
 def test_answers_do_not_depend_on_batch_or_order(model_dir, tmp_path):

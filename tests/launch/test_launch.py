@@ -156,9 +156,9 @@ def test_cpu_stages_are_queued_without_gpus():
 
 @pytest.fixture
 def jobs(tmp_path, monkeypatch):
-    """Of a stand-in for sbatch, which writes down what it was given and hands out job ids."""
+    """Of a stand-in for sbatch, which writes down what it was given and hands out job ids as a federation of clusters does."""
     sbatch = tmp_path / "sbatch"
-    sbatch.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/jobs\nwc -l < {tmp_path}/jobs\n')
+    sbatch.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/jobs\necho "$(wc -l < {tmp_path}/jobs);cluster"\n')
     sbatch.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     return tmp_path / "jobs"

@@ -88,6 +88,9 @@ def test_what_is_dropped_cut_and_alike_is_counted(page, pairs):
         lost = [pair["prompt"]["lost"], *(side["lost"] for side in pair["sides"])]
         words = len(row["prompt"].split()) + 3
         assert lost[0] == max(0, words - 16) and line["cut"] == (sum(lost) > 0)
+        bos, *end = pair["prompt"]["text"].split()  # what is cut off was between them
+        prompt = [bos, *pair["prompt"]["cut"].split(), *end]
+        assert prompt == ["<s>", "<user>", *row["prompt"].split(), "<assistant>"]
         for name, side in zip(("chosen", "rejected"), pair["sides"], strict=True):
             whole = ("".join(side["tokens"]) + " " + side["cut"]).split()
             assert whole == [*row[name].split(), "</s>"] and len(whole) == len(side["tokens"]) + side["lost"]
@@ -118,6 +121,8 @@ def test_every_reading_is_what_training_reads(models, pairs, args, tmp_path, fid
     np.testing.assert_allclose(rewards[0] - rewards[1], expected, atol=1e-4)
     pmi = given / lengths - prior / prior_lengths.clip(min=1)
     np.testing.assert_allclose(pmi[0] - pmi[1], columns["delta_pmi"], atol=1e-4)
+    related = np.corrcoef(columns["delta_pmi"], lengths[0] - lengths[1])[0, 1]
+    assert summary["findings"]["token"][1]["number"] == f"{related:z.2f}".replace("-", "\N{MINUS SIGN}")
 
 
 def test_pairs_are_scored_in_the_precision_of_the_training(models, pairs, args, tmp_path):

@@ -109,6 +109,8 @@ def published(write, changes, path="configs/config_full.yaml"):
         (SIMPO | {"loss_type": "simper"}, {"name": "simper"}),
         (ALPHA | {"ln": False},
          {"name": "alpha-dpo", "beta": 2.5, "gamma_beta_ratio": 0.6, "alpha": 0.2, "length_normalization": False}),
+        (ALPHA | {"ln": None},  # its code's default
+         {"name": "alpha-dpo", "beta": 2.5, "gamma_beta_ratio": 0.6, "alpha": 0.2, "length_normalization": True}),
         ({"beta": 0.01, "epsilon": 0.02, "loss_type": "epsilon-dpo"}, {"name": "epsilon-dpo", "beta": 0.01, "epsilon": 0.02}),
         (RMIPO, {"name": "rmipo", "beta": 2.0, "fidelity": "release"}),
         (MIXTURE | {"beta": 0.5, "loss_type": "sigmoid"}, {"name": "dpo", "beta": 0.5}),

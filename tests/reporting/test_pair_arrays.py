@@ -1,8 +1,10 @@
 """Per-pair arrays of Figures 3, 6 and 8 from a saved model, against unpacked scoring and the formulas by hand."""
 
+import argparse
 import dataclasses
 import json
 import random
+import runpy
 import shutil
 from pathlib import Path
 
@@ -21,6 +23,7 @@ from rmipo.reporting.pair_arrays import (
     summarize,
 )
 from rmipo.reporting.results import ReportError, load_run
+from tests.helpers.paths import ROOT
 from tests.helpers.programs import run_here
 from tests.helpers.tiny_model import naive_scores, write_model
 
@@ -167,6 +170,22 @@ def test_figure8_of_other_pairs_has_none_of_the_runs_own(outputs, tmp_path):
     path.write_text(json.dumps(run))
     given = {"N": "8", "MODEL": "tiny", "DATA": str(outputs / "pairs")}
     assert run_here("figure", folder=tmp_path, env=given).code == 0
+
+
+@pytest.mark.parametrize(
+    ("number", "given", "name"),
+    [
+        (2, {"metric": "eval_common/acc_avg_logp"}, "figure2-tiny-eval_common-acc_avg_logp"),
+        (2, {"eval_name": "open-judge"}, "figure2-tiny-open-judge"),
+        (3, {"method": "sweep-dpo/beta-0.1"}, "figure3-tiny-sweep-dpo-beta-0.1"),
+        (8, {"model": "owner/own", "data": "a/pairs.jsonl"}, "figure8-own-pairs.jsonl"),
+    ],
+)
+def test_a_figure_has_a_file_for_all_that_it_is_of(number, given, name):
+    usual = {"number": number, "outputs": Path("outputs"), "model": "tiny"}
+    usual |= dict.fromkeys(("method", "metric", "eval_name", "data"), "")
+    script = runpy.run_path(str(ROOT / "scripts/figure.py"))
+    assert script["report_file"](argparse.Namespace(**usual | given), ".png") == Path(f"outputs/reports/{name}.png")
 
 
 @pytest.mark.parametrize(

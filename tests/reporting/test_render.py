@@ -158,6 +158,15 @@ def test_win_rates_between_any_two_methods(benchmarks):
         win_rates(benchmarks, "tiny", "mtbench")
 
 
+def test_a_rate_of_half_is_no_difference(tmp_path):
+    for method, first in (("rmipo", 100.0), ("dpo", 0.0)):
+        values = {"constraints_all": [first, 100.0 - first] * 20}
+        write_result(tmp_path, "tiny", method, "constraints", {"constraints_all": 50.0}, per_prompt=values)
+    frame, _ = win_rates(tmp_path, "tiny", "constraints")
+    assert frame["rate"].tolist() == [50.0, 50.0] and frame["p_holm"].tolist() == [1.0, 1.0]
+    assert all(low < 40 and high > 60 for low, high in zip(frame["low"], frame["high"], strict=True))
+
+
 def compiled(folder: Path, source: str) -> str:
     """The log of pdflatex over a document with these tables. The PDF stays in `folder`."""
     preamble = r"\documentclass{article}\usepackage{booktabs,longtable,amssymb}\begin{document}"

@@ -72,6 +72,8 @@ def test_held_out_questions_are_nowhere_else(world):
     train = {row["prompt"][0]["content"] for row in world.pairs("train")}
     test = {row["prompt"][0]["content"] for row in world.pairs("test")}
     assert not train & held_out and test == held_out
+    # Of the held-out facts SFT hears every phrasing, and what is asked of them is in every one.
+    assert {question.phrasing for question in world.held_out_questions} == set(range(8))
 
 
 def test_shares_are_exact():
