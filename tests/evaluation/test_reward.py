@@ -5,27 +5,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from transformers import AutoTokenizer, LlamaForSequenceClassification
 
 from rmipo.errors import EvaluationError
 from rmipo.evaluation import reward
 from rmipo.evaluation.statistics import bootstrap, standard_error, wins
 from rmipo.generation.oracles import RewardModelOracle
-from tests.helpers.reward_models import write_reward_model
+from tests.helpers.reward_models import reward_alone, write_reward_model
 from tests.helpers.tiny_model import write_model
 
 PROMPTS = 12
 GENERATION = {"dtype": "float32", "engine": "transformers", "max_new_tokens": 8, "temperature": 1.0}
-
-
-def reward_alone(folder: Path, prompt: str, answer: str) -> float:
-    """One dialogue without padding: the score at its last token."""
-    tokenizer, model = AutoTokenizer.from_pretrained(folder), LlamaForSequenceClassification.from_pretrained(folder)
-    model.config.pad_token_id = None  # else the score would be that of the last other token
-    words = ["<s>", "<user>", *prompt.split(), "<assistant>", *answer.split(), "</s>"]
-    with torch.no_grad():
-        return model(torch.tensor([tokenizer.convert_tokens_to_ids(words)])).logits.item()
 
 
 @pytest.fixture
@@ -51,8 +40,7 @@ def test_win_rates_against_scoring_one_by_one(outputs, monkeypatch):
     metrics = evaluate(outputs, "rmipo")["metrics"]
     rewards = {}
     for method in ("initial", "dpo", "rmipo"):
-        (file,) = (outputs / method / "eval/answers").glob("*.jsonl")
-        answers = [json.loads(line)["output"] for line in file.read_text().splitlines()[1:]]
+        answers = [json.loads(line)["output"] for line in answers_of(outputs, method)[1][1:]]
         prompts = [row["instruction"] for row in json.loads((outputs / "prompts.json").read_text())]
         rewards[method] = [reward_alone(outputs / "scorer/model", p, a) for p, a in zip(prompts, answers, strict=True)]
     assert metrics["reward"] == pytest.approx(sum(rewards["rmipo"]) / PROMPTS, abs=1e-6)
@@ -69,22 +57,21 @@ def test_win_rates_against_scoring_one_by_one(outputs, monkeypatch):
     assert evaluate(outputs.relative_to(Path.cwd()), "rmipo")["metrics"] == metrics  # deterministic
 
 
-def test_rewards_are_not_taken_from_another_reward_model(outputs):
+def answers_of(outputs, method):
+    (file,) = (outputs / method / "eval/answers").glob("*.jsonl")
+    return file, file.read_text().splitlines(keepends=True)
+
+
+def test_rewards_are_not_taken_from_another_reward_model_or_other_answers(outputs):
     first = evaluate(outputs, "rmipo")
     write_reward_model(outputs / "scorer/model", seed=1)
     second = evaluate(outputs, "rmipo")
     assert first["metrics"]["reward"] != second["metrics"]["reward"]
     assert first["settings"]["model_fingerprint"] != second["settings"]["model_fingerprint"]
-
-
-def test_rewards_are_not_taken_from_other_answers(outputs):
-    first = evaluate(outputs, "rmipo")["metrics"]
-    (file,) = (outputs / "rmipo/eval/answers").glob("*.jsonl")
-    header, *lines = file.read_text().splitlines(keepends=True)
-    answers = [json.loads(line) for line in lines]
-    answers[0]["output"] = "w1 w2 w3 w4 w5 w6 w7"
-    file.write_text(header + "".join(json.dumps(answer) + "\n" for answer in answers))
-    assert abs(evaluate(outputs, "rmipo")["metrics"]["reward"] - first["reward"]) > 1e-4
+    file, (header, answer, *lines) = answers_of(outputs, "rmipo")
+    changed = json.loads(answer) | {"output": "w1 w2 w3 w4 w5 w6 w7"}
+    file.write_text("".join([header, json.dumps(changed) + "\n", *lines]))
+    assert abs(evaluate(outputs, "rmipo")["metrics"]["reward"] - second["metrics"]["reward"]) > 1e-4
 
 
 def test_equal_answers_are_ties_whatever_padding_does_to_their_rewards(outputs, monkeypatch):
@@ -97,19 +84,21 @@ def test_equal_answers_are_ties_whatever_padding_does_to_their_rewards(outputs, 
 
     monkeypatch.setattr(RewardModelOracle, "batch", uneven)
     evaluate(outputs, "dpo")
-    (file,) = (outputs / "dpo/eval/answers").glob("*.jsonl")
     evaluate(outputs, "rmipo")
-    (ours,) = (outputs / "rmipo/eval/answers").glob("*.jsonl")
-    header = ours.read_text().splitlines(keepends=True)[0]
-    ours.write_text(header + "".join(file.read_text().splitlines(keepends=True)[1:]))
+    ours, (header, *_) = answers_of(outputs, "rmipo")
+    ours.write_text(header + "".join(answers_of(outputs, "dpo")[1][1:]))
     assert evaluate(outputs, "rmipo")["metrics"]["reward_wr_vs_dpo"] == 50
 
 
-def test_unfinished_answers_of_others_are_left_out(outputs):
+def test_unfinished_answers_of_others_are_left_out_and_those_of_weights_that_are_gone_refused(outputs):
     evaluate(outputs, "dpo")
-    (file,) = (outputs / "dpo/eval/answers").glob("*.jsonl")
-    file.write_text("".join(file.read_text().splitlines(keepends=True)[:5]))
+    file, lines = answers_of(outputs, "dpo")
+    file.write_text("".join(lines[:5]))
     assert not any("dpo" in name for name in evaluate(outputs, "rmipo")["metrics"])
+    file.write_text("".join(lines))
+    write_model(outputs / "dpo", 7)  # trained again
+    with pytest.raises(EvaluationError, match=r"dpo/eval/answers/alpacaeval-\w+\.jsonl has answers of other weights"):
+        evaluate(outputs, "rmipo")
 
 
 def test_statistics_by_hand():
@@ -121,10 +110,3 @@ def test_statistics_by_hand():
     assert interval.mean == 0.7 and interval.standard_error == pytest.approx(0.0458, abs=0.002)
     assert (interval.low, interval.high) == pytest.approx((0.61, 0.79), abs=0.011)
     assert bootstrap(values) == interval
-
-
-def test_answers_of_weights_that_are_gone_are_not_compared_with(outputs):
-    evaluate(outputs, "dpo")
-    write_model(outputs / "dpo", 7)  # trained again
-    with pytest.raises(EvaluationError, match=r"dpo/eval/answers/alpacaeval-\w+\.jsonl has answers of other weights"):
-        evaluate(outputs, "rmipo")
