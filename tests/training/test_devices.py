@@ -17,7 +17,6 @@ META = torch.device("meta")
 
 @pytest.fixture
 def micro_batch():
-    """With all parts that an objective can ask for."""
     sides = ("chosen", "rejected")
     rows = [
         pair
@@ -71,16 +70,8 @@ def test_the_check_at_the_start(monkeypatch):
         assert scored.logps.device == scored.hidden.device == META and scored.logps.shape == responses
 
 
-# ---------------------------------------------------------------------------------------------------------- processes
-
-
-def place(monkeypatch, rank: int, local_rank: int) -> None:
-    """This process as one of several machines' processes."""
-    monkeypatch.setitem(PartialState().__dict__, "process_index", rank)
-    monkeypatch.setitem(PartialState().__dict__, "local_process_index", local_rank)
-
-
 def test_the_first_process_of_another_machine_leaves_it_to_the_main_process(monkeypatch):
     assert on_main_process(lambda: "done") == "done"
-    place(monkeypatch, rank=8, local_rank=0)
+    for name, rank in (("process_index", 8), ("local_process_index", 0)):  # one of several machines' processes
+        monkeypatch.setitem(PartialState().__dict__, name, rank)
     assert on_main_process(lambda: "done") is None  # what it is told by the main process, which there isn't here

@@ -15,7 +15,6 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
-    """One launch for all cases under each sharding."""
     folder = tmp_path_factory.mktemp("precision")
     make_model("llama").save_pretrained(folder / "model")
     runs = {sharding: start(sharding, folder) for sharding in ("zero3", "fsdp2")}
