@@ -21,7 +21,6 @@ from tests.helpers.checkpoints import IDENTITY, make_checkpoints
 
 
 def save(folder, step, limit=None, best=None, first_process=True):
-    """Start a run in `folder` and save its checkpoint of `step`."""
     if first_process:
         delete_torn(folder)
     (folder / f"checkpoint-{step}").mkdir()
@@ -38,6 +37,10 @@ def names(folder):
 
 def test_what_a_kill_left_of_a_save_is_deleted_and_nothing_else(tmp_path, capsys):
     make_checkpoints(tmp_path, complete=(2,), torn=(4,))
+    save(tmp_path, 3, limit=1, first_process=False)  # other processes than the first delete and mark nothing
+    assert names(tmp_path) == ["checkpoint-2", "checkpoint-3", "checkpoint-4"]
+    assert [path.name for path in complete_checkpoints(tmp_path)] == ["checkpoint-2"]
+    (tmp_path / "checkpoint-3").rmdir()
     (tmp_path / "checkpoint-notes.txt").touch()
     mine = ["checkpoint-0", "checkpoint-0012", "checkpoint-99", "checkpoint-best", "checkpoints"]
     for name in mine:
@@ -47,13 +50,6 @@ def test_what_a_kill_left_of_a_save_is_deleted_and_nothing_else(tmp_path, capsys
     assert names(tmp_path) == sorted(["checkpoint-2", "checkpoint-6", "checkpoint-notes.txt", *mine])
     assert capsys.readouterr().out == f"{tmp_path}/checkpoint-4 is incomplete: deleted\n"
     assert [path.name for path in complete_checkpoints(tmp_path)] == ["checkpoint-2", "checkpoint-6"]
-
-
-def test_other_processes_than_the_first_delete_and_mark_nothing(tmp_path):
-    make_checkpoints(tmp_path, complete=(2, 3), torn=(4,))
-    save(tmp_path, 6, limit=1, first_process=False)
-    assert names(tmp_path) == ["checkpoint-2", "checkpoint-3", "checkpoint-4", "checkpoint-6"]
-    assert [path.name for path in complete_checkpoints(tmp_path)] == ["checkpoint-2", "checkpoint-3"]
 
 
 @pytest.mark.parametrize(
