@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import os
 import runpy
@@ -71,15 +72,14 @@ def run_of(method="rmipo", purpose="report", rate=1e-3, seed=0, noise=0.0):
     return Trial(purpose, method, rate, seed, noise)
 
 
-# What is compared
-
-
 def test_every_method_has_the_same_start_pairs_order_and_length(study):
     recipes = {method: study.recipe(run_of(method, rate=2e-4, seed=7)).values for method in METHODS}
     for method, values in recipes.items():
         assert values["objective"]["name"] == (method if method in OBJECTIVES else "rmipo")
         assert {key for key in values if values[key] != recipes["rmipo"].get(key)} <= {"objective"}
         assert values["seed"] == 7 and values["learning_rate"] == 2e-4
+    with pytest.raises(ConfigError, match="make sweep MODEL=llama3-8b-instruct"):
+        Study("llama3-8b-instruct").check(run_of())
 
 
 def test_seeds_draw_other_pairs_of_the_same_facts_and_noise_swaps_some(study):
@@ -138,15 +138,17 @@ def test_answers_to_constraints_are_measured_as_eval_yaml_and_search_yaml_say(re
     pytest.importorskip("lm_eval", reason="needs the extra `eval`")
     monkeypatch.chdir(repository)
     shutil.copytree("recipes/smollm2-135m-instruct", "recipes/own", ignore=shutil.ignore_patterns("weights*", "pairs*"))
-    for path in Path("recipes/own").glob("*.yaml"):
-        text = path.read_text().replace("outputs/smollm2-135m-instruct/weights", "outputs/tiny/sft")
-        path.write_text(
-            text.replace("smollm2-135m-instruct", "own").replace("max_new_tokens: 120", "max_new_tokens: 4")
-        )
-    measure = (
-        "measure: {search: {constraints: {first_n: 3}}, report: {constraints: {skip_n: 3, first_n: 2, answers: 1}}}"
-    )
-    Path("recipes/own/search.yaml").write_text(f"parameters: {{learning_rate: {{values: [1.0e-3]}}}}\n{measure}\n")
+    own = {
+        "outputs/smollm2-135m-instruct/weights": "outputs/tiny/sft",
+        "smollm2-135m-instruct": "own",
+        "tokens: 120": "tokens: 4",
+    }
+    for path, (old, new) in itertools.product(Path("recipes/own").glob("*.yaml"), own.items()):
+        path.write_text(path.read_text().replace(old, new))
+    measure = {"search": {"first_n": 3}, "report": {"skip_n": 3, "first_n": 2, "answers": 1}}
+    search = {"parameters": {"learning_rate": {"values": [1.0e-3]}}}
+    search["measure"] = {purpose: {"constraints": settings} for purpose, settings in measure.items()}
+    Path("recipes/own/search.yaml").write_text(json.dumps(search))
     for split in ("train", "test"):
         write(Path(f"outputs/own/pairs/{split}.jsonl"), pairs(*range(8)))
     study = Study("own", arguments=f"{ARGUMENTS} --bf16 false --max_length 64 --max_prompt_length 32")
@@ -159,14 +161,6 @@ def test_answers_to_constraints_are_measured_as_eval_yaml_and_search_yaml_say(re
     metrics = execute(study, run_of())["metrics"]
     assert study.task.selection_metric in metrics
     assert len(metrics["per_prompt"]["constraints_solved"]) == 2
-
-
-def test_a_recipe_for_gpus_is_refused(study):
-    with pytest.raises(ConfigError, match="make sweep MODEL=llama3-8b-instruct"):
-        Study("llama3-8b-instruct").check(run_of())
-
-
-# One run
 
 
 @pytest.mark.parametrize("method", ["rmipo", "kto", "epsilon-dpo", FLOOR])
@@ -209,17 +203,11 @@ def test_the_time_of_a_step_is_without_that_of_its_curve(monkeypatch):
     assert [point["step"] for point in result["curve"]] == [0, 10, 20]
 
 
-def test_a_run_is_repeatable(study):
+def test_runs_are_repeatable_and_divergence_is_a_result(study):
     first, second = (execute(study, run_of("dpo", rate=2e-2, noise=0.15)) for _ in range(2))
     assert first["metrics"] == second["metrics"] and first["curve"] == second["curve"]
-
-
-def test_divergence_is_a_result(study):
     result = execute(study, run_of("slic", rate=1e30))
     assert result["metrics"] == {"diverged": True}
-
-
-# Many runs
 
 
 def test_a_line_is_found_by_everything_that_defines_its_run(study, tmp_path):
@@ -325,14 +313,10 @@ def test_the_table_is_sorted_and_marks_ends_of_the_range():
     assert "Commit abc and def;" in comparison.report(rows, other, searched, "right_probability")
 
 
-# The command
-
-
 CHOICES = {"MODEL": "tiny", "METHODS": "dpo", "SEEDS": "0", "NOISE": "0", "ARGS": ARGUMENTS, "WORKERS": "2"}
 
 
 def compare(repository):
-    """Its output. Its workers are forked from the server that it is forked from: nothing is imported again."""
     program = launch(["scripts/compare.py"], root=repository, **CHOICES)
     assert program.wait() == 0, program.output[-6000:]
     return program.output

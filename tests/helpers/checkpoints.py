@@ -9,7 +9,6 @@ IDENTITY = run_identity({"learning_rate": 1e-6, "objective": {"name": "rmipo", "
 
 
 def make_checkpoints(folder, complete, torn=(), identity=IDENTITY):
-    """`checkpoint-<step>` for each step in `complete` and, without their marker, in `torn`."""
     for step in (*complete, *torn):
         start_checkpoint(folder, step)
         (folder / f"checkpoint-{step}" / "weights").write_text("x")

@@ -142,7 +142,6 @@ def make_model(family: str, seed: int = 0, **sizes) -> PreTrainedModel:
 
 
 def save(family: str, folder, **sizes) -> str:
-    """Write tokenizer and model where `from_pretrained` finds them."""
     make_tokenizer(family).save_pretrained(folder)
     make_model(family, **sizes).save_pretrained(folder)
     return str(folder)

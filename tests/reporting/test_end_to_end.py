@@ -51,7 +51,6 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def outputs(tmp_path_factory) -> Path:
-    """What trainings, evaluations and figures leave in the folder `outputs`."""
     folder = tmp_path_factory.mktemp("work")
     config = dataclasses.replace(load_world_config(ROOT / "recipes/tiny/world.yaml"), **SMALL)
     write_world(folder / "outputs/tiny/world", config)
