@@ -1,7 +1,6 @@
 """Objectives against hand-computed golden values, an independent reference, finite differences and their own rules."""
 
 import itertools
-import math
 from dataclasses import asdict, fields, replace
 
 import pytest
@@ -44,6 +43,7 @@ GOLDEN = {
     "epsilon_dpo": (EPSILON, 0.659422, 0.724228),
     "epsilon_dpo_appendixA": (EPSILON | PAPER, 0.659422, 0.724215),
     "simper": ({"name": "simper"}, -0.220991, 0.238651),
+    "simper_constant_length": ({"name": "simper", "constant_length": 4}, -0.070498, 0.410921),
     "rmipo": (RMIPO, 1.014616, 2.671645),
     "rmipo_paper_sum_pmi": ({**RMIPO, "pmi_normalization": "sequence"}, 0.682328, 2.671645),
     "rmipo_code": (RMIPO | RELEASE, 2.160332, 4.214884),
@@ -70,14 +70,10 @@ def test_golden_values(variant, case):
     assert objective(scores, state).losses.item() == pytest.approx(expected["AB".index(case)], abs=6e-7)
 
 
-# ---------------------------------------------------------------------------------------------------------- values
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_batches_match_the_independent_reference(dtype):
     pairs, scores = batch(dtype=dtype)
-    kl = (scores.mismatched_chosen_logps - scores.ref_mismatched_chosen_logps).tolist()
-    kl += (scores.mismatched_rejected_logps - scores.ref_mismatched_rejected_logps).tolist()
+    kl = torch.cat(kl_log_ratios(scores)).tolist()
     per_pair = {
         "dpo": ({"beta": 0.3}, [reference.dpo(*pair, 0.3) for pair in pairs]),
         "slic": ({"delta": 2, "sft_weight": 0.5}, [reference.slic(*pair, 2, 0.5) for pair in pairs]),
@@ -122,9 +118,6 @@ def test_rewards_are_the_methods_own_without_the_margin():
     for block, value in expected:
         out = build_objective(block)(case_scores("A"), settled(0.05, 0.25) if "alpha" in block else None)
         assert (out.chosen_rewards.item(), out.rejected_rewards.item()) == pytest.approx(value), block
-
-
-# ------------------------------------------------------------------------------------------------------- gradients
 
 
 def frozen_loss(block, out: ObjectiveOutput, scores: PairScores) -> torch.Tensor:
@@ -182,48 +175,27 @@ def test_gradients_are_finite_differences_with_detached_parts_frozen(block):
             assert value.grad is None, name
 
 
-# ----------------------------------------------------------------------------------------------------- RMiPO's options
-
-
 def test_rmipo_says_what_it_reads():
-    default = build_objective(RMIPO)
-    assert (default.needs, default.prior_context, default.header_in_response) == ({"prior"}, "header", False)
-    release = build_objective({**RMIPO, "fidelity": "release"})
-    assert (release.needs, release.prior_context, release.header_in_response) == ({"prior"}, "none", True)
-    assert build_objective({"name": "rmipo", **asdict(release)}) == release
-    assert build_objective({**RMIPO, "schedule": "constant"}).needs == set()
-    assert build_objective({**RMIPO, "signal": "loglik"}).needs == set()
-    assert build_objective({**RMIPO, "prior_context": "bos"}).prior_context == "bos"
-
-
-def test_simper_with_a_constant_length():
-    out = build_objective({"name": "simper", "constant_length": 4})(case_scores("A"))
-    assert out.losses.item() == pytest.approx(math.exp(-1.6 / 4) - math.exp(-1.2 / 4))
-
-
-# ------------------------------------------------------------------------------------------------- state and ranks
-
-
-def halves(scores: PairScores, at: int) -> list[PairScores]:
-    columns = {f.name: getattr(scores, f.name) for f in fields(scores)}
-    return [PairScores(**{k: v[part] for k, v in columns.items()}) for part in (slice(0, at), slice(at, None))]
-
-
-class Pieces:
-    """Ranks that run one after the other: gathers what the test has worked out for each rank beforehand."""
-
-    def __init__(self, rank: int, *rounds: list[torch.Tensor]):
-        self.rank, self.world_size, self._rounds = rank, len(rounds[0]), list(rounds)
-
-    def gather(self, tensor):
-        pieces = self._rounds.pop(0)
-        torch.testing.assert_close(tensor, pieces[self.rank])
-        return torch.cat(pieces)
+    for block, needs, context, header_in_response in (
+        ({}, {"prior"}, "header", False),
+        (RELEASE, {"prior"}, "none", True),
+        ({"schedule": "constant"}, set(), "header", False),
+        ({"signal": "loglik"}, set(), "header", False),
+        ({"prior_context": "bos"}, {"prior"}, "bos", False),
+    ):
+        built = build_objective(RMIPO | block)
+        assert (built.needs, built.prior_context, built.header_in_response) == (needs, context, header_in_response)
+        assert build_objective({"name": "rmipo", **asdict(built)}) == built
 
 
 def gap(scores, per_token):
     chosen, rejected = scores.logratios(per_token)
     return chosen - rejected
+
+
+def kl_log_ratios(scores):
+    chosen = scores.mismatched_chosen_logps - scores.ref_mismatched_chosen_logps
+    return chosen, scores.mismatched_rejected_logps - scores.ref_mismatched_rejected_logps
 
 
 @pytest.mark.parametrize("at", [2, 4])
@@ -235,14 +207,22 @@ def test_two_ranks_see_the_statistics_of_all_pairs(name, at):
     whole = objective.observe(objective.init_state(), scores)
     losses = objective(scores, whole).losses
     kept = whole.get("batch_kept", torch.ones(6)).double()
-    parts = halves(scores, at)
+    shares = (slice(0, at), slice(at, None))
+    parts = [PairScores(**{name: values[share] for name, values in vars(scores).items()}) for share in shares]
     if name == "kto":
-        rounds = [[torch.cat(_kl_log_ratios(part)) for part in parts]]
+        rounds = [[torch.cat(kl_log_ratios(part)) for part in parts]]
     else:
         rounds = [[gap(part, per_token=name == "alpha-dpo") for part in parts]]
         rounds += [[torch.full_like(rounds[0][rank], rank) for rank in (0, 1)]] if name == "beta-dpo" else []
-    for rank, (part, mine) in enumerate(zip(parts, (slice(0, at), slice(at, None)), strict=True)):
-        state = objective.observe(objective.init_state(), part, Pieces(rank, *rounds).gather, rank)
+    for rank, (part, mine) in enumerate(zip(parts, shares, strict=True)):
+        left = iter(rounds)  # ranks run one after the other: what both gather is worked out beforehand
+
+        def gather(tensor, left=left, rank=rank):
+            pieces = next(left)
+            torch.testing.assert_close(tensor, pieces[rank])
+            return torch.cat(pieces)
+
+        state = objective.observe(objective.init_state(), part, gather, rank)
         for key in state.keys() - {"batch_kept"}:
             torch.testing.assert_close(state[key], whole[key])
         # beta-DPO averages over the pairs a rank keeps, as its code does; the same pairs are kept on all ranks.
@@ -250,11 +230,6 @@ def test_two_ranks_see_the_statistics_of_all_pairs(name, at):
         torch.testing.assert_close(objective(part, state).losses, losses[mine] * rescale)
     alone = objective(parts[0], objective.observe(objective.init_state(), parts[0])).losses
     assert not torch.allclose(alone, losses[:at])
-
-
-def _kl_log_ratios(scores):
-    chosen = scores.mismatched_chosen_logps - scores.ref_mismatched_chosen_logps
-    return chosen, scores.mismatched_rejected_logps - scores.ref_mismatched_rejected_logps
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
@@ -343,9 +318,6 @@ def test_epsilon_dpo_follows_the_perturbed_policies():
     assert objective(scores, state).diagnostics["running_beta"][0].item() == pytest.approx(state["beta"].item())
 
 
-# ---------------------------------------------------------------------------------------------------------- errors
-
-
 @pytest.mark.parametrize(
     ("block", "named"),
     [
@@ -391,19 +363,12 @@ DEFAULTS = {
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_every_key_has_its_default(name):
+def test_every_key_has_its_default_and_objectives_that_need_several_pairs_say_so(name):
     assert {f.name: f.default for f in fields(OBJECTIVES[name])} == DEFAULTS[name]
-
-
-def test_objectives_that_need_several_pairs_say_so():
-    objectives = {name: build_objective({"name": name}) for name in OBJECTIVES}
-    several = {"kto": 2, "alpha-dpo": 2, "beta-dpo": 2}
-    assert {name: o.min_pairs for name, o in objectives.items() if o.min_pairs > 1} == several
+    assert build_objective({"name": name}).min_pairs == (2 if name in ("kto", "alpha-dpo", "beta-dpo") else 1)
     shuffled = build_objective({"name": "rmipo", "signal": "shuffled"})
     assert (shuffled.min_pairs, shuffled.regroups) == (2, "nothing")  # sorted by length it would be no shuffle
 
-
-# --------------------------------------------------------------------------------------------------------- recipes
 
 RECIPES = ROOT / "recipes"
 
@@ -415,8 +380,18 @@ def read_recipe(path: str) -> dict:
     return values
 
 
-@pytest.mark.parametrize("name", [name for name in OBJECTIVES if name != "rmipo"])
-def test_every_baseline_has_an_overlay_that_builds_in_every_setting(name):
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_every_method_has_a_sweep_and_every_baseline_an_overlay_whose_points_build(name):
+    sweep = read_recipe(f"sweeps/{name}.yaml")
+    command = " ".join(sweep["command"])
+    assert command == f"${{env}} python ${{program}} --model llama3-8b-instruct --method {name} ${{args}}"
+    grid = {key: parameter["values"] for key, parameter in sweep["parameters"].items()}
+    assert grid.pop("learning_rate") == [3e-7, 5e-7, 8e-7, 1e-6]
+    assert all(key.startswith("objective.") for key in grid)
+    for point in itertools.product(*grid.values()):
+        build_objective({"name": name, **{key[10:]: value for key, value in zip(grid, point, strict=True)}})
+    if name == "rmipo":
+        return
     overlay = read_recipe(f"methods/{name}.yaml")
     assert overlay["objective"]["name"] == name
     settings = {"mistral-7b-base", "mistral-7b-instruct", "llama3-8b-base", "llama3-8b-instruct", "tiny"}
@@ -425,19 +400,6 @@ def test_every_baseline_has_an_overlay_that_builds_in_every_setting(name):
         build_objective(overlay["objective"] | values.get("objective", {}))
         low, high = (1e-4, 3e-4) if setting == "tiny" else (3e-7, 1e-6)
         assert low <= values["learning_rate"] <= high
-
-
-@pytest.mark.parametrize("name", OBJECTIVES)
-def test_every_method_has_a_sweep_whose_points_build(name):
-    sweep = read_recipe(f"sweeps/{name}.yaml")
-    command = " ".join(sweep["command"])
-    assert command == f"${{env}} python ${{program}} --model llama3-8b-instruct --method {name} ${{args}}"
-    grid = {key: parameter["values"] for key, parameter in sweep["parameters"].items()}
-    assert grid.pop("learning_rate") == [3e-7, 5e-7, 8e-7, 1e-6]
-    keys = [key.removeprefix("objective.") for key in grid]
-    assert all(key.startswith("objective.") for key in grid)
-    for point in itertools.product(*grid.values()):
-        build_objective({"name": name, **dict(zip(keys, point, strict=True))})
 
 
 ABLATIONS = {
@@ -455,13 +417,10 @@ ABLATIONS = {
 }
 
 
-@pytest.mark.parametrize("name", ABLATIONS)
-def test_ablations_are_the_papers_variants(name):
-    overlay = read_recipe(f"ablations/{name}.yaml")
-    assert build_objective(RMIPO | overlay["objective"]) == build_objective(RMIPO | ABLATIONS[name])
-
-
-def test_no_ablation_is_left_untested():
+def test_ablations_are_the_papers_variants_and_none_is_left_untested():
+    for name, variant in ABLATIONS.items():
+        overlay = read_recipe(f"ablations/{name}.yaml")
+        assert build_objective(RMIPO | overlay["objective"]) == build_objective(RMIPO | variant), name
     without_length_normalization = {f"table5-{name}" for name in ("rmipo", "simpo", "alpha-dpo", "simper")}
     files = {path.stem for path in (RECIPES / "ablations").glob("*.yaml")}
     others = {"fidelity-sequence", "initial-prior", "shuffled"}

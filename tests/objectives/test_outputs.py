@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from torch.nn.functional import logsigmoid
 
 from rmipo.objectives import OBJECTIVES, PairScores, build_objective
 from rmipo.objectives.rmipo import delta_pmi, pmi, rmipo_loss, scheduled_margin
@@ -58,13 +59,28 @@ def test_what_is_logged_is_the_mean_over_pairs(block, expected):
     assert summary == pytest.approx({f"{objective.name}/{key}": value for key, value in expected.items()})
 
 
-def test_means_are_over_all_pairs():
+def test_summaries_by_hand():
     columns = {"kept": t(1, 0, 1), "beta": t(1, 1, 4), "gap_mean": t(0, 0, 0), "gap_std": t(1, 1, 1)}
     summary = build_objective({"name": "beta-dpo"}).summarize(columns)
     assert summary["beta-dpo/kept"] == pytest.approx(2 / 3) and summary["beta-dpo/beta"] == 2
     columns = {"running_beta": t(0.1, 0.1, 0.1, 0.1), "k": t(1, 0, -1, -1)}
     summary = build_objective({"name": "epsilon-dpo"}).summarize(columns)
     assert (summary["epsilon-dpo/k_plus"], summary["epsilon-dpo/k_minus"]) == (0.25, 0.5)
+    objective = build_objective({"name": "rmipo", "gamma_max": 1.4})
+    # The share at the upper bound is as float32 rounds it; the lower one is only approached.
+    gamma = torch.tensor([1.4, 1.4, 1.3999, 1.3, 0.32, 0.309, 0.305, 0.3])
+    assert gamma[0].double() < 1.4
+    summary = objective.summarize({"gamma": gamma})
+    assert (summary["rmipo/gamma_at_max"], summary["rmipo/gamma_at_min"]) == (2 / 8, 3 / 8)
+    # A correlation with equal values on either side would be NaN in every log line of such a batch: it is left out.
+    columns = {"gamma": t(1, 1, 1), "delta_pmi": t(0.1, 0.2, 0.4), "pmi_chosen": t(1, 1, 1), "pmi_rejected": t(1, 1, 1)}
+    columns |= {"chosen_lengths": t(3, 4, 5), "rejected_lengths": t(1, 2, 3)}
+    objective = build_objective({"name": "rmipo"})
+    assert "rmipo/corr_delta_pmi_length" not in objective.summarize(columns)
+    columns["rejected_lengths"] = t(1, 2, 2)
+    assert objective.summarize(columns)["rmipo/corr_delta_pmi_length"] == pytest.approx(0.944911)
+    columns["delta_pmi"] = t(0.2, 0.2, 0.2)
+    assert "rmipo/corr_delta_pmi_length" not in objective.summarize(columns)
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
@@ -85,51 +101,21 @@ def test_columns_are_detached_and_of_one_type(name):
         assert all((v.shape, v.dtype, v.requires_grad) == ((), torch.float64, False) for v in states.values())
 
 
-def test_a_modulated_beta_leaves_rewards_and_margin_alone():
+def test_modulated_betas_empty_responses_and_gaps_of_sums():
     output = build_objective({"name": "rmipo", "signal": "loglik", "target": "beta"})(SCORES)
     assert (output.chosen_rewards.tolist(), output.rejected_rewards.tolist()) == ([-2, -4], [-4, -2])
     assert output.gamma.tolist() == pytest.approx([0.95, 0.95])
-
-
-def test_means_and_the_sft_loss_of_empty_responses_are_0():
     scores = PairScores(t(0, -2), t(-2, 0), t(0, 4), t(4, 0))
     assert [value.tolist() for value in scores.logps(per_token=True)] == [[0, -0.5], [-0.5, 0]]
     scores = PairScores(t(0, 0), t(-2, -1), t(0, 0), t(4, 3))
     for normalization in ("token", "sequence"):
         block = {"name": "cpo", "sft_normalization": normalization}
         assert build_objective(block)(scores).diagnostics["nll"].tolist() == [0, 0]
-
-
-def test_alpha_dpo_without_length_normalization_has_the_gaps_of_sums():
     block = {"name": "alpha-dpo", "beta": 2.5, "gamma_beta_ratio": 0.6, "alpha": 0.2, "length_normalization": False}
     output = build_objective(block)(SCORES, settled(0.5, 0.25))  # gaps 4 and 0: 14 and -2 deviations off
     assert output.gamma.tolist() == pytest.approx([2.5 * (0.6 + 0.2 * 14), 2.5 * (0.6 - 0.2 * 2)])
     state = build_objective(block).observe(build_objective(block).init_state(), SCORES)
     assert state["gap_mean"].item() == pytest.approx(0.1 * 2)
-
-
-def test_the_shares_at_the_bounds():
-    """At the upper one as float32 rounds it; the lower one is only approached."""
-    objective = build_objective({"name": "rmipo", "gamma_max": 1.4})
-    gamma = torch.tensor([1.4, 1.4, 1.3999, 1.3, 0.32, 0.309, 0.305, 0.3])
-    assert gamma[0].double() < 1.4
-    summary = objective.summarize({"gamma": gamma})
-    assert (summary["rmipo/gamma_at_max"], summary["rmipo/gamma_at_min"]) == (2 / 8, 3 / 8)
-
-
-def test_a_correlation_with_equal_values_on_either_side_is_left_out():
-    """It would be NaN in every log line of such a batch."""
-    columns = {"gamma": t(1, 1, 1), "delta_pmi": t(0.1, 0.2, 0.4), "pmi_chosen": t(1, 1, 1), "pmi_rejected": t(1, 1, 1)}
-    columns |= {"chosen_lengths": t(3, 4, 5), "rejected_lengths": t(1, 2, 3)}
-    objective = build_objective({"name": "rmipo"})
-    assert "rmipo/corr_delta_pmi_length" not in objective.summarize(columns)
-    columns["rejected_lengths"] = t(1, 2, 2)
-    assert objective.summarize(columns)["rmipo/corr_delta_pmi_length"] == pytest.approx(0.944911)
-    columns["delta_pmi"] = t(0.2, 0.2, 0.2)
-    assert "rmipo/corr_delta_pmi_length" not in objective.summarize(columns)
-
-
-# ---------------------------------------------------------------------------------------------- running statistics
 
 
 def gaps(*values):
@@ -168,29 +154,29 @@ def test_beta_dpo_selects_by_statistics_that_count_the_batch_itself():
     for step in range(100):
         state = objective.observe(settled(0, 1e-6) | {"steps": t(1e6 + step)[0]}, scores)
         assert state["batch_kept"].nonzero().tolist() == [[1]]
-
-
-def test_beta_dpo_on_a_rank_that_keeps_no_pair():
+    for gap, beta in ((-100, 1e-3), (100, 0.1 * (1 + 0.6 * 100))):
+        output = build_objective({"name": "beta-dpo"})(gaps(gap, gap), settled(0, 1))
+        assert output.diagnostics["beta"].tolist() == pytest.approx([beta] * 2)
     state = settled(0, 1) | {"batch_kept": torch.zeros(2, dtype=torch.bool), "batch_center": t(0.5)[0]}
     assert build_objective({"name": "beta-dpo"})(gaps(1, 2), state).losses.tolist() == [0, 0]
 
 
-def test_beta_dpo_has_a_floor_and_no_ceiling():
-    for gap, beta in ((-100, 1e-3), (100, 0.1 * (1 + 0.6 * 100))):
-        output = build_objective({"name": "beta-dpo"})(gaps(gap, gap), settled(0, 1))
-        assert output.diagnostics["beta"].tolist() == pytest.approx([beta] * 2)
-
-
-# -------------------------------------------------------------------------------------------------- PMI and schedules
-
-
-def test_pmi_of_sequences_and_of_tokens():
+def test_pmi_and_losses_with_label_smoothing_and_sft_by_hand():
     logps, prior, lengths = t(-1.2, -4.0), t(-3.0, -4.8), t(3, 4)
     torch.testing.assert_close(pmi(logps, prior), t(1.8, 0.8))
     torch.testing.assert_close(pmi(logps, prior, lengths), t(0.6, 0.2))
     torch.testing.assert_close(pmi(logps, prior, lengths, lengths - 1), t(-0.4 + 1.5, -1.0 + 1.6))
     torch.testing.assert_close(delta_pmi(t(0.6), t(0.4)), t(0.2))
     torch.testing.assert_close(pmi(t(-0.5, 0.0), t(0.0, 0.0), t(1, 0), t(0, 0)), t(-0.5, 0.0))  # of nothing
+    # beta 2: reward differences 2 and -2; gamma 0.3 + 1.3 / 2 = 0.95 and 1.6, so margins of 1.05 and -3.6.
+    plain, flipped = -logsigmoid(t(1.05, -3.6)), -logsigmoid(t(-1.05, 3.6))
+    losses, gamma = rmipo_loss(**PAIRS)
+    torch.testing.assert_close(losses, plain)
+    torch.testing.assert_close(gamma, t(0.95, 1.6))
+    torch.testing.assert_close(rmipo_loss(**PAIRS, label_smoothing=0.1)[0], 0.9 * plain + 0.1 * flipped)
+    # 10 nats over the batch's 6 chosen tokens, of which 2 and 8 are the pairs'.
+    torch.testing.assert_close(rmipo_loss(**PAIRS, sft_weight=0.5)[0], plain + 0.5 * t(2, 8) * 2 / 6)
+    assert rmipo_loss(**PAIRS, sft_weight=0.5)[0].mean().item() == pytest.approx(plain.mean().item() + 0.5 * 10 / 6)
 
 
 @pytest.mark.parametrize(
@@ -211,19 +197,6 @@ def test_schedules(schedule, span, expected):
     torch.testing.assert_close(gamma, 0.3 + 1.3 * t(*expected))
 
 
-def test_loss_of_one_pair_by_hand():
-    logps = [t(-6.0).requires_grad_(), t(-10.0).requires_grad_()]  # 3 and 4 tokens
-    losses, gamma = rmipo_loss(*logps, t(-9.0), t(-12.0), t(3), t(4))
-    margin = 0.3 + 1.3 * math.exp(-0.5)  # PMI: 1.0 and 0.5 nats per token
-    difference = 2 * (-2.0 + 2.5) - margin
-    torch.testing.assert_close(gamma, t(margin))
-    torch.testing.assert_close(losses, t(math.log1p(math.exp(-difference))))
-    losses.sum().backward()
-    slope = -1 / (1 + math.exp(difference))  # of -log sigmoid; the margin has none
-    torch.testing.assert_close(logps[0].grad, t(slope * 2 / 3))
-    torch.testing.assert_close(logps[1].grad, t(-slope * 2 / 4))
-
-
 # Two pairs by hand: A_w = -1, -2; A_l = -2, -1; the first has delta_pmi ln 2, the second -1, with lengths 2, 4 and 3, 5.
 PAIRS = {
     "chosen_logps": t(-2, -8),
@@ -233,23 +206,6 @@ PAIRS = {
     "chosen_lengths": t(2, 4),
     "rejected_lengths": t(3, 5),
 }
-
-
-def sigmoid(x):
-    return 1 / (1 + math.exp(-x))
-
-
-def test_label_smoothing_and_sft_by_hand():
-    """beta 2: reward differences 2 and -2; gamma 0.3 + 1.3 / 2 = 0.95 and 1.6, so margins of 1.05 and -3.6."""
-    plain = t(-math.log(sigmoid(1.05)), -math.log(sigmoid(-3.6)))
-    losses, gamma = rmipo_loss(**PAIRS)
-    torch.testing.assert_close(losses, plain)
-    torch.testing.assert_close(gamma, t(0.95, 1.6))
-    flipped = t(-math.log(sigmoid(-1.05)), -math.log(sigmoid(3.6)))
-    torch.testing.assert_close(rmipo_loss(**PAIRS, label_smoothing=0.1)[0], 0.9 * plain + 0.1 * flipped)
-    # 10 nats over the batch's 6 chosen tokens, of which 2 and 8 are the pairs'.
-    torch.testing.assert_close(rmipo_loss(**PAIRS, sft_weight=0.5)[0], plain + 0.5 * t(2, 8) * 2 / 6)
-    assert rmipo_loss(**PAIRS, sft_weight=0.5)[0].mean().item() == pytest.approx(plain.mean().item() + 0.5 * 10 / 6)
 
 
 @pytest.mark.parametrize(
@@ -264,19 +220,15 @@ def test_what_would_be_another_loss_is_refused(wrong):
         rmipo_loss(**PAIRS | wrong)
 
 
-def test_simpo_takes_both_too():
+def test_the_objective_of_a_recipe_calls_the_function_and_simpo_takes_both_too():
     names = ("chosen_logps", "rejected_logps", "chosen_lengths", "rejected_lengths")
     scores = PairScores(**{name: PAIRS[name] for name in names})
     block = {"name": "simpo", "beta": 2.0, "gamma": 0.5, "label_smoothing": 0.2, "sft_weight": 3.0}
     objective = build_objective(block)
-    plain = t(-math.log(sigmoid(1.5)), -math.log(sigmoid(-2.5)))
-    flipped = t(-math.log(sigmoid(-1.5)), -math.log(sigmoid(2.5)))
+    plain, flipped = -logsigmoid(t(1.5, -2.5)), -logsigmoid(t(-1.5, 2.5))
     torch.testing.assert_close(objective(scores).losses, 0.8 * plain + 0.2 * flipped + 3 * t(2, 8) * 2 / 6)
     assert objective.micro_batch_matters and not build_objective({"name": "simpo"}).micro_batch_matters
     assert build_objective({"name": "rmipo", "sft_weight": 1e-3}).micro_batch_matters
-
-
-def test_the_objective_of_a_recipe_calls_the_function():
     scores = PairScores(**PAIRS)
     for options in ({}, {"schedule": "cosine", "span": 1.0}, {"pmi_normalization": "sequence", "label_smoothing": 0.1}):
         losses, gamma = rmipo_loss(**PAIRS, **options)

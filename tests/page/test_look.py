@@ -120,12 +120,18 @@ def test_every_reading_is_what_training_reads(models, pairs, args, tmp_path, fid
     np.testing.assert_allclose(pmi[0] - pmi[1], columns["delta_pmi"], atol=1e-4)
 
 
-def test_pairs_are_scored_in_the_precision_of_the_training(models, pairs, args, tmp_path):
+def test_pairs_are_scored_in_the_precision_of_the_training_and_as_they_are_written(models, pairs, args, tmp_path):
     rows, sides = Dataset.from_list(pairs[:4]), []
     for bf16 in (False, True):
         _, summary = read(look(models[0], rows, dataclasses.replace(args, bf16=bf16), output=tmp_path / "look.html"))
         sides.append(np.array([line["sides"] for line in summary["pairs"]]))
     assert 1e-3 < np.abs(sides[0] - sides[1]).max() < 1
+    # No more than a batch is in memory.
+    args = dataclasses.replace(args, max_dropped_fraction=1.0)
+    rows = parts.as_messages(Dataset.from_list(pairs[:150] * 3), None)
+    lines = []
+    next(shown_pairs(Scored(models[0], rows, args, None), rows, {}, lines))
+    assert len(lines) == 1
 
 
 def test_any_format_and_tokenised_rows_make_the_same_page(models, pairs, args, tmp_path):
@@ -152,15 +158,6 @@ def test_a_sample_is_the_same_each_time_and_names_rows_of_the_data(models, pairs
     assert rows[0] == rows[1] == sorted(rows[0]) and len(set(rows[0])) == len(stored) == 9 and rows[0] != [*range(9)]
     line = summary["pairs"][4]
     assert line["title"].split() == pairs[line["row"]]["prompt"].split()
-
-
-def test_pairs_are_scored_as_they_are_written(models, pairs, args):
-    """No more than a batch is in memory."""
-    args = dataclasses.replace(args, max_dropped_fraction=1.0)
-    rows = parts.as_messages(Dataset.from_list(pairs[:150] * 3), None)
-    lines = []
-    next(shown_pairs(Scored(models[0], rows, args, None), rows, {}, lines))
-    assert len(lines) == 1
 
 
 def test_every_character_is_the_text_of_one_token(smollm2):
