@@ -19,13 +19,22 @@ from rmipo.evaluation.alpaca import GAMED_FILE, REFERENCE_FILE
 from rmipo.fingerprints import trained_fingerprint
 from rmipo.generation.answers import check_settings
 from rmipo.record import package_versions
-from tests.helpers.alpaca_answers import OUTPUTS, REFERENCE, ROWS, SETTINGS
 from tests.helpers.answer_files import other_versions
 from tests.helpers.judge_server import JudgeServer, probability_of_first
 from tests.helpers.paths import ROOT
 from tests.helpers.rows import write
 from tests.helpers.tiny_model import write_model
 
+SETTINGS = alpaca.DEFAULTS | {"length_controlled": False, "concurrency": 4, "max_retries": 1, "timeout": 10}
+ROWS = 20
+REFERENCE = [
+    {"instruction": f"tell me {i} things of apple", "output": f"apple {i}" + " me" * (i % 3), "generator": "reference"}
+    for i in range(ROWS)
+]
+OUTPUTS = [
+    {"instruction": row["instruction"], "output": "tell " * (i % 2) + f"things {i} " * (i % 4), "generator": "ours"}
+    for i, row in enumerate(REFERENCE)
+]
 alpaca_eval = pytest.importorskip("alpaca_eval", reason="needs the extra `eval`")
 
 

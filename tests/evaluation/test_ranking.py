@@ -120,22 +120,16 @@ TASKS = [
 ]
 
 
-@pytest.fixture
-def run(tmp_path, monkeypatch):
-    """The benchmark with `settings` on tasks that a small model solves by chance: its result and the rows it wrote."""
+def test_shares_of_answers_that_solve_answer_and_follow(tmp_path, monkeypatch):
+    """On tasks that a small model solves by chance."""
     monkeypatch.setattr(prompts_module, "read_prompts", {"test": TASKS}.get)
     write_model(tmp_path)
 
-    def call(**settings):
-        result = BENCHMARKS["constraints"].run(
-            tmp_path, tmp_path / "eval", {"generation": GENERATION | {"max_new_tokens": 12}, **settings}
-        )
+    def run(**settings):
+        settings["generation"] = GENERATION | {"max_new_tokens": 12}
+        result = BENCHMARKS["constraints"].run(tmp_path, tmp_path / "eval", settings)
         return result, [json.loads(line) for line in (tmp_path / "eval/constraints.jsonl").read_text().splitlines()]
 
-    return call
-
-
-def test_shares_of_answers_that_solve_answer_and_follow(run, tmp_path):
     result, rows = run(answers=8)
     metrics = result["metrics"]
     assert len(rows) == 9 and all(len(row["answers"]) == 8 for row in rows)

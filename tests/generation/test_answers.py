@@ -242,9 +242,8 @@ def start(request, tmp_path, monkeypatch):
 
 
 def test_vllm_is_started_with_the_dtype_of_the_weights_no_code_and_no_pickle_and_memory_released(start):
+    arguments, done = start(torch.float32, "bfloat16")
+    assert arguments["trust_remote_code"] is False and arguments["load_format"] == "safetensors"
+    assert arguments["dtype"] == "bfloat16" and done == ["memory released"]  # before
     for weights in (torch.float32, torch.bfloat16):
         assert start(weights, "auto")[0]["dtype"] == weights
-    assert start(torch.float32, "bfloat16")[0]["dtype"] == "bfloat16"
-    arguments, done = start(torch.float32, "float32")
-    assert arguments["trust_remote_code"] is False and arguments["load_format"] == "safetensors"
-    assert {*done} == {"memory released"}  # before

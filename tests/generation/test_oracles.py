@@ -12,9 +12,7 @@ from tests.helpers.reward_models import reward_alone, write_reward_model
 from tests.helpers.rows import user
 
 DIALOGUES = [("w1 w2 w3 w4", "w5"), ("w1", "w6 w7 w8 w9 w10 w11"), ("w2", ""), ("w2", "w3")]
-
-
-CANDIDATES = [Prompt(str(i), [asked], {str(i): told["content"]}) for i, (asked, told) in enumerate(DIALOGUES)]
+CANDIDATES = [Prompt(str(i), [user(asked)], {str(i): told}) for i, (asked, told) in enumerate(DIALOGUES)]
 
 
 def oracle_of(folder, **settings):

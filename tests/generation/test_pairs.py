@@ -34,8 +34,6 @@ def score(messages, answers, bonus=0):
         os.kill(os.getpid(), signal.SIGKILL)
     return [bonus + answer.split().count("w1") + len(answer.split()) / 100 for answer in answers]
 """
-
-
 MAKE = """
 import json, sys
 from pathlib import Path

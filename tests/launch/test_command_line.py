@@ -157,11 +157,6 @@ def test_what_is_trained_already_needs_no_disk_and_another_run_is_named(doctor, 
     assert code == 1 and "holds a run of another recipe" in lines["disk run"]
 
 
-@pytest.fixture(scope="module")
-def smoke():
-    return runpy.run_path(str(ROOT / "scripts/smoke.py"))
-
-
 @pytest.mark.slow
 def test_smoke_passes_on_a_cpu_and_a_broken_run_fails(repository):
     script = repository / "scripts/preference.py"
@@ -181,12 +176,13 @@ def test_smoke_passes_on_a_cpu_and_a_broken_run_fails(repository):
     assert done.stdout.splitlines()[-1] == "tiny: failed: parity, resume, export"
 
 
-def test_memory_is_compared_with_the_plan_and_a_run_that_started_from_the_beginning_again_fails(
-    smoke, tmp_path, monkeypatch
+def test_smoke_compares_memory_with_the_plan_and_finds_a_run_that_started_from_the_beginning_again(
+    tmp_path, monkeypatch
 ):
     """Llama-3-8B on four A100: about 41 GiB. Two of the four have 34 GiB of states each in place of 17."""
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(Hardware, "here", lambda: Hardware(1, 4, 79.1))
+    smoke = runpy.run_path(str(ROOT / "scripts/smoke.py"))
     (step,) = load_steps("llama3-8b-instruct", ["rmipo"], {"ARGS": f"--output_dir {tmp_path}"})
     for gpus, peak, passed in ((4, 40, True), (4, 75, False), (2, 75, True)):
         write(tmp_path / "metrics.jsonl", [{"step": n, "loss": 1.0, "peak_memory_gib": peak} for n in range(1, 11)])

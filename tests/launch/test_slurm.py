@@ -41,14 +41,10 @@ def finished(job):
     return state if state not in (None, "PENDING", "RUNNING", "COMPLETING", "CONFIGURING") else None
 
 
-def step_of(overrides):
-    path = "recipes/tiny/rmipo.yaml"
-    return Step("rmipo", ["--config", path, *overrides], load_recipe(ROOT / path, overrides=overrides))
-
-
 def train(overrides, output_dir, disturb=None, end="COMPLETED"):
     """Train on both nodes; `disturb(job, step)` is called in the middle. Returns (how often it was started, its log)."""
-    step = step_of([*overrides, "--output_dir", str(output_dir)])
+    path, overrides = "recipes/tiny/rmipo.yaml", [*overrides, "--output_dir", str(output_dir)]
+    step = Step("rmipo", ["--config", path, *overrides], load_recipe(ROOT / path, overrides=overrides))
     job, log = submit(step, nodes=2, gpus=0)
     try:
         if disturb is not None:

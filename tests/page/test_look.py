@@ -26,10 +26,6 @@ def read(page) -> tuple[list[dict], dict]:
     return [json.loads(pair) for pair in re.findall(r'class="pair">(.*?)</script>', text)], json.loads(summary)
 
 
-def values(packed: str) -> torch.Tensor:
-    return torch.from_numpy(np.frombuffer(base64.b64decode(packed), "<f4").copy())
-
-
 def check_against_plain_forwards(page, folder, rows, args, context) -> None:
     """Ids are made here by the tokenizer's own template: the prompt's end, then as much of each response as fits."""
     tokenizer, model = (
@@ -55,7 +51,8 @@ def check_against_plain_forwards(page, folder, rows, args, context) -> None:
                 expected = padded_token_logps(model, [(prompt, ids), (context, ids), (foreign, ids)])
             for key, wanted in zip(("given", "prior", "other"), expected, strict=True):
                 where = f"{number} {name} {key}"
-                torch.testing.assert_close(values(side[key]), wanted.float(), atol=1e-4, rtol=0, msg=where)
+                found = torch.frombuffer(bytearray(base64.b64decode(side[key])), dtype=torch.float32)
+                torch.testing.assert_close(found, wanted.float(), atol=1e-4, rtol=0, msg=where)
             assert sums == pytest.approx([*(float(v.sum()) for v in expected[:2]), len(ids), len(ids)], abs=1e-2)
             assert "".join(side["tokens"]) == tokenizer.decode(ids) and len(side["tokens"]) == len(ids)
             assert (len(side["tokens"]) - 1 in side["special"]) == (side["lost"] == 0)

@@ -18,6 +18,7 @@ from rmipo.plan.memory import (
     STATE_BYTES,
     Hardware,
     Sharding,
+    Workload,
     checkpoint_bytes,
     gradient_pass,
     head_activations,
@@ -31,8 +32,17 @@ from rmipo.plan.shapes import Shape, load_config
 from rmipo.recipe.load import load_recipe
 from rmipo.training.batching import HOISTED_MICRO_BATCHES
 from tests.helpers.paths import ROOT
-from tests.helpers.plans import make_work
 from tests.helpers.twins import make_twin
+
+
+def make_work(**changes):
+    work = Workload(
+        stage="preference", micro_batch=2, evaluation_batch=2, global_batch=128, max_length=2048, max_tokens=None,
+        checkpoint_every=1, packing=False, weight_bytes=2, autocast=False, fused_head=True, prior=True,
+        reference="none", adapters=False, quantized=False,
+    )  # fmt: skip
+    return dataclasses.replace(work, **changes)
+
 
 FOUR = Hardware(1, 4, 80)
 LLAMA3_8B = "meta-llama/Meta-Llama-3-8B-Instruct"

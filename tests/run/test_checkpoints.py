@@ -15,9 +15,26 @@ from transformers import TrainerState
 
 from rmipo.errors import CheckpointError
 from rmipo.files import LOCK_FILE
+from rmipo.record import run_identity
 from rmipo.run.checkpoints import FullDiskError, delete_torn, explained_full_disk, resume_point
-from rmipo.training.checkpoints import ResumableTrainer, complete, complete_checkpoints, rotate
-from tests.helpers.checkpoints import IDENTITY, make_checkpoints
+from rmipo.training.checkpoints import (
+    MARKER,
+    ResumableTrainer,
+    complete,
+    complete_checkpoints,
+    rotate,
+    start_checkpoint,
+)
+
+IDENTITY = run_identity({"learning_rate": 1e-6, "objective": {"name": "rmipo", "beta": 2.0}}, {"train": "a"}, 2)
+
+
+def make_checkpoints(folder, complete, torn=(), identity=IDENTITY):
+    for step in (*complete, *torn):
+        start_checkpoint(folder, step)
+        (folder / f"checkpoint-{step}" / "weights").write_text("x")
+    for step in complete:
+        (folder / f"checkpoint-{step}" / MARKER).write_text(json.dumps({"step": step, **identity}))
 
 
 def save(folder, step, limit=None, best=None, first_process=True):

@@ -78,7 +78,7 @@ def test_answers_of_a_step_are_written_once_by_the_first_process(tmp_path, first
     lines = read_generations(tmp_path)
     assert [line["step"] for line in lines] == steps
     if first_process:  # the model has three more positions
-        model.eval()
+        attention.attach(model.eval(), "plain")
         assert lines[1] == {"step": 4, "prompt": [5, 6, 7], "answer": greedy(model, [5, 6, 7], 3)}
 
 

@@ -97,7 +97,7 @@ def test_segments_have_to_tile_the_sequence(heads):
     first, second, third, *rest = PACKED.segments
     moved = (first._replace(start=first.start + 1), second, third, *rest)
     for wrong in (None, (second, third, *rest), moved, (*rest, first, second, third)):
-        with pytest.raises(AssertionError, match="" if wrong else "packed sequences only; attach"):
+        with pytest.raises(AssertionError, match=None if wrong else "packed sequences only; attach"):
             attention.segment_attention(LAYER, *heads, None, segments=wrong)
 
 

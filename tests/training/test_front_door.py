@@ -450,13 +450,14 @@ def test_liger_is_the_default_on_gpus_where_it_is_installed(monkeypatch, install
     assert args.use_liger_kernel is bool(args.liger_kernel_config) is (installed and on_cuda)
 
 
-def test_what_a_training_could_not_go_on_from_is_refused(make):
+def test_what_a_training_could_not_go_on_from_is_refused(make, tmp_path):
     make(args={"max_steps": 3, "save_only_model": True, **SAVING}).train()
     for options in ({"max_steps": 4, "save_only_model": True}, {"max_steps": 2}):
         with pytest.raises(ConfigError, match=list(options)[-1]):
             make(args=options | SAVING).train(resume_from_checkpoint=True)
     loras = [LoraConfig(task_type="CAUSAL_LM", lora_alpha=alpha) for alpha in (8, 64)]
-    one, other = (make(args={"max_steps": 4, **SAVING}, peft_config=lora) for lora in loras)
+    saving = {"max_steps": 2, "output_dir": str(tmp_path / "lora"), **SAVING}
+    one, other = (make(args=saving, peft_config=lora) for lora in loras)
     one.train()
     with pytest.raises(CheckpointError, match="lora_alpha"):
         other.train(resume_from_checkpoint=True)

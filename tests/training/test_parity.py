@@ -70,15 +70,11 @@ def chat(smollm2):
     return ChatFormat.probe(AutoTokenizer.from_pretrained(smollm2))
 
 
-def tokenized(chat, pairs):
-    limits = {"max_length": 192, "max_prompt_length": 128, "max_dropped_fraction": 1.0, "max_truncated_fraction": 1.0}
-    return tokenize_pairs(pairs, chat, **limits)[0].to_list()
-
-
 @pytest.fixture(scope="module")
 def ours(chat):
     pairs = [pair(i, [user(q)], [assistant(c)], [assistant(r)]) | {"row": i} for i, (q, c, r) in enumerate(OURS)]
-    return tokenized(chat, Dataset.from_list(pairs))
+    limits = {"max_length": 192, "max_prompt_length": 128, "max_dropped_fraction": 1.0, "max_truncated_fraction": 1.0}
+    return tokenize_pairs(Dataset.from_list(pairs), chat, **limits)[0].to_list()
 
 
 PLAIN = weakref.WeakKeyDictionary()
