@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import logging
 import math
 import runpy
 import sys
@@ -17,6 +18,14 @@ from tqdm import tqdm
 from benchmarks import gpu, gpu_day, lengths, micro_batches, report, work
 from benchmarks.contenders import BUILDERS, SAME_LOSS, Setup, build
 from benchmarks.measure import peak_activations, timed_rounds
+
+
+@pytest.fixture(autouse=True)
+def logging_as_before():
+    """Benchmarks silence the libraries for good; tests that come after them want to hear them."""
+    yield
+    logging.disable(logging.NOTSET)
+
 
 TINY = Setup(hidden=32, layers=2, head_dim=8, vocabulary=61)
 

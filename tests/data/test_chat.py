@@ -145,7 +145,7 @@ def test_a_token_across_the_end_of_the_prompt(bos):
     assert chat.encode([chat.render_pair(*row) for row in rows]) == expected
 
 
-def test_no_space_comes_in_front_of_a_response_that_is_tokenised_apart():
+def test_headers_and_responses_are_tokenised_apart():
     """SentencePiece puts one in front of a text, as its pre-tokenizer is in newer Llama and Mistral tokenizers."""
     template = (
         "{% for m in messages %}{% if m['role'] == 'user' %}{{ bos_token + m['content'] + ' ' }}"
@@ -159,10 +159,6 @@ def test_no_space_comes_in_front_of_a_response_that_is_tokenised_apart():
     prompt_ids, chosen_ids, _ = ChatFormat.probe(tokenizer).pair_ids([user("Why")], chosen, rejected)
     assert tokenizer.convert_ids_to_tokens(prompt_ids)[-1] == "\u2581"
     assert tokenizer.decode(chosen_ids) == "the end<eos>"
-
-
-def test_a_header_that_merges_with_the_end_of_the_prompt():
-    """`? ` + `the answer` has the token ` the`."""
     template = (
         "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}{{ m['content'] + ' ' }}"
         "{% else %}{{ 'the answer: ' + m['content'] + eos_token }}{% endif %}{% endfor %}"

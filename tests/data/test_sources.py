@@ -374,7 +374,7 @@ def digests_with(monkeypatch, target, value):
     return digest
 
 
-def test_the_digest_is_of_code_and_versions(monkeypatch, tmp_path):
+def test_the_digest_is_of_code_and_versions_and_rows_of_other_code_are_prepared_again(monkeypatch, tmp_path):
     now = code_digest()
     found = [now]
     for text in ("", "x = 1"):
@@ -385,10 +385,6 @@ def test_the_digest_is_of_code_and_versions(monkeypatch, tmp_path):
         found.append(digests_with(monkeypatch, "importlib.metadata.version", lambda name, v=versions: v.get(name, "1")))
     assert len({*found}) == 9
     assert code_digest() == now
-
-
-def test_rows_of_other_code_are_prepared_again(monkeypatch, tmp_path):
-    """datasets names its cache after this fingerprint."""
     write(tmp_path / "train.jsonl", pairs(0, 1))
 
     def fingerprints():

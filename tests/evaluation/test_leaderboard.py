@@ -44,7 +44,7 @@ def raw_results() -> dict[str, dict]:
     return results
 
 
-def test_metrics_by_hand():
+def test_metrics_and_their_errors_by_hand():
     found = {name: value for task in TASKS for name, value in metrics_of(task, raw_results()).items()}
     values = {name: value for name, value in found.items() if not name.endswith("_standard_error")}
     # MATH by size: (300 x 20 + 100 x 4) / 400 by the original scorer, (300 x 50 + 100 x 10) / 400 by Math-Verify.
@@ -58,10 +58,7 @@ def test_metrics_by_hand():
     assert found["bbh_standard_error"] == pytest.approx(squares**0.5 / 24)
     assert found["math_standard_error"] == pytest.approx(((3 * 3) ** 2 + (1 * 4) ** 2) ** 0.5 / 4)
     assert found["gpqa_standard_error"] == pytest.approx(((3 * 3) ** 2 + (1 * 4) ** 2) ** 0.5 / 4 / 0.75)
-
-
-def test_ifeval_error_by_leaving_prompts_out():
-    """The same number by the jackknife, which knows nothing of linearised ratios."""
+    # The same number by the jackknife, which leaves prompts out and knows nothing of linearised ratios.
     rng = np.random.default_rng(0)
     counts = rng.integers(1, 4, 400)
     followed = [list(map(bool, rng.random(n) < 0.3 + 0.4 * rng.random())) for n in counts]

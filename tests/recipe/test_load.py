@@ -83,7 +83,7 @@ def test_overlays_merge_or_replace_the_objective_and_have_values_for_a_setting(w
     assert not base.notices and any("learning_rate" in notice for notice in mine.notices)
 
 
-def test_base_is_the_file_underneath(write, tmp_path):
+def test_base_is_the_file_underneath_and_tilde_the_home_folder(write, tmp_path, monkeypatch):
     write("rmipo.yaml", RECIPE)
     (tmp_path / "other").mkdir()
     top = tmp_path / "other" / "rmipo.yaml"
@@ -96,9 +96,6 @@ def test_base_is_the_file_underneath(write, tmp_path):
     above = write("above.yaml", {"base": "below.yaml", "seed": 4})
     values = load_recipe(top, [above]).values
     assert (values["seed"], values["max_length"]) == (4, 1900)
-
-
-def test_tilde_is_the_home_folder_in_every_layer(write, monkeypatch):
     monkeypatch.setenv("HOME", "/users/me")
     changes = {"model_name_or_path": "~/models/m", "datasets": [{"path": "~/pairs"}]}
     recipe = write("rmipo.yaml", {key: value for key, value in RECIPE.items() if "dataset" not in key} | changes)

@@ -122,15 +122,9 @@ def test_templates_write_one_bos_and_one_end_token(name, rendered):
     assert rendered == f"{prompt}4{end}"
 
 
-SUBSETS = ("helpful", "harmless")
-
-
-def setting(subset):
-    return f"llama3-8b-instruct-hh-{subset}"
-
-
-def test_the_two_differ_in_subset_and_folder_alone():
-    recipes = {subset: load_recipe(f"recipes/{setting(subset)}/rmipo.yaml").values for subset in SUBSETS}
+def test_the_two_recipes_of_anthropic_hh_differ_in_subset_and_folder_alone():
+    setting = "llama3-8b-instruct-hh-{}".format
+    recipes = {s: load_recipe(f"recipes/{setting(s)}/rmipo.yaml").values for s in ("helpful", "harmless")}
     differing = {key for key in recipes["helpful"] if recipes["helpful"][key] != recipes["harmless"][key]}
     assert differing == {"datasets", "output_dir"}
     for subset, values in recipes.items():

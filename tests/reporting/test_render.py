@@ -119,13 +119,10 @@ def test_a_table_of_benchmarks(benchmarks):
         benchmark_table(benchmarks, "tiny", ["reward"])
 
 
-def test_p_values_are_corrected_for_their_number():
+def test_p_values_are_corrected_and_parts_stand_in_a_benchmarks_own_table_alone(tmp_path):
     assert holm([0.01, 0.04, 0.03, 0.5]).tolist() == pytest.approx([0.04, 0.09, 0.09, 0.5])  # 4, 3, 2, 1 times, rising
     assert holm([0.6, 0.7]).tolist() == [1.0, 1.0]
     assert [stars(p) for p in (0.2, 0.049, 0.009, 0.0009)] == ["", "*", "**", "***"]
-
-
-def test_the_parts_of_a_benchmark_stand_in_its_own_table_alone(tmp_path):
     metrics = {"mt_bench": 6.0, "mt_bench_turn1": 6.5, "mt_bench_math": 3.25}
     write_result(tmp_path, "tiny", "rmipo", "mtbench", metrics)
     write_result(tmp_path, "tiny", "rmipo", "constraints", {"constraints_all": 3.0}, settings={"first_n": 4})

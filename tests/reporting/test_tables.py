@@ -69,7 +69,7 @@ def test_a_table_filled_with_the_papers_numbers_differs_nowhere(number, tmp_path
     assert (compared["difference"].abs() < 0.005 + 1e-9).all() and not compared["difference"].isna().any()
 
 
-def test_labels_stand_over_and_beside_their_cells():
+def test_labels_stand_over_and_beside_their_cells_and_decoding_is_that_of_the_recipes():
     cell = build_table(5).cells.iloc[-5]
     assert (cell.row, cell.group, cell.column) == (("SimPER",), "Llama3-8B-Instruct", "WR (%)")
     assert (cell.model, cell.method, cell.metric) == (LLAMA, "table5-simper", "alpacaeval2_wr")
@@ -82,9 +82,6 @@ def test_labels_stand_over_and_beside_their_cells():
              "[1.0, 1.2]": "table8-1-1.2"}),
     ):  # fmt: skip
         assert dict(build_table(number).cells[["column", "method"]].values[:4]) == expected
-
-
-def test_the_papers_decoding_is_that_of_the_recipes():
     decoding = paper_table("decoding").set_index("setting").to_dict("index")
     assert decoding == DECODING
     for model, values in decoding.items():

@@ -116,7 +116,7 @@ def test_lines_after_the_checkpoint_are_made_again(tmp_path):
     assert keep_metrics(tmp_path, 0) == [] == read_metrics(tmp_path)  # an evaluation before the first step too
 
 
-def test_an_evaluation_is_written_once_and_the_summary_never(tmp_path):
+def test_a_line_is_logged_with_each_checkpoint_an_evaluation_once_and_the_summary_never(tmp_path):
     file, arguments = Recorder(), types.SimpleNamespace(output_dir=str(tmp_path))
     append_metrics(tmp_path, {"step": 4, "eval_loss": 1.0})
     file.on_train_begin(arguments, state_at(4), None)
@@ -130,9 +130,6 @@ def test_an_evaluation_is_written_once_and_the_summary_never(tmp_path):
         {"step": 5, "loss": 0.5},
         {"step": 5, "eval_loss": 0.9},
     ]
-
-
-def test_a_line_is_logged_with_each_checkpoint():
     for save, event in itertools.product((True, False), ("on_step_end", "on_epoch_end")):  # save_strategy: epoch
         control = TrainerControl(should_save=save)
         getattr(Recorder(), event)(None, TrainerState(epoch=0.5), control)

@@ -45,11 +45,6 @@ def test_steps_hold_the_same_pairs_on_any_hardware(world_size, micro_batch_size)
         assert all(len(batch.indices) <= micro_batch_size for rank in step for batch in rank)
 
 
-def test_a_rank_with_nothing_left_repeats_a_pair_without_weight():
-    _, step = steps(world_size=4, micro_batch_size=2, num_pairs=10, global_batch_size=8, seed=None)
-    assert step == tuple([MicroBatch((pair,), real, 2)] for pair, real in ((8, 1), (9, 1), (8, 0), (8, 0)))
-
-
 def test_order_depends_on_seed_and_epoch_alone():
     def order(**arguments):
         return [i for (rank,) in steps(1, 8, **arguments) for batch in rank for i in batch.indices]
@@ -96,7 +91,7 @@ def test_parts_by_tokens_are_few_and_of_similar_length():
     assert sorted(map(sorted, parts)) == [[0, 1], [2, 3, 4]]
 
 
-def test_pairs_are_dealt_to_processes_by_length():
+def test_pairs_are_dealt_to_processes_by_length_and_one_without_a_pair_repeats_some_without_weight():
     """Two processes, micro-batches of two: longest first, each to the process with the fewest tokens that has room."""
     tokens = [10, 90, 20, 80, 50, 60, 5]
     options = {"world_size": 2, "micro_batch_size": 2, "num_pairs": 7, "global_batch_size": 7, "seed": None}
@@ -107,6 +102,8 @@ def test_pairs_are_dealt_to_processes_by_length():
     (rows,) = steps(**options, pair_tokens=tokens, regroups="micro-batches")
     assert [[batch.indices for batch in rank] for rank in rows] == [[(1, 3), (4, 6)], [(5,), (0, 2)]]
     assert counted(came) == counted(dealt) == counted(rows) == list(range(7))
+    _, step = steps(world_size=4, micro_batch_size=2, num_pairs=10, global_batch_size=8, seed=None)
+    assert step == tuple([MicroBatch((pair,), real, 2)] for pair, real in ((8, 1), (9, 1), (8, 0), (8, 0)))
 
 
 def test_pairs_stand_at_their_place_beside_scores_and_mismatched_sides():
