@@ -44,7 +44,7 @@ def run(script: str, outputs: Path, *arguments: str, **environment: str) -> Ende
     return run_here(script, "--model", "tiny", "--outputs", str(outputs), *arguments, env=environment)
 
 
-def test_settings_are_read_as_recipes_are(tmp_path, monkeypatch):
+def test_settings_are_read_as_recipes_are_and_compared_with_a_results(tmp_path, monkeypatch):
     for path in ROOT.glob("recipes/*/eval.yaml"):
         settings = load_settings(path, [])
         assert settings
@@ -59,6 +59,16 @@ def test_settings_are_read_as_recipes_are(tmp_path, monkeypatch):
         path.write_text(text)
         with pytest.raises(UserError, match=r"eval\.yaml.*\b(hh|a)\b"):
             load_settings(path, [])
+    monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
+    recorded = {"limit": 4, "price": [1.0, 2.0], "generation": {"temperature": 0.9, "engine": "vllm"}}
+    assert contradictions({"price": [9.0, 9.0], "generation": {"engine": "auto"}, "limit": 4}, recorded) == []
+    assert contradictions({"limit": 8, "generation": {"temperature": 0.1}}, recorded) == [
+        "limit is 4 there, 8 here", "generation.temperature is 0.9 there, 0.1 here",
+    ]  # fmt: skip
+    monkeypatch.setenv("OPENAI_BASE_URL", "http://127.0.0.1:8000/v1/")
+    judged = {"judge_endpoint": "api.openai.com/v1"}
+    assert contradictions({}, judged) == ["the judge's endpoint is api.openai.com/v1 there, 127.0.0.1:8000/v1 here"]
+    assert contradictions({}, {"judge_endpoint": "127.0.0.1:8000/v1"}) == []
 
 
 @pytest.mark.parametrize(
@@ -295,19 +305,6 @@ def test_folders_and_hub_models_are_targets(tmp_path, monkeypatch):
     assert target.folder == tmp_path / "outputs/owner--name/initial"
     assert (target.folder / "model.safetensors").resolve() == snapshot / "model.safetensors"
     assert "chat_template.jinja" in {path.name for path in target.folder.iterdir()}
-
-
-def test_settings_that_contradict_a_result(monkeypatch):
-    monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
-    recorded = {"limit": 4, "price": [1.0, 2.0], "generation": {"temperature": 0.9, "engine": "vllm"}}
-    assert contradictions({"price": [9.0, 9.0], "generation": {"engine": "auto"}, "limit": 4}, recorded) == []
-    assert contradictions({"limit": 8, "generation": {"temperature": 0.1}}, recorded) == [
-        "limit is 4 there, 8 here", "generation.temperature is 0.9 there, 0.1 here",
-    ]  # fmt: skip
-    monkeypatch.setenv("OPENAI_BASE_URL", "http://127.0.0.1:8000/v1/")
-    judged = {"judge_endpoint": "api.openai.com/v1"}
-    assert contradictions({}, judged) == ["the judge's endpoint is api.openai.com/v1 there, 127.0.0.1:8000/v1 here"]
-    assert contradictions({}, {"judge_endpoint": "127.0.0.1:8000/v1"}) == []
 
 
 @pytest.mark.parametrize(

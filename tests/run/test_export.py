@@ -33,7 +33,7 @@ def exported(tmp_path_factory, request):
     return folder / "out", folder
 
 
-def test_exported_model_scores_as_the_trained_one_did_in_memory(exported):
+def test_exported_model_scores_as_the_trained_one_and_has_what_generation_needs_and_a_card(exported):
     out, folder = exported
     tokenizer = AutoTokenizer.from_pretrained(out)
     rows = load_pairs(DataConfig(dataset_name=str(folder / "data")), "test")
@@ -48,10 +48,6 @@ def test_exported_model_scores_as_the_trained_one_did_in_memory(exported):
     for side in ("chosen", "rejected"):
         assert scores[f"{side}_logps"].mean().item() == pytest.approx(results[f"eval_logps/{side}"], abs=2e-4)
     assert (initial["chosen_logps"] - scores["chosen_logps"]).abs().mean() > 0.05  # what training changed
-
-
-def test_exported_folder_has_what_generation_needs_short_answers_a_card_and_no_pickle(exported):
-    out, folder = exported
     config = json.loads((out / "config.json").read_text())
     assert config["use_cache"] is True and config["dtype"] == "float32"
     tokenizer = AutoTokenizer.from_pretrained(out)

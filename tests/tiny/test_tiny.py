@@ -242,7 +242,7 @@ def test_a_world_that_other_code_made_is_made_again(folder, tmp_path, monkeypatc
         assert write_world(tmp_path / "world", WorldConfig(**record["config"])) is False
 
 
-def test_the_files_hold_the_world_and_a_model_that_fits_its_tokenizer(folder, tokenizer):
+def test_the_files_hold_the_world_a_tokenizer_and_a_model_that_fits_it(folder, tokenizer):
     assert [len(row["messages"]) for row in rows(folder / "sft/train.jsonl")].count(1) == 30
     assert sum(row["flipped"] for row in rows(folder / "pairs/train.jsonl")) == 30
     right = [row["right"] for row in rows(folder / "questions.jsonl")]
@@ -252,9 +252,6 @@ def test_the_files_hold_the_world_and_a_model_that_fits_its_tokenizer(folder, to
     assert model.get_input_embeddings().weight.shape == (len(tokenizer), 32)
     generation = model.generation_config
     assert (generation.eos_token_id, generation.pad_token_id) == (tokenizer.eos_token_id, tokenizer.pad_token_id)
-
-
-def test_chat_template(tokenizer):
     chat = ChatFormat.probe(tokenizer)
     bos, end, pad = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
     assert len({bos, end, pad}) == 3 and chat.end_id == end

@@ -101,12 +101,21 @@ def test_segments_have_to_tile_the_sequence(heads):
             attention.segment_attention(LAYER, *heads, None, segments=wrong)
 
 
-def test_auto_is_flex_on_cuda_and_segment_elsewhere():
+def test_auto_is_flex_on_cuda_compiled_once_and_segment_elsewhere(monkeypatch):
     assert attention.resolve_kind("auto", torch.device("cuda")) == "flex"
     assert {attention.resolve_kind("auto", torch.device(device)) for device in ("cpu", "mps")} == {"segment"}
     for kind in ("segment", "flex", "dense"):
         assert attention.resolve_kind(kind, torch.device("cpu")) == kind
     assert attention.BLOCK == _DEFAULT_SPARSE_BLOCK_SIZE  # which the kernels are made for
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda function, **options: compiled.append(options) or function)
+    attention._compiled_flex_attention.cache_clear()
+    with torch._dynamo.config.patch(recompile_limit=8, fail_on_recompile_limit_hit=False):
+        assert attention._compiled_flex_attention() is attention._compiled_flex_attention() is attention.flex_attention
+        # Eight graphs of Gemma 3, and never attention that is not compiled.
+        assert torch._dynamo.config.recompile_limit > 8 and torch._dynamo.config.fail_on_recompile_limit_hit
+    attention._compiled_flex_attention.cache_clear()
+    assert compiled == [{"dynamic": True}]
 
 
 def test_a_model_has_to_be_attached_to_the_kind_first():
@@ -130,15 +139,3 @@ def test_deepspeed_is_told_of_the_weight_that_a_fused_head_reads():
         attention.attach(model, "flex")
         attention.register_fused_head(model)
         assert [id(weight) for weight in base._external_params.values()] == [id(base.lm_head.weight)]
-
-
-def test_on_cuda_flex_is_compiled_once_for_all_lengths(monkeypatch):
-    compiled = []
-    monkeypatch.setattr(torch, "compile", lambda function, **options: compiled.append(options) or function)
-    attention._compiled_flex_attention.cache_clear()
-    with torch._dynamo.config.patch(recompile_limit=8, fail_on_recompile_limit_hit=False):
-        assert attention._compiled_flex_attention() is attention._compiled_flex_attention() is attention.flex_attention
-        # Eight graphs of Gemma 3, and never attention that is not compiled.
-        assert torch._dynamo.config.recompile_limit > 8 and torch._dynamo.config.fail_on_recompile_limit_hit
-    attention._compiled_flex_attention.cache_clear()
-    assert compiled == [{"dynamic": True}]

@@ -34,16 +34,13 @@ def tensors(value):
     return [tensor for part in parts for tensor in tensors(part)]
 
 
-def test_a_micro_batch_moves_as_a_whole(micro_batch, monkeypatch):
+def test_a_micro_batch_moves_with_all_that_is_derived_from_it(micro_batch, monkeypatch):
     assert len(tensors(micro_batch)) == 3 * 7 + 2
     assert {tensor.device for tensor in tensors(send_to_device(micro_batch, META))} == {META}
     assert {tensor.device.type for tensor in tensors(micro_batch)} == {"cpu"}
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor + 1)  # only beside a GPU is there such memory
     for pinned, tensor in zip(tensors(pin_memory([micro_batch])), tensors(micro_batch), strict=True):
         assert torch.equal(pinned, tensor + 1)
-
-
-def test_what_is_derived_from_packed_sequences(micro_batch):
     packed = send_to_device(micro_batch, META).pairs.padded(attention.BLOCK)
     mask = attention.block_mask(packed, 5)
     derived = [

@@ -109,7 +109,7 @@ def test_the_order_of_pairs_follows_the_seed_of_the_data(tmp_path):
     assert order(seed=0) == order(seed=5, data_seed=0)
 
 
-def test_held_out_pairs_are_scored_in_their_order(tmp_path):
+def test_held_out_pairs_are_scored_in_their_order_with_the_statistics_of_training(tmp_path):
     pairs = make_pairs(7, seed=3)
     trainer = make_trainer(tmp_path, pairs, eval_pairs=pairs)
     counted = mock.Mock(wraps=TrainerCallback())
@@ -127,9 +127,6 @@ def test_held_out_pairs_are_scored_in_their_order(tmp_path):
     assert trainer.eval_columns["chosen_lengths"].tolist() == lengths[:2]
     assert others["other_loss"] == pytest.approx(trainer.eval_columns["losses"].mean().item())
     assert not any(name.startswith("eval_") for name in others)
-
-
-def test_held_out_pairs_are_scored_with_the_statistics_of_training(tmp_path):
     pairs = make_pairs(5, seed=3)
     trainer = make_trainer(tmp_path, pairs, {"name": "alpha-dpo"}, eval_pairs=pairs)
     trainer.eval_dataset.scores = {f"ref_{side}_logps": torch.zeros(5) for side in ("chosen", "rejected")}
