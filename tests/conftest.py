@@ -25,7 +25,6 @@ def pytest_unconfigure():
 
 @pytest.fixture(scope="session", autouse=True)
 def working_directory():
-    """The root of the repository, as for users."""
     before = Path.cwd()
     os.chdir(ROOT)
     yield

@@ -49,7 +49,6 @@ def rows(path):
 
 
 def train(model, data, **options) -> list[str]:
-    """The command of the script."""
     options = SAME | {"max_prompt_length": 32} | options
     words = [word for key, value in options.items() for word in (f"--{key}", str(value))]
     return ["examples/train.py", "--model_name_or_path", model, "--dataset_name", data, *words]

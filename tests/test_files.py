@@ -2,6 +2,7 @@
 
 import errno
 import signal
+from unittest import mock
 
 import pytest
 
@@ -13,7 +14,6 @@ from tests.helpers.lock_holder import held
 
 @pytest.fixture
 def holder(tmp_path):
-    """Another process that holds the lock of `tmp_path / "out"`."""
     with held(tmp_path / "out") as process:
         yield process
 
@@ -38,7 +38,7 @@ def test_a_killed_run_holds_nothing(tmp_path, holder, monkeypatch):
 
 def test_only_a_job_waits_for_the_lease_of_a_dead_node(tmp_path, monkeypatch):
     waits = []
-    monkeypatch.setattr(files, "FileLock", lambda path, timeout, **options: waits.append(timeout) or FakeLock())
+    monkeypatch.setattr(files, "FileLock", lambda path, timeout, **options: waits.append(timeout) or mock.Mock())
     for job in ("", "7"):
         monkeypatch.setenv("SLURM_JOB_ID", job) if job else monkeypatch.delenv("SLURM_JOB_ID", raising=False)
         with locked(tmp_path):
@@ -48,18 +48,8 @@ def test_only_a_job_waits_for_the_lease_of_a_dead_node(tmp_path, monkeypatch):
     assert waits == [1, 120, -1]
 
 
-class FakeLock:
-    def acquire(self):
-        pass
-
-    release = acquire
-
-
 def test_where_the_file_system_has_no_locks_a_run_says_so_and_goes_on(tmp_path, monkeypatch, capsys):
-    def refuse(lock):
-        raise OSError(errno.ENOLCK, "no locks")
-
-    monkeypatch.setattr(files.FileLock, "acquire", refuse)
+    monkeypatch.setattr(files.FileLock, "acquire", mock.Mock(side_effect=OSError(errno.ENOLCK, "no locks")))
     with locked(tmp_path):
         assert str(tmp_path) in capsys.readouterr().out
 

@@ -1,17 +1,32 @@
-"""The steps that the benchmark times compute what they claim to, and its work model counts right."""
+"""The steps that the benchmarks time compute what they claim to, work is counted right, and GPU runs as far as a CPU goes."""
 
+import dataclasses
 import itertools
+import json
+import logging
+import math
+import runpy
+import sys
 import types
 
 import numpy as np
 import pytest
 import torch
+from torch.nn.attention import flex_attention
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from benchmarks import lengths, micro_batches, report, work
+from benchmarks import gpu, gpu_day, lengths, micro_batches, report, work
 from benchmarks.contenders import BUILDERS, SAME_LOSS, Setup, build
 from benchmarks.measure import peak_activations, timed_rounds
+
+
+@pytest.fixture(autouse=True)
+def logging_as_before():
+    """Benchmarks silence the libraries for good; tests that come after them want to hear them."""
+    yield
+    logging.disable(logging.NOTSET)
+
 
 TINY = Setup(hidden=32, layers=2, head_dim=8, vocabulary=61)
 
@@ -112,3 +127,79 @@ def test_the_rate_is_of_all_rounds():
 def test_ranks_that_wait_for_each_other_take_longer_than_those_that_never_do(ranks):
     times = {cut: time for cut, (_, _, time) in micro_batches.waiting(ranks, pairs=4, steps=3).items()}
     assert (min(times.values()) == max(times.values()) == 1) if ranks == 1 else 1 <= min(times.values()) < 2
+
+
+def test_dry_run_writes_what_a_gpu_run_would(monkeypatch, tmp_path):
+    """All contenders train the same weights; TRL's trainers meet no head that another has replaced."""
+    monkeypatch.setattr(flex_attention, "_validate_device", flex_attention._validate_device)  # put back afterwards
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    path = tmp_path / "gpu.json"
+    arguments = ["--dry", "--micro-batches", "1", "--rounds", "1", "--output", str(path)]
+    monkeypatch.setattr(sys, "argv", ["gpu", *arguments])
+    runpy.run_module("benchmarks.gpu", run_name="__main__")
+    assert gpu.os.environ["CUDA_VISIBLE_DEVICES"] == "3"
+
+    case = json.loads(path.read_text())["cases"]["micro-batch-1"]
+    assert case["contenders"].keys() == BUILDERS.keys() and case["out_of_memory"] == []
+    assert 0 < case["parity_nats_per_token"] < 1e-4
+    assert case["compiled_graphs"] > 0  # flex ran, if only by dynamo's eager backend
+    for name, entry in case["contenders"].items():
+        assert entry["memory"] > 0 and entry["tokens_per_second"] > 0 and len(entry["rounds"]) == 1
+        if name in ("rmipo", "simpo", "dpo"):  # of this size, nearly all of it is a tile of the fused head
+            assert entry["planned_memory"] == pytest.approx(entry["memory"], rel=0.2)
+
+
+def test_a_contender_that_does_not_fit_is_named_and_left_out():
+    def step(pairs):
+        raise torch.OutOfMemoryError
+
+    setup = Setup(hidden=32, layers=1, head_dim=8, vocabulary=61)
+    weights = setup.model()
+    contenders = {name: build(name, setup, weights) for name in ("padded-simpo", "padded-rmipo")}
+    contenders["padded-rmipo"] = dataclasses.replace(contenders["padded-rmipo"], step=step)
+    case = gpu.run(setup, 1, 2, contenders, deadline=math.inf)
+    assert case["out_of_memory"] == ["padded-rmipo"] and list(case["contenders"]) == ["padded-simpo"]
+
+
+def test_contenders_share_parameters_and_nothing_else():
+    setup = Setup(hidden=32, layers=1, head_dim=8, vocabulary=61)
+    weights = setup.model()
+    first, second = (build("padded-simpo", setup, weights).model for _ in range(2))
+    assert all(a is b for a, b in zip(first.parameters(), second.parameters(), strict=True))
+    assert not {id(module) for module in first.modules()} & {id(module) for module in second.modules()}
+
+
+def test_files_arrive_as_they_were_packed_in_folders_of_limited_size(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_day, "PART", 1000)
+    stock = tmp_path / "packed/stock"
+    stock.mkdir(parents=True)
+    files = {"a-1.0-py3-none-any.whl": b"a" * 300, "b.whl": bytes(range(250)) * 10, "c.whl": b"c" * 700}
+    for name, content in files.items():
+        (stock / name).write_bytes(content)
+    folders = gpu_day.divide(stock, tmp_path / "packed")
+    assert all(sum(path.stat().st_size for path in folder.iterdir()) <= 1000 for folder in folders)
+    for folder in reversed(folders):
+        gpu_day.take(folder, tmp_path / "taken")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "taken/stock").iterdir()} == files
+
+
+def test_what_a_machine_has_is_not_packed(tmp_path):
+    there = tmp_path / "there.txt"
+    there.write_text("transformers==5.17.0\nPyYAML==6.0.3\n")
+    needed = {"transformers": "5.23.0", "trl": "1.16.0", "pyyaml": "6.0.2"}
+    assert gpu_day.missing(needed, there) == {"transformers": "5.23.0", "trl": "1.16.0"}
+    found = gpu_day.requirements()
+    assert {"transformers", "trl", "datasets", "deepspeed"} <= found.keys() and "torch" not in found
+
+
+@pytest.mark.slow
+def test_every_leg_runs_and_is_not_run_again(tmp_path, capfd):
+    assert gpu_day.run(tmp_path, minutes=30, only=(), dry=True) == 0
+    legs = {
+        path.stem: json.loads(path.read_text()) for path in (tmp_path / "dry").glob("*.json") if "-" not in path.stem
+    }
+    assert legs.keys() == {"kernels", "step", "liger", "resume", "study"}
+    assert [command["code"] for leg in legs.values() for command in leg["commands"]] == [0] * 4
+    capfd.readouterr()
+    assert gpu_day.run(tmp_path, minutes=30, only=(), dry=True) == 0
+    assert capfd.readouterr().out.count("has passed") == 5

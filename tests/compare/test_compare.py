@@ -2,7 +2,9 @@
 
 import contextlib
 import dataclasses
+import itertools
 import json
+import math
 import os
 import runpy
 import shutil
@@ -23,6 +25,7 @@ from transformers import TrainerState
 
 from rmipo.compare import run as compared
 from rmipo.compare.log import Log, best_rates, execute_all, report_runs, search_runs
+from rmipo.compare.margins import mean_gamma_arm, points, report
 from rmipo.compare.program import make_sft_model, read_choices
 from rmipo.compare.run import execute
 from rmipo.compare.study import Study
@@ -33,6 +36,7 @@ from rmipo.evaluation.statistics import contrast
 from rmipo.objectives import OBJECTIVES
 from rmipo.recipe.load import ConfigError
 from rmipo.reporting import comparison
+from rmipo.reporting.comparison import scores
 from rmipo.tiny.config import load_world_config
 from rmipo.tiny.files import write_world
 from rmipo.tiny.world import CLASSES
@@ -71,15 +75,14 @@ def run_of(method="rmipo", purpose="report", rate=1e-3, seed=0, noise=0.0):
     return Trial(purpose, method, rate, seed, noise)
 
 
-# What is compared
-
-
 def test_every_method_has_the_same_start_pairs_order_and_length(study):
     recipes = {method: study.recipe(run_of(method, rate=2e-4, seed=7)).values for method in METHODS}
     for method, values in recipes.items():
         assert values["objective"]["name"] == (method if method in OBJECTIVES else "rmipo")
         assert {key for key in values if values[key] != recipes["rmipo"].get(key)} <= {"objective"}
         assert values["seed"] == 7 and values["learning_rate"] == 2e-4
+    with pytest.raises(ConfigError, match="make sweep MODEL=llama3-8b-instruct"):
+        Study("llama3-8b-instruct").check(run_of())
 
 
 def test_seeds_draw_other_pairs_of_the_same_facts_and_noise_swaps_some(study):
@@ -138,15 +141,17 @@ def test_answers_to_constraints_are_measured_as_eval_yaml_and_search_yaml_say(re
     pytest.importorskip("lm_eval", reason="needs the extra `eval`")
     monkeypatch.chdir(repository)
     shutil.copytree("recipes/smollm2-135m-instruct", "recipes/own", ignore=shutil.ignore_patterns("weights*", "pairs*"))
-    for path in Path("recipes/own").glob("*.yaml"):
-        text = path.read_text().replace("outputs/smollm2-135m-instruct/weights", "outputs/tiny/sft")
-        path.write_text(
-            text.replace("smollm2-135m-instruct", "own").replace("max_new_tokens: 120", "max_new_tokens: 4")
-        )
-    measure = (
-        "measure: {search: {constraints: {first_n: 3}}, report: {constraints: {skip_n: 3, first_n: 2, answers: 1}}}"
-    )
-    Path("recipes/own/search.yaml").write_text(f"parameters: {{learning_rate: {{values: [1.0e-3]}}}}\n{measure}\n")
+    own = {
+        "outputs/smollm2-135m-instruct/weights": "outputs/tiny/sft",
+        "smollm2-135m-instruct": "own",
+        "tokens: 120": "tokens: 4",
+    }
+    for path, (old, new) in itertools.product(Path("recipes/own").glob("*.yaml"), own.items()):
+        path.write_text(path.read_text().replace(old, new))
+    measure = {"search": {"first_n": 3}, "report": {"skip_n": 3, "first_n": 2, "answers": 1}}
+    search = {"parameters": {"learning_rate": {"values": [1.0e-3]}}}
+    search["measure"] = {purpose: {"constraints": settings} for purpose, settings in measure.items()}
+    Path("recipes/own/search.yaml").write_text(json.dumps(search))
     for split in ("train", "test"):
         write(Path(f"outputs/own/pairs/{split}.jsonl"), pairs(*range(8)))
     study = Study("own", arguments=f"{ARGUMENTS} --bf16 false --max_length 64 --max_prompt_length 32")
@@ -159,14 +164,6 @@ def test_answers_to_constraints_are_measured_as_eval_yaml_and_search_yaml_say(re
     metrics = execute(study, run_of())["metrics"]
     assert study.task.selection_metric in metrics
     assert len(metrics["per_prompt"]["constraints_solved"]) == 2
-
-
-def test_a_recipe_for_gpus_is_refused(study):
-    with pytest.raises(ConfigError, match="make sweep MODEL=llama3-8b-instruct"):
-        Study("llama3-8b-instruct").check(run_of())
-
-
-# One run
 
 
 @pytest.mark.parametrize("method", ["rmipo", "kto", "epsilon-dpo", FLOOR])
@@ -209,17 +206,11 @@ def test_the_time_of_a_step_is_without_that_of_its_curve(monkeypatch):
     assert [point["step"] for point in result["curve"]] == [0, 10, 20]
 
 
-def test_a_run_is_repeatable(study):
+def test_runs_are_repeatable_and_divergence_is_a_result(study):
     first, second = (execute(study, run_of("dpo", rate=2e-2, noise=0.15)) for _ in range(2))
     assert first["metrics"] == second["metrics"] and first["curve"] == second["curve"]
-
-
-def test_divergence_is_a_result(study):
     result = execute(study, run_of("slic", rate=1e30))
     assert result["metrics"] == {"diverged": True}
-
-
-# Many runs
 
 
 def test_a_line_is_found_by_everything_that_defines_its_run(study, tmp_path):
@@ -278,7 +269,7 @@ LINES = [
 ]
 
 
-def test_means_spreads_and_paired_differences():
+def test_means_spreads_and_differences_paired_by_seed_or_prompt():
     rows = comparison.summarize(LINES, "right_probability").set_index("method").to_dict("index")
     assert rows["rmipo"]["right_probability"] == pytest.approx(0.6)
     assert rows["rmipo"]["right_probability_std"] == pytest.approx(0.1)
@@ -290,8 +281,6 @@ def test_means_spreads_and_paired_differences():
     for bound in ("", "_low", "_high"):
         assert rows["simpo"][f"difference{bound}"] == pytest.approx(-0.1)
 
-
-def test_a_difference_is_paired_by_prompt_among_the_runs_of_its_noise():
     def with_answers(line, shares):
         return line | {"metrics": {"per_prompt": {"constraints_solved": shares}, "constraints_solved": mean(shares)}}
 
@@ -325,14 +314,10 @@ def test_the_table_is_sorted_and_marks_ends_of_the_range():
     assert "Commit abc and def;" in comparison.report(rows, other, searched, "right_probability")
 
 
-# The command
-
-
 CHOICES = {"MODEL": "tiny", "METHODS": "dpo", "SEEDS": "0", "NOISE": "0", "ARGS": ARGUMENTS, "WORKERS": "2"}
 
 
 def compare(repository):
-    """Its output. Its workers are forked from the server that it is forked from: nothing is imported again."""
     program = launch(["scripts/compare.py"], root=repository, **CHOICES)
     assert program.wait() == 0, program.output[-6000:]
     return program.output
@@ -474,3 +459,66 @@ def test_two_comparisons_never_run_in_one_folder(repository):
     with held(repository / "outputs/tiny/compare"):
         second = run_here("compare", env=CHOICES, root=repository)
     assert second.code == 2 and "another run is active in outputs/tiny/compare" in second.err
+
+
+def test_grids_arms_and_scores_by_hand():
+    grid = {"beta": [1.0, 2.0], "gamma_min, gamma_max": [[0.0, 2.0], [0.5, 1.4]]}
+    assert points(grid) == [
+        (("beta", 1.0), ("gamma_min", 0.0), ("gamma_max", 2.0)),
+        (("beta", 1.0), ("gamma_min", 0.5), ("gamma_max", 1.4)),
+        (("beta", 2.0), ("gamma_min", 0.0), ("gamma_max", 2.0)),
+        (("beta", 2.0), ("gamma_min", 0.5), ("gamma_max", 1.4)),
+    ]
+    ((run, line), *_) = lines("rmipo", [0.5], noise=0.15, gamma=1.23456)
+    assert mean_gamma_arm(run, line) == Trial("report", "simpo", 2e-4, 0, 0.15, (("beta", 2.0), ("gamma", 1.2346)))
+    found = {s: {"metrics": {"per_prompt": {"x": values}}} for s, values in ((1, [50.0, 100.0]), (0, [0.0, 25.0]))}
+    assert scores(found, "x") == [[0.0, 25.0], [50.0, 100.0]]
+    assert scores({0: {"metrics": {"x": 0.5}}, 1: {"metrics": {"diverged": True}}}, "x") == [[0.5], [0.0]]
+
+
+def test_contrasts_over_seeds_and_prompts():
+    ours, theirs = [[0.5], [0.6], [0.7], [0.8]], [[0.4], [0.5], [0.5], [0.5]]  # differences 0.1, 0.1, 0.2, 0.3
+    result = contrast(ours, theirs)
+    assert result.mean == pytest.approx(0.175)
+    assert result.p == 2 / 16  # all signs, or none, turned
+    assert result.standard_error == pytest.approx(0.0957 / 2, rel=0.03)  # of a mean of four: sd 0.0957
+    assert result.low < 0.1 and result.high > 0.25
+    # One seed's difference varies by prompt, the seeds agree: the interval is that of the prompts alone.
+    rng = np.random.default_rng(1)
+    by_prompt = rng.normal(0.2, 1.0, size=100)
+    result = contrast([by_prompt.tolist()] * 20, [[0.0] * 100] * 20)
+    half_width = 1.96 * by_prompt.std() / 10
+    assert (result.high - result.low) / 2 == pytest.approx(half_width, rel=0.1)
+    assert not math.isclose(result.mean, 0.0)
+    some = contrast([[50.0, None, 75.0], [25.0, None, 75.0]], [[25.0, None, 50.0], [None, None, 50.0]])
+    assert some == contrast([[75.0], [75.0]], [[50.0], [50.0]]) and some.mean == 25.0
+
+
+def lines(method, values, noise=0.0, objective=(), gamma=None):
+    for seed, value in enumerate(values):
+        run = Trial("report", method, 2e-4, seed, noise, objective)
+        result = {"metrics": {"right_probability": value}, "seconds_per_step": 0.1, "peak_memory_mib": 1.0}
+        made_with = {"commit": "abc", "versions": {"torch": "2"}, "hardware": ["2 CPU cores"]}
+        yield run, dataclasses.asdict(run) | result | made_with | ({} if gamma is None else {"gamma_mean": gamma})
+
+
+def test_the_report_names_the_arm_at_the_mean_margin_and_corrects_all_but_the_first_contrast():
+    arms = [
+        *lines("rmipo", [0.5, 0.6, 0.7, 0.8, 0.5, 0.8], gamma=1.25),
+        *lines("shuffled", [0.4, 0.5, 0.6, 0.7, 0.4, 0.7], gamma=1.25),
+        *lines("simpo", [0.5, 0.5, 0.7, 0.7, 0.5, 0.8]),
+        *lines("simpo", [0.4, 0.5, 0.6, 0.7, 0.4, 0.7], objective=(("beta", 2.0), ("gamma", 1.25))),
+    ]
+    grids = [
+        *lines("simpo", [0.2, 0.4], objective=(("beta", 1.0),)),
+        *lines("simpo", [0.5, 0.7], objective=(("beta", 2.0),)),
+    ]
+    text = report(arms, grids, [], ["right_probability"])
+    rows = {line.split(" | ")[0].removeprefix("| "): line.strip("| ").split(" | ") for line in text.splitlines()}
+    assert rows["RMiPO"][2] == "0.650 ± 0.138" and rows["RMiPO"][6] == "1.250 ± 0.000"
+    # Every seed differs by 0.1: 2 of 64 sign flips are as far from 0. Of two secondary contrasts the smaller p doubles.
+    assert rows["shuffled"][3:5] == ["-0.100 [-0.100, -0.100]", "0.031"]
+    assert rows["SimPO at RMiPO's mean γ"][3:5] == ["-0.100 [-0.100, -0.100]", "0.062"]
+    (grid,) = (line for line in text.partition("Spread")[2].splitlines() if line.startswith("| simpo "))
+    assert grid.split(" | ")[1:5] == ["2", "0.600", "0.450", "0.300"]
+    assert text.endswith("Commit abc; torch 2; 2 CPU cores.\n")

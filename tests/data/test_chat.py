@@ -64,9 +64,7 @@ def test_the_rendering_is_the_one_written_out(family):
     prompt_ids, chosen_ids, _ = chat.pair_ids(PROMPT, CHOSEN, REJECTED)
     bos = "<s>" if family == "zephyr" else ""  # its template leaves BOS to the tokenizer
     expected = chat.tokenizer(bos + prompt + response, add_special_tokens=False)["input_ids"]
-    assert prompt_ids + chosen_ids == expected
-    assert chosen_ids == expected[-len(chosen_ids) :]
-    assert len(chosen_ids) > 1
+    assert prompt_ids + chosen_ids == expected and len(chosen_ids) > 1
 
 
 @pytest.mark.parametrize("family", WRITTEN_OUT)
@@ -74,9 +72,9 @@ def test_random_dialogues(family):
     chat = ChatFormat.probe(make_tokenizer(family))
     generator = random.Random(0)
     tokenizer = chat.tokenizer
-    dialogues, encoded = [], []
-    for _ in range(60):
-        prompt, chosen, rejected = random_dialogue(generator, family)
+    dialogues = [random_dialogue(generator, family) for _ in range(60)]
+    encoded = []
+    for prompt, chosen, rejected in dialogues:
         prompt_text, *texts = chat.render_pair(prompt, chosen, rejected)
         prompt_ids, *ids = chat.pair_ids(prompt, chosen, rejected)
         assert prompt_ids == chat.prompt_ids(prompt)
@@ -86,11 +84,9 @@ def test_random_dialogues(family):
         for response, text, response_ids in zip((chosen, rejected), texts, ids, strict=True):
             full = tokenizer.apply_chat_template(prompt + response, tokenize=False)
             assert prompt_text + text + chat.after_end == full
-            assert response_ids.count(chat.end_id) == 1
-            assert response_ids[-1] == chat.end_id
+            assert response_ids.index(chat.end_id) == len(response_ids) - 1
             decoded = tokenizer.decode(response_ids[:-1]).removeprefix("<think>\n\n</think>\n\n")
             assert decoded.strip() == response[0]["content"].strip()
-        dialogues.append((prompt, chosen, rejected))
         encoded.append((prompt_ids, *ids))
     assert chat.encode([chat.render_pair(*dialogue) for dialogue in dialogues]) == encoded  # all at once
 
@@ -111,19 +107,16 @@ def test_the_header_belongs_to_the_prompt_or_to_the_response(family, header):
 
 
 def test_prior_contexts():
-    llama = ChatFormat.probe(make_tokenizer("llama3"))
-    assert llama.prior_context("bos") == [0]
-    assert llama.prior_context("header") == [0, *llama.header_ids]
-    assert llama.prior_context("none") == []
-    assert ChatFormat.probe(make_tokenizer("llama3"), header_in_response=True).prior_context("header") == [0]
-    mistral = ChatFormat.probe(make_tokenizer("mistral-instruct"))
+    llama, mistral, qwen = (ChatFormat.probe(make_tokenizer(name)) for name in ("llama3", "mistral-instruct", "qwen3"))
+    contexts = [llama.prior_context(kind) for kind in ("bos", "header", "none")]
+    assert contexts == [[0], [0, *llama.header_ids], []]
     assert mistral.prior_context("header") == mistral.prior_context("bos") == [1]
-    qwen = ChatFormat.probe(make_tokenizer("qwen3"))
     assert qwen.prior_context("header") == list(qwen.header_ids)
     with pytest.raises(DataError, match="prior_context: bos"):
         qwen.prior_context("bos")
-    without_header = ChatFormat.probe(make_tokenizer("qwen3"), header_in_response=True)
-    assert without_header.prior_context("header") == [without_header.end_id]  # what a document follows
+    for name, expected in (("llama3", 0), ("qwen3", qwen.end_id)):  # what a document follows
+        without_header = ChatFormat.probe(make_tokenizer(name), header_in_response=True)
+        assert without_header.prior_context("header") == [expected]
 
 
 @pytest.mark.parametrize("bos", ["{{ bos_token }}", ""])  # "": the tokenizer writes it
@@ -152,7 +145,7 @@ def test_a_token_across_the_end_of_the_prompt(bos):
     assert chat.encode([chat.render_pair(*row) for row in rows]) == expected
 
 
-def test_no_space_comes_in_front_of_a_response_that_is_tokenised_apart():
+def test_headers_and_responses_are_tokenised_apart():
     """SentencePiece puts one in front of a text, as its pre-tokenizer is in newer Llama and Mistral tokenizers."""
     template = (
         "{% for m in messages %}{% if m['role'] == 'user' %}{{ bos_token + m['content'] + ' ' }}"
@@ -166,10 +159,6 @@ def test_no_space_comes_in_front_of_a_response_that_is_tokenised_apart():
     prompt_ids, chosen_ids, _ = ChatFormat.probe(tokenizer).pair_ids([user("Why")], chosen, rejected)
     assert tokenizer.convert_ids_to_tokens(prompt_ids)[-1] == "\u2581"
     assert tokenizer.decode(chosen_ids) == "the end<eos>"
-
-
-def test_a_header_that_merges_with_the_end_of_the_prompt():
-    """`? ` + `the answer` has the token ` the`."""
     template = (
         "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}{{ m['content'] + ' ' }}"
         "{% else %}{{ 'the answer: ' + m['content'] + eos_token }}{% endif %}{% endfor %}"
@@ -181,32 +170,35 @@ def test_a_header_that_merges_with_the_end_of_the_prompt():
     assert list(ChatFormat.probe(tokenizer).header_ids) == header
 
 
-@pytest.mark.parametrize(("known", "expected"), [(None, [4]), (0, [0, 4]), ([1, 4], [1, 4])])
-def test_generation_stops_at_the_end_of_a_turn(known, expected):
+def test_generation_stops_at_the_end_of_a_turn():
     chat = ChatFormat.probe(make_tokenizer("llama3"))
-    config = GenerationConfig(eos_token_id=known)
-    chat.set_end_of_turn(config)
-    assert (chat.end_id, config.eos_token_id) == (4, expected)
+    for known, expected in ((None, [4]), (0, [0, 4]), ([1, 4], [1, 4])):
+        config = GenerationConfig(eos_token_id=known)
+        chat.set_end_of_turn(config)
+        assert (chat.end_id, config.eos_token_id) == (4, expected)
 
 
-@pytest.mark.parametrize(("written", "in_front"), [("$A", False), ("<|im_end|> $A", True)])
-def test_a_bos_that_is_the_end_token_is_put_in_front_where_the_tokenizer_writes_it(written, in_front):
+def test_a_bos_that_is_the_end_token_is_put_in_front_where_the_tokenizer_writes_it():
     tokenizer = make_tokenizer("qwen3")
     tokenizer.bos_token = tokenizer.eos_token
-    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
-        single=written, special_tokens=[("<|im_end|>", tokenizer.eos_token_id)]
-    )
-    chat = ChatFormat.probe(tokenizer)
-    assert (chat.bos_id, chat.template_writes_bos) == (tokenizer.eos_token_id if in_front else None, False)
+    for written, bos_id in (("$A", None), ("<|im_end|> $A", tokenizer.eos_token_id)):
+        tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+            single=written, special_tokens=[("<|im_end|>", tokenizer.eos_token_id)]
+        )
+        chat = ChatFormat.probe(tokenizer)
+        assert (chat.bos_id, chat.template_writes_bos) == (bos_id, False)
 
 
-def test_an_end_token_is_not_taken_for_another_that_it_starts_with():
+def test_the_end_token_and_the_white_space_before_it():
     tokenizer = make_tokenizer("llama3")
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|eot"]})
     assert ChatFormat.probe(tokenizer).end_id == tokenizer.convert_tokens_to_ids("<|eot_id|>") == 4
+    chat = ChatFormat.probe(make_tokenizer("llama3", LLAMA3_TEMPLATE.replace("'<|eot_id|>'", "'\n<|eot_id|>'")))
+    assert chat.end_id == 4
+    assert chat.render_pair(PROMPT, CHOSEN, REJECTED)[1] == "I am fine.\n<|eot_id|>"
 
 
-def test_a_template_that_changes_a_response_is_told_per_row():
+def test_a_template_that_changes_or_leaves_out_a_message_is_told_per_row():
     first_paragraph = "message['content'].split('\n\n')[0] | trim"
     template = LLAMA3_TEMPLATE.replace("message['content'] | trim", first_paragraph)
     chat = ChatFormat.probe(make_tokenizer("llama3", template))
@@ -215,9 +207,6 @@ def test_a_template_that_changes_a_response_is_told_per_row():
     for sides in ((changed, kept), (kept, changed)):
         with pytest.raises(DataError, match="the assistant says"):
             chat.render_pair(PROMPT, *sides)
-
-
-def test_a_template_that_leaves_a_message_of_the_prompt_out():
     template = LLAMA3_TEMPLATE.replace("in messages %}", "in messages if message['role'] != 'system' %}")
     chat = ChatFormat.probe(make_tokenizer("llama3", template))
     with pytest.raises(DataError, match="the system says"):
@@ -268,7 +257,7 @@ def test_no_bos():
 CLOCK = '{%- if strftime_now is defined %}{% set today = strftime_now("%d %b %Y") %}{% else %}{% set today = "?" %}{% endif %}'
 
 
-def test_a_template_that_reads_the_clock_says_the_frozen_day_from_then_on(tmp_path):
+def test_a_template_that_reads_the_clock_says_the_frozen_day_or_is_refused(tmp_path):
     tokenizer = make_tokenizer("llama3")
     plain = tokenizer.chat_template
     assert freeze_date(tokenizer, datetime.date(2026, 2, 3)) is False and tokenizer.chat_template == plain
@@ -283,15 +272,6 @@ def test_a_template_that_reads_the_clock_says_the_frozen_day_from_then_on(tmp_pa
     assert freeze_date(tokenizer, datetime.date(2027, 1, 1)) is False
     tokenizer.chat_template = None
     assert freeze_date(tokenizer, datetime.date(2027, 1, 1)) is False and tokenizer.chat_template is None
-
-
-def test_a_clock_whose_format_is_not_written_out_is_refused():
     tokenizer = make_tokenizer("llama3", "{{ strftime_now(style) }}")
     with pytest.raises(DataError, match="strftime_now"):
         freeze_date(tokenizer, datetime.date(2026, 2, 3))
-
-
-def test_white_space_before_the_end_token_belongs_to_the_response():
-    chat = ChatFormat.probe(make_tokenizer("llama3", LLAMA3_TEMPLATE.replace("'<|eot_id|>'", "'\n<|eot_id|>'")))
-    assert chat.end_id == 4
-    assert chat.render_pair(PROMPT, CHOSEN, REJECTED)[1] == "I am fine.\n<|eot_id|>"

@@ -3,10 +3,9 @@
 import pytest
 
 from rmipo.data import formats
-from rmipo.data.chat import ChatFormat, DataError
-from rmipo.data.pairs import load_pairs, tokenize_pairs
+from rmipo.data.chat import DataError
+from rmipo.data.pairs import load_pairs
 from rmipo.recipe.schema import DataConfig
-from tests.helpers.families import make_tokenizer
 from tests.helpers.rows import assistant, config, pair, pairs, tokenize, user, write
 
 
@@ -68,6 +67,9 @@ def test_anthropic_hh_texts(tmp_path):
     assert report.dropped == {"chosen is 3 messages after the shared prompt, not one": [1]}
     row = {"chosen": "\n\nHuman: Hello\n\nAssistant: Hi!", "rejected": "\n\nHuman: Hello\n\nAssistant:"}
     assert formats.read_row(row, formats.PAIRS) == ([user("Hello")], [assistant("Hi!")], [assistant("")])
+    text = "Go on with this:\n\nHuman: Hello\n\nAssistant: Hi!\n\nHuman:"
+    (row,) = load(tmp_path, [{**pair(0), "prompt": text}])
+    assert row["prompt"] == [user(text)]
 
 
 @pytest.mark.parametrize(
@@ -83,19 +85,19 @@ def test_an_anthropic_hh_prompt_ends_where_its_text_ends(prompt, messages):
     assert formats.read_row({"prompt": prompt}, formats.PROMPTS) == (messages,)
 
 
-def test_responses_without_a_prompt():
+def test_responses_without_a_prompt_and_empty_texts():
     for row in (
         {"prompt": None, "chosen": "b", "rejected": "c"},
         {"chosen": [assistant("b"), user("c")], "rejected": [assistant("d"), user("e")]},
     ):
         with pytest.raises(DataError, match="no prompt, and the other columns match no accepted format"):
             formats.read_row(row, formats.PAIRS)
-
-
-def test_texts_that_are_empty_or_missing_are_empty_messages():
     for prompt, response in (("", None), ([user(None)], [assistant(None)])):
         row = {"prompt": prompt, "chosen": "b", "rejected": response}
         assert formats.read_row(row, formats.PAIRS) == ([user("")], [assistant("b")], [assistant("")])
+    for chosen, rejected in (("Yes", "yes"), ("a  b", "a b")):
+        assert formats.unusable_pair([user("q")], [assistant(chosen)], [assistant(rejected)]) is None
+    assert formats.unusable_pair([user("q")], [assistant("")], [assistant(" ")]) == "chosen is empty"
 
 
 @pytest.mark.parametrize(
@@ -149,10 +151,13 @@ def test_each_column_and_key_that_shapes_a_prompt_is_refused():
                 formats.read_row({**pair(0), side: turns}, formats.PAIRS)
 
 
-def test_what_shapes_a_prompt_may_be_there_and_empty(tmp_path):
+def test_what_shapes_a_prompt_may_be_empty_or_left_out(tmp_path):
     message = {**user("Question 0"), "tool_calls": None, "tools": [], "name": "x"}
     rows = [{**pair(0), "prompt": [message], "tools": None, "documents": []}, {**pair(1), "tools": [], "score": 3}]
     assert load(tmp_path, rows) == [{**pair(0), "row": 0}, {**pair(1), "row": 1}]
+    write(tmp_path / "train.jsonl", [{**pair(0), "tools": [{"name": "search"}]}])
+    entries = [{"path": str(tmp_path), "columns": ["prompt", "chosen", "rejected"]}]
+    assert load_pairs(DataConfig(datasets=entries), "train").to_list() == [{**pair(0), "row": 0}]
 
 
 def test_a_prompt_that_is_not_the_one_of_the_dialogues_is_refused(tmp_path):
@@ -164,13 +169,22 @@ def test_a_prompt_that_is_not_the_one_of_the_dialogues_is_refused(tmp_path):
             load(tmp_path, [{"prompt": prompt, **turns}])
 
 
-def test_columns_that_are_not_read_are_named(tmp_path, caplog):
-    load(tmp_path, [{**pair(0), "system": None, "score_chosen": 1.0, "context": "Some text."}])
-    load(tmp_path, [{**pair(0), "system": None, "score_chosen": 1.0, "context": "Some text."}])
+def test_columns_and_keys_of_messages_that_are_not_read_are_named(tmp_path, caplog):
+    for _ in range(2):
+        load(tmp_path, [{**pair(0), "system": None, "score_chosen": 1.0, "context": "Some text."}])
     assert caplog.text.count(f"{tmp_path}: columns that are not read: context\n") == 1  # of both splits
     caplog.clear()
     load(tmp_path, [{**pair(0), "system": None, "kind": "boilerplate", "prompt_id": "a"}])  # as written here
     assert not caplog.text
+    turn = {**assistant("Right"), "language": "en", "name": "Ada"}
+    load(tmp_path, [pair(0), pair(1, chosen=[{**turn, "cached": None}])])
+    assert f"{tmp_path}: keys of messages that are not read: language, name\n" in caplog.text
+    caplog.clear()
+    dialogues = {"chosen": [user("a"), assistant("b")], "rejected": [user("a"), assistant("c")]}
+    load(tmp_path, [{"prompt": "a", **dialogues}])
+    assert "not read" not in caplog.text
+    load(tmp_path, [{"prompt": "Be brief. a", **dialogues}])
+    assert "not read: prompt (a text" in caplog.text
 
 
 MARKED = (
@@ -188,18 +202,6 @@ def test_markers_of_turns_inside_of_texts_are_told():
     assert note.startswith(f"{len(MARKED) + 1} have") and f"rows {len(plain)}, " in note
     _, report = tokenize(rows[: len(plain)])
     assert not report.notes
-
-
-def test_keys_of_messages_that_are_not_read_are_named(tmp_path, caplog):
-    turn = {**assistant("Right"), "language": "en", "name": "Ada"}
-    load(tmp_path, [pair(0), pair(1, chosen=[{**turn, "cached": None}])])
-    assert f"{tmp_path}: keys of messages that are not read: language, name\n" in caplog.text
-    caplog.clear()
-    dialogues = {"chosen": [user("a"), assistant("b")], "rejected": [user("a"), assistant("c")]}
-    load(tmp_path, [{"prompt": "a", **dialogues}])
-    assert "not read" not in caplog.text
-    load(tmp_path, [{"prompt": "Be brief. a", **dialogues}])
-    assert "not read: prompt (a text" in caplog.text
 
 
 @pytest.mark.parametrize("other", ['"c"', '[{"role": "assistant", "content": "c"}]'])
@@ -275,33 +277,9 @@ def test_why_a_dialogue_is_unusable(messages, reason):
 )  # fmt: skip
 def test_real_pairs(shared_data, name, split, rows, dropped):
     dataset = load_pairs(config(shared_data / name), split)
-    limits = {
-        "max_length": 2048,
-        "max_prompt_length": 1800,
-        "max_dropped_fraction": 0.02,
-        "max_truncated_fraction": 1.0,
-    }
-    tokenized, report = tokenize_pairs(dataset, ChatFormat.probe(make_tokenizer("zephyr")), **limits)
+    limits = {"max_length": 2048, "max_prompt_length": 1800, "max_dropped_fraction": 0.02}
+    tokenized, report = tokenize(dataset, "zephyr", **limits)
     assert (report.rows, report.dropped) == (rows, dropped)
     assert len(tokenized) == report.kept
     for prompt, chosen in zip(tokenized["prompt_ids"][:20], tokenized["chosen_ids"][:20], strict=True):
-        assert prompt[0] == 1
-        assert len(prompt) + len(chosen) <= 2048
-
-
-def test_a_text_with_speakers_in_it_is_not_of_anthropic_hh(tmp_path):
-    text = "Go on with this:\n\nHuman: Hello\n\nAssistant: Hi!\n\nHuman:"
-    (row,) = load(tmp_path, [{**pair(0), "prompt": text}])
-    assert row["prompt"] == [user(text)]
-
-
-def test_responses_that_differ_in_case_or_inner_spaces_are_a_pair():
-    for chosen, rejected in (("Yes", "yes"), ("a  b", "a b")):
-        assert formats.unusable_pair([user("q")], [assistant(chosen)], [assistant(rejected)]) is None
-    assert formats.unusable_pair([user("q")], [assistant("")], [assistant(" ")]) == "chosen is empty"
-
-
-def test_a_column_can_be_left_out_of_a_mixture(tmp_path):
-    write(tmp_path / "train.jsonl", [{**pair(0), "tools": [{"name": "search"}]}])
-    entries = [{"path": str(tmp_path), "columns": ["prompt", "chosen", "rejected"]}]
-    assert load_pairs(DataConfig(datasets=entries), "train").to_list() == [{**pair(0), "row": 0}]
+        assert prompt[0] == 1 and len(prompt) + len(chosen) <= 2048

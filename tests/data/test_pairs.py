@@ -41,18 +41,31 @@ def test_unusable_rows_are_counted_with_their_reasons():
     assert report.as_dict()["kept"] == 2
     assert report.lines()[0] == f"2 of {last + 1} rows used"
     assert "- 1 dropped, chosen is empty: row 99" in report.lines()
-
-
-def test_a_bos_token_in_the_text_is_found_where_the_cut_removes_it():
     rows = [pair(0), pair(1, prompt=[user("<|begin_of_text|>" + "long " * 60)])]
     report = tokenize(rows, max_length=90, max_prompt_length=60)[1]
     assert report.dropped == {"the prompt's text has a BOS token in it": [1]}
+    rows = [*pairs(*range(8)), pair(8, chosen=[assistant("")]), pair(9, chosen=[assistant("")])]
+    assert tokenize(rows, max_dropped_fraction=0.2)[1].kept == 8
+    with pytest.raises(DataError) as error:
+        tokenize(rows, max_dropped_fraction=0.19)
+    assert "2 of 10 rows can't be used, more than max_dropped_fraction: 0.19 allows" in str(error.value)
+    assert "- 2 dropped, chosen is empty: rows 8, 9" in str(error.value)
+    with pytest.raises(DataError, match="1 of 1 rows can't be used"):
+        tokenize(rows[-1:], max_dropped_fraction=1.0)
 
 
-def test_a_template_that_changes_the_prompt_for_a_response():
+def test_what_a_template_refuses_or_changes_is_dropped():
     changes = "{% if messages[-1]['content'] == 'Wrong 1' %}{{ 'Be brief' }}{% endif %}"
     _, report = tokenize(pairs(0, 1, 2), make_tokenizer("llama3", changes + LLAMA3_TEMPLATE))
     assert report.dropped == {"the chat template changes the prompt when a response follows": [1]}
+    rows = [pair(0), pair(1, prompt=[{"role": "system", "content": "Be brief"}, user("a")])]
+    _, report = tokenize(rows, "gemma")
+    assert report.dropped == {"the chat template refuses: System role not supported": [1]}
+    empty = {"role": "system", "content": ""}
+    tokenized, report = tokenize([pair(0, prompt=[empty, user("a")])])
+    chat = ChatFormat.probe(make_tokenizer("llama3"))
+    assert report.dropped == {}
+    assert tokenized["prompt_ids"][0] == chat.prompt_ids([empty, user("a")]) != chat.prompt_ids([user("a")])
 
 
 TURNS = [user("a " * 20), assistant("b"), user("c")]
@@ -79,17 +92,6 @@ def test_whole_and_cut_prompts_with_the_families_kinds_of_bos(family, bos_token,
     assert cut == (whole[-15:] if bos_id is None else [bos_id, *whole[-14:]])
 
 
-def test_too_many_unusable_rows():
-    rows = [*pairs(*range(8)), pair(8, chosen=[assistant("")]), pair(9, chosen=[assistant("")])]
-    assert tokenize(rows, max_dropped_fraction=0.2)[1].kept == 8
-    with pytest.raises(DataError) as error:
-        tokenize(rows, max_dropped_fraction=0.19)
-    assert "2 of 10 rows can't be used, more than max_dropped_fraction: 0.19 allows" in str(error.value)
-    assert "- 2 dropped, chosen is empty: rows 8, 9" in str(error.value)
-    with pytest.raises(DataError, match="1 of 1 rows can't be used"):
-        tokenize(rows[-1:], max_dropped_fraction=1.0)
-
-
 def test_cut_by_hand():
     prompt, chosen, rejected = [1, 11, 12, 13, 14], [21, 22, 23, 2], [31, 2]
     whole = (prompt, chosen, rejected)
@@ -103,7 +105,7 @@ def test_cut_by_hand():
     assert cut_pair(whole, 1, max_length=7, max_prompt_length=1) == ([1], chosen, rejected)
 
 
-def test_cuts_are_counted():
+def test_cuts_are_counted_and_limited():
     rows = [
         pair(0),
         pair(1, prompt=[user("long " * 40)]),
@@ -127,9 +129,6 @@ def test_cuts_are_counted():
     assert any(line.startswith("- 4 pairs cut: 2 prompts lost their start, 3 chosen and 1") for line in report.lines())
     with pytest.raises(DataError, match=r"(?s)4 of 5 .*max_length \(90\) or max_prompt_length \(60\).*\n- 4 pairs"):
         tokenize(rows, max_length=90, max_prompt_length=60, max_truncated_fraction=0.7)
-
-
-def test_the_limit_of_cut_rows_is_a_share_of_those_kept():
     rows = [pair(i, chosen=[assistant("longer " * 80)]) for i in range(3)] + [pair(3)]
     dropped = [pair(i, chosen=[assistant("")]) for i in range(4, 8)]
     limits = {"max_length": 90, "max_prompt_length": 60, "max_dropped_fraction": 0.5}
@@ -138,15 +137,12 @@ def test_the_limit_of_cut_rows_is_a_share_of_those_kept():
         tokenize(rows + dropped, max_truncated_fraction=0.7, **limits)
 
 
-def test_a_prompt_that_fills_the_window():
+def test_what_a_cut_leaves_may_be_no_pair():
     _, report = tokenize([pair(0), pair(1, prompt=[user("long " * 99)])], max_length=90, max_prompt_length=90)
     assert report.dropped == {"the prompt fills the window": [1]}
     assert report.rows_cut == 0
     length = len(tokenize(pairs(0))[0]["prompt_ids"][0])
     assert tokenize(pairs(0), max_length=length + 1)[1].cut == {"prompt": 0, "chosen": 1, "rejected": 1}
-
-
-def test_responses_that_differ_only_after_the_cut():
     same = "the same words " * 30
     rows = [pair(0), pair(1, chosen=[assistant(same + "yes")], rejected=[assistant(same + "no")])]
     whole = tokenize(rows, max_length=2000)[0][1]
@@ -189,20 +185,6 @@ def test_two_processes_give_the_same(capfd):
     assert "Tokenising pairs (num_proc=2)" in capfd.readouterr().err
     assert one.to_list() == two.to_list()
     assert report_one == report_two
-
-
-def test_an_empty_system_message_is_rendered_as_the_template_does():
-    empty = {"role": "system", "content": ""}
-    tokenized, report = tokenize([pair(0, prompt=[empty, user("a")])])
-    chat = ChatFormat.probe(make_tokenizer("llama3"))
-    assert report.dropped == {}
-    assert tokenized["prompt_ids"][0] == chat.prompt_ids([empty, user("a")]) != chat.prompt_ids([user("a")])
-
-
-def test_a_template_that_refuses_a_row():
-    rows = [pair(0), pair(1, prompt=[{"role": "system", "content": "Be brief"}, user("a")])]
-    _, report = tokenize(rows, "gemma")
-    assert report.dropped == {"the chat template refuses: System role not supported": [1]}
 
 
 def test_every_limit_of_pairs_is_a_key_that_later_scores_take_over():

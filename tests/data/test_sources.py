@@ -141,26 +141,18 @@ def test_texts_that_are_dates_stay_texts(tmp_path, name):
     assert [row[side][0]["content"] for side in ("chosen", "rejected")] == ["2020-01-01", "2020-01-01T10:00:00Z"]
 
 
-def test_test_split_size_divides_the_training_rows(tmp_path):
+def test_test_split_size_divides_the_training_rows_alone(tmp_path, caplog):
     path = write(tmp_path / "mine.jsonl", pairs(*range(40)))
     train, test = (load_pairs(config(path, test_split_size=0.25), split) for split in ("train", "test"))
     assert (len(train), len(test)) == (30, 10)
     assert sorted(questions(train) + questions(test)) == list(range(40))
     assert questions(test) == test["row"][:] != list(range(30, 40))
     assert questions(load_pairs(config(path, test_split_size=0.25, mixture_seed=5), "test")) != questions(test)
-
-
-def test_test_split_size_leaves_the_test_file_of_a_folder_alone(tmp_path, caplog):
     write(tmp_path / "train.jsonl", pairs(*range(40)))
     write(tmp_path / "test.jsonl", pairs(900, 901, 902))
     train, test = (questions(load_pairs(config(tmp_path, test_split_size=0.25), split)) for split in ("train", "test"))
     assert sorted(train + test) == list(range(40)) and len(test) == 10
     assert "test_split_size" in caplog.text
-
-
-def test_a_column_named_row_is_replaced(tmp_path):
-    write(tmp_path / "train.jsonl", [{"row": "a", **row} for row in pairs(3, 4)])
-    assert load_pairs(config(tmp_path), "train")["row"][:] == [0, 1]
 
 
 def mixture(tmp_path, **values):
@@ -178,19 +170,20 @@ def mixture(tmp_path, **values):
     return entries, lambda split: load_pairs(DataConfig(datasets=entries, **values), split)
 
 
-def test_a_mixture_is_concatenated(tmp_path):
+def test_a_mixture_is_concatenated_or_taken_in_fractions(tmp_path):
     _, load_split = mixture(tmp_path)
     train = load_split("train")
     assert questions(train) == [*range(10), *range(100, 120)]
     assert train["row"][:] == list(range(30))
     assert questions(load_split("test")) == [50, 100, 101]
-
-
-def test_fractions_are_shares_of_the_mixture(tmp_path):
     entries, load_split = mixture(tmp_path)
     entries[0]["fraction"], entries[1]["fraction"] = 3, 2  # 10 rows are three fifths of 16.7
     assert questions(load_split("train")) == [*range(10), *range(100, 107)]
     assert questions(load_split("test")) == [50, 100, 101]
+    entries, load_split = mixture(tmp_path)
+    entries[0] |= {"weight": 0.5, "fraction": 1}
+    entries[1] |= {"weight": 0.25, "fraction": 1}
+    assert sorted(number < 100 for number in questions(load_split("train"))) == [False] * 5 + [True] * 5
 
 
 def test_weights_are_shares_of_a_source_drawn_with_a_seed(tmp_path, caplog):
@@ -232,20 +225,17 @@ def test_the_two_parts_of_a_mixture_are_of_the_rows_that_were_drawn(tmp_path, sh
     assert len(test) == 4 and len(train) == count - 4 and len({*train, *test}) == count
 
 
-def test_a_source_that_gives_nothing(tmp_path):
+def test_a_source_that_gives_nothing_and_a_division_that_leaves_a_part_empty(tmp_path):
+    path = write(tmp_path / "mine.jsonl", pairs(*range(12)))
+    for size in (0.999, 12):
+        with pytest.raises(DataError, match=f"test_split_size is {size}: 12 rows can't be divided"):
+            load_pairs(config(path, test_split_size=size), "train")
     for changes in ({"weight": 0.001}, {"fraction": 0.001}):
         entries, load_split = mixture(tmp_path)
         entries[1]["fraction"] = 1 if "fraction" in changes else None
         entries[0] |= changes
         with pytest.raises(DataError, match=f"/a: .*{next(iter(changes))}.* takes none"):
             load_split("train")
-
-
-@pytest.mark.parametrize("size", [0.999, 12])
-def test_a_division_that_leaves_a_part_empty(tmp_path, size):
-    path = write(tmp_path / "mine.jsonl", pairs(*range(12)))
-    with pytest.raises(DataError, match=f"test_split_size is {size}: 12 rows can't be divided"):
-        load_pairs(config(path, test_split_size=size), "train")
 
 
 def test_a_configuration_and_revision_reach_the_hub(monkeypatch):
@@ -303,23 +293,22 @@ def test_what_only_the_hub_has_is_refused_for_local_data(tmp_path, values, messa
             load_pairs(DataConfig(datasets=[{"path": str(place), "data_files": "a.jsonl"}]), "train")
 
 
-def test_missing_file():
+def test_what_is_no_data_is_named(tmp_path):
     for path in ("/nothing", "nothing.jsonl", "./nothing", "data/of/mine"):
         with pytest.raises(DataError, match=f"{path}: no such file or folder"):
             load_pairs(config(path), "train")
-
-
-def test_unreachable_hub():
     with pytest.raises(DataError) as error:
         load_pairs(config("some-owner/some-pairs", dataset_revision="main"), "train")
     assert not isinstance(error.value, MissingSplitError)  # it may have the split
     assert str(error.value).startswith("some-owner/some-pairs: ") and str(error.value.__cause__) in str(error.value)
-
-
-def test_a_file_that_is_not_data(tmp_path):
     notes = write(tmp_path / "notes.jsonl.txt", pairs(0))
     with pytest.raises(DataError, match=rf"{notes}: a data file ends in one of \.jsonl"):
         load_pairs(config(notes), "train")
+    write(tmp_path / "train.jsonl", [{"question": "a", "chosen": "b", "reject": "c"}])
+    with pytest.raises(DataError, match=f"{tmp_path}: missing columns rejected, found question, chosen, reject"):
+        load_pairs(config(tmp_path), "train")
+    with pytest.raises(DataError, match="missing columns messages, found question, chosen, reject"):
+        load_dialogues(config(tmp_path), "train")
 
 
 ROW = b'{"prompt": "a", "chosen": "b", "rejected": "c"}\n'
@@ -340,14 +329,6 @@ def test_a_file_that_is_not_what_its_name_says(tmp_path, name, content, message)
     kind = "parquet" if name.endswith("parquet") else "json"
     with pytest.raises(DataError, match=rf"{name} can't be read as {kind}: .*{message}"):
         load_pairs(config(tmp_path), "train")
-
-
-def test_missing_columns(tmp_path):
-    write(tmp_path / "train.jsonl", [{"question": "a", "chosen": "b", "reject": "c"}])
-    with pytest.raises(DataError, match=f"{tmp_path}: missing columns rejected, found question, chosen, reject"):
-        load_pairs(config(tmp_path), "train")
-    with pytest.raises(DataError, match="missing columns messages, found question, chosen, reject"):
-        load_dialogues(config(tmp_path), "train")
 
 
 def test_a_path_that_holds_other_rows_now_is_read_again(tmp_path):
@@ -372,27 +353,16 @@ def test_a_cache_that_cannot_be_used_is_not_blamed_on_the_data(tmp_path):
     assert "HF_HOME" in ended.stderr.splitlines()[-1] and "as json" not in ended.stderr.splitlines()[-1]
 
 
-def test_a_named_split_comes_before_one_that_is_only_named_alike(tmp_path):
-    write(tmp_path / "test.jsonl", pairs(1))
-    write(tmp_path / "validation.jsonl", pairs(2))
-    assert questions(load_pairs(config(tmp_path, dataset_test_split="validation"), "test")) == [2]
-
-
-def test_rows_are_counted_through_all_sources(tmp_path):
+def test_rows_are_counted_through_all_sources_and_named_splits_come_first(tmp_path):
     for number, count in enumerate((2, 3, 4)):
         write(tmp_path / f"{number}/train.jsonl", pairs(*range(count)))
     entries = [{"path": str(tmp_path / str(number))} for number in range(3)]
     assert load_pairs(DataConfig(datasets=entries), "train")["row"][:] == list(range(9))
-
-
-def test_fractions_are_of_the_rows_that_weights_leave(tmp_path):
-    entries, load_split = mixture(tmp_path)
-    entries[0] |= {"weight": 0.5, "fraction": 1}
-    entries[1] |= {"weight": 0.25, "fraction": 1}
-    assert sorted(number < 100 for number in questions(load_split("train"))) == [False] * 5 + [True] * 5
-
-
-# ----------------------------------------------------------------------------------------------------- converted rows
+    write(tmp_path / "train.jsonl", [{"row": "a", **row} for row in pairs(3, 4)])
+    assert load_pairs(config(tmp_path), "train")["row"][:] == [0, 1]
+    write(tmp_path / "test.jsonl", pairs(1))
+    write(tmp_path / "validation.jsonl", pairs(2))
+    assert questions(load_pairs(config(tmp_path, dataset_test_split="validation"), "test")) == [2]
 
 
 def digests_with(monkeypatch, target, value):
@@ -404,7 +374,7 @@ def digests_with(monkeypatch, target, value):
     return digest
 
 
-def test_the_digest_is_of_code_and_versions(monkeypatch, tmp_path):
+def test_the_digest_is_of_code_and_versions_and_rows_of_other_code_are_prepared_again(monkeypatch, tmp_path):
     now = code_digest()
     found = [now]
     for text in ("", "x = 1"):
@@ -415,10 +385,6 @@ def test_the_digest_is_of_code_and_versions(monkeypatch, tmp_path):
         found.append(digests_with(monkeypatch, "importlib.metadata.version", lambda name, v=versions: v.get(name, "1")))
     assert len({*found}) == 9
     assert code_digest() == now
-
-
-def test_rows_of_other_code_are_prepared_again(monkeypatch, tmp_path):
-    """datasets names its cache after this fingerprint."""
     write(tmp_path / "train.jsonl", pairs(0, 1))
 
     def fingerprints():
@@ -433,16 +399,13 @@ def test_rows_of_other_code_are_prepared_again(monkeypatch, tmp_path):
     assert not {*fingerprints()} & {*before}
 
 
-def test_a_missing_test_split_is_said_or_refused(tmp_path, caplog):
+def test_a_test_split_is_loaded_or_its_absence_said_or_refused(tmp_path, caplog):
     write(tmp_path / "train.jsonl", pairs(0, 1))
     caplog.set_level("WARNING")
     assert load_splits(load_pairs, config(tmp_path), evaluating=False).keys() == {"train"}
     assert f"no evaluation, since there is no test split: {tmp_path}: no file of the test split" in caplog.text
     with pytest.raises(DataError, match=r"no file of the test .* Or train without evaluation: eval_strategy: no"):
         load_splits(load_pairs, config(tmp_path), evaluating=True)
-
-
-def test_a_test_split_that_is_there_is_loaded_or_its_mistake_said(tmp_path):
     write(tmp_path / "train.jsonl", pairs(0, 1))
     write(tmp_path / "test.jsonl", pairs(2))
     splits = load_splits(load_pairs, config(tmp_path), evaluating=False)

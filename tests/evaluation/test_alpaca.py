@@ -1,6 +1,7 @@
 """AlpacaEval against hand-computed rates, the packaged leaderboard, and a real judge server on loopback that fails."""
 
 import hashlib
+import itertools
 import json
 import logging
 import os
@@ -18,12 +19,22 @@ from rmipo.evaluation.alpaca import GAMED_FILE, REFERENCE_FILE
 from rmipo.fingerprints import trained_fingerprint
 from rmipo.generation.answers import check_settings
 from rmipo.record import package_versions
-from tests.helpers.alpaca_answers import OUTPUTS, REFERENCE, ROWS, SETTINGS
 from tests.helpers.answer_files import other_versions
 from tests.helpers.judge_server import JudgeServer, probability_of_first
 from tests.helpers.paths import ROOT
+from tests.helpers.rows import write
 from tests.helpers.tiny_model import write_model
 
+SETTINGS = alpaca.DEFAULTS | {"length_controlled": False, "concurrency": 4, "max_retries": 1, "timeout": 10}
+ROWS = 20
+REFERENCE = [
+    {"instruction": f"tell me {i} things of apple", "output": f"apple {i}" + " me" * (i % 3), "generator": "reference"}
+    for i in range(ROWS)
+]
+OUTPUTS = [
+    {"instruction": row["instruction"], "output": "tell " * (i % 2) + f"things {i} " * (i % 4), "generator": "ours"}
+    for i, row in enumerate(REFERENCE)
+]
 alpaca_eval = pytest.importorskip("alpaca_eval", reason="needs the extra `eval`")
 
 
@@ -41,9 +52,6 @@ def ask(server: JudgeServer, folder: Path, monkeypatch, **settings) -> dict:
 def verdicts(folder: Path) -> list[dict]:
     (file,) = folder.glob("verdicts-*.json")
     return json.loads(file.read_text())
-
-
-# Numbers
 
 
 def test_weighted_judge_gives_the_mean_probability(tmp_path, monkeypatch, api_key):
@@ -66,14 +74,25 @@ def test_weighted_judge_gives_the_mean_probability(tmp_path, monkeypatch, api_ke
         assert len(server.requests) == ROWS
 
 
-def test_another_endpoint_is_another_judge(tmp_path, monkeypatch, api_key):
+def test_another_endpoint_or_prompt_file_is_another_judge(tmp_path, monkeypatch, api_key):
     with JudgeServer() as first, JudgeServer() as second:
         ask(first, tmp_path, monkeypatch)
         ask(second, tmp_path, monkeypatch)
         assert len(first.requests) == len(second.requests) == ROWS
-
-
-# A judge that fails
+    packaged = Path(alpaca_eval.__file__).parent / "evaluators_configs"
+    judge, prompt = tmp_path / "judges/mine/configs.yaml", tmp_path / "judges/mine/prompt.txt"
+    judge.parent.mkdir(parents=True)
+    text = (packaged / "weighted_alpaca_eval_gpt4_turbo/configs.yaml").read_text()
+    judge.write_text(text.replace("alpaca_eval_clf_gpt4_turbo/alpaca_eval_clf.txt", "mine/prompt.txt"))
+    with JudgeServer() as server:
+        for asked, ending in ((1, ""), (2, "\n"), (2, "\n")):
+            prompt.write_text((packaged / "alpaca_eval_clf_gpt4_turbo/alpaca_eval_clf.txt").read_text() + ending)
+            ask(server, tmp_path / "verdicts", monkeypatch, annotators_config=str(judge.parent))
+            assert len(server.requests) == asked * ROWS
+        # The same judge in another place, as in the clone of another machine, has given its verdicts.
+        (tmp_path / "judges").rename(tmp_path / "moved")
+        ask(server, tmp_path / "verdicts", monkeypatch, annotators_config=str(tmp_path / "moved/mine"))
+        assert len(server.requests) == 2 * ROWS
 
 
 def test_unusable_verdicts_are_reported_counted_and_asked_again(tmp_path, monkeypatch, api_key):
@@ -108,23 +127,6 @@ def test_judge_without_any_usable_verdict_is_found_out_early(tmp_path, monkeypat
     assert metrics["alpacaeval2_wr"] == pytest.approx(expected_win_rate(range(ROWS)), abs=1e-6)
 
 
-def test_another_prompt_file_is_another_judge(tmp_path, monkeypatch, api_key):
-    packaged = Path(alpaca_eval.__file__).parent / "evaluators_configs"
-    judge, prompt = tmp_path / "judges/mine/configs.yaml", tmp_path / "judges/mine/prompt.txt"
-    judge.parent.mkdir(parents=True)
-    text = (packaged / "weighted_alpaca_eval_gpt4_turbo/configs.yaml").read_text()
-    judge.write_text(text.replace("alpaca_eval_clf_gpt4_turbo/alpaca_eval_clf.txt", "mine/prompt.txt"))
-    with JudgeServer() as server:
-        for asked, ending in ((1, ""), (2, "\n"), (2, "\n")):
-            prompt.write_text((packaged / "alpaca_eval_clf_gpt4_turbo/alpaca_eval_clf.txt").read_text() + ending)
-            ask(server, tmp_path / "verdicts", monkeypatch, annotators_config=str(judge.parent))
-            assert len(server.requests) == asked * ROWS
-        # The same judge in another place, as in the clone of another machine, has given its verdicts.
-        (tmp_path / "judges").rename(tmp_path / "moved")
-        ask(server, tmp_path / "verdicts", monkeypatch, annotators_config=str(tmp_path / "moved/mine"))
-        assert len(server.requests) == 2 * ROWS
-
-
 @pytest.mark.parametrize(  # html: once, the server then answers as before
     ("fault", "said", "last"), [("drop", "APIConnectionError", 99), ("html", "'<html>Bad gateway</html>'", 10)]
 )
@@ -141,9 +143,6 @@ def test_server_that_fails_is_named_and_leaves_the_verdicts_so_far(tmp_path, mon
         assert len(server.requests) - asked_before == ROWS - 8
     assert metrics["alpacaeval2_wr"] == pytest.approx(expected_win_rate(range(ROWS)), abs=1e-6)
     assert [row for row in verdicts(tmp_path) if row in kept] == kept
-
-
-# Before the first request
 
 
 def test_cost_is_printed_and_bounded_before_the_first_request(tmp_path, monkeypatch, api_key, capsys):
@@ -176,9 +175,6 @@ def test_judge_with_a_packaged_prompt_of_our_own(tmp_path, monkeypatch, api_key)
         with pytest.raises(EvaluationError, match=r"absent\.txt"):
             ask(server, tmp_path / "mine", monkeypatch, annotators_config=str(judge.parent))
         assert len(server.requests) == ROWS
-
-
-# Whole
 
 
 def test_answers_of_a_gpu_node_are_judged_where_there_is_a_network(tmp_path, monkeypatch, api_key):
@@ -242,16 +238,11 @@ def test_run_with_length_control_on_made_up_regularisation(tmp_path):
     snapshot = tmp_path / "hub/datasets--tatsu-lab--alpaca_eval/snapshots/0"
     snapshot.mkdir(parents=True)
     (snapshot / REFERENCE_FILE).write_text(json.dumps(rows))
-    refs = snapshot.parent.parent / "refs"
-    refs.mkdir()
-    (refs / "main").write_text("0")
-    header = "model,index,preference,std_delta_len,instruction_difficulty,not_gamed_baseline"
-    gamed = [
-        f"{m},{i},{0.2 + 0.6 * (i % 3) / 2},{(-1) ** m * 1.5},{(i % 5) / 5 - 0.4},False"
-        for m in (0, 1)
-        for i in range(40)
-    ]
-    (snapshot / GAMED_FILE).write_text("\n".join([header, *gamed]) + "\n")
+    write(snapshot.parents[1] / "refs/main", []).write_text("0")
+    gamed = ["model,index,preference,std_delta_len,instruction_difficulty,not_gamed_baseline"]
+    for m, i in itertools.product((0, 1), range(40)):
+        gamed.append(f"{m},{i},{0.2 + 0.6 * (i % 3) / 2},{(-1) ** m * 1.5},{(i % 5) / 5 - 0.4},False")
+    (snapshot / GAMED_FILE).write_text("\n".join(gamed) + "\n")
     generation = {"dtype": "float32", "engine": "transformers", "max_new_tokens": 8, "temperature": 1.0}
 
     trials = [{"generation": generation, "first_n": 39}, {"generation": generation}]

@@ -28,12 +28,10 @@ from tests.helpers.rows import assistant, pair, user, write
 from tests.helpers.tiny_model import write_model
 
 TINY = ROOT / "recipes/tiny/rmipo.yaml"
-SETTINGS = sorted(ROOT.glob("recipes/*/eval.yaml"))
 
 
 @pytest.fixture
 def outputs(tmp_path) -> Path:
-    """A random model as tiny's rmipo run, and pairs to ask it about."""
     folder = tmp_path / "outputs"
     for method, seed in (("rmipo", 0), ("simpo", 1)):
         write_model(folder / "tiny" / method, seed)
@@ -46,15 +44,11 @@ def run(script: str, outputs: Path, *arguments: str, **environment: str) -> Ende
     return run_here(script, "--model", "tiny", "--outputs", str(outputs), *arguments, env=environment)
 
 
-@pytest.mark.parametrize("path", SETTINGS, ids=lambda path: path.parent.name)
-def test_every_eval_yaml_has_known_keys_alone(path):
-    settings = load_settings(path, [])
-    assert settings
-    if "generation" in settings:
-        check_settings(settings["generation"])
-
-
-def test_settings_are_read_as_recipes_are(tmp_path, monkeypatch):
+def test_settings_are_read_as_recipes_are_and_compared_with_a_results(tmp_path, monkeypatch):
+    for path in ROOT.glob("recipes/*/eval.yaml"):
+        settings = load_settings(path, [])
+        assert settings
+        check_settings(settings.get("generation", {}))
     monkeypatch.setenv("HOME", "/users/me")
     path = tmp_path / "eval.yaml"
     path.write_text("alpacaeval:\n  max_cost: 1e1\n  reference: ~/x.jsonl\nhh:\n")
@@ -65,6 +59,16 @@ def test_settings_are_read_as_recipes_are(tmp_path, monkeypatch):
         path.write_text(text)
         with pytest.raises(UserError, match=r"eval\.yaml.*\b(hh|a)\b"):
             load_settings(path, [])
+    monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
+    recorded = {"limit": 4, "price": [1.0, 2.0], "generation": {"temperature": 0.9, "engine": "vllm"}}
+    assert contradictions({"price": [9.0, 9.0], "generation": {"engine": "auto"}, "limit": 4}, recorded) == []
+    assert contradictions({"limit": 8, "generation": {"temperature": 0.1}}, recorded) == [
+        "limit is 4 there, 8 here", "generation.temperature is 0.9 there, 0.1 here",
+    ]  # fmt: skip
+    monkeypatch.setenv("OPENAI_BASE_URL", "http://127.0.0.1:8000/v1/")
+    judged = {"judge_endpoint": "api.openai.com/v1"}
+    assert contradictions({}, judged) == ["the judge's endpoint is api.openai.com/v1 there, 127.0.0.1:8000/v1 here"]
+    assert contradictions({}, {"judge_endpoint": "127.0.0.1:8000/v1"}) == []
 
 
 @pytest.mark.parametrize(
@@ -99,7 +103,6 @@ def test_models_that_are_none(outputs):
 
 
 def small_recipe(tmp_path: Path, source: Path, template: Path | None = None) -> Path:
-    """Tiny's recipe of the setting `small`, from the model in `source`."""
     recipe = tmp_path / "recipes/small/rmipo.yaml"
     recipe.parent.mkdir(parents=True, exist_ok=True)
     changes = {"model_name_or_path": str(source), "chat_template": template and str(template)}
@@ -136,7 +139,7 @@ def change_template(folder: Path, *replaced: tuple[str, str]) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def test_model_trained_with_another_template_is_refused(outputs):
+def test_model_trained_with_another_template_or_header_is_refused(outputs):
     folder = outputs / "tiny/rmipo"
     probe = record(folder)
     assert model_folder(TINY, outputs, "rmipo") == folder
@@ -150,16 +153,13 @@ def test_model_trained_with_another_template_is_refused(outputs):
     change_template(folder, ("{{ m['content'] }}", "w0 {{ m['content'] }}"))
     done = run("evaluate", outputs, "--bench", "hh")
     assert done.code == 2 and done.err.startswith(f"error: {folder} was trained with another chat template")
-
-
-def test_a_longer_header_than_that_of_the_training_is_refused(outputs):
-    """As of templates that open and close a thought in front of the last answer alone: no earlier turn shows it."""
-    folder = outputs / "tiny/rmipo"
+    folder = outputs / "tiny/simpo"
     record(folder)
+    # Of templates that open and close a thought in front of the last answer alone: no earlier turn shows it.
     role, last = "<{{ m['role'] }}>", "{% if loop.last and m['role'] == 'assistant' %} w3{% endif %}"
     change_template(folder, (role, role + last), ("<assistant> {% endif %}", "<assistant> w3 {% endif %}"))
-    with pytest.raises(EvaluationError, match="rmipo was trained with another chat template"):
-        model_folder(TINY, outputs, "rmipo")
+    with pytest.raises(EvaluationError, match="simpo was trained with another chat template"):
+        model_folder(TINY, outputs, "simpo")
 
 
 def test_initial_model_is_held_to_its_own_training(outputs, tmp_path):
@@ -260,7 +260,7 @@ def test_eval_command_from_generation_to_result_files(outputs):
     assert not any("sk-secret" in path.read_text() for path in folder.rglob("*.json*"))
 
 
-def test_samples_side_by_side(outputs):
+def test_samples_side_by_side_and_of_a_reference(outputs):
     prompts = ["--prompt", "w1 <b> & w2", "--prompt", "w3 ```"]
     done = run("samples", outputs, "--methods", "rmipo,simpo", *prompts)
     assert done.code == 0, done.err
@@ -277,9 +277,6 @@ def test_samples_side_by_side(outputs):
     in_order = ["w1 <b> & w2", "**rmipo**", answers["rmipo"][0].split("\n")[0]]
     assert [markdown.index(text) for text in in_order] == sorted(markdown.index(text) for text in in_order)
     assert "> ````text\n> w3 ```\n> ````" in markdown  # a fence longer than the text's own
-
-
-def test_samples_of_a_reference_show_its_answers(outputs):
     choose = runpy.run_path(str(ROOT / "scripts/samples.py"))["choose_prompts"]
     prompts, known = choose(None, {"reference": f"{outputs}/pairs/test.jsonl", "first_n": 4})
     assert prompts == [f"w{i} w{i + 1}" for i in range(4)] and known == {"reference": ["w1 w2 w3"] * 4}
@@ -287,7 +284,7 @@ def test_samples_of_a_reference_show_its_answers(outputs):
     assert choose(None, {"prompts": ["of the setting"]}) == (["of the setting"], {})
 
 
-def test_a_folder_is_evaluated_as_its_own_generation_config_says(tmp_path):
+def test_folders_and_hub_models_are_targets(tmp_path, monkeypatch):
     model = tmp_path / "somewhere/model"
     write_model(model)
     own = {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "top_k": 7, "eos_token_id": [1, 9]}
@@ -296,20 +293,13 @@ def test_a_folder_is_evaluated_as_its_own_generation_config_says(tmp_path):
     assert target.folder == model
     settings = {"dtype": "auto", "temperature": 0.6, "top_p": 0.9, "top_k": 7, "max_new_tokens": 5}
     assert target.settings == {"generation": settings}
-    (model / "generation_config.json").write_text(json.dumps(own | {"do_sample": False}))
-    greedy = find_target(str(model), None, tmp_path / "outputs", [])
-    assert greedy.settings == {"generation": {"dtype": "auto", "temperature": 0.0}}
-    (model / "generation_config.json").write_text(json.dumps({"do_sample": True}))  # at transformers' own temperature
-    sampled = find_target(str(model), None, tmp_path / "outputs", [])
-    assert sampled.settings == {"generation": {"dtype": "auto", "temperature": 1.0}}
-
-
-def test_a_hub_model_is_linked_below_outputs(tmp_path, monkeypatch):
+    for config, temperature in ((own | {"do_sample": False}, 0.0), ({"do_sample": True}, 1.0)):  # 1: transformers' own
+        (model / "generation_config.json").write_text(json.dumps(config))
+        found = find_target(str(model), None, tmp_path / "outputs", [])
+        assert found.settings == {"generation": {"dtype": "auto", "temperature": temperature}}
     snapshot = tmp_path / "hub/models--owner--name/snapshots/0"
     write_model(snapshot)
-    refs = snapshot.parents[1] / "refs"
-    refs.mkdir()
-    (refs / "main").write_text("0")
+    write(snapshot.parents[1] / "refs/main", []).write_text("0")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     target = find_target("owner/name", None, tmp_path / "outputs", [])
     assert target.folder == tmp_path / "outputs/owner--name/initial"
@@ -317,28 +307,24 @@ def test_a_hub_model_is_linked_below_outputs(tmp_path, monkeypatch):
     assert "chat_template.jinja" in {path.name for path in target.folder.iterdir()}
 
 
-def test_settings_that_contradict_a_result(monkeypatch):
-    monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
-    recorded = {"limit": 4, "price": [1.0, 2.0], "generation": {"temperature": 0.9, "engine": "vllm"}}
-    assert contradictions({"price": [9.0, 9.0], "generation": {"engine": "auto"}, "limit": 4}, recorded) == []
-    assert contradictions({"limit": 8, "generation": {"temperature": 0.1}}, recorded) == [
-        "limit is 4 there, 8 here", "generation.temperature is 0.9 there, 0.1 here",
-    ]  # fmt: skip
-    monkeypatch.setenv("OPENAI_BASE_URL", "http://127.0.0.1:8000/v1/")
-    judged = {"judge_endpoint": "api.openai.com/v1"}
-    assert contradictions({}, judged) == ["the judge's endpoint is api.openai.com/v1 there, 127.0.0.1:8000/v1 here"]
-    assert contradictions({}, {"judge_endpoint": "127.0.0.1:8000/v1"}) == []
-
-
-def test_max_cost_is_that_of_the_judges(outputs):
+@pytest.mark.parametrize(
+    ("bench", "fault", "cost", "named"),
+    [
+        ("mtbench", "429", "", "RateLimitError"),
+        ("alpacaeval", "html", "", "<html>Bad gateway</html>"),
+        ("alpacaeval", None, "1e-6", "max_cost 1e-06"),
+    ],
+)
+def test_a_judge_that_cannot_work_or_costs_too_much_is_named(outputs, bench, fault, cost, named):
     pytest.importorskip("alpaca_eval", reason="needs the extra `eval`")
-    arguments = ("--bench", "alpacaeval", "--set", f"alpacaeval.reference={outputs}/pairs/test.jsonl")
+    arguments = ("--bench", bench, "--method", "rmipo", "--set", f"alpacaeval.reference={outputs}/pairs/test.jsonl")
     arguments += ("--set", "alpacaeval.price=[10, 30]")  # tiny's own is free
-    with JudgeServer() as server:
-        judge = {"OPENAI_API_KEY": "none", "OPENAI_BASE_URL": server.url}
-        done = run("evaluate", outputs, *arguments, MAX_COST="1e-6", **judge)
-        assert done.code == 2 and "max_cost 1e-06" in done.err, done.err
-        assert len(server.requests) == 1  # whether it is there
+    with JudgeServer(fault=lambda number: fault) as server:
+        judge = {"OPENAI_BASE_URL": server.url, "OPENAI_API_KEY": "none", "MAX_COST": cost}
+        done = run("evaluate", outputs, *arguments, **judge)
+        assert done.code == 2 and named in done.err and "Traceback" not in done.err, done.err
+        assert len(server.requests) <= 2  # whether it is there
+    assert cost or not (outputs / "tiny/rmipo/eval/answers").exists()  # before anything is loaded
 
 
 def test_one_evaluation_at_a_time_of_a_model_and_a_benchmark(outputs):
@@ -354,17 +340,3 @@ def test_one_evaluation_at_a_time_of_a_model_and_a_benchmark(outputs):
     assert done.code == 0, done.err
     result = json.loads((outputs / "tiny/rmipo/eval/hh.json").read_text())
     assert result["commit"] == environment()["commit"] and result["hardware"] and not lock.exists()
-
-
-@pytest.mark.parametrize(
-    ("bench", "fault", "named"),
-    [("mtbench", "429", "RateLimitError"), ("alpacaeval", "html", "<html>Bad gateway</html>")],
-)
-def test_a_judge_that_cannot_work_is_named_before_anything_is_loaded(outputs, bench, fault, named):
-    pytest.importorskip("alpaca_eval", reason="needs the extra `eval`")
-    arguments = ("--bench", bench, "--method", "rmipo", "--set", f"alpacaeval.reference={outputs}/pairs/test.jsonl")
-    with JudgeServer(fault=lambda number: fault) as server:
-        done = run("evaluate", outputs, *arguments, OPENAI_BASE_URL=server.url, OPENAI_API_KEY="none")
-        assert done.code == 2 and named in done.err and "Traceback" not in done.err, done.err
-        assert len(server.requests) <= 2
-    assert not (outputs / "tiny/rmipo/eval/answers").exists()

@@ -11,17 +11,17 @@ from rmipo.evaluation.hh import run
 from rmipo.reporting.provenance import deviations
 from rmipo.reporting.results import Result
 from rmipo.training.loading import LoadingError
+from tests.helpers.rows import write
 from tests.helpers.tiny_model import naive_scores, write_model
 
 
 def write_pairs(folder, offset: int) -> list[dict]:
-    folder.mkdir()
     pairs = []
     for i in range(offset, offset + 12):
         words = [f"w{(7 * i + 3 * k) % 20}" for k in range(12)]
         response = {"chosen": " ".join(words[2 : 4 + i % 4]), "rejected": " ".join(words[6 : 9 + i % 3])}
         pairs.append({"prompt": " ".join(words[:2]), **response})
-    (folder / "test.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    write(folder / "test.jsonl", pairs)
     return pairs
 
 
@@ -38,6 +38,12 @@ def test_run_against_unpacked_scoring(tmp_path):
     result = run(model, tmp_path / "eval", settings | {"dtype": "float32"})
 
     metrics = result["metrics"]
+    assert result["settings"]["other_pairs"] == sorted(
+        str(tmp_path / name) for name in subsets
+    )  # not Anthropic's: a trial
+    path = tmp_path / "hh.json"
+    (trial,) = deviations(Result(path, "tiny", "hh", metrics, result["versions"], result["settings"]))
+    assert "TRIAL" in trial and str(tmp_path / "helpful") in trial
     assert result["settings"]["pairs_sha256"].keys() == subsets.keys()
     assert len(set(result["settings"]["pairs_sha256"].values())) == 2  # other pairs, another hash
     for name, pairs in subsets.items():
@@ -89,38 +95,24 @@ def test_wrong_settings_are_refused_before_a_model_is_loaded(tmp_path, settings,
         run(tmp_path / "no-model", tmp_path, settings)
 
 
-@pytest.fixture
-def run_helpful(tmp_path):
-    """The benchmark on twelve pairs, with a model whose files a test may have changed."""
-    write_model(tmp_path / "model")
+@pytest.mark.parametrize(
+    ("change", "error", "named"),
+    [
+        (
+            {"max_position_embeddings": 3},
+            LoadingError,
+            "3 positions",
+        ),  # rotary embeddings would score beyond in silence
+        ({"vocab_size": 24}, LoadingError, "embeddings"),
+        ({}, EvaluationError, "chosen_logps"),  # NaN: every comparison is False, a win rate of 0%
+    ],
+)
+def test_a_model_that_cannot_score_the_pairs_has_no_win_rate(tmp_path, change, error, named):
+    folder = write_model(tmp_path / "model")
     write_pairs(tmp_path / "pairs", 0)
-    return lambda: run(tmp_path / "model", tmp_path / "eval", {"helpful": {"dataset_name": str(tmp_path / "pairs")}})
-
-
-def test_other_pairs_than_anthropics_make_it_a_trial(tmp_path, run_helpful):
-    found = run_helpful()
-    settings = found["settings"]
-    assert settings["other_pairs"] == [str(tmp_path / "pairs")]
-    (trial,) = deviations(Result(tmp_path / "hh.json", "tiny", "hh", found["metrics"], found["versions"], settings))
-    assert "TRIAL" in trial and str(tmp_path / "pairs") in trial
-
-
-def test_a_model_whose_scores_are_no_numbers_has_no_win_rate(tmp_path, run_helpful):
-    """Every comparison with NaN is False: a win rate of 0%."""
-    path = tmp_path / "model/model.safetensors"
-    weights = load_file(path)
-    weights["model.norm.weight"] *= torch.nan
-    save_file(weights, path, metadata={"format": "pt"})
-    with pytest.raises(EvaluationError, match="chosen_logps"):
-        run_helpful()
-
-
-@pytest.mark.parametrize(("change", "named"), [("positions", "3 positions"), ("vocabulary", "embeddings")])
-def test_what_a_model_has_no_position_or_embedding_for_is_refused(tmp_path, run_helpful, change, named):
-    """Rotary embeddings would score positions beyond the model's in silence."""
-    path = tmp_path / "model/config.json"
-    config = json.loads(path.read_text())
-    changes = {"positions": {"max_position_embeddings": 3}, "vocabulary": {"vocab_size": config["vocab_size"] - 1}}
-    path.write_text(json.dumps(config | changes[change]))
-    with pytest.raises(LoadingError, match=named):
-        run_helpful()
+    (folder / "config.json").write_text(json.dumps(json.loads((folder / "config.json").read_text()) | change))
+    weights = load_file(folder / "model.safetensors")
+    weights["model.norm.weight"] *= 1 if change else torch.nan
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(error, match=named):
+        run(folder, tmp_path / "eval", {"helpful": {"dataset_name": str(tmp_path / "pairs")}})

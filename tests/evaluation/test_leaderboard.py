@@ -44,7 +44,7 @@ def raw_results() -> dict[str, dict]:
     return results
 
 
-def test_metrics_by_hand():
+def test_metrics_and_their_errors_by_hand():
     found = {name: value for task in TASKS for name, value in metrics_of(task, raw_results()).items()}
     values = {name: value for name, value in found.items() if not name.endswith("_standard_error")}
     # MATH by size: (300 x 20 + 100 x 4) / 400 by the original scorer, (300 x 50 + 100 x 10) / 400 by Math-Verify.
@@ -58,10 +58,7 @@ def test_metrics_by_hand():
     assert found["bbh_standard_error"] == pytest.approx(squares**0.5 / 24)
     assert found["math_standard_error"] == pytest.approx(((3 * 3) ** 2 + (1 * 4) ** 2) ** 0.5 / 4)
     assert found["gpqa_standard_error"] == pytest.approx(((3 * 3) ** 2 + (1 * 4) ** 2) ** 0.5 / 4 / 0.75)
-
-
-def test_ifeval_error_by_leaving_prompts_out():
-    """The same number by the jackknife, which knows nothing of linearised ratios."""
+    # The same number by the jackknife, which leaves prompts out and knows nothing of linearised ratios.
     rng = np.random.default_rng(0)
     counts = rng.integers(1, 4, 400)
     followed = [list(map(bool, rng.random(n) < 0.3 + 0.4 * rng.random())) for n in counts]
@@ -76,18 +73,6 @@ def test_ifeval_error_by_leaving_prompts_out():
     assert ifeval_error(samples) == pytest.approx(jackknife, rel=1e-3)
 
 
-def test_what_is_missing_is_found_before_anything_loads(tmp_path, monkeypatch):
-    with pytest.raises(EvaluationError, match=r"unknown \['ifevl'\]"):
-        run("no/such/model", tmp_path, {"tasks": ["ifevl"]})
-    pytest.importorskip("nltk")
-    monkeypatch.setattr("nltk.data.path", [str(tmp_path)])
-    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(EvaluationError) as raised:
-        run("no/such/model", tmp_path, {})
-    for named in ("punkt_tab", "Idavidrein/gpqa", "hf auth login", "SaylorTwift/bbh", "TIGER-Lab/MMLU-Pro"):
-        assert named in str(raised.value)
-
-
 def test_a_trials_tasks_are_not_taken_for_the_benchmarks(tmp_path, monkeypatch):
     pytest.importorskip("lm_eval")
     write_model(tmp_path / "model")
@@ -100,7 +85,7 @@ def test_a_trials_tasks_are_not_taken_for_the_benchmarks(tmp_path, monkeypatch):
         assert len(asked) == count
 
 
-def test_data_that_is_checked_is_what_lm_eval_reads():
+def test_data_and_choices_are_those_of_lm_eval():
     tasks = Path(pytest.importorskip("lm_eval.tasks").__path__[0])
     folders = {name: tasks / "leaderboard" / name for name in TASKS} | {"gsm8k": tasks / "gsm8k"}
     folders |= {name: tasks / path for name, path in {"bbh": "leaderboard/bbh_mc", "mmlu": "mmlu/default"}.items()}
@@ -108,23 +93,28 @@ def test_data_that_is_checked_is_what_lm_eval_reads():
     for name, folder in folders.items():
         texts = [file.read_text() for file in folder.glob("*yaml")]
         assert {path for text in texts for path in named.findall(text)} == {TASKS[name].data}, name
-
-
-def test_what_lm_eval_takes_in_place_of_a_whole_number():
-    for wrong in ({"batch_size": "auto:0"}, {"batch_size": "automatic"}, {"limit": 1.5}, {"limit": 0.0}):
-        with pytest.raises(EvaluationError, match=next(iter(wrong))):
-            merge_settings("leaderboard", leaderboard.DEFAULTS, wrong)
-    settings = merge_settings("leaderboard", leaderboard.DEFAULTS, {"batch_size": "auto:4", "limit": 0.25})
-    assert (settings["batch_size"], settings["limit"]) == ("auto:4", 0.25)
-
-
-def test_choices_match_lm_evals_tasks():
-    tasks = pytest.importorskip("lm_eval.tasks").__path__[0]
     counted = {}
     for name in BBH_CHOICES:
         with open(f"{tasks}/leaderboard/bbh_mc/{name}.yaml") as file:
             counted[name] = len(yaml.safe_load(file)["doc_to_choice"])
     assert counted == BBH_CHOICES
+
+
+def test_what_is_missing_or_wrong_is_found_before_anything_loads(tmp_path, monkeypatch):
+    for wrong in ({"batch_size": "auto:0"}, {"batch_size": "automatic"}, {"limit": 1.5}, {"limit": 0.0}):
+        with pytest.raises(EvaluationError, match=next(iter(wrong))):
+            merge_settings("leaderboard", leaderboard.DEFAULTS, wrong)
+    settings = merge_settings("leaderboard", leaderboard.DEFAULTS, {"batch_size": "auto:4", "limit": 0.25})
+    assert (settings["batch_size"], settings["limit"]) == ("auto:4", 0.25)
+    with pytest.raises(EvaluationError, match=r"unknown \['ifevl'\]"):
+        run("no/such/model", tmp_path, {"tasks": ["ifevl"]})
+    pytest.importorskip("nltk")
+    monkeypatch.setattr("nltk.data.path", [str(tmp_path)])
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(EvaluationError) as raised:
+        run("no/such/model", tmp_path, {})
+    for named in ("punkt_tab", "Idavidrein/gpqa", "hf auth login", "SaylorTwift/bbh", "TIGER-Lab/MMLU-Pro"):
+        assert named in str(raised.value)
 
 
 def test_lm_eval_on_the_tiny_settings_tasks(tmp_path, monkeypatch):

@@ -1,18 +1,21 @@
-"""How models rank the initial model's answers: the AUC by hand, and the benchmark against one sequence at a time."""
+"""Short tasks: how models rank the initial model's answers, against one sequence at a time, and which they solve."""
 
 import json
 import statistics
 
 import pytest
 
-pytest.importorskip("lm_eval", reason="needs the extra `eval`")
-
 from rmipo.constraints import prompts as prompts_module
+from rmipo.constraints.instructions import DRAWN, answered, followed, solved
 from rmipo.errors import EvaluationError
 from rmipo.evaluation import BENCHMARKS, ranking
+from rmipo.evaluation.constraints import BOILERPLATE, FAMILIES, by_family, fixed_text
 from rmipo.evaluation.ranking import auc, by_prompt, verified
 from rmipo.generation.answers import ENGINES
 from tests.helpers.tiny_model import naive_scores, write_model
+
+pytest.importorskip("lm_eval", reason="needs the extra `eval`")
+
 
 GENERATION = {"temperature": 1.0, "max_new_tokens": 20, "dtype": "float32", "engine": "transformers"}
 SETTINGS = {"generation": GENERATION, "first_n": 6, "skip_n": 1, "answers": 5}
@@ -35,14 +38,10 @@ def models(tmp_path, monkeypatch):
     return tmp_path / "initial", tmp_path / "model"
 
 
-def test_the_auc_is_the_share_of_couples_and_a_tie_is_half():
-    # (3, 1), (3, 2) and (2, 1) are won, (2, 2) is a tie.
+def test_aucs_and_verdicts_by_hand():
     assert auc([3.0, 1.0, 2.0, 2.0], [True, False, True, False]) == 87.5
     assert auc([-5.0, -4.0, -3.0], [True, False, False]) == 0.0
     assert auc([1.0, 2.0], [True, True]) is auc([1.0, 2.0], [False, False]) is auc([], []) is None
-
-
-def test_answers_are_ranked_among_those_to_the_same_prompt():
     rows = [
         {"prompt": prompt, "right": right, "logp": logp, "pmi": pmi}
         for prompt, right, logp, pmi in [
@@ -52,6 +51,10 @@ def test_answers_are_ranked_among_those_to_the_same_prompt():
         ]
     ]  # fmt: skip
     assert by_prompt(rows, 4) == {"ranking_auc": [50.0, None, 0.0, None], "ranking_pmi_auc": [50.0, None, 100.0, None]}
+    prompt = {"keywords": ["a", "d"], "subject": ["a", "d"], "constraints": [COMMA, TITLE]}
+    answers = ["a", "<<a>>, d", "<<a>>", "<<d>>", "<<d>>", "<<b>>"]
+    finishes = ["stop", "stop", "length", "stop", "stop", "stop"]
+    assert verified(prompt, answers, finishes) == {"a": False, "<<a>>, d": False, "<<d>>": True, "<<b>>": False}
 
 
 def test_the_benchmark_against_one_sequence_at_a_time(models, tmp_path, monkeypatch):
@@ -73,8 +76,8 @@ def test_the_benchmark_against_one_sequence_at_a_time(models, tmp_path, monkeypa
         verdicts += found.values()
         if len({*found.values()}) < 2:
             assert not mine
-            expected["ranking_auc"].append(None)
-            expected["ranking_pmi_auc"].append(None)
+            for values in expected.values():
+                values.append(None)
             continue
         assert [(row["answer"], row["right"]) for row in mine] == [*found.items()]
         pairs = [{"prompt": prompt["prompt"], "chosen": row["answer"], "rejected": row["answer"]} for row in mine]
@@ -102,20 +105,72 @@ def test_the_benchmark_against_one_sequence_at_a_time(models, tmp_path, monkeypa
     assert itself["settings"] == result["settings"] and itself["metrics"]["ranking_auc"] != metrics["ranking_auc"]
 
 
-def test_a_whole_text_counts_once_and_is_right_if_it_follows_all():
-    prompt = {"keywords": ["a", "d"], "subject": ["a", "d"], "constraints": [COMMA, TITLE]}
-    answers = ["a", "<<a>>, d", "<<a>>", "<<d>>", "<<d>>", "<<b>>"]
-    finishes = ["stop", "stop", "length", "stop", "stop", "stop"]
-    assert verified(prompt, answers, finishes) == {"a": False, "<<a>>, d": False, "<<d>>": True, "<<b>>": False}
-
-
-def test_prompts_of_one_kind_say_what_to_do(models, tmp_path):
+def test_what_cannot_be_ranked_says_what_to_do(models, tmp_path):
     settings = SETTINGS | {"generation": GENERATION | {"temperature": 0.0}}
     with pytest.raises(EvaluationError, match=r"none of 6 prompts .*% cut.*ranking\.first_n"):
         ranking.run(models[0], tmp_path / "eval", settings)  # greedy: five times the same answer
-
-
-def test_an_initial_model_of_the_hub_has_to_be_a_folder(models, tmp_path):
     (models[1] / "run.json").write_text(json.dumps({"recipe": {"model_name_or_path": "owner/name"}}))
     with pytest.raises(EvaluationError, match=r"owner/name is no folder.*METHOD=initial.*ranking\.initial"):
         ranking.run(models[1], tmp_path / "eval", SETTINGS)
+
+
+TASKS = [
+    {"prompt": f"w{i} w{2 * i}", "keywords": [f"w{i}{n}" for n in range(5)], "subject": ["w"], "constraints": [asked]}
+    for i, asked in enumerate([COMMA] * 7 + [TITLE] * 2)
+]
+
+
+def test_shares_of_answers_that_solve_answer_and_follow(tmp_path, monkeypatch):
+    """On tasks that a small model solves by chance."""
+    monkeypatch.setattr(prompts_module, "read_prompts", {"test": TASKS}.get)
+    write_model(tmp_path)
+
+    def run(**settings):
+        settings["generation"] = GENERATION | {"max_new_tokens": 12}
+        result = BENCHMARKS["constraints"].run(tmp_path, tmp_path / "eval", settings)
+        return result, [json.loads(line) for line in (tmp_path / "eval/constraints.jsonl").read_text().splitlines()]
+
+    result, rows = run(answers=8)
+    metrics = result["metrics"]
+    assert len(rows) == 9 and all(len(row["answers"]) == 8 for row in rows)
+    assert sum(len(set(row["answers"])) > 4 for row in rows) > 6  # one seed for each answer
+    (path,) = (tmp_path / "eval/answers").glob("*.jsonl")
+    sampled = sorted((json.loads(line) for line in path.read_text().splitlines()[1:]), key=lambda row: row["key"])
+    ends = [answer["finish"] != "length" for answer in sampled]
+    assert [answer for row in rows for answer in row["answers"]] == [answer["output"] for answer in sampled]
+    expected = {"constraints_solved": [], "constraints_answered": [], "constraints_all": []}
+    for number, row in enumerate(rows):
+        whole = ends[8 * number : 8 * number + 8]
+        good = [solved(row, answer) and ended for answer, ended in zip(row["answers"], whole, strict=True)]
+        expected["constraints_solved"].append(100 * statistics.mean(good))
+        expected["constraints_answered"].append(100 * statistics.mean(answered(row, a) for a in row["answers"]))
+        follows = [all(followed(row["constraints"], answer)) for answer in row["answers"]]
+        expected["constraints_all"].append(100 * statistics.mean(follows))
+    assert len({statistics.mean(values) for values in expected.values()}) == 3 and 0 < sum(ends) < 72
+    assert result["per_prompt"] == expected
+    for name, values in expected.items():
+        assert metrics[name] == pytest.approx(statistics.mean(values))
+        # The error is over prompts.
+        assert metrics[f"{name}_standard_error"] == pytest.approx(statistics.stdev(values) / 3)
+    assert metrics["constraints_cut"] == pytest.approx(100 * (72 - sum(ends)) / 72)
+    assert by_family(rows).items() <= metrics.items()
+    fixed = fixed_text(TASKS)
+    assert metrics["constraints_fixed"] == pytest.approx(100 / 9 * sum(solved(row, fixed) for row in TASKS))
+    assert metrics["constraints_repeated"] == pytest.approx(100 / 9 * sum(solved(row, row["prompt"]) for row in TASKS))
+    _, rows = run(first_n=3, skip_n=2)
+    assert [row["prompt"] for row in rows] == [row["prompt"] for row in TASKS[2:5]]
+
+
+def test_fixed_texts_and_families():
+    """docs/RESULTS.md has its share beside the models'."""
+    reported, boilerplate = prompts_module.read_prompts("test")[100:], "\n".join(BOILERPLATE)
+    counts = [sum(solved(row, text) for row in reported) for text in (fixed_text(reported), boilerplate)]
+    assert len(reported) == 473 and counts == [30, 0]
+    assert sum(all(followed(row["constraints"], boilerplate)) for row in reported) == 311
+    title, comma = ({"id": name} for name in ("detectable_format:title", "punctuation:no_comma"))
+    rows = [
+        {"constraints": [title, comma], "followed": [[True, False], [True, True]]},
+        {"constraints": [comma], "followed": [[False], [False]]},
+    ]
+    assert by_family(rows) == {"constraints_title": 100.0, "constraints_no_comma": 25.0}
+    assert [name.partition(":")[2] for name in DRAWN] == list(FAMILIES)

@@ -5,25 +5,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from transformers import AutoTokenizer, LlamaForSequenceClassification
 
 from rmipo.evaluation import reward
 from rmipo.evaluation.statistics import bootstrap, standard_error, wins
-from tests.helpers.reward_models import write_reward_model
+from tests.helpers.reward_models import reward_alone, write_reward_model
 from tests.helpers.tiny_model import write_model
 
 PROMPTS = 12
 GENERATION = {"dtype": "float32", "engine": "transformers", "max_new_tokens": 8, "temperature": 1.0}
-
-
-def reward_alone(folder: Path, prompt: str, answer: str) -> float:
-    """One dialogue without padding: the score at its last token."""
-    tokenizer, model = AutoTokenizer.from_pretrained(folder), LlamaForSequenceClassification.from_pretrained(folder)
-    model.config.pad_token_id = None  # else the score would be that of the last other token
-    words = ["<s>", "<user>", *prompt.split(), "<assistant>", *answer.split(), "</s>"]
-    with torch.no_grad():
-        return model(torch.tensor([tokenizer.convert_tokens_to_ids(words)])).logits.item()
 
 
 @pytest.fixture
@@ -53,22 +42,21 @@ def test_rewards_against_scoring_one_by_one(outputs, monkeypatch):
     assert evaluate(outputs.relative_to(Path.cwd()), "rmipo")["metrics"] == result["metrics"]  # deterministic
 
 
-def test_rewards_are_not_taken_from_another_reward_model(outputs):
+def answers_of(outputs, method):
+    (file,) = (outputs / method / "eval/answers").glob("*.jsonl")
+    return file, file.read_text().splitlines(keepends=True)
+
+
+def test_rewards_are_not_taken_from_another_reward_model_or_other_answers(outputs):
     first = evaluate(outputs, "rmipo")
     write_reward_model(outputs / "scorer/model", seed=1)
     second = evaluate(outputs, "rmipo")
     assert first["metrics"]["reward"] != second["metrics"]["reward"]
     assert first["settings"]["model_fingerprint"] != second["settings"]["model_fingerprint"]
-
-
-def test_rewards_are_not_taken_from_other_answers(outputs):
-    first = evaluate(outputs, "rmipo")["metrics"]
-    (file,) = (outputs / "rmipo/eval/answers").glob("*.jsonl")
-    header, *lines = file.read_text().splitlines(keepends=True)
-    answers = [json.loads(line) for line in lines]
-    answers[0]["output"] = "w1 w2 w3 w4 w5 w6 w7"
-    file.write_text(header + "".join(json.dumps(answer) + "\n" for answer in answers))
-    assert abs(evaluate(outputs, "rmipo")["metrics"]["reward"] - first["reward"]) > 1e-4
+    file, (header, answer, *lines) = answers_of(outputs, "rmipo")
+    changed = json.loads(answer) | {"output": "w1 w2 w3 w4 w5 w6 w7"}
+    file.write_text("".join([header, json.dumps(changed) + "\n", *lines]))
+    assert abs(evaluate(outputs, "rmipo")["metrics"]["reward"] - second["metrics"]["reward"]) > 1e-4
 
 
 def test_statistics_by_hand():

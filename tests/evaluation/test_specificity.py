@@ -13,20 +13,18 @@ from rmipo.evaluation.statistics import repeated_share
 from rmipo.generation.likelihood import Likelihood
 from tests.helpers.rows import user
 from tests.helpers.tiny_model import write_model
+from tests.references.padded import padded_token_logps
 
 
-def test_prompts_that_can_not_be_used_are_counted(tmp_path):
-    write_model(tmp_path / "model")
-    (tmp_path / "prompts.jsonl").write_text('{"prompt": " ", "n": 1}\n{"prompt": "", "n": 2}\n')
-    with pytest.raises(EvaluationError, match="an empty message': 2"):
-        BENCHMARKS["specificity"].run(tmp_path / "model", tmp_path, {"prompts": str(tmp_path / "prompts.jsonl")})
-
-
-def test_an_answer_too_long_to_follow_the_longest_prompt(tmp_path):
+def test_what_cannot_be_scored_is_named(tmp_path):
     write_model(tmp_path)
     prompts = [[user(" ".join(["w1"] * count))] for count in (1, 100)]
     with pytest.raises(EvaluationError, match="144 tokens"):
         specificity.score_answers(Likelihood(tmp_path, "float32"), prompts, [" ".join(["w2"] * 40), "w3"])
+    write_model(tmp_path / "model")
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": " ", "n": 1}\n{"prompt": "", "n": 2}\n')
+    with pytest.raises(EvaluationError, match="an empty message': 2"):
+        BENCHMARKS["specificity"].run(tmp_path / "model", tmp_path, {"prompts": str(tmp_path / "prompts.jsonl")})
 
 
 def test_benchmark_against_one_sequence_at_a_time(tmp_path):
@@ -44,10 +42,9 @@ def test_benchmark_against_one_sequence_at_a_time(tmp_path):
     models = {name: AutoModelForCausalLM.from_pretrained(folder) for name, folder in (("0", initial), ("1", model))}
 
     def logp(name: str, context: list[str], answer: str) -> float:
-        ids = tokenizer.convert_tokens_to_ids([*context, *answer.split(), "</s>"])
+        texts = tuple(tokenizer.convert_tokens_to_ids(words) for words in (context, [*answer.split(), "</s>"]))
         with torch.no_grad():
-            logps = models[name](torch.tensor([ids])).logits[0].double().log_softmax(-1)
-        return sum(logps[i - 1, ids[i]].item() for i in range(len(context), len(ids)))
+            return padded_token_logps(models[name], [texts])[0].double().sum().item()
 
     def asked(question: str) -> list[str]:
         return ["<s>", "<user>", *question.split(), "<assistant>"]

@@ -17,20 +17,17 @@ from rmipo.evaluation import leaderboard
 from rmipo.generation.answers import Generator, Request, check_settings, stop_ids
 from rmipo.generation.engines import SeededSampling, TokenPrompt, TransformersEngine, VllmEngine
 from tests.helpers.answer_files import SETTINGS, generate, other_versions, requests
+from tests.helpers.small_models import greedy
 from tests.helpers.tiny_model import write_model
 
 
 @pytest.fixture
 def model_dir(tmp_path):
-    folder = tmp_path / "model"
-    folder.mkdir()
-    write_model(folder)
-    return folder
+    return write_model(tmp_path / "model")
 
 
 @pytest.fixture
 def seen(monkeypatch):
-    """The prompts that the model is given."""
     found, answer = [], TransformersEngine.batch
     monkeypatch.setattr(TransformersEngine, "batch", lambda own, batch: (found.extend(batch), answer(own, batch))[1])
     return found
@@ -96,25 +93,14 @@ def test_answers_do_not_depend_on_batch_or_order(model_dir, tmp_path):
     assert len(set(together)) > 5 and sum(a != b for a, b in zip(together, other_seed, strict=True)) > 5
 
 
-def test_padding_in_front_of_shorter_prompts_is_not_seen(model_dir):
-    engine = TransformersEngine(model_dir, check_settings(SETTINGS), [1])
-    for parameter in engine.model.parameters():
-        if parameter.ndim == 2:
-            parameter.data *= 20  # else attention is about uniform, and what it sees hardly shows
-    prompts = [TokenPrompt([0, 3, *range(5, 5 + words), 4], 0.0, seed=5) for words in (1, 4, 9, 15)]
-    assert engine.batch(prompts) == [engine.batch([prompt])[0] for prompt in prompts]
-
-
 def test_little_room_in_the_context_is_not_taken_from_neighbours(model_dir, tmp_path):
     # The context has 128 tokens: BOS, <user>, words, <assistant>, and what is left for the answer.
     asked = [Request(f"q{words}", [{"role": "user", "content": "w1 " * words}]) for words in (5, 120, 118, 6, 100)]
     settings = {**SETTINGS, "batch_size": 8, "max_new_tokens": 20}
     generate(model_dir, asked, tmp_path / "together.jsonl", settings)
     generate(model_dir, asked, tmp_path / "alone.jsonl", {**settings, "batch_size": 1})
-    together, alone = (
-        [json.loads(line) for line in (tmp_path / name).read_text().splitlines()[1:]]
-        for name in ("together.jsonl", "alone.jsonl")
-    )
+    texts = [(tmp_path / f"{name}.jsonl").read_text().splitlines()[1:] for name in ("together", "alone")]
+    together, alone = ([json.loads(line) for line in lines] for lines in texts)
     assert together == alone
     room = {"q5": 20, "q120": 5, "q118": 7, "q6": 20, "q100": 20}
     cut = {row["key"]: row["tokens"] for row in together if row["finish"] == "length"}
@@ -200,16 +186,18 @@ def test_other_answers_are_not_taken_for_these(model_dir, tmp_path):
         assert path.read_bytes() == before
 
 
-def test_prompts_reach_the_model_as_training_tokenised_them(model_dir, tmp_path, seen):
+def test_prompts_reach_the_model_as_training_tokenised_them_or_are_refused(model_dir, tmp_path, seen):
     asked = requests(5)
     generate(model_dir, asked, tmp_path / "a.jsonl", SETTINGS)
     chat = ChatFormat.probe(AutoTokenizer.from_pretrained(model_dir))
     response = [{"role": "assistant", "content": "w1 w2"}]
     assert [prompt.ids for prompt in seen] == [chat.pair_ids(r.messages, response, response)[0] for r in asked]
     assert all(prompt.ids[0] == 0 and prompt.ids.count(0) == 1 for prompt in seen)  # id 0 is BOS
-
-
-def test_double_bos_is_refused(model_dir, tmp_path):
+    for words in (125, 200):  # of the 128 tokens three are BOS, <user> and <assistant>
+        long = Request("long", [{"role": "user", "content": "w1 " * words}])
+        with pytest.raises(EvaluationError, match=f"prompt long has {words + 3} tokens"):
+            generate(model_dir, [*requests(2), long], tmp_path / "long.jsonl", SETTINGS)
+        assert not (tmp_path / "long.jsonl").exists()
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
     asked = [Request("q", [{"role": "user", "content": "w1"}])]
     # The template's probe is clean; only this prompt starts with a second BOS.
@@ -218,32 +206,20 @@ def test_double_bos_is_refused(model_dir, tmp_path):
     )
     tokenizer.save_pretrained(model_dir)
     with pytest.raises(EvaluationError, match=r"prompt q .*BOS"):
-        generate(model_dir, asked, tmp_path / "a.jsonl", SETTINGS)
+        generate(model_dir, asked, tmp_path / "bos.jsonl", SETTINGS)
 
 
-def test_a_prompt_as_long_as_the_context_is_refused(model_dir, tmp_path):
-    """Of the 128 tokens three are BOS, <user> and <assistant>."""
-    for words in (125, 200):
-        long = Request("long", [{"role": "user", "content": "w1 " * words}])
-        with pytest.raises(EvaluationError, match=f"prompt long has {words + 3} tokens"):
-            generate(model_dir, [*requests(2), long], tmp_path / "a.jsonl", SETTINGS)
-        assert not (tmp_path / "a.jsonl").exists()
-
-
-def test_temperature_zero_is_greedy(model_dir):
+def test_temperature_zero_is_greedy_and_padding_in_front_of_shorter_prompts_is_not_seen(model_dir):
     engine = TransformersEngine(model_dir, check_settings(SETTINGS), [1])
-    prompt = [0, 3, 7, 9, 4]
-    answer = engine.batch([TokenPrompt(prompt, 0.0, seed=5)])[0][0]
-    model = AutoModelForCausalLM.from_pretrained(model_dir)
-    ids = list(prompt)
-    for _ in range(12):
-        with torch.no_grad():
-            ids.append(model(torch.tensor([ids])).logits[0, -1].argmax().item())
-    expected = ids[len(prompt) :]
-    assert answer == (expected[: expected.index(1)] if 1 in expected else expected)
-
-
-# --------------------------------------------------------------------------------------------------------------- vLLM
+    for parameter in engine.model.parameters():
+        if parameter.ndim == 2:
+            parameter.data *= 20  # else attention is about uniform, and what it sees hardly shows
+    prompts = [TokenPrompt([0, 3, *range(5, 5 + words), 4], 0.0, seed=5) for words in (1, 4, 9, 15)]
+    answers = engine.batch(prompts)
+    assert answers == [engine.batch([prompt])[0] for prompt in prompts]
+    for prompt, (answer, *_) in zip(prompts, answers, strict=True):
+        expected = greedy(engine.model, prompt.ids, 12)
+        assert answer == (expected[: expected.index(1)] if 1 in expected else expected)
 
 
 @pytest.fixture(params=["answers", "leaderboard"])
@@ -272,13 +248,9 @@ def start(request, tmp_path, monkeypatch):
     return run
 
 
-def test_auto_is_the_dtype_of_the_weights(start):
+def test_vllm_is_started_with_the_dtype_of_the_weights_no_code_and_no_pickle_and_memory_released(start):
+    arguments, done = start(torch.float32, "bfloat16")
+    assert arguments["trust_remote_code"] is False and arguments["load_format"] == "safetensors"
+    assert arguments["dtype"] == "bfloat16" and done == ["memory released"]  # before
     for weights in (torch.float32, torch.bfloat16):
         assert start(weights, "auto")[0]["dtype"] == weights
-    assert start(torch.float32, "bfloat16")[0]["dtype"] == "bfloat16"
-
-
-def test_no_code_and_no_pickle_is_loaded_and_memory_is_released_before(start):
-    arguments, done = start(torch.float32, "float32")
-    assert arguments["trust_remote_code"] is False and arguments["load_format"] == "safetensors"
-    assert done == ["memory released"]

@@ -3,36 +3,20 @@
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer, LlamaForSequenceClassification
 
 from rmipo.errors import EvaluationError
 from rmipo.generation.oracles import OracleError, keep_scores, make_oracle
 from rmipo.generation.prompts import Prompt
 from tests.helpers.judge_server import JudgeServer
-from tests.helpers.reward_models import write_reward_model
+from tests.helpers.reward_models import reward_alone, write_reward_model
+from tests.helpers.rows import user
 
-DIALOGUES = [
-    [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-    for question, answer in (("w1 w2 w3 w4", "w5"), ("w1", "w6 w7 w8 w9 w10 w11"), ("w2", ""), ("w2", "w3"))
-]
-
-
-CANDIDATES = [Prompt(str(i), [asked], {str(i): told["content"]}) for i, (asked, told) in enumerate(DIALOGUES)]
+DIALOGUES = [("w1 w2 w3 w4", "w5"), ("w1", "w6 w7 w8 w9 w10 w11"), ("w2", ""), ("w2", "w3")]
+CANDIDATES = [Prompt(str(i), [user(asked)], {str(i): told}) for i, (asked, told) in enumerate(DIALOGUES)]
 
 
 def oracle_of(folder, **settings):
     return make_oracle({"reward_model": str(folder), "dtype": "float32", **settings})
-
-
-def one_by_one(folder) -> list[float]:
-    """The reward at the last token of each dialogue, from the layers themselves."""
-    model, tokenizer = LlamaForSequenceClassification.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-    rewards = []
-    for dialogue in DIALOGUES:
-        ids = tokenizer.apply_chat_template(dialogue, return_tensors="pt", return_dict=True)["input_ids"]
-        with torch.no_grad():
-            rewards.append(model.score(model.model(ids).last_hidden_state[0, -1]).item())
-    return rewards
 
 
 @pytest.mark.parametrize("pad_token_id", [None, 1, 7], ids=["none", "eos", "another"])
@@ -41,37 +25,31 @@ def test_reward_is_that_of_the_last_token_whatever_the_pad_token(tmp_path, pad_t
     scores = {}
     for some in oracle_of(folder, batch_size=4).score(CANDIDATES):
         scores |= some
-    assert [scores[str(i)] for i in range(4)] == pytest.approx(one_by_one(folder), abs=1e-5)
+    assert [scores[str(i)] for i in range(4)] == pytest.approx(
+        [reward_alone(folder, *each) for each in DIALOGUES], abs=1e-5
+    )
 
 
 def test_reward_models_that_are_none(tmp_path):
     with pytest.raises(OracleError, match="2 outputs"):
         next(oracle_of(write_reward_model(tmp_path / "two", num_labels=2)).score(CANDIDATES))
     folder = write_reward_model(tmp_path / "one", max_position_embeddings=32)
-    long = Prompt("k", [{"role": "user", "content": " ".join(["w1"] * 40)}], {"k": "w1"})
+    long = Prompt("k", [user(" ".join(["w1"] * 40))], {"k": "w1"})
     with pytest.raises(OracleError, match=r"4\d tokens, its context is 32"):
         next(oracle_of(folder).score([*CANDIDATES, long]))
     torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
     with pytest.raises(OSError):  # pickles are not loaded
         next(oracle_of(folder).score(CANDIDATES))
-
-
-def test_reward_model_as_oracle_names_a_score_that_is_no_number(tmp_path):
     folder = write_reward_model(tmp_path)
     weights = load_file(folder / "model.safetensors")
-    save_file(weights | {"score.weight": weights["score.weight"] * float("nan")}, folder / "model.safetensors",
-              metadata={"format": "pt"})  # fmt: skip
-    prompts = [Prompt("k", DIALOGUES[0][:1], {"k-0": "w1", "k-1": "w2"})]
-    oracle = make_oracle({"reward_model": str(folder), "dtype": "float32"})
-    with pytest.raises(OracleError, match=r"answer k-\d.* nan"):
-        list(oracle.score(prompts))
+    weights["score.weight"] *= float("nan")
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(OracleError, match=r"answer \d.* nan"):
+        list(oracle_of(folder).score(CANDIDATES))
 
 
-PROMPTS = [
-    Prompt(f"p{i}", [{"role": "user", "content": f"question {i}"}], {f"p{i}-{n}": "word " * (n + i) for n in (1, 2)})
-    for i in range(8)
-]
+PROMPTS = [Prompt(f"p{i}", [user(f"question {i}")], {f"p{i}-{n}": "word " * (n + i) for n in (1, 2)}) for i in range(8)]
 
 
 @pytest.fixture
@@ -113,14 +91,12 @@ def test_judge_is_asked_again_for_a_rating_that_cannot_be_read(judged):
     assert len(judged()) == 16 and len(judged.asked) == 18
 
 
-@pytest.mark.parametrize("rating", [0, 11])
-def test_ratings_beyond_the_scale_are_none(judged, monkeypatch, rating):
-    monkeypatch.setattr("tests.helpers.judge_server.rating", lambda request: rating)
-    with pytest.raises(OracleError, match=rf"\[\[{rating}\]\]"):
-        judged()
-
-
-def test_a_judge_that_cannot_be_reached_is_named(judged, monkeypatch):
+def test_ratings_beyond_the_scale_are_none_and_a_judge_that_cannot_be_reached_is_named(judged, tmp_path, monkeypatch):
+    for rating in (0, 11):
+        monkeypatch.setattr("tests.helpers.judge_server.rating", lambda request, rating=rating: rating)
+        with pytest.raises(OracleError, match=rf"\[\[{rating}\]\]"):
+            judged()
+    (tmp_path / "scores.jsonl").unlink()
     monkeypatch.setenv("OPENAI_BASE_URL", "http://127.0.0.1:9/v1")
     with pytest.raises(EvaluationError, match=r"test at 127.0.0.1:9/v1 .*APIConnectionError"):
         judged()

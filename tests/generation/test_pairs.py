@@ -34,8 +34,6 @@ def score(messages, answers, bonus=0):
         os.kill(os.getpid(), signal.SIGKILL)
     return [bonus + answer.split().count("w1") + len(answer.split()) / 100 for answer in answers]
 """
-
-
 MAKE = """
 import json, sys
 from pathlib import Path
@@ -69,7 +67,6 @@ class Setup:
         return make_pairs(self.model, GENERATION, replace(self.config, **changes), self.folder / output)
 
     def rows(self, *files, output="pairs") -> list[dict]:
-        """Rows of the output's files; of all pairs if none is named."""
         texts = [(self.folder / output / file).read_text() for file in files or ("train.jsonl", "test.jsonl")]
         return [json.loads(line) for text in texts for line in text.splitlines()]
 
@@ -111,6 +108,12 @@ def test_pairs_are_the_best_against_the_worst_answer_of_their_own_prompt(setup):
     best = [max(scores) for scores in scored if scores]
     assert result["best_score"] == pytest.approx(sum(best) / len(best)) != result["mean_score"]
     assert result["mean_score"] == pytest.approx(sum(map(sum, scored)) / sum(map(len, scored)))
+    texts = [row["prompt"] for row in map(json.loads, (setup.folder / "prompts.jsonl").read_text().splitlines())]
+    setup.prompts(texts[::-1])
+    setup.make("reversed")
+    assert setup.rows() == setup.rows(output="reversed")
+    setup.make("other", seed=7)
+    assert setup.rows() != setup.rows(output="other")
 
 
 def test_the_hash_of_its_prompt_decides_whether_a_pair_is_held_out(setup):
@@ -119,16 +122,6 @@ def test_the_hash_of_its_prompt_decides_whether_a_pair_is_held_out(setup):
     setup.make(test_share=0.5)
     ids = sorted(pair["prompt_id"] for pair in setup.rows())
     assert sorted(pair["prompt_id"] for pair in setup.rows("test.jsonl")) == ids[: math.ceil(len(ids) / 2)]
-
-
-def test_answers_belong_to_prompts_and_not_to_positions(setup):
-    setup.make()
-    texts = [row["prompt"] for row in map(json.loads, (setup.folder / "prompts.jsonl").read_text().splitlines())]
-    setup.prompts(texts[::-1])
-    setup.make("reversed")
-    assert setup.rows() == setup.rows(output="reversed")
-    setup.make("other", seed=7)
-    assert setup.rows() != setup.rows(output="other")
 
 
 def test_killed_while_sampling_and_while_scoring(setup):
@@ -154,7 +147,10 @@ def test_killed_while_sampling_and_while_scoring(setup):
     assert setup.calls.read_bytes() == before
 
 
-def test_a_column_that_the_oracle_needs_is_missed_before_anything_is_sampled(setup):
+def test_a_function_may_ask_for_columns_which_are_missed_before_anything_is_sampled(setup):
+    setup.prompts([f"w{i}" for i in range(6)], bonus=10, unused=1)
+    setup.make("bonus")
+    assert all(pair["score_rejected"] >= 10 for pair in setup.rows(output="bonus"))
     setup.oracle("def score(messages, answers, constraints, bonus=0): return [0] * len(answers)")
     with pytest.raises(PairsError, match=r"prompts.jsonl: rows without constraints, .*oracle.py:score"):
         setup.make()
@@ -179,18 +175,24 @@ def test_unusable_prompts_are_counted_with_their_reasons(setup):
     assert "roles out of order" in reasons and "malformed: `messages` has the role 'robot'" in reasons
 
 
-def test_the_window_bounds_prompts_beside_max_prompt_tokens(setup):
+def test_prompts_are_read_within_the_window_after_those_skipped_with_their_system(setup):
     setup.prompts(["w1", "w1 " * 124, "w1 " * 125])  # with BOS and two roles 127 and 128 tokens, the window's size
     for most, taken in ((None, 2), (1000, 2), (127, 2), (126, 1)):
         assert len(read_prompts(setup.config.prompts, "train", setup.model, Counter(), max_tokens=most)) == taken
-
-
-def test_prompts_are_taken_after_those_that_are_skipped(setup):
     setup.prompts(["w1", "w2", "w2", "", "w3", "w4 w4", "w5", "w6"])  # neither a repeat nor an empty one counts
     dropped = Counter()
     taken = read_prompts(setup.config.prompts, "train", setup.model, dropped, skip=2, limit=3)
     assert {prompt.messages[0]["content"] for prompt in taken} == {"w3", "w4 w4", "w5"}
     assert dropped.total() == 2
+    pirate = {"role": "system", "content": "w7 w8"}
+    system, dropped = {"system": pirate["content"]}, Counter()
+    messages = [user("w3"), assistant("w5")]
+    setup.prompts([{"prompt": "w1 w2", **system}, {"messages": messages, **system}, {"prompt": "w4", "tools": ["w6"]}])
+    prompts = read_prompts(setup.config.prompts, "train", setup.model, dropped)
+    assert {prompt.messages[1]["content"] for prompt in prompts} == {"w1 w2", "w3"}
+    assert all(prompt.messages[0] == pirate for prompt in prompts)
+    ((reason, count),) = dropped.items()
+    assert "`tools` is part of the prompt" in reason and count == 1
 
 
 def test_prompts_of_a_preference_set(setup):
@@ -213,30 +215,14 @@ def test_prompts_of_a_preference_set(setup):
     ],
 )
 def test_an_oracle_that_is_wrong_stops_the_run_and_keeps_what_there_is(setup, body, message):
-    fault = f"""
-import os
-def score(messages, answers):
-    if os.path.getsize({str(setup.folder / "pairs/scores.jsonl")!r}) > 700:
-        {body}
-    return list(range(len(answers)))
-"""
-    setup.oracle(fault)
-    with pytest.raises(OracleError, match=message):
-        setup.make()
-    kept = (setup.folder / "pairs/scores.jsonl").read_bytes()
-    assert kept.count(b"\n") > 2
-    with pytest.raises(OracleError, match=message):
-        setup.make()
-    assert (setup.folder / "pairs/scores.jsonl").read_bytes() == kept
-
-
-def test_scores_of_another_oracle_or_of_other_answers_are_refused(setup):
-    setup.make()
-    setup.oracle("def score(messages, answers): return list(range(len(answers)))")
-    with pytest.raises(PairsError, match=r"scores\.jsonl"):
-        setup.make()
-    with pytest.raises(EvaluationError, match=r"answers\.jsonl"):
-        setup.make(seed=3)
+    path, kept = setup.folder / "pairs/scores.jsonl", []
+    fault = f"    if os.path.getsize({str(path)!r}) > 700:\n        {body}\n    return list(range(len(answers)))\n"
+    setup.oracle(f"import os\ndef score(messages, answers):\n{fault}")
+    for _ in range(2):
+        with pytest.raises(OracleError, match=message):
+            setup.make()
+        kept.append(path.read_bytes())
+    assert kept[0] == kept[1] and lines(path) > 2
 
 
 def test_settings_that_are_wrong_are_listed_at_once(setup, tmp_path):
@@ -249,8 +235,6 @@ def test_settings_that_are_wrong_are_listed_at_once(setup, tmp_path):
         with pytest.raises(OracleError, match=r"oracle"):
             make_oracle(oracle)
 
-
-# Selection, by hand
 
 ANSWERS = Prompt("k", [user("q")], {f"k-{i}": f"answer {i}" for i in range(4)})
 
@@ -300,28 +284,15 @@ def test_pmi_is_that_of_one_sequence_at_a_time(setup):
         torch.testing.assert_close(answers[text], expected.item(), rtol=0, atol=1e-5)
 
 
-def test_a_system_column_is_part_of_a_prompt_and_tools_are_refused(setup):
-    pirate = {"role": "system", "content": "w7 w8"}
-    system, dropped = {"system": pirate["content"]}, Counter()
-    messages = [user("w3"), assistant("w5")]
-    setup.prompts([{"prompt": "w1 w2", **system}, {"messages": messages, **system}, {"prompt": "w4", "tools": ["w6"]}])
-    prompts = read_prompts(setup.config.prompts, "train", setup.model, dropped)
-    assert {prompt.messages[1]["content"] for prompt in prompts} == {"w1 w2", "w3"}
-    assert all(prompt.messages[0] == pirate for prompt in prompts)
-    ((reason, count),) = dropped.items()
-    assert "`tools` is part of the prompt" in reason and count == 1
-
-
-def test_two_programs_make_no_pairs_in_one_folder(setup, tmp_path):
+def test_two_programs_or_oracles_make_no_pairs_in_one_folder(setup, tmp_path):
     with held(tmp_path / "pairs"), pytest.raises(CheckpointError, match=r"OUTPUT: another run is active in .*/pairs"):
         setup.make()
     assert setup.make()["pairs"] > 0 and not (tmp_path / "pairs" / LOCK_FILE).exists()
-
-
-def test_a_function_may_ask_for_columns_of_the_prompts_row(setup):
-    setup.prompts([f"w{i}" for i in range(6)], bonus=10, unused=1)
-    setup.make()
-    assert all(pair["score_rejected"] >= 10 for pair in setup.rows())
+    setup.oracle("def score(messages, answers): return list(range(len(answers)))")
+    with pytest.raises(PairsError, match=r"scores\.jsonl"):
+        setup.make()
+    with pytest.raises(EvaluationError, match=r"answers\.jsonl"):
+        setup.make(seed=3)
 
 
 def test_what_the_setting_and_the_user_say_reaches_the_pairs(monkeypatch):

@@ -52,14 +52,12 @@ class Bench:
         return run_program(script, ["--config", recipe, *arguments, *overrides], env or {})
 
     def own(self) -> tuple[str, str]:
-        """Overrides of the SFT recipe: the folder's model and output."""
         return f"--model_name_or_path={self.folder / 'model'}", f"--output_dir={self.folder / 'out'}"
 
     def sft(self, *overrides, **keywords) -> str:
         return self.train(*overrides, script="sft", **keywords)
 
     def data(self, rows, *overrides, test=None, **keywords) -> str:
-        """The run on these training rows (a list, or the text of the file)."""
         self.write("other/train.jsonl", rows)
         self.write("other/test.jsonl", GOOD[:3] if test is None else test)
         return self.train(f"--dataset_name={self.folder / 'other'}", *overrides, **keywords)
@@ -69,7 +67,6 @@ class Bench:
         return self.train(f"--chat_template={self.write('bad.jinja', LLAMA3_TEMPLATE.replace(old, new))}")
 
     def tokenizer(self, family="llama3", *overrides, **attributes) -> str:
-        """The run of a model whose tokenizer has these attributes."""
         folder = self.folder / "model-b"
         shutil.copytree(self.folder / "model", folder)
         tokenizer = make_tokenizer(family)

@@ -116,8 +116,6 @@ GEMMA3 = {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 16}
 GEMMA3 |= {"layer_types": ["sliding_attention", "full_attention"]}
 FAMILIES["gemma-3"] = FAMILIES["gemma"] | {"config": Gemma3TextConfig, "options": GEMMA3}
 FAMILIES["llama-3.2"] = FAMILIES["llama3"] | {"options": {"rope_theta": 500000.0, "tie_word_embeddings": True}}
-
-
 SIZES = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": 2048,
@@ -142,7 +140,6 @@ def make_model(family: str, seed: int = 0, **sizes) -> PreTrainedModel:
 
 
 def save(family: str, folder, **sizes) -> str:
-    """Write tokenizer and model where `from_pretrained` finds them."""
     make_tokenizer(family).save_pretrained(folder)
     make_model(family, **sizes).save_pretrained(folder)
     return str(folder)

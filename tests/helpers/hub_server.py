@@ -56,12 +56,10 @@ class Hub(ThreadingHTTPServer):
 
     @property
     def environment(self) -> dict[str, str]:
-        """For programs that are to use this hub."""
         url = f"http://127.0.0.1:{self.server_address[1]}"
         return {"HF_ENDPOINT": url, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
 
     def add(self, kind: str, name: str, folder: Path, **traits) -> str:
-        """Publish the files of `folder`; returns the commit's id."""
         repository = self.repositories.setdefault((kind, name), Repository(**traits))
         return repository.commit({str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()})
 

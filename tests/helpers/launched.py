@@ -29,8 +29,6 @@ _FORKSERVER.set_forkserver_preload(["tests.helpers.preloaded"])
 
 @dataclass
 class Launched:
-    """The processes of one launch; `output` is what all of them print."""
-
     processes: list
     path: Path
 
@@ -118,7 +116,6 @@ def _run(command: list[str], environment: dict[str, str], output: str, root: Pat
 
 
 def wait_until(condition, launched: Launched, timeout: float = 3600) -> None:
-    """Until `condition()` holds; fails if the launch ends before."""
     deadline = time.monotonic() + timeout
     while not condition():
         assert launched.poll() is None and time.monotonic() < deadline, launched.output[-3000:]

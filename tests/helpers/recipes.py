@@ -16,7 +16,6 @@ def problems(*arguments, **keywords) -> str:
 
 
 def edited_recipes() -> set[str]:
-    """Files of recipes/ that git knows otherwise, or not at all."""
     command = ["git", "status", "--porcelain", "--untracked-files=all", "--no-renames", "recipes"]
     done = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True)
     return {line[3:] for line in done.stdout.splitlines()}

@@ -81,7 +81,6 @@ def cluster(folder: Path):
 
 
 def slurm(environment: dict[str, str], *command: str) -> str:
-    """Output of a Slurm command."""
     return subprocess.run(command, env=environment, capture_output=True, text=True).stdout.strip()
 
 
@@ -94,7 +93,6 @@ def free_ports(count: int) -> list[int]:
 
 
 def wait_for(condition, timeout: float):
-    """Poll until `condition()` is true and return it. Raises TimeoutError."""
     deadline = time.monotonic() + timeout
     while time.monotonic() < deadline:
         if result := condition():

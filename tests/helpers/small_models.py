@@ -7,15 +7,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig
 
 VOCABULARY = 61
 SIZES = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-    "attention_dropout": 0.0,
-}
+    "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 256, "attention_dropout": 0.0,
+}  # fmt: skip
 CONFIGS = {
     "llama": LlamaConfig(**SIZES),
     "mistral": MistralConfig(**SIZES, sliding_window=None),
@@ -33,6 +27,14 @@ def make_model(name):
         if parameter.ndim == 2:
             torch.nn.init.normal_(parameter, std=0.3)
     return model
+
+
+def greedy(model, prompt, count):
+    ids = list(prompt)
+    for _ in range(count):
+        with torch.no_grad():
+            ids.append(model(torch.tensor([ids])).logits[0, -1].argmax().item())
+    return ids[len(prompt) :]
 
 
 def make_pairs(count, seed=0, prompt_lengths=(1, 9)):

@@ -52,14 +52,12 @@ def make_twin(folder, recipe, family, form):
 
 
 def changed(overrides, **values):
-    """`overrides` with other `values`."""
     flags = dict(zip(overrides[::2], overrides[1::2], strict=True))
     flags |= {f"--{key}": value for key, value in values.items()}
     return [str(text) for pair in flags.items() for text in pair]
 
 
 def run(recipe, overrides, output_dir, sharding=None):
-    """Train to the end, alone or, with a file of configs/accelerate/, sharded over two; returns the training lines."""
     script = "sft" if recipe.endswith("sft") else "preference"
     command = [f"scripts/{script}.py", "--config", f"recipes/{recipe}.yaml", *overrides]
     run = launch([*command, "--output_dir", str(output_dir)], processes=2 if sharding else 1, sharding=sharding)

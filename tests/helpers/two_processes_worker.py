@@ -31,8 +31,6 @@ PAIRS = make_pairs(13, seed=4, prompt_lengths=(1, 30))
 
 
 class Exchanges(TrainerCallback):
-    """Counts how often DDP exchanges a bucket of gradients."""
-
     count = 0
 
     def __init__(self, trainer):
@@ -124,7 +122,9 @@ def bad_loss_of_one_process(output: Path) -> tuple[str, list[int]]:
     model = make_model("llama")
     model.model.embed_tokens.weight.data[60] = float("nan")
     sides = ("prompt_ids", "chosen_ids", "rejected_ids")
-    pairs = [{**pair, **{side: [token % 60 for token in pair[side]] for side in sides}} for pair in PAIRS]
+    pairs = [
+        {side: [token % 60 for token in pair[side]] for side in sides} | {"row": 100 + pair["row"]} for pair in PAIRS
+    ]
     pairs[12]["prompt_ids"][0] = 60  # behind the pairs of the parity check
     trainer = make_trainer(output, pairs, model=model, global_batch_size=13, warmup_steps=1)
     try:
@@ -148,7 +148,6 @@ def tokens(output: Path) -> tuple[int, float]:
 
 
 def stop_of_one_process(output: Path) -> list[bool]:
-    """A signal has come to process 1 alone."""
     args = make_trainer(output, PAIRS).args
     stop, control = StopOnSignal(), TrainerControl()
     stop.requested = args.process_index == 1

@@ -31,7 +31,6 @@ def read_records(path: Path) -> list[wandb_internal_pb2.Record]:
 
 
 def read_history(path: Path) -> list[dict]:
-    """The logged lines, `{key: value}` each."""
     lines = []
     for record in read_records(path):
         if record.HasField("history"):
@@ -41,7 +40,6 @@ def read_history(path: Path) -> list[dict]:
 
 
 def read_config(path: Path) -> dict:
-    """The run's configuration, merged from its records."""
     config = {}
     for record in read_records(path):
         updates = record.run.config.update if record.HasField("run") else record.config.update

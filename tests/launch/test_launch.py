@@ -27,9 +27,6 @@ def command(env, stage="rmipo", gpus=4):
     return step.command(gpus)
 
 
-# Commands
-
-
 def test_method_data_and_args_become_arguments():
     env = {"MODEL": "mistral-7b-base", "STAGE": "rmipo", "METHOD": "dpo", "DATA": "data/my pairs.jsonl.gz"}
     env["ARGS"] = "--learning_rate 1e-6 --overlay recipes/ablations/table5-simpo.yaml --run_name 'a b'"
@@ -59,27 +56,21 @@ def test_data_are_the_pairs_of_the_preference_stage_alone(model):
         assert values["max_length"] == 512 and plain["rmipo"].recipe.values["max_length"] == 128
 
 
-@pytest.mark.parametrize(
-    ("env", "folder"),
-    [
+def test_adapters_have_a_folder_of_their_own():
+    """Else METHOD=dpo with an adapter would be the full run's folder."""
+    for env, folder in (
         ({"MODEL": "llama3-8b-instruct"}, "llama3-8b-instruct/rmipo-lora"),
         ({"MODEL": "llama3-8b-instruct", "METHOD": "dpo"}, "llama3-8b-instruct/dpo-lora"),
         ({"MODEL": "llama3-8b-instruct-hh-helpful"}, "llama3-8b-instruct-hh-helpful/rmipo-lora"),
         ({"MODEL": "mistral-7b-instruct", "DATA": "my.jsonl"}, "mistral-7b-instruct/rmipo-my-lora"),
-    ],
-)
-def test_adapters_have_a_folder_of_their_own(env, folder):
-    """Else METHOD=dpo with an adapter would be the full run's folder."""
-    words = command({**env, "ARGS": "--overlay recipes/adapters/lora.yaml"})
-    assert words[words.index("--output_dir") + 1] == f"outputs/{folder}"
-
-
-def test_cpu_setting_and_adapters_need_no_deepspeed():
-    words = command({"MODEL": "tiny", "ARGS": "--seed 1"})
-    assert Path(words[0]).name == "python"
-    assert words[1:] == ["scripts/preference.py", "--config", "recipes/tiny/rmipo.yaml", "--seed", "1"]
+    ):
+        words = command({**env, "ARGS": "--overlay recipes/adapters/lora.yaml"})
+        assert words[words.index("--output_dir") + 1] == f"outputs/{folder}"
     adapters = command({"MODEL": "llama3-8b-instruct", "ARGS": "--use_peft"})
     assert "configs/accelerate/ddp.yaml" in adapters
+    words = command({"MODEL": "tiny", "ARGS": "--seed 1"})  # on a CPU
+    assert Path(words[0]).name == "python"
+    assert words[1:] == ["scripts/preference.py", "--config", "recipes/tiny/rmipo.yaml", "--seed", "1"]
 
 
 def test_stages_of_each_kind_of_setting():
@@ -91,18 +82,12 @@ def test_stages_of_each_kind_of_setting():
     assert "1e-6" in command(env | {"STAGE": "sft"}, stage="sft")
 
 
-# Folders
-
-
 @pytest.mark.parametrize(("visible", "gpus", "named"), [(4, "3", "3"), (2, "4", "GPUS=4"), (0, "", "none is visible")])
 def test_gpus_that_do_not_divide_the_batch_or_are_absent_stop_before_anything_runs(monkeypatch, visible, gpus, named):
     monkeypatch.setattr("torch.cuda.device_count", lambda: visible)
     monkeypatch.setattr(train, "Program", lambda: pytest.fail("it went on"))
     with pytest.raises(ConfigError, match=named):
         train.train({"MODEL": "llama3-8b-instruct", "GPUS": gpus})
-
-
-# The program
 
 
 @pytest.fixture(autouse=True)
@@ -113,11 +98,10 @@ def own_signals():
 
 
 def launch(**env):
-    """launch(MODEL=...) -> (exit code, standard output, standard error)."""
     return run_here("launch", env=env)
 
 
-def test_dry_run_prints_recipe_batch_and_command_and_starts_nothing():
+def test_dry_runs_print_recipe_batch_and_command_and_start_nothing():
     code, output, _ = launch(MODEL="llama3-8b-instruct", DRY="1", GPUS="8", METHOD="simpo")
     lines = output.splitlines()
     assert code == 0
@@ -127,15 +111,9 @@ def test_dry_run_prints_recipe_batch_and_command_and_starts_nothing():
         "--num_processes 8 scripts/preference.py --config recipes/llama3-8b-instruct/rmipo.yaml "
         "--overlay recipes/methods/simpo.yaml --output_dir outputs/llama3-8b-instruct/simpo"
     )
-
-
-def test_dry_run_of_a_base_setting_says_which_sft_model_it_takes():
     code, output, _ = launch(MODEL="mistral-7b-base", DRY="1")
     assert code == 0 and [line for line in output.splitlines() if line.startswith("## ")] == ["## sft", "## rmipo"]
     assert "# model_name_or_path: alignment-handbook/zephyr-7b-sft-full, because outputs/mistral-7b-base/sft" in output
-
-
-def test_dry_run_prints_the_slurm_submission_over_nodes():
     given = {"NODES": "4", "GPUS": "8x80", "SBATCH_ARGS": "--qos=long --comment='a b'"}
     code, output, _ = launch(MODEL="llama3-70b-instruct", DRY="1", SLURM="1", **given)
     lines = output.splitlines()
@@ -146,25 +124,17 @@ def test_dry_run_prints_the_slurm_submission_over_nodes():
         "--qos=long '--comment=a b' scripts/launch.slurm "
         "configs/accelerate/zero3.yaml scripts/preference.py --config recipes/llama3-70b-instruct/rmipo.yaml"
     )
-
-
-def test_cpu_stages_are_queued_without_gpus():
     code, output, _ = launch(MODEL="tiny", STAGE="rmipo", DRY="1", SLURM="1", NODES="2")
     assert code == 0 and "# batch: 32 = 16 per device x 2 processes x 1 steps" in output
     assert "--nodes=2 --job-name=tiny-rmipo --dependency=singleton scripts/launch.slurm cpu scripts/pref" in output
 
 
-@pytest.fixture
-def jobs(tmp_path, monkeypatch):
-    """Of a stand-in for sbatch, which writes down what it was given and hands out job ids as a federation of clusters does."""
-    sbatch = tmp_path / "sbatch"
-    sbatch.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/jobs\necho "$(wc -l < {tmp_path}/jobs);cluster"\n')
+def test_stages_are_queued_one_after_the_other(tmp_path, monkeypatch):
+    """By a stand-in for sbatch, which writes down what it was given and hands out job ids."""
+    sbatch, jobs = tmp_path / "sbatch", tmp_path / "jobs"
+    sbatch.write_text(f'#!/bin/sh\necho "$@" >> {jobs}\necho "$(wc -l < {jobs});cluster"\n')
     sbatch.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    return tmp_path / "jobs"
-
-
-def test_stages_are_queued_one_after_the_other(jobs):
     code, output, errors = launch(MODEL="llama3-8b-base", SLURM="1", GPUS="8", METHOD="dpo")
     assert code == 0, errors
     first, second = jobs.read_text().splitlines()
@@ -247,9 +217,6 @@ def test_programs_have_the_training_environment(monkeypatch, sharding, threads):
 def test_mistakes_end_with_one_message_and_exit_code_2(env, named):
     code, output, errors = launch(**env)
     assert (code, output) == (2, "") and all(part in errors for part in named)
-
-
-# The real thing, through make
 
 
 def test_what_is_given_to_make_reaches_the_recipe(repository):

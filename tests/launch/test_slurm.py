@@ -41,14 +41,10 @@ def finished(job):
     return state if state not in (None, "PENDING", "RUNNING", "COMPLETING", "CONFIGURING") else None
 
 
-def step_of(overrides):
-    path = "recipes/tiny/rmipo.yaml"
-    return Step("rmipo", ["--config", path, *overrides], load_recipe(ROOT / path, overrides=overrides))
-
-
 def train(overrides, output_dir, disturb=None, end="COMPLETED"):
     """Train on both nodes; `disturb(job, step)` is called in the middle. Returns (how often it was started, its log)."""
-    step = step_of([*overrides, "--output_dir", str(output_dir)])
+    path, overrides = "recipes/tiny/rmipo.yaml", [*overrides, "--output_dir", str(output_dir)]
+    step = Step("rmipo", ["--config", path, *overrides], load_recipe(ROOT / path, overrides=overrides))
     job, log = submit(step, nodes=2, gpus=0)
     try:
         if disturb is not None:
@@ -181,8 +177,5 @@ def test_a_node_has_the_environment_of_make_train(tmp_path, monkeypatch, shardin
     assert {name: found.get(name) for name in expected} == expected
     assert expected["PYTORCH_CUDA_ALLOC_CONF"] == "expandable_segments:True"
     assert ("OMP_NUM_THREADS" in found) == ("OMP_NUM_THREADS" in expected) == (sharding == "zero3-offload")
-
-
-def test_there_is_time_to_save_before_the_time_limit():
     notice = re.search(r"--signal=B:USR1@(\d+)", (ROOT / "scripts/launch.slurm").read_text())
-    assert int(DEFAULTS["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"]) < int(notice[1])
+    assert int(DEFAULTS["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"]) < int(notice[1])  # there is time to save before the limit

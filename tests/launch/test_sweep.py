@@ -30,18 +30,11 @@ def wandb_command(path, values):
     return [text for word in words for text in (macros[word[2:-1]] if word.startswith("${") else [word])]
 
 
-# Points
-
-
-@pytest.mark.parametrize(("method", "count"), [("simpo", 4 * 6 * 4), ("rmipo", 4)])
-def test_the_grid_is_table_4_s(method, count):
-    points = load_sweep(method, SETTING).points
-    assert len(points) == count == len({str(point) for point in points})
-
-
 @pytest.mark.parametrize("method", METHODS)
 def test_every_point_has_its_own_folder_and_wandb_means_the_same_one(method):
     points = load_sweep(method, SETTING).points
+    count = {"simpo": 4 * 6 * 4, "rmipo": 4}.get(method, len(points))  # Table 4's grid
+    assert len(points) == count == len({str(point) for point in points})
     points = points[:: max(1, len(points) // 4)]
     env = {"MODEL": SETTING, "METHOD": method}
     folders = set()
@@ -60,23 +53,23 @@ def test_every_point_has_its_own_folder_and_wandb_means_the_same_one(method):
     assert {folder.parent for folder in folders} == {Path(f"outputs/{SETTING}/sweep-{method}")}
 
 
-def test_a_whole_number_and_its_float_are_one_point():
+def test_points_have_folders_by_value_and_are_trained_on_what_the_search_is_told():
     env = {"MODEL": SETTING, "METHOD": "simpo"}
     as_json = {"objective.beta": 2, "learning_rate": 3e-7}  # W&B's server has no 2.0
     as_yaml = {"objective.beta": 2.0, "learning_rate": 3e-7}
     assert make_point(as_json, env).folder == make_point(as_yaml, env).folder
     assert make_point(as_yaml, env).folder.name == "learning_rate-3e-07_beta-2"
     assert make_point(as_yaml, env | {"DATA": "my/pairs.jsonl"}).folder.parent.name == "sweep-simpo-pairs"
-
-
-def test_a_point_is_trained_on_what_the_search_is_told():
     told = {"MODEL": SETTING, "METHOD": "simpo", "DATA": "my/pairs.jsonl", "GPUS": "4", "SHARDING": "zero3-offload"}
     point = make_point({"learning_rate": 3e-7}, told | {"ARGS": "--seed 7"})
     assert told.items() <= point.environment.items()
     assert (point.recipe.values["dataset_name"], point.recipe.values["seed"]) == ("my/pairs.jsonl", 7)
 
 
-def test_what_ranks_the_points_is_logged():
+def test_what_ranks_the_points_is_logged_and_the_best_is_the_first():
+    for goal, first in (("maximize", 3.0), ("minimize", 1.0)):
+        sweep = Sweep(method="grid", metric={"name": "eval/loss", "goal": goal}, parameters={"objective.beta": [1.0]})
+        assert sweep.ranked([{"eval_loss": loss} for loss in (2.0, 3.0, 1.0)])[0] == {"eval_loss": first}
     for method in METHODS:
         sweep = load_sweep(method, SETTING)
         recipe = make_point(sweep.points[0], {"MODEL": SETTING, "METHOD": method}).recipe
@@ -84,12 +77,6 @@ def test_what_ranks_the_points_is_logged():
     sweep.metric.name = "eval/common/acc_logratio"
     with pytest.raises(ConfigError, match="eval_common/acc_logratio"):
         sweep.check_metric(recipe)
-
-
-@pytest.mark.parametrize(("goal", "first"), [("maximize", 3.0), ("minimize", 1.0)])
-def test_the_best_point_is_the_first(goal, first):
-    sweep = Sweep(method="grid", metric={"name": "eval/loss", "goal": goal}, parameters={"objective.beta": [1.0]})
-    assert sweep.ranked([{"eval_loss": loss} for loss in (2.0, 3.0, 1.0)])[0] == {"eval_loss": first}
 
 
 @pytest.mark.parametrize(
@@ -108,9 +95,6 @@ def test_a_file_that_is_no_search_is_refused(tmp_path, monkeypatch, sweep, own):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError, match="search.yaml" if own else "dpo.yaml"):
         load_sweep("dpo", SETTING)
-
-
-# Runs
 
 
 def test_wandb_s_command_reaches_the_training_command(capfd):

@@ -22,20 +22,14 @@ PAIRS = [  # prompt, chosen, rejected; lengths differ on purpose
 ]
 
 
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    """Of two models, with the same tokenizer."""
-    return [write_model(tmp_path_factory.mktemp("model"), seed) for seed in (0, 1)]
-
-
-@pytest.fixture(scope="module")
-def tokenizer(folders):
-    return AutoTokenizer.from_pretrained(folders[0])
+@pytest.fixture
+def tokenizer(tmp_path):
+    return AutoTokenizer.from_pretrained(write_model(tmp_path / "0"))
 
 
 @pytest.fixture
-def models(folders):
-    found = [AutoModelForCausalLM.from_pretrained(folder).eval() for folder in folders]
+def models(tmp_path):
+    found = [AutoModelForCausalLM.from_pretrained(write_model(tmp_path / str(n), n)).eval() for n in (0, 1)]
     for parameter in (parameter for model in found for parameter in model.parameters() if parameter.ndim == 2):
         parameter.data *= 15  # far from uniform, so that log-probs differ
     return found
@@ -46,8 +40,7 @@ def arguments(tmp_path, **options) -> dict:
     return {**base, "use_cpu": True, "bf16": False, "max_length": 64, "gradient_checkpointing": False, **options}
 
 
-def paired_dataset() -> Dataset:
-    return Dataset.from_list([{"prompt": p, "chosen": f" {w}", "rejected": f" {r}"} for p, w, r in PAIRS])
+PAIRED = Dataset.from_list([{"prompt": p, "chosen": f" {w}", "rejected": f" {r}"} for p, w, r in PAIRS])
 
 
 @torch.no_grad()
@@ -57,10 +50,6 @@ def response_logps(model, input_ids, attention_mask, response_mask) -> tuple[tor
     picked = logps.gather(-1, input_ids[:, 1:, None]).squeeze(-1)
     mask = response_mask[:, 1:].bool()
     return (picked * mask).sum(-1), mask.sum(-1)
-
-
-def first_batch(trainer) -> dict:
-    return next(iter(trainer.get_train_dataloader()))
 
 
 def trl_loss(trainer, batch) -> float:
@@ -73,14 +62,9 @@ def trl_loss(trainer, batch) -> float:
 )
 def test_dpo_trainer(tmp_path, tokenizer, models, loss_type, block):
     policy, reference = models
-    trainer = DPOTrainer(
-        model=policy,
-        ref_model=reference,
-        args=DPOConfig(**arguments(tmp_path, loss_type=[loss_type], beta=0.3)),
-        train_dataset=paired_dataset(),
-        processing_class=tokenizer,
-    )
-    batch = first_batch(trainer)
+    args = DPOConfig(**arguments(tmp_path, loss_type=[loss_type], beta=0.3))
+    trainer = DPOTrainer(policy, reference, args, train_dataset=PAIRED, processing_class=tokenizer)
+    batch = next(iter(trainer.get_train_dataloader()))
     inputs = batch["input_ids"], batch["attention_mask"], batch["completion_mask"]
     logps, lengths = response_logps(policy, *inputs)
     ref_logps, _ = response_logps(reference, *inputs)
@@ -95,14 +79,9 @@ def test_kto_trainer(tmp_path, tokenizer, models):
     examples = [{"prompt": p, "completion": f" {w}", "label": True} for p, w, _ in PAIRS]
     examples += [{"prompt": p, "completion": f" {r}", "label": False} for p, _, r in PAIRS]
     options = {"beta": 0.3, "desirable_weight": 1.5, "per_device_train_batch_size": 2 * len(PAIRS)}
-    trainer = KTOTrainer(
-        model=policy,
-        ref_model=reference,
-        args=KTOConfig(**arguments(tmp_path, **options)),
-        train_dataset=Dataset.from_list(examples),
-        processing_class=tokenizer,
-    )
-    batch = first_batch(trainer)
+    args, rows = KTOConfig(**arguments(tmp_path, **options)), Dataset.from_list(examples)
+    trainer = KTOTrainer(policy, reference, args, train_dataset=rows, processing_class=tokenizer)
+    batch = next(iter(trainer.get_train_dataloader()))
     assert list(batch["label"]) == [True] * len(PAIRS) + [False] * len(PAIRS)
     columns = []
     for prefix in ("", "KL_"):
@@ -130,13 +109,9 @@ def test_kto_trainer(tmp_path, tokenizer, models):
 )
 def test_cpo_trainer(tmp_path, tokenizer, models, options, block):
     policy = models[0]
-    trainer = CPOTrainer(
-        model=policy,
-        args=CPOConfig(**arguments(tmp_path, **options)),
-        train_dataset=paired_dataset(),
-        processing_class=tokenizer,
-    )
-    batch = first_batch(trainer)
+    args = CPOConfig(**arguments(tmp_path, **options))
+    trainer = CPOTrainer(model=policy, args=args, train_dataset=PAIRED, processing_class=tokenizer)
+    batch = next(iter(trainer.get_train_dataloader()))
     sides = []
     for side in ("chosen", "rejected"):
         labels = batch[f"{side}_labels"]

@@ -26,10 +26,6 @@ def read(page) -> tuple[list[dict], dict]:
     return [json.loads(pair) for pair in re.findall(r'class="pair">(.*?)</script>', text)], json.loads(summary)
 
 
-def values(packed: str) -> torch.Tensor:
-    return torch.from_numpy(np.frombuffer(base64.b64decode(packed), "<f4").copy())
-
-
 def check_against_plain_forwards(page, folder, rows, args, context) -> None:
     """Ids are made here by the tokenizer's own template: the prompt's end, then as much of each response as fits."""
     tokenizer, model = (
@@ -55,7 +51,8 @@ def check_against_plain_forwards(page, folder, rows, args, context) -> None:
                 expected = padded_token_logps(model, [(prompt, ids), (context, ids), (foreign, ids)])
             for key, wanted in zip(("given", "prior", "other"), expected, strict=True):
                 where = f"{number} {name} {key}"
-                torch.testing.assert_close(values(side[key]), wanted.float(), atol=1e-4, rtol=0, msg=where)
+                found = torch.frombuffer(bytearray(base64.b64decode(side[key])), dtype=torch.float32)
+                torch.testing.assert_close(found, wanted.float(), atol=1e-4, rtol=0, msg=where)
             assert sums == pytest.approx([*(float(v.sum()) for v in expected[:2]), len(ids), len(ids)], abs=1e-2)
             assert "".join(side["tokens"]) == tokenizer.decode(ids) and len(side["tokens"]) == len(ids)
             assert (len(side["tokens"]) - 1 in side["special"]) == (side["lost"] == 0)
@@ -125,12 +122,18 @@ def test_every_reading_is_what_training_reads(models, pairs, args, tmp_path, fid
     assert summary["findings"]["token"][1]["number"] == f"{related:z.2f}".replace("-", "\N{MINUS SIGN}")
 
 
-def test_pairs_are_scored_in_the_precision_of_the_training(models, pairs, args, tmp_path):
+def test_pairs_are_scored_in_the_precision_of_the_training_and_as_they_are_written(models, pairs, args, tmp_path):
     rows, sides = Dataset.from_list(pairs[:4]), []
     for bf16 in (False, True):
         _, summary = read(look(models[0], rows, dataclasses.replace(args, bf16=bf16), output=tmp_path / "look.html"))
         sides.append(np.array([line["sides"] for line in summary["pairs"]]))
     assert 1e-3 < np.abs(sides[0] - sides[1]).max() < 1
+    # No more than a batch is in memory.
+    args = dataclasses.replace(args, max_dropped_fraction=1.0)
+    rows = parts.as_messages(Dataset.from_list(pairs[:150] * 3), None)
+    lines = []
+    next(shown_pairs(Scored(models[0], rows, args, None), rows, {}, lines))
+    assert len(lines) == 1
 
 
 def test_any_format_and_tokenised_rows_make_the_same_page(models, pairs, args, tmp_path):
@@ -157,15 +160,6 @@ def test_a_sample_is_the_same_each_time_and_names_rows_of_the_data(models, pairs
     assert rows[0] == rows[1] == sorted(rows[0]) and len(set(rows[0])) == len(stored) == 9 and rows[0] != [*range(9)]
     line = summary["pairs"][4]
     assert line["title"].split() == pairs[line["row"]]["prompt"].split()
-
-
-def test_pairs_are_scored_as_they_are_written(models, pairs, args):
-    """No more than a batch is in memory."""
-    args = dataclasses.replace(args, max_dropped_fraction=1.0)
-    rows = parts.as_messages(Dataset.from_list(pairs[:150] * 3), None)
-    lines = []
-    next(shown_pairs(Scored(models[0], rows, args, None), rows, {}, lines))
-    assert len(lines) == 1
 
 
 def test_every_character_is_the_text_of_one_token(smollm2):

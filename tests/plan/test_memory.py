@@ -1,4 +1,4 @@
-"""Sizes and memory: parameter counts, what autograd and the LM head really keep, published figures."""
+"""Sizes, memory and hours: parameter counts, what autograd and the LM head really keep, FLOPs by hand, published figures."""
 
 import dataclasses
 import json
@@ -11,11 +11,14 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from trl.kernels import ChunkedLogProbFunction
 
 from benchmarks.measure import allocated_peak
+from rmipo.plan import duration
+from rmipo.plan.duration import A100
 from rmipo.plan.memory import (
     FUSED_HEAD_TILE,
     STATE_BYTES,
     Hardware,
     Sharding,
+    Workload,
     checkpoint_bytes,
     gradient_pass,
     head_activations,
@@ -25,11 +28,22 @@ from rmipo.plan.memory import (
     plan_memory,
 )
 from rmipo.plan.shapes import Shape, load_config
+from rmipo.recipe.load import load_recipe
 from rmipo.training.batching import HOISTED_MICRO_BATCHES
 from tests.helpers.paths import ROOT
-from tests.helpers.plans import make_work
+from tests.helpers.twins import make_twin
 
-ZERO3, FOUR = Sharding("zero3"), Hardware(1, 4, 80)
+
+def make_work(**changes):
+    work = Workload(
+        stage="preference", micro_batch=2, evaluation_batch=2, global_batch=128, max_length=2048, max_tokens=None,
+        checkpoint_every=1, packing=False, weight_bytes=2, autocast=False, fused_head=True, prior=True,
+        reference="none", adapters=False, quantized=False,
+    )  # fmt: skip
+    return dataclasses.replace(work, **changes)
+
+
+FOUR = Hardware(1, 4, 80)
 LLAMA3_8B = "meta-llama/Meta-Llama-3-8B-Instruct"
 SMALL = LlamaConfig(
     vocab_size=300, hidden_size=64, intermediate_size=160, num_hidden_layers=3, num_attention_heads=8, num_key_value_heads=2
@@ -37,19 +51,13 @@ SMALL = LlamaConfig(
 
 
 # Counts that the model cards and checkpoints state.
-@pytest.mark.parametrize(
-    "name, parameters",
-    [
+def test_parameters_of_known_models_and_of_adapters():
+    for name, parameters in (
         (LLAMA3_8B, 8_030_261_248),
         ("meta-llama/Meta-Llama-3-70B-Instruct", 70_553_706_496),
         ("mistralai/Mistral-7B-Instruct-v0.2", 7_241_732_096),
-    ],
-)
-def test_parameters_of_known_models(name, parameters):
-    assert Shape.of(load_config(name)).parameters == parameters
-
-
-def test_adapters_train_r_times_inputs_and_outputs():
+    ):
+        assert Shape.of(load_config(name)).parameters == parameters
     shape = Shape.of(SMALL, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
     attention = (64 + 64) + 2 * (64 + 16) + (64 + 64)
     mlp = 3 * (64 + 160)
@@ -88,16 +96,14 @@ def test_activations_equal_what_autograd_keeps(dtype, every):
     model = AutoModelForCausalLM.from_config(SMALL, dtype=dtype, attn_implementation="sdpa")
     shape = Shape.of(SMALL)
     run = make_work(checkpoint_every=every, weight_bytes=dtype.itemsize)
-    layer, head = (
-        f(shape, tokens, dtype.itemsize) for f in (layer_activations, lambda s, t, b: head_activations(s, run, t))
-    )
+    layer, head = layer_activations(shape, tokens, dtype.itemsize), head_activations(shape, run, tokens)
     again = max(layer - head, 0) if every else 0  # alive in backward only
     planned = gradient_pass(shape, run, tokens)["activations"] - again
     assert saved_bytes(model, tokens, every) == pytest.approx(planned, rel=0.03)
 
 
-@pytest.mark.parametrize(("dtype", "frozen"), [(torch.bfloat16, False), (torch.bfloat16, True)])
-def test_the_fused_head_takes_a_tile_and_the_gradients(dtype, frozen):
+@pytest.mark.parametrize("frozen", [False, True])
+def test_the_fused_head_takes_a_tile_and_the_gradients(frozen, dtype=torch.bfloat16):
     """TRL's kernel itself, in its torch form: that casts a slice of the weight to float32, and its tiles are copied often."""
     vocabulary, hidden_size, scored = 2**17, 64, 2
     weight = torch.zeros(vocabulary, hidden_size, dtype=dtype, requires_grad=not frozen)
@@ -115,16 +121,6 @@ def test_the_fused_head_takes_a_tile_and_the_gradients(dtype, frozen):
     planned = head_activations(Shape.of(config), run, scored)
     cast = FUSED_HEAD_TILE[1] * (hidden_size + 8 * scored) * 4
     assert planned * 0.9 < allocated_peak(step) < planned * 1.1 + cast
-
-
-def test_the_head_of_an_8b_model_is_the_kernels_that_runs():
-    shape = Shape.of(load_config(LLAMA3_8B))
-    head, hidden = 128256 * 4096, 8192 * 4096
-    assert head_activations(shape, make_work(), 8192) == 6 * head + 8 * hidden + 2 * 4096 * 32768
-    assert head_activations(shape, make_work(), 8192, gradient=False) == 2 * hidden + 2 * 4096 * 32768
-    # epsilon-DPO: the logits of both models, and the gradient of the head's weight.
-    logits = make_work(fused_head=False, reference="logits")
-    assert head_activations(shape, logits, 8192) == 2 * (hidden + 2 * 8192 * 128256 + head) + 8 * 2**26
 
 
 @pytest.mark.parametrize(
@@ -146,14 +142,21 @@ def test_model_states_by_the_byte(kind, weights, rest):
     assert whole["reference model"] == logits["reference model"] * (1 if kind.startswith("zero") else 2)
 
 
-def test_longest_micro_batch_is_bounded_by_the_recipe():
+def test_the_longest_micro_batch_and_its_head():
     assert make_work().longest_micro_batch == 2 * 2 * 2048
     assert make_work(max_tokens=6000).longest_micro_batch == 6000  # in place of a number of pairs
     assert make_work(max_tokens=1000).longest_micro_batch == 2 * 2048  # a pair can't be split
     assert make_work(stage="sft").longest_micro_batch == 2 * 2048
+    shape = Shape.of(load_config(LLAMA3_8B))
+    head, hidden = 128256 * 4096, 8192 * 4096
+    assert head_activations(shape, make_work(), 8192) == 6 * head + 8 * hidden + 2 * 4096 * 32768
+    assert head_activations(shape, make_work(), 8192, gradient=False) == 2 * hidden + 2 * 4096 * 32768
+    # epsilon-DPO: the logits of both models, and the gradient of the head's weight.
+    logits = make_work(fused_head=False, reference="logits")
+    assert head_activations(shape, logits, 8192) == 2 * (hidden + 2 * 8192 * 128256 + head) + 8 * 2**26
 
 
-def test_quantized_adapters_of_an_8b_model_fit_24_gib():
+def test_quantized_and_frozen_weights():
     shape = Shape.of(load_config(LLAMA3_8B), LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM"))
     run = make_work(micro_batch=1, evaluation_batch=1, adapters=True, quantized=True)
     states = model_states(shape, run, Sharding("none"), 1)
@@ -162,9 +165,6 @@ def test_quantized_adapters_of_an_8b_model_fit_24_gib():
     expected = linear * 0.5625 + (8_030_261_248 - linear) * 2 + 41_943_040 * 16
     assert sum(states.values()) == pytest.approx(expected, rel=1e-3)
     assert plan_memory(shape, run, Sharding("none"), Hardware(1, 1, 24)).fits
-
-
-def test_frozen_weights_are_divided_where_weights_are():
     shape = Shape.of(SMALL, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
     for kind, share, trained in (("zero3", 4, 2 / 4), ("none", 1, 4)):
         states = model_states(shape, make_work(adapters=True), Sharding(kind), 4)
@@ -209,15 +209,76 @@ def test_the_pass_without_gradient_counts_where_it_is_larger_than_a_step():
     assert many.parts[key] == scored - many.parts["activations"] - many.parts["LM head"]
 
 
-@pytest.mark.parametrize("name, kind", [("zero3", "zero3"), ("zero2", "zero2"), ("ddp", "none"), ("fsdp2", "fsdp2")])
-def test_launch_configurations_are_read(name, kind):
-    assert Sharding.load(ROOT / f"configs/accelerate/{name}.yaml") == Sharding(kind)
+def test_launch_configurations_and_hardware_are_read():
+    for name, kind in (("zero3", "zero3"), ("zero2", "zero2"), ("ddp", "none"), ("fsdp2", "fsdp2")):
+        assert Sharding.load(ROOT / f"configs/accelerate/{name}.yaml") == Sharding(kind)
     assert Sharding.load(ROOT / "configs/accelerate/zero3-offload.yaml") == Sharding("zero3", offload=True)
-
-
-def test_cards_have_what_they_report_and_hardware_is_read_strictly():
     assert Hardware.parse("8x80", 2) == Hardware(2, 8, 79.1)
     assert Hardware.parse("1x23.5").gib == 23.5
     for text in ("8", "0x80", "8x0"):
         with pytest.raises(ValueError, match=re.escape(f"GPUS={text}")):
             Hardware.parse(text)
+
+
+RECIPE = ROOT / "recipes/llama3-8b-instruct/rmipo.yaml"
+PLAIN = {"prior": False, "checkpoint_every": 0}
+
+
+@pytest.fixture(scope="module")
+def shape():
+    return Shape.of(load_config(LLAMA3_8B))
+
+
+@pytest.mark.parametrize(
+    ("changes", "of_a_pair", "once"),
+    [
+        ({}, 6 * 860, 0),
+        ({"checkpoint_every": 1}, 8 * 860, 0),
+        ({"checkpoint_every": 4}, 6.5 * 860, 0),
+        ({"prior": True}, 6 * 860 + 2 * 640, 0),
+        ({"adapters": True}, 4 * 860, 0),
+        ({"reference": "logits"}, 8 * 860, 0),
+        ({"reference": "cached"}, 6 * 860, 2 * 860),
+        ({"reference": "cached prior"}, 6 * 860, 2 * 640),
+        ({"stage": "sft"}, 6 * 1100, 0),
+        ({"stage": "sft", "packing": True, "max_length": 2200}, 2 * 6 * 1100, 0),  # two dialogues to a row
+    ],
+)
+def test_hours_are_the_flops_per_weight_over_what_gpus_reach(shape, changes, of_a_pair, once):
+    """Ten steps of 128 pairs of 220 + 2 x 320 tokens on four A100, of 1,000 pairs."""
+    flops = shape.parameters * (10 * 128 * of_a_pair + 1000 * once)
+    found = duration.hours(shape, make_work(**PLAIN | changes), 4, 1000, 10, A100)
+    assert found == pytest.approx((flops / (4 * 312e12 * 0.5) / 3600, flops / (4 * 312e12 * 0.35) / 3600))
+
+
+@pytest.mark.parametrize(("tflops", "least"), [(989.0, 4.0), (312.0, 9.3)])
+def test_a_step_on_four_gpus_takes_at_least_what_a_review_says(shape, tflops, least):
+    """Independent figures for 4 x 80 GB with every layer computed again: 4.0 s on H100, 9.3 s on A800."""
+    work = make_work(max_tokens=8192)
+    low, high = (hours * 3600 for hours in duration.hours(shape, work, 4, 128, 1, tflops))
+    assert least * 0.95 < low < high < 3 * least
+
+
+def test_every_epoch_ends_with_a_step_of_what_is_left():
+    def steps(examples, *overrides, **changes):
+        return duration.steps(load_recipe(RECIPE, overrides=overrides), make_work(global_batch=4, **changes), examples)
+
+    assert steps(10, "--num_train_epochs=3") == 9  # three each: 4, 4 and 2 pairs
+    assert steps(10, "--num_train_epochs=0.5") == 2
+    assert steps(10, "--max_steps=7") == 7
+    # Two dialogues of 1,100 tokens to a row: 10 rows are 4, 4 and 2.
+    assert steps(20, "--num_train_epochs=2", stage="sft", packing=True, max_length=2200) == 6
+
+
+def test_examples_of_the_recipes_datasets_or_of_files_that_are_here(tmp_path):
+    make_twin(tmp_path, "llama3-8b-base/rmipo", "llama3", "ultrafeedback_binarized")
+    data = f"--dataset_name={tmp_path / 'data'}"
+    for setting, changes, examples in (
+        ("llama3-8b-base/sft", [], 207_865),
+        ("llama3-8b-base/rmipo", ["--max_train_samples=1000"], 1000),
+        ("llama3-8b-instruct-hh-helpful/rmipo", [], 43_835),
+        ("llama3-8b-instruct/rmipo", [], None),
+        ("llama3-8b-base/rmipo", [data], 40),
+        ("llama3-8b-base/rmipo", [data, "--max_train_samples=7"], 7),
+    ):
+        assert duration.training_examples(load_recipe(ROOT / f"recipes/{setting}.yaml", overrides=changes)) == examples

@@ -1,7 +1,8 @@
-"""What is refused, or warned of, before a run: memory, masters, disk, lengths that are known."""
+"""`make plan`, and what is refused, or warned of, before a run: memory, masters, disk, lengths that are known."""
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,8 @@ from rmipo.plan.memory import GIB, Hardware, Sharding, plan_memory
 from rmipo.plan.shapes import Shape, load_config
 from rmipo.recipe.load import load_recipe
 from tests.helpers.paths import ROOT
+from tests.helpers.programs import run_here
+from tests.helpers.twins import make_twin
 
 ZERO3, FOUR = Sharding("zero3"), Hardware.parse("4x80")
 LLAMA3_8B = "meta-llama/Meta-Llama-3-8B-Instruct"
@@ -57,16 +60,6 @@ def test_what_a_recipe_says_of_memory_and_time(method, overrides, expected):
     assert {name: getattr(work, name) for name in expected} == expected
 
 
-def test_a_training_process_knows_its_nodes(recipe_8b, monkeypatch, tmp_path):
-    seen = []
-    monkeypatch.setattr(Hardware, "here", lambda: Hardware(1, 8, 80))
-    monkeypatch.setattr(preflight, "check_launch", lambda recipe, hardware, sharding: seen.append(hardware))
-    monkeypatch.setenv("WORLD_SIZE", "8")
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    preflight.check_run(recipe_8b, TrainingArguments(str(tmp_path)))
-    assert seen == [Hardware(2, 4, 80)]
-
-
 def test_an_estimate_that_is_too_large_warns_and_starts(recipe_8b, monkeypatch, capsys):
     monkeypatch.setattr(preflight, "check_disk", lambda *_: None)
     monkeypatch.setenv("RANK", "0")
@@ -92,7 +85,7 @@ def test_bfloat16_weights_without_float32_masters_are_refused(setting, monkeypat
         preflight.check_launch(load_recipe(path, [ROOT / "recipes/adapters/lora.yaml"]), large, Sharding("none"))
 
 
-def test_disk_is_checked_and_what_a_run_has_already_written_needs_no_room_again(tmp_path):
+def test_disk_is_checked_for_what_a_run_writes_and_has_not_yet_written(tmp_path):
     free = preflight.check_disk(tmp_path / "not" / "there", 1)
     with pytest.raises(preflight.PreflightError, match="output_dir: "):
         preflight.check_disk(tmp_path / "not" / "there", free * 2)
@@ -102,9 +95,6 @@ def test_disk_is_checked_and_what_a_run_has_already_written_needs_no_room_again(
     preflight.check_disk(tmp_path, 2**40 + free // 2)
     with pytest.raises(preflight.PreflightError, match="output_dir: "):
         preflight.check_disk(tmp_path, 2**40 + 2 * free)
-
-
-def test_disk_holds_the_checkpoints_that_are_kept_one_being_written_and_the_model():
     shape = Shape.of(load_config(LLAMA3_8B))
     for changes, checkpoints in (
         ([], 2),  # it makes two, at each half
@@ -118,7 +108,6 @@ def test_disk_holds_the_checkpoints_that_are_kept_one_being_written_and_the_mode
 
 
 def test_the_smallest_gpu_of_a_machine_counts(monkeypatch):
-    """There is no GPU in the tests."""
     gpus = [SimpleNamespace(total_memory=size * GIB) for size in (80, 40, 80)]
     monkeypatch.setattr("torch.cuda.device_count", lambda: len(gpus))
     monkeypatch.setattr("torch.cuda.get_device_properties", lambda i: gpus[i])
@@ -160,6 +149,12 @@ def test_what_a_training_process_cannot_do_is_refused(recipe_8b, monkeypatch, tm
     with pytest.raises(preflight.PreflightError, match="dtype: bfloat16"):
         preflight.check_run(recipe_8b, args)
     preflight.check_run(recipe_8b, on_cpu)
+    seen = []
+    monkeypatch.setenv("WORLD_SIZE", "8")  # a process knows its nodes
+    with monkeypatch.context() as patched:
+        patched.setattr(preflight, "check_launch", lambda recipe, hardware, sharding: seen.append(hardware))
+        preflight.check_run(recipe_8b, args)
+    assert seen == [Hardware(4, 2, 24)]
     args._n_gpu = 4  # transformers would copy the model to all of them in every step
     with pytest.raises(preflight.PreflightError, match="4 GPUs"):
         preflight.check_run(recipe_8b, args)
@@ -173,3 +168,48 @@ def test_the_estimate_refuses_nothing_where_it_is_switched_off_or_for_another_op
     with pytest.raises(preflight.PreflightError, match="found 8 "):
         preflight.check_launch(load_recipe(path), *small)
     preflight.check_launch(load_recipe(path, overrides=[change]), *small)
+
+
+def make_plan(**variables):
+    ended = run_here("plan", env={"MODEL": "llama3-8b-instruct", **variables})
+    return ended.code, ended.out + ended.err
+
+
+def test_plan_prints_every_part_and_follows_the_length_that_the_recipe_asks_for():
+    code, text = make_plan(GPUS="8x80")
+    assert code == 0
+    parts = ("parameters", "gradients and optimizer", "gathered", "activations", "LM head", "Disk", "GiB of 79.1: fits")
+    assert [part for part in parts if part not in text] == []
+    assert "8 GPUs in sequences of at most 8192 tokens" in text and "Steps: 478" in text  # 61135 pairs, 128 at a time
+    assert "Examples: 61135, assumed; EXAMPLES= says otherwise" in text
+    hours = re.search(r"^Hours of the training: (\S+) to (\S+),", text, re.MULTILINE)
+    assert 0.5 < float(hours[1]) < float(hours[2]) < 2
+    _, text = make_plan(MODEL="llama3-8b-base", GPUS="8x80", ARGS="--max_train_samples=1280")
+    assert "Examples: 1280, in the training data" in text and "Steps: 10," in text
+    _, text = make_plan(GPUS="8x80", EXAMPLES="1000")
+    assert "Examples: 1000, as EXAMPLES says" in text and "Steps: 8," in text
+    _, text = make_plan(MODEL="llama3-8b-base", STAGE="sft", GPUS="8x80", ARGS="--packing=false --max_steps=5")
+    assert "Steps: 5," in text
+
+
+def test_plan_of_a_cpu_setting_speaks_of_the_cpu_and_one_that_cannot_fit_fails(tmp_path):
+    make_rows = make_twin(tmp_path, "tiny/rmipo", "llama3", "on_policy_ultrafeedback")
+    code, text = make_plan(MODEL="tiny", ARGS=shlex.join(make_rows))
+    assert code == 0 and "CPU with" in text and "Hours: not estimated" in text
+    code, text = make_plan(GPUS="4x24", METHOD="dpo")
+    assert code == 1 and "DOES NOT FIT" in text
+
+
+@pytest.mark.parametrize(
+    ("variables", "named"),
+    [
+        ({"GPUS": "8"}, "GPUS=8"),
+        ({"NODES": "2"}, "GPUS=8x80"),
+        ({"GPUS": "8x80", "EXAMPLES": "all"}, "EXAMPLES='all'"),
+        ({"GPUS": "8x80", "TFLOPS": "fast"}, "TFLOPS='fast'"),
+        ({"GPUS": "8x80", "SHARDING": "ddp"}, "dtype: bfloat16"),
+    ],
+)
+def test_plan_refuses_what_it_cannot_plan_for(variables, named):
+    code, text = make_plan(**variables)
+    assert code == 2 and named in text

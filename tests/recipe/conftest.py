@@ -6,8 +6,6 @@ import yaml
 
 @pytest.fixture
 def write(tmp_path):
-    """write(name, mapping or text) -> path in the folder of the setting `mine`."""
-
     def write(name, content):
         path = tmp_path / "mine" / name
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -30,7 +30,7 @@ def test_handbook_sft_recipe_runs_unchanged():
         assert any(named in notice for notice in recipe.notices), named
 
 
-def test_handbook_dpo_recipe_with_a_mixer_runs_unchanged():
+def test_handbook_dpo_recipes_run_unchanged():
     recipe = handbook("dpo_mixer")
     assert recipe.stage == "preference"
     args, data_config, model_config = recipe.parse(world_size=2)
@@ -42,19 +42,11 @@ def test_handbook_dpo_recipe_with_a_mixer_runs_unchanged():
         ("Anthropic/hh-rlhf", 1.0),
     ]
     assert (model_config.dtype, model_config.load_in_4bit, model_config.lora_r) == ("float32", True, 16)
-
-
-def test_handbook_dpo_recipe_with_a_mixture_runs_unchanged():
     recipe = handbook("dpo_mixture")
     args, data_config, _ = recipe.parse(world_size=1)
     assert args.objective == {"name": "dpo", "beta": 0.01}
-    assert data_config.datasets[1] == {
-        "path": "HuggingFaceH4/ultrafeedback_binarized",
-        "name": "default",
-        "split": "test_prefs",
-        "columns": ["chosen", "rejected"],
-        "weight": 0.5,
-    }
+    entry = {"path": "HuggingFaceH4/ultrafeedback_binarized", "name": "default", "split": "test_prefs"}
+    assert data_config.datasets[1] == entry | {"columns": ["chosen", "rejected"], "weight": 0.5}
     assert (data_config.test_split_size, data_config.mixture_seed) == (2000, 0)
     assert "attn_implementation: flash_attention_2 ignored" in str(recipe.notices)
 
@@ -153,20 +145,13 @@ def test_published_sft_recipes_are_read(write, changes, expected):
     assert "hub_strategy" not in recipe.values
 
 
-def test_a_batch_that_a_recipe_leaves_out_is_the_libraries_default(write):
+def test_what_a_recipe_leaves_out(write):
     recipe = load_recipe(published(write, {"loss_type": "sigmoid", "per_device_train_batch_size": None}))
     assert recipe.batch(2) == (8 * 16 * 2, 16)
-
-
-def test_lengths_that_a_recipe_leaves_out(write):
-    """A prompt may be as long as max_length lets it; where TRL has another default, that is said."""
     recipe = load_recipe(published(write, {"loss_type": "sigmoid", "max_length": 512, "max_prompt_length": None}))
     assert recipe.values["max_prompt_length"] == 511
     recipe = load_recipe(published(write, {"loss_type": "sigmoid", "max_length": None}))
     assert "max_length: 2048" in "\n".join(recipe.notices) and "max_length" not in recipe.values
-
-
-def test_a_recipe_of_this_repository_is_not_translated(write):
     own = {"model_name_or_path": "a/b", "dataset_name": "c/d", "output_dir": "outputs/x/rmipo", "global_batch_size": 8}
     assert load_recipe(write("sft.yaml", own)).notices == []
     assert "objective.name" in problems(write("rmipo.yaml", own | {"max_prompt_length": 100}))  # its block is forgotten

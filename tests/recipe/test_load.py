@@ -30,9 +30,6 @@ def recipe(write):
     return write("rmipo.yaml", RECIPE)
 
 
-# Layers
-
-
 def test_overrides_in_both_spellings_reach_the_dataclasses(recipe):
     overrides = "--learning_rate 2e-5 --objective.beta=2.5 --bf16 --eval_strategy no --max_steps -1"
     args, data_config, model_config = load_recipe(recipe, overrides=overrides.split()).parse(world_size=4)
@@ -46,12 +43,7 @@ def test_overrides_in_both_spellings_reach_the_dataclasses(recipe):
     assert args.run_name == "mine-rmipo"
 
 
-@pytest.mark.parametrize(
-    "text",
-    ["out/exp #2", "a: b", "*x", "[a] # b", "[a", '"a" # b', "{{ bos_token }}", "=", "2026-11-29", "010", "1:30"],
-)
-def test_values_of_the_command_line_are_no_yaml_documents(text):
-    assert parse_overrides([f"--output_dir={text}"]) == {"output_dir": text}
+NO_YAML = ("out/exp #2", "a: b", "*x", "[a] # b", "[a", '"a" # b', "{{ bos_token }}", "=", "2026-11-29", "010", "1:30")
 
 
 @pytest.mark.parametrize(
@@ -59,14 +51,15 @@ def test_values_of_the_command_line_are_no_yaml_documents(text):
     [
         ("3", 3), ("-1", -1), ("2e-5", 2e-5), (".5", 0.5), ("true", True), ("no", False), ("null", None), ("", None),
         ("{name: rmipo, beta: 2}", {"name": "rmipo", "beta": 2}), ("[a, 'b #2']", ["a", "b #2"]), ('"5"', "5"),
+        *((text, text) for text in NO_YAML),
     ],
 )  # fmt: skip
-def test_numbers_and_blocks_of_the_command_line_are_read(text, value):
+def test_numbers_and_blocks_of_the_command_line_are_read_and_the_rest_is_text(text, value):
     found = parse_overrides([f"--key={text}"])["key"]
     assert (found, type(found)) == (value, type(value))
 
 
-def test_overlay_merges_or_replaces_the_objective_by_its_name(write, recipe):
+def test_overlays_merge_or_replace_the_objective_and_have_values_for_a_setting(write, recipe, tmp_path):
     same = write("same.yaml", {"objective": {"name": "rmipo", "schedule": "linear"}})
     other = write("other.yaml", {"objective": {"name": "dpo"}, "learning_rate": 5e-7})
     assert load_recipe(recipe, [same]).values["objective"] == RECIPE["objective"] | {"schedule": "linear"}
@@ -74,9 +67,6 @@ def test_overlay_merges_or_replaces_the_objective_by_its_name(write, recipe):
     assert load_recipe(recipe, [other], ["--objective.beta", "0.1"]).values["objective"] == {"name": "dpo", "beta": 0.1}
     assert load_recipe(recipe, [], ["--objective.name", "simper"]).values["objective"] == {"name": "simper"}
     assert load_recipe(recipe, [other, same]).values["learning_rate"] == 5e-7
-
-
-def test_overlay_has_values_of_its_own_for_a_setting(write, recipe):
     overlay = {
         "objective": {"name": "simpo", "beta": 2.0, "gamma": 1.0},
         "per_setting": {"mine": {"learning_rate": 3e-7, "objective": {"gamma": 1.6}}, "other": {"learning_rate": 1.0}},
@@ -85,9 +75,15 @@ def test_overlay_has_values_of_its_own_for_a_setting(write, recipe):
     assert values["objective"] == {"name": "simpo", "beta": 2.0, "gamma": 1.6}
     assert values["learning_rate"] == 3e-7
     assert "per_setting" not in values
+    write("../base/rmipo.yaml", RECIPE)
+    write("rmipo.yaml", {"base": "../base/rmipo.yaml", "output_dir": "out"})
+    overlay = write("dpo.yaml", {"seed": 1, "per_setting": {"base": {"learning_rate": 3e-5}}})
+    mine, base = (load_recipe(tmp_path / name / "rmipo.yaml", [overlay]) for name in ("mine", "base"))
+    assert base.values["learning_rate"] == 3e-5 != mine.values["learning_rate"]
+    assert not base.notices and any("learning_rate" in notice for notice in mine.notices)
 
 
-def test_base_is_the_file_underneath(write, tmp_path):
+def test_base_is_the_file_underneath_and_tilde_the_home_folder(write, tmp_path, monkeypatch):
     write("rmipo.yaml", RECIPE)
     (tmp_path / "other").mkdir()
     top = tmp_path / "other" / "rmipo.yaml"
@@ -100,9 +96,6 @@ def test_base_is_the_file_underneath(write, tmp_path):
     above = write("above.yaml", {"base": "below.yaml", "seed": 4})
     values = load_recipe(top, [above]).values
     assert (values["seed"], values["max_length"]) == (4, 1900)
-
-
-def test_tilde_is_the_home_folder_in_every_layer(write, monkeypatch):
     monkeypatch.setenv("HOME", "/users/me")
     changes = {"model_name_or_path": "~/models/m", "datasets": [{"path": "~/pairs"}]}
     recipe = write("rmipo.yaml", {key: value for key, value in RECIPE.items() if "dataset" not in key} | changes)
@@ -141,17 +134,8 @@ def test_another_dataset_or_model_voids_what_described_the_first(recipe, write):
     values = load_recipe(recipe, overrides=["--datasets", "[{path: a/b}, {path: c/d, weight: 0.5}]"]).values
     assert values["datasets"] == [{"path": "a/b"}, {"path": "c/d", "weight": 0.5}]
     assert "dataset_name" not in values
-    for overrides in (
-        ["--test_split_size=0.1", "--dataset_test_split=test_prefs"],
-        ["--datasets=[{path: a}]", "--dataset_config=x"],
-    ):
-        assert overrides[-1].partition("=")[0].strip("-") in problems(recipe, overrides=overrides)
-
-
-def test_models_are_uploaded_once_and_privately(recipe):
-    args = load_recipe(recipe).parse(world_size=1)[0]
-    assert (args.hub_strategy.value, args.hub_private_repo) == ("end", True)
-    assert load_recipe(recipe, overrides=["--hub_private_repo=false"]).parse(world_size=1)[0].hub_private_repo is False
+    assert "dataset_test_split" in problems(recipe, overrides=["--test_split_size=0.1", "--dataset_test_split=dev"])
+    assert "dataset_config" in problems(recipe, overrides=["--datasets=[{path: a}]", "--dataset_config=x"])
 
 
 def test_prefer_local_takes_a_finished_run_and_says_so(write, tmp_path):
@@ -173,9 +157,6 @@ def test_prefer_local_takes_a_finished_run_and_says_so(write, tmp_path):
     model, notice = loaded()
     assert model == str(local) and "in place of some/model" in notice
     assert loaded("--model_name_or_path", "x/y")[0] == "x/y"
-
-
-# Values
 
 
 def test_numbers_and_dates_are_read_as_people_write_them(write):
@@ -235,12 +216,7 @@ def test_all_mistakes_are_reported_at_once_with_their_file(write, recipe):
     overrides = ["--objective.gamma", "1", "--seed", "x", "--max_length", "100", "--gamma_beta_ratio", "1"]
     text = problems(recipe, [overlay], overrides)
     named = [f"{overlay}: max_lenght", "max_length?", f"{overlay}: per_device_train_batch_size is 'two'"]
-    named += [
-        "command line: seed is 'x'",
-        "max_prompt_length is 1800",
-        "objective.gamma ",
-        "objective.gamma_beta_ratio",
-    ]
+    named += ["line: seed is 'x'", "max_prompt_length is 1800", "objective.gamma ", "objective.gamma_beta_ratio"]
     assert text.startswith(f"{recipe} ") and [part for part in named if part not in text] == []
 
 
@@ -266,24 +242,21 @@ def test_broken_files_are_named(write, text, named):
 def test_keys_of_preference_recipes_are_refused_in_sft(write):
     sft = {key: value for key, value in RECIPE.items() if key != "objective"}
     assert load_recipe(write("sft.yaml", sft)).stage == "sft"
-    text = problems(write("sft.yaml", sft | {"attention": "auto"}))  # read as a preference recipe without an objective
-    assert "objective.name" in text
+    # Read as a preference recipe without an objective.
+    assert "objective.name" in problems(write("sft.yaml", sft | {"attention": "auto"}))
     assert "bf16_full_eval" in problems(write("sft.yaml", sft), overrides=["--bf16_full_eval"])
 
 
-# The global batch
-
-
-def test_accumulation_follows_from_the_global_batch(recipe):
+def test_the_batch_the_device_and_uploads_follow_from_the_recipe(recipe, monkeypatch):
     for per_device, world_size, accumulation in ((2, 4, 16), (1, 1, 128), (8, 16, 1)):
         loaded = load_recipe(recipe, overrides=["--per_device_train_batch_size", str(per_device)])
         assert loaded.batch(world_size) == (128, accumulation)
-
-
-def test_device_auto_is_a_gpu_where_there_is_one(recipe, monkeypatch):
     for gpus in (0, 1):
         monkeypatch.setattr("torch.cuda.device_count", lambda gpus=gpus: gpus)
         assert load_recipe(recipe, overrides=["--use_cpu", "auto"]).values["use_cpu"] is (gpus == 0)
+    args = load_recipe(recipe).parse(world_size=1)[0]
+    assert (args.hub_strategy.value, args.hub_private_repo) == ("end", True)
+    assert load_recipe(recipe, overrides=["--hub_private_repo=false"]).parse(world_size=1)[0].hub_private_repo is False
 
 
 def test_micro_batches_of_tokens_where_a_loss_depends_on_its_micro_batch(write):
@@ -323,12 +296,3 @@ def test_a_template_s_file_may_begin_with_a_mark_of_its_encoding(write, tmp_path
     assert template_text(f"{tmp_path}/bom.jinja") == "{{ bos_token }}"
     with pytest.raises(ConfigError, match=r"chat_template is '.*latin\.jinja'"):
         load_recipe(write("rmipo.yaml", RECIPE), overrides=[f"--chat_template={tmp_path}/latin.jinja"])
-
-
-def test_values_for_the_setting_that_a_recipe_builds_on_are_named(write, tmp_path):
-    write("../base/rmipo.yaml", RECIPE)
-    write("rmipo.yaml", {"base": "../base/rmipo.yaml", "output_dir": "out"})
-    overlay = write("dpo.yaml", {"seed": 1, "per_setting": {"base": {"learning_rate": 3e-5}}})
-    mine, base = (load_recipe(tmp_path / name / "rmipo.yaml", [overlay]) for name in ("mine", "base"))
-    assert base.values["learning_rate"] == 3e-5 != mine.values["learning_rate"]
-    assert not base.notices and any("learning_rate" in notice for notice in mine.notices)

@@ -7,7 +7,7 @@ import pytest
 import yaml
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from rmipo.launch.choices import NOT_SETTINGS
+from rmipo.launch.choices import NOT_SETTINGS, choose_stages
 from rmipo.recipe.files import read_yaml
 from rmipo.recipe.load import load_recipe
 from tests.helpers.paths import ROOT
@@ -15,11 +15,9 @@ from tests.helpers.recipes import edited_recipes
 
 RECIPES = ROOT / "recipes"
 EDITED = edited_recipes()  # a user's own, which may say what they like
-PAPER_SETTINGS = [
-    name
-    for name in ("llama3-8b-base", "llama3-8b-instruct", "mistral-7b-base", "mistral-7b-instruct")
-    if not any(path.startswith(f"recipes/{name}/") for path in EDITED)
-]
+LEARNING_RATES = {"llama3-8b-base": 6e-7, "llama3-8b-instruct": 1e-6}
+LEARNING_RATES |= {"mistral-7b-base": 3e-7, "mistral-7b-instruct": 5e-7}
+PAPER_SETTINGS = [name for name in LEARNING_RATES if not any(path.startswith(f"recipes/{name}/") for path in EDITED)]
 STAGES = sorted(
     f"{path.parent.name}/{path.name}"
     for stage in ("sft", "rmipo")
@@ -31,15 +29,12 @@ OVERLAYS = sorted(
     for folder in ("methods", "ablations", "adapters")
     for path in RECIPES.glob(f"{folder}/*.yaml")
 )
-SWEEPS = sorted(path.name for path in RECIPES.glob("sweeps/*.yaml"))
-LEARNING_RATES = {"llama3-8b-base": 6e-7, "llama3-8b-instruct": 1e-6}
-LEARNING_RATES |= {"mistral-7b-base": 3e-7, "mistral-7b-instruct": 5e-7}
 
 
 def test_what_is_shipped_is_found():
     bases = {f"{name}/sft.yaml" for name in PAPER_SETTINGS if "instruct" not in name}
     assert set(STAGES) >= bases | {f"{name}/rmipo.yaml" for name in PAPER_SETTINGS}
-    assert len(OVERLAYS) >= 20 and len(SWEEPS) == 11
+    assert len(OVERLAYS) >= 20
 
 
 @pytest.mark.parametrize("path", STAGES)
@@ -125,3 +120,18 @@ def test_templates_write_one_bos_and_one_end_token(name, rendered):
     prompt = template.render(messages=messages[:2], add_generation_prompt=True, **tokens)
     end = "</s>" if name == "zephyr" else "<|eot_id|>"
     assert rendered == f"{prompt}4{end}"
+
+
+def test_the_two_recipes_of_anthropic_hh_differ_in_subset_and_folder_alone():
+    setting = "llama3-8b-instruct-hh-{}".format
+    recipes = {s: load_recipe(f"recipes/{setting(s)}/rmipo.yaml").values for s in ("helpful", "harmless")}
+    differing = {key for key in recipes["helpful"] if recipes["helpful"][key] != recipes["harmless"][key]}
+    assert differing == {"datasets", "output_dir"}
+    for subset, values in recipes.items():
+        (entry,) = values["datasets"]
+        assert (entry["path"], entry["data_dir"]) == ("Anthropic/hh-rlhf", f"{subset}-base")
+        assert choose_stages({"MODEL": setting(subset)}) == (setting(subset), ["rmipo"])
+    base = load_recipe("recipes/llama3-8b-instruct/rmipo.yaml").values
+    assert {key for key in base if base[key] != recipes["helpful"].get(key)} == {
+        "dataset_name", "dataset_revision", "dataset_train_split", "dataset_test_split", "output_dir",
+    }  # fmt: skip

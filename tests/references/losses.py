@@ -17,7 +17,6 @@ class Response:
 
 
 def nls(z: float) -> float:
-    """-log sigmoid(z)."""
     return math.log1p(math.exp(-z)) if z > 0 else -z + math.log1p(math.exp(z))
 
 

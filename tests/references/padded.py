@@ -6,20 +6,15 @@ import torch
 def padded_token_logps(model, sequences: list[tuple[list[int], list[int]]]) -> list[torch.Tensor]:
     """Log-probability of each response token of `(context, response)` pairs, one `(len(response),)` tensor each."""
     width = max(len(context) + len(response) for context, response in sequences)
-    input_ids = torch.zeros(len(sequences), width, dtype=torch.long)
-    mask = torch.zeros(len(sequences), width, dtype=torch.long)
+    input_ids, mask = torch.zeros(2, len(sequences), width, dtype=torch.long)
     for i, (context, response) in enumerate(sequences):
-        tokens = list(context) + list(response)
-        input_ids[i, : len(tokens)] = torch.tensor(tokens)
-        mask[i, : len(tokens)] = 1
-    logits = model(input_ids=input_ids, attention_mask=mask).logits
-    logps = torch.log_softmax(logits.float(), dim=-1)
+        tokens = torch.tensor([*context, *response])
+        input_ids[i, : len(tokens)], mask[i, : len(tokens)] = tokens, 1
+    logps = model(input_ids=input_ids, attention_mask=mask).logits.float().log_softmax(dim=-1)
     result = []
     for i, (context, response) in enumerate(sequences):
-        per_token = []
-        for t, token in enumerate(response):
-            per_token.append(logps[i, len(context) + t - 1, token])
-        result.append(torch.stack(per_token))
+        places = range(len(context) - 1, len(context) + len(response) - 1)
+        result.append(torch.stack([logps[i, t, token] for t, token in zip(places, response, strict=True)]))
     return result
 
 
@@ -52,3 +47,18 @@ def rmipo_loss(scores: dict[str, torch.Tensor], beta=2.0, gamma_min=0.3, gamma_m
         gamma = gamma_min + (gamma_max - gamma_min) * torch.exp(-torch.clamp(delta, min=0))
         losses.append(-torch.nn.functional.logsigmoid(reward["chosen"] - reward["rejected"] - gamma))
     return torch.stack(losses).mean()
+
+
+def train(model, pairs: list[dict], steps: list[list[int]], prior_context: list[int]) -> list[float]:
+    """AdamW on that loss, one optimizer step per list of row numbers; returns the losses."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-3, weight_decay=0.0)
+    losses = []
+    for rows in steps:
+        loss = rmipo_loss(padded_pairs(model, [pairs[i] for i in rows], prior_context))
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        losses.append(loss.item())
+    return losses

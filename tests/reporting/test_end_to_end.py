@@ -51,7 +51,6 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def outputs(tmp_path_factory) -> Path:
-    """What trainings, evaluations and figures leave in the folder `outputs`."""
     folder = tmp_path_factory.mktemp("work")
     config = dataclasses.replace(load_world_config(ROOT / "recipes/tiny/world.yaml"), **SMALL)
     write_world(folder / "outputs/tiny/world", config)
@@ -90,23 +89,15 @@ def test_figures_of_pairs_say_how_they_were_made(outputs, monkeypatch, number):
     assert ("REF: score_chosen minus score_rejected" in notes) == (number == 6)
 
 
-def test_figure3_shows_the_scores_of_the_evaluation(outputs):
+def test_figures_and_the_page_show_what_trainings_and_evaluations_found(outputs, monkeypatch):
     signals, _ = hh_signals(outputs, "tiny", "initial")
     scores = torch.load(outputs / "tiny/initial/eval/hh_harmless.pt", weights_only=True)
     sides = [scores[f"{side}_logps"] / scores[f"{side}_lengths"] for side in ("chosen", "rejected")]
     assert np.allclose(signals["harmless"]["loglik"], sides[0] - sides[1]) and len(sides[0]) == SMALL["pairs_test"]
-
-
-def test_figure8_shows_the_trained_models_gamma(outputs, monkeypatch):
-    """Of the test pairs, whose mean the training run itself logged at its end."""
     monkeypatch.chdir(outputs.parent)  # where the recipe's paths lead
     readings = gamma_readings(load_run(outputs, "tiny", "rmipo"), "test", 4000)
     logged = json.loads((outputs / "tiny/rmipo/run.json").read_text())["results"]["eval_rmipo/gamma_mean"]
     assert readings["per token, as in the recipe"].gamma.mean() == pytest.approx(logged, abs=1e-5)
-
-
-def test_the_page_of_a_setting_shows_what_its_run_logged(outputs):
-    """Of the test pairs, before and after."""
     script, env = str(ROOT / "scripts/look.py"), {"MODEL": "tiny", "AFTER": "rmipo"}
     command = [sys.executable, script, "--split", "test"]
     subprocess.run(command, cwd=outputs.parent, env=os.environ | env, check=True)
@@ -117,7 +108,6 @@ def test_the_page_of_a_setting_shows_what_its_run_logged(outputs):
     assert len(summary["pairs"]) == logged["data"]["test"]["kept"]
     chosen, rejected = np.array([pair["after"] for pair in summary["pairs"]]).swapaxes(0, 1)
     delta = (chosen[:, 0] - chosen[:, 1]) / chosen[:, 2] - (rejected[:, 0] - rejected[:, 1]) / rejected[:, 2]
-    assert delta.mean() == pytest.approx(
-        logged["results"]["eval_rmipo/delta_pmi_mean"], abs=0.02
-    )  # that was in float32
+    mean = logged["results"]["eval_rmipo/delta_pmi_mean"]  # in float32
+    assert delta.mean() == pytest.approx(mean, abs=0.02)
     assert [pair["sides"] for pair in summary["pairs"]] != [pair["after"] for pair in summary["pairs"]]

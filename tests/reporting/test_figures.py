@@ -26,16 +26,13 @@ def close_figures():
     plt.close("all")
 
 
-def test_density_keeps_its_mass_within_the_bounds():
+def test_density_and_jitter_stay_within_their_bounds():
     values = RANDOM.uniform(0.3, 1.6, 3000)
     grid = np.linspace(0.3, 1.6, 1001)
     curve = density(values, grid, 0.3, 1.6)
     assert np.trapezoid(curve, grid) == pytest.approx(1.0, abs=1e-3)
     assert curve[0] == pytest.approx(1 / 1.3, rel=0.15)  # a plain estimate would show half of it at the edge
     assert density(values, np.array([0.2, 1.7]), 0.3, 1.6).tolist() == [0.0, 0.0]
-
-
-def test_jitter_is_bounded_by_half_a_step_and_keeps_the_order():
     ranks = np.repeat([1.0, 2.0, 3.0], 500)
     moved = jitter(ranks)
     assert np.abs(moved - ranks).max() <= 0.5 and np.abs(moved - ranks).max() > 0.45
@@ -44,17 +41,12 @@ def test_jitter_is_bounded_by_half_a_step_and_keeps_the_order():
     assert np.abs(halves - [0.3, 0.3, 0.8]).max() > 1e-3
 
 
-def test_curves_are_means_with_their_range():
-    axis = plt.figure().add_subplot()
-    points = [("dpo", 0, 1.0), ("dpo", 0, 4.0), ("dpo", 10, 2.0), ("dpo", 10, 2.0), ("rmipo", 0, 7.0)]
-    draw_curves(axis, pd.DataFrame(points, columns=["method", "step", "value"]), "value", str.upper)
-    assert [line.get_ydata().tolist() for line in axis.lines] == [[2.5, 2.0], [7.0]]
-    assert [line.get_label() for line in axis.lines] == ["DPO", "RMIPO"] and axis.lines[1].is_dashed()
-    band = axis.collections[0].get_paths()[0].vertices
-    assert {tuple(point) for point in band} >= {(0, 1.0), (0, 4.0), (10, 2.0)}
-
-
-def test_the_interval_of_the_distance_keeps_pairs_together():
+def test_curves_signals_and_intervals_by_hand():
+    scores = {"chosen_logps": -1.2, "rejected_logps": -1.6, "prior_chosen_logps": -3.0, "prior_rejected_logps": -2.4}
+    scores |= {"chosen_lengths": 3.0, "rejected_lengths": 2.0}
+    found = differences({name: torch.tensor([value]) for name, value in scores.items()})
+    assert found["loglik"].item() == pytest.approx(0.4)  # -0.4 + 0.8
+    assert found["pmi"].item() == pytest.approx(0.2)  # 0.6 - 0.4
     judged = RANDOM.normal(size=300)
     assert wasserstein(np.zeros(10), np.array([0.0] * 5 + [1.0] * 5)) == pytest.approx(0.5, abs=1e-3)
     assert distance_interval(judged, judged) == (0.0, 0.0)  # drawn apart, the two would differ
@@ -62,14 +54,13 @@ def test_the_interval_of_the_distance_keeps_pairs_together():
     assert low == pytest.approx(0.25) and high == pytest.approx(0.25)
     low, high = distance_interval(2 * judged, judged)
     assert low < wasserstein(2 * judged, judged) < high
-
-
-def test_signals_of_figure3_by_hand():
-    scores = {"chosen_logps": -1.2, "rejected_logps": -1.6, "prior_chosen_logps": -3.0, "prior_rejected_logps": -2.4}
-    scores |= {"chosen_lengths": 3.0, "rejected_lengths": 2.0}
-    found = differences({name: torch.tensor([value]) for name, value in scores.items()})
-    assert found["loglik"].item() == pytest.approx(0.4)  # -0.4 + 0.8
-    assert found["pmi"].item() == pytest.approx(0.2)  # 0.6 - 0.4
+    axis = plt.figure().add_subplot()
+    points = [("dpo", 0, 1.0), ("dpo", 0, 4.0), ("dpo", 10, 2.0), ("dpo", 10, 2.0), ("rmipo", 0, 7.0)]
+    draw_curves(axis, pd.DataFrame(points, columns=["method", "step", "value"]), "value", str.upper)
+    assert [line.get_ydata().tolist() for line in axis.lines] == [[2.5, 2.0], [7.0]]
+    assert [line.get_label() for line in axis.lines] == ["DPO", "RMIPO"] and axis.lines[1].is_dashed()
+    band = axis.collections[0].get_paths()[0].vertices
+    assert {tuple(point) for point in band} >= {(0, 1.0), (0, 4.0), (10, 2.0)}
 
 
 def test_figure2_reads_hyperparameters_from_every_run_below_the_model(tmp_path):
@@ -88,7 +79,6 @@ def test_figure2_reads_hyperparameters_from_every_run_below_the_model(tmp_path):
 
 
 def values_over(key: str, outputs, metric: str) -> dict[str, dict[float, list[float]]]:
-    """The lines of tiny's DPO runs, as values."""
     lines = lines_over(key, measured(outputs, "tiny", "dpo", metric))
     return {name: {x: [p.value for p in points] for x, points in line.items()} for name, line in lines.items()}
 
@@ -104,12 +94,16 @@ def write_figure2(outputs, metrics=lambda i: {"mt_bench": 5.0 + i}, bench="mtben
         write_result(outputs, "tiny", f"sweep-{objective['name']}/run{i}", bench, metrics(i), **changes)
 
 
-def test_figure2_by_an_evaluation_shows_the_start(tmp_path):
-    write_figure2(tmp_path)
-    write_result(tmp_path, "tiny", "initial", "mtbench", {"mt_bench": 4.5})
+def test_figure2_by_an_evaluation_shows_the_start_unless_another_judge_rated_it(tmp_path):
+    ours, other = ({"judge_endpoint": endpoint} for endpoint in ("127.0.0.1:8123/v1", "api.openai.com/v1"))
+    write_figure2(tmp_path, settings=ours)
+    write_result(tmp_path, "tiny", "initial", "mtbench", {"mt_bench": 4.5}, settings=ours)
     axes = figure2(tmp_path, "tiny").axes
     assert axes[0].lines[0].get_ydata().tolist() == [5.0, 6.0]
     assert all(set(axis.lines[1].get_ydata()) == {4.5} for axis in axes)
+    write_result(tmp_path, "tiny", "initial", "mtbench", {"mt_bench": 4.5}, settings=other)
+    with pytest.raises(ReportError, match=r"judge_endpoint 127\.0\.0\.1:8123/v1 in .*api\.openai\.com/v1"):
+        figure2(tmp_path, "tiny")
 
 
 def test_figure2_shows_repetitions_as_mean_and_range_and_single_runs_with_their_error(tmp_path):
@@ -127,14 +121,6 @@ def test_figure2_shows_repetitions_as_mean_and_range_and_single_runs_with_their_
     assert "TRIAL, not the benchmark itself: AlpacaEval 2 with first_n=4." in notes
 
 
-def test_figure2_counts_a_merged_adapter_once(tmp_path):
-    for beta in (0.01, 0.1):
-        folder = tmp_path / "tiny" / f"dpo-lora-{beta}"
-        write_run(folder, {"name": "dpo", "beta": beta}, [{"step": 1, "acc": beta}], seconds=beta)
-    shutil.copytree(folder, tmp_path / "tiny" / "dpo-lora-0.1-merged")
-    assert values_over("beta", tmp_path, "acc") == {"": {0.01: [0.01], 0.1: [0.1]}}
-
-
 def test_figure2_has_a_line_for_each_other_setting(tmp_path):
     write_figure2(tmp_path)
     for beta, score in ((0.01, 1.0), (0.1, 2.0)):
@@ -149,14 +135,6 @@ def test_figure2_leaves_out_unfinished_runs_and_results_without_the_metric(tmp_p
     write_run(tmp_path / "tiny" / "open", {"name": "dpo", "beta": 0.05}, [], finished=False)
     write_result(tmp_path, "tiny", "open", "mtbench", {"mt_bench": 9.0})
     with pytest.raises(ReportError, match=r"METHOD=dpo.*METHOD=sweep-dpo/<point> BENCH=mtbench"):
-        figure2(tmp_path, "tiny")
-
-
-def test_figure2_refuses_results_of_another_judge(tmp_path):
-    write_figure2(tmp_path, settings={"judge_endpoint": "127.0.0.1:8123/v1"})
-    other = {"judge_endpoint": "api.openai.com/v1"}
-    write_result(tmp_path, "tiny", "initial", "mtbench", {"mt_bench": 4.5}, settings=other)
-    with pytest.raises(ReportError, match=r"judge_endpoint 127\.0\.0\.1:8123/v1 in .*api\.openai\.com/v1"):
         figure2(tmp_path, "tiny")
 
 
@@ -220,17 +198,14 @@ def figure7_of(outputs, model, **facts_by_method):
     return figure7(outputs, model)
 
 
-def test_figure7_has_the_papers_cost_beside_ours(tmp_path):
+def test_figure7_has_the_papers_cost_beside_ours_and_keeps_hours_of_different_hardware_apart(tmp_path):
     hardware = {"hardware": ["NVIDIA A800-SXM4-80GB"] * 4}
-    figure = figure7_of(tmp_path, "llama3-8b-instruct", dpo=hardware, alpha_dpo=hardware, rmipo=hardware)
+    figure = figure7_of(tmp_path / "a800", "llama3-8b-instruct", dpo=hardware, alpha_dpo=hardware, rmipo=hardware)
     cost = figure.axes[0]
     memory = [text.get_text() for text in cost.texts]
     assert memory == ["50.0 GiB (paper 82%)", "50.0 GiB", "50.0 GiB (paper 62%)"]
     assert [float(line.get_xdata()[0]) for line in cost.lines] == [8.0, 10.0, 6.75]
     assert "Hardware: 4 x NVIDIA A800-SXM4-80GB.\nTrained with torch 2.13.0." in figure.get_supxlabel()
-
-
-def test_figure7_keeps_hours_of_different_hardware_apart(tmp_path):
     h100, l4 = {"hardware": ["H100"]}, {"hardware": ["L4", "L4"], "versions": {"torch": "2.12.0"}}
     figure = figure7_of(tmp_path, "llama3-8b-instruct", dpo=h100, simpo=l4, rmipo=h100)
     cost, notes = figure.axes[0], figure.get_supxlabel().replace("\n", " ")
@@ -239,20 +214,16 @@ def test_figure7_keeps_hours_of_different_hardware_apart(tmp_path):
     assert "torch 2.13.0" in notes and "torch 2.12.0" in notes and "The paper's hours are of four A800" in notes
 
 
-def reading(gamma: np.ndarray) -> Reading:
-    return Reading(RANDOM.normal(size=len(gamma)), gamma, RANDOM.normal(size=len(gamma)))
-
-
 def test_figure8_shows_the_atoms_apart_from_the_density():
     inner = RANDOM.uniform(0.8, 1.5, 600)
     gamma = np.concatenate([inner, np.full(300, 1.6), np.full(100, 0.3)])
-    axes = figure8({"token": reading(gamma)}, OBJECTIVE, "").axes
-    density_axis = next(axis for axis in axes if axis.get_ylabel() == "Density")
-    grid, curve = density_axis.lines[0].get_data()
+    other = RANDOM.normal(size=1000)
+    axes = figure8({"token": Reading(other, gamma, other)}, OBJECTIVE, "").axes
+    named = {axis.get_ylabel(): axis for axis in axes}
+    grid, curve = named["Density"].lines[0].get_data()
     assert np.trapezoid(curve, grid) == pytest.approx(1.0, abs=0.01)
     assert curve[grid > 1.59].max() < 0.3 and curve[grid < 0.4].max() < 0.01
-    pins = next(axis for axis in axes if axis.get_ylabel() == "At a bound")
-    assert {text.get_text() for text in pins.texts} == {"30%", "10%"}
+    assert {text.get_text() for text in named["At a bound"].texts} == {"30%", "10%"}
 
 
 def test_missing_inputs_name_the_command_and_mixed_versions_make_no_figure(tmp_path):
@@ -266,9 +237,9 @@ def test_missing_inputs_name_the_command_and_mixed_versions_make_no_figure(tmp_p
         figure5(tmp_path, "tiny")
 
 
-def test_runs_on_other_pairs_are_no_points_of_figure2(tmp_path):
-    for beta, data in ((0.01, "a"), (0.05, "a"), (0.1, "a"), (0.5, "b")):
-        log = [{"step": 1, "acc": beta}]
-        write_run(tmp_path / "tiny" / f"dpo-{beta}", {"name": "dpo", "beta": beta}, log, fingerprints={"train": data})
-    lines = values_over("beta", tmp_path, "acc")
-    assert lines == {"": {0.01: [0.01], 0.05: [0.05], 0.1: [0.1]}}
+def test_figure2_counts_a_merged_adapter_once_and_runs_on_other_pairs_not_at_all(tmp_path):
+    for beta, data in ((0.01, "a"), (0.05, "a"), (0.5, "b"), (0.1, "a")):
+        folder, log = tmp_path / "tiny" / f"dpo-lora-{beta}", [{"step": 1, "acc": beta}]
+        write_run(folder, {"name": "dpo", "beta": beta}, log, seconds=beta, fingerprints={"train": data})
+    shutil.copytree(folder, tmp_path / "tiny" / "dpo-lora-0.1-merged")
+    assert values_over("beta", tmp_path, "acc") == {"": {0.01: [0.01], 0.05: [0.05], 0.1: [0.1]}}

@@ -25,6 +25,7 @@ from rmipo.reporting.pair_arrays import (
 from rmipo.reporting.results import ReportError, load_run
 from tests.helpers.paths import ROOT
 from tests.helpers.programs import run_here
+from tests.helpers.rows import write
 from tests.helpers.tiny_model import naive_scores, write_model
 
 OBJECTIVES = {
@@ -35,7 +36,6 @@ OBJECTIVES = {
 
 
 def write_pairs(folder: Path) -> None:
-    folder.mkdir()
     draw = random.Random(0)
 
     def words(count: int) -> str:
@@ -46,7 +46,7 @@ def write_pairs(folder: Path) -> None:
         pair = {"prompt": words(3), "chosen": words(draw.randint(2, 6)), "rejected": words(draw.randint(2, 6))}
         pairs.append(pair | {"score_chosen": draw.randint(5, 9), "score_rejected": draw.randint(1, 4)})
     for split in ("train", "test"):
-        (folder / f"{split}.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+        write(folder / f"{split}.jsonl", pairs)
 
 
 @pytest.fixture(scope="module")
@@ -89,11 +89,10 @@ def test_gamma_of_figure8_by_three_formulas(outputs):
     assert np.allclose(readings["per token, as in the recipe"].gamma, margin(per_token), atol=1e-4)
     assert np.allclose(readings["summed, as printed"].gamma, margin(summed), atol=1e-3)
     release = naive_scores(run.folder, pairs_of(outputs), release=True)
-    released = {
-        side: release[f"{side}_logps"] / release[f"{side}_lengths"]
-        - release[f"prior_{side}_logps"] / (release[f"{side}_lengths"] - 1)
-        for side in ("chosen", "rejected")
-    }
+    released = {}
+    for side in ("chosen", "rejected"):
+        logps, prior, length = (release[name] for name in (f"{side}_logps", f"prior_{side}_logps", f"{side}_lengths"))
+        released[side] = logps / length - prior / (length - 1)
     assert np.allclose(readings["released code"].gamma, margin(released), atol=1e-4)
     assert np.abs(readings["released code"].gamma - readings["per token, as in the recipe"].gamma).max() > 1e-3
     table = summarize(readings, 0.3, 1.6)
@@ -128,14 +127,13 @@ def test_figure8_is_of_the_runs_own_schedule_and_prior(outputs):
     assert list(release) == ["per token", "summed, as printed", "released code, as in the recipe"]
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [{"target": "beta"}, {"signal": "loglik"}, {"schedule": "constant"}, {"gamma_min": 1.1, "gamma_max": 1.1}],
-)
-def test_figure8_refuses_runs_whose_gamma_does_not_follow_delta_pmi(outputs, changes):
-    for run in (load_run(outputs, "tiny", "simpo"), with_objective(load_run(outputs, "tiny", "rmipo"), **changes)):
-        with pytest.raises(ReportError, match=str(run.folder)):
-            gamma_readings(run, "train", 100)
+def test_figure8_refuses_runs_whose_gamma_does_not_follow_delta_pmi(outputs):
+    run = load_run(outputs, "tiny", "rmipo")
+    equal = {"gamma_min": 1.1, "gamma_max": 1.1}
+    changes = ({"target": "beta"}, {"signal": "loglik"}, {"schedule": "constant"}, equal)
+    for wrong in (load_run(outputs, "tiny", "simpo"), *(with_objective(run, **change) for change in changes)):
+        with pytest.raises(ReportError, match=str(wrong.folder)):
+            gamma_readings(wrong, "train", 100)
 
 
 def test_figure3_without_scores_of_these_weights_names_the_command(tmp_path):
@@ -160,16 +158,12 @@ def test_figure8_of_any_model_and_any_pairs(outputs, tmp_path):
     pmi = [(naive[f"{s}_logps"] - naive[f"prior_{s}_logps"]) / naive[f"{s}_lengths"] for s in ("chosen", "rejected")]
     assert table["delta_pmi mean"].iloc[0] == pytest.approx((pmi[0] - pmi[1]).mean().item(), abs=1e-4)
     assert run_here("figure", folder=tmp_path, env=given | {"DATA": ""}).code == 2  # no recipe that names its pairs
-
-
-def test_figure8_of_other_pairs_has_none_of_the_runs_own(outputs, tmp_path):
-    shutil.copytree(outputs / "tiny/rmipo", tmp_path / "outputs/tiny/rmipo")
-    path = tmp_path / "outputs/tiny/rmipo/run.json"
-    run = json.loads(path.read_text())
-    run["recipe"] |= {"dataset_name": None, "datasets": [{"path": "of the run, and gone"}], "test_split_size": 2}
-    path.write_text(json.dumps(run))
-    given = {"N": "8", "MODEL": "tiny", "DATA": str(outputs / "pairs")}
-    assert run_here("figure", folder=tmp_path, env=given).code == 0
+    # Of a run of a setting with other pairs, none of the run's own has a part in it.
+    path = shutil.copytree(outputs / "tiny/rmipo", tmp_path / "outputs/tiny/rmipo") / "run.json"
+    record = json.loads(path.read_text())
+    record["recipe"] |= {"dataset_name": None, "datasets": [{"path": "of the run, and gone"}], "test_split_size": 2}
+    path.write_text(json.dumps(record))
+    assert run_here("figure", folder=tmp_path, env=given | {"MODEL": "tiny"}).code == 0
 
 
 @pytest.mark.parametrize(
@@ -188,15 +182,12 @@ def test_a_figure_has_a_file_for_all_that_it_is_of(number, given, name):
     assert script["report_file"](argparse.Namespace(**usual | given), ".png") == Path(f"outputs/reports/{name}.png")
 
 
-@pytest.mark.parametrize(
-    ("given", "named"),
-    [
+def test_figures_that_cannot_be_drawn_are_refused(tmp_path):
+    for given, named in (
         ({"N": "9", "MODEL": "tiny"}, "9"),
         ({"N": "7"}, "MODEL"),
         ({"N": "7", "MODEL": "tiny", "METHOD": "dpo"}, "METHOD"),  # else a figure of all methods would have its name
         ({"N": "6", "MODEL": "tiny"}, "make train MODEL=tiny METHOD=simpo"),
-    ],
-)
-def test_figures_that_cannot_be_drawn_are_refused(tmp_path, given, named):
-    ended = run_here("figure", folder=tmp_path, env=given)
-    assert ended.code == 2 and named in ended.err
+    ):
+        ended = run_here("figure", folder=tmp_path, env=given)
+        assert ended.code == 2 and named in ended.err

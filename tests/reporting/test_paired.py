@@ -42,7 +42,7 @@ def test_against_a_bootstrap_by_hand(tmp_path):
     assert found.p == pytest.approx(math.erfc(found.mean / found.standard_error / 2**0.5)) and 0 < found.p < 0.05
 
 
-def test_seeds_are_averaged_and_prompts_without_a_verdict_left_out(tmp_path):
+def test_seeds_are_averaged_prompts_without_a_verdict_left_out_and_draws_compared_one_by_one(tmp_path):
     ours = [result(tmp_path, "rmipo", [8.0, 2.0, None, 7.0]), result(tmp_path, "again", [6.0, 5.0, 5.0, 7.0])]
     theirs = [result(tmp_path, "dpo", [5.0, 1.0, 3.0, None])]
     found = paired_difference(ours, theirs, "mt_bench")  # of the first two prompts: 7 - 5 and 3.5 - 1
@@ -52,8 +52,6 @@ def test_seeds_are_averaged_and_prompts_without_a_verdict_left_out(tmp_path):
     assert paired_difference(ours, [load_result(tmp_path, LLAMA, "old", "mtbench")], "mt_bench") is None
     assert paired_difference([], theirs, "mt_bench") is None
 
-
-def test_a_metric_with_draws_is_compared_draw_by_draw(tmp_path):
     def lc(method: str, rate: float, draws: list[float]):
         write_result(tmp_path, LLAMA, method, "alpacaeval", {"alpacaeval2_lc": rate}, draws={"alpacaeval2_lc": draws})
         return load_result(tmp_path, LLAMA, method, "alpacaeval")

@@ -31,14 +31,10 @@ def row_of(text: str, label: str) -> list[str]:
     return [cell.strip() for cell in line.split("|")[2:-1]]
 
 
-@pytest.fixture
-def filled(tmp_path):
+def test_the_three_formats(tmp_path):
     metrics = {"alpacaeval2_lc": 47.25, "alpacaeval2_lc_standard_error": 1.44, "alpacaeval2_wr": 40.0}
     write_result(tmp_path, LLAMA, "alpha-dpo", "alpacaeval", metrics | {"alpacaeval2_length": 1834.4})
-    return fill(build_table(1, [LLAMA]), tmp_path)
-
-
-def test_the_three_formats(filled):
+    filled = fill(build_table(1, [LLAMA]), tmp_path)
     text = markdown(filled)
     assert "| Method | Llama3-8B-Instruct LC (%) | Llama3-8B-Instruct WR (%) | Llama3-8B-Instruct Length |" in text
     assert "| α-DPO | 46.6 / 47.2 ±1.4 / +0.6 | 38.1 / 40.0 / +1.9 | 1834 | 8.1 / [15] |" in text
@@ -78,8 +74,6 @@ def test_another_judge_is_said_in_all_three_formats(tmp_path):
     assert r"6.0$^\dagger$\end{tabular} \\" in plain and f"% † {trial}\n" in plain and f"% † {judge}\n" in plain
 
 
-# Tables of any benchmark
-
 METHODS = {"rmipo": 3.0, "dpo": 0.0, "initial": -20.0}
 
 
@@ -102,11 +96,8 @@ def benchmarks(tmp_path) -> Path:
 def test_a_table_of_benchmarks(benchmarks):
     filled = fill(benchmark_table(benchmarks, "tiny", ["constraints", "specificity"]), benchmarks)
     text = markdown(filled)
-    (header,) = [line for line in text.splitlines() if line.startswith("| Method")]
-    columns = [cell.strip() for cell in header.split("|")[2:-1]]
-    ours = dict(zip(columns, row_of(text, "RMiPO"), strict=True))
-    dpo = dict(zip(columns, row_of(text, "DPO"), strict=True))
-    start = dict(zip(columns, row_of(text, "Initial"), strict=True))
+    columns, *rows = (row_of(text, label) for label in ("Method", "RMiPO", "DPO", "Initial"))
+    ours, dpo, start = (dict(zip(columns, row, strict=True)) for row in rows)
     rate = "Verifiable constraints All constraints (%)"
     delta = "Verifiable constraints RMiPO − row, All constraints (%)"
     assert ours[rate].startswith("**") and ours[rate].endswith("** ±2.0") and "**" not in dpo[rate]  # the highest
@@ -128,13 +119,10 @@ def test_a_table_of_benchmarks(benchmarks):
         benchmark_table(benchmarks, "tiny", ["reward"])
 
 
-def test_p_values_are_corrected_for_their_number():
+def test_p_values_are_corrected_and_parts_stand_in_a_benchmarks_own_table_alone(tmp_path):
     assert holm([0.01, 0.04, 0.03, 0.5]).tolist() == pytest.approx([0.04, 0.09, 0.09, 0.5])  # 4, 3, 2, 1 times, rising
     assert holm([0.6, 0.7]).tolist() == [1.0, 1.0]
     assert [stars(p) for p in (0.2, 0.049, 0.009, 0.0009)] == ["", "*", "**", "***"]
-
-
-def test_the_parts_of_a_benchmark_stand_in_its_own_table_alone(tmp_path):
     metrics = {"mt_bench": 6.0, "mt_bench_turn1": 6.5, "mt_bench_math": 3.25}
     write_result(tmp_path, "tiny", "rmipo", "mtbench", metrics)
     write_result(tmp_path, "tiny", "rmipo", "constraints", {"constraints_all": 3.0}, settings={"first_n": 4})
@@ -168,7 +156,6 @@ def test_a_rate_of_half_is_no_difference(tmp_path):
 
 
 def compiled(folder: Path, source: str) -> str:
-    """The log of pdflatex over a document with these tables. The PDF stays in `folder`."""
     preamble = r"\documentclass{article}\usepackage{booktabs,longtable,amssymb}\begin{document}"
     (folder / "tables.tex").write_text(f"{preamble}\n{source}\n\\end{{document}}\n")
     command = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "tables.tex"]

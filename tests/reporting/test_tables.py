@@ -22,13 +22,11 @@ LLAMA = "llama3-8b-instruct"
 
 
 def cell_of(filled: Table, *labels: str):
-    """The one cell whose row and column labels hold all of `labels`."""
     (found,) = [c for c in filled.cells.itertuples() if set(labels) <= {*c.row, c.group, c.column}]
     return found
 
 
 def transcribed(number: int) -> list[list[str]]:
-    """The rows of a table in the paper's text, as lists of labels and numbers."""
     blocks = PAPER_TEXT.read_text().split("[table")
     lines = next(block for block in blocks if block.startswith(f"{number}]")).splitlines()[1:]
     return [[cell.strip().replace("ϵ", "ε").replace(" -", "-") for cell in line.split("|")] for line in lines]
@@ -51,9 +49,6 @@ def test_numbers_and_labels_are_those_of_the_papers_text(number):
             assert row[-1] == text[labels - 1]
         else:
             assert row[0].split("-")[0].rstrip("3") == text[0].split("-")[0]
-
-
-def test_the_papers_averages_are_those_of_its_text():
     printed = paper_table("table2")[["avg_score", "avg_rank"]].to_numpy().tolist()
     assert printed == [[float(cell) for cell in row[-2:]] for row in transcribed(2)]
 
@@ -74,8 +69,7 @@ def test_a_table_filled_with_the_papers_numbers_differs_nowhere(number, tmp_path
     assert (compared["difference"].abs() < 0.005 + 1e-9).all() and not compared["difference"].isna().any()
 
 
-def test_labels_stand_over_and_beside_their_cells():
-    """The labels of a cell, and the run and metric that is read there."""
+def test_labels_stand_over_and_beside_their_cells_and_decoding_is_that_of_the_recipes():
     cell = build_table(5).cells.iloc[-5]
     assert (cell.row, cell.group, cell.column) == (("SimPER",), "Llama3-8B-Instruct", "WR (%)")
     assert (cell.model, cell.method, cell.metric) == (LLAMA, "table5-simper", "alpacaeval2_wr")
@@ -88,9 +82,6 @@ def test_labels_stand_over_and_beside_their_cells():
              "[1.0, 1.2]": "table8-1-1.2"}),
     ):  # fmt: skip
         assert dict(build_table(number).cells[["column", "method"]].values[:4]) == expected
-
-
-def test_the_papers_decoding_is_that_of_the_recipes():
     decoding = paper_table("decoding").set_index("setting").to_dict("index")
     assert decoding == DECODING
     for model, values in decoding.items():
@@ -117,14 +108,17 @@ def test_difference_and_missing_cells(tmp_path):
     assert cell_of(base, "Initial", "LC (%)").commands == (sft, initial.format("base"))
 
 
-def test_unfinished_results_and_runs_count_as_missing(tmp_path):
+def test_unfinished_results_and_lacking_tasks_count_as_missing(tmp_path):
     write_result(tmp_path, LLAMA, "rmipo", "leaderboard", dict.fromkeys(LEADERBOARD, 10.0), finished=False)
     write_run(tmp_path / LLAMA / "rmipo", {"name": "rmipo"}, [], finished=False)
     cell = cell_of(fill(build_table(2, [LLAMA]), tmp_path), "RMiPO", "IFEval")
     assert pd.isna(cell.ours) and cell.paper == 69.07 and len(cell.commands) == 2
+    path = write_result(tmp_path, "tiny", "rmipo", "leaderboard", {"ifeval": 50.0})
+    cell = cell_of(fill(build_table(2, ["tiny"]), tmp_path), "RMiPO", "BBH")
+    assert cell.commands == ("make eval MODEL=tiny METHOD=rmipo BENCH=leaderboard",) and path.exists()  # is added to it
 
 
-def test_ranks_among_fewer_methods_are_not_compared(tmp_path):
+def test_ranks_among_fewer_methods_are_not_compared_and_averages_carry_what_is_said_of_their_row(tmp_path):
     for method, score in (("rmipo", 30.0), ("dpo", 20.0)):
         write_result(tmp_path, LLAMA, method, "leaderboard", dict.fromkeys(LEADERBOARD, score))
     filled = fill(build_table(2, [LLAMA]), tmp_path)
@@ -133,6 +127,10 @@ def test_ranks_among_fewer_methods_are_not_compared(tmp_path):
     assert rank.ours == 1.0 and pd.isna(rank.difference)
     assert cell_of(filled, "DPO", "Avg. Rank").ours == 2.0 and pd.isna(cell_of(filled, "SimPO", "Avg. Rank").ours)
     assert any("2 of 7 methods" in note for note in notes_of(filled))
+    write_result(tmp_path, "tiny", "rmipo", "leaderboard", dict.fromkeys(LEADERBOARD, 10.0), settings={"limit": 5})
+    row = [cell for cell in fill(build_table(2, ["tiny"]), tmp_path).cells.itertuples() if "RMiPO" in cell.row]
+    assert len(row) == 8 and all(cell.deviations == row[0].deviations for cell in row)
+    assert "limit=5" in row[0].deviations[0]
 
 
 def test_a_length_controlled_rate_that_was_left_out_can_be_added_unless_it_is_of_a_stand_in(tmp_path):
@@ -225,16 +223,3 @@ def test_weights_are_read_once_for_all_tables_until_they_change(tmp_path, monkey
     assert trained_fingerprint(tmp_path) not in found and len(read) == 2
     (tmp_path / "config.json").write_text("{}")
     assert trained_fingerprint(tmp_path) == fingerprint(tmp_path) and len(read) == 3
-
-
-def test_tasks_that_a_result_lacks_are_added_to_it(tmp_path):
-    path = write_result(tmp_path, "tiny", "rmipo", "leaderboard", {"ifeval": 50.0})
-    cell = cell_of(fill(build_table(2, ["tiny"]), tmp_path), "RMiPO", "BBH")
-    assert cell.commands == ("make eval MODEL=tiny METHOD=rmipo BENCH=leaderboard",) and path.exists()
-
-
-def test_an_average_carries_what_is_said_of_its_row(tmp_path):
-    write_result(tmp_path, "tiny", "rmipo", "leaderboard", dict.fromkeys(LEADERBOARD, 10.0), settings={"limit": 5})
-    row = [cell for cell in fill(build_table(2, ["tiny"]), tmp_path).cells.itertuples() if "RMiPO" in cell.row]
-    assert len(row) == 8 and all(cell.deviations == row[0].deviations for cell in row)
-    assert "limit=5" in row[0].deviations[0]

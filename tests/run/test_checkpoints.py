@@ -15,13 +15,29 @@ from transformers import TrainerState
 
 from rmipo.errors import CheckpointError
 from rmipo.files import LOCK_FILE
+from rmipo.record import run_identity
 from rmipo.run.checkpoints import FullDiskError, delete_torn, explained_full_disk, resume_point
-from rmipo.training.checkpoints import ResumableTrainer, complete, complete_checkpoints, rotate
-from tests.helpers.checkpoints import IDENTITY, make_checkpoints
+from rmipo.training.checkpoints import (
+    MARKER,
+    ResumableTrainer,
+    complete,
+    complete_checkpoints,
+    rotate,
+    start_checkpoint,
+)
+
+IDENTITY = run_identity({"learning_rate": 1e-6, "objective": {"name": "rmipo", "beta": 2.0}}, {"train": "a"}, 2)
+
+
+def make_checkpoints(folder, complete, torn=(), identity=IDENTITY):
+    for step in (*complete, *torn):
+        start_checkpoint(folder, step)
+        (folder / f"checkpoint-{step}" / "weights").write_text("x")
+    for step in complete:
+        (folder / f"checkpoint-{step}" / MARKER).write_text(json.dumps({"step": step, **identity}))
 
 
 def save(folder, step, limit=None, best=None, first_process=True):
-    """Start a run in `folder` and save its checkpoint of `step`."""
     if first_process:
         delete_torn(folder)
     (folder / f"checkpoint-{step}").mkdir()
@@ -38,6 +54,10 @@ def names(folder):
 
 def test_what_a_kill_left_of_a_save_is_deleted_and_nothing_else(tmp_path, capsys):
     make_checkpoints(tmp_path, complete=(2,), torn=(4,))
+    save(tmp_path, 3, limit=1, first_process=False)  # other processes than the first delete and mark nothing
+    assert names(tmp_path) == ["checkpoint-2", "checkpoint-3", "checkpoint-4"]
+    assert [path.name for path in complete_checkpoints(tmp_path)] == ["checkpoint-2"]
+    (tmp_path / "checkpoint-3").rmdir()
     (tmp_path / "checkpoint-notes.txt").touch()
     mine = ["checkpoint-0", "checkpoint-0012", "checkpoint-99", "checkpoint-best", "checkpoints"]
     for name in mine:
@@ -47,13 +67,6 @@ def test_what_a_kill_left_of_a_save_is_deleted_and_nothing_else(tmp_path, capsys
     assert names(tmp_path) == sorted(["checkpoint-2", "checkpoint-6", "checkpoint-notes.txt", *mine])
     assert capsys.readouterr().out == f"{tmp_path}/checkpoint-4 is incomplete: deleted\n"
     assert [path.name for path in complete_checkpoints(tmp_path)] == ["checkpoint-2", "checkpoint-6"]
-
-
-def test_other_processes_than_the_first_delete_and_mark_nothing(tmp_path):
-    make_checkpoints(tmp_path, complete=(2, 3), torn=(4,))
-    save(tmp_path, 6, limit=1, first_process=False)
-    assert names(tmp_path) == ["checkpoint-2", "checkpoint-3", "checkpoint-4", "checkpoint-6"]
-    assert [path.name for path in complete_checkpoints(tmp_path)] == ["checkpoint-2", "checkpoint-3"]
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """What a run leaves: every tensor whole, the same scores in plain transformers, and a card that says what it is."""
 
 import json
+from unittest import mock
 
 import httpx2
 import pytest
@@ -32,7 +33,7 @@ def exported(tmp_path_factory, request):
     return folder / "out", folder
 
 
-def test_exported_model_scores_as_the_trained_one_did_in_memory(exported):
+def test_exported_model_scores_as_the_trained_one_and_has_what_generation_needs_and_a_card(exported):
     out, folder = exported
     tokenizer = AutoTokenizer.from_pretrained(out)
     rows = load_pairs(DataConfig(dataset_name=str(folder / "data")), "test")
@@ -47,10 +48,6 @@ def test_exported_model_scores_as_the_trained_one_did_in_memory(exported):
     for side in ("chosen", "rejected"):
         assert scores[f"{side}_logps"].mean().item() == pytest.approx(results[f"eval_logps/{side}"], abs=2e-4)
     assert (initial["chosen_logps"] - scores["chosen_logps"]).abs().mean() > 0.05  # what training changed
-
-
-def test_exported_folder_has_what_generation_needs_and_no_pickle(exported):
-    out, folder = exported
     config = json.loads((out / "config.json").read_text())
     assert config["use_cache"] is True and config["dtype"] == "float32"
     tokenizer = AutoTokenizer.from_pretrained(out)
@@ -62,17 +59,9 @@ def test_exported_folder_has_what_generation_needs_and_no_pickle(exported):
     tensors = export.saved_tensors(out)
     reference = make_model("llama3").state_dict()
     assert tensors == {name: (tuple(tensor.shape), "float32") for name, tensor in reference.items()}
-
-
-def test_answers_are_as_many_and_as_long_as_the_recipe_says(exported):
-    out, _ = exported
     (line,) = read_generations(out)
     # Of two tokens; each byte that is no whole character may become three.
-    assert len(AutoTokenizer.from_pretrained(out)(line["answer"], add_special_tokens=False)["input_ids"]) <= 6
-
-
-def test_card_names_recipe_data_metrics_and_paper(exported):
-    out, folder = exported
+    assert len(tokenizer(line["answer"], add_special_tokens=False)["input_ids"]) <= 6
     text = (out / "README.md").read_text()
     _, header, body = text.split("---\n", 2)
     assert yaml.safe_load(header) == {"library_name": "transformers", "tags": ["rmipo", "preference-optimization"]}
@@ -84,32 +73,28 @@ def test_card_names_recipe_data_metrics_and_paper(exported):
     assert PAPERS["rmipo"].citation in body and "2604.24804" in body
 
 
-@pytest.fixture
-def whole(tmp_path):
-    """(folder of a saved model, its configuration)."""
-    save("llama3", tmp_path)
-    return tmp_path, AutoConfig.from_pretrained(tmp_path)
-
-
 def change(folder, edit):
     tensors = load_file(folder / "model.safetensors")
     edit(tensors)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def test_whole_export_is_counted(whole):
-    folder, config = whole
-    (folder / "model.safetensors").unlink()
-    make_model("llama3").save_pretrained(folder, max_shard_size="20KB")
-    assert len(list(folder.glob("*.safetensors"))) == 6
-    (folder / "checkpoint-2").mkdir()
-    save_file({"other": torch.ones(1)}, folder / "checkpoint-2/model.safetensors")
-    assert export.verify_export(folder, config) == len(make_model("llama3").state_dict()) == 21
-
-
-def test_tied_heads_need_not_be_saved(tmp_path):
-    make_model("llama3", tie_word_embeddings=True).save_pretrained(tmp_path)
-    assert export.verify_export(tmp_path, AutoConfig.from_pretrained(tmp_path)) == 20
+def test_whole_export_is_counted(tmp_path):
+    """Tied heads need not be saved; tensors may be of the model's precision alone."""
+    make_model("llama3", tie_word_embeddings=True).save_pretrained(tmp_path / "tied")
+    assert export.verify_export(tmp_path / "tied", AutoConfig.from_pretrained(tmp_path / "tied")) == 20
+    make_model("llama3").bfloat16().save_pretrained(tmp_path)
+    config = AutoConfig.from_pretrained(tmp_path)
+    assert export.verify_export(tmp_path, config) == len(make_model("llama3").state_dict()) == 21
+    change(tmp_path, lambda t: t.update({"model.norm.weight": t["model.norm.weight"].float()}))
+    with pytest.raises(export.ExportError, match=r"model\.norm\.weight is .*float32"):
+        export.verify_export(tmp_path, config)
+    (tmp_path / "model.safetensors").unlink()
+    make_model("llama3").bfloat16().save_pretrained(tmp_path, max_shard_size="10KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 3
+    (tmp_path / "checkpoint-2").mkdir()
+    save_file({"other": torch.ones(1)}, tmp_path / "checkpoint-2/model.safetensors")
+    assert export.verify_export(tmp_path, config) == 21
 
 
 @pytest.mark.parametrize(
@@ -121,11 +106,11 @@ def test_tied_heads_need_not_be_saved(tmp_path):
         (lambda t: t.update({"value_head.weight": torch.ones(2)}), "value_head.weight is "),
     ],
 )
-def test_broken_exports_are_refused_by_tensor(whole, edit, named):
-    folder, config = whole
-    change(folder, edit)
+def test_broken_exports_are_refused_by_tensor(tmp_path, edit, named):
+    save("llama3", tmp_path)
+    change(tmp_path, edit)
     with pytest.raises(export.ExportError, match=named):
-        export.verify_export(folder, config)
+        export.verify_export(tmp_path, AutoConfig.from_pretrained(tmp_path))
 
 
 def test_a_run_that_saves_other_tensors_than_its_models_ends_with_an_error(tmp_path):
@@ -136,7 +121,6 @@ def test_a_run_that_saves_other_tensors_than_its_models_ends_with_an_error(tmp_p
 
 
 def write_record(folder, recipe, **results):
-    """`run.json` of a run on eight machines of two GPUs."""
     record = {
         "recipe": recipe, "results": results, "versions": {"torch": "2.13.0", "trl": "1.0"}, "world_size": 16,
         "hardware": ["A100", "A100"], "commit": "abc", "fingerprints": {"train": "f1", "model": "f2"},
@@ -156,16 +140,11 @@ def test_card_of_published_adapters_trained_on_a_mixture(tmp_path, monkeypatch):
     assert body.startswith("\n# tiny: sft\n") and "| eval_a | 3 |\n| eval_loss | 1.235 |\n\n" in body
     assert "Trained on 16 x A100, commit abc, with torch 2.13.0, trl 1.0." in body
     assert yaml.safe_load(body.partition("```yaml\n")[2].partition("```")[0]) == recipe
-
-
-def test_card_of_a_loss_without_a_paper(tmp_path):
-    """It is written at the end of the training, which would be lost."""
+    # A loss without a paper: the card is written at the end of the training, which would be lost.
     recipe = {"model_name_or_path": "org/base", "dataset_name": "org/pairs", "objective": {"name": "my-loss"}}
     write_record(tmp_path / "tiny/my-loss", recipe)
-    assert (
-        "my-loss (preference optimization) of `org/base`"
-        in export.write_model_card(tmp_path / "tiny/my-loss").read_text()
-    )
+    text = export.write_model_card(tmp_path / "tiny/my-loss").read_text()
+    assert "my-loss (preference optimization) of `org/base`" in text
 
 
 @pytest.mark.parametrize("stage, form", [("rmipo", "on_policy_ultrafeedback"), ("sft", "ultrachat")])
@@ -201,26 +180,15 @@ def test_upload_leaves_checkpoints_out(tmp_path, monkeypatch):
     ]
 
 
-@pytest.mark.parametrize("error", [ValueError, httpx2.ConnectError])
-def test_an_upload_that_fails_says_what_is_kept(tmp_path, monkeypatch, error):
-    def refuse(self, name, **options):
-        raise error("hub down\nrequest 7")
-
-    monkeypatch.setattr(export.HfApi, "create_repo", refuse)
-    with pytest.raises(export.ExportError, match="someone/model failed: hub down"):
-        export.push(arguments(tmp_path, hub_model_id="someone/model"))
+def test_an_upload_that_fails_says_what_is_kept(tmp_path, monkeypatch):
+    for error in (ValueError, httpx2.ConnectError):
+        create = mock.Mock(side_effect=error("hub down\nrequest 7"))
+        monkeypatch.setattr(export.HfApi, "create_repo", create)
+        with pytest.raises(export.ExportError, match="someone/model failed: hub down"):
+            export.push(arguments(tmp_path, hub_model_id="someone/model"))
 
 
 def arguments(folder, **values):
     return PreferenceRunConfig(
         objective={"name": "rmipo"}, output_dir=str(folder), use_cpu=True, bf16=False, report_to="none", **values
     )
-
-
-def test_a_tensor_of_another_precision_than_the_models_is_refused(tmp_path):
-    make_model("llama3").bfloat16().save_pretrained(tmp_path)
-    config = AutoConfig.from_pretrained(tmp_path)
-    assert export.verify_export(tmp_path, config) == 21
-    change(tmp_path, lambda t: t.update({"model.norm.weight": t["model.norm.weight"].float()}))
-    with pytest.raises(export.ExportError, match=r"model\.norm\.weight is .*float32"):
-        export.verify_export(tmp_path, config)

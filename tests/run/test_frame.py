@@ -1,7 +1,9 @@
 """What every run has around it: how it starts, in which order things happen, how it ends."""
 
+import contextlib
 import json
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 from transformers import AutoTokenizer, DefaultFlowCallback, TrainerCallback
@@ -30,10 +32,6 @@ def twin(tmp_path_factory):
     return make_twin(folder, "tiny/rmipo", "llama3", "on_policy_ultrafeedback")
 
 
-def pairs_evaluated(record):
-    return round(record["results"]["eval_samples_per_second"] * record["results"]["eval_runtime"])
-
-
 def preference(overrides, output_dir):
     command = ["scripts/preference.py", "--config", "recipes/tiny/rmipo.yaml", *overrides]
     return launch([*command, "--output_dir", str(output_dir)])
@@ -52,7 +50,7 @@ def test_a_finished_run_says_what_it_did_and_is_not_trained_again(tmp_path, twin
     for lengths in (record["data"][split]["lengths"] for split in ("train", "test")):
         assert (lengths["prompt"]["max"], lengths["chosen"]["max"], lengths["rejected"]["max"]) == (14, 16, 16)
     assert len(record["prompt_probe"]) == 2 and record["results"]["parity"] < 1e-5
-    assert pairs_evaluated(record) == 3
+    assert round(record["results"]["eval_samples_per_second"] * record["results"]["eval_runtime"]) == 3
     samples = read_generations(out)
     assert [line["step"] for line in samples] == [2, 2] and max(len(line["answer"]) for line in samples) < 50
     files = {path: path.stat().st_mtime_ns for path in out.iterdir()}
@@ -78,11 +76,10 @@ def test_a_run_in_which_nothing_is_logged_ends_well(tmp_path, twin):
     assert recorded_run(out)["data"]["train"]["tokens"]["chosen"] == sum(map(len, ids))
 
 
-class Theirs(TrainerCallback):
-    """A callback that `ORDER` doesn't name."""
-
-
 def test_callbacks_are_called_in_one_order(tmp_path):
+    class Theirs(TrainerCallback):
+        """A callback that `ORDER` doesn't name."""
+
     trainer = make_trainer(tmp_path, make_pairs(8), report_to=["wandb", "tensorboard"])
     trainer.pop_callback(Recorder)
     given = [SilenceWatchdog(), FiniteWatchdog(), Recorder(), StopOnSignal()]
@@ -107,22 +104,16 @@ def test_a_process_of_several_ends_while_threads_of_its_groups_live(end, code):
     assert "the interpreter is taken down" not in run.output
 
 
-@pytest.mark.parametrize(
-    ("stage", "metric", "known"),
-    [
+def test_a_metric_that_is_not_logged_is_no_measure_of_the_best_model():
+    for stage, metric, known in (
         ("rmipo", "eval_rmipo/gamma_mean", True),
         ("rmipo", "common/acc_logratio", False),  # of methods with a reference
         ("sft", "eval_entropy", True),
         ("sft", "rewards/accuracies", False),
-    ],
-)
-def test_a_metric_that_is_not_logged_is_no_measure_of_the_best_model(stage, metric, known):
-    overrides = ["--model_name_or_path=a/b", f"--metric_for_best_model={metric}"]
-    args, *_ = load_recipe(ROOT / f"recipes/tiny/{stage}.yaml", overrides=overrides).parse(world_size=1)
-    if known:
-        frame.check_best_metric(args)
-    else:
-        with pytest.raises(ConfigError, match="metric_for_best_model"):
+    ):
+        overrides = ["--model_name_or_path=a/b", f"--metric_for_best_model={metric}"]
+        args, *_ = load_recipe(ROOT / f"recipes/tiny/{stage}.yaml", overrides=overrides).parse(world_size=1)
+        with contextlib.nullcontext() if known else pytest.raises(ConfigError, match="metric_for_best_model"):
             frame.check_best_metric(args)
 
 
@@ -142,13 +133,9 @@ def test_an_evaluation_at_the_start_is_that_of_the_first_start_alone(monkeypatch
     assert (args.eval_on_start, resumed) == (evaluates, [checkpoint])
 
 
-@pytest.mark.parametrize("stage", ["sft", "rmipo"])
-def test_training_scripts_check_the_machine_before_they_load_anything(stage, monkeypatch, tmp_path):
-    def refuse(recipe, args):
-        raise PreflightError("too small")
-
-    monkeypatch.setattr(frame, "check_run", refuse)
+@pytest.mark.parametrize(("stage", "script"), [("sft", "sft"), ("rmipo", "preference")])
+def test_training_scripts_check_the_machine_before_they_load_anything(stage, script, monkeypatch, tmp_path):
+    monkeypatch.setattr(frame, "check_run", mock.Mock(side_effect=PreflightError("too small")))
     overrides = ["--model_name_or_path=a/b", "--dataset_name=c/d", f"--output_dir={tmp_path / 'run'}"]
-    script = {"sft": "sft", "rmipo": "preference"}[stage]
     ended = run_here(script, "--config", f"recipes/tiny/{stage}.yaml", *overrides)
     assert ended.code == 2 and ended.err.endswith("error: too small\n") and not (tmp_path / "run").exists()

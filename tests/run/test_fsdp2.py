@@ -21,8 +21,6 @@ pytestmark = pytest.mark.slow
 
 
 class Started(subprocess.Popen):
-    """The launcher, with the handles that `kill_when` takes."""
-
     def __init__(self, command):
         streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
         super().__init__(

@@ -12,12 +12,11 @@ from rmipo.run import generations
 from rmipo.run.generations import SampleGenerations
 from rmipo.run.stop import StopOnSignal
 from rmipo.training import attention
+from tests.helpers.small_models import greedy
 from tests.helpers.twins import changed, make_twin, run
 
 
 class Trainer:
-    """What `SampleGenerations` reads of a trainer: one process, nothing wrapped."""
-
     class args:
         device, world_size = torch.device("cpu"), 1
 
@@ -41,16 +40,6 @@ class Tokenizer:
         return ids if isinstance(ids, list) else ids.tolist()
 
 
-def greedy(model, prompt, count):
-    """A whole forward for each token."""
-    attention.attach(model, "plain")
-    model.eval()
-    answer = []
-    for _ in range(count):
-        answer.append(model(torch.tensor([[*prompt, *answer]])).logits[0, -1].argmax().item())
-    return answer
-
-
 def test_answers_are_greedy_and_training_goes_on_as_before(monkeypatch):
     config = LlamaConfig(
         vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,
@@ -71,6 +60,8 @@ def test_answers_are_greedy_and_training_goes_on_as_before(monkeypatch):
     answers = SampleGenerations(Tokenizer, prompts, Trainer(model), max_new_tokens=4).generate()
     assert [layer.gradient_checkpointing for layer in model.model.layers] == [True, False, True, False]
     assert model.config._attn_implementation == trained_with != "sdpa"
+    attention.attach(model, "plain")
+    model.eval()
     assert answers == [greedy(model, prompt, 4) for prompt in prompts]
 
 
@@ -87,6 +78,7 @@ def test_answers_of_a_step_are_written_once_by_the_first_process(tmp_path, first
     lines = read_generations(tmp_path)
     assert [line["step"] for line in lines] == steps
     if first_process:  # the model has three more positions
+        attention.attach(model.eval(), "plain")
         assert lines[1] == {"step": 4, "prompt": [5, 6, 7], "answer": greedy(model, [5, 6, 7], 3)}
 
 

@@ -43,6 +43,15 @@ def words(flags):
     return [text for pair in flags.items() for text in pair]
 
 
+def run(hub, tmp_path, *command, input=None, login=SECRET):
+    """In a process of its own: the client reads HF_ENDPOINT when it is imported."""
+    environment = os.environ | {"HF_HOME": str(tmp_path / "hf")} | hub.environment | login
+    command = [sys.executable, *command]
+    done = subprocess.run(command, input=input, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done
+
+
 def test_hub_ids_a_pinned_revision_a_broken_download_and_an_upload(hub, twin, tmp_path):
     hub.repositories["models", "org/model"].gated = True
     hub.granted.add("org/model")
@@ -51,12 +60,7 @@ def test_hub_ids_a_pinned_revision_a_broken_download_and_an_upload(hub, twin, tm
     # DPO: the cache of reference log-probabilities is named after the revision that was loaded.
     flags = twin | {"--push_to_hub": "true", "--hub_model_id": "member/aligned"}
     flags |= {"--overlay": "recipes/methods/dpo.yaml"}
-    # A process of its own: the client reads HF_ENDPOINT when it is imported.
-    done = subprocess.run(
-        [sys.executable, "scripts/preference.py", *COMMAND, *words(flags)], cwd=ROOT, capture_output=True, text=True,
-        env=os.environ | {"HF_HOME": str(tmp_path / "hf")} | hub.environment | SECRET,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-4000:]
+    done = run(hub, tmp_path, "scripts/preference.py", *COMMAND, *words(flags))
     # The download went on where it broke.
     ranges = [asked for _, path, asked in hub.requests if path.endswith("/model.safetensors") and asked]
     assert ranges and 0 < int(ranges[0].removeprefix("bytes=").rstrip("-")) < size
@@ -93,9 +97,7 @@ def test_what_the_hub_does_not_give_is_refused_with_the_fix(hub, twin, tmp_path)
     hub.repositories["models", "org/model"].gated = True
     no_data = twin | {"--model_name_or_path": "org/open", "--model_revision": "main", "--dataset_name": "org/other"}
     cases = [(COMMAND + words(flags), login) for flags, login in ((twin, {}), (twin, SECRET), (no_data, {}))]
-    environment = os.environ | {"HF_HOME": str(tmp_path / "hf")} | hub.environment
-    command = [sys.executable, "-c", REFUSED]
-    done = subprocess.run(command, input=json.dumps(cases), cwd=ROOT, env=environment, capture_output=True, text=True)
+    done = run(hub, tmp_path, "-c", REFUSED, input=json.dumps(cases), login={})
     no_login, no_grant, not_there = (Ended(*result) for result in json.loads(done.stdout))
     for ended in (no_login, no_grant, not_there):
         assert ended.code == 2 and "Traceback" not in ended.err, ended.err
@@ -117,11 +119,7 @@ trainer.push_to_hub(dataset_name="org/pairs")
 
 def test_a_trainer_loads_from_the_hub_and_uploads_with_its_card(hub, twin, tmp_path):
     hub.repositories["models", "org/model"].commit({"config.json": (tmp_path / "model/config.json").read_bytes()})
-    done = subprocess.run(
-        [sys.executable, "-c", FRONT_DOOR, str(tmp_path / "out")], cwd=ROOT, capture_output=True, text=True,
-        env=os.environ | {"HF_HOME": str(tmp_path / "hf")} | hub.environment | SECRET,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-4000:]
+    run(hub, tmp_path, "-c", FRONT_DOOR, str(tmp_path / "out"))
     uploaded = hub.repositories["models", "member/front-door"]
     files = uploaded.commits[uploaded.names["main"]]
     assert files["model.safetensors"] == (tmp_path / "out/model.safetensors").read_bytes()

@@ -40,8 +40,6 @@ def in_the_middle_of_a_save(output_dir):
 
 
 def in_the_middle_of_an_evaluation(output_dir):
-    """Between an evaluation's metrics and its sample generations."""
-
     def steps(name, sign):
         path = output_dir / name
         lines = path.read_text().splitlines() if path.exists() else []
@@ -193,9 +191,6 @@ def test_running_statistics_survive(tmp_path, twin, method):
     first, *_, last = [line["rewards/margins"] for line in read_metrics(killed) if "rewards/margins" in line]
     if method == "epsilon-dpo":  # whose reference is the initial policy, not the trained one
         assert abs(first) < 1e-4 < 1e-3 < abs(last)
-
-
-# -------------------------------------------------------------------------------------------------------- a full disk
 
 
 @contextlib.contextmanager

@@ -19,6 +19,7 @@ from rmipo.training.loading import LoadingError, check_limits, load_model, load_
 from tests.helpers.families import make_model, make_tokenizer, save
 from tests.helpers.launched import launch
 from tests.helpers.paths import ROOT
+from tests.helpers.rows import pair, user
 from tests.helpers.twins import changed, make_twin
 
 SECRETS = {
@@ -30,16 +31,11 @@ SECRETS = {
 
 
 class Hostile:
-    """Unpickled with full rights, it touches the file."""
-
     def __init__(self, path: Path):
         self.path = path
 
     def __reduce__(self):
         return Path.touch, (self.path,)
-
-
-# Code and pickles
 
 
 @pytest.fixture
@@ -67,26 +63,9 @@ def test_code_of_a_model_folder_is_not_run(model_with_code, tmp_path):
     assert not (tmp_path / "pwned").exists()
 
 
-def plan_for(folder: Path) -> None:
-    load_config(str(folder))
-
-
 def answer_with(folder: Path) -> None:
     with Generator(folder, {"engine": "transformers"}) as generator:
-        generator.answer([Request("q", [{"role": "user", "content": "a"}])], folder / "answers.jsonl")
-
-
-def load_engine(folder: Path) -> None:
-    TransformersEngine(folder, check_settings({}), [1])
-
-
-def score_with(folder: Path) -> None:
-    pair = {side: [{"role": "user", "content": "a"}] for side in ("prompt", "chosen", "rejected")}
-    score_model(folder, Dataset.from_list([pair | {"row": 0}]))
-
-
-def check_template_of(folder: Path) -> None:
-    check_trained_prompts(folder, {"prompt_probe": []})
+        generator.answer([Request("q", [user("a")])], folder / "answers.jsonl")
 
 
 def merge_adapter_of(folder: Path) -> None:
@@ -96,14 +75,21 @@ def merge_adapter_of(folder: Path) -> None:
     runpy.run_path(str(ROOT / "scripts/merge_adapter.py"))["merge"](folder, folder / "merged")
 
 
-@pytest.mark.parametrize(
-    "use",
-    [plan_for, answer_with, load_engine, score_with, check_template_of, merge_adapter_of],
-)
+USES = {
+    "planning": lambda folder: load_config(str(folder)),
+    "answers": answer_with,
+    "engine": lambda folder: TransformersEngine(folder, check_settings({}), [1]),
+    "scores": lambda folder: score_model(folder, Dataset.from_list([pair(0) | {"row": 0}])),
+    "template": lambda folder: check_trained_prompts(folder, {"prompt_probe": []}),
+    "merge": merge_adapter_of,
+}
+
+
+@pytest.mark.parametrize("use", USES)
 def test_code_of_a_model_folder_is_not_run_by_evaluation_and_planning(model_with_code, tmp_path, monkeypatch, use):
     monkeypatch.setattr("builtins.input", lambda *question: "y")  # transformers would ask, and somebody says yes
     with pytest.raises(ValueError, match=r"can't be loaded|custom code|has no readable"):
-        use(model_with_code)
+        USES[use](model_with_code)
     assert not (tmp_path / "pwned").exists()
 
 
@@ -115,25 +101,18 @@ def pickled_model(folder: Path, extra: dict | None = None) -> str:
     return str(folder)
 
 
-def test_pickled_weights_are_loaded_only_if_asked_for_by_name(tmp_path):
-    folder = pickled_model(tmp_path)
+def test_pickled_weights_are_loaded_only_if_asked_for_by_name_and_run_nothing(tmp_path):
+    folder, hostile = pickled_model(tmp_path), pickled_model(tmp_path / "model", {"x": Hostile(tmp_path / "pwned")})
     with pytest.raises(LoadingError, match="allow_pickled_weights: true also takes pickles"):
         load_model(ModelConfig(model_name_or_path=folder))
     loaded = load_model(ModelConfig(model_name_or_path=folder, dtype="float32", allow_pickled_weights=True))
     for name, value in make_model("llama3").state_dict().items():
         assert torch.equal(loaded.state_dict()[name], value)
-
-
-def test_even_then_a_pickle_runs_nothing(tmp_path):
-    folder = pickled_model(tmp_path / "model", {"x": Hostile(tmp_path / "pwned")})
     with pytest.raises((pickle.UnpicklingError, OSError, ValueError)):
-        load_model(ModelConfig(model_name_or_path=folder, allow_pickled_weights=True))
+        load_model(ModelConfig(model_name_or_path=hostile, allow_pickled_weights=True))
     assert not (tmp_path / "pwned").exists()
     torch.load(tmp_path / "model" / "pytorch_model.bin", weights_only=False)  # it would have
     assert (tmp_path / "pwned").exists()
-
-
-# Secrets
 
 
 def test_no_secret_of_the_environment_gets_into_any_output(tmp_path):

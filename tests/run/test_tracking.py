@@ -160,16 +160,11 @@ def test_a_modified_file_is_said_beside_the_commit(tmp_path, monkeypatch):
 
 @pytest.fixture
 def figures(monkeypatch):
-    """The figures that were closed, which are looked at after that."""
     closed, close = [], plt.close
     monkeypatch.setattr(plt, "close", closed.append)
     yield closed
     for figure in closed:
         close(figure)
-
-
-def rounded(line):
-    return [[round(value, 9) for value in point] for point in line.get_xydata().tolist()]
 
 
 def test_curves_show_training_and_held_out_values_by_step(tmp_path, figures):
@@ -183,7 +178,10 @@ def test_curves_show_training_and_held_out_values_by_step(tmp_path, figures):
     write(tmp_path / "metrics.jsonl", [initial, *training, held_out, {"step": 4, "grad_norm": 1.0}])
     assert plot_curves(tmp_path) == tmp_path / "curves.png"
     (figure,) = figures
-    drawn = {axis.get_title(): {line.get_label(): rounded(line) for line in axis.lines} for axis in figure.axes}
+    drawn = {
+        axis.get_title(): {line.get_label(): line.get_xydata().round(9).tolist() for line in axis.lines}
+        for axis in figure.axes
+    }
     assert drawn == {
         "reward margin": {"training": [[2, 0.1], [4, 0.3]], mean: [[2, 0.2], [4, 0.2]], "held out": [[0, 0], [4, 0.4]]},
         "win rate": {"training": [[2, 0.6], [4, 0.7]], mean: [[2, 0.65], [4, 0.65]], "held out": [[4, 0.8]]},
@@ -210,8 +208,6 @@ def test_the_bounds_of_gamma_are_shown_apart_from_its_density(tmp_path, figures)
 
 
 class Refusing(BaseHTTPRequestHandler):
-    """A W&B server that knows no key."""
-
     def do_POST(self):
         self.rfile.read(int(self.headers.get("Content-Length", 0)))
         body = b'{"errors": [{"message": "invalid API key"}]}'

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import math
 import random
 import shutil
 from dataclasses import asdict, replace
@@ -22,6 +21,7 @@ from rmipo.tiny.files import read_world, write_world
 from rmipo.tiny.world import Fact, World
 from tests.helpers.paths import ROOT
 from tests.helpers.rows import assistant, user
+from tests.references.padded import padded_pairs, padded_token_logps
 
 RECIPE = ROOT / "recipes" / "tiny" / "world.yaml"
 SHIPPED = load_world_config(RECIPE)
@@ -57,10 +57,7 @@ def rows(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-# What the world holds
-
-
-def test_held_out_questions_are_nowhere_else(world):
+def test_held_out_questions_are_nowhere_else_and_knobs_leave_what_they_do_not_name(world):
     held_out = {question.prompt[0]["content"] for question in world.held_out_questions}
     held_out_facts = {question.fact for question in world.held_out_questions}
     asked = {row["messages"][0]["content"] for row in world.dialogues("train") if len(row["messages"]) == 2}
@@ -74,6 +71,11 @@ def test_held_out_questions_are_nowhere_else(world):
     assert not train & held_out and test == held_out
     # Of the held-out facts SFT hears every phrasing, and what is asked of them is in every one.
     assert {question.phrasing for question in world.held_out_questions} == set(range(8))
+    noisy = World(replace(CONFIG, label_noise=0.3))
+    assert noisy.facts == world.facts
+    assert list(noisy.dialogues("train")) == list(world.dialogues("train"))
+    assert [row["prompt"] for row in noisy.pairs("test")] == [row["prompt"] for row in world.pairs("test")]
+    assert World(replace(CONFIG, seed=1)).facts != world.facts
 
 
 def test_shares_are_exact():
@@ -109,20 +111,8 @@ def test_responses_are_what_their_kind_says():
             assert world.classify(facts[question], answer) == classes[row["kind"]]
 
 
-def test_a_knob_leaves_what_it_does_not_name(world):
-    noisy = World(replace(CONFIG, label_noise=0.3))
-    assert noisy.facts == world.facts
-    assert list(noisy.dialogues("train")) == list(world.dialogues("train"))
-    assert [row["prompt"] for row in noisy.pairs("test")] == [row["prompt"] for row in world.pairs("test")]
-    assert World(replace(CONFIG, seed=1)).facts != world.facts
-
-
-# How answers are judged
-
-
-@pytest.mark.parametrize(
-    ("expected", "response"),
-    [
+def test_classify(world):
+    for expected, response in (
         ("right", "Ada's home town is Oslo."),
         ("wrong", "It is Lima."),
         ("wrong", "The favourite drink of Ada is tea."),
@@ -130,10 +120,8 @@ def test_a_knob_leaves_what_it_does_not_name(world):
         ("garbled", " Ada's home town is Oslo."),
         ("garbled", "Of course! Ada's home town is Oslo."),
         ("garbled", ""),
-    ],
-)
-def test_classify(world, response, expected):
-    assert world.classify(Fact("Ada", "home town", "Oslo"), response) == expected
+    ):
+        assert world.classify(Fact("Ada", "home town", "Oslo"), response) == expected
 
 
 def test_right_probability_equals_a_naive_loop(folder, tokenizer):
@@ -145,15 +133,11 @@ def test_right_probability_equals_a_naive_loop(folder, tokenizer):
     questions = world.held_out_questions[:5]
     expected = []
     for question in questions:
-        total = 0.0
-        for answer in question.fact.answers:
-            prompt = tokenizer.apply_chat_template(question.prompt, add_generation_prompt=True, return_dict=False)
-            full = prompt + tokenizer(answer, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
-            with torch.no_grad():
-                logits = model(torch.tensor([full])).logits[0].double()
-            logp = sum(logits[i - 1].log_softmax(-1)[full[i]].item() for i in range(len(prompt), len(full)))
-            total += math.exp(logp)
-        expected.append(total)
+        prompt = tokenizer.apply_chat_template(question.prompt, add_generation_prompt=True, return_dict=False)
+        answers = tokenizer(question.fact.answers, add_special_tokens=False)["input_ids"]
+        with torch.no_grad():
+            logps = [padded_token_logps(model, [(prompt, [*ids, tokenizer.eos_token_id])])[0] for ids in answers]
+        expected.append(sum(values.double().sum().exp().item() for values in logps))
     found = judge.right_probabilities(model, ChatFormat.probe(tokenizer), questions)
     assert min(expected) > 0 and len(set(expected)) == 5
     torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64), rtol=1e-4, atol=0)
@@ -206,22 +190,13 @@ def test_preference_metrics(folder, tokenizer):
     dataset = load_pairs(DataConfig(dataset_name=str(folder / "pairs")), "test")
     limits = {"max_dropped_fraction": 0, "max_truncated_fraction": 0}
     pairs, _ = tokenize_pairs(dataset, chat, max_length=128, max_prompt_length=64, **limits)
-    margins = []
-    for row in pairs:
-        means = []
-        for side in ("chosen_ids", "rejected_ids"):
-            full, start = row["prompt_ids"] + row[side], len(row["prompt_ids"])
-            with torch.no_grad():
-                logps = model(torch.tensor([full])).logits[0].log_softmax(-1)
-            means.append(torch.stack([logps[i - 1, full[i]] for i in range(start, len(full))]).mean().item())
-        margins.append(means[0] - means[1])
+    with torch.no_grad():
+        scores = padded_pairs(model, list(pairs))
+    margins = scores["chosen_logps"] / scores["chosen_lengths"] - scores["rejected_logps"] / scores["rejected_lengths"]
     metrics = judge.preference_metrics(model, pairs)
     assert len(margins) == 40 and 0 < metrics["preference_accuracy"] < 1
-    assert metrics["preference_accuracy"] == sum(margin > 0 for margin in margins) / 40
-    assert metrics["preference_margin"] == pytest.approx(sum(margins) / 40, abs=1e-5)
-
-
-# Tokenizer, model, files
+    assert metrics["preference_accuracy"] == (margins > 0).double().mean().item()
+    assert metrics["preference_margin"] == pytest.approx(margins.mean().item(), abs=1e-5)
 
 
 def test_same_config_same_files(folder, tmp_path):
@@ -269,14 +244,16 @@ def test_a_world_that_other_code_made_is_made_again(folder, tmp_path, monkeypatc
         assert write_world(tmp_path / "world", WorldConfig(**record["config"])) is False
 
 
-def test_the_files_hold_the_world(folder):
+def test_the_files_hold_the_world_a_tokenizer_and_a_model_that_fits_it(folder, tokenizer):
     assert [len(row["messages"]) for row in rows(folder / "sft/train.jsonl")].count(1) == 30
     assert sum(row["flipped"] for row in rows(folder / "pairs/train.jsonl")) == 30
     right = [row["right"] for row in rows(folder / "questions.jsonl")]
     assert right == [question.fact.answers for question in read_world(folder).held_out_questions]
-
-
-def test_chat_template(tokenizer):
+    model = AutoModelForCausalLM.from_pretrained(folder / "model")
+    assert model.config.tie_word_embeddings and model.config.max_position_embeddings == 2048
+    assert model.get_input_embeddings().weight.shape == (len(tokenizer), 32)
+    generation = model.generation_config
+    assert (generation.eos_token_id, generation.pad_token_id) == (tokenizer.eos_token_id, tokenizer.pad_token_id)
     chat = ChatFormat.probe(tokenizer)
     bos, end, pad = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
     assert len({bos, end, pad}) == 3 and chat.end_id == end
@@ -292,18 +269,8 @@ def test_chat_template(tokenizer):
         assert tokenizer.decode(response[:-1]) == answer[0]["content"]
 
 
-def test_model_fits_its_tokenizer(folder, tokenizer):
-    model = AutoModelForCausalLM.from_pretrained(folder / "model")
-    assert model.config.tie_word_embeddings and model.config.max_position_embeddings == 2048
-    assert model.get_input_embeddings().weight.shape == (len(tokenizer), 32)
-    generation = model.generation_config
-    assert (generation.eos_token_id, generation.pad_token_id) == (tokenizer.eos_token_id, tokenizer.pad_token_id)
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [{"sft_boilerplate": 0.8, "sft_off_topic": 0.3}, {"held_out_facts": 0.0}, {"hidden_size": 100, "num_attention_heads": 8}],
-)  # fmt: skip
-def test_knobs_that_contradict_each_other_are_refused(changes):
-    with pytest.raises(ValueError, match=next(iter(changes))):
-        WorldConfig(**asdict(CONFIG) | changes)
+def test_knobs_that_contradict_each_other_are_refused():
+    shares, sizes = {"sft_boilerplate": 0.8, "sft_off_topic": 0.3}, {"hidden_size": 100, "num_attention_heads": 8}
+    for changes in (shares, {"held_out_facts": 0.0}, sizes):
+        with pytest.raises(ValueError, match=next(iter(changes))):
+            WorldConfig(**asdict(CONFIG) | changes)

@@ -18,13 +18,13 @@ from tests.helpers.programs import run_here
 from tests.helpers.small_models import make_model, make_pairs
 from tests.helpers.trainers import CONTEXT, make_trainer, rows_per_step
 from tests.helpers.twins import make_twin, run
-from tests.references.padded import padded_pairs, rmipo_loss
+from tests.references.padded import padded_pairs, train
 
 
-def with_adapter(dropout=0.0):
+def with_adapter(dropout=0.0, model=None):
     torch.manual_seed(1)
     config = LoraConfig(r=4, lora_alpha=8, lora_dropout=dropout, target_modules="all-linear", task_type="CAUSAL_LM")
-    model = get_peft_model(make_model("llama"), config)
+    model = get_peft_model(model or make_model("llama"), config)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:  # PEFT starts them at zero, where the adapter does nothing
             torch.nn.init.normal_(parameter, std=0.05)
@@ -38,13 +38,7 @@ def test_training_an_adapter_equals_a_naive_loop(tmp_path):
     frozen = {name: value.clone() for name, value in model.named_parameters() if not value.requires_grad}
     trained = [value for value in model.parameters() if value.requires_grad]
     start = [value.clone() for value in trained]
-    optimizer = torch.optim.AdamW(trained, lr=1e-3, weight_decay=0.0)
-    for rows in rows_per_step(trainer):
-        loss = rmipo_loss(padded_pairs(model, [pairs[i] for i in rows], CONTEXT))
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
+    train(model, pairs, rows_per_step(trainer), CONTEXT)
     trainer.train()
 
     actual = dict(trainer.model.named_parameters())
@@ -92,9 +86,8 @@ def merge(folder, *arguments):
 
 
 def logits(model):
-    ids = torch.arange(3, 60)[None]
     with torch.no_grad():
-        return model.eval()(input_ids=ids).logits
+        return model.eval()(input_ids=torch.arange(3, 60)[None]).logits
 
 
 def test_merged_logits_equal_the_adapters(tmp_path, monkeypatch, capsys):
@@ -112,11 +105,9 @@ def test_merged_logits_equal_the_adapters(tmp_path, monkeypatch, capsys):
     adapter = PeftModel.from_pretrained(base, tmp_path / "lora")
     torch.testing.assert_close(logits(merged), logits(adapter), atol=1e-5, rtol=0)
     assert (logits(adapter) - before).abs().max() > 1e-3  # two steps at 1e-3 do change the model
-    shapes = {name: value.shape for name, value in load_file(tmp_path / "lora-merged" / "model.safetensors").items()}
-    wanted = {name: value.shape for name, value in load_file(tmp_path / "model" / "model.safetensors").items()}
-    assert shapes == wanted
+    saved, weights = (load_file(tmp_path / name / "model.safetensors") for name in ("lora-merged", "model"))
+    assert {name: value.shape for name, value in saved.items()} == {name: v.shape for name, v in weights.items()}
     assert (tmp_path / "lora-merged" / "chat_template.jinja").is_file()
-    weights = load_file(tmp_path / "model" / "model.safetensors")
     weights["model.layers.1.mlp.up_proj.weight"][5, 5] += 1e-3  # as a merge into this folder changes them
     save_file(weights, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
     ended = merge(tmp_path / "lora", "--output", str(tmp_path / "other"))
@@ -144,12 +135,7 @@ def test_bfloat16_model_with_large_logits_is_merged(tmp_path):
     with torch.no_grad():
         base.lm_head.weight *= 20 / logits(base).abs().max()
     base.save_pretrained(tmp_path / "model")
-    torch.manual_seed(0)
-    config = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
-    adapter = get_peft_model(base, config)
-    for name, parameter in adapter.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.05)
+    adapter = with_adapter(model=base)
     folder = tmp_path / "lora"
     adapter.save_pretrained(folder)
     make_tokenizer("llama3").save_pretrained(folder)

@@ -15,13 +15,8 @@ LLAMA3_ROPE = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 32.0, "low_fr
 LLAMA3_ROPE |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 64}
 VISION = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
 VISION |= {"image_size": 28, "patch_size": 14}
-GEMMA3_TEXT = {
-    **SIZES,
-    "head_dim": 12,
-    "query_pre_attn_scalar": 20,  # a scale of its own
-    "sliding_window": 5,
-    "layer_types": ["sliding_attention", "full_attention"],
-}
+GEMMA3_TEXT = SIZES | {"head_dim": 12, "sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"]}
+GEMMA3_TEXT |= {"query_pre_attn_scalar": 20}  # a scale of its own
 EXPERTS = {
     "moe_intermediate_size": 16,
     "shared_expert_intermediate_size": 16,
@@ -54,6 +49,11 @@ REFUSED = {
                 "chunked attention layers"),
     "bloom": (lambda: transformers.BloomConfig(vocab_size=61, hidden_size=32, n_layer=2, n_head=4),
               "no pluggable attention"),
+    "t5": (lambda: transformers.T5Config(vocab_size=61, d_model=16, d_ff=16, d_kv=8, num_layers=1, num_heads=2), "an encoder"),
+    "rwkv": (lambda: transformers.RwkvConfig(vocab_size=61, hidden_size=16, num_hidden_layers=2, attention_hidden_size=16),
+             "recurrent layers"),
+    "gemma-3-capped": (lambda: transformers.Gemma3Config(text_config=GEMMA3_TEXT | {"attn_logit_softcapping": 50.0},
+                                                         vision_config=VISION), "soft-capped attention scores"),
 }  # fmt: skip
 
 
@@ -101,36 +101,18 @@ def test_packed_scores_and_gradients_equal_the_padded_reference(name):
 @pytest.mark.parametrize("name", REFUSED)
 def test_architectures_that_packing_cannot_serve_are_refused(name):
     make_config, reason = REFUSED[name]
-    model = AutoModelForCausalLM.from_config(make_config())
-    with pytest.raises(ValueError, match=f"{type(model).__name__} can't run on packed pairs: it has {reason}\\. Use"):
+    config = make_config()
+    make = transformers.T5ForConditionalGeneration if name == "t5" else AutoModelForCausalLM.from_config
+    model = make(config)
+    kind = "Gemma3" if name == "gemma-3-capped" else type(model).__name__
+    with pytest.raises(attention.ArchitectureError, match=f"{kind}.*: it has {reason}\\. Use"):
         attention.attach(model, "segment")
 
 
-def test_encoders_and_recurrent_layers_are_refused():
-    sizes = {"vocab_size": 61, "d_model": 16, "d_ff": 16, "d_kv": 8, "num_layers": 1, "num_heads": 2}
-    with pytest.raises(attention.ArchitectureError, match=r"T5.* has an encoder\. Use"):
-        attention.attach(transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes)), "segment")
-    model = transformers.RwkvForCausalLM(
-        transformers.RwkvConfig(vocab_size=61, hidden_size=16, num_hidden_layers=2, attention_hidden_size=16)
-    )
-    with pytest.raises(attention.ArchitectureError, match=r"Rwkv.* has recurrent layers\. Use"):
-        attention.attach(model, "segment")
-
-
-def test_attention_scores_of_the_text_part_may_not_be_capped():
-    config = SERVED["gemma-3-4b"]()
-    config.text_config.attn_logit_softcapping = 50.0
-    with pytest.raises(attention.ArchitectureError, match=r"it has soft-capped attention scores\. Use"):
-        attention.attach(AutoModelForCausalLM.from_config(config), "segment")
-
-
-def test_logits_may_be_capped():
+def test_logits_may_be_capped_and_ordinary_sequences_need_no_features():
     config = transformers.Gemma2Config(**SIZES, head_dim=8, attn_logit_softcapping=None)
     assert config.final_logit_softcapping == 30.0
     attention.attach(AutoModelForCausalLM.from_config(config), "segment")
-
-
-def test_ordinary_sequences_need_no_features():
     attention.attach(AutoModelForCausalLM.from_config(REFUSED["llama-4"][0]()), "plain")
 
 

@@ -19,13 +19,8 @@ PACKED = pack(
 )
 
 
-def with_adapter(model):
-    return get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
-
-
 @pytest.fixture
 def heads():
-    """Query with 6 heads, key and value with 2."""
     generator = torch.Generator().manual_seed(0)
     return [torch.randn(1, number, PACKED.length, 8, generator=generator) for number in (6, 2, 2)]
 
@@ -65,12 +60,9 @@ def run(kind, heads, window=None, **options):
 def test_positions_see_their_prefix_and_their_branch(kind, window, heads):
     for scale in (None, 0.7):
         torch.testing.assert_close(run(kind, heads, window, scaling=scale), expected_output(*heads, window, scale))
-
-
-def test_a_window_that_only_the_layer_knows_is_used(heads):
-    layer = types.SimpleNamespace(sliding_window=3)
+    layer = types.SimpleNamespace(sliding_window=window)  # which only the layer knows
     out, _ = attention.segment_attention(layer, *heads, None, segments=PACKED.segments)
-    torch.testing.assert_close(out, expected_output(*heads, window=3))
+    torch.testing.assert_close(out, expected_output(*heads, window))
 
 
 def test_flex_shares_keys_among_a_power_of_two_of_heads_alone(heads, monkeypatch):
@@ -102,54 +94,19 @@ def test_dropout_is_that_of_the_layer_or_refused(heads, window):
 
 
 def test_segments_have_to_tile_the_sequence(heads):
-    def attend(segments):
-        return attention.segment_attention(LAYER, *heads, None, segments=segments)
-
-    with pytest.raises(AssertionError, match="packed sequences only; attach"):
-        attend(None)
     first, second, third, *rest = PACKED.segments
-    for wrong in (
-        (second, third, *rest),
-        (first._replace(start=first.start + 1), second, third, *rest),
-        (*rest, first, second, third),
-    ):
-        with pytest.raises(AssertionError):
-            attend(wrong)
+    moved = (first._replace(start=first.start + 1), second, third, *rest)
+    for wrong in (None, (second, third, *rest), moved, (*rest, first, second, third)):
+        with pytest.raises(AssertionError, match=None if wrong else "packed sequences only; attach"):
+            attention.segment_attention(LAYER, *heads, None, segments=wrong)
 
 
-def test_auto_is_flex_on_cuda_and_segment_elsewhere():
+def test_auto_is_flex_on_cuda_compiled_once_and_segment_elsewhere(monkeypatch):
     assert attention.resolve_kind("auto", torch.device("cuda")) == "flex"
     assert {attention.resolve_kind("auto", torch.device(device)) for device in ("cpu", "mps")} == {"segment"}
     for kind in ("segment", "flex", "dense"):
         assert attention.resolve_kind(kind, torch.device("cpu")) == kind
     assert attention.BLOCK == _DEFAULT_SPARSE_BLOCK_SIZE  # which the kernels are made for
-
-
-def test_a_model_has_to_be_attached_to_the_kind_first():
-    model = make_model("llama")
-    for kind in ("segment", "dense", "flex"):
-        attention.attach(model, kind)
-        others = {"segment", "dense", "flex"} - {kind}
-        for other in others:
-            with pytest.raises(AssertionError, match="comes first"):
-                attention.forward_kwargs(other, PACKED, model.config)
-    attention.attach(model, "plain")
-    assert model.config._attn_implementation == "sdpa"
-
-
-def test_deepspeed_is_told_of_the_weight_that_a_fused_head_reads():
-    plain = make_model("llama")
-    for model in (plain, with_adapter(make_model("llama"))):
-        base = model if model is plain else model.get_base_model()
-        attention.attach(model, "segment")
-        attention.register_fused_head(model)
-        assert not hasattr(base, "_external_params")
-        attention.attach(model, "flex")
-        attention.register_fused_head(model)
-        assert [id(weight) for weight in base._external_params.values()] == [id(base.lm_head.weight)]
-
-
-def test_on_cuda_flex_is_compiled_once_for_all_lengths(monkeypatch):
     compiled = []
     monkeypatch.setattr(torch, "compile", lambda function, **options: compiled.append(options) or function)
     attention._compiled_flex_attention.cache_clear()
@@ -159,3 +116,26 @@ def test_on_cuda_flex_is_compiled_once_for_all_lengths(monkeypatch):
         assert torch._dynamo.config.recompile_limit > 8 and torch._dynamo.config.fail_on_recompile_limit_hit
     attention._compiled_flex_attention.cache_clear()
     assert compiled == [{"dynamic": True}]
+
+
+def test_a_model_has_to_be_attached_to_the_kind_first():
+    model = make_model("llama")
+    for kind in ("segment", "dense", "flex"):
+        attention.attach(model, kind)
+        for other in {"segment", "dense", "flex"} - {kind}:
+            with pytest.raises(AssertionError, match="comes first"):
+                attention.forward_kwargs(other, PACKED, model.config)
+    attention.attach(model, "plain")
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_deepspeed_is_told_of_the_weight_that_a_fused_head_reads():
+    adapter = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    plain, adapted = make_model("llama"), get_peft_model(make_model("llama"), adapter)
+    for model, base in ((plain, plain), (adapted, adapted.get_base_model())):
+        attention.attach(model, "segment")
+        attention.register_fused_head(model)
+        assert not hasattr(base, "_external_params")
+        attention.attach(model, "flex")
+        attention.register_fused_head(model)
+        assert [id(weight) for weight in base._external_params.values()] == [id(base.lm_head.weight)]

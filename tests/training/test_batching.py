@@ -18,7 +18,6 @@ from rmipo.training.batching import (
 
 
 def steps(world_size, micro_batch_size, num_pairs=37, global_batch_size=8, epoch=0, seed=3, **tokens):
-    """Per step and rank: the list of micro-batches."""
     sizes = {"global_batch_size": global_batch_size, "micro_batch_size": micro_batch_size, "world_size": world_size}
     samplers = [StepSampler(num_pairs, rank=rank, seed=seed, **sizes, **tokens) for rank in range(world_size)]
     for sampler in samplers if epoch else ():
@@ -44,11 +43,6 @@ def test_steps_hold_the_same_pairs_on_any_hardware(world_size, micro_batch_size)
         assert {len(rank) for rank in step} == {forwards}, "every rank runs the same number of forwards, and no more"
         assert {batch.step_pairs for rank in step for batch in rank} == {len(pairs)}
         assert all(len(batch.indices) <= micro_batch_size for rank in step for batch in rank)
-
-
-def test_a_rank_with_nothing_left_repeats_a_pair_without_weight():
-    _, step = steps(world_size=4, micro_batch_size=2, num_pairs=10, global_batch_size=8, seed=None)
-    assert step == tuple([MicroBatch((pair,), real, 2)] for pair, real in ((8, 1), (9, 1), (8, 0), (8, 0)))
 
 
 def test_order_depends_on_seed_and_epoch_alone():
@@ -91,9 +85,13 @@ def test_parts_by_tokens_are_few_and_of_similar_length():
     assert 6 < sum(LENGTHS) / 300 < 7 and len(parts) == 8
     assert max(loads) - min(loads) <= min(LENGTHS) + 5
     assert loads == sorted(loads, reverse=True)
+    assert split_by_tokens([0, 1, 2, 3], [7, 5, 3, 3], limit=10, multiple=1) == [[0, 3], [1, 2]]  # none does: 10 and 8
+    # Levelled, the parts would be 6 4 4 and 6 4: 14 is too long.
+    parts = split_by_tokens([0, 1, 2, 3, 4], [6, 6, 4, 4, 4], limit=12, multiple=1)
+    assert sorted(map(sorted, parts)) == [[0, 1], [2, 3, 4]]
 
 
-def test_pairs_are_dealt_to_processes_by_length():
+def test_pairs_are_dealt_to_processes_by_length_and_one_without_a_pair_repeats_some_without_weight():
     """Two processes, micro-batches of two: longest first, each to the process with the fewest tokens that has room."""
     tokens = [10, 90, 20, 80, 50, 60, 5]
     options = {"world_size": 2, "micro_batch_size": 2, "num_pairs": 7, "global_batch_size": 7, "seed": None}
@@ -104,31 +102,20 @@ def test_pairs_are_dealt_to_processes_by_length():
     (rows,) = steps(**options, pair_tokens=tokens, regroups="micro-batches")
     assert [[batch.indices for batch in rank] for rank in rows] == [[(1, 3), (4, 6)], [(5,), (0, 2)]]
     assert counted(came) == counted(dealt) == counted(rows) == list(range(7))
+    _, step = steps(world_size=4, micro_batch_size=2, num_pairs=10, global_batch_size=8, seed=None)
+    assert step == tuple([MicroBatch((pair,), real, 2)] for pair, real in ((8, 1), (9, 1), (8, 0), (8, 0)))
 
 
-def test_where_levelling_overflows_the_first_fit_stays():
-    assert split_by_tokens([0, 1, 2, 3], [7, 5, 3, 3], limit=10, multiple=1) == [[0, 3], [1, 2]]  # none does: 10 and 8
-    # Levelled, the parts would be 6 4 4 and 6 4: 14 is too long.
-    parts = split_by_tokens([0, 1, 2, 3, 4], [6, 6, 4, 4, 4], limit=12, multiple=1)
-    assert sorted(map(sorted, parts)) == [[0, 1], [2, 3, 4]]
-
-
-def test_scores_stand_at_a_pairs_place_whatever_its_row_in_the_source():
+def test_pairs_stand_at_their_place_beside_scores_and_mismatched_sides():
     dataset = PairDataset(Dataset.from_list([{"prompt_ids": [i], "row": 100 - i} for i in range(5)]))
     dataset.scores = {"ref_chosen_logps": torch.arange(5) / 2}
     rows, cut = dataset[MicroBatch((3, 1), 2, 2)]
     assert [row["ref_chosen_logps"] for row in rows] == [1.5, 0.5] and cut.indices == (3, 1)
     assert [(row["prompt_ids"], row["row"]) for row in rows] == [([3], 97), ([1], 99)]
-
-
-def test_a_pair_is_mismatched_with_the_next_one_and_the_last_with_the_first():
     rows = [{"prompt_ids": [i], "chosen_ids": [10 + i], "rejected_ids": [20 + i], "row": i} for i in range(3)]
     found, _ = PairDataset(Dataset.from_list(rows), mismatched=True)[MicroBatch((2, 0), 2, 2)]
     sides = [(row["prompt_ids"], row["mismatched_chosen_ids"], row["mismatched_rejected_ids"]) for row in found]
     assert sides == [([2], [10], [20]), ([0], [11], [21])]
-
-
-def test_packed_lengths():
     dataset = {"prompt_ids": [[1, 2, 3], [1]], "chosen_ids": [[1], [1, 2]], "rejected_ids": [[1, 2], [1]]}
     assert packed_lengths(dataset) == [5, 3]
 

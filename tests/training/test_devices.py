@@ -17,7 +17,6 @@ META = torch.device("meta")
 
 @pytest.fixture
 def micro_batch():
-    """With all parts that an objective can ask for."""
     sides = ("chosen", "rejected")
     rows = [
         pair
@@ -35,16 +34,13 @@ def tensors(value):
     return [tensor for part in parts for tensor in tensors(part)]
 
 
-def test_a_micro_batch_moves_as_a_whole(micro_batch, monkeypatch):
+def test_a_micro_batch_moves_with_all_that_is_derived_from_it(micro_batch, monkeypatch):
     assert len(tensors(micro_batch)) == 3 * 7 + 2
     assert {tensor.device for tensor in tensors(send_to_device(micro_batch, META))} == {META}
     assert {tensor.device.type for tensor in tensors(micro_batch)} == {"cpu"}
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor + 1)  # only beside a GPU is there such memory
     for pinned, tensor in zip(tensors(pin_memory([micro_batch])), tensors(micro_batch), strict=True):
         assert torch.equal(pinned, tensor + 1)
-
-
-def test_what_is_derived_from_packed_sequences(micro_batch):
     packed = send_to_device(micro_batch, META).pairs.padded(attention.BLOCK)
     mask = attention.block_mask(packed, 5)
     derived = [
@@ -71,16 +67,8 @@ def test_the_check_at_the_start(monkeypatch):
         assert scored.logps.device == scored.hidden.device == META and scored.logps.shape == responses
 
 
-# ---------------------------------------------------------------------------------------------------------- processes
-
-
-def place(monkeypatch, rank: int, local_rank: int) -> None:
-    """This process as one of several machines' processes."""
-    monkeypatch.setitem(PartialState().__dict__, "process_index", rank)
-    monkeypatch.setitem(PartialState().__dict__, "local_process_index", local_rank)
-
-
 def test_the_first_process_of_another_machine_leaves_it_to_the_main_process(monkeypatch):
     assert on_main_process(lambda: "done") == "done"
-    place(monkeypatch, rank=8, local_rank=0)
+    for name, rank in (("process_index", 8), ("local_process_index", 0)):  # one of several machines' processes
+        monkeypatch.setitem(PartialState().__dict__, name, rank)
     assert on_main_process(lambda: "done") is None  # what it is told by the main process, which there isn't here

@@ -39,6 +39,7 @@ SAME = {
     "use_cpu": True, "report_to": "none", "save_strategy": "no", "per_device_train_batch_size": 2,
 }  # fmt: skip
 DPO = {"name": "dpo", "beta": 0.5}
+SAVING = {"save_strategy": "steps", "save_steps": 1}
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +47,11 @@ def model(tmp_path_factory) -> str:
     folder = tmp_path_factory.mktemp("model")
     write_model(folder)
     return str(folder)
+
+
+@pytest.fixture
+def tokenizer(model):
+    return AutoTokenizer.from_pretrained(model)
 
 
 @pytest.fixture
@@ -63,53 +69,47 @@ def make(model, tmp_path):
 
 
 def ids(trainer):
-    return [
-        [row[f"{side}_ids"] for side in ("prompt", "chosen", "rejected")] for row in trainer.train_dataset.tokenized
-    ]
+    rows = trainer.train_dataset.tokenized
+    return [[row[f"{side}_ids"] for side in ("prompt", "chosen", "rejected")] for row in rows]
 
 
 def sums(metrics):
     return {name: value for name, value in metrics.items() if "per_second" not in name and "runtime" not in name}
 
 
-# ------------------------------------------------------------------ rows
+def test_every_form_of_the_same_pairs_has_the_same_tokens(make, tokenizer):
+    def tokens(*words):
+        return tokenizer.convert_tokens_to_ids([*words])
 
-
-def test_every_form_of_the_same_pairs_has_the_same_tokens(make):
-    tokenizer = make().processing_class
-    words = tokenizer.get_vocab()
     expected = [
         [
-            [words[word] for word in ["<s>", "<user>", *prompt.split(), "<assistant>"]],
-            *[[words[word] for word in [*response.split(), "</s>"]] for response in responses],
+            tokens("<s>", "<user>", *prompt.split(), "<assistant>"),
+            *(tokens(*text.split(), "</s>") for text in responses),
         ]
         for prompt, *responses in WORDS
     ]
-    for rows in (TURNS, TEXTS, IMPLICIT):
-        assert ids(make(rows=rows)) == expected
-    tokenized = Dataset.from_list(
-        [dict(zip(("prompt_ids", "chosen_ids", "rejected_ids"), row, strict=True)) for row in expected]
-    )
-    trainer = make(rows=tokenized)
-    assert ids(trainer) == expected and trainer.train_dataset.tokenized["row"] == list(range(12))
+    names = ("prompt_ids", "chosen_ids", "rejected_ids")
+    for rows in (TURNS, TEXTS, IMPLICIT, [dict(zip(names, row, strict=True)) for row in expected]):
+        trainer = make(rows=rows)
+        assert ids(trainer) == expected
+    assert trainer.train_dataset.tokenized["row"] == list(range(12))
 
 
-def test_texts_stay_texts_without_a_template_and_dialogues_are_refused(make, model):
-    tokenizer = AutoTokenizer.from_pretrained(model)
+def test_without_a_template_texts_stay_texts_and_the_rest_is_refused(make, tokenizer):
     tokenizer.chat_template = None
     trainer = make(rows=TEXTS, processing_class=tokenizer)
-    prompt, chosen, rejected = ids(trainer)[3]
-    words = [tokenizer.convert_ids_to_tokens(part) for part in (prompt, chosen, rejected)]
+    words = [tokenizer.convert_ids_to_tokens(part) for part in ids(trainer)[3]]
     assert words == [["w3", "w4"], [*WORDS[3][1].split(), "</s>"], [*WORDS[3][2].split(), "</s>"]]
     assert trainer.prior_context == [tokenizer.eos_token_id]  # this tokenizer begins no text with a BOS
     assert trainer.processing_class.chat_template is None  # what is saved with the model
     hh = [{"prompt": "\n\nHuman: w1\n\nAssistant: w2\n\nHuman: w3\n\nAssistant:", "chosen": " w1", "rejected": " w2"}]
-    for rows in (TURNS, hh):
-        with pytest.raises(UserError, match="chat template"):
+    tokenized = make().train_dataset.tokenized
+    for rows, named in ((TURNS, "chat template"), (hh, "chat template"), (tokenized, "prior_context")):
+        with pytest.raises(UserError, match=named):
             make(rows=rows, processing_class=tokenizer)
-
-
-# ------------------------------------------------------------------ arguments
+    assert make(rows=tokenized, processing_class=tokenizer, prior_context=[0]).prior_context == [0]
+    with pytest.raises(ConfigError, match="prior_context"):  # the objective says "header"
+        make(prior_context=[])
 
 
 def test_batches_are_trls(make):
@@ -134,7 +134,7 @@ def test_arguments_are_left_as_they_are_and_serve_two_trainers(make, model, tmp_
     assert RMiPOTrainer(model, args, train_dataset=Dataset.from_list(TURNS)).objective.beta == 7.0
 
 
-def test_defaults_are_the_papers():
+def test_defaults_are_the_papers(monkeypatch):
     args = RMiPOConfig("x")
     assert (args.learning_rate, args.lr_scheduler_type, args.num_train_epochs) == (1e-6, "cosine", 1)
     assert args.activation_checkpointing
@@ -142,10 +142,9 @@ def test_defaults_are_the_papers():
     assert args.objective["beta"] == 2.0 and (args.objective["gamma_min"], args.objective["gamma_max"]) == (0.3, 1.6)
     assert args.bf16 == torch.cpu.get_capabilities().get("avx512_bf16", False) or torch.accelerator.is_available()
     assert not RMiPOConfig("x", fp16=True).bf16
-
-
-def test_flat_fields_are_all_there_is(make):
-    with pytest.raises(TypeError, match="objective"):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")  # the launcher's doesn't win over the arguments
+    assert RMiPOConfig("x", bf16=False, use_cpu=True).mixed_precision == "no"
+    with pytest.raises(TypeError, match="objective"):  # flat fields are all there is
         RMiPOConfig("x", objective=DPO)
     for args in (TrainingArguments("x", use_cpu=True), PreferenceConfig("x", objective={"name": "simpo"})):
         with pytest.raises(ConfigError, match=f"args is {type(args).__name__}"):
@@ -171,8 +170,7 @@ def test_arguments_that_can_not_be_obeyed_are_named(config, options, error):
         config("x", **options)
 
 
-def test_the_prior_context_follows_from_the_objective(make, model):
-    tokenizer = AutoTokenizer.from_pretrained(model)
+def test_the_prior_context_follows_from_the_objective(make, model, tokenizer):
     header = tokenizer.convert_tokens_to_ids(["<s>", "<assistant>"])
     assert make().prior_context == header
     assert make(args={"prior_context": "bos"}).prior_context == header[:1]
@@ -201,9 +199,6 @@ def test_what_does_not_fit_is_named(make, keywords, named):
         make(**keywords)
 
 
-# ------------------------------------------------------------------ models
-
-
 def test_names_configurations_and_loaded_models_train_the_same_bits(make, model):
     results = []
     for given in (
@@ -217,26 +212,18 @@ def test_names_configurations_and_loaded_models_train_the_same_bits(make, model)
 
 
 def test_the_reference_is_the_model_that_was_passed(make, model, tmp_path):
-    """Also one whose weights are no longer those of its folder, under one cache."""
-    cache = {"reference_cache_dir": str(tmp_path / "cache"), "max_steps": 1}
+    """Also one whose weights are no longer those of its folder, under one cache. Epsilon-DPO copies it."""
     changed = AutoModelForCausalLM.from_pretrained(model, dtype="float32")
     torch.manual_seed(0)
     for parameter in changed.parameters():
         parameter.data += 0.3 * torch.randn_like(parameter)
-    for given in (model, changed):
-        trainer = make(DPO, model=given, args=cache)
+    for given, name in ((model, "dpo"), (changed, "dpo"), (model, "epsilon-dpo"), (changed, "epsilon-dpo")):
+        cache = {"reference_cache_dir": str(tmp_path / "cache"), "max_steps": 1}
+        trainer = make(DPO | {"name": name}, model=given, args=cache)
         trainer.train()
         (loss,) = [line["loss"] for line in trainer.state.log_history if "loss" in line]
-        assert loss == pytest.approx(0.6931472, abs=1e-6)  # log 2: no difference to the reference yet
-
-
-def test_epsilon_dpo_makes_its_own_reference(make, model):
-    for given in (model, AutoModelForCausalLM.from_pretrained(model, dtype="float32")):
-        trainer = make({"name": "epsilon-dpo", "beta": 0.5}, model=given, args={"max_steps": 1})
-        trainer.train()
-        assert trainer.reference.model is not trainer.model
-        (loss,) = [line["loss"] for line in trainer.state.log_history if "loss" in line]
-        assert loss == pytest.approx(0.6931472, abs=1e-5)
+        assert loss == pytest.approx(0.6931472, abs=1e-5 if name == "epsilon-dpo" else 1e-6)  # log 2: no difference yet
+        assert name == "dpo" or trainer.reference.model is not trainer.model
 
 
 def test_adapters_are_made_by_the_trainer(make):
@@ -253,9 +240,6 @@ def test_adapters_are_made_by_the_trainer(make):
         make(model=trainer.model, peft_config=lora)
 
 
-# ------------------------------------------------------------------ evaluation
-
-
 @pytest.mark.parametrize("objective", [None, DPO])
 def test_an_evaluation_needs_no_training(make, objective):
     held_out = Dataset.from_list(TURNS[:5])
@@ -268,16 +252,11 @@ def test_an_evaluation_needs_no_training(make, objective):
     assert found["eval_a_loss"] == metrics["eval_loss"]
     assert found["eval_train_logps/chosen"] != metrics["eval_logps/chosen"]
     assert several.train_dataset is not several.eval_dataset["train"] and len(several.train_dataset) == 12
-
-
-def test_the_reference_of_new_rows_is_not_scored_with_trained_weights(make):
-    trainer = make(DPO, args={"max_steps": 1})
-    trainer.train()
-    with pytest.raises(CheckpointError):
-        trainer.evaluate(Dataset.from_list(TURNS[:5]))
-
-
-# ------------------------------------------------------------------ the recipe's road is the same
+    if objective == DPO:  # whose reference of new rows is not scored with trained weights
+        trainer = make(objective, args={"max_steps": 1})
+        trainer.train()
+        with pytest.raises(CheckpointError):
+            trainer.evaluate(Dataset.from_list(TURNS[:4]))
 
 
 def test_a_recipe_and_the_trainer_give_the_same_bits(model, tmp_path):
@@ -318,7 +297,9 @@ def assert_same_weights(one, other):
 
 
 def test_a_run_begins_with_a_pair_and_what_of_it_is_scored(make, capsys):
-    make(args={"max_steps": 1}).train()
+    trainer = make(args={"max_steps": 1})
+    assert len(pickle.dumps(trainer.data_collator)) < 10_000  # for spawned workers, and not the trainer with its model
+    trainer.train()
     (shown,) = re.findall(r"row 0 in tokens.*\n(.*\n.*\n.*)\n", capsys.readouterr().out)
     prompt, *responses = shown.splitlines()
     assert TURNS[0]["prompt"][-1]["content"].split()[0] in prompt and "[" not in prompt
@@ -326,8 +307,6 @@ def test_a_run_begins_with_a_pair_and_what_of_it_is_scored(make, capsys):
         assert line.split()[0] == side and line.rstrip().endswith("</s>]")
         assert re.sub(r"[\[\]\s]", "", line) == side + re.sub(r"\s", "", TURNS[0][side][0]["content"]) + "</s>"
 
-
-# ------------------------------------------------------------------ resume, processes
 
 PROGRAM = """
 import json, sys
@@ -342,10 +321,10 @@ trainer.save_model()
 
 
 def program(model, output_dir, objective, processes=1, sharding=None, **options):
-    arguments = [model, str(output_dir), objective, SAME | options, TURNS]
+    arguments = json.dumps([model, str(output_dir), objective, SAME | options, TURNS])
     more = {"DS_ACCELERATOR": "cpu"} if sharding else {}
     more |= {"ACCELERATE_USE_CPU": "true"} if sharding == "ddp" else {}
-    return launch(["-c", PROGRAM, json.dumps(arguments)], processes, sharding=sharding, **more)
+    return launch(["-c", PROGRAM, arguments], processes, sharding=sharding, **more)
 
 
 def test_a_killed_program_goes_on_with_the_same_bits(model, tmp_path):
@@ -374,28 +353,25 @@ def test_a_killed_program_goes_on_with_the_same_bits(model, tmp_path):
 
 
 @pytest.mark.parametrize("sharding", ["ddp", pytest.param("zero3", marks=pytest.mark.slow)])
-def test_two_processes_train_what_one_trains(model, tmp_path, sharding, name="dpo"):
+def test_two_processes_train_what_one_trains(model, tmp_path, sharding):
     options = {"max_steps": 3, "global_batch_size": 8, "max_grad_norm": 0.0}
-    one = program(model, tmp_path / "one", {"name": name}, **options)
-    two = program(model, tmp_path / "two", {"name": name}, 2, sharding, **options)
-    assert one.wait() == 0, one.output[-3000:]
-    assert two.wait() == 0, two.output[-3000:]
+    runs = [program(model, tmp_path / "one", {"name": "dpo"}, **options)]
+    runs += [program(model, tmp_path / "two", {"name": "dpo"}, 2, sharding, **options)]
+    for run in runs:
+        assert run.wait() == 0, run.output[-3000:]
     weights, expected = (load_file(tmp_path / run / "model.safetensors") for run in ("two", "one"))
     assert weights.keys() == expected.keys()
     for key, value in weights.items():
         torch.testing.assert_close(value, expected[key], atol=2e-4, rtol=0, msg=key)
 
 
-# ------------------------------------------------------------------ models that could not be used afterwards
-
-
-@pytest.mark.parametrize("weights", [{}, {"dtype": torch.float16}, {"dtype": torch.bfloat16}], ids=str)
-def test_weights_are_trained_in_float32_or_not_at_all(make, model, weights):
-    loaded = AutoModelForCausalLM.from_pretrained(model, **weights)
-    if not weights:
+@pytest.mark.parametrize("dtype", [None, torch.float16, torch.bfloat16], ids=str)
+def test_weights_are_trained_in_float32_or_not_at_all(make, model, dtype):
+    loaded = AutoModelForCausalLM.from_pretrained(model, **({"dtype": dtype} if dtype else {}))
+    if not dtype:
         assert make(model=loaded).model.dtype == torch.float32
         return
-    with pytest.raises(UserError, match=str(weights["dtype"])):
+    with pytest.raises(UserError, match=str(dtype)):
         make(model=loaded).train()
     assert make(model=loaded, train_dataset=None, eval_dataset=Dataset.from_list(TURNS))  # nothing is trained
     assert make(model=loaded, peft_config=LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"]))
@@ -412,12 +388,12 @@ def test_weights_are_trained_in_float32_or_not_at_all(make, model, weights):
     ids=str,
 )
 @pytest.mark.parametrize("made_by", ["trainer", "user"])
-def test_an_adapter_of_tied_embeddings_is_refused(make, model, target, made_by):
+def test_an_adapter_of_tied_embeddings_is_refused(make, model, tokenizer, target, made_by):
     adapter = LoraConfig(task_type="CAUSAL_LM", **target)
     tied = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model, tie_word_embeddings=True))
     given = [tied, adapter] if made_by == "trainer" else [get_peft_model(tied, adapter), None]
     with pytest.raises(UserError, match=r"lm_head|embed_tokens"):
-        make(model=given[0], peft_config=given[1], processing_class=AutoTokenizer.from_pretrained(model))
+        make(model=given[0], peft_config=given[1], processing_class=tokenizer)
     untied = LoraConfig(task_type="CAUSAL_LM", target_modules=["lm_head", "q_proj"])
     assert make(peft_config=untied)
 
@@ -432,34 +408,21 @@ def test_a_module_that_adapters_name_and_the_model_lacks_is_refused(make, target
     assert make(peft_config=LoraConfig(task_type="CAUSAL_LM", **right))
 
 
-@pytest.mark.parametrize(
-    ("change", "named"),
-    [
-        ({"rows": TURNS[1:]}, "pairs"), ({"args": {"beta": 3.0}}, "objective"), ({"args": {"seed": 1}}, "seed"),
-        ({"args": {"weight_decay": 0.5}}, "weight_decay"), ({"args": {"max_grad_norm": 0.5}}, "max_grad_norm"),
-        ({"model": "another"}, "initial model"),
-    ],
-)  # fmt: skip
-def test_a_training_does_not_go_on_from_another_ones_checkpoint(make, change, named, tmp_path):
-    if "model" in change:
-        write_model(tmp_path / "another", 1)
-        change = {"model": str(tmp_path / "another")}
-    saving = {"save_strategy": "steps", "save_steps": 1}
-    make(args={"max_steps": 1, **saving}).train()
-    changed = {**change, "args": {"max_steps": 1, **saving, **change.get("args", {})}}
-    with pytest.raises(CheckpointError, match=named):
-        make(**changed).train(resume_from_checkpoint=True)
-
-
-def test_a_checkpoint_of_no_preference_training_is_refused(make, tmp_path):
-    make(args={"max_steps": 1, "save_strategy": "steps", "save_steps": 1}).train()
-    marker = tmp_path / "out/checkpoint-1/complete.json"
+def test_a_training_does_not_go_on_from_another_ones_checkpoint(make, tmp_path):
+    write_model(tmp_path / "another", 1)
+    make(args={"max_steps": 1, **SAVING}).train()
+    for options, changes, named in (
+        ({}, {"rows": TURNS[1:]}, "pairs"),
+        ({}, {"model": str(tmp_path / "another")}, "initial model"),
+        ({"beta": 3.0}, {}, "objective"),
+        *(({name: value}, {}, name) for name, value in (("seed", 1), ("weight_decay", 0.5), ("max_grad_norm", 0.5))),
+    ):
+        with pytest.raises(CheckpointError, match=named):
+            make(args={"max_steps": 1, **SAVING, **options}, **changes).train(resume_from_checkpoint=True)
+    marker = tmp_path / "out/checkpoint-1/complete.json"  # as of no preference training
     marker.write_text(json.dumps({key: json.loads(marker.read_text())[key] for key in ("step", "files")}))
     with pytest.raises(CheckpointError, match="learning_rate"):
         make(args={"max_steps": 2}).train(resume_from_checkpoint=True)
-
-
-# ------------------------------------------------------------------ saved and shared
 
 
 def test_the_card_names_method_and_paper(make, tmp_path):
@@ -475,46 +438,35 @@ def test_the_card_names_method_and_paper(make, tmp_path):
         assert "org/pairs" in card and (paper == "2604.24804" or "2604.24804" not in card)
 
 
-# ------------------------------------------------------------------ arguments of Trainer and TRL
-
-
 @pytest.mark.parametrize("installed", [False, True])
 @pytest.mark.parametrize("on_cuda", [False, True])
 def test_liger_is_the_default_on_gpus_where_it_is_installed(monkeypatch, installed, on_cuda):
     monkeypatch.setattr(arguments, "is_liger_kernel_available", lambda: installed)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: on_cuda)
-    monkeypatch.setattr(torch.accelerator, "is_available", lambda: on_cuda)
-    args = RMiPOConfig.__new__(RMiPOConfig)
+    for place in (torch.cuda, torch.accelerator):
+        monkeypatch.setattr(place, "is_available", lambda: on_cuda)
     monkeypatch.setattr(TrainingArguments, "__post_init__", lambda self: None)  # it would look for the GPU itself
     monkeypatch.setattr(RMiPOConfig, "pairs_per_step", lambda self: 1)
-    args.__init__("x", bf16=True)
+    args = RMiPOConfig("x", bf16=True)
     assert args.use_liger_kernel is bool(args.liger_kernel_config) is (installed and on_cuda)
 
 
-def test_what_a_training_could_not_go_on_from_is_refused(make):
-    saving = {"save_strategy": "steps", "save_steps": 1}
-    make(args={"max_steps": 3, "save_only_model": True, **saving}).train()
+def test_what_a_training_could_not_go_on_from_is_refused(make, tmp_path):
+    make(args={"max_steps": 3, "save_only_model": True, **SAVING}).train()
     for options in ({"max_steps": 4, "save_only_model": True}, {"max_steps": 2}):
         with pytest.raises(ConfigError, match=list(options)[-1]):
-            make(args=options | saving).train(resume_from_checkpoint=True)
+            make(args=options | SAVING).train(resume_from_checkpoint=True)
+    loras = [LoraConfig(task_type="CAUSAL_LM", lora_alpha=alpha) for alpha in (8, 64)]
+    saving = {"max_steps": 2, "output_dir": str(tmp_path / "lora"), **SAVING}
+    one, other = (make(args=saving, peft_config=lora) for lora in loras)
+    one.train()
+    with pytest.raises(CheckpointError, match="lora_alpha"):
+        other.train(resume_from_checkpoint=True)
 
 
 def test_a_checkpoint_of_an_earlier_training_does_not_cost_the_newest_one(make, tmp_path):
-    saving = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 1}
-    make(args={"max_steps": 4, **saving}).train()
-    make(args={"max_steps": 2, **saving}).train()
+    for steps in (4, 2):
+        make(args={"max_steps": steps, "save_total_limit": 1, **SAVING}).train()
     assert {path.name for path in (tmp_path / "out").glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-4"}
-
-
-def test_tokenised_rows_without_a_template_need_a_prior_context(make, model):
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    tokenizer.chat_template = None
-    rows = make().train_dataset.tokenized
-    with pytest.raises(UserError, match="prior_context"):
-        make(rows=rows, processing_class=tokenizer)
-    assert make(rows=rows, processing_class=tokenizer, prior_context=[0]).prior_context == [0]
-    with pytest.raises(ConfigError, match="prior_context"):  # the objective says "header"
-        make(prior_context=[])
 
 
 def test_prompts_that_training_has_too_are_counted(make, capsys):
@@ -526,17 +478,27 @@ def test_prompts_that_training_has_too_are_counted(make, capsys):
     assert "pairs of test" not in capsys.readouterr().out
 
 
-def test_text_that_the_template_adds_to_responses_is_named(make, model, capsys):
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    make(processing_class=tokenizer)
-    assert "starts each response" not in capsys.readouterr().out
-    written = "{{ m['content'] }}"
-    tokenizer.chat_template = tokenizer.chat_template.replace(
-        written, "{% if m['role'] == 'assistant' %}w7 {% endif %}" + written
-    )
-    trainer = make(processing_class=tokenizer)
-    assert "starts each response with 'w7'" in capsys.readouterr().out
-    assert ids(trainer)[0][1][0] == tokenizer.convert_tokens_to_ids("w7")
+CONTENT, ASSISTANT = "{{ m['content'] }}", "{% if m['role'] == 'assistant'"
+
+
+def test_what_the_template_adds_to_responses_or_takes_from_earlier_ones_is_named(make, tokenizer, capsys):
+    template = tokenizer.chat_template
+    rows = [{**row, "prompt": [user("w1"), assistant("w2 w3"), user("w4")]} for row in TURNS[:3]]
+    for change, said in (
+        (CONTENT, ""),
+        (ASSISTANT + " %}w7 {% endif %}" + CONTENT, "starts each response with 'w7'"),
+        (
+            ASSISTANT + " and not loop.last %}w2{% else %}" + CONTENT + "{% endif %}",
+            "of 3 rows the chat template leaves out part of an earlier answer",
+        ),
+    ):
+        tokenizer.chat_template = template.replace(CONTENT, change)
+        trainer = make(rows=rows, processing_class=tokenizer)
+        printed = capsys.readouterr().out
+        assert said in printed
+        for other in ("starts each response", "earlier answer"):
+            assert (other in printed) == (other in said)
+        assert (ids(trainer)[0][1][0] == tokenizer.convert_tokens_to_ids("w7")) == ("w7" in said)
 
 
 def test_models_with_functional_dropout_have_none(make):
@@ -548,14 +510,8 @@ def test_models_with_functional_dropout_have_none(make):
     assert torch.equal(trained(ids).logits, trained(ids).logits)
 
 
-def test_workers_that_are_spawned_load_steps(make):
-    trainer = make()
-    assert len(pickle.dumps(trainer.data_collator)) < 10_000  # and not the trainer with its model
-
-
-def test_a_training_of_nothing_is_refused(make, model):
+def test_a_training_of_nothing_is_refused(make, model, tokenizer):
     base = AutoModelForCausalLM.from_pretrained(model)
-    tokenizer = AutoTokenizer.from_pretrained(model)
     other = torch.optim.SGD(AutoModelForCausalLM.from_pretrained(model).parameters(), lr=0.1)
     with pytest.raises(UserError, match="optimizer"):
         make(args={"max_steps": 1}, optimizers=(other, None)).train()
@@ -572,38 +528,10 @@ def test_a_training_of_nothing_is_refused(make, model):
         make(model=base, args={"max_steps": 1}, processing_class=tokenizer).train()
 
 
-def test_an_adapter_does_not_go_on_with_another_scale(make):
-    saving = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
-    make(args=saving, peft_config=LoraConfig(task_type="CAUSAL_LM", lora_alpha=8)).train()
-    other = make(args=saving, peft_config=LoraConfig(task_type="CAUSAL_LM", lora_alpha=64))
-    with pytest.raises(CheckpointError, match="lora_alpha"):
-        other.train(resume_from_checkpoint=True)
-
-
-def test_the_launchers_precision_does_not_win_over_the_arguments(monkeypatch):
-    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
-    assert RMiPOConfig("x", bf16=False, use_cpu=True).mixed_precision == "no"
-
-
-def test_rows_whose_earlier_answers_the_template_alters_are_counted(make, model, capsys):
-    turns = [user("w1"), assistant("w2 w3"), user("w4")]
-    rows = [{**row, "prompt": turns} for row in TURNS[:3]]
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    make(rows=rows, processing_class=tokenizer)
-    assert "earlier answer" not in capsys.readouterr().out
-    tokenizer.chat_template = tokenizer.chat_template.replace(
-        "{{ m['content'] }}",
-        "{% if m['role'] == 'assistant' and not loop.last %}w2{% else %}{{ m['content'] }}{% endif %}",
-    )
-    make(rows=rows, processing_class=tokenizer)
-    assert "of 3 rows the chat template leaves out part of an earlier answer" in capsys.readouterr().out
-
-
 def test_a_model_in_memory_may_have_been_trained_before_it_is_resumed(make, model):
     """As in a notebook, whose model is still the one of the training that was interrupted."""
     loaded = AutoModelForCausalLM.from_pretrained(model, dtype="float32")
-    saving = {"save_strategy": "steps", "save_steps": 1}
-    make(model=loaded, args={"max_steps": 1, **saving}).train()
-    again = make(model=loaded, args={"max_steps": 2, **saving})
+    make(model=loaded, args={"max_steps": 1, **SAVING}).train()
+    again = make(model=loaded, args={"max_steps": 2, **SAVING})
     again.train(resume_from_checkpoint=True)
     assert again.state.global_step == 2

@@ -7,7 +7,16 @@ import re
 
 import pytest
 import torch
-from transformers import Gemma3Config, GPT2Config, GPT2LMHeadModel, LlamaConfig, MambaConfig, Trainer, TrainingArguments
+from transformers import (
+    AutoConfig,
+    Gemma3Config,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    MambaConfig,
+    Trainer,
+    TrainingArguments,
+)
 
 from rmipo.errors import UserError
 from rmipo.generation.answers import own_settings, stop_ids
@@ -133,40 +142,32 @@ def test_a_resume_calls_no_tied_weight_missing(tmp_path, caplog, monkeypatch, fa
     assert "missing keys" not in caplog.text
 
 
-# ------------------------------------------------------------------------------------------------------------- limits
-
 ROPE = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 ROPE |= {"original_max_position_embeddings": 32}
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    save("llama3", folder)
-    return folder
+def test_added_tokens_need_embeddings(tmp_path):
+    save("llama3", tmp_path)
+    config, tokenizer = AutoConfig.from_pretrained(tmp_path), make_tokenizer("llama3")
+    vocabulary = config.vocab_size
 
+    def limits(size, tokenizer):
+        config.vocab_size = size
+        config.save_pretrained(tmp_path)
+        check_limits(tokenizer, ModelConfig(model_name_or_path=str(tmp_path)), 10)
 
-def limits(folder, max_length=10, tokenizer=None, **changes):
-    path = folder / "config.json"
-    before = path.read_text()
-    path.write_text(json.dumps(json.loads(before) | changes))
-    try:
-        check_limits(tokenizer or make_tokenizer("llama3"), ModelConfig(model_name_or_path=str(folder)), max_length)
-    finally:
-        path.write_text(before)
-
-
-def test_added_tokens_need_embeddings(model):
-    tokenizer = make_tokenizer("llama3")
-    vocabulary = json.loads((model / "config.json").read_text())["vocab_size"]
-    limits(model, tokenizer=tokenizer)
-    limits(model, tokenizer=tokenizer, vocab_size=len(tokenizer))
+    limits(vocabulary, tokenizer)
+    limits(len(tokenizer), tokenizer)
+    with pytest.raises(LoadingError, match=r"\d+ tokens more .* \(3\), such as [^,]+, [^,]+, [^,]+\. Remove"):
+        limits(3, tokenizer)
     added = [f"<|mine-{number}|>" for number in range(vocabulary - len(tokenizer) + 2)]
     tokenizer.add_tokens(added)
     with pytest.raises(LoadingError, match=rf"2 tokens more .* \({vocabulary}\), such as {', '.join(added[-2:])}\."):
-        limits(model, tokenizer=tokenizer)
-    with pytest.raises(LoadingError, match=r"\d+ tokens more .* \(3\), such as [^,]+, [^,]+, [^,]+\. Remove"):
-        limits(model, tokenizer=make_tokenizer("llama3"), vocab_size=3)
+        limits(vocabulary, tokenizer)
+    (tmp_path / "adapter").mkdir()  # an adapter is no model to start from
+    (tmp_path / "adapter/adapter_config.json").write_text("{}")
+    with pytest.raises(LoadingError, match=r"adapter holds an adapter\. .*scripts/merge_adapter\.py .*adapter$"):
+        check_limits(tokenizer, ModelConfig(model_name_or_path=f"{tmp_path}/adapter"), 10)
 
 
 def test_the_limits_of_a_multimodal_model_are_those_of_its_text(tmp_path):
@@ -194,32 +195,20 @@ def test_the_limits_of_a_multimodal_model_are_those_of_its_text(tmp_path):
 )
 def test_positions_that_a_model_is_made_for(config, positions):
     assert positions_of(config) == positions
-    if positions is None:
-        config.rope_parameters = ROPE
-        assert positions_of(config) is None
-    config.rope_parameters = {"rope_type": "default", "factor": None}
-    assert positions_of(config) == getattr(config, "max_position_embeddings", None)
-    config.rope_parameters = None
-    assert positions_of(config) == getattr(config, "max_position_embeddings", None)
+    for parameters in ({"rope_type": "default", "factor": None}, None, *([ROPE] if positions is None else [])):
+        config.rope_parameters = parameters
+        assert positions_of(config) == getattr(config, "max_position_embeddings", None)
 
 
 def test_the_default_of_several_templates_is_taken(tmp_path):
     tokenizer = make_tokenizer("llama3")
-    tokenizer.chat_template = {"default": LLAMA3_TEMPLATE, "tool_use": "{{ tools }}"}
-    tokenizer.save_pretrained(tmp_path / "several")
-    config = ModelConfig(model_name_or_path=str(tmp_path / "several"))
-    assert load_tokenizer(config).chat_template == LLAMA3_TEMPLATE
-    assert load_tokenizer(config, "{{ mine }}").chat_template == "{{ mine }}"
-    tokenizer.chat_template = {"chat": LLAMA3_TEMPLATE, "tool_use": "{{ tools }}"}
-    tokenizer.save_pretrained(tmp_path / "none")
-    config = ModelConfig(model_name_or_path=str(tmp_path / "none"))
+    for name in ("default", "chat"):
+        tokenizer.chat_template = {name: LLAMA3_TEMPLATE, "tool_use": "{{ tools }}"}
+        tokenizer.save_pretrained(tmp_path / name)
+    several, none = (ModelConfig(model_name_or_path=str(tmp_path / name)) for name in ("default", "chat"))
+    assert load_tokenizer(several).chat_template == LLAMA3_TEMPLATE
+    assert load_tokenizer(several, "{{ mine }}").chat_template == "{{ mine }}"
     with pytest.raises(LoadingError, match="no default specified"):
-        load_tokenizer(config)
+        load_tokenizer(none)
     for template in (LLAMA3_TEMPLATE, ""):
-        assert load_tokenizer(config, template).chat_template == template
-
-
-def test_an_adapter_is_no_model_to_start_from(model, tmp_path):
-    (tmp_path / "adapter_config.json").write_text("{}")
-    with pytest.raises(LoadingError, match=rf"{tmp_path} holds an adapter\. .*scripts/merge_adapter\.py {tmp_path}$"):
-        check_limits(make_tokenizer("llama3"), ModelConfig(model_name_or_path=str(tmp_path)), 10)
+        assert load_tokenizer(none, template).chat_template == template

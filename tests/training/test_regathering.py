@@ -17,7 +17,6 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def sharded(folder):
-    """One launch for all cases."""
     save_models(folder)
     run = launch(["tests/helpers/regathering_worker.py", str(folder)], processes=2)
     assert run.wait() == 0, run.output[-6000:]

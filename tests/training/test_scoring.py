@@ -12,7 +12,7 @@ from tests.helpers.small_models import CONFIGS, make_model, make_pairs
 from tests.references.padded import padded_pairs, padded_token_logps, rmipo_loss
 
 
-def test_layout_of_one_pair():
+def test_layouts_of_a_pair_and_of_priors():
     packed = pack_pairs([{"prompt_ids": [1, 2, 3], "chosen_ids": [4, 5], "rejected_ids": [6]}])
     assert packed.input_ids.tolist() == [[1, 2, 3, 4, 3]]
     assert packed.position_ids.tolist() == [[0, 1, 2, 3, 2]]
@@ -22,9 +22,6 @@ def test_layout_of_one_pair():
     assert packed.segments == ((0, 2, 2, 2), (0, 2, 4, 1))
     assert packed.groups.tolist() == [0] * 5 and packed.branches.tolist() == [-1, -1, 2, 2, 4]
     assert (packed.length, packed.num_responses) == (5, 2)
-
-
-def test_layout_of_priors_with_and_without_context():
     pair = {"prompt_ids": [9], "chosen_ids": [4, 5], "rejected_ids": [6]}
     shared = pack_priors([pair], [1, 2])
     assert shared.input_ids.tolist() == [[1, 2, 4, 2]]
@@ -36,7 +33,6 @@ def test_layout_of_priors_with_and_without_context():
 
 
 def without_context(pairs):
-    """The release's priors: a response of one token has nothing left to score."""
     return pack_priors([{**pairs[0], "chosen_ids": [7]}, *pairs[1:]], [])
 
 
@@ -83,20 +79,22 @@ def test_padding_has_no_part_in_the_scores():
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_flex_scores_equal_the_padded_reference(name):
-    """Uncompiled and with the fused head's CPU path: what of the CUDA path a CPU can run. No backward there."""
+@pytest.mark.parametrize("kind", ["segment", "flex"])
+def test_scores_equal_the_padded_reference(name, kind):
+    """Flex: uncompiled and with the fused head's CPU path, what of the CUDA path a CPU can run. No backward there."""
     model = make_model(name)
-    pairs = make_pairs(5, seed=2, prompt_lengths=(1, 60))
+    pairs = make_pairs(2, prompt_lengths=(1, 1)) + make_pairs(5, seed=2, prompt_lengths=(1, 60))
     with torch.no_grad():
         expected = padded_pairs(model, pairs, prior_context=[1, 2])
-    actual = scoring.score_pairs(model, [pairs[:4], pairs[4:]], prior_context=[1, 2], kind="flex")
+    actual = scoring.score_pairs(model, [pairs[:4], pairs[4:]], prior_context=[1, 2], kind=kind)
+    assert set(actual) == set(expected) and model.config._attn_implementation == "sdpa"
     for field, values in expected.items():
         torch.testing.assert_close(actual[field], values.float(), atol=2e-4, rtol=0)
-    attention.attach(model, "flex")
+    attention.attach(model, kind)
     packed = pack_pairs(pairs)
     with torch.no_grad():
-        logits = scoring.response_logits(model, packed, "flex", model.config)
-        fused = scoring.token_logps(model, packed, "flex", model.config)
+        logits = scoring.response_logits(model, packed, kind, model.config)
+        fused = scoring.token_logps(model, packed, kind, model.config)
     torch.testing.assert_close(label_logps(logits, packed.labels), fused, atol=2e-5, rtol=0)
 
 
@@ -134,26 +132,6 @@ def test_loss_and_gradients_equal_the_padded_reference(name, kind, checkpointing
         torch.testing.assert_close(actual.grad, wanted.grad, atol=1e-4 * max(scale, 1e-2), rtol=0, msg=parameter_name)
 
 
-@pytest.mark.parametrize("name", ["llama", "mistral-window"])
-def test_score_pairs_equals_the_padded_reference(name):
-    """Some prompts have one token."""
-    model, pairs = make_model(name), make_pairs(3, prompt_lengths=(1, 1)) + make_pairs(3)
-    with torch.no_grad():
-        expected = padded_pairs(model, pairs, prior_context=[1, 2])
-    actual = scoring.score_pairs(model, [pairs[:2], pairs[2:]], prior_context=[1, 2])
-    assert set(actual) == set(expected)
-    for field, values in expected.items():
-        torch.testing.assert_close(actual[field], values.float(), atol=1e-4, rtol=0)
-    assert model.config._attn_implementation == "sdpa"
-
-
-def test_a_model_is_left_plain_where_scoring_fails():
-    model = make_model("llama")
-    with pytest.raises(IndexError):
-        scoring.score_pairs(model, [[{"prompt_ids": [1], "chosen_ids": [61], "rejected_ids": [2, 61, 3]}]])
-    assert model.config._attn_implementation == "sdpa"
-
-
 def test_priors_without_context_start_at_the_second_token():
     model, pairs = make_model("llama"), make_pairs(3)
     responses = [pair[side] for pair in pairs for side in ("chosen_ids", "rejected_ids")]
@@ -188,7 +166,7 @@ def test_perturbed_ratios_do_not_depend_on_the_rows_at_a_time():
         torch.testing.assert_close(scoring.perturbed_logratios(logits, reference, packed, 0.1, chunk), at_once)
 
 
-def test_pairs_are_scored_without_dropout():
+def test_pairs_are_scored_without_dropout_and_a_model_is_left_plain_where_that_fails():
     """As in the middle of a training."""
     model, pairs = make_model("llama"), make_pairs(3)
     for layer in model.model.layers:
@@ -197,16 +175,21 @@ def test_pairs_are_scored_without_dropout():
         expected = padded_pairs(model.eval(), pairs)
     actual = scoring.score_pairs(model.train(), [pairs])
     torch.testing.assert_close(actual["chosen_logps"], expected["chosen_logps"].float(), atol=1e-4, rtol=0)
+    with pytest.raises(IndexError):
+        scoring.score_pairs(model, [[{"prompt_ids": [1], "chosen_ids": [61], "rejected_ids": [2, 61, 3]}]])
+    assert model.config._attn_implementation == "sdpa"
 
 
-def test_sums_accumulate_in_float64():
+def test_sums_and_logits_of_any_size_stay_right():
     packed = pack([([0], [[1] * 30000])])
     values = torch.full((30000,), -0.1, dtype=torch.float32)
     exact = float(values.double().sum())
     assert packed.sum_by_response(values).item() == pytest.approx(exact, rel=1e-7)
-
-
-# ---------------------------------------------------------------------------------------- log-probabilities of labels
+    logits = torch.tensor([[1e4, -1e4, 0.0], [-1e4, -1e4, -1e4]], requires_grad=True)
+    actual = scoring.label_logps(logits * 1.0, torch.tensor([1, 2]))
+    actual.sum().backward()
+    assert actual.tolist() == pytest.approx([-2e4, -1.0986123])
+    assert logits.grad.isfinite().all()
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-6), (torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
@@ -231,23 +214,7 @@ def test_values_and_gradients_equal_cross_entropy(monkeypatch, dtype, tolerance,
     assert rows == 0 or actual_leaf.grad.abs().max() > 1e-3
 
 
-def test_extreme_logits_stay_finite():
-    logits = torch.tensor([[1e4, -1e4, 0.0], [-1e4, -1e4, -1e4]], requires_grad=True)
-    actual = scoring.label_logps(logits * 1.0, torch.tensor([1, 2]))
-    actual.sum().backward()
-    assert actual.tolist() == pytest.approx([-2e4, -1.0986123])
-    assert logits.grad.isfinite().all()
-
-
-def test_a_second_backward_is_refused():
-    leaf = torch.randn(3, 5, requires_grad=True)
-    loss = scoring.label_logps(leaf * 1.0, torch.tensor([0, 1, 2])).sum()
-    loss.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        loss.backward()
-
-
-def test_the_gradient_takes_the_place_of_the_logits():
+def test_a_backward_takes_the_place_of_the_logits_and_is_the_only_one():
     leaf = torch.randn(3, 5, requires_grad=True)
     logits = leaf * 1.0
     labels = torch.tensor([0, 1, 2])
@@ -257,11 +224,10 @@ def test_the_gradient_takes_the_place_of_the_logits():
     scoring.label_logps(logits, labels).sum().backward()
     torch.testing.assert_close(logits.detach(), expected)
     assert places == [logits.data_ptr()]
-
-
-def test_a_gradient_of_the_gradient_is_refused():
-    """It would be that of a constant."""
-    leaf = torch.randn(3, 5, requires_grad=True)
+    loss = scoring.label_logps(leaf * 1.0, torch.tensor([0, 1, 2])).sum()
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
     loss = (scoring.label_logps(leaf * 1.0, torch.tensor([0, 1, 2])) ** 2).sum()
     (gradient,) = torch.autograd.grad(loss, leaf, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):

@@ -46,7 +46,6 @@ def test_one_process(tmp_path, by_pairs, max_tokens):
 
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory):
-    """What each of two processes found; see `two_processes_worker`."""
     folder = tmp_path_factory.mktemp("two")
     make_model("llama").save_pretrained(folder / "model")
     run = launch(["tests/helpers/two_processes_worker.py", str(folder)], processes=2, ACCELERATE_USE_CPU="true")
@@ -56,25 +55,21 @@ def two_processes(tmp_path_factory):
     return [torch.load(folder / f"rank{rank}.pt") for rank in (0, 1)]
 
 
-def test_gradients_of_two_processes(two_processes, by_pairs):
+def test_two_processes_have_the_gradients_and_references_of_one(two_processes, by_pairs):
     (first, sizes, loss), (second, others, same_loss) = (found["gradients"] for found in two_processes)
     assert sum(sizes + others) == 13 and len(sizes) == len(others) == 3 and sum(sizes) != sum(others)
     expected, expected_loss = by_pairs
     assert_equal(first, expected)
     assert_equal(second, expected)
     assert loss == pytest.approx(expected_loss, abs=1e-6) == same_loss
-
-
-def test_two_processes_score_the_reference_in_the_datasets_order(two_processes):
     with torch.no_grad():
         expected = padded_pairs(make_model("llama"), PAIRS)
     for found in two_processes:
         loss, scores = found["reference"]
         assert loss == pytest.approx(math.log(2), abs=1e-5)
         for side in ("chosen", "rejected"):
-            torch.testing.assert_close(
-                scores[f"ref_{side}_logps"], expected[f"{side}_logps"].float(), atol=1e-4, rtol=0
-            )
+            wanted = expected[f"{side}_logps"].float()
+            torch.testing.assert_close(scores[f"ref_{side}_logps"], wanted, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("name", WITH_STATISTICS)
@@ -100,20 +95,14 @@ def test_pairs_dealt_by_length_have_the_same_gradient_and_wait_less(two_processe
     assert waited_for(by_length) < waited_for(as_they_come)
 
 
-def test_a_bad_loss_of_one_process_stops_both(two_processes):
+def test_what_each_of_two_processes_sees_stops_and_reports(two_processes):
     for rank, found in enumerate(two_processes):
         message = found["bad loss"]
         assert "the loss of step 1 is not finite" in message and f"non_finite_rank{rank}.json" in message
-    assert sorted(found["bad pairs"] for found in two_processes) == [[], [12]]
-
-
-def test_tokens_per_second_are_those_of_both_processes(two_processes):
+    assert sorted(found["bad pairs"] for found in two_processes) == [[], [112]]
     (own, rate), (others, same_rate) = (found["tokens"] for found in two_processes)
     assert rate == pytest.approx((own + others) / 100, rel=0.1) == same_rate
     assert min(own, others) > 0.3 * (own + others)
-
-
-def test_values_are_gathered_in_the_order_of_the_processes(two_processes):
     expected = torch.tensor([0, 1 / 3, 1, 4 / 3, 5 / 3], dtype=torch.float64)[:, None]
     for found in two_processes:
         (values, flags), columns = found["gathered"]
@@ -124,22 +113,11 @@ def test_values_are_gathered_in_the_order_of_the_processes(two_processes):
             "a": [97] * 3 + [98] * 3,
             "b": [98] * 3 + [99] * 3,
         }
-
-
-def test_both_processes_get_what_the_main_process_found_or_its_error(two_processes):
-    expected = ["process 0", "OSError('no space for process 0')", "ValueError('bad file of process 0')"]
-    assert [found["told"] for found in two_processes] == [expected] * 2
-
-
-def test_a_signal_to_one_process_stops_both(two_processes):
-    assert [found["stop"] for found in two_processes] == [[True] * 3] * 2
-
-
-def test_a_checkpoint_is_complete_when_both_processes_have_written(two_processes):
-    assert [found["marker"] for found in two_processes] == [[True], []]
-
-
-def test_two_processes_start_as_the_first_sees_it_which_alone_reports(two_processes):
+    told = ["process 0", "OSError('no space for process 0')", "ValueError('bad file of process 0')"]
+    for rank, found in enumerate(two_processes):
+        assert found["told"] == told
+        assert found["stop"] == [True] * 3  # by a signal to one of them
+        assert found["marker"] == ([] if rank else [True])  # a checkpoint is complete when both have written
     first, second = (found["start"] for found in two_processes)
     date, checkpoint, fingerprints = first["seen"]
     assert second["seen"] == first["seen"] and date > "2020-02-03" and checkpoint is None

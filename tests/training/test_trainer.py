@@ -1,33 +1,15 @@
 """The trainer against a naive training loop on the padded reference, and the invariants of its step."""
 
-import json
-
 import pytest
 import torch
 
 from rmipo.record import read_metrics
-from rmipo.training.metrics import NonFiniteLossError
 from rmipo.training.parity import ParityError
 from tests.helpers.small_models import make_model, make_pairs
 from tests.helpers.trainers import CONTEXT, make_trainer, recorded_forwards, rows_per_step
-from tests.references.padded import padded_pairs, rmipo_loss
+from tests.references.padded import padded_pairs, rmipo_loss, train
 
 HARDWARE = ("tokens_per_second", "peak_memory_gib", "total_flos")  # these may follow the cut into micro-batches
-
-
-def naive_training(pairs, steps, lr=1e-3, max_grad_norm=1.0):
-    """AdamW on the padded reference, one optimizer step per list of row numbers; returns (model, losses)."""
-    model = make_model("llama")
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)
-    losses = []
-    for rows in steps:
-        loss = rmipo_loss(padded_pairs(model, [pairs[i] for i in rows], CONTEXT))
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
-        optimizer.step()
-        losses.append(loss.item())
-    return model, losses
 
 
 @pytest.fixture
@@ -37,7 +19,8 @@ def pairs():
 
 def test_trajectory_equals_a_naive_loop(tmp_path, pairs):
     trainer = make_trainer(tmp_path, pairs)
-    model, losses = naive_training(pairs, rows_per_step(trainer))
+    model = make_model("llama")
+    losses = train(model, pairs, rows_per_step(trainer), CONTEXT)
     trainer.train()
     assert [line["loss"] for line in read_metrics(tmp_path) if "loss" in line] == pytest.approx(losses, abs=2e-5)
     assert losses[2] != pytest.approx(losses[0], abs=1e-2)
@@ -126,43 +109,23 @@ def test_a_step_scores_priors_together_without_gradient_and_then_pairs_with_it(t
     assert forwards[:2] == [(sum(priors[:4]), False, False), (sum(priors[4:]), False, False)]
     assert forwards[2:] == [(micro_batch.pairs.length, True, True) for micro_batch in step] and len(step) == 6
     kept = [value for columns in trainer.window.columns for value in columns.values()]
-    assert not any(
-        value.requires_grad for value in kept
-    )  # they would keep the activations of all steps up to a log line
+    assert not any(value.requires_grad for value in kept)  # they would keep the activations up to a log line
     trainer.evaluate()  # the first one also checks parity
     forwards.clear()
     trainer.evaluate()
     assert [modes for _, *modes in forwards] == [[False, False]] * 6
 
 
-def model_without_a_finite_score(pairs, number):
-    """Of the pair at `number`: token 60, which no other pair has, is embedded as NaN."""
-    for row, pair in enumerate(pairs):
+def test_the_check_at_the_start_takes_eight_pairs(tmp_path, pairs):
+    """Of which the last has a token that no other pair has and that is embedded as NaN."""
+    for pair in pairs:
         for side in ("prompt_ids", "chosen_ids", "rejected_ids"):
             pair[side] = [token % 60 for token in pair[side]]
-        pair["row"] = 100 + row
-    pairs[number]["prompt_ids"][0] = 60
+    pairs[7]["prompt_ids"][0] = 60
     model = make_model("llama")
-    with torch.no_grad():
-        model.model.embed_tokens.weight[60] = float("nan")
-    return model
-
-
-def test_the_check_at_the_start_takes_eight_pairs(tmp_path, pairs):
-    trainer = make_trainer(tmp_path, pairs, model=model_without_a_finite_score(pairs, 7))
+    model.model.embed_tokens.weight.data[60] = float("nan")
     with pytest.raises(ParityError, match="The plain scores are not finite either"):
-        trainer.train()
-
-
-def test_a_non_finite_loss_stops_and_names_the_rows(tmp_path, pairs):
-    model = model_without_a_finite_score(pairs, 8)  # the first that the check at the start leaves out
-    trainer = make_trainer(tmp_path, pairs, model=model, global_batch_size=21, per_device_train_batch_size=7)
-    with pytest.raises(NonFiniteLossError, match=r"non_finite_rank0\.json"):
-        trainer.train()
-    report = json.loads((tmp_path / "non_finite_rank0.json").read_text())
-    assert report["step"] == 1
-    assert [pair["row"] for pair in report["pairs"]] == [108]
-    assert sorted(row for rows in report["rows"] for row in rows) == list(range(100, 121))
+        make_trainer(tmp_path, pairs, model=model).train()
 
 
 def test_a_run_that_is_all_warm_up_says_so(tmp_path, capsys):
@@ -175,9 +138,6 @@ def test_a_run_that_is_all_warm_up_says_so(tmp_path, capsys):
         said = capsys.readouterr().out
         assert changed == changes and ("are warm-up" in said) == (not changes)
         assert changes or "all 1 optimizer step(s) are warm-up, and the first has a learning rate of 0" in said
-
-
-# ---------------------------------------------------------------------------------------------------- compiled layers
 
 
 @pytest.mark.slow
@@ -194,3 +154,27 @@ def test_compiled_layers_train_as_uncompiled_ones(tmp_path):
         weights[compiled] = {name: weight.detach() for name, weight in trainer.model.named_parameters()}
     for name, weight in weights[True].items():
         torch.testing.assert_close(weight, weights[False][name], atol=1e-5, rtol=0, msg=name)
+
+
+def gradients(folder, recomputed: list[bool], **arguments) -> dict[str, torch.Tensor]:
+    """One SGD step with a learning rate of 1: the change of the weights is the gradient."""
+    model = make_model("llama")
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    settings = {"optim": "sgd", "learning_rate": 1.0, "max_grad_norm": 0.0, "max_steps": 1}
+    make_trainer(folder, make_pairs(8, seed=4), model=model, **settings, **arguments).train()
+    assert [layer.gradient_checkpointing for layer in model.model.layers] == recomputed
+    return {name: before[name] - parameter.detach() for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize("attention", ["segment", "dense"])
+@pytest.mark.parametrize(("every", "recomputed"), [(1, [True, True]), (2, [True, False])])
+def test_recomputing_layers_changes_no_gradient(tmp_path, attention, every, recomputed):
+    kwargs = {"use_reentrant": False, "every_n_layers": every}
+    expected = gradients(tmp_path / "none", [False, False], attention=attention, activation_checkpointing=False)
+    found = gradients(
+        tmp_path / "some", recomputed, attention=attention, activation_checkpointing=True,
+        activation_checkpointing_kwargs=kwargs,
+    )  # fmt: skip
+    for name, gradient in expected.items():
+        assert gradient.abs().max() > 0, name
+        torch.testing.assert_close(found[name], gradient, rtol=0, atol=1e-6, msg=name)

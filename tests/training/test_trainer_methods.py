@@ -40,6 +40,9 @@ def pairs():
     return make_pairs(16, seed=11)
 
 
+LORA = LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+
+
 @pytest.fixture
 def saved_model(tmp_path):
     """Loads the same weights anew, from a folder whose content the reference cache can identify."""
@@ -84,13 +87,12 @@ def naive_scores(model, initial, pairs, rows, objective):
                 if name.endswith("logps"):
                     scores[prefix + name] = values
         if "reference_logits" in objective.needs:
-            for name, sign in (("plus", 1), ("minus", -1)):
-                ratios = [
-                    perturbed_sum(model, initial, pair, "chosen_ids", sign * objective.epsilon)
-                    - perturbed_sum(model, initial, pair, "rejected_ids", sign * objective.epsilon)
+            for name, step in (("plus", objective.epsilon), ("minus", -objective.epsilon)):
+                sums = [
+                    [perturbed_sum(model, initial, pair, side, step) for side in ("chosen_ids", "rejected_ids")]
                     for pair in chosen_rows
                 ]
-                scores[f"{name}_logratios"] = torch.stack(ratios)
+                scores[f"{name}_logratios"] = torch.stack([chosen - rejected for chosen, rejected in sums])
     return PairScores(**{name: values.float() for name, values in scores.items()})
 
 
@@ -111,11 +113,10 @@ def test_trajectory_equals_a_naive_loop(tmp_path, pairs, saved_model, other_mode
         reference_cache_dir=str(tmp_path / "cache"), ref_model=second_model,
     )  # fmt: skip
     cache_reference(trainer, other_model, pairs, objective)
-    order = []
+    order, sampler = [], trainer.get_train_dataloader().batch_sampler
     for epoch in range(2):
-        trainer_sampler = trainer.get_train_dataloader().batch_sampler
-        trainer_sampler.set_epoch(epoch)
-        order += [[batch.indices for batch in step] for step in trainer_sampler]
+        sampler.set_epoch(epoch)
+        order += [[batch.indices for batch in step] for step in sampler]
 
     model, initial = saved_model(), other_model
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0)
@@ -200,17 +201,12 @@ def test_a_cache_is_named_after_all_that_shapes_it(tmp_path, pairs, saved_model)
         return trainer.reference.cache(trainer.train_dataset).name
 
     other_rows = [*pairs[:-1], {**pairs[-1], "rejected_ids": [1, 2, 3]}]
-    paths = [
-        path(),
-        path("kto"),
-        path("rmipo-initial"),
-        path("rmipo-initial", change=lambda trainer: setattr(trainer, "prior_context", [3])),
-        path(rows=other_rows),
-        path(change=lambda trainer: trainer.model.to(torch.bfloat16)),
-        path(change=lambda trainer: setattr(trainer.args, "bf16", True)),
-        path(change=lambda trainer: setattr(trainer.args, "fp16", True)),
-        path(change=lambda trainer: setattr(trainer.model.config, "quantization_config", {"load_in_4bit": True})),
-    ]
+    paths = [path(), path("kto"), path("rmipo-initial"), path(rows=other_rows)]
+    paths += [path("rmipo-initial", change=lambda trainer: setattr(trainer, "prior_context", [3]))]
+    paths += [path(change=lambda trainer: trainer.model.to(torch.bfloat16))]
+    paths += [path(change=lambda trainer, kind=kind: setattr(trainer.args, kind, True)) for kind in ("bf16", "fp16")]
+    quantized = {"load_in_4bit": True}
+    paths += [path(change=lambda trainer: setattr(trainer.model.config, "quantization_config", quantized))]
     assert len(set(paths)) == len(paths)
     assert path() == path("ipo") == paths[0]
     trained = saved_model()
@@ -221,11 +217,8 @@ def test_a_cache_is_named_after_all_that_shapes_it(tmp_path, pairs, saved_model)
 
 @pytest.mark.parametrize(("name", "column"), [("dpo", "ref_chosen_logps"), ("rmipo-initial", "prior_chosen_logps")])
 def test_with_adapters_the_base_model_is_the_reference(tmp_path, pairs, saved_model, name, column):
-    model = saved_model()
-    adapter = get_peft_model(model, LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False))
-    trainer = make_trainer(
-        tmp_path, pairs, BLOCKS[name], model=adapter, max_steps=1, reference_cache_dir=str(tmp_path / "cache")
-    )
+    model, cache = get_peft_model(saved_model(), LORA), str(tmp_path / "cache")
+    trainer = make_trainer(tmp_path, pairs, BLOCKS[name], model=model, max_steps=1, reference_cache_dir=cache)
     trainer.train()
     columns = trainer.train_dataset.scores
     with torch.no_grad():
@@ -237,8 +230,7 @@ def test_with_adapters_the_base_model_is_the_reference(tmp_path, pairs, saved_mo
 
 
 def test_with_adapters_the_reference_logits_are_the_base_models(tmp_path, pairs, saved_model):
-    lora = LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False)
-    trainer = make_trainer(tmp_path, pairs, BLOCKS["epsilon-dpo"], model=get_peft_model(saved_model(), lora))
+    trainer = make_trainer(tmp_path, pairs, BLOCKS["epsilon-dpo"], model=get_peft_model(saved_model(), LORA))
     packed = pack_pairs(pairs[:2])
     with torch.no_grad():
         logits = trainer.reference.logits(packed)
