@@ -91,12 +91,14 @@ def test_judge_is_asked_again_for_a_rating_that_cannot_be_read(judged):
     assert len(judged()) == 16 and len(judged.asked) == 18
 
 
-def test_ratings_beyond_the_scale_are_none_and_a_judge_that_cannot_be_reached_is_named(judged, tmp_path, monkeypatch):
+def test_ratings_beyond_the_scale_are_none(judged, monkeypatch):
     for rating in (0, 11):
         monkeypatch.setattr("tests.helpers.judge_server.rating", lambda request, rating=rating: rating)
         with pytest.raises(OracleError, match=rf"\[\[{rating}\]\]"):
             judged()
-    (tmp_path / "scores.jsonl").unlink()
+
+
+def test_a_judge_that_cannot_be_reached_is_named(judged, monkeypatch):
     monkeypatch.setenv("OPENAI_BASE_URL", "http://127.0.0.1:9/v1")
     with pytest.raises(EvaluationError, match=r"test at 127.0.0.1:9/v1 .*APIConnectionError"):
         judged()
