@@ -43,7 +43,7 @@ LINES = {
     "scripts": 1500,  # aim: 1100
     "benchmarks": 1290,  # aim: 800
     "examples": 160,
-    "tests": 17620,  # aim: 14000
+    "tests": 17610,  # aim: 14000
 }
 
 

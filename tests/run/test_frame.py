@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -115,22 +114,6 @@ def test_a_metric_that_is_not_logged_is_no_measure_of_the_best_model():
         args, *_ = load_recipe(ROOT / f"recipes/tiny/{stage}.yaml", overrides=overrides).parse(world_size=1)
         with contextlib.nullcontext() if known else pytest.raises(ConfigError, match="metric_for_best_model"):
             frame.check_best_metric(args)
-
-
-@pytest.mark.parametrize(
-    ("checkpoint", "strategy", "evaluates"),
-    [(None, "steps", True), ("checkpoint-2", "steps", False), (None, "no", False)],
-)
-def test_an_evaluation_at_the_start_is_that_of_the_first_start_alone(monkeypatch, checkpoint, strategy, evaluates):
-    monkeypatch.setattr(frame, "set_callbacks", lambda *given: None)
-    recipe = load_recipe(ROOT / "recipes/tiny/rmipo.yaml", overrides=["--model_name_or_path=a/b"])
-    args, _, model_config = recipe.parse(world_size=1)
-    args.eval_on_start, args.eval_strategy = True, strategy
-    resumed = []
-    run = frame.TrainingRun(recipe, args, model_config)
-    run.checkpoint = checkpoint
-    run.train(SimpleNamespace(args=args, train=lambda resume_from_checkpoint: resumed.append(resume_from_checkpoint)))
-    assert (args.eval_on_start, resumed) == (evaluates, [checkpoint])
 
 
 @pytest.mark.parametrize(("stage", "script"), [("sft", "sft"), ("rmipo", "preference")])
