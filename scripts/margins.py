@@ -12,12 +12,17 @@ import os
 os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}  # read when torch is imported
 
 from rmipo import cli
-from rmipo.launch.choices import choose_stages
+from rmipo.launch.choices import choose_stages, refuse
 
 
 @cli.main
 def main() -> int:
     env = cli.environment(__file__, __doc__, "MODEL", "WORKERS", "ARGS")
+    refuse(
+        env,
+        ["DRY", "SLURM", "DATA"],
+        "make margins trains its runs on this machine, on the setting's own pairs; leave it out",
+    )
     choose_stages({**env, "STAGE": ""})
     from rmipo.compare.margins import margins  # imports torch and TRL, which takes seconds
 

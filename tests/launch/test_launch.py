@@ -276,7 +276,15 @@ def test_wrong_choices_are_refused_before_anything_heavy_is_imported(script):
 
 @pytest.mark.parametrize(
     ("script", "variable"),
-    [("online", "DATA"), ("pairs", "DRY"), ("compare", "SLURM"), ("sweep", "SLURM"), ("smoke", "DATA")],
+    [
+        ("online", "DATA"),
+        ("pairs", "DRY"),
+        ("compare", "SLURM"),
+        ("compare", "DATA"),
+        ("margins", "DRY"),
+        ("sweep", "SLURM"),
+        ("smoke", "DATA"),
+    ],
 )
 def test_a_variable_that_a_command_cannot_follow_is_refused(script, variable):
     done = run_here(script, env={"MODEL": "tiny", "METHOD": "simpo", variable: "1"})
