@@ -38,12 +38,12 @@ LINES = {
     "rmipo/reporting": 1900,  # aim: 1500
     "rmipo/run": 780,  # aim: 800
     "rmipo/tiny": 550,  # aim: 450
-    "rmipo/training": 2450,  # aim: 1700
-    "rmipo": 14970,  # aim: 11000
+    "rmipo/training": 2480,  # aim: 1700
+    "rmipo": 15000,  # aim: 11000
     "scripts": 1500,  # aim: 1100
     "benchmarks": 1290,  # aim: 800
     "examples": 160,
-    "tests": 17610,  # aim: 14000
+    "tests": 17630,  # aim: 14000
 }
 
 

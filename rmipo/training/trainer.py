@@ -26,7 +26,7 @@ from rmipo.recipe.arguments import PairConfig, RMiPOConfig
 from rmipo.recipe.schema import ModelConfig
 from rmipo.training import attention, batching, checkpoints, metrics, parts, scoring
 from rmipo.training.batching import PackedMicroBatch, PairDataset
-from rmipo.training.distributed import gather, gather_columns
+from rmipo.training.distributed import free_compilations, gather, gather_columns
 from rmipo.training.loading import require_masters, require_trained
 from rmipo.training.packing import concatenate, split_pairs
 from rmipo.training.parity import MAX_PAIRS, check_parity
@@ -79,6 +79,8 @@ class PreferenceTrainer(checkpoints.ResumableTrainer):
             raise ConfigError(
                 f"args is {type(args).__name__}: expected RMiPOConfig, or PreferenceConfig with an objective"
             )
+        if args.deepspeed_plugin is not None:
+            free_compilations()
         set_seed(args.seed)  # new adapters are random
         model = parts.source_of(model)
         self.objective = build_objective(args.objective)

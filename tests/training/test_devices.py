@@ -1,14 +1,17 @@
 """What is made of tensors lies on their device: shown on `meta`, where tensors have no values, and no device is needed."""
 
+import os
+
 import pytest
 import torch
 from accelerate import PartialState
 from accelerate.utils import send_to_device
 from torch.utils.data._utils.pin_memory import pin_memory
+from torch.utils.file_baton import FileBaton
 
 from rmipo.training import attention, parity, scoring
 from rmipo.training.batching import MicroBatch, pack_micro_batch
-from rmipo.training.distributed import on_main_process
+from rmipo.training.distributed import free_compilations, on_main_process
 from rmipo.training.packing import pack_pairs
 from tests.helpers.small_models import make_model, make_pairs
 
@@ -72,3 +75,20 @@ def test_the_first_process_of_another_machine_leaves_it_to_the_main_process(monk
     for name, rank in (("process_index", 8), ("local_process_index", 0)):  # one of several machines' processes
         monkeypatch.setitem(PartialState().__dict__, name, rank)
     assert on_main_process(lambda: "done") is None  # what it is told by the main process, which there isn't here
+
+
+@pytest.mark.parametrize("killed", [True, False])
+def test_a_lock_of_a_killed_compilation_holds_nobody(tmp_path, monkeypatch, killed):
+    """torch waits for it without end, before anything is loaded."""
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    monkeypatch.setattr("time.sleep", lambda seconds: lock.unlink())  # a compilation that is running ends meanwhile
+    lock = tmp_path / "cpu_adam/lock"
+    lock.parent.mkdir()
+    lock.touch()
+    if killed:
+        os.utime(lock, (0, 0))
+        monkeypatch.setattr("time.sleep", None)
+    free_compilations()
+    baton = FileBaton(str(lock))
+    assert baton.try_acquire()
+    baton.release()
