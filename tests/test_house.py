@@ -40,7 +40,7 @@ LINES = {
     "rmipo/tiny": 550,  # aim: 450
     "rmipo/training": 2480,  # aim: 1700
     "rmipo": 15000,  # aim: 11000
-    "scripts": 1500,  # aim: 1100
+    "scripts": 1510,  # aim: 1100
     "benchmarks": 1290,  # aim: 800
     "examples": 160,
     "tests": 17630,  # aim: 14000
