@@ -151,7 +151,7 @@ def draw_gamma(axis: Axes, values: np.ndarray, bounds: tuple[float, float], pape
     # A density estimate would smear the pairs at a bound into a peak that isn't there.
     at_low, at_high = values <= low + AT_MIN, values >= high - AT_MAX
     inner = values[~at_low & ~at_high]
-    span = high - low
+    span = high - low or 1.0  # a constant margin
     if len(inner) > 1:
         grid = np.linspace(low, high, 401)
         draw_density(axis, grid, density(inner, grid, low, high), PURPLE)
@@ -159,7 +159,7 @@ def draw_gamma(axis: Axes, values: np.ndarray, bounds: tuple[float, float], pape
     pins = axis.twinx()
     pins.grid(False)
     pins.spines["right"].set_visible(True)
-    for x, share in ((low, at_low.mean()), (high, at_high.mean())):
+    for x, share in {low: at_low.mean(), high: at_high.mean()}.items():
         if share < 0.005:  # would read 0%
             continue
         pins.plot([x, x], [0, share], color="black", linewidth=2)

@@ -27,7 +27,7 @@ from rmipo.launch.choices import choose_stages, refuse
 def main() -> int:
     env = cli.environment(__file__, __doc__, "MODEL", "METHODS", "SEEDS", "NOISE", "WORKERS", "ARGS")
     refuse(env, ["DRY", "SLURM"], "make compare trains its runs on this machine, at once; leave it out")
-    refuse(env, ["DATA"], "make compare trains on the setting's own pairs; leave it out, or set --dataset_name in ARGS")
+    refuse(env, ["DATA"], "make compare trains on the setting's own pairs; leave it out")
     choose_stages({**env, "STAGE": ""})
     from rmipo.compare.program import compare  # imports torch and TRL, which takes seconds
 

@@ -52,7 +52,9 @@ def main() -> None:
     # The pairs are read and cut as the run did, or as it would.
     recipe = (recorded_run(folder) or {}).get("recipe", {})
     if setting and recipe.get("objective", {}).get("name") != "rmipo":
-        recipe = load_recipe(ROOT / "recipes" / model / "rmipo.yaml").values
+        overlay = ROOT / "recipes" / model / "with-data.yaml"
+        overlays = [overlay] if args.data and overlay.is_file() else []
+        recipe = load_recipe(ROOT / "recipes" / model / "rmipo.yaml", overlays).values
     recipe = merge(recipe, {"dataset_name": args.data} if args.data else {})
     names = (*LIMITS, "attention", "dataset_num_proc")
     given = {name: value for name in names if (value := getattr(args, name, None))}

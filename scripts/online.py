@@ -9,7 +9,6 @@ overrides for all rounds. Each round is an ordinary run in outputs/<model>/onlin
 interruption the same command goes on, and more ROUNDS add to those there are.
 """
 
-import dataclasses
 import os
 import shlex
 import sys
@@ -40,9 +39,8 @@ def main() -> int:
     from rmipo.launch.train import Program
     from rmipo.reporting.online import measure, report
 
-    config = OnlineConfig.load(Path(f"recipes/{model}/online.yaml"))
     sizes = {n: size for n in ("prompts_per_round", "held_out_prompts") if (size := getattr(args, n)) is not None}
-    config = dataclasses.replace(config, **sizes)
+    config = OnlineConfig.load(Path(f"recipes/{model}/online.yaml"), **sizes)
     make_weights(model)
     start = find_target(model, "initial", Path("outputs"), [])
     generation = start.settings.get("generation", {})

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from rmipo import cli
 from rmipo.errors import ConfigError
-from rmipo.launch.choices import check_choices, choose_stages, node_count, positive_number, whole_number
+from rmipo.launch.choices import check_choices, choose_stages, node_count, whole_number
 
 
 @cli.main
@@ -71,7 +71,7 @@ def main() -> int:
     if on_cpu:
         print("Hours: not estimated for a CPU; the progress bar of a trial shows them: ARGS='--max_steps 20'")
     else:
-        tflops = positive_number(env, "TFLOPS", duration.A100)
+        tflops = whole_number(env, "TFLOPS", duration.A100)
         low, high = duration.hours(shape, work, hardware.gpus, examples, steps, tflops)
         print(f"Hours of the training: {low:.2f} to {high:.2f}, evaluations and checkpoints apart")
         low, high = duration.reached(tflops)

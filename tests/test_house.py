@@ -25,25 +25,25 @@ def test_import_order_holds():
 # Lines of Python that a folder may have. They hold what there is: raising one is a decision to defend, lowering one is the way
 # to the aim.
 LINES = {
-    "rmipo/compare": 750,  # aim: 400
+    "rmipo/compare": 760,  # aim: 400
     "rmipo/constraints": 140,  # aim: 110
     "rmipo/data": 1260,  # aim: 800
     "rmipo/evaluation": 1960,  # aim: 1500
     "rmipo/generation": 1030,  # aim: 800
-    "rmipo/launch": 720,  # aim: 600
+    "rmipo/launch": 710,  # aim: 600
     "rmipo/objectives": 860,  # aim: 600
     "rmipo/page": 290,
     "rmipo/plan": 560,  # aim: 450
-    "rmipo/recipe": 990,  # aim: 650
-    "rmipo/reporting": 1900,  # aim: 1500
+    "rmipo/recipe": 1000,  # aim: 650
+    "rmipo/reporting": 1910,  # aim: 1500
     "rmipo/run": 780,  # aim: 800
     "rmipo/tiny": 550,  # aim: 450
     "rmipo/training": 2480,  # aim: 1700
-    "rmipo": 15000,  # aim: 11000
+    "rmipo": 15010,  # aim: 11000
     "scripts": 1510,  # aim: 1100
     "benchmarks": 1290,  # aim: 800
     "examples": 160,
-    "tests": 17630,  # aim: 14000
+    "tests": 17650,  # aim: 14000
 }
 
 

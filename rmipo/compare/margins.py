@@ -121,7 +121,7 @@ def report(
             rows.append([method, str(len(values)), *(f"{number:.3f}" for number in numbers)])
         parts += ["Spread over the grid, each point a mean over seeds:", markdown_table(rows)]
     if searched:  # rewards at like distances from the initial model can be read off it
-        for metric in (metrics[0], comparison.BESIDE[metrics[0]]):
+        for metric in (metrics[0], comparison.beside(metrics[0])):
             parts += [f"Search, {comparison.METRICS[metric]}:", comparison.search_table(searched, metric)]
     return "\n\n".join([*parts, comparison.UNITS, comparison.made_with(lines)]) + "\n"
 

@@ -25,8 +25,7 @@ def compare(env: dict[str, str]) -> int:
     model, _ = choose_stages({**env, "STAGE": ""})
     rates = load_sweep("rmipo", model).parameters["learning_rate"]
     study = Study(model, env.get("ARGS", ""))
-    swaps_labels = Path(f"recipes/{model}/world.yaml").is_file()
-    methods, seeds, noises = read_choices(env, swaps_labels)
+    methods, seeds, noises = read_choices(env, study.swaps_labels)
     workers = whole_number(env, "WORKERS", study.workers)
     searches = search_runs(methods, rates)
     for run in (*searches, *report_runs(methods, {}, seeds, noises)):

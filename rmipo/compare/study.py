@@ -45,6 +45,11 @@ class Study:
         return task_of(self.model, self.base)
 
     @property
+    def swaps_labels(self) -> bool:
+        """Whether a run's noise swaps labels: those of the world, which its own pairs alone have."""
+        return self.base.values.get("dataset_name") == f"outputs/{self.model}/world/pairs"
+
+    @property
     def workers(self) -> int:
         """Programs at a time: one for each CPU core; on a GPU one, which needs all of it and is timed by the clock."""
         return os.cpu_count() if self.base.values.get("use_cpu") else 1

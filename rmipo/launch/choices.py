@@ -104,14 +104,6 @@ def whole_number(env: Mapping[str, str], name: str, default: int) -> int:
     return int(text)
 
 
-def positive_number(env: Mapping[str, str], name: str, default: float) -> float:
-    """The variable `name`, `default` if it is not set. Raises ConfigError unless it is a number above 0."""
-    text = env.get(name) or str(default)
-    if not text.replace(".", "", 1).isdecimal() or float(text) <= 0:
-        raise ConfigError(f"{name}={text!r}: expected a number above 0")
-    return float(text)
-
-
 def is_setting(model: str) -> bool:
     """Whether MODEL names a folder in recipes/, whose models have METHODs."""
     return (ROOT / "recipes" / model / "eval.yaml").is_file()

@@ -15,21 +15,23 @@ import pydantic
 from rmipo.generation.pairs import PairsConfig
 from rmipo.recipe.files import read_yaml, typed
 
+Count = Annotated[int, pydantic.Field(ge=1)]
+
 
 @pydantic.dataclasses.dataclass(frozen=True, config={"extra": "forbid"})
 class OnlineConfig:
     """The keys of an online.yaml, which explains them."""
 
-    prompts_per_round: int
+    prompts_per_round: Count
     pairs: PairsConfig
     held_out: str
-    held_out_prompts: int
+    held_out_prompts: Count
     overrides: Annotated[list[dict], pydantic.Field(min_length=1)]
 
     @classmethod
-    def load(cls, path: Path) -> "OnlineConfig":
-        """Raises ConfigError that names the file and every wrong key."""
-        return typed(cls, read_yaml(path), path)
+    def load(cls, path: Path, **own: int) -> "OnlineConfig":
+        """The file with `own` values over it. Raises ConfigError that names it and every wrong key."""
+        return typed(cls, read_yaml(path) | own, path)
 
 
 @dataclass(frozen=True)

@@ -78,16 +78,17 @@ class Step:
 
 
 def load_steps(model: str, stages: list[str], env: Mapping[str, str]) -> list[Step]:
-    """The programs of `stages`, as DATA and METHOD (of the preference stage) and ARGS (of the last recipe) in `env` say.
+    """The programs of `stages`. In `env`, DATA and METHOD are of the preference stage, ARGS of the last recipe.
 
-    DATA replaces the pairs of the preference stage; recipes/<model>/with-data.yaml, if there is one, goes with it. Raises
+    DATA replaces the pairs; recipes/<model>/with-data.yaml, if there is one, is laid over the recipe with it. Raises
     ConfigError for a wrong recipe.
     """
     # ARGS are of one recipe: options of the preference stage would be unknown keys in the SFT stage before it.
     last = [stage for stage in stages if stage in ("sft", "rmipo")][-1]
     data, outputs = env.get("DATA", ""), f"outputs/{model}"
     if data and "rmipo" not in stages:  # it would have no effect
-        raise ConfigError(f"DATA={data}: these are preference pairs. For this stage set ARGS='--dataset_name {data}'")
+        fix = "Leave it out; --dataset_name in ARGS names dialogues for SFT"
+        raise ConfigError(f"DATA={data}: it replaces the pairs of the preference stage, which STAGE leaves out. {fix}")
     made = {
         "world": ["--config", f"recipes/{model}/world.yaml", "--output", f"{outputs}/world"],
         "weights": ["--config", f"recipes/{model}/weights.yaml", "--output", f"{outputs}/weights"],

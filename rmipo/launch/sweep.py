@@ -75,7 +75,7 @@ def load_sweep(method: str, model: str) -> Sweep:
     entries = (content.get("parameters") or {}) | (replaced.get("parameters") or {})
     # What is no list of values is named.
     values = {key: entry.get("values") if isinstance(entry, dict) else entry for key, entry in entries.items()}
-    return typed(Sweep, content | {"parameters": values}, path)
+    return typed(Sweep, content | {"parameters": values}, f"{path}, {own}" if replaced else path)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from rmipo.recipe.schema import ARGUMENTS, DataConfig, of_recipe
 # Tokens, UltraFeedback-like and UltraChat-like: they set the expected hours, never the fit.
 TYPICAL_PROMPT, TYPICAL_RESPONSE, TYPICAL_DIALOGUE = 220, 320, 1_100
 
-A100 = 312.0  # TFLOP/s
+A100 = 312  # TFLOP/s
 
 
 def reached(tflops: float) -> tuple[float, float]:
@@ -57,11 +57,11 @@ def steps(recipe: Recipe, work: Workload, examples: int) -> int:
 
 
 def hours(shape: Shape, work: Workload, gpus: int, examples: int, steps: int, tflops: float) -> tuple[float, float]:
-    """Expected hours (from, to) of a run of typical lengths, with its pass of the reference; evaluations apart.
+    """Expected hours (from, to) of a run of typical lengths, with its pass of the reference; evaluations and checkpoints
+    apart.
 
     FLOPs per weight and token: 2 forward, 4 backward (2 where weights are frozen), 2 for a layer that is computed again.
-    Embeddings count as if they were multiplied at each token, which stands for attention. `tflops`: dense bfloat16 peak of
-    one GPU.
+    Embeddings are counted too, which makes up for attention. `tflops`: dense bfloat16 peak of one GPU.
     """
     responses = 2 * TYPICAL_RESPONSE
     tokens = TYPICAL_DIALOGUE if work.stage == "sft" else TYPICAL_PROMPT + responses
@@ -69,7 +69,7 @@ def hours(shape: Shape, work: Workload, gpus: int, examples: int, steps: int, tf
     forwards = tokens * (work.reference == "logits") + responses * work.prior
     # Scored once, before training starts.
     cached = {"cached": tokens + responses * work.prior, "cached prior": responses}.get(work.reference, 0)
-    # A packed row holds several dialogues. An epoch that ends with a smaller step is taken for whole ones.
+    # A packed row holds several dialogues. The smaller last step of an epoch counts as a whole one.
     per_step = work.global_batch * (work.max_length / TYPICAL_DIALOGUE if work.packing else 1)
     flops = shape.parameters * (steps * per_step * (gradient * tokens + 2 * forwards) + examples * 2 * cached)
     low, high = (flops / (gpus * tflops * 1e12 * share) / 3600 for share in reached(tflops)[::-1])

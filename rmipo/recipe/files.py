@@ -177,8 +177,12 @@ def typed(cls: type, values: Any, where: str | Path) -> Any:
     except pydantic.ValidationError as error:
         lines = []
         for each in error.errors():
+            key, message = ".".join(map(str, each["loc"])), each["msg"].removeprefix("Value error, ")
+            message = {"unexpected_keyword_argument": "no such key", "dataclass_type": "expected keys"}.get(
+                each["type"], message
+            )
             found = "" if each["type"] == "missing" else f" ({each['input']!r})"
-            lines.append(f"{'.'.join(map(str, each['loc'])) or 'values'}{found}: {each['msg']}")
+            lines.append(f"{key}{found}: {message}" if key else message)  # of several keys, which the message names
         raise ConfigError("\n  ".join([f"{where}:", *lines])) from error
 
 

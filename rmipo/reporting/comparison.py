@@ -46,10 +46,18 @@ POWER = 2.8  # standard errors of a difference that is found at 5% in four of fi
 UNITS = """\
 P(right): exact total probability of the right answers, mean over the held-out questions. Accuracy, margin: held-out pairs
 with A(chosen) > A(rejected), and the mean difference, A in nats per token. Solved: share of sampled answers that end, answer
-their task and satisfy every constraint of their prompt. s/step: on a CPU seconds of one core, on a GPU by the clock; a
-reference's scoring included. Mean ± standard deviation over seeds. Δ is paired by seed and, where answers were sampled, by
-prompt; in brackets its 95% bootstrap interval over both. p: sign flips of whole seeds, of six or more, Holm-corrected but for a
-contrast named beforehand. Could see: the difference that four of five studies of this size would find."""
+their task and satisfy every constraint of their prompt. Cut: share that the length limit ended. KL: log pi(y|x) minus that of
+the initial model, mean over sampled answers. lr: learning rate. s/step: on a CPU seconds of one core, on a GPU by the clock;
+a reference's scoring included. Mean γ: over the pairs trained.
+
+Mean ± standard deviation over seeds. Δ: the method minus RMiPO, paired by seed and, where answers were sampled, by prompt; in
+brackets its 95% bootstrap interval over both. p: by flipping the signs of whole seeds, shown from six seeds on, corrected by
+Holm except for a contrast that was named beforehand. Could see: the difference that four of five studies of this size find."""
+
+
+def beside(metric: str) -> str:
+    """The metric that a table of `metric` shows too."""
+    return BESIDE.get(metric, "constraints_cut")
 
 
 def label(method: str) -> str:
@@ -138,7 +146,7 @@ def made_with(lines: list[dict]) -> str:
 
 def table(rows: pd.DataFrame, rates: list[float], metric: str) -> str:
     """Without the columns in which nothing would stand. `rates`: those of a search, whose ends are marked."""
-    beside, cells = BESIDE.get(metric, "constraints_cut"), []
+    other, cells = beside(metric), []
     for row in rows.to_dict("records"):
         rate, low, high = row["learning_rate"], row["difference_low"], row["difference_high"]
         compared = row["method"] != OURS and not np.isnan(low)
@@ -153,7 +161,7 @@ def table(rows: pd.DataFrame, rates: list[float], metric: str) -> str:
             "p": f"{row['p']:.3f}" if compared and flips else "",
             "could see": f"{row['could_see']:.{digits(metric)}f}" if compared else "",
         }
-        columns = {METRICS[beside]: beside, "mean γ": "gamma_mean", "s/step": "seconds_per_step"}
+        columns = {METRICS[other]: other, "mean γ": "gamma_mean", "s/step": "seconds_per_step"}
         cells.append(line | {head: number(row, name) for head, name in columns.items()})
     heads = [head for head in cells[0] if any(line[head] for line in cells)]
     return markdown_table([heads, *([line[head] for head in heads] for line in cells)])

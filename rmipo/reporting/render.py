@@ -30,7 +30,7 @@ def number_text(value: float, digits: int, signed: bool = False) -> str:
 
 def markdown_table(rows: list[list[str]]) -> str:
     """The first of `rows` is the header; all columns but the first are numbers."""
-    head, *body = rows
+    head, *body = [[cell.replace("|", r"\|") for cell in row] for row in rows]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in [head, ["---", *["---:"] * (len(head) - 1)], *body])
 
 

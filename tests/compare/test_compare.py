@@ -127,6 +127,7 @@ def test_other_people_s_pairs_are_divided_by_prompt(repository, monkeypatch, tmp
     for split, count in (("train", 20), ("test", 12)):
         write(tmp_path / f"{split}.jsonl", [pair(i, [user(f"Q{i % 6}?")]) for i in range(count)])
     study = Study("tiny", f"{ARGUMENTS} --dataset_name {tmp_path}")
+    assert not study.swaps_labels and Study("tiny").swaps_labels  # noise would be told of runs on clean labels
     assert type(study.task) is PairsTask and study.task.selection_metric == "preference_accuracy"
     recipe = study.recipe(run_of())
     parts = [study.task.held_out_pairs(recipe, run_of(purpose=purpose)) for purpose in ("search", "report")]

@@ -210,7 +210,7 @@ def test_programs_have_the_training_environment(monkeypatch, sharding, threads):
         ({"MODEL": "llama3-70b-instruct", "SLURM": "1", "NODES": "4"}, ("GPUS is not set",)),
         ({"MODEL": "tiny", "NODES": "2"}, ("NODES=2",)),
         ({"MODEL": "tiny", "SHARDING": "zero9"}, ("SHARDING='zero9'",)),
-        ({"MODEL": "tiny", "STAGE": "sft", "DATA": "my.jsonl"}, ("DATA=my.jsonl", "--dataset_name my.jsonl")),
+        ({"MODEL": "tiny", "STAGE": "sft", "DATA": "my.jsonl"}, ("DATA=my.jsonl", "--dataset_name")),
         ({"MODEL": "tiny", "STAGE": "rmipo", "SLURM": "1", "PATH": ""}, ("SLURM=1",)),
     ],
 )

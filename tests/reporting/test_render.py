@@ -13,7 +13,7 @@ import pytest
 
 from rmipo.evaluation.statistics import holm
 from rmipo.reporting.paired import stars, win_rates
-from rmipo.reporting.render import FORMATS, csv_text, latex, markdown, render_wins
+from rmipo.reporting.render import FORMATS, csv_text, latex, markdown, markdown_table, render_wins
 from rmipo.reporting.results import ReportError
 from rmipo.reporting.tables import TABLES, benchmark_table, build_table, fill
 from tests.helpers.programs import run_here
@@ -144,6 +144,10 @@ def test_win_rates_between_any_two_methods(benchmarks):
     assert "n 40" in texts["md"] and r"\begin{longtable}" in texts["tex"] and "rmipo,dpo,75.0" in texts["csv"]
     with pytest.raises(ReportError):
         win_rates(benchmarks, "tiny", "mtbench")
+
+
+def test_a_bar_in_a_cell_ends_no_cell():
+    assert markdown_table([["log pi(y|x)", "n"], ["a", "1"]]).startswith(r"| log pi(y\|x) | n |")
 
 
 def test_a_rate_of_half_is_no_difference(tmp_path):

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import types
+import warnings
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
@@ -203,6 +204,11 @@ def test_the_bounds_of_gamma_are_shown_apart_from_its_density(tmp_path, figures)
     assert np.trapezoid(curve, grid) == pytest.approx(1, abs=1e-3)  # of the pairs between the bounds
     assert [line.get_ydata()[-1] for line in pins.lines[::2]] == pytest.approx([0.1, 0.3])
     assert [line.get_xdata()[0] for line in pins.lines[::2]] == [0.3, 1.6]
+    objective.gamma_min = objective.gamma_max = 1.1  # a constant margin
+    trainer.eval_columns["gamma"] = torch.full((9,), 1.1)
+    with warnings.catch_warnings(action="error"):
+        plot_run(tmp_path, trainer)
+    assert [line.get_ydata()[-1] for line in figures[1].axes[1].lines[::2]] == [1.0]
     objective.name = "dpo"
     assert plot_run(tmp_path, trainer) == {}
 
