@@ -17,7 +17,6 @@ DEFAULTS = {
     "model": None,  # hub id or folder of a sequence classifier with one output and a chat template
     "reference": None,  # prompts, as for AlpacaEval; None: AlpacaEval's own
     "first_n": None,  # prompts
-    "batch_size": 16,
     "dtype": "bfloat16",
 }
 
@@ -42,9 +41,7 @@ def run(model_dir: str | Path, output_dir: str | Path, settings: dict) -> dict:
     with Generator(model_dir, settings["generation"]) as generator:
         file = generator.file("alpacaeval", requests)
         texts = generator.answer(requests, file)
-    oracle = RewardModelOracle(
-        {"reward_model": settings["model"]} | {key: settings[key] for key in ("dtype", "batch_size")}
-    )
+    oracle = RewardModelOracle({"reward_model": settings["model"], "dtype": settings["dtype"]})
     answered = [Prompt(r.key, r.messages, {r.key: text}) for r, text in zip(requests, texts, strict=True)]
     # The name says which reward model scored which answers: others have a file of their own.
     of = scorer | {"answers": text_fingerprint(file.read_bytes())}

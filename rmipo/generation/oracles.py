@@ -88,7 +88,7 @@ class FunctionOracle:
 class RewardModelOracle:
     """Any sequence classifier with one output and a chat template: hub id or folder. No code of its repository is run."""
 
-    defaults = {"reward_model": None, "dtype": "bfloat16", "batch_size": 16}
+    defaults = {"reward_model": None, "dtype": "bfloat16"}
     required = ()
 
     def __init__(self, settings: dict):
@@ -118,22 +118,15 @@ class RewardModelOracle:
         window = getattr(self.model.config, "max_position_embeddings", None)
         if window and (longest := max(map(len, encoded.values()), default=0)) > window:
             raise OracleError(f"{self.name}: a dialogue has {longest} tokens, its context is {window}")
-        # The shortest first: dialogues of a batch are padded to the longest of them.
-        order, size = sorted(encoded, key=lambda key: len(encoded[key])), self.settings["batch_size"]
-        for start in range(0, len(order), size):
-            keys = order[start : start + size]
-            rewards = dict(zip(keys, self.batch([encoded[key] for key in keys]), strict=True))
-            yield checked(rewards, f"reward model {self.name}")
-
-    @torch.no_grad()
-    def batch(self, sequences: list[list[int]]) -> list[float]:
-        # transformers takes the reward at the last token that isn't the pad token. Where that is the EOS token, or is not
-        # set at all, it would look in the wrong place: any token that occurs in none of the sequences will do.
-        pad = next(token for token in range(self.model.config.vocab_size) if not any(token in ids for ids in sequences))
-        self.model.config.get_text_config().pad_token_id = pad
-        width = max(map(len, sequences))
-        ids = torch.tensor([s + [pad] * (width - len(s)) for s in sequences], device=self.model.device)
-        return self.model(input_ids=ids, attention_mask=ids != pad).logits[:, 0].float().tolist()
+        # transformers takes the reward at the last token that isn't the pad token. That can be the EOS token, which ends a
+        # dialogue; without any it is the last one.
+        self.model.config.get_text_config().pad_token_id = None
+        # One at a time: in a batch the rounding depends on the other dialogues, and the same answer of two methods would be
+        # a win for one of them. Dialogues of a thousand tokens fill a GPU.
+        for key, ids in encoded.items():
+            with torch.no_grad():
+                reward = self.model(input_ids=torch.tensor([ids], device=self.model.device)).logits[0, 0].item()
+            yield checked({key: reward}, f"reward model {self.name}")
 
 
 class JudgeOracle:

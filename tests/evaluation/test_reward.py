@@ -25,7 +25,7 @@ def outputs(tmp_path) -> Path:
 
 
 def evaluate(outputs: Path, method: str, **changes) -> dict:
-    settings = {"generation": GENERATION, "model": str(outputs / "scorer/model"), "dtype": "float32", "batch_size": 5}
+    settings = {"generation": GENERATION, "model": str(outputs / "scorer/model"), "dtype": "float32"}
     settings["reference"] = str(outputs / "prompts.json")
     return reward.run(outputs / method, outputs / method / "eval", settings | changes)
 

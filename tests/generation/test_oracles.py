@@ -23,11 +23,20 @@ def oracle_of(folder, **settings):
 def test_reward_is_that_of_the_last_token_whatever_the_pad_token(tmp_path, pad_token_id):
     folder = write_reward_model(tmp_path, pad_token_id=pad_token_id)
     scores = {}
-    for some in oracle_of(folder, batch_size=4).score(CANDIDATES):
+    for some in oracle_of(folder).score(CANDIDATES):
         scores |= some
     assert [scores[str(i)] for i in range(4)] == pytest.approx(
         [reward_alone(folder, *each) for each in DIALOGUES], abs=1e-5
     )
+
+
+def test_reward_depends_on_its_dialogue_alone(tmp_path):
+    oracle = oracle_of(write_reward_model(tmp_path, hidden_size=64, intermediate_size=172), dtype="bfloat16")
+    words = [" ".join(f"w{1 + (3 * n + i) % 19}" for i in range(n)) for n in range(2, 60, 3)]
+    prompts = [Prompt(f"p{n}", [user("w1 w2")], {f"p{n}": text}) for n, text in enumerate(words)]
+    together = {key: score for some in oracle.score(prompts) for key, score in some.items()}
+    alone = {key: score for prompt in prompts for key, score in next(oracle.score([prompt])).items()}
+    assert together == alone
 
 
 def test_reward_models_that_are_none(tmp_path):
