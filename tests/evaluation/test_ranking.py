@@ -5,6 +5,9 @@ import statistics
 
 import pytest
 
+# Before the imports: the instructions' own module needs the package.
+pytest.importorskip("lm_eval", reason="needs the extra `eval`")
+
 from rmipo.constraints import prompts as prompts_module
 from rmipo.constraints.instructions import DRAWN, answered, followed, solved
 from rmipo.errors import EvaluationError
@@ -13,9 +16,6 @@ from rmipo.evaluation.constraints import BOILERPLATE, FAMILIES, by_family, fixed
 from rmipo.evaluation.ranking import auc, by_prompt, verified
 from rmipo.generation.answers import ENGINES
 from tests.helpers.tiny_model import naive_scores, write_model
-
-pytest.importorskip("lm_eval", reason="needs the extra `eval`")
-
 
 GENERATION = {"temperature": 1.0, "max_new_tokens": 20, "dtype": "float32", "engine": "transformers"}
 SETTINGS = {"generation": GENERATION, "first_n": 6, "skip_n": 1, "answers": 5}
