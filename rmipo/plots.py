@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 
 PAGE_WIDTH = 6.75  # inches: two columns of the paper's style
-AT_MAX = 1e-6
+AT_MAX = 1e-6  # gamma this close counts as at gamma_max: float32 rounds
 AT_MIN = 0.01  # gamma this close counts as at gamma_min: the exponential reaches it only in the limit
 BEHIND_TEXT = {"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 0.5}
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from rmipo import cli
 from rmipo.errors import ConfigError
-from rmipo.launch.choices import ROOT, check_names, is_setting, whole_number
+from rmipo.launch.choices import check_names, is_setting, whole_number
 from rmipo.recipe.files import merge
 from rmipo.record import recorded_run
 
@@ -40,7 +40,7 @@ def main() -> None:
     from rmipo import RMiPOConfig, look  # imports torch, which takes seconds
     from rmipo.data.pairs import LIMITS, load_pairs
     from rmipo.evaluation.target import find_target
-    from rmipo.recipe.load import load_recipe
+    from rmipo.launch.pipeline import load_steps
     from rmipo.recipe.schema import DataConfig, ModelConfig, of_recipe
 
     method = args.method or "initial" if setting else None
@@ -52,9 +52,7 @@ def main() -> None:
     # The pairs are read and cut as the run did, or as it would.
     recipe = (recorded_run(folder) or {}).get("recipe", {})
     if setting and recipe.get("objective", {}).get("name") != "rmipo":
-        overlay = ROOT / "recipes" / model / "with-data.yaml"
-        overlays = [overlay] if args.data and overlay.is_file() else []
-        recipe = load_recipe(ROOT / "recipes" / model / "rmipo.yaml", overlays).values
+        recipe = load_steps(model, ["rmipo"], {"DATA": args.data or ""})[0].recipe.values
     recipe = merge(recipe, {"dataset_name": args.data} if args.data else {})
     names = (*LIMITS, "attention", "dataset_num_proc")
     given = {name: value for name in names if (value := getattr(args, name, None))}

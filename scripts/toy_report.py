@@ -2,8 +2,8 @@
 
     .venv/bin/python scripts/toy_report.py --run outputs/tiny/rmipo
 
-The run's record (run.json) says which model it started from and on which pairs. Both models answer the world's questions,
-and rank the held-out ones of these pairs.
+The run's record (run.json) says which model it started from and on which pairs. Both models answer the world's
+questions and rank the held-out pairs.
 """
 
 import json
