@@ -52,6 +52,7 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def outputs(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("work")
+    (folder / "recipes").symlink_to(ROOT / "recipes")  # programs run where recipes/ and outputs/ are
     config = dataclasses.replace(load_world_config(ROOT / "recipes/tiny/world.yaml"), **SMALL)
     write_world(folder / "outputs/tiny/world", config)
     (folder / "outputs/tiny/sft").symlink_to(folder / "outputs/tiny/world/model")  # untrained: nothing here needs more
