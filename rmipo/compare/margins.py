@@ -2,7 +2,8 @@
 
 The arms answer the first question: RMiPO, RMiPO whose margins are dealt to other pairs ("shuffled"), and SimPO at the mean of
 RMiPO's margins. They share the learning rate at which RMiPO is best in a search; methods without margins have searches of their
-own. The grids answer the second: as many settings of each method, same budget.
+own, and are trained once more at the rate that ends nearest to RMiPO's distance from the initial model, if that is another one.
+The grids answer the second: as many settings of each method, same budget.
 """
 
 import itertools
@@ -16,7 +17,7 @@ from tqdm import tqdm
 
 from rmipo.compare.log import Log, best_rates, execute_all, search_runs
 from rmipo.compare.study import Study
-from rmipo.compare.trial import Trial
+from rmipo.compare.trial import SEARCH_SEED, Trial
 from rmipo.files import locked
 from rmipo.launch.choices import choose_stages, whole_number
 from rmipo.objectives import OBJECTIVES
@@ -33,44 +34,88 @@ def margins(env: dict[str, str]) -> int:
     model, _ = choose_stages({**env, "STAGE": ""})
     plan = read_yaml(Path(f"recipes/{model}/margins.yaml"))
     study = Study(model, env.get("ARGS", ""))
-    folder, metric, rates = Path(f"outputs/{model}/margins"), study.task.selection_metric, {}
+    folder, metric = Path(f"outputs/{model}/margins"), study.task.selection_metric
     workers = whole_number(env, "WORKERS", study.workers)
-    searches = {
-        name: search_runs([name], arms["learning_rate"])
-        for name, arms in plan["arms"].items()
-        if isinstance(arms["learning_rate"], list)
-    }
+    arms, tried = plan["arms"], plan.get("objectives", {})
+    family = {method: name for name, arm in arms.items() for method in arm["methods"]}
+    searches = [
+        run
+        for name, arm in arms.items()
+        if isinstance(arm["learning_rate"], list)
+        for run in search_runs([name], arm["learning_rate"])
+    ]
     draws = [(seed, noise) for noise in plan["noise"] for seed in range(plan["arm_seeds"])]
-    methods = [method for arms in plan["arms"].values() for method in arms["methods"]]
-    for run in [Trial("report", method, None, 0, 0.0) for method in methods] + grid_runs(plan, rates):
+    for run in [Trial("report", method, None, 0, 0.0) for method in family] + grid_runs(plan, {}):
         study.check(run)
     with locked(folder, "MODEL"):
         log = Log(folder / "runs.jsonl", study)
-        total = sum(map(len, searches.values())) + (len(methods) + 1) * len(draws) + len(grid_runs(plan, rates))
-        with tqdm(total=total, unit="run", smoothing=0) as bar:
-            done: list[tuple[Trial, dict]] = []
-            searched: list[dict] = []
-            for name, arms in plan["arms"].items():
-                rate = arms["learning_rate"]
-                if name in searches:
-                    found = execute_all(log, searches[name], workers, bar)
-                    searched, rate = searched + found, best_rates(found, metric)[name]
-                rates |= dict.fromkeys(arms["methods"], rate)
-                runs = [Trial("report", method, rate, *draw) for draw in draws for method in arms["methods"]]
-                # A study that is stopped early has its primary contrast.
-                runs.sort(key=lambda run: run.method not in PRIMARY)
-                done += zip(runs, execute_all(log, runs, workers, bar), strict=True)
+        total = len(searches) + sum(len(points(grid)) for grid in tried.values()) + len(grid_runs(plan, {}))
+        with tqdm(total=total + (len(family) + 1) * len(draws), unit="run", smoothing=0) as bar:
+
+            def finish(runs: list[Trial]) -> list[tuple[Trial, dict]]:
+                return list(zip(runs, execute_all(log, runs, workers, bar), strict=True))
+
+            ###########################
+            # Search, then train
+            ###########################
+            searched = finish(searches)
+            best = best_rates([line for _, line in searched], metric)
+            rates = {method: best.get(name, arms[name]["learning_rate"]) for method, name in family.items()}
+            tuned = finish(objective_runs(study, tried, rates))
+            own = best_objectives(tuned, metric)
+            runs = [Trial("report", name, rates[name], *draw, own.get(name, ())) for draw in draws for name in family]
+            # A study that is stopped early has its primary contrast.
+            runs.sort(key=lambda run: run.method not in PRIMARY)
+            done = finish(runs)
+            ###########################
+            # Arms that need a result
+            ###########################
+            named = [(run.method, line) for run, line in done]
             means = [mean_gamma_arm(run, line) for run, line in done if run.method == OURS and "gamma_mean" in line]
-            done += zip(means, execute_all(log, means, workers, bar), strict=True)
-            grids = grid_runs(plan, rates)
-            spread = list(zip(grids, execute_all(log, grids, workers, bar), strict=True))
-        text = report(done, spread, searched, plan.get("metrics", [metric]))
+            named += [(comparison.MEAN_GAMMA, line) for _, line in finish(means)]
+            near = {name: rate for name, rate in nearest_rates(searched, rates).items() if rate != rates[name]}
+            matched = [Trial("report", name, rate, *draw) for name, rate in near.items() for draw in draws]
+            bar.total += len(matched)
+            named += [(run.method + comparison.AT_KL, line) for run, line in finish(matched)]
+            spread = finish(grid_runs(plan, rates))
+        text = report(named, spread, [line for _, line in searched + tuned], plan.get("metrics", [metric]))
         print(text)
         (folder / "report.md").write_text(text)
         if spread:
             draw_spread(outcomes(spread, metric), comparison.METRICS[metric]).savefig(folder / "spread.png")
             print(folder / "spread.png")
     return 0
+
+
+def objective_runs(study: Study, tried: dict[str, dict], rates: dict[str, float]) -> list[Trial]:
+    """The search of hyperparameters, each method at its learning rate. Values of its own recipe count as none given."""
+    runs = []
+    for method, grid in tried.items():
+        own = study.recipe(Trial("search", method, None, SEARCH_SEED, 0.0)).values["objective"]
+        for point in points(grid):
+            changed = tuple((name, value) for name, value in point if own.get(name) != value)
+            runs.append(Trial("search", method, rates[method], SEARCH_SEED, 0.0, changed))
+    return runs
+
+
+def best_objectives(tuned: list[tuple[Trial, dict]], metric: str) -> dict[str, tuple]:
+    """Method -> the hyperparameters of its run with the highest `metric`, of equal ones the first."""
+    best: dict[str, Trial] = {}
+    for run, _ in sorted(tuned, key=lambda pair: -pair[1]["metrics"].get(metric, float("-inf"))):
+        best.setdefault(run.method, run)
+    return {method: run.objective for method, run in best.items()}
+
+
+def nearest_rates(searched: list[tuple[Trial, dict]], rates: dict[str, float]) -> dict[str, float]:
+    """Searched method -> the rate at which it ends nearest to RMiPO's distance from the initial model."""
+    # A method can solve more tasks only because it was trained further: at like distances that is not the reason.
+    kl = {(run.method, run.learning_rate): line["metrics"].get("kl_initial", float("nan")) for run, line in searched}
+    ours = kl.get((OURS, rates[OURS]), float("nan"))  # not measured where nothing is sampled, as on tiny
+    gap = {key: abs(value - ours) for key, value in kl.items()}
+    near: dict[str, float] = {}
+    for method, rate in sorted((key for key in gap if gap[key] >= 0), key=gap.get):
+        near.setdefault(method, rate)
+    return near
 
 
 def grid_runs(plan: dict, rates: dict[str, float]) -> list[Trial]:
@@ -107,10 +152,10 @@ def outcomes(lines: list[tuple[Trial, dict]], metric: str) -> dict[str, list[flo
 
 
 def report(
-    arms: list[tuple[Trial, dict]], grids: list[tuple[Trial, dict]], searched: list[dict], metrics: list[str]
+    arms: list[tuple[str, dict]], grids: list[tuple[Trial, dict]], searched: list[dict], metrics: list[str]
 ) -> str:
     """Markdown: per metric the arms of each label noise; the spread over the grids and the search by the first metric."""
-    lines = [line | {"method": comparison.MEAN_GAMMA} if run.objective else line for run, line in arms]
+    lines = [line | {"method": name} for name, line in arms]
     parts = []
     for metric in metrics:
         parts += comparison.tables(comparison.summarize(lines, metric, primary=PRIMARY[1]), [], metric)

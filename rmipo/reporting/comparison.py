@@ -41,6 +41,7 @@ BESIDE = {  # the metric that a table shows beside the one that selects; all oth
 RUN = ("noise", "method", "seed", "learning_rate")
 BY_RUN = ("seconds_per_step", "peak_memory_mib", "gamma_mean")
 MEAN_GAMMA = "simpo-mean-gamma"
+AT_KL = "-at-kl"  # ends the name of a method that was trained about as far from the initial model as RMiPO
 LABELS = {"initial": "initial model", "sft-chosen": "SFT on chosen", MEAN_GAMMA: "SimPO at RMiPO's mean γ"}
 POWER = 2.8  # standard errors of a difference that is found at 5% in four of five studies: 1.96 + 0.84
 UNITS = """\
@@ -61,6 +62,8 @@ def beside(metric: str) -> str:
 
 
 def label(method: str) -> str:
+    if method.endswith(AT_KL):
+        return f"{label(method.removesuffix(AT_KL))} at RMiPO's KL"
     return LABELS.get(method, method_label(method))
 
 
@@ -168,13 +171,16 @@ def table(rows: pd.DataFrame, rates: list[float], metric: str) -> str:
 
 
 def search_table(searched: list[dict], metric: str) -> str:
-    """How much each method's result depends on its learning rate."""
-    values = runs_of(searched).pivot(index="method", columns="learning_rate", values=metric)
-    lines = [["method", *(f"{rate:g}" for rate in values.columns)]]
-    for method in dict.fromkeys(line["method"] for line in searched):
-        texts = ["diverged" if np.isnan(x) else f"{x:.{digits(metric)}f}" for x in values.loc[method]]
-        lines.append([label(method), *texts])
-    return markdown_table(lines)
+    """How much each method's result depends on its learning rate, and on hyperparameters that were searched too."""
+    rates, rows = sorted({line["learning_rate"] for line in searched}), {}
+    for line in searched:
+        own = ", ".join(f"{name} {value:g}" for name, value in line["objective"])
+        row = rows.setdefault(f"{label(line['method'])}{own and f' ({own})'}", dict.fromkeys(rates, ""))
+        value = line["metrics"].get(metric)
+        row[line["learning_rate"]] = "diverged" if value is None else f"{value:.{digits(metric)}f}"
+    return markdown_table(
+        [["method", *(f"{rate:g}" for rate in rates)], *([name, *row.values()] for name, row in rows.items())]
+    )
 
 
 def digits(metric: str) -> int:

@@ -25,7 +25,7 @@ from transformers import TrainerState
 
 from rmipo.compare import run as compared
 from rmipo.compare.log import Log, best_rates, execute_all, report_runs, search_runs
-from rmipo.compare.margins import mean_gamma_arm, points, report
+from rmipo.compare.margins import best_objectives, mean_gamma_arm, nearest_rates, points, report
 from rmipo.compare.program import make_sft_model, read_choices
 from rmipo.compare.run import execute
 from rmipo.compare.study import Study
@@ -258,7 +258,7 @@ def line_of(method, seed, value, noise=0.0, rate=2e-4):
     curve = [{"step": 0, "preference_accuracy": 0.5, "preference_margin": 0.0}]
     metrics = dict.fromkeys(comparison.METRICS, 0.25) | {"right_probability": value}
     costs = {"seconds_per_step": 0.1 + seed, "peak_memory_mib": 50.0}
-    run = {"method": method, "seed": seed, "noise": noise, "learning_rate": rate}
+    run = {"method": method, "seed": seed, "noise": noise, "objective": (), "learning_rate": rate}
     made_with = {"commit": "abc", "versions": {"torch": "2", "trl": "1"}, "hardware": ["2 CPU cores"]}
     return {**run, "metrics": metrics, "curve": curve, **costs, **made_with}
 
@@ -348,15 +348,19 @@ def test_a_comparison_is_finished_where_it_was_interrupted(repository):
 def test_a_study_of_margins_searches_a_rate_for_all_arms_of_a_kind(repository):
     (repository / "recipes/tiny/margins.yaml").write_text(
         "arms: {rmipo: {learning_rate: [1.0e-3, 2.0e-2], methods: [simpo, rmipo, shuffled]},"
-        " dpo: {learning_rate: 3.0e-3, methods: [dpo]}}\n"
+        " dpo: {learning_rate: 3.0e-3, methods: [dpo]}}\nobjectives: {simpo: {gamma: [1.0, 0.3]}}\n"
         "arm_seeds: 2\nnoise: [0.0]\ngrids: {simpo: {beta: [1.0, 2.0]}}\ngrid_seeds: 1\n"
     )
     run = launch(["scripts/margins.py"], root=repository, MODEL="tiny", ARGS=ARGUMENTS)
     assert run.wait() == 0, run.output
     lines = [json.loads(line) for line in (repository / "outputs/tiny/margins/runs.jsonl").read_text().splitlines()]
-    searched = {line["learning_rate"]: line for line in lines if line["purpose"] == "search"}
+    searched = {
+        line["learning_rate"]: line for line in lines if line["purpose"] == "search" and line["method"] == "rmipo"
+    }
     best = max(searched, key=lambda rate: searched[rate]["metrics"]["right_probability"])
-    assert searched.keys() == {1e-3, 2e-2} and {line["method"] for line in searched.values()} == {"rmipo"}
+    tuned = [line for line in lines if line["purpose"] == "search" and line["method"] == "simpo"]
+    assert searched.keys() == {1e-3, 2e-2} and {line["learning_rate"] for line in tuned} == {best}
+    assert sorted(line["objective"] for line in tuned) == [[], [["gamma", 0.3]]]  # 1.0 is the recipe's own
     reported = [line for line in lines if line["purpose"] == "report"]
     assert {line["method"] for line in reported[:4]} == {"rmipo", "shuffled"}  # the primary contrast comes first
     rates = {"rmipo": best, "shuffled": best, "simpo": best, "dpo": 3e-3}
@@ -367,7 +371,9 @@ def test_a_study_of_margins_searches_a_rate_for_all_arms_of_a_kind(repository):
     for metric in ("right_probability", "preference_accuracy"):
         values = " | ".join(f"{searched[rate]['metrics'][metric]:.3f}" for rate in (1e-3, 2e-2))
         assert f"| RMiPO | {values} |" in report
-    own = [dict(line["objective"])["gamma"] for line in reported if "gamma" in dict(line["objective"])]
+    gamma = max(tuned, key=lambda line: line["metrics"]["right_probability"])["objective"]
+    assert [line["objective"] for line in reported if line["method"] == "simpo"][:2] == [gamma] * 2
+    own = [dict(line["objective"])["gamma"] for line in reported if {"beta", "gamma"} == {*dict(line["objective"])}]
     assert sorted(own) == pytest.approx(sorted(mean_gammas), abs=1e-4)
 
 
@@ -503,23 +509,46 @@ def lines(method, values, noise=0.0, objective=(), gamma=None):
         yield run, dataclasses.asdict(run) | result | made_with | ({} if gamma is None else {"gamma_mean": gamma})
 
 
+def test_hyperparameters_are_chosen_by_the_search_and_rates_by_the_distance_too():
+    def run(method, rate, value, kl=0.0, objective=()):
+        return Trial("search", method, rate, 1000, 0.0, objective), {"metrics": {"solved": value, "kl_initial": kl}}
+
+    wide, narrow = (("gamma", 1.6),), (("gamma", 0.3),)
+    tuned = [run("simpo", 1.0, 5.0), run("simpo", 1.0, 7.0, objective=wide), run("simpo", 1.0, 7.0, objective=narrow)]
+    assert best_objectives(tuned, "solved") == {"simpo": wide}
+    diverged = (Trial("search", "dpo", 8.0, 1000, 0.0), {"metrics": {"diverged": True}})
+    searched = [
+        run("rmipo", 1.0, 1, 0.1),
+        run("rmipo", 2.0, 5, 0.4),
+        run("dpo", 2.0, 5, 0.2),
+        run("dpo", 4.0, 8, 0.5),
+        diverged,
+    ]
+    assert nearest_rates(searched, {"rmipo": 2.0, "dpo": 4.0}) == {"rmipo": 2.0, "dpo": 4.0}
+    assert nearest_rates(searched, {"rmipo": 1.0, "dpo": 4.0}) == {"rmipo": 1.0, "dpo": 2.0}
+    assert nearest_rates([], {"rmipo": 1.0}) == {}
+
+
 def test_the_report_names_the_arm_at_the_mean_margin_and_corrects_all_but_the_first_contrast():
     arms = [
         *lines("rmipo", [0.5, 0.6, 0.7, 0.8, 0.5, 0.8], gamma=1.25),
         *lines("shuffled", [0.4, 0.5, 0.6, 0.7, 0.4, 0.7], gamma=1.25),
         *lines("simpo", [0.5, 0.5, 0.7, 0.7, 0.5, 0.8]),
-        *lines("simpo", [0.4, 0.5, 0.6, 0.7, 0.4, 0.7], objective=(("beta", 2.0), ("gamma", 1.25))),
+        *lines(comparison.MEAN_GAMMA, [0.4, 0.5, 0.6, 0.7, 0.4, 0.7]),
+        *lines("dpo" + comparison.AT_KL, [0.4, 0.5, 0.6, 0.7, 0.4, 0.7]),
     ]
     grids = [
         *lines("simpo", [0.2, 0.4], objective=(("beta", 1.0),)),
         *lines("simpo", [0.5, 0.7], objective=(("beta", 2.0),)),
     ]
-    text = report(arms, grids, [], ["right_probability"])
+    text = report([(run.method, line) for run, line in arms], grids, [], ["right_probability"])
     rows = {line.split(" | ")[0].removeprefix("| "): line.strip("| ").split(" | ") for line in text.splitlines()}
     assert rows["RMiPO"][2] == "0.650 ± 0.138" and rows["RMiPO"][6] == "1.250 ± 0.000"
-    # Every seed differs by 0.1: 2 of 64 sign flips are as far from 0. Of two secondary contrasts the smaller p doubles.
+    # Every seed differs by 0.1: 2 of 64 sign flips are as far from 0. Of three secondary contrasts the smallest p triples.
     assert rows["shuffled"][3:5] == ["-0.100 [-0.100, -0.100]", "0.031"]
-    assert rows["SimPO at RMiPO's mean γ"][3:5] == ["-0.100 [-0.100, -0.100]", "0.062"]
+    assert (
+        rows["SimPO at RMiPO's mean γ"][3:5] == rows["DPO at RMiPO's KL"][3:5] == ["-0.100 [-0.100, -0.100]", "0.094"]
+    )
     (grid,) = (line for line in text.partition("Spread")[2].splitlines() if line.startswith("| simpo "))
     assert grid.split(" | ")[1:5] == ["2", "0.600", "0.450", "0.300"]
     assert text.endswith("Commit abc; torch 2; 2 CPU cores.\n")
