@@ -6,12 +6,12 @@
 """
 
 from rmipo import cli
-from rmipo.recipe.load import load_recipe, parse_command_line
+from rmipo.recipe.load import recipe_of_command_line
 
 
 @cli.main
 def main() -> None:
-    recipe = load_recipe(*parse_command_line(__doc__)).require_stage("preference")
+    recipe = recipe_of_command_line(__doc__, "preference")
     args, data_config, model_config = recipe.parse()
 
     # Heavy imports come after the recipe has been checked, so that its errors come at once.

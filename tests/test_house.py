@@ -34,7 +34,7 @@ LINES = {
     "rmipo/objectives": 860,  # aim: 600
     "rmipo/page": 290,
     "rmipo/plan": 560,  # aim: 450
-    "rmipo/recipe": 1000,  # aim: 650
+    "rmipo/recipe": 650,
     "rmipo/reporting": 1912,  # aim: 1500
     "rmipo/run": 780,  # aim: 800
     "rmipo/tiny": 550,  # aim: 450

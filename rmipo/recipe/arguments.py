@@ -2,7 +2,7 @@
 
 import os
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pydantic import PositiveInt
@@ -14,17 +14,13 @@ from rmipo.objectives import build_objective
 from rmipo.objectives.rmipo import RMiPO
 
 
-def option(default: Any, help: str, **metadata: Any) -> Any:
-    return field(default=default, metadata={"help": help, **metadata})
+def option(default: Any, help: str) -> Any:
+    return field(default=default, metadata={"help": help})
 
 
-# Arguments of `TrainingArguments` that would be ignored in silence, or spoil a run, and what to do in their place.
-UNUSABLE = {
-    "label_smoothing_factor": "no objective reads it; RMiPO and SimPO have label_smoothing",
-    "dataloader_drop_last": "the last step of an epoch takes the pairs that are left",
-    "bf16_full_eval": "the evaluation after the training would round the weights that are saved",
-    "fp16_full_eval": "the evaluation after the training would round the weights that are saved",
-}
+# Arguments of `TrainingArguments` that would be ignored in silence here, or round the weights before they are saved.
+FULL_EVAL = ("bf16_full_eval", "fp16_full_eval")
+UNUSABLE = ("label_smoothing_factor", "dataloader_drop_last", "train_sampling_strategy", *FULL_EVAL)
 # What use_liger_kernel stands for: norms, rotary embeddings and MLPs. Liger's own default also replaces the forward of
 # the model, to compute its linear cross-entropy, and would undo the fused LM head.
 LIGER = {"rope": True, "rms_norm": True, "swiglu": True, "geglu": True}
@@ -33,10 +29,7 @@ LIGER |= {"cross_entropy": False, "fused_linear_cross_entropy": False}
 
 @dataclass
 class PairConfig(TrainingArguments):
-    """What training on pairs takes besides its objective. Pairs per optimizer step: see `pairs_per_step`.
-
-    Raises ConfigError when made, for values that contradict each other.
-    """
+    """What training on pairs takes besides its objective. Raises ConfigError for values that contradict each other."""
 
     learning_rate: float = option(1e-6, "The paper's; adapters and small models need 10 to 100 times as much.")
     lr_scheduler_type: SchedulerType | str = option("cosine", "The paper's.")
@@ -46,23 +39,15 @@ class PairConfig(TrainingArguments):
     bf16: bool | None = option(None, "bfloat16 arithmetic; null: where the device has it and fp16 is off.")
     use_liger_kernel: bool | None = option(None, "Liger's norms, rotary embeddings, MLPs; null: on CUDA, if installed.")
 
-    global_batch_size: PositiveInt | None = option(
-        None, "Pairs per optimizer step over all processes, in place of gradient_accumulation_steps."
-    )
-    max_length: int = option(2048, "Tokens of prompt and response; the response is cut to what fits.")
-    max_prompt_length: int = option(1800, "Tokens kept from the prompt's end where prompt and response do not fit.")
+    global_batch_size: PositiveInt | None = option(None, "Pairs per optimizer step, over all processes.")
+    max_length: PositiveInt = option(2048, "Tokens of prompt and response; the response is cut to what fits.")
+    max_prompt_length: PositiveInt = option(1800, "Tokens kept from the end of prompts where both do not fit.")
     max_dropped_fraction: float = option(0.02, "Share of unusable rows above which a run stops.")
     max_truncated_fraction: float = option(1.0, "Share of cut rows above which a run stops.")
     dataset_num_proc: int | None = option(None, "Processes that tokenise.")
-    attention: str = option(
-        "auto",
-        "Kernel for packed pairs; auto: the fastest on the device.",
-        choices=["auto", "segment", "dense", "flex"],
-    )
-    max_tokens_per_micro_batch: int | None = option(None, "Micro-batches of longer pairs are split.")
-    reference_cache_dir: str | None = option(
-        None, "Where log-probs of the initial policy are kept between runs; null: a folder in output_dir."
-    )
+    attention: Literal["auto", "segment", "dense", "flex"] = option("auto", "Kernel; auto: the fastest on the device.")
+    max_tokens_per_micro_batch: PositiveInt | None = option(None, "Micro-batches of longer pairs are split.")
+    reference_cache_dir: str | None = option(None, "Of the initial policy's log-probs; null: in output_dir.")
 
     def __post_init__(self) -> None:
         if self.activation_checkpointing is None and self.gradient_checkpointing is None:
@@ -78,15 +63,8 @@ class PairConfig(TrainingArguments):
             self.use_liger_kernel = is_liger_kernel_available() and not self.use_cpu and torch.cuda.is_available()
         if self.use_liger_kernel:
             self.liger_kernel_config = LIGER | (self.liger_kernel_config or {})
-        given = [f"{key} can't be set: {why}" for key, why in UNUSABLE.items() if getattr(self, key)]
-        if self.train_sampling_strategy != "random":
-            given.append(
-                f"train_sampling_strategy is {self.train_sampling_strategy}: expected random, as steps are drawn here"
-            )
-        if self.max_prompt_length < 1:  # a slice from the end: it would cut another part of the prompts
-            given.append(f"max_prompt_length is {self.max_prompt_length}: expected 1 or more")
-        if given:
-            raise ConfigError("\n".join(given))
+        if changed := [key for key in UNUSABLE if getattr(self, key) != getattr(TrainingArguments, key)]:
+            raise ConfigError(f"{', '.join(changed)}: can't be set for training on pairs")
         # It connects the processes, so errors are reported first.
         super().__post_init__()
         # ACCELERATE_MIXED_PRECISION, which accelerate launch sets, would win over `bf16: false`.
@@ -94,18 +72,15 @@ class PairConfig(TrainingArguments):
         self.pairs_per_step()
 
     def pairs_per_step(self) -> int:
-        """Pairs per optimizer step: `global_batch_size`, or per device x accumulation x processes.
-
-        Raises ConfigError where both are given, or where the objective can't have such micro-batches.
-        """
+        """Pairs per optimizer step. Raises ConfigError where the objective can't have such micro-batches."""
         per_forward = self.per_device_train_batch_size * self.world_size
         objective = build_objective(self.objective)
         if per_forward < objective.min_pairs:
-            needed = f"{objective.name} needs at least {objective.min_pairs} pairs in a micro-batch over all processes"
-            raise ConfigError(f"per_device_train_batch_size: {needed}, found {per_forward}")
+            raise ConfigError(
+                f"per_device_train_batch_size: {objective.name} needs {objective.min_pairs} pairs at a time"
+            )
         if self.max_tokens_per_micro_batch and objective.micro_batch_matters:
-            why = f"a pair's loss under this {objective.name} depends on the others in its micro-batch"
-            raise ConfigError(f"max_tokens_per_micro_batch: {why}. Set per_device_train_batch_size alone")
+            raise ConfigError(f"max_tokens_per_micro_batch: a loss of {objective.name} depends on its micro-batch")
         if self.global_batch_size is None:
             return per_forward * self.gradient_accumulation_steps
         if self.gradient_accumulation_steps != 1:

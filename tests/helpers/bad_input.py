@@ -201,7 +201,7 @@ CASES = [
     BadInput("template", "prior_context: bos without a BOS token",
              lambda b: b.tokenizer("qwen3", "--objective.prior_context=bos"), ("prior_context",)),
     BadInput("model", "no such folder", lambda b: b.train("--model_name_or_path=outputs/mine/sft"),
-             ("model_name_or_path is outputs/mine/sft",)),
+             ("outputs/mine/sft",)),
     BadInput("model", "a hub id without a network", lambda b: b.train("--model_name_or_path=some/model"),
              ("some/model", "HF_HUB_OFFLINE")),
     BadInput("model", "a tokenizer with more tokens than embeddings", added_tokens, ("2 tokens more",)),

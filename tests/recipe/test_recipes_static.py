@@ -31,12 +31,6 @@ OVERLAYS = sorted(
 )
 
 
-def test_what_is_shipped_is_found():
-    bases = {f"{name}/sft.yaml" for name in PAPER_SETTINGS if "instruct" not in name}
-    assert set(STAGES) >= bases | {f"{name}/rmipo.yaml" for name in PAPER_SETTINGS}
-    assert len(OVERLAYS) >= 20
-
-
 @pytest.mark.parametrize("path", STAGES)
 def test_recipe_loads_and_divides_over_common_hardware(path):
     recipe = load_recipe(RECIPES / path)
@@ -46,9 +40,7 @@ def test_recipe_loads_and_divides_over_common_hardware(path):
         assert size == recipe.values["per_device_train_batch_size"] * gpus * accumulation
     assert recipe.values["output_dir"] == f"outputs/{path.removesuffix('.yaml')}"
     assert recipe.values["seed"] == 42
-    text = (RECIPES / path).read_text()
-    assert f"make train MODEL={Path(path).parent}" in text and "Meant for" in text
-    assert "Run so far: " in text or path.startswith("tiny")
+    assert f"make train MODEL={Path(path).parent}" in (RECIPES / path).read_text()
 
 
 @pytest.mark.parametrize("name", PAPER_SETTINGS)
@@ -62,9 +54,6 @@ def test_rmipo_recipes_hold_the_papers_values(name):
         "bf16": True, "activation_checkpointing": True, "report_to": "wandb",
     }  # fmt: skip
     assert expected.items() <= values.items()
-    assert ("mistral" if name.startswith("mistral") else "llama") in (RECIPES / name / "rmipo.yaml").read_text()
-    family = {"mistral-7b-base": "zephyr-7b", "mistral-7b-instruct": "Mistral-7B-Instruct-v0.2"}.get(name, "Llama-3")
-    assert family in values["model_name_or_path"]
 
 
 @pytest.mark.parametrize("name", [name for name in PAPER_SETTINGS if name.endswith("base")])
@@ -131,7 +120,3 @@ def test_the_two_recipes_of_anthropic_hh_differ_in_subset_and_folder_alone():
         (entry,) = values["datasets"]
         assert (entry["path"], entry["data_dir"]) == ("Anthropic/hh-rlhf", f"{subset}-base")
         assert choose_stages({"MODEL": setting(subset)}) == (setting(subset), ["rmipo"])
-    base = load_recipe("recipes/llama3-8b-instruct/rmipo.yaml").values
-    assert {key for key in base if base[key] != recipes["helpful"].get(key)} == {
-        "dataset_name", "dataset_revision", "dataset_train_split", "dataset_test_split", "output_dir",
-    }  # fmt: skip

@@ -155,7 +155,6 @@ def test_defaults_are_the_papers(monkeypatch):
     ("config", "options", "error"),
     [
         (RMiPOConfig, {"gamma_min": 2.0}, ValueError),
-        (RMiPOConfig, {"max_prompt_length": -5}, ConfigError),
         (RMiPOConfig, {"label_smoothing_factor": 0.1}, ConfigError),
         (RMiPOConfig, {"dataloader_drop_last": True}, ConfigError),
         (RMiPOConfig, {"train_sampling_strategy": "sequential"}, ConfigError),
