@@ -28,7 +28,7 @@ setup(
     ],
     extras_require={
         # Runs of recipes, with their plans, figures and tables.
-        "recipes": ["deepspeed", "httpx2", "jinja2", "matplotlib", "pandas", "psutil", "wandb"],
+        "recipes": ["deepspeed", "httpx2", "jinja2", "matplotlib", "pandas", "wandb"],
         "gpu": ["bitsandbytes", "kernels", "liger-kernel"],
         "vllm": ["vllm==0.30.0"],  # the release for torch 2.13
         "eval": [
@@ -45,6 +45,7 @@ setup(
         "dev": [
             "rmipo[recipes]",
             "import-linter",
+            "psutil",
             "pytest",
             "pytest-timeout",
             "pytest-xdist",

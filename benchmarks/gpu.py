@@ -75,14 +75,14 @@ def peak_memory(one: Contender, pairs: list[dict]) -> int:
 
 def planned_memory(name: str, setup: Setup, pairs: list[dict]) -> int:
     """What `rmipo.plan` expects of the same step beyond weights and gradients."""
-    run = Workload(
-        stage="preference", micro_batch=len(pairs), evaluation_batch=1, global_batch=len(pairs), max_length=2048,
-        max_tokens=None, checkpoint_every=int(setup.checkpointing), packing=False, autocast=False, fused_head=True,
-        weight_bytes=getattr(torch, setup.dtype).itemsize, prior=name == "rmipo", reference="none", adapters=False,
-        quantized=False,
-    )  # fmt: skip
+    size = getattr(torch, setup.dtype).itemsize
     tokens = sum(len(pair["prompt_ids"]) - 1 + len(pair["chosen_ids"]) + len(pair["rejected_ids"]) for pair in pairs)
     tokens += -tokens % attention.BLOCK  # as flex pads
+    run = Workload(
+        stage="preference", longest=tokens, global_batch=len(pairs), packed_length=None,
+        checkpoint_every=int(setup.checkpointing), weight_bytes=size, compute_bytes=size, fused_head=True,
+        reference_logits=False, scores_pairs=False, scores_responses=name == "rmipo", adapters=False, quantized=False,
+    )  # fmt: skip
     return sum(memory.gradient_pass(Shape.of(setup.config()), run, tokens).values())
 
 

@@ -11,7 +11,6 @@ import os
 import platform
 import secrets
 import subprocess
-import time
 from pathlib import Path
 from typing import Any
 
@@ -57,14 +56,10 @@ def environment() -> dict:
 
 
 def _commit() -> str | None:
-    def git(*arguments):
-        return subprocess.run(
-            ["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, check=True
-        ).stdout.strip()
-
+    # With uncommitted changes the commit alone says less than it seems to.
+    command = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+modified"]
     try:
-        # With uncommitted changes the commit alone says less than it seems to.
-        return git("rev-parse", "HEAD") + ("+modified" if git("status", "--porcelain", "--untracked-files=no") else "")
+        return subprocess.check_output(command, cwd=Path(__file__).parent, stderr=subprocess.DEVNULL, text=True).strip()
     except (subprocess.CalledProcessError, FileNotFoundError):
         return None  # installed without its repository
 
@@ -97,10 +92,6 @@ def read_generations(run_dir: str | Path) -> list[dict]:
     return _read_lines(Path(run_dir) / GENERATIONS_FILE)
 
 
-def write_generations(run_dir: str | Path, lines: list[dict]) -> None:
-    write_lines(Path(run_dir) / GENERATIONS_FILE, lines)
-
-
 def _read_lines(path: Path) -> list[dict]:
     texts = path.read_text().splitlines(keepends=True) if path.exists() else []
     return [json.loads(text) for text in texts if text.endswith("\n")]  # a kill can cut the last line short
@@ -117,51 +108,21 @@ def differences(found: dict, expected: dict, prefix: str = "") -> list[str]:
     lines = []
     # A recipe's difference explains more than the data's fingerprint.
     for key in sorted(found.keys() | expected.keys(), key=lambda key: (key == "fingerprints", key)):
-        there, here = found.get(key), expected.get(key)
-        if f"{prefix}{key}" in WITHOUT_EFFECT:
-            continue
+        name, there, here = f"{prefix}{key}", found.get(key), expected.get(key)
         if isinstance(there, dict) and isinstance(here, dict):
-            lines += differences(there, here, f"{prefix}{key}.")
-        elif there != here:
-            lines.append(f"{prefix}{key}: {there}, now {here}")
+            lines += differences(there, here, f"{name}.")
+        elif there != here and name not in WITHOUT_EFFECT:
+            lines.append(f"{name}: {there}, now {here}")
     return lines
 
 
-class RunRecord:
-    """`run.json` of one output folder: written when training starts, completed when it ends.
+def new_record(output_dir: str | Path, identity: dict, **facts) -> dict:
+    """What `run.json` says of this start of a run. `identity`: from `run_identity`; `facts`: data report, objective, ..."""
+    # The W&B run is chosen once and kept: a restart continues it.
+    before = recorded_run(output_dir) or {"starts": 0, "wandb_run_id": secrets.token_hex(4)}
+    kept = {"starts": before["starts"] + 1, "wandb_run_id": before["wandb_run_id"]}
+    return {"finished": False, **identity, **environment(), **facts, **kept}
 
-    Args:
-        output_dir: folder of the run.
-        identity: from `run_identity`; its keys are at the top of the file.
-        facts: anything else to record: data report, objective, ...
-    """
 
-    def __init__(self, output_dir: str | Path, identity: dict, **facts):
-        self.path = Path(output_dir) / RUN_FILE
-        # Chosen once and kept: a restart continues this W&B run.
-        before = recorded_run(output_dir) or {"starts": 0, "wandb_run_id": secrets.token_hex(4)}
-        self.content = {
-            "finished": False,
-            **identity,
-            **environment(),
-            **facts,
-            "starts": before["starts"] + 1,
-            "wandb_run_id": before["wandb_run_id"],
-        }
-        self.started = time.time()
-
-    def start(self) -> None:
-        self._write()
-
-    def results(self, **results) -> None:
-        """Record the results, and the seconds since this start."""
-        self.content |= {"seconds": round(time.time() - self.started, 1), "results": results}
-        self._write()
-
-    def finish(self) -> None:
-        """Say that nothing is left to do: a run that is killed before this goes on from its last checkpoint."""
-        self.content["finished"] = True
-        self._write()
-
-    def _write(self) -> None:
-        write_atomically(self.path, json.dumps(self.content, indent=2, default=str) + "\n")
+def write_record(output_dir: str | Path, record: dict) -> None:
+    write_atomically(Path(output_dir) / RUN_FILE, json.dumps(record, indent=2, default=str) + "\n")

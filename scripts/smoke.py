@@ -76,14 +76,14 @@ def run_checks(folder: Path, codes: tuple[int, int]) -> Iterator[Check]:
 def memory_check(step, gpus: int) -> Check:
     """The peak against the plan for `gpus`."""
     from rmipo.plan import preflight
-    from rmipo.plan.memory import GIB, Hardware, Sharding, plan_memory
+    from rmipo.plan.memory import GIB, RESERVE, Hardware, Sharding, plan_memory
 
     lines = training_lines(Path(step.output_dir))
     if step.on_cpu or len(lines) <= STOP_AFTER:
         return "memory", None, "not compared with the plan on a CPU, or of a run that did not end", ""
     shape, work = preflight.shape_of(step.recipe), preflight.workload_of(step.recipe)
-    memory = plan_memory(shape, work, Sharding.load(step.sharding), replace(Hardware.here(), gpus_per_node=gpus))
-    needed = (memory.needed - memory.parts["reserve (assumed)"]) / GIB
+    memory = plan_memory(shape, work, Sharding.load(step.sharding), replace(Hardware.here(), gpus=gpus))
+    needed = (sum(memory.values()) - memory[RESERVE]) / GIB
     peak = max(line["peak_memory_gib"] for line in lines)
     found = f"{peak:.1f} GiB at most on the first GPU, {needed:.1f} planned"
     return "memory", peak <= TOLERANCE * needed, found, "lower max_tokens_per_micro_batch, report both numbers"

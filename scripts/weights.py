@@ -12,7 +12,7 @@ from rmipo import cli
 
 @cli.main
 def main() -> None:
-    parser = cli.Parser(__doc__)
+    parser = cli.options(__doc__)
     parser.add_argument("--config", required=True, help="such as recipes/smollm2-135m-instruct/weights.yaml")
     parser.add_argument("--output", required=True, type=Path, help="folder of the model")
     options = parser.parse_args()

@@ -2,7 +2,6 @@
 
 import base64
 import copy
-import hashlib
 import itertools
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -18,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rmipo.data.chat import ChatFormat, TokenPair
 from rmipo.data.formats import SIDES
-from rmipo.evaluation.statistics import bootstrap, interval, resamples
+from rmipo.evaluation.statistics import Interval, bootstrap, interval, resamples
 from rmipo.files import replacing
 from rmipo.objectives import build_objective
 from rmipo.objectives.rmipo import delta_pmi, response_pmi
@@ -30,8 +29,7 @@ from rmipo.training.packing import pack, pack_pairs, pack_priors
 from rmipo.training.scoring import Scorer, by_tokens, pair_length
 
 FOLDER = Path(__file__).parent
-TITLE = 100  # characters of a prompt that name its pair in the table
-CUT = 2000  # characters of a cut text that are shown
+TITLE, CUT = 100, 2000  # characters that are shown of a prompt in the table, and of a cut text
 DRAWS = 2000  # of the bootstrap of a correlation
 ALIKE = 0.9  # share of bigrams that near-duplicates have in common
 
@@ -64,11 +62,15 @@ def look(
     """
     args = copy.copy(RMiPOConfig(output_dir=".", report_to="none") if args is None else args)
     args.max_dropped_fraction = args.max_truncated_fraction = 1.0  # the page shows which
-    rows = sample(parts.as_messages(dataset, args.dataset_num_proc), pairs)
+    rows = parts.as_messages(dataset, args.dataset_num_proc)
+    # Always the same ones, so that two models' pages show the same pairs.
+    drawn = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[:pairs]
+    rows = rows.select(sorted(drawn.tolist()))
     first = Scored(model, rows, args, processing_class)
     second = None if after is None else Scored(after, rows, args, processing_class)
-    moved = {} if second is None else second.sums()  # one model after the other: two may not fit
-    lines: list[dict] = []
+    moved, lines = {}, []
+    if second is not None:  # one model after the other: two may not fit
+        moved = {row["row"]: sums(values["given"], values["prior"]) for row, values in second.values(partners=False)}
     write(Path(output), shown_pairs(first, rows, moved, lines), lambda: summary(first, second and second.name, lines))
     return Path(output)
 
@@ -77,26 +79,11 @@ def write(output: Path, pairs: Iterable[dict], summary: Callable[[], dict]) -> N
     """Fill the template. `summary` is called behind the last of `pairs`."""
     # Texts of pairs are shown as text, whatever HTML is in them.
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(FOLDER), autoescape=True)
-    environment.filters["hash"] = content_hash
     script, style = ((FOLDER / name).read_text("utf-8") for name in ("look.js", "look.css"))
     with replacing(output) as temporary:
         # Streamed: a page of thousands of pairs is never whole in memory.
         template = environment.get_template("look.html.jinja")
         template.stream(pairs=pairs, summary=summary, script=script, style=style).dump(str(temporary), "utf-8")
-
-
-def sample(rows: Dataset, count: int) -> Dataset:
-    """At most `count` of the rows, in their order."""
-    if len(rows) <= count:
-        return rows
-    # Always the same ones, so that two models' pages show the same pairs.
-    drawn = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[:count]
-    return rows.select(sorted(drawn.tolist()))
-
-
-def content_hash(text: str) -> str:
-    """Of a script or style, for the page's Content-Security-Policy."""
-    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 
 def partner(number: int, total: int) -> int:
@@ -105,26 +92,20 @@ def partner(number: int, total: int) -> int:
 
 
 class Scored:
-    """Pairs tokenised for one model, and their log-probabilities, which are computed as they are asked for.
-
-    Attributes:
-        rows: tokenised pairs. `context`: token ids in front of a response when log pi(y) is scored.
-    """
+    """Pairs tokenised for one model (`rows`), and their log-probabilities, which are computed as they are asked for."""
 
     def __init__(self, model, rows: Dataset, args: RMiPOConfig, tokenizer: PreTrainedTokenizerBase | None):
         self.source, self.args = parts.source_of(model), args
         self.name = parts.name_of(self.source) or type(model).__name__
-        tokenized = parts.TokenizedPairs(
-            {"pairs": rows}, tokenizer or parts.tokenizer_of(self.source), args, self.source
-        )
+        tokenizer = tokenizer or parts.tokenizer_of(self.source)
+        tokenized = parts.TokenizedPairs({"pairs": rows}, tokenizer, args, self.source)
         self.chat, self.rows, self.report = tokenized.chat, tokenized.splits["pairs"], tokenized.reports.get("pairs")
         self.context = self.chat.prior_context(tokenized.objective.prior_context)
 
     def values(self, partners: bool) -> Iterator[tuple[dict, dict[str, list[Tensor]]]]:
         """Each row with the log-probabilities of its tokens, in the names of `shown_pair`.
 
-        Args:
-            partners: also those under the prompt of the pair half the data set away, where there are several.
+        `partners`: also those under the prompt of the pair half the data set away, where there are several.
         """
         model, total = self.source, len(self.rows)
         if isinstance(model, ModelConfig):
@@ -148,10 +129,6 @@ class Scored:
         prompt, responses = self.rows[other]["prompt_ids"], [row[f"{side}_ids"] for side in SIDES[1:]]
         # The same room as for the pair's own prompt, or positions would run out.
         return prompt[-(self.args.max_length - max(map(len, responses))) :], responses
-
-    def sums(self) -> dict[int, list[list[float]]]:
-        """Row -> `sums`."""
-        return {row["row"]: sums(values["given"], values["prior"]) for row, values in self.values(partners=False)}
 
 
 def shown_pairs(
@@ -183,9 +160,8 @@ def summary(scored: Scored, after: str | None, lines: list[dict]) -> dict:
     """What is known of all pairs once they are shown. `after`: name of the second model."""
     args, objective = scored.args, build_objective(scored.args.objective)
     dropped = {} if scored.report is None else scored.report.dropped
-    arithmetic = "bfloat16" if args.bf16 else "float32"
     return {
-        "about": f"{len(lines)} pairs under {scored.name}, {arithmetic}, at most {args.max_length} tokens",
+        "about": f"{len(lines)} pairs under {scored.name}, at most {args.max_length} tokens",
         "model": scored.name,
         "objective": vars(objective),
         "dropped": sum(map(len, dropped.values())),
@@ -196,38 +172,30 @@ def summary(scored: Scored, after: str | None, lines: list[dict]) -> dict:
     }
 
 
-# What the page holds of one pair: texts of its tokens, what the limits cut off, and log-probabilities
-
-
 def shown_pair(
     chat: ChatFormat, whole: TokenPair, cut: TokenPair, values: dict[str, list[Tensor]], other: int | None
 ) -> dict:
-    """What opening a pair shows.
+    """What opening a pair shows. `whole`, `cut`: the token ids before and after the cut.
 
-    Args:
-        whole, cut: the token ids before and after the cut.
-        values: log-probabilities of the tokens of chosen and rejected: "given" the prompt, "prior", and under the prompt
-            of another pair, whose place on the page is `other`.
+    `values`: log-probabilities of the tokens of chosen and rejected: "given" the prompt, "prior", and under the prompt of
+    another pair, whose place on the page is `other`.
     """
     lost = len(whole[0]) - len(cut[0])
     bos = int(lost > 0 and chat.bos_id is not None)  # it stays in front of what is left
-    sides = []
-    for number in (0, 1):
-        ids, special = cut[1 + number], set(chat.tokenizer.all_special_ids)
+    special, sides = set(chat.tokenizer.all_special_ids), []
+    for number, ids in enumerate(cut[1:]):
         side = {"tokens": chat.pieces(ids), "special": [t for t, token in enumerate(ids) if token in special]}
-        sides.append(side | cut_off(chat, whole[1 + number][len(ids) :])
-                     | {name: packed(of_both[number]) for name, of_both in values.items()})  # fmt: skip
+        # Little-endian float32 in base64: exact, and shorter than digits.
+        side |= {
+            name: base64.b64encode(of_both[number].numpy().astype("<f4")).decode() for name, of_both in values.items()
+        }
+        sides.append(side | cut_off(chat, whole[1 + number][len(ids) :]))
     prompt = {"text": chat.tokenizer.decode(cut[0])} | cut_off(chat, whole[0][bos : bos + lost])
     return {"prompt": prompt, "sides": sides, "other": other}
 
 
 def cut_off(chat: ChatFormat, ids: list[int]) -> dict:
     return {"lost": len(ids), "cut": chat.tokenizer.decode(ids)[:CUT]}
-
-
-def packed(values: Tensor) -> str:
-    """Little-endian float32 in base64: exact, and shorter than digits."""
-    return base64.b64encode(values.numpy().astype("<f4").tobytes()).decode()
 
 
 def sums(given: list[Tensor], prior: list[Tensor]) -> list[list[float]]:
@@ -257,27 +225,22 @@ def findings(sides: list[list[list[float]]], fidelity: str) -> dict[str, list[di
     for reading in ("token", "sequence"):
         delta = delta_pmi(*response_pmi(given, prior, lengths, reading, fidelity).unbind(1)).numpy()
         higher = bootstrap(delta > 0)
-        related = interval(
-            correlation(delta, longer),
-            [correlation(delta[rows], longer[rows]) for rows in resamples(len(delta), DRAWS)],
-        )
-        coin, unrelated = higher.low <= 0.5 <= higher.high, related.low <= 0 <= related.high
+        draws = [correlation(delta[rows], longer[rows]) for rows in resamples(len(delta), DRAWS)]
+        related = interval(correlation(delta, longer), draws)
         agrees, smaller = "agrees with" if higher.low > 0.5 else "opposes", "smaller" if related.mean > 0 else "larger"
-        claims = (
-            (higher, "{:z.0%}", coin, "of chosen responses have the higher PMI: ", f"the signal {agrees} the labels."),
-            (related, "{:z.2f}", unrelated, "correlation of ΔPMI with the difference in length: ",
-             f"longer chosen responses get a {smaller} margin."),
-        )  # fmt: skip
+        what = "of chosen responses have the higher PMI: ", "correlation of ΔPMI with the difference in length: "
         found[reading] = [
-            {
-                "number": form.format(value.mean).replace("-", "−"),
-                "range": f"95%: {form.format(value.low)} to {form.format(value.high)}".replace("-", "−"),
-                "text": what + ("no telling from noise." if noise else claim),
-                "noise": noise,
-            }
-            for value, form, noise, what, claim in claims
+            finding(higher, "{:z.0%}", 0.5, what[0], f"the signal {agrees} the labels."),
+            finding(related, "{:z.2f}", 0, what[1], f"longer chosen responses get a {smaller} margin."),
         ]
     return found
+
+
+def finding(value: Interval, form: str, chance: float, what: str, claim: str) -> dict:
+    noise = value.low <= chance <= value.high
+    number, low, high = (form.format(x).replace("-", "−") for x in (value.mean, value.low, value.high))
+    text = what + ("no telling from noise." if noise else claim)
+    return {"number": number, "range": f"95%: {low} to {high}", "text": text, "noise": noise}
 
 
 def correlation(xs: np.ndarray, ys: np.ndarray) -> float:

@@ -1,7 +1,6 @@
 """What a training step needs of each GPU. Estimates from shapes alone; nothing is loaded.
 
-Activations follow from which tensors autograd keeps (measured by tests/plan/test_memory.py). What is assumed rather than
-derived is a named constant here, and printed with the plan.
+Activations follow from which tensors autograd keeps (measured by tests/plan/test_memory.py).
 """
 
 import json
@@ -10,19 +9,18 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
 import torch
 import yaml
 
 from rmipo.errors import ConfigError
 from rmipo.plan.shapes import Shape
-from rmipo.training.batching import HOISTED_MICRO_BATCHES
 from rmipo.training.scoring import CHUNK
 
 GIB = 2**30
 # GB that a card is sold with -> GiB that CUDA reports of it; of several cards the least. Others: the number as GiB.
 REPORTED_GIB = {24: 22.0, 40: 39.4, 48: 44.4, 80: 79.1, 94: 93.1, 96: 94.5, 141: 139.8}
 RESERVED_FRACTION = 0.06  # of the GPU: CUDA context, NCCL, fragmentation
+RESERVE = "reserve (assumed)"
 LIVE_PARAMETERS = 10**9  # that ZeRO-3 has gathered at once: DeepSpeed's stage3_max_live_parameters
 FUSED_HEAD_TILE = (4096, 32768)  # logits that TRL's fused LM head has at once: tokens x entries of the vocabulary
 NF4_BYTES = 0.5 + 4 / 64  # per weight: 4 bits, and a float32 scale for each block of 64
@@ -40,13 +38,8 @@ STATE_BYTES = {
 
 @dataclass(frozen=True)
 class Hardware:
-    nodes: int
-    gpus_per_node: int
+    gpus: int  # of all nodes
     gib: float  # memory of one GPU, as CUDA reports it
-
-    @property
-    def gpus(self) -> int:
-        return self.nodes * self.gpus_per_node
 
     @classmethod
     def parse(cls, text: str, nodes: int = 1) -> "Hardware":
@@ -54,15 +47,13 @@ class Hardware:
         match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*(?:\.\d+)?)", text)
         if match is None:
             raise ConfigError(f"GPUS={text}: expected <GPUs per node>x<GB of one>, e.g. GPUS=8x80")
-        return cls(nodes, int(match[1]), REPORTED_GIB.get(float(match[2]), float(match[2])))
+        return cls(nodes * int(match[1]), REPORTED_GIB.get(float(match[2]), float(match[2])))
 
     @classmethod
-    def here(cls, use_cpu: bool = False) -> "Hardware | None":
-        """The GPUs of this machine, None without any; or, with `use_cpu`, the machine as one device with its memory."""
-        if use_cpu:
-            return cls(1, 1, psutil.virtual_memory().total / GIB)
+    def here(cls) -> "Hardware | None":
+        """The GPUs of this machine, None without any."""
         sizes = [torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count())]
-        return cls(1, len(sizes), min(sizes) / GIB) if sizes else None  # the smallest one decides what fits
+        return cls(len(sizes), min(sizes) / GIB) if sizes else None  # the smallest one decides what fits
 
 
 @dataclass(frozen=True)
@@ -92,67 +83,45 @@ class Workload:
     """What of a recipe decides memory and time. `stage`: "preference" or "sft"."""
 
     stage: str
-    micro_batch: int
-    evaluation_batch: int
+    longest: int  # tokens of the longest micro-batch that the recipe's limits allow
     global_batch: int
-    max_length: int
-    max_tokens: int | None
+    packed_length: int | None  # SFT: dialogues are joined into sequences of so many tokens
     checkpoint_every: int  # each how-manyth layer is computed again in backward; 0: none
-    packing: bool  # SFT: dialogues joined into sequences of max_length
     weight_bytes: int  # of the loaded weights: 2 for bfloat16
-    autocast: bool  # weights in float32, matrix products in bfloat16
+    compute_bytes: int  # of a number in matrix products
     fused_head: bool  # TRL's LM head, which never holds all logits
-    prior: bool
-    reference: str  # "none", "cached" log-probs, their "cached prior" alone, or "logits": a second model in memory
+    reference_logits: bool  # of a second model in memory
+    scores_pairs: bool  # without gradient, by the initial policy
+    scores_responses: bool  # without gradient, without their prompts or with others
     adapters: bool
     quantized: bool
-
-    @property
-    def compute_bytes(self) -> int:
-        return 2 if self.autocast else self.weight_bytes
-
-    def full_length(self, size: int) -> int:
-        """Tokens of `size` pairs (SFT: dialogues) as long as the recipe allows; all may pass through the LM head."""
-        # A pair is longest with a short prompt and two responses that are cut at max_length.
-        return size * self.max_length * (1 if self.stage == "sft" else 2)
-
-    @property
-    def longest_micro_batch(self) -> int:
-        """Tokens of the longest micro-batch that the recipe's limits allow."""
-        if self.max_tokens is None:
-            return self.full_length(self.micro_batch)
-        return max(self.max_tokens, self.full_length(1))
 
 
 def layer_activations(shape: Shape, tokens: int, compute_bytes: int) -> int:
     """Bytes that autograd keeps of one decoder layer, with a fused attention kernel.
 
     Per token: 4 h (two norms: normalised input, output) + 2 q (query, output) + 2 k (key, value) + 4 f (gated MLP) in
-    the compute dtype; the two norms' inputs (2 h), the softmax sums (one per head) and the norms' scales in float32.
+    the compute dtype; the two norms' inputs (2 h) in float32.
     """
-    narrow = 4 * shape.hidden + 2 * shape.heads_width + 2 * shape.kv_width + 4 * shape.intermediate
-    wide = 2 * shape.hidden + shape.heads + 2
-    return tokens * (compute_bytes * narrow + 4 * wide)
+    narrow = 4 * shape.hidden + 2 * shape.queries_and_keys + 4 * shape.intermediate
+    return tokens * (compute_bytes * narrow + 8 * shape.hidden)
 
 
-def head_activations(shape: Shape, work: Workload, scored: int, gradient: bool = True) -> int:
+def head_activations(shape: Shape, work: Workload, scored: int) -> int:
     """Peak bytes of LM head and log-probabilities over `scored` positions.
 
     Fused: one tile of logits; in backward the gradients of the head's weight and input, summed in float32 and then cast.
     Else: all logits, overwritten by their gradient (`training.scoring`), and a chunk of them in float32; where the
     reference's are needed, those as well.
     """
-    inputs = scored * shape.hidden * work.compute_bytes
-    head = shape.vocabulary * shape.hidden * (gradient and not work.adapters)
+    inputs = scored * shape.hidden
+    head = 0 if work.adapters else shape.vocabulary * shape.hidden
     if work.fused_head:
-        tile = min(FUSED_HEAD_TILE[0], scored) * FUSED_HEAD_TILE[1] * work.compute_bytes
-        if not gradient:
-            return inputs + tile
-        cast = (inputs + head * work.compute_bytes) * (work.compute_bytes < 4)
-        return inputs + tile + 4 * (scored * shape.hidden + head) + cast
+        tile = min(FUSED_HEAD_TILE[0], scored) * FUSED_HEAD_TILE[1]
+        return work.compute_bytes * (inputs + tile) + (4 + work.compute_bytes) * (inputs + head)
     logits = scored * shape.vocabulary
-    copies = 2 if work.reference == "logits" else 1
-    return inputs + copies * logits * work.compute_bytes + 8 * min(logits, CHUNK["cuda"]) + head * work.compute_bytes
+    both = logits * (1 + work.reference_logits)
+    return work.compute_bytes * (inputs + both + head) + 8 * min(logits, CHUNK["cuda"])
 
 
 def gradient_pass(shape: Shape, work: Workload, tokens: int) -> dict[str, int]:
@@ -166,12 +135,6 @@ def gradient_pass(shape: Shape, work: Workload, tokens: int) -> dict[str, int]:
     return {"activations": inputs + kept + again, "LM head": head}
 
 
-def no_gradient_pass(shape: Shape, work: Workload, tokens: int) -> int:
-    """Peak bytes of scoring `tokens` without gradient."""
-    layer = tokens * work.compute_bytes * (2 * shape.hidden + 3 * shape.intermediate)
-    return max(layer, head_activations(shape, work, tokens, gradient=False))
-
-
 def model_states(shape: Shape, work: Workload, sharding: Sharding, gpus: int) -> dict[str, int]:
     """Bytes on each of `gpus` of parameters, gradients and optimizer, and of weights that a forward gathers."""
     divided = gpus if sharding.kind in ("zero3", "fsdp2") else 1
@@ -181,48 +144,14 @@ def model_states(shape: Shape, work: Workload, sharding: Sharding, gpus: int) ->
         quantized = shape.linear * work.quantized
         frozen = ((shape.parameters - quantized) * work.weight_bytes + quantized * NF4_BYTES) / divided
     parts = {"parameters": int(weights * shape.trained + frozen), "gradients and optimizer": int(rest * shape.trained)}
-    if work.reference == "logits" and not work.adapters:
-        size = 2 if sharding.kind.startswith("zero") else work.weight_bytes  # DeepSpeed makes bfloat16 of it
-        parts["reference model"] = size * shape.parameters // divided
+    if work.reference_logits and not work.adapters:
+        parts["reference model"] = work.weight_bytes * shape.parameters // divided
     if divided > 1 or sharding.offload:
         parts["gathered parameters"] = 2 * min(LIVE_PARAMETERS, shape.parameters)
     return parts
 
 
-@dataclass(frozen=True)
-class MemoryPlan:
-    parts: dict[str, int]  # bytes per GPU; they add up to `needed`
-    capacity: int
-
-    @property
-    def needed(self) -> int:
-        return sum(self.parts.values())
-
-    @property
-    def fits(self) -> bool:
-        return self.needed <= self.capacity
-
-
-def plan_memory(shape: Shape, work: Workload, sharding: Sharding, hardware: Hardware) -> MemoryPlan:
-    longest = work.longest_micro_batch
-    step = gradient_pass(shape, work, longest)
-    scored = work.full_length(work.evaluation_batch)
-    if work.prior:  # of several micro-batches at once
-        accumulated = math.ceil(work.global_batch * work.full_length(1) / (hardware.gpus * longest))
-        scored = max(scored, min(accumulated, HOISTED_MICRO_BATCHES) * longest)
-    capacity = int(hardware.gib * GIB)
-    parts = model_states(shape, work, sharding, hardware.gpus) | step
-    parts["prior or evaluation beyond these"] = max(no_gradient_pass(shape, work, scored) - sum(step.values()), 0)
-    parts["reserve (assumed)"] = int(RESERVED_FRACTION * capacity)
-    return MemoryPlan(parts, capacity)
-
-
-def checkpoint_bytes(shape: Shape, work: Workload, sharding: Sharding, only_model: bool) -> int:
-    """One checkpoint: weights as saved, and for resuming the float32 masters and Adam's moments of what is trained."""
-    weights = 4 * shape.trained if work.adapters else work.weight_bytes * shape.parameters
-    if sharding.kind == "fsdp2" and not work.adapters:  # which saves its float32 masters as the model
-        weights = 4 * shape.parameters
-    if only_model:
-        return weights
-    sharded = sharding.kind != "none" or work.adapters
-    return weights + shape.trained * (12 if sharded else 2 * work.weight_bytes)
+def plan_memory(shape: Shape, work: Workload, sharding: Sharding, hardware: Hardware) -> dict[str, int]:
+    """Bytes that the longest step needs of each GPU, in parts that add up."""
+    states = model_states(shape, work, sharding, hardware.gpus)
+    return states | gradient_pass(shape, work, work.longest) | {RESERVE: int(RESERVED_FRACTION * hardware.gib * GIB)}

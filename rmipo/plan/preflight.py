@@ -15,13 +15,10 @@ from trl import ModelConfig, get_peft_config
 
 from rmipo.errors import UserError
 from rmipo.objectives import build_objective
-from rmipo.plan.memory import GIB, Hardware, Sharding, Workload, checkpoint_bytes, plan_memory
+from rmipo.plan.memory import GIB, Hardware, Sharding, Workload, plan_memory
 from rmipo.plan.shapes import Shape, load_config
 from rmipo.recipe.load import Recipe
 from rmipo.recipe.schema import PreferenceRunConfig, of_recipe
-
-# What an objective needs of the initial policy -> how `Workload` calls it.
-REFERENCES = {"reference_logits": "logits", "reference": "cached", "initial_prior": "cached prior"}
 
 
 class PreflightError(UserError, ValueError):
@@ -34,21 +31,23 @@ def workload_of(recipe: Recipe) -> Workload:
     needs = build_objective(values["objective"]).needs if recipe.stage == "preference" else frozenset()
     weight_bytes = 4 if values.get("dtype", ModelConfig.dtype) == "float32" else 2
     kwargs = values.get("activation_checkpointing_kwargs") or {}
-    flex = values.get("attention", "auto") in ("auto", "flex") and not values.get("use_cpu", False)
+    whole_logits = "reference_logits" in needs or values.get("attention", "auto") not in ("auto", "flex")
+    max_length = values.get("max_length", PreferenceRunConfig.max_length)
+    # A pair is longest with a short prompt and two responses that are cut at max_length.
+    row = max_length * (1 if recipe.stage == "sft" else 2)
+    rows = values.get("per_device_train_batch_size", PreferenceRunConfig.per_device_train_batch_size)
     return Workload(
         stage=recipe.stage,
-        micro_batch=values.get("per_device_train_batch_size", PreferenceRunConfig.per_device_train_batch_size),
-        evaluation_batch=values.get("per_device_eval_batch_size", PreferenceRunConfig.per_device_eval_batch_size),
+        longest=max(values.get("max_tokens_per_micro_batch") or rows * row, row),
         global_batch=recipe.batch(world_size=1)[0],
-        max_length=values.get("max_length", PreferenceRunConfig.max_length),
-        max_tokens=values.get("max_tokens_per_micro_batch"),
+        packed_length=max_length if values.get("packing") else None,
         checkpoint_every=kwargs.get("every_n_layers", 1) if values.get("activation_checkpointing") else 0,
-        packing=values.get("packing", False),
         weight_bytes=weight_bytes,
-        autocast=weight_bytes == 4 and bool(values.get("bf16", False)),
-        fused_head=recipe.stage == "sft" or (flex and "reference_logits" not in needs),
-        prior=bool(needs & {"prior", "mismatched"}),
-        reference=next((kind for need, kind in REFERENCES.items() if need in needs), "none"),
+        compute_bytes=2 if values.get("bf16", False) else weight_bytes,
+        fused_head=recipe.stage == "sft" or not whole_logits,
+        reference_logits="reference_logits" in needs,
+        scores_pairs=bool(needs & {"reference", "reference_logits"}),
+        scores_responses=bool(needs & {"prior", "mismatched", "initial_prior"}),
         adapters=values.get("use_peft", False),
         quantized=values.get("load_in_4bit", False),
     )
@@ -67,72 +66,56 @@ def check_run(recipe: Recipe, args: TrainingArguments) -> None:
         return
     if args.n_gpu > 1:  # transformers would copy the model to all of them in every step
         raise PreflightError(f"one process sees {args.n_gpu} GPUs: start one for each (make train, accelerate launch)")
-    world_size, local = (int(os.environ.get(name, "1")) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
-    check_launch(recipe, replace(here, nodes=world_size // local, gpus_per_node=local), sharding_of(args))
+    check_launch(recipe, replace(here, gpus=int(os.environ.get("WORLD_SIZE", "1"))), sharding_of(args))
 
 
 def check_launch(recipe: Recipe, hardware: Hardware, sharding: Sharding) -> None:
-    """Raises PreflightError where a run on GPUs can't work; warns where memory is likely too small.
-
-    Memory is an estimate, for AdamW: `memory_check: false` leaves it out.
-    """
+    """Raises PreflightError where a run on GPUs can't work; warns where an estimate, for AdamW, exceeds the memory."""
     check_masters(recipe, sharding)
+    shape = shape_of(recipe)
+    memory = plan_memory(shape, workload_of(recipe), sharding, hardware)
+    needed, found = sum(memory.values()) / GIB, f"{sharding.kind} on {hardware.gpus} GPUs, found {hardware.gib:.0f}"
+    said = f"{recipe.path}: needs {needed:.0f} GiB per GPU with {found} (make plan shows the parts)"
     if recipe.values.get("memory_check", True) and "adamw_torch" in recipe.values.get("optim", "adamw_torch"):
-        check_memory(recipe, hardware, sharding)
-    check_disk(recipe.values["output_dir"], disk_needed(recipe, shape_of(recipe), sharding))
+        # This is certain, where the rest is an estimate: the longest micro-batch may never come.
+        if memory["parameters"] + memory["gradients and optimizer"] > hardware.gib * GIB:
+            raise PreflightError(f"{said}. Use more GPUs, SHARDING=zero3-offload, or an overlay of recipes/adapters")
+        if needed > hardware.gib and os.environ.get("RANK", "0") == "0":
+            print(f"warning: by an estimate, {said}", file=sys.stderr)
+    check_disk(recipe.values["output_dir"], disk_needed(recipe, shape, sharding))
 
 
 def check_masters(recipe: Recipe, sharding: Sharding) -> None:
     """Raises PreflightError where AdamW would update bfloat16 weights in place, with no float32 copy to sum updates in."""
     work = workload_of(recipe)
     if sharding.kind == "none" and not work.adapters and work.weight_bytes < 4:
-        dtype = recipe.values.get("dtype", ModelConfig.dtype)
-        fix = "Set dtype: float32 (with bf16: true), or use SHARDING=zero3, zero2 or fsdp2, which keep float32 copies"
-        raise PreflightError(f"{recipe.path}: dtype: {dtype}: most updates would round to zero. {fix}")
-
-
-def check_memory(recipe: Recipe, hardware: Hardware, sharding: Sharding) -> None:
-    """Warns if the estimate of the longest micro-batch exceeds the memory.
-
-    Raises PreflightError if weights and optimizer states alone exceed it, which is no estimate.
-    """
-    memory = plan_memory(shape_of(recipe), workload_of(recipe), sharding, hardware)
-    # What to save on first.
-    largest = sorted(memory.parts.items(), key=lambda part: -part[1])[:3]
-    found = (
-        f"{recipe.path}: needs {memory.needed / GIB:.0f} GiB per GPU with {sharding.kind} on {hardware.gpus} GPUs, found "
-        f"{hardware.gib:.0f} ({', '.join(f'{name} {size / GIB:.0f}' for name, size in largest)}). "
-        "Use more GPUs, SHARDING=zero3-offload, or an overlay of recipes/adapters"
-    )
-    # That is certain, where the rest is an estimate.
-    if memory.parts["parameters"] + memory.parts["gradients and optimizer"] > memory.capacity:
-        raise PreflightError(found)
-    # A warning and no error: the longest micro-batch may never come.
-    if not memory.fits and os.environ.get("RANK", "0") == "0":
-        print(f"warning: by an estimate, {found}", file=sys.stderr)
+        found = (
+            f"{recipe.path}: dtype: {recipe.values.get('dtype', ModelConfig.dtype)}: most updates would round to zero"
+        )
+        raise PreflightError(f"{found}. Set dtype: float32 (with bf16: true), or use SHARDING=zero3, zero2 or fsdp2")
 
 
 def disk_needed(recipe: Recipe, shape: Shape, sharding: Sharding) -> int:
     """Bytes that the run's folder grows to: checkpoints, one more while the newest is written, and the final model."""
-    work = workload_of(recipe)
-    final = checkpoint_bytes(shape, work, sharding, only_model=True)
-    one = checkpoint_bytes(shape, work, sharding, only_model=recipe.values.get("save_only_model", False))
-    # Shares of a run say how many checkpoints it makes; numbers of steps don't, without the number of rows.
-    every, limit = recipe.values.get("save_steps", 500), recipe.values.get("save_total_limit")
-    made = math.ceil(1 / every) if 0 < every < 1 else None
-    return final + one * min(count for count in (made, limit and limit + 1, None if made or limit else 2) if count)
+    work, values = workload_of(recipe), recipe.values
+    # FSDP2 saves its float32 masters as the model.
+    size = 4 if work.adapters or sharding.kind == "fsdp2" else work.weight_bytes
+    model = size * (shape.trained if work.adapters else shape.parameters)
+    # To resume: float32 masters and Adam's moments.
+    checkpoint = model + (0 if values.get("save_only_model") else 12 * shape.trained)
+    counts = [values["save_total_limit"] + 1] if values.get("save_total_limit") else []
+    if 0 < values.get("save_steps", 500) < 1:  # a share of the run says how many it makes
+        counts.append(math.ceil(1 / values["save_steps"]))
+    return model + checkpoint * min(counts, default=2)
 
 
 def check_disk(folder: str | Path, needed: int) -> int:
     """Free bytes where `folder` is, or will be. Raises PreflightError if it can't grow to `needed` bytes there."""
-    existing = Path(folder).absolute()  # the folder may not be there yet
-    while not existing.exists():
-        existing = existing.parent
-    free = shutil.disk_usage(existing).free
-    there = sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())  # of a run that goes on
+    folder = Path(folder).absolute()
+    free = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
+    there = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())  # of a run that goes on
     if free + there < needed:
-        found = f"{there / GIB:.0f} are written, {free / GIB:.0f} are free. Free some, or lower save_total_limit"
-        raise PreflightError(f"output_dir: {folder} needs {needed / GIB:.0f} GiB: {found}")
+        raise PreflightError(f"output_dir: {folder} needs {needed / GIB:.0f} GiB, {free / GIB:.0f} are free. Free some")
     return free
 
 
@@ -145,10 +128,7 @@ def sharding_of(args: TrainingArguments) -> Sharding:
 
 
 def check_access(name: str, kind: str) -> str:
-    """Whether a model or dataset (`kind`) can be read, in words: a local file or folder, or a hub repository.
-
-    Raises PreflightError with the hub's reason: it doesn't exist, is gated, or can't be reached.
-    """
+    """In words, how a model or dataset (`kind`) can be read, here or on the hub. Raises PreflightError if it can't."""
     if Path(name).exists():
         return f"{name} is here"
     try:

@@ -1,7 +1,6 @@
 """Where a run goes on from, what it must not overwrite, and what a full disk leaves."""
 
 import contextlib
-import errno
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,9 +8,8 @@ from pathlib import Path
 from rmipo.errors import CheckpointError, UserError
 from rmipo.files import LOCK_FILE, TEMPORARY
 from rmipo.record import differences, recorded_run
-from rmipo.training.checkpoints import complete_checkpoints, delete, is_torn, marked, numbered_checkpoints, step_of
+from rmipo.training.checkpoints import complete_checkpoints, delete, is_torn, marked, numbered_checkpoints
 
-FULL = (errno.ENOSPC, errno.EDQUOT)
 FULL_BYTES = 2**20  # less is a full disk: a failed write may have left some blocks free
 
 
@@ -26,27 +24,20 @@ def resume_point(output_dir: str | Path, identity: dict) -> str | None:
     """
     output_dir = Path(output_dir)
     run, complete = recorded_run(output_dir), complete_checkpoints(output_dir)
-    if run is not None:
-        _refuse_other(run, identity, output_dir)
-        step = step_of(complete[-1]) if complete else 0
-        for folder in numbered_checkpoints(output_dir):
-            unsafe = folder not in complete and not is_torn(folder)
-            if unsafe and step_of(folder) > step:
-                raise CheckpointError(f"{folder} is not this run's, and the run would overwrite it. Move it away")
-    else:
-        ours = {LOCK_FILE, *(folder.name for folder in complete)}
-        names = {path.name for path in output_dir.glob("*") if path.suffix != TEMPORARY}
-        # Results that no run of ours wrote may lie here.
-        if foreign := sorted(names - ours):
-            found = f"{output_dir} is not empty and has no run.json of a run. Found: {', '.join(foreign[:5])}"
-            raise CheckpointError(f"output_dir: {found}. Nothing is overwritten: name another --output_dir")
+    names = {path.name for path in output_dir.glob("*") if path.suffix != TEMPORARY}
+    # Results that no run of ours wrote may lie here.
+    if run is None and (foreign := sorted(names - {LOCK_FILE} - {folder.name for folder in complete})):
+        found = f"{output_dir} is not empty and has no run.json of a run. Found: {', '.join(foreign[:5])}"
+        raise CheckpointError(f"output_dir: {found}. Nothing is overwritten: name another --output_dir")
     if complete and identity["recipe"].get("save_only_model"):
         raise CheckpointError(
             f"{complete[-1]} holds the model alone (save_only_model: true): a run can't go on from it"
         )
     # All of them, as any may be the one that a user goes back to.
-    for folder in complete:
-        _refuse_other(marked(folder), identity, folder)
+    for folder, found in [(output_dir, run)] * (run is not None) + [(folder, marked(folder)) for folder in complete]:
+        if lines := differences({key: found.get(key) for key in identity}, identity):
+            said = f"{folder} belongs to another run. Name another --output_dir, or remove it. Different there:"
+            raise CheckpointError("\n  ".join([said, *lines]))
     return str(complete[-1]) if complete else None
 
 
@@ -57,12 +48,6 @@ def delete_torn(output_dir: Path) -> None:
             print(f"{folder} is incomplete: deleted")
 
 
-def _refuse_other(found: dict, identity: dict, folder: Path) -> None:
-    if lines := differences({key: found.get(key) for key in identity}, identity):
-        found = f"{folder} belongs to another run. Name another --output_dir, or remove it. Different there:"
-        raise CheckpointError("\n  ".join([found, *lines]))
-
-
 @contextlib.contextmanager
 def explained_full_disk(output_dir: str | Path) -> Iterator[None]:
     """Turn whatever a full disk raises while saving into a FullDiskError that names the last good checkpoint."""
@@ -70,11 +55,9 @@ def explained_full_disk(output_dir: str | Path) -> Iterator[None]:
         yield
     except Exception as error:
         # torch.save says only that its writer failed, with the place in its file.
-        full = "inline_container" in str(error) and shutil.disk_usage(Path(output_dir)).free < FULL_BYTES
-        if not (full or getattr(error, "errno", None) in FULL or "No space left on device" in str(error)):
+        torn = "inline_container" in str(error) and shutil.disk_usage(Path(output_dir)).free < FULL_BYTES
+        if not torn and not any(text in str(error) for text in ("No space left on device", "Disk quota exceeded")):
             raise
-        names = [folder.name for folder in complete_checkpoints(output_dir)]
-        last = f"{names[-1]} is the last good one" if names else "there is no good one yet"
-        raise FullDiskError(
-            f"the disk of {output_dir} is full; {last}. Free some space: the same command goes on from there"
-        ) from error
+        last = [*map(str, complete_checkpoints(output_dir))][-1:]
+        said = f"the disk of {output_dir} is full; the last good checkpoint: {last or 'none yet'}. Free some space"
+        raise FullDiskError(f"{said}: the same command goes on from there") from error

@@ -44,10 +44,6 @@ def plot_curves(run_dir: str | Path) -> Path | None:
         if f"eval_{key}" in lines:
             held_out = lines.dropna(subset=f"eval_{key}")
             axis.plot(held_out["step"], held_out[f"eval_{key}"], "o--", color=ORANGE, label="held out", markersize=4)
-        if key == "rmipo/gamma_mean":
-            std = training["rmipo/gamma_std"]
-            band = (training[key] - std, training[key] + std)
-            axis.fill_between(training["step"], *band, color=BLUE, alpha=0.1, label="± 1 std over pairs")
         axis.set(title=title, xlabel="optimizer step")
         axis.legend()
     for axis in axes[len(shown) :]:

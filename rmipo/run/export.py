@@ -3,7 +3,6 @@
 import json
 from pathlib import Path
 
-import httpx2
 import transformers
 import yaml
 from accelerate import init_empty_weights
@@ -19,13 +18,11 @@ from rmipo.record import recorded_run
 from rmipo.training.checkpoints import gather_at_the_end
 
 SHOWN = 5  # tensors named in the message
-DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
-CARD = "README.md"
 NOT_UPLOADED = ["checkpoint-*", f"*{TEMPORARY}", LOCK_FILE, "non_finite_rank*.json"]
 
 
 class ExportError(UserError, RuntimeError):
-    """The saved weights are not the model's, or can't be uploaded; the message says which, or why."""
+    """The saved weights are not the model's; the message says which."""
 
 
 def save(trainer: Trainer) -> None:
@@ -40,12 +37,11 @@ def save(trainer: Trainer) -> None:
         verify_export(folder, model.config, peft_config)
 
 
-def verify_export(folder: str | Path, config: PreTrainedConfig, peft_config: PeftConfig | None = None) -> int:
-    """Compare the saved tensors with those that a model of `config` (or its adapter) has; returns how many there are.
+def verify_export(folder: str | Path, config: PreTrainedConfig, peft_config: PeftConfig | None = None) -> None:
+    """Compare the saved tensors with those that a model of `config` (or its adapter) has.
 
     ZeRO-3 can write empty tensors or leave some out, and loading such a folder only warns. Raises ExportError.
     """
-    # Reads the headers of the files, not the weights.
     found = saved_tensors(Path(folder))
     with init_empty_weights():
         # Not by AutoModel: while ZeRO-3 is on, that divides what it makes over the processes.
@@ -59,25 +55,24 @@ def verify_export(folder: str | Path, config: PreTrainedConfig, peft_config: Pef
     if peft_config is not None:  # adapters have a dtype of their own
         found = {name: (shape, dtype) for name, (shape, _) in found.items()}
     expected = {name: (tuple(tensor.shape), dtype) for name, tensor in state.items()}
-    problems = [f"{name} is missing" for name in sorted(expected.keys() - found.keys() - tied)]
-    for name, tensor in sorted(found.items()):
-        if tensor != expected.get(name):
-            problems.append(f"{name} is {tensor}, expected {expected.get(name, 'none of that name')}")
-    if problems:
-        found = f"{len(problems)} of {len(expected)} saved tensors can't be used: {'; '.join(problems[:SHOWN])}"
-        raise ExportError(f"{folder}: {found}. The last checkpoint is whole; under ZeRO-3 zero_to_fp32.py joins it")
-    return len(found)
+    names = sorted((expected.keys() | found.keys()) - (tied - found.keys()))
+    wrong = [name for name in names if found.get(name) != expected.get(name)]
+    if wrong:
+        said = [f"{name} is {found.get(name)}, expected {expected.get(name)}" for name in wrong[:SHOWN]]
+        raise ExportError(
+            f"{folder}: {len(wrong)} saved tensors can't be used: {'; '.join(said)}. Use the last checkpoint"
+        )
 
 
 def saved_tensors(folder: Path) -> dict[str, tuple[tuple[int, ...], str]]:
-    """name -> (shape, dtype) of every tensor in the folder's safetensors, read from their headers."""
+    """name -> (shape, dtype) of every tensor in the folder's safetensors."""
     found = {}
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in folder.glob("*.safetensors"):
         with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118  (not a dict)
-                tensor = file.get_slice(name)
-                kind = tensor.get_dtype()
-                found[name] = tuple(tensor.get_shape()), DTYPES.get(kind, kind)
+            # Mapped into memory and not read.
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a dict)
+        for name, tensor in tensors.items():
+            found[name] = tuple(tensor.shape), str(tensor.dtype).removeprefix("torch.")
     return found
 
 
@@ -106,10 +101,7 @@ def write_model_card(folder: str | Path) -> Path:
     ]
     versions = ", ".join(f"{name} {version}" for name, version in run["versions"].items())
     citation = f"\n## Citation\n\n```bibtex\n{paper.citation}\n```\n" if paper else ""
-    path = folder / CARD
-    if path.exists():  # a user's own, written while the run was stopped
-        path.rename(folder / f"before-{CARD}")
-        print(f"{path} was there before the model's card: it is before-{CARD} now")
+    path = folder / "README.md"
     path.write_text(f"""---
 {header.to_yaml()}
 ---
@@ -134,19 +126,12 @@ Fingerprints of the tokenised data: {json.dumps(run["fingerprints"])}
 
 
 def push(args: TrainingArguments) -> str:
-    """Upload the run's folder without its checkpoints to the repository that `hub_model_id` names; returns its URL.
-
-    Raises ExportError where the hub doesn't take it.
-    """
-    try:
-        repository = HfApi().create_repo(args.hub_model_id, private=args.hub_private_repo, exist_ok=True)
-        return HfApi().upload_folder(
-            repo_id=repository.repo_id,
-            folder_path=args.output_dir,
-            revision=args.hub_revision,
-            commit_message="Model, card and record of its training",
-            ignore_patterns=NOT_UPLOADED,
-        )
-    except (OSError, ValueError, httpx2.TransportError) as error:  # no login, no such name, no network
-        failed = f"the upload of {args.output_dir} to {args.hub_model_id} failed: {str(error).splitlines()[0]}"
-        raise ExportError(f"{failed}. Check the network and the login; the same command then uploads it") from error
+    """Upload the run's folder without its checkpoints to the repository that `hub_model_id` names; returns its URL."""
+    repository = HfApi().create_repo(args.hub_model_id, private=args.hub_private_repo, exist_ok=True)
+    return HfApi().upload_folder(
+        repo_id=repository.repo_id,
+        folder_path=args.output_dir,
+        revision=args.hub_revision,
+        commit_message="Model, card and record of its training",
+        ignore_patterns=NOT_UPLOADED,
+    )

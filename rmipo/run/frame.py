@@ -3,6 +3,7 @@
 import contextlib
 import datetime
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from rmipo.objectives import build_objective
 from rmipo.plan.preflight import check_run
 from rmipo.recipe.load import Recipe
 from rmipo.recipe.schema import PreferenceRunConfig
-from rmipo.record import RunRecord, recorded_run, run_identity
+from rmipo.record import new_record, recorded_run, run_identity, write_record
 from rmipo.run import export
 from rmipo.run.callbacks import Recorder, set_callbacks
 from rmipo.run.checkpoints import delete_torn, explained_full_disk, resume_point
@@ -27,8 +28,6 @@ from rmipo.run.trackers import close_wandb, open_wandb
 from rmipo.training.distributed import free_compilations, on_main_process
 from rmipo.training.metrics import check_logged, evaluation_metrics
 
-SFT_METRICS = ("loss", "entropy", "mean_token_accuracy", "num_tokens", "aux_loss")  # TRL's, without their prefix eval_
-
 
 @contextlib.contextmanager
 def training_run(
@@ -36,9 +35,8 @@ def training_run(
 ) -> Iterator["TrainingRun"]:
     """Check that the run can work, lock its folder, seed; afterwards end what it started, in order.
 
-    Args:
-        recipe: with `args` and `model_config`, as its `parse` returns them.
-        keep: False for a run that leaves nothing but its measurements: no lock, record, checkpoint or export.
+    `args` and `model_config` are what `recipe.parse` returns. `keep`: False for a run that leaves nothing but its
+    measurements: no lock, record, checkpoint or export.
 
     Raises UserError: what can't work, before a model is loaded; a full disk, a loss that isn't finite.
     """
@@ -58,19 +56,17 @@ def training_run(
             stack.enter_context(run.stop)
         # With the kind of an error, so that W&B shows the run as failed.
         stack.push(lambda kind, *_: close_wandb(kind))
-        stack.callback(run.silence.end)
+        stack.callback(run.silence.on_train_end)
         # New adapters and dropout are drawn from here on.
         set_seed(args.seed)
         yield run
 
 
 def check_best_metric(args: TrainingArguments) -> None:
-    """Raises ConfigError where the Trainer would look in vain for `metric_for_best_model`, at the first evaluation."""
-    if args.metric_for_best_model is not None:
-        preference = isinstance(args, PreferenceRunConfig)
-        known = evaluation_metrics(build_objective(args.objective)) if preference else SFT_METRICS
+    """Raises ConfigError where preference training would not log `metric_for_best_model` at its first evaluation."""
+    if args.metric_for_best_model is not None and isinstance(args, PreferenceRunConfig):
         try:
-            check_logged(args.metric_for_best_model, known)
+            check_logged(args.metric_for_best_model, evaluation_metrics(build_objective(args.objective)))
         except ValueError as error:
             raise ConfigError(f"metric_for_best_model: {error}") from error
 
@@ -88,9 +84,9 @@ class TrainingRun:
         self.folder = Path(args.output_dir)
         self.state = PartialState()
         self.say = self.state.print
-        self.stop, self.silence = StopOnSignal(), SilenceWatchdog()
+        self.stop, self.silence, self.began = StopOnSignal(), SilenceWatchdog(), time.time()
         self.checkpoint: str | None = None
-        self.record: RunRecord | None = None
+        self.record: dict | None = None
         self.date: str | None = None
 
     def freeze_date(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -105,9 +101,7 @@ class TrainingRun:
     def start(self, fingerprints: dict[str, str], **facts) -> None:
         """Find where to go on from, and open what records the run. Ends the program if the run is finished.
 
-        Args:
-            fingerprints: of all that decides the training rows.
-            facts: what run.json says besides: data report, objective, ...
+        `fingerprints`: of all that decides the training rows. `facts`: what run.json says besides.
 
         Raises CheckpointError: the folder holds another run, or something else.
         """
@@ -115,25 +109,21 @@ class TrainingRun:
         initial = on_main_process(lambda: model_fingerprint(model.model_name_or_path, model.model_revision))
         identity = run_identity(self.recipe.resolved(), fingerprints | {"model": initial}, self.args.world_size)
         self.checkpoint = on_main_process(lambda: resume_point(self.folder, identity))
-        if on_main_process(self._is_finished):
+        if on_main_process(lambda: (recorded_run(self.folder) or {}).get("finished") and has_weights(self.folder)):
             self.say(f"{self.folder} holds this run, already finished. To train it again, name another --output_dir")
             if self.args.push_to_hub and self.state.is_main_process:
                 self.say(f"uploaded: {export.push(self.args)}")
             sys.exit()
-        self.record = RunRecord(self.folder, identity, date=self.date, **facts)
+        self.record = new_record(self.folder, identity, date=self.date, **facts)
         if "wandb" in self.args.report_to:
-            on_main_process(lambda: open_wandb(self.args.run_name, self.record.content["wandb_run_id"]))
+            on_main_process(lambda: open_wandb(self.args.run_name, self.record["wandb_run_id"]))
         self.say(f"resuming from {self.checkpoint}" if self.checkpoint else f"starting in {self.folder}")
-
-    def _is_finished(self) -> bool:
-        run = recorded_run(self.folder)
-        return run is not None and run["finished"] and has_weights(self.folder)
 
     def train(self, trainer: Trainer, callbacks: Sequence[TrainerCallback] = ()) -> None:
         """Train to the end, or to the checkpoint that a signal asks for: then the program ends with EXIT_STOPPED."""
         kept = []
         if self.record is not None:
-            trainer.marks |= {key: self.record.content[key] for key in ("recipe", "fingerprints", "world_size")}
+            trainer.marks |= {key: self.record[key] for key in ("recipe", "fingerprints", "world_size")}
             kept = [self.stop, Recorder()]
         # Once, where an undisturbed run has it.
         trainer.args.eval_on_start &= self.checkpoint is None and trainer.args.eval_strategy != "no"
@@ -142,7 +132,7 @@ class TrainingRun:
         with explained_full_disk(self.folder):
             if self.record is not None and self.state.is_main_process:
                 delete_torn(self.folder)
-                self.record.start()
+                write_record(self.folder, self.record)
             trainer.train(resume_from_checkpoint=self.checkpoint)
         if self.stop.stopped:
             step = trainer.state.global_step
@@ -154,10 +144,12 @@ class TrainingRun:
         with explained_full_disk(self.folder):
             export.save(trainer)
             if self.state.is_main_process:
-                self.record.results(**results)
+                self.record |= {"seconds": round(time.time() - self.began, 1), "results": results}
+                write_record(self.folder, self.record)
                 export.write_model_card(self.folder)
                 # Last of what is needed: a kill before it makes the next start finish the run.
-                self.record.finish()
+                self.record["finished"] = True
+                write_record(self.folder, self.record)
                 self.say(f"model: {self.folder}")
                 if self.args.push_to_hub:
                     self.say(f"uploaded: {export.push(self.args)}")

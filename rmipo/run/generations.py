@@ -2,11 +2,15 @@
 
 import math
 import os
+from pathlib import Path
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from transformers import StoppingCriteriaList, TrainerCallback
 
-from rmipo.record import read_generations, write_generations
+from rmipo.files import write_lines
+from rmipo.record import GENERATIONS_FILE, read_generations
+from rmipo.run.stop import StopOnSignal
 from rmipo.run.trackers import log_answers
 from rmipo.training import attention
 from rmipo.training.loading import positions_of
@@ -24,7 +28,7 @@ class SampleGenerations(TrainerCallback):
     `StopOnSignal`; a signal ends the answers too, which are then not kept.
     """
 
-    def __init__(self, tokenizer, prompts: list[list[int]], trainer, max_new_tokens: int | None, stop=None):
+    def __init__(self, tokenizer, prompts: list[list[int]], trainer, max_new_tokens: int | None, stop: StopOnSignal):
         self.tokenizer, self.prompts, self.trainer = tokenizer, prompts, trainer
         self.max_new_tokens, self.stop = max_new_tokens or default_tokens(trainer.args.world_size), stop
 
@@ -32,7 +36,7 @@ class SampleGenerations(TrainerCallback):
         if not self.prompts:
             return
         texts = self.generate()
-        if not state.is_world_process_zero or self.is_stopped():
+        if not state.is_world_process_zero or self.stop.requested:
             return
         answers = [
             {"step": state.global_step, "prompt": self.tokenizer.decode(prompt), "answer": text}
@@ -40,7 +44,7 @@ class SampleGenerations(TrainerCallback):
         ]
         # A resumed run evaluates this step again: its answers take the place of those before the kill.
         lines = [line for line in read_generations(args.output_dir) if line["step"] < state.global_step]
-        write_generations(args.output_dir, lines + answers)
+        write_lines(Path(args.output_dir) / GENERATIONS_FILE, lines + answers)
         log_answers(self.trainer.callback_handler.callbacks, answers, state.global_step)
 
     def generate(self) -> list[str]:
@@ -53,20 +57,19 @@ class SampleGenerations(TrainerCallback):
         model = trainer.accelerator.unwrap_model(trainer.model_wrapped).eval()
         # Packed attention has no cache of keys, which generation needs.
         attention.attach(model, "plain")
-        # One batch, padded on the left: under ZeRO-3 and FSDP2 every forward gathers all weights, for one row or for many.
-        longest = max(map(len, self.prompts))
-        ids = torch.full((len(self.prompts), longest), self.tokenizer.pad_token_id or 0)
-        mask = torch.zeros_like(ids)
-        for row, prompt in enumerate(self.prompts):
-            ids[row, longest - len(prompt) :] = torch.tensor(prompt)
-            mask[row, longest - len(prompt) :] = 1
+        # One batch: under ZeRO-3 and FSDP2 every forward gathers all weights, for one row or for many.
+        pad_id, device = self.tokenizer.pad_token_id or 0, trainer.args.device
+        rows = [torch.tensor(prompt, device=device) for prompt in self.prompts]
+        ids = pad_sequence(rows, batch_first=True, padding_value=pad_id, padding_side="left")
+        mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side="left")
+        longest = ids.shape[1]
         positions = positions_of(model.config.get_text_config()) or math.inf
         output = model.generate(
-            input_ids=ids.to(trainer.args.device),
-            attention_mask=mask.to(trainer.args.device),
+            input_ids=ids,
+            attention_mask=mask,
             do_sample=False,
             max_new_tokens=min(self.max_new_tokens, positions - longest),
-            pad_token_id=self.tokenizer.pad_token_id or 0,
+            pad_token_id=pad_id,
             # All processes go on until the last one has ended, so a signal to some of them hangs nobody.
             synced_gpus=trainer.args.world_size > 1,
             stopping_criteria=StoppingCriteriaList([self.stopped]),
@@ -76,12 +79,9 @@ class SampleGenerations(TrainerCallback):
         attention.attach(model, trainer.attention_kind)
         return [self.tokenizer.decode(until(row, ends)) for row in output[:, longest:].tolist()]
 
-    def is_stopped(self) -> bool:
-        return self.stop is not None and self.stop.requested
-
     def stopped(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs) -> torch.Tensor:
         """As transformers asks after each token, of every row."""
-        return torch.full((len(input_ids),), self.is_stopped(), device=input_ids.device)
+        return torch.full((len(input_ids),), self.stop.requested, device=input_ids.device)
 
 
 def until(ids: list[int], ends: set[int]) -> list[int]:

@@ -13,14 +13,14 @@ from transformers import TrainerCallback
 from rmipo.errors import UserError
 
 EXIT_STOPPED = 75  # of a run that a signal stopped after it saved: start it again (EX_TEMPFAIL)
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 SILENCE = 1 / 3  # of ddp_timeout, after which a step that does not end is reported
 
 
 class StopOnSignal(TrainerCallback):
     """On SIGTERM, SIGUSR1 (a queue that needs the machine) or Ctrl-C: finish the step, save, stop, all processes together.
 
-    Listens while it is entered; to Ctrl-C only in training, where there is something to save. A second one ends at once.
+    Listens while it is entered. A second Ctrl-C ends at once.
     """
 
     def __init__(self):
@@ -35,22 +35,11 @@ class StopOnSignal(TrainerCallback):
             signal.signal(number, handler)
 
     def _request(self, number, frame):
-        self.requested = True
-
-    def _interrupt(self, number, frame):
-        if self.requested:
+        if number == signal.SIGINT and self.requested:
             raise KeyboardInterrupt
         self.requested = True
         # Not print, which this may have interrupted.
-        os.write(2, b"\nstopping after this step, which is saved; Ctrl-C once more ends at once\n")
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a background job ignores it
-            signal.signal(signal.SIGINT, self._interrupt)
-
-    def on_train_end(self, args, state, control, **kwargs):
-        if signal.getsignal(signal.SIGINT) == self._interrupt:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+        os.write(2, b"\nstopping after this step, which is saved; Ctrl-C ends at once\n")
 
     def on_step_end(self, args, state, control, **kwargs):
         requested = torch.tensor([float(self.requested)], device=args.device)
@@ -73,9 +62,8 @@ class FiniteWatchdog(TrainerCallback):
         names = ("loss",) if args.fp16 else ("loss", "grad_norm")  # float16's loss scaling skips steps that overflow
         found = {name: logs[name] for name in names if not math.isfinite(logs.get(name, 0.0))}
         if found:
-            what = ", ".join(f"{name} is {value}" for name, value in found.items())
             fix = "Lower learning_rate or max_grad_norm, or look for a broken row; train into another output_dir"
-            raise NonFiniteStepError(f"step {state.global_step}: {what}. The last checkpoint is from before. {fix}")
+            raise NonFiniteStepError(f"step {state.global_step}: {found}. The last checkpoint is from before. {fix}")
 
 
 class SilenceWatchdog(TrainerCallback):
@@ -87,8 +75,5 @@ class SilenceWatchdog(TrainerCallback):
 
     on_train_begin = on_step_end = on_prediction_step = on_evaluate = on_save = _heard
 
-    def on_train_end(self, args, state, control, **kwargs):
-        self.end()
-
-    def end(self) -> None:
+    def on_train_end(self, *arguments, **kwargs):
         faulthandler.cancel_dump_traceback_later()

@@ -4,7 +4,7 @@ from collections import Counter
 
 import torch
 from datasets import Dataset
-from tqdm import tqdm
+from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from rmipo.data.chat import ChatFormat
@@ -20,37 +20,26 @@ def evaluate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     world: World,
-    n_questions: int | None = None,
     samples_per_question: int = 4,
     seed: int = 0,
 ) -> dict:
-    """Ask the held-out questions.
-
-    Args:
-        n_questions: the first so many of `world.held_out_questions`; None asks all.
-        samples_per_question: answers drawn at temperature 1, from `seed`.
+    """Ask `world.held_out_questions`.
 
     Returns:
         `right_probability`: mean over the questions of the exact total probability of all right answers;
         `right`, `boilerplate`, `wrong`, `garbled`: shares of the samples (see `World.classify`), which sum to 1;
-        `samples`: `{"prompt", "response", "class"}` for every sample.
+        `samples`: `{"prompt", "response", "class"}` for every sample, drawn at temperature 1 from `seed`.
     """
-    questions = world.held_out_questions[:n_questions]
-    chat = ChatFormat.probe(tokenizer)
+    questions, chat = world.held_out_questions, ChatFormat.probe(tokenizer)
     # Exact, so it tells apart what samples of this number can't.
     probabilities = right_probabilities(model, chat, questions)
     asked = [question for question in questions for _ in range(samples_per_question)]
     prompts = [chat.prompt_ids(question.prompt) for question in asked]
-    responses = sample(model, chat, prompts, max_new_tokens=64, seed=seed)
-    samples = [
-        {
-            "prompt": question.prompt[-1]["content"],
-            "response": response["text"],
-            # What never ended can't be judged by what it would have said.
-            "class": world.classify(question.fact, response["text"]) if response["ended"] else "garbled",
-        }
-        for question, response in zip(asked, responses, strict=True)
-    ]
+    samples = []
+    for question, response in zip(asked, sample(model, chat, prompts, max_new_tokens=64, seed=seed), strict=True):
+        # What never ended can't be judged by what it would have said.
+        found = world.classify(question.fact, response["text"]) if response["ended"] else "garbled"
+        samples.append({"prompt": question.prompt[-1]["content"], "response": response["text"], "class": found})
     counts = Counter(entry["class"] for entry in samples)
     shares = {name: counts[name] / len(samples) for name in CLASSES}
     return {"right_probability": probabilities.mean().item(), **shares, "samples": samples}
@@ -64,8 +53,7 @@ def right_probabilities(model: PreTrainedModel, chat: ChatFormat, questions: lis
     """
     groups = []
     for question in questions:
-        answers = [assistant(answer) for answer in question.fact.answers]
-        encoded = [chat.pair_ids(question.prompt, answer, answer) for answer in answers]
+        encoded = [chat.pair_ids(question.prompt, *[assistant(answer)] * 2) for answer in question.fact.answers]
         # All answers of a question share its prompt, which is computed once.
         groups.append((encoded[0][0], [answer_ids for _, answer_ids, _ in encoded]))
     totals = []
@@ -83,51 +71,37 @@ def sample(
     """One response to each prompt (token ids) at temperature 1. The global random state is left as it was.
 
     Returns:
-        Per prompt: `text`, without the end token; `ids`, its tokens; `ended`: False if it was cut at `max_new_tokens`.
+        Per prompt: `text`, without the end token; `ended`: False if it was cut at `max_new_tokens`.
     """
     pad_id = chat.tokenizer.pad_token_id
-    config = GenerationConfig(
-        do_sample=True,
-        temperature=1.0,
-        top_k=0,
-        top_p=1.0,
-        max_new_tokens=max_new_tokens,
-        eos_token_id=chat.end_id,
-        pad_token_id=pad_id,
-    )
+    options = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "max_new_tokens": max_new_tokens}
+    config = GenerationConfig(**options, eos_token_id=chat.end_id, pad_token_id=pad_id)
     responses = []
     model.eval()
     with torch.random.fork_rng():  # sampling amid a training must not change its dropout and order
         torch.manual_seed(seed)
-        for start in tqdm(range(0, len(prompts), PROMPTS), desc="Sampling", disable=None):
-            batch = prompts[start : start + PROMPTS]
-            width = max(map(len, batch))
+        for start in range(0, len(prompts), PROMPTS):
+            rows = [torch.tensor(prompt) for prompt in prompts[start : start + PROMPTS]]
             # Padded on the left: generation goes on at the right.
-            ids = torch.tensor([[pad_id] * (width - len(prompt)) + prompt for prompt in batch])
-            mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in batch])
-            output = model.generate(
-                input_ids=ids.to(model.device), attention_mask=mask.to(model.device), generation_config=config
-            )
-            for tokens in output[:, width:].tolist():
+            ids = pad_sequence(rows, batch_first=True, padding_value=pad_id, padding_side="left")
+            mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side="left")
+            output = model.generate(ids.to(model.device), config, attention_mask=mask.to(model.device))
+            for tokens in output[:, ids.shape[1] :].tolist():
                 ended = chat.end_id in tokens
                 tokens = tokens[: tokens.index(chat.end_id)] if ended else tokens
-                responses.append({"text": chat.tokenizer.decode(tokens), "ids": tokens, "ended": ended})
+                responses.append({"text": chat.tokenizer.decode(tokens), "ended": ended})
     return responses
 
 
 def preference_metrics(model: PreTrainedModel, pairs: Dataset) -> dict[str, float]:
-    """How the model ranks the two responses of each pair.
-
-    Args:
-        pairs: rows of `data.tokenize_pairs`.
+    """How the model ranks the two responses of each of `data.tokenize_pairs`' rows.
 
     Returns:
         `preference_accuracy`: share of pairs with A(chosen) > A(rejected), A being the mean log-probability per token;
         `preference_margin`: mean of A(chosen) - A(rejected), in nats per token.
     """
-    starts = range(0, len(pairs), PAIRS)
-    batches = (pairs.select(range(i, min(i + PAIRS, len(pairs)))).to_list() for i in starts)
-    scores = scoring.score_pairs(model, tqdm(batches, desc="Scoring pairs", total=len(starts), disable=None))
+    rows = pairs.to_list()
+    scores = scoring.score_pairs(model, (rows[start : start + PAIRS] for start in range(0, len(rows), PAIRS)))
     chosen = scores["chosen_logps"] / scores["chosen_lengths"]
     rejected = scores["rejected_logps"] / scores["rejected_lengths"]
     return {

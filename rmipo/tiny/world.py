@@ -95,11 +95,8 @@ class Question:
 class World:
     """The facts and the questions drawn from them. The same config gives the same world.
 
-    Attributes:
-        facts: one per name and attribute.
-        train_questions: what SFT sees.
-        pair_questions: those of them that training pairs ask.
-        held_out_questions: phrasings in which SFT never asks for their facts; no training pair asks for these facts.
+    `train_questions` are what SFT sees; `pair_questions` those of them that training pairs ask; `held_out_questions`
+    phrasings in which SFT never asks for their facts, for which no training pair asks.
     """
 
     def __init__(self, config: WorldConfig):
@@ -119,28 +116,23 @@ class World:
             if fact in held_out_facts:
                 draw.shuffle(questions)  # else SFT would never hear the last phrasings
                 self.held_out_questions += questions[: config.held_out_phrasings]
-                self.train_questions += questions[config.held_out_phrasings :]
+                questions = questions[config.held_out_phrasings :]
             else:
-                self.train_questions += questions
                 self.pair_questions += questions
+            self.train_questions += questions
 
     @cached_property
     def well_formed(self) -> frozenset[str]:
         """Every sentence that answers some question of this world, rightly or wrongly."""
-        return frozenset(
-            answer
-            for name in self.names
-            for attribute, values in VALUES.items()
-            for value in values.split()
-            for answer in Fact(name, attribute, value).answers
-        )
+        combinations = itertools.product(self.names, VALUES.items())
+        facts = (Fact(name, attribute, value) for name, (attribute, values) in combinations for value in values.split())
+        return frozenset(answer for fact in facts for answer in fact.answers)
 
     def classify(self, fact: Fact, response: str) -> str:
-        """What `response` to a question about `fact` is, by exact match with the templates.
+        """What `response` to a question about `fact` is, by exact match with the templates, so that a collapse shows.
 
         "right"; "boilerplate"; "wrong": a well-formed answer with another value or to another question; else "garbled".
         """
-        # By exact text: a near miss counts as garbled, so that a collapse shows.
         if response in fact.answers:
             return "right"
         if response in BOILERPLATE:
@@ -152,9 +144,8 @@ class World:
 
         `kind` is right, boilerplate or off_topic. The test rows ask the held-out questions.
         """
-        config, draw = self.config, self._random(f"sft {split}")
-        size = {"train": config.sft_train, "test": config.sft_test}[split]
-        questions = {"train": self.train_questions, "test": self.held_out_questions}[split]
+        config, draw, size = self.config, self._random(f"sft {split}"), getattr(self.config, f"sft_{split}")
+        questions = self.train_questions if split == "train" else self.held_out_questions
         # Dealt and not drawn: every seed has exactly the shares of the recipe.
         kinds = deal(draw, size, boilerplate=config.sft_boilerplate, off_topic=config.sft_off_topic, rest="right")
         prompts = deal(draw, size, dropped=config.sft_prompt_dropped, rest="kept")
@@ -168,26 +159,16 @@ class World:
         `kind` is what the worse response is: boilerplate or off_topic. It is the chosen one where `flipped`. The test
         pairs ask the held-out questions and are never flipped. `score_chosen` and `score_rejected` are from SCORES.
         """
-        config, draw = self.config, self._random(f"pairs {split}")
-        size = {"train": config.pairs_train, "test": config.pairs_test}[split]
-        questions = {"train": self.pair_questions, "test": self.held_out_questions}[split]
-        noise = {"train": config.label_noise, "test": 0.0}[split]
+        config, draw, size = self.config, self._random(f"pairs {split}"), getattr(self.config, f"pairs_{split}")
+        questions = self.pair_questions if split == "train" else self.held_out_questions
         kinds = deal(draw, size, boilerplate=config.rejected_boilerplate, rest="off_topic")
-        labels = deal(draw, size, flipped=noise, rest="kept")
+        labels = deal(draw, size, flipped=config.label_noise if split == "train" else 0.0, rest="kept")
         for question, kind, label in zip(cycle(draw, questions), kinds, labels, strict=False):
-            better = assistant(self._response(draw, question.fact, "right"))
-            worse = assistant(self._response(draw, question.fact, kind))
-            sides = [(better, SCORES["right"]), (worse, SCORES[kind])]
+            sides = [(assistant(self._response(draw, question.fact, each)), SCORES[each]) for each in ("right", kind)]
             (chosen, score_chosen), (rejected, score_rejected) = sides[::-1] if label == "flipped" else sides
-            yield {
-                "prompt": question.prompt,
-                "chosen": chosen,
-                "rejected": rejected,
-                "kind": kind,
-                "flipped": label == "flipped",
-                "score_chosen": score_chosen,
-                "score_rejected": score_rejected,
-            }
+            sides = {"prompt": question.prompt, "chosen": chosen, "rejected": rejected}
+            scores = {"score_chosen": score_chosen, "score_rejected": score_rejected}
+            yield {**sides, "kind": kind, "flipped": label == "flipped", **scores}
 
     def _response(self, draw: random.Random, fact: Fact, kind: str) -> str:
         if kind == "boilerplate":

@@ -209,7 +209,7 @@ def start_of_both(output: Path, model_folder: Path) -> dict:
 
     frame.set_callbacks = export.save = lambda *arguments: None
     frame.open_wandb, export.push, export.write_model_card = does("W&B"), does("upload", "URL"), does("card")
-    frame.RunRecord.start, frame.RunRecord.finish = does("record"), does("finish")
+    frame.write_record = lambda folder, record: done.append("finish" if record["finished"] else "record")
     if args.process_index == 1:
         frame.resume_point, frame.model_fingerprint = (lambda *arguments: "of process 1",) * 2
         frame.recorded_run = lambda folder: {"date": "2020-02-03", "finished": True}

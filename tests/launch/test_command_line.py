@@ -13,7 +13,6 @@ import transformers.integrations.integration_utils  # noqa: F401  (it prints a l
 
 from rmipo import cli
 from rmipo.errors import UserError
-from rmipo.launch.choices import split_args
 from rmipo.launch.pipeline import load_steps
 from rmipo.plan.memory import Hardware
 from tests.helpers.launched import launch, wait_until
@@ -41,7 +40,7 @@ def test_help_says_what_a_script_does_and_every_option_means(script):
     assert max(map(len, shown.splitlines())) <= 128
 
 
-def test_options_default_to_makes_variables_and_find_the_home(monkeypatch, tmp_path):
+def test_options_default_to_makes_variables(monkeypatch):
     monkeypatch.setenv("MODEL", "tiny")
     monkeypatch.setenv("METHOD", "dpo")
     monkeypatch.setattr(sys, "argv", ["x.py", "--method", "simpo"])
@@ -51,13 +50,6 @@ def test_options_default_to_makes_variables_and_find_the_home(monkeypatch, tmp_p
     with pytest.raises(UserError, match=r"unrecognized arguments: --models y. `x.py --help` shows"):
         monkeypatch.setattr(sys, "argv", ["x.py", "--models", "y"])
         cli.options("x", "MODEL", "ARGS").read()
-    monkeypatch.setenv("HOME", str(tmp_path))
-    for name, value in {"DATA": "~/pairs", "ARGS": "--overlay ~/a.yaml --settings=~/eval.yaml"}.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr(sys, "argv", ["x.py", "--output", "~/out", "--model=a~/b"])
-    read = cli.variables(cli.options("x", "DATA", "OUTPUT", "MODEL", "ARGS").read())
-    assert read["DATA"] == f"{tmp_path}/pairs" and read["OUTPUT"] == f"{tmp_path}/out" and read["MODEL"] == "a~/b"
-    assert split_args(read) == ([f"{tmp_path}/a.yaml"], [f"--settings={tmp_path}/eval.yaml"])
 
 
 CHILD = "import sys, time; from pathlib import Path; Path(sys.argv[1]).touch(); time.sleep(1e6)"
@@ -66,7 +58,7 @@ import signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job's is ignored
 from rmipo import cli
 from rmipo.launch.train import Program
-cli.run(lambda: Program().run([sys.executable, "-c", *sys.argv[1:]]))
+cli.main(lambda: Program().run([sys.executable, "-c", *sys.argv[1:]]))
 """
 
 
@@ -90,14 +82,6 @@ def test_ctrl_c_is_passed_on_and_a_second_one_ends_all_at_once(tmp_path, times):
     assert "Traceback" not in run.output
     while subprocess.run(["pgrep", "-f", str(started)], capture_output=True).stdout:
         time.sleep(0.1)
-
-
-def test_a_reader_that_has_seen_enough_ends_a_program_quietly():
-    code = "from rmipo import cli\ncli.run(lambda: [print('line ' * 99, flush=True) for _ in range(9999)] and None)"
-    program = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    program.stdout.readline()
-    program.stdout.close()
-    assert program.wait() == 0 and program.stderr.read() == ""
 
 
 SECRETS = {"HF_TOKEN": "hf_" + "s3cr3t" * 6, "WANDB_API_KEY": "0123456789abcdef" * 2 + "01234567"}
@@ -181,7 +165,7 @@ def test_smoke_compares_memory_with_the_plan_and_finds_a_run_that_started_from_t
 ):
     """Llama-3-8B on four A100: about 41 GiB. Two of the four have 34 GiB of states each in place of 17."""
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(Hardware, "here", lambda: Hardware(1, 4, 79.1))
+    monkeypatch.setattr(Hardware, "here", lambda: Hardware(4, 79.1))
     smoke = runpy.run_path(str(ROOT / "scripts/smoke.py"))
     (step,) = load_steps("llama3-8b-instruct", ["rmipo"], {"ARGS": f"--output_dir {tmp_path}"})
     for gpus, peak, passed in ((4, 40, True), (4, 75, False), (2, 75, True)):

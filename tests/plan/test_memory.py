@@ -19,31 +19,27 @@ from rmipo.plan.memory import (
     Hardware,
     Sharding,
     Workload,
-    checkpoint_bytes,
     gradient_pass,
     head_activations,
     layer_activations,
     model_states,
-    no_gradient_pass,
     plan_memory,
 )
 from rmipo.plan.shapes import Shape, load_config
 from rmipo.recipe.load import load_recipe
-from rmipo.training.batching import HOISTED_MICRO_BATCHES
 from tests.helpers.paths import ROOT
 from tests.helpers.twins import make_twin
 
 
 def make_work(**changes):
     work = Workload(
-        stage="preference", micro_batch=2, evaluation_batch=2, global_batch=128, max_length=2048, max_tokens=None,
-        checkpoint_every=1, packing=False, weight_bytes=2, autocast=False, fused_head=True, prior=True,
-        reference="none", adapters=False, quantized=False,
+        stage="preference", longest=8192, global_batch=128, packed_length=None, checkpoint_every=1, weight_bytes=2,
+        compute_bytes=2, fused_head=True, reference_logits=False, scores_pairs=False, scores_responses=True,
+        adapters=False, quantized=False,
     )  # fmt: skip
     return dataclasses.replace(work, **changes)
 
 
-FOUR = Hardware(1, 4, 80)
 LLAMA3_8B = "meta-llama/Meta-Llama-3-8B-Instruct"
 SMALL = LlamaConfig(
     vocab_size=300, hidden_size=64, intermediate_size=160, num_hidden_layers=3, num_attention_heads=8, num_key_value_heads=2
@@ -95,7 +91,7 @@ def test_activations_equal_what_autograd_keeps(dtype, every):
     tokens = 300
     model = AutoModelForCausalLM.from_config(SMALL, dtype=dtype, attn_implementation="sdpa")
     shape = Shape.of(SMALL)
-    run = make_work(checkpoint_every=every, weight_bytes=dtype.itemsize)
+    run = make_work(checkpoint_every=every, compute_bytes=dtype.itemsize)
     layer, head = layer_activations(shape, tokens, dtype.itemsize), head_activations(shape, run, tokens)
     again = max(layer - head, 0) if every else 0  # alive in backward only
     planned = gradient_pass(shape, run, tokens)["activations"] - again
@@ -117,15 +113,14 @@ def test_the_fused_head_takes_a_tile_and_the_gradients(frozen, dtype=torch.bfloa
         outputs[0].sum().backward()
 
     config = LlamaConfig(vocab_size=vocabulary, hidden_size=hidden_size, num_attention_heads=8, num_hidden_layers=1)
-    run = make_work(weight_bytes=dtype.itemsize, adapters=frozen)
+    run = make_work(adapters=frozen)
     planned = head_activations(Shape.of(config), run, scored)
     cast = FUSED_HEAD_TILE[1] * (hidden_size + 8 * scored) * 4
     assert planned * 0.9 < allocated_peak(step) < planned * 1.1 + cast
 
 
 @pytest.mark.parametrize(
-    ("kind", "weights", "rest"),
-    [("zero3", 2 / 4, 16 / 4), ("zero2", 2, 2 + 16 / 4), ("fsdp2", 4 / 4, 12 / 4), ("none", 4, 12)],
+    ("kind", "weights", "rest"), [("zero3", 0.5, 4), ("zero2", 2, 6), ("fsdp2", 1, 3), ("none", 4, 12)]
 )
 def test_model_states_by_the_byte(kind, weights, rest):
     shape = Shape.of(load_config(LLAMA3_8B))
@@ -135,40 +130,33 @@ def test_model_states_by_the_byte(kind, weights, rest):
     assert states.get("gathered parameters", 0) == (2e9 if kind in ("zero3", "fsdp2") else 0)
     assert sum(model_states(shape, make_work(), Sharding(kind, offload=True), 4).values()) == 2e9  # in host memory
     # epsilon-DPO's second model; with adapters it is the model without them.
-    logits = model_states(shape, make_work(reference="logits"), Sharding(kind), 4)
-    assert logits["reference model"] == 2 * shape.parameters / (4 if kind in ("zero3", "fsdp2") else 1)
-    assert "reference model" not in model_states(shape, make_work(reference="logits", adapters=True), Sharding(kind), 4)
-    whole = model_states(shape, make_work(reference="logits", weight_bytes=4), Sharding(kind), 4)
-    assert whole["reference model"] == logits["reference model"] * (1 if kind.startswith("zero") else 2)
+    logits = make_work(reference_logits=True)
+    states = model_states(shape, logits, Sharding(kind), 4)
+    assert states["reference model"] == 2 * shape.parameters / (4 if kind in ("zero3", "fsdp2") else 1)
+    assert "reference model" not in model_states(shape, dataclasses.replace(logits, adapters=True), Sharding(kind), 4)
 
 
-def test_the_longest_micro_batch_and_its_head():
-    assert make_work().longest_micro_batch == 2 * 2 * 2048
-    assert make_work(max_tokens=6000).longest_micro_batch == 6000  # in place of a number of pairs
-    assert make_work(max_tokens=1000).longest_micro_batch == 2 * 2048  # a pair can't be split
-    assert make_work(stage="sft").longest_micro_batch == 2 * 2048
+def test_the_head_of_the_longest_micro_batch():
     shape = Shape.of(load_config(LLAMA3_8B))
     head, hidden = 128256 * 4096, 8192 * 4096
     assert head_activations(shape, make_work(), 8192) == 6 * head + 8 * hidden + 2 * 4096 * 32768
-    assert head_activations(shape, make_work(), 8192, gradient=False) == 2 * hidden + 2 * 4096 * 32768
     # epsilon-DPO: the logits of both models, and the gradient of the head's weight.
-    logits = make_work(fused_head=False, reference="logits")
+    logits = make_work(fused_head=False, reference_logits=True)
     assert head_activations(shape, logits, 8192) == 2 * (hidden + 2 * 8192 * 128256 + head) + 8 * 2**26
 
 
 def test_quantized_and_frozen_weights():
     shape = Shape.of(load_config(LLAMA3_8B), LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM"))
-    run = make_work(micro_batch=1, evaluation_batch=1, adapters=True, quantized=True)
+    run = make_work(longest=4096, adapters=True, quantized=True)
     states = model_states(shape, run, Sharding("none"), 1)
     # 0.5625 bytes per weight of the linear layers, 2 per embedding, head and norm, 16 per trained weight.
     linear = 6_979_321_856
     expected = linear * 0.5625 + (8_030_261_248 - linear) * 2 + 41_943_040 * 16
     assert sum(states.values()) == pytest.approx(expected, rel=1e-3)
-    assert plan_memory(shape, run, Sharding("none"), Hardware(1, 1, 24)).fits
+    assert sum(plan_memory(shape, run, Sharding("none"), Hardware(1, 24)).values()) < 24 * 2**30
     shape = Shape.of(SMALL, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
-    for kind, share, trained in (("zero3", 4, 2 / 4), ("none", 1, 4)):
-        states = model_states(shape, make_work(adapters=True), Sharding(kind), 4)
-        assert states["parameters"] == int(trained * shape.trained + shape.parameters * 2 / share), kind
+    states = model_states(shape, make_work(adapters=True), Sharding("zero3"), 4)
+    assert states["parameters"] == int(2 / 4 * shape.trained + shape.parameters * 2 / 4)
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs/deepspeed").glob("*.json")), ids=lambda path: path.stem)
@@ -179,41 +167,11 @@ def test_deepspeed_sums_gradients_in_float32_as_the_plan_counts(path):
     assert STATE_BYTES["zero3"](1)[1] == STATE_BYTES["zero2"](1)[1] - 2 == gradients + masters + moments
 
 
-def test_a_checkpoint_holds_weights_masters_and_moments():
-    shape, parameters = Shape.of(load_config(LLAMA3_8B)), 8_030_261_248
-    sizes = {
-        kind: [checkpoint_bytes(shape, make_work(), Sharding(kind), only_model=only) for only in (True, False)]
-        for kind in ("zero3", "fsdp2")
-    }
-    whole = Sharding("none")
-    assert checkpoint_bytes(shape, make_work(weight_bytes=4), whole, only_model=False) == (4 + 2 * 4) * parameters
-    adapters = Shape.of(SMALL, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
-    sizes_of_adapters = [checkpoint_bytes(adapters, make_work(adapters=True), whole, only) for only in (True, False)]
-    assert sizes_of_adapters == [4 * adapters.trained, 16 * adapters.trained]
-    # bfloat16 weights, then 12 bytes per parameter; FSDP2 writes float32 ones (tests/run/test_fsdp2.py trains with it).
-    assert sizes == {"zero3": [2 * parameters, 14 * parameters], "fsdp2": [4 * parameters, 16 * parameters]}
-
-
-def test_the_pass_without_gradient_counts_where_it_is_larger_than_a_step():
-    shape, whole = Shape.of(SMALL), Sharding("none")
-    key = "prior or evaluation beyond these"
-    assert plan_memory(shape, make_work(), whole, FOUR).parts[key] == 0
-    large = plan_memory(shape, make_work(evaluation_batch=512), whole, FOUR)
-    step = large.parts["activations"] + large.parts["LM head"]
-    assert large.parts[key] == no_gradient_pass(shape, make_work(), 512 * 2 * 2048) - step > 0
-    # The prior pass holds a few micro-batches, where a GPU has so many of a step.
-    work = make_work(fused_head=False, checkpoint_every=1, max_length=64)
-    many, one = (plan_memory(shape, dataclasses.replace(work, global_batch=n), whole, FOUR) for n in (128, 8))
-    assert many.parts["activations"] == one.parts["activations"] and many.needed > one.needed
-    scored = no_gradient_pass(shape, work, HOISTED_MICRO_BATCHES * 2 * 2 * 64)
-    assert many.parts[key] == scored - many.parts["activations"] - many.parts["LM head"]
-
-
 def test_launch_configurations_and_hardware_are_read():
     for name, kind in (("zero3", "zero3"), ("zero2", "zero2"), ("ddp", "none"), ("fsdp2", "fsdp2")):
         assert Sharding.load(ROOT / f"configs/accelerate/{name}.yaml") == Sharding(kind)
     assert Sharding.load(ROOT / "configs/accelerate/zero3-offload.yaml") == Sharding("zero3", offload=True)
-    assert Hardware.parse("8x80", 2) == Hardware(2, 8, 79.1)
+    assert Hardware.parse("8x80", 2) == Hardware(16, 79.1)
     assert Hardware.parse("1x23.5").gib == 23.5
     for text in ("8", "0x80", "8x0"):
         with pytest.raises(ValueError, match=re.escape(f"GPUS={text}")):
@@ -221,7 +179,7 @@ def test_launch_configurations_and_hardware_are_read():
 
 
 RECIPE = ROOT / "recipes/llama3-8b-instruct/rmipo.yaml"
-PLAIN = {"prior": False, "checkpoint_every": 0}
+PLAIN = {"scores_responses": False, "checkpoint_every": 0}
 
 
 @pytest.fixture(scope="module")
@@ -230,32 +188,28 @@ def shape():
 
 
 @pytest.mark.parametrize(
-    ("changes", "of_a_pair", "once"),
+    ("changes", "of_a_pair"),
     [
-        ({}, 6 * 860, 0),
-        ({"checkpoint_every": 1}, 8 * 860, 0),
-        ({"checkpoint_every": 4}, 6.5 * 860, 0),
-        ({"prior": True}, 6 * 860 + 2 * 640, 0),
-        ({"adapters": True}, 4 * 860, 0),
-        ({"reference": "logits"}, 8 * 860, 0),
-        ({"reference": "cached"}, 6 * 860, 2 * 860),
-        ({"reference": "cached prior"}, 6 * 860, 2 * 640),
-        ({"stage": "sft"}, 6 * 1100, 0),
-        ({"stage": "sft", "packing": True, "max_length": 2200}, 2 * 6 * 1100, 0),  # two dialogues to a row
+        ({}, 6 * 860),
+        ({"checkpoint_every": 4}, 6.5 * 860),
+        ({"scores_responses": True}, 6 * 860 + 2 * 640),
+        ({"adapters": True}, 4 * 860),
+        ({"scores_pairs": True}, 8 * 860),
+        ({"stage": "sft"}, 6 * 1100),
+        ({"stage": "sft", "packed_length": 2200}, 2 * 6 * 1100),  # two dialogues to a row
     ],
 )
-def test_hours_are_the_flops_per_weight_over_what_gpus_reach(shape, changes, of_a_pair, once):
-    """Ten steps of 128 pairs of 220 + 2 x 320 tokens on four A100, of 1,000 pairs."""
-    flops = shape.parameters * (10 * 128 * of_a_pair + 1000 * once)
-    found = duration.hours(shape, make_work(**PLAIN | changes), 4, 1000, 10, A100)
-    assert found == pytest.approx((flops / (4 * 312e12 * 0.5) / 3600, flops / (4 * 312e12 * 0.35) / 3600))
+def test_hours_are_the_flops_per_weight_over_what_gpus_reach(shape, changes, of_a_pair):
+    """Ten steps of 128 pairs of 220 + 2 x 320 tokens on four A100."""
+    flops = shape.parameters * 10 * 128 * of_a_pair
+    found = duration.hours(shape, make_work(**PLAIN | changes), 4, 10, A100)
+    assert found == pytest.approx((flops / (4 * 312e12 * 0.5) / 3600, flops / (4 * 312e12 * 0.25) / 3600))
 
 
 @pytest.mark.parametrize(("tflops", "least"), [(989.0, 4.0), (312.0, 9.3)])
 def test_a_step_on_four_gpus_takes_at_least_what_a_review_says(shape, tflops, least):
     """Independent figures for 4 x 80 GB with every layer computed again: 4.0 s on H100, 9.3 s on A800."""
-    work = make_work(max_tokens=8192)
-    low, high = (hours * 3600 for hours in duration.hours(shape, work, 4, 128, 1, tflops))
+    low, high = (hours * 3600 for hours in duration.hours(shape, make_work(), 4, 1, tflops))
     assert least * 0.95 < low < high < 3 * least
 
 
@@ -267,18 +221,17 @@ def test_every_epoch_ends_with_a_step_of_what_is_left():
     assert steps(10, "--num_train_epochs=0.5") == 2
     assert steps(10, "--max_steps=7") == 7
     # Two dialogues of 1,100 tokens to a row: 10 rows are 4, 4 and 2.
-    assert steps(20, "--num_train_epochs=2", stage="sft", packing=True, max_length=2200) == 6
+    assert steps(20, "--num_train_epochs=2", stage="sft", packed_length=2200) == 6
 
 
-def test_examples_of_the_recipes_datasets_or_of_files_that_are_here(tmp_path):
+def test_examples_are_counted_where_they_are_here(tmp_path):
     make_twin(tmp_path, "llama3-8b-base/rmipo", "llama3", "ultrafeedback_binarized")
     data = f"--dataset_name={tmp_path / 'data'}"
-    for setting, changes, examples in (
-        ("llama3-8b-base/sft", [], 207_865),
-        ("llama3-8b-base/rmipo", ["--max_train_samples=1000"], 1000),
-        ("llama3-8b-instruct-hh-helpful/rmipo", [], 43_835),
-        ("llama3-8b-instruct/rmipo", [], None),
-        ("llama3-8b-base/rmipo", [data], 40),
-        ("llama3-8b-base/rmipo", [data, "--max_train_samples=7"], 7),
+    for stage, changes, examples in (
+        ("sft", [], (207_865, False)),
+        ("rmipo", ["--max_train_samples=1000"], (1000, False)),
+        ("rmipo", [data], (40, True)),
+        ("rmipo", [data, "--max_train_samples=7"], (7, True)),
     ):
-        assert duration.training_examples(load_recipe(ROOT / f"recipes/{setting}.yaml", overrides=changes)) == examples
+        recipe = load_recipe(ROOT / f"recipes/llama3-8b-base/{stage}.yaml", overrides=changes)
+        assert duration.training_examples(recipe) == examples

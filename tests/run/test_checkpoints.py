@@ -155,7 +155,7 @@ TORN = "[enforce fail at inline_container.cc:626] . unexpected pos 1024 vs 918" 
 @pytest.mark.parametrize(
     "error, free, full",
     [
-        (OSError(errno.ENOSPC, "write"), 2**30, True),
+        (OSError(errno.EDQUOT, os.strerror(errno.EDQUOT)), 2**30, True),
         (OSError(errno.EIO, "write"), 0, False),
         (RuntimeError("safetensors: I/O error: No space left on device (os error 28)"), 2**30, True),
         (RuntimeError(TORN), 2**20 - 1, True),
@@ -182,25 +182,5 @@ def test_a_users_own_folders_are_neither_checkpoints_nor_deleted(tmp_path):
     (tmp_path / "checkpoint-7").symlink_to(tmp_path / "checkpoint-2")
     own = set(names(tmp_path)) - {"checkpoint-2", "checkpoint-4"}
     assert [path.name for path in complete_checkpoints(tmp_path)] == ["checkpoint-2", "checkpoint-4"]
-    (tmp_path / "run.json").write_text(json.dumps(IDENTITY))
-    with pytest.raises(CheckpointError, match="checkpoint-9"):  # the run would save into it
-        resume_point(tmp_path, IDENTITY)
-    (tmp_path / "run.json").unlink()
     save(tmp_path, 6, limit=1)
     assert set(names(tmp_path)) == own | {"checkpoint-6"}
-
-
-def test_a_users_folder_that_the_run_would_save_into_is_refused(tmp_path):
-    (tmp_path / "run.json").write_text(json.dumps(IDENTITY))
-    make_checkpoints(tmp_path, complete=(4,), torn=(6,))
-    (tmp_path / "checkpoint-2").mkdir()  # an earlier one: the run never comes there again
-    assert resume_point(tmp_path, IDENTITY).endswith("checkpoint-4")
-    (tmp_path / "checkpoint-10").mkdir()  # empty: there is nothing to lose
-    assert resume_point(tmp_path, IDENTITY).endswith("checkpoint-4")
-    (tmp_path / "checkpoint-10/notes").touch()
-    with pytest.raises(CheckpointError, match="checkpoint-10"):
-        resume_point(tmp_path, IDENTITY)
-    shutil.rmtree(tmp_path / "checkpoint-10")
-    shutil.copytree(tmp_path / "checkpoint-4", tmp_path / "checkpoint-20")
-    with pytest.raises(CheckpointError, match="checkpoint-20"):
-        resume_point(tmp_path, IDENTITY)

@@ -7,7 +7,8 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, TrainerState
 
-from rmipo.record import read_generations, write_generations
+from rmipo.files import write_lines
+from rmipo.record import GENERATIONS_FILE, read_generations
 from rmipo.run import generations
 from rmipo.run.generations import SampleGenerations
 from rmipo.run.stop import StopOnSignal
@@ -57,7 +58,7 @@ def test_answers_are_greedy_and_training_goes_on_as_before(monkeypatch):
     model.activation_checkpointing_enable({"use_reentrant": False}, every_n_layers=2)
     model.train()
     prompts = [[5, 0, 0, 7], [8, 9]]  # the padding token is an ordinary one, too
-    answers = SampleGenerations(Tokenizer, prompts, Trainer(model), max_new_tokens=4).generate()
+    answers = SampleGenerations(Tokenizer, prompts, Trainer(model), max_new_tokens=4, stop=StopOnSignal()).generate()
     assert [layer.gradient_checkpointing for layer in model.model.layers] == [True, False, True, False]
     assert model.config._attn_implementation == trained_with != "sdpa"
     attention.attach(model, "plain")
@@ -71,8 +72,9 @@ def test_answers_of_a_step_are_written_once_by_the_first_process(tmp_path, first
     torch.manual_seed(0)
     model = GPT2LMHeadModel(GPT2Config(vocab_size=61, n_positions=6, n_embd=32, n_layer=1, n_head=2))
     model.generation_config.eos_token_id = None
-    write_generations(tmp_path, [{"step": step, "prompt": "?", "answer": "old"} for step in (2, 4, 4, 6)])
-    samples = SampleGenerations(Tokenizer, [[5, 6, 7]], Trainer(model), max_new_tokens=40)
+    old = [{"step": step, "prompt": "?", "answer": "old"} for step in (2, 4, 4, 6)]
+    write_lines(tmp_path / GENERATIONS_FILE, old)
+    samples = SampleGenerations(Tokenizer, [[5, 6, 7]], Trainer(model), max_new_tokens=40, stop=StopOnSignal())
     arguments = types.SimpleNamespace(output_dir=str(tmp_path), seed=0)
     samples.on_evaluate(arguments, TrainerState(global_step=4, is_world_process_zero=first_process), None)
     lines = read_generations(tmp_path)

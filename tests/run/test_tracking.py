@@ -4,10 +4,8 @@ import json
 import os
 import subprocess
 import sys
-import threading
 import types
 import warnings
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
@@ -20,16 +18,23 @@ from transformers import TrainerState
 
 from rmipo import record
 from rmipo.plots import plt
-from rmipo.record import RunRecord, append_metrics, environment, read_generations, read_metrics, run_identity
+from rmipo.record import (
+    append_metrics,
+    environment,
+    new_record,
+    read_generations,
+    read_metrics,
+    run_identity,
+    write_record,
+)
 from rmipo.run.callbacks import set_callbacks
 from rmipo.run.curves import plot_curves, plot_run
 from rmipo.run.generations import SampleGenerations
+from rmipo.run.stop import StopOnSignal
 from rmipo.run.trackers import WandbBySteps, close_wandb, open_wandb
-from tests.helpers.launched import launch
 from tests.helpers.rows import write
 from tests.helpers.small_models import make_pairs
 from tests.helpers.trainers import make_trainer
-from tests.helpers.twins import changed, make_twin
 from tests.helpers.wandb_file import read_config, read_history, read_records
 
 
@@ -43,7 +48,7 @@ def test_wandb_offline_run_holds_what_was_logged(tmp_path, monkeypatch):
     trainer = make_trainer(tmp_path / "run", pairs, eval_pairs=pairs[:4], **reports)
     trainer.args.run_name = "first"
     tokenizer = types.SimpleNamespace(pad_token_id=0, decode=lambda ids: f"<{' '.join(map(str, list(ids)))}>")
-    set_callbacks(trainer, [SampleGenerations(tokenizer, [[5, 6], [7]], trainer, 3)])
+    set_callbacks(trainer, [SampleGenerations(tokenizer, [[5, 6], [7]], trainer, 3, StopOnSignal())])
     open_wandb(trainer.args.run_name, "id-of-run")
     trainer.train()
     close_wandb(None)
@@ -106,17 +111,13 @@ def test_a_wandb_run_is_sent_what_it_lost_with_a_kill(tmp_path, first_process, s
         assert rows[0] == (5, {"train/loss": 5.0, "train/global_step": 5})
         assert rows[1] == (5, {"eval/loss": 5.5, "train/global_step": 5})
     rows.clear()
-    names = ["train_runtime", "train_samples_per_second", "train_steps_per_second", "train_loss", "total_flos"]
-    summary = dict.fromkeys(names, 3.0)
-    callback.on_log(arguments, state, None, logs={"loss": 7.0, **summary})
+    callback.on_log(arguments, state, None, logs={"loss": 7.0})
     assert rows == ([(step, {"train/loss": 7.0, "train/global_step": step})] if first_process else [])
-    assert callback._wandb.run.summary == (summary if first_process else {})
 
 
-def test_run_record_is_written_at_start_and_completed_at_the_end(tmp_path):
+def test_a_record_counts_starts_and_keeps_its_wandb_run(tmp_path):
     identity = run_identity({"learning_rate": 1e-6}, {"train": "abc"}, world_size=1)
-    record = RunRecord(tmp_path, identity, data={"rows": 3}, folder=tmp_path)
-    record.start()
+    write_record(tmp_path, new_record(tmp_path, identity, data={"rows": 3}, folder=tmp_path))
     started = json.loads((tmp_path / "run.json").read_text())
     assert started["finished"] is False and started["recipe"] == {"learning_rate": 1e-6}
     assert started["versions"].keys() > {"transformers", "datasets", "accelerate", "deepspeed"}
@@ -125,17 +126,9 @@ def test_run_record_is_written_at_start_and_completed_at_the_end(tmp_path):
     if not torch.cuda.is_available():
         assert started["hardware"] == [f"{os.cpu_count()} CPU cores ({os.uname().machine})"]
     assert started["fingerprints"] == {"train": "abc"} and started["data"] == {"rows": 3}
-    again = RunRecord(tmp_path, identity)
-    again.start()
-    again.started -= 5
-    again.results(eval_loss=0.5)
-    measured = json.loads((tmp_path / "run.json").read_text())
-    assert (measured["finished"], measured["results"]) == (False, {"eval_loss": 0.5})  # the card comes in between
-    again.finish()
-    finished = json.loads((tmp_path / "run.json").read_text())
-    assert finished["finished"] is True and finished["results"] == {"eval_loss": 0.5} and finished["seconds"] >= 5
-    assert finished["starts"] == 2 and finished["wandb_run_id"] == started["wandb_run_id"]
-    assert RunRecord(tmp_path / "other", identity).content["wandb_run_id"] != started["wandb_run_id"]
+    again = new_record(tmp_path, identity)
+    assert again["starts"] == 2 and again["wandb_run_id"] == started["wandb_run_id"]
+    assert new_record(tmp_path / "other", identity)["wandb_run_id"] != started["wandb_run_id"]
 
 
 def test_a_modified_file_is_said_beside_the_commit(tmp_path, monkeypatch):
@@ -189,8 +182,6 @@ def test_curves_show_training_and_held_out_values_by_step(tmp_path, figures):
         "log-prob. of chosen (nats/token)": {"training": [[2, -1.0], [4, -2.0]], mean: [[2, -1.5], [4, -1.5]]},
         "gamma": {"training": [[2, 1.2], [4, 1.0]], mean: [[2, 1.1], [4, 1.1]], "held out": [[4, 1.1]]},
     }
-    band = figure.axes[3].collections[0].get_paths()[0].vertices  # one standard deviation
-    assert {(x, round(y, 4)) for x, y in band.tolist()} == {(2, 1.0), (2, 1.4), (4, 0.9), (4, 1.1)}
 
 
 def test_the_bounds_of_gamma_are_shown_apart_from_its_density(tmp_path, figures):
@@ -211,31 +202,3 @@ def test_the_bounds_of_gamma_are_shown_apart_from_its_density(tmp_path, figures)
     assert [line.get_ydata()[-1] for line in figures[1].axes[1].lines[::2]] == [1.0]
     objective.name = "dpo"
     assert plot_run(tmp_path, trainer) == {}
-
-
-class Refusing(BaseHTTPRequestHandler):
-    def do_POST(self):
-        self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        body = b'{"errors": [{"message": "invalid API key"}]}'
-        self.send_response(401)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, *arguments):
-        pass
-
-
-@pytest.mark.slow
-def test_a_key_that_wandb_refuses_is_told_before_a_model_is_loaded(tmp_path):
-    overrides = make_twin(tmp_path, "tiny/rmipo", "llama3", "on_policy_ultrafeedback")
-    overrides = changed(overrides, report_to="wandb", output_dir=tmp_path / "out")
-    with ThreadingHTTPServer(("127.0.0.1", 0), Refusing) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        environment = {"WANDB_BASE_URL": f"http://127.0.0.1:{server.server_address[1]}", "WANDB_API_KEY": "0" * 40}
-        command = ["scripts/preference.py", "--config", "recipes/tiny/rmipo.yaml", *overrides]
-        run = launch(command, WANDB_MODE="online", WANDB_DIR=str(tmp_path), **environment)
-        code = run.wait()
-        server.shutdown()
-    assert code == 2 and "error: report_to: wandb: " in run.output and "Traceback" not in run.output, run.output
-    assert "Loading weights" not in run.output

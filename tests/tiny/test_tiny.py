@@ -3,9 +3,7 @@
 import hashlib
 import json
 import random
-import shutil
 from dataclasses import asdict, replace
-from unittest import mock
 
 import pytest
 import torch
@@ -13,10 +11,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rmipo.data.chat import ChatFormat
 from rmipo.data.pairs import load_pairs, tokenize_pairs
-from rmipo.errors import ConfigError
 from rmipo.recipe.schema import DataConfig
 from rmipo.tiny import judge
-from rmipo.tiny.config import WorldConfig, load_world_config
+from rmipo.tiny.config import load_world_config
 from rmipo.tiny.files import read_world, write_world
 from rmipo.tiny.world import Fact, World
 from tests.helpers.paths import ROOT
@@ -145,14 +142,13 @@ def test_right_probability_equals_a_naive_loop(folder, tokenizer):
 
 def test_evaluate(folder, tokenizer):
     world, model = read_world(folder), AutoModelForCausalLM.from_pretrained(folder / "model")
+    world.held_out_questions = world.held_out_questions[:4]
     random_state = torch.get_rng_state()
-    results = [judge.evaluate(model, tokenizer, world, 4, samples_per_question=2, seed=seed) for seed in (1, 1, 2)]
+    results = [judge.evaluate(model, tokenizer, world, samples_per_question=2, seed=seed) for seed in (1, 1, 2)]
     assert torch.equal(random_state, torch.get_rng_state())
-    assert results[0] == results[1]
-    assert results[0]["samples"] != results[2]["samples"]
-    assert sum(results[0][name] for name in ("right", "boilerplate", "wrong", "garbled")) == 1
-    assert results[0]["garbled"] == 1  # an untrained model
-    questions = [question.prompt[0]["content"] for question in world.held_out_questions[:4]]
+    assert results[0] == results[1] and results[0]["samples"] != results[2]["samples"]
+    assert results[0]["garbled"] == 1 and results[0]["right"] == 0  # an untrained model
+    questions = [question.prompt[0]["content"] for question in world.held_out_questions]
     assert [entry["prompt"] for entry in results[0]["samples"]] == [text for text in questions for _ in range(2)]
 
 
@@ -166,7 +162,7 @@ def test_shorter_prompts_of_a_batch_are_answered_as_alone(folder, tokenizer):
     assert len(prompts[0]) > len(prompts[1])
     together = judge.sample(model, chat, prompts, max_new_tokens=12, seed=0)
     alone = [judge.sample(model, chat, [prompt], max_new_tokens=12, seed=1)[0] for prompt in prompts]
-    assert together == alone and len(set(together[1]["ids"])) > 1
+    assert together == alone and len(set(together[1]["text"])) > 1
 
 
 def test_a_model_that_knows_two_answers_is_judged_right(folder, tokenizer):
@@ -180,7 +176,8 @@ def test_a_model_that_knows_two_answers_is_judged_right(folder, tokenizer):
         sum(model(ids, labels=ids).loss for ids in both).backward()
         optimizer.step()
         optimizer.zero_grad()
-    result = judge.evaluate(model, tokenizer, world, 1, samples_per_question=8)
+    world.held_out_questions = [question]
+    result = judge.evaluate(model, tokenizer, world, samples_per_question=8)
     assert result["right_probability"] > 0.95
     assert result["right"] > 0.8
 
@@ -216,32 +213,12 @@ def test_same_config_same_files(folder, tmp_path):
 def test_a_world_is_kept_and_another_one_refused(folder):
     before = digests(folder)
     assert write_world(folder, replace(SMALL, label_noise=0.15)) is False
-    with pytest.raises(ValueError, match=r"another world.*Different: seed, label_noise"):
+    with pytest.raises(ValueError, match="another world"):
         write_world(folder, replace(SMALL, seed=3))
     assert digests(folder) == before
     assert asdict(read_world(folder).config) == asdict(replace(SMALL, label_noise=0.15))
     with pytest.raises(ValueError, match=r"no world\.json"):
         read_world(folder / "sft")
-
-
-def test_a_world_that_other_code_made_is_made_again(folder, tmp_path, monkeypatch):
-    """Before it is complete it is no world; and one from before the code was noted is made again, too."""
-    shutil.copytree(folder, tmp_path / "world")
-    record = json.loads((tmp_path / "world/world.json").read_text())
-    old = {key: value for key, value in record.items() if key != "code"}
-    for found in (old, old | {"code": "of another day"}):
-        (tmp_path / "world/world.json").write_text(json.dumps(found))
-        (tmp_path / "world/sft/train.jsonl").write_text("old rows")
-        with pytest.raises(ConfigError, match=r"made by other code than today's. Make it again with scripts/toy.py"):
-            read_world(tmp_path / "world")
-        with monkeypatch.context() as killed, pytest.raises(KeyboardInterrupt):
-            killed.setattr("rmipo.tiny.files.train_tokenizer", mock.Mock(side_effect=KeyboardInterrupt))
-            write_world(tmp_path / "world", WorldConfig(**record["config"]))
-        with pytest.raises(ValueError, match=r"no world\.json"):
-            read_world(tmp_path / "world")
-        assert write_world(tmp_path / "world", WorldConfig(**record["config"]))
-        assert digests(tmp_path / "world") == digests(folder)
-        assert write_world(tmp_path / "world", WorldConfig(**record["config"])) is False
 
 
 def test_the_files_hold_the_world_a_tokenizer_and_a_model_that_fits_it(folder, tokenizer):
@@ -267,10 +244,3 @@ def test_the_files_hold_the_world_a_tokenizer_and_a_model_that_fits_it(folder, t
         assert response[-1] == end and response.count(end) == 1
         assert tokenizer.apply_chat_template(prompt + answer, return_dict=False) == prompt_ids + response
         assert tokenizer.decode(response[:-1]) == answer[0]["content"]
-
-
-def test_knobs_that_contradict_each_other_are_refused():
-    shares, sizes = {"sft_boilerplate": 0.8, "sft_off_topic": 0.3}, {"hidden_size": 100, "num_attention_heads": 8}
-    for changes in (shares, {"held_out_facts": 0.0}, sizes):
-        with pytest.raises(ValueError, match=next(iter(changes))):
-            WorldConfig(**asdict(CONFIG) | changes)

@@ -122,7 +122,7 @@ def test_what_each_of_two_processes_sees_stops_and_reports(two_processes):
     date, checkpoint, fingerprints = first["seen"]
     assert second["seen"] == first["seen"] and date > "2020-02-03" and checkpoint is None
     assert fingerprints["model"] != "of process 1"
-    assert first["done"] == ["W&B", "record", "card", "finish", "upload", "upload"] and second["done"] == []
+    assert first["done"] == ["W&B", "record", "record", "card", "finish", "upload", "upload"] and second["done"] == []
     assert first["ended"] is second["ended"] is None
 
 
