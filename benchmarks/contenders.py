@@ -1,4 +1,4 @@
-"""The training steps that are compared. Each is built on its own copy of the same weights.
+"""The training steps that are compared. Each is built on its own modules around the same weights.
 
 A step takes tokenised pairs, does all that a trainer does from collating to gradients, and returns the loss.
 """
@@ -8,11 +8,12 @@ import functools
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainingArguments
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Trainer, TrainingArguments
 from trl import DPOConfig, DPOTrainer
 from trl.experimental.cpo import CPOConfig, CPOTrainer
 
@@ -44,25 +45,19 @@ class Setup:
     liger: bool = False  # in our steps; its rotary embeddings then replace those of every Llama in the program
 
     @property
-    def heads(self) -> int:
-        return self.hidden // self.head_dim
-
-    @property
-    def kv_heads(self) -> int:
-        return max(1, self.heads // 4)
-
-    @property
-    def intermediate(self) -> int:
-        return 7 * self.hidden // 2
+    def clock(self) -> str:
+        """Which of a round's times counts: on a CPU that of the thread, whatever else the machine does."""
+        return "cpu" if self.device == "cpu" else "wall"
 
     def config(self) -> LlamaConfig:
+        heads = self.hidden // self.head_dim
         return LlamaConfig(
             vocab_size=self.vocabulary,
             hidden_size=self.hidden,
-            intermediate_size=self.intermediate,
+            intermediate_size=7 * self.hidden // 2,
             num_hidden_layers=self.layers,
-            num_attention_heads=self.heads,
-            num_key_value_heads=self.kv_heads,
+            num_attention_heads=heads,
+            num_key_value_heads=max(1, heads // 4),
             head_dim=self.head_dim,
             max_position_embeddings=4096,
         )
@@ -70,26 +65,21 @@ class Setup:
     def model(self) -> LlamaForCausalLM:
         torch.manual_seed(0)
         with torch.device(self.device):
-            model = LlamaForCausalLM._from_config(
-                self.config(), attn_implementation="sdpa", dtype=getattr(torch, self.dtype)
-            )
-        return model.train()
+            dtype = getattr(torch, self.dtype)
+            return LlamaForCausalLM._from_config(self.config(), attn_implementation="sdpa", dtype=dtype).train()
 
 
-@dataclass(frozen=True)
-class Contender:
+class Contender(NamedTuple):
     """A step and the model it trains, as its own trainer has prepared it."""
 
     step: Step
     model: LlamaForCausalLM
 
 
-def build(name: str, setup: Setup, weights: LlamaForCausalLM | None = None) -> Contender:
+def build(name: str, setup: Setup, weights: LlamaForCausalLM) -> Contender:
     """The contender `name`. Several can train the same `weights`, each through modules of its own."""
-    if weights is None:
-        model = setup.model()
-    else:  # trainers replace forwards and heads: only the parameters are shared
-        model = copy.deepcopy(weights, {id(parameter): parameter for parameter in weights.parameters()})
+    # Trainers replace forwards and heads: only the parameters are shared.
+    model = copy.deepcopy(weights, {id(parameter): parameter for parameter in weights.parameters()})
     step = BUILDERS[name](model, setup)
     if setup.checkpointing:  # here and not by the trainers, so that it is the same for all
         model.activation_checkpointing_enable({"use_reentrant": False})
@@ -110,10 +100,9 @@ def _arguments(cls: type[TrainingArguments], setup: Setup, **values) -> Training
 
 
 def _ours(model: LlamaForCausalLM, setup: Setup, **objective) -> Step:
-    args = _arguments(
-        PreferenceConfig, setup, objective=objective, attention=setup.attention, use_liger_kernel=setup.liger
-    )
+    options = {"objective": objective, "attention": setup.attention, "use_liger_kernel": setup.liger}
     dataset = Dataset.from_list([{"prompt_ids": [3], "chosen_ids": [4], "rejected_ids": [5], "row": 0}])
+    args = _arguments(PreferenceConfig, setup, **options)
     trainer = PreferenceTrainer(model, args, dataset, prior_context=PRIOR_CONTEXT)
 
     def step(pairs: list[dict]) -> float:
@@ -124,70 +113,61 @@ def _ours(model: LlamaForCausalLM, setup: Setup, **objective) -> Step:
     return step
 
 
-def _padded(
-    model: LlamaForCausalLM, setup: Setup, loss_function: Callable[..., torch.Tensor], **hyperparameters
+def _padded(model: LlamaForCausalLM, setup: Setup, loss: Callable[..., torch.Tensor], **hyperparameters) -> Step:
+    def step(pairs: list[dict]) -> float:
+        value = loss(model, pairs, **hyperparameters)
+        value.backward()
+        return value.item()
+
+    return step
+
+
+def _trl(
+    model: LlamaForCausalLM,
+    setup: Setup,
+    trainer: type[Trainer],
+    config: type[TrainingArguments],
+    rows: Callable[[list[dict]], list[dict]],
+    **values,
 ) -> Step:
+    """`rows`: pairs as the trainer's collator takes them."""
+    # TRL's trainers ask for text and a tokenizer; the pairs that are timed are token ids already.
+    words = Tokenizer(models.WordLevel({f"t{i}": i for i in range(setup.vocabulary)}, unk_token="t0"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="t0", bos_token="t1", eos_token="t2")
+    text = Dataset.from_list([{"prompt": "t3 t4", "chosen": " t5 t6", "rejected": " t7"}])
+    built = trainer(model, args=_arguments(config, setup, **values), train_dataset=text, processing_class=tokenizer)
+    built.current_gradient_accumulation_steps = 1  # what `train()` would set
+
     def step(pairs: list[dict]) -> float:
-        loss = loss_function(model, pairs, **hyperparameters)
-        loss.backward()
-        return loss.item()
+        return built.training_step(model, built.data_collator(rows(pairs))).item()
 
     return step
 
 
-def _tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
-    """TRL's trainers ask for one; the pairs that are timed are token ids already."""
-    words = {f"t{i}": i for i in range(vocabulary)}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="t0"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="t0", bos_token="t1", eos_token="t2")
-
-
-_TEXT_PAIR = Dataset.from_list([{"prompt": "t3 t4", "chosen": " t5 t6", "rejected": " t7"}])
-
-
-def _trl_dpo(model: LlamaForCausalLM, setup: Setup) -> Step:
-    # Cached reference, as in ours; else the step would have one more forward.
-    args = _arguments(DPOConfig, setup, precompute_ref_log_probs=True, max_length=None, **DPO)
-    trainer = DPOTrainer(model, args=args, train_dataset=_TEXT_PAIR, processing_class=_tokenizer(setup.vocabulary))
-    trainer.current_gradient_accumulation_steps = 1  # what `train()` would set
-
-    def step(pairs: list[dict]) -> float:
-        return trainer.training_step(model, trainer.data_collator(pairs)).item()
-
-    return step
-
-
-def _trl_simpo(model: LlamaForCausalLM, setup: Setup) -> Step:
-    args = _arguments(
-        CPOConfig, setup, loss_type="simpo", cpo_alpha=0.0, beta=SIMPO["beta"], simpo_gamma=SIMPO["gamma"]
-    )
-    trainer = CPOTrainer(model, args=args, train_dataset=_TEXT_PAIR, processing_class=_tokenizer(setup.vocabulary))
-    trainer.current_gradient_accumulation_steps = 1  # what `train()` would set
-
-    def step(pairs: list[dict]) -> float:
-        rows = []
-        for pair in pairs:
-            row, prompt = {}, pair["prompt_ids"]
-            for side in ("chosen", "rejected"):
-                response = pair[f"{side}_ids"]
-                row[f"{side}_input_ids"] = prompt + response
-                row[f"{side}_attention_mask"] = [1] * (len(prompt) + len(response))
-                row[f"{side}_labels"] = [-100] * len(prompt) + response
-            rows.append(row)
-        return trainer.training_step(model, trainer.data_collator(rows)).item()
-
-    return step
+def _labelled(pairs: list[dict]) -> list[dict]:
+    rows = []
+    for pair in pairs:
+        row, prompt = {}, pair["prompt_ids"]
+        for side in ("chosen", "rejected"):
+            response = pair[f"{side}_ids"]
+            row[f"{side}_input_ids"] = prompt + response
+            row[f"{side}_attention_mask"] = [1] * (len(prompt) + len(response))
+            row[f"{side}_labels"] = [-100] * len(prompt) + response
+        rows.append(row)
+    return rows
 
 
 _with = functools.partial
+_TRL_SIMPO = {"loss_type": "simpo", "cpo_alpha": 0.0, "beta": SIMPO["beta"], "simpo_gamma": SIMPO["gamma"]}
+# With a cached reference, as in ours; else the step would have one more forward.
+_TRL_DPO = {"precompute_ref_log_probs": True, "max_length": None, **DPO}
 BUILDERS = {
-    "padded-rmipo": _with(_padded, loss_function=references.rmipo_loss, prior_context=PRIOR_CONTEXT, **RMIPO),
-    "padded-simpo": _with(_padded, loss_function=references.simpo_loss, **SIMPO),
-    "trl-simpo": _trl_simpo,
-    "trl-dpo": _trl_dpo,
+    "padded-rmipo": _with(_padded, loss=references.rmipo_loss, prior_context=PRIOR_CONTEXT, **RMIPO),
+    "padded-simpo": _with(_padded, loss=references.simpo_loss, **SIMPO),
+    "trl-simpo": _with(_trl, trainer=CPOTrainer, config=CPOConfig, rows=_labelled, **_TRL_SIMPO),
+    "trl-dpo": _with(_trl, trainer=DPOTrainer, config=DPOConfig, rows=list, **_TRL_DPO),
     "rmipo": _with(_ours, name="rmipo", **RMIPO),
-    "rmipo-initial-prior": _with(_ours, name="rmipo", prior_model="initial", **RMIPO),
     "simpo": _with(_ours, name="simpo", **SIMPO),
     "dpo": _with(_ours, name="dpo", **DPO),
 }

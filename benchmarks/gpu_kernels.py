@@ -9,30 +9,21 @@ than the dense kernel in the same precision is from float64 (times 4). --dry: sm
 
 import argparse
 import copy
-import json
 from pathlib import Path
 
 import torch
 from accelerate.utils import send_to_device
-from torch.nn.attention import flex_attention
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 from transformers.utils import is_liger_kernel_available
 
 from benchmarks import lengths, report
+from benchmarks.contenders import Setup
+from benchmarks.gpu import run_flex_on_cpu
 from rmipo.recipe.arguments import LIGER
 from rmipo.training import attention, scoring
 from rmipo.training.packing import pack_pairs
 
 ALLOWED = 4  # times the plain kernel's own rounding
-
-
-def small_model(head_dim: int, device: str) -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=512, hidden_size=4 * head_dim, intermediate_size=8 * head_dim, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, head_dim=head_dim, max_position_embeddings=4096,
-    )  # fmt: skip
-    return LlamaForCausalLM(config).to(device)
 
 
 def scores_and_gradient(model: LlamaForCausalLM, packed, kind: str) -> list[torch.Tensor]:
@@ -44,34 +35,10 @@ def scores_and_gradient(model: LlamaForCausalLM, packed, kind: str) -> list[torc
     return [logps.detach().double(), model.model.layers[0].self_attn.q_proj.weight.grad.double()]
 
 
-def distance(found: list[torch.Tensor], expected: list[torch.Tensor]) -> list[float]:
+def distances(model: LlamaForCausalLM, packed, kind: str, expected: list[torch.Tensor]) -> list[float]:
     """Per tensor: mean |difference|, relative to the mean size of what is expected."""
-    return [((a - b).abs().mean() / b.abs().mean()).item() for a, b in zip(found, expected, strict=True)]
-
-
-class Case:
-    """The same pairs under the same weights, in one precision and head dim."""
-
-    def __init__(self, head_dim: int, dtype: torch.dtype, device: str):
-        self.name = {"head_dim": head_dim, "dtype": str(dtype)}
-        exact = small_model(head_dim, device).double()
-        (rows,) = lengths.batches(
-            lengths.from_profile("ultrafeedback", seed=0), 1, 4, 1.0 if device == "cuda" else 0.05, 512
-        )
-        self.packed = send_to_device(pack_pairs(rows), device)
-        self.model = copy.deepcopy(exact).to(dtype)
-        self.expected = scores_and_gradient(exact, self.packed, "dense")
-        self.errors: dict[str, list[float]] = {}
-
-    def measure(self, name: str, kind: str) -> None:
-        self.errors[name] = distance(scores_and_gradient(self.model, self.packed, kind), self.expected)
-
-    def result(self) -> dict:
-        limits = [max(1e-5, ALLOWED * own) for own in self.errors["dense"]]
-        passed = all(
-            error <= limit for found in self.errors.values() for error, limit in zip(found, limits, strict=True)
-        )
-        return {**self.name, "relative_errors": self.errors, "passed": passed}
+    pairs = zip(scores_and_gradient(model, packed, kind), expected, strict=True)
+    return [((found - exact).abs().mean() / exact.abs().mean()).item() for found, exact in pairs]
 
 
 def main() -> int:
@@ -80,26 +47,39 @@ def main() -> int:
     parser.add_argument("--dry", action="store_true", help="small shapes on the CPU")
     options = parser.parse_args()
     device = "cpu" if options.dry else "cuda"
-    if options.dry:  # torch refuses flex's backward on a CPU, where only its slow, unfused form runs
-        flex_attention._validate_device = lambda *tensors: None
-    head_dims = (16,) if options.dry else (64, 128, 256)
-    cases = [Case(head_dim, dtype, device) for head_dim in head_dims for dtype in (torch.float32, torch.bfloat16)]
-    for case in cases:
-        case.measure("dense", "dense")
-        case.measure("flex", "flex")
+    if options.dry:
+        run_flex_on_cpu()
+    source = lengths.from_profile("ultrafeedback", seed=0)
+    (rows,) = lengths.batches(source, 1, 4, 0.05 if options.dry else 1.0, 512)
+    packed, cases = send_to_device(pack_pairs(rows), device), []
+    for head_dim in (16,) if options.dry else (64, 128, 256):
+        exact = Setup(4 * head_dim, 2, head_dim, 512, device=device).model().double()
+        expected = scores_and_gradient(exact, packed, "dense")
+        for dtype in (torch.float32, torch.bfloat16):
+            model = copy.deepcopy(exact).to(dtype)
+            errors = {kind: distances(model, packed, kind, expected) for kind in ("dense", "flex")}
+            cases.append((head_dim, model, expected, errors))
     if device == "cuda" and is_liger_kernel_available():
         from liger_kernel.transformers import _apply_liger_kernel_to_instance
 
-        for case in cases:  # last: it replaces the rotary embeddings of every Llama in this program
-            _apply_liger_kernel_to_instance(model=case.model, **LIGER)
-            case.measure("flex and liger", "flex")
-    cases = [case.result() for case in cases]
-    for case in cases:
-        print(json.dumps(case))
-    result = {"environment": report.environment(), "cases": cases}
+        for (
+            _,
+            model,
+            expected,
+            errors,
+        ) in cases:  # last: it replaces the rotary embeddings of every Llama in this program
+            _apply_liger_kernel_to_instance(model=model, **LIGER)
+            errors["flex and liger"] = distances(model, packed, "flex", expected)
+    result = {"environment": report.environment(), "cases": []}
+    for head_dim, model, _, errors in cases:
+        limits = [max(1e-5, ALLOWED * own) for own in errors["dense"]]
+        passed = all(error <= limit for found in errors.values() for error, limit in zip(found, limits, strict=True))
+        case = {"head_dim": head_dim, "dtype": str(model.dtype), "relative_errors": errors, "passed": passed}
+        print(case)
+        result["cases"].append(case)
     result["compiled_graphs"] = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     report.save(result, options.output)
-    return 0 if all(case["passed"] for case in cases) else 1
+    return 0 if all(case["passed"] for case in result["cases"]) else 1
 
 
 if __name__ == "__main__":

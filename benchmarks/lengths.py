@@ -29,16 +29,13 @@ def from_profile(name: str, seed: int) -> Iterator[tuple[int, int, int]]:
 
 
 def make_pairs(lengths: list[tuple[int, int, int]], vocabulary: int, seed: int) -> list[dict]:
-    """Tokenised pairs of these lengths, as `data.tokenize_pairs` gives them, with cached sums of a reference and a prior."""
+    """Tokenised pairs of these lengths, as `data.tokenize_pairs` gives them, with cached sums of a reference."""
     rng = random.Random(seed)
     pairs = []
     for row, sizes in enumerate(lengths):
         ids = (rng.choices(range(3, vocabulary), k=size) for size in sizes)
         pair = dict(zip(("prompt_ids", "chosen_ids", "rejected_ids"), ids, strict=True))
-        cached = {
-            f"ref_{side}_logps": -5.0 * size for side, size in zip(("chosen", "rejected"), sizes[1:], strict=True)
-        }
-        cached |= {name.replace("ref_", "prior_"): value - 10.0 for name, value in cached.items()}
+        cached = {f"ref_{side}_logps": -5.0 * len(pair[f"{side}_ids"]) for side in ("chosen", "rejected")}
         pairs.append({**pair, "row": row, **cached})
     return pairs
 

@@ -1,39 +1,62 @@
-"""Time of steps in alternating order, and peak memory of one step in a process of its own."""
+"""One case: time of all contenders' steps in alternating order, peak memory, work, and ratios to each other."""
 
 import contextlib
 import gc
 import io
 import itertools
 import math
-import multiprocessing
-import os
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable
 
+import torch
 from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
+from benchmarks import report, work
 from benchmarks.contenders import SAME_LOSS, Contender, Setup, build
 
 # Relative, between ways to compute the same loss.
 LOSS_TOLERANCE = {"float32": 1e-4, "bfloat16": 3e-2}
 
 
+def build_all(names: list[str], setup: Setup) -> dict[str, Contender]:
+    """The contenders, which train the same weights, each through modules of its own."""
+    weights = setup.model()
+    with contextlib.redirect_stderr(io.StringIO()):  # TRL's own progress bars
+        return {name: build(name, setup, weights) for name in names}
+
+
+def run_case(
+    contenders: dict[str, Contender], setup: Setup, batches: list[list[dict]], deadline: float = math.inf
+) -> dict:
+    """What `report.table` prints. A contender that runs out of memory is named and left out."""
+    longest = max(batches, key=lambda pairs: work.step_work("padded-simpo", pairs, setup).positions)
+    memory, able, too_large = {}, {}, []
+    for name, one in contenders.items():  # compilation and the allocator's growth come before the first round
+        try:
+            memory[name] = peak_memory(one, longest)
+            able[name] = one
+        except torch.OutOfMemoryError:
+            too_large.append(name)
+        one.model.zero_grad()
+    rounds = timed_rounds(able, batches, LOSS_TOLERANCE[setup.dtype], deadline)
+    batches = batches[: len(next(iter(rounds.values())))]
+    entries = {}
+    for name in able:
+        total = work.total(name, batches, setup)
+        done = {"positions": total.positions, "flops": total.flops}
+        entries[name] = {"name": name, "memory": memory[name], "work": done, "rounds": rounds[name]}
+    report.add_ratios(entries, setup.clock)
+    return {"contenders": entries, "out_of_memory": too_large}
+
+
 def timed_rounds(
-    contenders: dict[str, Contender],
-    batches: list[list[dict]],
-    progress: tqdm,
-    *,
-    tolerance: float,
-    clock: Callable[[], float] = time.perf_counter,
-    deadline: float = math.inf,
+    contenders: dict[str, Contender], batches: list[list[dict]], tolerance: float, deadline: float = math.inf
 ) -> dict[str, list[dict]]:
     """Time every contender on every batch; odd rounds run in reverse order.
 
     Args:
         tolerance: relative difference at most between losses of the same objective.
-        clock: of the wall time; a GPU's must wait for the device.
         deadline: of `time.monotonic`; no round but the first starts after it.
 
     Returns:
@@ -43,11 +66,10 @@ def timed_rounds(
         RuntimeError: ways to compute the same loss disagree.
     """
     results: dict[str, list[dict]] = {name: [] for name in contenders}
-    for number, pairs in enumerate(batches):
+    for number, pairs in enumerate(tqdm(batches, unit="round")):
         if number and time.monotonic() > deadline:
             break
         for name in list(contenders)[:: -1 if number % 2 else 1]:
-            progress.set_description(name)
             one = contenders[name]
             gc.collect()
             wall, cpu = clock(), time.process_time()
@@ -55,7 +77,6 @@ def timed_rounds(
             wall, cpu = clock() - wall, time.process_time() - cpu
             one.model.zero_grad()
             results[name].append({"cpu": cpu, "wall": wall, "loss": loss})
-            progress.update()
         for names in SAME_LOSS:
             losses = {name: results[name][-1]["loss"] for name in names if name in results}
             values = losses.values()
@@ -64,40 +85,27 @@ def timed_rounds(
     return results
 
 
-def peak_activations(name: str, setup: Setup, warm_up: list[dict], pairs: list[dict]) -> int:
-    """Bytes that one step needs at once beyond weights and gradients, measured in a process of its own.
-
-    Counted is what torch's allocator hands out, so that the number is exact and the same each time.
-    """
-    context = multiprocessing.get_context("fork")  # a child that need not import everything again
-    with ProcessPoolExecutor(1, context) as process:
-        return process.submit(_measure_peak, name, setup, warm_up, pairs).result()
+def clock() -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
-def _measure_peak(name: str, setup: Setup, warm_up: list[dict], pairs: list[dict]) -> int:
-    with contextlib.redirect_stderr(io.StringIO()):  # TRL's own progress bars
-        step = build(name, setup).step
-    step(warm_up)  # allocates the gradients
-    return allocated_peak(lambda: step(pairs))
+def peak_memory(one: Contender, pairs: list[dict]) -> int:
+    """Bytes that a step needs beyond weights and gradients: what torch's allocator hands out at once."""
+    one.step(pairs)  # the gradients are there
+    if one.model.device.type == "cpu":
+        return allocated_peak(lambda: one.step(pairs))
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    one.step(pairs)
+    return torch.cuda.max_memory_allocated() - before
 
 
 def allocated_peak(call: Callable[[], object]) -> int:
     """Bytes that torch's CPU allocator hands out at once during `call`."""
-    with _stderr_closed(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         call()
     events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
     events.sort(key=lambda event: event.start_ns())
     return max(itertools.accumulate(event.nbytes() for event in events))
-
-
-@contextlib.contextmanager
-def _stderr_closed() -> Iterator[None]:
-    """The profiler's native code announces itself there, whatever its log level."""
-    saved, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 2)
-    try:
-        yield
-    finally:
-        os.dup2(saved, 2)
-        os.close(saved)
-        os.close(nowhere)

@@ -6,7 +6,6 @@ Under ZeRO-3 each forward takes as long as its longest sequence over all ranks. 
 tokens is the median of what the largest micro-batch by pairs holds, so that both need the same memory.
 """
 
-import argparse
 import itertools
 import statistics
 
@@ -41,7 +40,6 @@ def waiting(ranks: int, pairs: int, steps: int = 30) -> dict[str, tuple[float, f
 
 
 def main() -> None:
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     print("ranks  cut          forwards  longest sequence  time / no waiting")
     for ranks, count in itertools.product((1, 4, 8), (1, 2, 4)):
         for name, (forwards, longest, ratio) in waiting(ranks, count).items():

@@ -10,6 +10,8 @@ import torch
 
 from rmipo import record
 
+BASES = ("padded-rmipo", "padded-simpo", "simpo")
+
 
 def environment() -> dict:
     """Hardware, versions and commit of this run. Times mean little without the name of the CPU."""
@@ -17,44 +19,35 @@ def environment() -> dict:
     return record.environment() | {"cpu": names[0], "threads": torch.get_num_threads()}
 
 
-def ratio(values: list[float], base: list[float]) -> dict[str, float]:
-    """Min, median and max over rounds of `values / base`."""
-    ratios = [a / b for a, b in zip(values, base, strict=True)]
-    return {"min": min(ratios), "median": statistics.median(ratios), "max": max(ratios)}
-
-
-def add_ratios(case: dict, bases: tuple[str, ...], clock: str) -> None:
-    """Write into each contender of `case` its time, its work and its memory relative to each of `bases`."""
-    contenders = case["contenders"]
+def add_ratios(contenders: dict[str, dict], clock: str) -> None:
+    """Write into each contender its time (min, median, max over rounds), FLOPs and memory relative to each base."""
     for entry in contenders.values():
         entry["ratios"] = {}
-        for base in (contenders[name] for name in bases if name in contenders):
-            times = ratio(*([round_[clock] for round_ in one["rounds"]] for one in (entry, base)))
+        for base in (contenders[name] for name in BASES if name in contenders):
+            times = [own[clock] / other[clock] for own, other in zip(entry["rounds"], base["rounds"], strict=True)]
             entry["ratios"][base["name"]] = {
-                "time": times,
-                "positions": entry["work"]["positions"] / base["work"]["positions"],
+                "time": [min(times), statistics.median(times), max(times)],
                 "flops": entry["work"]["flops"] / base["work"]["flops"],
-                **({"memory": entry["memory"] / base["memory"]} if "memory" in entry else {}),
+                "memory": entry["memory"] / base["memory"],
             }
 
 
-def table(case: dict, clock: str) -> str:
+def table(contenders: dict[str, dict], clock: str) -> str:
     """One case as text: measured ratios beside those of the work model."""
-    bases = list(next(iter(case["contenders"].values()))["ratios"])
-    header = ["step", "s", "positions", "GFLOP", "GFLOP/s", *(f"/ {base} (work)" for base in bases), "MiB", "MiB /"]
     lines = []
-    for entry in case["contenders"].values():
-        seconds = [round_[clock] for round_ in entry["rounds"]]
-        total, flops = sum(seconds), entry["work"]["flops"]
-        cells = [entry["name"], f"{statistics.median(seconds):.3f}", str(entry["work"]["positions"])]
-        cells += [f"{flops / 1e9:.0f}", f"{flops / 1e9 / total:.0f}"]
-        for base in bases:
-            r = entry["ratios"][base]
-            cells.append("{min:.2f} {median:.2f} {max:.2f}".format(**r["time"]) + f" ({r['flops']:.2f})")
-        memory = entry["ratios"][bases[0]].get("memory") if bases else None
-        cells += [f"{entry['memory'] / 2**20:.0f}", f"{memory:.2f}"] if memory else ["", ""]
-        lines.append(cells)
-    return pd.DataFrame(lines, columns=header).to_string(index=False)
+    for entry in contenders.values():
+        seconds, flops = [one[clock] for one in entry["rounds"]], entry["work"]["flops"]
+        cells = {
+            "step": entry["name"],
+            "s": f"{statistics.median(seconds):.3f}",
+            "positions": entry["work"]["positions"],
+        }
+        cells |= {"GFLOP": f"{flops / 1e9:.0f}", "GFLOP/s": f"{flops / 1e9 / sum(seconds):.0f}"}
+        for base, ratios in entry["ratios"].items():
+            cells[f"/ {base} (work)"] = "{:.2f} {:.2f} {:.2f} ".format(*ratios["time"]) + f"({ratios['flops']:.2f})"
+            cells[f"MiB / {base}"] = f"{ratios['memory']:.2f}"
+        lines.append(cells | {"MiB": f"{entry['memory'] / 2**20:.0f}"})
+    return pd.DataFrame(lines).to_string(index=False)
 
 
 def save(result: dict, path: Path) -> None:

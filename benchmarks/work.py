@@ -4,20 +4,18 @@ Units: a forward costs 1, its backward 2 (of attention 2.5: it computes the scor
 the forward of the layers once more, up to the last product that backward needs: all but the MLP's down projection.
 """
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 from benchmarks.contenders import PRIOR_CONTEXT, Setup
 
 
-@dataclass
-class Pass:
+class Pass(NamedTuple):
     """One forward, with or without gradients."""
 
     positions: int  # through the layers
     scored: int  # through the LM head
     attended: int  # (query, key) pairs
-    gradient: bool = True
+    gradient: bool
 
 
 class Work(NamedTuple):
@@ -35,18 +33,16 @@ def step_work(name: str, pairs: list[dict], setup: Setup) -> Work:
     """Work of one step of the contender `name` on these pairs."""
     sizes = [tuple(len(pair[key]) for key in ("prompt_ids", "chosen_ids", "rejected_ids")) for pair in pairs]
     responses = [length for _, *both in sizes for length in both]
-    context = len(PRIOR_CONTEXT) - 1
-    if name in ("rmipo", "rmipo-initial-prior", "simpo", "dpo"):
-        passes = [_packed([(prompt - 1, both) for prompt, *both in sizes])]
+    if name in ("rmipo", "simpo", "dpo"):
+        passes = [_packed([(prompt - 1, both) for prompt, *both in sizes], gradient=True)]
         if name == "rmipo":
-            passes.append(_packed([(context, responses)], gradient=False))
+            passes.append(_packed([(len(PRIOR_CONTEXT) - 1, responses)], gradient=False))
     else:
-        width = max(prompt + max(both) for prompt, *both in sizes)
-        passes = [_padded(len(responses), width)]
+        passes = [_padded(len(responses), max(prompt + max(both) for prompt, *both in sizes), gradient=True)]
         if name == "padded-rmipo":
             passes.append(_padded(len(responses), len(PRIOR_CONTEXT) + max(responses), gradient=False))
         if name == "trl-dpo":  # its fused head leaves the last position out
-            passes[0].scored -= len(responses)
+            passes = [passes[0]._replace(scored=passes[0].scored - len(responses))]
     head_units = 4 if name == "trl-dpo" else 3  # that head computes the logits again in backward
     return _sum(_work(part, setup, head_units) for part in passes)
 
@@ -59,7 +55,7 @@ def _sum(parts) -> Work:
     return Work(*map(sum, zip(*parts, strict=True)))
 
 
-def _packed(groups: list[tuple[int, list[int]]], gradient: bool = True) -> Pass:
+def _packed(groups: list[tuple[int, list[int]]], gradient: bool) -> Pass:
     """Shared prefixes once; a branch attends to its prefix and itself, causally."""
     scored = sum(sum(branches) for _, branches in groups)
     attended = 0
@@ -68,14 +64,15 @@ def _packed(groups: list[tuple[int, list[int]]], gradient: bool = True) -> Pass:
     return Pass(scored + sum(prefix for prefix, _ in groups), scored, attended, gradient)
 
 
-def _padded(rows: int, width: int, gradient: bool = True) -> Pass:
+def _padded(rows: int, width: int, gradient: bool) -> Pass:
     """A padding mask keeps SDPA from skipping the future: every position attends to the whole row."""
     return Pass(rows * width, rows * width, rows * width * width, gradient)
 
 
 def _work(part: Pass, setup: Setup, head_units: int) -> Work:
-    width, kv = setup.heads * setup.head_dim, setup.kv_heads * setup.head_dim
-    down = setup.hidden * setup.intermediate
+    config = setup.config()
+    width, kv = (count * config.head_dim for count in (config.num_attention_heads, config.num_key_value_heads))
+    down = setup.hidden * config.intermediate_size
     layer = setup.hidden * (2 * width + 2 * kv) + 3 * down
     per_position, attention_units, head = layer, 1, 1
     if part.gradient:

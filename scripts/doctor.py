@@ -9,30 +9,12 @@ exit code is then 1.
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 from rmipo import cli
 from rmipo.errors import UserError
 from rmipo.launch.choices import check_choices, choose_stages
 
-
-class Check(NamedTuple):
-    """`passed`: None where the check says something that nothing depends on. `needed`: MODEL fails without it."""
-
-    name: str
-    passed: bool | None
-    found: str
-    fix: str = ""
-    needed: bool = True
-
-    @property
-    def failed(self) -> bool:
-        return self.passed is False and self.needed
-
-    def line(self) -> str:
-        status = "FAIL" if self.failed else "ok" if self.passed else "note"
-        fix = f". Fix: {self.fix}" if self.fix and not self.passed else ""
-        return f"{status:5} {self.name:12} {self.found}{fix}"
+Check = tuple[str, str, str]  # name; ok, note or FAIL; what was found, and how to mend it
 
 
 def gpu_check(needed: bool) -> Check:
@@ -41,9 +23,9 @@ def gpu_check(needed: bool) -> Check:
     count = torch.cuda.device_count()
     if count == 0:
         fix = "a machine with an NVIDIA GPU; on a login node make train ... SLURM=1 GPUS=8x80. MODEL=tiny needs none"
-        return Check("GPU", False, f"none visible, torch is built for CUDA {torch.version.cuda}", fix, needed)
+        return "GPU", "FAIL" if needed else "note", f"none visible. Fix: {fix}"
     properties = torch.cuda.get_device_properties(0)
-    return Check("GPU", True, f"{count} x {properties.name}, {properties.total_memory / 2**30:.0f} GiB")
+    return "GPU", "ok", f"{count} x {properties.name}, {properties.total_memory / 2**30:.0f} GiB"
 
 
 def disk_check(step) -> Check:
@@ -53,37 +35,38 @@ def disk_check(step) -> Check:
     name = f"disk {Path(step.output_dir).name}"
     try:
         if step.is_done():
-            return Check(name, None, f"{step.output_dir} is trained already")
+            return name, "note", f"{step.output_dir} is trained already"
         sharding = Sharding.load(step.sharding) if step.sharding else Sharding("none")
         needed = preflight.disk_needed(step.recipe, preflight.shape_of(step.recipe), sharding)
         free = preflight.check_disk(step.output_dir, needed)
     except UserError as error:
         # A model that isn't here yet is what the check of the models says.
-        return Check(name, None if "config.json" in str(error) else False, str(error))
-    return Check(name, True, f"{free / 2**30:.0f} GiB free, {needed / 2**30:.1f} needed in {step.output_dir}")
+        return name, "note" if "config.json" in str(error) else "FAIL", str(error)
+    return name, "ok", f"{free / 2**30:.0f} GiB free, {needed / 2**30:.1f} needed in {step.output_dir}"
 
 
 def access_check(kind: str, name: str) -> Check:
     from rmipo.plan import preflight
 
     if name.startswith("outputs/") and not Path(name).exists():
-        return Check(kind, None, f"{name} is made by an earlier stage of make train")
+        return kind, "note", f"{name} is made by an earlier stage of make train"
     try:
-        return Check(kind, True, preflight.check_access(name, kind))
+        return kind, "ok", preflight.check_access(name, kind)
     except UserError as error:
-        return Check(kind, False, str(error))
+        return kind, "FAIL", str(error)
 
 
-def tracker_check(report_to: list[list[str] | str | None]) -> Check:
-    """`report_to`: that of each recipe, which is one tracker, several, or none."""
-    trackers = {name for given in report_to for name in ([given] if isinstance(given, str) else given or [])}
+def tracker_check(recipes: list[dict]) -> Check:
+    given = [recipe.get("report_to") or [] for recipe in recipes]  # one tracker or several
+    trackers = {name for names in given for name in ([names] if isinstance(names, str) else names)}
     if not trackers & {"wandb", "all"} or os.environ.get("WANDB_MODE") in ("offline", "disabled"):
-        return Check("W&B login", None, "not needed: report_to is not wandb, or WANDB_MODE is offline")
+        return "W&B login", "note", "not needed: report_to is not wandb, or WANDB_MODE is offline"
     import wandb
 
-    found = wandb.login(prompt=False, verify=False)  # not over the network: a run opens W&B before it loads its model
+    if wandb.login(prompt=False, verify=False):  # not over the network: a run opens W&B before it loads its model
+        return "W&B login", "ok", "a key is here"
     fix = "`.venv/bin/wandb login`, or WANDB_MODE=offline, or ARGS='--report_to none'"
-    return Check("W&B login", found, "a key is here" if found else "no credentials", fix)
+    return "W&B login", "FAIL", f"no credentials. Fix: {fix}"
 
 
 def all_checks(env: dict[str, str]) -> Iterator[Check]:
@@ -96,7 +79,7 @@ def all_checks(env: dict[str, str]) -> Iterator[Check]:
     for kind, key in (("dataset", "dataset_name"), ("model", "model_name_or_path")):
         for name in sorted({recipe[key] for recipe in recipes if recipe.get(key)}):
             yield access_check(kind, name)
-    yield tracker_check([recipe.get("report_to") for recipe in recipes])
+    yield tracker_check(recipes)
 
 
 @cli.main
@@ -106,8 +89,8 @@ def main() -> int:
     check_choices(env)
     os.environ["WANDB_SILENT"] = "true"
     failed = False
-    for check in all_checks(env):
-        print(check.line(), flush=True)
-        failed |= check.failed
+    for name, status, found in all_checks(env):
+        print(f"{status:5} {name:12} {found}", flush=True)
+        failed |= status == "FAIL"
     print(f"{env['MODEL']}: {'see FAIL above' if failed else 'ready'}")
     return int(failed)

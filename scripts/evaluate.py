@@ -33,43 +33,38 @@ from rmipo.record import environment
 
 def evaluate(folder: Path, settings: dict, benchmark: Benchmark, name: str) -> None:
     """Run one benchmark, unless its result is there. Raises EvaluationError for one that may not be taken for this."""
-    bench, path = benchmark.name, folder / "eval" / name / f"{benchmark.name}.json"
+    path = folder / "eval" / name / f"{benchmark.name}.json"
     weights = trained_fingerprint(folder) if has_weights(folder) else None
     prompting = prompting_fingerprint(folder)
     if path.is_file():
         found = json.loads(path.read_text())
-        changed = ["other weights"] * (weights not in (None, found.get("fingerprint")))
-        if found.get("prompting") != prompting:
-            changed.append("another tokenizer, chat template or generation_config.json")
-        if changed:
-            raise EvaluationError(
-                f"{path} is of {' and '.join(changed)} than those now in {folder}. Delete it, and the folder "
-                f"{path.with_suffix('')} if there is one, to evaluate these"
-            )
         others = {key: value for key, value in settings.items() if key != benchmark.parts}
-        if different := contradictions(others, found["settings"]):
+        different = contradictions(others, found["settings"])
+        different += ["it is of other weights"] * (weights not in (None, found.get("fingerprint")))
+        changed = found.get("prompting") != prompting
+        different += ["it is of another tokenizer, chat template or generation_config.json"] * changed
+        if different:
             raise EvaluationError(
-                f"{path} is finished with other settings: {'; '.join(different)}. Give this evaluation a name of its "
-                "own (EVAL_NAME=...), take the settings back, or delete that file"
+                f"{path} is finished, but not with what {folder} and the settings are now: {'; '.join(different)}. Delete "
+                f"it and {path.with_suffix('')}, or give this evaluation a name of its own: EVAL_NAME=..."
             )
         asked, done = (values.get(benchmark.parts, []) for values in (settings, found["settings"]))
-        added = [part for part in asked if part not in done]
-        if not added:
-            print(f"{bench}: finished before, see {path}; delete it to evaluate again")
+        settings[benchmark.parts] = done + [part for part in asked if part not in done]
+        if settings[benchmark.parts] == done:
+            print(f"{benchmark.name}: finished before, see {path}; delete it to evaluate again")
             return
-        settings[benchmark.parts] = done + added
     path.parent.mkdir(parents=True, exist_ok=True)
     result = benchmark.run(folder, path.parent, settings)
     if result is None:
-        print(f"{bench}: answers are generated, nothing was judged; see {folder / 'eval/answers'}")
+        print(f"{benchmark.name}: answers are generated, nothing was judged; see {folder / 'eval/answers'}")
         return
     if no_number := [name for name, value in result["metrics"].items() if not math.isfinite(value)]:
         raise EvaluationError(f"{', '.join(no_number)} of {folder}: nothing was counted, or the model's scores are NaN")
     made_by = environment()
-    content = {"bench": bench, "model": str(folder), "fingerprint": weights, "prompting": prompting}
+    content = {"bench": benchmark.name, "model": str(folder), "fingerprint": weights, "prompting": prompting}
     content |= {name: made_by[name] for name in ("commit", "hardware")} | result | {"finished": True}
     write_atomically(path, json.dumps(content, indent=2) + "\n")
-    print(f"{bench}: {path}")
+    print(f"{benchmark.name}: {path}")
     for metric, value in result["metrics"].items():
         print(f"  {metric:30s} {value:.2f}")
     publish(folder, benchmark, result, name)  # last: W&B may not be reached
@@ -84,17 +79,16 @@ def main() -> None:
     parser.add_argument("--outputs", type=Path, default=Path("outputs"), help="where the runs are")
     args = parser.read()
     bench = args.bench or "all"
-    if bench not in (*BENCHMARKS, "all"):
+    benches = [b for b in BENCHMARKS.values() if bench == b.name or (bench == "all" and b.in_paper)]
+    if not benches:
         raise EvaluationError(f"BENCH={bench} is none of {', '.join(BENCHMARKS)}, all (those of the paper)")
     if args.eval_name in (*BENCHMARKS, "answers") or "/" in args.eval_name:
         raise EvaluationError(f"EVAL_NAME={args.eval_name} is taken by the evaluation itself")
-    benches = [b for b in BENCHMARKS.values() if bench == b.name or (bench == "all" and b.in_paper)]
-    overrides, tasks = args.set, args.tasks.replace(",", " ").split()
-    if tasks:
-        overrides = [*overrides, f"leaderboard.tasks={json.dumps(tasks)}"]
+    overrides = list(args.set)
+    if args.tasks:
+        overrides.append(f"leaderboard.tasks={json.dumps(args.tasks.replace(',', ' ').split())}")
     if args.max_cost:
-        judged = [benchmark.name for benchmark in benches if "max_cost" in benchmark.defaults]
-        overrides = [*overrides, *(f"{name}.max_cost={args.max_cost}" for name in judged)]
+        overrides += [f"{b.name}.max_cost={args.max_cost}" for b in benches if "max_cost" in b.defaults]
     model, methods = args.model or "tiny", args.method.replace(",", " ").split()
     check_names(model, methods)
     from rmipo.evaluation.target import find_target  # imports torch and TRL, which takes seconds

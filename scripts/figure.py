@@ -17,11 +17,10 @@ import os
 from pathlib import Path
 
 from rmipo import cli
-from rmipo.launch.choices import check_names
+from rmipo.launch.choices import check_names, is_setting
 from rmipo.recipe.files import merge
 from rmipo.reporting.provenance import figure_notes
 from rmipo.reporting.results import (
-    PAPER_MODELS,
     RECIPES,
     ReportError,
     RunFolder,
@@ -35,10 +34,6 @@ from rmipo.reporting.results import (
 OPTIONS = {"method": (3, 8), "metric": (2,), "eval_name": (2,), "data": (8,)}  # and the figures that take them
 FIGURE6_METHODS = ("simpo", "simper", "rmipo")
 PAPER_GAMMA_PEAKS = {"mistral-7b-instruct": 0.4, "llama3-8b-instruct": 1.4}  # App. D, Figure 8 right
-
-
-def has_recipe(model: str) -> bool:
-    return (RECIPES / model / "rmipo.yaml").is_file()
 
 
 def report_file(args: argparse.Namespace, suffix: str) -> Path:
@@ -58,27 +53,29 @@ def draw_runs(args: argparse.Namespace):
 
 
 def draw3(args: argparse.Namespace):
-    from rmipo.reporting import figures_pairs, pair_arrays  # imports torch and transformers
-    from rmipo.reporting.figures_runs import on_other_pairs
+    from rmipo.reporting import figures_pairs, figures_runs, pair_arrays  # imports torch and transformers
 
     method = args.method or "initial"
     signals, evaluation = pair_arrays.hh_signals(args.outputs, args.model, method)
-    title = f"{model_label(args.model)} {method_label(method)}{on_other_pairs([evaluation])}"
+    title = f"{model_label(args.model)} {method_label(method)}{figures_runs.on_other_pairs([evaluation])}"
     return figures_pairs.figure3(signals, title, figure_notes([evaluation]))
 
 
 def draw6(args: argparse.Namespace):
     from rmipo.reporting import figures_pairs, pair_arrays
 
-    runs = {method: finished_run(args.outputs, args.model, method) for method in FIGURE6_METHODS}
-    found = {method: pair_arrays.reward_differences(run, "test", args.max_pairs) for method, run in runs.items()}
-    rows = {method: rows for method, (_, rows) in found.items()}
-    if any(others != rows["rmipo"] for others in rows.values()):
-        raise ReportError(f"figure 6: the {args.model} runs of {', '.join(rows)} used different pairs")
-    judged = pair_arrays.judge_differences(runs["rmipo"], "test", rows["rmipo"])
-    values = {method: rewards for method, (rewards, _) in found.items()}
-    notes = ["REF: score_chosen minus score_rejected of the same pairs, as their data set has them."]
-    notes += dict.fromkeys(pair_arrays.scored_with(run, "test") for run in runs.values())
+    values, drawn, notes = (
+        {},
+        {},
+        ["REF: score_chosen minus score_rejected of the same pairs, as their data set has them."],
+    )
+    for method in FIGURE6_METHODS:
+        run = finished_run(args.outputs, args.model, method)
+        values[method], drawn[method] = pair_arrays.reward_differences(run, "test", args.max_pairs)
+        notes.append(f"{method_label(method)}: {pair_arrays.scored_with(run, 'test')}")
+    if any(rows != drawn["rmipo"] for rows in drawn.values()):
+        raise ReportError(f"figure 6: the {args.model} runs of {', '.join(drawn)} used different pairs")
+    judged = pair_arrays.judge_differences(run, "test", drawn["rmipo"])
     return figures_pairs.figure6(judged, values, model_label(args.model), notes)
 
 
@@ -96,10 +93,8 @@ def draw8(args: argparse.Namespace):
     print(table.T.to_string(float_format=lambda value: f"{value:z.3f}"))
     report_file(args, ".csv").parent.mkdir(parents=True, exist_ok=True)
     table.to_csv(report_file(args, ".csv"), index_label="reading")
-    pairs = len(next(iter(readings.values())).gamma)
-    kind = f"{args.split} pairs" + (f" of {Path(args.data).name}" if args.data else "")
-    policy = "final policy" if (run.folder / "run.json").is_file() else "initial policy"
-    title = f"{model_label(Path(args.model).name)} {method_label(method)}: {pairs} {kind}, {policy}"
+    count = len(next(iter(readings.values())))
+    title = f"{model_label(Path(args.model).name)} {method_label(method)}: {count} {args.split} pairs"
     # The paper's peak is that of its own run on its own pairs.
     peak = PAPER_GAMMA_PEAKS.get(args.model) if method == "rmipo" and not args.data else None
     return figures_pairs.figure8(readings, objective, title, peak, [pair_arrays.scored_with(run, args.split)])
@@ -110,7 +105,7 @@ def scored_run(args: argparse.Namespace, method: str) -> RunFolder:
     from rmipo.evaluation.target import find_target
     from rmipo.recipe.load import load_recipe
 
-    known = has_recipe(args.model)
+    known = is_setting(args.model)
     if known and method != "initial":
         return finished_run(args.outputs, args.model, method)
     if not (args.data or known):
@@ -144,10 +139,10 @@ def main() -> None:
     if args.number not in FIGURES:
         raise ReportError(f"there is no figure {args.number} to draw; say N=..., one of {tuple(FIGURES)}")
     if not args.model:
-        raise ReportError(f"of which model? Say MODEL=..., e.g. {', '.join(PAPER_MODELS)} or tiny")
+        raise ReportError("of which model? Say MODEL=...")
     if args.number != 8:
         check_model(args.outputs, args.model)
-    elif not has_recipe(args.model):
+    else:
         check_names(args.model, [])
     for option, numbers in OPTIONS.items():
         if getattr(args, option) and args.number not in numbers:

@@ -25,8 +25,9 @@ def main() -> int:
     parser.add_argument("--held_out_prompts", type=int, help="in place of that of online.yaml")
     args, overrides = parser.parse_known_args([*cli.split(os.environ.get("ARGS", "")), *sys.argv[1:]])
     os.chdir(Path(__file__).parent.parent)
-    refuse(os.environ, ["DRY", "SLURM"], "make online runs its rounds on this machine, at once; leave it out")
-    refuse(os.environ, ["DATA"], "make online samples its data from the prompts of online.yaml; leave it out")
+    refuse(
+        os.environ, ["DRY", "SLURM", "DATA"], "make online samples its own data, on this machine, at once; leave it out"
+    )
     model, _ = choose_stages({"MODEL": args.model or "smollm2-135m-instruct"})
     method, _ = choose_method({"METHOD": args.method})
     count = whole_number({"ROUNDS": args.rounds}, "ROUNDS", 3)

@@ -14,15 +14,12 @@ import sys
 from pathlib import Path
 
 from rmipo import cli
-from rmipo.launch.choices import is_on, is_setting, known_settings, refuse
-from rmipo.reporting.results import ReportError
+from rmipo.launch.choices import is_on, refuse
+from rmipo.reporting.results import ReportError, check_model
 from rmipo.reporting.tables import TABLES, build_table, fill
 
 OUTPUTS = Path("outputs")  # where trainings and evaluations write
 OWN_VARIABLES = ("TABLE", "MODEL", "METHOD", "STAGE", "BENCH", "DRY")  # each step says its own
-# Of one step alone: options of a training are none of an evaluation, other pairs make other runs than the table's, and a
-# job that is only submitted isn't there for the next step.
-REFUSED_VARIABLES = ("ARGS", "DATA", "SLURM")
 
 
 @cli.main
@@ -33,15 +30,13 @@ def main() -> int:
     args = parser.parse_args()
     if args.table is None:
         raise ReportError(f"which table? Say TABLE=..., one of {sorted(TABLES)}")
-    refuse(os.environ, REFUSED_VARIABLES, "it is for one step of the chain alone: run that step by itself")
-    if args.model and not is_setting(args.model):
-        raise ReportError(
-            f"MODEL={args.model} has no recipes/{args.model}/eval.yaml; those that have: {known_settings()}"
-        )
+    # Options of a training are none of an evaluation, other pairs make other runs than the table's, and a job that is only
+    # submitted isn't there for the next step.
+    refuse(os.environ, ["ARGS", "DATA", "SLURM"], "it is for one step of the chain alone: run that step by itself")
+    if args.model:
+        check_model(OUTPUTS, args.model)
     cells = fill(build_table(args.table, [args.model] if args.model else []), OUTPUTS).cells
-    # Row by row, each once. A finished result that lacks a number is deleted by the user alone (`make table` says how).
-    needed = [commands for commands in cells["commands"] if not any(text.startswith("rm ") for text in commands)]
-    steps = list(dict.fromkeys(text for commands in needed for text in commands))
+    steps = list(dict.fromkeys(text for commands in cells["commands"] for text in commands))  # row by row, each once
 
     for number, step in enumerate(steps, start=1):
         print(f"{number:3d} {step}")

@@ -9,7 +9,6 @@ Without --prompt, the block `samples` in recipes/<model>/eval.yaml says which: `
 all) of a file `reference`, whose own answers are shown too. Writes <outputs>/reports/.
 """
 
-import html
 from pathlib import Path
 
 import pandas as pd
@@ -21,35 +20,23 @@ from rmipo.files import write_atomically
 from rmipo.launch.choices import check_names, is_setting
 
 METHODS = ["rmipo", "simper", "simpo"]  # of Table 6; by default those that are trained
-STYLE = """body { font-family: sans-serif; margin: 2em; } table { border-collapse: collapse; width: 100%; }
-th, td { border: 1px solid #bbb; padding: .6em; vertical-align: top; text-align: left; }
-td { white-space: pre-wrap; overflow-wrap: anywhere; } th { background: #eee; }"""
+STYLE = """<!DOCTYPE html><meta charset="utf-8"><style>body { font-family: sans-serif; margin: 2em; }
+th, td { padding: .6em; vertical-align: top; text-align: left; } td { white-space: pre-wrap; }</style>"""
 
 
-def markdown(model: str, prompts: list[str], answers: dict[str, list[str]]) -> str:
-    """One section for each prompt; answers are quoted, so that their own Markdown doesn't break the page."""
-    lines = [f"# {model}: answers side by side", ""]
-    for number, prompt in enumerate(prompts):
-        lines += [f"## Prompt {number + 1}", "", *quote(prompt), ""]
-        for method, texts in answers.items():
-            lines += [f"**{method}**", "", *quote(texts[number]), ""]
+def markdown(table: pd.DataFrame) -> str:
+    """A section for each prompt; answers are indented, so that their own Markdown doesn't break the page."""
+    lines = []
+    for number, texts in enumerate(table.to_dict("records"), start=1):
+        lines.append(f"# {number}\n")
+        for name, text in texts.items():
+            lines += [f"**{name}**\n", *(f"    {line}" for line in (text or "(empty)").splitlines()), ""]
     return "\n".join(lines)
 
 
-def quote(text: str) -> list[str]:
-    fence = "```"
-    while fence in text:
-        fence += "`"
-    return [f"> {line}".rstrip() for line in [fence + "text", *(text or "(empty)").splitlines(), fence]]
-
-
-def page(model: str, prompts: list[str], answers: dict[str, list[str]]) -> str:
-    """A table with a column for each method."""
-    title = f"{html.escape(model)}: answers side by side"
+def page(table: pd.DataFrame) -> str:
     with pd.option_context("display.max_colwidth", None):  # else long answers are cut
-        table = pd.DataFrame({"Prompt": prompts, **answers}).to_html(index=False, border=0)
-    head = f'<meta charset="utf-8"><title>{title}</title><style>{STYLE}</style>'
-    return f'<!DOCTYPE html>\n<html lang="en"><head>{head}</head>\n<body><h1>{title}</h1>\n{table}\n</body></html>\n'
+        return STYLE + table.to_html(index=False)
 
 
 def choose_prompts(given: list[str] | None, settings: dict) -> tuple[list[str], dict[str, list[str]]]:
@@ -73,12 +60,12 @@ def main() -> None:
     from rmipo.evaluation.target import find_target  # imports torch and TRL, which takes seconds
     from rmipo.generation.answers import Generator, questions
 
+    name = Path(model).name
     if is_setting(model):
         trained = [method for method in METHODS if (args.outputs / model / method / "config.json").is_file()]
         methods = methods or trained or METHODS[:1]
-        name, targets = model, {method: find_target(model, method, args.outputs, []) for method in methods}
+        targets = {method: find_target(model, method, args.outputs, []) for method in methods}
     else:
-        name = Path(model).name
         targets = {name: find_target(model, None, args.outputs, [])}
     settings = next(iter(targets.values())).settings
     prompts, answers = choose_prompts(args.prompt, settings.get("samples", {}))
@@ -87,5 +74,5 @@ def main() -> None:
             answers[method] = generator.ask("samples", questions(prompts))
     for extension, render in (("md", markdown), ("html", page)):
         path = args.outputs / "reports" / f"samples-{name}.{extension}"
-        write_atomically(path, render(name, prompts, answers))
+        write_atomically(path, render(pd.DataFrame({"Prompt": prompts, **answers})))
         print(path)

@@ -22,16 +22,15 @@ from rmipo.record import read_metrics, recorded_run
 
 STEPS, STOP_AFTER = 10, 3
 TOLERANCE = 1.1  # of the planned memory; no micro-batch is longer than planned for
-SEE = "see the output above"
+Check = tuple[str, str, str]  # name; pass, FAIL or skip; what was found
 
 
 def own_arguments(env: dict[str, str], folder: Path) -> str:
     """ARGS of the run. A setting that is made from scratch starts from its untrained model: no stage has to run before."""
     world = Path("recipes", env["MODEL"], "world.yaml")
-    start = ["--model_name_or_path", f"outputs/{env['MODEL']}/world/model"] if world.is_file() else []
+    start = f"--model_name_or_path outputs/{env['MODEL']}/world/model" if world.is_file() else ""
     own = f"--output_dir {folder} --max_steps {STEPS} --logging_steps 1 --save_steps {STEPS} --save_total_limit 1"
-    quiet = "--eval_strategy no --report_to none --push_to_hub false"
-    return shlex.join([*start, *shlex.split(env.get("ARGS", "")), *own.split(), *quiet.split()])
+    return f"{start} {env.get('ARGS', '')} {own} --eval_strategy no --report_to none --push_to_hub false"
 
 
 def training_lines(folder: Path) -> list[dict]:
@@ -45,7 +44,8 @@ def stop_once_started(folder: Path, ended: threading.Event) -> None:
             return os.kill(os.getpid(), signal.SIGTERM)
 
 
-Check = tuple[str, bool | None, str, str]  # name, passed (None: nothing to check), what was found, what to do
+def status(passed: bool) -> str:
+    return "pass" if passed else "FAIL"
 
 
 def run_checks(folder: Path, codes: tuple[int, int]) -> Iterator[Check]:
@@ -57,20 +57,19 @@ def run_checks(folder: Path, codes: tuple[int, int]) -> Iterator[Check]:
 
     record = recorded_run(folder) or {}
     parity = record.get("results", {}).get("parity")
-    found = "the run did not end" if parity is None else f"packed and plain scores differ by {parity:.1e} nats a token"
-    yield "parity", parity is not None, found, SEE
+    yield "parity", status(parity is not None), f"packed and plain scores differ by {parity} nats a token"
     steps = [line["step"] for line in training_lines(folder)]
     went_on = codes == (EXIT_STOPPED, 0) and record.get("starts") == 2 and steps == list(range(1, STEPS + 1))
     found = f"exit codes {codes[0]} when stopped, {codes[1]} when started again; {len(steps)} of {STEPS} steps"
-    yield "resume", went_on, found, SEE
+    yield "resume", status(went_on), found
     try:
         ids = AutoTokenizer.from_pretrained(folder)("Hello, how are you?", return_tensors="pt").input_ids
         model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", trust_remote_code=False)
         with torch.no_grad():
             finite = bool(model(ids).logits.isfinite().all())
-        yield "export", finite, f"{folder} loads with AutoModelForCausalLM; finite logits: {finite}", SEE
+        yield "export", status(finite), f"{folder} loads with AutoModelForCausalLM; finite logits: {finite}"
     except (OSError, ValueError) as error:
-        yield "export", False, str(error).splitlines()[0], SEE
+        yield "export", "FAIL", str(error).splitlines()[0]
 
 
 def memory_check(step, gpus: int) -> Check:
@@ -80,13 +79,13 @@ def memory_check(step, gpus: int) -> Check:
 
     lines = training_lines(Path(step.output_dir))
     if step.on_cpu or len(lines) <= STOP_AFTER:
-        return "memory", None, "not compared with the plan on a CPU, or of a run that did not end", ""
+        return "memory", "skip", "not compared with the plan on a CPU, or of a run that did not end"
     shape, work = preflight.shape_of(step.recipe), preflight.workload_of(step.recipe)
     memory = plan_memory(shape, work, Sharding.load(step.sharding), replace(Hardware.here(), gpus=gpus))
     needed = (sum(memory.values()) - memory[RESERVE]) / GIB
     peak = max(line["peak_memory_gib"] for line in lines)
     found = f"{peak:.1f} GiB at most on the first GPU, {needed:.1f} planned"
-    return "memory", peak <= TOLERANCE * needed, found, "lower max_tokens_per_micro_batch, report both numbers"
+    return "memory", status(peak <= TOLERANCE * needed), f"{found}; max_tokens_per_micro_batch lowers it"
 
 
 @cli.main
@@ -129,9 +128,8 @@ def main() -> int:
 
     # ------------------ What it shows
     failed = []
-    for name, passed, found, fix in (*run_checks(folder, codes), memory_check(step, gpus)):
-        failed += [name] * (passed is False)
-        status = {True: "pass", False: "FAIL", None: "skip"}[passed]
-        print(f"{status:5} {name:9} {found}" + f". Fix: {fix}" * (passed is False), flush=True)
+    for name, result, found in (*run_checks(folder, codes), memory_check(step, gpus)):
+        failed += [name] * (result == "FAIL")
+        print(f"{result} {name:9} {found}", flush=True)
     print(f"{model}: {'failed: ' + ', '.join(failed) if failed else 'all checks passed'}")
     return int(bool(failed))

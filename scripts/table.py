@@ -38,12 +38,10 @@ def main() -> None:
     parser.add_argument("--differences", action="store_true", help="print all differences to the paper")
     args = parser.read()
     benches = list(BENCHMARKS) if args.bench == "all" else args.bench.replace(",", " ").split()
-    if (args.number is None) == (not benches and not args.wins):
+    if args.number is None and not (args.model and (benches or args.wins)):
         raise ReportError(f"which table? Say N=..., one of {sorted(TABLES)}, or BENCH=... and MODEL=...")
-    if unknown := [bench for bench in benches if bench not in BENCHMARKS]:
-        raise ReportError(f"BENCH={args.bench}: {', '.join(unknown)} is none of {', '.join(BENCHMARKS)}, all")
-    if args.number is None and not args.model:
-        raise ReportError("of which model? Say MODEL=...")
+    if not BENCHMARKS.keys() >= set(benches):
+        raise ReportError(f"BENCH={args.bench}: known are {', '.join(BENCHMARKS)}, all")
     if args.model:
         check_model(args.outputs, args.model)
 
@@ -54,8 +52,10 @@ def main() -> None:
         if args.number is not None:
             table, name = build_table(args.number, [args.model] if args.model else []), f"table{args.number}"
         else:
-            table = benchmark_table(args.outputs, args.model, benches, args.eval_name)
-            name = f"table-{args.bench.replace(',', '-')}"
+            table, name = (
+                benchmark_table(args.outputs, args.model, benches, args.eval_name),
+                f"table-{'-'.join(benches)}",
+            )
         filled = fill(table, args.outputs, args.differences, args.eval_name, args.against)
         texts = {suffix: form(filled) for suffix, form in FORMATS.items()}
     name = "-".join(filter(None, [name, args.model, args.eval_name]))

@@ -22,7 +22,7 @@ LABELS = {
     "preference_accuracy": "preference accuracy",
     "preference_margin": "preference margin (nats/token)",
 }
-SAMPLES, SHOWN = 4, 4  # per question of the world, and of all of them
+SAMPLES = 4  # per question of the world
 
 
 @cli.main
@@ -60,12 +60,7 @@ def main() -> None:
     print(f"\n{'':40}{'before':>10}{'after ' + recipe['objective']['name']:>18}")
     for key, label in LABELS.items():
         print(f"{label:40}{before[key]:10.3f}{after[key]:18.3f}")
-    print(f"\n{len(before['samples'])} samples at temperature 1; {len(pairs)} test pairs. For example:")
-    step = max(1, len(before["samples"]) // SHOWN)
-    for old, new in list(zip(before["samples"], after["samples"], strict=True))[::step][:SHOWN]:
-        print(f"  {old['prompt'][-300:]}")
-        for name, entry in (("before", old), ("after", new)):
-            print(f"    {name + ':':8}{entry['response'][:300]}   [{entry['class']}]")
+    print(f"\n{len(before['samples'])} samples at temperature 1; {len(pairs)} test pairs")
     path = options.run / "report.json"
     path.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n")
     print(f"\ncurves:  {options.run / 'curves.png'}\nmodel:   {options.run}\nreport:  {path}")

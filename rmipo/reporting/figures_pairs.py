@@ -6,28 +6,13 @@ Functions of plain arrays; `pair_arrays` says where the arrays come from.
 from collections.abc import Iterable
 
 import numpy as np
-import torch
+import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from rmipo import plots
+from rmipo.evaluation.statistics import resamples
 from rmipo.objectives import RMiPO
-from rmipo.objectives.rmipo import SCHEDULES, scheduled_margin
-from rmipo.plots import (
-    BLUE,
-    GREEN,
-    GREY,
-    ORANGE,
-    RED,
-    density,
-    draw_density,
-    draw_gamma,
-    house_style,
-    method_color,
-    panel_letter,
-    panels,
-)
-from rmipo.reporting.pair_arrays import Reading
 from rmipo.reporting.results import method_label
 
 
@@ -43,9 +28,8 @@ def jitter(differences: np.ndarray) -> np.ndarray:
 
 
 def wasserstein(a: np.ndarray, b: np.ndarray) -> float:
-    """1-Wasserstein distance of two samples, from their quantile functions at 2001 levels."""
-    levels = (np.arange(2001) + 0.5) / 2001
-    return float(np.abs(np.quantile(a, levels) - np.quantile(b, levels)).mean())
+    """1-Wasserstein distance of two samples of one size."""
+    return float(np.abs(np.sort(a) - np.sort(b)).mean())
 
 
 def window(samples: list[np.ndarray], share: float = 0.99) -> np.ndarray:
@@ -58,35 +42,35 @@ def window(samples: list[np.ndarray], share: float = 0.99) -> np.ndarray:
 
 
 def mark_zero(axis: Axes) -> None:
-    axis.axvline(0, color=GREY, linewidth=0.8, linestyle="--")
+    axis.axvline(0, color=plots.GREY, linewidth=0.8, linestyle="--")
     axis.set_ylim(0, None)
     axis.margins(x=0)
 
 
-@house_style
+@plots.house_style
 def figure3(signals: dict[str, dict[str, np.ndarray]], title: str, notes: Iterable[str] = ()) -> Figure:
     """Density of the log-likelihood and PMI differences of a pair, one panel per HH subset.
 
     `signals`: subset -> {"loglik": (pairs,), "pmi": (pairs,)}, in nats per token.
     """
-    names = {"loglik": (r"$\Delta\log\pi(y|x)/|y|$", BLUE), "pmi": (r"$\Delta$pmi$/|y|$", RED)}
-    figure, axes = panels(len(signals), height=3.0)
+    names = {"loglik": (r"$\Delta\log\pi(y|x)/|y|$", plots.BLUE), "pmi": (r"$\Delta$pmi$/|y|$", plots.RED)}
+    figure, axes = plots.panels(len(signals), height=3.0)
     for axis, letter, (subset, values) in zip(axes, "abc", signals.items(), strict=False):
         grid = window(list(values.values()))
         for key, (label, color) in names.items():
             sample = values[key]
             summary = f"{100 * np.mean(sample > 0):.0f}% > 0, mean/std {sample.mean() / sample.std():+z.2f}"
-            draw_density(axis, grid, density(sample, grid), color, f"{label}: {summary}")
+            plots.draw_density(axis, grid, plots.density(sample, grid), color, f"{label}: {summary}")
         mark_zero(axis)
         axis.set_xlabel("Chosen minus rejected (nats per token)")
         axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.3))
-        panel_letter(axis, letter, f"{subset.capitalize()}, {title} ({len(values['pmi'])} pairs)")
+        plots.panel_letter(axis, letter, f"{subset.capitalize()}, {title} ({len(values['pmi'])} pairs)")
     axes[0].set_ylabel("Density")
     plots.footnotes(figure, notes)
     return figure
 
 
-@house_style
+@plots.house_style
 def figure6(reference: np.ndarray, rewards: dict[str, np.ndarray], title: str, notes: Iterable[str] = ()) -> Figure:
     """Density of reward differences of each method beside that of the judge's (REF).
 
@@ -100,13 +84,15 @@ def figure6(reference: np.ndarray, rewards: dict[str, np.ndarray], title: str, n
     judged = judged / judged.std()
     # No two rewards have the same unit; divided by the standard deviation alone, zero stays zero.
     scaled = {method: values / values.std() for method, values in rewards.items()}
-    figure, (axis,) = panels(1, height=2.8)
+    figure, (axis,) = plots.panels(1, height=2.8)
     grid = window([judged, *scaled.values()])
-    draw_density(axis, grid, density(judged, grid), GREY, "REF (judge's score)", shade=0.25)
+    plots.draw_density(axis, grid, plots.density(judged, grid), plots.GREY, "REF (judge's score)", shade=0.25)
     for method, values in scaled.items():
-        low, high = distance_interval(values, judged)
+        # Each draw takes the same pairs of both.
+        distances = [wasserstein(values[drawn], judged[drawn]) for drawn in resamples(len(values), 200)]
+        low, high = np.quantile(distances, [0.025, 0.975])
         label = f"{method_label(method)}: $W_1$ to REF {wasserstein(values, judged):.2f} [{low:.2f}, {high:.2f}]"
-        axis.plot(grid, density(values, grid), color=method_color(method), label=label)
+        axis.plot(grid, plots.density(values, grid), color=plots.method_color(method), label=label)
     mark_zero(axis)
     axis.set_ylim(0, 1.3 * axis.get_ylim()[1])  # headroom for the legend
     axis.set_xlabel("Reward of chosen minus rejected (standard deviations)")
@@ -117,59 +103,32 @@ def figure6(reference: np.ndarray, rewards: dict[str, np.ndarray], title: str, n
     return figure
 
 
-def distance_interval(values: np.ndarray, judged: np.ndarray) -> tuple[float, float]:
-    """95% interval of the distance by the bootstrap over pairs: each draw takes the same pairs of both."""
-    draws = np.random.default_rng(0)
-    rows = (draws.integers(0, len(values), len(values)) for _ in range(200))
-    low, high = np.quantile([wasserstein(values[drawn], judged[drawn]) for drawn in rows], [0.025, 0.975])
-    return float(low), float(high)
-
-
-@house_style
+@plots.house_style
 def figure8(
-    readings: dict[str, Reading],
+    readings: dict[str, pd.DataFrame],
     objective: RMiPO,
     title: str,
-    paper_peak: float | None = None,
+    peak: float | None = None,
     notes: Iterable[str] = (),
 ) -> Figure:
-    """Gamma over Delta_pmi; then the distributions of Delta_pmi and gamma, a row for each reading of the formula.
+    """The distributions of Delta_pmi and gamma, a row for each reading of the formula.
 
     The curve of gamma is the density of the pairs strictly between the bounds (left scale); the pins are the shares of
-    pairs at the two bounds (right scale).
+    pairs at the two bounds (right scale). `peak`: where the paper has one.
     """
-    figure, axes = panels(3, height=1.25, rows=len(readings), width_ratios=(1, 1, 1.2))
-    specs = axes[0].get_gridspec()
-    for axis in axes[0::3]:
-        axis.remove()  # the schedules are one panel beside all rows
-    draw_schedules(figure.add_subplot(specs[:, 0]), objective)
-    for signal, gamma, letter, (name, reading) in zip(axes[1::3], axes[2::3], "bcd", readings.items(), strict=False):
-        grid = window([reading.delta_pmi], 0.98)
-        draw_density(signal, grid, density(reading.delta_pmi, grid), BLUE)
+    figure, axes = plots.panels(2, height=1.25, rows=len(readings))
+    for signal, gamma, letter, (name, reading) in zip(axes[0::2], axes[1::2], "abc", readings.items(), strict=False):
+        grid = window([reading["delta_pmi"]], 0.98)
+        plots.draw_density(signal, grid, plots.density(reading["delta_pmi"], grid), plots.BLUE)
         mark_zero(signal)
         signal.set_yticks([])
-        panel_letter(signal, letter, name)
-        draw_gamma(gamma, reading.gamma, (objective.gamma_min, objective.gamma_max), paper_peak)
-        gamma.set_title(f"mean {reading.gamma.mean():.2f}", loc="right")
-    for axis in axes[2:-1:3]:
+        plots.panel_letter(signal, letter, name)
+        plots.draw_gamma(gamma, reading["gamma"].to_numpy(), (objective.gamma_min, objective.gamma_max), peak)
+        gamma.set_title(f"mean {reading['gamma'].mean():.2f}", loc="right")
+    for axis in axes[1:-1:2]:
         axis.tick_params(labelbottom=False)
     axes[-2].set_xlabel(r"$\Delta$pmi (nats; per token or summed)")
-    axes[-1].set_xlabel(r"$\gamma$" + ("" if paper_peak is None else " (dotted: the paper's peak)"))
+    axes[-1].set_xlabel(r"$\gamma$" + ("" if peak is None else " (dotted: the paper's peak)"))
     figure.suptitle(title, fontsize=9)
     plots.footnotes(figure, notes)
     return figure
-
-
-def draw_schedules(axis: Axes, objective: RMiPO) -> None:
-    signal, low, high = torch.linspace(-1, 4, 501), objective.gamma_min, objective.gamma_max
-    colors = {"exponential": RED, "linear": BLUE, "cosine": GREEN, "constant": ORANGE}
-    for schedule in SCHEDULES:
-        margin = scheduled_margin(signal, low, high, schedule, objective.span)
-        width, line = (2, "-") if schedule == objective.schedule else (1, "--")
-        axis.plot(signal, margin, color=colors[schedule], linewidth=width, linestyle=line, label=schedule)
-    axis.set_yticks(sorted({low, high, round((low + high) / 2, 4)}))
-    axis.set_xlabel(r"$\Delta$pmi")
-    axis.set_ylabel(r"$\gamma$")
-    axis.margins(x=0)
-    axis.legend(loc="upper right")
-    panel_letter(axis, "a", "Schedules (Table 7)")

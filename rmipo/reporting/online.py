@@ -51,27 +51,20 @@ def measure(model_dir: Path, start: Path, config: OnlineConfig, generation: dict
     return metrics
 
 
+@house_style
 def report(rows: list[dict], home: Path) -> str:
     """Write rounds.jsonl, rounds.md and rounds.png in `home`; the table as text."""
     write_lines(home / "rounds.jsonl", rows)
     frame = pd.DataFrame(rows)
-    table = [["round", *COLUMNS.values()]]
-    for row in rows:
-        errors = {name: row.get(f"{name}_standard_error") for name in COLUMNS}
-        cells = [f"{row[name]:.2f}" + ("" if e is None else f" ± {e:.2f}") for name, e in errors.items()]
-        table.append([str(row["round"]), *cells])
-    text = markdown_table(table) + "\n"
-    write_atomically(home / "rounds.md", text)
-    draw(frame, home / "rounds.png")
-    return text
-
-
-@house_style
-def draw(frame: pd.DataFrame, path: Path) -> None:
+    texts = {"round": frame["round"].astype(str)}
     figure, axes = panels(len(COLUMNS), height=1.9)
     for axis, (name, label) in zip(axes, COLUMNS.items(), strict=True):
         error = frame.get(f"{name}_standard_error")
+        texts[label] = frame[name].map("{:.2f}".format) + ("" if error is None else error.map(" ± {:.2f}".format))
         axis.errorbar(frame["round"], frame[name], yerr=error, marker="o", color=BLUE, capsize=2)
         axis.set(xlabel="round", xticks=frame["round"])
         axis.set_title(label, fontsize=7)
-    save(figure, path, (".png",))
+    save(figure, home / "rounds.png", (".png",))
+    text = markdown_table([list(texts), *zip(*texts.values(), strict=True)]) + "\n"
+    write_atomically(home / "rounds.md", text)
+    return text

@@ -1,6 +1,5 @@
 """Per-pair arrays for figures 3, 6 and 8: from the HH evaluation's files, or by scoring a run's own preference data."""
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +9,6 @@ import torch
 from rmipo.data.pairs import LIMITS, load_pairs
 from rmipo.data.sources import load_sources, mix, mixture_entries
 from rmipo.evaluation.pair_scores import score_model
-from rmipo.fingerprints import has_weights, trained_fingerprint
 from rmipo.objectives import PairScores, RMiPO, build_objective
 from rmipo.objectives.rmipo import delta_pmi, pmi
 from rmipo.page.look import sample
@@ -22,19 +20,15 @@ from rmipo.reporting.results import ReportError, Result, RunFolder, eval_command
 
 def hh_signals(outputs: Path, model: str, method: str) -> tuple[dict[str, dict[str, np.ndarray]], Result]:
     """Figure 3: subset -> log-likelihood and PMI differences in nats per token, from eval/hh_<subset>.pt; and the result
-    that those belong to. Raises ReportError without any, and for scores of other weights than the folder holds now.
+    that those belong to. Raises ReportError without any.
     """
-    signals, folder = {}, outputs / model / method
-    evaluation, command = load_result(outputs, model, method, "hh"), eval_command(model, method, "hh")
-    for path in sorted((folder / "eval").glob("hh_*.pt"), reverse=True):  # helpful, harmless
-        scores = torch.load(path, weights_only=True)
-        # Density of a model that is gone, under the name of the new one.
-        if has_weights(folder) and scores.get("fingerprint") != trained_fingerprint(folder):
-            raise ReportError(f"{path} is of other weights than {folder} now: delete it and hh.json, run `{command}`")
-        signals[path.stem.removeprefix("hh_")] = differences(scores)
-    if not signals or evaluation is None:
-        raise ReportError(f"figure 3 has no HH scores of {model} {method} in {folder}/eval: run `{command}`")
-    return signals, evaluation
+    evaluation = load_result(outputs, model, method, "hh")
+    if evaluation is None:
+        raise ReportError(f"figure 3 has no HH scores of {model} {method}: run `{eval_command(model, method, 'hh')}`")
+    files = {subset: evaluation.path.with_name(f"hh_{subset}.pt") for subset in ("helpful", "harmless")}
+    # Scores of a subset without a number are of an earlier evaluation.
+    scored = {subset: path for subset, path in files.items() if f"hh_{subset}" in evaluation.metrics}
+    return {subset: differences(torch.load(path, weights_only=True)) for subset, path in scored.items()}, evaluation
 
 
 def differences(scores: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
@@ -69,8 +63,9 @@ def scoring_options(run: RunFolder) -> dict:
 def scored_with(run: RunFolder, split: str) -> str:
     """For a note under figures 6 and 8: pairs, arithmetic and versions behind `run_scores`."""
     sources = ", ".join(entry["path"] for entry in mixture_entries(of_recipe(DataConfig, run.record["recipe"])))
-    options = scoring_options(run) | ({"bf16": "autocast"} if run.record["recipe"].get("bf16") else {})
-    facts = options | package_versions("torch", "transformers")
+    facts = (
+        scoring_options(run) | {"bf16": run.record["recipe"].get("bf16")} | package_versions("torch", "transformers")
+    )
     made = ", ".join(f"{name} {value}" for name, value in facts.items())
     return f"Log-probabilities of given responses, {split} pairs of {sources}: {made}."
 
@@ -92,19 +87,10 @@ def reward_differences(run: RunFolder, split: str, max_pairs: int) -> tuple[np.n
     return (output.chosen_rewards - output.rejected_rewards).numpy(), rows
 
 
-@dataclass(frozen=True)
-class Reading:
-    """What one reading of the formula makes of a run's pairs: arrays (pairs,). `length_difference`: tokens, y_w - y_l."""
+def gamma_readings(run: RunFolder, split: str, max_pairs: int) -> dict[str, pd.DataFrame]:
+    """Figure 8: a run's pairs under its final policy, by three readings of the formula; "as in the recipe" marks its own.
 
-    delta_pmi: np.ndarray
-    gamma: np.ndarray
-    length_difference: np.ndarray
-
-
-def gamma_readings(run: RunFolder, split: str, max_pairs: int) -> dict[str, Reading]:
-    """Figure 8: margins of a run's pairs under its final policy, by three readings of the formula.
-
-    "as in the recipe" marks the run's own.
+    A line for each pair: delta_pmi, gamma, length_difference (tokens, y_w - y_l).
     """
     # Bounds, schedule and what the prior of the first two is conditioned on are the run's; the rest is what each reading
     # says, since the paper doesn't (docs/FIDELITY.md).
@@ -124,29 +110,28 @@ def gamma_readings(run: RunFolder, split: str, max_pairs: int) -> dict[str, Read
         reading = build_objective(run.objective | choice)
         output = reading(PairScores(**scores))
         lengths = scores["chosen_lengths"] - scores["rejected_lengths"]
-        arrays = (output.diagnostics["delta_pmi"], output.gamma, lengths)
-        title = name + ", as in the recipe" * (reading == objective)
-        readings[title] = Reading(*(array.double().numpy() for array in arrays))
+        columns = {"delta_pmi": output.diagnostics["delta_pmi"], "gamma": output.gamma, "length_difference": lengths}
+        frame = pd.DataFrame({column: values.double().numpy() for column, values in columns.items()})
+        readings[name + ", as in the recipe" * (reading == objective)] = frame
     return readings
 
 
-def summarize(readings: dict[str, Reading], gamma_min: float, gamma_max: float) -> pd.DataFrame:
+def summarize(readings: dict[str, pd.DataFrame], gamma_min: float, gamma_max: float) -> pd.DataFrame:
     """A row for each reading: where delta_pmi and gamma lie, and how far delta_pmi follows the difference in length."""
     rows = {}
     for name, reading in readings.items():
-        signal, gamma = reading.delta_pmi, reading.gamma
-        low, median, high = np.quantile(signal, [0.05, 0.5, 0.95])
+        signal, gamma = reading["delta_pmi"], reading["gamma"]
         rows[name] = {
             "delta_pmi mean": signal.mean(),
-            "std": signal.std(ddof=1),
-            "5%": low,
-            "median": median,
-            "95%": high,
+            "std": signal.std(),
+            "5%": signal.quantile(0.05),
+            "median": signal.median(),
+            "95%": signal.quantile(0.95),
             "chosen higher": (signal > 0).mean(),
             "mean gamma": gamma.mean(),
             "at gamma_max": (gamma >= gamma_max - AT_MAX).mean(),
             "within 0.01 of gamma_min": (gamma <= gamma_min + AT_MIN).mean(),
-            "correlation with length difference": np.corrcoef(signal, reading.length_difference)[0, 1],
+            "correlation with length difference": signal.corr(reading["length_difference"]),
         }
     return pd.DataFrame.from_dict(rows, orient="index")
 
@@ -155,7 +140,6 @@ def rmipo_objective(run: RunFolder) -> RMiPO:
     """The objective of a run whose gamma Figure 8 can show; ReportError for any other."""
     # A constant margin, or one that another signal drives, would be drawn as if Delta_pmi had made it.
     objective = build_objective(run.objective) if run.objective else None
-    follows = isinstance(objective, RMiPO) and (objective.target, objective.signal) == ("gamma", "pmi")
-    if not follows or objective.schedule == "constant" or objective.gamma_min == objective.gamma_max:
+    if not isinstance(objective, RMiPO) or (objective.target, objective.signal) != ("gamma", "pmi"):
         raise ReportError(f"figure 8 shows gamma over Delta_pmi, which that of {run.folder} doesn't follow")
     return objective

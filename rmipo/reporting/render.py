@@ -5,14 +5,13 @@ import textwrap
 
 import pandas as pd
 
-from rmipo.evaluation import metric_label
-from rmipo.reporting.paired import interval_text, paired_line, paired_title, stars
-from rmipo.reporting.provenance import made_with, missing_verdicts
-from rmipo.reporting.results import Result, method_label, model_label
+from rmipo.reporting.paired import interval_text, stars
+from rmipo.reporting.provenance import made_with
+from rmipo.reporting.results import method_label
 from rmipo.reporting.tables import Table
 
 LATEX = {"α": r"$\alpha$", "β": r"$\beta$", "ε": r"$\epsilon$", "γ": r"$\gamma$", "Δ": r"$\Delta$", "±": r"$\pm$"}
-LATEX |= {"✓": r"\checkmark{}", "†": r"$^\dagger$", "–": "--", "−": "$-$", "<": r"\textless{}", ">": r"\textgreater{}"}
+LATEX |= {"†": r"$^\dagger$", "–": "--", "−": "$-$", "<": r"\textless{}", ">": r"\textgreater{}"}
 LATEX |= {character: f"\\{character}" for character in "%&#${}"}
 LATEX |= {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
 LATEX |= {"_": r"\_\allowbreak{}", "/": r"/\allowbreak{}"}  # paths and settings may break there
@@ -21,11 +20,7 @@ MARKS = (
     "the paper, so no difference is printed unless asked for. *, **, ***: a difference with p below 0.05, 0.01, 0.001, by Holm "
     "for all of the table. [n]: not run yet. n/a: no such number."
 )
-HEAD = r"% needs \usepackage{booktabs,longtable,amssymb}"
-
-
-def number_text(value: float, digits: int, signed: bool = False) -> str:
-    return f"{value:{'+' if signed else ''}z.{digits}f}"
+HEAD = r"% needs \usepackage{booktabs,longtable}"
 
 
 def markdown_table(rows: list[list[str]]) -> str:
@@ -41,7 +36,7 @@ def missing_numbers(table: Table) -> dict[tuple[str, ...], int]:
 
 
 def cell_parts(cell, table: Table, numbers: dict[tuple[str, ...], int]) -> list[str]:
-    """Paper, ours and difference, without what there is none of.
+    """Paper, ours, ours minus the paper's, and the method `against` minus ours, without what there is none of.
 
     Ours may be `36.6†(3) ±0.4`: not made as the paper's, and a mean of 3 seeds. A missing one points at its commands, as
     `[3]`, or is n/a.
@@ -50,79 +45,59 @@ def cell_parts(cell, table: Table, numbers: dict[tuple[str, ...], int]) -> list[
         ours = f"[{numbers[cell.commands]}]" if cell.commands else "n/a"
     else:
         seeds = f"({len(cell.results)})" if len(cell.results) > 1 else ""
-        ours = number_text(cell.ours, cell.digits) + "†" * bool(cell.deviations) + seeds
-    if table.own and cell.best:
+        ours = f"{cell.ours:z.{cell.digits}f}" + "†" * bool(cell.deviations) + seeds
+    if table.number is None and cell.best:
         ours = f"**{ours}**"
     if pd.notna(cell.error):
-        ours += f" ±{number_text(cell.error, cell.digits)}"
-    paper = [] if pd.isna(cell.paper) else [number_text(cell.paper, cell.digits)]
-    difference = [] if pd.isna(cell.difference) else [number_text(cell.difference, cell.digits, signed=True)]
-    return [*paper, ours, *difference]
+        ours += f" ±{cell.error:.{cell.digits}f}"
+    paper = [] if pd.isna(cell.paper) else [f"{cell.paper:.{cell.digits}f}"]
+    difference = [] if pd.isna(cell.difference) else [f"{cell.difference:+z.{cell.digits}f}"]
+    behind = [] if cell.behind is None else [interval_text(cell.behind, cell.digits, cell.p)]
+    return [*paper, ours, *difference, *behind]
 
 
 def layout(table: Table) -> pd.DataFrame:
-    """Lists of the parts of each cell. Rows are tuples of labels, columns (group, column), as they come."""
-    # How far the method `against` is ahead of a row has a column of its own. A table of the paper has no room for it.
-    numbers, texts = missing_numbers(table), {}
-    compared = set(table.cells.dropna(subset="behind")["metric"]) if table.own else ()
-    for cell in table.cells.itertuples():
-        line = texts.setdefault(cell.row, {})
-        line[cell.group, cell.column] = cell_parts(cell, table, numbers)
-        if cell.metric in compared:
-            ahead = "" if cell.behind is None else interval_text(cell.behind, cell.digits, cell.p)
-            line[cell.group, f"{method_label(table.against)} − row, {cell.column}"] = [ahead]
-    frame = pd.DataFrame([list(line.values()) for line in texts.values()])
-    frame.index, frame.columns = list(texts), pd.MultiIndex.from_tuples(next(iter(texts.values())))
-    return frame
+    """Lists of the parts of each cell; the columns are (model, group, column)."""
+    numbers = missing_numbers(table)
+    cells = table.cells.assign(parts=[cell_parts(cell, table, numbers) for cell in table.cells.itertuples()])
+    return cells.set_index([*table.headers, "group", "column"])["parts"].unstack(["group", "column"], sort=False)
 
 
-def results_of(table: Table) -> list[Result]:
-    return list({result.path: result for results in table.cells["results"] for result in results}.values())
+def title_of(table: Table) -> str:
+    ahead = f"{method_label(table.against)} − row on the same prompts, with its 95% bootstrap interval"
+    if table.number is None:
+        return f"{table.title}. Best in bold. Cells: ours / {ahead}."
+    return f"Table {table.number}: {table.title}. Cells: paper / ours / ours − paper / {ahead}."
 
 
 def notes_of(table: Table) -> list[str]:
     """What has to be said under the table, each once."""
     unlike = dict.fromkeys(f"† {text}" for texts in table.cells["deviations"] for text in texts)
-    results = results_of(table)
-    return [MARKS, *unlike, *missing_verdicts(results), *made_with(results), *table.notes]
-
-
-def paired(table: Table) -> list[str]:
-    """In a table of the paper, the method `against` and each other prompt by prompt: a title, and a line for each model and
-    metric; nothing without any."""
-    lines = []
-    for (model, metric), alike in table.cells.dropna(subset="behind").groupby(["model", "metric"], sort=False):
-        texts = [(cell.method, interval_text(cell.behind, cell.digits, cell.p)) for cell in alike.itertuples()]
-        lines += paired_line(f"{metric_label(metric)} of {model_label(model)}", texts)
-    return [paired_title(table.against), *lines] if lines and not table.own else []
+    made = made_with(result for results in table.cells["results"] for result in results)
+    return [MARKS, *unlike, *made, *filter(None, [table.note])]
 
 
 def markdown(table: Table) -> str:
     cells = layout(table)
     rows = [[*table.headers, *(f"{group} {name}".strip() for group, name in cells.columns)]]
-    rows += [[*row, *map(" / ".join, line)] for row, line in zip(cells.index, cells.values, strict=True)]
-    cells_are = "Cells: paper / ours / ours minus paper."
-    title = f"{table.title}. Best in bold." if table.own else f"Table {table.number}: {table.title}. {cells_are}"
-    lines = [title, "", markdown_table(rows)]
-    if differences := paired(table):
-        lines += ["", differences[0], "", *(f"- {line}" for line in differences[1:])]
-    lines += ["", *(f"- {note}" for note in notes_of(table))]
+    rows += [[*row, *map(" / ".join, line)] for row, line in zip(row_labels(cells), cells.values, strict=True)]
+    lines = [title_of(table), "", markdown_table(rows), "", *(f"- {note}" for note in notes_of(table))]
     if numbers := missing_numbers(table):
         lines += ["", "Missing cells, and what fills them:", ""]
         lines += [f"- [{n}] " + ", then ".join(f"`{c}`" for c in commands) for commands, n in numbers.items()]
     return "\n".join(lines) + "\n"
 
 
+def row_labels(cells: pd.DataFrame) -> list[tuple[str, ...]]:
+    return list(cells.index.to_frame().itertuples(index=False, name=None))
+
+
 def csv_text(table: Table) -> str:
     """Long form, one line per cell, numbers unrounded."""
     cells = table.cells
-    several = cells["results"].map(len) > 1  # then `error` is a deviation over seeds, which has a column of its own
-    lines = pd.DataFrame(cells["row"].tolist(), columns=list(table.headers))
-    lines["Column"] = (cells["group"] + " " + cells["column"]).str.strip()
-    lines[["paper", "ours"]] = cells[["paper", "ours"]]
-    lines["standard_error"] = cells["error"].mask(several)
-    lines["seeds"] = cells["results"].map(len).replace(0, pd.NA).astype("Int64")
-    lines["seed_deviation"] = cells["error"].where(several)
+    lines = cells[list(table.headers)].assign(Column=(cells["group"] + " " + cells["column"]).str.strip())
+    lines[["paper", "ours", "error"]] = cells[["paper", "ours", "error"]]  # `error`: of several seeds their deviation
+    lines["seeds"] = cells["results"].map(len)
     lines["difference"] = cells["difference"]
     for end, name in {"": "mean", "_low": "low", "_high": "high"}.items():
         values = [getattr(found, name, None) for found in cells["behind"]]
@@ -130,44 +105,36 @@ def csv_text(table: Table) -> str:
     lines["p_holm"] = cells["p"].where(cells["behind"].notna())
     lines["command"] = cells["commands"].map(" && ".join)
     lines["unlike_the_paper"] = cells["deviations"].map(" ".join)
-    lines["note"] = [" ".join(missing_verdicts(results)) for results in cells["results"]]
     # A line that is copied elsewhere still says how its number was made.
     lines["made_with"] = [" ".join(made_with(results)) for results in cells["results"]]
     return lines.to_csv(index=False)
 
 
 def latex(table: Table) -> str:
-    """A longtable for each model or, where models are no rows, for each group of columns."""
-    cells, headers = layout(table), table.headers
-    # Four models side by side would not fit the width of a page.
-    if len(headers) > 1:
-        headers = headers[1:]
-        models = dict.fromkeys(row[0] for row in cells.index)
-        parts = {model: cells[[row[0] == model for row in cells.index]] for model in models}
-        parts = {model: part.set_axis([row[1:] for row in part.index]) for model, part in parts.items()}
+    """A longtable for each model and group of columns: side by side, four models would not fit the width of a page."""
+    cells = layout(table)
+    if "Model" in table.headers:
+        parts = dict(list(cells.groupby(level="Model", sort=False)))
+        if "Method" in table.headers:  # else eight columns would not fit either
+            parts = {model: part.droplevel("Model") for model, part in parts.items()}
     else:
-        groups = cells.columns.get_level_values(0)
-        parts = {group: cells.loc[:, groups == group] for group in groups.unique()}
-    tables = [
-        latex_table(table.title + f" ({name})" * bool(name), headers, part.droplevel(0, axis="columns"))
-        for name, part in parts.items()
-    ]
-    cells_are = "" if table.own else "Cells: paper, ours, ours minus paper. "
-    notes = r"\par\noindent{\scriptsize " + latex_escape(cells_are + MARKS) + r"\par}"
-    numbers = missing_numbers(table)
+        parts = {group: cells[[group]] for group in cells.columns.unique("group")}
+    tables = [latex_table(f"{table.title} ({name})", part.droplevel("group", axis=1)) for name, part in parts.items()]
+    notes = r"\par\noindent{\scriptsize " + latex_escape(f"{title_of(table)} {MARKS}") + r"\par}"
     # How each number was made is longer than the table: comments, from which an appendix can be written.
-    comments = [f"% {line}" for line in (*paired(table), *notes_of(table))]
-    comments += [f"% [{n}] " + ", then ".join(commands) for commands, n in numbers.items()]
+    comments = [f"% {line}" for line in notes_of(table)]
+    comments += [f"% [{n}] " + ", then ".join(commands) for commands, n in missing_numbers(table).items()]
     return "\n".join([HEAD, *tables, notes, *comments]) + "\n"
 
 
-def latex_table(title: str, headers: tuple[str, ...], cells: pd.DataFrame) -> str:
+def latex_table(title: str, cells: pd.DataFrame) -> str:
     """A longtable of lists of parts."""
+    headers = list(cells.index.names)
     rows = [
         [*map(latex_escape, row), *(stacked(parts) for parts in line)]
-        for row, line in zip(cells.index, cells.values, strict=True)
+        for row, line in zip(row_labels(cells), cells.values, strict=True)
     ]
-    columns = [*map(latex_escape, headers), *(stacked(textwrap.wrap(str(name), 10)) for name in cells.columns)]
+    columns = [*headers, *(stacked(textwrap.wrap(str(name), 10)) for name in cells.columns)]
     text = pd.DataFrame(rows, columns=columns).to_latex(
         index=False,
         longtable=True,
@@ -190,7 +157,7 @@ def stacked(parts: list[str]) -> str:
 
 
 def latex_escape(text: str) -> str:
-    return "".join(LATEX.get(character, character if ord(character) < 256 else "?") for character in text)
+    return "".join(LATEX.get(character, character) for character in text)
 
 
 FORMATS = {"md": markdown, "csv": csv_text, "tex": latex}
@@ -198,15 +165,18 @@ FORMATS = {"md": markdown, "csv": csv_text, "tex": latex}
 
 def render_wins(frame: pd.DataFrame, notes: list[str]) -> dict[str, str]:
     """The frame and notes of `paired.win_rates`, by the suffix of its file."""
-    texts = {
-        (c.row, c.column): f"{c.rate:.1f} [{c.low:.1f}, {c.high:.1f}]{stars(c.p_holm)}" for c in frame.itertuples()
-    }
-    methods = list(dict.fromkeys(frame["row"]))
-    labels = [method_label(method) for method in methods]
-    cells = [[texts.get((row, column), "") for column in methods] for row in methods]
-    rows = [[label, *line] for label, line in zip(labels, cells, strict=True)]
-    text = "\n".join([notes[0], "", markdown_table([["Method", *labels], *rows]), "", *(f"- {n}" for n in notes[1:])])
-    frame_of_parts = pd.DataFrame([[[cell] for cell in line] for line in cells], [(label,) for label in labels], labels)
-    tex = latex_table(notes[0].rstrip("."), ("Method",), frame_of_parts)
+    frame = frame.assign(
+        Method=frame["row"].map(method_label),
+        text=[f"{c.rate:.1f} [{c.low:.1f}, {c.high:.1f}]{stars(c.p_holm)}" for c in frame.itertuples()],
+    )
+    methods = frame["row"].map(method_label).unique()
+    cells = frame.assign(column=frame["column"].map(method_label)).pivot(
+        index="Method", columns="column", values="text"
+    )
+    cells = cells.reindex(index=methods, columns=methods, fill_value="").fillna("")
+    rows = [["Method", *methods], *([method, *line] for method, line in zip(methods, cells.values, strict=True))]
+    text = "\n".join([notes[0], "", markdown_table(rows), "", *(f"- {note}" for note in notes[1:])])
+    tex = latex_table(notes[0].rstrip("."), cells.map(lambda text: [text]))
     comments = [f"% {note}" for note in notes[1:]]
-    return {"md": text + "\n", "csv": frame.to_csv(index=False), "tex": "\n".join([HEAD, tex, *comments]) + "\n"}
+    csv = frame.drop(columns=["Method", "text"]).to_csv(index=False)
+    return {"md": text + "\n", "csv": csv, "tex": "\n".join([HEAD, tex, *comments]) + "\n"}

@@ -5,7 +5,9 @@ outputs/<model>/<method>/eval/<bench>.json            an evaluation of it
 rmipo/reporting/paper/*.csv                           the paper's tables, copied digit for digit
 """
 
+import glob
 import json
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,7 +16,7 @@ import pandas as pd
 from rmipo.errors import UserError
 from rmipo.fingerprints import has_weights, json_fingerprint, trained_fingerprint
 from rmipo.launch.choices import known_settings
-from rmipo.record import WITHOUT_EFFECT, read_metrics, recorded_run
+from rmipo.record import WITHOUT_EFFECT, recorded_run
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 PAPER_MODELS = {
@@ -91,15 +93,11 @@ class RunFolder:
 
     def experiment(self) -> dict:
         """Recipe, objective and data without the seed and what has no effect: equal for repetitions of one run."""
-        # What may differ between repetitions. Data are compared by content: a folder that was moved is no other data.
+        # Data are compared by content: a folder that was moved is no other data.
         repeated = {"seed", "data_seed", "output_dir", "logging_steps", "save_steps"}
         repeated |= {key.removeprefix("recipe.") for key in WITHOUT_EFFECT}
         recipe = {name: value for name, value in self.record.get("recipe", {}).items() if name not in repeated}
         return {**recipe, "objective": self.objective, "data": self.record.get("fingerprints")}
-
-    def log(self) -> list[dict]:
-        """The lines of metrics.jsonl, in the order of training."""
-        return read_metrics(self.folder)
 
 
 def load_result(outputs: Path, model: str, method: str, bench: str, name: str = "") -> Result | None:
@@ -120,38 +118,36 @@ def load_result(outputs: Path, model: str, method: str, bench: str, name: str = 
     return Result(path, model, bench, **{key: content[key] for key in fields if key in content})
 
 
-def load_results(
-    outputs: Path, model: str, method: str, bench: str, runs: list[RunFolder], name: str = ""
-) -> list[Result]:
-    """The result of a run, and those of finished runs among `runs` that differ from it in the seed alone.
+def load_results(outputs: Path, model: str, bench: str, name: str = "") -> dict[str, list[Result]]:
+    """Folder of a run -> its result, and those of finished runs that differ from it in the seed alone, one for each seed.
 
-    One for each seed; [] if the run itself has no result.
+    The paper's methods come first.
     """
+    order = {method: place for place, method in enumerate(METHODS)}
+    paths = glob.glob(os.path.join("**/eval", name, f"{bench}.json"), root_dir=outputs / model, recursive=True)
+    methods = [Path(path).parents[2 if name else 1].as_posix() for path in paths]
+    methods.sort(key=lambda method: (order.get(method, len(order)), method))
+    found = {method: load_result(outputs, model, method, bench, name) for method in methods}
+    found = {method: result for method, result in found.items() if result}
+    runs = {method: run for method in found if (run := load_run(outputs, model, method))}
+    results = {method: [result] for method, result in found.items()}
     # The run says what a repetition repeats: without its run.json (a copied result) there is none.
-    result, own = load_result(outputs, model, method, bench, name), load_run(outputs, model, method)
-    if result is None or own is None:
-        return [result] if result else []
-    results = {own.seed: result}
-    for run in runs:
-        # Of two runs with one seed the second says nothing of the spread over seeds.
-        if run.finished and run.seed not in results and run.experiment() == own.experiment():
-            folder = run.folder.relative_to(outputs / model).as_posix()
-            repetition = load_result(outputs, model, folder, bench, name)
-            results |= {run.seed: repetition} if repetition else {}
-    return list(results.values())
+    for method, own in runs.items():
+        by_seed = {own.seed: found[method]}
+        for other, run in runs.items():
+            if run.finished and run.experiment() == own.experiment():
+                by_seed.setdefault(run.seed, found[other])  # a second run with one seed says nothing of their spread
+        results[method] = list(by_seed.values())
+    return results
 
 
 def evaluated_methods(outputs: Path, model: str, benches: list[str], name: str = "") -> list[str]:
-    """The folders of `model` with a result of one of `benches`, the paper's methods first; of repetitions the first."""
-    files = [file for bench in benches for file in (outputs / model).glob(f"**/eval/{name}/{bench}.json")]
-    folders = {file.parents[2 if name else 1].relative_to(outputs / model).as_posix() for file in files}
-    # Without EVAL_NAME the result lies one folder higher.
-    order = {method: place for place, method in enumerate(METHODS)}
+    """The folders of `model` with a result of one of `benches`; of runs that differ in the seed alone the first."""
     methods: dict[str, str] = {}
-    for folder in sorted(folders, key=lambda folder: (order.get(folder, len(order)), folder)):
-        run = load_run(outputs, model, folder)
-        # Runs that differ in the seed alone share a row, as `load_results` averages them.
-        methods.setdefault(json_fingerprint(run.experiment()) if run else folder, folder)
+    for bench in benches:
+        for method in load_results(outputs, model, bench, name):
+            run = load_run(outputs, model, method)
+            methods.setdefault(json_fingerprint(run.experiment()) if run else method, method)
     return list(methods.values())
 
 
@@ -163,11 +159,6 @@ def train_command(model: str, method: str) -> str:
     return f"make train MODEL={model} METHOD={method}"
 
 
-def sft_command(model: str) -> str | None:
-    """The command of the SFT stage that a setting's preference training starts from; None for Instruct settings."""
-    return f"make train MODEL={model} STAGE=sft" if (RECIPES / model / "sft.yaml").is_file() else None
-
-
 def load_run(outputs: Path, model: str, method: str) -> RunFolder | None:
     """The run folder of one training, or None if it isn't there."""
     record = recorded_run(outputs / model / method)
@@ -176,8 +167,7 @@ def load_run(outputs: Path, model: str, method: str) -> RunFolder | None:
 
 def find_runs(outputs: Path, model: str) -> list[RunFolder]:
     """Every run folder below outputs/<model>, sweeps included, sorted by path."""
-    folders = sorted(path.parent for path in (outputs / model).rglob("run.json"))
-    return [RunFolder(folder, recorded_run(folder)) for folder in folders]
+    return [RunFolder(path.parent, recorded_run(path.parent)) for path in sorted((outputs / model).rglob("run.json"))]
 
 
 def model_label(model: str) -> str:

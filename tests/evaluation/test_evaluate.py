@@ -193,19 +193,18 @@ def test_result_of_other_weights_is_refused(outputs):
     assert again.code == 0 and "finished before" in again.out
     other = (*options, "--set", "hh.max_length=64")
     again = run("evaluate", outputs, "--bench", "hh", *other)
-    assert again.code == 2 and "finished with other settings: max_length is 128 there, 64 here" in again.err
+    assert again.code == 2 and "max_length is 128 there, 64 here" in again.err
     again = run("evaluate", outputs, "--bench", "hh", "--eval_name", "short", *other)
     assert again.code == 0 and path.read_bytes() == before
     assert json.loads((path.parent / "short/hh.json").read_text())["settings"]["max_length"] == 64
     kept = (folder / "generation_config.json").read_text()
     (folder / "generation_config.json").write_text(json.dumps(json.loads(kept) | {"eos_token_id": [1, 2]}))
     done = run("evaluate", outputs, "--bench", "hh", *options)
-    assert done.code == 2 and f"{path} is of another tokenizer, chat template or generation_config" in done.err
+    assert done.code == 2 and "another tokenizer, chat template or generation_config" in done.err
     (folder / "generation_config.json").write_text(kept)
     write_model(folder, seed=7)
     done = run("evaluate", outputs, "--bench", "hh", *options)
-    assert done.code == 2
-    assert f"Anthropic-HH: {path} is of other weights than those now in {folder}. Delete it" in done.err
+    assert done.code == 2 and str(path) in done.err and "other weights" in done.err
     assert path.read_bytes() == before
 
 
@@ -276,7 +275,7 @@ def test_samples_side_by_side_and_of_a_reference(outputs):
     markdown = (outputs / "reports/samples-tiny.md").read_text()
     in_order = ["w1 <b> & w2", "**rmipo**", answers["rmipo"][0].split("\n")[0]]
     assert [markdown.index(text) for text in in_order] == sorted(markdown.index(text) for text in in_order)
-    assert "> ````text\n> w3 ```\n> ````" in markdown  # a fence longer than the text's own
+    assert "\n    w3 ```\n" in markdown
     choose = runpy.run_path(str(ROOT / "scripts/samples.py"))["choose_prompts"]
     prompts, known = choose(None, {"reference": f"{outputs}/pairs/test.jsonl", "first_n": 4})
     assert prompts == [f"w{i} w{i + 1}" for i in range(4)] and known == {"reference": ["w1 w2 w3"] * 4}

@@ -1,6 +1,6 @@
 """Figures: the numbers behind the ink, and what is said where inputs are missing."""
 
-import shutil
+import re
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -10,9 +10,9 @@ import torch
 
 from rmipo.objectives import build_objective
 from rmipo.plots import density, draw_curves
-from rmipo.reporting.figures_pairs import distance_interval, figure8, jitter, wasserstein
+from rmipo.reporting.figures_pairs import figure6, figure8, jitter, wasserstein
 from rmipo.reporting.figures_runs import figure2, figure5, figure7, lines_over, measured
-from rmipo.reporting.pair_arrays import Reading, differences
+from rmipo.reporting.pair_arrays import differences
 from rmipo.reporting.results import ReportError
 from tests.helpers.result_files import write_result, write_run
 
@@ -49,11 +49,10 @@ def test_curves_signals_and_intervals_by_hand():
     assert found["pmi"].item() == pytest.approx(0.2)  # 0.6 - 0.4
     judged = RANDOM.normal(size=300)
     assert wasserstein(np.zeros(10), np.array([0.0] * 5 + [1.0] * 5)) == pytest.approx(0.5, abs=1e-3)
-    assert distance_interval(judged, judged) == (0.0, 0.0)  # drawn apart, the two would differ
-    low, high = distance_interval(judged + 0.25, judged)
-    assert low == pytest.approx(0.25) and high == pytest.approx(0.25)
-    low, high = distance_interval(2 * judged, judged)
-    assert low < wasserstein(2 * judged, judged) < high
+    shown = figure6(judged, {"dpo": 2 * judged, "simpo": judged**3}, "").axes[0].get_legend().get_texts()
+    assert shown[1].get_text() == "DPO: $W_1$ to REF 0.00 [0.00, 0.00]"  # drawn apart, the two would differ
+    distance, low, high = map(float, re.findall(r"\d\.\d\d", shown[2].get_text()))
+    assert 0 < low < distance < high
     axis = plt.figure().add_subplot()
     points = [("dpo", 0, 1.0), ("dpo", 0, 4.0), ("dpo", 10, 2.0), ("dpo", 10, 2.0), ("rmipo", 0, 7.0)]
     draw_curves(axis, pd.DataFrame(points, columns=["method", "step", "value"]), "value", str.upper)
@@ -80,7 +79,7 @@ def test_figure2_reads_hyperparameters_from_every_run_below_the_model(tmp_path):
 
 def values_over(key: str, outputs, metric: str) -> dict[str, dict[float, list[float]]]:
     lines = lines_over(key, measured(outputs, "tiny", "dpo", metric))
-    return {name: {x: [p.value for p in points] for x, points in line.items()} for name, line in lines.items()}
+    return {name: line.groupby(key)["value"].agg(list).to_dict() for name, line in lines.items()}
 
 
 SIMPO_RUNS = ((2.0, 1.0), (4.0, 1.0), (2.0, 0.3))
@@ -155,7 +154,6 @@ def test_figure5_of_models_that_were_not_trained_on_hh(tmp_path):
     assert [text.get_text() for text in axis.texts] == ["61.0", "63.0", "62.0", "64.0", "66.0", "65.0"]
     assert "the paper's average" not in axis.get_legend_handles_labels()[1]  # it is of models trained on HH
     assert axis.get_title(loc="left") == "Llama3-8B-Instruct, not trained on HH; not Anthropic's pairs: mine"
-    assert axis.get_ylim()[0] == 0  # a bar's length is its value
 
 
 def test_figure5_takes_each_subset_from_the_model_trained_on_it_for_all_methods_or_none(tmp_path):
@@ -163,62 +161,46 @@ def test_figure5_takes_each_subset_from_the_model_trained_on_it_for_all_methods_
         rates = {"hh_helpful": other, "hh_harmless": other} | {f"hh_{subset}": own}
         write_result(tmp_path, f"llama3-8b-instruct-hh-{subset}", "rmipo", "hh", rates)
         write_result(tmp_path, "llama3-8b-instruct", "dpo", "hh", hh(99.0, 98.0))  # no model trained on HH
-    figure = figure5(tmp_path, "llama3-8b-instruct")
-    axis = figure.axes[0]
+    axis = figure5(tmp_path, "llama3-8b-instruct").axes[0]
     assert [patch.get_height() for patch in axis.patches] == [70.0, 60.0, 65.0]
     segments = [segment for drawn in axis.collections for segment in drawn.get_segments()]
     assert [a[1] for a, b in segments if a[1] == b[1] and a[0] != b[0]] == [64.8]  # the paper's line
     assert axis.get_title(loc="left") == "Llama3-8B-Instruct, trained on the HH subset (average: one model each)"
-    assert "Not trained on HH, left out: DPO." in figure.get_supxlabel()
-    assert {text.get_position()[1] for text in axis.texts} == {3}  # at the foot of our bars, away from the line
+
+
+def write_figure7(outputs, model, **facts_by_method):
+    for scale, (method, facts) in enumerate(facts_by_method.items(), start=1):
+        log = [{"step": s, "common/margin_avg_logp": scale * s, "common/acc_avg_logp": 0.5} for s in range(1, 11)]
+        log = [row | {"peak_memory_gib": scale + row["step"]} for row in log]
+        write_run(outputs / model / method.replace("_", "-"), {"name": method}, log, **{"starts": 1} | facts)
 
 
 def test_figure7_curves_and_costs(tmp_path):
-    for method, scale in (("dpo", 1.0), ("rmipo", 2.0)):
-        log = [
-            {"step": s, "common/margin_avg_logp": scale * s, "common/acc_avg_logp": 0.5, "peak_memory_gib": scale + s}
-            for s in range(1, 11)
-        ]
-        facts = {"seconds": 60 * scale, "starts": int(scale)}
-        write_run(tmp_path / "tiny" / method, {"name": method}, log, **facts)
+    write_figure7(tmp_path, "tiny", dpo={"seconds": 3600}, rmipo={"seconds": 7200, "starts": 2})
     cost, margin, accuracy = figure7(tmp_path, "tiny").axes[:3]
-    assert [patch.get_width() for patch in cost.patches] == [1.0, 2.0]  # minutes
+    assert [patch.get_width() for patch in cost.patches] == [1.0, 2.0]
     assert [text.get_text() for text in cost.texts] == ["11.0 GiB", "12.0 GiB"]
     assert [label.get_text() for label in cost.get_yticklabels()] == ["DPO", "RMiPO*"]
     assert "*: since its last start" in cost.get_xlabel()
     assert margin.lines[1].get_ydata().tolist() == [2.0 * s for s in range(1, 11)]
-    assert set(accuracy.lines[0].get_ydata()) == {50.0}
+    assert set(accuracy.lines[0].get_ydata()) == {0.5}
 
 
-def figure7_of(outputs, model, **facts_by_method):
-    same = {"common/acc_avg_logp": 0.5, "peak_memory_gib": 50.0}
-    log = [{"step": s, "common/margin_avg_logp": s, **same} for s in (1, 2)]
-    for method, facts in facts_by_method.items():
-        write_run(outputs / model / method.replace("_", "-"), {"name": method}, log, seconds=7200, starts=1, **facts)
-    return figure7(outputs, model)
-
-
-def test_figure7_has_the_papers_cost_beside_ours_and_keeps_hours_of_different_hardware_apart(tmp_path):
-    hardware = {"hardware": ["NVIDIA A800-SXM4-80GB"] * 4}
-    figure = figure7_of(tmp_path / "a800", "llama3-8b-instruct", dpo=hardware, alpha_dpo=hardware, rmipo=hardware)
-    cost = figure.axes[0]
-    memory = [text.get_text() for text in cost.texts]
-    assert memory == ["50.0 GiB (paper 82%)", "50.0 GiB", "50.0 GiB (paper 62%)"]
-    assert [float(line.get_xdata()[0]) for line in cost.lines] == [8.0, 10.0, 6.75]
-    assert "Hardware: 4 x NVIDIA A800-SXM4-80GB.\nTrained with torch 2.13.0." in figure.get_supxlabel()
-    h100, l4 = {"hardware": ["H100"]}, {"hardware": ["L4", "L4"], "versions": {"torch": "2.12.0"}}
-    figure = figure7_of(tmp_path, "llama3-8b-instruct", dpo=h100, simpo=l4, rmipo=h100)
-    cost, notes = figure.axes[0], figure.get_supxlabel().replace("\n", " ")
-    assert [label.get_text() for label in cost.get_yticklabels()] == ["DPO [1]", "RMiPO [1]", "SimPO [2]"]
-    assert len(cost.lines) == 0 and "[1] 1 x H100; [2] 2 x L4" in notes
-    assert "torch 2.13.0" in notes and "torch 2.12.0" in notes and "The paper's hours are of four A800" in notes
+def test_figure7_has_the_papers_hours_beside_those_of_the_same_hardware(tmp_path):
+    a800 = {"seconds": 7200, "hardware": ["NVIDIA A800-SXM4-80GB"] * 4}
+    l4 = {"seconds": 7200, "hardware": ["L4", "L4"], "versions": {"torch": "2.12.0"}}
+    write_figure7(tmp_path, "llama3-8b-instruct", dpo=a800, alpha_dpo=a800, simpo=l4)
+    figure = figure7(tmp_path, "llama3-8b-instruct")
+    assert [float(line.get_xdata()[0]) for line in figure.axes[0].lines] == [8.0, 10.0]
+    notes = figure.get_supxlabel()
+    assert "DPO, α-DPO: 4 x NVIDIA A800-SXM4-80GB; torch 2.13.0." in notes and "SimPO: 2 x L4; torch 2.12.0." in notes
 
 
 def test_figure8_shows_the_atoms_apart_from_the_density():
     inner = RANDOM.uniform(0.8, 1.5, 600)
     gamma = np.concatenate([inner, np.full(300, 1.6), np.full(100, 0.3)])
     other = RANDOM.normal(size=1000)
-    axes = figure8({"token": Reading(other, gamma, other)}, OBJECTIVE, "").axes
+    axes = figure8({"token": pd.DataFrame({"delta_pmi": other, "gamma": gamma})}, OBJECTIVE, "").axes
     named = {axis.get_ylabel(): axis for axis in axes}
     grid, curve = named["Density"].lines[0].get_data()
     assert np.trapezoid(curve, grid) == pytest.approx(1.0, abs=0.01)
@@ -235,11 +217,3 @@ def test_missing_inputs_name_the_command_and_mixed_versions_make_no_figure(tmp_p
         write_result(tmp_path, "tiny", method, "hh", hh(60.0, 62.0), versions={"transformers": version})
     with pytest.raises(ReportError, match=r"transformers 5\.22\.0 in .*dpo"):
         figure5(tmp_path, "tiny")
-
-
-def test_figure2_counts_a_merged_adapter_once_and_runs_on_other_pairs_not_at_all(tmp_path):
-    for beta, data in ((0.01, "a"), (0.05, "a"), (0.5, "b"), (0.1, "a")):
-        folder, log = tmp_path / "tiny" / f"dpo-lora-{beta}", [{"step": 1, "acc": beta}]
-        write_run(folder, {"name": "dpo", "beta": beta}, log, seconds=beta, fingerprints={"train": data})
-    shutil.copytree(folder, tmp_path / "tiny" / "dpo-lora-0.1-merged")
-    assert values_over("beta", tmp_path, "acc") == {"": {0.01: [0.01], 0.05: [0.05], 0.1: [0.1]}}
