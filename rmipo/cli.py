@@ -15,6 +15,7 @@ import logging
 import os
 import shlex
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NoReturn
@@ -22,6 +23,7 @@ from typing import NoReturn
 from rmipo.errors import ConfigError, UserError
 
 EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 130  # as a shell reports a program that Ctrl-C ended
 
 
 class Parser(argparse.ArgumentParser):
@@ -77,7 +79,9 @@ def choose(variable: str, value: str, known: list[str], title: str) -> str:
 
 @contextlib.contextmanager
 def program() -> Iterator[None]:
-    """Around a script's `main`: a UserError ends it with its message and exit code 2."""
+    """Around a script's `main`: a UserError ends it with its message and exit code 2, Ctrl-C without a traceback."""
+    # Deprecations between libraries whose versions are pinned: nothing that a user could act on.
+    warnings.filterwarnings("ignore", ".*deprecated", FutureWarning)
     # Accumulation is ours (see `PreferenceTrainer.training_step`) or TRL's, and DeepSpeed is told so.
     logging.getLogger("accelerate.accelerator").setLevel(logging.ERROR)
     code = 0
@@ -86,6 +90,9 @@ def program() -> Iterator[None]:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         code = EXIT_USER_ERROR
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        code = EXIT_INTERRUPTED
     except SystemExit as end:
         code = end.code or 0
     if (distributed := sys.modules.get("torch.distributed")) and distributed.is_initialized():
