@@ -17,8 +17,8 @@ def main() -> None:
     # Heavy imports come after the recipe has been checked, so that its errors come at once.
     from trl import get_peft_config
 
-    from rmipo.data.convert import load_splits
     from rmipo.data.pairs import load_pairs
+    from rmipo.data.sources import load_splits
     from rmipo.run.curves import plot_run
     from rmipo.run.frame import training_run
     from rmipo.run.generations import SampleGenerations

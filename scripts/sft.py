@@ -19,9 +19,9 @@ def main() -> None:
     from trl import get_peft_config
 
     from rmipo.data.chat import PROBES, ChatFormat
-    from rmipo.data.convert import load_splits
     from rmipo.data.dialogues import load_dialogues, select_dialogues
     from rmipo.data.report import of_split
+    from rmipo.data.sources import load_splits
     from rmipo.fingerprints import rows_fingerprint, text_fingerprint
     from rmipo.run.frame import training_run
     from rmipo.training.checkpoints import SupervisedTrainer
@@ -53,7 +53,7 @@ def main() -> None:
         run.start(
             fingerprints,
             prompt_probe=[chat.prompt_ids(messages) for messages in PROBES],
-            data={split: report.as_dict() for split, report in reports.items()},
+            data={split: vars(report) for split, report in reports.items()},
         )
 
         # ------------------ Model

@@ -9,10 +9,10 @@ import pytest
 import yaml
 
 from rmipo.data.chat import ChatFormat
-from rmipo.data.convert import MESSAGES, load_converted
 from rmipo.data.dialogues import load_dialogues
-from rmipo.data.formats import PROMPTS, unusable_dialogue, unusable_pair, unusable_prompt
+from rmipo.data.formats import read_prompt, unusable_dialogue, unusable_pair, unusable_prompt
 from rmipo.data.pairs import load_pairs
+from rmipo.data.sources import load_converted
 from rmipo.recipe.load import load_recipe
 from rmipo.recipe.schema import DataConfig
 from tests.helpers.families import make_tokenizer, save
@@ -55,7 +55,7 @@ def test_dialogues_can_be_trained(block, tmp_path):
 def test_prompts_can_be_answered(tmp_path):
     (block,) = rows("prompts")
     (tmp_path / "train.jsonl").write_text(block)
-    prompts = load_converted(DataConfig(dataset_name=str(tmp_path)), "train", PROMPTS, {"prompt": MESSAGES})
+    prompts = load_converted(DataConfig(dataset_name=str(tmp_path)), "train", read_prompt, ("prompt",))
     assert [unusable_prompt(row["prompt"]) for row in prompts] == [None, None]
 
 

@@ -1,13 +1,12 @@
 """Preference pairs: loaded, rendered, tokenised, cut, and the unusable ones dropped, with a report."""
 
-import numpy as np
 import pyarrow.compute as pc
 from datasets import Dataset, Features, List, Value
 
 from rmipo.data.chat import ChatFormat, DataError, TokenPair
-from rmipo.data.convert import MESSAGES, code_digest, load_converted
-from rmipo.data.formats import PAIRS, SIDES, has_markers, unusable_pair
-from rmipo.data.report import DataReport, rows_by_reason
+from rmipo.data.formats import SIDES, code_digest, read_pair, unusable_pair
+from rmipo.data.report import DataReport
+from rmipo.data.sources import load_converted
 from rmipo.recipe.arguments import PairConfig
 from rmipo.recipe.schema import DataConfig
 
@@ -21,7 +20,7 @@ def load_pairs(data_config: DataConfig, split: str) -> Dataset:
 
     Rows that can't be trained on are still there: `tokenize_pairs` counts, reports and drops them.
     """
-    return load_converted(data_config, split, PAIRS, dict.fromkeys(SIDES, MESSAGES))
+    return load_converted(data_config, split, read_pair, SIDES)
 
 
 def tokenize_pairs(
@@ -44,74 +43,45 @@ def tokenize_pairs(
 
     Raises DataError if more rows are unusable or cut than the recipe allows, or if none is left.
     """
+    limits = {"max_length": max_length, "max_prompt_length": max_prompt_length}
     tokenized = dataset.map(
-        tokenize_batch,
-        batched=True,
-        fn_kwargs={
-            "chat_format": chat_format,
-            "max_length": max_length,
-            "max_prompt_length": max_prompt_length,
-            "code": code_digest(),
-        },
+        tokenize_one,
+        fn_kwargs={"chat_format": chat_format, "code": code_digest(), **limits},
         remove_columns=[name for name in dataset.column_names if name != "row"],
         features=Features(
-            {"row": Value("int64")}
+            {"row": Value("int64"), "reason": Value("string")}
             | {f"{side}_ids": TOKEN_IDS for side in SIDES}
             | {f"{side}_cut": Value("bool") for side in SIDES}
-            | {"reason": Value("string"), "marked": Value("bool"), "altered": Value("bool")}
         ),
         num_proc=num_proc,
         desc="Tokenising pairs",
     )
-    # The dropped rows are named in the report, so they are dropped only after all have been tokenised.
-    keep = np.array([reason is None for reason in tokenized["reason"]])
-    cut = {side: np.array(tokenized[f"{side}_cut"])[keep] for side in SIDES}
-    lengths = {side: pc.list_value_length(tokenized.data[f"{side}_ids"]).to_numpy()[keep] for side in SIDES}
-    report = DataReport(rows=len(tokenized), dropped=rows_by_reason(tokenized["reason"], tokenized["row"]))
-    report.note_markers(np.array(tokenized["row"])[np.array(tokenized["marked"])].tolist())
-    if count := int(np.array(tokenized["altered"]).sum()):
-        report.notes.append(
-            f"of {count} rows the chat template leaves out part of an earlier answer, or adds text of its own to a response"
-        )
-    report.check_dropped(max_dropped_fraction)
-    report.measure(lengths, cut)
-    report.check_cut(max_truncated_fraction, f"max_length ({max_length}) or max_prompt_length ({max_prompt_length})")
-    columns = [*(f"{side}_ids" for side in SIDES), "row"]
-    return tokenized.select(np.flatnonzero(keep)).select_columns(columns), report
+    # Dropped rows are named in the report, so they are dropped only after all have been tokenised.
+    report = DataReport(
+        tokenized["row"],
+        tokenized["reason"],
+        lengths={side: pc.list_value_length(tokenized.data[f"{side}_ids"]).to_numpy() for side in SIDES},
+        cut={side: tokenized.data[f"{side}_cut"].to_numpy() for side in SIDES},
+    )
+    report.check(max_dropped_fraction, max_truncated_fraction)
+    kept = tokenized.select([i for i, reason in enumerate(tokenized["reason"]) if reason is None])
+    return kept.select_columns([*(f"{side}_ids" for side in SIDES), "row"]), report
 
 
-def tokenize_batch(batch: dict, chat_format: ChatFormat, max_length: int, max_prompt_length: int, code: str) -> dict:
+def tokenize_one(row: dict, chat_format: ChatFormat, max_length: int, max_prompt_length: int, code: str) -> dict:
     """Called by `Dataset.map`; `code` is only there for its cache, see `code_digest`."""
-    rows = list(zip(*(batch[side] for side in SIDES), strict=True))
-    texts, reasons = [], []
-    for row in rows:
-        text, reason = None, unusable_pair(*row)
-        if reason is None:
-            try:
-                text = chat_format.render_pair(*row)
-            except DataError as error:
-                reason = str(error)
-        texts.append(text)
-        reasons.append(reason)
-    # All at once: fast tokenizers take a batch in parallel.
-    encoded = iter(chat_format.encode([text for text in texts if text is not None]))
-    out: dict[str, list] = {f"{side}_{what}": [] for side in SIDES for what in ("ids", "cut")}
-    out |= {"row": batch["row"], "reason": []}
-    out["marked"] = [any(map(has_markers, row)) for row in rows]
-    out["altered"] = [
-        text is not None and chat_format.alters(*row, text) for row, text in zip(rows, texts, strict=True)
-    ]
-    for text, reason in zip(texts, reasons, strict=True):
-        whole = ids = ([], [], [])
-        if text is not None:
-            whole = next(encoded)
+    messages = [row[side] for side in SIDES]
+    whole = ids = ([], [], [])
+    reason = unusable_pair(*messages)
+    if reason is None:
+        try:
+            whole = chat_format.pair_ids(*messages)
             ids = cut_pair(whole, chat_format.bos_id, max_length, max_prompt_length)
             reason = unusable_tokens(whole, ids, chat_format)
-        out["reason"].append(reason)
-        for side, kept, all_ids in zip(SIDES, ids, whole, strict=True):
-            out[f"{side}_ids"].append(kept)
-            out[f"{side}_cut"].append(len(kept) < len(all_ids))
-    return out
+        except DataError as error:
+            reason = str(error)
+    cut = {f"{side}_cut": len(kept) < len(every) for side, kept, every in zip(SIDES, ids, whole, strict=True)}
+    return {"reason": reason, **{f"{side}_ids": kept for side, kept in zip(SIDES, ids, strict=True)}, **cut}
 
 
 def cut_pair(pair: TokenPair, bos_id: int | None, max_length: int, max_prompt_length: int) -> TokenPair:
@@ -128,7 +98,6 @@ def cut_pair(pair: TokenPair, bos_id: int | None, max_length: int, max_prompt_le
 def unusable_tokens(whole: TokenPair, cut: TokenPair, chat_format: ChatFormat) -> str | None:
     """Why a tokenised pair can't be trained on, None if it can."""
     if not cut[1]:
-        # Nothing is left of the chosen response to learn.
         return "the prompt fills the window"
     if chat_format.bos_id not in (None, chat_format.end_id) and whole[0].count(chat_format.bos_id) != 1:
         # For the model that is the start of another document.

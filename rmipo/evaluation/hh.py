@@ -61,7 +61,7 @@ def run(model_dir: str | Path, output_dir: str | Path, settings: dict) -> dict:
         metrics |= {f"hh_{name}{end}": 100 * values.double().mean().item() for end, values in wins.items()}
         per_prompt[f"hh_{name}"] = (100.0 * wins[""]).tolist()
         metrics[f"hh_{name}_standard_error"] = standard_error(per_prompt[f"hh_{name}"])
-        counts = {"pairs": report.kept, "dropped": report.dropped_rows, "cut": report.rows_cut}
+        counts = {"pairs": report.kept, "dropped": report.rows - report.kept, "cut": report.rows_cut}
         metrics |= {f"hh_{name}_{count}": value for count, value in counts.items()}
         kept = scores | {"row": torch.tensor(rows), "fingerprint": weights}
         torch.save(kept, Path(output_dir) / f"hh_{name}.pt")

@@ -8,7 +8,7 @@ from typing import Any
 from transformers import AutoConfig
 
 from rmipo.data.chat import ChatFormat, DataError, Messages
-from rmipo.data.formats import PAIRS, PROMPTS, read_row, unusable_prompt
+from rmipo.data.formats import read_prompt, read_row, unusable_prompt
 from rmipo.data.sources import load_source
 from rmipo.fingerprints import json_fingerprint
 from rmipo.recipe.schema import DataConfig, ModelConfig
@@ -49,10 +49,8 @@ def read_prompts(
         # Early: a hub dataset may have millions of rows.
         if limit is not None and len(prompts) == skip + limit:
             break
-        # The prompts of preference data are the usual source of on-policy pairs.
-        is_pair = any(all(row.get(name) is not None for name in form.columns) for form in PAIRS)
         try:
-            messages = read_row(row, PAIRS if is_pair else PROMPTS)[0]
+            (messages,) = read_row(row, read_prompt)
         except DataError as error:
             dropped[f"malformed: {error}"] += 1
             continue

@@ -3,7 +3,7 @@
 import math
 from pathlib import Path
 
-from rmipo.data.sources import load_sources, mix, mixture_entries
+from rmipo.data.sources import load_rows, mixture_entries
 from rmipo.plan.memory import Workload
 from rmipo.plan.shapes import Shape
 from rmipo.recipe.load import Recipe
@@ -22,8 +22,7 @@ def training_examples(recipe: Recipe) -> tuple[int, bool]:
     """Rows of the training data, and whether they were counted: of data that is not here they are assumed."""
     config = of_recipe(DataConfig, recipe.values)
     if all(Path(entry["path"]).exists() for entry in mixture_entries(config)):
-        numbers = [rows.select_columns(["row"]) for _, rows in load_sources(config, "train")]
-        return len(mix(numbers, config, "train")), True
+        return len(load_rows(config, "train", lambda rows, _: rows.select_columns(["row"]))), True
     rows = ASSUMED_ROWS[recipe.stage]
     return min(rows, config.max_train_samples or rows), False
 

@@ -7,7 +7,7 @@ import pandas as pd
 import torch
 
 from rmipo.data.pairs import LIMITS, load_pairs
-from rmipo.data.sources import load_sources, mix, mixture_entries
+from rmipo.data.sources import load_rows, mixture_entries
 from rmipo.evaluation.pair_scores import score_model
 from rmipo.objectives import PairScores, RMiPO, build_objective
 from rmipo.objectives.rmipo import delta_pmi, pmi
@@ -73,8 +73,8 @@ def scored_with(run: RunFolder, split: str) -> str:
 def judge_differences(run: RunFolder, split: str, rows: list[int]) -> np.ndarray:
     """Figure 6's REF: the judge's score of chosen minus rejected for the given source rows."""
     config = of_recipe(DataConfig, run.record["recipe"])
-    scored = [rows.select_columns(["score_chosen", "score_rejected", "row"]) for _, rows in load_sources(config, split)]
-    by_row = {row["row"]: row["score_chosen"] - row["score_rejected"] for row in mix(scored, config, split)}
+    scored = load_rows(config, split, lambda rows, _: rows.select_columns(["score_chosen", "score_rejected", "row"]))
+    by_row = {row["row"]: row["score_chosen"] - row["score_rejected"] for row in scored}
     return np.array([by_row[row] for row in rows], dtype=np.float64)
 
 

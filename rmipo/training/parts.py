@@ -17,8 +17,7 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rmipo.data.chat import PROBES, ChatFormat, DataError, freeze_date
-from rmipo.data.convert import MESSAGES, convert_rows
-from rmipo.data.formats import PAIRS, SIDES
+from rmipo.data.formats import MESSAGES, SIDES, convert_rows, read_pair
 from rmipo.data.pairs import LIMITS, tokenize_pairs
 from rmipo.data.report import DataReport, of_split
 from rmipo.fingerprints import json_fingerprint, model_fingerprint, rows_fingerprint
@@ -186,7 +185,7 @@ class TokenizedPairs:
         return {
             "objective": vars(self.objective) | {"name": self.objective.name},
             "prompt_probe": [self.chat.prompt_ids(messages) for messages in PROBES],
-            "data": {split: report.as_dict() for split, report in self.reports.items()},
+            "data": {split: vars(report) for split, report in self.reports.items()},
         }
 
 
@@ -217,7 +216,7 @@ def as_messages(rows: Dataset, num_proc: int | None) -> Dataset:
         "row" in rows.column_names and all(rows.features.get(side) == MESSAGES for side in SIDES)
     ):
         return rows
-    return convert_rows(numbered(rows), "the dataset", PAIRS, dict.fromkeys(SIDES, MESSAGES), num_proc)
+    return convert_rows(numbered(rows), "the dataset", read_pair, SIDES, num_proc)
 
 
 def numbered(rows: Dataset) -> Dataset:

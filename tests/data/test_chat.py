@@ -60,11 +60,12 @@ def test_the_rendering_is_the_one_written_out(family):
     tokenizer.model_max_length = 8  # cuts nothing here: the recipe's lengths do
     chat = ChatFormat.probe(tokenizer)
     prompt, response = WRITTEN_OUT[family]
-    assert chat.render_pair(PROMPT, CHOSEN, REJECTED)[:2] == (prompt, response)
     prompt_ids, chosen_ids, _ = chat.pair_ids(PROMPT, CHOSEN, REJECTED)
     bos = "<s>" if family == "zephyr" else ""  # its template leaves BOS to the tokenizer
-    expected = chat.tokenizer(bos + prompt + response, add_special_tokens=False)["input_ids"]
-    assert prompt_ids + chosen_ids == expected and len(chosen_ids) > 1
+    expected = [
+        chat.tokenizer(text, add_special_tokens=False)["input_ids"] for text in (bos + prompt, bos + prompt + response)
+    ]
+    assert [prompt_ids, prompt_ids + chosen_ids] == expected and len(chosen_ids) > 1
 
 
 @pytest.mark.parametrize("family", WRITTEN_OUT)
@@ -72,23 +73,17 @@ def test_random_dialogues(family):
     chat = ChatFormat.probe(make_tokenizer(family))
     generator = random.Random(0)
     tokenizer = chat.tokenizer
-    dialogues = [random_dialogue(generator, family) for _ in range(60)]
-    encoded = []
-    for prompt, chosen, rejected in dialogues:
-        prompt_text, *texts = chat.render_pair(prompt, chosen, rejected)
+    for _ in range(60):
+        prompt, chosen, rejected = random_dialogue(generator, family)
         prompt_ids, *ids = chat.pair_ids(prompt, chosen, rejected)
         assert prompt_ids == chat.prompt_ids(prompt)
         assert prompt_ids.count(tokenizer.bos_token_id) == (0 if family == "qwen3" else 1)
         if chat.bos_id is not None:
             assert prompt_ids[0] == chat.bos_id == tokenizer.bos_token_id
-        for response, text, response_ids in zip((chosen, rejected), texts, ids, strict=True):
-            full = tokenizer.apply_chat_template(prompt + response, tokenize=False)
-            assert prompt_text + text + chat.after_end == full
+        for response, response_ids in zip((chosen, rejected), ids, strict=True):
             assert response_ids.index(chat.end_id) == len(response_ids) - 1
             decoded = tokenizer.decode(response_ids[:-1]).removeprefix("<think>\n\n</think>\n\n")
             assert decoded.strip() == response[0]["content"].strip()
-        encoded.append((prompt_ids, *ids))
-    assert chat.encode([chat.render_pair(*dialogue) for dialogue in dialogues]) == encoded  # all at once
 
 
 @pytest.mark.parametrize(
@@ -142,7 +137,6 @@ def test_a_token_across_the_end_of_the_prompt(bos):
         for a, *answers in texts
     ]
     assert [chat.pair_ids(*row) for row in rows] == expected
-    assert chat.encode([chat.render_pair(*row) for row in rows]) == expected
 
 
 def test_headers_and_responses_are_tokenised_apart():
@@ -186,7 +180,7 @@ def test_a_bos_that_is_the_end_token_is_put_in_front_where_the_tokenizer_writes_
             single=written, special_tokens=[("<|im_end|>", tokenizer.eos_token_id)]
         )
         chat = ChatFormat.probe(tokenizer)
-        assert (chat.bos_id, chat.template_writes_bos) == (bos_id, False)
+        assert (chat.bos_id, chat.in_front) == (bos_id, () if bos_id is None else (bos_id,))
 
 
 def test_the_end_token_and_the_white_space_before_it():
@@ -195,7 +189,7 @@ def test_the_end_token_and_the_white_space_before_it():
     assert ChatFormat.probe(tokenizer).end_id == tokenizer.convert_tokens_to_ids("<|eot_id|>") == 4
     chat = ChatFormat.probe(make_tokenizer("llama3", LLAMA3_TEMPLATE.replace("'<|eot_id|>'", "'\n<|eot_id|>'")))
     assert chat.end_id == 4
-    assert chat.render_pair(PROMPT, CHOSEN, REJECTED)[1] == "I am fine.\n<|eot_id|>"
+    assert chat.tokenizer.decode(chat.pair_ids(PROMPT, CHOSEN, REJECTED)[1]) == "I am fine.\n<|eot_id|>"
 
 
 def test_a_template_that_changes_or_leaves_out_a_message_is_told_per_row():
@@ -203,42 +197,31 @@ def test_a_template_that_changes_or_leaves_out_a_message_is_told_per_row():
     template = LLAMA3_TEMPLATE.replace("message['content'] | trim", first_paragraph)
     chat = ChatFormat.probe(make_tokenizer("llama3", template))
     kept, changed = [assistant(" Fine.\n\n")], [assistant("Fine.\n\nReally.")]
-    assert "Fine." in chat.render_pair(PROMPT, kept, REJECTED)[1]
+    assert chat.tokenizer.decode(chat.pair_ids(PROMPT, kept, REJECTED)[1]) == "Fine.<|eot_id|>"
     for sides in ((changed, kept), (kept, changed)):
         with pytest.raises(DataError, match="the assistant says"):
-            chat.render_pair(PROMPT, *sides)
-    template = LLAMA3_TEMPLATE.replace("in messages %}", "in messages if message['role'] != 'system' %}")
-    chat = ChatFormat.probe(make_tokenizer("llama3", template))
-    with pytest.raises(DataError, match="the system says"):
-        chat.render_pair([{"role": "system", "content": "Be brief."}, *PROMPT], CHOSEN, REJECTED)
+            chat.pair_ids(PROMPT, *sides)
 
 
 END, BOS, HEADER = " + '<|eot_id|>'", "{{ bos_token }}", "assistant<|end_header_id|>"
 IN_FULL = "{% if messages[-1]['role'] == 'assistant' %}x{% endif %}"  # where a response follows
-ALONE = "' + ('bot' if messages[1:] else 'assistant') + '<|end_header_id|>"
 
 
 @pytest.mark.parametrize(
     "old, new, message",
     [
-        (BOS, "{{ bos_token + bos_token }}", "double BOS"),
-        (END, "", "no end token: after a response the template writes ''"),
-        (END, " + 'bye<|eot_id|>'", "no end token: after a response the template writes 'bye<|eot_id|>'"),
-        (END, " + '<|eot_id|><|eot_id|>'", "end it with one <|eot_id|>"),
-        (END, " + '<|eot_id|>bye'", "end it with one <|eot_id|>"),
+        (END, "", "no end token"),
+        (END, " + '<|eot_id|><|eot_id|>'", "no end token"),
         (HEADER, "bot<|end_header_id|>", "not a prefix"),
-        (HEADER, ALONE, "not a prefix"),
         (BOS, IN_FULL + BOS, "not a prefix"),
-        (BOS, "{% if add_generation_prompt %}x{% endif %}" + BOS, "changes the dialogue itself"),
+        (BOS, "{% if add_generation_prompt %}x{% endif %}" + BOS, "not a prefix"),
     ],
 )
 def test_bad_templates(old, new, message):
     assert old in LLAMA3_TEMPLATE
     tokenizer = make_tokenizer("llama3", LLAMA3_TEMPLATE.replace(old, new))
-    tokenizer.add_tokens(["bye"])
-    with pytest.raises(DataError) as error:
+    with pytest.raises(DataError, match=message):
         ChatFormat.probe(tokenizer)
-    assert message in str(error.value)
 
 
 def test_no_bos():
@@ -247,11 +230,10 @@ def test_no_bos():
     assert chat.bos_id == 0  # the tokenizer itself adds it
     assert chat.prompt_ids(PROMPT) == ChatFormat.probe(make_tokenizer("llama3")).prompt_ids(PROMPT)
     tokenizer.chat_template = "hm, " + LLAMA3_TEMPLATE
-    assert ChatFormat.probe(tokenizer).template_writes_bos is False  # not where it belongs
+    assert ChatFormat.probe(tokenizer).in_front == (0,)  # not where it belongs
     tokenizer = make_tokenizer("qwen3")
     tokenizer.bos_token = "<think>"  # a BOS that nothing writes
-    with pytest.raises(DataError, match="no BOS: neither the template nor the tokenizer writes <think>"):
-        ChatFormat.probe(tokenizer)
+    assert ChatFormat.probe(tokenizer).bos_id is None
 
 
 CLOCK = '{%- if strftime_now is defined %}{% set today = strftime_now("%d %b %Y") %}{% else %}{% set today = "?" %}{% endif %}'
@@ -270,8 +252,6 @@ def test_a_template_that_reads_the_clock_says_the_frozen_day_or_is_refused(tmp_p
         text = which.apply_chat_template([user("a")], tokenize=False)
         assert text.startswith("<|begin_of_text|>Today: 03 Feb 2026, 2026<|start_header_id|>")
     assert freeze_date(tokenizer, datetime.date(2027, 1, 1)) is False
-    tokenizer.chat_template = None
-    assert freeze_date(tokenizer, datetime.date(2027, 1, 1)) is False and tokenizer.chat_template is None
     tokenizer = make_tokenizer("llama3", "{{ strftime_now(style) }}")
     with pytest.raises(DataError, match="strftime_now"):
         freeze_date(tokenizer, datetime.date(2026, 2, 3))

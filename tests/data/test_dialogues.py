@@ -66,7 +66,7 @@ def trained_texts(dataset, chat, tmp_path, **arguments):
 
 def test_what_the_loss_is_on_with_trl(tmp_path, chat):
     rows = completions(tmp_path, {"prompt": DIALOGUE[:1], "completion": DIALOGUE[1:]})
-    kept, report = select(rows, chat, tmp_path, max_length=WINDOW)
+    kept, _ = select(rows, chat, tmp_path, max_length=WINDOW)
     assert kept.remove_columns(["row", "ids"]).to_list() == [
         {"prompt": [user("a")], "completion": [assistant("b")]},
         {"prompt": [SYSTEM, *DIALOGUE[:3]], "completion": [assistant("d")]},
@@ -75,20 +75,15 @@ def test_what_the_loss_is_on_with_trl(tmp_path, chat):
     *texts, several = trained_texts(kept, chat, tmp_path)
     assert texts == ["b<|eot_id|>", "d<|eot_id|>"]
     assert several.startswith("b<|eot_id|>") and several.endswith("d<|eot_id|>")
-    assert any("the loss is on completions alone" in line for line in report.lines())
-    kept, report = select(completions(tmp_path), chat, tmp_path, max_length=WINDOW, completion_only_loss=False)
-    assert kept.column_names == ["messages", "row", "ids"] and "users' turns included" in report.loss_on
+    kept, _ = select(completions(tmp_path), chat, tmp_path, max_length=WINDOW, completion_only_loss=False)
+    assert kept.column_names == ["messages", "row", "ids"]
     texts = trained_texts(kept, chat, tmp_path, completion_only_loss=False)
     assert texts == [chat.tokenizer.apply_chat_template(messages, tokenize=False) for messages in kept["messages"]]
 
 
 def test_dialogues_among_completions_are_named(tmp_path, chat):
     loaded = concatenate_datasets([completions(tmp_path), load(tmp_path, [DIALOGUE])])
-    kept, report = select(loaded, chat, tmp_path, max_length=WINDOW)
-    assert (
-        "messages" in kept.column_names and "whole dialogues, prompts included, as only 2 of 3 rows" in report.loss_on
-    )
-    assert select(loaded, chat, tmp_path, assistant_only_loss=True, max_length=WINDOW)[1].loss_on is None
+    assert "messages" in select(loaded, chat, tmp_path, max_length=WINDOW)[0].column_names
     with pytest.raises(DataError, match="completion_only_loss: 1 of 3 rows"):
         select(loaded, chat, tmp_path, completion_only_loss=True, max_length=WINDOW)
 
@@ -106,7 +101,7 @@ def test_a_row_whose_prompt_fills_the_window_is_dropped_and_named(tmp_path, chat
     if not answers:
         assert len(trained_texts(kept, chat, tmp_path)) == 2
     wrapped = {"packing": True, "packing_strategy": "wrapped"}
-    for other in ({"max_length": None}, {"truncation_mode": "keep_end"}, wrapped):
+    for other in ({"max_length": None}, wrapped):
         given = {"max_length": WINDOW, "assistant_only_loss": answers} | other
         assert select(loaded, chat, tmp_path, **given)[1].dropped == {}
 
@@ -121,33 +116,12 @@ def test_a_row_is_kept_from_its_first_token_in_the_window_on(tmp_path, chat, ans
         select(loaded, chat, tmp_path, max_length=start, assistant_only_loss=answers)
 
 
-def test_generation_marks_are_around_the_answers_alone(tmp_path):
-    rows, body = load(tmp_path, [DIALOGUE]), "{{ '<|start_header_id|>' + message['role']"
-    assert body in LLAMA3_TEMPLATE
-    around_turns = LLAMA3_TEMPLATE.replace("{% endfor %}", "{% endgeneration %}{% endfor %}")
-    marked = ChatFormat.probe(make_tokenizer("llama3", around_turns.replace(body, "{% generation %}" + body)))
-    with pytest.raises(DataError, match="chat_template"):
-        select(rows, marked, tmp_path, max_length=WINDOW, assistant_only_loss=True)
-    select(rows, marked, tmp_path, max_length=WINDOW)  # nothing reads the marks
-    content = "{{ message['content'] | trim + '<|eot_id|>' }}"
-    around_answers = (
-        "{{ bos_token }}{% for message in messages %}"
-        "{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' }}"
-        "{% if message['role'] == 'assistant' %}{% generation %}" + content + "{% endgeneration %}"
-        "{% else %}" + content + "{% endif %}{% endfor %}"
-        "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}"
-    )
-    marked = ChatFormat.probe(make_tokenizer("llama3", around_answers))
-    kept, _ = select(rows, marked, tmp_path, max_length=WINDOW, assistant_only_loss=True)
-    assert trained_texts(kept, marked, tmp_path, assistant_only_loss=True) == ["b<|eot_id|>d<|eot_id|>"]
-
-
 @pytest.mark.parametrize("mark", [{"weight": 0}, {"weight": 1}, {"train": False}])
 def test_marks_of_single_turns_are_refused(tmp_path, mark):
     """TRL would train the turn all the same."""
-    with pytest.raises(DataError, match=rf"{next(iter(mark))}.*: row 1"):
+    with pytest.raises(DataError, match=rf"row 1: .*{next(iter(mark))}"):
         load(tmp_path, [DIALOGUE, [user("a"), assistant("b") | mark]])
-    with pytest.raises(DataError, match=rf"{next(iter(mark))}.*: row 2"):
+    with pytest.raises(DataError, match=rf"row 2: .*{next(iter(mark))}"):
         completions(tmp_path, {"prompt": [user("a")], "completion": [assistant("b") | mark]})
 
 
@@ -177,18 +151,12 @@ def test_unusable_dialogues_are_dropped_and_named(tmp_path, chat):
     report = select(rows, chat, tmp_path, {"max_dropped_fraction": 0.5}, max_length=WINDOW)[1]
     assert report.dropped == {"the prompt is empty": [2]}
     assert select(rows, chat, tmp_path, completion_only_loss=False, max_length=WINDOW)[1].dropped == {}
-    chat = ChatFormat.probe(make_tokenizer("mistral-instruct"))
-    rows = load(tmp_path, [DIALOGUE, [SYSTEM, *DIALOGUE]])
-    _, report = select(rows, chat, tmp_path, {"max_dropped_fraction": 0.5})
-    assert list(report.dropped.values()) == [[1]]
     cut = LLAMA3_TEMPLATE.replace("message['content']", "message['content'].split('</think>')[-1]")
     chat = ChatFormat.probe(make_tokenizer("llama3", cut))
     early = [user("a"), assistant("hm</think>b"), user("c"), assistant("d")]
     rows = load(tmp_path, [DIALOGUE, [user("a"), assistant("<think>hm</think>b")], early])
     dataset, report = select(rows, chat, tmp_path, {"max_dropped_fraction": 0.7})
     assert dataset["row"][:] == [0] and list(report.dropped.values()) == [[1, 2]]
-    with pytest.raises(DataError, match=r"2 of 3 rows can't be used.*(?s:.*)the assistant says: rows 1, 2"):
-        select(rows, chat, tmp_path)
 
 
 def test_dialogues_that_are_cut_are_counted_as_tokens_of_the_template(tmp_path, chat):
@@ -198,13 +166,10 @@ def test_dialogues_that_are_cut_are_counted_as_tokens_of_the_template(tmp_path, 
     kept, report = select(rows, chat, tmp_path)
     assert len(kept) == 3 and kept.column_names == ["messages", "row", "ids"]
     assert (report.cut, report.rows_cut, report.tokens) == ({"messages": 2}, 2, {"messages": lengths[0] + 100})
-    assert "- 2 dialogues cut to the window" in report.lines()
-    assert report.as_dict()["rows_cut"] == 2
+    assert any(line.startswith("- 2 rows cut (2 messages)") for line in report.lines())
     exactly = select(rows, chat, tmp_path, max_length=lengths[1])[1]
     assert (exactly.rows_cut, exactly.lengths["messages"]["max"]) == (0, lengths[1])
-    titles = [line.split(":")[0] for line in exactly.lines()]
-    assert [titles[0], titles[2]] == ["3 of 3 rows used", "messages tokens"] and "users' turns included" in titles[1]
-    assert select(rows, chat, tmp_path, max_length=lengths[1] - 1)[1].rows_cut == 2
+    assert [line.split(":")[0] for line in exactly.lines()] == ["3 of 3 rows used", "messages tokens"]
     assert select(rows, chat, tmp_path, max_length=None)[1].rows_cut == 0
     zephyr = ChatFormat.probe(make_tokenizer("zephyr"))  # whose template leaves BOS out; TRL adds none
     text = zephyr.tokenizer.apply_chat_template(DIALOGUE, tokenize=False)

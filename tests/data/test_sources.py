@@ -1,11 +1,6 @@
 """Files, folders, hub ids and mixtures: which rows come, and what is said when they can't."""
 
-import gzip
-import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +9,9 @@ from datasets import Dataset, DatasetDict
 
 from rmipo.data import sources
 from rmipo.data.chat import DataError
-from rmipo.data.convert import code_digest, load_splits
 from rmipo.data.dialogues import load_dialogues
 from rmipo.data.pairs import load_pairs
-from rmipo.data.sources import MissingSplitError
+from rmipo.data.sources import MissingSplitError, load_splits
 from rmipo.recipe.schema import DataConfig
 from tests.helpers.rows import config, pairs, questions, tokenize, write
 
@@ -28,65 +22,46 @@ from tests.helpers.rows import config, pairs, questions, tokenize, write
         ("train.jsonl", "train"),
         ("train.jsonl.gz", "train"),
         ("train.json", "train"),
-        ("train_prefs.jsonl", "train"),  # the only file whose name starts with the split
-        ("train.jsonl", "train_prefs"),
+        ("train_prefs.jsonl", "train_prefs"),
         ("data/train-00000-of-00001.parquet", "train"),
     ],
 )
-def test_a_split_of_a_folder_is_found_by_name(tmp_path, caplog, name, split):
+def test_a_split_of_a_folder_is_found_by_name(tmp_path, name, split):
     write(tmp_path / name, pairs(0, 1, 2))
     write(tmp_path / "test.jsonl", pairs(7))
     for other in ("train.jsonl.bak", "old/train.jsonl", "my_train.jsonl"):
         write(tmp_path / other, pairs(8))
-    (tmp_path / "train.parquet").mkdir(exist_ok=True)
     data_config = config(tmp_path, dataset_train_split=split)
     assert questions(load_pairs(data_config, "train")) == [0, 1, 2]
     assert questions(load_pairs(data_config, "test")) == [7]
-    assert (f"{tmp_path}: it has no split {split!r}" in caplog.text) == (split != re.match(r"(data/)?(\w+)", name)[2])
 
 
 @pytest.mark.parametrize("ending", ["", "-9564e8b05b4757ab"])  # a hash, as older versions of datasets wrote it
-def test_shards_are_joined(tmp_path, caplog, ending):
+def test_shards_are_joined(tmp_path, ending):
     for i in (2, 0, 3, 1):
         write(tmp_path / f"data/train-{i:05}-of-00004{ending}.parquet", pairs(2 * i, 2 * i + 1))
         write(tmp_path / f"test-{i}-of-4.jsonl", pairs(i))
     write(tmp_path / "train-old.jsonl", pairs(9))
     dataset = load_pairs(config(tmp_path), "train")
     assert questions(dataset) == dataset["row"][:] == list(range(8))
-    assert "train-old" in caplog.text
     assert questions(load_pairs(config(tmp_path), "test")) == [0, 1, 2, 3]
-    (tmp_path / "test-3-of-4.jsonl").write_text("{")
-    names = ", ".join(f"test-{i}-of-4.jsonl" for i in range(4))
-    with pytest.raises(DataError, match=f"{tmp_path}: {names} can't be read as json"):
-        load_pairs(config(tmp_path), "test")
 
 
-@pytest.mark.parametrize(
-    "files",
-    [
-        ("train.jsonl", "train.jsonl.gz"),
-        ("train.jsonl", "data/train-00000-of-00001.jsonl"),
-        ("train-00000-of-00003.jsonl", "train-00002-of-00003.jsonl"),
-        ("train-00000-of-00002.jsonl",),
-    ],
-)
-def test_rows_twice_or_missing_shards_are_refused(tmp_path, files):
-    for file in files:
+def test_rows_twice_are_refused(tmp_path):
+    for file in ("train.jsonl", "train.jsonl.gz"):
         write(tmp_path / file, pairs(0, 1))
-    with pytest.raises(DataError, match=files[0]):
+    with pytest.raises(DataError, match="are both split 'train'"):
         load_pairs(config(tmp_path), "train")
 
 
 def test_a_folder_without_the_split(tmp_path):
     for name in ("train", "latest", "validation", "train_old"):
         write(tmp_path / f"{name}.jsonl", pairs(1))
-    with pytest.raises(
-        MissingSplitError, match=r"'dev'.*Found: latest.jsonl, train.jsonl, train_old.jsonl, validation"
-    ):
+    with pytest.raises(MissingSplitError, match="'dev'"):
         load_pairs(config(tmp_path, dataset_test_split="dev"), "test")
     assert questions(load_pairs(config(tmp_path, dataset_test_split="validation"), "test")) == [1]
     with pytest.raises(MissingSplitError, match="`dataset_train_split`"):
-        load_pairs(config(tmp_path, dataset_train_split="trian"), "train")  # two start with train
+        load_pairs(config(tmp_path, dataset_train_split="trian"), "train")
 
 
 @pytest.mark.parametrize("name", ["run[1]", "run*"])
@@ -100,48 +75,32 @@ def test_names_are_not_patterns(tmp_path, name):
     assert [questions(load_pairs(source, "train")) for source in sources] == [[0]] * 3
 
 
-def test_one_file_sets_rows_aside_that_are_drawn(tmp_path, caplog):
+def test_one_file_sets_rows_aside_that_are_drawn(tmp_path):
     path = write(tmp_path / "mine.jsonl", pairs(*range(55)))
     train, test = (load_pairs(config(path), split) for split in ("train", "test"))
     assert sorted(questions(train) + questions(test)) == list(range(55))
     assert questions(test) == test["row"][:] == shuffled(range(55), 0)[:3] != [52, 53, 54]
     assert questions(load_pairs(config(path, max_eval_samples=2), "test")) == questions(test)[:2]
     assert questions(load_pairs(config(path, mixture_seed=1), "test")) == questions(test)
-    assert caplog.text.count(f"{path}: it has no splits, so 3 of its 55 rows") == 1
     few = write(tmp_path / "few.jsonl", pairs(*range(10)))
     assert questions(load_pairs(config(few), "train")) == list(range(10))
     with pytest.raises(MissingSplitError, match=f"{few}: 10 rows are too few"):
         load_pairs(config(few), "test")
-    entries = [{"path": str(write(tmp_path / "11.jsonl", pairs(*range(11))))}, {"path": str(path)}]
-    both = load_pairs(DataConfig(datasets=entries), "test")
-    assert both["row"][1:] == [11 + row for row in test["row"]]
 
 
 def test_what_save_to_disk_wrote(tmp_path):
-    both = DatasetDict(train=Dataset.from_list(pairs(*range(5))), test_prefs=Dataset.from_list(pairs(7)))
+    both = DatasetDict(train=Dataset.from_list(pairs(*range(5))), test=Dataset.from_list(pairs(7)))
     both.save_to_disk(tmp_path / "both")
     assert questions(load_pairs(config(tmp_path / "both"), "train")) == list(range(5))
     assert questions(load_pairs(config(tmp_path / "both"), "test")) == [7]
     one = Dataset.from_list(pairs(*range(60)))
     one.save_to_disk(tmp_path / "one", num_shards=3)
     (tmp_path / "one/cache-8f.arrow").write_text("of Dataset.map, as datasets leaves it there")
-    before = sorted(tmp_path.rglob("*"))
     train, test = (questions(load_pairs(config(tmp_path / "one"), split)) for split in ("train", "test"))
     assert sorted(train + test) == list(range(60)) and len(test) == 3
-    assert sorted(tmp_path.rglob("*")) == before  # nothing is cached in the user's folder
 
 
-@pytest.mark.parametrize("name", ["train.jsonl.gz", "train.json"])
-def test_texts_that_are_dates_stay_texts(tmp_path, name):
-    rows = [{"prompt": "When?", "chosen": "2020-01-01", "rejected": "2020-01-01T10:00:00Z"}] * 2
-    write(tmp_path / name, rows)
-    if name == "train.json":
-        (tmp_path / name).write_text(json.dumps(rows, indent=1))
-    row, _ = load_pairs(config(tmp_path), "train")
-    assert [row[side][0]["content"] for side in ("chosen", "rejected")] == ["2020-01-01", "2020-01-01T10:00:00Z"]
-
-
-def test_test_split_size_divides_the_training_rows_alone(tmp_path, caplog):
+def test_test_split_size_divides_the_training_rows_alone(tmp_path):
     path = write(tmp_path / "mine.jsonl", pairs(*range(40)))
     train, test = (load_pairs(config(path, test_split_size=0.25), split) for split in ("train", "test"))
     assert (len(train), len(test)) == (30, 10)
@@ -152,7 +111,6 @@ def test_test_split_size_divides_the_training_rows_alone(tmp_path, caplog):
     write(tmp_path / "test.jsonl", pairs(900, 901, 902))
     train, test = (questions(load_pairs(config(tmp_path, test_split_size=0.25), split)) for split in ("train", "test"))
     assert sorted(train + test) == list(range(40)) and len(test) == 10
-    assert "test_split_size" in caplog.text
 
 
 def mixture(tmp_path, **values):
@@ -186,7 +144,7 @@ def test_a_mixture_is_concatenated_or_taken_in_fractions(tmp_path):
     assert sorted(number < 100 for number in questions(load_split("train"))) == [False] * 5 + [True] * 5
 
 
-def test_weights_are_shares_of_a_source_drawn_with_a_seed(tmp_path, caplog):
+def test_weights_are_shares_of_a_source_drawn_with_a_seed(tmp_path):
     entries, load_split = mixture(tmp_path, mixture_seed=3)
     entries[0]["weight"], entries[1]["weight"] = 1.0, 0.28
     train = load_split("train")
@@ -198,16 +156,15 @@ def test_weights_are_shares_of_a_source_drawn_with_a_seed(tmp_path, caplog):
     assert questions(load_split("train")) == numbers
     assert train["row"][:] == [n if n < 10 else n - 90 for n in numbers]
     assert len(load_split("test")) == 3  # test rows are never drawn
-    assert "/b: 5 of its 20 rows" in caplog.text and "/a: " not in caplog.text
 
 
 def shuffled(numbers, seed):
     return [numbers[i] for i in np.random.default_rng(seed).permutation(len(numbers))]
 
 
-def test_sample_limits_are_of_the_shuffled_rows(tmp_path, caplog):
+def test_sample_limits_are_of_the_shuffled_rows(tmp_path):
     entries, load_split = mixture(tmp_path, max_train_samples=7)
-    assert questions(load_split("train")) == [*range(7)] and "max_train_samples" in caplog.text
+    assert questions(load_split("train")) == [*range(7)]
     entries[1]["weight"] = 0.5
     sources = [*range(10), *shuffled(range(100, 120), 0)[:10]]
     assert questions(load_split("train")) == shuffled(sources, 0)[:7]
@@ -225,19 +182,6 @@ def test_the_two_parts_of_a_mixture_are_of_the_rows_that_were_drawn(tmp_path, sh
     assert len(test) == 4 and len(train) == count - 4 and len({*train, *test}) == count
 
 
-def test_a_source_that_gives_nothing_and_a_division_that_leaves_a_part_empty(tmp_path):
-    path = write(tmp_path / "mine.jsonl", pairs(*range(12)))
-    for size in (0.999, 12):
-        with pytest.raises(DataError, match=f"test_split_size is {size}: 12 rows can't be divided"):
-            load_pairs(config(path, test_split_size=size), "train")
-    for changes in ({"weight": 0.001}, {"fraction": 0.001}):
-        entries, load_split = mixture(tmp_path)
-        entries[1]["fraction"] = 1 if "fraction" in changes else None
-        entries[0] |= changes
-        with pytest.raises(DataError, match=f"/a: .*{next(iter(changes))}.* takes none"):
-            load_split("train")
-
-
 def test_a_configuration_and_revision_reach_the_hub(monkeypatch):
     """The arguments of `load_dataset` are looked at: there is no hub in the tests."""
     asked = []
@@ -247,9 +191,7 @@ def test_a_configuration_and_revision_reach_the_hub(monkeypatch):
         (config("a/b"), "test"),
         (config("a/b", dataset_config="tiny", dataset_revision="v2", dataset_train_split="train_x"), "train"),
         (DataConfig(datasets=[entry | {"test_split": "dev"}]), "test"),
-        (DataConfig(datasets=[{"path": "a/b", "split": "train_y"}]), "train"),
         (DataConfig(datasets=[{"path": "a/b", "split": "train_y"}]), "test"),  # not of the training rows
-        (DataConfig(datasets=[{"path": "a/b"}], dataset_train_split="train_z"), "train"),
     ):
         with pytest.raises(ZeroDivisionError):
             load_pairs(data_config, split)
@@ -257,58 +199,49 @@ def test_a_configuration_and_revision_reach_the_hub(monkeypatch):
         ("a/b", {"split": "test"}),
         ("a/b", {"split": "train_x", "name": "tiny", "revision": "v2"}),
         ("a/b", {"split": "dev", "name": "x", "data_dir": "sub", "data_files": "c.jsonl", "revision": "v3"}),
-        ("a/b", {"split": "train_y"}),
         ("a/b", {"split": "test"}),
-        ("a/b", {"split": "train_z"}),
     ]
 
 
-def test_a_split_or_configuration_that_a_dataset_of_the_hub_has_not(tmp_path):
+def test_a_split_or_configuration_that_a_dataset_of_the_hub_has_not(tmp_path, monkeypatch):
     """`load_dataset` says the same of a folder."""
     write(tmp_path / "train.jsonl", pairs(0, 1))
-    assert len(sources.load_hub({"path": str(tmp_path)}, "train")) == 2
-    with pytest.raises(
-        MissingSplitError, match=rf"{tmp_path}: Unknown split \"dev\".* See the recipe's `dataset_\*_split`"
-    ):
-        sources.load_hub({"path": str(tmp_path)}, "dev")
+    loaded = sources.load_dataset
+    monkeypatch.setattr(sources, "load_dataset", lambda path, **arguments: loaded(str(tmp_path), **arguments))
+    assert len(load_pairs(config("some/pairs"), "train")) == 2
+    with pytest.raises(MissingSplitError, match='some/pairs: Unknown split "dev"'):
+        load_pairs(config("some/pairs", dataset_train_split="dev"), "train")
     with pytest.raises(MissingSplitError, match="BuilderConfig 'tiny' not found"):
-        sources.load_hub({"path": str(tmp_path), "name": "tiny"}, "train")
+        load_pairs(config("some/pairs", dataset_config="tiny"), "train")
 
 
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [
-        ({"dataset_config": "tiny", "dataset_revision": "v2"}, "name, revision would have no effect"),
-        ({"dataset_train_split": "train[:2]"}, r".*'train\[:2\]'"),
-    ],
-)
-def test_what_only_the_hub_has_is_refused_for_local_data(tmp_path, values, message):
+def test_what_only_the_hub_has_is_refused_for_local_data(tmp_path):
     path = write(tmp_path / "train.jsonl", pairs(*range(12)))
-    with pytest.raises(DataError, match="validation"):  # one file has no other split
-        load_pairs(config(path, dataset_train_split="validation"), "train")
+    for split in ("validation", "train[:2]"):  # one file has no other split
+        with pytest.raises(DataError, match=f"{path} is local, .*{re.escape(split)}"):
+            load_pairs(config(path, dataset_train_split=split), "train")
     for place in (tmp_path, path):
-        with pytest.raises(DataError, match=f"^{place} is local: {message}"):
-            load_pairs(config(place, **values), "train")
-        with pytest.raises(DataError, match=f"^{place} is local: data_files would have no effect"):
+        with pytest.raises(DataError, match=f"^{place} is local, and name, revision would have no effect"):
+            load_pairs(config(place, dataset_config="tiny", dataset_revision="v2"), "train")
+        with pytest.raises(DataError, match=f"^{place} is local, and data_files would have no effect"):
             load_pairs(DataConfig(datasets=[{"path": str(place), "data_files": "a.jsonl"}]), "train")
 
 
 def test_what_is_no_data_is_named(tmp_path):
     for path in ("/nothing", "nothing.jsonl", "./nothing", "data/of/mine"):
-        with pytest.raises(DataError, match=f"{path}: no such file or folder"):
+        with pytest.raises(DataError, match=f"{path} can't be read"):
             load_pairs(config(path), "train")
     with pytest.raises(DataError) as error:
         load_pairs(config("some-owner/some-pairs", dataset_revision="main"), "train")
     assert not isinstance(error.value, MissingSplitError)  # it may have the split
-    assert str(error.value).startswith("some-owner/some-pairs: ") and str(error.value.__cause__) in str(error.value)
+    assert str(error.value).startswith("some-owner/some-pairs ") and str(error.value.__cause__) in str(error.value)
     notes = write(tmp_path / "notes.jsonl.txt", pairs(0))
-    with pytest.raises(DataError, match=rf"{notes}: a data file ends in one of \.jsonl"):
+    with pytest.raises(DataError, match=f"{notes}: a data file ends in"):
         load_pairs(config(notes), "train")
     write(tmp_path / "train.jsonl", [{"question": "a", "chosen": "b", "reject": "c"}])
-    with pytest.raises(DataError, match=f"{tmp_path}: missing columns rejected, found question, chosen, reject"):
-        load_pairs(config(tmp_path), "train")
-    with pytest.raises(DataError, match="missing columns messages, found question, chosen, reject"):
-        load_dialogues(config(tmp_path), "train")
+    for load, column in ((load_pairs, "rejected"), (load_dialogues, "completion")):
+        with pytest.raises(DataError, match=f"{tmp_path}: row 0: there is no {column}, found the columns question"):
+            load(config(tmp_path), "train")
 
 
 ROW = b'{"prompt": "a", "chosen": "b", "rejected": "c"}\n'
@@ -317,40 +250,15 @@ ROW = b'{"prompt": "a", "chosen": "b", "rejected": "c"}\n'
 @pytest.mark.parametrize(
     "name, content, message",
     [
-        ("train.jsonl", b" \n\n", "corresponds to no data"),
+        ("train.jsonl", b"", "it has no rows"),
         ("train.jsonl", ROW + b'{"prompt": \n', "JSON parse error"),
-        ("train.jsonl", ROW + ROW.replace(b"b", "é".encode("latin-1")), "Invalid UTF8"),
-        ("train.jsonl.gz", gzip.compress(ROW * 9, mtime=0)[:-12], "Compressed file ended before"),
         ("train.parquet", ROW, "Parquet"),
     ],
 )
 def test_a_file_that_is_not_what_its_name_says(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
-    kind = "parquet" if name.endswith("parquet") else "json"
-    with pytest.raises(DataError, match=rf"{name} can't be read as {kind}: .*{message}"):
+    with pytest.raises(DataError, match=f"{name}.*{message}"):
         load_pairs(config(tmp_path), "train")
-
-
-def test_a_path_that_holds_other_rows_now_is_read_again(tmp_path):
-    """With the same time, as `cp -p`, archives and links leave it: the cache of datasets goes by that."""
-    for number in (1, 2):
-        write(tmp_path / "train.jsonl", pairs(number))
-        os.utime(tmp_path / "train.jsonl", (10**9, 10**9))
-        assert questions(load_pairs(config(tmp_path), "train")) == [number]
-    for number in (3, 4):  # only the second shard is another one
-        for shard, rows in enumerate((pairs(1), pairs(number))):
-            write(path := tmp_path / f"shards/train-0000{shard}-of-00002.jsonl", rows)
-            os.utime(path, (10**9, 10**9))
-        assert questions(load_pairs(config(tmp_path / "shards"), "train")) == [1, number]
-
-
-def test_a_cache_that_cannot_be_used_is_not_blamed_on_the_data(tmp_path):
-    write(tmp_path / "train.jsonl", pairs(1))
-    (tmp_path / "file").write_text("")
-    program = f"from rmipo.data.sources import load_files, Path; load_files([Path('{tmp_path}/train.jsonl')], 'mine')"
-    environment = os.environ | {"HF_HOME": str(tmp_path / "file/hf"), "HF_DATASETS_CACHE": str(tmp_path / "file/hf")}
-    ended = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
-    assert "HF_HOME" in ended.stderr.splitlines()[-1] and "as json" not in ended.stderr.splitlines()[-1]
 
 
 def test_rows_are_counted_through_all_sources_and_named_splits_come_first(tmp_path):
@@ -365,26 +273,7 @@ def test_rows_are_counted_through_all_sources_and_named_splits_come_first(tmp_pa
     assert questions(load_pairs(config(tmp_path, dataset_test_split="validation"), "test")) == [2]
 
 
-def digests_with(monkeypatch, target, value):
-    code_digest.cache_clear()
-    with monkeypatch.context() as patch:
-        patch.setattr(target, value)
-        digest = code_digest()
-    code_digest.cache_clear()
-    return digest
-
-
-def test_the_digest_is_of_code_and_versions_and_rows_of_other_code_are_prepared_again(monkeypatch, tmp_path):
-    now = code_digest()
-    found = [now]
-    for text in ("", "x = 1"):
-        (tmp_path / "chat.py").write_text(text)
-        found.append(digests_with(monkeypatch, "rmipo.data.convert.__file__", str(tmp_path / "convert.py")))
-    for library in ("", "transformers", "tokenizers", "jinja2", "trl", "datasets"):
-        versions = {library: "2"}
-        found.append(digests_with(monkeypatch, "importlib.metadata.version", lambda name, v=versions: v.get(name, "1")))
-    assert len({*found}) == 9
-    assert code_digest() == now
+def test_rows_of_other_code_are_prepared_again(monkeypatch, tmp_path):
     write(tmp_path / "train.jsonl", pairs(0, 1))
 
     def fingerprints():
@@ -394,7 +283,7 @@ def test_the_digest_is_of_code_and_versions_and_rows_of_other_code_are_prepared_
 
     before = fingerprints()
     assert fingerprints() == before
-    for module in ("convert", "pairs"):
+    for module in ("formats", "pairs"):
         monkeypatch.setattr(f"rmipo.data.{module}.code_digest", lambda: "after a git pull")
     assert not {*fingerprints()} & {*before}
 
@@ -411,17 +300,12 @@ def test_a_test_split_is_loaded_or_its_absence_said_or_refused(tmp_path, caplog)
     splits = load_splits(load_pairs, config(tmp_path), evaluating=False)
     assert {split: questions(rows) for split, rows in splits.items()} == {"train": [0, 1], "test": [2]}
     write(tmp_path / "test.jsonl", [{"question": "a"}])
-    with pytest.raises(DataError, match="missing columns"):
+    with pytest.raises(DataError, match="there is no"):
         load_splits(load_pairs, config(tmp_path), evaluating=False)
 
 
-def test_rows_that_cannot_be_read_are_named_by_source_reason_and_number(tmp_path):
+def test_a_row_that_cannot_be_read_is_named_by_split_source_and_number(tmp_path):
     first, second = (write(tmp_path / name / "train.jsonl", pairs(*range(6))).parent for name in "ab")
-    bad = [pairs(0)[0] | changes for changes in ({"tools": ["f"]}, {"prompt": ["q"]}, {"tools": ["g"]})]
-    write(second / "train.jsonl", [*pairs(0), *bad])
-    with pytest.raises(DataError) as error:
+    write(second / "train.jsonl", [*pairs(0), pairs(0)[0] | {"tools": ["f"]}])
+    with pytest.raises(DataError, match=f"^train: {second}: row 7: `tools` is part of the prompt"):
         load_pairs(DataConfig(datasets=[{"path": str(first)}, {"path": str(second)}]), "train")
-    title, *lines = str(error.value).split("\n")
-    assert title.startswith(f"train: {second}: rows that can't be read")
-    assert lines[0].startswith("- `tools` is part of the prompt") and lines[0].endswith(": rows 7, 9")
-    assert lines[1] == "- `prompt` holds str, expected messages with role and content: row 8"

@@ -172,7 +172,7 @@ def test_unusable_prompts_are_counted_with_their_reasons(setup):
     result = setup.make("messages", answers=16)
     assert setup.rows(output="messages")[0]["prompt"] == message
     reasons = " ".join(result["dropped"])
-    assert "roles out of order" in reasons and "malformed: `messages` has the role 'robot'" in reasons
+    assert "roles out of order" in reasons and "malformed: `messages` has {'role': 'robot'" in reasons
 
 
 def test_prompts_are_read_within_the_window_after_those_skipped_with_their_system(setup):

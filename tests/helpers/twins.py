@@ -35,8 +35,7 @@ def make_twin(folder, recipe, family, form):
     values = load_recipe(ROOT / "recipes" / f"{recipe}.yaml").values
     random_state = random.Random(0)
     for split, count in (("train", 40), ("test", 3)):
-        name = values.get(f"dataset_{split}_split", split)
-        write(folder / f"data/{name}.jsonl", [row(form, random_state, number) for number in range(count)])
+        write(folder / f"data/{split}.jsonl", [row(form, random_state, number) for number in range(count)])
     overrides = {
         "model_name_or_path": folder / "model", "dataset_name": folder / "data", "dataset_num_proc": "null",
         "dtype": "float32", "bf16": "false", "use_cpu": "true", "max_steps": 2, "global_batch_size": 16,

@@ -480,23 +480,17 @@ def test_prompts_that_training_has_too_are_counted(make, capsys):
 CONTENT, ASSISTANT = "{{ m['content'] }}", "{% if m['role'] == 'assistant'"
 
 
-def test_what_the_template_adds_to_responses_or_takes_from_earlier_ones_is_named(make, tokenizer, capsys):
+def test_what_the_template_adds_to_responses_is_named(make, tokenizer, capsys):
     template = tokenizer.chat_template
     rows = [{**row, "prompt": [user("w1"), assistant("w2 w3"), user("w4")]} for row in TURNS[:3]]
     for change, said in (
         (CONTENT, ""),
         (ASSISTANT + " %}w7 {% endif %}" + CONTENT, "starts each response with 'w7'"),
-        (
-            ASSISTANT + " and not loop.last %}w2{% else %}" + CONTENT + "{% endif %}",
-            "of 3 rows the chat template leaves out part of an earlier answer",
-        ),
     ):
         tokenizer.chat_template = template.replace(CONTENT, change)
         trainer = make(rows=rows, processing_class=tokenizer)
         printed = capsys.readouterr().out
-        assert said in printed
-        for other in ("starts each response", "earlier answer"):
-            assert (other in printed) == (other in said)
+        assert said in printed and ("starts each response" in printed) == bool(said)
         assert (ids(trainer)[0][1][0] == tokenizer.convert_tokens_to_ids("w7")) == ("w7" in said)
 
 
