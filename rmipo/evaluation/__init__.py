@@ -3,19 +3,8 @@
 from rmipo.evaluation import alpaca, constraints, hh, leaderboard, mtbench, ranking, reward, specificity
 from rmipo.evaluation.benchmark import Benchmark
 
-BENCHMARKS: dict[str, Benchmark] = {
-    benchmark.name: benchmark
-    for benchmark in (
-        alpaca.BENCHMARK,
-        mtbench.BENCHMARK,
-        leaderboard.BENCHMARK,
-        hh.BENCHMARK,
-        reward.BENCHMARK,
-        constraints.BENCHMARK,
-        specificity.BENCHMARK,
-        ranking.BENCHMARK,
-    )
-}
+MODULES = (alpaca, mtbench, leaderboard, hh, reward, constraints, specificity, ranking)
+BENCHMARKS: dict[str, Benchmark] = {module.BENCHMARK.name: module.BENCHMARK for module in MODULES}
 
 
 def benchmark_of(metric: str) -> Benchmark | None:

@@ -1,12 +1,10 @@
 """AlpacaEval 2 through the alpaca-eval package: length-controlled and raw win rate against the reference outputs."""
 
-import contextlib
 import functools
 import gzip
 import importlib.util
 import json
 import logging
-from collections.abc import Iterator
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -15,9 +13,9 @@ import yaml
 from rmipo.errors import EvaluationError
 from rmipo.evaluation.benchmark import DECODING, Benchmark, Metric
 from rmipo.evaluation.statistics import resamples
-from rmipo.files import replacing, write_atomically
+from rmipo.files import write_atomically
 from rmipo.fingerprints import text_fingerprint
-from rmipo.generation.judge import OPENAI, check_cost, check_judge, http_client, judge_endpoint, shown
+from rmipo.generation.judge import OPENAI, check_cost, check_judge, judge_endpoint, shown
 from rmipo.recipe.files import read_yaml
 from rmipo.recipe.settings import merge_settings
 from rmipo.record import require_package
@@ -48,24 +46,20 @@ def load_reference(path: str | None) -> tuple[list[dict], Path]:
     """The reference outputs, which are the benchmark's prompts too, and their file: the hub's if `path` is None.
 
     A JSON list of {"instruction", "output"}; or preference pairs as JSONL ({"prompt", "chosen"} as messages), whose
-    chosen responses are the reference, the first one where a prompt is repeated. Raises EvaluationError otherwise.
+    chosen responses are the reference. Of a repeated prompt the first output is taken.
     """
-    file = Path(path).expanduser() if path else hub_file(REFERENCE_FILE)
-    rows: dict[str, dict] = {}  # by instruction
-    try:
-        content = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
+    file = Path(path) if path else hub_file(REFERENCE_FILE)
+    with gzip.open(file, "rt") if file.suffix == ".gz" else file.open() as content:
         if ".jsonl" in file.suffixes:
-            pairs = map(json.loads, content.splitlines())
+            pairs = map(json.loads, content)
             found = [{"instruction": p["prompt"][-1]["content"], "output": p["chosen"][-1]["content"]} for p in pairs]
         else:
-            found = json.loads(content)
-            if len({row["instruction"] for row in found}) < len(found):  # alpaca-eval would pair them crosswise
-                raise ValueError("it repeats instructions")
-        for row in found:
-            made_by = {"generator": row.get("generator", "reference")}
-            rows.setdefault(row["instruction"], {key: row[key] for key in ("instruction", "output")} | made_by)
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise EvaluationError(f"alpacaeval.reference: {file} has none of the two formats ({error!r})") from error
+            found = json.load(content)
+    rows: dict[str, dict] = {}  # by instruction: alpaca-eval would pair repeated ones crosswise
+    for row in found:
+        made_by = row.get("generator", "reference")
+        own = {"instruction": row["instruction"], "output": row["output"], "generator": made_by}
+        rows.setdefault(row["instruction"], own)
     return list(rows.values()), file
 
 
@@ -83,24 +77,19 @@ def run(model_dir: str | Path, output_dir: str | Path, settings: dict) -> dict |
     from them. Metrics in percent: `alpacaeval2_lc`, `alpacaeval2_wr`; `alpacaeval2_length`, mean characters of an
     answer; `alpacaeval2_missing`, verdicts that couldn't be used; `alpacaeval2_cut`, percent of answers that were cut.
     """
-    from rmipo.generation.answers import Generator, check_settings, questions
+    from rmipo.generation.answers import Generator, questions
 
     settings = merge_settings("alpacaeval", DEFAULTS, settings)
-    settings["generation"] = check_settings(settings["generation"])
     endpoint = None if settings["generate_only"] else judge_endpoint()
     reference, reference_path = load_reference(settings["reference"])
     reference = reference[: settings["first_n"]]
     if endpoint is not None:
         require_package("alpaca_eval")
-        if settings["length_controlled"]:
-            hub_file(GAMED_FILE)
-            # Its model has learned a difficulty for each of the 805 and joins on row numbers: for others it would compute a
-            # number without meaning.
-            ours, theirs = ([row["instruction"] for row in rows] for rows in (reference, load_reference(None)[0]))
-            if ours != theirs:
-                needed = f"all {len(theirs)} instructions, not these {len(ours)}"
-                raise EvaluationError(f"alpacaeval.length_controlled needs {needed}")
-        (judge_file, *_) = read_yaml(find_judge(settings["annotators_config"])).values()
+        # The length-controlled model has learned a difficulty for each of the 805 and joins on row numbers: for others it
+        # would compute a number without meaning.
+        if settings["length_controlled"] and (settings["reference"] or settings["first_n"]):
+            raise EvaluationError("alpacaeval.length_controlled needs AlpacaEval's own reference, and all of it")
+        _, judge_file, _ = read_judge(settings["annotators_config"])
         check_judge(endpoint, judge_file["completions_kwargs"]["model_name"])
     folder = Path(output_dir) / "alpacaeval"
 
@@ -122,24 +111,6 @@ def run(model_dir: str | Path, output_dir: str | Path, settings: dict) -> dict |
     return generator.result(metrics, settings, ["alpaca_eval", "scikit-learn"], **by_prompts)
 
 
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Without alpaca-eval's log: it warns with every request, and prints the traceback of an error that is raised here.
-
-    Importing it sets the root logger's level, so that is done inside.
-    """
-    root = logging.getLogger()
-    level = root.level
-    import alpaca_eval  # noqa: F401
-
-    root.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        root.setLevel(level)
-
-
-@quiet()
 def judge(
     outputs: list[dict], reference: list[dict], folder: Path, endpoint: str, settings: dict
 ) -> tuple[dict, dict, str]:
@@ -150,63 +121,52 @@ def judge(
     prompts; and a hash of the judge's YAML and prompts.
     """
     import alpaca_eval
+    import pandas as pd
     from alpaca_eval.annotators import PairwiseAnnotator
 
-    class AtomicAnnotator(PairwiseAnnotator):
-        """A kill while verdicts are written leaves the older file whole: they have been paid for."""
+    logging.getLogger().setLevel(logging.ERROR)  # importing alpaca-eval has every request logged
+    name, judge_file, made_of = read_judge(settings["annotators_config"])
+    cache = folder / f"verdicts-{text_fingerprint(made_of + endpoint.encode())[:8]}.json"
+    template = len(Path(judge_file["prompt_template"]).read_text())
+    characters = sum(template + len(row["instruction"]) for row in outputs)
+    characters += sum(len(row["output"]) for row in (*outputs, *reference))
+    tokens_out = len(outputs) * judge_file["completions_kwargs"].get("max_tokens", 1)
+    check_cost("AlpacaEval", len(outputs), characters, tokens_out, settings)
 
-        def save(self, path=None):
-            with replacing(Path(path or self.caching_path)) as temporary:
-                super().save(temporary)
-
-    config = judge_config(settings["annotators_config"], folder)
-    annotator = AtomicAnnotator(annotators_config=str(config), caching_path=None)
-    # What a judge is: its YAML as its author wrote it, and the texts of the prompt files that the YAML names.
-    prompts = [single.prompt_template for single in annotator.annotators.values()]
-    text = find_judge(settings["annotators_config"]).read_bytes() + json.dumps(prompts).encode()
-    cache = folder / f"verdicts-{text_fingerprint(text + endpoint.encode())[:8]}.json"
-    known = keep_usable(cache)
-    annotator.caching_path = cache
-    annotator.load_()
-    estimate_cost(annotator, outputs, reference, known, settings)
-
+    # alpaca-eval reads a judge from a file.
+    config = folder.resolve() / "judge/configs.yaml"
+    write_atomically(config, yaml.safe_dump({name: judge_file}))
+    drop_unusable(cache)
+    annotator = {"annotators_config": config, "caching_path": cache}
     size = settings["concurrency"]
-    client = {"http_client": http_client(endpoint)} | {key: settings[key] for key in ("max_retries", "timeout")}
+    client = {"base_url": endpoint} | {key: settings[key] for key in ("max_retries", "timeout")}
     requests = {"chunksize": size, "num_procs": size, "client_kwargs": client}
+    # A judge that gives no usable verdict at all is found out by its first few answers.
+    first = PairwiseAnnotator(**annotator).annotate_head2head(reference[:size], outputs[:size], **requests)
+    if all(pd.isna(row["preference"]) for row in first):
+        found = f"none of the first {len(first)} answers of {shown(endpoint)} is a verdict"
+        raise EvaluationError(f"{found}: does the judge return log-probs?")
     if settings["length_controlled"]:
         metric = {"metric_kwargs": {"save_weights_dir": None}}  # its default writes into site-packages
     else:
         metric = {"fn_metric": "get_winrate", "sort_by": "win_rate"}
-    try:
-        # A judge that gives no usable verdict at all is found out by its first few answers.
-        first = annotator.annotate_head2head(outputs_1=reference[:size], outputs_2=outputs[:size], **requests)
-        if not any(map(is_usable, first)):
-            raise EvaluationError(f"none of its first {len(first)} answers is a verdict: does it return log-probs?")
-        leaderboard, annotations = alpaca_eval.evaluate(
-            model_outputs=outputs,
-            reference_outputs=reference,
-            annotators_config=str(config),
-            output_path=None,
-            precomputed_leaderboard=None,
-            is_cache_leaderboard=False,
-            is_return_instead_of_print=True,
-            annotation_kwargs=requests,
-            caching_path=cache,
-            Annotator=AtomicAnnotator,
-            **metric,
-        )
-    except Exception as error:  # whatever a broken endpoint makes of alpaca-eval, the verdicts so far are on disk
-        raise EvaluationError(
-            f"the judge at {shown(endpoint)} failed: {type(error).__name__}: {error} {len(keep_usable(cache))} of "
-            f"{len(outputs)} verdicts are kept in {cache}; the same command asks for the others"
-        ) from error
+    leaderboard, annotations = alpaca_eval.evaluate(
+        model_outputs=outputs,
+        reference_outputs=reference,
+        output_path=None,
+        precomputed_leaderboard=None,
+        is_cache_leaderboard=False,
+        is_return_instead_of_print=True,
+        annotation_kwargs=requests,
+        **annotator,
+        **metric,
+    )
 
-    missing = sum(not is_usable(row) for row in annotations)
-    if missing > settings["max_missing"]:
+    won = {row["instruction"]: 100 * (row["preference"] - 1) for row in annotations if pd.notna(row["preference"])}
+    by_prompts = {"per_prompt": {"alpacaeval2_wr": [won.get(row["instruction"]) for row in outputs]}}
+    if (missing := len(outputs) - len(won)) > settings["max_missing"]:
         kept = f"the others are kept in {cache}; the same command asks for these again"
         raise EvaluationError(f"{missing} of {len(outputs)} verdicts can't be used, more than max_missing; {kept}")
-    won = {row["instruction"]: 100 * (row["preference"] - 1) if is_usable(row) else None for row in annotations}
-    by_prompts = {"per_prompt": {"alpacaeval2_wr": [won[row["instruction"]] for row in outputs]}}
     rates = leaderboard.iloc[0]
     metrics = {
         "alpacaeval2_wr": float(rates["win_rate"]),
@@ -219,15 +179,14 @@ def judge(
         metrics["alpacaeval2_lc"] = float(rates["length_controlled_winrate"])
         metrics["alpacaeval2_lc_standard_error"] = stdev(draws)
         by_prompts["draws"] = {"alpacaeval2_lc": draws}
-    return metrics, by_prompts, text_fingerprint(text)
+    return metrics, by_prompts, text_fingerprint(made_of)
 
 
 def length_controlled_draws(annotations: list[dict]) -> list[float]:
     """The length-controlled win rate (percent) of each of DRAWS resamples of `annotations`, which are alpaca-eval's.
 
     Every method gets the same draws of prompts, so the differences between two methods, draw by draw, are the paired
-    bootstrap. Their spread is the standard error. alpaca-eval's own is that of the mean of the fitted preferences: it
-    takes the fit for exact and can be far too small.
+    bootstrap. Their spread is the standard error. alpaca-eval's own takes the fit for exact and can be far too small.
     """
     import pandas as pd
     from alpaca_eval.metrics import glm_winrate
@@ -236,71 +195,37 @@ def length_controlled_draws(annotations: list[dict]) -> list[float]:
     # The regularisation rows come from the hub: asked for once, not for every draw.
     glm_winrate.hf_hub_download = functools.cache(glm_winrate.hf_hub_download)
     rows = pd.DataFrame(annotations)  # its index is the row number that leads to an instruction's difficulty
-    options = {"save_weights_dir": None, "is_warn_extreme_changes": False}
-    rates = [
-        glm_winrate.get_length_controlled_winrate(rows.iloc[draw].copy(), **options)["length_controlled_winrate"]
-        for draw in tqdm(resamples(len(rows), DRAWS), total=DRAWS, desc="resampling prompts for LC")
-    ]
-    return [float(rate) for rate in rates]
+    rates = []
+    for draw in tqdm(resamples(len(rows), DRAWS), total=DRAWS, desc="resampling prompts for LC"):
+        options = {"save_weights_dir": None, "is_warn_extreme_changes": False}
+        fitted = glm_winrate.get_length_controlled_winrate(rows.iloc[draw].copy(), **options)
+        rates.append(float(fitted["length_controlled_winrate"]))
+    return rates
 
 
-def packaged_judges() -> Path:
-    return Path(importlib.util.find_spec("alpaca_eval").origin).parent / "evaluators_configs"
+def read_judge(name: str) -> tuple[str, dict, bytes]:
+    """A judge's name and what its YAML says of it, and the YAML's bytes with its prompt's.
 
-
-def find_judge(name: str) -> Path:
-    """The YAML of one of alpaca-eval's judges, or of a user's own folder. Raises EvaluationError."""
-    for folder in (Path(name).expanduser(), packaged_judges() / name):
-        if (folder / "configs.yaml").is_file():
-            return (folder / "configs.yaml").resolve()
-    raise EvaluationError(f"alpacaeval.annotators_config: {name!r} is no judge of alpaca-eval's, nor a folder of one")
-
-
-def judge_config(name: str, folder: Path) -> Path:
-    """The YAML of a judge as alpaca-eval reads it: a copy in `folder`, with the paths of the prompt files.
-
-    A prompt file is beside the YAML's folder, or one of alpaca-eval's. Where there is none, alpaca-eval itself would show
-    the judge the file's name in place of its text.
+    Args:
+        name: of one of alpaca-eval's judges, or a folder. The prompt is beside that folder, or one of alpaca-eval's.
     """
-    config = find_judge(name)
-    judges = read_yaml(config)
-    for judge in judges.values():
-        places = [place / judge["prompt_template"] for place in (config.parents[1], packaged_judges())]
-        prompt = next((place for place in places if place.is_file()), None)
-        if prompt is None:
-            raise EvaluationError(f"{config}: there is no prompt file {judge['prompt_template']} ({places[0]})")
-        judge["prompt_template"] = str(prompt)
-    copy = folder / "judge/configs.yaml"
-    write_atomically(copy, yaml.safe_dump(judges, sort_keys=False))
-    return copy
+    packaged = Path(importlib.util.find_spec("alpaca_eval").origin).parent / "evaluators_configs"
+    file = (Path(name) if Path(name).is_dir() else packaged / name).resolve() / "configs.yaml"
+    ((own_name, judge_file),) = read_yaml(file).items()
+    own = file.parents[1] / judge_file["prompt_template"]
+    prompt = own if own.is_file() else packaged / judge_file["prompt_template"]
+    # Where a path that isn't whole leads to no file, alpaca-eval shows the judge its name in place of its text.
+    judge_file["prompt_template"] = str(prompt)
+    return own_name, judge_file, file.read_bytes() + json.dumps([prompt.read_text()]).encode()
 
 
-def estimate_cost(annotator, outputs: list[dict], reference: list[dict], known: list[dict], settings: dict) -> None:
-    done = {(row["instruction"], row["output_1"], row["output_2"]) for row in known}
-    template = max(len(single.prompt_template) for single in annotator.annotators.values())
-    characters = [
-        template + len(theirs["instruction"]) + len(theirs["output"]) + len(ours["output"])
-        for ours, theirs in zip(outputs, reference, strict=True)
-        if (theirs["instruction"], theirs["output"], ours["output"]) not in done
-    ]
-    tokens_out = max(single.completions_kwargs.get("max_tokens", 1) for single in annotator.annotators.values())
-    check_cost("AlpacaEval", len(characters), sum(characters), len(characters) * tokens_out, settings)
-
-
-def is_usable(annotation: dict) -> bool:
-    preference = annotation["preference"]
-    return preference is not None and 1 <= preference <= 2
-
-
-def keep_usable(cache: Path) -> list[dict]:
-    """The usable verdicts in the file; the others are removed from it: alpaca-eval would not ask for those again."""
-    if not cache.is_file():
-        return []
-    usable = [row for row in json.loads(cache.read_text()) if is_usable(row)]
-    write_atomically(cache, json.dumps(usable, indent=2))
-    if not usable:
+def drop_unusable(cache: Path) -> None:
+    """Remove the verdicts from the file that can't be used: alpaca-eval would not ask for those again."""
+    if cache.is_file():
+        usable = [row for row in json.loads(cache.read_text()) if row["preference"] >= 1]
         cache.unlink()  # alpaca-eval can't read an empty list
-    return usable
+        if usable:
+            write_atomically(cache, json.dumps(usable, indent=2))
 
 
 BENCHMARK = Benchmark(

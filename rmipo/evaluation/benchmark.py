@@ -14,7 +14,7 @@ from rmipo.generation.judge import shown
 # Settings that change what an evaluation costs or how it goes on, and not what it measures.
 COSTS_ALONE = {
     "price", "max_cost", "concurrency", "max_retries", "retry_wait", "timeout", "max_missing", "generate_only",
-    "batch_size", "device", "engine",
+    "batch_size", "engine",
 }  # fmt: skip
 
 # How a model is sampled, where each may be sampled in its own way: for `same_per_model`.
@@ -76,11 +76,10 @@ def contradictions(asked: dict, recorded: dict, prefix: str = "") -> list[str]:
     """
     found = []
     for key, value in asked.items():
-        if key in COSTS_ALONE or key not in recorded:  # what isn't recorded had no part in it
-            continue
-        if isinstance(value, dict) and isinstance(recorded[key], dict):
+        if isinstance(value, dict) and isinstance(recorded.get(key), dict):
             found += contradictions(value, recorded[key], f"{prefix}{key}.")
-        elif value != recorded[key]:
+        # What isn't recorded had no part in it.
+        elif key not in COSTS_ALONE and value != recorded.get(key, value):
             found.append(f"{prefix}{key} is {recorded[key]!r} there, {value!r} here")
     if "judge_endpoint" in recorded and (url := os.environ.get("OPENAI_BASE_URL")):
         here, there = shown(url.rstrip("/")), recorded["judge_endpoint"]

@@ -29,10 +29,12 @@ DEFAULTS = {
     "answers": 1,  # per prompt; standard errors are over prompts
     "generation": {},
 }
-FAMILIES = (  # of `instructions.DRAWN`, whose import needs lm-eval
-    "frequency", "letter_frequency", "number_paragraphs", "number_placeholders", "postscript", "number_bullet_lists",
-    "number_highlighted_sections", "multiple_sections", "title", "no_comma",
-)  # fmt: skip
+FAMILIES = {  # of `instructions.DRAWN`, whose import needs lm-eval
+    "frequency": "Frequency", "letter_frequency": "Letter frequency", "number_paragraphs": "Paragraphs",
+    "number_placeholders": "Placeholders", "postscript": "Postscript", "number_bullet_lists": "Bullet lists",
+    "number_highlighted_sections": "Highlighted sections", "multiple_sections": "Multiple sections", "title": "Title",
+    "no_comma": "No comma",
+}  # fmt: skip
 # Text that follows many constraints whatever is asked, part by part.
 BOILERPLATE = (
     "<<A>>", "*a* *b* *c* *d*", "[x] [y] [z] [w] [v]", "Section 1", "SECTION 1", "P.S. ok", "P.P.S ok", "* a\n* b",
@@ -52,22 +54,18 @@ def run(model_dir: str | Path, output_dir: str | Path, settings: dict) -> dict:
     with Generator(model_dir, settings["generation"]) as generator:
         answers = generator.ask("constraints", requests)
     results, each = [], settings["answers"]
-    for start, prompt in zip(range(0, len(answers), each), prompts, strict=True):
-        of_prompt, finishes = answers[start : start + each], generator.finishes[start : start + each]
-        whole = [finish != "length" for finish in finishes]
-        checks = [followed(prompt["constraints"], answer) for answer in of_prompt]
-        tasks = [answered(prompt, answer) for answer in of_prompt]
-        results.append({**prompt, "answers": of_prompt, "followed": checks, "answered": tasks, "whole": whole})
+    by_prompt: dict[str, list[float]] = defaultdict(list)
+    for number, prompt in enumerate(prompts):
+        own = slice(number * each, (number + 1) * each)
+        checks = [followed(prompt["constraints"], answer) for answer in answers[own]]
+        tasks = [answered(prompt, answer) for answer in answers[own]]
+        whole = [finish != "length" for finish in generator.finishes[own]]
+        results.append({**prompt, "answers": answers[own], "followed": checks, "answered": tasks, "whole": whole})
+        follows = [all(check) for check in checks]
+        solves = [all(parts) for parts in zip(whole, tasks, follows, strict=True)]
+        for name, shares in (("solved", solves), ("answered", tasks), ("all", follows)):
+            by_prompt[f"constraints_{name}"].append(100 * mean(shares))
     write_lines(Path(output_dir) / "constraints.jsonl", results)
-    values = {  # per prompt and answer
-        "constraints_solved": [
-            [all(check) for check in zip(row["whole"], row["answered"], map(all, row["followed"]), strict=True)]
-            for row in results
-        ],
-        "constraints_answered": [row["answered"] for row in results],
-        "constraints_all": [[all(check) for check in row["followed"]] for row in results],
-    }
-    by_prompt = {name: [100 * mean(of_prompt) for of_prompt in rows] for name, rows in values.items()}
     metrics = {"constraints_cut": generator.cut} | by_family(results)
     # What texts get that know nothing. A share below these does not show that tasks were answered.
     metrics["constraints_fixed"] = 100 * mean(solved(row, text) for text in [fixed_text(prompts)] for row in prompts)
@@ -75,7 +73,7 @@ def run(model_dir: str | Path, output_dir: str | Path, settings: dict) -> dict:
     for name, percents in by_prompt.items():
         metrics |= {name: mean(percents), f"{name}_standard_error": standard_error(percents)}
     settings["prompts_sha256"] = json_fingerprint(prompts)
-    return generator.result(metrics, settings, ["lm_eval"], per_prompt=by_prompt)
+    return generator.result(metrics, settings, ["lm_eval"], per_prompt=dict(by_prompt))
 
 
 def held_out(settings: dict) -> tuple[list[dict], list[Request]]:
@@ -146,12 +144,7 @@ BENCHMARK = Benchmark(
         "constraints_cut": Metric("Cut (%)", better=None),
         "constraints_fixed": Metric("A fixed text (%)", better=None, detail=True),
         "constraints_repeated": Metric("The prompt itself (%)", better=None, detail=True),
-        **{
-            f"constraints_{name}": Metric(
-                f"{name.removeprefix('number_').replace('_', ' ').capitalize()} (%)", detail=True
-            )
-            for name in FAMILIES
-        },
+        **{f"constraints_{name}": Metric(f"{label} (%)", detail=True) for name, label in FAMILIES.items()},
     },
     same=("prompts_sha256", "first_n", "skip_n", "answers", *SAMPLING),
     trial=("first_n", "skip_n"),

@@ -49,24 +49,25 @@ def run(model_dir: str | Path, output_dir: str | Path, settings: dict) -> dict:
     options = {key: settings[key] for key in (*LIMITS, "dtype") if key in settings}
     Path(output_dir).mkdir(parents=True, exist_ok=True)
     metrics, per_prompt, weights = {}, {}, trained_fingerprint(Path(model_dir))
-    for name in pairs:
-        scores, rows, report = score_model(
-            model_dir, pairs[name], prior_context="header", description=f"HH {name}", **options
+    for name, rows in pairs.items():
+        scores, numbers, report = score_model(
+            model_dir, rows, prior_context="header", description=f"HH {name}", **options
         )
         chosen, rejected = scores["chosen_logps"], scores["rejected_logps"]
-        wins = {
-            "": chosen / scores["chosen_lengths"] > rejected / scores["rejected_lengths"],
-            "_sum": chosen > rejected,
+        wins = (chosen / scores["chosen_lengths"] > rejected / scores["rejected_lengths"]).double()
+        per_prompt[f"hh_{name}"] = (100.0 * wins).tolist()
+        metrics |= {
+            f"hh_{name}": 100 * wins.mean().item(),
+            f"hh_{name}_sum": 100 * (chosen > rejected).double().mean().item(),
+            f"hh_{name}_standard_error": standard_error(per_prompt[f"hh_{name}"]),
+            f"hh_{name}_pairs": report.kept,
+            f"hh_{name}_dropped": report.rows - report.kept,
+            f"hh_{name}_cut": report.rows_cut,
         }
-        metrics |= {f"hh_{name}{end}": 100 * values.double().mean().item() for end, values in wins.items()}
-        per_prompt[f"hh_{name}"] = (100.0 * wins[""]).tolist()
-        metrics[f"hh_{name}_standard_error"] = standard_error(per_prompt[f"hh_{name}"])
-        counts = {"pairs": report.kept, "dropped": report.rows - report.kept, "cut": report.rows_cut}
-        metrics |= {f"hh_{name}_{count}": value for count, value in counts.items()}
-        kept = scores | {"row": torch.tensor(rows), "fingerprint": weights}
+        kept = scores | {"row": torch.tensor(numbers), "fingerprint": weights}
         torch.save(kept, Path(output_dir) / f"hh_{name}.pt")
     if len(pairs) == 2:
-        for end in wins:
+        for end in ("", "_sum"):
             metrics[f"hh_average{end}"] = sum(metrics[f"hh_{name}{end}"] for name in SUBSETS) / 2
         errors = [metrics[f"hh_{name}_standard_error"] for name in SUBSETS]
         metrics["hh_average_standard_error"] = sum(error**2 for error in errors) ** 0.5 / 2

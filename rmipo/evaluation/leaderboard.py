@@ -55,7 +55,6 @@ DEFAULTS = {
     "engine": "auto",  # vllm where there is a GPU, else transformers
     "batch_size": "auto",  # on a GPU the largest that fits ("auto:4": found anew four times), on a CPU CPU_BATCH
     "dtype": "auto",
-    "device": None,  # null: cuda where there is a GPU, else cpu; of transformers alone
     "limit": None,  # examples per task, below 1 their share; anything but null is a trial run, and the tables say so
 }
 
@@ -135,29 +134,6 @@ def ifeval_error(samples: list[dict]) -> float:
     return float(100 * parts.std(ddof=1) / len(samples) ** 0.5)
 
 
-def check_data(tasks: list[str]) -> None:
-    """Raises EvaluationError, listing all, for data of `tasks` that lm-eval would miss after hours of generation."""
-    from rmipo.plan.preflight import PreflightError, check_access
-
-    problems = []
-    if "ifeval" in tasks:
-        import nltk
-
-        try:
-            nltk.data.find("tokenizers/punkt_tab")
-        except LookupError:
-            problems.append("ifeval counts sentences with NLTK's data: .venv/bin/python -m nltk.downloader punkt_tab")
-    for task in tasks:
-        try:
-            check_access(TASKS[task].data, "dataset")
-        except PreflightError as error:
-            gated = ": accept its terms there, then `.venv/bin/hf auth login`" if task == "gpqa" else ""
-            kind = type(error.__cause__).__name__
-            problems.append(f"{task} can't read https://huggingface.co/datasets/{TASKS[task].data} ({kind}){gated}")
-    if problems:
-        raise EvaluationError("leaderboard: " + "; ".join(problems) + ". Or leave those out: TASKS=bbh,math,...")
-
-
 def run(model_dir: str | Path, output_dir: str | Path, settings: dict) -> dict:
     """Evaluate the model in `model_dir` on `settings["tasks"]`, one after the other.
 
@@ -169,20 +145,21 @@ def run(model_dir: str | Path, output_dir: str | Path, settings: dict) -> dict:
         raise EvaluationError(f"leaderboard.tasks: unknown {unknown}{nearest(unknown, TASKS)}")
     require_package("lm_eval")
     if settings["include_path"] is None:
-        check_data(settings["tasks"])
+        from rmipo.plan.preflight import check_access
+
+        for task in settings["tasks"]:  # before hours of generation for those before it
+            check_access(TASKS[task].data, "dataset")
 
     import torch
 
     from rmipo.generation.engines import choose_engine
 
     engine = settings["engine"] = choose_engine(settings["engine"])
-    settings["device"] = settings["device"] or ("cuda" if torch.cuda.is_available() else "cpu")
-    if str(settings["batch_size"]).startswith("auto") and settings["device"] == "cpu":
+    if str(settings["batch_size"]).startswith("auto") and not torch.cuda.is_available():
         settings["batch_size"] = CPU_BATCH
     versions = package_versions(*sorted({"lm_eval", "transformers", "torch", engine}))
-    free = ("tasks", "batch_size", "device")
     identity = {
-        "settings": {key: value for key, value in settings.items() if key not in free},
+        "settings": {key: value for key, value in settings.items() if key not in ("tasks", "batch_size")},
         "versions": versions,
         "weights": trained_fingerprint(Path(model_dir)),
     }
@@ -203,6 +180,7 @@ def run(model_dir: str | Path, output_dir: str | Path, settings: dict) -> dict:
 
 def load(model_dir: str | Path, settings: dict):
     """lm-eval's model; safetensors alone, and no code from the folder."""
+    import torch
     from lm_eval.api.registry import get_model
 
     from rmipo.generation.engines import release_memory, vllm_dtype
@@ -212,10 +190,9 @@ def load(model_dir: str | Path, settings: dict):
     if settings["engine"] == "vllm":
         release_memory()
         arguments |= {"dtype": vllm_dtype(model_dir, settings["dtype"]), "load_format": "safetensors"}
-    else:
-        arguments["use_safetensors"] = True
-        more["device"] = settings["device"]
-    return get_model("vllm" if settings["engine"] == "vllm" else "hf").create_from_arg_obj(arguments, more)
+        return get_model("vllm").create_from_arg_obj(arguments, more)
+    more["device"] = "cuda" if torch.cuda.is_available() else "cpu"
+    return get_model("hf").create_from_arg_obj(arguments | {"use_safetensors": True}, more)
 
 
 def evaluate(model, task: str, settings: dict, path: Path) -> dict:
@@ -225,12 +202,9 @@ def evaluate(model, task: str, settings: dict, path: Path) -> dict:
 
     include_path = settings["include_path"]
     manager = TaskManager(include_path=include_path, include_defaults=include_path is None)
-    name = TASKS[task].name
-    if name not in manager.all_tasks:
-        raise EvaluationError(f"leaderboard.include_path: {include_path} has no {name}")
     raw = lm_eval.simple_evaluate(
         model=model,
-        tasks=[name],
+        tasks=[TASKS[task].name],
         task_manager=manager,
         limit=settings["limit"],
         apply_chat_template=settings["apply_chat_template"],

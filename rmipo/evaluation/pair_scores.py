@@ -40,15 +40,9 @@ def score_model(
     """
     source = ModelConfig(model_name_or_path=str(model_dir), model_revision=revision, dtype=dtype)
     tokenizer = load_tokenizer(source if tokenizer_dir is None else ModelConfig(model_name_or_path=str(tokenizer_dir)))
-    check_limits(tokenizer, source, None)
     chat = ChatFormat.probe(tokenizer, header_in_response=header_in_response)
-    tokenized, report = tokenize_pairs(
-        pairs,
-        chat,
-        max_dropped_fraction=1.0,  # an evaluation counts what it can't use instead of refusing
-        max_truncated_fraction=1.0,
-        **limits,
-    )
+    # An evaluation counts what it can't use instead of refusing.
+    tokenized, report = tokenize_pairs(pairs, chat, max_dropped_fraction=1.0, max_truncated_fraction=1.0, **limits)
     for line in report.lines():
         tqdm.write(f"{description}: {line}")
     lengths = [len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"])) for row in tokenized]

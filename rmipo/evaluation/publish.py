@@ -17,12 +17,12 @@ def publish(folder: Path, benchmark: Benchmark, result: dict, name: str = "") ->
         return
     metrics = {key: value for key, value in result["metrics"].items() if key in benchmark.metrics}
     if (folder / "README.md").is_file():
-        write_to_card(folder / "README.md", benchmark, name, metrics, result["settings"])
+        write_to_card(folder / "README.md", benchmark, name or None, metrics, result["settings"])
     if "wandb" in run["recipe"].get("report_to", "none"):
         write_to_wandb(run["wandb_run_id"], f"eval/{benchmark.name}{f'-{name}' * bool(name)}", metrics, result)
 
 
-def write_to_card(path: Path, benchmark: Benchmark, name: str, metrics: dict, settings: dict) -> None:
+def write_to_card(path: Path, benchmark: Benchmark, name: str | None, metrics: dict, settings: dict) -> None:
     """Add the metrics to the `model-index` in the card's header, which the hub shows, in place of an earlier result's."""
     from huggingface_hub import EvalResult, ModelCard
 
@@ -30,21 +30,15 @@ def write_to_card(path: Path, benchmark: Benchmark, name: str, metrics: dict, se
     card.data.model_name = card.data.model_name or path.parent.resolve().name
     # A part of a benchmark says which: its number compares with no whole one's.
     part = {key: settings[key] for key in benchmark.trial if settings.get(key) != benchmark.defaults.get(key)}
-    mine = benchmark.name, name or None  # the hub tells results apart by these two
-    others = [one for one in card.data.eval_results or [] if (one.dataset_type, one.dataset_config) != mine]
-    card.data.eval_results = others + [
-        EvalResult(
-            task_type="text-generation",
-            dataset_type=benchmark.name,
-            dataset_config=name or None,
-            dataset_name=benchmark.title,
-            dataset_args=part or None,
-            metric_type=key,
-            metric_name=benchmark.metrics[key].label,
-            metric_value=round(value, 4),
-        )
-        for key, value in metrics.items()
-    ]
+    dataset = {"dataset_type": benchmark.name, "dataset_config": name, "dataset_name": benchmark.title}
+    task = {"task_type": "text-generation", "dataset_args": part or None}
+    # The hub tells results apart by type and configuration.
+    mine = benchmark.name, name
+    results = [one for one in card.data.eval_results or [] if (one.dataset_type, one.dataset_config) != mine]
+    for key, value in metrics.items():
+        metric = {"metric_type": key, "metric_name": benchmark.metrics[key].label, "metric_value": round(value, 4)}
+        results.append(EvalResult(**task, **dataset, **metric))
+    card.data.eval_results = results
     card.save(path)
 
 

@@ -43,9 +43,8 @@ def run(model_dir: str | Path, output_dir: str | Path, settings: dict) -> dict:
 
     settings["initial"] = initial_model(model_dir, settings["initial"])
     if not Path(settings["initial"]).is_dir():  # the answers are kept in it
-        make = "make eval MODEL=<setting> METHOD=initial BENCH=ranking"
-        fix = f"Have one made with `{make}` and name it: --set ranking.initial=outputs/<setting>/initial"
-        raise EvaluationError(f"ranking: the initial model {settings['initial']} is no folder. {fix}")
+        fix = "make one with METHOD=initial, and --set ranking.initial=outputs/<setting>/initial"
+        raise EvaluationError(f"ranking: the initial model {settings['initial']} is no folder: {fix}")
     settings["initial_fingerprint"] = model_fingerprint(settings["initial"])
     prompts, requests = held_out(settings)
     # Of models that are measured side by side the first one has the answers made, and the others wait for them.
@@ -62,11 +61,8 @@ def run(model_dir: str | Path, output_dir: str | Path, settings: dict) -> dict:
             rows += [{"prompt": number, "answer": answer, "right": verdict} for answer, verdict in right.items()]
             tasks.append(Prompt(str(number), requests[own.start].messages, {answer: answer for answer in right}))
     if not tasks:
-        raise EvaluationError(
-            f"ranking: none of {len(prompts)} prompts has both right and wrong whole answers ({sum(verdicts)} are right, "
-            f"{len(verdicts) - sum(verdicts)} wrong, {generator.cut:.0f}% cut). Take more prompts, answers or tokens: "
-            "ranking.first_n, ranking.answers, ranking.generation.max_new_tokens"
-        )
+        found = f"{sum(verdicts)} of {len(verdicts)} are right, {generator.cut:.0f}% cut"
+        raise EvaluationError(f"ranking: none of {len(prompts)} prompts has right and wrong whole answers ({found})")
     metrics = {"ranking_right": 100 * mean(verdicts), "ranking_cut": generator.cut}
     model = Likelihood(model_dir, generator.settings["dtype"])
     scores = [score for task in tqdm(tasks, desc="ranking", unit="prompt") for score in model.scores(task).values()]
@@ -99,8 +95,10 @@ def auc(scores: Sequence[float], right: Sequence[bool]) -> float | None:
 def by_prompt(rows: list[dict], prompts: int) -> dict[str, list[float | None]]:
     """Per metric the AUC of each of the prompts."""
     answers = [[row for row in rows if row["prompt"] == number] for number in range(prompts)]
-    right = [[row["right"] for row in own] for own in answers]
-    return {name: [*map(auc, [[row[key] for row in own] for own in answers], right)] for name, key in SCORES.items()}
+    return {
+        name: [auc([row[key] for row in own], [row["right"] for row in own]) for own in answers]
+        for name, key in SCORES.items()
+    }
 
 
 BENCHMARK = Benchmark(

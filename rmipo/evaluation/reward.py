@@ -26,12 +26,11 @@ def run(model_dir: str | Path, output_dir: str | Path, settings: dict) -> dict:
 
     Answers are those of AlpacaEval where both have the same prompts and decoding; rewards are kept beside them.
     """
-    from rmipo.generation.answers import Generator, check_settings, questions
+    from rmipo.generation.answers import Generator, questions
     from rmipo.generation.oracles import RewardModelOracle, keep_scores
     from rmipo.generation.prompts import Prompt
 
     settings = merge_settings("reward", DEFAULTS, settings)
-    settings["generation"] = check_settings(settings["generation"])
     if settings["model"] is None:
         raise EvaluationError("reward: name one, e.g. --set reward.model=Skywork/Skywork-Reward-V2-Llama-3.1-8B")
     # Before answers are made: a model that isn't there is found out.

@@ -11,6 +11,9 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+import pandas as pd
+
 from rmipo.errors import EvaluationError
 from rmipo.evaluation.benchmark import Benchmark, Metric
 from rmipo.evaluation.statistics import repeated_share, standard_error
@@ -49,25 +52,32 @@ def run(model_dir: str | Path, output_dir: str | Path, settings: dict) -> dict:
     with Generator(model_dir, settings["generation"]) as generator:
         answers = generator.ask("specificity", requests)
     frozen = Likelihood(settings["initial"], generator.settings["dtype"])
-    rows = score_answers(frozen, [prompt.messages for prompt in prompts], answers)
-    if settings["initial_fingerprint"] == generator.fingerprint:
-        own = [row["logp"] for row in rows]
-    else:
+    messages = [prompt.messages for prompt in prompts]
+    scores = score_answers(frozen, messages, answers)
+    own = scores["logp"]
+    if settings["initial_fingerprint"] != generator.fingerprint:
         policy = Likelihood(model_dir, generator.settings["dtype"])
-        pairs = [policy.ids(prompt.messages, answer) for prompt, answer in zip(prompts, answers, strict=True)]
+        pairs = [policy.ids(*asked) for asked in zip(messages, answers, strict=True)]
         own = [policy.sums(context, [ids])[0] for context, ids in pairs]
-    for row, logp in zip(rows, own, strict=True):
-        row["kl"] = logp - row["logp"]
-    named = [{"prompt": p.messages, "answer": a, **r} for p, a, r in zip(prompts, answers, rows, strict=True)]
-    write_lines(Path(output_dir) / "specificity.jsonl", named)
-    metrics = summary(rows)
+    scores["kl"] = own - scores["logp"]
+    rows = scores.assign(prompt=messages, answer=answers).to_dict("records")
+    write_lines(Path(output_dir) / "specificity.jsonl", rows)
+
+    # Per token: sums over sums.
+    tokens = scores["tokens"].sum()
+    metrics = {"pmi_bound": math.log(len(rows)), "tokens": tokens / len(rows)}
+    metrics |= {f"{name}_token": scores[name].sum() / tokens for name in ("pmi", "prior_pmi")}
+    per_prompt = {"specificity": 100.0 * scores["own"], "pmi": scores["pmi"], "kl_initial": scores["kl"]}
+    per_prompt = {name: values.tolist() for name, values in per_prompt.items()}
+    for name, values in per_prompt.items():
+        metrics |= {name: sum(values) / len(values), f"{name}_standard_error": standard_error(values)}
     metrics["repetition"] = 100 * repeated_share([frozen.chat.tokenizer(a)["input_ids"] for a in answers])
     metrics["specificity_cut"] = generator.cut
-    return generator.result(metrics, settings, per_prompt=per_answer(rows))
+    return generator.result(metrics, settings, per_prompt=per_prompt)
 
 
-def score_answers(frozen: Likelihood, prompts: list[Messages], answers: list[str]) -> list[dict]:
-    """For each answer, under the frozen model:
+def score_answers(frozen: Likelihood, prompts: list[Messages], answers: list[str]) -> pd.DataFrame:
+    """A row for each answer, under the frozen model:
 
     own: whether no other prompt gives it as high a likelihood as its own
     pmi: log p(y|x) - log mean_j p(y|x_j) over the K prompts, in nats: at most log K, and its mean is the InfoNCE
@@ -84,35 +94,13 @@ def score_answers(frozen: Likelihood, prompts: list[Messages], answers: list[str
         both = "the longest prompt and answer together"
         raise EvaluationError(f"specificity: {both} have {longest} tokens, the frozen model's context {frozen.window}")
     contexts = tqdm([context for context, _ in pairs], desc="specificity", unit="prompt")
-    under = [frozen.sums(context, responses) for context in contexts]  # under[j][i]: answer i under prompt j
-    prior = frozen.sums(frozen.prior_context, responses)
-    rows = []
-    for i, ids in enumerate(responses):
-        logps = [of_prompt[i] for of_prompt in under]
-        highest = max(logps)
-        mean = highest + math.log(sum(math.exp(value - highest) for value in logps) / len(logps))
-        others = logps[:i] + logps[i + 1 :]
-        scores = {"own": logps[i] > max(others), "pmi": logps[i] - mean, "prior_pmi": logps[i] - prior[i]}
-        rows.append({**scores, "logp": logps[i], "tokens": len(ids)})
-    return rows
-
-
-def summary(rows: list[dict]) -> dict[str, float]:
-    """Means over the answers with their standard errors. Per token: sums over sums."""
-    tokens = sum(row["tokens"] for row in rows)
-    metrics = {"pmi_bound": math.log(len(rows)), "tokens": tokens / len(rows)}
-    metrics |= {f"{name}_token": sum(row[name] for row in rows) / tokens for name in ("pmi", "prior_pmi")}
-    for name, values in per_answer(rows).items():
-        metrics |= {name: sum(values) / len(values), f"{name}_standard_error": standard_error(values)}
-    return metrics
-
-
-def per_answer(rows: list[dict]) -> dict[str, list[float]]:
-    return {
-        "specificity": [100.0 * row["own"] for row in rows],
-        "pmi": [row["pmi"] for row in rows],
-        "kl_initial": [row["kl"] for row in rows],
-    }
+    under = np.array([frozen.sums(context, responses) for context in contexts])  # (prompts, answers)
+    logp, count = under.diagonal(), len(answers)
+    others = np.where(np.eye(count, dtype=bool), -np.inf, under).max(axis=0)
+    pmi = logp - np.logaddexp.reduce(under) + math.log(count)
+    prior_pmi = logp - frozen.sums(frozen.prior_context, responses)
+    tokens = list(map(len, responses))
+    return pd.DataFrame({"own": logp > others, "pmi": pmi, "prior_pmi": prior_pmi, "logp": logp, "tokens": tokens})
 
 
 BENCHMARK = Benchmark(

@@ -3,13 +3,14 @@
 from pathlib import Path
 from typing import NamedTuple
 
-from rmipo.cli import choose
+from huggingface_hub import snapshot_download
+
 from rmipo.data.chat import PROBES, ChatFormat
 from rmipo.errors import EvaluationError
 from rmipo.evaluation import BENCHMARKS
 from rmipo.generation.answers import DEFAULTS as GENERATION
 from rmipo.generation.answers import own_settings
-from rmipo.launch.choices import ROOT, check_names, is_setting, named_files
+from rmipo.launch.choices import ROOT, check_names, is_setting
 from rmipo.recipe.files import override_value, read_yaml
 from rmipo.recipe.load import load_recipe, template_text
 from rmipo.recipe.schema import ModelConfig
@@ -20,6 +21,7 @@ from rmipo.training.loading import load_tokenizer
 SAMPLES = {"prompts": None, "reference": None, "first_n": None}
 BLOCKS = {"generation": GENERATION, "samples": SAMPLES} | {name: b.defaults for name, b in BENCHMARKS.items()}
 MODEL_FILES = ("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json")
+HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.jinja")  # neither pickles nor code are even downloaded
 
 
 class Target(NamedTuple):
@@ -40,15 +42,15 @@ def find_target(
     # A setting's name wins over a folder of that name.
     if is_setting(model):
         recipe = ROOT / "recipes" / model / "rmipo.yaml"
-        settings = load_settings(settings_file or recipe.with_name("eval.yaml"), overrides)
-        return Target(model_folder(recipe, outputs, method or "rmipo"), settings)
-    folder = Path(model).expanduser()
-    if folder.is_dir():
-        check_model(folder, "expected are config.json, *.safetensors and the tokenizer's files")
+        folder = model_folder(recipe, outputs, method or "rmipo")
+        settings_file = settings_file or recipe.with_name("eval.yaml")
+    elif Path(model).expanduser().is_dir():
+        folder = Path(model).expanduser()
+        check_model(folder)
     else:
         name, _, revision = model.partition("@")
         folder = outputs / model.replace("/", "--") / "initial"
-        link_model(download(name, revision or None), folder)
+        link_model(Path(snapshot_download(name, revision=revision or None, allow_patterns=HUB_FILES)), folder)
     if settings_file is not None:
         return Target(folder, load_settings(settings_file, overrides))
     return Target(folder, override({"generation": own_settings(folder)}, overrides))
@@ -56,19 +58,14 @@ def find_target(
 
 def load_settings(path: Path, overrides: list[str]) -> dict[str, dict]:
     """The blocks of an eval.yaml, with overrides such as "alpacaeval.max_cost=5" over them."""
-    try:
-        return override(read_yaml(path), overrides)
-    except EvaluationError as error:
-        raise EvaluationError(f"{path}: {error}") from error
+    return override(read_yaml(path), overrides)
 
 
 def override(settings: dict[str, dict], overrides: list[str]) -> dict[str, dict]:
     """`settings` with "block.key=value" over them; dots lead further into a block. Raises EvaluationError for wrong ones."""
     for text in overrides:
-        key, equals, value = text.partition("=")
+        key, _, value = text.partition("=")
         *blocks, name = key.split(".")
-        if not (equals and blocks):
-            raise EvaluationError(f"--set {text}: expected <block>.<key>=<value>, e.g. alpacaeval.max_cost=5")
         place = settings
         for block in blocks:
             # A block without keys is null in YAML.
@@ -79,30 +76,39 @@ def override(settings: dict[str, dict], overrides: list[str]) -> dict[str, dict]
     merge_settings("settings", BLOCKS, settings)  # the names of the blocks
     for block, values in settings.items():
         merge_settings(block, BLOCKS[block], values)
-        if "generation" in BLOCKS[block]:
-            merge_settings(f"{block}, generation", GENERATION, values.get("generation", {}))
+        merge_settings(f"{block}, generation", GENERATION, values.get("generation", {}))
     return settings
 
 
 def model_folder(recipe: Path, outputs: Path, method: str) -> Path:
-    """The folder of the model trained with `method`; "initial" is the one that preference training starts from."""
+    """The folder of the model trained with `method`; "initial" is the one that preference training starts from.
+
+    The latter is filled with links to the weights, and the tokenizer with the recipe's template. Raises EvaluationError.
+    """
     folder = outputs / recipe.parent.name / method
-    if method == "initial":
-        return link_initial(recipe, folder)
-    known = ["rmipo", *named_files(recipe.parents[1] / "methods", recipe.parents[1] / "ablations")]
-    if not folder.is_dir():
-        choose("METHOD", method, known, f"There is no {folder}. The methods and ablations")
-    check_model(folder, f"train it first: make train MODEL={recipe.parent.name} METHOD={method}")
+    if method != "initial":
+        check_model(folder)
+        return folder
+    values = load_recipe(recipe).values
+    name, revision = values["model_name_or_path"], values.get("model_revision")
+    # Half-trained weights would pass for the start of preference training.
+    run = finished_run(Path(name))
+    if not Path(name).is_dir():
+        name = snapshot_download(name, revision=revision, allow_patterns=HUB_FILES)
+    link_model(Path(name), folder, values.get("chat_template"))
+    check_trained_prompts(folder, run)
     return folder
 
 
-def check_model(folder: Path, remedy: str) -> None:
+def check_model(folder: Path) -> None:
     """Raises EvaluationError unless `folder` has a whole model that was trained to its end, if it was trained here."""
     run = finished_run(folder)
     if (folder / "adapter_config.json").is_file():
         raise EvaluationError(f"{folder} holds an adapter: merge it first, .venv/bin/python scripts/merge_adapter.py")
     if not (folder / "config.json").is_file():
-        raise EvaluationError(f"{folder} holds no model: {remedy}")
+        raise EvaluationError(
+            f"{folder} holds no model. One of a setting is trained with make train MODEL=... METHOD=..."
+        )
     check_trained_prompts(folder, run)
 
 
@@ -130,38 +136,6 @@ def check_trained_prompts(folder: Path, run: dict | None) -> None:
                 f"{folder} was trained with another chat template or tokenizer than is now there: {messages!r} was {ids} "
                 f"in training (run.json) and is {now}. Put the tokenizer files of the training back"
             )
-
-
-def link_initial(recipe: Path, folder: Path) -> Path:
-    """Fill `folder` with the recipe's initial model: links to its weights, its tokenizer with the recipe's template.
-
-    A model trained here is held to its own run.json.
-    """
-    values = load_recipe(recipe).values
-    name, run = values["model_name_or_path"], None
-    if Path(name).is_dir():
-        source = Path(name).resolve()
-        # Half-trained weights would pass for the start of preference training.
-        run = finished_run(Path(name))
-    elif name.startswith("outputs/"):
-        raise EvaluationError(f"{name} doesn't exist: make train MODEL={recipe.parent.name} STAGE=sft")
-    else:
-        source = download(name, values.get("model_revision"))
-    link_model(source, folder, values.get("chat_template"))
-    check_trained_prompts(folder, run)
-    return folder
-
-
-def download(name: str, revision: str | None) -> Path:
-    """The folder of a hub model in the cache; pickled weights and code are left out. Raises EvaluationError."""
-    from huggingface_hub import snapshot_download
-
-    try:
-        # Neither pickles nor code are even downloaded.
-        files = ["*.json", "*.safetensors", "*.model", "*.jinja"]
-        return Path(snapshot_download(name, revision=revision, allow_patterns=files))
-    except Exception as error:  # no network, no such model, gated
-        raise EvaluationError(f"{name} is neither cached nor downloadable ({type(error).__name__})") from error
 
 
 def link_model(source: Path, folder: Path, chat_template: str | None = None) -> None:

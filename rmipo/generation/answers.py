@@ -60,17 +60,14 @@ def own_settings(model_dir: str | Path) -> dict:
     config = read_generation_config(model_dir)
     settings = {"dtype": "auto", "temperature": 0.0}
     if config.get("do_sample"):
-        settings["temperature"] = config.get("temperature") or 1.0
-        settings |= {key: config[key] for key in ("top_p", "top_k") if config.get(key) is not None}
-    if (penalty := config.get("repetition_penalty") or 1.0) != 1.0:
-        print(f"{model_dir}/generation_config.json: repetition_penalty {penalty} is not applied", flush=True)
+        named = {key: config[key] for key in ("temperature", "top_p", "top_k") if config.get(key) is not None}
+        settings |= {"temperature": 1.0} | named
     return settings
 
 
 def stop_ids(model_dir: Path, tokenizer: PreTrainedTokenizerBase, chat: ChatFormat) -> list[int]:
     """Where an answer ends: at the end of turn, and at every EOS token that tokenizer, model and generation config name."""
-    config = model_dir / "config.json"
-    configs = [read_generation_config(model_dir), json.loads(config.read_text()) if config.is_file() else {}]
+    configs = [read_generation_config(model_dir), json.loads((model_dir / "config.json").read_text())]
     named = [chat.end_id, tokenizer.eos_token_id, *(config.get("eos_token_id") for config in configs)]
     return sorted({token for ids in named for token in (ids if isinstance(ids, list) else [ids]) if token is not None})
 
@@ -89,8 +86,7 @@ class Generator:
     def __init__(self, model_dir: str | Path, settings: dict):
         self.model_dir = Path(model_dir)
         self.settings = check_settings(settings)
-        # Complete answers need no weights: a machine that only judges has the folder without its *.safetensors.
-        self.fingerprint = trained_fingerprint(self.model_dir) if has_weights(self.model_dir) else None
+        self.fingerprint: str | None = None
         self.finishes: list[str] = []
         self.versions: dict[str, str] | None = None
         self.engine = None
@@ -125,31 +121,54 @@ class Generator:
         and for a file made by another model, other settings or, if it has to be continued, other package versions.
         """
         path = Path(path)
+        found, *rows = read_lines(path) or [{}]
         tokenizer = load_tokenizer(ModelConfig(model_name_or_path=str(self.model_dir)))
-        found = read_lines(path)
         # A chat template may tell the model which day it is: an answer of tomorrow is told today's.
-        date = (found[0].get("date") if found else None) or str(datetime.date.today())
-        reads_clock = freeze_date(tokenizer, datetime.date.fromisoformat(date))
+        date = found.get("date", str(datetime.date.today()))
+        dated = {"date": date} if freeze_date(tokenizer, datetime.date.fromisoformat(date)) else {}
         chat = ChatFormat.probe(tokenizer)
-        prompts = [self.prompt(request, chat) for request in requests]
-        check_prompts(requests, prompts, chat, self.model_dir)
+        prompts = self.prompts(requests, chat)
 
+        # The first line of the file says what its answers were made with.
+        if self.settings["engine"] == "auto" and found:
+            self.settings["engine"] = found["decoding"]["engine"]
+        if len(rows) < len(requests):  # something is left to answer
+            self.settings["engine"] = choose_engine(self.settings["engine"])
+            self.versions = package_versions(*sorted({self.settings["engine"], "torch", "transformers"}))
+            self.fingerprint = trained_fingerprint(self.model_dir)
+        else:
+            # Complete answers need no weights: a machine that only judges has the folder without its *.safetensors.
+            self.versions = found["versions"]
+            self.fingerprint = trained_fingerprint(self.model_dir) if has_weights(self.model_dir) else found["model"]
+        # Temperatures and seeds are in the prompts: a benchmark may have its own for each.
+        keys = ("top_p", "top_k", "max_new_tokens", "seed", "batch_size", "dtype", "engine")
         stops = stop_ids(self.model_dir, tokenizer, chat)
-        self.open(path, found, prompts, stops, {"date": date} if reads_clock else {})
-        answers = {row["key"]: row for row in found[1:]}
+        header = {
+            "decoding": {key: self.settings[key] for key in keys} | {"stop_ids": stops},
+            "versions": self.versions,
+            "model": self.fingerprint,
+            "prompts": json_fingerprint([asdict(prompt) for prompt in prompts]),
+            **dated,
+        }
+        if not found:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(header) + "\n")
+        elif found != header:
+            raise EvaluationError(f"{path} holds answers made otherwise: {found}, now {header}. Move or delete it")
+
+        answers = {row["key"]: row for row in rows}
         wanted = [i for i, request in enumerate(requests) if request.key not in answers]
         if wanted and self.engine is None:
             self.engine = ENGINES[self.settings["engine"]](self.model_dir, self.settings, stops)
-        description = f"answers of {self.model_dir.name}"
-        progress = tqdm(desc=description, total=len(prompts), initial=len(answers), unit="answer")
-        with path.open("a") as file, progress:
-            for i, (ids, finish) in self.engine.answers(prompts, wanted) if wanted else ():
+        made = self.engine.answers(prompts, wanted) if wanted else ()
+        bar = {"desc": f"answers of {self.model_dir.name}", "total": len(prompts), "initial": len(answers)}
+        with path.open("a") as file:
+            for i, (ids, finish) in tqdm(made, unit="answer", **bar):
                 text = tokenizer.decode(ids, skip_special_tokens=True).strip()
                 row = {"key": requests[i].key, "output": text, "tokens": len(ids), "finish": finish}
                 file.write(json.dumps(row) + "\n")
                 file.flush()  # a kill loses the answer that is being made, and no other
                 answers[requests[i].key] = row
-                progress.update()
         self.finishes += [answers[request.key]["finish"] for request in requests]
         return [answers[request.key]["output"] for request in requests]
 
@@ -167,53 +186,19 @@ class Generator:
             **more,
         }
 
-    def prompt(self, request: Request, chat: ChatFormat) -> TokenPrompt:
-        ids = chat.prompt_ids(request.messages)
-        temperature = self.settings["temperature"] if request.temperature is None else request.temperature
-        seed = self.settings["seed"] if request.seed is None else request.seed
-        own_stream = int(json_fingerprint([seed, ids])[:15], 16)  # whatever the place of the prompt
-        return TokenPrompt(ids, temperature, own_stream)
-
-    def open(self, path: Path, lines: list[dict], prompts: list[TokenPrompt], stops: list[int], header: dict) -> None:
-        """Hold the file's first line to this model and these settings, or write it; engine and versions come from there."""
-        found = lines[0] if lines else {}
-        versions = self.versions or found.get("versions")
-        if self.settings["engine"] == "auto" and found:
-            self.settings["engine"] = found["decoding"]["engine"]
-        if len(lines) <= len(prompts):  # something is left to answer
-            self.fingerprint = trained_fingerprint(self.model_dir)
-            self.settings["engine"] = choose_engine(self.settings["engine"])
-            here = package_versions(*sorted({self.settings["engine"], "torch", "transformers"}))
-            if versions not in (None, here):
-                raise EvaluationError(
-                    f"{path} can't be filled: its answers were made with {versions}, installed here is {here}. Install "
-                    f"those versions, or delete the *.jsonl files in {path.parent}"
-                )
-            versions = here
-        # Temperatures and seeds are in the prompts: a benchmark may have its own for each.
-        keys = ("top_p", "top_k", "max_new_tokens", "seed", "batch_size", "dtype", "engine")
-        header = {
-            "decoding": {key: self.settings[key] for key in keys} | {"stop_ids": stops},
-            "versions": versions,
-            "model": self.fingerprint or found["model"],
-            "prompts": json_fingerprint([asdict(prompt) for prompt in prompts]),
-            **header,
-        }
-        if not found:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(header) + "\n")
-        elif different := [key for key in header if found.get(key) != header[key]]:
-            before, now = ({key: of.get(key) for key in different} for of in (found, header))
-            raise EvaluationError(f"{path} holds answers made otherwise: with {before}, now {now}. Move or delete it")
-        self.versions, self.fingerprint = versions, header["model"]
-
-
-def check_prompts(requests: list[Request], prompts: list[TokenPrompt], chat: ChatFormat, model_dir: Path) -> None:
-    """Raises EvaluationError for prompts that don't start with one BOS, or leave no room for an answer."""
-    context = AutoConfig.from_pretrained(model_dir, trust_remote_code=False).max_position_embeddings
-    # A second BOS makes worse answers in silence; a prompt without room would end the run after hours.
-    for request, prompt in zip(requests, prompts, strict=True):
-        if chat.bos_id is not None and [token == chat.bos_id for token in prompt.ids[:2]] != [True, False]:
-            raise EvaluationError(f"prompt {request.key} doesn't start with exactly one BOS (id {chat.bos_id})")
-        if len(prompt.ids) >= context:
-            raise EvaluationError(f"prompt {request.key} has {len(prompt.ids)} tokens, the model's context {context}")
+    def prompts(self, requests: list[Request], chat: ChatFormat) -> list[TokenPrompt]:
+        """Raises EvaluationError for prompts that don't start with one BOS, or leave no room for an answer."""
+        context = AutoConfig.from_pretrained(self.model_dir, trust_remote_code=False).max_position_embeddings
+        prompts = []
+        for request in requests:
+            ids = chat.prompt_ids(request.messages)
+            # A second BOS makes worse answers in silence; a prompt without room would end the run after hours.
+            if chat.bos_id is not None and [token == chat.bos_id for token in ids[:2]] != [True, False]:
+                raise EvaluationError(f"prompt {request.key} doesn't start with exactly one BOS (id {chat.bos_id})")
+            if len(ids) >= context:
+                raise EvaluationError(f"prompt {request.key} has {len(ids)} tokens, the model's context {context}")
+            temperature = self.settings["temperature"] if request.temperature is None else request.temperature
+            seed = self.settings["seed"] if request.seed is None else request.seed
+            own_stream = int(json_fingerprint([seed, ids])[:15], 16)  # whatever the place of the prompt
+            prompts.append(TokenPrompt(ids, temperature, own_stream))
+        return prompts

@@ -73,14 +73,9 @@ class TransformersEngine:
         size = self.settings["batch_size"]
         for start in range(0, len(prompts), size):
             numbers = range(start, min(start + size, len(prompts)))
-            if not any(number in wanted for number in numbers):
-                continue
-            # How much room is left in the context would depend on the longest neighbour: those short of it go alone.
-            roomy = [n for n in numbers if len(prompts[n].ids) + self.settings["max_new_tokens"] <= self.context]
-            answers = dict(zip(roomy, self.batch([prompts[n] for n in roomy]), strict=True)) if roomy else {}
-            for number in numbers:
-                if number in wanted:
-                    yield number, answers[number] if number in answers else self.batch([prompts[number]])[0]
+            if not set(numbers).isdisjoint(wanted):
+                answers = self.batch(prompts[start : start + size])
+                yield from ((n, answer) for n, answer in zip(numbers, answers, strict=True) if n in wanted)
 
     @torch.no_grad()
     def batch(self, prompts: list[TokenPrompt]) -> list[Answer]:
@@ -89,13 +84,15 @@ class TransformersEngine:
         ids = [pad + prompt.ids for pad, prompt in zip(padding, prompts, strict=True)]
         mask = [[0] * len(pad) + [1] * len(prompt.ids) for pad, prompt in zip(padding, prompts, strict=True)]
         temperatures, seeds = [prompt.temperature for prompt in prompts], [prompt.seed for prompt in prompts]
+        # What is left of the context belongs to each prompt: its neighbours may have more of it, or less.
+        room = [min(self.settings["max_new_tokens"], self.context - len(prompt.ids)) for prompt in prompts]
         output = self.model.generate(
             input_ids=torch.tensor(ids, device=self.device),
             attention_mask=torch.tensor(mask, device=self.device),
-            max_new_tokens=min(self.settings["max_new_tokens"], self.context - width),
+            max_new_tokens=max(room),
             logits_processor=[SeededSampling(temperatures, self.settings["top_p"], seeds, self.settings["top_k"])],
         )
-        return [self.until_stop(row) for row in output[:, width:].tolist()]
+        return [self.until_stop(row[:own]) for row, own in zip(output[:, width:].tolist(), room, strict=True)]
 
     def until_stop(self, ids: list[int]) -> Answer:
         end = next((i for i, token in enumerate(ids) if token in self.stop_ids), None)
@@ -172,8 +169,8 @@ def choose_engine(name: str) -> str:
     """The engine that "auto" stands for on this machine, or `name` itself. Raises EvaluationError if it isn't here."""
     if name == "auto":
         name = "vllm" if torch.cuda.is_available() else "transformers"
-    if name == "vllm" and importlib.util.find_spec("vllm") is None:
+    if name not in ENGINES or (name == "vllm" and importlib.util.find_spec("vllm") is None):
         raise EvaluationError(
-            "no vllm: make install EXTRAS=eval,vllm, or --set generation.engine=transformers (slower)"
+            f"no engine {name}: make install EXTRAS=eval,vllm, or --set generation.engine=transformers"
         )
     return name

@@ -3,31 +3,24 @@
 An oracle's `score` yields scores as they come, so that a run that is cut short keeps those there are.
 """
 
-import functools
 import inspect
 import json
 import math
 import re
 import runpy
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from tqdm import tqdm
-from transformers import (
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from rmipo.errors import PairsError, UserError
 from rmipo.files import read_lines
 from rmipo.fingerprints import text_fingerprint
-from rmipo.generation import judge
+from rmipo.generation.judge import check_cost, complete, judge_endpoint, open_client, shown
 from rmipo.generation.prompts import Prompt
 from rmipo.recipe.settings import merge_settings
 
@@ -61,13 +54,10 @@ class FunctionOracle:
     defaults = {"function": None}
 
     def __init__(self, settings: dict):
-        file, _, name = str(settings["function"]).rpartition(":")
-        if not Path(file).is_file():
-            raise OracleError(f"oracle.function is {settings['function']!r}: expected <file.py>:<function>")
+        file, _, name = settings["function"].rpartition(":")
         # The user's own file: nothing of a model's repository is run.
         self.function, self.name = runpy.run_path(file)[name], settings["function"]
-        starred = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-        columns = [p for p in inspect.signature(self.function).parameters.values() if p.kind not in starred][2:]
+        columns = list(inspect.signature(self.function).parameters.values())[2:]
         self.columns = [column.name for column in columns]
         self.required = [column.name for column in columns if column.default is column.empty]
         # Scores of a function that was changed since are scores of another oracle.
@@ -76,13 +66,13 @@ class FunctionOracle:
     def score(self, prompts: list[Prompt]) -> Scored:
         for prompt in prompts:
             columns = {name: prompt.columns[name] for name in self.columns if name in prompt.columns}
-            where = f"oracle {self.name}, prompt {prompt.key} ({prompt.messages[-1]['content'][:60]!r})"
             try:
                 scores = self.function(prompt.messages, list(prompt.answers.values()), **columns)
-                by_key = dict(zip(prompt.answers, scores, strict=True))
+                yield {key: float(score) for key, score in zip(prompt.answers, scores, strict=True)}
             except Exception as error:
-                raise OracleError(f"{where}: {type(error).__name__}: {error}") from error
-            yield checked(by_key, where)
+                raise OracleError(
+                    f"oracle {self.name}, prompt {prompt.key}: {type(error).__name__}: {error}"
+                ) from error
 
 
 class RewardModelOracle:
@@ -95,38 +85,29 @@ class RewardModelOracle:
         self.settings = self.identity = settings
         self.name = settings["reward_model"]
 
-    @functools.cached_property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        return AutoTokenizer.from_pretrained(self.name, trust_remote_code=False)
-
-    @functools.cached_property
-    def model(self) -> PreTrainedModel:
+    def score(self, prompts: list[Prompt]) -> Scored:
+        # Loaded here: the policy, which answers first, has the GPU for itself.
+        tokenizer = AutoTokenizer.from_pretrained(self.name, trust_remote_code=False)
         options = {"dtype": self.settings["dtype"], "use_safetensors": True, "trust_remote_code": False}
         model = AutoModelForSequenceClassification.from_pretrained(self.name, **options)
         # A classifier's first class would be taken for a reward.
         if model.config.num_labels != 1:
             raise OracleError(f"reward model {self.name} has {model.config.num_labels} outputs, expected 1")
-        return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-
-    def score(self, prompts: list[Prompt]) -> Scored:
-        """Raises OracleError, before anything is scored, for dialogues longer than the model's context."""
-        encoded = {}
+        model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+        # transformers takes the reward at the last token that isn't the pad token. That can be the EOS token, which ends a
+        # dialogue; without any it is the last one.
+        model.config.get_text_config().pad_token_id = None
+        window = getattr(model.config, "max_position_embeddings", math.inf)
+        # One at a time: in a batch the rounding depends on the other dialogues, and the same answer of two methods would be
+        # a win for one of them. Dialogues of a thousand tokens fill a GPU.
         for prompt in prompts:
             for key, text in prompt.answers.items():
                 dialogue = [*prompt.messages, {"role": "assistant", "content": text}]
-                encoded[key] = self.tokenizer.apply_chat_template(dialogue, return_dict=True)["input_ids"]
-        window = getattr(self.model.config, "max_position_embeddings", None)
-        if window and (longest := max(map(len, encoded.values()), default=0)) > window:
-            raise OracleError(f"{self.name}: a dialogue has {longest} tokens, its context is {window}")
-        # transformers takes the reward at the last token that isn't the pad token. That can be the EOS token, which ends a
-        # dialogue; without any it is the last one.
-        self.model.config.get_text_config().pad_token_id = None
-        # One at a time: in a batch the rounding depends on the other dialogues, and the same answer of two methods would be
-        # a win for one of them. Dialogues of a thousand tokens fill a GPU.
-        for key, ids in encoded.items():
-            with torch.no_grad():
-                reward = self.model(input_ids=torch.tensor([ids], device=self.model.device)).logits[0, 0].item()
-            yield checked({key: reward}, f"reward model {self.name}")
+                ids = tokenizer.apply_chat_template(dialogue, return_dict=True)["input_ids"]
+                if len(ids) > window:
+                    raise OracleError(f"{self.name}: answer {key} ends at token {len(ids)}, the context at {window}")
+                with torch.no_grad():
+                    yield {key: model(input_ids=torch.tensor([ids], device=model.device)).logits[0, 0].item()}
 
 
 class JudgeOracle:
@@ -137,30 +118,25 @@ class JudgeOracle:
 
     def __init__(self, settings: dict):
         self.settings = settings
-        self.client = judge.open_client(judge.judge_endpoint())
-        self.identity = {"judge": settings["judge"], "endpoint": judge.shown(judge.judge_endpoint())}
+        self.client = open_client(judge_endpoint())
+        self.identity = {"judge": settings["judge"], "endpoint": shown(judge_endpoint())}
 
     def score(self, prompts: list[Prompt]) -> Scored:
-        questions = {}
+        keys, questions = [], []
         for prompt in prompts:
             conversation = "\n\n".join(f"{message['role']}: {message['content']}" for message in prompt.messages)
             for key, text in prompt.answers.items():
-                questions[key] = QUESTION.format(conversation=conversation, answer=text)
-        characters, tokens = sum(map(len, questions.values())), self.settings["max_tokens"] * len(questions)
-        judge.check_cost("judge", len(questions), characters, tokens, self.settings, len(TEMPERATURES))
-        # Ratings are yielded as they come, so that those that are paid for are kept when one fails.
-        pool = ThreadPoolExecutor(self.settings["concurrency"])
-        try:
-            for done in as_completed([pool.submit(self.rate, *question) for question in questions.items()]):
-                yield done.result()
-        finally:
-            pool.shutdown(cancel_futures=True)
+                keys.append(key)
+                questions.append(QUESTION.format(conversation=conversation, answer=text))
+        tokens = self.settings["max_tokens"] * len(questions)
+        check_cost("judge", len(questions), sum(map(len, questions)), tokens, self.settings)
+        with ThreadPoolExecutor(self.settings["concurrency"]) as pool:
+            yield from pool.map(self.rate, keys, questions)
 
     def rate(self, key: str, question: str) -> dict[str, float]:
-        request = {"messages": [{"role": "user", "content": question}], "max_tokens": self.settings["max_tokens"]}
         for temperature in TEMPERATURES:
-            reply = judge.complete(self.client, self.settings["judge"], temperature=temperature, **request)
-            text = reply.choices[0].message.content or ""
+            options = {"temperature": temperature, "max_tokens": self.settings["max_tokens"]}
+            text = complete(self.client, self.settings["judge"], question, **options)
             rating = re.search(r"\[\[(\d+(?:\.\d+)?)\]\]", text)
             if rating and 1 <= float(rating[1]) <= 10:
                 return {key: float(rating[1])}
@@ -183,22 +159,11 @@ def make_oracle(settings: dict):
     return cls(merge_settings(f"oracle {named[0]}", cls.defaults, settings))
 
 
-def checked(scores: dict[str, Any], where: str) -> dict[str, float]:
-    """`scores` as floats. Raises OracleError if one is no finite number: a NaN would be neither best nor worst."""
-    for key, score in scores.items():
-        try:
-            finite = math.isfinite(float(score))  # also a NumPy or torch scalar
-        except (TypeError, ValueError):
-            finite = False
-        if not finite:
-            raise OracleError(f"{where}, answer {key}: the score is {score!r}, expected a finite number")
-    return {key: float(score) for key, score in scores.items()}
-
-
-def keep_scores(path: Path, header: dict, prompts: list[Prompt], score, description: str) -> dict[str, float]:
+def keep_scores(path: Path, header: dict, prompts: list[Prompt], score: Callable, description: str) -> dict[str, float]:
     """Scores by answer key, kept in `path`; those that are there are not asked for again.
 
-    Raises PairsError if the file holds scores of other answers or another oracle.
+    Raises PairsError if the file holds scores of other answers or another oracle, OracleError for a score that is no
+    finite number.
     """
     # The first line says what the scores are of, so that those of an older oracle are not taken for these.
     found, *lines = read_lines(path) or [None]
@@ -212,6 +177,8 @@ def keep_scores(path: Path, header: dict, prompts: list[Prompt], score, descript
     total = sum(len(p.answers) for p in prompts)
     with path.open("a") as file, tqdm(total=total, initial=len(scores), desc=description, unit="answer") as progress:
         for some in score(missing) if missing else ():
+            if not all(map(math.isfinite, some.values())):  # a NaN would be neither best nor worst
+                raise OracleError(f"{description}: {some} is no finite number")
             file.write(json.dumps(some) + "\n")
             file.flush()
             scores |= some

@@ -14,6 +14,7 @@ import random
 from collections import Counter
 from dataclasses import asdict, field, replace
 from pathlib import Path
+from statistics import mean
 from typing import Annotated, Literal
 
 import pydantic
@@ -23,12 +24,12 @@ from rmipo.errors import PairsError
 from rmipo.files import locked, read_lines, write_atomically, write_lines
 from rmipo.fingerprints import json_fingerprint
 from rmipo.generation.answers import Generator, Request
+from rmipo.generation.likelihood import Likelihood
 from rmipo.generation.oracles import keep_scores, make_oracle
 from rmipo.generation.prompts import Prompt, read_prompts
 from rmipo.recipe.files import parse_overrides, read_yaml, typed
 
 RECORD = "pairs.json"
-Positive = Annotated[int, pydantic.Field(ge=1)]
 
 
 @dataclass(frozen=True, config={"extra": "forbid"})
@@ -45,8 +46,7 @@ class PairsConfig:
     selection: Literal["best-worst", "best-random", "pmi"] = "best-worst"
     min_gap: Annotated[float, pydantic.Field(ge=0)] = 0.0  # between the scores of a pair; ties are kept by pmi alone
     skip_prompts: Annotated[int, pydantic.Field(ge=0)] = 0  # usable prompts left out at the start
-    max_prompts: Positive | None = None  # that are taken after those; None: all
-    max_prompt_tokens: Positive | None = None  # None: what leaves room for an answer in the model's window
+    max_prompts: Annotated[int, pydantic.Field(ge=1)] | None = None  # that are taken after those; None: all
     test_share: Annotated[float, pydantic.Field(ge=0, lt=1)] = 0.1  # of the pairs
     keep_cut: bool = False  # use answers cut at `max_new_tokens` too: a model trained on them learns to end there
     seed: int = 42  # of the answers and of best-random
@@ -55,11 +55,7 @@ class PairsConfig:
 
 def load_pairs_config(path: Path, arguments: list[str], prompts: str | None = None) -> PairsConfig:
     """A setting's pairs.yaml, if there is one, with `--key value` arguments and other prompts over it."""
-    values = read_yaml(path) if path.is_file() else {}
-    try:
-        values |= parse_overrides(arguments)
-    except ValueError as error:
-        raise PairsError(f"{path}: {error}") from error
+    values = (read_yaml(path) if path.is_file() else {}) | parse_overrides(arguments)
     return typed(PairsConfig, values | ({"prompts": prompts} if prompts else {}), path)
 
 
@@ -70,86 +66,65 @@ def make_pairs(model_dir: Path, generation: dict, config: PairsConfig, folder: P
     config's own lie over them. Raises PairsError where no pair comes out or `folder` holds others.
     """
     with locked(folder, "OUTPUT"):
-        return _make_pairs(model_dir, generation, config, folder)
+        oracle = make_oracle(config.oracle)
+        dropped: Counter[str] = Counter()
+        limits = {"skip": config.skip_prompts, "limit": config.max_prompts}
+        prompts = read_prompts(config.prompts, config.split, model_dir, dropped, **limits)
+        if not prompts:
+            raise PairsError(f"{config.prompts}: no usable prompt. Dropped: {dict(dropped)}")
+        if missing := [name for name in oracle.required if any(name not in prompt.columns for prompt in prompts)]:
+            raise PairsError(f"{config.prompts}: rows without {', '.join(missing)}, which the oracle takes")
 
+        settings = generation | config.generation | {"seed": config.seed}
+        numbers = range(config.answers)
+        requests = [Request(f"{p.key}-{n}", p.messages, seed=config.seed + n) for p in prompts for n in numbers]
+        with Generator(model_dir, settings) as generator:
+            generator.answer(requests, folder / "answers.jsonl")
+        header, *rows = read_lines(folder / "answers.jsonl")
+        answers = {row["key"]: row for row in rows}
+        candidates = [replace(p, answers=distinct_answers(p, config, answers)) for p in prompts]
+        several = [c for c in candidates if len(c.answers) > 1]  # a judge isn't paid for what can't be in a pair
+        made_of = {"answers": json_fingerprint(header)}
+        scored_by = made_of | {"oracle": oracle.identity}
+        scores = keep_scores(folder / "scores.jsonl", scored_by, several, oracle.score, "scores of the oracle")
+        pmi: dict[str, float] = {}
+        if config.selection == "pmi":
+            own = Likelihood(model_dir, generator.settings["dtype"])
+            pmi = keep_scores(folder / "pmi.jsonl", made_of, several, own.pmi, "PMI")
 
-def _make_pairs(model_dir: Path, generation: dict, config: PairsConfig, folder: Path) -> dict:
-    #########
-    # Prompts
-    #########
-    oracle = make_oracle(config.oracle)
-    dropped: Counter[str] = Counter()
-    limits = {"skip": config.skip_prompts, "limit": config.max_prompts, "max_tokens": config.max_prompt_tokens}
-    prompts = read_prompts(config.prompts, config.split, model_dir, dropped, **limits)
-    if not prompts:
-        raise PairsError(f"{config.prompts}: no usable prompt. Dropped: {dict(dropped)}")
-    if missing := [name for name in oracle.required if any(name not in prompt.columns for prompt in prompts)]:
-        raise PairsError(f"{config.prompts}: rows without {', '.join(missing)}, which the oracle {oracle.name} takes")
-
-    ####################
-    # Answers and scores
-    ####################
-    settings = generation | config.generation | {"seed": config.seed}
-    numbers = range(config.answers)
-    requests = [Request(f"{p.key}-{n}", p.messages, seed=config.seed + n) for p in prompts for n in numbers]
-    with Generator(model_dir, settings) as generator:
-        generator.answer(requests, folder / "answers.jsonl")
-    header, *rows = read_lines(folder / "answers.jsonl")
-    answers = {row["key"]: row for row in rows}
-    candidates = [replace(p, answers=distinct_answers(p, config, answers)) for p in prompts]
-    several = [c for c in candidates if len(c.answers) > 1]  # a judge is not paid for an answer that can't be in a pair
-    made_of = {"answers": json_fingerprint(header)}
-    scored_by = made_of | {"oracle": oracle.identity}
-    scores = keep_scores(folder / "scores.jsonl", scored_by, several, oracle.score, "scores of the oracle")
-    pmi: dict[str, float] = {}
-    if config.selection == "pmi":
-        from rmipo.generation.likelihood import Likelihood
-
-        own = Likelihood(model_dir, generator.settings["dtype"])
-        pmi = keep_scores(folder / "pmi.jsonl", made_of, several, own.pmi, "PMI")
-
-    #######
-    # Pairs
-    #######
-    pairs = []
-    for prompt in candidates:
-        chosen_rejected = select(prompt, scores, pmi, config)
-        if isinstance(chosen_rejected, str):
-            dropped[chosen_rejected] += 1
-        else:
-            pairs.append(pair_row(prompt, *chosen_rejected, scores))
-    every = [
-        {"prompt_id": c.key, "prompt": c.messages, "answers": [
-            row | {"score": scores.get(row["key"]), "pmi": pmi.get(row["key"])}
-            for row in (answers[f"{c.key}-{n}"] for n in numbers)
-        ]}
-        for c in candidates
-    ]  # fmt: skip
-    write_lines(folder / "candidates.jsonl", every)
-    cut = generator.finishes.count("length")
-    if not pairs:
-        raise PairsError(f"{folder}: no pair came out: {dict(dropped)}; {cut} of {len(requests)} answers are cut")
-    # The hash of its prompt decides whether a pair is held out, and not its place: the shortest prompts come first.
-    hashes = sorted(pair["prompt_id"] for pair in pairs)
-    held_out = set(hashes[: math.ceil(config.test_share * len(pairs))])
-    for split in ("train", "test"):
-        chosen = [pair for pair in pairs if (pair["prompt_id"] in held_out) == (split == "test")]
-        write_lines(folder / f"{split}.jsonl", chosen)
-    best = [max(scores[key] for key in c.answers) for c in several]
-    result = {
-        "settings": asdict(config) | {"generation": generator.settings},
-        "model": {"folder": str(model_dir), "fingerprint": generator.fingerprint},
-        "oracle": oracle.identity,
-        "prompts": len(prompts),
-        "pairs": len(pairs),
-        "answers": len(requests),
-        "cut": cut,
-        "dropped": dict(dropped),
-        "mean_score": sum(scores.values()) / len(scores),
-        "best_score": sum(best) / len(best),
-    }
-    write_atomically(folder / RECORD, json.dumps(result, indent=2) + "\n")
-    return result
+        pairs, every = [], []
+        for prompt in candidates:
+            chosen_rejected = select(prompt, scores, pmi, config)
+            if isinstance(chosen_rejected, str):
+                dropped[chosen_rejected] += 1
+            else:
+                pairs.append(pair_row(prompt, *chosen_rejected, scores))
+            own_rows = [answers[f"{prompt.key}-{n}"] for n in numbers]
+            own_rows = [row | {"score": scores.get(row["key"]), "pmi": pmi.get(row["key"])} for row in own_rows]
+            every.append({"prompt_id": prompt.key, "prompt": prompt.messages, "answers": own_rows})
+        write_lines(folder / "candidates.jsonl", every)
+        cut = generator.finishes.count("length")
+        if not pairs:
+            raise PairsError(f"{folder}: no pair came out: {dict(dropped)}; {cut} of {len(requests)} answers are cut")
+        # The hash of its prompt decides whether a pair is held out, and not its place: the shortest prompts come first.
+        hashes = sorted(pair["prompt_id"] for pair in pairs)
+        held_out = set(hashes[: math.ceil(config.test_share * len(pairs))])
+        write_lines(folder / "train.jsonl", [pair for pair in pairs if pair["prompt_id"] not in held_out])
+        write_lines(folder / "test.jsonl", [pair for pair in pairs if pair["prompt_id"] in held_out])
+        result = {
+            "settings": asdict(config) | {"generation": generator.settings},
+            "model": {"folder": str(model_dir), "fingerprint": generator.fingerprint},
+            "oracle": oracle.identity,
+            "prompts": len(prompts),
+            "pairs": len(pairs),
+            "answers": len(requests),
+            "cut": cut,
+            "dropped": dict(dropped),
+            "mean_score": mean(scores.values()),
+            "best_score": mean(max(scores[key] for key in c.answers) for c in several),
+        }
+        write_atomically(folder / RECORD, json.dumps(result, indent=2) + "\n")
+        return result
 
 
 def distinct_answers(prompt: Prompt, config: PairsConfig, answers: dict[str, dict]) -> dict[str, str]:

@@ -26,14 +26,7 @@ class Prompt:
 
 
 def read_prompts(
-    name: str,
-    split: str,
-    model_dir: Path,
-    dropped: Counter,
-    *,
-    skip: int = 0,
-    limit: int | None = None,
-    max_tokens: int | None = None,
+    name: str, split: str, model_dir: Path, dropped: Counter, *, skip: int = 0, limit: int | None = None
 ) -> list[Prompt]:
     """`limit` usable prompts after the first `skip`, the shortest first, so that those answered together are alike.
 
@@ -42,8 +35,6 @@ def read_prompts(
     rows, _ = load_source({"path": name}, "train", DataConfig(dataset_name=name, dataset_train_split=split))
     chat = ChatFormat.probe(load_tokenizer(ModelConfig(model_name_or_path=str(model_dir))))
     window = AutoConfig.from_pretrained(model_dir, trust_remote_code=False).max_position_embeddings
-    # Room for one token of an answer at least.
-    longest = min(max_tokens or window, window - 1)
     prompts: dict[str, tuple[int, Prompt]] = {}  # with its tokens
     for row in rows:
         # Early: a hub dataset may have millions of rows.
@@ -59,8 +50,8 @@ def read_prompts(
             dropped["repeats an earlier prompt"] += 1
         elif reason := unusable_prompt(messages):
             dropped[reason] += 1
-        elif (tokens := len(chat.prompt_ids(messages))) > longest:
-            dropped[f"longer than {longest} tokens"] += 1
+        elif (tokens := len(chat.prompt_ids(messages))) >= window:  # room for one token of an answer at least
+            dropped[f"longer than {window - 1} tokens"] += 1
         else:
             prompts[key] = tokens, Prompt(key, messages, columns=row)
     taken = sorted(list(prompts.values())[skip:], key=lambda each: (each[0], each[1].key))

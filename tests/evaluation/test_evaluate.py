@@ -13,7 +13,7 @@ import yaml
 from transformers import AutoTokenizer
 
 from rmipo.data.chat import PROBES, ChatFormat
-from rmipo.errors import EvaluationError, UserError
+from rmipo.errors import EvaluationError
 from rmipo.evaluation import BENCHMARKS
 from rmipo.evaluation.benchmark import contradictions
 from rmipo.evaluation.target import find_target, load_settings, model_folder
@@ -55,10 +55,6 @@ def test_settings_are_read_as_recipes_are_and_compared_with_a_results(tmp_path, 
     expected = {"alpacaeval": {"max_cost": 10.0, "reference": "/users/me/x.jsonl"}, "hh": {}}
     assert load_settings(path, []) == expected
     assert load_settings(path, ["hh.max_length=2e1"])["hh"] == {"max_length": 20.0}
-    for text in ("hh: 3\n", "hh: {a: 1, a: 2}\n"):
-        path.write_text(text)
-        with pytest.raises(UserError, match=r"eval\.yaml.*\b(hh|a)\b"):
-            load_settings(path, [])
     monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
     recorded = {"limit": 4, "price": [1.0, 2.0], "generation": {"temperature": 0.9, "engine": "vllm"}}
     assert contradictions({"price": [9.0, 9.0], "generation": {"engine": "auto"}, "limit": 4}, recorded) == []
@@ -76,11 +72,8 @@ def test_settings_are_read_as_recipes_are_and_compared_with_a_results(tmp_path, 
     [
         ("generation.temperature=hot", "generation: temperature is 'hot'"),
         ("constraints.first_n=0", "constraints: first_n is 0"),
-        ("alpacaeval.price=10", r"price is 10"),
-        ("alpacaeval.max_cost=.nan", "max_cost is nan"),
         ("constraints.generation.seed=x", "constraints, generation: seed is 'x'"),
         ("samples.prompt=x", "samples: unknown keys ['prompt'] (did you mean prompts"),
-        ("leaderboard.tasks=ifeval", "tasks is 'ifeval'"),
     ],
 )
 def test_wrong_keys_and_values_of_another_type_are_refused(tmp_path, override, named):
@@ -94,12 +87,10 @@ def test_wrong_keys_and_values_of_another_type_are_refused(tmp_path, override, n
 def test_models_that_are_none(outputs):
     (outputs / "tiny/lora").mkdir()
     (outputs / "tiny/lora/adapter_config.json").write_text("{}")
-    cases = [("none", None, "MODEL=none "), (str(outputs), "dpo", "METHOD=dpo"), ("no/such", None, "no/such")]
+    cases = [("none", None, "MODEL=none "), (str(outputs), "dpo", "METHOD=dpo"), ("tiny", "dpo", "tiny/dpo")]
     for model, method, named in (*cases, (str(outputs), None, str(outputs)), ("tiny", "lora", "adapter")):
         with pytest.raises(EvaluationError, match=named):
             find_target(model, method, outputs, [])
-    with pytest.raises(EvaluationError, match="make train MODEL=tiny METHOD=dpo"):
-        model_folder(TINY, outputs, "dpo")
 
 
 def small_recipe(tmp_path: Path, source: Path, template: Path | None = None) -> Path:
@@ -108,20 +99,6 @@ def small_recipe(tmp_path: Path, source: Path, template: Path | None = None) -> 
     changes = {"model_name_or_path": str(source), "chat_template": template and str(template)}
     recipe.write_text(yaml.safe_dump(yaml.safe_load(TINY.read_text()) | changes))
     return recipe
-
-
-def test_initial_model_is_linked_with_the_recipe_s_template(outputs, tmp_path):
-    source = outputs / "tiny/simpo"
-    template = tmp_path / "template.jinja"
-    template.write_text((source / "chat_template.jinja").read_text().replace(" </s>", " w0 </s>"))
-    recipe = small_recipe(tmp_path, source, template)
-    for _ in range(2):  # once more: as before
-        folder = model_folder(recipe, outputs, "initial")
-        assert folder == outputs / "small/initial"
-        assert (folder / "model.safetensors").resolve() == source / "model.safetensors"
-        assert (folder / "chat_template.jinja").read_text() == template.read_text()
-        assert (source / "chat_template.jinja").read_text() != template.read_text()
-        assert not (folder / "run.json").exists()
 
 
 def record(folder: Path, finished: bool = True, header_in_response: bool = False) -> list:
@@ -153,31 +130,28 @@ def test_model_trained_with_another_template_or_header_is_refused(outputs):
     change_template(folder, ("{{ m['content'] }}", "w0 {{ m['content'] }}"))
     done = run("evaluate", outputs, "--bench", "hh")
     assert done.code == 2 and done.err.startswith(f"error: {folder} was trained with another chat template")
-    folder = outputs / "tiny/simpo"
-    record(folder)
-    # Of templates that open and close a thought in front of the last answer alone: no earlier turn shows it.
-    role, last = "<{{ m['role'] }}>", "{% if loop.last and m['role'] == 'assistant' %} w3{% endif %}"
-    change_template(folder, (role, role + last), ("<assistant> {% endif %}", "<assistant> w3 {% endif %}"))
-    with pytest.raises(EvaluationError, match="simpo was trained with another chat template"):
-        model_folder(TINY, outputs, "simpo")
 
 
-def test_initial_model_is_held_to_its_own_training(outputs, tmp_path):
-    source = outputs / "tiny/simpo"
+def test_initial_model_is_linked_with_the_recipe_s_template_and_held_to_its_own_training(outputs, tmp_path):
+    source, template = outputs / "tiny/simpo", tmp_path / "template.jinja"
+    template.write_text((source / "chat_template.jinja").read_text().replace(" </s>", " w0 </s>"))
+    for _ in range(2):  # once more: as before, and without what another source has left
+        folder = model_folder(small_recipe(tmp_path, source, template), outputs, "initial")
+        assert folder == outputs / "small/initial"
+        assert [path.name for path in folder.glob("*.safetensors")] == ["model.safetensors"]
+        assert (folder / "model.safetensors").resolve() == source / "model.safetensors"
+        assert (folder / "chat_template.jinja").read_text() == template.read_text()
+        assert (source / "chat_template.jinja").read_text() != template.read_text()
+        (folder / "model-00001-of-00002.safetensors").symlink_to(source / "model.safetensors")
     recipe = small_recipe(tmp_path, source)
     record(source, finished=False)
     with pytest.raises(EvaluationError, match=f"{source} holds a run that hasn't finished"):
         model_folder(recipe, outputs, "initial")
     record(source)
     model_folder(recipe, outputs, "initial")
-    (outputs / "small/initial/model-00001-of-00002.safetensors").symlink_to(source / "model.safetensors")
-    model_folder(recipe, outputs, "initial")  # without what another source has left
-    assert [path.name for path in (outputs / "small/initial").glob("*.safetensors")] == ["model.safetensors"]
-    template = tmp_path / "template.jinja"
     template.write_text((source / "chat_template.jinja").read_text().replace("{{ m['c", "w0 {{ m['c"))
-    small_recipe(tmp_path, source, template)
     with pytest.raises(EvaluationError, match="initial was trained with another chat template"):
-        model_folder(recipe, outputs, "initial")
+        model_folder(small_recipe(tmp_path, source, template), outputs, "initial")
 
 
 def test_result_of_other_weights_is_refused(outputs):
@@ -223,39 +197,25 @@ def test_tasks_are_added_to_those_of_a_finished_result(outputs):
 @pytest.mark.slow
 def test_eval_command_from_generation_to_result_files(outputs):
     pytest.importorskip("alpaca_eval", reason="needs the extra `eval`")
-    pairs = f"{outputs}/pairs"
     options = [
-        "--set", f"alpacaeval.reference={pairs}/test.jsonl", "--set", "alpacaeval.first_n=6",
+        "--set", f"alpacaeval.reference={outputs}/pairs/test.jsonl", "--set", "alpacaeval.first_n=6",
         "--set", "mtbench.first_n=1", "--set", "mtbench.max_new_tokens=4",
-        "--set", f"hh.helpful={{dataset_name: {pairs}}}", "--set", f"hh.harmless={{dataset_name: {pairs}}}",
-        "--set", "leaderboard.include_path=/absent",
     ]  # fmt: skip
-    # Without a key the judged benchmarks stop, and the others go on.
-    done = run("evaluate", outputs, "--method", "rmipo", "--bench", "all", *options)
-    assert done.code == 2 and done.err.count(" of ") == 3, done.err
-    assert done.err.count("the judge needs OPENAI_API_KEY") == 2
     folder = outputs / "tiny/rmipo/eval"
-    assert sorted(path.name for path in folder.glob("*.json")) == ["hh.json"]
-
     with JudgeServer() as server:
         judge = {"OPENAI_API_KEY": "sk-secret", "OPENAI_BASE_URL": server.url}
         for bench in ("alpacaeval", "mtbench"):
-            done = run("evaluate", outputs, "--method", "rmipo", "--bench", bench, *options, **judge)
+            # The environment is as good as the command line (make).
+            done = run("evaluate", outputs, *options, BENCH=bench, METHOD="rmipo", **judge)
             assert done.code == 0, done.err
-        asked = len(server.requests)
         # six pairs, the evaluator's trial request, two turns, and the token that each benchmark asks its judge for first
-        assert asked == 6 + 1 + 2 + 2
-        # The environment is as good as the command line (make); what is finished isn't done again.
-        again = run("evaluate", outputs, *options, BENCH="alpacaeval", METHOD="rmipo", **judge)
-        assert again.code == 0 and "finished before" in again.out and len(server.requests) == asked
+        assert len(server.requests) == 6 + 1 + 2 + 2
     for bench, metrics in (("alpacaeval", {"alpacaeval2_wr", "alpacaeval2_length"}), ("mtbench", {"mt_bench"})):
-        text = (folder / f"{bench}.json").read_text()
-        result = json.loads(text)
+        result = json.loads((folder / f"{bench}.json").read_text())
         keys = "bench metrics per_prompt versions settings model fingerprint prompting finished commit hardware"
         assert result.keys() == {*keys.split()}
         assert result["bench"] == bench and result["finished"] and result["model"].endswith("tiny/rmipo")
         assert metrics <= result["metrics"].keys() and {"transformers", "torch"} <= result["versions"].keys()
-        assert "sk-secret" not in text
     assert not any("sk-secret" in path.read_text() for path in folder.rglob("*.json*"))
 
 
@@ -304,26 +264,6 @@ def test_folders_and_hub_models_are_targets(tmp_path, monkeypatch):
     assert target.folder == tmp_path / "outputs/owner--name/initial"
     assert (target.folder / "model.safetensors").resolve() == snapshot / "model.safetensors"
     assert "chat_template.jinja" in {path.name for path in target.folder.iterdir()}
-
-
-@pytest.mark.parametrize(
-    ("bench", "fault", "cost", "named"),
-    [
-        ("mtbench", "429", "", "RateLimitError"),
-        ("alpacaeval", "html", "", "<html>Bad gateway</html>"),
-        ("alpacaeval", None, "1e-6", "max_cost 1e-06"),
-    ],
-)
-def test_a_judge_that_cannot_work_or_costs_too_much_is_named(outputs, bench, fault, cost, named):
-    pytest.importorskip("alpaca_eval", reason="needs the extra `eval`")
-    arguments = ("--bench", bench, "--method", "rmipo", "--set", f"alpacaeval.reference={outputs}/pairs/test.jsonl")
-    arguments += ("--set", "alpacaeval.price=[10, 30]")  # tiny's own is free
-    with JudgeServer(fault=lambda number: fault) as server:
-        judge = {"OPENAI_BASE_URL": server.url, "OPENAI_API_KEY": "none", "MAX_COST": cost}
-        done = run("evaluate", outputs, *arguments, **judge)
-        assert done.code == 2 and named in done.err and "Traceback" not in done.err, done.err
-        assert len(server.requests) <= 2  # whether it is there
-    assert cost or not (outputs / "tiny/rmipo/eval/answers").exists()  # before anything is loaded
 
 
 def test_one_evaluation_at_a_time_of_a_model_and_a_benchmark(outputs):

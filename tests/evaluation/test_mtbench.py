@@ -1,7 +1,6 @@
 """MT-Bench against judges on loopback: a scripted one that fails, and `transformers serve`. Takes minutes."""
 
 import json
-import re
 import subprocess
 import time
 from pathlib import Path
@@ -83,15 +82,11 @@ def test_verdicts_are_kept_under_all_that_decides_them(tmp_path, monkeypatch):
     assert len({*names}) == 5
 
 
-def test_cost_is_bounded_before_the_first_request(tmp_path, capsys):
+def test_cost_is_bounded_before_the_first_request(tmp_path):
     with JudgeServer() as server:
         with pytest.raises(EvaluationError, match=r"max_cost 0\.01"):
             ask(server.url, tmp_path, max_cost=0.01)
         assert server.requests == []
-    printed = capsys.readouterr().out
-    assert "MT-Bench: 6 verdicts to ask for" in printed
-    cost, worst = (float(amount) for amount in re.findall(r"\$(\d+\.\d\d)(?: at|; | if)", printed)[:2])
-    assert worst == pytest.approx(5 * cost, abs=0.03) and "if each has to be asked for 5 times" in printed
 
 
 def test_both_turns_are_generated_with_the_category_s_temperature(tmp_path, monkeypatch):
@@ -115,17 +110,3 @@ def test_both_turns_are_generated_with_the_category_s_temperature(tmp_path, monk
     # The second prompt goes on from the first one and the model's own answer: id 3 is <user>, id 4 <assistant>.
     for first, second in zip(prompts[:2], prompts[2:], strict=True):
         assert second.ids[: len(first.ids)] == first.ids and second.ids.count(4) >= 2 and second.ids.count(0) == 1
-
-
-@pytest.mark.slow
-def test_missing_verdicts_are_reported_and_asked_again_few_where_there_is_none(tmp_path):
-    with JudgeServer(fault=lambda number: "malformed" if number else None) as server:
-        with pytest.raises(EvaluationError, match=r"rating for 2 answers.* 0 of 2 verdicts"):
-            ask(server.url, tmp_path, first_n=1)
-        server.fault = lambda number: None
-        metrics = ask(server.url, tmp_path, first_n=1)
-    assert metrics["mt_bench_missing"] == 0 and len(verdicts(tmp_path, 1)) == 2
-    with JudgeServer(fault=lambda number: "malformed") as server:
-        with pytest.raises(EvaluationError, match="no rating to the first 2 questions"):
-            ask(server.url, tmp_path)
-        assert len(server.requests) <= 4 * 5 + 1  # and one that asks whether it is there

@@ -21,10 +21,6 @@ def test_what_cannot_be_scored_is_named(tmp_path):
     prompts = [[user(" ".join(["w1"] * count))] for count in (1, 100)]
     with pytest.raises(EvaluationError, match="144 tokens"):
         specificity.score_answers(Likelihood(tmp_path, "float32"), prompts, [" ".join(["w2"] * 40), "w3"])
-    write_model(tmp_path / "model")
-    (tmp_path / "prompts.jsonl").write_text('{"prompt": " ", "n": 1}\n{"prompt": "", "n": 2}\n')
-    with pytest.raises(EvaluationError, match="an empty message': 2"):
-        BENCHMARKS["specificity"].run(tmp_path / "model", tmp_path, {"prompts": str(tmp_path / "prompts.jsonl")})
 
 
 def test_benchmark_against_one_sequence_at_a_time(tmp_path):
@@ -70,8 +66,8 @@ def test_benchmark_against_one_sequence_at_a_time(tmp_path):
     assert result["per_prompt"]["specificity"] == [100.0 * row["own"] for row in rows]
     frozen, same = Likelihood(initial, "float32"), [user("w1 w2")]
     twice = specificity.score_answers(frozen, [same, same], ["w3", "w4"])
-    assert not any(row["own"] for row in twice)  # another prompt makes the answer as likely
-    assert [row["pmi"] for row in twice] == pytest.approx([0, 0], abs=1e-6)
+    assert not twice["own"].any()  # another prompt makes the answer as likely
+    assert twice["pmi"].tolist() == pytest.approx([0, 0], abs=1e-6)
     itself = BENCHMARKS["specificity"].run(model, tmp_path, settings | {"initial": str(model)})
     assert itself["metrics"]["kl_initial"] == 0
 

@@ -13,8 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rmipo.data.chat import ChatFormat
 from rmipo.errors import EvaluationError
-from rmipo.evaluation import leaderboard
-from rmipo.generation.answers import Generator, Request, check_settings, stop_ids
+from rmipo.generation.answers import Generator, Request, check_settings
 from rmipo.generation.engines import SeededSampling, TokenPrompt, TransformersEngine, VllmEngine
 from tests.helpers.answer_files import SETTINGS, generate, other_versions, requests
 from tests.helpers.small_models import greedy
@@ -58,14 +57,16 @@ def test_top_p_is_of_what_temperature_and_top_k_leave(probabilities, temperature
     assert set(sampling(torch.zeros(500, 1, dtype=torch.long), logits).argmax(-1).tolist()) == kept
 
 
-def test_answers_end_at_every_eos_of_the_generation_config(model_dir, tmp_path):
+def test_answers_end_at_every_eos_of_both_configurations(model_dir, tmp_path):
     with Generator(model_dir, SETTINGS) as generator:
         generator.answer(requests(11), tmp_path / "a.jsonl")
         assert generator.cut == 100 * generator.finishes.count("length") / 11
     rows = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()[1:]]
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
     ends = [tokenizer.convert_tokens_to_ids(token) for token in ("w3", "w7")]
-    (model_dir / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
+    (model_dir / "generation_config.json").write_text(json.dumps({"eos_token_id": ends[1]}))
+    config = json.loads((model_dir / "config.json").read_text())
+    (model_dir / "config.json").write_text(json.dumps(config | {"eos_token_id": ends[:1]}))
     generate(model_dir, requests(11), tmp_path / "b.jsonl", SETTINGS)
     lines = (tmp_path / "b.jsonl").read_text().splitlines()
     assert json.loads(lines[0])["decoding"]["stop_ids"] == sorted([1, *ends])  # the end of turn is </s>, id 1
@@ -74,13 +75,6 @@ def test_answers_end_at_every_eos_of_the_generation_config(model_dir, tmp_path):
         end = next((i for i, word in enumerate(words) if word in ("w3", "w7")), None)
         assert after["output"].split() == words[:end] and (end is None or after["finish"] == "stop")
     assert any("w3" in row["output"] for row in rows)
-
-
-def test_answers_end_at_the_eos_of_the_models_configuration_too(model_dir):
-    config = json.loads((model_dir / "config.json").read_text())
-    (model_dir / "config.json").write_text(json.dumps(config | {"eos_token_id": [7, 9]}))
-    tokenizer = AutoTokenizer.from_pretrained(model_dir)
-    assert stop_ids(model_dir, tokenizer, ChatFormat.probe(tokenizer)) == [1, 7, 9]
 
 
 def test_answers_do_not_depend_on_batch_or_order(model_dir, tmp_path):
@@ -193,11 +187,10 @@ def test_prompts_reach_the_model_as_training_tokenised_them_or_are_refused(model
     response = [{"role": "assistant", "content": "w1 w2"}]
     assert [prompt.ids for prompt in seen] == [chat.pair_ids(r.messages, response, response)[0] for r in asked]
     assert all(prompt.ids[0] == 0 and prompt.ids.count(0) == 1 for prompt in seen)  # id 0 is BOS
-    for words in (125, 200):  # of the 128 tokens three are BOS, <user> and <assistant>
-        long = Request("long", [{"role": "user", "content": "w1 " * words}])
-        with pytest.raises(EvaluationError, match=f"prompt long has {words + 3} tokens"):
-            generate(model_dir, [*requests(2), long], tmp_path / "long.jsonl", SETTINGS)
-        assert not (tmp_path / "long.jsonl").exists()
+    long = Request("long", [{"role": "user", "content": "w1 " * 125}])  # with BOS, <user> and <assistant> 128 tokens
+    with pytest.raises(EvaluationError, match="prompt long has 128 tokens"):
+        generate(model_dir, [*requests(2), long], tmp_path / "long.jsonl", SETTINGS)
+    assert not (tmp_path / "long.jsonl").exists()
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
     asked = [Request("q", [{"role": "user", "content": "w1"}])]
     # The template's probe is clean; only this prompt starts with a second BOS.
@@ -222,35 +215,15 @@ def test_temperature_zero_is_greedy_and_padding_in_front_of_shorter_prompts_is_n
         assert answer == (expected[: expected.index(1)] if 1 in expected else expected)
 
 
-@pytest.fixture(params=["answers", "leaderboard"])
-def start(request, tmp_path, monkeypatch):
-    """start(dtype of the weights, dtype asked for) -> what vLLM is started with, and what was done with the GPU before."""
-    done = []
-    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: done.append("memory released"))
-
-    class LLM:
-        def __init__(self, **arguments):
-            self.arguments, self.done = arguments, list(done)
-
-    def run(weights, dtype):
-        write_model(tmp_path)
+def test_vllm_is_started_with_the_dtype_of_the_weights_no_code_and_no_pickle(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "vllm", types.SimpleNamespace(LLM=lambda **given: given))
+    write_model(tmp_path)
+    for weights, dtype, expected in (
+        (torch.float32, "bfloat16", "bfloat16"),
+        (torch.float32, "auto", torch.float32),
+        (torch.bfloat16, "auto", torch.bfloat16),
+    ):
         AutoModelForCausalLM.from_pretrained(tmp_path, dtype=weights).save_pretrained(tmp_path)
-        if request.param == "answers":
-            monkeypatch.setitem(sys.modules, "vllm", types.SimpleNamespace(LLM=LLM))
-            model = VllmEngine(tmp_path, check_settings({"dtype": dtype}), [1]).model
-        else:
-            registry = pytest.importorskip("lm_eval.api.registry")
-            model = types.SimpleNamespace(create_from_arg_obj=lambda arguments, more: LLM(**arguments))
-            monkeypatch.setattr(registry, "get_model", {"vllm": model}.get)
-            model = leaderboard.load(tmp_path, leaderboard.DEFAULTS | {"engine": "vllm", "dtype": dtype})
-        return model.arguments, model.done
-
-    return run
-
-
-def test_vllm_is_started_with_the_dtype_of_the_weights_no_code_and_no_pickle_and_memory_released(start):
-    arguments, done = start(torch.float32, "bfloat16")
-    assert arguments["trust_remote_code"] is False and arguments["load_format"] == "safetensors"
-    assert arguments["dtype"] == "bfloat16" and done == ["memory released"]  # before
-    for weights in (torch.float32, torch.bfloat16):
-        assert start(weights, "auto")[0]["dtype"] == weights
+        started = VllmEngine(tmp_path, check_settings({"dtype": dtype}), [1]).model
+        assert started["trust_remote_code"] is False and started["load_format"] == "safetensors"
+        assert started["dtype"] == expected
