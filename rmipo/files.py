@@ -61,3 +61,5 @@ def locked(folder: Path, name: str = "output_dir", wait: float = 1) -> Iterator[
     finally:
         path.unlink(missing_ok=True)  # while it is held: filelock tries again where it locked a file that is gone
         lock.release()
+        with contextlib.suppress(OSError):
+            folder.rmdir()  # if nothing was written

@@ -63,9 +63,7 @@ def look(
     args = copy.copy(RMiPOConfig(output_dir=".", report_to="none") if args is None else args)
     args.max_dropped_fraction = args.max_truncated_fraction = 1.0  # the page shows which
     rows = parts.as_messages(dataset, args.dataset_num_proc)
-    # Always the same ones, so that two models' pages show the same pairs.
-    drawn = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[:pairs]
-    rows = rows.select(sorted(drawn.tolist()))
+    rows = sample(rows, pairs)
     first = Scored(model, rows, args, processing_class)
     second = None if after is None else Scored(after, rows, args, processing_class)
     moved, lines = {}, []
@@ -73,6 +71,12 @@ def look(
         moved = {row["row"]: sums(values["given"], values["prior"]) for row, values in second.values(partners=False)}
     write(Path(output), shown_pairs(first, rows, moved, lines), lambda: summary(first, second and second.name, lines))
     return Path(output)
+
+
+def sample(rows: Dataset, count: int) -> Dataset:
+    """At most `count` of the rows, in their order: always the same ones, so that two models' pages show the same pairs."""
+    drawn = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[:count]
+    return rows.select(sorted(drawn.tolist()))
 
 
 def write(output: Path, pairs: Iterable[dict], summary: Callable[[], dict]) -> None:

@@ -58,6 +58,6 @@ def explained_full_disk(output_dir: str | Path) -> Iterator[None]:
         torn = "inline_container" in str(error) and shutil.disk_usage(Path(output_dir)).free < FULL_BYTES
         if not torn and not any(text in str(error) for text in ("No space left on device", "Disk quota exceeded")):
             raise
-        last = [*map(str, complete_checkpoints(output_dir))][-1:]
-        said = f"the disk of {output_dir} is full; the last good checkpoint: {last or 'none yet'}. Free some space"
+        last = ["none", *(path.name for path in complete_checkpoints(output_dir))][-1]
+        said = f"the disk of {output_dir} is full; the last good checkpoint: {last}. Free some space"
         raise FullDiskError(f"{said}: the same command goes on from there") from error

@@ -223,10 +223,11 @@ def start_of_both(output: Path, model_folder: Path) -> dict:
     with frame.training_run(recipe, args, model_config) as run:
         run.freeze_date(tokenizer)
         run.start({"train": "a"})
-        seen = [run.date, run.checkpoint, run.record.content["fingerprints"]]
+        seen = [run.date, run.checkpoint, run.record["fingerprints"]]
         run.train(trainer)
         run.save(trainer)
-    frame.TrainingRun._is_finished = lambda run: args.process_index == 0
+    frame.recorded_run = lambda folder: {"finished": args.process_index == 0}
+    frame.has_weights = lambda folder: True
     ended = "went on"
     try:
         with frame.training_run(recipe, args, model_config) as run:

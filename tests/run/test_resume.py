@@ -214,8 +214,8 @@ def test_a_full_disk_leaves_the_last_good_checkpoint_and_says_so(tmp_path, twin,
         output = run.output
         assert "Traceback" not in output
         good = sorted(int(marker.parent.name.split("-")[1]) for marker in out.glob(f"checkpoint-*/{MARKER}"))
-        named = re.search(r"error: the disk of .* is full; (\S+) is", output)
-        assert named and named[1] == (f"checkpoint-{good[-1]}" if good else "there"), output[-3000:]
+        named = re.search(r"error: the disk of .* is full; the last good checkpoint: (\S+)\. ", output)
+        assert named and named[1] == (f"checkpoint-{good[-1]}" if good else "none"), output[-3000:]
 
         subprocess.run(["mount", "-o", "remount,size=64m", str(tmp_path / "disk")], check=True)
         output = finish(twin, out, 1)

@@ -2,7 +2,6 @@
 
 import json
 import pickle
-import runpy
 from pathlib import Path
 
 import pytest
@@ -18,7 +17,6 @@ from rmipo.recipe.schema import ModelConfig
 from rmipo.training.loading import LoadingError, check_limits, load_model, load_tokenizer
 from tests.helpers.families import make_model, make_tokenizer, save
 from tests.helpers.launched import launch
-from tests.helpers.paths import ROOT
 from tests.helpers.rows import pair, user
 from tests.helpers.twins import changed, make_twin
 
@@ -68,20 +66,12 @@ def answer_with(folder: Path) -> None:
         generator.answer([Request("q", [user("a")])], folder / "answers.jsonl")
 
 
-def merge_adapter_of(folder: Path) -> None:
-    record = {"recipe": {"model_name_or_path": str(folder), "dtype": "float32"}}
-    (folder / "run.json").write_text(json.dumps(record))
-    (folder / "adapter_config.json").write_text("{}")
-    runpy.run_path(str(ROOT / "scripts/merge_adapter.py"))["merge"](folder, folder / "merged")
-
-
 USES = {
     "planning": lambda folder: load_config(str(folder)),
     "answers": answer_with,
     "engine": lambda folder: TransformersEngine(folder, check_settings({}), [1]),
     "scores": lambda folder: score_model(folder, Dataset.from_list([pair(0) | {"row": 0}])),
     "template": lambda folder: check_trained_prompts(folder, {"prompt_probe": []}),
-    "merge": merge_adapter_of,
 }
 
 
