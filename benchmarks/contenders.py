@@ -19,7 +19,7 @@ from trl.experimental.cpo import CPOConfig, CPOTrainer
 
 from benchmarks import references
 from rmipo.recipe.arguments import PreferenceConfig
-from rmipo.training.batching import MicroBatch
+from rmipo.training.batching import MicroBatch, PairDataset
 from rmipo.training.trainer import PreferenceTrainer
 
 Step = Callable[[list[dict]], float]
@@ -107,8 +107,11 @@ def _ours(model: LlamaForCausalLM, setup: Setup, **objective) -> Step:
 
     def step(pairs: list[dict]) -> float:
         count = len(pairs)
-        batch = trainer.collate([(pairs, MicroBatch(tuple(range(count)), count, count))])
-        return trainer.training_step(model, batch).item()
+        dataset = PairDataset(pairs, trainer.objective.needs, PRIOR_CONTEXT)
+        scored = [name for name in pairs[0] if name.endswith("_logps")]  # of the initial policy
+        dataset.scores = {name: torch.tensor([pair[name] for pair in pairs]) for name in scored}
+        batch = dataset[MicroBatch(tuple(range(count)), count, count)]
+        return trainer.training_step(model, [batch]).item()
 
     return step
 

@@ -30,7 +30,7 @@ def scores_and_gradient(model: LlamaForCausalLM, packed, kind: str) -> list[torc
     """Log-probabilities of the responses' tokens, and the gradient of their sum by the first layer's queries, in float64."""
     model.zero_grad()
     attention.attach(model, kind)
-    logps = scoring.response_logps(model, packed, kind, model.config)
+    logps = scoring.response_logps(model, packed, model.config)
     logps.sum().backward()
     return [logps.detach().double(), model.model.layers[0].self_attn.q_proj.weight.grad.double()]
 

@@ -47,7 +47,7 @@ def main() -> None:
             run.say(f"notice: {len(shared)} dialogues of the test split are in training too, which eval_loss favours")
         if args.max_length is None:  # dialogues are whole
             longest = max(report.lengths["messages"]["max"] for report in reports.values())
-            check_limits(tokenizer, model_config, longest, "the length of the longest dialogue (max_length: null)")
+            check_limits(tokenizer, model_config, longest)
         fingerprints = {split: rows_fingerprint(dataset) for split, dataset in datasets.items()}
         fingerprints["template"] = text_fingerprint(tokenizer.chat_template)  # its marks may decide the loss
         run.start(

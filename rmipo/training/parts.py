@@ -1,10 +1,8 @@
 """What a `PreferenceTrainer` trains with, made from what its user passes: chat format, tokenised pairs, model."""
 
 import copy
-import dataclasses
 import datetime
-import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import pyarrow.compute as pc
 import torch
@@ -33,7 +31,6 @@ PLAIN_TEMPLATE = (
     "{% for message in messages %}{{ message['content'] }}"
     "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
 )
-EXAMPLE_TOKENS = 30  # of each text of a pair that is printed
 Named = str | trl.ModelConfig
 Loaded = PreTrainedModel | PeftModel
 
@@ -42,18 +39,7 @@ def source_of(model: Named | Loaded) -> ModelConfig | Loaded:
     """What a user passes as `model`, with names and TRL's configurations as `ModelConfig`."""
     if isinstance(model, str):
         return ModelConfig(model_name_or_path=model)
-    if isinstance(model, trl.ModelConfig) and not isinstance(model, ModelConfig):
-        return ModelConfig(**{field.name: getattr(model, field.name) for field in dataclasses.fields(model)})
-    return model
-
-
-def is_tokenized(rows: Dataset) -> bool:
-    return isinstance(rows, Dataset) and set(TOKENIZED) <= set(rows.column_names)
-
-
-def is_plain_text(rows: Dataset) -> bool:
-    """Whether the rows are TRL's standard format: `prompt`, `chosen` and `rejected` are texts."""
-    return all(getattr(rows.features.get(side), "dtype", None) in ("string", "large_string") for side in SIDES)
+    return ModelConfig(**vars(model)) if isinstance(model, trl.ModelConfig) else model
 
 
 def name_of(model: ModelConfig | Loaded) -> str:
@@ -66,6 +52,15 @@ def tokenizer_of(model: ModelConfig | Loaded) -> PreTrainedTokenizerBase:
     if not name_of(model):
         raise DataError("the model was not loaded from a folder or hub: expected its tokenizer as processing_class")
     return load_tokenizer(model if isinstance(model, ModelConfig) else source_of(name_of(model)))
+
+
+def is_tokenized(rows: Dataset) -> bool:
+    return set(TOKENIZED) <= set(rows.column_names)
+
+
+def is_plain_text(rows: Dataset) -> bool:
+    """Whether the rows are TRL's standard format: `prompt`, `chosen` and `rejected` are texts."""
+    return all(getattr(rows.features.get(side), "dtype", None) in ("string", "large_string") for side in SIDES)
 
 
 class TokenizedPairs:
@@ -91,49 +86,34 @@ class TokenizedPairs:
         args: PairConfig,
         model: ModelConfig | Loaded,
     ):
-        for split, given in rows.items():
-            if not isinstance(given, Dataset):
-                raise DataError(f"{split}: found {type(given).__name__}, expected a datasets.Dataset")
         self.args, self.objective = args, build_objective(args.objective)
         self.chat: ChatFormat | None = None
         if tokenizer is not None:
             check_limits(tokenizer, model, args.max_length)
-            raw = [given for given in rows.values() if not is_tokenized(given)]
-            if raw or tokenizer.chat_template is not None:
-                # TRL's standard format has no roles: a base model's tokenizer has no template for them.
-                tokenizer = for_plain_text(tokenizer) if raw and all(map(is_plain_text, raw)) else tokenizer
+            if tokenizer.chat_template is None and rows and all(map(is_plain_text, rows.values())):
+                tokenizer = with_plain_template(tokenizer)
+            if tokenizer.chat_template is not None:
                 # A run over midnight would otherwise have two kinds of prompts.
                 freeze_date(tokenizer, datetime.date.today())
                 self.chat = ChatFormat.probe(tokenizer, self.objective.header_in_response)
         self.reports: dict[str, DataReport] = {}
         self.splits = {split: self.add(given, split) for split, given in rows.items()}
         if self.reports:  # a script's pairs are tokenised when its trainer gets them, and were spoken of
-            self._notices()
-
-    def _notices(self) -> None:
-        say = PartialState().print
-        if self.chat.added:
-            say(f"notice: the chat template starts each response with {self.chat.added!r}, which is scored too")
-        hashes = {split: prompt_hashes(pairs) for split, pairs in self.splits.items()}
-        known = set(hashes.pop("train", ()))
-        for split, prompts in hashes.items():
-            # Its metrics would look better than they are.
-            if count := sum(prompt in known for prompt in prompts):
-                say(f"notice: {count} of {len(prompts)} pairs of {split} have a prompt that training has too")
+            self.say_what_is_trained()
 
     def add(self, rows: Dataset, split: str) -> Dataset:
         """`rows` tokenised."""
         args = self.args
         if is_tokenized(rows):
             # Taken as they are, so nothing cuts them to the window.
-            longest = longest_pair(rows)
+            table = rows.select_columns(list(TOKENIZED)).with_format("arrow")[:]
+            prompt, chosen, rejected = (pc.list_value_length(table.column(name)) for name in TOKENIZED)
+            longest = pc.max(pc.add(prompt, pc.max_element_wise(chosen, rejected))).as_py() or 0
             if longest > args.max_length:
-                raise DataError(
-                    f"{split}: a tokenised pair has {longest} tokens, more than max_length ({args.max_length})"
-                )
+                raise DataError(f"{split}: a pair has {longest} tokens, more than max_length ({args.max_length})")
             return rows if "row" in rows.column_names else numbered(rows)
         if self.chat is None:
-            raise DataError(f"{split}: the rows are not tokenised: expected processing_class, the model's tokenizer")
+            raise DataError(f"{split}: the tokenizer (processing_class) has no chat template: set `chat_template`")
         with PartialState().main_process_first(), of_split(split):
             rows = as_messages(rows, args.dataset_num_proc)
             if self.chat.tokenizer.chat_template == PLAIN_TEMPLATE and max(map(len, rows["prompt"]), default=1) > 1:
@@ -150,32 +130,26 @@ class TokenizedPairs:
             PartialState().print(f"{split}: {line}")
         return dataset
 
+    def say_what_is_trained(self) -> None:
+        """Print the first pair as it is tokenised, and how many held-out prompts are trained on too."""
+        say, (split, rows) = PartialState().print, next(iter(self.splits.items()))
+        say(f"{split}: row {rows[0]['row']} as the model reads it, responses are scored whole")
+        for side in SIDES:
+            say(f"  {side:<8} {self.chat.tokenizer.decode(rows[0][f'{side}_ids'])[:300]!r}")
+        prompts = {name: [hash(tuple(ids)) for ids in pairs["prompt_ids"]] for name, pairs in self.splits.items()}
+        known = set(prompts.pop("train", ()))
+        for name, held_out in prompts.items():
+            # Its metrics would look better than they are.
+            if count := sum(prompt in known for prompt in held_out):
+                say(f"notice: {count} of {len(held_out)} pairs of {name} have a prompt that training has too")
+
     def prior_context(self) -> list[int] | None:
         """Token ids in front of a response when log pi(y) is scored; None where the objective doesn't read it."""
         if not self.objective.needs & PRIORS:
             return None
         if self.chat is None:
-            raise DataError(
-                "the tokenizer has no chat template, so what stands in front of a response is not known: expected "
-                "prior_context, the token ids behind which log pi(y) is scored"
-            )
+            raise DataError("without a chat template, log pi(y) needs prior_context, the ids in front of a response")
         return self.chat.prior_context(self.objective.prior_context)
-
-    def example(self) -> str:
-        """The first pair as it is trained, in a few lines: the scored tokens are in brackets."""
-        (rows, *_) = self.splits.values()
-        pair = rows[0]
-
-        def shown(ids: list[int], form: str, start: int, end: int) -> str:
-            texts = [form.format(text.replace("\n", "\\n")) for text in self.chat.pieces(ids)]
-            if (more := len(texts) - start - end) > 0:
-                texts[start : start + more] = [f" ... {more} more ... "]
-            return "".join(texts)
-
-        lines = ["prompt    " + shown(pair["prompt_ids"], "{}", 0, EXAMPLE_TOKENS)]
-        for side in SIDES[1:]:
-            lines.append(f"{side:<10}" + shown(pair[f"{side}_ids"], "[{}]", EXAMPLE_TOKENS - 6, 6))
-        return "\n  ".join([f"row {pair['row']} in tokens, [scored] ones in brackets:", *lines])
 
     def fingerprints(self) -> dict[str, str]:
         return {split: rows_fingerprint(dataset) for split, dataset in self.splits.items()}
@@ -189,24 +163,12 @@ class TokenizedPairs:
         }
 
 
-def prompt_hashes(rows: Dataset) -> list[str]:
-    return [json_fingerprint(ids) for batch in rows.iter(batch_size=1000) for ids in batch["prompt_ids"]]
-
-
-def longest_pair(rows: Dataset) -> int:
-    """Tokens of the longest prompt with one of its responses."""
-    table = rows.select_columns(list(TOKENIZED)).with_format("arrow")[:]
-    prompt, chosen, rejected = (pc.list_value_length(table.column(name)) for name in TOKENIZED)
-    return pc.max(pc.add(prompt, pc.max_element_wise(chosen, rejected))).as_py() or 0
-
-
-def for_plain_text(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """The tokenizer; without a template, a copy with the plain one, as what is saved shall have none."""
-    if tokenizer.chat_template is None:
-        tokenizer = copy.deepcopy(tokenizer)
-        tokenizer.chat_template = PLAIN_TEMPLATE
-        if tokenizer("a")["input_ids"][0] != tokenizer.bos_token_id:
-            tokenizer.bos_token = None  # it begins no text with one
+def with_plain_template(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """A copy with the plain template, as what is saved shall have none."""
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = PLAIN_TEMPLATE
+    if tokenizer("a")["input_ids"][0] != tokenizer.bos_token_id:
+        tokenizer.bos_token = None  # it begins no text with one
     return tokenizer
 
 
@@ -241,27 +203,20 @@ def policy(model: ModelConfig | Loaded, peft_config: PeftConfig | None = None) -
             if "dropout" in key and isinstance(value, float):
                 setattr(module, key, 0.0)
     if peft_config is not None:
-        if isinstance(model, PeftModel):
-            raise DataError("peft_config is given, and the model has adapters already: pass one of them")
         model = get_peft_model(model, peft_config)
     if isinstance(model, PeftModel):
         check_adapters(model)
     return model
 
 
-def weights_of(model: ModelConfig | Loaded) -> Callable[[], str]:
-    """A function that gives the fingerprint of the initial weights, also once they are trained.
-
-    Those of a loaded model may differ from what its folder holds, so they are read now.
-    """
-    if isinstance(model, ModelConfig):  # its files stay as they are
-        name, revision = model.model_name_or_path, model.model_revision
-        return functools.cache(lambda: on_main_process(lambda: model_fingerprint(name, revision)))
+def weights_fingerprint(model: ModelConfig | Loaded) -> str:
+    """Of the initial weights: of a model's files, or of a loaded model, which may differ from them."""
+    if isinstance(model, ModelConfig):
+        return on_main_process(lambda: model_fingerprint(model.model_name_or_path, model.model_revision))
     digest = xxhash.xxh3_128()
     for key, parameter in model.named_parameters():
         own = getattr(parameter, "ds_tensor", parameter)  # under ZeRO-3 a process has a part of each
         digest.update(key.encode())
         # Bytes, as numpy has no bfloat16.
         digest.update(own.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    fingerprint = json_fingerprint(gather_object([digest.hexdigest()]))
-    return lambda: fingerprint
+    return json_fingerprint(gather_object([digest.hexdigest()]))

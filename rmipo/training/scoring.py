@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from accelerate.utils import send_to_device
 from peft import PeftModel
 from torch.autograd.function import once_differentiable
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from rmipo.training import attention
 from rmipo.training.packing import PackedSequence, pack_pairs, pack_priors, split_pairs
@@ -54,39 +54,30 @@ def label_logps(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return _LabelLogps.apply(logits, labels)
 
 
-def token_logps(model: torch.nn.Module, packed: PackedSequence, kind: str, config) -> torch.Tensor:
+def token_logps(model: torch.nn.Module, packed: PackedSequence, config: PreTrainedConfig) -> torch.Tensor:
     """Log-probability of every response token, `(R,)` float32, in the order of `packed.labels`.
 
     Args:
-        model: the (wrapped) model, already switched by `attention.attach(model, kind)`. The LM head runs at response
-            positions only; with kind flex it is TRL's fused one, which never holds all logits. The call goes through
-            the wrapper, as ZeRO-3 needs to gather parameters.
+        model: the (wrapped) model, already switched by `attention.attach`. The LM head runs at response positions only;
+            with kind flex it is TRL's fused one, which never holds all logits.
         config: of the unwrapped model.
     """
     # The fused head goes from hidden states to log-probabilities; only kinds without it make logits.
-    if kind != "flex":
-        return label_logps(response_logits(model, packed, kind, config), packed.labels)
+    if attention.kind_of(config) != "flex":
+        return label_logps(response_logits(model, packed, config), packed.labels)
     shift_labels = packed.padded(attention.BLOCK).shift_labels
-    output = model(**forward_inputs(packed, kind, config), shift_labels=shift_labels, fused_lm_head=True)
+    output = model(**attention.forward_inputs(packed, config), shift_labels=shift_labels, fused_lm_head=True)
     return output.log_probs.squeeze(0).index_select(0, packed.scored)
 
 
-def response_logits(model: torch.nn.Module, packed: PackedSequence, kind: str, config) -> torch.Tensor:
+def response_logits(model: torch.nn.Module, packed: PackedSequence, config: PreTrainedConfig) -> torch.Tensor:
     """Logits at the positions that predict response tokens, `(R, vocabulary)`."""
-    return model(**forward_inputs(packed, kind, config), logits_to_keep=packed.scored).logits.squeeze(0)
+    return model(**attention.forward_inputs(packed, config), logits_to_keep=packed.scored).logits.squeeze(0)
 
 
-def response_logps(model: torch.nn.Module, packed: PackedSequence, kind: str, config) -> torch.Tensor:
+def response_logps(model: torch.nn.Module, packed: PackedSequence, config: PreTrainedConfig) -> torch.Tensor:
     """Log-probability of every response, `(S,)` float32; arguments as in `token_logps`."""
-    return packed.sum_by_response(token_logps(model, packed, kind, config))
-
-
-def forward_inputs(packed: PackedSequence, kind: str, config) -> dict:
-    """Arguments of the model's forward that lay out `packed`."""
-    packed = packed.padded(attention.BLOCK) if kind == "flex" else packed
-    # Positions restart in every group and branch; without them a branch would continue the one before.
-    layout = {"input_ids": packed.input_ids, "position_ids": packed.position_ids, "use_cache": False}
-    return layout | attention.forward_kwargs(kind, packed, config)
+    return packed.sum_by_response(token_logps(model, packed, config))
 
 
 class Scorer:
@@ -110,13 +101,13 @@ class Scorer:
     @torch.no_grad()
     def token_logps(self, packed: PackedSequence) -> list[torch.Tensor]:
         """Log-probability of every token of each response: `(tokens,)` float32, on the CPU."""
-        values = token_logps(self.model, send_to_device(packed, self.model.device), self.kind, self.model.config)
+        values = token_logps(self.model, send_to_device(packed, self.model.device), self.model.config)
         return [*values.cpu().split(packed.response_lengths.int().tolist())]
 
     @torch.no_grad()
     def sums(self, packed: PackedSequence) -> torch.Tensor:
         """Log-probability of every response, `(S,)` float32, on the CPU."""
-        return response_logps(self.model, send_to_device(packed, self.model.device), self.kind, self.model.config).cpu()
+        return response_logps(self.model, send_to_device(packed, self.model.device), self.model.config).cpu()
 
 
 def by_tokens(items: Iterable, length: Callable[[Any], int] = len, limit: int = TOKENS) -> Iterator[list]:
@@ -165,19 +156,19 @@ def score_pairs(
 
 @torch.no_grad()
 def perturbed_logratios(
-    logits: torch.Tensor, reference_logits: torch.Tensor, packed: PackedSequence, epsilon: float, chunk: int = 512
+    logits: torch.Tensor, reference_logits: torch.Tensor, packed: PackedSequence, epsilon: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """S(w) - S(l) under epsilon-DPO's two perturbed policies, `(pairs,)` each: (plus, minus).
 
     plus is proportional to exp((1 + eps) z - eps z_ref), minus to exp((1 - eps) z + eps z_ref), for logits z. Only
-    `chunk` rows of the two `(R, vocabulary)` inputs are in float32 at a time.
+    512 rows of the two `(R, vocabulary)` inputs are in float32 at a time.
     """
-    parts: dict[float, list[torch.Tensor]] = {epsilon: [], -epsilon: []}
-    for start in range(0, len(logits), chunk):
-        policy, reference = (z[start : start + chunk].float() for z in (logits, reference_logits))
-        labels = packed.labels[start : start + chunk]
-        for sign, values in parts.items():
+    sums: dict[float, list[torch.Tensor]] = {epsilon: [], -epsilon: []}
+    rows = (values.split(512) for values in (logits, reference_logits, packed.labels))
+    for policy, reference, labels in zip(*rows, strict=True):
+        for sign, values in sums.items():
             # (1 + e) z - e z_ref = z + e (z - z_ref), and with -e the other one.
-            values.append(-F.cross_entropy(policy + sign * (policy - reference), labels, reduction="none"))
-    plus, minus = (split_pairs(packed.sum_by_response(torch.cat(values))) for values in parts.values())
+            perturbed = policy.float() + sign * (policy.float() - reference.float())
+            values.append(-F.cross_entropy(perturbed, labels, reduction="none"))
+    plus, minus = (split_pairs(packed.sum_by_response(torch.cat(values))) for values in sums.values())
     return plus[0] - plus[1], minus[0] - minus[1]

@@ -5,7 +5,6 @@ import copy
 import dataclasses
 import functools
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -16,21 +15,18 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from transformers.integrations.deepspeed import deepspeed_init
 from transformers.trainer_utils import EvalLoopOutput
-from trl.trainer.utils import generate_model_card
 
-from rmipo.data.chat import DataError
 from rmipo.errors import ConfigError
 from rmipo.objectives import PRIORS, PairScores, build_objective
-from rmipo.objectives.papers import PAPERS
 from rmipo.recipe.arguments import PairConfig, RMiPOConfig
 from rmipo.recipe.schema import ModelConfig
 from rmipo.training import attention, batching, checkpoints, metrics, parts, scoring
 from rmipo.training.batching import PackedMicroBatch, PairDataset
-from rmipo.training.distributed import free_compilations, gather, gather_columns
-from rmipo.training.loading import require_masters, require_trained
+from rmipo.training.distributed import gather, gather_columns
+from rmipo.training.loading import require_masters
 from rmipo.training.packing import concatenate, split_pairs
-from rmipo.training.parity import MAX_PAIRS, check_parity
-from rmipo.training.reference import BEFOREHAND, Reference
+from rmipo.training.parity import check_parity
+from rmipo.training.reference import Reference
 
 
 class PreferenceTrainer(checkpoints.ResumableTrainer):
@@ -40,20 +36,15 @@ class PreferenceTrainer(checkpoints.ResumableTrainer):
     micro-batches. The loss is the mean over the global batch's pairs, whatever the cut.
 
     Args:
-        model: a folder or hub id, TRL's `ModelConfig` (for a dtype, a revision, quantization), or a loaded model, whose
-            attention implementation is switched to `args.attention`.
+        model: a folder or hub id, TRL's `ModelConfig` (for a dtype, a revision, quantization), or a loaded model.
         args: `PreferenceConfig` or `RMiPOConfig`; the objective is theirs. The trainer works on a copy.
         train_dataset: pairs in any format that docs/DATA.md lists, or tokenised: `prompt_ids`, `chosen_ids`,
-            `rejected_ids`. Texts are one user message and the assistant's; under a tokenizer without a chat template
-            they stay plain text.
+            `rejected_ids`. Under a tokenizer without a chat template texts stay plain text.
         eval_dataset: likewise; one, or a dict of several.
         processing_class: the tokenizer; that of `model` if None. It is saved with the model.
-        peft_config: new adapters to train in place of the model. The reference of a model with adapters, new or its own, is
-            the model without them.
-        ref_model: the initial policy, for epsilon-DPO, which needs its logits; a copy of `model` if None. No other
-            method keeps a second model: what they need of it is scored beforehand.
-        prior_context: token ids in front of a response when log pi(y) is scored, for tokenised pairs without a
-            template. Otherwise the objective's `prior_context` says it.
+        peft_config: new adapters to train. The reference of a model with adapters is the model without them.
+        ref_model: the initial policy, for epsilon-DPO, which needs its logits; a copy of `model` if None.
+        prior_context: token ids in front of a response when log pi(y) is scored; None: as the objective says.
 
     Raises:
         ConfigError, DataError, LoadingError: before the model is loaded where it is named.
@@ -75,12 +66,6 @@ class PreferenceTrainer(checkpoints.ResumableTrainer):
         optimizers: tuple = (None, None),
         prior_context: list[int] | None = None,
     ):
-        if not isinstance(args, PairConfig):
-            raise ConfigError(
-                f"args is {type(args).__name__}: expected RMiPOConfig, or PreferenceConfig with an objective"
-            )
-        if args.deepspeed_plugin is not None:
-            free_compilations()
         set_seed(args.seed)  # new adapters are random
         model = parts.source_of(model)
         self.objective = build_objective(args.objective)
@@ -94,31 +79,20 @@ class PreferenceTrainer(checkpoints.ResumableTrainer):
         evaluated = {f"eval_{name}": rows for name, rows in eval_dataset.items()} if several else {"test": eval_dataset}
         rows = {split: given for split, given in {"train": train_dataset, **evaluated}.items() if given is not None}
         reads_prior = bool(self.objective.needs & PRIORS) and prior_context is None
-        tokenized = rows and all(map(parts.is_tokenized, rows.values()))
-        if processing_class is None and (reads_prior or not tokenized):
+        if processing_class is None and (reads_prior or not rows or not all(map(parts.is_tokenized, rows.values()))):
             processing_class = parts.tokenizer_of(model)
         self.pairs = parts.TokenizedPairs(rows, processing_class, args, model)
         self.prior_context = self.pairs.prior_context() if reads_prior else prior_context
-        if prior_context is not None and self.pairs.chat and prior_context != self.pairs.prior_context():
-            stands_for = f"the objective's stands for {self.pairs.prior_context()}"
-            raise ConfigError(f"prior_context is {prior_context}, and {stands_for}. Leave it out")
-        self.collate = functools.partial(
-            batching.pack_step, needs=self.objective.needs, prior_context=self.prior_context
-        )
-        mismatched = "mismatched" in self.objective.needs
-        datasets = {split: PairDataset(tokenized, mismatched) for split, tokenized in self.pairs.splits.items()}
+        needs_logits = "reference_logits" in self.objective.needs
+        datasets = {split: self._dataset(tokenized) for split, tokenized in self.pairs.splits.items()}
         self.datasets = [*datasets.values()]
 
         # Model, adapters, and a frozen copy where the reference's logits are needed.
-        scored_before = bool(self.objective.needs & BEFOREHAND.keys())
         self.named = isinstance(model, ModelConfig)  # a model in memory may have been trained since, in this process
-        self.initial_weights = parts.weights_of(model) if self.named or scored_before else None
+        self.initial_weights = parts.weights_fingerprint(model)
         policy = parts.policy(model, peft_config)
-        needs_logits = "reference_logits" in self.objective.needs
         if ref_model is not None and not needs_logits:
             raise ConfigError(f"ref_model is given, but {self.objective.name} keeps no second model. Leave it out")
-        if isinstance(model, PeftModel) and (needs_logits or scored_before):
-            print("notice: the reference is the model without its adapters; merge_and_unload merges trained ones")
         if needs_logits and ref_model is None and not isinstance(policy, PeftModel):
             ref_model = copy.deepcopy(policy) if isinstance(model, PreTrainedModel) else parts.policy(model, None)
         if self.pairs.chat is not None:
@@ -128,7 +102,7 @@ class PreferenceTrainer(checkpoints.ResumableTrainer):
         super().__init__(
             policy,
             args,
-            data_collator=self.collate,
+            data_collator=list,
             train_dataset=datasets.pop("train", None),
             eval_dataset={name: datasets[f"eval_{name}"] for name in eval_dataset} if several else datasets.get("test"),
             processing_class=processing_class,
@@ -141,7 +115,6 @@ class PreferenceTrainer(checkpoints.ResumableTrainer):
             if plugin.mixed_precision_policy is not None:  # None in float32
                 plugin.mixed_precision_policy = dataclasses.replace(plugin.mixed_precision_policy, output_dtype=None)
         self.reference = Reference(self, ref_model)
-        self.num_non_embedding_parameters = metrics.num_non_embedding_parameters(policy)
         self.parity: float | None = None
         self.eval_columns: dict[str, torch.Tensor] | None = None  # per pair, of the last evaluation
         self.window = metrics.LogWindow()
@@ -150,10 +123,7 @@ class PreferenceTrainer(checkpoints.ResumableTrainer):
     # Line 1 is loading the model, lines 2 and 14 are the loop in `Trainer.train`, which calls `training_step`.
 
     def training_step(self, model, inputs: list[PackedMicroBatch], num_items_in_batch=None) -> torch.Tensor:
-        """Lines 3 to 13 up to the optimizer's update: the gradient of the global batch's mean loss. Returns that loss.
-
-        The gradients of the micro-batches add up, as each has its share of the mean.
-        """
+        """Lines 3 to 13 up to the optimizer's update: the gradient of the global batch's mean loss. Returns that loss."""
         # Line 3: a batch of preference pairs.
         micro_batches = send_to_device(inputs, self.args.device)
         # Once per step: delta_pmi needs no gradient (App. B), and the weights don't change within a step.
@@ -163,7 +133,10 @@ class PreferenceTrainer(checkpoints.ResumableTrainer):
         losses, columns, count = [], [], self.args.world_size
         for number, (micro_batch, known) in enumerate(zip(micro_batches, hoisted, strict=True), start=1):
             last = number == len(micro_batches)
-            with self._accumulation(model, last):
+            self.accelerator.gradient_state._set_sync_gradients(last)
+            # Gradients are exchanged with the last micro-batch, or with each where no process shall keep them whole.
+            exchanged = last or self.is_deepspeed_enabled or self.accelerator.is_fsdp2
+            with contextlib.nullcontext() if exchanged else self.accelerator.no_sync(model):
                 # Line 5, with gradient: log pi(y_w|x), log pi(y_l|x).
                 scores = self.score(model, micro_batch, known)
                 self.objective_state = self.objective.observe(
@@ -191,14 +164,14 @@ class PreferenceTrainer(checkpoints.ResumableTrainer):
         pairs = micro_batch.pairs
         scored = micro_batch.scores | known
         if "reference_logits" in self.objective.needs:
-            logits = scoring.response_logits(model, pairs, self.attention_kind, self.model.config)
+            logits = scoring.response_logits(model, pairs, self.model.config)
             logps = pairs.sum_by_response(scoring.label_logps(logits, pairs.labels))
             plus, minus = scoring.perturbed_logratios(
                 logits, self.reference.logits(pairs), pairs, self.objective.epsilon
             )
             scored |= {"plus_logratios": plus, "minus_logratios": minus}
         else:
-            logps = scoring.response_logps(model, pairs, self.attention_kind, self.model.config)
+            logps = scoring.response_logps(model, pairs, self.model.config)
         scored["chosen_logps"], scored["rejected_logps"] = split_pairs(logps)
         scored["chosen_lengths"], scored["rejected_lengths"] = split_pairs(pairs.response_lengths)
         # A process with no pairs left runs a forward for ZeRO-3, on a repeated pair; `real` is then 0 and no score counts.
@@ -216,37 +189,27 @@ class PreferenceTrainer(checkpoints.ResumableTrainer):
             for start in range(0, len(packed), batching.HOISTED_MICRO_BATCHES):
                 group = packed[start : start + batching.HOISTED_MICRO_BATCHES]
                 with torch.no_grad():
-                    logps = scoring.response_logps(model, concatenate(group), self.attention_kind, self.model.config)
+                    logps = scoring.response_logps(model, concatenate(group), self.model.config)
                 for scored, part in zip(known[start:], logps.split([p.num_responses for p in group]), strict=False):
                     chosen, rejected = split_pairs(part)
                     scored |= {f"{kind}_chosen_logps": chosen, f"{kind}_rejected_logps": rejected}
         return known
 
-    @contextlib.contextmanager
-    def _accumulation(self, model, last: bool) -> Iterator[None]:
-        """Processes exchange gradients with the last micro-batch of a step, or with each where none keeps them whole.
-
-        FSDP2 would otherwise keep the whole, undivided gradient on every process until the last one.
-        """
-        self.accelerator.gradient_state._set_sync_gradients(last)
-        each = self.is_deepspeed_enabled or self.accelerator.is_fsdp2
-        with contextlib.nullcontext() if last or each else self.accelerator.no_sync(model):
-            yield
-
     # ------------------------------------------------------------------ data
 
+    def _dataset(self, tokenized: Dataset) -> PairDataset:
+        return PairDataset(tokenized, self.objective.needs, self.prior_context)
+
     def get_train_dataloader(self) -> DataLoader:
-        max_tokens, lengths = self.args.max_tokens_per_micro_batch, ()
-        if self.train_dataset is not None and (max_tokens or self.args.world_size > 1):
-            lengths = batching.packed_lengths(self.train_dataset.tokenized)
+        max_tokens, several = self.args.max_tokens_per_micro_batch, self.args.world_size > 1
         return self._loader(
             self.train_dataset,
             global_batch_size=self.global_batch_size,
             micro_batch_size=self.args.per_device_train_batch_size,
             seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
             max_tokens=max_tokens,
-            pair_tokens=lengths,
-            regroups=self.objective.regroups if self.args.world_size > 1 else "nothing",
+            pair_tokens=batching.packed_lengths(self.train_dataset.tokenized) if max_tokens or several else (),
+            regroups=self.objective.regroups if several else "nothing",
         )
 
     def get_eval_dataloader(self, eval_dataset: str | Dataset | PairDataset | None = None) -> DataLoader:
@@ -255,15 +218,13 @@ class PreferenceTrainer(checkpoints.ResumableTrainer):
         elif isinstance(eval_dataset, str):  # the name of one of several
             eval_dataset = self.eval_dataset[eval_dataset]
         elif not isinstance(eval_dataset, PairDataset):
-            eval_dataset = PairDataset(self.pairs.add(eval_dataset, "test"), "mismatched" in self.objective.needs)
+            eval_dataset = self._dataset(self.pairs.add(eval_dataset, "test"))
         size = self.args.per_device_eval_batch_size
         return self._loader(
             eval_dataset, global_batch_size=size * self.args.world_size, micro_batch_size=size, seed=None
         )
 
-    def _loader(self, dataset: PairDataset | None, **cut) -> DataLoader:
-        if dataset is None:
-            raise DataError("there are no such pairs: pass train_dataset to train, eval_dataset to evaluate")
+    def _loader(self, dataset: PairDataset, **cut) -> DataLoader:
         sampler = batching.StepSampler(
             len(dataset), rank=self.args.process_index, world_size=self.args.world_size, **cut
         )
@@ -285,9 +246,7 @@ class PreferenceTrainer(checkpoints.ResumableTrainer):
     def train(self, resume_from_checkpoint: bool | str | None = None, **kwargs):
         """As `Trainer.train`; True goes on from the last complete checkpoint in `output_dir`, or starts if there is none."""
         if resume_from_checkpoint and self.args.save_only_model:
-            raise ConfigError(
-                "save_only_model: checkpoints have no optimizer state, so this training can't go on from one"
-            )
+            raise ConfigError("save_only_model: its checkpoints have no optimizer state to go on from")
         if resume_from_checkpoint is True:
             complete = checkpoints.complete_checkpoints(self.args.output_dir)
             resume_from_checkpoint = str(complete[-1]) if complete else None
@@ -295,19 +254,9 @@ class PreferenceTrainer(checkpoints.ResumableTrainer):
 
     def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
         require_masters(self.model, self.accelerator)
-        require_trained(self.model, self.optimizer, self.accelerator)
         # By all processes together, as one of them reads the initial weights.
         self.decisive = checkpoints.decisive(self)
         prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
-        if self.args.get_warmup_steps(max_steps) >= max_steps and self.is_world_process_zero():
-            print(
-                f"warning: all {max_steps} optimizer step(s) are warm-up, and the first has a learning rate of 0. "
-                "Set warmup_steps: 0, or train on more pairs"
-            )
-        if self.is_world_process_zero():
-            print(f"{min(self.global_batch_size, len(self.train_dataset))} pairs per optimizer step")
-            if self.pairs.chat is not None:
-                print(self.pairs.example())
         # Parity first: scoring the reference takes minutes to hours, and would use the same kernels.
         self._check_parity(self.train_dataset)
         for dataset in self.datasets:
@@ -321,9 +270,8 @@ class PreferenceTrainer(checkpoints.ResumableTrainer):
     def _check_parity(self, dataset: PairDataset) -> None:
         if self.is_deepspeed_enabled:
             attention.register_fused_head(self.model)
-        first = dataset.tokenized.select(range(min(MAX_PAIRS, len(dataset)))).to_list()
         self.model_wrapped.eval()
-        self.parity = check_parity(self.model_wrapped, self.model, first, self.attention_kind)
+        self.parity = check_parity(self.model_wrapped, self.model, dataset.tokenized, self.attention_kind)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As `Trainer.save_model`; under FSDP2 the whole model, but for checkpoints."""
@@ -336,20 +284,6 @@ class PreferenceTrainer(checkpoints.ResumableTrainer):
         self.marks |= {"state": state, "training": self.decisive}
         super().complete_checkpoint()
 
-    def _prepare_for_evaluation(self, dataset: PairDataset) -> None:
-        """What training does before its first step, where an evaluation comes first."""
-        if not self.accelerator._models:
-            if self.is_deepspeed_enabled:
-                deepspeed_init(self, num_training_steps=0, inference=True)
-            sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
-            options = {} if sharded else {"evaluation_mode": True}
-            prepare = self.accelerator.prepare if sharded else self.accelerator.prepare_model
-            self.model_wrapped = prepare(self.model, **options)
-        if self.parity is None:
-            self._check_parity(dataset)
-        if not dataset.scores:
-            self.reference.add_scores(dataset, resuming=self.state.global_step > 0)
-
     def evaluation_loop(
         self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
     ) -> EvalLoopOutput:
@@ -357,9 +291,18 @@ class PreferenceTrainer(checkpoints.ResumableTrainer):
 
         `self.eval_columns` keeps the per-pair columns of all processes.
         """
-        self._prepare_for_evaluation(dataloader.dataset)
-        model = self.model_wrapped
-        columns = []
+        # What training does before its first step, where an evaluation comes first.
+        if not self.accelerator._models:
+            if self.is_deepspeed_enabled:
+                deepspeed_init(self, num_training_steps=0, inference=True)
+            sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
+            prepare = functools.partial(self.accelerator.prepare_model, evaluation_mode=True)
+            self.model_wrapped = (self.accelerator.prepare if sharded else prepare)(self.model)
+        if self.parity is None:
+            self._check_parity(dataloader.dataset)
+        if not dataloader.dataset.scores:
+            self.reference.add_scores(dataloader.dataset, resuming=self.state.global_step > 0)
+        model, columns = self.model_wrapped, []
         for inputs in dataloader:
             micro_batches = send_to_device(inputs, self.args.device)
             hoisted = self.score_without_gradient(model, micro_batches)
@@ -382,39 +325,13 @@ class PreferenceTrainer(checkpoints.ResumableTrainer):
             seconds = time.perf_counter() - self.window.start
             tokens = gather(torch.tensor([self.window.tokens], device=self.args.device)).sum().item()
             logs |= metrics.step_metrics(gather_columns(self.window.columns), self.objective)
-            logs |= {
-                "tokens_per_second": tokens / seconds,
-                "peak_memory_gib": metrics.peak_memory_gib(self.args.device),
-            }
+            logs["tokens_per_second"] = tokens / seconds
+            logs["peak_memory_gib"] = metrics.peak_memory_gib(self.args.device)
             self.window = metrics.LogWindow()  # the next line is about the pairs after this one
         super().log(logs, start_time)
 
     def floating_point_ops(self, inputs: list[PackedMicroBatch]) -> int:
-        """Of the matrix products: 6 per parameter and token with gradients, 2 without."""
-        # A shared prompt is computed once, so packed positions count and not tokens of the pairs.
-        with_gradient = sum(micro_batch.pairs.length for micro_batch in inputs)
-        others = [packed for micro_batch in inputs for packed in (micro_batch.prior, micro_batch.mismatched) if packed]
-        return self.num_non_embedding_parameters * (6 * with_gradient + 2 * sum(packed.length for packed in others))
-
-    def create_model_card(self, model_name=None, dataset_name=None, tags=()) -> None:
-        """README.md of the output folder in TRL's form, on the main process; it names method and paper."""
-        if not self.is_world_process_zero():
-            return
-        base, paper = self.model.config._name_or_path, PAPERS.get(self.objective.name)  # none for a loss of one's own
-        card = generate_model_card(
-            base_model=None if Path(base).is_dir() else base,
-            model_name=model_name or Path(self.args.output_dir).name,
-            hub_model_id=self.hub_model_id,
-            dataset_name=dataset_name,
-            tags=["rmipo", self.objective.name, *([tags] if isinstance(tags, str) else tags or ())],
-            wandb_url=None,
-            trackio_url=None,
-            trainer_name=paper.name if paper else self.objective.name,
-            trainer_citation=paper and paper.citation,
-            paper_title=paper and paper.title,
-            paper_id=paper and paper.arxiv,
-        )
-        card.save(Path(self.args.output_dir) / "README.md")
+        return 0  # the Trainer would count those of another kind of batch
 
 
 class RMiPOTrainer(PreferenceTrainer):
@@ -423,8 +340,6 @@ class RMiPOTrainer(PreferenceTrainer):
     def __init__(self, model: parts.Named | parts.Loaded, args: RMiPOConfig | None = None, **kwargs):
         if args is None:
             args = RMiPOConfig(output_dir=f"{Path(parts.name_of(parts.source_of(model))).name}-RMiPO")
-        if isinstance(args, PairConfig) and not isinstance(args, RMiPOConfig):
-            raise ConfigError(
-                f"args is {type(args).__name__}: RMiPOTrainer takes RMiPOConfig, other methods PreferenceTrainer"
-            )
+        if not isinstance(args, RMiPOConfig):
+            raise ConfigError(f"args is {type(args).__name__}: expected RMiPOConfig; other methods: PreferenceTrainer")
         super().__init__(model, args, **kwargs)

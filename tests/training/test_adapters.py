@@ -11,7 +11,6 @@ from transformers import AutoModelForCausalLM
 from rmipo.evaluation.target import model_folder
 from rmipo.fingerprints import model_fingerprint
 from rmipo.training import attention
-from rmipo.training.loading import LoadingError
 from tests.helpers.families import make_tokenizer, save
 from tests.helpers.paths import ROOT
 from tests.helpers.programs import run_here
@@ -48,7 +47,6 @@ def test_training_an_adapter_equals_a_naive_loop(tmp_path):
         assert torch.equal(actual[name], value), name
     # Three steps of 1e-3 move a weight by about 3e-3: ten times the tolerance above.
     assert min((now - before).abs().max() for now, before in zip(trained, start, strict=True)) > 1.5e-3
-    assert trainer.parity < 1e-5
 
 
 def test_dropout_is_off_in_the_prior_pass_and_on_in_the_gradient_pass(tmp_path):
@@ -116,17 +114,6 @@ def test_merged_logits_equal_the_adapters(tmp_path, monkeypatch, capsys):
     for name in ("run.json", "metrics.jsonl"):  # it is the same run, and is evaluated as that
         assert (tmp_path / "lora-merged" / name).read_bytes() == (tmp_path / "lora" / name).read_bytes()
     assert model_folder(ROOT / "recipes" / tmp_path.name / "rmipo.yaml", tmp_path.parent, "lora-merged").is_dir()
-
-
-def test_the_base_is_of_the_revision_that_was_trained(tmp_path, monkeypatch):
-    def load(source):
-        raise LoadingError(f"{source.model_name_or_path} at {source.model_revision} in {source.dtype}")
-
-    monkeypatch.setattr("rmipo.training.loading.load_model", load)
-    recipe = {"model_name_or_path": "owner/base", "model_revision": "v2", "dtype": "float16"}
-    (tmp_path / "run.json").write_text(json.dumps({"recipe": recipe}))
-    (tmp_path / "adapter_config.json").touch()
-    assert "owner/base at v2 in float16" in merge(tmp_path).err
 
 
 def test_bfloat16_model_with_large_logits_is_merged(tmp_path):

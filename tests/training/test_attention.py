@@ -80,19 +80,6 @@ def test_flex_shares_keys_among_a_power_of_two_of_heads_alone(heads, monkeypatch
     assert attention._compiled_flex_attention.cache_info().currsize == 0  # compiling on a CPU takes a minute
 
 
-@pytest.mark.parametrize("window", [None, 3])
-def test_dropout_is_that_of_the_layer_or_refused(heads, window):
-    plain = run("segment", heads, window)
-    torch.manual_seed(0)
-    dropped = run("segment", heads, window, dropout=0.5)
-    assert (dropped - plain).abs().max() > 0.1
-    # A position that sees itself alone keeps its value doubled, or nothing.
-    alone = (dropped / plain)[0, 0]
-    assert all(torch.allclose(head, head[0].expand(8)) and head[0].round(decimals=4) in (0, 2) for head in alone)
-    with pytest.raises(ValueError, match=r"flex has no dropout, found 0.5; set attention_dropout of the model to 0"):
-        run("flex", heads, window, dropout=0.5)
-
-
 def test_segments_have_to_tile_the_sequence(heads):
     first, second, third, *rest = PACKED.segments
     moved = (first._replace(start=first.start + 1), second, third, *rest)
@@ -116,17 +103,6 @@ def test_auto_is_flex_on_cuda_compiled_once_and_segment_elsewhere(monkeypatch):
         assert torch._dynamo.config.recompile_limit > 8 and torch._dynamo.config.fail_on_recompile_limit_hit
     attention._compiled_flex_attention.cache_clear()
     assert compiled == [{"dynamic": True}]
-
-
-def test_a_model_has_to_be_attached_to_the_kind_first():
-    model = make_model("llama")
-    for kind in ("segment", "dense", "flex"):
-        attention.attach(model, kind)
-        for other in {"segment", "dense", "flex"} - {kind}:
-            with pytest.raises(AssertionError, match="comes first"):
-                attention.forward_kwargs(other, PACKED, model.config)
-    attention.attach(model, "plain")
-    assert model.config._attn_implementation == "sdpa"
 
 
 def test_deepspeed_is_told_of_the_weight_that_a_fused_head_reads():

@@ -11,7 +11,6 @@ from rmipo.training.batching import (
     MicroBatch,
     PairDataset,
     StepSampler,
-    pack_micro_batch,
     packed_lengths,
     split_by_tokens,
 )
@@ -86,9 +85,8 @@ def test_parts_by_tokens_are_few_and_of_similar_length():
     assert max(loads) - min(loads) <= min(LENGTHS) + 5
     assert loads == sorted(loads, reverse=True)
     assert split_by_tokens([0, 1, 2, 3], [7, 5, 3, 3], limit=10, multiple=1) == [[0, 3], [1, 2]]  # none does: 10 and 8
-    # Levelled, the parts would be 6 4 4 and 6 4: 14 is too long.
-    parts = split_by_tokens([0, 1, 2, 3, 4], [6, 6, 4, 4, 4], limit=12, multiple=1)
-    assert sorted(map(sorted, parts)) == [[0, 1], [2, 3, 4]]
+    # Two parts would be 6 4 4 and 6 4: 14 is too long.
+    assert len(split_by_tokens([0, 1, 2, 3, 4], [6, 6, 4, 4, 4], limit=12, multiple=1)) == 3
 
 
 def test_pairs_are_dealt_to_processes_by_length_and_one_without_a_pair_repeats_some_without_weight():
@@ -106,35 +104,21 @@ def test_pairs_are_dealt_to_processes_by_length_and_one_without_a_pair_repeats_s
     assert step == tuple([MicroBatch((pair,), real, 2)] for pair, real in ((8, 1), (9, 1), (8, 0), (8, 0)))
 
 
-def test_pairs_stand_at_their_place_beside_scores_and_mismatched_sides():
-    dataset = PairDataset(Dataset.from_list([{"prompt_ids": [i], "row": 100 - i} for i in range(5)]))
-    dataset.scores = {"ref_chosen_logps": torch.arange(5) / 2}
-    rows, cut = dataset[MicroBatch((3, 1), 2, 2)]
-    assert [row["ref_chosen_logps"] for row in rows] == [1.5, 0.5] and cut.indices == (3, 1)
-    assert [(row["prompt_ids"], row["row"]) for row in rows] == [([3], 97), ([1], 99)]
-    rows = [{"prompt_ids": [i], "chosen_ids": [10 + i], "rejected_ids": [20 + i], "row": i} for i in range(3)]
-    found, _ = PairDataset(Dataset.from_list(rows), mismatched=True)[MicroBatch((2, 0), 2, 2)]
-    sides = [(row["prompt_ids"], row["mismatched_chosen_ids"], row["mismatched_rejected_ids"]) for row in found]
-    assert sides == [([2], [10], [20]), ([0], [11], [21])]
+def test_a_micro_batch_holds_what_its_objective_needs():
+    rows = [
+        {"prompt_ids": [1, i], "chosen_ids": [10 + i], "rejected_ids": [20 + i, 5], "row": 100 - i} for i in range(3)
+    ]
+    dataset = PairDataset(Dataset.from_list(rows), {"reference", "initial_prior"}, [9, 9])
+    dataset.scores = {"ref_chosen_logps": torch.arange(3) / 2}
+    cut = MicroBatch((2, 0), 0, 8)
+    batch = dataset[cut]
+    assert batch.pairs.labels.tolist() == [12, 22, 5, 10, 20, 5]
+    assert batch.prior is None and batch.mismatched is None
+    assert batch.scores["ref_chosen_logps"].tolist() == [1.0, 0.0]
+    assert batch.rows == [98, 100] and batch.cut == cut
+    batch = dataset.pack(cut, {"prior", "mismatched"})
+    assert batch.prior.input_ids.tolist() == [[9, 9, 9, 22, 9, 9, 20]]
+    assert batch.mismatched.labels.tolist() == [10, 20, 5, 11, 21, 5]
+    assert batch.mismatched.input_ids.tolist() == [[1, 2, 2, 20, 1, 0, 0, 21]]
     dataset = {"prompt_ids": [[1, 2, 3], [1]], "chosen_ids": [[1], [1, 2]], "rejected_ids": [[1, 2], [1]]}
     assert packed_lengths(dataset) == [5, 3]
-
-
-def test_a_micro_batch_holds_what_its_objective_needs():
-    ids = {"prompt_ids": [1, 2], "chosen_ids": [3], "rejected_ids": [4, 5]}
-    ids |= {"mismatched_chosen_ids": [6], "mismatched_rejected_ids": [7, 8]}
-    rows = [ids | {"ref_chosen_logps": -0.1 * row, "prior_rejected_logps": -2.5, "row": row} for row in (30, 10)]
-    cut = MicroBatch((3, 1), 0, 8)
-    batch = pack_micro_batch(rows, cut, {"reference", "initial_prior"}, [9, 9])
-    assert batch.pairs.labels.tolist() == [3, 4, 5, 3, 4, 5]
-    assert batch.prior is None and batch.mismatched is None
-    assert {name: values.tolist() for name, values in batch.scores.items()} == {
-        "ref_chosen_logps": torch.tensor([-3.0, -1.0]).tolist(),
-        "prior_rejected_logps": [-2.5, -2.5],
-    }
-    assert {values.dtype for values in batch.scores.values()} == {torch.float32}
-    assert batch.rows == [30, 10] and batch.cut == cut
-    batch = pack_micro_batch(rows, cut, {"prior", "mismatched"}, [9, 9])
-    assert batch.prior.input_ids.tolist() == [[9, 9, 9, 4, 9, 9, 4]]
-    assert batch.mismatched.labels.tolist() == [6, 7, 8, 6, 7, 8]
-    assert batch.mismatched.input_ids.tolist() == [[1, 2, 2, 7] * 2]

@@ -1,17 +1,15 @@
 """The trainers as people who know TRL use them: raw rows, names of models, TRL's batches, resume, evaluate, upload."""
 
 import json
-import pickle
-import re
 import signal
 import time
 
 import pytest
 import torch
 from datasets import Dataset, load_dataset
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, OPTConfig, OPTForCausalLM, TrainingArguments
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 from trl import ModelConfig
 
 from rmipo import PreferenceConfig, PreferenceTrainer, RMiPOConfig, RMiPOTrainer
@@ -19,7 +17,6 @@ from rmipo.errors import CheckpointError, ConfigError, UserError
 from rmipo.recipe import arguments
 from rmipo.record import read_metrics
 from rmipo.run.callbacks import Recorder
-from rmipo.training import attention
 from tests.helpers.launched import launch
 from tests.helpers.rows import assistant, user
 from tests.helpers.tiny_model import write_model
@@ -108,11 +105,9 @@ def test_without_a_template_texts_stay_texts_and_the_rest_is_refused(make, token
         with pytest.raises(UserError, match=named):
             make(rows=rows, processing_class=tokenizer)
     assert make(rows=tokenized, processing_class=tokenizer, prior_context=[0]).prior_context == [0]
-    with pytest.raises(ConfigError, match="prior_context"):  # the objective says "header"
-        make(prior_context=[])
 
 
-def test_batches_are_trls(make):
+def test_batches_are_trls(make, model, tmp_path):
     def pairs_of_a_step(**batch):
         trainer = make(args=batch)
         return [sum(m.real for m in step) for step in trainer.get_train_dataloader().batch_sampler]
@@ -123,15 +118,9 @@ def test_batches_are_trls(make):
     assert pairs_of_a_step(global_batch_size=8, per_device_train_batch_size=3) == [8, 4]
     with pytest.raises(ConfigError, match="global_batch_size"):
         make(args={"global_batch_size": 8, "gradient_accumulation_steps": 4})
-
-
-def test_arguments_are_left_as_they_are_and_serve_two_trainers(make, model, tmp_path):
     args = RMiPOConfig(str(tmp_path), **SAME | {"gradient_accumulation_steps": 3})
-    for _ in range(2):
-        trainer = RMiPOTrainer(model, args, train_dataset=Dataset.from_list(TURNS))
-        assert trainer.global_batch_size == 6 and args.gradient_accumulation_steps == 3
-    args.beta = 7.0
-    assert RMiPOTrainer(model, args, train_dataset=Dataset.from_list(TURNS)).objective.beta == 7.0
+    trainer = RMiPOTrainer(model, args, train_dataset=Dataset.from_list(TURNS))
+    assert trainer.global_batch_size == 6 and args.gradient_accumulation_steps == 3  # the trainer works on a copy
 
 
 def test_defaults_are_the_papers(monkeypatch):
@@ -155,7 +144,6 @@ def test_defaults_are_the_papers(monkeypatch):
     ("config", "options", "error"),
     [
         (RMiPOConfig, {"gamma_min": 2.0}, ValueError),
-        (RMiPOConfig, {"label_smoothing_factor": 0.1}, ConfigError),
         (RMiPOConfig, {"dataloader_drop_last": True}, ConfigError),
         (RMiPOConfig, {"train_sampling_strategy": "sequential"}, ConfigError),
         (PreferenceConfig, {"objective": "simpo"}, ValueError),
@@ -188,7 +176,6 @@ def test_the_prior_context_follows_from_the_objective(make, model, tokenizer):
         ({"objective": DPO, "ref_model": AutoModelForCausalLM}, "ref_model"),
         ({"rows": [{"prompt_ids": [0, 5], "chosen_ids": [7] * 63, "rejected_ids": [8]}]}, "65 tokens"),
         ({"rows": [{"question": "w1", "good": "w2", "bad": "w3"}]}, "chosen"),
-        ({"train_dataset": TURNS}, "train: found list"),
         ({"args": {"max_length": 2048}}, "128 positions"),
         ({"model": "no/such/model"}, "no/such/model"),
     ],
@@ -223,20 +210,6 @@ def test_the_reference_is_the_model_that_was_passed(make, model, tmp_path):
         (loss,) = [line["loss"] for line in trainer.state.log_history if "loss" in line]
         assert loss == pytest.approx(0.6931472, abs=1e-5 if name == "epsilon-dpo" else 1e-6)  # log 2: no difference yet
         assert name == "dpo" or trainer.reference.model is not trainer.model
-
-
-def test_adapters_are_made_by_the_trainer(make):
-    lora = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
-    weights = []
-    for _ in range(2):
-        trainer = make(peft_config=lora, args={"max_steps": 2})
-        trained = {name.split(".")[-3] for name, p in trainer.model.named_parameters() if p.requires_grad}
-        assert trained == {"lora_A", "lora_B"}
-        trainer.train()
-        weights.append(trainer.model.state_dict())
-    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
-    with pytest.raises(UserError, match="peft_config"):
-        make(model=trainer.model, peft_config=lora)
 
 
 @pytest.mark.parametrize("objective", [None, DPO])
@@ -293,18 +266,6 @@ def assert_same_weights(one, other):
     weights, expected = load_file(one / "model.safetensors"), load_file(other / "model.safetensors")
     assert weights.keys() == expected.keys()
     assert all(torch.equal(value, expected[name]) for name, value in weights.items())
-
-
-def test_a_run_begins_with_a_pair_and_what_of_it_is_scored(make, capsys):
-    trainer = make(args={"max_steps": 1})
-    assert len(pickle.dumps(trainer.data_collator)) < 10_000  # for spawned workers, and not the trainer with its model
-    trainer.train()
-    (shown,) = re.findall(r"row 0 in tokens.*\n(.*\n.*\n.*)\n", capsys.readouterr().out)
-    prompt, *responses = shown.splitlines()
-    assert TURNS[0]["prompt"][-1]["content"].split()[0] in prompt and "[" not in prompt
-    for side, line in zip(("chosen", "rejected"), responses, strict=True):
-        assert line.split()[0] == side and line.rstrip().endswith("</s>]")
-        assert re.sub(r"[\[\]\s]", "", line) == side + re.sub(r"\s", "", TURNS[0][side][0]["content"]) + "</s>"
 
 
 PROGRAM = """
@@ -377,27 +338,6 @@ def test_weights_are_trained_in_float32_or_not_at_all(make, model, dtype):
 
 
 @pytest.mark.parametrize(
-    "target",
-    [
-        {"target_modules": r".*(lm_head|q_proj)"},
-        {"target_modules": ["model.embed_tokens", "q_proj"]},
-        {"target_modules": "all-linear", "modules_to_save": ["lm_head"]},
-        {"target_modules": ["q_proj"], "target_parameters": ["lm_head.weight"]},
-    ],
-    ids=str,
-)
-@pytest.mark.parametrize("made_by", ["trainer", "user"])
-def test_an_adapter_of_tied_embeddings_is_refused(make, model, tokenizer, target, made_by):
-    adapter = LoraConfig(task_type="CAUSAL_LM", **target)
-    tied = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model, tie_word_embeddings=True))
-    given = [tied, adapter] if made_by == "trainer" else [get_peft_model(tied, adapter), None]
-    with pytest.raises(UserError, match=r"lm_head|embed_tokens"):
-        make(model=given[0], peft_config=given[1], processing_class=tokenizer)
-    untied = LoraConfig(task_type="CAUSAL_LM", target_modules=["lm_head", "q_proj"])
-    assert make(peft_config=untied)
-
-
-@pytest.mark.parametrize(
     "target", [{"target_modules": ["q_proj", "v_porj"]}, {"target_modules": ["q_proj"], "modules_to_save": ["v_porj"]}]
 )
 def test_a_module_that_adapters_name_and_the_model_lacks_is_refused(make, target):
@@ -418,23 +358,6 @@ def test_a_training_does_not_go_on_from_another_ones_checkpoint(make, tmp_path):
     ):
         with pytest.raises(CheckpointError, match=named):
             make(args={"max_steps": 1, **SAVING, **options}, **changes).train(resume_from_checkpoint=True)
-    marker = tmp_path / "out/checkpoint-1/complete.json"  # as of no preference training
-    marker.write_text(json.dumps({key: json.loads(marker.read_text())[key] for key in ("step", "files")}))
-    with pytest.raises(CheckpointError, match="learning_rate"):
-        make(args={"max_steps": 2}).train(resume_from_checkpoint=True)
-
-
-def test_the_card_names_method_and_paper(make, tmp_path):
-    for objective, named, paper in (
-        (None, "RMiPO", "2604.24804"),
-        (DPO, "DPO", "2305.18290"),
-        ({"name": "simpo"}, "SimPO", "2405.14734"),
-    ):
-        trainer = make(objective)
-        trainer.create_model_card(dataset_name="org/pairs")
-        card = (tmp_path / "out/README.md").read_text()
-        assert f"trained with {named}, a method introduced in" in card and f"/papers/{paper}" in card
-        assert "org/pairs" in card and (paper == "2604.24804" or "2604.24804" not in card)
 
 
 @pytest.mark.parametrize("installed", [False, True])
@@ -449,17 +372,11 @@ def test_liger_is_the_default_on_gpus_where_it_is_installed(monkeypatch, install
     assert args.use_liger_kernel is bool(args.liger_kernel_config) is (installed and on_cuda)
 
 
-def test_what_a_training_could_not_go_on_from_is_refused(make, tmp_path):
-    make(args={"max_steps": 3, "save_only_model": True, **SAVING}).train()
-    for options in ({"max_steps": 4, "save_only_model": True}, {"max_steps": 2}):
-        with pytest.raises(ConfigError, match=list(options)[-1]):
-            make(args=options | SAVING).train(resume_from_checkpoint=True)
-    loras = [LoraConfig(task_type="CAUSAL_LM", lora_alpha=alpha) for alpha in (8, 64)]
-    saving = {"max_steps": 2, "output_dir": str(tmp_path / "lora"), **SAVING}
-    one, other = (make(args=saving, peft_config=lora) for lora in loras)
-    one.train()
-    with pytest.raises(CheckpointError, match="lora_alpha"):
-        other.train(resume_from_checkpoint=True)
+def test_a_checkpoint_without_its_optimizer_is_not_gone_on_from(make):
+    args = {"max_steps": 1, "save_only_model": True, **SAVING}
+    make(args=args).train()
+    with pytest.raises(ConfigError, match="save_only_model"):
+        make(args=args | {"max_steps": 2}).train(resume_from_checkpoint=True)
 
 
 def test_a_checkpoint_of_an_earlier_training_does_not_cost_the_newest_one(make, tmp_path):
@@ -468,57 +385,14 @@ def test_a_checkpoint_of_an_earlier_training_does_not_cost_the_newest_one(make, 
     assert {path.name for path in (tmp_path / "out").glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-4"}
 
 
-def test_prompts_that_training_has_too_are_counted(make, capsys):
+def test_the_first_pair_and_the_prompts_that_training_has_too_are_printed(make, capsys):
     tokenized = make(rows=TURNS[:8], eval_dataset=Dataset.from_list([*TURNS[6:], TURNS[7]]))
-    assert capsys.readouterr().out.count("3 of 7 pairs of test") == 1
+    printed = capsys.readouterr().out
+    assert printed.count("3 of 7 pairs of test") == 1 and printed.count(TURNS[0]["chosen"][-1]["content"]) >= 1
     make(rows=tokenized.train_dataset.tokenized, eval_dataset=tokenized.eval_dataset.tokenized)  # as scripts pass them
     assert "pairs of test" not in capsys.readouterr().out
     make(rows=TURNS[:8], eval_dataset=Dataset.from_list(TURNS[8:]))
     assert "pairs of test" not in capsys.readouterr().out
-
-
-CONTENT, ASSISTANT = "{{ m['content'] }}", "{% if m['role'] == 'assistant'"
-
-
-def test_what_the_template_adds_to_responses_is_named(make, tokenizer, capsys):
-    template = tokenizer.chat_template
-    rows = [{**row, "prompt": [user("w1"), assistant("w2 w3"), user("w4")]} for row in TURNS[:3]]
-    for change, said in (
-        (CONTENT, ""),
-        (ASSISTANT + " %}w7 {% endif %}" + CONTENT, "starts each response with 'w7'"),
-    ):
-        tokenizer.chat_template = template.replace(CONTENT, change)
-        trainer = make(rows=rows, processing_class=tokenizer)
-        printed = capsys.readouterr().out
-        assert said in printed and ("starts each response" in printed) == bool(said)
-        assert (ids(trainer)[0][1][0] == tokenizer.convert_tokens_to_ids("w7")) == ("w7" in said)
-
-
-def test_models_with_functional_dropout_have_none(make):
-    opt = OPTForCausalLM(OPTConfig(vocab_size=25, hidden_size=16, ffn_dim=16, num_hidden_layers=1, num_attention_heads=2,
-                                   max_position_embeddings=128, word_embed_proj_dim=16, dropout=0.5))  # fmt: skip
-    trained = make(DPO, rows=make().train_dataset.tokenized, model=opt).model.train()
-    attention.attach(trained, "plain")
-    ids = torch.arange(8)[None]
-    assert torch.equal(trained(ids).logits, trained(ids).logits)
-
-
-def test_a_training_of_nothing_is_refused(make, model, tokenizer):
-    base = AutoModelForCausalLM.from_pretrained(model)
-    other = torch.optim.SGD(AutoModelForCausalLM.from_pretrained(model).parameters(), lr=0.1)
-    with pytest.raises(UserError, match="optimizer"):
-        make(args={"max_steps": 1}, optimizers=(other, None)).train()
-    with pytest.raises(UserError, match="lora_alpha"):
-        make(peft_config=LoraConfig(task_type="CAUSAL_LM", lora_alpha=0))
-    with pytest.raises(UserError, match="layers_to_transform"):
-        make(peft_config=LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], layers_to_transform=[0, 7]))
-    adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(model), LoraConfig(task_type="CAUSAL_LM"))
-    adapted.disable_adapter_layers()
-    with pytest.raises(UserError, match="switched off"):
-        make(model=adapted, processing_class=tokenizer)
-    base.requires_grad_(False)
-    with pytest.raises(UserError, match="requires_grad"):
-        make(model=base, args={"max_steps": 1}, processing_class=tokenizer).train()
 
 
 def test_a_model_in_memory_may_have_been_trained_before_it_is_resumed(make, model):

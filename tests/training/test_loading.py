@@ -2,8 +2,6 @@
 
 import importlib.util
 import json
-import logging
-import re
 
 import pytest
 import torch
@@ -14,43 +12,27 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     MambaConfig,
-    Trainer,
-    TrainingArguments,
+    OPTConfig,
+    OPTForCausalLM,
 )
 
-from rmipo.errors import UserError
-from rmipo.generation.answers import own_settings, stop_ids
 from rmipo.recipe.schema import ModelConfig
 from rmipo.training.loading import LoadingError, check_limits, load_model, load_tokenizer, positions_of
 from rmipo.training.parts import policy
 from tests.helpers.families import LLAMA3_TEMPLATE, make_model, make_tokenizer, save
 
 
-@pytest.mark.parametrize(
-    "settings, sampled, kept",
-    [
-        ({"temperature": 0.6, "top_p": 0.9}, True, {"temperature": 0.6, "top_p": 0.9}),
-        ({"early_stopping": True, "num_beams": 1}, None, {"early_stopping": None}),
-        ({"pad_token_id": -1}, None, {"pad_token_id": None}),
-        ({"temperature": 0.7, "do_sample": True}, True, {"temperature": 0.7}),
-    ],
-)
-def test_an_invalid_generation_configuration_is_repaired(tmp_path, capsys, settings, sampled, kept):
+def test_an_invalid_generation_configuration_keeps_its_special_tokens_and_can_be_saved(tmp_path, capsys):
     folder = save("llama3", tmp_path / "model")
     path = tmp_path / "model" / "generation_config.json"
-    tokens = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
-    path.write_text(json.dumps(json.loads(path.read_text()) | tokens | settings))
+    path.write_text(json.dumps({"bos_token_id": 0, "eos_token_id": 1, "temperature": 0.6}))
     model = load_model(ModelConfig(model_name_or_path=folder, dtype="float32"))
+    assert f"generation_config.json of {folder}" in capsys.readouterr().out
     model.save_pretrained(tmp_path / "saved")
     saved = json.loads((tmp_path / "saved" / "generation_config.json").read_text())
-    assert saved.get("do_sample") == sampled and {key: saved.get(key) for key in kept} == kept
-    given = json.loads(path.read_text())
-    for token in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        assert saved.get(token) == (None if given[token] == -1 else given[token])
-    valid = "do_sample" in settings
-    said = capsys.readouterr().out
-    repair = "do_sample: true is added" if "temperature" in settings else "only its special tokens are kept"
-    assert "notice" not in said if valid else re.search(rf"notice: .* {folder} is not valid .*: {repair}", said)
+    assert (saved["bos_token_id"], saved["eos_token_id"], saved.get("temperature")) == (0, 1, None)
+    path.write_text(json.dumps({"do_sample": True, "temperature": 0.6}))
+    assert load_model(ModelConfig(model_name_or_path=folder)).generation_config.temperature == 0.6
 
 
 @pytest.mark.parametrize("content", ["not JSON", '{"model_type": "of another library"}'])
@@ -65,13 +47,10 @@ def test_what_cannot_be_loaded_is_named_with_the_reason(tmp_path, what, content)
         else:
             check_limits(make_tokenizer("llama3"), config, 10)
 
-    expected = rf"^model_name_or_path: the {what} of {{}} can't be loaded \({{}}[^\s()][^\n]+\)\. Check"
     (tmp_path / "config.json").write_text(content)
-    with pytest.raises(LoadingError, match=expected.format(tmp_path, "")) as error:
-        use(tmp_path)
-    assert isinstance(error.value, UserError) and "\n" not in str(error.value)
-    with pytest.raises(LoadingError, match=expected.format("nobody/nothing", "We couldn't ")):
-        use("nobody/nothing")
+    for name in (tmp_path, "nobody/nothing"):
+        with pytest.raises(LoadingError, match=f"^model_name_or_path: the {what} of {name} can't be loaded"):
+            use(name)
 
 
 def test_weights_are_quantized_where_the_recipe_says_so(tmp_path):
@@ -97,89 +76,45 @@ def test_the_revision_is_that_of_all_parts(tmp_path, monkeypatch):
         config = ModelConfig(model_name_or_path="own/model", model_revision=revision, dtype="float32")
         assert load_tokenizer(config).chat_template == revision
         check_limits(make_tokenizer("llama3"), config, positions)
-        with pytest.raises(LoadingError, match=f"it has {positions} positions"):
+        with pytest.raises(LoadingError, match=f"{positions} positions"):
             check_limits(make_tokenizer("llama3"), config, positions + 1)
         model = load_model(config)
         assert torch.equal(model.lm_head.weight, make_model("llama3", seed).lm_head.weight)
 
 
-def test_a_model_has_the_type_and_the_options_that_are_asked_for(tmp_path):
-    folder = save("llama3", tmp_path)
-    for dtype in ("bfloat16", "float32"):
-        model = load_model(ModelConfig(model_name_or_path=folder, dtype=dtype), use_cache=False)
-        assert model.dtype == getattr(torch, dtype) and model.config.use_cache is False
-    assert load_model(ModelConfig(model_name_or_path=folder)).config.use_cache is True
-
-
-def test_a_generation_configuration_that_cannot_be_read_is_named(tmp_path):
-    (tmp_path / "generation_config.json").write_text('{"do_sample": ')
-    for read in (own_settings, lambda folder: stop_ids(folder, None, None)):
-        with pytest.raises(LoadingError, match=r"generation_config\.json"):
-            read(tmp_path)
-
-
 def test_a_policy_has_no_dropout(tmp_path):
-    GPT2LMHeadModel(GPT2Config(vocab_size=9, n_positions=8, n_embd=8, n_layer=1, n_head=2)).save_pretrained(tmp_path)
-    config, ids = ModelConfig(model_name_or_path=str(tmp_path), dtype="float32"), torch.arange(8)[None]
-    trained, model = policy(config), load_model(config)
-    assert torch.equal(trained.train()(ids).logits, model.eval()(ids).logits)
-    assert not torch.equal(model.train()(ids).logits, model.eval()(ids).logits)
-
-
-@pytest.mark.parametrize("family", ["llama-3.2", "llama3"])  # tied and untied
-def test_a_resume_calls_no_tied_weight_missing(tmp_path, caplog, monkeypatch, family):
-    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
-    source = ModelConfig(model_name_or_path=save(family, tmp_path / "model"), dtype="float32")
-    rows = [{"input_ids": [3, 4, 5], "labels": [3, 4, 5]}] * 4
-    options = {"use_cpu": True, "bf16": False, "report_to": "none", "save_steps": 1, "disable_tqdm": True}
-    weights = []
-    for folder, steps, resume in (("whole", 2, None), ("part", 1, None), ("part", 2, True)):
-        args = TrainingArguments(str(tmp_path / folder), max_steps=steps, lr_scheduler_type="constant", **options)
-        trainer = Trainer(load_model(source), args, train_dataset=rows)
-        trainer.train(resume_from_checkpoint=resume)
-        weights.append(trainer.model.state_dict())
-    assert all(torch.equal(weights[0][name], weights[2][name]) for name in weights[0])
-    assert "missing keys" not in caplog.text
+    GPT2LMHeadModel(GPT2Config(vocab_size=9, n_positions=8, n_embd=8, n_layer=1, n_head=2)).save_pretrained(
+        tmp_path / "a"
+    )
+    opt = OPTConfig(
+        vocab_size=9, hidden_size=16, ffn_dim=16, num_attention_heads=2, word_embed_proj_dim=16, dropout=0.5
+    )
+    OPTForCausalLM(opt).save_pretrained(tmp_path / "b")  # its dropout is functional
+    for name in ("a", "b"):
+        config, ids = ModelConfig(model_name_or_path=str(tmp_path / name), dtype="float32"), torch.arange(8)[None]
+        trained, model = policy(config), load_model(config)
+        assert torch.equal(trained.train()(ids).logits, model.eval()(ids).logits)
+        assert not torch.equal(model.train()(ids).logits, model.eval()(ids).logits)
 
 
 ROPE = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 ROPE |= {"original_max_position_embeddings": 32}
 
 
-def test_added_tokens_need_embeddings(tmp_path):
+def test_added_tokens_need_embeddings_and_long_sequences_positions(tmp_path):
     save("llama3", tmp_path)
     config, tokenizer = AutoConfig.from_pretrained(tmp_path), make_tokenizer("llama3")
-    vocabulary = config.vocab_size
-
-    def limits(size, tokenizer):
-        config.vocab_size = size
-        config.save_pretrained(tmp_path)
-        check_limits(tokenizer, ModelConfig(model_name_or_path=str(tmp_path)), 10)
-
-    limits(vocabulary, tokenizer)
-    limits(len(tokenizer), tokenizer)
-    with pytest.raises(LoadingError, match=r"\d+ tokens more .* \(3\), such as [^,]+, [^,]+, [^,]+\. Remove"):
-        limits(3, tokenizer)
-    added = [f"<|mine-{number}|>" for number in range(vocabulary - len(tokenizer) + 2)]
-    tokenizer.add_tokens(added)
-    with pytest.raises(LoadingError, match=rf"2 tokens more .* \({vocabulary}\), such as {', '.join(added[-2:])}\."):
-        limits(vocabulary, tokenizer)
-    (tmp_path / "adapter").mkdir()  # an adapter is no model to start from
-    (tmp_path / "adapter/adapter_config.json").write_text("{}")
-    with pytest.raises(LoadingError, match=r"adapter holds an adapter\. .*scripts/merge_adapter\.py .*adapter$"):
-        check_limits(tokenizer, ModelConfig(model_name_or_path=f"{tmp_path}/adapter"), 10)
-
-
-def test_the_limits_of_a_multimodal_model_are_those_of_its_text(tmp_path):
-    tokenizer = make_tokenizer("llama3")
+    source = ModelConfig(model_name_or_path=str(tmp_path))
+    check_limits(tokenizer, source, config.max_position_embeddings)
+    with pytest.raises(LoadingError, match="max_length"):
+        check_limits(tokenizer, source, config.max_position_embeddings + 1)
+    tokenizer.add_tokens([f"<|mine-{number}|>" for number in range(config.vocab_size - len(tokenizer) + 2)])
+    with pytest.raises(LoadingError, match=rf"{tmp_path}: its tokenizer has 2 tokens more .* \({config.vocab_size}\)"):
+        check_limits(tokenizer, source, 10)
     text = {"vocab_size": len(tokenizer) - 1, "max_position_embeddings": 64}
-    Gemma3Config(text_config=text, vision_config={}).save_pretrained(tmp_path)
-    with pytest.raises(LoadingError) as error:
-        check_limits(tokenizer, ModelConfig(model_name_or_path=str(tmp_path)), 65, of="the longest dialogue")
-    first, *problems = str(error.value).split("\n")
-    assert first == f"model_name_or_path: {tmp_path}" and len(problems) == 2
-    assert problems[0].startswith("- its tokenizer has 1 tokens more")
-    assert problems[1].startswith("- the longest dialogue is 65, and it has 64 positions")
+    Gemma3Config(text_config=text, vision_config={}).save_pretrained(tmp_path)  # its limits are those of its text
+    with pytest.raises(LoadingError, match="1 tokens more"):
+        check_limits(tokenizer, source, 10)
 
 
 @pytest.mark.parametrize(
@@ -195,9 +130,6 @@ def test_the_limits_of_a_multimodal_model_are_those_of_its_text(tmp_path):
 )
 def test_positions_that_a_model_is_made_for(config, positions):
     assert positions_of(config) == positions
-    for parameters in ({"rope_type": "default", "factor": None}, None, *([ROPE] if positions is None else [])):
-        config.rope_parameters = parameters
-        assert positions_of(config) == getattr(config, "max_position_embeddings", None)
 
 
 def test_the_default_of_several_templates_is_taken(tmp_path):
@@ -207,8 +139,6 @@ def test_the_default_of_several_templates_is_taken(tmp_path):
         tokenizer.save_pretrained(tmp_path / name)
     several, none = (ModelConfig(model_name_or_path=str(tmp_path / name)) for name in ("default", "chat"))
     assert load_tokenizer(several).chat_template == LLAMA3_TEMPLATE
-    assert load_tokenizer(several, "{{ mine }}").chat_template == "{{ mine }}"
     with pytest.raises(LoadingError, match="no default specified"):
         load_tokenizer(none)
-    for template in (LLAMA3_TEMPLATE, ""):
-        assert load_tokenizer(none, template).chat_template == template
+    assert load_tokenizer(none, "{{ mine }}").chat_template == "{{ mine }}"

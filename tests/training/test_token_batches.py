@@ -50,8 +50,7 @@ def two_processes(tmp_path_factory):
     make_model("llama").save_pretrained(folder / "model")
     run = launch(["tests/helpers/two_processes_worker.py", str(folder)], processes=2, ACCELERATE_USE_CPU="true")
     assert run.wait() == 0, run.output[-4000:]
-    for said_once in ("are warm-up", "log-probabilities of the initial policy:   0%"):
-        assert run.output.count(said_once) == 1
+    assert run.output.count("log-probabilities of the initial policy:   0%") == 1
     return [torch.load(folder / f"rank{rank}.pt") for rank in (0, 1)]
 
 

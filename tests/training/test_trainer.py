@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from rmipo.record import read_metrics
-from rmipo.training.parity import ParityError
 from tests.helpers.small_models import make_model, make_pairs
 from tests.helpers.trainers import CONTEXT, make_trainer, recorded_forwards, rows_per_step
 from tests.references.padded import padded_pairs, rmipo_loss, train
@@ -114,30 +113,6 @@ def test_a_step_scores_priors_together_without_gradient_and_then_pairs_with_it(t
     forwards.clear()
     trainer.evaluate()
     assert [modes for _, *modes in forwards] == [[False, False]] * 6
-
-
-def test_the_check_at_the_start_takes_eight_pairs(tmp_path, pairs):
-    """Of which the last has a token that no other pair has and that is embedded as NaN."""
-    for pair in pairs:
-        for side in ("prompt_ids", "chosen_ids", "rejected_ids"):
-            pair[side] = [token % 60 for token in pair[side]]
-    pairs[7]["prompt_ids"][0] = 60
-    model = make_model("llama")
-    model.model.embed_tokens.weight.data[60] = float("nan")
-    with pytest.raises(ParityError, match="The plain scores are not finite either"):
-        make_trainer(tmp_path, pairs, model=model).train()
-
-
-def test_a_run_that_is_all_warm_up_says_so(tmp_path, capsys):
-    """Three pairs are one step, nine are two."""
-    for count, warmup, changes in ((3, 0.1, False), (3, 0, True), (9, 0.1, True)):
-        trainer = make_trainer(tmp_path, make_pairs(count), lr_scheduler_type="cosine", warmup_steps=warmup)
-        before = [parameter.detach().clone() for parameter in trainer.model.parameters()]
-        trainer.train()
-        changed = any(not torch.equal(*pair) for pair in zip(before, trainer.model.parameters(), strict=True))
-        said = capsys.readouterr().out
-        assert changed == changes and ("are warm-up" in said) == (not changes)
-        assert changes or "all 1 optimizer step(s) are warm-up, and the first has a learning rate of 0" in said
 
 
 @pytest.mark.slow

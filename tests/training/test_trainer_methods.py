@@ -1,20 +1,18 @@
 """What baselines need beyond SimPO: references, mismatched pairs, perturbed policies, running statistics."""
 
 import copy
-import re
 
 import pytest
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from rmipo.errors import CheckpointError
 from rmipo.objectives import PairScores, build_objective
 from rmipo.record import read_metrics
-from rmipo.training import reference
 from rmipo.training.packing import pack_pairs, split_pairs
-from rmipo.training.reference import load_scores, save_scores
 from rmipo.training.scoring import label_logps, response_logits
 from tests.helpers.small_models import make_model, make_pairs
 from tests.helpers.trainers import CONTEXT, make_trainer, recorded_forwards, rows_per_step
@@ -67,7 +65,9 @@ def cache_reference(trainer, initial, pairs, objective):
     prefixes = [prefix for need, prefix in known.items() if need in objective.needs]
     names = [f"{prefix}{side}_logps" for prefix in prefixes for side in ("chosen", "rejected")]
     if names:
-        save_scores(trainer.reference.cache(trainer.train_dataset), {name: getattr(everything, name) for name in names})
+        path = trainer.reference.cache(trainer.train_dataset)
+        path.parent.mkdir(exist_ok=True)
+        save_file({name: getattr(everything, name) for name in names}, path)
 
 
 def naive_scores(model, initial, pairs, rows, objective):
@@ -146,24 +146,7 @@ def test_trajectory_equals_a_naive_loop(tmp_path, pairs, saved_model, other_mode
     assert len(rows_per_step(trainer)) == 2
 
 
-def test_held_out_pairs_of_kto_have_partners_among_themselves(tmp_path, pairs, saved_model, other_model):
-    objective, held_out = build_objective(BLOCKS["kto"]), pairs[:6]
-    trainer = make_trainer(tmp_path, pairs, BLOCKS["kto"], model=saved_model(), eval_pairs=held_out)
-    everything = naive_scores(other_model, other_model, held_out, range(6), objective)
-    names = [f"ref_{kind}{side}_logps" for kind in ("", "mismatched_") for side in ("chosen", "rejected")]
-    trainer.eval_dataset.scores = {name: getattr(everything, name) for name in names}
-    with torch.no_grad():
-        batches = [
-            naive_scores(saved_model(), other_model, held_out, rows, objective) for rows in ((0, 1, 2), (3, 4, 5))
-        ]
-    outputs = [objective(scores) for scores in batches]
-    metrics = trainer.evaluate()
-    assert metrics["eval_loss"] == pytest.approx(torch.cat([o.losses for o in outputs]).mean().item(), abs=1e-5)
-    z_refs = torch.cat([o.diagnostics["z_ref"] for o in outputs])
-    assert metrics["eval_kto/z_ref"] == pytest.approx(z_refs.mean().item(), abs=1e-5) and z_refs.mean() > 0
-
-
-def test_reference_is_scored_once_and_a_changed_file_is_not_used(tmp_path, pairs, saved_model, capsys):
+def test_reference_is_scored_once(tmp_path, pairs, saved_model):
     def reference_columns():
         trainer = make_trainer(
             tmp_path / "run", pairs, BLOCKS["dpo"], model=saved_model(), max_steps=1,
@@ -179,19 +162,6 @@ def test_reference_is_scored_once_and_a_changed_file_is_not_used(tmp_path, pairs
     written = file.stat().st_mtime_ns
     torch.testing.assert_close(reference_columns()["ref_chosen_logps"], expected, atol=1e-4, rtol=0)
     assert file.stat().st_mtime_ns == written
-
-    file.write_bytes(file.read_bytes()[:100])
-    torch.testing.assert_close(reference_columns()["ref_chosen_logps"], expected, atol=1e-4, rtol=0)
-    assert "can't be read" in capsys.readouterr().out
-
-
-def test_a_cache_of_other_code_is_scored_anew_unless_a_run_goes_on(tmp_path, capsys, monkeypatch):
-    path = tmp_path / "scores"
-    save_scores(path, {"ref_chosen_logps": torch.zeros(3)})
-    assert load_scores(path)["ref_chosen_logps"].tolist() == [0, 0, 0]
-    monkeypatch.setattr("rmipo.training.reference.code_digest", lambda: "after a git pull")
-    assert load_scores(path) is None and "made by another version of this code" in capsys.readouterr().out
-    assert load_scores(path, resuming=True)["ref_chosen_logps"].tolist() == [0, 0, 0]
 
 
 def test_a_cache_is_named_after_all_that_shapes_it(tmp_path, pairs, saved_model):
@@ -234,7 +204,7 @@ def test_with_adapters_the_reference_logits_are_the_base_models(tmp_path, pairs,
     packed = pack_pairs(pairs[:2])
     with torch.no_grad():
         logits = trainer.reference.logits(packed)
-        adapted = response_logits(trainer.model, packed, "segment", trainer.model.config)
+        adapted = response_logits(trainer.model, packed, trainer.model.config)
         expected = padded_pairs(make_model("llama"), pairs[:2])["chosen_logps"].float()
     assert (adapted - logits).abs().max() > 0.1
     sums = packed.sum_by_response(label_logps(logits, packed.labels))
@@ -263,28 +233,21 @@ def test_the_reference_computes_in_the_precision_of_the_policy(tmp_path, pairs, 
     )
     packed = pack_pairs(pairs[:2])
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        expected = response_logits(trainer.model, packed, "segment", trainer.model.config)
+        expected = response_logits(trainer.model, packed, trainer.model.config)
     assert torch.equal(trainer.reference.logits(packed).float(), expected.float())
 
 
 @pytest.mark.parametrize("name", ["dpo", "rmipo-initial"])
-def test_a_resumed_run_never_scores_its_reference_with_trained_weights(tmp_path, pairs, saved_model, name, monkeypatch):
+def test_a_resumed_run_never_scores_its_reference_with_trained_weights(tmp_path, pairs, saved_model, name):
     trainer = make_trainer(
         tmp_path, pairs, BLOCKS[name], model=saved_model(), max_steps=1, reference_cache_dir=str(tmp_path / "cache")
     )
     trainer.train()
     before = trainer.train_dataset.scores
-    monkeypatch.setattr(reference, "code_digest", lambda: "after a git pull")
     trainer.reference.add_scores(trainer.train_dataset, resuming=True)
-    for column, values in before.items():
-        assert torch.equal(trainer.train_dataset.scores[column], values), column
+    assert all(torch.equal(trainer.train_dataset.scores[column], values) for column, values in before.items())
     trainer.reference.cache(trainer.train_dataset).unlink()
-    folder, method = re.escape(str(tmp_path / "cache")), BLOCKS[name]["name"]
-    with pytest.raises(
-        CheckpointError, match=rf"resuming {method} .* initial policy, but {folder}/\w+\.safetensors is"
-    ):
-        trainer.reference.add_scores(trainer.train_dataset, resuming=True)
     trainer.save_model(tmp_path / "checkpoint-1")
     trainer.state.save_to_json(tmp_path / "checkpoint-1" / "trainer_state.json")
-    with pytest.raises(CheckpointError, match="initial policy"):
+    with pytest.raises(CheckpointError, match=str(tmp_path / "cache")):
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
