@@ -84,6 +84,8 @@ def program() -> Iterator[None]:
     warnings.filterwarnings("ignore", ".*deprecated", FutureWarning)
     # Accumulation is ours (see `PreferenceTrainer.training_step`) or TRL's, and DeepSpeed is told so.
     logging.getLogger("accelerate.accelerator").setLevel(logging.ERROR)
+    # Imported without a GPU, DeepSpeed warns that it found none, also where nothing is to run on one.
+    logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.msg)
     code = 0
     try:
         yield

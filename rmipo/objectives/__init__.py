@@ -5,7 +5,6 @@
 `fidelity` chooses between them where both are worth running.
 """
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
@@ -36,14 +35,11 @@ def build_objective(block: Mapping[str, Any]) -> Objective:
     name = block.pop("name", None)
     if not isinstance(name, str) or name not in OBJECTIVES:
         raise ValueError(f"objective.name is {name!r}: expected one of {', '.join(OBJECTIVES)}")
-    cls = OBJECTIVES[name]
+    cls, problems = OBJECTIVES[name], []
+    # A misspelt key would leave the default in its place.
     keys = [field.name for field in fields(cls)]
-    problems = []
     for key in sorted(block.keys() - set(keys)):
-        # A misspelt key would leave the default in its place.
-        near = difflib.get_close_matches(str(key), keys, n=1)
-        hint = cls.hints.get(key) or (f"did you mean {near[0]}?" if near else f"its keys: {', '.join(keys)}")
-        problems.append(f"objective.{key} is not a key of {name}: {hint}")
+        problems.append(f"objective.{key} is not a key of {name}, which has {', '.join(keys) or 'none'}")
     try:
         objective = cls(**{key: value for key, value in block.items() if key in keys})
     except pydantic.ValidationError as error:

@@ -117,7 +117,6 @@ class Objective:
     needs: ClassVar[frozenset[str]] = frozenset()
     min_pairs: ClassVar[int] = 1  # pairs that a global micro-batch must have
     header_in_response: ClassVar[bool] = False  # whether the generation header is scored as part of the response
-    hints: ClassVar[dict[str, str]] = {}  # keys that other code bases use -> what to write here
     logged: ClassVar[tuple[str, ...]] = ()  # columns whose means are logged
 
     def __call__(self, scores: PairScores, state: State | None = None) -> ObjectiveOutput:

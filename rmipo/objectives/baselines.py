@@ -4,7 +4,7 @@ Notation: S is a summed log-prob, A = S / |y| its mean per token, r = S - S_ref 
 """
 
 from collections.abc import Mapping
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -42,7 +42,6 @@ class SimPO(Objective):
     """
 
     name = "simpo"
-    hints: ClassVar[dict[str, str]] = {"gamma_beta_ratio": "use gamma, which is beta * gamma_beta_ratio"}
 
     beta: Positive = 2.0
     gamma: NotNegative = 1.0
@@ -102,7 +101,6 @@ class CPO(SupervisedObjective):
     """-log sigmoid(beta (S_w - S_l)) - sft_weight * log pi(w), the last term a mean over tokens as in TRL."""
 
     name = "cpo"
-    hints: ClassVar[dict[str, str]] = dict.fromkeys(("alpha", "cpo_alpha", "lambda"), "use sft_weight")
 
     beta: Positive = 0.01
 
@@ -119,7 +117,6 @@ class SLiC(SupervisedObjective):
     """max(0, delta - (S_w - S_l)) - sft_weight * log pi(w): the hinge of SLiC-HF with the chosen as SFT target."""
 
     name = "slic"
-    hints: ClassVar[dict[str, str]] = {"beta": "use delta (Table 4 prints it as beta)", "lambda": "use sft_weight"}
 
     delta: Positive = 1.0
     length_normalization: Flag = False
@@ -155,7 +152,6 @@ class IPO(Objective):
 
     name = "ipo"
     needs = frozenset({"reference"})
-    hints: ClassVar[dict[str, str]] = {"beta": "use tau (TRL calls it beta)"}
 
     tau: Positive = 0.5
     length_normalization: Flag = True
@@ -178,7 +174,6 @@ class KTO(Objective):
     name = "kto"
     needs = frozenset({"reference", "mismatched"})
     min_pairs = 2  # z is a mean over the micro-batch: of one pair it would be noise
-    hints: ClassVar[dict[str, str]] = {"lambda_w": "use desirable_weight", "lambda_l": "use undesirable_weight"}
     logged = ("z_ref",)
 
     beta: Positive = 0.01
@@ -243,7 +238,6 @@ class AlphaDPO(GapObjective):
     """
 
     name = "alpha-dpo"
-    hints: ClassVar[dict[str, str]] = {"gamma": "use gamma_beta_ratio, which is gamma / beta"}
     logged = ("gap_mean", "gap_std", "alpha_over_std")
 
     beta: Positive = 2.5
@@ -288,7 +282,6 @@ class BetaDPO(GapObjective):
     """
 
     name = "beta-dpo"
-    hints: ClassVar[dict[str, str]] = {"a": "use alpha", "mode_weight": "use rho"}
     logged = ("gap_mean", "gap_std", "kept", "beta")
 
     beta: Positive = 0.1
@@ -341,7 +334,6 @@ class EpsilonDPO(Objective):
 
     name = "epsilon-dpo"
     needs = frozenset({"reference", "reference_logits"})
-    hints: ClassVar[dict[str, str]] = {"eps": "use epsilon"}
 
     beta: Positive = 0.01
     epsilon: OpenShare = 0.01

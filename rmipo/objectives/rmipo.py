@@ -6,7 +6,7 @@ nats; `*_lengths` are token counts.
 
 import math
 from collections.abc import Callable, Mapping
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -135,7 +135,6 @@ class RMiPO(base.Objective):
     """
 
     name = "rmipo"
-    hints: ClassVar[dict[str, str]] = dict.fromkeys(("gamma", "gamma_beta_ratio"), "use gamma_min and gamma_max")
 
     beta: Positive = 2.0
     gamma_min: NotNegative = 0.3
@@ -144,9 +143,7 @@ class RMiPO(base.Objective):
     span: Positive = 2.0
     pmi_normalization: Literal["token", "sequence"] = "token"
     prior_context: Literal["header", "bos", "none"] = "header"  # what log pi(y) is conditioned on
-    prior_model: Literal["policy", "initial"] = (
-        "policy"  # whose log pi(y); that of the initial policy is scored only once
-    )
+    prior_model: Literal["policy", "initial"] = "policy"  # whose log pi(y); the initial policy's is scored only once
     length_normalization: Flag = True
     fidelity: Literal["paper", "release"] = "paper"
     signal: Literal["pmi", "loglik", "shuffled"] = "pmi"
