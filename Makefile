@@ -26,7 +26,7 @@ compare: .venv/.installed ## every method with the same search budget: MODEL=tin
 	@$(RUN) scripts/compare.py
 
 margins: .venv/.installed ## whether margins must belong to their pairs, and how much tuning matters: MODEL=tiny [WORKERS=2]
-	@$(RUN) scripts/margins.py
+	@$(RUN) scripts/compare.py --margins
 
 sweep: .venv/.installed ## the paper's hyperparameter search of a method, without an account: METHOD=simpo
 	@$(RUN) scripts/sweep.py

@@ -106,17 +106,16 @@ def legs(output: Path, dry: bool) -> dict[str, list[list[str]]]:
     study = ["env", "NOISE=0", f"MODEL={'tiny' if dry else SMOLLM2}"]
     study += ["METHODS=simpo", "SEEDS=0"] if dry else ["METHODS=rmipo,simpo,dpo", "SEEDS=0,1"]
     study += ["ARGS=--max_steps 2" if dry else "ARGS=--num_train_epochs 2 --global_batch_size 8"]
-    config, weights = f"recipes/{SMOLLM2}/weights.yaml", f"outputs/{SMOLLM2}/weights"
-    prepare = [
-        [python, "scripts/weights.py", "--config", config, "--output", weights],
-        ["env", f"MODEL={SMOLLM2}", python, "scripts/pairs.py"],
-    ]
+    weights = ["--config", f"recipes/{SMOLLM2}/weights.yaml", "--output", f"outputs/{SMOLLM2}/weights"]
+    prepare = [[python, "scripts/weights.py", *weights], ["env", f"MODEL={SMOLLM2}", python, "scripts/pairs.py"]]
+    if dry:
+        prepare = [["env", "MODEL=tiny", "STAGE=sft", python, "scripts/launch.py"]]
     return {
         "kernels": [kernels],
         "step": [[*step, *small]],
         "liger": [] if dry else [[*liger, str(output / f"liger-{stamp}.json")]],
         "resume": [[*smoke, python, "scripts/smoke.py"]],
-        "study": [*([] if dry else prepare), [*study, python, "scripts/compare.py"]],
+        "study": [*prepare, [*study, python, "scripts/compare.py"]],
     }
 
 

@@ -2,15 +2,12 @@
 
     make eval MODEL=llama3-8b-instruct METHOD=rmipo BENCH=alpacaeval
     make eval MODEL=path/to/model BENCH=leaderboard ARGS="--set leaderboard.limit=100"
-    make eval MODEL=owner/name BENCH=mtbench EVAL_NAME=open-judge MAX_COST=5
 
 MODEL is a setting (folder in recipes/, whose eval.yaml has the settings), a folder with a model, or the id of a model on
-the hub; the last two are sampled as their own generation_config.json says. METHOD, of a setting alone, is one folder or
-several in <outputs>/<model>/; `initial` is the model before preference training. The judge is any OpenAI-compatible
-endpoint: OPENAI_BASE_URL and OPENAI_API_KEY.
+the hub. METHOD, of a setting alone, is one folder or several in <outputs>/<model>/; `initial` is the model before preference
+training. The judge is any OpenAI-compatible endpoint: OPENAI_BASE_URL and OPENAI_API_KEY.
 
-Results go to <model's folder>/eval/<bench>.json, with EVAL_NAME to eval/<EVAL_NAME>/<bench>.json. A finished one is kept, an
-unfinished one is continued, and one of other weights, another tokenizer or other settings than these is refused.
+Results go to <model's folder>/eval/<bench>.json, with EVAL_NAME to eval/<EVAL_NAME>/<bench>.json. docs/EVALUATION.md has more.
 """
 
 import itertools
@@ -35,19 +32,17 @@ def evaluate(folder: Path, settings: dict, benchmark: Benchmark, name: str) -> N
     """Run one benchmark, unless its result is there. Raises EvaluationError for one that may not be taken for this."""
     path = folder / "eval" / name / f"{benchmark.name}.json"
     weights = trained_fingerprint(folder) if has_weights(folder) else None
-    prompting = prompting_fingerprint(folder)
+    made_of = {"fingerprint": weights, "prompting": prompting_fingerprint(folder)}
     if path.is_file():
         found = json.loads(path.read_text())
         others = {key: value for key, value in settings.items() if key != benchmark.parts}
         different = contradictions(others, found["settings"])
         different += ["it is of other weights"] * (weights not in (None, found.get("fingerprint")))
-        changed = found.get("prompting") != prompting
+        changed = found.get("prompting") != made_of["prompting"]
         different += ["it is of another tokenizer, chat template or generation_config.json"] * changed
         if different:
-            raise EvaluationError(
-                f"{path} is finished, but not with what {folder} and the settings are now: {'; '.join(different)}. Delete "
-                f"it and {path.with_suffix('')}, or give this evaluation a name of its own: EVAL_NAME=..."
-            )
+            fix = f"Delete it and {path.with_suffix('')}, or give this evaluation a name of its own: EVAL_NAME=..."
+            raise EvaluationError(f"{path} is finished, and not what is asked for: {'; '.join(different)}. {fix}")
         asked, done = (values.get(benchmark.parts, []) for values in (settings, found["settings"]))
         settings[benchmark.parts] = done + [part for part in asked if part not in done]
         if settings[benchmark.parts] == done:
@@ -60,9 +55,8 @@ def evaluate(folder: Path, settings: dict, benchmark: Benchmark, name: str) -> N
         return
     if no_number := [name for name, value in result["metrics"].items() if not math.isfinite(value)]:
         raise EvaluationError(f"{', '.join(no_number)} of {folder}: nothing was counted, or the model's scores are NaN")
-    made_by = environment()
-    content = {"bench": benchmark.name, "model": str(folder), "fingerprint": weights, "prompting": prompting}
-    content |= {name: made_by[name] for name in ("commit", "hardware")} | result | {"finished": True}
+    made_by = {key: value for key, value in environment().items() if key in ("commit", "hardware")}
+    content = {"bench": benchmark.name, "model": str(folder)} | made_of | made_by | result | {"finished": True}
     write_atomically(path, json.dumps(content, indent=2) + "\n")
     print(f"{benchmark.name}: {path}")
     for metric, value in result["metrics"].items():
@@ -72,19 +66,16 @@ def evaluate(folder: Path, settings: dict, benchmark: Benchmark, name: str) -> N
 
 @cli.main
 def main() -> None:
-    meanings = {"MODEL": "setting, folder with a model, or hub id", "METHOD": "folders of runs (default: rmipo)"}
-    variables = ("MODEL", "METHOD", "BENCH", "TASKS", "EVAL_NAME", "SETTINGS", "MAX_COST")
-    parser = cli.options(__doc__, *variables, **meanings)
+    parser = cli.options(__doc__, "MODEL", "METHOD", "BENCH", "TASKS", "EVAL_NAME", "SETTINGS", "MAX_COST")
     parser.add_argument("--set", action="append", default=[], metavar="BLOCK.KEY=VALUE", help="over the eval.yaml")
     parser.add_argument("--outputs", type=Path, default=Path("outputs"), help="where the runs are")
     args = parser.read()
-    bench = args.bench or "all"
+    bench, overrides = args.bench or "all", args.set
     benches = [b for b in BENCHMARKS.values() if bench == b.name or (bench == "all" and b.in_paper)]
     if not benches:
         raise EvaluationError(f"BENCH={bench} is none of {', '.join(BENCHMARKS)}, all (those of the paper)")
-    if args.eval_name in (*BENCHMARKS, "answers") or "/" in args.eval_name:
+    if args.eval_name in (*BENCHMARKS, "answers"):
         raise EvaluationError(f"EVAL_NAME={args.eval_name} is taken by the evaluation itself")
-    overrides = list(args.set)
     if args.tasks:
         overrides.append(f"leaderboard.tasks={json.dumps(args.tasks.replace(',', ' ').split())}")
     if args.max_cost:

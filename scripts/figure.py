@@ -32,7 +32,6 @@ from rmipo.reporting.results import (
 )
 
 OPTIONS = {"method": (3, 8), "metric": (2,), "eval_name": (2,), "data": (8,)}  # and the figures that take them
-FIGURE6_METHODS = ("simpo", "simper", "rmipo")
 PAPER_GAMMA_PEAKS = {"mistral-7b-instruct": 0.4, "llama3-8b-instruct": 1.4}  # App. D, Figure 8 right
 
 
@@ -41,6 +40,9 @@ def report_file(args: argparse.Namespace, suffix: str) -> Path:
     parts = [Path(args.model).name, args.method, args.metric, args.eval_name, args.data and Path(args.data).name]
     name = "-".join([f"figure{args.number}", *(part.replace("/", "-") for part in parts if part)])
     return args.outputs / "reports" / f"{name}{suffix}"
+
+
+# The imports inside functions are of torch and transformers, which take seconds.
 
 
 def draw_runs(args: argparse.Namespace):
@@ -53,7 +55,7 @@ def draw_runs(args: argparse.Namespace):
 
 
 def draw3(args: argparse.Namespace):
-    from rmipo.reporting import figures_pairs, figures_runs, pair_arrays  # imports torch and transformers
+    from rmipo.reporting import figures_pairs, figures_runs, pair_arrays
 
     method = args.method or "initial"
     signals, evaluation = pair_arrays.hh_signals(args.outputs, args.model, method)
@@ -64,12 +66,9 @@ def draw3(args: argparse.Namespace):
 def draw6(args: argparse.Namespace):
     from rmipo.reporting import figures_pairs, pair_arrays
 
-    values, drawn, notes = (
-        {},
-        {},
-        ["REF: score_chosen minus score_rejected of the same pairs, as their data set has them."],
-    )
-    for method in FIGURE6_METHODS:
+    notes = ["REF: score_chosen minus score_rejected of the same pairs, as their data set has them."]
+    values, drawn = {}, {}
+    for method in ("simpo", "simper", "rmipo"):
         run = finished_run(args.outputs, args.model, method)
         values[method], drawn[method] = pair_arrays.reward_differences(run, "test", args.max_pairs)
         notes.append(f"{method_label(method)}: {pair_arrays.scored_with(run, 'test')}")
@@ -127,28 +126,22 @@ FIGURES = {2: draw_runs, 3: draw3, 5: draw_runs, 6: draw6, 7: draw_runs, 8: draw
 
 @cli.main
 def main() -> None:
-    meanings = {"MODEL": "folder below outputs; figure 8: any model's", "DATA": "figure 8: other pairs than the run's"}
-    meanings |= {"METHOD": "figure 3 (initial), figure 8 (rmipo)", "METRIC": "figure 2: evaluation or log key"}
-    parser = cli.options(__doc__, "MODEL", "METHOD", "METRIC", "EVAL_NAME", "DATA", **meanings)
+    parser = cli.options(__doc__, "MODEL", "METHOD", "METRIC", "EVAL_NAME", "DATA")
     parser.add_argument("--number", type=int, default=os.environ.get("N") or None, help=f"one of {tuple(FIGURES)}")
     parser.add_argument("--split", choices=["train", "test"], default="train", help="figure 8: of these pairs")
     parser.add_argument("--max_pairs", type=int, default=4000, help="figures 6 and 8: pairs scored per model")
     parser.add_argument("--outputs", type=Path, default=Path("outputs"), help="where the runs are")
     args = parser.read()
-
-    if args.number not in FIGURES:
-        raise ReportError(f"there is no figure {args.number} to draw; say N=..., one of {tuple(FIGURES)}")
-    if not args.model:
-        raise ReportError("of which model? Say MODEL=...")
-    if args.number != 8:
-        check_model(args.outputs, args.model)
-    else:
+    if args.number not in FIGURES or not args.model:
+        raise ReportError(f"which figure, of which model? Say MODEL=... and N=..., one of {tuple(FIGURES)}")
+    if args.number == 8:
         check_names(args.model, [])
-    for option, numbers in OPTIONS.items():
-        if getattr(args, option) and args.number not in numbers:
-            raise ReportError(f"{option.upper()} is for figure {numbers}: leave it out for figure {args.number}")
+    else:
+        check_model(args.outputs, args.model)
+    if wrong := [option.upper() for option in OPTIONS if getattr(args, option) and args.number not in OPTIONS[option]]:
+        raise ReportError(f"figure {args.number} takes no {', '.join(wrong)}: leave it out")
     figure = FIGURES[args.number](args)
-    from rmipo.plots import save  # imports matplotlib
+    from rmipo.plots import save
 
     for file in save(figure, report_file(args, ".png")):
         print(f"Written to {file}")

@@ -8,14 +8,14 @@ command goes on from there. SLURM=1 adds the options of sbatch in SBATCH_ARGS.
 """
 
 from rmipo import cli
-from rmipo.launch.choices import check_choices
+from rmipo.launch.choices import choose_stages
 
 
 @cli.main
 def main() -> int:
     names = ("MODEL", "STAGE", "METHOD", "DATA", "ARGS", "GPUS", "NODES", "SHARDING", "SLURM", "DRY")
     env = cli.environment(__file__, __doc__, *names)
-    check_choices(env)
+    choose_stages(env)
     from rmipo.launch.train import train  # imports torch and DeepSpeed, which takes seconds
 
     return train(env)

@@ -1,13 +1,11 @@
 """See what RMiPO's margin does to pairs, before a run is paid for and after it: one HTML page.
 
-    make look MODEL=smollm2-135m-instruct
     make look MODEL=llama3-8b-base METHOD=initial AFTER=rmipo
     make look MODEL=path/to/model DATA=pairs.jsonl PAIRS=500
 
-MODEL is a setting, a folder with a model, or the id of one on the hub. Of a setting, METHOD is a folder of outputs/<model>/,
-`initial` by default: what preference training starts from. DATA is in any format of docs/DATA.md; by default the pairs that
-the setting trains on. AFTER is a second model, or of a setting another METHOD: the page then shows how the pairs moved.
-Writes OUTPUT, by default <outputs>/reports/look-<model>.html. docs/LOOK.md explains the page.
+MODEL is a setting, a folder with a model, or the id of one on the hub; METHOD and AFTER are folders of outputs/<model>/, AFTER
+also a model. DATA are by default the pairs that the setting trains on. Writes OUTPUT, by default
+<outputs>/reports/look-<model>.html. docs/LOOK.md explains the page.
 """
 
 from pathlib import Path

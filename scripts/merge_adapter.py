@@ -28,8 +28,8 @@ def main() -> None:
     args = parser.parse_args()
     folder, output = args.folder, args.output or args.folder.with_name(f"{args.folder.name}-merged")
     run = recorded_run(folder)
-    if run is None or not (folder / "adapter_config.json").is_file():
-        raise ConfigError(f"{folder} holds no trained adapter: expected run.json and adapter_config.json")
+    if run is None:
+        raise ConfigError(f"{folder} holds no trained adapter: there is no run.json")
     if output.exists():
         raise ConfigError(f"{output} exists: remove it, or name another folder with --output")
     names = ("model_name_or_path", "model_revision", "dtype")
@@ -37,8 +37,9 @@ def main() -> None:
     base = load_model(config)  # first: where there is none, this says so
     found = model_fingerprint(config.model_name_or_path, config.model_revision)
     if found != (trained_on := run["fingerprints"]["model"]):
-        now = f"{config.model_name_or_path} now has fingerprint {found}"
-        raise ConfigError(f"{folder}: {now}, and the adapter was trained on one with {trained_on}. Restore that model")
+        raise ConfigError(
+            f"{folder} was trained on a model with fingerprint {trained_on}, which has changed to {found}"
+        )
     dtype = base.dtype
     merged = PeftModel.from_pretrained(base.float(), folder).merge_and_unload()
     merged.to(dtype).save_pretrained(output)

@@ -1,12 +1,10 @@
 """Train a policy online: in every round it answers new prompts, an oracle scores them, and it trains on the pairs.
 
-    make online MODEL=smollm2-135m-instruct ROUNDS=3
     make online MODEL=smollm2-135m-instruct METHOD=simpo ROUNDS=2 ARGS="--learning_rate 2e-5"
 
-recipes/<model>/online.yaml states prompts per round, oracle, selection, and overrides of the recipe per round; ARGS are
-overrides for all rounds. Each round is an ordinary run in outputs/<model>/online-<method>/round-<n>, on the launcher of
-`make train`. rounds.md and rounds.png there show every policy on held-out prompts; round 0 is the start. After an
-interruption the same command goes on, and more ROUNDS add to those there are.
+recipes/<model>/online.yaml states prompts per round, oracle, selection, and overrides of the recipe per round. Each round is an
+ordinary run in outputs/<model>/online-<method>/round-<n>; rounds.md and rounds.png there show every policy on held-out prompts.
+After an interruption the same command goes on, and more ROUNDS add to those there are.
 """
 
 import os
@@ -25,9 +23,7 @@ def main() -> int:
     parser.add_argument("--held_out_prompts", type=int, help="in place of that of online.yaml")
     args, overrides = parser.parse_known_args([*cli.split(os.environ.get("ARGS", "")), *sys.argv[1:]])
     os.chdir(Path(__file__).parent.parent)
-    refuse(
-        os.environ, ["DRY", "SLURM", "DATA"], "make online samples its own data, on this machine, at once; leave it out"
-    )
+    refuse(os.environ, "DRY", "SLURM", "DATA")
     model, _ = choose_stages({"MODEL": args.model or "smollm2-135m-instruct"})
     method, _ = choose_method({"METHOD": args.method})
     count = whole_number({"ROUNDS": args.rounds}, "ROUNDS", 3)
@@ -38,10 +34,12 @@ def main() -> int:
     from rmipo.launch.online import OnlineConfig, Round
     from rmipo.launch.pipeline import load_steps, make_weights
     from rmipo.launch.train import Program
+    from rmipo.recipe.files import read_yaml, typed
     from rmipo.reporting.online import measure, report
 
+    path = Path(f"recipes/{model}/online.yaml")
     sizes = {n: size for n in ("prompts_per_round", "held_out_prompts") if (size := getattr(args, n)) is not None}
-    config = OnlineConfig.load(Path(f"recipes/{model}/online.yaml"), **sizes)
+    config = typed(OnlineConfig, read_yaml(path) | sizes, path)
     make_weights(model)
     start = find_target(model, "initial", Path("outputs"), [])
     generation = start.settings.get("generation", {})

@@ -2,12 +2,10 @@
 
     make pairs MODEL=smollm2-135m-instruct
     make pairs MODEL=llama3-8b-instruct PROMPTS=my_prompts.jsonl ARGS="--oracle.reward_model folder --answers 5"
-    make pairs MODEL=tiny METHOD=sft PROMPTS=prompts.jsonl ARGS="--oracle.function my_oracle.py:score --selection pmi"
 
-The keys of recipes/<model>/pairs.yaml are the defaults (see `rmipo.generation.pairs.PairsConfig`), the decoding is that of
-eval.yaml. METHOD is the folder of the checkpoint in outputs/<model>/, `initial` by default: what preference training starts
-from. The pairs go to outputs/<model>/pairs, of another METHOD to outputs/<model>/pairs-<method>, or to OUTPUT: a folder that
-`make train ... DATA=<folder>` trains on. After an interruption the same command goes on.
+The keys of recipes/<model>/pairs.yaml are the defaults, the decoding is that of eval.yaml. METHOD is the folder of the
+checkpoint in outputs/<model>/. The pairs go to outputs/<model>/pairs, of another METHOD to pairs-<method> there, or to OUTPUT.
+After an interruption the same command goes on.
 """
 
 import os
@@ -25,8 +23,8 @@ def main() -> None:
     parser.add_argument("--keep", action="store_true", help="keep finished pairs, whatever they were made with")
     args, overrides = parser.parse_known_args(sys.argv[1:] or cli.split(os.environ.get("ARGS", "")))
     os.chdir(Path(__file__).parent.parent)
-    own_job = ["SLURM"] * (not args.keep)  # --keep: a stage of `make train`, which may be in a job
-    refuse(os.environ, ["DRY", *own_job], "make pairs samples and scores on this machine, at once; leave it out")
+    if not args.keep:  # else it is a stage of `make train`, which may be in a job
+        refuse(os.environ, "DRY", "SLURM")
     (model, _), method = choose_stages({"MODEL": args.model or "tiny"}), args.method or "initial"
     output = Path(args.output or f"outputs/{model}/pairs" + f"-{method}" * (method != "initial"))
     if args.keep and (output / "pairs.json").is_file():

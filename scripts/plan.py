@@ -8,7 +8,7 @@ The exit code is 1 if the estimate of the memory exceeds the GPU's.
 
 from rmipo import cli
 from rmipo.errors import ConfigError
-from rmipo.launch.choices import check_choices, choose_stages, node_count, whole_number
+from rmipo.launch.choices import choose_stages, whole_number
 
 
 @cli.main
@@ -16,7 +16,7 @@ def main() -> int:
     names = ("MODEL", "STAGE", "METHOD", "DATA", "ARGS", "GPUS", "NODES", "SHARDING", "EXAMPLES", "TFLOPS")
     env = cli.environment(__file__, __doc__, *names, STAGE="sft or rmipo (default: rmipo)")
     env["STAGE"] = env.get("STAGE") or "rmipo"
-    check_choices(env)
+    choose_stages(env)
 
     # These import torch and TRL, which takes seconds.
     from rmipo.launch.pipeline import load_steps
@@ -28,7 +28,7 @@ def main() -> int:
     recipe = step.recipe
     if step.on_cpu:
         raise ConfigError(f"{recipe.path} trains on a CPU: the progress bar of a trial shows how long it takes")
-    nodes = node_count(env)
+    nodes = whole_number(env, "NODES", 1)
     hardware = Hardware.parse(env["GPUS"], nodes) if env.get("GPUS") else Hardware.here()
     if hardware is None or (nodes > 1 and not env.get("GPUS")):
         raise ConfigError("name the GPUs of each machine and the GB of one, such as GPUS=8x80")

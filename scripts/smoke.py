@@ -17,20 +17,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from rmipo import cli
-from rmipo.launch.choices import check_choices, choose_stages, refuse
+from rmipo.launch.choices import choose_stages, refuse
 from rmipo.record import read_metrics, recorded_run
 
 STEPS, STOP_AFTER = 10, 3
 TOLERANCE = 1.1  # of the planned memory; no micro-batch is longer than planned for
-Check = tuple[str, str, str]  # name; pass, FAIL or skip; what was found
-
-
-def own_arguments(env: dict[str, str], folder: Path) -> str:
-    """ARGS of the run. A setting that is made from scratch starts from its untrained model: no stage has to run before."""
-    world = Path("recipes", env["MODEL"], "world.yaml")
-    start = f"--model_name_or_path outputs/{env['MODEL']}/world/model" if world.is_file() else ""
-    own = f"--output_dir {folder} --max_steps {STEPS} --logging_steps 1 --save_steps {STEPS} --save_total_limit 1"
-    return f"{start} {env.get('ARGS', '')} {own} --eval_strategy no --report_to none --push_to_hub false"
 
 
 def training_lines(folder: Path) -> list[dict]:
@@ -44,48 +35,38 @@ def stop_once_started(folder: Path, ended: threading.Event) -> None:
             return os.kill(os.getpid(), signal.SIGTERM)
 
 
-def status(passed: bool) -> str:
-    return "pass" if passed else "FAIL"
-
-
-def run_checks(folder: Path, codes: tuple[int, int]) -> Iterator[Check]:
-    """What the folder of the run shows on any machine. `codes`: exit codes when stopped, and when started again."""
+def checks(step, gpus: int, codes: tuple[int, int]) -> Iterator[tuple[str, bool | None, str]]:
+    """Name, whether it passed (None: skipped), what was found. `codes`: exit codes when stopped, and when started again."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from rmipo.plan import preflight
+    from rmipo.plan.memory import GIB, RESERVE, Hardware, Sharding, plan_memory
     from rmipo.run.stop import EXIT_STOPPED
 
-    record = recorded_run(folder) or {}
+    folder = Path(step.output_dir)
+    record, lines = recorded_run(folder) or {}, training_lines(folder)
     parity = record.get("results", {}).get("parity")
-    yield "parity", status(parity is not None), f"packed and plain scores differ by {parity} nats a token"
-    steps = [line["step"] for line in training_lines(folder)]
-    went_on = codes == (EXIT_STOPPED, 0) and record.get("starts") == 2 and steps == list(range(1, STEPS + 1))
-    found = f"exit codes {codes[0]} when stopped, {codes[1]} when started again; {len(steps)} of {STEPS} steps"
-    yield "resume", status(went_on), found
+    yield "parity", parity is not None, f"packed and plain scores differ by {parity} nats a token"
+    every_step = [line["step"] for line in lines] == list(range(1, STEPS + 1))
+    went_on = codes == (EXIT_STOPPED, 0) and record.get("starts") == 2 and every_step
+    yield "resume", went_on, f"exit codes {codes[0]} when stopped, {codes[1]} when started again; {len(lines)} steps"
     try:
         ids = AutoTokenizer.from_pretrained(folder)("Hello, how are you?", return_tensors="pt").input_ids
         model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", trust_remote_code=False)
         with torch.no_grad():
             finite = bool(model(ids).logits.isfinite().all())
-        yield "export", status(finite), f"{folder} loads with AutoModelForCausalLM; finite logits: {finite}"
+        yield "export", finite, f"{folder} loads with AutoModelForCausalLM; finite logits: {finite}"
     except (OSError, ValueError) as error:
-        yield "export", "FAIL", str(error).splitlines()[0]
-
-
-def memory_check(step, gpus: int) -> Check:
-    """The peak against the plan for `gpus`."""
-    from rmipo.plan import preflight
-    from rmipo.plan.memory import GIB, RESERVE, Hardware, Sharding, plan_memory
-
-    lines = training_lines(Path(step.output_dir))
+        yield "export", False, str(error).splitlines()[0]
     if step.on_cpu or len(lines) <= STOP_AFTER:
-        return "memory", "skip", "not compared with the plan on a CPU, or of a run that did not end"
+        yield "memory", None, "not compared with the plan on a CPU, or of a run that did not end"
+        return
     shape, work = preflight.shape_of(step.recipe), preflight.workload_of(step.recipe)
     memory = plan_memory(shape, work, Sharding.load(step.sharding), replace(Hardware.here(), gpus=gpus))
-    needed = (sum(memory.values()) - memory[RESERVE]) / GIB
-    peak = max(line["peak_memory_gib"] for line in lines)
-    found = f"{peak:.1f} GiB at most on the first GPU, {needed:.1f} planned"
-    return "memory", status(peak <= TOLERANCE * needed), f"{found}; max_tokens_per_micro_batch lowers it"
+    needed, peak = (sum(memory.values()) - memory[RESERVE]) / GIB, max(line["peak_memory_gib"] for line in lines)
+    found = f"{peak:.1f} GiB at most on the first GPU, {needed:.1f} planned; max_tokens_per_micro_batch lowers it"
+    yield "memory", peak <= TOLERANCE * needed, found
 
 
 @cli.main
@@ -96,11 +77,15 @@ def main() -> int:
 
         env["MODEL"] = "llama3-8b-instruct" if torch.cuda.is_available() else "tiny"
     env["STAGE"] = "rmipo"
-    refuse(env, ["DRY", "SLURM"], "make smoke trains on this machine; leave it out")
-    refuse(env, ["DATA"], "a smoke run trains on the recipe's own data; leave it out, or set --dataset_name in ARGS")
-    check_choices(env)
+    refuse(env, "DRY", "SLURM", "DATA")
+    choose_stages(env)
     folder = Path("outputs", env["MODEL"], "smoke")
-    env["ARGS"] = own_arguments(env, folder)
+    # A setting that is made from scratch starts from its untrained model: no stage has to run before.
+    world = Path("recipes", env["MODEL"], "world.yaml")
+    start = f"--model_name_or_path outputs/{env['MODEL']}/world/model" if world.is_file() else ""
+    own = f"--output_dir {folder} --max_steps {STEPS} --logging_steps 1 --save_steps {STEPS} --save_total_limit 1"
+    own += " --eval_strategy no --report_to none --push_to_hub false"
+    env["ARGS"] = f"{start} {env.get('ARGS', '')} {own}"
 
     from rmipo.launch.environment import training_environment
     from rmipo.launch.pipeline import load_steps
@@ -128,8 +113,9 @@ def main() -> int:
 
     # ------------------ What it shows
     failed = []
-    for name, result, found in (*run_checks(folder, codes), memory_check(step, gpus)):
-        failed += [name] * (result == "FAIL")
-        print(f"{result} {name:9} {found}", flush=True)
+    for name, passed, found in checks(step, gpus, codes):
+        failed += [name] * (passed is False)
+        status = {True: "pass", False: "FAIL", None: "skip"}[passed]
+        print(f"{status} {name:9} {found}", flush=True)
     print(f"{model}: {'failed: ' + ', '.join(failed) if failed else 'all checks passed'}")
     return int(bool(failed))

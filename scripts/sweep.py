@@ -28,7 +28,7 @@ def main() -> int:
     options = cli.options(__doc__, "MODEL", "METHOD", "DATA", "ARGS", "GPUS", "SHARDING", "DRY")
     given, values = options.parse_known_args()
     env = os.environ | cli.variables(given)
-    refuse(env, ["SLURM"], "a sweep trains its points on this machine; leave it out, and run make sweep inside a job")
+    refuse(env, "SLURM")
     model, _ = choose_stages({**env, "STAGE": "rmipo"})
     method = cli.choose("METHOD", env.get("METHOD", ""), list(named_files("recipes/sweeps")), "The searches")
 
@@ -43,8 +43,7 @@ def main() -> int:
     def train(point: search.Point, **streams) -> int:
         # W&B's agent has an account; without one, W&B writes to the disk.
         tracking = {} if "WANDB_SWEEP_ID" in os.environ else {"WANDB_MODE": os.environ.get("WANDB_MODE", "offline")}
-        environment = os.environ | {"METHOD": "", "DATA": ""} | tracking | point.environment
-        return program.run([sys.executable, "scripts/launch.py"], env=environment, **streams)
+        return program.run([sys.executable, "scripts/launch.py"], env=point.environment | tracking, **streams)
 
     # ------------------ The points
     if values:
@@ -52,37 +51,38 @@ def main() -> int:
         return train(search.make_point({key: override_value(text) for key, _, text in pairs}, env))
     sweep = search.load_sweep(method, model)
     points = [search.make_point(point, env) for point in sweep.points]
-    sweep.check_metric(points[0].recipe)
-    path = points[0].folder.parent / search.RECORD
-    open_points = [point for point in points if not point.done]
+    sweep.check_metric(points[0].step.recipe)
+    path = Path(points[0].step.output_dir).with_name(search.RECORD)
+    done = [point for point in points if point.step.is_done()]
+    open_points = [point for point in points if point not in done]
     print(f"{len(points)} points, {len(open_points)} not finished; by {sweep.logged} ({sweep.metric.goal}): {path}")
     if is_on(env, "DRY"):
         print("\n".join(search.arguments(point.values) for point in open_points))
         return 0
     # A finished run that is started again ends at once, or refuses where its data or model have changed since.
-    for point in [point for point in points if point.done and has_weights(point.folder)][:1]:
+    for point in [point for point in done if has_weights(Path(point.step.output_dir))][:1]:
         if code := train(point, stdout=subprocess.DEVNULL):
             return code
 
     # ------------------ Train those that are not finished
     path.parent.mkdir(parents=True, exist_ok=True)
-    failed = 0
+    code = 0
     for point in tqdm(open_points, unit="point"):
-        with open(f"{point.folder}.log", "a") as log:
-            code = train(point, stdout=log, stderr=subprocess.STDOUT)
-        if code == EXIT_STOPPED:
-            return code  # the same command goes on from there
-        if code:
-            failed += 1
-            print(f"failed with exit code {code}: {search.arguments(point.values)}, see {point.folder}.log")
+        with open(f"{point.step.output_dir}.log", "a") as log:
+            ended = train(point, stdout=log, stderr=subprocess.STDOUT)
+        if ended == EXIT_STOPPED:
+            return ended  # the same command goes on from there
+        if ended:
+            print(f"failed with exit code {ended}: {search.arguments(point.values)}, see {log.name}")
+        code = code or ended
         if not search.record(path, points, sweep.logged):  # the first one failed, most likely by no fault of its own
             return code
 
     # ------------------ The best
     ranked = sweep.ranked(search.record(path, points, sweep.logged))
-    print(f"{sweep.logged} of the {min(5, len(ranked))} best of {len(ranked)} points:")
+    print(f"{sweep.logged} of the best of {len(ranked)} points:")
     for line in ranked[:5]:
         print(f"  {line[sweep.logged]:.4f}  {search.arguments(line['values'])}  in {line['output_dir']}")
     best = search.arguments(ranked[0]["values"])
     print(f'best: make train MODEL={model} METHOD={method} ARGS="{best} --output_dir ..."')
-    return 1 if failed else 0
+    return 1 if code else 0

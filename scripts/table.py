@@ -1,16 +1,12 @@
 """Print one of the paper's tables, or one of any benchmark, from result files.
 
-    make table N=2
     make table N=1 MODEL=tiny EVAL_NAME=llama3-70b
     make table BENCH=constraints,specificity MODEL=smollm2-135m-instruct AGAINST=dpo
-    make table BENCH=mtbench MODEL=llama3-8b-instruct          # with its categories
     make table WINS=1 BENCH=mtbench MODEL=llama3-8b-instruct   # win rates between any two methods
 
-N: the paper's number, ours, and the difference; without --differences, a number that was made with another judge or
-decoding than the paper's, or in a trial, is marked and stands without a difference. BENCH (several with commas, or all):
-every evaluated method by every metric, the best in bold, and how far AGAINST (default: rmipo) is ahead of each on the same
-prompts, with its 95% interval and stars by Holm. Runs that differ in the seed alone are averaged. Writes Markdown, CSV
-and LaTeX to <outputs>/reports/, and prints the Markdown.
+N: the paper's number, ours, and the difference; --differences prints it also where judge or decoding are not the paper's.
+BENCH (several with commas, or all): every evaluated method by every metric, and how far AGAINST (default: rmipo) is ahead of
+each. Writes Markdown, CSV and LaTeX to <outputs>/reports/, and prints the Markdown.
 """
 
 import os
@@ -28,9 +24,7 @@ from rmipo.reporting.tables import TABLES, benchmark_table, build_table, fill
 
 @cli.main
 def main() -> None:
-    meanings = {"MODEL": "with N: another model than the paper's", "BENCH": f"all, or some of {', '.join(BENCHMARKS)}"}
-    parser = cli.options(__doc__, "MODEL", "BENCH", "EVAL_NAME", **meanings)
-    given = os.environ.get
+    parser, given = cli.options(__doc__, "MODEL", "BENCH", "EVAL_NAME"), os.environ.get
     parser.add_argument("--number", type=int, default=given("N") or None, help=f"one of {sorted(TABLES)}")
     parser.add_argument("--wins", action="store_true", default=is_on(os.environ, "WINS"), help="win rates")
     parser.add_argument("--against", default=given("AGAINST") or OURS, help="the method that others are held to")
@@ -52,14 +46,11 @@ def main() -> None:
         if args.number is not None:
             table, name = build_table(args.number, [args.model] if args.model else []), f"table{args.number}"
         else:
-            table, name = (
-                benchmark_table(args.outputs, args.model, benches, args.eval_name),
-                f"table-{'-'.join(benches)}",
-            )
+            table = benchmark_table(args.outputs, args.model, benches, args.eval_name)
+            name = f"table-{'-'.join(benches)}"
         filled = fill(table, args.outputs, args.differences, args.eval_name, args.against)
         texts = {suffix: form(filled) for suffix, form in FORMATS.items()}
     name = "-".join(filter(None, [name, args.model, args.eval_name]))
     for suffix, text in texts.items():
         write_atomically(args.outputs / "reports" / f"{name}.{suffix}", text)
-    print(texts["md"])
-    print(f"Written to {args.outputs}/reports/{name}.{{{','.join(texts)}}}")
+    print(f"{texts['md']}\nWritten to {args.outputs}/reports/{name}.{{{','.join(texts)}}}")

@@ -32,8 +32,8 @@ def main() -> None:
     parser.add_argument("--world", default="outputs/tiny/world", type=Path, help="default: %(default)s")
     options = parser.parse_args()
     run = recorded_run(options.run)
-    if run is None or not run["finished"]:
-        raise ConfigError(f"{options.run} holds no finished run. Train it with make train MODEL=tiny.")
+    if run is None:
+        raise ConfigError(f"{options.run} holds no run. Train it with make train MODEL=tiny.")
 
     from rmipo.data.chat import ChatFormat
     from rmipo.data.pairs import LIMITS, load_pairs, tokenize_pairs
@@ -60,7 +60,6 @@ def main() -> None:
     print(f"\n{'':40}{'before':>10}{'after ' + recipe['objective']['name']:>18}")
     for key, label in LABELS.items():
         print(f"{label:40}{before[key]:10.3f}{after[key]:18.3f}")
-    print(f"\n{len(before['samples'])} samples at temperature 1; {len(pairs)} test pairs")
     path = options.run / "report.json"
     path.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n")
-    print(f"\ncurves:  {options.run / 'curves.png'}\nmodel:   {options.run}\nreport:  {path}")
+    print(f"\n{len(before['samples'])} samples at temperature 1; {len(pairs)} test pairs: {path}")

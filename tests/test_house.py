@@ -25,25 +25,25 @@ def test_import_order_holds():
 # Lines of Python that a folder may have. They hold what there is: raising one is a decision to defend, lowering one is the way
 # to the aim.
 LINES = {
-    "rmipo/compare": 800,  # aim: 400
+    "rmipo/compare": 560,  # aim: 400
     "rmipo/constraints": 140,  # aim: 110
     "rmipo/data": 800,  # aim: 800
     "rmipo/evaluation": 1750,  # aim: 1500
     "rmipo/generation": 910,  # aim: 800
-    "rmipo/launch": 710,  # aim: 600
-    "rmipo/objectives": 860,  # aim: 600
+    "rmipo/launch": 650,  # aim: 600
+    "rmipo/objectives": 850,  # aim: 600
     "rmipo/page": 260,
     "rmipo/plan": 430,  # aim: 450
     "rmipo/recipe": 650,
-    "rmipo/reporting": 1640,  # aim: 1500
+    "rmipo/reporting": 1590,  # aim: 1500
     "rmipo/run": 720,
     "rmipo/tiny": 460,
     "rmipo/training": 1990,  # aim: 1700
-    "rmipo": 12730,  # aim: 11000
-    "scripts": 1410,  # aim: 1100
+    "rmipo": 12370,  # aim: 11000
+    "scripts": 1310,  # aim: 1100
     "benchmarks": 1070,  # aim: 800
     "examples": 160,
-    "tests": 16160,  # aim: 14000
+    "tests": 16080,  # aim: 14000
 }
 
 

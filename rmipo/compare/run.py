@@ -1,22 +1,18 @@
 """One run of a comparison: train, with the clock running, and measure."""
 
-import contextlib
 import resource
 import tempfile
 import time
-from dataclasses import fields
 from typing import Any
 
 import psutil
 import torch
 from datasets import Dataset, disable_progress_bars
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
-from rmipo.compare.study import Study
-from rmipo.compare.trial import FLOOR, INITIAL, Trial
-from rmipo.data.chat import ChatFormat
-from rmipo.recipe.load import Recipe
+from rmipo.compare.study import FLOOR, INITIAL, Study, Trial
+from rmipo.recipe.schema import of_recipe
 from rmipo.run.frame import TrainingRun, training_run
 from rmipo.tiny import judge
 from rmipo.training import attention
@@ -29,51 +25,30 @@ CURVE_STEPS = 10  # optimizer steps between two points of a curve
 CURVE_PAIRS = 100
 
 
-class Meter:
-    """Time and memory of a training on `device`.
-
-    On a CPU: the process's CPU time, on which other processes have no influence, and its memory beyond that at the start.
-    On a GPU: the clock's time, and the peak of what this process allocates there, weights included.
-    """
-
-    def __init__(self, device: torch.device):
-        self.device = device
-        self.before, self.start = psutil.Process().memory_info().rss, self.seconds()
-
-    def seconds(self) -> float:
-        if self.device.type == "cpu":
-            return time.process_time()
-        torch.cuda.synchronize(self.device)
-        return time.perf_counter()
-
-    def peak(self) -> int:
-        """Bytes."""
-        if self.device.type == "cpu":  # ru_maxrss: of this process, which has trained nothing else
-            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - self.before
-        return torch.cuda.max_memory_allocated(self.device)
+def seconds(device: torch.device) -> float:
+    """On a CPU this process's own time, on which others have no influence; on a GPU the clock's."""
+    if device.type == "cpu":
+        return time.process_time()
+    torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 class HeldOutCurve(TrainerCallback):
     """Preference accuracy and margin on held-out pairs every few steps; `seconds` is the time that this took."""
 
-    def __init__(self, pairs: Dataset, meter: Meter, kind: str):
-        self.pairs, self.meter, self.kind = pairs, meter, kind  # kind: the attention that the model trains with
-        self.points: list[dict] = []
-        self.seconds = 0.0
-
-    def on_train_begin(self, args, state, control, model=None, **kwargs):
-        self._measure(0, model)
+    def __init__(self, pairs: Dataset, kind: str):
+        self.pairs, self.kind = pairs, kind  # kind: the attention that the model trains with
+        self.points, self.seconds = [], 0.0
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
         if state.global_step % CURVE_STEPS == 0 or state.global_step == state.max_steps:
-            self._measure(state.global_step, model)
+            start = seconds(args.device)
+            self.points.append({"step": state.global_step, **judge.preference_metrics(model, self.pairs)})
+            # Scoring has left it attached to ordinary sequences.
+            attention.attach(model, self.kind)
+            self.seconds += seconds(args.device) - start
 
-    def _measure(self, step: int, model) -> None:
-        start = self.meter.seconds()
-        self.points.append({"step": step, **judge.preference_metrics(model, self.pairs)})
-        # Scoring has left it attached to ordinary sequences.
-        attention.attach(model, self.kind)
-        self.seconds += self.meter.seconds() - start
+    on_train_begin = on_step_end  # step 0
 
 
 def execute(study: Study, run: Trial) -> dict[str, Any]:
@@ -87,14 +62,20 @@ def execute(study: Study, run: Trial) -> dict[str, Any]:
         with training_run(recipe, args, model_config, keep=False) as frame:
             tokenizer = load_tokenizer(model_config, data_config.chat_template)
             model = policy(model_config).to(args.device)
-            held_out = TokenizedPairs({"test": study.task.held_out_pairs(recipe, run)}, tokenizer, args, model)
+            held_out = TokenizedPairs({"test": study.task.held_out_pairs(run)}, tokenizer, args, model)
             chat, test = held_out.chat, held_out.splits["test"]
             chat.set_end_of_turn(model.generation_config)
             result = {"curve": [], "seconds_per_step": None, "peak_memory_mib": None}
             if run.method != INITIAL:
-                train = study.task.train_pairs(recipe, run)
+                train = study.task.train_pairs(run)
                 if run.method == FLOOR:
-                    trainer = sft_trainer(recipe, model, tokenizer, chat, train)
+                    # The preference recipe's optimisation, on the chosen responses.
+                    values = recipe.resolved() | {"gradient_accumulation_steps": recipe.batch(1)[1]}
+                    rows = Dataset.from_dict({"prompt": train["prompt"], "completion": train["chosen"]})
+                    tokenizer.eos_token_id = chat.end_id
+                    trainer = SFTTrainer(
+                        model, of_recipe(SFTConfig, values), train_dataset=rows, processing_class=tokenizer
+                    )
                 else:
                     trainer = PreferenceTrainer(model, args, train, processing_class=tokenizer)
                 try:
@@ -105,36 +86,19 @@ def execute(study: Study, run: Trial) -> dict[str, Any]:
                 if isinstance(trainer, PreferenceTrainer) and "gamma" in trainer.window.columns[0]:
                     # Nothing was logged, so the window holds every pair that was trained.
                     result["gamma_mean"] = torch.cat([pairs["gamma"] for pairs in trainer.window.columns]).mean().item()
-            with precision(args):
+            with torch.autocast(args.device.type, torch.bfloat16, enabled=args.bf16):
                 metrics = judge.preference_metrics(model, test) | study.task.measure(model, chat, run)
     return {**result, "metrics": metrics}
 
 
-def precision(args: TrainingArguments) -> contextlib.AbstractContextManager:
-    """bfloat16 arithmetic where the recipe trains with it."""
-    return torch.autocast(args.device.type, torch.bfloat16, enabled=args.bf16)
-
-
-def sft_trainer(recipe: Recipe, model, tokenizer, chat: ChatFormat, train: Dataset) -> SFTTrainer:
-    """TRL's trainer on the chosen responses, with the preference recipe's optimisation."""
-    known = {field.name for field in fields(SFTConfig)}
-    values = {key: value for key, value in recipe.resolved().items() if key in known}
-    tokenizer.eos_token_id = chat.end_id
-    return SFTTrainer(
-        model,
-        args=SFTConfig(**values, gradient_accumulation_steps=recipe.batch(1)[1]),
-        train_dataset=Dataset.from_dict({"prompt": train["prompt"], "completion": train["chosen"]}),
-        processing_class=tokenizer,
-    )
-
-
 def train_and_time(frame: TrainingRun, trainer: Trainer, held_out: Dataset) -> dict:
-    """Train. Time includes a reference's scoring."""
-    meter = Meter(trainer.args.device)
-    curve = HeldOutCurve(held_out, meter, getattr(trainer, "attention_kind", "plain"))
+    """Train. Time includes a reference's scoring; memory is beyond that at the start, on a GPU all that is allocated."""
+    curve, device = HeldOutCurve(held_out, getattr(trainer, "attention_kind", "plain")), trainer.args.device
+    before, start = psutil.Process().memory_info().rss, seconds(device)
     frame.train(trainer, [curve])
-    return {
-        "curve": curve.points,
-        "seconds_per_step": (meter.seconds() - meter.start - curve.seconds) / trainer.state.global_step,
-        "peak_memory_mib": meter.peak() / 2**20,
-    }
+    took = seconds(device) - start - curve.seconds
+    # ru_maxrss, in KiB: of this process, which has trained nothing else.
+    on_cpu = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+    peak = on_cpu if device.type == "cpu" else torch.cuda.max_memory_allocated(device)
+    per_step = took / trainer.state.global_step
+    return {"curve": curve.points, "seconds_per_step": per_step, "peak_memory_mib": peak / 2**20}

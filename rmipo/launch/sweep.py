@@ -1,23 +1,20 @@
 """Grid searches of `recipes/sweeps/<method>.yaml`: their points, the folder of each, and the best of the finished ones.
 
-The files are W&B's format, so that `wandb sweep` runs them as they are. Its agent starts `scripts/sweep.py` for each
-point, which gives it a folder of its own; `${envvar:WANDB_RUN_ID}` in the command could not, as the agent fills it in
-with the id of the point before.
+The files are W&B's format, so that `wandb sweep` runs them as they are.
 """
 
 import itertools
 import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import pydantic
 
 from rmipo.errors import ConfigError
 from rmipo.files import write_lines
 from rmipo.fingerprints import json_fingerprint
-from rmipo.launch.pipeline import load_steps
+from rmipo.launch.pipeline import Step, load_steps
 from rmipo.objectives import build_objective
 from rmipo.recipe.files import read_yaml, typed
 from rmipo.recipe.load import Recipe
@@ -25,7 +22,6 @@ from rmipo.record import recorded_run
 from rmipo.training.metrics import check_logged, evaluation_metrics
 
 RECORD = "sweep.jsonl"
-OWN_KEYS = {"parameters", "measure"}  # of a setting's search.yaml; `measure` is read by make compare
 
 
 class Goal(pydantic.BaseModel):
@@ -48,15 +44,13 @@ class Sweep(pydantic.BaseModel):
     @property
     def points(self) -> list[dict[str, Any]]:
         """Every combination, the last parameter varying fastest."""
-        combinations = itertools.product(*self.parameters.values())
-        return [dict(zip(self.parameters, values, strict=True)) for values in combinations]
+        return [
+            dict(zip(self.parameters, values, strict=True)) for values in itertools.product(*self.parameters.values())
+        ]
 
     def check_metric(self, recipe: Recipe) -> None:
-        """Raises ConfigError if the runs of the sweep don't log what they are to be ranked by."""
-        try:
-            check_logged(self.logged, evaluation_metrics(build_objective(recipe.values["objective"])))
-        except ValueError as error:
-            raise ConfigError(f"metric.name: the sweep would rank its points by {self.logged}: {error}") from error
+        """Raises ValueError if the runs of the sweep don't log what they are to be ranked by."""
+        check_logged(self.logged, evaluation_metrics(build_objective(recipe.values["objective"])))
 
     def ranked(self, lines: list[dict]) -> list[dict]:
         """The lines of `sweep.jsonl`, the best first."""
@@ -70,43 +64,32 @@ def load_sweep(method: str, model: str) -> Sweep:
     """
     path, own = Path(f"recipes/sweeps/{method}.yaml"), Path(f"recipes/{model}/search.yaml")
     content, replaced = read_yaml(path), read_yaml(own) if own.is_file() else {}
-    if unknown := replaced.keys() - OWN_KEYS:  # the paper's ranges would be searched in silence
-        raise ConfigError(f"{own}: {', '.join(unknown)} is no key of it: expected {' or '.join(sorted(OWN_KEYS))}")
-    entries = (content.get("parameters") or {}) | (replaced.get("parameters") or {})
-    # What is no list of values is named.
-    values = {key: entry.get("values") if isinstance(entry, dict) else entry for key, entry in entries.items()}
-    return typed(Sweep, content | {"parameters": values}, f"{path}, {own}" if replaced else path)
+    if unknown := replaced.keys() - {"parameters", "measure"}:  # the paper's ranges would be searched in silence
+        raise ConfigError(f"{own}: unknown keys {', '.join(unknown)}")
+    entries = content["parameters"] | replaced.get("parameters", {})
+    values = {key: entry.get("values") for key, entry in entries.items()}
+    return typed(Sweep, content | {"parameters": values}, path)
 
 
-@dataclass(frozen=True)
-class Point:
-    """One combination of values: what `scripts/launch.py` is told, and the recipe that it will train."""
+class Point(NamedTuple):
+    """One combination of values: what `scripts/launch.py` is told, and the step that it will train."""
 
     values: dict[str, Any]
     environment: dict[str, str]
-    recipe: Recipe
-    done: bool
-
-    @property
-    def folder(self) -> Path:
-        return Path(self.recipe.values["output_dir"])
+    step: Step
 
 
 def make_point(values: Mapping[str, Any], env: Mapping[str, str]) -> Point:
-    """The run of `values` over what MODEL, METHOD, DATA and ARGS in `env` say, in a folder named after the values.
-
-    Raises ConfigError: the recipe with these values is wrong, or its folder holds another run.
-    """
+    """The run of `values` over what `env` says, in a folder named after the values. Raises ConfigError."""
     # The run without these values has the name that METHOD, DATA and adapters give it.
     (unchanged,) = load_steps(env["MODEL"], ["rmipo"], env)
-    folder = Path(unchanged.recipe.values["output_dir"])
+    folder = Path(unchanged.output_dir)
     names = [f"{key.removeprefix('objective.')}-{number(value)}" for key, value in sorted(values.items())]
     output_dir = folder.parent / f"sweep-{folder.name}" / "_".join(names)
-    own = f"{arguments(values)} {shlex.join([f'--output_dir={output_dir}'])}"
-    environment = {name: env[name] for name in ("MODEL", "METHOD", "DATA", "GPUS", "SHARDING") if env.get(name)}
-    environment |= {"STAGE": "rmipo", "ARGS": f"{env.get('ARGS', '')} {own}".strip()}
+    own = f"{env.get('ARGS', '')} {arguments(values)} {shlex.join([f'--output_dir={output_dir}'])}"
+    environment = {**env, "STAGE": "rmipo", "ARGS": own}
     (step,) = load_steps(env["MODEL"], ["rmipo"], environment)
-    return Point(dict(values), environment, step.recipe, step.is_done())
+    return Point(dict(values), environment, step)
 
 
 def arguments(values: Mapping[str, Any]) -> str:
@@ -121,14 +104,14 @@ def number(value: Any) -> str:
 
 def record(path: Path, points: list[Point], metric: str) -> list[dict]:
     """Write one line for each finished point; returns the lines. Raises ConfigError if their data or models differ."""
-    lines, trained_on = [], {}
+    lines, trained_on = [], set()
     for point in points:
-        run = recorded_run(point.folder)
+        run = recorded_run(point.step.output_dir)
         if run and run["finished"]:
-            trained_on[json_fingerprint(run["fingerprints"])] = str(point.folder)  # one entry, if all are alike
-            about = {"output_dir": str(point.folder), "seconds": run["seconds"], "commit": run["commit"]}
+            trained_on.add(json_fingerprint(run["fingerprints"]))
+            about = {"output_dir": point.step.output_dir, "seconds": run["seconds"], "commit": run["commit"]}
             lines.append({"values": point.values, metric: run["results"][metric], **about})
     if len(trained_on) > 1:
-        raise ConfigError(f"{' and '.join(trained_on.values())} were trained on other data or models: remove the old")
+        raise ConfigError(f"the runs in {path.parent} were trained on different data or models: remove the old ones")
     write_lines(path, lines)
     return lines

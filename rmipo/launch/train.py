@@ -16,7 +16,7 @@ import torch
 import yaml
 
 from rmipo.errors import ConfigError
-from rmipo.launch.choices import choose_sharding, choose_stages, gpus_asked_for, is_on, node_count
+from rmipo.launch.choices import choose_sharding, choose_stages, gpus_asked_for, is_on, whole_number
 from rmipo.launch.environment import training_environment
 from rmipo.launch.pipeline import Step, load_steps
 from rmipo.recipe.files import NO_GPU
@@ -32,20 +32,21 @@ def train(env: Mapping[str, str]) -> int:
 
     Raises ConfigError if a step can't be trained so, before anything runs.
     """
-    queued, nodes = is_on(env, "SLURM"), node_count(env)
+    queued, nodes = is_on(env, "SLURM"), whole_number(env, "NODES", 1)
     if nodes > 1 and not queued:
         raise ConfigError(f"NODES={nodes}: several machines are reached through Slurm: add SLURM=1")
     steps = load_steps(*choose_stages(env), env)
     gpus = gpu_count(env, all(step.on_cpu for step in steps))
-    trained = [step for step in steps if step.recipe is not None]
-    for step in trained:
-        step.recipe.batch(step.processes(gpus, nodes))  # raises where the global batch can't be divided so
     if is_on(env, "DRY"):
         for step in steps:
             show(step, gpus, nodes, queued)
         return 0
-    for step in trained:
-        step.is_done()  # raises where the folder holds another run
+    for step in steps:
+        if (
+            step.recipe
+        ):  # these raise where the global batch can't be divided so, and where the folder holds another run
+            step.recipe.batch(step.processes(gpus, nodes))
+            step.is_done()
     if queued:
         return queue(steps, gpus, nodes)
     program, env = Program(), training_environment(env, choose_sharding(env), gpus)
@@ -64,31 +65,26 @@ def train(env: Mapping[str, str]) -> int:
 
 def gpu_count(env: Mapping[str, str], on_cpu: bool) -> int:
     """GPUs to train on, of each node; with SHARDING, processes of a recipe for the CPU. Raises ConfigError."""
-    dry, queued = is_on(env, "DRY"), is_on(env, "SLURM")
     visible, count = torch.cuda.device_count(), gpus_asked_for(env)
     if on_cpu:
         return count or 1
-    if count is None and queued:  # those of a cluster's nodes can't be seen here
+    if count is None and is_on(env, "SLURM"):  # those of a cluster's nodes can't be seen here
         raise ConfigError("SLURM=1: GPUS is not set. Name the GPUs of each node, such as GPUS=8")
-    if not (dry or queued) and (count or 1) > visible:
+    if not (is_on(env, "DRY") or is_on(env, "SLURM")) and (count or 1) > visible:
         raise ConfigError(f"GPUS={count}: {visible} are visible here" if visible else NO_GPU)
     return count or visible or DRY_GPUS
 
 
 def show(step: Step, gpus: int, nodes: int, queued: bool) -> None:
-    """Print the recipe as it would be trained, its notices, how the global batch comes about, and the command."""
+    """Print the recipe as it would be trained, its notices, its batch, and the command."""
     print(f"## {step.stage}")
     command = step.command(gpus)
-    if (recipe := step.recipe) is not None:
+    if step.recipe is not None:
         command = sbatch_command(step, nodes, gpus) if queued else command
+        print("".join(f"# {notice}\n" for notice in step.recipe.notices), end="")
+        print(yaml.safe_dump(step.recipe.values, sort_keys=False, width=120), end="")
         processes = step.processes(gpus, nodes)
-        size, accumulation = recipe.batch(processes)
-        each = f"{size // (processes * accumulation)} per device x {processes} processes x {accumulation} steps"
-        tokens = recipe.values.get("max_tokens_per_micro_batch")
-        packed = f"{size} over {processes} processes, in packed sequences of at most {tokens} tokens"
-        print("".join(f"# {notice}\n" for notice in recipe.notices), end="")
-        print(yaml.safe_dump(recipe.values, sort_keys=False, width=120), end="")
-        print(f"# batch: {packed if tokens else f'{size} = {each}'}")
+        print(f"# batch: {step.recipe.batch(processes)[0]} over {processes} processes")
     print(f"{shlex.join(command)}\n")
 
 
@@ -98,11 +94,11 @@ def queue(steps: list[Step], gpus: int, nodes: int) -> int:
         raise ConfigError("SLURM=1: sbatch is not installed here. Run this on a login node of the cluster")
     job = None
     for step in steps:
-        if step.recipe is None and job is None:
+        if step.recipe is None and job is not None:
+            print(f"## {step.stage}: after job {job}: {shlex.join(step.command(gpus))}")
+        elif step.recipe is None:
             if code := Program().run(step.command(gpus)):
                 return code
-        elif step.recipe is None:
-            print(f"## {step.stage}: after job {job}: {shlex.join(step.command(gpus))}")
         elif step.is_done() and not step.recipe.values.get("push_to_hub"):  # started again it would only upload
             print(f"## {step.stage}: {step.output_dir} holds this recipe's finished run")
         else:
@@ -119,10 +115,13 @@ def sbatch_command(step: Step, nodes: int, gpus: int, after: str | None = None) 
     command = ["sbatch", "--parsable", f"--nodes={nodes}", f"--job-name={step.recipe.name}"]
     command += [] if step.on_cpu else [f"--gpus-per-node={gpus}"]
     # Two jobs of one name write into one folder: the later one starts when the earlier one has ended.
-    command += [f"--dependency=afterok:{after},singleton" if after else "--dependency=singleton"]
-    command += ["--kill-on-invalid-dep=yes"] if after else []
+    first = (
+        [f"--dependency=afterok:{after},singleton", "--kill-on-invalid-dep=yes"]
+        if after
+        else ["--dependency=singleton"]
+    )
     config = "cpu" if step.on_cpu else str(step.sharding)
-    return [*command, *shlex.split(os.environ.get("SBATCH_ARGS", "")), SLURM_SCRIPT, config, *step.program]
+    return [*command, *first, *shlex.split(os.environ.get("SBATCH_ARGS", "")), SLURM_SCRIPT, config, *step.program]
 
 
 def submit(step: Step, nodes: int, gpus: int, after: str | None = None) -> tuple[str, Path]:
@@ -149,12 +148,11 @@ class Program:
 
     def _stop(self, number, frame):
         running = self.process is not None and self.process.poll() is None
-        if number == signal.SIGINT:
-            if not running:
-                raise KeyboardInterrupt
-            if self.interrupted:
-                return self._kill()
-            self.interrupted = True
+        if number == signal.SIGINT and not running:
+            raise KeyboardInterrupt
+        if number == signal.SIGINT and self.interrupted:
+            return self._kill()
+        self.interrupted |= number == signal.SIGINT
         self.stopped_at = self.stopped_at or time.time()
         if running:
             self.process.send_signal(number)
@@ -173,8 +171,6 @@ class Program:
         env = env or training_environment(os.environ)
         # A group of its own: Ctrl-C reaches it once, through us, and what it started can be ended with it.
         self.process = subprocess.Popen(command, env=env, process_group=0, **streams)
-        if self.stopped_at:  # the signal came before there was a process to pass it on to
-            self.process.terminate()
         code = self.process.wait()
         if self.interrupted:
             with contextlib.suppress(ProcessLookupError):

@@ -9,9 +9,6 @@ import os
 import runpy
 import shutil
 import signal
-import subprocess
-import sys
-import time
 import types
 from pathlib import Path
 from statistics import mean
@@ -20,27 +17,22 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from tqdm import tqdm
 from transformers import TrainerState
 
+from rmipo.compare import program as programs
 from rmipo.compare import run as compared
-from rmipo.compare.log import Log, best_rates, execute_all, report_runs, search_runs
-from rmipo.compare.margins import best_objectives, mean_gamma_arm, nearest_rates, points, report
-from rmipo.compare.program import make_sft_model, read_choices
+from rmipo.compare.log import Log
 from rmipo.compare.run import execute
-from rmipo.compare.study import Study
-from rmipo.compare.tasks import PairsTask
-from rmipo.compare.trial import FLOOR, INITIAL, METHODS, Trial
-from rmipo.errors import UserError
+from rmipo.compare.study import FLOOR, INITIAL, METHODS, PairsTask, Study, Trial
+from rmipo.errors import ConfigError
 from rmipo.evaluation.statistics import contrast
 from rmipo.objectives import OBJECTIVES
-from rmipo.recipe.load import ConfigError
 from rmipo.reporting import comparison
 from rmipo.reporting.comparison import scores
 from rmipo.tiny.config import load_world_config
 from rmipo.tiny.files import write_world
 from rmipo.tiny.world import CLASSES
-from tests.helpers.launched import launch
+from tests.helpers.launched import launch, wait_until
 from tests.helpers.lock_holder import held
 from tests.helpers.paths import ROOT
 from tests.helpers.programs import run_here
@@ -81,14 +73,11 @@ def test_every_method_has_the_same_start_pairs_order_and_length(study):
         assert values["objective"]["name"] == (method if method in OBJECTIVES else "rmipo")
         assert {key for key in values if values[key] != recipes["rmipo"].get(key)} <= {"objective"}
         assert values["seed"] == 7 and values["learning_rate"] == 2e-4
-    with pytest.raises(ConfigError, match="make sweep MODEL=llama3-8b-instruct"):
-        Study("llama3-8b-instruct").check(run_of())
 
 
-def test_seeds_draw_other_pairs_of_the_same_facts_and_noise_swaps_some(study):
-    recipe = study.recipe(run_of())
+def test_seeds_draw_other_pairs_of_the_same_facts_and_noise_swaps_some(study, monkeypatch):
     first, other, noisy_rows = (
-        study.task.train_pairs(recipe, run_of(seed=seed, noise=noise)).to_list()
+        study.task.train_pairs(run_of(seed=seed, noise=noise)).to_list()
         for seed, noise in ((0, 0.0), (1, 0.0), (0, 0.15))
     )
     assert len(first) == len(other) == len(noisy_rows) == 40 and first != other
@@ -99,27 +88,21 @@ def test_seeds_draw_other_pairs_of_the_same_facts_and_noise_swaps_some(study):
         kept += row == noisy
         swapped += row | {"chosen": row["rejected"], "rejected": row["chosen"]} == noisy
     assert (kept, swapped) == (34, 6)
-
-
-def test_pairs_that_other_code_draws_make_another_comparison(study, monkeypatch):
-    before = study.task.identity(study.base)
-    assert study.task.identity(study.base) == before
-    monkeypatch.setattr("rmipo.tiny.world.CLOSERS", (" Bye.",))
+    before = study.task.identity()
+    assert study.task.identity() == before
     monkeypatch.setattr("rmipo.tiny.world.BOILERPLATE", ("Bye.",) * 4)
-    assert study.task.identity(study.base) != before
+    assert study.task.identity() != before  # other code draws other pairs
 
 
 def test_what_selects_is_not_what_is_reported(study):
-    recipe = study.recipe(run_of())
     search, report = (run_of(purpose=purpose) for purpose in ("search", "report"))
     asked, reported = study.task.questions(search), study.task.questions(report)
-    pairs, reported_pairs = (study.task.held_out_pairs(recipe, run) for run in (search, report))
+    pairs, reported_pairs = (study.task.held_out_pairs(run) for run in (search, report))
     assert len(asked) + len(reported) == len(study.task.world.held_out_questions)
     assert not {question.fact for question in asked} & {question.fact for question in reported}
     assert len(pairs) + len(reported_pairs) == 24 and min(len(pairs), len(reported_pairs)) > 4
     prompts = [{row[0]["content"] for row in part["prompt"]} for part in (pairs, reported_pairs)]
     assert not prompts[0] & prompts[1]
-    assert {run.seed for run in search_runs(METHODS, [1.0])}.isdisjoint(range(100))
 
 
 def test_other_people_s_pairs_are_divided_by_prompt(repository, monkeypatch, tmp_path):
@@ -127,14 +110,15 @@ def test_other_people_s_pairs_are_divided_by_prompt(repository, monkeypatch, tmp
     for split, count in (("train", 20), ("test", 12)):
         write(tmp_path / f"{split}.jsonl", [pair(i, [user(f"Q{i % 6}?")]) for i in range(count)])
     study = Study("tiny", f"{ARGUMENTS} --dataset_name {tmp_path}")
-    assert not study.swaps_labels and Study("tiny").swaps_labels  # noise would be told of runs on clean labels
+    assert (
+        not study.task.swaps_labels and Study("tiny").task.swaps_labels
+    )  # noise would be told of runs on clean labels
     assert type(study.task) is PairsTask and study.task.selection_metric == "preference_accuracy"
-    recipe = study.recipe(run_of())
-    parts = [study.task.held_out_pairs(recipe, run_of(purpose=purpose)) for purpose in ("search", "report")]
+    parts = [study.task.held_out_pairs(run_of(purpose=purpose)) for purpose in ("search", "report")]
     assert [len(pairs) for pairs in parts] == [6, 6]
     assert len({json.dumps(prompt) for pairs in parts for prompt in pairs["prompt"]}) == 6
     result = execute(study, run_of("simpo"))
-    assert set(result["metrics"]) == {"preference_accuracy", "preference_margin"}
+    assert set(result["metrics"]) == {"preference_accuracy", "preference_margin", "per_prompt"}
 
 
 def test_answers_to_constraints_are_measured_as_eval_yaml_and_search_yaml_say(repository, monkeypatch):
@@ -189,17 +173,17 @@ def test_the_time_of_a_step_is_without_that_of_its_curve(monkeypatch):
         clock[0] += seconds
         return {"preference_margin": clock[0]}
 
-    monkeypatch.setattr(compared.Meter, "seconds", lambda meter: clock[0])
+    monkeypatch.setattr(compared, "seconds", lambda device: clock[0])
     monkeypatch.setattr(compared.judge, "preference_metrics", lambda model, pairs: wait(100))
     monkeypatch.setattr(compared.attention, "attach", lambda model, kind: None)
     state = TrainerState(max_steps=20)
 
     def train(trainer, callbacks):
         (curve,) = callbacks
-        curve.on_train_begin(None, state, None)
+        curve.on_train_begin(trainer.args, state, None)
         for state.global_step in range(1, 21):
             wait(2)
-            curve.on_step_end(None, state, None)
+            curve.on_step_end(trainer.args, state, None)
 
     trainer = types.SimpleNamespace(args=types.SimpleNamespace(device=torch.device("cpu")), state=state)
     result = compared.train_and_time(types.SimpleNamespace(train=train), trainer, None)
@@ -216,42 +200,49 @@ def test_runs_are_repeatable_and_divergence_is_a_result(study):
 
 def test_a_line_is_found_by_everything_that_defines_its_run(study, tmp_path):
     path = tmp_path / "runs.jsonl"
-    log = Log(path, study)
-    result = {"metrics": {"right_probability": 0.5}, "curve": []}
-    line = log.add(run_of(), result, {"commit": "abc"})
+    log = Log(path, study, 1)
+    log.add(run_of(), {"metrics": {"right_probability": 0.5}, "curve": []}, {"commit": "abc"})
+    line = log.find(run_of())
     assert line["commit"] == "abc" and line["learning_rate"] == 1e-3
     others = [run_of("dpo"), run_of(rate=2e-3), run_of(seed=1), run_of(noise=0.15), run_of(purpose="search")]
     assert [log.find(run) for run in others] == [None] * 5
     with open(path, "a") as file:
         file.write('{"key": "cut sh')  # killed while writing
-    again = Log(path, study)
+    again = Log(path, study, 1)
     assert again.find(run_of()) == line and path.read_text().count("\n") == 1
+    again.add(run_of(seed=1), {"metrics": {"right_probability": 0.6}}, {})
+    assert [line["seed"] for line in again.train("runs", [run_of(seed=1), run_of()])] == [1, 0]
     longer = dataclasses.replace(study, arguments=ARGUMENTS.replace("max_steps 3", "max_steps 4"))
-    assert Log(path, longer).find(run_of()) is None
+    assert Log(path, longer, 1).find(run_of()) is None
 
 
-def test_lines_come_in_the_order_of_their_runs(study, tmp_path):
-    """The study of margins takes them by their place."""
-    log, runs = Log(tmp_path / "runs.jsonl", study), [run_of(seed=seed) for seed in range(3)]
-    for run in (runs[1], runs[2], runs[0]):
-        log.add(run, {"metrics": {"right_probability": run.seed / 10}}, {})
-    lines = execute_all(log, runs[::-1], 1, tqdm(total=3))
-    assert [line["metrics"]["right_probability"] for line in lines] == [0.2, 0.1, 0.0]
+def found(method, rate, value, kl=0.0, objective=()):
+    """A line of the search."""
+    own = [list(each) for each in objective]
+    metrics = {"diverged": True} if value is None else {"solved": value, "kl_initial": kl}
+    return {"method": method, "learning_rate": rate, "objective": own, "metrics": metrics}
 
 
-def test_the_best_rate_of_each_method_is_chosen():
-    lines = [
-        {"method": method, "learning_rate": rate, "metrics": {"right_probability": value}}
-        for method, rate, value in (("dpo", 1e-4, 0.5), ("dpo", 2e-4, 0.7), ("kto", 1e-4, 0.6), ("kto", 2e-4, 0.2))
-    ]
-    assert best_rates(lines, "right_probability") == {"dpo": 2e-4, "kto": 1e-4}
-    lines[1]["metrics"] = {"diverged": True}
-    assert best_rates(lines, "right_probability")["dpo"] == 1e-4
-    lines[0]["metrics"] = {"diverged": True}
-    with pytest.raises(ValueError, match="every learning rate made dpo diverge"):
-        best_rates(lines, "right_probability")
-    runs = report_runs(["dpo"], {"dpo": 2e-4}, [0, 1], [0.0, 0.15])
-    assert len(runs) == 2 * 2 * 2 and {run.learning_rate for run in runs if run.method == "dpo"} == {2e-4}
+def test_the_best_run_of_each_method_is_chosen():
+    lines = [found("dpo", 1e-4, 0.5), found("dpo", 2e-4, 0.7), found("kto", 1e-4, 0.6), found("kto", 2e-4, 0.2)]
+    best = programs.best_runs(lines, "solved")
+    assert {method: line["learning_rate"] for method, line in best.items()} == {"dpo": 2e-4, "kto": 1e-4}
+    wide, narrow = (("gamma", 1.6),), (("gamma", 0.3),)
+    tuned = [found("simpo", 1.0, 5.0), found("simpo", 1.0, 7.0, 0, wide), found("simpo", 1.0, 7.0, 0, narrow)]
+    assert programs.best_runs(tuned, "solved")["simpo"] is tuned[1]  # of equal ones the first
+    lines[1] = found("dpo", 2e-4, None)
+    assert programs.best_runs(lines, "solved")["dpo"]["learning_rate"] == 1e-4
+    lines[0] = found("dpo", 1e-4, None)
+    with pytest.raises(ConfigError, match="dpo diverge"):
+        programs.best_runs(lines, "solved")
+
+
+def test_rates_are_chosen_by_the_distance_too():
+    searched = [found("rmipo", 1.0, 1, 0.1), found("rmipo", 2.0, 5, 0.4), found("dpo", 2.0, 5, 0.2)]
+    searched += [found("dpo", 4.0, 8, 0.5), found("dpo", 8.0, None)]
+    assert programs.nearest_rates(searched, {"rmipo": 2.0, "dpo": 4.0}) == {"rmipo": 2.0, "dpo": 4.0}
+    assert programs.nearest_rates(searched, {"rmipo": 1.0, "dpo": 4.0}) == {"rmipo": 1.0, "dpo": 2.0}
+    assert programs.nearest_rates([], {"rmipo": 1.0}) == {}
 
 
 def line_of(method, seed, value, noise=0.0, rate=2e-4):
@@ -296,23 +287,24 @@ def test_means_spreads_and_differences_paired_by_seed_or_prompt():
     assert (row["difference_low"], row["difference_high"]) == (expected.low, expected.high)
 
 
-def test_the_table_is_sorted_and_marks_ends_of_the_range():
-    rows = comparison.summarize(LINES, "right_probability")
+def report_of(lines, searched, metric="right_probability"):
+    return comparison.report({metric: comparison.summarize(lines, metric)}, lines, searched)
+
+
+def test_the_table_is_sorted():
     rates = (1e-4, 2e-4, 4e-4)
     searched = [line_of(method, 1000, rate * 1e3, rate=rate) for method in ("rmipo", "dpo") for rate in rates]
-    text = comparison.report(rows, LINES, searched, "right_probability")
+    text = report_of(LINES, searched)
     assert "| RMiPO | 0.100 | 0.200 | 0.400 |" in text  # of the search
     lines = text.splitlines()
     dpo, simpo = (next(line for line in lines if line.startswith(f"| {name} |")) for name in ("DPO", "SimPO"))
     assert lines.index(dpo) < lines.index(simpo)
     assert "| 0.667 ± 0.208 |" in dpo and "| +0.067 [-0.137, +0.230] |" in dpo and "| 0.0002 |" in dpo
-    assert "| 0.0004* |" in simpo and "| -0.100 |" in simpo
+    assert "| 0.0004 |" in simpo and "| -0.100 |" in simpo
     diverged = {**line_of("kto", 0, 0.0), "metrics": {"diverged": True}}
-    rows = comparison.summarize([*LINES, diverged], "right_probability")
-    assert "| KTO | 0.0002 | diverged |" in comparison.report(rows, LINES, searched, "right_probability")
-    other = [*LINES, {**LINES[0], "commit": "def"}]
+    assert "| KTO | 0.0002 | diverged |" in report_of([*LINES, diverged], searched)
     assert text.endswith("Commit abc; torch 2, trl 1; 2 CPU cores.")
-    assert "Commit abc and def;" in comparison.report(rows, other, searched, "right_probability")
+    assert "Commit abc and def;" in report_of([*LINES, {**LINES[0], "commit": "def"}], searched)
 
 
 CHOICES = {"MODEL": "tiny", "METHODS": "dpo", "SEEDS": "0", "NOISE": "0", "ARGS": ARGUMENTS, "WORKERS": "2"}
@@ -351,7 +343,7 @@ def test_a_study_of_margins_searches_a_rate_for_all_arms_of_a_kind(repository):
         " dpo: {learning_rate: 3.0e-3, methods: [dpo]}}\nobjectives: {simpo: {gamma: [1.0, 0.3]}}\n"
         "arm_seeds: 2\nnoise: [0.0]\ngrids: {simpo: {beta: [1.0, 2.0]}}\ngrid_seeds: 1\n"
     )
-    run = launch(["scripts/margins.py"], root=repository, MODEL="tiny", ARGS=ARGUMENTS)
+    run = launch(["scripts/compare.py", "--margins"], root=repository, MODEL="tiny", ARGS=ARGUMENTS)
     assert run.wait() == 0, run.output
     lines = [json.loads(line) for line in (repository / "outputs/tiny/margins/runs.jsonl").read_text().splitlines()]
     searched = {
@@ -365,27 +357,17 @@ def test_a_study_of_margins_searches_a_rate_for_all_arms_of_a_kind(repository):
     assert {line["method"] for line in reported[:4]} == {"rmipo", "shuffled"}  # the primary contrast comes first
     rates = {"rmipo": best, "shuffled": best, "simpo": best, "dpo": 3e-3}
     assert all(line["learning_rate"] == rates[line["method"]] for line in reported)
-    assert len(reported) == 4 * 2 + 2 + 2
     mean_gammas = [line["gamma_mean"] for line in reported if line["method"] == "rmipo"]
-    report = (repository / "outputs/tiny/margins/report.md").read_text()
+    report = (repository / "outputs/tiny/margins/table.md").read_text()
     for metric in ("right_probability", "preference_accuracy"):
         values = " | ".join(f"{searched[rate]['metrics'][metric]:.3f}" for rate in (1e-3, 2e-2))
         assert f"| RMiPO | {values} |" in report
     gamma = max(tuned, key=lambda line: line["metrics"]["right_probability"])["objective"]
+    # With its own gamma an arm's run is the grid's point of its own beta.
+    assert len(reported) == 4 * 2 + 2 + 2 - (gamma == [])
     assert [line["objective"] for line in reported if line["method"] == "simpo"][:2] == [gamma] * 2
     own = [dict(line["objective"])["gamma"] for line in reported if {"beta", "gamma"} == {*dict(line["objective"])}]
     assert sorted(own) == pytest.approx(sorted(mean_gammas), abs=1e-4)
-
-
-def test_a_run_that_is_killed_ends_the_comparison_with_the_way_out(study, tmp_path, monkeypatch):
-    """As Linux kills a process when memory runs out."""
-    monkeypatch.setattr("rmipo.compare.log.execute", kill_itself)
-    with pytest.raises(UserError, match=r"a run was killed.* the same command goes on.* WORKERS=1"):
-        execute_all(Log(tmp_path / "runs.jsonl", study), [run_of()], 2, tqdm(total=1))
-
-
-def kill_itself(study, run):
-    os.kill(os.getpid(), signal.SIGKILL)
 
 
 @pytest.mark.slow
@@ -395,60 +377,34 @@ def test_ctrl_c_ends_a_comparison_and_its_workers_at_once(repository):
         "import runpy, signal; signal.signal(signal.SIGINT, signal.default_int_handler); "  # a background job ignores it
         "runpy.run_path('scripts/compare.py', run_name='__main__')"
     )
-    environment = os.environ | {"MODEL": "tiny", "METHODS": "dpo", "SEEDS": "0", "NOISE": "0", "WORKERS": "2"}
-    environment["ARGS"] = ARGUMENTS.replace("--max_steps 3", "--max_steps 1000000")
     log = repository / "outputs/tiny/compare/workers.log"
     log.unlink(missing_ok=True)
-    program = subprocess.Popen(
-        [sys.executable, "-c", code], cwd=repository, env=environment, stderr=subprocess.PIPE, text=True
-    )
+    choices = CHOICES | {"ARGS": ARGUMENTS.replace("--max_steps 3", "--max_steps 1000000")}
+    program = launch(["-c", code], root=repository, **choices)
     try:
-        while not (log.is_file() and log.read_text().count("Loading weights: 100%") >= 2):
-            assert program.poll() is None, program.stderr.read()
-            time.sleep(0.1)
-        workers = psutil.Process(program.pid).children(recursive=True)
-        program.send_signal(signal.SIGINT)
-        _, errors = program.communicate()
-        assert program.returncode == 130 and errors.endswith("interrupted\n") and "Traceback" not in errors
-        assert len(workers) >= 3
+        wait_until(lambda: log.is_file() and log.read_text().count("Loading weights: 100%") >= 2, program)
+        pid = program.processes[0].pid
+        workers = psutil.Process(pid).children(recursive=True)
+        os.kill(pid, signal.SIGINT)
+        assert program.wait() == 130 and len(workers) >= 3
+        assert program.output.endswith("interrupted\n") and "Traceback" not in program.output
         psutil.wait_procs(workers)  # which would train for an hour
     finally:  # of a test that fails
         with contextlib.suppress(psutil.NoSuchProcess):
-            for process in [*psutil.Process(program.pid).children(recursive=True), program]:
-                process.kill()
+            program.end()
 
 
-def test_choices_and_their_defaults():
-    assert read_choices({}, swaps_labels=True) == (list(METHODS), [0, 1, 2], [0.0, 0.15])
-    chosen = read_choices({"METHODS": "simpo dpo", "SEEDS": "3"}, swaps_labels=False)
+def test_choices_and_their_defaults(repository, monkeypatch):
+    monkeypatch.chdir(repository)
+    with pytest.raises(ConfigError, match="make train MODEL=tiny comes first"):
+        programs.compare({"MODEL": "tiny", "ARGS": "--model_name_or_path outputs/tiny/none"})
+    assert programs.read_choices({}, swaps_labels=True) == (list(METHODS), [0, 1, 2], [0.0, 0.15])
+    chosen = programs.read_choices({"METHODS": "simpo dpo", "SEEDS": "3"}, swaps_labels=False)
     assert chosen == (["rmipo", "dpo", "simpo"], [3], [0.0])
     # Where labels are not swapped, a run "with noise" would be trained on clean ones.
-    wrong = (("METHODS", "dpo,ppo"), ("METHODS", ","), ("SEEDS", "a"), ("NOISE", "0.7"), ("NOISE", "0,0.15"))
-    for name, value in wrong:
+    for name, value in (("METHODS", "dpo,ppo"), ("NOISE", "0,0.15")):
         with pytest.raises(ConfigError, match=f"{name}='{value}'"):
-            read_choices({name: value}, swaps_labels=False)
-
-
-def test_the_sft_stage_has_none_of_the_comparisons_overrides(repository, monkeypatch):
-    """They are of the preference recipes, whose keys it doesn't know."""
-    monkeypatch.chdir(repository)
-    started, record = [], Path("outputs/tiny/sft/run.json")
-
-    def start(command, env, check):
-        started.append(env)
-        return subprocess.CompletedProcess(command, 0)
-
-    monkeypatch.setattr(subprocess, "run", start)
-    recipe, env = Study("tiny", arguments=ARGUMENTS).base, {"MODEL": "tiny", "METHOD": "dpo", "ARGS": "--beta 1.0"}
-    make_sft_model("tiny", recipe, env)
-    assert started == []  # it is there
-    finished = record.read_text()
-    record.unlink()
-    try:
-        make_sft_model("tiny", recipe, env)
-    finally:
-        record.write_text(finished)
-    assert started == [{"MODEL": "tiny", "STAGE": "sft", "METHOD": "", "ARGS": ""}]
+            programs.read_choices({name: value}, swaps_labels=False)
 
 
 @pytest.mark.parametrize(("given", "used"), [(None, "0"), ("2,3", "2"), ("", "")])
@@ -470,17 +426,19 @@ def test_two_comparisons_never_run_in_one_folder(repository):
 
 def test_grids_arms_and_scores_by_hand():
     grid = {"beta": [1.0, 2.0], "gamma_min, gamma_max": [[0.0, 2.0], [0.5, 1.4]]}
-    assert points(grid) == [
+    assert programs.points_of(grid) == [
         (("beta", 1.0), ("gamma_min", 0.0), ("gamma_max", 2.0)),
         (("beta", 1.0), ("gamma_min", 0.5), ("gamma_max", 1.4)),
         (("beta", 2.0), ("gamma_min", 0.0), ("gamma_max", 2.0)),
         (("beta", 2.0), ("gamma_min", 0.5), ("gamma_max", 1.4)),
     ]
-    ((run, line), *_) = lines("rmipo", [0.5], noise=0.15, gamma=1.23456)
-    assert mean_gamma_arm(run, line) == Trial("report", "simpo", 2e-4, 0, 0.15, (("beta", 2.0), ("gamma", 1.2346)))
-    found = {s: {"metrics": {"per_prompt": {"x": values}}} for s, values in ((1, [50.0, 100.0]), (0, [0.0, 25.0]))}
-    assert scores(found, "x") == [[0.0, 25.0], [50.0, 100.0]]
-    assert scores({0: {"metrics": {"x": 0.5}}, 1: {"metrics": {"diverged": True}}}, "x") == [[0.5], [0.0]]
+    (line, *_) = lines("rmipo", [0.5], noise=0.15, gamma=1.23456)
+    assert programs.mean_gamma_arm(line) == Trial("report", "simpo", 2e-4, 0, 0.15, (("beta", 2.0), ("gamma", 1.2346)))
+    assert scores([{"per_prompt": {"x": [0.0, 25.0]}}, {"per_prompt": {"x": [50.0, 100.0]}}], "x") == [
+        [0, 25],
+        [50, 100],
+    ]
+    assert scores([{"x": 0.5}, {"x": 0.25}], "x") == [[0.5], [0.25]]
 
 
 def test_contrasts_over_seeds_and_prompts():
@@ -503,30 +461,8 @@ def test_contrasts_over_seeds_and_prompts():
 
 def lines(method, values, noise=0.0, objective=(), gamma=None):
     for seed, value in enumerate(values):
-        run = Trial("report", method, 2e-4, seed, noise, objective)
-        result = {"metrics": {"right_probability": value}, "seconds_per_step": 0.1, "peak_memory_mib": 1.0}
-        made_with = {"commit": "abc", "versions": {"torch": "2"}, "hardware": ["2 CPU cores"]}
-        yield run, dataclasses.asdict(run) | result | made_with | ({} if gamma is None else {"gamma_mean": gamma})
-
-
-def test_hyperparameters_are_chosen_by_the_search_and_rates_by_the_distance_too():
-    def run(method, rate, value, kl=0.0, objective=()):
-        return Trial("search", method, rate, 1000, 0.0, objective), {"metrics": {"solved": value, "kl_initial": kl}}
-
-    wide, narrow = (("gamma", 1.6),), (("gamma", 0.3),)
-    tuned = [run("simpo", 1.0, 5.0), run("simpo", 1.0, 7.0, objective=wide), run("simpo", 1.0, 7.0, objective=narrow)]
-    assert best_objectives(tuned, "solved") == {"simpo": wide}
-    diverged = (Trial("search", "dpo", 8.0, 1000, 0.0), {"metrics": {"diverged": True}})
-    searched = [
-        run("rmipo", 1.0, 1, 0.1),
-        run("rmipo", 2.0, 5, 0.4),
-        run("dpo", 2.0, 5, 0.2),
-        run("dpo", 4.0, 8, 0.5),
-        diverged,
-    ]
-    assert nearest_rates(searched, {"rmipo": 2.0, "dpo": 4.0}) == {"rmipo": 2.0, "dpo": 4.0}
-    assert nearest_rates(searched, {"rmipo": 1.0, "dpo": 4.0}) == {"rmipo": 1.0, "dpo": 2.0}
-    assert nearest_rates([], {"rmipo": 1.0}) == {}
+        own = {"noise": noise, "objective": [list(each) for each in objective], "gamma_mean": gamma}
+        yield line_of(method, seed, value) | own
 
 
 def test_the_report_names_the_arm_at_the_mean_margin_and_corrects_all_but_the_first_contrast():
@@ -541,9 +477,12 @@ def test_the_report_names_the_arm_at_the_mean_margin_and_corrects_all_but_the_fi
         *lines("simpo", [0.2, 0.4], objective=(("beta", 1.0),)),
         *lines("simpo", [0.5, 0.7], objective=(("beta", 2.0),)),
     ]
-    text = report([(run.method, line) for run, line in arms], grids, [], ["right_probability"])
+    text = comparison.report(
+        {"right_probability": comparison.summarize(arms, "right_probability", "shuffled")}, arms, [],
+        programs.spread_table(programs.outcomes(grids, "right_probability")),
+    )  # fmt: skip
     rows = {line.split(" | ")[0].removeprefix("| "): line.strip("| ").split(" | ") for line in text.splitlines()}
-    assert rows["RMiPO"][2] == "0.650 ± 0.138" and rows["RMiPO"][6] == "1.250 ± 0.000"
+    assert rows["RMiPO"][2] == "0.650 ± 0.138" and rows["RMiPO"][7] == "1.250 ± 0.000"
     # Every seed differs by 0.1: 2 of 64 sign flips are as far from 0. Of three secondary contrasts the smallest p triples.
     assert rows["shuffled"][3:5] == ["-0.100 [-0.100, -0.100]", "0.031"]
     assert (
@@ -551,4 +490,3 @@ def test_the_report_names_the_arm_at_the_mean_margin_and_corrects_all_but_the_fi
     )
     (grid,) = (line for line in text.partition("Spread")[2].splitlines() if line.startswith("| simpo "))
     assert grid.split(" | ")[1:5] == ["2", "0.600", "0.450", "0.300"]
-    assert text.endswith("Commit abc; torch 2; 2 CPU cores.\n")

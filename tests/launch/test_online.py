@@ -12,7 +12,7 @@ from rmipo.generation.pairs import PairsConfig, make_pairs
 from rmipo.launch.online import OnlineConfig, Round
 from rmipo.launch.pipeline import load_steps
 from rmipo.launch.train import train
-from rmipo.recipe.files import read_yaml
+from rmipo.recipe.files import read_yaml, typed
 from rmipo.record import recorded_run
 from rmipo.reporting.online import measure, report
 from tests.helpers.paths import ROOT
@@ -38,15 +38,15 @@ def config(tmp_path) -> OnlineConfig:
 
 def test_shipped_file_is_sound_and_mistakes_are_named(tmp_path):
     path = ROOT / f"recipes/{MODEL}/online.yaml"
-    assert read_yaml(ROOT / f"recipes/{MODEL}/pairs.yaml")["oracle"] == OnlineConfig.load(path).pairs.oracle
-    (tmp_path / "online.yaml").write_text(path.read_text().replace("held_out:", "heldout:"))
-    with pytest.raises(ConfigError, match="heldout"):
-        OnlineConfig.load(tmp_path / "online.yaml")
-    (tmp_path / "online.yaml").write_text(path.read_text().replace("selection: best-worst", "selection: best"))
-    with pytest.raises(ConfigError, match=r"pairs: selection is .best."):
-        OnlineConfig.load(tmp_path / "online.yaml")
-    with pytest.raises(ConfigError, match=r"prompts_per_round is 0"):
-        OnlineConfig.load(path, prompts_per_round=0)
+    config = typed(OnlineConfig, read_yaml(path), path)
+    assert read_yaml(ROOT / f"recipes/{MODEL}/pairs.yaml")["oracle"] == config.pairs.oracle
+    for wrong in (
+        {"heldout": "x"},
+        {"pairs": read_yaml(path)["pairs"] | {"selection": "best"}},
+        {"prompts_per_round": 0},
+    ):
+        with pytest.raises(ConfigError, match=next(iter(wrong))):
+            typed(OnlineConfig, read_yaml(path) | wrong, path)
 
 
 @pytest.mark.parametrize("method", ["rmipo", "dpo"])
