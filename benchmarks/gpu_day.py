@@ -1,13 +1,12 @@
 """The day a GPU is there: legs, planned for 45 minutes, that measure what docs/RESULTS.md lacks, and can be started again.
 
-    python -m benchmarks.gpu_day pack               where there is a network: wheels and weights, in folders of at most 60 MiB
-    python -m benchmarks.gpu_day take FOLDER        on the GPU's machine, for each of the folders, in any order
-    python -m benchmarks.gpu_day run [--minutes 9]  there: the legs, one after the other, each as far as the minutes last
+    python -m benchmarks.gpu_day pack               where there is a network: wheels and weights, in <output>/stock
+    python -m benchmarks.gpu_day run [--minutes 9]  on the GPU's machine: the legs, one after the other, while the minutes last
     python -m benchmarks.gpu_day run --dry          all legs on a CPU, on small shapes
 
-The machine needs torch for CUDA and no network. Its packages stay as they are: wheels are installed beside them. --there
-names a file with its `pip list --format=freeze`: only what that lacks, or has in an older version, is packed. Each leg writes
-<output>/<leg>.log and <leg>.json with its exit codes; a leg that has passed is not run again.
+The machine needs torch for CUDA and no network. Its packages stay as they are: wheels are installed beside them. Where the size
+of files is limited: `tar -c stock | split -b 60M - part-`, and there `cat part-* | tar -x`. Each leg writes <output>/<leg>.log
+and <leg>.json with its exit codes; a leg that has passed is not run again.
 """
 
 import argparse
@@ -18,81 +17,33 @@ import re
 import shutil
 import subprocess
 import sys
-import tarfile
 import time
-from collections.abc import Iterable
 from pathlib import Path
 
-from packaging.utils import canonicalize_name
-from packaging.version import Version
-
 ROOT = Path(__file__).parent.parent
-PART = 60 * 2**20  # bytes of a folder that is taken along at once
 # The CUDA machine, of Python 3.12, brings its own; everything else that is installed here is packed.
 LEFT_OUT = re.compile(r"^(torch|triton|nvidia-.*|cuda-.*|rmipo)$")
 BINARY = ["--only-binary", ":all:", "--python-version", "3.12", "--implementation", "cp"]
 BINARY += [text for minor in (28, 27, 17) for text in ("--platform", f"manylinux_2_{minor}_x86_64")]
-BINARY += ["--platform", "manylinux2014_x86_64"]
 SMOLLM2 = "smollm2-135m-instruct"
 WEIGHTS = re.search(r"^package: (\S+)", (ROOT / f"recipes/{SMOLLM2}/weights.yaml").read_text(), re.MULTILINE)[1]
 
 
-# ------------------------------------------------------------------ pack, take
-
-
 def installed() -> dict[str, str]:
     """Name -> version of everything that is installed here and not the CUDA machine's own."""
-    found = {canonicalize_name(one.name): one.version for one in importlib.metadata.distributions()}
+    found = {one.name.lower().replace("_", "-"): one.version for one in importlib.metadata.distributions()}
     return {name: version for name, version in sorted(found.items()) if not LEFT_OUT.match(name)}
 
 
-def missing(needed: dict[str, str], there: Path | None) -> dict[str, str]:
-    """What of `needed` a machine's `pip list --format=freeze` lacks or has in an older version."""
-    lines = [line.partition("==") for line in there.read_text().splitlines()] if there else []
-    has = {canonicalize_name(name): Version(version) for name, _, version in lines if version}
-    return {name: version for name, version in needed.items() if name not in has or has[name] < Version(version)}
-
-
-def pack(output: Path, there: Path | None) -> None:
-    stock = output / "stock"
-    for folder in (stock, *output.glob("part-*")):
-        shutil.rmtree(folder, ignore_errors=True)
-    stock.mkdir(parents=True)
-    download = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", str(stock)]
-    for name, version in missing(installed(), there).items():
-        if subprocess.run([*download, *BINARY, f"{name}=={version}"], check=False).returncode:
-            wheel = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", str(stock), f"{name}=={version}"]
-            subprocess.run(wheel, check=True)  # published as source alone, as DeepSpeed is
-        print(name, version, flush=True)
+def pack(stock: Path) -> None:
+    pip = [sys.executable, "-m", "pip"]
+    download = [*pip, "download", "-q", "--no-deps", "-d", str(stock)]
+    for wanted in (f"{name}=={version}" for name, version in installed().items()):
+        if subprocess.run([*download, *BINARY, wanted], check=False).returncode:
+            # Published as source alone, as DeepSpeed is.
+            subprocess.run([*pip, "wheel", "-q", "--no-deps", "-w", str(stock), wanted], check=True)
+        print(wanted, flush=True)
     subprocess.run([*download, WEIGHTS], check=True)
-    divide(stock, output)
-
-
-def divide(stock: Path, output: Path) -> list[Path]:
-    """Folders of at most PART bytes with pieces of one archive of `stock`."""
-    with tarfile.open(output / "stock.tar", "w") as archive:
-        archive.add(stock, "stock")
-    content = (output / "stock.tar").read_bytes()
-    starts, folders = range(0, len(content), PART), []
-    for number, start in enumerate(starts, start=1):
-        folders.append(output / f"part-{number}")
-        folders[-1].mkdir()
-        (folders[-1] / f"{number:03}-of-{len(starts):03}").write_bytes(content[start : start + PART])
-    return folders
-
-
-def take(folder: Path, output: Path) -> None:
-    """Keep the piece in `folder`, and unpack the archive once all of its pieces are there."""
-    shutil.copytree(folder, output / "pieces", dirs_exist_ok=True)
-    pieces = sorted((output / "pieces").iterdir())
-    count = int(pieces[0].name[-3:])
-    print(f"{len(pieces)} of {count} pieces")
-    if len(pieces) == count:
-        (output / "stock.tar").write_bytes(b"".join(piece.read_bytes() for piece in pieces))
-        shutil.unpack_archive(output / "stock.tar", output, filter="data")
-
-
-# ------------------------------------------------------------------ legs
 
 
 def legs(output: Path, dry: bool) -> dict[str, list[list[str]]]:
@@ -131,7 +82,7 @@ def environment(output: Path, root: Path) -> dict[str, str]:
     return os.environ | {"PYTHONPATH": path, "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(stock.resolve())}
 
 
-def run(output: Path, minutes: float, only: Iterable[str], dry: bool) -> int:
+def run(output: Path, minutes: float, dry: bool) -> int:
     """Exit code 0 once every leg has passed."""
     output = (output / "dry" if dry else output).resolve()  # a trial's results are not those of the day
     output.mkdir(parents=True, exist_ok=True)
@@ -139,54 +90,36 @@ def run(output: Path, minutes: float, only: Iterable[str], dry: bool) -> int:
     if dry:
         ignored = shutil.ignore_patterns("outputs", ".*", "*.egg-info", "__pycache__")
         shutil.copytree(ROOT, root, ignore=ignored, dirs_exist_ok=True)
-    deadline, env, ended = time.monotonic() + 60 * minutes, environment(output, root), {}
+    deadline, env, passed = time.monotonic() + 60 * minutes, environment(output, root), True
     for name, commands in legs(output, dry).items():
-        path = output / f"{name}.json"
-        if only and name not in only:
-            continue
-        if path.is_file() and json.loads(path.read_text())["passed"]:
+        path, codes = output / f"{name}.json", []
+        if path.is_file() and not any(json.loads(path.read_text())):
             print(f"{name}: has passed, see {path}", flush=True)
             continue
-        codes = []
         for command in commands:
-            codes.append(run_command(command, root, env, path.with_suffix(".log"), deadline - time.monotonic()))
+            print(" ".join(command), flush=True)
+            # `timeout` asks a program to end: a training saves first. 124: out of time.
+            limited = ["timeout", f"{max(1, deadline - time.monotonic()):.0f}", *command]
+            with open(path.with_suffix(".log"), "a") as log:
+                codes.append(subprocess.run(limited, cwd=root, env=env, stdout=log, stderr=log, check=False).returncode)
             if codes[-1] != 0:
                 break
-        ended[name] = codes == [0] * len(commands)
-        path.write_text(json.dumps({"passed": ended[name], "codes": codes}) + "\n")
-        print(f"{name}: {'passed' if ended[name] else codes}, see {path.with_suffix('.log')}", flush=True)
-    return 0 if all(ended.values()) else 1
-
-
-def run_command(command: list[str], root: Path, env: dict[str, str], log: Path, seconds: float) -> int | str:
-    """Its exit code, or "out of time"; what it prints goes to `log`."""
-    print(" ".join(command), flush=True)
-    with open(log, "a") as output:
-        program = subprocess.Popen(command, cwd=root, env=env, stdout=output, stderr=subprocess.STDOUT)
-        try:
-            return program.wait(max(0, seconds))
-        except subprocess.TimeoutExpired:
-            program.terminate()  # a training saves first
-            program.wait()
-            return "out of time"
+        path.write_text(json.dumps(codes) + "\n")
+        print(f"{name}: exit codes {codes}, see {path.with_suffix('.log')}", flush=True)
+        passed = passed and not any(codes)
+    return int(not passed)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("action", choices=["pack", "take", "run"])
-    parser.add_argument("folder", nargs="?", type=Path)
+    parser.add_argument("action", choices=["pack", "run"])
     parser.add_argument("--output", type=Path, default=ROOT / "outputs" / "gpu_day")
-    parser.add_argument("--there", type=Path, help="pip list --format=freeze of the GPU's machine")
     parser.add_argument("--minutes", type=float, default=9)
-    parser.add_argument("--legs", default="", help="some of kernels,step,liger,resume,study; default: all")
     parser.add_argument("--dry", action="store_true", help="small shapes on the CPU")
     options = parser.parse_args()
-    if options.action == "pack":
-        pack(options.output, options.there)
-    elif options.action == "take":
-        take(options.folder, options.output)
-    else:
-        return run(options.output, options.minutes, options.legs.split(",") if options.legs else [], options.dry)
+    if options.action == "run":
+        return run(options.output, options.minutes, options.dry)
+    pack(options.output / "stock")
     return 0
 
 

@@ -62,12 +62,8 @@ def main() -> int:
     if device == "cuda" and is_liger_kernel_available():
         from liger_kernel.transformers import _apply_liger_kernel_to_instance
 
-        for (
-            _,
-            model,
-            expected,
-            errors,
-        ) in cases:  # last: it replaces the rotary embeddings of every Llama in this program
+        # Last: it replaces the rotary embeddings of every Llama in this program.
+        for _, model, expected, errors in cases:
             _apply_liger_kernel_to_instance(model=model, **LIGER)
             errors["flex and liger"] = distances(model, packed, "flex", expected)
     result = {"environment": report.environment(), "cases": []}

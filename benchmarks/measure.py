@@ -6,7 +6,6 @@ import io
 import itertools
 import math
 import time
-from collections.abc import Callable
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -53,17 +52,10 @@ def run_case(
 def timed_rounds(
     contenders: dict[str, Contender], batches: list[list[dict]], tolerance: float, deadline: float = math.inf
 ) -> dict[str, list[dict]]:
-    """Time every contender on every batch; odd rounds run in reverse order.
+    """Time every contender on every batch: name -> one `{"cpu": seconds, "wall": seconds, "loss": value}` per batch.
 
-    Args:
-        tolerance: relative difference at most between losses of the same objective.
-        deadline: of `time.monotonic`; no round but the first starts after it.
-
-    Returns:
-        name -> one `{"cpu": seconds, "wall": seconds, "loss": value}` per batch.
-
-    Raises:
-        RuntimeError: ways to compute the same loss disagree.
+    Odd rounds run in reverse order; none but the first starts after `deadline`, of `time.monotonic`. Raises RuntimeError where
+    ways to compute the same loss differ by more than `tolerance`, relative.
     """
     results: dict[str, list[dict]] = {name: [] for name in contenders}
     for number, pairs in enumerate(tqdm(batches, unit="round")):
@@ -94,18 +86,13 @@ def clock() -> float:
 def peak_memory(one: Contender, pairs: list[dict]) -> int:
     """Bytes that a step needs beyond weights and gradients: what torch's allocator hands out at once."""
     one.step(pairs)  # the gradients are there
-    if one.model.device.type == "cpu":
-        return allocated_peak(lambda: one.step(pairs))
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    one.step(pairs)
-    return torch.cuda.max_memory_allocated() - before
-
-
-def allocated_peak(call: Callable[[], object]) -> int:
-    """Bytes that torch's CPU allocator hands out at once during `call`."""
+    if one.model.device.type != "cpu":
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        one.step(pairs)
+        return torch.cuda.max_memory_allocated() - before
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        call()
+        one.step(pairs)
     events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
     events.sort(key=lambda event: event.start_ns())
     return max(itertools.accumulate(event.nbytes() for event in events))

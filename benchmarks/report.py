@@ -37,12 +37,9 @@ def table(contenders: dict[str, dict], clock: str) -> str:
     lines = []
     for entry in contenders.values():
         seconds, flops = [one[clock] for one in entry["rounds"]], entry["work"]["flops"]
-        cells = {
-            "step": entry["name"],
-            "s": f"{statistics.median(seconds):.3f}",
-            "positions": entry["work"]["positions"],
-        }
-        cells |= {"GFLOP": f"{flops / 1e9:.0f}", "GFLOP/s": f"{flops / 1e9 / sum(seconds):.0f}"}
+        cells = {"step": entry["name"], "s": f"{statistics.median(seconds):.3f}"}
+        cells |= {"positions": entry["work"]["positions"], "GFLOP": f"{flops / 1e9:.0f}"}
+        cells["GFLOP/s"] = f"{flops / 1e9 / sum(seconds):.0f}"
         for base, ratios in entry["ratios"].items():
             cells[f"/ {base} (work)"] = "{:.2f} {:.2f} {:.2f} ".format(*ratios["time"]) + f"({ratios['flops']:.2f})"
             cells[f"MiB / {base}"] = f"{ratios['memory']:.2f}"

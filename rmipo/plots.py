@@ -24,19 +24,9 @@ BLUE, ORANGE, GREEN, RED, PURPLE, SKY, YELLOW, GREY = (
     "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#F0E442", "#777777",
 )  # fmt: skip
 METHOD_COLORS = {
-    "initial": GREY,
-    "dpo": BLUE,
-    "simpo": ORANGE,
-    "simper": GREEN,
-    "rmipo": RED,
-    "alpha-dpo": PURPLE,
-    "beta-dpo": SKY,
-    "epsilon-dpo": "#8C564B",
-    "ipo": "#B2B200",
-    "kto": "#004D40",
-    "cpo": "#6A3D9A",
-    "slic": "#A0A0A0",
-}
+    "initial": GREY, "dpo": BLUE, "simpo": ORANGE, "simper": GREEN, "rmipo": RED, "alpha-dpo": PURPLE, "beta-dpo": SKY,
+    "epsilon-dpo": "#8C564B", "ipo": "#B2B200", "kto": "#004D40", "cpo": "#6A3D9A", "slic": "#A0A0A0",
+}  # fmt: skip
 
 STYLE = {
     "font.family": "serif",
@@ -138,11 +128,9 @@ def density(values: np.ndarray, grid: np.ndarray, low: float = -np.inf, high: fl
     return np.where((grid >= low) & (grid <= high), result, 0.0)
 
 
-def draw_density(
-    axis: Axes, grid: np.ndarray, curve: np.ndarray, color: str, label: str = "", shade: float = 0.13
-) -> None:
+def draw_density(axis: Axes, grid: np.ndarray, curve: np.ndarray, color: str, label: str = "") -> None:
     axis.plot(grid, curve, color=color, label=label)
-    axis.fill_between(grid, curve, color=color, alpha=shade, linewidth=0)
+    axis.fill_between(grid, curve, color=color, alpha=0.13, linewidth=0)
 
 
 def draw_gamma(axis: Axes, values: np.ndarray, bounds: tuple[float, float], paper_peak: float | None = None) -> None:

@@ -1,7 +1,6 @@
 """AlpacaEval 2 through the alpaca-eval package: length-controlled and raw win rate against the reference outputs."""
 
 import functools
-import gzip
 import importlib.util
 import json
 import logging
@@ -17,7 +16,6 @@ from rmipo.files import write_atomically
 from rmipo.fingerprints import text_fingerprint
 from rmipo.generation.judge import OPENAI, check_cost, check_judge, judge_endpoint, shown
 from rmipo.recipe.files import read_yaml
-from rmipo.recipe.settings import merge_settings
 from rmipo.record import require_package
 
 DEFAULTS = {
@@ -28,49 +26,38 @@ DEFAULTS = {
     "first_n": None,  # instructions; anything but null is a trial run
     "length_controlled": True,
     "concurrency": 5,  # requests at once, and verdicts stored together: a restart repeats at most this many
-    "max_retries": 6,  # of one request, with growing pauses, before the run stops
-    "timeout": 120,  # seconds for one request
     "price": [10.0, 30.0],  # US dollars per million input and output tokens: gpt-4-1106-preview
     "max_cost": 20.0,  # US dollars
     "max_missing": 0,  # verdicts that may be unusable in a finished result
 }
+CLIENT = {"max_retries": 6, "timeout": 120}  # of one request, with growing pauses, before the run stops; seconds
 
 HUB_DATA = "tatsu-lab/alpaca_eval"
 REFERENCE_FILE = "alpaca_eval_gpt4_baseline.json"
-GAMED_FILE = "df_gamed.csv"  # instruction difficulties and regularisation rows of the length-controlled model
 PAPERS_JUDGE = "595455fc9cc923f5"  # `judge_sha256` of alpaca-eval's own weighted_alpaca_eval_gpt4_turbo
 DRAWS = 1000  # resamples of the prompts for the length-controlled rate; a fit each, a tenth of a second for 805 prompts
 
 
-def load_reference(path: str | None) -> tuple[list[dict], Path]:
-    """The reference outputs, which are the benchmark's prompts too, and their file: the hub's if `path` is None.
+def load_reference(path: str | None) -> tuple[list[dict], str]:
+    """The reference outputs, which are the benchmark's prompts too, and their file's hash: the hub's if `path` is None.
 
     A JSON list of {"instruction", "output"}; or preference pairs as JSONL ({"prompt", "chosen"} as messages), whose
-    chosen responses are the reference. Of a repeated prompt the first output is taken.
+    chosen responses are the reference. Either may end in .gz. Of a repeated prompt the first output is taken.
     """
-    file = Path(path) if path else hub_file(REFERENCE_FILE)
-    with gzip.open(file, "rt") if file.suffix == ".gz" else file.open() as content:
-        if ".jsonl" in file.suffixes:
-            pairs = map(json.loads, content)
-            found = [{"instruction": p["prompt"][-1]["content"], "output": p["chosen"][-1]["content"]} for p in pairs]
-        else:
-            found = json.load(content)
-    rows: dict[str, dict] = {}  # by instruction: alpaca-eval would pair repeated ones crosswise
-    for row in found:
-        made_by = row.get("generator", "reference")
-        own = {"instruction": row["instruction"], "output": row["output"], "generator": made_by}
-        rows.setdefault(row["instruction"], own)
-    return list(rows.values()), file
-
-
-def hub_file(name: str) -> Path:
-    """A file of AlpacaEval's dataset on the hub, downloaded or from the cache."""
+    import pandas as pd
     from huggingface_hub import hf_hub_download
 
-    return Path(hf_hub_download(HUB_DATA, name, repo_type="dataset"))
+    file = Path(path or hf_hub_download(HUB_DATA, REFERENCE_FILE, repo_type="dataset"))
+    rows = pd.read_json(file, lines=".jsonl" in file.suffixes, dtype=False)
+    if "chosen" in rows:
+        rows["instruction"], rows["output"] = (rows[name].str[-1].str["content"] for name in ("prompt", "chosen"))
+    rows["generator"] = rows.get("generator", "reference")
+    # alpaca-eval would pair repeated ones crosswise.
+    rows = rows.drop_duplicates("instruction")[["instruction", "output", "generator"]]
+    return rows.to_dict("records"), text_fingerprint(file.read_bytes())
 
 
-def run(model_dir: str | Path, output_dir: str | Path, settings: dict) -> dict | None:
+def measure(model_dir: Path, output_dir: Path, settings: dict) -> dict | None:
     """Generate answers with the model in `model_dir`, have them judged, return the result.
 
     Answers are kept in `model_dir`/eval/answers and verdicts in `output_dir`/alpacaeval; a run that was cut short goes on
@@ -79,9 +66,8 @@ def run(model_dir: str | Path, output_dir: str | Path, settings: dict) -> dict |
     """
     from rmipo.generation.answers import Generator, questions
 
-    settings = merge_settings("alpacaeval", DEFAULTS, settings)
     endpoint = None if settings["generate_only"] else judge_endpoint()
-    reference, reference_path = load_reference(settings["reference"])
+    reference, reference_sha256 = load_reference(settings["reference"])
     reference = reference[: settings["first_n"]]
     if endpoint is not None:
         require_package("alpaca_eval")
@@ -91,22 +77,18 @@ def run(model_dir: str | Path, output_dir: str | Path, settings: dict) -> dict |
             raise EvaluationError("alpacaeval.length_controlled needs AlpacaEval's own reference, and all of it")
         _, judge_file, _ = read_judge(settings["annotators_config"])
         check_judge(endpoint, judge_file["completions_kwargs"]["model_name"])
-    folder = Path(output_dir) / "alpacaeval"
 
-    requests = questions(row["instruction"] for row in reference)
     with Generator(model_dir, settings["generation"]) as generator:
-        answers = generator.ask("alpacaeval", requests)
+        answers = generator.ask("alpacaeval", questions(row["instruction"] for row in reference))
     outputs = [
-        {"instruction": row["instruction"], "output": answer, "generator": Path(model_dir).name}
+        {"instruction": row["instruction"], "output": answer, "generator": model_dir.name}
         for row, answer in zip(reference, answers, strict=True)
     ]
-    write_atomically(folder / "model_outputs.json", json.dumps(outputs, indent=2, ensure_ascii=False) + "\n")
+    write_atomically(output_dir / "alpacaeval/model_outputs.json", json.dumps(outputs, indent=2) + "\n")
     if endpoint is None:
         return None
-
-    metrics, by_prompts, judge_sha256 = judge(outputs, reference, folder, endpoint, settings)
-    settings |= {"judge_endpoint": shown(endpoint), "judge_sha256": judge_sha256}
-    settings["reference_sha256"] = text_fingerprint(reference_path.read_bytes())
+    metrics, by_prompts, judge_sha256 = judge(outputs, reference, output_dir / "alpacaeval", endpoint, settings)
+    settings |= {"judge_endpoint": shown(endpoint), "judge_sha256": judge_sha256, "reference_sha256": reference_sha256}
     metrics["alpacaeval2_cut"] = generator.cut
     return generator.result(metrics, settings, ["alpaca_eval", "scikit-learn"], **by_prompts)
 
@@ -127,9 +109,10 @@ def judge(
     logging.getLogger().setLevel(logging.ERROR)  # importing alpaca-eval has every request logged
     name, judge_file, made_of = read_judge(settings["annotators_config"])
     cache = folder / f"verdicts-{text_fingerprint(made_of + endpoint.encode())[:8]}.json"
-    template = len(Path(judge_file["prompt_template"]).read_text())
-    characters = sum(template + len(row["instruction"]) for row in outputs)
-    characters += sum(len(row["output"]) for row in (*outputs, *reference))
+    characters = len(made_of) * len(outputs)  # with the judge's prompt
+    characters += sum(len(ours["instruction"] + ours["output"]) for ours in outputs) + sum(
+        len(r["output"]) for r in reference
+    )
     tokens_out = len(outputs) * judge_file["completions_kwargs"].get("max_tokens", 1)
     check_cost("AlpacaEval", len(outputs), characters, tokens_out, settings)
 
@@ -139,8 +122,7 @@ def judge(
     drop_unusable(cache)
     annotator = {"annotators_config": config, "caching_path": cache}
     size = settings["concurrency"]
-    client = {"base_url": endpoint} | {key: settings[key] for key in ("max_retries", "timeout")}
-    requests = {"chunksize": size, "num_procs": size, "client_kwargs": client}
+    requests = {"chunksize": size, "num_procs": size, "client_kwargs": {"base_url": endpoint} | CLIENT}
     # A judge that gives no usable verdict at all is found out by its first few answers.
     first = PairwiseAnnotator(**annotator).annotate_head2head(reference[:size], outputs[:size], **requests)
     if all(pd.isna(row["preference"]) for row in first):
@@ -163,10 +145,10 @@ def judge(
     )
 
     won = {row["instruction"]: 100 * (row["preference"] - 1) for row in annotations if pd.notna(row["preference"])}
-    by_prompts = {"per_prompt": {"alpacaeval2_wr": [won.get(row["instruction"]) for row in outputs]}}
     if (missing := len(outputs) - len(won)) > settings["max_missing"]:
         kept = f"the others are kept in {cache}; the same command asks for these again"
         raise EvaluationError(f"{missing} of {len(outputs)} verdicts can't be used, more than max_missing; {kept}")
+    by_prompts = {"per_prompt": {"alpacaeval2_wr": [won.get(row["instruction"]) for row in outputs]}}
     rates = leaderboard.iloc[0]
     metrics = {
         "alpacaeval2_wr": float(rates["win_rate"]),
@@ -195,28 +177,25 @@ def length_controlled_draws(annotations: list[dict]) -> list[float]:
     # The regularisation rows come from the hub: asked for once, not for every draw.
     glm_winrate.hf_hub_download = functools.cache(glm_winrate.hf_hub_download)
     rows = pd.DataFrame(annotations)  # its index is the row number that leads to an instruction's difficulty
-    rates = []
-    for draw in tqdm(resamples(len(rows), DRAWS), total=DRAWS, desc="resampling prompts for LC"):
-        options = {"save_weights_dir": None, "is_warn_extreme_changes": False}
-        fitted = glm_winrate.get_length_controlled_winrate(rows.iloc[draw].copy(), **options)
-        rates.append(float(fitted["length_controlled_winrate"]))
-    return rates
+    options = {"save_weights_dir": None, "is_warn_extreme_changes": False}
+    draws = tqdm(resamples(len(rows), DRAWS), total=DRAWS, desc="resampling prompts for LC")
+    fits = (glm_winrate.get_length_controlled_winrate(rows.iloc[draw].copy(), **options) for draw in draws)
+    return [float(fitted["length_controlled_winrate"]) for fitted in fits]
 
 
 def read_judge(name: str) -> tuple[str, dict, bytes]:
     """A judge's name and what its YAML says of it, and the YAML's bytes with its prompt's.
 
     Args:
-        name: of one of alpaca-eval's judges, or a folder. The prompt is beside that folder, or one of alpaca-eval's.
+        name: of one of alpaca-eval's judges, or a folder. The prompt is one of alpaca-eval's.
     """
     packaged = Path(importlib.util.find_spec("alpaca_eval").origin).parent / "evaluators_configs"
-    file = (Path(name) if Path(name).is_dir() else packaged / name).resolve() / "configs.yaml"
+    file = (Path(name) if Path(name).is_dir() else packaged / name) / "configs.yaml"
     ((own_name, judge_file),) = read_yaml(file).items()
-    own = file.parents[1] / judge_file["prompt_template"]
-    prompt = own if own.is_file() else packaged / judge_file["prompt_template"]
-    # Where a path that isn't whole leads to no file, alpaca-eval shows the judge its name in place of its text.
-    judge_file["prompt_template"] = str(prompt)
-    return own_name, judge_file, file.read_bytes() + json.dumps([prompt.read_text()]).encode()
+    # A whole path: where another leads to no file, alpaca-eval shows the judge its name in place of its text.
+    judge_file["prompt_template"] = str(packaged / judge_file["prompt_template"])
+    prompt = Path(judge_file["prompt_template"]).read_text()
+    return own_name, judge_file, file.read_bytes() + json.dumps([prompt]).encode()
 
 
 def drop_unusable(cache: Path) -> None:
@@ -232,7 +211,7 @@ BENCHMARK = Benchmark(
     name="alpacaeval",
     title="AlpacaEval 2",
     in_paper=True,
-    run=run,
+    measure=measure,
     defaults=DEFAULTS,
     metrics={
         "alpacaeval2_lc": Metric("LC (%)"),

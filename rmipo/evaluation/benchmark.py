@@ -10,12 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from rmipo.generation.judge import shown
+from rmipo.recipe.settings import merge_settings
 
 # Settings that change what an evaluation costs or how it goes on, and not what it measures.
-COSTS_ALONE = {
-    "price", "max_cost", "concurrency", "max_retries", "retry_wait", "timeout", "max_missing", "generate_only",
-    "batch_size", "engine",
-}  # fmt: skip
+COSTS_ALONE = {"price", "max_cost", "concurrency", "max_missing", "generate_only", "batch_size", "engine"}
 
 # How a model is sampled, where each may be sampled in its own way: for `same_per_model`.
 DECODING = tuple(f"generation.{key}" for key in ("temperature", "top_p", "top_k", "max_new_tokens", "dtype"))
@@ -35,19 +33,18 @@ class Metric:
 class Benchmark:
     """One benchmark; the registry is `rmipo.evaluation.BENCHMARKS`.
 
-    `run` takes (folder of the model, folder of its results, settings) and returns {"metrics", "versions", "settings"}, or
-    None where answers were generated and nothing judged. It raises EvaluationError for wrong settings before a model is
-    loaded. The returned settings hold everything that the numbers depend on. Beside them perhaps "per_prompt": metric ->
-    its value for each prompt, in the order of the prompts, None without one; two methods are then compared prompt by
-    prompt. Or "draws": metric -> its value for each of the same draws of the prompts (`statistics.resamples`), for a
-    metric that is no mean over prompts.
+    `measure` takes (folder of the model, folder of its results, settings with the defaults filled in) and returns
+    {"metrics", "versions", "settings"}, or None where answers were generated and nothing judged. The returned settings hold
+    everything that the numbers depend on. Beside them perhaps "per_prompt": metric -> its value for each prompt, in their
+    order, None without one; two methods are then compared prompt by prompt. Or "draws": metric -> its value for each of the
+    same draws of the prompts (`statistics.resamples`), for a metric that is no mean over prompts.
 
     Names of settings may lead into a block with dots, e.g. "generation.temperature".
     """
 
     name: str  # value of BENCH, block of eval.yaml, and name of the result file
     title: str
-    run: Callable[[Path, Path, dict], dict | None]
+    measure: Callable[[Path, Path, dict], dict | None]
     # Overridden by eval.yaml and --set. `generation` is eval.yaml's common block with the benchmark's own over it; `price`
     # (US dollars per million input and output tokens) means a judge.
     defaults: dict
@@ -59,6 +56,10 @@ class Benchmark:
     in_paper: bool = False  # BENCH=all means those
     paper: dict[str, object] = field(default_factory=dict)  # settings of the paper's numbers, where results may differ
     parts: str | None = None  # a setting that lists parts; more of them can be added to a finished result
+
+    def run(self, model_dir: str | Path, output_dir: str | Path, settings: dict) -> dict | None:
+        """The result of a model. Raises EvaluationError for wrong settings, before the model is loaded."""
+        return self.measure(Path(model_dir), Path(output_dir), merge_settings(self.name, self.defaults, settings))
 
 
 def benchmark_settings(settings: dict[str, dict], benchmark: Benchmark) -> dict:

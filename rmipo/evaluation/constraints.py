@@ -5,23 +5,15 @@ prompt; see `rmipo.constraints.prompts`. Boilerplate alone follows many constrai
 what the best fixed text gets.
 """
 
-from __future__ import annotations
-
-import string
 from collections import Counter, defaultdict
 from pathlib import Path
 from statistics import mean
-from typing import TYPE_CHECKING
 
 from rmipo.evaluation.benchmark import Benchmark, Metric
-from rmipo.evaluation.statistics import standard_error
+from rmipo.evaluation.statistics import means
 from rmipo.files import write_lines
 from rmipo.fingerprints import json_fingerprint
-from rmipo.recipe.settings import merge_settings
 from rmipo.record import require_package
-
-if TYPE_CHECKING:
-    from rmipo.generation.answers import Request
 
 DEFAULTS = {
     "first_n": None,  # of the 573 prompts
@@ -35,91 +27,71 @@ FAMILIES = {  # of `instructions.DRAWN`, whose import needs lm-eval
     "number_highlighted_sections": "Highlighted sections", "multiple_sections": "Multiple sections", "title": "Title",
     "no_comma": "No comma",
 }  # fmt: skip
-# Text that follows many constraints whatever is asked, part by part.
-BOILERPLATE = (
-    "<<A>>", "*a* *b* *c* *d*", "[x] [y] [z] [w] [v]", "Section 1", "SECTION 1", "P.S. ok", "P.P.S ok", "* a\n* b",
-    "a\n***\nb\n***\nc", " ".join(8 * [string.ascii_lowercase]),
-)  # fmt: skip
+# Text that follows many constraints whatever is asked; with more of that kind, less room is left for words that answer.
+BOILERPLATE = "<<A>>\n*a* *b* *c* *d*\n[x] [y] [z] [w] [v]\nSection 1\nP.S. ok\nP.P.S ok"
 SAMPLING = tuple(f"generation.{key}" for key in ("temperature", "top_p", "max_new_tokens"))
 
 
-def run(model_dir: str | Path, output_dir: str | Path, settings: dict) -> dict:
+def measure(model_dir: Path, output_dir: Path, settings: dict) -> dict:
     """Sample answers to the held-out prompts and verify them. Per-answer results go to `output_dir`/constraints.jsonl."""
-    settings = merge_settings("constraints", DEFAULTS, settings)
-    require_package("lm_eval")
     from rmipo.constraints.instructions import answered, followed, solved
-    from rmipo.generation.answers import Generator
 
-    prompts, requests = held_out(settings)
-    with Generator(model_dir, settings["generation"]) as generator:
-        answers = generator.ask("constraints", requests)
-    results, each = [], settings["answers"]
-    by_prompt: dict[str, list[float]] = defaultdict(list)
-    for number, prompt in enumerate(prompts):
-        own = slice(number * each, (number + 1) * each)
-        checks = [followed(prompt["constraints"], answer) for answer in answers[own]]
-        tasks = [answered(prompt, answer) for answer in answers[own]]
-        whole = [finish != "length" for finish in generator.finishes[own]]
-        results.append({**prompt, "answers": answers[own], "followed": checks, "answered": tasks, "whole": whole})
+    generator, sampled = sample("constraints", model_dir, settings)
+    rows, per_prompt = [], defaultdict(list)
+    for prompt, answers, whole in sampled:
+        checks = [followed(prompt["constraints"], answer) for answer in answers]
+        tasks = [answered(prompt, answer) for answer in answers]
+        rows.append({**prompt, "answers": answers, "followed": checks, "answered": tasks, "whole": whole})
         follows = [all(check) for check in checks]
         solves = [all(parts) for parts in zip(whole, tasks, follows, strict=True)]
         for name, shares in (("solved", solves), ("answered", tasks), ("all", follows)):
-            by_prompt[f"constraints_{name}"].append(100 * mean(shares))
-    write_lines(Path(output_dir) / "constraints.jsonl", results)
-    metrics = {"constraints_cut": generator.cut} | by_family(results)
+            per_prompt[f"constraints_{name}"].append(100 * mean(shares))
+    write_lines(output_dir / "constraints.jsonl", rows)
+    metrics = means(per_prompt) | by_family(rows) | {"constraints_cut": generator.cut}
     # What texts get that know nothing. A share below these does not show that tasks were answered.
-    metrics["constraints_fixed"] = 100 * mean(solved(row, text) for text in [fixed_text(prompts)] for row in prompts)
-    metrics["constraints_repeated"] = 100 * mean(solved(row, row["prompt"]) for row in prompts)
-    for name, percents in by_prompt.items():
-        metrics |= {name: mean(percents), f"{name}_standard_error": standard_error(percents)}
-    settings["prompts_sha256"] = json_fingerprint(prompts)
-    return generator.result(metrics, settings, ["lm_eval"], per_prompt=dict(by_prompt))
+    fixed = fixed_text(rows)
+    metrics["constraints_fixed"] = 100 * mean(solved(row, fixed) for row in rows)
+    metrics["constraints_repeated"] = 100 * mean(solved(row, row["prompt"]) for row in rows)
+    return generator.result(metrics, settings, ["lm_eval"], per_prompt=dict(per_prompt))
 
 
-def held_out(settings: dict) -> tuple[list[dict], list[Request]]:
-    """The prompts that `settings` take, and a request for each answer, a prompt's side by side, each with its own seed."""
+def sample(name: str, model_dir: str | Path, settings: dict) -> tuple:
+    """The `Generator`, and of each prompt its row, its answers, and which of those weren't cut.
+
+    Of the prompts `settings` say which; its key `prompts_sha256` is set.
+    """
+    require_package("lm_eval")
     from rmipo.constraints.prompts import read_prompts
-    from rmipo.generation.answers import Request
+    from rmipo.generation.answers import Generator, Request
 
-    prompts = read_prompts("test")[settings["skip_n"] :][: settings["first_n"]]
+    prompts, each = read_prompts("test")[settings["skip_n"] :][: settings["first_n"]], settings["answers"]
+    settings["prompts_sha256"] = json_fingerprint(prompts)
     seed = settings["generation"].get("seed", 42)
-    requests = [
+    requests = [  # a prompt's side by side, each with its own seed
         Request(f"{number}-{n}", [{"role": "user", "content": prompt["prompt"]}], seed=seed + n)
         for number, prompt in enumerate(prompts)
-        for n in range(settings["answers"])
+        for n in range(each)
     ]
-    return prompts, requests
+    with Generator(model_dir, settings["generation"]) as generator:
+        answers = generator.ask(name, requests)
+    whole = [finish != "length" for finish in generator.finishes]
+    owns = [slice(number * each, (number + 1) * each) for number in range(len(prompts))]
+    return generator, [(prompt, answers[own], whole[own]) for prompt, own in zip(prompts, owns, strict=True)]
 
 
 def fixed_text(prompts: list[dict]) -> str:
-    """A text that is a good answer to as many prompts as a greedy search finds.
-
-    Parts of BOILERPLATE are left out as long as the text gets better; what they leave of the allowed words is filled with
-    words that answer tasks.
-    """
-    from rmipo.constraints.instructions import followed, solved  # needs lm-eval
+    """A text that is a good answer to as many prompts as a greedy search finds: BOILERPLATE, and words that answer tasks."""
+    from rmipo.constraints.instructions import followed  # needs lm-eval
     from rmipo.constraints.prompts import WORDS
 
-    subjects = Counter(word for row in prompts for word in row["subject"])
-
-    def filled(parts: tuple[str, ...]) -> tuple[int, str]:
-        text = "\n".join(parts)
-        asked = [(max((subjects[word], word) for word in row["subject"]), row) for row in prompts]
-        # Tasks with a frequent subject first: they share its word.
-        for (_, subject), row in sorted(asked, key=lambda task: task[0], reverse=True):
-            longer = " ".join([word for word in (subject, row["keywords"][0]) if word not in text.split()] + [text])
-            if len(longer.split()) <= WORDS and all(followed(row["constraints"], longer)):
-                text = longer
-        return sum(solved(row, text) for row in prompts), text
-
-    parts, best = BOILERPLATE, filled(BOILERPLATE)
-    while parts:
-        shorter = [parts[:i] + parts[i + 1 :] for i in range(len(parts))]
-        found = [filled(some) for some in shorter]
-        if max(found)[0] <= best[0]:
-            break
-        best, parts = max(zip(found, shorter, strict=True))
-    return best[1]
+    subjects, text = Counter(word for row in prompts for word in row["subject"]), BOILERPLATE
+    asked = [(max((subjects[word], word) for word in row["subject"]), row) for row in prompts]
+    # Tasks with a frequent subject first: they share its word.
+    for (_, subject), row in sorted(asked, key=lambda task: task[0], reverse=True):
+        longer = " ".join([word for word in (subject, row["keywords"][0]) if word not in text.split()] + [text])
+        if len(longer.split()) <= WORDS and all(followed(row["constraints"], longer)):
+            text = longer
+    return text
 
 
 def by_family(results: list[dict]) -> dict[str, float]:
@@ -135,7 +107,7 @@ def by_family(results: list[dict]) -> dict[str, float]:
 BENCHMARK = Benchmark(
     name="constraints",
     title="Verifiable constraints",
-    run=run,
+    measure=measure,
     defaults=DEFAULTS,
     metrics={
         "constraints_solved": Metric("Solved (%)"),
@@ -148,5 +120,4 @@ BENCHMARK = Benchmark(
     },
     same=("prompts_sha256", "first_n", "skip_n", "answers", *SAMPLING),
     trial=("first_n", "skip_n"),
-    optional=("prompts_sha256",),  # older results have none
 )

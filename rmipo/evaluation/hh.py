@@ -4,12 +4,12 @@ The main number, for every method alike, is the share with A(w) > A(l), A the lo
 neither that nor otherwise (Figure 5), so the share by summed log-probability S stands beside it. A tie counts as a loss.
 """
 
+import math
 from pathlib import Path
 
 from rmipo.evaluation.benchmark import Benchmark, Metric
-from rmipo.evaluation.statistics import standard_error
+from rmipo.evaluation.statistics import means
 from rmipo.fingerprints import rows_fingerprint, trained_fingerprint
-from rmipo.recipe.settings import merge_settings
 from rmipo.record import package_versions
 
 SUBSETS = ("helpful", "harmless")
@@ -25,7 +25,7 @@ DEFAULTS = {
 }
 
 
-def run(model_dir: str | Path, output_dir: str | Path, settings: dict) -> dict:
+def measure(model_dir: Path, output_dir: Path, settings: dict) -> dict:
     """Score the HH test pairs of `settings["helpful"]` and `settings["harmless"]` with the model in `model_dir`.
 
     One of the two may be left out; then there is no average. Without both, the hub's pairs are scored. Per-pair scores,
@@ -38,39 +38,33 @@ def run(model_dir: str | Path, output_dir: str | Path, settings: dict) -> dict:
     from rmipo.evaluation.pair_scores import score_model
     from rmipo.recipe.schema import DataConfig
 
-    settings = merge_settings("hh", DEFAULTS, settings)
     if not any(settings[name] for name in SUBSETS):
         settings |= PUBLISHED
     blocks = {name: DataConfig(**settings[name]) for name in SUBSETS if settings[name]}
     pairs = {name: load_pairs(block, "test") for name, block in blocks.items()}
     if settings["limit"] is not None:
-        pairs = {name: rows.select(range(min(settings["limit"], len(rows)))) for name, rows in pairs.items()}
-
-    options = {key: settings[key] for key in (*LIMITS, "dtype") if key in settings}
-    Path(output_dir).mkdir(parents=True, exist_ok=True)
-    metrics, per_prompt, weights = {}, {}, trained_fingerprint(Path(model_dir))
+        pairs = {name: rows.take(min(settings["limit"], len(rows))) for name, rows in pairs.items()}
+    options = {key: settings[key] for key in (*LIMITS, "dtype")}
+    output_dir.mkdir(parents=True, exist_ok=True)
+    metrics, per_prompt, weights = {}, {}, trained_fingerprint(model_dir)
     for name, rows in pairs.items():
         scores, numbers, report = score_model(
             model_dir, rows, prior_context="header", description=f"HH {name}", **options
         )
         chosen, rejected = scores["chosen_logps"], scores["rejected_logps"]
-        wins = (chosen / scores["chosen_lengths"] > rejected / scores["rejected_lengths"]).double()
+        wins = chosen / scores["chosen_lengths"] > rejected / scores["rejected_lengths"]
         per_prompt[f"hh_{name}"] = (100.0 * wins).tolist()
-        metrics |= {
-            f"hh_{name}": 100 * wins.mean().item(),
-            f"hh_{name}_sum": 100 * (chosen > rejected).double().mean().item(),
-            f"hh_{name}_standard_error": standard_error(per_prompt[f"hh_{name}"]),
-            f"hh_{name}_pairs": report.kept,
-            f"hh_{name}_dropped": report.rows - report.kept,
-            f"hh_{name}_cut": report.rows_cut,
-        }
+        counts = {"pairs": report.kept, "dropped": report.rows - report.kept, "cut": report.rows_cut}
+        metrics |= {f"hh_{name}_sum": 100 * (chosen > rejected).double().mean().item()}
+        metrics |= {f"hh_{name}_{what}": count for what, count in counts.items()}
         kept = scores | {"row": torch.tensor(numbers), "fingerprint": weights}
-        torch.save(kept, Path(output_dir) / f"hh_{name}.pt")
+        torch.save(kept, output_dir / f"hh_{name}.pt")
+    metrics |= means(per_prompt)
     if len(pairs) == 2:
         for end in ("", "_sum"):
             metrics[f"hh_average{end}"] = sum(metrics[f"hh_{name}{end}"] for name in SUBSETS) / 2
         errors = [metrics[f"hh_{name}_standard_error"] for name in SUBSETS]
-        metrics["hh_average_standard_error"] = sum(error**2 for error in errors) ** 0.5 / 2
+        metrics["hh_average_standard_error"] = math.hypot(*errors) / 2
     # What is scored in place of Anthropic's pairs is another benchmark, and is said under every number.
     sources = {entry["path"] for block in blocks.values() for entry in mixture_entries(block)}
     settings["other_pairs"] = sorted(sources - {HUB_PAIRS}) or None
@@ -84,7 +78,7 @@ BENCHMARK = Benchmark(
     name="hh",
     title="Anthropic-HH",
     in_paper=True,
-    run=run,
+    measure=measure,
     defaults=DEFAULTS,
     metrics={
         "hh_helpful": Metric("HH helpful (%)"),

@@ -22,8 +22,6 @@ def score_model(
     prior_context: str | None = None,
     header_in_response: bool = False,
     dtype: str = "auto",
-    revision: str = "main",
-    tokenizer_dir: str | Path | None = None,
     description: str = "scoring",
     **limits: int,
 ) -> tuple[dict[str, torch.Tensor], list[int], DataReport]:
@@ -32,14 +30,13 @@ def score_model(
     Args:
         prior_context: "header", "bos" or "none" to score log pi(y) too (see `ChatFormat.prior_context`), else None.
         header_in_response: whether the assistant header is scored as part of the response (the released code).
-        tokenizer_dir: where the tokenizer and its chat template are, if not in `model_dir`.
         limits: `data.pairs.LIMITS`, where they are not `tokenize_pairs`' own.
 
     Returns float32 tensors `(pairs,)` named like the fields of `PairScores`, the source row of each pair, and what was
     dropped and cut.
     """
-    source = ModelConfig(model_name_or_path=str(model_dir), model_revision=revision, dtype=dtype)
-    tokenizer = load_tokenizer(source if tokenizer_dir is None else ModelConfig(model_name_or_path=str(tokenizer_dir)))
+    source = ModelConfig(model_name_or_path=str(model_dir), dtype=dtype)
+    tokenizer = load_tokenizer(source)
     chat = ChatFormat.probe(tokenizer, header_in_response=header_in_response)
     # An evaluation counts what it can't use instead of refusing.
     tokenized, report = tokenize_pairs(pairs, chat, max_dropped_fraction=1.0, max_truncated_fraction=1.0, **limits)
@@ -47,8 +44,7 @@ def score_model(
         tqdm.write(f"{description}: {line}")
     lengths = [len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"])) for row in tokenized]
     check_limits(tokenizer, source, max(lengths, default=0))
-    model = load_model(source)
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    model = load_model(source).to("cuda" if torch.cuda.is_available() else "cpu")
     context = None if prior_context is None else chat.prior_context(prior_context)
     progress = tqdm(tokenized, desc=description, unit="pair")
     scores = score_pairs(model, by_tokens(progress, pair_length), context)

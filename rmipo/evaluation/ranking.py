@@ -13,13 +13,11 @@ import numpy as np
 
 from rmipo.errors import EvaluationError
 from rmipo.evaluation.benchmark import DECODING, Benchmark, Metric
-from rmipo.evaluation.constraints import held_out
-from rmipo.evaluation.statistics import standard_error, wins
+from rmipo.evaluation.constraints import sample
+from rmipo.evaluation.statistics import means, wins
 from rmipo.files import locked, write_lines
-from rmipo.fingerprints import json_fingerprint, model_fingerprint, trained_fingerprint
+from rmipo.fingerprints import json_fingerprint, trained_fingerprint
 from rmipo.launch.choices import initial_model
-from rmipo.recipe.settings import merge_settings
-from rmipo.record import require_package
 
 DEFAULTS = {
     "first_n": 150,  # of the 573 prompts
@@ -31,58 +29,47 @@ DEFAULTS = {
 SCORES = {"ranking_auc": "logp", "ranking_pmi_auc": "pmi"}  # metric -> what of an answer's row it ranks by
 
 
-def run(model_dir: str | Path, output_dir: str | Path, settings: dict) -> dict:
+def measure(model_dir: Path, output_dir: Path, settings: dict) -> dict:
     """Score the initial model's answers. The numbers of each go to `output_dir`/ranking.jsonl."""
-    settings = merge_settings("ranking", DEFAULTS, settings)
-    require_package("lm_eval")
     from tqdm import tqdm
 
-    from rmipo.generation.answers import Generator
     from rmipo.generation.likelihood import Likelihood
     from rmipo.generation.prompts import Prompt
 
     settings["initial"] = initial_model(model_dir, settings["initial"])
-    if not Path(settings["initial"]).is_dir():  # the answers are kept in it
-        fix = "make one with METHOD=initial, and --set ranking.initial=outputs/<setting>/initial"
-        raise EvaluationError(f"ranking: the initial model {settings['initial']} is no folder: {fix}")
-    settings["initial_fingerprint"] = model_fingerprint(settings["initial"])
-    prompts, requests = held_out(settings)
+    initial = Path(settings["initial"])  # a folder, and no hub id: the answers are kept in it
+    settings["initial_fingerprint"] = trained_fingerprint(initial)
     # Of models that are measured side by side the first one has the answers made, and the others wait for them.
-    print(f"ranking: answers of {settings['initial']}, made once or waited for", flush=True)
-    kept = Path(settings["initial"]) / "eval/answers"
-    with locked(kept, wait=-1), Generator(settings["initial"], settings["generation"]) as generator:
-        answers = generator.ask("ranking", requests)
-    each, rows, tasks, verdicts = settings["answers"], [], [], []
-    for number, prompt in enumerate(prompts):
-        own = slice(number * each, (number + 1) * each)
-        right = verified(prompt, answers[own], generator.finishes[own])
-        verdicts += right.values()
-        if len({*right.values()}) == 2:  # others have no couple to rank
-            rows += [{"prompt": number, "answer": answer, "right": verdict} for answer, verdict in right.items()]
-            tasks.append(Prompt(str(number), requests[own.start].messages, {answer: answer for answer in right}))
-    if not tasks:
+    print(f"ranking: answers of {initial}, made once or waited for", flush=True)
+    with locked(initial / "eval/answers", wait=-1):
+        generator, sampled = sample("ranking", initial, settings)
+    settings["answers_sha256"] = json_fingerprint([answer for _, answers, _ in sampled for answer in answers])
+    right = [verified(*prompt) for prompt in sampled]
+    verdicts = [verdict for own in right for verdict in own.values()]
+    # Others have no couple to rank.
+    numbers = [number for number, own in enumerate(right) if len({*own.values()}) == 2]
+    if not numbers:
         found = f"{sum(verdicts)} of {len(verdicts)} are right, {generator.cut:.0f}% cut"
-        raise EvaluationError(f"ranking: none of {len(prompts)} prompts has right and wrong whole answers ({found})")
-    metrics = {"ranking_right": 100 * mean(verdicts), "ranking_cut": generator.cut}
-    model = Likelihood(model_dir, generator.settings["dtype"])
-    scores = [score for task in tqdm(tasks, desc="ranking", unit="prompt") for score in model.scores(task).values()]
-    rows = [row | {"logp": logp, "pmi": pmi} for row, (logp, pmi) in zip(rows, scores, strict=True)]
-    write_lines(Path(output_dir) / "ranking.jsonl", rows)
-    values = by_prompt(rows, len(prompts))
-    for name, percents in values.items():
-        known = [percent for percent in percents if percent is not None]
-        metrics |= {name: mean(known), f"{name}_standard_error": standard_error(known), "ranking_prompts": len(known)}
-    settings |= {"prompts_sha256": json_fingerprint(prompts), "answers_sha256": json_fingerprint(answers)}
-    weights = trained_fingerprint(Path(model_dir))  # the generator's are the initial model's
-    return generator.result(metrics, settings, ["lm_eval"], per_prompt=values, fingerprint=weights)
+        raise EvaluationError(f"ranking: none of {len(right)} prompts has right and wrong whole answers ({found})")
+    model, rows = Likelihood(model_dir, generator.settings["dtype"]), []
+    for number in tqdm(numbers, desc="ranking", unit="prompt"):
+        asked = [{"role": "user", "content": sampled[number][0]["prompt"]}]
+        scores = model.scores(Prompt(str(number), asked, {answer: answer for answer in right[number]}))
+        for answer, (logp, pmi) in scores.items():
+            rows.append({"prompt": number, "answer": answer, "right": right[number][answer], "logp": logp, "pmi": pmi})
+    write_lines(output_dir / "ranking.jsonl", rows)
+    per_prompt = by_prompt(rows, len(right))
+    metrics = means(per_prompt) | {"ranking_prompts": len(numbers)}
+    metrics |= {"ranking_right": 100 * mean(verdicts), "ranking_cut": generator.cut}
+    weights = trained_fingerprint(model_dir)  # the generator's are the initial model's
+    return generator.result(metrics, settings, ["lm_eval"], per_prompt=per_prompt, fingerprint=weights)
 
 
-def verified(prompt: dict, answers: list[str], finishes: list[str]) -> dict[str, bool]:
+def verified(prompt: dict, answers: list[str], whole: list[bool]) -> dict[str, bool]:
     """The whole answers to one prompt, each text once, and whether it is right and follows all constraints."""
     from rmipo.constraints.instructions import solved  # needs lm-eval
 
-    whole = [answer for answer, finish in zip(answers, finishes, strict=True) if finish != "length"]
-    return {answer: solved(prompt, answer) for answer in whole}
+    return {answer: solved(prompt, answer) for answer, ended in zip(answers, whole, strict=True) if ended}
 
 
 def auc(scores: Sequence[float], right: Sequence[bool]) -> float | None:
@@ -104,7 +91,7 @@ def by_prompt(rows: list[dict], prompts: int) -> dict[str, list[float | None]]:
 BENCHMARK = Benchmark(
     name="ranking",
     title="Ranking of right answers",
-    run=run,
+    measure=measure,
     defaults=DEFAULTS,
     metrics={
         "ranking_auc": Metric("AUC by log pi(y|x) (%)"),

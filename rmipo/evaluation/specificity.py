@@ -4,27 +4,19 @@ The model answers K held-out prompts. A frozen model, the one that training star
 prompt. An answer that fits any prompt is as likely under the others as under its own.
 """
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 
 from rmipo.errors import EvaluationError
 from rmipo.evaluation.benchmark import Benchmark, Metric
-from rmipo.evaluation.statistics import repeated_share, standard_error
+from rmipo.evaluation.statistics import means, repeated_share
 from rmipo.files import write_lines
 from rmipo.fingerprints import model_fingerprint
 from rmipo.launch.choices import initial_model
-from rmipo.recipe.settings import merge_settings
-
-if TYPE_CHECKING:
-    from rmipo.data.chat import Messages
-    from rmipo.generation.likelihood import Likelihood
 
 DEFAULTS = {
     "prompts": "rmipo/constraints/test.jsonl",  # hub id, folder or file, as for `make pairs`
@@ -35,9 +27,8 @@ DEFAULTS = {
 }
 
 
-def run(model_dir: str | Path, output_dir: str | Path, settings: dict) -> dict:
+def measure(model_dir: Path, output_dir: Path, settings: dict) -> dict:
     """Answer the prompts, score them, and write the numbers of each answer to `output_dir`/specificity.jsonl."""
-    settings = merge_settings("specificity", DEFAULTS, settings)
     from rmipo.generation.answers import Generator, Request
     from rmipo.generation.likelihood import Likelihood
     from rmipo.generation.prompts import read_prompts
@@ -45,14 +36,13 @@ def run(model_dir: str | Path, output_dir: str | Path, settings: dict) -> dict:
     settings["initial"] = initial_model(model_dir, settings["initial"])
     settings["initial_fingerprint"] = model_fingerprint(settings["initial"])  # one model may lie in several folders
     dropped: Counter[str] = Counter()
-    prompts = read_prompts(settings["prompts"], settings["split"], Path(model_dir), dropped, limit=settings["first_n"])
+    prompts = read_prompts(settings["prompts"], settings["split"], model_dir, dropped, limit=settings["first_n"])
     if len(prompts) < 2:
         raise EvaluationError(f"specificity.prompts: too few are usable. Dropped: {dict(dropped)}")
-    requests = [Request(prompt.key, prompt.messages) for prompt in prompts]
-    with Generator(model_dir, settings["generation"]) as generator:
-        answers = generator.ask("specificity", requests)
-    frozen = Likelihood(settings["initial"], generator.settings["dtype"])
     messages = [prompt.messages for prompt in prompts]
+    with Generator(model_dir, settings["generation"]) as generator:
+        answers = generator.ask("specificity", [Request(prompt.key, prompt.messages) for prompt in prompts])
+    frozen = Likelihood(settings["initial"], generator.settings["dtype"])
     scores = score_answers(frozen, messages, answers)
     own = scores["logp"]
     if settings["initial_fingerprint"] != generator.fingerprint:
@@ -61,23 +51,21 @@ def run(model_dir: str | Path, output_dir: str | Path, settings: dict) -> dict:
         own = [policy.sums(context, [ids])[0] for context, ids in pairs]
     scores["kl"] = own - scores["logp"]
     rows = scores.assign(prompt=messages, answer=answers).to_dict("records")
-    write_lines(Path(output_dir) / "specificity.jsonl", rows)
+    write_lines(output_dir / "specificity.jsonl", rows)
 
-    # Per token: sums over sums.
-    tokens = scores["tokens"].sum()
-    metrics = {"pmi_bound": math.log(len(rows)), "tokens": tokens / len(rows)}
-    metrics |= {f"{name}_token": scores[name].sum() / tokens for name in ("pmi", "prior_pmi")}
     per_prompt = {"specificity": 100.0 * scores["own"], "pmi": scores["pmi"], "kl_initial": scores["kl"]}
     per_prompt = {name: values.tolist() for name, values in per_prompt.items()}
-    for name, values in per_prompt.items():
-        metrics |= {name: sum(values) / len(values), f"{name}_standard_error": standard_error(values)}
+    tokens = scores["tokens"].sum()
+    metrics = means(per_prompt) | {"pmi_bound": math.log(len(rows)), "tokens": tokens / len(rows)}
+    # Per token: sums over sums.
+    metrics |= {f"{name}_token": scores[name].sum() / tokens for name in ("pmi", "prior_pmi")}
     metrics["repetition"] = 100 * repeated_share([frozen.chat.tokenizer(a)["input_ids"] for a in answers])
     metrics["specificity_cut"] = generator.cut
     return generator.result(metrics, settings, per_prompt=per_prompt)
 
 
-def score_answers(frozen: Likelihood, prompts: list[Messages], answers: list[str]) -> pd.DataFrame:
-    """A row for each answer, under the frozen model:
+def score_answers(frozen, prompts: list[list[dict]], answers: list[str]) -> pd.DataFrame:
+    """A row for each answer, under the frozen model, a `Likelihood`:
 
     own: whether no other prompt gives it as high a likelihood as its own
     pmi: log p(y|x) - log mean_j p(y|x_j) over the K prompts, in nats: at most log K, and its mean is the InfoNCE
@@ -106,7 +94,7 @@ def score_answers(frozen: Likelihood, prompts: list[Messages], answers: list[str
 BENCHMARK = Benchmark(
     name="specificity",
     title="Specificity",
-    run=run,
+    measure=measure,
     defaults=DEFAULTS,
     metrics={
         "specificity": Metric("Own prompt most likely (%)"),
@@ -119,6 +107,5 @@ BENCHMARK = Benchmark(
         "kl_initial": Metric("KL to the initial model (nats)", 2, better=None),
     },
     same=("prompts", "split", "first_n", "initial_fingerprint", "generation.temperature", "generation.max_new_tokens"),
-    optional=("initial_fingerprint",),  # older results have none
     trial=("first_n",),
 )

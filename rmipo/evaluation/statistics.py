@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import statistics
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -24,6 +25,13 @@ class Interval(NamedTuple):
 def standard_error(values: Sequence[float]) -> float:
     """Of the mean of independent `values`; 0 for fewer than two, which say nothing of their spread."""
     return float(np.std(values, ddof=1) / len(values) ** 0.5) if len(values) > 1 else 0.0
+
+
+def means(per_prompt: dict[str, Sequence[float | None]]) -> dict[str, float]:
+    """Each metric's mean over the prompts that have a value, and its standard error as `<name>_standard_error`."""
+    known = {name: [value for value in values if value is not None] for name, values in per_prompt.items()}
+    errors = {f"{name}_standard_error": standard_error(values) for name, values in known.items()}
+    return {name: statistics.mean(values) for name, values in known.items()} | errors
 
 
 def resamples(count: int, draws: int = RESAMPLES) -> Iterator[np.ndarray]:

@@ -11,7 +11,7 @@ from rmipo.evaluation import BENCHMARKS
 from rmipo.generation.answers import DEFAULTS as GENERATION
 from rmipo.generation.answers import own_settings
 from rmipo.launch.choices import ROOT, check_names, is_setting
-from rmipo.recipe.files import override_value, read_yaml
+from rmipo.recipe.files import merge, parse_overrides, read_yaml
 from rmipo.recipe.load import load_recipe, template_text
 from rmipo.recipe.schema import ModelConfig
 from rmipo.recipe.settings import merge_settings
@@ -51,28 +51,15 @@ def find_target(
         name, _, revision = model.partition("@")
         folder = outputs / model.replace("/", "--") / "initial"
         link_model(Path(snapshot_download(name, revision=revision or None, allow_patterns=HUB_FILES)), folder)
-    if settings_file is not None:
-        return Target(folder, load_settings(settings_file, overrides))
-    return Target(folder, override({"generation": own_settings(folder)}, overrides))
+    own = {"generation": own_settings(folder)} if settings_file is None else settings_file
+    return Target(folder, load_settings(own, overrides))
 
 
-def load_settings(path: Path, overrides: list[str]) -> dict[str, dict]:
-    """The blocks of an eval.yaml, with overrides such as "alpacaeval.max_cost=5" over them."""
-    return override(read_yaml(path), overrides)
-
-
-def override(settings: dict[str, dict], overrides: list[str]) -> dict[str, dict]:
-    """`settings` with "block.key=value" over them; dots lead further into a block. Raises EvaluationError for wrong ones."""
-    for text in overrides:
-        key, _, value = text.partition("=")
-        *blocks, name = key.split(".")
-        place = settings
-        for block in blocks:
-            # A block without keys is null in YAML.
-            place[block] = place.get(block) or {}
-            place = place[block]
-        place[name] = override_value(value)
-    settings = {block: values or {} for block, values in settings.items()}
+def load_settings(source: Path | dict[str, dict], overrides: list[str]) -> dict[str, dict]:
+    """The blocks of an eval.yaml, with overrides such as "alpacaeval.max_cost=5" over them. Raises UserError for wrong ones."""
+    blocks = source if isinstance(source, dict) else read_yaml(source)
+    blocks = merge(blocks, parse_overrides([f"--{text}" for text in overrides]))
+    settings = {block: values or {} for block, values in blocks.items()}  # a block without keys is null in YAML
     merge_settings("settings", BLOCKS, settings)  # the names of the blocks
     for block, values in settings.items():
         merge_settings(block, BLOCKS[block], values)
@@ -106,9 +93,7 @@ def check_model(folder: Path) -> None:
     if (folder / "adapter_config.json").is_file():
         raise EvaluationError(f"{folder} holds an adapter: merge it first, .venv/bin/python scripts/merge_adapter.py")
     if not (folder / "config.json").is_file():
-        raise EvaluationError(
-            f"{folder} holds no model. One of a setting is trained with make train MODEL=... METHOD=..."
-        )
+        raise EvaluationError(f"{folder} holds no model: train one, make train MODEL=... METHOD=...")
     check_trained_prompts(folder, run)
 
 
@@ -132,10 +117,8 @@ def check_trained_prompts(folder: Path, run: dict | None) -> None:
         now = chat.prompt_ids(messages)
         # Training may have scored the assistant header as part of the response; generation always starts after it.
         if now[: len(ids)] != ids or now[len(ids) :] not in ([], list(chat.header_ids)):
-            raise EvaluationError(
-                f"{folder} was trained with another chat template or tokenizer than is now there: {messages!r} was {ids} "
-                f"in training (run.json) and is {now}. Put the tokenizer files of the training back"
-            )
+            where = f"{folder} was trained with another chat template or tokenizer than is now there"
+            raise EvaluationError(f"{where}: {messages!r} was {ids} and is {now}. Put the training's files back")
 
 
 def link_model(source: Path, folder: Path, chat_template: str | None = None) -> None:

@@ -18,6 +18,7 @@ from rmipo.errors import EvaluationError
 from rmipo.files import read_lines
 from rmipo.fingerprints import has_weights, json_fingerprint, trained_fingerprint
 from rmipo.generation.engines import ENGINES, TokenPrompt, choose_engine
+from rmipo.generation.prompts import kept_lines
 from rmipo.recipe.schema import ModelConfig
 from rmipo.recipe.settings import merge_settings
 from rmipo.record import package_versions
@@ -129,45 +130,34 @@ class Generator:
         chat = ChatFormat.probe(tokenizer)
         prompts = self.prompts(requests, chat)
 
-        # The first line of the file says what its answers were made with.
         if self.settings["engine"] == "auto" and found:
             self.settings["engine"] = found["decoding"]["engine"]
-        if len(rows) < len(requests):  # something is left to answer
+        whole = len(rows) >= len(requests)
+        if not whole:
             self.settings["engine"] = choose_engine(self.settings["engine"])
-            self.versions = package_versions(*sorted({self.settings["engine"], "torch", "transformers"}))
-            self.fingerprint = trained_fingerprint(self.model_dir)
-        else:
-            # Complete answers need no weights: a machine that only judges has the folder without its *.safetensors.
-            self.versions = found["versions"]
-            self.fingerprint = trained_fingerprint(self.model_dir) if has_weights(self.model_dir) else found["model"]
+        # Complete answers need no weights: a machine that only judges has the folder without its *.safetensors.
+        packages = sorted({self.settings["engine"], "torch", "transformers"})
+        self.versions = found["versions"] if whole else package_versions(*packages)
+        known = whole and not has_weights(self.model_dir)
+        self.fingerprint = found["model"] if known else trained_fingerprint(self.model_dir)
         # Temperatures and seeds are in the prompts: a benchmark may have its own for each.
-        keys = ("top_p", "top_k", "max_new_tokens", "seed", "batch_size", "dtype", "engine")
         stops = stop_ids(self.model_dir, tokenizer, chat)
-        header = {
-            "decoding": {key: self.settings[key] for key in keys} | {"stop_ids": stops},
-            "versions": self.versions,
-            "model": self.fingerprint,
-            "prompts": json_fingerprint([asdict(prompt) for prompt in prompts]),
-            **dated,
-        }
-        if not found:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(header) + "\n")
-        elif found != header:
-            raise EvaluationError(f"{path} holds answers made otherwise: {found}, now {header}. Move or delete it")
+        decoding = {key: value for key, value in self.settings.items() if key != "temperature"} | {"stop_ids": stops}
+        header = {"decoding": decoding, "versions": self.versions, "model": self.fingerprint, **dated}
+        header["prompts"] = json_fingerprint([asdict(prompt) for prompt in prompts])
+        answers = {row["key"]: row for row in kept_lines(path, header)}
 
-        answers = {row["key"]: row for row in rows}
         wanted = [i for i, request in enumerate(requests) if request.key not in answers]
         if wanted and self.engine is None:
             self.engine = ENGINES[self.settings["engine"]](self.model_dir, self.settings, stops)
         made = self.engine.answers(prompts, wanted) if wanted else ()
-        bar = {"desc": f"answers of {self.model_dir.name}", "total": len(prompts), "initial": len(answers)}
         with path.open("a") as file:
-            for i, (ids, finish) in tqdm(made, unit="answer", **bar):
+            for i, (ids, finish) in tqdm(made, f"answers of {self.model_dir.name}", len(wanted), unit="answer"):
                 text = tokenizer.decode(ids, skip_special_tokens=True).strip()
                 row = {"key": requests[i].key, "output": text, "tokens": len(ids), "finish": finish}
-                file.write(json.dumps(row) + "\n")
-                file.flush()  # a kill loses the answer that is being made, and no other
+                print(
+                    json.dumps(row), file=file, flush=True
+                )  # a kill loses the answer that is being made, and no other
                 answers[requests[i].key] = row
         self.finishes += [answers[request.key]["finish"] for request in requests]
         return [answers[request.key]["output"] for request in requests]
@@ -178,13 +168,10 @@ class Generator:
 
     def result(self, metrics: dict, settings: dict, packages: Iterable[str] = (), **more) -> dict:
         """What a benchmark returns, with what the answers were made with."""
-        return {
-            "metrics": metrics,
-            "versions": package_versions(*packages) | self.versions,
-            "settings": settings | {"generation": dict(self.settings)},
-            "fingerprint": self.fingerprint,
-            **more,
-        }
+        versions = package_versions(*packages) | self.versions
+        settings = settings | {"generation": dict(self.settings)}
+        own = {"metrics": metrics, "versions": versions, "settings": settings, "fingerprint": self.fingerprint}
+        return own | more
 
     def prompts(self, requests: list[Request], chat: ChatFormat) -> list[TokenPrompt]:
         """Raises EvaluationError for prompts that don't start with one BOS, or leave no room for an answer."""

@@ -5,6 +5,7 @@ Both take token ids and a seed for each prompt, so that an answer doesn't depend
 
 import gc
 import importlib.util
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,9 +81,8 @@ class TransformersEngine:
     @torch.no_grad()
     def batch(self, prompts: list[TokenPrompt]) -> list[Answer]:
         width = max(len(prompt.ids) for prompt in prompts)
-        padding = [[self.stop_ids[0]] * (width - len(prompt.ids)) for prompt in prompts]
-        ids = [pad + prompt.ids for pad, prompt in zip(padding, prompts, strict=True)]
-        mask = [[0] * len(pad) + [1] * len(prompt.ids) for pad, prompt in zip(padding, prompts, strict=True)]
+        ids = [[self.stop_ids[0]] * (width - len(prompt.ids)) + prompt.ids for prompt in prompts]
+        mask = [[0] * (width - len(prompt.ids)) + [1] * len(prompt.ids) for prompt in prompts]
         temperatures, seeds = [prompt.temperature for prompt in prompts], [prompt.seed for prompt in prompts]
         # What is left of the context belongs to each prompt: its neighbours may have more of it, or less.
         room = [min(self.settings["max_new_tokens"], self.context - len(prompt.ids)) for prompt in prompts]
@@ -92,11 +92,11 @@ class TransformersEngine:
             max_new_tokens=max(room),
             logits_processor=[SeededSampling(temperatures, self.settings["top_p"], seeds, self.settings["top_k"])],
         )
-        return [self.until_stop(row[:own]) for row, own in zip(output[:, width:].tolist(), room, strict=True)]
-
-    def until_stop(self, ids: list[int]) -> Answer:
-        end = next((i for i, token in enumerate(ids) if token in self.stop_ids), None)
-        return (ids, "length") if end is None else (ids[:end], "stop")
+        answers = []
+        for row, own in zip(output[:, width:].tolist(), room, strict=True):
+            ids = list(itertools.takewhile(lambda token: token not in self.stop_ids, row[:own]))
+            answers.append((ids, "length" if len(ids) == own else "stop"))
+        return answers
 
     def close(self) -> None:
         del self.model

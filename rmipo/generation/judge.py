@@ -38,8 +38,7 @@ def complete(client, model: str, text: str, **request) -> str:
 
 
 def check_judge(endpoint: str, model: str) -> None:
-    """Ask the judge for one token, before anything is loaded. Raises openai's errors."""
-    # A wrong key or name is found out for one token, and not after hours of answers.
+    """Ask the judge for one token: a wrong key or name is found out, by openai's error, before hours of answers."""
     complete(open_client(endpoint, max_retries=1, timeout=30), model, PROBE, max_tokens=1)
 
 
@@ -51,16 +50,12 @@ def check_cost(what: str, calls: int, input_characters: float, output_tokens: fl
 
     Raises EvaluationError if the expected cost is more than `max_cost`.
     """
-    price_in, price_out = settings["price"]
+    (price_in, price_out), limit = settings["price"], settings["max_cost"]
     input_tokens = input_characters / CHARACTERS_PER_TOKEN
     # Rough on purpose: it tells five dollars from five hundred.
     cost = (input_tokens * price_in + output_tokens * price_out) / 1e6
-    print(
-        f"{what}: {calls} verdicts, about {input_tokens / 1e3:.0f}k + {output_tokens / 1e3:.0f}k tokens, ${cost:.2f} at "
-        f"${price_in} and ${price_out} per million (max_cost ${settings['max_cost']})",
-        flush=True,
-    )
-    if cost > settings["max_cost"]:
-        raise EvaluationError(
-            f"{what}: the judge would cost about ${cost:.2f}, more than max_cost {settings['max_cost']}; nothing was asked"
-        )
+    tokens = f"about {input_tokens / 1e3:.0f}k + {output_tokens / 1e3:.0f}k tokens"
+    prices = f"${cost:.2f} at ${price_in} and ${price_out} per million (max_cost ${limit})"
+    print(f"{what}: {calls} verdicts, {tokens}, {prices}", flush=True)
+    if cost > limit:
+        raise EvaluationError(f"{what}: the judge would cost about ${cost:.2f}, more than max_cost {limit}")

@@ -99,8 +99,8 @@ def make_pairs(model_dir: Path, generation: dict, config: PairsConfig, folder: P
                 dropped[chosen_rejected] += 1
             else:
                 pairs.append(pair_row(prompt, *chosen_rejected, scores))
-            own_rows = [answers[f"{prompt.key}-{n}"] for n in numbers]
-            own_rows = [row | {"score": scores.get(row["key"]), "pmi": pmi.get(row["key"])} for row in own_rows]
+            keys = [f"{prompt.key}-{n}" for n in numbers]
+            own_rows = [answers[key] | {"score": scores.get(key), "pmi": pmi.get(key)} for key in keys]
             every.append({"prompt_id": prompt.key, "prompt": prompt.messages, "answers": own_rows})
         write_lines(folder / "candidates.jsonl", every)
         cut = generator.finishes.count("length")
@@ -130,11 +130,10 @@ def make_pairs(model_dir: Path, generation: dict, config: PairsConfig, folder: P
 def distinct_answers(prompt: Prompt, config: PairsConfig, answers: dict[str, dict]) -> dict[str, str]:
     """By key: the answers that are not empty and, unless `keep_cut`, whole; each text once."""
     texts: dict[str, str] = {}
-    for n in range(config.answers):
-        answer = answers[f"{prompt.key}-{n}"]
-        text = answer["output"]
-        if text and text not in texts.values() and (config.keep_cut or answer["finish"] != "length"):
-            texts[f"{prompt.key}-{n}"] = text
+    for key in (f"{prompt.key}-{n}" for n in range(config.answers)):
+        text, whole = answers[key]["output"], answers[key]["finish"] != "length"
+        if text and text not in texts.values() and (config.keep_cut or whole):
+            texts[key] = text
     return texts
 
 

@@ -1,5 +1,9 @@
-"""The prompts that a model answers: those of a hub id, folder or file that are usable, each under a hash of its content."""
+"""The prompts that a model answers: those of a hub id, folder or file that are usable, each under a hash of its content.
 
+And the files in which answers to them, and scores of those, are kept.
+"""
+
+import json
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,9 +14,24 @@ from transformers import AutoConfig
 from rmipo.data.chat import ChatFormat, DataError, Messages
 from rmipo.data.formats import read_prompt, read_row, unusable_prompt
 from rmipo.data.sources import load_source
+from rmipo.errors import EvaluationError
+from rmipo.files import read_lines, write_lines
 from rmipo.fingerprints import json_fingerprint
 from rmipo.recipe.schema import DataConfig, ModelConfig
 from rmipo.training.loading import load_tokenizer
+
+
+def kept_lines(path: Path, header: dict) -> list[dict]:
+    """The rows of a JSONL file below its header, which says what they were made with; a new file gets it.
+
+    Raises EvaluationError for another header: rows of another model or of other settings would be taken for these.
+    """
+    found, *rows = read_lines(path) or [None]
+    if found is None:
+        write_lines(path, [header])
+    elif found != json.loads(json.dumps(header)):
+        raise EvaluationError(f"{path} holds what was made otherwise: {found}, now {header}. Move or delete it")
+    return rows
 
 
 @dataclass(frozen=True)

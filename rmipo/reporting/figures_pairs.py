@@ -41,7 +41,10 @@ def window(samples: list[np.ndarray], share: float = 0.99) -> np.ndarray:
     return np.linspace(min(low, 0) - margin, max(high, 0) + margin, 401)
 
 
-def mark_zero(axis: Axes) -> None:
+def draw_differences(axis: Axes, grid: np.ndarray, samples: dict[str, tuple[np.ndarray, str]]) -> None:
+    """The densities of some samples, label -> (values, color), and a line at zero."""
+    for label, (values, color) in samples.items():
+        plots.draw_density(axis, grid, plots.density(values, grid), color, label)
     axis.axvline(0, color=plots.GREY, linewidth=0.8, linestyle="--")
     axis.set_ylim(0, None)
     axis.margins(x=0)
@@ -56,12 +59,12 @@ def figure3(signals: dict[str, dict[str, np.ndarray]], title: str, notes: Iterab
     names = {"loglik": (r"$\Delta\log\pi(y|x)/|y|$", plots.BLUE), "pmi": (r"$\Delta$pmi$/|y|$", plots.RED)}
     figure, axes = plots.panels(len(signals), height=3.0)
     for axis, letter, (subset, values) in zip(axes, "abc", signals.items(), strict=False):
-        grid = window(list(values.values()))
+        samples = {}
         for key, (label, color) in names.items():
             sample = values[key]
             summary = f"{100 * np.mean(sample > 0):.0f}% > 0, mean/std {sample.mean() / sample.std():+z.2f}"
-            plots.draw_density(axis, grid, plots.density(sample, grid), color, f"{label}: {summary}")
-        mark_zero(axis)
+            samples[f"{label}: {summary}"] = sample, color
+        draw_differences(axis, window(list(values.values())), samples)
         axis.set_xlabel("Chosen minus rejected (nats per token)")
         axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.3))
         plots.panel_letter(axis, letter, f"{subset.capitalize()}, {title} ({len(values['pmi'])} pairs)")
@@ -85,15 +88,14 @@ def figure6(reference: np.ndarray, rewards: dict[str, np.ndarray], title: str, n
     # No two rewards have the same unit; divided by the standard deviation alone, zero stays zero.
     scaled = {method: values / values.std() for method, values in rewards.items()}
     figure, (axis,) = plots.panels(1, height=2.8)
-    grid = window([judged, *scaled.values()])
-    plots.draw_density(axis, grid, plots.density(judged, grid), plots.GREY, "REF (judge's score)", shade=0.25)
+    samples = {"REF (judge's score)": (judged, plots.GREY)}
     for method, values in scaled.items():
         # Each draw takes the same pairs of both.
         distances = [wasserstein(values[drawn], judged[drawn]) for drawn in resamples(len(values), 200)]
         low, high = np.quantile(distances, [0.025, 0.975])
         label = f"{method_label(method)}: $W_1$ to REF {wasserstein(values, judged):.2f} [{low:.2f}, {high:.2f}]"
-        axis.plot(grid, plots.density(values, grid), color=plots.method_color(method), label=label)
-    mark_zero(axis)
+        samples[label] = values, plots.method_color(method)
+    draw_differences(axis, window([judged, *scaled.values()]), samples)
     axis.set_ylim(0, 1.3 * axis.get_ylim()[1])  # headroom for the legend
     axis.set_xlabel("Reward of chosen minus rejected (standard deviations)")
     axis.set_ylabel("Density")
@@ -118,9 +120,7 @@ def figure8(
     """
     figure, axes = plots.panels(2, height=1.25, rows=len(readings))
     for signal, gamma, letter, (name, reading) in zip(axes[0::2], axes[1::2], "abc", readings.items(), strict=False):
-        grid = window([reading["delta_pmi"]], 0.98)
-        plots.draw_density(signal, grid, plots.density(reading["delta_pmi"], grid), plots.BLUE)
-        mark_zero(signal)
+        draw_differences(signal, window([reading["delta_pmi"]], 0.98), {"": (reading["delta_pmi"], plots.BLUE)})
         signal.set_yticks([])
         plots.panel_letter(signal, letter, name)
         plots.draw_gamma(gamma, reading["gamma"].to_numpy(), (objective.gamma_min, objective.gamma_max), peak)

@@ -84,18 +84,12 @@ def measured(outputs: Path, model: str, method: str, metric: str, name: str = ""
     """A line for each finished run of `method` with the metric: run, beta, gamma, value, error, result (None: logged)."""
     found, benchmark = [], benchmark_of(metric)
     # Whatever a folder is called, the hyperparameters are those in its run.json.
-    for run in find_runs(outputs, model):
-        if run.objective.get("name") != method or not run.finished:
-            continue
-        result = None
-        if benchmark is None:
-            values = [row[metric] for row in read_metrics(run.folder) if metric in row]
-        else:
-            folder = run.folder.relative_to(outputs / model).as_posix()
-            result = load_result(outputs, model, folder, benchmark.name, name)
-            values = [result.metrics[metric]] if result and metric in result.metrics else []
-        if values:
-            error = result.metrics.get(f"{metric}_standard_error", 0.0) if result else 0.0
+    for run in (run for run in find_runs(outputs, model) if run.objective.get("name") == method and run.finished):
+        folder = run.folder.relative_to(outputs / model).as_posix()
+        result = load_result(outputs, model, folder, benchmark.name, name) if benchmark else None
+        rows = read_metrics(run.folder) if benchmark is None else [result.metrics] if result else []
+        if values := [row[metric] for row in rows if metric in row]:
+            error = rows[-1].get(f"{metric}_standard_error", 0.0)
             own = {key: run.objective.get(key) for key in ("beta", "gamma")}
             found.append({"run": run, **own, "value": values[-1], "error": error, "result": result})
     return pd.DataFrame(found, columns=["run", "beta", "gamma", "value", "error", "result"])
@@ -103,21 +97,15 @@ def measured(outputs: Path, model: str, method: str, metric: str, name: str = ""
 
 def lines_over(key: str, points: pd.DataFrame) -> dict[str, pd.DataFrame]:
     """A line for each combination of everything but `key`, with two values of it or more: label -> its points by `key`."""
-    settings, lines = {}, {}
-    for point in points.itertuples():
-        fixed = point.run.experiment()
-        fixed["objective"] = {name: value for name, value in point.run.objective.items() if name != key}
-        settings.setdefault(json_fingerprint(fixed), (fixed, []))[1].append(point.Index)
+    objectives = [{name: value for name, value in run.objective.items() if name != key} for run in points["run"]]
+    fixed = [run.experiment() | {"objective": own} for run, own in zip(points["run"], objectives, strict=True)]
+    groups = points.assign(fixed=fixed).groupby(list(map(json_fingerprint, fixed)), sort=False) if fixed else ()
     # One value alone is no line, and says nothing of the hyperparameter.
-    drawn = [(fixed, points.loc[own]) for fixed, own in settings.values() if points.loc[own, key].nunique() > 1]
-    varying = [
-        name
-        for name in dict.fromkeys(name for fixed, _ in drawn for name in fixed)
-        if len({str(fixed.get(name)) for fixed, _ in drawn}) > 1
-    ]
-    for fixed, own in sorted(drawn, key=lambda line: line[0]["learning_rate"]):
-        lines[", ".join(f"{name} {fixed.get(name, 'default')}" for name in varying)] = own
-    return lines
+    lines = [(own["fixed"].iloc[0], own) for _, own in groups if own[key].nunique() > 1]
+    names = dict.fromkeys(name for settings, _ in lines for name in settings)
+    varying = [name for name in names if len({str(settings.get(name)) for settings, _ in lines}) > 1]
+    lines.sort(key=lambda line: line[0]["learning_rate"])
+    return {", ".join(f"{name} {settings.get(name, 'default')}" for name in varying): own for settings, own in lines}
 
 
 def draw_lines(axis: Axes, key: str, lines: dict[str, pd.DataFrame], color: str) -> None:

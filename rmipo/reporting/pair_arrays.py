@@ -11,7 +11,6 @@ from rmipo.data.sources import load_rows, mixture_entries
 from rmipo.evaluation.pair_scores import score_model
 from rmipo.objectives import PairScores, RMiPO, build_objective
 from rmipo.objectives.rmipo import delta_pmi, pmi
-from rmipo.page.look import sample
 from rmipo.plots import AT_MAX, AT_MIN
 from rmipo.recipe.schema import DataConfig, of_recipe
 from rmipo.record import package_versions
@@ -46,7 +45,10 @@ def run_scores(
     run: RunFolder, split: str, max_pairs: int, prior_context: str | None, header_in_response: bool = False
 ) -> tuple[dict[str, torch.Tensor], list[int]]:
     """Scores of a run's own pairs under its final policy, and their source rows: the pairs that `make look` draws."""
-    pairs = sample(load_pairs(of_recipe(DataConfig, run.record["recipe"]), split), max_pairs)
+    pairs = load_pairs(of_recipe(DataConfig, run.record["recipe"]), split)
+    # As the page draws them: its pairs are among these.
+    drawn = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(0))[:max_pairs]
+    pairs = pairs.select(sorted(drawn.tolist()))
     options = {"prior_context": prior_context, "header_in_response": header_in_response, **scoring_options(run)}
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with torch.autocast(device, torch.bfloat16, enabled=bool(run.record["recipe"].get("bf16"))):  # as it was trained
@@ -74,8 +76,8 @@ def judge_differences(run: RunFolder, split: str, rows: list[int]) -> np.ndarray
     """Figure 6's REF: the judge's score of chosen minus rejected for the given source rows."""
     config = of_recipe(DataConfig, run.record["recipe"])
     scored = load_rows(config, split, lambda rows, _: rows.select_columns(["score_chosen", "score_rejected", "row"]))
-    by_row = {row["row"]: row["score_chosen"] - row["score_rejected"] for row in scored}
-    return np.array([by_row[row] for row in rows], dtype=np.float64)
+    scored = scored.to_pandas().set_index("row").loc[rows]
+    return (scored["score_chosen"] - scored["score_rejected"]).to_numpy(dtype=float)
 
 
 def reward_differences(run: RunFolder, split: str, max_pairs: int) -> tuple[np.ndarray, list[int]]:
@@ -118,22 +120,18 @@ def gamma_readings(run: RunFolder, split: str, max_pairs: int) -> dict[str, pd.D
 
 def summarize(readings: dict[str, pd.DataFrame], gamma_min: float, gamma_max: float) -> pd.DataFrame:
     """A row for each reading: where delta_pmi and gamma lie, and how far delta_pmi follows the difference in length."""
-    rows = {}
-    for name, reading in readings.items():
+    rows = []
+    for reading in readings.values():
         signal, gamma = reading["delta_pmi"], reading["gamma"]
-        rows[name] = {
-            "delta_pmi mean": signal.mean(),
-            "std": signal.std(),
-            "5%": signal.quantile(0.05),
-            "median": signal.median(),
-            "95%": signal.quantile(0.95),
+        spread = signal.describe(percentiles=[0.05, 0.5, 0.95])[["mean", "std", "5%", "50%", "95%"]]
+        rows.append(spread.rename({"mean": "delta_pmi mean", "50%": "median"}).to_dict() | {
             "chosen higher": (signal > 0).mean(),
             "mean gamma": gamma.mean(),
             "at gamma_max": (gamma >= gamma_max - AT_MAX).mean(),
             "within 0.01 of gamma_min": (gamma <= gamma_min + AT_MIN).mean(),
             "correlation with length difference": signal.corr(reading["length_difference"]),
-        }
-    return pd.DataFrame.from_dict(rows, orient="index")
+        })  # fmt: skip
+    return pd.DataFrame(rows, index=list(readings))
 
 
 def rmipo_objective(run: RunFolder) -> RMiPO:

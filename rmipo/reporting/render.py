@@ -1,7 +1,6 @@
 """A filled table as Markdown, CSV or LaTeX."""
 
 import re
-import textwrap
 
 import pandas as pd
 
@@ -10,11 +9,9 @@ from rmipo.reporting.provenance import made_with
 from rmipo.reporting.results import method_label
 from rmipo.reporting.tables import Table
 
+# What pdflatex doesn't know, and where paths and settings may break.
 LATEX = {"α": r"$\alpha$", "β": r"$\beta$", "ε": r"$\epsilon$", "γ": r"$\gamma$", "Δ": r"$\Delta$", "±": r"$\pm$"}
-LATEX |= {"†": r"$^\dagger$", "–": "--", "−": "$-$", "<": r"\textless{}", ">": r"\textgreater{}"}
-LATEX |= {character: f"\\{character}" for character in "%&#${}"}
-LATEX |= {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
-LATEX |= {"_": r"\_\allowbreak{}", "/": r"/\allowbreak{}"}  # paths and settings may break there
+LATEX |= {"†": r"$^\dagger$", "−": "$-$", "_": r"\_\allowbreak{}", "/": r"/\allowbreak{}"}
 MARKS = (
     "±: standard error of the evaluation; of a mean of (n) seeds their standard deviation. †: a trial, or not evaluated as in "
     "the paper, so no difference is printed unless asked for. *, **, ***: a difference with p below 0.05, 0.01, 0.001, by Holm "
@@ -35,8 +32,8 @@ def missing_numbers(table: Table) -> dict[tuple[str, ...], int]:
     return {names: number for number, names in enumerate(commands, start=1)}
 
 
-def cell_parts(cell, table: Table, numbers: dict[tuple[str, ...], int]) -> list[str]:
-    """Paper, ours, ours minus the paper's, and the method `against` minus ours, without what there is none of.
+def cell_text(cell, table: Table, numbers: dict[tuple[str, ...], int]) -> str:
+    """Paper / ours / ours minus the paper's / the method `against` minus ours, without what there is none of.
 
     Ours may be `36.6†(3) ±0.4`: not made as the paper's, and a mean of 3 seeds. A missing one points at its commands, as
     `[3]`, or is n/a.
@@ -53,14 +50,14 @@ def cell_parts(cell, table: Table, numbers: dict[tuple[str, ...], int]) -> list[
     paper = [] if pd.isna(cell.paper) else [f"{cell.paper:.{cell.digits}f}"]
     difference = [] if pd.isna(cell.difference) else [f"{cell.difference:+z.{cell.digits}f}"]
     behind = [] if cell.behind is None else [interval_text(cell.behind, cell.digits, cell.p)]
-    return [*paper, ours, *difference, *behind]
+    return " / ".join([*paper, ours, *difference, *behind])
 
 
 def layout(table: Table) -> pd.DataFrame:
-    """Lists of the parts of each cell; the columns are (model, group, column)."""
+    """The text of each cell; the columns are (group, column)."""
     numbers = missing_numbers(table)
-    cells = table.cells.assign(parts=[cell_parts(cell, table, numbers) for cell in table.cells.itertuples()])
-    return cells.set_index([*table.headers, "group", "column"])["parts"].unstack(["group", "column"], sort=False)
+    cells = table.cells.assign(text=[cell_text(cell, table, numbers) for cell in table.cells.itertuples()])
+    return cells.set_index([*table.headers, "group", "column"])["text"].unstack(["group", "column"], sort=False)
 
 
 def title_of(table: Table) -> str:
@@ -79,17 +76,18 @@ def notes_of(table: Table) -> list[str]:
 
 def markdown(table: Table) -> str:
     cells = layout(table)
-    rows = [[*table.headers, *(f"{group} {name}".strip() for group, name in cells.columns)]]
-    rows += [[*row, *map(" / ".join, line)] for row, line in zip(row_labels(cells), cells.values, strict=True)]
-    lines = [title_of(table), "", markdown_table(rows), "", *(f"- {note}" for note in notes_of(table))]
+    cells.columns = [f"{group} {name}".strip() for group, name in cells.columns]
+    lines = [title_of(table), "", markdown_frame(cells), "", *(f"- {note}" for note in notes_of(table))]
     if numbers := missing_numbers(table):
         lines += ["", "Missing cells, and what fills them:", ""]
         lines += [f"- [{n}] " + ", then ".join(f"`{c}`" for c in commands) for commands, n in numbers.items()]
     return "\n".join(lines) + "\n"
 
 
-def row_labels(cells: pd.DataFrame) -> list[tuple[str, ...]]:
-    return list(cells.index.to_frame().itertuples(index=False, name=None))
+def markdown_frame(cells: pd.DataFrame) -> str:
+    """A frame of texts, its index the first columns."""
+    flat = cells.reset_index()
+    return markdown_table([list(flat.columns), *flat.to_numpy().tolist()])
 
 
 def csv_text(table: Table) -> str:
@@ -120,7 +118,7 @@ def latex(table: Table) -> str:
     else:
         parts = {group: cells[[group]] for group in cells.columns.unique("group")}
     tables = [latex_table(f"{table.title} ({name})", part.droplevel("group", axis=1)) for name, part in parts.items()]
-    notes = r"\par\noindent{\scriptsize " + latex_escape(f"{title_of(table)} {MARKS}") + r"\par}"
+    notes = r"\par\noindent{\scriptsize " + latex_text(f"{title_of(table)} {MARKS}") + r"\par}"
     # How each number was made is longer than the table: comments, from which an appendix can be written.
     comments = [f"% {line}" for line in notes_of(table)]
     comments += [f"% [{n}] " + ", then ".join(commands) for commands, n in missing_numbers(table).items()]
@@ -128,36 +126,27 @@ def latex(table: Table) -> str:
 
 
 def latex_table(title: str, cells: pd.DataFrame) -> str:
-    """A longtable of lists of parts."""
-    headers = list(cells.index.names)
-    rows = [
-        [*map(latex_escape, row), *(stacked(parts) for parts in line)]
-        for row, line in zip(row_labels(cells), cells.values, strict=True)
-    ]
-    columns = [*headers, *(stacked(textwrap.wrap(str(name), 10)) for name in cells.columns)]
-    text = pd.DataFrame(rows, columns=columns).to_latex(
+    """A longtable of texts, which LaTeX breaks to fit eight columns on a page."""
+    flat = cells.reset_index().map(latex_text).rename(columns=latex_text)
+    width = 0.7 / cells.shape[1]
+    text = flat.to_latex(
         index=False,
         longtable=True,
         escape=False,
-        caption=latex_escape(title + "."),
-        column_format=f"@{{}}{'l' * len(headers)}{'r' * cells.shape[1]}@{{}}",
+        caption=latex_text(title + "."),
+        column_format="l" * cells.index.nlevels + rf"p{{{width:.3f}\linewidth}}" * cells.shape[1],
     )
     # Rows of several lines need a gap to be told apart.
     head, foot, body = text.partition("\\endlastfoot\n")
     body = body.replace(" \\\\\n", " \\\\ \\addlinespace\n")
-    return r"{\scriptsize\setlength{\tabcolsep}{3pt}" + f"\n{head}{foot}{body}}}"
+    return r"{\scriptsize\raggedright\setlength{\tabcolsep}{3pt}" + f"\n{head}{foot}{body}}}"
 
 
-def stacked(parts: list[str]) -> str:
-    """One below the other: side by side, eight columns would not fit a page."""
-    # An interval and an error get lines of their own. Without the braces LaTeX would take [1] for the height of a line.
-    lines = [line for part in parts for line in part.replace(" [", "\n[").replace(" ±", "\n±").split("\n")]
-    lines = [re.sub(r"\*\*(.+)\*\*", r"\\textbf{\1}", latex_escape(line)) for line in lines]
-    return lines[0] if len(lines) == 1 else r"\begin{tabular}[t]{@{}r@{}}" + r"\\{}".join(lines) + r"\end{tabular}"
-
-
-def latex_escape(text: str) -> str:
-    return "".join(LATEX.get(character, character) for character in text)
+def latex_text(text: str) -> str:
+    """Escaped, with **bold**."""
+    escaped = re.sub(r"([%&#$])", r"\\\1", text)
+    escaped = "".join(LATEX.get(character, character) for character in escaped)
+    return re.sub(r"\*\*([^* ]+)\*\*", r"\\textbf{\1}", escaped)
 
 
 FORMATS = {"md": markdown, "csv": csv_text, "tex": latex}
@@ -165,18 +154,12 @@ FORMATS = {"md": markdown, "csv": csv_text, "tex": latex}
 
 def render_wins(frame: pd.DataFrame, notes: list[str]) -> dict[str, str]:
     """The frame and notes of `paired.win_rates`, by the suffix of its file."""
-    frame = frame.assign(
-        Method=frame["row"].map(method_label),
-        text=[f"{c.rate:.1f} [{c.low:.1f}, {c.high:.1f}]{stars(c.p_holm)}" for c in frame.itertuples()],
-    )
-    methods = frame["row"].map(method_label).unique()
-    cells = frame.assign(column=frame["column"].map(method_label)).pivot(
-        index="Method", columns="column", values="text"
-    )
-    cells = cells.reindex(index=methods, columns=methods, fill_value="").fillna("")
-    rows = [["Method", *methods], *([method, *line] for method, line in zip(methods, cells.values, strict=True))]
-    text = "\n".join([notes[0], "", markdown_table(rows), "", *(f"- {note}" for note in notes[1:])])
-    tex = latex_table(notes[0].rstrip("."), cells.map(lambda text: [text]))
+    texts = [f"{c.rate:.1f} [{c.low:.1f}, {c.high:.1f}]{stars(c.p_holm)}" for c in frame.itertuples()]
+    cells = frame.assign(text=texts).pivot(index="row", columns="column", values="text")
+    methods = frame["row"].unique()
+    cells = cells.reindex(index=methods, columns=methods).fillna("").rename(index=method_label, columns=method_label)
+    cells = cells.rename_axis(index="Method", columns=None)
+    text = "\n".join([notes[0], "", markdown_frame(cells), "", *(f"- {note}" for note in notes[1:])])
     comments = [f"% {note}" for note in notes[1:]]
-    csv = frame.drop(columns=["Method", "text"]).to_csv(index=False)
-    return {"md": text + "\n", "csv": csv, "tex": "\n".join([HEAD, tex, *comments]) + "\n"}
+    tex = "\n".join([HEAD, latex_table(notes[0].rstrip("."), cells), *comments])
+    return {"md": text + "\n", "csv": frame.to_csv(index=False), "tex": tex + "\n"}

@@ -129,13 +129,13 @@ def load_results(outputs: Path, model: str, bench: str, name: str = "") -> dict[
     methods.sort(key=lambda method: (order.get(method, len(order)), method))
     found = {method: load_result(outputs, model, method, bench, name) for method in methods}
     found = {method: result for method, result in found.items() if result}
-    runs = {method: run for method in found if (run := load_run(outputs, model, method))}
-    results = {method: [result] for method, result in found.items()}
-    # The run says what a repetition repeats: without its run.json (a copied result) there is none.
-    for method, own in runs.items():
-        by_seed = {own.seed: found[method]}
+    runs, results = {method: load_run(outputs, model, method) for method in found}, {}
+    for method, result in found.items():
+        # The run says what a repetition repeats: without its run.json (a copied result) there is none.
+        own = runs[method]
+        by_seed = {own and own.seed: result}
         for other, run in runs.items():
-            if run.finished and run.experiment() == own.experiment():
+            if own and run and run.finished and run.experiment() == own.experiment():
                 by_seed.setdefault(run.seed, found[other])  # a second run with one seed says nothing of their spread
         results[method] = list(by_seed.values())
     return results

@@ -14,7 +14,7 @@ import pytest
 
 from rmipo.errors import EvaluationError
 from rmipo.evaluation import alpaca
-from rmipo.evaluation.alpaca import GAMED_FILE, REFERENCE_FILE
+from rmipo.evaluation.alpaca import REFERENCE_FILE
 from rmipo.fingerprints import trained_fingerprint
 from rmipo.generation.answers import check_settings
 from rmipo.record import package_versions
@@ -24,7 +24,7 @@ from tests.helpers.paths import ROOT
 from tests.helpers.rows import write
 from tests.helpers.tiny_model import write_model
 
-SETTINGS = alpaca.DEFAULTS | {"length_controlled": False, "concurrency": 4, "max_retries": 1, "timeout": 10}
+SETTINGS = alpaca.DEFAULTS | {"length_controlled": False, "concurrency": 4}
 ROWS = 20
 REFERENCE = [
     {"instruction": f"tell me {i} things of apple", "output": f"apple {i}" + " me" * (i % 3), "generator": "reference"}
@@ -46,6 +46,7 @@ def expected_win_rate(rows) -> float:
 
 def ask(server: JudgeServer, folder: Path, monkeypatch, **settings) -> dict:
     monkeypatch.setenv("OPENAI_BASE_URL", server.url)
+    monkeypatch.setattr(alpaca, "CLIENT", {"max_retries": 1, "timeout": 10})
     return alpaca.judge(OUTPUTS, REFERENCE, folder, server.url, SETTINGS | settings)[0]
 
 
@@ -71,15 +72,13 @@ def test_weighted_judge_gives_the_mean_probability(tmp_path, monkeypatch, api_ke
         assert len(server.requests) == ROWS
 
 
-def test_another_endpoint_or_prompt_file_is_another_judge(tmp_path, monkeypatch, api_key):
-    packaged = Path(alpaca_eval.__file__).parent / "evaluators_configs"
-    judge, prompt = tmp_path / "judges/mine/configs.yaml", tmp_path / "judges/mine/prompt.txt"
+def test_another_endpoint_or_judge_file_is_another_judge(tmp_path, monkeypatch, api_key):
+    judge = tmp_path / "judges/mine/configs.yaml"
     judge.parent.mkdir(parents=True)
-    text = (packaged / "weighted_alpaca_eval_gpt4_turbo/configs.yaml").read_text()
-    judge.write_text(text.replace("alpaca_eval_clf_gpt4_turbo/alpaca_eval_clf.txt", "mine/prompt.txt"))
+    text = (ROOT / "configs/judges/llama3-70b-vllm/configs.yaml").read_text()
     with JudgeServer() as server, JudgeServer() as other:
-        for asked, ending in ((1, ""), (2, "\n"), (2, "\n")):
-            prompt.write_text((packaged / "alpaca_eval_clf_gpt4_turbo/alpaca_eval_clf.txt").read_text() + ending)
+        for asked, ending in ((1, ""), (2, "# another\n"), (2, "# another\n")):
+            judge.write_text(text + ending)
             ask(server, tmp_path / "verdicts", monkeypatch, annotators_config=str(judge.parent))
             assert len(server.requests) == asked * ROWS
         ask(other, tmp_path / "verdicts", monkeypatch, annotators_config=str(judge.parent))
@@ -133,15 +132,15 @@ def test_cost_is_printed_and_bounded_before_the_first_request(tmp_path, monkeypa
             ask(server, tmp_path, monkeypatch, max_cost=0.001)
         assert server.requests == []
         printed = capsys.readouterr().out
-        folder = Path(alpaca_eval.__file__).parent / "evaluators_configs/alpaca_eval_clf_gpt4_turbo"
         texts = [row["output"] for row in (*REFERENCE, *OUTPUTS)] + [row["instruction"] for row in REFERENCE]
-        tokens = (ROWS * len((folder / "alpaca_eval_clf.txt").read_text()) + len("".join(texts))) / 4
+        judge = len(alpaca.read_judge(SETTINGS["annotators_config"])[2])
+        tokens = (ROWS * judge + len("".join(texts))) / 4
         cost = (10 * tokens + 30 * ROWS) / 1e6  # a verdict is one token
         assert f"20 verdicts, about {tokens / 1e3:.0f}k + 0k tokens, ${cost:.2f} at" in printed
 
 
 def test_judge_with_a_packaged_prompt_of_our_own(tmp_path, monkeypatch, api_key):
-    """The judge that configs/ ships asks what the packaged one asks, and a prompt file that isn't there is refused."""
+    """The judge that configs/ ships asks what the packaged one asks."""
     monkeypatch.chdir(ROOT)
     with JudgeServer() as server:
         ask(server, tmp_path / "packaged", monkeypatch)
@@ -150,12 +149,6 @@ def test_judge_with_a_packaged_prompt_of_our_own(tmp_path, monkeypatch, api_key)
         metrics = ask(server, tmp_path / "open", monkeypatch, annotators_config="configs/judges/llama3-70b-vllm")
         assert metrics["alpacaeval2_wr"] == pytest.approx(expected_win_rate(range(ROWS)), abs=1e-6)
         assert len(packaged) == ROWS and sorted(server.requests) == packaged
-    judge = tmp_path / "mine/configs.yaml"
-    judge.parent.mkdir()
-    text = (ROOT / "configs/judges/llama3-70b-vllm/configs.yaml").read_text()
-    judge.write_text(text.replace("alpaca_eval_clf.txt", "absent.txt"))
-    with pytest.raises(FileNotFoundError, match=r"absent\.txt"):
-        alpaca.read_judge(str(judge.parent))
 
 
 def test_answers_of_a_gpu_node_are_judged_where_there_is_a_network(tmp_path, monkeypatch, api_key):
@@ -165,14 +158,14 @@ def test_answers_of_a_gpu_node_are_judged_where_there_is_a_network(tmp_path, mon
     reference.write_text(json.dumps(REFERENCE))
     generation = {"dtype": "float32", "max_new_tokens": 8}
     settings = {"reference": str(reference), "length_controlled": False, "generation": generation}
-    assert alpaca.run(model, tmp_path / "eval", settings | {"generate_only": True}) is None
+    assert alpaca.BENCHMARK.run(model, tmp_path / "eval", settings | {"generate_only": True}) is None
     (path,) = (model / "eval/answers").iterdir()
     versions = other_versions(path, "vllm")  # as if that had been where vLLM is
     answers, weights = path.read_bytes(), trained_fingerprint(model)
     (model / "model.safetensors").unlink()  # a machine that only judges needs no weights
     with JudgeServer() as server:
         monkeypatch.setenv("OPENAI_BASE_URL", server.url.replace("http://", "http://user:secret@"))
-        result = alpaca.run(model, tmp_path / "eval", settings)
+        result = alpaca.BENCHMARK.run(model, tmp_path / "eval", settings)
     assert path.read_bytes() == answers and result["fingerprint"] == weights
     finishes = [json.loads(line)["finish"] for line in answers.splitlines()[1:]]
     assert result["metrics"]["alpacaeval2_cut"] == 100 * finishes.count("length") / ROWS > 0
@@ -192,7 +185,7 @@ alpaca.DRAWS = 12
 results = []
 for settings in json.loads(sys.argv[3]):
     try:
-        results.append(alpaca.run(sys.argv[1], sys.argv[2], settings))
+        results.append(alpaca.BENCHMARK.run(sys.argv[1], sys.argv[2], settings))
     except EvaluationError as error:
         results.append(str(error))
 # What alpaca_eval itself makes of the verdicts, and of twelve draws of the prompts.
@@ -223,7 +216,7 @@ def test_run_with_length_control_on_made_up_regularisation(tmp_path):
     gamed = ["model,index,preference,std_delta_len,instruction_difficulty,not_gamed_baseline"]
     for m, i in itertools.product((0, 1), range(40)):
         gamed.append(f"{m},{i},{0.2 + 0.6 * (i % 3) / 2},{(-1) ** m * 1.5},{(i % 5) / 5 - 0.4},False")
-    (snapshot / GAMED_FILE).write_text("\n".join(gamed) + "\n")
+    (snapshot / "df_gamed.csv").write_text("\n".join(gamed) + "\n")
     generation = {"dtype": "float32", "engine": "transformers", "max_new_tokens": 8, "temperature": 1.0}
 
     trials = [{"generation": generation, "first_n": 39}, {"generation": generation}]

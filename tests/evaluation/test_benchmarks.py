@@ -119,23 +119,23 @@ def test_preference_pairs_as_reference(tmp_path):
 def test_bad_input_is_found_before_a_model_is_loaded(tmp_path, monkeypatch, key, settings, error, named):
     monkeypatch.setenv("OPENAI_API_KEY", key)
     with pytest.raises(error, match=re.escape(named)):
-        alpaca.run(tmp_path / "no model", tmp_path, {"length_controlled": False, **settings})
+        alpaca.BENCHMARK.run(tmp_path / "no model", tmp_path, {"length_controlled": False, **settings})
 
 
 def test_mtbench_metrics_by_hand(tmp_path):
-    questions = [{"question_id": 1, "category": "math"}, {"question_id": 2, "category": "stem"}]
-    metrics = mtbench.metrics_of({(1, 1): 8.0, (1, 2): 5.0, (2, 1): 3.0}, questions)
-    assert metrics == {
-        "mt_bench": pytest.approx(16 / 3), "mt_bench_turn1": 5.5, "mt_bench_turn2": 5.0, "mt_bench_math": 6.5,
-        "mt_bench_stem": 3.0, "mt_bench_missing": 1,
-        "mt_bench_standard_error": pytest.approx((3.5**2 / 2) ** 0.5 / 2**0.5),  # of the questions' 6.5 and 3.0
-    }  # fmt: skip
-    questions = [{"question_id": number} for number in (1, 2, 3)]
-    assert mtbench.per_question({(1, 1): 8.0, (1, 2): 5.0, (2, 1): 3.0}, questions) == [6.5, None, None]
+    questions = [
+        {"question_id": number, "category": name} for number, name in enumerate(("math", "stem", "coding"), 81)
+    ]
     path = tmp_path / "judge_single.jsonl"
     # No rating; out of MT-Bench's range; a line that a kill cut.
-    scores = [(81, 1, -1), (81, 1, 7), (81, 2, 11), (83, 1, 0), (82, 1, 4.5)]
+    scores = [(81, 1, -1), (81, 1, 8), (81, 2, 11), (83, 1, 0), (81, 2, 5), (82, 1, 3.0)]
     lines = [json.dumps(dict(zip(("question_id", "turn", "score"), row, strict=True))) for row in scores]
     path.write_text("\n".join([*lines, lines[0][:20]]))
     for _ in range(2):
-        assert mtbench.read_verdicts(path) == {(81, 1): 7.0, (82, 1): 4.5}
+        metrics, per_question = mtbench.metrics_of(mtbench.read_verdicts(path, questions))
+        assert metrics == {
+            "mt_bench": pytest.approx(16 / 3), "mt_bench_turn1": 5.5, "mt_bench_turn2": 5.0, "mt_bench_math": 6.5,
+            "mt_bench_stem": 3.0, "mt_bench_missing": 3,
+            "mt_bench_standard_error": pytest.approx((3.5**2 / 2) ** 0.5 / 2**0.5),  # of the questions' 6.5 and 3.0
+        }  # fmt: skip
+        assert per_question == [6.5, None, None]

@@ -4,7 +4,6 @@ import dataclasses
 import json
 import re
 import runpy
-import shutil
 from pathlib import Path
 
 import pytest
@@ -19,9 +18,7 @@ from rmipo.evaluation.benchmark import contradictions
 from rmipo.evaluation.target import find_target, load_settings, model_folder
 from rmipo.fingerprints import trained_fingerprint
 from rmipo.generation.answers import check_settings
-from rmipo.record import environment
 from tests.helpers.judge_server import JudgeServer
-from tests.helpers.lock_holder import held
 from tests.helpers.paths import ROOT
 from tests.helpers.programs import Ended, run_here
 from tests.helpers.rows import assistant, pair, user, write
@@ -186,7 +183,7 @@ def test_tasks_are_added_to_those_of_a_finished_result(outputs):
     def run_tasks(model_dir, output_dir, settings):
         return {"metrics": dict.fromkeys(settings["tasks"], 1.0), "versions": {}, "settings": settings}
 
-    benchmark = dataclasses.replace(BENCHMARKS["leaderboard"], run=run_tasks)
+    benchmark = dataclasses.replace(BENCHMARKS["leaderboard"], measure=run_tasks)
     evaluate = runpy.run_path(str(ROOT / "scripts/evaluate.py"))["evaluate"]
     for tasks in (["bbh"], ["math", "bbh"]):
         evaluate(outputs / "tiny/rmipo", {"tasks": tasks}, benchmark, "")
@@ -239,8 +236,6 @@ def test_samples_side_by_side_and_of_a_reference(outputs):
     choose = runpy.run_path(str(ROOT / "scripts/samples.py"))["choose_prompts"]
     prompts, known = choose(None, {"reference": f"{outputs}/pairs/test.jsonl", "first_n": 4})
     assert prompts == [f"w{i} w{i + 1}" for i in range(4)] and known == {"reference": ["w1 w2 w3"] * 4}
-    assert choose(["own"], {"prompts": ["of the setting"]}) == (["own"], {})
-    assert choose(None, {"prompts": ["of the setting"]}) == (["of the setting"], {})
 
 
 def test_folders_and_hub_models_are_targets(tmp_path, monkeypatch):
@@ -264,18 +259,3 @@ def test_folders_and_hub_models_are_targets(tmp_path, monkeypatch):
     assert target.folder == tmp_path / "outputs/owner--name/initial"
     assert (target.folder / "model.safetensors").resolve() == snapshot / "model.safetensors"
     assert "chat_template.jinja" in {path.name for path in target.folder.iterdir()}
-
-
-def test_one_evaluation_at_a_time_of_a_model_and_a_benchmark(outputs):
-    """A second one would do all work twice, pay its judge twice, and write each answer twice."""
-    arguments = ("--bench", "hh", "--method", "rmipo", "--set", f"hh.helpful={{dataset_name: {outputs}/pairs}}")
-    arguments += ("--set", "hh.harmless=null", "--set", "hh.dtype=float32")
-    lock = outputs / "tiny/rmipo/eval/hh.lock"
-    with held(lock):
-        refused = run("evaluate", outputs, *arguments)
-        assert refused.code == 2 and str(lock) in refused.err
-    shutil.rmtree(lock)
-    done = run("evaluate", outputs, *arguments)
-    assert done.code == 0, done.err
-    result = json.loads((outputs / "tiny/rmipo/eval/hh.json").read_text())
-    assert result["commit"] == environment()["commit"] and result["hardware"] and not lock.exists()

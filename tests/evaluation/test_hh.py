@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from rmipo.errors import EvaluationError
-from rmipo.evaluation.hh import run
+from rmipo.evaluation.hh import BENCHMARK
 from rmipo.reporting.provenance import deviations
 from rmipo.reporting.results import Result
 from rmipo.training.loading import LoadingError
@@ -35,7 +35,7 @@ def test_run_against_unpacked_scoring(tmp_path):
     subsets = {"helpful": write_pairs(tmp_path / "helpful", 0), "harmless": write_pairs(tmp_path / "harmless", 100)}
     settings = {name: {"dataset_name": str(tmp_path / name)} for name in subsets}
 
-    result = run(model, tmp_path / "eval", settings | {"dtype": "float32"})
+    result = BENCHMARK.run(model, tmp_path / "eval", settings | {"dtype": "float32"})
 
     metrics = result["metrics"]
     assert result["settings"]["other_pairs"] == sorted(
@@ -53,7 +53,7 @@ def test_run_against_unpacked_scoring(tmp_path):
         for column, values in naive.items():
             assert torch.allclose(saved[column].double(), values, atol=1e-4), column
         averages = {side: naive[f"{side}_logps"] / naive[f"{side}_lengths"] for side in ("chosen", "rejected")}
-        assert metrics[f"hh_{name}"] == share(averages["chosen"] > averages["rejected"])
+        assert metrics[f"hh_{name}"] == pytest.approx(share(averages["chosen"] > averages["rejected"]))
         assert metrics[f"hh_{name}_sum"] == share(naive["chosen_logps"] > naive["rejected_logps"])
         assert result["per_prompt"][f"hh_{name}"] == (100.0 * (averages["chosen"] > averages["rejected"])).tolist()
         assert metrics[f"hh_{name}_pairs"] == 12
@@ -73,18 +73,18 @@ def test_one_subset_alone_has_no_average(tmp_path):
         file.write(json.dumps({"prompt": "w1", "chosen": "w2", "rejected": ""}) + "\n")  # can't be scored
         file.write(json.dumps({"prompt": "w1 " * 30, "chosen": "w2", "rejected": "w3"}) + "\n")
     settings = {"harmless": {"dataset_name": str(tmp_path / "harmless")}, "max_prompt_length": 20}
-    metrics = run(tmp_path / "model", tmp_path / "eval", settings)["metrics"]
+    metrics = BENCHMARK.run(tmp_path / "model", tmp_path / "eval", settings)["metrics"]
     names = ("", "_sum", "_pairs", "_dropped", "_cut", "_standard_error")
     assert set(metrics) == {f"hh_harmless{name}" for name in names}
     assert [metrics[f"hh_harmless_{name}"] for name in ("pairs", "dropped", "cut")] == [13, 1, 1]
-    limited = run(tmp_path / "model", tmp_path / "eval", settings | {"limit": 5})
+    limited = BENCHMARK.run(tmp_path / "model", tmp_path / "eval", settings | {"limit": 5})
     scores = torch.load(tmp_path / "eval/hh_harmless.pt", weights_only=True)
     assert limited["metrics"]["hh_harmless_pairs"] == 5 and scores["row"].tolist() == list(range(5))
 
 
 def test_nothing_named_means_the_hubs_pairs(tmp_path):
     with pytest.raises(ValueError, match="Anthropic/hh-rlhf"):
-        run(tmp_path / "no-model", tmp_path, {})
+        BENCHMARK.run(tmp_path / "no-model", tmp_path, {})
 
 
 @pytest.mark.parametrize(
@@ -102,4 +102,4 @@ def test_a_model_that_cannot_score_the_pairs_has_no_win_rate(tmp_path, change, e
     weights["model.norm.weight"] *= 1 if change else torch.nan
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(error, match=named):
-        run(folder, tmp_path / "eval", {"helpful": {"dataset_name": str(tmp_path / "pairs")}})
+        BENCHMARK.run(folder, tmp_path / "eval", {"helpful": {"dataset_name": str(tmp_path / "pairs")}})

@@ -52,8 +52,8 @@ def test_aucs_and_verdicts_by_hand():
     assert by_prompt(rows, 4) == {"ranking_auc": [50.0, None, 0.0, None], "ranking_pmi_auc": [50.0, None, 100.0, None]}
     prompt = {"keywords": ["a", "d"], "subject": ["a", "d"], "constraints": [COMMA, TITLE]}
     answers = ["a", "<<a>>, d", "<<a>>", "<<d>>", "<<d>>", "<<b>>"]
-    finishes = ["stop", "stop", "length", "stop", "stop", "stop"]
-    assert verified(prompt, answers, finishes) == {"a": False, "<<a>>, d": False, "<<d>>": True, "<<b>>": False}
+    whole = [True, True, False, True, True, True]
+    assert verified(prompt, answers, whole) == {"a": False, "<<a>>, d": False, "<<d>>": True, "<<b>>": False}
 
 
 def test_the_benchmark_against_one_sequence_at_a_time(models, tmp_path, monkeypatch):
@@ -71,7 +71,7 @@ def test_the_benchmark_against_one_sequence_at_a_time(models, tmp_path, monkeypa
     for number, prompt in enumerate(PROMPTS[1:7]):
         mine = [row for row in rows if row["prompt"] == number]
         own = sampled[5 * number : 5 * number + 5]
-        found = verified(prompt, [row["output"] for row in own], [row["finish"] for row in own])
+        found = verified(prompt, [row["output"] for row in own], [row["finish"] != "length" for row in own])
         verdicts += found.values()
         if len({*found.values()}) < 2:
             assert not mine
@@ -153,10 +153,9 @@ def test_shares_of_answers_that_solve_answer_and_follow(tmp_path, monkeypatch):
 
 def test_fixed_texts_and_families():
     """docs/RESULTS.md has its share beside the models'."""
-    reported, boilerplate = prompts_module.read_prompts("test")[100:], "\n".join(BOILERPLATE)
-    counts = [sum(solved(row, text) for row in reported) for text in (fixed_text(reported), boilerplate)]
+    reported = prompts_module.read_prompts("test")[100:]
+    counts = [sum(solved(row, text) for row in reported) for text in (fixed_text(reported), BOILERPLATE)]
     assert len(reported) == 473 and counts == [30, 0]
-    assert sum(all(followed(row["constraints"], boilerplate)) for row in reported) == 311
     title, comma = ({"id": name} for name in ("detectable_format:title", "punctuation:no_comma"))
     rows = [
         {"constraints": [title, comma], "followed": [[True, False], [True, True]]},

@@ -27,7 +27,7 @@ def outputs(tmp_path) -> Path:
 def evaluate(outputs: Path, method: str, **changes) -> dict:
     settings = {"generation": GENERATION, "model": str(outputs / "scorer/model"), "dtype": "float32"}
     settings["reference"] = str(outputs / "prompts.json")
-    return reward.run(outputs / method, outputs / method / "eval", settings | changes)
+    return reward.BENCHMARK.run(outputs / method, outputs / method / "eval", settings | changes)
 
 
 def test_rewards_against_scoring_one_by_one(outputs, monkeypatch):

