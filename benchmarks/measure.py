@@ -6,6 +6,7 @@ import io
 import itertools
 import math
 import time
+from collections.abc import Callable
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -91,8 +92,13 @@ def peak_memory(one: Contender, pairs: list[dict]) -> int:
         torch.cuda.reset_peak_memory_stats()
         one.step(pairs)
         return torch.cuda.max_memory_allocated() - before
+    return allocated_peak(lambda: one.step(pairs))
+
+
+def allocated_peak(function: Callable[[], object]) -> int:
+    """Bytes that torch's allocator on the CPU hands out at once while `function` runs."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        one.step(pairs)
+        function()
     events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
     events.sort(key=lambda event: event.start_ns())
     return max(itertools.accumulate(event.nbytes() for event in events))

@@ -41,9 +41,9 @@ LINES = {
     "rmipo/training": 1990,  # aim: 1700
     "rmipo": 12160,  # aim: 11000
     "scripts": 1310,  # aim: 1100
-    "benchmarks": 970,  # aim: 800
+    "benchmarks": 980,  # aim: 800
     "examples": 160,
-    "tests": 16020,  # aim: 14000
+    "tests": 16000,  # aim: 14000
 }
 
 

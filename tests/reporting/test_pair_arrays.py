@@ -176,7 +176,7 @@ def test_a_figure_has_a_file_for_all_that_it_is_of(number, given, name):
 
 def test_figures_that_cannot_be_drawn_are_refused(tmp_path):
     for given, named in (
-        ({"N": "9", "MODEL": "tiny"}, "9"),
+        ({"N": "9", "MODEL": "tiny"}, "N="),
         ({"N": "7"}, "MODEL"),
         ({"N": "7", "MODEL": "tiny", "METHOD": "dpo"}, "METHOD"),  # else a figure of all methods would have its name
         ({"N": "6", "MODEL": "tiny"}, "make train MODEL=tiny METHOD=simpo"),
