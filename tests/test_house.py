@@ -38,8 +38,8 @@ LINES = {
     "rmipo/reporting": 1560,  # aim: 1500
     "rmipo/run": 720,
     "rmipo/tiny": 460,
-    "rmipo/training": 1990,  # aim: 1700
-    "rmipo": 12160,  # aim: 11000
+    "rmipo/training": 2010,  # aim: 1700
+    "rmipo": 12180,  # aim: 11000
     "scripts": 1310,  # aim: 1100
     "benchmarks": 980,  # aim: 800
     "examples": 160,

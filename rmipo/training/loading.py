@@ -36,7 +36,7 @@ def explained(name: str, what: str) -> Iterator[None]:
         first = str(error).strip().partition("\n")[0]
         raise LoadingError(
             f"model_name_or_path: the {what} of {name} can't be loaded ({first}). Check the name or folder, the network "
-            "(is HF_HUB_OFFLINE set?) and the login, if the model is gated. Pickled weights need "
+            "(is HF_HUB_OFFLINE set?) and, for a gated model, the login (`.venv/bin/hf auth login`). Pickled weights need "
             "allow_pickled_weights: true; models that need trust_remote_code are not supported"
         ) from error
 

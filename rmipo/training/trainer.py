@@ -15,9 +15,11 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from transformers.integrations.deepspeed import deepspeed_init
 from transformers.trainer_utils import EvalLoopOutput
+from trl.trainer.utils import generate_model_card
 
 from rmipo.errors import ConfigError
 from rmipo.objectives import PRIORS, PairScores, build_objective
+from rmipo.objectives.papers import PAPERS
 from rmipo.recipe.arguments import PairConfig, RMiPOConfig
 from rmipo.recipe.schema import ModelConfig
 from rmipo.training import attention, batching, checkpoints, metrics, parts, scoring
@@ -332,6 +334,26 @@ class PreferenceTrainer(checkpoints.ResumableTrainer):
 
     def floating_point_ops(self, inputs: list[PackedMicroBatch]) -> int:
         return 0  # the Trainer would count those of another kind of batch
+
+    def create_model_card(self, model_name=None, dataset_name=None, tags=()) -> None:
+        """README.md of the output folder in TRL's form, on the main process; it names method and paper."""
+        if not self.is_world_process_zero():
+            return
+        base, paper = self.model.config._name_or_path, PAPERS.get(self.objective.name)  # none for a loss of one's own
+        card = generate_model_card(
+            base_model=None if Path(base).is_dir() else base,
+            model_name=model_name or Path(self.args.output_dir).name,
+            hub_model_id=self.hub_model_id,
+            dataset_name=dataset_name,
+            tags=["rmipo", self.objective.name, *([tags] if isinstance(tags, str) else tags or ())],
+            wandb_url=None,
+            trackio_url=None,
+            trainer_name=paper.name if paper else self.objective.name,
+            trainer_citation=paper and paper.citation,
+            paper_title=paper and paper.title,
+            paper_id=paper and paper.arxiv,
+        )
+        card.save(Path(self.args.output_dir) / "README.md")
 
 
 class RMiPOTrainer(PreferenceTrainer):

@@ -102,7 +102,7 @@ def test_what_the_hub_does_not_give_is_refused_with_the_fix(hub, twin, tmp_path)
     for ended in (no_login, no_grant, not_there):
         assert ended.code == 2 and "Traceback" not in ended.err, ended.err
     assert all("org/model" in ended.err and "hf auth login" in ended.err for ended in (no_login, no_grant))
-    assert "org/other: the dataset can't be reached on the hub" in not_there.err
+    assert "org/other can't be read" in not_there.err
     assert not (tmp_path / "out/run.json").exists()
 
 
