@@ -1,6 +1,5 @@
 """The blocks of docs/DATA.md are accepted as they stand."""
 
-import json
 import math
 import re
 from pathlib import Path
@@ -18,7 +17,7 @@ from rmipo.recipe.schema import DataConfig
 from tests.helpers.families import make_tokenizer, save
 from tests.helpers.launched import launch
 from tests.helpers.paths import ROOT
-from tests.helpers.rows import assistant, user
+from tests.helpers.rows import assistant, user, write
 
 TEXT = (ROOT / "docs/DATA.md").read_text()
 BLOCKS = re.findall(r"```(\w+) (\w+)\n(.*?)```", TEXT, re.DOTALL)
@@ -32,12 +31,8 @@ def rows(kind):
 def test_pairs_say_what_is_asked_and_answered(block, tmp_path):
     (tmp_path / "train.jsonl").write_text(block)
     pairs = load_pairs(DataConfig(dataset_name=str(tmp_path)), "train")
-    for pair, question, answers in zip(
-        pairs,
-        ("What is 2 + 2?", "Capital of France?"),
-        (("4.", "Good question!"), ("Paris.", "It depends.")),
-        strict=True,
-    ):
+    expected = {"What is 2 + 2?": ("4.", "Good question!"), "Capital of France?": ("Paris.", "It depends.")}
+    for pair, (question, answers) in zip(pairs, expected.items(), strict=True):
         assert pair["prompt"][-1] == {"role": "user", "content": question}
         assert tuple(pair[side][0]["content"].strip() for side in ("chosen", "rejected")) == answers
         assert unusable_pair(pair["prompt"], pair["chosen"], pair["rejected"]) is None
@@ -81,38 +76,29 @@ def local(tmp_path_factory):
     """What the hub names of the examples stand for: a small model and pairs in the form of that dataset."""
     folder = tmp_path_factory.mktemp("readme")
     save("llama3", folder / "model", max_position_embeddings=2048)
-    rows = [
-        {"chosen": [user(f"q{i}"), assistant(f"yes {i}")], "rejected": [user(f"q{i}"), assistant("no")]}
-        for i in range(20)
-    ]
-    (folder / "pairs").mkdir()
-    (folder / "pairs/train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return {
-        "HuggingFaceTB/SmolLM2-135M-Instruct": folder / "model",
-        "trl-lib/ultrafeedback_binarized": folder / "pairs",
-    }
+    answers = [(f"q{i}", f"yes {i}", "no") for i in range(20)]
+    rows = [{"chosen": [user(q), assistant(yes)], "rejected": [user(q), assistant(no)]} for q, yes, no in answers]
+    write(folder / "pairs/train.jsonl", rows)
+    return folder
 
 
-@pytest.mark.parametrize("code", [FIVE_LINES, OTHER_METHOD], ids=["five lines", "another method"])
-def test_the_trainers_of_the_examples_train(code, local, tmp_path):
-    for name, path in local.items():
-        code = code.replace(f'"{name}"', f'"{path}"')
+@pytest.mark.parametrize(("code", "output"), [(FIVE_LINES, "smollm2-rmipo"), (OTHER_METHOD, "simpo")])
+def test_the_trainers_of_the_examples_train(code, output, local, tmp_path):
+    code = code.replace("HuggingFaceTB/SmolLM2-135M-Instruct", f"{local}/model")
+    code = code.replace("trl-lib/ultrafeedback_binarized", f"{local}/pairs")
     before = f"import os; os.chdir({str(tmp_path)!r})\nfrom datasets import load_dataset\n"
-    before += f"pairs = load_dataset({str(local['trl-lib/ultrafeedback_binarized'])!r}, split='train')\n"
+    before += f"pairs = load_dataset('{local}/pairs', split='train')\n"
     run = launch(["-c", f"{before}{code}\ntrainer.save_model(); print(trainer.train())"])
     assert run.wait() == 0, run.output[-3000:]
-    folder = "smollm2-rmipo" if code.startswith("from datasets") else "simpo"
-    assert (tmp_path / folder / "model.safetensors").exists() and "20 of 20 rows used" in run.output
+    assert (tmp_path / output / "model.safetensors").exists() and "20 of 20 rows used" in run.output
 
 
 def test_the_loss_example_runs_and_is_right():
     names: dict = {}
     exec(LOSS, names)
     expected = []
-    for chosen, rejected, prior_chosen, prior_rejected, n, m in (
-        (-42, -55, -90, -80, 30, 32),
-        (-310, -290, -420, -405, 210, 200),
-    ):
+    pairs = (-42, -55, -90, -80, 30, 32), (-310, -290, -420, -405, 210, 200)
+    for chosen, rejected, prior_chosen, prior_rejected, n, m in pairs:
         delta_pmi = (chosen - prior_chosen) / n - (rejected - prior_rejected) / m
         gamma = 0.3 + 1.3 * math.exp(-max(0, delta_pmi))
         expected.append((math.log1p(math.exp(-(2 * chosen / n - 2 * rejected / m - gamma))), gamma))

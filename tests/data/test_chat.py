@@ -4,7 +4,7 @@ import datetime
 import random
 
 import pytest
-from tokenizers import pre_tokenizers, processors
+from tokenizers import pre_tokenizers
 from transformers import AutoTokenizer, GenerationConfig
 
 from rmipo.data.chat import ChatFormat, DataError, freeze_date
@@ -93,11 +93,9 @@ def test_the_header_belongs_to_the_prompt_or_to_the_response(family, header):
     tokenizer = make_tokenizer(family)
     in_prompt, in_response = ChatFormat.probe(tokenizer), ChatFormat.probe(tokenizer, header_in_response=True)
     assert tokenizer.decode(in_prompt.header_ids) == header
-    assert in_response.header_ids == ()
     prompt, chosen, _ = in_prompt.pair_ids(PROMPT, CHOSEN, REJECTED)
     shorter, longer, _ = in_response.pair_ids(PROMPT, CHOSEN, REJECTED)
-    assert shorter + longer == prompt + chosen
-    assert len(longer) == len(chosen) + len(in_prompt.header_ids)
+    assert shorter + longer == prompt + chosen and len(longer) == len(chosen) + len(in_prompt.header_ids)
     assert in_response.prompt_ids(PROMPT) == shorter
 
 
@@ -114,14 +112,13 @@ def test_prior_contexts():
         assert without_header.prior_context("header") == [expected]
 
 
-@pytest.mark.parametrize("bos", ["{{ bos_token }}", ""])  # "": the tokenizer writes it
-def test_a_token_across_the_end_of_the_prompt(bos):
+def test_a_token_across_the_end_of_the_prompt():
     """`Answer: ` + `the end` has the token ` the`, which generation after the prompt can't produce."""
     template = (
-        "{% for m in messages %}{% if m['role'] == 'user' %}{{ m['content'] + ' Answer: ' }}"
+        "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}{{ m['content'] + ' Answer: ' }}"
         "{% else %}{{ m['content'] + eos_token }}{% endif %}{% endfor %}"
     )
-    tokenizer = make_tokenizer("llama3", bos + template)
+    tokenizer = make_tokenizer("llama3", template)
     chat = ChatFormat.probe(tokenizer)
     texts = [("Why?", "\nParis", "\nRome"), ("Which part?", "the end", "\nParis"), ("How?", "\nSlowly", "the end")]
     rows = [([user(question)], *([assistant(answer)] for answer in answers)) for question, *answers in texts]
@@ -129,9 +126,6 @@ def test_a_token_across_the_end_of_the_prompt(bos):
     def ids(text):
         return tokenizer(text, add_special_tokens=False)["input_ids"]
 
-    spanned = ids("<|begin_of_text|>Which part? Answer: the end<|eot_id|>")
-    prompt_ids = ids("<|begin_of_text|>Which part? Answer: ")
-    assert spanned[: len(prompt_ids)] != prompt_ids
     expected = [
         (ids(f"<|begin_of_text|>{a} Answer: "), *(ids(f"{answer}<|eot_id|>") for answer in answers))
         for a, *answers in texts
@@ -172,21 +166,7 @@ def test_generation_stops_at_the_end_of_a_turn():
         assert (chat.end_id, config.eos_token_id) == (4, expected)
 
 
-def test_a_bos_that_is_the_end_token_is_put_in_front_where_the_tokenizer_writes_it():
-    tokenizer = make_tokenizer("qwen3")
-    tokenizer.bos_token = tokenizer.eos_token
-    for written, bos_id in (("$A", None), ("<|im_end|> $A", tokenizer.eos_token_id)):
-        tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
-            single=written, special_tokens=[("<|im_end|>", tokenizer.eos_token_id)]
-        )
-        chat = ChatFormat.probe(tokenizer)
-        assert (chat.bos_id, chat.in_front) == (bos_id, () if bos_id is None else (bos_id,))
-
-
-def test_the_end_token_and_the_white_space_before_it():
-    tokenizer = make_tokenizer("llama3")
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<|eot"]})
-    assert ChatFormat.probe(tokenizer).end_id == tokenizer.convert_tokens_to_ids("<|eot_id|>") == 4
+def test_white_space_before_the_end_token_is_part_of_the_response():
     chat = ChatFormat.probe(make_tokenizer("llama3", LLAMA3_TEMPLATE.replace("'<|eot_id|>'", "'\n<|eot_id|>'")))
     assert chat.end_id == 4
     assert chat.tokenizer.decode(chat.pair_ids(PROMPT, CHOSEN, REJECTED)[1]) == "I am fine.\n<|eot_id|>"
@@ -204,17 +184,14 @@ def test_a_template_that_changes_or_leaves_out_a_message_is_told_per_row():
 
 
 END, BOS, HEADER = " + '<|eot_id|>'", "{{ bos_token }}", "assistant<|end_header_id|>"
-IN_FULL = "{% if messages[-1]['role'] == 'assistant' %}x{% endif %}"  # where a response follows
 
 
 @pytest.mark.parametrize(
     "old, new, message",
     [
         (END, "", "no end token"),
-        (END, " + '<|eot_id|><|eot_id|>'", "no end token"),
         (HEADER, "bot<|end_header_id|>", "not a prefix"),
-        (BOS, IN_FULL + BOS, "not a prefix"),
-        (BOS, "{% if add_generation_prompt %}x{% endif %}" + BOS, "not a prefix"),
+        (BOS, "{% if messages[-1]['role'] == 'assistant' %}x{% endif %}" + BOS, "not a prefix"),
     ],
 )
 def test_bad_templates(old, new, message):
@@ -229,8 +206,6 @@ def test_no_bos():
     chat = ChatFormat.probe(tokenizer)
     assert chat.bos_id == 0  # the tokenizer itself adds it
     assert chat.prompt_ids(PROMPT) == ChatFormat.probe(make_tokenizer("llama3")).prompt_ids(PROMPT)
-    tokenizer.chat_template = "hm, " + LLAMA3_TEMPLATE
-    assert ChatFormat.probe(tokenizer).in_front == (0,)  # not where it belongs
     tokenizer = make_tokenizer("qwen3")
     tokenizer.bos_token = "<think>"  # a BOS that nothing writes
     assert ChatFormat.probe(tokenizer).bos_id is None

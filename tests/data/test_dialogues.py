@@ -32,7 +32,7 @@ def select(rows, chat, tmp_path, limits=None, **arguments):
     return select_dialogues(rows, chat, config(tmp_path, **limits or {}), args)
 
 
-def test_dialogues_are_read(tmp_path, caplog):
+def test_dialogues_are_read(tmp_path):
     assert load(tmp_path, [DIALOGUE, DIALOGUE[:2]]).to_list() == [
         {"messages": DIALOGUE, "completion": [], "row": 0},
         {"messages": DIALOGUE[:2], "completion": [], "row": 1},
@@ -41,8 +41,7 @@ def test_dialogues_are_read(tmp_path, caplog):
     assert load_dialogues(config(tmp_path), "test").to_list() == [
         {"messages": [SYSTEM, *DIALOGUE[:2]], "completion": [assistant("b")], "row": 0}
     ]
-    assert not caplog.text
-    with pytest.raises(DataError, match="`tools` is part of the prompt"):
+    with pytest.raises(DataError, match="`tools`"):
         write(tmp_path / "test.jsonl", [{"messages": DIALOGUE, "tools": [{"name": "search"}]}])
         load_dialogues(config(tmp_path), "test")
 
@@ -67,21 +66,12 @@ def trained_texts(dataset, chat, tmp_path, **arguments):
 def test_what_the_loss_is_on_with_trl(tmp_path, chat):
     rows = completions(tmp_path, {"prompt": DIALOGUE[:1], "completion": DIALOGUE[1:]})
     kept, _ = select(rows, chat, tmp_path, max_length=WINDOW)
-    assert kept.remove_columns(["row", "ids"]).to_list() == [
-        {"prompt": [user("a")], "completion": [assistant("b")]},
-        {"prompt": [SYSTEM, *DIALOGUE[:3]], "completion": [assistant("d")]},
-        {"prompt": DIALOGUE[:1], "completion": DIALOGUE[1:]},
-    ]
     *texts, several = trained_texts(kept, chat, tmp_path)
     assert texts == ["b<|eot_id|>", "d<|eot_id|>"]
     assert several.startswith("b<|eot_id|>") and several.endswith("d<|eot_id|>")
     kept, _ = select(completions(tmp_path), chat, tmp_path, max_length=WINDOW, completion_only_loss=False)
-    assert kept.column_names == ["messages", "row", "ids"]
     texts = trained_texts(kept, chat, tmp_path, completion_only_loss=False)
     assert texts == [chat.tokenizer.apply_chat_template(messages, tokenize=False) for messages in kept["messages"]]
-
-
-def test_dialogues_among_completions_are_named(tmp_path, chat):
     loaded = concatenate_datasets([completions(tmp_path), load(tmp_path, [DIALOGUE])])
     assert "messages" in select(loaded, chat, tmp_path, max_length=WINDOW)[0].column_names
     with pytest.raises(DataError, match="completion_only_loss: 1 of 3 rows"):
@@ -89,7 +79,7 @@ def test_dialogues_among_completions_are_named(tmp_path, chat):
 
 
 @pytest.mark.parametrize("answers", [False, True])
-def test_a_row_whose_prompt_fills_the_window_is_dropped_and_named(tmp_path, chat, answers):
+def test_a_row_is_kept_from_its_first_token_in_the_window_on(tmp_path, chat, answers):
     """TRL drops it, too, and says nothing."""
     long = [user("long " * 120), assistant("b")]
     row = {"prompt": long[:1], "completion": "b"}
@@ -100,14 +90,9 @@ def test_a_row_whose_prompt_fills_the_window_is_dropped_and_named(tmp_path, chat
     assert len(kept) == len(loaded) - 1
     if not answers:
         assert len(trained_texts(kept, chat, tmp_path)) == 2
-    wrapped = {"packing": True, "packing_strategy": "wrapped"}
-    for other in ({"max_length": None}, wrapped):
+    for other in ({"max_length": None}, {"packing": True, "packing_strategy": "wrapped"}):
         given = {"max_length": WINDOW, "assistant_only_loss": answers} | other
         assert select(loaded, chat, tmp_path, **given)[1].dropped == {}
-
-
-@pytest.mark.parametrize("answers", [False, True])
-def test_a_row_is_kept_from_its_first_token_in_the_window_on(tmp_path, chat, answers):
     loaded = load(tmp_path, [DIALOGUE[:2], DIALOGUE[:2]]) if answers else completions(tmp_path).select([0])
     start = len(chat.prompt_ids(DIALOGUE[:1]))
     kept, report = select(loaded, chat, tmp_path, max_length=start + 1, assistant_only_loss=answers)
@@ -116,13 +101,11 @@ def test_a_row_is_kept_from_its_first_token_in_the_window_on(tmp_path, chat, ans
         select(loaded, chat, tmp_path, max_length=start, assistant_only_loss=answers)
 
 
-@pytest.mark.parametrize("mark", [{"weight": 0}, {"weight": 1}, {"train": False}])
+@pytest.mark.parametrize("mark", [{"weight": 0}, {"train": False}])
 def test_marks_of_single_turns_are_refused(tmp_path, mark):
     """TRL would train the turn all the same."""
     with pytest.raises(DataError, match=rf"row 1: .*{next(iter(mark))}"):
         load(tmp_path, [DIALOGUE, [user("a"), assistant("b") | mark]])
-    with pytest.raises(DataError, match=rf"row 2: .*{next(iter(mark))}"):
-        completions(tmp_path, {"prompt": [user("a")], "completion": [assistant("b") | mark]})
 
 
 def test_rows_are_told_apart_by_their_token_ids(tmp_path, chat):
@@ -143,14 +126,13 @@ def test_unusable_dialogues_are_dropped_and_named(tmp_path, chat):
     kept, report = select(rows, chat, tmp_path, {"max_dropped_fraction": 0.1})
     assert (report.dropped, kept["row"][:]) == ({reason: [9]}, list(range(8, -1, -1)))
     assert f"- 1 dropped, {reason}: row 9" in report.lines()
-    with pytest.raises(DataError, match="1 of 10 rows can't be used, more than max_dropped_fraction"):
+    with pytest.raises(DataError, match=r"1 of 10 rows .*max_dropped_fraction"):
         select(rows, chat, tmp_path, {"max_dropped_fraction": 0.09})
     rows = load(tmp_path, [[assistant("b")], [{"role": "system", "content": ""}, *DIALOGUE]])
     assert len(select(rows, chat, tmp_path)[0]) == 2
     rows = completions(tmp_path, {"prompt": [], "completion": "b"})
     report = select(rows, chat, tmp_path, {"max_dropped_fraction": 0.5}, max_length=WINDOW)[1]
     assert report.dropped == {"the prompt is empty": [2]}
-    assert select(rows, chat, tmp_path, completion_only_loss=False, max_length=WINDOW)[1].dropped == {}
     cut = LLAMA3_TEMPLATE.replace("message['content']", "message['content'].split('</think>')[-1]")
     chat = ChatFormat.probe(make_tokenizer("llama3", cut))
     early = [user("a"), assistant("hm</think>b"), user("c"), assistant("d")]
@@ -161,16 +143,14 @@ def test_unusable_dialogues_are_dropped_and_named(tmp_path, chat):
 
 def test_dialogues_that_are_cut_are_counted_as_tokens_of_the_template(tmp_path, chat):
     rows = load(tmp_path, [DIALOGUE, LONG, LONG])
+    # As many as the template writes, of which TRL keeps the first `max_length`.
     lengths = [len(chat.tokenizer.apply_chat_template(m, tokenize=True)["input_ids"]) for m in (DIALOGUE, LONG, LONG)]
     assert lengths[0] < 50 < lengths[1]
     kept, report = select(rows, chat, tmp_path)
     assert len(kept) == 3 and kept.column_names == ["messages", "row", "ids"]
     assert (report.cut, report.rows_cut, report.tokens) == ({"messages": 2}, 2, {"messages": lengths[0] + 100})
-    assert any(line.startswith("- 2 rows cut (2 messages)") for line in report.lines())
     exactly = select(rows, chat, tmp_path, max_length=lengths[1])[1]
     assert (exactly.rows_cut, exactly.lengths["messages"]["max"]) == (0, lengths[1])
-    assert [line.split(":")[0] for line in exactly.lines()] == ["3 of 3 rows used", "messages tokens"]
-    assert select(rows, chat, tmp_path, max_length=None)[1].rows_cut == 0
     zephyr = ChatFormat.probe(make_tokenizer("zephyr"))  # whose template leaves BOS out; TRL adds none
     text = zephyr.tokenizer.apply_chat_template(DIALOGUE, tokenize=False)
     length = len(zephyr.tokenizer(text, add_special_tokens=False)["input_ids"])

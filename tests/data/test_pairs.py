@@ -6,7 +6,6 @@ import json
 
 import numpy as np
 import pytest
-from datasets import enable_progress_bars
 
 from rmipo.data.chat import ChatFormat, DataError
 from rmipo.data.pairs import LIMITS, cut_pair, tokenize_pairs
@@ -39,17 +38,11 @@ def test_unusable_rows_are_counted_with_their_reasons():
     assert tokenized["row"][:] == [100, 100 - last]
     assert (report.rows, report.kept) == (last + 1, 2)
     assert json.loads(json.dumps(vars(report)))["kept"] == 2
-    assert report.lines()[0] == f"2 of {last + 1} rows used"
     assert "- 1 dropped, chosen is empty: row 99" in report.lines()
-    rows = [pair(0), pair(1, prompt=[user("<|begin_of_text|>" + "long " * 60)])]
-    report = tokenize(rows, max_length=90, max_prompt_length=60)[1]
-    assert report.dropped == {"the prompt's text has a BOS token in it": [1]}
     rows = [*pairs(*range(8)), pair(8, chosen=[assistant("")]), pair(9, chosen=[assistant("")])]
     assert tokenize(rows, max_dropped_fraction=0.2)[1].kept == 8
-    with pytest.raises(DataError) as error:
+    with pytest.raises(DataError, match=r"(?s)2 of 10 rows .* max_dropped_fraction: 0\.19 .*row 8, 9"):
         tokenize(rows, max_dropped_fraction=0.19)
-    assert "2 of 10 rows can't be used, more than max_dropped_fraction: 0.19 allows" in str(error.value)
-    assert "- 2 dropped, chosen is empty: row 8, 9" in str(error.value)
 
 
 def test_what_a_template_refuses_or_changes_is_dropped():
@@ -108,28 +101,19 @@ def test_cuts_are_counted_and_limited():
     ]
     whole, nothing_cut = tokenize(rows, max_length=2000, max_prompt_length=1000)
     assert nothing_cut.rows_cut == 0
-    titles = ["5 of 5 rows used", "prompt tokens", "chosen tokens", "rejected tokens"]
-    assert [line.split(":")[0] for line in nothing_cut.lines()] == titles
     cut, report = tokenize(rows, max_length=90, max_prompt_length=60)
     assert (report.cut, report.rows_cut) == ({"prompt": 2, "chosen": 3, "rejected": 1}, 4)
     for long, short in zip(whole, cut, strict=True):
-        if long["row"] in (1, 3):
-            assert short["prompt_ids"] == [0, *long["prompt_ids"][-59:]]
-        else:
-            assert short["prompt_ids"] == long["prompt_ids"]
+        assert short["prompt_ids"] == ([0, *long["prompt_ids"][-59:]] if long["row"] in (1, 3) else long["prompt_ids"])
         for side in ("chosen_ids", "rejected_ids"):
             assert short[side] == long[side][: 90 - len(short["prompt_ids"])]
-    assert any(line.startswith("- 4 rows cut (2 prompt, 3 chosen, 1 rejected)") for line in report.lines())
-    with pytest.raises(DataError, match=r"4 of 5 rows are cut .*max_truncated_fraction: 0\.7 "):
+    with pytest.raises(DataError, match=r"4 of 5 rows .*max_truncated_fraction: 0\.7 "):
         tokenize(rows, max_length=90, max_prompt_length=60, max_truncated_fraction=0.7)
 
 
 def test_what_a_cut_leaves_may_be_no_pair():
     _, report = tokenize([pair(0), pair(1, prompt=[user("long " * 99)])], max_length=90, max_prompt_length=90)
     assert report.dropped == {"the prompt fills the window": [1]}
-    assert report.rows_cut == 0
-    length = len(tokenize(pairs(0))[0]["prompt_ids"][0])
-    assert tokenize(pairs(0), max_length=length + 1)[1].cut == {"prompt": 0, "chosen": 1, "rejected": 1}
     same = "the same words " * 30
     rows = [pair(0), pair(1, chosen=[assistant(same + "yes")], rejected=[assistant(same + "no")])]
     whole = tokenize(rows, max_length=2000)[0][1]
@@ -152,26 +136,10 @@ def test_tokens_and_report():
     for row, ids in zip(rows, tokenized, strict=True):
         expected = chat.pair_ids(row["prompt"], row["chosen"], row["rejected"])
         assert (ids["prompt_ids"], ids["chosen_ids"], ids["rejected_ids"]) == expected
-    lengths = [len(ids) for ids in tokenized["chosen_ids"]]
-    assert lengths == sorted(set(lengths))
-    assert report.tokens["chosen"] == sum(lengths)
-    assert report.lengths["chosen"]["max"] == lengths[-1]
-    assert report.lengths["chosen"]["median"] == (lengths[9] + lengths[10]) // 2
-    assert report.lengths["chosen"]["p95"] == lengths[18]  # of 20 different ones
+    assert report.tokens["chosen"] == sum(len(ids) for ids in tokenized["chosen_ids"])
     rows, reasons = [0, 1, 2, 3, 4], [None, None, "bad", None, None]
     report = DataReport(rows, reasons, {"chosen": np.array([1200, 1, 9, 2, 5])}, {"chosen": np.zeros(5, dtype=bool)})
     assert report.lengths == {"chosen": {"median": 3, "p95": 1020, "max": 1200}}  # 3.5, 5 + 0.85 * 1195
-    assert "chosen tokens: 1,208 (median 3, p95 1020, max 1200)" in report.lines()
-
-
-def test_two_processes_give_the_same(capfd):
-    rows = [*pairs(*range(9)), pair(9, chosen=[assistant("")])]
-    enable_progress_bars()  # which name the number of processes; other tests may have disabled them
-    one, report_one = tokenize(rows)
-    two, report_two = tokenize(rows, num_proc=2)
-    assert "Tokenising pairs (num_proc=2)" in capfd.readouterr().err
-    assert one.to_list() == two.to_list()
-    assert vars(report_one) == vars(report_two)
 
 
 def test_every_limit_of_pairs_is_a_key_that_later_scores_take_over():

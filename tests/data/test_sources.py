@@ -1,6 +1,5 @@
 """Files, folders, hub ids and mixtures: which rows come, and what is said when they can't."""
 
-import re
 from pathlib import Path
 
 import numpy as np
@@ -36,22 +35,18 @@ def test_a_split_of_a_folder_is_found_by_name(tmp_path, name, split):
     assert questions(load_pairs(data_config, "test")) == [7]
 
 
-@pytest.mark.parametrize("ending", ["", "-9564e8b05b4757ab"])  # a hash, as older versions of datasets wrote it
-def test_shards_are_joined(tmp_path, ending):
+def test_shards_are_joined(tmp_path):
     for i in (2, 0, 3, 1):
-        write(tmp_path / f"data/train-{i:05}-of-00004{ending}.parquet", pairs(2 * i, 2 * i + 1))
+        write(tmp_path / f"data/train-{i:05}-of-00004.parquet", pairs(2 * i, 2 * i + 1))
         write(tmp_path / f"test-{i}-of-4.jsonl", pairs(i))
     write(tmp_path / "train-old.jsonl", pairs(9))
     dataset = load_pairs(config(tmp_path), "train")
     assert questions(dataset) == dataset["row"][:] == list(range(8))
     assert questions(load_pairs(config(tmp_path), "test")) == [0, 1, 2, 3]
-
-
-def test_rows_twice_are_refused(tmp_path):
-    for file in ("train.jsonl", "train.jsonl.gz"):
-        write(tmp_path / file, pairs(0, 1))
-    with pytest.raises(DataError, match="are both split 'train'"):
-        load_pairs(config(tmp_path), "train")
+    for file in ("train.jsonl", "train.jsonl.gz"):  # rows twice
+        write(tmp_path / "twice" / file, pairs(0, 1))
+    with pytest.raises(DataError, match="'train'"):
+        load_pairs(config(tmp_path / "twice"), "train")
 
 
 def test_a_folder_without_the_split(tmp_path):
@@ -60,19 +55,6 @@ def test_a_folder_without_the_split(tmp_path):
     with pytest.raises(MissingSplitError, match="'dev'"):
         load_pairs(config(tmp_path, dataset_test_split="dev"), "test")
     assert questions(load_pairs(config(tmp_path, dataset_test_split="validation"), "test")) == [1]
-    with pytest.raises(MissingSplitError, match="`dataset_train_split`"):
-        load_pairs(config(tmp_path, dataset_train_split="trian"), "train")
-
-
-@pytest.mark.parametrize("name", ["run[1]", "run*"])
-def test_names_are_not_patterns(tmp_path, name):
-    for number, other in enumerate([name, "run1", "run2"]):
-        write(tmp_path / other / "train.jsonl", pairs(number))
-        write(tmp_path / f"{other}.jsonl", pairs(number))
-        write(tmp_path / other / "sub/train-00000-of-00001.parquet", pairs(number))
-    entry = {"path": str(tmp_path / name), "data_dir": "sub"}
-    sources = [config(tmp_path / name), config(tmp_path / f"{name}.jsonl"), DataConfig(datasets=[entry])]
-    assert [questions(load_pairs(source, "train")) for source in sources] == [[0]] * 3
 
 
 def test_one_file_sets_rows_aside_that_are_drawn(tmp_path):
@@ -91,11 +73,8 @@ def test_one_file_sets_rows_aside_that_are_drawn(tmp_path):
 def test_what_save_to_disk_wrote(tmp_path):
     both = DatasetDict(train=Dataset.from_list(pairs(*range(5))), test=Dataset.from_list(pairs(7)))
     both.save_to_disk(tmp_path / "both")
-    assert questions(load_pairs(config(tmp_path / "both"), "train")) == list(range(5))
-    assert questions(load_pairs(config(tmp_path / "both"), "test")) == [7]
-    one = Dataset.from_list(pairs(*range(60)))
-    one.save_to_disk(tmp_path / "one", num_shards=3)
-    (tmp_path / "one/cache-8f.arrow").write_text("of Dataset.map, as datasets leaves it there")
+    assert [questions(load_pairs(config(tmp_path / "both"), s)) for s in ("train", "test")] == [[*range(5)], [7]]
+    Dataset.from_list(pairs(*range(60))).save_to_disk(tmp_path / "one", num_shards=3)
     train, test = (questions(load_pairs(config(tmp_path / "one"), split)) for split in ("train", "test"))
     assert sorted(train + test) == list(range(60)) and len(test) == 3
 
@@ -105,12 +84,10 @@ def test_test_split_size_divides_the_training_rows_alone(tmp_path):
     train, test = (load_pairs(config(path, test_split_size=0.25), split) for split in ("train", "test"))
     assert (len(train), len(test)) == (30, 10)
     assert sorted(questions(train) + questions(test)) == list(range(40))
-    assert questions(test) == test["row"][:] != list(range(30, 40))
     assert questions(load_pairs(config(path, test_split_size=0.25, mixture_seed=5), "test")) != questions(test)
     write(tmp_path / "train.jsonl", pairs(*range(40)))
     write(tmp_path / "test.jsonl", pairs(900, 901, 902))
-    train, test = (questions(load_pairs(config(tmp_path, test_split_size=0.25), split)) for split in ("train", "test"))
-    assert sorted(train + test) == list(range(40)) and len(test) == 10
+    assert questions(load_pairs(config(tmp_path, test_split_size=0.25), "test")) == questions(test)
 
 
 def mixture(tmp_path, **values):
@@ -209,68 +186,44 @@ def test_a_split_or_configuration_that_a_dataset_of_the_hub_has_not(tmp_path, mo
     loaded = sources.load_dataset
     monkeypatch.setattr(sources, "load_dataset", lambda path, **arguments: loaded(str(tmp_path), **arguments))
     assert len(load_pairs(config("some/pairs"), "train")) == 2
-    with pytest.raises(MissingSplitError, match='some/pairs: Unknown split "dev"'):
-        load_pairs(config("some/pairs", dataset_train_split="dev"), "train")
-    with pytest.raises(MissingSplitError, match="BuilderConfig 'tiny' not found"):
-        load_pairs(config("some/pairs", dataset_config="tiny"), "train")
+    for missing in ({"dataset_train_split": "dev"}, {"dataset_config": "tiny"}):
+        with pytest.raises(MissingSplitError, match=f"some/pairs.*{next(iter(missing.values()))}"):
+            load_pairs(config("some/pairs", **missing), "train")
 
 
 def test_what_only_the_hub_has_is_refused_for_local_data(tmp_path):
     path = write(tmp_path / "train.jsonl", pairs(*range(12)))
-    for split in ("validation", "train[:2]"):  # one file has no other split
-        with pytest.raises(DataError, match=f"{path} is local, .*{re.escape(split)}"):
-            load_pairs(config(path, dataset_train_split=split), "train")
+    with pytest.raises(DataError, match=f"{path} is local, .*validation"):  # one file has no other split
+        load_pairs(config(path, dataset_train_split="validation"), "train")
     for place in (tmp_path, path):
-        with pytest.raises(DataError, match=f"^{place} is local, and name, revision would have no effect"):
+        with pytest.raises(DataError, match=f"^{place} is local, and name, revision"):
             load_pairs(config(place, dataset_config="tiny", dataset_revision="v2"), "train")
-        with pytest.raises(DataError, match=f"^{place} is local, and data_files would have no effect"):
+        with pytest.raises(DataError, match=f"^{place} is local, and data_files"):
             load_pairs(DataConfig(datasets=[{"path": str(place), "data_files": "a.jsonl"}]), "train")
 
 
 def test_what_is_no_data_is_named(tmp_path):
-    for path in ("/nothing", "nothing.jsonl", "./nothing", "data/of/mine"):
-        with pytest.raises(DataError, match=f"{path} can't be read"):
+    (tmp_path / "empty.jsonl").touch()
+    notes = write(tmp_path / "notes.jsonl.txt", pairs(0))
+    for path in ("/nothing", "nothing.jsonl", "./nothing", "data/of/mine", tmp_path / "empty.jsonl", notes):
+        with pytest.raises(DataError, match=str(path)):
             load_pairs(config(path), "train")
-    with pytest.raises(DataError) as error:
+    with pytest.raises(DataError, match=r"^some-owner/some-pairs ") as error:
         load_pairs(config("some-owner/some-pairs", dataset_revision="main"), "train")
     assert not isinstance(error.value, MissingSplitError)  # it may have the split
-    assert str(error.value).startswith("some-owner/some-pairs ") and str(error.value.__cause__) in str(error.value)
-    notes = write(tmp_path / "notes.jsonl.txt", pairs(0))
-    with pytest.raises(DataError, match=f"{notes}: a data file ends in"):
-        load_pairs(config(notes), "train")
     write(tmp_path / "train.jsonl", [{"question": "a", "chosen": "b", "reject": "c"}])
     for load, column in ((load_pairs, "rejected"), (load_dialogues, "completion")):
         with pytest.raises(DataError, match=f"{tmp_path}: row 0: there is no {column}, found the columns question"):
             load(config(tmp_path), "train")
 
 
-ROW = b'{"prompt": "a", "chosen": "b", "rejected": "c"}\n'
-
-
-@pytest.mark.parametrize(
-    "name, content, message",
-    [
-        ("train.jsonl", b"", "it has no rows"),
-        ("train.jsonl", ROW + b'{"prompt": \n', "JSON parse error"),
-        ("train.parquet", ROW, "Parquet"),
-    ],
-)
-def test_a_file_that_is_not_what_its_name_says(tmp_path, name, content, message):
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(DataError, match=f"{name}.*{message}"):
-        load_pairs(config(tmp_path), "train")
-
-
-def test_rows_are_counted_through_all_sources_and_named_splits_come_first(tmp_path):
+def test_rows_are_counted_through_all_sources(tmp_path):
     for number, count in enumerate((2, 3, 4)):
         write(tmp_path / f"{number}/train.jsonl", pairs(*range(count)))
     entries = [{"path": str(tmp_path / str(number))} for number in range(3)]
     assert load_pairs(DataConfig(datasets=entries), "train")["row"][:] == list(range(9))
     write(tmp_path / "train.jsonl", [{"row": "a", **row} for row in pairs(3, 4)])
     assert load_pairs(config(tmp_path), "train")["row"][:] == [0, 1]
-    write(tmp_path / "test.jsonl", pairs(1))
-    write(tmp_path / "validation.jsonl", pairs(2))
-    assert questions(load_pairs(config(tmp_path, dataset_test_split="validation"), "test")) == [2]
 
 
 def test_rows_of_other_code_are_prepared_again(monkeypatch, tmp_path):
@@ -292,10 +245,9 @@ def test_a_test_split_is_loaded_or_its_absence_said_or_refused(tmp_path, caplog)
     write(tmp_path / "train.jsonl", pairs(0, 1))
     caplog.set_level("WARNING")
     assert load_splits(load_pairs, config(tmp_path), evaluating=False).keys() == {"train"}
-    assert f"no evaluation, since there is no test split: {tmp_path}: no file of the test split" in caplog.text
-    with pytest.raises(DataError, match=r"no file of the test .* Or train without evaluation: eval_strategy: no"):
+    assert str(tmp_path) in caplog.text
+    with pytest.raises(DataError, match="eval_strategy: no"):
         load_splits(load_pairs, config(tmp_path), evaluating=True)
-    write(tmp_path / "train.jsonl", pairs(0, 1))
     write(tmp_path / "test.jsonl", pairs(2))
     splits = load_splits(load_pairs, config(tmp_path), evaluating=False)
     assert {split: questions(rows) for split, rows in splits.items()} == {"train": [0, 1], "test": [2]}

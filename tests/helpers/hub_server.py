@@ -9,11 +9,11 @@ import contextlib
 import hashlib
 import json
 import re
-import threading
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
+
+from tests.helpers.judge_server import Answering, Loopback
 
 LARGE = (".safetensors", ".bin", ".png")  # what the hub asks to be uploaded through LFS
 TOKEN = "hf_" + "member0" * 5  # of the one account; it may read the gated repositories in `Hub.granted`
@@ -43,50 +43,23 @@ def digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-class Hub(ThreadingHTTPServer):
-    daemon_threads = True
-
+class Hub(Loopback):
     def __init__(self):
-        super().__init__(("127.0.0.1", 0), Handler)
+        super().__init__(Handler)
+        self.environment = {"HF_ENDPOINT": self.address, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
         self.repositories: dict[tuple[str, str], Repository] = {}  # by ("models" or "datasets", id)
         self.granted: set[str] = set()
         self.breaking: dict[str, int] = {}  # file -> after how many bytes its next download breaks
         self.requests: list[tuple[str, str, str | None]] = []  # method, path, Range
         self.objects: dict[str, bytes] = {}  # LFS uploads by SHA-256
 
-    @property
-    def environment(self) -> dict[str, str]:
-        url = f"http://127.0.0.1:{self.server_address[1]}"
-        return {"HF_ENDPOINT": url, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
-
-    def add(self, kind: str, name: str, folder: Path, **traits) -> str:
-        repository = self.repositories.setdefault((kind, name), Repository(**traits))
+    def add(self, kind: str, name: str, folder: Path) -> str:
+        repository = self.repositories.setdefault((kind, name), Repository())
         return repository.commit({str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()})
 
-    def __enter__(self):
-        threading.Thread(target=self.serve_forever, daemon=True).start()
-        return self
 
-    def __exit__(self, *error):
-        self.shutdown()
-        self.server_close()
-
-
-class Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
+class Handler(Answering):
     server: Hub
-
-    def log_message(self, *arguments):
-        pass
-
-    def answer(self, status: int = 200, content=b"", **headers: str) -> None:
-        body = content if isinstance(content, bytes) else json.dumps(content).encode()
-        self.send_response(status)
-        for name, value in {"Content-Length": str(len(body)), **headers}.items():
-            self.send_header(name.replace("_", "-"), value)
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
 
     def fail(self, status: int, code: str, message: str) -> None:
         self.answer(status, {"error": message}, X_Error_Code=code, X_Error_Message=message)
@@ -165,20 +138,13 @@ class Handler(BaseHTTPRequestHandler):
             return self.fail(404, "EntryNotFound", f"no folder {folder}")
         self.answer(200, [entry(path, files[path]) for path in inside if "recursive" in self.path or "/" not in path])
 
-    def paths_info(self, kind, name, revision) -> None:
-        if (repository := self.repository(name, kind, files=True)) is None:
-            return
-        files = repository.commits[repository.find(revision)]
-        asked = json.loads(self.body)["paths"]
-        self.answer(200, [entry(path, files[path]) for path in asked if path in files])
-
     def create(self) -> None:
         asked = json.loads(self.body)
         name = f"{asked['organization']}/{asked['name']}" if asked.get("organization") else asked["name"]
         key = (f"{asked.get('type', 'model')}s", name)
         if self.headers.get("Authorization") != f"Bearer {TOKEN}":
             return self.fail(401, "", "Invalid credentials")
-        url = f"{self.server.environment['HF_ENDPOINT']}/{name}"
+        url = f"{self.server.address}/{name}"
         if key in self.server.repositories:
             return self.answer(409, {"error": "You already created this repository", "url": url})
         self.server.repositories[key] = Repository(private=asked.get("visibility") == "private")
@@ -194,7 +160,7 @@ class Handler(BaseHTTPRequestHandler):
         self.answer(200, {"files": [{"path": p, "uploadMode": m, "shouldIgnore": False} for p, m in modes.items()]})
 
     def lfs_batch(self, name) -> None:
-        url = self.server.environment["HF_ENDPOINT"]
+        url = self.server.address
         objects = [
             {**each, "actions": {"upload": {"href": f"{url}/lfs-objects/{each['oid']}"}}}
             for each in json.loads(self.body)["objects"]
@@ -215,7 +181,7 @@ class Handler(BaseHTTPRequestHandler):
             elif line["key"] == "lfsFile":
                 files[value["path"]] = self.server.objects[value["oid"]]
         commit = self.server.repositories[kind, name].commit(files, revision)
-        url = f"{self.server.environment['HF_ENDPOINT']}/{name}/commit/{commit}"
+        url = f"{self.server.address}/{name}/commit/{commit}"
         self.answer(200, {"success": True, "commitOid": commit, "commitUrl": url, "hookOutput": ""})
 
 
@@ -227,7 +193,6 @@ NAME, KIND = r"(?P<name>[\w.-]+/[\w.-]+)", r"(?P<kind>models|datasets)"
 ROUTES = {
     rf"/api/{KIND}/{NAME}(/revision/(?P<revision>.+))?": Handler.info,
     rf"/api/{KIND}/{NAME}/tree/(?P<revision>[^/]+)(?P<folder>/.*)?": Handler.tree,
-    rf"/api/{KIND}/{NAME}/paths-info/(?P<revision>.+)": Handler.paths_info,
     rf"/api/{KIND}/{NAME}/preupload/(?P<revision>.+)": Handler.preupload,
     rf"/api/{KIND}/{NAME}/commit/(?P<revision>.+)": Handler.commit,
     r"/api/repos/create": Handler.create,

@@ -11,7 +11,6 @@ s_m / (s_m + s_M), s being 1 + the number of an output's words that occur in the
 import argparse
 import json
 import math
-import os
 import re
 import threading
 import time
@@ -45,29 +44,14 @@ def reply(body: dict) -> tuple[str, list[dict] | None]:
     return ("m" if p >= 0.5 else "M"), sorted(top, key=lambda entry: -entry["logprob"])
 
 
-class JudgeServer(ThreadingHTTPServer):
-    """Serves on a free port of the loopback interface unless `port` is given.
+class Loopback(ThreadingHTTPServer):
+    """Serves on this machine alone while its `with` block runs, on a free port unless `port` is given."""
 
-    Args:
-        fault: request number (from 0) -> None, or one of "429" (rate limit), "malformed" (an answer that is no
-            verdict), "no_logprobs", "html" (a web page instead of JSON), "die" (the process ends), "drop" (the
-            connection is closed). It is called under a lock.
-        delay: seconds before each answer.
-    """
+    daemon_threads = allow_reuse_address = True
 
-    daemon_threads = True
-    allow_reuse_address = True
-
-    def __init__(self, port: int = 0, fault: Callable[[int], str | None] = lambda number: None, delay: float = 0.0):
-        super().__init__(("127.0.0.1", port), Handler)
-        self.fault, self.delay = fault, delay
-        self.lock = threading.Lock()
-        self.requests: list[str] = []  # the last message of every request
-        self.answered: list[str] = []  # of those, the ones that got a verdict
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_address[1]}/v1"
+    def __init__(self, handler: type[BaseHTTPRequestHandler], port: int = 0):
+        super().__init__(("127.0.0.1", port), handler)
+        self.address = f"http://127.0.0.1:{self.server_address[1]}"
 
     def __enter__(self):
         threading.Thread(target=self.serve_forever, daemon=True).start()
@@ -81,8 +65,43 @@ class JudgeServer(ThreadingHTTPServer):
         pass
 
 
-class Handler(BaseHTTPRequestHandler):
+class Answering(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+
+    def answer(self, status: int = 200, content=b"", **headers: str) -> None:
+        """`content`: bytes, or what is written as JSON."""
+        if not isinstance(content, bytes):
+            content, headers = json.dumps(content).encode(), {"Content_Type": "application/json", **headers}
+        self.send_response(status)
+        for name, value in {"Content_Length": str(len(content)), **headers}.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(content)
+
+    def log_message(self, *arguments):
+        pass
+
+
+class JudgeServer(Loopback):
+    """A judge that may be slow, or fail.
+
+    Args:
+        fault: request number (from 0) -> None, or one of "429" (rate limit), "malformed" (an answer that is no verdict),
+            "no_logprobs", "drop" (the connection is closed). It is called under a lock.
+        delay: seconds before each answer.
+    """
+
+    def __init__(self, port: int = 0, fault: Callable[[int], str | None] = lambda number: None, delay: float = 0.0):
+        super().__init__(Handler, port)
+        self.url = f"{self.address}/v1"
+        self.fault, self.delay = fault, delay
+        self.lock = threading.Lock()
+        self.requests: list[str] = []  # the last message of every request
+        self.answered: list[str] = []  # of those, the ones that got a verdict
+
+
+class Handler(Answering):
     server: JudgeServer
 
     def do_POST(self):
@@ -92,17 +111,12 @@ class Handler(BaseHTTPRequestHandler):
             fault = self.server.fault(len(self.server.requests))
             self.server.requests.append(text)
         time.sleep(self.server.delay)
-        if fault == "die":
-            os._exit(1)
         if fault == "drop":
             self.close_connection = True
             self.connection.close()
             return
         if fault == "429":
-            self.send(429, {"error": {"message": "Rate limit reached, try again", "type": "requests", "code": "429"}})
-            return
-        if fault == "html":
-            self.send_bytes(200, b"<html>Bad gateway</html>", "text/html")
+            self.answer(429, {"error": {"message": "Rate limit reached, try again", "type": "requests", "code": "429"}})
             return
         content, top = reply(body)
         if fault == "malformed":
@@ -111,20 +125,7 @@ class Handler(BaseHTTPRequestHandler):
             top = None
         with self.server.lock:
             self.server.answered.append(text)
-        self.send(200, completion(body["model"], content, top))
-
-    def send(self, status: int, content: dict) -> None:
-        self.send_bytes(status, json.dumps(content).encode(), "application/json")
-
-    def send_bytes(self, status: int, content: bytes, kind: str) -> None:
-        self.send_response(status)
-        self.send_header("Content-Type", kind)
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        self.wfile.write(content)
-
-    def log_message(self, *arguments):
-        pass
+        self.answer(200, completion(body["model"], content, top))
 
 
 def completion(model: str, content: str, top: list[dict] | None) -> dict:

@@ -1,12 +1,10 @@
 """Scores of pairs for the objectives: two cases by hand, and random ones."""
 
-import math
 import random
 
 import torch
 
 from rmipo.objectives import PairScores
-from tests.references import losses as reference
 from tests.references.losses import Response
 
 # One pair per case; A: all signals agree, B: an inverted pair (delta_pmi < 0, KL < 0).
@@ -22,17 +20,6 @@ CASES = {
         (-0.6, -0.2),
     ),
 }
-PERTURBATION = 0.02
-
-
-def two_symbol_logits(logps: tuple[float, ...]) -> list[list[float]]:
-    """Logits over two symbols whose first has the given log-probs."""
-    return [[logp, math.log1p(-math.exp(logp))] for logp in logps]
-
-
-def perturbed_logp(y: Response, epsilon: float) -> float:
-    tokens = [0] * len(y.cond)
-    return reference.perturbed_logp(two_symbol_logits(y.cond), two_symbol_logits(y.ref), tokens, epsilon)
 
 
 def scores_of(pairs, kl_log_ratios=None, prior_from: int = 0, dtype=torch.float64) -> PairScores:
@@ -42,18 +29,23 @@ def scores_of(pairs, kl_log_ratios=None, prior_from: int = 0, dtype=torch.float6
         return torch.tensor([[value(chosen), value(rejected)] for chosen, rejected in pairs], dtype=dtype).unbind(1)
 
     kl = torch.tensor(kl_log_ratios or [(0.0, 0.0)] * len(pairs), dtype=dtype)
-    plus, minus = (column(lambda y, e=e: perturbed_logp(y, e)) for e in (PERTURBATION, -PERTURBATION))
+    chosen, rejected = column(lambda y: sum(y.cond))
+    ref_chosen, ref_rejected = column(lambda y: sum(y.ref))
+    # Policies perturbed away from the reference, and towards it, move the pair as the policy has moved it.
+    moved = 0.02 * (chosen - ref_chosen - rejected + ref_rejected)
     return PairScores(
-        *column(lambda y: sum(y.cond)),
+        chosen,
+        rejected,
         *column(lambda y: len(y.cond)),
         *column(lambda y: sum(y.uncond[prior_from:])),
-        *column(lambda y: sum(y.ref)),
+        ref_chosen,
+        ref_rejected,
         mismatched_chosen_logps=kl[:, 0] - 5,
         mismatched_rejected_logps=kl[:, 1] - 5,
         ref_mismatched_chosen_logps=torch.full_like(kl[:, 0], -5),
         ref_mismatched_rejected_logps=torch.full_like(kl[:, 1], -5),
-        plus_logratios=plus[0] - plus[1],
-        minus_logratios=minus[0] - minus[1],
+        plus_logratios=chosen - rejected + moved,
+        minus_logratios=chosen - rejected - moved,
     )
 
 
@@ -62,8 +54,8 @@ def case_scores(case: str, **options) -> PairScores:
     return scores_of([(chosen, rejected)], [kl], **options)
 
 
-def random_pairs(count: int, seed: int = 0) -> list[tuple[Response, Response]]:
-    draw = random.Random(seed)
+def random_pairs(count: int) -> list[tuple[Response, Response]]:
+    draw = random.Random(0)
 
     def response():
         length = draw.randint(1, 6)
@@ -77,8 +69,7 @@ def settled(mean: float, std: float) -> dict[str, torch.Tensor]:
     return {k: torch.tensor(v, dtype=torch.float64) for k, v in (("gap_mean", mean), ("gap_std", std), ("steps", 1e6))}
 
 
-def batch(count=5, seed=0, dtype=torch.float64, **options) -> tuple[list[tuple[Response, Response]], PairScores]:
-    pairs = random_pairs(count, seed)
-    draw = random.Random(seed + 1)
+def batch(count=5, dtype=torch.float64) -> tuple[list[tuple[Response, Response]], PairScores]:
+    pairs, draw = random_pairs(count), random.Random(1)
     kl = [(draw.uniform(-1, 2), draw.uniform(-1, 2)) for _ in pairs]
-    return pairs, scores_of(pairs, kl, dtype=dtype, **options)
+    return pairs, scores_of(pairs, kl, dtype=dtype)

@@ -2,14 +2,14 @@
 
 import itertools
 import math
-from dataclasses import asdict, fields, replace
+from dataclasses import fields, replace
 
 import pytest
 import torch
 from torch.nn.functional import logsigmoid
 
 from rmipo.objectives import OBJECTIVES, ObjectiveOutput, PairScores, build_objective
-from rmipo.objectives.rmipo import delta_pmi, pmi, rmipo_loss, scheduled_margin
+from rmipo.objectives.rmipo import pmi, rmipo_loss, scheduled_margin
 from rmipo.recipe.files import merge, read_layers
 from tests.helpers.pair_scores import CASES, batch, case_scores, settled
 from tests.helpers.paths import ROOT
@@ -39,6 +39,7 @@ GOLDEN = {
     "simpo": ({"name": "simpo", "beta": 2, "gamma": 1}, 0.798139, 2.126928),
     "simpo_no_ln": ({"name": "simpo", "beta": 0.1, "gamma": 1, **SUMS}, 1.284178, 1.541008),
     "alpha_dpo": (ALPHA, 1.313262, 2.350207, settled(0.05, 0.25)),
+    "alpha_dpo_no_ln": (ALPHA | SUMS, 1.952978, 7.700453, settled(0.05, 0.25)),
     "alpha_dpo_table4": (ALPHA | PAPER, 1.432685, 2.224433, settled(0.1, 0.5)),
     # With one pair the mean gap of the batch is the pair's own, so the batch-level beta is the instance's.
     "beta_dpo_instance": (BETA, 0.648682, 0.708869, settled(0.2, 1.0)),
@@ -75,26 +76,16 @@ def test_golden_values(variant, case):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_batches_match_the_independent_reference(dtype):
+    """test_objectives_trl.py has the other methods."""
     pairs, scores = batch(dtype=dtype)
-    kl = torch.cat(kl_log_ratios(scores)).tolist()
-    per_pair = {
-        "dpo": ({"beta": 0.3}, [reference.dpo(*pair, 0.3) for pair in pairs]),
+    expected = {
         "slic": ({"delta": 2, "sft_weight": 0.5}, [reference.slic(*pair, 2, 0.5) for pair in pairs]),
-        "ipo": ({"tau": 0.7}, [reference.ipo(*pair, 0.7) for pair in pairs]),
-        "simpo": ({"beta": 4, "gamma": 1.2}, [reference.simpo(*pair, 4, 1.2) for pair in pairs]),
         "simper": ({}, [reference.simper(*pair) for pair in pairs]),
         "rmipo": ({"beta": 3, "gamma_min": 0, "gamma_max": 2}, [reference.rmipo(*pair, 3, 0, 2) for pair in pairs]),
     }
-    for name, (hyperparameters, expected) in per_pair.items():
-        losses = build_objective({"name": name, **hyperparameters})(scores).losses
-        torch.testing.assert_close(losses, torch.tensor(expected, dtype=dtype), msg=lambda m, n=name: f"{n}: {m}")
-    means = {
-        "cpo": ({"beta": 0.3, "sft_weight": 0.5}, reference.cpo(pairs, 0.3, 0.5)),
-        "kto": ({"beta": 0.3, "desirable_weight": 2}, reference.kto(pairs, kl, 0.3, (2, 1))),
-    }
-    for name, (hyperparameters, expected) in means.items():
-        loss = build_objective({"name": name, **hyperparameters})(scores).losses.mean().item()
-        assert loss == pytest.approx(expected, rel=1e-5), name
+    for name, (hyperparameters, losses) in expected.items():
+        found = build_objective({"name": name, **hyperparameters})(scores).losses
+        torch.testing.assert_close(found, torch.tensor(losses, dtype=dtype), msg=lambda m, n=name: f"{n}: {m}")
 
 
 def test_rewards_are_the_methods_own_without_the_margin():
@@ -116,6 +107,7 @@ def test_rewards_are_the_methods_own_without_the_margin():
         ({"name": "simper"}, (-0.4, -0.8)),
         (RMIPO, (-0.8, -1.6)),
         ({**RMIPO, "beta": 0.1, **SUMS}, (-0.12, -0.16)),
+        ({**RMIPO, "target": "beta"}, (-0.8, -1.6)),
     ]
     assert {block["name"] for block, _ in expected} == set(OBJECTIVES)
     for block, value in expected:
@@ -178,19 +170,6 @@ def test_gradients_are_finite_differences_with_detached_parts_frozen(block):
             assert value.grad is None, name
 
 
-def test_rmipo_says_what_it_reads():
-    for block, needs, context, header_in_response in (
-        ({}, {"prior"}, "header", False),
-        (RELEASE, {"prior"}, "none", True),
-        ({"schedule": "constant"}, set(), "header", False),
-        ({"signal": "loglik"}, set(), "header", False),
-        ({"prior_context": "bos"}, {"prior"}, "bos", False),
-    ):
-        built = build_objective(RMIPO | block)
-        assert (built.needs, built.prior_context, built.header_in_response) == (needs, context, header_in_response)
-        assert build_objective({"name": "rmipo", **asdict(built)}) == built
-
-
 def gap(scores, per_token):
     chosen, rejected = scores.logratios(per_token)
     return chosen - rejected
@@ -201,11 +180,11 @@ def kl_log_ratios(scores):
     return chosen, scores.mismatched_rejected_logps - scores.ref_mismatched_rejected_logps
 
 
-@pytest.mark.parametrize("at", [2, 4])
 @pytest.mark.parametrize("name", ["alpha-dpo", "beta-dpo", "kto"])
-def test_two_ranks_see_the_statistics_of_all_pairs(name, at):
-    """Rank shares of a batch give the same state and losses as the whole batch on one rank; shares may be unequal."""
+def test_two_ranks_see_the_statistics_of_all_pairs(name):
+    """Unequal shares of a batch give the same state and losses as the whole batch on one rank."""
     _, scores = batch(count=6)
+    at = 2
     objective = build_objective({"name": name, **({"beta": 0.5} if name != "alpha-dpo" else {})})
     whole = objective.observe(objective.init_state(), scores)
     losses = objective(scores, whole).losses
@@ -231,8 +210,6 @@ def test_two_ranks_see_the_statistics_of_all_pairs(name, at):
         # beta-DPO averages over the pairs a rank keeps, as its code does; the same pairs are kept on all ranks.
         rescale = (at if rank == 0 else 6 - at) / kept[mine].sum().clamp(min=1) / (6 / kept.sum())
         torch.testing.assert_close(objective(part, state).losses, losses[mine] * rescale)
-    alone = objective(parts[0], objective.observe(objective.init_state(), parts[0])).losses
-    assert not torch.allclose(alone, losses[:at])
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
@@ -258,9 +235,8 @@ def test_losses_far_on_the_wrong_side_are_finite(name):
     """Differences of thousands of nats, where float32's sigmoid is 0 and its logarithm infinite."""
     _, scores = batch(dtype=torch.float32)
     chosen = (scores.chosen_logps - 1000 * scores.chosen_lengths).requires_grad_()
-    losses = build_objective({"name": name, **({"beta": 2} if "beta" in DEFAULTS[name] else {})})(
-        replace(scores, chosen_logps=chosen)
-    ).losses
+    block = {"name": name, **({"beta": 2} if hasattr(OBJECTIVES[name], "beta") else {})}
+    losses = build_objective(block)(replace(scores, chosen_logps=chosen)).losses
     losses.sum().backward()
     assert losses.isfinite().all() and chosen.grad.isfinite().all()
     assert name == "kto" or (losses.max() > 1 and (chosen.grad != 0).any())
@@ -332,12 +308,8 @@ def test_epsilon_dpo_follows_the_perturbed_policies():
              "objective.span is '2'", "objective.length_normalization is 1"],
         ),
         ({"name": "rmipo", "gamma_min": 1.7, "gamm": 1}, ["objective.gamma_min is 1.7", "gamma_max", "objective.gamm "]),
-        ({"name": "rmipo", "prior_context": "none"}, ["objective.prior_context"]),
         ({"name": "rmipo", "fidelity": "release", "prior_context": "bos"}, ["objective.prior_context is 'bos'"]),
-        ({"name": "rmipo", "fidelity": "release", "pmi_normalization": "sequence"}, ["objective.pmi_normalization"]),
         ({"name": "rmipo", "span": 4.0}, ["objective.span is 4.0"]),
-        ({"name": "dpo", "beta": float("nan")}, ["objective.beta is nan"]),
-        ({"name": "dpo", "beta": True}, ["objective.beta is True"]),
     ],
 )  # fmt: skip
 def test_errors_name_every_wrong_key_at_once(block, named):
@@ -346,29 +318,9 @@ def test_errors_name_every_wrong_key_at_once(block, named):
     assert [part for part in named if part not in str(error.value)] == []
 
 
-DEFAULTS = {
-    "rmipo": {
-        "beta": 2.0, "gamma_min": 0.3, "gamma_max": 1.6, "schedule": "exponential", "span": 2.0, "signal": "pmi",
-        "target": "gamma", "pmi_normalization": "token", "prior_context": "header", "prior_model": "policy",
-        "fidelity": "paper", "label_smoothing": 0.0, "sft_weight": 0.0, **MEANS,
-    },
-    "dpo": {"beta": 0.01, "length_normalization": False},
-    "slic": {"delta": 1.0, "sft_weight": 1.0, "length_normalization": False, "sft_normalization": "sequence"},
-    "ipo": {"tau": 0.5, **MEANS},
-    "cpo": {"beta": 0.01, "sft_weight": 1.0, "sft_normalization": "token"},
-    "kto": {"beta": 0.01, "desirable_weight": 1.0, "undesirable_weight": 1.0},
-    "simpo": {"beta": 2.0, "gamma": 1.0, "label_smoothing": 0.0, "sft_weight": 0.0, **MEANS},
-    "alpha-dpo": {"beta": 2.5, "gamma_beta_ratio": 0.6, "alpha": 0.2, **RELEASE, **MEANS},
-    "beta-dpo": {"beta": 0.1, "alpha": 0.6, "rho": 0.2, **RELEASE},
-    "epsilon-dpo": {"beta": 0.01, "epsilon": 0.01, **RELEASE},
-    "simper": {"constant_length": 0.0},
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", OBJECTIVES)
-def test_every_key_has_its_default_and_objectives_that_need_several_pairs_say_so(name):
-    assert {f.name: f.default for f in fields(OBJECTIVES[name])} == DEFAULTS[name]
-    assert build_objective({"name": name}).min_pairs == (2 if name in ("kto", "alpha-dpo", "beta-dpo") else 1)
+def test_objectives_that_need_several_pairs_say_so():
+    several = {name for name in OBJECTIVES if build_objective({"name": name}).min_pairs == 2}
+    assert several == {"kto", "alpha-dpo", "beta-dpo"}
     shuffled = build_objective({"name": "rmipo", "signal": "shuffled"})
     assert (shuffled.min_pairs, shuffled.regroups) == (2, "nothing")  # sorted by length it would be no shuffle
 
@@ -395,14 +347,12 @@ def test_every_method_has_a_sweep_and_every_baseline_an_overlay_whose_points_bui
         build_objective({"name": name, **{key[10:]: value for key, value in zip(grid, point, strict=True)}})
     if name == "rmipo":
         return
-    overlay = read_recipe(f"methods/{name}.yaml")
-    assert overlay["objective"]["name"] == name
     settings = {"mistral-7b-base", "mistral-7b-instruct", "llama3-8b-base", "llama3-8b-instruct", "tiny"}
-    assert overlay["per_setting"].keys() == settings
-    for setting, values in overlay["per_setting"].items():
-        build_objective(overlay["objective"] | values.get("objective", {}))
+    for setting, values in read_recipe(f"methods/{name}.yaml")["per_setting"].items():
+        settings.remove(setting)
         low, high = (1e-4, 3e-4) if setting == "tiny" else (3e-7, 1e-6)
         assert low <= values["learning_rate"] <= high
+    assert not settings
 
 
 ABLATIONS = {
@@ -426,14 +376,9 @@ def test_ablations_are_the_papers_variants_and_none_is_left_untested():
         assert build_objective(RMIPO | overlay["objective"]) == build_objective(RMIPO | variant), name
     without_length_normalization = {f"table5-{name}" for name in ("rmipo", "simpo", "alpha-dpo", "simper")}
     files = {path.stem for path in (RECIPES / "ablations").glob("*.yaml")}
-    others = {"fidelity-sequence", "initial-prior", "shuffled"}
-    assert files == ABLATIONS.keys() | without_length_normalization | others
-    for name in files - ABLATIONS.keys():
-        overlay = read_recipe(f"ablations/{name}.yaml")
-        for values in [{}, *overlay.get("per_setting", {}).values()]:
-            objective = build_objective(overlay["objective"] | values.get("objective", {}))
-            assert name in {"table5-simper", *others} or not objective.length_normalization
-            assert ("initial_prior" in objective.needs) == (name == "initial-prior")
+    assert files == ABLATIONS.keys() | without_length_normalization | {"fidelity-sequence", "initial-prior", "shuffled"}
+    for name in without_length_normalization - {"table5-simper"}:
+        assert read_recipe(f"ablations/{name}.yaml")["objective"]["length_normalization"] is False
 
 
 def test_alpha_dpo_keeps_its_margin_without_length_normalization():
@@ -450,6 +395,14 @@ def test_alpha_dpo_keeps_its_margin_without_length_normalization():
         torch.testing.assert_close(margins[0].std(), margins[1].std())
 
 
+def test_the_loglik_signal_is_per_token_where_rewards_are_sums():
+    _, scores = batch()
+    gammas = [
+        build_objective({"name": "rmipo", "signal": "loglik", **reward})(scores).gamma for reward in (MEANS, SUMS)
+    ]
+    torch.testing.assert_close(*gammas)
+
+
 def test_shuffled_margins_are_those_of_other_pairs():
     _, scores = batch(count=6)
     own, shuffled = (build_objective({"name": "rmipo", "signal": signal})(scores) for signal in ("pmi", "shuffled"))
@@ -459,79 +412,33 @@ def test_shuffled_margins_are_those_of_other_pairs():
     torch.testing.assert_close(shuffled.losses, -torch.nn.functional.logsigmoid(rewards - shuffled.gamma))
 
 
-def test_a_signal_is_per_token_or_summed_whatever_the_reward():
-    """Table 3: A_w - A_l stands in the place of delta_pmi (Eq. 6), also where the rewards are sums."""
-    _, scores = batch()
-    lengths = scores.chosen_lengths, scores.rejected_lengths
-    logps = scores.chosen_logps, scores.rejected_logps
-    pmi = logps[0] - scores.prior_chosen_logps, logps[1] - scores.prior_rejected_logps
-    signals = [
-        ({"signal": "loglik"}, logps[0] / lengths[0] - logps[1] / lengths[1]),
-        ({"pmi_normalization": "token"}, pmi[0] / lengths[0] - pmi[1] / lengths[1]),
-        ({"pmi_normalization": "sequence"}, pmi[0] - pmi[1]),
-    ]
-    for options, signal in signals:
-        for reward in (MEANS, SUMS):
-            gamma = build_objective({"name": "rmipo", **options, **reward})(scores).gamma
-            torch.testing.assert_close(gamma, 0.3 + 1.3 * torch.exp(-signal.clamp(min=0)))
-
-
-STATES = {"alpha-dpo": (0.5, 0.25), "beta-dpo": (0.5, 0.25)}
-
-
 def t(*values):
     return torch.tensor(values, dtype=torch.float64)
-
-
-# Two pairs with log-ratios 3, 1 (chosen) and -1, 1 (rejected); one policy rises between the perturbed ones, one falls.
-SCORES = PairScores(
-    t(-4, -4),
-    t(-6, -3),
-    t(4, 2),
-    t(3, 3),
-    ref_chosen_logps=t(-7, -5),
-    ref_rejected_logps=t(-5, -4),
-    mismatched_chosen_logps=t(-4, -3),
-    mismatched_rejected_logps=t(-5, -4),
-    ref_mismatched_chosen_logps=t(-7, -2),
-    ref_mismatched_rejected_logps=t(-6, -6),
-    plus_logratios=t(2.5, -2),
-    minus_logratios=t(1.5, 0),
-)
 
 
 @pytest.mark.parametrize(
     ("block", "expected"),
     [
-        ({"name": "slic", "sft_weight": 0.1}, {"nll": 4}),
-        ({"name": "cpo", "sft_weight": 0.1}, {"nll": 8 / 6}),
-        ({"name": "epsilon-dpo"}, {"beta": 0.01, "k_plus": 0.5, "k_minus": 0.5}),
+        ({"name": "cpo", "sft_weight": 0.1}, {"nll": 0.4}),
+        ({"name": "epsilon-dpo"}, {"beta": 0.01, "k_plus": 1, "k_minus": 0}),
+        ({"name": "kto", "beta": 0.5}, {"z_ref": 0.5 * 0.1}),
         ({"name": "alpha-dpo", "alpha": 0.3}, {"gap_mean": 0.5, "gap_std": 0.25, "alpha_over_std": 1.2}),
-        ({"name": "kto", "beta": 0.5}, {"z_ref": 0.5 * 1.25}),
-        # (4 + 0) / 2 is the mean gap of the two pairs, of which none is left out without a draw.
+        # 0.7 is the gap of the pair, which is not left out without a draw.
         (
             {"name": "beta-dpo", "alpha": 0.4},
-            {"gap_mean": 0.5, "gap_std": 0.25, "kept": 1, "beta": 0.1 * (1 + 0.4 * (2 - 0.5))},
+            {"gap_mean": 0.5, "gap_std": 0.25, "kept": 1, "beta": 0.1 * (1 + 0.4 * (0.7 - 0.5))},
         ),
-        ({"name": "simpo"}, {}),
     ],
     ids=lambda value: value.get("name", ""),
 )
-def test_what_is_logged_is_the_mean_over_pairs(block, expected):
+def test_what_is_logged(block, expected):
     objective = build_objective(block)
-    state = settled(*STATES[objective.name]) if objective.name in STATES else None
-    columns = objective(SCORES, state).diagnostics
-    summary = objective.summarize(columns)
+    state = settled(0.5, 0.25) if "gap_mean" in expected else None
+    summary = objective.summarize(objective(case_scores("A"), state).diagnostics)
     assert summary == pytest.approx({f"{objective.name}/{key}": value for key, value in expected.items()})
 
 
-def test_summaries_by_hand():
-    columns = {"kept": t(1, 0, 1), "beta": t(1, 1, 4), "gap_mean": t(0, 0, 0), "gap_std": t(1, 1, 1)}
-    summary = build_objective({"name": "beta-dpo"}).summarize(columns)
-    assert summary["beta-dpo/kept"] == pytest.approx(2 / 3) and summary["beta-dpo/beta"] == 2
-    columns = {"running_beta": t(0.1, 0.1, 0.1, 0.1), "k": t(1, 0, -1, -1)}
-    summary = build_objective({"name": "epsilon-dpo"}).summarize(columns)
-    assert (summary["epsilon-dpo/k_plus"], summary["epsilon-dpo/k_minus"]) == (0.25, 0.5)
+def test_the_summary_of_rmipo_by_hand():
     objective = build_objective({"name": "rmipo", "gamma_max": 1.4})
     # The share at the upper bound is as float32 rounds it; the lower one is only approached.
     gamma = torch.tensor([1.4, 1.4, 1.3999, 1.3, 0.32, 0.309, 0.305, 0.3])
@@ -562,26 +469,6 @@ def test_columns_are_detached_and_of_one_type(name):
     found |= {} if output.gamma is None else {"gamma": output.gamma}
     for key, column in found.items():
         assert (column.shape, column.dtype, column.requires_grad) == ((5,), torch.float32, False), key
-    after = objective.end_step(state, output.diagnostics)
-    for states in (objective.init_state(), after):
-        assert all((v.shape, v.dtype, v.requires_grad) == ((), torch.float64, False) for v in states.values())
-
-
-def test_modulated_betas_empty_responses_and_gaps_of_sums():
-    output = build_objective({"name": "rmipo", "signal": "loglik", "target": "beta"})(SCORES)
-    assert (output.chosen_rewards.tolist(), output.rejected_rewards.tolist()) == ([-2, -4], [-4, -2])
-    assert output.gamma.tolist() == pytest.approx([0.95, 0.95])
-    scores = PairScores(t(0, -2), t(-2, 0), t(0, 4), t(4, 0))
-    assert [value.tolist() for value in scores.logps(per_token=True)] == [[0, -0.5], [-0.5, 0]]
-    scores = PairScores(t(0, 0), t(-2, -1), t(0, 0), t(4, 3))
-    for normalization in ("token", "sequence"):
-        block = {"name": "cpo", "sft_normalization": normalization}
-        assert build_objective(block)(scores).diagnostics["nll"].tolist() == [0, 0]
-    block = {"name": "alpha-dpo", "beta": 2.5, "gamma_beta_ratio": 0.6, "alpha": 0.2, "length_normalization": False}
-    output = build_objective(block)(SCORES, settled(0.5, 0.25))  # gaps 4 and 0: 14 and -2 deviations off
-    assert output.gamma.tolist() == pytest.approx([2.5 * (0.6 + 0.2 * 14), 2.5 * (0.6 - 0.2 * 2)])
-    state = build_objective(block).observe(build_objective(block).init_state(), SCORES)
-    assert state["gap_mean"].item() == pytest.approx(0.1 * 2)
 
 
 def gaps(*values):
@@ -623,17 +510,19 @@ def test_beta_dpo_selects_by_statistics_that_count_the_batch_itself():
     for gap, beta in ((-100, 1e-3), (100, 0.1 * (1 + 0.6 * 100))):
         output = build_objective({"name": "beta-dpo"})(gaps(gap, gap), settled(0, 1))
         assert output.diagnostics["beta"].tolist() == pytest.approx([beta] * 2)
+
+
+def test_responses_and_shares_that_are_empty_give_no_nan():
     state = settled(0, 1) | {"batch_kept": torch.zeros(2, dtype=torch.bool), "batch_center": t(0.5)[0]}
     assert build_objective({"name": "beta-dpo"})(gaps(1, 2), state).losses.tolist() == [0, 0]
+    scores = PairScores(t(0, -2), t(-2, 0), t(0, 4), t(4, 0))
+    assert [value.tolist() for value in scores.logps(per_token=True)] == [[0, -0.5], [-0.5, 0]]
+    scores = PairScores(t(0, 0), t(-2, -1), t(0, 0), t(4, 3))
+    assert build_objective({"name": "cpo"})(scores).diagnostics["nll"].tolist() == [0, 0]
+    torch.testing.assert_close(pmi(t(-0.5, 0.0), t(0.0, 0.0), t(1, 0), t(0, 0)), t(-0.5, 0.0))
 
 
-def test_pmi_and_losses_with_label_smoothing_and_sft_by_hand():
-    logps, prior, lengths = t(-1.2, -4.0), t(-3.0, -4.8), t(3, 4)
-    torch.testing.assert_close(pmi(logps, prior), t(1.8, 0.8))
-    torch.testing.assert_close(pmi(logps, prior, lengths), t(0.6, 0.2))
-    torch.testing.assert_close(pmi(logps, prior, lengths, lengths - 1), t(-0.4 + 1.5, -1.0 + 1.6))
-    torch.testing.assert_close(delta_pmi(t(0.6), t(0.4)), t(0.2))
-    torch.testing.assert_close(pmi(t(-0.5, 0.0), t(0.0, 0.0), t(1, 0), t(0, 0)), t(-0.5, 0.0))  # of nothing
+def test_losses_with_label_smoothing_and_sft_by_hand():
     # beta 2: reward differences 2 and -2; gamma 0.3 + 1.3 / 2 = 0.95 and 1.6, so margins of 1.05 and -3.6.
     plain, flipped = -logsigmoid(t(1.05, -3.6)), -logsigmoid(t(-1.05, 3.6))
     losses, gamma = rmipo_loss(**PAIRS)
@@ -642,14 +531,12 @@ def test_pmi_and_losses_with_label_smoothing_and_sft_by_hand():
     torch.testing.assert_close(rmipo_loss(**PAIRS, label_smoothing=0.1)[0], 0.9 * plain + 0.1 * flipped)
     # 10 nats over the batch's 6 chosen tokens, of which 2 and 8 are the pairs'.
     torch.testing.assert_close(rmipo_loss(**PAIRS, sft_weight=0.5)[0], plain + 0.5 * t(2, 8) * 2 / 6)
-    assert rmipo_loss(**PAIRS, sft_weight=0.5)[0].mean().item() == pytest.approx(plain.mean().item() + 0.5 * 10 / 6)
 
 
 @pytest.mark.parametrize(
     ("schedule", "span", "expected"),  # the kept share of the range at d = -1, 0, 0.5, 1, 2, 3
     [
         ("exponential", {}, [1, 1, math.exp(-0.5), math.exp(-1), math.exp(-2), math.exp(-3)]),
-        ("exponential", {"span": 4.0}, [1, 1, math.exp(-0.5), math.exp(-1), math.exp(-2), math.exp(-3)]),
         ("linear", {}, [1, 1, 0.75, 0.5, 0, 0]),
         ("linear", {"span": 1.0}, [1, 1, 0.5, 0, 0, 0]),
         ("cosine", {}, [1, 1, (1 + math.sqrt(0.5)) / 2, 0.5, 0, 0]),
@@ -696,11 +583,9 @@ def test_the_objective_of_a_recipe_calls_the_function_and_simpo_takes_both_too()
     assert objective.micro_batch_matters and not build_objective({"name": "simpo"}).micro_batch_matters
     assert build_objective({"name": "rmipo", "sft_weight": 1e-3}).micro_batch_matters
     scores = PairScores(**PAIRS)
-    for options in ({}, {"schedule": "cosine", "span": 1.0}, {"pmi_normalization": "sequence", "label_smoothing": 0.1}):
-        losses, gamma = rmipo_loss(**PAIRS, **options)
-        output = build_objective({"name": "rmipo", **options})(scores)
-        assert torch.equal(output.losses, losses) and torch.equal(output.gamma, gamma.to(losses))
-    losses, gamma = rmipo_loss(
-        **PAIRS | {"prior_chosen_logps": None, "prior_rejected_logps": None}, schedule="constant"
-    )
-    torch.testing.assert_close(gamma, t(0.95, 0.95))
+    options = {"schedule": "cosine", "span": 1.0, "label_smoothing": 0.1, "sft_weight": 0.5}
+    losses, gamma = rmipo_loss(**PAIRS, **options)
+    output = build_objective({"name": "rmipo", **options})(scores)
+    assert torch.equal(output.losses, losses) and torch.equal(output.gamma, gamma)
+    without_priors = PAIRS | {"prior_chosen_logps": None, "prior_rejected_logps": None}
+    torch.testing.assert_close(rmipo_loss(**without_priors, schedule="constant")[1], t(0.95, 0.95))

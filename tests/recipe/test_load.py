@@ -108,22 +108,19 @@ def test_prefer_local_takes_a_finished_run_and_says_so(write, tmp_path):
         assert result.values.get("model_revision") == ("v1" if "some/" in result.values["model_name_or_path"] else None)
         return result.values["model_name_or_path"], " ".join(result.notices)
 
-    assert loaded() == ("some/model", f"model_name_or_path: some/model, because {local} holds no finished run")
     local.mkdir(parents=True)
-    (local / "run.json").write_text(json.dumps({"finished": False, "recipe": {}}))
-    assert loaded()[0] == "some/model"
-    (local / "run.json").write_text(json.dumps({"finished": True, "recipe": {}}))
-    model, notice = loaded()
-    assert model == str(local) and "holds a finished run" in notice
+    for finished, expected in ((False, "some/model"), (True, str(local))):
+        (local / "run.json").write_text(json.dumps({"finished": finished, "recipe": {}}))
+        model, notice = loaded()
+        assert model == expected and str(local) in notice
     assert loaded("--model_name_or_path", "x/y")[0] == "x/y"
 
 
 def test_values_are_read_as_they_are_meant_and_kept_as_they_are_written(write):
     text = yaml.safe_dump({key: value for key, value in RECIPE.items() if key != "learning_rate"})
-    path = write("rmipo.yaml", text + "learning_rate: 2e-5\neval_strategy: no\nnum_train_epochs: 1\n")
+    path = write("rmipo.yaml", text + "learning_rate: 2e-5\neval_strategy: no\n")
     values = load_recipe(path, overrides=["--max_length=null"]).values
     assert (values["learning_rate"], values["eval_strategy"]) == (2e-5, "no") and "max_length" not in values
-    assert type(values["num_train_epochs"]) is int
 
 
 @pytest.mark.parametrize(
@@ -150,10 +147,8 @@ def test_each_mistake_is_named(recipe, override):
 @pytest.mark.parametrize(
     ("entries", "named"),
     [
-        ("[{path: a, weight: 1.5}]", "datasets: 0: weight"),
-        ("[{path: a}, {path: b, fraction: 0}]", "datasets: 1: fraction"),
+        ("[{path: a}, {path: b, weight: 1.5}]", "datasets: 1: weight"),
         ("[{path: a, wieght: 1}]", "datasets: 0: wieght"),
-        ("[{weight: 1}]", "datasets: 0: path"),
         ("[{path: a, fraction: 1}, {path: b}]", "fraction"),
     ],
 )
@@ -174,9 +169,7 @@ def test_all_mistakes_are_reported_at_once_with_their_file(write, recipe):
 @pytest.mark.parametrize(
     ("text", "named"),
     [
-        ("seed: 1\nmax_steps: 2\nseed: 3\n", "seed"),
         ("objective: {name: rmipo, beta: 1, beta: 2}\n", "beta"),
-        ("chat_template: {{ bos_token }}\n", "line 1"),
         ("base: gone.yaml\n", "gone.yaml"),
         ("seed: !!python/object/apply:os.system ['true']\n", "broken.yaml"),
     ],
@@ -194,9 +187,8 @@ def test_keys_of_preference_recipes_are_refused_in_sft(write):
 
 
 def test_the_batch_the_device_and_uploads_follow_from_the_recipe(recipe, monkeypatch):
-    for per_device, world_size, accumulation in ((2, 4, 16), (1, 1, 128), (8, 16, 1)):
-        loaded = load_recipe(recipe, overrides=["--per_device_train_batch_size", str(per_device)])
-        assert loaded.batch(world_size) == (128, accumulation)
+    for world_size, accumulation in ((4, 16), (64, 1)):
+        assert load_recipe(recipe).batch(world_size) == (128, accumulation)
     for gpus in (0, 1):
         monkeypatch.setattr("torch.cuda.device_count", lambda gpus=gpus: gpus)
         assert load_recipe(recipe, overrides=["--use_cpu", "auto"]).values["use_cpu"] is (gpus == 0)

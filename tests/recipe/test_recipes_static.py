@@ -1,10 +1,8 @@
 """Every recipe, overlay, sweep and launch configuration that is shipped loads, and holds the paper's values."""
 
-import json
 from pathlib import Path
 
 import pytest
-import yaml
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from rmipo.launch.choices import choose_stages
@@ -12,6 +10,7 @@ from rmipo.recipe.files import read_yaml
 from rmipo.recipe.load import load_recipe
 from tests.helpers.paths import ROOT
 from tests.helpers.recipes import edited_recipes
+from tests.helpers.rows import assistant, user
 
 RECIPES = ROOT / "recipes"
 EDITED = edited_recipes()  # a user's own, which may say what they like
@@ -78,37 +77,24 @@ def test_overlays_fit_every_setting(overlay):
             assert recipe.values["objective"]["name"] == Path(overlay).stem
 
 
-@pytest.mark.parametrize("path", sorted(ROOT.glob("configs/accelerate/*.yaml")), ids=lambda path: path.stem)
-def test_launch_configurations_name_files_that_exist(path):
-    config = yaml.safe_load(path.read_text())
-    deepspeed = config.get("deepspeed_config", {}).get("deepspeed_config_file")
-    if config["distributed_type"] == "DEEPSPEED":
-        content = json.loads((ROOT / deepspeed).read_text())
-        assert content["zero_optimization"]["stage"] == int(path.stem[4])
-        assert content["train_batch_size"] == content["gradient_accumulation_steps"] == "auto"  # the recipe decides
-        assert config["deepspeed_config"]["zero3_init_flag"] == (path.stem[4] == "3")
-
-
 @pytest.mark.parametrize(
-    ("name", "rendered"),
+    ("name", "prompt", "end"),
     [
-        ("zephyr", "<s><|system|>\nBe brief.</s>\n<|user|>\n2+2?</s>\n<|assistant|>\n4</s>"),
+        ("zephyr", "<s><|system|>\nBe brief.</s>\n<|user|>\n2+2?</s>\n<|assistant|>\n", "</s>"),
         (
             "llama3",
             "<s><|start_header_id|>system<|end_header_id|>\n\nBe brief.<|eot_id|>"
-            "<|start_header_id|>user<|end_header_id|>\n\n2+2?<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n4<|eot_id|>",
+            "<|start_header_id|>user<|end_header_id|>\n\n2+2?<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
+            "<|eot_id|>",
         ),
     ],
 )
-def test_templates_write_one_bos_and_one_end_token(name, rendered):
+def test_templates_write_one_bos_and_one_end_token(name, prompt, end):
     template = ImmutableSandboxedEnvironment().from_string((RECIPES / f"templates/{name}.jinja").read_text())
-    roles, texts = ("system", "user", "assistant"), ("Be brief.", "2+2?", "4")
-    messages = [{"role": role, "content": text} for role, text in zip(roles, texts, strict=True)]
+    messages = [{"role": "system", "content": "Be brief."}, user("2+2?")]
     tokens = {"bos_token": "<s>", "eos_token": "</s>"}
-    assert template.render(messages=messages, **tokens) == rendered
-    prompt = template.render(messages=messages[:2], add_generation_prompt=True, **tokens)
-    end = "</s>" if name == "zephyr" else "<|eot_id|>"
-    assert rendered == f"{prompt}4{end}"
+    assert template.render(messages=messages, add_generation_prompt=True, **tokens) == prompt
+    assert template.render(messages=[*messages, assistant("4")], **tokens) == f"{prompt}4{end}"
 
 
 def test_the_two_recipes_of_anthropic_hh_differ_in_subset_and_folder_alone():

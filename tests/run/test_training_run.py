@@ -84,23 +84,13 @@ def test_what_a_run_sets_up_is_taken_down_after_it_or_never_where_nothing_is_kep
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(
-    "error, kind, code",
-    [(ValueError("a"), ValueError, 1), (SystemExit(EXIT_STOPPED), SystemExit, 0), (None, None, 0)],
-    ids=str,
-)
-def test_wandb_is_closed_with_how_the_run_ended(enter, monkeypatch, error, kind, code):
-    codes = []
-    wandb = types.SimpleNamespace(run=object(), finish=lambda exit_code: codes.append(exit_code))
+@pytest.mark.parametrize("error, code", [(ValueError("a"), 1), (SystemExit(EXIT_STOPPED), 0)], ids=str)
+def test_wandb_is_closed_with_how_the_run_ended(enter, monkeypatch, error, code):
+    wandb = mock.Mock()
     monkeypatch.setitem(sys.modules, "wandb", wandb)
-    try:
-        with enter(keep=False):
-            if error is not None:
-                raise error
-        raised = None
-    except BaseException as found:
-        raised = type(found)
-    assert (raised, codes) == (kind, [code])
+    with pytest.raises(type(error)), enter(keep=False):
+        raise error
+    wandb.finish.assert_called_once_with(exit_code=code)
 
 
 def test_a_start_records_what_it_starts(tmp_path, enter, monkeypatch, capsys):
@@ -113,12 +103,9 @@ def test_a_start_records_what_it_starts(tmp_path, enter, monkeypatch, capsys):
         assert run.checkpoint is None and not (tmp_path / "out/run.json").exists()
     today = datetime.date.today()
     assert tokenizer.chat_template == f'{{{{ "{today.year}" }}}}'
-    output = capsys.readouterr().out
-    assert f"the chat template reads the clock: it says {today} from now on, and is saved so\n" in output
-    assert output.endswith(f"starting in {tmp_path}/out\n") and not opened
+    assert str(today) in capsys.readouterr().out and not opened
     content = run.record
     assert content["data"] == {"rows": 3} and content["date"] == str(today)
-    assert content["world_size"] == content["starts"] == 1
     assert content["fingerprints"].keys() == {"train", "model"} and content["fingerprints"]["train"] == "a"
     assert content["recipe"] == json.loads(json.dumps(run.recipe.resolved(), default=str))
     with enter(report_to="wandb") as run:
@@ -131,7 +118,7 @@ def test_a_start_records_what_it_starts(tmp_path, enter, monkeypatch, capsys):
     assert run.date == "2020-02-03" and tokenizer.chat_template == '{{ "03 Feb 2020" }}'
 
 
-def test_a_run_is_stopped_goes_on_is_finished_and_started_once_more(tmp_path, enter, monkeypatch, capsys):
+def test_a_run_is_stopped_goes_on_is_finished_and_started_once_more(tmp_path, enter, monkeypatch):
     out, uploads = tmp_path / "out", []
     monkeypatch.setattr(export, "push", lambda args: uploads.append((args.hub_model_id, recorded_run(out))) or "URL")
     hub = {"push_to_hub": "true", "hub_model_id": "me/a"}
@@ -143,19 +130,15 @@ def test_a_run_is_stopped_goes_on_is_finished_and_started_once_more(tmp_path, en
         run.stop.requested = True
         run.train(trainer, [watching])
     assert stopped.value.code == 75
-    assert "stopped by a signal at step 1 and saved; the same command goes on from there" in capsys.readouterr().out
     assert {StopOnSignal, Recorder, Watching, FiniteWatchdog, SilenceWatchdog} < kinds(trainer)
     assert not trainer.args.logging_nan_inf_filter
     assert watching.record["starts"] == 1 and not watching.record["finished"] and not uploads
     marker = marked(out / "checkpoint-1")
-    assert {"config.json", "optimizer.pt", "scheduler.pt"} <= set(marker["files"]) and marker["step"] == 1
     assert all(marker[key] == run.record[key] for key in ("recipe", "fingerprints", "world_size"))
 
     # Gone on with, and finished
-    capsys.readouterr()
     with enter(**hub) as run:
         run.start({"train": "a"})
-        assert f"resuming from {out}/checkpoint-1\n" in capsys.readouterr().out
         trainer = make_run_trainer(run)
         run.stop.requested = True  # by a signal after the last step: there is nothing left to be stopped
         run.train(trainer)
@@ -166,7 +149,6 @@ def test_a_run_is_stopped_goes_on_is_finished_and_started_once_more(tmp_path, en
         assert recorded_run(out)["results"] == {"eval_loss": 0.25} and not recorded_run(out)["finished"] and not uploads
         run.save(trainer, eval_loss=0.5)
     assert "| eval_loss | 0.5 |" in (out / "README.md").read_text()
-    assert f"model: {out}\nuploaded: URL\n" in capsys.readouterr().out
     ((name, record),) = uploads
     assert name == "me/a" and record["finished"] and record["starts"] == 2
 
@@ -194,12 +176,11 @@ def test_a_disk_that_fills_up_while_a_run_trains_or_saves_is_told(tmp_path, ente
     assert len(read_metrics(tmp_path / "out")) == 1
 
 
-@pytest.mark.parametrize("part", ["config.json", "model.safetensors"])
-def test_a_run_does_not_go_on_from_another_initial_model(tmp_path, twin, enter, part):
+def test_a_run_does_not_go_on_from_another_initial_model(tmp_path, twin, enter):
     model = shutil.copytree(twin[1], tmp_path / "model")
     with enter(model_name_or_path=model) as run:
         run.start({"train": "a"})
         write_record(run.folder, run.record)
-    (model / part).write_bytes((model / part).read_bytes() + b" ")
+    (model / "config.json").write_bytes((model / "config.json").read_bytes() + b" ")
     with pytest.raises(CheckpointError, match=r"s\.model: \w+, now \w+$"), enter(model_name_or_path=model) as run:
         run.start({"train": "a"})

@@ -7,6 +7,7 @@ from dataclasses import asdict, replace
 
 import pytest
 import torch
+import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rmipo.data.chat import ChatFormat
@@ -108,17 +109,9 @@ def test_responses_are_what_their_kind_says():
             assert world.classify(facts[question], answer) == classes[row["kind"]]
 
 
-def test_classify(world):
-    for expected, response in (
-        ("right", "Ada's home town is Oslo."),
-        ("wrong", "It is Lima."),
-        ("wrong", "The favourite drink of Ada is tea."),
-        ("garbled", "Ada's home town is Oslo"),
-        ("garbled", " Ada's home town is Oslo."),
-        ("garbled", "Of course! Ada's home town is Oslo."),
-        ("garbled", ""),
-    ):
-        assert world.classify(Fact("Ada", "home town", "Oslo"), response) == expected
+def test_what_is_said_besides_the_answer_is_garbled(world):
+    for response in ("Ada's home town is Oslo", " Ada's home town is Oslo.", "Of course! Ada's home town is Oslo.", ""):
+        assert world.classify(Fact("Ada", "home town", "Oslo"), response) == "garbled"
 
 
 def test_right_probability_equals_a_naive_loop(folder, tokenizer):
@@ -204,30 +197,28 @@ def test_same_config_same_files(folder, tmp_path):
     assert random.getstate() == states[0] and torch.equal(torch.get_rng_state(), states[1])
     first = digests(folder)
     assert digests(tmp_path / "again") == first
-    assert {"sft/train.jsonl", "pairs/test.jsonl", "questions.jsonl", "model/model.safetensors"} <= first.keys()
     assert write_world(tmp_path / "other", replace(SMALL, seed=1))
     changed = [name for name, digest in digests(tmp_path / "other").items() if first[name] != digest]
     assert {"sft/train.jsonl", "pairs/test.jsonl", "questions.jsonl", "model/model.safetensors"} <= set(changed)
 
 
-def test_a_world_is_kept_and_another_one_refused(folder):
+def test_a_world_is_kept_and_another_one_refused(folder, tmp_path):
     before = digests(folder)
     assert write_world(folder, replace(SMALL, label_noise=0.15)) is False
     with pytest.raises(ValueError, match="another world"):
         write_world(folder, replace(SMALL, seed=3))
     assert digests(folder) == before
     assert asdict(read_world(folder).config) == asdict(replace(SMALL, label_noise=0.15))
-    with pytest.raises(ValueError, match=r"no world\.json"):
-        read_world(folder / "sft")
+    knobs = yaml.safe_load(RECIPE.read_text()) | {"label_noise": 2}
+    (tmp_path / "world.yaml").write_text(yaml.safe_dump(knobs))
+    with pytest.raises(ValueError, match="label_noise"):
+        load_world_config(tmp_path / "world.yaml")
 
 
 def test_the_files_hold_the_world_a_tokenizer_and_a_model_that_fits_it(folder, tokenizer):
-    assert [len(row["messages"]) for row in rows(folder / "sft/train.jsonl")].count(1) == 30
-    assert sum(row["flipped"] for row in rows(folder / "pairs/train.jsonl")) == 30
     right = [row["right"] for row in rows(folder / "questions.jsonl")]
     assert right == [question.fact.answers for question in read_world(folder).held_out_questions]
     model = AutoModelForCausalLM.from_pretrained(folder / "model")
-    assert model.config.tie_word_embeddings and model.config.max_position_embeddings == 2048
     assert model.get_input_embeddings().weight.shape == (len(tokenizer), 32)
     generation = model.generation_config
     assert (generation.eos_token_id, generation.pad_token_id) == (tokenizer.eos_token_id, tokenizer.pad_token_id)
