@@ -1,21 +1,57 @@
 """FSDP2 as configs/accelerate/fsdp2.yaml starts it, on two CPU processes: the same run as in one process, resumable."""
 
-import functools
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from rmipo.record import read_metrics
-from tests.helpers import interrupted_runs
 from tests.helpers.interrupted_runs import assert_same_run, kill_when, last_step
+from tests.helpers.paths import ROOT
 
 pytestmark = pytest.mark.slow
-start, finish = (
-    functools.partial(function, processes=2, sharding="fsdp2")
-    for function in (interrupted_runs.start, interrupted_runs.finish)
-)
+
+
+class Started(subprocess.Popen):
+    def __init__(self, command):
+        streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        super().__init__(
+            command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, start_new_session=True, **streams
+        )
+
+    def send(self, number):
+        """To the launcher and its workers, which it starts in sessions of their own."""
+        for victim in [*psutil.Process(self.pid).children(recursive=True), self]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                victim.send_signal(number)
+
+    def end(self):
+        self.send(signal.SIGKILL)
+        self.wait()
+
+
+def start(overrides, output_dir):
+    command = [
+        str(Path(sys.executable).with_name("accelerate")), "launch", "--config_file", "configs/accelerate/fsdp2.yaml",
+        "--num_processes", "2", "tests/helpers/fsdp2_on_cpus.py",
+        "scripts/preference.py", "--config", "recipes/tiny/rmipo.yaml",
+    ]  # fmt: skip
+    return Started([*command, *overrides, "--output_dir", str(output_dir)])
+
+
+def finish(overrides, output_dir):
+    run = start(overrides, output_dir)
+    output, _ = run.communicate()
+    assert run.returncode == 0, output[-6000:]
+    return output
 
 
 def test_fsdp2_trains_as_one_process_does(tmp_path, twin, whole):
