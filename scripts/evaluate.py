@@ -41,7 +41,7 @@ def evaluate(folder: Path, settings: dict, benchmark: Benchmark, name: str) -> N
         changed = found.get("prompting") != made_of["prompting"]
         different += ["it is of another tokenizer, chat template or generation_config.json"] * changed
         if different:
-            fix = f"Delete it and {path.with_suffix('')}, or give this evaluation a name of its own: EVAL_NAME=..."
+            fix = f"Delete it and, if it is there, {path.with_suffix('')}; or name this evaluation: EVAL_NAME=..."
             raise EvaluationError(f"{path} is finished, and not what is asked for: {'; '.join(different)}. {fix}")
         asked, done = (values.get(benchmark.parts, []) for values in (settings, found["settings"]))
         settings[benchmark.parts] = done + [part for part in asked if part not in done]

@@ -20,11 +20,13 @@ from rmipo.compare.log import Log
 from rmipo.compare.study import INITIAL, METHODS, READINGS, SEARCH_SEED, Study, Trial
 from rmipo.errors import ConfigError
 from rmipo.files import locked
+from rmipo.fingerprints import has_weights
 from rmipo.launch.choices import whole_number
 from rmipo.launch.sweep import load_sweep
 from rmipo.objectives import OBJECTIVES
 from rmipo.plots import house_style, panels, save
 from rmipo.recipe.files import read_yaml
+from rmipo.record import recorded_run
 from rmipo.reporting import comparison
 from rmipo.reporting.render import markdown_table
 from rmipo.reporting.results import OURS, method_label
@@ -64,7 +66,9 @@ def read_choices(env: dict[str, str], swaps_labels: bool) -> tuple[list[str], li
 def train_and_report(study: Study, name: str, plan: dict, seeds: list[int], env: dict[str, str]) -> int:
     """The study of `plan`, which has the keys of a margins.yaml, in outputs/<model>/<name>."""
     start = study.base.values["model_name_or_path"]
-    if start.startswith("outputs/") and not Path(start).is_dir():
+    if start.startswith("outputs/") and not (
+        has_weights(Path(start)) and (recorded_run(start) or {}).get("finished", True)
+    ):
         raise ConfigError(f"{start} is not there, where all runs start: make train MODEL={study.model} comes first")
     folder, metric, contrasts = Path(f"outputs/{study.model}/{name}"), study.task.selection_metric, name == "margins"
     searches, family = [], {}
@@ -143,12 +147,12 @@ def nearest_rates(searched: list[dict], rates: dict[str, float]) -> dict[str, fl
 
 
 def grid_runs(study: Study, grids: dict, rates: dict, seeds: Iterable[int], purpose="report") -> list[Trial]:
-    """The settings of each method's grid, at its learning rate. Values of its own recipe count as none given."""
+    """The settings of each method's grid, at its learning rate. In a search values of its own recipe count as none given."""
     runs = []
     for method, grid in grids.items():
         own = study.recipe(Trial(purpose, method, None, 0, 0.0)).values["objective"]
         for point in points_of(grid):
-            changed = tuple((name, value) for name, value in point if own.get(name) != value)
+            changed = tuple((name, value) for name, value in point if purpose == "report" or own.get(name) != value)
             runs += [Trial(purpose, method, rates.get(method), seed, 0.0, changed) for seed in seeds]
     return runs
 

@@ -33,6 +33,11 @@ def read_pair(row: Row) -> Sides:
         return read_turns(row, "prompt", "user"), chosen, rejected
     # TRL's rule of what two dialogues share, so that the same file gives the same pairs there and here.
     shared = extract_prompt({"chosen": chosen, "rejected": rejected})
+    # As text it may be anything: UltraFeedback repeats the first user turn there.
+    if isinstance(row.get("prompt"), list):
+        own = read_turns(row, "prompt", "user")
+        if shared["prompt"][: len(own)] != own:
+            raise DataError("`prompt` differs from the turns that `chosen` and `rejected` share: keep one of them")
     return tuple(shared[side] for side in SIDES)
 
 

@@ -12,11 +12,13 @@ from datasets.exceptions import DatasetGenerationError
 
 from rmipo.data.chat import DataError
 from rmipo.data.formats import Reader, convert_rows
+from rmipo.fingerprints import file_digest, text_fingerprint
 from rmipo.recipe.schema import DataConfig
 
 logger = logging.getLogger(__name__)
 
 FILE = re.compile(r"\.(json|parquet|arrow)l?(\.gz)?$")  # the end of a data file's name, with its builder
+SHARD = re.compile(r"-(\d+)-of-(\d+)")
 SAVED = "data-*-of-*.arrow"  # what `Dataset.save_to_disk` writes into a folder, beside caches of `map`
 HELD_OUT = 0.05  # share of local data without splits that becomes its test split
 
@@ -136,6 +138,8 @@ def load_source(entry: dict, split: str, data_config: DataConfig) -> tuple[Datas
             raise DataError(f"{source}: a data file ends in .jsonl, .json or .parquet")
         # Escaped: `load_dataset` reads names as patterns, and run[1] would be run1.
         builder, name, arguments = kind[1], "train", {"data_files": [glob.escape(str(file)) for file in files]}
+        # The cache goes by path and time: the same path may hold other rows by now (a link, cp -p, rsync -t).
+        arguments["name"] = f"content-{text_fingerprint(b''.join(map(file_digest, files)))}"
         source = f"{source}: {files[0].name}"
     try:
         return load_dataset(builder, split=name, **arguments), divided
@@ -154,7 +158,10 @@ def find_split(folder: Path, name: str, split: str) -> list[Path]:
     if not files:
         missing = f"{folder}: no file of the {split} split {name!r}, such as {name}.jsonl"
         raise MissingSplitError(f"{missing}. Rename a file, or set `dataset_{split}_split`.")
-    # A file beside its unpacked copy would train its rows twice.
-    if len(files) > 1 and not all("-of-" in path.name for path in files):
-        raise DataError(f"{folder}: {files[0].name} and {files[1].name} are both split {name!r}. Keep one of them")
+    # Anything else would train rows twice, or leave rows out.
+    shards = [SHARD.search(path.name) for path in files]
+    expected = [(number, len(files)) for number in range(len(files))]
+    if shards != [None] and [shard and (int(shard[1]), int(shard[2])) for shard in shards] != expected:
+        found = ", ".join(path.name for path in files)
+        raise DataError(f"{folder}: found {found} for split {name}, expected one file or all shards of one upload")
     return files

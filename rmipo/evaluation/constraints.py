@@ -80,7 +80,7 @@ def sample(name: str, model_dir: str | Path, settings: dict) -> tuple:
 
 
 def fixed_text(prompts: list[dict]) -> str:
-    """A text that is a good answer to as many prompts as a greedy search finds: BOILERPLATE, and words that answer tasks."""
+    """BOILERPLATE, followed by the keywords that answer most prompts, which a greedy search picks."""
     from rmipo.constraints.instructions import followed  # needs lm-eval
     from rmipo.constraints.prompts import WORDS
 

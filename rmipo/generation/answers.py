@@ -137,7 +137,10 @@ class Generator:
             self.settings["engine"] = choose_engine(self.settings["engine"])
         # Complete answers need no weights: a machine that only judges has the folder without its *.safetensors.
         packages = sorted({self.settings["engine"], "torch", "transformers"})
-        self.versions = found["versions"] if whole else package_versions(*packages)
+        versions = found["versions"] if whole else package_versions(*packages)
+        if self.versions not in (None, versions):  # one result can't state both
+            raise EvaluationError(f"{path}: made with {versions}, earlier answers with {self.versions}: delete it")
+        self.versions = versions
         known = whole and not has_weights(self.model_dir)
         self.fingerprint = found["model"] if known else trained_fingerprint(self.model_dir)
         # Temperatures and seeds are in the prompts: a benchmark may have its own for each.
@@ -155,9 +158,8 @@ class Generator:
             for i, (ids, finish) in tqdm(made, f"answers of {self.model_dir.name}", len(wanted), unit="answer"):
                 text = tokenizer.decode(ids, skip_special_tokens=True).strip()
                 row = {"key": requests[i].key, "output": text, "tokens": len(ids), "finish": finish}
-                print(
-                    json.dumps(row), file=file, flush=True
-                )  # a kill loses the answer that is being made, and no other
+                # Flushed: a kill loses the answer in progress and no other.
+                print(json.dumps(row), file=file, flush=True)
                 answers[requests[i].key] = row
         self.finishes += [answers[request.key]["finish"] for request in requests]
         return [answers[request.key]["output"] for request in requests]

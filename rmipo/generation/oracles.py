@@ -59,7 +59,11 @@ def function_oracle(settings: dict) -> Oracle:
     """
     file, _, name = settings["function"].rpartition(":")
     function = runpy.run_path(file)[name]  # the user's own file: nothing of a model's repository is run
-    columns = list(inspect.signature(function).parameters.values())[2:]
+    columns = [
+        one
+        for one in inspect.signature(function).parameters.values()
+        if one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD)
+    ][2:]
 
     def score(prompts: list[Prompt]) -> Scored:
         for prompt in prompts:

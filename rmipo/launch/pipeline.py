@@ -33,9 +33,7 @@ class Step:
     stage: str
     arguments: list[str]
     recipe: Recipe | None = None  # that it trains, if it trains one
-    sharding: Path | None = (
-        None  # file of configs/accelerate/ that it is launched with; None for one process on the CPU
-    )
+    sharding: Path | None = None  # file of configs/accelerate/; None for one process on the CPU
 
     @property
     def program(self) -> list[str]:

@@ -42,9 +42,8 @@ def train(env: Mapping[str, str]) -> int:
             show(step, gpus, nodes, queued)
         return 0
     for step in steps:
-        if (
-            step.recipe
-        ):  # these raise where the global batch can't be divided so, and where the folder holds another run
+        if step.recipe:
+            # These raise where the global batch can't be divided so, and where the folder holds another run.
             step.recipe.batch(step.processes(gpus, nodes))
             step.is_done()
     if queued:
@@ -169,8 +168,11 @@ class Program:
     ) -> int:
         """Exit code of `command`; 75 if it saved in `output_dir` after a signal."""
         env = env or training_environment(os.environ)
+        before = self.stopped_at
         # A group of its own: Ctrl-C reaches it once, through us, and what it started can be ended with it.
         self.process = subprocess.Popen(command, env=env, process_group=0, **streams)
+        if self.stopped_at != before:  # a signal that came before there was a process to pass it on to
+            self.process.send_signal(signal.SIGTERM)
         code = self.process.wait()
         if self.interrupted:
             with contextlib.suppress(ProcessLookupError):

@@ -111,8 +111,11 @@ def typed(kind: Any, values: Any, where: str | Path) -> Any:
         typed = pydantic.TypeAdapter(kind).validate_python(values)
     except pydantic.ValidationError as error:
         wrong = [(": ".join(map(str, (where, *each["loc"]))), each) for each in error.errors()]
-        lines = [f"{key} is {each['input']!r}: {each['msg']}" for key, each in wrong]
+        found = ["" if each["type"] == "missing" else f" is {each['input']!r}" for _, each in wrong]
+        lines = [f"{key}{value}: {each['msg']}" for (key, each), value in zip(wrong, found, strict=True)]
         raise ConfigError("\n  ".join(lines)) from error
+    if isinstance(values, bool) and type(typed) in (int, float):  # pydantic takes `--max_steps --bf16` for one step
+        raise ConfigError(f"{where} is {values}: expected a number")
     return values if type(values) is int and isinstance(typed, float) else typed  # run.json has numbers as written
 
 

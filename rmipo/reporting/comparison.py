@@ -144,7 +144,7 @@ def table(rows: pd.DataFrame, metric: str) -> str:
             METRICS[metric]: number(row, metric),
             f"Δ {METRICS[metric]}": behind if compared else "",
             "p": f"{row['p']:.3f}" if compared and flips else "",
-            "could see": f"{row['could_see']:.{digits(metric)}f}" if compared else "",
+            "could see": f"{row['could_see']:.{digits(metric)}f}" if compared and low < high else "",
         }
         cells.append(line | {head: number(row, name) for head, name in columns.items()})
     heads = [head for head in cells[0] if any(line[head] for line in cells)]

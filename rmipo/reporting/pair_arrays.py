@@ -138,6 +138,7 @@ def rmipo_objective(run: RunFolder) -> RMiPO:
     """The objective of a run whose gamma Figure 8 can show; ReportError for any other."""
     # A constant margin, or one that another signal drives, would be drawn as if Delta_pmi had made it.
     objective = build_objective(run.objective) if run.objective else None
-    if not isinstance(objective, RMiPO) or (objective.target, objective.signal) != ("gamma", "pmi"):
+    follows = isinstance(objective, RMiPO) and (objective.target, objective.signal) == ("gamma", "pmi")
+    if not follows or objective.schedule == "constant" or objective.gamma_min == objective.gamma_max:
         raise ReportError(f"figure 8 shows gamma over Delta_pmi, which that of {run.folder} doesn't follow")
     return objective

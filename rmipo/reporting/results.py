@@ -127,9 +127,13 @@ def load_results(outputs: Path, model: str, bench: str, name: str = "") -> dict[
     paths = glob.glob(os.path.join("**/eval", name, f"{bench}.json"), root_dir=outputs / model, recursive=True)
     methods = [Path(path).parents[2 if name else 1].as_posix() for path in paths]
     methods.sort(key=lambda method: (order.get(method, len(order)), method))
-    found = {method: load_result(outputs, model, method, bench, name) for method in methods}
-    found = {method: result for method, result in found.items() if result}
-    runs, results = {method: load_run(outputs, model, method) for method in found}, {}
+    found, runs = {}, {method: load_run(outputs, model, method) for method in methods}
+    wanted = [run.experiment() for method, run in runs.items() if run and "/" not in method]
+    for method, run in runs.items():
+        # Below a run there may be points of a sweep and trials with results of other weights, which nothing here shows.
+        if "/" not in method or (run and run.experiment() in wanted):
+            found |= {method: result} if (result := load_result(outputs, model, method, bench, name)) else {}
+    results = {}
     for method, result in found.items():
         # The run says what a repetition repeats: without its run.json (a copied result) there is none.
         own = runs[method]

@@ -83,7 +83,7 @@ class TrainingRun:
         self.folder = Path(args.output_dir)
         self.state = PartialState()
         self.say = self.state.print
-        self.stop, self.silence, self.began = StopOnSignal(), SilenceWatchdog(), time.time()
+        self.stop, self.silence = StopOnSignal(), SilenceWatchdog()
         self.checkpoint: str | None = None
         self.record: dict | None = None
         self.date: str | None = None
@@ -113,6 +113,7 @@ class TrainingRun:
             if self.args.push_to_hub and self.state.is_main_process:
                 self.say(f"uploaded: {export.push(self.args)}")
             sys.exit()
+        self.began = time.time()
         self.record = new_record(self.folder, identity, date=self.date, **facts)
         if "wandb" in self.args.report_to:
             on_main_process(lambda: open_wandb(self.args.run_name, self.record["wandb_run_id"]))

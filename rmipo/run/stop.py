@@ -39,7 +39,7 @@ class StopOnSignal(TrainerCallback):
             raise KeyboardInterrupt
         self.requested = True
         # Not print, which this may have interrupted.
-        os.write(2, b"\nstopping after this step, which is saved; Ctrl-C ends at once\n")
+        os.write(2, b"\nwill save and stop after the next step; press Ctrl-C again to end at once\n")
 
     def on_step_end(self, args, state, control, **kwargs):
         requested = torch.tensor([float(self.requested)], device=args.device)

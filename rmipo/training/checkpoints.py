@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import torch
+from peft import PeftModel
 from transformers import Trainer, TrainerState
 from trl import SFTTrainer
 
@@ -29,6 +30,8 @@ class ResumableTrainer(Trainer):
 
     def _init_training_state(self, max_steps, num_update_steps_per_epoch, num_train_epochs, *rest):
         begin = super()._init_training_state(max_steps, num_update_steps_per_epoch, num_train_epochs, *rest)
+        if self.state.global_step > max_steps:  # its weights would pass for those of a shorter training
+            raise CheckpointError(f"the checkpoint is of step {self.state.global_step}, beyond max_steps ({max_steps})")
         # From a checkpoint of the last step the Trainer would train one more: it looks at their number only after each.
         return (num_train_epochs, 0) if self.state.global_step >= max_steps else begin
 
@@ -128,6 +131,10 @@ def decisive(trainer: Trainer) -> dict:
     rows = trainer.train_dataset.tokenized
     some = rows.select(range(0, len(rows), -(-len(rows) // SAMPLED_ROWS)))  # all of a large dataset: minutes
     values["pairs"] = f"{len(rows)}, fingerprint {rows_fingerprint(some)}"
+    if isinstance(trainer.model, PeftModel):  # an adapter of one base is another one on another
+        adapter = trainer.model.active_peft_config
+        values["base model"] = trainer.model.get_base_model().config._name_or_path
+        values |= {f"adapter's {key}": getattr(adapter, key, None) for key in ("r", "lora_alpha")}
     if trainer.named:
         values["initial model"] = trainer.initial_weights
     return json.loads(json.dumps(values))

@@ -9,6 +9,7 @@ import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType
 from peft import PeftModel
+from peft.utils import ModulesToSaveWrapper
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -87,9 +88,8 @@ def check_limits(
         )
     positions = positions_of(config)
     if positions is not None and length is not None and length > positions:
-        raise LoadingError(
-            f"max_length: sequences have up to {length} tokens, and {name} has {positions} positions. Set it to that"
-        )
+        found = f"sequences have up to {length} tokens, and {name} has {positions} positions"
+        raise LoadingError(f"max_length: {found}. Set it to {positions} or less")
 
 
 def positions_of(config: PreTrainedConfig) -> int | None:
@@ -127,7 +127,10 @@ def load_model(model_config: ModelConfig, **options) -> PreTrainedModel:
 
 
 def check_adapters(model: PeftModel) -> None:
-    """Raises LoadingError where adapters name a module that the model lacks: PEFT is content with one that it has."""
+    """Raises LoadingError where adapters name a module that the model lacks: PEFT is content with one that it has.
+
+    Also where they change one of two embeddings that are one: merged, the model would be another one.
+    """
     # Adapters wrap what they match: lm_head.original_module, q_proj.base_layer.
     modules = [f".{name}." for name, _ in model.get_base_model().named_modules()]
     for key in ("target_modules", "modules_to_save"):
@@ -135,6 +138,12 @@ def check_adapters(model: PeftModel) -> None:
         for name in () if isinstance(asked, str) else asked:  # a text is a pattern
             if not any(f".{name}." in module for module in modules):
                 raise LoadingError(f"lora_{key}: the model has no {name}. Correct or remove it")
+    base = model.get_base_model()
+    tied = {key.rpartition(".")[0] for pair in base.all_tied_weights_keys.items() for key in pair}
+    changed = {name for name, module in base.named_modules() if isinstance(module, ModulesToSaveWrapper)}
+    changed |= {*getattr(model.base_model, "targeted_module_names", ())}
+    if both := sorted(tied & changed):
+        raise LoadingError(f"{both[0]}: its weights are those of both embeddings, and its adapter can't be merged")
 
 
 def require_masters(model: PreTrainedModel | PeftModel, accelerator: Accelerator) -> None:

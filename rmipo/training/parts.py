@@ -136,6 +136,8 @@ class TokenizedPairs:
         say(f"{split}: row {rows[0]['row']} as the model reads it, responses are scored whole")
         for side in SIDES:
             say(f"  {side:<8} {self.chat.tokenizer.decode(rows[0][f'{side}_ids'])[:300]!r}")
+        if self.chat.added:
+            say(f"notice: the chat template starts each response with {self.chat.added!r}, which is scored too")
         prompts = {name: [hash(tuple(ids)) for ids in pairs["prompt_ids"]] for name, pairs in self.splits.items()}
         known = set(prompts.pop("train", ()))
         for name, held_out in prompts.items():

@@ -226,7 +226,9 @@ class PreferenceTrainer(checkpoints.ResumableTrainer):
             eval_dataset, global_batch_size=size * self.args.world_size, micro_batch_size=size, seed=None
         )
 
-    def _loader(self, dataset: PairDataset, **cut) -> DataLoader:
+    def _loader(self, dataset: PairDataset | None, **cut) -> DataLoader:
+        if dataset is None:
+            raise ConfigError("there are no pairs for this: give the trainer train_dataset, or eval_dataset")
         sampler = batching.StepSampler(
             len(dataset), rank=self.args.process_index, world_size=self.args.world_size, **cut
         )

@@ -35,6 +35,8 @@ def test_full_dialogues_whose_shared_turns_are_the_prompt(tmp_path):
     sides = tuple(expected[0][side] for side in ("prompt", "chosen", "rejected"))
     for prompt in ("anything", shared[:1], shared, None):
         assert formats.read_row({**row, "prompt": prompt}, formats.read_pair) == sides
+    with pytest.raises(DataError, match="prompt"):  # the system message would be lost
+        formats.read_row({**row, "prompt": [{"role": "system", "content": "s"}, *shared]}, formats.read_pair)
     # One dialogue and one response are no pair of dialogues.
     row = {"prompt": "a", "chosen": [user("a"), assistant("b")], "rejected": [assistant("c")]}
     assert formats.read_row(row, formats.read_pair) == ([user("a")], row["chosen"], row["rejected"])

@@ -1,5 +1,6 @@
 """Files, folders, hub ids and mixtures: which rows come, and what is said when they can't."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -45,8 +46,23 @@ def test_shards_are_joined(tmp_path):
     assert questions(load_pairs(config(tmp_path), "test")) == [0, 1, 2, 3]
     for file in ("train.jsonl", "train.jsonl.gz"):  # rows twice
         write(tmp_path / "twice" / file, pairs(0, 1))
-    with pytest.raises(DataError, match="'train'"):
+    with pytest.raises(DataError, match="split train"):
         load_pairs(config(tmp_path / "twice"), "train")
+
+
+@pytest.mark.parametrize("names", [["00000-of-00002"], ["00000-of-00001", "00000-of-00001-abc"], ["0-of-2", "1-of-3"]])
+def test_a_part_of_an_upload_or_more_than_one_is_refused(tmp_path, names):
+    for name in names:
+        write(tmp_path / f"train-{name}.jsonl", pairs(0))
+    with pytest.raises(DataError, match="train-0"):
+        load_pairs(config(tmp_path), "train")
+
+
+def test_the_rows_are_those_of_the_file_whatever_its_time(tmp_path):
+    for number in (1, 2):
+        write(tmp_path / "train.jsonl", pairs(number))
+        os.utime(tmp_path / "train.jsonl", (1, 1))  # as `cp -p` and `rsync -t` leave it
+        assert questions(load_pairs(config(tmp_path, test_split_size=None), "train")) == [number]
 
 
 def test_a_folder_without_the_split(tmp_path):

@@ -211,7 +211,7 @@ def test_an_oracle_that_is_wrong_stops_the_run_and_keeps_what_there_is(setup, bo
 
 def test_settings_that_are_wrong_are_named(setup, tmp_path):
     (tmp_path / "pairs.yaml").write_text("prompts: x\nanswer: 3\n")
-    with pytest.raises(ConfigError, match=r"pairs\.yaml: oracle (?s:.*)answer is 3"):
+    with pytest.raises(ConfigError, match=r"pairs\.yaml: oracle(?s:.*)answer is 3"):
         load_pairs_config(tmp_path / "pairs.yaml", [])
     config = load_pairs_config(tmp_path / "none.yaml", ["--oracle.judge", "gpt", "--answers=3"], "mine.jsonl")
     assert (config.prompts, config.oracle, config.answers) == ("mine.jsonl", {"judge": "gpt"}, 3)

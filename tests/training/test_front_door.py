@@ -9,7 +9,7 @@ import torch
 from datasets import Dataset, load_dataset
 from peft import LoraConfig
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 from trl import ModelConfig
 
 from rmipo import PreferenceConfig, PreferenceTrainer, RMiPOConfig, RMiPOTrainer
@@ -358,6 +358,28 @@ def test_a_training_does_not_go_on_from_another_ones_checkpoint(make, tmp_path):
     ):
         with pytest.raises(CheckpointError, match=named):
             make(args={"max_steps": 1, **SAVING, **options}, **changes).train(resume_from_checkpoint=True)
+
+
+def test_a_resume_has_the_steps_and_adapters_of_its_checkpoint(make, tmp_path):
+    make(args={"max_steps": 2, **SAVING}).train()
+    with pytest.raises(CheckpointError, match="max_steps"):
+        make(args={"max_steps": 1, **SAVING}).train(resume_from_checkpoint=True)
+    adapters = {
+        alpha: LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], lora_alpha=alpha) for alpha in (8, 64)
+    }
+    out = {"max_steps": 1, **SAVING, "output_dir": str(tmp_path / "adapters")}
+    make(args=out, peft_config=adapters[8]).train()
+    with pytest.raises(CheckpointError, match="lora_alpha"):
+        make(args=out | {"max_steps": 2}, peft_config=adapters[64]).train(resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize(
+    "target", [{"target_modules": ["lm_head"]}, {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}]
+)
+def test_an_adapter_of_tied_embeddings_is_refused(make, model, tokenizer, target):
+    tied = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model, tie_word_embeddings=True))
+    with pytest.raises(UserError, match="lm_head"):
+        make(model=tied, processing_class=tokenizer, peft_config=LoraConfig(task_type="CAUSAL_LM", **target))
 
 
 @pytest.mark.parametrize("installed", [False, True])
