@@ -42,7 +42,7 @@ LINES = {
     "scripts": 1310,  # aim: 1100
     "benchmarks": 980,  # aim: 800
     "examples": 160,
-    "tests": 15200,  # aim: 14000
+    "tests": 15020,  # aim: 14000
 }
 
 

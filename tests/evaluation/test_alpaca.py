@@ -82,7 +82,11 @@ def test_another_endpoint_or_judge_file_is_another_judge(tmp_path, monkeypatch, 
             ask(server, tmp_path / "verdicts", monkeypatch, annotators_config=str(judge.parent))
             assert len(server.requests) == asked * ROWS
         ask(other, tmp_path / "verdicts", monkeypatch, annotators_config=str(judge.parent))
-        assert len(other.requests) == ROWS
+        asked = sorted(other.requests)
+        other.requests.clear()
+        ask(other, tmp_path / "packaged", monkeypatch)
+        # The judge that configs/ ships asks what the packaged one asks.
+        assert len(asked) == ROWS and sorted(other.requests) == asked
 
 
 def test_unusable_verdicts_are_reported_counted_and_asked_again(tmp_path, monkeypatch, api_key):
@@ -131,24 +135,10 @@ def test_cost_is_printed_and_bounded_before_the_first_request(tmp_path, monkeypa
         with pytest.raises(EvaluationError, match=r"max_cost 0\.001"):
             ask(server, tmp_path, monkeypatch, max_cost=0.001)
         assert server.requests == []
-        printed = capsys.readouterr().out
         texts = [row["output"] for row in (*REFERENCE, *OUTPUTS)] + [row["instruction"] for row in REFERENCE]
         judge = len(alpaca.read_judge(SETTINGS["annotators_config"])[2])
-        tokens = (ROWS * judge + len("".join(texts))) / 4
-        cost = (10 * tokens + 30 * ROWS) / 1e6  # a verdict is one token
-        assert f"20 verdicts, about {tokens / 1e3:.0f}k + 0k tokens, ${cost:.2f} at" in printed
-
-
-def test_judge_with_a_packaged_prompt_of_our_own(tmp_path, monkeypatch, api_key):
-    """The judge that configs/ ships asks what the packaged one asks."""
-    monkeypatch.chdir(ROOT)
-    with JudgeServer() as server:
-        ask(server, tmp_path / "packaged", monkeypatch)
-        packaged = sorted(server.requests)
-        server.requests.clear()
-        metrics = ask(server, tmp_path / "open", monkeypatch, annotators_config="configs/judges/llama3-70b-vllm")
-        assert metrics["alpacaeval2_wr"] == pytest.approx(expected_win_rate(range(ROWS)), abs=1e-6)
-        assert len(packaged) == ROWS and sorted(server.requests) == packaged
+        cost = (10 * (ROWS * judge + len("".join(texts))) / 4 + 30 * ROWS) / 1e6  # a verdict is one token
+        assert f"${cost:.2f}" in capsys.readouterr().out
 
 
 def test_answers_of_a_gpu_node_are_judged_where_there_is_a_network(tmp_path, monkeypatch, api_key):

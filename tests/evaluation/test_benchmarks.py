@@ -1,6 +1,5 @@
 """The registry of benchmarks: light to import, complete, and true to what each benchmark returns and takes."""
 
-import gzip
 import json
 import re
 
@@ -98,13 +97,10 @@ def test_the_wandb_run_is_continued_with_summary_and_table(folder, monkeypatch):
 
 
 def test_preference_pairs_as_reference(tmp_path):
-    file = tmp_path / "pairs.jsonl"
     pairs = [("b", "1"), ("a", "2"), ("b", "3"), ("c", "4")]
-    write(file, [{"prompt": [user(q)], "chosen": [assistant(c)]} for q, c in pairs])
-    zipped = tmp_path / "pairs.jsonl.gz"
-    zipped.write_bytes(gzip.compress(file.read_bytes()))
-    for path in (file, zipped):
-        rows, _ = load_reference(str(path))
+    for name in ("pairs.jsonl", "pairs.jsonl.gz"):
+        file = write(tmp_path / name, [{"prompt": [user(q)], "chosen": [assistant(c)]} for q, c in pairs])
+        rows, _ = load_reference(str(file))
         assert [(row["instruction"], row["output"]) for row in rows] == [("b", "1"), ("a", "2"), ("c", "4")]
 
 

@@ -229,10 +229,7 @@ def test_samples_side_by_side_and_of_a_reference(outputs):
     cells = re.findall(r"<td[^>]*>(.*?)</td>", page, re.DOTALL)
     expected = [["w1 &lt;b&gt; &amp; w2", "w3 ```"], *answers.values()]
     assert cells == [column[row].replace("<", "&lt;").replace(">", "&gt;") for row in (0, 1) for column in expected]
-    markdown = (outputs / "reports/samples-tiny.md").read_text()
-    in_order = ["w1 <b> & w2", "**rmipo**", answers["rmipo"][0].split("\n")[0]]
-    assert [markdown.index(text) for text in in_order] == sorted(markdown.index(text) for text in in_order)
-    assert "\n    w3 ```\n" in markdown
+    assert "\n    w3 ```\n" in (outputs / "reports/samples-tiny.md").read_text()
     choose = runpy.run_path(str(ROOT / "scripts/samples.py"))["choose_prompts"]
     prompts, known = choose(None, {"reference": f"{outputs}/pairs/test.jsonl", "first_n": 4})
     assert prompts == [f"w{i} w{i + 1}" for i in range(4)] and known == {"reference": ["w1 w2 w3"] * 4}

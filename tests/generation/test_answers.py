@@ -136,7 +136,7 @@ def test_answers_go_on_with_the_day_that_a_template_was_told_first(model_dir, tm
     assert len(seen) == 12 and all(prompt.ids[1] == told for prompt in seen)
 
 
-def test_finished_answers_of_another_machine_are_taken_with_its_engine_and_versions(model_dir, tmp_path):
+def test_finished_answers_of_another_machine_are_taken_and_others_not_continued(model_dir, tmp_path):
     path = tmp_path / "a.jsonl"
     answers = generate(model_dir, requests(5), path, SETTINGS)
     versions = other_versions(path, "vllm")
@@ -146,11 +146,6 @@ def test_finished_answers_of_another_machine_are_taken_with_its_engine_and_versi
         assert generator.versions == versions and generator.settings["engine"] == "vllm"
     with pytest.raises(EvaluationError, match=r"a\.jsonl .*'engine': 'vllm'.*'engine': 'transformers'"):
         generate(model_dir, requests(5), path, SETTINGS)
-
-
-def test_answers_are_not_continued_with_other_versions(model_dir, tmp_path):
-    path = tmp_path / "a.jsonl"
-    generate(model_dir, requests(5), path, SETTINGS)
     versions = other_versions(path, "transformers")
     path.write_text("".join(path.read_text().splitlines(keepends=True)[:4]))
     before = path.read_bytes()

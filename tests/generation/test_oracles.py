@@ -88,8 +88,8 @@ def test_judge_is_asked_for_what_is_missing_alone(judged, tmp_path):
     assert all(1 <= score <= 10 for score in scores.values())
 
 
-def test_ratings_beyond_the_scale_are_none(judged, monkeypatch):
-    for rating in (0, 11):
-        monkeypatch.setattr("tests.helpers.judge_server.rating", lambda request, rating=rating: rating)
-        with pytest.raises(OracleError, match=rf"\[\[{rating}\]\]"):
-            judged()
+@pytest.mark.parametrize("rating", [0, 11])
+def test_ratings_beyond_the_scale_are_none(judged, monkeypatch, rating):
+    monkeypatch.setattr("tests.helpers.judge_server.rating", lambda request: rating)
+    with pytest.raises(OracleError, match=rf"\[\[{rating}\]\]"):
+        judged()

@@ -184,7 +184,6 @@ def test_a_stop_during_the_last_moments_of_a_stage_keeps_the_next_from_starting(
         ({"MODEL": "llama3-8b-instruct", "STAGE": "sft"}, ("STAGE='sft'", "rmipo\n  all")),
         ({"MODEL": "tiny", "ARGS": "--overlay"}, ("--overlay",)),
         ({"MODEL": "tiny", "ARGS": "--overlay none.yaml"}, ("none.yaml",)),
-        ({"MODEL": "tiny", "ARGS": "--learning_rat 1"}, ("learning_rate",)),
         ({"MODEL": "tiny", "ARGS": "--seed x", "DRY": "1"}, ("seed is 'x'",)),
         ({"MODEL": "tiny", "METHOD": "simp0"}, ("METHOD='simp0'", "simpo")),
         ({"MODEL": "tiny", "NODES": "0"}, ("NODES='0'",)),

@@ -36,17 +36,12 @@ def config(tmp_path) -> OnlineConfig:
     return OnlineConfig(32, PairsConfig(**pairs), f"{tmp_path}/prompts.jsonl", 8, overrides)
 
 
-def test_shipped_file_is_sound_and_mistakes_are_named(tmp_path):
+def test_shipped_file_has_the_oracle_of_its_setting_and_mistakes_are_named(tmp_path):
     path = ROOT / f"recipes/{MODEL}/online.yaml"
     config = typed(OnlineConfig, read_yaml(path), path)
     assert read_yaml(ROOT / f"recipes/{MODEL}/pairs.yaml")["oracle"] == config.pairs.oracle
-    for wrong in (
-        {"heldout": "x"},
-        {"pairs": read_yaml(path)["pairs"] | {"selection": "best"}},
-        {"prompts_per_round": 0},
-    ):
-        with pytest.raises(ConfigError, match=next(iter(wrong))):
-            typed(OnlineConfig, read_yaml(path) | wrong, path)
+    with pytest.raises(ConfigError, match="prompts_per_round"):
+        typed(OnlineConfig, read_yaml(path) | {"prompts_per_round": 0}, path)
 
 
 @pytest.mark.parametrize("method", ["rmipo", "dpo"])
@@ -91,11 +86,11 @@ def test_two_rounds(config, tmp_path):
     table = report(rows, tmp_path)
     assert table.count("\n") == 5 and (tmp_path / "rounds.png").stat().st_size > 10_000
     # The same command: nothing is trained, sampled or scored again.
-    files = (
-        rounds[1].folder / "model.safetensors",
+    files = [
         rounds[1].pairs / "answers.jsonl",
         rounds[1].pairs / "scores.jsonl",
-    )
+        rounds[1].folder / "model.safetensors",
+    ]
     before = {path: path.stat().st_mtime_ns for path in files}
     (rounds[1].folder / "eval/specificity.jsonl").unlink()
     make_pairs(rounds[1].policy, GENERATION, rounds[1].pairs_config, rounds[1].pairs)

@@ -65,6 +65,8 @@ def test_another_judge_is_said_in_all_three_formats(tmp_path):
     line = lines_of_csv(filled)["RMiPO", "Llama3-8B-Instruct MT-Bench"]
     assert line["unlike_the_paper"] == f"{trial} {judge}" and line["difference"] == ""
     assert "judge_endpoint 127.0.0.1:8000/v1" in line["made_with"] and "lm_eval 0.4.13" in line["made_with"]
+    asked = lines_of_csv(fill(build_table(1, [LLAMA]), tmp_path, all_differences=True))
+    assert float(asked["RMiPO", "Llama3-8B-Instruct MT-Bench"]["difference"]) == pytest.approx(6.0 - 8.3)
     plain = latex(filled)
     assert r"6.0$^\dagger$ \\" in plain and f"% † {trial}\n" in plain and f"% † {judge}\n" in plain
 

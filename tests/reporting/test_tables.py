@@ -9,8 +9,6 @@ import yaml
 
 from rmipo.fingerprints import trained_fingerprint
 from rmipo.generation.answers import DEFAULTS as GENERATION
-from rmipo.reporting.provenance import made_with
-from rmipo.reporting.render import notes_of
 from rmipo.reporting.results import ReportError, load_result, paper_table
 from rmipo.reporting.tables import TABLES, Table, benchmark_table, build_table, fill
 from tests.helpers.paths import ROOT
@@ -136,40 +134,6 @@ def test_a_finished_result_without_the_metric_has_no_command(tmp_path):
     write_result(tmp_path, "tiny", "rmipo", "alpacaeval", {"alpacaeval2_wr": 40.0})
     filled = fill(build_table(1, ["tiny"]), tmp_path)
     assert cell_of(filled, "RMiPO", "WR (%)").ours == 40.0 and cell_of(filled, "RMiPO", "LC (%)").commands == ()
-
-
-@pytest.mark.parametrize(
-    ("model", "settings", "text"),
-    [
-        (
-            "tiny",
-            {"judge_endpoint": "::1"},
-            "MT-Bench of tiny: judge_endpoint is ::1, the paper's is api.openai.com/v1.",
-        ),
-        (LLAMA, {"first_n": 4}, "TRIAL, not the benchmark itself: MT-Bench with first_n=4."),
-    ],
-)
-def test_a_result_that_was_made_otherwise_gets_no_difference_unless_asked_for(tmp_path, model, settings, text):
-    write_result(tmp_path, model, "rmipo", "mtbench", {"mt_bench": 8.0}, settings=settings)
-    table = build_table(1, [model])
-    filled = fill(table, tmp_path)
-    (cell,) = filled.cells.dropna(subset="ours").itertuples()
-    assert cell.deviations == (text,) and pd.isna(cell.difference) and f"† {text}" in notes_of(filled)
-    (asked,) = fill(table, tmp_path, all_differences=True).cells.dropna(subset="ours").itertuples()
-    assert asked.deviations == (text,)
-    assert asked.difference == pytest.approx(8.0 - 8.3) if model == LLAMA else pd.isna(asked.difference)
-
-
-def test_judge_decoding_prompts_versions_and_commit_are_named(tmp_path):
-    lc = {"alpacaeval2_lc": 40.0, "alpacaeval2_wr": 40.0}
-    more = {"commit": "0123456789abcdef+modified", "per_prompt": {"alpacaeval2_wr": [1.0, 2.0]}}
-    for method in ("dpo", "rmipo"):
-        write_result(tmp_path, LLAMA, method, "alpacaeval", lc, versions={"vllm": "0.30.0"}, **more)
-    filled = fill(build_table(1, [LLAMA]), tmp_path)
-    (line,) = made_with(result for results in filled.cells["results"] for result in results)
-    assert line.startswith("AlpacaEval 2 of Llama3-8B-Instruct: annotators_config weighted_alpaca_eval_gpt4_turbo, ")
-    assert "judge_endpoint api.openai.com/v1" in line and "generation.temperature 0.9, generation.top_p 1.0" in line
-    assert line.endswith("n 2, vllm 0.30.0, commit 0123456789abcdef+modified.")
 
 
 def write_seed(outputs: Path, folder: str, seed: int, value: float, **more) -> None:

@@ -10,7 +10,6 @@ from transformers import AutoModelForCausalLM
 
 from rmipo.evaluation.target import model_folder
 from rmipo.fingerprints import model_fingerprint
-from rmipo.training import attention
 from tests.helpers.families import make_tokenizer, save
 from tests.helpers.paths import ROOT
 from tests.helpers.programs import run_here
@@ -64,19 +63,6 @@ def test_dropout_is_off_in_the_prior_pass_and_on_in_the_gradient_pass(tmp_path):
     (columns,) = trainer.window.columns
     assert (columns["chosen_logps"] - expected["chosen_logps"]).abs().max() > 1e-2
     assert model.training
-
-
-def test_a_model_gets_one_fused_head(tmp_path):
-    model = with_adapter()
-    plain = model.get_base_model().forward
-    attention.attach(model, "segment")
-    assert model.get_base_model().forward == plain
-    attention.attach(model, "flex")
-    forward = model.get_base_model().forward
-    assert forward != plain
-    attention.attach(model, "plain")
-    attention.attach(model, "flex")
-    assert model.get_base_model().forward == forward
 
 
 def merge(folder, *arguments):
@@ -134,8 +120,6 @@ def test_bfloat16_model_with_large_logits_is_merged(tmp_path):
     assert merge(folder).code == 0
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "lora-merged")
     assert merged.dtype == torch.bfloat16 and 15 < logits(merged).abs().max() < 40
-    difference = (logits(merged).float().log_softmax(-1) - logits(adapter).float().log_softmax(-1)).abs().max()
-    assert 5e-2 < difference < 0.5  # of one and the same function, rounded in two ways
     exact = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
     adapter = PeftModel.from_pretrained(exact, folder).merge_and_unload()
     saved = load_file(tmp_path / "lora-merged" / "model.safetensors")

@@ -105,13 +105,18 @@ def test_auto_is_flex_on_cuda_compiled_once_and_segment_elsewhere(monkeypatch):
     assert compiled == [{"dynamic": True}]
 
 
-def test_deepspeed_is_told_of_the_weight_that_a_fused_head_reads():
+def test_a_model_gets_one_fused_head_and_deepspeed_is_told_of_its_weight():
     adapter = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
     plain, adapted = make_model("llama"), get_peft_model(make_model("llama"), adapter)
     for model, base in ((plain, plain), (adapted, adapted.get_base_model())):
         attention.attach(model, "segment")
         attention.register_fused_head(model)
         assert not hasattr(base, "_external_params")
+        plain_forward = base.forward
         attention.attach(model, "flex")
+        fused_forward = base.forward
+        for kind in ("plain", "flex"):  # a second time no second head
+            attention.attach(model, kind)
+        assert base.forward == fused_forward != plain_forward
         attention.register_fused_head(model)
         assert [id(weight) for weight in base._external_params.values()] == [id(base.lm_head.weight)]

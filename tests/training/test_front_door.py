@@ -39,6 +39,10 @@ DPO = {"name": "dpo", "beta": 0.5}
 SAVING = {"save_strategy": "steps", "save_steps": 1}
 
 
+def adapter(modules, **options):
+    return LoraConfig(task_type="CAUSAL_LM", target_modules=modules, **options)
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> str:
     folder = tmp_path_factory.mktemp("model")
@@ -178,6 +182,8 @@ def test_the_prior_context_follows_from_the_objective(make, model, tokenizer):
         ({"rows": [{"question": "w1", "good": "w2", "bad": "w3"}]}, "chosen"),
         ({"args": {"max_length": 2048}}, "128 positions"),
         ({"model": "no/such/model"}, "no/such/model"),
+        ({"peft_config": adapter(["q_proj", "v_porj"])}, "v_porj"),
+        ({"peft_config": adapter(["q_proj"], modules_to_save=["v_porj"])}, "v_porj"),
     ],
 )
 def test_what_does_not_fit_is_named(make, keywords, named):
@@ -334,17 +340,7 @@ def test_weights_are_trained_in_float32_or_not_at_all(make, model, dtype):
     with pytest.raises(UserError, match=str(dtype)):
         make(model=loaded).train()
     assert make(model=loaded, train_dataset=None, eval_dataset=Dataset.from_list(TURNS))  # nothing is trained
-    assert make(model=loaded, peft_config=LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"]))
-
-
-@pytest.mark.parametrize(
-    "target", [{"target_modules": ["q_proj", "v_porj"]}, {"target_modules": ["q_proj"], "modules_to_save": ["v_porj"]}]
-)
-def test_a_module_that_adapters_name_and_the_model_lacks_is_refused(make, target):
-    with pytest.raises(UserError, match="v_porj"):
-        make(peft_config=LoraConfig(task_type="CAUSAL_LM", **target))
-    right = json.loads(json.dumps(target).replace("v_porj", "v_proj"))
-    assert make(peft_config=LoraConfig(task_type="CAUSAL_LM", **right))
+    assert make(model=loaded, peft_config=adapter(["q_proj"], modules_to_save=["v_proj"]))
 
 
 def test_a_training_does_not_go_on_from_another_ones_checkpoint(make, tmp_path):
@@ -412,8 +408,6 @@ def test_the_first_pair_and_the_prompts_that_training_has_too_are_printed(make, 
     printed = capsys.readouterr().out
     assert printed.count("3 of 7 pairs of test") == 1 and printed.count(TURNS[0]["chosen"][-1]["content"]) >= 1
     make(rows=tokenized.train_dataset.tokenized, eval_dataset=tokenized.eval_dataset.tokenized)  # as scripts pass them
-    assert "pairs of test" not in capsys.readouterr().out
-    make(rows=TURNS[:8], eval_dataset=Dataset.from_list(TURNS[8:]))
     assert "pairs of test" not in capsys.readouterr().out
 
 

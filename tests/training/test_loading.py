@@ -35,9 +35,8 @@ def test_an_invalid_generation_configuration_keeps_its_special_tokens_and_can_be
     assert load_model(ModelConfig(model_name_or_path=folder)).generation_config.temperature == 0.6
 
 
-@pytest.mark.parametrize("content", ["not JSON", '{"model_type": "of another library"}'])
 @pytest.mark.parametrize("what", ["tokenizer", "configuration", "model"])
-def test_what_cannot_be_loaded_is_named_with_the_reason(tmp_path, what, content):
+def test_what_cannot_be_loaded_is_named(tmp_path, what):
     def use(name):
         config = ModelConfig(model_name_or_path=str(name))
         if what == "tokenizer":
@@ -47,7 +46,7 @@ def test_what_cannot_be_loaded_is_named_with_the_reason(tmp_path, what, content)
         else:
             check_limits(make_tokenizer("llama3"), config, 10)
 
-    (tmp_path / "config.json").write_text(content)
+    (tmp_path / "config.json").write_text("not JSON")
     for name in (tmp_path, "nobody/nothing"):
         with pytest.raises(LoadingError, match=f"^model_name_or_path: the {what} of {name} can't be loaded"):
             use(name)

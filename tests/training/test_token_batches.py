@@ -108,10 +108,8 @@ def test_what_each_of_two_processes_sees_stops_and_reports(two_processes):
         assert values.dtype == torch.float64 and flags.dtype == torch.bool
         torch.testing.assert_close(values, expected, atol=1e-15, rtol=0)
         assert torch.equal(flags, expected > 1)
-        assert {name: values.tolist() for name, values in columns.items()} == {
-            "a": [97] * 3 + [98] * 3,
-            "b": [98] * 3 + [99] * 3,
-        }
+        found_columns = {name: values.tolist() for name, values in columns.items()}
+        assert found_columns == {"a": [97] * 3 + [98] * 3, "b": [98] * 3 + [99] * 3}
     told = ["process 0", "OSError('no space for process 0')", "ValueError('bad file of process 0')"]
     for rank, found in enumerate(two_processes):
         assert found["told"] == told
