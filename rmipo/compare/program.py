@@ -69,7 +69,9 @@ def train_and_report(study: Study, name: str, plan: dict, seeds: list[int], env:
     if start.startswith("outputs/") and not (
         has_weights(Path(start)) and (recorded_run(start) or {}).get("finished", True)
     ):
-        raise ConfigError(f"{start} is not there, where all runs start: make train MODEL={study.model} comes first")
+        raise ConfigError(
+            f"{start}, where all runs start, holds no finished model: run make train MODEL={study.model} first"
+        )
     folder, metric, contrasts = Path(f"outputs/{study.model}/{name}"), study.task.selection_metric, name == "margins"
     searches, family = [], {}
     for arm, values in plan["arms"].items():

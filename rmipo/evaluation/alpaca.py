@@ -30,7 +30,7 @@ DEFAULTS = {
     "max_cost": 20.0,  # US dollars
     "max_missing": 0,  # verdicts that may be unusable in a finished result
 }
-CLIENT = {"max_retries": 6, "timeout": 120}  # of one request, with growing pauses, before the run stops; seconds
+CLIENT = {"max_retries": 6, "timeout": 120}  # retries of one request, with growing pauses, and its seconds
 
 HUB_DATA = "tatsu-lab/alpaca_eval"
 REFERENCE_FILE = "alpaca_eval_gpt4_baseline.json"

@@ -2,7 +2,7 @@
 
 An answer is solved if it ends, answers its task in at most 60 words, and follows all constraints. No task occurs in a training
 prompt; see `rmipo.constraints.prompts`. Boilerplate alone follows many constraints but answers no task: `constraints_fixed` is
-what the best fixed text gets.
+what a fixed text gets that was made to do both.
 """
 
 from collections import Counter, defaultdict
@@ -58,7 +58,7 @@ def measure(model_dir: Path, output_dir: Path, settings: dict) -> dict:
 def sample(name: str, model_dir: str | Path, settings: dict) -> tuple:
     """The `Generator`, and of each prompt its row, its answers, and which of those weren't cut.
 
-    Of the prompts `settings` say which; its key `prompts_sha256` is set.
+    `settings` choose the prompts; their hash is written to its key `prompts_sha256`.
     """
     require_package("lm_eval")
     from rmipo.constraints.prompts import read_prompts

@@ -12,7 +12,7 @@ import yaml
 
 from rmipo.errors import ConfigError
 
-NO_GPU = "this recipe trains on GPUs, and none is visible. MODEL=tiny trains on a CPU, `use_cpu: true` a small model"
+NO_GPU = "this recipe trains on GPUs, and none is visible. MODEL=tiny and recipes with `use_cpu: true` train on a CPU"
 
 
 class RecipeLoader(yaml.SafeLoader):

@@ -10,8 +10,8 @@ from rmipo.recipe.files import nearest, typed
 # Types of keys whose default does not say all. Where the default is null or "auto", so may the value be.
 TYPES: dict[str, Any] = {
     **dict.fromkeys(("first_n", "limit", "answers", "batch_size", "concurrency"), PositiveInt),
-    **dict.fromkeys(("max_new_tokens", "max_tokens", "max_prompt_length"), PositiveInt),
-    **dict.fromkeys(("skip_n", "seed", "top_k", "max_retries", "max_missing"), NonNegativeInt),
+    **dict.fromkeys(("max_new_tokens", "max_prompt_length"), PositiveInt),
+    **dict.fromkeys(("skip_n", "seed", "top_k", "max_missing"), NonNegativeInt),
     "max_length": Annotated[int, Field(ge=2)],
     "temperature": Annotated[float, Field(ge=0, le=2)],
     "top_p": Annotated[float, Field(gt=0, le=1)],

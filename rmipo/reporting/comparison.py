@@ -155,7 +155,7 @@ def search_table(searched: list[dict], metric: str) -> str:
     """How much each method's result depends on its learning rate, and on hyperparameters that were searched too."""
     rates, rows = sorted({line["learning_rate"] for line in searched}), {}
     for line in searched:
-        own = ", ".join(f"{name} {value:g}" for name, value in line["objective"])
+        own = ", ".join(f"{name} {value:g}" for name, value in line.get("objective", ()))  # lines of old logs have none
         row = rows.setdefault(f"{label(line['method'])}{own and f' ({own})'}", dict.fromkeys(rates, ""))
         value = line["metrics"].get(metric)
         row[line["learning_rate"]] = "diverged" if value is None else f"{value:.{digits(metric)}f}"
@@ -221,4 +221,4 @@ def draw_outcomes(axis: Axes, rows: pd.DataFrame, metric: str) -> None:
     axis.set_xlabel(
         f"{METRICS[metric]}; filled: noise {noises[0]:.0%}" + "".join(f", open: {x:.0%}" for x in noises[1:])
     )
-    panel_letter(axis, "d", "Outcome, mean and standard deviation over seeds")
+    panel_letter(axis, "d", "Outcome, mean ± standard deviation")

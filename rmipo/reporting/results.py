@@ -8,6 +8,7 @@ rmipo/reporting/paper/*.csv                           the paper's tables, copied
 import glob
 import json
 import os
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -118,29 +119,31 @@ def load_result(outputs: Path, model: str, method: str, bench: str, name: str = 
     return Result(path, model, bench, **{key: content[key] for key in fields if key in content})
 
 
-def load_results(outputs: Path, model: str, bench: str, name: str = "") -> dict[str, list[Result]]:
-    """Folder of a run -> its result, and those of finished runs that differ from it in the seed alone, one for each seed.
+def load_results(
+    outputs: Path, model: str, bench: str, name: str = "", wanted: Collection[str] | None = None
+) -> dict[str, list[Result]]:
+    """Run folder -> its own result, then those of its repetitions with other seeds. The paper's methods come first.
 
-    The paper's methods come first.
+    `wanted`: folders to read, with their repetitions; None for all. A result that nobody asks for may be of other weights.
     """
     order = {method: place for place, method in enumerate(METHODS)}
     paths = glob.glob(os.path.join("**/eval", name, f"{bench}.json"), root_dir=outputs / model, recursive=True)
     methods = [Path(path).parents[2 if name else 1].as_posix() for path in paths]
     methods.sort(key=lambda method: (order.get(method, len(order)), method))
-    found, runs = {}, {method: load_run(outputs, model, method) for method in methods}
-    wanted = [run.experiment() for method, run in runs.items() if run and "/" not in method]
-    for method, run in runs.items():
-        # Below a run there may be points of a sweep and trials with results of other weights, which nothing here shows.
-        if "/" not in method or (run and run.experiment() in wanted):
-            found |= {method: result} if (result := load_result(outputs, model, method, bench, name)) else {}
-    results = {}
+    runs = {method: load_run(outputs, model, method) for method in methods}
+    if wanted is not None:
+        experiments = [run.experiment() for method, run in runs.items() if run and method in wanted]
+        runs = {m: run for m, run in runs.items() if m in wanted or (run and run.experiment() in experiments)}
+    found = {method: load_result(outputs, model, method, bench, name) for method in runs}
+    found, results = {method: result for method, result in found.items() if result}, {}
     for method, result in found.items():
         # The run says what a repetition repeats: without its run.json (a copied result) there is none.
         own = runs[method]
         by_seed = {own and own.seed: result}
-        for other, run in runs.items():
+        for other, repetition in found.items():
+            run = runs[other]
             if own and run and run.finished and run.experiment() == own.experiment():
-                by_seed.setdefault(run.seed, found[other])  # a second run with one seed says nothing of their spread
+                by_seed.setdefault(run.seed, repetition)  # a second run with one seed says nothing of their spread
         results[method] = list(by_seed.values())
     return results
 

@@ -32,9 +32,9 @@ NAN = float("nan")
 
 @dataclass(frozen=True)
 class Table:
-    """`cells` has a line for each number, row by row: its labels `Model` and `Method`; `group` ("" for none) and `column`,
-    which stand over it; `model`, `method`, `metric`; and `paper`, what the paper prints, NaN where it prints nothing.
-    `fill` adds more columns.
+    """`cells` has a line for each number, row by row: row labels `Model` and `Method`; column headings `group` ("" for none)
+    and `column`; `model`, `method`, `metric`; and `paper`, what the paper prints, NaN where it prints nothing. `fill` adds
+    more columns.
     """
 
     number: int | None  # None: a table of our own, not one of the paper's
@@ -122,7 +122,8 @@ def fill(table: Table, outputs: Path, all_differences: bool = False, name: str =
         model, method, metric = cell["model"], cell["method"], cell["metric"]
         benchmark = benchmark_of(metric)
         if (model, benchmark.name) not in found:  # each file is read once, whatever number of cells it fills
-            found[model, benchmark.name] = load_results(outputs, model, benchmark.name, name)
+            asked = {*table.cells.query("model == @model")["method"]}
+            found[model, benchmark.name] = load_results(outputs, model, benchmark.name, name, asked)
         evaluated = found[model, benchmark.name].get(method, [])
         # A benchmark that was evaluated in part has a result without some of its metrics.
         results = [result for result in evaluated if metric in result.metrics]

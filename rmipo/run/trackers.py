@@ -44,7 +44,7 @@ def log_answers(callbacks: list[TrainerCallback], answers: list[dict], step: int
 class WandbBySteps(WandbCallback):
     """W&B rows numbered by optimizer step: of a resumed run W&B drops those that it has, and is given those it lost."""
 
-    SUMMARY = ("train_runtime", "train_samples_per_second", "train_steps_per_second", "train_loss")
+    SUMMARY = ("train_runtime", "train_samples_per_second", "train_steps_per_second", "train_loss", "total_flos")
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         super().on_train_begin(args, state, control, model=model, **kwargs)

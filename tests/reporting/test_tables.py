@@ -151,12 +151,16 @@ def test_seeds_are_averaged_and_nothing_else_is(tmp_path):
     write_seed(tmp_path, "other-rate", 44, 1.0, learning_rate=1e-6)
     write_seed(tmp_path, "other-pairs", 45, 1.0, fingerprints={"train": "0b"})
     write_seed(tmp_path, "open", 46, 1.0, finished=False)
+    write_seed(tmp_path, "unjudged", 47, 1.0)
+    write_result(tmp_path, LLAMA, "unjudged", "mtbench", {}, finished=False)
     cell = cell_of(fill(build_table(1, [LLAMA]), tmp_path), "RMiPO", "MT-Bench")
     assert (cell.ours, len(cell.results)) == (7.5, 2)
     assert cell.error == pytest.approx(0.5**0.5) and cell.difference == pytest.approx(7.5 - 8.3)
     own = fill(benchmark_table(tmp_path, LLAMA, ["mtbench"]), tmp_path)
     assert own.cells["Method"].unique().tolist() == ["RMiPO", "other-pairs", "other-rate"]  # once each
     assert own.cells["ours"].dropna().tolist() == [7.5, 1.0, 1.0]
+    (tmp_path / LLAMA / "other-rate/model.safetensors").write_bytes(b"trained anew, and not of Table 1")
+    assert cell_of(fill(build_table(1, [LLAMA]), tmp_path), "RMiPO", "MT-Bench").ours == 7.5
 
 
 def test_a_result_of_other_weights_is_refused(tmp_path):
