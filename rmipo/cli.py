@@ -53,7 +53,7 @@ def options(doc: str, *variables: str, **meanings: str) -> Parser:
     """
     parser = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     for name in variables:
-        help = f"{meanings.get(name, 'see above, or docs/')} [{name}]"
+        help = f"{meanings.get(name, 'the make variable')} [{name}]"
         parser.add_argument(f"--{name.lower()}", metavar=name, default=os.environ.get(name, ""), help=help)
     return parser
 

@@ -3,7 +3,7 @@
     make plan MODEL=llama3-8b-instruct GPUS=8x80 [NODES=4] [METHOD=dpo] [STAGE=sft] [ARGS="--max_length 1024"]
 
 GPUS is <GPUs of each machine>x<GB of one>, by default what this machine has; STAGE is rmipo unless it is sft.
-The exit code is 1 if the estimate of the memory exceeds the GPU's.
+EXAMPLES: training rows. TFLOPS: a GPU's bfloat16 peak. The exit code is 1 if the memory estimate exceeds the GPU's.
 """
 
 from rmipo import cli
