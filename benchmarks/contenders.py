@@ -18,7 +18,7 @@ from trl import DPOConfig, DPOTrainer
 from trl.experimental.cpo import CPOConfig, CPOTrainer
 
 from benchmarks import references
-from rmipo.recipe.arguments import PreferenceConfig
+from rmipo.recipe.schema import PreferenceConfig
 from rmipo.training.batching import MicroBatch, PairDataset
 from rmipo.training.trainer import PreferenceTrainer
 

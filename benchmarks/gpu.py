@@ -24,7 +24,7 @@ from torch.nn.attention import flex_attention
 from benchmarks import lengths, measure, report, work
 from benchmarks.bench import output_option, quiet
 from benchmarks.contenders import BUILDERS, Contender, Setup
-from rmipo.training.parity import check_parity
+from rmipo.training.scoring import check_parity
 
 # Part of the name that a GPU reports -> dense bfloat16 peak in FLOP/s; the first that fits. Others have no MFU.
 PEAKS = {"H100 PCIe": 756e12, "H100 NVL": 835e12} | dict.fromkeys(("H100", "H200", "H800"), 989e12)

@@ -19,7 +19,7 @@ from transformers.utils import is_liger_kernel_available
 from benchmarks import lengths, report
 from benchmarks.contenders import Setup
 from benchmarks.gpu import run_flex_on_cpu
-from rmipo.recipe.arguments import LIGER
+from rmipo.recipe.schema import LIGER
 from rmipo.training import attention, scoring
 from rmipo.training.packing import pack_pairs
 

@@ -18,9 +18,9 @@ _EXPORTS = {
     "OBJECTIVES": "rmipo.objectives",
     "build_objective": "rmipo.objectives",
     "PairScores": "rmipo.objectives",
-    "PreferenceConfig": "rmipo.recipe.arguments",
+    "PreferenceConfig": "rmipo.recipe.schema",
     "PreferenceTrainer": "rmipo.training.trainer",
-    "RMiPOConfig": "rmipo.recipe.arguments",
+    "RMiPOConfig": "rmipo.recipe.schema",
     "RMiPOTrainer": "rmipo.training.trainer",
     "look": "rmipo.page.look",
 }

@@ -20,7 +20,7 @@ def main() -> int:
 
     # These import torch and TRL, which takes seconds.
     from rmipo.launch.pipeline import load_steps
-    from rmipo.plan import duration, preflight
+    from rmipo.plan import preflight
     from rmipo.plan.memory import GIB, Hardware, Sharding, plan_memory
 
     # ------------------ The run and its hardware
@@ -49,17 +49,17 @@ def main() -> int:
     print(f"  {'total':36} {needed:8.1f} GiB of {hardware.gib:g}: {verdict}")
 
     # ------------------ Steps, time and disk
-    examples, counted = duration.training_examples(recipe)
+    examples, counted = preflight.training_examples(recipe)
     source = "in the training data" if counted else "assumed; EXAMPLES= says otherwise"
     if env.get("EXAMPLES"):
         examples, source = whole_number(env, "EXAMPLES", 1), "as EXAMPLES says"
-    steps = duration.steps(recipe, work, examples)
+    steps = preflight.steps(recipe, work, examples)
     print(f"\nExamples: {examples}, {source}")
     print(f"Steps: {steps}, each {recipe.batch(hardware.gpus)[0]} examples on {hardware.gpus} GPUs")
-    tflops = whole_number(env, "TFLOPS", duration.A100)
-    low, high = duration.hours(shape, work, hardware.gpus, steps, tflops)
+    tflops = whole_number(env, "TFLOPS", preflight.A100)
+    low, high = preflight.hours(shape, work, hardware.gpus, steps, tflops)
     print(f"Hours of the training: {low:.2f} to {high:.2f}, evaluations and checkpoints apart")
-    low, high = duration.REACHED
+    low, high = preflight.REACHED
     print(f"  not measured: assumed are {low:.0%} to {high:.0%} of {tflops:g} TFLOP/s (TFLOPS=; A100 312, H100 989)")
     disk = preflight.disk_needed(recipe, shape, sharding) / GIB
     print(f"Disk: {disk:.1f} GiB in {recipe.values['output_dir']} (checkpoints, one being written, the model)")

@@ -19,9 +19,9 @@ def main() -> None:
 
     from rmipo.data.pairs import load_pairs
     from rmipo.data.sources import load_splits
-    from rmipo.run.curves import plot_run
+    from rmipo.run.callbacks import SampleGenerations
+    from rmipo.run.export import plot_run
     from rmipo.run.frame import training_run
-    from rmipo.run.generations import SampleGenerations
     from rmipo.training.loading import load_tokenizer
     from rmipo.training.parts import TokenizedPairs
     from rmipo.training.trainer import PreferenceTrainer

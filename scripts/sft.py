@@ -20,7 +20,7 @@ def main() -> None:
 
     from rmipo.data.chat import PROBES, ChatFormat
     from rmipo.data.dialogues import load_dialogues, select_dialogues
-    from rmipo.data.report import of_split
+    from rmipo.data.formats import of_split
     from rmipo.data.sources import load_splits
     from rmipo.fingerprints import rows_fingerprint, text_fingerprint
     from rmipo.run.frame import training_run

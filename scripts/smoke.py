@@ -42,7 +42,7 @@ def checks(step, gpus: int, codes: tuple[int, int]) -> Iterator[tuple[str, bool 
 
     from rmipo.plan import preflight
     from rmipo.plan.memory import GIB, RESERVE, Hardware, Sharding, plan_memory
-    from rmipo.run.stop import EXIT_STOPPED
+    from rmipo.run.callbacks import EXIT_STOPPED
 
     folder = Path(step.output_dir)
     record, lines = recorded_run(folder) or {}, training_lines(folder)

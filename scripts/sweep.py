@@ -36,7 +36,7 @@ def main() -> int:
     from rmipo.launch import sweep as search
     from rmipo.launch.train import Program
     from rmipo.recipe.files import override_value
-    from rmipo.run.stop import EXIT_STOPPED
+    from rmipo.run.callbacks import EXIT_STOPPED
 
     program = Program()
 

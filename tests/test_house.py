@@ -24,25 +24,25 @@ def test_import_order_holds():
 # Lines of Python that a folder may have. They hold what there is: raising one is a decision to defend, lowering one is the way
 # to the aim.
 LINES = {
-    "rmipo/compare": 570,  # aim: 400
+    "rmipo/compare": 560,  # aim: 400
     "rmipo/constraints": 140,  # aim: 110
-    "rmipo/data": 820,  # aim: 800
+    "rmipo/data": 810,  # aim: 800
     "rmipo/evaluation": 1590,  # aim: 1500
     "rmipo/generation": 910,  # aim: 800
     "rmipo/launch": 650,  # aim: 600
     "rmipo/objectives": 850,  # aim: 600
     "rmipo/page": 260,
-    "rmipo/plan": 430,  # aim: 450
-    "rmipo/recipe": 660,
+    "rmipo/plan": 420,  # aim: 450
+    "rmipo/recipe": 650,
     "rmipo/reporting": 1570,  # aim: 1500
-    "rmipo/run": 720,
+    "rmipo/run": 690,
     "rmipo/tiny": 460,
-    "rmipo/training": 2030,  # aim: 1700
-    "rmipo": 12230,  # aim: 11000
+    "rmipo/training": 2020,  # aim: 1700
+    "rmipo": 12150,  # aim: 11000
     "scripts": 1310,  # aim: 1100
     "benchmarks": 980,  # aim: 800
     "examples": 160,
-    "tests": 15020,  # aim: 14000
+    "tests": 15010,  # aim: 14000
 }
 
 

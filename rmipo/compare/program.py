@@ -16,7 +16,7 @@ from pathlib import Path
 import pandas as pd
 from matplotlib.figure import Figure
 
-from rmipo.compare.log import Log
+from rmipo.compare.runs import Log
 from rmipo.compare.study import INITIAL, METHODS, READINGS, SEARCH_SEED, Study, Trial
 from rmipo.errors import ConfigError
 from rmipo.files import locked

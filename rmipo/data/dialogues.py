@@ -5,8 +5,7 @@ from datasets import Dataset, Features, Value
 from trl import SFTConfig
 
 from rmipo.data.chat import ChatFormat, DataError, render, require_contents, tokenize
-from rmipo.data.formats import MESSAGES, code_digest, read_dialogue, unusable_dialogue
-from rmipo.data.report import DataReport
+from rmipo.data.formats import MESSAGES, DataReport, code_digest, read_dialogue, unusable_dialogue
 from rmipo.data.sources import load_converted
 from rmipo.fingerprints import json_fingerprint
 from rmipo.recipe.schema import DataConfig

@@ -4,11 +4,9 @@ import pyarrow.compute as pc
 from datasets import Dataset, Features, List, Value
 
 from rmipo.data.chat import ChatFormat, DataError, TokenPair
-from rmipo.data.formats import SIDES, code_digest, read_pair, unusable_pair
-from rmipo.data.report import DataReport
+from rmipo.data.formats import SIDES, DataReport, code_digest, read_pair, unusable_pair
 from rmipo.data.sources import load_converted
-from rmipo.recipe.arguments import PairConfig
-from rmipo.recipe.schema import DataConfig
+from rmipo.recipe.schema import DataConfig, PairConfig
 
 TOKEN_IDS = List(Value("int32"))
 # Keys that decide what becomes of a pair. Whoever scores the pairs of a run later takes the run's own.

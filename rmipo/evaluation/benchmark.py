@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from rmipo.generation.judge import shown
-from rmipo.recipe.settings import merge_settings
+from rmipo.recipe.files import merge_settings
 
 # Settings that change what an evaluation costs or how it goes on, and not what it measures.
 COSTS_ALONE = {"price", "max_cost", "concurrency", "max_missing", "generate_only", "batch_size", "engine"}

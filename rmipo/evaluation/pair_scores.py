@@ -7,8 +7,8 @@ from datasets import Dataset
 from tqdm import tqdm
 
 from rmipo.data.chat import ChatFormat
+from rmipo.data.formats import DataReport
 from rmipo.data.pairs import tokenize_pairs
-from rmipo.data.report import DataReport
 from rmipo.errors import EvaluationError
 from rmipo.recipe.schema import ModelConfig
 from rmipo.training.loading import check_limits, load_model, load_tokenizer

@@ -46,7 +46,7 @@ def write_to_wandb(run_id: str, key: str, metrics: dict, result: dict) -> None:
     """Continue the W&B run: the metrics in its summary, each prompt's values in a table."""
     import wandb
 
-    from rmipo.run.trackers import close_wandb, open_wandb
+    from rmipo.run.callbacks import close_wandb, open_wandb
 
     open_wandb(None, run_id)
     wandb.run.summary.update({f"{key}/{name}": value for name, value in metrics.items()})

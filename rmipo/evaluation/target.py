@@ -11,10 +11,9 @@ from rmipo.evaluation import BENCHMARKS
 from rmipo.generation.answers import DEFAULTS as GENERATION
 from rmipo.generation.answers import own_settings
 from rmipo.launch.choices import ROOT, check_names, is_setting
-from rmipo.recipe.files import merge, parse_overrides, read_yaml
+from rmipo.recipe.files import merge, merge_settings, parse_overrides, read_yaml
 from rmipo.recipe.load import load_recipe, template_text
 from rmipo.recipe.schema import ModelConfig
-from rmipo.recipe.settings import merge_settings
 from rmipo.record import recorded_run
 from rmipo.training.loading import load_tokenizer
 

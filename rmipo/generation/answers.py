@@ -19,8 +19,8 @@ from rmipo.files import read_lines
 from rmipo.fingerprints import has_weights, json_fingerprint, trained_fingerprint
 from rmipo.generation.engines import ENGINES, TokenPrompt, choose_engine
 from rmipo.generation.prompts import kept_lines
+from rmipo.recipe.files import merge_settings
 from rmipo.recipe.schema import ModelConfig
-from rmipo.recipe.settings import merge_settings
 from rmipo.record import package_versions
 from rmipo.training.loading import load_tokenizer, read_generation_config
 

@@ -21,7 +21,7 @@ from rmipo.errors import UserError
 from rmipo.fingerprints import text_fingerprint
 from rmipo.generation.judge import check_cost, complete, judge_endpoint, open_client, shown
 from rmipo.generation.prompts import Prompt, kept_lines
-from rmipo.recipe.settings import merge_settings
+from rmipo.recipe.files import merge_settings
 
 QUESTION = """Rate the response to the user's last message for its helpfulness, relevance, accuracy, depth and clarity. \
 Be objective. End with the rating from 1 to 10 in double brackets, such as: Rating: [[5]].

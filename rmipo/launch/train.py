@@ -20,7 +20,7 @@ from rmipo.launch.choices import choose_sharding, choose_stages, gpus_asked_for,
 from rmipo.launch.environment import training_environment
 from rmipo.launch.pipeline import Step, load_steps
 from rmipo.recipe.files import NO_GPU
-from rmipo.run.stop import EXIT_STOPPED
+from rmipo.run.callbacks import EXIT_STOPPED
 from rmipo.training.checkpoints import MARKER, complete_checkpoints
 
 SLURM_SCRIPT = "scripts/launch.slurm"

@@ -21,8 +21,7 @@ from rmipo.evaluation.statistics import Interval, bootstrap, interval, resamples
 from rmipo.files import replacing
 from rmipo.objectives import build_objective
 from rmipo.objectives.rmipo import delta_pmi, response_pmi
-from rmipo.recipe.arguments import RMiPOConfig
-from rmipo.recipe.schema import ModelConfig
+from rmipo.recipe.schema import ModelConfig, RMiPOConfig
 from rmipo.training import parts
 from rmipo.training.loading import load_model
 from rmipo.training.packing import pack, pack_pairs, pack_priors

@@ -16,9 +16,17 @@ from rmipo import cli
 from rmipo.errors import ConfigError
 from rmipo.objectives import build_objective
 from rmipo.recipe import foreign
-from rmipo.recipe.arguments import FULL_EVAL, UNUSABLE
 from rmipo.recipe.files import NO_GPU, merge, nearest, parse_overrides, read_layers, typed
-from rmipo.recipe.schema import ARGUMENTS, RECIPE_ONLY, DataConfig, ModelConfig, PreferenceRunConfig, of_recipe
+from rmipo.recipe.schema import (
+    ARGUMENTS,
+    FULL_EVAL,
+    RECIPE_ONLY,
+    UNUSABLE,
+    DataConfig,
+    ModelConfig,
+    PreferenceRunConfig,
+    of_recipe,
+)
 from rmipo.record import recorded_run
 
 # Keys of the libraries that would be ignored in silence, change the batch, or be saved and sent to trackers as a secret.

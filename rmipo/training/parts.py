@@ -15,13 +15,11 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rmipo.data.chat import PROBES, ChatFormat, DataError, freeze_date
-from rmipo.data.formats import MESSAGES, SIDES, convert_rows, read_pair
+from rmipo.data.formats import MESSAGES, SIDES, DataReport, convert_rows, of_split, read_pair
 from rmipo.data.pairs import LIMITS, tokenize_pairs
-from rmipo.data.report import DataReport, of_split
 from rmipo.fingerprints import json_fingerprint, model_fingerprint, rows_fingerprint
 from rmipo.objectives import PRIORS, build_objective
-from rmipo.recipe.arguments import PairConfig
-from rmipo.recipe.schema import ModelConfig
+from rmipo.recipe.schema import ModelConfig, PairConfig
 from rmipo.training.distributed import on_main_process
 from rmipo.training.loading import check_adapters, check_limits, load_model, load_tokenizer
 

@@ -20,15 +20,14 @@ from trl.trainer.utils import generate_model_card
 from rmipo.errors import ConfigError
 from rmipo.objectives import PRIORS, PairScores, build_objective
 from rmipo.objectives.papers import PAPERS
-from rmipo.recipe.arguments import PairConfig, RMiPOConfig
-from rmipo.recipe.schema import ModelConfig
+from rmipo.recipe.schema import ModelConfig, PairConfig, RMiPOConfig
 from rmipo.training import attention, batching, checkpoints, metrics, parts, scoring
 from rmipo.training.batching import PackedMicroBatch, PairDataset
 from rmipo.training.distributed import gather, gather_columns
 from rmipo.training.loading import require_masters
 from rmipo.training.packing import concatenate, split_pairs
-from rmipo.training.parity import check_parity
 from rmipo.training.reference import Reference
+from rmipo.training.scoring import check_parity
 
 
 class PreferenceTrainer(checkpoints.ResumableTrainer):

@@ -20,17 +20,15 @@ import torch
 from transformers import TrainerState
 
 from rmipo.compare import program as programs
-from rmipo.compare import run as compared
-from rmipo.compare.log import Log
-from rmipo.compare.run import execute
+from rmipo.compare import runs as compared
+from rmipo.compare.runs import Log, execute
 from rmipo.compare.study import FLOOR, INITIAL, METHODS, PairsTask, Study, Trial
 from rmipo.errors import ConfigError
 from rmipo.evaluation.statistics import contrast
 from rmipo.objectives import OBJECTIVES
 from rmipo.reporting import comparison
-from rmipo.tiny.config import load_world_config
 from rmipo.tiny.files import write_world
-from rmipo.tiny.world import CLASSES
+from rmipo.tiny.world import CLASSES, load_world_config
 from tests.helpers.launched import launch, wait_until
 from tests.helpers.lock_holder import held
 from tests.helpers.paths import ROOT

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from rmipo.data.chat import ChatFormat, DataError
+from rmipo.data.formats import DataReport
 from rmipo.data.pairs import LIMITS, cut_pair, tokenize_pairs
-from rmipo.data.report import DataReport
 from rmipo.evaluation import BENCHMARKS
-from rmipo.recipe.arguments import PairConfig
+from rmipo.recipe.schema import PairConfig
 from tests.helpers.families import LLAMA3_TEMPLATE, make_tokenizer
 from tests.helpers.rows import assistant, pair, pairs, tokenize, user
 

@@ -16,7 +16,7 @@ import deepspeed  # noqa: F401
 import torch
 from trl import SFTTrainer  # noqa: F401
 
-import rmipo.run.curves
+import rmipo.run.export
 import rmipo.run.frame  # noqa: F401
 
 torch.set_num_threads(1)

@@ -8,7 +8,7 @@ from transformers import TrainerState
 
 from rmipo import cli
 from rmipo.recipe.load import load_recipe
-from rmipo.run.stop import SilenceWatchdog
+from rmipo.run.callbacks import SilenceWatchdog
 
 
 @cli.program()

@@ -18,7 +18,7 @@ from transformers import TrainerCallback, TrainerControl
 
 from rmipo.recipe.load import load_recipe
 from rmipo.run import export, frame
-from rmipo.run.stop import StopOnSignal
+from rmipo.run.callbacks import StopOnSignal
 from rmipo.training import checkpoints
 from rmipo.training.distributed import gather, gather_columns, on_main_process
 from rmipo.training.metrics import NonFiniteLossError
@@ -226,6 +226,7 @@ def start_of_both(output: Path, model_folder: Path) -> dict:
         seen = [run.date, run.checkpoint, run.record["fingerprints"]]
         run.train(trainer)
         run.save(trainer)
+    frame.resume_point = lambda *arguments: None
     frame.recorded_run = lambda folder: {"finished": args.process_index == 0}
     frame.has_weights = lambda folder: True
     ended = "went on"

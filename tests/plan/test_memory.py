@@ -10,21 +10,22 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from trl.kernels import ChunkedLogProbFunction
 
 from benchmarks.measure import allocated_peak
-from rmipo.plan import duration
-from rmipo.plan.duration import A100
+from rmipo.plan import preflight
 from rmipo.plan.memory import (
     FUSED_HEAD_TILE,
     STATE_BYTES,
     Hardware,
+    Shape,
     Sharding,
     Workload,
     gradient_pass,
     head_activations,
     layer_activations,
+    load_config,
     model_states,
     plan_memory,
 )
-from rmipo.plan.shapes import Shape, load_config
+from rmipo.plan.preflight import A100
 from rmipo.recipe.load import load_recipe
 from tests.helpers.paths import ROOT
 from tests.helpers.twins import make_twin
@@ -194,19 +195,19 @@ def shape():
 def test_hours_are_the_flops_per_weight_over_what_gpus_reach(shape, changes, of_a_pair):
     """Ten steps of 128 pairs of 220 + 2 x 320 tokens on four A100."""
     flops = shape.parameters * 10 * 128 * of_a_pair
-    found = duration.hours(shape, make_work(**PLAIN | changes), 4, 10, A100)
+    found = preflight.hours(shape, make_work(**PLAIN | changes), 4, 10, A100)
     assert found == pytest.approx((flops / (4 * 312e12 * 0.5) / 3600, flops / (4 * 312e12 * 0.25) / 3600))
 
 
 def test_a_step_on_four_gpus_takes_at_least_what_a_review_says(shape):
     """An independent figure for 4 x 80 GB with every layer computed again: 9.3 s on A800."""
-    low, high = (hours * 3600 for hours in duration.hours(shape, make_work(), 4, 1, A100))
+    low, high = (hours * 3600 for hours in preflight.hours(shape, make_work(), 4, 1, A100))
     assert 9.3 * 0.95 < low < high < 3 * 9.3
 
 
 def test_every_epoch_ends_with_a_step_of_what_is_left():
     def steps(examples, *overrides, **changes):
-        return duration.steps(load_recipe(RECIPE, overrides=overrides), make_work(global_batch=4, **changes), examples)
+        return preflight.steps(load_recipe(RECIPE, overrides=overrides), make_work(global_batch=4, **changes), examples)
 
     assert steps(10, "--num_train_epochs=3") == 9  # three each: 4, 4 and 2 pairs
     assert steps(10, "--max_steps=7") == 7
@@ -224,4 +225,4 @@ def test_examples_are_counted_where_they_are_here(tmp_path):
         ("rmipo", [data, "--max_train_samples=7"], (7, True)),
     ):
         recipe = load_recipe(ROOT / f"recipes/llama3-8b-base/{stage}.yaml", overrides=changes)
-        assert duration.training_examples(recipe) == examples
+        assert preflight.training_examples(recipe) == examples

@@ -10,8 +10,7 @@ import pytest
 from transformers import TrainingArguments
 
 from rmipo.plan import preflight
-from rmipo.plan.memory import GIB, Hardware, Sharding, plan_memory
-from rmipo.plan.shapes import Shape, load_config
+from rmipo.plan.memory import GIB, Hardware, Shape, Sharding, load_config, plan_memory
 from rmipo.recipe.load import load_recipe
 from tests.helpers.paths import ROOT
 from tests.helpers.programs import run_here

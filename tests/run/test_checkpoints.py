@@ -16,7 +16,7 @@ from transformers import TrainerState
 from rmipo.errors import CheckpointError
 from rmipo.files import LOCK_FILE
 from rmipo.record import run_identity
-from rmipo.run.checkpoints import FullDiskError, delete_torn, explained_full_disk, resume_point
+from rmipo.run.frame import FullDiskError, delete_torn, explained_full_disk, resume_point
 from rmipo.training.checkpoints import (
     MARKER,
     ResumableTrainer,

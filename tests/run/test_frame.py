@@ -11,9 +11,7 @@ from rmipo.plan.preflight import PreflightError
 from rmipo.recipe.load import load_recipe
 from rmipo.record import read_generations, recorded_run
 from rmipo.run import frame
-from rmipo.run.callbacks import Recorder, set_callbacks
-from rmipo.run.stop import FiniteWatchdog, StopOnSignal
-from rmipo.run.trackers import WandbBySteps
+from rmipo.run.callbacks import FiniteWatchdog, Recorder, StopOnSignal, WandbBySteps, set_callbacks
 from tests.helpers.launched import launch
 from tests.helpers.paths import ROOT
 from tests.helpers.programs import run_here

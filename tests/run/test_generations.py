@@ -9,9 +9,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from rmipo.files import write_lines
 from rmipo.record import GENERATIONS_FILE, read_generations
-from rmipo.run import generations
-from rmipo.run.generations import SampleGenerations
-from rmipo.run.stop import StopOnSignal
+from rmipo.run import callbacks
+from rmipo.run.callbacks import SampleGenerations, StopOnSignal
 from rmipo.training import attention
 from tests.helpers.small_models import greedy
 from tests.helpers.twins import changed, make_twin, run
@@ -50,7 +49,7 @@ def test_answers_are_greedy_and_training_goes_on_as_before(monkeypatch):
     model = LlamaForCausalLM(config)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)  # so that each token of a prompt counts
-    monkeypatch.setattr(generations, "positions_of", lambda config: None)  # a model that doesn't say
+    monkeypatch.setattr(callbacks, "positions_of", lambda config: None)  # a model that doesn't say
     model.generation_config.do_sample = True  # as published models say
     model.generation_config.eos_token_id = None
     attention.attach(model, "segment")

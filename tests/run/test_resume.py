@@ -14,7 +14,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from rmipo.record import read_metrics
-from rmipo.run.stop import EXIT_STOPPED
+from rmipo.run.callbacks import EXIT_STOPPED
 from rmipo.training.checkpoints import MARKER, complete_checkpoints, marked
 from tests.helpers.interrupted_runs import assert_same_run, finish, kill_when, last_step, start
 from tests.helpers.launched import wait_until

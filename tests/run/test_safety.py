@@ -12,7 +12,7 @@ from rmipo.evaluation.pair_scores import score_model
 from rmipo.evaluation.target import check_trained_prompts
 from rmipo.generation.answers import Generator, Request, check_settings
 from rmipo.generation.engines import TransformersEngine
-from rmipo.plan.shapes import load_config
+from rmipo.plan.memory import load_config
 from rmipo.recipe.schema import ModelConfig
 from rmipo.training.loading import LoadingError, check_limits, load_model, load_tokenizer
 from tests.helpers.families import make_model, make_tokenizer, save

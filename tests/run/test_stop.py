@@ -11,8 +11,7 @@ import torch
 from transformers import TrainerControl, TrainerState
 
 from rmipo.record import differences, run_identity
-from rmipo.run.callbacks import Recorder
-from rmipo.run.stop import FiniteWatchdog, NonFiniteStepError, StopOnSignal
+from rmipo.run.callbacks import FiniteWatchdog, NonFiniteStepError, Recorder, StopOnSignal
 from tests.helpers.launched import launch
 from tests.helpers.twins import changed, make_twin
 

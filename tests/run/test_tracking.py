@@ -23,11 +23,8 @@ from rmipo.record import (
     run_identity,
     write_record,
 )
-from rmipo.run.callbacks import set_callbacks
-from rmipo.run.curves import plot_curves, plot_run
-from rmipo.run.generations import SampleGenerations
-from rmipo.run.stop import StopOnSignal
-from rmipo.run.trackers import WandbBySteps, close_wandb, open_wandb
+from rmipo.run.callbacks import SampleGenerations, StopOnSignal, WandbBySteps, close_wandb, open_wandb, set_callbacks
+from rmipo.run.export import plot_curves, plot_run
 from tests.helpers.rows import write
 from tests.helpers.small_models import make_pairs
 from tests.helpers.trainers import make_trainer

@@ -18,10 +18,8 @@ from rmipo.files import LOCK_FILE
 from rmipo.recipe.load import load_recipe
 from rmipo.record import read_metrics, recorded_run, write_record
 from rmipo.run import export, frame
-from rmipo.run.callbacks import Recorder
-from rmipo.run.checkpoints import FullDiskError
-from rmipo.run.frame import training_run
-from rmipo.run.stop import EXIT_STOPPED, FiniteWatchdog, SilenceWatchdog, StopOnSignal
+from rmipo.run.callbacks import EXIT_STOPPED, FiniteWatchdog, Recorder, SilenceWatchdog, StopOnSignal
+from rmipo.run.frame import FullDiskError, training_run
 from rmipo.training import checkpoints
 from rmipo.training.checkpoints import marked
 from tests.helpers.paths import ROOT

@@ -14,7 +14,7 @@ from trl import ModelConfig
 
 from rmipo import PreferenceConfig, PreferenceTrainer, RMiPOConfig, RMiPOTrainer
 from rmipo.errors import CheckpointError, ConfigError, UserError
-from rmipo.recipe import arguments
+from rmipo.recipe import schema
 from rmipo.record import read_metrics
 from rmipo.run.callbacks import Recorder
 from tests.helpers.launched import launch
@@ -381,7 +381,7 @@ def test_an_adapter_of_tied_embeddings_is_refused(make, model, tokenizer, target
 @pytest.mark.parametrize("installed", [False, True])
 @pytest.mark.parametrize("on_cuda", [False, True])
 def test_liger_is_the_default_on_gpus_where_it_is_installed(monkeypatch, installed, on_cuda):
-    monkeypatch.setattr(arguments, "is_liger_kernel_available", lambda: installed)
+    monkeypatch.setattr(schema, "is_liger_kernel_available", lambda: installed)
     for place in (torch.cuda, torch.accelerator):
         monkeypatch.setattr(place, "is_available", lambda: on_cuda)
     monkeypatch.setattr(TrainingArguments, "__post_init__", lambda self: None)  # it would look for the GPU itself

@@ -7,8 +7,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, MistralConfig, MistralForCausalLM
 
-from rmipo.training import attention, parity
-from rmipo.training.parity import ParityError, check_parity
+from rmipo.training import attention, scoring
+from rmipo.training.scoring import ParityError, check_parity
 from tests.helpers.rows import user
 from tests.helpers.small_models import make_model, make_pairs
 
@@ -93,7 +93,7 @@ def positions_off_by_one(rows):
     return packed._replace(position_ids=moved)
 
 
-dense_mask, pack_pairs = attention.dense_mask, parity.pack_pairs
+dense_mask, pack_pairs = attention.dense_mask, scoring.pack_pairs
 WRONG = {
     "other branch": other_branch,
     "no prefix": lambda packed, window: dense_mask(packed, window) & (packed.branches[:, None] == packed.branches),
@@ -109,7 +109,7 @@ def test_wrong_layouts_are_refused(monkeypatch, four_layers, ours, wrong):
     shallow = four_layers(WINDOW if "window" in wrong else None)
     if shallow[1] == "bfloat16" and wrong not in ("other branch", "no prefix"):
         return
-    where, what = (parity, "pack_pairs") if wrong == "positions" else (attention, "dense_mask")
+    where, what = (scoring, "pack_pairs") if wrong == "positions" else (attention, "dense_mask")
     monkeypatch.setattr(where, what, WRONG[wrong])
     with pytest.raises(ParityError, match=r"attention: dense scores .*ForCausalLM differently from a plain forward"):
         check(shallow, ours, "dense")
