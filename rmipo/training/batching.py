@@ -6,6 +6,7 @@ same number of micro-batches (ZeRO-3 gathers parameters in every forward); one t
 with no weight.
 """
 
+import heapq
 import itertools
 import math
 from collections.abc import Collection, Iterator, Sequence
@@ -93,11 +94,12 @@ def deal(pairs: list[int], tokens: Sequence[int], room: list[int]) -> list[list[
     `tokens`: per pair of the dataset.
     """
     parts: list[list[int]] = [[] for _ in room]
-    loads = [0] * len(parts)
+    open_parts = [(0, place) for place, size in enumerate(room) if size]  # a heap of (tokens, part)
     for pair in sorted(pairs, key=lambda pair: (-tokens[pair], pair)):
-        place = min((i for i, part in enumerate(parts) if len(part) < room[i]), key=lambda i: (loads[i], i))
+        load, place = heapq.heappop(open_parts)
         parts[place].append(pair)
-        loads[place] += tokens[pair]
+        if len(parts[place]) < room[place]:
+            heapq.heappush(open_parts, (load + tokens[pair], place))
     return parts
 
 
