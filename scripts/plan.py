@@ -16,6 +16,8 @@ def main() -> int:
     names = ("MODEL", "STAGE", "METHOD", "DATA", "ARGS", "GPUS", "NODES", "SHARDING", "EXAMPLES", "TFLOPS")
     env = cli.environment(__file__, __doc__, *names, STAGE="sft or rmipo (default: rmipo)")
     env["STAGE"] = env.get("STAGE") or "rmipo"
+    if env.get("GPUS"):  # also of a recipe that trains on this machine's CPU
+        env["ARGS"] = f"{env.get('ARGS', '')} --use_cpu false"
     choose_stages(env)
 
     # These import torch and TRL, which takes seconds.
@@ -27,7 +29,7 @@ def main() -> int:
     step = [step for step in load_steps(*choose_stages(env), env) if step.recipe is not None][-1]
     recipe = step.recipe
     if step.on_cpu:
-        raise ConfigError(f"{recipe.path} trains on a CPU: the progress bar of a trial shows how long it takes")
+        raise ConfigError(f"{recipe.path} trains on this machine's CPU: for a plan on GPUs name them, as in GPUS=1x24")
     nodes = whole_number(env, "NODES", 1)
     hardware = Hardware.parse(env["GPUS"], nodes) if env.get("GPUS") else Hardware.here()
     if hardware is None or (nodes > 1 and not env.get("GPUS")):

@@ -147,6 +147,9 @@ def test_plan_prints_every_part_and_follows_the_length_that_the_recipe_asks_for(
     assert "Examples: 1000," in text and "Steps: 8," in text
     code, text = make_plan(GPUS="4x24", METHOD="dpo")
     assert code == 1 and "DOES NOT FIT" in text
+    own = "--model_name_or_path meta-llama/Meta-Llama-3-8B-Instruct --dtype bfloat16"  # of a recipe that trains on a CPU here
+    code, text = make_plan(MODEL="smollm2-135m-instruct", GPUS="4x80", ARGS=own)
+    assert code == 0 and "Meta-Llama-3-8B-Instruct, 8.03 B" in text
 
 
 @pytest.mark.parametrize(
