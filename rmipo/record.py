@@ -50,9 +50,24 @@ def environment() -> dict:
         "versions": package_versions(*PACKAGES),
         "python": platform.python_version(),
         "commit": _commit(),
-        # Times and memory mean nothing without it.
-        "hardware": gpus or [f"{os.cpu_count()} CPU cores ({platform.machine()})"],
+        # Times and memory mean nothing without it, and on a CPU neither do last digits.
+        "hardware": gpus or [f"{os.cpu_count()} CPU cores ({cpu_name()})"],
     }
+
+
+def cpu_name() -> str:
+    import torch
+
+    name = torch.cpu.get_capabilities().get("cpu_name", platform.machine())
+    return f"{name}, bfloat16" if cpu_has_bf16() else name
+
+
+def cpu_has_bf16() -> bool:
+    """Whether the CPU computes in bfloat16, and does not imitate it: then recipes do, unless they say otherwise."""
+    import torch
+
+    features = torch.cpu.get_capabilities()
+    return bool(features.get("avx512_bf16") or features.get("amx_bf16"))
 
 
 def _commit() -> str | None:

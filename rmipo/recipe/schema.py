@@ -17,6 +17,7 @@ from typing_extensions import TypedDict
 from rmipo.errors import ConfigError
 from rmipo.objectives import build_objective
 from rmipo.objectives.rmipo import RMiPO
+from rmipo.record import cpu_has_bf16
 
 
 def option(default: Any, help: str) -> Any:
@@ -96,8 +97,7 @@ class PairConfig(TrainingArguments):
 def _has_bf16(use_cpu: bool) -> bool:
     """Whether the device computes in bfloat16, and does not imitate it."""
     if use_cpu:
-        features = torch.cpu.get_capabilities()
-        return bool(features.get("avx512_bf16") or features.get("amx_bf16"))
+        return cpu_has_bf16()
     return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
 
 

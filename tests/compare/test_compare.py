@@ -302,6 +302,7 @@ def test_the_table_is_sorted():
     assert "| KTO | 0.0002 | diverged |" in report_of([*LINES, diverged], searched)
     assert text.endswith("Commit abc; torch 2, trl 1; 2 CPU cores.")
     assert "Commit abc and def;" in report_of([*LINES, {**LINES[0], "commit": "def"}], searched)
+    assert "2 CPU cores and 8 CPU cores." in report_of([*LINES, {**LINES[0], "hardware": ["8 CPU cores"]}], searched)
 
 
 CHOICES = {"MODEL": "tiny", "METHODS": "dpo", "SEEDS": "0", "NOISE": "0", "ARGS": ARGUMENTS, "WORKERS": "2"}

@@ -15,7 +15,7 @@ from trl import ModelConfig
 from rmipo import PreferenceConfig, PreferenceTrainer, RMiPOConfig, RMiPOTrainer
 from rmipo.errors import CheckpointError, ConfigError, UserError
 from rmipo.recipe import schema
-from rmipo.record import read_metrics
+from rmipo.record import environment, read_metrics
 from rmipo.run.callbacks import Recorder
 from tests.helpers.launched import launch
 from tests.helpers.rows import assistant, user
@@ -142,6 +142,13 @@ def test_defaults_are_the_papers(monkeypatch):
     for args in (TrainingArguments("x", use_cpu=True), PreferenceConfig("x", objective={"name": "simpo"})):
         with pytest.raises(ConfigError, match=f"args is {type(args).__name__}"):
             RMiPOTrainer("no/model", args)
+
+
+@pytest.mark.parametrize(("features", "name"), [({}, "X"), ({"avx512_bf16": True}, "X, bfloat16")])
+def test_a_cpus_numbers_are_quoted_with_what_rounds_them(features, name, monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"cpu_name": "X", **features})
+    assert RMiPOConfig(tmp_path, use_cpu=True).bf16 == bool(features)
+    assert torch.cuda.is_available() or f"({name})" in environment()["hardware"][0]
 
 
 @pytest.mark.parametrize(
