@@ -19,12 +19,12 @@ from pathlib import Path
 from rmipo import cli
 from rmipo.launch.choices import check_names, is_setting
 from rmipo.recipe.files import merge
-from rmipo.reporting.provenance import figure_notes
 from rmipo.reporting.results import (
     RECIPES,
     ReportError,
     RunFolder,
     check_model,
+    figure_notes,
     load_run,
     method_label,
     model_label,

@@ -16,10 +16,9 @@ from rmipo import cli
 from rmipo.evaluation import BENCHMARKS
 from rmipo.files import write_atomically
 from rmipo.launch.choices import is_on
-from rmipo.reporting.paired import win_rates
 from rmipo.reporting.render import FORMATS, render_wins
 from rmipo.reporting.results import OURS, ReportError, check_model
-from rmipo.reporting.tables import TABLES, benchmark_table, build_table, fill
+from rmipo.reporting.tables import TABLES, benchmark_table, build_table, fill, win_rates
 
 
 @cli.main

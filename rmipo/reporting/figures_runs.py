@@ -13,8 +13,7 @@ from rmipo.evaluation import benchmark_of, metric_label
 from rmipo.fingerprints import json_fingerprint
 from rmipo.plots import GREY, draw_costs, draw_curves, footnotes, house_style, method_color, panel_letter, panels
 from rmipo.record import read_metrics
-from rmipo.reporting.paired import interval_text, paired_difference
-from rmipo.reporting.provenance import figure_notes, require_comparable
+from rmipo.reporting.render import interval_text
 from rmipo.reporting.results import (
     OURS,
     PAPER_MODELS,
@@ -23,14 +22,16 @@ from rmipo.reporting.results import (
     Result,
     RunFolder,
     eval_command,
-    find_runs,
+    figure_notes,
     load_result,
     load_run,
     method_label,
     model_label,
     paper_table,
+    require_comparable,
     train_command,
 )
+from rmipo.reporting.tables import paired_difference
 
 FIGURE5_METHODS = ("dpo", "simpo", "simper", "rmipo")
 HH_SUBSETS = ("hh_helpful", "hh_harmless")
@@ -84,8 +85,11 @@ def measured(outputs: Path, model: str, method: str, metric: str, name: str = ""
     """A line for each finished run of `method` with the metric: run, beta, gamma, value, error, result (None: logged)."""
     found, benchmark = [], benchmark_of(metric)
     # Whatever a folder is called, the hyperparameters are those in its run.json.
-    for run in (run for run in find_runs(outputs, model) if run.objective.get("name") == method and run.finished):
-        folder = run.folder.relative_to(outputs / model).as_posix()
+    for path in sorted((outputs / model).rglob("run.json")):
+        folder = path.parent.relative_to(outputs / model).as_posix()
+        run = load_run(outputs, model, folder)
+        if run.objective.get("name") != method or not run.finished:
+            continue
         result = load_result(outputs, model, folder, benchmark.name, name) if benchmark else None
         rows = read_metrics(run.folder) if benchmark is None else [result.metrics] if result else []
         if values := [row[metric] for row in rows if metric in row]:

@@ -4,9 +4,8 @@ import re
 
 import pandas as pd
 
-from rmipo.reporting.paired import interval_text, stars
-from rmipo.reporting.provenance import made_with
-from rmipo.reporting.results import method_label
+from rmipo.evaluation.statistics import Interval
+from rmipo.reporting.results import made_with, method_label
 from rmipo.reporting.tables import Table
 
 # What pdflatex doesn't know, and where paths and settings may break.
@@ -24,6 +23,15 @@ def markdown_table(rows: list[list[str]]) -> str:
     """The first of `rows` is the header; all columns but the first are numbers."""
     head, *body = [[cell.replace("|", r"\|") for cell in row] for row in rows]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in [head, ["---", *["---:"] * (len(head) - 1)], *body])
+
+
+def stars(p: float) -> str:
+    return "*" * sum(p < level for level in (0.05, 0.01, 0.001))
+
+
+def interval_text(found: Interval, digits: int, p: float = 1.0) -> str:
+    """E.g. `+1.2 [+0.3, +2.1]*`; `p`, the corrected p-value, makes the stars."""
+    return f"{found.mean:+z.{digits}f} [{found.low:+z.{digits}f}, {found.high:+z.{digits}f}]{stars(p)}"
 
 
 def missing_numbers(table: Table) -> dict[tuple[str, ...], int]:
@@ -153,7 +161,7 @@ FORMATS = {"md": markdown, "csv": csv_text, "tex": latex}
 
 
 def render_wins(frame: pd.DataFrame, notes: list[str]) -> dict[str, str]:
-    """The frame and notes of `paired.win_rates`, by the suffix of its file."""
+    """The frame and notes of `tables.win_rates`, by the suffix of its file."""
     texts = [f"{c.rate:.1f} [{c.low:.1f}, {c.high:.1f}]{stars(c.p_holm)}" for c in frame.itertuples()]
     cells = frame.assign(text=texts).pivot(index="row", columns="column", values="text")
     methods = frame["row"].unique()
