@@ -20,8 +20,7 @@ from pathlib import Path
 from rmipo import cli
 from rmipo.errors import EvaluationError, UserError
 from rmipo.evaluation import BENCHMARKS
-from rmipo.evaluation.benchmark import Benchmark, benchmark_settings, contradictions
-from rmipo.evaluation.publish import publish
+from rmipo.evaluation.benchmark import Benchmark, benchmark_settings, contradictions, publish
 from rmipo.files import locked, write_atomically
 from rmipo.fingerprints import has_weights, prompting_fingerprint, trained_fingerprint
 from rmipo.launch.choices import check_names

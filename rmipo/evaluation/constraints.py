@@ -9,7 +9,7 @@ from collections import Counter, defaultdict
 from pathlib import Path
 from statistics import mean
 
-from rmipo.evaluation.benchmark import Benchmark, Metric
+from rmipo.evaluation.benchmark import Benchmark, Metric, details
 from rmipo.evaluation.statistics import means
 from rmipo.files import write_lines
 from rmipo.fingerprints import json_fingerprint
@@ -22,14 +22,14 @@ DEFAULTS = {
     "generation": {},
 }
 FAMILIES = {  # of `instructions.DRAWN`, whose import needs lm-eval
-    "frequency": "Frequency", "letter_frequency": "Letter frequency", "number_paragraphs": "Paragraphs",
-    "number_placeholders": "Placeholders", "postscript": "Postscript", "number_bullet_lists": "Bullet lists",
-    "number_highlighted_sections": "Highlighted sections", "multiple_sections": "Multiple sections", "title": "Title",
-    "no_comma": "No comma",
+    "frequency": "Frequency (%)", "letter_frequency": "Letter frequency (%)", "number_paragraphs": "Paragraphs (%)",
+    "number_placeholders": "Placeholders (%)", "postscript": "Postscript (%)", "number_bullet_lists": "Bullet lists (%)",
+    "number_highlighted_sections": "Highlighted sections (%)", "multiple_sections": "Multiple sections (%)",
+    "title": "Title (%)", "no_comma": "No comma (%)",
 }  # fmt: skip
 # Text that follows many constraints whatever is asked; with more of that kind, less room is left for words that answer.
 BOILERPLATE = "<<A>>\n*a* *b* *c* *d*\n[x] [y] [z] [w] [v]\nSection 1\nP.S. ok\nP.P.S ok"
-SAMPLING = tuple(f"generation.{key}" for key in ("temperature", "top_p", "max_new_tokens"))
+SAMPLING = ("generation.temperature", "generation.top_p", "generation.max_new_tokens")
 
 
 def measure(model_dir: Path, output_dir: Path, settings: dict) -> dict:
@@ -116,7 +116,7 @@ BENCHMARK = Benchmark(
         "constraints_cut": Metric("Cut (%)", better=None),
         "constraints_fixed": Metric("A fixed text (%)", better=None, detail=True),
         "constraints_repeated": Metric("The prompt itself (%)", better=None, detail=True),
-        **{f"constraints_{name}": Metric(f"{label} (%)", detail=True) for name, label in FAMILIES.items()},
+        **details("constraints", FAMILIES),
     },
     same=("prompts_sha256", "first_n", "skip_n", "answers", *SAMPLING),
     trial=("first_n", "skip_n"),

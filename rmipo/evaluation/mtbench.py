@@ -14,7 +14,7 @@ from pathlib import Path
 import pandas as pd
 
 from rmipo.errors import EvaluationError
-from rmipo.evaluation.benchmark import Benchmark, Metric
+from rmipo.evaluation.benchmark import Benchmark, Metric, details
 from rmipo.evaluation.statistics import standard_error
 from rmipo.files import read_lines, write_lines
 from rmipo.fingerprints import text_fingerprint
@@ -173,13 +173,16 @@ BENCHMARK = Benchmark(
     metrics={
         "mt_bench": Metric("MT-Bench"),
         "mt_bench_cut": Metric("Cut (%)", better=None),
-        "mt_bench_turn1": Metric("Turn 1", 2, detail=True),
-        "mt_bench_turn2": Metric("Turn 2", 2, detail=True),
-        **{f"mt_bench_{name}": Metric(name.capitalize(), 2, detail=True) for name in TEMPERATURES},
+        **details("mt_bench", {"turn1": "Turn 1", "turn2": "Turn 2"}, 2),
+        **details("mt_bench", dict(zip(TEMPERATURES, map(str.capitalize, TEMPERATURES), strict=True)), 2),
     },
     same=("judge_model", "judge_endpoint", "max_new_tokens", "first_n"),
     # Temperatures and length are the benchmark's.
     same_per_model=("generation.top_p", "generation.top_k", "generation.dtype"),
     trial=("first_n",),
-    paper={"judge_endpoint": OPENAI} | {name: DEFAULTS[name] for name in ("judge_model", "max_new_tokens")},
+    paper={
+        "judge_endpoint": OPENAI,
+        "judge_model": DEFAULTS["judge_model"],
+        "max_new_tokens": DEFAULTS["max_new_tokens"],
+    },
 )

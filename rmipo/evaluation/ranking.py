@@ -33,7 +33,7 @@ def measure(model_dir: Path, output_dir: Path, settings: dict) -> dict:
     """Score the initial model's answers. The numbers of each go to `output_dir`/ranking.jsonl."""
     from tqdm import tqdm
 
-    from rmipo.generation.likelihood import Likelihood
+    from rmipo.generation.oracles import Likelihood
     from rmipo.generation.prompts import Prompt
 
     settings["initial"] = initial_model(model_dir, settings["initial"])

@@ -30,7 +30,7 @@ DEFAULTS = {
 def measure(model_dir: Path, output_dir: Path, settings: dict) -> dict:
     """Answer the prompts, score them, and write the numbers of each answer to `output_dir`/specificity.jsonl."""
     from rmipo.generation.answers import Generator, Request
-    from rmipo.generation.likelihood import Likelihood
+    from rmipo.generation.oracles import Likelihood
     from rmipo.generation.prompts import read_prompts
 
     settings["initial"] = initial_model(model_dir, settings["initial"])

@@ -19,21 +19,10 @@ from rmipo.files import read_lines
 from rmipo.fingerprints import has_weights, json_fingerprint, trained_fingerprint
 from rmipo.generation.engines import ENGINES, TokenPrompt, choose_engine
 from rmipo.generation.prompts import kept_lines
+from rmipo.recipe.files import GENERATION, merge_settings
 from rmipo.recipe.schema import ModelConfig
-from rmipo.recipe.settings import merge_settings
 from rmipo.record import package_versions
 from rmipo.training.loading import load_tokenizer, read_generation_config
-
-DEFAULTS = {
-    "temperature": 0.7,
-    "top_p": 1.0,
-    "top_k": 0,  # 0: all tokens
-    "max_new_tokens": 2048,
-    "seed": 42,
-    "batch_size": 16,  # prompts answered together by transformers; vLLM answers all at once
-    "dtype": "bfloat16",
-    "engine": "auto",  # that of the answers there are; else vllm where there is a GPU, else transformers
-}
 
 
 @dataclass(frozen=True)
@@ -53,7 +42,7 @@ def questions(texts: Iterable[str]) -> list[Request]:
 
 def check_settings(settings: dict) -> dict:
     """The settings with defaults filled in. Raises EvaluationError naming every wrong value."""
-    return merge_settings("generation", DEFAULTS, settings)
+    return merge_settings("generation", GENERATION, settings)
 
 
 def own_settings(model_dir: str | Path) -> dict:

@@ -24,8 +24,7 @@ from rmipo.errors import PairsError
 from rmipo.files import locked, read_lines, write_atomically, write_lines
 from rmipo.fingerprints import json_fingerprint
 from rmipo.generation.answers import Generator, Request
-from rmipo.generation.likelihood import Likelihood
-from rmipo.generation.oracles import keep_scores, make_oracle
+from rmipo.generation.oracles import Likelihood, keep_scores, make_oracle
 from rmipo.generation.prompts import Prompt, read_prompts
 from rmipo.recipe.files import parse_overrides, read_yaml, typed
 
@@ -62,7 +61,7 @@ def load_pairs_config(path: Path, arguments: list[str], prompts: str | None = No
 def make_pairs(model_dir: Path, generation: dict, config: PairsConfig, folder: Path) -> dict:
     """Make the pairs of the model in `model_dir`, and return the content of pairs.json.
 
-    What is in `folder` already is not made again. `generation`: settings of the answers, see `answers.DEFAULTS`; the
+    What is in `folder` already is not made again. `generation`: settings of the answers, see `recipe.files.GENERATION`; the
     config's own lie over them. Raises PairsError where no pair comes out or `folder` holds others.
     """
     with locked(folder, "OUTPUT"):

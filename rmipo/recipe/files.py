@@ -1,16 +1,17 @@
-"""Recipes as they are written: strict YAML, command-line overrides, layers merged, values brought to their types."""
+"""Recipes and settings as they are written: strict YAML, overrides, layers merged, values brought to their types."""
 
 import difflib
 import os.path
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import pydantic
 import yaml
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 
-from rmipo.errors import ConfigError
+from rmipo.errors import ConfigError, EvaluationError
 
 NO_GPU = "this recipe trains on GPUs, and none is visible. MODEL=tiny and recipes with `use_cpu: true` train on a CPU"
 
@@ -123,3 +124,48 @@ def nearest(unknown: Iterable[str], known: Iterable[str]) -> str:
     """For an error message: those of the known names that are like the unknown ones."""
     near = [name for text in unknown for name in difflib.get_close_matches(text, list(known), n=1)]
     return f" (did you mean {', '.join(near)}?)" if near else ""
+
+
+# How answers are sampled: the block `generation` of an eval.yaml.
+GENERATION = {
+    "temperature": 0.7,
+    "top_p": 1.0,
+    "top_k": 0,  # 0: all tokens
+    "max_new_tokens": 2048,
+    "seed": 42,
+    "batch_size": 16,  # prompts answered together by transformers; vLLM answers all at once
+    "dtype": "bfloat16",
+    "engine": "auto",  # that of the answers there are; else vllm where there is a GPU, else transformers
+}
+# Types of settings whose default does not say all. Where the default is null or "auto", so may the value be.
+TYPES: dict[str, Any] = {
+    **dict.fromkeys(("first_n", "limit", "answers", "batch_size", "concurrency"), PositiveInt),
+    **dict.fromkeys(("max_new_tokens", "max_prompt_length"), PositiveInt),
+    **dict.fromkeys(("skip_n", "seed", "top_k", "max_missing"), NonNegativeInt),
+    "max_length": Annotated[int, Field(ge=2)],
+    "temperature": Annotated[float, Field(ge=0, le=2)],
+    "top_p": Annotated[float, Field(gt=0, le=1)],
+    "engine": Literal["auto", "transformers", "vllm"],
+    "dtype": Literal["auto", "bfloat16", "float16", "float32"],
+    # What lm-eval takes in place of a whole number.
+    "leaderboard.batch_size": PositiveInt | Annotated[str, Field(pattern=r"^auto:[1-9]\d*$")],
+    "leaderboard.limit": PositiveInt | Annotated[float, Field(gt=0, lt=1)],
+}
+
+
+def merge_settings(block: str, defaults: dict, settings: dict) -> dict:
+    """`defaults` overridden by `settings`. Raises EvaluationError for unknown keys, and naming every wrong value."""
+    if unknown := sorted(settings.keys() - defaults.keys()):
+        raise EvaluationError(f"{block}: unknown keys {unknown}{nearest(unknown, defaults)}")
+    merged, problems = dict(defaults), []
+    for key, value in settings.items():
+        default = defaults[key]
+        of_default = NonNegativeFloat if type(default) in (int, float) else Any if default is None else type(default)
+        try:
+            kind = TYPES.get(f"{block}.{key}", TYPES.get(key, of_default))
+            merged[key] = value if value == default else typed(kind, value, f"{block}: {key}")
+        except ValueError as error:
+            problems.append(str(error))
+    if problems:
+        raise EvaluationError("\n  ".join(problems))
+    return merged

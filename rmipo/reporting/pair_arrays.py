@@ -8,7 +8,7 @@ import torch
 
 from rmipo.data.pairs import LIMITS, load_pairs
 from rmipo.data.sources import load_rows, mixture_entries
-from rmipo.evaluation.pair_scores import score_model
+from rmipo.evaluation.hh import score_model
 from rmipo.objectives import PairScores, RMiPO, build_objective
 from rmipo.objectives.rmipo import delta_pmi, pmi
 from rmipo.plots import AT_MAX, AT_MIN

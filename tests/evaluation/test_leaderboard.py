@@ -12,7 +12,7 @@ from rmipo.errors import EvaluationError
 from rmipo.evaluation import leaderboard
 from rmipo.evaluation.leaderboard import BENCHMARK, TASKS, bbh_choices, evaluate, metrics_of
 from rmipo.plan.preflight import PreflightError
-from rmipo.recipe.settings import merge_settings
+from rmipo.recipe.files import merge_settings
 from tests.helpers.paths import ROOT
 from tests.helpers.rows import assistant, pair, user, write
 from tests.helpers.tiny_model import write_model
