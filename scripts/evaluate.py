@@ -54,7 +54,7 @@ def evaluate(folder: Path, settings: dict, benchmark: Benchmark, name: str) -> N
         return
     if no_number := [name for name, value in result["metrics"].items() if not math.isfinite(value)]:
         raise EvaluationError(f"{', '.join(no_number)} of {folder}: nothing was counted, or the model's scores are NaN")
-    made_by = {key: environment()[key] for key in ("commit", "hardware")}
+    made_by = {key: value for key, value in environment().items() if key in ("commit", "hardware")}
     content = {"bench": benchmark.name, "model": str(folder)} | made_of | made_by | result | {"finished": True}
     write_atomically(path, json.dumps(content, indent=2) + "\n")
     print(f"{benchmark.name}: {path}")

@@ -58,7 +58,7 @@ def measure(model_dir: Path, output_dir: Path, settings: dict) -> dict:
 def sample(name: str, model_dir: str | Path, settings: dict) -> tuple:
     """The `Generator`, and of each prompt its row, its answers, and which of those weren't cut.
 
-    `settings` choose the prompts; their hash is written to its key `prompts_sha256`.
+    `settings` choose the prompts, whose hash is written to its key `prompts_sha256`.
     """
     require_package("lm_eval")
     from rmipo.constraints.prompts import read_prompts
@@ -75,8 +75,9 @@ def sample(name: str, model_dir: str | Path, settings: dict) -> tuple:
     with Generator(model_dir, settings["generation"]) as generator:
         answers = generator.ask(name, requests)
     whole = [finish != "length" for finish in generator.finishes]
-    owns = [slice(number * each, (number + 1) * each) for number in range(len(prompts))]
-    return generator, [(prompt, answers[own], whole[own]) for prompt, own in zip(prompts, owns, strict=True)]
+    # The answers to one prompt side by side.
+    answers, whole = ([values[i : i + each] for i in range(0, len(values), each)] for values in (answers, whole))
+    return generator, list(zip(prompts, answers, whole, strict=True))
 
 
 def fixed_text(prompts: list[dict]) -> str:

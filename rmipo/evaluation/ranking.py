@@ -10,6 +10,7 @@ from pathlib import Path
 from statistics import mean
 
 import numpy as np
+import pandas as pd
 
 from rmipo.errors import EvaluationError
 from rmipo.evaluation.benchmark import DECODING, Benchmark, Metric
@@ -81,11 +82,9 @@ def auc(scores: Sequence[float], right: Sequence[bool]) -> float | None:
 
 def by_prompt(rows: list[dict], prompts: int) -> dict[str, list[float | None]]:
     """Per metric the AUC of each of the prompts."""
-    answers = [[row for row in rows if row["prompt"] == number] for number in range(prompts)]
-    return {
-        name: [auc([row[key] for row in own], [row["right"] for row in own]) for own in answers]
-        for name, key in SCORES.items()
-    }
+    scores = pd.DataFrame(rows, columns=["prompt", "right", *SCORES.values()])
+    answers = [scores[scores["prompt"] == number] for number in range(prompts)]
+    return {name: [auc(own[key], own["right"]) for own in answers] for name, key in SCORES.items()}
 
 
 BENCHMARK = Benchmark(

@@ -21,17 +21,9 @@ from rmipo.objectives import PairScores, RMiPO, build_objective
 from rmipo.objectives.rmipo import delta_pmi, pmi
 from rmipo.recipe.schema import DataConfig, of_recipe
 from rmipo.record import package_versions
+from rmipo.reporting import results as saved
 from rmipo.reporting.figures_runs import on_other_pairs
-from rmipo.reporting.results import (
-    ReportError,
-    Result,
-    RunFolder,
-    eval_command,
-    figure_notes,
-    load_result,
-    method_label,
-    model_label,
-)
+from rmipo.reporting.results import ReportError, Result, RunFolder, method_label, model_label
 
 
 def run_scores(
@@ -89,9 +81,11 @@ def hh_signals(outputs: Path, model: str, method: str) -> tuple[dict[str, dict[s
     """Subset -> log-likelihood and PMI differences in nats per token, from eval/hh_<subset>.pt; and the result that those
     belong to. Raises ReportError without any.
     """
-    evaluation = load_result(outputs, model, method, "hh")
+    evaluation = saved.load_result(outputs, model, method, "hh")
     if evaluation is None:
-        raise ReportError(f"figure 3 has no HH scores of {model} {method}: run `{eval_command(model, method, 'hh')}`")
+        raise ReportError(
+            f"figure 3 has no HH scores of {model} {method}: run `{saved.eval_command(model, method, 'hh')}`"
+        )
     files = {subset: evaluation.path.with_name(f"hh_{subset}.pt") for subset in ("helpful", "harmless")}
     # Scores of a subset without a number are of an earlier evaluation.
     scored = {subset: path for subset, path in files.items() if f"hh_{subset}" in evaluation.metrics}
@@ -127,7 +121,7 @@ def figure3(outputs: Path, model: str, method: str) -> Figure:
         axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.3))
         plots.panel_letter(axis, letter, f"{subset.capitalize()}, {title} ({len(values['pmi'])} pairs)")
     axes[0].set_ylabel("Density")
-    plots.footnotes(figure, figure_notes([evaluation]))
+    plots.footnotes(figure, saved.figure_notes([evaluation]))
     return figure
 
 

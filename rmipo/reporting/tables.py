@@ -14,24 +14,8 @@ import pandas as pd
 
 from rmipo.evaluation import BENCHMARKS, benchmark_of, metric_label
 from rmipo.evaluation.statistics import Interval, bootstrap, holm, interval, wins
-from rmipo.reporting.results import (
-    OURS,
-    RECIPES,
-    TRIAL,
-    ReportError,
-    Result,
-    deviations,
-    eval_command,
-    evaluated_methods,
-    load_results,
-    load_run,
-    made_with,
-    method_label,
-    model_label,
-    paper_table,
-    require_comparable,
-    train_command,
-)
+from rmipo.reporting import results as saved
+from rmipo.reporting.results import OURS, RECIPES, TRIAL, ReportError, Result, method_label, model_label
 
 NAN = float("nan")
 
@@ -70,7 +54,7 @@ def build_table(number: int, models: Iterable[str] = ()) -> Table:
     if number not in TABLES:
         raise ReportError(f"there is no table {number} to rebuild; the ones there are: {sorted(TABLES)}")
     title, headers, note = TABLES[number]
-    printed = paper_table(f"table{number}")
+    printed = saved.paper_table(f"table{number}")
     labels = dict(zip(printed["method"], printed.get("label", printed["method"]), strict=True))
     rows, by_model = itertools.product(tuple(models) or printed["setting"].unique(), labels), "Model" in headers
     rows = list(rows) if by_model else sorted(rows, key=lambda row: list(labels).index(row[1]))
@@ -86,7 +70,7 @@ def build_table(number: int, models: Iterable[str] = ()) -> Table:
 
 def benchmark_table(outputs: Path, model: str, benches: list[str], name: str = "") -> Table:
     """Every evaluated method of a model by the metrics of these benchmarks. Of one alone also the parts of its metrics."""
-    methods = evaluated_methods(outputs, model, benches, name)
+    methods = saved.evaluated_methods(outputs, model, benches, name)
     if not methods:  # an empty table would look like a benchmark without methods
         raise ReportError(f"{model} has no results of {', '.join(benches)}: run `make eval MODEL={model} ...`")
     metrics = [
@@ -122,11 +106,11 @@ def fill(table: Table, outputs: Path, all_differences: bool = False, name: str =
         benchmark = benchmark_of(metric)
         if (model, benchmark.name) not in found:  # each file is read once, whatever number of cells it fills
             asked = {*table.cells.query("model == @model")["method"]}
-            found[model, benchmark.name] = load_results(outputs, model, benchmark.name, name, asked)
+            found[model, benchmark.name] = saved.load_results(outputs, model, benchmark.name, name, asked)
         evaluated = found[model, benchmark.name].get(method, [])
         # A benchmark that was evaluated in part has a result without some of its metrics.
         results = [result for result in evaluated if metric in result.metrics]
-        unlike = dict.fromkeys(text for result in results for text in deviations(result))
+        unlike = dict.fromkeys(text for result in results for text in saved.deviations(result))
         commands = () if results else missing_commands(outputs, model, method, benchmark.name, name)
         if evaluated:  # nothing but parts can be added to a finished result
             commands = commands[-1:] if benchmark.parts else ()
@@ -142,9 +126,8 @@ def fill(table: Table, outputs: Path, all_differences: bool = False, name: str =
             "commands": commands,
         })  # fmt: skip
     cells = pd.DataFrame(rows)
-    require_comparable(
-        "this table", {result.path: result for results in cells["results"] for result in results}.values()
-    )
+    shown = {result.path: result for results in cells["results"] for result in results}
+    saved.require_comparable("this table", shown.values())
     cells["behind"], cells["p"] = compare_paired(cells, against)
     if table.number == 2:
         cells = append_averages(cells)
@@ -163,11 +146,11 @@ def error_of(results: list[Result], metric: str) -> float:
 
 def missing_commands(outputs: Path, model: str, method: str, bench: str, name: str) -> tuple[str, ...]:
     """What fills a cell without a number."""
-    stage, train = method, train_command(model, method)
+    stage, train = method, saved.train_command(model, method)
     if method == "initial":  # the SFT stage's model, or one that is not trained here
         stage, train = "sft", f"make train MODEL={model} STAGE=sft" * (RECIPES / model / "sft.yaml").is_file()
-    run = load_run(outputs, model, stage)
-    return (*[train] * bool(train and not (run and run.finished)), eval_command(model, method, bench, name))
+    run = saved.load_run(outputs, model, stage)
+    return (*[train] * bool(train and not (run and run.finished)), saved.eval_command(model, method, bench, name))
 
 
 def compare_paired(cells: pd.DataFrame, against: str) -> tuple[pd.Series, pd.Series]:
@@ -186,7 +169,7 @@ def compare_paired(cells: pd.DataFrame, against: str) -> tuple[pd.Series, pd.Ser
 
 def append_averages(cells: pd.DataFrame) -> pd.DataFrame:
     """Table 2's average score of each row, and average rank: only where every method has all its scores."""
-    printed = paper_table("table2").set_index(["setting", "method"])
+    printed = saved.paper_table("table2").set_index(["setting", "method"])
     parts = [cells]
     for model, of_model in cells.groupby("model", sort=False):
         scores = of_model.pivot(index="method", columns="metric", values="ours")
@@ -234,11 +217,12 @@ def win_rates(outputs: Path, model: str, bench: str, name: str = "") -> tuple[pd
     A line for each two methods: row, column, rate (percent of prompts that the row's method wins, a tie is half), its 95%
     interval over prompts, n, and p of its being 50, corrected by Holm. Raises ReportError for fewer than two methods.
     """
-    results, methods = load_results(outputs, model, bench, name), evaluated_methods(outputs, model, [bench], name)
-    held = {method: results[method][0] for method in methods if results[method][0].per_prompt}
+    found = saved.load_results(outputs, model, bench, name)
+    held = {method: found[method][0] for method in saved.evaluated_methods(outputs, model, [bench], name)}
+    held = {method: result for method, result in held.items() if result.per_prompt}
     if len(held) < 2:
         raise ReportError(f"WINS=1 needs two methods of {model} with {bench} results that hold values per prompt")
-    require_comparable("WINS=1", held.values())
+    saved.require_comparable("WINS=1", held.values())
     # A benchmark's first metric is its main one.
     metric = next(key for key in BENCHMARKS[bench].metrics if all(key in result.per_prompt for result in held.values()))
     rows = []
@@ -255,6 +239,6 @@ def win_rates(outputs: Path, model: str, bench: str, name: str = "") -> tuple[pd
     notes = [
         f"Percent of {model_label(model)}'s prompts that the row's method wins by {metric_label(metric)}; a tie is half.",
         "In brackets the 95% interval over prompts. *, **, ***: other than 50 with p below 0.05, 0.01, 0.001, by Holm.",
-        *made_with(held.values()),
+        *saved.made_with(held.values()),
     ]
     return pd.concat([frame, mirrored], ignore_index=True), notes
