@@ -6,7 +6,7 @@
 from pathlib import Path
 
 from rmipo import cli
-from rmipo.tiny.config import load_world_config
+from rmipo.tiny.world import load_world_config
 
 
 @cli.main

@@ -93,11 +93,14 @@ def make_pairs(model_dir: Path, generation: dict, config: PairsConfig, folder: P
 
         pairs, every = [], []
         for prompt in candidates:
-            chosen_rejected = select(prompt, scores, pmi, config)
-            if isinstance(chosen_rejected, str):
-                dropped[chosen_rejected] += 1
+            found = select(prompt, scores, pmi, config)
+            if isinstance(found, str):
+                dropped[found] += 1
             else:
-                pairs.append(pair_row(prompt, *chosen_rejected, scores))
+                sides = dict(zip(("chosen", "rejected"), found, strict=True))
+                texts = {side: [{"role": "assistant", "content": prompt.answers[key]}] for side, key in sides.items()}
+                rated = {f"score_{side}": scores[key] for side, key in sides.items()}
+                pairs.append({"prompt_id": prompt.key, "prompt": prompt.messages, **texts, **rated})
             keys = [f"{prompt.key}-{n}" for n in numbers]
             own_rows = [answers[key] | {"score": scores.get(key), "pmi": pmi.get(key)} for key in keys]
             every.append({"prompt_id": prompt.key, "prompt": prompt.messages, "answers": own_rows})
@@ -155,10 +158,3 @@ def select(
         lower = [k for k in keys if scores[k] < scores[best] and scores[best] - scores[k] >= config.min_gap]
         return best, random.Random(f"{config.seed} {prompt.key}").choice(lower)
     return best, worst
-
-
-def pair_row(prompt: Prompt, chosen: str, rejected: str, scores: dict[str, float]) -> dict:
-    sides = {"chosen": chosen, "rejected": rejected}
-    responses = {side: [{"role": "assistant", "content": prompt.answers[key]}] for side, key in sides.items()}
-    numbers = {f"score_{side}": scores[key] for side, key in sides.items()}
-    return {"prompt_id": prompt.key, "prompt": prompt.messages, **responses, **numbers}

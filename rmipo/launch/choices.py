@@ -1,7 +1,6 @@
 """What make's variables choose: settings, stages, methods, machines. Wrong choices are refused with the right ones listed.
 
-Nothing heavy is imported here, so a refusal comes at once. Paths are relative to the root of the repository, which is the
-working directory.
+Nothing heavy is imported: a refusal comes at once. Paths are relative to the repository's root, the working directory.
 """
 
 import re

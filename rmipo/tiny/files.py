@@ -11,8 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from rmipo.errors import ConfigError
 from rmipo.files import write_lines
-from rmipo.tiny.config import WorldConfig
-from rmipo.tiny.world import World
+from rmipo.tiny.world import World, WorldConfig
 
 RECORD = "world.json"  # written last: a folder without it is incomplete
 SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")

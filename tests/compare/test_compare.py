@@ -28,9 +28,8 @@ from rmipo.errors import ConfigError
 from rmipo.evaluation.statistics import contrast
 from rmipo.objectives import OBJECTIVES
 from rmipo.reporting import comparison
-from rmipo.tiny.config import load_world_config
 from rmipo.tiny.files import write_world
-from rmipo.tiny.world import CLASSES
+from rmipo.tiny.world import CLASSES, load_world_config
 from tests.helpers.launched import launch, wait_until
 from tests.helpers.lock_holder import held
 from tests.helpers.paths import ROOT

@@ -18,8 +18,8 @@ from matplotlib.image import imread
 
 from rmipo.reporting.figures_pairs import gamma_readings, hh_signals
 from rmipo.reporting.results import load_run
-from rmipo.tiny.config import load_world_config
 from rmipo.tiny.files import write_world
+from rmipo.tiny.world import load_world_config
 from tests.helpers.launched import launch
 from tests.helpers.paths import ROOT
 

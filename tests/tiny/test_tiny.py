@@ -14,9 +14,8 @@ from rmipo.data.chat import ChatFormat
 from rmipo.data.pairs import load_pairs, tokenize_pairs
 from rmipo.recipe.schema import DataConfig
 from rmipo.tiny import judge
-from rmipo.tiny.config import load_world_config
 from rmipo.tiny.files import read_world, write_world
-from rmipo.tiny.world import Fact, World
+from rmipo.tiny.world import Fact, World, load_world_config
 from tests.helpers.paths import ROOT
 from tests.helpers.rows import assistant, user
 from tests.references.padded import padded_pairs, padded_token_logps
