@@ -40,15 +40,14 @@ def draw_results(args: argparse.Namespace):
     """Figures 2, 5 and 7, from files alone."""
     from rmipo.reporting import figures_runs as figures
 
-    if args.number == 2:
-        return figures.figure2(args.outputs, args.model, args.metric or "mt_bench", args.eval_name)
-    return {5: figures.figure5, 7: figures.figure7}[args.number](args.outputs, args.model)
+    more = (args.metric or "mt_bench", args.eval_name) if args.number == 2 else ()
+    return getattr(figures, f"figure{args.number}")(args.outputs, args.model, *more)
 
 
 def draw3(args: argparse.Namespace):
-    from rmipo.reporting import figures_pairs as figures
+    from rmipo.reporting.figures_pairs import figure3
 
-    return figures.figure3(args.outputs, args.model, args.method or "initial")
+    return figure3(args.outputs, args.model, args.method or "initial")
 
 
 def draw6(args: argparse.Namespace):
@@ -57,7 +56,7 @@ def draw6(args: argparse.Namespace):
     notes = ["REF: score_chosen minus score_rejected of the same pairs, as their data set has them."]
     values, drawn = {}, {}
     for method in ("simpo", "simper", "rmipo"):
-        run = finished_run(args.outputs, args.model, method)
+        run = results.finished_run(args.outputs, args.model, method)
         values[method], drawn[method] = figures.reward_differences(run, "test", args.max_pairs)
         notes.append(f"{method_label(method)}: {figures.scored_with(run, 'test')}")
     if any(rows != drawn["rmipo"] for rows in drawn.values()):
@@ -94,19 +93,12 @@ def scored_run(args: argparse.Namespace, method: str) -> RunFolder:
 
     known = is_setting(args.model)
     if known and method != "initial":
-        return finished_run(args.outputs, args.model, method)
+        return results.finished_run(args.outputs, args.model, method)
     if not (args.data or known):
         raise ReportError(f"MODEL={args.model} has no recipe that names its pairs: say which, DATA=<folder>")
     folder = find_target(args.model, method if known else args.method or None, args.outputs, []).folder
     recipe = load_recipe(RECIPES / args.model / "rmipo.yaml").values if known else {}
     return RunFolder(folder, {"recipe": recipe, "objective": {"name": "rmipo"} | recipe.get("objective", {})})
-
-
-def finished_run(outputs: Path, model: str, method: str) -> RunFolder:
-    run, command = results.load_run(outputs, model, method), results.train_command(model, method)
-    if run is None or not run.finished:
-        raise ReportError(f"{outputs / model / method} holds no finished run: run `{command}`")
-    return run
 
 
 FIGURES = {2: draw_results, 3: draw3, 5: draw_results, 6: draw6, 7: draw_results, 8: draw8}

@@ -48,11 +48,10 @@ def check_settings(settings: dict) -> dict:
 def own_settings(model_dir: str | Path) -> dict:
     """The settings that a model's own generation_config.json stands for; greedy decoding where it doesn't sample."""
     config = read_generation_config(model_dir)
-    settings = {"dtype": "auto", "temperature": 0.0}
-    if config.get("do_sample"):
-        named = {key: config[key] for key in ("temperature", "top_p", "top_k") if config.get(key) is not None}
-        settings |= {"temperature": 1.0} | named
-    return settings
+    if not config.get("do_sample"):
+        return {"dtype": "auto", "temperature": 0.0}
+    named = {key: config[key] for key in ("temperature", "top_p", "top_k") if config.get(key) is not None}
+    return {"dtype": "auto", "temperature": 1.0} | named
 
 
 def stop_ids(model_dir: Path, tokenizer: PreTrainedTokenizerBase, chat: ChatFormat) -> list[int]:

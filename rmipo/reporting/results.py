@@ -102,6 +102,15 @@ def load_run(outputs: Path, model: str, method: str) -> RunFolder | None:
     return RunFolder(outputs / model / method, record) if record else None
 
 
+def finished_run(outputs: Path, model: str, method: str) -> RunFolder:
+    """As `load_run`. Raises ReportError for a run that isn't there or hasn't finished."""
+    run = load_run(outputs, model, method)
+    if run is None or not run.finished:
+        command = train_command(model, method)
+        raise ReportError(f"{outputs / model / method} holds no finished run: run `{command}`")
+    return run
+
+
 def load_result(outputs: Path, model: str, method: str, bench: str, name: str = "") -> Result | None:
     """The finished result of one benchmark of a run, or None. `name`: EVAL_NAME of the evaluation.
 
