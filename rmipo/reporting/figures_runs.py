@@ -129,9 +129,8 @@ def figure5(outputs: Path, model: str) -> Figure:
     shown = [result for found in results.values() for result in found.values()]
     # A bar of another judge of pairs, or of other pairs, would look like a better method.
     saved.require_comparable("figure 5", shown)
-    printed = (
-        saved.paper_table("figure5").query("setting == @model").set_index("method")["average_win_rate"] if on_hh else {}
-    )
+    printed = saved.paper_table("figure5").query("setting == @model").set_index("method")["average_win_rate"]
+    printed = printed if on_hh else {}
 
     figure, (axis,) = panels(1, height=3.0)
     width = 0.8 / len(results)
@@ -139,9 +138,8 @@ def figure5(outputs: Path, model: str) -> Figure:
         rates = hh_rates(found)
         positions = [list(HH).index(name) + (index - (len(results) - 1) / 2) * width for name in rates]
         values, errors = zip(*rates.values(), strict=True)
-        error_style = {"elinewidth": 0.8, "capsize": 1.5}
-        style = {"color": method_color(method), "label": method_label(method), "error_kw": error_style}
-        axis.bar(positions, values, 0.92 * width, yerr=errors, **style)
+        style = {"color": method_color(method), "error_kw": {"elinewidth": 0.8, "capsize": 1.5}}
+        axis.bar(positions, values, 0.92 * width, yerr=errors, label=method_label(method), **style)
         if method in printed and "hh_average" in rates:
             ends = positions[-1] - 0.46 * width, positions[-1] + 0.46 * width
             axis.hlines(printed[method], *ends, color="black", linewidth=1.6, zorder=3)
@@ -151,11 +149,10 @@ def figure5(outputs: Path, model: str) -> Figure:
     if len(printed):
         axis.plot([], [], color="black", linewidth=1.6, label="the paper's average")
     axis.axhline(50, color=GREY, linewidth=0.8, linestyle="--", label="chance")
-    axis.set_ylim(0, None)  # a bar's length is its value
+    axis.set(ylim=(0, None), ylabel="Win rate (%)")  # a bar's length is its value
     axis.margins(y=0.08)
     axis.set_xticks(range(len(HH)), list(HH.values()))
     axis.grid(axis="x", visible=False)
-    axis.set_ylabel("Win rate (%)")
     trained = "trained on the HH subset (average: one model each)" if on_hh else "not trained on HH"
     axis.set_title(f"{model_label(model)}, {trained}{on_other_pairs(shown)}", loc="left")
     figure.legend(ncols=len(results) + 2, loc="outside upper center")
@@ -192,10 +189,8 @@ def paired_notes(results: dict[str, dict[str, Result]]) -> list[str]:
 
 def hh_rates(results: dict[str, Result]) -> dict[str, tuple[float, float]]:
     """hh_helpful, hh_harmless and, with both, hh_average: (percent, half of its 95% interval)."""
-    rates = {
-        name: (result.metrics[name], 1.96 * result.metrics.get(f"{name}_standard_error", 0.0))
-        for name, result in results.items()
-    }
+    found = {name: result.metrics for name, result in results.items()}
+    rates = {name: (own[name], 1.96 * own.get(f"{name}_standard_error", 0.0)) for name, own in found.items()}
     if len(rates) == 2:  # an average of one subset would be another number
         (first, error1), (second, error2) = rates.values()
         # The subsets' pairs are independent, also where one model scored both.
@@ -251,9 +246,8 @@ def draw_hours(axis: Axes, runs: dict[str, RunFolder], memory: list[str], model:
         # The paper's are of four A800: of other hardware they are no comparison.
         if method in printed and hardware_of(run).startswith("4 x NVIDIA A800"):
             axis.plot(printed[method], place, "D", markersize=4, mfc="white", mec="black", mew=0.8)
-    resumed = {method: "*" * (run.record["starts"] > 1) for method, run in runs.items()}
+    names = [method_label(method) + "*" * (run.record["starts"] > 1) for method, run in runs.items()]
     xlabel = "Hours of the run" + r" ($\diamond$: paper)" * bool(axis.lines)
-    xlabel += "\n*: since its last start" * any(resumed.values())
+    xlabel += "\n*: since its last start" * any(name.endswith("*") for name in names)
     hours = {method: run.record["seconds"] / 3600 for method, run in runs.items()}
-    names = [method_label(method) + mark for method, mark in resumed.items()]
     draw_costs(axis, hours, memory, names, xlabel)

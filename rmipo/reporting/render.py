@@ -137,13 +137,9 @@ def latex_table(title: str, cells: pd.DataFrame) -> str:
     """A longtable of texts, which LaTeX breaks to fit eight columns on a page."""
     flat = cells.reset_index().map(latex_text).rename(columns=latex_text)
     width = 0.7 / cells.shape[1]
-    text = flat.to_latex(
-        index=False,
-        longtable=True,
-        escape=False,
-        caption=latex_text(title + "."),
-        column_format="l" * cells.index.nlevels + rf"p{{{width:.3f}\linewidth}}" * cells.shape[1],
-    )
+    columns = "l" * cells.index.nlevels + rf"p{{{width:.3f}\linewidth}}" * cells.shape[1]
+    options = {"caption": latex_text(title + "."), "column_format": columns, "longtable": True}
+    text = flat.to_latex(index=False, escape=False, **options)
     # Rows of several lines need a gap to be told apart.
     head, foot, body = text.partition("\\endlastfoot\n")
     body = body.replace(" \\\\\n", " \\\\ \\addlinespace\n")

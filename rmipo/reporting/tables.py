@@ -175,11 +175,8 @@ def append_averages(cells: pd.DataFrame) -> pd.DataFrame:
         scores = of_model.pivot(index="method", columns="metric", values="ours")
         complete = scores if scores.notna().all(axis=None) else NAN * scores
         ranks = complete.rank(ascending=False, method="min")  # 1 is the largest, ties share the best rank ("1224")
-        averages = {
-            "avg_score": ("Avg. Score", scores.mean(axis=1, skipna=False)),
-            "avg_rank": ("Avg. Rank", ranks.mean(axis=1)),
-        }
-        for metric, (column, ours) in averages.items():
+        averages = {"Avg. Score": scores.mean(axis=1, skipna=False), "Avg. Rank": ranks.mean(axis=1)}
+        for (column, ours), metric in zip(averages.items(), ("avg_score", "avg_rank"), strict=True):
             rows = of_model.drop_duplicates("method").set_index("method")
             rows = rows.assign(metric=metric, column=column, ours=ours, error=NAN, behind=None, p=1.0)
             rows["paper"] = [printed[metric].get((model, method), NAN) for method in rows.index]
