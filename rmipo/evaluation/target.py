@@ -128,4 +128,5 @@ def link_model(source: Path, folder: Path, chat_template: str | None = None) -> 
         for link in folder.glob(pattern):  # perhaps of another source: a public checkpoint before our own SFT
             link.unlink()
         for file in source.glob(pattern):
+            (folder / file.name).unlink(missing_ok=True)  # a link to what has gone, which `glob` may not find
             (folder / file.name).symlink_to(file.resolve())
