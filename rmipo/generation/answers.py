@@ -174,8 +174,7 @@ class Generator:
                 raise EvaluationError(f"prompt {request.key} doesn't start with exactly one BOS (id {chat.bos_id})")
             if len(ids) >= context:
                 raise EvaluationError(f"prompt {request.key} has {len(ids)} tokens, the model's context {context}")
-            temperature = self.settings["temperature"] if request.temperature is None else request.temperature
-            seed = self.settings["seed"] if request.seed is None else request.seed
-            own_stream = int(json_fingerprint([seed, ids])[:15], 16)  # whatever the place of the prompt
-            prompts.append(TokenPrompt(ids, temperature, own_stream))
+            own = self.settings | {key: value for key, value in asdict(request).items() if value is not None}
+            stream = int(json_fingerprint([own["seed"], ids])[:15], 16)  # whatever the place of the prompt
+            prompts.append(TokenPrompt(ids, own["temperature"], stream))
         return prompts

@@ -19,6 +19,7 @@ from rmipo.evaluation.hh import score_model
 from rmipo.evaluation.statistics import resamples
 from rmipo.objectives import PairScores, RMiPO, build_objective
 from rmipo.objectives.rmipo import delta_pmi, pmi
+from rmipo.page.look import sample
 from rmipo.recipe.schema import DataConfig, of_recipe
 from rmipo.record import package_versions
 from rmipo.reporting import results as saved
@@ -30,10 +31,7 @@ def run_scores(
     run: RunFolder, split: str, max_pairs: int, prior_context: str | None, header_in_response: bool = False
 ) -> tuple[dict[str, torch.Tensor], list[int]]:
     """Scores of a run's own pairs under its final policy, and their source rows: the pairs that `make look` draws."""
-    pairs = load_pairs(of_recipe(DataConfig, run.record["recipe"]), split)
-    # As the page draws them: its pairs are among these.
-    drawn = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(0))[:max_pairs]
-    pairs = pairs.select(sorted(drawn.tolist()))
+    pairs = sample(load_pairs(of_recipe(DataConfig, run.record["recipe"]), split), max_pairs)
     options = {"description": f"{run.folder.name}, {split} pairs", **scoring_options(run)}
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with torch.autocast(device, torch.bfloat16, enabled=bool(run.record["recipe"].get("bf16"))):  # as it was trained
