@@ -79,9 +79,8 @@ def load_steps(model: str, stages: list[str], env: Mapping[str, str]) -> list[St
         if stage in ("world", "weights"):
             steps.append(Step(stage, ["--config", f"recipes/{model}/{stage}.yaml", "--output", f"{outputs}/{stage}"]))
         elif stage == "pairs":
-            steps.append(
-                Step(stage, ["--model", model, "--method", "initial", "--output", f"{outputs}/pairs", "--keep"])
-            )
+            made = ["--model", model, "--method", "initial", "--output", f"{outputs}/pairs", "--keep"]
+            steps.append(Step(stage, made))
         elif stage == "report":
             steps.append(Step(stage, ["--run", steps[-1].output_dir, "--world", f"{outputs}/world"]))
         else:

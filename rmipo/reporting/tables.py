@@ -58,7 +58,8 @@ def build_table(number: int, models: Iterable[str] = ()) -> Table:
     labels = dict(zip(printed["method"], printed.get("label", printed["method"]), strict=True))
     rows, by_model = itertools.product(tuple(models) or printed["setting"].unique(), labels), "Model" in headers
     rows = list(rows) if by_model else sorted(rows, key=lambda row: list(labels).index(row[1]))
-    values = printed.set_index(["setting", "method"]).filter(filter(benchmark_of, printed.columns)).reindex(rows)
+    metrics = list(filter(benchmark_of, printed.columns))
+    values = printed.set_index(["setting", "method"])[metrics].reindex(rows)
     cells = values.rename_axis(index=["model", "method"], columns="metric").stack(future_stack=True)
     cells = cells.rename("paper").reset_index()
     cells["Model"], cells["Metric"] = cells["model"].map(model_label), cells["metric"].map(metric_label)
