@@ -16,7 +16,7 @@ import os
 import shlex
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import NoReturn
 
@@ -67,6 +67,11 @@ def environment(script: str, doc: str, *names: str, **meanings: str) -> dict[str
     """The environment with make's variables as the command line gives them. The repository becomes the working directory."""
     os.chdir(Path(script).parent.parent)
     return os.environ | variables(options(doc, *names, **meanings).read())
+
+
+def is_on(env: Mapping[str, str], name: str) -> bool:
+    """Whether a switch such as DRY is set: to anything but 0."""
+    return env.get(name, "0") not in ("", "0")
 
 
 def choose(variable: str, value: str, known: list[str], title: str) -> str:

@@ -20,8 +20,7 @@ from pathlib import Path
 from rmipo import cli
 from rmipo.errors import EvaluationError, UserError
 from rmipo.evaluation import BENCHMARKS
-from rmipo.evaluation.benchmark import Benchmark, benchmark_settings, contradictions
-from rmipo.evaluation.publish import publish
+from rmipo.evaluation.benchmark import Benchmark, benchmark_settings, contradictions, publish
 from rmipo.files import locked, write_atomically
 from rmipo.fingerprints import has_weights, prompting_fingerprint, trained_fingerprint
 from rmipo.launch.choices import check_names
@@ -59,8 +58,7 @@ def evaluate(folder: Path, settings: dict, benchmark: Benchmark, name: str) -> N
     content = {"bench": benchmark.name, "model": str(folder)} | made_of | made_by | result | {"finished": True}
     write_atomically(path, json.dumps(content, indent=2) + "\n")
     print(f"{benchmark.name}: {path}")
-    for metric, value in result["metrics"].items():
-        print(f"  {metric:30s} {value:.2f}")
+    print("".join(f"  {metric:30s} {value:.2f}\n" for metric, value in result["metrics"].items()), end="")
     publish(folder, benchmark, result, name)  # last: W&B may not be reached
 
 

@@ -19,17 +19,8 @@ from pathlib import Path
 from rmipo import cli
 from rmipo.launch.choices import check_names, is_setting
 from rmipo.recipe.files import merge
-from rmipo.reporting.provenance import figure_notes
-from rmipo.reporting.results import (
-    RECIPES,
-    ReportError,
-    RunFolder,
-    check_model,
-    load_run,
-    method_label,
-    model_label,
-    train_command,
-)
+from rmipo.reporting import results
+from rmipo.reporting.results import RECIPES, ReportError, RunFolder, method_label, model_label
 
 OPTIONS = {"method": (3, 8), "metric": (2,), "eval_name": (2,), "data": (8,)}  # and the figures that take them
 PAPER_GAMMA_PEAKS = {"mistral-7b-instruct": 0.4, "llama3-8b-instruct": 1.4}  # App. D, Figure 8 right
@@ -45,50 +36,46 @@ def report_file(args: argparse.Namespace, suffix: str) -> Path:
 # The imports inside functions are of torch and transformers, which take seconds.
 
 
-def draw_runs(args: argparse.Namespace):
+def draw_results(args: argparse.Namespace):
     """Figures 2, 5 and 7, from files alone."""
-    from rmipo.reporting import figures_runs
+    from rmipo.reporting import figures_runs as figures
 
-    if args.number == 2:
-        return figures_runs.figure2(args.outputs, args.model, args.metric or "mt_bench", args.eval_name)
-    return {5: figures_runs.figure5, 7: figures_runs.figure7}[args.number](args.outputs, args.model)
+    more = (args.metric or "mt_bench", args.eval_name) if args.number == 2 else ()
+    return getattr(figures, f"figure{args.number}")(args.outputs, args.model, *more)
 
 
 def draw3(args: argparse.Namespace):
-    from rmipo.reporting import figures_pairs, figures_runs, pair_arrays
+    from rmipo.reporting.figures_pairs import figure3
 
-    method = args.method or "initial"
-    signals, evaluation = pair_arrays.hh_signals(args.outputs, args.model, method)
-    title = f"{model_label(args.model)} {method_label(method)}{figures_runs.on_other_pairs([evaluation])}"
-    return figures_pairs.figure3(signals, title, figure_notes([evaluation]))
+    return figure3(args.outputs, args.model, args.method or "initial")
 
 
 def draw6(args: argparse.Namespace):
-    from rmipo.reporting import figures_pairs, pair_arrays
+    from rmipo.reporting import figures_pairs as figures
 
     notes = ["REF: score_chosen minus score_rejected of the same pairs, as their data set has them."]
     values, drawn = {}, {}
     for method in ("simpo", "simper", "rmipo"):
-        run = finished_run(args.outputs, args.model, method)
-        values[method], drawn[method] = pair_arrays.reward_differences(run, "test", args.max_pairs)
-        notes.append(f"{method_label(method)}: {pair_arrays.scored_with(run, 'test')}")
+        run = results.finished_run(args.outputs, args.model, method)
+        values[method], drawn[method] = figures.reward_differences(run, "test", args.max_pairs)
+        notes.append(f"{method_label(method)}: {figures.scored_with(run, 'test')}")
     if any(rows != drawn["rmipo"] for rows in drawn.values()):
         raise ReportError(f"figure 6: the {args.model} runs of {', '.join(drawn)} used different pairs")
-    judged = pair_arrays.judge_differences(run, "test", drawn["rmipo"])
-    return figures_pairs.figure6(judged, values, model_label(args.model), notes)
+    judged = figures.judge_differences(run, "test", drawn["rmipo"])
+    return figures.figure6(judged, values, model_label(args.model), notes)
 
 
 def draw8(args: argparse.Namespace):
     """Draws the readings, prints their table and writes it as CSV."""
-    from rmipo.reporting import figures_pairs, pair_arrays
+    from rmipo.reporting import figures_pairs as figures
 
     method = args.method or "rmipo"
     run = scored_run(args, method)
     if args.data:
         run.record["recipe"] = merge(run.record["recipe"], {"dataset_name": args.data})
-    objective = pair_arrays.rmipo_objective(run)
-    readings = pair_arrays.gamma_readings(run, args.split, args.max_pairs)
-    table = pair_arrays.summarize(readings, objective.gamma_min, objective.gamma_max)
+    objective = figures.rmipo_objective(run)
+    readings = figures.gamma_readings(run, args.split, args.max_pairs)
+    table = figures.summarize(readings, objective.gamma_min, objective.gamma_max)
     print(table.T.to_string(float_format=lambda value: f"{value:z.3f}"))
     report_file(args, ".csv").parent.mkdir(parents=True, exist_ok=True)
     table.to_csv(report_file(args, ".csv"), index_label="reading")
@@ -96,7 +83,7 @@ def draw8(args: argparse.Namespace):
     title = f"{model_label(Path(args.model).name)} {method_label(method)}: {count} {args.split} pairs"
     # The paper's peak is that of its own run on its own pairs.
     peak = PAPER_GAMMA_PEAKS.get(args.model) if method == "rmipo" and not args.data else None
-    return figures_pairs.figure8(readings, objective, title, peak, [pair_arrays.scored_with(run, args.split)])
+    return figures.figure8(readings, objective, title, peak, [figures.scored_with(run, args.split)])
 
 
 def scored_run(args: argparse.Namespace, method: str) -> RunFolder:
@@ -106,7 +93,7 @@ def scored_run(args: argparse.Namespace, method: str) -> RunFolder:
 
     known = is_setting(args.model)
     if known and method != "initial":
-        return finished_run(args.outputs, args.model, method)
+        return results.finished_run(args.outputs, args.model, method)
     if not (args.data or known):
         raise ReportError(f"MODEL={args.model} has no recipe that names its pairs: say which, DATA=<folder>")
     folder = find_target(args.model, method if known else args.method or None, args.outputs, []).folder
@@ -114,30 +101,23 @@ def scored_run(args: argparse.Namespace, method: str) -> RunFolder:
     return RunFolder(folder, {"recipe": recipe, "objective": {"name": "rmipo"} | recipe.get("objective", {})})
 
 
-def finished_run(outputs: Path, model: str, method: str) -> RunFolder:
-    run = load_run(outputs, model, method)
-    if run is None or not run.finished:
-        raise ReportError(f"{outputs / model / method} holds no finished run: run `{train_command(model, method)}`")
-    return run
-
-
-FIGURES = {2: draw_runs, 3: draw3, 5: draw_runs, 6: draw6, 7: draw_runs, 8: draw8}
+FIGURES = {2: draw_results, 3: draw3, 5: draw_results, 6: draw6, 7: draw_results, 8: draw8}
 
 
 @cli.main
 def main() -> None:
     parser = cli.options(__doc__, "MODEL", "METHOD", "METRIC", "EVAL_NAME", "DATA")
-    parser.add_argument("--number", type=int, default=os.environ.get("N") or None, help=f"one of {tuple(FIGURES)}")
+    parser.add_argument("--number", type=int, default=os.environ.get("N") or None, help=f"one of {sorted(FIGURES)}")
     parser.add_argument("--split", choices=["train", "test"], default="train", help="figure 8: of these pairs")
     parser.add_argument("--max_pairs", type=int, default=4000, help="figures 6 and 8: pairs scored per model")
     parser.add_argument("--outputs", type=Path, default=Path("outputs"), help="where the runs are")
     args = parser.read()
     if args.number not in FIGURES or not args.model:
-        raise ReportError(f"which figure, of which model? Say MODEL=... and N=..., one of {tuple(FIGURES)}")
+        raise ReportError(f"which figure, of which model? Say MODEL=... and N=..., one of {sorted(FIGURES)}")
     if args.number == 8:
         check_names(args.model, [])
     else:
-        check_model(args.outputs, args.model)
+        results.check_model(args.outputs, args.model)
     if wrong := [option.upper() for option in OPTIONS if getattr(args, option) and args.number not in OPTIONS[option]]:
         raise ReportError(f"figure {args.number} takes no {', '.join(wrong)}: leave it out")
     figure = FIGURES[args.number](args)

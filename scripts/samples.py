@@ -24,16 +24,6 @@ STYLE = """<!DOCTYPE html><meta charset="utf-8"><style>body { font-family: sans-
 th, td { padding: .6em; vertical-align: top; text-align: left; } td { white-space: pre-wrap; }</style>"""
 
 
-def markdown(table: pd.DataFrame) -> str:
-    """A section for each prompt; answers are indented, so that their own Markdown doesn't break the page."""
-    lines = []
-    for number, texts in enumerate(table.to_dict("records"), start=1):
-        lines.append(f"# {number}\n")
-        for name, text in texts.items():
-            lines += [f"**{name}**\n", textwrap.indent(text or "(empty)", "    ") + "\n"]
-    return "\n".join(lines)
-
-
 def choose_prompts(given: list[str] | None, settings: dict) -> tuple[list[str], dict[str, list[str]]]:
     """The prompts, and answers to them that are known already, by who gave them. Raises EvaluationError without any."""
     if isinstance(prompts := given or settings.get("prompts"), list):
@@ -65,8 +55,12 @@ def main() -> None:
     for method, target in targets.items():
         with Generator(target.folder, settings.get("generation", {})) as generator:
             answers[method] = generator.ask("samples", questions(prompts))
-    table, reports = pd.DataFrame({"Prompt": prompts, **answers}), args.outputs / "reports"
-    write_atomically(reports / f"samples-{name}.md", markdown(table))
+    table, report = pd.DataFrame({"Prompt": prompts, **answers}), args.outputs / f"reports/samples-{name}"
+    # A section for each prompt; answers are indented, so that their own Markdown doesn't break the page.
+    sections = table.map(lambda text: textwrap.indent(text or "(empty)", "    ")).to_dict("records")
+    texts = [[f"**{column}**\n\n{text}\n" for column, text in section.items()] for section in sections]
+    markdown = "\n".join("\n".join([f"# {number}\n", *text]) for number, text in enumerate(texts, start=1))
+    write_atomically(report.with_name(f"{report.name}.md"), markdown)
     with pd.option_context("display.max_colwidth", None):  # else long answers are cut
-        write_atomically(reports / f"samples-{name}.html", STYLE + table.to_html(index=False))
-    print(f"Written to {reports}/samples-{name}.md and .html")
+        write_atomically(report.with_name(f"{report.name}.html"), STYLE + table.to_html(index=False))
+    print(f"Written to {report}.md and .html")

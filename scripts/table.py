@@ -15,19 +15,18 @@ from pathlib import Path
 from rmipo import cli
 from rmipo.evaluation import BENCHMARKS
 from rmipo.files import write_atomically
-from rmipo.launch.choices import is_on
-from rmipo.reporting.paired import win_rates
 from rmipo.reporting.render import FORMATS, render_wins
 from rmipo.reporting.results import OURS, ReportError, check_model
-from rmipo.reporting.tables import TABLES, benchmark_table, build_table, fill
+from rmipo.reporting.tables import TABLES, benchmark_table, build_table, fill, win_rates
 
 
 @cli.main
 def main() -> None:
-    parser, given = cli.options(__doc__, "MODEL", "BENCH", "EVAL_NAME"), os.environ.get
-    parser.add_argument("--number", type=int, default=given("N") or None, help=f"one of {sorted(TABLES)}")
-    parser.add_argument("--wins", action="store_true", default=is_on(os.environ, "WINS"), help="win rates")
-    parser.add_argument("--against", default=given("AGAINST") or OURS, help="the method that others are held to")
+    parser = cli.options(
+        __doc__, "MODEL", "BENCH", "EVAL_NAME", "AGAINST", AGAINST="the method that others are held to"
+    )
+    parser.add_argument("--number", type=int, default=os.environ.get("N") or None, help=f"one of {sorted(TABLES)}")
+    parser.add_argument("--wins", action="store_true", default=cli.is_on(os.environ, "WINS"), help="win rates")
     parser.add_argument("--outputs", type=Path, default=Path("outputs"), help="where the runs are")
     parser.add_argument("--differences", action="store_true", help="print all differences to the paper")
     args = parser.read()
@@ -48,7 +47,7 @@ def main() -> None:
         else:
             table = benchmark_table(args.outputs, args.model, benches, args.eval_name)
             name = f"table-{'-'.join(benches)}"
-        filled = fill(table, args.outputs, args.differences, args.eval_name, args.against)
+        filled = fill(table, args.outputs, args.differences, args.eval_name, args.against or OURS)
         texts = {suffix: form(filled) for suffix, form in FORMATS.items()}
     name = "-".join(filter(None, [name, args.model, args.eval_name]))
     for suffix, text in texts.items():

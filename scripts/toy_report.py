@@ -22,7 +22,6 @@ LABELS = {
     "preference_accuracy": "preference accuracy",
     "preference_margin": "preference margin (nats/token)",
 }
-SAMPLES = 4  # per question of the world
 
 
 @cli.main
@@ -42,7 +41,6 @@ def main() -> None:
     from rmipo.tiny.files import read_world
     from rmipo.training.loading import load_model, load_tokenizer
 
-    # ------------------ Measure both models on the run's held-out pairs
     recipe = run["recipe"]
     data = of_recipe(DataConfig, recipe)
     tokenizer = load_tokenizer(ModelConfig(model_name_or_path=str(options.run)))
@@ -52,10 +50,8 @@ def main() -> None:
     world, report = read_world(options.world), {"pairs": len(pairs)}
     for name, path in {"before": recipe["model_name_or_path"], "after": options.run}.items():
         model = load_model(ModelConfig(model_name_or_path=str(path), dtype="auto"))
-        answers = judge.evaluate(model, tokenizer, world, samples_per_question=SAMPLES, seed=0)
-        report[name] = answers | judge.preference_metrics(model, pairs)
+        report[name] = judge.evaluate(model, tokenizer, world) | judge.preference_metrics(model, pairs)
 
-    # ------------------ Print and save
     before, after = report["before"], report["after"]
     print(f"\n{'':40}{'before':>10}{'after ' + recipe['objective']['name']:>18}")
     for key, label in LABELS.items():

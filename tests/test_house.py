@@ -27,19 +27,19 @@ LINES = {
     "rmipo/compare": 560,  # aim: 400
     "rmipo/constraints": 140,  # aim: 110
     "rmipo/data": 810,  # aim: 800
-    "rmipo/evaluation": 1590,  # aim: 1500
-    "rmipo/generation": 910,  # aim: 800
-    "rmipo/launch": 650,  # aim: 600
+    "rmipo/evaluation": 1540,  # aim: 1500
+    "rmipo/generation": 870,  # aim: 800
+    "rmipo/launch": 620,  # aim: 600
     "rmipo/objectives": 850,  # aim: 600
     "rmipo/page": 260,
     "rmipo/plan": 420,  # aim: 450
-    "rmipo/recipe": 650,
-    "rmipo/reporting": 1570,  # aim: 1500
+    "rmipo/recipe": 660,
+    "rmipo/reporting": 1500,  # aim: 1500
     "rmipo/run": 690,
     "rmipo/tiny": 460,
     "rmipo/training": 2020,  # aim: 1700
-    "rmipo": 12150,  # aim: 11000
-    "scripts": 1310,  # aim: 1100
+    "rmipo": 11990,  # aim: 11000
+    "scripts": 1280,  # aim: 1100
     "benchmarks": 980,  # aim: 800
     "examples": 160,
     "tests": 15010,  # aim: 14000

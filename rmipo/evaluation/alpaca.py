@@ -58,11 +58,10 @@ def load_reference(path: str | None) -> tuple[list[dict], str]:
 
 
 def measure(model_dir: Path, output_dir: Path, settings: dict) -> dict | None:
-    """Generate answers with the model in `model_dir`, have them judged, return the result.
+    """Win rates in percent; `alpacaeval2_length`: mean characters of an answer; `alpacaeval2_missing`: unusable verdicts.
 
-    Answers are kept in `model_dir`/eval/answers and verdicts in `output_dir`/alpacaeval; a run that was cut short goes on
-    from them. Metrics in percent: `alpacaeval2_lc`, `alpacaeval2_wr`; `alpacaeval2_length`, mean characters of an
-    answer; `alpacaeval2_missing`, verdicts that couldn't be used; `alpacaeval2_cut`, percent of answers that were cut.
+    Answers are kept in `model_dir`/eval/answers and verdicts in `output_dir`/alpacaeval: a run that was cut short goes on
+    from them.
     """
     from rmipo.generation.answers import Generator, questions
 
@@ -75,9 +74,7 @@ def measure(model_dir: Path, output_dir: Path, settings: dict) -> dict | None:
         # would compute a number without meaning.
         if settings["length_controlled"] and (settings["reference"] or settings["first_n"]):
             raise EvaluationError("alpacaeval.length_controlled needs AlpacaEval's own reference, and all of it")
-        _, judge_file, _ = read_judge(settings["annotators_config"])
-        check_judge(endpoint, judge_file["completions_kwargs"]["model_name"])
-
+        check_judge(endpoint, read_judge(settings["annotators_config"])[1]["completions_kwargs"]["model_name"])
     with Generator(model_dir, settings["generation"]) as generator:
         answers = generator.ask("alpacaeval", questions(row["instruction"] for row in reference))
     outputs = [
@@ -109,10 +106,9 @@ def judge(
     logging.getLogger().setLevel(logging.ERROR)  # importing alpaca-eval has every request logged
     name, judge_file, made_of = read_judge(settings["annotators_config"])
     cache = folder / f"verdicts-{text_fingerprint(made_of + endpoint.encode())[:8]}.json"
-    characters = len(made_of) * len(outputs)  # with the judge's prompt
-    characters += sum(len(ours["instruction"] + ours["output"]) for ours in outputs) + sum(
-        len(r["output"]) for r in reference
-    )
+    characters = len(made_of) * len(outputs)  # the judge's prompt
+    for ours, theirs in zip(outputs, reference, strict=True):
+        characters += len(ours["instruction"] + ours["output"] + theirs["output"])
     tokens_out = len(outputs) * judge_file["completions_kwargs"].get("max_tokens", 1)
     check_cost("AlpacaEval", len(outputs), characters, tokens_out, settings)
 
@@ -120,29 +116,19 @@ def judge(
     config = folder.resolve() / "judge/configs.yaml"
     write_atomically(config, yaml.safe_dump({name: judge_file}))
     drop_unusable(cache)
-    annotator = {"annotators_config": config, "caching_path": cache}
-    size = settings["concurrency"]
+    annotator, size = {"annotators_config": config, "caching_path": cache}, settings["concurrency"]
     requests = {"chunksize": size, "num_procs": size, "client_kwargs": {"base_url": endpoint} | CLIENT}
     # A judge that gives no usable verdict at all is found out by its first few answers.
     first = PairwiseAnnotator(**annotator).annotate_head2head(reference[:size], outputs[:size], **requests)
     if all(pd.isna(row["preference"]) for row in first):
         found = f"none of the first {len(first)} answers of {shown(endpoint)} is a verdict"
         raise EvaluationError(f"{found}: does the judge return log-probs?")
-    if settings["length_controlled"]:
-        metric = {"metric_kwargs": {"save_weights_dir": None}}  # its default writes into site-packages
-    else:
-        metric = {"fn_metric": "get_winrate", "sort_by": "win_rate"}
-    leaderboard, annotations = alpaca_eval.evaluate(
-        model_outputs=outputs,
-        reference_outputs=reference,
-        output_path=None,
-        precomputed_leaderboard=None,
-        is_cache_leaderboard=False,
-        is_return_instead_of_print=True,
-        annotation_kwargs=requests,
-        **annotator,
-        **metric,
-    )
+    # Nothing is written: the default for weights leads into site-packages.
+    options = {"output_path": None, "is_cache_leaderboard": False, "metric_kwargs": {"save_weights_dir": None}}
+    if not settings["length_controlled"]:
+        options |= {"fn_metric": "get_winrate", "sort_by": "win_rate", "metric_kwargs": None}
+    options |= {"precomputed_leaderboard": None, "is_return_instead_of_print": True, "annotation_kwargs": requests}
+    leaderboard, annotations = alpaca_eval.evaluate(outputs, reference, **annotator, **options)
 
     won = {row["instruction"]: 100 * (row["preference"] - 1) for row in annotations if pd.notna(row["preference"])}
     if (missing := len(outputs) - len(won)) > settings["max_missing"]:
@@ -184,10 +170,9 @@ def length_controlled_draws(annotations: list[dict]) -> list[float]:
 
 
 def read_judge(name: str) -> tuple[str, dict, bytes]:
-    """A judge's name and what its YAML says of it, and the YAML's bytes with its prompt's.
+    """A judge's name and what its YAML says of it, and the YAML's bytes with its prompt's, which is one of alpaca-eval's.
 
-    Args:
-        name: of one of alpaca-eval's judges, or a folder. The prompt is one of alpaca-eval's.
+    `name`: of one of alpaca-eval's judges, or a folder.
     """
     packaged = Path(importlib.util.find_spec("alpaca_eval").origin).parent / "evaluators_configs"
     file = (Path(name) if Path(name).is_dir() else packaged / name) / "configs.yaml"

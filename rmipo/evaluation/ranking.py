@@ -10,6 +10,7 @@ from pathlib import Path
 from statistics import mean
 
 import numpy as np
+import pandas as pd
 
 from rmipo.errors import EvaluationError
 from rmipo.evaluation.benchmark import DECODING, Benchmark, Metric
@@ -33,7 +34,7 @@ def measure(model_dir: Path, output_dir: Path, settings: dict) -> dict:
     """Score the initial model's answers. The numbers of each go to `output_dir`/ranking.jsonl."""
     from tqdm import tqdm
 
-    from rmipo.generation.likelihood import Likelihood
+    from rmipo.generation.oracles import Likelihood
     from rmipo.generation.prompts import Prompt
 
     settings["initial"] = initial_model(model_dir, settings["initial"])
@@ -81,11 +82,9 @@ def auc(scores: Sequence[float], right: Sequence[bool]) -> float | None:
 
 def by_prompt(rows: list[dict], prompts: int) -> dict[str, list[float | None]]:
     """Per metric the AUC of each of the prompts."""
-    answers = [[row for row in rows if row["prompt"] == number] for number in range(prompts)]
-    return {
-        name: [auc([row[key] for row in own], [row["right"] for row in own]) for own in answers]
-        for name, key in SCORES.items()
-    }
+    scores = pd.DataFrame(rows, columns=["prompt", "right", *SCORES.values()])
+    answers = [scores[scores["prompt"] == number] for number in range(prompts)]
+    return {name: [auc(own[key], own["right"]) for own in answers] for name, key in SCORES.items()}
 
 
 BENCHMARK = Benchmark(

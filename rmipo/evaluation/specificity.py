@@ -30,7 +30,7 @@ DEFAULTS = {
 def measure(model_dir: Path, output_dir: Path, settings: dict) -> dict:
     """Answer the prompts, score them, and write the numbers of each answer to `output_dir`/specificity.jsonl."""
     from rmipo.generation.answers import Generator, Request
-    from rmipo.generation.likelihood import Likelihood
+    from rmipo.generation.oracles import Likelihood
     from rmipo.generation.prompts import read_prompts
 
     settings["initial"] = initial_model(model_dir, settings["initial"])
@@ -50,13 +50,12 @@ def measure(model_dir: Path, output_dir: Path, settings: dict) -> dict:
         pairs = [policy.ids(*asked) for asked in zip(messages, answers, strict=True)]
         own = [policy.sums(context, [ids])[0] for context, ids in pairs]
     scores["kl"] = own - scores["logp"]
-    rows = scores.assign(prompt=messages, answer=answers).to_dict("records")
-    write_lines(output_dir / "specificity.jsonl", rows)
+    write_lines(output_dir / "specificity.jsonl", scores.assign(prompt=messages, answer=answers).to_dict("records"))
 
     per_prompt = {"specificity": 100.0 * scores["own"], "pmi": scores["pmi"], "kl_initial": scores["kl"]}
     per_prompt = {name: values.tolist() for name, values in per_prompt.items()}
     tokens = scores["tokens"].sum()
-    metrics = means(per_prompt) | {"pmi_bound": math.log(len(rows)), "tokens": tokens / len(rows)}
+    metrics = means(per_prompt) | {"pmi_bound": math.log(len(scores)), "tokens": tokens / len(scores)}
     # Per token: sums over sums.
     metrics |= {f"{name}_token": scores[name].sum() / tokens for name in ("pmi", "prior_pmi")}
     metrics["repetition"] = 100 * repeated_share([frozen.chat.tokenizer(a)["input_ids"] for a in answers])
@@ -65,13 +64,12 @@ def measure(model_dir: Path, output_dir: Path, settings: dict) -> dict:
 
 
 def score_answers(frozen, prompts: list[list[dict]], answers: list[str]) -> pd.DataFrame:
-    """A row for each answer, under the frozen model, a `Likelihood`:
+    """A row for each answer, under the frozen model, a `Likelihood`: logp, tokens, and
 
     own: whether no other prompt gives it as high a likelihood as its own
     pmi: log p(y|x) - log mean_j p(y|x_j) over the K prompts, in nats: at most log K, and its mean is the InfoNCE
         bound on the mutual information of prompts and answers
     prior_pmi: log p(y|x) - log p(y), p(y) after the generation header alone, as RMiPO's margin has it
-    logp, tokens
     """
     from tqdm import tqdm
 

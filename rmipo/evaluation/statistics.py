@@ -96,19 +96,14 @@ def wins(ours: Sequence[float], theirs: Sequence[float]) -> np.ndarray:
 def holm(p_values: Sequence[float]) -> np.ndarray:
     """The p-values corrected for their number by Holm's step-down procedure."""
     p_values = np.asarray(p_values, dtype=np.float64)
-    # From the smallest: each is multiplied by the number of those not yet rejected.
     order = np.argsort(p_values)
-    stepped = p_values[order] * np.arange(len(p_values), 0, -1)
-    corrected = np.empty(len(p_values))
-    corrected[order] = np.minimum(1, np.maximum.accumulate(stepped))
-    return corrected
+    # From the smallest: each is multiplied by the number of those not yet rejected.
+    stepped = np.maximum.accumulate(p_values[order] * np.arange(len(p_values), 0, -1))
+    return np.minimum(1, stepped)[np.argsort(order)]
 
 
 def repeated_share(sequences: Sequence[Sequence[int]]) -> float:
     """Share of 4-grams of tokens that occurred before in the same sequence, over all 4-grams; 0 where there is none."""
-    total = repeated = 0
-    for ids in sequences:
-        ngrams = list(zip(*(ids[i:] for i in range(4)), strict=False))
-        total += len(ngrams)
-        repeated += len(ngrams) - len(set(ngrams))
-    return repeated / total if total else 0.0
+    ngrams = [list(zip(*(ids[i:] for i in range(4)), strict=False)) for ids in sequences]
+    total, distinct = sum(map(len, ngrams)), sum(len(set(own)) for own in ngrams)
+    return (total - distinct) / total if total else 0.0

@@ -8,11 +8,8 @@ from huggingface_hub import snapshot_download
 from rmipo.data.chat import PROBES, ChatFormat
 from rmipo.errors import EvaluationError
 from rmipo.evaluation import BENCHMARKS
-from rmipo.generation.answers import DEFAULTS as GENERATION
-from rmipo.generation.answers import own_settings
 from rmipo.launch.choices import ROOT, check_names, is_setting
-from rmipo.recipe.files import merge, merge_settings, parse_overrides, read_yaml
-from rmipo.recipe.load import load_recipe, template_text
+from rmipo.recipe.files import GENERATION, merge, merge_settings, parse_overrides, read_yaml
 from rmipo.recipe.schema import ModelConfig
 from rmipo.record import recorded_run
 from rmipo.training.loading import load_tokenizer
@@ -42,16 +39,17 @@ def find_target(
     if is_setting(model):
         recipe = ROOT / "recipes" / model / "rmipo.yaml"
         folder = model_folder(recipe, outputs, method or "rmipo")
-        settings_file = settings_file or recipe.with_name("eval.yaml")
-    elif Path(model).expanduser().is_dir():
-        folder = Path(model).expanduser()
+        return Target(folder, load_settings(settings_file or recipe.with_name("eval.yaml"), overrides))
+    folder = Path(model).expanduser()
+    if folder.is_dir():
         check_model(folder)
     else:
         name, _, revision = model.partition("@")
         folder = outputs / model.replace("/", "--") / "initial"
         link_model(Path(snapshot_download(name, revision=revision or None, allow_patterns=HUB_FILES)), folder)
-    own = {"generation": own_settings(folder)} if settings_file is None else settings_file
-    return Target(folder, load_settings(own, overrides))
+    from rmipo.generation.answers import own_settings  # a setting says how its models are sampled
+
+    return Target(folder, load_settings(settings_file or {"generation": own_settings(folder)}, overrides))
 
 
 def load_settings(source: Path | dict[str, dict], overrides: list[str]) -> dict[str, dict]:
@@ -75,13 +73,15 @@ def model_folder(recipe: Path, outputs: Path, method: str) -> Path:
     if method != "initial":
         check_model(folder)
         return folder
+    from rmipo.recipe.load import load_recipe, template_text  # a trained model needs no recipe
+
     values = load_recipe(recipe).values
     name, revision = values["model_name_or_path"], values.get("model_revision")
     # Half-trained weights would pass for the start of preference training.
     run = finished_run(Path(name))
     if not Path(name).is_dir():
         name = snapshot_download(name, revision=revision, allow_patterns=HUB_FILES)
-    link_model(Path(name), folder, values.get("chat_template"))
+    link_model(Path(name), folder, template_text(values.get("chat_template")))
     check_trained_prompts(folder, run)
     return folder
 
@@ -122,13 +122,11 @@ def check_trained_prompts(folder: Path, run: dict | None) -> None:
 
 def link_model(source: Path, folder: Path, chat_template: str | None = None) -> None:
     """Fill `folder` with links to the model in `source`, and with its tokenizer, which may get another template."""
-    tokenizer = load_tokenizer(ModelConfig(model_name_or_path=str(source)))
-    if chat_template:
-        tokenizer.chat_template = template_text(chat_template)
     # Written and not linked: the template may be the recipe's.
-    tokenizer.save_pretrained(folder)
+    load_tokenizer(ModelConfig(model_name_or_path=str(source)), chat_template).save_pretrained(folder)
     for pattern in MODEL_FILES:
         for link in folder.glob(pattern):  # perhaps of another source: a public checkpoint before our own SFT
             link.unlink()
         for file in source.glob(pattern):
+            (folder / file.name).unlink(missing_ok=True)  # a link to what has gone, which `glob` may not find
             (folder / file.name).symlink_to(file.resolve())

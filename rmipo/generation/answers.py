@@ -19,21 +19,10 @@ from rmipo.files import read_lines
 from rmipo.fingerprints import has_weights, json_fingerprint, trained_fingerprint
 from rmipo.generation.engines import ENGINES, TokenPrompt, choose_engine
 from rmipo.generation.prompts import kept_lines
-from rmipo.recipe.files import merge_settings
+from rmipo.recipe.files import GENERATION, merge_settings
 from rmipo.recipe.schema import ModelConfig
 from rmipo.record import package_versions
 from rmipo.training.loading import load_tokenizer, read_generation_config
-
-DEFAULTS = {
-    "temperature": 0.7,
-    "top_p": 1.0,
-    "top_k": 0,  # 0: all tokens
-    "max_new_tokens": 2048,
-    "seed": 42,
-    "batch_size": 16,  # prompts answered together by transformers; vLLM answers all at once
-    "dtype": "bfloat16",
-    "engine": "auto",  # that of the answers there are; else vllm where there is a GPU, else transformers
-}
 
 
 @dataclass(frozen=True)
@@ -53,17 +42,16 @@ def questions(texts: Iterable[str]) -> list[Request]:
 
 def check_settings(settings: dict) -> dict:
     """The settings with defaults filled in. Raises EvaluationError naming every wrong value."""
-    return merge_settings("generation", DEFAULTS, settings)
+    return merge_settings("generation", GENERATION, settings)
 
 
 def own_settings(model_dir: str | Path) -> dict:
     """The settings that a model's own generation_config.json stands for; greedy decoding where it doesn't sample."""
     config = read_generation_config(model_dir)
-    settings = {"dtype": "auto", "temperature": 0.0}
-    if config.get("do_sample"):
-        named = {key: config[key] for key in ("temperature", "top_p", "top_k") if config.get(key) is not None}
-        settings |= {"temperature": 1.0} | named
-    return settings
+    if not config.get("do_sample"):
+        return {"dtype": "auto", "temperature": 0.0}
+    named = {key: config[key] for key in ("temperature", "top_p", "top_k") if config.get(key) is not None}
+    return {"dtype": "auto", "temperature": 1.0} | named
 
 
 def stop_ids(model_dir: Path, tokenizer: PreTrainedTokenizerBase, chat: ChatFormat) -> list[int]:
@@ -186,8 +174,7 @@ class Generator:
                 raise EvaluationError(f"prompt {request.key} doesn't start with exactly one BOS (id {chat.bos_id})")
             if len(ids) >= context:
                 raise EvaluationError(f"prompt {request.key} has {len(ids)} tokens, the model's context {context}")
-            temperature = self.settings["temperature"] if request.temperature is None else request.temperature
-            seed = self.settings["seed"] if request.seed is None else request.seed
-            own_stream = int(json_fingerprint([seed, ids])[:15], 16)  # whatever the place of the prompt
-            prompts.append(TokenPrompt(ids, temperature, own_stream))
+            own = self.settings | {key: value for key, value in asdict(request).items() if value is not None}
+            stream = int(json_fingerprint([own["seed"], ids])[:15], 16)  # whatever the place of the prompt
+            prompts.append(TokenPrompt(ids, own["temperature"], stream))
         return prompts

@@ -124,18 +124,12 @@ class VllmEngine:
         from vllm.sampling_params import RequestOutputKind
 
         engine = self.model.llm_engine
+        options = {"stop_token_ids": self.stop_ids, "detokenize": False, "output_kind": RequestOutputKind.FINAL_ONLY}
+        options |= {key: self.settings[key] for key in ("top_p", "top_k")}
+        options["max_tokens"] = self.settings["max_new_tokens"]  # vLLM ends an answer where its context ends
         for number in wanted:
             prompt = {"type": "token", "prompt_token_ids": prompts[number].ids}
-            parameters = SamplingParams(
-                temperature=prompts[number].temperature,
-                top_p=self.settings["top_p"],
-                top_k=self.settings["top_k"],
-                max_tokens=self.settings["max_new_tokens"],  # vLLM ends an answer where its context ends
-                seed=prompts[number].seed,
-                stop_token_ids=self.stop_ids,
-                detokenize=False,
-                output_kind=RequestOutputKind.FINAL_ONLY,
-            )
+            parameters = SamplingParams(temperature=prompts[number].temperature, seed=prompts[number].seed, **options)
             engine.add_request(str(number), prompt, parameters)
         while engine.has_unfinished_requests():
             for output in engine.step():
@@ -170,7 +164,6 @@ def choose_engine(name: str) -> str:
     if name == "auto":
         name = "vllm" if torch.cuda.is_available() else "transformers"
     if name not in ENGINES or (name == "vllm" and importlib.util.find_spec("vllm") is None):
-        raise EvaluationError(
-            f"no engine {name}: make install EXTRAS=eval,vllm, or --set generation.engine=transformers"
-        )
+        fix = "make install EXTRAS=eval,vllm, or --set generation.engine=transformers"
+        raise EvaluationError(f"no engine {name}: {fix}")
     return name

@@ -1,6 +1,6 @@
-"""What scores answers: a function of the user's, a reward model, or a judge, as in ORACLES.
+"""What scores answers: a function of the user's, a reward model, a judge, as in ORACLES; or the likelihood under a model.
 
-An oracle's `score` yields scores as they come, so that a run that is cut short keeps those there are.
+All of them yield scores as they come, so that a run that is cut short keeps those there are.
 """
 
 import inspect
@@ -17,11 +17,16 @@ import torch
 from tqdm import tqdm
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from rmipo.data.chat import ChatFormat, Messages
 from rmipo.errors import UserError
 from rmipo.fingerprints import text_fingerprint
 from rmipo.generation.judge import check_cost, complete, judge_endpoint, open_client, shown
 from rmipo.generation.prompts import Prompt, kept_lines
 from rmipo.recipe.files import merge_settings
+from rmipo.recipe.schema import ModelConfig
+from rmipo.training.loading import load_model, load_tokenizer
+from rmipo.training.packing import pack
+from rmipo.training.scoring import Scorer, by_tokens
 
 QUESTION = """Rate the response to the user's last message for its helpfulness, relevance, accuracy, depth and clarity. \
 Be objective. End with the rating from 1 to 10 in double brackets, such as: Rating: [[5]].
@@ -59,11 +64,8 @@ def function_oracle(settings: dict) -> Oracle:
     """
     file, _, name = settings["function"].rpartition(":")
     function = runpy.run_path(file)[name]  # the user's own file: nothing of a model's repository is run
-    columns = [
-        one
-        for one in inspect.signature(function).parameters.values()
-        if one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD)
-    ][2:]
+    parameters = inspect.signature(function).parameters.values()
+    columns = [one for one in parameters if one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD)][2:]
 
     def score(prompts: list[Prompt]) -> Scored:
         for prompt in prompts:
@@ -99,8 +101,8 @@ def reward_model_oracle(settings: dict) -> Oracle:
         window = getattr(model.config, "max_position_embeddings", math.inf)
         # One at a time: in a batch the rounding depends on the other dialogues, and the same answer of two methods would be
         # a win for one of them. Dialogues of a thousand tokens fill a GPU.
-        for key, messages, answer in each_answer(prompts):
-            dialogue = [*messages, {"role": "assistant", "content": answer}]
+        for prompt, key, answer in each_answer(prompts):
+            dialogue = [*prompt.messages, {"role": "assistant", "content": answer}]
             ids = tokenizer.apply_chat_template(dialogue, return_dict=True)["input_ids"]
             if len(ids) > window:
                 raise OracleError(f"{name}: answer {key} ends at token {len(ids)}, the context at {window}")
@@ -126,8 +128,8 @@ def judge_oracle(settings: dict) -> Oracle:
 
     def score(prompts: list[Prompt]) -> Scored:
         questions = {}
-        for key, messages, answer in each_answer(prompts):
-            conversation = "\n\n".join(f"{message['role']}: {message['content']}" for message in messages)
+        for prompt, key, answer in each_answer(prompts):
+            conversation = "\n\n".join(f"{message['role']}: {message['content']}" for message in prompt.messages)
             questions[key] = QUESTION.format(conversation=conversation, answer=answer)
         check_cost("judge", len(questions), sum(map(len, questions.values())), MAX_TOKENS * len(questions), settings)
         with ThreadPoolExecutor(settings["concurrency"]) as pool:
@@ -136,9 +138,9 @@ def judge_oracle(settings: dict) -> Oracle:
     return Oracle({"judge": settings["judge"], "endpoint": shown(judge_endpoint())}, score)
 
 
-def each_answer(prompts: list[Prompt]) -> Iterator[tuple[str, list[dict], str]]:
-    """(key, messages of its prompt, text) of every answer."""
-    return ((key, prompt.messages, text) for prompt in prompts for key, text in prompt.answers.items())
+def each_answer(prompts: list[Prompt]) -> Iterator[tuple[Prompt, str, str]]:
+    """(prompt, key, text) of every answer."""
+    return ((prompt, key, text) for prompt in prompts for key, text in prompt.answers.items())
 
 
 # With the keys of its block and their defaults.
@@ -179,3 +181,38 @@ def keep_scores(path: Path, header: dict, prompts: list[Prompt], score: Callable
             scores |= some
             progress.update(len(some))
     return scores
+
+
+class Likelihood:
+    """log pi(y|x) and log pi(y) of answers under the model in `model_dir`, without gradients: what PMI is made of."""
+
+    def __init__(self, model_dir: str | Path, dtype: str):
+        source = ModelConfig(model_name_or_path=str(model_dir), dtype=dtype)
+        self.chat = ChatFormat.probe(load_tokenizer(source))
+        self.prior_context = self.chat.prior_context("header")
+        self.scorer = Scorer(load_model(source).to("cuda" if torch.cuda.is_available() else "cpu"))
+        self.window = self.scorer.model.config.max_position_embeddings
+
+    def ids(self, messages: Messages, answer: str) -> tuple[list[int], list[int]]:
+        """Token ids of a prompt and of its answer, end token included."""
+        response = [{"role": "assistant", "content": answer}]
+        prompt, ids, _ = self.chat.pair_ids(messages, response, response)
+        return prompt, ids
+
+    def sums(self, context: list[int], responses: list[list[int]]) -> list[float]:
+        """Summed log-probability of each of `responses` (token ids) after `context`, whose own forward they share."""
+        with self.scorer as scorer:
+            return [value for group in by_tokens(responses) for value in scorer.sums(pack([(context, group)])).tolist()]
+
+    def scores(self, prompt: Prompt) -> dict[str, tuple[float, float]]:
+        """log pi(y|x) and log pi(y|x) - log pi(y) of each of the prompt's answers, by its key; both per token, in nats."""
+        pairs = [self.ids(prompt.messages, answer) for answer in prompt.answers.values()]
+        context, responses = pairs[0][0], [ids for _, ids in pairs]
+        given, prior = self.sums(context, responses), self.sums(self.prior_context, responses)
+        values = [(a / len(ids), (a - b) / len(ids)) for a, b, ids in zip(given, prior, responses, strict=True)]
+        return dict(zip(prompt.answers, values, strict=True))
+
+    def pmi(self, prompts: list[Prompt]) -> Scored:
+        """The PMI of each answer of each prompt; called as an oracle is."""
+        for prompt in prompts:
+            yield {key: pmi for key, (_, pmi) in self.scores(prompt).items()}

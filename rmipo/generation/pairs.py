@@ -24,8 +24,7 @@ from rmipo.errors import PairsError
 from rmipo.files import locked, read_lines, write_atomically, write_lines
 from rmipo.fingerprints import json_fingerprint
 from rmipo.generation.answers import Generator, Request
-from rmipo.generation.likelihood import Likelihood
-from rmipo.generation.oracles import keep_scores, make_oracle
+from rmipo.generation.oracles import Likelihood, keep_scores, make_oracle
 from rmipo.generation.prompts import Prompt, read_prompts
 from rmipo.recipe.files import parse_overrides, read_yaml, typed
 
@@ -62,7 +61,7 @@ def load_pairs_config(path: Path, arguments: list[str], prompts: str | None = No
 def make_pairs(model_dir: Path, generation: dict, config: PairsConfig, folder: Path) -> dict:
     """Make the pairs of the model in `model_dir`, and return the content of pairs.json.
 
-    What is in `folder` already is not made again. `generation`: settings of the answers, see `answers.DEFAULTS`; the
+    What is in `folder` already is not made again. `generation`: settings of the answers, see `recipe.files.GENERATION`; the
     config's own lie over them. Raises PairsError where no pair comes out or `folder` holds others.
     """
     with locked(folder, "OUTPUT"):
@@ -94,11 +93,14 @@ def make_pairs(model_dir: Path, generation: dict, config: PairsConfig, folder: P
 
         pairs, every = [], []
         for prompt in candidates:
-            chosen_rejected = select(prompt, scores, pmi, config)
-            if isinstance(chosen_rejected, str):
-                dropped[chosen_rejected] += 1
+            found = select(prompt, scores, pmi, config)
+            if isinstance(found, str):
+                dropped[found] += 1
             else:
-                pairs.append(pair_row(prompt, *chosen_rejected, scores))
+                sides = dict(zip(("chosen", "rejected"), found, strict=True))
+                texts = {side: [{"role": "assistant", "content": prompt.answers[key]}] for side, key in sides.items()}
+                rated = {f"score_{side}": scores[key] for side, key in sides.items()}
+                pairs.append({"prompt_id": prompt.key, "prompt": prompt.messages, **texts, **rated})
             keys = [f"{prompt.key}-{n}" for n in numbers]
             own_rows = [answers[key] | {"score": scores.get(key), "pmi": pmi.get(key)} for key in keys]
             every.append({"prompt_id": prompt.key, "prompt": prompt.messages, "answers": own_rows})
@@ -156,10 +158,3 @@ def select(
         lower = [k for k in keys if scores[k] < scores[best] and scores[best] - scores[k] >= config.min_gap]
         return best, random.Random(f"{config.seed} {prompt.key}").choice(lower)
     return best, worst
-
-
-def pair_row(prompt: Prompt, chosen: str, rejected: str, scores: dict[str, float]) -> dict:
-    sides = {"chosen": chosen, "rejected": rejected}
-    responses = {side: [{"role": "assistant", "content": prompt.answers[key]}] for side, key in sides.items()}
-    numbers = {f"score_{side}": scores[key] for side, key in sides.items()}
-    return {"prompt_id": prompt.key, "prompt": prompt.messages, **responses, **numbers}

@@ -1,24 +1,18 @@
 """What make's variables choose: settings, stages, methods, machines. Wrong choices are refused with the right ones listed.
 
-Nothing heavy is imported here, so a refusal comes at once. Paths are relative to the root of the repository, which is the
-working directory.
+Nothing heavy is imported: a refusal comes at once. Paths are relative to the repository's root, the working directory.
 """
 
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from rmipo.cli import Parser, choose, split
+from rmipo.cli import Parser, choose, is_on, split
 from rmipo.errors import ConfigError, EvaluationError
 from rmipo.record import recorded_run
 
 ROOT = Path(__file__).parents[2]
 MADE_FIRST = ("world", "weights", "pairs")  # what a setting makes before its first training
-
-
-def is_on(env: Mapping[str, str], name: str) -> bool:
-    """Whether a switch such as DRY is set: to anything but 0."""
-    return env.get(name, "0") not in ("", "0")
 
 
 def refuse(env: Mapping[str, str], *names: str) -> None:

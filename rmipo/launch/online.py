@@ -28,7 +28,7 @@ class OnlineConfig:
     overrides: Annotated[list[dict], pydantic.Field(min_length=1)]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Round:
     """One round in the folder `home`; the first is number 1. `start`: the policy before the first."""
 
@@ -37,24 +37,13 @@ class Round:
     start: Path
     number: int
 
-    @property
-    def policy(self) -> Path:
-        """The model that answers in this round, and that its training starts from."""
-        return self.start if self.number == 1 else self.home / f"round-{self.number - 1}"
-
-    @property
-    def folder(self) -> Path:
-        return self.home / f"round-{self.number}"
-
-    @property
-    def pairs(self) -> Path:
-        return self.home / f"pairs-{self.number}"
-
-    @property
-    def pairs_config(self) -> PairsConfig:
-        size = self.config.prompts_per_round
+    def __post_init__(self):
+        before, size = self.number - 1, self.config.prompts_per_round
+        self.folder, self.pairs = self.home / f"round-{self.number}", self.home / f"pairs-{self.number}"
+        # The model that answers in this round, and that its training starts from.
+        self.policy = self.home / f"round-{before}" if before else self.start
         # No prompt is answered twice.
-        return replace(self.config.pairs, skip_prompts=(self.number - 1) * size, max_prompts=size)
+        self.pairs_config = replace(self.config.pairs, skip_prompts=before * size, max_prompts=size)
 
     def environment(self, env: Mapping[str, str]) -> dict[str, str]:
         """What `scripts/launch.py` is told: `env` with the round's overrides under those in ARGS, which win."""

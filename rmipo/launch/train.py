@@ -114,13 +114,10 @@ def sbatch_command(step: Step, nodes: int, gpus: int, after: str | None = None) 
     command = ["sbatch", "--parsable", f"--nodes={nodes}", f"--job-name={step.recipe.name}"]
     command += [] if step.on_cpu else [f"--gpus-per-node={gpus}"]
     # Two jobs of one name write into one folder: the later one starts when the earlier one has ended.
-    first = (
-        [f"--dependency=afterok:{after},singleton", "--kill-on-invalid-dep=yes"]
-        if after
-        else ["--dependency=singleton"]
-    )
+    command.append(f"--dependency=afterok:{after},singleton" if after else "--dependency=singleton")
+    command += ["--kill-on-invalid-dep=yes"] if after else []
     config = "cpu" if step.on_cpu else str(step.sharding)
-    return [*command, *first, *shlex.split(os.environ.get("SBATCH_ARGS", "")), SLURM_SCRIPT, config, *step.program]
+    return [*command, *shlex.split(os.environ.get("SBATCH_ARGS", "")), SLURM_SCRIPT, config, *step.program]
 
 
 def submit(step: Step, nodes: int, gpus: int, after: str | None = None) -> tuple[str, Path]:

@@ -126,7 +126,18 @@ def nearest(unknown: Iterable[str], known: Iterable[str]) -> str:
     return f" (did you mean {', '.join(near)}?)" if near else ""
 
 
-# Types of keys whose default does not say all. Where the default is null or "auto", so may the value be.
+# How answers are sampled: the block `generation` of an eval.yaml.
+GENERATION = {
+    "temperature": 0.7,
+    "top_p": 1.0,
+    "top_k": 0,  # 0: all tokens
+    "max_new_tokens": 2048,
+    "seed": 42,
+    "batch_size": 16,  # prompts answered together by transformers; vLLM answers all at once
+    "dtype": "bfloat16",
+    "engine": "auto",  # that of the answers there are; else vllm where there is a GPU, else transformers
+}
+# Types of settings whose default does not say all. Where the default is null or "auto", so may the value be.
 TYPES: dict[str, Any] = {
     **dict.fromkeys(("first_n", "limit", "answers", "batch_size", "concurrency"), PositiveInt),
     **dict.fromkeys(("max_new_tokens", "max_prompt_length"), PositiveInt),

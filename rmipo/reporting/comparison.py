@@ -88,9 +88,8 @@ def difference(lines: list[dict], noise: float, method: str, metric: str) -> Int
     """The metric minus RMiPO's, paired by seed and, where answers were sampled, by prompt."""
     runs = [line for line in lines if line["noise"] == noise and "diverged" not in line["metrics"]]
     # A seed has its own pairs and order, which all methods share: a difference within it is not due to them.
-    theirs, ours = (
-        {line["seed"]: line["metrics"] for line in runs if line["method"] == name} for name in (method, OURS)
-    )
+    arms = [[line for line in runs if line["method"] == name] for name in (method, OURS)]
+    theirs, ours = ({line["seed"]: line["metrics"] for line in arm} for arm in arms)
     both = sorted(theirs.keys() & ours.keys())
     return contrast(*(scores([metrics[seed] for seed in both], metric) for metrics in (theirs, ours)))
 
@@ -159,9 +158,8 @@ def search_table(searched: list[dict], metric: str) -> str:
         row = rows.setdefault(f"{label(line['method'])}{own and f' ({own})'}", dict.fromkeys(rates, ""))
         value = line["metrics"].get(metric)
         row[line["learning_rate"]] = "diverged" if value is None else f"{value:.{digits(metric)}f}"
-    return markdown_table(
-        [["method", *(f"{rate:g}" for rate in rates)], *([name, *row.values()] for name, row in rows.items())]
-    )
+    cells = [[name, *row.values()] for name, row in rows.items()]
+    return markdown_table([["method", *(f"{rate:g}" for rate in rates)], *cells])
 
 
 def digits(metric: str) -> int:
@@ -218,7 +216,6 @@ def draw_outcomes(axis: Axes, rows: pd.DataFrame, metric: str) -> None:
         axis.errorbar(row[metric], height, xerr=row[f"{metric}_std"], fmt="o", markersize=4, color=color, mfc=filled)
     axis.set_yticks(range(len(methods)), map(label, methods))
     axis.invert_yaxis()
-    axis.set_xlabel(
-        f"{METRICS[metric]}; filled: noise {noises[0]:.0%}" + "".join(f", open: {x:.0%}" for x in noises[1:])
-    )
+    others = "".join(f", open: {noise:.0%}" for noise in noises[1:])
+    axis.set_xlabel(f"{METRICS[metric]}; filled: noise {noises[0]:.0%}{others}")
     panel_letter(axis, "d", "Outcome, mean ± standard deviation")

@@ -13,24 +13,10 @@ from rmipo.evaluation import benchmark_of, metric_label
 from rmipo.fingerprints import json_fingerprint
 from rmipo.plots import GREY, draw_costs, draw_curves, footnotes, house_style, method_color, panel_letter, panels
 from rmipo.record import read_metrics
-from rmipo.reporting.paired import interval_text, paired_difference
-from rmipo.reporting.provenance import figure_notes, require_comparable
-from rmipo.reporting.results import (
-    OURS,
-    PAPER_MODELS,
-    RECIPES,
-    ReportError,
-    Result,
-    RunFolder,
-    eval_command,
-    find_runs,
-    load_result,
-    load_run,
-    method_label,
-    model_label,
-    paper_table,
-    train_command,
-)
+from rmipo.reporting import results as saved
+from rmipo.reporting.render import interval_text
+from rmipo.reporting.results import OURS, RECIPES, ReportError, Result, RunFolder, method_label, model_label
+from rmipo.reporting.tables import paired_difference
 
 FIGURE5_METHODS = ("dpo", "simpo", "simper", "rmipo")
 HH_SUBSETS = ("hh_helpful", "hh_harmless")
@@ -48,11 +34,11 @@ def figure2(outputs: Path, model: str, metric: str = "mt_bench", name: str = "")
     `name` is the evaluations' EVAL_NAME.
     """
     benchmark = benchmark_of(metric)
-    start = load_result(outputs, model, "initial", benchmark.name, name) if benchmark else None
+    start = saved.load_result(outputs, model, "initial", benchmark.name, name) if benchmark else None
     dpo, simpo = (measured(outputs, model, method, metric, name) for method in ("dpo", "simpo"))
     evaluations = [result for result in (*dpo["result"], *simpo["result"], start) if result]
     # The judge must not change along a line, nor between a line and its start.
-    require_comparable("figure 2", evaluations)
+    saved.require_comparable("figure 2", evaluations)
     # The paper varies one at a time, the other at its default.
     panel_runs = [
         ("DPO, varying $\\beta$", "dpo", "beta", dpo),
@@ -65,7 +51,9 @@ def figure2(outputs: Path, model: str, metric: str = "mt_bench", name: str = "")
         if not lines:
             remedy = f"`make sweep MODEL={model} METHOD={method}`"
             if benchmark:
-                remedy += f", then `{eval_command(model, f'sweep-{method}/<point>', benchmark.name, name)}` for each"
+                remedy += (
+                    f", then `{saved.eval_command(model, f'sweep-{method}/<point>', benchmark.name, name)}` for each"
+                )
             raise ReportError(f"figure 2 needs {method} runs with {metric} that differ in {key} alone: run {remedy}")
         draw_lines(axis, key, lines, method_color(method))
         if start is not None and metric in start.metrics:
@@ -76,7 +64,7 @@ def figure2(outputs: Path, model: str, metric: str = "mt_bench", name: str = "")
         panel_letter(axis, letter, title)
     axes[0].set_ylabel(metric_label(metric))
     bars = "Bars: lowest and highest of several runs, of a single one ± 1 standard error of the evaluation."
-    footnotes(figure, [bars, *figure_notes(evaluations)])
+    footnotes(figure, [bars, *saved.figure_notes(evaluations)])
     return figure
 
 
@@ -84,9 +72,12 @@ def measured(outputs: Path, model: str, method: str, metric: str, name: str = ""
     """A line for each finished run of `method` with the metric: run, beta, gamma, value, error, result (None: logged)."""
     found, benchmark = [], benchmark_of(metric)
     # Whatever a folder is called, the hyperparameters are those in its run.json.
-    for run in (run for run in find_runs(outputs, model) if run.objective.get("name") == method and run.finished):
-        folder = run.folder.relative_to(outputs / model).as_posix()
-        result = load_result(outputs, model, folder, benchmark.name, name) if benchmark else None
+    for path in sorted((outputs / model).rglob("run.json")):
+        folder = path.parent.relative_to(outputs / model).as_posix()
+        run = saved.load_run(outputs, model, folder)
+        if run.objective.get("name") != method or not run.finished:
+            continue
+        result = saved.load_result(outputs, model, folder, benchmark.name, name) if benchmark else None
         rows = read_metrics(run.folder) if benchmark is None else [result.metrics] if result else []
         if values := [row[metric] for row in rows if metric in row]:
             error = rows[-1].get(f"{metric}_standard_error", 0.0)
@@ -133,12 +124,13 @@ def figure5(outputs: Path, model: str) -> Figure:
     results = on_hh or hh_results(outputs, dict.fromkeys(HH_SUBSETS, model))
     if not results:
         own = f"{model}-hh-helpful" if (RECIPES / f"{model}-hh-helpful").is_dir() else model
-        commands = f"`{train_command(own, 'rmipo')}`, then `{eval_command(own, 'rmipo', 'hh')}`"
+        commands = f"`{saved.train_command(own, 'rmipo')}`, then `{saved.eval_command(own, 'rmipo', 'hh')}`"
         raise ReportError(f"figure 5 has no HH results of {model}: run {commands}, the same for other methods")
     shown = [result for found in results.values() for result in found.values()]
     # A bar of another judge of pairs, or of other pairs, would look like a better method.
-    require_comparable("figure 5", shown)
-    printed = paper_table("figure5").query("setting == @model").set_index("method")["average_win_rate"] if on_hh else {}
+    saved.require_comparable("figure 5", shown)
+    printed = saved.paper_table("figure5").query("setting == @model").set_index("method")["average_win_rate"]
+    printed = printed if on_hh else {}
 
     figure, (axis,) = panels(1, height=3.0)
     width = 0.8 / len(results)
@@ -146,9 +138,8 @@ def figure5(outputs: Path, model: str) -> Figure:
         rates = hh_rates(found)
         positions = [list(HH).index(name) + (index - (len(results) - 1) / 2) * width for name in rates]
         values, errors = zip(*rates.values(), strict=True)
-        error_style = {"elinewidth": 0.8, "capsize": 1.5}
-        style = {"color": method_color(method), "label": method_label(method), "error_kw": error_style}
-        axis.bar(positions, values, 0.92 * width, yerr=errors, **style)
+        style = {"color": method_color(method), "error_kw": {"elinewidth": 0.8, "capsize": 1.5}}
+        axis.bar(positions, values, 0.92 * width, yerr=errors, label=method_label(method), **style)
         if method in printed and "hh_average" in rates:
             ends = positions[-1] - 0.46 * width, positions[-1] + 0.46 * width
             axis.hlines(printed[method], *ends, color="black", linewidth=1.6, zorder=3)
@@ -158,16 +149,15 @@ def figure5(outputs: Path, model: str) -> Figure:
     if len(printed):
         axis.plot([], [], color="black", linewidth=1.6, label="the paper's average")
     axis.axhline(50, color=GREY, linewidth=0.8, linestyle="--", label="chance")
-    axis.set_ylim(0, None)  # a bar's length is its value
+    axis.set(ylim=(0, None), ylabel="Win rate (%)")  # a bar's length is its value
     axis.margins(y=0.08)
     axis.set_xticks(range(len(HH)), list(HH.values()))
     axis.grid(axis="x", visible=False)
-    axis.set_ylabel("Win rate (%)")
     trained = "trained on the HH subset (average: one model each)" if on_hh else "not trained on HH"
     axis.set_title(f"{model_label(model)}, {trained}{on_other_pairs(shown)}", loc="left")
     figure.legend(ncols=len(results) + 2, loc="outside upper center")
     bars = "Bars: 95% interval over pairs (1.96 standard errors)."
-    footnotes(figure, [bars, *paired_notes(results), *figure_notes(shown)])
+    footnotes(figure, [bars, *paired_notes(results), *saved.figure_notes(shown)])
     return figure
 
 
@@ -175,7 +165,7 @@ def hh_results(outputs: Path, models: dict[str, str]) -> dict[str, dict[str, Res
     """Method -> metric -> its result. `models`: the one that judges each metric's subset."""
     found: dict[str, dict[str, Result]] = defaultdict(dict)
     for method, (metric, model) in itertools.product(FIGURE5_METHODS, models.items()):
-        result = load_result(outputs, model, method, "hh")
+        result = saved.load_result(outputs, model, method, "hh")
         if result is not None and metric in result.metrics:
             found[method][metric] = result
     return found
@@ -199,10 +189,8 @@ def paired_notes(results: dict[str, dict[str, Result]]) -> list[str]:
 
 def hh_rates(results: dict[str, Result]) -> dict[str, tuple[float, float]]:
     """hh_helpful, hh_harmless and, with both, hh_average: (percent, half of its 95% interval)."""
-    rates = {
-        name: (result.metrics[name], 1.96 * result.metrics.get(f"{name}_standard_error", 0.0))
-        for name, result in results.items()
-    }
+    found = {name: result.metrics for name, result in results.items()}
+    rates = {name: (own[name], 1.96 * own.get(f"{name}_standard_error", 0.0)) for name, own in found.items()}
     if len(rates) == 2:  # an average of one subset would be another number
         (first, error1), (second, error2) = rates.values()
         # The subsets' pairs are independent, also where one model scored both.
@@ -213,10 +201,10 @@ def hh_rates(results: dict[str, Result]) -> dict[str, tuple[float, float]]:
 @house_style
 def figure7(outputs: Path, model: str) -> Figure:
     """Hours and peak memory of finished runs; margin and win rate over training, in units common to all methods."""
-    runs = {method: load_run(outputs, model, method) for method in FIGURE7_METHODS}
+    runs = {method: saved.load_run(outputs, model, method) for method in FIGURE7_METHODS}
     runs = {method: run for method, run in runs.items() if run is not None and run.finished}
     if not runs:
-        raise ReportError(f"figure 7 has no finished runs of {model}: run `{train_command(model, 'rmipo')}`")
+        raise ReportError(f"figure 7 has no finished runs of {model}: run `{saved.train_command(model, 'rmipo')}`")
     figure, (cost, margin, accuracy) = panels(3, height=3.1, width_ratios=(1.15, 1, 1))
     keys, memory, curves = ["common/margin_avg_logp", "common/acc_avg_logp"], [], []
     for method, run in runs.items():
@@ -253,14 +241,13 @@ def hardware_of(run: RunFolder) -> str:
 
 def draw_hours(axis: Axes, runs: dict[str, RunFolder], memory: list[str], model: str) -> None:
     """Bars of a run's hours, start to saved model, with peak memory on them; open diamonds: the paper's hours."""
-    printed = paper_table("efficiency").set_index("method")["hours"] if model in PAPER_MODELS else {}
+    printed = saved.paper_table("efficiency").set_index("method")["hours"] if model in saved.PAPER_MODELS else {}
     for place, (method, run) in enumerate(runs.items()):
         # The paper's are of four A800: of other hardware they are no comparison.
         if method in printed and hardware_of(run).startswith("4 x NVIDIA A800"):
             axis.plot(printed[method], place, "D", markersize=4, mfc="white", mec="black", mew=0.8)
-    resumed = {method: "*" * (run.record["starts"] > 1) for method, run in runs.items()}
+    names = [method_label(method) + "*" * (run.record["starts"] > 1) for method, run in runs.items()]
     xlabel = "Hours of the run" + r" ($\diamond$: paper)" * bool(axis.lines)
-    xlabel += "\n*: since its last start" * any(resumed.values())
+    xlabel += "\n*: since its last start" * any(name.endswith("*") for name in names)
     hours = {method: run.record["seconds"] / 3600 for method, run in runs.items()}
-    names = [method_label(method) + mark for method, mark in resumed.items()]
     draw_costs(axis, hours, memory, names, xlabel)

@@ -45,8 +45,7 @@ def measure(model_dir: Path, start: Path, config: OnlineConfig, generation: dict
     answered = [replace(p, answers={p.key: answers[p.key]}) for p in prompts if p.key in answers]
     scores = keep_scores(folder / "scores.jsonl", header, answered, oracle.score, "scores of the oracle")
     values = list(scores.values())
-    reward = {"reward": sum(values) / len(values), "reward_standard_error": standard_error(values)}
-    metrics = result["metrics"] | reward
+    metrics = result["metrics"] | {"reward": sum(values) / len(values), "reward_standard_error": standard_error(values)}
     write_atomically(kept, json.dumps({"of": header, "metrics": metrics}, indent=2) + "\n")
     return metrics
 

@@ -4,9 +4,8 @@ import re
 
 import pandas as pd
 
-from rmipo.reporting.paired import interval_text, stars
-from rmipo.reporting.provenance import made_with
-from rmipo.reporting.results import method_label
+from rmipo.evaluation.statistics import Interval
+from rmipo.reporting.results import made_with, method_label
 from rmipo.reporting.tables import Table
 
 # What pdflatex doesn't know, and where paths and settings may break.
@@ -24,6 +23,15 @@ def markdown_table(rows: list[list[str]]) -> str:
     """The first of `rows` is the header; all columns but the first are numbers."""
     head, *body = [[cell.replace("|", r"\|") for cell in row] for row in rows]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in [head, ["---", *["---:"] * (len(head) - 1)], *body])
+
+
+def stars(p: float) -> str:
+    return "*" * sum(p < level for level in (0.05, 0.01, 0.001))
+
+
+def interval_text(found: Interval, digits: int, p: float = 1.0) -> str:
+    """E.g. `+1.2 [+0.3, +2.1]*`; `p`, the corrected p-value, makes the stars."""
+    return f"{found.mean:+z.{digits}f} [{found.low:+z.{digits}f}, {found.high:+z.{digits}f}]{stars(p)}"
 
 
 def missing_numbers(table: Table) -> dict[tuple[str, ...], int]:
@@ -129,13 +137,9 @@ def latex_table(title: str, cells: pd.DataFrame) -> str:
     """A longtable of texts, which LaTeX breaks to fit eight columns on a page."""
     flat = cells.reset_index().map(latex_text).rename(columns=latex_text)
     width = 0.7 / cells.shape[1]
-    text = flat.to_latex(
-        index=False,
-        longtable=True,
-        escape=False,
-        caption=latex_text(title + "."),
-        column_format="l" * cells.index.nlevels + rf"p{{{width:.3f}\linewidth}}" * cells.shape[1],
-    )
+    columns = "l" * cells.index.nlevels + rf"p{{{width:.3f}\linewidth}}" * cells.shape[1]
+    options = {"caption": latex_text(title + "."), "column_format": columns, "longtable": True}
+    text = flat.to_latex(index=False, escape=False, **options)
     # Rows of several lines need a gap to be told apart.
     head, foot, body = text.partition("\\endlastfoot\n")
     body = body.replace(" \\\\\n", " \\\\ \\addlinespace\n")
@@ -153,7 +157,7 @@ FORMATS = {"md": markdown, "csv": csv_text, "tex": latex}
 
 
 def render_wins(frame: pd.DataFrame, notes: list[str]) -> dict[str, str]:
-    """The frame and notes of `paired.win_rates`, by the suffix of its file."""
+    """The frame and notes of `tables.win_rates`, by the suffix of its file."""
     texts = [f"{c.rate:.1f} [{c.low:.1f}, {c.high:.1f}]{stars(c.p_holm)}" for c in frame.itertuples()]
     cells = frame.assign(text=texts).pivot(index="row", columns="column", values="text")
     methods = frame["row"].unique()

@@ -1,4 +1,4 @@
-"""Reading what runs and evaluations left behind, and the paper's own numbers.
+"""What runs and evaluations left behind, which of it may stand side by side, and the paper's own numbers.
 
 outputs/<model>/<method>/run.json, metrics.jsonl      a training run
 outputs/<model>/<method>/eval/<bench>.json            an evaluation of it
@@ -8,13 +8,15 @@ rmipo/reporting/paper/*.csv                           the paper's tables, copied
 import glob
 import json
 import os
-from collections.abc import Collection
+from collections import defaultdict
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pandas as pd
 
 from rmipo.errors import UserError
+from rmipo.evaluation import BENCHMARKS
 from rmipo.fingerprints import has_weights, json_fingerprint, trained_fingerprint
 from rmipo.launch.choices import known_settings
 from rmipo.record import WITHOUT_EFFECT, recorded_run
@@ -28,20 +30,15 @@ PAPER_MODELS = {
 }
 # In the order of the paper's tables.
 METHODS = {
-    "initial": "Initial",
-    "dpo": "DPO",
-    "slic": "SLiC",
-    "ipo": "IPO",
-    "kto": "KTO",
-    "cpo": "CPO",
-    "simpo": "SimPO",
-    "alpha-dpo": "α-DPO",
-    "beta-dpo": "β-DPO",
-    "epsilon-dpo": "ε-DPO",
-    "simper": "SimPER",
-    "rmipo": "RMiPO",
-}
+    "initial": "Initial", "dpo": "DPO", "slic": "SLiC", "ipo": "IPO", "kto": "KTO", "cpo": "CPO", "simpo": "SimPO",
+    "alpha-dpo": "α-DPO", "beta-dpo": "β-DPO", "epsilon-dpo": "ε-DPO", "simper": "SimPER", "rmipo": "RMiPO",
+}  # fmt: skip
 OURS = "rmipo"
+ABSENT = "absent"
+TRIAL = "TRIAL, not the benchmark itself"
+# Keys of a recipe in which repetitions of one run may differ.
+REPEATED = {"seed", "data_seed", "output_dir", "logging_steps", "save_steps"}
+REPEATED |= {key.removeprefix("recipe.") for key in WITHOUT_EFFECT}
 
 
 class ReportError(UserError):
@@ -95,10 +92,23 @@ class RunFolder:
     def experiment(self) -> dict:
         """Recipe, objective and data without the seed and what has no effect: equal for repetitions of one run."""
         # Data are compared by content: a folder that was moved is no other data.
-        repeated = {"seed", "data_seed", "output_dir", "logging_steps", "save_steps"}
-        repeated |= {key.removeprefix("recipe.") for key in WITHOUT_EFFECT}
-        recipe = {name: value for name, value in self.record.get("recipe", {}).items() if name not in repeated}
+        recipe = {name: value for name, value in self.record.get("recipe", {}).items() if name not in REPEATED}
         return {**recipe, "objective": self.objective, "data": self.record.get("fingerprints")}
+
+
+def load_run(outputs: Path, model: str, method: str) -> RunFolder | None:
+    """The run folder of one training, or None if it isn't there."""
+    record = recorded_run(outputs / model / method)
+    return RunFolder(outputs / model / method, record) if record else None
+
+
+def finished_run(outputs: Path, model: str, method: str) -> RunFolder:
+    """As `load_run`. Raises ReportError for a run that isn't there or hasn't finished."""
+    run = load_run(outputs, model, method)
+    if run is None or not run.finished:
+        command = train_command(model, method)
+        raise ReportError(f"{outputs / model / method} holds no finished run: run `{command}`")
+    return run
 
 
 def load_result(outputs: Path, model: str, method: str, bench: str, name: str = "") -> Result | None:
@@ -166,17 +176,6 @@ def train_command(model: str, method: str) -> str:
     return f"make train MODEL={model} METHOD={method}"
 
 
-def load_run(outputs: Path, model: str, method: str) -> RunFolder | None:
-    """The run folder of one training, or None if it isn't there."""
-    record = recorded_run(outputs / model / method)
-    return RunFolder(outputs / model / method, record) if record else None
-
-
-def find_runs(outputs: Path, model: str) -> list[RunFolder]:
-    """Every run folder below outputs/<model>, sweeps included, sorted by path."""
-    return [RunFolder(path.parent, recorded_run(path.parent)) for path in sorted((outputs / model).rglob("run.json"))]
-
-
 def model_label(model: str) -> str:
     return PAPER_MODELS.get(model, model)
 
@@ -188,3 +187,83 @@ def method_label(method: str) -> str:
 def paper_table(name: str) -> pd.DataFrame:
     """One of the paper's tables as printed, e.g. paper_table("table1"), or numbers from its text."""
     return pd.read_csv(Path(__file__).parent / "paper" / f"{name}.csv")
+
+
+# ------------------ What results were made with
+
+
+def require_comparable(what: str, results: Iterable[Result]) -> None:
+    """Raises ReportError if `results` were made by different packages, by different judges or in different ways."""
+    if found := conflicts(results):
+        raise ReportError("\n  ".join([f"{what}: these results aren't comparable, evaluate some again:", *found]))
+
+
+def conflicts(results: Iterable[Result]) -> list[str]:
+    """What differs between results of one benchmark, or of one benchmark and model, and mustn't: with a file for each."""
+    # Judge, versions and prompts must agree in all of a table; decoding is the model's, as in the paper.
+    groups: dict[tuple[str, str], list[Result]] = defaultdict(list)
+    for result in results:
+        groups[result.bench, ""].append(result)
+        groups[result.bench, result.model].append(result)
+    found = []
+    for (bench, model), group in groups.items():
+        benchmark = BENCHMARKS[bench]
+        packages = sorted({f"versions.{package}" for result in group for package in result.versions})
+        for name in benchmark.same_per_model if model else (*packages, *benchmark.same):
+            files = {value_of(result, name): result.path for result in group}
+            if name in benchmark.optional:
+                files.pop(ABSENT, None)
+            if len(files) > 1:
+                listing = "; ".join(f"{value} in {path}" for value, path in files.items())
+                found.append(f"{bench} {model}".strip() + f": {name} {listing}")
+    return found
+
+
+def value_of(result: Result, name: str) -> str:
+    """A setting with dots, or `versions.<package>`, as text."""
+    value = {**result.settings, "versions": result.versions}
+    for key in name.split("."):
+        value = (value or {}).get(key)
+    return ABSENT if value is None else as_text(value)
+
+
+def as_text(value: object) -> str:
+    return value if isinstance(value, str) else json.dumps(value, sort_keys=True)
+
+
+def made_with(results: Iterable[Result]) -> list[str]:
+    """Judge, decoding, versions, number of prompts and commit behind `results`: a line for each different way."""
+    lines = []
+    for result in results:
+        benchmark = BENCHMARKS[result.bench]
+        facts = {name: value_of(result, name) for name in (*benchmark.same, *benchmark.same_per_model)}
+        # How many prompts a number is a mean of.
+        counts = sorted({sum(value is not None for value in values) for values in result.per_prompt.values()})
+        facts |= {"n": " and ".join(map(str, counts)) or ABSENT, **result.versions, "commit": result.commit or ABSENT}
+        made = ", ".join(f"{name} {value}" for name, value in facts.items() if value != ABSENT)
+        lines.append(f"{benchmark.title} of {model_label(result.model)}: {made}.")
+    return list(dict.fromkeys(lines))
+
+
+def deviations(result: Result) -> list[str]:
+    """Why the result can't stand beside the paper's: it is a trial, or another judge or decoding was used."""
+    benchmark = BENCHMARKS[result.bench]
+    usual = {name: as_text(benchmark.defaults.get(name)) for name in benchmark.trial}
+    trial = [f"{name}={value}" for name in usual if (value := value_of(result, name)) not in (ABSENT, usual[name])]
+    found = [f"{TRIAL}: {benchmark.title} with {', '.join(trial)}."] if trial else []
+    # The paper has one judge, and a decoding for each of its models; others have none to differ from.
+    decoding = paper_table("decoding").query("setting == @result.model").drop(columns="setting").to_dict("records")
+    paper = {f"generation.{key}": value for row in decoding for key, value in row.items()}
+    paper = benchmark.paper | {name: paper[name] for name in paper if name in benchmark.same_per_model}
+    for name, expected in paper.items():
+        if (value := value_of(result, name)) != as_text(expected):
+            of = f"{benchmark.title} of {model_label(result.model)}"
+            found.append(f"{of}: {name} is {value}, the paper's is {as_text(expected)}.")
+    return found
+
+
+def figure_notes(results: Iterable[Result]) -> list[str]:
+    """What has to be said under a figure: how its results were made and in what unlike the paper's."""
+    results = list(results)
+    unlike = dict.fromkeys(text for result in results for text in deviations(result))
+    return [*unlike, *made_with(results)]

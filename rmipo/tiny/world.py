@@ -13,40 +13,6 @@ import pydantic
 from rmipo.data.chat import Messages
 from rmipo.recipe.files import read_yaml, typed
 
-Share = Annotated[float, pydantic.Field(ge=0, le=1)]
-
-
-@pydantic.dataclasses.dataclass(frozen=True, config=pydantic.ConfigDict(extra="forbid"))
-class WorldConfig:
-    """Every knob; the recipe explains them."""
-
-    seed: int
-    names: Annotated[int, pydantic.Field(ge=2, le=40)]  # there are 40 in `world.NAMES`
-    values_per_attribute: Annotated[int, pydantic.Field(ge=2, le=12)]
-    held_out_facts: Share
-    held_out_phrasings: Annotated[int, pydantic.Field(ge=1, le=7)]  # of 8: SFT asks in the others
-    sft_train: int
-    sft_test: int
-    sft_boilerplate: Share
-    sft_off_topic: Share
-    sft_prompt_dropped: Share
-    pairs_train: int
-    pairs_test: int
-    rejected_boilerplate: Share
-    label_noise: Share
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    max_position_embeddings: int
-
-
-def load_world_config(path: str | Path) -> WorldConfig:
-    """Read the knobs. Raises ConfigError that names the file and every wrong key."""
-    return typed(WorldConfig, read_yaml(path), path)
-
-
 NAMES = (
     "Ada Bela Cato Dina Egon Fara Gil Hana Ivo Jana Karl Lena Milo Nora Otto Pia Quinn Rosa Sami Tara Ugo "
     "Vera Wim Xenia Yara Zeno Amos Bruno Clara David Elsa Felix Greta Hugo Irma Jonas Kira Leo Mona Nils"
@@ -106,6 +72,38 @@ CLOSERS = (
 SCORES = {"right": 2, "boilerplate": 1, "off_topic": 0}  # in place of a judge's
 BOILERPLATE = tuple("".join(parts) for parts in itertools.product(OPENERS, MIDDLES, CLOSERS))
 CLASSES = ("right", "boilerplate", "wrong", "garbled")
+Share = Annotated[float, pydantic.Field(ge=0, le=1)]
+
+
+@pydantic.dataclasses.dataclass(frozen=True, config={"extra": "forbid"})
+class WorldConfig:
+    """Every knob of the world; `recipes/tiny/world.yaml` explains them."""
+
+    seed: int
+    names: Annotated[int, pydantic.Field(ge=2, le=40)]  # there are 40 in NAMES
+    values_per_attribute: Annotated[int, pydantic.Field(ge=2, le=12)]
+    held_out_facts: Share
+    held_out_phrasings: Annotated[int, pydantic.Field(ge=1, le=7)]  # of 8: SFT asks in the others
+    sft_train: int
+    sft_test: int
+    sft_boilerplate: Share
+    sft_off_topic: Share
+    sft_prompt_dropped: Share
+    pairs_train: int
+    pairs_test: int
+    rejected_boilerplate: Share
+    label_noise: Share
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    max_position_embeddings: int
+
+
+def load_world_config(path: str | Path) -> WorldConfig:
+    """Read the knobs. Raises ConfigError that names the file and every wrong key."""
+    return typed(WorldConfig, read_yaml(path), path)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from huggingface_hub import ModelCard
 from rmipo.errors import EvaluationError
 from rmipo.evaluation import BENCHMARKS, alpaca, benchmark_of, metric_label, mtbench
 from rmipo.evaluation.alpaca import load_reference
-from rmipo.evaluation.publish import publish
+from rmipo.evaluation.benchmark import publish
 from tests.helpers.paths import ROOT
 from tests.helpers.rows import assistant, user, write
 from tests.helpers.tiny_model import write_model

@@ -8,8 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from rmipo.errors import EvaluationError
 from rmipo.evaluation.hh import BENCHMARK
-from rmipo.reporting.provenance import deviations
-from rmipo.reporting.results import Result
+from rmipo.reporting.results import Result, deviations
 from rmipo.training.loading import LoadingError
 from tests.helpers.rows import write
 from tests.helpers.tiny_model import naive_scores, write_model

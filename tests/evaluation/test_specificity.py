@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from rmipo.errors import EvaluationError
 from rmipo.evaluation import BENCHMARKS, specificity
 from rmipo.evaluation.statistics import repeated_share
-from rmipo.generation.likelihood import Likelihood
+from rmipo.generation.oracles import Likelihood
 from tests.helpers.rows import user
 from tests.helpers.tiny_model import write_model
 from tests.references.padded import padded_token_logps

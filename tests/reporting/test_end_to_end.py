@@ -16,7 +16,7 @@ import pytest
 import torch
 from matplotlib.image import imread
 
-from rmipo.reporting.pair_arrays import gamma_readings, hh_signals
+from rmipo.reporting.figures_pairs import gamma_readings, hh_signals
 from rmipo.reporting.results import load_run
 from rmipo.tiny.files import write_world
 from rmipo.tiny.world import load_world_config

@@ -10,9 +10,8 @@ import torch
 
 from rmipo.objectives import build_objective
 from rmipo.plots import density, draw_curves
-from rmipo.reporting.figures_pairs import figure6, figure8, jitter, wasserstein
+from rmipo.reporting.figures_pairs import differences, figure6, figure8, jitter, wasserstein
 from rmipo.reporting.figures_runs import figure2, figure5, figure7
-from rmipo.reporting.pair_arrays import differences
 from rmipo.reporting.results import ReportError
 from tests.helpers.result_files import write_result, write_run
 

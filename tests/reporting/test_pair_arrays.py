@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 import torch
 
-from rmipo.reporting.pair_arrays import (
+from rmipo.reporting.figures_pairs import (
     gamma_readings,
     judge_differences,
     reward_differences,

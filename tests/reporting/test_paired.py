@@ -8,10 +8,9 @@ from pathlib import Path
 import pytest
 
 from rmipo.reporting.figures_runs import figure5
-from rmipo.reporting.paired import paired_difference
 from rmipo.reporting.render import csv_text, markdown
 from rmipo.reporting.results import load_result
-from rmipo.reporting.tables import build_table, fill
+from rmipo.reporting.tables import build_table, fill, paired_difference
 from tests.helpers.result_files import write_result
 
 LLAMA = "llama3-8b-instruct"

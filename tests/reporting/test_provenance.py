@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 
 from rmipo.evaluation import BENCHMARKS
-from rmipo.reporting.provenance import conflicts, deviations
-from rmipo.reporting.results import ReportError, load_result
+from rmipo.reporting.results import ReportError, conflicts, deviations, load_result
 from rmipo.reporting.tables import TABLES, build_table, fill
 from tests.helpers.paths import ROOT
 from tests.helpers.programs import run_here

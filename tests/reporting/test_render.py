@@ -12,10 +12,9 @@ from pathlib import Path
 import pytest
 
 from rmipo.evaluation.statistics import holm
-from rmipo.reporting.paired import win_rates
 from rmipo.reporting.render import FORMATS, csv_text, latex, markdown, markdown_table, render_wins
 from rmipo.reporting.results import ReportError
-from rmipo.reporting.tables import TABLES, benchmark_table, build_table, fill
+from rmipo.reporting.tables import TABLES, benchmark_table, build_table, fill, win_rates
 from tests.helpers.programs import run_here
 from tests.helpers.result_files import write_result
 

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from rmipo.fingerprints import trained_fingerprint
-from rmipo.generation.answers import DEFAULTS as GENERATION
+from rmipo.recipe.files import GENERATION
 from rmipo.reporting.results import ReportError, load_result, paper_table
 from rmipo.reporting.tables import TABLES, Table, benchmark_table, build_table, fill
 from tests.helpers.paths import ROOT

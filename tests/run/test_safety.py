@@ -8,7 +8,7 @@ import pytest
 import torch
 from datasets import Dataset
 
-from rmipo.evaluation.pair_scores import score_model
+from rmipo.evaluation.hh import score_model
 from rmipo.evaluation.target import check_trained_prompts
 from rmipo.generation.answers import Generator, Request, check_settings
 from rmipo.generation.engines import TransformersEngine
