@@ -123,7 +123,10 @@ def check_trained_prompts(folder: Path, run: dict | None) -> None:
 def link_model(source: Path, folder: Path, chat_template: str | None = None) -> None:
     """Fill `folder` with links to the model in `source`, and with its tokenizer, which may get another template."""
     # Written and not linked: the template may be the recipe's.
-    load_tokenizer(ModelConfig(model_name_or_path=str(source)), chat_template).save_pretrained(folder)
+    tokenizer = load_tokenizer(ModelConfig(model_name_or_path=str(source)), chat_template)
+    # transformers saves with it whether the machine was offline, and results would be taken for another tokenizer's.
+    tokenizer.init_kwargs["local_files_only"] = False
+    tokenizer.save_pretrained(folder)
     for pattern in MODEL_FILES:
         for link in folder.glob(pattern):  # perhaps of another source: a public checkpoint before our own SFT
             link.unlink()

@@ -16,7 +16,7 @@ from rmipo.errors import EvaluationError
 from rmipo.evaluation import BENCHMARKS
 from rmipo.evaluation.benchmark import contradictions
 from rmipo.evaluation.target import find_target, load_settings, model_folder
-from rmipo.fingerprints import trained_fingerprint
+from rmipo.fingerprints import prompting_fingerprint, trained_fingerprint
 from rmipo.generation.answers import check_settings
 from tests.helpers.judge_server import JudgeServer
 from tests.helpers.paths import ROOT
@@ -129,10 +129,14 @@ def test_model_trained_with_another_template_or_header_is_refused(outputs):
     assert done.code == 2 and done.err.startswith(f"error: {folder} was trained with another chat template")
 
 
-def test_initial_model_is_linked_with_the_recipe_s_template_and_held_to_its_own_training(outputs, tmp_path):
+def test_initial_model_is_linked_with_the_recipe_s_template_and_held_to_its_own_training(
+    outputs, tmp_path, monkeypatch
+):
     source, template = outputs / "tiny/simpo", tmp_path / "template.jinja"
     template.write_text((source / "chat_template.jinja").read_text().replace(" </s>", " w0 </s>"))
-    for _ in range(2):  # once more: as before, and without what another source has left
+    prompting = set()
+    for offline in (False, True):  # once more: as before, and without what another source has left
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", offline)
         folder = model_folder(small_recipe(tmp_path, source, template), outputs, "initial")
         assert folder == outputs / "small/initial"
         assert [path.name for path in folder.glob("*.safetensors")] == ["model.safetensors"]
@@ -140,6 +144,8 @@ def test_initial_model_is_linked_with_the_recipe_s_template_and_held_to_its_own_
         assert (folder / "chat_template.jinja").read_text() == template.read_text()
         assert (source / "chat_template.jinja").read_text() != template.read_text()
         (folder / "model-00001-of-00002.safetensors").symlink_to(source / "model.safetensors")
+        prompting.add(prompting_fingerprint(folder))
+    assert len(prompting) == 1
     recipe = small_recipe(tmp_path, source)
     record(source, finished=False)
     with pytest.raises(EvaluationError, match=f"{source} holds a run that hasn't finished"):
