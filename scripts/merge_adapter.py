@@ -4,7 +4,7 @@
 
 The base is loaded in the recipe's `dtype`, unquantized: after QLoRA the merged weights are not those that training saw,
 since rounding them to 4 bits again would cost more. They are merged in float32 (4 bytes per weight of memory) and saved
-in `dtype`. The run's run.json and metrics.jsonl go with it.
+in `dtype`. The run's run.json goes with it; its metrics.jsonl stays, or figures of logged metrics would count the run twice.
 """
 
 import shutil
@@ -16,7 +16,7 @@ from rmipo import cli
 from rmipo.fingerprints import model_fingerprint
 from rmipo.recipe.load import ConfigError
 from rmipo.recipe.schema import ModelConfig
-from rmipo.record import recorded_run
+from rmipo.record import RUN_FILE, recorded_run
 from rmipo.training.loading import load_model, load_tokenizer
 
 
@@ -44,6 +44,5 @@ def main() -> None:
     merged = PeftModel.from_pretrained(base.float(), folder).merge_and_unload()
     merged.to(dtype).save_pretrained(output)
     load_tokenizer(ModelConfig(model_name_or_path=str(folder))).save_pretrained(output)
-    for name in ("run.json", "metrics.jsonl"):
-        shutil.copy(folder / name, output)
+    shutil.copy(folder / RUN_FILE, output)
     print(f"model: {output}")
