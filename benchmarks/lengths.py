@@ -33,17 +33,13 @@ def make_pairs(lengths: list[tuple[int, int, int]], vocabulary: int, seed: int) 
     rng = random.Random(seed)
     pairs = []
     for row, sizes in enumerate(lengths):
-        ids = (rng.choices(range(3, vocabulary), k=size) for size in sizes)
-        pair = dict(zip(("prompt_ids", "chosen_ids", "rejected_ids"), ids, strict=True))
-        cached = {f"ref_{side}_logps": -5.0 * len(pair[f"{side}_ids"]) for side in ("chosen", "rejected")}
-        pairs.append({**pair, "row": row, **cached})
+        prompt, chosen, rejected = (rng.choices(range(3, vocabulary), k=size) for size in sizes)
+        pair = {"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected, "row": row}
+        pairs.append(pair | {"ref_chosen_logps": -5.0 * sizes[1], "ref_rejected_logps": -5.0 * sizes[2]})
     return pairs
 
 
-def batches(
-    source: Iterator[tuple[int, int, int]], count: int, size: int, scale: float, vocabulary: int
-) -> list[list[dict]]:
-    """`count` batches of `size` pairs with the next lengths of `source` times `scale`."""
-    drawn = (list(itertools.islice(source, size)) for _ in range(count))
-    scaled = ([tuple(max(2, round(length * scale)) for length in pair) for pair in batch] for batch in drawn)
-    return [make_pairs(batch, vocabulary, seed) for seed, batch in enumerate(scaled)]
+def batches(profile: str, count: int, size: int, scale: float, vocabulary: int) -> list[list[dict]]:
+    """`count` batches of `size` pairs with lengths of a profile times `scale`."""
+    scaled = (tuple(max(2, round(length * scale)) for length in pair) for pair in from_profile(profile, seed=0))
+    return [make_pairs(list(itertools.islice(scaled, size)), vocabulary, seed) for seed in range(count)]
