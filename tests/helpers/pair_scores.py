@@ -1,11 +1,20 @@
 """Scores of pairs for the objectives: two cases by hand, and random ones."""
 
 import random
+from typing import NamedTuple
 
 import torch
 
 from rmipo.objectives import PairScores
-from tests.references.losses import Response
+
+
+class Response(NamedTuple):
+    """Log-probabilities per token: given the prompt, given no prompt, and under the reference."""
+
+    cond: tuple[float, ...]
+    uncond: tuple[float, ...]
+    ref: tuple[float, ...]
+
 
 # One pair per case; A: all signals agree, B: an inverted pair (delta_pmi < 0, KL < 0).
 CASES = {
