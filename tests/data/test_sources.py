@@ -65,14 +65,6 @@ def test_the_rows_are_those_of_the_file_whatever_its_time(tmp_path):
         assert questions(load_pairs(config(tmp_path, test_split_size=None), "train")) == [number]
 
 
-def test_a_folder_without_the_split(tmp_path):
-    for name in ("train", "latest", "validation", "train_old"):
-        write(tmp_path / f"{name}.jsonl", pairs(1))
-    with pytest.raises(MissingSplitError, match="'dev'"):
-        load_pairs(config(tmp_path, dataset_test_split="dev"), "test")
-    assert questions(load_pairs(config(tmp_path, dataset_test_split="validation"), "test")) == [1]
-
-
 def test_one_file_sets_rows_aside_that_are_drawn(tmp_path):
     path = write(tmp_path / "mine.jsonl", pairs(*range(55)))
     train, test = (load_pairs(config(path), split) for split in ("train", "test"))

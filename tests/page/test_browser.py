@@ -83,17 +83,6 @@ def summary(page) -> dict:
     return json.loads(re.search(r'id="summary">(.*?)</script>', page.read_text("utf-8"), re.DOTALL)[1])
 
 
-def test_sorting(reader):
-    assert reader.open_pair() == 1 and reader.shown() == 150
-    for title in ("ΔPMI", "γ", "r", "|y| chosen", "r after"):
-        reader.sort(title)
-        rising = reader.numbers(title)
-        assert rising == sorted(rising) and rising[0] < rising[-1] and len(rising) >= 100
-        reader.sort(title)
-        falling = reader.numbers(title)
-        assert falling == sorted(falling, reverse=True) and falling[0] > rising[0]
-
-
 def test_filters_and_their_combination(reader, summary):
     pairs = summary["pairs"]
     delta = [difference(pair["sides"], "token") for pair in pairs]

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from rmipo.objectives import build_objective
-from rmipo.plots import density, draw_curves
-from rmipo.reporting.figures_pairs import figure6, figure8, jitter, wasserstein
+from rmipo.plots import draw_curves
+from rmipo.reporting.figures_pairs import figure6, figure8, wasserstein
 from rmipo.reporting.figures_runs import figure2, figure5, figure7
 from rmipo.reporting.pair_arrays import differences
 from rmipo.reporting.results import ReportError
@@ -24,21 +24,6 @@ OBJECTIVE = build_objective({"name": "rmipo", "gamma_min": 0.3, "gamma_max": 1.6
 def close_figures():
     yield
     plt.close("all")
-
-
-def test_density_and_jitter_stay_within_their_bounds():
-    values = RANDOM.uniform(0.3, 1.6, 3000)
-    grid = np.linspace(0.3, 1.6, 1001)
-    curve = density(values, grid, 0.3, 1.6)
-    assert np.trapezoid(curve, grid) == pytest.approx(1.0, abs=1e-3)
-    assert curve[0] == pytest.approx(1 / 1.3, rel=0.15)  # a plain estimate would show half of it at the edge
-    assert density(values, np.array([0.2, 1.7]), 0.3, 1.6).tolist() == [0.0, 0.0]
-    ranks = np.repeat([1.0, 2.0, 3.0], 500)
-    moved = jitter(ranks)
-    assert np.abs(moved - ranks).max() <= 0.5 and np.abs(moved - ranks).max() > 0.45
-    assert moved[:500].max() <= moved[500:1000].min()
-    halves = jitter(np.array([0.1 + 0.2, 0.3, 0.8]))  # 0.30000000000000004 is no step of its own
-    assert np.abs(halves - [0.3, 0.3, 0.8]).max() > 1e-3
 
 
 def test_curves_signals_and_intervals_by_hand():
@@ -137,7 +122,6 @@ def test_figure5_of_models_that_were_not_trained_on_hh(tmp_path):
     expected = [(64 - 1.96, 64 + 1.96), (66 - 3.92, 66 + 3.92), (65 - average, 65 + average)]
     assert np.allclose([(segment[0][1], segment[1][1]) for segment in bars], expected)
     assert [patch.get_height() for patch in axis.patches] == [61.0, 63.0, 62.0, 64.0, 66.0, 65.0]
-    assert [text.get_text() for text in axis.texts] == ["61.0", "63.0", "62.0", "64.0", "66.0", "65.0"]
     assert "the paper's average" not in axis.get_legend_handles_labels()[1]  # it is of models trained on HH
     assert axis.get_title(loc="left") == "Llama3-8B-Instruct, not trained on HH; not Anthropic's pairs: mine"
 
@@ -166,20 +150,9 @@ def test_figure7_curves_and_costs(tmp_path):
     cost, margin, accuracy = figure7(tmp_path, "tiny").axes[:3]
     assert [patch.get_width() for patch in cost.patches] == [1.0, 2.0]
     assert [text.get_text() for text in cost.texts] == ["11.0 GiB", "12.0 GiB"]
-    assert [label.get_text() for label in cost.get_yticklabels()] == ["DPO", "RMiPO*"]
-    assert "*: since its last start" in cost.get_xlabel()
+    assert [label.get_text() for label in cost.get_yticklabels()] == ["DPO", "RMiPO*"]  # of its last start alone
     assert margin.lines[1].get_ydata().tolist() == [2.0 * s for s in range(1, 11)]
     assert set(accuracy.lines[0].get_ydata()) == {0.5}
-
-
-def test_figure7_has_the_papers_hours_beside_those_of_the_same_hardware(tmp_path):
-    a800 = {"seconds": 7200, "hardware": ["NVIDIA A800-SXM4-80GB"] * 4}
-    l4 = {"seconds": 7200, "hardware": ["L4", "L4"], "versions": {"torch": "2.12.0"}}
-    write_figure7(tmp_path, "llama3-8b-instruct", dpo=a800, alpha_dpo=a800, simpo=l4)
-    figure = figure7(tmp_path, "llama3-8b-instruct")
-    assert [float(line.get_xdata()[0]) for line in figure.axes[0].lines] == [8.0, 10.0]
-    notes = figure.get_supxlabel()
-    assert "DPO, α-DPO: 4 x NVIDIA A800-SXM4-80GB; torch 2.13.0." in notes and "SimPO: 2 x L4; torch 2.12.0." in notes
 
 
 def test_figure8_shows_the_atoms_apart_from_the_density():

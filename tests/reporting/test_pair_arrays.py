@@ -13,13 +13,7 @@ import pandas as pd
 import pytest
 import torch
 
-from rmipo.reporting.pair_arrays import (
-    gamma_readings,
-    judge_differences,
-    reward_differences,
-    run_scores,
-    summarize,
-)
+from rmipo.reporting.pair_arrays import gamma_readings, judge_differences, reward_differences, run_scores, summarize
 from rmipo.reporting.results import ReportError, load_run
 from tests.helpers.paths import ROOT
 from tests.helpers.programs import run_here

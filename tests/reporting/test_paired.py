@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from rmipo.reporting.figures_runs import figure5
 from rmipo.reporting.paired import paired_difference
 from rmipo.reporting.render import csv_text, markdown
 from rmipo.reporting.results import load_result
@@ -74,12 +73,3 @@ def test_a_table_of_the_paper_has_the_differences(tmp_path):
     rows = {row["Method"]: row for row in csv.DictReader(csv_text(filled).splitlines()) if "MT" in row["Column"]}
     columns = [rows["DPO"][f"behind_rmipo{end}"] for end in ("", "_low", "_high")]
     assert columns == ["0.5"] * 3 and rows["RMiPO"]["behind_rmipo"] == rows["SimPO"]["behind_rmipo"] == ""
-
-
-def test_figure5_has_the_differences_of_each_subset(tmp_path):
-    for method, helpful in (("rmipo", [100.0, 100.0, 100.0]), ("dpo", [0.0, 0.0, 0.0])):
-        values = {"hh_helpful": helpful, "hh_harmless": [100.0, 0.0, 0.0]}
-        metrics = {name: sum(each) / 3 for name, each in values.items()}
-        write_result(tmp_path, LLAMA, method, "hh", metrics | {"hh_average": 50.0}, per_prompt=values)
-    notes = figure5(tmp_path, LLAMA).get_supxlabel().replace("\n", " ")
-    assert "DPO, HH helpful (%): +100.0 [+100.0, +100.0]; DPO, HH harmless (%): +0.0 [+0.0, +0.0]." in notes

@@ -17,13 +17,7 @@ from rmipo.errors import CheckpointError
 from rmipo.files import LOCK_FILE
 from rmipo.record import run_identity
 from rmipo.run.checkpoints import FullDiskError, delete_torn, explained_full_disk, resume_point
-from rmipo.training.checkpoints import (
-    MARKER,
-    ResumableTrainer,
-    complete,
-    complete_checkpoints,
-    rotate,
-)
+from rmipo.training.checkpoints import MARKER, ResumableTrainer, complete, complete_checkpoints, rotate
 
 IDENTITY = run_identity({"learning_rate": 1e-6, "objective": {"name": "rmipo", "beta": 2.0}}, {"train": "a"}, 2)
 

@@ -24,7 +24,7 @@ from rmipo.record import (
     write_record,
 )
 from rmipo.run.callbacks import set_callbacks
-from rmipo.run.curves import plot_curves, plot_run
+from rmipo.run.curves import plot_curves
 from rmipo.run.generations import SampleGenerations
 from rmipo.run.stop import StopOnSignal
 from rmipo.run.trackers import WandbBySteps, close_wandb, open_wandb
@@ -164,17 +164,3 @@ def test_curves_show_training_and_held_out_values_by_step(tmp_path, figures):
         "log-prob. of chosen (nats/token)": {"training": [[2, -1.0], [4, -2.0]], mean: [[2, -1.5], [4, -1.5]]},
         "gamma": {"training": [[2, 1.2], [4, 1.0]], mean: [[2, 1.1], [4, 1.1]], "held out": [[4, 1.1]]},
     }
-
-
-def test_the_bounds_of_gamma_are_shown_apart_from_its_density(tmp_path, figures):
-    gamma = torch.tensor([*[1.6] * 30, *torch.linspace(0.4, 1.599, 60), *[0.3] * 9, 0.309])
-    objective = types.SimpleNamespace(name="rmipo", gamma_min=0.3, gamma_max=1.6)
-    trainer = types.SimpleNamespace(objective=objective, eval_columns={"gamma": gamma})
-    assert plot_run(tmp_path, trainer) == {"gamma": tmp_path / "gamma.png"}
-    assert [line.get_ydata()[-1] for line in figures[0].axes[1].lines[::2]] == pytest.approx([0.1, 0.3])
-    objective.gamma_min = objective.gamma_max = 1.1  # a constant margin
-    trainer.eval_columns["gamma"] = torch.full((9,), 1.1)
-    plot_run(tmp_path, trainer)
-    assert [line.get_ydata()[-1] for line in figures[1].axes[1].lines[::2]] == [1.0]
-    objective.name = "dpo"
-    assert plot_run(tmp_path, trainer) == {}

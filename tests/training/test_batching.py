@@ -7,13 +7,7 @@ import pytest
 import torch
 from datasets import Dataset
 
-from rmipo.training.batching import (
-    MicroBatch,
-    PairDataset,
-    StepSampler,
-    packed_lengths,
-    split_by_tokens,
-)
+from rmipo.training.batching import MicroBatch, PairDataset, StepSampler, packed_lengths, split_by_tokens
 
 
 def steps(world_size, micro_batch_size, num_pairs=37, global_batch_size=8, epoch=0, seed=3, **tokens):

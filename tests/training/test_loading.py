@@ -35,23 +35,6 @@ def test_an_invalid_generation_configuration_keeps_its_special_tokens_and_can_be
     assert load_model(ModelConfig(model_name_or_path=folder)).generation_config.temperature == 0.6
 
 
-@pytest.mark.parametrize("what", ["tokenizer", "configuration", "model"])
-def test_what_cannot_be_loaded_is_named(tmp_path, what):
-    def use(name):
-        config = ModelConfig(model_name_or_path=str(name))
-        if what == "tokenizer":
-            load_tokenizer(config)
-        elif what == "model":
-            load_model(config)
-        else:
-            check_limits(make_tokenizer("llama3"), config, 10)
-
-    (tmp_path / "config.json").write_text("not JSON")
-    for name in (tmp_path, "nobody/nothing"):
-        with pytest.raises(LoadingError, match=f"^model_name_or_path: the {what} of {name} can't be loaded"):
-            use(name)
-
-
 def test_weights_are_quantized_where_the_recipe_says_so(tmp_path):
     config = ModelConfig(model_name_or_path=save("llama3", tmp_path), load_in_4bit=True)
     if importlib.util.find_spec("bitsandbytes") is None:
