@@ -147,6 +147,7 @@ def test_a_rate_of_half_is_no_difference(tmp_path):
 
 @pytest.mark.skipif(shutil.which("pdflatex") is None, reason="pdflatex isn't installed")
 def test_latex_compiles(tmp_path):
+    write_result(tmp_path, LLAMA, "rmipo", "mtbench", {"mt_bench": 6.0}, settings={"first_n": 4})
     source = "\n".join(latex(fill(build_table(number), tmp_path)) for number in TABLES)
     preamble = r"\documentclass{article}\usepackage{booktabs,longtable}\begin{document}"
     (tmp_path / "tables.tex").write_text(f"{preamble}\n{source}\n\\end{{document}}\n")
