@@ -8,8 +8,7 @@ import pytest
 
 from rmipo.evaluation import reward
 from rmipo.evaluation.statistics import bootstrap, standard_error, wins
-from tests.helpers.reward_models import reward_alone, write_reward_model
-from tests.helpers.tiny_model import write_model
+from tests.helpers.tiny_model import reward_alone, write_model, write_reward_model
 
 PROMPTS = 12
 GENERATION = {"dtype": "float32", "engine": "transformers", "max_new_tokens": 8, "temperature": 1.0}

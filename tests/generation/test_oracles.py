@@ -7,8 +7,8 @@ from safetensors.torch import load_file
 from rmipo.generation.oracles import OracleError, keep_scores, make_oracle
 from rmipo.generation.prompts import Prompt
 from tests.helpers.judge_server import JudgeServer
-from tests.helpers.reward_models import reward_alone, write_reward_model
 from tests.helpers.rows import user
+from tests.helpers.tiny_model import reward_alone, write_reward_model
 
 DIALOGUES = [("w1 w2 w3 w4", "w5"), ("w1", "w6 w7 w8 w9 w10 w11"), ("w2", ""), ("w2", "w3")]
 CANDIDATES = [Prompt(str(i), [user(asked)], {str(i): told}) for i, (asked, told) in enumerate(DIALOGUES)]

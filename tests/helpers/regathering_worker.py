@@ -14,8 +14,7 @@ from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator, iter_params
 from transformers import AutoModelForCausalLM
 
-from tests.helpers.small_models import make_model, make_pairs
-from tests.helpers.trainers import make_trainer
+from tests.helpers.small_models import make_model, make_pairs, make_trainer
 
 # All limits lie below the size of a layer, 7,000, and above that of a norm.
 ZERO3 = {

@@ -22,8 +22,7 @@ from rmipo.run.stop import StopOnSignal
 from rmipo.training import checkpoints
 from rmipo.training.distributed import gather, gather_columns, on_main_process
 from rmipo.training.metrics import NonFiniteLossError
-from tests.helpers.small_models import make_model, make_pairs
-from tests.helpers.trainers import make_trainer
+from tests.helpers.small_models import make_model, make_pairs, make_trainer
 
 WITH_STATISTICS = ("alpha-dpo", "beta-dpo", "epsilon-dpo")
 DEALT = ("kto", "cpo", "alpha-dpo", "simpo")

@@ -15,8 +15,7 @@ from rmipo.recipe.schema import DataConfig
 from rmipo.record import read_generations
 from rmipo.run import export
 from tests.helpers.families import LLAMA3_TEMPLATE, make_model, save
-from tests.helpers.small_models import make_pairs
-from tests.helpers.trainers import make_trainer
+from tests.helpers.small_models import make_pairs, make_trainer
 from tests.helpers.twins import make_twin, run
 from tests.references.padded import padded_pairs
 

@@ -29,8 +29,7 @@ from rmipo.run.generations import SampleGenerations
 from rmipo.run.stop import StopOnSignal
 from rmipo.run.trackers import WandbBySteps, close_wandb, open_wandb
 from tests.helpers.rows import write
-from tests.helpers.small_models import make_pairs
-from tests.helpers.trainers import make_trainer
+from tests.helpers.small_models import make_pairs, make_trainer
 from tests.helpers.wandb_file import read_config, read_history, read_records
 
 

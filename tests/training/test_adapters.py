@@ -13,8 +13,7 @@ from rmipo.fingerprints import model_fingerprint
 from tests.helpers.families import make_tokenizer, save
 from tests.helpers.paths import ROOT
 from tests.helpers.programs import run_here
-from tests.helpers.small_models import make_model, make_pairs
-from tests.helpers.trainers import CONTEXT, make_trainer, rows_per_step
+from tests.helpers.small_models import CONTEXT, make_model, make_pairs, make_trainer, rows_per_step
 from tests.helpers.twins import make_twin, run
 from tests.references.padded import padded_pairs, train
 

@@ -10,8 +10,7 @@ from datasets import Dataset
 from rmipo.objectives import build_objective
 from rmipo.record import read_metrics
 from rmipo.training.metrics import NonFiniteLossError, evaluation_metrics, raise_if_not_finite, step_metrics
-from tests.helpers.small_models import make_model, make_pairs
-from tests.helpers.trainers import make_trainer, rows_per_step
+from tests.helpers.small_models import make_model, make_pairs, make_trainer, rows_per_step
 
 
 def test_ties_are_no_wins_and_ratios_have_their_own_accuracy():

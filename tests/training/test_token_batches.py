@@ -10,8 +10,7 @@ import torch
 
 from rmipo.objectives import PairScores, build_objective
 from tests.helpers.launched import launch
-from tests.helpers.small_models import make_model
-from tests.helpers.trainers import CONTEXT
+from tests.helpers.small_models import CONTEXT, make_model
 from tests.helpers.two_processes_worker import DEALT, PAIRS, WITH_STATISTICS, gradients, running_statistics
 from tests.references.padded import padded_pairs, rmipo_loss
 

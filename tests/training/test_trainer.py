@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from rmipo.record import read_metrics
-from tests.helpers.small_models import make_model, make_pairs
-from tests.helpers.trainers import CONTEXT, make_trainer, recorded_forwards, rows_per_step
+from tests.helpers.small_models import CONTEXT, make_model, make_pairs, make_trainer, recorded_forwards, rows_per_step
 from tests.references.padded import padded_pairs, rmipo_loss, train
 
 HARDWARE = ("tokens_per_second", "peak_memory_gib", "total_flos")  # these may follow the cut into micro-batches

@@ -14,8 +14,7 @@ from rmipo.objectives import PairScores, build_objective
 from rmipo.record import read_metrics
 from rmipo.training.packing import pack_pairs, split_pairs
 from rmipo.training.scoring import label_logps, response_logits
-from tests.helpers.small_models import make_model, make_pairs
-from tests.helpers.trainers import CONTEXT, make_trainer, recorded_forwards, rows_per_step
+from tests.helpers.small_models import CONTEXT, make_model, make_pairs, make_trainer, recorded_forwards, rows_per_step
 from tests.references.padded import padded_pairs
 
 BLOCKS = {
