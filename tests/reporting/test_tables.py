@@ -183,7 +183,6 @@ def test_a_result_of_other_weights_is_refused(tmp_path):
     assert load_result(tmp_path, "tiny", "initial", "leaderboard") is not None
 
 
-LLAMA = "llama3-8b-instruct"
 DRAW = random.Random(0)
 EASE = [DRAW.uniform(0, 80) for _ in range(60)]  # of the prompts, for every method alike
 OURS = [ease + DRAW.uniform(0, 20) for ease in EASE]
