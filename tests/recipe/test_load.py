@@ -127,16 +127,14 @@ def test_values_are_read_as_they_are_meant_and_kept_as_they_are_written(write):
     "override",
     [
         # No key, a wrong type, another objective's key
-        "override", "--learning_rat=1", "--learning_rate=fast", "--max_length=2.5", "--attention=flash", "--datasets=all",
-        "--beta=2", "--objective=rmipo", "--objective.gamma_beta_ratio=0.5", "--objective.name=grpo",
-        "--chat_template=none.jinja",
+        "override", "--learning_rat=1", "--max_length=2.5", "--attention=flash", "--beta=2", "--objective=rmipo",
+        "--objective.gamma_beta_ratio=0.5", "--objective.name=grpo", "--chat_template=none.jinja",
         # Missing, contradicting or refused
         "--model_name_or_path=null", "--datasets=[]", "--max_length=1800", "--gradient_accumulation_steps=4",
         "--auto_find_batch_size", "--bf16_full_eval", "--lora_r=8", "--use_dora=true", "--resume_from_checkpoint=x",
         "--hub_token=anything", "--label_smoothing_factor=0.1", "--dataloader_drop_last=true",
         # Out of range
-        "--max_dropped_fraction=2", "--global_batch_size=0", "--generation_samples=-1", "--max_tokens_per_micro_batch=0",
-        "--max_prompt_length=0",
+        "--max_dropped_fraction=2", "--global_batch_size=0", "--max_tokens_per_micro_batch=0",
     ],
 )  # fmt: skip
 def test_each_mistake_is_named(recipe, override):
