@@ -1,7 +1,7 @@
 """A hub on loopback that speaks the Hugging Face Hub's HTTP API to the real client, which finds it through HF_ENDPOINT.
 
-Models and datasets by revision; gated ones, which 401 and 403 refuse; a download whose connection breaks; uploads by
-commits and LFS. What was asked for stands in `requests`.
+Models and datasets by revision; gated ones, which 401 and 403 refuse; uploads by commits and LFS. What was asked for stands in
+`requests`.
 """
 
 import base64
@@ -49,8 +49,7 @@ class Hub(Loopback):
         self.environment = {"HF_ENDPOINT": self.address, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
         self.repositories: dict[tuple[str, str], Repository] = {}  # by ("models" or "datasets", id)
         self.granted: set[str] = set()
-        self.breaking: dict[str, int] = {}  # file -> after how many bytes its next download breaks
-        self.requests: list[tuple[str, str, str | None]] = []  # method, path, Range
+        self.requests: list[str] = []  # their paths
         self.objects: dict[str, bytes] = {}  # LFS uploads by SHA-256
 
     def add(self, kind: str, name: str, folder: Path) -> str:
@@ -71,7 +70,7 @@ class Handler(Answering):
 
     def handle_request(self) -> None:
         path = unquote(urlsplit(self.path).path)
-        self.server.requests.append((self.command, path, self.headers.get("Range")))
+        self.server.requests.append(path)
         self.body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         for pattern, method in ROUTES.items():
             if match := re.fullmatch(pattern, path):
@@ -93,7 +92,7 @@ class Handler(Answering):
         return None
 
     def resolve(self, kind, name, revision, file) -> None:
-        """A file of a revision: whole, its headers, or from some byte on."""
+        """A file of a revision, or its headers."""
         if (repository := self.repository(name, kind, files=True)) is None:
             return
         commit = repository.find(revision)
@@ -102,20 +101,7 @@ class Handler(Answering):
         content = repository.commits[commit].get(file)
         if content is None:
             return self.answer(404, b"", X_Error_Code="EntryNotFound", X_Repo_Commit=commit)
-        headers = {"X_Repo_Commit": commit, "ETag": f'"{digest(content)}"', "Accept_Ranges": "bytes"}
-        start = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range") or "")
-        if start and self.command == "GET":
-            first = int(start[1])
-            headers["Content_Range"] = f"bytes {first}-{len(content) - 1}/{len(content)}"
-            return self.answer(206, content[first:], **headers)
-        if self.command == "GET" and file in self.server.breaking:
-            self.send_response(200)
-            for key, value in {"Content-Length": str(len(content)), **headers}.items():
-                self.send_header(key.replace("_", "-"), value)
-            self.end_headers()
-            self.wfile.write(content[: self.server.breaking.pop(file)])
-            self.close_connection = True
-            return None
+        headers = {"X_Repo_Commit": commit, "ETag": f'"{digest(content)}"'}
         return self.answer(200, content, **headers)
 
     def info(self, kind, name, revision="main") -> None:
