@@ -35,9 +35,6 @@ class Reader:
     def find(self, selector: str):
         return self.driver.find_element("css selector", selector)
 
-    def press(self, *keys: str) -> None:
-        self.driver.switch_to.active_element.send_keys(*keys)
-
     def type(self, selector: str, text: str) -> None:
         self.find(selector).clear()
         self.find(selector).send_keys(text)
@@ -138,20 +135,6 @@ def test_the_controls_recompute_what_training_would(reader, summary, schedule, r
     assert yaml.safe_load(reader.find("#recipe").text)["objective"] == block
     reader.find("#reset").click()
     assert reader("return settings") == summary["objective"]
-
-
-def test_keys_and_search(reader, pairs):
-    right, left = "\ue014", "\ue012"
-    reader.press(right, right)
-    assert reader.open_pair() == 3
-    reader.press(left, left, left)
-    assert reader.open_pair() == 150 and "150" in reader.find("#list .open").text.split()[0]
-    for field in ("prompt", "chosen", "rejected"):
-        wanted = " ".join(pairs[7][field].split()[:4])
-        reader.type("#search", wanted)
-        found = [int(text.split()[0]) for text in reader.column("pair")]
-        texts = [" \n ".join(pair.values()) for pair in pairs[:150]]
-        assert found == [i + 1 for i, text in enumerate(texts) if wanted in text] and 8 in found
 
 
 def test_one_pair_shows_its_tokens_its_cuts_and_another_prompt(reader, page, summary):

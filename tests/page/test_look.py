@@ -14,9 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from rmipo import RMiPOConfig, look
 from rmipo.data.chat import ChatFormat
 from rmipo.page.look import findings
-from rmipo.training import parts
 from tests.helpers.programs import run_here
-from tests.helpers.rows import assistant, user
+from tests.helpers.rows import user
 from tests.references.padded import padded_token_logps
 
 
@@ -121,22 +120,6 @@ def test_pairs_are_scored_in_the_precision_of_the_training(models, pairs, args, 
         _, summary = read(look(models[0], rows, dataclasses.replace(args, bf16=bf16), output=tmp_path / "look.html"))
         sides.append(np.array([line["sides"] for line in summary["pairs"]]))
     assert 1e-3 < np.abs(sides[0] - sides[1]).max() < 1
-
-
-def test_any_format_and_tokenised_rows_make_the_same_page(models, pairs, args, tmp_path):
-    texts = Dataset.from_list(pairs[:6])
-    turns = [
-        row | {side: [user(row["prompt"]), assistant(row[side])] for side in ("chosen", "rejected")}
-        for row in pairs[:6]
-    ]
-    tokenizer, source = AutoTokenizer.from_pretrained(models[0]), parts.source_of(models[0])
-    ids = parts.TokenizedPairs({"train": texts}, tokenizer, args, source).splits["train"]
-    numbers = []
-    for rows in (texts, Dataset.from_list(turns), ids):
-        model = AutoModelForCausalLM.from_pretrained(models[0]) if rows is ids else models[0]
-        _, summary = read(look(model, rows, args, output=tmp_path / "look.html"))
-        numbers.append([line["sides"] for line in summary["pairs"]])
-    assert numbers[0] == numbers[1] == numbers[2]
 
 
 def test_a_sample_is_the_same_each_time_and_names_rows_of_the_data(models, pairs, args, tmp_path):

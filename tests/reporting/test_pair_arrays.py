@@ -1,10 +1,8 @@
 """Per-pair arrays of Figures 3, 6 and 8 from a saved model, against unpacked scoring and the formulas by hand."""
 
-import argparse
 import dataclasses
 import json
 import random
-import runpy
 import shutil
 from pathlib import Path
 
@@ -15,7 +13,6 @@ import torch
 
 from rmipo.reporting.pair_arrays import gamma_readings, judge_differences, reward_differences, run_scores, summarize
 from rmipo.reporting.results import ReportError, load_run
-from tests.helpers.paths import ROOT
 from tests.helpers.programs import run_here
 from tests.helpers.rows import write
 from tests.helpers.tiny_model import naive_scores, write_model
@@ -145,21 +142,6 @@ def test_figure8_of_any_model_and_any_pairs(outputs, tmp_path):
     record["recipe"] |= {"dataset_name": None, "datasets": [{"path": "of the run, and gone"}], "test_split_size": 2}
     path.write_text(json.dumps(record))
     assert run_here("figure", folder=tmp_path, env=given | {"MODEL": "tiny"}).code == 0
-
-
-@pytest.mark.parametrize(
-    ("number", "given", "name"),
-    [
-        (2, {"metric": "mt_bench", "eval_name": "open-judge"}, "figure2-tiny-mt_bench-open-judge"),
-        (3, {"method": "sweep-dpo/beta-0.1"}, "figure3-tiny-sweep-dpo-beta-0.1"),
-        (8, {"model": "owner/own", "data": "a/pairs.jsonl"}, "figure8-own-pairs.jsonl"),
-    ],
-)
-def test_a_figure_has_a_file_for_all_that_it_is_of(number, given, name):
-    usual = {"number": number, "outputs": Path("outputs"), "model": "tiny"}
-    usual |= dict.fromkeys(("method", "metric", "eval_name", "data"), "")
-    script = runpy.run_path(str(ROOT / "scripts/figure.py"))
-    assert script["report_file"](argparse.Namespace(**usual | given), ".png") == Path(f"outputs/reports/{name}.png")
 
 
 def test_figures_that_cannot_be_drawn_are_refused(tmp_path):
