@@ -1,7 +1,6 @@
 """A hub on loopback that speaks the Hugging Face Hub's HTTP API to the real client, which finds it through HF_ENDPOINT.
 
-Models and datasets by revision; gated ones, which 401 and 403 refuse; uploads by commits and LFS. What was asked for stands in
-`requests`.
+Models and datasets by revision; gated ones, which 401 and 403 refuse; uploads by commits. What was asked for: `requests`.
 """
 
 import base64
@@ -15,7 +14,6 @@ from urllib.parse import unquote, urlsplit
 
 from tests.helpers.judge_server import Answering, Loopback
 
-LARGE = (".safetensors", ".bin", ".png")  # what the hub asks to be uploaded through LFS
 TOKEN = "hf_" + "member0" * 5  # of the one account; it may read the gated repositories in `Hub.granted`
 
 
@@ -50,7 +48,6 @@ class Hub(Loopback):
         self.repositories: dict[tuple[str, str], Repository] = {}  # by ("models" or "datasets", id)
         self.granted: set[str] = set()
         self.requests: list[str] = []  # their paths
-        self.objects: dict[str, bytes] = {}  # LFS uploads by SHA-256
 
     def add(self, kind: str, name: str, folder: Path) -> str:
         repository = self.repositories.setdefault((kind, name), Repository())
@@ -141,31 +138,14 @@ class Handler(Answering):
         self.answer(200, {"errors": [], "warnings": []})
 
     def preupload(self, kind, name, revision) -> None:
-        files = [file["path"] for file in json.loads(self.body)["files"]]
-        modes = {path: "lfs" if path.endswith(LARGE) else "regular" for path in files}
-        self.answer(200, {"files": [{"path": p, "uploadMode": m, "shouldIgnore": False} for p, m in modes.items()]})
-
-    def lfs_batch(self, name) -> None:
-        url = self.server.address
-        objects = [
-            {**each, "actions": {"upload": {"href": f"{url}/lfs-objects/{each['oid']}"}}}
-            for each in json.loads(self.body)["objects"]
-        ]
-        self.answer(200, {"transfer": "basic", "objects": objects})
-
-    def lfs_upload(self, oid) -> None:
-        assert digest(self.body) == oid
-        self.server.objects[oid] = self.body
-        self.answer()
+        modes = [{"path": file["path"], "uploadMode": "regular"} for file in json.loads(self.body)["files"]]
+        self.answer(200, {"files": [mode | {"shouldIgnore": False} for mode in modes]})
 
     def commit(self, kind, name, revision) -> None:
         files = {}
         for line in map(json.loads, self.body.splitlines()):
-            value = line["value"]
             if line["key"] == "file":
-                files[value["path"]] = base64.b64decode(value["content"])
-            elif line["key"] == "lfsFile":
-                files[value["path"]] = self.server.objects[value["oid"]]
+                files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
         commit = self.server.repositories[kind, name].commit(files, revision)
         url = f"{self.server.address}/{name}/commit/{commit}"
         self.answer(200, {"success": True, "commitOid": commit, "commitUrl": url, "hookOutput": ""})
@@ -183,7 +163,5 @@ ROUTES = {
     rf"/api/{KIND}/{NAME}/commit/(?P<revision>.+)": Handler.commit,
     r"/api/repos/create": Handler.create,
     r"/api/validate-yaml": Handler.validate_card,
-    rf"/{NAME}\.git/info/lfs/objects/batch": Handler.lfs_batch,
-    r"/lfs-objects/(?P<oid>\w+)": Handler.lfs_upload,
     rf"/((?P<kind>datasets)/)?{NAME}/resolve/(?P<revision>[^/]+)/(?P<file>.+)": Handler.resolve,
 }
