@@ -262,10 +262,3 @@ def test_a_test_split_is_loaded_or_its_absence_said_or_refused(tmp_path, caplog)
     write(tmp_path / "test.jsonl", [{"question": "a"}])
     with pytest.raises(DataError, match="there is no"):
         load_splits(load_pairs, config(tmp_path), evaluating=False)
-
-
-def test_a_row_that_cannot_be_read_is_named_by_split_source_and_number(tmp_path):
-    first, second = (write(tmp_path / name / "train.jsonl", pairs(*range(6))).parent for name in "ab")
-    write(second / "train.jsonl", [*pairs(0), pairs(0)[0] | {"tools": ["f"]}])
-    with pytest.raises(DataError, match=f"^train: {second}: row 7: `tools` is part of the prompt"):
-        load_pairs(DataConfig(datasets=[{"path": str(first)}, {"path": str(second)}]), "train")
