@@ -281,14 +281,11 @@ def test_means_spreads_and_differences_paired_by_seed_or_prompt():
     assert (row["difference_low"], row["difference_high"]) == (expected.low, expected.high)
 
 
-def report_of(lines, searched, metric="right_probability"):
-    return comparison.report({metric: comparison.summarize(lines, metric)}, lines, searched)
-
-
 def test_a_report_has_the_search_runs_that_diverged_and_all_commits():
     searched = [line_of("rmipo", 1000, rate * 1e3, rate=rate) for rate in (1e-4, 2e-4, 4e-4)]
     diverged = {**line_of("kto", 0, 0.0), "metrics": {"diverged": True}}
-    text = report_of([*LINES, diverged, {**LINES[0], "commit": "def"}], searched)
+    lines = [*LINES, diverged, {**LINES[0], "commit": "def"}]
+    text = comparison.report({"right_probability": comparison.summarize(lines, "right_probability")}, lines, searched)
     assert "| RMiPO | 0.100 | 0.200 | 0.400 |" in text and "| KTO | 0.0002 | diverged |" in text
     assert "Commit abc and def; torch 2, trl 1; 2 CPU cores." in text
 

@@ -105,13 +105,6 @@ def record(folder: Path, finished: bool = True, header_in_response: bool = False
     return probe
 
 
-def change_template(folder: Path, *replaced: tuple[str, str]) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    for old, new in replaced:
-        tokenizer.chat_template = tokenizer.chat_template.replace(old, new)
-    tokenizer.save_pretrained(folder)
-
-
 def test_model_trained_with_another_template_or_header_is_refused(outputs):
     folder = outputs / "tiny/rmipo"
     probe = record(folder)
@@ -123,7 +116,8 @@ def test_model_trained_with_another_template_or_header_is_refused(outputs):
     with pytest.raises(EvaluationError, match=f"{folder} holds a run that hasn't finished"):
         model_folder(TINY, outputs, "rmipo")
     record(folder)
-    change_template(folder, ("{{ m['content'] }}", "w0 {{ m['content'] }}"))
+    template = folder / "chat_template.jinja"
+    template.write_text(template.read_text().replace("{{ m['content'] }}", "w0 {{ m['content'] }}"))
     done = run("evaluate", outputs, "--bench", "hh")
     assert done.code == 2 and done.err.startswith(f"error: {folder} was trained with another chat template")
 

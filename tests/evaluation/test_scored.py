@@ -141,18 +141,14 @@ def test_rewards_against_scoring_one_by_one(outputs, monkeypatch):
     assert evaluate(outputs.relative_to(Path.cwd()), "rmipo")["metrics"] == result["metrics"]  # deterministic
 
 
-def answers_of(outputs, method):
-    (file,) = (outputs / method / "eval/answers").glob("*.jsonl")
-    return file, file.read_text().splitlines(keepends=True)
-
-
 def test_rewards_are_not_taken_from_another_reward_model_or_other_answers(outputs):
     first = evaluate(outputs, "rmipo")
     write_reward_model(outputs / "scorer/model", seed=1)
     second = evaluate(outputs, "rmipo")
     assert first["metrics"]["reward"] != second["metrics"]["reward"]
     assert first["settings"]["model_fingerprint"] != second["settings"]["model_fingerprint"]
-    file, (header, answer, *lines) = answers_of(outputs, "rmipo")
+    (file,) = (outputs / "rmipo/eval/answers").glob("*.jsonl")
+    header, answer, *lines = file.read_text().splitlines(keepends=True)
     changed = json.loads(answer) | {"output": "w1 w2 w3 w4 w5 w6 w7"}
     file.write_text("".join([header, json.dumps(changed) + "\n", *lines]))
     assert abs(evaluate(outputs, "rmipo")["metrics"]["reward"] - second["metrics"]["reward"]) > 1e-4

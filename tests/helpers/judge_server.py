@@ -98,7 +98,6 @@ class JudgeServer(Loopback):
         self.fault, self.delay = fault, delay
         self.lock = threading.Lock()
         self.requests: list[str] = []  # the last message of every request
-        self.answered: list[str] = []  # of those, the ones that got a verdict
 
 
 class Handler(Answering):
@@ -123,8 +122,6 @@ class Handler(Answering):
             content, top = "I would rather not say.", [{"token": "I", "logprob": -0.1, "bytes": None}]
         if fault == "no_logprobs" or not body.get("logprobs"):
             top = None
-        with self.server.lock:
-            self.server.answered.append(text)
         self.answer(200, completion(body["model"], content, top))
 
 

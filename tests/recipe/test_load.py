@@ -1,4 +1,4 @@
-"""Recipes: layers, types, the global batch, and every way of getting one wrong; those that are shipped hold the paper's values."""
+"""Recipes: layers, types, the global batch, every way of getting one wrong; shipped ones hold the paper's values."""
 
 import json
 from pathlib import Path

@@ -156,15 +156,11 @@ def test_figure5_takes_each_subset_from_the_model_trained_on_it_for_all_methods_
     assert axis.get_title(loc="left") == "Llama3-8B-Instruct, trained on the HH subset (average: one model each)"
 
 
-def write_figure7(outputs, model, **facts_by_method):
-    for scale, (method, facts) in enumerate(facts_by_method.items(), start=1):
+def test_figure7_curves_and_costs(tmp_path):
+    for scale, method in ((1, "dpo"), (2, "rmipo")):
         log = [{"step": s, "common/margin_avg_logp": scale * s, "common/acc_avg_logp": 0.5} for s in range(1, 11)]
         log = [row | {"peak_memory_gib": scale + row["step"]} for row in log]
-        write_run(outputs / model / method.replace("_", "-"), {"name": method}, log, **{"starts": 1} | facts)
-
-
-def test_figure7_curves_and_costs(tmp_path):
-    write_figure7(tmp_path, "tiny", dpo={"seconds": 3600}, rmipo={"seconds": 7200, "starts": 2})
+        write_run(tmp_path / "tiny" / method, {"name": method}, log, starts=scale, seconds=3600 * scale)
     cost, margin, accuracy = figure7(tmp_path, "tiny").axes[:3]
     assert [patch.get_width() for patch in cost.patches] == [1.0, 2.0]
     assert [text.get_text() for text in cost.texts] == ["11.0 GiB", "12.0 GiB"]
