@@ -12,7 +12,7 @@ import torch
 from torch.nn.attention import flex_attention
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import gpu, gpu_day, lengths, measure, micro_batches, work
+from benchmarks import gpu, gpu_day, lengths, measure, work
 from benchmarks.contenders import BUILDERS, SAME_LOSS, Contender, Setup, build
 
 
@@ -102,8 +102,8 @@ def test_the_rate_is_of_all_rounds():
 
 
 def test_ranks_that_wait_for_each_other_take_longer_than_those_that_never_do():
-    assert {time for _, _, time in micro_batches.waiting(1, pairs=4, steps=3).values()} == {1}
-    assert all(1 <= time < 2 for _, _, time in micro_batches.waiting(2, pairs=4, steps=3).values())
+    assert {time for _, _, time in lengths.waiting(1, pairs=4, steps=3).values()} == {1}
+    assert all(1 <= time < 2 for _, _, time in lengths.waiting(2, pairs=4, steps=3).values())
 
 
 def test_dry_run_writes_what_a_gpu_run_would(monkeypatch, tmp_path):
