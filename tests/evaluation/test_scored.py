@@ -46,9 +46,8 @@ def test_run_against_unpacked_scoring(tmp_path):
     result = BENCHMARK.run(model, tmp_path / "eval", settings | {"dtype": "float32"})
 
     metrics = result["metrics"]
-    assert result["settings"]["other_pairs"] == sorted(
-        str(tmp_path / name) for name in subsets
-    )  # not Anthropic's: a trial
+    folders = sorted(str(tmp_path / name) for name in subsets)
+    assert result["settings"]["other_pairs"] == folders  # not Anthropic's: a trial
     path = tmp_path / "hh.json"
     (trial,) = deviations(Result(path, "tiny", "hh", metrics, result["versions"], result["settings"]))
     assert "TRIAL" in trial and str(tmp_path / "helpful") in trial

@@ -24,9 +24,8 @@ def test_reward_is_that_of_the_last_token_whatever_the_pad_token(tmp_path, pad_t
     scores = {}
     for some in oracle_of(folder).score(CANDIDATES):
         scores |= some
-    assert [scores[str(i)] for i in range(4)] == pytest.approx(
-        [reward_alone(folder, *each) for each in DIALOGUES], abs=1e-5
-    )
+    expected = [reward_alone(folder, *each) for each in DIALOGUES]
+    assert [scores[str(i)] for i in range(4)] == pytest.approx(expected, abs=1e-5)
 
 
 def test_reward_depends_on_its_dialogue_alone(tmp_path):

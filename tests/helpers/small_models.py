@@ -24,9 +24,8 @@ CONFIGS = {
 
 def make_model(name):
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(
-        copy.deepcopy(CONFIGS[name]), attn_implementation="sdpa", dtype=torch.float32
-    )
+    config = copy.deepcopy(CONFIGS[name])
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=torch.float32)
     # Embeddings drawn wide, so that attention patterns are far from uniform and a wrong mask shows.
     for parameter in model.parameters():
         if parameter.ndim == 2:

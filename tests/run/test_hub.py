@@ -71,9 +71,8 @@ def test_hub_ids_a_pinned_revision_and_an_upload(hub, twin, tmp_path):
     header = yaml.safe_load(card.split("---\n")[1])
     assert header["base_model"] == ["org/model"] and header["datasets"] == ["org/pairs"]
     assert files.keys() >= {"config.json", "tokenizer.json", "generation_config.json", "run.json"}
-    assert (out / "checkpoint-1").is_dir() and not [
-        path for path in files if path.startswith(("checkpoint-", "run.lock"))
-    ]
+    assert (out / "checkpoint-1").is_dir()
+    assert not [path for path in files if path.startswith(("checkpoint-", "run.lock"))]
     assert json.loads(files["run.json"])["recipe"]["model_revision"] == flags["--model_revision"]
     assert f"uploaded: {hub.environment['HF_ENDPOINT']}/member/aligned" in done.stdout
 

@@ -79,12 +79,10 @@ def test_the_revision_is_that_of_all_parts(tmp_path, monkeypatch):
 
 
 def test_a_policy_has_no_dropout(tmp_path):
-    GPT2LMHeadModel(GPT2Config(vocab_size=9, n_positions=8, n_embd=8, n_layer=1, n_head=2)).save_pretrained(
-        tmp_path / "a"
-    )
-    opt = OPTConfig(
-        vocab_size=9, hidden_size=16, ffn_dim=16, num_attention_heads=2, word_embed_proj_dim=16, dropout=0.5
-    )
+    gpt2 = GPT2Config(vocab_size=9, n_positions=8, n_embd=8, n_layer=1, n_head=2)
+    GPT2LMHeadModel(gpt2).save_pretrained(tmp_path / "a")
+    sizes = {"hidden_size": 16, "ffn_dim": 16, "num_attention_heads": 2, "word_embed_proj_dim": 16}
+    opt = OPTConfig(vocab_size=9, dropout=0.5, **sizes)
     OPTForCausalLM(opt).save_pretrained(tmp_path / "b")  # its dropout is functional
     for name in ("a", "b"):
         config, ids = ModelConfig(model_name_or_path=str(tmp_path / name), dtype="float32"), torch.arange(8)[None]

@@ -35,14 +35,13 @@ def test_trajectory_equals_a_naive_loop(tmp_path, pairs):
 
 @pytest.mark.parametrize("micro_batch_size", [1, 3, 8])
 def test_accumulation_does_not_change_the_result(tmp_path, pairs, micro_batch_size):
-    one, other = (
-        make_trainer(tmp_path / str(size), pairs, per_device_train_batch_size=size) for size in (2, micro_batch_size)
-    )
+    sizes = (2, micro_batch_size)
+    one, other = (make_trainer(tmp_path / str(n), pairs, per_device_train_batch_size=n) for n in sizes)
     one.train()
     other.train()
     for (name, expected), actual in zip(one.model.named_parameters(), other.model.parameters(), strict=True):
         torch.testing.assert_close(actual, expected, atol=2e-5, rtol=0, msg=name)
-    first, second = (read_metrics(tmp_path / str(size)) for size in (2, micro_batch_size))
+    first, second = (read_metrics(tmp_path / str(n)) for n in sizes)
     for line, wanted in zip(second, first, strict=True):
         for name, value in wanted.items():
             if name not in HARDWARE and not name.startswith("train_"):
@@ -202,9 +201,8 @@ def test_an_evaluation_between_log_lines_changes_nothing(tmp_path, objective):
         lines.append([line for line in read_metrics(tmp_path / name) if "loss" in line])
     plain, evaluated = ([{k: v for k, v in line.items() if k not in HARDWARE} for line in run] for run in lines)
     assert [line["step"] for line in plain] == [2, 4] and evaluated == plain
-    assert states[0].keys() == states[1].keys() and all(
-        torch.equal(states[0][key], states[1][key]) for key in states[0]
-    )
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
     assert (len(states[0]) > 1) == (objective["name"] == "alpha-dpo")
 
 
