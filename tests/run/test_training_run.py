@@ -3,7 +3,6 @@
 import datetime
 import errno
 import json
-import shutil
 import signal
 import sys
 import types
@@ -18,7 +17,7 @@ from rmipo.errors import CheckpointError
 from rmipo.files import LOCK_FILE
 from rmipo.plan.preflight import PreflightError
 from rmipo.recipe.load import load_recipe
-from rmipo.record import read_generations, read_metrics, recorded_run, write_record
+from rmipo.record import read_generations, read_metrics, recorded_run
 from rmipo.run import export, frame
 from rmipo.run.callbacks import Recorder, set_callbacks
 from rmipo.run.checkpoints import FullDiskError
@@ -178,16 +177,6 @@ def test_a_disk_that_fills_up_while_a_run_trains_or_saves_is_told(tmp_path, ente
         with pytest.raises(FullDiskError):
             run.save(trainer)
     assert len(read_metrics(tmp_path / "out")) == 1
-
-
-def test_a_run_does_not_go_on_from_another_initial_model(tmp_path, twin, enter):
-    model = shutil.copytree(twin[1], tmp_path / "model")
-    with enter(model_name_or_path=model) as run:
-        run.start({"train": "a"})
-        write_record(run.folder, run.record)
-    (model / "config.json").write_bytes((model / "config.json").read_bytes() + b" ")
-    with pytest.raises(CheckpointError, match=r"s\.model: \w+, now \w+$"), enter(model_name_or_path=model) as run:
-        run.start({"train": "a"})
 
 
 def preference(overrides, output_dir):
