@@ -47,7 +47,7 @@ CASES = {
 
 def save_models(folder: Path) -> None:
     for tied in (False, True):
-        model = make_model("llama")
+        model = make_model()
         if tied:
             model.config.tie_word_embeddings = True
             model.tie_weights()

@@ -1,10 +1,8 @@
 """Random models without a tokenizer, pairs of random token ids for them, and the preference trainer on both."""
 
-import copy
-
 import torch
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from rmipo.recipe.schema import PreferenceRunConfig
 from rmipo.run.callbacks import Recorder
@@ -15,17 +13,11 @@ SIZES = {
     "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": 256, "attention_dropout": 0.0,
 }  # fmt: skip
-CONFIGS = {
-    "llama": LlamaConfig(**SIZES),
-    "mistral": MistralConfig(**SIZES, sliding_window=None),
-    "mistral-window": MistralConfig(**SIZES, sliding_window=5),
-}
 
 
-def make_model(name):
+def make_model():
     torch.manual_seed(0)
-    config = copy.deepcopy(CONFIGS[name])
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=torch.float32)
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**SIZES), attn_implementation="sdpa", dtype=torch.float32)
     # Embeddings drawn wide, so that attention patterns are far from uniform and a wrong mask shows.
     for parameter in model.parameters():
         if parameter.ndim == 2:
@@ -69,7 +61,7 @@ def make_trainer(output_dir, pairs, objective=RMIPO, model=None, eval_pairs=None
         **arguments,
     )  # fmt: skip
     return PreferenceTrainer(
-        model or make_model("llama"),
+        model or make_model(),
         args,
         train_dataset=Dataset.from_list(pairs),
         eval_dataset=Dataset.from_list(eval_pairs) if eval_pairs else None,

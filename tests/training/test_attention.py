@@ -107,7 +107,7 @@ def test_auto_is_flex_on_cuda_compiled_once_and_segment_elsewhere(monkeypatch):
 
 def test_a_model_gets_one_fused_head_and_deepspeed_is_told_of_its_weight():
     adapter = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
-    plain, adapted = make_model("llama"), get_peft_model(make_model("llama"), adapter)
+    plain, adapted = make_model(), get_peft_model(make_model(), adapter)
     for model, base in ((plain, plain), (adapted, adapted.get_base_model())):
         attention.attach(model, "segment")
         attention.register_fused_head(model)

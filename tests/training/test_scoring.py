@@ -78,7 +78,7 @@ def test_padding_has_no_part_in_the_scores():
 
 def test_the_head_runs_at_response_positions_and_no_keys_are_kept():
     """All logits of a long sequence would not fit."""
-    model, pairs = make_model("llama"), make_pairs(3)
+    model, pairs = make_model(), make_pairs(3)
     found = []
     model.register_forward_hook(lambda module, args, output: found.append((output.logits, output.past_key_values)))
     scoring.score_pairs(model, [pairs])
@@ -89,7 +89,7 @@ def test_the_head_runs_at_response_positions_and_no_keys_are_kept():
 
 def test_pairs_are_scored_without_dropout_and_a_model_is_left_plain_where_that_fails():
     """As in the middle of a training."""
-    model, pairs = make_model("llama"), make_pairs(3)
+    model, pairs = make_model(), make_pairs(3)
     for layer in model.model.layers:
         layer.self_attn.attention_dropout = 0.5
     with torch.no_grad():

@@ -47,7 +47,7 @@ def test_training_equals_one_process(monkeypatch, folder, regathered, case):
 @pytest.fixture(scope="module")
 def in_bfloat16(tmp_path_factory):
     folder = tmp_path_factory.mktemp("precision")
-    make_model("llama").save_pretrained(folder / "model")
+    make_model().save_pretrained(folder / "model")
     runs = {sharding: mixed_precision_worker.start(sharding, folder) for sharding in ("zero3", "fsdp2")}
     for run in runs.values():
         assert run.wait() == 0, run.output[-6000:]

@@ -23,7 +23,7 @@ def pairs():
 
 def test_trajectory_equals_a_naive_loop(tmp_path, pairs):
     trainer = make_trainer(tmp_path, pairs)
-    model = make_model("llama")
+    model = make_model()
     losses = train(model, pairs, rows_per_step(trainer), CONTEXT)
     trainer.train()
     assert [line["loss"] for line in read_metrics(tmp_path) if "loss" in line] == pytest.approx(losses, abs=2e-5)
@@ -51,7 +51,7 @@ def test_accumulation_does_not_change_the_result(tmp_path, pairs, micro_batch_si
 def test_logged_metrics_equal_hand_computed_ones(tmp_path, pairs):
     trainer = make_trainer(tmp_path, pairs[:8], max_steps=1)
     with torch.no_grad():
-        scores = padded_pairs(make_model("llama"), pairs[:8], CONTEXT)
+        scores = padded_pairs(make_model(), pairs[:8], CONTEXT)
     trainer.window.start -= 1e4  # as if loading and the check at the start had taken hours
     speed = trainer.train().metrics
     assert speed["train_samples_per_second"] * speed["train_runtime"] == pytest.approx(8, rel=0.01)
@@ -83,7 +83,7 @@ def test_logged_metrics_equal_hand_computed_ones(tmp_path, pairs):
 def test_evaluation_equals_the_reference(tmp_path, pairs):
     trainer = make_trainer(tmp_path, pairs, eval_pairs=pairs[:7])
     with torch.no_grad():
-        expected = rmipo_loss(padded_pairs(make_model("llama"), pairs[:7], CONTEXT)).item()
+        expected = rmipo_loss(padded_pairs(make_model(), pairs[:7], CONTEXT)).item()
     metrics = trainer.evaluate()
     assert metrics["eval_loss"] == pytest.approx(expected, abs=2e-5)
 
@@ -112,7 +112,7 @@ def test_compiled_layers_train_as_uncompiled_ones(tmp_path):
     weights = {}
     for compiled in (False, True):
         trainer = make_trainer(
-            tmp_path / str(compiled), make_pairs(4, seed=4), model=make_model("llama"), global_batch_size=2, max_steps=2,
+            tmp_path / str(compiled), make_pairs(4, seed=4), model=make_model(), global_batch_size=2, max_steps=2,
             learning_rate=1e-3, attention="dense", torch_compile=compiled,
         )  # fmt: skip
         trainer.train()
@@ -125,7 +125,7 @@ def test_compiled_layers_train_as_uncompiled_ones(tmp_path):
 
 def gradients(folder, recomputed: list[bool], **arguments) -> dict[str, torch.Tensor]:
     """One SGD step with a learning rate of 1: the change of the weights is the gradient."""
-    model = make_model("llama")
+    model = make_model()
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     settings = {"optim": "sgd", "learning_rate": 1.0, "max_grad_norm": 0.0, "max_steps": 1}
     make_trainer(folder, make_pairs(8, seed=4), model=model, **settings, **arguments).train()
@@ -173,7 +173,7 @@ def test_ties_are_no_wins_and_ratios_have_their_own_accuracy():
 
 @pytest.mark.parametrize("name", ["rmipo", "dpo", "kto", "beta-dpo", "epsilon-dpo", "cpo"])
 def test_what_an_evaluation_logs_is_known_before_it(tmp_path, name):
-    reference = make_model("llama") if name == "epsilon-dpo" else None
+    reference = make_model() if name == "epsilon-dpo" else None
     pairs = make_pairs(6, seed=3)
     trainer = make_trainer(tmp_path, pairs, {"name": name}, eval_pairs=pairs, ref_model=reference)
     if "reference" in trainer.objective.needs:
@@ -188,12 +188,12 @@ def test_what_an_evaluation_logs_is_known_before_it(tmp_path, name):
 @pytest.mark.parametrize("objective", [{"name": "rmipo"}, {"name": "alpha-dpo"}], ids=lambda block: block["name"])
 def test_an_evaluation_between_log_lines_changes_nothing(tmp_path, objective):
     """Neither the objective's statistics, nor the pairs of the log line that it falls into."""
-    make_model("llama").save_pretrained(tmp_path / "initial")
+    make_model().save_pretrained(tmp_path / "initial")
     lines, states = [], []
     for name, options in {"plain": {}, "evaluated": {"eval_strategy": "steps", "eval_steps": 1}}.items():
         trainer = make_trainer(
             tmp_path / name, make_pairs(16, seed=3), objective, global_batch_size=4, logging_steps=2,
-            model=make_model("llama").from_pretrained(tmp_path / "initial"), eval_pairs=make_pairs(5, seed=9),
+            model=make_model().from_pretrained(tmp_path / "initial"), eval_pairs=make_pairs(5, seed=9),
             reference_cache_dir=str(tmp_path / "cache"), **options,
         )  # fmt: skip
         trainer.train()
