@@ -38,9 +38,9 @@ LINES = {
     "rmipo/training": 2030,  # aim: 1700
     "rmipo": 12230,  # aim: 11000
     "scripts": 1310,  # aim: 1100
-    "benchmarks": 980,  # aim: 800
+    "benchmarks": 890,  # aim: 800
     "examples": 160,
-    "tests": 15020,  # aim: 14000
+    "tests": 14240,  # aim: 14000
 }
 
 

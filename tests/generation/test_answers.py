@@ -15,9 +15,8 @@ from rmipo.data.chat import ChatFormat
 from rmipo.errors import EvaluationError
 from rmipo.generation.answers import Generator, Request, check_settings
 from rmipo.generation.engines import SeededSampling, TokenPrompt, TransformersEngine, VllmEngine
-from tests.helpers.answer_files import SETTINGS, generate, other_versions, requests
 from tests.helpers.small_models import greedy
-from tests.helpers.tiny_model import write_model
+from tests.helpers.tiny_model import SETTINGS, generate, other_versions, requests, write_model
 
 
 @pytest.fixture

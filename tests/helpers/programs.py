@@ -1,4 +1,4 @@
-"""The repository's scripts, run as users run them; and a process that holds the lock of a folder."""
+"""Scripts, run as users run them; recipes that are wrong, or a user's own; a process that holds the lock of a folder."""
 
 import contextlib
 import io
@@ -12,6 +12,11 @@ from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
 
+import pytest
+
+from rmipo.errors import ConfigError
+from rmipo.recipe.load import load_recipe
+from tests.helpers.isolation import CHECKOUT
 from tests.helpers.paths import ROOT
 
 
@@ -75,3 +80,15 @@ def held(folder: Path) -> Iterator[subprocess.Popen]:
         process.kill()
         process.wait()
         process.stdout.close()
+
+
+def problems(*arguments, **keywords) -> str:
+    with pytest.raises(ConfigError) as error:
+        load_recipe(*arguments, **keywords)
+    return str(error.value)
+
+
+def edited_recipes() -> set[str]:
+    command = ["git", "status", "--porcelain", "--untracked-files=all", "--no-renames", "recipes"]
+    done = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True)
+    return {line[3:] for line in done.stdout.splitlines()}

@@ -1,5 +1,6 @@
-"""A random model small enough to load in every test, and a reward model like it."""
+"""A random model small enough to load in every test, a reward model like it, and files of short answers."""
 
+import json
 from pathlib import Path
 
 import torch
@@ -12,6 +13,8 @@ from transformers import (
     LlamaForSequenceClassification,
     PreTrainedTokenizerFast,
 )
+
+from rmipo.generation.answers import Generator, Request
 
 
 def write_model(folder, seed: int = 0):
@@ -81,3 +84,26 @@ def reward_alone(folder: Path, prompt: str, answer: str) -> float:
     with torch.no_grad():
         hidden = model.model(torch.tensor([tokenizer.convert_tokens_to_ids(words)])).last_hidden_state
         return model.score(hidden[0, -1]).item()
+
+
+SETTINGS = {"dtype": "float32", "engine": "transformers", "max_new_tokens": 12, "batch_size": 4, "temperature": 1.0}
+
+
+def requests(count: int) -> list[Request]:
+    words = [" ".join(f"w{(3 * i + j) % 20}" for j in range(1 + i % 5)) for i in range(count)]
+    return [Request(f"q{i}", [{"role": "user", "content": text}]) for i, text in enumerate(words)]
+
+
+def generate(model_dir, requests: list[Request], path, settings: dict) -> list[str]:
+    with Generator(model_dir, settings) as generator:
+        return generator.answer(requests, path)
+
+
+def other_versions(path, engine: str) -> dict[str, str]:
+    """Make an answers file one that another machine wrote; returns the versions that it had."""
+    header, *answers = path.read_text().splitlines()
+    versions = {engine: "0.30.0", "torch": "2.13.0+cu130", "transformers": "5.10.4"}
+    header = json.loads(header)
+    header["versions"], header["decoding"]["engine"] = versions, engine
+    path.write_text("\n".join([json.dumps(header), *answers]) + "\n")
+    return versions

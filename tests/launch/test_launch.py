@@ -13,9 +13,8 @@ import pytest
 
 from rmipo.launch import choices, pipeline, train
 from rmipo.recipe.load import ConfigError, load_recipe
-from tests.helpers.interrupted_runs import assert_same_run, finish, last_step
 from tests.helpers.programs import run_here
-from tests.helpers.twins import changed, make_twin
+from tests.helpers.twins import assert_same_run, changed, finish, last_step, make_twin
 
 
 def make(repository, *arguments):

@@ -11,7 +11,7 @@ from rmipo.launch.choices import choose_stages
 from rmipo.recipe.files import parse_overrides, read_yaml
 from rmipo.recipe.load import load_recipe
 from tests.helpers.paths import ROOT
-from tests.helpers.recipes import edited_recipes, problems
+from tests.helpers.programs import edited_recipes, problems
 from tests.helpers.rows import assistant, user
 
 RECIPE = {
