@@ -15,6 +15,7 @@ from transformers.integrations import TensorBoardCallback
 
 from rmipo.errors import CheckpointError
 from rmipo.files import LOCK_FILE
+from rmipo.fingerprints import model_fingerprint
 from rmipo.plan.preflight import PreflightError
 from rmipo.recipe.load import load_recipe
 from rmipo.record import read_generations, read_metrics, recorded_run
@@ -96,7 +97,7 @@ def test_wandb_is_closed_with_how_the_run_ended(enter, monkeypatch, error, code)
     wandb.finish.assert_called_once_with(exit_code=code)
 
 
-def test_a_start_records_what_it_starts(tmp_path, enter, monkeypatch, capsys):
+def test_a_start_records_what_it_starts(tmp_path, twin, enter, monkeypatch, capsys):
     opened = []
     monkeypatch.setattr(frame, "open_wandb", lambda args, run_id: opened.append(run_id))
     tokenizer = types.SimpleNamespace(chat_template="{{ strftime_now('%Y') }}")
@@ -109,7 +110,7 @@ def test_a_start_records_what_it_starts(tmp_path, enter, monkeypatch, capsys):
     assert str(today) in capsys.readouterr().out and not opened
     content = run.record
     assert content["data"] == {"rows": 3} and content["date"] == str(today)
-    assert content["fingerprints"].keys() == {"train", "model"} and content["fingerprints"]["train"] == "a"
+    assert content["fingerprints"] == {"train": "a", "model": model_fingerprint(twin[1])}
     assert content["recipe"] == json.loads(json.dumps(run.recipe.resolved(), default=str))
     with enter(report_to="wandb") as run:
         run.start({"train": "a"})
