@@ -13,9 +13,8 @@ import logging
 import os
 import shlex
 import sys
+import time
 import warnings
-from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -25,22 +24,21 @@ import datasets
 import torch
 import transformers
 
-from benchmarks import lengths, measure, report
+from benchmarks import lengths, measure
 from benchmarks.contenders import BUILDERS, Setup
 
-KEY = ("padded-rmipo", "padded-simpo", "rmipo", "simpo")
 # A Llama in which, as in the 8B, the LM head has 7% of the weights.
 SETUP = Setup(hidden=512, layers=2, vocabulary=1024, checkpointing=True)
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Case:
     """One table."""
 
     micro_batch: int = 4
     profile: str = "ultrafeedback"
     scale: float = 0.25
-    contenders: tuple[str, ...] = KEY
+    contenders: tuple[str, ...] = ("padded-rmipo", "padded-simpo", "rmipo", "simpo")
     setup: Setup = SETUP
 
 
@@ -65,30 +63,30 @@ def quiet() -> None:
     datasets.disable_progress_bars()
 
 
-def output_option(parser: argparse.ArgumentParser, name: str) -> None:
-    stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
+def parser_of(description: str, name: str) -> argparse.ArgumentParser:
+    """It knows where the results go."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    stamp = time.strftime("%Y%m%d-%H%M%S")  # earlier results stay
     parser.add_argument("--output", type=Path, default=Path(f"outputs/bench/{name}{stamp}.json"))
+    return parser
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
+    parser = parser_of(__doc__, "")
     parser.add_argument("--rounds", type=int, default=7)
-    output_option(parser, "")
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     options = parser.parse_args(sys.argv[1:] or shlex.split(os.environ.get("ARGS", "")))
     quiet()
     torch.set_num_threads(1)
-    result = {"environment": report.environment(), "cases": {}}
+    result = {"environment": measure.environment(), "cases": {}}
     for name in options.cases:
         case = CASES[name]
-        source = lengths.from_profile(case.profile, seed=0)
-        batches = lengths.batches(source, options.rounds, case.micro_batch, case.scale, case.setup.vocabulary)
-        contenders = measure.build_all(case.contenders, case.setup)
-        found = measure.run_case(contenders, case.setup, batches)
+        batches = lengths.batches(case.profile, options.rounds, case.micro_batch, case.scale, case.setup.vocabulary)
+        found = measure.run_case(measure.build_all(case.contenders, case.setup), case.setup, batches)
         result["cases"][name] = dataclasses.asdict(case) | found
         print(f"\n{name}: {case}; CPU seconds, ratios min median max of {options.rounds} rounds")
-        print(report.table(found["contenders"], case.setup.clock), flush=True)
-        report.save(result, options.output)
+        print(measure.table(found["contenders"], case.setup.clock), flush=True)
+        measure.save(result, options.output)
     print(f"\nsaved {options.output}")
 
 

@@ -11,13 +11,14 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
+from torch.nn.utils.rnn import pad_sequence
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Trainer, TrainingArguments
 from trl import DPOConfig, DPOTrainer
 from trl.experimental.cpo import CPOConfig, CPOTrainer
 
-from benchmarks import references
 from rmipo.recipe.schema import PreferenceConfig
 from rmipo.training.batching import MicroBatch, PairDataset
 from rmipo.training.trainer import PreferenceTrainer
@@ -101,8 +102,8 @@ def _arguments(cls: type[TrainingArguments], setup: Setup, **values) -> Training
 
 def _ours(model: LlamaForCausalLM, setup: Setup, **objective) -> Step:
     options = {"objective": objective, "attention": setup.attention, "use_liger_kernel": setup.liger}
-    dataset = Dataset.from_list([{"prompt_ids": [3], "chosen_ids": [4], "rejected_ids": [5], "row": 0}])
     args = _arguments(PreferenceConfig, setup, **options)
+    dataset = Dataset.from_list([{"prompt_ids": [3], "chosen_ids": [4], "rejected_ids": [5], "row": 0}])
     trainer = PreferenceTrainer(model, args, dataset, prior_context=PRIOR_CONTEXT)
 
     def step(pairs: list[dict]) -> float:
@@ -116,24 +117,51 @@ def _ours(model: LlamaForCausalLM, setup: Setup, **objective) -> Step:
     return step
 
 
-def _padded(model: LlamaForCausalLM, setup: Setup, loss: Callable[..., torch.Tensor], **hyperparameters) -> Step:
+# Padded RMiPO and SimPO, as published code runs them: no code of rmipo, and float32 logits of every position.
+def _average(model: LlamaForCausalLM, contexts: list[list[int]], pairs: list[dict]) -> torch.Tensor:
+    """Mean log-probability per token of chosen and rejected, `(2, pairs)`, after a context for each pair: one forward."""
+
+    def padded(rows: list[list[int]], value: int) -> torch.Tensor:
+        return pad_sequence(list(map(torch.tensor, rows)), batch_first=True, padding_value=value).to(model.device)
+
+    responses = [pair[f"{side}_ids"] for side in ("chosen", "rejected") for pair in pairs]
+    both = list(zip(contexts * 2, responses, strict=True))
+    input_ids = padded([context + response for context, response in both], 0)
+    mask = padded([[1] * len(context + response) for context, response in both], 0)
+    labels = padded([[-100] * len(context) + response for context, response in both], -100)[:, 1:]
+    logits = model(input_ids=input_ids, attention_mask=mask, use_cache=False).logits.float()[:, :-1]
+    scored = labels != -100
+    per_token = logits.log_softmax(-1).gather(2, labels.clamp(min=0).unsqueeze(2)).squeeze(2)
+    return ((per_token * scored).sum(1) / scored.sum(1)).view(2, -1)
+
+
+def _padded_simpo(model: LlamaForCausalLM, pairs: list[dict]) -> torch.Tensor:
+    chosen, rejected = _average(model, [pair["prompt_ids"] for pair in pairs], pairs)
+    return -F.logsigmoid(SIMPO["beta"] * (chosen - rejected) - SIMPO["gamma"]).mean()
+
+
+def _padded_rmipo(model: LlamaForCausalLM, pairs: list[dict]) -> torch.Tensor:
+    """Eq. 8 with per-token PMI, in the authors' two padded passes: the second scores the responses without prompts."""
+    chosen, rejected = _average(model, [pair["prompt_ids"] for pair in pairs], pairs)
+    with torch.no_grad():
+        prior_chosen, prior_rejected = _average(model, [PRIOR_CONTEXT] * len(pairs), pairs)
+        delta_pmi = (chosen - prior_chosen) - (rejected - prior_rejected)
+        low, high = RMIPO["gamma_min"], RMIPO["gamma_max"]
+        gamma = low + (high - low) * torch.exp(-delta_pmi.clamp(min=0))
+    return -F.logsigmoid(RMIPO["beta"] * (chosen - rejected) - gamma).mean()
+
+
+def _padded(model: LlamaForCausalLM, setup: Setup, loss: Callable[..., torch.Tensor]) -> Step:
     def step(pairs: list[dict]) -> float:
-        value = loss(model, pairs, **hyperparameters)
+        value = loss(model, pairs)
         value.backward()
         return value.item()
 
     return step
 
 
-def _trl(
-    model: LlamaForCausalLM,
-    setup: Setup,
-    trainer: type[Trainer],
-    config: type[TrainingArguments],
-    rows: Callable[[list[dict]], list[dict]],
-    **values,
-) -> Step:
-    """`rows`: pairs as the trainer's collator takes them."""
+def _trl(model: LlamaForCausalLM, setup: Setup, trainer: type[Trainer], config: type, rows: Callable, **values) -> Step:
+    """`rows`: from pairs to what the trainer's collator takes."""
     # TRL's trainers ask for text and a tokenizer; the pairs that are timed are token ids already.
     words = Tokenizer(models.WordLevel({f"t{i}": i for i in range(setup.vocabulary)}, unk_token="t0"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -153,10 +181,9 @@ def _labelled(pairs: list[dict]) -> list[dict]:
     for pair in pairs:
         row, prompt = {}, pair["prompt_ids"]
         for side in ("chosen", "rejected"):
-            response = pair[f"{side}_ids"]
-            row[f"{side}_input_ids"] = prompt + response
-            row[f"{side}_attention_mask"] = [1] * (len(prompt) + len(response))
-            row[f"{side}_labels"] = [-100] * len(prompt) + response
+            row[f"{side}_input_ids"] = prompt + pair[f"{side}_ids"]
+            row[f"{side}_attention_mask"] = [1] * len(row[f"{side}_input_ids"])
+            row[f"{side}_labels"] = [-100] * len(prompt) + pair[f"{side}_ids"]
         rows.append(row)
     return rows
 
@@ -166,8 +193,8 @@ _TRL_SIMPO = {"loss_type": "simpo", "cpo_alpha": 0.0, "beta": SIMPO["beta"], "si
 # With a cached reference, as in ours; else the step would have one more forward.
 _TRL_DPO = {"precompute_ref_log_probs": True, "max_length": None, **DPO}
 BUILDERS = {
-    "padded-rmipo": _with(_padded, loss=references.rmipo_loss, prior_context=PRIOR_CONTEXT, **RMIPO),
-    "padded-simpo": _with(_padded, loss=references.simpo_loss, **SIMPO),
+    "padded-rmipo": _with(_padded, loss=_padded_rmipo),
+    "padded-simpo": _with(_padded, loss=_padded_simpo),
     "trl-simpo": _with(_trl, trainer=CPOTrainer, config=CPOConfig, rows=_labelled, **_TRL_SIMPO),
     "trl-dpo": _with(_trl, trainer=DPOTrainer, config=DPOConfig, rows=list, **_TRL_DPO),
     "rmipo": _with(_ours, name="rmipo", **RMIPO),

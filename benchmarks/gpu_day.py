@@ -14,6 +14,7 @@ import importlib.metadata
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -46,27 +47,29 @@ def pack(stock: Path) -> None:
     subprocess.run([*download, WEIGHTS], check=True)
 
 
-def legs(output: Path, dry: bool) -> dict[str, list[list[str]]]:
+def legs(output: Path, dry: bool) -> dict[str, list[str]]:
     """Leg -> its commands, in order. All can be started again: benchmarks write new files, trainings go on."""
-    python, stamp, flag = sys.executable, f"{time.time():.0f}", ["--dry"] * dry
-    kernels = [python, "-m", "benchmarks.gpu_kernels", *flag, "--output", str(output / f"kernels-{stamp}.json")]
-    step = [python, "-m", "benchmarks.gpu", *flag, "--output", str(output / f"step-{stamp}.json")]
-    small = ["--rounds", "1", "--micro-batches", "2"] if dry else []
-    liger = [python, "-m", "benchmarks.gpu", "--liger", "--micro-batches", "4", "--output"]
-    smoke = ["env", "MODEL=tiny", "SHARDING=zero3", "GPUS=1", *([] if dry else ["ARGS=--use_cpu false"])]
-    study = ["env", "NOISE=0", f"MODEL={'tiny' if dry else SMOLLM2}"]
-    study += ["METHODS=simpo", "SEEDS=0"] if dry else ["METHODS=rmipo,simpo,dpo", "SEEDS=0,1"]
-    study += ["ARGS=--max_steps 2" if dry else "ARGS=--num_train_epochs 2 --global_batch_size 8"]
-    weights = ["--config", f"recipes/{SMOLLM2}/weights.yaml", "--output", f"outputs/{SMOLLM2}/weights"]
-    prepare = [[python, "scripts/weights.py", *weights], ["env", f"MODEL={SMOLLM2}", python, "scripts/pairs.py"]]
+    python = shlex.quote(sys.executable)
+
+    def bench(leg: str, options: str) -> str:
+        path = output / f"{leg}-{time.time():.0f}.json"
+        return f"{python} -m benchmarks.gpu {options} {'--dry' * dry} --output {shlex.quote(str(path))}"
+
+    prepare = [
+        f"{python} scripts/weights.py --config recipes/{SMOLLM2}/weights.yaml --output outputs/{SMOLLM2}/weights",
+        f"env MODEL={SMOLLM2} {python} scripts/pairs.py",
+    ]
+    study = f"MODEL={SMOLLM2} METHODS=rmipo,simpo,dpo SEEDS=0,1 'ARGS=--num_train_epochs 2 --global_batch_size 8'"
     if dry:
-        prepare = [["env", "MODEL=tiny", "STAGE=sft", python, "scripts/launch.py"]]
+        prepare = [f"env MODEL=tiny STAGE=sft {python} scripts/launch.py"]
+        study = "MODEL=tiny METHODS=simpo SEEDS=0 'ARGS=--max_steps 2'"
+    device = "" if dry else "'ARGS=--use_cpu false'"
     return {
-        "kernels": [kernels],
-        "step": [[*step, *small]],
-        "liger": [] if dry else [[*liger, str(output / f"liger-{stamp}.json")]],
-        "resume": [[*smoke, python, "scripts/smoke.py"]],
-        "study": [*prepare, [*study, python, "scripts/compare.py"]],
+        "kernels": [bench("kernels", "--kernels")],
+        "step": [bench("step", "--rounds 1 --micro-batches 2" if dry else "")],
+        "liger": [] if dry else [bench("liger", "--liger --micro-batches 4")],
+        "resume": [f"env MODEL=tiny SHARDING=zero3 GPUS=1 {device} {python} scripts/smoke.py"],
+        "study": [*prepare, f"env NOISE=0 {study} {python} scripts/compare.py"],
     }
 
 
@@ -97,9 +100,9 @@ def run(output: Path, minutes: float, dry: bool) -> int:
             print(f"{name}: has passed, see {path}", flush=True)
             continue
         for command in commands:
-            print(" ".join(command), flush=True)
+            print(command, flush=True)
             # `timeout` asks a program to end: a training saves first. 124: out of time.
-            limited = ["timeout", f"{max(1, deadline - time.monotonic()):.0f}", *command]
+            limited = ["timeout", f"{max(1, deadline - time.monotonic()):.0f}", *shlex.split(command)]
             with open(path.with_suffix(".log"), "a") as log:
                 codes.append(subprocess.run(limited, cwd=root, env=env, stdout=log, stderr=log, check=False).returncode)
             if codes[-1] != 0:

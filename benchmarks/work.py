@@ -9,15 +9,6 @@ from typing import NamedTuple
 from benchmarks.contenders import PRIOR_CONTEXT, Setup
 
 
-class Pass(NamedTuple):
-    """One forward, with or without gradients."""
-
-    positions: int  # through the layers
-    scored: int  # through the LM head
-    attended: int  # (query, key) pairs
-    gradient: bool
-
-
 class Work(NamedTuple):
     positions: int
     linear: float  # FLOPs of the layers' matrix products
@@ -29,58 +20,55 @@ class Work(NamedTuple):
         return self.linear + self.head + self.attention
 
 
+def total(name: str, batches: list[list[dict]], setup: Setup) -> Work:
+    """Work of the contender `name` on these batches, one step each."""
+    return Work(*map(sum, zip(*(step_work(name, pairs, setup) for pairs in batches), strict=True)))
+
+
 def step_work(name: str, pairs: list[dict], setup: Setup) -> Work:
-    """Work of one step of the contender `name` on these pairs."""
     sizes = [tuple(len(pair[key]) for key in ("prompt_ids", "chosen_ids", "rejected_ids")) for pair in pairs]
     responses = [length for _, *both in sizes for length in both]
+    rows, head_units = len(responses), 3
     if name in ("rmipo", "simpo", "dpo"):
-        passes = [_packed([(prompt - 1, both) for prompt, *both in sizes], gradient=True)]
-        if name == "rmipo":
-            passes.append(_packed([(len(PRIOR_CONTEXT) - 1, responses)], gradient=False))
+        main = _packed([(prompt - 1, both) for prompt, *both in sizes])
+        prior = _packed([(len(PRIOR_CONTEXT) - 1, responses)])
     else:
-        passes = [_padded(len(responses), max(prompt + max(both) for prompt, *both in sizes), gradient=True)]
-        if name == "padded-rmipo":
-            passes.append(_padded(len(responses), len(PRIOR_CONTEXT) + max(responses), gradient=False))
-        if name == "trl-dpo":  # its fused head leaves the last position out
-            passes = [passes[0]._replace(scored=passes[0].scored - len(responses))]
-    head_units = 4 if name == "trl-dpo" else 3  # that head computes the logits again in backward
-    return _sum(_work(part, setup, head_units) for part in passes)
+        main = _padded(rows, max(prompt + max(both) for prompt, *both in sizes))
+        prior = _padded(rows, len(PRIOR_CONTEXT) + max(responses))
+    if name == "trl-dpo":  # its fused head leaves the last position out, and computes the logits again in backward
+        main, head_units = (main[0], main[1] - rows, main[2]), 4
+    work = _work(*main, setup, head_units)
+    if name in ("rmipo", "padded-rmipo"):  # their second pass
+        work = Work(*map(sum, zip(work, _work(*prior, setup, 1, gradient=False), strict=True)))
+    return work
 
 
-def total(name: str, batches: list[list[dict]], setup: Setup) -> Work:
-    return _sum(step_work(name, pairs, setup) for pairs in batches)
+def _packed(groups: list[tuple[int, list[int]]]) -> tuple[int, int, int]:
+    """Positions, those of them that are scored, and (query, key) pairs where shared prefixes run once.
 
-
-def _sum(parts) -> Work:
-    return Work(*map(sum, zip(*parts, strict=True)))
-
-
-def _packed(groups: list[tuple[int, list[int]]], gradient: bool) -> Pass:
-    """Shared prefixes once; a branch attends to its prefix and itself, causally."""
+    A branch attends to its prefix and itself, causally.
+    """
     scored = sum(sum(branches) for _, branches in groups)
     attended = 0
     for prefix, branches in groups:
         attended += prefix * (prefix + 1) // 2 + sum(n * prefix + n * (n + 1) // 2 for n in branches)
-    return Pass(scored + sum(prefix for prefix, _ in groups), scored, attended, gradient)
+    return scored + sum(prefix for prefix, _ in groups), scored, attended
 
 
-def _padded(rows: int, width: int, gradient: bool) -> Pass:
+def _padded(rows: int, width: int) -> tuple[int, int, int]:
     """A padding mask keeps SDPA from skipping the future: every position attends to the whole row."""
-    return Pass(rows * width, rows * width, rows * width * width, gradient)
+    return rows * width, rows * width, rows * width * width
 
 
-def _work(part: Pass, setup: Setup, head_units: int) -> Work:
+def _work(positions: int, scored: int, attended: int, setup: Setup, head_units: int, gradient: bool = True) -> Work:
     config = setup.config()
     width, kv = (count * config.head_dim for count in (config.num_attention_heads, config.num_key_value_heads))
     down = setup.hidden * config.intermediate_size
     layer = setup.hidden * (2 * width + 2 * kv) + 3 * down
-    per_position, attention_units, head = layer, 1, 1
-    if part.gradient:
-        recomputed = setup.checkpointing
-        per_position, attention_units, head = 3 * layer + recomputed * (layer - down), 3.5 + recomputed, head_units
+    recomputed = gradient and setup.checkpointing
     return Work(
-        positions=part.positions,
-        linear=2.0 * setup.layers * part.positions * per_position,
-        head=2.0 * setup.hidden * setup.vocabulary * part.scored * head,
-        attention=4.0 * width * setup.layers * part.attended * attention_units,
+        positions=positions,
+        linear=2.0 * setup.layers * positions * ((3 if gradient else 1) * layer + recomputed * (layer - down)),
+        head=2.0 * setup.hidden * setup.vocabulary * scored * head_units,
+        attention=4.0 * width * setup.layers * attended * ((3.5 if gradient else 1) + recomputed),
     )

@@ -11,7 +11,6 @@ from tests.helpers.rows import assistant, pair, pairs, user, write
 
 RECIPE, SFT_RECIPE = "recipes/tiny/rmipo.yaml", "recipes/tiny/sft.yaml"
 ROWS = pairs(*range(12))
-LONG = [pair(i, chosen=[assistant("yes " * 300)]) for i in range(12)]
 
 
 def dialogues(words: int) -> list[dict]:
@@ -53,9 +52,7 @@ def refused(model, tmp_path, monkeypatch):
         (["--dataset_name=some/pairs"], ["some/pairs", "hf auth login"], {}),
         (["--model_name_or_path=some/model"], ["some/model", "HF_HUB_OFFLINE"], {}),
         (["--max_length=1000000"], ["max_length"], {}),
-        (["--eval_strategy=epoch"], ["'test'", "eval_strategy: no"], {"test": []}),
         ([], ["test: 1 of 4 rows", "chosen is empty: row 0"], {"test": [pair(0, chosen=[assistant(" ")]), *ROWS[1:4]]}),
-        (["--max_truncated_fraction=0.5"], ["12 of 12 rows", "max_truncated_fraction: 0.5"], {"train": LONG}),
     ],
 )
 def test_preference_training(refused, overrides, named, given):

@@ -1,8 +1,6 @@
 """The order in which packages may import each other (pyproject.toml), what `import rmipo` gives, what tests run in."""
 
-import json
 import os
-import pwd
 import subprocess
 import sys
 from pathlib import Path
@@ -38,11 +36,11 @@ LINES = {
     "rmipo/run": 690,
     "rmipo/tiny": 460,
     "rmipo/training": 2020,  # aim: 1700
-    "rmipo": 11990,  # aim: 11000
+    "rmipo": 12000,  # aim: 11000
     "scripts": 1280,  # aim: 1100
-    "benchmarks": 980,  # aim: 800
+    "benchmarks": 890,  # aim: 800
     "examples": 160,
-    "tests": 15010,  # aim: 14000
+    "tests": 14220,  # aim: 14000
 }
 
 
@@ -79,20 +77,6 @@ def test_threads_that_wait_do_not_spin_unless_told_to(given, expected):
     code = "import sys, os, rmipo; assert 'torch' not in sys.modules; print(os.environ.get('OMP_WAIT_POLICY'))"
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert done.stdout == f"{expected}\n", done.stderr
-
-
-USERS = {"WANDB_API_KEY": "w", "WANDB_PROJECT": "p", "OPENAI_API_KEY": "o", "OPENAI_BASE_URL": "u", "HF_TOKEN": "h"}
-USERS |= {"HF_HOME": "/h", "XDG_CACHE_HOME": "/x", "MODEL": "tiny", "ARGS": "--seed 1", "OMP_NUM_THREADS": "8"}
-
-
-def test_the_environment_is_the_tests_own():
-    code = (
-        "import json, os; from tests.helpers import isolation; isolation.isolate(); print(json.dumps(dict(os.environ)))"
-    )
-    seen = json.loads(subprocess.check_output([sys.executable, "-c", code], env=os.environ | USERS, cwd=CHECKOUT))
-    assert {name: seen[name] for name in USERS if name in seen} == {"OMP_NUM_THREADS": "1"}
-    for home in (Path(seen["HOME"]), Path.home()):
-        assert home != Path(pwd.getpwuid(os.getuid()).pw_dir) and CHECKOUT not in home.parents
 
 
 def test_programs_run_beside_the_checkout():

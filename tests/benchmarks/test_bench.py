@@ -12,7 +12,7 @@ import torch
 from torch.nn.attention import flex_attention
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import gpu, gpu_day, lengths, measure, micro_batches, report, work
+from benchmarks import gpu, gpu_day, lengths, measure, work
 from benchmarks.contenders import BUILDERS, SAME_LOSS, Contender, Setup, build
 
 
@@ -42,10 +42,6 @@ def test_all_ways_to_a_loss_give_the_same_loss_and_gradients(names, checkpointin
     for other in others:
         for (name, expected), actual in zip(first.named_parameters(), other.parameters(), strict=True):
             torch.testing.assert_close(actual.grad, expected.grad, atol=1e-6, rtol=1e-3, msg=name)
-
-
-def test_every_contender_is_in_a_class_of_the_same_loss():
-    assert sorted(itertools.chain(*SAME_LOSS)) == sorted(BUILDERS)
 
 
 def test_positions_and_attention_of_one_pair_by_hand():
@@ -100,14 +96,14 @@ def test_contenders_take_turns_in_being_first():
 def test_the_rate_is_of_all_rounds():
     rounds = [{"cpu": seconds} for seconds in (1.0, 2.0, 3.0)]
     entry = {"name": "simpo", "work": {"positions": 8, "flops": 24e9}, "rounds": rounds, "memory": 2**20}
-    report.add_ratios({"simpo": entry}, clock="cpu")
-    assert report.table({"simpo": entry}, clock="cpu").splitlines()[1].split()[:5] == ["simpo", "2.000", "8", "24", "4"]
+    measure.add_ratios({"simpo": entry}, clock="cpu")
+    cells = measure.table({"simpo": entry}, clock="cpu").splitlines()[1].split()
+    assert cells[:5] == ["simpo", "2.000", "8", "24", "4"]
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_ranks_that_wait_for_each_other_take_longer_than_those_that_never_do(ranks):
-    times = {cut: time for cut, (_, _, time) in micro_batches.waiting(ranks, pairs=4, steps=3).items()}
-    assert (min(times.values()) == max(times.values()) == 1) if ranks == 1 else 1 <= min(times.values()) < 2
+def test_ranks_that_wait_for_each_other_take_longer_than_those_that_never_do():
+    assert {time for _, _, time in lengths.waiting(1, pairs=4, steps=3).values()} == {1}
+    assert all(1 <= time < 2 for _, _, time in lengths.waiting(2, pairs=4, steps=3).values())
 
 
 def test_dry_run_writes_what_a_gpu_run_would(monkeypatch, tmp_path):
@@ -121,7 +117,8 @@ def test_dry_run_writes_what_a_gpu_run_would(monkeypatch, tmp_path):
     assert gpu.os.environ["CUDA_VISIBLE_DEVICES"] == "3"
 
     case = json.loads(path.read_text())["cases"]["micro-batch-1"]
-    assert case["contenders"].keys() == BUILDERS.keys() and case["out_of_memory"] == []
+    assert case["contenders"].keys() == BUILDERS.keys() == set(itertools.chain(*SAME_LOSS))
+    assert case["out_of_memory"] == []
     assert 0 < case["parity_nats_per_token"] < 1e-4
     assert case["compiled_graphs"] > 0  # flex ran, if only by dynamo's eager backend
     for entry in case["contenders"].values():

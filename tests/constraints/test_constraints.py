@@ -1,15 +1,11 @@
 """The verifiable task: prompts that can be made again, a test split that shares nothing, checks on hand-made answers."""
 
-import subprocess
-import sys
-
 import pytest
 
 pytest.importorskip("lm_eval")
 
 from rmipo.constraints.instructions import DRAWN, answered, followed, score, solved
 from rmipo.constraints.prompts import make_prompts, read_prompts
-from tests.helpers.paths import ROOT
 
 
 def test_the_shipped_prompts_are_what_the_program_makes_no_task_is_in_two_splits_and_no_prompt_has_its_keywords():
@@ -47,12 +43,7 @@ def test_an_answer_has_a_keyword_and_a_word_of_the_subject_in_sixty_words(answer
         ("punctuation:no_comma", {}, "No comma here.", "One, here."),
         ("detectable_format:title", {}, "<<Rain>> It falls.", "Rain. It falls."),
         ("detectable_format:number_bullet_lists", {"num_bullets": 2}, "* a\n* b", "* a\n* b\n* c"),
-        (
-            "keywords:frequency",
-            {"keyword": "sea", "frequency": 2, "relation": "at least"},
-            "The sea, the sea.",
-            "The sea.",
-        ),
+        ("keywords:frequency", {"keyword": "sea", "frequency": 2, "relation": "at least"}, "Sea, sea.", "Sea."),
     ],
 )
 def test_hand_made_answers(name, arguments, right, wrong):
@@ -66,10 +57,3 @@ def test_score_is_the_share_of_what_is_asked_and_solved_is_all_of_it():
     answers = ["Bees: honey", "Bees, honey", "Honey", "honey, yes", ""]
     assert score([], answers, row["constraints"], row["keywords"], row["subject"]) == [1.0, 0.5, 0.5, 0.0, 0.0]
     assert [solved(row, answer) for answer in answers] == [True, False, False, False, False]
-
-
-def test_nothing_is_said_of_a_download():
-    code = "from rmipo.constraints.instructions import registry; assert registry().INSTRUCTION_DICT"
-    environment = {"PYTHONPATH": str(ROOT), "NLTK_DATA": "/nowhere", "HOME": "/nowhere", "PATH": ""}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, cwd=ROOT)
-    assert (done.returncode, done.stdout) == (0, "") and "nltk" not in done.stderr.lower()

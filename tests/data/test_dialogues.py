@@ -159,8 +159,7 @@ def test_dialogues_that_are_cut_are_counted_as_tokens_of_the_template(tmp_path, 
 
 
 @pytest.mark.parametrize(
-    ("packing", "strategy", "cut"),
-    [(True, "bfd", 1), (True, "wrapped", 0), (False, "wrapped", 1)],
+    ("packing", "strategy", "cut"), [(True, "bfd", 1), (True, "wrapped", 0), (False, "wrapped", 1)]
 )
 def test_packing_cuts_or_goes_on_in_the_next_block(tmp_path, chat, packing, strategy, cut):
     rows = load(tmp_path, [DIALOGUE, LONG])

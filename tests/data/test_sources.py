@@ -65,14 +65,6 @@ def test_the_rows_are_those_of_the_file_whatever_its_time(tmp_path):
         assert questions(load_pairs(config(tmp_path, test_split_size=None), "train")) == [number]
 
 
-def test_a_folder_without_the_split(tmp_path):
-    for name in ("train", "latest", "validation", "train_old"):
-        write(tmp_path / f"{name}.jsonl", pairs(1))
-    with pytest.raises(MissingSplitError, match="'dev'"):
-        load_pairs(config(tmp_path, dataset_test_split="dev"), "test")
-    assert questions(load_pairs(config(tmp_path, dataset_test_split="validation"), "test")) == [1]
-
-
 def test_one_file_sets_rows_aside_that_are_drawn(tmp_path):
     path = write(tmp_path / "mine.jsonl", pairs(*range(55)))
     train, test = (load_pairs(config(path), split) for split in ("train", "test"))
@@ -270,10 +262,3 @@ def test_a_test_split_is_loaded_or_its_absence_said_or_refused(tmp_path, caplog)
     write(tmp_path / "test.jsonl", [{"question": "a"}])
     with pytest.raises(DataError, match="there is no"):
         load_splits(load_pairs, config(tmp_path), evaluating=False)
-
-
-def test_a_row_that_cannot_be_read_is_named_by_split_source_and_number(tmp_path):
-    first, second = (write(tmp_path / name / "train.jsonl", pairs(*range(6))).parent for name in "ab")
-    write(second / "train.jsonl", [*pairs(0), pairs(0)[0] | {"tools": ["f"]}])
-    with pytest.raises(DataError, match=f"^train: {second}: row 7: `tools` is part of the prompt"):
-        load_pairs(DataConfig(datasets=[{"path": str(first)}, {"path": str(second)}]), "train")

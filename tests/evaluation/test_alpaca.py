@@ -18,11 +18,10 @@ from rmipo.evaluation.alpaca import REFERENCE_FILE
 from rmipo.fingerprints import trained_fingerprint
 from rmipo.generation.answers import check_settings
 from rmipo.record import package_versions
-from tests.helpers.answer_files import other_versions
 from tests.helpers.judge_server import JudgeServer, probability_of_first
 from tests.helpers.paths import ROOT
 from tests.helpers.rows import write
-from tests.helpers.tiny_model import write_model
+from tests.helpers.tiny_model import other_versions, write_model
 
 SETTINGS = alpaca.DEFAULTS | {"length_controlled": False, "concurrency": 4}
 ROWS = 20

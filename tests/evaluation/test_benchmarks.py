@@ -119,9 +119,8 @@ def test_bad_input_is_found_before_a_model_is_loaded(tmp_path, monkeypatch, key,
 
 
 def test_mtbench_metrics_by_hand(tmp_path):
-    questions = [
-        {"question_id": number, "category": name} for number, name in enumerate(("math", "stem", "coding"), 81)
-    ]
+    categories = enumerate(("math", "stem", "coding"), 81)
+    questions = [{"question_id": number, "category": name} for number, name in categories]
     path = tmp_path / "judge_single.jsonl"
     # No rating; out of MT-Bench's range; a line that a kill cut.
     scores = [(81, 1, -1), (81, 1, 8), (81, 2, 11), (83, 1, 0), (81, 2, 5), (82, 1, 3.0)]

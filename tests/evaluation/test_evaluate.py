@@ -18,7 +18,6 @@ from rmipo.evaluation.benchmark import contradictions
 from rmipo.evaluation.target import find_target, load_settings, model_folder
 from rmipo.fingerprints import prompting_fingerprint, trained_fingerprint
 from rmipo.generation.answers import check_settings
-from tests.helpers.judge_server import JudgeServer
 from tests.helpers.paths import ROOT
 from tests.helpers.programs import Ended, run_here
 from tests.helpers.rows import assistant, pair, user, write
@@ -106,13 +105,6 @@ def record(folder: Path, finished: bool = True, header_in_response: bool = False
     return probe
 
 
-def change_template(folder: Path, *replaced: tuple[str, str]) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    for old, new in replaced:
-        tokenizer.chat_template = tokenizer.chat_template.replace(old, new)
-    tokenizer.save_pretrained(folder)
-
-
 def test_model_trained_with_another_template_or_header_is_refused(outputs):
     folder = outputs / "tiny/rmipo"
     probe = record(folder)
@@ -124,7 +116,8 @@ def test_model_trained_with_another_template_or_header_is_refused(outputs):
     with pytest.raises(EvaluationError, match=f"{folder} holds a run that hasn't finished"):
         model_folder(TINY, outputs, "rmipo")
     record(folder)
-    change_template(folder, ("{{ m['content'] }}", "w0 {{ m['content'] }}"))
+    template = folder / "chat_template.jinja"
+    template.write_text(template.read_text().replace("{{ m['content'] }}", "w0 {{ m['content'] }}"))
     done = run("evaluate", outputs, "--bench", "hh")
     assert done.code == 2 and done.err.startswith(f"error: {folder} was trained with another chat template")
 
@@ -195,31 +188,6 @@ def test_tasks_are_added_to_those_of_a_finished_result(outputs):
         evaluate(outputs / "tiny/rmipo", {"tasks": tasks}, benchmark, "")
     result = json.loads((outputs / "tiny/rmipo/eval/leaderboard.json").read_text())
     assert list(result["metrics"]) == result["settings"]["tasks"] == ["bbh", "math"]
-
-
-@pytest.mark.slow
-def test_eval_command_from_generation_to_result_files(outputs):
-    pytest.importorskip("alpaca_eval", reason="needs the extra `eval`")
-    options = [
-        "--set", f"alpacaeval.reference={outputs}/pairs/test.jsonl", "--set", "alpacaeval.first_n=6",
-        "--set", "mtbench.first_n=1", "--set", "mtbench.max_new_tokens=4",
-    ]  # fmt: skip
-    folder = outputs / "tiny/rmipo/eval"
-    with JudgeServer() as server:
-        judge = {"OPENAI_API_KEY": "sk-secret", "OPENAI_BASE_URL": server.url}
-        for bench in ("alpacaeval", "mtbench"):
-            # The environment is as good as the command line (make).
-            done = run("evaluate", outputs, *options, BENCH=bench, METHOD="rmipo", **judge)
-            assert done.code == 0, done.err
-        # six pairs, the evaluator's trial request, two turns, and the token that each benchmark asks its judge for first
-        assert len(server.requests) == 6 + 1 + 2 + 2
-    for bench, metrics in (("alpacaeval", {"alpacaeval2_wr", "alpacaeval2_length"}), ("mtbench", {"mt_bench"})):
-        result = json.loads((folder / f"{bench}.json").read_text())
-        keys = "bench metrics per_prompt versions settings model fingerprint prompting finished commit hardware"
-        assert result.keys() == {*keys.split()}
-        assert result["bench"] == bench and result["finished"] and result["model"].endswith("tiny/rmipo")
-        assert metrics <= result["metrics"].keys() and {"transformers", "torch"} <= result["versions"].keys()
-    assert not any("sk-secret" in path.read_text() for path in folder.rglob("*.json*"))
 
 
 def test_samples_side_by_side_and_of_a_reference(outputs):

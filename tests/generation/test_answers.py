@@ -15,9 +15,8 @@ from rmipo.data.chat import ChatFormat
 from rmipo.errors import EvaluationError
 from rmipo.generation.answers import Generator, Request, check_settings
 from rmipo.generation.engines import SeededSampling, TokenPrompt, TransformersEngine, VllmEngine
-from tests.helpers.answer_files import SETTINGS, generate, other_versions, requests
 from tests.helpers.small_models import greedy
-from tests.helpers.tiny_model import write_model
+from tests.helpers.tiny_model import SETTINGS, generate, other_versions, requests, write_model
 
 
 @pytest.fixture
@@ -101,9 +100,14 @@ def test_little_room_in_the_context_is_not_taken_from_neighbours(model_dir, tmp_
     assert cut == {key: room[key] for key in cut} and {"q120", "q118"} <= cut.keys() and len(cut) > 2
 
 
-def test_cut_files_are_continued_to_the_same_bytes(model_dir, tmp_path):
-    whole = tmp_path / "whole.jsonl"
-    answers = generate(model_dir, requests(11), whole, SETTINGS)
+def test_cut_files_are_continued_to_the_same_bytes(model_dir, tmp_path, monkeypatch):
+    whole, found, answer = tmp_path / "whole.jsonl", [], TransformersEngine.batch
+    with monkeypatch.context() as watched:
+        watched.setattr(
+            TransformersEngine, "batch", lambda *given: (found.append(whole.read_bytes()), answer(*given))[1]
+        )
+        answers = generate(model_dir, requests(11), whole, SETTINGS)
+    assert [written.count(b"\n") for written in found] == [1, 5, 9]  # what a kill would leave: all batches before
     content = whole.read_bytes()
     lines = content.count(b"\n")
     assert lines == 12

@@ -7,8 +7,8 @@ from safetensors.torch import load_file
 from rmipo.generation.oracles import OracleError, keep_scores, make_oracle
 from rmipo.generation.prompts import Prompt
 from tests.helpers.judge_server import JudgeServer
-from tests.helpers.reward_models import reward_alone, write_reward_model
 from tests.helpers.rows import user
+from tests.helpers.tiny_model import reward_alone, write_reward_model
 
 DIALOGUES = [("w1 w2 w3 w4", "w5"), ("w1", "w6 w7 w8 w9 w10 w11"), ("w2", ""), ("w2", "w3")]
 CANDIDATES = [Prompt(str(i), [user(asked)], {str(i): told}) for i, (asked, told) in enumerate(DIALOGUES)]
@@ -24,9 +24,8 @@ def test_reward_is_that_of_the_last_token_whatever_the_pad_token(tmp_path, pad_t
     scores = {}
     for some in oracle_of(folder).score(CANDIDATES):
         scores |= some
-    assert [scores[str(i)] for i in range(4)] == pytest.approx(
-        [reward_alone(folder, *each) for each in DIALOGUES], abs=1e-5
-    )
+    expected = [reward_alone(folder, *each) for each in DIALOGUES]
+    assert [scores[str(i)] for i in range(4)] == pytest.approx(expected, abs=1e-5)
 
 
 def test_reward_depends_on_its_dialogue_alone(tmp_path):

@@ -2,11 +2,9 @@
 
 import json
 import math
-import signal
-import time
 import types
 from collections import Counter
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,28 +16,16 @@ from rmipo.fingerprints import json_fingerprint
 from rmipo.generation.oracles import OracleError, make_oracle
 from rmipo.generation.pairs import PairsConfig, load_pairs_config, make_pairs, select
 from rmipo.generation.prompts import Prompt, read_prompts
-from tests.helpers.launched import launch
-from tests.helpers.lock_holder import held
-from tests.helpers.programs import run_here
+from tests.helpers.programs import held, run_here
 from tests.helpers.rows import assistant, pair, user
 from tests.helpers.tiny_model import naive_scores, write_model
 
 GENERATION = {"temperature": 1.0, "max_new_tokens": 6, "batch_size": 4, "dtype": "float32"}
 ORACLE = """
-import os, signal
 def score(messages, answers, bonus=0):
     with open({calls!r}, "a") as file:
         file.write(messages[-1]["content"] + "\\n")
-    if os.path.exists({fatal!r}) and sum(1 for _ in open({calls!r})) == 5:
-        os.kill(os.getpid(), signal.SIGKILL)
     return [bonus + answer.split().count("w1") + len(answer.split()) / 100 for answer in answers]
-"""
-MAKE = """
-import json, sys
-from pathlib import Path
-from rmipo.generation.pairs import PairsConfig, make_pairs
-model, generation, config, output = json.loads(sys.argv[1])
-make_pairs(Path(model), generation, PairsConfig(**config), Path(output))
 """
 
 
@@ -49,8 +35,8 @@ class Setup:
     def __init__(self, folder: Path):
         self.folder, self.model = folder, folder / "model"
         write_model(self.model)
-        self.calls, self.fatal = folder / "calls", folder / "fatal"
-        self.oracle(ORACLE.format(calls=str(self.calls), fatal=str(self.fatal)))
+        self.calls = folder / "calls"
+        self.oracle(ORACLE.format(calls=str(self.calls)))
         self.prompts([f"w{i % 20} w{(3 * i) % 20} w{i // 20}" for i in range(12)])
         self.config = PairsConfig(
             str(folder / "prompts.jsonl"), {"function": f"{folder}/oracle.py:score"}, answers=4, keep_cut=True
@@ -69,16 +55,6 @@ class Setup:
     def rows(self, *files, output="pairs") -> list[dict]:
         texts = [(self.folder / output / file).read_text() for file in files or ("train.jsonl", "test.jsonl")]
         return [json.loads(line) for text in texts for line in text.splitlines()]
-
-    def killed(self, when, **changes) -> None:
-        """Make the pairs in a process that is killed as soon as `when` says so, or that kills itself."""
-        given = (str(self.model), GENERATION, asdict(replace(self.config, **changes)), str(self.folder / "pairs"))
-        process = launch(["-c", MAKE, json.dumps(given)])
-        while process.poll() is None:
-            if when():
-                process.end()
-            time.sleep(0.001)
-        assert process.poll() == -signal.SIGKILL, process.output
 
 
 @pytest.fixture
@@ -120,27 +96,22 @@ def test_the_hash_of_its_prompt_decides_whether_a_pair_is_held_out(setup):
     assert sorted(pair["prompt_id"] for pair in setup.rows("test.jsonl")) == ids[: math.ceil(len(ids) / 2)]
 
 
-def test_killed_while_sampling_and_while_scoring(setup):
+@pytest.mark.parametrize(("answers", "scores"), [(20, 0), (49, 5), (49, 13)])
+def test_what_a_kill_left_is_completed_to_the_same_files(setup, answers, scores):
+    """So many lines of both files, and half of one more: a header, then 48 answers or the scores of 12 prompts."""
     setup.make("whole")
+    whole, folder = setup.folder / "whole", setup.folder / "pairs"
+    folder.mkdir()
+    for name, count in (("answers.jsonl", answers), ("scores.jsonl", scores)):
+        written = (whole / name).read_bytes().splitlines(keepends=True)
+        cut = written[count][:20] if count < len(written) else b""
+        (folder / name).write_bytes(b"".join(written[:count]) + cut)
     setup.calls.unlink()
-    answers = setup.folder / "pairs/answers.jsonl"
-    setup.killed(lambda: lines(answers) > 9)
-    sampled = answers.read_bytes()
-    assert 9 < sampled.count(b"\n") < 49 and not setup.calls.exists()
-    setup.fatal.touch()
-    setup.killed(lambda: False)
-    assert answers.read_bytes().startswith(sampled[: sampled.rfind(b"\n")])
-    assert lines(setup.folder / "pairs/scores.jsonl") == 5  # the header and four prompts
-    setup.fatal.unlink()
     setup.make()
     for file in ("answers.jsonl", "scores.jsonl", "candidates.jsonl", "train.jsonl", "test.jsonl"):
-        assert (setup.folder / "pairs" / file).read_bytes() == (setup.folder / "whole" / file).read_bytes()
-    asked = Counter(setup.calls.read_text().split("\n"))
-    died_at = setup.calls.read_text().split("\n")[4]
-    assert {text: count for text, count in asked.items() if count > 1} == {died_at: 2}  # it had given no score
-    before = setup.calls.read_bytes()
-    setup.make()
-    assert setup.calls.read_bytes() == before
+        assert (folder / file).read_bytes() == (whole / file).read_bytes()
+    asked = setup.calls.read_text().splitlines() if setup.calls.exists() else []
+    assert len(asked) == len(set(asked)) == 12 - max(0, scores - 1)  # what has scores is not scored again
 
 
 def test_a_function_may_ask_for_columns_which_are_missed_before_anything_is_sampled(setup):

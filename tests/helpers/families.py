@@ -7,6 +7,7 @@ class. Nothing is downloaded, everything is deterministic.
 import functools
 import json
 import string
+from typing import NamedTuple
 
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -67,55 +68,38 @@ GEMMA_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
 )
 
-# Per family: special tokens, roles of the tokenizer, kind of BPE, whether encoding adds BOS, template, model config.
-# `prefix_space` is SentencePiece's: "always" puts a space in front of every stretch of text between special tokens.
-FAMILIES = {
-    "llama3": {
-        "special": ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"],
-        "roles": {"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>"},
-        "prefix_space": None,
-        "template": LLAMA3_TEMPLATE,
-        "config": LlamaConfig,
-        "options": {"rope_theta": 500000.0},
-    },
-    "mistral-instruct": {
-        "special": ["<unk>", "<s>", "</s>"],
-        "roles": {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"},
-        "prefix_space": "always",
-        "template": MISTRAL_TEMPLATE,
-        "config": MistralConfig,
-        "options": {"sliding_window": 32},
-    },
-    "zephyr": {
-        "special": ["<unk>", "<s>", "</s>"],
-        "roles": {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>"},
-        "prefix_space": "always",
-        "template": ZEPHYR_TEMPLATE,
-        "config": MistralConfig,
-        "options": {"sliding_window": 32},
-    },
-    "qwen3": {
-        "special": ["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
-        "roles": {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"},
-        "prefix_space": None,
-        "template": QWEN3_TEMPLATE,
-        "config": Qwen3Config,
-        "options": {"head_dim": 8},
-    },
-    "gemma": {
-        "special": ["<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>"],
-        "roles": {"pad_token": "<pad>", "eos_token": "<eos>", "bos_token": "<bos>", "unk_token": "<unk>"},
-        "prefix_space": "never",
-        "template": GEMMA_TEMPLATE,
-        "config": GemmaConfig,
-        "options": {"head_dim": 8},
-    },
-}
-# The same tokenizer and template, another architecture.
+
+class Family(NamedTuple):
+    special: list[str]
+    roles: dict[str, str]  # of special tokens in the tokenizer
+    prefix_space: str | None  # SentencePiece's; "always": in front of every stretch of text between special tokens
+    template: str
+    config: type
+    options: dict
+
+
+LLAMA3_TOKENS = ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+LLAMA3_ROLES = {"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>"}
+MISTRAL_TOKENS = ["<unk>", "<s>", "</s>"]
+MISTRAL_ROLES = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+QWEN3_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+QWEN3_ROLES = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
+GEMMA_TOKENS = ["<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>"]
+GEMMA_ROLES = {"pad_token": "<pad>", "eos_token": "<eos>", "bos_token": "<bos>", "unk_token": "<unk>"}
+LLAMA3 = Family(LLAMA3_TOKENS, LLAMA3_ROLES, None, LLAMA3_TEMPLATE, LlamaConfig, {"rope_theta": 500000.0})
+MISTRAL = Family(MISTRAL_TOKENS, MISTRAL_ROLES, "always", MISTRAL_TEMPLATE, MistralConfig, {"sliding_window": 32})
+GEMMA = Family(GEMMA_TOKENS, GEMMA_ROLES, "never", GEMMA_TEMPLATE, GemmaConfig, {"head_dim": 8})
 GEMMA3 = {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 16}
 GEMMA3 |= {"layer_types": ["sliding_attention", "full_attention"]}
-FAMILIES["gemma-3"] = FAMILIES["gemma"] | {"config": Gemma3TextConfig, "options": GEMMA3}
-FAMILIES["llama-3.2"] = FAMILIES["llama3"] | {"options": {"rope_theta": 500000.0, "tie_word_embeddings": True}}
+FAMILIES = {
+    "llama3": LLAMA3,
+    "llama-3.2": LLAMA3._replace(options={"rope_theta": 500000.0, "tie_word_embeddings": True}),
+    "mistral-instruct": MISTRAL,
+    "zephyr": MISTRAL._replace(roles=MISTRAL_ROLES | {"pad_token": "</s>"}, template=ZEPHYR_TEMPLATE),
+    "qwen3": Family(QWEN3_TOKENS, QWEN3_ROLES, None, QWEN3_TEMPLATE, Qwen3Config, {"head_dim": 8}),
+    "gemma": GEMMA,
+    "gemma-3": GEMMA._replace(config=Gemma3TextConfig, options=GEMMA3),
+}
 SIZES = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": 2048,
@@ -125,8 +109,8 @@ SIZES = {
 def make_tokenizer(family: str, chat_template: str | None = None) -> PreTrainedTokenizerFast:
     """A fresh tokenizer of `family`, a key of FAMILIES, with its own chat template unless one is given."""
     traits = FAMILIES[family]
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(_trained(family)), **traits["roles"])
-    tokenizer.chat_template = chat_template or traits["template"]
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(_trained(family)), **traits.roles)
+    tokenizer.chat_template = chat_template or traits.template
     return tokenizer
 
 
@@ -134,9 +118,9 @@ def make_model(family: str, seed: int = 0, **sizes) -> PreTrainedModel:
     """A randomly initialised float32 model of the family's architecture, for the tokenizer of `make_tokenizer`."""
     tokenizer = make_tokenizer(family)
     tokens = {f"{role}_token_id": getattr(tokenizer, f"{role}_token_id") for role in ("bos", "eos", "pad")}
-    options = SIZES | {"vocab_size": len(tokenizer)} | tokens | FAMILIES[family]["options"] | sizes
+    options = SIZES | {"vocab_size": len(tokenizer)} | tokens | FAMILIES[family].options | sizes
     torch.manual_seed(seed)
-    return AutoModelForCausalLM.from_config(FAMILIES[family]["config"](**options), dtype=torch.float32)
+    return AutoModelForCausalLM.from_config(FAMILIES[family].config(**options), dtype=torch.float32)
 
 
 def save(family: str, folder, **sizes) -> str:
@@ -148,11 +132,11 @@ def save(family: str, folder, **sizes) -> str:
 @functools.cache
 def _trained(family: str) -> str:
     traits = FAMILIES[family]
-    build = _byte_level if traits["prefix_space"] is None else _sentencepiece
-    tokenizer = build(traits["special"], traits["prefix_space"])
+    build = _byte_level if traits.prefix_space is None else _sentencepiece
+    tokenizer = build(traits.special, traits.prefix_space)
     # <think> is one token of Qwen3 but not a special one.
     tokenizer.add_tokens(["<think>", "</think>"] if family == "qwen3" else [])
-    if bos := traits["roles"].get("bos_token"):
+    if bos := traits.roles.get("bos_token"):
         tokenizer.post_processor = processors.TemplateProcessing(
             single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, tokenizer.token_to_id(bos))]
         )

@@ -1,7 +1,6 @@
 """A hub on loopback that speaks the Hugging Face Hub's HTTP API to the real client, which finds it through HF_ENDPOINT.
 
-Models and datasets by revision; gated ones, which 401 and 403 refuse; a download whose connection breaks; uploads by
-commits and LFS. What was asked for stands in `requests`.
+Models and datasets by revision; gated ones, which 401 and 403 refuse; uploads by commits. What was asked for: `requests`.
 """
 
 import base64
@@ -15,7 +14,6 @@ from urllib.parse import unquote, urlsplit
 
 from tests.helpers.judge_server import Answering, Loopback
 
-LARGE = (".safetensors", ".bin", ".png")  # what the hub asks to be uploaded through LFS
 TOKEN = "hf_" + "member0" * 5  # of the one account; it may read the gated repositories in `Hub.granted`
 
 
@@ -49,9 +47,7 @@ class Hub(Loopback):
         self.environment = {"HF_ENDPOINT": self.address, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
         self.repositories: dict[tuple[str, str], Repository] = {}  # by ("models" or "datasets", id)
         self.granted: set[str] = set()
-        self.breaking: dict[str, int] = {}  # file -> after how many bytes its next download breaks
-        self.requests: list[tuple[str, str, str | None]] = []  # method, path, Range
-        self.objects: dict[str, bytes] = {}  # LFS uploads by SHA-256
+        self.requests: list[str] = []  # their paths
 
     def add(self, kind: str, name: str, folder: Path) -> str:
         repository = self.repositories.setdefault((kind, name), Repository())
@@ -71,7 +67,7 @@ class Handler(Answering):
 
     def handle_request(self) -> None:
         path = unquote(urlsplit(self.path).path)
-        self.server.requests.append((self.command, path, self.headers.get("Range")))
+        self.server.requests.append(path)
         self.body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         for pattern, method in ROUTES.items():
             if match := re.fullmatch(pattern, path):
@@ -93,7 +89,7 @@ class Handler(Answering):
         return None
 
     def resolve(self, kind, name, revision, file) -> None:
-        """A file of a revision: whole, its headers, or from some byte on."""
+        """A file of a revision, or its headers."""
         if (repository := self.repository(name, kind, files=True)) is None:
             return
         commit = repository.find(revision)
@@ -102,20 +98,7 @@ class Handler(Answering):
         content = repository.commits[commit].get(file)
         if content is None:
             return self.answer(404, b"", X_Error_Code="EntryNotFound", X_Repo_Commit=commit)
-        headers = {"X_Repo_Commit": commit, "ETag": f'"{digest(content)}"', "Accept_Ranges": "bytes"}
-        start = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range") or "")
-        if start and self.command == "GET":
-            first = int(start[1])
-            headers["Content_Range"] = f"bytes {first}-{len(content) - 1}/{len(content)}"
-            return self.answer(206, content[first:], **headers)
-        if self.command == "GET" and file in self.server.breaking:
-            self.send_response(200)
-            for key, value in {"Content-Length": str(len(content)), **headers}.items():
-                self.send_header(key.replace("_", "-"), value)
-            self.end_headers()
-            self.wfile.write(content[: self.server.breaking.pop(file)])
-            self.close_connection = True
-            return None
+        headers = {"X_Repo_Commit": commit, "ETag": f'"{digest(content)}"'}
         return self.answer(200, content, **headers)
 
     def info(self, kind, name, revision="main") -> None:
@@ -155,31 +138,14 @@ class Handler(Answering):
         self.answer(200, {"errors": [], "warnings": []})
 
     def preupload(self, kind, name, revision) -> None:
-        files = [file["path"] for file in json.loads(self.body)["files"]]
-        modes = {path: "lfs" if path.endswith(LARGE) else "regular" for path in files}
-        self.answer(200, {"files": [{"path": p, "uploadMode": m, "shouldIgnore": False} for p, m in modes.items()]})
-
-    def lfs_batch(self, name) -> None:
-        url = self.server.address
-        objects = [
-            {**each, "actions": {"upload": {"href": f"{url}/lfs-objects/{each['oid']}"}}}
-            for each in json.loads(self.body)["objects"]
-        ]
-        self.answer(200, {"transfer": "basic", "objects": objects})
-
-    def lfs_upload(self, oid) -> None:
-        assert digest(self.body) == oid
-        self.server.objects[oid] = self.body
-        self.answer()
+        modes = [{"path": file["path"], "uploadMode": "regular"} for file in json.loads(self.body)["files"]]
+        self.answer(200, {"files": [mode | {"shouldIgnore": False} for mode in modes]})
 
     def commit(self, kind, name, revision) -> None:
         files = {}
         for line in map(json.loads, self.body.splitlines()):
-            value = line["value"]
             if line["key"] == "file":
-                files[value["path"]] = base64.b64decode(value["content"])
-            elif line["key"] == "lfsFile":
-                files[value["path"]] = self.server.objects[value["oid"]]
+                files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
         commit = self.server.repositories[kind, name].commit(files, revision)
         url = f"{self.server.address}/{name}/commit/{commit}"
         self.answer(200, {"success": True, "commitOid": commit, "commitUrl": url, "hookOutput": ""})
@@ -197,7 +163,5 @@ ROUTES = {
     rf"/api/{KIND}/{NAME}/commit/(?P<revision>.+)": Handler.commit,
     r"/api/repos/create": Handler.create,
     r"/api/validate-yaml": Handler.validate_card,
-    rf"/{NAME}\.git/info/lfs/objects/batch": Handler.lfs_batch,
-    r"/lfs-objects/(?P<oid>\w+)": Handler.lfs_upload,
     rf"/((?P<kind>datasets)/)?{NAME}/resolve/(?P<revision>[^/]+)/(?P<file>.+)": Handler.resolve,
 }

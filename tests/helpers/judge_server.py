@@ -13,7 +13,6 @@ import json
 import math
 import re
 import threading
-import time
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -84,21 +83,19 @@ class Answering(BaseHTTPRequestHandler):
 
 
 class JudgeServer(Loopback):
-    """A judge that may be slow, or fail.
+    """A judge that may fail.
 
     Args:
         fault: request number (from 0) -> None, or one of "429" (rate limit), "malformed" (an answer that is no verdict),
             "no_logprobs", "drop" (the connection is closed). It is called under a lock.
-        delay: seconds before each answer.
     """
 
-    def __init__(self, port: int = 0, fault: Callable[[int], str | None] = lambda number: None, delay: float = 0.0):
+    def __init__(self, port: int = 0, fault: Callable[[int], str | None] = lambda number: None):
         super().__init__(Handler, port)
         self.url = f"{self.address}/v1"
-        self.fault, self.delay = fault, delay
+        self.fault = fault
         self.lock = threading.Lock()
         self.requests: list[str] = []  # the last message of every request
-        self.answered: list[str] = []  # of those, the ones that got a verdict
 
 
 class Handler(Answering):
@@ -110,7 +107,6 @@ class Handler(Answering):
         with self.server.lock:
             fault = self.server.fault(len(self.server.requests))
             self.server.requests.append(text)
-        time.sleep(self.server.delay)
         if fault == "drop":
             self.close_connection = True
             self.connection.close()
@@ -123,8 +119,6 @@ class Handler(Answering):
             content, top = "I would rather not say.", [{"token": "I", "logprob": -0.1, "bytes": None}]
         if fault == "no_logprobs" or not body.get("logprobs"):
             top = None
-        with self.server.lock:
-            self.server.answered.append(text)
         self.answer(200, completion(body["model"], content, top))
 
 

@@ -15,8 +15,7 @@ from torch.nn.attention import flex_attention
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from tests.helpers.launched import Launched, launch
-from tests.helpers.small_models import make_pairs
-from tests.helpers.trainers import make_trainer
+from tests.helpers.small_models import make_pairs, make_trainer
 
 # name -> type of the weights as they are loaded, attention, whether adapters are trained
 CASES = {

@@ -1,11 +1,20 @@
 """Scores of pairs for the objectives: two cases by hand, and random ones."""
 
 import random
+from typing import NamedTuple
 
 import torch
 
 from rmipo.objectives import PairScores
-from tests.references.losses import Response
+
+
+class Response(NamedTuple):
+    """Log-probabilities per token: given the prompt, given no prompt, and under the reference."""
+
+    cond: tuple[float, ...]
+    uncond: tuple[float, ...]
+    ref: tuple[float, ...]
+
 
 # One pair per case; A: all signals agree, B: an inverted pair (delta_pmi < 0, KL < 0).
 CASES = {
@@ -54,22 +63,19 @@ def case_scores(case: str, **options) -> PairScores:
     return scores_of([(chosen, rejected)], [kl], **options)
 
 
-def random_pairs(count: int) -> list[tuple[Response, Response]]:
-    draw = random.Random(0)
-
-    def response():
-        length = draw.randint(1, 6)
-        return Response(*(tuple(draw.uniform(-2.5, -0.05) for _ in range(length)) for _ in range(3)))
-
-    return [(response(), response()) for _ in range(count)]
-
-
 def settled(mean: float, std: float) -> dict[str, torch.Tensor]:
     """Gap statistics after so many micro-steps that the bias correction is 1."""
     return {k: torch.tensor(v, dtype=torch.float64) for k, v in (("gap_mean", mean), ("gap_std", std), ("steps", 1e6))}
 
 
 def batch(count=5, dtype=torch.float64) -> tuple[list[tuple[Response, Response]], PairScores]:
-    pairs, draw = random_pairs(count), random.Random(1)
+    """Random pairs and their scores."""
+    draw = random.Random(0)
+
+    def response():
+        length = draw.randint(1, 6)
+        return Response(*(tuple(draw.uniform(-2.5, -0.05) for _ in range(length)) for _ in range(3)))
+
+    pairs, draw = [(response(), response()) for _ in range(count)], random.Random(1)
     kl = [(draw.uniform(-1, 2), draw.uniform(-1, 2)) for _ in pairs]
     return pairs, scores_of(pairs, kl, dtype=dtype)

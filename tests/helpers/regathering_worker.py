@@ -14,8 +14,7 @@ from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator, iter_params
 from transformers import AutoModelForCausalLM
 
-from tests.helpers.small_models import make_model, make_pairs
-from tests.helpers.trainers import make_trainer
+from tests.helpers.small_models import make_model, make_pairs, make_trainer
 
 # All limits lie below the size of a layer, 7,000, and above that of a norm.
 ZERO3 = {
@@ -48,7 +47,7 @@ CASES = {
 
 def save_models(folder: Path) -> None:
     for tied in (False, True):
-        model = make_model("llama")
+        model = make_model()
         if tied:
             model.config.tie_word_embeddings = True
             model.tie_weights()

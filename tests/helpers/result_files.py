@@ -10,11 +10,7 @@ JUDGES = {
         "judge_sha256": "595455fc9cc923f5",
         "judge_endpoint": "api.openai.com/v1",
     },
-    "mtbench": {
-        "judge_model": "gpt-4",
-        "judge_endpoint": "api.openai.com/v1",
-        "max_new_tokens": 1024,
-    },
+    "mtbench": {"judge_model": "gpt-4", "judge_endpoint": "api.openai.com/v1", "max_new_tokens": 1024},
 }
 ALL_TOKENS = {"top_p": 1.0, "top_k": 0}
 DECODING = {

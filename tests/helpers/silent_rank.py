@@ -1,4 +1,4 @@
-"""One of two processes of test_stop.py: they meet in every step, until rank 1 falls silent in the third."""
+"""One of two processes of test_checkpoints.py: they meet in every step, until rank 1 falls silent in the third."""
 
 import sys
 import time

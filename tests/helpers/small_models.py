@@ -1,27 +1,23 @@
-"""Random models without a tokenizer, and pairs of random token ids for them."""
-
-import copy
+"""Random models without a tokenizer, pairs of random token ids for them, and the preference trainer on both."""
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from rmipo.recipe.schema import PreferenceRunConfig
+from rmipo.run.callbacks import Recorder
+from rmipo.training.trainer import PreferenceTrainer
 
 VOCABULARY = 61
 SIZES = {
     "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": 256, "attention_dropout": 0.0,
 }  # fmt: skip
-CONFIGS = {
-    "llama": LlamaConfig(**SIZES),
-    "mistral": MistralConfig(**SIZES, sliding_window=None),
-    "mistral-window": MistralConfig(**SIZES, sliding_window=5),
-}
 
 
-def make_model(name):
+def make_model():
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(
-        copy.deepcopy(CONFIGS[name]), attn_implementation="sdpa", dtype=torch.float32
-    )
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**SIZES), attn_implementation="sdpa", dtype=torch.float32)
     # Embeddings drawn wide, so that attention patterns are far from uniform and a wrong mask shows.
     for parameter in model.parameters():
         if parameter.ndim == 2:
@@ -48,3 +44,43 @@ def make_pairs(count, seed=0, prompt_lengths=(1, 9)):
         {"prompt_ids": tokens(*prompt_lengths), "chosen_ids": tokens(1, 12), "rejected_ids": tokens(1, 12), "row": i}
         for i in range(count)
     ]
+
+
+CONTEXT = [1, 2]
+RMIPO = {"name": "rmipo", "beta": 2.0, "gamma_min": 0.3, "gamma_max": 1.6}
+
+
+def make_trainer(output_dir, pairs, objective=RMIPO, model=None, eval_pairs=None, ref_model=None, **arguments):
+    arguments = {
+        "per_device_train_batch_size": 2, "per_device_eval_batch_size": 3, "global_batch_size": 8, "learning_rate": 1e-3,
+        "lr_scheduler_type": "constant", "warmup_steps": 0, "num_train_epochs": 1, "logging_steps": 1, "seed": 5,
+        "report_to": "none", "bf16": False, "activation_checkpointing": False, **arguments,
+    }  # fmt: skip
+    args = PreferenceRunConfig(
+        output_dir=str(output_dir), objective=objective, use_cpu=True, save_strategy="no", disable_tqdm=True,
+        **arguments,
+    )  # fmt: skip
+    return PreferenceTrainer(
+        model or make_model(),
+        args,
+        train_dataset=Dataset.from_list(pairs),
+        eval_dataset=Dataset.from_list(eval_pairs) if eval_pairs else None,
+        prior_context=CONTEXT,
+        ref_model=ref_model,
+        callbacks=[Recorder()],
+    )
+
+
+def recorded_forwards(model):
+    """A list that every forward of `model` from here on adds to: positions, gradients on, training mode."""
+    forwards = []
+
+    def record(module, args, kwargs):
+        forwards.append((kwargs["input_ids"].shape[1], torch.is_grad_enabled(), module.training))
+
+    model.register_forward_pre_hook(record, with_kwargs=True)
+    return forwards
+
+
+def rows_per_step(trainer):
+    return [[i for batch in step for i in batch.indices] for step in trainer.get_train_dataloader().batch_sampler]

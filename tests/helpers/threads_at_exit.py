@@ -1,4 +1,4 @@
-"""One of two processes of test_frame.py: it keeps a reference to a process group, as DeepSpeed does, and ends."""
+"""One of two processes of test_training_run.py: it keeps a reference to a process group, as DeepSpeed does, and ends."""
 
 import atexit
 import os

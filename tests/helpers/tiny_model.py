@@ -1,8 +1,20 @@
-"""A random model small enough to load in every test."""
+"""A random model small enough to load in every test, a reward model like it, and files of short answers."""
+
+import json
+from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    PreTrainedTokenizerFast,
+)
+
+from rmipo.generation.answers import Generator, Request
 
 
 def write_model(folder, seed: int = 0):
@@ -52,3 +64,46 @@ def naive_scores(model_dir, pairs: list[dict], release: bool = False) -> dict[st
             for name, value in zip(names, values, strict=True):
                 columns.setdefault(name, []).append(value)
     return {name: torch.tensor(values, dtype=torch.float64) for name, values in columns.items()}
+
+
+def write_reward_model(folder: Path, seed: int = 0, **config) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    write_model(folder)  # for its tokenizer
+    (folder / "model.safetensors").unlink()
+    torch.manual_seed(seed)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = {"vocab_size": 25, "max_position_embeddings": 128, "num_labels": 1, "pad_token_id": None} | sizes | config
+    LlamaForSequenceClassification(LlamaConfig(**config)).save_pretrained(folder)
+    return folder
+
+
+def reward_alone(folder: Path, prompt: str, answer: str) -> float:
+    """One dialogue without padding: the score at its last token, from the layers themselves."""
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), LlamaForSequenceClassification.from_pretrained(folder)
+    words = ["<s>", "<user>", *prompt.split(), "<assistant>", *answer.split(), "</s>"]
+    with torch.no_grad():
+        hidden = model.model(torch.tensor([tokenizer.convert_tokens_to_ids(words)])).last_hidden_state
+        return model.score(hidden[0, -1]).item()
+
+
+SETTINGS = {"dtype": "float32", "engine": "transformers", "max_new_tokens": 12, "batch_size": 4, "temperature": 1.0}
+
+
+def requests(count: int) -> list[Request]:
+    words = [" ".join(f"w{(3 * i + j) % 20}" for j in range(1 + i % 5)) for i in range(count)]
+    return [Request(f"q{i}", [{"role": "user", "content": text}]) for i, text in enumerate(words)]
+
+
+def generate(model_dir, requests: list[Request], path, settings: dict) -> list[str]:
+    with Generator(model_dir, settings) as generator:
+        return generator.answer(requests, path)
+
+
+def other_versions(path, engine: str) -> dict[str, str]:
+    """Make an answers file one that another machine wrote; returns the versions that it had."""
+    header, *answers = path.read_text().splitlines()
+    versions = {engine: "0.30.0", "torch": "2.13.0+cu130", "transformers": "5.10.4"}
+    header = json.loads(header)
+    header["versions"], header["decoding"]["engine"] = versions, engine
+    path.write_text("\n".join([json.dumps(header), *answers]) + "\n")
+    return versions

@@ -22,8 +22,7 @@ from rmipo.run.callbacks import StopOnSignal
 from rmipo.training import checkpoints
 from rmipo.training.distributed import gather, gather_columns, on_main_process
 from rmipo.training.metrics import NonFiniteLossError
-from tests.helpers.small_models import make_model, make_pairs
-from tests.helpers.trainers import make_trainer
+from tests.helpers.small_models import make_model, make_pairs, make_trainer
 
 WITH_STATISTICS = ("alpha-dpo", "beta-dpo", "epsilon-dpo")
 DEALT = ("kto", "cpo", "alpha-dpo", "simpo")
@@ -68,7 +67,7 @@ def gradients(output: Path, max_tokens: int | None) -> tuple[dict[str, torch.Ten
 
 def reference_columns(output: Path, model_folder: Path) -> tuple[float, dict[str, torch.Tensor]]:
     """DPO's first loss, log 2 if its reference's scores lie beside their pairs, and those scores."""
-    model = make_model("llama").from_pretrained(model_folder)
+    model = make_model().from_pretrained(model_folder)
     trainer = make_trainer(
         output, PAIRS, {"name": "dpo", "beta": 1.0}, model=model, max_steps=1, reference_cache_dir=str(output / "cache")
     )
@@ -78,7 +77,7 @@ def reference_columns(output: Path, model_folder: Path) -> tuple[float, dict[str
 def running_statistics(output: Path, name: str) -> dict[str, float]:
     """The objective's state after a step of global micro-batches of four pairs."""
     processes = int(os.environ.get("WORLD_SIZE", 1))
-    model = make_model("llama")
+    model = make_model()
     reference_model = copy.deepcopy(model) if name == "epsilon-dpo" else None
     for parameter in model.parameters():
         parameter.data *= 1.1
@@ -97,7 +96,7 @@ def dealt(output: Path, name: str) -> list:
     found = []
     for regroups in ("as the objective says", "nothing"):
         trainer = make_trainer(
-            output, PAIRS, {"name": name, "beta": 0.1}, model=make_model("llama"),
+            output, PAIRS, {"name": name, "beta": 0.1}, model=make_model(),
             global_batch_size=13, per_device_train_batch_size=2 if name == "cpo" else 3,
         )  # fmt: skip
         if "reference" in trainer.objective.needs:
@@ -119,7 +118,7 @@ def dealt(output: Path, name: str) -> list:
 
 def bad_loss_of_one_process(output: Path) -> tuple[str, list[int]]:
     """One pair has a token without a finite embedding: what each process says, and its own rows with a bad loss."""
-    model = make_model("llama")
+    model = make_model()
     model.model.embed_tokens.weight.data[60] = float("nan")
     sides = ("prompt_ids", "chosen_ids", "rejected_ids")
     pairs = [

@@ -1,5 +1,6 @@
-"""`make train`: what it runs, and what it refuses."""
+"""`make train`: what it runs, what it refuses, and a sharded run of two processes as users start it."""
 
+import json
 import os
 import re
 import signal
@@ -7,12 +8,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
 from rmipo.launch import choices, pipeline, train
 from rmipo.recipe.load import ConfigError, load_recipe
-from tests.helpers.paths import ROOT
 from tests.helpers.programs import run_here
+from tests.helpers.twins import assert_same_run, changed, finish, last_step, make_twin
 
 
 def make(repository, *arguments):
@@ -233,36 +235,54 @@ def test_a_finished_run_is_started_again_to_compare_data_and_model_and_queued_on
 
 
 SETTING_ALONE = ("launch", "plan", "doctor", "compare", "sweep", "smoke", "pairs", "online")
-MODEL_OR_FOLDER = ("evaluate", "samples", "table", "figure", "reproduce")  # these know benchmarks, which read YAML
+MODEL_OR_FOLDER = ("evaluate", "samples", "table", "figure", "reproduce")
 
 
 @pytest.mark.parametrize("script", SETTING_ALONE + MODEL_OR_FOLDER)
-def test_wrong_choices_are_refused_before_anything_heavy_is_imported(script):
-    heavy = {"torch", "transformers", "matplotlib"} | ({"yaml"} if script not in MODEL_OR_FOLDER else set())
-    code = (
-        "import runpy, sys\n"
-        f"try: runpy.run_path('scripts/{script}.py', run_name='__main__')\n"
-        f"except SystemExit as end: print(end.code, {heavy} & sys.modules.keys())"
-    )
-    given = {"MODEL": "llama3", "N": "7", "TABLE": "7"}
-    environment = os.environ | given
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
-    exit_code, imported = done.stdout.split()
-    assert (exit_code, imported) == ("2", "set()")
-    assert re.search("MODEL='?llama3'? (is|has no)", done.stderr) and "llama3-8b-instruct" in done.stderr, done.stderr
+def test_a_model_that_is_none_is_refused(script):
+    done = run_here(script, env={"MODEL": "llama3", "N": "7", "TABLE": "7"})
+    assert done.code == 2 and done.out == ""
+    assert re.search("MODEL='?llama3'? (is|has no)", done.err) and "llama3-8b-instruct" in done.err, done.err
 
 
 @pytest.mark.parametrize(
     ("script", "variable"),
-    [
-        ("online", "DATA"),
-        ("pairs", "DRY"),
-        ("compare", "SLURM"),
-        ("compare", "DATA"),
-        ("sweep", "SLURM"),
-        ("smoke", "DATA"),
-    ],
+    [("online", "DATA"), ("pairs", "DRY"), ("compare", "DATA"), ("sweep", "SLURM"), ("smoke", "DATA")],
 )
 def test_a_variable_that_a_command_cannot_follow_is_refused(script, variable):
     done = run_here(script, env={"MODEL": "tiny", "METHOD": "simpo", variable: "1"})
     assert done.code == 2 and done.err.startswith(f"error: {variable}: ")
+
+
+SETTING = "base: ../tiny/rmipo.yaml\noutput_dir: outputs/twin/rmipo\n"
+
+
+@pytest.mark.slow
+def test_a_zero3_run_is_stopped_and_goes_on_by_the_same_command(repository, tmp_path):
+    overrides = make_twin(tmp_path, "tiny/rmipo", "llama3", "on_policy_ultrafeedback")
+    overrides = changed(overrides, max_steps=12, save_strategy="steps", save_steps=12, global_batch_size=8)
+    finish(overrides, tmp_path / "whole", 2)
+    (repository / "recipes/twin").mkdir()
+    (repository / "recipes/twin/rmipo.yaml").write_text(SETTING)
+    out = repository / "outputs/twin/rmipo"
+    environment = os.environ | {"PYTHONPATH": str(repository), "DS_ACCELERATOR": "cpu"}
+    environment |= {"MODEL": "twin", "SHARDING": "zero3", "GPUS": "2", "ARGS": " ".join(overrides)}
+
+    def start():
+        streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        return subprocess.Popen(["make", "train"], cwd=repository, env=environment, **streams)
+
+    run = start()
+    while not last_step(out) >= 3:
+        assert run.poll() is None, run.stdout.read()
+    (launcher,) = psutil.Process(run.pid).children()
+    launcher.send_signal(signal.SIGTERM)
+    output, _ = run.communicate()
+    assert "--config_file configs/accelerate/zero3.yaml --num_processes 2" in output
+    assert "stopped by a signal at step" in output and "rmipo ended with exit code 75" in output, output[-3000:]
+    assert not json.loads((out / "run.json").read_text())["finished"]
+    run = start()
+    output, _ = run.communicate()
+    assert run.returncode == 0 and "resuming from" in output, output[-3000:]
+    assert json.loads((out / "run.json").read_text())["starts"] == 2
+    assert_same_run(out, tmp_path / "whole")

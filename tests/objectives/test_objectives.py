@@ -11,12 +11,9 @@ from torch.nn.functional import logsigmoid
 from rmipo.objectives import OBJECTIVES, ObjectiveOutput, PairScores, build_objective
 from rmipo.objectives.rmipo import pmi, rmipo_loss, scheduled_margin
 from rmipo.recipe.files import merge, read_layers
-from tests.helpers.pair_scores import CASES, batch, case_scores, settled
+from tests.helpers.pair_scores import CASES, batch, case_scores, scores_of, settled
 from tests.helpers.paths import ROOT
-from tests.references import losses as reference
 
-# Not supported: rmipo_pmi_tail (an n-1 denominator without the rest of the released code) is no arm of any table.
-# kto_pair_sum and rmipo_times_beta need no option of their own: weights of 2, and bounds multiplied by beta.
 ALPHA = {"name": "alpha-dpo", "beta": 2.5, "gamma_beta_ratio": 0.6, "alpha": 0.2}
 SLIC, CPO = {"name": "slic", "delta": 1, "sft_weight": 0.1}, {"name": "cpo", "beta": 0.1}
 BETA, EPSILON = {"name": "beta-dpo", "beta": 0.1, "alpha": 0.6}, {"name": "epsilon-dpo", "beta": 0.1, "epsilon": 0.02}
@@ -35,7 +32,6 @@ GOLDEN = {
     "cpo": (CPO, 1.073347, 1.854355),
     "cpo_nll_sum": ({**CPO, "sft_normalization": "sequence"}, 1.873347, 4.854355),
     "kto": ({"name": "kto", "beta": 0.1}, 0.491251, 0.507499),
-    "kto_pair_sum": ({"name": "kto", "beta": 0.1, "desirable_weight": 2, "undesirable_weight": 2}, 0.982503, 1.014998),
     "simpo": ({"name": "simpo", "beta": 2, "gamma": 1}, 0.798139, 2.126928),
     "simpo_no_ln": ({"name": "simpo", "beta": 0.1, "gamma": 1, **SUMS}, 1.284178, 1.541008),
     "alpha_dpo": (ALPHA, 1.313262, 2.350207, settled(0.05, 0.25)),
@@ -51,7 +47,6 @@ GOLDEN = {
     "rmipo": (RMIPO, 1.014616, 2.671645),
     "rmipo_paper_sum_pmi": ({**RMIPO, "pmi_normalization": "sequence"}, 0.682328, 2.671645),
     "rmipo_code": (RMIPO | RELEASE, 2.160332, 4.214884),
-    "rmipo_times_beta": ({**RMIPO, "gamma_min": 0.6, "gamma_max": 3.2}, 2.064399, 4.214884),
     "rmipo_linear": ({**RMIPO, "schedule": "linear"}, 1.083241, 2.671645),
     "rmipo_cosine": ({**RMIPO, "schedule": "cosine"}, 1.149259, 2.671645),
     "rmipo_none": ({**RMIPO, "schedule": "constant"}, 0.770957, 2.083021),
@@ -74,18 +69,12 @@ def test_golden_values(variant, case):
     assert objective(scores, state).losses.item() == pytest.approx(expected["AB".index(case)], abs=6e-7)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_batches_match_the_independent_reference(dtype):
-    """test_objectives_trl.py has the other methods."""
-    pairs, scores = batch(dtype=dtype)
-    expected = {
-        "slic": ({"delta": 2, "sft_weight": 0.5}, [reference.slic(*pair, 2, 0.5) for pair in pairs]),
-        "simper": ({}, [reference.simper(*pair) for pair in pairs]),
-        "rmipo": ({"beta": 3, "gamma_min": 0, "gamma_max": 2}, [reference.rmipo(*pair, 3, 0, 2) for pair in pairs]),
-    }
-    for name, (hyperparameters, losses) in expected.items():
-        found = build_objective({"name": name, **hyperparameters})(scores).losses
-        torch.testing.assert_close(found, torch.tensor(losses, dtype=dtype), msg=lambda m, n=name: f"{n}: {m}")
+@pytest.mark.parametrize("name", ["slic", "simper", "rmipo"])
+def test_a_batch_has_the_losses_of_its_pairs(name):
+    """So that golden values of single pairs hold for batches. test_objectives_trl.py has the other methods."""
+    pairs, scores = batch()
+    objective = build_objective({"name": name})
+    torch.testing.assert_close(objective(scores).losses, torch.cat([objective(scores_of([p])).losses for p in pairs]))
 
 
 def test_rewards_are_the_methods_own_without_the_margin():
@@ -300,8 +289,6 @@ def test_epsilon_dpo_follows_the_perturbed_policies():
 @pytest.mark.parametrize(
     ("block", "named"),
     [
-        ({"beta": 2.0}, ["objective.name"]),
-        ({"name": "simp0"}, ["objective.name is 'simp0'", "simpo"]),
         (
             {"name": "rmipo", "gama_min": 1, "schedule": "step", "beta": -1, "span": "2", "length_normalization": 1},
             ["objective.gama_min", "gamma_min", "objective.schedule is 'step'", "objective.beta is -1",
@@ -309,7 +296,6 @@ def test_epsilon_dpo_follows_the_perturbed_policies():
         ),
         ({"name": "rmipo", "gamma_min": 1.7, "gamm": 1}, ["objective.gamma_min is 1.7", "gamma_max", "objective.gamm "]),
         ({"name": "rmipo", "fidelity": "release", "prior_context": "bos"}, ["objective.prior_context is 'bos'"]),
-        ({"name": "rmipo", "span": 4.0}, ["objective.span is 4.0"]),
     ],
 )  # fmt: skip
 def test_errors_name_every_wrong_key_at_once(block, named):
@@ -386,21 +372,17 @@ def test_alpha_dpo_keeps_its_margin_without_length_normalization():
     _, scores = batch(count=6)
     for setting in ("mistral-7b-instruct", "llama3-8b-instruct"):
         margins = []
-        for path in ("methods/alpha-dpo.yaml", "ablations/table5-alpha-dpo.yaml"):
-            overlay = read_recipe(path)
-            margins.append(
-                build_objective(overlay["objective"] | overlay["per_setting"][setting]["objective"])(scores).gamma
-            )
+        for overlay in map(read_recipe, ("methods/alpha-dpo.yaml", "ablations/table5-alpha-dpo.yaml")):
+            block = overlay["objective"] | overlay["per_setting"][setting]["objective"]
+            margins.append(build_objective(block)(scores).gamma)
         torch.testing.assert_close(margins[0].mean(), margins[1].mean())
         torch.testing.assert_close(margins[0].std(), margins[1].std())
 
 
 def test_the_loglik_signal_is_per_token_where_rewards_are_sums():
     _, scores = batch()
-    gammas = [
-        build_objective({"name": "rmipo", "signal": "loglik", **reward})(scores).gamma for reward in (MEANS, SUMS)
-    ]
-    torch.testing.assert_close(*gammas)
+    means, sums = (build_objective({"name": "rmipo", "signal": "loglik", **reward}) for reward in (MEANS, SUMS))
+    torch.testing.assert_close(means(scores).gamma, sums(scores).gamma)
 
 
 def test_shuffled_margins_are_those_of_other_pairs():
@@ -414,28 +396,6 @@ def test_shuffled_margins_are_those_of_other_pairs():
 
 def t(*values):
     return torch.tensor(values, dtype=torch.float64)
-
-
-@pytest.mark.parametrize(
-    ("block", "expected"),
-    [
-        ({"name": "cpo", "sft_weight": 0.1}, {"nll": 0.4}),
-        ({"name": "epsilon-dpo"}, {"beta": 0.01, "k_plus": 1, "k_minus": 0}),
-        ({"name": "kto", "beta": 0.5}, {"z_ref": 0.5 * 0.1}),
-        ({"name": "alpha-dpo", "alpha": 0.3}, {"gap_mean": 0.5, "gap_std": 0.25, "alpha_over_std": 1.2}),
-        # 0.7 is the gap of the pair, which is not left out without a draw.
-        (
-            {"name": "beta-dpo", "alpha": 0.4},
-            {"gap_mean": 0.5, "gap_std": 0.25, "kept": 1, "beta": 0.1 * (1 + 0.4 * (0.7 - 0.5))},
-        ),
-    ],
-    ids=lambda value: value.get("name", ""),
-)
-def test_what_is_logged(block, expected):
-    objective = build_objective(block)
-    state = settled(0.5, 0.25) if "gap_mean" in expected else None
-    summary = objective.summarize(objective(case_scores("A"), state).diagnostics)
-    assert summary == pytest.approx({f"{objective.name}/{key}": value for key, value in expected.items()})
 
 
 def test_the_summary_of_rmipo_by_hand():

@@ -97,16 +97,12 @@ def test_kto_trainer(tmp_path, tokenizer, models):
     assert out.losses.mean().item() == pytest.approx(trl_loss(trainer, batch), rel=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("options", "block"),
-    [
-        ({"loss_type": "sigmoid", "beta": 0.3, "cpo_alpha": 0.7}, {"name": "cpo", "beta": 0.3, "sft_weight": 0.7}),
-        (
-            {"loss_type": "simpo", "beta": 2.5, "simpo_gamma": 1.25, "cpo_alpha": 0.0},
-            {"name": "simpo", "beta": 2.5, "gamma": 1.25},
-        ),
-    ],
-)
+CPO = {"loss_type": "sigmoid", "beta": 0.3, "cpo_alpha": 0.7}, {"name": "cpo", "beta": 0.3, "sft_weight": 0.7}
+WITHOUT_SFT = {"simpo_gamma": 1.25, "cpo_alpha": 0.0}
+SIMPO = {"loss_type": "simpo", "beta": 2.5, **WITHOUT_SFT}, {"name": "simpo", "beta": 2.5, "gamma": 1.25}
+
+
+@pytest.mark.parametrize(("options", "block"), [CPO, SIMPO])
 def test_cpo_trainer(tmp_path, tokenizer, models, options, block):
     policy = models[0]
     args = CPOConfig(**arguments(tmp_path, **options))
@@ -114,8 +110,7 @@ def test_cpo_trainer(tmp_path, tokenizer, models, options, block):
     batch = next(iter(trainer.get_train_dataloader()))
     sides = []
     for side in ("chosen", "rejected"):
-        labels = batch[f"{side}_labels"]
-        mask = labels != -100
+        mask = batch[f"{side}_labels"] != -100
         sides.append(response_logps(policy, batch[f"{side}_input_ids"], batch[f"{side}_attention_mask"], mask))
     (chosen, chosen_lengths), (rejected, rejected_lengths) = sides
     scores = PairScores(chosen, rejected, chosen_lengths, rejected_lengths)

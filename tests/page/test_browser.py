@@ -35,9 +35,6 @@ class Reader:
     def find(self, selector: str):
         return self.driver.find_element("css selector", selector)
 
-    def press(self, *keys: str) -> None:
-        self.driver.switch_to.active_element.send_keys(*keys)
-
     def type(self, selector: str, text: str) -> None:
         self.find(selector).clear()
         self.find(selector).send_keys(text)
@@ -81,17 +78,6 @@ def reader(driver, page):
 @pytest.fixture(scope="module")
 def summary(page) -> dict:
     return json.loads(re.search(r'id="summary">(.*?)</script>', page.read_text("utf-8"), re.DOTALL)[1])
-
-
-def test_sorting(reader):
-    assert reader.open_pair() == 1 and reader.shown() == 150
-    for title in ("ΔPMI", "γ", "r", "|y| chosen", "r after"):
-        reader.sort(title)
-        rising = reader.numbers(title)
-        assert rising == sorted(rising) and rising[0] < rising[-1] and len(rising) >= 100
-        reader.sort(title)
-        falling = reader.numbers(title)
-        assert falling == sorted(falling, reverse=True) and falling[0] > rising[0]
 
 
 def test_filters_and_their_combination(reader, summary):
@@ -149,31 +135,6 @@ def test_the_controls_recompute_what_training_would(reader, summary, schedule, r
     assert yaml.safe_load(reader.find("#recipe").text)["objective"] == block
     reader.find("#reset").click()
     assert reader("return settings") == summary["objective"]
-
-
-def test_keys_scrolling_and_search(reader, pairs):
-    right, left = "\ue014", "\ue012"
-    reader.press(right, right)
-    assert reader.open_pair() == 3
-    reader.press(left, left, left)
-    assert reader.open_pair() == 150 and "150" in reader.find("#list .open").text.split()[0]
-    reader.driver.execute_async_script(
-        "const list = document.querySelector('#list'); list.scrollTop = list.scrollHeight;"
-        "requestAnimationFrame(() => requestAnimationFrame(() => arguments[0]()))"
-    )
-    assert len(reader.column("pair")) == 150  # the table grows as it is scrolled
-    reader.press("/")
-    for field in ("prompt", "chosen", "rejected"):
-        wanted = " ".join(pairs[7][field].split()[:4])
-        reader.type("#search", wanted)
-        found = [int(text.split()[0]) for text in reader.column("pair")]
-        texts = [" \n ".join(pair.values()) for pair in pairs[:150]]
-        assert found == [i + 1 for i, text in enumerate(texts) if wanted in text] and 8 in found
-    before = reader.open_pair()
-    reader.press(left)  # moves the cursor in the text
-    assert reader.open_pair() == before
-    reader.type("#search", "no such text")
-    assert reader.shown() == 0 and not reader.find("#pair").is_displayed()
 
 
 def test_one_pair_shows_its_tokens_its_cuts_and_another_prompt(reader, page, summary):

@@ -8,15 +8,13 @@ import re
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset, load_dataset
+from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rmipo import RMiPOConfig, look
+from rmipo import look
 from rmipo.data.chat import ChatFormat
 from rmipo.page.look import findings
-from rmipo.training import parts
 from tests.helpers.programs import run_here
-from tests.helpers.rows import assistant, user
 from tests.references.padded import padded_token_logps
 
 
@@ -26,47 +24,27 @@ def read(page) -> tuple[list[dict], dict]:
     return [json.loads(pair) for pair in re.findall(r'class="pair">(.*?)</script>', text)], json.loads(summary)
 
 
-def check_against_plain_forwards(stored, summary, folder, rows, args) -> None:
-    """Ids are made here by the tokenizer's own template: the prompt's end, then as much of each response as fits."""
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model, end = AutoModelForCausalLM.from_pretrained(folder).float().eval(), tokenizer.eos_token_id
-    context = tokenizer("<|im_start|>assistant\n", add_special_tokens=False)["input_ids"]
-    prompts = []
-    for row in rows:
-        ids = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, return_dict=False)
-        prompts.append(ids if len(ids) <= args.max_prompt_length else ids[len(ids) - args.max_prompt_length :])
-    for number, (line, pair) in enumerate(zip(summary["pairs"], stored, strict=True)):
-        row, prompt = rows[line["row"]], prompts[line["row"]]
-        other = prompts[summary["pairs"][pair["other"]]["row"]]
-        texts = [row[name][0]["content"] for name in ("chosen", "rejected")]
-        both = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
-        both = [[*ids, end][: args.max_length - len(prompt)] for ids in both]
+def test_token_values_equal_plain_forwards(page, pairs, models, args):
+    """A prompt keeps its BOS and its end, a response what fits behind it; another prompt the end that fits before both."""
+    stored, summary = read(page)
+    tokenizer, model = AutoTokenizer.from_pretrained(models[0]), AutoModelForCausalLM.from_pretrained(models[0])
+
+    def ids(text):
+        return tokenizer.convert_tokens_to_ids(text.split())
+
+    prompts = [ids(f"<user> {row['prompt']} <assistant>")[-args.max_prompt_length + 1 :] for row in pairs[:150]]
+    for number in range(0, 150, 5):
+        prompt, other = (ids("<s>") + prompts[which] for which in (number, stored[number]["other"]))
+        both = [ids(f"{pairs[number][side]} </s>")[: args.max_length - len(prompt)] for side in ("chosen", "rejected")]
         foreign = other[-(args.max_length - max(map(len, both))) :]
-        for name, side, ids, sums in zip(("chosen", "rejected"), pair["sides"], both, line["sides"], strict=True):
+        for own, side, sums in zip(both, stored[number]["sides"], summary["pairs"][number]["sides"], strict=True):
             with torch.no_grad():
-                expected = padded_token_logps(model, [(prompt, ids), (context, ids), (foreign, ids)])
+                expected = padded_token_logps(model, [(prompt, own), (ids("<s> <assistant>"), own), (foreign, own)])
             for key, wanted in zip(("given", "prior", "other"), expected, strict=True):
                 found = torch.frombuffer(bytearray(base64.b64decode(side[key])), dtype=torch.float32)
-                torch.testing.assert_close(found, wanted.float(), atol=1e-4, rtol=0, msg=f"{number} {name} {key}")
-            assert sums == pytest.approx([*(float(v.sum()) for v in expected[:2]), len(ids), len(ids)], abs=1e-2)
-            assert "".join(side["tokens"]) == tokenizer.decode(ids) and len(side["tokens"]) == len(ids)
-            assert (len(side["tokens"]) - 1 in side["special"]) == (side["lost"] == 0)
-
-
-@pytest.mark.slow
-def test_token_values_equal_plain_forwards_of_a_real_model(smollm2, shared_data, tmp_path):
-    """Of pairs with several turns, some with cut prompts and some with cut responses."""
-    loaded = load_dataset("json", data_files=str(shared_data / "judged-pairs/train.jsonl.gz"), split="train")
-    rows = [{side: row[side] for side in ("prompt", "chosen", "rejected")} for row in loaded.select(range(8)).to_list()]
-    for number in (1, 3):
-        rows[number]["prompt"] = [*rows[0]["prompt"], *rows[0]["chosen"], *rows[number]["prompt"]]
-    rows[5]["prompt"] = [user("Wie heißt 数学 auf 한국어? 🧮🤖")]
-    args = RMiPOConfig(output_dir=".", report_to="none", bf16=False, max_length=256, max_prompt_length=96)
-    page = look(str(smollm2), Dataset.from_list(rows), args, output=tmp_path / "look.html")
-    stored, summary = read(page)
-    assert 0 < sum(line["cut"] for line in summary["pairs"]) < 8
-    assert any(pair["prompt"]["lost"] for pair in stored) and any(pair["sides"][0]["lost"] for pair in stored)
-    check_against_plain_forwards(stored, summary, smollm2, rows, args)
+                torch.testing.assert_close(found, wanted, atol=1e-4, rtol=0, msg=f"{number} {key}")
+            assert sums == pytest.approx([*(float(v.sum()) for v in expected[:2]), len(own), len(own)], abs=1e-2)
+            assert (len(own) - 1 in side["special"]) == (side["lost"] == 0)
 
 
 def test_what_is_dropped_cut_and_alike_is_counted(page, pairs):
@@ -121,22 +99,6 @@ def test_pairs_are_scored_in_the_precision_of_the_training(models, pairs, args, 
         _, summary = read(look(models[0], rows, dataclasses.replace(args, bf16=bf16), output=tmp_path / "look.html"))
         sides.append(np.array([line["sides"] for line in summary["pairs"]]))
     assert 1e-3 < np.abs(sides[0] - sides[1]).max() < 1
-
-
-def test_any_format_and_tokenised_rows_make_the_same_page(models, pairs, args, tmp_path):
-    texts = Dataset.from_list(pairs[:6])
-    turns = [
-        row | {side: [user(row["prompt"]), assistant(row[side])] for side in ("chosen", "rejected")}
-        for row in pairs[:6]
-    ]
-    tokenizer, source = AutoTokenizer.from_pretrained(models[0]), parts.source_of(models[0])
-    ids = parts.TokenizedPairs({"train": texts}, tokenizer, args, source).splits["train"]
-    numbers = []
-    for rows in (texts, Dataset.from_list(turns), ids):
-        model = AutoModelForCausalLM.from_pretrained(models[0]) if rows is ids else models[0]
-        _, summary = read(look(model, rows, args, output=tmp_path / "look.html"))
-        numbers.append([line["sides"] for line in summary["pairs"]])
-    assert numbers[0] == numbers[1] == numbers[2]
 
 
 def test_a_sample_is_the_same_each_time_and_names_rows_of_the_data(models, pairs, args, tmp_path):

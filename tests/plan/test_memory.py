@@ -155,7 +155,7 @@ def test_quantized_and_frozen_weights():
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs/deepspeed").glob("*.json")), ids=lambda path: path.stem)
 def test_deepspeed_sums_gradients_in_float32_as_the_plan_counts(path):
-    """Its default is the weights' dtype, bfloat16. tests/training/test_mixed_precision.py measures the bytes."""
+    """Its default is the weights' dtype, bfloat16. tests/training/test_sharded.py measures the bytes."""
     assert json.loads(path.read_text())["data_types"] == {"grad_accum_dtype": "fp32"}
     gradients, masters, moments = 4, 4, 8
     assert STATE_BYTES["zero3"](1)[1] == STATE_BYTES["zero2"](1)[1] - 2 == gradients + masters + moments

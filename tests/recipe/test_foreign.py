@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from rmipo.recipe.load import load_recipe
-from tests.helpers.recipes import problems
+from tests.helpers.programs import problems
 
 HANDBOOK = Path(__file__).parent / "foreign"
 

@@ -1,13 +1,18 @@
-"""Recipes: layers, types, the global batch; and every way of getting one wrong."""
+"""Recipes: layers, types, the global batch, every way of getting one wrong; shipped ones hold the paper's values."""
 
 import json
+from pathlib import Path
 
 import pytest
 import yaml
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from rmipo.recipe.files import parse_overrides
+from rmipo.launch.choices import choose_stages
+from rmipo.recipe.files import parse_overrides, read_yaml
 from rmipo.recipe.load import load_recipe
-from tests.helpers.recipes import problems
+from tests.helpers.paths import ROOT
+from tests.helpers.programs import edited_recipes, problems
+from tests.helpers.rows import assistant, user
 
 RECIPE = {
     "model_name_or_path": "some/model",
@@ -127,16 +132,14 @@ def test_values_are_read_as_they_are_meant_and_kept_as_they_are_written(write):
     "override",
     [
         # No key, a wrong type, another objective's key
-        "override", "--learning_rat=1", "--learning_rate=fast", "--max_length=2.5", "--attention=flash", "--datasets=all",
-        "--beta=2", "--objective=rmipo", "--objective.gamma_beta_ratio=0.5", "--objective.name=grpo",
-        "--chat_template=none.jinja",
+        "override", "--learning_rat=1", "--max_length=2.5", "--attention=flash", "--beta=2", "--objective=rmipo",
+        "--objective.gamma_beta_ratio=0.5", "--objective.name=grpo", "--chat_template=none.jinja",
         # Missing, contradicting or refused
         "--model_name_or_path=null", "--datasets=[]", "--max_length=1800", "--gradient_accumulation_steps=4",
         "--auto_find_batch_size", "--bf16_full_eval", "--lora_r=8", "--use_dora=true", "--resume_from_checkpoint=x",
         "--hub_token=anything", "--label_smoothing_factor=0.1", "--dataloader_drop_last=true",
         # Out of range
-        "--max_dropped_fraction=2", "--global_batch_size=0", "--generation_samples=-1", "--max_tokens_per_micro_batch=0",
-        "--max_prompt_length=0",
+        "--max_dropped_fraction=2", "--global_batch_size=0", "--max_tokens_per_micro_batch=0",
     ],
 )  # fmt: skip
 def test_each_mistake_is_named(recipe, override):
@@ -155,15 +158,6 @@ def test_each_mistake_is_named(recipe, override):
 def test_mistakes_in_a_mixture_name_the_entry(write, entries, named):
     path = write("rmipo.yaml", {key: value for key, value in RECIPE.items() if not key.startswith("dataset")})
     assert named in problems(path, overrides=[f"--datasets={entries}"])
-
-
-def test_all_mistakes_are_reported_at_once_with_their_file(write, recipe):
-    overlay = write("overlay.yaml", {"max_lenght": 10, "per_device_train_batch_size": "two"})
-    overrides = ["--objective.gamma", "1", "--seed", "x", "--max_length", "100", "--gamma_beta_ratio", "1"]
-    text = problems(recipe, [overlay], overrides)
-    named = [f"{overlay}: max_lenght", "max_length?", f"{overlay}: per_device_train_batch_size", "command line: seed"]
-    named += ["max_prompt_length", "objective.gamma ", "command line: gamma_beta_ratio"]
-    assert text.startswith(f"{recipe} ") and [part for part in named if part not in text] == []
 
 
 @pytest.mark.parametrize(
@@ -203,3 +197,99 @@ def test_liger_replaces_all_but_the_lm_head(recipe):
     assert liger["rms_norm"] and not any(
         liger[name] for name in ("rope", "fused_linear_cross_entropy", "cross_entropy")
     )
+
+
+RECIPES = ROOT / "recipes"
+EDITED = edited_recipes()  # a user's own, which may say what they like
+LEARNING_RATES = {"llama3-8b-base": 6e-7, "llama3-8b-instruct": 1e-6}
+LEARNING_RATES |= {"mistral-7b-base": 3e-7, "mistral-7b-instruct": 5e-7}
+PAPER_SETTINGS = [name for name in LEARNING_RATES if not any(path.startswith(f"recipes/{name}/") for path in EDITED)]
+STAGES = sorted(
+    f"{path.parent.name}/{path.name}"
+    for stage in ("sft", "rmipo")
+    for path in RECIPES.glob(f"*/{stage}.yaml")
+    if path.parent.name != "sweeps" and path.relative_to(ROOT).as_posix() not in EDITED
+)
+OVERLAYS = sorted(
+    str(path.relative_to(RECIPES))
+    for folder in ("methods", "ablations", "adapters")
+    for path in RECIPES.glob(f"{folder}/*.yaml")
+)
+
+
+@pytest.mark.parametrize("path", STAGES)
+def test_recipe_loads_and_divides_over_common_hardware(path):
+    recipe = load_recipe(RECIPES / path)
+    assert recipe.stage == ("sft" if path.endswith("sft.yaml") else "preference")
+    for gpus in (1,) if recipe.values.get("use_cpu") else (1, 2, 4, 8, 16):
+        size, accumulation = recipe.batch(gpus)
+        assert size == recipe.values["per_device_train_batch_size"] * gpus * accumulation
+    assert recipe.values["output_dir"] == f"outputs/{path.removesuffix('.yaml')}"
+    assert recipe.values["seed"] == 42
+    assert f"make train MODEL={Path(path).parent}" in (RECIPES / path).read_text()
+
+
+@pytest.mark.parametrize("name", PAPER_SETTINGS)
+def test_rmipo_recipes_hold_the_papers_values(name):
+    values = load_recipe(RECIPES / name / "rmipo.yaml").values
+    objective = {"name": "rmipo", "beta": 2.0, "gamma_min": 0.3, "gamma_max": 1.6}
+    assert objective.items() <= values["objective"].items()
+    expected = {
+        "learning_rate": LEARNING_RATES[name], "global_batch_size": 128, "num_train_epochs": 1, "max_length": 2048,
+        "max_prompt_length": 1800, "lr_scheduler_type": "cosine", "warmup_steps": 0.1, "optim": "adamw_torch_fused",
+        "bf16": True, "activation_checkpointing": True, "report_to": "wandb",
+    }  # fmt: skip
+    assert expected.items() <= values.items()
+
+
+@pytest.mark.parametrize("name", [name for name in PAPER_SETTINGS if name.endswith("base")])
+def test_sft_recipes_follow_zephyr(name):
+    values = load_recipe(RECIPES / name / "sft.yaml").values
+    expected = {
+        "dataset_name": "HuggingFaceH4/ultrachat_200k", "dataset_train_split": "train_sft",
+        "dataset_test_split": "test_sft", "learning_rate": 2e-5, "global_batch_size": 128, "num_train_epochs": 1,
+        "max_length": 2048, "warmup_steps": 0.1, "lr_scheduler_type": "cosine", "packing": True,
+    }  # fmt: skip
+    assert expected.items() <= values.items()
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_overlays_fit_every_setting(overlay):
+    settings = {path.parent.name for path in RECIPES.glob("*/rmipo.yaml")}
+    assert read_yaml(RECIPES / overlay).get("per_setting", {}).keys() <= settings
+    for name in {Path(path).parent.name for path in STAGES if path.endswith("rmipo.yaml")}:
+        recipe = load_recipe(RECIPES / name / "rmipo.yaml", [RECIPES / overlay])
+        recipe.batch(2)
+        if overlay.startswith("methods/"):
+            assert recipe.values["objective"]["name"] == Path(overlay).stem
+
+
+@pytest.mark.parametrize(
+    ("name", "prompt", "end"),
+    [
+        ("zephyr", "<s><|system|>\nBe brief.</s>\n<|user|>\n2+2?</s>\n<|assistant|>\n", "</s>"),
+        (
+            "llama3",
+            "<s><|start_header_id|>system<|end_header_id|>\n\nBe brief.<|eot_id|>"
+            "<|start_header_id|>user<|end_header_id|>\n\n2+2?<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
+            "<|eot_id|>",
+        ),
+    ],
+)
+def test_templates_write_one_bos_and_one_end_token(name, prompt, end):
+    template = ImmutableSandboxedEnvironment().from_string((RECIPES / f"templates/{name}.jinja").read_text())
+    messages = [{"role": "system", "content": "Be brief."}, user("2+2?")]
+    tokens = {"bos_token": "<s>", "eos_token": "</s>"}
+    assert template.render(messages=messages, add_generation_prompt=True, **tokens) == prompt
+    assert template.render(messages=[*messages, assistant("4")], **tokens) == f"{prompt}4{end}"
+
+
+def test_the_two_recipes_of_anthropic_hh_differ_in_subset_and_folder_alone():
+    setting = "llama3-8b-instruct-hh-{}".format
+    recipes = {s: load_recipe(f"recipes/{setting(s)}/rmipo.yaml").values for s in ("helpful", "harmless")}
+    differing = {key for key in recipes["helpful"] if recipes["helpful"][key] != recipes["harmless"][key]}
+    assert differing == {"datasets", "output_dir"}
+    for subset, values in recipes.items():
+        (entry,) = values["datasets"]
+        assert (entry["path"], entry["data_dir"]) == ("Anthropic/hh-rlhf", f"{subset}-base")
+        assert choose_stages({"MODEL": setting(subset)}) == (setting(subset), ["rmipo"])

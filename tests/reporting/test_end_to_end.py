@@ -1,12 +1,9 @@
 """Every figure by its script, from runs that were trained and evaluated by theirs: on a world of few facts."""
 
-import argparse
 import dataclasses
-import importlib.metadata
 import json
 import os
 import re
-import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -74,20 +71,6 @@ def test_every_figure_is_drawn(outputs, number):
     pixels = imread(outputs / f"reports/{name}.png")
     assert pixels.shape[1] == 1350 and pixels[..., :3].std() > 0.02  # 6.75 inches at 200 dpi, not blank
     assert (outputs / f"reports/{name}.pdf").read_bytes().startswith(b"%PDF")
-
-
-@pytest.mark.parametrize("number", [3, 6, 8])
-def test_figures_of_pairs_say_how_they_were_made(outputs, monkeypatch, number):
-    monkeypatch.chdir(outputs.parent)
-    script = runpy.run_path(str(ROOT / "scripts/figure.py"))
-    given = {"number": number, "model": "tiny", "method": None, "data": None, "split": "test", "max_pairs": 4000}
-    notes = script["FIGURES"][number](
-        argparse.Namespace(outputs=Path("outputs"), metric=None, eval_name="", **given)
-    ).get_supxlabel()
-    for package in ("torch", "transformers"):
-        assert f"{package} {importlib.metadata.version(package)}" in notes.replace("\n", " ")
-    assert "outputs/tiny/world/pairs" in notes and "max_length 128" in notes
-    assert ("REF: score_chosen minus score_rejected" in notes) == (number == 6)
 
 
 def test_figures_and_the_page_show_what_trainings_and_evaluations_found(outputs, monkeypatch):

@@ -4,8 +4,7 @@ import functools
 
 import pytest
 
-from tests.helpers.interrupted_runs import finish
-from tests.helpers.twins import changed, make_twin
+from tests.helpers.twins import changed, finish, make_twin
 
 
 @pytest.fixture(scope="session")

@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from rmipo.record import read_metrics
-from tests.helpers.interrupted_runs import assert_same_run, kill_when, last_step
 from tests.helpers.paths import ROOT
+from tests.helpers.twins import assert_same_run, kill_when, last_step
 
 pytestmark = pytest.mark.slow
 

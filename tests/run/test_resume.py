@@ -16,9 +16,8 @@ from transformers import AutoTokenizer
 from rmipo.record import read_metrics
 from rmipo.run.callbacks import EXIT_STOPPED
 from rmipo.training.checkpoints import MARKER, complete_checkpoints, marked
-from tests.helpers.interrupted_runs import assert_same_run, finish, kill_when, last_step, start
 from tests.helpers.launched import wait_until
-from tests.helpers.twins import changed, make_twin
+from tests.helpers.twins import assert_same_run, changed, finish, kill_when, last_step, make_twin, start
 from tests.helpers.wandb_file import read_history, read_records
 
 PROCESSES = [pytest.param(1, id="one process"), pytest.param(2, id="ZeRO-3 on two", marks=pytest.mark.slow)]

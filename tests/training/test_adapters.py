@@ -14,8 +14,7 @@ from rmipo.record import read_metrics, recorded_run
 from tests.helpers.families import make_tokenizer, save
 from tests.helpers.paths import ROOT
 from tests.helpers.programs import run_here
-from tests.helpers.small_models import make_model, make_pairs
-from tests.helpers.trainers import CONTEXT, make_trainer, rows_per_step
+from tests.helpers.small_models import CONTEXT, make_model, make_pairs, make_trainer, rows_per_step
 from tests.helpers.twins import make_twin, run
 from tests.references.padded import padded_pairs, train
 
@@ -23,7 +22,7 @@ from tests.references.padded import padded_pairs, train
 def with_adapter(dropout=0.0, model=None):
     torch.manual_seed(1)
     config = LoraConfig(r=4, lora_alpha=8, lora_dropout=dropout, target_modules="all-linear", task_type="CAUSAL_LM")
-    model = get_peft_model(model or make_model("llama"), config)
+    model = get_peft_model(model or make_model(), config)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:  # PEFT starts them at zero, where the adapter does nothing
             torch.nn.init.normal_(parameter, std=0.05)

@@ -1,19 +1,20 @@
-"""The global batch is the invariant: the same pairs per step whatever the processes and the micro-batch size."""
+"""The global batch is the invariant: the same pairs per step whatever the processes and the micro-batch size.
+
+What is made of tensors lies on their device: shown on `meta`, where tensors have no values, and no device is needed.
+"""
 
 import itertools
 import math
 
 import pytest
 import torch
+from accelerate.utils import send_to_device
 from datasets import Dataset
+from torch.utils.data._utils.pin_memory import pin_memory
 
-from rmipo.training.batching import (
-    MicroBatch,
-    PairDataset,
-    StepSampler,
-    packed_lengths,
-    split_by_tokens,
-)
+from rmipo.training import attention
+from rmipo.training.batching import MicroBatch, PairDataset, StepSampler, packed_lengths, split_by_tokens
+from tests.helpers.small_models import make_pairs
 
 
 def steps(world_size, micro_batch_size, num_pairs=37, global_batch_size=8, epoch=0, seed=3, **tokens):
@@ -122,3 +123,41 @@ def test_a_micro_batch_holds_what_its_objective_needs():
     assert batch.mismatched.input_ids.tolist() == [[1, 2, 2, 20, 1, 0, 0, 21]]
     dataset = {"prompt_ids": [[1, 2, 3], [1]], "chosen_ids": [[1], [1, 2]], "rejected_ids": [[1, 2], [1]]}
     assert packed_lengths(dataset) == [5, 3]
+
+
+META = torch.device("meta")
+
+
+@pytest.fixture
+def micro_batch():
+    dataset = PairDataset(make_pairs(3), {"prior", "mismatched"}, [1, 2])
+    dataset.scores = {f"ref_{side}_logps": torch.zeros(3) for side in ("chosen", "rejected")}
+    return dataset[MicroBatch((0, 1, 2), 3, 3)]
+
+
+def tensors(value):
+    if isinstance(value, torch.Tensor):
+        return [value]
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, tuple | list) else ()
+    return [tensor for part in parts for tensor in tensors(part)]
+
+
+def test_a_micro_batch_moves_with_all_that_is_derived_from_it(micro_batch, monkeypatch):
+    assert len(tensors(micro_batch)) == 3 * 7 + 2
+    assert {tensor.device for tensor in tensors(send_to_device(micro_batch, META))} == {META}
+    assert {tensor.device.type for tensor in tensors(micro_batch)} == {"cpu"}
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor + 1)  # only beside a GPU is there such memory
+    for pinned, tensor in zip(tensors(pin_memory([micro_batch])), tensors(micro_batch), strict=True):
+        assert torch.equal(pinned, tensor + 1)
+    packed = send_to_device(micro_batch, META).pairs.padded(attention.BLOCK)
+    mask = attention.block_mask(packed, 5)
+    derived = [
+        packed.shift_labels,
+        packed.response_lengths,
+        packed.sum_by_response(packed.labels),
+        attention.dense_mask(packed, 5),
+        mask.kv_num_blocks,
+        mask.kv_indices,
+        attention._causal(*torch.zeros(3, 1, 2, 9, 4, device=META), None, window=3),
+    ]
+    assert {tensor.device for tensor in derived} == {META}

@@ -116,7 +116,7 @@ def test_wrong_layouts_are_refused(monkeypatch, four_layers, ours, wrong):
 
 
 def test_scores_that_are_not_finite_are_refused():
-    model = make_model("llama").eval()
+    model = make_model().eval()
     model.model.embed_tokens.weight.data.fill_(float("nan"))
     with pytest.raises(ParityError):
         check_parity(model, model, make_pairs(2), "segment")

@@ -10,8 +10,7 @@ import torch
 
 from rmipo.objectives import PairScores, build_objective
 from tests.helpers.launched import launch
-from tests.helpers.small_models import make_model
-from tests.helpers.trainers import CONTEXT
+from tests.helpers.small_models import CONTEXT, make_model
 from tests.helpers.two_processes_worker import DEALT, PAIRS, WITH_STATISTICS, gradients, running_statistics
 from tests.references.padded import padded_pairs, rmipo_loss
 
@@ -21,7 +20,7 @@ def by_pairs(tmp_path_factory):
     expected, sizes, loss = gradients(tmp_path_factory.mktemp("pairs"), None)
     assert sizes == [2, 2, 2, 2, 2, 2, 1]
     assert max(gradient.abs().max() for gradient in expected.values()) > 0.01
-    model = make_model("llama")
+    model = make_model()
     expected_loss = rmipo_loss(padded_pairs(model, PAIRS, CONTEXT))
     expected_loss.backward()
     assert loss == pytest.approx(expected_loss.item(), abs=2e-5)
@@ -47,7 +46,7 @@ def test_one_process(tmp_path, by_pairs, max_tokens):
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory):
     folder = tmp_path_factory.mktemp("two")
-    make_model("llama").save_pretrained(folder / "model")
+    make_model().save_pretrained(folder / "model")
     run = launch(["tests/helpers/two_processes_worker.py", str(folder)], processes=2, ACCELERATE_USE_CPU="true")
     assert run.wait() == 0, run.output[-4000:]
     assert run.output.count("log-probabilities of the initial policy:   0%") == 1
@@ -62,7 +61,7 @@ def test_two_processes_have_the_gradients_and_references_of_one(two_processes, b
     assert_equal(second, expected)
     assert loss == pytest.approx(expected_loss, abs=1e-6) == same_loss
     with torch.no_grad():
-        expected = padded_pairs(make_model("llama"), PAIRS)
+        expected = padded_pairs(make_model(), PAIRS)
     for found in two_processes:
         loss, scores = found["reference"]
         assert loss == pytest.approx(math.log(2), abs=1e-5)

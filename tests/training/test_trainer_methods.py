@@ -14,8 +14,7 @@ from rmipo.objectives import PairScores, build_objective
 from rmipo.record import read_metrics
 from rmipo.training.packing import pack_pairs, split_pairs
 from rmipo.training.scoring import label_logps, response_logits
-from tests.helpers.small_models import make_model, make_pairs
-from tests.helpers.trainers import CONTEXT, make_trainer, recorded_forwards, rows_per_step
+from tests.helpers.small_models import CONTEXT, make_model, make_pairs, make_trainer, recorded_forwards, rows_per_step
 from tests.references.padded import padded_pairs
 
 BLOCKS = {
@@ -44,14 +43,14 @@ LORA = LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False)
 @pytest.fixture
 def saved_model(tmp_path):
     """Loads the same weights anew, from a folder whose content the reference cache can identify."""
-    make_model("llama").save_pretrained(tmp_path / "initial")
+    make_model().save_pretrained(tmp_path / "initial")
     return lambda: AutoModelForCausalLM.from_pretrained(tmp_path / "initial", attn_implementation="sdpa")
 
 
 @pytest.fixture
 def other_model():
     """A reference unlike the policy: where they are equal, rounding noise decides what some methods do first."""
-    model = make_model("llama")
+    model = make_model()
     torch.manual_seed(1)
     for parameter in model.parameters():
         parameter.data += 0.02 * torch.randn_like(parameter)
@@ -156,7 +155,7 @@ def test_reference_is_scored_once(tmp_path, pairs, saved_model):
         return trainer.train_dataset.scores
 
     with torch.no_grad():
-        expected = padded_pairs(make_model("llama"), pairs)["chosen_logps"].float()
+        expected = padded_pairs(make_model(), pairs)["chosen_logps"].float()
     torch.testing.assert_close(reference_columns()["ref_chosen_logps"], expected, atol=1e-4, rtol=0)
     (file,) = (tmp_path / "cache").iterdir()
     written = file.stat().st_mtime_ns
@@ -192,7 +191,7 @@ def test_with_adapters_the_base_model_is_the_reference(tmp_path, pairs, saved_mo
     trainer.train()
     columns = trainer.train_dataset.scores
     with torch.no_grad():
-        expected = padded_pairs(make_model("llama"), pairs, CONTEXT)[column.removeprefix("ref_")]
+        expected = padded_pairs(make_model(), pairs, CONTEXT)[column.removeprefix("ref_")]
     torch.testing.assert_close(columns[column], expected.float(), atol=1e-4, rtol=0)
     trainer.reference.cache(trainer.train_dataset).unlink()  # it is still there to be scored again
     trainer.reference.add_scores(trainer.train_dataset, resuming=True)
@@ -205,7 +204,7 @@ def test_with_adapters_the_reference_logits_are_the_base_models(tmp_path, pairs,
     with torch.no_grad():
         logits = trainer.reference.logits(packed)
         adapted = response_logits(trainer.model, packed, trainer.model.config)
-        expected = padded_pairs(make_model("llama"), pairs[:2])["chosen_logps"].float()
+        expected = padded_pairs(make_model(), pairs[:2])["chosen_logps"].float()
     assert (adapted - logits).abs().max() > 0.1
     sums = packed.sum_by_response(label_logps(logits, packed.labels))
     torch.testing.assert_close(split_pairs(sums)[0], expected, atol=1e-4, rtol=0)
