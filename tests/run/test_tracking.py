@@ -1,7 +1,6 @@
 """What a run leaves behind: the W&B file, metrics, the run record, curves, sample answers."""
 
 import json
-import os
 import subprocess
 import types
 
@@ -111,7 +110,7 @@ def test_a_record_counts_starts_and_keeps_its_wandb_run(tmp_path):
     assert started.items() > {**identity, "finished": False, "data": {"rows": 3}, "folder": str(tmp_path)}.items()
     assert (started["versions"]["torch"], started["versions"]["trl"]) == (torch.__version__, trl.__version__)
     if not torch.cuda.is_available():
-        assert started["hardware"] == [f"{os.cpu_count()} CPU cores ({os.uname().machine})"]
+        assert started["hardware"] == environment()["hardware"]
     again = new_record(tmp_path, identity)
     assert again["starts"] == 2 and again["wandb_run_id"] == started["wandb_run_id"]
     assert new_record(tmp_path / "other", identity)["wandb_run_id"] != started["wandb_run_id"]
