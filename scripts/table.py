@@ -49,7 +49,7 @@ def main() -> None:
             name = f"table-{'-'.join(benches)}"
         filled = fill(table, args.outputs, args.differences, args.eval_name, args.against or OURS)
         texts = {suffix: form(filled) for suffix, form in FORMATS.items()}
-    name = "-".join(filter(None, [name, args.model, args.eval_name]))
+    name = "-".join(filter(None, [name, Path(args.model).name, args.eval_name]))
     for suffix, text in texts.items():
         write_atomically(args.outputs / "reports" / f"{name}.{suffix}", text)
     print(f"{texts['md']}\nWritten to {args.outputs}/reports/{name}.{{{','.join(texts)}}}")

@@ -37,7 +37,7 @@ def test_pairs_say_what_is_asked_and_answered(block, tmp_path):
         assert tuple(pair[side][0]["content"].strip() for side in ("chosen", "rejected")) == answers
         assert unusable_pair(pair["prompt"], pair["chosen"], pair["rejected"]) is None
         ChatFormat.probe(make_tokenizer("llama3")).pair_ids(pair["prompt"], pair["chosen"], pair["rejected"])
-    assert len(rows("pairs")) == 4
+    assert len(rows("pairs")) >= 4
 
 
 @pytest.mark.parametrize("block", rows("dialogues"))

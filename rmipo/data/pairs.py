@@ -34,7 +34,7 @@ def tokenize_pairs(
     """Render, tokenise and cut pairs; drop the unusable ones.
 
     A prompt keeps its end up to `max_prompt_length` tokens, BOS included; each response is cut to what then fits in
-    `max_length` and so loses its end token (DESIGN: unlike the authors' release, which cuts to a fixed length).
+    `max_length` and so loses its end token. (The authors' release cuts to a fixed length.)
 
     Returns:
         Columns `prompt_ids`, `chosen_ids`, `rejected_ids`, `row`, and the report of what was dropped and cut.

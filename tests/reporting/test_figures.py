@@ -319,7 +319,7 @@ def test_figure8_of_any_model_and_any_pairs(outputs, tmp_path):
 
 def test_figures_that_cannot_be_drawn_are_refused(tmp_path):
     for given, named in (
-        ({"N": "9", "MODEL": "tiny"}, "N="),
+        ({"N": "99", "MODEL": "tiny"}, "N="),
         ({"N": "7"}, "MODEL"),
         ({"N": "7", "MODEL": "tiny", "METHOD": "dpo"}, "METHOD"),  # else a figure of all methods would have its name
         ({"N": "6", "MODEL": "tiny"}, "make train MODEL=tiny METHOD=simpo"),
