@@ -159,7 +159,7 @@ def test_script_writes_three_formats(tmp_path, benchmarks):
     for given, shown in (
         ({"N": "7"}, "METHOD=table7-linear"),
         ({"BENCH": "constraints,specificity", "AGAINST": "dpo"}, "DPO − row on"),
-        ({"WINS": "1", "BENCH": "constraints"}, "75.0 ["),
+        ({"WINS": "1", "BENCH": "constraints", "MODEL": str(benchmarks / "tiny")}, "75.0 ["),
     ):
         ended = run_here("table", "--outputs", str(benchmarks), folder=tmp_path, env={"MODEL": "tiny"} | given)
         assert ended.code == 0 and shown in ended.out
