@@ -10,7 +10,9 @@ from torch.nn.functional import logsigmoid
 
 from rmipo.objectives import OBJECTIVES, ObjectiveOutput, PairScores, build_objective
 from rmipo.objectives.rmipo import pmi, rmipo_loss, scheduled_margin
+from rmipo.plots import METHOD_COLORS
 from rmipo.recipe.files import merge, read_layers
+from rmipo.reporting.results import METHODS
 from tests.helpers.pair_scores import CASES, batch, case_scores, scores_of, settled
 from tests.helpers.paths import ROOT
 
@@ -56,6 +58,14 @@ GOLDEN = {
     "ablation_GM_ED": ({**RMIPO, "signal": "loglik"}, 0.896001, 2.671645),
     "ablation_MI_ED": ({**RMIPO, "target": "beta"}, 0.598622, 2.703527),
 }
+
+
+def test_a_method_is_whole():
+    """With golden values, a label and colour of its own, and its rows in METHODS."""
+    assert OBJECTIVES.keys() == {block["name"] for block, *_ in GOLDEN.values()}
+    assert OBJECTIVES.keys() <= METHODS.keys() & METHOD_COLORS.keys()
+    text = (ROOT / "docs/METHODS.md").read_text()
+    assert [name for name in OBJECTIVES if text.count(f"\n| `{name}` |") < 2] == []
 
 
 @pytest.mark.parametrize("variant", GOLDEN)
