@@ -165,6 +165,9 @@ def test_the_two_parts_of_a_mixture_are_of_the_rows_that_were_drawn(tmp_path, sh
     train, test = (questions(load_split(split)) for split in ("train", "test"))
     count = 10 if share == "weight" else 20
     assert len(test) == 4 and len(train) == count - 4 and len({*train, *test}) == count
+    entries, load_split = mixture(tmp_path, test_split_size=2)  # drawn alike: the same rows, divided in another way
+    entries[0][share], entries[1][share] = (0.5, 0.25) if share == "weight" else (1, 1)
+    assert {*questions(load_split("train")), *questions(load_split("test"))} == {*train, *test}
 
 
 def test_a_configuration_and_revision_reach_the_hub(monkeypatch):

@@ -14,6 +14,7 @@ from torch.utils.data._utils.pin_memory import pin_memory
 
 from rmipo.training import attention
 from rmipo.training.batching import MicroBatch, PairDataset, StepSampler, packed_lengths, split_by_tokens
+from rmipo.training.scoring import by_tokens
 from tests.helpers.small_models import make_pairs
 
 
@@ -88,6 +89,10 @@ def test_parts_by_tokens_are_few_and_of_similar_length():
     assert split_by_tokens([0, 1, 2, 3], [7, 5, 3, 3], limit=10, multiple=1) == [[0, 3], [1, 2]]  # none does: 10 and 8
     # Two parts would be 6 4 4 and 6 4: 14 is too long.
     assert len(split_by_tokens([0, 1, 2, 3, 4], [6, 6, 4, 4, 4], limit=12, multiple=1)) == 3
+
+
+def test_scored_batches_keep_the_order_and_the_limit():
+    assert [*by_tokens(["aaa", "bb", "c", "dddddd", "ee"], limit=5)] == [["aaa", "bb"], ["c"], ["dddddd"], ["ee"]]
 
 
 def test_pairs_are_dealt_to_processes_by_length_and_one_without_a_pair_repeats_some_without_weight():
