@@ -21,7 +21,7 @@ from transformers import TrainerControl, TrainerState
 
 from rmipo.errors import CheckpointError
 from rmipo.files import LOCK_FILE
-from rmipo.record import differences, run_identity
+from rmipo.record import differences, read_metrics, run_identity
 from rmipo.run.callbacks import FiniteWatchdog, NonFiniteStepError, Recorder, StopOnSignal
 from rmipo.run.frame import FullDiskError, delete_torn, explained_full_disk, resume_point
 from rmipo.training.checkpoints import MARKER, ResumableTrainer, complete, complete_checkpoints, rotate
@@ -194,6 +194,7 @@ def test_a_run_stops_after_the_step_in_which_a_signal_comes(number):
             assert after_a_step(stop) == (False, False, False)
             os.kill(os.getpid(), number)
             assert after_a_step(stop) == (True, True, True)
+            os.kill(os.getpid(), signal.SIGTERM)  # queues repeat theirs: the step is saved all the same
             with pytest.raises(KeyboardInterrupt):  # a second Ctrl-C ends at once
                 os.kill(os.getpid(), signal.SIGINT)
         assert received == []
@@ -241,6 +242,14 @@ def test_a_line_is_logged_with_each_checkpoint():
         control = TrainerControl(should_save=save)
         getattr(Recorder(), event)(None, TrainerState(epoch=0.5), control)
         assert control.should_log is save
+
+
+def test_one_evaluation_of_a_step_is_kept(tmp_path):
+    recorder, args, state = Recorder(), types.SimpleNamespace(output_dir=tmp_path), TrainerState(global_step=3)
+    recorder.on_train_begin(args, state, None)
+    for loss in (1.0, 2.0):  # the second is that of a finished training
+        recorder.on_log(args, state, None, logs={"eval_loss": loss})
+    assert read_metrics(tmp_path) == [{"step": 3, "eval_loss": 1.0}]
 
 
 def test_what_may_not_change_between_the_starts_of_a_run_is_told():
