@@ -217,6 +217,7 @@ def found(method, rate, value, kl=0.0, objective=()):
 
 def test_the_best_run_of_each_method_is_chosen():
     lines = [found("dpo", 1e-4, 0.5), found("dpo", 2e-4, 0.7), found("kto", 1e-4, 0.6), found("kto", 2e-4, 0.2)]
+    lines.append(found("kto", 5e-5, 0.6))  # of equal ones the highest rate
     best = programs.best_runs(lines, "solved")
     assert {method: line["learning_rate"] for method, line in best.items()} == {"dpo": 2e-4, "kto": 1e-4}
     wide, narrow = (("gamma", 1.6),), (("gamma", 0.3),)

@@ -205,6 +205,10 @@ def test_a_finished_run_says_what_it_did_and_is_not_trained_again(tmp_path, twin
     assert round(record["results"]["eval_samples_per_second"] * record["results"]["eval_runtime"]) == 3
     samples = read_generations(out)
     assert [line["step"] for line in samples] == [2, 2] and max(len(line["answer"]) for line in samples) < 50
+    with open(f"{twin[3]}/test.jsonl") as file:  # held-out prompts, of which the cut leaves an end
+        asked = [json.loads(line)["prompt"] for line in file]
+    ends = [line["prompt"].partition("<|eot_id|>")[0].rpartition(">")[2].strip() for line in samples]
+    assert ends[0] and [question.endswith(end) for question, end in zip(asked, ends, strict=False)] == [True, True]
     files = {path: path.stat().st_mtime_ns for path in out.iterdir()}
     again = preference(twin, out)
     assert again.wait() == 0 and f"{out} holds this run, already finished" in again.output, again.output[-3000:]

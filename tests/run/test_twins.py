@@ -69,6 +69,12 @@ def test_another_model_trains_by_changing_its_name(tmp_path, family, end):
     assert all(not torch.equal(value, initial[name]) for name, value in trained.named_parameters())
 
 
+def test_a_model_of_sft_ends_its_turns_where_its_template_does(tmp_path):
+    run("tiny/sft", make_twin(tmp_path, "tiny/sft", "gemma-3", "ultrachat"), tmp_path / "out")
+    before, after = (AutoTokenizer.from_pretrained(tmp_path / name).eos_token for name in ("model", "out"))
+    assert (before, after) == ("<eos>", "<end_of_turn>")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("sharding", ["zero2", "zero3-offload"])
 def test_the_other_deepspeed_files_train_alike(tmp_path, sharding):
