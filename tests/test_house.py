@@ -40,7 +40,7 @@ LINES = {
     "scripts": 1280,  # aim: 1100
     "benchmarks": 890,  # aim: 800
     "examples": 160,
-    "tests": 14270,  # aim: 14000
+    "tests": 14280,  # aim: 14000
 }
 
 

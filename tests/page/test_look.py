@@ -4,6 +4,7 @@ import base64
 import dataclasses
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rmipo import look
-from rmipo.data.chat import ChatFormat
+from rmipo.data.chat import PROBES, ChatFormat
 from rmipo.page.look import findings
 from tests.helpers.programs import run_here
 from tests.references.padded import padded_token_logps
@@ -142,3 +143,16 @@ def test_make_look_by_folder_and_file(models, pairs, tmp_path):
     assert "at most 40 tokens" in summary["about"] and len(stored) == 12 and summary["after"] == models[1]
     ended = run_here("look", "--outputs", str(tmp_path), "--max_length", "40", "--split", "test", env=env)
     assert ended.code == 0 and len(read(tmp_path / "reports/look-before.html")[0]) == 8, ended.err  # 5% of 151
+
+
+def test_a_runs_pairs_are_shown_with_its_own_objective(models, pairs, tmp_path):
+    folder = shutil.copytree(models[0], tmp_path / "run")
+    probe = [ChatFormat.probe(AutoTokenizer.from_pretrained(folder)).prompt_ids(messages) for messages in PROBES]
+    recipe = {"dataset_name": "elsewhere", "max_length": 30, "objective": {"name": "rmipo", "gamma_max": 1.2}}
+    (folder / "run.json").write_text(json.dumps({"finished": True, "prompt_probe": probe, "recipe": recipe}))
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
+    env = {"MODEL": str(folder), "DATA": str(tmp_path / "pairs.jsonl"), "PAIRS": "4"}
+    ended = run_here("look", "--outputs", str(tmp_path), "--max_prompt_length=16", env=env)
+    assert ended.code == 0, ended.err
+    _, summary = read(tmp_path / "reports/look-run.html")
+    assert "at most 30 tokens" in summary["about"] and summary["objective"]["gamma_max"] == 1.2
